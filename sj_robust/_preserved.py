@@ -6,12 +6,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "all_generators",
     "alone",
     "evaluation_mode",
     "full_precision",
@@ -190,8 +191,56 @@ def full_precision(device: torch.device) -> Iterator[None]:
         torch.autocast(device.type, enabled=False),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         cudnn.flags(enabled=cudnn.enabled, deterministic=cudnn.deterministic, allow_tf32=False),
+        _highest_matmul_precision(),
     ):
         yield
+
+
+@contextmanager
+def sums_of_products(device: torch.device) -> Iterator[None]:
+    """:func:`full_precision`, and convolutions that are sums of products. 卷积只做乘积求和。
+
+    The error of a float32 sum of n products is at most gamma_n in any order, which proofs count
+    with. Winograd's and the FFT algorithm are no such sums. cuDNN may take either whatever its
+    flags ``deterministic`` and ``benchmark`` say (its Winograd is deterministic), so it is switched
+    off: torch's own CUDA convolutions are direct or matrix products. NNPACK, which torch takes on a
+    CPU without oneDNN, is Winograd's; oneDNN's convolutions are direct as torch calls them.
+    """
+    cudnn, nnpack = torch.backends.cudnn, torch.backends.nnpack
+    with full_precision(device), cudnn.flags(enabled=False, allow_tf32=False), nnpack.flags(False):
+        yield
+
+
+@contextmanager
+def _highest_matmul_precision() -> Iterator[None]:
+    """Matrix products in float32: no TF32 on a GPU, no bfloat16 on a CPU."""
+    cuda: Any = torch.backends.cuda.matmul
+    if not hasattr(cuda, "fp32_precision"):  # before torch 2.9
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+        return
+    mkldnn: Any = torch.backends.mkldnn
+    owners = [cuda, mkldnn.matmul]
+    before = [owner.fp32_precision for owner in owners]
+    for owner in owners:
+        owner.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for owner, precision in zip(owners, before, strict=True):
+            owner.fp32_precision = precision
+
+
+def all_generators(model: object, device: torch.device) -> list[torch.Generator]:
+    """Torch's global generators of the CPU and of a device, and those of :func:`generators_of`."""
+    found = [torch.default_generator, *generators_of(model)]
+    if device.type == "cuda":
+        found.append(torch.cuda.default_generators[device.index or 0])
+    return found
 
 
 def generators_of(model: object) -> list[torch.Generator]:

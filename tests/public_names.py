@@ -62,9 +62,9 @@ PUBLIC = {
     "sj_robust.evaluation.drawings": "plot_report plot_robustness robustness_figures",
     "sj_robust.stability": (
         "Bound BoundedLayer Certificate GainDesign INPUT InputMap LayerCertificate NeuronGains "
-        "SmoothedClassifier Smoothing Verification certify gain_penalty gain_scalars input_maps "
-        "l2_gain l2_gain_limit neuron_gains no_flip_radius optimal_input_gain peak_gain "
-        "printed_gain smooth time_operator verify"
+        "SmoothedClassifier Smoothing UnsoundBoundsError Verification certify gain_penalty "
+        "gain_scalars input_maps l2_gain l2_gain_limit neuron_gains no_flip_radius "
+        "optimal_input_gain peak_gain printed_gain smooth time_operator verify"
     ),
     "sj_robust.training": (
         "CertifiedLoss EpochRecord ForwardPasses GradientSparsity Journal Losses MODES Mode "

@@ -17,6 +17,7 @@ from sj_robust.stability.gain import (
 from sj_robust.stability.no_flip import no_flip_radius
 from sj_robust.stability.operator import INPUT, InputMap, input_maps
 from sj_robust.stability.smoothing import SmoothedClassifier, Smoothing, smooth
+from sj_robust.stability.soundness import UnsoundBoundsError
 from sj_robust.stability.verification import BoundedLayer, Verification, verify
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "NeuronGains",
     "SmoothedClassifier",
     "Smoothing",
+    "UnsoundBoundsError",
     "Verification",
     "certify",
     "gain_penalty",

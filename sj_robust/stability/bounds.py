@@ -22,9 +22,11 @@ __all__ = [
     "NoBoundsError",
     "Pooling",
     "by_row",
+    "charge_rounding",
     "gamma",
     "laid_out",
     "reset_rounding",
+    "threshold_rounding",
 ]
 
 Pooling = Callable[[Tensor], Tensor]
@@ -337,6 +339,9 @@ class BoundedRun:
         It is the same for every sample, so that one pass back gives it for as many classes as there
         are samples.
         """
+        nothing = logits.new_zeros(logits.shape[1], 1), logits.new_zeros(self.samples, 1)
+        if not logits.requires_grad:
+            return nothing
         leaves = self._first_leaves(logits)
         centres = [leaf.centre for leaf in leaves]
         found: list[list[Tensor]] = [[] for _ in centres]
@@ -361,7 +366,7 @@ class BoundedRun:
             (torch.cat(rows), leaf) for rows, leaf in zip(found, leaves, strict=True) if rows
         ]
         if not reached:
-            return logits.new_zeros(logits.shape[1], 1), logits.new_zeros(self.samples, 1)
+            return nothing
         radii = [leaf.by_sample(leaf.radius, self.samples) for _, leaf in reached]
         return torch.cat([rows for rows, _ in reached], 1), torch.cat(radii, 1)
 
@@ -399,9 +404,10 @@ class BoundedRun:
             lower, upper = (
                 (x.lower, x.upper) if multi_step else (x.lower.unsqueeze(0), x.upper.unsqueeze(0))
             )
-            sure, possible = self._fired(name, neuron, lower, upper)
+            sure, possible = self.spikes(name, neuron, lower, upper)
             if not multi_step:
                 sure, possible = sure[0], possible[0]
+            self._passed(name, x, sure, possible)
             return self.leaf(sure, possible, int(multi_step))
 
         return forward
@@ -421,6 +427,13 @@ class BoundedRun:
         comes.
         """
 
+    def _passed(self, name: str, current: Bounds, sure: Tensor, possible: Tensor) -> None:
+        """A spiking layer has been called: bounds of what came in and of what goes out."""
+
+    def potential(self, name: str) -> tuple[Tensor, Tensor]:
+        """Bounds of a layer's potential after its last step so far."""
+        return self._potential[name]
+
     def _decided(
         self,
         name: str,
@@ -437,10 +450,12 @@ class BoundedRun:
         """
         return h_lower, h_upper, h_lower >= around[1], h_upper >= around[0]
 
-    def _fired(
+    def spikes(
         self, name: str, neuron: Neuron, lower: Tensor, upper: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Whether each neuron fires for sure, and whether it can, [T, N, *] as numbers."""
+        """Whether each neuron fires for sure, and whether it can, [T, N, *] as numbers, for bounds
+        of its current in the next T steps.
+        """
         charging, module, layer = neuron.charging(), neuron.module, self.layers[name]
         decay = charging.decay if self.differentiable else charging.decay_value
         reset = module.v_reset
@@ -451,7 +466,7 @@ class BoundedRun:
                 f"the layer {name}, whose v_reset was changed after it was built: give it "
                 "v_reset then"
             )
-        unit = 0.0 if self.differentiable else _UNIT * abs(threshold)
+        unit = 0.0 if self.differentiable else threshold_rounding(threshold)
         above, below = threshold + unit, threshold - unit
         v_lower, v_upper = self._potential.get(
             name, (torch.full_like(lower[0], rest), torch.full_like(upper[0], rest))
@@ -477,7 +492,7 @@ class BoundedRun:
                 ]
             else:
                 size = _larger(v_lower, v_upper) + _larger(low, high) + abs(rest)
-                error = _within_float32(gamma(16) * size + 16 * _SMALLEST)
+                error = _within_float32(charge_rounding(size))
                 h_lower, h_upper, *flags = self._decided(
                     name, number, h_lower - error, h_upper + error, error, (below, above)
                 )
@@ -522,6 +537,18 @@ class BoundedRun:
 def gamma(terms: int) -> float:
     """Relative error of a float32 sum of so many products, in any order."""
     return _SLACK * terms * _UNIT / (1.0 - terms * _UNIT)
+
+
+def charge_rounding(size: Any) -> Any:
+    """How far float32's charged potential can be from the exact one, for terms that sum up to
+    ``size`` in absolute value.
+    """
+    return gamma(16) * size + 16 * _SMALLEST
+
+
+def threshold_rounding(threshold: float) -> float:
+    """How far float32's threshold can be from the exact one."""
+    return _UNIT * abs(threshold)
 
 
 def reset_rounding(size: Any, rest: float, threshold: float) -> Any:

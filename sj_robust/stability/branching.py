@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sj_robust.stability.relaxation import Decision, Lower, Maps, RelaxedRun, raised
 
-__all__ = ["Prover", "leads"]
+__all__ = ["Prover", "inside_ball", "leads"]
 
 _TURNS = 20
 """Turns of gradient ascent on the slopes."""
@@ -73,14 +73,14 @@ class Prover:
             run = self.run(image, maps=self.maps, end=end - time_limit / 2)
         lead = min((value for value in root.tolist() if value > 0), default=torch.inf)
         for k in root.argsort(descending=True).tolist():
-            if root[k] <= 0:
+            if not root[k] > 0:  # NaN proves nothing
                 bound, broken = self._branched(run, image, label, weights[k], end)
                 if broken is not None:
                     return -torch.inf, broken
+                if not bound > 0:
+                    return float(root.min()), None
                 lead = min(lead, bound)
-                if bound <= 0:
-                    break
-        return (lead if lead > 0 else min(lead, float(root.min()))), None
+        return lead, None
 
     def run(self, images: Tensor, **known: Any) -> RelaxedRun:
         """Bounds of every potential; ``known`` is what a :class:`RelaxedRun` may be told."""
@@ -107,7 +107,7 @@ class Prover:
 
         With ``descend`` the corners go down the network's own gradient of the lead for some steps.
         """
-        points = self.inside(image, image.double() - self.eps * found.weights.sign())
+        points = inside_ball(image, image.double() - self.eps * found.weights.sign(), self.eps)
         labels = label.expand(len(points))
         for _ in range(_STEPS if descend else 1):
             points.requires_grad_(descend)
@@ -115,22 +115,16 @@ class Prover:
                 logits = self.logits(points)
             if bool((wrong := logits.argmax(1) != labels).any()):
                 return points.detach()[wrong][:1]
-            if descend:
-                right = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
-                rival = logits.scatter(1, labels.unsqueeze(1), -torch.inf).amax(1)
-                (slope,) = torch.autograd.grad((right - rival).sum(), points)
-                points = self.inside(image, points.detach().double() - self.eps / 4 * slope.sign())
+            if not logits.requires_grad:  # not asked for, or the network has none
+                return None
+            right = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+            rival = logits.scatter(1, labels.unsqueeze(1), -torch.inf).amax(1)
+            (slope,) = torch.autograd.grad((right - rival).sum(), points, allow_unused=True)
+            if slope is None:
+                return None
+            down = points.detach().double() - self.eps / 4 * slope.nan_to_num().sign()
+            points = inside_ball(image, down, self.eps)
         return None
-
-    def inside(self, image: Tensor, points: Tensor) -> Tensor:
-        """Points in the precision of the image that are in the ball of an image [1, *] and in [0,
-        1].
-        """
-        centre = image.double()
-        rounded = points.clamp(centre - self.eps, centre + self.eps).clamp(0, 1).to(image.dtype)
-        outside = (rounded.double() - centre).abs() > self.eps
-        inward = torch.nextafter(rounded, image.expand_as(rounded))
-        return torch.where(outside, inward, rounded)
 
     def _branched(
         self, root: RelaxedRun, image: Tensor, label: Tensor, weights: Tensor, end: float
@@ -172,6 +166,17 @@ class Prover:
                 for i in range(0, len(rows), size)
             ]
         )
+
+
+def inside_ball(images: Tensor, points: Tensor, eps: float) -> Tensor:
+    """Points in the precision of images [N, *] that are in the ball of each and in [0, 1]; one
+    image may have several.
+    """
+    centre = images.double()
+    rounded = points.clamp(centre - eps, centre + eps).clamp(0, 1).to(images.dtype)
+    outside = (rounded.double() - centre).abs() > eps
+    inward = torch.nextafter(rounded, images.expand_as(rounded))
+    return torch.where(outside, inward, rounded)
 
 
 def leads(labels: Tensor, classes: int) -> Tensor:

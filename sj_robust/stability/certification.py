@@ -25,6 +25,7 @@ from sj_robust.stability.certificate import Bound, Certificate, LayerCertificate
 from sj_robust.stability.gain import NeuronGains, l2_gain_limit, neuron_gains
 from sj_robust.stability.no_flip import no_flip_radius
 from sj_robust.stability.operator import InputMap, input_maps
+from sj_robust.stability.soundness import overridden
 
 __all__ = ["certify"]
 
@@ -109,6 +110,9 @@ def certify(
     max_iterations, seed = check_count("max_iterations", max_iterations), check_seed("seed", seed)
     classifier = check_classifier(as_classifier(net, T, mean=mean, std=std, images=x))
     neurons, unknown, _ = find_neurons(classifier.net, {}, {})
+    for name, neuron in neurons.items():
+        if method := overridden(neuron):
+            unknown[name] = f"{method} of this {neuron.type_name} was replaced"
     gains = {
         name: neuron_gains(neuron.charging(), classifier.T) for name, neuron in neurons.items()
     }

@@ -16,6 +16,7 @@ from sj_robust.classifier import SpikingClassifier
 from sj_robust.stability._affine import other_forward
 from sj_robust.stability.bounds import BoundedRun
 from sj_robust.stability.relaxation import Maps
+from sj_robust.stability.soundness import check_maps, check_neurons
 from sj_robust.stability.verification import bounded_logits, bounded_neurons
 
 __all__ = ["BatchStatistics", "DifferentiableBounds", "batch_statistics"]
@@ -52,6 +53,8 @@ class DifferentiableBounds:
     Raises:
         NotImplementedError: If something in the network has no bounds, or, at the first images, if
             it mixes those of a batch; it is named.
+        UnsoundBoundsError: At the first images, if the graph misses a part of the network or a
+            neuron does not follow its charge equation.
 
     Source: Gowal et al., arXiv 1810.12715; batch norm as in Shi et al. (NeurIPS 2021).
 
@@ -75,7 +78,7 @@ class DifferentiableBounds:
         self._neurons = bounded_neurons(classifier)
         self._statistics = statistics
         self._seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        self._samples_checked = False
+        self._checked = False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -98,12 +101,13 @@ class DifferentiableBounds:
                 module: Any = self.classifier.net.get_submodule(name)
                 stack.enter_context(other_forward(module, _with_statistics(module, cycle(seen))))
             stack.enter_context(evaluation_mode(self.classifier))
-            if not self._samples_checked:
+            if not self._checked:
                 with full_precision(x.device):
-                    Maps(
-                        partial(bounded_logits, self.classifier), self._neurons, x[0]
-                    ).check_samples()
-                self._samples_checked = True
+                    maps = Maps(partial(bounded_logits, self.classifier), self._neurons, x[0])
+                    maps.check_samples()
+                    check_maps(maps)
+                    check_neurons(self._neurons, self.classifier.T, x)
+                self._checked = True
             return run.lead(bounded_logits(self.classifier, run, x, eps), y)
 
     def _watch(self, name: str) -> Callable[..., None]:

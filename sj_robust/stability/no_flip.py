@@ -5,6 +5,7 @@ stays as it is.
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +13,20 @@ from torch import Tensor
 
 from sj_robust._checks import check_count, check_images
 from sj_robust._environment import device_of
-from sj_robust._preserved import full_precision, preserved
+from sj_robust._preserved import preserved, sums_of_products
 from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier, check_classifier
 from sj_robust.neuron.charging import Neuron, find_neurons
 from sj_robust.stability._affine import other_forward
+from sj_robust.stability.bounds import (
+    BoundedRun,
+    Bounds,
+    Pooling,
+    charge_rounding,
+    reset_rounding,
+    threshold_rounding,
+)
+from sj_robust.stability.soundness import check_neurons, overridden
+from sj_robust.stability.verification import bounded_logits
 
 __all__ = ["no_flip_radius"]
 
@@ -34,8 +45,11 @@ def no_flip_radius(model: SpikingClassifier, x: Tensor, *, batch_size: int = 64)
     regime of the perturbation dynamics ends. At the radius there is a direction (along w_i) that
     brings one potential to the threshold, so it is the largest of its kind, up to images leaving
     [0, 1]. For event frames, whose steps are perturbed apart, ``sqrt(sum_k a^2)`` stands in place
-    of the sum. Usually it is tiny. Computed in float64; in float32 a spike within rounding of the
-    threshold can differ.
+    of the sum. Usually it is tiny.
+
+    Rounding is part of it: from every distance to the threshold that float32's h can be off, for
+    any image within the radius, is taken away first, as :func:`verify` counts it (sums in any
+    order, no TF32). Where nothing is left the radius is 0.
 
     Args:
         model: A classifier; it is copied to float64 and runs in evaluation mode.
@@ -49,8 +63,10 @@ def no_flip_radius(model: SpikingClassifier, x: Tensor, *, batch_size: int = 64)
     Raises:
         TypeError: If ``model`` is no ``SpikingClassifier``.
         ValueError: If images are not finite or outside [0, 1].
-        NotImplementedError: If a neuron that the input drives has no known dynamics, the map to it
-            is not affine, an encoder draws, or the input reaches the logits past all neurons.
+        NotImplementedError: If a neuron that the input drives has no known dynamics or no bounds,
+            the map to it is not affine, an encoder draws, or the input reaches the logits past all
+            neurons.
+        UnsoundBoundsError: If such a neuron does not follow its charge equation.
 
     Source: derived here; it is the exact range of the perturbation dynamics without flips of Ding
         et al. (ICML 2024).
@@ -70,12 +86,24 @@ def no_flip_radius(model: SpikingClassifier, x: Tensor, *, batch_size: int = 64)
         raise NotImplementedError(
             f"the encoder {type(model.encoder).__name__} draws spikes; no radius is known for it"
         )
-    with full_precision(device_of(model)), torch.no_grad(), preserved(model):
-        exact = copy.deepcopy(model).double().eval()
-        images = x.detach().to(device_of(model)).double()
-        exact.find_convention(images)  # before anything is replaced
-        rows = _row_norms(exact, images[:1], batch_size)
-        parts = [_radii(exact, part, rows) for part in torch.split(images, batch_size)]
+    device = device_of(model)
+    with sums_of_products(device), torch.no_grad(), preserved(model):
+        model.eval()
+        given = x.detach().to(device)
+        exact = copy.deepcopy(model).double()
+        exact.find_convention(given.double())  # before anything is replaced
+        rows = _row_norms(exact, given[:1].double(), batch_size)
+        neurons = find_neurons(model.net, {}, {})[0]
+        check_neurons({name: neurons[name] for name in rows}, model.T, given)
+        parts = []
+        for images in torch.split(given, batch_size):
+            layers = _layers(exact, images.double(), rows)
+            radius = images.new_full((len(images),), torch.inf, dtype=torch.float64)
+            for layer in layers.values():
+                radius = torch.minimum(radius, layer.radius())
+            for name, rounding in _rounding(model, neurons, images, radius, list(rows)).items():
+                radius = torch.minimum(radius, layers[name].rounded_radius(radius, rounding))
+            parts.append(radius)
     return torch.cat(parts) if parts else x.new_zeros(0, dtype=torch.float64)
 
 
@@ -104,7 +132,9 @@ def _row_norms(model: SpikingClassifier, image: Tensor, batch_size: int) -> dict
         change = current - at_zero[name]
         if not bool(change.any()):
             continue
-        if name not in neurons or not neurons[name].binary:
+        if name in neurons and (method := overridden(neurons[name])):
+            others[name] = f"its {method} was replaced"
+        if name in others or not neurons[name].binary:
             reason = others.get(name, "its surrogate does not spike")
             raise NotImplementedError(
                 f"{name}, which the input drives, cannot be followed: {reason}"
@@ -133,11 +163,77 @@ def _row_norms(model: SpikingClassifier, image: Tensor, batch_size: int) -> dict
     return {name: squares.sqrt() for name, squares in reached.items()}
 
 
-def _radii(model: SpikingClassifier, images: Tensor, rows: dict[str, Tensor]) -> Tensor:
-    """Radius of every image [N]."""
+@dataclass(frozen=True)
+class _Rounding:
+    """Of a layer's current in a ball: how far float32's is off, and its largest size, [T, N, *]."""
+
+    error: Tensor
+    size: Tensor
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A layer in one step of an exact run, [N, *].
+
+    Attributes:
+        gain: Gain of the current.
+        before: Potential before the charge.
+        h: Potential before firing.
+        slope: By how much an image of distance 1 moves h at most.
+    """
+
+    gain: float
+    before: Tensor
+    h: Tensor
+    slope: Tensor
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer that the input drives, in an exact run.
+
+    Attributes:
+        neuron: The neuron.
+        steps: Its steps.
+    """
+
+    neuron: Neuron
+    steps: list[_Step]
+
+    def radius(self) -> Tensor:
+        """Radius [N] in exact arithmetic."""
+        threshold = float(self.neuron.module.v_threshold)
+        ratios = [(step.h - threshold).abs() / step.slope for step in self.steps]
+        return _least([ratio.nan_to_num(torch.inf) for ratio in ratios])
+
+    def rounded_radius(self, widest: Tensor, rounding: _Rounding) -> Tensor:
+        """Radius [N] in float32; ``widest`` [N] is that of the ball in which rounding is known."""
+        module, decay = self.neuron.module, self.neuron.charging().decay_value
+        rest, threshold = float(module.v_reset or 0.0), float(module.v_threshold)
+        far = widest.view(-1, *[1] * (self.steps[0].h.ndim - 1))
+        off = torch.zeros_like(self.steps[0].h)  # how far float32's potential is from the exact one
+        moved = off  # how far either is from the one without a perturbation
+        ratios = []
+        for t, step in enumerate(self.steps):
+            gain = abs(step.gain)
+            size = step.before.abs() + moved + gain * rounding.size[t] + abs(rest)
+            off = decay * off + gain * rounding.error[t] + charge_rounding(size)
+            distance = (step.h - threshold).abs() - off - threshold_rounding(threshold)
+            ratios.append(torch.where(distance > 0, distance / step.slope, 0.0))
+            moved = (step.slope * far).nan_to_num() + off
+            off = off + reset_rounding(step.h.abs() + moved, rest, threshold)
+            moved = moved + off
+        return _least(ratios)
+
+
+def _least(ratios: list[Tensor]) -> Tensor:
+    """Least value of every sample, [N], of values [N, *]."""
+    return torch.stack(ratios, 1).flatten(1).amin(1)
+
+
+def _layers(model: SpikingClassifier, images: Tensor, rows: dict[str, Tensor]) -> dict[str, _Layer]:
+    """The layers that the input drives, in a run of the exact network."""
     neurons = find_neurons(model.net, {}, {})[0]
-    apart = isinstance(model, SpikingEventClassifier)
-    radius = torch.full((len(images),), torch.inf, dtype=torch.float64, device=images.device)
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in rows}
     with ExitStack() as stack:
         for name, seen in calls.items():
@@ -146,34 +242,80 @@ def _radii(model: SpikingClassifier, images: Tensor, rows: dict[str, Tensor]) ->
             )
             stack.callback(hook.remove)
         model(images)
+    apart = isinstance(model, SpikingEventClassifier)
+    found = {}
     for name, norms in rows.items():
         joined = torch.cat if neurons[name].module.step_mode == "m" else torch.stack
         x_seq, spike_seq = (joined(parts) for parts in zip(*calls[name], strict=True))
-        for distance, reach in _steps(neurons[name], x_seq, spike_seq, apart):
-            radius = torch.minimum(
-                radius, (distance / (reach * norms)).nan_to_num(torch.inf).flatten(1).amin(1)
-            )
-    return radius
+        steps = list(_steps(neurons[name], x_seq, spike_seq, norms, apart=apart))
+        found[name] = _Layer(neurons[name], steps)
+    return found
 
 
 def _steps(
-    neuron: Neuron, x_seq: Tensor, spike_seq: Tensor, apart: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Per step, the distance of h from the threshold and how much of the currents' perturbation is
-    in it, [N, *].
+    neuron: Neuron, x_seq: Tensor, spike_seq: Tensor, norms: Tensor, *, apart: bool
+) -> Iterator[_Step]:
+    """Steps of a layer; ``norms`` are those of the map from the image to one step's current.
+
+    With ``apart``, the steps of the input are perturbed apart from each other.
     """
     module, charging = neuron.module, neuron.charging()
-    decay = charging.decay
+    decay = charging.decay_value
     hard = module.v_reset is not None
     v = torch.full_like(x_seq[0], module.v_reset or 0.0)
     reach = torch.zeros_like(v)  # squared, where the steps are perturbed apart
     for t, (x, spike) in enumerate(zip(x_seq, spike_seq, strict=True)):
-        gain = charging.gain_at(t, input_gain=True)
+        gain = float(torch.as_tensor(charging.gain_at(t, input_gain=True)))
         h = decay * v + gain * x + ((1.0 - decay) * module.v_reset if hard else 0.0)
         reach = decay**2 * reach + gain**2 if apart else decay * reach + gain
-        yield (h - module.v_threshold).abs(), reach.sqrt() if apart else reach.abs()
+        yield _Step(gain, v, h, (reach.sqrt() if apart else reach.abs()) * norms)
         v = (1.0 - spike) * h + spike * module.v_reset if hard else h - spike * module.v_threshold
         reach = (1.0 - spike) * reach if hard else reach
+
+
+class _CurrentsRun(BoundedRun):
+    """A run that notes the currents of some layers and ends with the last of them; any spike may be
+    there.
+    """
+
+    def __init__(self, neurons: dict[str, Neuron], samples: int, names: list[str], T: int) -> None:
+        super().__init__(neurons, samples)
+        self.currents: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
+        self.T = T
+
+    def _reached(
+        self, x: Bounds, batch_dim: int, neuron: Neuron | None, pooling: Pooling | None
+    ) -> None:
+        if neuron is None or neuron.name not in self.currents:
+            return
+        size = torch.maximum(x.lower.abs(), x.upper.abs())
+        steps = zip(x.error, size, strict=True) if batch_dim else [(x.error, size)]
+        self.currents[neuron.name] += steps
+        if all(len(found) == self.T for found in self.currents.values()):
+            raise _FoundError
+
+    def spikes(
+        self, name: str, neuron: Neuron, lower: Tensor, upper: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(lower), torch.ones_like(upper)
+
+
+def _rounding(
+    model: SpikingClassifier,
+    neurons: dict[str, Neuron],
+    images: Tensor,
+    radius: Tensor,
+    names: list[str],
+) -> dict[str, _Rounding]:
+    """What float32 rounds of the currents of layers, for images within a radius [N] of each."""
+    run = _CurrentsRun(neurons, len(images), names, model.T)
+    if names:
+        with suppress(_FoundError):
+            bounded_logits(model, run, images, radius.view(-1, *[1] * (images.ndim - 1)))
+    return {
+        name: _Rounding(*(torch.stack(parts) for parts in zip(*steps, strict=True)))
+        for name, steps in run.currents.items()
+    }
 
 
 class _FoundError(Exception):

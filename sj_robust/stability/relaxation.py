@@ -36,6 +36,9 @@ other.
 Bounded = Callable[[BoundedRun, Tensor, float], Bounds]
 """Bounds of the logits that a run finds, for images [N, *] and eps."""
 
+LeafValue = Callable[[Tensor], Tensor]
+"""Values of a leaf, for a tensor of its shape, device and precision."""
+
 Decision = tuple[int, int, int, bool]
 """A spike that is assumed or ruled out: stage, step, number of the neuron in the layer, whether it
 fires.
@@ -122,13 +125,15 @@ class Stage:
         return part.movedim(0, 1) if self.batch_dim else part.squeeze(1)
 
 
-class _Trace(BoundedRun):
-    """A run on zeros whose leaves are zero: the graphs of the affine maps, and what they shift
-    by.
+class Trace(BoundedRun):
+    """A run whose leaves have given values: the graphs of the affine maps, and their values
+    there. With leaves of zero, these are what the maps shift by.
     """
 
-    def __init__(self, neurons: dict[str, Neuron], samples: int) -> None:
+    def __init__(self, neurons: dict[str, Neuron], samples: int, value: LeafValue) -> None:
+        """Nothing has run yet."""
         super().__init__(neurons, samples)
+        self.value = value
         self.currents: list[Tensor] = []
         self.names: list[str] = []
 
@@ -138,13 +143,14 @@ class _Trace(BoundedRun):
         self.currents.append(x.centre)
         self.names.append("a max pooling" if neuron is None else f"the layer {neuron.name}")
 
-    def _fired(
+    def spikes(
         self, name: str, neuron: Neuron, lower: Tensor, upper: Tensor
     ) -> tuple[Tensor, Tensor]:
         return lower, upper
 
     def leaf(self, lower: Tensor, upper: Tensor, batch_dim: int) -> Bounds:
-        return super().leaf(torch.zeros_like(lower), torch.zeros_like(upper), batch_dim)
+        value = self.value(lower)
+        return super().leaf(value, value, batch_dim)
 
 
 @dataclass
@@ -163,7 +169,7 @@ class Maps:
     bounded: Bounded
     neurons: dict[str, Neuron]
     frame: Tensor
-    _traces: dict[int, _Trace] = field(default_factory=dict, init=False)
+    _traces: dict[int, Trace] = field(default_factory=dict, init=False)
 
     def check_samples(self) -> None:
         """Raise NotImplementedError unless all samples have the same map, each of its own leaves,
@@ -229,14 +235,18 @@ class Maps:
         size = sum(leaf.centre.numel() for leaf in self._trace(1).leaves)
         return max(1, _ELEMENTS // max(1, size))
 
-    def _trace(self, rows: int) -> _Trace:
+    def traced(self, rows: int, value: LeafValue) -> Trace:
+        """A run of so many rows whose leaves have the values that are given for one like them."""
+        trace = Trace(self.neurons, rows, value)
+        zeros = self.frame.new_zeros(rows, *self.frame.shape)
+        trace.currents.append(self.bounded(trace, zeros, 0.0).centre)
+        return trace
+
+    def _trace(self, rows: int) -> Trace:
         if rows not in self._traces:
             if len(self._traces) > 3:
                 self._traces.pop(next(key for key in self._traces if key != 1))
-            trace = _Trace(self.neurons, rows)
-            zeros = self.frame.new_zeros(rows, *self.frame.shape)
-            trace.currents.append(self.bounded(trace, zeros, 0.0).centre)
-            self._traces[rows] = trace
+            self._traces[rows] = self.traced(rows, torch.zeros_like)
         return self._traces[rows]
 
 
@@ -346,7 +356,7 @@ class RelaxedRun(BoundedRun):
                 weights.view(len(sample), -1)[torch.arange(len(sample)), neuron] = sign
                 found = minimum(maps, self, sample, weights, (number, t)).value
                 values = bound.view(self.samples, -1)
-                limit = torch.maximum if sign > 0 else torch.minimum
+                limit = torch.fmax if sign > 0 else torch.fmin  # NaN, if found, is no bound
                 values[sample, neuron] = limit(values[sample, neuron], sign * found)
 
 
@@ -575,7 +585,7 @@ def raised(maps: Maps, run: RelaxedRun, samples: Tensor, weights: Tensor, *, rou
     Source: alpha- and beta-CROWN (Xu et al., ICLR 2021; Wang et al., NeurIPS 2021).
     """
     best = minimum(maps, run, samples, weights)
-    if rounds == 0 or bool((best.value > 0).all()):
+    if rounds == 0 or not best.slopes or bool((best.value > 0).all()):
         return best
     start, moved, scales = best.slopes, {}, {}
     for (number, t), slope in start.items():

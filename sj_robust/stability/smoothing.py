@@ -2,9 +2,13 @@
 vote is proved.
 """
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +20,7 @@ from sj_robust._checks import (
     check_model,
     check_size,
 )
-from sj_robust._preserved import preserved
+from sj_robust._preserved import all_generators, generators_of, preserved
 from sj_robust.randomness import (
     SampleSeeds,
     check_seeds,
@@ -138,7 +142,9 @@ def smooth(
     ``alpha``; if p <= 1/2 the classifier abstains. The proof is one of g, never of the network f
     alone, and holds with probability 1 - alpha per image. Noisy images are not clamped to [0, 1];
     train with the same noise (``--mode gaussian --eps SIGMA``). What the network draws itself (a
-    stochastic encoder) is part of the probability.
+    stochastic encoder) is part of the probability; the bound needs draws that are independent, so
+    that such a network, and one that mixes the images of a batch, runs on one draw after the other.
+    What is drawn does not depend on ``batch_size``.
 
     The largest radius that n draws can prove is ``sigma * Phi^-1(alpha^(1/n))``: 2.46 sigma for n =
     1000.
@@ -160,7 +166,8 @@ def smooth(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If images, a number or the logits are out of range, or seeds do not fit.
+        ValueError: If images, a number or the logits are out of range, seeds do not fit, or the
+            network keeps a state from forward to forward or draws from another source than torch.
         ModuleNotFoundError: If scipy is not installed.
 
     Source: Cohen, Rosenfeld and Kolter, "Certified Adversarial Robustness via Randomized Smoothing"
@@ -172,7 +179,7 @@ def smooth(
         ...     lambda x: x, x, 0.25, n=1000, generator=torch.Generator().manual_seed(0)
         ... )
         >>> result.prediction, [round(radius, 2) for radius in result.radius]
-        ((0, -1), [0.51, 0.0])
+        ((0, -1), [0.5, 0.0])
     """
     check_model(model)
     check_images(x)
@@ -191,18 +198,14 @@ def smooth(
         device = generator.device if isinstance(generator, torch.Generator) else "cpu"
         seed = draw_seed(private_generator(generator, torch.device(device)))
         seeds = SampleSeeds([SampleSeeds([seed]).derived(row).single() for row in range(len(x))])
-    noise, own = (
-        seeds.derived("noise").seeds,
-        seeds.derived("network").seeds,
-    )  # streams that must not be related
+    guesses, counted = seeds.derived("guess").seeds, seeds.derived("count").seeds
     beta = scipy_module("stats", wanted_by="smooth").beta  # slow to import
     predictions, radii, counts = [], [], []
-    with torch.no_grad(), preserved(model):
+    with torch.no_grad(), preserved(model), _kept_globals():
+        draws = _Draws(model, sigma, batch_size)
         for row in range(len(x)):
-            draws = torch.Generator(device=x.device).manual_seed(noise[row])
-            with seeded_globals(own[row], x.device):  # what the network draws itself
-                guess = int(_votes(model, x[row], sigma, n0, batch_size, draws).argmax())
-                count = int(_votes(model, x[row], sigma, n, batch_size, draws)[guess])
+            guess = int(draws.votes(x[row], n0, guesses[row]).argmax())
+            count = int(draws.votes(x[row], n, counted[row])[guess])
             p = float(beta.ppf(alpha, count, n - count + 1)) if count else 0.0
             proved = p > 0.5
             predictions.append(guess if proved else ABSTAINED)
@@ -217,22 +220,116 @@ def smooth(
     return Smoothing(sigma, float(alpha), n, tuple(predictions), tuple(radii), tuple(counts))
 
 
-def _votes(
-    model: Callable[[Tensor], Tensor],
-    image: Tensor,
-    sigma: float,
-    draws: int,
-    batch_size: int,
-    noise: torch.Generator,
-) -> Tensor:
-    """How often each class wins among so many noisy copies of an image, [classes]."""
-    votes = torch.zeros(0)
-    for start in range(0, draws, batch_size):
-        shape = (min(batch_size, draws - start), *image.shape)
-        noisy = image + sigma * torch.randn(
-            shape, generator=noise, dtype=image.dtype, device=image.device
-        )
-        logits = check_logits(model(noisy), torch.zeros(len(noisy), dtype=torch.int64))
-        won = torch.bincount(logits.argmax(1), minlength=logits.shape[1])
-        votes = won if start == 0 else votes + won
-    return votes
+@dataclass
+class _Draws:
+    """Noisy copies of an image, and the classes that a network gives them.
+
+    A draw's noise, and what the network draws itself, do not depend on how many run together. A
+    network may run on many at once only if it draws nothing and treats the rows of a batch apart;
+    else it runs on one after the other, since draws that share a coin are not independent.
+
+    Attributes:
+        model: Images to logits.
+        sigma: Standard deviation of the noise.
+        batch_size: Draws at a time.
+        one_by_one: Whether the network runs on one draw after the other.
+        checked: Whether a batch of two or more has shown that rows are treated apart.
+    """
+
+    model: Callable[[Tensor], Tensor]
+    sigma: float
+    batch_size: int
+    one_by_one: bool = False
+    checked: bool = False
+
+    def votes(self, image: Tensor, draws: int, seed: int) -> Tensor:
+        """How often each class wins among so many noisy copies of an image [*], [classes]."""
+        seeds = SampleSeeds([seed])
+        noise = torch.Generator(device=image.device)
+        noise.manual_seed(seeds.derived("noise").single())
+        own = seeds.derived("network")  # streams that must not be related
+        votes = []
+        for start in range(0, draws, self.batch_size):
+            count = min(self.batch_size, draws - start)
+            # One by one: a larger draw takes the generator's numbers in another order.
+            drawn = [_noise(image, noise) for _ in range(count)]
+            logits = self._logits(image + self.sigma * torch.stack(drawn), own, start)
+            votes.append(torch.bincount(logits.argmax(1), minlength=logits.shape[1]))
+        return torch.stack(votes).sum(0)
+
+    def _logits(self, noisy: Tensor, own: SampleSeeds, start: int) -> Tensor:
+        """Logits [draws, classes] of noisy images, the first of which is draw ``start``."""
+        if not self.one_by_one:
+            with _from_seed(self.model, own.single(), noisy.device):
+                before = _states(self.model, noisy.device)
+                logits = self._run(noisy)
+                drew = _states(self.model, noisy.device) != before
+            self.one_by_one = drew or not self._rows_are_apart(noisy, own.single(), logits)
+            if not self.one_by_one:
+                return logits
+        alone = []
+        for row in range(len(noisy)):
+            seed = own.derived(start + row).single()
+            with _from_seed(self.model, seed, noisy.device):
+                alone.append(self._run(noisy[row : row + 1]))
+        return torch.cat(alone)
+
+    def _run(self, noisy: Tensor) -> Tensor:
+        return check_logits(self.model(noisy), torch.zeros(len(noisy), dtype=torch.int64))
+
+    def _rows_are_apart(self, noisy: Tensor, seed: int, logits: Tensor) -> bool:
+        """Whether the first half of a batch stays as it is while the other half is another one."""
+        half = len(noisy) // 2
+        if self.checked or half == 0:
+            return True
+        self.checked = True
+        with _from_seed(self.model, seed, noisy.device):
+            again = self._run(noisy)
+        if not torch.equal(again, logits):
+            raise ValueError(
+                "model must give the same logits for the same images and seed, got one that keeps "
+                "a state or draws from another source than torch; wrap a spiking network in "
+                "SpikingClassifier, which resets it, and draw with torch.rand"
+            )
+        other = torch.cat((noisy[:half], 1.0 - noisy[half:]))
+        with _from_seed(self.model, seed, noisy.device):
+            found = self._run(other)
+        return torch.equal(found[:half], logits[:half])
+
+
+@contextmanager
+def _from_seed(model: object, seed: int, device: torch.device) -> Iterator[None]:
+    """All generators that a network may draw from, seeded; torch's global ones are restored."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  # a network may draw from the global one
+    with seeded_globals(seed, device):
+        for generator in generators_of(model):
+            generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _kept_globals() -> Iterator[None]:
+    """Python's and numpy's global generators go on as if nothing had been drawn."""
+    python, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002  # as above
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)  # noqa: NPY002  # as above
+
+
+def _states(model: object, device: torch.device) -> list[object]:
+    """What the generators that a network may draw from give next, as values to be compared."""
+    found = [generator.get_state() for generator in all_generators(model, device)]
+    numbers: Any = np.random.get_state()  # noqa: NPY002  # as above
+    return [
+        random.getstate(),
+        numbers[1].tobytes(),
+        numbers[2],
+        *(s.numpy().tobytes() for s in found),
+    ]
+
+
+def _noise(image: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(image.shape, generator=generator, dtype=image.dtype, device=image.device)

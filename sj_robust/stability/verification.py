@@ -3,7 +3,7 @@ rounding.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
@@ -28,16 +28,24 @@ from sj_robust._checks import (
 )
 from sj_robust._environment import device_of
 from sj_robust._eps import eps_text, parse_eps
-from sj_robust._preserved import full_precision, generators_of, preserved
+from sj_robust._preserved import all_generators, preserved, sums_of_products
 from sj_robust._saved import markdown_table
 from sj_robust._shown import Shown, heat_map, new_figure
 from sj_robust.classifier import SpikingClassifier, as_classifier, check_classifier
 from sj_robust.neuron.charging import Neuron, find_neurons, is_neuron
 from sj_robust.stability._scipy import scipy_module
 from sj_robust.stability.bounds import BoundedRun, Bounds, NoBoundsError
-from sj_robust.stability.branching import Prover
+from sj_robust.stability.branching import Prover, inside_ball
 from sj_robust.stability.exact import Matrices, mip
 from sj_robust.stability.relaxation import Maps
+from sj_robust.stability.soundness import (
+    UnsoundBoundsError,
+    WatchedRun,
+    check_maps,
+    check_neurons,
+    check_point,
+    overridden,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -224,7 +232,9 @@ def verify(
         ValueError: If a bare network comes without T, the model is in training mode, not in float32
             or draws random numbers, images or labels do not fit, eps < 0, or the method is not
             known.
-        RuntimeError: If an image is proved that the network gets wrong, which no bounds may do.
+        UnsoundBoundsError: If the network does not do what the bounds say: what it computes is not
+            in the graph, a neuron does not follow its charge equation, or a point of the ball lies
+            outside the bounds.
         ModuleNotFoundError: If mip has no scipy.
         NotImplementedError: If something in the network has no bounds (attention, a stochastic
             encoder, a neuron of unknown dynamics); it is named.
@@ -273,15 +283,18 @@ def verify(
     searches: dict[str, _Search] = {"bab": prover.bab, "mip": partial(mip, prover, Matrices(maps))}
     for start in range(0, len(x), batch_size):
         part = slice(start, start + batch_size)
-        with full_precision(device), preserved(classifier):
+        with sums_of_products(device), preserved(classifier):
             images, labels = (values[part].to(device).clone() for values in (x, y))
             logits = _logits(classifier, images, labels, runs=2 if start == 0 else 1)
             if start == 0:
                 check_classes(y, logits.shape[1])
                 maps.check_samples()
+                check_maps(maps)
+                check_neurons(neurons, classifier.T, images)
             correct += (logits.argmax(1) == labels).tolist()
-            run = BoundedRun(neurons, len(images))
-            lead = run.lead(bounded_logits(classifier, run, images, eps), labels)
+            run = (WatchedRun if start == 0 else BoundedRun)(neurons, len(images))
+            bounds = bounded_logits(classifier, run, images, eps)
+            lead = run.lead(bounds, labels)
             margin = -lead.scatter(1, labels.unsqueeze(1), -torch.inf).amax(1)
             wrong = logits.argmax(1) != labels
             if method != "ibp":
@@ -295,12 +308,12 @@ def verify(
                     wrong,
                     x_adv[part],
                 )
-        if bool((contradicted := wrong & (margin > 0)).any()):
-            raise RuntimeError(
-                f"image {start + int(contradicted.nonzero()[0])} is proved and yet classified "
-                "wrong: the bounds have a bug, or the network has a state that its reset leaves; "
-                "please report it with the network"
-            )
+            for point in _points(images, eps):
+                found = check_point(classifier, run, bounds, point)
+                _check_margins(found, labels, margin, first=start)
+                if start:  # layers are looked at in the first batch
+                    break
+            _check_margins(logits, labels, margin, first=start)
         margins += margin.tolist()
         broken += wrong.tolist()
         for name, layer in run.layers.items():
@@ -319,9 +332,7 @@ def verify(
 
 def _logits(model: SpikingClassifier, images: Tensor, labels: Tensor, *, runs: int) -> Tensor:
     """Logits of the network, if they are the same in so many runs and nothing is drawn."""
-    generators = [torch.default_generator, *generators_of(model)]
-    if images.is_cuda:
-        generators.append(torch.cuda.default_generators[images.device.index or 0])
+    generators = all_generators(model, images.device)
     states = [generator.get_state() for generator in generators]
     with torch.no_grad():
         logits, *again = (check_logits(model(images.clone()), labels) for _ in range(runs))
@@ -338,6 +349,31 @@ def _logits(model: SpikingClassifier, images: Tensor, labels: Tensor, *, runs: i
     return logits
 
 
+def _points(images: Tensor, eps: float) -> Iterator[Tensor]:
+    """A corner and a random point of the ball of each image, and the images themselves."""
+    generator = torch.Generator().manual_seed(0)
+    share = torch.rand(images.shape, generator=generator, dtype=torch.float64).to(images.device)
+    for direction in (2.0 * share.round() - 1.0, 2.0 * share - 1.0):
+        yield inside_ball(images, images.double() + eps * direction, eps)
+    yield images
+
+
+def _check_margins(logits: Tensor, labels: Tensor, margin: Tensor, *, first: int) -> None:
+    """Raise UnsoundBoundsError if the right class of an image leads by less than was proved."""
+    right = labels.unsqueeze(1)
+    rival = logits.double().scatter(1, right, -torch.inf).amax(1)
+    lead = logits.double().gather(1, right).squeeze(1) - rival
+    below = ~(lead >= margin)
+    if bool(below.any()):
+        number = int(below.nonzero()[0])
+        raise UnsoundBoundsError(
+            f"image {first + number} is proved to keep its class by {float(margin[number]):.3g}, "
+            f"and yet the network's lead at a point of its ball is {float(lead[number]):.3g}: the "
+            "bounds have a bug, or the network has a state that its reset leaves; please report "
+            "it with the network"
+        )
+
+
 def _tighten(
     prover: Prover,
     search: _Search | None,
@@ -351,15 +387,11 @@ def _tighten(
     """Go on with the images of a batch that are neither verified nor wrong; writes into the last
     three.
     """
-
-    def still_open() -> list[int]:
-        return ((margin <= 0) & ~wrong).nonzero().squeeze(1).tolist()
-
-    if rest := still_open():
+    if rest := _still_open(margin, wrong):
         margin[rest] = torch.maximum(margin[rest], prover.crown(images[rest], labels[rest]))
     if search is None:
         return
-    for i in still_open():
+    for i in _still_open(margin, wrong):
         lead, found = search(images[i : i + 1], labels[i : i + 1], time_limit)
         if found is not None:
             wrong[i], x_adv[i] = True, found[0].to(x_adv)
@@ -367,7 +399,13 @@ def _tighten(
             margin[i] = max(float(margin[i]), lead)
 
 
-def bounded_logits(model: SpikingClassifier, run: BoundedRun, images: Tensor, eps: float) -> Bounds:
+def _still_open(margin: Tensor, wrong: Tensor) -> list[int]:
+    return (~(margin > 0) & ~wrong).nonzero().squeeze(1).tolist()
+
+
+def bounded_logits(
+    model: SpikingClassifier, run: BoundedRun, images: Tensor, eps: float | Tensor
+) -> Bounds:
     """Bounds of the logits over the ball, from one forward of the classifier on bounds of its
     images. 输出的上下界。
 
@@ -375,7 +413,7 @@ def bounded_logits(model: SpikingClassifier, run: BoundedRun, images: Tensor, ep
         model: A classifier in evaluation mode.
         run: Where what is found is kept; made from :func:`bounded_neurons`.
         images: Images in [0, 1].
-        eps: Linf radius.
+        eps: Linf radius, or one of each image, broadcast.
 
     Raises:
         NotImplementedError: If something in the network has no bounds; it is named.
@@ -392,7 +430,11 @@ def bounded_logits(model: SpikingClassifier, run: BoundedRun, images: Tensor, ep
     ]
     try:
         with torch.enable_grad(), run.replacing_neurons():
-            logits: Bounds = model(run.leaf(lower, upper, 0))
+            logits = model(run.leaf(lower, upper, 0))
+            if not isinstance(logits, Bounds):
+                raise NoBoundsError(
+                    "an output that does not depend on the input, or lost its bounds"
+                )
     except NoBoundsError as error:
         where = (
             f" in or behind {entered[-1]} ({type(model.net.get_submodule(entered[-1])).__name__})"
@@ -454,6 +496,8 @@ def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
         if not n.binary
     }
     for name, n in neurons.items():
+        if method := overridden(n):
+            unbounded[name] = f"{name}, whose {method} was replaced: take it away"
         if not n.charging().decay_value >= 0:
             unbounded[name] = f"{name}, whose decay is negative: give it a tau of 1 or more"
         for key in ("v_threshold", "v_reset"):

@@ -160,11 +160,11 @@ class Recorded(BoundedRun):
         self.steps[name].append(list(found))
         return found
 
-    def _fired(self, name, neuron, lower, upper):
+    def spikes(self, name, neuron, lower, upper):
         found = []
         for step in range(len(lower)):
             found.append(
-                super()._fired(name, neuron, lower[step : step + 1], upper[step : step + 1])
+                super().spikes(name, neuron, lower[step : step + 1], upper[step : step + 1])
             )
             self.steps[name][-1] += self._potential[name]
         return tuple(map(torch.cat, zip(*found, strict=True)))
@@ -247,6 +247,79 @@ def check(seed: int, points: int) -> Counter:
                 case, z, [found, *(spikes.movedim(0, 1) for spikes, _ in seen.values())]
             )
     return total
+
+
+def without_graph(part, x):
+    with torch.no_grad():
+        return part(x)
+
+
+def in_inference_mode(part, x):
+    with torch.inference_mode():
+        return part(x)
+
+
+def in_a_function(part, x):
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return part(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad.new_zeros(x.shape)
+
+    return Function.apply(x)
+
+
+def detached(part, x):
+    return part(x.detach())
+
+
+def by_data(part, x):
+    return part(x.data)
+
+
+def through_numpy(part, x):
+    return torch.from_numpy(part(x).detach().numpy())
+
+
+CUTS = [without_graph, in_inference_mode, in_a_function, detached, by_data, through_numpy]
+
+
+class Cut(nn.Module):
+    """A part of a network that runs outside the graph."""
+
+    def __init__(self, part: nn.Module, way) -> None:
+        super().__init__()
+        self.part, self.way = part, way
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.way(self.part, x)
+
+
+def check_cut(seed: int) -> bool:
+    """Whether a random network is refused as soon as one of its layers runs outside the graph."""
+    case = random.Random(seed)
+    torch.manual_seed(seed)
+    model = random_classifier(case, grid=False)
+    layers = [
+        name
+        for name, module in model.net.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.modules.batchnorm._BatchNorm)
+    ]
+    owner, _, name = case.choice(layers).rpartition(".")
+    parent = model.net.get_submodule(owner)
+    setattr(parent, name, Cut(getattr(parent, name), case.choice(CUTS)).eval())
+    events = isinstance(model, SpikingEventClassifier)
+    x = torch.rand(IMAGES, *[T] * events, 2, 6, 6)
+    try:
+        with torch.no_grad():
+            y = model(x).argmax(1)
+        verify(model, x, y, 0.01, method=case.choice(METHODS), time_limit=1.0)
+    except NotImplementedError:
+        return True
+    return False
 
 
 def run_of(model: SpikingClassifier, z: torch.Tensor) -> tuple[dict, torch.Tensor]:

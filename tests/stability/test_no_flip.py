@@ -12,7 +12,7 @@ from torch import nn
 
 from sj_robust.classifier import PoissonEncoder, SpikingClassifier, SpikingEventClassifier
 from sj_robust.neuron.charging import read_charging
-from sj_robust.stability import no_flip_radius
+from sj_robust.stability import UnsoundBoundsError, bounds, no_flip_radius
 
 NEURONS = test_verification.NEURONS | {
     "IF soft": lambda: neuron.IFNode(v_reset=None),
@@ -45,12 +45,16 @@ def spikes(model, x):
 @pytest.mark.slow
 @pytest.mark.parametrize("frames", [False, True], ids=["images", "frames"])
 @pytest.mark.parametrize("name", NEURONS)
-def test_no_spike_flips_below_the_radius_and_one_flips_just_above_it(name, frames):
+def test_no_spike_flips_below_the_radius_and_one_flips_just_above_it(name, frames, monkeypatch):
     model = network(NEURONS[name](), frames)
     x = 0.3 + 0.4 * torch.rand((3, 4, 2, 6, 6) if frames else (3, 2, 6, 6))
-    radius = no_flip_radius(model, x, batch_size=2)
-    assert (radius > 0).all()
     exact, wide = copy.deepcopy(model).double(), x.double()
+    in_float32 = no_flip_radius(model, x, batch_size=2)
+    for key, value in (("gamma", lambda terms: 0.0), ("_UNIT", 0.0)):
+        monkeypatch.setattr(bounds, key, value)
+    radius = no_flip_radius(exact, wide, batch_size=2)  # without float32's rounding
+    assert (radius > in_float32).all()
+    assert (in_float32 > 0).all()
     clean = spikes(exact, wide)
     for number in range(3):
         image, usual = wide[number : number + 1], clean[:, number : number + 1]
@@ -87,6 +91,39 @@ def worst_direction(model, x):
     return found
 
 
+def test_what_float32_rounds_is_taken_from_the_distance_to_the_threshold():
+    """The exact potential is just below the threshold, and float32 rounds it up to a spike."""
+    x = torch.rand(1, 300, generator=torch.Generator().manual_seed(1))
+    net = nn.Sequential(nn.Linear(300, 1, bias=False), neuron.IFNode(step_mode="m"))
+    torch.manual_seed(0)
+    nn.init.uniform_(net[0].weight, 0.0, 0.01)
+    model = SpikingClassifier(net, 1).eval()
+    weight = net[0].weight.detach().double()
+    exact, norm = float(weight @ x[0].double()), float(weight.norm())
+    for distance, rounded in ((1e-8, True), (1e-3, False)):
+        net[1].v_threshold = exact + distance
+        radius = float(no_flip_radius(model, x))
+        assert (radius == 0.0) == rounded
+        assert radius < distance / norm
+        assert rounded or radius > 0.9 * distance / norm
+
+
+@pytest.mark.parametrize("name", ["LIF", "LIF soft", "DLIF"])
+def test_no_float32_spike_flips_within_the_radius(name):
+    model = network(NEURONS[name]())
+    x = 0.3 + 0.4 * torch.rand(8, 2, 6, 6)
+    # On a grid, so that potentials come close to the threshold but for rounding.
+    model.net[0].weight.data = model.net[0].weight.data.mul(10).round() / 10
+    x = x.mul(10).round() / 10
+    radius = no_flip_radius(model, x)
+    clean = spikes(model, x)
+    for number in range(len(x)):
+        direction = torch.randn(200, 2, 6, 6)
+        direction /= direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        z = x[number : number + 1] + 0.99 * float(radius[number]) * direction
+        assert (spikes(model, z) == clean[:, number : number + 1]).all()
+
+
 class Past(nn.Module):
     """The input beside the spikes."""
 
@@ -112,6 +149,18 @@ class Past(nn.Module):
 def test_what_cannot_be_followed_is_named(net, message):
     with pytest.raises(NotImplementedError, match=message):
         no_flip_radius(SpikingClassifier(net, T=2), torch.rand(2, 4))
+
+
+def test_a_neuron_that_does_not_do_its_equation_is_refused():
+    model = network(neuron.IFNode())
+    model.net[3].neuronal_fire = lambda: model.net[3].v
+    with pytest.raises(NotImplementedError, match="its neuronal_fire was replaced"):
+        no_flip_radius(model, torch.rand(1, 2, 6, 6))
+    model = network(neuron.IFNode())
+    step = model.net[3].multi_step_forward
+    model.net[3].multi_step_forward = lambda x: step(2 * x)
+    with pytest.raises(UnsoundBoundsError, match="the layer 3 .IFNode. does not spike"):
+        no_flip_radius(model, torch.rand(1, 2, 6, 6))
 
 
 def test_wrong_use_is_named():

@@ -4,18 +4,20 @@ import sys
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spikingjelly.activation_based import functional, layer, neuron
+from scipy import sparse
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from stability import fuzz
 from stability.test_verification import NETWORKS, NEURONS, T, classifier, perturbed
 from torch import nn
 
 from sj_robust import SpikingClassifier
 from sj_robust._preserved import full_precision, preserved
-from sj_robust.stability import branching, relaxation, verify
+from sj_robust.stability import branching, exact, relaxation, verification, verify
 from sj_robust.stability.branching import Prover
 from sj_robust.stability.relaxation import Maps, RelaxedRun, minimum
 from sj_robust.stability.verification import _checked, bounded_logits
@@ -345,8 +347,9 @@ def without_shortcuts(monkeypatch):
     )
 
 
-@pytest.mark.parametrize(("answers", "verified"), [("2", True), ("1", False), ("x2", False)])
-def test_only_an_impossible_program_is_a_proof(monkeypatch, answers, verified):
+@pytest.mark.parametrize("answers", ["2", "1", "x2"])
+def test_no_word_of_the_solver_alone_is_a_proof(monkeypatch, answers):
+    """The image can be turned: "infeasible" is wrong, and nothing may come of it."""
     without_shortcuts(monkeypatch)
     said = iter(answers)  # statuses of HiGHS, or a point that does not fool the network
 
@@ -357,14 +360,119 @@ def test_only_an_impossible_program_is_a_proof(monkeypatch, answers, verified):
         )
 
     monkeypatch.setattr("scipy.optimize.milp", milp)
+    model, x = one_neuron(0.0), torch.full((1, 1), 0.2)
+    assert verify(model, x, model(x).argmax(1), 0.8, method="mip").verified == (False,)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_tree_of_linear_programs_closes_what_is_robust(seed, monkeypatch):
+    """Without the relaxation's bounds, what mip proves is what no point of a lattice turns."""
+    without_shortcuts(monkeypatch)
+    rivals = Prover.rivals
+
+    def all_open(self, *arguments):
+        weights, bounds, _ = rivals(self, *arguments)
+        return weights, -bounds.abs() - 1.0, None
+
+    monkeypatch.setattr(Prover, "rivals", all_open)
+    model = small(NEURONS["LIF"], seed=seed)
+    x = torch.rand(1, 3, generator=torch.Generator().manual_seed(seed))
+    y = model(x).argmax(1)
+    monkeypatch.setattr(verification, "_still_open", lambda margin, wrong: [0])
+    result = verify(model, x, y, 0.05, method="mip", time_limit=30.0)
+    turned = bool((model(grid(x, 0.05, 20)).argmax(1) != y).any())
+    assert result.verified == (not turned,)
+
+
+def test_multipliers_of_any_kind_give_a_lower_bound():
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        matrix = sparse.csr_matrix(generator.normal(size=(5, 4)))
+        costs, limits = generator.normal(size=4), generator.uniform(0.5, 1.0, size=5)
+        lower, upper = -np.ones(4), np.ones(4)
+        points = generator.uniform(-1.0, 1.0, size=(2000, 4))
+        allowed = points[(points @ matrix.T <= limits).all(1)]
+        for size in (0.0, 1.0, 100.0):
+            multipliers = size * generator.uniform(size=5)
+            least = exact._safe_minimum(costs, matrix, limits, lower, upper, multipliers)
+            assert (allowed @ costs >= least).all()
+
+
+@pytest.mark.parametrize("factor", [1e6, 1e9])
+def test_a_program_with_large_coefficients_is_not_solved(monkeypatch, factor):
+    without_shortcuts(monkeypatch)
+    monkeypatch.setattr("scipy.optimize.milp", lambda *args, **kwargs: pytest.fail("solved"))
     model, x = one_neuron(0.0), torch.full((1, 1), 0.5)
-    assert verify(model, x, model(x).argmax(1), 0.5, method="mip").verified == (verified,)
+    model.net[0].weight.data *= 4 * factor
+    assert verify(model, x, model(x).argmax(1), 0.5, method="mip").unknown == (True,)
 
 
 def test_a_program_finds_the_spike_that_loses_the_lead(monkeypatch):
     without_shortcuts(monkeypatch)
     model, x = one_neuron(0.0), torch.full((1, 1), 0.2)
     assert verify(model, x, model(x).argmax(1), 0.8, method="mip").broken == (True,)
+
+
+class Step(surrogate.ATan):
+    """Without a gradient."""
+
+    def forward(self, x):
+        return (x >= 0).to(x)
+
+
+class Aside(nn.Module):
+    """Logits of the image, beside a neuron that nothing hangs on."""
+
+    def __init__(self):
+        super().__init__()
+        self.node, self.head = neuron.IFNode(step_mode="m"), nn.Linear(3, 2)
+
+    def forward(self, x):
+        self.node(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_network_without_a_gradient_to_its_input_is_searched_as_any_other(method):
+    torch.manual_seed(0)
+    steps = nn.Sequential(
+        nn.Linear(3, 5), neuron.IFNode(surrogate_function=Step(), step_mode="m"), nn.Linear(5, 2)
+    )
+    for net in (steps, Aside()):
+        model = SpikingClassifier(net, T).eval()
+        x = torch.rand(4, 3)
+        y = model(x).argmax(1)
+        result = verify(model, x, y, 0.3, method=method, time_limit=2.0)
+        for number, verified in enumerate(result.verified):
+            points = grid(x[number : number + 1], 0.3, 8)
+            assert not (verified and (model(points).argmax(1) != y[number]).any())
+
+
+def test_a_bound_that_is_not_a_number_proves_nothing(monkeypatch):
+    model, x = small(neuron.IFNode), torch.full((1, 3), 0.5)
+    y = model(x).argmax(1)
+    nothing = SimpleNamespace(value=torch.full((2,), torch.nan))
+    with monkeypatch.context() as patch:
+        without_shortcuts(patch)
+        patch.setattr(branching, "raised", lambda *args, **rounds: nothing)
+        patch.setattr(Prover, "_branched", lambda *args: (torch.nan, None))
+        assert verify(model, x, y, 0.5, method="bab").verified == (False,)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            relaxation,
+            "minimum",
+            lambda maps, run, samples, *rest: SimpleNamespace(
+                value=torch.full((len(samples),), torch.nan, dtype=torch.float64)
+            ),
+        )
+        _, run = relaxed(model, x, 0.3, tight=True)
+    _, plain = relaxed(model, x, 0.3)
+    assert not bool(run.empty.any())
+    assert all(
+        torch.equal(step.lower, other.lower)
+        for stage, same in zip(run.stages, plain.stages, strict=True)
+        for step, other in zip(stage.steps, same.steps, strict=True)
+    )
 
 
 def test_branch_and_bound_proves_every_rival(monkeypatch):

@@ -3,8 +3,10 @@ their definitions.
 """
 
 import math
+import random
 import sys
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import binom, norm
@@ -114,12 +116,89 @@ def test_draws_of_the_network_have_nothing_to_do_with_the_noise():
             above = (torch.randn(x.shape) > (x - 0.5) / 0.25).float()[:, :1]
             return torch.cat((above, 1 - above), 1)
 
-    x = torch.full((4, 2), 0.5)
-    assert smooth(Doubtful(), x, 0.25, n=2000, generator=seeded()).prediction == (0, 0, 0, 0)
+    x = torch.full((2, 2), 0.5)
+    assert smooth(Doubtful(), x, 0.25, n=500, generator=seeded()).prediction == (0, 0)
     assert all(
-        850 < count < 1150
-        for count in smooth(Matching(), x, 0.25, n=2000, generator=seeded()).count
+        190 < count < 310 for count in smooth(Matching(), x, 0.25, n=500, generator=seeded()).count
     )
+
+
+def coin(draw):
+    """A network that gives all images of a forward class 0 in seven of ten, by one coin."""
+
+    def model(x):
+        heads = float(draw() < 0.7)
+        return torch.tensor([[heads, 1.0 - heads]]).expand(len(x), 2)
+
+    return model
+
+
+COINS = {
+    "torch": lambda: float(torch.rand(())),
+    "numpy": lambda: float(np.random.rand()),  # noqa: NPY002  # a network that does so
+    "python": random.random,
+}
+
+
+@pytest.mark.parametrize("draw", COINS)
+def test_draws_do_not_share_a_coin_of_the_network(draw):
+    """p = 0.7 whatever the image, so that no radius may exceed that of 0.7 more often than alpha.
+
+    With one coin per forward a batch would vote as one, and p be 1 in seven of ten images.
+    """
+    x = torch.full((20, 2), 0.5)
+    state, own = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002  # as above
+    result = smooth(coin(COINS[draw]), x, 0.25, n0=20, n=100, alpha=0.05, generator=seeded())
+    assert random.getstate() == state
+    assert np.random.get_state()[1].tolist() == own  # noqa: NPY002  # as above
+    truth = 0.25 * norm.ppf(0.7)
+    assert sum(radius > truth for radius in result.radius) <= binom.ppf(0.999, 20, 0.05)
+    assert all(
+        50 <= count <= 88
+        for count, kind in zip(result.count, result.prediction, strict=True)
+        if kind == 0
+    )
+    assert result == smooth(
+        coin(COINS[draw]), x, 0.25, n0=20, n=100, alpha=0.05, generator=seeded()
+    )
+
+
+def mixed(x):
+    """Logits that hang on the mean of the batch."""
+    return HALF_SPACE(x - x.mean(0))
+
+
+def encoded():
+    torch.manual_seed(0)
+    net = build_network(NetworkSpec(channels=(2,), image_shape=(1, 4, 4)))
+    return SpikingClassifier(net, T=4, encoder=PoissonEncoder()).eval()
+
+
+@pytest.mark.parametrize("kind", ["plain", "encoder", "coin", "mixed"])
+def test_the_batch_size_changes_nothing(kind):
+    model = {"plain": HALF_SPACE, "coin": coin(COINS["torch"]), "mixed": mixed}.get(kind)
+    model = model or encoded()
+    x = (
+        torch.rand(2, 1, 4, 4, generator=seeded(2))
+        if kind == "encoder"
+        else torch.rand(2, 3)[:, :2]
+    )
+    found = {
+        smooth(model, x, 0.25, n0=10, n=60, batch_size=size, generator=seeded(4))
+        for size in (1, 7, 64)
+    }
+    assert len(found) == 1
+
+
+def test_a_network_that_keeps_a_state_is_refused():
+    seen = []
+
+    def remembers(x):
+        seen.append(1.0)
+        return HALF_SPACE(x) + len(seen)
+
+    with pytest.raises(ValueError, match="one that keeps a state .* wrap a spiking network"):
+        smooth(remembers, torch.rand(1, 2), 0.25, n0=10, n=10)
 
 
 def test_attacks_go_through_the_noise_of_one_draw():

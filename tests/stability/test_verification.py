@@ -15,7 +15,7 @@ from unchanged import unchanged
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks import pgd
 from sj_robust.classifier import PoissonEncoder, SpikingEventClassifier
-from sj_robust.stability import bounds, verify
+from sj_robust.stability import UnsoundBoundsError, bounds, verify
 from sj_robust.stability.verification import bounded_logits, bounded_neurons
 
 T = 4
@@ -355,7 +355,7 @@ def test_a_proof_of_what_the_network_gets_wrong_is_an_error(monkeypatch):
     x = torch.rand(3, 2, 8, 8)
     y = model(x).argmax(1)
     y[2] = (y[2] + 1) % 3
-    with pytest.raises(RuntimeError, match="image 2 is proved and yet classified wrong"):
+    with pytest.raises(UnsoundBoundsError, match="image 0 is proved to keep its class by 1, "):
         verify(model, x, y, 0.1, batch_size=1)
 
 
