@@ -106,7 +106,12 @@ import shlex
 import sys
 
 import torch
-from lab.benchmarking.benchmarks import BENCHMARKS, GPU_BENCHMARKS, check_instruction_set
+from lab.benchmarking.benchmarks import (
+    BENCHMARKS,
+    GPU_BENCHMARKS,
+    check_instruction_set,
+    chosen_instruction_set,
+)
 from lab.benchmarking.gate import refuse_unless_tests_pass, run_gpu_tests
 from lab.benchmarking.race import TOO_LONG, Race
 from lab.benchmarking.results import TESTS, Results, Row, load
@@ -117,8 +122,8 @@ from rich.table import Table
 
 import sj_robust
 from sj_robust._console import working
-from sj_robust._environment import environment, processor, version_of
-from sj_robust.ops.dlif import cpp
+from sj_robust._environment import processor, version_of
+from sj_robust.evaluation import environment
 
 PEERS = ("snntorch", "norse")
 GPU_PACKAGES = ("triton", "cupy-cuda12x", "cupy-cuda13x")
@@ -224,7 +229,7 @@ def measured_with(options: Options) -> dict[str, str]:
 def instruction_set(options: Options) -> dict[str, str]:
     """The environment variable that names it."""
     chosen = options.instruction_set
-    return {} if chosen is None else {cpp.INSTRUCTION_SET_VARIABLE: chosen}
+    return {} if chosen is None else chosen_instruction_set(chosen)
 
 
 def csv_file(options: Options, where: dict[str, str], subject: str) -> Path | None:

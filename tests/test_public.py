@@ -213,6 +213,7 @@ def test_recipes_and_pages_use_public_names_only():
     public = set(PUBLIC) | {f"{module}.{name}" for module, name in NAMES}
     public |= {
         "sj_robust._recipes_installed",
+        "sj_robust._console.duration",
         "sj_robust._console.working",
         "sj_robust._extras.check_extra",
         "sj_robust._folders.read_text",

@@ -105,7 +105,8 @@ def test_a_network_that_may_wait_is_copied_saved_compiled_and_exported_as_before
     copies.append(torch.compile(model, fullgraph=True, backend="eager"))
     for copied in copies:
         assert torch.equal(copied(x), wanted)
-    plain = SpikingClassifier(nn.Sequential(nn.Linear(4, 3)), T=2, step_mode="m").eval()
+    plain = SpikingClassifier(nn.Sequential(nn.Linear(4, 3)), T=2, takes="sequence").eval()
+    plain.find_convention(x)
     exported = torch.export.export(plain, (x,)).module()
     assert torch.equal(exported(x), plain(x))
 

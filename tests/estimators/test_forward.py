@@ -319,7 +319,8 @@ def test_everything_is_put_back(name):
     model.net[2].multi_step_forward = functional_override = partial(
         neuron.LIFNode.multi_step_forward, model.net[2]
     )
-    before, values = _state(model), everything(model, images())
+    values = everything(model, images())
+    before = _state(model)
     modules = [id(m) for m in model.modules()]
     keys = list(model.state_dict())
 

@@ -160,12 +160,12 @@ def with_global(monkeypatch):
 def in_single_steps(monkeypatch):
     net = nn.Sequential(nn.Flatten(-3), nn.Linear(16, 3))
     net[1].weight.data.fill_(0.1)
-    return SpikingClassifier(net, T, step_mode="s")
+    return SpikingClassifier(net, T, takes="steps")
 
 
 def in_multi_steps(monkeypatch):
     model = in_single_steps(monkeypatch)
-    return SpikingClassifier(model.net, T, step_mode="m")
+    return SpikingClassifier(model.net, T, takes="sequence")
 
 
 def with_a_smaller_default(monkeypatch):

@@ -44,7 +44,7 @@ PACKAGES: dict[
     "perturbation": {
         "tests": [
             "tests/perturbation",
-            "tests/neuron/test_fusion.py",
+            "tests/neuron/test_stage.py",
             "tests/evaluation/test_pictures.py",
             "tests/test_shown.py",
             "sj_robust/perturbation",
@@ -52,7 +52,7 @@ PACKAGES: dict[
     },
     "stability": {"tests": ["tests/stability", "tests/test_shown.py", "sj_robust/stability"]},
     "ops": {
-        "tests": ["tests/ops", "tests/neuron/test_fusion.py", "sj_robust/ops"],
+        "tests": ["tests/ops", "tests/neuron/test_stage.py", "sj_robust/ops"],
         "text": "triton_kernel.py",  # tests/ops/triton/mutate.py plants faults in it
         "left out": [  # of the texts of kernels, not of Python
             "tests/ops/cuda/test_shim.py",

@@ -315,7 +315,7 @@ class TestHost:
             DLIFNode(2)._replicate_for_data_parallel()
 
 
-class TestWrongUse:  # of a neuron alone; what a network says is in test_fusion.py, plain and fused
+class TestWrongUse:  # of a neuron alone; what a network says is in test_stage.py
     @pytest.mark.parametrize(
         ("arguments", "match"),
         [

@@ -23,7 +23,7 @@ TESTS = (
     "tests/ops/test_dlif.py",
     "tests/ops/test_bn_dlif.py",
     "tests/ops/test_cpp.py",
-    "tests/neuron/test_fusion.py",
+    "tests/neuron/test_stage.py",
 )
 OF_OPTIMISED_CODE = "tests/ops/test_cpp.py::test_wide_code_stores_past_the_cache"
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"

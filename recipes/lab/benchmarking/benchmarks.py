@@ -274,3 +274,8 @@ def check_instruction_set(name: str | None) -> None:
         raise ValueError(
             f"--instruction-set must be one of {', '.join(known)} on this processor, got {name}"
         )
+
+
+def chosen_instruction_set(name: str) -> dict[str, str]:
+    """The environment variable with which the compiled kernel runs on this instruction set."""
+    return {cpp.INSTRUCTION_SET_VARIABLE: name}
