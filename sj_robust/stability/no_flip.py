@@ -90,8 +90,8 @@ def no_flip_radius(model: SpikingClassifier, x: Tensor, *, batch_size: int = 64)
     with sums_of_products(device), torch.no_grad(), preserved(model):
         model.eval()
         given = x.detach().to(device)
+        model.find_convention(given)  # before anything is replaced
         exact = copy.deepcopy(model).double()
-        exact.find_convention(given.double())  # before anything is replaced
         rows = _row_norms(exact, given[:1].double(), batch_size)
         neurons = find_neurons(model.net, {}, {})[0]
         check_neurons({name: neurons[name] for name in rows}, model.T, given)
