@@ -121,8 +121,8 @@ from rich.console import Console
 from rich.table import Table
 
 import sj_robust
-from sj_robust._console import working
-from sj_robust._environment import processor, version_of
+from sj_robust.core.console import working
+from sj_robust.core.environment import processor, version_of
 from sj_robust.evaluation import environment
 
 PEERS = ("snntorch", "norse")

@@ -35,7 +35,7 @@ from lab.command_line.declared import (
     often,
 )
 
-from sj_robust._extras import check_extra
+from sj_robust.core.extras import check_extra
 
 
 @dataclass(frozen=True)
@@ -213,9 +213,9 @@ from lab.leaderboard import make_leaderboard
 from rich.console import Console
 
 from sj_robust import training
-from sj_robust._console import working
-from sj_robust._folders import read_text
 from sj_robust.classifier import SpikingClassifier
+from sj_robust.core.console import working
+from sj_robust.core.folders import read_text
 from sj_robust.data import EVENT_DATASETS, load_images
 from sj_robust.evaluation import (
     RobustnessReport,

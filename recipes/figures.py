@@ -26,7 +26,7 @@ from lab.command_line import (
 )
 from lab.command_line.declared import DatasetName, NonNegativeInt, OutputFolder, PositiveInt, Radius
 
-from sj_robust._extras import check_extra
+from sj_robust.core.extras import check_extra
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ from lab.sweeping.summary import axes_in, cells_of, columns_of
 from torch import Tensor
 
 from sj_robust import DLIFNode
-from sj_robust._console import working
 from sj_robust.attacks import pgd
+from sj_robust.core.console import working
 from sj_robust.data import load_images
 from sj_robust.evaluation import ThreatModel, make_suite, parse_eps
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint

@@ -135,9 +135,9 @@ from lab.sweeping.recipe import load_recipe
 from lab.sweeping.report import write_report
 from rich.console import Console
 
-from sj_robust._console import duration, working
-from sj_robust._extras import check_extra
-from sj_robust._folders import read_text
+from sj_robust.core.console import duration, working
+from sj_robust.core.extras import check_extra
+from sj_robust.core.folders import read_text
 from sj_robust.evaluation import write_whole
 
 

@@ -21,23 +21,23 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
     from sj_robust import neuron as neuron
     from sj_robust import ops as ops
     from sj_robust import perturbation as perturbation
-    from sj_robust import randomness as randomness
-    from sj_robust import stability as stability
     from sj_robust import training as training
     from sj_robust.classifier import SpikingClassifier
+    from sj_robust.core import randomness as randomness
     from sj_robust.evaluation import evaluate
     from sj_robust.neuron import DLIFNode, replace_neurons
-    from sj_robust.perturbation import MPPDMonitor, compare
-    from sj_robust.stability import certify, verify
+    from sj_robust.perturbation import MPPDMonitor, compare_potentials
+    from sj_robust.perturbation.gains import perturbation_gains
+    from sj_robust.proofs import verify
 
 __all__ = [
     "DLIFNode",
     "MPPDMonitor",
     "SpikingClassifier",
     "__version__",
-    "certify",
-    "compare",
+    "compare_potentials",
     "evaluate",
+    "perturbation_gains",
     "replace_neurons",
     "verify",
 ]
@@ -46,11 +46,11 @@ _HOMES = {
     "DLIFNode": "neuron",
     "MPPDMonitor": "perturbation",
     "SpikingClassifier": "classifier",
-    "certify": "stability",
-    "compare": "perturbation",
+    "compare_potentials": "perturbation",
     "evaluate": "evaluation",
+    "perturbation_gains": "perturbation.gains",
     "replace_neurons": "neuron",
-    "verify": "stability",
+    "verify": "proofs",
 }
 _PARTS = frozenset(
     {
@@ -64,8 +64,7 @@ _PARTS = frozenset(
         "neuron",
         "ops",
         "perturbation",
-        "randomness",
-        "stability",
+        "proofs",
         "training",
     }
 )

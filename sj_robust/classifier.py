@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sj_robust._checks import check_network
-from sj_robust._convention import (
+from sj_robust.core.checks import check_network
+from sj_robust.core.convention import (
     TAKES,
     Convention,
     Takes,
@@ -21,8 +21,8 @@ from sj_robust._convention import (
     untouched,
     wrong_outputs,
 )
-from sj_robust._environment import device_of
-from sj_robust._host import (
+from sj_robust.core.environment import device_of
+from sj_robust.core.host import (
     EVAL_MODE_HAS_NO_GRADIENT,
     base,
     from_reset,
@@ -30,7 +30,7 @@ from sj_robust._host import (
     is_neuron,
     neuron,
 )
-from sj_robust._preserved import one_thread_at_a_time
+from sj_robust.core.preserved import one_thread_at_a_time
 from sj_robust.neuron import DLIFNode
 
 __all__ = ["Convention", "PoissonEncoder", "SpikingClassifier", "SpikingEventClassifier"]

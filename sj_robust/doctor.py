@@ -16,9 +16,9 @@ import torch
 from packaging.requirements import Requirement
 from torch import Tensor
 
-from sj_robust._environment import processor, version_of
-from sj_robust._host import EVAL_MODE_HAS_NO_GRADIENT, lif_multi_step
 from sj_robust._version import __version__
+from sj_robust.core.environment import processor, version_of
+from sj_robust.core.host import EVAL_MODE_HAS_NO_GRADIENT, lif_multi_step
 from sj_robust.neuron import DLIFNode
 from sj_robust.ops import available_backends
 from sj_robust.ops.dlif import cpp

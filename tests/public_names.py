@@ -7,8 +7,8 @@ the distributions compare this table with the package.
 
 PUBLIC = {
     "sj_robust": (
-        "DLIFNode MPPDMonitor SpikingClassifier __version__ certify compare evaluate "
-        "replace_neurons verify"
+        "DLIFNode MPPDMonitor SpikingClassifier __version__ compare_potentials evaluate "
+        "perturbation_gains replace_neurons verify"
     ),
     "sj_robust.attacks": (
         "Attack AutoAttackWarning Moves SampleSeeds ThreatModel apgd autoattack check_frames "
@@ -55,16 +55,19 @@ PUBLIC = {
     "sj_robust.ops.bn_dlif": "BatchNorm batch_norm_dlif_multi_step can_fuse repeat_step",
     "sj_robust.perturbation": (
         "IntensityCorrelation LayerStats LayerTrace MPPDMonitor MPPDStatistics Perturbation "
-        "Traces compare full_perturbation intensity_correlation membrane_potential ms_mppd "
-        "neuron_indicators sample_indicators simplified_perturbation spike_train_distance tasad "
-        "trace"
+        "Traces compare_potentials full_perturbation intensity_correlation membrane_potential "
+        "ms_mppd neuron_indicators sample_indicators simplified_perturbation "
+        "spike_train_distance tasad spike_traces"
     ),
     "sj_robust.evaluation.drawings": "plot_report plot_robustness robustness_figures",
-    "sj_robust.stability": (
-        "Bound BoundedLayer Certificate GainDesign INPUT InputMap LayerCertificate NeuronGains "
-        "SmoothedClassifier Smoothing UnsoundBoundsError Verification certify gain_penalty "
-        "gain_scalars input_maps l2_gain l2_gain_limit neuron_gains no_flip_radius "
-        "optimal_input_gain peak_gain printed_gain smooth time_operator verify"
+    "sj_robust.perturbation.gains": (
+        "Bound Certificate GainDesign INPUT InputMap LayerCertificate NeuronGains "
+        "gain_penalty gain_scalars input_maps l2_gain l2_gain_limit neuron_gains "
+        "optimal_input_gain peak_gain perturbation_gains printed_gain time_operator"
+    ),
+    "sj_robust.proofs": (
+        "BoundedLayer SmoothedClassifier Smoothing UnsoundBoundsError Verification "
+        "no_flip_radius smooth verify"
     ),
     "sj_robust.training": (
         "CertifiedLoss EpochRecord ForwardPasses GradientSparsity Journal Losses MODES Mode "

@@ -21,34 +21,23 @@ PACKAGE = Path(sj_robust.__file__).parent
 PAGE = Path(__file__).parents[1] / "docs" / "concepts" / "architecture.md"
 TREE_BEGINS, TREE_ENDS = "<!-- tree: begin -->\n\n", "\n<!-- tree: end -->"
 LIBRARY = [
-    {
-        "_checks",
-        "_console",
-        "_convention",
-        "_datasets",
-        "_environment",
-        "_eps",
-        "_extras",
-        "_folders",
-        "_host",
-        "_preserved",
-        "_recipes_installed",
-        "_saved",
-        "_shown",
-        "_version",
-        "ops",
-        "randomness",
-    },
+    {"_version", "core", "ops"},
     {"neuron"},
     {"classifier"},
-    {"attacks", "estimators", "perturbation", "stability"},
+    {"attacks", "estimators", "proofs"},
+    {"perturbation"},
     {"data", "models"},
     {"evaluation"},
     {"training"},
     {"doctor"},
 ]
 LAYERS = [*LIBRARY, {"lab"}, {"recipes"}]
-HOST_FILES = {"_host.py", "classifier.py", "perturbation/monitor.py", "stability/operator.py"}
+HOST_FILES = {
+    "core/host.py",
+    "classifier.py",
+    "perturbation/monitor.py",
+    "perturbation/gains/operator.py",
+}
 HOST_FOLDERS = {"models", "data"}
 RECIPES = PACKAGE.parent / "recipes"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
@@ -133,7 +122,7 @@ def test_few_files_know_spikingjelly():
 
 def test_attacks_know_torch_and_a_callable():
     known = {part_of(imported) for module, imported in edges() if part_of(module) == "attacks"}
-    assert known == {"_checks", "_eps", "_preserved", "attacks", "randomness"}
+    assert known == {"attacks", "core"}
 
 
 def test_no_circle_of_files():
@@ -216,7 +205,7 @@ def without_extras(name, globals=None, locals=None, fromlist=(), level=0):
     return found(name, globals, locals, fromlist, level)
 
 builtins.__import__ = without_extras
-for package in ("evaluation", "estimators", "stability", "perturbation"):
+for package in ("evaluation", "estimators", "proofs", "perturbation"):
     path = importlib.import_module(f"sj_robust.{{package}}").__path__
     for module in pkgutil.walk_packages(path, f"sj_robust.{{package}}."):
         importlib.import_module(module.name)
@@ -239,7 +228,7 @@ def test_the_package_is_light_and_imports_compiler_matplotlib_and_data_sets_when
 @pytest.mark.slow
 def test_what_needs_torch_alone_imports_without_extras_and_what_draws_when_it_draws():
     drawing = {f"sj_robust.evaluation.{name}" for name in ("drawings", "html", "terminal")}
-    needed = {"sj_robust.evaluation.assess", "sj_robust.stability.certificate"}
+    needed = {"sj_robust.evaluation.assess", "sj_robust.perturbation.gains.certificate"}
     assert drawing | needed <= set(said_by(WITHOUT_EXTRAS).split())
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sj_robust import SpikingClassifier, certify, compare, evaluate, verify
-from sj_robust._host import layer, neuron
+from sj_robust import SpikingClassifier, compare_potentials, evaluate, perturbation_gains, verify
+from sj_robust.core.host import layer, neuron
 from sj_robust.evaluation import Corruption, Fault, own_network, stress
-from sj_robust.stability import smooth
+from sj_robust.proofs import smooth
 
 T, N, SIDE, CLASSES = 3, 8, 4, 3
 SECOND = 1.0
@@ -59,14 +59,20 @@ X, Y = images(), labels()
 RIGHT: dict[Any, dict[str, Any]] = {
     evaluate: {"x": X, "y": Y, "eps": 0.1, "T": T, "progress": False},
     stress: {"x": X, "y": Y, "eps": 0.1, "T": T, "progress": False},
-    compare: {"x": X, "x_perturbed": X + 0.1, "T": T},
-    certify: {"x": X, "x_perturbed": X + 0.1, "T": T},
+    compare_potentials: {"x": X, "x_perturbed": X + 0.1, "T": T},
+    perturbation_gains: {"x": X, "x_perturbed": X + 0.1, "T": T},
     verify: {"x": X, "y": Y, "eps": 0.1, "T": T},
     smooth: {"x": X, "sigma": 0.1},
 }
-NETWORK = {evaluate: "model", stress: "model", compare: "net", certify: "net", verify: "model"}
+NETWORK = {
+    evaluate: "model",
+    stress: "model",
+    compare_potentials: "net",
+    perturbation_gains: "net",
+    verify: "model",
+}
 CARDS = (evaluate, stress)
-ALL = (*CARDS, compare, certify, verify)
+ALL = (*CARDS, compare_potentials, perturbation_gains, verify)
 
 
 @dataclass(frozen=True)
@@ -195,7 +201,7 @@ WRONG = [
             ((stress,), ("steps",)),
             ((verify, smooth), ("batch_size",)),
             ((smooth,), ("n", "n0")),
-            ((certify,), ("max_iterations",)),
+            ((perturbation_gains,), ("max_iterations",)),
         )
         for name in names
         for value, said in {
@@ -208,7 +214,7 @@ WRONG = [
     ),
     Wrong(ALL, {"T": X}, r"T must be a number of time steps, got a tensor; name the arguments"),
     *(
-        Wrong((*CARDS, certify), {"seed": seed}, rf"seed must be {said}")
+        Wrong((*CARDS, perturbation_gains), {"seed": seed}, rf"seed must be {said}")
         for seed, said in {
             -1: ">= 0, got -1",
             1.5: "an integer, got float; give one >= 0",
@@ -246,7 +252,11 @@ WRONG = [
         }.items()
     ),
     Wrong((smooth,), {"model": "digits/lif"}, r"model must be a callable from images to logits"),
-    Wrong((*CARDS, certify, verify), {"T": None}, r"T must be given for a bare network \(Counted"),
+    Wrong(
+        (*CARDS, perturbation_gains, verify),
+        {"T": None},
+        r"T must be given for a bare network \(Counted",
+    ),
     # images
     *(
         Wrong((*CARDS, verify, smooth), {"x": value}, said)
@@ -327,7 +337,7 @@ WRONG = [
     Wrong(CARDS, {"progress": None}, r"progress must be True or False, got None"),
     # pairs of inputs
     *(
-        Wrong((compare, certify), {name: value}, said)
+        Wrong((compare_potentials, perturbation_gains), {name: value}, said)
         for name, value, said in (
             ("x", X.numpy(), r"x must be a tensor, got ndarray; use torch.as_tensor\(x\)"),
             ("x", None, r"x must be a tensor, got NoneType; use"),
@@ -336,12 +346,23 @@ WRONG = [
             ("x_perturbed", X / 0, r"x_perturbed must be finite, got .*; leave those samples out"),
         )
     ),
-    Wrong((certify,), {"x": X[:0]}, r"x must hold a sample, \[N, ...\], got shape .*; add N"),
-    Wrong((certify,), {"x": X.double().int()}, r"x must be floating point, got torch.int32; scale"),
+    Wrong(
+        (perturbation_gains,),
+        {"x": X[:0]},
+        r"x must hold a sample, \[N, ...\], got shape .*; add N",
+    ),
+    Wrong(
+        (perturbation_gains,),
+        {"x": X.double().int()},
+        r"x must be floating point, got torch.int32; scale",
+    ),
     # numbers of the proofs
     *(
         Wrong((call,), {name: value}, rf"{name} must be {said}")
-        for call, names in ((certify, ("margin", "tolerance")), (verify, ("time_limit",)))
+        for call, names in (
+            (perturbation_gains, ("margin", "tolerance")),
+            (verify, ("time_limit",)),
+        )
         for name in names
         for value, said in {
             "1": rf"a number, got str; use float\({name}\)",

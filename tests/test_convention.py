@@ -11,12 +11,12 @@ from networks_as_written import ROWS
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
-from sj_robust import SpikingClassifier, certify, compare, evaluate, verify
-from sj_robust._convention import kept_state
+from sj_robust import SpikingClassifier, compare_potentials, evaluate, perturbation_gains, verify
 from sj_robust.classifier import SpikingEventClassifier
+from sj_robust.core.convention import kept_state
 from sj_robust.evaluation.subject import Subject, check_fits
 from sj_robust.models import DirectlyEncoded, NetworkSpec, build_network, set_time_steps
-from sj_robust.stability import smooth
+from sj_robust.proofs import smooth
 from sj_robust.training import Objective
 
 QUICK_OF_THE_ZOO = {"MSResNet", "Spikformer", "MNISTNet"}
@@ -209,7 +209,9 @@ def test_a_neuron_in_two_places_is_no_loop_once_that_is_said():
         ("single steps", 0, "T must be .*>= 1.*, got 0"),
     ],
 )
-@pytest.mark.parametrize("call", ["classifier", "evaluate", "compare", "certify", "verify"])
+@pytest.mark.parametrize(
+    "call", ["classifier", "evaluate", "compare", "perturbation_gains", "verify"]
+)
 def test_a_wrong_number_of_steps_is_refused(name, T, match, call):
     net, x = ROWS[name].network(), ROWS[name].images()
     if call == "compare" and T is None:
@@ -220,8 +222,8 @@ def test_a_wrong_number_of_steps_is_refused(name, T, match, call):
             "evaluate": lambda: evaluate(
                 net, x, torch.tensor([0, 1]), eps=0.1, T=T, progress=False
             ),
-            "compare": lambda: compare(net, x, x, T=T),
-            "certify": lambda: certify(net, x, T=T),
+            "compare": lambda: compare_potentials(net, x, x, T=T),
+            "perturbation_gains": lambda: perturbation_gains(net, x, T=T),
             "verify": lambda: verify(net, x, torch.tensor([0, 1]), 0.1, T=T),
         }[call]()
 
@@ -306,8 +308,10 @@ def test_networks_of_the_package_take_images_and_frames():
 
 
 PER_CALL = {
-    "compare": lambda model, x, y: compare(model, x, (x + 0.05).clamp(max=1)),
-    "certify": lambda model, x, y: certify(model, x, x_perturbed=(x + 0.05).clamp(max=1)),
+    "compare": lambda model, x, y: compare_potentials(model, x, (x + 0.05).clamp(max=1)),
+    "perturbation_gains": lambda model, x, y: perturbation_gains(
+        model, x, x_perturbed=(x + 0.05).clamp(max=1)
+    ),
     "verify": lambda model, x, y: verify(model, x, y, 0.001),
     "smooth": lambda model, x, y: smooth(model, x, 0.1, n0=4, n=8),
     "objective": lambda model, x, y: Objective(model.train())(x, y, x).total.backward(),
@@ -331,7 +335,7 @@ def test_certified_gains_of_images_are_those_of_sequences():
     for name in ("image repeated, mean over time", "sequence"):
         row = ROWS[name]
         model = classifier_of(row, row.network())
-        found.append(list(certify(model, x, x_perturbed=x_perturbed).layers))
+        found.append(list(perturbation_gains(model, x, x_perturbed=x_perturbed).layers))
     for of_images, of_sequence in zip(*found, strict=True):
         if of_images.feeds == ("input",):  # one image feeds all four steps
             assert of_images.norm == pytest.approx(2 * of_sequence.norm, rel=1e-3)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sj_robust import __version__, doctor
-from sj_robust._host import EVAL_MODE_HAS_NO_GRADIENT
+from sj_robust.core.host import EVAL_MODE_HAS_NO_GRADIENT
 from sj_robust.ops import available_backends
 from sj_robust.ops.dlif import cpp, eager
 

@@ -27,10 +27,10 @@ from lab.command_line import run_recipe
 from torch import nn
 
 from sj_robust import DLIFNode, MPPDMonitor, SpikingClassifier, replace_neurons
-from sj_robust._host import functional, layer, neuron, surrogate
 from sj_robust.attacks import fgsm, pgd
 from sj_robust.classifier import SpikingEventClassifier
-from sj_robust.stability import certify
+from sj_robust.core.host import functional, layer, neuron, surrogate
+from sj_robust.perturbation.gains import perturbation_gains
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "mistakes.md"
@@ -146,7 +146,7 @@ def without(package):
 
     def do():
         with mock.patch.dict(sys.modules, {package: None}):
-            for name in ("lab.command_line", "sj_robust._recipes_installed"):
+            for name in ("lab.command_line", "sj_robust.core.recipes_installed"):
                 sys.modules.pop(name, None)
             runpy.run_path(str(ROOT / "recipes" / "adv_train.py"), run_name="adv_train")
 
@@ -282,10 +282,10 @@ NEURONS = {
     ).compare(images(), images()),
     "compare gets a NaN": lambda: MPPDMonitor(network()).compare(sequence(), sequence() / 0 * 0),
     "The network is not reset between the clean and the perturbed run": not_reset_between_runs,
-    "A certificate of a network without spiking neurons": lambda: certify(
+    "A certificate of a network without spiking neurons": lambda: perturbation_gains(
         nn.Sequential(nn.Flatten(2), nn.Linear(64, 10)), images(), T=T
     ),
-    "A certificate of a bare network without its number of time steps": lambda: certify(
+    "A certificate of a bare network without its number of time steps": lambda: perturbation_gains(
         network(), images()
     ),
     "Weights of another number of time steps are loaded": lambda: loaded(

@@ -54,11 +54,13 @@ def modules():
 
 
 def is_private(module):
+    if module.startswith("sj_robust.core"):
+        return module != "sj_robust.core"
     return any(part.startswith("_") for part in module.split("."))
 
 
 def test_every_part_is_in_the_table_or_internal():
-    internal = {"sj_robust.neuron.charging", "sj_robust.randomness"}
+    internal = {"sj_robust.core", "sj_robust.neuron.charging"}
     parts = {name for name, _ in modules() if re.fullmatch(r"sj_robust\.[a-z]\w*", name)}
     assert parts - internal <= set(PUBLIC)
     assert not internal & set(PUBLIC)
@@ -70,9 +72,7 @@ def test_every_module_says_what_it_offers():
         for name, path in modules()
         if not is_private(name) and not name.startswith("lab")
     ]
-    silent = [
-        name for name, path in public if "\n__all__ = [" not in path.read_text(encoding="utf-8")
-    ]
+    silent = [name for name, path in public if "\n__all__" not in path.read_text(encoding="utf-8")]
     known = {"sj_robust.attacks.call", "sj_robust.ops.dlif"}
     assert set(silent) <= known, "__all__ says which of its names other files may use"
 
@@ -189,8 +189,9 @@ def test_every_name_is_on_an_api_page():
 def test_api_pages_show_nothing_private():
     for shown in API:
         holders = {shown, shown.rpartition(".")[0], shown.rpartition(".")[0].rpartition(".")[0]}
-        assert holders & set(PUBLIC), f"{shown} is in docs/api and not public"
-        assert not is_private(shown) or shown == "sj_robust._environment.environment"
+        if shown != "sj_robust.core.environment.environment":  # which evaluation hands on
+            assert holders & set(PUBLIC), f"{shown} is in docs/api and not public"
+            assert not is_private(shown)
 
 
 def python_texts():
@@ -212,13 +213,13 @@ def python_texts():
 def test_recipes_and_pages_use_public_names_only():
     public = set(PUBLIC) | {f"{module}.{name}" for module, name in NAMES}
     public |= {
-        "sj_robust._recipes_installed",
-        "sj_robust._console.duration",
-        "sj_robust._console.working",
-        "sj_robust._extras.check_extra",
-        "sj_robust._folders.read_text",
+        "sj_robust.core.recipes_installed",
+        "sj_robust.core.console.duration",
+        "sj_robust.core.console.working",
+        "sj_robust.core.extras.check_extra",
+        "sj_robust.core.folders.read_text",
     }  # of the recipes in this repository alone
-    public |= {"sj_robust._environment.processor", "sj_robust._environment.version_of"}
+    public |= {"sj_robust.core.environment.processor", "sj_robust.core.environment.version_of"}
     used = {
         (str(path.relative_to(ROOT)), name)
         for path, text in python_texts()

@@ -8,8 +8,8 @@ from evaluation.reports import DEAD, finding, report
 from spikingjelly.activation_based import neuron
 from torch import nn
 
-from sj_robust import SpikingClassifier, certify, compare, verify
-from sj_robust._shown import new_figure
+from sj_robust import SpikingClassifier, compare_potentials, perturbation_gains, verify
+from sj_robust.core.shown import new_figure
 
 X = torch.tensor([[0.9, 0.1], [0.3, 0.2]])
 LAYERS = 12
@@ -32,9 +32,9 @@ def results():
     model = SpikingClassifier(deep(), T=12).eval()
     return {
         "report": report(name="<mine>", verified=(7,)),
-        "certificate": certify(model, X, x_perturbed=X + 0.05),
+        "certificate": perturbation_gains(model, X, x_perturbed=X + 0.05),
         "verification": verify(model, X, torch.tensor([0, 0]), 0.0625),
-        "statistics": compare(model, X, X + 0.05),
+        "statistics": compare_potentials(model, X, X + 0.05),
     }
 
 
@@ -71,7 +71,7 @@ def test_the_verdict_of_statistics_says_where_the_potential_moved_least_and_most
     x = torch.tensor(
         [[1.25, 0.5]]
     )  # both neurons of the second layer get the same spike in either run
-    stats = compare(deep(2), x, x + 0.25, T=1)
+    stats = compare_potentials(deep(2), x, x + 0.25, T=1)
     assert (
         stats.verdict
         == "2 spiking layers, T = 1, 1 pair of inputs; MS-MPPD from 0 (3) to 0.0625 (1)"
@@ -80,11 +80,11 @@ def test_the_verdict_of_statistics_says_where_the_potential_moved_least_and_most
 
 def test_a_layer_that_never_fires_is_named_and_long_tables_are_cut():
     with pytest.warns(UserWarning, match="1, 3, 5.* never fired: .* check the weights") as caught:
-        stats = compare(deep(), 0 * X, 0 * X, T=12)
+        stats = compare_potentials(deep(), 0 * X, 0 * X, T=12)
     assert caught[0].filename == __file__
     assert "NEVER FIRED" in stats.verdict
     assert stats.table().count("\n| ") == 11  # head, marks, 8 layers and what is left out
-    assert len(compare(deep(40), X, X + 0.05, T=12)._repr_html_()) < 6000
+    assert len(compare_potentials(deep(40), X, X + 0.05, T=12)._repr_html_()) < 6000
 
 
 def test_a_notebook_shows_a_figure_as_a_picture():

@@ -55,9 +55,9 @@ call, bit for bit (`tests/test_convention.py`). Functions such as `spiking_vgg16
 
 `python docs/results/networks.py` tries each of them and writes this page; run it once for every
 release. `evaluate` stands for the checks that it begins with and a suite of one short attack,
-gains for `certify` on perturbed images, `verify` for its intervals, fine-tuning for a step of
-`adv_train.py`: neurons made DLIF, FGSM, the loss with MS-MPPD, backward, SGD. Where the releases
-differ, both are told. SNASNet and SpikeDHS, whose width is fixed, take minutes each and are tried
+gains for `perturbation_gains` on perturbed images, `verify` for its intervals, fine-tuning for
+a step of `adv_train.py`: neurons made DLIF, FGSM, the loss with MS-MPPD, backward, SGD. Where the
+releases differ, both are told. SNASNet and SpikeDHS, whose width is fixed, take minutes each and are tried
 only if they are named. The reasons stand below.
 """
 
@@ -157,7 +157,7 @@ def compared(row: Any) -> str:
     """Statistics of every layer."""
     model = classifier_of(row)
     x = row.images()
-    stats = sj_robust.compare(model, x, perturbed(x, row))
+    stats = sj_robust.compare_potentials(model, x, perturbed(x, row))
     return part(len(stats), neurons_of(model), "of its neurons is followed")
 
 
@@ -165,7 +165,7 @@ def gains(row: Any) -> str:
     """Layers that the certificate covers."""
     x = row.images()
     model = classifier_of(row)
-    found = sj_robust.certify(model, x, x_perturbed=perturbed(x, row), max_iterations=10)
+    found = sj_robust.perturbation_gains(model, x, x_perturbed=perturbed(x, row), max_iterations=10)
     layers = found.layers
     left = [layer for layer in layers if layer.not_covered is not None]
     why = f"{left[0].name}: {left[0].not_covered}" if left else ""

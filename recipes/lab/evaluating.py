@@ -13,7 +13,7 @@ from lab.command_line.parser import WrongUse
 from sj_robust.data import image_loader
 from sj_robust.evaluation import RobustnessReport, SmoothedBracket, smoothed_bracket
 from sj_robust.evaluation.data import Batches, Data
-from sj_robust.stability import smooth
+from sj_robust.proofs import smooth
 
 
 def read_once(images: Dataset[tuple[Tensor, ...]], batch_size: int) -> Data:

@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sj_robust._saved import markdown_table, saved_format, write_whole
+from sj_robust.core.saved import markdown_table, saved_format, write_whole
 from sj_robust.evaluation import RobustnessReport
 
 _HEADS = (

@@ -33,7 +33,6 @@ adds:
   ``RuntimeError``: no gradient reaches the images of an attack that needs it.
 """
 
-from sj_robust._checks import check_images, check_labels
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.bridges import AutoAttackWarning, autoattack, external, square, transfer
 from sj_robust.attacks.call import Attack
@@ -44,7 +43,8 @@ from sj_robust.attacks.projection import linf_bounds, project_l2, project_linf
 from sj_robust.attacks.sapgd import sapgd
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.attacks.timing import Moves, count_moves, move_events, random_moves
-from sj_robust.randomness import SampleSeeds
+from sj_robust.core.checks import check_images, check_labels
+from sj_robust.core.randomness import SampleSeeds
 
 __all__ = [
     "Attack",

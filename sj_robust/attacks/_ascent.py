@@ -10,7 +10,7 @@ from torch import Tensor
 from sj_robust.attacks.call import Best, Objective
 from sj_robust.attacks.projection import per_sample
 from sj_robust.attacks.threat import ThreatModel, random_point
-from sj_robust.randomness import Private
+from sj_robust.core.randomness import Private
 
 
 class Ascent:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sj_robust._checks import check_logits
 from sj_robust.attacks._square import break_ties, square_rows
 from sj_robust.attacks.call import Model, Objective
 from sj_robust.attacks.threat import ThreatModel
-from sj_robust.randomness import (
+from sj_robust.core.checks import check_logits
+from sj_robust.core.randomness import (
     Private,
     SampleDraws,
     SampleSeeds,

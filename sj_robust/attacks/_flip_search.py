@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sj_robust._checks import check_count, check_logits, check_size
 from sj_robust.attacks.call import Loss, Model, Objective, Randomness, crafting
 from sj_robust.attacks.logits import likeliest_wrong, margin, of_class
-from sj_robust.randomness import Private, SampleDraws, private_generator, rand
+from sj_robust.core.checks import check_count, check_logits, check_size
+from sj_robust.core.randomness import Private, SampleDraws, private_generator, rand
 
 _TIE = 1e-12  # gains closer than this share of the largest one count as equal
 _EXCHANGED = (

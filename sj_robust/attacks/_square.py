@@ -11,7 +11,7 @@ from torch import Tensor
 from sj_robust.attacks.logits import margin
 from sj_robust.attacks.projection import l2_norm, linf_bounds, per_sample
 from sj_robust.attacks.threat import ThreatModel
-from sj_robust.randomness import SampleDraws, SampleSeeds, rand
+from sj_robust.core.randomness import SampleDraws, SampleSeeds, rand
 
 _HALVINGS = (
     10,

@@ -7,7 +7,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from sj_robust._checks import check_count
 from sj_robust.attacks._ascent import Ascent, runs
 from sj_robust.attacks.call import (
     Best,
@@ -21,6 +20,7 @@ from sj_robust.attacks.call import (
 from sj_robust.attacks.logits import likeliest_wrong, of_class, without
 from sj_robust.attacks.projection import Norm, direction, per_sample
 from sj_robust.attacks.threat import ThreatModel, ball_threat
+from sj_robust.core.checks import check_count
 
 __all__ = ["apgd"]
 

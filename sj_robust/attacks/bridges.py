@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sj_robust._checks import check_count, check_model
 from sj_robust.attacks._autoattack import (
     ATTACKS,
     VERSIONS,
@@ -26,7 +25,8 @@ from sj_robust.attacks._autoattack import (
 from sj_robust.attacks.call import Attack, Model, Randomness, checked_copies, crafting
 from sj_robust.attacks.projection import Norm
 from sj_robust.attacks.threat import ThreatModel, ball_threat, rounding
-from sj_robust.randomness import Private, draw_seed
+from sj_robust.core.checks import check_count, check_model
+from sj_robust.core.randomness import Private, draw_seed
 
 __all__ = ["AutoAttackWarning", "autoattack", "external", "square", "transfer"]
 

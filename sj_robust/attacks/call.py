@@ -8,10 +8,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from sj_robust._checks import check_images, check_labels, check_logits, check_model
-from sj_robust._preserved import evaluation_mode
 from sj_robust.attacks._resets import refuse_carried_states
-from sj_robust.randomness import (
+from sj_robust.core.checks import check_images, check_labels, check_logits, check_model
+from sj_robust.core.preserved import evaluation_mode
+from sj_robust.core.randomness import (
     Private,
     SampleSeeds,
     check_seeds,

@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from sj_robust._checks import check_count, check_labels, check_model
 from sj_robust.attacks._flip_search import (
     Search,
     Settings,
@@ -24,7 +23,8 @@ from sj_robust.attacks._flip_search import (
     uniform,
 )
 from sj_robust.attacks.call import Loss, Model, Randomness
-from sj_robust.randomness import Private, check_seeds
+from sj_robust.core.checks import check_count, check_labels, check_model
+from sj_robust.core.randomness import Private, check_seeds
 
 __all__ = ["check_frames", "count_flips", "flip_events", "random_flips"]
 

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from sj_robust._checks import check_count, check_size
 from sj_robust.attacks.call import (
     Best,
     Loss,
@@ -15,7 +14,8 @@ from sj_robust.attacks.call import (
 )
 from sj_robust.attacks.projection import Norm, direction
 from sj_robust.attacks.threat import ThreatModel, ball_threat, random_point
-from sj_robust.randomness import randn
+from sj_robust.core.checks import check_count, check_size
+from sj_robust.core.randomness import randn
 
 __all__ = ["fgsm", "pgd", "rfgsm"]
 

@@ -7,10 +7,10 @@ None.
 import torch
 from torch import Tensor
 
-from sj_robust._checks import check_images, check_labels, check_model, check_size
 from sj_robust.attacks.call import Model, Randomness
 from sj_robust.attacks.threat import ThreatModel, random_point
-from sj_robust.randomness import Private, check_seeds, private_generator, rand, randn
+from sj_robust.core.checks import check_images, check_labels, check_model, check_size
+from sj_robust.core.randomness import Private, check_seeds, private_generator, rand, randn
 
 __all__ = ["gaussian", "salt_and_pepper", "uniform"]
 

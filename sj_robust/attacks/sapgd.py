@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from sj_robust._checks import check_count
 from sj_robust.attacks._ascent import Ascent, runs
 from sj_robust.attacks.call import (
     Best,
@@ -16,6 +15,7 @@ from sj_robust.attacks.call import (
 )
 from sj_robust.attacks.projection import per_sample
 from sj_robust.attacks.threat import ThreatModel
+from sj_robust.core.checks import check_count
 
 __all__ = ["sapgd"]
 

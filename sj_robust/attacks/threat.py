@@ -10,10 +10,10 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from sj_robust._checks import check_count, check_size
-from sj_robust._eps import eps_text, parse_eps
 from sj_robust.attacks.projection import Norm, l2_norm, linf_bounds, per_sample, project_l2
-from sj_robust.randomness import Private, rand, randn
+from sj_robust.core.checks import check_count, check_size
+from sj_robust.core.eps import eps_text, parse_eps
+from sj_robust.core.randomness import Private, rand, randn
 
 __all__ = ["ThreatModel", "eps_text", "parse_eps"]
 

@@ -7,7 +7,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sj_robust._checks import check_count
 from sj_robust.attacks._flip_search import (
     Settings,
     apply_flips,
@@ -20,7 +19,8 @@ from sj_robust.attacks._move_search import Limits, MoveSearch, random_moved
 from sj_robust.attacks.call import Loss, Model, Randomness
 from sj_robust.attacks.events import checked_frames
 from sj_robust.attacks.threat import Moves, moves_of
-from sj_robust.randomness import Private
+from sj_robust.core.checks import check_count
+from sj_robust.core.randomness import Private
 
 __all__ = ["Moves", "count_moves", "move_events", "random_moves"]
 

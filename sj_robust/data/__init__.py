@@ -1,6 +1,6 @@
 """Data sets with a held-out validation split, augmentation, and batches in a reproducible order."""
 
-from sj_robust._datasets import DATASETS, EVENT_DATASETS
+from sj_robust.core.datasets import DATASETS, EVENT_DATASETS
 from sj_robust.data.augmentation import Augmentation
 from sj_robust.data.batches import ShuffledBatches, image_loader
 from sj_robust.data.images import ImageSplits, load_images

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sj_robust.randomness import SampleDraws, SampleSeeds, rand
+from sj_robust.core.randomness import SampleDraws, SampleSeeds, rand
 
 __all__ = ["Augmentation"]
 

@@ -16,7 +16,7 @@ import spikingjelly
 import torch
 from torch import Tensor
 
-from sj_robust._datasets import EVENT_DATASETS
+from sj_robust.core.datasets import EVENT_DATASETS
 from sj_robust.data.files import OnUnreadable, UnreadableError, check_sum, one_line, readable
 from sj_robust.data.stored import FileImages, Source, shuffled
 

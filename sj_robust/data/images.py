@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
-from sj_robust._datasets import EVENT_DATASETS, IMAGE_FOLDER, check_dataset
+from sj_robust.core.datasets import EVENT_DATASETS, IMAGE_FOLDER, check_dataset
 from sj_robust.data.augmentation import Augmentation
 from sj_robust.data.events import event_frames
 from sj_robust.data.files import OnUnreadable

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust._host import base
+from sj_robust.core.host import base
 
 __all__ = ["crafting_network"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust._host import base
+from sj_robust.core.host import base
 from sj_robust.neuron.charging import Charging, emits_spikes, is_neuron, read_charging
 
 __all__ = ["Sequence", "next_charging", "spiking_neurons"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust._host import surrogate
+from sj_robust.core.host import surrogate
 from sj_robust.neuron.dlif import describe_surrogate
 from sj_robust.ops.surrogate import HOST_NAMES
 

@@ -1,8 +1,8 @@
 """Accuracy of a classifier under attack, as a typed report."""
 
-from sj_robust._environment import environment
-from sj_robust._saved import write_whole
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
+from sj_robust.core.environment import environment
+from sj_robust.core.saved import write_whole
 from sj_robust.evaluation.activity import LayerActivity, firing
 from sj_robust.evaluation.comparison import Comparison, Difference, compare_reports
 from sj_robust.evaluation.corruptions import CORRUPTIONS, Corruption

@@ -6,15 +6,15 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from sj_robust._checks import check_logits
 from sj_robust.attacks import linf_bounds, pgd, project_l2
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.call import Model
 from sj_robust.attacks.logits import margin
 from sj_robust.attacks.projection import l2_norm, per_sample
 from sj_robust.attacks.threat import ThreatModel
+from sj_robust.core.checks import check_logits
+from sj_robust.core.randomness import SampleSeeds, seeded_globals
 from sj_robust.estimators import estimator
-from sj_robust.randomness import SampleSeeds, seeded_globals
 
 __all__ = ["Gradients", "Probe"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust._host import from_reset
+from sj_robust.core.host import from_reset
 from sj_robust.neuron.charging import emits_spikes, is_neuron
 
 __all__ = ["LayerActivity", "firing"]

@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from sj_robust._environment import device_of, environment
-from sj_robust._eps import plain_eps
 from sj_robust.attacks.bridges import transfer
 from sj_robust.attacks.events import check_frames
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
+from sj_robust.core.environment import device_of, environment
+from sj_robust.core.eps import plain_eps
+from sj_robust.core.randomness import SampleSeeds
 from sj_robust.evaluation.activity import firing
 from sj_robust.evaluation.data import Batches, Data
 from sj_robust.evaluation.draws import check_draws
@@ -38,7 +39,6 @@ from sj_robust.evaluation.robustness_report import RobustnessReport
 from sj_robust.evaluation.runner import releases, run_on_data
 from sj_robust.evaluation.subject import Subject, describe_network
 from sj_robust.evaluation.suites import Suite, SuiteName, make_suite
-from sj_robust.randomness import SampleSeeds
 
 __all__ = ["assess"]
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sj_robust._saved import markdown_table
+from sj_robust.core.saved import markdown_table
 from sj_robust.evaluation.intervals import difference_interval, paired_difference_interval
 from sj_robust.evaluation.outcome import MemberOutcome
 from sj_robust.evaluation.report import Accuracy

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sj_robust._checks import check_choice
-from sj_robust.randomness import SampleSeeds
+from sj_robust.core.checks import check_choice
+from sj_robust.core.randomness import SampleSeeds
 
 __all__ = ["CORRUPTIONS", "Corruption", "corrupted", "default_corruptions"]
 

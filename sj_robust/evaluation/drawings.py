@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sj_robust._shown import (
+from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
+from sj_robust.core.shown import (
     BLUE,
     COLOURS,
     GREY,
@@ -16,7 +17,6 @@ from sj_robust._shown import (
     print_style,
     write_figure,
 )
-from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.outcome import MemberOutcome
 from sj_robust.evaluation.pictures import Gallery

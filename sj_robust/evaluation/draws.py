@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from sj_robust._environment import device_of
-from sj_robust._preserved import preserved
+from sj_robust.core.environment import device_of
+from sj_robust.core.preserved import preserved
 from sj_robust.evaluation.data import Data
 from sj_robust.evaluation.identity import seeded_sources
 from sj_robust.evaluation.member import scored

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust._checks import check_choice
-from sj_robust._host import is_neuron, quantize
-from sj_robust._preserved import preserved
 from sj_robust.attacks.timing import random_moves
 from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier
+from sj_robust.core.checks import check_choice
+from sj_robust.core.host import is_neuron, quantize
+from sj_robust.core.preserved import preserved
 from sj_robust.models import set_time_steps
 from sj_robust.neuron import DLIFNode
 from sj_robust.neuron.charging import emits_spikes, has_known_dynamics, read_charging

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment
 from torch import nn
 
-from sj_robust._saved import write_whole
-from sj_robust._shown import BLUE, GREY, ORANGE
+from sj_robust.core.saved import write_whole
+from sj_robust.core.shown import BLUE, GREY, ORANGE
 from sj_robust.evaluation._symptoms import extent
 from sj_robust.evaluation.data import Batches
 from sj_robust.evaluation.drawings import robustness_figures

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sj_robust._checks import check_logits
-from sj_robust._environment import device_of
-from sj_robust._preserved import generators_of, preserved
-from sj_robust._saved import write_whole
+from sj_robust.core.checks import check_logits
+from sj_robust.core.environment import device_of
+from sj_robust.core.preserved import generators_of, preserved
+from sj_robust.core.randomness import seeded_globals
+from sj_robust.core.saved import write_whole
 from sj_robust.evaluation.data import Data
 from sj_robust.evaluation.fingerprint import fingerprint, parts_of
 from sj_robust.evaluation.progress import another_evaluation, gathered, rank_and_world_size, read
-from sj_robust.randomness import seeded_globals
 
 __all__ = ["Identity", "identify", "network_key", "seeded_sources"]
 

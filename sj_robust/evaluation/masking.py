@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sj_robust._checks import check_count, check_images, check_labels, check_model
-from sj_robust._host import from_reset
 from sj_robust.attacks.call import Model
 from sj_robust.attacks.threat import ThreatModel
+from sj_robust.core.checks import check_count, check_images, check_labels, check_model
+from sj_robust.core.host import from_reset
 from sj_robust.evaluation import _symptoms
 from sj_robust.evaluation._probe import Probe
 from sj_robust.evaluation._symptoms import THRESHOLDS, Finding

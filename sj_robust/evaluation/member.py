@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sj_robust._checks import check_count, check_images, check_labels, check_logits, check_model
-from sj_robust._preserved import evaluation_mode
 from sj_robust.attacks.call import Attack, Model, crafting
 from sj_robust.attacks.threat import ThreatModel
-from sj_robust.randomness import SampleSeeds, check_seeds, seeded_globals
+from sj_robust.core.checks import check_count, check_images, check_labels, check_logits, check_model
+from sj_robust.core.preserved import evaluation_mode
+from sj_robust.core.randomness import SampleSeeds, check_seeds, seeded_globals
 
 __all__ = [
     "Member",

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from sj_robust._checks import (
+from sj_robust.attacks import check_frames
+from sj_robust.attacks.threat import ThreatModel, parse_eps
+from sj_robust.classifier import SpikingClassifier, as_classifier
+from sj_robust.core.checks import (
     Channels,
     check_channels,
     check_choice,
@@ -26,12 +29,9 @@ from sj_robust._checks import (
     check_switch,
     check_text,
 )
-from sj_robust._environment import device_of
-from sj_robust._folders import check_folder
-from sj_robust._preserved import evaluation_mode, full_precision
-from sj_robust.attacks import check_frames
-from sj_robust.attacks.threat import ThreatModel, parse_eps
-from sj_robust.classifier import SpikingClassifier, as_classifier
+from sj_robust.core.environment import device_of
+from sj_robust.core.folders import check_folder
+from sj_robust.core.preserved import evaluation_mode, full_precision
 from sj_robust.evaluation.assess import assess
 from sj_robust.evaluation.corruptions import Corruption, check_images_to_corrupt
 from sj_robust.evaluation.data import Batches, Data, given_data

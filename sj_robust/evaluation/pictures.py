@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
-from sj_robust._environment import device_of
-from sj_robust._saved import markdown_table
-from sj_robust._shown import ORANGE, Shown, new_figure, print_style, write_figure
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.classifier import as_classifier
+from sj_robust.core.environment import device_of
+from sj_robust.core.randomness import SampleSeeds, seeded_globals
+from sj_robust.core.saved import markdown_table
+from sj_robust.core.shown import ORANGE, Shown, new_figure, print_style, write_figure
 from sj_robust.evaluation.estimator_search import short_attack
 from sj_robust.evaluation.member import Member, craft, scored
-from sj_robust.perturbation import Traces, trace
-from sj_robust.randomness import SampleSeeds, seeded_globals
+from sj_robust.perturbation import Traces, spike_traces
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -233,7 +233,7 @@ def _traces(model: nn.Module, x: Tensor, x_adv: Tensor) -> Traces:
     with seeded_globals(0, x.device), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of neurons that cannot be followed
         try:
-            return trace(model, x, x_adv)
+            return spike_traces(model, x, x_adv)
         except (ValueError, RuntimeError):  # there is no neuron to follow, or none that runs
             return Traces()
 

@@ -12,7 +12,7 @@ from typing import IO, Any, TypeVar
 import torch
 from filelock import FileLock, Timeout
 
-from sj_robust._saved import naming, write_whole
+from sj_robust.core.saved import naming, write_whole
 
 __all__ = [
     "BatchLog",

@@ -9,7 +9,7 @@ from torch import nn
 from sj_robust.attacks.threat import eps_text
 from sj_robust.evaluation.data import Batches, Data
 from sj_robust.evaluation.outcome import MemberOutcome
-from sj_robust.stability import verify
+from sj_robust.proofs import verify
 
 __all__ = ["Proofs", "check_proofs", "prove"]
 
@@ -32,7 +32,7 @@ class Proofs:
 
 
 def prove(model: nn.Module, batches: Batches | Data, radii: Sequence[float]) -> Proofs:
-    """Verify images at several radii by :func:`sj_robust.stability.verify`. 在多个半径下验证图像。
+    """Verify images at several radii by :func:`sj_robust.proofs.verify`. 在多个半径下验证图像。
 
     Raises:
         TypeError: If the model is no ``SpikingClassifier``.

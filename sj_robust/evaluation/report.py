@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-from sj_robust._saved import SavedResult, markdown_table, plain
 from sj_robust.attacks.threat import ThreatModel
+from sj_robust.core.saved import SavedResult, markdown_table, plain
 from sj_robust.evaluation.intervals import wilson_interval
 
 __all__ = ["Accuracy", "Report", "Score"]

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from sj_robust._environment import device_of
-from sj_robust._preserved import evaluation_mode
 from sj_robust.attacks import Attack, check_images, check_labels
 from sj_robust.attacks.threat import ThreatModel
+from sj_robust.core.environment import device_of
+from sj_robust.core.preserved import evaluation_mode
+from sj_robust.core.randomness import seeded_globals
 from sj_robust.evaluation.report import Report, Score
-from sj_robust.randomness import seeded_globals
 
 __all__ = ["accuracy", "evaluate_attacks"]
 

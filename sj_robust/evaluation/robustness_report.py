@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from sj_robust._saved import SavedResult, markdown_table, plain
-from sj_robust._shown import Shown, shown_html, write_figure
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
+from sj_robust.core.saved import SavedResult, markdown_table, plain
+from sj_robust.core.shown import Shown, shown_html, write_figure
 from sj_robust.evaluation._symptoms import extent
 from sj_robust.evaluation.drawings import robustness_figures
 from sj_robust.evaluation.outcome import MemberOutcome

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust._environment import device_of, environment
-from sj_robust._preserved import evaluation_mode
 from sj_robust.attacks.threat import ThreatModel
+from sj_robust.core.environment import device_of, environment
+from sj_robust.core.preserved import evaluation_mode
+from sj_robust.core.randomness import SampleSeeds, seeded_globals
 from sj_robust.evaluation.data import Batches, Data
 from sj_robust.evaluation.fingerprint import description, fingerprint
 from sj_robust.evaluation.identity import network_key
@@ -28,7 +29,6 @@ from sj_robust.evaluation.progress import (
 )
 from sj_robust.evaluation.worst_case import MemberRun, run_members
 from sj_robust.perturbation import MPPDMonitor
-from sj_robust.randomness import SampleSeeds, seeded_globals
 
 __all__ = ["releases", "run_on_data", "run_suite"]
 

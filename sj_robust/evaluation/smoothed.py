@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from sj_robust._checks import check_count, check_labels, check_size
-from sj_robust._saved import SavedResult, markdown_table
-from sj_robust._shown import Shown, new_figure, write_figure
 from sj_robust.attacks.gradient import pgd
-from sj_robust.stability.smoothing import ABSTAINED, SmoothedClassifier, Smoothing, smooth
+from sj_robust.core.checks import check_count, check_labels, check_size
+from sj_robust.core.saved import SavedResult, markdown_table
+from sj_robust.core.shown import Shown, new_figure, write_figure
+from sj_robust.proofs.smoothing import ABSTAINED, SmoothedClassifier, Smoothing, smooth
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -170,7 +170,7 @@ def smoothed_bracket(
         model: The network that was smoothed.
         x: The images that were.
         y: Labels [N] int64.
-        smoothing: What :func:`sj_robust.stability.smooth` found for them.
+        smoothing: What :func:`sj_robust.proofs.smooth` found for them.
         radii: L2 radii, >= 0.
         steps: Steps of PGD, each of 2.5 radii / steps.
         eot_samples: Noisy copies that a gradient is averaged over.

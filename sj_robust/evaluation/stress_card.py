@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from sj_robust._saved import SavedResult, markdown_table, plain, write_whole
-from sj_robust._shown import BLUE, GREY, ORANGE, Shown, new_figure, print_style, write_figure
 from sj_robust.attacks.threat import ThreatModel, eps_text
+from sj_robust.core.saved import SavedResult, markdown_table, plain, write_whole
+from sj_robust.core.shown import BLUE, GREY, ORANGE, Shown, new_figure, print_style, write_figure
 from sj_robust.evaluation.intervals import repeated_interval
 
 if TYPE_CHECKING:

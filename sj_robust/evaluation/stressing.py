@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from sj_robust._checks import check_count
-from sj_robust._environment import device_of, environment
-from sj_robust._preserved import preserved
-from sj_robust._saved import plain
 from sj_robust.attacks.threat import ThreatModel, eps_text
+from sj_robust.core.checks import check_count
+from sj_robust.core.environment import device_of, environment
+from sj_robust.core.preserved import preserved
+from sj_robust.core.randomness import SampleSeeds
+from sj_robust.core.saved import plain
 from sj_robust.evaluation.corruptions import Corruption, corrupted, default_corruptions
 from sj_robust.evaluation.data import Batches, Data
 from sj_robust.evaluation.estimator_search import short_attack, short_attack_name
@@ -32,7 +33,6 @@ from sj_robust.evaluation.runner import releases
 from sj_robust.evaluation.stress_card import StressCard, StressRow
 from sj_robust.evaluation.subject import Subject, describe_network
 from sj_robust.evaluation.worst_case import run_members
-from sj_robust.randomness import SampleSeeds
 
 __all__ = ["stress_network"]
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust._checks import did_you_mean
-from sj_robust._convention import checked_logits
 from sj_robust.classifier import SpikingClassifier, as_classifier
+from sj_robust.core.checks import did_you_mean
+from sj_robust.core.convention import checked_logits
 from sj_robust.models import NetworkSpec, build_classifier, set_time_steps
 from sj_robust.models.checkpoint import load_checkpoint
 from sj_robust.models.foreign import find_function, reason

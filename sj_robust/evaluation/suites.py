@@ -8,8 +8,6 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from sj_robust._checks import check_choice, check_count
-from sj_robust._extras import check_extra
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.bridges import autoattack, square
 from sj_robust.attacks.call import Attack
@@ -17,6 +15,8 @@ from sj_robust.attacks.gradient import fgsm, pgd
 from sj_robust.attacks.noise import gaussian
 from sj_robust.attacks.sapgd import sapgd
 from sj_robust.attacks.threat import ThreatModel
+from sj_robust.core.checks import check_choice, check_count
+from sj_robust.core.extras import check_extra
 from sj_robust.evaluation.estimator_search import (
     CANDIDATES,
     CHANGES,

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from sj_robust._console import PAUSE, MovingLine, duration, moving_line
+from sj_robust.core.console import PAUSE, MovingLine, duration, moving_line
 from sj_robust.evaluation.comparison import Comparison
 from sj_robust.evaluation.progress import Position
 from sj_robust.evaluation.robustness_report import RobustnessReport

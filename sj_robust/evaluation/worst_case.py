@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sj_robust.attacks.call import Model
+from sj_robust.core.randomness import SampleSeeds
 from sj_robust.evaluation.member import Member, clock, crafted, fooled, fools
 from sj_robust.evaluation.outcome import MemberOutcome
-from sj_robust.randomness import SampleSeeds
 
 __all__ = ["MemberRun", "WorstCase", "run_members", "worst_case"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sj_robust._saved import load_tensors, whole_file
+from sj_robust.core.saved import load_tensors, whole_file
 
 __all__ = ["check_same_run", "load_checkpoint", "load_run", "save_checkpoint"]
 

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sj_robust._checks import did_you_mean
-from sj_robust._saved import markdown_table
-from sj_robust._shown import Shown
 from sj_robust.classifier import SpikingClassifier
+from sj_robust.core.checks import did_you_mean
+from sj_robust.core.saved import markdown_table
+from sj_robust.core.shown import Shown
 from sj_robust.models.build import NetworkSpec, build_classifier
 from sj_robust.models.checkpoint import load_checkpoint
 from sj_robust.models.weights import as_named_in

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from sj_robust._host import functional
 from sj_robust.classifier import SpikingClassifier
+from sj_robust.core.host import functional
 from sj_robust.models.build import NetworkSpec
 from sj_robust.models.weights import Weights, as_named_in, check_keys, read_weights
 from sj_robust.neuron import DLIFNode

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from sj_robust._host import functional, invalidate_reset_cache
+from sj_robust.core.host import functional, invalidate_reset_cache
 from sj_robust.neuron import DLIFNode
 
 __all__ = ["set_time_steps"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sj_robust._saved import load_tensors
+from sj_robust.core.saved import load_tensors
 from sj_robust.neuron.fusion import plain_names
 
 __all__ = ["Weights", "as_named_in", "check_keys", "read_weights"]

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sj_robust._checks import check_network
-from sj_robust._host import is_neuron, neuron
+from sj_robust.core.checks import check_network
+from sj_robust.core.host import is_neuron, neuron
 from sj_robust.neuron.dlif import DLIFNode, describe_surrogate
 from sj_robust.ops import Surrogate
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sj_robust import ops
-from sj_robust._host import cuda_threads, is_counted, lif_multi_step, neuron, surrogate
+from sj_robust.core.host import cuda_threads, is_counted, lif_multi_step, neuron, surrogate
 from sj_robust.ops.dlif.config import Outputs, state_dtype
 from sj_robust.ops.surrogate import HOST_NAMES
 

@@ -60,7 +60,7 @@ def fuse(net: nn.Module) -> FusionReport:
     Source: fused modules of ``torch.ao.quantization``; here also in training.
 
     Examples:
-        >>> from sj_robust._host import layer
+        >>> from sj_robust.core.host import layer
         >>> net = nn.Sequential(layer.Conv2d(1, 3, 3), layer.BatchNorm2d(3), DLIFNode(T=4))
         >>> report = fuse(net)
         >>> report.stages, report.renamed["2.input_gain"]
@@ -103,7 +103,7 @@ def unfuse(net: nn.Module) -> None:
             becomes one.
 
     Examples:
-        >>> from sj_robust._host import layer
+        >>> from sj_robust.core.host import layer
         >>> net = nn.Sequential(Stage(DLIFNode(T=4), norm=layer.BatchNorm2d(3)))
         >>> unfuse(net)
         >>> [type(module).__name__ for module in net]

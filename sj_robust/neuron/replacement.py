@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust._checks import check_network
-from sj_robust._host import base, invalidate_reset_cache, is_neuron, neuron
+from sj_robust.core.checks import check_network
+from sj_robust.core.host import base, invalidate_reset_cache, is_neuron, neuron
 from sj_robust.neuron.dlif import DLIFNode
 
 __all__ = ["ReplacementReport", "dlif_to_lif", "replace_neurons"]

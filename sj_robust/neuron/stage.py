@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust._host import is_counted, layer
+from sj_robust.core.host import is_counted, layer
 from sj_robust.neuron.dlif import DLIFNode
 from sj_robust.neuron.watching import NeuronHook, Wants, Watched, watched_of
 from sj_robust.ops.bn_dlif import BatchNorm, apart, batch_norm_dlif_multi_step, can_fuse

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sj_robust._host import is_neuron
+from sj_robust.core.host import is_neuron
 from sj_robust.neuron.dlif import DLIFNode
 
 __all__ = ["NeuronHook", "SpikingCall", "Wants", "Watched", "Watcher", "attached", "watch"]

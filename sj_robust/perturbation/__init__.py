@@ -15,8 +15,8 @@ from sj_robust.perturbation.intensity import (
     Perturbation,
     intensity_correlation,
 )
-from sj_robust.perturbation.monitor import MPPDMonitor, compare
-from sj_robust.perturbation.traces import Traces, trace
+from sj_robust.perturbation.monitor import MPPDMonitor, compare_potentials
+from sj_robust.perturbation.traces import Traces, spike_traces
 
 __all__ = [
     "IntensityCorrelation",
@@ -26,7 +26,7 @@ __all__ = [
     "MPPDStatistics",
     "Perturbation",
     "Traces",
-    "compare",
+    "compare_potentials",
     "full_perturbation",
     "intensity_correlation",
     "membrane_potential",
@@ -34,7 +34,7 @@ __all__ = [
     "neuron_indicators",
     "sample_indicators",
     "simplified_perturbation",
+    "spike_traces",
     "spike_train_distance",
     "tasad",
-    "trace",
 ]

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sj_robust._saved import markdown_table
-from sj_robust._shown import Shown, common_scale, heat_map, new_figure
+from sj_robust.core.saved import markdown_table
+from sj_robust.core.shown import Shown, common_scale, heat_map, new_figure
 from sj_robust.neuron.charging import Neuron
 from sj_robust.ops.dlif.config import state_dtype
 from sj_robust.perturbation import dynamics
@@ -128,9 +128,9 @@ class MPPDStatistics(Shown, dict[str, LayerStats]):
 
     Examples:
         >>> from spikingjelly.activation_based import neuron
-        >>> from sj_robust.perturbation import compare
+        >>> from sj_robust.perturbation import compare_potentials
         >>> net = torch.nn.Sequential(neuron.IFNode(step_mode="m"))
-        >>> compare(net, torch.full((2, 1, 1), 0.5), torch.full((2, 1, 1), 0.75))
+        >>> compare_potentials(net, torch.full((2, 1, 1), 0.5), torch.full((2, 1, 1), 0.75))
         <MPPDStatistics: 1 spiking layer, T = 2, 1 pair of inputs; MS-MPPD from 0.156 (0)
         to 0.156 (0)>
     """

@@ -31,9 +31,9 @@ def neuron_indicators(trace: LayerTrace) -> dict[str, Tensor]:
     Examples:
         >>> import torch
         >>> from spikingjelly.activation_based import neuron
-        >>> from sj_robust.perturbation import trace
+        >>> from sj_robust.perturbation import spike_traces
         >>> net = torch.nn.Sequential(neuron.IFNode(step_mode="m"))
-        >>> layer = trace(net, torch.full((2, 1, 1), 0.5), torch.full((2, 1, 1), 0.75))["0"]
+        >>> layer = spike_traces(net, torch.full((2, 1, 1), 0.5), torch.full((2, 1, 1), 0.75))["0"]
         >>> {name: value.item() for name, value in neuron_indicators(layer).items()}
         {'mppd_l1': 0.375, 'mppd_l2': 0.15625, 'mppd_max': 0.5, 'full': 0.03125,
         'std': 0.0, 'tasad': 0.0}
@@ -65,10 +65,10 @@ def sample_indicators(trace: LayerTrace) -> dict[str, Tensor]:
     Examples:
         >>> import torch
         >>> from spikingjelly.activation_based import neuron
-        >>> from sj_robust.perturbation import trace
+        >>> from sj_robust.perturbation import spike_traces
         >>> net = torch.nn.Sequential(neuron.IFNode(step_mode="m"))
         >>> sample_indicators(
-        ...     trace(net, torch.full((2, 1, 3), 0.5), torch.full((2, 1, 3), 0.75))["0"]
+        ...     spike_traces(net, torch.full((2, 1, 3), 0.5), torch.full((2, 1, 3), 0.75))["0"]
         ... )["mppd_l1"]
         tensor([0.3750])
     """

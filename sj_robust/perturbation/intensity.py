@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from sj_robust._saved import SavedResult, markdown_table
+from sj_robust.core.saved import SavedResult, markdown_table
 from sj_robust.perturbation._recording import Layers
 from sj_robust.perturbation.association import Association, auroc, pearson, spearman
 from sj_robust.perturbation.indicators import neuron_indicators, over_neurons

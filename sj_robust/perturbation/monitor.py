@@ -11,7 +11,8 @@ import torch
 from spikingjelly.activation_based.monitor import BaseMonitor
 from torch import Tensor, nn
 
-from sj_robust._checks import (
+from sj_robust.classifier import SpikingClassifier, as_classifier
+from sj_robust.core.checks import (
     Channels,
     check_channels,
     check_network,
@@ -19,19 +20,18 @@ from sj_robust._checks import (
     check_steps,
     check_tensor,
 )
-from sj_robust._host import functional
-from sj_robust._preserved import evaluation_mode
-from sj_robust.classifier import SpikingClassifier, as_classifier
+from sj_robust.core.host import functional
+from sj_robust.core.preserved import evaluation_mode
 from sj_robust.neuron.charging import NeuronKey, find_neurons, is_neuron
 from sj_robust.neuron.watching import attached
 from sj_robust.perturbation._recording import Layers, Recording, RunKind
 from sj_robust.perturbation._statistics import Kept, LayerTotals, MPPDStatistics
 from sj_robust.perturbation.pair import Indicator, LayerPair
 
-__all__ = ["MPPDMonitor", "compare"]
+__all__ = ["MPPDMonitor", "compare_potentials"]
 
 
-def compare(
+def compare_potentials(
     net: nn.Module,
     x: Tensor,
     x_perturbed: Tensor,
@@ -69,7 +69,7 @@ def compare(
     Examples:
         >>> from sj_robust.models import pretrained
         >>> x = torch.rand(5, 1, 8, 8)
-        >>> compare(pretrained("digits/dlif-at-mppd"), x, (x + 0.1).clamp(max=1))[
+        >>> compare_potentials(pretrained("digits/dlif-at-mppd"), x, (x + 0.1).clamp(max=1))[
         ...     "stages.0.node"
         ... ].ms_mppd.shape
         torch.Size([4])

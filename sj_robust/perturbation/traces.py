@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from sj_robust._saved import markdown_table
-from sj_robust._shown import BLUE, GREY, ORANGE, Shown, new_figure, print_style
+from sj_robust.core.saved import markdown_table
+from sj_robust.core.shown import BLUE, GREY, ORANGE, Shown, new_figure, print_style
 from sj_robust.perturbation._statistics import LayerTrace
 from sj_robust.perturbation.monitor import MPPDMonitor, as_watched
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Traces", "trace"]
+__all__ = ["Traces", "spike_traces"]
 
 _LAYERS, _NEURONS, _ACROSS = 8, 40, 4
 """Layers and neurons of each that are drawn at most, and panels side by side."""
@@ -32,7 +32,7 @@ class Traces(Shown, dict[str, LayerTrace]):
     Examples:
         >>> from spikingjelly.activation_based import neuron
         >>> x = torch.full((2, 1, 1), 0.9)
-        >>> trace(nn.Sequential(neuron.IFNode(step_mode="m")), x, x + 0.2)
+        >>> spike_traces(nn.Sequential(neuron.IFNode(step_mode="m")), x, x + 0.2)
         <Traces: 1 spiking layer, T = 2, 1 pair of inputs; spikes part first in layer 0
         at step 0 (1 of 1 pair)>
     """
@@ -136,7 +136,7 @@ class Traces(Shown, dict[str, LayerTrace]):
         return figure
 
 
-def trace(
+def spike_traces(
     net: nn.Module,
     x: Tensor,
     x_perturbed: Tensor,
@@ -166,7 +166,7 @@ def trace(
     Examples:
         >>> from sj_robust.models import pretrained
         >>> x = torch.rand(2, 1, 8, 8)
-        >>> trace(pretrained("digits/lif"), x, x).parting() is None
+        >>> spike_traces(pretrained("digits/lif"), x, x).parting() is None
         True
     """
     watched, forward = as_watched(net, x, T, mean, std)

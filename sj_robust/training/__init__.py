@@ -1,7 +1,7 @@
 """The objective, the epoch loop on Accelerate, and checkpoints; needs the extra ``recipes``."""
 
 # says what to install if one of its packages is missing
-import sj_robust._recipes_installed  # noqa: F401
+import sj_robust.core.recipes_installed  # noqa: F401
 from sj_robust.models.checkpoint import load_checkpoint, save_checkpoint
 from sj_robust.training.certified import CertifiedLoss
 from sj_robust.training.engine import (

@@ -15,12 +15,12 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sj_robust._host import from_reset
 from sj_robust.attacks import Attack
+from sj_robust.core.host import from_reset
+from sj_robust.core.randomness import SampleSeeds, seeded_globals
 from sj_robust.data import ImageSplits, ShuffledBatches, image_loader
 from sj_robust.models.checkpoint import check_same_run, save_checkpoint
 from sj_robust.models.weights import as_named_in
-from sj_robust.randomness import SampleSeeds, seeded_globals
 from sj_robust.training.batch_norm import share_buffers
 from sj_robust.training.history import EpochRecord
 from sj_robust.training.journal import Journal

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sj_robust.stability import differentiable
+from sj_robust.proofs import differentiable
 
 __all__ = ["batch_statistics", "share_buffers", "synchronised_batch_norm"]
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sj_robust._preserved import preserved
 from sj_robust.classifier import SpikingClassifier
-from sj_robust.stability.differentiable import DifferentiableBounds
+from sj_robust.core.preserved import preserved
+from sj_robust.proofs.differentiable import DifferentiableBounds
 from sj_robust.training.batch_norm import batch_statistics
 
 __all__ = ["CertifiedLoss"]
@@ -31,7 +31,7 @@ class CertifiedLoss:
 
     Bounds are differentiable, with surrogates for the derivatives of both bounds of a spike, and
     those of the last layer are of the difference as a whole; see
-    :class:`sj_robust.stability.differentiable.DifferentiableBounds`.
+    :class:`sj_robust.proofs.differentiable.DifferentiableBounds`.
 
     Args:
         classifier: The network.

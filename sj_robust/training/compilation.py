@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sj_robust._convention import Takes
-from sj_robust._host import functional
+from sj_robust.core.convention import Takes
+from sj_robust.core.host import functional
 
 __all__ = ["compiled"]
 

@@ -10,11 +10,11 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sj_robust._preserved import preserved
 from sj_robust.attacks import Attack
+from sj_robust.core.preserved import preserved
+from sj_robust.core.randomness import SampleSeeds
 from sj_robust.data import ImageSplits, ShuffledBatches
 from sj_robust.models.checkpoint import load_run
-from sj_robust.randomness import SampleSeeds
 from sj_robust.training._run import NonFiniteLossError, TrainingRun, check_outputs
 from sj_robust.training.batch_norm import synchronised_batch_norm
 from sj_robust.training.compilation import compiled

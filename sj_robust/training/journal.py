@@ -19,8 +19,8 @@ from rich.progress import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
-from sj_robust._console import moving, working
-from sj_robust._environment import bfloat16_units, environment
+from sj_robust.core.console import moving, working
+from sj_robust.core.environment import bfloat16_units, environment
 from sj_robust.evaluation import Gallery
 from sj_robust.training.history import EpochRecord
 

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from sj_robust._host import from_reset
+from sj_robust.core.host import from_reset
 
 __all__ = ["choose_channels_last", "store_channels_last"]
 

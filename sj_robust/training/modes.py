@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sj_robust._checks import check_count, check_logits, check_size
 from sj_robust.attacks import Attack, fgsm, gaussian, pgd, rfgsm
 from sj_robust.attacks.call import Model, checked_copies, crafting
 from sj_robust.attacks.call import Objective as AttackObjective
 from sj_robust.attacks.projection import linf_bounds
-from sj_robust.randomness import SampleSeeds, randn
+from sj_robust.core.checks import check_count, check_logits, check_size
+from sj_robust.core.randomness import SampleSeeds, randn
 from sj_robust.training.objective import LossName
 from sj_robust.training.penalties import GradientSparsity, Penalty, StabilityGain, ThresholdGuarding
 from sj_robust.training.plan import SelectName

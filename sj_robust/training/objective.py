@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingClassifier
+from sj_robust.core.randomness import seeded_globals
 from sj_robust.perturbation import MPPDMonitor
 from sj_robust.perturbation.pair import Indicator
-from sj_robust.randomness import seeded_globals
 from sj_robust.training.certified import CertifiedLoss
 from sj_robust.training.penalties import ForwardPasses, Penalty
 

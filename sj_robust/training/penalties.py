@@ -14,7 +14,7 @@ from sj_robust.classifier import SpikingClassifier
 from sj_robust.neuron.charging import Neuron, find_neurons
 from sj_robust.neuron.watching import SpikingCall, Wants, watch
 from sj_robust.perturbation import dynamics
-from sj_robust.stability import gain_penalty
+from sj_robust.perturbation.gains import gain_penalty
 
 __all__ = ["ForwardPasses", "GradientSparsity", "Penalty", "StabilityGain", "ThresholdGuarding"]
 
@@ -260,8 +260,8 @@ class StabilityGain(Penalty):
     """Squared L2 gain of every DLIF layer over its T steps, summed. DLIF 层 L2 增益的惩罚项。
 
     Equation: ``value = sum over layers of ||L_decay diag(p)||_2^2``; see
-    :func:`sj_robust.stability.gain_penalty`. It needs no pass of the network and moves the input
-    gains alone.
+    :func:`sj_robust.perturbation.gains.gain_penalty`. It needs no pass of the network and moves the
+    input gains alone.
 
     Args:
         weight: Weight in the objective.

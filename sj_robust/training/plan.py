@@ -38,7 +38,7 @@ class TrainingPlan:
             CUDA, and on a CPU in half precision where that is measured to be faster.
         sync_batch_norm: Whether batch norm takes its statistics over the images of all processes.
         log_bounds: Whether the log shows the exact L2 bound of every layer each epoch; see
-            ``stability.certify``.
+            ``perturbation_gains``.
 
     Raises:
         ValueError: If a number is out of range.

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 
-from sj_robust._console import working
+from sj_robust.core.console import working
 from sj_robust.ops import keep_heap
 
 __all__ = [

@@ -9,10 +9,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from sj_robust._environment import device_of
-from sj_robust._preserved import evaluation_mode
 from sj_robust.attacks import Attack, eps_text
 from sj_robust.classifier import SpikingClassifier
+from sj_robust.core.environment import device_of
+from sj_robust.core.preserved import evaluation_mode
 from sj_robust.data import ImageSplits, image_loader
 from sj_robust.evaluation import (
     Report,
@@ -23,7 +23,8 @@ from sj_robust.evaluation import (
     wilson_interval,
 )
 from sj_robust.perturbation import MPPDMonitor
-from sj_robust.stability import certify, gain_scalars, verify
+from sj_robust.perturbation.gains import gain_scalars, perturbation_gains
+from sj_robust.proofs import verify
 from sj_robust.training.history import EpochRecord, catastrophic_overfitting
 from sj_robust.training.journal import Journal
 from sj_robust.training.processes import mixed
@@ -116,7 +117,7 @@ class Validation:
                     f"input_gain/{name}/t{t}": gain for t, gain in enumerate(gains.tolist())
                 }
         if bounds:  # a log needs no more than two digits
-            for layer in certify(classifier, x[:1], tolerance=1e-2).layers:
+            for layer in perturbation_gains(classifier, x[:1], tolerance=1e-2).layers:
                 if layer.l2 is not None and layer.l2.value is not None:
                     scalars[f"l2_bound/{layer.name}"] = layer.l2.value
         return scalars | gain_scalars(net, classifier.T)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from unchanged import unchanged
 
 from sj_robust import DLIFNode, SpikingClassifier
-from sj_robust._host import functional, neuron
 from sj_robust.attacks import (
     apgd,
     autoattack,
@@ -28,6 +27,7 @@ from sj_robust.attacks import (
     square,
     uniform,
 )
+from sj_robust.core.host import functional, neuron
 
 torch.set_num_threads(1)
 

@@ -16,10 +16,10 @@ from attacks.oracle import linear_oracle
 from attacks.table import Recorder, predicted, seeded
 from torch import Tensor
 
-from sj_robust._host import functional
 from sj_robust.attacks import SampleSeeds, ThreatModel, _ascent, apgd, pgd, sapgd
 from sj_robust.attacks._ascent import checkpoints
 from sj_robust.attacks.apgd import dlr_loss, targeted_dlr_loss
+from sj_robust.core.host import functional
 
 LOSSES = ["ce", "dlr", "dlr_targeted"]
 MODULE = import_module(

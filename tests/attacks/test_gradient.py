@@ -10,7 +10,7 @@ from attacks.table import Recorder, predicted, seeded, two_classes
 from torch import nn
 
 from sj_robust.attacks import apgd, fgsm, gaussian, pgd, rfgsm
-from sj_robust.randomness import draw_seed, private_generator, randn
+from sj_robust.core.randomness import draw_seed, private_generator, randn
 
 WEIGHT = np.array([[0.3, -0.7, 0.2, 0.0], [-0.5, 0.1, 0.9, 0.0], [0.4, 0.6, -0.8, 0.0]])
 X = np.array([[0.5, 0.5, 0.5, 0.5], [0.05, 0.9, 0.4, 0.2], [1.0, 0.0, 0.3, 1.0]])

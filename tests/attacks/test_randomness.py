@@ -6,7 +6,7 @@ from attacks.table import linear_model, seeded
 from torch import nn
 
 from sj_robust.attacks import SampleSeeds, gaussian, pgd
-from sj_robust.randomness import _splitmix64, private_generator, rand, randn
+from sj_robust.core.randomness import _splitmix64, private_generator, rand, randn
 
 SEEDS = SampleSeeds([11, 12, 13, 14, 15, 16, 17])
 CPU = torch.device("cpu")

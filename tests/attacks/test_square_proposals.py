@@ -11,7 +11,7 @@ from attacks.table import Recorder, two_classes
 from sj_robust.attacks import SampleSeeds, ThreatModel, linf_bounds
 from sj_robust.attacks import square as square_attack
 from sj_robust.attacks._square import _L2, _Linf, square_rows
-from sj_robust.randomness import SampleDraws, rand
+from sj_robust.core.randomness import SampleDraws, rand
 
 SHAPE = (3, 2, 6, 9)  # samples, channels, height and width
 

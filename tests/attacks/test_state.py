@@ -14,9 +14,9 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
 from sj_robust import SpikingClassifier
-from sj_robust._preserved import alone
 from sj_robust.attacks import SampleSeeds, fgsm, pgd
 from sj_robust.attacks._resets import refuse_carried_states
+from sj_robust.core.preserved import alone
 from sj_robust.neuron import DLIFNode
 
 

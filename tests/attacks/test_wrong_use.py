@@ -6,7 +6,6 @@ from attacks.table import NOISES, linear_model
 from torch import nn
 
 from sj_robust import SpikingClassifier, attacks
-from sj_robust._host import EVAL_MODE_HAS_NO_GRADIENT, functional, neuron
 from sj_robust.attacks import (
     SampleSeeds,
     apgd,
@@ -19,6 +18,7 @@ from sj_robust.attacks import (
     sapgd,
     square,
 )
+from sj_robust.core.host import EVAL_MODE_HAS_NO_GRADIENT, functional, neuron
 
 X = torch.rand(3, 1, 6, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 4])

@@ -32,8 +32,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 from sj_robust import DLIFNode
-from sj_robust._host import neuron, surrogate
 from sj_robust.attacks import apgd, fgsm, parse_eps, pgd, rfgsm
+from sj_robust.core.host import neuron, surrogate
 from sj_robust.data import CIFAR_STATISTICS, load_images
 from sj_robust.evaluation.subject import from_checkpoint
 from sj_robust.models import load_published_checkpoint, published_names

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from sj_robust.core.randomness import SampleDraws, SampleSeeds, rand
 from sj_robust.data import Augmentation
-from sj_robust.randomness import SampleDraws, SampleSeeds, rand
 
 
 def numbers(seed):

@@ -7,7 +7,7 @@ import torch
 from oracle import dlif_backward, dlif_forward, surrogate_derivative
 from torch import nn
 
-from sj_robust._host import functional, neuron, surrogate
+from sj_robust.core.host import functional, neuron, surrogate
 from sj_robust.neuron import DLIFNode
 
 T, N, FEATURES, HIDDEN, CLASSES = 4, 3, 5, 6, 4

@@ -21,7 +21,7 @@ from estimators.by_hand import (
 )
 
 from sj_robust import SpikingClassifier
-from sj_robust._host import functional, surrogate
+from sj_robust.core.host import functional, surrogate
 from sj_robust.estimators import estimator, memory
 from sj_robust.estimators.shapes import SHAPES, KeepingValues
 

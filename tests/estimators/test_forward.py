@@ -15,8 +15,8 @@ from spikingjelly.activation_based.model import sew_resnet, spiking_vgg
 from torch import nn
 
 from sj_robust import SpikingClassifier, ops
-from sj_robust._host import EVAL_MODE_HAS_NO_GRADIENT, functional, neuron, surrogate
 from sj_robust.attacks import pgd
+from sj_robust.core.host import EVAL_MODE_HAS_NO_GRADIENT, functional, neuron, surrogate
 from sj_robust.estimators import ESTIMATORS, estimator
 from sj_robust.neuron import DLIFNode, Stage, fuse
 

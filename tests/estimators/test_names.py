@@ -9,7 +9,7 @@ from attacks.table import linear_model
 from torch import nn
 
 from sj_robust import SpikingClassifier
-from sj_robust._host import base, neuron, surrogate
+from sj_robust.core.host import base, neuron, surrogate
 from sj_robust.estimators import ESTIMATORS, Estimator, estimator
 from sj_robust.neuron import DLIFNode
 

@@ -174,18 +174,18 @@ def test_certify_verify_and_compare_take_the_bare_network():
     net, options = lif("m").eval(), {"T": T} | NORMAL
     model = SpikingClassifier(net, **options).eval()
     moved = (x + 0.1).clamp(0, 1)
-    assert sj_robust.certify(net, x, x_perturbed=moved, **options) == sj_robust.certify(
-        model, x, x_perturbed=moved
-    )
+    assert sj_robust.perturbation_gains(
+        net, x, x_perturbed=moved, **options
+    ) == sj_robust.perturbation_gains(model, x, x_perturbed=moved)
     found, wanted = (
         sj_robust.verify(net, x, y, "8/255", **options),
         sj_robust.verify(model, x, y, 8 / 255),
     )
     assert (found.margin, found.eps) == (wanted.margin, 8 / 255)
     stats = [
-        sj_robust.compare(net, x, moved, **options),
-        sj_robust.compare(model, x, moved),
-        sj_robust.compare(
+        sj_robust.compare_potentials(net, x, moved, **options),
+        sj_robust.compare_potentials(model, x, moved),
+        sj_robust.compare_potentials(
             net, *(model._normalise(values, 1).expand(T, -1, -1, -1, -1) for values in (x, moved))
         ),
     ]

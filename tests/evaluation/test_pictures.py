@@ -15,7 +15,7 @@ from sj_robust.evaluation import gallery
 from sj_robust.evaluation.drawings import plot_robustness
 from sj_robust.evaluation.html import save_html
 from sj_robust.models import pretrained
-from sj_robust.perturbation import trace
+from sj_robust.perturbation import spike_traces
 from sj_robust.training import Journal
 
 
@@ -92,7 +92,7 @@ def test_runs_part_at_the_first_spike_that_differs():
     x_adv = torch.tensor(
         [[0.5, 0.3], [0.2, 0.2], [0.4, 0.5]]
     )  # one neuron at 3 alone; as before; at 2
-    found = trace(two_layers(), x, x_adv, T=4)
+    found = spike_traces(two_layers(), x, x_adv, T=4)
     assert [found.parting(sample) for sample in range(3)] == [("0", 1), None, ("0", 2)]
     assert "part first in layer 0 at step 1 (1 of 3 pairs)" in repr(found)
     assert "| 0 | 0.0 | 16.7 | 16.7 | 16.7 |" in found.table()

@@ -26,7 +26,7 @@ from sj_robust.evaluation.proofs import prove
 from sj_robust.evaluation.robustness_report import RobustnessReport
 from sj_robust.evaluation.subject import Subject
 from sj_robust.evaluation.terminal import show_report
-from sj_robust.stability import verify
+from sj_robust.proofs import verify
 
 pytestmark = pytest.mark.slow
 SMALL = 0.01

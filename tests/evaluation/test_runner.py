@@ -10,13 +10,13 @@ from evaluation import masked, suite_run
 
 from sj_robust.attacks import fgsm, pgd
 from sj_robust.attacks.threat import ThreatModel
+from sj_robust.core.randomness import SampleSeeds
 from sj_robust.evaluation import Member, worst_case
 from sj_robust.evaluation.data import Data
 from sj_robust.evaluation.fingerprint import fingerprint
 from sj_robust.evaluation.member import crafted
 from sj_robust.evaluation.progress import Progress, TimeLeft, computed_once
 from sj_robust.evaluation.runner import run_suite
-from sj_robust.randomness import SampleSeeds
 
 script = partial(launch.script, suite_run.__file__)
 STEPS = 4 * 7  # batches times members, the clean images included

@@ -11,7 +11,7 @@ from torch import nn
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.evaluation import SmoothedBracket, smoothed_bracket
 from sj_robust.models import NetworkSpec, build_network
-from sj_robust.stability import smooth
+from sj_robust.proofs import smooth
 
 SIGMA = 0.25
 

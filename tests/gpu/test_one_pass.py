@@ -5,7 +5,7 @@ import torch
 from ops.triton import stage_cases
 from torch import nn
 
-from sj_robust._host import functional, layer
+from sj_robust.core.host import functional, layer
 from sj_robust.neuron import DLIFNode, fuse
 from sj_robust.ops.bn_dlif import BatchNorm, batch_norm_dlif_multi_step
 from sj_robust.ops.dlif import backends

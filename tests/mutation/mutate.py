@@ -50,7 +50,7 @@ PACKAGES: dict[
             "sj_robust/perturbation",
         ]
     },
-    "stability": {"tests": ["tests/stability", "tests/test_shown.py", "sj_robust/stability"]},
+    "proofs": {"tests": ["tests/proofs", "tests/test_shown.py", "sj_robust/proofs"]},
     "ops": {
         "tests": ["tests/ops", "tests/neuron/test_stage.py", "sj_robust/ops"],
         "text": "triton_kernel.py",  # tests/ops/triton/mutate.py plants faults in it

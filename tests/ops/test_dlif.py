@@ -23,7 +23,7 @@ from ops.calls import (
 from oracle import away_from_threshold
 from torch import nn
 
-from sj_robust._host import surrogate as host
+from sj_robust.core.host import surrogate as host
 from sj_robust.ops import (
     Surrogate,
     available_backends,

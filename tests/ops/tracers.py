@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sj_robust._host import functional, layer
+from sj_robust.core.host import functional, layer
 from sj_robust.neuron import DLIFNode, fuse
 
 BACKENDS = ("auto", "cpp", "eager", "reference", "fused")

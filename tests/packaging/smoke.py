@@ -66,7 +66,7 @@ def check_robustness():
     from sj_robust.attacks import pgd
     from sj_robust.estimators import estimator
     from sj_robust.evaluation import ThreatModel, accuracy
-    from sj_robust.stability import certify
+    from sj_robust.perturbation.gains import perturbation_gains
 
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 32), DLIFNode(T=4, step_mode="m"), nn.Linear(32, 4))
@@ -81,7 +81,7 @@ def check_robustness():
     with MPPDMonitor(net) as monitor, torch.no_grad():
         stats = monitor.compare(x.expand(4, -1, -1), x_adv.expand(4, -1, -1))
     assert [float(layer.ms_mppd.sum()) > 0 for layer in stats.values()] == [True]
-    certificate = certify(model, x, x_perturbed=x_adv)
+    certificate = perturbation_gains(model, x, x_perturbed=x_adv)
     assert certificate.holds, certificate
     assert replace_neurons(nn.Sequential(nn.Linear(2, 2), neuron.IFNode()), T=4).replaced == {
         "1": "IFNode"

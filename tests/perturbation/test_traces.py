@@ -5,7 +5,7 @@ import torch
 from spikingjelly.activation_based import neuron
 from torch import nn
 
-from sj_robust.perturbation import trace
+from sj_robust.perturbation import spike_traces
 
 MOVED = (44, 48)
 """Of 50 neurons those whose input is perturbed: too little to move a spike, enough to."""
@@ -17,7 +17,7 @@ def found():
     x[0, 1::2] = 0.5  # these fire at step 1 and 3, the others at step 3
     perturbed = x.clone()
     perturbed[0, MOVED] += torch.tensor([0.02, 0.4])
-    return trace(
+    return spike_traces(
         nn.Sequential(*(neuron.IFNode(step_mode="m") for _ in range(5))), x, perturbed, T=4
     )
 
@@ -59,7 +59,7 @@ def test_the_potential_is_that_of_the_neuron_whose_spikes_differ_most(found):
 
 def test_where_no_spike_differs_the_potential_is_that_of_the_neuron_that_moves_most():
     x = torch.zeros(1, 3)
-    found = trace(
+    found = spike_traces(
         neuron.IFNode(v_threshold=10.0, step_mode="m"), x, x + torch.tensor([0.1, 0.9, 0.5]), T=4
     )
     perturbed = found.plot("potential").axes[0].lines[2]
@@ -68,7 +68,9 @@ def test_where_no_spike_differs_the_potential_is_that_of_the_neuron_that_moves_m
 
 def test_of_many_layers_the_first_and_the_last_are_drawn():
     x = torch.full((1, 2), 0.6)
-    found = trace(nn.Sequential(*(neuron.IFNode(step_mode="m") for _ in range(9))), x, x, T=2)
+    found = spike_traces(
+        nn.Sequential(*(neuron.IFNode(step_mode="m") for _ in range(9))), x, x, T=2
+    )
     assert [axes.get_title(loc="left") for axes in found.plot().axes] == [
         "0",
         "1",

@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState
 from lab.command_line import check_options, run_recipe
 from launch import RECIPES
 
-from sj_robust._saved import write_whole
+from sj_robust.core.saved import write_whole
 from sj_robust.evaluation.progress import Progress
 
 
@@ -239,7 +239,7 @@ def test_a_missing_extra_is_told_in_a_line(monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "scipy" else found(name)
     )
-    monkeypatch.delitem(sys.modules, "sj_robust._recipes_installed")
+    monkeypatch.delitem(sys.modules, "sj_robust.core.recipes_installed")
     with pytest.raises(
         SystemExit, match=r"error: .* extra 'recipes', of which scipy .*: pip install"
     ):

@@ -23,7 +23,7 @@ from sj_robust.evaluation.subject import Subject, from_checkpoint
 from sj_robust.models import NetworkSpec, build_network
 from sj_robust.perturbation.indicators import INDICATORS
 from sj_robust.perturbation.intensity import IntensityCorrelation
-from sj_robust.stability import Verification
+from sj_robust.proofs import Verification
 from sj_robust.training import EpochRecord, save_checkpoint
 
 HISTORY = [

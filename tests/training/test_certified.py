@@ -16,8 +16,8 @@ from training.small_run import At, PowerCutError, power_cut
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.models import NetworkSpec, build_classifier
-from sj_robust.stability import differentiable, verify
-from sj_robust.stability.bounds import BoundedRun
+from sj_robust.proofs import differentiable, verify
+from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.training import (
     CertifiedLoss,
     Journal,

@@ -18,7 +18,7 @@ from training.small_run import At, PowerCutError, power_cut
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.models.checkpoint import save_checkpoint
 from sj_robust.neuron.fusion import plain_names
-from sj_robust.stability import l2_gain, peak_gain
+from sj_robust.perturbation.gains import l2_gain, peak_gain
 from sj_robust.training import (
     MODES,
     GradientSparsity,

@@ -13,7 +13,7 @@ from training.step_by_hand import NEURONS, TAU, T
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks import SampleSeeds
-from sj_robust.randomness import draw_seed, private_generator, rand, randn
+from sj_robust.core.randomness import draw_seed, private_generator, rand, randn
 from sj_robust.training import (
     MODES,
     GradientSparsity,

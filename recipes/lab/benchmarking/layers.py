@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lab.benchmarking.task import Shape, Task
-from sj_robust._host import functional, layer, neuron, surrogate
+from sj_robust.core.host import functional, layer, neuron, surrogate
 from sj_robust.neuron import DLIFNode, fuse
 from sj_robust.ops.dlif import backends, cpp
 

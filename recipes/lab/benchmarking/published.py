@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lab.benchmarking.networks import Precision, TrainingTask
 from lab.benchmarking.task import Shape
-from sj_robust._host import functional, neuron
+from sj_robust.core.host import functional, neuron
 from sj_robust.neuron import DLIFNode
 
 if TYPE_CHECKING:

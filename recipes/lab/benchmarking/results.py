@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sj_robust._saved import write_whole
+from sj_robust.core.saved import write_whole
 
 TESTS = "gpu_tests"
 """Subject of the rows that are tests."""

@@ -24,10 +24,10 @@ from lab.benchmarking.published import TRADES_WEIGHT, Build, PublishedTask, Step
 from lab.benchmarking.task import Shape, Task
 from sj_robust.attacks import SampleSeeds, pgd
 from sj_robust.classifier import SpikingClassifier
+from sj_robust.core.randomness import draw_seed, private_generator, rand, randn
 from sj_robust.models import NetworkSpec, SmallConvNet, build_classifier
 from sj_robust.neuron import DLIFNode
-from sj_robust.randomness import draw_seed, private_generator, rand, randn
-from sj_robust.stability import verify
+from sj_robust.proofs import verify
 
 if TYPE_CHECKING:
     from sj_robust.training.modes import ModeName

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from lab.benchmarking.benchmarks import BENCHMARKS, GPU_BENCHMARKS
 from lab.benchmarking.results import TESTS, Row
-from sj_robust._saved import markdown_table
+from sj_robust.core.saved import markdown_table
 
 _ALL = BENCHMARKS | GPU_BENCHMARKS
 _UNKNOWN = Row(subject="", allocator="", shape="", method="")  # of a peer that was not measured

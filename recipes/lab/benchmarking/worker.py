@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lab.benchmarking.benchmarks import BENCHMARKS, GPU_BENCHMARKS
 from lab.benchmarking.task import Task
-from sj_robust._host import quiet_triton
+from sj_robust.core.host import quiet_triton
 
 COPY = "copy"
 COPIED_BYTES = 256 << 20

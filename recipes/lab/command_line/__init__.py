@@ -6,7 +6,7 @@ import sys
 
 try:
     # says what to install if one of its packages is missing
-    import sj_robust._recipes_installed  # noqa: F401
+    import sj_robust.core.recipes_installed  # noqa: F401
 except ModuleNotFoundError as error:
     own = "; in the clone: pip install -e '.[recipes]'"
     sys.exit(f"error: {error}{own if error.name == 'sj_robust' else ''}")

@@ -22,9 +22,9 @@ from typing import (
     get_type_hints,
 )
 
-from sj_robust._datasets import check_dataset
-from sj_robust._eps import parse_eps
-from sj_robust._folders import check_folder
+from sj_robust.core.datasets import check_dataset
+from sj_robust.core.eps import parse_eps
+from sj_robust.core.folders import check_folder
 
 if TYPE_CHECKING:  # jsonargparse makes its types at run time, which type checkers do not follow
     AtLeastTwo = int

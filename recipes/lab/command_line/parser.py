@@ -24,7 +24,7 @@ from jsonargparse import (  # type: ignore[attr-defined]
 )
 
 from lab.command_line.declared import Option, options_of
-from sj_robust._folders import read_text
+from sj_robust.core.folders import read_text
 
 OptionsT = TypeVar("OptionsT")
 

@@ -13,7 +13,7 @@ def describe_folder(folder: Path, recipe: str, arguments: Sequence[str]) -> None
     """Write the README of an output folder, from ``readmes``; commands that wrote into it before
     stay in it.
     """
-    from sj_robust._saved import write_whole  # imports torch
+    from sj_robust.core.saved import write_whole  # imports torch
 
     path = folder / "README.md"
     earlier = path.read_text(encoding="utf-8") if path.is_file() else ""

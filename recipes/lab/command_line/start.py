@@ -47,7 +47,9 @@ def run_recipe(
     what to do then), and 128 plus its number after another signal that left a checkpoint. What the
     terminal has no character for is shown as a question mark.
     """
-    from sj_robust._host import quiet_triton  # these import torch, which --help does not wait for
+    from sj_robust.core.host import (
+        quiet_triton,  # these import torch, which --help does not wait for
+    )
     from sj_robust.training import NonFiniteLossError, TrainingInterrupted
 
     quiet_triton()

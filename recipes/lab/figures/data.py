@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust._saved import SavedResult, plain
+from sj_robust.core.saved import SavedResult, plain
 from sj_robust.evaluation.report import Report
 from sj_robust.models.checkpoint import load_checkpoint
 from sj_robust.neuron import DLIFNode

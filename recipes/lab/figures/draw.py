@@ -11,7 +11,7 @@ from lab.figures.drawings import draw_curves, draw_gains, draw_ground_truth, dra
 from lab.figures.ground_truth import GroundTruth
 from lab.figures.intensity_drawings import draw_heat_maps, draw_intensity
 from lab.figures.style import print_style, save
-from sj_robust._saved import SavedResult, saved_format
+from sj_robust.core.saved import SavedResult, saved_format
 from sj_robust.perturbation.intensity import IntensityCorrelation
 
 _DRAWINGS: Mapping[type[SavedResult], Mapping[str, Callable[[Any], Figure]]] = {

@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from sj_robust._saved import SavedResult, markdown_table
 from sj_robust.classifier import SpikingClassifier
+from sj_robust.core.saved import SavedResult, markdown_table
 from sj_robust.evaluation import RobustnessReport, SuiteName, ThreatModel
 from sj_robust.evaluation.assess import assess
 from sj_robust.evaluation.subject import Subject
-from sj_robust.stability import Verification, verify
+from sj_robust.proofs import Verification, verify
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lab.figures.style import COLOURS, DOUBLE, GREY, LINES, MARKERS, legend, letter
-from sj_robust._shown import common_scale, heat_map
+from sj_robust.core.shown import common_scale, heat_map
 from sj_robust.perturbation.indicators import INDICATORS
 from sj_robust.perturbation.intensity import IntensityCorrelation
 

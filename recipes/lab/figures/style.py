@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sj_robust._shown import COLOURS, GREY, print_style
+from sj_robust.core.shown import COLOURS, GREY, print_style
 
 __all__ = [
     "COLOURS",

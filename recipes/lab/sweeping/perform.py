@@ -19,7 +19,7 @@ from submitit.helpers import DelayedSubmission
 from lab.sweeping.plan import OPTIONS_FILE, PlannedRun
 from lab.sweeping.recipe import load_recipe
 from lab.sweeping.record import RECORD_FILE, RunRecord
-from sj_robust._saved import write_whole
+from sj_robust.core.saved import write_whole
 from sj_robust.evaluation.report import Report
 from sj_robust.evaluation.robustness_report import RobustnessReport
 from sj_robust.training import TrainingInterrupted

@@ -14,7 +14,7 @@ from typing import Any
 
 from lab.command_line import idle
 from lab.command_line.parser import RecipeParser
-from sj_robust._saved import plain
+from sj_robust.core.saved import plain
 
 
 @dataclass(frozen=True)

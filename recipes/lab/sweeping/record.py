@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from sj_robust._saved import SavedResult
+from sj_robust.core.saved import SavedResult
 
 RECORD_FILE = "run.json"
 

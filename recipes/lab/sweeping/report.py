@@ -12,7 +12,7 @@ from lab.sweeping.grid import names_in, value_text
 from lab.sweeping.published_accuracies import published_accuracy
 from lab.sweeping.record import RunRecord
 from lab.sweeping.summary import Axes, Cell, axes_in, cells_of, columns_of, contrasts
-from sj_robust._saved import markdown_table, write_whole
+from sj_robust.core.saved import markdown_table, write_whole
 
 _NOTHING = "–"
 _RESULTS = ("figure", "mean", "standard_deviation", "seeds", "published", "source")

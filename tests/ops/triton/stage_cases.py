@@ -19,7 +19,7 @@ from ops.triton.cases import ROUNDING, pairwise, run_all
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sj_robust._host import functional, layer
+from sj_robust.core.host import functional, layer
 from sj_robust.neuron import DLIFNode, fuse
 from sj_robust.ops import Surrogate, dlif_multi_step
 from sj_robust.ops.bn_dlif import (

@@ -1,0 +1,704 @@
+"""What a network takes and gives, found out by trying: images, sequences or single time steps."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust.core.environment import device_of
+from sj_robust.core.host import base, from_reset, is_neuron
+
+__all__ = [
+    "TAKES",
+    "Convention",
+    "Takes",
+    "checked_logits",
+    "find_convention",
+    "kept_state",
+    "own_steps",
+    "step_mode_of",
+    "untouched",
+    "wrong_outputs",
+]
+
+Takes = Literal["images", "sequence", "steps"]
+"""What a network is called with: images once, a sequence once, or one time step T times."""
+
+TAKES: tuple[Takes, ...] = ("images", "sequence", "steps")
+
+_SEED = 0
+_EXPLAINED = 0.1  # share of the logits' norm that single spikes at the threshold explain
+_CONTAINERS = (dict, list, set)
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How a network is called and what it returns. 网络的输入输出约定。
+
+    Attributes:
+        takes: ``"images"`` [N, C, H, W], which it repeats over time itself; ``"sequence"`` [T, N,
+            C, H, W]; or ``"steps"``, T times [N, C, H, W].
+        returns: ``"logits"`` [N, classes], per call if it takes steps; or ``"sequence"`` [T, N,
+            classes].
+        T: Number of time steps of a run.
+        resets_itself: Whether it resets its neurons in a run.
+        takes_sequences: Whether it takes sequences [T, N, C, H, W] of any length (as well).
+
+    Examples:
+        >>> print(Convention("images", "logits", T=4))
+        takes images [N, C, H, W], runs T = 4 steps itself, returns [N, classes]
+    """
+
+    takes: Takes
+    returns: Literal["logits", "sequence"]
+    T: int
+    resets_itself: bool = False
+    takes_sequences: bool = False
+
+    def __str__(self) -> str:
+        """In one line."""
+        given = {
+            "images": f"takes images [N, C, H, W], runs T = {self.T} steps itself",
+            "sequence": f"takes a sequence [T, N, C, H, W] of T = {self.T} steps",
+            "steps": f"takes one step [N, C, H, W] at a time, T = {self.T} of them",
+        }[self.takes]
+        returned = "[T, N, classes]" if self.returns == "sequence" else "[N, classes]"
+        reset = ", resets itself" if self.resets_itself else ""
+        return f"{given}, returns {returned}{reset}"
+
+
+def find_convention(
+    net: nn.Module,
+    frames: Callable[[int, int], Tensor],
+    T: int | None,
+    *,
+    takes: Sequence[Takes] = TAKES,
+) -> Convention:
+    """Find out how a network is called, by calling it on a few inputs.
+    通过试运行判断网络的约定。
+
+    A reading is told from another by the time steps that the network's neurons run in it: a call of
+    a single-step neuron is one, that of a multi-step neuron on [T', N, *] is T'. Two batch sizes,
+    both unlike T, tell the dimensions of the outputs apart. Where images and a sequence of them
+    both fit, their logits are compared. The network is left as it was: modes, states, buffers,
+    attributes and random generators; hooks on it are not called, unless no reading fits without
+    them.
+
+    Args:
+        net: The network.
+        frames: Called with a number of images N and one of steps T, gives frames [T, N, *] as the
+            network gets them.
+        T: Number of time steps; None if the network brings its own.
+        takes: What the network may take.
+
+    Raises:
+        ValueError: If no reading fits, several fit and give different logits, T is missing or not
+            the network's own, or the network keeps a state that is not reset.
+        Exception: What the network itself raises, where it runs in no reading.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Flatten(2), nn.Linear(4, 3))
+        >>> find_convention(net, lambda n, steps: torch.rand(steps, n, 1, 2, 2), 5).takes
+        'sequence'
+    """
+    trial = _Trial(net, frames, T, takes)
+    found = trial.result()
+    if not isinstance(found, Convention) and any(map(_has_hooks, net.modules())):
+        trial.hooks = True
+        found = trial.result()
+    if isinstance(found, Convention):
+        return found
+    raise found
+
+
+def checked_logits(outputs: object, images: int) -> Tensor:
+    """The outputs of a function of images, if they are logits [N, classes]; else ValueError.
+    检查输出的形状与类型。
+
+    Examples:
+        >>> checked_logits(torch.zeros(2, 3), 2).shape
+        torch.Size([2, 3])
+    """
+    if _form(outputs, images, None) == "logits":
+        assert isinstance(outputs, Tensor)  # what _form has looked at
+        return outputs
+    raise ValueError(wrong_outputs(outputs, images, None))
+
+
+@torch.no_grad()
+def kept_state(model: nn.Module, images: Tensor) -> tuple[str, ...]:
+    """What a model keeps from one call to the next, if that changes its logits; empty if not.
+    网络中未被重置的状态。
+
+    Both calls start from ``functional.reset_net`` and equal seeds, so that neither SpikingJelly's
+    neurons nor random draws make a difference. The model is left as it was.
+
+    Args:
+        model: A network, a classifier or any module.
+        images: What it takes.
+
+    Returns:
+        Names of the attributes that changed, such as ``("layer.v",)``; the model's class if none
+        is seen to.
+
+    Examples:
+        >>> kept_state(nn.Linear(2, 2), torch.rand(3, 2))
+        ()
+    """
+    with untouched(model, hooks=True) as kept:
+        return _state_in(kept, model, lambda: model(images), images.device)
+
+
+def step_mode_of(net: nn.Module) -> str:
+    """Step mode of the outermost step module; inner ones may differ (recurrent containers)."""
+    for module in net.modules():
+        # A container of SpikingJelly 2.x may be a step module without a mode of its own.
+        if isinstance(module, base.StepModule) and hasattr(module, "step_mode"):
+            return str(module.step_mode)
+    return "m"
+
+
+def own_steps(net: nn.Module) -> int | None:
+    """Number of steps that a network keeps in its attribute ``T``; None if it keeps none."""
+    T = vars(net).get("T")
+    return T if isinstance(T, int) and not isinstance(T, bool) and T >= 1 else None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A call, or T of them, from a reset.
+
+    Attributes:
+        outputs: What was returned; a list for T calls.
+        error: What was raised instead.
+        calls: Modules that ran, up to the error.
+        steps: Time steps of the neuron that ran fewest; None if none was seen to run.
+        lengths: Numbers of steps that single calls of multi-step neurons had, and numbers of calls
+            of layers with weights: what T may be where a neuron stands in several places.
+        resets_itself: Whether a neuron was reset meanwhile.
+    """
+
+    outputs: object = None
+    error: Exception | None = None
+    calls: int = 0
+    steps: int | None = None
+    lengths: frozenset[int] = frozenset()
+    resets_itself: bool = False
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A reading that fits, and the logits [N, classes] that it gave."""
+
+    convention: Convention
+    logits: Tensor
+
+
+class _Trial:
+    """Tries the readings of one network."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        frames: Callable[[int, int], Tensor],
+        T: int | None,
+        takes: Sequence[Takes],
+    ) -> None:
+        self.net = net
+        self.frames = frames
+        self.given = T
+        self.takes = takes
+        self.hooks = False
+        self.device = device_of(net)
+        self._start()
+
+    def _start(self) -> None:
+        self.T = own_steps(self.net) if self.given is None else self.given
+        self._runs: dict[tuple[Takes, int, int | None], _Run] = {}
+        self.returned: dict[Takes, str] = {}  # wrong outputs
+        self.ran: dict[Takes, str] = {}  # wrong numbers of steps
+        self.failed: dict[Takes, _Run] = {}
+
+    def result(self) -> Convention | Exception:
+        """The convention, or why there is none."""
+        self._start()
+        fits = []
+        if "images" in self.takes and (images := self._images()):
+            fits.append(images)
+            self.T = images.convention.T
+        if self.T is not None and "sequence" in self.takes and (read := self._sequence(self.T)):
+            fits.append(read)
+        if self.T is not None and "steps" in self.takes and (read := self._steps(self.T)):
+            fits.append(read)
+        if not fits:
+            return self._no_reading()
+        chosen = fits[0].convention
+        for other in fits[1:]:
+            if not _agree(fits[0].logits, other.logits):
+                return ValueError(
+                    f"the network ({self._name}) can be called in two ways that give different "
+                    f"logits: it {chosen}; or it {other.convention}; say which is meant with "
+                    f"SpikingClassifier(net, T={self.T}, takes={chosen.takes!r}) or "
+                    f"takes={other.convention.takes!r}"
+                )
+        if kept := self._kept_in(chosen.takes):
+            return kept
+        sequences = any(fit.convention.takes == "sequence" for fit in fits)
+        if sequences and chosen.takes == "images":
+            one_step = self._watched(lambda: self.net(self.frames(2, 1)))
+            sequences = one_step.error is None
+        return replace(chosen, takes_sequences=sequences)
+
+    def _kept_in(self, takes: Takes) -> ValueError | None:
+        """The error that names a state which is not reset, if there is one."""
+        with untouched(self.net, hooks=self.hooks) as kept:
+            names = _state_in(kept, self.net, lambda: self._call(takes, 2), self.device)
+        if not names:
+            return None
+        return ValueError(
+            f"the network ({self._name}) keeps a state that functional.reset_net does not reset "
+            f"({', '.join(names)}), so that its logits depend on what ran before; give the module "
+            "that holds it a method reset(), or derive it from SpikingJelly's base.MemoryModule "
+            "and register the state with register_memory"
+        )
+
+    @property
+    def _may_differ(self) -> bool:
+        """Whether there are several readings to be told apart."""
+        return len(self.takes) > 1
+
+    @property
+    def _name(self) -> str:
+        return type(self.net).__name__
+
+    def _sizes(self) -> tuple[int, int]:
+        """Two batch sizes unlike the number of steps, so that no dimension is taken for another."""
+        if self.T == 2:
+            return 3, 4
+        return (2, 4) if self.T == 3 else (2, 3)
+
+    def _call(self, takes: Takes, images: int) -> object:
+        if takes == "images":
+            return self.net(self.frames(images, 1)[0])
+        assert self.T is not None  # these two are tried with a known number of steps
+        sequence = self.frames(images, self.T)
+        return self.net(sequence) if takes == "sequence" else [self.net(x) for x in sequence]
+
+    def _run(self, takes: Takes, images: int) -> _Run:
+        key = takes, images, None if takes == "images" else self.T
+        if key not in self._runs:
+            self._runs[key] = self._watched(lambda: self._call(takes, images))
+        return self._runs[key]
+
+    def _watched(self, call: Callable[[], object]) -> _Run:
+        with (
+            untouched(self.net, hooks=self.hooks),
+            from_reset(self.net, _SEED, self.device),
+            _Watch(self.net) as watch,
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
+            try:
+                outputs = call()
+            except Exception as error:  # somebody else's code raises anything
+                return _Run(error=error, calls=watch.calls)
+            return _Run(
+                outputs=outputs,
+                calls=watch.calls,
+                steps=watch.steps(),
+                lengths=watch.lengths(),
+                resets_itself=watch.resets > 0,
+            )
+
+    def _images(self) -> _Fit | None:
+        """The network brings the time steps itself."""
+        sizes = self._sizes()
+        one, two = (self._run("images", size) for size in sizes)
+        for run in (one, two):
+            if run.error is not None:
+                self.failed["images"] = run
+                return None
+        if one.steps != two.steps:
+            self.ran["images"] = f"its neurons take the {sizes[0]} images for time steps"
+            return None
+        if one.steps == 1 and self.T != 1:
+            return None  # one step of several
+        steps = self._steps_of_a_call(one)
+        if steps is None:
+            return None
+        forms = [_form(run.outputs, n, steps) for run, n in zip((one, two), sizes, strict=True)]
+        if forms[0] != forms[1] or forms[0] is None:
+            wrong = 0 if forms[0] is None else 1
+            self.returned["images"] = wrong_outputs((one, two)[wrong].outputs, sizes[wrong], steps)
+            return None
+        if self.given not in (None, steps):
+            self.ran["images"] = f"it runs {steps} steps itself, asked for is T={self.given}"
+            return None
+        convention = Convention("images", forms[0], steps, one.resets_itself)
+        return _Fit(convention, _mean(one.outputs))
+
+    def _steps_of_a_call(self, run: _Run) -> int | None:
+        """Time steps of one call with images; None if that cannot be told."""
+        if run.steps is None:
+            if isinstance(run.outputs, Tensor) and run.outputs.ndim == 3:
+                return len(run.outputs)
+            if self._is_stateless() or not self._may_differ:
+                return self.T or max(run.lengths, default=1)
+            if self.T in run.lengths and self.T != 1:
+                return self.T
+            self.ran["images"] = "its steps cannot be counted, since its neurons are unknown"
+            return None
+        if run.steps == self.T or run.steps == 1:
+            return run.steps
+        if self.T in run.lengths and run.steps % (self.T or 1) == 0:
+            return self.T  # a neuron that stands in several places
+        if max(run.lengths, default=1) == 1:
+            self.ran["images"] = (
+                f"a neuron runs {run.steps} times in one call: as many steps, or as many places"
+            )
+            return None
+        return run.steps
+
+    def _sequence(self, T: int) -> _Fit | None:
+        """The network takes all steps at once."""
+        images = self._sizes()[0]
+        run = self._run("sequence", images)
+        if run.error is not None:
+            self.failed["sequence"] = run
+            return None
+        if self._may_differ and run.steps is not None and run.steps % T:
+            self.ran["sequence"] = f"its neurons run {run.steps} of {T} steps"
+            return None
+        form = _form(run.outputs, images, T)
+        if form is None:
+            self.returned["sequence"] = wrong_outputs(run.outputs, images, T)
+            return None
+        convention = Convention("sequence", form, T, run.resets_itself)
+        return _Fit(convention, _mean(run.outputs))
+
+    def _steps(self, T: int) -> _Fit | None:
+        """The network takes one step at a time."""
+        images = self._sizes()[0]
+        once = self._run("images", images)
+        if self._may_differ and once.steps not in (None, 1) and max(once.lengths, default=1) > 1:
+            self.ran["steps"] = f"its neurons run {once.steps} steps in one call"
+            return None
+        run = self._run("steps", images)
+        if run.error is not None:
+            self.failed["steps"] = run
+            return None
+        assert isinstance(run.outputs, list)  # of one call each
+        if wrong := [x for x in run.outputs if _form(x, images, None) != "logits"]:
+            self.returned["steps"] = wrong_outputs(wrong[0], images, None)
+            return None
+        convention = Convention("steps", "logits", T, run.resets_itself)
+        return _Fit(convention, _mean(torch.stack(run.outputs)))
+
+    def _is_stateless(self) -> bool:
+        """Whether a second call gives the same as the first."""
+        frame = self.frames(2, 1)[0]
+        run = self._watched(lambda: [self.net(frame), self.net(frame)])
+        return isinstance(run.outputs, list) and _same(*run.outputs)
+
+    def _no_reading(self) -> Exception:
+        """What was returned, what was raised or what the neurons ran, in this order."""
+        native: Takes = "steps" if step_mode_of(self.net) == "s" else "sequence"
+        order: list[Takes] = sorted(self.takes, key=lambda takes: takes != native)
+        for takes in order:
+            if takes in self.returned:
+                return ValueError(self.returned[takes])
+        raised = [self.failed[takes] for takes in order if takes in self.failed]
+        if own_steps(self.net) is not None:  # it may bring its time: what got furthest tells
+            raised.sort(key=lambda run: -run.calls)
+        if self.T is None:
+            error = raised[0].error if raised else None
+            told = f" (given images it raises {type(error).__name__}: {error})" if error else ""
+            return ValueError(
+                f"T must be given for a bare network ({self._name}), got None; it is the number "
+                f"of time steps, such as T=4 (--T 4){told}"
+            )
+        if self.given is not None and "asked for" in self.ran.get("images", ""):
+            return ValueError(
+                f"T must be the network's own or None: {self.ran['images']}; leave T out, or "
+                f"build the network for T={self.given}"
+            )
+        if native not in self.ran and raised and raised[0].error is not None:
+            return raised[0].error
+        if "images" in self.ran and (kept := self._kept_in("images")):
+            return kept
+        ran = "; ".join(f"as {takes}, {problem}" for takes, problem in self.ran.items())
+        return ValueError(
+            f"it is not clear how the network ({self._name}) is called: {ran}; put all layers "
+            "into one step mode with functional.set_step_mode(net, 'm'), or say it with "
+            f"SpikingClassifier(net, T, takes=...), which is one of {', '.join(TAKES)}"
+        )
+
+
+class _Watch:
+    """Counts what runs in a network, by hooks of its own."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+        self.calls = 0
+        self._of_neurons: dict[nn.Module, list[int]] = {}
+        self._of_layers: dict[nn.Module, int] = {}
+        self._multi_step: set[int] = set()
+        self.resets = 0
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "_Watch":
+        for module in self.net.modules():
+            if is_neuron(module):
+                reset: Any = module.reset
+                vars(module)["reset"] = partial(self._reset, reset)
+                self._handles.append(module.register_forward_pre_hook(self._neuron))
+            elif any(True for _ in module.parameters(recurse=False)):
+                self._handles.append(module.register_forward_pre_hook(self._layer))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _neuron(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.calls += 1
+        multi_step = getattr(module, "step_mode", "m") == "m"
+        length = len(args[0]) if multi_step and args and isinstance(args[0], Tensor) else 1
+        if multi_step:
+            self._multi_step.add(length)
+        self._of_neurons.setdefault(module, []).append(length)
+
+    def _reset(self, reset: Callable[[], object]) -> None:
+        self.resets += 1
+        reset()
+
+    def _layer(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.calls += 1
+        self._of_layers[module] = self._of_layers.get(module, 0) + 1
+
+    def steps(self) -> int | None:
+        """See :class:`_Run`."""
+        return min(map(sum, self._of_neurons.values()), default=None)
+
+    def lengths(self) -> frozenset[int]:
+        """See :class:`_Run`."""
+        return frozenset(self._multi_step) | frozenset(self._of_layers.values())
+
+
+class _Kept:
+    """What a module holds, to be put back: attributes, what is in its containers, tensors."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.attributes = dict(vars(module))
+        self.containers = {
+            name: (value, copy.copy(value))
+            for name, value in self.attributes.items()
+            if isinstance(value, _CONTAINERS)
+        }
+        self.tensors: dict[str, tuple[Tensor, int, Tensor]] = {}
+        for name, value in _values(self.attributes):
+            if _is_plain_tensor(value) and not value.is_inference():
+                self.tensors[name] = value, value._version, value.detach().clone()
+
+    def changed(self) -> Iterator[str]:
+        """Names of attributes that are not what they were, but for states of memory modules."""
+        now = vars(self.module)
+        inside = now.get("_memories", {})
+        for name, value in _values(now):
+            if name in inside or name in _HOOKS or name == "training":
+                continue
+            before = self.tensors.get(name)
+            if before is not None and value is before[0]:
+                if value._version != before[1]:
+                    yield name
+            elif _is_plain_tensor(value) or (
+                isinstance(value, float | int) and value != self.attributes.get(name, value)
+            ):
+                yield name
+
+    def restore(self) -> None:
+        """Put it back."""
+        now = vars(self.module)
+        for name in now.keys() - self.attributes.keys():
+            del now[name]
+        now.update(self.attributes)
+        for container, content in self.containers.values():
+            if isinstance(container, list):
+                container[:] = content
+            else:
+                container.clear()
+                container.update(content)
+        for tensor, version, value in self.tensors.values():
+            if tensor._version != version:
+                with torch.no_grad():
+                    tensor.copy_(value)
+
+
+class _Snapshot:
+    """What the modules of a network hold."""
+
+    def __init__(self, net: object) -> None:
+        modules = dict(net.named_modules()) if isinstance(net, nn.Module) else {}
+        self._kept = {name: _Kept(module) for name, module in modules.items()}
+
+    def changed(self) -> tuple[str, ...]:
+        """Names of what is not as it was."""
+        return tuple(
+            f"{name}.{attribute}" if name else attribute
+            for name, kept in self._kept.items()
+            for attribute in kept.changed()
+        )
+
+    def restore(self) -> None:
+        """Put all of it back."""
+        for kept in self._kept.values():
+            kept.restore()
+
+
+@contextmanager
+def untouched(net: object, *, hooks: bool = True) -> Iterator[_Snapshot]:
+    """A network is as before afterwards; meanwhile it is not compiled, and calls ``hooks`` or not.
+
+    Hooks of ``torch.nn.utils``, such as those of weight norm, are part of what the network
+    computes and stay.
+    """
+    modules = list(net.modules()) if isinstance(net, nn.Module) else []
+    snapshot = _Snapshot(net)
+    try:
+        for module in modules:
+            held = vars(module)
+            held.pop("_compiled_call_impl", None)
+            for name in () if hooks else _HOOKS:
+                held[name] = OrderedDict(
+                    (key, hook) for key, hook in held[name].items() if _is_of_torch(hook)
+                )
+        yield snapshot
+    finally:
+        snapshot.restore()
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def _is_plain_tensor(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+
+
+def _is_of_torch(hook: object) -> bool:
+    return type(hook).__module__.startswith("torch.nn.utils")
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(not _is_of_torch(hook) for name in _HOOKS for hook in vars(module)[name].values())
+
+
+def _values(attributes: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Attributes and what is in their containers, by the name under which a user knows it."""
+    for name, value in attributes.items():
+        if isinstance(value, dict):
+            inner = name in ("_buffers", "_memories")
+            yield from ((key if inner else f"{name}[{key!r}]", kept) for key, kept in value.items())
+        elif isinstance(value, list):
+            yield from ((f"{name}[{index}]", kept) for index, kept in enumerate(value))
+        else:
+            yield name, value
+
+
+def _state_in(
+    kept: _Snapshot, net: nn.Module, call: Callable[[], object], device: torch.device
+) -> tuple[str, ...]:
+    """What changed between two equal calls that gave unlike outputs; empty if they are alike."""
+    outputs = []
+    for _ in range(2):
+        with from_reset(net, _SEED, device), torch.inference_mode(False), torch.no_grad():
+            outputs.append(call())
+    if _same(*outputs):
+        return ()
+    # Sums on a GPU may differ from run to run, which is no state.
+    unseen = (type(net).__name__,) if device.type == "cpu" else ()
+    return kept.changed() or unseen
+
+
+def _form(outputs: object, images: int, T: int | None) -> Literal["logits", "sequence"] | None:
+    """What outputs are; None if neither logits nor T times logits."""
+    if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
+        return None
+    if outputs.ndim == 2 and len(outputs) == images:
+        return "logits"
+    if outputs.ndim == 3 and len(outputs) == T and outputs.shape[1] == images:
+        return "sequence"
+    return None
+
+
+def wrong_outputs(outputs: object, images: int, T: int | None) -> str:
+    """What is wrong with the outputs of a network, and what to do."""
+    wanted = "[N, classes]" if T is None else "[T, N, classes] or [N, classes]"
+    steps = "" if T is None else f" and T = {T}"
+    return (
+        f"the network must return logits {wanted} with N = {images}{steps}, got "
+        f"{_shown(outputs)}; {_remedy(outputs, images)}"
+    )
+
+
+def _shown(outputs: object) -> str:
+    """Outputs in a few words."""
+    if isinstance(outputs, Tensor):
+        kind = "tensor" if outputs.is_floating_point() else f"{outputs.dtype} tensor"
+        return f"a {kind} {list(outputs.shape)}"
+    if isinstance(outputs, dict):
+        return f"a dict of {', '.join(map(repr, outputs))}"
+    if isinstance(outputs, tuple | list):
+        inner = ", ".join(_shown(value).removeprefix("a ") for value in outputs[:3])
+        more = ", ..." if len(outputs) > 3 else ""
+        return f"a {type(outputs).__name__} ({inner}{more})"
+    return "None" if outputs is None else f"a {type(outputs).__name__}"
+
+
+def _remedy(outputs: object, images: int) -> str:
+    around = "return the logits alone, in a module around it whose forward returns"
+    if isinstance(outputs, dict):
+        return f"{around} net(x)[{next(iter(outputs), 'logits')!r}]"
+    if isinstance(outputs, list) and all(_form(x, images, None) == "logits" for x in outputs):
+        return f"{around} torch.stack(net(x)).mean(0)"
+    if isinstance(outputs, tuple | list):
+        return f"{around} net(x)[0]"
+    if isinstance(outputs, Tensor) and not outputs.is_floating_point():
+        return "return floating-point logits, not classes or counts"
+    if isinstance(outputs, Tensor) and outputs.ndim == 3 and len(outputs) == images:
+        return f"{around} net(x).transpose(0, 1), with time first"
+    if isinstance(outputs, Tensor) and outputs.ndim == 3 and outputs.shape[1] == images:
+        return f"{around} net(x).mean(0), or give SpikingClassifier the T that it runs"
+    return (
+        "let it end in a layer of spikingjelly.activation_based.layer such as layer.Linear, after "
+        "layer.Flatten, in the network's own step mode"
+    )
+
+
+def _mean(outputs: object) -> Tensor:
+    assert isinstance(outputs, Tensor)  # _form has looked at it
+    logits = outputs.float()
+    return logits.mean(0) if logits.ndim == 3 else logits
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    """Whether logits are the same but for spikes at the threshold, which rounding moves."""
+    scale = max(float(a.norm()), float(b.norm()))
+    return a.shape == b.shape and float((a - b).norm()) <= _EXPLAINED * scale
+
+
+def _same(a: object, b: object) -> bool:
+    """Whether two outputs are equal, however they are nested; NaN equals NaN."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and bool(torch.isclose(a, b, 0, 0, equal_nan=True).all())
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return True

@@ -1,0 +1,133 @@
+"""Bridge to SpikingJelly 0.0.0.0.14 and 2.x: the only file that asks which of them is installed."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.overrides
+from spikingjelly import configure
+from spikingjelly.activation_based import base, functional, layer, neuron, quantize, surrogate
+from torch import nn
+from torch.utils import _python_dispatch
+
+from sj_robust.core.preserved import generators_of, preserved
+from sj_robust.core.randomness import seeded_globals
+
+# 2.x describes every stateful module by explicit states; 0.0.0.0.14 does not know the word.
+_HAS_EXPLICIT_STATES = hasattr(base.MemoryModule, "functional_forward")
+
+EVAL_MODE_HAS_NO_GRADIENT = not _HAS_EXPLICIT_STATES
+"""Whether IF and LIF neurons of the installed release are not differentiable in evaluation mode."""
+
+lif_multi_step: Callable[..., Any] | None = getattr(functional, "lif_multi_step", None)
+"""SpikingJelly 2.x's fused LIF operator (native CUDA, Triton or torch); None on 0.0.0.0.14, which
+has none.
+"""
+
+_CUDA_THREADS = 512  # what 0.0.0.0.14 comes with
+_TRITON_LOGGER = "torch._library.triton"
+_TRITON_MESSAGE = "Triton not available, find_triton_kernels = []"
+
+__all__ = [
+    "EVAL_MODE_HAS_NO_GRADIENT",
+    "base",
+    "cuda_threads",
+    "from_reset",
+    "functional",
+    "invalidate_reset_cache",
+    "is_counted",
+    "is_neuron",
+    "layer",
+    "lif_multi_step",
+    "neuron",
+    "quantize",
+    "quiet_triton",
+    "surrogate",
+]
+
+
+def cuda_threads() -> int | None:
+    """Block size of CUDA kernels that the user has set for SpikingJelly 0.0.0.0.14; None for its
+    own, and on 2.x.
+    """
+    threads: int = getattr(configure, "cuda_threads", _CUDA_THREADS)
+    return None if threads == _CUDA_THREADS else threads
+
+
+def invalidate_reset_cache(net: nn.Module) -> None:
+    """Make ``functional.reset_net`` look for the stateful modules of ``net`` and its parts
+    again.
+    """
+    if hasattr(functional, "invalidate_reset_cache"):
+        for module in net.modules():
+            functional.invalidate_reset_cache(module)
+
+
+@contextmanager
+def from_reset(model: object, seed: int, device: torch.device) -> Iterator[None]:
+    """Evaluation mode, neurons reset, all randomness seeded; the network and all generators are as
+    before afterwards.
+
+    The generators are torch's global ones and those that modules of the network keep as attributes.
+    A model that is no ``nn.Module`` has nothing to restore but the global generators.
+    """
+    with preserved(model), seeded_globals(seed, device):
+        if isinstance(model, nn.Module):
+            functional.reset_net(model)
+        for generator in generators_of(model):
+            generator.manual_seed(seed)
+        yield
+
+
+def is_counted() -> bool:
+    """Whether a counter of SpikingJelly 2.x's ``op_counter`` watches what torch runs, operator by
+    operator.
+
+    It knows torch's operators and SpikingJelly's, so a kernel of ours would count as nothing.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if not (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()):
+        return False
+    # torch has no public way to ask for the modes in force; these two are there in every release
+    # since 2.0.
+    modes = (
+        *_python_dispatch._get_current_dispatch_mode_stack(),
+        # untyped in torch
+        *torch.overrides._get_current_function_mode_stack(),  # type: ignore[no-untyped-call]
+    )
+    counters = f"{base.__package__}.op_counter"
+    return any(cls.__module__.startswith(counters) for mode in modes for cls in type(mode).__mro__)
+
+
+def is_neuron(module: nn.Module) -> bool:
+    """Whether a module's class is, or derives from, one of SpikingJelly's neurons.
+    是否为 SpikingJelly
+    神经元。
+
+    Examples:
+        >>> is_neuron(neuron.LIFNode()), is_neuron(nn.ReLU())
+        (True, False)
+    """
+    package = neuron.__name__
+    return any(
+        cls.__module__ == package or cls.__module__.startswith(f"{package}.")
+        for cls in type(module).__mro__
+    )
+
+
+def quiet_triton() -> None:
+    """Drop one message of torch, and no other; for a process of ours, never on import.
+
+    The first LIF layer of SpikingJelly 2.x that runs registers its kernels as Triton operators, and
+    where Triton is not installed, as on any machine without a GPU, torch warns once per operator
+    that it found none. Nothing is lost: the operators without Triton are used, and what needs
+    Triton fails with an error of its own.
+    """
+    logging.getLogger(_TRITON_LOGGER).addFilter(_is_not_about_triton)
+
+
+def _is_not_about_triton(record: logging.LogRecord) -> bool:
+    return record.msg != _TRITON_MESSAGE

@@ -1,0 +1,186 @@
+"""The maps between the spiking layers of a network, taken from one run in which every spiking layer
+is cut.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust.core.preserved import other_forward
+
+__all__ = [
+    "INPUT",
+    "AffineMap",
+    "CutRun",
+    "call_key",
+    "cut_run",
+    "windows_per_input",
+]
+
+INPUT = "input"
+"""Stands for the network's input where names of layers are listed."""
+
+ADAPTIVE = (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
+POOLINGS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, *ADAPTIVE)
+
+
+@dataclass
+class CutRun:
+    """What one run with cut layers saw.
+
+    Attributes:
+        currents: What reached each cut layer, in order of execution.
+        leaves: What was put in the place of the input and of each cut layer's output.
+        calls: How often each cut layer was called; the second call's current and leaf are ``"NAME
+            (call 2)"``.
+        windows: The most windows of a max pooling that one value lies in, of each one that was
+            called.
+        modules: Name of the innermost module by the graph node of its (first) output.
+    """
+
+    currents: dict[str, Tensor] = field(default_factory=dict)
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+    windows: dict[str, int] = field(default_factory=dict)
+    modules: dict[Any, str] = field(default_factory=dict)
+
+    def between(self, name: str) -> tuple[list[str], set[str]]:
+        """Modules, and names of the operations, that ran between the leaves and a layer's
+        current.
+        """
+        seen, waiting = set(), [self.currents[name].grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                waiting.extend(parent for parent, _ in node.next_functions)
+        return [module for node, module in self.modules.items() if node in seen], {
+            node.name() for node in seen
+        }
+
+
+def call_key(name: str, call: int) -> str:
+    """What the current and the leaf of a layer's call, the first being 1, go by."""
+    return name if call == 1 else f"{name} (call {call})"
+
+
+def cut_run(
+    net: nn.Module,
+    frame: Tensor,
+    cuts: Mapping[str, nn.Module],
+    value: Callable[[str, Tensor], Tensor],
+) -> CutRun:
+    """Run a network whose input and cut layers' outputs are replaced by leaves, so that nothing
+    passes a cut.
+
+    Call it inside :func:`full_precision` and :func:`sj_robust.core.preserved.preserved`. Of
+    ``frame`` only shape, dtype and device count. Layers in ``cuts`` are not run, but for max
+    poolings, whose output's shape is needed; ``value`` gives the leaf for a name and a tensor of
+    its shape.
+    """
+    run = CutRun()
+
+    def leaf(name: str, like: Tensor) -> Tensor:
+        run.leaves[name] = value(name, like).requires_grad_()
+        return run.leaves[name].clone()  # the network may work in place
+
+    def replacement(name: str, module: nn.Module) -> Callable[..., Tensor]:
+        original = module.forward
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            run.calls[name] += 1
+            key = call_key(name, run.calls[name])
+            run.currents[key] = x.clone()
+            if not isinstance(module, POOLINGS):
+                return leaf(key, x)
+            with torch.no_grad():
+                pooled = original(x, *args, **kwargs)
+            run.windows[key] = windows_per_input(module, x, pooled)
+            return leaf(key, pooled)
+
+        return forward
+
+    def noting(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) and output else output
+            if isinstance(output, Tensor) and output.grad_fn is not None:
+                run.modules.setdefault(
+                    output.grad_fn, name
+                )  # what passes its input on is no operation
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, module in cuts.items():
+            stack.enter_context(other_forward(module, replacement(name, module)))
+        inside = {id(part) for cut in cuts.values() for part in cut.modules()}
+        for name, module in net.named_modules():
+            if name and id(module) not in inside:
+                stack.callback(module.register_forward_hook(noting(name)).remove)
+        with torch.enable_grad():
+            net(leaf(INPUT, frame))
+    return run
+
+
+class AffineMap:
+    """The linear part of what leads from leaves to one current, with its adjoint.
+
+    Equation: ``apply(v) = W v`` and ``adjoint(u) = W^T u``; both from the graph of the run: the
+    adjoint is its vector-Jacobian product, and the map the vector-Jacobian product of that. Leaves
+    that the current does not depend on are left out.
+    """
+
+    def __init__(self, current: Tensor, leaves: Mapping[str, Tensor]) -> None:
+        """Build the graph of the adjoint; see the class."""
+        self.current = current
+        self._cotangent = torch.zeros_like(current, requires_grad=True)
+        names, tensors = list(leaves), list(leaves.values())
+        gradients: Sequence[Tensor | None] = [None] * len(names)
+        if current.requires_grad:
+            with torch.enable_grad():
+                gradients = torch.autograd.grad(
+                    current, tensors, self._cotangent, create_graph=True, allow_unused=True
+                )
+        used = [
+            (name, leaf, g)
+            for name, leaf, g in zip(names, tensors, gradients, strict=True)
+            if g is not None
+        ]
+        self.feeds = tuple(name for name, _, _ in used)
+        self.leaves = [leaf for _, leaf, _ in used]
+        self._gradients = [gradient for _, _, gradient in used]
+
+    def apply(self, vectors: Sequence[Tensor]) -> Tensor:
+        """``W v`` for one tensor per feeding leaf."""
+        if not self.feeds:
+            return torch.zeros_like(self.current)
+        return torch.autograd.grad(self._gradients, self._cotangent, vectors, retain_graph=True)[0]
+
+    def adjoint(self, cotangent: Tensor) -> tuple[Tensor, ...]:
+        """``W^T u``, one tensor per feeding leaf."""
+        return torch.autograd.grad(self.current, self.leaves, cotangent, retain_graph=True)
+
+
+def windows_per_input(module: nn.Module, x: Tensor, y: Tensor) -> int:
+    """The most windows of a max pooling from x to y that one value lies in; its Lipschitz constant
+    is the root.
+    """
+    most = 1
+    dimensions = next(1 + i % 3 for i, kind in enumerate(POOLINGS) if isinstance(module, kind))
+    for i in range(dimensions):
+        if isinstance(module, ADAPTIVE):
+            length, out = x.shape[i - dimensions], y.shape[i - dimensions]
+            windows = [range(j * length // out, -(-(j + 1) * length // out)) for j in range(out)]
+            most *= max(Counter(position for window in windows for position in window).values())
+        else:
+            given = (getattr(module, key) for key in ("kernel_size", "stride", "dilation"))
+            size, stride, dilation = (
+                int(value[i] if isinstance(value, tuple) else value) for value in given
+            )
+            most *= max(Counter(tap * dilation % stride for tap in range(size)).values())
+    return most

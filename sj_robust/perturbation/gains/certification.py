@@ -1,0 +1,211 @@
+"""Bounds of every spiking layer of a network, checked on pairs of inputs."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust.classifier import as_classifier, check_classifier
+from sj_robust.core.checks import (
+    Channels,
+    check_channels,
+    check_count,
+    check_inputs,
+    check_network,
+    check_number_of_channels,
+    check_seed,
+    check_size,
+    check_steps,
+)
+from sj_robust.core.preserved import full_precision, preserved
+from sj_robust.neuron.charging import find_neurons
+from sj_robust.perturbation.gains._measure import Moved, first_frame, measure, per_step
+from sj_robust.perturbation.gains.certificate import Bound, Certificate, LayerCertificate
+from sj_robust.perturbation.gains.gain import NeuronGains, l2_gain_limit, neuron_gains
+from sj_robust.perturbation.gains.operator import InputMap, input_maps
+from sj_robust.proofs.no_flip import no_flip_radius
+from sj_robust.proofs.soundness import overridden
+
+__all__ = ["perturbation_gains"]
+
+_MOST_VALUES = 4096
+"""Of an input whose no-flip radius is measured; beyond, it would take longer than all else."""
+
+
+def perturbation_gains(
+    net: nn.Module,
+    x: Tensor,
+    T: int | None = None,
+    *,
+    x_perturbed: Tensor | None = None,
+    mean: Channels = None,
+    std: Channels = None,
+    margin: float = 1e-3,
+    tolerance: float = 1e-4,
+    max_iterations: int = 300,
+    seed: int = 0,
+) -> Certificate:
+    """Bound the perturbation of every spiking layer, and check the bounds on pairs of inputs.
+    各层扰动的上界与实测。
+
+    Equation, per layer with decay lambda, input gain p, stacked linear map W before it and the
+    spike differences Ds of the layers (for the first one: the difference of the normalised input)
+    that feed it::
+
+        eps[t] = lambda * eps[t-1] + p[t] * W Ds[t]
+        ||eps||_2 <= ||L_lambda diag(p)||_2 ||W||_2 ||Ds||_2
+
+    and likewise for any T and for the largest step; see :mod:`sj_robust.perturbation.gains.gain`
+    and :func:`input_maps`. The printed constant of Theorem 3.1 stands beside them under its own
+    name, and below them the radius in which no spike flips (:func:`no_flip_radius`), where that
+    linear regime ends. A bound counts as held if the ratio of every pair is at most ``bound * (1 +
+    margin)``, with rounding of the current, 1e-6 of its size, left aside.
+
+    What it does not certify: the true difference of potentials, with the reset, has no finite gain,
+    because an arbitrarily small change next to the threshold makes or removes a spike. Bounds of
+    layers therefore do not compose, and none of them is a radius within which the class stays.
+
+    The network runs in evaluation mode; modes, states, hooks, random state and gradients are left
+    as they were.
+
+    Args:
+        net: A ``SpikingClassifier``, or a bare network that one can be built around, with ``T``,
+            ``mean`` and ``std``.
+        x: Inputs as the classifier takes them, [N, C, H, W] or [N, F]; of a
+            ``SpikingEventClassifier`` event frames [N, T, C, H, W].
+        T: Number of time steps; None takes the classifier's, or the network's own.
+        x_perturbed: Perturbed inputs in the shape of ``x``; None gives bounds alone.
+        mean: Mean per channel that a bare network expects to be subtracted.
+        std: Standard deviation per channel that it expects to be divided by.
+        margin: Relative margin for norms being approached from below; where the iteration stopped
+            at a larger residual, that counts.
+        tolerance: Residual at which the norms' iteration stops.
+        max_iterations: Iterations at which it stops anyway.
+        seed: Of the random values that it uses.
+
+    Raises:
+        TypeError: If T is a tensor.
+        ValueError: If T is missing or not the classifier's, the inputs are none, not finite or of
+            different shapes, or there is no neuron.
+
+    Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), Theorem 3.1; gains
+        derived here.
+
+    Examples:
+        >>> from spikingjelly.activation_based import neuron
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(nn.Flatten(2), nn.Linear(4, 3), neuron.IFNode(step_mode="m"))
+        >>> x = torch.rand(8, 1, 2, 2)
+        >>> certificate = perturbation_gains(net, x, T=4, x_perturbed=x + 0.1)
+        >>> certificate.holds, certificate["2"].feeds
+        (True, ('input',))
+    """
+    check_network(net)
+    check_inputs(x, x_perturbed)
+    T = check_steps(T)
+    mean, std = check_channels("mean", mean), check_channels("std", std, positive=True)
+    check_number_of_channels(x, mean=mean, std=std)
+    margin, tolerance = check_size("margin", margin), check_size("tolerance", tolerance)
+    max_iterations, seed = check_count("max_iterations", max_iterations), check_seed("seed", seed)
+    classifier = check_classifier(as_classifier(net, T, mean=mean, std=std, images=x))
+    neurons, unknown, _ = find_neurons(classifier.net, {}, {})
+    for name, neuron in neurons.items():
+        if method := overridden(neuron):
+            unknown[name] = f"{method} of this {neuron.type_name} was replaced"
+    gains = {
+        name: neuron_gains(neuron.charging(), classifier.T) for name, neuron in neurons.items()
+    }
+    with full_precision(x.device), preserved(classifier):
+        maps = input_maps(
+            classifier.net,
+            first_frame(classifier, x),
+            takes=per_step(classifier.find_convention(x)),
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+            seed=seed,
+        )
+        moved: dict[str, Moved] | None = None
+        if x_perturbed is not None:
+            covered = {
+                name: gains.get(name) if layer.not_covered is None else None
+                for name, layer in maps.items()
+            }
+            moved = measure(classifier, x, x_perturbed, covered)
+    layers = []
+    for name, layer in maps.items():
+        kind = type(classifier.net.get_submodule(name)).__name__
+        if name in unknown:
+            layers.append(
+                LayerCertificate(name, kind, feeds=layer.feeds, not_covered=unknown[name])
+            )
+        else:
+            layers.append(_layer(kind, layer, gains[name], moved, margin))
+    no_flip: tuple[float, ...] = ()
+    unknown_flips = None
+    if moved is not None and x[0].numel() > _MOST_VALUES:
+        unknown_flips = (
+            f"it takes a pass per value, of which there are {x[0].numel()}; call no_flip_radius "
+            "for it"
+        )
+    elif moved is not None:
+        try:
+            no_flip = tuple(no_flip_radius(classifier, x).tolist())
+        except (
+            NotImplementedError,
+            ValueError,
+        ) as error:  # images outside [0, 1], or a network without one
+            unknown_flips = str(error)
+        if not all(map(math.isfinite, no_flip)):
+            no_flip, unknown_flips = (), "the input drives no spike"
+    samples = 0 if moved is None else len(x)
+    return Certificate(classifier.T, samples, margin, tuple(layers), no_flip, unknown_flips)
+
+
+def _layer(
+    kind: str, found: InputMap, gains: NeuronGains, moved: Mapping[str, Moved] | None, margin: float
+) -> LayerCertificate:
+    """The certificate of a layer whose neuron is known."""
+    input_gain = tuple(gains.input_gain.tolist())
+    if found.norm is None:
+        return LayerCertificate(
+            found.name, kind, gains.decay, input_gain, found.feeds, not_covered=found.not_covered
+        )
+    norm = found.norm
+    margin = max(margin, found.residual / norm) if norm else margin
+    any_time = float(l2_gain_limit(gains.decay)) * max(map(abs, input_gain))
+    spikes = l2 = peak = rounding = torch.zeros(
+        1, dtype=torch.float64
+    )  # nothing measured is nothing that moved
+    if moved is not None:
+        own = moved[found.name]
+        spikes = torch.stack([moved[feed].spikes for feed in found.feeds]).sum(0).sqrt()
+        l2, peak, rounding = own.perturbation.sqrt(), own.peak.sqrt(), 1e-6 * own.current.sqrt()
+    reached = bool((spikes > 0).any())
+
+    def bound(gain: float, eps: Tensor) -> Bound:
+        value = gain * norm if math.isfinite(gain) else None
+        if value is None or not reached:
+            return Bound(value, None)
+        return Bound(value, bool((eps <= value * (1.0 + margin) * spikes + gain * rounding).all()))
+
+    def largest(eps: Tensor) -> float | None:
+        return float((eps / spikes)[spikes > 0].max()) if reached else None
+
+    return LayerCertificate(
+        found.name,
+        kind,
+        gains.decay,
+        input_gain,
+        found.feeds,
+        norm,
+        found.upper_bound,
+        found.residual,
+        l2=bound(gains.l2, l2),
+        any_time=bound(any_time, l2),
+        peak=bound(gains.peak, peak),
+        printed=bound(gains.printed, l2),
+        printed_peak=bound(gains.printed, peak),
+        measured_l2=largest(l2),
+        measured_peak=largest(peak),
+    )

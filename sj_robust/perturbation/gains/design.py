@@ -1,0 +1,249 @@
+"""Input gains chosen for stability: the ones with the least gain, and the gain as a differentiable
+training term.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sj_robust.neuron.charging import Charging, find_neurons
+from sj_robust.perturbation.gains.gain import l2_gain, neuron_gains, peak_gain, time_operator
+
+__all__ = ["GainDesign", "gain_penalty", "gain_scalars", "optimal_input_gain"]
+
+GainObjective = Literal["l2", "peak"]
+Held = Literal["mean", "response"]
+
+
+@dataclass(frozen=True)
+class GainDesign:
+    """Input gains of least gain beside constant ones.
+
+    Attributes:
+        input_gain: The gains [T], float64.
+        gain: Exact L2 (or peak) gain with them.
+        lower_bound: What no gains under the same constraint can go below, by duality; ``gain``
+            within rounding.
+        constant_gain: The same gain with every input gain equal to the mean.
+        response: Potential [T] that a constant input of 1 reaches without spikes: what the design
+            costs.
+        constant_response: The same with constant gains.
+    """
+
+    input_gain: Tensor
+    gain: float
+    lower_bound: float
+    constant_gain: float
+    response: Tensor
+    constant_response: Tensor
+
+
+def optimal_input_gain(
+    decay: float, T: int, *, mean: float = 1.0, objective: GainObjective = "l2", held: Held = "mean"
+) -> GainDesign:
+    """Input gains of a given mean with the least gain. 在均值固定时使增益最小的输入增益。
+
+    Equation: minimise ``||L diag(p)||_2`` (``"l2"``) or the L2-to-peak constant (``"peak"``)
+    subject to ``c' p = mean * sum(c)``, with ``c = 1`` for ``held="mean"`` and ``c = L' 1`` for
+    ``held="response"``, which holds the mean potential under a constant input instead. Both
+    objectives are convex in p.
+
+    ``"l2"``: with ``K = L^-1 L^-T`` (tridiagonal) the optimum is ``p`` in proportion to ``c w^-2``,
+    where w is the minimum over w > 0 of the strictly convex ``w' K w + sum_t c[t]^2 w[t]^-2``,
+    found by Newton's method. There ``K w = c^2 w^-3 = p^2 w``, so the positive w is the top
+    singular vector and ``p = c w^-2`` has gain exactly 1. The dual bound ``gain(p) >= c' p /
+    sqrt(sum_t c[t]^2 w[t]^-2)`` for every w with ``w' K w = 1`` shows that nothing is lower. All
+    gains are positive.
+
+    ``"peak"``: in closed form, p falls by ``decay^2`` per step until the peak is reached at some
+    step k, and stays at ``sqrt(1 - decay^2)`` times the peak from there on.
+
+    Args:
+        decay: Fraction of the potential kept per step, in (0, 1].
+        T: Number of time steps.
+        mean: Mean of the gains, > 0; for ``held="response"``, the constant gain whose response is
+            matched.
+        objective: ``"l2"`` or ``"peak"``.
+        held: ``"mean"``, or ``"response"`` for the objective ``"l2"`` alone.
+
+    Raises:
+        ValueError: If an argument is out of range or a name unknown, or the peak is to be minimised
+            at given response.
+
+    Source: derived here.
+
+    Examples:
+        >>> design = optimal_input_gain(0.99, 4)
+        >>> (
+        ...     [round(p, 2) for p in design.input_gain.tolist()],
+        ...     round(design.gain, 3),
+        ...     round(design.constant_gain, 3),
+        ... )
+        ([0.6, 0.67, 0.9, 1.82], 2.41, 2.843)
+    """
+    if not 0.0 < mean < float("inf"):
+        raise ValueError(
+            f"mean must be > 0 and finite, got {mean}; it is the mean of the input gains"
+        )
+    if objective not in ("l2", "peak"):
+        raise ValueError(f"objective must be 'l2' or 'peak', got {objective!r}")
+    if held not in ("mean", "response"):
+        raise ValueError(f"held must be 'mean' or 'response', got {held!r}")
+    if held == "response" and objective == "peak":
+        raise ValueError("held='response' is for objective='l2'; for the peak hold the mean")
+    operator = time_operator(decay, T)
+    c = operator.sum(0) if held == "response" else torch.ones(T, dtype=torch.float64)
+    shape, bound = _least_l2(decay, c) if objective == "l2" else _least_peak(decay, T)
+    p = shape * (mean * c.sum() / (c @ shape))
+    constant = torch.full_like(p, mean)
+    measure = l2_gain if objective == "l2" else peak_gain
+    return GainDesign(
+        input_gain=p,
+        gain=float(measure(decay, T, p)),
+        lower_bound=float(bound * mean * c.sum()),
+        constant_gain=float(measure(decay, T, constant)),
+        response=operator @ p,
+        constant_response=operator @ constant,
+    )
+
+
+def gain_penalty(net: nn.Module, *, normalized: bool = False) -> Tensor:
+    """Sum over DLIF layers of the squared L2 gain over their T steps, differentiable in p.
+    可微的 L2
+    增益惩罚。
+
+    Equation: ``sum over layers of ||L_decay diag(p)||_2^2``, with ``normalized`` over
+    ``mean(|p|)^2``. The first form is lowered by making p small, which a batch norm before the
+    neuron can undo; the second one by shape alone, and is least at :func:`optimal_input_gain`. ``2
+    p[t] * (L' u)[t]^2`` is the gradient of the first one for the top left singular vector u, which
+    is unique unless p is 0. Computed in float64 on the CPU: T numbers per layer.
+
+    Args:
+        net: Network with DLIF neurons; others have no learnable gain and do not count.
+        normalized: Whether each gain is taken per mean of ``|p|``.
+
+    Returns:
+        A scalar in float64 on the CPU, with a graph to every ``input_gain``; NaN if one of them is
+        not finite.
+
+    Raises:
+        ValueError: If the network has no DLIF neuron.
+
+    Source: derived here; :func:`l2_gain`.
+
+    Examples:
+        >>> from sj_robust import DLIFNode
+        >>> net = nn.Sequential(nn.Linear(2, 3), DLIFNode(T=8))
+        >>> value = gain_penalty(net)
+        >>> value.backward()
+        >>> round(value.item(), 3), net[1].input_gain.grad.shape
+        (27.705, torch.Size([8]))
+    """
+    learned = [(charging.decay, charging.input_gain) for charging in _chargings(net).values()]
+    layers = [(decay, gain) for decay, gain in learned if gain is not None]
+    if not layers:
+        raise ValueError(
+            f"gain_penalty needs a network with DLIF neurons, {type(net).__name__} has none; "
+            "turn its neurons into DLIF with replace_neurons"
+        )
+    gains = [gain for _, gain in layers]
+    T = max(len(gain) for gain in gains)
+    # Leading zeros leave the norm as it is: nothing has come in before the first step.
+    stacked = (
+        torch.stack([functional.pad(gain, (T - len(gain), 0)) for gain in gains]).cpu().double()
+    )
+    if not bool(torch.isfinite(stacked).all()):
+        return stacked.sum() * torch.nan  # the training loop stops on it and says at which step
+    decays = torch.stack([torch.as_tensor(decay, dtype=torch.float64) for decay, _ in layers])
+    squares: Tensor = torch.linalg.matrix_norm(time_operator(decays, T, stacked), 2).square()
+    if normalized:
+        lengths = torch.tensor([len(gain) for gain in gains], dtype=torch.float64)
+        squares = squares / (stacked.abs().sum(1) / lengths).clamp(min=1e-100).square()
+    return squares.sum()
+
+
+def gain_scalars(net: nn.Module, T: int | None = None) -> dict[str, float]:
+    """L2 and peak gain of every spiking layer, under the names of a training's log.
+    供日志记录的各层增益。
+
+    Args:
+        net: A SpikingJelly network.
+        T: Number of time steps of layers without gains of their own; None leaves those out.
+
+    Raises:
+        ValueError: If the network has no neuron.
+
+    Source: :func:`neuron_gains`.
+
+    Examples:
+        >>> from sj_robust import DLIFNode
+        >>> {
+        ...     name: round(value, 3)
+        ...     for name, value in gain_scalars(nn.Sequential(DLIFNode(T=8))).items()
+        ... }
+        {'l2_gain/0': 5.264, 'peak_gain/0': 2.732}
+    """
+    scalars: dict[str, float] = {}
+    for name, charging in _chargings(net).items():
+        steps = T if charging.input_gain is None else len(charging.input_gain)
+        if steps is not None:
+            gains = neuron_gains(charging, steps)
+            scalars |= {f"l2_gain/{name}": gains.l2, f"peak_gain/{name}": gains.peak}
+    return scalars
+
+
+def _chargings(net: nn.Module) -> dict[str, Charging]:
+    """How every neuron of known dynamics charges, by name."""
+    return {name: neuron.charging() for name, neuron in find_neurons(net, {}, {})[0].items()}
+
+
+def _least_l2(decay: float, c: Tensor) -> tuple[Tensor, float]:
+    """Optimal gains up to scale, and the dual bound on the gain per unit of ``c' p``; see the
+    caller.
+    """
+    T = len(c)
+    inverse = torch.eye(T, dtype=torch.float64)
+    inverse.diagonal(-1).fill_(-decay)
+    K = inverse @ inverse.T
+
+    def value(w: Tensor) -> Tensor:
+        return w @ K @ w + (c / w).square().sum()
+
+    w = torch.full((T,), max(1.0 - decay, 1.0 / T) ** -0.5, dtype=torch.float64)
+    for _ in range(200):
+        slope = 2.0 * (K @ w - c.square() * w.pow(-3))
+        step = torch.linalg.solve(2.0 * K + torch.diag(6.0 * c.square() * w.pow(-4)), -slope)
+        decrease, size = -(slope @ step), 1.0
+        # Near the minimum rounding hides the decrease, and the full step is right.
+        while bool((w + size * step).min() <= 0) or bool(
+            value(w + size * step) > value(w) * (1.0 + 1e-14) - 0.25 * size * decrease
+        ):
+            size /= 2
+        w = w + size * step
+        if decrease < 1e-24 * value(w):
+            break
+    return c * w.pow(-2), float((w @ K @ w * (c / w).square().sum()).rsqrt())
+
+
+def _least_peak(decay: float, T: int) -> tuple[Tensor, float]:
+    """As :func:`_least_l2`, for the peak; the bound comes from weighting the constraints by their
+    multipliers.
+    """
+    rate = decay**2
+    steady = (1.0 - rate) ** 0.5
+    steps = torch.arange(T, dtype=torch.float64)
+    for k in range(T):
+        falling = rate ** steps[: k + 1]
+        p = torch.full((T,), steady, dtype=torch.float64)
+        p[: k + 1] = falling / (falling.square() * rate ** (k - steps[: k + 1])).sum().sqrt()
+        if rate * p[k] <= steady:
+            break
+    multipliers = (
+        p.reciprocal()
+    )  # of p's constraints, summed over later steps with weights rate^(t-s)
+    weights = multipliers - rate * torch.cat((multipliers[1:], multipliers.new_zeros(1)))
+    # For weights >= 0 that sum to 1, peak^2 >= sum_s m[s] p[s]^2 >= (sum p)^2 / sum_s 1 / m[s].
+    return p, float((weights.clamp(min=0.0).sum() * (1.0 / multipliers).sum()).rsqrt())

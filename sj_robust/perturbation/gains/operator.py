@@ -1,0 +1,394 @@
+"""The norm of the linear map between the spiking layers of a real network."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust.core.convention import Takes, step_mode_of
+from sj_robust.core.host import functional
+from sj_robust.core.preserved import full_precision, preserved
+from sj_robust.neuron.charging import find_neurons
+from sj_robust.perturbation.gains._affine import (
+    INPUT,
+    POOLINGS,
+    AffineMap,
+    CutRun,
+    call_key,
+    cut_run,
+)
+from sj_robust.perturbation.gains._lanczos import SingularValue, largest_singular_value
+
+__all__ = ["INPUT", "InputMap", "input_maps"]
+
+
+@dataclass(frozen=True)
+class InputMap:
+    """The linear map into one spiking layer from all spiking layers that feed it, in one time step.
+
+    Attributes:
+        name: Name of the layer.
+        feeds: Layers whose spikes feed it, side by side in the map; :data:`INPUT` is the network's
+            input.
+        norm: Spectral norm of the map, approached from below, or with ``upper_bound`` a bound on
+            what the map does; None if the layer is not covered.
+        upper_bound: Whether max pooling lies between, which counts by its Lipschitz constant.
+        residual: How far from an exact singular value the estimate can be.
+        iterations: Products with the map, and as many with its adjoint.
+        not_covered: Why the layer has no norm; None if it has one.
+    """
+
+    name: str
+    feeds: tuple[str, ...]
+    norm: float | None
+    upper_bound: bool = False
+    residual: float = 0.0
+    iterations: int = 0
+    not_covered: str | None = None
+
+
+def input_maps(
+    net: nn.Module,
+    frame: Tensor,
+    *,
+    takes: Takes | None = None,
+    tolerance: float = 1e-4,
+    max_iterations: int = 300,
+    seed: int = 0,
+) -> dict[str, InputMap]:
+    """Norm of the linear map before every spiking layer, in order of execution.
+    各脉冲层之前线性映射的谱范数。
+
+    Equation: with the spikes ``s_k`` of the layers (or the network's input) that feed a layer, its
+    current is ``x = sum_k W_k s_k + b``; the norm is that of the stacked map ``[W_1 W_2 ...]``, so
+    that
+
+        ||x - x~||_2 <= norm * sqrt(sum_k ||s_k - s~_k||_2^2)
+
+    The network itself is run in evaluation mode, every spiking layer's output replaced by a free
+    variable: whatever stands between (convolutions with their stride, padding and groups, linear
+    layers, batch norm, average pooling, residual sums) is one map, whose products come from the
+    graph. The largest singular value is found by Lanczos bidiagonalisation, a power iteration that
+    keeps what it has seen. The estimate approaches the norm from below: compare with ``norm * (1 +
+    1e-3)``.
+
+    A max pooling module is cut as well and counts by its Lipschitz constant, the root of the number
+    of windows that one value lies in (1 for disjoint windows, 2 for 3x3 windows of stride 2). With
+    c_k the bound of pooling k and W_0 the map from all that is not pooled, what is given is
+    ``||[W_0 W_k sqrt(c_k) ...]|| * sqrt(1 + sum_k c_k)`` (without the 1 if there is no W_0), an
+    upper bound by Cauchy-Schwarz and labelled so.
+
+    That the map is affine, complete, and the same at every step is checked on random values; a
+    layer that fails (attention, products of spikes, dropout that stays on, recurrence) is reported
+    with what ran before it. Modes, states, random state, gradients and hooks of the network are
+    left as they were; hooks of others see the runs. Layers that do not run are not listed.
+
+    Args:
+        net: A SpikingJelly network, not the classifier around it.
+        frame: Input of one time step, normalised as the network gets it: [N, C, H, W] or [N, F];
+            its first sample counts, and only by its shape.
+        takes: What ``net`` is called with, see :class:`sj_robust.classifier.Convention`; None asks
+            its outermost step module. Where it takes images, the map from the input goes to the
+            currents of all time steps.
+        tolerance: Residual to stop at, relative to the norm.
+        max_iterations: Iterations to stop at; the residual then tells what was reached.
+        seed: Of the random values and start vectors.
+
+    Raises:
+        ValueError: If the network has no SpikingJelly neuron or the frame no sample.
+
+    Source: derived here; convolutions by their products as in Ryu et al., "Plug-and-Play Methods
+        Provably Converge with Properly Trained Denoisers" (ICML 2019).
+
+    Examples:
+        >>> from spikingjelly.activation_based import layer, neuron
+        >>> net = nn.Sequential(layer.Linear(2, 2, bias=False), neuron.IFNode())
+        >>> _ = net[0].weight.data.copy_(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+        >>> found = input_maps(net, torch.rand(1, 2))["1"]
+        >>> found.feeds, round(found.norm, 4)
+        (('input',), 3.0)
+    """
+    if len(frame) == 0:
+        raise ValueError(f"frame must hold a sample, got shape {tuple(frame.shape)}")
+    neurons, others, _ = find_neurons(net, {}, {})
+    with full_precision(frame.device), preserved(net):
+        if takes is None:
+            takes = "steps" if step_mode_of(net) == "s" else "sequence"
+        network = _CutNetwork(net, frame[:1].detach(), [*neurons, *others], takes, seed)
+        found: dict[str, InputMap] = {}
+        for name in network.run.currents:
+            found[name] = _measured(network, name, found, tolerance, max_iterations)
+    # Further calls of a layer have keys of their own; the first one's entry says why it is not
+    # covered.
+    return {
+        name: found[name]
+        for name in found
+        if name in network.cuts and name not in network.run.windows
+    }
+
+
+_Value = Callable[[str, Tensor], Tensor]
+
+
+class _CutNetwork:
+    """A network cut at its neurons and max poolings, and the values of its currents for chosen
+    leaves.
+    """
+
+    def __init__(
+        self, net: nn.Module, frame: Tensor, neurons: list[str], takes: Takes, seed: int
+    ) -> None:
+        self.net = net
+        self.takes = takes
+        self.multi_step = takes == "sequence"
+        self.frame = frame.unsqueeze(0) if self.multi_step else frame
+        self.generator = torch.Generator().manual_seed(seed)
+        poolings = [name for name, module in net.named_modules() if isinstance(module, POOLINGS)]
+        self.cuts = {name: net.get_submodule(name) for name in [*neurons, *poolings]}
+        self.random: list[dict[str, Tensor]] = [{}, {}]
+        self.run = self._run(lambda name, like: self.noise(like))
+        self.at_zero = self._run(lambda name, like: torch.zeros_like(like)).currents
+        # Two sizes and both signs: what is linear near one point may not be so far from it.
+        self.at_random = [
+            self._run(self._random_leaves(i, scale)).currents
+            for i, scale in enumerate((1.0, -1000.0))
+        ]
+        # A run on images holds all steps, each with leaves of its own.
+        self.second_step = self.at_random[1] if takes == "images" else self._second_step()
+
+    def _run(self, value: _Value, frame: Tensor | None = None, *, reset: bool = True) -> CutRun:
+        if reset:
+            functional.reset_net(self.net)
+        return cut_run(self.net, self.frame if frame is None else frame, self.cuts, value)
+
+    def noise(self, like: Tensor, scale: float = 1.0) -> Tensor:
+        """Random values of a tensor's shape, device and dtype."""
+        return (scale * torch.randn(like.shape, generator=self.generator, dtype=torch.float32)).to(
+            like
+        )
+
+    def _random_leaves(self, i: int, scale: float) -> _Value:
+        def value(name: str, like: Tensor) -> Tensor:
+            self.random[i][name] = self.noise(like, scale)
+            return self.random[i][name].clone()
+
+        return value
+
+    def _second_step(self) -> dict[str, Tensor]:
+        """Currents of the step that follows one with the first random leaves, for the second random
+        leaves.
+        """
+        first, second = self.random
+        if not self.multi_step:
+            self._run(lambda name, like: first[name].clone())
+            return self._run(lambda name, like: second[name].clone(), reset=False).currents
+
+        def value(key: str, like: Tensor) -> Tensor:
+            if key in first and len(like) == 2 * len(first[key]):
+                return torch.cat((first[key], second[key]))
+            # A single-step layer of a multi-step network is handed the steps in turn.
+            chosen = first[key] if key in first else second.get(self._a_step_on(key, -1), like)
+            return chosen.clone() if chosen.shape == like.shape else self.noise(like)
+
+        currents = self._run(value, torch.cat((self.frame, self.frame))).currents
+        return {
+            key: currents.get(self._a_step_on(key, 1), current[1:])
+            for key, current in currents.items()
+        }
+
+    def _a_step_on(self, key: str, steps: int) -> str:
+        """Key of a layer's call so many steps later, if it is handed the steps in turn."""
+        layer, _, call = key.removesuffix(")").partition(" (call ")
+        return call_key(layer, int(call or 1) + steps * self.run.calls[layer])
+
+
+def _measured(
+    network: _CutNetwork,
+    name: str,
+    found: Mapping[str, InputMap],
+    tolerance: float,
+    max_iterations: int,
+) -> InputMap:
+    affine = AffineMap(network.run.currents[name], network.run.leaves)
+    feeds = dict.fromkeys(
+        feed
+        for key in affine.feeds
+        for feed in (found[key].feeds if key in network.run.windows else [_layer_name(key)])
+    )
+    reason = _reason(network, name, affine, found)
+    if reason is not None:
+        return InputMap(name, tuple(feeds), None, not_covered=reason)
+    # How much of the perturbation each leaf can carry: a spiking layer its own part, a max pooling
+    # its bound.
+    windows = network.run.windows
+    bounds = {
+        key: math.sqrt(windows[key]) * norm
+        for key in affine.feeds
+        if key in windows and (norm := found[key].norm) is not None
+    }
+    scales = [math.sqrt(bounds.get(key, 1.0)) for key in affine.feeds]
+    factor = math.sqrt(sum(bounds.values()) + (len(bounds) < len(affine.feeds)))
+    largest = _largest_singular_value(affine, scales, network.noise, tolerance, max_iterations)
+    return InputMap(
+        name,
+        tuple(feeds),
+        largest.value * factor,
+        upper_bound=bool(bounds),
+        residual=largest.residual * factor,
+        iterations=largest.iterations,
+    )
+
+
+def _layer_name(key: str) -> str:
+    return key.split(" (call ")[0]
+
+
+def _largest_singular_value(
+    affine: AffineMap,
+    scales: list[float],
+    noise: Callable[[Tensor], Tensor],
+    tolerance: float,
+    max_iterations: int,
+) -> SingularValue:
+    sizes = [leaf.numel() for leaf in affine.leaves]
+
+    def apply(vector: Tensor) -> Tensor:
+        parts = zip(torch.split(vector, sizes), affine.leaves, scales, strict=True)
+        return affine.apply([scale * part.view_as(leaf) for part, leaf, scale in parts]).flatten()
+
+    def adjoint(cotangent: Tensor) -> Tensor:
+        parts = zip(affine.adjoint(cotangent.view_as(affine.current)), scales, strict=True)
+        return torch.cat([scale * part.flatten() for part, scale in parts])
+
+    start = noise(torch.cat([leaf.detach().flatten() for leaf in affine.leaves]))
+    return largest_singular_value(
+        apply, adjoint, start, tolerance=tolerance, max_iterations=max_iterations
+    )
+
+
+def _reason(
+    network: _CutNetwork, name: str, affine: AffineMap, found: Mapping[str, InputMap]
+) -> str | None:
+    """Why a layer is not covered; None if it is."""
+    for key in (name, *affine.feeds):
+        layer = _layer_name(key)
+        if network.run.calls[layer] > 1 and key not in network.run.windows:
+            per = "forward, step by step" if network.takes == "images" else "time step"
+            return (
+                f"{'it' if layer == name else layer} is called {network.run.calls[layer]} times "
+                f"per {per}"
+            )
+        if key in found and key in network.run.windows and found[key].not_covered is not None:
+            return f"the max pooling {key} before it: {found[key].not_covered}"
+    if not affine.feeds:
+        return "neither a spiking layer nor the input reaches it through differentiable operations"
+    try:
+        linear = [affine.apply([leaves[key] for key in affine.feeds]) for leaves in network.random]
+    except RuntimeError as error:
+        return (
+            f"the backward pass of what is before it cannot be differentiated ({error}): "
+            f"{_ran(network, name)}"
+        )
+    zero, given = network.at_zero[name], [currents[name] for currents in network.at_random]
+    if not all(
+        _close(part + zero, current, part, zero)
+        for part, current in zip(linear, given, strict=True)
+    ):
+        return f"not affine in {', '.join(affine.feeds)}: {_ran(network, name)}"
+    second = network.second_step.get(name)
+    if second is None or not _close(second, given[1], given[1]):
+        return f"not the same map at every time step: {_ran(network, name)}"
+    return None
+
+
+def _close(a: Tensor, b: Tensor, *scales: Tensor) -> bool:
+    """Whether two currents agree within rounding of what they were computed from; not if a value is
+    not finite.
+    """
+    if a.shape != b.shape:
+        return False
+    scale = max(float(scale.detach().norm()) for scale in scales)
+    return float((a - b).detach().norm()) <= 1e-4 * scale
+
+
+def _ran(network: _CutNetwork, name: str) -> str:
+    """What ran before a layer and is not known to be linear, or else all that ran."""
+    modules, operations = network.run.between(name)
+    kinds = {module: network.net.get_submodule(module) for module in modules}
+    listed = [
+        name
+        for name, module in kinds.items()
+        if not any(kind.__name__.startswith(_LINEAR_MODULES) for kind in type(module).__mro__)
+    ]
+    nodes = {
+        node.rsplit("::")[-1] for node in operations if not node.startswith(_LINEAR_OPERATIONS)
+    }
+    unknown = {
+        node.rstrip("0123456789").removesuffix("Backward").lower() for node in nodes
+    }  # from MulBackward0
+    if not listed and not unknown:
+        listed = list(kinds)
+    named = [f"{module} ({type(kinds[module]).__name__})" for module in listed]
+    named += [f"the operation {name}" for name in sorted(unknown)]
+    return "between them ran " + ", ".join(named or ["operations without a gradient"])
+
+
+_LINEAR_MODULES = (
+    "Conv",
+    "Linear",
+    "BatchNorm",
+    "_BatchNorm",
+    "AvgPool",
+    "AdaptiveAvgPool",
+    "Flatten",
+    "Identity",
+    "Upsample",
+    "ZeroPad",
+    "ConstantPad",
+    "Fold",
+    "Unfold",
+)
+_LINEAR_OPERATIONS = (
+    "Convolution",
+    "Addmm",
+    "Mm",
+    "NativeBatchNorm",
+    "CudnnBatchNorm",
+    "MiopenBatchNorm",
+    "Add",
+    "Sub",
+    "Rsub",
+    "Neg",
+    "View",
+    "UnsafeView",
+    "Reshape",
+    "Clone",
+    "torch::autograd::",
+    "TBackward",
+    "Transpose",
+    "Permute",
+    "Squeeze",
+    "Unsqueeze",
+    "Expand",
+    "Repeat",
+    "Mean",
+    "Sum",
+    "AvgPool",
+    "AdaptiveAvgPool",
+    "MkldnnAdaptiveAvg",
+    "Cat",
+    "Stack",
+    "Slice",
+    "Select",
+    "Index",
+    "Alias",
+    "Unbind",
+    "Split",
+    "ConstantPad",
+    "ToCopy",
+    "Upsample",
+    "AsStrided",
+    "Copy",
+)

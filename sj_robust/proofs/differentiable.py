@@ -1,0 +1,141 @@
+"""Bounds of the logits that training can follow: with gradients, and with the batch statistics of a
+clean pass.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import cycle
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sj_robust.classifier import SpikingClassifier
+from sj_robust.core.preserved import evaluation_mode, full_precision, other_forward
+from sj_robust.proofs.bounds import BoundedRun
+from sj_robust.proofs.relaxation import Maps
+from sj_robust.proofs.soundness import check_maps, check_neurons
+from sj_robust.proofs.verification import bounded_logits, bounded_neurons
+
+__all__ = ["BatchStatistics", "DifferentiableBounds", "batch_statistics"]
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+BatchStatistics = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+"""Mean and variance of every channel, for a batch norm and its input [N, C, *]."""
+
+
+def batch_statistics(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance that a batch norm in training mode takes of its input [N, C, *].
+    批统计量。
+    """
+    dims = [0, *range(2, x.ndim)]
+    mean = x.mean(dims, keepdim=True)
+    return mean.flatten(), (x - mean).square().mean(
+        dims
+    )  # torch.var_mean takes several times as long
+
+
+class DifferentiableBounds:
+    """Upper bounds of what every class's logit is above the right one's, with a gradient to the
+    weights. 可微的上界。
+
+    They are those of :func:`sj_robust.proofs.verify` in real arithmetic, computed in the
+    precision of the images. The network is the one of evaluation mode, without dropout, but for a
+    batch norm that takes the statistics of the batch: it has those of the clean pass that ran last
+    inside :meth:`watching`, as functions of the weights.
+
+    Args:
+        classifier: The network.
+        statistics: What a batch norm takes of its input.
+
+    Raises:
+        NotImplementedError: If something in the network has no bounds, or, at the first images, if
+            it mixes those of a batch; it is named.
+        UnsoundBoundsError: At the first images, if the graph misses a part of the network or a
+            neuron does not follow its charge equation.
+
+    Source: Gowal et al., arXiv 1810.12715; batch norm as in Shi et al. (NeurIPS 2021).
+
+    Examples:
+        >>> import torch
+        >>> from sj_robust.models import NetworkSpec, build_classifier
+        >>> bounds = DifferentiableBounds(build_classifier(NetworkSpec()))
+        >>> with bounds.watching():
+        ...     logits = bounds.classifier(x := torch.rand(2, 1, 8, 8))
+        >>> y = torch.tensor([3, 7])
+        >>> lead = bounds.lead(x, y, eps=0.0)
+        >>> torch.allclose(lead, logits - logits.gather(1, y.unsqueeze(1)), atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self, classifier: SpikingClassifier, statistics: BatchStatistics = batch_statistics
+    ) -> None:
+        """Find the neurons; see the class."""
+        self.classifier = classifier
+        self._neurons = bounded_neurons(classifier)
+        self._statistics = statistics
+        self._seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._checked = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Context of the clean pass; of several, the last one counts."""
+        self._seen = {}
+        with ExitStack() as stack:
+            for name, module in self.classifier.net.named_modules():
+                if isinstance(module, BatchNorm) and _uses_the_batch(module):
+                    stack.callback(module.register_forward_pre_hook(self._watch(name)).remove)
+            yield
+
+    def lead(self, x: Tensor, y: Tensor, eps: float) -> Tensor:
+        """Upper bounds [N, classes] for images [N, ...] with labels [N]; those of the labels are
+        0.
+        """
+        self.classifier.find_convention(x)  # before anything is replaced
+        run = BoundedRun(self._neurons, len(x), differentiable=True)
+        with ExitStack() as stack:
+            for name, seen in self._seen.items():
+                module: Any = self.classifier.net.get_submodule(name)
+                stack.enter_context(other_forward(module, _with_statistics(module, cycle(seen))))
+            stack.enter_context(evaluation_mode(self.classifier))
+            if not self._checked:
+                with full_precision(x.device):
+                    maps = Maps(partial(bounded_logits, self.classifier), self._neurons, x[0])
+                    maps.check_samples()
+                    check_maps(maps)
+                    check_neurons(self._neurons, self.classifier.T, x)
+                self._checked = True
+            return run.lead(bounded_logits(self.classifier, run, x, eps), y)
+
+    def _watch(self, name: str) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Tensor, ...]) -> None:
+            x = args[0].flatten(0, 1) if _takes_time(module) else args[0]
+            self._seen.setdefault(name, []).append(self._statistics(module, x))
+
+        return hook
+
+
+def _uses_the_batch(module: Any) -> bool:
+    return module.training or module.running_mean is None or module.running_var is None
+
+
+def _takes_time(module: Any) -> bool:
+    """Whether a batch norm is one of SpikingJelly's in step mode ``"m"``, which takes [T, N, C,
+    *].
+    """
+    return getattr(module, "step_mode", "s") == "m"
+
+
+def _with_statistics(
+    module: Any, calls: Iterator[tuple[Tensor, Tensor]]
+) -> Callable[[Tensor], Tensor]:
+    """The forward of a batch norm that has been given its statistics, call by call."""
+
+    def forward(x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1) if _takes_time(module) else x
+        out = F.batch_norm(flat, *next(calls), module.weight, module.bias, False, 0.0, module.eps)
+        return out.view(-1, *x.shape[1:]) if _takes_time(module) else out
+
+    return forward

@@ -1,0 +1,356 @@
+"""The L2 radius in which no spike of the first spiking layer can flip, so that the network's output
+stays as it is.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier, check_classifier
+from sj_robust.core.checks import check_count, check_images
+from sj_robust.core.environment import device_of
+from sj_robust.core.preserved import other_forward, preserved, sums_of_products
+from sj_robust.neuron.charging import Neuron, find_neurons
+from sj_robust.proofs.bounds import (
+    BoundedRun,
+    Bounds,
+    Pooling,
+    charge_rounding,
+    reset_rounding,
+    threshold_rounding,
+)
+from sj_robust.proofs.soundness import check_neurons, overridden
+from sj_robust.proofs.verification import bounded_logits
+
+__all__ = ["no_flip_radius"]
+
+
+def no_flip_radius(model: SpikingClassifier, x: Tensor, *, batch_size: int = 64) -> Tensor:
+    """Largest L2 perturbation of each image below which no spike that the input drives can flip.
+    首层脉冲不翻转的半径。
+
+    Equation, for neuron i with potential h before firing, w_i the row of the linear map from the
+    image to its current and a[t, k] the part of the current of step k that is left in h[t] (decays
+    and gains since k, 0 before a hard reset)::
+
+        radius = min over i, t of |h_i[t] - v_threshold| / (|sum_k a_i[t, k]| * ||w_i||_2)
+
+    Below it all spikes, and so the logits, stay exactly as they are: this is where the linear
+    regime of the perturbation dynamics ends. At the radius there is a direction (along w_i) that
+    brings one potential to the threshold, so it is the largest of its kind, up to images leaving
+    [0, 1]. For event frames, whose steps are perturbed apart, ``sqrt(sum_k a^2)`` stands in place
+    of the sum. Usually it is tiny.
+
+    Rounding is part of it: from every distance to the threshold that float32's h can be off, for
+    any image within the radius, is taken away first, as :func:`verify` counts it (sums in any
+    order, no TF32). Where nothing is left the radius is 0.
+
+    Args:
+        model: A classifier; it is copied to float64 and runs in evaluation mode.
+        x: Images [N, C, H, W] or features [N, F] in [0, 1]; of a ``SpikingEventClassifier`` frames
+            [N, T, C, H, W].
+        batch_size: Images at a time.
+
+    Returns:
+        Radii [N] in float64.
+
+    Raises:
+        TypeError: If ``model`` is no ``SpikingClassifier``.
+        ValueError: If images are not finite or outside [0, 1].
+        NotImplementedError: If a neuron that the input drives has no known dynamics or no bounds,
+            the map to it is not affine, an encoder draws, or the input reaches the logits past all
+            neurons.
+        UnsoundBoundsError: If such a neuron does not follow its charge equation.
+
+    Source: derived here; it is the exact range of the perturbation dynamics without flips of Ding
+        et al. (ICML 2024).
+
+    Examples:
+        >>> from spikingjelly.activation_based import neuron
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(1, 2, bias=False), neuron.IFNode(step_mode="m"))
+        >>> _ = net[0].weight.data.copy_(torch.tensor([[1.0], [2.0]]))
+        >>> no_flip_radius(SpikingClassifier(net, T=1), torch.tensor([[0.4], [0.6]]))
+        tensor([0.1000, 0.1000], dtype=torch.float64)
+    """
+    check_classifier(model)
+    check_images(x)
+    check_count("batch_size", batch_size)
+    if model.encoder is not None:
+        raise NotImplementedError(
+            f"the encoder {type(model.encoder).__name__} draws spikes; no radius is known for it"
+        )
+    device = device_of(model)
+    with sums_of_products(device), torch.no_grad(), preserved(model):
+        model.eval()
+        given = x.detach().to(device)
+        model.find_convention(given)  # before anything is replaced
+        exact = copy.deepcopy(model).double()
+        rows = _row_norms(exact, given[:1].double(), batch_size)
+        neurons = find_neurons(model.net, {}, {})[0]
+        check_neurons({name: neurons[name] for name in rows}, model.T, given)
+        parts = []
+        for images in torch.split(given, batch_size):
+            layers = _layers(exact, images.double(), rows)
+            radius = images.new_full((len(images),), torch.inf, dtype=torch.float64)
+            for layer in layers.values():
+                radius = torch.minimum(radius, layer.radius())
+            for name, rounding in _rounding(model, neurons, images, radius, list(rows)).items():
+                radius = torch.minimum(radius, layers[name].rounded_radius(radius, rounding))
+            parts.append(radius)
+    return torch.cat(parts) if parts else x.new_zeros(0, dtype=torch.float64)
+
+
+def _row_norms(model: SpikingClassifier, image: Tensor, batch_size: int) -> dict[str, Tensor]:
+    """L2 norm of the map from the image to the current of one step, [neurons] by layer that the
+    input reaches.
+
+    For event frames the map is from the frame of the step.
+    """
+    neurons, others, _ = find_neurons(model.net, {}, {})
+    frames = isinstance(model, SpikingEventClassifier)
+    at_zero, logits = _currents(model, torch.zeros_like(image), [*neurons, *others])
+    generator = torch.Generator().manual_seed(0)
+    probes = torch.rand((2, *image.shape[1:]), generator=generator, dtype=torch.float64).to(image)
+    if frames:  # the same frame in every step, so that its steps can be compared
+        probes = probes[:, :1].expand_as(probes).contiguous()
+    found, moved = _currents(
+        model, torch.cat((probes, probes[:1] + 2 * probes[1:])), [*neurons, *others]
+    )
+    if not _close(moved, logits):
+        raise NotImplementedError(
+            "the input reaches the logits past all spiking layers, so no radius keeps them"
+        )
+    reached = {}
+    for name, current in found.items():
+        change = current - at_zero[name]
+        if not bool(change.any()):
+            continue
+        if name in neurons and (method := overridden(neurons[name])):
+            others[name] = f"its {method} was replaced"
+        if name in others or not neurons[name].binary:
+            reason = others.get(name, "its surrogate does not spike")
+            raise NotImplementedError(
+                f"{name}, which the input drives, cannot be followed: {reason}"
+            )
+        if not (
+            _close(change[:, 2], change[:, 0] + 2 * change[:, 1]) and _close(change, change[:1])
+        ):
+            raise NotImplementedError(
+                f"what leads from the input to {name} is not one affine map for every time step"
+            )
+        reached[name] = torch.zeros_like(at_zero[name][0, 0])
+    elements = image[0, :1].numel() if frames else image.numel()
+    for start in range(0, elements, batch_size):
+        numbers = torch.arange(start, min(start + batch_size, elements), device=image.device)
+        basis = torch.zeros((len(numbers), elements), dtype=image.dtype, device=image.device)
+        basis[range(len(numbers)), numbers] = 1.0
+        if frames:
+            basis = basis.view(len(numbers), 1, *image.shape[2:]).expand(
+                len(numbers), *image.shape[1:]
+            )
+        currents, _ = _currents(
+            model, basis.reshape(len(numbers), *image.shape[1:]), list(reached), whole=False
+        )
+        for name, squares in reached.items():
+            squares += (currents[name][0] - at_zero[name][0]).square().sum(0)
+    return {name: squares.sqrt() for name, squares in reached.items()}
+
+
+@dataclass(frozen=True)
+class _Rounding:
+    """Of a layer's current in a ball: how far float32's is off, and its largest size, [T, N, *]."""
+
+    error: Tensor
+    size: Tensor
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A layer in one step of an exact run, [N, *].
+
+    Attributes:
+        gain: Gain of the current.
+        before: Potential before the charge.
+        h: Potential before firing.
+        slope: By how much an image of distance 1 moves h at most.
+    """
+
+    gain: float
+    before: Tensor
+    h: Tensor
+    slope: Tensor
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer that the input drives, in an exact run.
+
+    Attributes:
+        neuron: The neuron.
+        steps: Its steps.
+    """
+
+    neuron: Neuron
+    steps: list[_Step]
+
+    def radius(self) -> Tensor:
+        """Radius [N] in exact arithmetic."""
+        threshold = float(self.neuron.module.v_threshold)
+        ratios = [(step.h - threshold).abs() / step.slope for step in self.steps]
+        return _least([ratio.nan_to_num(torch.inf) for ratio in ratios])
+
+    def rounded_radius(self, widest: Tensor, rounding: _Rounding) -> Tensor:
+        """Radius [N] in float32; ``widest`` [N] is that of the ball in which rounding is known."""
+        module, decay = self.neuron.module, self.neuron.charging().decay_value
+        rest, threshold = float(module.v_reset or 0.0), float(module.v_threshold)
+        far = widest.view(-1, *[1] * (self.steps[0].h.ndim - 1))
+        off = torch.zeros_like(self.steps[0].h)  # how far float32's potential is from the exact one
+        moved = off  # how far either is from the one without a perturbation
+        ratios = []
+        for t, step in enumerate(self.steps):
+            gain = abs(step.gain)
+            size = step.before.abs() + moved + gain * rounding.size[t] + abs(rest)
+            off = decay * off + gain * rounding.error[t] + charge_rounding(size)
+            distance = (step.h - threshold).abs() - off - threshold_rounding(threshold)
+            ratios.append(torch.where(distance > 0, distance / step.slope, 0.0))
+            moved = (step.slope * far).nan_to_num() + off
+            off = off + reset_rounding(step.h.abs() + moved, rest, threshold)
+            moved = moved + off
+        return _least(ratios)
+
+
+def _least(ratios: list[Tensor]) -> Tensor:
+    """Least value of every sample, [N], of values [N, *]."""
+    return torch.stack(ratios, 1).flatten(1).amin(1)
+
+
+def _layers(model: SpikingClassifier, images: Tensor, rows: dict[str, Tensor]) -> dict[str, _Layer]:
+    """The layers that the input drives, in a run of the exact network."""
+    neurons = find_neurons(model.net, {}, {})[0]
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in rows}
+    with ExitStack() as stack:
+        for name, seen in calls.items():
+            hook = neurons[name].module.register_forward_hook(
+                lambda _, args, output, seen=seen: seen.append((args[0], output))
+            )
+            stack.callback(hook.remove)
+        model(images)
+    apart = isinstance(model, SpikingEventClassifier)
+    found = {}
+    for name, norms in rows.items():
+        joined = torch.cat if neurons[name].module.step_mode == "m" else torch.stack
+        x_seq, spike_seq = (joined(parts) for parts in zip(*calls[name], strict=True))
+        steps = list(_steps(neurons[name], x_seq, spike_seq, norms, apart=apart))
+        found[name] = _Layer(neurons[name], steps)
+    return found
+
+
+def _steps(
+    neuron: Neuron, x_seq: Tensor, spike_seq: Tensor, norms: Tensor, *, apart: bool
+) -> Iterator[_Step]:
+    """Steps of a layer; ``norms`` are those of the map from the image to one step's current.
+
+    With ``apart``, the steps of the input are perturbed apart from each other.
+    """
+    module, charging = neuron.module, neuron.charging()
+    decay = charging.decay_value
+    hard = module.v_reset is not None
+    v = torch.full_like(x_seq[0], module.v_reset or 0.0)
+    reach = torch.zeros_like(v)  # squared, where the steps are perturbed apart
+    for t, (x, spike) in enumerate(zip(x_seq, spike_seq, strict=True)):
+        gain = float(torch.as_tensor(charging.gain_at(t, input_gain=True)))
+        h = decay * v + gain * x + ((1.0 - decay) * module.v_reset if hard else 0.0)
+        reach = decay**2 * reach + gain**2 if apart else decay * reach + gain
+        yield _Step(gain, v, h, (reach.sqrt() if apart else reach.abs()) * norms)
+        v = (1.0 - spike) * h + spike * module.v_reset if hard else h - spike * module.v_threshold
+        reach = (1.0 - spike) * reach if hard else reach
+
+
+class _CurrentsRun(BoundedRun):
+    """A run that notes the currents of some layers and ends with the last of them; any spike may be
+    there.
+    """
+
+    def __init__(self, neurons: dict[str, Neuron], samples: int, names: list[str], T: int) -> None:
+        super().__init__(neurons, samples)
+        self.currents: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
+        self.T = T
+
+    def _reached(
+        self, x: Bounds, batch_dim: int, neuron: Neuron | None, pooling: Pooling | None
+    ) -> None:
+        if neuron is None or neuron.name not in self.currents:
+            return
+        size = torch.maximum(x.lower.abs(), x.upper.abs())
+        steps = zip(x.error, size, strict=True) if batch_dim else [(x.error, size)]
+        self.currents[neuron.name] += steps
+        if all(len(found) == self.T for found in self.currents.values()):
+            raise _FoundError
+
+    def spikes(
+        self, name: str, neuron: Neuron, lower: Tensor, upper: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(lower), torch.ones_like(upper)
+
+
+def _rounding(
+    model: SpikingClassifier,
+    neurons: dict[str, Neuron],
+    images: Tensor,
+    radius: Tensor,
+    names: list[str],
+) -> dict[str, _Rounding]:
+    """What float32 rounds of the currents of layers, for images within a radius [N] of each."""
+    run = _CurrentsRun(neurons, len(images), names, model.T)
+    if names:
+        with suppress(_FoundError):
+            bounded_logits(model, run, images, radius.view(-1, *[1] * (images.ndim - 1)))
+    return {
+        name: _Rounding(*(torch.stack(parts) for parts in zip(*steps, strict=True)))
+        for name, steps in run.currents.items()
+    }
+
+
+class _FoundError(Exception):
+    """What lies behind need not run."""
+
+
+def _currents(
+    model: SpikingClassifier, images: Tensor, names: list[str], *, whole: bool = True
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Currents [T, N, *] of layers, and the logits, of a run in which these layers stay silent.
+
+    If it need not be the ``whole`` run, it ends with the last of these currents, and there are no
+    logits.
+    """
+    currents: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def silent(name: str, multi_step: bool) -> Any:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            currents[name].extend(x.unbind(0) if multi_step else [x])
+            if not whole and all(len(steps) == model.T for steps in currents.values()):
+                raise _FoundError
+            return torch.zeros_like(x)
+
+        return forward
+
+    with ExitStack() as stack:
+        for name in names:
+            module: Any = model.net.get_submodule(name)
+            stack.enter_context(
+                other_forward(module, silent(name, getattr(module, "step_mode", "m") == "m"))
+            )
+        logits = torch.empty(0)
+        with suppress(_FoundError):
+            logits = model(images)
+    return {name: torch.stack(steps) for name, steps in currents.items() if steps}, logits
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool(((a - b).abs() <= 1e-9 * (1 + b.abs().max())).all())

@@ -1,0 +1,644 @@
+"""Linear relaxation of a spiking network in a box: lower bounds of logits and potentials by
+back-substitution.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sj_robust.neuron.charging import Neuron
+from sj_robust.proofs.bounds import BoundedRun, Bounds, Pooling, by_row, laid_out, reset_rounding
+
+__all__ = [
+    "Bounded",
+    "Decision",
+    "Lower",
+    "Maps",
+    "RelaxedRun",
+    "Slopes",
+    "Stage",
+    "Step",
+    "minimum",
+    "raised",
+]
+
+_ROUNDING = 1e-10
+"""Covers float64's own rounding of a sum of terms, in units of the sum of their absolute values."""
+
+_ELEMENTS = 2**22
+"""Elements of all leaves that a back-substitution holds: more rows than fit go one after the
+other.
+"""
+
+Bounded = Callable[[BoundedRun, Tensor, float], Bounds]
+"""Bounds of the logits that a run finds, for images [N, *] and eps."""
+
+LeafValue = Callable[[Tensor], Tensor]
+"""Values of a leaf, for a tensor of its shape, device and precision."""
+
+Decision = tuple[int, int, int, bool]
+"""A spike that is assumed or ruled out: stage, step, number of the neuron in the layer, whether it
+fires.
+"""
+
+Slopes = dict[tuple[int, int], Tensor]
+"""Slopes [R, *] of the linear functions below what each stage and step does."""
+
+
+@dataclass
+class Step:
+    """A spiking layer in one time step.
+
+    Attributes:
+        gain: Gain of the current.
+        lower: Smallest charged potential h, [N, *].
+        upper: Largest.
+        error: How far float32's h can be from the charge equation with the current that float32
+            gives.
+        quiet: Whether there may be no spike.
+        fires: Whether there may be one.
+        free: Whether another slope than that of the only case can help: undecided, or decided by
+            assumption.
+    """
+
+    gain: float
+    lower: Tensor
+    upper: Tensor
+    error: Tensor
+    quiet: Tensor
+    fires: Tensor
+    free: Tensor
+
+
+@dataclass
+class Stage:
+    """A call of a spiking layer or of a max pooling: an affine map of earlier leaves ends here, and
+    a leaf begins.
+
+    Attributes:
+        leaf: Number of the leaf.
+        current: What reaches it.
+        batch_dim: Where the current has its samples, as a leaf.
+        neuron: The spiking layer; None for a max pooling.
+        pooling: The max pooling; None for a spiking layer.
+        around: What h must be at least to be able to fire, and to fire for sure.
+        steps: Time steps of the call.
+    """
+
+    leaf: int
+    current: Bounds
+    batch_dim: int
+    neuron: Neuron | None = None
+    pooling: Pooling | None = None
+    around: tuple[float, float] = (0.0, 0.0)
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def soft(self) -> bool:
+        """Whether a spike lowers the potential by the threshold."""
+        return self.neuron is not None and self.neuron.module.v_reset is None
+
+    @property
+    def rest(self) -> float:
+        """Potential at the start, and after a spike if the reset is hard."""
+        return 0.0 if self.neuron is None or self.soft else float(self.neuron.module.v_reset)
+
+    @property
+    def decay(self) -> float:
+        """Share of the potential that a step keeps."""
+        return 1.0 if self.neuron is None else self.neuron.charging().decay_value
+
+    @property
+    def threshold(self) -> float:
+        """Potential at which there is a spike."""
+        return 0.0 if self.neuron is None else float(self.neuron.module.v_threshold)
+
+    def rows_first(self, part: Tensor) -> Tensor:
+        """A part of a spiking layer's current as [N, steps, *]."""
+        return part.movedim(1, 0) if self.batch_dim else part.unsqueeze(1)
+
+    def native(self, part: Tensor) -> Tensor:
+        """[N, steps, *] as the network lays it out."""
+        return part.movedim(0, 1) if self.batch_dim else part.squeeze(1)
+
+
+class Trace(BoundedRun):
+    """A run whose leaves have given values: the graphs of the affine maps, and their values
+    there. With leaves of zero, these are what the maps shift by.
+    """
+
+    def __init__(self, neurons: dict[str, Neuron], samples: int, value: LeafValue) -> None:
+        """Nothing has run yet."""
+        super().__init__(neurons, samples)
+        self.value = value
+        self.currents: list[Tensor] = []
+        self.names: list[str] = []
+
+    def _reached(
+        self, x: Bounds, batch_dim: int, neuron: Neuron | None, pooling: Pooling | None
+    ) -> None:
+        self.currents.append(x.centre)
+        self.names.append("a max pooling" if neuron is None else f"the layer {neuron.name}")
+
+    def spikes(
+        self, name: str, neuron: Neuron, lower: Tensor, upper: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return lower, upper
+
+    def leaf(self, lower: Tensor, upper: Tensor, batch_dim: int) -> Bounds:
+        value = self.value(lower)
+        return super().leaf(value, value, batch_dim)
+
+
+@dataclass
+class Maps:
+    """The affine maps between the leaves of a network, for any number of rows. 各层之间的仿射映射。
+
+    A row is one bound that is asked for: of an image and a class, of a neuron, of a part of a box.
+    The maps are the same for all of them.
+
+    Attributes:
+        bounded: Gives the bounds of the logits that a run finds.
+        neurons: Neurons of known dynamics by name.
+        frame: One image [*].
+    """
+
+    bounded: Bounded
+    neurons: dict[str, Neuron]
+    frame: Tensor
+    _traces: dict[int, Trace] = field(default_factory=dict, init=False)
+
+    def check_samples(self) -> None:
+        """Raise NotImplementedError unless all samples have the same map, each of its own leaves,
+        however many.
+        """
+        samples, fewer = 3, 2
+        trace, other = self._trace(samples), self._trace(fewer)
+        layouts = [*(leaf.batch_dim for leaf in trace.leaves[1:]), 0]
+        for number, (current, dim) in enumerate(zip(trace.currents, layouts, strict=True)):
+            rows = by_row(current.detach(), samples, dim)
+            own = torch.arange(1.0, samples + 1, dtype=rows.dtype, device=rows.device)
+            weights = torch.rand_like(rows[:1]).expand_as(rows)
+            scaled = own.view(-1, *[1] * (rows.ndim - 1)) * weights
+            found = [
+                (rows, rows[:1]),
+                (by_row(other.currents[number].detach(), fewer, dim), rows[:1]),
+            ]
+            for (leaf, once), (_, often), (_, alone) in zip(
+                self.adjoint(number, laid_out(weights, dim), samples),
+                self.adjoint(number, laid_out(scaled, dim), samples),
+                self.adjoint(number, laid_out(weights[:fewer], dim), fewer),
+                strict=True,
+            ):
+                a, b = (trace.leaves[leaf].by_sample(value, samples) for value in (once, often))
+                c = other.leaves[leaf].by_sample(alone, fewer)
+                found += [(a, a[:1]), (b, own.unsqueeze(1) * a[:1]), (c, a[:1])]
+            if not all(
+                torch.allclose(a, b.expand_as(a), rtol=1e-9, atol=1e-9 * (1 + float(b.abs().max())))
+                for a, b in found
+            ):
+                name = [*trace.names, "the output"][number]
+                raise NotImplementedError(
+                    "no bounds are known for a network that mixes the samples of a batch, or "
+                    f"treats them differently, as before {name}; give time steps first, [T, N, "
+                    "*], and use no value of other images"
+                )
+        del self._traces[samples], self._traces[fewer]
+
+    def adjoint(self, stage: int, weights: Tensor, rows: int) -> list[tuple[int, Tensor]]:
+        """Weights on a stage's current (native layout, -1 for the logits) as weights on earlier
+        leaves.
+        """
+        trace = self._trace(rows)
+        current, leaves = trace.currents[stage], [leaf.centre for leaf in trace.leaves]
+        if not current.requires_grad:
+            return []
+        found = torch.autograd.grad(
+            current,
+            leaves,
+            weights,
+            retain_graph=True,
+            create_graph=weights.requires_grad,
+            allow_unused=True,
+        )
+        return [(number, weight) for number, weight in enumerate(found) if weight is not None]
+
+    def shift(self, stage: int, rows: int) -> Tensor:
+        """The stage's current if all leaves are zero, native layout."""
+        return self._trace(rows).currents[stage].detach()
+
+    def rows_that_fit(self) -> int:
+        """Rows of one back-substitution."""
+        size = sum(leaf.centre.numel() for leaf in self._trace(1).leaves)
+        return max(1, _ELEMENTS // max(1, size))
+
+    def traced(self, rows: int, value: LeafValue) -> Trace:
+        """A run of so many rows whose leaves have the values that are given for one like them."""
+        trace = Trace(self.neurons, rows, value)
+        zeros = self.frame.new_zeros(rows, *self.frame.shape)
+        trace.currents.append(self.bounded(trace, zeros, 0.0).centre)
+        return trace
+
+    def _trace(self, rows: int) -> Trace:
+        if rows not in self._traces:
+            if len(self._traces) > 3:
+                self._traces.pop(next(key for key in self._traces if key != 1))
+            self._traces[rows] = self.traced(rows, torch.zeros_like)
+        return self._traces[rows]
+
+
+class RelaxedRun(BoundedRun):
+    """A run that keeps what back-substitution needs, and may be told more than intervals know.
+
+    Args:
+        neurons: Neurons of known dynamics by name.
+        samples: Number of samples.
+        maps: If given, potentials that intervals leave undecided are bounded by back-substitution
+            as well.
+        end: When that stops, by ``time.monotonic``; None for never.
+        known: Stages of an earlier run of one sample, whose box holds those of this one.
+        decisions: For each sample spikes that are assumed or ruled out.
+    """
+
+    def __init__(
+        self,
+        neurons: dict[str, Neuron],
+        samples: int,
+        *,
+        maps: Maps | None = None,
+        end: float | None = None,
+        known: list[Stage] | None = None,
+        decisions: list[tuple[Decision, ...]] | None = None,
+    ) -> None:
+        """See the class."""
+        super().__init__(neurons, samples)
+        self.stages: list[Stage] = []
+        self.empty: Tensor = torch.zeros(samples, dtype=torch.bool)
+        """Whether a sample's decisions contradict its bounds: no input of its box makes them
+        all.
+        """
+        self.error: Tensor = torch.zeros(())
+        """How far float32's logits can be from the map of the leaves, [N, classes]."""
+        self._maps, self._end, self._known = maps, end, known
+        self._decisions: dict[tuple[int, int], list[tuple[int, int, bool]]] = {}
+        for sample, own in enumerate(decisions or []):
+            for stage, step, neuron, fires in own:
+                self._decisions.setdefault((stage, step), []).append((sample, neuron, fires))
+
+    def _reached(
+        self, x: Bounds, batch_dim: int, neuron: Neuron | None, pooling: Pooling | None
+    ) -> None:
+        self.stages.append(Stage(len(self.leaves), x.same(), batch_dim, neuron, pooling))
+
+    def _decided(
+        self,
+        name: str,
+        gain: float,
+        h_lower: Tensor,
+        h_upper: Tensor,
+        error: Tensor,
+        around: tuple[float, float],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        number, stage = len(self.stages) - 1, self.stages[-1]
+        stage.around, t = around, len(stage.steps)
+        h_lower, h_upper = h_lower.contiguous(), h_upper.contiguous()
+        if self._known is not None:
+            earlier = self._known[number].steps[t]
+            h_lower, h_upper = (
+                torch.maximum(h_lower, earlier.lower),
+                torch.minimum(h_upper, earlier.upper),
+            )
+        step = Step(
+            gain,
+            h_lower,
+            h_upper,
+            error,
+            h_lower < around[1],
+            h_upper >= around[0],
+            error.new_zeros(()),
+        )
+        stage.steps.append(step)
+        if self._maps is not None:
+            self._tighten(number, t)
+            step.quiet, step.fires = step.lower < around[1], step.upper >= around[0]
+        step.free = step.quiet & step.fires
+        for sample, neuron, fires in self._decisions.get((number, t), []):
+            lower, upper, quiet, fire = (
+                part.view(self.samples, -1)[sample]
+                for part in (step.lower, step.upper, step.quiet, step.fires)
+            )
+            (quiet if fires else fire)[neuron] = False
+            bound, limit = (lower, around[0]) if fires else (upper, around[1])
+            bound[neuron] = (
+                bound[neuron].clamp(min=limit) if fires else bound[neuron].clamp(max=limit)
+            )
+        impossible = (step.lower > step.upper) | ~(step.quiet | step.fires)
+        self.empty = self.empty.to(impossible.device) | impossible.flatten(1).any(1)
+        return step.lower, step.upper, step.fires & ~step.quiet, step.fires
+
+    def _tighten(self, number: int, t: int) -> None:
+        """Bound the undecided potentials of a step by back-substitution."""
+        assert self._maps is not None
+        step, maps = self.stages[number].steps[t], self._maps
+        step.lower, step.upper = step.lower.clone(), step.upper.clone()
+        samples, neurons = (step.quiet & step.fires).flatten(1).nonzero(as_tuple=True)
+        for sign, bound in ((1.0, step.lower), (-1.0, step.upper)):
+            for part in range(0, len(samples), rows := maps.rows_that_fit()):
+                if self._end is not None and time.monotonic() > self._end:
+                    return
+                sample, neuron = samples[part : part + rows], neurons[part : part + rows]
+                weights = torch.zeros(
+                    (len(sample), *bound.shape[1:]), dtype=torch.float64, device=bound.device
+                )
+                weights.view(len(sample), -1)[torch.arange(len(sample)), neuron] = sign
+                found = minimum(maps, self, sample, weights, (number, t)).value
+                values = bound.view(self.samples, -1)
+                limit = torch.fmax if sign > 0 else torch.fmin  # NaN, if found, is no bound
+                values[sample, neuron] = limit(values[sample, neuron], sign * found)
+
+
+@dataclass
+class Lower:
+    """Result of :func:`minimum`.
+
+    Attributes:
+        value: Lower bound of each row, [R].
+        slopes: The slopes that gave it.
+        gaps: For each stage and step how far the linear function is below what the layer does, at
+            most, [R, *].
+        weights: Weights on the input, [R, *], whose sign tells the corner where the bound is.
+    """
+
+    value: Tensor
+    slopes: Slopes
+    gaps: dict[tuple[int, int], Tensor]
+    weights: Tensor
+
+
+def minimum(
+    maps: Maps,
+    run: RelaxedRun,
+    samples: Tensor,
+    weights: Tensor,
+    start: tuple[int, int] | None = None,
+    slopes: Slopes | None = None,
+) -> Lower:
+    """Lower bound of a weighted sum of logits, or of potentials of one step, over each sample's
+    box. 反向代入的下界。
+
+    Equation: going back through the layers, ``w_s`` and ``w_v`` are the weights on a neuron's spike
+    and on its potential after the reset. What the neuron adds is a function of its charged
+    potential h alone, with a jump::
+
+        f(h) = w_v h                                for h in [lower, threshold),
+        f(h) = w_s + w_v (v_reset | h - threshold)  for h in [threshold, upper] (hard | soft reset)
+        f(h) >= a h + min (f(e) - a e)              over the ends e of both pieces, every slope a
+
+    and ``a`` is the weight on ``h[t] = lambda v[t-1] + p[t] x[t] + (1 - lambda) v_reset``, hence on
+    the current and on the earlier potential. The slope is that of the largest minorant at the
+    middle of [lower, upper]: an edge of the lower convex hull of f, which contains both lines of
+    Liang et al. for a spike and treats the reset's product with it. What float32 rounds enters as
+    ``-|weight| error`` at each current, charge and reset.
+
+    Args:
+        maps: The affine maps.
+        run: Bounds of every potential.
+        samples: Number of each row's sample in the run, [R].
+        weights: Weights on the logits [R, classes], or on a step's charged potentials [R, *].
+        start: Stage and step of those potentials; None for the logits.
+        slopes: Slopes in the place of those above; any are sound.
+
+    Source: CROWN (Zhang et al., NeurIPS 2018); S-CROWN (Liang et al., NeurIPS 2022).
+    """
+    rows = len(samples)
+    padded = 1 << (rows - 1).bit_length()
+    if padded != rows:  # the maps are traced for few numbers of rows
+        samples = torch.cat([samples, samples[:1].expand(padded - rows)])
+        weights = torch.cat([weights, weights[:1].expand(padded - rows, *weights.shape[1:])])
+    walk = _Walk(maps, run, samples, slopes)
+    if start is None:
+        walk.through(-1, weights, run.error[samples])
+    for number in reversed(range(len(run.stages) if start is None else start[0] + 1)):
+        walk.stage(
+            number,
+            weights if start is not None and number == start[0] else None,
+            start[1] if start else 0,
+        )
+    return walk.finished(rows)
+
+
+class _Walk:
+    """One back-substitution: weights on leaves and potentials that are not yet replaced, and the
+    sum so far.
+    """
+
+    def __init__(self, maps: Maps, run: RelaxedRun, samples: Tensor, slopes: Slopes | None) -> None:
+        self.maps, self.run, self.samples, self.given = maps, run, samples, slopes
+        self.on_leaves: dict[int, Tensor] = {}
+        self.on_potentials: dict[str, Tensor] = {}
+        self.rests: dict[str, float] = {}
+        self.value = torch.zeros(len(samples), dtype=torch.float64, device=samples.device)
+        self.size = torch.zeros_like(self.value)
+        self.slopes: Slopes = {}
+        self.gaps: dict[tuple[int, int], Tensor] = {}
+
+    def add(self, term: Tensor) -> None:
+        """Add a term of every row."""
+        term = term.flatten(1)
+        self.value = self.value + term.sum(1)
+        self.size = self.size + term.detach().abs().sum(1)
+
+    def through(self, number: int, weights: Tensor, error: Tensor) -> None:
+        """Replace a current by the leaves that it is a map of; ``weights`` and ``error`` in native
+        layout.
+        """
+        rows = len(self.samples)
+        self.add(self._by_row(-weights.abs() * error, number))
+        self.add(self._by_row(weights * self.maps.shift(number, rows), number))
+        for leaf, weight in self.maps.adjoint(number, weights, rows):
+            self.on_leaves[leaf] = (
+                self.on_leaves[leaf] + weight if leaf in self.on_leaves else weight
+            )
+
+    def stage(self, number: int, start: Tensor | None, start_step: int) -> None:
+        """Replace a leaf, and the potentials of its layer, by the current; ``start`` are weights on
+        a step's h.
+        """
+        stage = self.run.stages[number]
+        weights = self.on_leaves.pop(stage.leaf, None)
+        if stage.neuron is None:
+            if weights is not None:
+                self._pooled(number, stage, weights)
+            return
+        name = stage.neuron.name
+        spikes = None if weights is None else stage.rows_first(weights)
+        potential = self.on_potentials.pop(name, None)
+        error = stage.rows_first(stage.current.error)[self.samples]
+        on_currents: list[Tensor | None] = [None] * error.shape[1]
+        for t in reversed(range(len(stage.steps) if start is None else start_step + 1)):
+            step, charged = stage.steps[t], None
+            if start is not None and t == start_step:
+                charged = start
+            elif spikes is not None or potential is not None:
+                zero = torch.zeros_like(step.lower[self.samples])
+                on_spike = zero if spikes is None else spikes[:, t]
+                charged = self._fired(number, t, on_spike, zero if potential is None else potential)
+            if charged is None:
+                continue
+            self.add(charged * ((1.0 - stage.decay) * stage.rest))
+            self.add(-charged.abs() * step.error[self.samples])
+            on_currents[t], potential = step.gain * charged, stage.decay * charged
+        if potential is not None:
+            self.on_potentials[name], self.rests[name] = potential, stage.rest
+        if given := [weight for weight in on_currents if weight is not None]:
+            whole = torch.stack(
+                [torch.zeros_like(given[0]) if w is None else w for w in on_currents], 1
+            )
+            self.through(number, stage.native(whole), stage.native(error))
+
+    def finished(self, rows: int) -> Lower:
+        """The bound: what is left hangs on the input and on the potentials at the start."""
+        for name, weights in self.on_potentials.items():
+            self.add(weights * self.rests[name])
+        box = self.run.leaves[0]
+        centre, radius = box.centre.detach()[self.samples], box.radius[self.samples]
+        weights = self.on_leaves.pop(0, torch.zeros_like(centre))
+        self.add(weights * centre)
+        self.add(-weights.abs() * radius)
+        value = self.value - _ROUNDING * self.size
+        cut = [
+            {key: part[:rows] for key, part in parts.items()} for parts in (self.slopes, self.gaps)
+        ]
+        return Lower(value[:rows], cut[0], cut[1], weights.detach()[:rows])
+
+    def _fired(self, number: int, t: int, on_spike: Tensor, on_potential: Tensor) -> Tensor:
+        """Weights on h in the place of those on the spike and on the potential after the reset."""
+        stage = self.run.stages[number]
+        step, around = stage.steps[t], stage.around
+        lower, upper, quiet, fires = (
+            part[self.samples] for part in (step.lower, step.upper, step.quiet, step.fires)
+        )
+        size = torch.maximum(lower.abs(), upper.abs())
+        self.add(-on_potential.abs() * reset_rounding(size, stage.rest, stage.threshold))
+
+        def after(h: Tensor) -> Tensor:
+            return on_spike + on_potential * ((h - stage.threshold) if stage.soft else stage.rest)
+
+        ends = [lower, upper.clamp(max=around[1]), lower.clamp(min=around[0]), upper]
+        values = [on_potential * ends[0], on_potential * ends[1], after(ends[2]), after(ends[3])]
+        if self.given is not None:
+            slope = self.given[number, t]
+            slope = torch.cat([slope, slope[:1].expand(len(lower) - len(slope), *slope.shape[1:])])
+        else:
+            alone = torch.where(
+                fires, on_potential if stage.soft else torch.zeros_like(lower), on_potential
+            )
+            slope = torch.where(quiet & fires, _slope(ends, values, stage.threshold), alone)
+        heights = torch.stack(
+            [value - slope * end for value, end in zip(values, ends, strict=True)]
+        )
+        possible = torch.stack([quiet, quiet, fires, fires])
+        offset = heights.masked_fill(~possible, torch.inf).amin(0)
+        offset = torch.where(quiet | fires, offset, 0.0)  # of an empty part of a box
+        self.add(offset)
+        self.slopes[number, t] = slope.detach()
+        self.gaps[number, t] = (
+            heights.masked_fill(~possible, -torch.inf).amax(0) - offset
+        ).detach()
+        return slope
+
+    def _pooled(self, number: int, stage: Stage, weights: Tensor) -> None:
+        """A maximum is at least the value whose lower bound is the largest, and at most the largest
+        upper bound.
+        """
+        assert stage.pooling is not None
+        current = stage.current
+        lower, upper, error = (
+            laid_out(by_row(part, self.run.samples, stage.batch_dim)[self.samples], stage.batch_dim)
+            for part in (current.lower, current.upper, current.error)
+        )
+        self.add(self._by_row(weights.clamp(max=0) * stage.pooling(upper), number))
+        with torch.enable_grad():
+            lower.requires_grad_()
+            pooled = stage.pooling(lower)
+        above = weights.clamp(min=0)
+        chosen = torch.autograd.grad(pooled, lower, above, create_graph=weights.requires_grad)[0]
+        self.through(number, chosen, error)
+
+    def _by_row(self, term: Tensor, number: int) -> Tensor:
+        """A term in native layout as [R, *]."""
+        return by_row(
+            term, len(self.samples), self.run.stages[number].batch_dim if number >= 0 else 0
+        )
+
+
+def raised(maps: Maps, run: RelaxedRun, samples: Tensor, weights: Tensor, *, rounds: int) -> Lower:
+    """:func:`minimum` with slopes that gradient ascent has chosen; it ends when all bounds are
+    above 0.
+
+    Slopes of spikes that were assumed or ruled out are free as well, which puts a multiplier on the
+    assumption.
+
+    Source: alpha- and beta-CROWN (Xu et al., ICLR 2021; Wang et al., NeurIPS 2021).
+    """
+    best = minimum(maps, run, samples, weights)
+    if rounds == 0 or not best.slopes or bool((best.value > 0).all()):
+        return best
+    start, moved, scales = best.slopes, {}, {}
+    for (number, t), slope in start.items():
+        step = run.stages[number].steps[t]
+        width = (step.upper - step.lower)[samples].clamp(min=1e-9)
+        spread = best.gaps[number, t] / width + 0.1 * slope.abs()
+        scales[number, t] = spread * step.free[samples]
+        moved[number, t] = torch.zeros_like(slope, requires_grad=True)
+    ascent = torch.optim.Adam(list(moved.values()), lr=0.2, maximize=True)
+    for turn in range(rounds):
+        for group in ascent.param_groups:
+            group["lr"] = 0.2 * 0.95**turn
+        with torch.enable_grad():
+            slopes = {key: start[key] + scales[key] * moved[key] for key in start}
+            found = minimum(maps, run, samples, weights, slopes=slopes)
+            ascent.zero_grad()
+            gradients = torch.autograd.grad(
+                found.value.sum(), list(moved.values()), allow_unused=True
+            )
+        for parameter, gradient in zip(moved.values(), gradients, strict=True):
+            parameter.grad = gradient
+        best = _better(best, found)
+        if bool((best.value > 0).all()):
+            break
+        ascent.step()
+    return best
+
+
+def _better(first: Lower, second: Lower) -> Lower:
+    """Row by row the larger bound."""
+    take = second.value.detach() > first.value
+
+    def chosen(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(take.view(-1, *[1] * (a.ndim - 1)), b.detach(), a)
+
+    slopes, gaps = (
+        {key: chosen(a[key], b[key]) for key in a}
+        for a, b in ((first.slopes, second.slopes), (first.gaps, second.gaps))
+    )
+    return Lower(
+        chosen(first.value, second.value), slopes, gaps, chosen(first.weights, second.weights)
+    )
+
+
+def _slope(ends: list[Tensor], values: list[Tensor], threshold: float) -> Tensor:
+    """Slope of the edge of the lower convex hull that is highest in the middle; any slope is
+    sound.
+    """
+    lower, upper = ends[0], ends[3]
+    width = (upper - lower).clamp(min=1e-12)
+    jump = torch.minimum(torch.full_like(lower, threshold), upper).maximum(lower)
+    corner = torch.minimum(values[1], values[2])
+    rise = (values[3] - values[0]) / width
+    left = (corner - values[0]) / (jump - lower).maximum(1e-3 * width)
+    right = (values[3] - corner) / (upper - jump).maximum(1e-3 * width)
+    return torch.where(left < right, torch.where(lower + upper > 2 * jump, right, left), rise)

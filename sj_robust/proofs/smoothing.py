@@ -1,0 +1,335 @@
+"""Randomised smoothing: a classifier that votes over Gaussian noise, and the L2 radius in which its
+vote is proved.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sj_robust.core.checks import (
+    check_count,
+    check_function,
+    check_images,
+    check_logits,
+    check_model,
+    check_size,
+)
+from sj_robust.core.preserved import all_generators, generators_of, preserved
+from sj_robust.core.randomness import (
+    SampleSeeds,
+    check_seeds,
+    draw_seed,
+    private_generator,
+    seeded_globals,
+)
+from sj_robust.proofs._scipy import scipy_module
+
+__all__ = ["SmoothedClassifier", "Smoothing", "smooth"]
+
+ABSTAINED = -1
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """Result of :func:`smooth`. 随机平滑的结果。
+
+    Attributes:
+        sigma: Standard deviation of the noise.
+        alpha: Probability, per image, that its radius is too large.
+        n: Draws behind the radius.
+        prediction: Class of the smoothed classifier per image; -1 where it abstains.
+        radius: L2 radius, in units of [0, 1] images, in which that class is proved; 0 where it
+            abstains.
+        count: Draws, of n, that gave the class which the first n0 draws had guessed.
+    """
+
+    sigma: float
+    alpha: float
+    n: int
+    prediction: tuple[int, ...]
+    radius: tuple[float, ...]
+    count: tuple[int, ...]
+
+    @property
+    def abstained(self) -> float:
+        """Share of images without a prediction."""
+        return sum(label == ABSTAINED for label in self.prediction) / len(self.prediction)
+
+    def certified(self, y: Tensor, radius: float = 0.0) -> tuple[bool, ...]:
+        """Whether each image is proved to keep its label ``y`` [N] under every perturbation of L2
+        norm < ``radius``.
+
+        Radius 0 is the smoothed classifier's own accuracy.
+
+        Raises:
+            ValueError: If ``y`` has another length.
+        """
+        y = torch.as_tensor(y)
+        if y.shape != (len(self.prediction),):
+            raise ValueError(
+                f"y must have shape [N] = [{len(self.prediction)}], got {list(y.shape)}"
+            )
+        rows = zip(self.prediction, y.tolist(), self.radius, strict=True)
+        return tuple(label == right and proved >= radius for label, right, proved in rows)
+
+
+class SmoothedClassifier(nn.Module):
+    """One draw of a smoothed classifier: logits of images with fresh Gaussian noise, for attacks on
+    the vote itself.
+
+    随机平滑分类器的单次抽样。
+
+    Equation: ``logits = model(x + sigma * n)``, n ~ N(0, 1) from torch's global generator; the sum
+    is not clamped. Attack it as any stochastic network, with ``eot_samples``, which averages the
+    gradient over draws.
+
+    Args:
+        model: Images to logits.
+        sigma: Standard deviation of the noise in units of [0, 1] images, > 0.
+
+    Raises:
+        ValueError: If ``sigma`` is not positive and finite.
+
+    Source: Cohen et al. (ICML 2019); attacks through the noise: SmoothAdv, Salman et al. (NeurIPS
+        2019).
+
+    Examples:
+        >>> SmoothedClassifier(nn.Linear(2, 3), sigma=0.25)(torch.rand(5, 2)).shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(self, model: nn.Module, sigma: float) -> None:
+        """Wrap a network; see the class."""
+        super().__init__()
+        check_model(model)
+        self.model = model
+        self.sigma = check_size("sigma", sigma, positive=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, classes] of one draw."""
+        logits: Tensor = self.model(images + self.sigma * torch.randn_like(images))
+        return logits
+
+
+def smooth(
+    model: Callable[[Tensor], Tensor],
+    x: Tensor,
+    sigma: float,
+    *,
+    n0: int = 100,
+    n: int = 1000,
+    alpha: float = 0.001,
+    batch_size: int = 256,
+    generator: torch.Generator | SampleSeeds | None = None,
+    on_image: Callable[[int], None] | None = None,
+) -> Smoothing:
+    """Classes by a vote over Gaussian noise, with the L2 radius in which each is proved.
+    随机平滑及其可证明的
+    L2 半径。
+
+    Equation, with f the network and n ~ N(0, 1) in every element::
+
+        g(x) = argmax_c P(f(x + sigma n) = c)
+        radius = sigma * Phi^-1(p),    p <= P(f(x + sigma n) = g(x))
+
+    ``n0`` draws guess the class, ``n`` others give p, the lower Clopper-Pearson bound at level
+    ``alpha``; if p <= 1/2 the classifier abstains. The proof is one of g, never of the network f
+    alone, and holds with probability 1 - alpha per image. Noisy images are not clamped to [0, 1];
+    train with the same noise (``--mode gaussian --eps SIGMA``). What the network draws itself (a
+    stochastic encoder) is part of the probability; the bound needs draws that are independent, so
+    that such a network, and one that mixes the images of a batch, runs on one draw after the other.
+    What is drawn does not depend on ``batch_size``.
+
+    The largest radius that n draws can prove is ``sigma * Phi^-1(alpha^(1/n))``: 2.46 sigma for n =
+    1000.
+
+    Args:
+        model: Images [N, ...] to logits [N, classes]; an ``nn.Module`` runs in evaluation mode.
+        x: Images in [0, 1], floating point.
+        sigma: Standard deviation of the noise in units of [0, 1] images, > 0.
+        n0: Draws for the guess.
+        n: Draws for the bound.
+        alpha: Probability of error per image, in (0, 1).
+        batch_size: Draws at a time.
+        generator: Source of the noise, moved by one number; seeds of the samples make each result
+            independent of the others; None is fresh entropy.
+        on_image: Called with the number of images done after every image.
+
+    Returns:
+        :class:`Smoothing`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If images, a number or the logits are out of range, seeds do not fit, or the
+            network keeps a state from forward to forward or draws from another source than torch.
+        ModuleNotFoundError: If scipy is not installed.
+
+    Source: Cohen, Rosenfeld and Kolter, "Certified Adversarial Robustness via Randomized Smoothing"
+        (ICML 2019), arXiv 1902.02918; Clopper and Pearson (Biometrika, 1934).
+
+    Examples:
+        >>> x = torch.tensor([[0.9, 0.1], [0.5, 0.5]])
+        >>> result = smooth(
+        ...     lambda x: x, x, 0.25, n=1000, generator=torch.Generator().manual_seed(0)
+        ... )
+        >>> result.prediction, [round(radius, 2) for radius in result.radius]
+        ((0, -1), [0.5, 0.0])
+    """
+    check_model(model)
+    check_images(x)
+    check_seeds(generator, x)
+    sigma = check_size("sigma", sigma, positive=True)
+    for name, value in (("n0", n0), ("n", n), ("batch_size", batch_size)):
+        check_count(name, value)
+    if not 0 < check_size("alpha", alpha) < 1:
+        raise ValueError(
+            f"alpha must be in (0, 1), got {alpha}; it is the probability of error, such as 0.001"
+        )
+    check_function("on_image", on_image)
+    if isinstance(generator, SampleSeeds):
+        seeds = generator
+    else:
+        device = generator.device if isinstance(generator, torch.Generator) else "cpu"
+        seed = draw_seed(private_generator(generator, torch.device(device)))
+        seeds = SampleSeeds([SampleSeeds([seed]).derived(row).single() for row in range(len(x))])
+    guesses, counted = seeds.derived("guess").seeds, seeds.derived("count").seeds
+    beta = scipy_module("stats", wanted_by="smooth").beta  # slow to import
+    predictions, radii, counts = [], [], []
+    with torch.no_grad(), preserved(model), _kept_globals():
+        draws = _Draws(model, sigma, batch_size)
+        for row in range(len(x)):
+            guess = int(draws.votes(x[row], n0, guesses[row]).argmax())
+            count = int(draws.votes(x[row], n, counted[row])[guess])
+            p = float(beta.ppf(alpha, count, n - count + 1)) if count else 0.0
+            proved = p > 0.5
+            predictions.append(guess if proved else ABSTAINED)
+            radii.append(
+                sigma * float(torch.special.ndtri(torch.tensor(p, dtype=torch.float64)))
+                if proved
+                else 0.0
+            )
+            counts.append(count)
+            if on_image is not None:
+                on_image(row + 1)
+    return Smoothing(sigma, float(alpha), n, tuple(predictions), tuple(radii), tuple(counts))
+
+
+@dataclass
+class _Draws:
+    """Noisy copies of an image, and the classes that a network gives them.
+
+    A draw's noise, and what the network draws itself, do not depend on how many run together. A
+    network may run on many at once only if it draws nothing and treats the rows of a batch apart;
+    else it runs on one after the other, since draws that share a coin are not independent.
+
+    Attributes:
+        model: Images to logits.
+        sigma: Standard deviation of the noise.
+        batch_size: Draws at a time.
+        one_by_one: Whether the network runs on one draw after the other.
+        checked: Whether a batch of two or more has shown that rows are treated apart.
+    """
+
+    model: Callable[[Tensor], Tensor]
+    sigma: float
+    batch_size: int
+    one_by_one: bool = False
+    checked: bool = False
+
+    def votes(self, image: Tensor, draws: int, seed: int) -> Tensor:
+        """How often each class wins among so many noisy copies of an image [*], [classes]."""
+        seeds = SampleSeeds([seed])
+        noise = torch.Generator(device=image.device)
+        noise.manual_seed(seeds.derived("noise").single())
+        own = seeds.derived("network")  # streams that must not be related
+        votes = []
+        for start in range(0, draws, self.batch_size):
+            count = min(self.batch_size, draws - start)
+            # One by one: a larger draw takes the generator's numbers in another order.
+            drawn = [_noise(image, noise) for _ in range(count)]
+            logits = self._logits(image + self.sigma * torch.stack(drawn), own, start)
+            votes.append(torch.bincount(logits.argmax(1), minlength=logits.shape[1]))
+        return torch.stack(votes).sum(0)
+
+    def _logits(self, noisy: Tensor, own: SampleSeeds, start: int) -> Tensor:
+        """Logits [draws, classes] of noisy images, the first of which is draw ``start``."""
+        if not self.one_by_one:
+            with _from_seed(self.model, own.single(), noisy.device):
+                before = _states(self.model, noisy.device)
+                logits = self._run(noisy)
+                drew = _states(self.model, noisy.device) != before
+            self.one_by_one = drew or not self._rows_are_apart(noisy, own.single(), logits)
+            if not self.one_by_one:
+                return logits
+        alone = []
+        for row in range(len(noisy)):
+            seed = own.derived(start + row).single()
+            with _from_seed(self.model, seed, noisy.device):
+                alone.append(self._run(noisy[row : row + 1]))
+        return torch.cat(alone)
+
+    def _run(self, noisy: Tensor) -> Tensor:
+        return check_logits(self.model(noisy), torch.zeros(len(noisy), dtype=torch.int64))
+
+    def _rows_are_apart(self, noisy: Tensor, seed: int, logits: Tensor) -> bool:
+        """Whether the first half of a batch stays as it is while the other half is another one."""
+        half = len(noisy) // 2
+        if self.checked or half == 0:
+            return True
+        self.checked = True
+        with _from_seed(self.model, seed, noisy.device):
+            again = self._run(noisy)
+        if not torch.equal(again, logits):
+            raise ValueError(
+                "model must give the same logits for the same images and seed, got one that keeps "
+                "a state or draws from another source than torch; wrap a spiking network in "
+                "SpikingClassifier, which resets it, and draw with torch.rand"
+            )
+        other = torch.cat((noisy[:half], 1.0 - noisy[half:]))
+        with _from_seed(self.model, seed, noisy.device):
+            found = self._run(other)
+        return torch.equal(found[:half], logits[:half])
+
+
+@contextmanager
+def _from_seed(model: object, seed: int, device: torch.device) -> Iterator[None]:
+    """All generators that a network may draw from, seeded; torch's global ones are restored."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  # a network may draw from the global one
+    with seeded_globals(seed, device):
+        for generator in generators_of(model):
+            generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _kept_globals() -> Iterator[None]:
+    """Python's and numpy's global generators go on as if nothing had been drawn."""
+    python, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002  # as above
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)  # noqa: NPY002  # as above
+
+
+def _states(model: object, device: torch.device) -> list[object]:
+    """What the generators that a network may draw from give next, as values to be compared."""
+    found = [generator.get_state() for generator in all_generators(model, device)]
+    numbers: Any = np.random.get_state()  # noqa: NPY002  # as above
+    return [
+        random.getstate(),
+        numbers[1].tobytes(),
+        numbers[2],
+        *(s.numpy().tobytes() for s in found),
+    ]
+
+
+def _noise(image: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(image.shape, generator=generator, dtype=image.dtype, device=image.device)

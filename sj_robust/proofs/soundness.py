@@ -1,0 +1,270 @@
+"""Proofs that check themselves: maps, neurons and bounds against the network that runs."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust.core.host import functional
+from sj_robust.core.preserved import other_forward, preserved
+from sj_robust.neuron.charging import Charging, Neuron
+from sj_robust.proofs.bounds import BoundedRun, Bounds
+from sj_robust.proofs.relaxation import Maps
+
+__all__ = [
+    "UnsoundBoundsError",
+    "WatchedRun",
+    "check_maps",
+    "check_neurons",
+    "check_point",
+    "overridden",
+]
+
+_SAMPLES = 2
+"""Samples of the run at random leaves, each with leaves of its own."""
+
+_MAP_GAP = 1e-9
+"""Relative difference that float64's rounding stays below; a part that is missing does not."""
+
+_NEURONS = 512
+"""Neurons of a layer that get random currents."""
+
+_DYNAMICS = ("neuronal_charge", "neuronal_fire", "neuronal_reset")
+
+
+class UnsoundBoundsError(NotImplementedError):
+    """A network that does not do what its bounds say, so that nothing is proved of it.
+    网络的行为与上下界不符，不给出证明。
+    """
+
+
+class WatchedRun(BoundedRun):
+    """A run that keeps, for every call of a spiking layer, the bounds of what goes in and comes
+    out.
+    """
+
+    def __init__(self, neurons: dict[str, Neuron], samples: int) -> None:
+        """Nothing has run yet."""
+        super().__init__(neurons, samples)
+        self.calls: dict[str, list[_Call]] = {name: [] for name in neurons}
+
+    def _passed(self, name: str, current: Bounds, sure: Tensor, possible: Tensor) -> None:
+        v_lower, v_upper = self.potential(name)
+        self.calls[name].append(
+            _Call(current.lower, current.upper, sure, possible, v_lower, v_upper)
+        )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Bounds of one call of a spiking layer, in the layout of the network."""
+
+    current_lower: Tensor
+    current_upper: Tensor
+    sure: Tensor
+    possible: Tensor
+    v_lower: Tensor
+    v_upper: Tensor
+
+    def left(self, current: Tensor, spikes: Tensor, v: Tensor) -> str | None:
+        """What of a run is not within the bounds."""
+        if not _within(current, self.current_lower, self.current_upper):
+            return "an input current"
+        if not _within(spikes, self.sure, self.possible):
+            return "a spike"
+        if not _within(v, self.v_lower, self.v_upper):
+            return "a membrane potential"
+        return None
+
+
+def check_maps(maps: Maps) -> None:
+    """Raise :class:`UnsoundBoundsError` unless autograd knows all of every affine map.
+
+    Bounds of the output, and all that goes back through the layers, use the maps ``y = A z + b``
+    between the leaves z (input, spikes, maxima) and the currents y as the graph of the run gives
+    them. What runs outside the graph would count as a constant.
+
+    Equation, for random leaves z and a random projection u, in float64::
+
+        | <u, y(z)> - <u, b> - <A^T u, z> |  <=  1e-9 (<|u|, |y(z)| + |b|> + <|A^T u|, |z|>)
+
+    with y(z) what the network computes, and b and A^T u from the graph of another run, at zero.
+
+    Args:
+        maps: The affine maps of a network.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(like: Tensor) -> Tensor:
+        drawn = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+        return drawn.to(like.device)
+
+    run = maps.traced(_SAMPLES, noise)
+    names = [*run.names, "the output"]
+    for number, name in enumerate(names):
+        value = run.currents[number].detach()
+        shift = maps.shift(number, _SAMPLES)
+        weights = noise(value)
+        expected = (weights * shift).sum()
+        size = (weights * shift).abs().sum() + (weights * value).abs().sum()
+        for leaf, back in maps.adjoint(number, weights, _SAMPLES):
+            terms = back * run.leaves[leaf].centre.detach()
+            expected = expected + terms.sum()
+            size = size + terms.abs().sum()
+        gap = ((weights * value).sum() - expected).abs()
+        if not bool(gap <= _MAP_GAP * size):
+            raise UnsoundBoundsError(
+                f"autograd does not see all that reaches {name}: what the network computes there "
+                f"differs from its graph by {float(gap / size):.1e}; compute it with operations "
+                "of torch that keep their graph, without torch.no_grad(), detach and custom "
+                "autograd.Function"
+            )
+
+
+def check_neurons(neurons: dict[str, Neuron], T: int, like: Tensor) -> None:
+    """Raise :class:`UnsoundBoundsError` unless every spiking layer does its charge equation.
+
+    Each layer gets random currents x [T, 1, n], half of them close to what brings a resting neuron
+    to its threshold. Its spikes must be those of the bounds of these very currents::
+
+        s[t] in {0, 1}, sure(x, x)[t] <= s[t] <= possible(x, x)[t]
+
+    in evaluation mode and in training mode, in which SpikingJelly 0.0.0.0.14 runs other code.
+
+    Args:
+        neurons: Neurons of known dynamics by name.
+        T: Time steps.
+        like: A tensor of the network's device and precision.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for name, neuron in neurons.items():
+        currents = _random_currents(neuron, T, generator).to(like)
+        with torch.no_grad(), preserved(neuron.module):
+            functional.reset_net(neuron.module)
+            run = BoundedRun({name: neuron}, 1)
+            sure, possible = run.spikes(name, neuron, currents.double(), currents.double())
+            for training in (False, True):
+                functional.reset_net(neuron.module)
+                neuron.module.training = training
+                spikes = _run_alone(neuron.module, currents)
+                binary = (spikes == 0) | (spikes == 1)
+                if not bool(binary.all()) or not _within(spikes, sure, possible):
+                    raise _other_dynamics(name, neuron)
+
+
+def check_point(model: nn.Module, run: BoundedRun, logits: Bounds, point: Tensor) -> Tensor:
+    """Logits [N, classes] of a network at a point of the ball, if all that runs is within bounds.
+
+    Args:
+        model: The classifier.
+        run: The run of the bounds; of a :class:`WatchedRun` the layers are looked at as well.
+        logits: Bounds of the logits.
+        point: Images [N, *], each of the ball of the image in its place.
+
+    Raises:
+        UnsoundBoundsError: If a current, a spike, a potential or a logit is outside its bounds.
+    """
+    with torch.no_grad(), _watching(run):
+        found: Tensor = model(point.clone())
+    if not _within(found, logits.lower, logits.upper):
+        raise _outside("a logit", "the output")
+    return found
+
+
+def overridden(neuron: Neuron) -> str | None:
+    """Name of a method of the dynamics that stands on the neuron itself, in place of its class's.
+
+    Examples:
+        >>> from sj_robust import DLIFNode
+        >>> from sj_robust.neuron.charging import find_neurons
+        >>> net = nn.Sequential(DLIFNode(T=4))
+        >>> neuron = find_neurons(net, {}, {})[0]["0"]
+        >>> net[0].neuronal_fire = lambda: 1.0
+        >>> overridden(neuron)
+        'neuronal_fire'
+    """
+    return next((name for name in _DYNAMICS if name in vars(neuron.module)), None)
+
+
+@contextmanager
+def _watching(run: BoundedRun) -> Iterator[None]:
+    """Context in which every call of a spiking layer is compared with the bounds that are kept."""
+    with ExitStack() as stack:
+        if isinstance(run, WatchedRun):
+            for name, neuron in run.neurons.items():
+                compared = _compared(name, neuron.module, iter(run.calls[name]))
+                stack.enter_context(other_forward(neuron.module, compared))
+        yield
+
+
+def _compared(name: str, module: Any, calls: Iterator[_Call]) -> Callable[..., Tensor]:
+    """The forward of a neuron, which is held against its bounds call by call."""
+    original = module.forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        current = x.clone()
+        spikes: Tensor = original(x, *args, **kwargs)
+        bounds = next(calls, None)
+        left = "a call" if bounds is None else bounds.left(current, spikes, module.v)
+        if left is not None:
+            raise _outside(left, f"the layer {name}")
+        return spikes
+
+    return forward
+
+
+def _other_dynamics(name: str, neuron: Neuron) -> UnsoundBoundsError:
+    return UnsoundBoundsError(
+        f"the layer {name} ({neuron.type_name}) does not spike as its charge equation says: the "
+        "forward of its surrogate is no step at the threshold, or a method of the neuron was "
+        "replaced; take neuron and surrogate as they come with SpikingJelly or sj_robust"
+    )
+
+
+def _outside(what: str, where: str) -> UnsoundBoundsError:
+    return UnsoundBoundsError(
+        f"{what} of {where} is outside its bounds at a point of the ball, so nothing is proved: "
+        "the network does something else in a plain call than on bounds, such as a forward that "
+        "asks for the type of its input or for torch.is_grad_enabled(), or keeps a state that its "
+        "reset leaves; take that out, and if there is nothing of the kind, report it with the "
+        "network"
+    )
+
+
+def _within(values: Tensor, lower: Tensor, upper: Tensor) -> bool:
+    """Whether all values lie between bounds; NaN does not."""
+    if values.shape != lower.shape:
+        return False
+    return bool(((values >= lower) & (values <= upper)).all())
+
+
+def _random_currents(neuron: Neuron, T: int, generator: torch.Generator) -> Tensor:
+    """Currents [T, 1, n] in float64: the first half near the threshold, the others far and wide."""
+    module, charging = neuron.module, neuron.charging()
+    shape = (T, 1, _NEURONS)
+    normal = torch.randn(shape, generator=generator, dtype=torch.float64)
+    magnitude = 10.0 ** (8.0 * torch.rand(shape, generator=generator, dtype=torch.float64) - 6.0)
+    rest = 0.0 if module.v_reset is None else float(module.v_reset)
+    needed = float(module.v_threshold) - rest
+    scale = max(abs(needed), 1e-3)
+    near = needed + scale * magnitude * normal.sign()
+    charge = torch.where(torch.arange(_NEURONS) < _NEURONS // 2, near, 4.0 * scale * normal)
+    return charge / _gains(charging, T).view(T, 1, 1)
+
+
+def _gains(charging: Charging, T: int) -> Tensor:
+    """Gain of every step [T], with 1 in place of 0."""
+    gains = [torch.as_tensor(charging.gain_at(t, input_gain=True)) for t in range(T)]
+    found = torch.stack([gain.detach().double().cpu() for gain in gains])
+    return torch.where(found == 0, 1.0, found)
+
+
+def _run_alone(module: Any, currents: Tensor) -> Tensor:
+    """Spikes [T, 1, n] of a neuron outside its network, without hooks."""
+    if module.step_mode == "m":
+        found: Tensor = module.forward(currents)
+        return found
+    return torch.stack([module.forward(current) for current in currents])

@@ -1,0 +1,521 @@
+"""Images that no perturbation in a ball can turn: proved by bounds of every spike, with float32's
+rounding.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust.classifier import SpikingClassifier, as_classifier, check_classifier
+from sj_robust.core.checks import (
+    Channels,
+    check_channels,
+    check_choice,
+    check_classes,
+    check_count,
+    check_function,
+    check_images,
+    check_labels,
+    check_logits,
+    check_network,
+    check_number_of_channels,
+    check_size,
+    check_steps,
+)
+from sj_robust.core.environment import device_of
+from sj_robust.core.eps import eps_text, parse_eps
+from sj_robust.core.preserved import all_generators, preserved, sums_of_products
+from sj_robust.core.saved import markdown_table
+from sj_robust.core.shown import Shown, heat_map, new_figure
+from sj_robust.neuron.charging import Neuron, find_neurons, is_neuron
+from sj_robust.proofs._scipy import scipy_module
+from sj_robust.proofs.bounds import BoundedRun, Bounds, NoBoundsError
+from sj_robust.proofs.branching import Prover, inside_ball
+from sj_robust.proofs.exact import Matrices, mip
+from sj_robust.proofs.relaxation import Maps
+from sj_robust.proofs.soundness import (
+    UnsoundBoundsError,
+    WatchedRun,
+    check_maps,
+    check_neurons,
+    check_point,
+    overridden,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["BoundedLayer", "Verification", "bounded_logits", "bounded_neurons", "verify"]
+
+Method = Literal["ibp", "crown", "bab", "mip"]
+METHODS = get_args(Method)
+_Search = Callable[[Tensor, Tensor, float], tuple[float, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class BoundedLayer:
+    """What the bounds say of a spiking layer, averaged over images and neurons. 脉冲层的上下界。
+
+    Attributes:
+        name: Name of the layer in the network.
+        undecided: Share of spikes, per time step, that the bounds leave open.
+        potential: Mean square, per time step, of the distance between the bounds of the charged
+            potential h: no perturbation in the ball moves it by more, resets and rounding included.
+    """
+
+    name: str
+    undecided: tuple[float, ...]
+    potential: tuple[float, ...]
+
+
+@dataclass(frozen=True, repr=False)
+class Verification(Shown):
+    """Result of :func:`verify`. 验证结果。
+
+    Attributes:
+        eps: Linf radius.
+        correct: Whether each image is classified right without a perturbation.
+        margin: Per image, what the logit of the right class is above every other one at least,
+            whatever the perturbation; > 0 is a proof.
+        layers: Spiking layers in order of execution, as intervals bound them.
+        x_adv: The images, but for each that is ``broken`` one of its ball that the network gets
+            wrong.
+        broken: Whether such a one is known; the image itself if it is not classified right.
+    """
+
+    eps: float
+    correct: tuple[bool, ...]
+    margin: tuple[float, ...]
+    layers: tuple[BoundedLayer, ...]
+    x_adv: Tensor = field(repr=False, compare=False)
+    broken: tuple[bool, ...]
+
+    @property
+    def verified(self) -> tuple[bool, ...]:
+        """Whether each image is proved to be classified right everywhere in the ball."""
+        return tuple(margin > 0 for margin in self.margin)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of images that are verified: the network's robust accuracy on them is at least
+        that.
+        """
+        return sum(self.verified) / len(self.margin)
+
+    @property
+    def unknown(self) -> tuple[bool, ...]:
+        """Whether each image is neither verified nor broken."""
+        return tuple(
+            not (good or bad) for good, bad in zip(self.verified, self.broken, strict=True)
+        )
+
+    @property
+    def verdict(self) -> str:
+        """How many images are verified, broken and unknown."""
+        return (
+            f"Linf {eps_text(self.eps)}: {sum(self.verified)} of {len(self.margin)} images "
+            f"verified, {sum(self.broken)} broken, {sum(self.unknown)} unknown; "
+            f"{sum(self.correct)} classified right without a perturbation"
+        )
+
+    def table(self) -> str:
+        """Markdown: the share of images, then a row per spiking layer."""
+        rows = []
+        for layer in self.layers:
+            undecided = " ".join(f"{100 * share:.1f}" for share in layer.undecided)
+            potential = " ".join(f"{value:.3g}" for value in layer.potential)
+            rows.append([layer.name, undecided, potential])
+        heads = [
+            "layer",
+            "undecided spikes, % per step",
+            "bounded perturbation of h, mean square per step",
+        ]
+        return f"{self.verdict}.\n\n{markdown_table(heads, rows, words=3)}"
+
+    def plot(self) -> "Figure":
+        """The margin of every image, and how many spikes the bounds leave open. 绘制验证结果。
+
+        It needs matplotlib (extra ``recipes``).
+        """
+        from matplotlib.colors import Normalize
+
+        figure = new_figure(7.0, 2.6 + 0.16 * len(self.layers))
+        images, spikes = figure.subplots(1, 2)
+        images.plot(sorted(self.margin, reverse=True), ".", color="#0072b2")
+        images.axhline(0, color="#767676", linewidth=1)
+        images.set_xlabel("images, sorted")
+        images.set_ylabel("margin of the right class; > 0 is proved")
+        images.set_title(
+            f"Linf {eps_text(self.eps)}: {sum(self.verified)} of {len(self.margin)} proved",
+            fontsize=9,
+        )
+        mesh = heat_map(
+            spikes, {layer.name: layer.undecided for layer in self.layers}, Normalize(0, 1)
+        )
+        spikes.set_xlabel("time step")
+        spikes.set_title("share of spikes that the bounds leave open", fontsize=9)
+        figure.colorbar(mesh, ax=spikes)
+        return figure
+
+
+def verify(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float | str,
+    *,
+    T: int | None = None,
+    mean: Channels = None,
+    std: Channels = None,
+    method: Method = "ibp",
+    time_limit: float = 10.0,
+    batch_size: int = 64,
+    on_batch: Callable[[int], None] | None = None,
+) -> Verification:
+    """Prove, image by image, that no perturbation of at most ``eps`` changes the class.
+    证明图像在扰动球内不被误分类。
+
+    Equation: the input moves in ``[max(x - eps, 0), min(x + eps, 1)]``. Bounds go through the
+    layers one by one; with l and u those of a neuron's current, p its input gain, lambda its decay
+    and theta its threshold::
+
+        h_lo = lambda v_lo + min(p l, p u)   (+ (1 - lambda) v_reset)
+        h_hi = lambda v_hi + max(p l, p u)   (+ (1 - lambda) v_reset)
+        h_lo >= theta: it fires for sure;  h_hi < theta: it cannot fire;  else its spike is
+        undecided, in [0, 1]
+
+    and v after the reset takes all that either case allows. An image is verified if every other
+    class's logit stays below the right one's, bounded for their difference as a whole. What float32
+    rounds, in any order of summation, is part of every bound
+    (:class:`sj_robust.proofs.bounds.Bounds`), so that the proof is one of the network that runs.
+    It assumes rounding to nearest and sums of products: no TF32, no bfloat16 or float16, no
+    Winograd convolutions.
+
+    A verified image cannot be fooled; one that is not verified may still be robust. Tighter methods
+    go on with the images that intervals leave open, and their margins are never smaller:
+
+    - ``"ibp"``: the intervals above.
+    - ``"crown"``: linear relaxation of every undecided spike with its reset, bounds by
+      back-substitution.
+    - ``"bab"``: branch and bound over the undecided spikes on top of it.
+    - ``"mip"``: a mixed-integer program with a binary per undecided spike, for small networks;
+      needs scipy.
+
+    The last two try the corners where their bounds are lowest, and mip its solution, on the network
+    that runs; what it gets wrong is ``x_adv`` of the result.
+
+    Args:
+        model: A classifier in evaluation mode, in float32, without an encoder that draws; or a bare
+            network, with ``T``, ``mean`` and ``std``.
+        x: Images [N, C, H, W] or features [N, F] in [0, 1]; of a ``SpikingEventClassifier`` frames
+            [N, T, C, H, W].
+        y: Labels [N] int64.
+        eps: Linf radius, >= 0, a number or a text such as ``"8/255"``.
+        T: Number of time steps, for a bare network; None if it brings its own.
+        mean: Mean per channel that a bare network expects to be subtracted.
+        std: Standard deviation per channel that it expects to be divided by.
+        method: "ibp", "crown", "bab" or "mip".
+        time_limit: Seconds per image of bab and mip; an image that needs more is unknown.
+        batch_size: Images at a time; memory grows with it, not with N.
+        on_batch: Called with the number of images done after every batch.
+
+    Returns:
+        :class:`Verification`.
+
+    Raises:
+        TypeError: If ``model`` has no spiking neurons and is no ``SpikingClassifier``.
+        ValueError: If a bare network comes without T, the model is in training mode, not in float32
+            or draws random numbers, images or labels do not fit, eps < 0, or the method is not
+            known.
+        UnsoundBoundsError: If the network does not do what the bounds say: what it computes is not
+            in the graph, a neuron does not follow its charge equation, or a point of the ball lies
+            outside the bounds.
+        ModuleNotFoundError: If mip has no scipy.
+        NotImplementedError: If something in the network has no bounds (attention, a stochastic
+            encoder, a neuron of unknown dynamics); it is named.
+
+    Source: interval bounds of spiking networks as in Liang et al. (NeurIPS 2022), here with input
+        gains, resets in time and rounding; Gowal et al., arXiv 1810.12715, for the last layer.
+
+    Examples:
+        >>> from spikingjelly.activation_based import neuron
+        >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), neuron.IFNode(step_mode="m"))
+        >>> _ = net[0].weight.data.copy_(torch.eye(2))
+        >>> model = SpikingClassifier(net, T=4).eval()
+        >>> result = verify(
+        ...     model, torch.tensor([[0.9, 0.1], [0.3, 0.2]]), torch.tensor([0, 0]), eps=0.05
+        ... )
+        >>> result.verified
+        (True, False)
+        >>> verify(
+        ...     model, torch.tensor([[0.3, 0.2]]), torch.tensor([0]), eps=0.1, method="bab"
+        ... ).broken
+        (True,)
+    """
+    check_network(model)
+    eps = check_size("eps", parse_eps(eps), at_most=1.0)
+    T = check_steps(T)
+    mean, std = check_channels("mean", mean), check_channels("std", std, positive=True)
+    batch_size = check_count("batch_size", batch_size)
+    check_choice("method", method, METHODS)
+    if method == "mip":
+        scipy_module("optimize", wanted_by='method "mip"')
+    time_limit = check_size("time_limit", time_limit, positive=True)
+    check_function("on_batch", on_batch)
+    classifier = check_classifier(as_classifier(model, T, mean=mean, std=std))
+    neurons = _checked(classifier, x, y, eps)
+    check_number_of_channels(x, mean=mean, std=std)
+    device = device_of(classifier)
+    classifier.find_convention(x.to(device))
+    correct: list[bool] = []
+    margins: list[float] = []
+    totals: dict[str, Tensor] = {}
+    counts = dict.fromkeys(neurons, 0)
+    broken: list[bool] = []
+    x_adv = x.detach().clone()
+    maps = Maps(partial(bounded_logits, classifier), neurons, x[0].to(device))
+    prover = Prover(classifier, maps, eps)
+    searches: dict[str, _Search] = {"bab": prover.bab, "mip": partial(mip, prover, Matrices(maps))}
+    for start in range(0, len(x), batch_size):
+        part = slice(start, start + batch_size)
+        with sums_of_products(device), preserved(classifier):
+            images, labels = (values[part].to(device).clone() for values in (x, y))
+            logits = _logits(classifier, images, labels, runs=2 if start == 0 else 1)
+            if start == 0:
+                check_classes(y, logits.shape[1])
+                maps.check_samples()
+                check_maps(maps)
+                check_neurons(neurons, classifier.T, images)
+            correct += (logits.argmax(1) == labels).tolist()
+            run = (WatchedRun if start == 0 else BoundedRun)(neurons, len(images))
+            bounds = bounded_logits(classifier, run, images, eps)
+            lead = run.lead(bounds, labels)
+            margin = -lead.scatter(1, labels.unsqueeze(1), -torch.inf).amax(1)
+            wrong = logits.argmax(1) != labels
+            if method != "ibp":
+                _tighten(
+                    prover,
+                    searches.get(method),
+                    time_limit,
+                    images,
+                    labels,
+                    margin,
+                    wrong,
+                    x_adv[part],
+                )
+            for point in _points(images, eps):
+                found = check_point(classifier, run, bounds, point)
+                _check_margins(found, labels, margin, first=start)
+                if start:  # layers are looked at in the first batch
+                    break
+            _check_margins(logits, labels, margin, first=start)
+        margins += margin.tolist()
+        broken += wrong.tolist()
+        for name, layer in run.layers.items():
+            counts[name] += layer.neurons
+            seen = torch.tensor([layer.undecided, layer.width], dtype=torch.float64)
+            totals[name] = totals.get(name, 0.0) + seen
+        if on_batch is not None:
+            on_batch(min(start + batch_size, len(x)))
+    layers = tuple(
+        BoundedLayer(name, *map(tuple, (total / counts[name]).tolist()))
+        for name, total in totals.items()
+        if counts[name]
+    )
+    return Verification(eps, tuple(correct), tuple(margins), layers, x_adv, tuple(broken))
+
+
+def _logits(model: SpikingClassifier, images: Tensor, labels: Tensor, *, runs: int) -> Tensor:
+    """Logits of the network, if they are the same in so many runs and nothing is drawn."""
+    generators = all_generators(model, images.device)
+    states = [generator.get_state() for generator in generators]
+    with torch.no_grad():
+        logits, *again = (check_logits(model(images.clone()), labels) for _ in range(runs))
+    drawn = any(
+        not torch.equal(g.get_state(), state) for g, state in zip(generators, states, strict=True)
+    )
+    if drawn or any(not torch.equal(logits, other) for other in again):
+        raise ValueError(
+            "model must give the same logits in every forward, got one that draws random numbers "
+            "inside"
+        )
+    if logits.shape[1] < 2:
+        raise ValueError("model must tell 2 classes or more apart, got logits of 1")
+    return logits
+
+
+def _points(images: Tensor, eps: float) -> Iterator[Tensor]:
+    """A corner and a random point of the ball of each image, and the images themselves."""
+    generator = torch.Generator().manual_seed(0)
+    share = torch.rand(images.shape, generator=generator, dtype=torch.float64).to(images.device)
+    for direction in (2.0 * share.round() - 1.0, 2.0 * share - 1.0):
+        yield inside_ball(images, images.double() + eps * direction, eps)
+    yield images
+
+
+def _check_margins(logits: Tensor, labels: Tensor, margin: Tensor, *, first: int) -> None:
+    """Raise UnsoundBoundsError if the right class of an image leads by less than was proved."""
+    right = labels.unsqueeze(1)
+    rival = logits.double().scatter(1, right, -torch.inf).amax(1)
+    lead = logits.double().gather(1, right).squeeze(1) - rival
+    below = ~(lead >= margin)
+    if bool(below.any()):
+        number = int(below.nonzero()[0])
+        raise UnsoundBoundsError(
+            f"image {first + number} is proved to keep its class by {float(margin[number]):.3g}, "
+            f"and yet the network's lead at a point of its ball is {float(lead[number]):.3g}: the "
+            "bounds have a bug, or the network has a state that its reset leaves; please report "
+            "it with the network"
+        )
+
+
+def _tighten(
+    prover: Prover,
+    search: _Search | None,
+    time_limit: float,
+    images: Tensor,
+    labels: Tensor,
+    margin: Tensor,
+    wrong: Tensor,
+    x_adv: Tensor,
+) -> None:
+    """Go on with the images of a batch that are neither verified nor wrong; writes into the last
+    three.
+    """
+    if rest := _still_open(margin, wrong):
+        margin[rest] = torch.maximum(margin[rest], prover.crown(images[rest], labels[rest]))
+    if search is None:
+        return
+    for i in _still_open(margin, wrong):
+        lead, found = search(images[i : i + 1], labels[i : i + 1], time_limit)
+        if found is not None:
+            wrong[i], x_adv[i] = True, found[0].to(x_adv)
+        else:
+            margin[i] = max(float(margin[i]), lead)
+
+
+def _still_open(margin: Tensor, wrong: Tensor) -> list[int]:
+    return (~(margin > 0) & ~wrong).nonzero().squeeze(1).tolist()
+
+
+def bounded_logits(
+    model: SpikingClassifier, run: BoundedRun, images: Tensor, eps: float | Tensor
+) -> Bounds:
+    """Bounds of the logits over the ball, from one forward of the classifier on bounds of its
+    images. 输出的上下界。
+
+    Args:
+        model: A classifier in evaluation mode.
+        run: Where what is found is kept; made from :func:`bounded_neurons`.
+        images: Images in [0, 1].
+        eps: Linf radius, or one of each image, broadcast.
+
+    Raises:
+        NotImplementedError: If something in the network has no bounds; it is named.
+    """
+    model.find_convention(images)  # before anything is replaced
+    run.dtype = images.dtype
+    exact = images.detach() if run.differentiable else images.detach().double()
+    lower, upper = (exact - eps).clamp(min=0), (exact + eps).clamp(max=1)
+    entered: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: entered.append(name))
+        for name, module in model.net.named_modules()
+        if name and not list(module.children())
+    ]
+    try:
+        with torch.enable_grad(), run.replacing_neurons():
+            logits = model(run.leaf(lower, upper, 0))
+            if not isinstance(logits, Bounds):
+                raise NoBoundsError(
+                    "an output that does not depend on the input, or lost its bounds"
+                )
+    except NoBoundsError as error:
+        where = (
+            f" in or behind {entered[-1]} ({type(model.net.get_submodule(entered[-1])).__name__})"
+            if entered
+            else ""
+        )
+        raise NotImplementedError(
+            f"no bounds are known for {error}{where}; there are for {_COVERED}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits
+
+
+def _checked(model: SpikingClassifier, x: Tensor, y: Tensor, eps: float) -> dict[str, Neuron]:
+    """The network's neurons by name, if all that is given fits."""
+    check_images(x)
+    check_labels(y, x)
+    if len(x) == 0:
+        raise ValueError("x must hold an image or more, got none")
+    surrogates = {
+        id(part) for module in model.modules() if is_neuron(module) for part in module.children()
+    }  # shared
+    for name, module in model.named_modules():
+        if module.training and id(module) not in surrogates:
+            raise ValueError(
+                f"model must be in evaluation mode, got {name or 'it'} in training mode; call "
+                "model.eval()"
+            )
+    dtypes = {value.dtype for value in model.state_dict().values() if value.is_floating_point()} | {
+        x.dtype
+    }
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
+        raise ValueError(
+            "model and images must be in float32, whose rounding is covered, or both in float64, "
+            f"which rounds less; got {', '.join(sorted(map(str, dtypes)))}; use .float()"
+        )
+    if odd := [
+        name for name, value in model.state_dict().items() if not bool(value.isfinite().all())
+    ]:
+        raise ValueError(
+            f"weights must be finite, got NaN or infinity in {odd[0]}; load a network that is whole"
+        )
+    return bounded_neurons(model)
+
+
+def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
+    """The network's spiking layers by name. 网络的脉冲层。
+
+    Raises:
+        NotImplementedError: If there are no bounds of one of them, or of the encoder; it is named.
+    """
+    neurons, others, _ = find_neurons(model.net, {}, {})
+    unbounded = {name: f"{name}: {reason}" for name, reason in others.items()}
+    unbounded |= {
+        name: f"{name}, whose surrogate does not spike"
+        for name, n in neurons.items()
+        if not n.binary
+    }
+    for name, n in neurons.items():
+        if method := overridden(n):
+            unbounded[name] = f"{name}, whose {method} was replaced: take it away"
+        if not n.charging().decay_value >= 0:
+            unbounded[name] = f"{name}, whose decay is negative: give it a tau of 1 or more"
+        for key in ("v_threshold", "v_reset"):
+            value = getattr(n.module, key)
+            if value is not None and (
+                torch.as_tensor(value).numel() != 1 or not math.isfinite(value)
+            ):
+                unbounded[name] = f"{name}, whose {key} is not one finite number"
+    if model.encoder is not None:
+        unbounded = {"": f"the encoder {type(model.encoder).__name__}"} | unbounded
+    if unbounded:
+        raise NotImplementedError(
+            f"no bounds are known for {next(iter(unbounded.values()))}; there are for {_COVERED}"
+        )
+    return neurons
+
+
+_COVERED = (
+    "direct encoding or given frames, convolution, linear, batch norm, pooling, sums, and IF, "
+    "LIF, PLIF or DLIF neurons that spike"
+)

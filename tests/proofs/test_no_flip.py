@@ -1,0 +1,174 @@
+"""The radius without flips: no spike moves below it, one moves just above it, on every kind of
+neuron and reset.
+"""
+
+import copy
+
+import pytest
+import torch
+from proofs import fuzz, test_verification
+from spikingjelly.activation_based import functional, layer, neuron
+from torch import nn
+
+from sj_robust.classifier import PoissonEncoder, SpikingClassifier, SpikingEventClassifier
+from sj_robust.neuron.charging import read_charging
+from sj_robust.proofs import UnsoundBoundsError, bounds, no_flip_radius
+
+NEURONS = test_verification.NEURONS | {
+    "IF soft": lambda: neuron.IFNode(v_reset=None),
+    "PLIF without input decay": lambda: neuron.ParametricLIFNode(decay_input=False),
+}
+
+
+def network(node, frames=False):
+    torch.manual_seed(3)
+    net = nn.Sequential(
+        layer.Conv2d(2, 3, 3, padding=1),
+        layer.BatchNorm2d(3),
+        layer.AvgPool2d(2),
+        node,
+        layer.Flatten(),
+        layer.Linear(27, 3),
+    )
+    functional.set_step_mode(net, "m")
+    net[0].weight.data *= 3
+    if frames:
+        return SpikingEventClassifier(net, T=4).eval()
+    return SpikingClassifier(net, T=4, mean=[0.4, 0.5], std=[0.2, 0.3]).eval()
+
+
+def spikes(model, x):
+    """First layer's spikes in float64."""
+    return fuzz.run_of(model, x)[0]["3"][0].detach()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frames", [False, True], ids=["images", "frames"])
+@pytest.mark.parametrize("name", NEURONS)
+def test_no_spike_flips_below_the_radius_and_one_flips_just_above_it(name, frames, monkeypatch):
+    model = network(NEURONS[name](), frames)
+    x = 0.3 + 0.4 * torch.rand((3, 4, 2, 6, 6) if frames else (3, 2, 6, 6))
+    exact, wide = copy.deepcopy(model).double(), x.double()
+    in_float32 = no_flip_radius(model, x, batch_size=2)
+    for key, value in (("gamma", lambda terms: 0.0), ("_UNIT", 0.0)):
+        monkeypatch.setattr(bounds, key, value)
+    radius = no_flip_radius(exact, wide, batch_size=2)  # without float32's rounding
+    assert (radius > in_float32).all()
+    assert (in_float32 > 0).all()
+    clean = spikes(exact, wide)
+    for number in range(3):
+        image, usual = wide[number : number + 1], clean[:, number : number + 1]
+        at_random = torch.randn(200, *x.shape[1:], dtype=torch.float64)
+        at_random /= at_random.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
+        # Along the gradient of each potential; the closest neuron flips there, and nowhere below.
+        worst = torch.cat(worst_direction(exact, image))
+        steps = torch.cat([at_random, worst, -worst])
+        assert (spikes(exact, image + 0.999 * radius[number] * steps) == usual).all()
+        assert (
+            spikes(exact, image + 1.001 * radius[number] * torch.cat([worst, -worst])) != usual
+        ).any()
+
+
+def worst_direction(model, x):
+    """Unit gradients of all potentials before firing, with spikes held, for one image."""
+    node, x = model.net[3], x.clone().requires_grad_()
+    held = spikes(model, x)
+    currents = []
+    handle = node.register_forward_pre_hook(lambda module, args: currents.append(args[0]))
+    model(x)
+    handle.remove()
+    charging = read_charging(node)
+    v, found = torch.full_like(currents[0][0], node.v_reset or 0.0), []
+    for t, current in enumerate(currents[0]):
+        reset = 0.0 if node.v_reset is None else (1 - charging.decay) * node.v_reset
+        h = charging.decay * v + charging.gain_at(t, input_gain=True) * current + reset
+        for one in h.flatten():
+            (grad,) = torch.autograd.grad(one, x, retain_graph=True)
+            if bool(grad.any()):
+                found.append(grad / grad.norm())
+        s = held[t]
+        v = h - s * node.v_threshold if node.v_reset is None else (1 - s) * h + s * node.v_reset
+    return found
+
+
+def test_what_float32_rounds_is_taken_from_the_distance_to_the_threshold():
+    """The exact potential is just below the threshold, and float32 rounds it up to a spike."""
+    x = torch.rand(1, 300, generator=torch.Generator().manual_seed(1))
+    net = nn.Sequential(nn.Linear(300, 1, bias=False), neuron.IFNode(step_mode="m"))
+    torch.manual_seed(0)
+    nn.init.uniform_(net[0].weight, 0.0, 0.01)
+    model = SpikingClassifier(net, 1).eval()
+    weight = net[0].weight.detach().double()
+    exact, norm = float(weight @ x[0].double()), float(weight.norm())
+    for distance, rounded in ((1e-8, True), (1e-3, False)):
+        net[1].v_threshold = exact + distance
+        radius = float(no_flip_radius(model, x))
+        assert (radius == 0.0) == rounded
+        assert radius < distance / norm
+        assert rounded or radius > 0.9 * distance / norm
+
+
+@pytest.mark.parametrize("name", ["LIF", "LIF soft", "DLIF"])
+def test_no_float32_spike_flips_within_the_radius(name):
+    model = network(NEURONS[name]())
+    x = 0.3 + 0.4 * torch.rand(8, 2, 6, 6)
+    # On a grid, so that potentials come close to the threshold but for rounding.
+    model.net[0].weight.data = model.net[0].weight.data.mul(10).round() / 10
+    x = x.mul(10).round() / 10
+    radius = no_flip_radius(model, x)
+    clean = spikes(model, x)
+    for number in range(len(x)):
+        direction = torch.randn(200, 2, 6, 6)
+        direction /= direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        z = x[number : number + 1] + 0.99 * float(radius[number]) * direction
+        assert (spikes(model, z) == clean[:, number : number + 1]).all()
+
+
+class Past(nn.Module):
+    """The input beside the spikes."""
+
+    def __init__(self):
+        super().__init__()
+        self.node, self.head = neuron.IFNode(step_mode="m"), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.node(x) + x)
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (Past(), "past all spiking layers"),
+        (nn.Sequential(nn.Softplus(), neuron.IFNode(step_mode="m")), "is not one affine map"),
+        (
+            nn.Sequential(nn.Linear(4, 4), neuron.QIFNode(step_mode="m")),
+            "1, which the input drives",
+        ),
+    ],
+)
+def test_what_cannot_be_followed_is_named(net, message):
+    with pytest.raises(NotImplementedError, match=message):
+        no_flip_radius(SpikingClassifier(net, T=2), torch.rand(2, 4))
+
+
+def test_a_neuron_that_does_not_do_its_equation_is_refused():
+    model = network(neuron.IFNode())
+    model.net[3].neuronal_fire = lambda: model.net[3].v
+    with pytest.raises(NotImplementedError, match="its neuronal_fire was replaced"):
+        no_flip_radius(model, torch.rand(1, 2, 6, 6))
+    model = network(neuron.IFNode())
+    step = model.net[3].multi_step_forward
+    model.net[3].multi_step_forward = lambda x: step(2 * x)
+    with pytest.raises(UnsoundBoundsError, match="the layer 3 .IFNode. does not spike"):
+        no_flip_radius(model, torch.rand(1, 2, 6, 6))
+
+
+def test_wrong_use_is_named():
+    model = network(neuron.IFNode())
+    with pytest.raises(TypeError, match="wrap the network"):
+        no_flip_radius(model.net, torch.rand(2, 2, 6, 6))
+    with pytest.raises(ValueError, match="NaN"):
+        no_flip_radius(model, torch.full((2, 2, 6, 6), torch.nan))
+    encoded = SpikingClassifier(model.net, T=4, encoder=PoissonEncoder())
+    with pytest.raises(NotImplementedError, match="PoissonEncoder draws"):
+        no_flip_radius(encoded, torch.rand(2, 2, 6, 6))

@@ -1,0 +1,241 @@
+"""Randomised smoothing against a classifier whose probabilities are known, and its parts against
+their definitions.
+"""
+
+import math
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binom, norm
+from torch import nn
+
+from sj_robust.attacks import pgd
+from sj_robust.classifier import PoissonEncoder, SpikingClassifier
+from sj_robust.core.randomness import SampleSeeds
+from sj_robust.models import NetworkSpec, build_network
+from sj_robust.proofs import SmoothedClassifier, smooth
+
+HALF_SPACE = nn.Linear(2, 2, bias=False)
+HALF_SPACE.weight = nn.Parameter(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_radius_of_a_half_space_stays_below_the_true_distance_and_comes_near_it():
+    # For a linear classifier the smoothed one is the same, and its true radius the distance to the
+    # boundary.
+    x = torch.tensor([[0.5 + d / 2, 0.5 - d / 2] for d in (0.05, 0.1, 0.2, 0.3)])
+    truth = (x[:, 0] - x[:, 1]) / math.sqrt(2)
+    result = smooth(HALF_SPACE, x, 0.25, n=20_000, batch_size=10_000, generator=seeded())
+    radius = torch.tensor(result.radius)
+    assert result.prediction == (0, 0, 0, 0)
+    assert (radius <= truth).all()
+    assert (radius >= truth - 0.02).all()
+
+
+def test_count_gives_the_exact_binomial_bound():
+    result = smooth(
+        HALF_SPACE, torch.tensor([[0.6, 0.4]]), 0.25, n=500, alpha=0.01, generator=seeded()
+    )
+    (p,) = norm.cdf(torch.tensor(result.radius) / 0.25)
+    # Clopper and Pearson: at p, as many successes as were counted or more have probability alpha.
+    assert binom.sf(result.count[0] - 1, 500, p) == pytest.approx(0.01, rel=1e-4)
+
+
+def test_error_happens_no_more_often_than_alpha():
+    # 400 votes of one image at a level of 0.2: the radius exceeds the truth in at most about a
+    # fifth of them.
+    x = torch.tensor([[0.56, 0.44]]).expand(400, 2)
+    result = smooth(HALF_SPACE, x, 0.25, n0=20, n=50, alpha=0.2, generator=seeded())
+    truth = 0.12 / math.sqrt(2)
+    wrong = sum(radius > truth for radius in result.radius)
+    assert 0 < wrong <= binom.ppf(0.999, 400, 0.2)
+
+
+def test_undecided_votes_abstain_and_certify_nothing():
+    result = smooth(HALF_SPACE, torch.full((2, 2), 0.5), 0.5, n=200, generator=seeded())
+    assert result.prediction == (-1, -1)
+    assert result.radius == (0.0, 0.0)
+    assert result.abstained == 1.0
+    assert result.certified(torch.tensor([0, 1])) == (False, False)
+
+
+def test_seeds_of_samples_make_results_independent_of_neighbours_and_of_the_batch_size():
+    x = torch.rand(4, 2, generator=seeded(1))
+    together = smooth(HALF_SPACE, x, 0.25, n=300, generator=SampleSeeds([5, 6, 7, 8]))
+    alone = smooth(HALF_SPACE, x[2:3], 0.25, n=300, batch_size=128, generator=SampleSeeds([7]))
+    assert together.count[2:3] == alone.count
+    assert (
+        len(set(smooth(HALF_SPACE, x[:1].expand(8, 2), 0.25, n=300, generator=seeded()).count)) > 1
+    )
+
+
+def test_the_certified_share_of_a_spiking_network_falls_with_the_radius():
+    torch.manual_seed(0)
+    model, done = SpikingClassifier(build_network(NetworkSpec(channels=(4, 4))), T=4), []
+    result = smooth(
+        model, torch.rand(3, 1, 8, 8), 0.1, n0=10, n=100, generator=seeded(), on_image=done.append
+    )
+    assert done == [1, 2, 3]
+    y = torch.tensor(result.prediction)
+    shares = [sum(result.certified(y, radius)) for radius in (0.0, 0.05, 0.1, 1.0)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] == 0
+
+
+def test_draws_of_an_encoder_are_part_of_the_probability_and_can_be_repeated():
+    torch.manual_seed(0)
+    model = SpikingClassifier(
+        build_network(NetworkSpec(channels=(4, 4))), T=4, encoder=PoissonEncoder()
+    ).eval()
+    x = torch.rand(2, 1, 8, 8)
+    one, other = (smooth(model, x, 0.25, n0=10, n=100, generator=seeded(3)) for _ in range(2))
+    assert one == other
+    # Noise so small that it cannot turn a vote: what is left is the encoder's own.
+    still = smooth(model, x, 1e-6, n0=10, n=100, generator=seeded(3))
+    assert 0 < min(still.count) < 100
+
+
+def test_draws_of_the_network_have_nothing_to_do_with_the_noise():
+    class Doubtful(nn.Module):
+        """The class of a coin of its own, whatever the image: 1 in a quarter of the draws."""
+
+        def forward(self, x):
+            coin = (torch.rand(len(x)) < 0.25).float() + 0.0 * x.sum(1)
+            return torch.stack((1 - coin, coin), 1)
+
+    class Matching(nn.Module):
+        """Class 0 where its own draw is above the noise: in half of the draws."""
+
+        def forward(self, x):
+            above = (torch.randn(x.shape) > (x - 0.5) / 0.25).float()[:, :1]
+            return torch.cat((above, 1 - above), 1)
+
+    x = torch.full((2, 2), 0.5)
+    assert smooth(Doubtful(), x, 0.25, n=500, generator=seeded()).prediction == (0, 0)
+    assert all(
+        190 < count < 310 for count in smooth(Matching(), x, 0.25, n=500, generator=seeded()).count
+    )
+
+
+def coin(draw):
+    """A network that gives all images of a forward class 0 in seven of ten, by one coin."""
+
+    def model(x):
+        heads = float(draw() < 0.7)
+        return torch.tensor([[heads, 1.0 - heads]]).expand(len(x), 2)
+
+    return model
+
+
+COINS = {
+    "torch": lambda: float(torch.rand(())),
+    "numpy": lambda: float(np.random.rand()),  # noqa: NPY002  # a network that does so
+    "python": random.random,
+}
+
+
+@pytest.mark.parametrize("draw", COINS)
+def test_draws_do_not_share_a_coin_of_the_network(draw):
+    """p = 0.7 whatever the image, so that no radius may exceed that of 0.7 more often than alpha.
+
+    With one coin per forward a batch would vote as one, and p be 1 in seven of ten images.
+    """
+    x = torch.full((20, 2), 0.5)
+    state, own = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002  # as above
+    result = smooth(coin(COINS[draw]), x, 0.25, n0=20, n=100, alpha=0.05, generator=seeded())
+    assert random.getstate() == state
+    assert np.random.get_state()[1].tolist() == own  # noqa: NPY002  # as above
+    truth = 0.25 * norm.ppf(0.7)
+    assert sum(radius > truth for radius in result.radius) <= binom.ppf(0.999, 20, 0.05)
+    assert all(
+        50 <= count <= 88
+        for count, kind in zip(result.count, result.prediction, strict=True)
+        if kind == 0
+    )
+    assert result == smooth(
+        coin(COINS[draw]), x, 0.25, n0=20, n=100, alpha=0.05, generator=seeded()
+    )
+
+
+def mixed(x):
+    """Logits that hang on the mean of the batch."""
+    return HALF_SPACE(x - x.mean(0))
+
+
+def encoded():
+    torch.manual_seed(0)
+    net = build_network(NetworkSpec(channels=(2,), image_shape=(1, 4, 4)))
+    return SpikingClassifier(net, T=4, encoder=PoissonEncoder()).eval()
+
+
+@pytest.mark.parametrize("kind", ["plain", "encoder", "coin", "mixed"])
+def test_the_batch_size_changes_nothing(kind):
+    model = {"plain": HALF_SPACE, "coin": coin(COINS["torch"]), "mixed": mixed}.get(kind)
+    model = model or encoded()
+    x = (
+        torch.rand(2, 1, 4, 4, generator=seeded(2))
+        if kind == "encoder"
+        else torch.rand(2, 3)[:, :2]
+    )
+    found = {
+        smooth(model, x, 0.25, n0=10, n=60, batch_size=size, generator=seeded(4))
+        for size in (1, 7, 64)
+    }
+    assert len(found) == 1
+
+
+def test_a_network_that_keeps_a_state_is_refused():
+    seen = []
+
+    def remembers(x):
+        seen.append(1.0)
+        return HALF_SPACE(x) + len(seen)
+
+    with pytest.raises(ValueError, match="one that keeps a state .* wrap a spiking network"):
+        smooth(remembers, torch.rand(1, 2), 0.25, n0=10, n=10)
+
+
+def test_attacks_go_through_the_noise_of_one_draw():
+    model = SmoothedClassifier(HALF_SPACE, 0.25)
+    x, y = torch.tensor([[0.55, 0.45]]), torch.tensor([0])
+    x_adv = pgd(model, x, y, eps=0.2, step_size=0.05, steps=10, eot_samples=16, generator=seeded())
+    assert smooth(HALF_SPACE, x, 0.25, generator=seeded()).prediction == (0,)
+    assert smooth(HALF_SPACE, x_adv, 0.25, generator=seeded()).prediction == (1,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"sigma": 0.0}, ValueError, "sigma must be finite and > 0"),
+        ({"sigma": float("nan")}, ValueError, "sigma must be finite"),
+        ({"n": 0}, ValueError, "n must be >= 1"),
+        ({"n0": 1.5}, TypeError, "n0 must be an integer"),
+        ({"alpha": 1.0}, ValueError, r"alpha must be in \(0, 1\)"),
+        ({"x": torch.full((2, 2), 2.0)}, ValueError, r"x must lie in \[0, 1\]"),
+        ({"model": 3}, TypeError, "model must be a callable"),
+        ({"generator": SampleSeeds([1])}, ValueError, "one seed per image"),
+        ({"model": lambda x: x[:, :, None]}, ValueError, "logits must be"),
+    ],
+)
+def test_wrong_use_is_named(changes, error, message):
+    given = {"model": HALF_SPACE, "x": torch.rand(2, 2), "sigma": 0.25} | changes
+    with pytest.raises(error, match=message):
+        smooth(given.pop("model"), given.pop("x"), given.pop("sigma"), **given)
+
+
+def test_without_scipy_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install scipy"):
+        smooth(HALF_SPACE, torch.rand(2, 2), 0.25)
+
+
+def test_labels_of_another_length_are_refused():
+    result = smooth(HALF_SPACE, torch.rand(2, 2), 0.25, n0=5, n=5)
+    with pytest.raises(ValueError, match=r"y must have shape \[N\] = \[2\]"):
+        result.certified(torch.tensor([0]))

@@ -1,0 +1,303 @@
+"""Proofs check themselves: a network that does not do what its bounds say is refused, by name."""
+
+import random
+
+import pytest
+import torch
+from proofs import fuzz
+from proofs.test_verification import NETWORKS, NEURONS, T, classifier, convolutional
+from spikingjelly.activation_based import neuron, surrogate
+from torch import nn
+
+from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust.core.preserved import full_precision
+from sj_robust.perturbation.gains import input_maps, perturbation_gains
+from sj_robust.proofs import UnsoundBoundsError, bounds, soundness, verify
+from sj_robust.proofs.differentiable import DifferentiableBounds
+
+METHODS = ("ibp", "crown", "bab", "mip")
+
+
+class Beside(nn.Module):
+    """Spikes and a branch beside them, to logits."""
+
+    def __init__(self, branch, *, whole=False):
+        super().__init__()
+        self.first, self.node = nn.Linear(4, 6), neuron.LIFNode(step_mode="m")
+        self.last, self.beside = nn.Linear(6, 3), nn.Linear(4, 3)
+        self.branch, self.whole = branch, whole
+
+    def forward(self, x):
+        if self.whole:
+            return self.branch(self._spikes, x)
+        return self._spikes(x) + self.branch(self.beside, x)
+
+    def _spikes(self, x):
+        return self.last(self.node(self.first(x)))
+
+
+def beside(branch, **given):
+    torch.manual_seed(0)
+    return SpikingClassifier(Beside(branch, **given), T).eval()
+
+
+NAMED = {
+    "no_grad": fuzz.without_graph,
+    "inference mode": fuzz.in_inference_mode,
+    "function": fuzz.in_a_function,
+}
+REFUSED = {"detach": fuzz.detached, "data": fuzz.by_data, "numpy": fuzz.through_numpy}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("branch", NAMED)
+def test_a_branch_that_autograd_does_not_see_is_no_constant(branch, method):
+    model = beside(NAMED[branch])
+    x = torch.rand(8, 4)
+    with pytest.raises(
+        UnsoundBoundsError, match="autograd does not see all that reaches the output"
+    ):
+        verify(model, x, model(x).argmax(1), 0.4, method=method, time_limit=1.0)
+
+
+@pytest.mark.parametrize("branch", REFUSED)
+def test_what_leaves_torch_has_no_bounds(branch):
+    model = beside(REFUSED[branch])
+    with pytest.raises(NotImplementedError, match="no bounds are known for the operation .*detach"):
+        verify(model, torch.rand(2, 4), torch.tensor([0, 1]), 0.4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_network_without_any_graph_is_refused_by_the_first_layer_that_shows_it(method):
+    model = beside(fuzz.without_graph, whole=True)
+    with pytest.raises(UnsoundBoundsError, match="all that reaches the layer node"):
+        verify(model, torch.rand(2, 4), torch.tensor([0, 1]), 0.4, method=method)
+
+
+def test_training_for_proofs_looks_at_the_first_batch_and_gains_leave_the_layer_out():
+    model = beside(fuzz.without_graph, whole=True)
+    x, y = torch.rand(2, 4), torch.tensor([0, 1])
+    with pytest.raises(UnsoundBoundsError, match="autograd does not see"):
+        DifferentiableBounds(model.train()).lead(x, y, 0.1)
+    assert input_maps(model.net, x)["node"].not_covered is not None
+    net = changed(neuron.LIFNode, "neuronal_charge", lambda x: None).net
+    assert "neuronal_charge" in perturbation_gains(net, x, T=T)["1"].not_covered
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_random_network_is_refused_when_one_of_its_maps_is_cut(seed):
+    assert fuzz.check_cut(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 160))
+def test_many_random_networks_are_refused_when_one_of_their_maps_is_cut(seed):
+    assert fuzz.check_cut(seed)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 5, 6])
+def test_what_is_proved_of_a_random_network_holds_at_many_points(seed):
+    assert fuzz.check(seed, 1024)["inputs"] == 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(300, 330))
+def test_what_is_proved_of_many_random_networks_holds_at_thousands_of_points(seed):
+    assert fuzz.check(seed, 8000)["inputs"] == 8000
+
+
+class TwoLevels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return (x >= 0).to(x) + (x >= 0.5).to(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class TwoLevelATan(surrogate.ATan):
+    @staticmethod
+    def spiking_function(x, alpha):
+        return TwoLevels.apply(x)
+
+
+class Early(surrogate.ATan):
+    """A step, but below the threshold."""
+
+    def forward(self, x):
+        return (x >= -0.1).to(x)
+
+
+TYPES = {
+    "IF": neuron.IFNode,
+    "LIF": neuron.LIFNode,
+    "PLIF": neuron.ParametricLIFNode,
+    "DLIF": lambda **given: DLIFNode(T=T, **given),
+}
+
+
+def single(node):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 16), node, nn.Linear(16, 3))
+    return SpikingClassifier(net, T).eval()
+
+
+def changed(kind, method, value):
+    node = kind(step_mode="m")
+    setattr(node, method, value)
+    return single(node)
+
+
+@pytest.mark.parametrize("function", [TwoLevelATan, Early])
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_surrogate_whose_forward_is_no_step_is_refused(kind, function):
+    model = single(TYPES[kind](surrogate_function=function(), step_mode="m"))
+    with pytest.raises(
+        UnsoundBoundsError, match="the layer 1 .*forward of its surrogate is no step"
+    ):
+        verify(model, torch.rand(2, 4), torch.tensor([0, 1]), 0.01)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_neuron_with_methods_of_its_own_is_refused(kind):
+    for method in ("neuronal_charge", "neuronal_fire", "neuronal_reset"):
+        model = changed(TYPES[kind], method, lambda *arguments: None)
+        with pytest.raises(NotImplementedError, match=f"1, whose {method} was replaced"):
+            verify(model, torch.rand(2, 4), torch.tensor([0, 1]), 0.01)
+    node = TYPES[kind](step_mode="m")
+    original = node.multi_step_forward
+    node.multi_step_forward = lambda x: original(1.5 * x)
+    with pytest.raises(UnsoundBoundsError, match="a method of the neuron was replaced"):
+        verify(single(node), torch.rand(2, 4), torch.tensor([0, 1]), 0.01)
+    node = TYPES[kind](step_mode="s")
+    step = node.single_step_forward
+    node.single_step_forward = lambda x: step(1.5 * x)
+    with pytest.raises(UnsoundBoundsError, match="a method of the neuron was replaced"):
+        verify(single(node), torch.rand(2, 4), torch.tensor([0, 1]), 0.01)
+
+
+@pytest.mark.parametrize("node", NEURONS)
+@pytest.mark.parametrize("step_mode", ["m", "s"])
+def test_neurons_as_they_come_pass(node, step_mode):
+    model = classifier(convolutional, NEURONS[node], step_mode=step_mode)
+    x = torch.rand(2, 2, 8, 8)
+    verify(model, x, model(x).argmax(1), 0.01)
+    verify(model.double(), x.double(), model(x.double()).argmax(1), 0.01)
+
+
+class OtherInPlain(nn.Module):
+    """Its input, which counts double in a plain call."""
+
+    def forward(self, x):
+        return 2.0 * x if type(x) is torch.Tensor else 1.0 * x
+
+
+class OtherWithoutGraph(nn.Module):
+    def forward(self, x):
+        return 1.0 * x if torch.is_grad_enabled() else 2.0 * x
+
+
+@pytest.mark.parametrize("part", [OtherInPlain, OtherWithoutGraph])
+@pytest.mark.parametrize(
+    ("place", "message"), [(0, "an input current of the layer 2"), (3, "a logit of the output")]
+)
+def test_a_network_that_does_something_else_in_a_plain_call_is_refused(part, place, message):
+    torch.manual_seed(0)
+    parts = [nn.Linear(4, 16), neuron.LIFNode(step_mode="m"), nn.Linear(16, 3)]
+    model = SpikingClassifier(nn.Sequential(*parts[:place], part(), *parts[place:]), T).eval()
+    with pytest.raises(UnsoundBoundsError, match=message):
+        verify(model, torch.rand(2, 4), torch.tensor([0, 1]), 0.01)
+
+
+@pytest.mark.parametrize(
+    ("part", "what"),
+    [
+        ("current_lower", "an input current"),
+        ("sure", "a spike"),
+        ("v_lower", "a membrane potential"),
+        ("v_upper", "a membrane potential"),
+    ],
+)
+def test_every_bound_is_held_against_the_run(monkeypatch, part, what):
+    model = classifier(convolutional, NEURONS["LIF"])
+    call = soundness._Call
+    shift = -9.0 if part == "v_upper" else 9.0
+
+    def wrong(*values):
+        made = call(*values)
+        return call(**vars(made) | {part: getattr(made, part) + shift})
+
+    monkeypatch.setattr(soundness, "_Call", wrong)
+    x = torch.rand(2, 2, 8, 8)
+    with pytest.raises(UnsoundBoundsError, match=f"{what} of the layer 2 is outside its bounds"):
+        verify(model, x, model(x).argmax(1), 0.01)
+
+
+@pytest.mark.parametrize("build", NETWORKS)
+def test_an_error_of_a_rule_is_found_at_a_point(build, monkeypatch):
+    rule = bounds._RULES["linear"]
+
+    def wrong(*arguments):
+        found = rule(*arguments)
+        return bounds.Bounds(1.01 * found.centre, found.radius, found.error, found.run)
+
+    monkeypatch.setitem(bounds._RULES, "linear", wrong)
+    model = classifier(build, NEURONS["LIF"])
+    x = torch.rand(2, 2, 8, 8)
+    with pytest.raises(UnsoundBoundsError, match="is outside its bounds"):
+        verify(model, x, model(x).argmax(1), 0.001)
+
+
+class Flags(nn.Module):
+    """Notes how torch computes when it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(precision())
+        return 1.0 * x
+
+
+def precision():
+    return {
+        "cudnn": torch.backends.cudnn.enabled,
+        "cudnn TF32": torch.backends.cudnn.allow_tf32,
+        "matrix products": torch.backends.mkldnn.matmul.fp32_precision,
+        "matrix products on CUDA": torch.backends.cuda.matmul.fp32_precision,
+        "NNPACK": torch._C._get_nnpack_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+    }
+
+
+def test_the_network_runs_on_sums_of_products_in_float32():
+    """cuDNN and NNPACK may take Winograd's or the FFT algorithm, whose error is another one."""
+    flags = Flags()
+    model = SpikingClassifier(
+        nn.Sequential(nn.Linear(4, 3), flags, neuron.IFNode(step_mode="m")), T
+    ).eval()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        before = precision()
+        with torch.autocast("cpu"):
+            verify(model, torch.rand(2, 4), torch.tensor([0, 1]), 0.01)
+        assert precision() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    wanted = {"cudnn": False, "cudnn TF32": False, "NNPACK": False, "autocast": False}
+    wanted |= {"matrix products": "ieee", "matrix products on CUDA": "ieee"}
+    assert all(seen == wanted for seen in flags.seen)
+    with full_precision(torch.device("cpu")):
+        assert not precision()["cudnn TF32"]
+
+
+def test_checks_leave_the_callers_generators_alone():
+    model = classifier(convolutional, NEURONS["LIF"])
+    x = torch.rand(2, 2, 8, 8)
+    y = model(x).argmax(1)
+    state, python = torch.get_rng_state(), random.getstate()
+    verify(model, x, y, 0.01)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert random.getstate() == python
