@@ -57,8 +57,8 @@ call, bit for bit (`tests/test_convention.py`). Functions such as `spiking_vgg16
 release. `evaluate` stands for the checks that it begins with and a suite of one short attack,
 gains for `perturbation_gains` on perturbed images, `verify` for its intervals, fine-tuning for
 a step of `adv_train.py`: neurons made DLIF, FGSM, the loss with MS-MPPD, backward, SGD. Where the
-releases differ, both are told. SNASNet and SpikeDHS, whose width is fixed, take minutes each and are tried
-only if they are named. The reasons stand below.
+releases differ, both are told. SNASNet and SpikeDHS, whose width is fixed, take minutes each and
+are tried only if they are named. The reasons stand below.
 """
 
 
