@@ -118,7 +118,7 @@ def stress_network(
         "attack": fingerprint(attack),
         "releases": releases(),
     }
-    names = ["none", *(f"{fault.kind} {fault.level:g}" for fault in faults)]
+    names = ["none", *(f"{fault.kind} {fault.level}" for fault in faults)]
     rank, processes = rank_and_world_size()
     left = TimeLeft(names[rank::processes], 1)
     say(f"{suite}: {len(faults)} levels of {len({fault.kind for fault in faults})} kinds")

@@ -91,6 +91,14 @@ def test_a_stopped_run_goes_on_and_the_network_is_as_it_was(tmp_path):
         run(folder=tmp_path, seed=1)
 
 
+def test_levels_that_differ_in_the_seventh_digit_are_kept_apart(tmp_path, margins):
+    faults = [Fault("stuck_at_zero", level) for level in (0.2, 0.2 + 1e-9)]
+    options = {"eps": 0.2, "draws": 1, "steps": 1, "progress": False, "folder": tmp_path}
+    stress(*margins, faults=faults[:1], **options)
+    stress(*margins, faults=faults, **options)
+    assert len(list(tmp_path.glob("stuck_at_zero-*.json"))) == 2
+
+
 def test_what_cannot_be_measured_is_named():
     net = SpikingClassifier(nn.Sequential(nn.Flatten(2), nn.Linear(16, 3)), T=2)
     card = stress(
