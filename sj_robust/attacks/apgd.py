@@ -27,7 +27,8 @@ __all__ = ["apgd"]
 LossName = Literal["ce", "dlr", "dlr_targeted"]
 
 _MOMENTUM = 0.75  # alpha of the paper: weight of the new step against the last move
-_LEAST_CLASSES = {"ce": 1, "dlr": 3, "dlr_targeted": 4}
+LEAST_CLASSES = {"ce": 1, "dlr": 3, "dlr_targeted": 4}
+"""Classes that the denominators of the losses need."""
 _RISES = 0.75  # rho of the paper: share of steps that must have raised the loss
 
 
@@ -228,7 +229,7 @@ def _objective(
 
 
 def _check_classes(logits: Tensor, loss: LossName) -> None:
-    least = _LEAST_CLASSES[loss]
+    least = LEAST_CLASSES[loss]
     if logits.shape[1] < least:
         raise ValueError(
             f"loss={loss!r} needs at least {least} classes, the model returns {logits.shape[1]}; "

@@ -11,11 +11,12 @@ from torch import Tensor
 from sj_robust._checks import check_choice, check_count
 from sj_robust._extras import check_extra
 from sj_robust.attacks.apgd import apgd
-from sj_robust.attacks.bridges import autoattack, square
+from sj_robust.attacks.autoattack import autoattack
 from sj_robust.attacks.call import Attack
 from sj_robust.attacks.gradient import fgsm, pgd
 from sj_robust.attacks.noise import gaussian
 from sj_robust.attacks.sapgd import sapgd
+from sj_robust.attacks.square import square
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.evaluation.estimator_search import (
     CANDIDATES,
