@@ -75,7 +75,12 @@ class Ascent:
         none_fooled = torch.zeros_like(self.rows, dtype=torch.bool)
         best.offer(self.rows, self.top_x, self.top_loss, none_fooled)
 
-    def see(self, step: int, loss: Tensor, grad: Tensor) -> None:
+    def see(
+        self,
+        step: int,
+        loss: Tensor,
+        grad: Tensor,
+    ) -> None:
         """Loss and gradient at ``x_adv``, [N] and [N, ...]."""
         self.loss = loss.double()
         self.grad = grad
@@ -114,7 +119,13 @@ def runs(
         rows = best.standing()
         if len(rows) == 0:
             return
-        yield kind(rows, x[rows], start[rows], ball=ball, steps=steps)
+        yield kind(
+            rows,
+            x[rows],
+            start[rows],
+            ball=ball,
+            steps=steps,
+        )
 
 
 def checkpoints(steps: int) -> list[int]:

@@ -46,7 +46,13 @@ class FewestChanges:
         self.fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self.loss = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
 
-    def offer(self, rows: Tensor, changed: Tensor, fooled: Tensor, loss: Tensor) -> None:
+    def offer(
+        self,
+        rows: Tensor,
+        changed: Tensor,
+        fooled: Tensor,
+        loss: Tensor,
+    ) -> None:
         """Take the changes of the samples ``rows`` that beat what is kept."""
         loss = loss.double()
         kept = self.fooled[rows]
@@ -149,7 +155,13 @@ class EventSearch:
             fooled[exchanged] = True
         return fooled.nonzero().squeeze(1)
 
-    def _change_largest(self, rows: Tensor, gradient: Tensor, loss: Tensor, size: Tensor) -> None:
+    def _change_largest(
+        self,
+        rows: Tensor,
+        gradient: Tensor,
+        loss: Tensor,
+        size: Tensor,
+    ) -> None:
         """Change the ``size`` [n] elements of every sample that promise most, none that promises a
         loss.
         """
@@ -173,7 +185,13 @@ class EventSearch:
         scale = torch.where(scale > 0, scale, 1.0)
         return gain.double() + _TIE * scale * self.order[rows]
 
-    def _take(self, rows: Tensor, candidates: Candidates, loss: Tensor, size: Tensor) -> None:
+    def _take(
+        self,
+        rows: Tensor,
+        candidates: Candidates,
+        loss: Tensor,
+        size: Tensor,
+    ) -> None:
         """Make the best ``size`` [n] of the candidates, probed first."""
         probes = self.settings.probes
         if probes:
@@ -188,11 +206,21 @@ class EventSearch:
         wanted = self._allowed(rows, candidates.index, candidates.promise >= 0)
         self.changed[rows] |= made(candidates.index, wanted, size, like=self.changed[rows])
 
-    def _allowed(self, rows: Tensor, index: Tensor, wanted: Tensor) -> Tensor:
+    def _allowed(
+        self,
+        rows: Tensor,
+        index: Tensor,
+        wanted: Tensor,
+    ) -> Tensor:
         """Which of the wanted changes [n, K] may be made together, if their number may."""
         return wanted
 
-    def _probed(self, rows: Tensor, candidates: Candidates, loss: Tensor) -> Candidates:
+    def _probed(
+        self,
+        rows: Tensor,
+        candidates: Candidates,
+        loss: Tensor,
+    ) -> Candidates:
         """What every candidate alone really gains, best first; infinity where it fools."""
         index = candidates.index
         gained = torch.full_like(candidates.promise, -torch.inf)
@@ -207,7 +235,13 @@ class EventSearch:
         gained, order = gained.sort(dim=1, descending=True, stable=True)
         return Candidates(index.gather(1, order[..., None].expand_as(index)), gained)
 
-    def _exchange(self, rows: Tensor, loss: Tensor, budget: Tensor, best: FewestChanges) -> Tensor:
+    def _exchange(
+        self,
+        rows: Tensor,
+        loss: Tensor,
+        budget: Tensor,
+        best: FewestChanges,
+    ) -> Tensor:
         """Exchange changes for random others, kept where the loss does not fall; samples that were
         fooled.
         """
@@ -229,7 +263,13 @@ class EventSearch:
             loss = loss[left]
         return torch.cat(fooled)
 
-    def _exchanged(self, rows: Tensor, draw: Tensor, budget: Tensor, share: float) -> Tensor:
+    def _exchanged(
+        self,
+        rows: Tensor,
+        draw: Tensor,
+        budget: Tensor,
+        share: float,
+    ) -> Tensor:
         """The changes with a random share of them replaced; additions and removals are equally
         likely to come in.
         """
@@ -402,7 +442,13 @@ def apply_changes(x: Tensor, changed: Tensor) -> Tensor:
     return torch.where(changed.view_as(x), 1 - x, x)
 
 
-def made(index: Tensor, wanted: Tensor, size: Tensor, *, like: Tensor) -> Tensor:
+def made(
+    index: Tensor,
+    wanted: Tensor,
+    size: Tensor,
+    *,
+    like: Tensor,
+) -> Tensor:
     """Mask like ``like`` [n, D] of the first ``size`` [n] wanted changes [n, K] of the elements
     ``index`` [n, K, m].
     """
@@ -471,7 +517,12 @@ def _own(private: Private, device: torch.device) -> Private:
     return private_generator(source, device)
 
 
-def _start(objective: Objective, x: Tensor, y: Tensor, settings: Settings) -> FewestChanges:
+def _start(
+    objective: Objective,
+    x: Tensor,
+    y: Tensor,
+    settings: Settings,
+) -> FewestChanges:
     """The frames themselves as the first candidates: what is wrong already needs no change."""
     best = FewestChanges(x)
     score = objective.score(x, y)
@@ -482,7 +533,12 @@ def _start(objective: Objective, x: Tensor, y: Tensor, settings: Settings) -> Fe
 
 
 @torch.no_grad()
-def _likeliest_others(model: Model, x: Tensor, y: Tensor, count: int) -> list[Tensor]:
+def _likeliest_others(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    count: int,
+) -> list[Tensor]:
     """The ``count`` likeliest classes other than the label, each [N]."""
     if count == 0:
         return []

@@ -71,7 +71,13 @@ def fab(
                 rows = best.standing()
                 if len(rows) == 0:
                     return best.x_adv
-                boundary = _Boundary(model, x[rows], y[rows], classes[rows], ball)
+                boundary = _Boundary(
+                    model,
+                    x[rows],
+                    y[rows],
+                    classes[rows],
+                    ball,
+                )
                 x_adv = ball.project(x[rows], boundary.nearest(start[rows], steps))
                 fooled = boundary.fooled(x_adv, y[rows])
                 best.offer(rows[fooled], x_adv[fooled], best.loss[rows[fooled]], fooled[fooled])
@@ -98,7 +104,13 @@ class _Boundary:
         here = wide(start)
         for _ in range(steps):
             lead, normal = self._plane(here, rows)
-            here = _step(here, x[rows], lead, normal, self.ball.ball)
+            here = _step(
+                here,
+                x[rows],
+                lead,
+                normal,
+                self.ball.ball,
+            )
             fooled = self.fooled(here, self.y[rows])
             away = self.ball.distance(x[rows], here)
             nearer = fooled & (away < distance[rows])
@@ -134,7 +146,12 @@ class _Boundary:
         return leads[sample, nearest], normals[sample, nearest]
 
 
-def shortest_step(points: Tensor, lead: Tensor, normal: Tensor, norm: Norm) -> Tensor:
+def shortest_step(
+    points: Tensor,
+    lead: Tensor,
+    normal: Tensor,
+    norm: Norm,
+) -> Tensor:
     """Shortest steps [N, D] within the box that bring the points [N, D] to ``lead + <normal, step>
     = 0``, or as near to it as the box allows.
 
@@ -164,7 +181,13 @@ def shortest_step(points: Tensor, lead: Tensor, normal: Tensor, norm: Norm) -> T
     return torch.where(speed > 0, way * moved, 0.0)
 
 
-def _step(here: Tensor, x: Tensor, lead: Tensor, normal: Tensor, norm: Norm) -> Tensor:
+def _step(
+    here: Tensor,
+    x: Tensor,
+    lead: Tensor,
+    normal: Tensor,
+    norm: Norm,
+) -> Tensor:
     """The next image: a step beyond the plane from here, drawn towards one from the image."""
     points = here.flatten(1)
     images = x.flatten(1)
@@ -192,7 +215,12 @@ def _towards(logits: Tensor, y: Tensor, target_classes: int | None) -> list[Tens
     return [target[:, None] for target in wrong[:target_classes]]
 
 
-def _starts(x: Tensor, ball: ThreatModel, restarts: int, private: Private) -> Iterator[Tensor]:
+def _starts(
+    x: Tensor,
+    ball: ThreatModel,
+    restarts: int,
+    private: Private,
+) -> Iterator[Tensor]:
     """The images themselves, then points on the border of the ball of half the radius."""
     yield x
     half = ThreatModel(ball.ball, ball.eps / 2)

@@ -42,7 +42,13 @@ class MoveSearch(EventSearch):
 
     limits: Limits
 
-    def _change_largest(self, rows: Tensor, gradient: Tensor, loss: Tensor, size: Tensor) -> None:
+    def _change_largest(
+        self,
+        rows: Tensor,
+        gradient: Tensor,
+        loss: Tensor,
+        size: Tensor,
+    ) -> None:
         """Make the moves that promise most: the gradient where an event comes minus the one where
         it goes.
         """
@@ -59,10 +65,27 @@ class MoveSearch(EventSearch):
         promise = torch.where(ranked.isinf(), ranked, gain.gather(1, source))
         self._take(rows, Candidates(_pairs(source, targets), promise), loss, size)
 
-    def _allowed(self, rows: Tensor, index: Tensor, wanted: Tensor) -> Tensor:
-        return allowed(self.x[rows], self.changed[rows], index, wanted, self.limits)
+    def _allowed(
+        self,
+        rows: Tensor,
+        index: Tensor,
+        wanted: Tensor,
+    ) -> Tensor:
+        return allowed(
+            self.x[rows],
+            self.changed[rows],
+            index,
+            wanted,
+            self.limits,
+        )
 
-    def _exchanged(self, rows: Tensor, draw: Tensor, budget: Tensor, share: float) -> Tensor:
+    def _exchanged(
+        self,
+        rows: Tensor,
+        draw: Tensor,
+        budget: Tensor,
+        share: float,
+    ) -> Tensor:
         """The moves of a random share of the pixels undone, and as many others made."""
         changed = self.changed[rows]
         frames = self.x.shape[1]
@@ -73,7 +96,13 @@ class MoveSearch(EventSearch):
         kept = changed & ~undone.repeat(1, frames)
         drawn = RandomMoves(draw, uniform(self.x, self.private)[rows])
         left = (budget - kept.sum(1)) // 2
-        return kept | random_moved(self.x[rows], kept, drawn, left, self.limits)
+        return kept | random_moved(
+            self.x[rows],
+            kept,
+            drawn,
+            left,
+            self.limits,
+        )
 
     def _ranks(self, rows: Tensor) -> Tensor:
         """Rank of every pixel and polarity with moves by their importance at the end of growth; -1:
@@ -97,7 +126,12 @@ class RandomMoves:
     worth: Tensor
 
 
-def best_targets(x: Tensor, changed: Tensor, worth: Tensor, limits: Limits) -> Targets:
+def best_targets(
+    x: Tensor,
+    changed: Tensor,
+    worth: Tensor,
+    limits: Limits,
+) -> Targets:
     """The largest worth within reach of every event that has not moved, and where.
 
     Within reach are empty elements of the same pixel and polarity that were empty from the start,
@@ -121,7 +155,13 @@ def best_targets(x: Tensor, changed: Tensor, worth: Tensor, limits: Limits) -> T
     return Targets(best.flatten(1).masked_fill(~here, -torch.inf), target.flatten(1))
 
 
-def allowed(x: Tensor, changed: Tensor, index: Tensor, wanted: Tensor, limits: Limits) -> Tensor:
+def allowed(
+    x: Tensor,
+    changed: Tensor,
+    index: Tensor,
+    wanted: Tensor,
+    limits: Limits,
+) -> Tensor:
     """Which of the wanted moves [n, K] (from, to) may be made in this order: one per place, within
     the total shift.
     """
@@ -146,7 +186,13 @@ def random_moved(
     many = 2 * int(size.max().clamp(min=0)) + 8
     ranked, source = order.topk(min(many, order.shape[1]), dim=1)
     index = _pairs(source, targets)
-    wanted = allowed(x, changed, index, ~ranked.isinf(), limits)
+    wanted = allowed(
+        x,
+        changed,
+        index,
+        ~ranked.isinf(),
+        limits,
+    )
     return made(index, wanted, size, like=changed)
 
 

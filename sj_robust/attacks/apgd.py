@@ -165,7 +165,13 @@ class _AutoAscent(Ascent):
     def __init__(
         self, rows: Tensor, x: Tensor, start: Tensor, *, ball: ThreatModel, steps: int
     ) -> None:
-        super().__init__(rows, x, start, ball=ball, steps=steps)
+        super().__init__(
+            rows,
+            x,
+            start,
+            ball=ball,
+            steps=steps,
+        )
         self.last_checkpoint = 0
         self.previous = start
         self.departed_from = self.loss

@@ -176,7 +176,13 @@ class Best:
         self.fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self.loss = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
 
-    def offer(self, rows: Tensor, x_adv: Tensor, loss: Tensor, fooled: Tensor) -> None:
+    def offer(
+        self,
+        rows: Tensor,
+        x_adv: Tensor,
+        loss: Tensor,
+        fooled: Tensor,
+    ) -> None:
         """Take the images of the samples ``rows`` that beat what is kept."""
         kept_fooled = self.fooled[rows]
         higher = (fooled == kept_fooled) & (loss > self.loss[rows])

@@ -91,7 +91,13 @@ class _MomentAscent(Ascent):
     def __init__(
         self, rows: Tensor, x: Tensor, start: Tensor, *, ball: ThreatModel, steps: int
     ) -> None:
-        super().__init__(rows, x, start, ball=ball, steps=steps)
+        super().__init__(
+            rows,
+            x,
+            start,
+            ball=ball,
+            steps=steps,
+        )
         self.eta = ball.eps
         self.first = torch.zeros_like(x, dtype=torch.float64)
         self.second = torch.zeros_like(x, dtype=torch.float64)

@@ -20,7 +20,17 @@ from sj_robust.randomness import SampleDraws, SampleSeeds, draw_seed, rand, seed
 
 __all__ = ["square"]
 
-_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+_HALVINGS = (
+    10,
+    50,
+    200,
+    500,
+    1000,
+    2000,
+    4000,
+    6000,
+    8000,
+)
 """Queries after which the area of the square is halved."""
 _FIRST_AREA = 0.8  # as a share of the image
 _BLOCK = 256  # queries whose numbers are drawn at once
@@ -198,7 +208,12 @@ class _Linf:
         up = _uniform((n, c, 1, w), draws, self.lower) < 0.5
         return torch.where(up, self.upper, self.lower)
 
-    def propose(self, best: Tensor, numbers: Tensor, area: float) -> Tensor:
+    def propose(
+        self,
+        best: Tensor,
+        numbers: Tensor,
+        area: float,
+    ) -> Tensor:
         """One square of one colour per channel in every image."""
         n, c, h, w = best.shape
         side = max(round(math.sqrt(area * h * w)), 1)
@@ -241,7 +256,12 @@ class _L2:
         delta[:, :, top : top + height, left : left + width] = tiled
         return self._longest(delta)
 
-    def propose(self, best: Tensor, numbers: Tensor, area: float) -> Tensor:
+    def propose(
+        self,
+        best: Tensor,
+        numbers: Tensor,
+        area: float,
+    ) -> Tensor:
         """One window gets a pyramid on top of what it holds, another one nothing."""
         n, c, h, w = best.shape
         side = max(round(math.sqrt(area * h * w)), 3)

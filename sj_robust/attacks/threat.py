@@ -250,7 +250,13 @@ def random_point(
     return threat.project(x, x + offset(x, threat.eps, private, on_border=on_border))
 
 
-def _l2_offset(x: Tensor, eps: float, private: Private, *, on_border: bool) -> Tensor:
+def _l2_offset(
+    x: Tensor,
+    eps: float,
+    private: Private,
+    *,
+    on_border: bool,
+) -> Tensor:
     normal = randn(x.shape, private, dtype=torch.float64, device=x.device)
     share: Tensor | float = 1.0
     if not on_border:
@@ -259,7 +265,13 @@ def _l2_offset(x: Tensor, eps: float, private: Private, *, on_border: bool) -> T
     return normal * per_sample(eps * share / l2_norm(normal), x)
 
 
-def _linf_offset(x: Tensor, eps: float, private: Private, *, on_border: bool) -> Tensor:
+def _linf_offset(
+    x: Tensor,
+    eps: float,
+    private: Private,
+    *,
+    on_border: bool,
+) -> Tensor:
     uniform = 2 * rand(x.shape, private, dtype=x.dtype, device=x.device) - 1
     offset = eps * uniform
     if on_border:

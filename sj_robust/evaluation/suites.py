@@ -140,7 +140,6 @@ def make_suite(
     Raises:
         ValueError: If the suite is unknown or does not fit the threat, estimators are given to a
             suite without a choice, or there are fewer than two classes.
-        ModuleNotFoundError: If ``"autoattack"`` has no pyautoattack.
 
     Source: Ding et al. (ICML 2024), section 5; AutoAttack of Croce and Hein (ICML 2020).
 

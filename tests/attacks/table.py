@@ -28,6 +28,7 @@ from sj_robust.attacks import (
     square,
     uniform,
 )
+from sj_robust.attacks._fab import fab
 
 torch.set_num_threads(1)
 
@@ -99,19 +100,20 @@ ATTACKS = {
     "sapgd": _climbing(sapgd),
     "sapgd_highest": _climbing(sapgd, keep_best=False),
     "sapgd_restarts": _climbing(sapgd, restarts=2, eot_samples=2),
+    "fab": Attack(fab, {"steps": 4}, draws=False),
+    "fab_targets": Attack(fab, {"steps": 4, "target_classes": 2}, draws=False),
+    "fab_l2": Attack(fab, {"steps": 4, "norm": "L2"}, "L2", draws=False),
 }
 
-BRIDGES = {
-    f"{name}{suffix}": Attack(function, options | {"norm": norm}, norm)
-    for norm, suffix in (("Linf", ""), ("L2", "_l2"))
-    for function, name, options in [
-        *(
-            (autoattack, name, {"attacks": [name]})
-            for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t")
-        ),
-        (square, "square", {"queries": 60}),
-    ]
+ON_IMAGES = {
+    "square": Attack(square, {"queries": 60}),
+    "square_l2": Attack(square, {"queries": 60, "norm": "L2"}, "L2"),
+    "autoattack": Attack(autoattack, {}),
+    "autoattack_l2": Attack(autoattack, {"norm": "L2"}, "L2"),
+    "autoattack_plus": Attack(autoattack, {"version": "plus"}),
+    "autoattack_rand": Attack(autoattack, {"version": "rand"}),
 }
+"""What attacks images [N, C, H, W] alone, or takes long."""
 
 
 def assert_within(x_adv: Tensor, x: Tensor, norm: str | None, eps: float) -> None:

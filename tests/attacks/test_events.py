@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sj_robust.attacks import count_flips, flip_events, random_flips
-from sj_robust.attacks._flip_search import FewestFlips
+from sj_robust.attacks._event_search import FewestChanges
 
 
 class TestBudget:
@@ -299,7 +299,7 @@ class TestRandomFlips:
 
 def test_of_two_sets_of_changes_the_better_is_kept():
     """Fooling before not fooling, then fewer; among those that do not fool the higher loss."""
-    best = FewestFlips(torch.zeros(1, 1, 2, 2, 2))
+    best = FewestChanges(torch.zeros(1, 1, 2, 2, 2))
     rows = torch.zeros(1, dtype=torch.int64)
     for flips, fools, loss, taken in (
         (5, False, 1.0, True),
@@ -311,8 +311,8 @@ def test_of_two_sets_of_changes_the_better_is_kept():
         (4, True, 9.0, False),
         (3, True, -9.0, True),
     ):
-        before = best.flipped.clone()
+        before = best.changed.clone()
         best.offer(rows, torch.arange(8)[None] < flips, torch.tensor([fools]), torch.tensor([loss]))
-        kept = int(best.flipped.sum()), bool(best.fooled), float(best.loss)
+        kept = int(best.changed.sum()), bool(best.fooled), float(best.loss)
         assert (kept == (flips, fools, loss)) is taken
-        assert taken or torch.equal(best.flipped, before)
+        assert taken or torch.equal(best.changed, before)

@@ -9,7 +9,7 @@ import torch
 from attacks.table import all_generators, left_as_it_was, linear_model, predicted, seeded
 from torch import nn
 
-from sj_robust.attacks import SampleSeeds, bridges, external, fgsm, pgd, square, transfer
+from sj_robust.attacks import SampleSeeds, call, external, fgsm, pgd, square, transfer
 
 X = torch.rand(7, 1, 6, 6, generator=torch.Generator().manual_seed(2)) * 0.8 + 0.1
 Y = torch.tensor([0, 1, 2, 3, 4, 0, 1])
@@ -80,7 +80,7 @@ def test_all_global_generators_are_seeded_by_the_callers(model):
 
 
 def test_numpy_takes_the_low_bits_of_a_large_seed(model, monkeypatch):
-    monkeypatch.setattr(bridges, "draw_seed", lambda private: 5 * 2**32 + 2**31 + 7)
+    monkeypatch.setattr(call, "draw_seed", lambda private: 5 * 2**32 + 2**31 + 7)
     seen = []
     draws = lambda: np.random.rand()  # noqa: E731, NPY002  the global one
     external(lambda x, y: seen.append(draws()) or x, eps=0.1)(model, X, Y)

@@ -9,7 +9,15 @@ from threading import Barrier
 
 import pytest
 import torch
-from attacks.table import ATTACKS, Recorder, left_as_it_was, linear_model, seeded
+from attacks.table import (
+    ATTACKS,
+    Recorder,
+    all_generators,
+    left_as_it_was,
+    linear_model,
+    predicted,
+    seeded,
+)
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
@@ -24,6 +32,14 @@ from sj_robust.neuron import DLIFNode
 def test_network_and_generators_are_left_as_they_were(gradient_attack, model, batch, fail_at):
     with left_as_it_was(model, fail_at):
         gradient_attack.run(model, *batch, 0.1, seeded() if fail_at else None)
+
+
+@pytest.mark.parametrize("fail_at", [None, 12])
+def test_all_global_generators_are_left_as_they_were(image_attack, batch, fail_at):
+    model = linear_model(36)
+    y = predicted(model, batch[0])
+    with left_as_it_was(model, fail_at, draws=all_generators):
+        image_attack.run(model, batch[0], y, 0.02, seeded() if fail_at else None)
 
 
 def in_threads(count, work):

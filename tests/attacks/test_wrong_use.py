@@ -221,10 +221,6 @@ WRONG = [
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_options(attack, options, error, match):
-    if attack is autoattack:
-        pytest.importorskip(
-            "pyautoattack", reason="extra `attacks` holds the library behind the bridge"
-        )
     with pytest.raises(error, match=match):
         attack(linear_model(36), X, Y, **LEAST[attack] | options)
 
@@ -241,14 +237,14 @@ def test_losses_need_classes(loss, least, keep_best):
         apgd(model, X, Y * 0, eps=0.1, loss=loss, keep_best=keep_best)
 
 
-def test_a_single_class_and_infinite_logits(bridge):
+def test_a_single_class_and_infinite_logits(image_attack):
     with pytest.raises(ValueError, match="at least 2 classes"):
-        bridge.run(lambda x: x.flatten(1)[:, :1], X, Y * 0, 0.1)
+        image_attack.run(lambda x: x.flatten(1)[:, :1], X, Y * 0, 0.1)
     with pytest.raises(ValueError, match="logits must be finite"):
-        bridge.run(lambda x: x.flatten(1) / 0, X, Y, 0.1)
-    if bridge.function is autoattack:
+        image_attack.run(lambda x: x.flatten(1) / 0, X, Y, 0.1)
+    if image_attack.function is autoattack:
         with pytest.raises(RuntimeError, match="no gradient .*SpikingClassifier"):
-            bridge.run(lambda x: x.detach().flatten(1), X, Y, 0.1)
+            image_attack.run(lambda x: x.detach().flatten(1), X, Y, 0.1)
 
 
 @pytest.mark.parametrize("attack", NOISES.values(), ids=NOISES)

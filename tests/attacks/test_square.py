@@ -1,16 +1,18 @@
-"""One proposal of Square Attack, against the same written out in loops."""
+"""Square Attack: a proposal against the same written out in loops, ties, images of any size, a
+trained network.
+"""
 
 import math
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from attacks.table import Recorder, two_classes
+from attacks.table import Recorder, assert_within, linear_model, predicted, seeded, two_classes
 
 from sj_robust.attacks import SampleSeeds, ThreatModel, linf_bounds
 from sj_robust.attacks import square as square_attack
-from sj_robust.attacks._square import _L2, _Linf, square_rows
+from sj_robust.attacks.square import _L2, _Linf, break_ties, square_rows
 from sj_robust.randomness import SampleDraws, rand
 
 SHAPE = (3, 2, 6, 9)  # samples, channels, height and width
@@ -123,12 +125,94 @@ def test_numbers_are_drawn_for_256_queries_at_once():
         assert torch.equal(proposals[query], proposal)
 
 
-def test_it_needs_no_other_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyautoattack", None)
-    x = torch.rand(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    model = lambda x: torch.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], 1)  # noqa: E731
-    y = model(x).argmax(1)
-    budget = {"eps": 0.3, "queries": 50}
-    for generator in (None, torch.Generator().manual_seed(0), SampleSeeds(range(5))):
-        x_adv = square_attack(model, x, y, **budget, generator=generator)
-        assert bool((model(x_adv).argmax(1) != y).any())
+EPS = {"Linf": 0.2, "L2": 0.6}
+
+
+def test_the_winner_of_a_tie_stands_alone_and_all_else_stays():
+    logits = torch.randint(-2, 3, (200, 6), generator=seeded()).float() / 4
+    logits[0] = 0.0
+    broken = break_ties(logits, logits.argmax(1))
+    assert torch.equal(broken.argmax(1), logits.argmax(1))
+    assert ((broken == broken.amax(1, keepdim=True)).sum(1) == 1).all()
+    changed = broken != logits
+    assert 0 < int(changed.any(1).sum()) < 200
+    assert changed.sum(1).max() == 1
+    torch.testing.assert_close(broken, logits, rtol=2e-7, atol=1e-30)
+    assert torch.equal(broken, break_ties(logits, logits.argmax(1)))
+
+
+def test_a_winner_found_in_another_precision_stays_the_winner_and_gradients_pass():
+    exact = torch.tensor([[1.0, 1.0 + 1e-12, 0.0], [2.0, 1.0, 0.0]], dtype=torch.float64)
+    rounded = exact.float().requires_grad_()
+    assert rounded.argmax(1).tolist() == [0, 0]
+    broken = break_ties(rounded, exact.argmax(1))
+    assert broken.argmax(1).tolist() == [1, 0]
+    assert broken.data_ptr() != rounded.data_ptr()
+    (grad,) = torch.autograd.grad((broken * torch.tensor([1.0, 2.0, 3.0])).sum(), rounded)
+    assert grad.tolist() == [[1.0, 2.0, 3.0]] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", EPS)
+@pytest.mark.parametrize("generator", [SampleSeeds(range(40)), None], ids=["seeds", "none"])
+def test_the_search_goes_on_at_a_tie_that_the_label_wins(norm, generator):
+    linear = linear_model(36, seed=3)
+    counts = Recorder(lambda x: torch.floor(linear(x)))  # whole numbers, as spike counts are
+    x = torch.rand(40, 1, 6, 6, generator=seeded(4))
+    y = predicted(counts, x)
+    x_adv = square_attack(
+        counts,
+        x,
+        y,
+        eps=0.12 if norm == "Linf" else 0.7,
+        norm=norm,
+        queries=300,
+        generator=generator,
+    )
+    standing = predicted(counts, x_adv) == y
+    last = counts.sizes[-2]
+    assert last == int(standing.sum())  # the last query was about every image that is not fooled
+    top = counts(x_adv).topk(2).values
+    assert int((standing & (top[:, 0] == top[:, 1])).sum()) > 0
+    assert 0 < last < 40
+
+
+@pytest.mark.parametrize("size", [(3, 3), (4, 7), (12, 12), (14, 5), (18, 18)])
+@pytest.mark.parametrize("norm", EPS)
+@pytest.mark.parametrize("generator", [SampleSeeds([1, 2, 3]), None], ids=["seeds", "none"])
+def test_images_of_any_size(size, norm, generator):
+    x = torch.rand(3, 2, *size, generator=seeded())
+    model = linear_model(2 * size[0] * size[1])
+    y = predicted(model, x)
+    x_adv = square_attack(model, x, y, eps=EPS[norm], norm=norm, queries=30, generator=generator)
+    assert_within(x_adv, x, norm, EPS[norm])
+    assert ((x_adv != x).flatten(1).any(1)).all()
+
+
+@pytest.mark.parametrize("seeds", [seeded, lambda seed: SampleSeeds(range(seed, seed + 9))])
+@pytest.mark.parametrize("norm", EPS)
+def test_same_seed_same_result_and_another_seed_another(norm, seeds):
+    model = linear_model(36)
+    x = torch.rand(9, 1, 6, 6, generator=seeded(2))
+    budget = {"eps": EPS[norm] / 10, "norm": norm, "queries": 20}  # all stand
+    run = partial(square_attack, model, x, predicted(model, x), **budget)
+    first = run(generator=seeds(1))
+    assert torch.equal(first, run(generator=seeds(1)))
+    assert not torch.equal(first, run(generator=seeds(5)))
+    assert not torch.equal(run(), run())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.15), ("L2", 1.0)])
+@pytest.mark.parametrize("generator", [SampleSeeds(range(60)), None], ids=["seeds", "none"])
+def test_on_a_trained_spiking_network(trained, norm, eps, generator):
+    x, y = trained.x[:60], trained.y[:60]
+    model = Recorder(trained.model)
+    x_adv = square_attack(model, x, y, eps=eps, norm=norm, queries=100, generator=generator)
+    clean = int((predicted(trained.model, x) == y).sum())
+    standing = int((predicted(trained.model, x_adv) == y).sum())
+    assert model.sizes[:2] == [60, clean]
+    # who is fooled leaves the search, and the last query may fool
+    assert standing <= model.sizes[-1] <= standing + 2
+    assert standing < 0.8 * clean
+    assert_within(x_adv, x, norm, eps)
