@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from sj_robust.attacks.call import Best, Objective
+from sj_robust.attacks.call import Best, Objective, lowest_loss
 from sj_robust.attacks.projection import per_sample
 from sj_robust.attacks.threat import ThreatModel, random_point
 from sj_robust.randomness import Private
@@ -32,7 +32,7 @@ class Ascent:
         self.project = ball.projection(x)
         self.x_adv = start
         self.grad = torch.zeros_like(x)
-        self.loss = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
+        self.loss = lowest_loss(x)
         self.top_x = self.x_adv
         self.top_grad = self.grad
         self.top_loss = self.loss

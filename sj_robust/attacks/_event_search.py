@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sj_robust._checks import check_count, check_logits, check_size
-from sj_robust.attacks.call import Loss, Model, Objective, Randomness, crafting
+from sj_robust.attacks.call import Loss, Model, Objective, Randomness, crafting, lowest_loss
 from sj_robust.attacks.logits import likeliest_wrong, margin, of_class
 from sj_robust.randomness import Private, SampleDraws, private_generator, rand
 
@@ -44,7 +44,7 @@ class FewestChanges:
     def __init__(self, x: Tensor) -> None:
         self.changed = torch.zeros_like(x.flatten(1), dtype=torch.bool)
         self.fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        self.loss = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
+        self.loss = lowest_loss(x)
 
     def offer(
         self,
@@ -181,7 +181,8 @@ class EventSearch:
 
     def _ranked(self, rows: Tensor, gain: Tensor) -> Tensor:
         """The gains, those that are equal in random order."""
-        scale = gain.masked_fill(gain.isinf(), 0.0).abs().amax(1, keepdim=True)
+        finite = gain.masked_fill(gain.isinf(), 0.0)
+        scale = finite.abs().amax(1, keepdim=True)
         scale = torch.where(scale > 0, scale, 1.0)
         return gain.double() + _TIE * scale * self.order[rows]
 
@@ -204,7 +205,8 @@ class EventSearch:
             fooling = candidates.promise[:, 0] == torch.inf
             size = torch.where(fooling, 1, size)
         wanted = self._allowed(rows, candidates.index, candidates.promise >= 0)
-        self.changed[rows] |= made(candidates.index, wanted, size, like=self.changed[rows])
+        changed = self.changed[rows]
+        self.changed[rows] = changed | made(candidates.index, wanted, size, like=changed)
 
     def _allowed(
         self,
@@ -225,7 +227,8 @@ class EventSearch:
         index = candidates.index
         gained = torch.full_like(candidates.promise, -torch.inf)
         for column in range(index.shape[1]):
-            tried = (~candidates.promise[:, column].isinf()).nonzero().squeeze(1)
+            there = ~candidates.promise[:, column].isinf()
+            tried = there.nonzero().squeeze(1)
             if len(tried) == 0:
                 break
             trial = self.changed[rows[tried]].scatter(1, index[tried, column], True)
@@ -256,7 +259,12 @@ class EventSearch:
             better = after.fooled | (after.loss >= loss)
             self.changed[rows[better]] = trial[better]
             loss = torch.where(better, after.loss, loss)
-            best.offer(rows[better], trial[better], after.fooled[better], after.loss[better])
+            best.offer(
+                rows[better],
+                trial[better],
+                after.fooled[better],
+                after.loss[better],
+            )
             fooled.append(rows[after.fooled])
             left = ~after.fooled
             rows = rows[left]
@@ -274,7 +282,7 @@ class EventSearch:
         likely to come in.
         """
         changed = self.changed[rows]
-        many = (share * changed.sum(1)).round().long().clamp(min=1)
+        many = share_of(changed, share)
         undone = largest(draw.masked_fill(~changed, -torch.inf), many)
         kept = changed & ~undone
         event = self.x[rows].flatten(1) == 1
@@ -466,6 +474,12 @@ def largest(values: Tensor, size: Tensor) -> Tensor:
     number = torch.arange(highest.shape[1], device=size.device)
     chosen = (number < size[:, None]) & (highest > -torch.inf)
     return torch.zeros_like(values, dtype=torch.bool).scatter(1, index, chosen)
+
+
+def share_of(changed: Tensor, share: float) -> Tensor:
+    """How many changes are a share of all of each sample, at least one, [n]."""
+    many = share * changed.sum(1)
+    return many.round().long().clamp(min=1)
 
 
 def uniform(x: Tensor, private: Private) -> Tensor:

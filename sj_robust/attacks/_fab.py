@@ -14,9 +14,10 @@ from sj_robust.attacks.call import (
     checked_copies,
     crafting,
     input_gradient,
+    lowest_loss,
 )
 from sj_robust.attacks.logits import likeliest_wrong, of_class
-from sj_robust.attacks.projection import Norm, l2_norm, per_sample, wide
+from sj_robust.attacks.projection import Norm, per_sample, wide
 from sj_robust.attacks.threat import ThreatModel, ball_threat, random_point
 from sj_robust.randomness import Private
 
@@ -80,7 +81,7 @@ def fab(
                 )
                 x_adv = ball.project(x[rows], boundary.nearest(start[rows], steps))
                 fooled = boundary.fooled(x_adv, y[rows])
-                best.offer(rows[fooled], x_adv[fooled], best.loss[rows[fooled]], fooled[fooled])
+                best.offer(rows, x_adv, best.loss[rows], fooled)
     return best.x_adv
 
 
@@ -99,7 +100,7 @@ class _Boundary:
         """The image nearest to that of each sample that fooled the model; ``x`` without one."""
         x = wide(self.x)
         nearest = x.clone()
-        distance = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
+        distance = -lowest_loss(x)
         rows = torch.arange(len(x), device=x.device)  # samples without an image in the ball
         here = wide(start)
         for _ in range(steps):
@@ -128,19 +129,24 @@ class _Boundary:
     @torch.no_grad()
     def fooled(self, images: Tensor, y: Tensor) -> Tensor:
         """Whether the model is wrong about the images, [N] bool."""
-        return check_logits(self.model(images.to(self.x.dtype)), y).argmax(1) != y
+        return self._logits(images, y).argmax(1) != y
+
+    def _logits(self, images: Tensor, y: Tensor) -> Tensor:
+        return check_logits(self.model(images.to(self.x.dtype)), y)
 
     def _plane(self, here: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Lead [N] of the class whose plane is nearest over the label, and its gradient [N, D]."""
         here = here.detach().requires_grad_()
         y = self.y[rows]
-        logits = check_logits(self.model(here.to(self.x.dtype)), y)
-        leads = logits.gather(1, self.classes[rows]) - of_class(logits, y)[:, None]
+        logits = self._logits(here, y)
+        others = logits.gather(1, self.classes[rows])
+        leads = others - of_class(logits, y)[:, None]
         gradients = [input_gradient(lead, here, keep_graph=True) for lead in leads.unbind(1)]
         normals = torch.stack(gradients, 1).flatten(2)
         leads = leads.detach().to(normals.dtype)
         dual = 1 if self.ball.norm == "Linf" else 2
-        away = leads.abs() / (torch.linalg.vector_norm(normals, dual, dim=2) + 1e-12)
+        slope = torch.linalg.vector_norm(normals, dual, dim=2)
+        away = leads.abs() / (slope + 1e-12)
         nearest = away.argmin(1)
         sample = torch.arange(len(here), device=here.device)
         return leads[sample, nearest], normals[sample, nearest]
@@ -165,7 +171,8 @@ def shortest_step(
     scale = torch.where(scale > 0, scale, 1.0)
     weight = normal.abs() / scale
     gap = lead.abs()[:, None] / scale
-    way = -normal.sign() * torch.where(lead < 0, -1, 1)[:, None]
+    side = torch.where(lead < 0, -1, 1)
+    way = -normal.sign() * side[:, None]
     room = torch.where(way > 0, 1 - points, points)
     speed = weight if norm == "L2" else way.abs()
     time = torch.where(speed > 0, room / speed, torch.inf)  # when an element meets the box
@@ -176,7 +183,8 @@ def shortest_step(
     going = rate.flip(1).cumsum(1).flip(1)  # gained per unit of time by the others
     many = (before + time * going < gap).sum(1, keepdim=True)
     many = many.clamp(max=points.shape[1] - 1)
-    length = (gap - before.gather(1, many)) / going.gather(1, many)
+    missing = gap - before.gather(1, many)
+    length = missing / going.gather(1, many)
     moved = torch.minimum(length.clamp(min=0) * speed, room)
     return torch.where(speed > 0, way * moved, 0.0)
 
@@ -203,7 +211,8 @@ def _step(
 
 
 def _length(step: Tensor, norm: Norm) -> Tensor:
-    length = step.abs().amax(1) if norm == "Linf" else l2_norm(step).to(step.dtype)
+    order = torch.inf if norm == "Linf" else 2
+    length: Tensor = torch.linalg.vector_norm(step, order, dim=1)
     return length.clamp(min=_SHORTEST)
 
 

@@ -13,6 +13,7 @@ from sj_robust.attacks._event_search import (
     apply_changes,
     largest,
     made,
+    share_of,
     uniform,
 )
 from sj_robust.attacks.threat import moves_of
@@ -53,7 +54,12 @@ class MoveSearch(EventSearch):
         it goes.
         """
         worth = gradient * (0.5 + self.order[rows]) if self.scaled else gradient
-        targets = best_targets(self.x[rows], self.changed[rows], worth.double(), self.limits)
+        targets = best_targets(
+            self.x[rows],
+            self.changed[rows],
+            worth.double(),
+            self.limits,
+        )
         gain = targets.worth - worth
         if self.limits.total_shift is not None:
             # what is gained per frame of shift, since those are scarce
@@ -90,7 +96,7 @@ class MoveSearch(EventSearch):
         changed = self.changed[rows]
         frames = self.x.shape[1]
         moved = changed.view(len(rows), frames, -1).any(1)
-        many = (share * moved.sum(1)).round().long().clamp(min=1)
+        many = share_of(moved, share)
         of_lines = draw[:, : moved.shape[1]]
         undone = largest(of_lines.masked_fill(~moved, -torch.inf), many)
         kept = changed & ~undone.repeat(1, frames)
@@ -111,10 +117,12 @@ class MoveSearch(EventSearch):
         gradient, _ = self._gradient(rows)
         changed = self.changed[rows]
         frames = self.x.shape[1]
-        gain = (gradient * self._direction(rows)).double().masked_fill(~changed, 0.0)
+        gain = (gradient * self._direction(rows)).double()
+        gain = gain.masked_fill(~changed, 0.0)
         gain = gain.view(len(rows), frames, -1).sum(1)
         moved = changed.view(len(rows), frames, -1).any(1)
-        rank = gain.masked_fill(~moved, torch.inf).argsort(1).argsort(1)
+        order = gain.masked_fill(~moved, torch.inf).argsort(1)
+        rank = order.argsort(1)
         return torch.where(moved, rank, -1).repeat(1, frames)
 
 
@@ -140,7 +148,8 @@ def best_targets(
     n, frames = x.shape[:2]
     free = (x.flatten(2) == 0) & ~changed.view(n, frames, -1)
     value = worth.view(n, frames, -1).masked_fill(~free, -torch.inf)
-    number = torch.arange(x[0].numel(), device=x.device).view(1, frames, -1).expand_as(value)
+    number = torch.arange(x[0].numel(), device=x.device)
+    number = number.view(1, frames, -1).expand_as(value)
     best = torch.full_like(value, -torch.inf)
     target = number.clone()
     left = _frames_left(x, changed, limits).view(n, 1, 1)
@@ -148,11 +157,14 @@ def best_targets(
         early = slice(None, frames - shift)
         late = slice(shift, None)
         for source, to in ((early, late), (late, early)):
-            better = (value[:, to] > best[:, source]) & (left >= shift)
-            best[:, source] = torch.where(better, value[:, to], best[:, source])
+            so_far = best[:, source]
+            there = value[:, to]
+            better = (there > so_far) & (left >= shift)
+            best[:, source] = torch.where(better, there, so_far)
             target[:, source] = torch.where(better, number[:, to], target[:, source])
     here = (x.flatten(1) > 0) & ~changed
-    return Targets(best.flatten(1).masked_fill(~here, -torch.inf), target.flatten(1))
+    best = best.flatten(1).masked_fill(~here, -torch.inf)
+    return Targets(best, target.flatten(1))
 
 
 def allowed(
@@ -166,8 +178,9 @@ def allowed(
     the total shift.
     """
     source, target = index.unbind(2)
-    same = (target[:, :, None] == target[:, None, :]) & wanted[:, None, :]
-    wanted = wanted & ~same.tril(-1).any(2)
+    same = target[:, :, None] == target[:, None, :]
+    same_wanted = same & wanted[:, None, :]
+    wanted = wanted & ~same_wanted.tril(-1).any(2)
     if limits.total_shift is None:
         return wanted
     shifts = (shift_of(x, source, target) * wanted).cumsum(1)

@@ -143,7 +143,8 @@ def dlr_loss(logits: Tensor, y: Tensor) -> Tensor:
     _check_classes(logits, "dlr")
     top = logits.topk(3).values
     wrong = without(logits, y).max(1).values
-    return (wrong - of_class(logits, y)) / _divisor(top[:, 0] - top[:, 2])
+    lead = wrong - of_class(logits, y)
+    return lead / _divisor(top[:, 0] - top[:, 2])
 
 
 def targeted_dlr_loss(logits: Tensor, y: Tensor, *, target: Tensor) -> Tensor:
@@ -155,8 +156,9 @@ def targeted_dlr_loss(logits: Tensor, y: Tensor, *, target: Tensor) -> Tensor:
     Source: Croce and Hein (ICML 2020), equation 7.
     """
     top = logits.topk(4).values
-    scale = _divisor(top[:, 0] - (top[:, 2] + top[:, 3]) / 2)
-    return (of_class(logits, target) - of_class(logits, y)) / scale
+    middle = (top[:, 2] + top[:, 3]) / 2
+    lead = of_class(logits, target) - of_class(logits, y)
+    return lead / _divisor(top[:, 0] - middle)
 
 
 class _AutoAscent(Ascent):

@@ -32,6 +32,7 @@ _CHECKED_FORWARDS = 5
 _ITERATIONS = 100
 _QUERIES = 5000
 _TARGETS = 9
+_SQUARE_ALONE = 0.002  # share of the images that Square may fool alone
 _FEWEST = {"apgd-dlr": LEAST_CLASSES["dlr"], "apgd-t": LEAST_CLASSES["dlr_targeted"]}
 """Classes that an attack needs, where two are too few."""
 
@@ -118,8 +119,14 @@ def autoattack(
         standing = logits.argmax(1) == y
         if not bool(standing.any()):
             return x
-        messages = list(_left_out(names, logits.shape[1]))
-        names = _possible(names, logits.shape[1])
+        classes = logits.shape[1]
+        left_out = [name for name in names if classes < _FEWEST.get(name, 2)]
+        messages = [
+            f"{name} is left out: it needs at least {_FEWEST[name]} classes, the model has "
+            f"{classes}"
+            for name in left_out
+        ]
+        names = _without(names, left_out, classes)
         messages += _doubts(model, x[standing], y[standing], names, settings)
         seeds = seeds_of_samples(private, len(x), draw_seed(private))
         x_adv = x.clone()
@@ -144,10 +151,11 @@ def autoattack(
     return x_adv
 
 
-_SQUARE_ALONE = 0.002  # share of the images that Square may fool alone
-
-
-def _members(names: Sequence[str], ball: ThreatModel, settings: _Version) -> dict[str, Attack]:
+def _members(
+    names: Sequence[str],
+    ball: ThreatModel,
+    settings: _Version,
+) -> dict[str, Attack]:
     """The attacks by their names, with AutoAttack's settings."""
     restarts = settings.restarts
     ascent = partial(
@@ -187,21 +195,18 @@ def _checked_names(attacks: Sequence[str]) -> tuple[str, ...]:
     return tuple(attacks)
 
 
-def _possible(names: tuple[str, ...], classes: int) -> tuple[str, ...]:
+def _without(
+    names: tuple[str, ...],
+    left_out: list[str],
+    classes: int,
+) -> tuple[str, ...]:
     """The attacks that the number of classes allows."""
-    kept = tuple(name for name in names if classes >= _FEWEST.get(name, 2))
+    kept = tuple(name for name in names if name not in left_out)
     if not kept:
         raise ValueError(
             f"none of the attacks {names} can attack {classes} classes; add 'apgd-ce' or 'fab'"
         )
     return kept
-
-
-def _left_out(names: tuple[str, ...], classes: int) -> Iterator[str]:
-    for name in names:
-        least = _FEWEST.get(name, 2)
-        if classes < least:
-            yield f"{name} is left out: it needs at least {least} classes, the model has {classes}"
 
 
 def _doubts(

@@ -165,6 +165,11 @@ class Objective:
         return ImageScores(losses, fooled, logits)
 
 
+def lowest_loss(x: Tensor) -> Tensor:
+    """What every loss beats, per sample."""
+    return x.new_full(x.shape[:1], -torch.inf, dtype=torch.float64)
+
+
 class Best:
     """Best image so far per sample: one that fools before one that does not, then the higher
     loss.
@@ -174,7 +179,7 @@ class Best:
         """Begin with the images themselves."""
         self.x_adv = x.clone()
         self.fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        self.loss = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
+        self.loss = lowest_loss(x)
 
     def offer(
         self,

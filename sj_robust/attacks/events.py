@@ -275,7 +275,8 @@ def _check_frame_labels(y: Tensor, x: Tensor) -> None:
     """As for images, and the commonest mistake by its name: the layout that the network itself
     takes.
     """
-    if isinstance(y, Tensor) and y.shape == (x.shape[1],) != (x.shape[0],):
+    samples, frames = x.shape[:2]
+    if isinstance(y, Tensor) and y.shape == (frames,) and samples != frames:
         raise ValueError(
             "x must be event frames with samples first, [N, T, 2, H, W], got shape "
             f"{tuple(x.shape)} for {len(y)} labels; use x.transpose(0, 1)"

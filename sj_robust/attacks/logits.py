@@ -45,7 +45,11 @@ def likeliest_wrong(logits: Tensor, y: Tensor, count: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def clean_logits(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+def clean_logits(
+    model: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+) -> Tensor:
     """Logits of the images, of at least two classes."""
     logits = check_logits(model(x), y)
     if logits.shape[1] < 2:

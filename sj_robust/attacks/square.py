@@ -34,6 +34,10 @@ _HALVINGS = (
 """Queries after which the area of the square is halved."""
 _FIRST_AREA = 0.8  # as a share of the image
 _BLOCK = 256  # queries whose numbers are drawn at once
+_FIXED_NUMBERS = 5
+"""Numbers in [0, 1) that a query draws for two corners and an orientation; one per channel comes
+after them, for its sign.
+"""
 _TILES = 5  # along the shorter side of the first L2 perturbation
 _NOTHING = 1e-12  # keeps a length of 0 from being divided by
 
@@ -124,7 +128,8 @@ def break_ties(logits: Tensor, winner: Tensor) -> Tensor:
         return logits.clone()
     winner = winner.unsqueeze(1)
     highest = logits.gather(1, winner)
-    unit = (highest.detach().abs() * torch.finfo(logits.dtype).eps).clamp(min=2.0**-100)
+    unit = highest.detach().abs() * torch.finfo(logits.dtype).eps
+    unit = unit.clamp(min=2.0**-100)
     return logits.scatter(1, winner, highest + unit * tied)
 
 
@@ -153,7 +158,7 @@ def square_rows(
     Source: Andriushchenko et al. (ECCV 2020), algorithms 1 to 3, with the schedule of AutoAttack. A
     square may lie at the last row and column too, which the published code never reaches.
     """
-    squares = _Linf(*linf_bounds(x, eps=ball.eps)) if ball.norm == "Linf" else _L2(x, ball)
+    squares = _squares(x, ball)
     best = squares.first(SampleDraws(seeds.derived("first")))
     left = margin(network(best), y)
     rows = torch.arange(len(x), device=x.device)
@@ -185,10 +190,11 @@ def square_rows(
     return result
 
 
-_FIXED_NUMBERS = 5
-"""Numbers in [0, 1) that a query draws for two corners and an orientation; one per channel comes
-after them, for its sign.
-"""
+def _squares(x: Tensor, ball: ThreatModel) -> "_Linf | _L2":
+    if ball.norm == "L2":
+        return _L2(x, ball)
+    lower, upper = linf_bounds(x, eps=ball.eps)
+    return _Linf(lower, upper)
 
 
 @dataclass(frozen=True)
@@ -219,8 +225,10 @@ class _Linf:
         side = max(round(math.sqrt(area * h * w)), 1)
         window = _window(best, numbers[:, :2], min(side, h, w))
         up = (numbers[:, -c:] < 0.5).view(n, c, 1, 1)
+        lower = self.lower[window]
+        upper = self.upper[window]
         proposal = best.clone()
-        proposal[window] = torch.where(up, self.upper[window], self.lower[window])
+        proposal[window] = torch.where(up, upper, lower)
         return proposal
 
 
@@ -244,9 +252,10 @@ class _L2:
         down = h // side
         right = w // side
         delta = torch.zeros_like(wide(self.x))
-        transposed = (_uniform((n, down, right), draws, delta) < 0.5).long()
-        pyramids = _pyramids(side, delta)[transposed].unsqueeze(1)
-        signs = _signs(_uniform((n, c, down, right), draws, delta), delta)
+        numbers = _uniform((n, down, right), draws, delta)
+        pyramids = _pyramids(side, delta, transposed=numbers < 0.5).unsqueeze(1)
+        numbers = _uniform((n, c, down, right), draws, delta)
+        signs = _signs(numbers, delta)
         tiles = pyramids * signs[..., None, None]  # [N, C, down, right, side, side]
         height = down * side
         width = right * side
@@ -273,8 +282,8 @@ class _L2:
         unused = (self.ball.eps**2 - squared_length).clamp(min=0)
         held = delta[raised]
         signs = _signs(numbers[:, -c:], delta).view(n, c, 1, 1)
-        transposed = (numbers[:, 4] < 0.5).long()
-        pyramid = _pyramids(side, delta)[transposed].unsqueeze(1) * signs
+        pyramid = _pyramids(side, delta, transposed=numbers[:, 4] < 0.5)
+        pyramid = pyramid.unsqueeze(1) * signs
         pyramid = pyramid + held / (_length(held) + _NOTHING)
         squares = delta.square()
         taken_over = squares[raised].sum((-2, -1), keepdim=True)
@@ -288,11 +297,12 @@ class _L2:
     def _longest(self, delta: Tensor) -> Tensor:
         """Image in the direction of ``delta`` at the border of the ball, clamped to the box."""
         length = per_sample(l2_norm(delta), delta).clamp(min=_NOTHING)
-        return self.ball.project(self.x, wide(self.x) + delta * (self.ball.eps / length))
+        longest = delta * (self.ball.eps / length)
+        return self.ball.project(self.x, wide(self.x) + longest)
 
 
-def _pyramids(side: int, like: Tensor) -> Tensor:
-    """Two halves of opposite sign, each falling off in nested squares, of length 1; upright and
+def _pyramids(side: int, like: Tensor, *, transposed: Tensor) -> Tensor:
+    """Two halves of opposite sign, each falling off in nested squares, of length 1; upright or
     transposed.
     """
     height = side // 2
@@ -300,14 +310,15 @@ def _pyramids(side: int, like: Tensor) -> Tensor:
     lower = _pyramid(side - height, side, like)
     pyramid = torch.cat([upper, -lower])
     pyramid = pyramid / pyramid.square().sum().sqrt()
-    return torch.stack([pyramid, pyramid.T])
+    return torch.stack([pyramid, pyramid.T])[transposed.long()]
 
 
 def _pyramid(height: int, width: int, like: Tensor) -> Tensor:
     """Sum over k of 1/(k+1)^2 in the squares of half width k around the middle, of length 1."""
     count = max(height, width) // 2 + 1
     numbers = torch.arange(1, count + 1, dtype=like.dtype, device=like.device)
-    heights = (1 / numbers.square()).flip(0).cumsum(0).flip(0)
+    added = 1 / numbers.square()
+    heights = added.flip(0).cumsum(0).flip(0)
     rows = _from_middle(height, like)
     columns = _from_middle(width, like)
     pyramid = heights[torch.maximum(rows[:, None], columns)]
@@ -326,14 +337,15 @@ def _window(images: Tensor, corner: Tensor, side: int) -> tuple[Tensor, ...]:
     device = images.device
     sample = torch.arange(n, device=device).view(n, 1, 1, 1)
     channel = torch.arange(c, device=device).view(1, c, 1, 1)
-    row = _span(corner[:, 0], side, h).view(n, 1, side, 1)
-    column = _span(corner[:, 1], side, w).view(n, 1, 1, side)
-    return sample, channel, row, column
+    rows = _span(corner[:, 0], side, h)
+    columns = _span(corner[:, 1], side, w)
+    return sample, channel, rows.view(n, 1, side, 1), columns.view(n, 1, 1, side)
 
 
 def _span(number: Tensor, side: int, size: int) -> Tensor:
     """``side`` neighbouring places out of ``size``, [N, side]."""
-    first = (number * (size - side + 1)).long().clamp(max=size - side)
+    last = size - side
+    first = (number * (last + 1)).long().clamp(max=last)
     return first[:, None] + torch.arange(side, device=number.device)
 
 

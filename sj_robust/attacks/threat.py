@@ -143,7 +143,9 @@ class ThreatModel:
         delta = (x_adv.double() - x.double()).flatten(1)
         if self.norm == "L0":
             return (delta != 0).sum(1).double()
-        return delta.abs().amax(1) if self.norm == "Linf" else delta.square().sum(1).sqrt()
+        if self.norm == "Linf":
+            return delta.abs().amax(1)
+        return delta.square().sum(1).sqrt()
 
     def tolerance(self, x: Tensor) -> float:
         """How far beyond ``eps`` an image from elsewhere may lie by rounding alone; no event is
@@ -157,7 +159,7 @@ class ThreatModel:
         if self.norm == "Linf":
             return rounding(x)
         elements = x.flatten(1).shape[1]
-        return rounding(x) * elements**0.5
+        return rounding(x) * math.sqrt(elements)
 
     def contains(self, x: Tensor, x_adv: Tensor) -> Tensor:
         """Whether every image is one that the adversary may show, but for :meth:`tolerance`, [N]

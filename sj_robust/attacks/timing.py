@@ -200,7 +200,12 @@ def count_moves(x_adv: Tensor, x: Tensor) -> Moves:
     return moves_of(x, x_adv)
 
 
-def _limits(x: Tensor, moves: int, largest_shift: int | None, total_shift: int | None) -> Limits:
+def _limits(
+    x: Tensor,
+    moves: int,
+    largest_shift: int | None,
+    total_shift: int | None,
+) -> Limits:
     check_count("moves", moves, least=0)
     if largest_shift is not None:
         check_count("largest_shift", largest_shift)
