@@ -108,8 +108,8 @@ class _MomentAscent(Ascent):
         self.first = _FIRST_DECAY * self.first + relative
         self.second = _SECOND_DECAY * self.second + _over_mean(relative.square(), relative.square())
         way = self.eta * self.first / (self.second.sqrt() + 1e-12)
-        step = way.clamp(-self.eta, self.eta).to(self.x.dtype)
-        self.x_adv = self.project(self.x_adv + step)
+        moved = way.clamp(-self.eta, self.eta).to(self.x.dtype)
+        self.x_adv = self.project(self.x_adv + moved)
 
     def arrive(self, step: int) -> None:
         """Halve the bound at the checkpoints."""

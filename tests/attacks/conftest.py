@@ -16,6 +16,7 @@ from attacks.table import (
     PerStep,
     Trained,
     linear_model,
+    seeded,
     train,
 )
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ def batch() -> tuple[Tensor, Tensor]:
     """Seven images for the models, with values on the border of the box among them; the linear one
     is right.
     """
-    generator = torch.Generator().manual_seed(2)
+    generator = seeded(2)
     x = torch.rand(7, 1, 6, 6, generator=generator)
     x[0, 0, 0], x[1, 0, 1] = 0.0, 1.0
     return x, linear_model(36)(x).argmax(1)
@@ -104,22 +105,38 @@ def trained() -> Trained:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         order = torch.randperm(len(x))
-        x, y = x[order], y[order]
+        x = x[order]
+        y = y[order]
         net = nn.Sequential(
             PerStep(nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12)),
             DLIFNode(T=4, tau=2.0),
-            PerStep(nn.Conv2d(12, 24, 3, stride=2, padding=1), nn.BatchNorm2d(24)),
+            PerStep(
+                nn.Conv2d(
+                    12,
+                    24,
+                    3,
+                    stride=2,
+                    padding=1,
+                ),
+                nn.BatchNorm2d(24),
+            ),
             DLIFNode(T=4, tau=2.0),
             PerStep(nn.Flatten(), nn.Linear(24 * 16, 10)),
         )
-        model = train(SpikingClassifier(net, T=4), x[:1280], y[:1280], epochs=4, size=64)
+        model = train(
+            SpikingClassifier(net, T=4),
+            x[:1280],
+            y[:1280],
+            epochs=4,
+            size=64,
+        )
     return Trained(model, x[1280:], y[1280:])
 
 
 @pytest.fixture(scope="session")
 def bars() -> Trained:
     """A spiking network trained on event frames for a second; evaluation mode."""
-    return Trained(trained_model(), *moving_bars(32, torch.Generator().manual_seed(1)))
+    return Trained(trained_model(), *moving_bars(32, seeded(1)))
 
 
 @pytest.fixture(params=EVENT_ATTACKS)

