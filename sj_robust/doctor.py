@@ -28,7 +28,7 @@ __all__ = ["main", "report"]
 _EXTRAS = {
     "": "always needed",
     "recipes": "for recipes/, training and plots",
-    "attacks": "for AutoAttack",
+    "attacks": None,  # the authors' AutoAttack, which tests compare with
     "cuda12": None,  # where CuPy matters, the reason of its backend says what to install
     "cuda13": None,
 }

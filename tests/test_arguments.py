@@ -441,7 +441,6 @@ def test_wrong_arguments_are_refused_at_once(call):
 @pytest.mark.parametrize(
     ("call", "package", "options", "command"),
     [
-        (evaluate, "pyautoattack", {"suite": "autoattack"}, r"pip install 'sj_robust\[attacks\]'"),
         (
             stress,
             "imagecorruptions",

@@ -172,6 +172,7 @@ def test_missing_and_unsupported_packages_get_a_command(monkeypatch):
     assert [name for name in names if name in asked or name in ("mypy", "spikingjelly")] == asked
     assert found["torchvision"] == "not installed"
     assert found["accelerate"] == "not installed (extra recipes)"
+    assert found["pyautoattack"] == "not installed (extra attacks)"
     assert found["cupy-x"] == "not installed (extra cuda12)"
     assert found["rich"] == "12.0, MUST BE <99,>=13"
     assert todo == [
@@ -183,7 +184,6 @@ def test_missing_and_unsupported_packages_get_a_command(monkeypatch):
         "torchvision not installed, always needed: pip install torchvision",
         "accelerate not installed, for recipes/, training and plots: pip install "
         "'sj_robust[recipes]'",
-        "pyautoattack not installed, for AutoAttack: pip install 'sj_robust[attacks]'",
     ]
 
 

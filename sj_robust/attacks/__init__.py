@@ -34,13 +34,15 @@ adds:
 """
 
 from sj_robust.attacks.apgd import apgd
-from sj_robust.attacks.bridges import AutoAttackWarning, autoattack, external, square, transfer
+from sj_robust.attacks.autoattack import AutoAttackWarning, autoattack
+from sj_robust.attacks.bridges import external, transfer
 from sj_robust.attacks.call import Attack
 from sj_robust.attacks.events import check_frames, count_flips, flip_events, random_flips
 from sj_robust.attacks.gradient import fgsm, pgd, rfgsm
 from sj_robust.attacks.noise import gaussian, salt_and_pepper, uniform
 from sj_robust.attacks.projection import linf_bounds, project_l2, project_linf
 from sj_robust.attacks.sapgd import sapgd
+from sj_robust.attacks.square import square
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.attacks.timing import Moves, count_moves, move_events, random_moves
 from sj_robust.core.checks import check_images, check_labels

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from sj_robust.attacks.call import Best, Objective
+from sj_robust.attacks.call import Best, Objective, lowest_loss
 from sj_robust.attacks.projection import per_sample
 from sj_robust.attacks.threat import ThreatModel, random_point
 from sj_robust.core.randomness import Private
@@ -23,7 +23,8 @@ class Ascent:
     def __init__(
         self, rows: Tensor, x: Tensor, start: Tensor, *, ball: ThreatModel, steps: int
     ) -> None:
-        self.ball, self.norm = ball, ball.ball
+        self.ball = ball
+        self.norm = ball.ball
         self.steps = steps
         self.checkpoints = checkpoints(steps)
         self.rows = rows
@@ -31,8 +32,10 @@ class Ascent:
         self.project = ball.projection(x)
         self.x_adv = start
         self.grad = torch.zeros_like(x)
-        self.loss = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
-        self.top_x, self.top_grad, self.top_loss = self.x_adv, self.grad, self.loss
+        self.loss = lowest_loss(x)
+        self.top_x = self.x_adv
+        self.top_grad = self.grad
+        self.top_loss = self.loss
 
     def move(self, step: int) -> None:
         """Set ``x_adv`` to the image of step number ``step``, from 1 on."""
@@ -53,11 +56,13 @@ class Ascent:
         for step in range(self.steps + 1):
             if step > 0:
                 self.move(step)
-            goal, labels = objective(self.rows), y[self.rows]
+            goal = objective(self.rows)
+            labels = y[self.rows]
             if step < self.steps:
                 grad, score = goal.gradient(self.x_adv, labels)
             else:  # the last image needs no gradient
-                grad, score = self.grad, goal.score(self.x_adv, labels)
+                grad = self.grad
+                score = goal.score(self.x_adv, labels)
             self.see(step, score.loss, grad)
             if keep_best and bool(score.fooled.any()):
                 found = score.fooled
@@ -67,17 +72,23 @@ class Ascent:
                 self._keep(~found)
                 if len(self.rows) == 0:
                     return
-        best.offer(
-            self.rows, self.top_x, self.top_loss, torch.zeros_like(self.top_loss, dtype=torch.bool)
-        )
+        none_fooled = torch.zeros_like(self.rows, dtype=torch.bool)
+        best.offer(self.rows, self.top_x, self.top_loss, none_fooled)
 
-    def see(self, step: int, loss: Tensor, grad: Tensor) -> None:
+    def see(
+        self,
+        step: int,
+        loss: Tensor,
+        grad: Tensor,
+    ) -> None:
         """Loss and gradient at ``x_adv``, [N] and [N, ...]."""
-        self.loss, self.grad = loss.double(), grad
+        self.loss = loss.double()
+        self.grad = grad
         higher = self.loss > self.top_loss
+        higher_image = per_sample(higher, self.x)
         self.top_loss = torch.where(higher, self.loss, self.top_loss)
-        self.top_x = torch.where(per_sample(higher, self.x), self.x_adv, self.top_x)
-        self.top_grad = torch.where(per_sample(higher, self.x), grad, self.top_grad)
+        self.top_x = torch.where(higher_image, self.x_adv, self.top_x)
+        self.top_grad = torch.where(higher_image, grad, self.top_grad)
         self.arrive(step)
 
     def _keep(self, mask: Tensor) -> None:
@@ -108,7 +119,13 @@ def runs(
         rows = best.standing()
         if len(rows) == 0:
             return
-        yield kind(rows, x[rows], start[rows], ball=ball, steps=steps)
+        yield kind(
+            rows,
+            x[rows],
+            start[rows],
+            ball=ball,
+            steps=steps,
+        )
 
 
 def checkpoints(steps: int) -> list[int]:
@@ -119,8 +136,11 @@ def checkpoints(steps: int) -> list[int]:
 
     Source: Croce and Hein (ICML 2020), section 3.2 and 3.4.
     """
-    reached, interval, numbers = 0, 22, []
-    while reached + interval <= 100:
-        reached, interval = reached + interval, max(interval - 3, 6)
-        numbers.append(-(-reached * steps // 100))
-    return sorted(set(numbers))
+    numbers = set()
+    interval = 22
+    reached = interval
+    while reached <= 100:
+        numbers.add(-(-reached * steps // 100))
+        interval = max(interval - 3, 6)
+        reached += interval
+    return sorted(numbers)

@@ -27,7 +27,8 @@ __all__ = ["apgd"]
 LossName = Literal["ce", "dlr", "dlr_targeted"]
 
 _MOMENTUM = 0.75  # alpha of the paper: weight of the new step against the last move
-_LEAST_CLASSES = {"ce": 1, "dlr": 3, "dlr_targeted": 4}
+LEAST_CLASSES = {"ce": 1, "dlr": 3, "dlr_targeted": 4}
+"""Classes that the denominators of the losses need."""
 _RISES = 0.75  # rho of the paper: share of steps that must have raised the loss
 
 
@@ -142,7 +143,8 @@ def dlr_loss(logits: Tensor, y: Tensor) -> Tensor:
     _check_classes(logits, "dlr")
     top = logits.topk(3).values
     wrong = without(logits, y).max(1).values
-    return (wrong - of_class(logits, y)) / _divisor(top[:, 0] - top[:, 2])
+    lead = wrong - of_class(logits, y)
+    return lead / _divisor(top[:, 0] - top[:, 2])
 
 
 def targeted_dlr_loss(logits: Tensor, y: Tensor, *, target: Tensor) -> Tensor:
@@ -154,8 +156,9 @@ def targeted_dlr_loss(logits: Tensor, y: Tensor, *, target: Tensor) -> Tensor:
     Source: Croce and Hein (ICML 2020), equation 7.
     """
     top = logits.topk(4).values
-    scale = _divisor(top[:, 0] - (top[:, 2] + top[:, 3]) / 2)
-    return (of_class(logits, target) - of_class(logits, y)) / scale
+    middle = (top[:, 2] + top[:, 3]) / 2
+    lead = of_class(logits, target) - of_class(logits, y)
+    return lead / _divisor(top[:, 0] - middle)
 
 
 class _AutoAscent(Ascent):
@@ -164,7 +167,13 @@ class _AutoAscent(Ascent):
     def __init__(
         self, rows: Tensor, x: Tensor, start: Tensor, *, ball: ThreatModel, steps: int
     ) -> None:
-        super().__init__(rows, x, start, ball=ball, steps=steps)
+        super().__init__(
+            rows,
+            x,
+            start,
+            ball=ball,
+            steps=steps,
+        )
         self.last_checkpoint = 0
         self.previous = start
         self.departed_from = self.loss
@@ -228,7 +237,7 @@ def _objective(
 
 
 def _check_classes(logits: Tensor, loss: LossName) -> None:
-    least = _LEAST_CLASSES[loss]
+    least = LEAST_CLASSES[loss]
     if logits.shape[1] < least:
         raise ValueError(
             f"loss={loss!r} needs at least {least} classes, the model returns {logits.shape[1]}; "

@@ -1,151 +1,18 @@
-"""AutoAttack of pyautoattack, Square, any attack object of another package, attacks crafted
-elsewhere.
-"""
+"""Attacks of other packages, and attacks crafted on another network."""
 
-import random
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sj_robust.attacks._autoattack import (
-    ATTACKS,
-    VERSIONS,
-    AutoAttackWarning,
-    Settings,
-    library,
-    run_attacks,
-    search_squares,
-)
-from sj_robust.attacks.call import Attack, Model, Randomness, checked_copies, crafting
+from sj_robust.attacks.call import Attack, Model, Randomness, checked_copies, isolated
 from sj_robust.attacks.projection import Norm
 from sj_robust.attacks.threat import ThreatModel, ball_threat, rounding
-from sj_robust.core.checks import check_count, check_model
-from sj_robust.core.randomness import Private, draw_seed
+from sj_robust.core.checks import check_model
 
-__all__ = ["AutoAttackWarning", "autoattack", "external", "square", "transfer"]
-
-
-def autoattack(
-    model: Model,
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: float,
-    norm: Norm = "Linf",
-    version: str = "standard",
-    attacks: Sequence[str] | None = None,
-    generator: Randomness = None,
-) -> Tensor:
-    """AutoAttack: APGD, FAB and Square one after the other on the images that none has fooled yet.
-
-    AutoAttack 集成攻击。
-
-    Equation: ``x_adv[n]`` is the first image found in ball and box with ``argmax model(x_adv[n]) !=
-    y[n]``, or ``x[n]`` where none is found.
-
-    The single attacks are those of pyautoattack, with its settings; what they claim is judged here,
-    on the images that are returned. Square gets logits without ties. With fewer than ten classes
-    every other class is a target once. With ``SampleSeeds`` starts and squares are drawn per
-    sample; then only a stochastic network's own draws depend on the batch. With a
-    ``torch.Generator`` the draws are the library's: starts depend on which samples are left, all
-    samples of a call share the position and colour of Square's squares.
-
-    Other arguments, result and errors are those of :mod:`sj_robust.attacks`; where nothing fooled
-    the network, the result is ``x``. Square needs images [N, C, H, W]. All is computed in float32
-    except in the network.
-
-    Args:
-        version: ``"standard"`` (APGD-CE, targeted APGD, targeted FAB, Square), ``"plus"`` (APGD-CE,
-            APGD-DLR, FAB, Square, both targeted ones; 5 restarts) or ``"rand"`` (APGD-CE and
-            APGD-DLR over 20 forwards, for stochastic networks).
-        attacks: Names to run in place of the version's, with the version's settings: ``"apgd-ce"``,
-            ``"apgd-dlr"``, ``"apgd-t"``, ``"fab"``, ``"fab-t"``, ``"square"``.
-
-    Raises:
-        ModuleNotFoundError: If pyautoattack is not installed.
-
-    Warns:
-        AutoAttackWarning: What the library's checks find: a stochastic network, probabilities in
-            place of logits, a network that computes gradients itself, zero gradients, Square
-            stronger than the attacks before it.
-
-    Source: Croce and Hein (ICML 2020); FAB: Croce and Hein (ICML 2020); Square: Andriushchenko et
-        al. (ECCV 2020).
-
-    Examples:
-        >>> from sj_robust.attacks import autoattack
-        >>> model = lambda x: x.flatten(1) @ torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
-        >>> x, y = torch.tensor([[0.55, 0.45], [0.9, 0.1]]), torch.tensor([0, 0])
-        >>> model(autoattack(model, x, y, eps=0.1, attacks=["apgd-ce"])).argmax(1)
-        tensor([1, 0])
-    """
-    ball = ball_threat(norm, eps)
-    settings = _settings(version, attacks)
-    library()
-    x, y = checked_copies(model, x, y, generator)
-    if "square" in settings.attacks:
-        _check_square(x)
-    if x.numel() == 0 or ball.eps == 0:
-        return x
-    with _isolated(model, x, generator) as private:
-        x_adv, messages = run_attacks(model, x, y, ball=ball, settings=settings, private=private)
-    for message in messages:
-        warnings.warn(f"AutoAttack: {message}", AutoAttackWarning, stacklevel=2)
-    return x_adv
-
-
-def square(
-    model: Model,
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: float,
-    norm: Norm = "Linf",
-    queries: int = 5000,
-    generator: Randomness = None,
-) -> Tensor:
-    """Square Attack: random search over squares that asks for logits and for no gradient.
-
-    Square 黑盒攻击。
-
-    Equation: a square of random place and colour is kept if it lowers the margin ``z_y - max_{k !=
-    y} z_k``, until ``argmax z != y``.
-
-    The search has AutoAttack's settings and a square per sample, so that neighbours and batch size
-    do not matter. It needs no other package. It judges logits whose ties are broken: a margin of 0
-    is no success, and spike counts tie.
-
-    Other arguments, result and errors are those of :mod:`sj_robust.attacks`, with images [N, C, H,
-    W]. Where nothing fooled the network the result is the image of the smallest margin, and ``x``
-    where it was wrong already.
-
-    Args:
-        queries: Squares tried per image after the start, >= 1.
-
-    Source: Andriushchenko et al. (ECCV 2020); its settings in AutoAttack, Croce and Hein (ICML
-        2020).
-
-    Examples:
-        >>> from sj_robust.attacks import square
-        >>> model = lambda x: torch.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], 1)
-        >>> x, y = torch.full((1, 1, 4, 4), 0.45), torch.tensor([1])
-        >>> model(square(model, x, y, eps=0.2, queries=200)).argmax(1)
-        tensor([0])
-    """
-    ball = ball_threat(norm, eps)
-    check_count("queries", queries)
-    x, y = checked_copies(model, x, y, generator)
-    _check_square(x)
-    if x.numel() == 0 or ball.eps == 0:
-        return x
-    with _isolated(model, x, generator) as private:
-        return search_squares(model, x, y, ball=ball, queries=queries, private=private)
+__all__ = ["external", "transfer"]
 
 
 def external(
@@ -263,7 +130,7 @@ class _External:
         x, y = checked_copies(model, x, y, generator)
         if x.numel() == 0:
             return x
-        with _isolated(model, x, generator):
+        with isolated(model, x, generator):
             found = self.attack(x.clone(), y.clone())
         with torch.no_grad(), torch.inference_mode(False):
             return self.ball.project(x, _checked(found, x, self.ball))
@@ -306,62 +173,6 @@ def _checked(found: Any, x: Tensor, ball: ThreatModel) -> Tensor:
             "build it with this eps and norm"
         )
     return images
-
-
-@contextmanager
-def _isolated(model: Model, x: Tensor, generator: Randomness) -> Iterator[Private]:
-    """As ``crafting``; foreign code inside also leaves all other global generators, ``.grad`` and
-    flags alone.
-    """
-    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
-    kept = [(parameter, parameter.grad, parameter.requires_grad) for parameter in parameters]
-    # what other packages draw from
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    # torch's own
-    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = list(range(torch.cuda.device_count())) if initialized else []
-    try:
-        with (
-            torch.random.fork_rng(devices=devices),
-            crafting(model, x.device, generator) as private,
-        ):
-            seed = draw_seed(private)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002  as above
-            for parameter in parameters:
-                parameter.grad = None
-            yield private
-    finally:
-        for parameter, grad, requires_grad in kept:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
-        random.setstate(python)
-        np.random.set_state(legacy)  # noqa: NPY002  as above
-
-
-def _settings(version: str, attacks: Sequence[str] | None) -> Settings:
-    """Settings of a version, with other attacks if given."""
-    if version not in VERSIONS:
-        raise ValueError(
-            f"version must be one of {tuple(VERSIONS)}, got {version!r}; pass attacks for a list "
-            "of yours"
-        )
-    if attacks is None:
-        return VERSIONS[version]
-    if isinstance(attacks, str) or not attacks:
-        raise ValueError(f"attacks must be a list of names, got {attacks!r}; choose from {ATTACKS}")
-    unknown = [name for name in attacks if name not in ATTACKS]
-    if unknown or len(set(attacks)) < len(attacks):
-        raise ValueError(f"attacks must be different names out of {ATTACKS}, got {tuple(attacks)}")
-    return replace(VERSIONS[version], attacks=tuple(attacks))
-
-
-def _check_square(x: Tensor) -> None:
-    if x.ndim != 4:
-        raise ValueError(
-            f"Square needs images [N, C, H, W], got shape {tuple(x.shape)}; reshape inside the "
-            "model, or name attacks without 'square' in `attacks`"
-        )
 
 
 def _plain(value: object) -> object:

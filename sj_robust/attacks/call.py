@@ -1,10 +1,12 @@
 """How an attack calls a model: state left as found, every answer checked."""
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from sj_robust.core.checks import check_images, check_labels, check_logits, chec
 from sj_robust.core.preserved import evaluation_mode
 from sj_robust.core.randomness import (
     Private,
+    SampleDraws,
     SampleSeeds,
     check_seeds,
     draw_seed,
@@ -61,6 +64,44 @@ def crafting(model: Model, device: torch.device, generator: Randomness) -> Itera
         torch.clear_autocast_cache()
 
 
+@contextmanager
+def isolated(model: Model, x: Tensor, generator: Randomness) -> Iterator[Private]:
+    """As ``crafting``; foreign code inside also leaves all other global generators, ``.grad`` and
+    flags alone.
+    """
+    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
+    kept = [(parameter, parameter.grad, parameter.requires_grad) for parameter in parameters]
+    # what other packages draw from
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    # torch's own
+    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = list(range(torch.cuda.device_count())) if initialized else []
+    try:
+        with (
+            torch.random.fork_rng(devices=devices),
+            crafting(model, x.device, generator) as private,
+        ):
+            seed = draw_seed(private)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002  as above
+            for parameter in parameters:
+                parameter.grad = None
+            yield private
+    finally:
+        for parameter, grad, requires_grad in kept:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002  as above
+
+
+def seeds_of_samples(private: Private, samples: int, seed: int) -> SampleSeeds:
+    """The seeds that the caller gave, or else some derived from ``seed``."""
+    if isinstance(private, SampleDraws):
+        return private.seeds
+    return SampleSeeds(range(samples)).derived(seed)
+
+
 class ImageScores(NamedTuple):
     """How good images are for the attacker, per sample."""
 
@@ -96,26 +137,20 @@ class Objective:
         scores = []
         for _ in range(self.eot_samples):
             logits, losses = self._forward(x, y)
-            grad += _input_gradient(losses, x)
+            grad += input_gradient(losses, x)
             scores.append((logits.detach(), losses.detach()))
-        if not bool(torch.isfinite(grad).all()):
-            raise _NonFiniteGradientError(
-                "the gradient at the images must be finite, got NaN or infinity; craft in float32"
-            )
         return grad / self.eot_samples, self._score(scores, y)
 
     @torch.no_grad()
     def score(self, x: Tensor, y: Tensor) -> ImageScores:
         """Score at ``x`` without a gradient."""
-        return self._score([self._forward(x, y) for _ in range(self.eot_samples)], y)
+        scores = [self._forward(x, y) for _ in range(self.eot_samples)]
+        return self._score(scores, y)
 
     def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         logits = check_logits(self.model(x), y)
-        losses = (
-            nn.functional.cross_entropy(logits, y, reduction="none")
-            if self.loss is None
-            else self.loss(logits, y)
-        )
+        loss = _cross_entropy if self.loss is None else self.loss
+        losses = loss(logits, y)
         if losses.shape != y.shape:
             raise ValueError(
                 f"loss must return one value per sample, [{y.shape[0]}], got "
@@ -124,8 +159,15 @@ class Objective:
         return logits, -losses if self.targeted else losses
 
     def _score(self, scores: list[tuple[Tensor, Tensor]], y: Tensor) -> ImageScores:
-        logits, losses = (torch.stack(values).mean(0) for values in zip(*scores, strict=True))
-        return ImageScores(losses, (logits.argmax(1) == y) == self.targeted, logits)
+        logits = torch.stack([score[0] for score in scores]).mean(0)
+        losses = torch.stack([score[1] for score in scores]).mean(0)
+        fooled = (logits.argmax(1) == y) == self.targeted
+        return ImageScores(losses, fooled, logits)
+
+
+def lowest_loss(x: Tensor) -> Tensor:
+    """What every loss beats, per sample."""
+    return x.new_full(x.shape[:1], -torch.inf, dtype=torch.float64)
 
 
 class Best:
@@ -137,12 +179,19 @@ class Best:
         """Begin with the images themselves."""
         self.x_adv = x.clone()
         self.fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        self.loss = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
+        self.loss = lowest_loss(x)
 
-    def offer(self, rows: Tensor, x_adv: Tensor, loss: Tensor, fooled: Tensor) -> None:
+    def offer(
+        self,
+        rows: Tensor,
+        x_adv: Tensor,
+        loss: Tensor,
+        fooled: Tensor,
+    ) -> None:
         """Take the images of the samples ``rows`` that beat what is kept."""
-        kept_fooled, kept_loss = self.fooled[rows], self.loss[rows]
-        better = (fooled & ~kept_fooled) | ((fooled == kept_fooled) & (loss > kept_loss))
+        kept_fooled = self.fooled[rows]
+        higher = (fooled == kept_fooled) & (loss > self.loss[rows])
+        better = (fooled & ~kept_fooled) | higher
         rows = rows[better]
         self.x_adv[rows] = x_adv[better]
         self.fooled[rows] = fooled[better]
@@ -151,6 +200,10 @@ class Best:
     def standing(self) -> Tensor:
         """Indices of the samples that no image has fooled."""
         return (~self.fooled).nonzero().squeeze(1)
+
+
+def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits, y, reduction="none")
 
 
 def checked_copies(
@@ -167,15 +220,20 @@ def checked_copies(
         return x.detach().clone(), y.clone()
 
 
-def _input_gradient(losses: Tensor, x: Tensor) -> Tensor:
+def input_gradient(losses: Tensor, x: Tensor, *, keep_graph: bool = False) -> Tensor:
     """Gradient of the summed losses; the sum keeps samples apart and does not shrink with N."""
-    grad = (
-        torch.autograd.grad(losses.sum(), x, allow_unused=True)[0] if losses.requires_grad else None
-    )
+    grad = None
+    if losses.requires_grad:
+        total = losses.sum()
+        (grad,) = torch.autograd.grad(total, x, retain_graph=keep_graph, allow_unused=True)
     if grad is None:
         raise RuntimeError(
             "no gradient reaches the images: model and loss must be differentiable, without "
             "detach or no_grad inside; neurons of SpikingJelly 0.0.0.0.14 have no gradient in "
             "evaluation mode, so wrap a spiking network in SpikingClassifier(net, T=...)"
+        )
+    if not bool(torch.isfinite(grad).all()):
+        raise _NonFiniteGradientError(
+            "the gradient at the images must be finite, got NaN or infinity; craft in float32"
         )
     return grad

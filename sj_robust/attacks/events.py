@@ -12,10 +12,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from sj_robust.attacks._flip_search import (
-    Search,
+from sj_robust.attacks._event_search import (
+    EventSearch,
     Settings,
-    apply_flips,
+    apply_changes,
     check_tries,
     first_that_fools,
     largest,
@@ -120,7 +120,7 @@ def flip_events(
         keep_best=keep_best,
         loss=loss,
     )
-    make = partial(Search, flippable=_flippable(x, allow))
+    make = partial(EventSearch, changeable=_changeable(x, allow))
     return searched(model, x, y, make, settings, budget=flips, generator=generator)
 
 
@@ -166,12 +166,12 @@ def random_flips(
     check_tries(tries, model, y)
     if flips == 0 or x.numel() == 0:
         return x
-    flippable, size = _flippable(x, allow), torch.full((len(x),), flips, device=x.device)
+    changeable = _changeable(x, allow)
+    size = torch.full((len(x),), flips, device=x.device)
 
     def draw(private: Private) -> Tensor:
-        return apply_flips(
-            x, largest(uniform(x, private).masked_fill(~flippable, -torch.inf), size)
-        )
+        order = uniform(x, private).masked_fill(~changeable, -torch.inf)
+        return apply_changes(x, largest(order, size))
 
     return first_that_fools(model, x, y, draw, tries=tries, generator=generator)
 
@@ -275,7 +275,8 @@ def _check_frame_labels(y: Tensor, x: Tensor) -> None:
     """As for images, and the commonest mistake by its name: the layout that the network itself
     takes.
     """
-    if isinstance(y, Tensor) and y.shape == (x.shape[1],) != (x.shape[0],):
+    samples, frames = x.shape[:2]
+    if isinstance(y, Tensor) and y.shape == (frames,) and samples != frames:
         raise ValueError(
             "x must be event frames with samples first, [N, T, 2, H, W], got shape "
             f"{tuple(x.shape)} for {len(y)} labels; use x.transpose(0, 1)"
@@ -292,11 +293,9 @@ def _check_budget(x: Tensor, flips: int, allow: Allow) -> None:
         raise ValueError(f"flips must be <= {elements}, the elements of a sample, got {flips}")
 
 
-def _flippable(x: Tensor, allow: Allow) -> Tensor:
+def _changeable(x: Tensor, allow: Allow) -> Tensor:
     """Where a change is allowed, [N, D]."""
     flat = x.flatten(1)
-    return (
-        torch.ones_like(flat, dtype=torch.bool)
-        if allow == "both"
-        else flat == (0 if allow == "add" else 1)
-    )
+    if allow == "both":
+        return torch.ones_like(flat, dtype=torch.bool)
+    return flat == 0 if allow == "add" else flat == 1

@@ -1,9 +1,13 @@
 """Parts of logits [N, classes] that losses and verdicts are made of."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-__all__ = ["likeliest_wrong", "margin", "of_class", "without"]
+from sj_robust.core.checks import check_logits
+
+__all__ = ["clean_logits", "likeliest_wrong", "margin", "of_class", "without"]
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -14,7 +18,8 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
         >>> margin(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([2]))
         tensor([-1.])
     """
-    return of_class(logits, y) - without(logits, y).amax(1)
+    best_other = without(logits, y).amax(1)
+    return of_class(logits, y) - best_other
 
 
 def of_class(logits: Tensor, classes: Tensor) -> Tensor:
@@ -35,4 +40,21 @@ def likeliest_wrong(logits: Tensor, y: Tensor, count: int) -> list[Tensor]:
         >>> likeliest_wrong(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([2]), 2)
         [tensor([0]), tensor([1])]
     """
-    return list(without(logits, y).topk(count).indices.unbind(1))
+    classes = without(logits, y).topk(count).indices
+    return list(classes.unbind(1))
+
+
+@torch.no_grad()
+def clean_logits(
+    model: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+) -> Tensor:
+    """Logits of the images, of at least two classes."""
+    logits = check_logits(model(x), y)
+    if logits.shape[1] < 2:
+        raise ValueError(
+            f"the model must return at least 2 classes, got {logits.shape[1]}; return one logit "
+            "per class"
+        )
+    return logits

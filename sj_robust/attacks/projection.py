@@ -35,8 +35,10 @@ def linf_bounds(x: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
     """
     radius = _round_down(eps, x.dtype)
     exact = x.double()
-    lower = _round_towards(x, (exact - radius).clamp(min=0), limit=radius)
-    upper = _round_towards(x, (exact + radius).clamp(max=1), limit=radius)
+    lowest = (exact - radius).clamp(min=0)
+    highest = (exact + radius).clamp(max=1)
+    lower = _round_towards(x, lowest, limit=radius)
+    upper = _round_towards(x, highest, limit=radius)
     return lower, upper
 
 
@@ -81,7 +83,8 @@ def project_l2(x_adv: Tensor, x: Tensor, *, eps: float) -> Tensor:
     """
     centre = x.double()
     delta = x_adv.double() - centre
-    delta = delta * (eps / per_sample(l2_norm(delta), delta).clamp(min=eps or 1.0))
+    length = per_sample(l2_norm(delta), delta)
+    delta = delta * (eps / length.clamp(min=eps or 1.0))
     target = (centre + delta).clamp(0, 1)
     return _round_towards(x, target, limit=delta.abs())
 
@@ -90,13 +93,20 @@ def l2_norm(x: Tensor) -> Tensor:
     """L2 norm of every sample, [N] in float64, where the squares of float32 neither vanish nor
     overflow.
     """
-    norm: Tensor = torch.linalg.vector_norm(x.double().flatten(1), dim=1)
+    flat = x.double().flatten(1)
+    norm: Tensor = torch.linalg.vector_norm(flat, dim=1)
     return norm
 
 
 def per_sample(values: Tensor, x: Tensor) -> Tensor:
     """One value per sample, [N], in a shape that broadcasts over ``x`` [N, ...]."""
-    return values.view([-1] + [1] * (x.ndim - 1))
+    ones = [1] * (x.ndim - 1)
+    return values.view(-1, *ones)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Images in a dtype that a search can compute in."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def direction(grad: Tensor, norm: Norm) -> Tensor:
@@ -104,7 +114,9 @@ def direction(grad: Tensor, norm: Norm) -> Tensor:
     if norm == "Linf":
         return grad.sign()
     length = per_sample(l2_norm(grad), grad)
-    return (grad.double() / torch.where(length > 0, length, 1.0)).to(grad.dtype)
+    length = torch.where(length > 0, length, 1.0)
+    unit = grad.double() / length
+    return unit.to(grad.dtype)
 
 
 def _round_towards(x: Tensor, target: Tensor, *, limit: Tensor | float) -> Tensor:
@@ -112,12 +124,13 @@ def _round_towards(x: Tensor, target: Tensor, *, limit: Tensor | float) -> Tenso
     beyond ``limit``.
     """
     rounded = target.to(x.dtype)
-    towards = torch.sign(x.double() - rounded.double())
-    too_far = (rounded.double() - x.double()).abs() > limit
-    integer = _SAME_SIZE_INTEGER[
-        x.element_size()
-    ]  # neighbours among numbers >= 0 have neighbouring bit patterns
-    return (rounded.view(integer) + (too_far * towards).to(integer)).view(x.dtype)
+    back = x.double() - rounded.double()
+    too_far = back.abs() > limit
+    # neighbours among numbers >= 0 have neighbouring bit patterns
+    integer = _SAME_SIZE_INTEGER[x.element_size()]
+    units = (too_far * back.sign()).to(integer)
+    closer = rounded.view(integer) + units
+    return closer.view(x.dtype)
 
 
 def _round_down(eps: float, dtype: torch.dtype) -> float:

@@ -91,7 +91,13 @@ class _MomentAscent(Ascent):
     def __init__(
         self, rows: Tensor, x: Tensor, start: Tensor, *, ball: ThreatModel, steps: int
     ) -> None:
-        super().__init__(rows, x, start, ball=ball, steps=steps)
+        super().__init__(
+            rows,
+            x,
+            start,
+            ball=ball,
+            steps=steps,
+        )
         self.eta = ball.eps
         self.first = torch.zeros_like(x, dtype=torch.float64)
         self.second = torch.zeros_like(x, dtype=torch.float64)
@@ -102,7 +108,8 @@ class _MomentAscent(Ascent):
         self.first = _FIRST_DECAY * self.first + relative
         self.second = _SECOND_DECAY * self.second + _over_mean(relative.square(), relative.square())
         way = self.eta * self.first / (self.second.sqrt() + 1e-12)
-        self.x_adv = self.project(self.x_adv + way.clamp(-self.eta, self.eta).to(self.x.dtype))
+        moved = way.clamp(-self.eta, self.eta).to(self.x.dtype)
+        self.x_adv = self.project(self.x_adv + moved)
 
     def arrive(self, step: int) -> None:
         """Halve the bound at the checkpoints."""
@@ -113,4 +120,5 @@ class _MomentAscent(Ascent):
 def _over_mean(weights: Tensor, values: Tensor) -> Tensor:
     """Values divided by a sample's mean weight; 0 where that is 0."""
     mean = per_sample(weights.flatten(1).mean(1), weights)
-    return torch.where(mean > 0, values / torch.where(mean > 0, mean, 1.0), 0.0)
+    divisor = torch.where(mean > 0, mean, 1.0)
+    return torch.where(mean > 0, values / divisor, 0.0)

@@ -58,31 +58,36 @@ class ThreatModel:
     total_shift: int | None = None
 
     def __repr__(self) -> str:
-        shown = {name: value for name, value in vars(self).items() if value is not None}
-        return f"ThreatModel({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+        values = vars(self).items()
+        shown = [f"{name}={value!r}" for name, value in values if value is not None]
+        return f"ThreatModel({', '.join(shown)})"
 
     def __post_init__(self) -> None:
         if self.norm not in ("Linf", "L2", "L0", "moves"):
             raise ValueError(f"norm must be 'Linf', 'L2', 'L0' or 'moves', got {self.norm!r}")
-        for name in ("largest_shift", "total_shift"):
-            if (shift := getattr(self, name)) is not None:
-                if self.norm != "moves":
-                    raise ValueError(
-                        f"{name} limits moves of events, got {shift!r} for {self.norm}; leave it "
-                        "out"
-                    )
-                check_count(name, shift)
-        if self.of_events:
-            if isinstance(self.eps, bool) or self.eps < 1 or self.eps % 1 != 0:
-                what = "changed elements" if self.norm == "L0" else "moved events"
-                raise ValueError(
-                    f"eps must be an integer >= 1 for {self.norm}, the number of {what}, got "
-                    f"{self.eps!r}; for a distance of values use 'Linf' or 'L2'"
-                )
-            object.__setattr__(self, "eps", int(self.eps))
-        else:  # a Linf ball of radius 1 holds all of [0, 1]
-            size = check_size("eps", self.eps, at_most=1.0 if self.norm == "Linf" else math.inf)
-            object.__setattr__(self, "eps", size)
+        self._check_limit("largest_shift", self.largest_shift)
+        self._check_limit("total_shift", self.total_shift)
+        object.__setattr__(self, "eps", self._checked_eps())
+
+    def _check_limit(self, name: str, shift: int | None) -> None:
+        if shift is None:
+            return
+        if self.norm != "moves":
+            raise ValueError(
+                f"{name} limits moves of events, got {shift!r} for {self.norm}; leave it out"
+            )
+        check_count(name, shift)
+
+    def _checked_eps(self) -> float:
+        if not self.of_events:  # a Linf ball of radius 1 holds all of [0, 1]
+            return check_size("eps", self.eps, at_most=1.0 if self.norm == "Linf" else math.inf)
+        if isinstance(self.eps, bool) or self.eps < 1 or self.eps % 1 != 0:
+            what = "changed elements" if self.norm == "L0" else "moved events"
+            raise ValueError(
+                f"eps must be an integer >= 1 for {self.norm}, the number of {what}, got "
+                f"{self.eps!r}; for a distance of values use 'Linf' or 'L2'"
+            )
+        return int(self.eps)
 
     @property
     def of_events(self) -> bool:
@@ -123,9 +128,7 @@ class ThreatModel:
         if self.norm == "L2":
             return lambda x_adv: project_l2(x_adv, x, eps=self.eps)
         if self.norm == "moves":
-            return lambda x_adv: torch.where(
-                per_sample(self.contains(x, x_adv), x), x_adv.to(x.dtype), x
-            )
+            return lambda x_adv: self._allowed_moves(x, x_adv)
         return lambda x_adv: _fewest_changes(x, x_adv, int(self.eps))
 
     def distance(self, x: Tensor, x_adv: Tensor) -> Tensor:
@@ -140,7 +143,9 @@ class ThreatModel:
         delta = (x_adv.double() - x.double()).flatten(1)
         if self.norm == "L0":
             return (delta != 0).sum(1).double()
-        return delta.abs().amax(1) if self.norm == "Linf" else delta.square().sum(1).sqrt()
+        if self.norm == "Linf":
+            return delta.abs().amax(1)
+        return delta.square().sum(1).sqrt()
 
     def tolerance(self, x: Tensor) -> float:
         """How far beyond ``eps`` an image from elsewhere may lie by rounding alone; no event is
@@ -151,7 +156,10 @@ class ThreatModel:
         """
         if self.of_events:
             return 0.0
-        return rounding(x) if self.norm == "Linf" else rounding(x) * x.flatten(1).shape[1] ** 0.5
+        if self.norm == "Linf":
+            return rounding(x)
+        elements = x.flatten(1).shape[1]
+        return rounding(x) * math.sqrt(elements)
 
     def contains(self, x: Tensor, x_adv: Tensor) -> Tensor:
         """Whether every image is one that the adversary may show, but for :meth:`tolerance`, [N]
@@ -159,14 +167,19 @@ class ThreatModel:
         """
         return self.distance(x, x_adv) <= self.eps + self.tolerance(x)
 
+    def _allowed_moves(self, x: Tensor, x_adv: Tensor) -> Tensor:
+        """``x_adv`` where its moves keep the budget, ``x`` elsewhere."""
+        allowed = per_sample(self.contains(x, x_adv), x)
+        return torch.where(allowed, x_adv.to(x.dtype), x)
+
     def _moves(self, x: Tensor, x_adv: Tensor) -> Tensor:
         found = moves_of(x, x_adv)
-        allowed = found.paired & ((x_adv == 0) | (x_adv == 1)).flatten(1).all(1)
-        for limit, shift in (
-            (self.largest_shift, found.largest_shift),
-            (self.total_shift, found.total_shift),
-        ):
-            allowed &= shift <= limit if limit is not None else True
+        binary = (x_adv == 0) | (x_adv == 1)
+        allowed = found.paired & binary.flatten(1).all(1)
+        if self.largest_shift is not None:
+            allowed &= found.largest_shift <= self.largest_shift
+        if self.total_shift is not None:
+            allowed &= found.total_shift <= self.total_shift
         return torch.where(allowed, found.events.double(), torch.inf)
 
 
@@ -192,16 +205,29 @@ def moves_of(x: Tensor, x_adv: Tensor) -> Moves:
 
     Of all ways to pair them this one has the smallest largest shift and the smallest total shift.
     """
-    before, after = x.flatten(2) > 0, x_adv.flatten(2) > 0
-    gone, new = before & ~after, after & ~before
-    T = x.shape[1]
-    frame = torch.arange(T, device=x.device)[None, :, None]
-    left, came = (torch.where(mask, frame, T).sort(dim=1).values for mask in (gone, new))
-    shift = (left - came).abs() * ((left < T) & (came < T))
+    before = x.flatten(2) > 0
+    after = x_adv.flatten(2) > 0
+    gone = before & ~after
+    new = after & ~before
+    left = _frames_of(gone)
+    came = _frames_of(new)
+    frames = x.shape[1]
+    shift = (left - came).abs() * ((left < frames) & (came < frames))
+    shift = shift.flatten(1)
     none = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    largest = shift.flatten(1).amax(1) if shift[:1].numel() else none
-    paired = (gone.sum(1) == new.sum(1)).all(1)
-    return Moves(gone.flatten(1).sum(1), largest, shift.flatten(1).sum(1), paired)
+    return Moves(
+        events=gone.flatten(1).sum(1),
+        largest_shift=shift.amax(1) if shift[:1].numel() else none,
+        total_shift=shift.sum(1),
+        paired=(gone.sum(1) == new.sum(1)).all(1),
+    )
+
+
+def _frames_of(events: Tensor) -> Tensor:
+    """Numbers of the frames that hold an event [N, T, ...], in order; T where there is none."""
+    frames = events.shape[1]
+    number = torch.arange(frames, device=events.device)[None, :, None]
+    return torch.where(events, number, frames).sort(dim=1).values
 
 
 def rounding(x: Tensor) -> float:
@@ -222,26 +248,45 @@ def random_point(
     x: Tensor, threat: ThreatModel, private: Private, *, on_border: bool = False
 ) -> Tensor:
     """Uniform in the ball around ``x``, or somewhere on its border, then projected into [0, 1]."""
-    if threat.norm == "L2":
-        normal = randn(x.shape, private, dtype=torch.float64, device=x.device)
-        share: Tensor | float = 1.0
-        if not on_border:
-            share = rand(x.shape[:1], private, dtype=torch.float64, device=x.device) ** (
-                1 / x[0].numel()
-            )
-        return threat.project(x, x + normal * per_sample(threat.eps * share / l2_norm(normal), x))
+    offset = _l2_offset if threat.norm == "L2" else _linf_offset
+    return threat.project(x, x + offset(x, threat.eps, private, on_border=on_border))
+
+
+def _l2_offset(
+    x: Tensor,
+    eps: float,
+    private: Private,
+    *,
+    on_border: bool,
+) -> Tensor:
+    normal = randn(x.shape, private, dtype=torch.float64, device=x.device)
+    share: Tensor | float = 1.0
+    if not on_border:
+        uniform = rand(x.shape[:1], private, dtype=torch.float64, device=x.device)
+        share = uniform ** (1 / x[0].numel())
+    return normal * per_sample(eps * share / l2_norm(normal), x)
+
+
+def _linf_offset(
+    x: Tensor,
+    eps: float,
+    private: Private,
+    *,
+    on_border: bool,
+) -> Tensor:
     uniform = 2 * rand(x.shape, private, dtype=x.dtype, device=x.device) - 1
-    offset = threat.eps * uniform
+    offset = eps * uniform
     if on_border:
         largest = per_sample(uniform.abs().flatten(1).amax(1), x)
         offset = offset / torch.where(largest > 0, largest, 1.0)
-    return threat.project(x, x + offset)
+    return offset
 
 
 def _fewest_changes(x: Tensor, x_adv: Tensor, most: int) -> Tensor:
     """``x`` with the ``most`` largest changes of ``x_adv``, clamped to [0, 1]."""
     x_adv = x_adv.to(x.dtype).clamp(0, 1)
     changes = (x_adv.double() - x.double()).abs().flatten(1)
-    largest = changes.argsort(dim=1, descending=True, stable=True)[:, :most]
-    kept = torch.zeros_like(changes, dtype=torch.bool).scatter(1, largest, True).view_as(x)
+    order = changes.argsort(dim=1, descending=True, stable=True)
+    kept = torch.zeros_like(changes, dtype=torch.bool)
+    kept = kept.scatter(1, order[:, :most], True).view_as(x)
     return torch.where(kept, x_adv, x)

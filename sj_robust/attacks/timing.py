@@ -7,15 +7,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sj_robust.attacks._flip_search import (
+from sj_robust.attacks._event_search import (
     Settings,
-    apply_flips,
+    apply_changes,
     check_tries,
     first_that_fools,
     searched,
     uniform,
 )
-from sj_robust.attacks._move_search import Limits, MoveSearch, random_moved
+from sj_robust.attacks._move_search import Limits, MoveSearch, RandomMoves, random_moved
 from sj_robust.attacks.call import Loss, Model, Randomness
 from sj_robust.attacks.events import checked_frames
 from sj_robust.attacks.threat import Moves, moves_of
@@ -98,9 +98,8 @@ def move_events(
     """
     x = checked_frames(model, x, y, generator)
     limits = _limits(x, moves, largest_shift, total_shift)
-    make = partial(
-        MoveSearch, limits=limits, flippable=torch.ones_like(x.flatten(1), dtype=torch.bool)
-    )
+    everywhere = torch.ones_like(x.flatten(1), dtype=torch.bool)
+    make = partial(MoveSearch, limits=limits, changeable=everywhere)
     settings = Settings(
         steps=steps,
         probes=probes,
@@ -159,14 +158,12 @@ def random_moves(
     check_tries(tries, model, y)
     if moves == 0 or limits.largest_shift == 0 or x.numel() == 0:
         return x
-    still, size = (
-        torch.zeros_like(x.flatten(1), dtype=torch.bool),
-        torch.full((len(x),), moves, device=x.device),
-    )
+    still = torch.zeros_like(x.flatten(1), dtype=torch.bool)
+    size = torch.full((len(x),), moves, device=x.device)
 
     def draw(private: Private) -> Tensor:
-        order, worth = uniform(x, private), uniform(x, private)
-        return apply_flips(x, random_moved(x, still, order, worth, size, limits))
+        drawn = RandomMoves(order=uniform(x, private), worth=uniform(x, private))
+        return apply_changes(x, random_moved(x, still, drawn, size, limits))
 
     return first_that_fools(model, x, y, draw, tries=tries, generator=generator)
 
@@ -203,10 +200,18 @@ def count_moves(x_adv: Tensor, x: Tensor) -> Moves:
     return moves_of(x, x_adv)
 
 
-def _limits(x: Tensor, moves: int, largest_shift: int | None, total_shift: int | None) -> Limits:
+def _limits(
+    x: Tensor,
+    moves: int,
+    largest_shift: int | None,
+    total_shift: int | None,
+) -> Limits:
     check_count("moves", moves, least=0)
-    for name, count in (("largest_shift", largest_shift), ("total_shift", total_shift)):
-        if count is not None:
-            check_count(name, count)
+    if largest_shift is not None:
+        check_count("largest_shift", largest_shift)
+    if total_shift is not None:
+        check_count("total_shift", total_shift)
     most = x.shape[1] - 1
-    return Limits(most if largest_shift is None else min(largest_shift, most), total_shift)
+    if largest_shift is not None:
+        most = min(largest_shift, most)
+    return Limits(most, total_shift)

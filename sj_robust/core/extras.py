@@ -7,7 +7,6 @@ from importlib.util import find_spec
 __all__ = ["check_extra"]
 
 _PACKAGES = {
-    "autoattack": ("pyautoattack", "attacks"),
     "corruptions": ("imagecorruptions", "corruptions"),
 }
 """By suite, its package and the extra that installs it."""

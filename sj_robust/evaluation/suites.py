@@ -9,11 +9,12 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from sj_robust.attacks.apgd import apgd
-from sj_robust.attacks.bridges import autoattack, square
+from sj_robust.attacks.autoattack import autoattack
 from sj_robust.attacks.call import Attack
 from sj_robust.attacks.gradient import fgsm, pgd
 from sj_robust.attacks.noise import gaussian
 from sj_robust.attacks.sapgd import sapgd
+from sj_robust.attacks.square import square
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import check_choice, check_count
 from sj_robust.core.extras import check_extra
@@ -139,7 +140,6 @@ def make_suite(
     Raises:
         ValueError: If the suite is unknown or does not fit the threat, estimators are given to a
             suite without a choice, or there are fewer than two classes.
-        ModuleNotFoundError: If ``"autoattack"`` has no pyautoattack.
 
     Source: Ding et al. (ICML 2024), section 5; AutoAttack of Croce and Hein (ICML 2020).
 

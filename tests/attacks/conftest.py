@@ -1,5 +1,6 @@
 """The attacks and models of the table as fixtures, and a trained network."""
 
+import importlib
 import itertools
 from collections.abc import Callable, Iterable
 
@@ -8,22 +9,27 @@ import torch
 from attacks.moving_bars import EVENT_ATTACKS, moving_bars, trained_model
 from attacks.table import (
     ATTACKS,
-    BRIDGES,
     MODELS,
     NOISES,
+    ON_IMAGES,
     Attack,
     PerStep,
     Trained,
     linear_model,
+    seeded,
     train,
 )
 from torch import Tensor, nn
 
 from sj_robust import DLIFNode, SpikingClassifier
-from sj_robust.attacks import _autoattack, autoattack
+from sj_robust.attacks import autoattack
 
 SEARCHES = {name: attack for name, attack in ATTACKS.items() if name not in NOISES}
-PAIRS = [*itertools.product(NOISES | BRIDGES, ["linear"]), *itertools.product(SEARCHES, MODELS)]
+NEAREST = [name for name in SEARCHES if name.startswith("fab")]
+PAIRS = [
+    *itertools.product([*NOISES, *ON_IMAGES, *NEAREST], ["linear"]),
+    *itertools.product([name for name in SEARCHES if name not in NEAREST], MODELS),
+]
 
 
 def _one_of(names: Iterable[str]):
@@ -34,11 +40,11 @@ def _one_of(names: Iterable[str]):
     return attack
 
 
-attack, gradient_attack, bridge = _one_of(ATTACKS), _one_of(SEARCHES), _one_of(BRIDGES)
-search, every_attack = (
-    _one_of(SEARCHES | BRIDGES),
-    _one_of(ATTACKS | BRIDGES),
-)  # a search asks the model
+attack = _one_of(ATTACKS)
+gradient_attack = _one_of(SEARCHES)
+image_attack = _one_of(ON_IMAGES)
+search = _one_of(SEARCHES | ON_IMAGES)  # a search asks the model
+every_attack = _one_of(ATTACKS | ON_IMAGES)
 
 
 @pytest.fixture(params=MODELS)
@@ -54,13 +60,19 @@ def attack_and_model(request, monkeypatch) -> tuple[Attack, nn.Module]:
 
 
 def _shortened(name: str, monkeypatch) -> Attack:
-    """An attack by name; those of AutoAttack run a fifth of their iterations."""
-    if name in BRIDGES and BRIDGES[name].function is autoattack:
-        pytest.importorskip(
-            "pyautoattack", reason="extra `attacks` holds the library behind the bridge"
-        )
-        monkeypatch.setattr(_autoattack, "_ITERATIONS", 20)
-    return (ATTACKS | BRIDGES)[name]
+    """An attack by name; AutoAttack runs a small part of its iterations."""
+    attack = (ATTACKS | ON_IMAGES)[name]
+    if attack.function is autoattack:
+        shorten(monkeypatch)
+    return attack
+
+
+def shorten(monkeypatch, *, iterations: int = 5, queries: int = 20) -> None:
+    """AutoAttack with fewer iterations of its gradient attacks and fewer queries of Square."""
+    # the package's attribute of this name is the function
+    module = importlib.import_module("sj_robust.attacks.autoattack")
+    monkeypatch.setattr(module, "_ITERATIONS", iterations)
+    monkeypatch.setattr(module, "_QUERIES", queries)
 
 
 def _untrained(name: str) -> nn.Module:
@@ -75,7 +87,7 @@ def batch() -> tuple[Tensor, Tensor]:
     """Seven images for the models, with values on the border of the box among them; the linear one
     is right.
     """
-    generator = torch.Generator().manual_seed(2)
+    generator = seeded(2)
     x = torch.rand(7, 1, 6, 6, generator=generator)
     x[0, 0, 0], x[1, 0, 1] = 0.0, 1.0
     return x, linear_model(36)(x).argmax(1)
@@ -93,22 +105,38 @@ def trained() -> Trained:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         order = torch.randperm(len(x))
-        x, y = x[order], y[order]
+        x = x[order]
+        y = y[order]
         net = nn.Sequential(
             PerStep(nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12)),
             DLIFNode(T=4, tau=2.0),
-            PerStep(nn.Conv2d(12, 24, 3, stride=2, padding=1), nn.BatchNorm2d(24)),
+            PerStep(
+                nn.Conv2d(
+                    12,
+                    24,
+                    3,
+                    stride=2,
+                    padding=1,
+                ),
+                nn.BatchNorm2d(24),
+            ),
             DLIFNode(T=4, tau=2.0),
             PerStep(nn.Flatten(), nn.Linear(24 * 16, 10)),
         )
-        model = train(SpikingClassifier(net, T=4), x[:1280], y[:1280], epochs=4, size=64)
+        model = train(
+            SpikingClassifier(net, T=4),
+            x[:1280],
+            y[:1280],
+            epochs=4,
+            size=64,
+        )
     return Trained(model, x[1280:], y[1280:])
 
 
 @pytest.fixture(scope="session")
 def bars() -> Trained:
     """A spiking network trained on event frames for a second; evaluation mode."""
-    return Trained(trained_model(), *moving_bars(32, torch.Generator().manual_seed(1)))
+    return Trained(trained_model(), *moving_bars(32, seeded(1)))
 
 
 @pytest.fixture(params=EVENT_ATTACKS)

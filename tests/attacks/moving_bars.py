@@ -5,14 +5,15 @@ the event attacks.
 from functools import partial
 
 import torch
-from attacks.table import PerStep, train
+from attacks.table import PerStep, seeded, train
 from torch import Tensor, nn
 
 from sj_robust import DLIFNode
 from sj_robust.attacks import flip_events, move_events, random_flips, random_moves
 from sj_robust.classifier import SpikingEventClassifier
 
-T, SIZE = 6, 10
+T = 6
+SIZE = 10
 
 
 def moved(attack, *arguments, flips, **options):
@@ -28,8 +29,20 @@ EVENT_ATTACKS = {
     "gradient_only": partial(flip_events, probes=0, queries=0),
     "one_step": partial(flip_events, steps=1, probes=0, queries=5),
     "last": partial(flip_events, keep_best=False, reduce=False, queries=3),
-    "targets_and_restarts": partial(flip_events, target_classes=2, restarts=3, probes=2, queries=3),
-    "eot": partial(flip_events, eot_samples=2, confidence=0.5, probes=2, queries=3),
+    "targets_and_restarts": partial(
+        flip_events,
+        target_classes=2,
+        restarts=3,
+        probes=2,
+        queries=3,
+    ),
+    "eot": partial(
+        flip_events,
+        eot_samples=2,
+        confidence=0.5,
+        probes=2,
+        queries=3,
+    ),
     "moves": partial(moved, move_events),
     "moves_targets_and_restarts": partial(
         moved, move_events, total_shift=4, target_classes=2, restarts=3, probes=2, queries=3
@@ -76,7 +89,7 @@ def spiking_model() -> SpikingEventClassifier:
 
 def trained_model(epochs: int = 8) -> SpikingEventClassifier:
     """A network that knows the directions; evaluation mode. Takes a second."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     x, y = moving_bars(600, generator)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -88,4 +101,4 @@ def frames(
     *shape: int, seed: int = 0, share: float = 0.3, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Frames of independent events."""
-    return (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share).to(dtype)
+    return (torch.rand(shape, generator=seeded(seed)) < share).to(dtype)

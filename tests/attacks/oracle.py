@@ -29,14 +29,21 @@ def linear_oracle(
     """
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(classes, features, generator=generator, dtype=torch.float64)
-    x = 0.5 + 0.1 * (torch.rand(samples, features, generator=generator, dtype=torch.float64) - 0.5)
+    x = 0.5 + 0.1 * (
+        torch.rand(
+            samples,
+            features,
+            generator=generator,
+            dtype=torch.float64,
+        )
+        - 0.5
+    )
     logits = (x - 0.5) @ weight.T
     y = logits.argmax(1)
     gaps = weight[y, None] - weight[None]
     dual = gaps.abs().sum(2) if norm == "Linf" else gaps.norm(dim=2)
-    distances = (
-        ((logits.gather(1, y[:, None]) - logits) / dual).scatter(1, y[:, None], torch.inf).amin(1)
-    )
+    leads = logits.gather(1, y[:, None]) - logits
+    distances = (leads / dual).scatter(1, y[:, None], torch.inf).amin(1)
     ordered = distances.sort().values[samples // 3 : 2 * samples // 3]
     widest = int(ordered.diff().argmax())
     eps = float(ordered[widest : widest + 2].mean())

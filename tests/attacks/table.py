@@ -27,6 +27,7 @@ from sj_robust.attacks import (
     square,
     uniform,
 )
+from sj_robust.attacks._fab import fab
 from sj_robust.core.host import functional, neuron
 
 torch.set_num_threads(1)
@@ -40,7 +41,14 @@ class Attack(NamedTuple):
     norm: str | None = "Linf"  # None: no ball, only the box
     draws: bool = True  # whether the attack itself is random
 
-    def run(self, model, x: Tensor, y: Tensor, eps: float, generator=None) -> Tensor:
+    def run(
+        self,
+        model,
+        x: Tensor,
+        y: Tensor,
+        eps: float,
+        generator=None,
+    ) -> Tensor:
         options = {
             name: value(eps) if callable(value) else value for name, value in self.options.items()
         }
@@ -99,22 +107,28 @@ ATTACKS = {
     "sapgd": _climbing(sapgd),
     "sapgd_highest": _climbing(sapgd, keep_best=False),
     "sapgd_restarts": _climbing(sapgd, restarts=2, eot_samples=2),
+    "fab": Attack(fab, {"steps": 4}, draws=False),
+    "fab_targets": Attack(fab, {"steps": 4, "target_classes": 2}, draws=False),
+    "fab_l2": Attack(fab, {"steps": 4, "norm": "L2"}, "L2", draws=False),
 }
 
-BRIDGES = {
-    f"{name}{suffix}": Attack(function, options | {"norm": norm}, norm)
-    for norm, suffix in (("Linf", ""), ("L2", "_l2"))
-    for function, name, options in [
-        *(
-            (autoattack, name, {"attacks": [name]})
-            for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t")
-        ),
-        (square, "square", {"queries": 60}),
-    ]
+ON_IMAGES = {
+    "square": Attack(square, {"queries": 60}),
+    "square_l2": Attack(square, {"queries": 60, "norm": "L2"}, "L2"),
+    "autoattack": Attack(autoattack, {}),
+    "autoattack_l2": Attack(autoattack, {"norm": "L2"}, "L2"),
+    "autoattack_plus": Attack(autoattack, {"version": "plus"}),
+    "autoattack_rand": Attack(autoattack, {"version": "rand"}),
 }
+"""What attacks images [N, C, H, W] alone, or takes long."""
 
 
-def assert_within(x_adv: Tensor, x: Tensor, norm: str | None, eps: float) -> None:
+def assert_within(
+    x_adv: Tensor,
+    x: Tensor,
+    norm: str | None,
+    eps: float,
+) -> None:
     """Images of the same kind, without a graph, inside the box and, exactly, inside the ball."""
     assert (x_adv.shape, x_adv.dtype, x_adv.device) == (x.shape, x.dtype, x.device)
     assert not x_adv.requires_grad
@@ -174,6 +188,11 @@ def predicted(model, x: Tensor) -> Tensor:
     return model(x).argmax(1)
 
 
+def fooled(model, x: Tensor, y: Tensor) -> Tensor:
+    """Which images the model is wrong about, [N] bool."""
+    return predicted(model, x) != y
+
+
 class Recorder:
     """Keeps every batch that a model is called with."""
 
@@ -200,7 +219,11 @@ def two_classes(lead: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return model
 
 
-def linear_model(features: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+def linear_model(
+    features: int,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> nn.Module:
     """Linear classifier of flattened images into five classes."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(features, 5)).to(dtype)
     generator = torch.Generator().manual_seed(seed)

@@ -10,18 +10,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sj_robust.attacks import rfgsm
+from sj_robust.attacks._fab import fab
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 @settings(max_examples=12, deadline=None)
 @given(
     shape=st.sampled_from([(1, 1), (0, 1, 3, 3), (3, 7), (2, 3, 4, 4), (1, 2, 3, 2, 2)]),
-    eps=st.one_of(st.floats(1e-9, 1), st.sampled_from([0.0, 4 / 255, 8 / 255, 0.1])),
+    eps=st.one_of(
+        st.floats(1e-9, 1),
+        st.sampled_from(
+            [
+                0.0,
+                4 / 255,
+                8 / 255,
+                0.1,
+            ]
+        ),
+    ),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 10**6),
 )
 def test_inside_ball_and_box_for_any_shape_radius_and_dtype(name, shape, eps, dtype, seed):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     x = torch.rand(shape, generator=generator).to(dtype)
     x[torch.rand(shape, generator=generator) < 0.2] = 0.0
     x[torch.rand(shape, generator=generator) < 0.2] = 1.0
@@ -45,9 +56,61 @@ def test_inside_ball_and_box_on_every_model(attack_and_model, batch):
     assert not torch.equal(x_adv, x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_inside_ball_and_box_in_every_dtype_of_network(image_attack, batch, dtype):
+    model = linear_model(36, dtype)
+    x = batch[0].to(dtype)
+    y = predicted(model, x)
+    before = x.clone()
+    strict = lambda images: model(images) if images.dtype == dtype else 1 / 0  # noqa: E731
+    x_adv = image_attack.run(strict, x, y, 0.4, seeded())
+    assert_within(x_adv, x, image_attack.norm, 0.4)
+    assert torch.equal(x, before)
+    assert int((predicted(model, x_adv) != y).sum()) > 0
+
+
+@pytest.mark.parametrize("model", ["dlif"], indirect=True)
+@pytest.mark.filterwarnings("ignore::sj_robust.attacks.AutoAttackWarning")  # zero gradients
+def test_inside_ball_and_box_on_a_spiking_network(image_attack, batch, model):
+    x = batch[0]
+    x_adv = image_attack.run(model, x, predicted(model.eval(), x), 0.2)
+    assert_within(x_adv, x, image_attack.norm, 0.2)
+
+
+def test_the_edge_cases_of_a_batch(image_attack, batch):
+    model = linear_model(36)
+    x = batch[0]
+    y = predicted(model, x)
+    assert image_attack.run(model, x[:0], y[:0], 0.2).shape == (0, 1, 6, 6)
+    assert torch.equal(image_attack.run(model, x, (y + 1) % 5, 0.2), x)  # all wrong before
+    alone = image_attack.run(
+        model,
+        x[:1],
+        y[:1],
+        0.2,
+        seeded(),
+    )
+    assert_within(alone, x[:1], image_attack.norm, 0.2)
+    wide = linear_model(72)
+    strided = x.repeat(1, 2, 1, 1).contiguous(memory_format=torch.channels_last)
+    y = predicted(wide, strided)
+    together = image_attack.run(wide, strided, y, 0.2, seeded())
+    assert torch.equal(
+        together,
+        image_attack.run(
+            wide,
+            strided.contiguous(),
+            y,
+            0.2,
+            seeded(),
+        ),
+    )
+
+
 def test_every_sample_is_moved_on_a_model_that_has_a_gradient(gradient_attack, batch):
     x, y = batch
-    x_adv = gradient_attack.run(linear_model(36), x, y, 0.2, seeded())
+    eps = 1.0 if gradient_attack.function is fab else 0.2  # it moves what falls, and no farther
+    x_adv = gradient_attack.run(linear_model(36), x, y, eps, seeded())
     moved = (x_adv - x).flatten(1).norm(dim=1)
     assert int((moved > 0.05).sum()) >= 5
 
@@ -60,8 +123,16 @@ def test_a_radius_of_zero_returns_the_images(every_attack, batch):
 
 
 def test_unprojected_rfgsm_leaves_the_ball_by_the_noise_alone(batch):
-    x, y = (batch[0] * 0.5 + 0.25), batch[1]
-    x_adv = rfgsm(linear_model(36), x, y, eps=0.1, noise_std=0.01, project=False)
+    x = batch[0] * 0.5 + 0.25
+    y = batch[1]
+    x_adv = rfgsm(
+        linear_model(36),
+        x,
+        y,
+        eps=0.1,
+        noise_std=0.01,
+        project=False,
+    )
     distance = (x_adv - x).abs()
     assert distance.max() > 0.101
     assert distance.max() < 0.1 + 6 * 0.01

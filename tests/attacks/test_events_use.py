@@ -31,13 +31,27 @@ def bars_and_labels(count: int) -> tuple[Tensor, Tensor]:
 class TestState:
     @pytest.mark.slow
     def test_same_seed_same_result_and_another_seed_another(self, event_attack, bars):
-        x, y = bars.x[:5], bars.y[:5]
+        x = bars.x[:5]
+        y = bars.y[:5]
         first, other = (
-            event_attack(bars.model, x, y, flips=6, generator=seeded(seed)) for seed in (5, 6)
+            event_attack(
+                bars.model,
+                x,
+                y,
+                flips=6,
+                generator=seeded(seed),
+            )
+            for seed in (5, 6)
         )
         for context in (torch.no_grad, torch.inference_mode):  # of the caller
             with context():
-                again = event_attack(bars.model, x.clone(), y, flips=6, generator=seeded(5))
+                again = event_attack(
+                    bars.model,
+                    x.clone(),
+                    y,
+                    flips=6,
+                    generator=seeded(5),
+                )
             assert torch.equal(again, first), context.__name__
         if event_attack not in (
             EVENT_ATTACKS["gradient_only"],
@@ -61,7 +75,14 @@ class TestState:
         x, y = bars_and_labels(6)
         others = torch.cat([x[:1], 1 - x[1:]]), torch.cat([y[:1], (y[1:] + 1) % 4])
         first, second = (
-            flip_events(double, *batch, flips=12, restarts=2, queries=20, generator=seeded())
+            flip_events(
+                double,
+                *batch,
+                flips=12,
+                restarts=2,
+                queries=20,
+                generator=seeded(),
+            )
             for batch in ((x, y), others)
         )
         assert torch.equal(first[0], second[0])
@@ -81,7 +102,8 @@ class TestStochasticNetwork:
                 return bars.model(x) + 0.5 * torch.randn(len(x), 4)
 
         seeds = SampleSeeds(range(20))
-        x, y = bars.x[:20], bars.y[:20]
+        x = bars.x[:20]
+        y = bars.y[:20]
         held = [
             int(
                 fools(
@@ -100,7 +122,8 @@ class TestStochasticNetwork:
         assert held[1] > held[0] + 5
 
 
-X, Y = frames(3, T, 2, SIZE, SIZE), torch.tensor([0, 1, 3])
+X = frames(3, T, 2, SIZE, SIZE)
+Y = torch.tensor([0, 1, 3])
 
 
 BOTH = (flip_events, random_flips)

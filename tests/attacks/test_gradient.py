@@ -31,7 +31,13 @@ def cross_entropy_gradient(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def test_fgsm_equals_the_formula(targeted):
     sign = np.sign(cross_entropy_gradient(X, Y)) * (-1 if targeted else 1)
     expected = np.clip(X + 0.1 * sign, 0, 1)
-    x_adv = fgsm(three_classes, torch.tensor(X), torch.tensor(Y), eps=0.1, targeted=targeted)
+    x_adv = fgsm(
+        three_classes,
+        torch.tensor(X),
+        torch.tensor(Y),
+        eps=0.1,
+        targeted=targeted,
+    )
     np.testing.assert_allclose(x_adv.numpy(), expected, rtol=0, atol=1e-12)
     assert (x_adv.numpy()[:, 3] == X[:, 3]).all()  # no gradient there, no step
 
@@ -40,7 +46,13 @@ def test_fgsm_equals_the_formula(targeted):
 def test_rfgsm_equals_the_formula_at_its_own_start(project):
     recorder = Recorder(three_classes)
     options = {"eps": 0.1, "step_size": 0.15, "noise_std": 0.05, "project": project}
-    x_adv = rfgsm(recorder, torch.tensor(X), torch.tensor(Y), **options, generator=seeded())
+    x_adv = rfgsm(
+        recorder,
+        torch.tensor(X),
+        torch.tensor(Y),
+        **options,
+        generator=seeded(),
+    )
     (start,) = (seen.numpy() for seen in recorder.seen)
     private = private_generator(seeded(), torch.device("cpu"))
     draw_seed(private)  # of the numbers that the model draws
@@ -49,13 +61,24 @@ def test_rfgsm_equals_the_formula_at_its_own_start(project):
     expected = start + 0.15 * np.sign(cross_entropy_gradient(start, Y))
     if project:
         expected = np.clip(expected, X - 0.1, X + 0.1)
-    np.testing.assert_allclose(x_adv.numpy(), np.clip(expected, 0, 1), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        x_adv.numpy(),
+        np.clip(expected, 0, 1),
+        rtol=0,
+        atol=1e-12,
+    )
 
 
 def test_rfgsm_starts_at_gaussian_noise_and_steps_by_eps():
     x = torch.full((50, 400), 0.5)
     recorder = Recorder(two_classes(lambda x: x.mean(1)))
-    x_adv = rfgsm(recorder, x, torch.ones(50, dtype=torch.int64), eps=0.1, project=False)
+    x_adv = rfgsm(
+        recorder,
+        x,
+        torch.ones(50, dtype=torch.int64),
+        eps=0.1,
+        project=False,
+    )
     noise = recorder.seen[0] - x
     assert noise.std().item() == pytest.approx(0.001, rel=0.03)
     assert noise.mean().abs().item() < 5 * 0.001 / math.sqrt(20_000)
@@ -65,7 +88,14 @@ def test_rfgsm_starts_at_gaussian_noise_and_steps_by_eps():
 def test_gaussian_noise_has_the_asked_deviation_and_clamps_on_request():
     x = torch.full((20, 1000), 0.95)
     y = torch.zeros(20, dtype=torch.int64)
-    free = gaussian(None, x, y, std=0.1, clamp=False, generator=seeded(3))
+    free = gaussian(
+        None,
+        x,
+        y,
+        std=0.1,
+        clamp=False,
+        generator=seeded(3),
+    )
     assert (free - x).std().item() == pytest.approx(0.1, rel=0.03)
     assert (free - x).mean().abs().item() < 5 * 0.1 / math.sqrt(20_000)
     assert free.max() > 1
@@ -76,7 +106,8 @@ def test_gaussian_noise_has_the_asked_deviation_and_clamps_on_request():
 @pytest.mark.parametrize(("norm", "step_size"), [("Linf", 0.05), ("L2", 0.1)])
 def test_pgd_iterates_follow_the_formula(norm, step_size):
     recorder = Recorder(three_classes)
-    x, y = torch.tensor(X), torch.tensor(Y)
+    x = torch.tensor(X)
+    y = torch.tensor(Y)
     pgd(
         recorder,
         x,
@@ -99,7 +130,12 @@ def test_pgd_iterates_follow_the_formula(norm, step_size):
             expected = X + delta * np.minimum(
                 1, 0.12 / np.linalg.norm(delta, axis=1, keepdims=True)
             )
-        np.testing.assert_allclose(after.numpy(), np.clip(expected, 0, 1), rtol=0, atol=1e-9)
+        np.testing.assert_allclose(
+            after.numpy(),
+            np.clip(expected, 0, 1),
+            rtol=0,
+            atol=1e-9,
+        )
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
@@ -121,9 +157,16 @@ def valley(offset: float):
 
 @pytest.mark.parametrize("offset", [-0.2, 1.0], ids=["fooling iterate", "highest loss"])
 def test_keep_best_takes_the_best_iterate_and_not_the_last(offset):
-    x, y = torch.tensor([[0.4]]), torch.tensor([1])
+    x = torch.tensor([[0.4]])
+    y = torch.tensor([1])
     options = {"eps": 0.3, "step_size": 0.11, "steps": 2, "random_start": False}
-    assert pgd(valley(offset), x, y, **options, keep_best=False).item() == pytest.approx(0.40)
+    assert pgd(
+        valley(offset),
+        x,
+        y,
+        **options,
+        keep_best=False,
+    ).item() == pytest.approx(0.40)
     assert pgd(valley(offset), x, y, **options).item() == pytest.approx(0.51)
     assert pgd(valley(offset), x, y, **options | {"steps": 1}).item() == pytest.approx(
         0.51
@@ -140,7 +183,16 @@ def test_keep_best_prefers_fooling_to_a_higher_loss():
         ]  # rises as x falls, although a low x is classified as class 1, the label
 
     x, y = torch.tensor([[0.45]]), torch.tensor([1])  # at 0.45 class 0 wins
-    x_adv = pgd(model, x, y, eps=0.3, step_size=0.1, steps=3, random_start=False, loss=loss)
+    x_adv = pgd(
+        model,
+        x,
+        y,
+        eps=0.3,
+        step_size=0.1,
+        steps=3,
+        random_start=False,
+        loss=loss,
+    )
     assert x_adv.item() == pytest.approx(0.45)
     last = pgd(
         model, x, y, eps=0.3, step_size=0.1, steps=3, random_start=False, loss=loss, keep_best=False
@@ -153,7 +205,15 @@ def test_a_wrongly_classified_image_stays_so_despite_the_random_start():
         torch.full((64, 1), 0.5),
         torch.ones(64, dtype=torch.int64),
     )  # fooled only within 0.02 of 0.5
-    x_adv = pgd(valley(-0.2), x, y, eps=0.3, step_size=0.25, steps=1, generator=seeded())
+    x_adv = pgd(
+        valley(-0.2),
+        x,
+        y,
+        eps=0.3,
+        step_size=0.25,
+        steps=1,
+        generator=seeded(),
+    )
     assert (valley(-0.2)(x_adv).argmax(1) == 0).all()
 
 
@@ -171,9 +231,20 @@ one_sided = two_classes(lambda x: 0.2 - (x.flatten() - 0.5).clamp(min=0))
     ids=["pgd", "pgd last", "apgd"],
 )
 def test_restarts_find_what_one_start_misses_and_lose_nothing(attack):
-    x, y = torch.full((200, 1), 0.5), torch.ones(200, dtype=torch.int64)
+    x = torch.full((200, 1), 0.5)
+    y = torch.ones(200, dtype=torch.int64)
     once, often = (
-        predicted(one_sided, attack(one_sided, x, y, restarts=restarts, generator=seeded())) == 0
+        predicted(
+            one_sided,
+            attack(
+                one_sided,
+                x,
+                y,
+                restarts=restarts,
+                generator=seeded(),
+            ),
+        )
+        == 0
         for restarts in (1, 6)
     )
     assert 70 <= int(once.sum()) <= 130  # half of the starts lie on the slope
@@ -183,8 +254,18 @@ def test_restarts_find_what_one_start_misses_and_lose_nothing(attack):
 
 def test_restarts_attack_only_what_is_left():
     recorder = Recorder(one_sided)
-    x, y = torch.full((200, 1), 0.5), torch.ones(200, dtype=torch.int64)
-    pgd(recorder, x, y, eps=0.3, step_size=0.1, steps=4, restarts=2, generator=seeded())
+    x = torch.full((200, 1), 0.5)
+    y = torch.ones(200, dtype=torch.int64)
+    pgd(
+        recorder,
+        x,
+        y,
+        eps=0.3,
+        step_size=0.1,
+        steps=4,
+        restarts=2,
+        generator=seeded(),
+    )
     sizes = recorder.sizes
     assert sizes[:6] == [200] * 6  # the images themselves, four steps, the last iterate
     assert len(set(sizes[6:])) == 1
@@ -215,9 +296,19 @@ def test_eot_averages_the_gradients_of_its_forwards(attack):
         factors.append(torch.rand(2))
         return x @ (torch.tensor([1.0, -1.0]) * factors[-1])
 
-    model, x, y = Recorder(two_classes(margin)), torch.full((1, 2), 0.5), torch.tensor([1])
+    model = Recorder(two_classes(margin))
+    x = torch.full((1, 2), 0.5)
+    y = torch.tensor([1])
     options = {"norm": "L2", "keep_best": False, "loss": lambda logits, y: -logits[:, 1]}
-    x_adv = attack(model, x, y, eps=0.1, steps=1, eot_samples=8, **options)
+    x_adv = attack(
+        model,
+        x,
+        y,
+        eps=0.1,
+        steps=1,
+        eot_samples=8,
+        **options,
+    )
     assert len(factors) == (16 if attack is apgd else 8)
     mean = torch.stack(factors[:8]).mean(0) * torch.tensor([-1.0, 1.0])
     moved = model.seen[0] + 0.2 * mean / mean.norm() - x
@@ -228,7 +319,8 @@ def test_eot_averages_the_gradients_of_its_forwards(attack):
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("scale", [0.0, 1e-40, 1e30])
 def test_vanishing_and_huge_gradients_give_no_nan(norm, scale):
-    x, y = torch.rand(3, 4, generator=seeded()), torch.tensor([0, 1, 1])
+    x = torch.rand(3, 4, generator=seeded())
+    y = torch.tensor([0, 1, 1])
 
     def loss(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return logits[:, 0] * scale
@@ -251,7 +343,8 @@ def test_vanishing_and_huge_gradients_give_no_nan(norm, scale):
 
 
 def test_the_loss_can_be_chosen():
-    x, y = torch.tensor(X), torch.tensor(Y)
+    x = torch.tensor(X)
+    y = torch.tensor(Y)
 
     def negative(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return -nn.functional.cross_entropy(logits, y, reduction="none")
@@ -277,14 +370,22 @@ def test_half_precision_logits_enter_the_loss_as_float32(dtype):
         seen.append(logits.dtype)
         return nn.functional.cross_entropy(logits, y, reduction="none")
 
-    x, y = torch.tensor(X, dtype=torch.float32), torch.tensor(Y)
-    x_adv = fgsm(lambda x: three_classes(x).to(dtype), x, y, eps=0.1, loss=loss)
+    x = torch.tensor(X, dtype=torch.float32)
+    y = torch.tensor(Y)
+    x_adv = fgsm(
+        lambda x: three_classes(x).to(dtype),
+        x,
+        y,
+        eps=0.1,
+        loss=loss,
+    )
     assert seen == [torch.float32]
     torch.testing.assert_close(x_adv, fgsm(three_classes, x, y, eps=0.1))
 
 
 def test_numpy_numbers_are_numbers():
-    x, y = torch.tensor(X), torch.tensor(Y)
+    x = torch.tensor(X)
+    y = torch.tensor(Y)
     x_adv = pgd(
         three_classes,
         x,

@@ -9,7 +9,15 @@ from sj_robust.attacks import salt_and_pepper, uniform
 
 def test_uniform_noise_fills_the_ball_evenly():
     x = torch.full((20, 1000), 0.5)
-    noise = (uniform(None, x, eps=0.1, generator=seeded()) - x).flatten()
+    noise = (
+        uniform(
+            None,
+            x,
+            eps=0.1,
+            generator=seeded(),
+        )
+        - x
+    ).flatten()
     assert noise.min().item() == pytest.approx(-0.1, abs=1e-3)
     assert noise.max().item() == pytest.approx(0.1, abs=1e-3)
     for quantile in (0.1, 0.5, 0.9):

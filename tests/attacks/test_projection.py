@@ -4,17 +4,31 @@ from fractions import Fraction
 
 import pytest
 import torch
+from attacks.table import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sj_robust.attacks import linf_bounds, project_l2, project_linf
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-EDGES = [0.0, -0.0, 1.0, 1e-30, 0.5, 1 - 2**-20, 2**-24]
+EDGES = [
+    0.0,
+    -0.0,
+    1.0,
+    1e-30,
+    0.5,
+    1 - 2**-20,
+    2**-24,
+]
 
 
-def images(seed: int, dtype: torch.dtype, n: int = 3, features: int = 50) -> torch.Tensor:
-    x = torch.rand(n, features, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def images(
+    seed: int,
+    dtype: torch.dtype,
+    n: int = 3,
+    features: int = 50,
+) -> torch.Tensor:
+    x = torch.rand(n, features, generator=seeded(seed)).to(dtype)
     x[:, : len(EDGES)] = torch.tensor(EDGES).to(dtype)
     return x
 
@@ -47,11 +61,22 @@ def test_linf_bounds_are_the_outermost_numbers_of_the_dtype_inside_the_ball(dtyp
 
 @settings(max_examples=50, deadline=None)
 @given(
-    eps=st.sampled_from([0.0, 1e-9, 2 / 255, 8 / 255, 0.1, 0.3, 1.0]), seed=st.integers(0, 10**6)
+    eps=st.sampled_from(
+        [
+            0.0,
+            1e-9,
+            2 / 255,
+            8 / 255,
+            0.1,
+            0.3,
+            1.0,
+        ]
+    ),
+    seed=st.integers(0, 10**6),
 )
 def test_linf_distance_obeys_the_python_number_in_every_way_of_measuring(eps, seed):
     x = images(seed, torch.float32)
-    wild = x + 3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    wild = x + 3 * torch.randn(x.shape, generator=seeded(seed))
     x_adv = project_linf(wild, x, eps=eps)
     assert (x_adv - x).abs().max().item() <= eps
     assert (x_adv.double() - x.double()).abs().max().item() <= eps
@@ -66,7 +91,12 @@ def test_a_point_inside_stays():
     x = images(0, torch.float32)
     inside = (x + 0.01).clamp(max=1)
     assert torch.equal(project_linf(inside, x, eps=0.02), inside)
-    torch.testing.assert_close(project_l2(inside, x, eps=1.0), inside, rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        project_l2(inside, x, eps=1.0),
+        inside,
+        rtol=0,
+        atol=1e-7,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -78,7 +108,7 @@ def test_a_point_inside_stays():
 )
 def test_l2_projection_against_float64(dtype, eps, scale, seed):
     x = images(seed, dtype)
-    step = scale * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    step = scale * torch.randn(x.shape, generator=seeded(seed))
     moved = (x.float() + step).to(dtype)
     x_adv = project_l2(moved, x, eps=eps)
     assert x_adv.dtype == dtype

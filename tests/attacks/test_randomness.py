@@ -54,7 +54,13 @@ def test_draws_of_a_sample_do_not_depend_on_its_neighbours(draw):
     def drawn(seeds: SampleSeeds) -> torch.Tensor:
         private = private_generator(seeds, CPU)
         draws = [
-            draw((len(seeds), 2, 3), private, dtype=torch.float64, device=CPU) for _ in range(2)
+            draw(
+                (len(seeds), 2, 3),
+                private,
+                dtype=torch.float64,
+                device=CPU,
+            )
+            for _ in range(2)
         ]
         return torch.stack(draws, 1)
 
@@ -76,11 +82,18 @@ def test_draws_have_the_moments_they_should():
 
 
 def test_an_attack_with_sample_seeds_does_not_depend_on_batch_or_neighbours(attack, batch):
-    x, y = batch[0].double(), batch[1]
+    x = batch[0].double()
+    y = batch[1]
     model = linear_model(36, seed=3).double()
     together = attack.run(model, x, y, 0.1, SEEDS)
     for rows in ([0], [5, 2], [6, 0, 1, 3]):
-        some = attack.run(model, x[rows], y[rows], 0.1, SEEDS.rows(torch.tensor(rows)))
+        some = attack.run(
+            model,
+            x[rows],
+            y[rows],
+            0.1,
+            SEEDS.rows(torch.tensor(rows)),
+        )
         torch.testing.assert_close(some, together[rows], rtol=0, atol=1e-12)
 
 
@@ -94,10 +107,24 @@ def test_the_draws_of_the_network_follow_the_seeds(seeds):
         drawn.append(torch.rand(3))
         return x[:, :2] * drawn[-1].sum()
 
-    x, y = torch.rand(2, 4), torch.tensor([0, 1])
-    options = {"eps": 0.1, "step_size": 0.05, "steps": 2, "eot_samples": 3, "norm": "L2"}
+    x = torch.rand(2, 4)
+    y = torch.tensor([0, 1])
+    options = {
+        "eps": 0.1,
+        "step_size": 0.05,
+        "steps": 2,
+        "eot_samples": 3,
+        "norm": "L2",
+    }
     results = [
-        pgd(noisy, x, y, **options, generator=seeds(pair)) for pair in ([1, 2], [1, 2], [1, 3])
+        pgd(
+            noisy,
+            x,
+            y,
+            **options,
+            generator=seeds(pair),
+        )
+        for pair in ([1, 2], [1, 2], [1, 3])
     ]
     first, again, other = torch.stack(drawn).chunk(3)
     assert torch.equal(first, again)
@@ -123,6 +150,11 @@ def test_wrong_seeds(seeds, error, match):
 
 def test_half_precision_noise_keeps_its_dtype():
     x = torch.full((2, 3), 0.5, dtype=torch.bfloat16)
-    noisy = gaussian(nn.Identity(), x, std=0.1, generator=SampleSeeds([0, 1]))
+    noisy = gaussian(
+        nn.Identity(),
+        x,
+        std=0.1,
+        generator=SampleSeeds([0, 1]),
+    )
     assert noisy.dtype == torch.bfloat16
     assert not torch.equal(noisy[0], noisy[1])

@@ -9,7 +9,15 @@ from threading import Barrier
 
 import pytest
 import torch
-from attacks.table import ATTACKS, Recorder, left_as_it_was, linear_model, seeded
+from attacks.table import (
+    ATTACKS,
+    Recorder,
+    all_generators,
+    left_as_it_was,
+    linear_model,
+    predicted,
+    seeded,
+)
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
@@ -24,6 +32,20 @@ from sj_robust.neuron import DLIFNode
 def test_network_and_generators_are_left_as_they_were(gradient_attack, model, batch, fail_at):
     with left_as_it_was(model, fail_at):
         gradient_attack.run(model, *batch, 0.1, seeded() if fail_at else None)
+
+
+@pytest.mark.parametrize("fail_at", [None, 12])
+def test_all_global_generators_are_left_as_they_were(image_attack, batch, fail_at):
+    model = linear_model(36)
+    y = predicted(model, batch[0])
+    with left_as_it_was(model, fail_at, draws=all_generators):
+        image_attack.run(
+            model,
+            batch[0],
+            y,
+            0.02,
+            seeded() if fail_at else None,
+        )
 
 
 def in_threads(count, work):
@@ -52,11 +74,20 @@ def test_twenty_threads_attack_one_network_as_one_thread_does(form):
         "bare": ResetsItself(net),
         "a function": lambda x: classifier(x),
     }
-    x, y = torch.rand(16, 16), torch.arange(16) % 3
+    x = torch.rand(16, 16)
+    y = torch.arange(16) % 3
 
     def work(number):
-        generator = torch.Generator().manual_seed(number)
-        return pgd(forms[form], x, y, eps=0.1, step_size=0.03, steps=8, generator=generator)
+        generator = seeded(number)
+        return pgd(
+            forms[form],
+            x,
+            y,
+            eps=0.1,
+            step_size=0.03,
+            steps=8,
+            generator=generator,
+        )
 
     wanted = [work(number) for number in range(20)]
     for one, other in zip(wanted, in_threads(20, work), strict=True):
@@ -122,24 +153,31 @@ def test_the_attack_does_not_see_the_numbers_of_the_callers_next_forward(batch):
     assert not torch.equal(drawn[0], torch.rand(3))
 
 
-def test_other_seeds_and_no_generator_give_other_numbers(attack, batch):
+def test_other_seeds_and_no_generator_give_other_numbers(every_attack, batch):
     def everything_seen(generator) -> list[list[float]]:
         model = Recorder(linear_model(36))
         torch.manual_seed(
             0
         )  # does not govern the attack: without a generator the numbers are fresh each time
-        result = attack.run(model, *batch, 0.1, generator)
+        result = every_attack.run(model, *batch, 0.1, generator)
         return [images.tolist() for images in (*model.seen, result)]
 
     seeds = SampleSeeds(range(7))
     with torch.random.fork_rng():
         runs = [
             everything_seen(given)
-            for given in (seeded(5), seeded(6), seeds, seeds.derived("other"), None, None)
+            for given in (
+                seeded(5),
+                seeded(6),
+                seeds,
+                seeds.derived("other"),
+                None,
+                None,
+            )
         ]
         assert everything_seen(seeds) == runs[2]
     equal = [first == second for i, first in enumerate(runs) for second in runs[:i]]
-    assert not any(equal) if attack.draws else all(equal)
+    assert not any(equal) if every_attack.draws else all(equal)
 
 
 def test_a_call_draws_one_number_whatever_its_options(batch):
@@ -155,16 +193,28 @@ def test_a_call_draws_one_number_whatever_its_options(batch):
 
 def test_a_result_does_not_depend_on_the_other_samples(attack, batch):
     (x, y), model = batch, linear_model(36, seed=3)
-    other_x, other_y = x.clone(), y.clone()
+    other_x = x.clone()
+    other_y = y.clone()
     other_x[1:] = (
         x[1:].flip(0) * 1e-3
     )  # other images, other gradients, other samples left for a restart
     other_y[1:] = (y[1:] + 1) % 5
     results = [
-        attack.run(model.double(), images.double(), labels, 0.1, seeded(1))
+        attack.run(
+            model.double(),
+            images.double(),
+            labels,
+            0.1,
+            seeded(1),
+        )
         for images, labels in ((x, y), (other_x, other_y))
     ]
-    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        results[0][0],
+        results[1][0],
+        rtol=0,
+        atol=1e-12,
+    )
 
 
 def test_same_seed_same_result_in_any_grad_mode_of_the_caller(attack_and_model, batch):
@@ -173,13 +223,20 @@ def test_same_seed_same_result_in_any_grad_mode_of_the_caller(attack_and_model, 
     for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with context():
             modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-            x_adv = attack.run(model, x.clone(), y.clone(), 0.1, seeded(5))
+            x_adv = attack.run(
+                model,
+                x.clone(),
+                y.clone(),
+                0.1,
+                seeded(5),
+            )
             assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == modes
         assert torch.equal(x_adv, expected), context.__name__
 
 
 def test_images_that_require_a_gradient_get_none_and_stay(every_attack, batch):
-    x, y = batch[0].requires_grad_(), batch[1]
+    x = batch[0].requires_grad_()
+    y = batch[1]
     x_adv = every_attack.run(linear_model(36), x, y, 0.1)
     assert x.grad is None
     assert x.requires_grad
@@ -212,11 +269,9 @@ class Bare(nn.Module):
 
     def __init__(self, *, resets):
         super().__init__()
-        self.linear, self.neuron, self.resets = (
-            nn.Linear(36, 5),
-            DLIFNode(T=50, step_mode="s"),
-            resets,
-        )
+        self.linear = nn.Linear(36, 5)
+        self.neuron = DLIFNode(T=50, step_mode="s")
+        self.resets = resets
 
     def forward(self, x):
         if self.resets:
@@ -242,15 +297,26 @@ def test_a_state_carried_from_forward_to_forward_ends_the_attack(batch, place):
 
 def test_a_network_that_resets_itself_is_attacked(batch):
     torch.manual_seed(0)
-    net, x = Bare(resets=True).eval(), batch[0]
-    x_adv = pgd(net, x, net(x).argmax(1), eps=0.1, step_size=0.05, steps=3, keep_best=False)
+    net = Bare(resets=True).eval()
+    x = batch[0]
+    x_adv = pgd(
+        net,
+        x,
+        net(x).argmax(1),
+        eps=0.1,
+        step_size=0.05,
+        steps=3,
+        keep_best=False,
+    )
     assert 0 < (x_adv - x).abs().max() <= 0.1 + 1e-6
 
 
 @pytest.mark.slow
 def test_a_compiled_network_is_not_looked_at():
     """Its compiled call runs no hooks of the neurons inside."""
-    plain, compiled, inside = Bare(resets=True), Bare(resets=True), nn.Sequential(Bare(resets=True))
+    plain = Bare(resets=True)
+    compiled = Bare(resets=True)
+    inside = nn.Sequential(Bare(resets=True))
     compiled.compile()
     inside[0].compile()
     wrapped = torch.compile(Bare(resets=True))

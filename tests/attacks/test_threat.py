@@ -4,6 +4,7 @@ written.
 
 import pytest
 import torch
+from attacks.table import seeded
 from torch import nn
 
 from sj_robust.attacks import (
@@ -18,13 +19,14 @@ from sj_robust.attacks import (
 )
 from sj_robust.evaluation import Member, craft
 
-GREY, LABEL = torch.full((1, 1, 3, 3), 0.5, dtype=torch.float64), torch.tensor([0])
+GREY = torch.full((1, 1, 3, 3), 0.5, dtype=torch.float64)
+LABEL = torch.tensor([0])
 THREATS = [ThreatModel("Linf", 0.1), ThreatModel("L2", 0.7), ThreatModel("L0", 5)]
 
 
 @pytest.mark.parametrize("threat", THREATS, ids=str)
 def test_what_is_projected_is_within_the_radius(threat):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     x, x_adv = torch.rand(2, 20, 3, 4, generator=generator)
     x_adv[0] = x[0]
     projected = threat.project(x, 2 * x_adv - 0.5)
@@ -48,7 +50,8 @@ def test_few_changes_are_the_largest_and_the_first_of_equals():
 
 
 def test_distances_by_hand():
-    x, x_adv = torch.zeros(1, 4), torch.tensor([[0.0, 0.3, 0.4, 0.0]])
+    x = torch.zeros(1, 4)
+    x_adv = torch.tensor([[0.0, 0.3, 0.4, 0.0]])
     assert [
         float(ThreatModel(norm, 1).distance(x, x_adv)) for norm in ("Linf", "L2", "L0")
     ] == pytest.approx([0.4, 0.5, 2])
@@ -89,7 +92,13 @@ def crafted_elsewhere(threat, move):
 
 def crafted_in_a_suite(threat, move):
     member = Member("theirs", lambda model, x, y, generator: move(x), threat=threat)
-    craft(nn.Flatten(), GREY, LABEL, member, seeds=SampleSeeds(range(1)))
+    craft(
+        nn.Flatten(),
+        GREY,
+        LABEL,
+        member,
+        seeds=SampleSeeds(range(1)),
+    )
 
 
 @pytest.mark.parametrize("crafted", [crafted_elsewhere, crafted_in_a_suite])
@@ -105,7 +114,7 @@ def test_a_number_of_changes():
     assert isinstance(ThreatModel("L0", 20.0).eps, int)
     assert ThreatModel("L0", 20.0) == ThreatModel("L0", 20)
     assert repr(ThreatModel("L0", 20.0)) == repr(ThreatModel("L0", 20))
-    x = (torch.rand(3, 2, 5, generator=torch.Generator().manual_seed(0)) < 0.5).float()
+    x = (torch.rand(3, 2, 5, generator=seeded(0)) < 0.5).float()
     assert count_flips(ThreatModel("L0", 4).project(x, 1 - x), x).tolist() == [4, 4, 4]
     assert ThreatModel("L2", 0.5).ball == "L2"
     with pytest.raises(
@@ -114,7 +123,19 @@ def test_a_number_of_changes():
         _ = ThreatModel("L0", 1).ball
 
 
-@pytest.mark.parametrize("eps", [0, -1, 0.5, 8 / 255, 2.5, True, float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    "eps",
+    [
+        0,
+        -1,
+        0.5,
+        8 / 255,
+        2.5,
+        True,
+        float("inf"),
+        float("nan"),
+    ],
+)
 def test_no_other_number_of_changes(eps):
     with pytest.raises(
         ValueError, match="eps must be an integer >= 1 for L0, the number of changed elements, got"
@@ -152,7 +173,17 @@ RADII = [
 
 def test_radii_survive_as_text_as_the_field_writes_them():
     assert [parse_eps(eps_text(eps)) for eps in RADII] == RADII
-    texts = [eps_text(eps) for eps in (8 / 255, 100 / 255, 0.1, 0.031, 2.5 / 255, 20)]
+    texts = [
+        eps_text(eps)
+        for eps in (
+            8 / 255,
+            100 / 255,
+            0.1,
+            0.031,
+            2.5 / 255,
+            20,
+        )
+    ]
     assert texts == ["8/255", "100/255", "0.1", "0.031", "2.5/255", "20"]
     for text in ("8//255", "x", "8/0", "-0.1", "nan", "inf"):
         with pytest.raises(ValueError, match="eps must be"):

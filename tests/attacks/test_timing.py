@@ -47,20 +47,26 @@ def test_binary_within_every_budget_and_each_pixel_keeps_its_events(
     x = frames(3, T, 2, 2, 3, seed=seed, share=share)
     model = linear_model(x[0].numel(), seed=seed)
     budget = {"moves": moves, "largest_shift": largest, "total_shift": total}
-    x_adv = attack_of(name)(model, x, model(x).argmax(1), **budget, generator=seeded(seed))
+    x_adv = attack_of(name)(
+        model,
+        x,
+        model(x).argmax(1),
+        **budget,
+        generator=seeded(seed),
+    )
     assert bool(((x_adv == 0) | (x_adv == 1)).all())
     assert torch.equal(x_adv.sum(1), x.sum(1))  # per pixel and polarity
     assert int((x_adv != x).flatten(1).sum(1).max()) <= 2 * moves
     for row, row_adv in zip(
         x.flatten(2), x_adv.flatten(2), strict=True
     ):  # pairs by hand, in their order of time
-        gone, new = row > row_adv, row_adv > row
-        pairs = [
-            (a, b)
-            for i in range(12)
-            for a, b in zip(*(m[:, i].nonzero()[:, 0].tolist() for m in (gone, new)), strict=True)
-        ]
-        shifts = [abs(a - b) for a, b in pairs]
+        gone = row > row_adv
+        new = row_adv > row
+        shifts = []
+        for pixel in range(12):
+            left = gone[:, pixel].nonzero()[:, 0]
+            came = new[:, pixel].nonzero()[:, 0]
+            shifts += (left - came).abs().tolist()
         assert largest is None or max(shifts, default=0) <= largest
         assert total is None or sum(shifts) <= total
 
@@ -92,16 +98,31 @@ class TestOneEvent:
         ],
     )
     def test_falls_exactly_at_the_budget_that_moves_it(self, name, budget, falls):
-        x_adv = attack_of(name)(self.model, self.x, self.y, **budget, generator=seeded())
+        x_adv = attack_of(name)(
+            self.model,
+            self.x,
+            self.y,
+            **budget,
+            generator=seeded(),
+        )
         assert bool(self.model(x_adv).argmax(1) != self.y) is falls
 
 
 def test_of_single_moves_the_best_is_found_on_a_linear_model():
     weight = torch.randn(T * 8, generator=seeded(3))
     model = two_classes(lambda x: x.flatten(1) @ weight - 100)
-    x, y = frames(5, T, 2, 2, 2, seed=4), torch.zeros(5, dtype=torch.int64)
+    x = frames(5, T, 2, 2, 2, seed=4)
+    y = torch.zeros(5, dtype=torch.int64)
     for largest in (1, T - 1):
-        x_adv = move_events(model, x, y, moves=1, largest_shift=largest, probes=0, queries=0)
+        x_adv = move_events(
+            model,
+            x,
+            y,
+            moves=1,
+            largest_shift=largest,
+            probes=0,
+            queries=0,
+        )
         found = (x_adv - x).flatten(1) @ weight
         best = []
         for row in x.flatten(2):
@@ -117,19 +138,38 @@ def test_of_single_moves_the_best_is_found_on_a_linear_model():
 
 
 def test_needless_moves_are_put_back():
-    model, x, y = TestOneEvent.model, TestOneEvent.x.clone(), TestOneEvent.y
+    model = TestOneEvent.model
+    x = TestOneEvent.x.clone()
+    y = TestOneEvent.y
     x[0, 1:3, 0] = 1.0  # events that do not count
-    x_adv = move_events(model, x, y, moves=4, steps=1, probes=0, queries=0, generator=seeded())
+    x_adv = move_events(
+        model,
+        x,
+        y,
+        moves=4,
+        steps=1,
+        probes=0,
+        queries=0,
+        generator=seeded(),
+    )
     assert [int(value) for value in count_moves(x_adv, x)[:1]] == [1]
 
 
 @pytest.mark.slow
 def test_a_trained_network_falls_to_few_moves_and_random_ones_never_do_better(bars):
-    x, y = bars.x[:24], bars.y[:24]
+    x = bars.x[:24]
+    y = bars.y[:24]
     for moves in (5, 15, 40):
         guided, chance = (
             bars.model(
-                attack(bars.model, x, y, moves=moves, largest_shift=2, generator=seeded())
+                attack(
+                    bars.model,
+                    x,
+                    y,
+                    moves=moves,
+                    largest_shift=2,
+                    generator=seeded(),
+                )
             ).argmax(1)
             == y
             for attack in (partial(move_events, reduce=False), partial(random_moves, tries=200))
@@ -214,7 +254,8 @@ class TestThreat:
 @pytest.mark.slow
 def test_a_whole_evaluation_and_its_report(bars):
     threat = ThreatModel("moves", 15, largest_shift=2)
-    subject, few = Subject("bars", bars.model, "three layers"), [(bars.x[:6], bars.y[:6])]
+    subject = Subject("bars", bars.model, "three layers")
+    few = [(bars.x[:6], bars.y[:6])]
     with shortened():
         report = whole.assess(
             subject, few, suite="events", threat=threat, dataset="bars", classes=4, control=False

@@ -25,7 +25,15 @@ def test_stronger_attacks_leave_less(trained):
             x,
             gaussian(model, x, y, std=EPS, generator=seeded()),
             fgsm(model, x, y, eps=EPS),
-            pgd(model, x, y, eps=EPS, step_size=EPS / 4, steps=10, generator=seeded()),
+            pgd(
+                model,
+                x,
+                y,
+                eps=EPS,
+                step_size=EPS / 4,
+                steps=10,
+                generator=seeded(),
+            ),
         )
     ]
     clean, noise, single_step, iterated = accuracy
@@ -42,10 +50,21 @@ def test_keep_best_and_restarts_never_lose_against_the_usual_practice(trained):
         generator = seeded()
         return correct(
             trained,
-            pgd(model, x, y, eps=EPS, step_size=EPS / 4, steps=7, generator=generator, **options),
+            pgd(
+                model,
+                x,
+                y,
+                eps=EPS,
+                step_size=EPS / 4,
+                steps=7,
+                generator=generator,
+                **options,
+            ),
         )
 
-    last, best, restarted = left(keep_best=False), left(), left(restarts=3)
+    last = left(keep_best=False)
+    best = left()
+    restarted = left(restarts=3)
     # Predictions may differ in single images where another batch size rounds a potential to the
     # other side.
     assert int((best & ~last).sum()) <= 1
@@ -54,7 +73,14 @@ def test_keep_best_and_restarts_never_lose_against_the_usual_practice(trained):
 
 
 def test_every_image_falls_when_the_radius_is_one(trained):
-    x_adv = pgd(*trained, eps=1.0, step_size=0.1, steps=40, restarts=3, generator=seeded())
+    x_adv = pgd(
+        *trained,
+        eps=1.0,
+        step_size=0.1,
+        steps=40,
+        restarts=3,
+        generator=seeded(),
+    )
     assert correct(trained, x_adv).float().mean().item() < 0.02
 
 
@@ -72,7 +98,15 @@ def test_predictions_agree_with_torchattacks(trained, peer, norm, eps, step_size
     )
     model, x, y = trained
     options = {"eps": eps, "steps": steps, "random_start": False}
-    ours = pgd(model, x, y, **options, step_size=step_size, norm=norm, keep_best=False)
+    ours = pgd(
+        model,
+        x,
+        y,
+        **options,
+        step_size=step_size,
+        norm=norm,
+        keep_best=False,
+    )
     theirs = getattr(torchattacks, peer)(model, **options, alpha=step_size)(x, y)
     assert (predicted(model, ours) == predicted(model, theirs)).float().mean().item() >= 0.995
     assert int(correct(trained, ours).sum()) < int(correct(trained, x).sum())

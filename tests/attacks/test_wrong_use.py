@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attacks.table import NOISES, linear_model
+from attacks.table import NOISES, linear_model, seeded
 from torch import nn
 
 from sj_robust import SpikingClassifier, attacks
@@ -20,7 +20,7 @@ from sj_robust.attacks import (
 )
 from sj_robust.core.host import EVAL_MODE_HAS_NO_GRADIENT, functional, neuron
 
-X = torch.rand(3, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+X = torch.rand(3, 1, 6, 6, generator=seeded(0))
 Y = torch.tensor([0, 1, 4])
 X[1, 0, 0, 1] = 1.0  # so that a model which takes the elements for logits is right about one image
 
@@ -64,7 +64,12 @@ WRONG_INPUTS = {
     "too few": (X, Y[:2], ValueError, r"y must have shape \[N\] = \[3\] as x has, got \[2\]"),
     "column": (X, Y[:, None], ValueError, r"got \[3, 1\]"),
     "list of labels": (X, Y.tolist(), TypeError, r"y must be a tensor of labels, got list"),
-    "negative label": (X, torch.tensor([0, -1, 2]), ValueError, r"labels must be >= 0, got -1"),
+    "negative label": (
+        X,
+        torch.tensor([0, -1, 2]),
+        ValueError,
+        r"labels must be >= 0, got -1",
+    ),
     "device": (X, Y.to("meta"), ValueError, r"y must be on the device of x, cpu, got meta"),
 }
 
@@ -221,10 +226,6 @@ WRONG = [
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_options(attack, options, error, match):
-    if attack is autoattack:
-        pytest.importorskip(
-            "pyautoattack", reason="extra `attacks` holds the library behind the bridge"
-        )
     with pytest.raises(error, match=match):
         attack(linear_model(36), X, Y, **LEAST[attack] | options)
 
@@ -238,17 +239,24 @@ def test_losses_need_classes(loss, least, keep_best):
         "use loss='ce'"
     )
     with pytest.raises(ValueError, match=match):
-        apgd(model, X, Y * 0, eps=0.1, loss=loss, keep_best=keep_best)
+        apgd(
+            model,
+            X,
+            Y * 0,
+            eps=0.1,
+            loss=loss,
+            keep_best=keep_best,
+        )
 
 
-def test_a_single_class_and_infinite_logits(bridge):
+def test_a_single_class_and_infinite_logits(image_attack):
     with pytest.raises(ValueError, match="at least 2 classes"):
-        bridge.run(lambda x: x.flatten(1)[:, :1], X, Y * 0, 0.1)
+        image_attack.run(lambda x: x.flatten(1)[:, :1], X, Y * 0, 0.1)
     with pytest.raises(ValueError, match="logits must be finite"):
-        bridge.run(lambda x: x.flatten(1) / 0, X, Y, 0.1)
-    if bridge.function is autoattack:
+        image_attack.run(lambda x: x.flatten(1) / 0, X, Y, 0.1)
+    if image_attack.function is autoattack:
         with pytest.raises(RuntimeError, match="no gradient .*SpikingClassifier"):
-            bridge.run(lambda x: x.detach().flatten(1), X, Y, 0.1)
+            image_attack.run(lambda x: x.detach().flatten(1), X, Y, 0.1)
 
 
 @pytest.mark.parametrize("attack", NOISES.values(), ids=NOISES)

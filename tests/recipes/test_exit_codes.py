@@ -189,14 +189,7 @@ def test_a_full_disk_is_told_with_file_and_remedy(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("name", "arguments", "package"),
     [
-        ("evaluate", "digits/lif --suite autoattack", "pyautoattack"),
         ("evaluate", "digits/lif --suite corruptions", "imagecorruptions"),
-        (
-            "sweep",
-            "--base digits --grid '{rho: [0]}' --evaluate [paper,autoattack]",
-            "pyautoattack",
-        ),
-        ("figures", "runs --which ground_truth --suites [autoattack]", "pyautoattack"),
     ],
 )
 def test_the_package_of_a_suite_is_asked_for_before_anything_is_done(
@@ -210,10 +203,10 @@ def test_the_package_of_a_suite_is_asked_for_before_anything_is_done(
 
 
 def test_it_is_asked_for_where_options_are_read_before_torch_is_imported(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    monkeypatch.setitem(sys.modules, "imagecorruptions", None)
     options = importlib.import_module("evaluate").Options
-    with pytest.raises(SystemExit, match="error: the suite autoattack needs pyautoattack"):
-        check_options(options, ["digits/lif", "--suite", "autoattack"])
+    with pytest.raises(SystemExit, match="error: the suite corruptions needs imagecorruptions"):
+        check_options(options, ["digits/lif", "--suite", "corruptions"])
 
 
 @pytest.mark.parametrize("words", ["adv_train --config", "sweep --grid '{rho: [0]}' --base"])

@@ -1,0 +1,68 @@
+"""On a linear network the robust accuracy is known; every adaptive attack reaches it exactly."""
+
+from functools import partial
+
+import pytest
+import torch
+from attacks.oracle import linear_oracle
+from attacks.table import predicted, seeded
+
+from sj_robust.attacks import apgd, autoattack, sapgd
+from sj_robust.attacks._fab import fab
+
+# Untargeted losses get two classes: with more, a start can lead to one that is out of reach beside
+# one that is not.
+KNOWN = [
+    (partial(apgd, steps=50, loss="ce"), 2, ["Linf", "L2"]),
+    (partial(apgd, steps=50, loss="dlr"), 2, ["Linf", "L2"]),
+    (
+        partial(
+            apgd,
+            steps=50,
+            loss="dlr_targeted",
+            target_classes=4,
+        ),
+        5,
+        ["Linf", "L2"],
+    ),
+    (
+        partial(
+            apgd,
+            steps=50,
+            loss="dlr_targeted",
+            target_classes=7,
+        ),
+        8,
+        ["Linf", "L2"],
+    ),
+    (sapgd, 2, ["Linf"]),
+    (fab, 5, ["Linf", "L2"]),
+    (partial(fab, target_classes=4), 5, ["Linf", "L2"]),
+    (partial(autoattack, attacks=["apgd-ce", "apgd-t", "fab-t"]), 5, ["Linf", "L2"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("attack", "classes", "norm"),
+    [(attack, classes, norm) for attack, classes, norms in KNOWN for norm in norms],
+)
+@pytest.mark.parametrize("seed", range(2))
+def test_exactly_the_known_images_fall(attack, classes, norm, seed):
+    oracle = linear_oracle(classes, norm, seed=seed)
+
+    def model(x):
+        logits = oracle.model(x)
+        out_of_reach = logits[:, :1] * 0 - 9  # one class more, for the ratio of the DLR losses
+        return torch.cat([logits, out_of_reach], 1)
+
+    options = {} if attack is sapgd else {"norm": norm}
+    x_adv = attack(
+        model,
+        oracle.x,
+        oracle.y,
+        eps=oracle.eps,
+        **options,
+        generator=seeded(),
+    )
+    assert torch.equal(predicted(model, x_adv) == oracle.y, oracle.robust)
+    assert 0.2 < oracle.robust.double().mean().item() < 0.8
