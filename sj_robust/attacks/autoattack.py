@@ -142,7 +142,7 @@ def autoattack(
             share = float(fooled.double().sum()) / len(x)
             if name == "square" and name != names[0] and share > _SQUARE_ALONE:
                 messages.append(
-                    f"Square fooled {share:.2%} of the images that the attacks before it had "
+                    f"Square fooled {share:.2%} of the images, which the attacks before it had "
                     "left, so their gradients may be masked; give Square more queries, or try "
                     "other surrogate gradients"
                 )

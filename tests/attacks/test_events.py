@@ -207,7 +207,14 @@ class TestReduction:
     def test_no_single_change_of_a_spiking_network_can_be_put_back(self, bars):
         x = bars.x[:24]
         y = bars.y[:24]
-        x_adv = flip_events(bars.model, x, y, flips=30, steps=4, generator=seeded(1))
+        x_adv = flip_events(
+            bars.model,
+            x,
+            y,
+            flips=30,
+            steps=4,
+            generator=seeded(1),
+        )
         fell = fooled(bars.model, x_adv, y)
         changed = (x_adv != x).flatten(1) & fell[:, None]
         sample, element = changed.nonzero(as_tuple=True)
@@ -221,7 +228,15 @@ class TestReduction:
     def test_further_runs_never_need_more(self, bars):
         x = bars.x[:24]
         y = bars.y[:24]
-        run = partial(flip_events, bars.model, x, y, flips=15, queries=20, probes=5)
+        run = partial(
+            flip_events,
+            bars.model,
+            x,
+            y,
+            flips=15,
+            queries=20,
+            probes=5,
+        )
         one = run(generator=seeded())
         several = run(generator=seeded(), target_classes=3, restarts=2)
         fell = fooled(bars.model, one, y)
@@ -339,7 +354,8 @@ class TestRandomFlips:
             flips=40,
             allow="remove",
         )
-        once, often = (bars.accuracy(run(tries=tries, generator=seeded())) for tries in (1, 30))
+        once = bars.accuracy(run(tries=1, generator=seeded()))
+        often = bars.accuracy(run(tries=30, generator=seeded()))
         assert often < once - 0.1
 
     def test_one_try_asks_no_model(self):

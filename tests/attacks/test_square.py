@@ -33,9 +33,9 @@ def numbers(seed=1):
 
 def square(pair, side):
     """Rows and columns of a square of an image, from two numbers in [0, 1)."""
-    top, left = (
-        int(number * (size - side + 1)) for number, size in zip(pair, SHAPE[2:], strict=True)
-    )
+    height, width = SHAPE[2:]
+    top = int(pair[0] * (height - side + 1))
+    left = int(pair[1] * (width - side + 1))
     return slice(top, top + side), slice(left, left + side)
 
 

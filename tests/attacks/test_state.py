@@ -245,9 +245,8 @@ def test_images_that_require_a_gradient_get_none_and_stay(every_attack, batch):
 
 def test_a_plain_function_is_a_model(search, batch):
     module = linear_model(36)
-    module_result, function_result = (
-        search.run(model, *batch, 0.1, seeded()) for model in (module, lambda x: module(x))
-    )
+    module_result = search.run(module, *batch, 0.1, seeded())
+    function_result = search.run(lambda x: module(x), *batch, 0.1, seeded())
     assert torch.equal(module_result, function_result)
 
 
