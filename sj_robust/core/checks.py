@@ -46,14 +46,15 @@ _BINARY = "event frames of counts become binary with (frames > 0).float()"
 
 
 def check_images(x: Tensor) -> None:
-    """Images are floating point, [N, ...], finite and in [0, 1].
+    """Images are floating point, [N, ...], dense, finite and in [0, 1].
 
     Args:
         x: The images.
 
     Raises:
-        TypeError: If ``x`` is not a floating-point tensor.
-        ValueError: If it has no batch dimension, or a value that is not finite or outside [0, 1].
+        TypeError: If ``x`` is not a dense floating-point tensor.
+        ValueError: If it has no values, no batch dimension, or a value that is not finite or
+            outside [0, 1].
 
     Source: threat model of Ding et al. (ICML 2024), section 5: images in [0, 1], normalised in the
         network.
@@ -69,6 +70,10 @@ def check_images(x: Tensor) -> None:
         raise TypeError(
             f"x must be a tensor of images, got {type(x).__name__}; use torch.as_tensor(x)"
         )
+    if x.layout != torch.strided:
+        raise TypeError(f"x must be a dense tensor, got layout {x.layout}; use x.to_dense()")
+    if x.is_meta:
+        raise ValueError("x must hold values, got a tensor on the device meta; load the images")
     if not x.is_floating_point():
         remedy = _BINARY if x.ndim == 5 else "scale byte images with x.float() / 255"
         raise TypeError(f"x must be floating point, got {x.dtype}; {remedy}")

@@ -202,12 +202,13 @@ def _notes_on_attacks(rows: Sequence[Difference], left_out: Sequence[str]) -> li
 
 def _notes(first: RobustnessReport, second: RobustnessReport, *, paired: bool) -> tuple[str, ...]:
     notes = []
-    for what, here, there in (
+    settings = [
         ("norm", first.threat.norm, second.threat.norm),
         ("eps", first.eps, second.eps),
         ("data set", first.dataset, second.dataset),
         ("suite", first.suite, second.suite),
-    ):
+    ]
+    for what, here, there in settings:
         if here != there:
             harm = (
                 "other attacks were run"
@@ -223,7 +224,7 @@ def _notes(first: RobustnessReport, second: RobustnessReport, *, paired: bool) -
     if first.network.get("fingerprint") and first.network.get("fingerprint") == second.network.get(
         "fingerprint"
     ):
-        notes.append("Both reports are about the same weights.")
+        notes.append("Both reports are about the same network.")
     mine, theirs = ({one.name for one in report.accuracies} for report in (first, second))
     for report, missing in ((first, theirs - mine), (second, mine - theirs)):
         if missing:

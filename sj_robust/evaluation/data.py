@@ -59,20 +59,24 @@ class Data:
 
     @classmethod
     def of(cls, batches: "Batches | Data") -> "Data":
-        """What one pass over the batches gives; data stay what they are.
+        """What one pass over the batches gives, without empty ones; data stay what they are.
 
         Raises:
             TypeError: If images are not floating point or labels not int64.
-            ValueError: If images or labels do not fit, or there are none.
+            ValueError: If images or labels do not fit, batches are unlike, or there are no images.
         """
         if isinstance(batches, Data):
             return batches
-        kept = []
+        kept: list[tuple[Tensor, Tensor]] = []
         with closing(_Store()) as store:
-            for batch in batches:
+            for number, batch in enumerate(batches, 1):
                 x, y = _images_and_labels(batch)
+                if x.shape[:1] == y.shape[:1] == (0,):
+                    continue
                 check_images(x)
                 check_labels(y, x)
+                if kept:
+                    _check_alike(x, kept[0][0], number)
                 kept.append((store.keep(x), y.detach().clone()))
         return cls(tuple(kept), tuple(fingerprint(image) for x, _ in kept for image in x))
 
@@ -171,6 +175,20 @@ def _images_and_labels(batch: object) -> tuple[Tensor, Tensor]:
             f"{type(batch).__name__}; give a tensor of images and labels y, or a DataLoader"
         )
     return parts[0], parts[1]
+
+
+def _check_alike(x: Tensor, first: Tensor, number: int) -> None:
+    """Images of a batch go together with those of the first one."""
+    if x.shape[1:] != first.shape[1:]:
+        raise ValueError(
+            f"batch {number} of x must hold images of shape {list(first.shape[1:])} as the first, "
+            f"got {list(x.shape[1:])}; resize or crop all images alike"
+        )
+    if x.dtype != first.dtype:
+        raise ValueError(
+            f"batch {number} of x must be {first.dtype} as the first, got {x.dtype}; convert all "
+            f"images with x.to({first.dtype})"
+        )
 
 
 class _Store:

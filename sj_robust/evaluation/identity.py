@@ -1,5 +1,5 @@
-"""Whether a network is the one that an evaluation was begun with: what it is made of, and its
-logits.
+"""Whether a network is the one that an evaluation was begun with: what it is made of, its logits,
+and their gradients.
 """
 
 import json
@@ -28,8 +28,31 @@ __all__ = ["Identity", "identify", "network_key", "seeded_sources"]
 _PROBES = 4
 """Images of noise, and of the data, whose logits are compared."""
 _TOLERANCE = 1e-3
-"""Share of the largest logit by which logits may differ between two machines."""
+"""Share of the largest value by which logits, or gradients, may differ between two machines."""
 _LOGITS = "its logits on probe images"
+_GRADIENTS = "its gradients on probe images"
+_MEANS = 64
+"""Means over parts of an image that stand for its gradient, at most."""
+
+_EXACT = "cpu "
+"""What the machine is called on which gradients repeat bit for bit."""
+
+_Rows = list[list[float]] | None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a network answers on probe images; None where a second forward answers otherwise.
+    网络对探测图像的输出与梯度。
+
+    Attributes:
+        logits: [n, classes].
+        gradients: Means over parts of the gradient with respect to each image, [n, parts]; None
+            also where there is no gradient.
+    """
+
+    logits: _Rows
+    gradients: _Rows
 
 
 @dataclass(frozen=True)
@@ -37,27 +60,31 @@ class Identity:
     """What a network is. 网络的身份。
 
     Two networks are one if all parts agree that no forward creates or changes, and their logits on
-    the probe images: bit for bit on the same device with as many threads, else within a thousandth
-    of the largest logit, by which rounding moves them. A network in which another rounding turns a
-    spike has other logits, and is not taken for the same on another machine.
+    the probe images, and the gradients of these: bit for bit on the same processor with as many
+    threads, else within a thousandth of the largest one, by which rounding moves them. Gradients of
+    a GPU are compared within a thousandth always, as its sums have no fixed order. A network in
+    which another rounding turns a spike has other logits, and is not taken for the same on another
+    machine.
 
     Attributes:
         parts: Digests by name, see :func:`sj_robust.evaluation.fingerprint.parts_of`.
         made: Parts that the first forward creates or changes, such as what a module remembers.
         changing: Parts that other images change, such as counters.
         data: Digest of the images that the probe images come from.
+        sizes: Number of images in every batch.
         machine: Device and number of threads.
-        noise: Logits on images of noise, [n, classes]; None if a second forward gives others.
-        images: Logits on the first images of the data.
+        noise: What the network answers on images of noise.
+        images: What it answers on the first images of the data.
     """
 
     parts: dict[str, str]
     made: tuple[str, ...]
     changing: tuple[str, ...]
     data: str
+    sizes: tuple[int, ...]
     machine: str
-    noise: list[list[float]] | None
-    images: list[list[float]] | None
+    noise: Answers
+    images: Answers
 
     @property
     def fingerprint(self) -> str:
@@ -70,23 +97,25 @@ class Identity:
         passing = {*self.made, *self.changing, *now.made, *now.changing}
         names = [name for name in self.parts | now.parts if name not in passing]
         found = [name for name in names if self.parts.get(name) != now.parts.get(name)]
-        if not self._gives_logits_of(now):
-            found.append(_LOGITS)
-            if self.machine != now.machine:
-                found[-1] += f", of {self.machine} and now of {now.machine}"
-        return found
-
-    def _gives_logits_of(self, now: "Identity") -> bool:
         exact = self.machine == now.machine
-        same = _alike(self.noise, now.noise, exact=exact)
-        return same and (self.data != now.data or _alike(self.images, now.images, exact=exact))
+        where = "" if exact else f", of {self.machine} and now of {now.machine}"
+        probes = [(self.noise, now.noise)]
+        if self.data == now.data:
+            probes.append((self.images, now.images))
+        if not all(_alike(one.logits, other.logits, exact=exact) for one, other in probes):
+            found.append(_LOGITS + where)
+        exact = exact and self.machine.startswith(_EXACT)
+        if not all(_alike(one.gradients, other.gradients, exact=exact) for one, other in probes):
+            found.append(_GRADIENTS + where)
+        return found
 
 
 def identify(model: nn.Module, data: Data) -> Identity:
     """What a network is; it stays as it was. 描述网络的身份。
 
-    It runs three times on a few images, its random numbers seeded: what the first forward creates,
-    and what other images change, is no part of it.
+    It runs four times on a few images, its random numbers seeded: what the first forward creates,
+    and what other images change, is no part of it. The images are the same ones whatever the batch
+    size.
 
     Args:
         model: The network.
@@ -100,25 +129,27 @@ def identify(model: nn.Module, data: Data) -> Identity:
         ['network.bias', 'its logits on probe images']
     """
     device = device_of(model)
-    images = data[0][0][:_PROBES].to(device)
+    images, _ = data.first(_PROBES).tensors(device)
     noise = _noise_like(images)
     probes = torch.cat((noise, images))
     fresh = parts_of(model, parameters=False)
-    logits = _logits(model, probes)
+    answers = _answers(model, probes)
     first = parts_of(model, parameters=False)
-    _logits(model, images.flip(0)[:2])
+    few = images.flip(0)[:2]
+    _logits(model, few)
+    again = _answers(model, probes)
+    _logits(model, few)  # what the network remembers of it has no graph
     second = parts_of(model)
-    again = _logits(model, probes)
-    repeats = torch.equal(logits, again)
-    rows = logits.double().tolist() if repeats else None
+    logits, gradients = map(_repeated, answers, again)
     return Identity(
         parts=second,
-        made=tuple(_changed(fresh, first)),
+        made=tuple(_made(fresh, first)),
         changing=tuple(_changed(first, {name: second[name] for name in second if name in first})),
         data=data.fingerprint,
+        sizes=data.sizes,
         machine=_machine(device),
-        noise=rows and rows[: len(noise)],
-        images=rows and rows[len(noise) :],
+        noise=Answers(logits and logits[: len(noise)], gradients and gradients[: len(noise)]),
+        images=Answers(logits and logits[len(noise) :], gradients and gradients[len(noise) :]),
     )
 
 
@@ -185,6 +216,8 @@ def _kept(folder: Path | None, identity: Identity) -> tuple[str, str]:
         write_whole(path, json.dumps(asdict(identity)) + "\n")
         return identity.fingerprint, ""
     begun = _from_content(read(path), path)
+    if begun.data == identity.data and begun.sizes != identity.sizes:
+        return "", another_evaluation(folder, "batch sizes changed")
     differing = begun.differences(identity)
     if not differing:
         return begun.fingerprint, ""
@@ -194,22 +227,39 @@ def _kept(folder: Path | None, identity: Identity) -> tuple[str, str]:
 
 def _from_content(content: Mapping[str, Any], path: Path) -> Identity:
     try:
-        return Identity(**content)
-    except TypeError as error:
+        answers = {name: Answers(**content[name]) for name in ("noise", "images")}
+        return Identity(**content | answers | {"sizes": tuple(content["sizes"])})
+    except (KeyError, TypeError) as error:
         raise ValueError(
             f"{path} describes no network; it is damaged: evaluate into another folder"
         ) from error
 
 
 def _data_differs(one: Identity, other: Identity) -> list[str]:
-    return [] if one.data == other.data else ["images or labels"]
+    if one.data != other.data:
+        return ["images or labels"]
+    return [] if one.sizes == other.sizes else ["batch sizes"]
 
 
 def _changed(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
     return [name for name in {**before, **after} if before.get(name) != after.get(name)]
 
 
-def _alike(one: list[list[float]] | None, other: list[list[float]] | None, *, exact: bool) -> bool:
+def _made(fresh: Mapping[str, str], first: Mapping[str, str]) -> list[str]:
+    """What the first forward made, without what stands in modules that it imported."""
+    changed = _changed(fresh, first)
+    return [name for name in changed if name in fresh or not name.startswith("module ")]
+
+
+def _repeated(one: Tensor | None, other: Tensor | None) -> _Rows:
+    """The rows of what came out twice alike; None where it did not."""
+    if one is None or other is None or not torch.equal(one, other):
+        return None
+    rows: list[list[float]] = one.double().tolist()
+    return rows
+
+
+def _alike(one: _Rows, other: _Rows, *, exact: bool) -> bool:
     if one is None or other is None:
         return True
     first, second = torch.tensor(one).double(), torch.tensor(other).double()
@@ -230,8 +280,32 @@ def _noise_like(images: Tensor) -> Tensor:
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
     with preserved(model), torch.no_grad(), seeded_sources(model, 0, images.device):
-        labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        return check_logits(model(images), labels)
+        return _checked(model, images)
+
+
+def _answers(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Logits, and the gradient of their sum, weighted by 1, 2, ..., in means over its parts."""
+    with (
+        preserved(model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        seeded_sources(model, 0, images.device),
+    ):
+        leaf = images.detach().clone().requires_grad_()
+        logits = _checked(model, leaf)
+        weights = torch.arange(1, logits.shape[1] + 1, dtype=logits.dtype, device=logits.device)
+        try:
+            (gradient,) = torch.autograd.grad((logits * weights).sum(), leaf)
+        except Exception:  # it has none: attacks that need one say so
+            return logits.detach(), None
+    flat = torch.nan_to_num(gradient.flatten(1)).double()
+    means = nn.functional.adaptive_avg_pool1d(flat[:, None], min(_MEANS, flat.shape[1]))
+    return logits.detach(), means[:, 0]
+
+
+def _checked(model: nn.Module, images: Tensor) -> Tensor:
+    labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    return check_logits(model(images), labels)
 
 
 def _machine(device: torch.device) -> str:

@@ -82,6 +82,51 @@ def test_whatever_holds_the_images_gives_the_same_data():
     assert given_data(x, y, 5).sizes == given_data(TensorDataset(x, y), None, 5).sizes == (5, 5, 2)
 
 
+def test_empty_batches_are_left_out():
+    x, y = images(12)
+    wanted = Data.of([(x, y)])
+    empty = (x[:0], y[:0])
+    shapeless = (torch.empty(0), torch.empty(0, dtype=torch.int64))
+    for given in ([empty, (x, y)], [(x, y), empty], [shapeless, (x, y), shapeless]):
+        data = Data.of(given)
+        assert data.sizes == (12,)
+        assert data.fingerprint == wanted.fingerprint
+        assert same_images(data, x, y)
+    with pytest.raises(ValueError, match="x must hold an image or more, got none"):
+        Data.of([empty])
+
+
+UNFIT = {
+    "a smaller image": (
+        lambda x: x[..., :-1],
+        ValueError,
+        r"batch 3 of x .*\[1, 4, 4\].*\[1, 4, 3\]",
+    ),
+    "more channels": (
+        lambda x: x.repeat(1, 3, 1, 1),
+        ValueError,
+        r"batch 3 of x .*got \[3, 4, 4\]",
+    ),
+    "another precision": (
+        lambda x: x.double(),
+        ValueError,
+        r"batch 3 of x .*float32.*got .*float64",
+    ),
+    "sparse": (lambda x: x.to_sparse(), TypeError, r"must be a dense tensor, got .*sparse_coo"),
+    "no values": (lambda x: x.to("meta"), ValueError, r"must hold values, got .*meta"),
+}
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_a_batch_that_does_not_fit_is_refused_where_it_is_read(what):
+    change, error, text = UNFIT[what]
+    x, y = images(12)
+    other = change(x[8:])
+    labels = y[8:].to(other.device)
+    with pytest.raises(error, match=text):
+        Data.of([(x[:4], y[:4]), (x[4:8], y[4:8]), (other, labels)])
+
+
 @pytest.mark.slow
 def test_an_evaluation_reads_checks_and_hashes_every_image_once(monkeypatch):
     loader, counts = Changing(), Counter()

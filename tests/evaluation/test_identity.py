@@ -1,22 +1,29 @@
 """No figure of another network: what a folder is refused for, and what it is not."""
 
+import argparse
+import array
+import collections
 import functools
 import itertools
 import logging
+import operator
+import os
 import pickle
 import random
 import subprocess
 import sys
+import tempfile
+import threading
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import launch
 import pytest
 import torch
 from evaluation import suite_run
-from spikingjelly.activation_based import functional, layer, neuron
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
 import sj_robust
@@ -30,6 +37,7 @@ from sj_robust.neuron import fuse
 
 T = 3
 SHIFT = 0
+CONFIG = ModuleType("config")
 LOG = logging.getLogger(__name__)
 
 
@@ -103,6 +111,201 @@ class Rare(nn.Module):
     def forward(self, x_seq):
         x = x_seq.flatten(2)
         return self.last(x) + (x.sum() == 1.25) * self.shift
+
+
+class Asks(nn.Module):
+    """A network that asks something else about images that nobody has tried."""
+
+    def __init__(self, asked=None, ask=None, **attributes):
+        super().__init__()
+        self.last = nn.Linear(16, 3)
+        nn.init.constant_(self.last.weight, 0.1)
+        nn.init.constant_(self.last.bias, 0.1)
+        self.asked = asked
+        self.ask = ask
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x_seq):
+        x = x_seq.flatten(2)
+        return self.last(x) * self.sign() if x.sum() == 1.25 else self.last(x)
+
+    def sign(self):
+        return self.ask(self.asked)
+
+
+class Calls(Asks):
+    """Networks whose arguments stand in their class."""
+
+    def _sign(self, factor):
+        return factor
+
+
+class CallsOne(Calls):
+    sign = functools.partialmethod(Calls._sign, factor=1)
+
+
+class CallsOther(Calls):
+    sign = functools.partialmethod(Calls._sign, factor=-1)
+
+
+CallsOne.__qualname__ = CallsOther.__qualname__ = "Called"
+
+
+class Loaded(dict):
+    """A dictionary with attributes, as configurations are."""
+
+    def __init__(self, sign):
+        super().__init__()
+        self.sign = sign
+
+
+class Guarded:
+    """Attributes in slots, and a question that fails in its own way."""
+
+    __slots__ = ("values",)
+
+    def __init__(self, sign):
+        self.values = {"sign": sign}
+
+    def __getattr__(self, name):
+        return self.values[name]
+
+
+class Broken(dict):
+    """A dictionary that cannot be read."""
+
+    def __iter__(self):
+        raise OSError("closed")
+
+
+class Straight(torch.autograd.Function):
+    """The step function with a slope that somebody else knows."""
+
+    @staticmethod
+    def forward(ctx, x, slope):
+        ctx.slope = slope
+        return (x >= 0).to(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.slope * grad, None
+
+
+class Sloped(nn.Module):
+    """A network of which another slope changes the gradient alone."""
+
+    def __init__(self, slope):
+        super().__init__()
+        torch.manual_seed(0)
+        self.last = nn.Linear(16, 3)
+        self.slope = weakly(slope)
+
+    def forward(self, x_seq):
+        return Straight.apply(self.last(x_seq.flatten(2)), next(self.slope))
+
+
+def weakly(value):
+    """A value in a generator, where nobody can read it."""
+    while True:
+        yield value
+
+
+def aliased(_):
+    settings = CONFIG
+    return settings.sign
+
+
+def named(_):
+    return getattr(CONFIG, "sign")  # noqa: B009  as users write it
+
+
+def imported(_):
+    import own_config as settings
+
+    return settings.sign
+
+
+def imported_name(_):
+    from own_config import sign
+
+    return sign
+
+
+def configured(ask):
+    """Networks that read a module of the user."""
+
+    def build(sign):
+        def made(monkeypatch):
+            monkeypatch.setitem(sys.modules, "own_config", CONFIG)
+            monkeypatch.setattr(CONFIG, "sign", sign, raising=False)
+            return classifier(Asks(ask=ask))
+
+        return made
+
+    return build(1), build(-1)
+
+
+def asking(make, ask=lambda asked: asked.sign):
+    """Networks with two values of one kind."""
+    return (
+        lambda _: classifier(Asks(make(1), ask)),
+        lambda _: classifier(Asks(make(-1), ask)),
+    )
+
+
+def local_with(sign):
+    local = threading.local()
+    local.sign = sign
+    return local
+
+
+def module_with(sign):
+    module = ModuleType("settings")
+    module.sign = sign
+    return module
+
+
+def arctangent(monkeypatch):
+    return classifier(Net(node=neuron.IFNode(0.2, 0.0, surrogate.ATan(), step_mode="m")))
+
+
+def with_a_patched_surrogate(monkeypatch):
+    of_the_host = sys.modules.get("spikingjelly._ops.surrogate")  # there since SpikingJelly 2
+    owner = surrogate.atan if of_the_host is None else of_the_host._SurrogateSpike
+    backward = owner.backward
+    half = staticmethod(lambda ctx, grad: backward(ctx, 0.5 * grad))
+    monkeypatch.setattr(owner, "backward", half)
+    return arctangent(monkeypatch)
+
+
+def with_a_global_hook(monkeypatch):
+    hooks = {0: lambda module, into, out: (into[0] / 2,) if isinstance(module, nn.Linear) else into}
+    monkeypatch.setattr(nn.modules.module, "_global_backward_hooks", hooks)
+    monkeypatch.setattr(nn.modules.module, "_global_is_full_backward_hook", True)
+    return classifier()
+
+
+def scripted(sign):
+    """A network in TorchScript with a number that its code names only."""
+
+    def build(monkeypatch):
+        return torch.jit.script(Scripted(sign))
+
+    return build
+
+
+class Scripted(nn.Module):
+    def __init__(self, sign: float):
+        super().__init__()
+        self.last = nn.Linear(16, 3)
+        nn.init.constant_(self.last.weight, 0.1)
+        nn.init.constant_(self.last.bias, 0.1)
+        self.sign = sign
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.last(x) * (self.sign if bool(x.sum() == 1.25) else 1.0)
 
 
 def classifier(net=None, **options):
@@ -223,6 +426,39 @@ UNLIKE = {
     "the wiring": (plain, with_attributes(order=("second", "first"))),
     "weights in a list": (lambda _: classifier(Hidden(0)), lambda _: classifier(Hidden(1))),
     "what no probe shows": (lambda _: classifier(Rare(0)), lambda _: classifier(Rare(1))),
+    "an argument of a class's method": (
+        lambda _: classifier(CallsOne()),
+        lambda _: classifier(CallsOther()),
+    ),
+    "functions in a list named as hooks": (
+        lambda _: classifier(Asks(late_hooks=[scaled(1)])),
+        lambda _: classifier(Asks(late_hooks=[scaled(-1)])),
+    ),
+    "v_seq of no neuron": (
+        lambda _: classifier(Asks(v_seq=1)),
+        lambda _: classifier(Asks(v_seq=-1)),
+    ),
+    "options from a command line": asking(lambda sign: argparse.Namespace(sign=sign)),
+    "a module as options": asking(module_with),
+    "a value of this thread": asking(local_with),
+    "an item that is picked": asking(operator.itemgetter),
+    "an array": asking(lambda sign: array.array("f", [sign])),
+    "a list of the standard library": asking(lambda sign: collections.UserList([sign])),
+    "numbers to come": asking(lambda sign: random.Random(sign + 1)),
+    "a method of a list": asking(lambda sign: [sign].__getitem__),
+    "a dictionary with attributes": asking(Loaded),
+    "slots with a question of their own": asking(Guarded),
+    "a module under another name": configured(aliased),
+    "a module by getattr": configured(named),
+    "a module that forward imports": configured(imported),
+    "a name that forward imports": configured(imported_name),
+    "a slope that nobody can read": (
+        lambda _: classifier(Sloped(1.0)),
+        lambda _: classifier(Sloped(2.0)),
+    ),
+    "a surrogate of the host": (arctangent, with_a_patched_surrogate),
+    "a hook on every backward": (plain, with_a_global_hook),
+    "an attribute of TorchScript": (scripted(1.0), scripted(-1.0)),
     "an object": (
         with_attributes(options=SimpleNamespace(depth=[1, {"a": 2}])),
         with_attributes(options=SimpleNamespace(depth=[1, {"a": 3}])),
@@ -257,6 +493,86 @@ def test_evaluate_and_stress_refuse_it_and_name_what_differs(tmp_path):
         call(classifier(), x, y, folder=tmp_path / name)
         with pytest.raises(ValueError, match=r"network changed: network\.net\.turns.*folder"):
             call(classifier(Net(turns=True)), x, y, folder=tmp_path / name)
+
+
+class Rounds(Asks):
+    """A network without a gradient."""
+
+    def forward(self, x_seq):
+        return super().forward(x_seq.detach()).detach()
+
+
+class Fails(Sloped):
+    """A network whose backward pass fails."""
+
+    def __init__(self):
+        super().__init__("no slope")
+
+
+@pytest.mark.parametrize("kind", [Rounds, Fails])
+def test_a_network_without_a_gradient_has_an_identity(kind):
+    data = Data.of(suite_run.batches(6, 12))
+    found = identify(classifier(kind()), data)
+    assert found.noise.gradients is None
+    assert found.noise.logits is not None
+    assert found.differences(identify(classifier(kind()), data)) == []
+
+
+class Keeps(Asks):
+    """A network that keeps what its last layer gave, with the graph of it."""
+
+    def forward(self, x_seq):
+        self.kept = super().forward(x_seq)
+        return self.kept
+
+
+def test_no_graph_is_left_in_what_a_network_remembers():
+    net = classifier(Keeps())
+    identify(net, Data.of(suite_run.batches(6, 12)))
+    assert not net.net.kept.requires_grad
+
+
+def with_an_open_file(monkeypatch):
+    return classifier(Asks(tempfile.NamedTemporaryFile()))
+
+
+def with_another_environment(monkeypatch):
+    monkeypatch.setenv("TERMINAL_OF_TODAY", str(next(NUMBERS)))
+    return classifier(Asks(ask=lambda _: float(os.environ.get("SIGN", "1"))))
+
+
+def with_another_module(monkeypatch):
+    monkeypatch.setitem(sys.modules, f"later{next(NUMBERS)}", ModuleType("later"))
+    return classifier(Asks(ask=lambda _: len(sys.modules)))
+
+
+NUMBERS = itertools.count()
+SAME = {
+    "a file that is open": with_an_open_file,
+    "another environment": with_another_environment,
+    "another module loaded": with_another_module,
+    "an object that cannot be read": lambda _: classifier(Asks(Broken(sign=1))),
+    "TorchScript": scripted(1.0),
+    "a trace": lambda _: torch.jit.trace(Scripted(1.0), torch.rand(2, 1, 4, 4)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("what", SAME)
+def test_what_surrounds_a_network_is_no_part_of_it(tmp_path, monkeypatch, what):
+    wanted = run(SAME[what](monkeypatch), tmp_path)
+    assert run(SAME[what](monkeypatch), tmp_path) == wanted
+
+
+def test_another_batch_size_is_named_and_is_not_blamed_on_the_network(tmp_path):
+    x, y = suite_run.images(12)
+    asked = {"eps": 0.1, "progress": False, "folder": tmp_path}
+    evaluate = partial(sj_robust.evaluate, classifier(), suite="fast", **asked)
+    first = evaluate(x, y, batch_size=12)
+    with pytest.raises(ValueError, match=r"evaluation \(batch sizes changed\)"):
+        evaluate(x, y, batch_size=3)
+    assert evaluate(x, y, batch_size=12).correct == first.correct
 
 
 class Remembers(nn.Module):
@@ -366,9 +682,11 @@ def test_logits_of_another_machine_may_differ_by_rounding():
         (1 + 1e-6, "another", True),
         (1.01, "another", False),
     ):
-        rows = [[factor * logit for logit in row] for row in here.noise]
-        there = replace(here, noise=rows, machine=machine)
-        assert (here.differences(there) == []) is same
+        for name in ("logits", "gradients"):
+            rows = [[factor * value for value in row] for row in getattr(here.noise, name)]
+            noise = replace(here.noise, **{name: rows})
+            there = replace(here, noise=noise, machine=machine)
+            assert (here.differences(there) == []) is same
         if not same and machine == "another":
             assert "and now of another" in here.differences(there)[0]
 
