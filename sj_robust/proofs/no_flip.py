@@ -16,6 +16,7 @@ from sj_robust.core.checks import check_count, check_images
 from sj_robust.core.environment import device_of
 from sj_robust.core.preserved import other_forward, preserved, sums_of_products
 from sj_robust.neuron.charging import Neuron, find_neurons
+from sj_robust.ops.recurrence import charge, reset
 from sj_robust.proofs.bounds import (
     BoundedRun,
     Bounds,
@@ -260,16 +261,16 @@ def _steps(
     """
     module, charging = neuron.module, neuron.charging()
     decay = charging.decay_value
-    hard = module.v_reset is not None
     v = torch.full_like(x_seq[0], module.v_reset or 0.0)
     reach = torch.zeros_like(v)  # squared, where the steps are perturbed apart
     for t, (x, spike) in enumerate(zip(x_seq, spike_seq, strict=True)):
         gain = float(torch.as_tensor(charging.gain_at(t, input_gain=True)))
-        h = decay * v + gain * x + ((1.0 - decay) * module.v_reset if hard else 0.0)
+        h = charge(v, x, decay=decay, gain=gain, v_reset=module.v_reset)
         reach = decay**2 * reach + gain**2 if apart else decay * reach + gain
         yield _Step(gain, v, h, (reach.sqrt() if apart else reach.abs()) * norms)
-        v = (1.0 - spike) * h + spike * module.v_reset if hard else h - spike * module.v_threshold
-        reach = (1.0 - spike) * reach if hard else reach
+        v = reset(h, spike, v_threshold=module.v_threshold, v_reset=module.v_reset)
+        if module.v_reset is not None:
+            reach = (1.0 - spike) * reach
 
 
 class _CurrentsRun(BoundedRun):
