@@ -17,15 +17,15 @@ from sj_robust.core.environment import device_of
 from sj_robust.core.preserved import other_forward, preserved, sums_of_products
 from sj_robust.neuron.charging import Neuron, find_neurons
 from sj_robust.ops.recurrence import charge, reset
-from sj_robust.proofs.bounds import (
-    BoundedRun,
-    Bounds,
-    Pooling,
+from sj_robust.proofs.bounds import BoundedRun
+from sj_robust.proofs.rounding import (
     charge_rounding,
     reset_rounding,
     threshold_rounding,
 )
+from sj_robust.proofs.rules import Bounds, Pooling
 from sj_robust.proofs.soundness import check_neurons, overridden
+from sj_robust.proofs.spiking import Interval
 from sj_robust.proofs.verification import bounded_logits
 
 __all__ = ["no_flip_radius"]
@@ -284,7 +284,12 @@ class _CurrentsRun(BoundedRun):
         self.T = T
 
     def _reached(
-        self, x: Bounds, batch_dim: int, neuron: Neuron | None, pooling: Pooling | None
+        self,
+        x: Bounds,
+        batch_dim: int,
+        *,
+        neuron: Neuron | None = None,
+        pooling: Pooling | None = None,
     ) -> None:
         if neuron is None or neuron.name not in self.currents:
             return
@@ -294,10 +299,8 @@ class _CurrentsRun(BoundedRun):
         if all(len(found) == self.T for found in self.currents.values()):
             raise _FoundError
 
-    def spikes(
-        self, name: str, neuron: Neuron, lower: Tensor, upper: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return torch.zeros_like(lower), torch.ones_like(upper)
+    def spikes(self, neuron: Neuron, x_seq: Interval) -> Interval:
+        return Interval(torch.zeros_like(x_seq.low), torch.ones_like(x_seq.high))
 
 
 def _rounding(
