@@ -58,6 +58,8 @@ class Sequence:
     def charged(self) -> tuple[Tensor, Tensor | None]:
         """Charged potentials h [T, N, *], and v[t-1] of every step if the decay needs a
         gradient.
+
+        It is :mod:`sj_robust.ops.recurrence` in place, with sums of products that round once.
         """
         decay, learned = self.charging.decay_value, _needs_gradient(self.charging.decay)
         leak = (1 - decay) * (self.v_reset or 0.0)

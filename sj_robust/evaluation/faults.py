@@ -20,6 +20,7 @@ from sj_robust.core.preserved import preserved
 from sj_robust.models import set_time_steps
 from sj_robust.neuron import DLIFNode
 from sj_robust.neuron.charging import emits_spikes, has_known_dynamics, read_charging
+from sj_robust.ops.recurrence import charge, fire, reset
 
 __all__ = ["FAULTS", "Fault", "default_faults", "faulty"]
 
@@ -183,14 +184,15 @@ class _Drifting:
         else:
             threshold = threshold * self.factor
         start = module.time_step if isinstance(module, DLIFNode) else 0
-        above = module.v - rest  # the potential above rest
+        above = module.v - rest  # the potential above rest, whose own reset is to 0
+        v_reset = None if module.v_reset is None else 0.0
         spikes = []
         for t, current in enumerate(x_seq, start):
             step_gain = gain if charging.input_gain is None else gain * charging.input_gain[t]
-            charged = kept * above + step_gain * current
-            spike = module.surrogate_function(charged - threshold)
-            reset = spike.detach() if module.detach_reset else spike
-            above = charged - reset * (threshold if module.v_reset is None else charged)
+            h = charge(above, current, decay=kept, gain=step_gain, v_reset=v_reset)
+            spike = fire(h, threshold, module.surrogate_function)
+            reset_spike = spike.detach() if module.detach_reset else spike
+            above = reset(h, reset_spike, v_threshold=threshold, v_reset=v_reset)
             spikes.append(spike)
         module.v = above + rest
         if isinstance(module, DLIFNode):

@@ -10,6 +10,7 @@ from sj_robust.core.saved import markdown_table
 from sj_robust.core.shown import Shown, common_scale, heat_map, new_figure
 from sj_robust.neuron.charging import Neuron
 from sj_robust.ops.dlif.config import state_dtype
+from sj_robust.ops.recurrence import charge, reset
 from sj_robust.perturbation import dynamics
 
 if TYPE_CHECKING:
@@ -299,12 +300,11 @@ class LayerTotals:
             self._charging.gain_at(self._time_step + t, input_gain=flag) for flag in (False, True)
         )
         dx = x - x_perturbed
-        eps = dynamics.perturbation_step(state["eps"], dx, self._charging.decay, gain)
+        decay = self._charging.decay
+        eps = charge(state["eps"], dx, decay=decay, gain=gain, v_reset=None)
         eps_plain = eps
         if plain is not gain:
-            eps_plain = dynamics.perturbation_step(
-                state["eps_plain"], dx, self._charging.decay, plain
-            )
+            eps_plain = charge(state["eps_plain"], dx, decay=decay, gain=plain, v_reset=None)
         v = self._potential(state["v"], x, spike, gain)
         v_perturbed = self._potential(state["v_perturbed"], x_perturbed, spike_perturbed, gain)
         d = v - v_perturbed
@@ -429,8 +429,8 @@ class LayerTotals:
 
     def _potential(self, v: Tensor, x: Tensor, spike: Tensor, gain: float | Tensor) -> Tensor:
         module = self.neuron.module
-        h = dynamics.charge(v, x, self._charging.decay, gain, module.v_reset)
-        return dynamics.reset_potential(h, spike, module.v_threshold, module.v_reset)
+        h = charge(v, x, decay=self._charging.decay, gain=gain, v_reset=module.v_reset)
+        return reset(h, spike, v_threshold=module.v_threshold, v_reset=module.v_reset)
 
 
 def _few(items: list[Any], between: Any = "...") -> list[Any]:

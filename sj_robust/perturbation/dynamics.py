@@ -9,14 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sj_robust.ops.dlif.config import state_dtype
+from sj_robust.ops.recurrence import charge, fire, reset
 
 __all__ = [
-    "charge",
     "full_perturbation",
     "membrane_potential",
     "ms_mppd",
-    "perturbation_step",
-    "reset_potential",
     "simplified_perturbation",
     "spike_train_distance",
     "tasad",
@@ -70,7 +68,8 @@ def simplified_perturbation(
     eps = torch.zeros_like(x_seq[0], dtype=dtype)
     steps = []
     for x, x_perturbed, gain_t in zip(x_seq, x_seq_perturbed, gains, strict=True):
-        eps = perturbation_step(eps, x.to(eps.dtype) - x_perturbed.to(eps.dtype), decay, gain_t)
+        dx = x.to(dtype) - x_perturbed.to(dtype)
+        eps = charge(eps, dx, decay=decay, gain=gain_t, v_reset=None)
         steps.append(eps)
     return torch.stack(steps)
 
@@ -125,9 +124,9 @@ def membrane_potential(
     v = torch.zeros_like(x_seq[0], dtype=state_dtype(x_seq)) + start
     steps = []
     for t, (x, gain_t) in enumerate(zip(x_seq, gains, strict=True)):
-        h = charge(v, x.to(v.dtype), decay, gain_t, v_reset)
-        spike = (h >= v_threshold).to(h.dtype) if spike_seq is None else spike_seq[t].to(h.dtype)
-        v = reset_potential(h, spike, v_threshold, v_reset)
+        h = charge(v, x.to(v.dtype), decay=decay, gain=gain_t, v_reset=v_reset)
+        spike = fire(h, v_threshold) if spike_seq is None else spike_seq[t].to(h.dtype)
+        v = reset(h, spike, v_threshold=v_threshold, v_reset=v_reset)
         steps.append(v)
     return torch.stack(steps)
 
@@ -225,32 +224,6 @@ def tasad(spike_seq: Tensor, spike_seq_perturbed: Tensor) -> Tensor:
     """
     _check_pair("spike_seq", spike_seq, spike_seq_perturbed)
     return (_real(spike_seq_perturbed).mean(0) - _real(spike_seq).mean(0)).abs()
-
-
-def perturbation_step(
-    eps: Tensor, dx: Tensor, decay: float | Tensor, gain: float | Tensor
-) -> Tensor:
-    """One step of :func:`simplified_perturbation`: ``decay * eps + gain * dx``."""
-    return decay * eps + gain * dx
-
-
-def charge(
-    v: Tensor, x: Tensor, decay: float | Tensor, gain: float | Tensor, v_reset: float | None
-) -> Tensor:
-    """Potential before firing: ``decay * v + gain * x``, plus ``(1 - decay) * v_reset`` for a hard
-    reset.
-    """
-    h = decay * v + gain * x
-    return h if not v_reset else h + (1.0 - decay) * v_reset
-
-
-def reset_potential(h: Tensor, spike: Tensor, v_threshold: float, v_reset: float | None) -> Tensor:
-    """Potential after firing: a hard reset to ``v_reset``, or minus the threshold if that is
-    None.
-    """
-    if v_reset is None:
-        return h - spike * v_threshold
-    return (1.0 - spike) * h + spike * v_reset
 
 
 class _Leak(torch.autograd.Function):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from sj_robust.proofs._scipy import scipy_module
-from sj_robust.proofs.bounds import by_row, laid_out, reset_rounding
+from sj_robust.proofs.bounds import by_row, laid_out
 from sj_robust.proofs.branching import Prover, inside_ball
 from sj_robust.proofs.relaxation import Maps, RelaxedRun, Stage, Step
+from sj_robust.proofs.rounding import reset_rounding
 
 __all__ = ["Matrices", "mip"]
 

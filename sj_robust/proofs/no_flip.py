@@ -16,15 +16,16 @@ from sj_robust.core.checks import check_count, check_images
 from sj_robust.core.environment import device_of
 from sj_robust.core.preserved import other_forward, preserved, sums_of_products
 from sj_robust.neuron.charging import Neuron, find_neurons
-from sj_robust.proofs.bounds import (
-    BoundedRun,
-    Bounds,
-    Pooling,
+from sj_robust.ops.recurrence import charge, reset
+from sj_robust.proofs.bounds import BoundedRun
+from sj_robust.proofs.rounding import (
     charge_rounding,
     reset_rounding,
     threshold_rounding,
 )
+from sj_robust.proofs.rules import Bounds, Pooling
 from sj_robust.proofs.soundness import check_neurons, overridden
+from sj_robust.proofs.spiking import Interval
 from sj_robust.proofs.verification import bounded_logits
 
 __all__ = ["no_flip_radius"]
@@ -260,16 +261,16 @@ def _steps(
     """
     module, charging = neuron.module, neuron.charging()
     decay = charging.decay_value
-    hard = module.v_reset is not None
     v = torch.full_like(x_seq[0], module.v_reset or 0.0)
     reach = torch.zeros_like(v)  # squared, where the steps are perturbed apart
     for t, (x, spike) in enumerate(zip(x_seq, spike_seq, strict=True)):
         gain = float(torch.as_tensor(charging.gain_at(t, input_gain=True)))
-        h = decay * v + gain * x + ((1.0 - decay) * module.v_reset if hard else 0.0)
+        h = charge(v, x, decay=decay, gain=gain, v_reset=module.v_reset)
         reach = decay**2 * reach + gain**2 if apart else decay * reach + gain
         yield _Step(gain, v, h, (reach.sqrt() if apart else reach.abs()) * norms)
-        v = (1.0 - spike) * h + spike * module.v_reset if hard else h - spike * module.v_threshold
-        reach = (1.0 - spike) * reach if hard else reach
+        v = reset(h, spike, v_threshold=module.v_threshold, v_reset=module.v_reset)
+        if module.v_reset is not None:
+            reach = (1.0 - spike) * reach
 
 
 class _CurrentsRun(BoundedRun):
@@ -283,7 +284,12 @@ class _CurrentsRun(BoundedRun):
         self.T = T
 
     def _reached(
-        self, x: Bounds, batch_dim: int, neuron: Neuron | None, pooling: Pooling | None
+        self,
+        x: Bounds,
+        batch_dim: int,
+        *,
+        neuron: Neuron | None = None,
+        pooling: Pooling | None = None,
     ) -> None:
         if neuron is None or neuron.name not in self.currents:
             return
@@ -293,10 +299,8 @@ class _CurrentsRun(BoundedRun):
         if all(len(found) == self.T for found in self.currents.values()):
             raise _FoundError
 
-    def spikes(
-        self, name: str, neuron: Neuron, lower: Tensor, upper: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return torch.zeros_like(lower), torch.ones_like(upper)
+    def spikes(self, neuron: Neuron, x_seq: Interval) -> Interval:
+        return Interval(torch.zeros_like(x_seq.low), torch.ones_like(x_seq.high))
 
 
 def _rounding(

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from sj_robust.neuron.charging import Neuron
-from sj_robust.proofs.bounds import BoundedRun, Bounds, Pooling, by_row, laid_out, reset_rounding
+from sj_robust.proofs.bounds import BoundedRun, by_row, laid_out
+from sj_robust.proofs.rounding import reset_rounding
+from sj_robust.proofs.rules import Bounds, Pooling
+from sj_robust.proofs.spiking import Float32Spiking, Interval, LayerBounds
 
 __all__ = [
     "Bounded",
@@ -68,9 +71,25 @@ class Step:
     lower: Tensor
     upper: Tensor
     error: Tensor
-    quiet: Tensor
-    fires: Tensor
-    free: Tensor
+    quiet: Tensor = field(init=False)
+    fires: Tensor = field(init=False)
+    free: Tensor = field(init=False)
+
+    def decide(self, around: tuple[float, float]) -> None:
+        """Whether there may be a spike, or none, as the bounds of h say; see :class:`Stage`."""
+        self.quiet, self.fires = self.lower < around[1], self.upper >= around[0]
+        self.free = self.quiet & self.fires
+
+    def assume(self, around: tuple[float, float], fires: bool, at: tuple[int, int]) -> None:
+        """Take a spike of a neuron of a sample as there or as ruled out."""
+        sample, neuron = at
+        ruled_out = self.quiet if fires else self.fires
+        ruled_out[sample].view(-1)[neuron] = False
+        bound = (self.lower if fires else self.upper)[sample].view(-1)
+        if fires:
+            bound[neuron] = bound[neuron].clamp(min=around[0])
+        else:
+            bound[neuron] = bound[neuron].clamp(max=around[1])
 
 
 @dataclass
@@ -138,19 +157,22 @@ class Trace(BoundedRun):
         self.names: list[str] = []
 
     def _reached(
-        self, x: Bounds, batch_dim: int, neuron: Neuron | None, pooling: Pooling | None
+        self,
+        x: Bounds,
+        batch_dim: int,
+        *,
+        neuron: Neuron | None = None,
+        pooling: Pooling | None = None,
     ) -> None:
         self.currents.append(x.centre)
         self.names.append("a max pooling" if neuron is None else f"the layer {neuron.name}")
 
-    def spikes(
-        self, name: str, neuron: Neuron, lower: Tensor, upper: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return lower, upper
+    def spikes(self, neuron: Neuron, x_seq: Interval) -> Interval:
+        return x_seq
 
-    def leaf(self, lower: Tensor, upper: Tensor, batch_dim: int) -> Bounds:
-        value = self.value(lower)
-        return super().leaf(value, value, batch_dim)
+    def leaf(self, values: Interval, batch_dim: int) -> Bounds:
+        value = self.value(values.low)
+        return super().leaf(Interval(value, value), batch_dim)
 
 
 @dataclass
@@ -289,75 +311,69 @@ class RelaxedRun(BoundedRun):
                 self._decisions.setdefault((stage, step), []).append((sample, neuron, fires))
 
     def _reached(
-        self, x: Bounds, batch_dim: int, neuron: Neuron | None, pooling: Pooling | None
+        self,
+        x: Bounds,
+        batch_dim: int,
+        *,
+        neuron: Neuron | None = None,
+        pooling: Pooling | None = None,
     ) -> None:
         self.stages.append(Stage(len(self.leaves), x.same(), batch_dim, neuron, pooling))
 
-    def _decided(
-        self,
-        name: str,
-        gain: float,
-        h_lower: Tensor,
-        h_upper: Tensor,
-        error: Tensor,
-        around: tuple[float, float],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _spiking(self, neuron: Neuron) -> "_RelaxedSpiking":
+        return _RelaxedSpiking(neuron, self.layers[neuron.name], self)
+
+    def know(self, step: Step) -> None:
+        """Add a step to the last stage, with all that is known of it beside intervals."""
         number, stage = len(self.stages) - 1, self.stages[-1]
-        stage.around, t = around, len(stage.steps)
-        h_lower, h_upper = h_lower.contiguous(), h_upper.contiguous()
+        t = len(stage.steps)
+        stage.steps.append(step)
         if self._known is not None:
             earlier = self._known[number].steps[t]
-            h_lower, h_upper = (
-                torch.maximum(h_lower, earlier.lower),
-                torch.minimum(h_upper, earlier.upper),
-            )
-        step = Step(
-            gain,
-            h_lower,
-            h_upper,
-            error,
-            h_lower < around[1],
-            h_upper >= around[0],
-            error.new_zeros(()),
-        )
-        stage.steps.append(step)
+            step.lower = torch.maximum(step.lower, earlier.lower)
+            step.upper = torch.minimum(step.upper, earlier.upper)
+        step.decide(stage.around)
         if self._maps is not None:
-            self._tighten(number, t)
-            step.quiet, step.fires = step.lower < around[1], step.upper >= around[0]
-        step.free = step.quiet & step.fires
+            self._tighten(self._maps, number, t)
+            step.decide(stage.around)
         for sample, neuron, fires in self._decisions.get((number, t), []):
-            lower, upper, quiet, fire = (
-                part.view(self.samples, -1)[sample]
-                for part in (step.lower, step.upper, step.quiet, step.fires)
-            )
-            (quiet if fires else fire)[neuron] = False
-            bound, limit = (lower, around[0]) if fires else (upper, around[1])
-            bound[neuron] = (
-                bound[neuron].clamp(min=limit) if fires else bound[neuron].clamp(max=limit)
-            )
+            step.assume(stage.around, fires, (sample, neuron))
         impossible = (step.lower > step.upper) | ~(step.quiet | step.fires)
         self.empty = self.empty.to(impossible.device) | impossible.flatten(1).any(1)
-        return step.lower, step.upper, step.fires & ~step.quiet, step.fires
 
-    def _tighten(self, number: int, t: int) -> None:
+    def _tighten(self, maps: Maps, number: int, t: int) -> None:
         """Bound the undecided potentials of a step by back-substitution."""
-        assert self._maps is not None
-        step, maps = self.stages[number].steps[t], self._maps
+        step = self.stages[number].steps[t]
         step.lower, step.upper = step.lower.clone(), step.upper.clone()
         samples, neurons = (step.quiet & step.fires).flatten(1).nonzero(as_tuple=True)
+        rows = maps.rows_that_fit()
         for sign, bound in ((1.0, step.lower), (-1.0, step.upper)):
-            for part in range(0, len(samples), rows := maps.rows_that_fit()):
+            values = bound.view(self.samples, -1)
+            limit = torch.fmax if sign > 0 else torch.fmin  # NaN, if found, is no bound
+            for start in range(0, len(samples), rows):
                 if self._end is not None and time.monotonic() > self._end:
                     return
-                sample, neuron = samples[part : part + rows], neurons[part : part + rows]
-                weights = torch.zeros(
-                    (len(sample), *bound.shape[1:]), dtype=torch.float64, device=bound.device
-                )
+                sample, neuron = samples[start : start + rows], neurons[start : start + rows]
+                weights = bound.new_zeros(len(sample), *bound.shape[1:])
                 weights.view(len(sample), -1)[torch.arange(len(sample)), neuron] = sign
                 found = minimum(maps, self, sample, weights, (number, t)).value
-                values = bound.view(self.samples, -1)
-                limit = torch.fmax if sign > 0 else torch.fmin  # NaN, if found, is no bound
                 values[sample, neuron] = limit(values[sample, neuron], sign * found)
+
+
+class _RelaxedSpiking(Float32Spiking):
+    """A call of a spiking layer of which a run knows more than intervals."""
+
+    def __init__(self, neuron: Neuron, layer: LayerBounds, run: RelaxedRun) -> None:
+        super().__init__(neuron, layer)
+        self.relaxed = run
+        run.stages[-1].around = self.below, self.above
+
+    def decided(self, h: Interval, error: Tensor, gain: float) -> tuple[Interval, Interval]:
+        step = Step(gain, h.low.contiguous(), h.high.contiguous(), error)
+        self.relaxed.know(step)
+        sure = step.fires & ~step.quiet
+        spikes = Interval(sure.to(error.dtype), step.fires.to(error.dtype))
+        return Interval(step.lower, step.upper), spikes
 
 
 @dataclass

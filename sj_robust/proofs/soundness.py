@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from sj_robust.core.host import functional
 from sj_robust.core.preserved import other_forward, preserved
 from sj_robust.neuron.charging import Charging, Neuron
-from sj_robust.proofs.bounds import BoundedRun, Bounds
+from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.relaxation import Maps
+from sj_robust.proofs.rules import Bounds
+from sj_robust.proofs.spiking import Interval
 
 __all__ = [
     "UnsoundBoundsError",
@@ -51,31 +53,27 @@ class WatchedRun(BoundedRun):
         super().__init__(neurons, samples)
         self.calls: dict[str, list[_Call]] = {name: [] for name in neurons}
 
-    def _passed(self, name: str, current: Bounds, sure: Tensor, possible: Tensor) -> None:
-        v_lower, v_upper = self.potential(name)
-        self.calls[name].append(
-            _Call(current.lower, current.upper, sure, possible, v_lower, v_upper)
-        )
+    def _passed(self, name: str, current: Bounds, spikes: Interval) -> None:
+        v = self.layers[name].v
+        assert v is not None  # the layer has run
+        self.calls[name].append(_Call(Interval(current.lower, current.upper), spikes, v))
 
 
 @dataclass(frozen=True)
 class _Call:
     """Bounds of one call of a spiking layer, in the layout of the network."""
 
-    current_lower: Tensor
-    current_upper: Tensor
-    sure: Tensor
-    possible: Tensor
-    v_lower: Tensor
-    v_upper: Tensor
+    current: Interval
+    spikes: Interval
+    v: Interval
 
     def left(self, current: Tensor, spikes: Tensor, v: Tensor) -> str | None:
         """What of a run is not within the bounds."""
-        if not _within(current, self.current_lower, self.current_upper):
+        if not self.current.holds(current):
             return "an input current"
-        if not _within(spikes, self.sure, self.possible):
+        if not self.spikes.holds(spikes):
             return "a spike"
-        if not _within(v, self.v_lower, self.v_upper):
+        if not self.v.holds(v):
             return "a membrane potential"
         return None
 
@@ -144,14 +142,14 @@ def check_neurons(neurons: dict[str, Neuron], T: int, like: Tensor) -> None:
         currents = _random_currents(neuron, T, generator).to(like)
         with torch.no_grad(), preserved(neuron.module):
             functional.reset_net(neuron.module)
-            run = BoundedRun({name: neuron}, 1)
-            sure, possible = run.spikes(name, neuron, currents.double(), currents.double())
+            exact = Interval(currents.double(), currents.double())
+            bounds = BoundedRun({name: neuron}, 1).spikes(neuron, exact)
             for training in (False, True):
                 functional.reset_net(neuron.module)
                 neuron.module.training = training
                 spikes = _run_alone(neuron.module, currents)
                 binary = (spikes == 0) | (spikes == 1)
-                if not bool(binary.all()) or not _within(spikes, sure, possible):
+                if not bool(binary.all()) or not bounds.holds(spikes):
                     raise _other_dynamics(name, neuron)
 
 
@@ -169,7 +167,7 @@ def check_point(model: nn.Module, run: BoundedRun, logits: Bounds, point: Tensor
     """
     with torch.no_grad(), _watching(run):
         found: Tensor = model(point.clone())
-    if not _within(found, logits.lower, logits.upper):
+    if not Interval(logits.lower, logits.upper).holds(found):
         raise _outside("a logit", "the output")
     return found
 
@@ -232,13 +230,6 @@ def _outside(what: str, where: str) -> UnsoundBoundsError:
         "reset leaves; take that out, and if there is nothing of the kind, report it with the "
         "network"
     )
-
-
-def _within(values: Tensor, lower: Tensor, upper: Tensor) -> bool:
-    """Whether all values lie between bounds; NaN does not."""
-    if values.shape != lower.shape:
-        return False
-    return bool(((values >= lower) & (values <= upper)).all())
 
 
 def _random_currents(neuron: Neuron, T: int, generator: torch.Generator) -> Tensor:

@@ -4,7 +4,7 @@ rounding.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -34,10 +34,12 @@ from sj_robust.core.saved import markdown_table
 from sj_robust.core.shown import Shown, heat_map, new_figure
 from sj_robust.neuron.charging import Neuron, find_neurons, is_neuron
 from sj_robust.proofs._scipy import scipy_module
-from sj_robust.proofs.bounds import BoundedRun, Bounds, NoBoundsError
+from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.branching import Prover, inside_ball
 from sj_robust.proofs.exact import Matrices, mip
 from sj_robust.proofs.relaxation import Maps
+from sj_robust.proofs.rounding import NoBoundsError
+from sj_robust.proofs.rules import Bounds
 from sj_robust.proofs.soundness import (
     UnsoundBoundsError,
     WatchedRun,
@@ -46,6 +48,7 @@ from sj_robust.proofs.soundness import (
     check_point,
     overridden,
 )
+from sj_robust.proofs.spiking import Interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,7 +57,7 @@ __all__ = ["BoundedLayer", "Verification", "bounded_logits", "bounded_neurons", 
 
 Method = Literal["ibp", "crown", "bab", "mip"]
 METHODS = get_args(Method)
-_Search = Callable[[Tensor, Tensor, float], tuple[float, Tensor | None]]
+_Search = Callable[[Tensor, Tensor], tuple[float, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,7 @@ def verify(
     and v after the reset takes all that either case allows. An image is verified if every other
     class's logit stays below the right one's, bounded for their difference as a whole. What float32
     rounds, in any order of summation, is part of every bound
-    (:class:`sj_robust.proofs.bounds.Bounds`), so that the proof is one of the network that runs.
+    (:class:`sj_robust.proofs.rules.Bounds`), so that the proof is one of the network that runs.
     It assumes rounding to nearest and sums of products: no TF32, no bfloat16 or float16, no
     Winograd convolutions.
 
@@ -280,7 +283,10 @@ def verify(
     x_adv = x.detach().clone()
     maps = Maps(partial(bounded_logits, classifier), neurons, x[0].to(device))
     prover = Prover(classifier, maps, eps)
-    searches: dict[str, _Search] = {"bab": prover.bab, "mip": partial(mip, prover, Matrices(maps))}
+    searches: dict[str, _Search] = {
+        "bab": partial(prover.bab, time_limit=time_limit),
+        "mip": partial(mip, prover, Matrices(maps), time_limit=time_limit),
+    }
     for start in range(0, len(x), batch_size):
         part = slice(start, start + batch_size)
         with sums_of_products(device), preserved(classifier):
@@ -295,27 +301,24 @@ def verify(
             run = (WatchedRun if start == 0 else BoundedRun)(neurons, len(images))
             bounds = bounded_logits(classifier, run, images, eps)
             lead = run.lead(bounds, labels)
-            margin = -lead.scatter(1, labels.unsqueeze(1), -torch.inf).amax(1)
-            wrong = logits.argmax(1) != labels
+            batch = _Batch(
+                images=images,
+                labels=labels,
+                margin=-lead.scatter(1, labels.unsqueeze(1), -torch.inf).amax(1),
+                wrong=logits.argmax(1) != labels,
+                x_adv=images,
+            )
             if method != "ibp":
-                _tighten(
-                    prover,
-                    searches.get(method),
-                    time_limit,
-                    images,
-                    labels,
-                    margin,
-                    wrong,
-                    x_adv[part],
-                )
+                batch = _tightened(batch, prover, searches.get(method))
             for point in _points(images, eps):
                 found = check_point(classifier, run, bounds, point)
-                _check_margins(found, labels, margin, first=start)
+                _check_margins(found, labels, batch.margin, first=start)
                 if start:  # layers are looked at in the first batch
                     break
-            _check_margins(logits, labels, margin, first=start)
-        margins += margin.tolist()
-        broken += wrong.tolist()
+            _check_margins(logits, labels, batch.margin, first=start)
+        margins += batch.margin.tolist()
+        broken += batch.wrong.tolist()
+        x_adv[part] = batch.x_adv
         for name, layer in run.layers.items():
             counts[name] += layer.neurons
             seen = torch.tensor([layer.undecided, layer.width], dtype=torch.float64)
@@ -374,33 +377,47 @@ def _check_margins(logits: Tensor, labels: Tensor, margin: Tensor, *, first: int
         )
 
 
-def _tighten(
-    prover: Prover,
-    search: _Search | None,
-    time_limit: float,
-    images: Tensor,
-    labels: Tensor,
-    margin: Tensor,
-    wrong: Tensor,
-    x_adv: Tensor,
-) -> None:
-    """Go on with the images of a batch that are neither verified nor wrong; writes into the last
-    three.
+@dataclass(frozen=True)
+class _Batch:
+    """A batch of images and what is known of them.
+
+    Attributes:
+        images: The images [N, *].
+        labels: Their labels [N].
+        margin: What the right class leads by at least, [N].
+        wrong: Whether ``x_adv`` is classified wrong, [N].
+        x_adv: For an image that is wrong, one of its ball that shows it; otherwise itself.
     """
-    if rest := _still_open(margin, wrong):
+
+    images: Tensor
+    labels: Tensor
+    margin: Tensor
+    wrong: Tensor
+    x_adv: Tensor
+
+    def open_ones(self) -> list[int]:
+        """Numbers of the images that are neither verified nor wrong."""
+        found: list[int] = (~(self.margin > 0) & ~self.wrong).nonzero().squeeze(1).tolist()
+        return found
+
+
+def _tightened(batch: _Batch, prover: Prover, search: _Search | None) -> _Batch:
+    """The batch with what relaxation, and then a search, find of the images that are still open."""
+    images, labels = batch.images, batch.labels
+    margin, wrong, x_adv = batch.margin.clone(), batch.wrong.clone(), batch.x_adv.clone()
+    tighter = replace(batch, margin=margin, wrong=wrong, x_adv=x_adv)
+    rest = tighter.open_ones()
+    if rest:
         margin[rest] = torch.maximum(margin[rest], prover.crown(images[rest], labels[rest]))
     if search is None:
-        return
-    for i in _still_open(margin, wrong):
-        lead, found = search(images[i : i + 1], labels[i : i + 1], time_limit)
-        if found is not None:
-            wrong[i], x_adv[i] = True, found[0].to(x_adv)
-        else:
+        return tighter
+    for i in tighter.open_ones():
+        lead, found = search(images[i : i + 1], labels[i : i + 1])
+        if found is None:
             margin[i] = max(float(margin[i]), lead)
-
-
-def _still_open(margin: Tensor, wrong: Tensor) -> list[int]:
-    return (~(margin > 0) & ~wrong).nonzero().squeeze(1).tolist()
+        else:
+            wrong[i], x_adv[i] = True, found[0].to(x_adv)
+    return tighter
 
 
 def bounded_logits(
@@ -430,7 +447,7 @@ def bounded_logits(
     ]
     try:
         with torch.enable_grad(), run.replacing_neurons():
-            logits = model(run.leaf(lower, upper, 0))
+            logits = model(run.leaf(Interval(lower, upper), 0))
             if not isinstance(logits, Bounds):
                 raise NoBoundsError(
                     "an output that does not depend on the input, or lost its bounds"

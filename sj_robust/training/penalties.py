@@ -13,7 +13,7 @@ from sj_robust.attacks.logits import without
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.neuron.charging import Neuron, find_neurons
 from sj_robust.neuron.watching import SpikingCall, Wants, watch
-from sj_robust.perturbation import dynamics
+from sj_robust.ops.recurrence import charge, reset
 from sj_robust.perturbation.gains import gain_penalty
 
 __all__ = ["ForwardPasses", "GradientSparsity", "Penalty", "StabilityGain", "ThresholdGuarding"]
@@ -223,9 +223,10 @@ class ThresholdGuarding(Penalty):
         for t, (x, spike) in enumerate(zip(x_seq, spike_seq, strict=True)):
             wide = x if x.dtype == torch.float64 else x.float()
             gain = charging.gain_at(call.time_step + t, input_gain=True)
-            h = dynamics.charge(v, wide, charging.decay, gain, node.v_reset)
+            h = charge(v, wide, decay=charging.decay, gain=gain, v_reset=node.v_reset)
             self._add(call.name, (self.margin - (h - node.v_threshold).abs()).relu())
-            v = dynamics.reset_potential(h, spike.to(wide.dtype), node.v_threshold, node.v_reset)
+            spike = spike.to(wide.dtype)
+            v = reset(h, spike, v_threshold=node.v_threshold, v_reset=node.v_reset)
 
     def _add(self, name: str, excess: Tensor) -> None:
         total = excess.sum()

@@ -25,6 +25,7 @@ from sj_robust.neuron import fuse
 from sj_robust.ops import available_backends
 from sj_robust.proofs import verify
 from sj_robust.proofs.bounds import BoundedRun
+from sj_robust.proofs.spiking import Float32Spiking
 from sj_robust.proofs.verification import bounded_logits, bounded_neurons
 
 METHODS = ["ibp"] * 14 + ["crown"] * 4 + ["bab", "mip"]
@@ -155,19 +156,26 @@ class Recorded(BoundedRun):
         super().__init__(*arguments)
         self.steps: dict[str, list[list[torch.Tensor]]] = {name: [] for name in self.neurons}
 
-    def _decided(self, name, *arguments):
-        found = super()._decided(name, *arguments)
-        self.steps[name].append(list(found))
-        return found
+    def _spiking(self, neuron):
+        return RecordedSpiking(neuron, self.layers[neuron.name], self.steps[neuron.name])
 
-    def spikes(self, name, neuron, lower, upper):
-        found = []
-        for step in range(len(lower)):
-            found.append(
-                super().spikes(name, neuron, lower[step : step + 1], upper[step : step + 1])
-            )
-            self.steps[name][-1] += self._potential[name]
-        return tuple(map(torch.cat, zip(*found, strict=True)))
+
+class RecordedSpiking(Float32Spiking):
+    """A call of a layer that keeps what :class:`Recorded` does."""
+
+    def __init__(self, neuron, layer, steps) -> None:
+        super().__init__(neuron, layer)
+        self.steps = steps
+
+    def step(self, v, x):
+        after, spikes = super().step(v, x)
+        self.steps[-1] += [after.low, after.high]
+        return after, spikes
+
+    def decided(self, h, error, gain):
+        h, spikes = super().decided(h, error, gain)
+        self.steps.append([h.low, h.high, spikes.low.bool(), spikes.high.bool()])
+        return h, spikes
 
 
 def check(seed: int, points: int) -> Counter:

@@ -11,7 +11,7 @@ from unchanged import unchanged
 
 from sj_robust import SpikingClassifier
 from sj_robust.core.preserved import full_precision
-from sj_robust.proofs import bounds, verify
+from sj_robust.proofs import bounds, rounding, verify
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.differentiable import DifferentiableBounds
 from sj_robust.proofs.relaxation import Maps
@@ -21,8 +21,8 @@ from sj_robust.proofs.verification import bounded_logits, bounded_neurons
 @pytest.mark.parametrize("node", NEURONS)
 @pytest.mark.parametrize("build", NETWORKS)
 def test_they_are_those_of_verify_without_rounding(build, node, monkeypatch):
-    for name, value in (("_UNIT", 0.0), ("_SMALLEST", 0.0), ("_SLACK", 1.0)):
-        monkeypatch.setattr(bounds, name, value)
+    monkeypatch.setattr(rounding, "_UNIT", 0.0)
+    monkeypatch.setattr(bounds, "SLACK", 1.0)
     model = classifier(build, NEURONS[node], mean=[0.5, 0.4], std=[0.3, 0.2]).double()
     x, y = torch.rand(4, 2, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
     differentiable = DifferentiableBounds(model)

@@ -378,7 +378,7 @@ def test_a_tree_of_linear_programs_closes_what_is_robust(seed, monkeypatch):
     model = small(NEURONS["LIF"], seed=seed)
     x = torch.rand(1, 3, generator=torch.Generator().manual_seed(seed))
     y = model(x).argmax(1)
-    monkeypatch.setattr(verification, "_still_open", lambda margin, wrong: [0])
+    monkeypatch.setattr(verification._Batch, "open_ones", lambda batch: [0])
     result = verify(model, x, y, 0.05, method="mip", time_limit=30.0)
     turned = bool((model(grid(x, 0.05, 20)).argmax(1) != y).any())
     assert result.verified == (not turned,)

@@ -1,6 +1,7 @@
 """Proofs check themselves: a network that does not do what its bounds say is refused, by name."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.core.preserved import full_precision
 from sj_robust.perturbation.gains import input_maps, perturbation_gains
-from sj_robust.proofs import UnsoundBoundsError, bounds, soundness, verify
+from sj_robust.proofs import UnsoundBoundsError, rules, soundness, verify
 from sj_robust.proofs.differentiable import DifferentiableBounds
 
 METHODS = ("ibp", "crown", "bab", "mip")
@@ -211,22 +212,24 @@ def test_a_network_that_does_something_else_in_a_plain_call_is_refused(part, pla
 
 
 @pytest.mark.parametrize(
-    ("part", "what"),
+    ("part", "end", "what"),
     [
-        ("current_lower", "an input current"),
-        ("sure", "a spike"),
-        ("v_lower", "a membrane potential"),
-        ("v_upper", "a membrane potential"),
+        ("current", "low", "an input current"),
+        ("spikes", "low", "a spike"),
+        ("v", "low", "a membrane potential"),
+        ("v", "high", "a membrane potential"),
     ],
 )
-def test_every_bound_is_held_against_the_run(monkeypatch, part, what):
+def test_every_bound_is_held_against_the_run(monkeypatch, part, end, what):
     model = classifier(convolutional, NEURONS["LIF"])
     call = soundness._Call
-    shift = -9.0 if part == "v_upper" else 9.0
+    shift = -9.0 if end == "high" else 9.0
 
     def wrong(*values):
         made = call(*values)
-        return call(**vars(made) | {part: getattr(made, part) + shift})
+        interval = getattr(made, part)
+        moved = replace(interval, **{end: getattr(interval, end) + shift})
+        return replace(made, **{part: moved})
 
     monkeypatch.setattr(soundness, "_Call", wrong)
     x = torch.rand(2, 2, 8, 8)
@@ -236,13 +239,13 @@ def test_every_bound_is_held_against_the_run(monkeypatch, part, what):
 
 @pytest.mark.parametrize("build", NETWORKS)
 def test_an_error_of_a_rule_is_found_at_a_point(build, monkeypatch):
-    rule = bounds._RULES["linear"]
+    rule = rules.RULES["linear"]
 
     def wrong(*arguments):
         found = rule(*arguments)
-        return bounds.Bounds(1.01 * found.centre, found.radius, found.error, found.run)
+        return rules.Bounds(1.01 * found.centre, found.radius, found.error, found.run)
 
-    monkeypatch.setitem(bounds._RULES, "linear", wrong)
+    monkeypatch.setitem(rules.RULES, "linear", wrong)
     model = classifier(build, NEURONS["LIF"])
     x = torch.rand(2, 2, 8, 8)
     with pytest.raises(UnsoundBoundsError, match="is outside its bounds"):

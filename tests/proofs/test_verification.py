@@ -15,7 +15,7 @@ from unchanged import unchanged
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks import pgd
 from sj_robust.classifier import PoissonEncoder, SpikingEventClassifier
-from sj_robust.proofs import UnsoundBoundsError, bounds, verify
+from sj_robust.proofs import UnsoundBoundsError, bounds, rounding, rules, verify
 from sj_robust.proofs.verification import bounded_logits, bounded_neurons
 
 T = 4
@@ -107,7 +107,8 @@ def test_nothing_leaves_its_bounds(seed):
 
 @pytest.mark.slow
 def test_what_float32_rounds_is_noticed_where_bounds_leave_it_out(monkeypatch):
-    monkeypatch.setattr(bounds, "gamma", lambda terms: 0.0)
+    for module in (rounding, rules):
+        monkeypatch.setattr(module, "gamma", lambda terms: 0.0)
     with pytest.raises(AssertionError, match="^a "):
         list(map(fuzz.check, range(10), [64] * 10))
 
@@ -158,7 +159,7 @@ AFFINE = {
 @pytest.mark.parametrize("name", AFFINE)
 def test_an_affine_map_spreads_a_box_by_its_absolute_values(name):
     centre, radius = torch.randn(1, 4, 4, 4).double(), torch.rand(1, 4, 4, 4).double()
-    found = AFFINE[name](bounds.Bounds(centre, radius))
+    found = AFFINE[name](rules.Bounds(centre, radius))
     jacobian = torch.autograd.functional.jacobian(AFFINE[name], centre)
     torch.testing.assert_close(found.centre, AFFINE[name](centre))
     torch.testing.assert_close(found.radius, (jacobian.abs() * radius).sum((-4, -3, -2, -1)))
@@ -188,8 +189,7 @@ def test_a_potential_on_the_threshold_needs_the_margin_for_rounding(monkeypatch)
         return bool(possible[0, rounded_up])
 
     assert possible()
-    monkeypatch.setattr(bounds, "gamma", lambda terms: 0.0)
-    monkeypatch.setattr(bounds, "_UNIT", 0.0)
+    monkeypatch.setattr(rounding, "_UNIT", 0.0)
     assert not possible()
 
 
@@ -516,6 +516,6 @@ def test_numbers_are_those_of_a_float64_network():
 
 @pytest.mark.parametrize("size", [torch.tensor([2.0]), torch.tensor([0.0])])
 def test_a_negative_threshold_does_not_lessen_rounding(size):
-    assert float(bounds.reset_rounding(size, 0.0, -5.0)) == float(
-        bounds.reset_rounding(size, 0.0, 5.0)
+    assert float(rounding.reset_rounding(size, 0.0, -5.0)) == float(
+        rounding.reset_rounding(size, 0.0, 5.0)
     )

@@ -1,0 +1,441 @@
+"""Bounds of tensors, and how each operation of a network passes them on: one rule per operation."""
+
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sj_robust.proofs.rounding import SMALLEST, NoBoundsError, gamma, within_float32
+
+__all__ = ["RULES", "Bounds", "Pooling", "Rule", "Run"]
+
+Pooling = Callable[[Tensor], Tensor]
+"""A max pooling."""
+
+Rule = Callable[..., Any]
+"""Bounds of an operation: called with torch's function and its arguments, of which one or more are
+bounds.
+"""
+
+
+class Run(Protocol):
+    """What the rules know of the run that bounds belong to."""
+
+    differentiable: bool
+    """Whether bounds keep their graph to the weights and leave out rounding."""
+
+    dtype: torch.dtype
+    """Of the network."""
+
+    def pool(self, x: "Bounds", pooling: Pooling) -> "Bounds":
+        """Bounds of a max pooling."""
+
+
+class Bounds(Tensor):
+    """Every value that a float32 tensor of a network can have while the input moves: ``centre -+
+    (radius + error)``.
+
+    In exact arithmetic a value is within ``centre -+ radius``; what float32 computes is at most
+    ``error`` away from that. All three are float64. ``centre`` is kept as a graph down to the
+    leaves (the input, the outputs of spiking layers and of max poolings), of which it is an affine
+    function. 张量所有可能取值的上下界。
+
+    In a ``differentiable`` run, which is for training, bounds are ``unrounded``: nothing asks for
+    ``error``, and centre and radius are in the precision of the input and keep their graph to the
+    weights.
+
+    Equation, for ``y = A x + b`` with n terms summed in any order, ``u = 2**-24`` and ``gamma = n u
+    / (1 - n u)``::
+
+        centre' = A centre + b
+        radius' = |A| radius
+        error'  = |A| (error + gamma (|centre| + radius + error)) + gamma |b|
+
+    Convolution, linear, batch norm in evaluation mode, average pooling, sums and reshapes are such
+    maps. Max pooling is monotone: bounds of its result are those of its input, pooled. Anything
+    else raises :class:`NoBoundsError`.
+
+    Args:
+        centre: Middle of the values.
+        radius: How far the exact value can be from it; broadcast.
+        error: How far float32 can be from the exact value; broadcast, None for values that are
+            exact.
+        run: The run whose leaves ``centre`` depends on.
+
+    Source: interval arithmetic; rounding as in Higham, "Accuracy and Stability of Numerical
+        Algorithms" (2002), ch. 3.
+
+    Examples:
+        >>> x = Bounds(torch.tensor([[0.5]]).double(), torch.tensor([[0.25]]).double())
+        >>> y = 2 * x + 1
+        >>> float(y.centre), float(y.radius), 0 < float(y.error) < 1e-6
+        (2.0, 0.5, True)
+    """
+
+    centre: Tensor
+    radius: Tensor
+    error: Tensor
+    unrounded: bool
+    run: Run | None
+    family: list[weakref.ref[Tensor]]
+    """This and the views that may share its memory: what is done in place to one of them changes
+    all.
+    """
+
+    @staticmethod
+    def __new__(
+        cls,
+        centre: Tensor,
+        radius: Tensor,
+        error: Tensor | None = None,
+        run: Run | None = None,
+    ) -> "Bounds":
+        """Wrap the parts; see the class."""
+        unrounded = run is not None and run.differentiable
+        dtype = centre.dtype if unrounded else torch.float32 if run is None else run.dtype
+        self: Bounds = Tensor._make_wrapper_subclass(
+            cls, centre.shape, dtype=dtype, device=centre.device
+        )
+        self.centre, self.run, self.unrounded = centre, run, unrounded
+        self.radius = radius.expand(centre.shape)
+        self.family = [weakref.ref(self)]
+        if unrounded:
+            self.error = radius.new_zeros(())
+        else:
+            self.error = (
+                torch.zeros_like(self.radius) if error is None else error.expand(centre.shape)
+            )
+        return self
+
+    @property
+    def lower(self) -> Tensor:
+        """Smallest value that float32 can give."""
+        if self.unrounded:
+            return self.centre - self.radius
+        return self.centre.detach() - self.radius - self.error
+
+    @property
+    def upper(self) -> Tensor:
+        """Largest value that float32 can give."""
+        if self.unrounded:
+            return self.centre + self.radius
+        return self.centre.detach() + self.radius + self.error
+
+    def has_views(self) -> bool:
+        """Whether another tensor may share its memory."""
+        views = [reference() for reference in self.family]
+        return any(view is not None and view is not self for view in views)
+
+    def same(self) -> "Bounds":
+        """These bounds as they are now, whatever is done in place to them later."""
+        return Bounds(self.centre, self.radius, self.error, self.run)
+
+    # torch lacks the type
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Shape alone: tensors of a network are large."""
+        return f"Bounds({tuple(self.shape)})"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Bounds of a function of bounds."""
+        kwargs = dict(kwargs or {})
+        named = [kwargs.pop(key) for key in ("input", "tensors", "other") if key in kwargs]
+        args = (*args, *named)
+        name = func.__name__.strip("_")
+        rule = RULES.get(name)
+        in_place = func.__name__ == f"{name}_" or name in _IN_PLACE
+        if func.__name__ == "__float__":
+            raise NoBoundsError("float(x), a number that depends on the input")
+        if kwargs.get("out") is not None or (in_place and rule not in (_sum, _product, _negative)):
+            raise NoBoundsError(f"{func.__name__}, which writes into a tensor: write x = f(x)")
+        if rule is None:
+            raise NoBoundsError(f"the operation {name}")
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                found = rule(func, *args, **kwargs)
+                return _written(args[0], found, func.__name__) if in_place else found
+        except TypeError as error:  # a rule does not know an argument, or the call is wrong
+            raise NoBoundsError(f"the operation {name} as it is called here ({error})") from error
+
+    @classmethod
+    # torch declares its default, which is a function
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """What reaches torch's dispatcher came around the rules above."""
+        raise NoBoundsError(f"the operation {func}")
+
+
+def _written(x: Any, result: Bounds, name: str) -> Bounds:
+    """``x`` with the parts of a result, so that all who hold it see them."""
+    if not isinstance(x, Bounds) or x.shape != result.shape or x.has_views():
+        raise NoBoundsError(
+            f"{name} on a view, on what has one, or on a constant: write x = x + y instead of x "
+            "+= y"
+        )
+    x.centre, x.radius, x.error = result.centre, result.radius, result.error
+    return x
+
+
+def _asked(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """What does not depend on values, such as a shape."""
+    return func(*args, **kwargs)
+
+
+def _moved(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """A function that only moves elements, of all parts."""
+    copies = func.__name__ in _COPIES
+    if func.__name__ == "view":
+        func = torch.Tensor.reshape  # parts may be laid out otherwise
+    run = _run_of(args)
+    names = ["centre", "radius"]
+    if run is None or not run.differentiable:
+        names.append("error")
+    parts = [func(*_part(args, name, run), **kwargs) for name in names]
+    alone = isinstance(parts[0], Tensor)
+    of_each = [parts] if alone else list(zip(*parts, strict=True))
+    views = [Bounds(**dict(zip(names, of_one, strict=True)), run=run) for of_one in of_each]
+    found = views[0] if alone else type(parts[0])(views)
+    if not copies and isinstance(args[0], Bounds):
+        for view in views:
+            args[0].family += view.family
+            view.family = args[0].family
+    return found
+
+
+def _part(value: Any, part: str, run: Run | None) -> Any:
+    """One part of bounds; what is fixed is its own centre."""
+    if isinstance(value, Bounds):
+        return getattr(value, part)
+    if isinstance(value, Tensor) and value.is_floating_point():
+        value = _constant(value, run)
+        return value if part == "centre" else torch.zeros_like(value)
+    if type(value) in (tuple, list):
+        return type(value)(_part(item, part, run) for item in value)
+    return value
+
+
+def _run_of(value: Any) -> Run | None:
+    """The run of the first bounds among arguments."""
+    if isinstance(value, Bounds):
+        return value.run
+    if type(value) in (tuple, list):
+        for item in value:
+            run = _run_of(item)
+            if run is not None:
+                return run
+    return None
+
+
+def _constant(value: Any, run: Run | None) -> Tensor:
+    """A weight: in float64 and without a graph, or as it is in a differentiable run."""
+    if isinstance(value, Bounds):
+        raise NoBoundsError("a product of two values that depend on the input")
+    number = torch.float32 if run is None else run.dtype
+    found: Tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=number)
+    if run is not None and run.differentiable:
+        return found
+    return found.detach().double()
+
+
+def _affine(
+    x: Bounds,
+    apply: Callable[[Tensor], Tensor],
+    absolute: Callable[[Tensor], Tensor],
+    *,
+    terms: int,
+    shift: Tensor | None = None,
+) -> Bounds:
+    """Bounds of ``apply(x) + shift``; ``absolute`` is the map whose entries are the absolute values
+    of apply's.
+    """
+    shift = x.centre.new_zeros(()) if shift is None else shift
+    centre, radius = apply(x.centre) + shift, absolute(x.radius)
+    if x.unrounded:
+        return Bounds(centre, radius, run=x.run)
+    growth = gamma(terms)
+    largest = x.centre.detach().abs() + x.radius + x.error
+    error = absolute(x.error + growth * largest) + growth * shift.abs() + terms * SMALLEST
+    return Bounds(centre, radius, within_float32(error), x.run)
+
+
+def _weighted(
+    func: Any, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any
+) -> Bounds:
+    """Convolution and linear."""
+    weight = _constant(weight, x.run)
+    shift = None if bias is None else _constant(bias, x.run)
+    if shift is not None and weight.ndim > 2:
+        shift = shift.view(-1, *[1] * (weight.ndim - 2))
+    return _affine(
+        x,
+        lambda z: func(z, weight, None, *args, **kwargs),
+        lambda z: func(z, weight.abs(), None, *args, **kwargs),
+        terms=weight[0].numel() + 2,
+        shift=shift,
+    )
+
+
+def _batch_norm(
+    func: Any,
+    x: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Bounds:
+    """Batch norm with given statistics."""
+    if training or running_mean is None or running_var is None:
+        raise NoBoundsError(
+            "batch norm with the statistics of the batch, which one image alone does not decide"
+        )
+    shape = (-1, *[1] * (x.ndim - 2))
+    slope = (_constant(running_var, x.run) + eps).rsqrt()
+    if weight is not None:
+        slope = slope * _constant(weight, x.run)
+    slope = slope.view(shape)
+    moved = _constant(running_mean, x.run).view(shape) * slope
+    bias = torch.zeros_like(moved) if bias is None else _constant(bias, x.run).view(shape)
+    found = _scaled(x, slope, terms=12, shift=bias - moved)
+    if found.unrounded:
+        return found
+    # Computed as (x - mean) * slope + bias or as x * slope + (bias - mean * slope): either is
+    # covered.
+    error = found.error + gamma(12) * (moved.abs() + bias.abs())
+    return Bounds(found.centre, found.radius, error, x.run)
+
+
+def _scaled(x: Bounds, factor: Tensor, *, terms: int, shift: Tensor | None = None) -> Bounds:
+    """Bounds of ``factor * x + shift``."""
+    return _affine(x, lambda z: z * factor, lambda z: z * factor.abs(), terms=terms, shift=shift)
+
+
+def _average(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
+    """Sums with weights >= 0: average pooling, ``mean``, ``sum``."""
+    _converted(func, x, kwargs.pop("dtype", None))
+    size = args[0] if args else kwargs.get("kernel_size", 1)
+    if not func.__name__.startswith("avg_pool"):
+        pooled = "pool" in func.__name__
+        terms = math.prod(x.shape[2:]) if pooled else _terms_of_sum(func, x, *args, **kwargs)
+    elif isinstance(size, tuple | list):
+        terms = math.prod(size)
+    else:
+        terms = int(size) ** (x.ndim - 2)
+
+    def apply(z: Tensor) -> Any:
+        return func(z, *args, **kwargs)
+
+    return _affine(x, apply, apply, terms=terms + 2)
+
+
+def _terms_of_sum(func: Any, x: Bounds, *args: Any, **kwargs: Any) -> int:
+    """How many values each value of a sum or mean is made of."""
+    results: int = func(x.radius, *args, **kwargs).numel()
+    return x.numel() // max(1, results)
+
+
+def _sum(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
+    """Sums and differences."""
+    if kwargs:
+        raise NoBoundsError("a sum with alpha or out")
+    name, run = func.__name__.strip("_"), _run_of((a, b))
+    if name == "rsub":
+        a, b = b, a
+    device = (a if isinstance(a, Bounds) else b).centre.device
+    first, second = _as_bounds(a, run, device), _as_bounds(b, run, device)
+    centre = first.centre - second.centre if "sub" in name else first.centre + second.centre
+    radius = first.radius + second.radius
+    if first.unrounded:
+        return Bounds(centre, radius, run=run)
+    error = first.error + second.error
+    size = centre.detach().abs() + radius + error
+    return Bounds(centre, radius, within_float32(error + gamma(2) * size + SMALLEST), run)
+
+
+def _as_bounds(value: Any, run: Run | None, device: torch.device) -> Bounds:
+    """Bounds, or a constant as bounds that nothing moves."""
+    if isinstance(value, Bounds):
+        return value
+    centre = _constant(value, run).to(device)
+    return Bounds(centre, torch.zeros_like(centre), run=run)
+
+
+def _product(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
+    """Products with a constant, and divisions by one."""
+    name = func.__name__.strip("_")
+    x, other = (a, b) if isinstance(a, Bounds) else (b, a)
+    divides = "div" in name
+    if divides and (kwargs or x is not a or name.startswith("r")):
+        raise NoBoundsError("a division by a value that depends on the input, or one that rounds")
+    factor = _constant(other, x.run).to(x.centre.device)
+    return _scaled(x, 1.0 / factor if divides else factor, terms=4)
+
+
+def _negative(func: Any, x: Any) -> Bounds:
+    """The opposite."""
+    return Bounds(-x.centre, x.radius, x.error, x.run)
+
+
+def _largest_of(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
+    """Max pooling."""
+    if kwargs.pop("return_indices", False):
+        raise NoBoundsError("a max pooling that returns indices")
+    if x.run is None:
+        raise NoBoundsError("a max pooling outside a run")
+    run: Run = x.run
+    return run.pool(x, lambda z: func(z, *args, **kwargs))
+
+
+def _dropout(
+    func: Any, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Any:
+    """Dropout that is off."""
+    if training:
+        raise NoBoundsError("dropout that stays on")
+    return x
+
+
+def _converted(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """A conversion to the dtype that the values have already."""
+    given = [getattr(value, "dtype", value) for value in (*args, *kwargs.values())]
+    if func.__name__ == "float":
+        given.append(torch.float32)
+    for dtype in given:
+        if isinstance(dtype, torch.dtype) and dtype != x.dtype:
+            raise NoBoundsError(f"a conversion to {dtype}: bounds are those of {x.dtype}")
+    return x
+
+
+_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "idiv"}
+_COPIES = {"clone", "repeat", "cat", "concat", "concatenate", "stack", "tile", "flip"}
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "linear"), _weighted),
+    "batch_norm": _batch_norm,
+    **dict.fromkeys(("avg_pool1d", "avg_pool2d", "avg_pool3d"), _average),
+    **dict.fromkeys(("adaptive_avg_pool1d", "adaptive_avg_pool2d"), _average),
+    **dict.fromkeys(("adaptive_avg_pool3d", "mean", "sum"), _average),
+    **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d"), _largest_of),
+    **dict.fromkeys(("adaptive_max_pool1d", "adaptive_max_pool2d"), _largest_of),
+    "adaptive_max_pool3d": _largest_of,
+    **dict.fromkeys(("add", "radd", "iadd", "sub", "rsub", "isub"), _sum),
+    **dict.fromkeys(("mul", "rmul", "imul", "div", "truediv", "rdiv"), _product),
+    **dict.fromkeys(("rtruediv", "itruediv", "idiv"), _product),
+    "neg": _negative,
+    **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d"), _dropout),
+    **dict.fromkeys(("to", "float", "type_as"), _converted),
+    **dict.fromkeys(("flatten", "view", "reshape", "expand", "permute", "transpose"), _moved),
+    **dict.fromkeys(("unsqueeze", "squeeze", "contiguous", "clone", "repeat", "chunk"), _moved),
+    **dict.fromkeys(("split", "getitem", "cat", "concat", "concatenate", "stack"), _moved),
+    **dict.fromkeys(("unbind", "movedim", "narrow", "select", "unflatten"), _moved),
+    **dict.fromkeys(("swapaxes", "tile", "flip"), _moved),
+    **dict.fromkeys(("get", "dim", "size", "numel", "stride", "ndimension", "len"), _asked),
+    **dict.fromkeys(("is_floating_point", "is_contiguous", "is_complex", "get_device"), _asked),
+}
+"""The rule of every operation of which bounds are known, by torch's name without underscores."""

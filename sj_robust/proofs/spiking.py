@@ -1,0 +1,203 @@
+"""Bounds of a spiking layer, step by step: in real numbers for training, and with all that float32
+rounds for proofs.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sj_robust.neuron.charging import Neuron
+from sj_robust.ops.recurrence import charge, fire
+from sj_robust.proofs.rounding import (
+    NoBoundsError,
+    charge_rounding,
+    reset_rounding,
+    threshold_rounding,
+    within_float32,
+)
+
+__all__ = ["Float32Spiking", "Interval", "LayerBounds", "RealSpiking", "Spiking"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """All values of a tensor between ``low`` and ``high``, element by element."""
+
+    low: Tensor
+    high: Tensor
+
+    def size(self) -> Tensor:
+        """Largest absolute value."""
+        return torch.maximum(self.low.abs(), self.high.abs())
+
+    def widened(self, error: Tensor) -> "Interval":
+        """With values that are so far outside."""
+        return Interval(self.low - error, self.high + error)
+
+    def holds(self, values: Tensor) -> bool:
+        """Whether all values lie inside; NaN does not."""
+        if values.shape != self.low.shape:
+            return False
+        return bool(((values >= self.low) & (values <= self.high)).all())
+
+
+@dataclass
+class LayerBounds:
+    """What the bounds say of one spiking layer in a run.
+
+    Attributes:
+        v: Its potential after the last step so far; None before the first one.
+        undecided: Per time step, the number of spikes that may or may not be there, summed over the
+            samples; not counted in training.
+        width: Per time step, the squared distance between the bounds of the charged potential;
+            likewise.
+        neurons: Neurons times samples.
+        steps: Time steps that have run.
+    """
+
+    v: Interval | None = None
+    undecided: list[float] = field(default_factory=list)
+    width: list[float] = field(default_factory=list)
+    neurons: int = 0
+    steps: int = 0
+
+
+class Spiking(ABC):
+    """One call of a spiking layer on bounds of its currents.
+
+    Spikes are an interval of numbers: ``low`` is 1 where the neuron fires for sure, ``high`` where
+    it can. Masks and their gradients are then products, which take a tenth of the time.
+
+    Args:
+        neuron: The neuron.
+        layer: What earlier calls left, and this one leaves.
+    """
+
+    above: float
+    """A charged potential that is at least this fires for sure."""
+
+    below: float
+    """One that is less than this does not fire."""
+
+    def __init__(self, neuron: Neuron, layer: LayerBounds) -> None:
+        """Read how the neuron charges at present."""
+        self.neuron, self.layer, self.charging = neuron, layer, neuron.charging()
+        v_reset = neuron.module.v_reset
+        self.soft = v_reset is None
+        self.rest = 0.0 if self.soft else float(v_reset)
+        self.threshold = self.above = self.below = float(neuron.module.v_threshold)
+
+    @abstractmethod
+    def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:
+        """Potential after the step and spikes, for the potential before it and the current [N,
+        *].
+        """
+
+    def run(self, x_seq: Interval) -> Interval:
+        """Spikes for currents, both [T, N, *]."""
+        layer = self.layer
+        v = layer.v or self._start(x_seq.low[0])
+        layer.neurons = x_seq.low[0].numel()
+        spike_seq = []
+        for low, high in zip(x_seq.low, x_seq.high, strict=True):
+            v, spikes = self.step(v, Interval(low, high))
+            layer.steps += 1
+            spike_seq.append(spikes)
+        layer.v = v
+        return Interval(
+            torch.stack([spikes.low for spikes in spike_seq]),
+            torch.stack([spikes.high for spikes in spike_seq]),
+        )
+
+    def _start(self, like: Tensor) -> Interval:
+        """The potential before the first step."""
+        if bool((torch.as_tensor(self.neuron.module.v) != self.rest).any()):
+            raise NoBoundsError(
+                f"the layer {self.neuron.name}, whose v_reset was changed after it was built: "
+                "give it v_reset then"
+            )
+        v = torch.full_like(like, self.rest)
+        return Interval(v, v)
+
+    def charged(
+        self, v: Interval, x: Interval, *, decay: float | Tensor, gain: float | Tensor
+    ) -> Interval:
+        """Potential before firing; a negative gain swaps the ends of the current."""
+        low, high = (x.low, x.high) if _number(gain) >= 0 else (x.high, x.low)
+        return Interval(
+            charge(v.low, low, decay=decay, gain=gain, v_reset=self.rest),
+            charge(v.high, high, decay=decay, gain=gain, v_reset=self.rest),
+        )
+
+    def reset(self, h: Interval, spikes: Interval) -> Interval:
+        """Potential after firing: all that a spike and no spike allow where both are possible."""
+        sure, silent, undecided = spikes.low, 1 - spikes.high, spikes.high - spikes.low
+        if self.soft:
+            fired = Interval(h.low - self.threshold, h.high - self.threshold)
+            lowest = h.low.clamp(max=self.below - self.threshold)
+            unfired = h.high.clamp(max=self.above)
+            highest = torch.maximum(unfired, fired.high)
+            return Interval(
+                sure * fired.low + undecided * lowest + silent * h.low,
+                sure * fired.high + undecided * highest + silent * unfired,
+            )
+        lowered = torch.maximum(sure, spikes.high * (h.low.detach() > self.rest))
+        low = h.low * (1 - lowered)
+        high = h.high * silent + max(self.above, self.rest) * undecided
+        if self.rest:
+            return Interval(low + self.rest * lowered, high + self.rest * sure)
+        return Interval(low, high)
+
+
+class RealSpiking(Spiking):
+    """In real numbers and with a graph, for training: surrogates stand for the derivatives of both
+    bounds of a spike; as with ``detach_reset``, the reset passes no gradient on.
+    """
+
+    def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:
+        """See :class:`Spiking`."""
+        gain = self.charging.gain_at(self.layer.steps, input_gain=True)
+        h = self.charged(v, x, decay=self.charging.decay, gain=gain)
+        sure, possible = fire(h.low.detach(), self.threshold), fire(h.high.detach(), self.threshold)
+        after = self.reset(h, Interval(sure, possible))
+        spike = self.neuron.surrogate.spike
+        spikes = Interval(fire(h.low, self.threshold, spike), fire(h.high, self.threshold, spike))
+        return after, spikes
+
+
+class Float32Spiking(Spiking):
+    """With whatever float32 rounds; all numbers are float64 and without a graph."""
+
+    def __init__(self, neuron: Neuron, layer: LayerBounds) -> None:
+        """The threshold is rounded, too."""
+        super().__init__(neuron, layer)
+        unit = threshold_rounding(self.threshold)
+        self.above, self.below = self.threshold + unit, self.threshold - unit
+
+    def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:
+        """See :class:`Spiking`."""
+        gain = _number(self.charging.gain_at(self.layer.steps, input_gain=True))
+        h = self.charged(v, x, decay=self.charging.decay_value, gain=gain)
+        size = v.size() + abs(gain) * x.size() + abs(self.rest)
+        error = within_float32(charge_rounding(size))
+        h, spikes = self.decided(h.widened(error), error, gain)
+        self.layer.undecided.append(float((spikes.high - spikes.low).sum()))
+        self.layer.width.append(float((h.high - h.low).square().sum()))
+        after = self.reset(h, spikes)
+        return after.widened(reset_rounding(h.size(), self.rest, self.threshold)), spikes
+
+    def decided(self, h: Interval, error: Tensor, gain: float) -> tuple[Interval, Interval]:
+        """Charged potential and spikes; who knows more than intervals do gives less of both.
+
+        Args:
+            h: Charged potential as intervals bound it.
+            error: How far float32's can be from the charge equation; it is part of ``h``.
+            gain: Gain of the current in this step.
+        """
+        return h, Interval(fire(h.low, self.above), fire(h.high, self.below))
+
+
+def _number(value: float | Tensor) -> float:
+    return float(value.detach()) if isinstance(value, Tensor) else value
