@@ -22,13 +22,7 @@ PAGES = {
     "index.md": ("README.md", README),
     "recipes.md": ("recipes/README.md", {"](../docs/": "]("}),
 }
-PLACE = re.compile(
-    r'id="(sj_robust[\w.]*)"|:(?:meth|class|func|data|mod|attr):<code>~?([\w.]+)</code>'
-)
-OVERWRITTEN = re.compile(
-    r'<div class="jp-OutputArea-child">\s*<div [^>]*></div>\s*'
-    r"<div [^>]*>\s*<pre>\r[^<]*\r</pre>\s*</div>\s*</div>"
-)
+ROLE = re.compile(r":(?:meth|class|func|data|mod|attr):<code>~?([\w.]+)</code>")
 MERMAID = Path(__file__).parents[1] / "node_modules/mermaid/dist/mermaid.min.js"
 SEARCH = 'data-md-component="search" role="dialog"'
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
@@ -63,46 +57,25 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
 
 
 def on_page_content(html: str, *, page: Any, config: Any, files: Any) -> str:
-    """Page in HTML: formulas need no script, progress is left out, the roles of docstrings are
-    links, and ``::`` before an example is a colon.
+    """Page in HTML: formulas need no script, the roles of docstrings are links, and ``::`` before
+    an example is a colon.
 
     Docstrings are written as in SpikingJelly, whose documentation is made by Sphinx.
     """
-    html = FORMULA.sub(
-        lambda found: convert(unescape(found[3]), display="inline" if found[2] == "(" else "block"),
-        html,
-    )
-    html = OVERWRITTEN.sub(
-        "", html
-    )  # progress of a notebook, of which a reader in front of it sees one line at a time
-    anchors = list(dict.fromkeys(re.findall(r'id="(sj_robust[\w.]*)"', html)))
-    here = ""
 
-    def place(match: re.Match[str]) -> str:
-        nonlocal here
-        anchor, name = match.groups()
-        if anchor:
-            here = anchor
-            return match.group()
-        target = _anchor_of(name, here, anchors)
-        code = f"<code>{name}</code>"
-        if target is None and name.startswith("sj_robust."):  # on another page, if at all
-            return f'<autoref identifier="{name}" optional>{code}</autoref>'
-        return f'<a href="#{target}">{code}</a>' if target else code
+    def formula(found: re.Match[str]) -> str:
+        return convert(unescape(found[3]), display="inline" if found[2] == "(" else "block")
 
-    return re.sub(r"::(</p>\s*<)", r":\1", PLACE.sub(place, html))
+    anchors = set(re.findall(r'id="(sj_robust[\w.]*)"', html))
 
+    def link(found: re.Match[str]) -> str:
+        """To what alone bears the name on this page, or to the full name on another one."""
+        name = found[1]
+        here = [anchor for anchor in anchors if f".{anchor}".endswith(f".{name}")]
+        target = here[0] if len(here) == 1 else name
+        if not target.startswith("sj_robust."):
+            return f"<code>{name}</code>"
+        return f'<autoref identifier="{target}" optional><code>{name}</code></autoref>'
 
-def _anchor_of(name: str, here: str, anchors: list[str]) -> str | None:
-    """The anchor that a name means at a place: a member of what is described there, or the only one
-    of this name.
-    """
-    parts = here.split(".")
-    for length in range(len(parts), 0, -1):
-        inside = ".".join([*parts[:length], name])
-        if inside in anchors:
-            return inside
-    found = [anchor for anchor in anchors if anchor == name or anchor.endswith(f".{name}")]
-    if not found and "." in name:  # named where it is defined, described where it is public
-        found = [anchor for anchor in anchors if anchor.endswith(f".{name.rpartition('.')[2]}")]
-    return found[0] if len(found) == 1 or name in found[:1] else None
+    html = ROLE.sub(link, FORMULA.sub(formula, html))
+    return re.sub(r"::(</p>\s*<)", r":\1", html)

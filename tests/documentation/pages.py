@@ -18,7 +18,7 @@ mine.yaml) is saved under that name first, so that later commands find it. Above
         skipped where this package is missing
     <!-- example: prints -->
         what the block prints is the block of text below it: words are equal, numbers within a
-        tenth, and ... is anything
+        tenth, and a first line ... is anything
 """
 
 import contextlib
@@ -31,7 +31,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
-from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -43,33 +42,26 @@ from sybil.parsers.abstract.doctest import DocTestStringParser
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 
 RUN = {"python": "python", "pycon": "session", "bash": "shell", "sh": "shell"}
-"""Languages that are run, and how."""
-KEPT = (
-    "text",
-    "yaml",
-    "toml",
-    "json",
-    "csv",
-    "bibtex",
-    "cpp",
-    "diff",
-    "html",
-    "markdown",
-    "mermaid",
-)
-"""Languages that are not run."""
+KEPT = ["text", "yaml", "toml", "json", "csv", "bibtex", "cpp", "diff", "html", "markdown"]
+"""Languages that are run, and how; and those that are not, beside mermaid."""
+ALLOWED = {
+    "shell": {"add", "options only", "not run", "needs", "prints"},
+    "python": {"not run", "needs", "prints"},
+    "session": {"not run", "needs"},
+    None: set(),
+}
+"""Directives that may stand above a block, by how it is run."""
 FENCES = RawFencedCodeBlockLexer(re.compile(r"(?P<language>[\w+-]*).*\n"))
 FILE_NAME = re.compile(r"# ([\w-]+\.(?:py|ya?ml|toml|json))\n")
 DIRECTIVE = re.compile(
-    r"^ *<!-- example: (?:add(?: to (?P<recipe>\w+)\.py:)? (?P<options>-.+)"
-    r"|(?P<kind>options only|not run): (?P<reason>.+)|needs (?P<package>\w+)"
-    r"|(?P<prints>prints)) -->\n",
-    re.MULTILINE,
+    r" *<!-- example: (?:(?P<add>add)(?: to (?P<recipe>\w+)\.py:)? (?P<options>-.+)"
+    r"|(?P<reason>options only|not run): .+|(?P<needs>needs) (?P<package>\w+)"
+    r"|(?P<prints>prints)) -->\n"
 )
-LOOKS_LIKE_ONE = re.compile(r"^ *<!--\s*example\b", re.MULTILINE)
+COMMENT = re.compile(r"^ *<!--\s*example\b.*\n", re.MULTILINE)
 WORD = re.compile(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?|[^\W\d]+|[^\w\s]")
-CLOSED = re.compile(r"\n *(`{3,}|~{3,}) *\Z")
 SESSION = DocTestStringParser(DocTestEvaluator(doctest.NORMALIZE_WHITESPACE))
+PAGE = "__page__"
 
 
 class PageError(ValueError):
@@ -84,98 +76,69 @@ class Block:
     line: int  # of the opening fence, from 1
     how: str | None  # python, session, shell, or not run at all
     code: Lexeme
-    added: tuple[
-        tuple[str | None, str], ...
-    ]  # recipe, or None for all, and the options to add to its commands
-    reasons: dict[str, str]  # why it is "options only" or "not run"
+    above: tuple[re.Match[str], ...]
     printed: str | None = None  # what it has to print, if that is compared
-    packages: tuple[str, ...] = ()  # what it is skipped without
 
+    @property
+    def kinds(self) -> set[str]:
+        """The directives above it."""
+        groups = ("add", "reason", "needs", "prints")
+        return {one[group] for one in self.above for group in groups if one[group]}
 
-def documentation_pages() -> list[Path]:
-    """Every page, whether or not there is a block in it."""
-    named = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "recipes" / "README.md"]
-    return [*named, *sorted((ROOT / "docs").rglob("*.md"))]
-
-
-def name_of(page: Path) -> str:
-    """Path in the repository, or the name of a page from elsewhere."""
-    return page.relative_to(ROOT).as_posix() if page.is_relative_to(ROOT) else page.name
+    @property
+    def added(self) -> tuple[tuple[str | None, str], ...]:
+        """Recipe, or None for all, and the options that its commands get."""
+        return tuple((one["recipe"], one["options"]) for one in self.above if one["add"])
 
 
 def blocks_of(document: Document) -> list[Block]:
-    """The blocks of a page; PageError at the first one or directive with which something is
-    wrong.
-    """
-    text, page, blocks = document.text, name_of(Path(document.path)), []
-
-    def line_of(position: int) -> int:
-        return 1 + text.count("\n", 0, position)
+    """The blocks of a page; PageError at the first fault of a block or directive."""
+    text, blocks = document.text, []
+    path = Path(document.path)
+    page = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
 
     def check(right: object, position: int, fault: str) -> None:
         if not right:
-            raise PageError(f"{page}:{line_of(position)}: {fault}")
+            raise PageError(f"{page}:{1 + text.count(chr(10), 0, position)}: {fault}")
 
-    found = list(FENCES(document))
-    fences = [
-        one for one in found if not any(other.start < one.start < other.end for other in found)
-    ]
-    directives = {one.end(): one for one in DIRECTIVE.finditer(text)}
-    for one in LOOKS_LIKE_ONE.finditer(text):
-        if not any(fence.start < one.start() < fence.end for fence in fences):
-            known = DIRECTIVE.match(text, one.start())
-            check(
-                known,
-                one.start(),
-                "no such directive, in one line; see the top of tests/documentation/pages.py",
-            )
-            starts = {fence.start for fence in fences} | {
-                other.start() for other in directives.values()
-            }
-            check(known.end() in starts, one.start(), "no block on the line below this directive")
-    fences.sort(key=lambda fence: fence.start)
-    for fence, following in zip_longest(fences, fences[1:]):
+    found = sorted(FENCES(document), key=lambda fence: fence.start)
+    fences = [one for one in found if not any(o.start < one.start < o.end for o in found)]
+    comments = {one.end(): one for one in COMMENT.finditer(text)}
+    for fence in fences:
+        inside = [end for end in comments if fence.start < end <= fence.end]
+        for end in inside:
+            del comments[end]
+    for fence, following in zip(fences, [*fences[1:], None], strict=True):
         above, start = [], fence.start
-        while start in directives:
-            above.append(directives[start])
-            start = directives[start].start()
-        language, code = fence.lexemes["language"], fence.lexemes["source"]
-        added = tuple((one["recipe"], one["options"]) for one in reversed(above) if one["options"])
-        reasons = {one["kind"]: one["reason"] for one in above if one["kind"]}
-        packages = tuple(one["package"] for one in above if one["package"])
-        how, known = RUN.get(language), ", ".join([*RUN, *KEPT])
-        printed = None
-        if any(one["prints"] for one in above):
-            shown = following is not None and following.lexemes["language"] == "text"
-            check(
-                shown and not text[fence.end : following.start].strip(),
-                fence.start,
-                "no block of text right below",
-            )
-            printed = following.lexemes["source"]
-        check(CLOSED.search(text, fence.start, fence.end), fence.start, "this block has no end")
+        while start in comments:
+            comment = comments.pop(start)
+            start = comment.start()
+            above.insert(0, DIRECTIVE.fullmatch(comment[0]))
+            check(above[0], start, f"no such directive, in one line; see {__name__}")
+        language = fence.lexemes["language"]
+        how = RUN.get(language)
+        known = [*RUN, *KEPT, "mermaid"]
         check(
-            how or language in KEPT,
+            language in known,
             fence.start,
-            f"language {language!r} of this block; take one of {known}",
+            f"language {language!r} of this block; take one of {', '.join(known)}",
         )
-        check(
-            how or not above,
-            fence.start,
-            f"a directive above a block of {language}, which is not run anyway",
-        )
-        only_shell = (how in ("shell", "python") or printed is None) and (
-            how == "shell" or not (added or "options only" in reasons)
-        )
-        check(only_shell, fence.start, f"only 'not run' may stand above a block of {language}")
-        check(
-            not reasons or len(above) == 1,
-            fence.start,
-            "several directives that exclude each other",
-        )
-        check(how != "session" or ">>>" in code, fence.start, "no >>> in this block")
-        line = line_of(fence.start)
-        blocks.append(Block(fence, line, how, code, added, reasons, printed, packages))
+        ended = re.search(r"\n *(`{3,}|~{3,}) *\Z", text[fence.start : fence.end])
+        check(ended, fence.start, "this block has no end")
+        line = 1 + text.count("\n", 0, fence.start)
+        block = Block(fence, line, how, fence.lexemes["source"], tuple(above))
+        wrong = block.kinds - ALLOWED[how]
+        check(not wrong, fence.start, f"{wrong} above a block of {language}")
+        exclusive = block.kinds & {"options only", "not run"}
+        check(not exclusive or len(above) == 1, fence.start, "directives that exclude each other")
+        if "prints" in block.kinds:
+            below = following and not text[fence.end : following.start].strip()
+            shown = below and following.lexemes["language"] == "text"
+            check(shown, fence.start, "no block of text right below")
+            block = Block(fence, line, how, block.code, block.above, following.lexemes["source"])
+        blocks.append(block)
+    for comment in comments.values():
+        check(False, comment.start(), "no block on the line below this directive")
     return blocks
 
 
@@ -183,7 +146,7 @@ def examples_in(document: Document) -> Iterator[Region]:
     """What pytest runs of a page, a block or an input of a session each."""
     for block in blocks_of(document):
         region = block.region
-        if block.how == "session" and not block.reasons:
+        if block.how == "session" and "not run" not in block.kinds:
             for one in SESSION(block.code, document.path):
                 one.adjust(region, block.code)
                 one.evaluator = partial(evaluate, block)
@@ -222,14 +185,14 @@ class Page:
 
 def evaluate(block: Block, example: Example) -> str | None:
     """Run a block in the folder of its page, or do what its directive says instead."""
-    for package in block.packages:
+    for package in (one["package"] for one in block.above if one["needs"]):
         if find_spec(package) is None:
             pytest.skip(f"{package}, which this block of the page needs, is not installed")
     page: Page = example.namespace[PAGE]
     with page.inside():
         if name := FILE_NAME.match(block.code):
             Path(name[1]).write_text(block.code, encoding="utf-8")
-        if "not run" in block.reasons:
+        if "not run" in block.kinds:
             try:
                 {"shell": check_names, "python": check_imports}.get(block.how, str)(block.code)
             except (CommandError, SyntaxError) as error:
@@ -264,28 +227,20 @@ def run_commands(block: Block, shell: Shell) -> str | None:
     """Run the commands of a block one after the other, or let the recipes check their options
     alone.
     """
-    recipes, said, only_options = [], "", "options only" in block.reasons
+    recipes, said, only_options = [], "", "options only" in block.kinds
+    here = block.printed is None  # a page that shows what is printed is followed word for word
     commands = logical_lines(block.code)
     for offset, command in commands:
         try:
-            here = (
-                block.printed is None
-            )  # a page that shows what is printed is followed word for word
             recipes += shell.run(command, block.added, only_options=only_options, here=here)
             said += shell.said
         except CommandError as error:
             return f"line {block.line + 1 + offset}: {command}\n{error}"
-    if not commands:
-        return "no command in this block"
-    if only_options and not recipes:
-        return "'options only' above a block without a recipe's command"
-    unused = [
-        (one, options)
-        for one, options in block.added
-        if one not in recipes and (one or not recipes)
-    ]
-    if unused:
-        return f"'add' finds no command of its recipe in the block: {unused}"
+    if not commands or (only_options and not recipes):
+        return "no command in this block" + " of a recipe" * only_options
+    for one, options in block.added:
+        if not recipes or (one and one not in recipes):
+            return f"'add' finds no command of its recipe in the block: {options}"
     return unlike(said, block.printed)
 
 
@@ -293,20 +248,12 @@ def unlike(said: str, printed: str | None) -> str | None:
     """What is wrong with the printed text of a page, where a block really said something."""
     if printed is None:
         return None
-    words = WORD.findall(said)
-    first, *parts = ([*WORD.findall(part)] for part in printed.split("..."))
-    place = 0
-    for number, part in enumerate((first, *parts)):
-        starts = range(place, len(words) - len(part) + 1)
-        starts = starts[:1] if number == 0 else starts[-1:] if number == len(parts) else starts
-        found = next((start for start in starts if all(map(same, words[start:], part))), None)
-        if found is None or (not parts and len(words) > len(part)):
-            return (
-                f"the page shows\n{printed}and the block printed\n{said}, which differs at "
-                f"{' '.join(part[:8])!r}"
-            )
-        place = found + len(part)
-    return None
+    words, shown = WORD.findall(said), WORD.findall(printed.removeprefix("...\n"))
+    if printed.startswith("...\n"):
+        words = words[-len(shown) :]
+    if len(words) == len(shown) and all(map(same, words, shown)):
+        return None
+    return f"the page shows\n{printed}and the block printed\n{said}"
 
 
 def same(word: str, shown: str) -> bool:
@@ -317,7 +264,6 @@ def same(word: str, shown: str) -> bool:
         return word == shown
 
 
-PAGE = "__page__"
 PAGES = Sybil(
     [examples_in],
     path=str(ROOT),
@@ -326,23 +272,14 @@ PAGES = Sybil(
     setup=lambda namespace: namespace.update({"__name__": "example", PAGE: Page()}),
     teardown=lambda namespace: namespace[PAGE].close(),
 )
-
-
-_SLOW = {
-    "README.md",
-    "distributed.md",
-    "event_attacks.md",
-    "faq.md",
-    "gradient_masking.md",
-    "stability.md",
-    "verified.md",
-}
+SLOW = {"README", "distributed", "event_attacks", "faq"}
+SLOW |= {"gradient_masking", "stability", "verified"}
 
 
 @cache
 def is_slow(document: Document) -> bool:
     """Whether the page takes more than seconds, since it runs recipes or for its own sake."""
-    if Path(document.path).name in _SLOW:
-        return True
-    shown = (block for block in blocks_of(document) if block.how == "shell" and not block.reasons)
-    return any(re.search(r"\brecipes/\w+\.py\b", block.code) for block in shown)
+    blocks = [block for block in blocks_of(document) if block.how == "shell"]
+    run = [block.code for block in blocks if not block.kinds & {"options only", "not run"}]
+    recipes = re.search(r"\brecipes/\w+\.py\b", "\n".join(run))
+    return Path(document.path).stem in SLOW or recipes is not None

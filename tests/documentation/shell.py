@@ -2,8 +2,6 @@
 
 import ast
 import contextlib
-import importlib
-import importlib.util
 import io
 import json
 import os
@@ -81,13 +79,8 @@ def complete(text: str) -> bool:
     """Whether bash would not wait for a further line."""
     if text.endswith("\\"):
         return False
-    asked = {
-        "input": text + "\n",
-        "env": os.environ | {"LC_ALL": "C"},
-        "capture_output": True,
-        "text": True,
-    }
-    checked = subprocess.run(["bash", "-n"], check=False, **asked)
+    command = ["env", "LC_ALL=C", "bash", "-n"]
+    checked = subprocess.run(command, input=f"{text}\n", capture_output=True, text=True)
     return not re.search(r"unexpected end of file|unexpected EOF|here-document", checked.stderr)
 
 
@@ -105,30 +98,21 @@ class Shell:
         programs = folder / ".venv" / "bin"
         programs.mkdir(parents=True)
         (state / "starts.py").write_text(STARTS, encoding="utf-8")
-        for name in MODULES:
-            script(
-                programs / name,
-                f'exec "{sys.executable}" -IS "{state}/starts.py" "{state}" {name} "$@"',
-            )
-        refusal = (
-            "an example installs nothing; put <!-- example: not run: installs packages --> above"
-        )
-        script(programs / "pip", f"echo '{refusal}' >&2; exit 1")
-        path = os.pathsep.join(
-            [str(programs), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
-        )
-        environment = os.environ | {
-            "PATH": path,
-            "PYTHONPATH": str(ROOT),
-            "MPLBACKEND": "Agg",
-            "COLUMNS": "100",
-        }
-        environment.setdefault(
-            "OMP_WAIT_POLICY", "passive"
-        )  # with several threads on a busy machine
-        environment.pop("PYTEST_CURRENT_TEST", None)
-        self.where, self.state, self.environment = folder, state, environment
-        self.first_environment = environment
+        starts = f'exec "{sys.executable}" -IS "{state}/starts.py" "{state}"'
+        texts = {name: f'{starts} {name} "$@"' for name in MODULES}
+        refusal = "an example installs nothing; say above <!-- example: not run: installs -->"
+        texts["pip"] = f"echo '{refusal}' >&2; exit 1"
+        for name, text in texts.items():
+            (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+            (programs / name).chmod(0o755)
+        path = [str(programs), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+        # with several threads on a busy machine, waiting must not take their time
+        self.environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "MPLBACKEND": "Agg"}
+        self.environment |= {"PATH": os.pathsep.join(path), "PYTHONPATH": str(ROOT)}
+        self.environment |= {"COLUMNS": "100"}
+        self.environment.pop("PYTEST_CURRENT_TEST", None)
+        self.where, self.state, self.first_environment = folder, state, self.environment
+        self.said = ""
 
     def run(
         self,
@@ -149,12 +133,11 @@ class Shell:
         changed = {name for name, _ in self.environment.items() - self.first_environment.items()}
         exported = changed - {"_", "PWD", "OLDPWD", "SHLVL"}
         if here and not (only_options or exported) and ALONE.fullmatch(command):
-            program, *words = shlex.split(command, comments=True)
-            self.said, recipe = run_here(self.where, program, words, added)
+            words = shlex.split(command, comments=True)
+            self.said, recipe = run_here(self.where, words, added)
             return [recipe]
-        (self.state / "asked").write_text(
-            json.dumps([added, only_options, MODULES]), encoding="utf-8"
-        )
+        asked = json.dumps([added, only_options, MODULES])
+        (self.state / "asked").write_text(asked, encoding="utf-8")
         (self.state / "calls").write_text("")
         first = "set -e\n" if only_options else ""
         left = f"env -0 > '{self.state}/environment'\npwd > '{self.state}/folder'"
@@ -170,93 +153,67 @@ class Shell:
             start_new_session=True,
         ) as process:
             try:
-                said = process.communicate(timeout=LIMIT)[0]
+                self.said = process.communicate(timeout=LIMIT)[0]
             except subprocess.TimeoutExpired as error:
                 raise CommandError(f"took longer than {LIMIT} s") from error
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)  # what a command left running, too
-        self.said = said
         if process.returncode != 0:
-            raise CommandError(f"exit code {process.returncode}\n{said}")
+            raise CommandError(f"exit code {process.returncode}\n{self.said}")
         words = (self.state / "environment").read_bytes().decode().split("\0")
         self.environment = dict(word.split("=", 1) for word in words if "=" in word)
         self.where = Path((self.state / "folder").read_text().rstrip("\n"))
         calls = [json.loads(line) for line in (self.state / "calls").read_text().splitlines()]
         if only_options:
             return [
-                run_here(Path(where), *call, added, "--print_config")[1]
-                for _, where, *call in calls
+                run_here(Path(where), [program, *words], added, "--print_config")[1]
+                for _, where, program, words in calls
             ]
         return [name for name, *_ in calls if name]
 
 
 def run_here(
-    where: Path,
-    program: str,
-    words: list[str],
-    added: tuple[tuple[str | None, str], ...],
-    *last: str,
+    where: Path, command: list[str], added: tuple[tuple[str | None, str], ...], *last: str
 ) -> tuple[str, str]:
     """Run the recipe of a command in this folder and process; returns what it said, and its
     name.
     """
     import launch  # imports torch, which has to find OMP_NUM_THREADS as conftest.py sets it
 
-    command = shlex.join([program, *words])
-    unknown = CommandError(f"'options only' takes commands of recipes/*.py, got {command}")
-    with (
-        contextlib.chdir(where),
-        contextlib.redirect_stdout(said := io.StringIO()),
-        contextlib.redirect_stderr(said),
-    ):
+    program, *words = command
+    said = io.StringIO()
+    outputs = contextlib.redirect_stdout(said), contextlib.redirect_stderr(said)
+    with contextlib.chdir(where), outputs[0], outputs[1]:
         try:
             if program in LAUNCHERS:
                 _, parser, first = LAUNCHERS[program]
-                if words[: len(first)] != first:
-                    raise unknown
-                given = pkgutil.resolve_name(parser)().parse_args(words[len(first) :])
-                words = [given.training_script, *given.training_script_args]
-            recipe = re.fullmatch(r"(?:\./)?(recipes/(\w+)\.py)", words[0]) if words else None
-            if recipe is None:
-                raise unknown
-            if not Path(recipe[1]).exists():
-                raise CommandError(f"{recipe[1]} does not exist")
-            words += [
-                word
-                for one, text in added
-                if one in (None, recipe[2])
-                for word in shlex.split(text)
-            ]
-            launch.in_process(recipe[2], ".", *words[1:], *last)
+                if words[: len(first)] == first:
+                    given = pkgutil.resolve_name(parser)().parse_args(words[len(first) :])
+                    words = [given.training_script, *given.training_script_args]
+            recipe = re.fullmatch(r"(?:\./)?recipes/(\w+)\.py", words[0] if words else "")
+            if recipe is None or not Path(words[0]).exists():
+                raise CommandError(f"no command of a file of recipes/: {shlex.join(command)}")
+            for one, text in added:
+                words += shlex.split(text) if one in (None, recipe[1]) else []
+            launch.in_process(recipe[1], ".", *words[1:], *last)
         except SystemExit as stop:
             if stop.code:
                 raise CommandError(f"exit code {stop.code}\n{said.getvalue()}") from stop
         except (ValueError, OSError) as error:
-            raise CommandError(f"{command}\n{error}") from error
-    return said.getvalue(), recipe[2]
-
-
-def script(path: Path, text: str) -> None:
-    """Write a program."""
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
+            raise CommandError(f"{shlex.join(command)}\n{error}") from error
+    return said.getvalue(), recipe[1]
 
 
 def check_names(code: str) -> None:
     """What a block that is not run names must exist: files of the repository, and extras in
     brackets.
     """
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
-        "optional-dependencies"
-    ]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for names in re.findall(r"(?:\.|sj_robust)\[([\w, -]+)\]", code):
-        for name in names.split(","):
-            if name.strip() not in extras:
-                raise CommandError(
-                    f"there is no extra {name.strip()!r} in pyproject.toml, only "
-                    f"{', '.join(extras)}"
-                )
+        unknown = set(re.split(r", *", names)) - set(project["optional-dependencies"])
+        if unknown:
+            raise CommandError(f"there is no extra {unknown} in pyproject.toml")
     for path in re.findall(r"(?<![\w/.-])(?:recipes|tests)/[\w./-]*\w\.(?:py|ya?ml|md)\b", code):
         if not (ROOT / path).exists():
             raise CommandError(f"{path} does not exist")
@@ -264,13 +221,9 @@ def check_names(code: str) -> None:
 
 def check_imports(code: str) -> None:
     """What a block of Python that is not run imports from the package must exist."""
-    for statement in ast.walk(ast.parse(code)):
-        if (
-            isinstance(statement, ast.ImportFrom)
-            and str(statement.module).split(".")[0] == "sj_robust"
-        ):
-            module = importlib.import_module(str(statement.module))
-            for name in statement.names:
-                submodule = f"{statement.module}.{name.name}"
-                if not hasattr(module, name.name) and importlib.util.find_spec(submodule) is None:
-                    raise CommandError(f"{statement.module} has no {name.name}")
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "sj_robust":
+            try:
+                exec(ast.unparse(node), {})
+            except ImportError as error:
+                raise CommandError(str(error)) from error

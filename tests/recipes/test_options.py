@@ -2,21 +2,17 @@
 be answered.
 """
 
-import ast
 import importlib
 import re
 import subprocess
 import sys
-from dataclasses import fields
-from pathlib import Path
 
 import adv_train
 import pytest
 from lab.command_line.declared import idle, options_of
-from lab.command_line.parser import RecipeParser, as_yaml, shown_value
+from lab.command_line.parser import RecipeParser
 from launch import RECIPES, ROOT
 
-from sj_robust.data import DATASETS
 from sj_robust.training import MODES
 
 sys.path.insert(0, str(ROOT / "docs" / "options"))
@@ -28,66 +24,15 @@ def recipe(request):
     return importlib.import_module(request.param)
 
 
-def test_every_option_of_a_recipe_reaches_somebody(recipe):
-    text = Path(recipe.__file__).read_text(encoding="utf-8")
-    body = ast.parse(text).body
-    assert [node.name for node in body if isinstance(node, ast.ClassDef)] == ["Options"]
-    nodes = [node for part in body if not isinstance(part, ast.ClassDef) for node in ast.walk(part)]
-    attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
-    read = {node.attr for node in attributes if ast.unparse(node.value) in ("options", "choice")}
-    assert [field.name for field in fields(recipe.Options) if field.name not in read] == []
-
-
-def test_an_option_says_what_it_is(recipe):
-    options = options_of(recipe.Options)
-    assert options[0].group
-    assert sum(bool(one.group) for one in options) >= 3
-    for one in options:
-        assert one.words.endswith(".")
-        assert "null" not in as_yaml(one.default) or "null" in one.words, (
-            f"{one.name}: say what null is"
-        )
-        if one.name == "dataset" and "adv_train" not in one.words:
-            assert set(DATASETS) <= set(re.findall(r"[\w:]+", one.words))
-    assert idle(recipe.Options()) <= {one.name for one in options}  # what idle= reads is there
-
-
-@pytest.mark.parametrize("columns", [40, 60, 80, 300])
-def test_the_help_fits_the_terminal_and_shows_every_option_once(
-    recipe, columns, monkeypatch, capsys
-):
-    monkeypatch.setenv("COLUMNS", str(columns))
+def test_the_help_shows_every_option_with_its_choices(recipe, capsys):
     parser = RecipeParser(recipe.Options)
     with pytest.raises(SystemExit) as stop:
         parser.parse_args(["--help"])
     assert stop.value.code == 0
-    text = capsys.readouterr().out
-    lines, width = text.splitlines(), min(columns, 120)
-    wide = [line for line in lines if len(line) > width and len(line.split()) > 1]
-    # what is beyond the width is a command, a value or a list of choices that cannot be broken
-    assert len(wide) <= (0 if columns >= 80 else 12), wide
-    assert max(map(len, lines)) > width - 25
-    assert all(line == line.rstrip() for line in lines)
-    few = RecipeParser(recipe.Options, all_in_help=False).format_help()
-    shown = [
-        one
-        for one in parser.options.values()
-        if re.search(rf"^  {re.escape(one.flag)}(?= |$)", few, re.MULTILINE)
-    ]
-    assert len(shown) <= 18
-    assert {one.name for one in shown if one.in_short_help} == {
-        n for n, o in parser.options.items() if o.in_short_help
-    }
+    words = set(re.split(r"[^\w./-]+", capsys.readouterr().out))
     for one in parser.options.values():
-        assert len(re.findall(rf"^  {re.escape(one.flag)}(?= |$)", text, re.MULTILINE)) == 1, (
-            one.flag
-        )
-        assert all(
-            re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", text) for choice in one.value[1]
-        ), one.name
-    assert len(re.findall(r"\[default: ", text)) == sum(
-        shown_value(one) != "" for one in parser.options.values()
-    )
+        assert {one.flag, *one.value[1]} <= words
+    assert idle(recipe.Options()) <= set(parser.options)  # what idle= reads is there
 
 
 def test_the_parser_takes_every_option_as_the_help_shows_it(recipe):
