@@ -15,11 +15,11 @@ from sj_robust.core.convention import (
     TAKES,
     Convention,
     Takes,
+    checked_logits,
     find_convention,
     own_steps,
     step_mode_of,
     untouched,
-    wrong_outputs,
 )
 from sj_robust.core.environment import device_of
 from sj_robust.core.host import (
@@ -57,8 +57,9 @@ class SpikingClassifier(nn.Module):
     Shapes: images [N, C, H, W] or features [N, F], floating point; logits [N, classes] in float32
     or float64. The network takes a sequence [T, N, C, H, W], one step [N, C, H, W] at a time, or
     images [N, C, H, W] that it repeats over time itself. It returns [T, N, classes] (averaged
-    here), [N, classes] per step, or [N, classes] if it averages itself. Which of them it is, the
-    first forward finds out by trying, as does :meth:`find_convention`; :attr:`convention` tells.
+    here), [N, classes] per step, or [N, classes] if it averages itself. What it takes, the first
+    forward finds out by trying, as does :meth:`find_convention`; :attr:`convention` tells. What it
+    returns is looked at in every forward, so that it may differ between training and evaluation.
 
     Args:
         net: A SpikingJelly network of any neurons.
@@ -335,25 +336,19 @@ class SpikingClassifier(nn.Module):
         return self._normalise(frames, channel_dim=2)
 
     def _run(self, images: Tensor, convention: Convention) -> object:
-        """Outputs of the network, those of single steps stacked."""
+        """What the network returns; a list for single steps."""
         if convention.takes == "images":
             return self.net(self._normalise(images, channel_dim=1))
         frames = self._frames(images, convention.T)
         if convention.takes == "sequence":
             return self.net(frames)
-        return torch.stack([self.net(frame) for frame in frames])
+        return [self.net(frame) for frame in frames]
 
     def _logits(self, outputs: object, images: int, convention: Convention) -> Tensor:
-        """Outputs averaged over time, if they are what the network was found to return."""
-        timed = convention.takes == "steps" or convention.returns == "sequence"
-        if (
-            not isinstance(outputs, Tensor)
-            or not outputs.is_floating_point()
-            or outputs.ndim != 2 + timed
-            or outputs.shape[:-1] != ((convention.T, images) if timed else (images,))
-        ):
-            raise ValueError(wrong_outputs(outputs, images, convention.T))
-        logits = outputs.mean(0) if timed else outputs
+        """Outputs averaged over time, where they still are a sequence."""
+        if isinstance(outputs, list) and convention.takes == "steps":
+            outputs = torch.stack([checked_logits(output, images) for output in outputs])
+        logits = checked_logits(outputs, images, convention.T)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _normalise(self, frames: Tensor, channel_dim: int) -> Tensor:
