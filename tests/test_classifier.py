@@ -194,7 +194,7 @@ def classifier_of_output(output):
         ),
         (
             lambda: classifier_of_output(torch.zeros(3, 5, 2))(make_images()),
-            r"with N = 2 and T = 4 \(on trial images\), got a tensor \[3, 5, 2\]; let it end in a layer",
+            r"N = 2 and T = 4 \(on trial images\), got a tensor \[3, 5, 2\]; let it end in a layer",
         ),
         (
             lambda: classifier_of_output(torch.zeros(4, 5, 2, 2))(make_images()),
