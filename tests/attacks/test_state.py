@@ -211,10 +211,28 @@ def test_a_network_that_may_wait_is_copied_saved_compiled_and_exported_as_before
     copies.append(torch.compile(model, fullgraph=True, backend="eager"))
     for copied in copies:
         assert torch.equal(copied(x), wanted)
-    plain = SpikingClassifier(nn.Sequential(nn.Linear(4, 3)), T=2, takes="sequence").eval()
+    plain = SpikingClassifier(nn.Sequential(nn.Linear(4, 3)), T=2).eval()
     plain.find_convention(x)
     exported = torch.export.export(plain, (x,)).module()
     assert torch.equal(exported(x), plain(x))
+
+
+@pytest.mark.parametrize("takes", ["images", "sequence", "steps"])
+def test_a_new_classifier_is_compiled_and_exported_once_it_is_said_what_its_network_takes(takes):
+    net, x = nn.Sequential(nn.Linear(4, 3)), torch.rand(2, 4)
+    model = SpikingClassifier(net, T=2, takes=takes).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")(x)
+    exported = torch.export.export(model, (x,)).module()(x)
+    assert model.convention is None
+    wanted = model(x)
+    assert torch.equal(compiled, wanted)
+    assert torch.equal(exported, wanted)
+
+
+def test_a_new_classifier_is_not_compiled_where_a_trial_is_needed():
+    model = SpikingClassifier(nn.Sequential(nn.Linear(4, 3)), T=2).eval()
+    with pytest.raises(Exception, match=r"call classifier.find_convention\(images\) once, or give"):
+        torch.export.export(model, (torch.rand(2, 4),))
 
 
 def test_the_attack_does_not_see_the_numbers_of_the_callers_next_forward(batch):
