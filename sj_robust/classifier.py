@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -10,16 +10,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sj_robust.core.checks import check_network
+from sj_robust.core.checks import Channels, check_channels, check_network, check_steps
 from sj_robust.core.convention import (
     TAKES,
     Convention,
     Takes,
+    checked_logits,
     find_convention,
     own_steps,
     step_mode_of,
     untouched,
-    wrong_outputs,
 )
 from sj_robust.core.environment import device_of
 from sj_robust.core.host import (
@@ -36,7 +36,7 @@ from sj_robust.neuron import DLIFNode
 __all__ = ["Convention", "PoissonEncoder", "SpikingClassifier", "SpikingEventClassifier"]
 
 _KINDS = ("Conv", "ConvTranspose", "BatchNorm", "MaxPool", "AvgPool")
-_WITH_TIME: tuple[Takes, ...] = ("sequence", "steps")
+_OF_FRAMES: tuple[Takes, ...] = ("sequence", "steps")
 _OF_FIXED_RANK = (
     nn.SyncBatchNorm,
     *(getattr(nn, f"{kind}{rank}d") for kind in _KINDS for rank in (1, 2, 3)),
@@ -57,8 +57,9 @@ class SpikingClassifier(nn.Module):
     Shapes: images [N, C, H, W] or features [N, F], floating point; logits [N, classes] in float32
     or float64. The network takes a sequence [T, N, C, H, W], one step [N, C, H, W] at a time, or
     images [N, C, H, W] that it repeats over time itself. It returns [T, N, classes] (averaged
-    here), [N, classes] per step, or [N, classes] if it averages itself. Which of them it is, the
-    first forward finds out by trying, as does :meth:`find_convention`; :attr:`convention` tells.
+    here), [N, classes] per step, or [N, classes] if it averages itself. What it takes, the first
+    forward finds out by trying, as does :meth:`find_convention`; :attr:`convention` tells. What it
+    returns is looked at in every forward, so that it may differ between training and evaluation.
 
     Args:
         net: A SpikingJelly network of any neurons.
@@ -67,13 +68,15 @@ class SpikingClassifier(nn.Module):
         encoder: Turns images into the frame of one step and is called T times, such as
             :class:`PoissonEncoder` or an encoder of SpikingJelly; None repeats the image (direct
             encoding).
-        mean: Mean per channel subtracted from the frames.
+        mean: Mean per channel subtracted from the frames: a sequence, a tensor, or one number for
+            all channels.
         std: Standard deviation per channel the frames are divided by.
         takes: What the network is called with: ``"sequence"``, ``"steps"`` or ``"images"``; None
             finds out.
 
     Raises:
-        TypeError: If ``net`` is no network, or the images are not floating point.
+        TypeError: If ``net`` is no network, T no integer, mean or std hold no numbers, or the
+            images are not floating point.
         ValueError: If an argument, the shape of the images or of the network's output does not fit,
             images and weights differ in device or dtype, the network can be called in several ways
             that give different logits, or it keeps a state that is not reset.
@@ -96,8 +99,6 @@ class SpikingClassifier(nn.Module):
     takes: Takes | None = None
     _T_is_its_own = False
     _found: tuple[object, Convention] | None = None
-    _possible: ClassVar[tuple[Takes, ...]] = TAKES
-
     resets_itself: ClassVar[bool] = True
     """Tells attacks that no state is carried from one forward into the next."""
 
@@ -107,17 +108,13 @@ class SpikingClassifier(nn.Module):
         T: int | None = None,
         encoder: Callable[[Tensor], Tensor] | None = None,
         *,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: Channels = None,
+        std: Channels = None,
         takes: Takes | None = None,
     ) -> None:
         """Wrap a network; see the class."""
         super().__init__()
-        if T is not None and (isinstance(T, bool) or not isinstance(T, int) or T < 1):
-            raise ValueError(
-                f"T must be an integer >= 1, the number of time steps, got {T!r}; write a number "
-                "such as T=4"
-            )
+        T = check_steps(T)
         check_network(net)
         if isinstance(net, SpikingClassifier):
             got = type(net).__name__
@@ -130,28 +127,22 @@ class SpikingClassifier(nn.Module):
                 "the bare network, and use torch.nn.parallel.DistributedDataParallel (torchrun "
                 "or accelerate launch) for several devices"
             )
-        possible = TAKES if encoder is None else _WITH_TIME
-        possible = tuple(kind for kind in possible if kind in self._possible)
-        if takes is not None and takes not in possible:
-            raise ValueError(
-                f"takes must be one of {', '.join(map(repr, possible))} here or None, got "
-                f"{takes!r}; None finds it out"
-            )
         self.net = net
         self._T_is_its_own = T is None
         if (steps := own_steps(net) if T is None else T) is not None:
             self.T = steps
         self.encoder = encoder
-        self.takes = takes
-        self.register_buffer(
-            "mean", None if mean is None else torch.tensor(mean, dtype=torch.float32)
-        )
-        self.register_buffer("std", None if std is None else torch.tensor(std, dtype=torch.float32))
-        if self.std is not None and not bool((self.std > 0).all()):
+        if takes is not None and takes not in self._possible:
             raise ValueError(
-                f"std must be > 0 in every channel, got {std}; leave std out where nothing is "
-                "divided"
+                f"takes must be one of {', '.join(map(repr, self._possible))} here or None, got "
+                f"{takes!r}; None finds it out"
             )
+        self.takes = takes
+        for name, numbers in {
+            "mean": check_channels("mean", mean),
+            "std": check_channels("std", std, positive=True),
+        }.items():
+            self.register_buffer(name, None if numbers is None else torch.tensor(numbers))
         longer = {
             name: m.T
             for name, m in net.named_modules()
@@ -283,24 +274,29 @@ class SpikingClassifier(nn.Module):
         key = (step_mode_of(self.net), T, images.ndim)
         if self._found is not None and self._found[0] == key:
             return self._found[1]
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "how the network is called must be known before torch.compile; call "
-                "classifier.find_convention(images) once"
-            )
-        possible = TAKES if self.encoder is None else _WITH_TIME
-        possible = tuple(kind for kind in possible if kind in self._possible)
+        if torch.compiler.is_compiling():  # which follows no trial
+            if self.takes is None or T is None:
+                raise RuntimeError(
+                    "how the network is called must be known before torch.compile; call "
+                    "classifier.find_convention(images) once, or give T and takes"
+                )
+            return Convention(self.takes, "logits", T)
         given = None if self._T_is_its_own else self.T
         find = partial(find_convention, self.net, self._tried(images), given)
         try:
-            convention = find(takes=possible if self.takes is None else (self.takes,))
+            convention = find(takes=self._possible if self.takes is None else (self.takes,))
         except Exception as error:
-            if "images" not in possible:
+            if "images" not in self._possible:
                 self._refuse_images(find, error)
             raise
         self._found = key, convention
         self.T = convention.T
         return convention
+
+    @property
+    def _possible(self) -> tuple[Takes, ...]:
+        """What the network may be called with."""
+        return TAKES if self.encoder is None else _OF_FRAMES
 
     def _refuse_images(self, find: Callable[..., Convention], error: Exception) -> None:
         """Say so, if a network that gets frames repeats images itself."""
@@ -335,25 +331,19 @@ class SpikingClassifier(nn.Module):
         return self._normalise(frames, channel_dim=2)
 
     def _run(self, images: Tensor, convention: Convention) -> object:
-        """Outputs of the network, those of single steps stacked."""
+        """What the network returns; a list for single steps."""
         if convention.takes == "images":
             return self.net(self._normalise(images, channel_dim=1))
         frames = self._frames(images, convention.T)
         if convention.takes == "sequence":
             return self.net(frames)
-        return torch.stack([self.net(frame) for frame in frames])
+        return [self.net(frame) for frame in frames]
 
     def _logits(self, outputs: object, images: int, convention: Convention) -> Tensor:
-        """Outputs averaged over time, if they are what the network was found to return."""
-        timed = convention.takes == "steps" or convention.returns == "sequence"
-        if (
-            not isinstance(outputs, Tensor)
-            or not outputs.is_floating_point()
-            or outputs.ndim != 2 + timed
-            or outputs.shape[:-1] != ((convention.T, images) if timed else (images,))
-        ):
-            raise ValueError(wrong_outputs(outputs, images, convention.T))
-        logits = outputs.mean(0) if timed else outputs
+        """Outputs averaged over time, where they still are a sequence."""
+        if isinstance(outputs, list) and convention.takes == "steps":
+            outputs = torch.stack([checked_logits(output, images) for output in outputs])
+        logits = checked_logits(outputs, images, convention.T)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _normalise(self, frames: Tensor, channel_dim: int) -> Tensor:
@@ -398,8 +388,6 @@ class SpikingEventClassifier(SpikingClassifier):
         torch.Size([5, 3])
     """
 
-    _possible = ("sequence", "steps")
-
     def __init__(self, net: nn.Module, T: int, *, takes: Takes | None = None) -> None:
         """Wrap a network; see the class."""
         super().__init__(net, T, takes=takes)
@@ -416,6 +404,10 @@ class SpikingEventClassifier(SpikingClassifier):
                 f"frames must be [N, T, C, H, W] with T = {self.T}, got shape "
                 f"{tuple(images.shape)}: {images.shape[1]} frames per sample{hint}"
             )
+
+    @property
+    def _possible(self) -> tuple[Takes, ...]:
+        return _OF_FRAMES
 
     def _frames(self, images: Tensor, steps: int) -> Tensor:
         return images.transpose(0, 1).contiguous()
@@ -457,8 +449,8 @@ def as_classifier(
     net: nn.Module,
     T: int | None = None,
     *,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Channels = None,
+    std: Channels = None,
     images: Tensor | None = None,
 ) -> nn.Module:
     """A network as a function of images: a bare SpikingJelly network gets its classifier.
@@ -475,16 +467,13 @@ def as_classifier(
             at once how it is called; None leaves that to the first forward.
 
     Raises:
-        TypeError: If ``net`` is no network, or T a tensor.
+        TypeError: If ``net`` is no network, or T no integer.
         ValueError: If T is missing, T, mean or std are given for a classifier, which has its own,
             or it cannot be found out how the network is called.
     """
     check_network(net)
-    if isinstance(T, Tensor):
-        raise TypeError(
-            "T must be a number of time steps, got a tensor; name the arguments behind the images"
-        )
     if isinstance(net, SpikingClassifier):
+        T = check_steps(T)
         if T is not None and vars(net).get("T", T) != T:
             raise ValueError(
                 f"T must be the classifier's {net.T} or None, got {T}; build a classifier for "
@@ -495,7 +484,7 @@ def as_classifier(
                 "a SpikingClassifier has its own mean and std; leave them out, or give the bare "
                 "network"
             )
-        _found_out(net, images)
+        _find_convention_once(net, images)
         return net
     frames = images is not None and images.ndim == 5
     normalised = mean is not None or std is not None
@@ -511,12 +500,12 @@ def as_classifier(
         made = SpikingClassifier(net, 1 if T is None and not spiking else T, mean=mean, std=std)
     made.training = net.training
     made = made.to(device_of(net))
-    _found_out(made, images)
+    _find_convention_once(made, images)
     return made
 
 
-def _found_out(classifier: SpikingClassifier, images: Tensor | None) -> None:
-    """It is known how the network is called, if there are images that it can take."""
+def _find_convention_once(classifier: SpikingClassifier, images: Tensor | None) -> None:
+    """Find out how the network is called, if there are images that it can take."""
     weight = next(classifier.net.parameters(), None)
     if not isinstance(images, Tensor) or not images.is_floating_point() or not len(images):
         return  # which the call itself is about to refuse

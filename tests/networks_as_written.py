@@ -395,6 +395,22 @@ class SequenceMean(nn.Module):
         return self.body(x_seq).mean(0)
 
 
+class MeanInEvaluation(SequenceMean):
+    """As a loss of every step (TET) wants it: a sequence in training, its mean in evaluation."""
+
+    def forward(self, x_seq):
+        y_seq = self.body(x_seq)
+        return y_seq if self.training else y_seq.mean(0)
+
+
+class RepeatMeanInEvaluation(RepeatSequence):
+    """The image repeated; every step in training, their mean in evaluation."""
+
+    def forward(self, x):
+        y_seq = super().forward(x)
+        return y_seq if self.training else y_seq.mean(0)
+
+
 class Functions(nn.Module):
     """Layers of torch through SpikingJelly's functions."""
 
@@ -534,6 +550,25 @@ def sequence_mean(T):
     return SequenceMean()
 
 
+def mean_in_evaluation(T):
+    return MeanInEvaluation()
+
+
+def repeat_mean_in_evaluation(T):
+    return RepeatMeanInEvaluation(T)
+
+
+def averaged_by_a_hook(T):
+    net = sequence(T)
+    net.register_forward_hook(averaged)
+    return net
+
+
+def averaged(module, args, y_seq):
+    """A forward hook."""
+    return y_seq.mean(0)
+
+
 def voting(T):
     net = body(tail=False)
     net[-1] = layer.Linear(64, 10 * CLASSES)
@@ -589,6 +624,11 @@ PATTERNS = {
     "single steps, one layer": Row("one_layer"),
     "sequence": Row("sequence"),
     "sequence, mean over time": Row("sequence_mean"),
+    "sequence, mean over time in evaluation (TET)": Row("mean_in_evaluation"),
+    "image repeated, mean over time in evaluation (TET)": Row(
+        "repeat_mean_in_evaluation", given=False
+    ),
+    "sequence, mean over time by a hook": Row("averaged_by_a_hook"),
     "single steps, voting": Row("voting"),
     "sequence, voting": Row("voting_sequence"),
     "layers of torch in containers": Row("containers"),

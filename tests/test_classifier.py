@@ -1,11 +1,17 @@
 """SpikingClassifier: one pure function of images, whatever network, release or mode is inside."""
 
+import numpy as np
 import pytest
 import torch
 from spikingjelly.activation_based import base, encoding, functional, layer, neuron, surrogate
 from torch import nn
 
-from sj_robust.classifier import PoissonEncoder, SpikingClassifier, SpikingEventClassifier
+from sj_robust.classifier import (
+    PoissonEncoder,
+    SpikingClassifier,
+    SpikingEventClassifier,
+    as_classifier,
+)
 from sj_robust.neuron import DLIFNode
 
 
@@ -84,6 +90,42 @@ def test_normalisation_is_inside_and_moves_with_the_module():
     )
     assert set(classifier.state_dict()) >= {"mean", "std"}
     assert classifier.double()(images.double()).dtype == torch.float64
+
+
+NUMBERS = {
+    "T of numpy": {"T": np.int64(4)},
+    "lists": {"mean": [0.5], "std": [0.25]},
+    "tensors": {"mean": torch.tensor([0.5]), "std": torch.tensor([0.25], dtype=torch.float64)},
+    "arrays": {"mean": np.array([0.5]), "std": np.array([0.25], dtype=np.float32)},
+    "one number": {"mean": 0.5, "std": 0.25},
+}
+
+
+@pytest.mark.parametrize("numbers", NUMBERS.values(), ids=NUMBERS.keys())
+@pytest.mark.parametrize("wrap", [SpikingClassifier, as_classifier])
+def test_numbers_are_taken_as_evaluate_takes_them(numbers, wrap):
+    net, images = make_net(), make_images()
+    model = wrap(net, **{"T": 4, **numbers})
+    normalised = (images - 0.5) / 0.25 if "mean" in numbers else images
+    assert torch.equal(model(images), SpikingClassifier(net, 4)(normalised))
+    assert type(model.T) is int
+    if "mean" in numbers:
+        assert model.mean.dtype == model.std.dtype == torch.float32
+
+
+@pytest.mark.parametrize("wrap", [SpikingClassifier, as_classifier])
+@pytest.mark.parametrize(
+    ("numbers", "match"),
+    [
+        ({"T": 2.0}, "T must be an integer, got float; give one >= 1"),
+        ({"T": True}, "T must be an integer, got bool"),
+        ({"T": torch.tensor(4)}, "T must be a number of time steps, got a tensor; name the arg"),
+        ({"T": 4, "mean": "0.5"}, "mean must hold one number per channel, got '0.5'; write"),
+    ],
+)
+def test_what_is_no_number_is_refused_in_one_wording(wrap, numbers, match):
+    with pytest.raises(TypeError, match=match):
+        wrap(make_net(), **numbers)
 
 
 class Expanding(nn.Module):
@@ -185,8 +227,8 @@ def classifier_of_output(output):
             lambda: SpikingClassifier(make_net(), T=4)(make_frames()),
             "give event frames to SpikingEventClassifier",
         ),
-        (lambda: SpikingClassifier(make_net(), T=0), "T must be an integer >= 1"),
-        (lambda: SpikingClassifier(make_net(), T=2, std=[0.0]), "std must be > 0"),
+        (lambda: SpikingClassifier(make_net(), T=0), "T must be >= 1, got 0"),
+        (lambda: SpikingClassifier(make_net(), T=2, std=[0.0]), "std must be finite and > 0"),
         (lambda: SpikingClassifier(make_net(), T=2, takes="x"), "takes must be one of 'images', "),
         (
             lambda: SpikingEventClassifier(make_net(), T=2, takes="images"),
@@ -194,11 +236,11 @@ def classifier_of_output(output):
         ),
         (
             lambda: classifier_of_output(torch.zeros(3, 5, 2))(make_images()),
-            r"with N = 2 and T = 4, got a tensor \[3, 5, 2\]; let it end in a layer",
+            r"N = 2 and T = 4 \(on trial images\), got a tensor \[3, 5, 2\]; let it end in a layer",
         ),
         (
             lambda: classifier_of_output(torch.zeros(4, 5, 2, 2))(make_images()),
-            r"with N = 2 and T = 4, got a tensor \[4, 5, 2, 2\]",
+            r"with N = 2 and T = 4 \(on trial images\), got a tensor \[4, 5, 2, 2\]",
         ),
         (
             lambda: classifier_of_output((torch.zeros(2, 3),))(make_images()),

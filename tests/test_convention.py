@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from networks_as_written import ROWS
+from networks_as_written import CLASSES, ROWS
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
@@ -59,6 +59,57 @@ def test_the_logits_are_those_of_the_plain_call(name):
     assert model.convention.T == row.T == model.T
     assert (model.convention.takes == "images") == (not row.given)
     assert str(model.convention) in repr(model)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sequence",
+        "sequence, mean over time in evaluation (TET)",
+        "image repeated, mean over time in evaluation (TET)",
+        "sequence, mean over time by a hook",
+        "single steps",
+    ],
+)
+@pytest.mark.parametrize("first", ["training", "evaluation"])
+def test_a_network_may_return_a_sequence_in_one_mode_and_its_mean_in_the_other(name, first):
+    row = ROWS[name]
+    net = row.network()
+    model = classifier_of(row, net)
+    for n in (3, row.T, CLASSES):  # so that N = T, or N and the number of classes are equal
+        for training in (first == "training", first != "training"):
+            model.train(training)
+            x = row.images(n)
+            norms = copy.deepcopy(net.state_dict())
+            wanted = plain_call(row, net, x)
+            net.load_state_dict(norms)
+            assert torch.equal(model(x), wanted)
+            assert wanted.shape == (n, CLASSES)
+
+
+class Turned(nn.Module):
+    """Logits of four classes; in training every step of them, time first or second."""
+
+    def __init__(self, time):
+        super().__init__()
+        self.linear, self.time = nn.Linear(64, 4), time
+
+    def forward(self, x_seq):
+        y_seq = self.linear(x_seq.flatten(2))
+        return y_seq.movedim(0, self.time) if self.training else y_seq.mean(0)
+
+
+def test_what_is_neither_logits_nor_a_sequence_is_refused_in_training_too():
+    x = torch.rand(3, 1, 8, 8)
+    for time, T in ((0, 4), (0, 3)):  # T is the number of classes, or of images
+        model = SpikingClassifier(Turned(time), T, takes="sequence")
+        assert model.train()(x).shape == (3, 4)
+        torch.testing.assert_close(model(x), model.eval()(x))
+    model = SpikingClassifier(Turned(1), 4, takes="sequence")
+    with pytest.raises(
+        ValueError, match=r"N = 3 and T = 4, got a tensor \[3, 4, 4\]; .*time first"
+    ):
+        model.train()(x)
 
 
 def test_twenty_networks_as_people_write_them_are_there():

@@ -24,7 +24,6 @@ __all__ = [
     "own_steps",
     "step_mode_of",
     "untouched",
-    "wrong_outputs",
 ]
 
 Takes = Literal["images", "sequence", "steps"]
@@ -45,7 +44,7 @@ class Convention:
         takes: ``"images"`` [N, C, H, W], which it repeats over time itself; ``"sequence"`` [T, N,
             C, H, W]; or ``"steps"``, T times [N, C, H, W].
         returns: ``"logits"`` [N, classes], per call if it takes steps; or ``"sequence"`` [T, N,
-            classes].
+            classes]. It is what was seen in evaluation mode without hooks, and is for display.
         T: Number of time steps of a run.
         resets_itself: Whether it resets its neurons in a run.
         takes_sequences: Whether it takes sequences [T, N, C, H, W] of any length (as well).
@@ -117,18 +116,28 @@ def find_convention(
     raise found
 
 
-def checked_logits(outputs: object, images: int) -> Tensor:
-    """The outputs of a function of images, if they are logits [N, classes]; else ValueError.
+def checked_logits(outputs: object, images: int, T: int | None = None) -> Tensor:
+    """Logits [N, classes], the mean over time of a sequence [T, N, classes]; else ValueError.
     检查输出的形状与类型。
+
+    The number of dimensions tells the two apart, whatever N, T and the number of classes are.
+
+    Args:
+        outputs: What a function of images returned.
+        images: Number of images N.
+        T: Number of time steps; None where the outputs must be logits.
 
     Examples:
         >>> checked_logits(torch.zeros(2, 3), 2).shape
         torch.Size([2, 3])
+        >>> checked_logits(torch.zeros(4, 2, 3), 2, T=4).shape
+        torch.Size([2, 3])
     """
-    if _form(outputs, images, None) == "logits":
-        assert isinstance(outputs, Tensor)  # what _form has looked at
-        return outputs
-    raise ValueError(wrong_outputs(outputs, images, None))
+    form = _form(outputs, images, T)
+    if form is None:
+        raise ValueError(_wrong_outputs(outputs, images, T))
+    assert isinstance(outputs, Tensor)  # what _form has looked at
+    return outputs.mean(0) if form == "sequence" else outputs
 
 
 @torch.no_grad()
@@ -335,7 +344,7 @@ class _Trial:
         forms = [_form(run.outputs, n, steps) for run, n in zip((one, two), sizes, strict=True)]
         if forms[0] != forms[1] or forms[0] is None:
             wrong = 0 if forms[0] is None else 1
-            self.returned["images"] = wrong_outputs((one, two)[wrong].outputs, sizes[wrong], steps)
+            self._note_wrong("images", (one, two)[wrong].outputs, sizes[wrong], steps)
             return None
         if self.given not in (None, steps):
             self.ran["images"] = f"it runs {steps} steps itself, asked for is T={self.given}"
@@ -377,7 +386,7 @@ class _Trial:
             return None
         form = _form(run.outputs, images, T)
         if form is None:
-            self.returned["sequence"] = wrong_outputs(run.outputs, images, T)
+            self._note_wrong("sequence", run.outputs, images, T)
             return None
         convention = Convention("sequence", form, T, run.resets_itself)
         return _Fit(convention, _mean(run.outputs))
@@ -395,10 +404,13 @@ class _Trial:
             return None
         assert isinstance(run.outputs, list)  # of one call each
         if wrong := [x for x in run.outputs if _form(x, images, None) != "logits"]:
-            self.returned["steps"] = wrong_outputs(wrong[0], images, None)
+            self._note_wrong("steps", wrong[0], images, None)
             return None
         convention = Convention("steps", "logits", T, run.resets_itself)
         return _Fit(convention, _mean(torch.stack(run.outputs)))
+
+    def _note_wrong(self, takes: Takes, outputs: object, images: int, T: int | None) -> None:
+        self.returned[takes] = _wrong_outputs(outputs, images, T, " (on trial images)")
 
     def _is_stateless(self) -> bool:
         """Whether a second call gives the same as the first."""
@@ -637,12 +649,12 @@ def _form(outputs: object, images: int, T: int | None) -> Literal["logits", "seq
     return None
 
 
-def wrong_outputs(outputs: object, images: int, T: int | None) -> str:
+def _wrong_outputs(outputs: object, images: int, T: int | None, where: str = "") -> str:
     """What is wrong with the outputs of a network, and what to do."""
     wanted = "[N, classes]" if T is None else "[T, N, classes] or [N, classes]"
     steps = "" if T is None else f" and T = {T}"
     return (
-        f"the network must return logits {wanted} with N = {images}{steps}, got "
+        f"the network must return logits {wanted} with N = {images}{steps}{where}, got "
         f"{_shown(outputs)}; {_remedy(outputs, images)}"
     )
 

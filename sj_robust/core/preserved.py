@@ -3,20 +3,20 @@ exact sums; one thread at a time.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 __all__ = [
     "all_generators",
-    "alone",
     "evaluation_mode",
     "full_precision",
     "generators_of",
+    "locked",
     "one_thread_at_a_time",
     "other_forward",
     "preserved",
@@ -26,16 +26,26 @@ _Module = TypeVar("_Module", bound=nn.Module)
 _Rest = ParamSpec("_Rest")
 _Result = TypeVar("_Result")
 
+Use = Literal["forward", "session", "change"]
+"""What a thread holds a network for."""
 
-def alone(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
-    """Other threads that ask for one of these modules wait until this thread is done with them.
+
+def locked(network: nn.Module, use: Use = "change") -> AbstractContextManager[None]:
+    """Other threads that ask for the network or a part of it wait until this thread is done.
     同一网络同一时刻只由一个线程使用。
 
-    A thread that holds a module may ask for it again. Threads that work on different networks do
-    not wait for each other; torch's global generators belong to all of them, so a network that
-    draws random numbers is repeatable in one thread at a time only. Nothing is kept on the modules.
-    A compiler that follows the code, and the recomputation of a checkpoint within a backward pass,
-    do not wait.
+    A thread that holds a network may ask for it and its parts again. A network may run its parts in
+    threads of its own and wait for them: unless it is held for a change, its parts may run in other
+    threads, each in one thread at a time, in the mode that they are in. Threads that work on
+    different networks do not wait for each other; torch's global generators belong to all of them,
+    so a network that draws random numbers is repeatable in one thread at a time only. Nothing is
+    kept on the modules. A compiler that follows the code, and the recomputation of a checkpoint
+    within a backward pass, do not wait.
+
+    Args:
+        network: The outermost module of what is used.
+        use: ``"forward"`` for one forward; ``"session"`` for several, which find the network in
+            one mode; ``"change"`` to change modes or states, for which parts must not run.
 
     Raises:
         RuntimeError: If two threads would wait for each other forever.
@@ -43,55 +53,85 @@ def alone(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
     # The thread of a backward pass recomputes on behalf of a thread that waits for it.
     if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
         return nullcontext()
-    return _HELD.by_this_thread(modules)
+    return _LOCKS.held(network, use)
 
 
 def one_thread_at_a_time(
     forward: Callable[Concatenate[_Module, _Rest], _Result],
 ) -> Callable[Concatenate[_Module, _Rest], _Result]:
-    """A forward that has the module's children for itself, see :func:`alone`. 前向过程加锁。"""
+    """A forward that has the module for itself, see :func:`locked`. 前向过程加锁。"""
 
     @wraps(forward)
     def run(self: _Module, /, *args: _Rest.args, **kwargs: _Rest.kwargs) -> _Result:
-        with alone(tuple(self.children())):
+        with locked(self, "forward"):
             return forward(self, *args, **kwargs)
 
     return run
 
 
-class _Held:
-    """Which thread holds which modules, and for whom a waiting thread waits."""
+class _Lock:
+    """A network that a thread holds or asks for.
+
+    Attributes:
+        thread: The thread.
+        use: What for, see :func:`locked`.
+        outermost: The network, by its ``id``, which it keeps while it is held.
+        modules: The network and all of its parts.
+    """
+
+    def __init__(self, network: nn.Module, use: Use) -> None:
+        self.thread = threading.get_ident()
+        self.use = use
+        self.outermost = id(network)
+        self.modules = frozenset(map(id, network.modules()))
+
+    def is_part_of(self, other: "_Lock") -> bool:
+        """Whether it is for a forward of a part of the other one, which lets its parts run."""
+        return (
+            self.use == "forward"
+            and other.use != "change"
+            and self.outermost != other.outermost
+            and self.outermost in other.modules
+        )
+
+
+class _Locks:
+    """All locks that are held, in the order in which they were given, and who waits for whom."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._owners: dict[int, int] = {}
-        self._depths: dict[int, int] = {}
+        self._held: list[_Lock] = []
         self._waiting: dict[int, set[int]] = {}
 
     @contextmanager
-    def by_this_thread(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        """All of the modules at once; nothing of them is taken while one belongs to another."""
-        keys = [id(module) for module in modules]  # which live as long as this context
-        thread = threading.get_ident()
+    def held(self, network: nn.Module, use: Use) -> Iterator[None]:
+        """The network, as soon as no other thread holds a module of it."""
+        lock = _Lock(network, use)
         with self._changed:
-            while others := self._others(keys, thread):
-                self._wait(thread, others)
-            for key in keys:
-                self._owners[key] = thread
-                self._depths[key] = self._depths.get(key, 0) + 1
+            while others := self._in_the_way(lock):
+                self._wait(lock.thread, others)
+            self._held.append(lock)
         try:
             yield
         finally:
             with self._changed:
-                for key in keys:
-                    self._depths[key] -= 1
-                    if self._depths[key] == 0:
-                        del self._depths[key], self._owners[key]
+                self._held.remove(lock)
                 self._changed.notify_all()
 
-    def _others(self, keys: Sequence[int], thread: int) -> set[int]:
-        """Threads that hold one of the modules, without this one."""
-        return {self._owners[key] for key in keys if key in self._owners} - {thread}
+    def _in_the_way(self, lock: _Lock) -> set[int]:
+        """Threads that hold a module of the network."""
+        threads = set()
+        enclosing: list[_Lock] = []  # of this thread, given after the lock that is looked at
+        for held in reversed(self._held):
+            if held.thread == lock.thread:
+                enclosing.append(held)
+            elif not (
+                lock.modules.isdisjoint(held.modules)
+                or lock.is_part_of(held)
+                or any(lock.modules <= own.modules for own in enclosing)
+            ):
+                threads.add(held.thread)
+        return threads
 
     def _wait(self, thread: int, others: set[int]) -> None:
         self._waiting[thread] = others
@@ -115,7 +155,7 @@ class _Held:
         return thread in seen
 
 
-_HELD = _Held()
+_LOCKS = _Locks()
 
 
 @contextmanager
@@ -123,7 +163,7 @@ def evaluation_mode(model: object) -> Iterator[None]:
     """Evaluation mode, and every module's own mode afterwards; what is no ``nn.Module`` has none.
     评估模式。
 
-    Other threads wait for the network until then, see :func:`alone`.
+    Other threads wait for the network until then, see :func:`locked`.
 
     Examples:
         >>> net = nn.Sequential(nn.Dropout(), nn.Identity().eval())
@@ -136,15 +176,17 @@ def evaluation_mode(model: object) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         yield
         return
-    modules = list(model.modules())
-    with alone(modules):
-        modes = [module.training for module in modules]
-        try:
+    with locked(model, "session"):
+        with locked(model):
+            modules = list(model.modules())
+            modes = [module.training for module in modules]
             model.eval()
+        try:
             yield
         finally:
-            for module, training in zip(modules, modes, strict=True):
-                module.training = training
+            with locked(model):
+                for module, training in zip(modules, modes, strict=True):
+                    module.training = training
 
 
 @contextmanager
@@ -164,23 +206,28 @@ def preserved(model: object) -> Iterator[None]:
         >>> net.v
         tensor([0.5000])
     """
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    if not isinstance(model, nn.Module):
+        yield
+        return
     with evaluation_mode(model):
-        states = [
-            (module, vars(module)["_memories"]) for module in modules if "_memories" in vars(module)
-        ]
         generators = [(generator, generator.get_state()) for generator in generators_of(model)]
-        try:
+        with locked(model):
+            states = [
+                (module, vars(module)["_memories"])
+                for module in model.modules()
+                if "_memories" in vars(module)
+            ]
             for module, memories in states:
-                vars(module)["_memories"] = {
-                    name: _copied(value) for name, value in memories.items()
-                }
+                copies = {name: _copied(value) for name, value in memories.items()}
+                vars(module)["_memories"] = copies
+        try:
             yield
         finally:
-            for module, memories in states:
-                vars(module)["_memories"] = memories
-            for generator, state in generators:
-                generator.set_state(state)
+            with locked(model):
+                for module, memories in states:
+                    vars(module)["_memories"] = memories
+                for generator, state in generators:
+                    generator.set_state(state)
 
 
 @contextmanager

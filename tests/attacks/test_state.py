@@ -5,7 +5,8 @@ on.
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from threading import Barrier
+from threading import Barrier, Event
+from time import sleep
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from torch import nn
 from sj_robust import SpikingClassifier
 from sj_robust.attacks import SampleSeeds, fgsm, pgd
 from sj_robust.attacks._resets import refuse_carried_states
-from sj_robust.core.preserved import alone
+from sj_robust.core.preserved import evaluation_mode, locked
 from sj_robust.neuron import DLIFNode
 
 
@@ -111,20 +112,125 @@ class ResetsItself(nn.Module):
         return self.net(x.expand(3, *x.shape)).mean(0)
 
 
+class Ensemble(nn.Module):
+    """Runs its members in threads of its own, or one after the other."""
+
+    def __init__(self, members):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.pool = None
+
+    def forward(self, x):
+        if self.pool is None:
+            return sum(member(x) for member in self.members)
+        waiting = [self.pool.submit(member, x) for member in self.members]
+        return sum(one.result(timeout=20) for one in waiting)
+
+
+def member():
+    net = nn.Sequential(nn.Flatten(2), nn.Linear(16, 3), neuron.LIFNode(v_threshold=0.2))
+    functional.set_step_mode(net, "m")
+    return SpikingClassifier(net, T=2)
+
+
+ENSEMBLES = {
+    "classifiers": lambda ensemble: ensemble,
+    "parts of a network": lambda ensemble: nn.Sequential(nn.Dropout(), ensemble),
+    "in a classifier": lambda ensemble: SpikingClassifier(ensemble, T=2, takes="images"),
+}
+
+
+@pytest.mark.parametrize("form", ENSEMBLES)
+def test_a_network_that_runs_its_parts_in_threads_does_not_wait_for_itself(form):
+    x, y = torch.rand(4, 1, 4, 4), torch.arange(4) % 3
+    ensemble = Ensemble([member(), member()])
+    model = ENSEMBLES[form](ensemble)
+
+    def work(_=None):
+        return pgd(model, x, y, eps=0.1, step_size=0.05, steps=3, generator=seeded())
+
+    with ThreadPoolExecutor(2) as ensemble.pool:
+        found = [work(), *in_threads(4, work)]
+    ensemble.pool = None
+    wanted = work()
+    assert all(torch.equal(one, wanted) for one in found)
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("use", ["forward", "session", "change"])
+def test_a_part_runs_in_another_thread_but_not_while_the_whole_changes(use):
+    part = nn.Linear(2, 2)
+    whole = nn.Sequential(part)
+
+    def work():
+        with locked(part, "forward"), locked(part):  # as where it is tried how to call a network
+            return "done"
+
+    with ThreadPoolExecutor(1) as pool:
+        with locked(whole, use):
+            running = pool.submit(work)
+            if use == "change":
+                sleep(0.1)
+                assert not running.done()
+            else:
+                assert running.result(timeout=20) == "done"
+        assert running.result(timeout=20) == "done"
+
+
+@pytest.mark.parametrize("end", ["the whole runs its part", "the whole changes its modes"])
+def test_the_whole_waits_for_a_part_that_another_thread_runs(end):
+    begun, order = Event(), []
+    part = nn.Linear(2, 2)
+    whole = nn.Sequential(part)
+
+    def work():
+        with locked(part, "forward"):
+            begun.set()
+            sleep(0.1)
+            order.append(("part", part.training))
+
+    with ThreadPoolExecutor(1) as pool:
+        with evaluation_mode(whole):
+            pool.submit(work)
+            assert begun.wait(20)
+            if end == "the whole runs its part":
+                with locked(part, "forward"):
+                    order.append(("whole", part.training))
+        order.append(("after", part.training))
+    assert order[0] == ("part", False)
+    assert order[-1] == ("after", True)
+
+
+@pytest.mark.parametrize("use", ["forward", "session", "change"])
+def test_networks_that_share_a_module_wait_for_each_other(use):
+    shared = nn.Linear(2, 2)
+    networks = [nn.Sequential(shared), nn.Sequential(nn.ReLU(), shared)]
+    order = []
+
+    def work(number):
+        with locked(networks[number], use):
+            order.append(number)
+            sleep(0.05)
+            order.append(number)
+
+    in_threads(2, work)
+    assert order in ([0, 0, 1, 1], [1, 1, 0, 0])
+
+
 def test_threads_on_two_networks_of_each_other_end_with_an_error_instead_of_waiting():
     nets = [nn.Linear(2, 2), nn.Linear(2, 2)]
     ready = Barrier(2)
 
     def work(number):
-        with alone([nets[number]]):
+        with locked(nets[number]):
             ready.wait(20)
-            with alone([nets[1 - number]]), alone([nets[number]]):
+            with locked(nets[1 - number]), locked(nets[number]):
                 return "done"
 
     found = in_threads(2, work)
     assert found.count("done") == 1
     assert [str(one)[:11] for one in found if one != "done"] == ["two threads"]
-    with alone(nets), alone(nets):
+    with locked(nets[0]), locked(nets[0]):
         assert in_threads(1, lambda _: len(nets)) == [2]
 
 
@@ -136,10 +242,28 @@ def test_a_network_that_may_wait_is_copied_saved_compiled_and_exported_as_before
     copies.append(torch.compile(model, fullgraph=True, backend="eager"))
     for copied in copies:
         assert torch.equal(copied(x), wanted)
-    plain = SpikingClassifier(nn.Sequential(nn.Linear(4, 3)), T=2, takes="sequence").eval()
+    plain = SpikingClassifier(nn.Sequential(nn.Linear(4, 3)), T=2).eval()
     plain.find_convention(x)
     exported = torch.export.export(plain, (x,)).module()
     assert torch.equal(exported(x), plain(x))
+
+
+@pytest.mark.parametrize("takes", ["images", "sequence", "steps"])
+def test_a_new_classifier_is_compiled_and_exported_once_it_is_said_what_its_network_takes(takes):
+    net, x = nn.Sequential(nn.Linear(4, 3)), torch.rand(2, 4)
+    model = SpikingClassifier(net, T=2, takes=takes).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")(x)
+    exported = torch.export.export(model, (x,)).module()(x)
+    assert model.convention is None
+    wanted = model(x)
+    assert torch.equal(compiled, wanted)
+    assert torch.equal(exported, wanted)
+
+
+def test_a_new_classifier_is_not_compiled_where_a_trial_is_needed():
+    model = SpikingClassifier(nn.Sequential(nn.Linear(4, 3)), T=2).eval()
+    with pytest.raises(Exception, match=r"call classifier.find_convention\(images\) once, or give"):
+        torch.export.export(model, (torch.rand(2, 4),))
 
 
 def test_the_attack_does_not_see_the_numbers_of_the_callers_next_forward(batch):
