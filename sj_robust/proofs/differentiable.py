@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingClassifier
+from sj_robust.core.convention import untouched
 from sj_robust.core.preserved import evaluation_mode, full_precision, other_forward
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.relaxation import Maps
-from sj_robust.proofs.soundness import check_maps, check_neurons
+from sj_robust.proofs.soundness import check_kept, check_maps, check_neurons
 from sj_robust.proofs.verification import bounded_logits, bounded_neurons
 
 __all__ = ["BatchStatistics", "DifferentiableBounds", "batch_statistics"]
@@ -52,6 +53,7 @@ class DifferentiableBounds:
     Raises:
         NotImplementedError: If something in the network has no bounds, or, at the first images, if
             it mixes those of a batch; it is named.
+        ValueError: At the first images, if a forward changes a value that the network holds.
         UnsoundBoundsError: At the first images, if the graph misses a part of the network or a
             neuron does not follow its charge equation.
 
@@ -102,6 +104,8 @@ class DifferentiableBounds:
             stack.enter_context(evaluation_mode(self.classifier))
             if not self._checked:
                 with full_precision(x.device):
+                    with untouched(self.classifier, hooks=False):
+                        check_kept(self.classifier, x)
                     maps = Maps(partial(bounded_logits, self.classifier), self._neurons, x[0])
                     maps.check_samples()
                     check_maps(maps)

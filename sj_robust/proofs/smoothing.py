@@ -3,7 +3,7 @@ vote is proved.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,7 @@ from sj_robust.core.randomness import (
     seeded_globals,
 )
 from sj_robust.proofs._scipy import scipy_module
+from sj_robust.proofs.soundness import KeptValues, check_kept
 
 __all__ = ["SmoothedClassifier", "Smoothing", "smooth"]
 
@@ -142,9 +143,15 @@ def smooth(
     ``alpha``; if p <= 1/2 the classifier abstains. The proof is one of g, never of the network f
     alone, and holds with probability 1 - alpha per image. Noisy images are not clamped to [0, 1];
     train with the same noise (``--mode gaussian --eps SIGMA``). What the network draws itself (a
-    stochastic encoder) is part of the probability; the bound needs draws that are independent, so
-    that such a network, and one that mixes the images of a batch, runs on one draw after the other.
-    What is drawn does not depend on ``batch_size``.
+    stochastic encoder) is part of the probability.
+
+    The bound needs independent draws. A network that draws random numbers itself runs on one draw
+    after the other. Any other runs on batches if it treats their rows apart, else on one draw after
+    the other too. That is tested on the first batch of every size: each row must keep its logits,
+    bit by bit, while every other row is another image, and its class when it runs alone (if
+    rounding differs there, its logits among copies of itself). A network that mixes rows only at
+    other images or draws than these is not found out; ``batch_size=1`` needs no test. The noise
+    does not depend on ``batch_size``.
 
     The largest radius that n draws can prove is ``sigma * Phi^-1(alpha^(1/n))``: 2.46 sigma for n =
     1000.
@@ -156,7 +163,7 @@ def smooth(
         n0: Draws for the guess.
         n: Draws for the bound.
         alpha: Probability of error per image, in (0, 1).
-        batch_size: Draws at a time.
+        batch_size: Draws at a time, at most.
         generator: Source of the noise, moved by one number; seeds of the samples make each result
             independent of the others; None is fresh entropy.
         on_image: Called with the number of images done after every image.
@@ -167,7 +174,8 @@ def smooth(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If images, a number or the logits are out of range, seeds do not fit, or the
-            network keeps a state from forward to forward or draws from another source than torch.
+            network keeps a state from forward to forward, changes a value that its modules hold, or
+            draws from another source than torch.
         ModuleNotFoundError: If scipy is not installed.
 
     Source: Cohen, Rosenfeld and Kolter, "Certified Adversarial Robustness via Randomized Smoothing"
@@ -215,32 +223,28 @@ def smooth(
                 else 0.0
             )
             counts.append(count)
+            draws.check_kept()
             if on_image is not None:
                 on_image(row + 1)
     return Smoothing(sigma, float(alpha), n, tuple(predictions), tuple(radii), tuple(counts))
 
 
-@dataclass
 class _Draws:
     """Noisy copies of an image, and the classes that a network gives them.
 
     A draw's noise, and what the network draws itself, do not depend on how many run together. A
     network may run on many at once only if it draws nothing and treats the rows of a batch apart;
     else it runs on one after the other, since draws that share a coin are not independent.
-
-    Attributes:
-        model: Images to logits.
-        sigma: Standard deviation of the noise.
-        batch_size: Draws at a time.
-        one_by_one: Whether the network runs on one draw after the other.
-        checked: Whether a batch of two or more has shown that rows are treated apart.
     """
 
-    model: Callable[[Tensor], Tensor]
-    sigma: float
-    batch_size: int
-    one_by_one: bool = False
-    checked: bool = False
+    def __init__(self, model: Callable[[Tensor], Tensor], sigma: float, batch_size: int) -> None:
+        """Nothing is known of the network yet."""
+        self.model = model
+        self.sigma = sigma
+        self.batch_size = batch_size
+        self.one_by_one = batch_size == 1
+        self._tested: set[int] = set()  # sizes of batches; 1 if draws run one by one
+        self._kept: KeptValues | None = None
 
     def votes(self, image: Tensor, draws: int, seed: int) -> Tensor:
         """How often each class wins among so many noisy copies of an image [*], [classes]."""
@@ -249,52 +253,110 @@ class _Draws:
         noise.manual_seed(seeds.derived("noise").single())
         own = seeds.derived("network")  # streams that must not be related
         votes = []
-        for start in range(0, draws, self.batch_size):
-            count = min(self.batch_size, draws - start)
+        start = 0
+        for count in _sizes(draws, self.batch_size):
             # One by one: a larger draw takes the generator's numbers in another order.
             drawn = [_noise(image, noise) for _ in range(count)]
             logits = self._logits(image + self.sigma * torch.stack(drawn), own, start)
             votes.append(torch.bincount(logits.argmax(1), minlength=logits.shape[1]))
+            start += count
         return torch.stack(votes).sum(0)
+
+    def check_kept(self) -> None:
+        """Raise ValueError if a forward has changed what the network's modules hold."""
+        if self._kept is not None:
+            self._kept.check()
 
     def _logits(self, noisy: Tensor, own: SampleSeeds, start: int) -> Tensor:
         """Logits [draws, classes] of noisy images, the first of which is draw ``start``."""
+        if self._kept is None:
+            with _from_seed(self.model, own.single(), noisy.device):
+                self._kept = check_kept(self.model, noisy)
         if not self.one_by_one:
             with _from_seed(self.model, own.single(), noisy.device):
                 before = _states(self.model, noisy.device)
-                logits = self._run(noisy)
+                logits = self._forward(noisy)
                 drew = _states(self.model, noisy.device) != before
             self.one_by_one = drew or not self._rows_are_apart(noisy, own.single(), logits)
             if not self.one_by_one:
                 return logits
-        alone = []
-        for row in range(len(noisy)):
-            seed = own.derived(start + row).single()
-            with _from_seed(self.model, seed, noisy.device):
-                alone.append(self._run(noisy[row : row + 1]))
-        return torch.cat(alone)
+        seeds = [own.derived(start + row).single() for row in range(len(noisy))]
+        alone = self._alone(noisy, seeds)
+        if self._is_first(1):
+            again = self._alone(noisy.flip(0), seeds[::-1]).flip(0)
+            _check_same(again, alone)
+        return alone
 
-    def _run(self, noisy: Tensor) -> Tensor:
-        return check_logits(self.model(noisy), torch.zeros(len(noisy), dtype=torch.int64))
+    def _run(self, noisy: Tensor, seed: int) -> Tensor:
+        """Logits of one forward, the random numbers of which have a seed."""
+        with _from_seed(self.model, seed, noisy.device):
+            return self._forward(noisy)
+
+    def _forward(self, noisy: Tensor) -> Tensor:
+        labels = torch.zeros(len(noisy), dtype=torch.int64)
+        return check_logits(self.model(noisy.clone()), labels)
+
+    def _alone(self, noisy: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Logits of a forward per row."""
+        rows = zip(torch.split(noisy, 1), seeds, strict=True)
+        return torch.cat([self._run(row, seed) for row, seed in rows])
+
+    def _is_first(self, size: int) -> bool:
+        """Whether this is the first batch of its size."""
+        first = size not in self._tested
+        self._tested.add(size)
+        return first
 
     def _rows_are_apart(self, noisy: Tensor, seed: int, logits: Tensor) -> bool:
-        """Whether the first half of a batch stays as it is while the other half is another one."""
-        half = len(noisy) // 2
-        if self.checked or half == 0:
+        """Whether no row of the first batch of a size depends on the others."""
+        size = len(noisy)
+        if not self._is_first(size):
             return True
-        self.checked = True
-        with _from_seed(self.model, seed, noisy.device):
-            again = self._run(noisy)
-        if not torch.equal(again, logits):
-            raise ValueError(
-                "model must give the same logits for the same images and seed, got one that keeps "
-                "a state or draws from another source than torch; wrap a spiking network in "
-                "SpikingClassifier, which resets it, and draw with torch.rand"
-            )
-        other = torch.cat((noisy[:half], 1.0 - noisy[half:]))
-        with _from_seed(self.model, seed, noisy.device):
-            found = self._run(other)
-        return torch.equal(found[:half], logits[:half])
+        apart = self._withstands_others(noisy, seed, logits)
+        apart = apart and self._votes_alone(noisy, seed, logits)
+        _check_same(self._run(noisy, seed), logits)
+        return apart
+
+    def _withstands_others(self, noisy: Tensor, seed: int, logits: Tensor) -> bool:
+        """Whether each row keeps its logits while all rows beside it are other images."""
+        even = torch.arange(len(noisy), device=noisy.device) % 2 == 0
+        for kept in (even, ~even):
+            shape = (-1, *[1] * (noisy.ndim - 1))
+            other = torch.where(kept.view(shape), noisy, 1.0 - noisy)
+            if not torch.equal(self._run(other, seed)[kept], logits[kept]):
+                return False
+        return True
+
+    def _votes_alone(self, noisy: Tensor, seed: int, logits: Tensor) -> bool:
+        """Whether each row has its class when it runs alone.
+
+        A sum may be rounded otherwise there, and a spike at its threshold flip, which moves no
+        other row: such a row must keep its logits, in a batch of the same size, among copies of it.
+        """
+        with _from_seed(self.model, seed, noisy.device):  # of a network that draws nothing
+            alone = torch.cat([self._forward(row) for row in torch.split(noisy, 1)])
+        for row in (alone.argmax(1) != logits.argmax(1)).nonzero().flatten().tolist():
+            copies = noisy[row].expand_as(noisy)
+            if not torch.equal(self._run(copies, seed)[row], logits[row]):
+                return False
+        return True
+
+
+def _sizes(draws: int, batch_size: int) -> list[int]:
+    """Sizes of the fewest batches, which differ by one at most."""
+    batches = -(-draws // batch_size)
+    size, larger = divmod(draws, batches)
+    return [size + 1] * larger + [size] * (batches - larger)
+
+
+def _check_same(again: Tensor, logits: Tensor) -> None:
+    """Raise ValueError if the same images and seeds have given other logits."""
+    if not torch.equal(again, logits):
+        raise ValueError(
+            "model must give the same logits for the same images and seed, got one that keeps "
+            "a state or draws from another source than torch; wrap a spiking network in "
+            "SpikingClassifier, which resets it, and draw with torch.rand"
+        )
 
 
 @contextmanager

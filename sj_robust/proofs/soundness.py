@@ -17,8 +17,10 @@ from sj_robust.proofs.rules import Bounds
 from sj_robust.proofs.spiking import Interval
 
 __all__ = [
+    "KeptValues",
     "UnsoundBoundsError",
     "WatchedRun",
+    "check_kept",
     "check_maps",
     "check_neurons",
     "check_point",
@@ -76,6 +78,63 @@ class _Call:
         if not self.v.holds(v):
             return "a membrane potential"
         return None
+
+
+class KeptValues:
+    """What the modules of a network hold after a reset: parameters, buffers, other tensors and
+    numbers. 网络持有的数值。
+
+    What a proof says of a network it says of the values that it holds now, so that no forward may
+    change them. States of spiking neurons are reset first. Values in objects that are no modules
+    or containers, such as a counter in a closure, are not seen.
+
+    Args:
+        model: A network that has run, so that what it builds in its first forward is there; a
+            callable that is no ``nn.Module`` holds nothing.
+
+    Examples:
+        >>> net = nn.BatchNorm1d(2)
+        >>> kept = KeptValues(net)
+        >>> _ = net.eval()(torch.rand(3, 2))
+        >>> kept.check()
+        >>> _ = net.train()(torch.rand(3, 2))
+        >>> kept.check()
+        Traceback (most recent call last):
+            ...
+        ValueError: model must stay as it is in a forward in evaluation mode, got one that ...
+    """
+
+    def __init__(self, model: object) -> None:
+        """Copy the values; see the class."""
+        self._model = model
+        self._before = _held_values(model)
+
+    def check(self) -> None:
+        """Raise ValueError, with the names, if values have changed."""
+        now = _held_values(self._model)
+        names = self._before.keys() | now.keys()
+        changed = [name for name in names if not _equal(self._before.get(name), now.get(name))]
+        if changed:
+            raise ValueError(
+                "model must stay as it is in a forward in evaluation mode, got one that changes "
+                f"{', '.join(sorted(changed))}; let forward write to local variables, or register "
+                "a state with register_memory of SpikingJelly's base.MemoryModule, which is reset"
+            )
+
+
+def check_kept(model: Callable[[Tensor], Tensor], images: Tensor) -> KeptValues:
+    """What a network holds, if a forward on other images than these, [N, *], leaves it.
+    前向不改变网络。
+
+    Raises:
+        ValueError: If the forward changes a value; it is named.
+    """
+    with torch.no_grad():
+        model(images.clone())
+        kept = KeptValues(model)
+        model(1.0 - images)
+    kept.check()
+    return kept
 
 
 def check_maps(maps: Maps) -> None:
@@ -259,3 +318,42 @@ def _run_alone(module: Any, currents: Tensor) -> Tensor:
         found: Tensor = module.forward(currents)
         return found
     return torch.stack([module.forward(current) for current in currents])
+
+
+def _held_values(model: object) -> dict[str, Tensor | str]:
+    """Copies of tensors and numbers that the modules of a network hold, by name, after a reset."""
+    found: dict[str, Tensor | str] = {}
+    if not isinstance(model, nn.Module):
+        return found
+    functional.reset_net(model)
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            inner = attribute in ("_parameters", "_buffers", "_memories")
+            if inner:
+                _collect(found, name, value, brackets=False)
+            elif attribute not in ("_modules", "training"):
+                _collect(found, name, {attribute: value}, brackets=False)
+    return found
+
+
+def _collect(
+    found: dict[str, Tensor | str], name: str, values: Any, *, brackets: bool = True
+) -> None:
+    """Add the tensors and numbers of a container, and of containers in it."""
+    items = values.items() if isinstance(values, dict) else enumerate(values)
+    for key, value in items:
+        inside = f"{name}[{key!r}]" if brackets else f"{name}.{key}".removeprefix(".")
+        if isinstance(value, Tensor):
+            found[inside] = value.detach().clone()
+        elif isinstance(value, float | int):
+            found[inside] = repr(value)
+        elif isinstance(value, dict | list | tuple):
+            _collect(found, inside, value)
+
+
+def _equal(a: Tensor | str | None, b: Tensor | str | None) -> bool:
+    """Whether two values are the same; NaN equals NaN."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        alike = type(a) is type(b) and a.shape == b.shape and a.dtype == b.dtype
+        return alike and bool(torch.isclose(a, b, 0.0, 0.0, equal_nan=True).all())
+    return type(a) is type(b) and a == b

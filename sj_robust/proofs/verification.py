@@ -43,6 +43,7 @@ from sj_robust.proofs.rules import Bounds
 from sj_robust.proofs.soundness import (
     UnsoundBoundsError,
     WatchedRun,
+    check_kept,
     check_maps,
     check_neurons,
     check_point,
@@ -232,9 +233,9 @@ def verify(
 
     Raises:
         TypeError: If ``model`` has no spiking neurons and is no ``SpikingClassifier``.
-        ValueError: If a bare network comes without T, the model is in training mode, not in float32
-            or draws random numbers, images or labels do not fit, eps < 0, or the method is not
-            known.
+        ValueError: If a bare network comes without T, the model is in training mode, is not in
+            float32, draws random numbers or changes a value that it holds in a forward, images or
+            labels do not fit, eps < 0, or the method is not known.
         UnsoundBoundsError: If the network does not do what the bounds say: what it computes is not
             in the graph, a neuron does not follow its charge equation, or a point of the ball lies
             outside the bounds.
@@ -294,6 +295,7 @@ def verify(
             logits = _logits(classifier, images, labels, runs=2 if start == 0 else 1)
             if start == 0:
                 check_classes(y, logits.shape[1])
+                kept = check_kept(classifier, images)
                 maps.check_samples()
                 check_maps(maps)
                 check_neurons(neurons, classifier.T, images)
@@ -316,6 +318,7 @@ def verify(
                 if start:  # layers are looked at in the first batch
                     break
             _check_margins(logits, labels, batch.margin, first=start)
+            kept.check()  # what all forwards of the proofs left
         margins += batch.margin.tolist()
         broken += batch.wrong.tolist()
         x_adv[part] = batch.x_adv
