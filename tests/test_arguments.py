@@ -230,6 +230,10 @@ WRONG = [
         for value, said in {
             "0.5": rf"hold one number per channel, got '0.5'; write a list such as {name}=\[0.5",
             True: "hold one number per channel, got True; write a list",
+            (True,): r"hold one number per channel, got \(True,\); write a list",
+            (0.5, False): r"hold one number per channel, got \(0.5, False\); write a list",
+            torch.tensor([True]): r"hold one number per channel, got tensor\(\[True\]\); write",
+            np.True_: "hold one number per channel, got .*True.*; write a list",
             Odd(): r"hold one number per channel, got Odd\(\); write a list",
             (): r"hold one number per channel, got shape \[0\]; give one dimension",
             ((0.1, 0.2), (0.3, 0.4)): r"hold one number per channel, got shape \[2, 2\]; give one",
@@ -243,7 +247,11 @@ WRONG = [
     Wrong(ALL, {"std": np.ones((3, 1, 1))}, r"std must hold one number per channel, got 3 for .*;"),
     # the network
     *(
-        Wrong((call,), {NETWORK[call]: value}, rf"net must be a network \(nn.Module\), got {said}")
+        Wrong(
+            (call,),
+            {NETWORK[call]: value},
+            rf"{NETWORK[call]} must be a network \(nn.Module\), got {said}",
+        )
         for call in ALL
         for value, said in {
             nn.ReLU: "the class ReLU; build it first",
@@ -264,7 +272,7 @@ WRONG = [
             ((255 * X).byte(), r"x must be floating point, got torch.uint8; .*x.float\(\) / 255"),
             (255 * X, r"x must lie in \[0, 1\], got values from .*; scale it and normalise inside"),
             (2 * X - 1, r"x must lie in \[0, 1\], got values from -.*; scale it and normalise"),
-            (torch.where(X > 0.5, NAN, X), r"x must be finite, got .* NaN .*; mend the data"),
+            (torch.where(X > 0.5, NAN, X), r"x must be finite, got .* NaN .*; remove or replace"),
             (X[0, 0, 0], r"x must be a batch of images \[N, ...\], got .*; add N with x.unsqueeze"),
         )
     ),
@@ -311,13 +319,13 @@ WRONG = [
             (Y.numpy(), r"y must be a tensor of labels, got ndarray; use torch.tensor\(labels\)"),
             (Y[:3], r"y must have shape \[N\] = \[8\] as x has, got \[3\]; give one label per"),
             (nn.functional.one_hot(Y), r"y must have shape \[N\] = \[8\].*; give one label"),
-            (Y - 1, r"labels must be >= 0, got -1; number the classes from 0"),
+            (Y - 1, r"y must hold labels >= 0, got -1; number the classes from 0"),
         )
     ),
     Wrong(
         (*CARDS, verify),
         {"y": Y + 1},
-        r"labels must be < 3, the number of classes the model returns, got 3; number the classes",
+        r"y must hold labels < 3, the number of classes the model returns, got 3; number",
         forwards=2,
     ),
     Wrong(CARDS, {"y": None}, r"y must hold the labels of x, got None; or give a DataLoader"),
@@ -333,6 +341,7 @@ WRONG = [
         for name in ("name", "dataset")
         for value, said in {3: "3", "": "''"}.items()
     ),
+    Wrong(CARDS, {"dataset": None}, r"dataset must be a text that is not empty, got None; use"),
     Wrong(CARDS, {"progress": "no"}, r"progress must be True or False, got 'no'"),
     Wrong(CARDS, {"progress": None}, r"progress must be True or False, got None"),
     # pairs of inputs
@@ -486,8 +495,16 @@ def test_every_form_of_mean_and_std_is_the_same_plain_data(monkeypatch):
     assert found == [{"T": T, "mean": (0.25,), "std": (0.5,)}] * 6
     assert {type(one["T"]) for one in found} == {int}
     assert all(type(one["mean"][0]) is float for one in found)
-    for eps in ("0.25", 0.25, np.float64(0.25), torch.tensor(0.25)):
-        assert verify(Counted().eval(), **RIGHT[verify] | {"eps": eps}).eps == 0.25
+    for eps, plain in {
+        "0.25": 0.25,
+        np.float64(0.1): 0.1,
+        np.float32(0.1): 0.1,
+        torch.tensor(0.1): 0.1,
+        torch.tensor(8 / 255): 8 / 255,
+        torch.tensor(0.123456): 0.123456,
+        torch.tensor(0.1, dtype=torch.float64): 0.1,
+    }.items():
+        assert verify(Counted().eval(), **RIGHT[verify] | {"eps": eps}).eps == plain
 
 
 def test_right_arguments_of_both_cards_reach_the_work():

@@ -87,7 +87,8 @@ def check_images(x: Tensor) -> None:
     finite = torch.isfinite(x)
     if not bool(finite.all()):
         raise ValueError(
-            f"x must be finite, got {int((~finite).sum())} NaN or infinite values; mend the data"
+            f"x must be finite, got {int((~finite).sum())} NaN or infinite values; "
+            "remove or replace these values"
         )
     low, high = (float(bound) for bound in torch.aminmax(x.detach()))
     if low < 0 or high > 1:
@@ -130,7 +131,7 @@ def check_labels(y: Tensor, x: Tensor) -> None:
         )
     if y.numel() and int(y.min()) < 0:
         raise ValueError(
-            f"labels must be >= 0, got {int(y.min())}; number the classes from 0, leave other "
+            f"y must hold labels >= 0, got {int(y.min())}; number the classes from 0, leave other "
             "images out"
         )
 
@@ -231,9 +232,9 @@ def did_you_mean(value: object, choices: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
-def check_text(name: str, value: str | None) -> None:
-    """A text that is not empty, or None."""
-    if value is not None and (not isinstance(value, str) or not value):
+def check_text(name: str, value: str) -> None:
+    """A text that is not empty."""
+    if not isinstance(value, str) or not value:
         raise TypeError(f"{name} must be a text that is not empty, got {value!r}; use a str")
 
 
@@ -273,7 +274,7 @@ def check_channels(
     if value is None:
         return None
     try:
-        if isinstance(value, bool | str | bytes):
+        if isinstance(value, str | bytes) or _holds_truth(value):
             raise TypeError("a text or a truth value")
         numbers = torch.as_tensor(value, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -295,6 +296,14 @@ def check_channels(
             "images are not normalised"
         )
     return plain
+
+
+def _holds_truth(value: object) -> bool:
+    """Whether a value or one in it is True or False, of Python, numpy or torch."""
+    if isinstance(value, list | tuple):
+        return any(map(_holds_truth, value))
+    kind = getattr(value, "dtype", type(value).__name__)
+    return str(kind) in ("bool", "torch.bool")
 
 
 def check_number_of_channels(images: Tensor, **numbers: tuple[float, ...] | None) -> None:
@@ -342,14 +351,15 @@ def check_classes(y: Tensor, classes: int) -> None:
     """Labels are below the number of classes that a network tells apart."""
     if y.numel() and int(y.max()) >= classes:
         raise ValueError(
-            f"labels must be < {classes}, the number of classes the model returns, got "
+            f"y must hold labels < {classes}, the number of classes the model returns, got "
             f"{int(y.max())}; number the classes from 0, or build the network for as many as the "
             "data has"
         )
 
 
-def check_network(net: object) -> None:
-    """Raise TypeError for what is no network, such as a class that was not called.
+def check_network(net: object, name: str = "net") -> None:
+    """Raise TypeError for what is no network, such as a class that was not called; ``name`` is the
+    argument's.
     检查参数是否为网络。
 
     Examples:
@@ -362,5 +372,5 @@ def check_network(net: object) -> None:
     if not isinstance(net, nn.Module):
         kind = f"the class {net.__name__}" if isinstance(net, type) else type(net).__name__
         raise TypeError(
-            f"net must be a network (nn.Module), got {kind}; build it first, as in MyNet()"
+            f"{name} must be a network (nn.Module), got {kind}; build it first, as in MyNet()"
         )

@@ -3,6 +3,8 @@
 import math
 from typing import SupportsFloat
 
+import numpy as np
+
 __all__ = ["eps_text", "parse_eps", "plain_eps"]
 
 
@@ -41,7 +43,8 @@ def parse_eps(text: str | SupportsFloat) -> float:
     """A radius from text such as ``"8/255"`` or ``"0.1"``, or from a number. 解析半径。
 
     Args:
-        text: The text, or a number of Python, numpy or torch.
+        text: The text, or a number of Python, numpy or torch; of one in float32 the shortest text
+            that gives the same float32 counts, as 0.1.
 
     Raises:
         ValueError: If it is no number, no fraction, negative or not finite.
@@ -60,7 +63,18 @@ def parse_eps(text: str | SupportsFloat) -> float:
         raise ValueError(f"eps must be a number or a fraction such as 8/255, got {text!r}")
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps must be >= 0 and finite, got {text!r}")
+    if str(getattr(text, "dtype", "")) in ("float32", "torch.float32"):
+        return _shortest(np.float32(eps))
     return eps
+
+
+def _shortest(eps: np.float32) -> float:
+    """The number with the shortest text, a decimal or 255ths, of those that are ``eps`` in
+    float32.
+    """
+    texts = [str(eps), f"{float(eps) * 255:.4g}/255"]
+    same = [text for text in texts if np.float32(_fraction(text)) == eps]
+    return _fraction(min(same, key=len))
 
 
 def _fraction(text: str) -> float:

@@ -311,8 +311,9 @@ class _Asked:
         """The arguments, if none of them is wrong by itself."""
         if norm is not None:
             check_choice("norm", norm, get_args(NormName))
-        for text, value in {"name": name, "dataset": dataset}.items():
-            check_text(text, value)
+        if name is not None:
+            check_text("name", name)
+        check_text("dataset", dataset)
         check_switch("progress", progress)
         return cls(
             eps=parse_eps(eps),
@@ -377,7 +378,7 @@ class _Ready:
 
 def _given(model: nn.Module, x: Images, y: Tensor | None, asked: _Asked) -> _Given:
     """The images, if they belong to the threat; the network itself is not asked."""
-    check_network(model)
+    check_network(model, "model")
     data = given_data(x, y, asked.batch_size)
     first = data[0][0]
     frames = first.ndim == 5

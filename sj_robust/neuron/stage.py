@@ -1,5 +1,5 @@
 """Batch norm, a spiking neuron and average pooling as one module, which runs them in one pass where
-nobody would notice.
+the result is the same.
 """
 
 from collections.abc import Iterator
@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import _get_current_function_mode_stack, has_torch_function
+from torch.utils._device import DeviceContext
 
-from sj_robust.core.host import is_counted, layer
+from sj_robust.core.host import functional, is_counted, layer
 from sj_robust.neuron.dlif import DLIFNode
 from sj_robust.neuron.watching import NeuronHook, Wants, Watched, watched_of
 from sj_robust.ops.bn_dlif import BatchNorm, apart, batch_norm_dlif_multi_step, can_fuse
@@ -26,12 +29,22 @@ class Stage(nn.Module):
     Same parameters, results and errors as the ``nn.Sequential`` of the three. They run in one pass
     if they can: a DLIFNode, SpikingJelly's batch norm or an average over 2x2 neurons, in step mode
     ``"m"``, on the CPU with the compiled kernel and on CUDA with Triton. One rule decides when they
-    run one after the other, exactly as in ``nn.Sequential``: if a child is hooked, replaced,
-    patched or of a subclass, or if torch has hooks on all modules
-    (``torch.nn.modules.module.register_module_forward_hook``). Monitors and gradient estimators of
-    this package look inside without losing the pass where they need the neuron's input alone.
-    SpikingJelly 2.x's counters (``op_counter``) see every child. In bfloat16 and float16 one pass
-    does not round what lies between the children.
+    run one after the other, exactly as in ``nn.Sequential``:
+
+    - if a child is hooked, replaced or of a subclass, or a method is set on it,
+    - if a method by which torch calls a child, or ``batch_norm`` or ``avg_pool2d`` of
+      ``torch.nn.functional``, is not that of the time when this package was imported,
+    - if torch has hooks on all modules
+      (``torch.nn.modules.module.register_module_forward_hook``),
+    - under a ``TorchFunctionMode``, and for tensors of a class with a ``__torch_function__``.
+
+    Monitors and gradient estimators of this package look inside without losing the pass where they
+    need the neuron's input alone. SpikingJelly 2.x's counters (``op_counter``) see every child.
+    Not seen are patches of what those functions call in turn, such as methods of ``torch.Tensor``
+    or kernels set by ``torch.library``, and whatever was patched before the import; a
+    ``TorchDispatchMode`` sees one operator in place of three, and so does a ``TorchFunctionMode``
+    in compiled code. In bfloat16 and float16 one pass does not round what lies between the
+    children.
 
     Equation: see :func:`sj_robust.ops.bn_dlif.batch_norm_dlif_multi_step`.
 
@@ -100,7 +113,10 @@ class Stage(nn.Module):
         """The one rule: nothing but the children's own code would have to run."""
         if not self.one_pass or _has_global_hooks() or is_counted():
             return False
-        return all(map(is_original, self.children()))
+        for child in self._modules.values():
+            if child is not None and not is_original(child):
+                return False
+        return True
 
     def _takes(self, x_seq: Any) -> bool:
         """Whether the children and their input are what one pass is for."""
@@ -115,14 +131,21 @@ class Stage(nn.Module):
             return True
         if norm.step_mode != "m" or x_seq.ndim != NORM_DIMENSIONS.get(type(norm)):
             return False
+        if (norm.running_mean is None) != (norm.running_var is None):
+            return False  # which torch refuses in its own words
         return bool(x_seq.shape[2] == norm.num_features)
 
     def _runs_as_one(self, x_seq: Tensor, norm: BatchNorm | None, wants: Wants) -> bool:
         """Whether one pass gives what is wanted, and the operator has a kernel for it."""
         if wants is Wants.SPIKES or (wants is Wants.INPUT and self.node.gradient is not None):
             return False
-        if norm is not None and norm.use_batch_statistics and x_seq.numel() == x_seq.shape[2]:
-            return False  # a single value per channel, which torch refuses in its own words
+        tensors: list[Tensor | None] = [x_seq]
+        if norm is not None:
+            if norm.use_batch_statistics and x_seq.numel() == x_seq.shape[2]:
+                return False  # a single value per channel, which torch refuses in its own words
+            tensors += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+        if _is_overridden(tensors):
+            return False
         surrogate = self.node._surrogate()
         return can_fuse(x_seq, norm, surrogate, self.pool is not None, self.node.backend)
 
@@ -225,14 +248,15 @@ def _values(norm: Any) -> BatchNorm:
     if momentum is None:
         batches = norm.num_batches_tracked if tracks else None
         momentum = 0.0 if batches is None else 1.0 / (float(batches) + 1.0)
+    mean, variance = norm.running_mean, norm.running_var
     return BatchNorm(
-        norm.weight,
-        norm.bias,
-        norm.running_mean if uses_buffers else None,
-        norm.running_var if uses_buffers else None,
-        norm.training or (norm.running_mean is None and norm.running_var is None),
-        momentum,
-        norm.eps,
+        weight=norm.weight,
+        bias=norm.bias,
+        running_mean=mean if uses_buffers else None,
+        running_var=variance if uses_buffers else None,
+        use_batch_statistics=norm.training or (mean is None and variance is None),
+        momentum=momentum,
+        eps=norm.eps,
     )
 
 
@@ -243,28 +267,54 @@ def _count_batch(norm: Any) -> None:
         norm.num_batches_tracked.add_(1)
 
 
-# What a module runs when it is called. torch has no public way to ask for hooks; these are the
-# names in every release since 2.0.
+# What runs when a module is called. torch has no public way to ask for hooks; these are the names
+# in every release since 2.0.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_METHODS = ("forward", "__call__", "multi_step_forward")
-_OWN = (*_METHODS, "_compiled_call_impl")
+_METHODS = (
+    "__call__",
+    "_call_impl",
+    "forward",
+    "multi_step_forward",
+    "super_forward",
+    "_check_input_dim",
+)
+_NORM_FUNCTIONS = ((F, "batch_norm"), (torch, "batch_norm"), (functional, "seq_to_ann_forward"))
+_POOL_FUNCTIONS = ((F, "avg_pool2d"), (functional, "seq_to_ann_forward"))
 
 
-def _methods_of(kind: type, base: type) -> list[tuple[type, str, Any]]:
-    """Class, name and function of what a call runs; ``base`` is the class that a forward asks."""
-    asked = [*[(kind, name) for name in _METHODS], (base, "forward")]
-    return [(owner, name, getattr(owner, name, None)) for owner, name in asked]
+@dataclass(frozen=True)
+class _Original:
+    """What the children of a class run, as it was when this package was imported.
+
+    Attributes:
+        functions: Owner, name and function of every step of a call.
+        methods: Names of the class that must not be set on a child; those that Python looks up on
+            the class alone may be.
+    """
+
+    functions: tuple[tuple[Any, str, Any], ...]
+    methods: frozenset[str]
+
+    @classmethod
+    def of(cls, kind: type, base: type, functions: tuple[tuple[Any, str], ...] = ()) -> "_Original":
+        """That of a class whose forward calls that of ``base``, and other functions."""
+        steps = [*[(kind, name) for name in _METHODS], (base, "forward"), *functions]
+        names = [name for name in dir(kind) if not name.startswith("__")]
+        methods = [name for name in names if callable(getattr(kind, name))]
+        return cls(
+            tuple(
+                (owner, name, getattr(owner, name)) for owner, name in steps if hasattr(owner, name)
+            ),
+            frozenset(methods) | {"_compiled_call_impl"},
+        )
 
 
 _ORIGINAL = {
-    kind: _methods_of(kind, base)
-    for kind, base in (
-        (DLIFNode, DLIFNode),
-        (layer.BatchNorm1d, nn.BatchNorm1d),
-        (layer.BatchNorm2d, nn.BatchNorm2d),
-        (layer.BatchNorm3d, nn.BatchNorm3d),
-        (layer.AvgPool2d, nn.AvgPool2d),
-    )
+    DLIFNode: _Original.of(DLIFNode, DLIFNode),
+    layer.BatchNorm1d: _Original.of(layer.BatchNorm1d, nn.BatchNorm1d, _NORM_FUNCTIONS),
+    layer.BatchNorm2d: _Original.of(layer.BatchNorm2d, nn.BatchNorm2d, _NORM_FUNCTIONS),
+    layer.BatchNorm3d: _Original.of(layer.BatchNorm3d, nn.BatchNorm3d, _NORM_FUNCTIONS),
+    layer.AvgPool2d: _Original.of(layer.AvgPool2d, nn.AvgPool2d, _POOL_FUNCTIONS),
 }
 
 
@@ -274,20 +324,29 @@ def is_original(module: nn.Module) -> bool:
 
     Hooks by which this package itself watches a neuron do not count: a stage tells them.
     """
-    methods = _ORIGINAL.get(type(module))
-    if methods is None:
+    original = _ORIGINAL.get(type(module))
+    if original is None or not original.methods.isdisjoint(module.__dict__):
         return False
-    for owner, name, function in methods:
+    for owner, name, function in original.functions:
         if getattr(owner, name, None) is not function:
-            return False
-    for name in _OWN:
-        if name in module.__dict__:
             return False
     for name in _HOOKS:
         for hook in getattr(module, name).values():
-            if not isinstance(hook, NeuronHook):
+            if not (isinstance(hook, NeuronHook) and type(module) is DLIFNode):
                 return False
     return True
+
+
+def _is_overridden(tensors: list[Tensor | None]) -> bool:
+    """Whether somebody is told of every function of torch that is called with one of them."""
+    if not has_torch_function(tensors) or torch.compiler.is_compiling():
+        return False
+    # untyped in torch
+    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    if not modes or any(type(mode) is not DeviceContext for mode in modes):
+        return True
+    # the mode of torch.set_default_device changes none of the functions that run here
+    return any(type(tensor) not in (Tensor, nn.Parameter, type(None)) for tensor in tensors)
 
 
 def _has_global_hooks() -> bool:

@@ -261,7 +261,7 @@ def verify(
         ... ).broken
         (True,)
     """
-    check_network(model)
+    check_network(model, "model")
     eps = check_size("eps", parse_eps(eps), at_most=1.0)
     T = check_steps(T)
     mean, std = check_channels("mean", mean), check_channels("std", std, positive=True)
@@ -497,7 +497,7 @@ def _checked(model: SpikingClassifier, x: Tensor, y: Tensor, eps: float) -> dict
         name for name, value in model.state_dict().items() if not bool(value.isfinite().all())
     ]:
         raise ValueError(
-            f"weights must be finite, got NaN or infinity in {odd[0]}; load a network that is whole"
+            f"weights must be finite, got NaN or infinity in {odd[0]}; load an undamaged checkpoint"
         )
     return bounded_neurons(model)
 

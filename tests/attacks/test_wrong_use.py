@@ -64,12 +64,7 @@ WRONG_INPUTS = {
     "too few": (X, Y[:2], ValueError, r"y must have shape \[N\] = \[3\] as x has, got \[2\]"),
     "column": (X, Y[:, None], ValueError, r"got \[3, 1\]"),
     "list of labels": (X, Y.tolist(), TypeError, r"y must be a tensor of labels, got list"),
-    "negative label": (
-        X,
-        torch.tensor([0, -1, 2]),
-        ValueError,
-        r"labels must be >= 0, got -1",
-    ),
+    "negative label": (X, torch.tensor([0, -1, 2]), ValueError, r"y must hold labels >= 0, got -1"),
     "device": (X, Y.to("meta"), ValueError, r"y must be on the device of x, cpu, got meta"),
 }
 
@@ -82,7 +77,9 @@ def test_images_and_labels(every_attack, what):
 
 
 def test_labels_beyond_the_classes(search):
-    with pytest.raises(ValueError, match=r"labels must be < 5, the number of classes .*, got 5"):
+    with pytest.raises(
+        ValueError, match=r"y must hold labels < 5, the number of classes .*, got 5"
+    ):
         search.run(linear_model(36), X, torch.tensor([0, 5, 1]), 0.1)
 
 

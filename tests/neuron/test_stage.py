@@ -11,7 +11,9 @@ import torch
 from ops.calls import needs_kernel
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.modules import module as modules
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from sj_robust.estimators import estimator
@@ -442,8 +444,20 @@ def in_class(name, depth=0):
     return patch
 
 
+def in_torch(owner, name):
+    def patch(module, monkeypatch):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **options: 0.5 * function(*args, **options))
+
+    return patch
+
+
 def compiled_by_itself(module, monkeypatch):
     module._compiled_call_impl = lambda *args: 0.5 * module._call_impl(*args)
+
+
+def check_of_the_input(module, monkeypatch):
+    module._check_input_dim = lambda x: module.weight.data.mul_(0.5)
 
 
 PATCHES = {
@@ -454,6 +468,16 @@ PATCHES = {
     "multi_step_forward of the class": (in_class("multi_step_forward"), ("node",)),
     "forward of torch's class": (in_class("forward", 1), ("norm", "pool")),
     "compile() of the child": (compiled_by_itself, ("norm", "node", "pool")),
+    "_call_impl of the instance": (in_instance("_call_impl"), ("norm", "node", "pool")),
+    "_call_impl of torch's class": (in_torch(nn.Module, "_call_impl"), ("norm", "node", "pool")),
+    "_check_input_dim of the instance": (check_of_the_input, ("norm",)),
+    "batch_norm of the class F": (in_torch(F, "batch_norm"), ("norm",)),
+    "batch_norm of the class torch": (in_torch(torch, "batch_norm"), ("norm",)),
+    "avg_pool2d of the class F": (in_torch(F, "avg_pool2d"), ("pool",)),
+    "seq_to_ann_forward of the class functional": (
+        in_torch(functional, "seq_to_ann_forward"),
+        ("pool",),
+    ),
 }
 
 
@@ -474,6 +498,75 @@ def test_whatever_is_patched_runs(passes, patch, child):
         assert all(map(torch.equal, *results))
     assert not torch.equal(results[0][0], unpatched[0])
     assert passes.fused == 0
+
+
+class Halving(TorchFunctionMode):
+    """Halves what batch norm gives."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        return 0.5 * result if function is F.batch_norm else result
+
+
+class Halved(torch.Tensor):
+    """Halves what batch norm gives of it."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        return 0.5 * result if function is F.batch_norm else result
+
+
+def under_a_mode(net, x):
+    with Halving():
+        return net(x)
+
+
+def on_a_default_device(net, x):
+    with torch.device("cpu"):
+        return net(x)
+
+
+def of_a_class_on_a_default_device(net, x):
+    return on_a_default_device(net, x.as_subclass(Halved))
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("call", "fused"),
+    [
+        (under_a_mode, 0),
+        (lambda net, x: net(x.as_subclass(Halved)), 0),
+        (of_a_class_on_a_default_device, 0),
+        (on_a_default_device, 1),
+        (lambda net, x: net(nn.Parameter(x)), 1),
+    ],
+    ids=["mode", "class", "class on a device", "device", "parameter"],
+)
+def test_whoever_is_told_of_the_functions_of_torch_is_told_in_a_stage(passes, call, fused):
+    stage_net, plain = three(Stage)[0], three(nn.Sequential)[0]
+    x = sequence(2, 2, 3, 4, 4)
+    results = [call(net, x).as_subclass(torch.Tensor) for net in (stage_net, plain)]
+    assert torch.equal(*results)
+    assert passes.fused == fused
+    functional.reset_net(plain)
+    assert torch.equal(plain(x), results[1]) == bool(fused)
+
+
+@needs_kernel
+@pytest.mark.parametrize("child", ["norm", "node", "pool"])
+@pytest.mark.parametrize("wants", Wants)
+def test_a_watcher_of_any_child_is_told_as_in_a_sequential(child, wants):
+    told = []
+    for build in (Stage, nn.Sequential):
+        net, children = three(build)
+        names = {module: name for name, module in net.named_modules()}
+        watcher = Told(wants)
+        with watch(net, watcher, [names[children[child]]]):
+            net(sequence(2, 2, 3, 4, 4))
+        told.append([type(call.node) for call in watcher.calls])
+    assert told[0] == told[1]
+    assert len(told[0]) == 1
 
 
 def subclass(base):
@@ -740,6 +833,20 @@ MISTAKES = {
     "one value": (
         lambda net: net[1:3](sequence(1, 1, 6, 1, 1)),
         "Expected more than 1 value per channel",
+    ),
+    "half of the statistics": (
+        lambda net: [
+            setattr(first_parts(net)[0], "running_var", None),
+            net(sequence(T, 3, 2, 8, 8)),
+        ],
+        "running_mean and running_var must either both be None or neither",
+    ),
+    "half of the statistics in evaluation": (
+        lambda net: [
+            setattr(first_parts(net.eval())[0], "running_mean", None),
+            net(sequence(T, 3, 2, 8, 8)),
+        ],
+        "running_mean must be defined in evaluation mode",
     ),
     "integers": (
         lambda net: net[1:3](torch.ones(T, 3, 6, 8, 8, dtype=torch.int64)),

@@ -407,7 +407,7 @@ WRONG = {
     ),
     "negative": (changed(), {"eps": -0.1}, "eps must be >= 0 and finite, got -0.1"),
     "not a number": (changed(), {"eps": float("nan")}, "eps must be >= 0 and finite, got nan"),
-    "label": (changed(), {"y": torch.tensor([0, 2])}, "labels must be < 2"),
+    "label": (changed(), {"y": torch.tensor([0, 2])}, "y must hold labels < 2"),
     "labels": (changed(), {"y": torch.tensor([0])}, "shape .N. = .2."),
     "none": (
         changed(),
