@@ -5,7 +5,7 @@ spikes or steps.
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -176,11 +176,13 @@ class _Drifting:
                 x_seq.shape[2:], generator=_generator(self.seed), dtype=torch.float64
             )
             self.factor = (self.spread * normal).exp().to(x)
-        charging, rest = read_charging(module), module.v_reset or 0.0
-        kept, gain, threshold = charging.decay, charging.gain, module.v_threshold - rest
+        charging = read_charging(module)
+        rest = module.v_reset or 0.0
+        threshold = module.v_threshold - rest
         if self.what == "tau":
-            leak = ((1.0 - kept) / self.factor).clamp(max=1.0)
-            kept, gain = 1.0 - leak, leak if getattr(module, "decay_input", False) else gain
+            leak = ((1.0 - charging.decay) / self.factor).clamp(max=1.0)
+            gain = leak if getattr(module, "decay_input", False) else charging.gain
+            charging = replace(charging, decay=1.0 - leak, gain=gain)
         else:
             threshold = threshold * self.factor
         start = module.time_step if isinstance(module, DLIFNode) else 0
@@ -188,8 +190,8 @@ class _Drifting:
         v_reset = None if module.v_reset is None else 0.0
         spikes = []
         for t, current in enumerate(x_seq, start):
-            step_gain = gain if charging.input_gain is None else gain * charging.input_gain[t]
-            h = charge(above, current, decay=kept, gain=step_gain, v_reset=v_reset)
+            gain = charging.gain_at(t, input_gain=True)
+            h = charge(above, current, decay=charging.decay, gain=gain, v_reset=v_reset)
             spike = fire(h, threshold, module.surrogate_function)
             reset_spike = spike.detach() if module.detach_reset else spike
             above = reset(h, reset_spike, v_threshold=threshold, v_reset=v_reset)

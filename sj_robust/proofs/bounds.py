@@ -94,14 +94,17 @@ class BoundedRun:
         self, neurons: dict[str, Neuron], samples: int, *, differentiable: bool = False
     ) -> None:
         """Nothing has run yet."""
-        self.neurons, self.samples, self.differentiable = neurons, samples, differentiable
+        self.neurons = neurons
+        self.samples = samples
+        self.differentiable = differentiable
         self.cut = _Switch()
         self.leaves: list[Leaf] = []
         self.layers = {name: LayerBounds() for name in neurons}
 
     def leaf(self, values: Interval, batch_dim: int) -> Bounds:
         """Bounds that start here, of values that are exact."""
-        low, high = values.low, values.high
+        low = values.low
+        high = values.high
         centre = (low + high) / 2
         if self.differentiable:
             # torch leaves apply untyped
@@ -149,15 +152,16 @@ class BoundedRun:
         It is the same for every sample, so that one pass back gives it for as many classes as there
         are samples.
         """
-        nothing = logits.new_zeros(logits.shape[1], 1), logits.new_zeros(self.samples, 1)
+        classes = logits.shape[1]
+        nothing = logits.new_zeros(classes, 1), logits.new_zeros(self.samples, 1)
         if not logits.requires_grad:
             return nothing
         leaves = self._first_leaves(logits)
         centres = [leaf.centre for leaf in leaves]
         found: list[list[Tensor]] = [[] for _ in centres]
         self.cut.on = True
-        for start in range(0, logits.shape[1], self.samples):
-            number = min(self.samples, logits.shape[1] - start)
+        for start in range(0, classes, self.samples):
+            number = min(self.samples, classes - start)
             asked = torch.zeros_like(logits)
             asked.diagonal(start)[:number] = 1.0
             grads = torch.autograd.grad(
@@ -213,7 +217,7 @@ class BoundedRun:
                     f"{tuple(x.shape)} for {self.samples} samples, which must be [T, N, *] in "
                     "mode 'm' and [N, *] in mode 's'"
                 )
-            self._reached(x, batch_dim, neuron=neuron)
+            self._reached(x, batch_dim, neuron)
             if batch_dim:
                 spikes = self.spikes(neuron, Interval(x.lower, x.upper))
             else:
@@ -229,7 +233,7 @@ class BoundedRun:
         if len(x) % self.samples:
             raise NoBoundsError(f"a max pooling of {tuple(x.shape)} for {self.samples} samples")
         batch_dim = 0 if len(x) == self.samples else -1
-        self._reached(x, batch_dim, pooling=pooling)
+        self._reached(x, batch_dim, pooling)
         return self.leaf(Interval(pooling(x.lower), pooling(x.upper)), batch_dim)
 
     def spikes(self, neuron: Neuron, x_seq: Interval) -> Interval:
@@ -241,14 +245,7 @@ class BoundedRun:
         kind = RealSpiking if self.differentiable else Float32Spiking
         return kind(neuron, self.layers[neuron.name])
 
-    def _reached(
-        self,
-        x: Bounds,
-        batch_dim: int,
-        *,
-        neuron: Neuron | None = None,
-        pooling: Pooling | None = None,
-    ) -> None:
+    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Pooling) -> None:
         """An affine map ends here, at a spiking layer or a max pooling, from which the next leaf
         comes.
         """

@@ -283,19 +283,12 @@ class _CurrentsRun(BoundedRun):
         self.currents: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
         self.T = T
 
-    def _reached(
-        self,
-        x: Bounds,
-        batch_dim: int,
-        *,
-        neuron: Neuron | None = None,
-        pooling: Pooling | None = None,
-    ) -> None:
-        if neuron is None or neuron.name not in self.currents:
+    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Pooling) -> None:
+        if not isinstance(by, Neuron) or by.name not in self.currents:
             return
-        size = torch.maximum(x.lower.abs(), x.upper.abs())
+        size = Interval(x.lower, x.upper).size()
         steps = zip(x.error, size, strict=True) if batch_dim else [(x.error, size)]
-        self.currents[neuron.name] += steps
+        self.currents[by.name] += steps
         if all(len(found) == self.T for found in self.currents.values()):
             raise _FoundError
 

@@ -83,13 +83,12 @@ class Step:
     def assume(self, around: tuple[float, float], fires: bool, at: tuple[int, int]) -> None:
         """Take a spike of a neuron of a sample as there or as ruled out."""
         sample, neuron = at
-        ruled_out = self.quiet if fires else self.fires
-        ruled_out[sample].view(-1)[neuron] = False
-        bound = (self.lower if fires else self.upper)[sample].view(-1)
         if fires:
-            bound[neuron] = bound[neuron].clamp(min=around[0])
+            self.quiet[sample].view(-1)[neuron] = False
+            self.lower[sample].view(-1)[neuron].clamp_(min=around[0])
         else:
-            bound[neuron] = bound[neuron].clamp(max=around[1])
+            self.fires[sample].view(-1)[neuron] = False
+            self.upper[sample].view(-1)[neuron].clamp_(max=around[1])
 
 
 @dataclass
@@ -156,16 +155,9 @@ class Trace(BoundedRun):
         self.currents: list[Tensor] = []
         self.names: list[str] = []
 
-    def _reached(
-        self,
-        x: Bounds,
-        batch_dim: int,
-        *,
-        neuron: Neuron | None = None,
-        pooling: Pooling | None = None,
-    ) -> None:
+    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Pooling) -> None:
         self.currents.append(x.centre)
-        self.names.append("a max pooling" if neuron is None else f"the layer {neuron.name}")
+        self.names.append(f"the layer {by.name}" if isinstance(by, Neuron) else "a max pooling")
 
     def spikes(self, neuron: Neuron, x_seq: Interval) -> Interval:
         return x_seq
@@ -310,15 +302,13 @@ class RelaxedRun(BoundedRun):
             for stage, step, neuron, fires in own:
                 self._decisions.setdefault((stage, step), []).append((sample, neuron, fires))
 
-    def _reached(
-        self,
-        x: Bounds,
-        batch_dim: int,
-        *,
-        neuron: Neuron | None = None,
-        pooling: Pooling | None = None,
-    ) -> None:
-        self.stages.append(Stage(len(self.leaves), x.same(), batch_dim, neuron, pooling))
+    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Pooling) -> None:
+        stage = Stage(len(self.leaves), x.same(), batch_dim)
+        if isinstance(by, Neuron):
+            stage.neuron = by
+        else:
+            stage.pooling = by
+        self.stages.append(stage)
 
     def _spiking(self, neuron: Neuron) -> "_RelaxedSpiking":
         return _RelaxedSpiking(neuron, self.layers[neuron.name], self)

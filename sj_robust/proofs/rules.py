@@ -412,30 +412,30 @@ def _converted(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return x
 
 
-_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "idiv"}
-_COPIES = {"clone", "repeat", "cat", "concat", "concatenate", "stack", "tile", "flip"}
+_IN_PLACE = ["iadd", "isub", "imul", "itruediv", "idiv"]
+_COPIES = ["clone", "repeat", "cat", "concat", "concatenate", "stack", "tile", "flip"]
 
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "linear"), _weighted),
-    "batch_norm": _batch_norm,
-    **dict.fromkeys(("avg_pool1d", "avg_pool2d", "avg_pool3d"), _average),
-    **dict.fromkeys(("adaptive_avg_pool1d", "adaptive_avg_pool2d"), _average),
-    **dict.fromkeys(("adaptive_avg_pool3d", "mean", "sum"), _average),
-    **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d"), _largest_of),
-    **dict.fromkeys(("adaptive_max_pool1d", "adaptive_max_pool2d"), _largest_of),
-    "adaptive_max_pool3d": _largest_of,
-    **dict.fromkeys(("add", "radd", "iadd", "sub", "rsub", "isub"), _sum),
-    **dict.fromkeys(("mul", "rmul", "imul", "div", "truediv", "rdiv"), _product),
-    **dict.fromkeys(("rtruediv", "itruediv", "idiv"), _product),
-    "neg": _negative,
-    **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d"), _dropout),
-    **dict.fromkeys(("to", "float", "type_as"), _converted),
-    **dict.fromkeys(("flatten", "view", "reshape", "expand", "permute", "transpose"), _moved),
-    **dict.fromkeys(("unsqueeze", "squeeze", "contiguous", "clone", "repeat", "chunk"), _moved),
-    **dict.fromkeys(("split", "getitem", "cat", "concat", "concatenate", "stack"), _moved),
-    **dict.fromkeys(("unbind", "movedim", "narrow", "select", "unflatten"), _moved),
-    **dict.fromkeys(("swapaxes", "tile", "flip"), _moved),
-    **dict.fromkeys(("get", "dim", "size", "numel", "stride", "ndimension", "len"), _asked),
-    **dict.fromkeys(("is_floating_point", "is_contiguous", "is_complex", "get_device"), _asked),
-}
+_OPERATIONS: list[tuple[Rule, str]] = [
+    (_weighted, "conv1d conv2d conv3d linear"),
+    (_batch_norm, "batch_norm"),
+    (_average, "avg_pool1d avg_pool2d avg_pool3d mean sum"),
+    (_average, "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"),
+    (_largest_of, "max_pool1d max_pool2d max_pool3d"),
+    (_largest_of, "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d"),
+    (_sum, "add radd iadd sub rsub isub"),
+    (_product, "mul rmul imul div truediv rdiv rtruediv itruediv idiv"),
+    (_negative, "neg"),
+    (_dropout, "dropout dropout1d dropout2d dropout3d"),
+    (_converted, "to float type_as"),
+    (_moved, "flatten view reshape expand permute transpose unsqueeze squeeze contiguous"),
+    (_moved, "clone repeat chunk split getitem cat concat concatenate stack unbind movedim"),
+    (_moved, "narrow select unflatten swapaxes tile flip"),
+    (_asked, "get dim size numel stride ndimension len get_device"),
+    (_asked, "is_floating_point is_contiguous is_complex"),
+]
+
+RULES: dict[str, Rule] = {}
 """The rule of every operation of which bounds are known, by torch's name without underscores."""
+
+for _rule, _names in _OPERATIONS:
+    RULES |= dict.fromkeys(_names.split(), _rule)

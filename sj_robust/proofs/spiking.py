@@ -4,6 +4,7 @@ rounds for proofs.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -83,11 +84,15 @@ class Spiking(ABC):
 
     def __init__(self, neuron: Neuron, layer: LayerBounds) -> None:
         """Read how the neuron charges at present."""
-        self.neuron, self.layer, self.charging = neuron, layer, neuron.charging()
+        self.neuron = neuron
+        self.layer = layer
+        self.charging = neuron.charging()
         v_reset = neuron.module.v_reset
         self.soft = v_reset is None
         self.rest = 0.0 if self.soft else float(v_reset)
-        self.threshold = self.above = self.below = float(neuron.module.v_threshold)
+        self.threshold = float(neuron.module.v_threshold)
+        self.above = self.threshold
+        self.below = self.threshold
 
     @abstractmethod
     def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:
@@ -100,16 +105,15 @@ class Spiking(ABC):
         layer = self.layer
         v = layer.v or self._start(x_seq.low[0])
         layer.neurons = x_seq.low[0].numel()
-        spike_seq = []
+        sure = []
+        possible = []
         for low, high in zip(x_seq.low, x_seq.high, strict=True):
             v, spikes = self.step(v, Interval(low, high))
             layer.steps += 1
-            spike_seq.append(spikes)
+            sure.append(spikes.low)
+            possible.append(spikes.high)
         layer.v = v
-        return Interval(
-            torch.stack([spikes.low for spikes in spike_seq]),
-            torch.stack([spikes.high for spikes in spike_seq]),
-        )
+        return Interval(torch.stack(sure), torch.stack(possible))
 
     def _start(self, like: Tensor) -> Interval:
         """The potential before the first step."""
@@ -125,24 +129,25 @@ class Spiking(ABC):
         self, v: Interval, x: Interval, *, decay: float | Tensor, gain: float | Tensor
     ) -> Interval:
         """Potential before firing; a negative gain swaps the ends of the current."""
-        low, high = (x.low, x.high) if _number(gain) >= 0 else (x.high, x.low)
-        return Interval(
-            charge(v.low, low, decay=decay, gain=gain, v_reset=self.rest),
-            charge(v.high, high, decay=decay, gain=gain, v_reset=self.rest),
-        )
+        charged = partial(charge, decay=decay, gain=gain, v_reset=self.rest)
+        if _number(gain) < 0:
+            x = Interval(x.high, x.low)
+        return Interval(charged(v.low, x.low), charged(v.high, x.high))
 
     def reset(self, h: Interval, spikes: Interval) -> Interval:
         """Potential after firing: all that a spike and no spike allow where both are possible."""
-        sure, silent, undecided = spikes.low, 1 - spikes.high, spikes.high - spikes.low
+        sure = spikes.low
+        silent = 1 - spikes.high
+        undecided = spikes.high - sure
         if self.soft:
-            fired = Interval(h.low - self.threshold, h.high - self.threshold)
-            lowest = h.low.clamp(max=self.below - self.threshold)
+            fired = h.low - self.threshold
+            either = h.low.clamp(max=self.below - self.threshold)
+            low = sure * fired + undecided * either + silent * h.low
+            fired = h.high - self.threshold
             unfired = h.high.clamp(max=self.above)
-            highest = torch.maximum(unfired, fired.high)
-            return Interval(
-                sure * fired.low + undecided * lowest + silent * h.low,
-                sure * fired.high + undecided * highest + silent * unfired,
-            )
+            either = torch.maximum(unfired, fired)
+            high = sure * fired + undecided * either + silent * unfired
+            return Interval(low, high)
         lowered = torch.maximum(sure, spikes.high * (h.low.detach() > self.rest))
         low = h.low * (1 - lowered)
         high = h.high * silent + max(self.above, self.rest) * undecided
@@ -174,7 +179,8 @@ class Float32Spiking(Spiking):
         """The threshold is rounded, too."""
         super().__init__(neuron, layer)
         unit = threshold_rounding(self.threshold)
-        self.above, self.below = self.threshold + unit, self.threshold - unit
+        self.above += unit
+        self.below -= unit
 
     def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:
         """See :class:`Spiking`."""
@@ -200,4 +206,5 @@ class Float32Spiking(Spiking):
 
 
 def _number(value: float | Tensor) -> float:
-    return float(value.detach()) if isinstance(value, Tensor) else value
+    """A gain as float32 holds it."""
+    return float(torch.as_tensor(value).detach())
