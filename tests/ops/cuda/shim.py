@@ -15,13 +15,13 @@ import numpy as np
 HERE = Path(__file__).parent
 KERNEL = (HERE.parents[2] / "sj_robust" / "ops" / "dlif" / "kernel.cu").read_text()
 SANITIZERS = (
-    "-O0",
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=undefined",
     "-fno-omit-frame-pointer",
 )
 _FLAGS = (
     "-std=c++17",
+    "-O0",
     "-fPIC",
     "-shared",
     "-ffp-contract=off",
@@ -50,7 +50,7 @@ _ERRORS = {
     1: "divergent barrier: some threads never reached it",
     2: "shuffle with a mask or a block that does not name whole warps",
 }
-_SIZES = {"p": 8, "q": 8, "i": 4, "f": 4}
+_TYPES = {"p": np.int64, "q": np.int64, "i": np.int32, "f": np.float32}
 
 
 def missing_tool() -> str | None:
@@ -61,20 +61,19 @@ def missing_tool() -> str | None:
     return None
 
 
-def build(text: str, directory: Path, *, sanitize: bool = False, optimise: bool = True) -> Path:
+def build(text: str, directory: Path, *, sanitize: bool = False) -> Path:
     """Shared library with an entry for every ``extern "C"`` kernel and DLIF_... line of the
     text.
     """
     names = re.findall(r"^\s*DLIF_(?:FORWARD|BACKWARD)\((\w+)", text, re.M)
     names += re.findall(r'^extern "C" __global__ void (\w+)', text, re.M)
-    source = directory / "kernels.cpp"
-    library = directory / ("sanitized.so" if sanitize else "kernels.so")
+    source, library = directory / "kernels.cpp", directory / "kernels.so"
     parts = [f'#include "{HERE / "cuda_shim.h"}"', '#line 1 "kernel.cu"', text]
     if "struct Half" in text:
         parts.append(_HALVES)
     source.write_text("\n".join([*parts, *(_ENTRY.format(name) for name in names)]))
-    options = ["-O1" if optimise else "-O0", *(SANITIZERS if sanitize else ())]
-    command = ["g++", *_FLAGS, *options, str(source), "-o", str(library)]
+    flags = [*_FLAGS, *SANITIZERS] if sanitize else _FLAGS
+    command = ["g++", *flags, str(source), "-o", str(library)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"g++ refuses the CUDA text:\n{result.stderr[:4000]}")
@@ -96,17 +95,14 @@ class Library:
         return function().decode()
 
     def launch(self, name: str, grid: int, threads: int, *arguments, order: int = 0) -> None:
-        """Run a kernel; arguments are arrays, None (null), addresses, or numpy scalars of the exact
-        size.
-        """
-        signature = self.signature(name)
-        if len(arguments) != len(signature):
-            raise TypeError(f"{name} takes {len(signature)} arguments, got {len(arguments)}")
-        pairs = zip(arguments, signature, strict=True)
-        values = [
-            _scalar(argument, letter, f"argument {i} of {name}")
-            for i, (argument, letter) in enumerate(pairs)
-        ]
+        """Run a kernel; arguments are arrays, or numpy scalars of the exact type."""
+        values = []
+        for argument, letter in zip(arguments, self.signature(name), strict=True):
+            value = argument.ctypes.data if isinstance(argument, np.ndarray) else argument
+            value = np.int64(value) if isinstance(argument, np.ndarray) else value
+            if type(value) is not _TYPES[letter]:
+                raise TypeError(f"argument {len(values)} of {name} must be {letter}, got {value!r}")
+            values.append(np.asarray(value))
         addresses = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
         for variable, size in self._shared:
             address = ctypes.addressof((ctypes.c_char * size).in_dll(self._library, variable))
@@ -116,48 +112,25 @@ class Library:
             raise RuntimeError(_ERRORS[status])
 
 
-def sanitizer_runtime() -> str | None:
-    """What has to be loaded before Python for a library with AddressSanitizer, or None if g++ lacks
-    it.
+def run_sanitized(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command in which a library built with ``sanitize=True`` may be loaded; g++ says what
+    has to be loaded before Python.
     """
-    paths = [
-        subprocess.run(
-            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so")
-    ]
-    return " ".join(paths) if all(Path(path).is_absolute() for path in paths) else None
-
-
-def run_sanitized(command: list[str], preload: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in which a library built with ``sanitize=True`` may be loaded."""
-    environment = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
-    environment["PYTHONPATH"] = str(HERE.parents[1])
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-
-
-def _scalar(argument, letter: str, what: str) -> np.ndarray:
-    """The value of one kernel parameter, in memory."""
-    if argument is None or isinstance(argument, np.ndarray):
-        address = 0 if argument is None else argument.ctypes.data
-        argument = np.int64(address)
-    elif isinstance(argument, int) and letter == "p":
-        argument = np.int64(argument)
-    if not isinstance(argument, np.generic) or argument.itemsize != _SIZES[letter]:
-        raise TypeError(f"{what} must be {_SIZES[letter]} bytes wide ({letter}), got {argument!r}")
-    if (argument.dtype.kind == "f") != (letter == "f"):
-        raise TypeError(f"{what} must be of kind {letter}, got {argument.dtype}")
-    return np.asarray(argument)
+    paths = []
+    for name in ("libasan.so", "libstdc++.so"):
+        asked = ["g++", f"-print-file-name={name}"]
+        found = subprocess.run(asked, capture_output=True, text=True, check=True)
+        paths.append(found.stdout.strip())
+    assert all(map(os.path.isabs, paths)), "g++ has no AddressSanitizer runtime: install libasan"
+    environment = {**os.environ, "LD_PRELOAD": " ".join(paths), "ASAN_OPTIONS": "detect_leaks=0"}
+    environment["PYTHONPATH"] = f"{HERE.parents[1]}:{HERE.parents[2]}"
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def _shared_variables(path: Path) -> list[tuple[str, int]]:
     """Names and sizes of the static variables that stand for shared memory."""
-    listing = subprocess.run(
-        ["nm", "-D", "-S", str(path)], capture_output=True, text=True, check=True
-    ).stdout
-    fields = [line.split() for line in listing.splitlines()]
-    return [
-        (f[3], int(f[1], 16))
-        for f in fields
-        if len(f) == 4 and f[3].startswith("_ZZ") and "backward" in f[3]
-    ]
+    command = ["nm", "-D", "-S", str(path)]
+    environment = {**os.environ, "LD_PRELOAD": ""}
+    listing = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    found = re.findall(r"^\w+ (\w+) \w (_ZZ\S*backward\S*)$", listing.stdout, re.M)
+    return [(name, int(size, 16)) for size, name in found]

@@ -1,9 +1,4 @@
-"""Compiles the Triton kernels for GPUs that are not there, and reads their machine code.
-
-``python -m ops.triton.ahead`` in ``tests/`` writes ``docs/benchmarks/gpu_code.md``: what a thread
-costs, of the Triton kernels and of the CUDA text side by side. It is counted and modelled: nothing
-of it was measured on a GPU.
-"""
+"""Compiles the Triton kernels for GPUs that are not there, and reads their machine code."""
 
 import importlib.util
 import re
@@ -11,17 +6,15 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from ops.cuda import nvrtc
 
 from sj_robust.ops import Surrogate
 from sj_robust.ops.bn_dlif import triton_launch as stage_launch
-from sj_robust.ops.dlif import cupy_launch, triton_launch
+from sj_robust.ops.dlif import triton_launch
 from sj_robust.ops.dlif.config import DLIFConfig, Planes
 
 WIDTHS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -68,14 +61,6 @@ class Code:
     barriers: int
     ptx: str
     ir: str  # Triton's, where there is one
-
-    def threads_per_processor(self, threads_per_block: int) -> int:
-        """Resident threads that registers allow, of 2048: 65536 registers, given out 256 at a time
-        to a warp.
-        """
-        warps = threads_per_block // 32
-        of_block = -(-self.registers * 32 // 256) * 256 * warps
-        return min(65536 // of_block, 64 // warps, 32) * threads_per_block
 
 
 def triton_code(
@@ -173,35 +158,6 @@ def _compiled(
         options["maxnreg"] = triton_launch.limit_above(code.registers)
 
 
-def cuda_code(
-    kernel: str,
-    dtype: torch.dtype,
-    steps: int,
-    *,
-    architecture: int = 90,
-    absent: tuple[str, ...] = (),
-) -> Code:
-    """The same of ``kernel.cu``, by NVRTC."""
-    longest = cupy_launch.LONGEST_SEQUENCE_IN_REGISTERS
-    backward = kernel == "dlif_backward"
-    most = cupy_launch._VALUES_PER_THREAD // steps if backward else 4
-    variant = cupy_launch.Variant(
-        cupy_launch.THREADS_PER_BLOCK,
-        cupy_launch._IO_TYPES[dtype],
-        steps,
-        False,
-        min(4, most),
-        "RESET_TO_ZERO",
-        not {"v_seq", "grad_v_seq"} & set(absent),
-        surrogate="PiecewiseQuadratic" if backward else None,
-    )
-    assert steps <= longest
-    text = variant.source(kernel)
-    binary, _ = nvrtc.compile_text(text, f"sm_{architecture}")
-    ptx, _ = nvrtc.compile_text(text, f"compute_{architecture}", ptx=True)
-    return read(binary, variant.vec, ptx.decode())
-
-
 def read(binary: bytes, neurons_per_thread: int, ptx: str, ir: str = "") -> Code:
     """What a cubin says of its one kernel."""
     with tempfile.TemporaryDirectory() as folder:
@@ -276,102 +232,3 @@ BACKWARD = {
 """And what each of the two passes of ``bn_dlif_backward`` leaves out, and the one where statistics
 are running ones.
 """
-PAGE = Path(__file__).parents[3] / "docs" / "benchmarks" / "gpu_code.md"
-HEAD = """\
-| pass | tensors | T | kernel | registers | threads per SM | instructions | accesses in bits \
-| bytes | issue / memory |
-|---|---|---:|---|---:|---:|---:|---|---:|---:|
-"""
-# One H100 (SXM), from its data sheet: bytes of memory in a second, and instructions of threads that
-# 132 processors issue at 1.98 GHz, four warps of 32 at a time.
-MEMORY, ISSUE = 3.35e12, 132 * 4 * 32 * 1.98e9
-
-
-def _row(
-    stage: str, dtype: torch.dtype, steps: int, name: str, code: Code, threads: int, moved: float
-) -> str:
-    per_element = code.instructions / (steps * code.neurons_per_thread)
-    widths = ", ".join(
-        f"{bits}" for bits in sorted((code.loads + code.stores).keys(), reverse=True)
-    )
-    cells = (
-        stage,
-        WIDTHS[dtype],
-        steps,
-        name,
-        code.registers,
-        code.threads_per_processor(threads),
-        f"{per_element:.1f}",
-        widths,
-        f"{moved:.1f}",
-        f"{per_element / ISSUE / (moved / MEMORY):.2f}",
-    )
-    return f"| {' | '.join(map(str, cells))} |\n"
-
-
-def _stage_rows() -> Iterator[str]:
-    """Of batch norm, DLIF and pooling in one pass, on the planes of a training step."""
-    for dtype in (torch.float32, torch.bfloat16):
-        size = dtype.itemsize
-        code = stage_code("bn_statistics", dtype, 1)
-        yield _row(
-            "statistics", dtype, 1, "Triton, one pass", code, 32 * triton_launch.FORWARD_WARPS, size
-        )
-        for pool in (False, True):
-            planes, last = PLANES._replace(pool=pool), " and pooling" if pool else ""
-            spikes = size / 4 if pool else size
-            for steps in (4, 8, 16):
-                kernel = "bn_dlif_forward"
-                code = stage_code(kernel, dtype, steps, planes, absent=ABSENT[kernel])
-                threads, moved = 32 * triton_launch.FORWARD_WARPS, size + spikes + 4 / steps
-                yield _row(
-                    f"forward, batch norm{last}",
-                    dtype,
-                    steps,
-                    "Triton, one pass",
-                    code,
-                    threads,
-                    moved,
-                )
-                for stage, absent in BACKWARD.items():
-                    kernel = "bn_dlif_backward"
-                    code = stage_code(
-                        kernel, dtype, steps, planes, absent=(*ABSENT[kernel], *absent)
-                    )
-                    assert code.stack == 0, f"{stage}, {dtype}, {steps}: registers are spilled"
-                    threads, moved = (
-                        32 * triton_launch.BACKWARD_WARPS,
-                        spikes + size * (1 if stage == "sums" else 2),
-                    )
-                    yield _row(
-                        f"backward, {stage}{last}",
-                        dtype,
-                        steps,
-                        "Triton, one pass",
-                        code,
-                        threads,
-                        moved,
-                    )
-
-
-def main() -> None:
-    """Write the table."""
-    rows = []
-    for kernel in ("dlif_forward", "dlif_backward"):
-        forward, absent = kernel == "dlif_forward", ABSENT[kernel]
-        warps = triton_launch.FORWARD_WARPS if forward else triton_launch.BACKWARD_WARPS
-        for dtype in (torch.float32, torch.bfloat16):
-            for steps in (4, 8, 16):
-                # whole tensors once: x and spikes, or x, gradient and gradient; the last potential
-                # once for all steps
-                moved = dtype.itemsize * (2 if forward else 3) + (4 / steps if forward else 0)
-                of_row = kernel.removeprefix("dlif_"), dtype, steps
-                code = triton_code(kernel, dtype, steps, absent=absent)
-                rows.append(_row(*of_row, "Triton", code, 32 * warps, moved))
-                code = cuda_code(kernel, dtype, steps, absent=absent)
-                rows.append(_row(*of_row, "CUDA", code, cupy_launch.THREADS_PER_BLOCK, moved))
-    PAGE.write_text(HEAD + "".join([*rows, *_stage_rows()]), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

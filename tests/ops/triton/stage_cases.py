@@ -159,12 +159,12 @@ class Call:
         ]
 
 
-def check(case: Case, device: str = "cpu") -> None:
+def check(case: Case, device: str = "cpu", *, backend: str = "triton") -> None:
     """Against the reference in double precision; neurons bit by bit, given the currents that the
     kernel has found.
     """
     found, wanted = (
-        Call("triton", case, case.dtype, device),
+        Call(backend, case, case.dtype, device),
         Call("reference", case, torch.float64, device),
     )
     assert found.outputs[0].dtype == found.gradients[0].dtype == case.dtype
@@ -199,7 +199,7 @@ def check(case: Case, device: str = "cpu") -> None:
         assert torch.equal(v_seq, exact[1]), "potentials differ"
 
 
-def at_the_threshold() -> None:
+def at_the_threshold(backend: str) -> None:
     """Neurons whose potential meets it exactly fire, as in the reference."""
     x = quarters(torch.float32).view(3, 1, 1, 8, 8)
     options = {"average_pool": True, "decay": 0.5, "v_threshold": 1.0}
@@ -210,7 +210,7 @@ def at_the_threshold() -> None:
     assert_equal(found, wanted)
 
 
-def a_large_mean() -> None:
+def a_large_mean(backend: str) -> None:
     """Sums of distances to a number nearby cancel nothing."""
     x = 1000 + 0.25 * torch.randn(3, 2, 2, 6, 6, generator=torch.Generator().manual_seed(0))
     norm = BatchNorm(
@@ -238,7 +238,7 @@ def launched() -> Iterator[list[str]]:
         dlif.launch = launch
 
 
-def in_a_network() -> None:
+def in_a_network(backend: str) -> None:
     """A network that :func:`fuse` has changed runs in one pass and gives the numbers of the one
     that it was.
     """
@@ -275,7 +275,7 @@ def in_a_network() -> None:
     torch.testing.assert_close(*results)
 
 
-def what_runs_apart() -> None:
+def what_runs_apart(backend: str) -> None:
     """Nothing, and layouts with gaps: auto and a network take several passes, the backend by name
     says why.
     """
@@ -294,7 +294,7 @@ def what_runs_apart() -> None:
         assert net(x).shape == x.shape
 
 
-def under_tracers() -> None:
+def under_tracers(backend: str) -> None:
     """Its operator under torch's own checks, in fake mode, under vmap and autocast."""
     x = laid_out(torch.randn(2, 2, 2, 2, 4, generator=torch.Generator().manual_seed(0)), True)
     leaves = (x, torch.ones(2), torch.zeros(2), torch.ones(2), torch.zeros(2, 2, 2, 4), None, None)
@@ -328,7 +328,8 @@ def main(more: int) -> None:
         4  # so that small layers have several tiles in a program of the statistics
     )
     apart = [in_a_network, what_runs_apart, under_tracers]
-    run_all(chosen, check, [at_the_threshold, a_large_mean], apart, [stage, triton_launch])
+    fenced, launchers = [at_the_threshold, a_large_mean], [stage, triton_launch]
+    run_all(chosen, check, fenced, apart, launchers, "triton")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ops.triton import ahead
-from ops.triton.spills import Variant
 
 from sj_robust.ops import Surrogate
 from sj_robust.ops.bn_dlif import triton_launch as stage_launch
@@ -28,71 +27,38 @@ def config(v_reset=0.0, kind="triangle", detach=False):
     return DLIFConfig(0.9, 1.0, v_reset, Surrogate(kind), detach)
 
 
-# architecture, kernel, dtype, steps, constants, whether every optional tensor is there
-VARIANTS = [
-    (80, FORWARD, F16, 8, config(None), True),
-    (80, BACKWARD, F32, 8, config(None, "atan"), True),
-    (80, BACKWARD, BF16, 16, config(-0.25, "sigmoid"), False),
-    (90, FORWARD, F32, 21, config(-0.25), True),
-    (90, BACKWARD, F32, 4, config(-0.25, "sigmoid", True), True),
-    (90, BACKWARD, F16, 8, config(None, "triangle", True), True),
-    (90, BACKWARD, F32, 16, config(0.0, "atan"), False),
-    (100, FORWARD, BF16, 16, config(0.0), False),
-    (100, BACKWARD, F32, 21, config(None, "erf"), True),
-    (100, BACKWARD, F16, 4, config(0.0, "atan"), True),
-    (100, BACKWARD, BF16, 8, config(0.0, "triangle"), False),
-    (90, BACKWARD, F32, 16, config(0.0, "exponential"), False),
-    (100, BACKWARD, F16, 8, config(-0.25, "soft_sign"), True),
-    (90, BACKWARD, BF16, 16, config(0.0, "super_spike", True), True),
+BN_BACKWARD = "bn_dlif_backward"
+EVALUATION = (*ahead.ABSENT[BN_BACKWARD], *ahead.BACKWARD["evaluation"])
+ODD, POOLED = Planes(3, 7, 7, True, True), Planes(64, 8, 8, True, True)
+# architecture, kernel, dtype, steps, constants, tensors that are left out, planes, registers
+IN_REGISTERS = [
+    (80, FORWARD, F16, 8, config(None), (), None, 64),
+    (100, FORWARD, F16, 100, config(-0.25), ("v_init",), None, 64),
+    (80, BACKWARD, BF16, 16, config(-0.25, "sigmoid"), ahead.ABSENT[BACKWARD], None, 168),
+    (90, BACKWARD, F32, 4, config(-0.25, "soft_sign", True), ("checkpoints",), None, 168),
+    (100, BACKWARD, F32, 21, config(None, "erf"), (), None, 168),
+    (80, BACKWARD, BF16, 100, config(0.0, "triangle", True), ("grad_v_init",), None, 168),
+    (80, BN_BACKWARD, F16, 4, config(None, "atan"), EVALUATION, POOLED, 168),
+    (100, BN_BACKWARD, BF16, 100, config(-0.25, "sigmoid"), ("grad_x_total",), ODD, 255),
 ]
 
 
 @pytest.mark.parametrize(
-    ("architecture", "kernel", "dtype", "steps", "constants", "everything"), VARIANTS
+    ("architecture", "kernel", "dtype", "steps", "constants", "absent", "planes", "registers"),
+    IN_REGISTERS,
 )
-def test_stays_in_registers(architecture, kernel, dtype, steps, constants, everything):
-    absent = () if everything else ahead.ABSENT[kernel]
-    if steps <= 16:
-        absent = tuple({*absent, "checkpoints"} if kernel == BACKWARD else absent)
-    code = ahead.triton_code(
-        kernel, dtype, steps, constants, architecture=architecture, absent=absent
-    )
+def test_stays_in_registers(
+    architecture, kernel, dtype, steps, constants, absent, planes, registers
+):
+    """At most 168 of 65536, so that an SM holds 12 warps."""
+    options = {"architecture": architecture, "absent": absent, "config": constants}
+    if planes is None:
+        code = ahead.triton_code(kernel, dtype, steps, **options)
+    else:
+        aligned = planes.channels % 16 == 0
+        code = ahead.stage_code(kernel, dtype, steps, planes, aligned=aligned, **options)
     assert code.stack == 0, "registers are spilled"
-    assert code.registers <= (
-        64 if kernel == FORWARD else 168
-    )  # of 65536: so that an SM holds 12 warps
-
-
-ODD = Planes(3, 7, 7, True, True)  # without vectors
-# up to 776 bytes, when a thread had more neurons of a long sequence; the last two without more
-# registers
-SPILLED = [
-    Variant("dlif_forward", 100, F16, 100, v_reset=-0.25, planes=ODD),
-    Variant(
-        "dlif_backward", 80, BF16, 100, detach_reset=True, starts="anywhere", last=True, stores=True
-    ),
-    Variant("bn_dlif_forward", 90, BF16, 24, v_reset=-0.25, stores=True, currents=True, planes=ODD),
-    Variant(
-        "bn_dlif_backward",
-        100,
-        BF16,
-        100,
-        v_reset=-0.25,
-        kind="sigmoid",
-        last=True,
-        stores=True,
-        planes=ODD,
-    ),
-    Variant("dlif_backward", 80, BF16, 16, v_reset=-0.25, kind="sigmoid"),
-    Variant(
-        "bn_dlif_backward", 100, F32, 100, detach_reset=True, kind="atan", stores=True, stage="sums"
-    ),
-]
-
-
-@pytest.mark.parametrize("variant", SPILLED, ids=lambda variant: variant.kernel)
-def test_long_sequences_stay_in_registers(variant):
-    assert variant.code().stack == 0, "registers are spilled"
+    assert code.registers <= registers
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
@@ -111,11 +77,6 @@ def test_memory_is_moved_in_whole_vectors(dtype):
         assert backward.loads[128] == 3 * steps - (steps == 1), "the one step of x is still there"
         assert backward.stores == {128: steps, 32: steps}, "gradient of x, and a sum for the gain"
         assert backward.barriers == 0
-
-
-def test_rows_that_are_not_aligned_fall_back_to_one_neuron_at_a_time():
-    forward = ahead.triton_code(FORWARD, F32, 2, absent=ahead.ABSENT[FORWARD], aligned=False)
-    assert set(forward.loads) == set(forward.stores) == {32}
 
 
 def test_nothing_is_contracted_and_halves_are_rounded_to_nearest():
@@ -152,31 +113,6 @@ def test_offsets_are_computed_in_64_bits(kernel):
     """
     code = ahead.triton_code(kernel, F32, 8, absent=ahead.ABSENT[kernel])
     assert set(re.findall(r"arith\.muli .* : (\w+) ", code.ir)) == {"i64"}
-
-
-STAGES = [  # architecture, steps, dtype, width of planes, pooled, channels last, pass, constants
-    (80, 4, F16, 8, True, True, "evaluation", config(None, "atan")),
-    (100, 4, BF16, 4, True, False, "gradient of x", config(0.0)),
-]
-
-
-@pytest.mark.parametrize(
-    ("architecture", "steps", "dtype", "width", "pool", "last", "stage", "constants"), STAGES
-)
-def test_one_pass_with_batch_norm_and_pooling_stays_in_registers(
-    architecture, steps, dtype, width, pool, last, stage, constants
-):
-    planes = Planes(64, width, width, last, pool)
-    absent = *ahead.ABSENT["bn_dlif_backward"], *ahead.BACKWARD[stage]
-    arguments = dtype, steps, planes, constants
-    code = ahead.stage_code(
-        "bn_dlif_backward", *arguments, architecture=architecture, absent=absent
-    )
-    assert code.stack == 0, "registers are spilled"
-    assert code.registers <= 168
-    assert (code.barriers == 0) == (
-        not last
-    )  # where channels are neighbours, a sum of one is over several threads
 
 
 def test_one_pass_moves_memory_in_whole_vectors():
