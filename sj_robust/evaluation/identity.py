@@ -227,8 +227,9 @@ def _kept(folder: Path | None, identity: Identity) -> tuple[str, str]:
 
 def _from_content(content: Mapping[str, Any], path: Path) -> Identity:
     try:
-        answers = {name: Answers(**content[name]) for name in ("noise", "images")}
-        return Identity(**{**content, **answers, "sizes": tuple(content["sizes"])})
+        noise, images = Answers(**content["noise"]), Answers(**content["images"])
+        typed = {"noise": noise, "images": images, "sizes": tuple(content["sizes"])}
+        return Identity(**{**content, **typed})
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{path} describes no network; it is damaged: evaluate into another folder"
