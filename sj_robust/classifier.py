@@ -166,7 +166,7 @@ class SpikingClassifier(nn.Module):
             with _differentiable(self.net):
                 outputs = self._run(images, convention)
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            self._explain(error, images)
+            self._raise_for_usual_mistake(error, images)
             raise
         return self._logits(outputs, len(images), convention)
 
@@ -184,7 +184,7 @@ class SpikingClassifier(nn.Module):
         try:
             return self._convention_for(images)
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            self._explain(error, images)
+            self._raise_for_usual_mistake(error, images)
             raise
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SpikingClassifier":
@@ -197,7 +197,7 @@ class SpikingClassifier(nn.Module):
         duplicate.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return duplicate
 
-    def _explain(self, error: Exception, images: Tensor) -> None:
+    def _raise_for_usual_mistake(self, error: Exception, images: Tensor) -> None:
         """Raise what a failed forward comes from, if it is one of the usual mistakes."""
         weight = next((value for value in self.net.parameters() if value.is_floating_point()), None)
         if weight is not None and weight.device != images.device:
@@ -282,7 +282,7 @@ class SpikingClassifier(nn.Module):
                 )
             return Convention(self.takes, "logits", T)
         given = None if self._T_is_its_own else self.T
-        find = partial(find_convention, self.net, self._tried(images), given)
+        find = partial(find_convention, self.net, self._frames_of_random_images(images), given)
         try:
             convention = find(takes=self._possible if self.takes is None else (self.takes,))
         except Exception as error:
@@ -309,7 +309,7 @@ class SpikingClassifier(nn.Module):
             "repeating its input over time itself"
         ) from error
 
-    def _tried(self, images: Tensor) -> Callable[[int, int], Tensor]:
+    def _frames_of_random_images(self, images: Tensor) -> Callable[[int, int], Tensor]:
         """Gives frames [T, N, *] for a number of random images N and of steps T."""
 
         def frames(n: int, steps: int) -> Tensor:

@@ -231,6 +231,65 @@ def test_two_readings_with_unlike_logits_are_refused_and_told_apart_by_takes():
     assert images.abs().sum() > 0
 
 
+class Unlike(Switch):
+    """Its logits of sequences differ from those of images."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.layers, self.change = nn.Sequential(layer.Flatten(2), layer.Linear(64, 5)), change
+
+    def forward(self, x):
+        if x.ndim == 4:
+            return self.layers(x.expand(4, *x.shape)).mean(0)
+        return self.change(self.layers(x).mean(0))
+
+
+def one_spike_more(logits):
+    """For the first image of a batch."""
+    more = torch.zeros_like(logits)
+    more[0, 0] = 0.1 * logits.norm() / len(logits)
+    return logits + more
+
+
+UNLIKE = {
+    "rounding": (lambda logits: logits * (1 + 1e-6), True),
+    "a spike": (one_spike_more, True),
+    "a factor": (lambda logits: 1.05 * logits, False),
+    "a shift": (lambda logits: logits + 0.02, False),
+    "less classes": (lambda logits: logits[:, :-1], False),
+}
+
+
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_readings_agree_as_far_as_rounding_and_single_spikes_explain(kind):
+    change, agree = UNLIKE[kind]
+    torch.manual_seed(0)
+    model = SpikingClassifier(Unlike(change).eval(), 4)
+    if agree:
+        assert model.find_convention(torch.rand(3, 1, 8, 8)).takes == "images"
+    else:
+        with pytest.raises(ValueError, match="two ways that give different logits"):
+            model.find_convention(torch.rand(3, 1, 8, 8))
+
+
+class Alternating(nn.Module):
+    """Two calls give two things in turn."""
+
+    def __init__(self, *outputs):
+        super().__init__()
+        self.outputs, self.calls = outputs, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.outputs[self.calls % 2]
+
+
+@pytest.mark.parametrize("outputs", [(1.0, 2.0), ("a", "b"), (None, torch.zeros(2)), (3, None)])
+def test_outputs_that_are_no_tensors_are_compared_too(outputs):
+    assert kept_state(Alternating(*outputs), torch.rand(2, 1)) == ("calls",)
+    assert kept_state(Alternating(outputs[0], outputs[0]), torch.rand(2, 1)) == ()
+
+
 class TwoPlaces(nn.Module):
     """Two calls of one neuron: two steps, or one step of two places."""
 
