@@ -17,6 +17,7 @@ from sj_robust.classifier import PoissonEncoder, SpikingClassifier
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.models import NetworkSpec, build_network
 from sj_robust.proofs import SmoothedClassifier, smooth
+from sj_robust.proofs.smoothing import _sizes
 
 HALF_SPACE = nn.Linear(2, 2, bias=False)
 HALF_SPACE.weight = nn.Parameter(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
@@ -174,9 +175,49 @@ def encoded():
     return SpikingClassifier(net, T=4, encoder=PoissonEncoder()).eval()
 
 
-@pytest.mark.parametrize("kind", ["plain", "encoder", "coin", "mixed"])
+def first_decides(x):
+    """The first row decides for the batch."""
+    heads = (x[0].mean() > 0.5).float().expand(len(x))
+    return torch.stack((heads, 1.0 - heads), 1)
+
+
+def row_before(x):
+    """Every row sees the one before it."""
+    mean = x.mean(1)
+    seen = mean + torch.cat((torch.zeros(1), mean[:-1]))
+    return torch.stack((seen - 0.7, 0.7 - seen), 1)
+
+
+def mixed_if(condition):
+    """A network that mixes the rows of a batch of some sizes only."""
+
+    def model(x):
+        mean = x.mean(1)
+        if condition(len(x)):
+            mean = mean - mean.mean() + 0.6
+        return torch.stack((mean - 0.5, 0.5 - mean), 1)
+
+    return model
+
+
+def one_in_many(x):
+    """A row far from the others, which is rare, turns all of them."""
+    turned = (x[:, 0].max() > 1.2).float().expand(len(x))
+    return torch.stack((1.0 - turned, turned), 1)
+
+
+MIXING = {
+    "mean": mixed,
+    "first decides": first_decides,
+    "row before": row_before,
+    "in batches above 20": mixed_if(lambda size: size > 20),
+    "in the smaller batches": mixed_if(lambda size: size == 5),
+}
+
+
+@pytest.mark.parametrize("kind", ["plain", "encoder", "coin", *MIXING])
 def test_the_batch_size_changes_nothing(kind):
-    model = {"plain": HALF_SPACE, "coin": coin(COINS["torch"]), "mixed": mixed}.get(kind)
+    model = {"plain": HALF_SPACE, "coin": coin(COINS["torch"]), **MIXING}.get(kind)
     model = model or encoded()
     x = (
         torch.rand(2, 1, 4, 4, generator=seeded(2))
@@ -190,6 +231,17 @@ def test_the_batch_size_changes_nothing(kind):
     assert len(found) == 1
 
 
+def test_a_network_that_mixes_rows_in_a_later_batch_is_found_out_there():
+    """The first batches are as they are one by one; a later one holds the row that turns it."""
+    x = torch.full((3, 2), 0.5)
+    alone, together = (
+        smooth(one_in_many, x, 0.25, n0=10, n=1000, batch_size=size, generator=seeded(1))
+        for size in (1, 20)
+    )
+    assert 980 < min(alone.count) < 1000
+    assert together == alone
+
+
 def test_a_network_that_keeps_a_state_is_refused():
     seen = []
 
@@ -199,6 +251,71 @@ def test_a_network_that_keeps_a_state_is_refused():
 
     with pytest.raises(ValueError, match="one that keeps a state .* wrap a spiking network"):
         smooth(remembers, torch.rand(1, 2), 0.25, n0=10, n=10)
+
+
+class Counts(nn.Module):
+    """A network whose sign is turned after some forwards, which a value that it holds counts."""
+
+    def __init__(self, kind, after=10**4):
+        super().__init__()
+        self.kind = kind
+        self.after = after
+        if kind == "buffer":
+            self.register_buffer("count", torch.zeros(()))
+        elif kind == "parameter":
+            self.count = nn.Parameter(torch.zeros(()), requires_grad=False)
+        else:
+            self.count = {"tensor": torch.zeros(()), "number": 0, "list": [torch.zeros(())]}[kind]
+
+    def forward(self, x):
+        if self.kind == "list":
+            self.count[0] = self.count[0] + 1
+            return HALF_SPACE(x)
+        self.count += 1
+        return HALF_SPACE(x) * (1.0 if self.count < self.after else -1.0)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "parameter", "tensor", "number", "list"])
+@pytest.mark.parametrize("batch_size", [1, 256])
+def test_a_network_whose_forward_changes_what_it_holds_is_refused(kind, batch_size):
+    with pytest.raises(ValueError, match=r"forward in evaluation mode, got one that changes count"):
+        smooth(Counts(kind), torch.rand(1, 2), 0.25, n0=10, n=10, batch_size=batch_size)
+
+
+def test_a_network_that_draws_and_keeps_a_state_is_refused():
+    seen = []
+
+    def remembers(x):
+        seen.append(1.0)
+        return HALF_SPACE(x) + len(seen) + torch.rand(len(x), 1)
+
+    with pytest.raises(ValueError, match="one that keeps a state"):
+        smooth(remembers, torch.rand(1, 2), 0.25, n0=10, n=10)
+
+
+def test_rounding_that_hangs_on_the_size_of_a_batch_does_not_slow_the_votes():
+    """A row alone is summed otherwise, so that a spike at its threshold flips; no row sees another.
+
+    Rows run alone in the tests of two sizes and once per later batch, not in every draw.
+    """
+    sizes = []
+
+    def rounds(x):
+        sizes.append(len(x))
+        difference = x[:, 0] - x[:, 1] + (0.05 if len(x) == 1 else 0.0)
+        return torch.stack((difference, -difference), 1)
+
+    smooth(rounds, torch.full((4, 2), 0.5), 0.25, n0=20, n=100, batch_size=50, generator=seeded())
+    assert sizes.count(1) == (20 + 3) + (50 + 7)
+
+
+def test_batches_are_the_fewest_and_of_two_sizes_at_most():
+    for draws, most in ((1, 256), (100, 256), (1000, 256), (1001, 256), (60, 7), (5, 1)):
+        sizes = _sizes(draws, most)
+        assert sum(sizes) == draws
+        assert len(sizes) == math.ceil(draws / most)
+        assert max(sizes) <= most
+        assert max(sizes) - min(sizes) <= 1
 
 
 def test_attacks_go_through_the_noise_of_one_draw():

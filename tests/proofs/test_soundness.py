@@ -252,15 +252,60 @@ def test_an_error_of_a_rule_is_found_at_a_point(build, monkeypatch):
         verify(model, x, model(x).argmax(1), 0.001)
 
 
+class Counts(nn.Module):
+    """Turns its sign from the twelfth forward on, which a value that it holds counts."""
+
+    def __init__(self, kind):
+        super().__init__()
+        if kind == "buffer":
+            self.register_buffer("count", torch.zeros(()))
+        elif kind == "parameter":
+            self.count = nn.Parameter(torch.zeros(()), requires_grad=False)
+        else:
+            self.count = torch.zeros(()) if kind == "tensor" else 0
+
+    def forward(self, x):
+        self.count += 1
+        return x * (1.0 if self.count < 12 else -1.0)
+
+
+def counting(kind):
+    torch.manual_seed(2)
+    layers = [nn.Linear(4, 6), neuron.IFNode(step_mode="m"), nn.Linear(6, 3), Counts(kind)]
+    return SpikingClassifier(nn.Sequential(*layers), T=3).eval()
+
+
+CHANGES = r"must stay as it is in a forward in evaluation mode, got one that changes net\.3\.count"
+
+
+@pytest.mark.parametrize("kind", ["buffer", "parameter", "tensor", "number"])
+def test_a_network_whose_forward_changes_what_it_holds_is_refused(kind):
+    x = torch.rand(2, 4)
+    for method in METHODS:
+        with pytest.raises(ValueError, match=CHANGES):
+            verify(counting(kind), x, torch.tensor([0, 1]), 0.05, method=method)
+    with pytest.raises(ValueError, match=CHANGES):
+        DifferentiableBounds(counting(kind)).lead(x, torch.tensor([0, 1]), 0.05)
+
+
+def test_values_that_a_forward_sets_again_as_they_were_are_no_change():
+    """Weight norm computes its weight in every forward; a neuron that keeps v_seq is reset."""
+    first = nn.utils.parametrizations.weight_norm(nn.Linear(4, 6))
+    node = neuron.LIFNode(step_mode="m", store_v_seq=True)
+    model = SpikingClassifier(nn.Sequential(first, node, nn.Linear(6, 3)), T=3).eval()
+    x = torch.rand(3, 4)
+    soundness.check_kept(model, x).check()
+
+
 class Flags(nn.Module):
     """Notes how torch computes when it runs."""
 
-    def __init__(self):
+    def __init__(self, note):
         super().__init__()
-        self.seen = []
+        self.note = note
 
     def forward(self, x):
-        self.seen.append(precision())
+        self.note(precision())
         return 1.0 * x
 
 
@@ -277,7 +322,8 @@ def precision():
 
 def test_the_network_runs_on_sums_of_products_in_float32():
     """cuDNN and NNPACK may take Winograd's or the FFT algorithm, whose error is another one."""
-    flags = Flags()
+    noted = []
+    flags = Flags(noted.append)
     model = SpikingClassifier(
         nn.Sequential(nn.Linear(4, 3), flags, neuron.IFNode(step_mode="m")), T
     ).eval()
@@ -291,7 +337,7 @@ def test_the_network_runs_on_sums_of_products_in_float32():
         torch.set_float32_matmul_precision("highest")
     wanted = {"cudnn": False, "cudnn TF32": False, "NNPACK": False, "autocast": False}
     wanted |= {"matrix products": "ieee", "matrix products on CUDA": "ieee"}
-    assert all(seen == wanted for seen in flags.seen)
+    assert all(seen == wanted for seen in noted)
     with full_precision(torch.device("cpu")):
         assert not precision()["cudnn TF32"]
 
