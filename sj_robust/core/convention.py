@@ -725,7 +725,8 @@ def _mean(outputs: object) -> Tensor:
 def _alike(a: Tensor, b: Tensor) -> Tensor:
     """Which images have the same logits but for rounding, [N]."""
     share = max(_ROUNDING, torch.finfo(a.dtype).eps ** 0.5)
-    return (a - b).norm(dim=1) <= share * torch.maximum(a.norm(dim=1), b.norm(dim=1))
+    close: Tensor = (a - b).norm(dim=1) <= share * torch.maximum(a.norm(dim=1), b.norm(dim=1))
+    return close
 
 
 def _same(a: object, b: object) -> bool:

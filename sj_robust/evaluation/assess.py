@@ -135,8 +135,6 @@ def assess(
         >>> report.worst_case.total
         6
     """
-    if threat.eps <= 0:
-        raise ValueError(f"eps must be > 0 to attack at all, got {threat.eps}")
     kind: dict[str, Any] = {"classes": classes, "eot_samples": draws}
     plan = make_suite(suite, threat, **kind)
     model = subject.model
@@ -155,7 +153,20 @@ def assess(
         "releases": releases(),
         "draws": str(draws),
     }
-    parts = _Parts(model, data, few, x, y, threat, seed, draws, key, folder, say, on_step)
+    parts = _Parts(
+        model=model,
+        data=data,
+        few=few,
+        x=x,
+        y=y,
+        threat=threat,
+        seed=seed,
+        draws=draws,
+        key=key,
+        folder=folder,
+        say=say,
+        on_step=on_step,
+    )
 
     say(f"firing of every layer on {len(x)} images")
     activity = [asdict(layer) for layer in firing(model, x, seed=seed)]

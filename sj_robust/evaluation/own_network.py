@@ -41,7 +41,7 @@ from sj_robust.evaluation.robustness_report import RobustnessReport
 from sj_robust.evaluation.stress_card import StressCard
 from sj_robust.evaluation.stressing import stress_network
 from sj_robust.evaluation.subject import Subject, check_fits
-from sj_robust.evaluation.suites import SuiteName, check_shape, make_suite
+from sj_robust.evaluation.suites import SuiteName, check_radius, check_shape, check_suite
 
 __all__ = ["evaluate", "stress"]
 
@@ -128,7 +128,7 @@ def evaluate(
     if suite is not None:
         check_choice("suite", suite, get_args(SuiteName))
     draws = check_count("draws", draws)
-    asked = _Asked.checked(
+    options = _Options(
         eps=eps,
         norm=norm,
         largest_shift=largest_shift,
@@ -143,24 +143,24 @@ def evaluate(
         dataset=dataset,
         progress=progress,
     )
-    given = _given(model, x, y, asked)
-    chosen: SuiteName = suite or ("events" if given.frames else "standard")
-    make_suite(chosen, given.threat, classes=2, eot_samples=draws)
-    check_shape(chosen, given.first)
-    with _prepared(model, given, asked) as ready:
+    inputs = _inputs(model, x, y, options)
+    chosen: SuiteName = suite or ("events" if inputs.frames else "standard")
+    check_suite(chosen, inputs.threat)
+    check_shape(chosen, inputs.first)
+    with _prepared(model, inputs, options) as prepared:
         return assess(
-            ready.subject,
-            given.data,
+            prepared.subject,
+            inputs.data,
             suite=chosen,
-            threat=given.threat,
+            threat=inputs.threat,
             dataset=dataset,
-            classes=ready.classes,
-            seed=asked.seed,
+            classes=prepared.classes,
+            seed=options.seed,
             draws=draws,
-            folder=asked.folder,
-            configuration=asked.configuration,
-            say=ready.say,
-            on_step=ready.on_step,
+            folder=options.folder,
+            configuration=options.configuration,
+            say=prepared.say,
+            on_step=prepared.on_step,
         )
 
 
@@ -236,7 +236,7 @@ def stress(
     if faults is not None:
         faults = _checked_faults(faults, suite)
     draws, steps = check_count("draws", draws), check_count("steps", steps)
-    asked = _Asked.checked(
+    options = _Options(
         eps=eps,
         norm=norm,
         largest_shift=largest_shift,
@@ -251,48 +251,33 @@ def stress(
         dataset=dataset,
         progress=progress,
     )
-    given = _given(model, x, y, asked)
+    inputs = _inputs(model, x, y, options)
+    check_radius(inputs.threat)
     if suite == "corruptions":
-        check_images_to_corrupt(given.first)
-    with _prepared(model, given, asked) as ready:
+        check_images_to_corrupt(inputs.first)
+    with _prepared(model, inputs, options) as prepared:
         return stress_network(
-            ready.subject,
-            given.data,
+            prepared.subject,
+            inputs.data,
             suite=suite,
-            threat=given.threat,
+            threat=inputs.threat,
             dataset=dataset,
             faults=faults,
             draws=draws,
             steps=steps,
-            seed=asked.seed,
-            folder=asked.folder,
-            configuration=asked.configuration,
-            say=ready.say,
-            on_step=ready.on_step,
+            seed=options.seed,
+            folder=options.folder,
+            configuration=options.configuration,
+            say=prepared.say,
+            on_step=prepared.on_step,
         )
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """Arguments of both calls that need neither network nor images to be checked, as plain data."""
+class _Options:
+    """Options of both calls, as plain data, if none of them is wrong by itself."""
 
-    eps: float
-    norm: NormName | None
-    largest_shift: int | None
-    total_shift: int | None
-    T: int | None
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
-    seed: int
-    batch_size: int
-    folder: Path | None
-    name: str | None
-    dataset: str
-    progress: bool
-
-    @classmethod
-    def checked(
-        cls,
+    def __init__(
+        self,
         *,
         eps: float | str,
         norm: NormName | None,
@@ -307,29 +292,27 @@ class _Asked:
         name: str | None,
         dataset: str,
         progress: bool,
-    ) -> "_Asked":
-        """The arguments, if none of them is wrong by itself."""
+    ) -> None:
+        """Check what needs neither network nor images."""
         if norm is not None:
             check_choice("norm", norm, get_args(NormName))
         if name is not None:
             check_text("name", name)
         check_text("dataset", dataset)
         check_switch("progress", progress)
-        return cls(
-            eps=parse_eps(eps),
-            norm=norm,
-            largest_shift=largest_shift,
-            total_shift=total_shift,
-            T=check_steps(T),
-            mean=check_channels("mean", mean),
-            std=check_channels("std", std, positive=True),
-            seed=check_seed("seed", seed),
-            batch_size=check_count("batch_size", batch_size),
-            folder=check_folder("folder", folder),
-            name=name,
-            dataset=dataset,
-            progress=progress,
-        )
+        self.eps = parse_eps(eps)
+        self.norm = norm
+        self.largest_shift = largest_shift
+        self.total_shift = total_shift
+        self.T = check_steps(T)
+        self.mean = check_channels("mean", mean)
+        self.std = check_channels("std", std, positive=True)
+        self.seed = check_seed("seed", seed)
+        self.batch_size = check_count("batch_size", batch_size)
+        self.folder = check_folder("folder", folder)
+        self.name = name
+        self.dataset = dataset
+        self.progress = progress
 
     @property
     def configuration(self) -> dict[str, object]:
@@ -339,17 +322,11 @@ class _Asked:
     def threat(self, frames: bool) -> ThreatModel:
         """Norm and radius, for images or for event frames."""
         norm = self.norm or ("L0" if frames else "Linf")
-        threat = ThreatModel(norm, self.eps, self.largest_shift, self.total_shift)
-        if threat.eps <= 0:
-            raise ValueError(
-                f"eps must be > 0 to attack at all, got {threat.eps}; give a radius such as "
-                "eps='8/255'"
-            )
-        return threat
+        return ThreatModel(norm, self.eps, self.largest_shift, self.total_shift)
 
 
 @dataclass(frozen=True)
-class _Given:
+class _Inputs:
     """Images with labels, and what an adversary may do to them."""
 
     data: Data
@@ -367,7 +344,7 @@ class _Given:
 
 
 @dataclass(frozen=True)
-class _Ready:
+class _Prepared:
     """The network in evaluation mode, number of its classes, and the display."""
 
     subject: Subject
@@ -376,17 +353,17 @@ class _Ready:
     on_step: Callable[[Position], None] | None
 
 
-def _given(model: nn.Module, x: Images, y: Tensor | None, asked: _Asked) -> _Given:
+def _inputs(model: nn.Module, x: Images, y: Tensor | None, options: _Options) -> _Inputs:
     """The images, if they belong to the threat; the network itself is not asked."""
     check_network(model, "model")
-    data = given_data(x, y, asked.batch_size)
+    data = given_data(x, y, options.batch_size)
     first = data[0][0]
     frames = first.ndim == 5
     if frames:
         check_frames(first)
     else:
-        check_number_of_channels(first, mean=asked.mean, std=asked.std)
-    return _Given(data, asked.threat(frames))
+        check_number_of_channels(first, mean=options.mean, std=options.std)
+    return _Inputs(data, options.threat(frames))
 
 
 def _checked_faults(
@@ -412,27 +389,28 @@ def _checked_faults(
 
 
 @contextmanager
-def _prepared(model: nn.Module, given: _Given, asked: _Asked) -> Iterator[_Ready]:
+def _prepared(model: nn.Module, inputs: _Inputs, options: _Options) -> Iterator[_Prepared]:
     """The network as a classifier that has taken an image; evaluation mode, full precision."""
-    classifier = as_classifier(model, asked.T, mean=asked.mean, std=asked.std, images=given.first)
+    classifier = as_classifier(
+        model, options.T, mean=options.mean, std=options.std, images=inputs.first
+    )
     network = classifier.net if isinstance(classifier, SpikingClassifier) else classifier
-    subject = Subject(asked.name or type(network).__name__, classifier, type(network).__name__)
+    subject = Subject(options.name or type(network).__name__, classifier, type(network).__name__)
     device = device_of(classifier)
-    with evaluation_mode(classifier), full_precision(device), _shown(asked.progress) as display:
-        classes = check_fits(subject, given.first[:1].to(device), None, asked.dataset)
-        check_classes(torch.tensor(given.data.labels), classes)
+    with evaluation_mode(classifier), full_precision(device), _shown(options.progress) as display:
+        classes = check_fits(subject, inputs.first[:1].to(device), None, options.dataset)
+        check_classes(torch.tensor(inputs.data.labels), classes)
         if isinstance(classifier, SpikingClassifier):
             say, _ = display
             say(f"{subject.name} {classifier.convention}")
         try:
-            yield _Ready(subject, classes, *display)
+            yield _Prepared(subject, classes, *display)
         except KeyboardInterrupt as stopped:
-            stopped.add_note(
-                "the network is as it was; with folder=... the next evaluation could be continued"
-                if asked.folder is None
-                else f"the network is as it was; the same call goes on with what is in "
-                f"{asked.folder}"
-            )
+            if options.folder is None:
+                remedy = "with folder=... the next evaluation could be continued"
+            else:
+                remedy = f"the same call goes on with what is in {options.folder}"
+            stopped.add_note(f"the network is as it was; {remedy}")
             raise
 
 

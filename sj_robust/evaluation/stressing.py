@@ -10,7 +10,6 @@ from typing import Any, Literal
 from torch import nn
 
 from sj_robust.attacks.threat import ThreatModel, eps_text
-from sj_robust.core.checks import check_count
 from sj_robust.core.environment import device_of, environment
 from sj_robust.core.preserved import preserved
 from sj_robust.core.randomness import SampleSeeds
@@ -70,8 +69,8 @@ def stress_network(
             images.
         dataset: Name of the data set.
         faults: What is measured; None takes every kind at its usual levels.
-        draws: Draws of a fault that is random.
-        steps: Steps of the attack, APGD-CE (``flip_events`` or ``move_events`` for events).
+        draws: Draws of a fault that is random, >= 1.
+        steps: Steps of the attack, >= 1, APGD-CE (``flip_events`` or ``move_events`` for events).
         seed: Seeds everything.
         folder: Where progress is kept; None keeps none.
         configuration: Options of the run, for the card.
@@ -99,8 +98,6 @@ def stress_network(
         >>> stress_network(mine, batches, threat=threat, dataset="noise", faults=few).kinds
         ('weight_bits', 'first_steps')
     """
-    check_count("draws", draws)
-    check_count("steps", steps)
     data = Data.of(batches)
     if faults is None:
         faults = (

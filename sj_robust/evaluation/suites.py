@@ -29,7 +29,15 @@ from sj_robust.evaluation.estimator_search import (
 )
 from sj_robust.evaluation.member import Member
 
-__all__ = ["GRADES", "Suite", "SuiteName", "check_shape", "make_suite"]
+__all__ = [
+    "GRADES",
+    "Suite",
+    "SuiteName",
+    "check_radius",
+    "check_shape",
+    "check_suite",
+    "make_suite",
+]
 
 SuiteName = Literal["paper", "fast", "standard", "autoattack", "gradients", "events"]
 """Names of the suites."""
@@ -138,8 +146,8 @@ def make_suite(
             AutoAttack runs its version ``"rand"``.
 
     Raises:
-        ValueError: If the suite is unknown or does not fit the threat, estimators are given to a
-            suite without a choice, or there are fewer than two classes.
+        ValueError: If the suite is unknown or does not fit the threat, the radius is 0, estimators
+            are given to a suite without a choice, or there are fewer than two classes.
 
     Source: Ding et al. (ICML 2024), section 5; AutoAttack of Croce and Hein (ICML 2020).
 
@@ -152,8 +160,7 @@ def make_suite(
         >>> suite.control[0].name, suite.control[0].estimator
         ('control/apgd_ce/training/r0', 'training')
     """
-    check_choice("suite", name, get_args(SuiteName))
-    check_extra(name)
+    check_suite(name, threat)
     if isinstance(classes, bool) or not isinstance(classes, int) or classes < 2:
         raise ValueError(
             f"classes must be an integer >= 2, got {classes!r}; pass the number of logits"
@@ -161,19 +168,45 @@ def make_suite(
     fixed = {"paper": _paper, "autoattack": _autoattack, "gradients": _gradients}
     if chosen and name in fixed:
         raise ValueError(f"suite {name!r} has its estimators fixed, got {list(chosen)}; pass none")
-    if (name == "events") != threat.of_events:
-        remedy = (
-            "count changes with ThreatModel('L0', k)"
-            if name == "events"
-            else "use the suite 'events'"
-        )
-        raise ValueError(f"suite {name!r} does not fit a threat in {threat.norm}; {remedy}")
     check_count("eot_samples", eot_samples)
     plan = _Plan(threat, classes, eot_samples)
     if name in fixed:
         return fixed[name](plan)
     choosing = {"fast": _fast, "standard": _standard, "events": _events}
     return choosing[name](plan, tuple(dict.fromkeys(chosen)) or ("training",))
+
+
+def check_suite(name: SuiteName, threat: ThreatModel) -> None:
+    """Raise for a suite that is unknown, needs a package that is missing or does not fit a threat.
+
+    Examples:
+        >>> check_suite("paper", ThreatModel("L2", 0.5))
+        Traceback (most recent call last):
+            ...
+        ValueError: suite 'paper' is defined for Linf, got 'L2'; use 'standard'
+    """
+    check_choice("suite", name, get_args(SuiteName))
+    check_extra(name)
+    check_radius(threat)
+    if name == "events" and not threat.of_events:
+        raise ValueError(
+            f"suite 'events' does not fit a threat in {threat.norm}; count changes with "
+            "ThreatModel('L0', k)"
+        )
+    if name != "events" and threat.of_events:
+        raise ValueError(
+            f"suite {name!r} does not fit a threat in {threat.norm}; use the suite 'events'"
+        )
+    if name == "paper" and threat.norm != "Linf":
+        raise ValueError(f"suite 'paper' is defined for Linf, got {threat.norm!r}; use 'standard'")
+
+
+def check_radius(threat: ThreatModel) -> None:
+    """Raise ValueError for a radius of 0, at which no attack does anything."""
+    if threat.eps <= 0:
+        raise ValueError(
+            f"eps must be > 0 to attack at all, got {threat.eps}; give a radius such as eps='8/255'"
+        )
 
 
 def check_shape(name: SuiteName, images: Tensor) -> None:
@@ -321,10 +354,6 @@ def _standard(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
 
 def _paper(plan: _Plan) -> Suite:
     eps = plan.threat.eps
-    if plan.threat.norm != "Linf":
-        raise ValueError(
-            f"suite 'paper' is defined for Linf, got {plan.threat.norm!r}; use 'standard'"
-        )
     scale = eps / _PAPER_EPS
     averaged: dict[str, Any] = {} if plan.eot_samples == 1 else {"eot_samples": plan.eot_samples}
     figures: dict[str, Attack] = {"fgsm": partial(fgsm, eps=eps)}

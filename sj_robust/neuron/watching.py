@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from sj_robust.core.host import is_neuron
 from sj_robust.neuron.dlif import DLIFNode
 
-__all__ = ["NeuronHook", "SpikingCall", "Wants", "Watched", "Watcher", "attached", "watch"]
+__all__ = ["NeuronHook", "SpikingCall", "Wants", "Watched", "Watcher", "register_watcher", "watch"]
 
 
 class Wants(IntEnum):
@@ -89,15 +89,15 @@ def watch(net: nn.Module, watcher: Watcher, names: Iterable[str] | None = None) 
         1
     """
     with ExitStack() as stack:
-        for handle in attached(net, watcher, names):
+        for handle in register_watcher(net, watcher, names):
             stack.callback(handle.remove)
         yield
 
 
-def attached(
+def register_watcher(
     net: nn.Module, watcher: Watcher, names: Iterable[str] | None = None
 ) -> list[RemovableHandle]:
-    """As :func:`watch`, until the handles are removed."""
+    """Tell a watcher of the calls of neurons, as :func:`watch`, until the handles are removed."""
     keep_out_of_graphs()
     if names is None:
         names = [name for name, module in net.named_modules() if is_neuron(module)]

@@ -23,7 +23,7 @@ from sj_robust.core.checks import (
 from sj_robust.core.host import functional
 from sj_robust.core.preserved import evaluation_mode
 from sj_robust.neuron.charging import NeuronKey, find_neurons, is_neuron
-from sj_robust.neuron.watching import attached
+from sj_robust.neuron.watching import register_watcher
 from sj_robust.perturbation._recording import Layers, Recording, RunKind
 from sj_robust.perturbation._statistics import Kept, LayerTotals, MPPDStatistics
 from sj_robust.perturbation.pair import Indicator, LayerPair
@@ -201,7 +201,7 @@ class MPPDMonitor(BaseMonitor):
         self._warned_of_potential = False
         kept = Kept(input_gain, trace=keep == "trace", spikes=spikes, statistics=keep != "loss")
         self._recording = Recording(neurons, self.unsupported, layers, kept)
-        self.hooks.extend(attached(net, self._recording, (*neurons, *sorted(spiking))))
+        self.hooks.extend(register_watcher(net, self._recording, (*neurons, *sorted(spiking))))
         if self.unsupported:
             reasons = "; ".join(
                 f"{name!r}: {reason}" for name, reason in list(self.unsupported.items())[:5]

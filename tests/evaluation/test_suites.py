@@ -143,6 +143,8 @@ class TestMakeUp:
                 {"name": "paper", "threat": ThreatModel("L2", 1.0)},
                 "suite 'paper' is defined for Linf, got 'L2'",
             ),
+            ({"threat": ThreatModel("L2", 0.0)}, "eps must be > 0 to attack at all, got 0.0"),
+            ({"name": "events"}, "'events' does not fit a threat in Linf; count changes"),
         ],
     )
     def test_wrong_use(self, arguments, message):
