@@ -35,8 +35,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from spikingjelly.activation_based import base
 from torch import Tensor, nn
+
+from sj_robust.core.host import base
 
 __all__ = ["description", "fingerprint", "parts_of"]
 
