@@ -716,17 +716,17 @@ def _remedy(outputs: object, images: int) -> str:
 
 
 def _mean(outputs: object) -> Tensor:
-    if isinstance(outputs, list):
-        outputs = torch.stack(outputs)
-    assert isinstance(outputs, Tensor)  # _form has looked at it
-    return outputs.mean(0) if outputs.ndim == 3 else outputs
+    """The mean over time of outputs that have a form; those of single steps are a list."""
+    stacked = torch.stack(outputs) if isinstance(outputs, list) else outputs
+    assert isinstance(stacked, Tensor)  # _form has looked at it
+    return stacked.mean(0) if stacked.ndim == 3 else stacked
 
 
 def _alike(a: Tensor, b: Tensor) -> Tensor:
     """Which images have the same logits but for rounding, [N]."""
     share = max(_ROUNDING, torch.finfo(a.dtype).eps ** 0.5)
-    close: Tensor = (a - b).norm(dim=1) <= share * torch.maximum(a.norm(dim=1), b.norm(dim=1))
-    return close
+    alike: Tensor = (a - b).norm(dim=1) <= share * torch.maximum(a.norm(dim=1), b.norm(dim=1))
+    return alike
 
 
 def _same(a: object, b: object) -> bool:
