@@ -298,7 +298,7 @@ class _Draws:
 
     def _alone(self, noisy: Tensor, seeds: Sequence[int]) -> Tensor:
         """Logits of a forward per row."""
-        rows = zip(torch.split(noisy, 1), seeds, strict=True)
+        rows = zip(noisy.unsqueeze(1), seeds, strict=True)
         return torch.cat([self._run(row, seed) for row, seed in rows])
 
     def _is_first(self, size: int) -> bool:
@@ -336,7 +336,7 @@ class _Draws:
         other row: such a row must keep its logits, in a batch of the same size, among copies of it.
         """
         with _from_seed(self.model, seed, noisy.device):  # of a network that draws nothing
-            alone = torch.cat([self._forward(row) for row in torch.split(noisy[first:], 1)])
+            alone = torch.cat([self._forward(row) for row in noisy[first:].unsqueeze(1)])
         changed = alone.argmax(1) != logits[first:].argmax(1)
         for row in (first + changed.nonzero().flatten()).tolist():
             copies = noisy[row].expand_as(noisy)
