@@ -331,7 +331,10 @@ def is_original(module: nn.Module) -> bool:
         if getattr(owner, name, None) is not function:
             return False
     for name in _HOOKS:
-        for hook in getattr(module, name).values():
+        hooks = getattr(module, name)
+        if not hooks:
+            continue
+        for hook in hooks.values():
             if not (isinstance(hook, NeuronHook) and type(module) is DLIFNode):
                 return False
     return True
