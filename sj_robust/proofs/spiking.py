@@ -129,10 +129,15 @@ class Spiking(ABC):
         self, v: Interval, x: Interval, *, decay: float | Tensor, gain: float | Tensor
     ) -> Interval:
         """Potential before firing; a negative gain swaps the ends of the current."""
-        charged = partial(charge, decay=decay, gain=gain, v_reset=self.rest)
+        charged = partial(charge, decay=decay, gain=gain, v_reset=None)
         if _number(gain) < 0:
             x = Interval(x.high, x.low)
-        return Interval(charged(v.low, x.low), charged(v.high, x.high))
+        low = charged(v.low, x.low)
+        high = charged(v.high, x.high)
+        if self.rest:  # last, as a learned decay sums its gradient in this order
+            low = low + (1.0 - decay) * self.rest
+            high = high + (1.0 - decay) * self.rest
+        return Interval(low, high)
 
     def reset(self, h: Interval, spikes: Interval) -> Interval:
         """Potential after firing: all that a spike and no spike allow where both are possible."""
