@@ -98,7 +98,7 @@ class KeptValues:
         >>> _ = net.eval()(torch.rand(3, 2))
         >>> kept.check()
         >>> _ = net.train()(torch.rand(3, 2))
-        >>> kept.check()
+        >>> kept.check()  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
         ValueError: model must stay as it is in a forward in evaluation mode, got one that ...

@@ -327,6 +327,8 @@ def test_the_network_runs_on_sums_of_products_in_float32():
     model = SpikingClassifier(
         nn.Sequential(nn.Linear(4, 3), flags, neuron.IFNode(step_mode="m")), T
     ).eval()
+    model.find_convention(torch.rand(2, 4))  # by forwards as the caller computes
+    noted.clear()
     torch.set_float32_matmul_precision("medium")
     try:
         before = precision()
@@ -337,6 +339,7 @@ def test_the_network_runs_on_sums_of_products_in_float32():
         torch.set_float32_matmul_precision("highest")
     wanted = {"cudnn": False, "cudnn TF32": False, "NNPACK": False, "autocast": False}
     wanted |= {"matrix products": "ieee", "matrix products on CUDA": "ieee"}
+    assert noted
     assert all(seen == wanted for seen in noted)
     with full_precision(torch.device("cpu")):
         assert not precision()["cudnn TF32"]
