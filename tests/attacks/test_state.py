@@ -252,6 +252,7 @@ def test_a_network_that_may_wait_is_copied_saved_compiled_and_exported_as_before
 def test_a_new_classifier_is_compiled_and_exported_once_it_is_said_what_its_network_takes(takes):
     net, x = nn.Sequential(nn.Linear(4, 3)), torch.rand(2, 4)
     model = SpikingClassifier(net, T=2, takes=takes).eval()
+    torch.compiler.reset()  # what other tests have compiled counts towards its limit
     compiled = torch.compile(model, fullgraph=True, backend="eager")(x)
     exported = torch.export.export(model, (x,)).module()(x)
     assert model.convention is None
