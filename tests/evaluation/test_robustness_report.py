@@ -202,7 +202,7 @@ def test_comparison_on_the_same_images():
     assert worst.interval == paired_difference_interval(2, 1, 10)  # 2 and 3 gained, 5 lost
     assert not worst.clear
     assert not any(note.startswith("DIFFERENT") for note in comparison.notes)
-    assert any("same weights" in note for note in comparison.notes)
+    assert any("same network" in note for note in comparison.notes)
     assert "+10.0" in terminal(comparison, show_comparison)
     assert "| worst case | 40.0 | 50.0 | +10.0 |" in comparison.table()
 
