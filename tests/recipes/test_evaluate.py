@@ -333,7 +333,7 @@ def test_compare(folder, capsys, whole):
     whole.save(folder / "other.json")
     in_process(folder, "--compare", "whole", "other.json")
     out = capsys.readouterr().out
-    assert "same weights" in out
+    assert "same network" in out
     assert "lif_none (second) minus lif_none (first)" in out
     replace(whole, threat=ThreatModel("Linf", 8 / 255), name="other").save(folder / "other.json")
     in_process(folder, "--compare", "whole/report.json", "other.json")
