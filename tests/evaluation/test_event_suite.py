@@ -230,7 +230,9 @@ def test_wrong_use(bars):
         ValueError, match=r"event frames \[N, T, 2, H, W\], got shape \(2, 1, 2, 2\)"
     ):
         evaluated(bars, batches=images)
-    with pytest.raises(ValueError, match=r"got values from 0 to 3; event frames of counts become binary"):
+    with pytest.raises(
+        ValueError, match=r"got values from 0 to 3; event frames of counts become binary"
+    ):
         evaluated(bars, batches=[(bars.x * 3, bars.y)])  # counts per frame
     with pytest.raises(
         ValueError, match="flips must be <= 1200, the elements of a sample, got 1201"
