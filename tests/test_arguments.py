@@ -504,7 +504,7 @@ def test_every_form_of_mean_and_std_is_the_same_plain_data(monkeypatch):
         torch.tensor(0.123456): 0.123456,
         torch.tensor(0.1, dtype=torch.float64): 0.1,
     }.items():
-        assert verify(Counted().eval(), **RIGHT[verify] | {"eps": eps}).eps == plain
+        assert verify(Counted().parts.eval(), **RIGHT[verify] | {"eps": eps}).eps == plain
 
 
 def test_right_arguments_of_both_cards_reach_the_work():

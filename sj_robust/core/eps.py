@@ -1,9 +1,8 @@
 """Radii as the field writes them: 8/255."""
 
 import math
+import struct
 from typing import SupportsFloat
-
-import numpy as np
 
 __all__ = ["eps_text", "parse_eps", "plain_eps"]
 
@@ -64,17 +63,25 @@ def parse_eps(text: str | SupportsFloat) -> float:
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps must be >= 0 and finite, got {text!r}")
     if str(getattr(text, "dtype", "")) in ("float32", "torch.float32"):
-        return _shortest(np.float32(eps))
+        return _shortest(eps)
     return eps
 
 
-def _shortest(eps: np.float32) -> float:
+def _shortest(eps: float) -> float:
     """The number with the shortest text, a decimal or 255ths, of those that are ``eps`` in
     float32.
     """
-    texts = [str(eps), f"{float(eps) * 255:.4g}/255"]
-    same = [text for text in texts if np.float32(_fraction(text)) == eps]
-    return _fraction(min(same, key=len))
+    decimals = (f"{eps:.{digits}g}" for digits in range(1, 10))  # nine tell every float32 apart
+    decimal = next(text for text in decimals if _as_float32(float(text)) == eps)
+    fraction = f"{eps * 255:.4g}/255"
+    if len(fraction) < len(decimal) and _as_float32(_fraction(fraction)) == eps:
+        return _fraction(fraction)
+    return float(decimal)
+
+
+def _as_float32(value: float) -> float:
+    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    return rounded
 
 
 def _fraction(text: str) -> float:
