@@ -108,7 +108,7 @@ def blocks_of(document: Document) -> list[Block]:
         inside = [end for end in comments if fence.start < end <= fence.end]
         for end in inside:
             del comments[end]
-    for fence, following in zip(fences, [*fences[1:], None], strict=True):
+    for fence, following in zip(fences, [*fences[1:], None], strict=False):
         above, start = [], fence.start
         while start in comments:
             comment = comments.pop(start)
