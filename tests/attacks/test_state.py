@@ -3,6 +3,8 @@ on.
 """
 
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from threading import Barrier, Event
@@ -19,6 +21,7 @@ from attacks.table import (
     predicted,
     seeded,
 )
+from launch import ENVIRONMENT
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
@@ -248,17 +251,30 @@ def test_a_network_that_may_wait_is_copied_saved_compiled_and_exported_as_before
     assert torch.equal(exported(x), plain(x))
 
 
-@pytest.mark.parametrize("takes", ["images", "sequence", "steps"])
-def test_a_new_classifier_is_compiled_and_exported_once_it_is_said_what_its_network_takes(takes):
+COMPILED = """
+import torch
+from torch import nn
+from sj_robust import SpikingClassifier
+
+for takes in ("images", "sequence", "steps"):
     net, x = nn.Sequential(nn.Linear(4, 3)), torch.rand(2, 4)
     model = SpikingClassifier(net, T=2, takes=takes).eval()
-    torch.compiler.reset()  # what other tests have compiled counts towards its limit
     compiled = torch.compile(model, fullgraph=True, backend="eager")(x)
     exported = torch.export.export(model, (x,)).module()(x)
     assert model.convention is None
     wanted = model(x)
-    assert torch.equal(compiled, wanted)
-    assert torch.equal(exported, wanted)
+    print(takes, torch.equal(compiled, wanted), torch.equal(exported, wanted))
+"""
+
+
+@pytest.mark.slow
+def test_a_new_classifier_is_compiled_and_exported_once_it_is_said_what_its_network_takes():
+    # In a process of its own: what others have compiled there is part of what a compiler does.
+    command = [sys.executable, "-c", COMPILED]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    assert done.stdout.splitlines() == [
+        f"{takes} True True" for takes in ("images", "sequence", "steps")
+    ]
 
 
 def test_a_new_classifier_is_not_compiled_where_a_trial_is_needed():
