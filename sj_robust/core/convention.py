@@ -616,6 +616,8 @@ def untouched(net: object, *, hooks: bool = True) -> Iterator[_Snapshot]:
         yield snapshot
     finally:
         snapshot.restore()
+        # weights that autocast has cast without a graph would lose the caller's gradients
+        torch.clear_autocast_cache()
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")

