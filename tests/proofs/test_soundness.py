@@ -310,10 +310,12 @@ class Flags(nn.Module):
 
 
 def precision():
-    products, on_cuda = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # since torch 2.9
         products = torch.backends.mkldnn.matmul.fp32_precision
         on_cuda = torch.backends.cuda.matmul.fp32_precision
+    else:
+        products = torch.get_float32_matmul_precision()
+        on_cuda = torch.backends.cuda.matmul.allow_tf32
     return {
         "cudnn": torch.backends.cudnn.enabled,
         "cudnn TF32": torch.backends.cudnn.allow_tf32,
