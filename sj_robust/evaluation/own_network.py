@@ -102,7 +102,7 @@ def evaluate(
             count as broken.
         seed: Seeds everything.
         batch_size: Images at a time; results do not depend on it.
-        folder: Where progress is kept; None keeps none.
+        folder: Where progress is kept, for one batch size; None keeps none.
         name: What the report calls the network; None takes its class.
         dataset: What the report calls the images.
         progress: Whether what is being done and the time left are shown.
