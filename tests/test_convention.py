@@ -417,6 +417,24 @@ def test_networks_of_the_package_take_images_and_frames():
     assert model.convention.takes_sequences
 
 
+class Expanded(nn.Sequential):
+    """Expands an image over six steps; a sequence of another length cannot be expanded."""
+
+    def forward(self, x):
+        return super().forward(x.expand(6, -1, -1, -1, -1)).mean(0)
+
+
+def test_a_network_that_expands_one_step_takes_no_sequences():
+    torch.manual_seed(0)
+    net = Expanded(layer.Flatten(step_mode="m"), nn.Linear(64, 3), neuron.IFNode(step_mode="m"))
+    x = torch.rand(2, 1, 8, 8)
+    model = SpikingClassifier(net.eval())
+    model(x)
+    assert (model.convention.takes, model.convention.T) == ("images", 6)
+    assert not model.convention.takes_sequences
+    assert perturbation_gains(model, x).layers
+
+
 PER_CALL = {
     "compare": lambda model, x, y: compare_potentials(model, x, (x + 0.05).clamp(max=1)),
     "perturbation_gains": lambda model, x, y: perturbation_gains(

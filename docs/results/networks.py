@@ -158,7 +158,7 @@ def compared(row: Any) -> str:
     model = classifier_of(row)
     x = row.images()
     stats = sj_robust.compare_potentials(model, x, perturbed(x, row))
-    return part(len(stats), neurons_of(model), "of its neurons is followed")
+    return part(len(stats), neurons_of(model), "the decay of the others is not known")
 
 
 def gains(row: Any) -> str:

@@ -49,7 +49,7 @@ class Convention:
             classes]. It is what was seen in evaluation mode without hooks, and is for display.
         T: Number of time steps of a run.
         resets_itself: Whether it resets its neurons in a run.
-        takes_sequences: Whether it takes sequences [T, N, C, H, W] of any length (as well).
+        takes_sequences: Whether it takes sequences [T, N, C, H, W] of one step and of two (as well).
 
     Examples:
         >>> print(Convention("images", "logits", T=4))
@@ -264,8 +264,7 @@ class _Trial:
             return kept
         sequences = any(fit.convention.takes == "sequence" for fit in fits)
         if sequences and chosen.takes == "images":
-            one_step = self._watched(lambda: self.net(self.frames(2, 1)))
-            sequences = one_step.error is None
+            sequences = self._takes_steps(1) and self._takes_steps(min(2, self.T))
         return replace(chosen, takes_sequences=sequences)
 
     def _agree(self, one: _Fit, other: _Fit) -> bool:
@@ -439,6 +438,10 @@ class _Trial:
         frame = self.frames(2, 1)[0]
         run = self._watched(lambda: [self.net(frame), self.net(frame)])
         return isinstance(run.outputs, list) and _same(*run.outputs)
+
+    def _takes_steps(self, steps: int) -> bool:
+        """Whether a sequence of so many steps is an input of the network."""
+        return self._watched(lambda: self.net(self.frames(2, steps))).error is None
 
     def _why_none_fits(self) -> Exception:
         """What was returned, what was raised or what the neurons ran, in this order."""
