@@ -49,7 +49,7 @@ class Convention:
             classes]. It is what was seen in evaluation mode without hooks, and is for display.
         T: Number of time steps of a run.
         resets_itself: Whether it resets its neurons in a run.
-        takes_sequences: Whether it takes sequences [T, N, C, H, W] of one step and of two (as well).
+        takes_sequences: Whether it also takes sequences [T, N, C, H, W] of one and of two steps.
 
     Examples:
         >>> print(Convention("images", "logits", T=4))
