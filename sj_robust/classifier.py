@@ -119,11 +119,11 @@ class SpikingClassifier(nn.Module):
         if isinstance(net, SpikingClassifier):
             got = type(net).__name__
             raise ValueError(
-                f"net must be a bare network, got a {got}; use that one as it is, or its .net"
+                f"net must be a bare network, got a {got}; use it directly, or pass its .net"
             )
         if isinstance(net, nn.DataParallel):
             raise ValueError(
-                "net must not be in nn.DataParallel, whose copies lose the neurons' states; give "
+                "net must not be in nn.DataParallel, whose copies lose the neurons' states; pass "
                 "the bare network, and use torch.nn.parallel.DistributedDataParallel (torchrun "
                 "or accelerate launch) for several devices"
             )
@@ -135,7 +135,7 @@ class SpikingClassifier(nn.Module):
         if takes is not None and takes not in self._possible:
             raise ValueError(
                 f"takes must be one of {', '.join(map(repr, self._possible))} here or None, got "
-                f"{takes!r}; None finds it out"
+                f"{takes!r}; None detects it automatically"
             )
         self.takes = takes
         for name, numbers in {
@@ -152,7 +152,7 @@ class SpikingClassifier(nn.Module):
             warnings.warn(
                 f"{type(self).__name__} runs T={T} of the T={steps} time steps that the DLIF "
                 f"neuron {name!r} has gains for; use T={steps}, or call "
-                f"sj_robust.models.set_time_steps(net, {T}) first if that is meant",
+                f"sj_robust.models.set_time_steps(net, {T}) first if this is intended",
                 stacklevel=2,
             )
 
@@ -202,7 +202,7 @@ class SpikingClassifier(nn.Module):
         weight = next((value for value in self.net.parameters() if value.is_floating_point()), None)
         if weight is not None and weight.device != images.device:
             raise ValueError(
-                f"images and network must be on one device, got images on {images.device} and "
+                f"images and network must be on the same device, got images on {images.device} and "
                 f"weights on {weight.device}; move both with .to(device)"
             ) from error
         if (
@@ -211,7 +211,7 @@ class SpikingClassifier(nn.Module):
             and not torch.is_autocast_enabled(images.device.type)
         ):
             raise ValueError(
-                f"images and network must have one dtype, got {images.dtype} images and "
+                f"images and network must have the same dtype, got {images.dtype} images and "
                 f"{weight.dtype} weights; convert the images with images.to({weight.dtype})"
             ) from error
         if (
@@ -221,8 +221,8 @@ class SpikingClassifier(nn.Module):
         ):
             raise ValueError(
                 f"mean and std must have one value per channel, got {len(self.mean)} for images "
-                f"with {images.shape[1]} channels of shape {tuple(images.shape)}; give as many "
-                "as the images have"
+                f"of shape {tuple(images.shape)}, with {images.shape[1]} channels; give one value "
+                "per channel, or one for all"
             ) from error
         T = vars(self).get("T", 0)
         for name, module in self.net.named_modules():
@@ -238,17 +238,17 @@ class SpikingClassifier(nn.Module):
         multi_step = self.takes in (None, "sequence") and step_mode_of(self.net) == "m"
         if T and multi_step and foreign and not isinstance(error, ValueError):
             error.add_note(
-                f"The network got a sequence [T, N, ...] = {(T, *images.shape)}. "
-                f"{', '.join(foreign[:3])} come from torch.nn and take no time dimension: use "
+                f"The network got a sequence [T, N, ...] = {(T, *images.shape)}. Layers "
+                f"{', '.join(foreign[:3])} are from torch.nn and accept no time dimension: use "
                 "spikingjelly.activation_based.layer (layer.Conv2d, layer.Flatten, ...) and "
-                "functional.set_step_mode(net, 'm'), or step mode 's' for all of it."
+                "functional.set_step_mode(net, 'm'), or step mode 's' for the whole network."
             )
 
     def extra_repr(self) -> str:
         """Parameters shown by ``print``."""
         if self.convention is not None:
             return str(self.convention)
-        return f"T={vars(self).get('T')}, takes={self.takes or 'what the first forward finds out'}"
+        return f"T={vars(self).get('T')}, takes={self.takes or 'found by the first forward'}"
 
     def _check(self, images: Tensor) -> None:
         self._check_shape(images)
@@ -262,8 +262,8 @@ class SpikingClassifier(nn.Module):
         if images.ndim not in (2, 4):
             raise ValueError(
                 "images must be [N, C, H, W] (or [N, F] for features), got shape "
-                f"{tuple(images.shape)}; add the batch dimension with images.unsqueeze(0), give "
-                "event frames to SpikingEventClassifier"
+                f"{tuple(images.shape)}; add the batch dimension with images.unsqueeze(0), or "
+                "pass event frames to SpikingEventClassifier"
             )
 
     def _convention_for(self, images: Tensor) -> Convention:
@@ -278,7 +278,7 @@ class SpikingClassifier(nn.Module):
             if self.takes is None or T is None:
                 raise RuntimeError(
                     "how the network is called must be known before torch.compile; call "
-                    "classifier.find_convention(images) once, or give T and takes"
+                    "classifier.find_convention(images) once, or pass T and takes"
                 )
             return Convention(self.takes, "logits", T)
         given = None if self._T_is_its_own else self.T
@@ -305,8 +305,8 @@ class SpikingClassifier(nn.Module):
         except Exception:  # it is something else
             return
         raise ValueError(
-            f"net must take frames [T, N, C, H, W], got one that {found}; build it without "
-            "repeating its input over time itself"
+            f"net must take frames [T, N, C, H, W], got one that {found}; build it so that it does "
+            "not repeat its input over time"
         ) from error
 
     def _frames_of_random_images(self, images: Tensor) -> Callable[[int, int], Tensor]:
@@ -396,7 +396,7 @@ class SpikingEventClassifier(SpikingClassifier):
         if images.ndim != 5:
             raise ValueError(
                 f"frames must be [N, T, C, H, W], got shape {tuple(images.shape)}; add the batch "
-                "dimension with frames.unsqueeze(0), give images to SpikingClassifier"
+                "dimension with frames.unsqueeze(0), or pass images to SpikingClassifier"
             )
         if images.shape[1] != self.T:
             hint = "; use frames.transpose(0, 1)" if images.shape[0] == self.T else ""
@@ -481,8 +481,7 @@ def as_classifier(
             )
         if mean is not None or std is not None:
             raise ValueError(
-                "a SpikingClassifier has its own mean and std; leave them out, or give the bare "
-                "network"
+                "a SpikingClassifier has its own mean and std; omit them, or pass the bare network"
             )
         _find_convention_once(net, images)
         return net
@@ -493,7 +492,7 @@ def as_classifier(
         return net
     made: SpikingClassifier
     if frames and normalised:
-        raise ValueError("event frames are not normalised; leave mean and std out")
+        raise ValueError("event frames are not normalised; omit mean and std")
     if images is not None and frames:
         made = SpikingEventClassifier(net, images.shape[1] if T is None else T)
     else:

@@ -225,7 +225,7 @@ def classifier_of_output(output):
         ),
         (
             lambda: SpikingClassifier(make_net(), T=4)(make_frames()),
-            "give event frames to SpikingEventClassifier",
+            "or pass event frames to SpikingEventClassifier",
         ),
         (lambda: SpikingClassifier(make_net(), T=0), "T must be >= 1, got 0"),
         (lambda: SpikingClassifier(make_net(), T=2, std=[0.0]), "std must be finite and > 0"),
@@ -236,7 +236,7 @@ def classifier_of_output(output):
         ),
         (
             lambda: classifier_of_output(torch.zeros(3, 5, 2))(make_images()),
-            r"N = 2 and T = 4 \(on trial images\), got a tensor \[3, 5, 2\]; let it end in a layer",
+            r"N = 2 and T = 4 \(on trial images\), got a tensor \[3, 5, 2\]; end it with a layer",
         ),
         (
             lambda: classifier_of_output(torch.zeros(4, 5, 2, 2))(make_images()),
@@ -244,12 +244,12 @@ def classifier_of_output(output):
         ),
         (
             lambda: classifier_of_output((torch.zeros(2, 3),))(make_images()),
-            r"got a tuple \(tensor \[2, 3\]\); return the logits alone, .* net\(x\)\[0\]",
+            r"got a tuple \(tensor \[2, 3\]\); .* only the logits, net\(x\)\[0\]",
         ),
         (
             lambda: SpikingEventClassifier(make_net(), T=4)(make_images()),
             r"frames must be \[N, T, C, H, W\], got .*unsqueeze\(0\), "
-            "give images to SpikingClassifier",
+            "or pass images to SpikingClassifier",
         ),
         (
             lambda: SpikingEventClassifier(make_net(), T=4)(make_frames()[:, :3]),
@@ -257,7 +257,7 @@ def classifier_of_output(output):
         ),
         (
             lambda: SpikingEventClassifier(Expanding(), T=4)(make_frames()),
-            "takes images .* without repeating its input over time itself",
+            "takes images .* does not repeat its input over time",
         ),
     ],
 )

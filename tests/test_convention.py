@@ -314,8 +314,8 @@ def test_a_neuron_in_two_places_is_no_loop_once_that_is_said():
     [
         ("single steps", None, r"T must be given for a bare network \(Sequential\), got None"),
         ("sequence", None, "T must be given"),
-        ("image repeated, mean over time", 6, "runs 4 steps itself, asked for is T=6; leave T out"),
-        ("loop over steps, mean", 6, "runs 4 steps itself, asked for is T=6"),
+        ("image repeated, mean over time", 6, "runs 4 steps itself, got T=6; omit T"),
+        ("loop over steps, mean", 6, "runs 4 steps itself, got T=6"),
         ("single steps", 0, "T must be .*>= 1.*, got 0"),
     ],
 )

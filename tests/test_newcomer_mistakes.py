@@ -185,7 +185,7 @@ STEPS = {
     "The network is not reset before a batch of another size": lambda: one_after_the_other(
         network(), sequence(steps=2), sequence(n=3, steps=2)
     ),
-    "A second backward pass reaches the sequence before, since the network was not "
+    "A second backward pass reaches the previous sequence, since the network was not "
     "reset": trained_twice,
     'A batch of images [N, C, H, W] goes into a network in step mode "m"': lambda: network()(
         images()
@@ -195,7 +195,7 @@ STEPS = {
     ),
     "A sequence is longer than the neurons' T": lambda: network()(sequence(steps=6)),
     'The layers were never put into step mode "m"': never_in_step_mode_m,
-    "Layers of plain torch stand in a network that gets a sequence": plain_layers,
+    "A network that gets a sequence contains layers of plain torch": plain_layers,
     "SpikingClassifier gets more time steps than its DLIF neurons have": lambda: classifier(T=8)(
         images()
     ),
@@ -220,13 +220,13 @@ SHAPES = {
     ),
     "Only the network was moved to another device": lambda: classifier().to("meta")(images()),
     "Only the images were moved to another device": lambda: classifier()(images().to("meta")),
-    "mean and std of three channels for images of one": lambda: classifier(
+    "mean and std have three channels, the images one": lambda: classifier(
         mean=[0.5] * 3, std=[0.2] * 3
     )(images()),
-    "A network that is already in a SpikingClassifier is put into another one": lambda: (
-        SpikingClassifier(classifier(), T=T)
+    "A network that is already in a SpikingClassifier is wrapped again": lambda: SpikingClassifier(
+        classifier(), T=T
     ),
-    "nn.DataParallel is put around the network": lambda: SpikingClassifier(
+    "The network is wrapped in nn.DataParallel": lambda: SpikingClassifier(
         nn.DataParallel(network()), T=T
     ),
 }
@@ -239,22 +239,22 @@ ATTACKS = {
         x=(torch.full((N, 1, 8, 8), 0.25) - 0.5) / 0.5
     ),
     "Images are bytes in an attack": lambda: attacked(x=(images() * 255).byte()),
-    "An image has a NaN": lambda: attacked(
+    "An image contains NaN": lambda: attacked(
         x=images().masked_fill(images() == images().max(), torch.nan)
     ),
     "Labels are one-hot": lambda: attacked(y=nn.functional.one_hot(labels(), 10).float()),
-    "Labels count from 1": lambda: attacked(y=torch.full((N,), 10)),
+    "Labels start at 1": lambda: attacked(y=torch.full((N,), 10)),
     "There are fewer labels than images": lambda: attacked(y=labels(5)),
-    "The bare network is attacked, which no one resets between the steps": lambda: attacked(
+    "The bare network, which is not reset between steps, is attacked": lambda: attacked(
         network(lif(), "s").train()
     ),
-    'The bare network in step mode "m" is attacked, whose outputs have a time dimension': lambda: (
+    'The bare network in step mode "m", whose outputs have a time dimension, is attacked': lambda: (
         attacked(network(lif()).train())
     ),
-    "The model's forward is in torch.no_grad": lambda: attacked(
+    "The model's forward runs under torch.no_grad": lambda: attacked(
         torch.no_grad()(classifier().forward)
     ),
-    "A number is given as the generator": lambda: fgsm(
+    "The generator is a number": lambda: fgsm(
         classifier(), images(), labels(), eps=0.1, generator=0
     ),
 }
@@ -262,15 +262,15 @@ ATTACKS = {
 NEURONS = {
     "The decay is given as tau": lambda: DLIFNode(T=T, tau=0.99),
     "tau comes first, as in LIFNode": lambda: DLIFNode(2.0),
-    "The class of a surrogate instead of an instance": lambda: DLIFNode(
+    "A surrogate class is given instead of an instance": lambda: DLIFNode(
         T=T, surrogate_function=surrogate.ATan
     ),
     "replace_neurons on a network without spiking neurons": lambda: replace_neurons(
         nn.Sequential(nn.Linear(4, 4), nn.ReLU()), T=T
     ),
     "replace_neurons on a class": lambda: replace_neurons(neuron.LIFNode, T=T),
-    "Backend cupy where torch is built without CUDA": lambda: without_cuda("cupy"),
-    "Backend triton where torch is built without CUDA": lambda: without_cuda("triton"),
+    "Backend cupy, with a torch built without CUDA": lambda: without_cuda("cupy"),
+    "Backend triton, with a torch built without CUDA": lambda: without_cuda("triton"),
     "A backend that does not exist": lambda: DLIFNode(T=T, backend="cuda"),
     "MPPDMonitor on a network without spiking neurons": lambda: MPPDMonitor(nn.Linear(4, 4)),
     "A monitor is used after it was closed": closed_monitor,
@@ -280,7 +280,7 @@ NEURONS = {
     'compare on a network in step mode "s", which is called once': lambda: MPPDMonitor(
         network(lif(), "s")
     ).compare(images(), images()),
-    "compare gets a NaN": lambda: MPPDMonitor(network()).compare(sequence(), sequence() / 0 * 0),
+    "compare gets NaN": lambda: MPPDMonitor(network()).compare(sequence(), sequence() / 0 * 0),
     "The network is not reset between the clean and the perturbed run": not_reset_between_runs,
     "A certificate of a network without spiking neurons": lambda: perturbation_gains(
         nn.Sequential(nn.Flatten(2), nn.Linear(64, 10)), images(), T=T
@@ -288,7 +288,7 @@ NEURONS = {
     "A certificate of a bare network without its number of time steps": lambda: perturbation_gains(
         network(), images()
     ),
-    "Weights of another number of time steps are loaded": lambda: loaded(
+    "Weights for another number of time steps are loaded": lambda: loaded(
         network(), network(DLIFNode(T=8))
     ),
     "Weights of a LIF network are loaded into its DLIF successor": lambda: loaded(
@@ -306,7 +306,7 @@ RECIPES = {
     ),
     "adv_train.py --config mine.yaml, which does not exist": nothing,
     "adv_train.py --dataset cifar": nothing,
-    "adv_train.py --dataset fashion_mnist --data-root pictures, where nothing is": nothing,
+    "adv_train.py --dataset fashion_mnist --data-root pictures, without the files": nothing,
     "adv_train.py --dataset image_folder:pictures, which does not exist": nothing,
     "adv_train.py --eps 8 --reference false": nothing,
     "adv_train.py --model resnet18": nothing,
@@ -333,7 +333,7 @@ GROUPS = {
     "Attacks": ATTACKS,
     "Neurons, monitor, certificate, weights": NEURONS,
     "Recipes": {what: recipe(what, before) for what, before in RECIPES.items()}
-    | {"adv_train.py where the extra recipes is not installed": without("accelerate")},
+    | {"adv_train.py, without the extra 'recipes'": without("accelerate")},
 }
 """What is done, in the words of the page, and does it."""
 
@@ -385,10 +385,9 @@ def answer(mistake):
 
 
 def state_is_carried_over():
-    """A LIF network in a loop of your own is not reset: SpikingJelly goes on with the potentials it
-    left.
+    """A LIF network is not reset in your own loop: SpikingJelly continues from the last potentials.
 
-    Call `functional.reset_net(net)` before every batch, or put the network into a
+    Call `functional.reset_net(net)` before every batch, or wrap the network in a
     `SpikingClassifier`.
     """
     net, x = network(neuron.IFNode()), sequence() * 4
@@ -399,24 +398,24 @@ def state_is_carried_over():
 def images_count_as_time_steps():
     """Images [N, C, H, W] go into a LIF network in step mode "m": the samples count as time steps.
 
-    Give it [T, N, C, H, W], or images to a `SpikingClassifier`; the outputs' shape tells.
+    Pass [T, N, C, H, W], or use a `SpikingClassifier`. The output's shape shows the mistake.
     """
     return network(lif())(images()).shape == (N, 1, 10)
 
 
 def samples_first_go_through():
-    """A sequence comes as [N, T, ...] and has no more samples than the neurons have time steps.
+    """A sequence is [N, T, ...] and has no more samples than the neurons have time steps.
 
-    Time is the first dimension everywhere but in `SpikingEventClassifier`: `x.transpose(0, 1)`.
+    Time comes first everywhere except in `SpikingEventClassifier`: use `x.transpose(0, 1)`.
     """
     return network()(sequence(n=3).transpose(0, 1)).shape == (3, 4, 10)
 
 
 def gains_are_not_trained():
-    """The optimizer is made before `replace_neurons` (or `set_time_steps`), and never sees the new
-    gains.
+    """The optimizer is created before `replace_neurons` (or `set_time_steps`), and never sees the
+    new gains.
 
-    Replace the neurons first, then make the optimizer.
+    Replace the neurons first, then create the optimizer.
     """
     net = network(lif())
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -426,7 +425,7 @@ def gains_are_not_trained():
 
 
 def bytes_scaled_by_nothing():
-    """Images from 0 to 255 go into a forward pass, which does not look at values; attacks and
+    """Images from 0 to 255 go into a forward pass, which does not check values; attacks and
     evaluations do.
 
     Scale them to [0, 1], and give mean and std to the `SpikingClassifier`.
@@ -445,10 +444,10 @@ SILENT = [
 INTRODUCTION = """\
 # Mistakes and what the messages say
 
-What a newcomer gets wrong, and the answer. Every one of them is made in
-`tests/test_newcomer_mistakes.py`, which also writes this page
-(`python tests/test_newcomer_mistakes.py`) and fails where it is not current. A recipe ends with
-exit code 2 after wrong use, when nothing was done, and with 1 after work that failed.
+Common mistakes of newcomers, and the messages they get. `tests/test_newcomer_mistakes.py` makes
+every one of them, writes this page (`python tests/test_newcomer_mistakes.py`) and fails if it is
+out of date. Recipes exit with code 2 after wrong usage, before anything is done, and with 1 after
+work that failed.
 """
 
 
@@ -461,7 +460,7 @@ def page():
             code, text = answer(mistake)
             lines = [line for part in text.splitlines() for line in textwrap.wrap(part, 100)]
             parts.append("\n".join((f"{what}: {code}\n", "```text", *lines, "```\n")))
-    parts.append("## What no message tells\n")
+    parts.append("## Mistakes without a message\n")
     said = (" ".join(silent.__doc__.split()) for silent in SILENT)
     parts += ["\n".join(textwrap.wrap(f"- {text}", 118, subsequent_indent="  ")) for text in said]
     return "\n".join(parts) + "\n"

@@ -37,7 +37,7 @@ YES = "yes"
 LARGE = ("SNASNet", "SpikeDHS")
 TITLES = {
     "evaluate": "`evaluate`",
-    "compare": "`compare`",
+    "compare": "`compare_potentials`",
     "gains": "gains",
     "verify": "`verify`",
     "replace": "`replace_neurons`",
@@ -46,19 +46,19 @@ TITLES = {
 HEAD = """# Which networks work
 
 The networks of `spikingjelly.activation_based.model` and of SpikingJelly's tutorials, as people
-write them, built small (few channels, blocks and classes, small images) with fresh weights.
-Nothing is said about any of them but the number of steps, and that only where the network does not
-bring it: the first forward finds out how it is called ([Your
+write them, in small versions (few channels, blocks and classes, small images) with untrained
+weights. Only the number of steps is given, and only if the network does not define it: the first
+forward finds out how the network is called ([Your
 network](../your_network.md#make-it-a-function-of-images)), and its logits are those of the plain
 call, bit for bit (`tests/test_convention.py`). Functions such as `spiking_vgg16_bn` or
 `sew_resnet50` build these classes in other sizes.
 
 `python docs/results/networks.py` tries each of them and writes this page; run it once for every
-release. `evaluate` stands for the checks that it begins with and a suite of one short attack,
-gains for `perturbation_gains` on perturbed images, `verify` for its intervals, fine-tuning for
-a step of `adv_train.py`: neurons made DLIF, FGSM, the loss with MS-MPPD, backward, SGD. Where the
-releases differ, both are told. SNASNet and SpikeDHS, whose width is fixed, take minutes each and
-are tried only if they are named. The reasons stand below.
+release. In the columns, `evaluate` means its initial checks and a suite of one short attack; gains,
+`perturbation_gains` on perturbed images; `verify`, bounds by intervals; fine-tuning, a step of
+`adv_train.py` (DLIF neurons, FGSM, the loss with MS-MPPD, backward, SGD). Where the releases
+differ, both are shown. SNASNet and SpikeDHS, whose width is fixed, take minutes each and are tried
+only if named. The reasons for failures are below.
 """
 
 
@@ -108,7 +108,7 @@ def outcome(column: Callable[[Any], str], row: Any) -> str:
     """What a column says, or the error in a line."""
     try:
         return column(row)
-    except Exception as error:  # the page tells every one of them
+    except Exception as error:  # the page shows every one of them
         return f"no: {' '.join(str(error).split())}".replace(f"{NETWORKS}:", "")
 
 
@@ -128,7 +128,7 @@ def labelled(model: nn.Module, row: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def perturbed(x: torch.Tensor, row: Any) -> torch.Tensor:
-    """Images next to x."""
+    """Images close to x."""
     generator = torch.Generator().manual_seed(2)
     if row.frames:
         return random_flips(nn.Flatten(), x, torch.zeros(len(x)).long(), flips=20)
@@ -167,9 +167,9 @@ def gains(row: Any) -> str:
     model = classifier_of(row)
     found = sj_robust.perturbation_gains(model, x, x_perturbed=perturbed(x, row), max_iterations=10)
     layers = found.layers
-    left = [layer for layer in layers if layer.not_covered is not None]
-    why = f"{left[0].name}: {left[0].not_covered}" if left else ""
-    return part(len(layers) - len(left), len(layers), why)
+    failed = [layer for layer in layers if layer.not_covered is not None]
+    why = f"{failed[0].name}: {failed[0].not_covered}" if failed else ""
+    return part(len(layers) - len(failed), len(layers), why)
 
 
 def verified(row: Any) -> str:
@@ -228,18 +228,18 @@ def page() -> str:
         for release in releases
     }
     names = list(dict.fromkeys(name for rows in reversed(found.values()) for name in rows))
-    heads = ["network", "SpikingJelly", "what it was found to do", *TITLES.values()]
+    heads = ["network", "SpikingJelly", "how it is called", *TITLES.values()]
     lines = [HEAD, f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     reasons = []
     for name in names:
         cells = [{release: rows[name] for release, rows in found.items() if name in rows}]
         of_releases = cells[0]
-        told = [each(of_releases, column) for column in ("takes", *TITLES)]
-        lines.append(f"| {name} | {', '.join(of_releases)} | {' | '.join(told)} |")
+        shown = [each(of_releases, column) for column in ("takes", *TITLES)]
+        lines.append(f"| {name} | {', '.join(of_releases)} | {' | '.join(shown)} |")
         for column, title in TITLES.items():
             why = {cell[column].partition(": ")[2] for cell in of_releases.values()} - {""}
             reasons += [f"- {name}, {title}: {escaped(reason)}" for reason in sorted(why)]
-    return "\n".join([*lines, "", "## Where something does not", "", *reasons]) + "\n"
+    return "\n".join([*lines, "", "## What does not work, and why", "", *reasons]) + "\n"
 
 
 def each(of_releases: dict[str, dict[str, str]], column: str) -> str:

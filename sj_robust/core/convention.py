@@ -256,7 +256,7 @@ class _Trial:
             if not self._agree(fits[0], other):
                 return ValueError(
                     f"the network ({self._name}) can be called in two ways that give different "
-                    f"logits: it {chosen}; or it {other.convention}; say which is meant with "
+                    f"logits: it {chosen}; or it {other.convention}; choose one with "
                     f"SpikingClassifier(net, T={self.T}, takes={chosen.takes!r}) or "
                     f"takes={other.convention.takes!r}"
                 )
@@ -293,9 +293,9 @@ class _Trial:
             return None
         return ValueError(
             f"the network ({self._name}) keeps a state that functional.reset_net does not reset "
-            f"({', '.join(names)}), so that its logits depend on what ran before; give the module "
-            "that holds it a method reset(), or derive it from SpikingJelly's base.MemoryModule "
-            "and register the state with register_memory"
+            f"({', '.join(names)}), so its logits depend on earlier calls; give the module that "
+            "holds it a method reset(), or derive it from SpikingJelly's base.MemoryModule and "
+            "register the state with register_memory"
         )
 
     @property
@@ -355,7 +355,7 @@ class _Trial:
                 self.failed["images"] = run
                 return None
         if one.steps != two.steps:
-            self.ran["images"] = f"its neurons take the {sizes[0]} images for time steps"
+            self.ran["images"] = f"its neurons treat the {sizes[0]} images as time steps"
             return None
         if one.steps == 1 and self.T != 1:
             return None  # one step of several
@@ -368,7 +368,7 @@ class _Trial:
             self._note_wrong("images", (one, two)[wrong].outputs, sizes[wrong], steps)
             return None
         if self.given not in (None, steps):
-            self.ran["images"] = f"it runs {steps} steps itself, asked for is T={self.given}"
+            self.ran["images"] = f"it runs {steps} steps itself, got T={self.given}"
             return None
         convention = Convention("images", forms[0], steps, one.resets_itself)
         return _Fit(convention, _mean(one.outputs))
@@ -390,7 +390,7 @@ class _Trial:
             return self.T  # a neuron that stands in several places
         if max(run.lengths, default=1) == 1:
             self.ran["images"] = (
-                f"a neuron runs {run.steps} times in one call: as many steps, or as many places"
+                f"a neuron runs {run.steps} times in one call, for as many steps or places"
             )
             return None
         return run.steps
@@ -455,25 +455,25 @@ class _Trial:
             raised.sort(key=lambda run: -run.calls)
         if self.T is None:
             error = raised[0].error if raised else None
-            told = f" (given images it raises {type(error).__name__}: {error})" if error else ""
+            cause = f" (with images, it raises {type(error).__name__}: {error})" if error else ""
             return ValueError(
                 f"T must be given for a bare network ({self._name}), got None; it is the number "
-                f"of time steps, such as T=4 (--T 4){told}"
+                f"of time steps, such as T=4 (--T 4){cause}"
             )
-        if self.given is not None and "asked for" in self.ran.get("images", ""):
+        if self.given is not None and "got T=" in self.ran.get("images", ""):
             return ValueError(
-                f"T must be the network's own or None: {self.ran['images']}; leave T out, or "
+                f"T must be the network's own or None: {self.ran['images']}; omit T, or "
                 f"build the network for T={self.given}"
             )
         if native not in self.ran and raised and raised[0].error is not None:
             return raised[0].error
         if "images" in self.ran and (kept := self._kept_in("images")):
             return kept
-        ran = "; ".join(f"as {takes}, {problem}" for takes, problem in self.ran.items())
+        ran = "; ".join(f"with takes={takes!r}, {problem}" for takes, problem in self.ran.items())
         return ValueError(
             f"it is not clear how the network ({self._name}) is called: {ran}; put all layers "
-            "into one step mode with functional.set_step_mode(net, 'm'), or say it with "
-            f"SpikingClassifier(net, T, takes=...), which is one of {', '.join(TAKES)}"
+            "into one step mode with functional.set_step_mode(net, 'm'), or pass takes= to "
+            f"SpikingClassifier, one of {', '.join(map(repr, TAKES))}"
         )
 
 
@@ -701,7 +701,7 @@ def _shown(outputs: object) -> str:
 
 
 def _remedy(outputs: object, images: int) -> str:
-    around = "return the logits alone, in a module around it whose forward returns"
+    around = "wrap it in a module that returns only the logits,"
     if isinstance(outputs, dict):
         return f"{around} net(x)[{next(iter(outputs), 'logits')!r}]"
     if isinstance(outputs, list) and all(_form(x, images, None) == "logits" for x in outputs):
@@ -715,7 +715,7 @@ def _remedy(outputs: object, images: int) -> str:
     if isinstance(outputs, Tensor) and outputs.ndim == 3 and outputs.shape[1] == images:
         return f"{around} net(x).mean(0), or give SpikingClassifier the T that it runs"
     return (
-        "let it end in a layer of spikingjelly.activation_based.layer such as layer.Linear, after "
+        "end it with a layer of spikingjelly.activation_based.layer, such as layer.Linear after "
         "layer.Flatten, in the network's own step mode"
     )
 

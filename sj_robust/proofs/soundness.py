@@ -101,7 +101,7 @@ class KeptValues:
         >>> kept.check()  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        ValueError: model must stay as it is in a forward in evaluation mode, got one that ...
+        ValueError: model must not change in a forward in evaluation mode, got one that ...
     """
 
     def __init__(self, model: object) -> None:
@@ -116,9 +116,10 @@ class KeptValues:
         changed = [name for name in names if not _equal(self._before.get(name), now.get(name))]
         if changed:
             raise ValueError(
-                "model must stay as it is in a forward in evaluation mode, got one that changes "
+                "model must not change in a forward in evaluation mode, got one that changes "
                 f"{', '.join(sorted(changed))}; let forward write to local variables, or register "
-                "a state with register_memory of SpikingJelly's base.MemoryModule, which is reset"
+                "the state with register_memory of SpikingJelly's base.MemoryModule, so that it is "
+                "reset"
             )
 
 
@@ -174,9 +175,9 @@ def check_maps(maps: Maps) -> None:
         gap = ((weights * value).sum() - expected).abs()
         if not bool(gap <= _MAP_GAP * size):
             raise UnsoundBoundsError(
-                f"autograd does not see all that reaches {name}: what the network computes there "
-                f"differs from its graph by {float(gap / size):.1e}; compute it with operations "
-                "of torch that keep their graph, without torch.no_grad(), detach and custom "
+                f"autograd does not see everything that reaches {name}: what the network computes "
+                f"there differs from its graph by {float(gap / size):.1e}; use torch operations "
+                "that record their graph, without torch.no_grad(), detach or custom "
                 "autograd.Function"
             )
 
@@ -276,17 +277,17 @@ def _compared(name: str, module: Any, calls: Iterator[_Call]) -> Callable[..., T
 def _other_dynamics(name: str, neuron: Neuron) -> UnsoundBoundsError:
     return UnsoundBoundsError(
         f"the layer {name} ({neuron.type_name}) does not spike as its charge equation says: the "
-        "forward of its surrogate is no step at the threshold, or a method of the neuron was "
-        "replaced; take neuron and surrogate as they come with SpikingJelly or sj_robust"
+        "forward of its surrogate is not a step at the threshold, or a method of the neuron was "
+        "replaced; use the neurons and surrogates of SpikingJelly or sj_robust unchanged"
     )
 
 
 def _outside(what: str, where: str) -> UnsoundBoundsError:
     return UnsoundBoundsError(
         f"{what} of {where} is outside its bounds at a point of the ball, so nothing is proved: "
-        "the network does something else in a plain call than on bounds, such as a forward that "
-        "asks for the type of its input or for torch.is_grad_enabled(), or keeps a state that its "
-        "reset leaves; take that out, and if there is nothing of the kind, report it with the "
+        "the network computes something else in a plain call than for its bounds, as when forward "
+        "checks the type of its input or torch.is_grad_enabled(), or it keeps a state that its "
+        "reset does not clear; remove that, and if there is no such thing, report a bug with the "
         "network"
     )
 

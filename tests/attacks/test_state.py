@@ -281,7 +281,7 @@ def test_a_new_classifier_is_compiled_and_exported_once_it_is_said_what_its_netw
 
 def test_a_new_classifier_is_not_compiled_where_a_trial_is_needed():
     model = SpikingClassifier(nn.Sequential(nn.Linear(4, 3)), T=2).eval()
-    with pytest.raises(Exception, match=r"call classifier.find_convention\(images\) once, or give"):
+    with pytest.raises(Exception, match=r"call classifier.find_convention\(images\) once, or pass"):
         torch.export.export(model, (torch.rand(2, 4),))
 
 

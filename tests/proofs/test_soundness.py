@@ -56,7 +56,7 @@ def test_a_branch_that_autograd_does_not_see_is_no_constant(branch, method):
     model = beside(NAMED[branch])
     x = torch.rand(8, 4)
     with pytest.raises(
-        UnsoundBoundsError, match="autograd does not see all that reaches the output"
+        UnsoundBoundsError, match="autograd does not see everything that reaches the output"
     ):
         verify(model, x, model(x).argmax(1), 0.4, method=method, time_limit=1.0)
 
@@ -71,7 +71,7 @@ def test_what_leaves_torch_has_no_bounds(branch):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_network_without_any_graph_is_refused_by_the_first_layer_that_shows_it(method):
     model = beside(fuzz.without_graph, whole=True)
-    with pytest.raises(UnsoundBoundsError, match="all that reaches the layer node"):
+    with pytest.raises(UnsoundBoundsError, match="everything that reaches the layer node"):
         verify(model, torch.rand(2, 4), torch.tensor([0, 1]), 0.4, method=method)
 
 
@@ -155,7 +155,7 @@ def changed(kind, method, value):
 def test_a_surrogate_whose_forward_is_no_step_is_refused(kind, function):
     model = single(TYPES[kind](surrogate_function=function(), step_mode="m"))
     with pytest.raises(
-        UnsoundBoundsError, match="the layer 1 .*forward of its surrogate is no step"
+        UnsoundBoundsError, match="the layer 1 .*forward of its surrogate is not a step"
     ):
         verify(model, torch.rand(2, 4), torch.tensor([0, 1]), 0.01)
 
@@ -275,7 +275,7 @@ def counting(kind):
     return SpikingClassifier(nn.Sequential(*layers), T=3).eval()
 
 
-CHANGES = r"must stay as it is in a forward in evaluation mode, got one that changes net\.3\.count"
+CHANGES = r"must not change in a forward in evaluation mode, got one that changes net\.3\.count"
 
 
 @pytest.mark.parametrize("kind", ["buffer", "parameter", "tensor", "number"])
