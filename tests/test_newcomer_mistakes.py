@@ -308,7 +308,7 @@ RECIPES = {
     "adv_train.py --dataset cifar": nothing,
     "adv_train.py --dataset fashion_mnist --data-root pictures, where nothing is": nothing,
     "adv_train.py --dataset image_folder:pictures, which does not exist": nothing,
-    "adv_train.py --eps 8 --reference false": nothing,
+    "adv_train.py --eps 8 --no-reference": nothing,
     "adv_train.py --model resnet18": nothing,
     "adv_train.py --resume, where there is no run": nothing,
     "adv_train.py --output results, which holds other files": written("results/notes.txt", "mine"),

@@ -6,7 +6,6 @@ from importlib.util import find_spec
 
 _MODULES = (
     "accelerate",
-    "jsonargparse",
     "matplotlib",
     "PIL",
     "rich",
@@ -14,6 +13,7 @@ _MODULES = (
     "sklearn",
     "submitit",
     "tensorboard",
+    "tyro",
     "yaml",
 )
 

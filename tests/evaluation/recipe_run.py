@@ -103,11 +103,12 @@ def working_folder(folder):
         "--test-limit",
         "20",
         "--channels",
-        "[8,8]",
+        "8",
+        "8",
         "--T",
         "3",
     )
-    plain = ("--mode", "none", "--neuron", "lif", "--reference", "false", "--output", "runs/one")
+    plain = ("--mode", "none", "--neuron", "lif", "--no-reference", "--output", "runs/one")
     with undrawn():
         launch.in_process("adv_train", folder, *quick, *plain)
     two = folder / "runs" / "two"

@@ -54,11 +54,10 @@ def test_a_normalisation_goes_into_the_checkpoint_and_a_start_is_told(tmp_path, 
         "--pretrained",
         "bare.pt",
         "--mean",
-        "[0.3]",
+        "0.3",
         "--std",
-        "[0.5]",
-        "--reference",
-        "false",
+        "0.5",
+        "--no-reference",
     )
     in_process(tmp_path, *QUICK, *options, "--output", "run")
     assert "starting from " in (tmp_path / "run" / "log.txt").read_text()
@@ -82,7 +81,7 @@ def test_certified_training_beside_ms_mppd_ends_with_what_is_verified(tmp_path, 
         "--lr",
         "0.02",
     )
-    in_process(tmp_path, *QUICK, *options, "--epochs", "6", "--reference", "false", draws=True)
+    in_process(tmp_path, *QUICK, *options, "--epochs", "6", "--no-reference", draws=True)
     report = Report.load(tmp_path / "runs" / "digits-dlif-certified-1" / "report.json")
     (note,) = report.notes
     found = re.fullmatch(
@@ -145,7 +144,7 @@ def test_a_run_that_was_killed_and_resumed_ends_at_the_same_weights(tmp_path, wh
 
 
 def test_resuming_a_finished_run_gives_the_same_report_and_other_options_are_refused(tmp_path):
-    quick = (*QUICK, "--epochs", "1", "--mode", "gaussian", "--reference", "false")
+    quick = (*QUICK, "--epochs", "1", "--mode", "gaussian", "--no-reference")
     in_process(tmp_path, *quick)
     folder = tmp_path / "runs" / "digits-dlif-gaussian-1"
     scores = Report.load(folder / "report.json").scores
@@ -172,8 +171,7 @@ def test_bounds_and_options_without_effect_are_in_the_log(tmp_path, capsys):
         *QUICK,
         "--epochs",
         "1",
-        "--reference",
-        "false",
+        "--no-reference",
         "--log-bounds",
         "--mode",
         "none",
@@ -229,7 +227,7 @@ def test_presets_train(tmp_path, path):
 
 
 def test_two_processes(tmp_path):
-    options = (*QUICK, "--epochs", "1", "--reference", "false")
+    options = (*QUICK, "--epochs", "1", "--no-reference")
     out, _ = finish(start("adv_train", tmp_path, *options, launcher=launch.TWO_PROCESSES))
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["digits-dlif-at-1"]
     assert out.count("| pgd20 |") == 1

@@ -7,6 +7,7 @@ import adv_train
 import pytest
 import torch
 import yaml
+from lab.command_line import from_values
 from lab.sweeping.grid import expand, seeds_of
 from lab.sweeping.plan import plan_runs
 from lab.sweeping.published_accuracies import PUBLISHED
@@ -50,7 +51,7 @@ def test_every_cell_of_the_tables_is_there():
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_builds(recipe, path):
-    options = adv_train.completed(adv_train.Options(**recipe.resolve(options_in(path))))
+    options = from_values(adv_train.Options, options_in(path), path.name)
     options = replace(options, mean=None, std=None)  # values, which there are none of on meta
     shape, classes = SHAPES[options.dataset]
     splits = SimpleNamespace(image_shape=shape, classes=classes, mean=None, std=None, frames=False)

@@ -18,7 +18,7 @@ from sj_robust.training import save_checkpoint
 
 pytestmark = pytest.mark.slow
 
-PAPER = ("--suite", "paper", "--control", "false", *TWO_BATCHES)
+PAPER = ("--suite", "paper", "--no-control", *TWO_BATCHES)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_two_processes(folder, tmp_path, whole):
 
 @pytest.mark.parametrize(
     ("function", "extra"),
-    [("dead", ("--T", "3", "--mean", "[0.5]", "--std", "[0.5]")), ("wrapped", ())],
+    [("dead", ("--T", "3", "--mean", "0.5", "--std", "0.5")), ("wrapped", ())],
 )
 def test_somebodys_own_network(folder, tmp_path, capsys, function, extra):
     own = (
@@ -138,8 +138,7 @@ def test_somebodys_own_network(folder, tmp_path, capsys, function, extra):
         "8/255",
         "--suite",
         "paper",
-        "--control",
-        "false",
+        "--no-control",
         *SMALL,
     )
     in_process(folder, *own, *extra, "--output", str(tmp_path / "own"), "--name", function)
@@ -325,7 +324,7 @@ def test_leaderboard(folder, tmp_path, capsys, whole):
         f"| lif_none | digits | 12 | Linf, eps 0.1 | paper | {whole.clean.percent} |"
     )
     assert row.endswith(
-        "python recipes/evaluate.py runs/one --suite paper --control false --test-limit 12 |"
+        "python recipes/evaluate.py runs/one --suite paper --no-control --test-limit 12 |"
     )
 
 

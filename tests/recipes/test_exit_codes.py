@@ -69,8 +69,8 @@ def ended(tmp_path, monkeypatch, capsys):
             "batch_size must be from 1 to the number of training images",
         ),
         ("adv_train", "--accumulate 3", 2, "batch_size must be a multiple of"),
-        ("adv_train", "--layers [nowhere]", 2, "nowhere"),
-        ("adv_train", "--channels []", 2, "must begin with a convolution"),
+        ("adv_train", "--layers nowhere", 2, "nowhere"),
+        ("adv_train", "--channels", 2, "must begin with a convolution"),
         ("adv_train", "--mode certified --certified-eps -1", 2, "certified_eps must be"),
         (
             "adv_train",
@@ -91,7 +91,7 @@ def ended(tmp_path, monkeypatch, capsys):
         ("figures", "--which neurons", 2, "--which must be a list of all, neuron"),
         ("figures", "nowhere", 1, "nowhere does not exist; give the folder of a run"),
         ("figures", "--redraw nowhere", 1, "nowhere does not exist; --redraw takes the folder"),
-        ("benchmark", "--methods [Brian]", 2, "neuron has no method Brian; it has DLIF cpp"),
+        ("benchmark", "--methods Brian", 2, "neuron has no method Brian; it has DLIF cpp"),
         (
             "benchmark",
             "--shapes [[0,0,0]]",
@@ -251,7 +251,7 @@ SLOW = {  # what would take hours, and what is shown when it has begun
     "adv_train": ("--epochs 9999", "epoch 1/9999"),
     "evaluate": ("run/lif_none --suite standard", "suite standard"),
     "sweep": ("--base digits --options '{epochs: 9999}' --grid '{rho: [0]}'", "1 runs in f"),
-    "benchmark": ("--shapes [[4,8,32,8,8]] --rounds 99999 --check false", "measuring neuron"),
+    "benchmark": ("--shapes [[4,8,32,8,8]] --rounds 99999 --no-check", "measuring neuron"),
 }
 
 

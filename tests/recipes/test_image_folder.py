@@ -42,7 +42,8 @@ def test_the_folder_is_what_the_page_says_and_goes_through_vgg5(tmp_path):
         "--epochs",
         "1",
         "--hidden",
-        "[16, 16]",
+        "16",
+        "16",
     ]
     network = [
         "--dataset",
@@ -51,8 +52,7 @@ def test_the_folder_is_what_the_page_says_and_goes_through_vgg5(tmp_path):
         "vgg5",
         "--T",
         "8",
-        "--reference",
-        "false",
+        "--no-reference",
     ]
     launch.in_process("adv_train", tmp_path, *network, *small, "--device", "cpu", "--output", "run")
     report = Report.load(tmp_path / "run" / "report.json")

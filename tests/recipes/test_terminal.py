@@ -29,7 +29,8 @@ TINY = (
     "--test-limit",
     "12",
     "--channels",
-    "[2,2]",
+    "2",
+    "2",
     "--T",
     "2",
 )
@@ -111,7 +112,8 @@ def test_on_a_terminal_bars_move_and_fit_in_its_colours(tmp_path, columns, varia
         "--validation-fraction",
         "0.5",
         "--channels",
-        "[32, 64]",
+        "32",
+        "64",
         "--T",
         "8",
     )
@@ -119,8 +121,7 @@ def test_on_a_terminal_bars_move_and_fit_in_its_colours(tmp_path, columns, varia
         tmp_path,
         *TRAIN,
         *longer,
-        "--reference",
-        "false",
+        "--no-reference",
         "--epochs",
         "1",
         columns=columns,
@@ -146,7 +147,7 @@ def test_on_a_terminal_bars_move_and_fit_in_its_colours(tmp_path, columns, varia
 
 
 def test_a_terminal_that_cannot_move_its_cursor_gets_lines(tmp_path):
-    text = on_a_terminal(tmp_path, *TRAIN, "--reference", "false", TERM="dumb")
+    text = on_a_terminal(tmp_path, *TRAIN, "--no-reference", TERM="dumb")
     assert "dlif_at epoch 2/2" in text
     assert "\x1b" not in text
     assert "━" not in text
@@ -197,7 +198,7 @@ def folders(tmp_path_factory, shown):
             "--grid",
             "{rho: [1]}",
             "--evaluate",
-            "[paper]",
+            "paper",
             "--evaluation-options",
             "{test_limit: 4}",
             "--output",
@@ -208,13 +209,13 @@ def folders(tmp_path_factory, shown):
             "--shapes",
             "[[2,4,3,8,8]]",
             "--methods",
-            "[DLIF eager, textbook loop]",
+            "DLIF eager",
+            "textbook loop",
             "--rounds",
             "2",
             "--allocators",
-            "[malloc]",
-            "--check",
-            "false",
+            "malloc",
+            "--no-check",
             "--output",
             "measured",
         ),

@@ -137,12 +137,8 @@ def _known(folder: Path, recipe: Recipe) -> dict[str, Path]:
     """
     known = {}
     for path in sorted((folder / "runs").glob(f"*/{OPTIONS_FILE}")):
-        try:
-            options = recipe.resolve(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise ValueError(
-                f"{path}: {error}; the run is of another version, use another --output"
-            ) from error
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        options = recipe.resolve(given, where=f"{path}; give another --output")
         known[recipe.identity(options)] = path.parent
     return known
 

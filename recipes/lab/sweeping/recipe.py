@@ -2,19 +2,17 @@
 and to run.
 """
 
-import difflib
 import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lab.command_line import idle
-from lab.command_line.parser import RecipeParser
-from sj_robust.core.saved import plain
+from lab.command_line import from_values, idle, plain
+from lab.command_line.declared import Decides, marked
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class Recipe:
     """What a sweep knows of a recipe.
 
     ``completed`` is its function of that name, if it has one: options with values where they were
-    null because others decide them.
+    None because others decide them.
     """
 
     path: Path
@@ -33,34 +31,26 @@ class Recipe:
     @cached_property
     def names(self) -> list[str]:
         """Names of its options."""
-        return list(self._parser.options)
+        return [field.name for field in fields(self.options_type)]
 
     def check_names(self, names: Iterable[str]) -> None:
-        """Raise ValueError, with the nearest names there are, unless all are names of options."""
+        """Raise ValueError unless all are names of options."""
         for name in names:
-            if name in self.names:
-                continue
-            near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.5)
-            remedy = f"it has {', '.join(self.names)}"
-            if near:
-                remedy = f"did you mean {' or '.join(near)}?"
-            raise ValueError(f"{self.path.name} has no option {name!r}; {remedy}")
+            if name not in self.names:
+                raise ValueError(
+                    f"{self.path.name} has no option {name!r}; it has {', '.join(self.names)}"
+                )
 
-    def resolve(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """All options of a run as plain data: those given, checked, and the recipe's defaults."""
-        self.check_names(options)
-        try:
-            found = self._parser.values(options)
-        except ValueError as error:
-            raise ValueError(f"{self.path.name} does not take these options: {error}") from error
-        return {name: plain(value) for name, value in found.items()}
+    def resolve(self, options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+        """All options of a run as plain data: those given, checked, and the recipe's defaults.
+
+        Wrong ones end the process, after a message that says ``where`` they stand.
+        """
+        return plain(from_values(self.options_type, options, where or self.path.name))
 
     def complete(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """All options as the recipe understands them: null is the value that others decide, 8/255 a
-        number.
-        """
-        understood = self._understood(options)
-        return {name: plain(getattr(understood, name)) for name in self.names}
+        """All options with values where they are None because others decide them."""
+        return plain(self._understood(options))
 
     def idle(self, options: Mapping[str, Any]) -> frozenset[str]:
         """Names of the options that change nothing, given all options; see
@@ -78,21 +68,17 @@ class Recipe:
 
     def decisive(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options of which another value is another run."""
-        known = self._parser.options.values()
-        without = {one.name for one in known if one.decides == "nothing"}
+        marks = marked(self.options_type, Decides)
+        without = {name for name, mark in marks.items() if mark.what == "nothing"}
         return {name: value for name, value in options.items() if name not in without}
 
     @cached_property
     def defaults(self) -> dict[str, Any]:
         """All options with their defaults, as plain data."""
-        return self.resolve({})
-
-    @cached_property
-    def _parser(self) -> RecipeParser:
-        return RecipeParser(self.options_type)
+        return plain(self.options_type())
 
     def _understood(self, options: Mapping[str, Any]) -> Any:
-        found = self.options_type(**options)
+        found = from_values(self.options_type, options, self.path.name)
         return found if self.completed is None else self.completed(found)
 
 
