@@ -28,6 +28,7 @@ from lab.command_line import (
     config_files,
     describe_folder,
     plain,
+    read_file,
     read_options,
     run_recipe,
 )
@@ -113,8 +114,6 @@ from lab.sweeping.report import write_report
 from rich.console import Console
 
 from sj_robust.core.console import duration, working
-from sj_robust.core.extras import check_extra
-from sj_robust.core.folders import read_text
 from sj_robust.evaluation import write_whole
 
 
@@ -198,13 +197,11 @@ def plan(options: Options, folder: Path) -> list[PlannedRun]:
         raise ValueError(
             f"{owned[0]} is set by the sweep itself; leave it out, and give seeds with --seeds"
         )
-    fixed = ({"reference": False} if "reference" in recipe.names else {}) | given
-    combinations = expand(options.grid, fixed=recipe.resolve(fixed), skip=options.skip)
+    fixed = ({"reference": False} if "reference" in recipe.defaults else {}) | given
+    combinations = expand(options.grid, fixed=recipe.resolve(fixed).given, skip=options.skip)
     if not combinations:
         raise ValueError("skip leaves no combination of the grid; remove an entry")
     evaluator = load_recipe(Path(options.evaluator or RECIPES / "evaluate.py"))
-    for suite in options.evaluate if options.evaluator is None else []:
-        check_extra(suite)
     return plan_runs(
         folder,
         combinations,
@@ -225,13 +222,7 @@ def base_options(base: str | None) -> dict[str, Any]:
     if path is None:
         known = f"it is a YAML file, or the name of one in {places[1].parent}"
         raise FileNotFoundError(f"base {base} does not exist; {known}")
-    try:
-        content = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} must be YAML, got {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold options of adv_train.py, such as epochs: 15")
-    return content
+    return read_file(path)
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def test_a_cell_has_the_papers_hyperparameters(recipe, path):
     text = path.read_text(encoding="utf-8")
     assert "# Needs a GPU for fp16; elsewhere add --mixed-precision no." in text
     given = options_in(path)
-    options = recipe.resolve(given)
+    options = recipe.resolve(given).given
     name = path.stem.split("_")
     assert options["dataset"] == name[0]
     assert options["model"] == ("wrn16_4" if "wrn16" in name else name[1])
@@ -134,7 +134,7 @@ def test_a_sweep_is_made_of_the_presets(recipe, path, tmp_path):
     )
     runs = plan_runs(
         tmp_path,
-        expand(sweep["grid"], fixed=recipe.resolve(fixed), skip=sweep.get("skip", ())),
+        expand(sweep["grid"], fixed=recipe.resolve(fixed).given, skip=sweep.get("skip", ())),
         seeds_of(sweep.get("seeds", 1)),
         recipe=recipe,
         evaluator=load_recipe(RECIPES / "evaluate.py"),
@@ -144,7 +144,7 @@ def test_a_sweep_is_made_of_the_presets(recipe, path, tmp_path):
     if sweep["base"].startswith("paper/"):
         prefix = "cifar10_vgg5" if "indicators" in path.stem else path.stem.removesuffix("_sweep")
         cells = [one for one in CELLS if one.stem.startswith(prefix)]
-        planned = [recipe.identity(run.options) for run in runs]
+        planned = [recipe.identity(recipe.resolve(run.options)) for run in runs]
         assert len(planned) == len(cells)
         for cell in cells:
             assert recipe.identity(recipe.resolve(options_in(cell))) in planned, cell.stem
@@ -189,7 +189,7 @@ def test_a_sweep_is_made_of_the_presets(recipe, path, tmp_path):
 
 @pytest.mark.slow
 def test_every_published_figure_of_the_paper_has_its_preset(recipe):
-    settings = [recipe.resolve(options_in(path)) for path in CELLS]
+    settings = [recipe.resolve(options_in(path)).given for path in CELLS]
     for figure in PUBLISHED:
         if "Ding" in figure.source:
             assert any(figure.options.items() <= options.items() for options in settings), figure

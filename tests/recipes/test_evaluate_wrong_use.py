@@ -1,9 +1,11 @@
 """Wrong inputs of the recipe evaluate are named before anything is written."""
 
+import re
 from dataclasses import asdict
 
 import pytest
 from evaluation.recipe_run import SMALL, in_process
+from launch import unboxed
 
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.training import save_checkpoint
@@ -42,7 +44,7 @@ NETWORKS = {
             ValueError,
             "runs/two holds 2 networks, give one of them: runs/two/a/best.pt, runs/two/b",
         ),
-        (("runs/one", "--mean", "[0.5]"), ValueError, "a checkpoint knows its own mean and std"),
+        (("runs/one", "--mean", "0.5"), ValueError, "a checkpoint knows its own mean and std"),
         (
             ("runs/one", "--norm", "L0"),
             ValueError,
@@ -65,7 +67,7 @@ NETWORKS = {
         ),
         (
             ("runs/one", "--dataset", "mnits"),
-            ValueError,
+            SystemExit,
             "dataset must be one of digits, .*, got 'mnits'",
         ),
         (
@@ -74,7 +76,7 @@ NETWORKS = {
             "x/train does not exist; an image folder",
         ),
         (("runs/one", "--eps", "0"), ValueError, "eps must be > 0"),
-        (("runs/one", "--eps", "8/x"), ValueError, "number or a fraction"),
+        (("runs/one", "--eps", "8/x"), SystemExit, "number or a fraction"),
         (("runs/one", "--norm", "L2"), ValueError, "give that of L2, such as --eps 0.5"),
         (
             ("runs/one", "--norm", "L2", "--eps", "1", "--suite", "paper"),
@@ -107,10 +109,10 @@ NETWORKS = {
         ),
         (
             ("runs/one", "runs/two/a"),
-            ValueError,
-            "one checkpoint at a time, got another one, runs/two/a",
+            SystemExit,
+            "Unrecognized options: runs/two/a",
         ),
-        (("runs/one", "--draws", "0"), ValueError, "--draws must be an integer > 0, got 0"),
+        (("runs/one", "--draws", "0"), SystemExit, "--draws: must be an integer >= 1, got 0"),
         (
             ("runs/one", "--transfer", "wide.pt"),
             ValueError,
@@ -118,17 +120,17 @@ NETWORKS = {
         ),
         (
             ("runs/one", "--output", "own_net.py"),
-            ValueError,
+            SystemExit,
             r"output must be a folder, got own_net.py, where own_net.py is a file; give another",
         ),
         (
             ("runs/one", "--output", "own_net.py/x"),
-            ValueError,
+            SystemExit,
             r"output must be a folder, got own_net.py/x, where own_net.py is a file; give another",
         ),
     ],
 )
-def test_wrong_inputs(folder, options, error, message):
+def test_wrong_inputs(folder, options, error, message, capsys):
     wide = NetworkSpec(image_shape=(1, 9, 9))
     content = {
         "description": {"network": asdict(wide)},
@@ -136,6 +138,8 @@ def test_wrong_inputs(folder, options, error, message):
     }
     save_checkpoint(folder / "wide.pt", content)
     before = list((folder / "runs").iterdir())
-    with pytest.raises(error, match=message):
+    with pytest.raises(error) as refused:
         in_process(folder, *options, *SMALL)
+    told = unboxed(capsys.readouterr().err) if error is SystemExit else str(refused.value)
+    assert re.search(message, told), told
     assert list((folder / "runs").iterdir()) == before

@@ -20,7 +20,7 @@ import launch
 import pytest
 from accelerate.state import AcceleratorState
 from lab.command_line import check_options, run_recipe
-from launch import RECIPES
+from launch import RECIPES, unboxed
 
 from sj_robust.core.saved import write_whole
 from sj_robust.evaluation.progress import Progress
@@ -58,7 +58,7 @@ def ended(tmp_path, monkeypatch, capsys):
                 name,
                 "--output=a --bach-size 4",
                 2,
-                f"no option --bach-size.* option: python recipes/{name}.py --help",
+                f"Unrecognized options: --bach-size, 4 .* recipes/{name}.py --help",
             )
             for name in RECIPES
         ),
@@ -83,12 +83,12 @@ def ended(tmp_path, monkeypatch, capsys):
         ("adv_train", "--pretrained nowhere.pt", 1, "nowhere.pt"),
         ("evaluate", "--compare a b", 1, "a does not exist; --compare takes two"),
         ("evaluate", "--suite slow", 2, "slow"),
-        ("sweep", "--grid '{roh: [1]}'", 2, "has no option 'roh'"),
+        ("sweep", "--grid '{roh: [1]}'", 2, "Unrecognized options: --roh=1 .*adv_train.py"),
         ("sweep", "--base nowhere", 1, "base nowhere does not exist"),
         ("sweep", "--report --output nowhere", 1, "nowhere holds no finished run"),
         ("figures", "", 2, "give the folder of a run"),
         ("figures", "--which neuron", 2, "give --output"),
-        ("figures", "--which neurons", 2, "--which must be a list of all, neuron"),
+        ("figures", "--which neurons", 2, "neurons"),
         ("figures", "nowhere", 1, "nowhere does not exist; give the folder of a run"),
         ("figures", "--redraw nowhere", 1, "nowhere does not exist; --redraw takes the folder"),
         ("benchmark", "--methods Brian", 2, "neuron has no method Brian; it has DLIF cpp"),
@@ -106,15 +106,16 @@ def ended(tmp_path, monkeypatch, capsys):
         ),
         ("evaluate", "digits/dlif-certifed", 1, "did you mean 'digits/dlif-certified'"),
         ("evaluate", "digits/lif --transfer nowhere.pt", 1, "nowhere.pt does not exist"),
-        ("evaluate", "digits/lif --T 0", 2, "--T must be an integer > 0, got 0"),
+        ("evaluate", "digits/lif --T 0", 2, "must be an integer >= 1, got 0"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_line_and_leaves_no_folder(
+def test_what_is_wrong_is_said_and_leaves_no_folder(
     ended, tmp_path, name, arguments, expected, reason
 ):
     code, _, err = ended(name, *shlex.split(arguments))
     assert code == expected, err
-    assert re.fullmatch(f"error: .*{reason}.*\n", err), err
+    assert re.search(reason, unboxed(err)), err
+    assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -139,7 +140,7 @@ def test_what_is_wrong_is_said_in_a_line_and_leaves_no_folder(
             "sweep",
             "sweep.yaml",
             "{base: f/base.yaml}",
-            "--report --options '{model: own.py:build}'",
+            """--report --options '{"model": "own.py:build"}'""",
         ),
     ],
 )

@@ -18,6 +18,7 @@ from lab.command_line.read import (
     config_files,
     from_values,
     parse_options,
+    read_file,
     read_options,
 )
 from lab.command_line.readme import describe_folder
@@ -35,6 +36,7 @@ __all__ = [
     "idle",
     "parse_options",
     "plain",
+    "read_file",
     "read_options",
     "run_recipe",
 ]

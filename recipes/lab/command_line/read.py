@@ -33,7 +33,7 @@ def read_options(kind: type[OptionsT], arguments: Sequence[str]) -> OptionsT:
         _cli(kind, ["--help"], brief=not own.help_all)
     options = None
     for path in own.config:
-        options = from_values(kind, _content(path), str(path), options)
+        options = from_values(kind, read_file(path), str(path), options)
     # the words of YAML for None, True and False
     as_python = {"null": "None", "true": "True", "false": "False"}
     options = _cli(kind, [as_python.get(word, word) for word in words], options)
@@ -179,12 +179,16 @@ def _as_words(kind: type[Any], values: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _content(path: Path) -> dict[str, Any]:
-    """Options in a file of YAML."""
+def read_file(path: Path) -> dict[str, Any]:
+    """Options in a file of YAML; WrongUse if it does not hold any."""
+    if not path.is_file():
+        raise WrongUse(f"{path} must be a file of options, such as epochs: 15; it is not there")
     try:
         content = yaml.safe_load(read_text(path))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise WrongUse(" ".join(f"{path}: {error}".split())) from error
+    except yaml.YAMLError as error:
+        raise WrongUse(f"{path} must be YAML, got {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise WrongUse(str(error)) from error
     if not isinstance(content, dict):
         raise WrongUse(f"{path} must hold options, such as epochs: 15")
     return content

@@ -6,13 +6,34 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lab.command_line import from_values, idle, plain
 from lab.command_line.declared import Decides, marked
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """All options of a run as plain data.
+
+    Attributes:
+        given: Those given, checked, and the recipe's defaults.
+        complete: The same with values where None leaves it to other options.
+        idle: Names of those that change nothing, see :func:`lab.command_line.idle`.
+    """
+
+    given: dict[str, Any]
+    complete: dict[str, Any]
+    idle: frozenset[str]
+
+    def with_seed(self, seed: int) -> "Resolved":
+        """The same run with another seed."""
+        return replace(
+            self, given=self.given | {"seed": seed}, complete=self.complete | {"seed": seed}
+        )
 
 
 @dataclass(frozen=True)
@@ -28,43 +49,28 @@ class Recipe:
     main: Callable[[list[str]], None]
     completed: Callable[[Any], Any] | None = None
 
-    @cached_property
-    def names(self) -> list[str]:
-        """Names of its options."""
-        return [field.name for field in fields(self.options_type)]
-
     def check_names(self, names: Iterable[str]) -> None:
         """Raise ValueError unless all are names of options."""
         for name in names:
-            if name not in self.names:
+            if name not in self.defaults:
                 raise ValueError(
-                    f"{self.path.name} has no option {name!r}; it has {', '.join(self.names)}"
+                    f"{self.path.name} has no option {name!r}; it has {', '.join(self.defaults)}"
                 )
 
-    def resolve(self, options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-        """All options of a run as plain data: those given, checked, and the recipe's defaults.
-
-        Wrong ones end the process, after a message that says ``where`` they stand.
+    def resolve(self, options: Mapping[str, Any], where: str = "") -> Resolved:
+        """Options of a run from those given; wrong ones end the process, after a message that says
+        ``where`` they stand.
         """
-        return plain(from_values(self.options_type, options, where or self.path.name))
+        given = from_values(self.options_type, options, where or self.path.name)
+        complete = given if self.completed is None else self.completed(given)
+        return Resolved(plain(given), plain(complete), idle(complete))
 
-    def complete(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """All options with values where they are None because others decide them."""
-        return plain(self._understood(options))
-
-    def idle(self, options: Mapping[str, Any]) -> frozenset[str]:
-        """Names of the options that change nothing, given all options; see
-        :func:`lab.command_line.idle`.
-        """
-        return idle(self._understood(options))
-
-    def identity(self, options: Mapping[str, Any]) -> str:
+    def identity(self, run: Resolved) -> str:
         """Text that is equal for two runs that are one: their options, idle ones at their defaults,
         as JSON.
         """
-        found = self.complete(options)
-        found |= {name: self.defaults[name] for name in self.idle(options)}
-        return json.dumps(self.decisive(found), sort_keys=True)
+        idle_ones = {name: self.defaults[name] for name in run.idle}
+        return json.dumps(self.decisive(run.complete | idle_ones), sort_keys=True)
 
     def decisive(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options of which another value is another run."""
@@ -76,10 +82,6 @@ class Recipe:
     def defaults(self) -> dict[str, Any]:
         """All options with their defaults, as plain data."""
         return plain(self.options_type())
-
-    def _understood(self, options: Mapping[str, Any]) -> Any:
-        found = from_values(self.options_type, options, self.path.name)
-        return found if self.completed is None else self.completed(found)
 
 
 def load_recipe(path: Path) -> Recipe:
