@@ -183,12 +183,15 @@ def neuron(options: Options, folder: Path) -> None:
 def gains(options: Options, folder: Path) -> None:
     """Figure 4: p[t] of every DLIF layer."""
     models = {subject.name: subject.model for subject in subjects(options)}
-    if "all" in options.which and not any(
-        isinstance(m, DLIFNode) for model in models.values() for m in model.modules()
-    ):
+    if "all" in options.which and not any(map(has_dlif, models.values())):
         print("gains left out: no network has a DLIF neuron")
         return
     finish(input_gains(models), folder / "gains.json")
+
+
+def has_dlif(model: torch.nn.Module) -> bool:
+    """Whether a network has a DLIF neuron."""
+    return any(isinstance(module, DLIFNode) for module in model.modules())
 
 
 def curves(options: Options, folder: Path) -> None:
@@ -229,7 +232,8 @@ def rho(options: Options, folder: Path) -> None:
             f"{options.run} holds no runs/*/run.json; make a sweep over rho with recipes/sweep.py"
         )
     axes, columns = axes_in(records), columns_of(records, options.columns, few=True)
-    if not (drawn := plot_effect(cells_of(records, axes), axes, "rho", columns, folder / "rho")):
+    drawn = plot_effect(cells_of(records, axes), axes, "rho", columns, folder / "rho")
+    if not drawn:
         known = ", ".join(columns_of(records, ["*"]))
         raise ValueError(
             f"rho has a single value in {options.run}, or no columns fit {options.columns}; "
@@ -319,7 +323,8 @@ def networks_in(options: Options) -> list[Path]:
 
 def subjects(options: Options) -> list[Subject]:
     """The networks of the run."""
-    if not (paths := networks_in(options)):
+    paths = networks_in(options)
+    if not paths:
         raise FileNotFoundError(
             f"no best.pt in {options.run} or its folders; give a run of adv_train that is finished"
         )
@@ -345,7 +350,8 @@ def saved_numbers(folder: Path) -> list[Path]:
         raise FileNotFoundError(
             f"{folder} does not exist; --redraw takes the folder that an earlier call wrote to"
         )
-    if not (found := sorted(folder.glob("*.json"))):
+    found = sorted(folder.glob("*.json"))
+    if not found:
         raise FileNotFoundError(
             f"{folder} holds no numbers (*.json); compute them first, without --redraw"
         )

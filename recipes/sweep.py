@@ -105,7 +105,7 @@ if __name__ == "__main__":
 
 import yaml
 from filelock import FileLock, Timeout
-from lab.sweeping.grid import expand, seeds_of, values_in
+from lab.sweeping.grid import expand, names_in, seeds_of, values_in
 from lab.sweeping.perform import LOG_FILE
 from lab.sweeping.plan import PlannedRun, load_records, plan_runs
 from lab.sweeping.pool import executor_for, perform_all
@@ -188,16 +188,17 @@ def plan(options: Options, folder: Path) -> list[PlannedRun]:
             "missing)"
         )
     recipe = load_recipe(Path(options.recipe or RECIPES / "adv_train.py"))
-    recipe.check_names(
-        name.strip() for option in (*options.contrast, options.plot) for name in option.split(",")
-    )
+    for option in (*options.contrast, options.plot):
+        recipe.check_names(names_in(option))
     given = base_options(options.base) | options.options
     owned = sorted({"output", "resume", "seed"} & {*given, *values_in(expand(options.grid))})
     if owned:
         raise ValueError(
             f"{owned[0]} is set by the sweep itself; leave it out, and give seeds with --seeds"
         )
-    fixed = ({"reference": False} if "reference" in recipe.defaults else {}) | given
+    fixed = dict(given)
+    if "reference" in recipe.defaults:
+        fixed.setdefault("reference", False)
     combinations = expand(options.grid, fixed=recipe.resolve(fixed).given, skip=options.skip)
     if not combinations:
         raise ValueError("skip leaves no combination of the grid; remove an entry")

@@ -4,6 +4,7 @@ of mistakes.
 
 import json
 from dataclasses import asdict
+from shlex import split
 
 import figures
 import numpy as np
@@ -36,7 +37,7 @@ HISTORY = [
     for epoch in (1, 2, 3)
 ]
 LIF = {"decay": 0.9, "v_threshold": 1.0, "v_reset": 0.0}
-QUICK = ("--images", "40", "--eps", "0.1", "64/255", "--steps", "2", "--resamples", "3")
+QUICK = split("--images 40 --eps 0.1 64/255 --steps 2 --resamples 3")
 
 
 def checkpoint(folder, neuron="dlif", history=()):
@@ -148,7 +149,9 @@ def test_numbers_are_those_of_the_run(run, drawn):
     assert isinstance(result, IntensityCorrelation)
     assert result.directions == ("gaussian", "adversarial")
     assert result.samples + result.left_out == 40
-    options = figures.Options(images=40, eps=[0.1, "64/255"], steps=2, resamples=3)
+    options = figures.Options(
+        images=40, eps=(figures.Radius(0.1), figures.Radius("64/255")), steps=2, resamples=3
+    )
     assert figures.correlate(options, from_checkpoint(run / "dlif_at" / "best.pt")) == result
 
 

@@ -1,4 +1,5 @@
 import csv
+from shlex import split
 
 import pytest
 import yaml
@@ -48,9 +49,7 @@ def run(tmp_path, monkeypatch, capsys):
 def test_a_grid_from_end_to_end(run, tmp_path):
     output = run(
         *GRID,
-        "--evaluate",
-        "paper",
-        "--evaluation_options",
+        *split("--evaluate paper --evaluation_options"),
         "{test_limit: 20}",
         "--contrast",
         "rho",
@@ -93,10 +92,10 @@ def test_a_sweep_goes_on_and_grows_and_is_reported_again(run, tmp_path):
     folder = tmp_path / "runs" / "mine"
     assert "2 runs in runs/mine, 2 of them finished before" in run("--output", "runs/mine")
     assert "4 runs in runs/mine, 2 of them" in run(
-        "--output", "runs/mine", "--grid", "{mode: [at, rat], rho: [0, 1]}"
+        *split("--output runs/mine --grid"), "{mode: [at, rat], rho: [0, 1]}"
     )
     assert "4 runs in runs/mine, 0 of them" in run(
-        "--output", "runs/mine", "--evaluate", "paper", "fast"
+        *split("--output runs/mine --evaluate paper fast")
     )
     for calls in folder.glob("runs/*/calls"):
         assert [line.split()[0] for line in calls.read_text().splitlines()] == [
@@ -107,14 +106,14 @@ def test_a_sweep_goes_on_and_grows_and_is_reported_again(run, tmp_path):
     before = {path.name: path.read_bytes() for path in folder.glob("[!R]*.*")}
     for name in ("results.md", "results.csv", "effect-rho.png", "effect-rho.pdf"):
         (folder / name).unlink()
-    output = run("--output", "runs/mine", "--report")
+    output = run(*split("--output runs/mine --report"))
     assert "runs in" not in output
     assert {path.name: path.read_bytes() for path in folder.glob("[!R]*.*")} == before
-    assert "pgd20" not in run("--output", "runs/mine", "--report", "--columns", "clean")
+    assert "pgd20" not in run(*split("--output runs/mine --report --columns clean"))
     with pytest.raises(
         ValueError, match=r"columns \['x/\*'\] fit none of the figures there are: clean, pgd20"
     ):
-        run("--output", "runs/mine", "--report", "--columns", "x/*")
+        run(*split("--output runs/mine --report --columns x/*"))
 
 
 def test_failures_are_summed_up(run, tmp_path):

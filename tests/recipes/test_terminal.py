@@ -6,6 +6,7 @@ import re
 import sys
 import threading
 from contextlib import suppress
+from shlex import split
 
 import launch
 import pytest
@@ -21,19 +22,7 @@ import termios  # noqa: E402  # as above
 
 pytestmark = pytest.mark.slow
 
-TINY = (
-    "--epochs",
-    "2",
-    "--train-limit",
-    "200",
-    "--test-limit",
-    "12",
-    "--channels",
-    "2",
-    "2",
-    "--T",
-    "2",
-)
+TINY = split("--epochs 2 --train-limit 200 --test-limit 12 --channels 2 2 --T 2")
 TRAIN = ("adv_train", *TINY, "--output", "f")
 CONTROL = re.compile(r"\x1b\[[0-?]*[@-~]")
 
@@ -106,24 +95,12 @@ def test_through_a_pipe_it_is_plain_with_a_line_per_epoch(folders, shown):
 def test_on_a_terminal_bars_move_and_fit_in_its_colours(tmp_path, columns, variables):
     # every part of the training takes longer than a bar is left as it is, which is a tenth of a
     # second
-    longer = (
-        "--train-limit",
-        "1400",
-        "--validation-fraction",
-        "0.5",
-        "--channels",
-        "32",
-        "64",
-        "--T",
-        "8",
-    )
+    longer = split("--train-limit 1400 --validation-fraction 0.5 --channels 32 64 --T 8")
     text = on_a_terminal(
         tmp_path,
         *TRAIN,
         *longer,
-        "--no-reference",
-        "--epochs",
-        "1",
+        *split("--no-reference --epochs 1"),
         columns=columns,
         **variables,
     )
@@ -166,58 +143,23 @@ def folders(tmp_path_factory, shown):
     options = "{epochs: 1, train_limit: 130, test_limit: 8, channels: [2, 2], T: 2, device: cpu}"
     calls = [
         ("adv_train", *TINY, "--output", "run"),
+        split("evaluate run/dlif_at --suite fast --test-limit 6 --output evaluated"),
+        split("figures run --eps 0.1 0.2 --steps 1 --images 40 --resamples 2"),
         (
-            "evaluate",
-            "run/dlif_at",
-            "--suite",
-            "fast",
-            "--test-limit",
-            "6",
-            "--output",
-            "evaluated",
-        ),
-        (
-            "figures",
-            "run",
-            "--eps",
-            "0.1",
-            "0.2",
-            "--steps",
-            "1",
-            "--images",
-            "40",
-            "--resamples",
-            "2",
-        ),
-        (
-            "sweep",
-            "--base",
-            "digits",
-            "--options",
+            *split("sweep --base digits --options"),
             options,
             "--grid",
             "{rho: [1]}",
-            "--evaluate",
-            "paper",
-            "--evaluation-options",
+            *split("--evaluate paper --evaluation-options"),
             "{test_limit: 4}",
             "--output",
             "sweep",
         ),
         (
-            "benchmark",
-            "--shapes",
-            "[[2,4,3,8,8]]",
-            "--methods",
+            *split("benchmark --shapes [[2,4,3,8,8]] --methods"),
             "DLIF eager",
             "textbook loop",
-            "--rounds",
-            "2",
-            "--allocators",
-            "malloc",
-            "--no-check",
-            "--output",
-            "measured",
+            *split("--rounds 2 --allocators malloc --no-check --output measured"),
         ),
     ]
     with pytest.MonkeyPatch.context() as patch:
