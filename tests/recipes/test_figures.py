@@ -10,6 +10,7 @@ import figures
 import numpy as np
 import pytest
 import torch
+from lab.command_line import read_options
 from lab.figures.data import InputGains, input_gains, one_neuron, training_curves
 from lab.figures.draw import draw, load_figure
 from lab.figures.ground_truth import AttackOnTruth, GroundTruth, Truth, beside, ground_truth
@@ -149,9 +150,7 @@ def test_numbers_are_those_of_the_run(run, drawn):
     assert isinstance(result, IntensityCorrelation)
     assert result.directions == ("gaussian", "adversarial")
     assert result.samples + result.left_out == 40
-    options = figures.Options(
-        images=40, eps=(figures.Radius(0.1), figures.Radius("64/255")), steps=2, resamples=3
-    )
+    options = read_options(figures.Options, QUICK)
     assert figures.correlate(options, from_checkpoint(run / "dlif_at" / "best.pt")) == result
 
 
