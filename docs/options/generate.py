@@ -25,8 +25,9 @@ def page(name):
         encoding="utf-8",
         check=True,
     )
+    _, _, told = done.stdout.partition("\n\n")  # without the usage
     said = f"What `{' '.join(command)}` prints. Written by `python docs/options/generate.py`."
-    return f"# Options of {name}.py\n\n{said}\n\n```text\n{done.stdout.strip()}\n```\n"
+    return f"# Options of {name}.py\n\n{said}\n\n```text\n{told.strip()}\n```\n"
 
 
 if __name__ == "__main__":
