@@ -18,28 +18,6 @@ from sj_robust.core.datasets import check_dataset
 from sj_robust.core.eps import eps_text, parse_eps
 from sj_robust.core.folders import check_folder
 
-__all__ = [
-    "AtLeastTwo",
-    "DatasetName",
-    "Decides",
-    "Idle",
-    "NamesCode",
-    "NonNegativeInt",
-    "Often",
-    "OpenUnitInterval",
-    "OutputFolder",
-    "PositiveInt",
-    "Radius",
-    "Word",
-    "Yaml",
-    "YamlDict",
-    "deciding",
-    "idle",
-    "marked",
-    "plain",
-    "texts_of",
-]
-
 MarkT = TypeVar("MarkT")
 
 

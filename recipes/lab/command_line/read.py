@@ -115,9 +115,9 @@ def _own_words(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     """What every recipe takes, and the words that are left for tyro."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", action="append", type=Path, default=[])
-    for name in ("print_config", "help_all", "help"):
-        short = ["-h"] if name == "help" else []
-        parser.add_argument(_flag(name), f"--{name}", *short, action="store_true")
+    parser.add_argument("--print-config", "--print_config", action="store_true")
+    parser.add_argument("--help-all", "--help_all", action="store_true")
+    parser.add_argument("--help", "-h", action="store_true")
     return parser.parse_known_args(arguments)
 
 
@@ -131,13 +131,14 @@ def _cli(
     """Options by tyro; a brief help leaves out those that people do not change."""
     texts = texts_of(kind)  # type: ignore[arg-type]  # a class is hashable
     often = marked(kind, Often) if brief else {}
+    usual = kind() if default is None else default
     found = []
     for name, hint in get_type_hints(kind, include_extras=True).items():
         shown = hint
         if often and name not in often:
             shown = tyro.conf.Suppress[hint]  # type: ignore[misc, valid-type]  # made at run time
-        usual = getattr(kind() if default is None else default, name)
-        found.append(StructFieldSpec(name, shown, usual, helptext=texts.get(name, "")))
+        value = getattr(usual, name)
+        found.append(StructFieldSpec(name, shown, value, helptext=texts.get(name, "")))
     options = StructConstructorSpec(kind, tuple(found))
     registry = ConstructorRegistry()
     registry.struct_rule(lambda info: options if info.type is kind else None)
