@@ -31,7 +31,7 @@ STRICT = ("-W", "error", "-W", "ignore:`torch.jit.script` is deprecated:Deprecat
 
 def unboxed(text):
     """What tyro says in boxes, in one line."""
-    return " ".join(re.sub("[─│╭╮╯╰]", " ", text).split())
+    return " ".join(re.sub("[─│╭╮╯╰]|-{5,}", " ", text).split())
 
 
 def in_process(name, folder, *options):

@@ -63,7 +63,12 @@ def ended(tmp_path, monkeypatch, capsys):
         ("adv_train", "--accumulate 3", 2, "batch_size must be a multiple of"),
         ("adv_train", "--layers nowhere", 2, "nowhere"),
         ("adv_train", "--channels", 2, "must begin with a convolution"),
-        ("adv_train", "--mode certified --certified-eps -1", 2, "certified_eps must be"),
+        (
+            "adv_train",
+            "--mode certified --certified-eps -1",
+            2,
+            "certified-eps: .*eps must be >",
+        ),
         (
             "adv_train",
             "--mode certified --mixed-precision bf16",
@@ -75,7 +80,7 @@ def ended(tmp_path, monkeypatch, capsys):
         ("adv_train", "--pretrained nowhere.pt", 1, "nowhere.pt"),
         ("evaluate", "--compare a b", 1, "a does not exist; --compare takes two"),
         ("evaluate", "--suite slow", 2, "slow"),
-        ("sweep", "--grid '{roh: [1]}'", 2, "Unrecognized options: --roh=1 .*adv_train.py"),
+        ("sweep", "--grid '{roh: [1]}'", 2, "Unrecognized options: --roh, 1 .*adv_train.py"),
         ("sweep", "--base nowhere", 1, "base nowhere does not exist"),
         ("sweep", "--report --output nowhere", 1, "nowhere holds no finished run"),
         ("figures", "", 2, "give the folder of a run"),

@@ -2,9 +2,9 @@
 
 import importlib
 import re
+import resource
 import subprocess
 import sys
-import time
 
 import adv_train
 import pytest
@@ -37,17 +37,15 @@ def test_the_page_of_the_options_has_all_of_them(recipe):
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
-        (["--help"], 0, "--output"),
         (["--help-all"], 0, "--output"),
-        (["--nothing", "1"], 2, "Unrecognized options: --nothing, 1"),
         (["--output", "/proc/eps"], 2, "output must be a folder that can be written"),
     ],
 )
 def test_help_and_wrong_options_do_not_wait_for_torch(recipe, words, code, told):
     command = [sys.executable, "-X", "importtime", recipe.__file__, *words]
-    start = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    seconds = time.monotonic() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == code, done.stderr
     own, imported = [], set()
     for line in done.stderr.splitlines():
@@ -59,7 +57,7 @@ def test_help_and_wrong_options_do_not_wait_for_torch(recipe, words, code, told)
     assert told in unboxed(done.stdout + "\n".join(own))
     assert "tyro" in imported
     assert not imported & {"torch", "spikingjelly", "accelerate", "matplotlib", "rich", "numpy"}
-    assert seconds < 1 or not imported, seconds
+    assert after.ru_utime - before.ru_utime < 1  # of the processor: others may be busy, too
 
 
 def test_what_modes_leave_idle_are_options():

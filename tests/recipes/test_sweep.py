@@ -130,7 +130,7 @@ def test_failures_are_summed_up(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (("--base", "list.yaml"), ValueError, "must hold options of adv_train.py"),
+        (("--base", "list.yaml"), ValueError, "list.yaml must hold options"),
         (("--grid", "{seed: [1]}"), ValueError, "seed is set by the sweep itself"),
         (
             ("--grid", "{rho: [1]}", "--options", "{output: x}"),
@@ -142,7 +142,7 @@ def test_failures_are_summed_up(run, tmp_path):
             ValueError,
             "skip leaves no combination",
         ),
-        (("--grid", "{rho: [1]}", "--evaluate", "slow"), ValueError, "slow"),
+        (("--grid", "{rho: [1]}", "--evaluate", "slow"), SystemExit, "2"),
         (
             ("--grid", "{rho: [1]}", "--contrast", "roh"),
             ValueError,

@@ -39,7 +39,7 @@ def read_options(kind: type[OptionsT], arguments: Sequence[str]) -> OptionsT:
     options = _cli(kind, [as_python.get(word, word) for word in words], options)
     if own.print_config:
         print(yaml.safe_dump(plain(options), sort_keys=False), end="")
-        sys.exit()
+        sys.exit(0)
     return options
 
 
@@ -175,8 +175,10 @@ def _as_words(kind: type[Any], values: Mapping[str, Any]) -> list[str]:
             words.append(flag if value else f"--no-{flag[2:]}")
         elif isinstance(value, list | tuple):
             words += [flag, *map(str, value)]
-        else:
+        elif str(value).startswith("-"):
             words.append(f"{flag}={value}")
+        else:
+            words += [flag, str(value)]
     return words
 
 

@@ -115,12 +115,12 @@ def test_a_run_that_had_null_is_found_by_its_value_and_tabled_with_it(planned):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"grid": {"roh": [1]}}, r"Unrecognized options: --roh=1 .*--rho.*\(in recipe.py\)"),
+        ({"grid": {"roh": [1]}}, r"Unrecognized options: --roh, 1 .*--rho.*\(in recipe.py\)"),
         ({"grid": {"mode": ["at", "an"]}}, r"'an' for argument '--mode'.*\(in recipe.py\)"),
         ({"grid": {"rho": ["much"]}}, r"--rho.*much.*\(in recipe.py\)"),
         ({"fixed": {"epochs": 1.5}}, "--epochs: invalid literal for int"),
         ({"evaluations": {"slow": {}}}, r"--suite.*\(in evaluator.py\)"),
-        ({"evaluations": {"paper": {"limit": 3}}}, "options: --limit=3 .*--test-limit"),
+        ({"evaluations": {"paper": {"limit": 3}}}, "options: --limit, 3 .*--test-limit"),
     ],
 )
 def test_wrong_options_stop_before_anything_starts(planned, tmp_path, capsys, arguments, message):
@@ -207,7 +207,7 @@ def test_changed_options_under_the_same_name_are_found(planned, tmp_path, capsys
     with pytest.raises(SystemExit):
         planned()
     told = unboxed(capsys.readouterr().err)
-    assert "Unrecognized options: --gone=1" in told
+    assert "Unrecognized options: --gone, 1" in told
     assert "options.yaml, of another version: use another --output)" in told
 
 
