@@ -9,6 +9,7 @@ import copy
 import importlib
 import io
 import os
+import re
 import runpy
 import shlex
 import sys
@@ -24,6 +25,7 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))  # as pytest has it
 from lab.command_line import run_recipe
+from launch import unboxed
 from torch import nn
 
 from sj_robust import DLIFNode, MPPDMonitor, SpikingClassifier, replace_neurons
@@ -369,7 +371,10 @@ def answer(mistake):
     if isinstance(raised, SystemExit):
         code = f"exit code {raised.code if isinstance(raised.code, int) else 1}"
         text = err.getvalue() if isinstance(raised.code, int) else str(raised.code)
-        text = text[text.rindex("error: ") :] if "error: " in text else text
+        if "error: " in text:
+            text = text[text.rindex("error: ") :]
+        elif "For full helptext" in text:  # tyro's, of which the page has the first part
+            text = re.split("Argument helptext|For full helptext", unboxed(text))[0]
     elif raised is None:
         code = caught[0].category.__name__
         text = "; ".join(str(warning.message) for warning in caught)

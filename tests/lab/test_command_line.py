@@ -121,7 +121,7 @@ def test_options_from_the_command_line_and_from_a_file_of_them(words, expected, 
     ("words", "reason"),
     [
         ("--batchsize 4", "Unrecognized options: --batchsize, 4"),
-        ("--batch-size many", "--batch-size: invalid literal for int() with base 10: 'many'"),
+        ("--batch-size many", "--batch-size: must be an integer >= 1, got many"),
         ("--batch-size -1", "--batch-size: must be an integer >= 1, got -1"),
         ("--batch-size", "Missing value for argument '--batch-size'"),
         ("--rounds 1", "must be an integer >= 2, got 1"),

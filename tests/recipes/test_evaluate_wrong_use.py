@@ -108,7 +108,7 @@ NETWORKS = {
             for one, message in NETWORKS.items()
         ),
         (
-            ("runs/one", "runs/two/a"),
+            "runs/one runs/two/a",
             SystemExit,
             "Unrecognized options: runs/two/a",
         ),

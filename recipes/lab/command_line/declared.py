@@ -104,10 +104,9 @@ class Yaml(Word):
 
 
 def _at_least(least: int, word: str) -> int:
-    number = int(word)
-    if number < least:
+    if not word.removeprefix("-").isdigit() or int(word) < least:
         raise ValueError(f"must be an integer >= {least}, got {word}")
-    return number
+    return int(word)
 
 
 def _share(word: str) -> float:
