@@ -47,7 +47,8 @@ class Options:
     """Options of adv_train.py that all runs start from, a YAML file or the name of one in
     recipes/configs; None for its defaults."""
     options: Annotated[YamlDict, NamesCode()] = field(default_factory=dict)
-    """Further options of adv_train.py, the same for all runs; they override base."""
+    """Further options of adv_train.py, the same for all runs; they override base,
+    and those of the command line are added to those of a file."""
     grid: Annotated[dict[str, list[Any]], Yaml(dict), NamesCode()] = field(default_factory=dict)
     """Values by option of adv_train.py; every combination is run. "norm,rho" with values such as
     [l1, 3] varies two options together."""
@@ -243,14 +244,20 @@ def parse(arguments: list[str]) -> Options:
     what to run.
     """
     words = as_config(arguments)
-    options = read_options(Options, words)
+    given = options = read_options(Options, words)
     files = config_files(words)
     output = options.output or str(Path("runs") / (files[-1].stem if files else "sweep"))
     before = Path(output) / SWEEP_FILE
-    if not files and not options.grid and options.base is None and before.is_file():
-        kept = read_options(Options, ["--config", str(before), *words])
-        check_code(replace(kept, options=base_options(kept.base) | kept.options), options, before)
-        options = kept
+    goes_on = not files and not options.grid and options.base is None and before.is_file()
+    if goes_on:
+        files = [before]
+        options = read_options(Options, ["--config", str(before), *words])
+    for path in reversed(files):
+        added = read_file(path).get("options", {}) | options.options
+        options = replace(options, options=added)
+    if goes_on:
+        of_runs = base_options(options.base) | options.options
+        check_code(replace(options, options=of_runs), given, before)
     return replace(options, output=output)
 
 

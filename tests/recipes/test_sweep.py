@@ -116,6 +116,20 @@ def test_a_sweep_goes_on_and_grows_and_is_reported_again(run, tmp_path):
         run(*split("--output runs/mine --report --columns x/*"))
 
 
+def test_options_of_the_command_line_are_added_to_those_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kept = {"grid": {"rho": [1]}, "options": {"epochs": 5, "T": 2}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(kept))
+    parse = sweep.main.__globals__["parse"]
+    read = parse(["--sweep=mine.yaml", "--options", "{T: 4, data_root: x}"])
+    assert (read.options, read.output) == ({"epochs": 5, "T": 4, "data_root": "x"}, "runs/mine")
+    (tmp_path / "mine.yaml").rename(tmp_path / "sweep.yaml")
+    assert parse(["--output", ".", "--options", "{T: 4}"]).options == {"epochs": 5, "T": 4}
+    (tmp_path / "sweep.yaml").write_text("{base: digits, options: {model: own.py:build}}")
+    with pytest.raises(ValueError, match="sweep.yaml names code that would be run"):
+        parse(["--output", ".", "--options", "{T: 4}"])
+
+
 def test_failures_are_summed_up(run, tmp_path):
     output = run("--grid", "{behave: [fail, well]}", "--output", "out", code=1)
     assert "FAILED" in output
