@@ -30,6 +30,7 @@ from lab.command_line.declared import (
     DatasetName,
     Decides,
     NamesCode,
+    Needs,
     NonNegativeInt,
     Often,
     OpenUnitInterval,
@@ -80,6 +81,7 @@ class Options:
         ]
         | None,
         Often(),
+        Needs(check_extra),
     ] = None
     """paper is the protocol of Ding et al., fast a first impression, standard the figure to report,
     autoattack AutoAttack standard, gradients every estimator for itself, events the one for event
@@ -154,9 +156,6 @@ class Options:
     """Folder of the results; None makes runs/evaluate-NETWORK-SUITE-NUMBER."""
     resume: Annotated[bool, Often(), Decides("nothing")] = False
     """Go on with the evaluation in output (None: the newest one)."""
-
-    def __post_init__(self) -> None:
-        check_extra(self.suite or "")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,14 @@ from lab.command_line import (
     read_options,
     run_recipe,
 )
-from lab.command_line.declared import DatasetName, NonNegativeInt, OutputFolder, PositiveInt, Radius
+from lab.command_line.declared import (
+    DatasetName,
+    Needs,
+    NonNegativeInt,
+    OutputFolder,
+    PositiveInt,
+    Radius,
+)
 from tyro.conf import Positional
 
 from sj_robust.core.extras import check_extra
@@ -53,12 +60,10 @@ class Options:
     eps: tuple[Radius, ...] = tuple(map(Radius, (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)))
     """Sizes of the perturbations of intensity and ground_truth, growing, for images in [0, 1];
     numbers or fractions such as 8/255."""
-    suites: tuple[Literal["paper", "fast", "standard", "autoattack", "gradients"], ...] = (
-        "gradients",
-        "paper",
-        "fast",
-        "standard",
-    )
+    suites: Annotated[
+        tuple[Literal["paper", "fast", "standard", "autoattack", "gradients"], ...],
+        Needs(check_extra),
+    ] = ("gradients", "paper", "fast", "standard")
     """Suites of evaluate.py that ground_truth measures."""
     time_limit: float = 30.0
     """Seconds per image that ground_truth gives to the mixed-integer program."""
@@ -87,10 +92,6 @@ class Options:
     redraw: str | None = None
     """Folder of an earlier call, whose saved numbers are drawn again and nothing is computed; None
     to compute."""
-
-    def __post_init__(self) -> None:
-        for suite in self.suites:
-            check_extra(suite)
 
 
 if __name__ == "__main__":

@@ -115,6 +115,7 @@ from lab.sweeping.report import write_report
 from rich.console import Console
 
 from sj_robust.core.console import duration, working
+from sj_robust.core.extras import check_extra
 from sj_robust.evaluation import write_whole
 
 
@@ -204,6 +205,8 @@ def plan(options: Options, folder: Path) -> list[PlannedRun]:
     if not combinations:
         raise ValueError("skip leaves no combination of the grid; remove an entry")
     evaluator = load_recipe(Path(options.evaluator or RECIPES / "evaluate.py"))
+    for suite in options.evaluate if options.evaluator is None else ():
+        check_extra(suite)
     return plan_runs(
         folder,
         combinations,

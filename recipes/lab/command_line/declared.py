@@ -50,6 +50,15 @@ class Idle:
     when: Callable[[Any], bool]
 
 
+@dataclass(frozen=True)
+class Needs:
+    """An option for whose value, or each of a tuple, something may have to be installed: ``check``
+    raises ModuleNotFoundError then.
+    """
+
+    check: Callable[[str], None]
+
+
 class Radius(float):
     """A radius, parsed where it is typed: a number or a fraction.
 

@@ -13,7 +13,17 @@ import tyro
 import yaml
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec
 
-from lab.command_line.declared import NamesCode, Often, Radius, Word, Yaml, marked, plain, texts_of
+from lab.command_line.declared import (
+    NamesCode,
+    Needs,
+    Often,
+    Radius,
+    Word,
+    Yaml,
+    marked,
+    plain,
+    texts_of,
+)
 from sj_robust.core.folders import read_text
 
 OptionsT = TypeVar("OptionsT")
@@ -40,6 +50,10 @@ def read_options(kind: type[OptionsT], arguments: Sequence[str]) -> OptionsT:
     if own.print_config:
         print(yaml.safe_dump(plain(options), sort_keys=False), end="")
         sys.exit(0)
+    for name, needs in marked(kind, Needs).items():
+        value = getattr(options, name)
+        for part in value if isinstance(value, tuple) else [value]:
+            needs.check(part)
     return options
 
 
