@@ -209,14 +209,6 @@ def test_every_file_of_a_finished_folder_is_named_in_its_readme(folders, templat
     assert [file for file in always if not (folder / file).exists()] == []
 
 
-def test_the_recipes_page_names_the_same_files():
-    text = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
-    assert {template.stem for template in TEMPLATES} == set(RECIPES)
-    for template in TEMPLATES:
-        for file in rows(template):
-            assert f"`{file}`" in text, f"{file} is not in recipes/README.md"
-
-
 def test_a_benchmark_leaves_numbers_table_and_chart_and_draws_it_again(folders, capsys):
     folder = folders["benchmark"]
     rows = list(csv.DictReader((folder / "neuron.csv").read_text().splitlines()))
