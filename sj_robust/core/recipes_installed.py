@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 _MODULES = (
     "accelerate",
+    "docstring_parser",
     "matplotlib",
     "PIL",
     "rich",
