@@ -62,7 +62,8 @@ def plan_runs(
     tells. A run of an earlier sweep in the folder is recognised by its options, whatever its name.
 
     Raises:
-        ValueError: If an option is unknown or wrong, or a run of the same name had other options.
+        SystemExit: If an option is unknown or wrong, after a message.
+        ValueError: If a run of the same name had other options.
     """
     suites = {}
     for suite, given in evaluations.items():
@@ -83,8 +84,7 @@ def plan_runs(
         before = identities.get(name, identity)
         if before != identity and identity not in known:
             if before not in planned:  # of an earlier sweep
-                changes = json.loads(before), json.loads(identity)
-                raise ValueError(_changed(folder / "runs" / name, *changes))
+                _refuse_changes(folder / "runs" / name, json.loads(before), json.loads(identity))
             name += f"-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
         path = known.get(identity, folder / "runs" / name)
         identities[path.name] = identity
@@ -152,18 +152,16 @@ def _check_evaluations(run: PlannedRun, evaluator: Recipe) -> None:
     for suite in run.evaluations.keys() & record.evaluations.keys():
         old = evaluator.decisive(record.evaluations[suite]["options"])
         new = evaluator.decisive(run.evaluations[suite])
-        if any(old.get(name, value) != value for name, value in new.items()):
-            raise ValueError(_changed(run.folder / suite, old, new))
+        _refuse_changes(run.folder / suite, old, new)
 
 
-def _changed(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    names = []
-    differences = []
-    for name, value in new.items():
-        if old.get(name, value) != value:
-            names.append(name)
-            differences.append(f"{name} was {old[name]!r} and is {value!r} now")
-    return (
-        f"{path} was run with other options ({', '.join(differences)}); results are never mixed: "
+def _refuse_changes(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raise ValueError, with the options that have changed, if any have."""
+    names = [name for name, value in new.items() if old.get(name, value) != value]
+    if not names:
+        return
+    told = [f"{name} was {old[name]!r} and is {new[name]!r} now" for name in names]
+    raise ValueError(
+        f"{path} was run with other options ({', '.join(told)}); results are never mixed: "
         f"use another --output, or make {' and '.join(names)} part of the grid"
     )
