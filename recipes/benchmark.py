@@ -1,5 +1,6 @@
 """Measure what DLIF costs beside its peers: layers beside the memory's speed, networks beside ReLU.
 
+Examples:
     python recipes/benchmark.py                         # the neuron: three shapes, both allocators
     python recipes/benchmark.py --shapes '[[4,8,32,8,8]]' --rounds 3  # a quick look
     python recipes/benchmark.py --what batch_norm       # behind a batch norm
@@ -22,24 +23,24 @@ run was stopped. On a GPU the tests are rows likewise.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from lab.command_line import (
     WrongUse,
     check_options,
     checked,
     describe_folder,
-    option,
     read_options,
     run_recipe,
 )
-from lab.command_line.declared import AtLeastTwo, OutputFolder, PositiveInt
+from lab.command_line.declared import AtLeastTwo, OutputFolder, PositiveInt, Yaml
 
 
 @dataclass(frozen=True)
 class Options:
     """Options of benchmark."""
 
+    # measurement
     what: Literal[
         "neuron",
         "batch_norm",
@@ -53,47 +54,37 @@ class Options:
         "small_adversarial",
         "training_step",
         "verify",
-    ] = option("neuron", "What to measure, see the examples.", group="measurement")
-    shapes: list[tuple[int, ...]] | None = option(
-        None,
-        "Shapes [T, N, C, H, W] of the input, such as [[4,8,32,8,8]]; "
-        "null for those of the documentation.",
-    )
-    methods: list[str] | None = option(
-        None,
-        "Methods to measure, such as [DLIF cpp]; null for all. A wrong name is "
-        "answered with those there are.",
-    )
-    device: Literal["cpu", "cuda"] = option(
-        "cpu",
-        "cuda runs tests/gpu and then measures layer, batch norm with layer and a training step "
-        "of VGG-11 on the GPU; of the other options it takes rounds, check and output.",
-    )
-    rounds: AtLeastTwo = option(15, "Timed passes per method; the tables show milliseconds.")
-    check: bool = option(
-        True,
-        "Whether the tests of what is timed run first; they need a clone of the repository and "
-        "the extra test.",
-    )
-    threads: PositiveInt = option(2, "Threads of torch.", group="machine")
-    allocators: tuple[Literal["malloc", "reuse"], ...] = option(
-        ("malloc", "reuse"), "malloc maps every large tensor afresh, reuse keeps the heap."
-    )
-    instruction_set: str | None = option(
-        None, "Instruction set of the compiled kernel, baseline, avx2 or avx512; null for the best."
-    )
-    output: OutputFolder | None = option(
-        None,
-        "Folder for the CSV, the table and the chart; null only prints.",
-        group="output",
-        metavar="FOLDER",
-    )
-    redraw: str | None = option(
-        None,
-        "Folder of an earlier call, whose charts are drawn again, and nothing is "
-        "measured; null to measure.",
-        metavar="FOLDER",
-    )
+    ] = "neuron"
+    """What to measure, see the examples."""
+    shapes: Annotated[list[list[int]] | None, Yaml(list, type(None))] = None
+    """Shapes [T, N, C, H, W] of the input, such as [[4,8,32,8,8]]; None for those of the
+    documentation."""
+    methods: list[str] | None = None
+    """Methods to measure, such as "DLIF cpp"; None for all. A wrong name is answered with those
+    there are."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cuda runs tests/gpu and then measures layer, batch norm with layer and a training step of
+    VGG-11 on the GPU; of the other options it takes rounds, check and output."""
+    rounds: AtLeastTwo = 15
+    """Timed passes per method; the tables show milliseconds."""
+    check: bool = True
+    """Whether the tests of what is timed run first; they need a clone of the repository and the
+    extra test."""
+
+    # machine
+    threads: PositiveInt = 2
+    """Threads of torch."""
+    allocators: tuple[Literal["malloc", "reuse"], ...] = ("malloc", "reuse")
+    """malloc maps every large tensor afresh, reuse keeps the heap."""
+    instruction_set: str | None = None
+    """Instruction set of the compiled kernel, baseline, avx2 or avx512; None for the best."""
+
+    # output
+    output: OutputFolder | None = None
+    """Folder for the CSV, the table and the chart; None only prints."""
+    redraw: str | None = None
+    """Folder of an earlier call, whose charts are drawn again, and nothing is measured; None to
+    measure."""
 
 
 if __name__ == "__main__":
@@ -196,7 +187,9 @@ def races_on_cpu(options: Options) -> list[Race]:
         if method not in benchmark.methods:
             there = ", ".join(benchmark.methods)
             raise WrongUse(f"{options.what} has no method {method}; it has {there}")
-    shapes = options.shapes or benchmark.shapes
+    shapes = benchmark.shapes
+    if options.shapes is not None:
+        shapes = tuple(map(tuple, options.shapes))
     axes = {len(shape) for shape in benchmark.shapes}
     for shape in shapes:
         if len(shape) not in axes or min(shape) < 1:

@@ -1,39 +1,44 @@
 """Measure how robust a spiking network is, with everything a sceptical reader asks for.
 
-python recipes/evaluate.py runs/digits-dlif-at-1/dlif_at  # suite standard, eps of its training
-python recipes/evaluate.py CHECKPOINT --suite fast --test-limit 200 --eps 8/255
-python recipes/evaluate.py --network mynet.py:build --T 8 --eps 8/255  # a network of your own
-python recipes/evaluate.py CHECKPOINT --output runs/mine --resume  # continue after a stop
-python recipes/evaluate.py --compare A/report.json B/report.json
-python recipes/evaluate.py CHECKPOINT --smooth 0.25       # a vote over Gaussian noise, in L2
-python recipes/evaluate.py CHECKPOINT_OF_EVENT_NETWORK --eps 20  # adds or removes at most 20 events
-python recipes/evaluate.py CHECKPOINT --suite stress      # faults of deployment, clean and attacked
-python recipes/evaluate.py --leaderboard runs --output runs/leaderboard  # all reports in one table
-torchrun --nproc-per-node 2 recipes/evaluate.py CHECKPOINT  # or accelerate launch
+Examples:
+    python recipes/evaluate.py runs/digits-dlif-at-1/dlif_at  # suite standard, eps of its training
+    python recipes/evaluate.py CHECKPOINT --suite fast --test-limit 200 --eps 8/255
+    python recipes/evaluate.py --network mynet.py:build --T 8 --eps 8/255  # a network of your own
+    python recipes/evaluate.py CHECKPOINT --output runs/mine --resume  # continue after a stop
+    python recipes/evaluate.py --compare A/report.json B/report.json
+    python recipes/evaluate.py CHECKPOINT --smooth 0.25  # a vote over Gaussian noise, in L2
+    python recipes/evaluate.py CHECKPOINT_OF_EVENT_NETWORK --eps 20  # at most 20 events changed
+    python recipes/evaluate.py CHECKPOINT --suite stress  # faults of deployment, clean and attacked
+    python recipes/evaluate.py --leaderboard runs --output runs/leaderboard  # one table of all
+    torchrun --nproc-per-node 2 recipes/evaluate.py CHECKPOINT  # or accelerate launch
 """
 
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from lab.command_line import (
     check_options,
     checked,
     describe_folder,
-    option,
     parse_options,
+    plain,
     run_recipe,
 )
 from lab.command_line.declared import (
     DatasetName,
+    Decides,
+    NamesCode,
+    Needs,
     NonNegativeInt,
+    Often,
     OpenUnitInterval,
     OutputFolder,
     PositiveInt,
     Radius,
-    often,
 )
+from tyro.conf import Positional
 
 from sj_robust.core.extras import check_extra
 
@@ -42,52 +47,28 @@ from sj_robust.core.extras import check_extra
 class Options:
     """Options of evaluate."""
 
-    checkpoint: str | None = often(
-        None,
-        "A checkpoint of adv_train, a network's or a run's folder, or a network that ships, as "
-        "digits/dlif-at-mppd; the option's name may be left out; null for a network of your own.",
-        group="what is evaluated",
-        metavar="CHECKPOINT",
-        decides="nothing",
-        positional=True,
-    )
-    network: str | None = often(
-        None,
-        "Instead of a checkpoint, module:function or file.py:function that returns a "
-        "SpikingJelly network with its weights, bare or in a SpikingClassifier; null for a "
-        "checkpoint.",
-        metavar="FUNCTION",
-        runs_code=True,
-    )
-    name: str | None = option(
-        None,
-        "What the report calls the network; null takes the name of checkpoint or function.",
-        decides="nothing",
-    )
-    transfer: str | None = option(
-        None,
-        "Checkpoint of another network for the same images; attacks crafted on it join "
-        "the suite; null: none.",
-        metavar="CHECKPOINT",
-    )
-    trust_code: bool = option(
-        False,
-        "Allow a function of your own code that a checkpoint names to be run.",
-        runs_code=True,
-    )
-    compare: list[str] | None = often(
-        None,
-        "Two saved reports to compare, instead of an evaluation; null to evaluate.",
-        metavar="REPORT",
-    )
-    leaderboard: list[str] | None = option(
-        None,
-        "Folders with saved reports, which become one table, instead of an "
-        "evaluation; null to evaluate.",
-        metavar="FOLDER",
-        decides="nothing",
-    )
-    suite: (
+    # what is evaluated
+    checkpoint: Annotated[str | None, Often(), Decides("nothing"), Positional] = None
+    """A checkpoint of adv_train, a network's or a run's folder, or a network that ships, as
+    digits/dlif-at-mppd; None for a network of your own."""
+    network: Annotated[str | None, Often(), NamesCode()] = None
+    """Instead of a checkpoint, module:function or file.py:function that returns a SpikingJelly
+    network with its weights, bare or in a SpikingClassifier; None for a checkpoint."""
+    name: Annotated[str | None, Decides("nothing")] = None
+    """What the report calls the network; None takes the name of checkpoint or function."""
+    transfer: str | None = None
+    """Checkpoint of another network for the same images; attacks crafted on it join the suite;
+    None: none."""
+    trust_code: Annotated[bool, NamesCode()] = False
+    """Allow a function of your own code that a checkpoint names to be run."""
+    compare: Annotated[list[str] | None, Often()] = None
+    """Two saved reports to compare, instead of an evaluation; None to evaluate."""
+    leaderboard: Annotated[list[str] | None, Decides("nothing")] = None
+    """Folders with saved reports, which become one table, instead of an evaluation; None to
+    evaluate."""
+
+    # attacks
+    suite: Annotated[
         Literal[
             "paper",
             "fast",
@@ -98,109 +79,83 @@ class Options:
             "stress",
             "corruptions",
         ]
-        | None
-    ) = often(
-        None,
-        "paper is the protocol of Ding et al., fast a first impression, standard the figure to "
-        "report, autoattack AutoAttack standard, gradients every estimator for itself, events "
-        "the one for event data; all with their control. stress is faults of deployment, "
-        "corruptions the common corruptions at five severities, both clean and under a short "
-        "attack. null means standard, and events for event data.",
-        group="attacks",
-        needs=check_extra,
-    )
-    eps: Radius | None = often(
-        None,
-        "Radius for images in [0, 1], a number or a fraction such as 8/255; null takes that of "
-        "the checkpoint. For L0 the number of changed elements per sample, for moves that of "
-        "moved events.",
-    )
-    norm: Literal["Linf", "L2", "L0", "moves"] | None = often(
-        None,
-        "Norm of the adversary; null means Linf, and L0 "
-        "for event data; moves is events moved in time.",
-    )
-    largest_shift: PositiveInt | None = option(
-        None, "For moves, frames by which an event may be moved; null: any."
-    )
-    total_shift: PositiveInt | None = option(
-        None, "For moves, frames by which all events of a sample may be moved together; null: any."
-    )
-    fault_draws: PositiveInt = option(5, "For stress, draws of every fault that is random.")
-    draws: PositiveInt = option(
-        1,
-        "Fresh forwards in each of which a stochastic network must be wrong for an image to "
-        "count as broken.",
-    )
-    proofs: bool = option(
-        True,
-        "For Linf, prove by bounds of every spike which images no attack can break, and attack "
-        "the others; networks with parts that have no bounds are named in the report.",
-    )
-    control: bool = option(
-        True, "Run the suite's control, which shows what its estimators are worth."
-    )
-    smooth: Radius | None = option(
-        None,
-        "Evaluate a smoothed classifier instead of the network (null): the vote over Gaussian "
-        "noise of this standard deviation; what it certifies up to an L2 radius of 2 SIGMA, "
-        "beside what an attack on it leaves.",
-        metavar="SIGMA",
-        group="randomised smoothing",
-    )
-    smooth_draws: PositiveInt = option(1000, "Noisy copies of an image in a vote.")
-    smooth_alpha: OpenUnitInterval = option(0.001, "Probability of error of a vote.")
-    dataset: DatasetName | None = often(
-        None,
-        "What to test on, digits, fashion_mnist, mnist, cifar10, cifar100, svhn, "
-        "image_folder:PATH, cifar10_dvs, dvs128_gesture or n_mnist; null takes what the "
-        "checkpoint was trained on, or digits.",
-        group="data",
-        metavar="NAME",
-    )
-    data_root: str | None = often(
-        None,
-        "Folder with the data set's files, or where they are downloaded to; null "
-        "takes that of the checkpoint's run, or data.",
-        metavar="FOLDER",
-        decides="nothing",
-    )
-    download: bool = often(False, "Download what is missing.", decides="nothing")
-    on_unreadable: Literal["error", "skip"] = option(
-        "error", "Stop at files that cannot be read, or skip them."
-    )
-    test_limit: PositiveInt | None = often(None, "Test images to use at most; null for all.")
-    batch_size: PositiveInt = option(
-        256,
-        "Images per batch; only random networks and the estimator pdsg depend on it.",
-        decides="nothing",
-    )
-    T: PositiveInt | None = often(
-        None,
-        "Time steps of a bare network of your own; for a checkpoint, others than "
-        "those it was trained with; null takes those.",
-        group="network of your own",
-    )
-    mean: list[float] | None = often(
-        None, "Mean per channel that a bare network expects to be subtracted; null: none."
-    )
-    std: list[float] | None = often(
-        None, "Deviation per channel that it expects to be divided by; null: none."
-    )
-    seed: NonNegativeInt = option(0, "Seed of everything.", group="machine")
-    device: Literal["auto", "cpu"] = option(
-        "auto", "auto: a GPU if there is one.", decides="nothing"
-    )
-    output: OutputFolder | None = often(
-        None,
-        "Folder of the results; null makes runs/evaluate-NETWORK-SUITE-NUMBER.",
-        group="output",
-        metavar="FOLDER",
-        decides="nothing",
-    )
-    resume: bool = often(
-        False, "Go on with the evaluation in output (null: the newest one).", decides="nothing"
-    )
+        | None,
+        Often(),
+        Needs(check_extra),
+    ] = None
+    """paper is the protocol of Ding et al., fast a first impression, standard the figure to report,
+    autoattack AutoAttack standard, gradients every estimator for itself, events the one for event
+    data; all with their control. stress is faults of deployment, corruptions the common corruptions
+    at five severities, both clean and under a short attack. None means standard, and events for
+    event data."""
+    eps: Annotated[Radius | None, Often()] = None
+    """Radius for images in [0, 1], a number or a fraction such as 8/255; None takes that of the
+    checkpoint. For L0 the number of changed elements per sample, for moves that of moved events."""
+    norm: Annotated[Literal["Linf", "L2", "L0", "moves"] | None, Often()] = None
+    """Norm of the adversary; None means Linf, and L0 for event data; moves is events moved in
+    time."""
+    largest_shift: PositiveInt | None = None
+    """For moves, frames by which an event may be moved; None: any."""
+    total_shift: PositiveInt | None = None
+    """For moves, frames by which all events of a sample may be moved together; None: any."""
+    fault_draws: PositiveInt = 5
+    """For stress, draws of every fault that is random."""
+    draws: PositiveInt = 1
+    """Fresh forwards in each of which a stochastic network must be wrong for an image to count as
+    broken."""
+    proofs: bool = True
+    """For Linf, prove by bounds of every spike which images no attack can break, and attack the
+    others; networks with parts that have no bounds are named in the report."""
+    control: bool = True
+    """Run the suite's control, which shows what its estimators are worth."""
+
+    # randomised smoothing
+    smooth: Radius | None = None
+    """Evaluate a smoothed classifier instead of the network (None): the vote over Gaussian noise of
+    this standard deviation; what it certifies up to an L2 radius of 2 SIGMA, beside what an attack
+    on it leaves."""
+    smooth_draws: PositiveInt = 1000
+    """Noisy copies of an image in a vote."""
+    smooth_alpha: OpenUnitInterval = 0.001
+    """Probability of error of a vote."""
+
+    # data
+    dataset: Annotated[DatasetName | None, Often()] = None
+    """What to test on, digits, fashion_mnist, mnist, cifar10, cifar100, svhn, image_folder:PATH,
+    cifar10_dvs, dvs128_gesture or n_mnist; None takes what the checkpoint was trained on, or
+    digits."""
+    data_root: Annotated[str | None, Often(), Decides("nothing")] = None
+    """Folder with the data set's files, or where they are downloaded to; None takes that of the
+    checkpoint's run, or data."""
+    download: Annotated[bool, Often(), Decides("nothing")] = False
+    """Download what is missing."""
+    on_unreadable: Literal["error", "skip"] = "error"
+    """Stop at files that cannot be read, or skip them."""
+    test_limit: Annotated[PositiveInt | None, Often()] = None
+    """Test images to use at most; None for all."""
+    batch_size: Annotated[PositiveInt, Decides("nothing")] = 256
+    """Images per batch; only random networks and the estimator pdsg depend on it."""
+
+    # network of your own
+    T: Annotated[PositiveInt | None, Often()] = None
+    """Time steps of a bare network of your own; for a checkpoint, others than those it was trained
+    with; None takes those."""
+    mean: Annotated[list[float] | None, Often()] = None
+    """Mean per channel that a bare network expects to be subtracted; None: none."""
+    std: Annotated[list[float] | None, Often()] = None
+    """Deviation per channel that it expects to be divided by; None: none."""
+
+    # machine
+    seed: NonNegativeInt = 0
+    """Seed of everything."""
+    device: Annotated[Literal["auto", "cpu"], Decides("nothing")] = "auto"
+    """auto: a GPU if there is one."""
+
+    # output
+    output: Annotated[OutputFolder | None, Often(), Decides("nothing")] = None
+    """Folder of the results; None makes runs/evaluate-NETWORK-SUITE-NUMBER."""
+    resume: Annotated[bool, Often(), Decides("nothing")] = False
+    """Go on with the evaluation in output (None: the newest one)."""
 
 
 if __name__ == "__main__":
@@ -278,7 +233,7 @@ def main(arguments: list[str]) -> None:
         for network in (subject, *([source] if source else [])):
             network.model.to(accelerator.device)
             check_fits(network, first, splits.classes, dataset)
-    configuration = asdict(replace(options, output=None, resume=False))
+    configuration = plain(replace(options, output=None, resume=False))
     folder = training.open_run_folder(
         options.output, stem(options), configuration, accelerator, resume=options.resume
     )

@@ -1,11 +1,12 @@
 """The figures of the paper from one's own networks, as vector PDF and PNG for print.
 
-python recipes/figures.py runs/digits-dlif-at-1           # every figure of a run of adv_train
-python recipes/figures.py runs/digits-dlif-at-1 --which gains curves  # some of them
-python recipes/figures.py --which neuron --output figures  # one neuron; needs no run
-python recipes/figures.py RUN --which ground_truth --eps 0.1  # small networks: exact, with attacks
-python recipes/figures.py runs/sweep-1 --which rho        # effect of rho, from a sweep over it
-python recipes/figures.py --redraw runs/digits-dlif-at-1/figures  # from the saved numbers alone
+Examples:
+    python recipes/figures.py runs/digits-dlif-at-1           # every figure of a run of adv_train
+    python recipes/figures.py runs/digits-dlif-at-1 --which gains curves  # some of them
+    python recipes/figures.py --which neuron --output figures  # one neuron; needs no run
+    python recipes/figures.py RUN --which ground_truth --eps 0.1  # small networks: exact
+    python recipes/figures.py runs/sweep-1 --which rho        # effect of rho, from a sweep over it
+    python recipes/figures.py --redraw runs/digits-dlif-at-1/figures  # from the saved numbers alone
 
 Every figure's numbers are saved as NAME.json, and it is drawn from that file.
 """
@@ -13,18 +14,25 @@ Every figure's numbers are saved as NAME.json, and it is drawn from that file.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from lab.command_line import (
     WrongUse,
     check_options,
     checked,
     describe_folder,
-    option,
     read_options,
     run_recipe,
 )
-from lab.command_line.declared import DatasetName, NonNegativeInt, OutputFolder, PositiveInt, Radius
+from lab.command_line.declared import (
+    DatasetName,
+    Needs,
+    NonNegativeInt,
+    OutputFolder,
+    PositiveInt,
+    Radius,
+)
+from tyro.conf import Positional
 
 from sj_robust.core.extras import check_extra
 
@@ -33,68 +41,57 @@ from sj_robust.core.extras import check_extra
 class Options:
     """Options of figures."""
 
-    run: str | None = option(
-        None,
-        "Folder of a run of adv_train, of one network in it, or of a sweep; also given "
-        "without the option's name; null for the figure neuron, which needs none.",
-        group="figures",
-        metavar="FOLDER",
-        positional=True,
-    )
-    which: list[Literal["all", "neuron", "gains", "curves", "intensity", "rho", "ground_truth"]] = (
-        option(
-            ["all"],
-            "neuron (figure 1 of the paper), rho (3, needs a sweep), gains (4), curves (5), "
-            "intensity (indicators and heat maps under growing eps), ground_truth (exact robust "
-            "accuracy of a small network beside what attacks leave), or all that the folder has "
-            "numbers for, without ground_truth.",
-        )
-    )
-    columns: list[str] | None = option(
-        None,
-        "Figures that rho shows, as shell patterns such as pgd20 or paper/*; null "
-        "for the usual ones.",
-    )
-    eps: list[Radius] = option(
-        ["0.02", "0.05", "0.1", "0.15", "0.2", "0.3"],
-        "Sizes of the perturbations of intensity and ground_truth, growing, for images in [0, "
-        "1]; numbers or fractions such as 8/255.",
-        group="intensity and ground truth",
-    )
-    suites: list[Literal["paper", "fast", "standard", "autoattack", "gradients"]] = option(
-        ["gradients", "paper", "fast", "standard"],
-        "Suites of evaluate.py that ground_truth measures.",
-        needs=check_extra,
-    )
-    time_limit: float = option(
-        30.0, "Seconds per image that ground_truth gives to the mixed-integer program."
-    )
-    steps: PositiveInt = option(10, "Steps of the adversarial direction of intensity.")
-    images: PositiveInt = option(360, "Test images of intensity and ground_truth to use at most.")
-    resamples: PositiveInt = option(200, "Bootstrap samples behind the intervals of intensity.")
-    dataset: DatasetName | None = option(
-        None,
-        "Images to test on, as in adv_train.py; null takes those of the checkpoint.",
-        metavar="NAME",
-    )
-    data_root: str = option("data", "Folder with the data set's files.", metavar="FOLDER")
-    batch_size: PositiveInt = option(64, "Images at a time.", group="machine")
-    seed: NonNegativeInt = option(0, "Seed of everything.")
-    device: Literal["auto", "cpu"] = option(
-        "auto", "auto takes a GPU if there is one, cpu does not."
-    )
-    output: OutputFolder | None = option(
-        None,
-        "Where everything is written; null means the folder figures in the run.",
-        group="output",
-        metavar="FOLDER",
-    )
-    redraw: str | None = option(
-        None,
-        "Folder of an earlier call, whose saved numbers are drawn again and nothing is "
-        "computed; null to compute.",
-        metavar="FOLDER",
-    )
+    # figures
+    run: Annotated[str | None, Positional] = None
+    """Folder of a run of adv_train, of one network in it, or of a sweep; None for the
+    figure neuron, which needs none."""
+    which: tuple[
+        Literal["all", "neuron", "gains", "curves", "intensity", "rho", "ground_truth"], ...
+    ] = ("all",)
+    """neuron (figure 1 of the paper), rho (3, needs a sweep), gains (4), curves (5), intensity
+    (indicators and heat maps under growing eps), ground_truth (exact robust accuracy of a small
+    network beside what attacks leave), or all that the folder has numbers for, without
+    ground_truth."""
+    columns: list[str] | None = None
+    """Figures that rho shows, as shell patterns such as pgd20 or paper/*; None for the usual
+    ones."""
+
+    # intensity and ground truth
+    eps: tuple[Radius, ...] = tuple(map(Radius, (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)))
+    """Sizes of the perturbations of intensity and ground_truth, growing, for images in [0, 1];
+    numbers or fractions such as 8/255."""
+    suites: Annotated[
+        tuple[Literal["paper", "fast", "standard", "autoattack", "gradients"], ...],
+        Needs(check_extra),
+    ] = ("gradients", "paper", "fast", "standard")
+    """Suites of evaluate.py that ground_truth measures."""
+    time_limit: float = 30.0
+    """Seconds per image that ground_truth gives to the mixed-integer program."""
+    steps: PositiveInt = 10
+    """Steps of the adversarial direction of intensity."""
+    images: PositiveInt = 360
+    """Test images of intensity and ground_truth to use at most."""
+    resamples: PositiveInt = 200
+    """Bootstrap samples behind the intervals of intensity."""
+    dataset: DatasetName | None = None
+    """Images to test on, as in adv_train.py; None takes those of the checkpoint."""
+    data_root: str = "data"
+    """Folder with the data set's files."""
+
+    # machine
+    batch_size: PositiveInt = 64
+    """Images at a time."""
+    seed: NonNegativeInt = 0
+    """Seed of everything."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes a GPU if there is one, cpu does not."""
+
+    # output
+    output: OutputFolder | None = None
+    """Where everything is written; None means the folder figures in the run."""
+    redraw: str | None = None
+    """Folder of an earlier call, whose saved numbers are drawn again and nothing is computed; None
+    to compute."""
 
 
 if __name__ == "__main__":
@@ -113,7 +110,7 @@ from sj_robust import DLIFNode
 from sj_robust.attacks import pgd
 from sj_robust.core.console import working
 from sj_robust.data import load_images
-from sj_robust.evaluation import ThreatModel, make_suite, parse_eps
+from sj_robust.evaluation import ThreatModel, make_suite
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint
 from sj_robust.ops import keep_heap
 from sj_robust.perturbation import IntensityCorrelation, Perturbation, intensity_correlation
@@ -172,7 +169,7 @@ def check_budgets(options: Options, chosen: Sequence[str]) -> None:
     """Refuse radii and suites that an attack would refuse after what comes before it was drawn."""
     suites = options.suites if "ground_truth" in chosen else []
     for size in options.eps if {"intensity", "ground_truth"} & {*chosen} else []:
-        threat = ThreatModel("Linf", parse_eps(size))
+        threat = ThreatModel("Linf", size)
         if threat.eps <= 0:
             raise ValueError(f"--eps must be > 0 to attack at all, got {size}")
         for suite in suites:
@@ -187,12 +184,15 @@ def neuron(options: Options, folder: Path) -> None:
 def gains(options: Options, folder: Path) -> None:
     """Figure 4: p[t] of every DLIF layer."""
     models = {subject.name: subject.model for subject in subjects(options)}
-    if "all" in options.which and not any(
-        isinstance(m, DLIFNode) for model in models.values() for m in model.modules()
-    ):
+    if "all" in options.which and not any(map(has_dlif, models.values())):
         print("gains left out: no network has a DLIF neuron")
         return
     finish(input_gains(models), folder / "gains.json")
+
+
+def has_dlif(model: torch.nn.Module) -> bool:
+    """Whether a network has a DLIF neuron."""
+    return any(isinstance(module, DLIFNode) for module in model.modules())
 
 
 def curves(options: Options, folder: Path) -> None:
@@ -233,7 +233,8 @@ def rho(options: Options, folder: Path) -> None:
             f"{options.run} holds no runs/*/run.json; make a sweep over rho with recipes/sweep.py"
         )
     axes, columns = axes_in(records), columns_of(records, options.columns, few=True)
-    if not (drawn := plot_effect(cells_of(records, axes), axes, "rho", columns, folder / "rho")):
+    drawn = plot_effect(cells_of(records, axes), axes, "rho", columns, folder / "rho")
+    if not drawn:
         known = ", ".join(columns_of(records, ["*"]))
         raise ValueError(
             f"rho has a single value in {options.run}, or no columns fit {options.columns}; "
@@ -251,7 +252,7 @@ def truth(options: Options, folder: Path) -> None:
             subject,
             x,
             y,
-            list(map(parse_eps, options.eps)),
+            list(options.eps),
             suites=options.suites,
             time_limit=options.time_limit,
             dataset=dataset,
@@ -302,13 +303,12 @@ def correlate(options: Options, subject: Subject) -> IntensityCorrelation:
         )
 
     perturb: dict[str, Perturbation] = {"gaussian": gaussian, "adversarial": adversarial}
-    sizes = [parse_eps(size) for size in options.eps]
     return intensity_correlation(
         model,
         x,
         y,
         perturb=perturb,
-        eps=sizes,
+        eps=options.eps,
         batch_size=options.batch_size,
         resamples=options.resamples,
         seed=options.seed,
@@ -324,7 +324,8 @@ def networks_in(options: Options) -> list[Path]:
 
 def subjects(options: Options) -> list[Subject]:
     """The networks of the run."""
-    if not (paths := networks_in(options)):
+    paths = networks_in(options)
+    if not paths:
         raise FileNotFoundError(
             f"no best.pt in {options.run} or its folders; give a run of adv_train that is finished"
         )
@@ -350,7 +351,8 @@ def saved_numbers(folder: Path) -> list[Path]:
         raise FileNotFoundError(
             f"{folder} does not exist; --redraw takes the folder that an earlier call wrote to"
         )
-    if not (found := sorted(folder.glob("*.json"))):
+    found = sorted(folder.glob("*.json"))
+    if not found:
         raise FileNotFoundError(
             f"{folder} holds no numbers (*.json); compute them first, without --redraw"
         )

@@ -1,12 +1,13 @@
 """A grid over any options of adv_train.py and seeds: trained, evaluated, and tabled beside the
 paper's figures.
 
-python recipes/sweep.py --sweep recipes/configs/sweeps/digits_sweep.yaml --jobs 2
-python recipes/sweep.py --base recipes/configs/digits.yaml --grid '{neuron: [lif, dlif]}'
-python recipes/sweep.py --base digits --grid '{"norm,rho": [[l2, 1], [l1, 3]]}' --seeds 5
-python recipes/sweep.py --base digits --grid '{mode: [none, at]}' --evaluate '[paper, standard]'
-python recipes/sweep.py --output runs/digits_sweep      # go on with a stopped one
-python recipes/sweep.py --output runs/digits_sweep --report --contrast '[rho]'  # tables, figure
+Examples:
+    python recipes/sweep.py --sweep recipes/configs/sweeps/digits_sweep.yaml --jobs 2
+    python recipes/sweep.py --base recipes/configs/digits.yaml --grid '{neuron: [lif, dlif]}'
+    python recipes/sweep.py --base digits --grid '{"norm,rho": [[l2, 1], [l1, 3]]}' --seeds 5
+    python recipes/sweep.py --base digits --grid '{mode: [none, at]}' --evaluate paper standard
+    python recipes/sweep.py --output runs/digits_sweep      # go on with a stopped one
+    python recipes/sweep.py --output runs/digits_sweep --report --contrast rho  # tables, figure
 
 --sweep FILE reads these options from a YAML file, as --config does.
 """
@@ -16,21 +17,22 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from lab.command_line import (
     check_code,
     check_options,
     checked,
+    config_files,
     describe_folder,
-    option,
+    plain,
+    read_file,
     read_options,
     run_recipe,
 )
-from lab.command_line.declared import OutputFolder, PositiveInt
+from lab.command_line.declared import NamesCode, OutputFolder, PositiveInt, Yaml, YamlDict
 
 RECIPES = Path(__file__).parent
 SWEEP_FILE = "sweep.yaml"
@@ -40,79 +42,56 @@ SWEEP_FILE = "sweep.yaml"
 class Options:
     """Options of sweep."""
 
-    base: str | None = option(
-        None,
-        "Options of adv_train.py that all runs start from, a YAML file or the name of one "
-        "in recipes/configs; null for its defaults.",
-        group="runs",
-        metavar="FILE",
-    )
-    options: dict[str, Any] = option(
-        {},
-        "Further options of adv_train.py, the same for all runs; they override base.",
-        runs_code=True,
-    )
-    grid: dict[str, list[Any]] = option(
-        {},
-        'Values by option of adv_train.py; every combination is run. "norm,rho" '
-        "with values such as [l1, 3] varies two options together.",
-        runs_code=True,
-    )
-    seeds: int | list[int] = option(1, "Number of seeds, 0, 1, ..., or a list of them.")
-    skip: list[dict[str, Any]] = option(
-        [],
-        "Combinations to leave out, such as {neuron: lif, rho: [1, 2]}; those that "
-        "differ in an option without effect (rho with mode none) are one run anyway.",
-    )
-    evaluate: list[str] = option(
-        [],
-        "Suites of evaluate.py that every network goes through, such as [paper, standard].",
-        group="evaluation",
-    )
-    evaluation_options: dict[str, Any] = option(
-        {}, "Options of evaluate.py, such as {test_limit: 256}."
-    )
-    recipe: str | None = option(
-        None,
-        "The recipe that trains; null for adv_train.py beside this one.",
-        group="recipes",
-        metavar="FILE",
-        runs_code=True,
-    )
-    evaluator: str | None = option(
-        None,
-        "The recipe that evaluates; null for evaluate.py beside this one.",
-        metavar="FILE",
-        runs_code=True,
-    )
-    jobs: PositiveInt = option(
-        1,
-        "Runs side by side, each in a process of its own; GPUs are shared out among them.",
-        group="machine",
-    )
-    threads: PositiveInt = option(1, "Threads of torch in each.")
-    cluster: Literal["local", "slurm"] = option(
-        "local", "Where runs are performed: on this machine, or as jobs of a Slurm cluster."
-    )
-    cluster_options: dict[str, Any] = option(
-        {}, "Options of submitit for these jobs, such as {slurm_partition: gpu, timeout_min: 600}."
-    )
-    output: OutputFolder | None = option(
-        None,
-        "Folder of the sweep; null means runs/ and the name of the sweep file, or runs/sweep.",
-        group="output",
-        metavar="FOLDER",
-    )
-    report: bool = option(False, "Only make tables and figure from the runs there are.")
-    columns: list[str] | None = option(
-        None,
-        "Figures in the tables, as shell patterns such as paper/*; null for the "
-        "usual ones. The CSV has all.",
-    )
-    contrast: list[str] = option(
-        [], "Options whose effect is tabled over pairs of runs with the same seed."
-    )
-    plot: str = option("rho", "Option of numbers that the figure is drawn over.", metavar="OPTION")
+    # runs
+    base: str | None = None
+    """Options of adv_train.py that all runs start from, a YAML file or the name of one in
+    recipes/configs; None for its defaults."""
+    options: Annotated[YamlDict, NamesCode()] = field(default_factory=dict)
+    """Further options of adv_train.py, the same for all runs; they override base,
+    and those of the command line are added to those of a file."""
+    grid: Annotated[dict[str, list[Any]], Yaml(dict), NamesCode()] = field(default_factory=dict)
+    """Values by option of adv_train.py; every combination is run. "norm,rho" with values such as
+    [l1, 3] varies two options together."""
+    seeds: Annotated[int | list[int], Yaml(int, list)] = 1
+    """Number of seeds, 0, 1, ..., or a list of them."""
+    skip: Annotated[list[dict[str, Any]], Yaml(list)] = field(default_factory=list)
+    """Combinations to leave out, such as {neuron: lif, rho: [1, 2]}; those that differ in an option
+    without effect (rho with mode none) are one run anyway."""
+
+    # evaluation
+    evaluate: tuple[str, ...] = ()
+    """Suites of evaluate.py that every network goes through, such as paper standard."""
+    evaluation_options: YamlDict = field(default_factory=dict)
+    """Options of evaluate.py, such as {test_limit: 256}."""
+
+    # recipes
+    recipe: Annotated[str | None, NamesCode()] = None
+    """The recipe that trains; None for adv_train.py beside this one."""
+    evaluator: Annotated[str | None, NamesCode()] = None
+    """The recipe that evaluates; None for evaluate.py beside this one."""
+
+    # machine
+    jobs: PositiveInt = 1
+    """Runs side by side, each in a process of its own; GPUs are shared out among them."""
+    threads: PositiveInt = 1
+    """Threads of torch in each."""
+    cluster: Literal["local", "slurm"] = "local"
+    """Where runs are performed: on this machine, or as jobs of a Slurm cluster."""
+    cluster_options: YamlDict = field(default_factory=dict)
+    """Options of submitit for these jobs, such as {slurm_partition: gpu, timeout_min: 600}."""
+
+    # output
+    output: OutputFolder | None = None
+    """Folder of the sweep; None means runs/ and the name of the sweep file, or runs/sweep."""
+    report: bool = False
+    """Only make tables and figure from the runs there are."""
+    columns: list[str] | None = None
+    """Figures in the tables, as shell patterns such as paper/*; None for the usual ones. The CSV
+    has all."""
+    contrast: tuple[str, ...] = ()
+    """Options whose effect is tabled over pairs of runs with the same seed."""
+    plot: str = "rho"
+    """Option of numbers that the figure is drawn over."""
 
 
 def as_config(arguments: list[str]) -> list[str]:
@@ -127,7 +106,7 @@ if __name__ == "__main__":
 
 import yaml
 from filelock import FileLock, Timeout
-from lab.sweeping.grid import expand, seeds_of, values_in
+from lab.sweeping.grid import expand, names_in, seeds_of, values_in
 from lab.sweeping.perform import LOG_FILE
 from lab.sweeping.plan import PlannedRun, load_records, plan_runs
 from lab.sweeping.pool import executor_for, perform_all
@@ -137,7 +116,6 @@ from rich.console import Console
 
 from sj_robust.core.console import duration, working
 from sj_robust.core.extras import check_extra
-from sj_robust.core.folders import read_text
 from sj_robust.evaluation import write_whole
 
 
@@ -182,7 +160,7 @@ def run(
     options: Options, planned: list[PlannedRun], executor: Any, folder: Path, console: Console
 ) -> list[str]:
     """Perform the runs that are missing, and say how each ended; returns what failed."""
-    kept = asdict(options) | {"output": None, "report": False}
+    kept = plain(options) | {"output": None, "report": False}
     write_whole(folder / SWEEP_FILE, yaml.safe_dump(kept, sort_keys=False))
     missing = [one for one in planned if not one.finished]
     done = len(planned) - len(missing)
@@ -212,21 +190,22 @@ def plan(options: Options, folder: Path) -> list[PlannedRun]:
             "missing)"
         )
     recipe = load_recipe(Path(options.recipe or RECIPES / "adv_train.py"))
-    recipe.check_names(
-        name.strip() for option in (*options.contrast, options.plot) for name in option.split(",")
-    )
+    for option in (*options.contrast, options.plot):
+        recipe.check_names(names_in(option))
     given = base_options(options.base) | options.options
     owned = sorted({"output", "resume", "seed"} & {*given, *values_in(expand(options.grid))})
     if owned:
         raise ValueError(
             f"{owned[0]} is set by the sweep itself; leave it out, and give seeds with --seeds"
         )
-    fixed = ({"reference": False} if "reference" in recipe.names else {}) | given
-    combinations = expand(options.grid, fixed=recipe.resolve(fixed), skip=options.skip)
+    fixed = dict(given)
+    if "reference" in recipe.defaults:
+        fixed.setdefault("reference", False)
+    combinations = expand(options.grid, fixed=recipe.resolve(fixed).given, skip=options.skip)
     if not combinations:
         raise ValueError("skip leaves no combination of the grid; remove an entry")
     evaluator = load_recipe(Path(options.evaluator or RECIPES / "evaluate.py"))
-    for suite in options.evaluate if options.evaluator is None else []:
+    for suite in options.evaluate if options.evaluator is None else ():
         check_extra(suite)
     return plan_runs(
         folder,
@@ -248,13 +227,7 @@ def base_options(base: str | None) -> dict[str, Any]:
     if path is None:
         known = f"it is a YAML file, or the name of one in {places[1].parent}"
         raise FileNotFoundError(f"base {base} does not exist; {known}")
-    try:
-        content = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} must be YAML, got {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold options of adv_train.py, such as epochs: 15")
-    return content
+    return read_file(path)
 
 
 @contextmanager
@@ -274,19 +247,20 @@ def parse(arguments: list[str]) -> Options:
     what to run.
     """
     words = as_config(arguments)
-    options = read_options(Options, words)
-    pairs = pairwise([*words, ""])
-    files = [
-        word.partition("=")[2] or following
-        for word, following in pairs
-        if word.split("=")[0] == "--config"
-    ]
-    output = options.output or str(Path("runs") / (Path(files[-1]).stem if files else "sweep"))
+    given = options = read_options(Options, words)
+    files = config_files(words)
+    output = options.output or str(Path("runs") / (files[-1].stem if files else "sweep"))
     before = Path(output) / SWEEP_FILE
-    if not files and not options.grid and options.base is None and before.is_file():
-        kept = read_options(Options, ["--config", str(before), *words])
-        check_code(replace(kept, options=base_options(kept.base) | kept.options), options, before)
-        options = kept
+    goes_on = not files and not options.grid and options.base is None and before.is_file()
+    if goes_on:
+        files = [before]
+        options = read_options(Options, ["--config", str(before), *words])
+    for path in reversed(files):
+        added = read_file(path).get("options", {}) | options.options
+        options = replace(options, options=added)
+    if goes_on:
+        of_runs = base_options(options.base) | options.options
+        check_code(replace(options, options=of_runs), given, before)
     return replace(options, output=output)
 
 

@@ -6,9 +6,10 @@ TRAINER = '''
 import json, os, signal, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from lab.command_line import option, read_options
+from lab.command_line import read_options
+from lab.command_line.declared import Decides, Idle, Radius
 from sj_robust.evaluation import Report, Score, ThreatModel
 
 
@@ -20,20 +21,20 @@ class Options:
     model: str = "vgg11"
     neuron: Literal["lif", "dlif"] = "dlif"
     mode: Literal["none", "gaussian", "at", "rat", "pgd_at"] = "at"
-    eps: float | str = 0.1
-    eval_eps: float | str | None = None
+    eps: Radius = Radius(0.1)
+    eval_eps: Radius | None = None
     rho: float | None = 1.0
-    norm: Literal["l2", "l1"] = option("l2", "Norm.", idle=lambda options: options.rho == 0)
-    indicator: Literal["mppd", "tasad", "std"] = option(
-        "mppd", "Indicator.", idle=lambda options: options.rho == 0)
+    norm: Annotated[Literal["l2", "l1"], Idle(lambda options: options.rho == 0)] = "l2"
+    indicator: Annotated[
+        Literal["mppd", "tasad", "std"], Idle(lambda options: options.rho == 0)] = "mppd"
     epochs: int = 1
     seed: int = 0
-    behave: str = option("well", "What to do.")
-    device: str = option("auto", "Device.", decides="nothing")
-    workers: int = option(0, "Processes.", decides="nothing")
-    data_root: str = option("data", "Folder.", decides="nothing")
-    output: str | None = option(None, "Folder.", decides="nothing")
-    resume: bool = option(False, "Whether to go on.", decides="nothing")
+    behave: str = "well"
+    device: Annotated[str, Decides("nothing")] = "auto"
+    workers: Annotated[int, Decides("nothing")] = 0
+    data_root: Annotated[str, Decides("nothing")] = "data"
+    output: Annotated[str | None, Decides("nothing")] = None
+    resume: Annotated[bool, Decides("nothing")] = False
 
 
 def completed(options):
@@ -77,9 +78,10 @@ EVALUATOR = '''
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from lab.command_line import option, read_options
+from lab.command_line import read_options
+from lab.command_line.declared import Decides
 from sj_robust.attacks import ThreatModel
 from sj_robust.evaluation.outcome import MemberOutcome
 from sj_robust.evaluation.robustness_report import RobustnessReport
@@ -89,14 +91,14 @@ from sj_robust.evaluation.robustness_report import RobustnessReport
 class Options:
     """Options."""
 
-    checkpoint: str | None = option(None, "Checkpoint.", decides="nothing")
-    name: str | None = option(None, "Name.", decides="nothing")
+    checkpoint: Annotated[str | None, Decides("nothing")] = None
+    name: Annotated[str | None, Decides("nothing")] = None
     suite: Literal["paper", "fast"] = "paper"
     test_limit: int | None = None
-    device: str = option("auto", "Device.", decides="nothing")
-    data_root: str = option("data", "Folder.", decides="nothing")
-    output: str | None = option(None, "Folder.", decides="nothing")
-    resume: bool = option(False, "Whether to go on.", decides="nothing")
+    device: Annotated[str, Decides("nothing")] = "auto"
+    data_root: Annotated[str, Decides("nothing")] = "data"
+    output: Annotated[str | None, Decides("nothing")] = None
+    resume: Annotated[bool, Decides("nothing")] = False
 
 
 def main(arguments):

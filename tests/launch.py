@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,11 @@ ENVIRONMENT = os.environ | {
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 # SpikingJelly 0.0.0.0.14 uses what torch has deprecated since.
 STRICT = ("-W", "error", "-W", "ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
+
+def unboxed(text):
+    """What tyro says in boxes, in one line."""
+    return " ".join(re.sub("[─│╭╮╯╰]|-{5,}", " ", text).split())
 
 
 def in_process(name, folder, *options):

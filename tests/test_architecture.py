@@ -142,7 +142,7 @@ def reached_from(module):
     return reached
 
 
-HEAVY = ["cupy", "matplotlib", "accelerate", "sklearn", "rich", "jsonargparse", "tensorboard"]
+HEAVY = ["cupy", "matplotlib", "accelerate", "sklearn", "rich", "tyro", "tensorboard"]
 LATE = [
     "torch._dynamo",
     "matplotlib",
@@ -173,13 +173,13 @@ for module in {["sj_robust", *USERS]}:
 
 EXTRAS = {
     "accelerate",
-    "jsonargparse",
     "matplotlib",
     "pyautoattack",
     "rich",
     "scipy",
     "sklearn",
     "tensorboard",
+    "tyro",
     "yaml",
 }
 # A module of ours that imports a package of an extra gets the error that it would get where the

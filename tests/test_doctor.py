@@ -144,7 +144,7 @@ def test_missing_and_unsupported_packages_get_a_command(monkeypatch):
     asked_for = """
         torch>=2.8
         torchvision>=0.23
-        jsonargparse[signatures]>=99; extra == 'recipes'
+        tyro>=99; extra == 'recipes'
         accelerate>=1.2; extra == 'recipes'
         rich>=13; extra == 'recipes'
         numpy<1,>=0.9; sys_platform != 'nowhere'
@@ -162,7 +162,7 @@ def test_missing_and_unsupported_packages_get_a_command(monkeypatch):
     asked = [
         "torch",
         "torchvision",
-        "jsonargparse",
+        "tyro",
         "accelerate",
         "rich",
         "numpy",
@@ -177,8 +177,7 @@ def test_missing_and_unsupported_packages_get_a_command(monkeypatch):
     assert found["rich"] == "12.0, MUST BE <99,>=13"
     assert todo == [
         "torch must be >=2.8, got 2.4.1+cpu: pip install -U 'torch>=2.8'",
-        f"jsonargparse must be >=99, got {version('jsonargparse')}: pip install -U "
-        "'jsonargparse[signatures]>=99'",
+        f"tyro must be >=99, got {version('tyro')}: pip install -U 'tyro>=99'",
         "rich must be <99,>=13, got 12.0: pip install -U 'rich<99,>=13'",
         f"numpy must be <1,>=0.9, got {version('numpy')}: pip install -U 'numpy<1,>=0.9'",
         "torchvision not installed, always needed: pip install torchvision",

@@ -1,68 +1,35 @@
-"""Pages of every option of each recipe, from what the recipes themselves declare.
+"""Pages of every option of each recipe: what ``--help-all`` says.
 
 python docs/options/generate.py             # write docs/options/*.md
 """
 
-import importlib
-import inspect
-import re
+import os
+import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
-from lab.command_line.declared import options_of
-from lab.command_line.parser import RecipeParser, as_yaml, examples_in, meaning, shown_value
-
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 RECIPES = ("adv_train", "evaluate", "sweep", "figures", "benchmark")
-COMMON = (
-    ("--config FILE", "Options from a YAML file; those on the command line after it win."),
-    ("--print-config", "Print all options as YAML, to save and change, and stop."),
-    ("--help", "Print the options and stop; -h likewise."),
-)
 
 
-def pages():
-    """Text by name of the file."""
-    recipes = str(HERE.parents[1] / "recipes")
-    sys.path.insert(0, recipes)
-    try:
-        return {f"{name}.md": page(importlib.import_module(name), name) for name in RECIPES}
-    finally:
-        sys.path.remove(recipes)
-
-
-def page(module, name):
+def page(name):
     """The page of one recipe."""
-    summary, _, notes = examples_in(inspect.getdoc(module))
-    command = f"python recipes/{name}.py {RecipeParser(module.Options).all_flag}"
-    said = f"`{command}` says the same. Written by `python docs/options/generate.py`."
-    lines = [f"# Options of {name}.py", "", summary, "", said, ""]
-    lines += [line for note in notes for line in (*wrapped(note), "")]
-    for one in options_of(module.Options):
-        if title := one.group:
-            lines += [""] * (lines[-1] != "") + [f"## {title[0].upper()}{title[1:]}", ""]
-        lines += wrapped(
-            row(f"{one.flag} {shown_value(one)}".strip(), meaning(one), as_yaml(one.default)), "  "
-        )
-    lines += ["", "## Every recipe", ""]
-    lines += [line for head, text in COMMON for line in wrapped(row(head, text), "  ")]
-    return "\n".join(lines) + "\n"
-
-
-def row(head, text, default=""):
-    """One option; an asterisk or an angle bracket would be a mark in Markdown."""
-    escaped = re.sub(r"([*<>])", r"\\\1", text)
-    return f"- `{head}`: {escaped}" + (f" Default: `{default}`." if default else "")
-
-
-def wrapped(text, indent=""):
-    """Lines of the page."""
-    return textwrap.wrap(
-        text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    command = ["python", f"recipes/{name}.py", "--help-all"]
+    environment = os.environ | {"COLUMNS": "100", "PYTHONIOENCODING": "utf-8", "NO_COLOR": "1"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, *command[1:]],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
     )
+    _, _, told = done.stdout.partition("\n\n")  # without the usage
+    said = f"What `{' '.join(command)}` prints. Written by `python docs/options/generate.py`."
+    return f"# Options of {name}.py\n\n{said}\n\n```text\n{told.strip()}\n```\n"
 
 
 if __name__ == "__main__":
-    for name, text in pages().items():
-        (HERE / name).write_text(text, encoding="utf-8")
+    for name in RECIPES:
+        Path(__file__).with_name(f"{name}.md").write_text(page(name), encoding="utf-8")

@@ -43,7 +43,7 @@ def main() -> None:
     cards = json.loads((ROOT / SHIPPED / "cards.json").read_text(encoding="utf-8"))
     for name in sys.argv[1:] or NETWORKS:
         summary, options = NETWORKS[name]
-        words = ["recipes/adv_train.py", "--reference", "false", *options.split()]
+        words = ["recipes/adv_train.py", "--no-reference", *options.split()]
         run, evaluation = RUNS / name, RUNS / f"{name}-{SUITE}"
         dataset = Path(name).parent.name
         if not (run / "report.json").exists():

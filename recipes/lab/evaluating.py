@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lab.command_line.parser import WrongUse
+from lab.command_line.read import WrongUse
 from sj_robust.data import image_loader
 from sj_robust.evaluation import RobustnessReport, SmoothedBracket, smoothed_bracket
 from sj_robust.evaluation.data import Batches, Data

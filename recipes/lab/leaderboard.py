@@ -3,7 +3,6 @@ alone.
 """
 
 import hashlib
-import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -163,10 +162,11 @@ def _command(configuration: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
         if name == "checkpoint" and value is not None:
             words.append(str(value))
         elif value != usual.get(name) and name != "batch_size":  # on which no figure depends
-            words.append("--" + name.replace("_", "-"))
-            words += (
-                [] if value is True and usual.get(name) is False else [json.dumps(value).strip('"')]
-            )
+            flag = name.replace("_", "-")
+            if isinstance(usual.get(name), bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 
 

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 _MODULES = (
     "accelerate",
-    "jsonargparse",
+    "docstring_parser",
     "matplotlib",
     "PIL",
     "rich",
@@ -14,6 +14,7 @@ _MODULES = (
     "sklearn",
     "submitit",
     "tensorboard",
+    "tyro",
     "yaml",
 )
 

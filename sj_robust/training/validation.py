@@ -169,8 +169,9 @@ def check_start(
             normalising = SpikingClassifier(net, classifier.T, mean=mean, std=std, takes=takes)
             lifted = right(normalising.to(x.device))
             if wilson_interval(lifted, len(y))[0] > high:
+                means, stds = (" ".join(map(str, values)) for values in (mean, std))
                 journal.say(
-                    f"WARNING: with --mean '{mean}' --std '{std}', those of these images, "
+                    f"WARNING: with --mean {means} --std {stds}, those of these images, "
                     f"{lifted / len(y):.1%} are: the network expects normalised images"
                 )
                 return

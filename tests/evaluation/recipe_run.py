@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from shlex import split
 
 import launch
 import pytest
@@ -95,19 +96,8 @@ def working_folder(folder):
     """A working folder with a run of two small networks in it, and a module with networks of
     somebody's own.
     """
-    quick = (
-        "--epochs",
-        "5",
-        "--batch-size",
-        "32",
-        "--test-limit",
-        "20",
-        "--channels",
-        "[8,8]",
-        "--T",
-        "3",
-    )
-    plain = ("--mode", "none", "--neuron", "lif", "--reference", "false", "--output", "runs/one")
+    quick = split("--epochs 5 --batch-size 32 --test-limit 20 --channels 8 8 --T 3")
+    plain = split("--mode none --neuron lif --no-reference --output runs/one")
     with undrawn():
         launch.in_process("adv_train", folder, *quick, *plain)
     two = folder / "runs" / "two"

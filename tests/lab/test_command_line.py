@@ -2,8 +2,8 @@
 
 import logging
 import sys
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import pytest
 import yaml
@@ -14,19 +14,26 @@ from lab.command_line import (
     deciding,
     describe_folder,
     idle,
-    option,
     parse_options,
+    plain,
     read_options,
     run_recipe,
 )
 from lab.command_line.declared import (
     AtLeastTwo,
     DatasetName,
+    Decides,
+    Idle,
+    Often,
     OpenUnitInterval,
     PositiveInt,
     Radius,
-    options_of,
+    Yaml,
+    YamlDict,
+    texts_of,
 )
+from launch import unboxed
+from tyro.conf import Positional
 
 from sj_robust.training import NonFiniteLossError, TrainingInterrupted
 
@@ -35,101 +42,125 @@ from sj_robust.training import NonFiniteLossError, TrainingInterrupted
 class Options:
     """Options of a recipe."""
 
-    network: str | None = option(None, "A network.", group="what", positional=True)
-    batch_size: PositiveInt = option(64, "Images per step.")
-    name: str = option("digits", "A name.")
-    rounds: AtLeastTwo | None = option(None, "Rounds.")
-    share: OpenUnitInterval = option(0.1, "A share.")
-    sizes: list[Radius] = option(["0.1"], "Sizes.")
-    eps: Radius | None = option(None, "A radius.", decides="figures")
-    dataset: DatasetName | None = option(None, "Images.")
-    mode: Literal["none", "at", "trades"] = option("at", "The mode.")
-    beta: float = option(0.5, "A weight.")
-    rho: float = option(1.0, "A weight.")
-    norm: Literal["l1", "l2"] = option("l2", "A norm.", idle=lambda options: options.rho == 0)
-    project: bool = option(True, "Whether.")
-    output: str | None = option(None, "Folder.", group="output", decides="nothing")
-    resume: bool = option(False, "Whether to go on.", decides="nothing")
+    network: Annotated[str | None, Positional] = None
+    batch_size: Annotated[PositiveInt, Often()] = 64
+    """Images per step, of which there are many, so that this text takes more than one line; it is
+    one paragraph all the same."""
+    name: str = "digits"
+    rounds: AtLeastTwo | None = None
+    share: OpenUnitInterval = 0.1
+    sizes: tuple[Radius, ...] = (Radius(0.1),)
+    eps: Annotated[Radius | None, Decides("figures")] = None
+    dataset: DatasetName | None = None
+    mode: Literal["none", "at", "trades"] = "at"
+    beta: float = 0.5
+    rho: float | None = 1.0
+    norm: Annotated[Literal["l1", "l2"], Idle(lambda options: options.rho == 0)] = "l2"
+    layers: Literal["last"] | list[str] = "last"
+    seeds: Annotated[int | list[int], Yaml(int, list)] = 1
+    tree: YamlDict = field(default_factory=dict)
+    augment: bool | None = None
+    project: bool = True
+    output: Annotated[str | None, Decides("nothing")] = None
+    resume: Annotated[bool, Decides("nothing")] = False
 
 
 @dataclass(frozen=True)
-class Bare:
-    """Options without a positional one."""
+class Trained:
+    """An option that a checkpoint keeps."""
 
-    resume: bool = option(False, "Whether to go on.")
+    eps: Radius = Radius(0.1)
 
 
 def stem(options):
     return options.name
 
 
+EPS = Radius("8/255")
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--batch-size", "4"], {"batch_size": 4}),
-        (["--batch-size=4"], {"batch_size": 4}),
-        (["--name", "a-b"], {"name": "a-b"}),
-        (["--name=--a-b"], {"name": "--a-b"}),
-        (["--resume", "--name", "x"], {"resume": True, "name": "x"}),
-        (["--no-project", "--no-resume"], {"project": False, "resume": False}),
-        (["--resume", "false"], {"resume": False}),
-        (["--resume", "runs/x"], {"resume": True, "network": "runs/x"}),
-        (["--sizes", "0.1", "8/255", "--resume"], {"sizes": [0.1, "8/255"], "resume": True}),
-        (["--sizes", "[0.1, 8/255]"], {"sizes": [0.1, "8/255"]}),
-        (
-            ["--eps", "8/255", "x", "--rounds", "2", "--rho", "2"],
-            {"network": "x", "eps": "8/255", "rounds": 2, "rho": 2.0},
-        ),
-        (["--dataset=image_folder:x"], {"dataset": "image_folder:x"}),
+        ("--batch-size 4", {"batch_size": 4}),
+        ("--batch_size=4", {"batch_size": 4}),
+        ("--batch-size 4 --batch-size 5", {"batch_size": 5}),
+        ("--name=--a-b", {"name": "--a-b"}),
+        ("--resume --name x", {"resume": True, "name": "x"}),
+        ("--no-project --no-resume", {"project": False}),
+        ("--resume runs/x", {"resume": True, "network": "runs/x"}),
+        ("--sizes 0.1 8/255 --resume", {"sizes": (Radius(0.1), EPS), "resume": True}),
+        ("x --eps 8/255 --rounds 2 --rho -2", {"network": "x", "eps": EPS, "rounds": 2, "rho": -2}),
+        ("--dataset=image_folder:x", {"dataset": "image_folder:x"}),
+        ("--layers last", {"layers": "last"}),
+        ("--layers a b", {"layers": ["a", "b"]}),
+        ("--seeds [3,4]", {"seeds": [3, 4]}),
+        ("--seeds [3]", {"seeds": [3]}),
+        ('--tree {"a":[1,null]}', {"tree": {"a": [1, None]}}),
+        ("--rho null --augment false --eps None", {"rho": None, "augment": False}),
     ],
 )
-def test_options_from_the_command_line(words, expected):
-    given = list(words)
-    read = read_options(Options, words)
+def test_options_from_the_command_line_and_from_a_file_of_them(words, expected, tmp_path, capsys):
+    given = words.split()
+    read = read_options(Options, given)
     assert read == Options(**expected)
-    assert {type(value) for value in vars(read).values()} <= {
-        str,
-        int,
-        float,
-        bool,
-        list,
-        type(None),
-    }
-    assert words == given
+    assert given == words.split()
+    with pytest.raises(SystemExit) as stop:
+        read_options(Options, [*given, "--print-config"])
+    assert stop.value.code == 0
+    (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
+    assert yaml.safe_load((tmp_path / "mine.yaml").read_text()) == plain(read)
+    file = ["--config", str(tmp_path / "mine.yaml")]
+    assert read_options(Options, file) == read
+    assert read_options(Options, ["other", *file, "--name", "mine"]) == Options(
+        **expected | {"network": "other", "name": "mine"}
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["--batchsize", "4"], "there is no option --batchsize; did you mean --batch-size?"),
-        (["--batch-size", "many"], "--batch-size must be an integer > 0, got many"),
-        (["--batch-size", "-1"], "--batch-size must be an integer > 0, got -1"),
-        (["--batch-size"], "--batch-size needs a value"),
-        (["--rounds", "1"], "--rounds must be an integer >= 2, got 1"),
-        (["--share", "1.0"], "--share must be a number > 0 and < 1, got 1.0"),
-        (["--mode", "maybe"], "--mode must be one of none, at, trades, got maybe"),
-        (["--eps", "8/0"], "eps must be a number or a fraction such as 8/255, got '8/0'"),
-        (["--eps=-0.1"], "eps must be >= 0 and finite, got -0.1"),
-        (["--sizes", "0.1", "x"], "sizes must be a number or a fraction such as 8/255, got 'x'"),
-        (["--dataset", "mnits"], "dataset must be one of digits, "),
-        (["--resume=maybe"], "--resume must be true or false, got maybe"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["a", "b"], "one network at a time, got another one, b"),
+        ("--batchsize 4", "Unrecognized options: --batchsize, 4"),
+        ("--batch-size many", "--batch-size: must be an integer >= 1, got many"),
+        ("--batch-size -1", "--batch-size: must be an integer >= 1, got -1"),
+        ("--batch-size", "Missing value for argument"),
+        ("--rounds 1", "must be an integer >= 2, got 1"),
+        ("--share 1.0", "--share: must be a number > 0 and < 1, got 1.0"),
+        ("--mode maybe", "invalid choice 'maybe' for argument '--mode'"),
+        ("--eps 8/0", "eps must be a number or a fraction such as 8/255, got '8/0'"),
+        ("--eps=-0.1", "eps must be >= 0 and finite, got '-0.1'"),
+        ("--sizes 0.1 x", "Error parsing --sizes"),
+        ("--dataset mnits", "dataset must be one of digits, "),
+        ("--tree [1]", "--tree: must be a dict in YAML, got [1]"),
+        ("--tree {", "--tree: while parsing"),
+        ("a b", "Unrecognized options: b"),
+        ("--config wrong.yaml", "Unrecognized options: --batchsize, 4 (in wrong.yaml)"),
+        ("--config few.yaml", "invalid choice 'maybe' for argument '--mode' (in few.yaml)"),
+        ("--config list.yaml", "error: list.yaml must hold options, such as epochs: 15"),
+        ("--config nowhere.yaml", "error: nowhere.yaml must be a file of options"),
     ],
 )
-def test_wrong_options_are_told_in_a_line_with_code_2(words, reason, capsys):
-    with pytest.raises(WrongUse) as refused:
-        parse_options(Options, words, stem)
-    assert reason in str(refused.value)
+def test_wrong_options_are_told_with_code_2(words, reason, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("wrong", "batchsize: 4"), ("few", "mode: maybe"), ("list", "[1]")):
+        (tmp_path / f"{name}.yaml").write_text(content)
     with pytest.raises(SystemExit) as stop:
-        check_options(Options, words)
+        check_options(Options, words.split())
     assert stop.value.code == 2
-    assert capsys.readouterr().err == f"error: {refused.value}\n"
+    told = unboxed(capsys.readouterr().err)
+    for part in reason.split(" (in "):
+        assert part.removesuffix(")") in told, told
 
 
-def test_a_bare_word_needs_an_option_that_takes_it():
-    with pytest.raises(WrongUse, match="a bare word means nothing here; write --option VALUE"):
-        read_options(Bare, ["word"])
+@pytest.mark.parametrize(("flag", "everything"), [("--help", False), ("--help_all", True)])
+def test_the_help_shows_what_people_change_and_all_if_asked(flag, everything, capsys):
+    with pytest.raises(SystemExit) as stop:
+        check_options(Options, [flag])
+    assert stop.value.code == 0
+    told = unboxed(capsys.readouterr().out)
+    assert "--batch-size" in told
+    assert texts_of(Options)["batch_size"] in told
+    assert ("--rounds" in told) == everything
 
 
 def test_wrong_use_is_a_value_error_that_is_told_apart():
@@ -141,15 +172,11 @@ def test_wrong_use_is_a_value_error_that_is_told_apart():
 
 
 def test_what_an_option_decides_and_when_it_decides_nothing():
-    assert deciding(Options(), "figures", "nothing") == {
-        "eps": None,
-        "output": None,
-        "resume": False,
-    }
-    assert "rho" in deciding(Options(), "result")
+    result = deciding(Options(eps=EPS))
+    assert vars(Options()).keys() - result.keys() == {"eps", "output", "resume"}
+    assert [type(value) for value in deciding(Trained()).values()] == [float]  # weights_only
     assert idle(Options()) == {"beta"}  # of mode at, by the table of modes
     assert idle(Options(mode="trades", rho=0.0)) == {"beta", "project", "norm"}
-    assert [one.name for one in options_of(Options) if one.group] == ["network", "output"]
 
 
 def test_a_resumed_run_keeps_its_options_but_for_those_given_again(tmp_path, monkeypatch):

@@ -64,8 +64,7 @@ def test_rebuilt_from_the_stored_reports_it_is_identical(folder, capsys):
     ]  # by threat, then by what is left
     assert "| 80.0 |" in text  # clean
     assert (
-        rows[1][-1]
-        == "python recipes/evaluate.py 'runs/a b' --eps 8/255 --proofs false --mean '[0.5]' "
+        rows[1][-1] == "python recipes/evaluate.py 'runs/a b' --eps 8/255 --no-proofs --mean 0.5 "
         "--trust-code |"
     )
     page = (folder / "one" / "leaderboard.html").read_text()

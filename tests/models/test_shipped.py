@@ -37,10 +37,9 @@ def test_a_network_was_trained_by_the_command_of_its_card(name):
     words = CARDS[name].command.split()
     assert words[:2] == ["python", "recipes/adv_train.py"]
     words = [str(ROOT / word) if word.startswith("recipes/") else word for word in words[2:]]
-    wanted = deciding(adv_train.completed(read_options(adv_train.Options, words)), "result")
-    older = deciding(
-        adv_train.completed(adv_train.Options()), "result"
-    )  # options that came since have their defaults
+    wanted = deciding(adv_train.completed(read_options(adv_train.Options, words)))
+    # options that came since have their defaults
+    older = deciding(adv_train.completed(adv_train.Options()))
     assert older | from_checkpoint(Path(name)).options == wanted
 
 

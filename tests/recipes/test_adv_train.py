@@ -3,6 +3,7 @@ import math
 import re
 import signal
 from pathlib import Path
+from shlex import split
 
 import adv_train
 import launch
@@ -16,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sj_robust.evaluation import Report
 from sj_robust.training import load_checkpoint
 
-QUICK = ("--epochs", "2", "--train-limit", "260", "--test-limit", "40", "--channels", "[4,4]")
+QUICK = split("--epochs 2 --train-limit 260 --test-limit 40 --channels 4 4")
 
 pytestmark = pytest.mark.slow
 
@@ -50,16 +51,7 @@ def test_a_normalisation_goes_into_the_checkpoint_and_a_start_is_told(tmp_path, 
     torch.save(
         {name.removeprefix("net."): value for name, value in state.items()}, tmp_path / "bare.pt"
     )
-    options = (
-        "--pretrained",
-        "bare.pt",
-        "--mean",
-        "[0.3]",
-        "--std",
-        "[0.5]",
-        "--reference",
-        "false",
-    )
+    options = split("--pretrained bare.pt --mean 0.3 --std 0.5 --no-reference")
     in_process(tmp_path, *QUICK, *options, "--output", "run")
     assert "starting from " in (tmp_path / "run" / "log.txt").read_text()
     saved = weights(tmp_path / "run")["dlif_at/best.pt"]
@@ -70,19 +62,8 @@ def test_a_normalisation_goes_into_the_checkpoint_and_a_start_is_told(tmp_path, 
 
 
 def test_certified_training_beside_ms_mppd_ends_with_what_is_verified(tmp_path, capsys):
-    options = (
-        "--mode",
-        "certified",
-        "--rho",
-        "0.5",
-        "--certified-eps",
-        "0.02",
-        "--eval-eps",
-        "0.01",
-        "--lr",
-        "0.02",
-    )
-    in_process(tmp_path, *QUICK, *options, "--epochs", "6", "--reference", "false", draws=True)
+    options = split("--mode certified --rho 0.5 --certified-eps 0.02 --eval-eps 0.01 --lr 0.02")
+    in_process(tmp_path, *QUICK, *options, *split("--epochs 6 --no-reference"), draws=True)
     report = Report.load(tmp_path / "runs" / "digits-dlif-certified-1" / "report.json")
     (note,) = report.notes
     found = re.fullmatch(
@@ -123,7 +104,7 @@ def test_what_a_run_leaves(whole):
 
 
 def test_a_run_that_was_killed_and_resumed_ends_at_the_same_weights(tmp_path, whole):
-    options = (*QUICK, "--output", "cut", "--checkpoint-steps", "1")
+    options = (*QUICK, *split("--output cut --checkpoint-steps 1"))
     process = start("adv_train", tmp_path, *options)
     last = tmp_path / "cut" / "dlif_at" / "last.pt"
     launch.wait_until(
@@ -136,7 +117,7 @@ def test_a_run_that_was_killed_and_resumed_ends_at_the_same_weights(tmp_path, wh
         FileExistsError, match="cut is not empty: .* --resume"
     ):  # not overwritten by accident
         in_process(tmp_path, *options)
-    in_process(tmp_path, "--output", "cut", "--resume")  # with the options of the run
+    in_process(tmp_path, *split("--output cut --resume"))  # with the options of the run
     torch.testing.assert_close(weights(whole), weights(tmp_path / "cut"), rtol=0, atol=0)
     assert (
         Report.load(tmp_path / "cut" / "report.json").scores
@@ -145,7 +126,7 @@ def test_a_run_that_was_killed_and_resumed_ends_at_the_same_weights(tmp_path, wh
 
 
 def test_resuming_a_finished_run_gives_the_same_report_and_other_options_are_refused(tmp_path):
-    quick = (*QUICK, "--epochs", "1", "--mode", "gaussian", "--reference", "false")
+    quick = (*QUICK, *split("--epochs 1 --mode gaussian --no-reference"))
     in_process(tmp_path, *quick)
     folder = tmp_path / "runs" / "digits-dlif-gaussian-1"
     scores = Report.load(folder / "report.json").scores
@@ -155,7 +136,7 @@ def test_resuming_a_finished_run_gives_the_same_report_and_other_options_are_ref
     )  # one that was killed before its first checkpoint
     started.mkdir()
     (started / "config.yaml").write_text("{}")
-    in_process(tmp_path, "--mode", "gaussian", "--resume")
+    in_process(tmp_path, *split("--mode gaussian --resume"))
     names = sorted(path.name for path in (tmp_path / "runs").iterdir())
     assert names == [f"digits-dlif-gaussian-{number}" for number in (1, 2, 3)]
     for number in (1, 2):
@@ -164,21 +145,13 @@ def test_resuming_a_finished_run_gives_the_same_report_and_other_options_are_ref
             == scores
         )
     with pytest.raises(ValueError, match=r"options\.rho: 1\.0 there, 2\.0 now"):
-        in_process(tmp_path, "--output", str(folder), "--resume", "--rho", "2")
+        in_process(tmp_path, "--output", str(folder), *split("--resume --rho 2"))
 
 
 def test_bounds_and_options_without_effect_are_in_the_log(tmp_path, capsys):
     options = (
         *QUICK,
-        "--epochs",
-        "1",
-        "--reference",
-        "false",
-        "--log-bounds",
-        "--mode",
-        "none",
-        "--rho",
-        "1",
+        *split("--epochs 1 --no-reference --log-bounds --mode none --rho 1"),
     )
     in_process(tmp_path, *options, "--norm", "l1")
     assert "without effect beside the other options: norm, rho\n" in capsys.readouterr().out
@@ -202,11 +175,11 @@ def test_print_config_and_config(tmp_path, monkeypatch, capsys):
         assert stop.value.code == 0
         return capsys.readouterr().out
 
-    text = printed("--data-root", "x", "--tau", "5")
+    text = printed(*split("--data-root x --tau 5"))
     Path("mine.yaml").write_text(text)
     assert "data_root: x" in text
     assert "mode: at" in text
-    assert printed("--config", "mine.yaml", "--eps", "0.25") == text.replace(
+    assert printed(*split("--config mine.yaml --eps 0.25")) == text.replace(
         "eps: 0.1\n", "eps: 0.25\n", 1
     )
 
@@ -220,7 +193,7 @@ PRESETS = [CONFIGS / f"{name}.yaml" for name in OF_SMALL_IMAGES]
 def test_presets_train(tmp_path, path):
     write_mnist(tmp_path, train=200, test=30, size=28)
     root = str(DEBIAN if DEBIAN.is_dir() else tmp_path)
-    in_process(tmp_path, "--config", str(path), *QUICK, "--epochs", "1", "--data-root", root)
+    in_process(tmp_path, "--config", str(path), *QUICK, *split("--epochs 1 --data-root"), root)
     (saved,) = (tmp_path / "runs").glob("*/report.json")
     report = Report.load(saved)
     assert all(math.isfinite(records[-1]["losses"]["total"]) for records in report.curves.values())
@@ -229,7 +202,7 @@ def test_presets_train(tmp_path, path):
 
 
 def test_two_processes(tmp_path):
-    options = (*QUICK, "--epochs", "1", "--reference", "false")
+    options = (*QUICK, *split("--epochs 1 --no-reference"))
     out, _ = finish(start("adv_train", tmp_path, *options, launcher=launch.TWO_PROCESSES))
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["digits-dlif-at-1"]
     assert out.count("| pgd20 |") == 1

@@ -1,5 +1,6 @@
 import signal
 from dataclasses import asdict, replace
+from shlex import split
 
 import evaluate
 import launch
@@ -18,7 +19,7 @@ from sj_robust.training import save_checkpoint
 
 pytestmark = pytest.mark.slow
 
-PAPER = ("--suite", "paper", "--control", "false", *TWO_BATCHES)
+PAPER = (*split("--suite paper --no-control"), *TWO_BATCHES)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def whole(folder):
 
 
 def test_from_checkpoint_to_report(folder, capsys):
-    in_process(folder, "runs/one/lif_none/best.pt", "--suite", "fast", *SMALL, draws=True)
+    in_process(folder, *split("runs/one/lif_none/best.pt --suite fast"), *SMALL, draws=True)
     run = folder / "runs" / "evaluate-lif_none-fast-1"
     report = RobustnessReport.load(run / "report.json")
     plots = {
@@ -73,7 +74,7 @@ def test_from_checkpoint_to_report(folder, capsys):
     assert "http" not in html
     before = (run / "report.json").read_bytes()
     # A finished evaluation that is resumed has nothing left to do.
-    in_process(folder, "runs/one/lif_none/best.pt", "--suite", "fast", "--resume")
+    in_process(folder, *split("runs/one/lif_none/best.pt --suite fast --resume"))
     assert (run / "report.json").read_bytes() == before
 
 
@@ -128,18 +129,13 @@ def test_two_processes(folder, tmp_path, whole):
 
 @pytest.mark.parametrize(
     ("function", "extra"),
-    [("dead", ("--T", "3", "--mean", "[0.5]", "--std", "[0.5]")), ("wrapped", ())],
+    [("dead", split("--T 3 --mean 0.5 --std 0.5")), ("wrapped", ())],
 )
 def test_somebodys_own_network(folder, tmp_path, capsys, function, extra):
     own = (
         "--network",
         f"own_net.py:{function}",
-        "--eps",
-        "8/255",
-        "--suite",
-        "paper",
-        "--control",
-        "false",
+        *split("--eps 8/255 --suite paper --no-control"),
         *SMALL,
     )
     in_process(folder, *own, *extra, "--output", str(tmp_path / "own"), "--name", function)
@@ -167,14 +163,7 @@ def test_the_data_root_is_that_of_the_run(tmp_path):
 
 def test_l2_and_transfer(folder, tmp_path):
     options = (
-        "--norm",
-        "L2",
-        "--eps",
-        "0.5",
-        "--transfer",
-        "runs/two/a",
-        "--suite",
-        "fast",
+        *split("--norm L2 --eps 0.5 --transfer runs/two/a --suite fast"),
         *SMALL,
     )
     in_process(folder, "runs/one", *options, "--output", str(tmp_path / "l2"))
@@ -188,7 +177,7 @@ def test_l2_and_transfer(folder, tmp_path):
 
 
 def test_a_smoothed_classifier_has_a_bracket_of_its_own(folder, tmp_path, capsys):
-    vote = ("--smooth", "0.1", "--smooth-draws", "100", "--smooth-alpha", "0.01")
+    vote = split("--smooth 0.1 --smooth-draws 100 --smooth-alpha 0.01")
     in_process(folder, "runs/one", *vote, *SMALL, "--output", str(tmp_path / "vote"))
     found = SmoothedBracket.load(tmp_path / "vote" / "smoothed.json")
     assert found.radii == pytest.approx((0.0, 0.05, 0.1, 0.15, 0.2))
@@ -208,13 +197,7 @@ def test_a_smoothed_classifier_has_a_bracket_of_its_own(folder, tmp_path, capsys
 
 def test_a_checkpoint_at_other_time_steps(folder, tmp_path):
     options = (
-        "--T",
-        "5",
-        "--suite",
-        "paper",
-        "--test-limit",
-        "1",
-        "--output",
+        *split("--T 5 --suite paper --test-limit 1 --output"),
         str(tmp_path / "longer"),
     )
     in_process(folder, "runs/one", *options)
@@ -244,12 +227,7 @@ def test_event_data(folder, tmp_path, capsys, event_data):
         str(path),
         "--data-root",
         str(event_data),
-        "--eps",
-        "3",
-        "--test-limit",
-        "6",
-        "--batch-size",
-        "4",
+        *split("--eps 3 --test-limit 6 --batch-size 4"),
     )
     in_process(folder, *options)
     run = folder / "runs" / "evaluate-events-1"
@@ -263,17 +241,11 @@ def test_event_data(folder, tmp_path, capsys, event_data):
     assert report.budget == "L0, at most 3 events added or removed"
     assert "At most " in capsys.readouterr().out
     # At another T the recordings are integrated anew.
-    in_process(folder, *options, "--T", "3", "--output", str(tmp_path / "three"))
+    in_process(folder, *options, *split("--T 3 --output"), str(tmp_path / "three"))
     assert RobustnessReport.load(tmp_path / "three" / "report.json").network["T"] == 3
     assert (event_data / "NMNIST" / "frames_number_3_split_by_number").is_dir()
     moves = (
-        "--norm",
-        "moves",
-        "--eps",
-        "3",
-        "--largest-shift",
-        "1",
-        "--output",
+        *split("--norm moves --eps 3 --largest-shift 1 --output"),
         str(tmp_path / "moves"),
     )
     in_process(folder, *options[:3], *options[5:], *moves)
@@ -286,18 +258,14 @@ def test_event_data(folder, tmp_path, capsys, event_data):
     with pytest.raises(
         ValueError, match=r"events takes frames \(2, 2, 34, 34\), those of digits are \(1, 8, 8\)"
     ):
-        in_process(folder, *options, "--dataset", "digits", "--eps", "0.1", "--output", "none")
+        in_process(folder, *options, *split("--dataset digits --eps 0.1 --output none"))
 
 
 def test_stress(folder, tmp_path, capsys, monkeypatch):
     few = (Fault("weight_bits", 2), Fault("stuck_at_zero", 0.5), Fault("first_steps", 1))
     monkeypatch.setattr(stressing, "default_faults", lambda model: few)
     options = (
-        "runs/one",
-        "--suite",
-        "stress",
-        "--fault-draws",
-        "2",
+        *split("runs/one --suite stress --fault-draws 2"),
         *SMALL,
         "--output",
         str(tmp_path / "card"),
@@ -318,25 +286,25 @@ def test_stress(folder, tmp_path, capsys, monkeypatch):
 
 
 def test_leaderboard(folder, tmp_path, capsys, whole):
-    in_process(folder, "--leaderboard", "whole", "--output", str(tmp_path / "board"))
+    in_process(folder, *split("--leaderboard whole --output"), str(tmp_path / "board"))
     assert "of 1 reports are in" in capsys.readouterr().out
     row = (tmp_path / "board" / "leaderboard.md").read_text().splitlines()[6]
     assert row.startswith(
         f"| lif_none | digits | 12 | Linf, eps 0.1 | paper | {whole.clean.percent} |"
     )
     assert row.endswith(
-        "python recipes/evaluate.py runs/one --suite paper --control false --test-limit 12 |"
+        "python recipes/evaluate.py runs/one --suite paper --no-control --test-limit 12 |"
     )
 
 
 def test_compare(folder, capsys, whole):
     whole.save(folder / "other.json")
-    in_process(folder, "--compare", "whole", "other.json")
+    in_process(folder, *split("--compare whole other.json"))
     out = capsys.readouterr().out
     assert "same network" in out
     assert "lif_none (second) minus lif_none (first)" in out
     replace(whole, threat=ThreatModel("Linf", 8 / 255), name="other").save(folder / "other.json")
-    in_process(folder, "--compare", "whole/report.json", "other.json")
+    in_process(folder, *split("--compare whole/report.json other.json"))
     assert "DIFFERENT eps: 0.1 and 8/255" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(ValueError, match="takes two reports, got 1"):
         in_process(folder, "--compare", "whole/report.json")

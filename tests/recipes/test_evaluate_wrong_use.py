@@ -1,9 +1,11 @@
 """Wrong inputs of the recipe evaluate are named before anything is written."""
 
+import re
 from dataclasses import asdict
 
 import pytest
 from evaluation.recipe_run import SMALL, in_process
+from launch import unboxed
 
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.training import save_checkpoint
@@ -30,105 +32,105 @@ NETWORKS = {
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (("runs/one", "--network", "own_net:build"), ValueError, "give a checkpoint, or your own"),
+        ("runs/one --network own_net:build", ValueError, "give a checkpoint, or your own"),
         (
-            ("nowhere.pt",),
+            "nowhere.pt",
             FileNotFoundError,
             r"nowhere.pt does not exist; in \. there are .*runs/one/lif_none/best.pt",
         ),
-        (("runs",), FileNotFoundError, "no best.pt in runs; there are runs/one/lif_none/best.pt"),
+        ("runs", FileNotFoundError, "no best.pt in runs; there are runs/one/lif_none/best.pt"),
         (
-            ("runs/two",),
+            "runs/two",
             ValueError,
             "runs/two holds 2 networks, give one of them: runs/two/a/best.pt, runs/two/b",
         ),
-        (("runs/one", "--mean", "[0.5]"), ValueError, "a checkpoint knows its own mean and std"),
+        ("runs/one --mean 0.5", ValueError, "a checkpoint knows its own mean and std"),
         (
-            ("runs/one", "--norm", "L0"),
+            "runs/one --norm L0",
             ValueError,
             "eps is the number of changed or moved events .* as in --eps 20",
         ),
         (
-            ("runs/one", "--norm", "L0", "--eps", "20"),
+            "runs/one --norm L0 --eps 20",
             ValueError,
             "suite 'standard' does not fit a threat in L0",
         ),
         (
-            ("runs/one", "--suite", "events"),
+            "runs/one --suite events",
             ValueError,
             "suite 'events' does not fit a threat in Linf",
         ),
         (
-            ("runs/one", "--dataset", "n_mnist", "--eps", "5"),
+            "runs/one --dataset n_mnist --eps 5",
             FileNotFoundError,
             "Train.zip, Test.zip not found",
         ),
         (
-            ("runs/one", "--dataset", "mnits"),
-            ValueError,
+            "runs/one --dataset mnits",
+            SystemExit,
             "dataset must be one of digits, .*, got 'mnits'",
         ),
         (
-            ("runs/one", "--dataset", "image_folder:x"),
+            "runs/one --dataset image_folder:x",
             FileNotFoundError,
             "x/train does not exist; an image folder",
         ),
-        (("runs/one", "--eps", "0"), ValueError, "eps must be > 0"),
-        (("runs/one", "--eps", "8/x"), ValueError, "number or a fraction"),
-        (("runs/one", "--norm", "L2"), ValueError, "give that of L2, such as --eps 0.5"),
+        ("runs/one --eps 0", ValueError, "eps must be > 0"),
+        ("runs/one --eps 8/x", SystemExit, "number or a fraction"),
+        ("runs/one --norm L2", ValueError, "give that of L2, such as --eps 0.5"),
         (
-            ("runs/one", "--norm", "L2", "--eps", "1", "--suite", "paper"),
+            "runs/one --norm L2 --eps 1 --suite paper",
             ValueError,
             "defined for Linf",
         ),
-        (("runs/one", "--smooth", "0"), ValueError, "--smooth takes SIGMA > 0"),
+        ("runs/one --smooth 0", ValueError, "--smooth takes SIGMA > 0"),
         (
-            ("runs/one", "--smooth", "0.1", "--suite", "fast"),
+            "runs/one --smooth 0.1 --suite fast",
             ValueError,
             "leave --eps, --norm, --suite, --transfer",
         ),
-        (("runs/one", "--resume"), FileNotFoundError, "no run to resume"),
-        (("runs/one", "--transfer", "nowhere"), FileNotFoundError, "nowhere does not exist"),
+        ("runs/one --resume", FileNotFoundError, "no run to resume"),
+        ("runs/one --transfer nowhere", FileNotFoundError, "nowhere does not exist"),
         (
-            ("runs/one", "--dataset", "fashion_mnist"),
+            "runs/one --dataset fashion_mnist",
             FileNotFoundError,
             "Fashion-MNIST is not complete",
         ),
-        (("--network", "own_net:build", "--T", "3"), ValueError, "eps is not known"),
+        ("--network own_net:build --T 3", ValueError, "eps is not known"),
         (
-            ("--network", "own_net:wrapped", "--T", "4", "--eps", "0.1"),
+            "--network own_net:wrapped --T 4 --eps 0.1",
             ValueError,
             "must be the classifier.s 3",
         ),
-        (("--network", "no_net:build"), ModuleNotFoundError, "no module 'no_net' in"),
+        ("--network no_net:build", ModuleNotFoundError, "no module 'no_net' in"),
         *(
-            (("--network", one, "--T", "2", "--eps", "0.1"), ValueError, message)
+            (f"--network {one} --T 2 --eps 0.1", ValueError, message)
             for one, message in NETWORKS.items()
         ),
         (
-            ("runs/one", "runs/two/a"),
-            ValueError,
-            "one checkpoint at a time, got another one, runs/two/a",
+            "runs/one runs/two/a",
+            SystemExit,
+            "Unrecognized options: runs/two/a",
         ),
-        (("runs/one", "--draws", "0"), ValueError, "--draws must be an integer > 0, got 0"),
+        ("runs/one --draws 0", SystemExit, "--draws: must be an integer >= 1, got 0"),
         (
-            ("runs/one", "--transfer", "wide.pt"),
+            "runs/one --transfer wide.pt",
             ValueError,
             r"wide takes images \(1, 9, 9\), those of digits are",
         ),
         (
-            ("runs/one", "--output", "own_net.py"),
-            ValueError,
+            "runs/one --output own_net.py",
+            SystemExit,
             r"output must be a folder, got own_net.py, where own_net.py is a file; give another",
         ),
         (
-            ("runs/one", "--output", "own_net.py/x"),
-            ValueError,
+            "runs/one --output own_net.py/x",
+            SystemExit,
             r"output must be a folder, got own_net.py/x, where own_net.py is a file; give another",
         ),
     ],
 )
-def test_wrong_inputs(folder, options, error, message):
+def test_wrong_inputs(folder, options, error, message, capsys):
     wide = NetworkSpec(image_shape=(1, 9, 9))
     content = {
         "description": {"network": asdict(wide)},
@@ -136,6 +138,8 @@ def test_wrong_inputs(folder, options, error, message):
     }
     save_checkpoint(folder / "wide.pt", content)
     before = list((folder / "runs").iterdir())
-    with pytest.raises(error, match=message):
-        in_process(folder, *options, *SMALL)
+    with pytest.raises(error) as refused:
+        in_process(folder, *options.split(), *SMALL)
+    told = unboxed(capsys.readouterr().err) if error is SystemExit else str(refused.value)
+    assert re.search(message, told), told
     assert list((folder / "runs").iterdir()) == before

@@ -4,11 +4,13 @@ of mistakes.
 
 import json
 from dataclasses import asdict
+from shlex import split
 
 import figures
 import numpy as np
 import pytest
 import torch
+from lab.command_line import read_options
 from lab.figures.data import InputGains, input_gains, one_neuron, training_curves
 from lab.figures.draw import draw, load_figure
 from lab.figures.ground_truth import AttackOnTruth, GroundTruth, Truth, beside, ground_truth
@@ -36,7 +38,7 @@ HISTORY = [
     for epoch in (1, 2, 3)
 ]
 LIF = {"decay": 0.9, "v_threshold": 1.0, "v_reset": 0.0}
-QUICK = ("--images", "40", "--eps", "0.1", "64/255", "--steps", "2", "--resamples", "3")
+QUICK = split("--images 40 --eps 0.1 64/255 --steps 2 --resamples 3")
 
 
 def checkpoint(folder, neuron="dlif", history=()):
@@ -148,7 +150,7 @@ def test_numbers_are_those_of_the_run(run, drawn):
     assert isinstance(result, IntensityCorrelation)
     assert result.directions == ("gaussian", "adversarial")
     assert result.samples + result.left_out == 40
-    options = figures.Options(images=40, eps=[0.1, "64/255"], steps=2, resamples=3)
+    options = read_options(figures.Options, QUICK)
     assert figures.correlate(options, from_checkpoint(run / "dlif_at" / "best.pt")) == result
 
 

@@ -4,6 +4,7 @@ change of code.
 
 import re
 from contextlib import chdir
+from shlex import split
 
 import launch
 import pytest
@@ -32,29 +33,13 @@ def test_the_folder_is_what_the_page_says_and_goes_through_vgg5(tmp_path):
     assert not columns["train"] & columns["test"]
     x, _ = splits.test[0]
     assert not (x[0] == x[1]).all()  # coloured
-    small = [
-        "--train-limit",
-        "12",
-        "--test-limit",
-        "3",
-        "--batch-size",
-        "5",
-        "--epochs",
-        "1",
-        "--hidden",
-        "[16, 16]",
-    ]
+    small = split("--train-limit 12 --test-limit 3 --batch-size 5 --epochs 1 --hidden 16 16")
     network = [
         "--dataset",
         f"image_folder:{pictures}",
-        "--model",
-        "vgg5",
-        "--T",
-        "8",
-        "--reference",
-        "false",
+        *split("--model vgg5 --T 8 --no-reference"),
     ]
-    launch.in_process("adv_train", tmp_path, *network, *small, "--device", "cpu", "--output", "run")
+    launch.in_process("adv_train", tmp_path, *network, *small, *split("--device cpu --output run"))
     report = Report.load(tmp_path / "run" / "report.json")
     assert report.accuracy("dlif at", "pgd20") <= report.accuracy("dlif at", "clean")
     assert {score.total for score in report.scores} == {3}

@@ -1,22 +1,18 @@
-"""Options of every recipe: each reaches somebody, is shown on any terminal, and needs no torch to
-be answered.
-"""
+"""Options of every recipe: each is told, and no torch is needed to answer."""
 
 import importlib
 import re
+import resource
 import subprocess
 import sys
 
 import adv_train
 import pytest
-from lab.command_line.declared import idle, options_of
-from lab.command_line.parser import RecipeParser
-from launch import RECIPES, ROOT
+from lab.command_line import idle
+from lab.command_line.declared import Idle, marked, texts_of
+from launch import RECIPES, ROOT, unboxed
 
 from sj_robust.training import MODES
-
-sys.path.insert(0, str(ROOT / "docs" / "options"))
-import generate  # a script, found only now
 
 
 @pytest.fixture(params=RECIPES)
@@ -24,50 +20,48 @@ def recipe(request):
     return importlib.import_module(request.param)
 
 
-def test_the_help_shows_every_option_with_its_choices(recipe, capsys):
-    parser = RecipeParser(recipe.Options)
-    with pytest.raises(SystemExit) as stop:
-        parser.parse_args(["--help"])
-    assert stop.value.code == 0
-    words = set(re.split(r"[^\w./-]+", capsys.readouterr().out))
-    for one in parser.options.values():
-        assert {one.flag, *one.value[1]} <= words
-    assert idle(recipe.Options()) <= set(parser.options)  # what idle= reads is there
+def test_every_option_has_a_text_and_one_that_may_be_idle_can_be_asked(recipe):
+    options = recipe.Options()
+    assert texts_of(recipe.Options).keys() == vars(options).keys()
+    for mark in marked(recipe.Options, Idle).values():
+        assert isinstance(mark.when(options), bool)
 
 
-def test_the_parser_takes_every_option_as_the_help_shows_it(recipe):
-    parser = RecipeParser(recipe.Options)
-    assert parser.values([]) == vars(recipe.Options())
-    for one in parser.options.values():
-        takes, choices = one.value
-        for choice in () if takes.startswith("[") else choices:
-            parser.values([f"{one.flag}={choice}"])
-        if one.kind is bool:
-            assert parser.values([f"--no-{one.flag[2:]}"])[one.name] is False
-            assert parser.values([one.flag])[one.name] is True
+def test_the_page_of_the_options_has_all_of_them(recipe):
+    page = (ROOT / "docs" / "options" / f"{recipe.__name__}.md").read_text(encoding="utf-8")
+    told = unboxed(page)
+    for name, text in texts_of(recipe.Options).items():
+        assert text in told, f"{name}: run python docs/options/generate.py"
 
 
-def test_the_page_of_the_options_is_up_to_date_and_linked(recipe):
-    page = f"docs/options/{recipe.__name__}.md"
-    written = (ROOT / page).read_text(encoding="utf-8")
-    assert written == generate.pages()[f"{recipe.__name__}.md"], (
-        "run python docs/options/generate.py"
-    )
-    assert page in (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), (["--nothing", "1"], 2)])
-def test_help_and_wrong_options_do_not_wait_for_torch(recipe, words, code):
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (["--help-all"], 0, "--output"),
+        (["--output", "/proc/eps"], 2, "output must be a folder that can be written"),
+    ],
+)
+def test_help_and_wrong_options_do_not_wait_for_torch(recipe, words, code, told):
     command = [sys.executable, "-X", "importtime", recipe.__file__, *words]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == code, done.stderr
-    imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
-    assert "lab.command_line.parser" in imported
+    own, imported = [], set()
+    for line in done.stderr.splitlines():
+        module = re.fullmatch(r"import time:.*\| +([\w.]+)", line)
+        if module:
+            imported.add(module[1])
+        else:
+            own.append(line)
+    assert told in unboxed(done.stdout + "\n".join(own))
+    assert "tyro" in imported
     assert not imported & {"torch", "spikingjelly", "accelerate", "matplotlib", "rich", "numpy"}
+    assert after.ru_utime - before.ru_utime < 1  # of the processor: others may be busy, too
 
 
 def test_what_modes_leave_idle_are_options():
-    names = {one.name for one in options_of(adv_train.Options)}
+    names = vars(adv_train.Options()).keys()
     for mode in MODES.values():
         assert set(mode.idle) <= names, mode.name
 
@@ -125,4 +119,4 @@ def test_eps_has_an_effect_without_a_defence_where_eval_eps_is_it():
         *INDICATOR,
     }
     assert not {"eps", "lr", "seed"} & without
-    assert "eps" in without_effect(mode="none", rho=1.0, eval_eps="8/255")
+    assert "eps" in without_effect(mode="none", rho=1.0, eval_eps=adv_train.Radius("8/255"))

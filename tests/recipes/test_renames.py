@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from shlex import split
 
 import pytest
 from launch import ROOT
@@ -39,9 +40,7 @@ def test_renamed_fields_are_noticed(tmp_path):
     # Packages from elsewhere are left out, which would take most of the time.
     command = [
         sys.executable,
-        "-m",
-        "mypy",
-        "--cache-dir",
+        *split("-m mypy --cache-dir"),
         str(tmp_path / "cache"),
         "--no-site-packages",
     ]

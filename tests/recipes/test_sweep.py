@@ -1,4 +1,5 @@
 import csv
+from shlex import split
 
 import pytest
 import yaml
@@ -48,12 +49,10 @@ def run(tmp_path, monkeypatch, capsys):
 def test_a_grid_from_end_to_end(run, tmp_path):
     output = run(
         *GRID,
-        "--evaluate",
-        "[paper]",
-        "--evaluation_options",
+        *split("--evaluate paper --evaluation_options"),
         "{test_limit: 20}",
         "--contrast",
-        "[rho]",
+        "rho",
     )
     folder = tmp_path / "runs" / "sweep"
     assert "12 runs in runs/sweep, 0 of them finished before" in output
@@ -93,10 +92,10 @@ def test_a_sweep_goes_on_and_grows_and_is_reported_again(run, tmp_path):
     folder = tmp_path / "runs" / "mine"
     assert "2 runs in runs/mine, 2 of them finished before" in run("--output", "runs/mine")
     assert "4 runs in runs/mine, 2 of them" in run(
-        "--output", "runs/mine", "--grid", "{mode: [at, rat], rho: [0, 1]}"
+        *split("--output runs/mine --grid"), "{mode: [at, rat], rho: [0, 1]}"
     )
     assert "4 runs in runs/mine, 0 of them" in run(
-        "--output", "runs/mine", "--evaluate", "[paper, fast]"
+        *split("--output runs/mine --evaluate paper fast")
     )
     for calls in folder.glob("runs/*/calls"):
         assert [line.split()[0] for line in calls.read_text().splitlines()] == [
@@ -107,14 +106,28 @@ def test_a_sweep_goes_on_and_grows_and_is_reported_again(run, tmp_path):
     before = {path.name: path.read_bytes() for path in folder.glob("[!R]*.*")}
     for name in ("results.md", "results.csv", "effect-rho.png", "effect-rho.pdf"):
         (folder / name).unlink()
-    output = run("--output", "runs/mine", "--report")
+    output = run(*split("--output runs/mine --report"))
     assert "runs in" not in output
     assert {path.name: path.read_bytes() for path in folder.glob("[!R]*.*")} == before
-    assert "pgd20" not in run("--output", "runs/mine", "--report", "--columns", "[clean]")
+    assert "pgd20" not in run(*split("--output runs/mine --report --columns clean"))
     with pytest.raises(
         ValueError, match=r"columns \['x/\*'\] fit none of the figures there are: clean, pgd20"
     ):
-        run("--output", "runs/mine", "--report", "--columns", "[x/*]")
+        run(*split("--output runs/mine --report --columns x/*"))
+
+
+def test_options_of_the_command_line_are_added_to_those_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kept = {"grid": {"rho": [1]}, "options": {"epochs": 5, "T": 2}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(kept))
+    parse = sweep.main.__globals__["parse"]
+    read = parse(["--sweep=mine.yaml", "--options", "{T: 4, data_root: x}"])
+    assert (read.options, read.output) == ({"epochs": 5, "T": 4, "data_root": "x"}, "runs/mine")
+    (tmp_path / "mine.yaml").rename(tmp_path / "sweep.yaml")
+    assert parse(["--output", ".", "--options", "{T: 4}"]).options == {"epochs": 5, "T": 4}
+    (tmp_path / "sweep.yaml").write_text("{base: digits, options: {model: own.py:build}}")
+    with pytest.raises(ValueError, match="sweep.yaml names code that would be run"):
+        parse(["--output", ".", "--options", "{T: 4}"])
 
 
 def test_failures_are_summed_up(run, tmp_path):
@@ -131,7 +144,7 @@ def test_failures_are_summed_up(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (("--base", "list.yaml"), ValueError, "must hold options of adv_train.py"),
+        (("--base", "list.yaml"), ValueError, "list.yaml must hold options"),
         (("--grid", "{seed: [1]}"), ValueError, "seed is set by the sweep itself"),
         (
             ("--grid", "{rho: [1]}", "--options", "{output: x}"),
@@ -143,13 +156,13 @@ def test_failures_are_summed_up(run, tmp_path):
             ValueError,
             "skip leaves no combination",
         ),
-        (("--grid", "{rho: [1]}", "--evaluate", "[slow]"), ValueError, "slow"),
+        (("--grid", "{rho: [1]}", "--evaluate", "slow"), SystemExit, "2"),
         (
-            ("--grid", "{rho: [1]}", "--contrast", "[roh]"),
+            ("--grid", "{rho: [1]}", "--contrast", "roh"),
             ValueError,
-            "has no option 'roh'; did you mean rho",
+            "has no option 'roh'; it has",
         ),
-        (("--grid", "{rho: [1]}", "--contrast", "[mode]"), ValueError, "got 'mode'"),
+        (("--grid", "{rho: [1]}", "--contrast", "mode"), ValueError, "got 'mode'"),
     ],
 )
 def test_wrong_use(run, tmp_path, arguments, error, message):

@@ -6,6 +6,7 @@ import re
 import sys
 import threading
 from contextlib import suppress
+from shlex import split
 
 import launch
 import pytest
@@ -21,18 +22,7 @@ import termios  # noqa: E402  # as above
 
 pytestmark = pytest.mark.slow
 
-TINY = (
-    "--epochs",
-    "2",
-    "--train-limit",
-    "200",
-    "--test-limit",
-    "12",
-    "--channels",
-    "[2,2]",
-    "--T",
-    "2",
-)
+TINY = split("--epochs 2 --train-limit 200 --test-limit 12 --channels 2 2 --T 2")
 TRAIN = ("adv_train", *TINY, "--output", "f")
 CONTROL = re.compile(r"\x1b\[[0-?]*[@-~]")
 
@@ -105,24 +95,12 @@ def test_through_a_pipe_it_is_plain_with_a_line_per_epoch(folders, shown):
 def test_on_a_terminal_bars_move_and_fit_in_its_colours(tmp_path, columns, variables):
     # every part of the training takes longer than a bar is left as it is, which is a tenth of a
     # second
-    longer = (
-        "--train-limit",
-        "1400",
-        "--validation-fraction",
-        "0.5",
-        "--channels",
-        "[32, 64]",
-        "--T",
-        "8",
-    )
+    longer = split("--train-limit 1400 --validation-fraction 0.5 --channels 32 64 --T 8")
     text = on_a_terminal(
         tmp_path,
         *TRAIN,
         *longer,
-        "--reference",
-        "false",
-        "--epochs",
-        "1",
+        *split("--no-reference --epochs 1"),
         columns=columns,
         **variables,
     )
@@ -146,7 +124,7 @@ def test_on_a_terminal_bars_move_and_fit_in_its_colours(tmp_path, columns, varia
 
 
 def test_a_terminal_that_cannot_move_its_cursor_gets_lines(tmp_path):
-    text = on_a_terminal(tmp_path, *TRAIN, "--reference", "false", TERM="dumb")
+    text = on_a_terminal(tmp_path, *TRAIN, "--no-reference", TERM="dumb")
     assert "dlif_at epoch 2/2" in text
     assert "\x1b" not in text
     assert "━" not in text
@@ -165,58 +143,23 @@ def folders(tmp_path_factory, shown):
     options = "{epochs: 1, train_limit: 130, test_limit: 8, channels: [2, 2], T: 2, device: cpu}"
     calls = [
         ("adv_train", *TINY, "--output", "run"),
+        split("evaluate run/dlif_at --suite fast --test-limit 6 --output evaluated"),
+        split("figures run --eps 0.1 0.2 --steps 1 --images 40 --resamples 2"),
         (
-            "evaluate",
-            "run/dlif_at",
-            "--suite",
-            "fast",
-            "--test-limit",
-            "6",
-            "--output",
-            "evaluated",
-        ),
-        (
-            "figures",
-            "run",
-            "--eps",
-            "0.1",
-            "0.2",
-            "--steps",
-            "1",
-            "--images",
-            "40",
-            "--resamples",
-            "2",
-        ),
-        (
-            "sweep",
-            "--base",
-            "digits",
-            "--options",
+            *split("sweep --base digits --options"),
             options,
             "--grid",
             "{rho: [1]}",
-            "--evaluate",
-            "[paper]",
-            "--evaluation-options",
+            *split("--evaluate paper --evaluation-options"),
             "{test_limit: 4}",
             "--output",
             "sweep",
         ),
         (
-            "benchmark",
-            "--shapes",
-            "[[2,4,3,8,8]]",
-            "--methods",
-            "[DLIF eager, textbook loop]",
-            "--rounds",
-            "2",
-            "--allocators",
-            "[malloc]",
-            "--check",
-            "false",
-            "--output",
-            "measured",
+            *split("benchmark --shapes [[2,4,3,8,8]] --methods"),
+            "DLIF eager",
+            "textbook loop",
+            *split("--rounds 2 --allocators malloc --no-check --output measured"),
         ),
     ]
     with pytest.MonkeyPatch.context() as patch:
@@ -264,14 +207,6 @@ def test_every_file_of_a_finished_folder_is_named_in_its_readme(folders, templat
     assert "COMMANDS" not in text
     always = [file for file in names if "*" not in file and not file.endswith("/")]
     assert [file for file in always if not (folder / file).exists()] == []
-
-
-def test_the_recipes_page_names_the_same_files():
-    text = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
-    assert {template.stem for template in TEMPLATES} == set(RECIPES)
-    for template in TEMPLATES:
-        for file in rows(template):
-            assert f"`{file}`" in text, f"{file} is not in recipes/README.md"
 
 
 def test_a_benchmark_leaves_numbers_table_and_chart_and_draws_it_again(folders, capsys):

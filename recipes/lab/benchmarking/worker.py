@@ -119,7 +119,8 @@ class Meter:
         reset = Path("/proc/self/clear_refs")
         if not reset.exists():
             return math.nan
-        if hasattr(libc := CDLL(None), "malloc_trim"):
+        libc = CDLL(None)
+        if hasattr(libc, "malloc_trim"):
             libc.malloc_trim(0)  # what the allocator kept of earlier passes would hide the growth
         reset.write_text("5")  # peak := present
         before = _status_kilobytes("VmRSS:")

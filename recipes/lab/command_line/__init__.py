@@ -11,8 +11,16 @@ except ModuleNotFoundError as error:
     own = "; in the clone: pip install -e '.[recipes]'"
     sys.exit(f"error: {error}{own if error.name == 'sj_robust' else ''}")
 
-from lab.command_line.declared import deciding, idle, option
-from lab.command_line.parser import WrongUse, check_code, parse_options, read_options
+from lab.command_line.declared import deciding, idle, plain
+from lab.command_line.read import (
+    WrongUse,
+    check_code,
+    config_files,
+    from_values,
+    parse_options,
+    read_file,
+    read_options,
+)
 from lab.command_line.readme import describe_folder
 from lab.command_line.start import check_options, checked, run_recipe
 
@@ -21,11 +29,14 @@ __all__ = [
     "check_code",
     "check_options",
     "checked",
+    "config_files",
     "deciding",
     "describe_folder",
+    "from_values",
     "idle",
-    "option",
     "parse_options",
+    "plain",
+    "read_file",
     "read_options",
     "run_recipe",
 ]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from lab.command_line.parser import WrongUse, read_options
+from lab.command_line.read import WrongUse, read_options
 
 
 @contextmanager

@@ -151,7 +151,7 @@ def _call(recipe: Path, folder: Path, options: Path, mark: str) -> float:
         return 0.0
     arguments = ["--config", str(options), "--output", str(folder)]
     if any(folder.glob(mark)):
-        arguments.append("--resume=true")
+        arguments.append("--resume")
     elif folder.exists():
         shutil.rmtree(folder)  # killed before there was anything to go on with
     start = time.monotonic()

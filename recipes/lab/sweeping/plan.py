@@ -4,15 +4,14 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from lab.command_line import read_file
 from lab.sweeping.grid import value_text, values_in
-from lab.sweeping.recipe import Recipe
+from lab.sweeping.recipe import Recipe, Resolved
 from lab.sweeping.record import RECORD_FILE, RunRecord
 
 OPTIONS_FILE = "options.yaml"
@@ -63,32 +62,29 @@ def plan_runs(
     tells. A run of an earlier sweep in the folder is recognised by its options, whatever its name.
 
     Raises:
-        ValueError: If an option is unknown or wrong, or a run of the same name had other options.
+        SystemExit: If an option is unknown or wrong, after a message.
+        ValueError: If a run of the same name had other options.
     """
     suites = {}
     for suite, given in evaluations.items():
-        suites[suite] = evaluator.resolve({**given, "suite": suite})
+        suites[suite] = evaluator.resolve({**given, "suite": suite}).given
     known = _known(folder, recipe)
     identities = {path.name: identity for identity, path in known.items()}
     varied = values_in(combinations)
-    resolved = [recipe.resolve({**fixed, **combination}) for combination in combinations]
+    cells = [recipe.resolve({**fixed, **combination}) for combination in combinations]
     planned: dict[str, PlannedRun] = {}
-    for seed, number in itertools.product(seeds, range(len(combinations))):
-        options = resolved[number] | {"seed": seed}
-        identity = recipe.identity(options)
+    for seed, cell in itertools.product(seeds, cells):
+        run = cell.with_seed(seed)
+        identity = recipe.identity(run)
         if identity in planned:
             continue
-        idle = recipe.idle(options)
-        options = _written_out(options, varied, recipe)
-        for name in idle:
-            options[name] = recipe.defaults[name]
-        name = _name({name: options[name] for name in varied if name not in idle}, seed)
+        options = _written_out(run, varied)
+        options |= {name: recipe.defaults[name] for name in run.idle}
+        name = _name({name: options[name] for name in varied if name not in run.idle}, seed)
         before = identities.get(name, identity)
         if before != identity and identity not in known:
             if before not in planned:  # of an earlier sweep
-                old = json.loads(before)
-                new = json.loads(identity)
-                raise ValueError(_changed(folder / "runs" / name, old, new))
+                _refuse_changes(folder / "runs" / name, json.loads(before), json.loads(identity))
             name += f"-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
         path = known.get(identity, folder / "runs" / name)
         identities[path.name] = identity
@@ -106,28 +102,25 @@ def load_records(folder: Path, recipe: Recipe) -> list[RunRecord]:
     """
     paths = sorted((folder / "runs").glob(f"*/{RECORD_FILE}"))
     records = [RunRecord.load(path) for path in paths]
-    resolved = [recipe.resolve(record.options) for record in records]
-    everything = values_in(resolved)
+    runs = [recipe.resolve(record.options, record.name) for record in records]
+    everything = values_in(run.given for run in runs)
     found = []
-    for record, options in zip(records, resolved, strict=True):
-        shown = recipe.decisive(_written_out(options, everything, recipe))
-        for name in recipe.idle(options):
-            shown.pop(name, None)
-        found.append(replace(record, options=shown))
+    for record, run in zip(records, runs, strict=True):
+        shown = recipe.decisive(_written_out(run, everything))
+        found.append(replace(record, options=_without(shown, run.idle)))
     return found
 
 
-def _written_out(
-    options: Mapping[str, Any],
-    values: Mapping[str, list[Any]],
-    recipe: Recipe,
-) -> dict[str, Any]:
-    """Options with the value that null stands for, where one is among those values."""
-    complete = recipe.complete(options)
-    found = dict(options)
+def _without(options: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in names}
+
+
+def _written_out(run: Resolved, values: Mapping[str, list[Any]]) -> dict[str, Any]:
+    """Options with the value that None stands for, where one is among those values."""
+    found = dict(run.given)
     for name, others in values.items():
-        if options[name] is None and others != [None]:
-            found[name] = complete[name]
+        if found[name] is None and others != [None]:
+            found[name] = run.complete[name]
     return found
 
 
@@ -137,13 +130,8 @@ def _known(folder: Path, recipe: Recipe) -> dict[str, Path]:
     """
     known = {}
     for path in sorted((folder / "runs").glob(f"*/{OPTIONS_FILE}")):
-        try:
-            options = recipe.resolve(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise ValueError(
-                f"{path}: {error}; the run is of another version, use another --output"
-            ) from error
-        known[recipe.identity(options)] = path.parent
+        run = recipe.resolve(read_file(path), f"{path}, of another version: use another --output")
+        known[recipe.identity(run)] = path.parent
     return known
 
 
@@ -164,18 +152,16 @@ def _check_evaluations(run: PlannedRun, evaluator: Recipe) -> None:
     for suite in run.evaluations.keys() & record.evaluations.keys():
         old = evaluator.decisive(record.evaluations[suite]["options"])
         new = evaluator.decisive(run.evaluations[suite])
-        if any(old.get(name, value) != value for name, value in new.items()):
-            raise ValueError(_changed(run.folder / suite, old, new))
+        _refuse_changes(run.folder / suite, old, new)
 
 
-def _changed(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    names = []
-    differences = []
-    for name, value in new.items():
-        if old.get(name, value) != value:
-            names.append(name)
-            differences.append(f"{name} was {old[name]!r} and is {value!r} now")
-    return (
-        f"{path} was run with other options ({', '.join(differences)}); results are never mixed: "
+def _refuse_changes(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raise ValueError, with the options that have changed, if any have."""
+    names = [name for name, value in new.items() if old.get(name, value) != value]
+    if not names:
+        return
+    told = [f"{name} was {old[name]!r} and is {new[name]!r} now" for name in names]
+    raise ValueError(
+        f"{path} was run with other options ({', '.join(told)}); results are never mixed: "
         f"use another --output, or make {' and '.join(names)} part of the grid"
     )

@@ -57,8 +57,8 @@ def published_accuracy(options: Mapping[str, Any], column: str) -> PublishedAccu
         23.05
     """
     mode = MODES.get(options.get("mode", ""))
-    usual = {name: getattr(mode, name, None) for name, value in options.items() if value is None}
-    options = {**options, **usual}
+    if mode is not None and options.get("rho") is None:
+        options = {**options, "rho": mode.rho}
     for known in PUBLISHED:
         if known.column == column and known.options.items() <= options.items():
             return known

@@ -2,19 +2,38 @@
 and to run.
 """
 
-import difflib
 import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lab.command_line import idle
-from lab.command_line.parser import RecipeParser
-from sj_robust.core.saved import plain
+from lab.command_line import from_values, idle, plain
+from lab.command_line.declared import Decides, marked
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """All options of a run as plain data.
+
+    Attributes:
+        given: Those given, checked, and the recipe's defaults.
+        complete: The same with values where None leaves it to other options.
+        idle: Names of those that change nothing, see :func:`lab.command_line.idle`.
+    """
+
+    given: dict[str, Any]
+    complete: dict[str, Any]
+    idle: frozenset[str]
+
+    def with_seed(self, seed: int) -> "Resolved":
+        """The same run with another seed."""
+        return replace(
+            self, given=self.given | {"seed": seed}, complete=self.complete | {"seed": seed}
+        )
 
 
 @dataclass(frozen=True)
@@ -22,7 +41,7 @@ class Recipe:
     """What a sweep knows of a recipe.
 
     ``completed`` is its function of that name, if it has one: options with values where they were
-    null because others decide them.
+    None because others decide them.
     """
 
     path: Path
@@ -30,70 +49,39 @@ class Recipe:
     main: Callable[[list[str]], None]
     completed: Callable[[Any], Any] | None = None
 
-    @cached_property
-    def names(self) -> list[str]:
-        """Names of its options."""
-        return list(self._parser.options)
-
     def check_names(self, names: Iterable[str]) -> None:
-        """Raise ValueError, with the nearest names there are, unless all are names of options."""
+        """Raise ValueError unless all are names of options."""
         for name in names:
-            if name in self.names:
-                continue
-            near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.5)
-            remedy = f"it has {', '.join(self.names)}"
-            if near:
-                remedy = f"did you mean {' or '.join(near)}?"
-            raise ValueError(f"{self.path.name} has no option {name!r}; {remedy}")
+            if name not in self.defaults:
+                raise ValueError(
+                    f"{self.path.name} has no option {name!r}; it has {', '.join(self.defaults)}"
+                )
 
-    def resolve(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """All options of a run as plain data: those given, checked, and the recipe's defaults."""
-        self.check_names(options)
-        try:
-            found = self._parser.values(options)
-        except ValueError as error:
-            raise ValueError(f"{self.path.name} does not take these options: {error}") from error
-        return {name: plain(value) for name, value in found.items()}
-
-    def complete(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """All options as the recipe understands them: null is the value that others decide, 8/255 a
-        number.
+    def resolve(self, options: Mapping[str, Any], where: str = "") -> Resolved:
+        """Options of a run from those given; wrong ones end the process, after a message that says
+        ``where`` they stand.
         """
-        understood = self._understood(options)
-        return {name: plain(getattr(understood, name)) for name in self.names}
+        given = from_values(self.options_type, options, where or self.path.name)
+        complete = given if self.completed is None else self.completed(given)
+        return Resolved(plain(given), plain(complete), idle(complete))
 
-    def idle(self, options: Mapping[str, Any]) -> frozenset[str]:
-        """Names of the options that change nothing, given all options; see
-        :func:`lab.command_line.idle`.
-        """
-        return idle(self._understood(options))
-
-    def identity(self, options: Mapping[str, Any]) -> str:
+    def identity(self, run: Resolved) -> str:
         """Text that is equal for two runs that are one: their options, idle ones at their defaults,
         as JSON.
         """
-        found = self.complete(options)
-        found |= {name: self.defaults[name] for name in self.idle(options)}
-        return json.dumps(self.decisive(found), sort_keys=True)
+        idle_ones = {name: self.defaults[name] for name in run.idle}
+        return json.dumps(self.decisive(run.complete | idle_ones), sort_keys=True)
 
     def decisive(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options of which another value is another run."""
-        known = self._parser.options.values()
-        without = {one.name for one in known if one.decides == "nothing"}
+        marks = marked(self.options_type, Decides)
+        without = {name for name, mark in marks.items() if mark.what == "nothing"}
         return {name: value for name, value in options.items() if name not in without}
 
     @cached_property
     def defaults(self) -> dict[str, Any]:
         """All options with their defaults, as plain data."""
-        return self.resolve({})
-
-    @cached_property
-    def _parser(self) -> RecipeParser:
-        return RecipeParser(self.options_type)
-
-    def _understood(self, options: Mapping[str, Any]) -> Any:
-        found = self.options_type(**options)
-        return found if self.completed is None else self.completed(found)
+        return plain(self.options_type())
 
 
 def load_recipe(path: Path) -> Recipe:

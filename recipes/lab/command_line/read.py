@@ -1,0 +1,215 @@
+"""Options of a recipe from the words of its command line, by tyro, and from files of YAML."""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import tyro
+import yaml
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec
+
+from lab.command_line.declared import (
+    NamesCode,
+    Needs,
+    Often,
+    Radius,
+    Word,
+    Yaml,
+    marked,
+    plain,
+    texts_of,
+)
+from sj_robust.core.folders import read_text
+
+OptionsT = TypeVar("OptionsT")
+
+
+class WrongUse(ValueError):  # noqa: N818  # the name of what was done, as SystemExit's
+    """A recipe was asked for what cannot be: nothing was done, and the exit code is 2."""
+
+
+def read_options(kind: type[OptionsT], arguments: Sequence[str]) -> OptionsT:
+    """Options from the words of a command line; files of ``--config`` come before them.
+
+    tyro answers ``--help`` and wrong options, and ends the process.
+    """
+    own, words = _own_words(arguments)
+    if own.help or own.help_all:
+        _cli(kind, ["--help"], brief=not own.help_all)
+    options = None
+    for path in own.config:
+        options = from_values(kind, read_file(path), str(path), options)
+    # the words of YAML for None, True and False
+    as_python = {"null": "None", "true": "True", "false": "False"}
+    options = _cli(kind, [as_python.get(word, word) for word in words], options)
+    if own.print_config:
+        print(yaml.safe_dump(plain(options), sort_keys=False), end="")
+        sys.exit(0)
+    for name, needs in marked(kind, Needs).items():
+        value = getattr(options, name)
+        for part in value if isinstance(value, tuple) else [value]:
+            needs.check(part)
+    return options
+
+
+def config_files(arguments: Sequence[str]) -> list[Path]:
+    """Files of ``--config`` in the words of a command line."""
+    own, _ = _own_words(arguments)
+    return list(own.config)
+
+
+def from_values(
+    kind: type[OptionsT], values: Mapping[str, Any], where: str, default: OptionsT | None = None
+) -> OptionsT:
+    """Options from plain data, checked as typed words are; others have their defaults."""
+    try:
+        return _cli(kind, _as_words(kind, values), default)
+    except SystemExit:
+        print(f"(in {where})", file=sys.stderr)
+        raise
+
+
+def parse_options(
+    kind: type[OptionsT],
+    arguments: Sequence[str],
+    stem: Callable[[OptionsT], str],
+    *,
+    mark: str = "*/last.pt",
+) -> OptionsT:
+    """Options of a recipe with ``output`` and ``resume``; those of a run that is resumed come from
+    its folder first.
+
+    ``stem`` names a run's folder up to its number, ``mark`` the files that tell a run with
+    something to go on with, as :func:`sj_robust.training.run_to_resume` takes them.
+    """
+    options: Any = read_options(kind, arguments)
+    if not options.resume:
+        return options  # type: ignore[no-any-return]  # what read_options returned
+    from sj_robust.training.folder import CONFIGURATION_FILE, run_to_resume  # imports torch
+
+    folder = run_to_resume(options.output, stem(options), mark=mark)
+    path = folder / CONFIGURATION_FILE
+    resumed: Any = read_options(kind, ["--config", str(path), *arguments])
+    check_code(resumed, options, path)
+    return replace(resumed, output=str(folder))  # type: ignore[no-any-return]  # as above
+
+
+def check_code(options: Any, given: Any, path: Path) -> None:
+    """Raise WrongUse for code that the options of a folder's file name and those of the command
+    line do not.
+    """
+    for name in marked(type(options), NamesCode):
+        value = getattr(options, name)
+        if value == getattr(given, name) or not (value is True or _names_code(value)):
+            continue
+        flag = _flag(name)
+        if value is not True:
+            flag += f" {shlex.quote(value if isinstance(value, str) else json.dumps(value))}"
+        raise WrongUse(
+            f"{path} names code that would be run; if you trust it, name it here as well: {flag}"
+        )
+
+
+def _names_code(value: object) -> bool:
+    """Whether a value is a file of Python or a function of one's own, or holds such a value."""
+    if isinstance(value, dict):
+        return _names_code(list(value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_names_code, value))
+    text = str(value)
+    return text.endswith(".py") or (":" in text and not text.startswith(("zoo:", "image_folder:")))
+
+
+def _own_words(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What every recipe takes, and the words that are left for tyro."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", action="append", type=Path, default=[])
+    parser.add_argument("--print-config", "--print_config", action="store_true")
+    parser.add_argument("--help-all", "--help_all", action="store_true")
+    parser.add_argument("--help", "-h", action="store_true")
+    return parser.parse_known_args(arguments)
+
+
+def _cli(
+    kind: type[OptionsT],
+    words: Sequence[str],
+    default: OptionsT | None = None,
+    *,
+    brief: bool = False,
+) -> OptionsT:
+    """Options by tyro; a brief help leaves out those that people do not change."""
+    texts = texts_of(kind)  # type: ignore[arg-type]  # a class is hashable
+    often = marked(kind, Often) if brief else {}
+    usual = kind() if default is None else default
+    found = []
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        shown = hint
+        if often and name not in often:
+            shown = tyro.conf.Suppress[hint]  # type: ignore[misc, valid-type]  # made at run time
+        value = getattr(usual, name)
+        found.append(StructFieldSpec(name, shown, value, helptext=texts.get(name, "")))
+    options = StructConstructorSpec(kind, tuple(found))
+    registry = ConstructorRegistry()
+    registry.struct_rule(lambda info: options if info.type is kind else None)
+    registry.primitive_rule(lambda info: Word(Radius, "RADIUS") if info.type is Radius else None)
+    module = sys.modules[kind.__module__]
+    return tyro.cli(
+        kind,
+        args=words,
+        prog=f"recipes/{Path(getattr(module, '__file__', None) or 'recipe.py').name}",
+        description=f"{(module.__doc__ or '').strip()}\n\n{_COMMON}",
+        registry=registry,
+    )
+
+
+_COMMON = (
+    "--config FILE reads options from a YAML file, and those of the command line win; "
+    "--print-config prints all of them as such a file; --help-all shows every option."
+)
+
+
+def _as_words(kind: type[Any], values: Mapping[str, Any]) -> list[str]:
+    """Plain data as words of a command line."""
+    switches = {name for name, hint in get_type_hints(kind).items() if hint is bool}
+    positional = marked(kind, type(tyro.conf.Positional))
+    trees = marked(kind, Yaml)
+    words: list[str] = []
+    for name, value in values.items():
+        flag = _flag(name)
+        if name in trees:
+            words.append(f"{flag}={json.dumps(value)}")
+        elif name in positional:
+            words.insert(0, str(value))
+        elif name in switches and isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, list | tuple):
+            words += [flag, *map(str, value)]
+        elif str(value).startswith("-"):
+            words.append(f"{flag}={value}")
+        else:
+            words += [flag, str(value)]
+    return words
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Options in a file of YAML; WrongUse if it does not hold any."""
+    if not path.is_file():
+        raise WrongUse(f"{path} must be a file of options, such as epochs: 15; it is not there")
+    try:
+        content = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise WrongUse(f"{path} must be YAML, got {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise WrongUse(str(error)) from error
+    if not isinstance(content, dict):
+        raise WrongUse(f"{path} must hold options, such as epochs: 15")
+    return content
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
