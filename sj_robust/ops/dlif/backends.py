@@ -21,15 +21,16 @@ __all__ = [
 ]
 
 KERNELS: dict[str, Any] = {"cpp": cpp, "cupy": cupy_launch, "triton": triton_launch}
-"""Backends that read memory themselves, so that no tracer of torch can see into them."""
+"""Backends that may be missing on a machine."""
 CUDA_KERNELS = ("cupy", "triton")
 """Those of a GPU, the fastest first."""
 
 
 class Implementation(Protocol):
-    """What a backend provides, for contiguous tensors [T, M] and [M]; a kernel takes any [T, *] and
-    [*].
-    """
+    """What a backend provides, for contiguous tensors [T, *] and [*]."""
+
+    def unsupported_reason(self, x_seq: Tensor, surrogate: Surrogate) -> str | None:
+        """Why this call cannot run here, or None."""
 
     def forward(self, inputs: Inputs, store_v_seq: bool) -> Outputs:
         """Spikes, last potential, and potentials after reset if asked for."""
@@ -40,11 +41,12 @@ class Implementation(Protocol):
         """Gradients of ``x_seq``, ``input_gain`` and, if needed, ``v_init``."""
 
 
-def implementation(name: str, threads_per_block: int | None = None) -> Any:
-    """The :class:`Implementation` of a name; only ``"cupy"`` reads the block size."""
+def implementation(name: str, threads_per_block: int | None = None) -> Implementation:
+    """The implementation of a name; only ``"cupy"`` reads the block size."""
     if name == "cupy" and threads_per_block is not None:
         return cupy_launch.Launcher(threads_per_block=threads_per_block)
-    return KERNELS.get(name, eager)
+    found: Implementation = KERNELS.get(name, eager)
+    return found
 
 
 def unavailable_reason(name: str) -> str | None:
@@ -74,17 +76,12 @@ def _failure(name: str) -> str | None:
             found = thread.submit(_spikes_of_one_neuron, name, device).result()
         except torch.OutOfMemoryError:  # which says nothing of the kernel
             raise
-        except (
-            Exception
-        ) as error:  # of the kernel's compiler, of the C compiler that Triton needs, of the driver
-            return (
-                f"a first call failed with {type(error).__name__}: {' '.join(str(error).split())}"
-            )
-    return (
-        None
-        if found == [0.0, 1.0]
-        else f"a first call gave the spikes {found} instead of [0.0, 1.0]"
-    )
+        except Exception as error:  # of a compiler that a kernel needs, or of the driver
+            text = " ".join(str(error).split())
+            return f"a first call failed with {type(error).__name__}: {text}"
+    if found == [0.0, 1.0]:
+        return None
+    return f"a first call gave the spikes {found} instead of [0.0, 1.0]"
 
 
 def _spikes_of_one_neuron(name: str, device: torch.device) -> list[float]:

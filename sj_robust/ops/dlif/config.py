@@ -11,13 +11,11 @@ from torch import Tensor
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = [
-    "UNTRACEABLE",
     "DLIFConfig",
     "Inputs",
     "OutputGradients",
     "Outputs",
     "Planes",
-    "Tensors",
     "check_arguments",
     "check_devices",
     "initial_potential",
@@ -26,11 +24,6 @@ __all__ = [
     "on_one_device",
     "state_dtype",
 ]
-
-UNTRACEABLE = (
-    "a kernel takes it in no graph of torch's tracers and under no torch.func.vmap; use "
-    "backend='reference'"
-)
 
 
 @dataclass(frozen=True)
@@ -60,36 +53,21 @@ class DLIFConfig:
         return "value" if self.v_reset else "zero"
 
     @property
-    def arguments(self) -> tuple[float, float, float | None, str, float, bool]:
-        """The constants as a registered operator takes them; ValueError for a surrogate of the
-        user's own.
-        """
-        surrogate = self.surrogate
-        if surrogate.kind == "custom":
-            raise ValueError(
-                f"the surrogate {surrogate.function!r} is a Python function: {UNTRACEABLE}"
-            )
-        return (
-            self.decay,
-            self.v_threshold,
-            self.v_reset,
-            surrogate.kind,
-            surrogate.alpha,
-            self.detach_reset,
-        )
+    def arguments(self) -> dict[str, Any]:
+        """The constants as a registered operator takes them."""
+        return {
+            "decay": self.decay,
+            "v_threshold": self.v_threshold,
+            "v_reset": self.v_reset,
+            "surrogate": self.surrogate.name,
+            "alpha": self.surrogate.alpha,
+            "detach_reset": self.detach_reset,
+        }
 
     @classmethod
-    def of(
-        cls,
-        decay: float,
-        v_threshold: float,
-        v_reset: float | None,
-        kind: Any,
-        alpha: float,
-        detach_reset: bool,
-    ) -> "DLIFConfig":
+    def of(cls, *, surrogate: str, alpha: float, **constants: Any) -> "DLIFConfig":
         """The inverse of :attr:`arguments`."""
-        return cls(decay, v_threshold, v_reset, Surrogate(kind, alpha), detach_reset)
+        return cls(surrogate=Surrogate.named(surrogate, alpha), **constants)
 
 
 class Inputs(NamedTuple):
@@ -117,10 +95,6 @@ class OutputGradients(NamedTuple):
 
 Outputs = tuple[Tensor, Tensor, Tensor | None]
 """Spikes [T, *], last potential [*], potentials after every reset [T, *] if asked for."""
-
-
-Tensors = dict[str, Tensor | None]
-"""What a kernel reads and writes, by the names of its parameters; one that is None is not there."""
 
 
 class Planes(NamedTuple):
