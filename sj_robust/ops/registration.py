@@ -7,7 +7,7 @@ calls (vmap). Under autocast an operator takes every tensor as it is: the curren
 potentials in float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ __all__ = [
     "in_functorch",
     "in_onnx_export",
     "is_traced",
-    "or_empty",
+    "present",
     "saved_tensors",
 ]
 
@@ -133,9 +133,9 @@ def saved_tensors(ctx: Any) -> tuple[Any, ...]:
         ) from error
 
 
-def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """The tensor, or an empty one for none."""
-    return like.new_empty(0) if tensor is None else tensor
+def present(outputs: Iterable[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """Outputs as an operator returns them: an empty tensor for none."""
+    return tuple(like.new_empty(0) if one is None else one for one in outputs)
 
 
 # What torch has no public way to ask for; every release since 2.8 answers.

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -196,12 +197,14 @@ class TestBackends:
 
         seen = []
 
-        def note(x_seq, input_gain, v_init, config, found, *rest):
-            seen.append(found)
-            return x_seq, x_seq[0], None
+        def note(launcher, inputs, outputs):
+            seen.append(launcher)
 
         monkeypatch.setattr(dispatch, "choose_backend", lambda *arguments: "cupy")
-        monkeypatch.setattr(dispatch.DLIFFunction, "apply", note)
+        for name in ("unavailable_reason", "unsupported_reason"):
+            monkeypatch.setattr(cupy_launch, name, lambda *arguments: None)
+        monkeypatch.setattr(cupy_launch.Launcher, "forward", note)
+        monkeypatch.setattr(cupy_launch, "forward", partial(note, cupy_launch))
         for threads in (
             512,
             64,

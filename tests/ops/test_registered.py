@@ -21,7 +21,14 @@ pytestmark = [
     ),
 ]
 BACKENDS = ["cpp", "eager", "reference"]
-CONSTANTS = (0.5, 1.0, None, "atan", 2.0, False)
+CONSTANTS = {
+    "decay": 0.5,
+    "v_threshold": 1.0,
+    "v_reset": None,
+    "surrogate": "atan",
+    "alpha": 2.0,
+    "detach_reset": False,
+}
 OPS = torch.ops.sj_robust
 
 
@@ -30,12 +37,11 @@ OPS = torch.ops.sj_robust
 def test_torch_finds_no_fault_in_dlif(backend, store):
     (x, gain, v_init), (grad, grad_v, _) = random_call((3, 5), torch.float32)
     leaves = [t.requires_grad_() for t in (x, gain, v_init)]
-    torch.library.opcheck(OPS.dlif, (*leaves, *CONSTANTS, store, backend, None))
+    constants = {**CONSTANTS, "backend": backend, "threads_per_block": None}
+    torch.library.opcheck(OPS.dlif, leaves, {**constants, "store_v_seq": store})
     v_init = v_init.detach() if store else None
-    torch.library.opcheck(
-        OPS.dlif_backward,
-        (grad, grad_v, None, x.detach(), gain.detach(), v_init, *CONSTANTS, store, backend, None),
-    )
+    given = grad, grad_v, None, x.detach(), gain.detach(), v_init
+    torch.library.opcheck(OPS.dlif_backward, given, {**constants, "needs_v_init": store})
 
 
 @pytest.mark.slow
@@ -53,20 +59,28 @@ def test_torch_finds_no_fault_in_batch_norm_and_dlif(statistics, channels_last, 
     )
     running = (torch.zeros(2), torch.ones(2)) if statistics == "running" else (None, None)
     norm = (None, None) if statistics is None else (weight.requires_grad_(), bias.requires_grad_())
-    leaves = (x.requires_grad_(), *norm, gain.requires_grad_(), v_init.requires_grad_(), *running)
-    stage = (*CONSTANTS, statistics, 1e-5, True, channels_last, "cpp")
-    torch.library.opcheck(OPS.bn_dlif, (*leaves, *stage, True, True))
+    leaves = (x.requires_grad_(), gain.requires_grad_(), v_init.requires_grad_(), *norm, *running)
+    stage = {
+        **CONSTANTS,
+        "statistics": statistics,
+        "eps": 1e-5,
+        "average_pool": True,
+        "channels_last": channels_last,
+        "backend": "cpp",
+    }
+    asked = {"store_v_seq": True, "store_current": True}
+    torch.library.opcheck(OPS.bn_dlif, leaves, {**stage, **asked})
     with torch.no_grad():
-        spikes, v, v_seq, current, moments = OPS.bn_dlif(*leaves, *stage, True, True)
+        spikes, v, v_seq, current, moments = OPS.bn_dlif(*leaves, **stage, **asked)
         saved = (
             x.detach(),
             gain.detach(),
             v_init.detach(),
             None if statistics is None else moments,
         )
-        torch.library.opcheck(
-            OPS.bn_dlif_backward, (spikes, v, v_seq, current, *saved, *stage, True, True)
-        )
+        given = (spikes, v, v_seq, current, *saved)
+        needed = {"needs_x": True, "needs_v_init": True}
+        torch.library.opcheck(OPS.bn_dlif_backward, given, {**stage, **needed})
 
 
 def layer(backend):
@@ -245,12 +259,13 @@ def test_a_surrogate_of_ones_own_is_traced_in_plain_torch():
 
 def test_a_graph_refuses_tensors_that_its_kernel_would_misread():
     x, gain = torch.zeros(3, 5), torch.ones(3)
+    call = {**CONSTANTS, "store_v_seq": False, "backend": "cpp", "threads_per_block": None}
     with pytest.raises(ValueError, match="must be torch.float32 there, got torch.float64"):
-        OPS.dlif(x, gain.double(), None, *CONSTANTS, False, "cpp", None)
+        OPS.dlif(x, gain.double(), None, **call)
     with pytest.raises(ValueError, match="one value per step"):
-        OPS.dlif(x, gain[:2], None, *CONSTANTS, False, "cpp", None)
+        OPS.dlif(x, gain[:2], None, **call)
     with pytest.raises(ValueError, match="backend='cpp', which cannot run this call"):
-        OPS.dlif(x.to(torch.float8_e4m3fn), gain, None, *CONSTANTS, False, "cpp", None)
+        OPS.dlif(x.to(torch.float8_e4m3fn), gain, None, **call)
 
 
 def test_autocast_leaves_potentials_in_float32():

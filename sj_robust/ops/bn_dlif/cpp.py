@@ -5,7 +5,13 @@
 import torch
 from torch import Tensor
 
-from sj_robust.ops.bn_dlif.layer import Layer
+from sj_robust.ops.bn_dlif.layer import (
+    Layer,
+    NormTensors,
+    StageGradients,
+    StageOutputGradients,
+    StageOutputs,
+)
 from sj_robust.ops.dlif import cpp
 from sj_robust.ops.dlif.config import is_repeated, state_dtype
 from sj_robust.ops.dlif.cpp import unsupported_reason
@@ -13,16 +19,9 @@ from sj_robust.ops.dlif.cpp import unsupported_reason
 __all__ = ["backward", "finish", "forward", "moments", "unsupported_reason"]
 
 
-def moments(
-    layer: Layer,
-    *,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    eps: float,
-) -> Tensor:
+def moments(layer: Layer, norm: NormTensors, eps: float) -> Tensor:
     """See :class:`sj_robust.ops.bn_dlif.layer.Kernels`."""
+    weight, bias, running_mean, running_var = norm
     if running_mean is None or running_var is None:
         mean, variance = _statistics(layer)
     else:
@@ -33,73 +32,48 @@ def moments(
     return torch.stack((mean, variance, scale, offset))
 
 
-def forward(
-    layer: Layer,
-    *,
-    input_gain: Tensor,
-    v_init: Tensor | None,
-    spike_seq: Tensor,
-    v_last: Tensor,
-    v_seq: Tensor | None,
-    current_seq: Tensor | None,
-) -> None:
+def forward(layer: Layer, outputs: StageOutputs) -> None:
     """See :class:`sj_robust.ops.bn_dlif.layer.Kernels`."""
-    function, per_channel = "dlif_forward", {}
-    if layer.moments is not None:
-        _, _, scale, offset = layer.moments.to(state_dtype(layer.x_seq)).unbind(0)
-        function, per_channel = "bn_dlif_forward", {"scale": scale, "offset": offset}
     cpp.run(
-        function,
-        layer.x_seq,
-        layer.config,
+        "dlif_forward" if layer.moments is None else "bn_dlif_forward",
+        layer.inputs,
         layer.planes,
-        gain=input_gain,
-        v_init=v_init,
-        s=spike_seq,
-        v=v_last,
-        v_seq=v_seq,
-        current=current_seq,
-        **per_channel,
+        s=outputs.spike_seq,
+        v=outputs.v,
+        v_seq=outputs.v_seq,
+        current=outputs.current,
+        **_per_channel(layer),
     )
 
 
 def backward(
     layer: Layer,
+    grads: StageOutputGradients,
+    found: StageGradients,
     slopes: Tensor | None = None,
-    *,
-    input_gain: Tensor,
-    v_init: Tensor | None,
-    grad_spike_seq: Tensor,
-    grad_v_last: Tensor | None,
-    grad_v_seq: Tensor | None,
-    grad_current_seq: Tensor | None,
-    grad_x_seq: Tensor | None,
-    grad_x_total: Tensor | None = None,
-    channel_sums: Tensor | None = None,
-    grad_input_gain: Tensor | None = None,
-    grad_v_init: Tensor | None = None,
 ) -> None:
     """See :class:`sj_robust.ops.bn_dlif.layer.Kernels`."""
-    function, per_channel = "dlif_backward", {}
+    of_slopes = {}
     if layer.moments is not None:
-        function, per_channel = "bn_dlif_backward", _per_channel(layer.moments, slopes, layer.x_seq)
+        if slopes is None:
+            slopes = layer.moments.new_zeros(2, layer.planes.channels)
+        slope, constant = slopes.to(state_dtype(layer.inputs.x_seq)).unbind(0)
+        of_slopes = {"slope": slope, "constant": constant}
     cpp.run(
-        function,
-        layer.x_seq,
-        layer.config,
+        "dlif_backward" if layer.moments is None else "bn_dlif_backward",
+        layer.inputs,
         layer.planes,
-        gain=input_gain,
-        v_init=v_init,
-        gs=grad_spike_seq,
-        gv=grad_v_last,
-        gvs=grad_v_seq,
-        g_current=grad_current_seq,
-        gx=grad_x_seq,
-        g_total=grad_x_total,
-        channel_sums=channel_sums,
-        gain_grad=grad_input_gain,
-        gv_init=grad_v_init,
-        **per_channel,
+        gs=grads.spike_seq,
+        gv=grads.v,
+        gvs=grads.v_seq,
+        g_current=grads.current,
+        gx=found.x,
+        g_total=found.x_total,
+        channel_sums=found.channel_sums,
+        gain_grad=found.input_gain,
+        gv_init=found.v_init,
+        **_per_channel(layer),
+        **of_slopes,
     )
 
 
@@ -115,29 +89,22 @@ def finish(
     return grad_norm, torch.stack((slope, -moments[2] * sums[0] / count))
 
 
-def _per_channel(moments: Tensor, slopes: Tensor | None, x_seq: Tensor) -> dict[str, Tensor]:
-    dtype = state_dtype(x_seq)
-    mean, _, scale, offset = moments.to(dtype).unbind(0)
-    if slopes is None:
-        slopes = moments.new_zeros(2, moments.shape[1])
-    slope, constant = slopes.to(dtype).unbind(0)
-    return {
-        "mean": mean,
-        "scale": scale,
-        "offset": offset,
-        "slope": slope,
-        "constant": constant,
-    }
+def _per_channel(layer: Layer) -> dict[str, Tensor]:
+    if layer.moments is None:
+        return {}
+    mean, _, scale, offset = layer.moments.to(state_dtype(layer.inputs.x_seq)).unbind(0)
+    return {"mean": mean, "scale": scale, "offset": offset}
 
 
 def _statistics(layer: Layer) -> tuple[Tensor, Tensor]:
     """Mean and variance per channel of this batch, in float64."""
-    x_seq, planes = layer.x_seq, layer.planes
+    x_seq, channels = layer.inputs.x_seq, layer.planes.channels
     # any value near the mean makes the sums free of cancellation: take the first of every channel
-    near = x_seq[0, 0].reshape(planes.channels, -1)[:, 0].to(state_dtype(x_seq)).contiguous()
-    sums = x_seq.new_empty(2, planes.channels, dtype=torch.float64)
+    near = x_seq[0, 0].reshape(channels, -1)[:, 0].to(state_dtype(x_seq)).contiguous()
+    sums = x_seq.new_empty(2, channels, dtype=torch.float64)
     steps = x_seq[:1] if is_repeated(x_seq) else x_seq
-    cpp.run("bn_statistics", steps, layer.config, planes, mean=near, channel_sums=sums)
-    count = steps.numel() // planes.channels
+    inputs = layer.inputs._replace(x_seq=steps)
+    cpp.run("bn_statistics", inputs, layer.planes, mean=near, channel_sums=sums)
+    count = steps.numel() // channels
     distance = sums[0] / count
     return near.double() + distance, (sums[1] / count - distance.square()).clamp_(min=0.0)

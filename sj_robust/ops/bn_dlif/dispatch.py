@@ -11,7 +11,6 @@ from sj_robust.ops.dlif.config import (
     DLIFConfig,
     Inputs,
     check_arguments,
-    check_devices,
     state_dtype,
 )
 from sj_robust.ops.dlif.dispatch import check_backend, dlif_multi_step
@@ -104,7 +103,6 @@ def batch_norm_dlif_multi_step(
     if kernels is not None:
         dtype = state_dtype(x_seq)
         v_init = None if v_init is None else v_init.to(dtype)
-        check_devices(x_seq, input_gain, v_init)
         config = DLIFConfig(decay, v_threshold, v_reset, surrogate, detach_reset)
         outputs = operator.multi_step(
             Inputs(x_seq, input_gain.to(dtype), v_init, config),

@@ -2,25 +2,33 @@
 provides for it.
 """
 
-import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from sj_robust.ops.dlif.config import DLIFConfig, Planes
+from sj_robust.ops.dlif.config import Inputs, Planes, state_dtype
 from sj_robust.ops.surrogate import Surrogate
 
-__all__ = ["Kernels", "Layer", "StageConfig", "dense", "memory_format"]
+__all__ = [
+    "Kernels",
+    "Layer",
+    "NormTensors",
+    "StageConfig",
+    "StageGradients",
+    "StageOutputGradients",
+    "StageOutputs",
+    "dense",
+    "memory_format",
+]
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """Constants of a call.
+    """Constants of a call beside those of its neurons.
 
     Attributes:
-        neuron: Those of the neurons.
         statistics: Of the ``batch``, ``running`` ones, or None without batch norm.
         eps: Added to the variance.
         average_pool: Whether spikes are averaged over 2x2 neurons.
@@ -28,46 +36,11 @@ class StageConfig:
         backend: Name of the kernels.
     """
 
-    neuron: DLIFConfig
     statistics: str | None
     eps: float
     average_pool: bool
     channels_last: bool
     backend: str
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The constants as a registered operator takes them."""
-        return {
-            **self.neuron.arguments,
-            "statistics": self.statistics,
-            "eps": self.eps,
-            "average_pool": self.average_pool,
-            "channels_last": self.channels_last,
-            "backend": self.backend,
-        }
-
-    @classmethod
-    @functools.lru_cache
-    def of(
-        cls,
-        *,
-        statistics: str | None,
-        eps: float,
-        average_pool: bool,
-        channels_last: bool,
-        backend: str,
-        **neuron: Any,
-    ) -> "StageConfig":
-        """The inverse of :attr:`arguments`."""
-        return cls(
-            neuron=DLIFConfig.of(**neuron),
-            statistics=statistics,
-            eps=eps,
-            average_pool=average_pool,
-            channels_last=channels_last,
-            backend=backend,
-        )
 
     @property
     def layout(self) -> torch.memory_format:
@@ -87,88 +60,117 @@ class StageConfig:
 
     def step(self, x_seq: Tensor, dtype: torch.dtype) -> Tensor:
         """Room for one step of the shape of those of ``x_seq``."""
-        return torch.empty(
-            x_seq.shape[1:], dtype=dtype, device=x_seq.device, memory_format=self.layout
-        )
+        shape, device = x_seq.shape[1:], x_seq.device
+        return torch.empty(shape, dtype=dtype, device=device, memory_format=self.layout)
 
     def steps(self, x_seq: Tensor, T: int, dtype: torch.dtype, *, pooled: bool = False) -> Tensor:
         """Room for T of them, or of the means of their 2x2 neurons."""
         N, C, *plane = x_seq.shape[1:]
         if pooled:
             plane = [size // 2 for size in plane]
-        room = torch.empty(
-            (T * N, C, *plane), dtype=dtype, device=x_seq.device, memory_format=self.layout
-        )
+        shape, device = (T * N, C, *plane), x_seq.device
+        room = torch.empty(shape, dtype=dtype, device=device, memory_format=self.layout)
         return room.view(T, N, C, *plane)
+
+    def room_for_outputs(
+        self, x: Tensor, T: int, *, store_v_seq: bool, store_current: bool
+    ) -> "StageOutputs":
+        """Outputs of T steps like those of ``x``, to be filled."""
+        dtype = state_dtype(x)
+        return StageOutputs(
+            spike_seq=self.steps(x, T, x.dtype, pooled=self.average_pool),
+            v=self.step(x, dtype),
+            v_seq=self.steps(x, T, dtype) if store_v_seq else None,
+            current=self.steps(x, T, dtype) if store_current else None,
+        )
+
+    def room_for_gradients(
+        self, x: Tensor, T: int, *, needs_x: bool, needs_v_init: bool
+    ) -> "StageGradients":
+        """Gradients to be filled; without batch norm that of ``x`` is always there."""
+        dtype = state_dtype(x)
+        has_x = needs_x or self.statistics is None
+        return StageGradients(
+            x=self.steps(x, len(x), x.dtype) if has_x else None,
+            input_gain=torch.empty(T, dtype=dtype, device=x.device),
+            v_init=self.step(x, dtype) if needs_v_init else None,
+        )
 
 
 class Layer(NamedTuple):
-    """A sequence that kernels run over; its steps may all be the same one in memory.
+    """What kernels run over; the steps may all be the same one in memory.
 
     Moments are mean, variance, scale and offset per channel, [4, C] in float64, or None without
     batch norm.
     """
 
-    x_seq: Tensor
-    config: DLIFConfig
+    inputs: Inputs
     planes: Planes
     moments: Tensor | None = None
 
 
+class NormTensors(NamedTuple):
+    """Tensors of a batch norm, each [C] or None; without running ones the batch has its own."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+
+
+class StageOutputs(NamedTuple):
+    """Spikes or their means, last potential, potentials and currents if asked for."""
+
+    spike_seq: Tensor
+    v: Tensor
+    v_seq: Tensor | None
+    current: Tensor | None
+
+
+class StageOutputGradients(NamedTuple):
+    """Gradients of those; one that is None is zero."""
+
+    spike_seq: Tensor
+    v: Tensor | None
+    v_seq: Tensor | None
+    current: Tensor | None
+
+
+class StageGradients(NamedTuple):
+    """Gradients to be filled, where they are there.
+
+    With g the gradient of a current: ``x``, ``g * scale`` plus, where slopes [2, C] are given, ``(x
+    - mean) * slopes[0] + slopes[1]``; ``x_total``, the sum of ``g * scale`` over time;
+    ``channel_sums`` [2, C], those of g and g (x - mean).
+    """
+
+    x: Tensor | None
+    x_total: Tensor | None = None
+    channel_sums: Tensor | None = None
+    input_gain: Tensor | None = None
+    v_init: Tensor | None = None
+
+
 class Kernels(Protocol):
-    """What a backend provides. What a call does not have is None."""
+    """What a backend provides."""
 
     def unsupported_reason(self, x_seq: Tensor, surrogate: Surrogate) -> str | None:
         """Why this call cannot run here, or None."""
 
-    def moments(
-        self,
-        layer: Layer,
-        *,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        eps: float,
-    ) -> Tensor:
-        """Those of a layer, each of the others [C]; without running ones from the batch."""
+    def moments(self, layer: Layer, norm: NormTensors, eps: float) -> Tensor:
+        """Those of a layer."""
 
-    def forward(
-        self,
-        layer: Layer,
-        *,
-        input_gain: Tensor,
-        v_init: Tensor | None,
-        spike_seq: Tensor,
-        v_last: Tensor,
-        v_seq: Tensor | None,
-        current_seq: Tensor | None,
-    ) -> None:
-        """Read the first two of these tensors, fill the others."""
+    def forward(self, layer: Layer, outputs: StageOutputs) -> None:
+        """Fill the outputs."""
 
     def backward(
         self,
         layer: Layer,
+        grads: StageOutputGradients,
+        found: StageGradients,
         slopes: Tensor | None = None,
-        *,
-        input_gain: Tensor,
-        v_init: Tensor | None,
-        grad_spike_seq: Tensor,
-        grad_v_last: Tensor | None,
-        grad_v_seq: Tensor | None,
-        grad_current_seq: Tensor | None,
-        grad_x_seq: Tensor | None,
-        grad_x_total: Tensor | None = None,
-        channel_sums: Tensor | None = None,
-        grad_input_gain: Tensor | None = None,
-        grad_v_init: Tensor | None = None,
     ) -> None:
-        """Read gradients of the outputs, fill those of the inputs.
-
-        With g the gradient of a current: ``grad_x_seq``, ``g * scale`` plus, where slopes [2, C]
-        are given, ``(x - mean) * slopes[0] + slopes[1]``; ``grad_x_total``, the sum of ``g *
-        scale`` over time; ``channel_sums`` [2, C], those of g and g (x - mean).
-        """
+        """Fill the gradients."""
 
     def finish(
         self, sums: Tensor, moments: Tensor, eps: float, count: int | None

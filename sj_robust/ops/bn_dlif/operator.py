@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 
 from sj_robust.ops.bn_dlif import one_pass
-from sj_robust.ops.bn_dlif.layer import StageConfig, dense, memory_format
+from sj_robust.ops.bn_dlif.layer import (
+    NormTensors,
+    StageConfig,
+    StageOutputGradients,
+    StageOutputs,
+    dense,
+    memory_format,
+)
 from sj_robust.ops.bn_dlif.norm import BatchNorm
-from sj_robust.ops.bn_dlif.one_pass import StageOutputs
 from sj_robust.ops.bn_dlif.repeated import repeated_step
 from sj_robust.ops.dlif import operator as dlif
-from sj_robust.ops.dlif.config import Inputs, is_repeated
-from sj_robust.ops.registration import (
-    define,
-    or_empty,
-    saved_tensors,
-)
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, is_repeated
+from sj_robust.ops.registration import define, present, saved_tensors
 
 __all__ = ["multi_step"]
 
@@ -44,38 +46,39 @@ def multi_step(
     layout = memory_format(x_seq)
     assert layout is not None  # see one_pass.unsupported_reason
     stage = StageConfig(
-        neuron=inputs.config,
         statistics=_statistics(norm),
         eps=0.0 if norm is None else norm.eps,
         average_pool=average_pool,
         channels_last=layout == torch.channels_last,
         backend=backend,
     )
-    is_running = stage.statistics == "running"
+    of_norm = NormTensors(None, None, None, None)
+    if norm is not None:
+        of_norm = NormTensors(norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        if norm.use_batch_statistics:
+            of_norm = NormTensors(norm.weight, norm.bias, None, None)
     x = x_seq
     if norm is not None and (step := repeated_step(x_seq)) is not None:
         x = step  # whose gradient is the sum over time
     elif not is_repeated(x_seq):  # as a first layer's current, which is computed once
         x = dense(x_seq, layout)
-    outputs = StageOutputs(
-        *_bn_dlif(
-            x,
-            None if norm is None else norm.weight,
-            None if norm is None else norm.bias,
-            inputs.input_gain,
-            None if v_init is None else v_init.contiguous(memory_format=layout),
-            norm.running_mean if norm is not None and is_running else None,
-            norm.running_var if norm is not None and is_running else None,
-            **stage.arguments,
-            store_v_seq=store_v_seq,
-            store_current=store_current,
-        )
+    spike_seq, v, v_seq, current, moments = _bn_dlif(
+        x,
+        inputs.input_gain,
+        None if v_init is None else v_init.contiguous(memory_format=layout),
+        *of_norm,
+        **inputs.config.arguments,
+        **vars(stage),
+        store_v_seq=store_v_seq,
+        store_current=store_current,
     )
-    if norm is not None and outputs.moments is not None and stage.statistics == "batch":
-        _update(norm, outputs.moments, x_seq.numel() // x_seq.shape[2])
-    return outputs._replace(
-        v_seq=outputs.v_seq if store_v_seq else None,
-        current=outputs.current if store_current else None,
+    if norm is not None and norm.use_batch_statistics:
+        _update(norm, moments, x_seq.numel() // x_seq.shape[2])
+    return StageOutputs(
+        spike_seq=spike_seq,
+        v=v,
+        v_seq=v_seq if store_v_seq else None,
+        current=current if store_current else None,
     )
 
 
@@ -101,15 +104,15 @@ class _BatchNormDLIF(torch.autograd.Function):
         ctx: Any,
         run: Callable[..., tuple[Tensor, ...]],
         x_seq: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
         input_gain: Tensor,
         v_init: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
         call: dict[str, Any],
     ) -> tuple[Tensor, ...]:
-        outputs = run(x_seq, weight, bias, input_gain, v_init, running_mean, running_var, **call)
+        outputs = run(x_seq, input_gain, v_init, weight, bias, running_mean, running_var, **call)
         moments = outputs[-1]
         has_norm = call["statistics"] is not None
         ctx.save_for_backward(x_seq, input_gain, v_init, moments if has_norm else None)
@@ -130,10 +133,10 @@ class _BatchNormDLIF(torch.autograd.Function):
         _: None,
     ) -> tuple[Tensor | None, ...]:
         x_seq, input_gain, v_init, moments = saved_tensors(ctx)
-        _, needs_x, needs_weight, needs_bias, _, needs_v_init, *_ = ctx.needs_input_grad
+        _, needs_x, _, needs_v_init, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         call = dict(ctx.call)
         has_v_seq, has_current = call.pop("store_v_seq"), call.pop("store_current")
-        grad_x, grad_norm, grad_gain, grad_v_init = _bn_dlif_backward(
+        grad_x, grad_gain, grad_v_init, grad_norm = _bn_dlif_backward(
             grad_spike_seq,
             grad_v,
             grad_v_seq if has_v_seq else None,
@@ -149,10 +152,10 @@ class _BatchNormDLIF(torch.autograd.Function):
         return (
             None,
             grad_x if needs_x else None,
-            grad_norm[0].to(ctx.weight_dtype) if needs_weight else None,
-            grad_norm[1].to(ctx.bias_dtype) if needs_bias else None,
             grad_gain,
             grad_v_init if needs_v_init else None,
+            grad_norm[0].to(ctx.weight_dtype) if needs_weight else None,
+            grad_norm[1].to(ctx.bias_dtype) if needs_bias else None,
             None,
             None,
             None,
@@ -161,59 +164,37 @@ class _BatchNormDLIF(torch.autograd.Function):
 
 def _forward(
     x_seq: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
     input_gain: Tensor,
     v_init: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *,
+    *norm: Tensor | None,
     store_v_seq: bool,
     store_current: bool,
     **constants: Any,
 ) -> tuple[Tensor, ...]:
-    stage = StageConfig.of(**constants)
-    dlif.check_call(stage.backend, stage.neuron, x_seq, input_gain, v_init)
-    outputs = one_pass.forward(
-        _in_order(x_seq, stage),
-        input_gain.contiguous(),
-        None if v_init is None else v_init.contiguous(memory_format=stage.layout),
-        stage,
-        weight=weight,
-        bias=bias,
-        running_mean=running_mean,
-        running_var=running_var,
-        store_v_seq=store_v_seq,
-        store_current=store_current,
+    stage, config = _configs(**constants)
+    inputs = _inputs(x_seq, input_gain, v_init, stage, config)
+    outputs, moments = one_pass.forward(
+        inputs, NormTensors(*norm), stage, store_v_seq=store_v_seq, store_current=store_current
     )
-    return tuple(or_empty(output, x_seq) for output in outputs)
+    return present((*outputs, moments), x_seq)
 
 
 def _forward_fake(
     x_seq: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
     input_gain: Tensor,
-    v_init: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *,
+    *others: Tensor | None,
     store_v_seq: bool,
     store_current: bool,
     **constants: Any,
 ) -> tuple[Tensor, ...]:
-    stage, moments = StageConfig.of(**constants), None
+    stage, _ = _configs(**constants)
+    outputs = stage.room_for_outputs(
+        x_seq, input_gain.shape[0], store_v_seq=store_v_seq, store_current=store_current
+    )
+    moments = None
     if stage.statistics is not None:
         moments = x_seq.new_empty(4, x_seq.shape[2], dtype=torch.float64)
-    outputs = one_pass.room_for_outputs(
-        x_seq,
-        input_gain.shape[0],
-        stage,
-        moments,
-        store_v_seq=store_v_seq,
-        store_current=store_current,
-    )
-    return tuple(or_empty(output, x_seq) for output in outputs)
+    return present((*outputs, moments), x_seq)
 
 
 def _backward(
@@ -230,22 +211,21 @@ def _backward(
     needs_v_init: bool,
     **constants: Any,
 ) -> tuple[Tensor, ...]:
-    stage = StageConfig.of(**constants)
-    dlif.check_call(stage.backend, stage.neuron, x_seq, input_gain, v_init)
-    found = one_pass.backward(
-        _in_order(x_seq, stage),
-        input_gain.contiguous(),
-        None if v_init is None else v_init.contiguous(memory_format=stage.layout),
-        moments,
-        stage,
-        grad_spike_seq=grad_spike_seq,
-        grad_v=grad_v,
-        grad_v_seq=grad_v_seq,
-        grad_current=grad_current,
-        needs_x=needs_x,
-        needs_v_init=needs_v_init,
+    stage, config = _configs(**constants)
+    inputs = _inputs(x_seq, input_gain, v_init, stage, config)
+    layout, T = stage.layout, len(input_gain)
+    if grad_spike_seq is None:
+        grad_spike_seq = stage.steps(x_seq, T, x_seq.dtype, pooled=stage.average_pool).zero_()
+    grads = StageOutputGradients(
+        spike_seq=dense(grad_spike_seq, layout),
+        v=None if grad_v is None else grad_v.contiguous(memory_format=layout),
+        v_seq=None if grad_v_seq is None else dense(grad_v_seq, layout),
+        current=None if grad_current is None else dense(grad_current, layout),
     )
-    return tuple(or_empty(gradient, x_seq) for gradient in found)
+    found, grad_norm = one_pass.backward(
+        inputs, moments, stage, grads, needs_x=needs_x, needs_v_init=needs_v_init
+    )
+    return present((found.x, found.input_gain, found.v_init, grad_norm), x_seq)
 
 
 def _backward_fake(
@@ -262,23 +242,40 @@ def _backward_fake(
     needs_v_init: bool,
     **constants: Any,
 ) -> tuple[Tensor, ...]:
-    found = one_pass.room_for_gradients(
-        x_seq,
-        input_gain,
-        StageConfig.of(**constants),
-        needs_x=needs_x,
-        needs_v_init=needs_v_init,
+    stage, _ = _configs(**constants)
+    found = stage.room_for_gradients(
+        x_seq, input_gain.shape[0], needs_x=needs_x, needs_v_init=needs_v_init
     )
-    if moments is not None:
-        found = found._replace(norm=moments.new_empty(2, x_seq.shape[2]))
-    return tuple(or_empty(gradient, x_seq) for gradient in found)
+    grad_norm = None if moments is None else moments.new_empty(2, x_seq.shape[2])
+    return present((found.x, found.input_gain, found.v_init, grad_norm), x_seq)
 
 
-def _in_order(x_seq: Tensor, stage: StageConfig) -> Tensor:
-    """As it must lie in memory, which a graph need not keep."""
-    if is_repeated(x_seq) and x_seq[0].is_contiguous(memory_format=stage.layout):
-        return x_seq
-    return dense(x_seq, stage.layout)
+def _configs(
+    statistics: str | None,
+    eps: float,
+    average_pool: bool,
+    channels_last: bool,
+    backend: str,
+    **neuron: Any,
+) -> tuple[StageConfig, DLIFConfig]:
+    stage = StageConfig(statistics, eps, average_pool, channels_last, backend)
+    return stage, DLIFConfig.of(**neuron)
+
+
+def _inputs(
+    x_seq: Tensor,
+    input_gain: Tensor,
+    v_init: Tensor | None,
+    stage: StageConfig,
+    config: DLIFConfig,
+) -> Inputs:
+    """What kernels take, checked, as it must lie in memory, which a graph need not keep."""
+    dlif.check_call(stage.backend, config, x_seq, input_gain, v_init)
+    layout = stage.layout
+    if not (is_repeated(x_seq) and x_seq[0].is_contiguous(memory_format=layout)):
+        x_seq = dense(x_seq, layout)
+    v_init = None if v_init is None else v_init.contiguous(memory_format=layout)
+    return Inputs(x_seq, input_gain.contiguous(), v_init, config)
 
 
 _CALL = (
@@ -286,7 +283,7 @@ _CALL = (
     "backend"
 )
 _bn_dlif = define(
-    "bn_dlif(Tensor x_seq, Tensor? weight, Tensor? bias, Tensor input_gain, Tensor? v_init, "
+    "bn_dlif(Tensor x_seq, Tensor input_gain, Tensor? v_init, Tensor? weight, Tensor? bias, "
     f"Tensor? running_mean, Tensor? running_var, *, {_CALL}, bool store_v_seq, bool "
     "store_current) -> (Tensor spike_seq, Tensor v, Tensor v_seq, Tensor current, Tensor moments)",
     kernel=_forward,
@@ -296,8 +293,8 @@ _bn_dlif = define(
 _bn_dlif_backward = define(
     "bn_dlif_backward(Tensor? grad_spike_seq, Tensor? grad_v, Tensor? grad_v_seq, Tensor? "
     "grad_current, Tensor x_seq, Tensor input_gain, Tensor? v_init, Tensor? moments, *, "
-    f"{_CALL}, bool needs_x, bool needs_v_init) -> (Tensor grad_x, Tensor grad_norm, Tensor "
-    "grad_input_gain, Tensor grad_v_init)",
+    f"{_CALL}, bool needs_x, bool needs_v_init) -> (Tensor grad_x, Tensor grad_input_gain, Tensor "
+    "grad_v_init, Tensor grad_norm)",
     kernel=_backward,
     fake=_backward_fake,
 )

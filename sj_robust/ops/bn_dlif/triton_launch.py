@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sj_robust.ops.bn_dlif.layer import Layer
+from sj_robust.ops.bn_dlif.layer import (
+    Layer,
+    NormTensors,
+    StageGradients,
+    StageOutputGradients,
+    StageOutputs,
+)
 from sj_robust.ops.dlif import triton_launch as dlif
 from sj_robust.ops.dlif.config import DLIFConfig, Planes, is_repeated
 from sj_robust.ops.surrogate import Surrogate
@@ -100,29 +106,19 @@ def cut(
     return layout, {**asdict(plan), **asdict(layout)}
 
 
-def moments(
-    layer: Layer,
-    *,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    eps: float,
-) -> Tensor:
+def moments(layer: Layer, norm: NormTensors, eps: float) -> Tensor:
     """See :class:`sj_robust.ops.bn_dlif.layer.Kernels`."""
-    x_seq, planes = layer.x_seq, layer.planes
+    x_seq, planes = layer.inputs.x_seq, layer.planes
     steps = x_seq[:1] if is_repeated(x_seq) else x_seq
     found = x_seq.new_empty((4, planes.channels), dtype=torch.float64)
+    of_norm = norm._asdict().items()
     _for_each_channel(
         _kernels().bn_moments,
         planes.channels,
         constants={"EPS": eps, "LAST": _is_last(planes)},
         x_seq=steps,
-        sums=_sums(steps, layer) if running_mean is None else None,
-        weight=_without_gaps(weight),
-        bias=_without_gaps(bias),
-        running_mean=_without_gaps(running_mean),
-        running_var=_without_gaps(running_var),
+        sums=_sums(steps, layer) if norm.running_mean is None else None,
+        **{name: None if one is None else one.contiguous() for name, one in of_norm},
         moments=found,
         count=steps.numel() // planes.channels,
         plane=planes.height * planes.width,
@@ -130,92 +126,68 @@ def moments(
     return found
 
 
-def forward(
-    layer: Layer,
-    *,
-    input_gain: Tensor,
-    v_init: Tensor | None,
-    spike_seq: Tensor,
-    v_last: Tensor,
-    v_seq: Tensor | None,
-    current_seq: Tensor | None,
-) -> None:
+def forward(layer: Layer, outputs: StageOutputs) -> None:
     """See :class:`sj_robust.ops.bn_dlif.layer.Kernels`."""
-    x_seq, planes = layer.x_seq, layer.planes
-    layout, constants = cut("bn_dlif_forward", x_seq.dtype, len(x_seq), layer.config, planes)
+    inputs, planes, moments = layer
+    T, N = inputs.x_seq.shape[:2]
+    layout, constants = cut("bn_dlif_forward", inputs.x_seq.dtype, T, inputs.config, planes)
     dlif.launch(
         _kernels().bn_dlif_forward,
-        _programs(x_seq.shape[1], planes, layout),
+        _programs(N, planes, layout),
         constants=constants,
         warps=dlif.FORWARD_WARPS,
-        x_seq=x_seq,
-        moments=layer.moments,
-        input_gain=input_gain,
-        v_init=v_init,
-        spike_seq=spike_seq,
-        v_last=v_last,
-        v_seq=v_seq,
-        current_seq=current_seq,
+        **dlif.given(inputs),
+        moments=moments,
+        spike_seq=outputs.spike_seq,
+        v_last=outputs.v,
+        v_seq=outputs.v_seq,
+        current_seq=outputs.current,
         **_sizes(layer, layout),
-        **dlif.scalars(layer.config),
     )
 
 
 def backward(
     layer: Layer,
+    grads: StageOutputGradients,
+    found: StageGradients,
     slopes: Tensor | None = None,
-    *,
-    input_gain: Tensor,
-    v_init: Tensor | None,
-    grad_spike_seq: Tensor,
-    grad_v_last: Tensor | None,
-    grad_v_seq: Tensor | None,
-    grad_current_seq: Tensor | None,
-    grad_x_seq: Tensor | None,
-    grad_x_total: Tensor | None = None,
-    channel_sums: Tensor | None = None,
-    grad_input_gain: Tensor | None = None,
-    grad_v_init: Tensor | None = None,
 ) -> None:
     """See :class:`sj_robust.ops.bn_dlif.layer.Kernels`."""
-    x_seq, config, planes, moments = layer
+    inputs, planes, moments = layer
+    x_seq, config = inputs.x_seq, inputs.config
     T, N = x_seq.shape[:2]
     layout, constants = cut("bn_dlif_backward", x_seq.dtype, T, config, planes)
     new = functools.partial(torch.empty, dtype=torch.float32, device=x_seq.device)
     programs, blocks = _programs(N, planes, layout), layout.blocks(N, planes)
-    partial_sums = None if channel_sums is None else new((blocks, 2, planes.channels))
-    partial_grad_gain = None if grad_input_gain is None else new((programs, T))
-    later, neurons = constants["LATER"], x_seq[0].numel()
-    sizes = _sizes(layer, layout)
+    partial_sums = None if found.channel_sums is None else new((blocks, 2, planes.channels))
+    partial_grad_gain = None if found.input_gain is None else new((programs, T))
+    later, sizes = constants["LATER"], _sizes(layer, layout)
     dlif.launch(
         _kernels().bn_dlif_backward,
         programs,
         constants=constants,
         warps=dlif.BACKWARD_WARPS,
-        x_seq=x_seq,
+        **dlif.given(inputs),
+        alpha=float(config.surrogate.alpha),
         moments=moments,
         slopes=slopes,
-        input_gain=input_gain,
-        v_init=v_init,
-        grad_spike_seq=grad_spike_seq,
-        grad_v_last=grad_v_last,
-        grad_v_seq=grad_v_seq,
-        grad_current_seq=grad_current_seq,
-        grad_x_seq=grad_x_seq,
-        grad_x_total=grad_x_total,
-        grad_v_init=grad_v_init,
+        grad_spike_seq=grads.spike_seq,
+        grad_v_last=grads.v,
+        grad_v_seq=grads.v_seq,
+        grad_current_seq=grads.current,
+        grad_x_seq=found.x,
+        grad_x_total=found.x_total,
+        grad_v_init=found.v_init,
         partial_sums=partial_sums,
         partial_grad_gain=partial_grad_gain,
-        checkpoints=new((later, neurons)) if later else None,
+        checkpoints=new((later, sizes["neurons"])) if later else None,
         **sizes,
         x_row_again=sizes["x_row"],
-        **dlif.scalars(config),
-        alpha=float(config.surrogate.alpha),
     )
-    if partial_sums is not None and channel_sums is not None:
-        channel_sums.copy_(partial_sums.sum(0, dtype=torch.float64))
-    if partial_grad_gain is not None and grad_input_gain is not None:
-        grad_input_gain.copy_(partial_grad_gain.sum(0, dtype=torch.float64))
+    if partial_sums is not None and found.channel_sums is not None:
+        found.channel_sums.copy_(partial_sums.sum(0, dtype=torch.float64))
+    if partial_grad_gain is not None and found.input_gain is not None:
+        found.input_gain.copy_(partial_grad_gain.sum(0, dtype=torch.float64))
 
 
 def finish(
@@ -242,7 +214,7 @@ def _sums(steps: Tensor, layer: Layer) -> Tensor:
     """
     planes = layer.planes
     samples = steps.shape[0] * steps.shape[1]
-    layout, constants = cut("bn_statistics", steps.dtype, 1, layer.config, planes)
+    layout, constants = cut("bn_statistics", steps.dtype, 1, layer.inputs.config, planes)
     blocks, of_channels = layout.blocks(samples, planes), -(-planes.channels // layout.CHANNELS)
     # few kernels to compile
     count = min(_MOST_TILES, _power_above(1 + blocks * of_channels // _PROGRAMS))
@@ -275,10 +247,6 @@ def _for_each_channel(
     )
 
 
-def _without_gaps(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
 def _programs(samples: int, planes: Planes, layout: Layout) -> int:
     return layout.blocks(samples, planes) * -(-planes.channels // layout.CHANNELS)
 
@@ -287,7 +255,7 @@ def _sizes(layer: Layer, layout: Layout) -> dict[str, int]:
     """Samples, channels, height and width in units; and strides of time: of x, of what has its
     shape, of the means.
     """
-    x_seq, planes = layer.x_seq, layer.planes
+    x_seq, planes = layer.inputs.x_seq, layer.planes
     height, width = planes.height, planes.width
     neurons = x_seq[0].numel()
     means = x_seq.shape[1] * planes.channels * (height // 2) * (width // 2)

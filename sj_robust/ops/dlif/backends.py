@@ -8,15 +8,26 @@ import torch
 from torch import Tensor
 
 from sj_robust.ops.dlif import cpp, cupy_launch, eager, triton_launch
-from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outputs
+from sj_robust.ops.dlif.config import (
+    DLIFConfig,
+    InputGradients,
+    Inputs,
+    OutputGradients,
+    Outputs,
+    state_dtype,
+)
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = [
     "CUDA_KERNELS",
     "KERNELS",
     "Implementation",
+    "backward",
     "failing_reason",
+    "forward",
     "implementation",
+    "room_for_gradients",
+    "room_for_outputs",
     "unavailable_reason",
 ]
 
@@ -32,13 +43,47 @@ class Implementation(Protocol):
     def unsupported_reason(self, x_seq: Tensor, surrogate: Surrogate) -> str | None:
         """Why this call cannot run here, or None."""
 
-    def forward(self, inputs: Inputs, store_v_seq: bool) -> Outputs:
-        """Spikes, last potential, and potentials after reset if asked for."""
+    def forward(self, inputs: Inputs, outputs: Outputs) -> None:
+        """Fill the outputs that are there."""
 
-    def backward(
-        self, inputs: Inputs, grads: OutputGradients, needs_v_init: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gradients of ``x_seq``, ``input_gain`` and, if needed, ``v_init``."""
+    def backward(self, inputs: Inputs, grads: OutputGradients, found: InputGradients) -> None:
+        """Fill the gradients that are there."""
+
+
+def forward(backend: Implementation, inputs: Inputs, store_v_seq: bool) -> Outputs:
+    """Outputs of a backend."""
+    outputs = room_for_outputs(inputs.x_seq, store_v_seq)
+    backend.forward(inputs, outputs)
+    return outputs
+
+
+def room_for_outputs(x_seq: Tensor, store_v_seq: bool) -> Outputs:
+    """Outputs to be filled."""
+    dtype, new = state_dtype(x_seq), functools.partial(torch.empty, device=x_seq.device)
+    return Outputs(
+        spike_seq=new(x_seq.shape, dtype=x_seq.dtype),
+        v=new(x_seq.shape[1:], dtype=dtype),
+        v_seq=new(x_seq.shape, dtype=dtype) if store_v_seq else None,
+    )
+
+
+def backward(
+    backend: Implementation, inputs: Inputs, grads: OutputGradients, needs_v_init: bool
+) -> InputGradients:
+    """Gradients by a backend."""
+    found = room_for_gradients(inputs.x_seq, needs_v_init)
+    backend.backward(inputs, grads, found)
+    return found
+
+
+def room_for_gradients(x_seq: Tensor, needs_v_init: bool) -> InputGradients:
+    """Gradients to be filled."""
+    dtype, new = state_dtype(x_seq), functools.partial(torch.empty, device=x_seq.device)
+    return InputGradients(
+        x_seq=new(x_seq.shape, dtype=x_seq.dtype),
+        input_gain=new(x_seq.shape[:1], dtype=dtype),
+        v_init=new(x_seq.shape[1:], dtype=dtype) if needs_v_init else None,
+    )
 
 
 def implementation(name: str, threads_per_block: int | None = None) -> Implementation:
@@ -87,8 +132,8 @@ def _failure(name: str) -> str | None:
 def _spikes_of_one_neuron(name: str, device: torch.device) -> list[float]:
     x_seq, gain = torch.tensor([[0.5], [0.75]], device=device), torch.ones(2, device=device)
     config = DLIFConfig(0.5, 1.0, 0.0, Surrogate(), False)
-    spikes, _, _ = KERNELS[name].forward(Inputs(x_seq, gain, None, config), False)
-    return [float(spike) for spike in spikes.flatten().tolist()]
+    outputs = forward(KERNELS[name], Inputs(x_seq, gain, None, config), False)
+    return [float(spike) for spike in outputs.spike_seq.flatten().tolist()]
 
 
 # As torch.compiler.assume_constant_result does, which loads the compiler: it need not look into

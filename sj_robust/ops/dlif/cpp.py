@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from sj_robust.ops.dlif.config import (
-    DLIFConfig,
+    InputGradients,
     Inputs,
     OutputGradients,
     Outputs,
     Planes,
     is_repeated,
-    state_dtype,
 )
 from sj_robust.ops.surrogate import HOST_NAMES, Surrogate
 
@@ -86,66 +85,39 @@ def instruction_sets() -> tuple[str, ...]:
     )
 
 
-def forward(inputs: Inputs, store_v_seq: bool) -> Outputs:
+def forward(inputs: Inputs, outputs: Outputs) -> None:
     """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
-    x_seq, dtype = inputs.x_seq, state_dtype(inputs.x_seq)
-    spike_seq = torch.empty_like(x_seq)
-    v = torch.empty_like(x_seq[0], dtype=dtype)
-    v_seq = torch.empty_like(x_seq, dtype=dtype) if store_v_seq else None
-    run(
-        "dlif_forward",
-        x_seq,
-        inputs.config,
-        gain=inputs.input_gain,
-        v_init=inputs.v_init,
-        s=spike_seq,
-        v=v,
-        v_seq=v_seq,
-    )
-    return spike_seq, v, v_seq
+    run("dlif_forward", inputs, s=outputs.spike_seq, v=outputs.v, v_seq=outputs.v_seq)
 
 
-def backward(
-    inputs: Inputs, grads: OutputGradients, needs_v_init: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def backward(inputs: Inputs, grads: OutputGradients, found: InputGradients) -> None:
     """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
-    x_seq = inputs.x_seq
-    grad_x_seq = torch.empty_like(x_seq)
-    grad_input_gain = torch.empty_like(inputs.input_gain)
-    grad_v_init = torch.empty_like(x_seq[0], dtype=state_dtype(x_seq)) if needs_v_init else None
     run(
         "dlif_backward",
-        x_seq,
-        inputs.config,
-        gain=inputs.input_gain,
-        v_init=inputs.v_init,
+        inputs,
         gs=grads.spike_seq,
         gv=grads.v,
         gvs=grads.v_seq,
-        gx=grad_x_seq,
-        gain_grad=grad_input_gain,
-        gv_init=grad_v_init,
+        gx=found.x_seq,
+        gain_grad=found.input_gain,
+        gv_init=found.v_init,
     )
-    return grad_x_seq, grad_input_gain, grad_v_init
 
 
 def run(
-    function: str,
-    x: Tensor,
-    config: DLIFConfig,
-    planes: Planes | None = None,
-    **tensors: Tensor | None,
+    function: str, inputs: Inputs, planes: Planes | None = None, **tensors: Tensor | None
 ) -> None:
-    """Call ``sjr_`` + ``function`` of the library on x [T, *]; raises RuntimeError if there is no
-    library.
+    """Call ``sjr_`` + ``function`` of the library; raises RuntimeError if there is no library.
 
-    Steps of x that are all the same may be expanded from one. ``tensors``, without gaps and in the
-    order of x, go to the fields of ``sjr::Job`` that bear their names.
+    Steps that are all the same may be expanded from one. ``tensors``, without gaps and in the order
+    of the currents, go to the fields of ``sjr::Job`` that bear their names.
     """
     library = _load()
     if isinstance(library, str):
         raise RuntimeError(f"the compiled DLIF kernel is not available: {library}")
+    x, config = inputs.x_seq, inputs.config
     size = x.shape[1:].numel()
+    tensors |= {"x": x, "gain": inputs.input_gain, "v_init": inputs.v_init}
     job = _Job(
         T=x.shape[0],
         M=size,
@@ -162,7 +134,6 @@ def run(
         instruction_set=_instruction_set(),
         threads=torch.get_num_threads(),
         own_threads=os.getpid() != _PROCESS,
-        x=x.data_ptr(),
         **{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None},
     )
     if planes is not None:

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from sj_robust.ops.dlif.config import (
     DLIFConfig,
+    InputGradients,
     Inputs,
     OutputGradients,
     Outputs,
+    import_failure,
     no_gpu_reason,
-    on_one_device,
 )
 from sj_robust.ops.surrogate import HOST_NAMES, Surrogate
 
@@ -99,42 +100,32 @@ class Launcher:
         """Why this call cannot run here, or None."""
         return unsupported_reason(x_seq, surrogate)
 
-    def forward(self, inputs: Inputs, store_v_seq: bool) -> Outputs:
-        """Spikes [T, *], last potential [*], potentials [T, *] if asked for."""
-        x_seq, input_gain, v_init, config = on_one_device(inputs)
-        T, *step = x_seq.shape
-        spike_seq = torch.empty_like(x_seq)
-        v = torch.empty(step, dtype=torch.float32, device=x_seq.device)
-        v_seq = torch.empty_like(x_seq, dtype=torch.float32) if store_v_seq else None
+    def forward(self, inputs: Inputs, outputs: Outputs) -> None:
+        """Fill spikes [T, *], last potential [*], potentials [T, *] if they are there."""
+        x_seq, config = inputs.x_seq, inputs.config
+        T, M = len(x_seq), outputs.v.numel()
         is_long = T > LONGEST_SEQUENCE_IN_REGISTERS
         variant = Variant(
             threads=self.threads_per_block,
             io=_IO_TYPES[x_seq.dtype],
             steps=1 if is_long else T,
             is_long=is_long,
-            vec=_vector_width(v.numel(), 4, x_seq, v_init),
+            vec=_vector_width(M, 4, x_seq, inputs.v_init),
             reset=_RESETS[config.reset],
-            v_seq=store_v_seq,
+            v_seq=outputs.v_seq is not None,
         )
         _launch(
             variant,
-            config,
-            x_seq=x_seq,
-            input_gain=input_gain,
-            v_init=v_init,
-            spike_seq=spike_seq,
-            v_last=v,
-            v_seq=v_seq,
+            inputs,
+            spike_seq=outputs.spike_seq,
+            v_last=outputs.v,
+            v_seq=outputs.v_seq,
         )
-        return spike_seq, v, v_seq
 
-    def backward(
-        self, inputs: Inputs, grads: OutputGradients, needs_v_init: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gradients of ``x_seq``, ``input_gain`` and, if needed, ``v_init``."""
-        x_seq, input_gain, v_init, config = on_one_device(inputs)
-        T, *step = x_seq.shape
-        M = x_seq.numel() // T
+    def backward(self, inputs: Inputs, grads: OutputGradients, found: InputGradients) -> None:
+        """Fill the gradients of ``x_seq``, ``input_gain`` and, if it is there, ``v_init``."""
+        x_seq, config = inputs.x_seq, inputs.config
+        T, M = len(x_seq), x_seq[0].numel()
         is_long = T > LONGEST_SEQUENCE_IN_REGISTERS
         steps = _LONG_SEGMENT if is_long else T
         surrogate = config.surrogate
@@ -143,7 +134,7 @@ class Launcher:
             io=_IO_TYPES[x_seq.dtype],
             steps=steps,
             is_long=is_long,
-            vec=_vector_width(M, _VALUES_PER_THREAD // steps, x_seq, v_init, *grads),
+            vec=_vector_width(M, _VALUES_PER_THREAD // steps, x_seq, inputs.v_init, *grads),
             reset=_RESETS[config.reset],
             v_seq=grads.v_seq is not None,
             detach=config.detach_reset,
@@ -151,25 +142,20 @@ class Launcher:
             spliced=_cuda_text(surrogate) if surrogate.kind == "custom" else None,
         )
         new = functools.partial(torch.empty, dtype=torch.float32, device=x_seq.device)
-        grad_x_seq = torch.empty_like(x_seq)
-        grad_v_init = new(step) if needs_v_init else None
         partial_grad_gain = new((variant.blocks(M), T))
         _launch(
             variant,
-            config,
-            x_seq=x_seq,
-            input_gain=input_gain,
-            v_init=v_init,
+            inputs,
             grad_spike_seq=grads.spike_seq,
             grad_v_last=grads.v,
             grad_v_seq=grads.v_seq,
-            grad_x_seq=grad_x_seq,
-            grad_v_init=grad_v_init,
+            grad_x_seq=found.x_seq,
+            grad_v_init=found.v_init,
             partial_grad_gain=partial_grad_gain,
             # of the potential, one per segment
             checkpoints=new((math.ceil(T / steps) - 1, M)) if is_long else None,
         )
-        return grad_x_seq, partial_grad_gain.sum(0, dtype=torch.float64).float(), grad_v_init
+        found.input_gain.copy_(partial_grad_gain.sum(0, dtype=torch.float64))
 
 
 _default = Launcher()
@@ -287,17 +273,19 @@ def _wrong_text_reason(name: str, surrogate: Surrogate, device: torch.device) ->
     z = torch.linspace(-3.0, 3.0, 1200, device=device)
     config = DLIFConfig(0.0, 0.0, 0.0, surrogate, detach_reset=True)
     inputs = Inputs(z[None], torch.ones(1, device=device), None, config)
+    found = InputGradients(torch.empty_like(z)[None], torch.empty(1, device=device), None)
     try:
-        derivative, _, _ = backward(inputs, OutputGradients(torch.ones_like(z)[None]), False)
+        backward(inputs, OutputGradients(torch.ones_like(z)[None]), found)
     except _CompilationError as error:
         return f"the CUDA code of the surrogate {name} does not compile: {error}"
+    derivative = found.x_seq[0]
     expected = surrogate.derivative(z)
-    if torch.allclose(derivative[0], expected, rtol=1e-3, atol=1e-5):
+    if torch.allclose(derivative, expected, rtol=1e-3, atol=1e-5):
         return None
-    worst = (derivative[0] - expected).abs().argmax()
+    worst = (derivative - expected).abs().argmax()
     return (
         f"the CUDA code of the surrogate {name} disagrees with its gradient in torch "
-        f"({derivative[0, worst]:.4g} instead of {expected[worst]:.4g} at z = {z[worst]:.4g})"
+        f"({derivative[worst]:.4g} instead of {expected[worst]:.4g} at z = {z[worst]:.4g})"
     )
 
 
@@ -333,16 +321,14 @@ _BACKWARD = (
 """Pointers that a kernel takes, in the order of ``kernel.cu``."""
 
 
-def _launch(
-    variant: Variant, config: DLIFConfig, *, x_seq: Tensor, **others: Tensor | None
-) -> None:
+def _launch(variant: Variant, inputs: Inputs, **others: Tensor | None) -> None:
     """Launch a kernel on tensors by the names of its parameters; an absent one is None."""
-    T = x_seq.shape[0]
-    M = x_seq.numel() // T
+    x_seq, input_gain, v_init, config = inputs
+    T, M = len(x_seq), x_seq[0].numel()
     if M == 0:
         return
     is_forward = variant.surrogate is None
-    tensors = {"x_seq": x_seq, **others}
+    tensors = {"x_seq": x_seq, "input_gain": input_gain, "v_init": v_init, **others}
     pointers = [_pointer(tensors[name]) for name in (_FORWARD if is_forward else _BACKWARD)]
     constants = _floats(
         config.decay,
@@ -407,28 +393,28 @@ def _compiled(variant: Variant, device: torch.device) -> Any:
 @functools.cache
 def _cupy_reason() -> str | None:
     """Why CuPy cannot be used although torch sees a GPU, told from what really happened."""
-    try:
-        cupy = importlib.import_module("cupy")
-    except ModuleNotFoundError as error:
-        if error.name == "cupy":
-            return f"CuPy is not installed; {_install_command()}"
-        return f"CuPy is installed, but importing it failed: {error}; {_install_command()}"
-    except Exception as error:  # a broken installation can raise anything
-        return (
-            f"CuPy is installed, but importing it failed with {type(error).__name__}: {error}; "
-            f"{_install_command()}"
-        )
+    install = _install_command()
+    reason = import_failure(
+        "CuPy",
+        "cupy",
+        lambda: importlib.import_module("cupy"),
+        if_missing=f"; {install}",
+        if_broken=install,
+    )
+    if reason is not None:
+        return reason
+    cupy = importlib.import_module("cupy")
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:  # of the CUDA runtime
         return (
             f"CuPy {cupy.__version__} cannot reach the GPU that torch sees: "
             f"{type(error).__name__}: {error}; CuPy must fit the driver and CUDA "
-            f"{torch.version.cuda} of torch: {_install_command()}"
+            f"{torch.version.cuda} of torch: {install}"
         )
     if count:
         return None
-    return f"CuPy {cupy.__version__} sees no GPU, although torch does; {_install_command()}"
+    return f"CuPy {cupy.__version__} sees no GPU, although torch does; {install}"
 
 
 def _install_command() -> str:

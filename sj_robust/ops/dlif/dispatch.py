@@ -102,7 +102,7 @@ def dlif_multi_step(
     inputs = Inputs(x_seq, input_gain, v_init, config)
     if name == "reference":  # which needs no backward pass of its own
         spike_seq, v, potentials = reference.multi_step(inputs)
-        return spike_seq, v, potentials if store_v_seq else None
+        return Outputs(spike_seq, v, potentials if store_v_seq else None)
     if x_seq.is_contiguous():
         return operator.multi_step(
             inputs, store_v_seq=store_v_seq, backend=name, threads_per_block=threads_per_block
@@ -118,10 +118,10 @@ def dlif_multi_step(
         inputs, store_v_seq=store_v_seq, backend=name, threads_per_block=threads_per_block
     )
     inverse = [order.index(dim) for dim in range(x_seq.ndim)]
-    return (
-        spike_seq.permute(inverse),
-        v.permute([dim - 1 for dim in inverse[1:]]),
-        None if v_seq is None else v_seq.permute(inverse),
+    return Outputs(
+        spike_seq=spike_seq.permute(inverse),
+        v=v.permute([dim - 1 for dim in inverse[1:]]),
+        v_seq=None if v_seq is None else v_seq.permute(inverse),
     )
 
 

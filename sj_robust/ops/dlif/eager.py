@@ -9,7 +9,14 @@ is above ``-v_threshold`` where the neuron is silent.
 import torch
 from torch import Tensor
 
-from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outputs, state_dtype
+from sj_robust.ops.dlif.config import (
+    DLIFConfig,
+    InputGradients,
+    Inputs,
+    OutputGradients,
+    Outputs,
+    state_dtype,
+)
 from sj_robust.ops.heap import advise_huge_pages
 from sj_robust.ops.surrogate import Surrogate
 
@@ -30,34 +37,31 @@ def unsupported_reason(x_seq: Tensor, surrogate: Surrogate) -> str | None:
     return None
 
 
-def forward(inputs: Inputs, store_v_seq: bool) -> Outputs:
+def forward(inputs: Inputs, outputs: Outputs) -> None:
     """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
-    x_seq, dtype = inputs.x_seq, state_dtype(inputs.x_seq)
-    spike_seq = advise_huge_pages(torch.empty_like(x_seq))
-    v = advise_huge_pages(torch.empty_like(x_seq[0], dtype=dtype))
-    v_seq = advise_huge_pages(torch.empty_like(x_seq, dtype=dtype)) if store_v_seq else None
+    x_seq, dtype = inputs.x_seq, outputs.v.dtype
     flat = _flat(inputs)
-    flat_spikes = spike_seq.view(flat.x_seq.shape)
-    flat_v = v.view(-1)
-    flat_v_seq = None if v_seq is None else v_seq.view(flat.x_seq.shape)
+    spike_seq = advise_huge_pages(outputs.spike_seq).view(flat.x_seq.shape)
+    v = advise_huge_pages(outputs.v).view(-1)
+    v_seq = None
+    if outputs.v_seq is not None:
+        v_seq = advise_huge_pages(outputs.v_seq).view(flat.x_seq.shape)
     blocks = _blocks(flat.x_seq)
     rows = _workspace(x_seq, blocks, rows=1 if x_seq.dtype == dtype else 2)
     for block in blocks:
         size = block.stop - block.start
         _advance(
             _part(flat, block),
-            v=flat_v[block],
+            v=v[block],
             n_seq=[rows[0, :size]] * len(x_seq),
             spike=rows[-1, :size],
-            spike_seq=flat_spikes[:, block],
-            v_seq=None if flat_v_seq is None else flat_v_seq[:, block],
+            spike_seq=spike_seq[:, block],
+            v_seq=None if v_seq is None else v_seq[:, block],
         )
-    return spike_seq, v.neg_(), v_seq
+    v.neg_()
 
 
-def backward(
-    inputs: Inputs, grads: OutputGradients, needs_v_init: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def backward(inputs: Inputs, grads: OutputGradients, found: InputGradients) -> None:
     """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
     x_seq, input_gain, config = inputs.x_seq, inputs.input_gain, inputs.config
     dtype = state_dtype(x_seq)
@@ -65,18 +69,17 @@ def backward(
     grad_spike_seq = grads.spike_seq.view(flat.x_seq.shape)
     grad_v = None if grads.v is None else grads.v.view(-1)
     grad_v_seq = None if grads.v_seq is None else grads.v_seq.view(flat.x_seq.shape)
-    grad_x_seq = advise_huge_pages(torch.empty_like(x_seq))
-    flat_grad_x = grad_x_seq.view(flat.x_seq.shape)
+    grad_x_seq = advise_huge_pages(found.x_seq).view(flat.x_seq.shape)
+    grad_v_init = None if found.v_init is None else found.v_init.view(-1)
     of_sum = torch.float64 if x_seq.device.type == "cpu" else dtype
     grad_gain = torch.zeros_like(input_gain, dtype=of_sum)
-    grad_v_init = torch.empty_like(x_seq[0], dtype=dtype) if needs_v_init else None
     gains = input_gain.unbind(0)
     blocks = _blocks(flat.x_seq)
     in_place = x_seq.dtype == dtype  # then the potentials stand where their gradients will
     rows = _workspace(x_seq, blocks, rows=2 if in_place else 2 + len(x_seq))
     for block in blocks:
         part = _part(flat, block)
-        grad_x_block = flat_grad_x[:, block]
+        grad_x_block = grad_x_seq[:, block]
         scratch, spare, *n_seq = rows[:, : block.stop - block.start].unbind(0)
         n_seq = n_seq or list(grad_x_block.unbind(0))
         _advance(part, v=scratch, n_seq=n_seq, spike=spare)
@@ -103,8 +106,8 @@ def backward(
         grad_gain += torch.stack(grad_gains[::-1])
         if grad_v_init is not None:
             assert grad_carry is not None  # there is a step
-            grad_v_init.view(-1)[block] = grad_carry
-    return grad_x_seq, grad_gain.to(dtype), grad_v_init
+            grad_v_init[block] = grad_carry
+    found.input_gain.copy_(grad_gain)
 
 
 def _flat(inputs: Inputs) -> Inputs:

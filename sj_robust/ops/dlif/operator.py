@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sj_robust.ops.dlif import backends
 from sj_robust.ops.dlif.backends import implementation, unavailable_reason
 from sj_robust.ops.dlif.config import (
     DLIFConfig,
@@ -17,7 +18,7 @@ from sj_robust.ops.dlif.config import (
 )
 from sj_robust.ops.registration import (
     define,
-    or_empty,
+    present,
     saved_tensors,
 )
 from sj_robust.ops.surrogate import Surrogate
@@ -43,7 +44,7 @@ def multi_step(
         backend=backend,
         threads_per_block=threads_per_block,
     )
-    return spike_seq, v, v_seq if store_v_seq else None
+    return Outputs(spike_seq, v, v_seq if store_v_seq else None)
 
 
 def check_call(backend: str, config: DLIFConfig, x_seq: Tensor, *states: Tensor | None) -> None:
@@ -72,12 +73,12 @@ class _DLIF(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        run: Callable[..., tuple[Tensor, Tensor, Tensor]],
+        run: Callable[..., tuple[Tensor, ...]],
         x_seq: Tensor,
         input_gain: Tensor,
         v_init: Tensor | None,
         call: dict[str, Any],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x_seq, input_gain, v_init)
         ctx.set_materialize_grads(False)
         ctx.call = call
@@ -114,25 +115,16 @@ def _forward(
     backend: str,
     threads_per_block: int | None,
     **constants: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = _inputs(x_seq, input_gain, v_init, backend, DLIFConfig.of(**constants))
+) -> tuple[Tensor, ...]:
+    inputs = _inputs(x_seq, input_gain, v_init, backend, constants)
     found = implementation(backend, threads_per_block)
-    spike_seq, v, v_seq = found.forward(inputs, store_v_seq)
-    return spike_seq, v, or_empty(v_seq, v)
+    return present(backends.forward(found, inputs, store_v_seq), x_seq)
 
 
 def _forward_fake(
-    x_seq: Tensor,
-    input_gain: Tensor,
-    v_init: Tensor | None,
-    *,
-    store_v_seq: bool,
-    **constants: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = state_dtype(x_seq)
-    v = x_seq.new_empty(x_seq.shape[1:], dtype=dtype)
-    v_seq = x_seq.new_empty(x_seq.shape if store_v_seq else (0,), dtype=dtype)
-    return x_seq.new_empty(x_seq.shape), v, v_seq
+    x_seq: Tensor, *states: Tensor | None, store_v_seq: bool, **constants: Any
+) -> tuple[Tensor, ...]:
+    return present(backends.room_for_outputs(x_seq, store_v_seq), x_seq)
 
 
 def _backward(
@@ -147,8 +139,8 @@ def _backward(
     backend: str,
     threads_per_block: int | None,
     **constants: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = _inputs(x_seq, input_gain, v_init, backend, DLIFConfig.of(**constants))
+) -> tuple[Tensor, ...]:
+    inputs = _inputs(x_seq, input_gain, v_init, backend, constants)
     if grad_spike_seq is None:
         grad_spike_seq = torch.zeros_like(inputs.x_seq)
     grads = OutputGradients(
@@ -157,8 +149,7 @@ def _backward(
         v_seq=None if grad_v_seq is None else grad_v_seq.contiguous(),
     )
     found = implementation(backend, threads_per_block)
-    grad_x, grad_gain, grad_v_init = found.backward(inputs, grads, needs_v_init)
-    return grad_x, grad_gain, or_empty(grad_v_init, grad_gain)
+    return present(backends.backward(found, inputs, grads, needs_v_init), x_seq)
 
 
 def _backward_fake(
@@ -166,21 +157,22 @@ def _backward_fake(
     grad_v: Tensor | None,
     grad_v_seq: Tensor | None,
     x_seq: Tensor,
-    input_gain: Tensor,
-    v_init: Tensor | None,
-    *,
+    *states: Tensor | None,
     needs_v_init: bool,
     **constants: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape = x_seq.shape[1:] if needs_v_init else (0,)
-    grad_v_init = x_seq.new_empty(shape, dtype=state_dtype(x_seq))
-    return x_seq.new_empty(x_seq.shape), input_gain.new_empty(input_gain.shape), grad_v_init
+) -> tuple[Tensor, ...]:
+    return present(backends.room_for_gradients(x_seq, needs_v_init), x_seq)
 
 
 def _inputs(
-    x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None, backend: str, config: DLIFConfig
+    x_seq: Tensor,
+    input_gain: Tensor,
+    v_init: Tensor | None,
+    backend: str,
+    constants: dict[str, Any],
 ) -> Inputs:
     """What a backend takes, checked, without gaps in memory."""
+    config = DLIFConfig.of(**constants)
     check_arguments(x_seq, input_gain, v_init)
     check_call(backend, config, x_seq, input_gain, v_init)
     v_init = None if v_init is None else v_init.contiguous()

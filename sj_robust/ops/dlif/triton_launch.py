@@ -15,11 +15,12 @@ from torch import Tensor
 
 from sj_robust.ops.dlif.config import (
     DLIFConfig,
+    InputGradients,
     Inputs,
     OutputGradients,
     Outputs,
+    import_failure,
     no_gpu_reason,
-    on_one_device,
 )
 from sj_robust.ops.surrogate import HOST_NAMES, Surrogate
 
@@ -32,9 +33,9 @@ __all__ = [
     "backward_plan",
     "forward",
     "forward_plan",
+    "given",
     "launch",
     "limit_above",
-    "scalars",
     "unavailable_reason",
     "unsupported_reason",
 ]
@@ -118,41 +119,30 @@ def backward_plan(dtype: torch.dtype, steps: int, config: DLIFConfig) -> Plan:
     )
 
 
-def forward(inputs: Inputs, store_v_seq: bool) -> Outputs:
+def forward(inputs: Inputs, outputs: Outputs) -> None:
     """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
-    x_seq, input_gain, v_init, config = on_one_device(inputs)
-    spike_seq = torch.empty_like(x_seq)
-    v = torch.empty_like(x_seq[0], dtype=torch.float32)
-    v_seq = torch.empty_like(x_seq, dtype=torch.float32) if store_v_seq else None
-    plan = forward_plan(x_seq.dtype, len(x_seq), config)
-    if v.numel() > 0:
+    M = outputs.v.numel()
+    plan = forward_plan(inputs.x_seq.dtype, len(inputs.x_seq), inputs.config)
+    if M > 0:
         launch(
             _kernels().dlif_forward,
-            plan.programs(v.numel()),
+            plan.programs(M),
             constants=asdict(plan),
             warps=plan.warps,
-            x_seq=x_seq,
-            input_gain=input_gain,
-            v_init=v_init,
-            spike_seq=spike_seq,
-            v_last=v,
-            v_seq=v_seq,
-            neurons=v.numel(),
-            **scalars(config),
+            **given(inputs),
+            spike_seq=outputs.spike_seq,
+            v_last=outputs.v,
+            v_seq=outputs.v_seq,
+            neurons=M,
         )
-    return spike_seq, v, v_seq
 
 
-def backward(
-    inputs: Inputs, grads: OutputGradients, needs_v_init: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def backward(inputs: Inputs, grads: OutputGradients, found: InputGradients) -> None:
     """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
-    x_seq, input_gain, v_init, config = on_one_device(inputs)
+    x_seq = inputs.x_seq
     T, M = len(x_seq), x_seq[0].numel()
-    plan = backward_plan(x_seq.dtype, T, config)
+    plan = backward_plan(x_seq.dtype, T, inputs.config)
     new = functools.partial(torch.empty, dtype=torch.float32, device=x_seq.device)
-    grad_x_seq = torch.empty_like(x_seq)
-    grad_v_init = torch.empty_like(x_seq[0], dtype=torch.float32) if needs_v_init else None
     partial_grad_gain = new((plan.programs(M), T))
     if M > 0:
         launch(
@@ -160,29 +150,29 @@ def backward(
             plan.programs(M),
             constants=asdict(plan),
             warps=plan.warps,
-            x_seq=x_seq,
-            input_gain=input_gain,
-            v_init=v_init,
+            **given(inputs),
             grad_spike_seq=grads.spike_seq,
             grad_v_last=grads.v,
             grad_v_seq=grads.v_seq,
-            grad_x_seq=grad_x_seq,
-            grad_v_init=grad_v_init,
+            grad_x_seq=found.x_seq,
+            grad_v_init=found.v_init,
             partial_grad_gain=partial_grad_gain,
             # of the potential, one per segment but the first
             checkpoints=new((plan.LATER, M)) if plan.LATER else None,
             neurons=M,
             neurons_again=M,
-            **scalars(config),
-            alpha=float(config.surrogate.alpha),
+            alpha=float(inputs.config.surrogate.alpha),
         )
-    grad_gain = partial_grad_gain.sum(0, dtype=torch.float64).to(input_gain.dtype)
-    return grad_x_seq, grad_gain, grad_v_init
+    found.input_gain.copy_(partial_grad_gain.sum(0, dtype=torch.float64))
 
 
-def scalars(config: DLIFConfig) -> dict[str, float]:
-    """Constants of the neurons as kernels take them."""
+def given(inputs: Inputs) -> dict[str, Any]:
+    """What every kernel of the neurons takes."""
+    config = inputs.config
     return {
+        "x_seq": inputs.x_seq,
+        "input_gain": inputs.input_gain,
+        "v_init": inputs.v_init,
         "decay": float(config.decay),
         "leak_current": float(config.leak_current),
         "v_threshold": float(config.v_threshold),
@@ -255,25 +245,13 @@ def _kernels() -> Any:
 
 @functools.cache
 def _triton_reason() -> str | None:
-    """Why Triton cannot be imported, told from what really happened."""
-    try:
-        _kernels()
-    except ModuleNotFoundError as error:
-        if error.name == "triton":
-            return (
-                "Triton is not installed, although CUDA builds of torch bring it; pip install "
-                "triton"
-            )
-        return f"Triton is installed, but importing it failed: {error}; {_INSTALL_AGAIN}"
-    except Exception as error:  # a broken installation can raise anything
-        return (
-            f"Triton is installed, but importing it failed with {type(error).__name__}: {error}; "
-            f"{_INSTALL_AGAIN}"
-        )
-    return None
-
-
-_INSTALL_AGAIN = "install torch and the triton that it asks for again"
+    return import_failure(
+        "Triton",
+        "triton",
+        _kernels,
+        if_missing=", although CUDA builds of torch bring it; pip install triton",
+        if_broken="install torch and the triton that it asks for again",
+    )
 
 
 def _is_interpreted() -> bool:

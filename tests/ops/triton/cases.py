@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sj_robust.neuron import DLIFNode
 from sj_robust.ops import choose_backend, dlif_multi_step
-from sj_robust.ops.dlif import triton_launch
+from sj_robust.ops.dlif import backends, triton_launch
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SIGMOID, ATAN = ("sigmoid", 4.0), ("atan", 2.0)
@@ -225,8 +225,18 @@ def in_a_network(backend: str) -> None:
     torch.testing.assert_close(*results)
     (x, gain, v_init), _ = random_call((3, 5), F32)
     leaves = [tensor.requires_grad_() for tensor in (x, gain, v_init)]
-    constants = (0.5, 1.0, None, *ATAN, False, True, backend, None)
-    torch.library.opcheck(torch.ops.sj_robust.dlif, (*leaves, *constants))
+    constants = {
+        "decay": 0.5,
+        "v_threshold": 1.0,
+        "v_reset": None,
+        "surrogate": "atan",
+        "alpha": 2.0,
+        "detach_reset": False,
+        "store_v_seq": True,
+        "backend": backend,
+        "threads_per_block": None,
+    }
+    torch.library.opcheck(torch.ops.sj_robust.dlif, leaves, constants)
     with FakeTensorMode() as mode:
         fakes = mode.from_tensor(x), mode.from_tensor(gain)
         spikes, _, _ = dlif_multi_step(*fakes, decay=0.5, backend=backend)
@@ -260,7 +270,7 @@ def main(more: int) -> None:
     """Run them all; AssertionError with what differs."""
     draw = random.Random(2)
     chosen = cases() + [at_random(draw) for _ in range(more)]
-    run_all(chosen, check, SPECIAL, [in_a_network], [triton_launch], "triton")
+    run_all(chosen, check, SPECIAL, [in_a_network], [backends, triton_launch], "triton")
 
 
 if __name__ == "__main__":

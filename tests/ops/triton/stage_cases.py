@@ -27,9 +27,9 @@ from sj_robust.ops.bn_dlif import (
     batch_norm_dlif_multi_step,
     can_fuse,
     repeat_step,
-    stage,
     triton_launch,
 )
+from sj_robust.ops.bn_dlif import layer as one_layer
 from sj_robust.ops.dlif import triton_launch as dlif
 
 CHOICES: dict[str, list[Any]] = {
@@ -297,11 +297,25 @@ def what_runs_apart(backend: str) -> None:
 def under_tracers(backend: str) -> None:
     """Its operator under torch's own checks, in fake mode, under vmap and autocast."""
     x = laid_out(torch.randn(2, 2, 2, 2, 4, generator=torch.Generator().manual_seed(0)), True)
-    leaves = (x, torch.ones(2), torch.zeros(2), torch.ones(2), torch.zeros(2, 2, 2, 4), None, None)
+    leaves = (x, torch.ones(2), torch.zeros(2, 2, 2, 4), torch.ones(2), torch.zeros(2), None, None)
     leaves = [None if a is None else a.requires_grad_() for a in leaves]
-    constants = (0.5, 0.5, 0.0, "atan", 2.0, False, "batch", 1e-5, True, True, "triton", True, True)
+    constants = {
+        "decay": 0.5,
+        "v_threshold": 0.5,
+        "v_reset": 0.0,
+        "surrogate": "atan",
+        "alpha": 2.0,
+        "detach_reset": False,
+        "statistics": "batch",
+        "eps": 1e-5,
+        "average_pool": True,
+        "channels_last": True,
+        "backend": "triton",
+        "store_v_seq": True,
+        "store_current": True,
+    }
     checks = "test_schema", "test_autograd_registration", "test_faketensor"
-    torch.library.opcheck(torch.ops.sj_robust.bn_dlif, (*leaves, *constants), test_utils=checks)
+    torch.library.opcheck(torch.ops.sj_robust.bn_dlif, leaves, constants, test_utils=checks)
     norm = BatchNorm(None, None, torch.zeros(2), torch.ones(2), False)
 
     def run(x: Tensor) -> Tensor:
@@ -328,7 +342,7 @@ def main(more: int) -> None:
         4  # so that small layers have several tiles in a program of the statistics
     )
     apart = [in_a_network, what_runs_apart, under_tracers]
-    fenced, launchers = [at_the_threshold, a_large_mean], [stage, triton_launch]
+    fenced, launchers = [at_the_threshold, a_large_mean], [one_layer, triton_launch]
     run_all(chosen, check, fenced, apart, launchers, "triton")
 
 
