@@ -182,10 +182,8 @@ def _have_memory(tensors: tuple[Tensor | None, ...]) -> bool:
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.is_neg():
             return False
-        if tensor._is_zerotensor() or tensor.is_neg() or torch._is_functional_tensor(tensor):
-            return False
-        if tensor.device.type == "meta":
+        if tensor._is_zerotensor() or torch._is_functional_tensor(tensor):
             return False
     return True

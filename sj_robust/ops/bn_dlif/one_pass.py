@@ -74,7 +74,8 @@ def forward(
     kernels, x, T = KERNELS[stage.backend], inputs.x_seq, len(inputs.input_gain)
     layer = Layer(_over_time(inputs), stage.planes(x))
     if stage.statistics is not None:
-        layer = layer._replace(moments=kernels.moments(layer, norm, stage.eps))
+        moments = kernels.moments(layer, norm, stage.eps)
+        layer = Layer(layer.inputs, layer.planes, moments)
     outputs = stage.room_for_outputs(x, T, store_v_seq=store_v_seq, store_current=store_current)
     kernels.forward(layer, outputs)
     return outputs, layer.moments

@@ -4,6 +4,7 @@ its kernels.
 Only the input and a few numbers per channel are saved for backward.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -250,6 +251,7 @@ def _backward_fake(
     return present((found.x, found.input_gain, found.v_init, grad_norm), x_seq)
 
 
+@functools.lru_cache
 def _configs(
     statistics: str | None,
     eps: float,
