@@ -52,8 +52,7 @@ class Operator:
             return self.overload(*tensors, **constants)
         if self.gradient is None:
             return self.kernel(*tensors, **constants)
-        # torch leaves apply untyped
-        return self.gradient.apply(self.kernel, *tensors, constants)  # type: ignore[no-untyped-call]
+        return _apply(self.gradient, self.kernel, tensors, constants)
 
 
 def define(
@@ -103,10 +102,19 @@ def define(
             return overload(*tensors, **constants)
 
     def with_graph(*tensors: Tensor | None, **constants: Any) -> Any:
-        return gradient.apply(below_autograd, *tensors, constants)  # type: ignore[no-untyped-call]
+        return _apply(gradient, below_autograd, tensors, constants)
 
     _library.impl(name, with_graph, "Autograd")
     return Operator(overload, kernel, gradient)
+
+
+def _apply(
+    gradient: type[torch.autograd.Function],
+    run: Callable[..., Any],
+    tensors: tuple[Tensor | None, ...],
+    constants: dict[str, Any],
+) -> Any:
+    return gradient.apply(run, *tensors, constants)  # type: ignore[no-untyped-call]  # torch's
 
 
 def saved_tensors(ctx: Any) -> tuple[Any, ...]:

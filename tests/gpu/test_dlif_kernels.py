@@ -14,16 +14,22 @@ from sj_robust.ops.dlif import backends, cupy_launch
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
-SURROGATES = [("triangle", 1.0), ("atan", 2.0), ("sigmoid", 4.0)]
-SHAPES = [
-    (1, 5),
-    (4, 1 << 16),
-    (8, 3, 7, 5),
-    (16, 1030),
-    (32, 64, 3),
-    (33, 130),
-    (70, 17),
-]  # odd, long, many blocks
+CHOICES = {
+    "v_reset": [0.0, None, -0.25],
+    "detach_reset": [False, True],
+    "surrogate": [("triangle", 1.0), ("atan", 2.0), ("sigmoid", 4.0)],
+    # odd, long, many blocks
+    "shape": [
+        (1, 5),
+        (4, 1 << 16),
+        (8, 3, 7, 5),
+        (16, 1030),
+        (32, 64, 3),
+        (33, 130),
+        (70, 17),
+    ],
+    "dtype": [torch.float32, torch.float16, torch.bfloat16],
+}
 
 
 def needs(name):
@@ -39,13 +45,14 @@ def backend(request):
     return needs(request.param)
 
 
-@pytest.mark.parametrize("v_reset", [0.0, None, -0.25])
-@pytest.mark.parametrize("detach_reset", [False, True])
-@pytest.mark.parametrize(("kind", "alpha"), SURROGATES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_equals_bptt_by_hand(v_reset, detach_reset, kind, alpha, shape, dtype):
+def at_random(draw):
+    return tuple(draw.choice(values) for values in CHOICES.values())
+
+
+@pytest.mark.parametrize(tuple(CHOICES), cases.pairwise([], at_random, 500))
+def test_equals_bptt_by_hand(v_reset, detach_reset, surrogate, shape, dtype):
     needs("cupy")
+    kind, alpha = surrogate
     inputs, grads = random_call(shape, dtype)
     constants = {"decay": 0.9, "v_threshold": 0.8, "v_reset": v_reset, "detach_reset": detach_reset}
     constants |= {"kind": kind, "alpha": alpha}

@@ -21,21 +21,6 @@ assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 """That two tensors, or sequences of tensors and None, are the same numbers in the same dtype."""
 
 
-def of_neurons(surrogates):
-    """Reset, detached or not, and surrogate: every combination of these, and each once with one of
-    the others.
-
-    The others, of which the compiled kernel computes a row at a time, share the rest of its code.
-    """
-    resets = list(itertools.product([0.0, None, -0.25], [False, True]))
-    others = [("exponential", 2.0), ("soft_sign", 2.0), ("super_spike", 1.5), ("erf", 1.5)]
-    every = [(*reset, *surrogate) for reset, surrogate in itertools.product(resets, surrogates)]
-    return every + [
-        (*reset, *surrogate)
-        for reset, surrogate in zip(resets, itertools.cycle(others), strict=False)
-    ]
-
-
 def random_call(shape, dtype=torch.float64, seed=0):
     """Inputs, and incoming gradients of the three outputs."""
     generator = torch.Generator().manual_seed(seed)

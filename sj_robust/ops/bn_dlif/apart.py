@@ -25,16 +25,23 @@ def normalise(x_seq: Tensor, norm: BatchNorm) -> Tensor:
     per channel.
     """
     mean, variance = norm.running_mean, norm.running_var
-    if norm.use_batch_statistics or mean is None or variance is None or not _is_for(x_seq):
+    if norm.use_batch_statistics or not _is_for(x_seq):
         return reference.normalise(x_seq, norm)
+    assert mean is not None  # BatchNorm has checked it
+    assert variance is not None
     scale = (variance + norm.eps).rsqrt()
-    scale = scale if norm.weight is None else scale * norm.weight
-    offset = -mean * scale if norm.bias is None else norm.bias - mean * scale
-    scale, offset = (value.view(-1, *[1] * (x_seq.ndim - 3)) for value in (scale, offset))
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    offset = -mean * scale
+    if norm.bias is not None:
+        offset = offset + norm.bias
+    shape = -1, *[1] * (x_seq.ndim - 3)
     step = repeated_step(x_seq)
+    x = x_seq if step is None else step
+    current = (x * scale.view(shape)).add_(offset.view(shape))
     if step is None:
-        return (x_seq * scale).add_(offset)
-    return (step * scale).add_(offset).repeat(len(x_seq), *[1] * (x_seq.ndim - 1))
+        return current
+    return current.repeat(len(x_seq), *[1] * (x_seq.ndim - 1))
 
 
 def can_pool(spike_seq: Any) -> bool:
