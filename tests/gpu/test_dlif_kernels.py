@@ -118,7 +118,8 @@ def test_auto_chooses_the_first_that_works():
 
 def test_runs_on_torchs_current_stream(backend):
     stream = torch.cuda.Stream()
-    x, gain = torch.zeros(4, 1 << 22, device="cuda"), torch.ones(4, device="cuda")
+    x = torch.zeros(4, 1 << 22, device="cuda")
+    gain = torch.ones(4, device="cuda")
     dlif_multi_step(x, gain, decay=0.5, backend=backend)  # compiled before it is timed by the sleep
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
@@ -132,7 +133,8 @@ def test_runs_on_torchs_current_stream(backend):
 @pytest.mark.parametrize("threads", [32, 512, 1024])
 def test_block_sizes(threads):
     needs("cupy")
-    x, gain = torch.randn(32, 4096, device="cuda"), torch.ones(32, device="cuda")
+    x = torch.randn(32, 4096, device="cuda")
+    gain = torch.ones(32, device="cuda")
     config = DLIFConfig(0.9, 1.0, None, Surrogate("sigmoid", 4.0), False)
     launcher = cupy_launch.Launcher(threads_per_block=threads)
     arguments = Inputs(x, gain, None, config), OutputGradients(torch.ones_like(x)), True
@@ -143,7 +145,8 @@ def test_block_sizes(threads):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_second_gpu_is_used_and_the_current_one_kept(backend):
-    x, gain = torch.full((4, 64), 2.0, device="cuda:1"), torch.ones(4, device="cuda:1")
+    x = torch.full((4, 64), 2.0, device="cuda:1")
+    gain = torch.ones(4, device="cuda:1")
     spikes, _, _ = dlif_multi_step(x, gain, decay=0.5, backend=backend)
     assert spikes.device.index == 1
     assert spikes.all()
@@ -155,7 +158,8 @@ def test_surrogates_of_spikingjelly_with_a_cuda_text():
     if not hasattr(host, "_has_cuda_"):
         pytest.skip("this SpikingJelly release has no cuda_codes")
     needs("cupy")
-    x, gain = torch.randn(4, 1000, device="cuda"), torch.ones(4, device="cuda")
+    x = torch.randn(4, 1000, device="cuda")
+    gain = torch.ones(4, device="cuda")
     for cls in host._has_cuda_:
         grads = []
         for name in ("cupy", "reference"):

@@ -71,8 +71,10 @@ def random_call(shape, seed=0):
     rng = np.random.default_rng(seed)
     channels = shape[2]
     x = rng.normal(0.5, 2.0, shape) * rng.uniform(0.5, 2, (channels, *[1] * (len(shape) - 3)))
-    weight, bias = rng.normal(1.0, 0.3, channels), rng.normal(0.3, 0.3, channels)
-    gain, v_init = rng.normal(1.0, 0.3, shape[0]), rng.normal(0.2, 0.4, shape[1:])
+    weight = rng.normal(1.0, 0.3, channels)
+    bias = rng.normal(0.3, 0.3, channels)
+    gain = rng.normal(1.0, 0.3, shape[0])
+    v_init = rng.normal(0.2, 0.4, shape[1:])
     grads = rng.normal(size=shape), rng.normal(size=shape[1:]), rng.normal(size=shape)
     running = rng.normal(0.4, 0.2, channels), rng.uniform(0.5, 4.0, channels)
     return x, weight, bias, gain, v_init, grads, running
@@ -138,7 +140,8 @@ def expected_call(case):
         grads = (means(grads[0]), *grads[1:])
     given = x, weight, bias, gain, v_init, grads, running
     if case.statistics is None:  # a batch norm that changes nothing
-        weight, bias = np.ones(case.shape[2]), np.zeros(case.shape[2])
+        weight = np.ones(case.shape[2])
+        bias = np.zeros(case.shape[2])
         running = bias, weight
     if case.average_pool:
         grads = (shares(grads[0], case.shape), *grads[1:])
@@ -241,7 +244,9 @@ def test_halves_are_a_float32_run_of_the_same_numbers(
         )
         half, whole = (Call("cpp", case, storage) for storage in (dtype, torch.float32))
         assert [a.dtype for a in half.outputs] == [dtype, *[torch.float32] * 3]
-        spikes, x, grad_x = half.outputs[0], half.x, half.gradients[0]
+        spikes = half.outputs[0]
+        x = half.x
+        grad_x = half.gradients[0]
         assert spikes.stride() == laid_out(spikes, channels_last).stride()
         assert grad_x.stride() == x.stride() == laid_out(x, channels_last).stride()
         rounded = [a.to(b.dtype) for a, b in zip(whole.results, half.results, strict=True)]
@@ -252,7 +257,8 @@ def test_halves_are_a_float32_run_of_the_same_numbers(
 @pytest.mark.parametrize("momentum", [0.1, 0.7])
 def test_running_statistics_are_those_of_torch(backend, momentum):
     torch.manual_seed(0)
-    norm, layer = BatchNorm(None, None, None, None, use_batch_statistics=True), nn.BatchNorm2d(6)
+    norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
+    layer = nn.BatchNorm2d(6)
     assert (norm.momentum, norm.eps) == (layer.momentum, layer.eps)
     layer = nn.BatchNorm2d(6, momentum=momentum)
     running = torch.zeros(6), torch.ones(6)
@@ -361,7 +367,8 @@ def test_nothing_of_the_scratch_gets_into_the_result(instruction_set, monkeypatc
 )
 def test_large_tensors(instruction_set, shape):
     torch.manual_seed(0)
-    x, results = torch.randn(shape), []
+    x = torch.randn(shape)
+    results = []
     weights = torch.randn_like(x)
     for backend in ("cpp", "reference"):
         leaves = [
@@ -381,7 +388,8 @@ def test_large_tensors(instruction_set, shape):
 @needs_kernel
 @pytest.mark.parametrize("repeat", [True, False])
 def test_of_an_image_repeated_over_time_one_step_is_saved(repeat):
-    image, saved = torch.randn(1, 3, 4, 6, 6, requires_grad=True), []
+    image = torch.randn(1, 3, 4, 6, 6, requires_grad=True)
+    saved = []
     x = repeat_step(image, 5) if repeat else image.expand(5, *image.shape[1:])
     norm = BatchNorm(torch.ones(4), torch.zeros(4), None, None, use_batch_statistics=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -441,7 +449,9 @@ def test_pooling_of_spikes_apart_equals_torchs(plane, dtype):
     torch.manual_seed(0)
     spikes = (torch.rand(3, 2, 5, *plane) > 0.5).to(dtype)
     assert apart.can_pool(spikes)
-    means, gradients, seconds = [], [], []
+    means = []
+    gradients = []
+    seconds = []
     for run in (apart.pool, reference.pool):
         leaf = spikes.clone().requires_grad_()
         means.append(run(leaf))
@@ -478,10 +488,8 @@ def test_running_statistics_apart_are_those_of_torch(affine, repeat, dtype):
     norm = BatchNorm(
         weight if affine else None, bias if affine else None, mean, variance, False, eps=1e-3
     )
-    step, upstream = (
-        torch.randn(1 if repeat else 4, 3, 5, 4, 2).to(dtype),
-        torch.randn(4, 3, 5, 4, 2).to(dtype),
-    )
+    step = torch.randn(1 if repeat else 4, 3, 5, 4, 2).to(dtype)
+    upstream = torch.randn(4, 3, 5, 4, 2).to(dtype)
     found = []
     for run in (apart.normalise, reference.normalise):
         leaves = [
@@ -500,7 +508,8 @@ def test_running_statistics_apart_are_those_of_torch(affine, repeat, dtype):
 def test_wrong_arguments():
     norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
     of_four = BatchNorm(torch.ones(4), None, None, None, use_batch_statistics=True)
-    x, gain = torch.zeros(3, 4, 5), torch.ones(3)
+    x = torch.zeros(3, 4, 5)
+    gain = torch.ones(3)
     for message, *arguments in (
         (r"x_seq must be \[T, N, C, \*\]", torch.zeros(3, 4), norm, gain),
         (r"one value per step, \[T\] = \[3\], got \(4,\)", x, norm, torch.ones(4)),

@@ -66,7 +66,8 @@ def test_a_sum_of_a_million_terms_keeps_its_digits(instruction_set):
     """Each rounding goes the same way, so a sum in float32 alone is off by more the longer it
     is.
     """
-    M, gain = 1 << 20, torch.ones(1)
+    M = 1 << 20
+    gain = torch.ones(1)
     one, many = (
         backends.backward(
             cpp,

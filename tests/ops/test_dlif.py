@@ -204,7 +204,8 @@ def test_spikes_exactly_at_the_threshold(backend, dtype, v_reset):
 def test_every_optional_input_and_gradient_may_be_missing(backend):
     constants = {"decay": 0.9, "v_threshold": 0.8, "v_reset": -0.25, "detach_reset": False}
     (x, gain, v_init), (grad_spikes, grad_v, grad_v_seq) = random_call((4, 200))
-    at_reset, zeros = torch.full_like(v_init, -0.25), torch.zeros_like
+    at_reset = torch.full_like(v_init, -0.25)
+    zeros = torch.zeros_like
     for starts, *used in itertools.product([False, True], repeat=4):
         if not any(used):
             continue

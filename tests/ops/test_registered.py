@@ -59,12 +59,14 @@ def test_torch_finds_no_fault_in_dlif(backend, store):
 )
 def test_torch_finds_no_fault_in_batch_norm_and_dlif(statistics, channels_last, steps):
     (x, _, v_init), _ = random_call((steps, 2, 2, 4, 4), torch.float32)
-    x, gain = laid_out(x, channels_last), torch.tensor([1.0, 0.5, 2.0])
+    x = laid_out(x, channels_last)
+    gain = torch.tensor([1.0, 0.5, 2.0])
     weight = bias = mean = variance = None
     if statistics is not None:
         weight, bias = torch.tensor([[1.0, 2.0], [0.1, 0.2]])
     if statistics == "running":
-        mean, variance = torch.zeros(2), torch.ones(2)
+        mean = torch.zeros(2)
+        variance = torch.ones(2)
     tensors = x, gain, v_init, weight, bias
     leaves = [None if t is None else t.requires_grad_() for t in tensors]
     stage = {
@@ -101,7 +103,8 @@ def test_a_call_that_torch_is_asked_about_gives_the_same_bits(backend, monkeypat
 
 
 def test_a_surrogate_of_ones_own_lives_as_long_as_its_graph():
-    x, known = torch.randn(3, 5, requires_grad=True), len(_CUSTOM)
+    x = torch.randn(3, 5, requires_grad=True)
+    known = len(_CUSTOM)
     surrogate = Surrogate("custom", function=torch.sigmoid)
     call = {"decay": 0.5, "surrogate": surrogate, "backend": "eager"}
     spikes, _, _ = dlif_multi_step(x, torch.ones(3), **call)
@@ -197,11 +200,14 @@ class FromReset(torch.nn.Module):
 @pytest.mark.parametrize("how", RECORDED)
 def test_a_recorded_neuron_runs_with_gradients_and_without(how, v_reset):
     torch.manual_seed(0)
-    net, x, other = FromReset(v_reset=v_reset), torch.randn(3, 2, 4), torch.randn(3, 2, 4)
+    net = FromReset(v_reset=v_reset)
+    x = torch.randn(3, 2, 4)
+    other = torch.randn(3, 2, 4)
     with torch.set_grad_enabled(how != "torch.export"):
         graph = RECORDED[how](net, x)
     gain = next(graph.parameters(), net.node.input_gain)
-    found, wanted = graph(other), net(other)
+    found = graph(other)
+    wanted = net(other)
     assert torch.equal(found, wanted)
     (grad,) = torch.autograd.grad(found.sum(), gain)
     torch.testing.assert_close(grad, torch.autograd.grad(wanted.sum(), net.node.input_gain)[0])
@@ -219,7 +225,8 @@ def test_a_surrogate_of_ones_own_is_refused_before_a_graph_is_made(how):
 def test_vmap_over_inputs_and_gains_and_with_a_surrogate_of_ones_own():
     (x, gain, _), _ = random_call((3, 5), torch.float32)
     own = Surrogate("custom", function=torch.sigmoid)
-    xs, gains = torch.stack([x, -x, 2 * x], 1), torch.stack([gain, 2 * gain, 0.5 * gain])
+    xs = torch.stack([x, -x, 2 * x], 1)
+    gains = torch.stack([gain, 2 * gain, 0.5 * gain])
     for backend, slope in (("cpp", None), ("eager", None), ("auto", own)):
 
         def spikes(x, gain, backend=backend, slope=slope):
@@ -235,7 +242,8 @@ def test_vmap_over_inputs_and_gains_and_with_a_surrogate_of_ones_own():
 @pytest.mark.parametrize("backend", ["cpp", "eager"])
 def test_odd_tensors_are_made_plain(backend):
     """Zeros without memory, and numbers that are negated when they are read."""
-    x, gain = torch.randn(3, 5), torch.ones(3)
+    x = torch.randn(3, 5)
+    gain = torch.ones(3)
     for odd in (torch._efficientzerotensor(x.shape), torch._neg_view(torch.zeros_like(x))):
         leaf = x.clone().requires_grad_()
         spikes, _, _ = dlif_multi_step(leaf, gain, decay=0.5, backend=backend)
@@ -245,7 +253,8 @@ def test_odd_tensors_are_made_plain(backend):
 
 
 def test_a_graph_refuses_tensors_that_its_kernel_would_misread():
-    x, gain = torch.zeros(3, 5), torch.ones(3)
+    x = torch.zeros(3, 5)
+    gain = torch.ones(3)
     call = {**call_of("cpp"), "store_v_seq": False}
     with pytest.raises(ValueError, match=r"must be torch.float32 there, got torch.float64"):
         OPS.dlif(x, gain.double(), None, **call)

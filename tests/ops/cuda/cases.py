@@ -44,7 +44,8 @@ def lines() -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         fake = fake_cupy.install(fake_cupy.FakeCuPy(None, collect=True), patch)
         for name in ("forward", "backward"):
-            ours, plain = getattr(cupy_launch, name), getattr(cpp, name)
+            ours = getattr(cupy_launch, name)
+            plain = getattr(cpp, name)
             patch.setattr(cupy_launch, name, also(ours, plain))
         run_table(patch)
     return sorted(fake.lines)
@@ -62,7 +63,8 @@ def check_bfloat16(library: shim.Library) -> None:
     steps = np.array([0, 0x7FFF, 0x8000, 0x8001], np.uint32)
     low, high = np.meshgrid(steps, np.arange(0x10000, dtype=np.uint32))
     values = ((high << 16) | low).ravel().view(np.float32)
-    bits, back = np.zeros(values.size, np.uint16), np.zeros(values.size, np.float32)
+    bits = np.zeros(values.size, np.uint16)
+    back = np.zeros(values.size, np.float32)
     library.launch("round_trip", 1, 32, values, bits, back, np.int32(values.size))
     number = ~np.isnan(values)
     np.testing.assert_array_equal(np.isnan(back), ~number)

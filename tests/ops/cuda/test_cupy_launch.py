@@ -43,7 +43,8 @@ def test_a_kernel_is_compiled_once_and_runs_in_blocks_of_the_chosen_size_on_torc
     small = cupy_launch.Launcher(threads_per_block=64)
     found = [backward(launcher, inputs) for launcher in (small, small, cupy_launch)]
     torch.testing.assert_close(found[0], found[2])
-    device, stream = ("device", None), ("stream", (0, 0x1234))
+    device = ("device", None)
+    stream = ("stream", (0, 0x1234))
     entered = [("enter", *device), ("enter", *stream)]
     left = [("exit", *stream), ("exit", *device)]
     compiled = ("compile", "dlif_backward")
@@ -165,7 +166,8 @@ def test_own_text_of_a_surrogate_is_spliced_in_if_it_is_right(cupy):
 
 
 def test_surrogates_without_a_usable_text_are_refused():
-    smooth, trainable = Ramp(RIGHT), Ramp(RIGHT)
+    smooth = Ramp(RIGHT)
+    trainable = Ramp(RIGHT)
     smooth.spiking = False
     trainable.width = torch.nn.Parameter(torch.ones(()))
     x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)

@@ -61,12 +61,15 @@ def test_memory_is_moved_once_and_in_whole_vectors_and_charging_is_never_contrac
     """
     variant = kernel(io, steps, backward)
     ptx = ptx_of(variant)
-    of_x, of_v, passes = variant.vec * WIDTHS[io], variant.vec * 32, 1 + backward
+    of_x = variant.vec * WIDTHS[io]
+    of_v = variant.vec * 32
+    passes = 1 + backward
     move = r"^\s*(?:@\S+ )?(ld|st)\.global(?:\.nc)?(?:\.v(\d))?\.[a-z](\d+)"
     found = {"ld": Counter(), "st": Counter()}
     for way, count, bits in re.findall(move, ptx, re.M):
         found[way][int(count or 1) * int(bits)] += 1
-    loads, stores = Counter({of_x: passes * steps}), Counter({of_x: steps})
+    loads = Counter({of_x: passes * steps})
+    stores = Counter({of_x: steps})
     loads += Counter({of_v: passes}) + Counter({32: passes * steps})
     stores += Counter({of_v: 1}) + Counter({32: 2 * backward})
     assert found == {"ld": loads, "st": stores}

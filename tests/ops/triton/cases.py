@@ -21,8 +21,11 @@ from sj_robust.neuron import DLIFNode
 from sj_robust.ops import choose_backend, dlif_multi_step
 from sj_robust.ops.dlif import backends, triton_launch
 
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-SIGMOID, ATAN = ("sigmoid", 4.0), ("atan", 2.0)
+F32 = torch.float32
+F16 = torch.float16
+BF16 = torch.bfloat16
+SIGMOID = ("sigmoid", 4.0)
+ATAN = ("atan", 2.0)
 CHOICES: dict[str, list[Any]] = {
     "steps": [1, 3, 5, 8, 15, 16, 17, 25, 33],
     "neurons": [1, 31, 128, 518, 1100],  # 1100: several programs, in both directions
@@ -103,7 +106,8 @@ def check(
     format.
     """
     if inputs is None:
-        shape, seed = (case.steps, case.neurons), case.steps + case.neurons
+        shape = (case.steps, case.neurons)
+        seed = case.steps + case.neurons
         inputs, grads = random_call(shape, case.dtype, seed=seed)
     x, gain, v_init = inputs
     inputs = x, gain, v_init if case.starts else None

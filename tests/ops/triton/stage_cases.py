@@ -116,7 +116,8 @@ class Call:
         self.running = [normal(C, scale=0.2), normal(C).abs() + 0.5]
         affine = [weight, bias] if case.affine and case.statistics else []
         leaves = [leaf.requires_grad_() for leaf in (x, gain, *affine, v_init) if leaf is not None]
-        norm, x_seq = None, x.expand(T, *x.shape[1:])
+        norm = None
+        x_seq = x.expand(T, *x.shape[1:])
         if case.statistics is not None:
             batch = case.statistics == "batch"
             norm = BatchNorm(*(affine or (None, None)), *self.running, use_batch_statistics=batch)
@@ -162,10 +163,8 @@ def check(case: Case, device: str = "cpu", *, backend: str = "triton") -> None:
     """Against the reference in double precision; neurons bit by bit, given the currents that the
     kernel has found.
     """
-    found, wanted = (
-        Call(backend, case, case.dtype, device),
-        Call("reference", case, torch.float64, device),
-    )
+    found = Call(backend, case, case.dtype, device)
+    wanted = Call("reference", case, torch.float64, device)
     assert found.outputs[0].dtype == found.gradients[0].dtype == case.dtype
     assert found.gradients[0].stride()[1:] == found.x.stride()[1:], "as x lies in memory"
     assert torch.equal(found.outputs[0].double(), wanted.outputs[0]), "spikes differ"
@@ -224,7 +223,8 @@ def a_large_mean(backend: str) -> None:
 @contextmanager
 def launched() -> Iterator[list[str]]:
     """Names of the kernels that run meanwhile."""
-    names, launch = [], dlif.launch
+    names = []
+    launch = dlif.launch
 
     def noted(kernel: Any, *arguments: Any, **options: Any) -> None:
         names.append(kernel.fn.__name__)
@@ -297,7 +297,8 @@ def main(more: int) -> None:
         4  # so that small layers have several tiles in a program of the statistics
     )
     apart = [in_a_network, what_runs_apart]
-    fenced, launchers = [at_the_threshold, a_large_mean], [one_layer, triton_launch]
+    fenced = [at_the_threshold, a_large_mean]
+    launchers = [one_layer, triton_launch]
     run_all(chosen, check, fenced, apart, launchers, "triton")
 
 

@@ -17,7 +17,8 @@ from sj_robust.ops.dlif import backends, cupy_launch, triton_launch
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Planes
 
 CONFIG = DLIFConfig(0.5, 1.0, 0.0, Surrogate(), False)
-F32, BF16 = torch.float32, torch.bfloat16
+F32 = torch.float32
+BF16 = torch.bfloat16
 X = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
 
 
@@ -105,7 +106,8 @@ def kernels(gpu):
     return chosen
 
 
-RIGHT, WRONG = [[0.0], [1.0]], [[0.0], [0.0]]
+RIGHT = [[0.0], [1.0]]
+WRONG = [[0.0], [0.0]]
 
 
 def test_auto_takes_cupy_and_then_triton_where_they_work(kernels):
