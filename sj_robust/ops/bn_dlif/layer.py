@@ -3,7 +3,7 @@ provides for it.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +41,17 @@ class StageConfig:
     average_pool: bool
     channels_last: bool
     backend: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The constants as a registered operator takes them."""
+        return {
+            "statistics": self.statistics,
+            "eps": self.eps,
+            "average_pool": self.average_pool,
+            "channels_last": self.channels_last,
+            "backend": self.backend,
+        }
 
     @property
     def layout(self) -> torch.memory_format:

@@ -69,7 +69,7 @@ def multi_step(
         None if v_init is None else v_init.contiguous(memory_format=layout),
         *of_norm,
         **inputs.config.arguments,
-        **vars(stage),
+        **stage.arguments,
         store_v_seq=store_v_seq,
         store_current=store_current,
     )
