@@ -41,9 +41,12 @@ __all__ = [
     "is_neuron",
     "layer",
     "lif_multi_step",
+    "memories",
     "neuron",
     "quantize",
     "quiet_triton",
+    "runs_on_torch",
+    "step_mode",
     "surrogate",
 ]
 
@@ -116,6 +119,26 @@ def is_neuron(module: nn.Module) -> bool:
         cls.__module__ == package or cls.__module__.startswith(f"{package}.")
         for cls in type(module).__mro__
     )
+
+
+def step_mode(module: nn.Module, otherwise: str = "m") -> str:
+    """Step mode of a module of SpikingJelly; of another one the given one."""
+    return str(module.step_mode) if isinstance(module, base.StepModule) else otherwise
+
+
+def memories(module: nn.Module) -> dict[str, Any]:
+    """What a module of SpikingJelly carries from one time step to the next, by name."""
+    if not isinstance(module, base.MemoryModule):
+        return {}
+    found: dict[str, Any] = module._memories  # every release has it; neither has a public name
+    return found
+
+
+def runs_on_torch(module: nn.Module) -> bool:
+    """Whether no kernel of CuPy was chosen for a module, as 0.0.0.0.14's neurons let one do."""
+    if _HAS_EXPLICIT_STATES or not isinstance(module, base.MemoryModule):
+        return True
+    return bool(module.backend == "torch")
 
 
 def quiet_triton() -> None:

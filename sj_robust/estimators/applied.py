@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sj_robust.core.host import runs_on_torch, step_mode
 from sj_robust.estimators import backward
 from sj_robust.estimators.crafting import crafting_network
 from sj_robust.estimators.dynamics import Sequence, next_charging, spiking_neurons
@@ -212,7 +213,7 @@ def _check(estimator: EstimatorName, model: nn.Module, neurons: dict[str, Any]) 
             "change; use the estimator 'training'"
         )
     for name, node in neurons.items():
-        if estimator.family in _WHOLE_SEQUENCE and getattr(node, "step_mode", "m") == "s":
+        if estimator.family in _WHOLE_SEQUENCE and step_mode(node) == "s":
             raise ValueError(
                 f"{estimator.name} needs all time steps at once, but neuron {name!r} "
                 f"({type(node).__name__}) is in step_mode 's'; use functional.set_step_mode(net, "
@@ -256,7 +257,7 @@ def _surrogate_plan(estimator: EstimatorName, name: str, node: Any) -> dict[str,
         )
     dlif, swapped = type(node) is DLIFNode, host_surrogate(shape, alpha)
     on_fast_code = has_compiled_kernel(own) and has_compiled_kernel(swapped)
-    if on_fast_code and (dlif or getattr(node, "backend", "torch") == "torch"):
+    if on_fast_code and (dlif or runs_on_torch(node)):
         return {"surrogate_function": swapped}
     derivative = partial(SHAPES[shape], alpha=alpha)
     if has_known_dynamics(node):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust.core.host import base
+from sj_robust.core.host import base, memories, step_mode
 
 __all__ = ["crafting_network"]
 
@@ -34,15 +34,14 @@ def crafting_network(model: nn.Module, neurons: Iterable[Any]) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for node in neurons:
-        memo[id(node)] = _Rectifier(getattr(node, "step_mode", "m")).train(node.training)
+        memo[id(node)] = _Rectifier(step_mode(node)).train(node.training)
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
     for module in model.modules():
-        for value in (*vars(module).values(), *getattr(module, "_memories", {}).values()):
+        for value in (*vars(module).values(), *memories(module).values()):
             if isinstance(value, torch.Generator):
                 memo[id(value)] = value
-            elif (
-                isinstance(value, Tensor) and value.grad_fn is not None
-            ):  # a state with its graph, which has no copy
+            # a state with its graph, which has no copy
+            elif isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)

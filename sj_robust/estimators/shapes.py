@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.core.host import surrogate
-from sj_robust.neuron.dlif import describe_surrogate
+from sj_robust.neuron.dlif import Spiking, describe_surrogate
 from sj_robust.ops.surrogate import HOST_NAMES
 
 __all__ = [
@@ -111,7 +111,7 @@ class KeepingValues(nn.Module):
         super().__init__()
         vars(self)["function"] = function
         self.derivative = derivative
-        self.spiking = getattr(function, "spiking", True)
+        self.spiking = function.spiking if isinstance(function, Spiking) else True
 
     def forward(self, z: Tensor) -> Tensor:
         """Values at ``z``, on the graph of the other derivative."""

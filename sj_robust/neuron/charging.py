@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sj_robust.core.checks import check_network
 from sj_robust.core.host import is_neuron, neuron
-from sj_robust.neuron.dlif import DLIFNode, describe_surrogate
+from sj_robust.neuron.dlif import DLIFNode, Spiking, describe_surrogate
 from sj_robust.ops import Surrogate
 
 __all__ = [
@@ -89,7 +89,8 @@ class Neuron:
     @property
     def binary(self) -> bool:
         """Whether the outputs can only be 0 and 1."""
-        return self.known and bool(getattr(self.module.surrogate_function, "spiking", False))
+        function = self.module.surrogate_function
+        return self.known and isinstance(function, Spiking) and function.spiking
 
 
 def find_neurons(

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,7 +14,14 @@ from sj_robust.core.host import cuda_threads, is_counted, lif_multi_step, neuron
 from sj_robust.ops.dlif.config import Outputs, state_dtype
 from sj_robust.ops.surrogate import HOST_NAMES
 
-__all__ = ["DLIFNode", "Gradient", "describe_surrogate"]
+__all__ = ["DLIFNode", "Gradient", "Spiking", "describe_surrogate"]
+
+
+@runtime_checkable
+class Spiking(Protocol):
+    """A surrogate that says whether its values are spikes, as SpikingJelly's do."""
+
+    spiking: bool
 
 
 class Gradient(Protocol):
@@ -224,10 +231,10 @@ class DLIFNode(neuron.BaseNode):
 
     def detach(self) -> None:
         """Cut the state from the graph, for truncated back-propagation through time."""
-        for name in ("v", "v_seq"):
-            value = getattr(self, name, None)
-            if isinstance(value, Tensor):
-                setattr(self, name, value.detach())
+        if isinstance(self.v, Tensor):
+            self.v = self.v.detach()
+        if self.store_v_seq and self.v_seq is not None:
+            self.v_seq = self.v_seq.detach()
 
     _reached: int = 0  # time step after the last call outside a backward pass
 

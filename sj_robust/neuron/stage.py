@@ -211,8 +211,7 @@ class _OnePass:
         )
         if self.store_current:
             *outputs, self.current = outputs
-        spike_seq, v, v_seq = outputs
-        return spike_seq, v, v_seq
+        return Outputs(*outputs)
 
 
 NORM_DIMENSIONS: dict[type, int] = {

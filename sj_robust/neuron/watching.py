@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sj_robust.core.host import is_neuron
+from sj_robust.core.host import is_neuron, memories
 from sj_robust.neuron.dlif import DLIFNode
 
 __all__ = ["NeuronHook", "SpikingCall", "Wants", "Watched", "Watcher", "register_watcher", "watch"]
@@ -129,7 +129,7 @@ class Watched:
 
     def enter(self, node: Any, *, copies: bool) -> None:
         """Note the state before a call; a neuron that may change it in place is copied."""
-        v = getattr(node, "v", None)
+        v = memories(node).get("v")
         self.v_before = v.clone() if copies and isinstance(v, Tensor) else v
         self.time_step = node.time_step if isinstance(node, DLIFNode) else 0
 

@@ -5,7 +5,6 @@ import functools
 import os
 import sys
 
-import torch
 from torch import Tensor
 
 __all__ = ["advise_huge_pages", "keep_heap"]
@@ -51,11 +50,11 @@ def advise_huge_pages(fresh: Tensor) -> Tensor:
     """Ask for pages of 2 MiB before a new tensor is first written: with 4 KiB pages faults may cost
     more than the rest.
 
-    Nothing is asked for where the tensor is too small to hold such a page, is not on a CPU or
-    belongs to a subclass of ``Tensor``, under ``torch.compile``, and where the system is not Linux.
+    Nothing is asked for where the tensor is too small to hold such a page or is not on a CPU, and
+    where the system is not Linux.
 
     Args:
-        fresh: A contiguous tensor that was just allocated.
+        fresh: A contiguous tensor that was just allocated, with memory of its own.
 
     Returns:
         The same tensor.
@@ -63,11 +62,11 @@ def advise_huge_pages(fresh: Tensor) -> Tensor:
     Source: ``madvise(2)``.
 
     Examples:
+        >>> import torch
         >>> advise_huge_pages(torch.empty(4, 3)).shape
         torch.Size([4, 3])
     """
-    has_memory = type(fresh) is Tensor and fresh.device.type == "cpu"  # subclasses may only pretend
-    if sys.platform != "linux" or torch.compiler.is_compiling() or not has_memory:
+    if sys.platform != "linux" or fresh.device.type != "cpu":
         return fresh
     start = fresh.data_ptr()
     first = -(-start // _HUGE_PAGE) * _HUGE_PAGE

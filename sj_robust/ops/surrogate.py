@@ -1,9 +1,11 @@
 """Spike function and surrogate derivative, described without any host library."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +80,20 @@ class Surrogate:
             raise ValueError("function must be given for kind='custom' and for no other kind")
 
     @property
+    def name(self) -> str:
+        """Its kind; for a function a number by which :meth:`named` finds it as long as it lives."""
+        if self.function is None:
+            return self.kind
+        name = f"custom {id(self)}"
+        _CUSTOM[name] = self
+        return name
+
+    @staticmethod
+    def named(name: str, alpha: float) -> "Surrogate":
+        """The surrogate of a name and a sharpness."""
+        return _CUSTOM[name] if name in _CUSTOM else _built_in(name, alpha)
+
+    @property
     def is_trainable(self) -> bool:
         """Whether ``function`` carries parameters of its own that need a gradient."""
         function = self.function
@@ -121,6 +137,14 @@ class Surrogate:
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             return torch.autograd.grad(self.function(z).sum(), z)[0]
+
+
+_CUSTOM: WeakValueDictionary[str, Surrogate] = WeakValueDictionary()
+
+
+@functools.lru_cache
+def _built_in(kind: SurrogateKind, alpha: float) -> Surrogate:
+    return Surrogate(kind, alpha)
 
 
 class _Spike(torch.autograd.Function):

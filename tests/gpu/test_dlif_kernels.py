@@ -14,16 +14,22 @@ from sj_robust.ops.dlif import backends, cupy_launch
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
-SURROGATES = [("triangle", 1.0), ("atan", 2.0), ("sigmoid", 4.0)]
-SHAPES = [
-    (1, 5),
-    (4, 1 << 16),
-    (8, 3, 7, 5),
-    (16, 1030),
-    (32, 64, 3),
-    (33, 130),
-    (70, 17),
-]  # odd, long, many blocks
+CHOICES = {
+    "v_reset": [0.0, None, -0.25],
+    "detach_reset": [False, True],
+    "surrogate": [("triangle", 1.0), ("atan", 2.0), ("sigmoid", 4.0)],
+    # odd, long, many blocks
+    "shape": [
+        (1, 5),
+        (4, 1 << 16),
+        (8, 3, 7, 5),
+        (16, 1030),
+        (32, 64, 3),
+        (33, 130),
+        (70, 17),
+    ],
+    "dtype": [torch.float32, torch.float16, torch.bfloat16],
+}
 
 
 def needs(name):
@@ -39,13 +45,14 @@ def backend(request):
     return needs(request.param)
 
 
-@pytest.mark.parametrize("v_reset", [0.0, None, -0.25])
-@pytest.mark.parametrize("detach_reset", [False, True])
-@pytest.mark.parametrize(("kind", "alpha"), SURROGATES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_equals_bptt_by_hand(v_reset, detach_reset, kind, alpha, shape, dtype):
+def at_random(draw):
+    return tuple(draw.choice(values) for values in CHOICES.values())
+
+
+@pytest.mark.parametrize(tuple(CHOICES), cases.pairwise([], at_random, 500))
+def test_equals_bptt_by_hand(v_reset, detach_reset, surrogate, shape, dtype):
     needs("cupy")
+    kind, alpha = surrogate
     inputs, grads = random_call(shape, dtype)
     constants = {"decay": 0.9, "v_threshold": 0.8, "v_reset": v_reset, "detach_reset": detach_reset}
     constants |= {"kind": kind, "alpha": alpha}
@@ -111,7 +118,8 @@ def test_auto_chooses_the_first_that_works():
 
 def test_runs_on_torchs_current_stream(backend):
     stream = torch.cuda.Stream()
-    x, gain = torch.zeros(4, 1 << 22, device="cuda"), torch.ones(4, device="cuda")
+    x = torch.zeros(4, 1 << 22, device="cuda")
+    gain = torch.ones(4, device="cuda")
     dlif_multi_step(x, gain, decay=0.5, backend=backend)  # compiled before it is timed by the sleep
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
@@ -125,19 +133,20 @@ def test_runs_on_torchs_current_stream(backend):
 @pytest.mark.parametrize("threads", [32, 512, 1024])
 def test_block_sizes(threads):
     needs("cupy")
-    x, gain = torch.randn(32, 4096, device="cuda"), torch.ones(32, device="cuda")
+    x = torch.randn(32, 4096, device="cuda")
+    gain = torch.ones(32, device="cuda")
     config = DLIFConfig(0.9, 1.0, None, Surrogate("sigmoid", 4.0), False)
     launcher = cupy_launch.Launcher(threads_per_block=threads)
     arguments = Inputs(x, gain, None, config), OutputGradients(torch.ones_like(x)), True
-    for got, expected in zip(
-        launcher.backward(*arguments), cupy_launch.backward(*arguments), strict=True
-    ):
+    found, wanted = (backends.backward(one, *arguments) for one in (launcher, cupy_launch))
+    for got, expected in zip(found, wanted, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_second_gpu_is_used_and_the_current_one_kept(backend):
-    x, gain = torch.full((4, 64), 2.0, device="cuda:1"), torch.ones(4, device="cuda:1")
+    x = torch.full((4, 64), 2.0, device="cuda:1")
+    gain = torch.ones(4, device="cuda:1")
     spikes, _, _ = dlif_multi_step(x, gain, decay=0.5, backend=backend)
     assert spikes.device.index == 1
     assert spikes.all()
@@ -149,7 +158,8 @@ def test_surrogates_of_spikingjelly_with_a_cuda_text():
     if not hasattr(host, "_has_cuda_"):
         pytest.skip("this SpikingJelly release has no cuda_codes")
     needs("cupy")
-    x, gain = torch.randn(4, 1000, device="cuda"), torch.ones(4, device="cuda")
+    x = torch.randn(4, 1000, device="cuda")
+    gain = torch.ones(4, device="cuda")
     for cls in host._has_cuda_:
         grads = []
         for name in ("cupy", "reference"):

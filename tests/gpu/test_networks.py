@@ -91,7 +91,8 @@ def network(place, fused):
 def test_autocast_with_a_scaler_trains_as_float32_does(place, fused):
     device, _ = place
     half = torch.float16 if device == "cuda" else torch.bfloat16
-    x, y = currents(device, (T, 16, 2, 8, 8)), torch.arange(16, device=device) % 5
+    x = currents(device, (T, 16, 2, 8, 8))
+    y = torch.arange(16, device=device) % 5
     losses = []
     for enabled in (False, True):
         net = network(place, fused)
@@ -164,11 +165,10 @@ def test_a_stage_that_runs_in_one_pass_is_compiled_whole(place):
 @pytest.mark.parametrize(("device", "backend"), CUDA)
 def test_a_cuda_graph_replays_forward_and_backward(device, backend):
     place = usable(device, backend)
-    node, x = node_on(place), currents(device)
-    static, weights = (
-        x.clone().requires_grad_(),
-        torch.linspace(-1, 1, x.numel(), device=device).view(x.shape),
-    )
+    node = node_on(place)
+    x = currents(device)
+    static = x.clone().requires_grad_()
+    weights = torch.linspace(-1, 1, x.numel(), device=device).view(x.shape)
 
     def step():
         functional.reset_net(node)
@@ -256,10 +256,8 @@ print(float(results[0][0].sum()))
 
 @pytest.mark.slow
 def test_two_processes_on_one_device(place):
-    command, pipes = (
-        [sys.executable, "-c", PROCESS, *place],
-        dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE),
-    )
+    command = [sys.executable, "-c", PROCESS, *place]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     both = [subprocess.Popen(command, text=True, env=ENVIRONMENT, **pipes) for _ in range(2)]
     for process in both:
         assert process.stdout.readline().strip() == place[0], process.stderr.read()

@@ -29,7 +29,8 @@ def test_equals_the_reference(case):
 def stage(x, training=True, **options):
     """Outputs and gradients of one call."""
     generator = torch.Generator("cuda").manual_seed(0)
-    T, C = x.shape[0], x.shape[2]
+    T = x.shape[0]
+    C = x.shape[2]
     leaves = [
         x.detach().requires_grad_(),
         *(
@@ -70,7 +71,8 @@ def test_results_of_a_layer_repeat_bit_by_bit(channels_last, dtype):
 @pytest.mark.parametrize("channels_last", LAST)
 def test_a_layer_equals_its_parts(channels_last):
     x = normal(4, 16, 64, 32, 32, channels_last=channels_last)
-    found, wanted = stage(x, backend="auto"), stage(x, backend="reference")
+    found = stage(x, backend="auto")
+    wanted = stage(x, backend="reference")
     same = (found[0] == wanted[0]).all(0)  # windows that rounding did not flip
     assert same.float().mean() > 0.999
     neurons = same.repeat_interleave(2, -1).repeat_interleave(2, -2)

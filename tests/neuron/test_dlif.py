@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -46,10 +47,8 @@ def test_equals_bptt_by_hand_in_both_step_modes(
     step_mode, v_reset, detach_reset, kind, alpha, surrogate_class
 ):
     (x_seq, gain, v_init), (weights, grad_v, grad_v_seq) = random_call((6, 2, 3, 5))
-    inputs, grads = (
-        (x_seq, gain, v_init.fill_(v_reset or 0.0)),
-        (weights, grad_v.zero_(), grad_v_seq.zero_()),
-    )
+    inputs = (x_seq, gain, v_init.fill_(v_reset or 0.0))
+    grads = (weights, grad_v.zero_(), grad_v_seq.zero_())
     constants = {"v_reset": v_reset, "detach_reset": detach_reset, "kind": kind, "alpha": alpha}
     expected = by_hand(inputs, grads, decay=0.8, v_threshold=1.0, **constants)
     node = DLIFNode(
@@ -129,7 +128,8 @@ class TestState:
         assert not node.v_seq.requires_grad
 
     def test_a_given_initial_potential_is_used(self):
-        node, x_seq = DLIFNode(1, tau=2.0), torch.full((1, 1, 2), 0.6)
+        node = DLIFNode(1, tau=2.0)
+        x_seq = torch.full((1, 1, 2), 0.6)
         for v in (torch.full((1, 2), 0.8), 0.8):
             node.v = v
             assert node(x_seq).sum() == 2
@@ -196,12 +196,14 @@ class TestBackends:
 
         seen = []
 
-        def note(x_seq, input_gain, v_init, config, found, *rest):
-            seen.append(found)
-            return x_seq, x_seq[0], None
+        def note(launcher, inputs, outputs):
+            seen.append(launcher)
 
         monkeypatch.setattr(dispatch, "choose_backend", lambda *arguments: "cupy")
-        monkeypatch.setattr(dispatch.DLIFFunction, "apply", note)
+        for name in ("unavailable_reason", "unsupported_reason"):
+            monkeypatch.setattr(cupy_launch, name, lambda *arguments: None)
+        monkeypatch.setattr(cupy_launch.Launcher, "forward", note)
+        monkeypatch.setattr(cupy_launch, "forward", partial(note, cupy_launch))
         for threads in (
             512,
             64,

@@ -118,7 +118,8 @@ def test_hooks_and_plain_lists_have_the_new_neurons():
         def forward(self, x):
             return self.listed[1]["deep"][0](self.listed[0](x))
 
-    net, seen = Net(), []
+    net = Net()
+    seen = []
     handle = net.first.register_forward_hook(lambda module, args, output: seen.append(type(module)))
     net.second.register_full_backward_hook(lambda module, *gradients: seen.append(type(module)))
     replace_neurons(net, T=2)

@@ -194,9 +194,12 @@ def named(*modules):
 
 @pytest.mark.parametrize("build", [nn.Sequential, named])
 def test_taken_out_again_everything_is_where_it_was(build):
-    norm, node, pool = layer.BatchNorm2d(4), DLIFNode(T=T), layer.AvgPool2d(2)
+    norm = layer.BatchNorm2d(4)
+    node = DLIFNode(T=T)
+    pool = layer.AvgPool2d(2)
     net = build(layer.Conv2d(2, 4, 3), norm, node, pool, layer.Flatten())
-    keys, modules = list(net.state_dict()), dict(net.named_modules())
+    keys = list(net.state_dict())
+    modules = dict(net.named_modules())
     names = list(dict(net.named_children()))
     report = fuse(net)
     assert report.stages == {names[1]: tuple(names[1:4])}
@@ -228,7 +231,8 @@ def test_stages_that_a_network_was_built_with_are_taken_out():
     net = Block()
     functional.set_step_mode(net, "m")
     x = sequence(T, 2, 3, 4, 4)
-    wanted, plain = net(x), list(plain_names(net).values())
+    wanted = net(x)
+    plain = list(plain_names(net).values())
     unfuse(net)
     assert list(net.state_dict()) == plain
     assert plain[0] == "first.0.weight"
@@ -305,7 +309,9 @@ def test_runs_one_after_the_other_where_there_is_no_kernel(passes, prevent):
 def three(build):
     """Batch norm, neuron and pooling of the same weights, in a stage or in ``nn.Sequential``."""
     torch.manual_seed(0)
-    norm, node, pool = layer.BatchNorm2d(3), DLIFNode(T=2), layer.AvgPool2d(2)
+    norm = layer.BatchNorm2d(3)
+    node = DLIFNode(T=2)
+    pool = layer.AvgPool2d(2)
     nn.init.uniform_(node.input_gain, 0.5, 1.5)
     return finished(build, norm, node, pool)
 
@@ -358,7 +364,8 @@ HOOKS = list(product(KINDS, ("norm", "node", "pool"), OWNERS))
 
 def heard(net, children, hooks):
     """What hooks see of a pass forth and back, in the order of their calls."""
-    log, handles = [], []
+    log = []
+    handles = []
     for kind, child, (active, needs_output) in hooks:
         owner = Owner(log, (kind, child, active, needs_output))
         for name, value in (("active", active), ("needs_output", needs_output)):
@@ -380,7 +387,8 @@ def assert_heard(actual, wanted):
 
 def test_every_hook_is_called_as_in_a_sequential_whoever_owns_it():
     assert len(HOOKS) == 432
-    fused, plain = three(Stage), three(nn.Sequential)
+    fused = three(Stage)
+    plain = three(nn.Sequential)
     wanted = {}
     for kind, child in product(KINDS, ("norm", "node", "pool")):
         wanted[kind, child] = heard(*plain, [(kind, child, ("none", "none"))])
@@ -389,7 +397,8 @@ def test_every_hook_is_called_as_in_a_sequential_whoever_owns_it():
         assert [label for *label, _ in found] == [[*hook[:2], *hook[2]]]
         assert_heard(found, wanted[hook[:2]])
     for order in (HOOKS, HOOKS[::-1]):
-        found, expected = heard(*fused, order), heard(*plain, order)
+        found = heard(*fused, order)
+        expected = heard(*plain, order)
         assert len(found) == len(HOOKS)
         assert [label for *label, _ in found] == [label for *label, _ in expected]
         assert_heard(found, expected)
@@ -544,7 +553,8 @@ def of_a_class_on_a_default_device(net, x):
     ids=["mode", "class", "class on a device", "device", "parameter"],
 )
 def test_whoever_is_told_of_the_functions_of_torch_is_told_in_a_stage(passes, call, fused):
-    stage_net, plain = three(Stage)[0], three(nn.Sequential)[0]
+    stage_net = three(Stage)[0]
+    plain = three(nn.Sequential)[0]
     x = sequence(2, 2, 3, 4, 4)
     results = [call(net, x).as_subclass(torch.Tensor) for net in (stage_net, plain)]
     assert torch.equal(*results)
@@ -667,10 +677,8 @@ def test_autocast_runs_in_one_pass_with_halves_in_and_out(passes, channels_last)
     functional.set_step_mode(net, "m")
     x = sequence(T * 3, 2, 8, 8)
     if channels_last:
-        x, net = (
-            x.contiguous(memory_format=torch.channels_last),
-            net.to(memory_format=torch.channels_last),
-        )
+        x = x.contiguous(memory_format=torch.channels_last)
+        net = net.to(memory_format=torch.channels_last)
     plain = copy.deepcopy(net)
     fuse(net)
     with torch.autocast("cpu", torch.bfloat16):
@@ -695,7 +703,8 @@ def test_autocast_runs_in_one_pass_with_halves_in_and_out(passes, channels_last)
 @pytest.mark.parametrize("train", [True, False])
 def test_a_monitor_that_needs_the_current_alone_leaves_the_layer_in_one_pass(passes, keep, train):
     results = []
-    x, x_perturbed = sequence(T, 3, 2, 8, 8).double(), sequence(T, 3, 2, 8, 8).double().flip(-1)
+    x = sequence(T, 3, 2, 8, 8).double()
+    x_perturbed = sequence(T, 3, 2, 8, 8).double().flip(-1)
     for net in both():
         net.double().train(train)
         watched = layers_of(net)[1]
@@ -886,7 +895,8 @@ def test_not_a_number_goes_where_it_goes_in_the_plain_network(passes, train):
     plain, fused = both()
     x = sequence(T, 3, 2, 8, 8)
     x[1, 2, 0, 3, 3] = float("nan")
-    actual, wanted = step(fused, x, train), step(plain, x, train)
+    actual = step(fused, x, train)
+    wanted = step(plain, x, train)
     for name, tensor in wanted.items():
         # the bias in front of a batch norm has no gradient but rounding
         torch.testing.assert_close(actual[name], tensor, rtol=1e-4, atol=5e-4, equal_nan=True)
@@ -945,7 +955,8 @@ def test_a_plain_and_a_fused_pass_share_one_graph(passes):
 )
 def test_a_monitor_keeps_apart_only_the_pairs_it_looks_at(passes, layers, fused_passes):
     plain, fused = (net.eval() for net in both())
-    x, x_perturbed = torch.randn(T, 3, 2, 8, 8), torch.randn(T, 3, 2, 8, 8)
+    x = torch.randn(T, 3, 2, 8, 8)
+    x_perturbed = torch.randn(T, 3, 2, 8, 8)
     losses = []
     for net in (plain, fused):
         names = layers_of(net)

@@ -67,7 +67,8 @@ def counted(net, x, backward):
 @pytest.mark.parametrize("train", [False, True])
 def test_counters_give_the_figures_of_lif(fused, train):
     x = inputs()
-    net, lif = with_dlif(fused).train(train), plain().train(train)
+    net = with_dlif(fused).train(train)
+    lif = plain().train(train)
     (totals, states, scopes), (wanted, wanted_states, wanted_scopes) = (
         counted(net, x, False),
         counted(lif, x, False),
@@ -96,7 +97,8 @@ def test_counters_give_the_figures_of_lif(fused, train):
 @pytest.mark.parametrize("mode", ["DispatchCounterMode", "FunctionCounterMode"])
 def test_the_kernel_runs_again_once_nothing_is_counted(mode):
     counters = pytest.importorskip(f"{PACKAGE}.op_counter")
-    node, x = DLIFNode(T), inputs()
+    node = DLIFNode(T)
+    x = inputs()
     with getattr(counters, mode)([counters.FlopCounter()]):
         assert node.chosen_backend(x) == "spikingjelly"
         assert DLIFNode(T, backend="eager").chosen_backend(x) == "eager"
@@ -108,7 +110,9 @@ def test_the_kernel_runs_again_once_nothing_is_counted(mode):
 @pytest.mark.parametrize("fused", [False, True])
 def test_energy_models_give_the_figures_of_lif(fused):
     counters = pytest.importorskip(f"{PACKAGE}.op_counter")
-    x, net, lif = inputs(), with_dlif(fused, pool=False).eval(), plain(pool=False).eval()
+    x = inputs()
+    net = with_dlif(fused, pool=False).eval()
+    lif = plain(pool=False).eval()
     reports = {}
     for name in net, lif:
         simple = counters.estimate_simple_energy(name, x).counts
@@ -127,7 +131,9 @@ def test_energy_models_give_the_figures_of_lif(fused):
 @pytest.mark.parametrize("targets", [DLIFNode, layer.Conv2d])
 def test_memory_optimisation_keeps_outputs_and_gradients(targets):
     memopt = pytest.importorskip(f"{PACKAGE}.memopt")
-    x, net, wanted = inputs(), with_dlif(True), with_dlif(True)
+    x = inputs()
+    net = with_dlif(True)
+    wanted = with_dlif(True)
 
     def example(model):
         functional.reset_net(model)
@@ -137,7 +143,8 @@ def test_memory_optimisation_keeps_outputs_and_gradients(targets):
     wrapped = net[1].node if targets is DLIFNode else net[0]
     assert type(wrapped).__name__ == "CheckpointWrapper"
     functional.reset_net(net)
-    given, expected = net(x), wanted(x)
+    given = net(x)
+    expected = wanted(x)
     torch.testing.assert_close(given, expected)
     torch.testing.assert_close(
         torch.autograd.grad(given.sum(), list(net.parameters())),
@@ -149,7 +156,8 @@ def test_memory_optimisation_keeps_outputs_and_gradients(targets):
 
 def test_precision_is_torchs_autocast():
     precision = pytest.importorskip(f"{PACKAGE}.precision")
-    x, net = inputs(), with_dlif(True)
+    x = inputs()
+    net = with_dlif(True)
     prepared = precision.prepare_model_for_precision(net, "cpu", "bf16")
     with prepared.autocast_context():
         given = prepared.model(x)
@@ -195,7 +203,8 @@ class Reset(nn.Module):
 @pytest.mark.parametrize("exporting", [False, True])
 def test_an_onnx_model_holds_torchs_operators_alone(exporting, monkeypatch):
     """Without the packages for ONNX: torch's older exporter begins with a trace."""
-    net, images = Reset(with_dlif(True)).eval(), inputs()[0]
+    net = Reset(with_dlif(True)).eval()
+    images = inputs()[0]
     kernel = available_backends()["cpp"] == "available"
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -214,7 +223,8 @@ def test_an_onnx_model_holds_torchs_operators_alone(exporting, monkeypatch):
 def test_onnx_gives_the_logits_of_the_network(dynamo, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript" if dynamo else "onnx")
-    net, images = Reset(with_dlif(True)).eval(), inputs()[0]
+    net = Reset(with_dlif(True)).eval()
+    images = inputs()[0]
     for gain in (p for name, p in net.named_parameters() if "input_gain" in name):
         nn.init.uniform_(gain, 0.5, 1.5)
     with torch.no_grad(), warnings.catch_warnings():
@@ -237,7 +247,8 @@ def test_nir_has_constant_gains_and_refuses_learned_ones():
     exchange = pytest.importorskip(f"{PACKAGE}.nir_exchange")
     from spikingjelly.activation_based.functional.conv_bn_fusion import fuse_conv_bn_eval_modules
 
-    x, net = inputs(), with_dlif(True).eval()
+    x = inputs()
+    net = with_dlif(True).eval()
     with torch.no_grad():
         net[1].node.input_gain.fill_(1.3)
         net[5].node.input_gain.fill_(0.5)

@@ -21,21 +21,6 @@ assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 """That two tensors, or sequences of tensors and None, are the same numbers in the same dtype."""
 
 
-def of_neurons(surrogates):
-    """Reset, detached or not, and surrogate: every combination of these, and each once with one of
-    the others.
-
-    The others, of which the compiled kernel computes a row at a time, share the rest of its code.
-    """
-    resets = list(itertools.product([0.0, None, -0.25], [False, True]))
-    others = [("exponential", 2.0), ("soft_sign", 2.0), ("super_spike", 1.5), ("erf", 1.5)]
-    every = [(*reset, *surrogate) for reset, surrogate in itertools.product(resets, surrogates)]
-    return every + [
-        (*reset, *surrogate)
-        for reset, surrogate in zip(resets, itertools.cycle(others), strict=False)
-    ]
-
-
 def random_call(shape, dtype=torch.float64, seed=0):
     """Inputs, and incoming gradients of the three outputs."""
     generator = torch.Generator().manual_seed(seed)
@@ -44,8 +29,10 @@ def random_call(shape, dtype=torch.float64, seed=0):
     def normal(*size):
         return torch.randn(size, generator=generator, dtype=state)
 
-    x, grad_spikes = (0.3 + 0.8 * normal(*shape)).to(dtype), normal(*shape).to(dtype)
-    gain, v_init = 1 + 0.3 * normal(shape[0]), 0.2 + 0.4 * normal(*shape[1:])
+    x = (0.3 + 0.8 * normal(*shape)).to(dtype)
+    grad_spikes = normal(*shape).to(dtype)
+    gain = 1 + 0.3 * normal(shape[0])
+    v_init = 0.2 + 0.4 * normal(*shape[1:])
     return (x, gain, v_init), (grad_spikes, normal(*shape[1:]), normal(*shape))
 
 
@@ -88,10 +75,8 @@ def check_slopes(backend, dtype=torch.float32, device="cpu"):
     for kind, alpha in itertools.product(HOST_NAMES, slopes.ALPHAS):
         z = slopes.points(alpha, np.float64 if dtype == torch.float64 else np.float32)
         x = torch.from_numpy(z)[None].to(device)
-        inputs, grads = (
-            (x, torch.ones(1, dtype=dtype, device=device), None),
-            (torch.ones_like(x), None, None),
-        )
+        inputs = (x, torch.ones(1, dtype=dtype, device=device), None)
+        grads = (torch.ones_like(x), None, None)
         constants = {"decay": 0.5, "v_threshold": 0.0, "detach_reset": True}
         _, (found, *_) = run(backend, inputs, grads, kind=kind, alpha=alpha, **constants)
         slopes.check(kind, alpha, z, found[0].cpu().numpy())

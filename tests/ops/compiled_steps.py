@@ -37,7 +37,8 @@ def step(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
 def main(name: str, count: int, repetitions: int) -> None:
     keep_heap()
     models = classifier(name, count), classifier(name, count)
-    x, y = torch.rand(count, 3, 32, 32), torch.arange(count) % 10
+    x = torch.rand(count, 3, 32, 32)
+    y = torch.arange(count) % 10
     spent: tuple[list[float], list[float]] = [], []
     with compiled(models[1].net):
         start = time.perf_counter()

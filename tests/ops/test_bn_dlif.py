@@ -3,12 +3,15 @@ norm.
 """
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from ops.calls import assert_equal, laid_out, needs_kernel, of_neurons
+from ops.calls import assert_equal, laid_out, needs_kernel
+from ops.triton import stage_cases
+from ops.triton.cases import pairwise
 from ops.triton.stage_cases import TRIANGLE, Call, Case
 from oracle import dlif_bptt
 from torch import nn
@@ -23,19 +26,7 @@ from sj_robust.ops.bn_dlif import (
     repeat_step,
 )
 from sj_robust.ops.dlif import cpp
-
-NEURONS = of_neurons([("triangle", 1.0), ("atan", 2.0), ("sigmoid", 4.0)])
-SHAPES = {
-    torch.float64: [
-        (4, 3, 5, 8, 8),
-        (3, 2, 4, 7, 7),
-        (5, 6, 9),
-        (2, 3, 70, 2),
-        (2, 2, 3, 1, 131),
-        (1, 40, 130),
-    ],
-    torch.float32: [(4, 8, 16, 8, 8), (4, 3, 5, 9, 11), (2, 4, 3, 16, 17), (3, 5, 41, 1, 3)],
-}
+from sj_robust.ops.surrogate import HOST_NAMES
 
 
 def by_hand(x, weight, bias, gain, v_init, statistics, grads, constants, eps):
@@ -80,131 +71,129 @@ def random_call(shape, seed=0):
     rng = np.random.default_rng(seed)
     channels = shape[2]
     x = rng.normal(0.5, 2.0, shape) * rng.uniform(0.5, 2, (channels, *[1] * (len(shape) - 3)))
-    weight, bias = rng.normal(1.0, 0.3, channels), rng.normal(0.3, 0.3, channels)
-    gain, v_init = rng.normal(1.0, 0.3, shape[0]), rng.normal(0.2, 0.4, shape[1:])
+    weight = rng.normal(1.0, 0.3, channels)
+    bias = rng.normal(0.3, 0.3, channels)
+    gain = rng.normal(1.0, 0.3, shape[0])
+    v_init = rng.normal(0.2, 0.4, shape[1:])
     grads = rng.normal(size=shape), rng.normal(size=shape[1:]), rng.normal(size=shape)
     running = rng.normal(0.4, 0.2, channels), rng.uniform(0.5, 4.0, channels)
     return x, weight, bias, gain, v_init, grads, running
 
 
-@functools.cache
-def expected_call(shape, dtype, statistics, average_pool, **constants):
-    """A call rounded to its dtype, and what comes out of it by hand; every instruction set gets the
-    same.
-    """
-    *values, (grad_spikes, *grads), running = random_call(shape, seed=int(average_pool))
-    grads = [means(grad_spikes) if average_pool else grad_spikes, *grads]
-    values, grads, running = (
-        [torch.tensor(a, dtype=dtype) for a in arrays] for arrays in (values, grads, running)
-    )
-    wide, wide_grads, fixed = (
-        [a.double().numpy() for a in tensors] for tensors in (values, grads, running)
-    )
-    if average_pool:
-        wide_grads[0] = shares(wide_grads[0], shape)
-    if statistics is None:  # a batch norm that changes nothing
-        wide[1:3], fixed = (
-            (np.ones(shape[2]), np.zeros(shape[2])),
-            (np.zeros(shape[2]), np.ones(shape[2])),
-        )
-    expected = by_hand(
-        *wide,
-        None if statistics == "batch" else fixed,
-        wide_grads,
-        constants,
-        eps=1e-5 if statistics else 0.0,
-    )
-    assert 0.05 < expected["spikes"].mean() < 0.95
-    return values, grads, running, expected
-
-
-def compare(
-    backend, shape, dtype, statistics, *, average_pool=False, channels_last=False, **constants
-):
-    """One call against all written by hand."""
-    exact = dtype == torch.float64
-    values, grads, running, expected = expected_call(
-        shape, dtype, statistics, average_pool, **constants
-    )
-    x, weight, bias, gain, v_init = (a.clone().requires_grad_() for a in values)
-    found = {"x": x, "gain": gain, "v_init": v_init}
-    norm = None
-    if statistics is not None:
-        norm = BatchNorm(
-            weight, bias, *(a.clone() for a in running), use_batch_statistics=statistics == "batch"
-        )
-        found |= {"weight": weight, "bias": bias}
-    surrogate = Surrogate(constants.pop("kind"), constants.pop("alpha"))
-    outputs = batch_norm_dlif_multi_step(
-        laid_out(x, channels_last),
-        norm,
-        gain,
-        laid_out(v_init[None], channels_last)[0],
-        average_pool=average_pool,
-        surrogate=surrogate,
-        store_v_seq=True,
-        backend=backend,
-        **constants,
-    )
-    torch.autograd.backward(outputs, grads)
-    spikes, v, potentials = (a.detach() for a in outputs)
-    # these seeds come nowhere so near the threshold that float32 flips a spike, which is asserted,
-    # not assumed
-    wanted = means(expected["spikes"]) if average_pool else expected["spikes"]
-    np.testing.assert_array_equal(spikes, wanted, err_msg=f"{shape}")
-    np.testing.assert_array_equal(v, potentials[-1])
-    np.testing.assert_allclose(
-        potentials, expected["potentials"], rtol=0, atol=1e-11 if exact else 1e-4
-    )
-    for name, tensor in found.items():
-        scale = np.abs(expected[name]).max()
-        tolerance = {"rtol": 1e-9, "atol": 1e-10} if exact else {"rtol": 1e-4, "atol": 5e-6 * scale}
-        np.testing.assert_allclose(
-            tensor.grad, expected[name], err_msg=f"{shape}: {name}", **tolerance
-        )
-
-
-by_hand_or_compiled = pytest.mark.parametrize(
-    "backend", ["reference", *(f"cpp {name}" for name in cpp.instruction_sets())], indirect=True
-)
-
-
-@by_hand_or_compiled
-@pytest.mark.parametrize("statistics", ["batch", "running"])
-@pytest.mark.parametrize(("v_reset", "detach_reset", "kind", "alpha"), NEURONS)
-@pytest.mark.parametrize("dtype", SHAPES)
-def test_equals_both_written_by_hand(
-    backend, dtype, statistics, v_reset, detach_reset, kind, alpha
-):
-    decay, v_threshold = (0.9, 0.8) if dtype == torch.float64 else (0.99, 1.0)
-    constants = {
-        "decay": decay,
-        "v_threshold": v_threshold,
-        "v_reset": v_reset,
-        "detach_reset": detach_reset,
-    }
-    for shape in SHAPES[dtype]:
-        compare(backend, shape, dtype, statistics, kind=kind, alpha=alpha, **constants)
-
-
-# planes of odd sizes, rows longer than a block of neurons, more channels than a block has, fewer
-# than two
-POOLED_SHAPES = {
-    torch.float64: [
+CHOICES = {
+    # planes of odd sizes, rows longer than a block of neurons, more channels than a block has,
+    # fewer than two, and none
+    "shape": [
         (4, 3, 5, 8, 8),
         (3, 2, 3, 7, 9),
         (2, 1, 2, 3, 150),
         (2, 2, 70, 4, 2),
         (3, 2, 1, 2, 33),
-    ],
-    torch.float32: [
-        (3, 2, 5, 12, 12),
-        (2, 3, 33, 5, 4),
-        (2, 1, 3, 4, 321),
         (3, 2, 200, 3, 6),
-        (2, 2, 64, 8, 8),
+        (5, 6, 9),
+        (2, 3, 70, 2),
+        (1, 40, 130),
     ],
+    "statistics": ["batch", "running", None],
+    "average_pool": [False, True],
+    "channels_last": [False, True],
+    "v_reset": [0.0, None, -0.25],
+    "detach_reset": [False, True],
+    "surrogate": list(product(HOST_NAMES, [2.0])),
 }
+
+
+@dataclass(frozen=True)
+class OneCall:
+    """A call that is compared with one by hand, by the names of CHOICES."""
+
+    shape: tuple[int, ...]
+    statistics: str | None
+    average_pool: bool
+    channels_last: bool
+    v_reset: float | None
+    detach_reset: bool
+    surrogate: tuple[str, float]
+
+    @property
+    def neuron(self):
+        return {
+            "decay": 0.9,
+            "v_threshold": 0.8,
+            "v_reset": self.v_reset,
+            "detach_reset": self.detach_reset,
+        }
+
+
+def at_random(draw):
+    """One call; only images are pooled and have two orders in memory."""
+    case = OneCall(*(draw.choice(values) for values in CHOICES.values()))
+    is_image = len(case.shape) == 5
+    return case if is_image else replace(case, average_pool=False, channels_last=False)
+
+
+@functools.cache
+def expected_call(case):
+    """A call, and what comes out of it by hand; every instruction set gets the same."""
+    x, weight, bias, gain, v_init, grads, running = random_call(case.shape)
+    if case.average_pool:
+        grads = (means(grads[0]), *grads[1:])
+    given = x, weight, bias, gain, v_init, grads, running
+    if case.statistics is None:  # a batch norm that changes nothing
+        weight = np.ones(case.shape[2])
+        bias = np.zeros(case.shape[2])
+        running = bias, weight
+    if case.average_pool:
+        grads = (shares(grads[0], case.shape), *grads[1:])
+    kind, alpha = case.surrogate
+    expected = by_hand(
+        x,
+        weight,
+        bias,
+        gain,
+        v_init,
+        statistics=None if case.statistics == "batch" else running,
+        grads=grads,
+        constants={**case.neuron, "kind": kind, "alpha": alpha},
+        eps=1e-5 if case.statistics else 0.0,
+    )
+    assert 0.05 < expected["spikes"].mean() < 0.95
+    return given, expected
+
+
+@pytest.mark.parametrize(
+    "backend", ["reference", *(f"cpp {name}" for name in cpp.instruction_sets())], indirect=True
+)
+@pytest.mark.parametrize("case", pairwise([], at_random, 300), ids=str)
+def test_equals_all_written_by_hand(backend, case):
+    (*values, grads, running), expected = expected_call(case)
+    x, weight, bias, gain, v_init = (torch.tensor(a, requires_grad=True) for a in values)
+    found = {"x": x, "gain": gain, "v_init": v_init}
+    norm = None
+    if case.statistics is not None:
+        batch = case.statistics == "batch"
+        norm = BatchNorm(weight, bias, *map(torch.tensor, running), use_batch_statistics=batch)
+        found |= {"weight": weight, "bias": bias}
+    outputs = batch_norm_dlif_multi_step(
+        laid_out(x, case.channels_last),
+        norm,
+        gain,
+        laid_out(v_init[None], case.channels_last)[0],
+        average_pool=case.average_pool,
+        surrogate=Surrogate(*case.surrogate),
+        store_v_seq=True,
+        backend=backend,
+        **case.neuron,
+    )
+    torch.autograd.backward(outputs, [torch.tensor(a) for a in grads])
+    spikes, v, potentials = (a.detach() for a in outputs)
+    wanted = means(expected["spikes"]) if case.average_pool else expected["spikes"]
+    np.testing.assert_array_equal(spikes, wanted)
+    np.testing.assert_array_equal(v, potentials[-1])
+    np.testing.assert_allclose(potentials, expected["potentials"], rtol=0, atol=1e-11)
+    for name, tensor in found.items():
+        wanted = expected[name]
+        np.testing.assert_allclose(tensor.grad, wanted, rtol=1e-9, atol=1e-10, err_msg=name)
 
 
 def means(spikes):
@@ -217,26 +206,14 @@ def means(spikes):
 def shares(grad_means, shape):
     """What the gradient of the means gives to every neuron."""
     spread = np.repeat(np.repeat(grad_means, 2, -1), 2, -2) / 4
-    return np.pad(
-        spread, [(0, whole - given) for whole, given in zip(shape, spread.shape, strict=True)]
-    )
+    missing = [whole - given for whole, given in zip(shape, spread.shape, strict=True)]
+    return np.pad(spread, [(0, size) for size in missing])
 
 
-@by_hand_or_compiled
-@pytest.mark.parametrize("statistics", ["batch", "running", None])
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize(
-    ("v_reset", "detach_reset", "kind"),
-    [(0.0, False, "triangle"), (None, True, "atan"), (-0.25, False, "sigmoid")],
-)
-@pytest.mark.parametrize("dtype", POOLED_SHAPES)
-def test_pooled_equals_all_written_by_hand(
-    backend, dtype, statistics, channels_last, v_reset, detach_reset, kind
-):
-    constants = {"decay": 0.9, "v_threshold": 0.8, "v_reset": v_reset, "detach_reset": detach_reset}
-    constants |= {"kind": kind, "alpha": 2.0, "average_pool": True, "channels_last": channels_last}
-    for shape in POOLED_SHAPES[dtype]:
-        compare(backend, shape, dtype, statistics, **constants)
+@needs_kernel
+@pytest.mark.parametrize("case", stage_cases.cases(), ids=str)
+def test_equals_the_reference_on_the_table_of_the_kernels_for_gpus(case):
+    stage_cases.check(case, backend="cpp")
 
 
 @needs_kernel
@@ -267,7 +244,9 @@ def test_halves_are_a_float32_run_of_the_same_numbers(
         )
         half, whole = (Call("cpp", case, storage) for storage in (dtype, torch.float32))
         assert [a.dtype for a in half.outputs] == [dtype, *[torch.float32] * 3]
-        spikes, x, grad_x = half.outputs[0], half.x, half.gradients[0]
+        spikes = half.outputs[0]
+        x = half.x
+        grad_x = half.gradients[0]
         assert spikes.stride() == laid_out(spikes, channels_last).stride()
         assert grad_x.stride() == x.stride() == laid_out(x, channels_last).stride()
         rounded = [a.to(b.dtype) for a, b in zip(whole.results, half.results, strict=True)]
@@ -278,7 +257,8 @@ def test_halves_are_a_float32_run_of_the_same_numbers(
 @pytest.mark.parametrize("momentum", [0.1, 0.7])
 def test_running_statistics_are_those_of_torch(backend, momentum):
     torch.manual_seed(0)
-    norm, layer = BatchNorm(None, None, None, None, use_batch_statistics=True), nn.BatchNorm2d(6)
+    norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
+    layer = nn.BatchNorm2d(6)
     assert (norm.momentum, norm.eps) == (layer.momentum, layer.eps)
     layer = nn.BatchNorm2d(6, momentum=momentum)
     running = torch.zeros(6), torch.ones(6)
@@ -387,7 +367,8 @@ def test_nothing_of_the_scratch_gets_into_the_result(instruction_set, monkeypatc
 )
 def test_large_tensors(instruction_set, shape):
     torch.manual_seed(0)
-    x, results = torch.randn(shape), []
+    x = torch.randn(shape)
+    results = []
     weights = torch.randn_like(x)
     for backend in ("cpp", "reference"):
         leaves = [
@@ -405,75 +386,16 @@ def test_large_tensors(instruction_set, shape):
 
 
 @needs_kernel
-@pytest.mark.parametrize("average_pool", [False, True])
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("repeat", [torch.Tensor.expand, repeat_step])
-def test_an_image_repeated_over_time_is_not_copied(
-    instruction_set, average_pool, channels_last, training, repeat
-):
-    saved, results = [], []
-    for repeated in (True, False):
-        torch.manual_seed(0)
-        for shape in ((1, 3, 4, 6, 6), (1, 2, 3, 7, 70)):
-            image = laid_out(
-                torch.randn(shape, dtype=torch.float64), channels_last
-            ).requires_grad_()
-            x = repeat(image, 5, *shape[1:]) if repeat is torch.Tensor.expand else repeat(image, 5)
-            weight, bias = (
-                torch.linspace(a, 1.5, shape[2]).double().requires_grad_() for a in (0.5, -0.5)
-            )
-            gain = torch.linspace(0.8, 1.2, 5).double().requires_grad_()
-            running = [torch.zeros(shape[2]).double(), torch.ones(shape[2]).double()]
-            with torch.autograd.graph.saved_tensors_hooks(
-                lambda t: saved.append(t.data_ptr()) or t, lambda t: t
-            ):
-                spikes, v, _ = batch_norm_dlif_multi_step(
-                    x if repeated else laid_out(x.clone(), channels_last),
-                    BatchNorm(weight, bias, *running, use_batch_statistics=training),
-                    gain,
-                    decay=0.9,
-                    v_threshold=0.5,
-                    average_pool=average_pool,
-                    backend="cpp",
-                )
-            assert (image.data_ptr() in saved) == repeated
-            saved.clear()
-            weights = laid_out(torch.randn_like(spikes), channels_last)
-            results += [
-                spikes,
-                v,
-                *torch.autograd.grad(spikes, (image, weight, bias, gain), weights),
-                *running,
-            ]
-    half = len(results) // 2
-    torch.testing.assert_close(results[:half], results[half:], rtol=1e-10, atol=1e-10)
-
-
-@needs_kernel
-@pytest.mark.parametrize("average_pool", [False, True])
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("repeated", [False, True])
-def test_currents_and_their_gradient_are_those_of_the_reference(
-    instruction_set, average_pool, channels_last, training, repeated
-):
-    statistics = "batch" if training else "running"
-    for T, *step in ((4, 3, 5, 8, 8), (3, 2, 3, 7, 9), (2, 1, 2, 3, 150)):
-        case = Case(
-            T,
-            tuple(step),
-            torch.float64,
-            statistics,
-            average_pool,
-            channels_last,
-            repeated,
-            TRIANGLE,
-        )
-        found, wanted = (
-            Call(backend, case, torch.float64).results for backend in ("cpp", "reference")
-        )
-        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+@pytest.mark.parametrize("repeat", [True, False])
+def test_of_an_image_repeated_over_time_one_step_is_saved(repeat):
+    image = torch.randn(1, 3, 4, 6, 6, requires_grad=True)
+    saved = []
+    x = repeat_step(image, 5) if repeat else image.expand(5, *image.shape[1:])
+    norm = BatchNorm(torch.ones(4), torch.zeros(4), None, None, use_batch_statistics=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        batch_norm_dlif_multi_step(x, norm, torch.ones(5), decay=0.9, backend="cpp")
+    assert image.data_ptr() in [t.data_ptr() for t in saved]
+    assert sum(t.numel() for t in saved if t.data_ptr() != image.data_ptr()) <= 4 * 4 + 5
 
 
 def test_other_memory_formats_run_apart():
@@ -527,7 +449,9 @@ def test_pooling_of_spikes_apart_equals_torchs(plane, dtype):
     torch.manual_seed(0)
     spikes = (torch.rand(3, 2, 5, *plane) > 0.5).to(dtype)
     assert apart.can_pool(spikes)
-    means, gradients, seconds = [], [], []
+    means = []
+    gradients = []
+    seconds = []
     for run in (apart.pool, reference.pool):
         leaf = spikes.clone().requires_grad_()
         means.append(run(leaf))
@@ -564,10 +488,8 @@ def test_running_statistics_apart_are_those_of_torch(affine, repeat, dtype):
     norm = BatchNorm(
         weight if affine else None, bias if affine else None, mean, variance, False, eps=1e-3
     )
-    step, upstream = (
-        torch.randn(1 if repeat else 4, 3, 5, 4, 2).to(dtype),
-        torch.randn(4, 3, 5, 4, 2).to(dtype),
-    )
+    step = torch.randn(1 if repeat else 4, 3, 5, 4, 2).to(dtype)
+    upstream = torch.randn(4, 3, 5, 4, 2).to(dtype)
     found = []
     for run in (apart.normalise, reference.normalise):
         leaves = [
@@ -586,7 +508,8 @@ def test_running_statistics_apart_are_those_of_torch(affine, repeat, dtype):
 def test_wrong_arguments():
     norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
     of_four = BatchNorm(torch.ones(4), None, None, None, use_batch_statistics=True)
-    x, gain = torch.zeros(3, 4, 5), torch.ones(3)
+    x = torch.zeros(3, 4, 5)
+    gain = torch.ones(3)
     for message, *arguments in (
         (r"x_seq must be \[T, N, C, \*\]", torch.zeros(3, 4), norm, gain),
         (r"one value per step, \[T\] = \[3\], got \(4,\)", x, norm, torch.ones(4)),

@@ -50,9 +50,10 @@ def test_large_tensors(instruction_set, threads, M):
     threads(2)
     inputs, grads = call(5, M)
     inputs = inputs._replace(v_init=None)
-    assert_equal(cpp.forward(inputs, True), eager.forward(inputs, True))
+    assert_equal(*(backends.forward(one, inputs, True) for one in (cpp, eager)))
     actual, wanted = (
-        m.backward(inputs, OutputGradients(grads.spike_seq), False) for m in (cpp, eager)
+        backends.backward(one, inputs, OutputGradients(grads.spike_seq), False)
+        for one in (cpp, eager)
     )
     torch.testing.assert_close(actual[0], wanted[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
@@ -65,9 +66,11 @@ def test_a_sum_of_a_million_terms_keeps_its_digits(instruction_set):
     """Each rounding goes the same way, so a sum in float32 alone is off by more the longer it
     is.
     """
-    M, gain = 1 << 20, torch.ones(1)
+    M = 1 << 20
+    gain = torch.ones(1)
     one, many = (
-        cpp.backward(
+        backends.backward(
+            cpp,
             Inputs(torch.full((1, n), 0.1), gain, None, config()),
             OutputGradients(torch.full((1, n), 0.3)),
             False,
@@ -85,7 +88,8 @@ def test_every_half_number_is_converted_as_torch_does(instruction_set, dtype):
     c = config(
         None, v_threshold=float("nan"), decay=1.0
     )  # nobody fires, so the potential is the input itself
-    _, v, _ = cpp.forward(Inputs(x, torch.ones(1), torch.zeros(x.shape[1]), c), False)
+    inputs = Inputs(x, torch.ones(1), torch.zeros(x.shape[1]), c)
+    _, v, _ = backends.forward(cpp, inputs, False)
     torch.testing.assert_close(v, patterns.float(), rtol=0, atol=0, equal_nan=True)
     # and back: with no spike and no spike gradient grad_x is grad_v
     exact = patterns.float()
@@ -102,9 +106,8 @@ def test_every_half_number_is_converted_as_torch_does(instruction_set, dtype):
         inputs = Inputs(
             torch.zeros_like(x), torch.ones(1), None, config(None, 1.0, 10.0, detach_reset=True)
         )
-        grad_x, _, _ = cpp.backward(
-            inputs, OutputGradients(torch.zeros_like(x), grad_v.contiguous()), False
-        )
+        grads = OutputGradients(torch.zeros_like(x), grad_v.contiguous())
+        grad_x, _, _ = backends.backward(cpp, inputs, grads, False)
         torch.testing.assert_close(grad_x[0], grad_v.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
@@ -115,7 +118,8 @@ def test_result_does_not_depend_on_the_number_of_threads(threads, dtype):
     results = []
     for count in (1, 2, 3, 16):
         threads(count)
-        results.append([*cpp.forward(inputs, True), *cpp.backward(inputs, grads, True)])
+        outputs = backends.forward(cpp, inputs, True)
+        results.append([*outputs, *backends.backward(cpp, inputs, grads, True)])
     for other in results[1:]:
         assert_equal(other, results[0])
 
@@ -124,12 +128,12 @@ def test_result_does_not_depend_on_the_number_of_threads(threads, dtype):
 def test_calls_from_several_threads_at_once(threads):
     threads(2)
     calls = [call(4, 100_003, seed=seed) for seed in range(4)]
-    expected = [cpp.backward(*one, True) for one in calls]
+    expected = [backends.backward(cpp, *one, True) for one in calls]
     actual = [None] * len(calls)
 
     def work(i):
         for _ in range(5):
-            actual[i] = cpp.backward(*calls[i], True)
+            actual[i] = backends.backward(cpp, *calls[i], True)
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
     for worker in workers:
@@ -149,7 +153,8 @@ torch.set_num_threads(2)
 x = torch.randn(4, 200_000)
 inputs = Inputs(x, torch.ones(4), None, DLIFConfig(0.9, 1.0, 0.0, Surrogate(), False))
 def results():
-    outputs = cpp.forward(inputs, True) + cpp.backward(inputs, OutputGradients(x), True)
+    outputs = backends.forward(cpp, inputs, True)
+    outputs += backends.backward(cpp, inputs, OutputGradients(x), True)
     return [tensor.numpy() for tensor in outputs]
 def exit_code(before):
     child = os.fork()
@@ -189,7 +194,7 @@ def test_what_a_gpu_kernel_is_tried_with_spikes_once_in_a_right_one():
 def test_unknown_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv(cpp.INSTRUCTION_SET_VARIABLE, "altivec")
     with pytest.raises(ValueError, match="must be one of .*'baseline'.* got 'altivec'"):
-        cpp.forward(call(2, 3)[0], False)
+        backends.forward(cpp, call(2, 3)[0], False)
 
 
 @needs_kernel
@@ -231,7 +236,7 @@ def test_missing_or_foreign_library_falls_back(
     with pytest.raises(RuntimeError, match=reason):
         dlif_multi_step(x, torch.ones(3), decay=0.9, backend="cpp")
     with pytest.raises(RuntimeError, match=reason):
-        cpp.forward(call(3, 5)[0], False)
+        backends.forward(cpp, call(3, 5)[0], False)
 
 
 @needs_kernel

@@ -4,6 +4,7 @@ reference.
 
 import functools
 import itertools
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -15,11 +16,11 @@ from ops.calls import (
     check_slopes,
     laid_out,
     not_finite,
-    of_neurons,
     quarters,
     random_call,
     run,
 )
+from ops.triton import cases
 from oracle import away_from_threshold
 from torch import nn
 
@@ -34,78 +35,83 @@ from sj_robust.ops import (
 from sj_robust.ops.dlif import cpp, eager
 from sj_robust.ops.surrogate import HOST_NAMES
 
-RESETS = [0.0, None, -0.25]
-NEURONS = of_neurons([("triangle", 1.0), ("triangle", 0.6), ("atan", 2.0), ("sigmoid", 4.0)])
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-
-
+CHOICES = {
+    "shape": [(1, 1), (2, 31), (3, 4099), (4, 3, 7, 5), (5, 64), (8, 3, 7, 5), (13, 105), (16, 65)],
+    "v_reset": [0.0, None, -0.25],
+    "detach_reset": [False, True],
+    "kind": list(HOST_NAMES),
+    "alpha": [0.6, 2.0],
+}
 not_the_reference = pytest.mark.parametrize(
     "backend", ["eager", *(f"cpp {name}" for name in cpp.instruction_sets())], indirect=True
 )
 
 
+@dataclass(frozen=True)
+class OneCall:
+    """A call that is compared with one by hand, by the names of CHOICES."""
+
+    shape: tuple[int, ...]
+    v_reset: float | None
+    detach_reset: bool
+    kind: str
+    alpha: float
+
+    @property
+    def constants(self):
+        return {"v_threshold": 0.8, **{k: v for k, v in vars(self).items() if k != "shape"}}
+
+
+def at_random(draw):
+    return OneCall(*(draw.choice(values) for values in CHOICES.values()))
+
+
 @functools.cache
-def expected_call(shape, dtype, **constants):
+def expected_call(case, shape, dtype, decay):
     """A call and what comes out of it by hand; every backend is compared with the same."""
     call = random_call(shape, dtype)
-    return call, by_hand(*call, **constants)
+    return call, by_hand(*call, decay=decay, **case.constants)
 
 
-@pytest.mark.parametrize(("v_reset", "detach_reset", "kind", "alpha"), NEURONS)
-def test_equals_bptt_by_hand(backend, v_reset, detach_reset, kind, alpha):
-    constants = {
-        "v_threshold": 0.8,
-        "v_reset": v_reset,
-        "detach_reset": detach_reset,
-        "kind": kind,
-        "alpha": alpha,
-    }
-    for shape in (
-        (1, 1),
-        (2, 31),
-        (3, 4099),
-        (4, 3, 7, 5),
-        (5, 64),
-        (7, 33),
-        (8, 3, 7, 5),
-        (13, 105),
-        (16, 65),
-    ):
-        call, expected = expected_call(shape, torch.float64, decay=0.9, **constants)
-        assert expected.h.size < 100 or 0.05 < expected.spikes.mean() < 0.95
-        (spikes, v, potentials), gradients = run(backend, *call, decay=0.9, **constants)
-        np.testing.assert_array_equal(spikes, expected.spikes, err_msg=f"{shape}")
-        np.testing.assert_allclose(
-            potentials, expected.potentials, rtol=0, atol=1e-12, err_msg=f"{shape}"
-        )
-        np.testing.assert_array_equal(v, potentials[-1])
-        for name, gradient in zip(("grad_x", "grad_gain", "grad_v_init"), gradients, strict=True):
-            wanted = getattr(expected, name)
-            np.testing.assert_allclose(
-                gradient, wanted, rtol=1e-9, atol=1e-11, err_msg=f"{shape}: {name}"
-            )
+@pytest.mark.parametrize("case", cases.pairwise([], at_random, 300), ids=str)
+def test_equals_bptt_by_hand(backend, case):
+    call, expected = expected_call(case, case.shape, torch.float64, 0.9)
+    assert expected.h.size < 100 or 0.05 < expected.spikes.mean() < 0.95
+    outputs, gradients = run(backend, *call, decay=0.9, **case.constants)
+    spikes, v, potentials = outputs
+    np.testing.assert_array_equal(spikes, expected.spikes)
+    np.testing.assert_allclose(potentials, expected.potentials, rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(v, potentials[-1])
+    wanted = expected.grad_x, expected.grad_gain, expected.grad_v_init
+    for found, exact in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(found, exact, rtol=1e-9, atol=1e-11)
 
-    # float32: a gradient looks at the whole sequence of its neuron, so only neurons certain to the
-    # last step count
-    for decay in (0.9, 0.99):
-        call, expected = expected_call((8, 4099), torch.float32, decay=decay, **constants)
-        certain = away_from_threshold(expected.h, 0.8, 1e-6)[-1]
-        assert certain.mean() > 0.999
-        (spikes, _, potentials), (grad_x, grad_gain, grad_v_init) = run(
-            backend, *call, decay=decay, **constants
-        )
-        np.testing.assert_array_equal(spikes[:, certain], expected.spikes[:, certain])
-        np.testing.assert_allclose(
-            potentials[:, certain], expected.potentials[:, certain], atol=1e-5
-        )
-        np.testing.assert_allclose(
-            grad_x[:, certain], expected.grad_x[:, certain], rtol=1e-4, atol=2e-5
-        )
-        np.testing.assert_allclose(
-            grad_v_init[certain], expected.grad_v_init[certain], rtol=1e-4, atol=2e-5
-        )
-        scale = np.abs(expected.grad_x).sum(1).max()
-        np.testing.assert_allclose(grad_gain, expected.grad_gain, rtol=1e-4, atol=1e-5 * scale)
+
+@pytest.mark.parametrize("case", cases.pairwise([], at_random, 300)[:12], ids=str)
+@pytest.mark.parametrize("decay", [0.9, 0.99])
+def test_float32_equals_bptt_by_hand_away_from_the_threshold(backend, case, decay):
+    """A gradient looks at the whole sequence of its neuron, so only neurons certain to the last
+    step count.
+    """
+    call, expected = expected_call(case, (8, 4099), torch.float32, decay)
+    sure = away_from_threshold(expected.h, 0.8, 1e-6)[-1]
+    assert sure.mean() > 0.999
+    outputs, gradients = run(backend, *call, decay=decay, **case.constants)
+    (spikes, _, potentials), (grad_x, grad_gain, grad_v_init) = outputs, gradients
+    np.testing.assert_array_equal(spikes[:, sure], expected.spikes[:, sure])
+    np.testing.assert_allclose(potentials[:, sure], expected.potentials[:, sure], atol=1e-5)
+    tolerance = {"rtol": 1e-4, "atol": 2e-5}
+    np.testing.assert_allclose(grad_x[:, sure], expected.grad_x[:, sure], **tolerance)
+    np.testing.assert_allclose(grad_v_init[sure], expected.grad_v_init[sure], **tolerance)
+    scale = np.abs(expected.grad_x).sum(1).max()
+    np.testing.assert_allclose(grad_gain, expected.grad_gain, rtol=1e-4, atol=1e-5 * scale)
+
+
+@not_the_reference
+@pytest.mark.parametrize("case", cases.cases(), ids=str)
+def test_equals_the_reference_on_the_table_of_the_kernels_for_gpus(backend, case):
+    cases.check(case, backend=backend)
 
 
 def test_gain_may_lie_anywhere_in_memory(backend):
@@ -150,30 +156,23 @@ SHAPES = [
 ]
 
 
-@functools.cache
-def reference_run(shape, dtype, v_reset, starts):
-    (x, gain, v_init), grads = random_call(shape, dtype)
-    inputs = (x, gain, v_init if starts else None)
-    return inputs, grads, run("reference", inputs, grads, decay=0.9, v_reset=v_reset)
-
-
 @pytest.mark.slow
 @not_the_reference
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("v_reset", RESETS)
-def test_outputs_equal_the_reference_bit_for_bit(backend, dtype, v_reset):
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_outputs_equal_the_reference_bit_for_bit(backend, dtype, shape):
     state = torch.float64 if dtype == torch.float64 else torch.float32
     tolerance = {torch.float16: 1e-2, torch.bfloat16: 1e-1}.get(dtype, 1e-4)
-    for shape, starts in itertools.product(SHAPES, (True, False)):
-        inputs, grads, (wanted, wanted_gradients) = reference_run(shape, dtype, v_reset, starts)
-        outputs, gradients = run(backend, inputs, grads, decay=0.9, v_reset=v_reset)
-        assert [a.dtype for a in outputs] == [dtype, state, state]
-        assert outputs[0].shape == shape
-        named = f"{shape}: {{}}".format
-        assert_equal(outputs, wanted, msg=named)
-        torch.testing.assert_close(
-            gradients, wanted_gradients, rtol=tolerance, atol=tolerance, msg=named
+    (x, gain, v_init), grads = random_call(shape, dtype)
+    for v_reset, first in ((0.0, v_init), (None, None), (-0.25, None)):
+        call = (x, gain, first), grads
+        found, wanted = (
+            run(name, *call, decay=0.9, v_reset=v_reset) for name in (backend, "reference")
         )
+        assert [a.dtype for a in found[0]] == [dtype, state, state]
+        assert found[0][0].shape == shape
+        assert_equal(found[0], wanted[0])
+        torch.testing.assert_close(found[1], wanted[1], rtol=tolerance, atol=tolerance)
 
 
 def test_half_inputs_are_widened_and_then_treated_as_float32(backend):
@@ -205,7 +204,8 @@ def test_spikes_exactly_at_the_threshold(backend, dtype, v_reset):
 def test_every_optional_input_and_gradient_may_be_missing(backend):
     constants = {"decay": 0.9, "v_threshold": 0.8, "v_reset": -0.25, "detach_reset": False}
     (x, gain, v_init), (grad_spikes, grad_v, grad_v_seq) = random_call((4, 200))
-    at_reset, zeros = torch.full_like(v_init, -0.25), torch.zeros_like
+    at_reset = torch.full_like(v_init, -0.25)
+    zeros = torch.zeros_like
     for starts, *used in itertools.product([False, True], repeat=4):
         if not any(used):
             continue

@@ -26,7 +26,9 @@ def run(x, gain, v, *, decay, v_threshold, v_reset):
 @pytest.mark.parametrize("v_threshold", [1.0, 0.3])
 def test_three_parts_are_the_loop_in_numpy(decay, v_reset, v_threshold):
     rng = np.random.default_rng(0)
-    x, gain, v = rng.normal(0.5, 1, (T, 200)), rng.normal(1, 1, T), rng.normal(0, 0.3, 200)
+    x = rng.normal(0.5, 1, (T, 200))
+    gain = rng.normal(1, 1, T)
+    v = rng.normal(0, 0.3, 200)
     constants = {"decay": decay, "v_threshold": v_threshold, "v_reset": v_reset}
     found = run(torch.tensor(x), torch.tensor(gain), torch.tensor(v), **constants)
     h, spikes, potentials = dlif_forward(x, gain, v, **constants)

@@ -20,7 +20,8 @@ from sj_robust.core.host import functional, layer
 from sj_robust.neuron import DLIFNode, fuse
 
 BACKENDS = ("auto", "cpp", "eager", "reference", "fused")
-T, WANTED = 3, "equal"
+T = 3
+WANTED = "equal"
 
 
 class Network(nn.Module):

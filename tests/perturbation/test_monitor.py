@@ -427,3 +427,12 @@ def test_copies_and_exchanged_neurons_are_told(net, pair, monitor):
     with pytest.raises(RuntimeError, match=r"exchanged, added or removed .*\(2\); build a new one"):
         monitor.compare(*pair)
     assert "2" in MPPDMonitor(net).compare(*pair)
+
+
+def test_a_network_resets_itself_if_it_is_a_classifier_whatever_its_attributes_say():
+    """What a network calls its own does not keep the monitor from looking at its steps."""
+    net = nn.Sequential(nn.Linear(2, 3), DLIFNode(T, step_mode="s"))
+    net.resets_itself = True
+    x = torch.rand(5, 2)
+    with MPPDMonitor(net) as monitor, pytest.raises(ValueError, match="called the network once"):
+        monitor.compare(x, 0.9 * x)

@@ -7,6 +7,7 @@ memory value by value.
 """
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 from sj_robust.ops.bn_dlif import reference
 from sj_robust.ops.bn_dlif.norm import BatchNorm
 from sj_robust.ops.bn_dlif.repeated import repeated_step
-from sj_robust.ops.dlif.autograd import is_plain
 
 __all__ = ["can_pool", "normalise", "pool"]
 
@@ -25,16 +25,23 @@ def normalise(x_seq: Tensor, norm: BatchNorm) -> Tensor:
     per channel.
     """
     mean, variance = norm.running_mean, norm.running_var
-    if norm.use_batch_statistics or mean is None or variance is None or not _is_for(x_seq):
+    if norm.use_batch_statistics or not _is_for(x_seq):
         return reference.normalise(x_seq, norm)
+    assert mean is not None  # BatchNorm has checked it
+    assert variance is not None
     scale = (variance + norm.eps).rsqrt()
-    scale = scale if norm.weight is None else scale * norm.weight
-    offset = -mean * scale if norm.bias is None else norm.bias - mean * scale
-    scale, offset = (value.view(-1, *[1] * (x_seq.ndim - 3)) for value in (scale, offset))
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    offset = -mean * scale
+    if norm.bias is not None:
+        offset = offset + norm.bias
+    shape = -1, *[1] * (x_seq.ndim - 3)
     step = repeated_step(x_seq)
+    x = x_seq if step is None else step
+    current = (x * scale.view(shape)).add_(offset.view(shape))
     if step is None:
-        return (x_seq * scale).add_(offset)
-    return (step * scale).add_(offset).repeat(len(x_seq), *[1] * (x_seq.ndim - 1))
+        return current
+    return current.repeat(len(x_seq), *[1] * (x_seq.ndim - 1))
 
 
 def can_pool(spike_seq: Any) -> bool:
@@ -72,13 +79,23 @@ class _Pool(torch.autograd.Function):
 
 def _is_for(seq: Tensor) -> bool:
     return (
-        is_plain(seq) and seq.device.type == "cpu" and seq.dtype in (torch.float32, torch.float64)
+        _is_plain(seq) and seq.device.type == "cpu" and seq.dtype in (torch.float32, torch.float64)
     )
+
+
+def _is_plain(seq: Tensor) -> bool:
+    """Whether a tensor has memory, and nobody traces what is done with it."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+        return False
+    return type(seq) is Tensor and not torch._is_functional_tensor(seq)
 
 
 def _quarters(seq: Tensor) -> Iterator[Tensor]:
     """Upper left, upper right, lower left and lower right of every 2x2; a last odd row or column is
     left out.
     """
-    height, width = (size - size % 2 for size in seq.shape[-2:])
-    return (seq[..., row:height:2, column:width:2] for row in (0, 1) for column in (0, 1))
+    height, width = seq.shape[-2] // 2 * 2, seq.shape[-1] // 2 * 2
+    for row, column in product((0, 1), (0, 1)):
+        yield seq[..., row:height:2, column:width:2]

@@ -1,24 +1,29 @@
 """Batch norm, DLIF and 2x2 average pooling through the compiled kernels of this package; see
-``stage.py``.
+:class:`sj_robust.ops.bn_dlif.layer.Kernels`.
 """
 
 import torch
 from torch import Tensor
 
+from sj_robust.ops.bn_dlif.layer import (
+    Layer,
+    NormTensors,
+    StageGradients,
+    StageOutputGradients,
+    StageOutputs,
+)
 from sj_robust.ops.dlif import cpp
-from sj_robust.ops.dlif.config import DLIFConfig, Planes, Tensors, is_repeated, state_dtype
+from sj_robust.ops.dlif.config import is_repeated, state_dtype
 from sj_robust.ops.dlif.cpp import unsupported_reason
 
 __all__ = ["backward", "finish", "forward", "moments", "unsupported_reason"]
 
 
-def moments(
-    x_seq: Tensor, config: DLIFConfig, planes: Planes, norm: tuple[Tensor | None, ...], eps: float
-) -> Tensor:
-    """See :class:`sj_robust.ops.bn_dlif.stage.Kernels`."""
+def moments(layer: Layer, norm: NormTensors, eps: float) -> Tensor:
+    """See :class:`sj_robust.ops.bn_dlif.layer.Kernels`."""
     weight, bias, running_mean, running_var = norm
     if running_mean is None or running_var is None:
-        mean, variance = _statistics(x_seq, config, planes)
+        mean, variance = _statistics(layer)
     else:
         mean, variance = running_mean.double(), running_var.double()
     inverse_std = (variance + eps).rsqrt()
@@ -27,49 +32,55 @@ def moments(
     return torch.stack((mean, variance, scale, offset))
 
 
-def forward(
-    x_seq: Tensor, config: DLIFConfig, planes: Planes, moments: Tensor | None, tensors: Tensors
-) -> None:
-    """See :class:`sj_robust.ops.bn_dlif.stage.Kernels`."""
-    if moments is None:
-        cpp.run("dlif_forward", x_seq, config, tensors, planes)
-        return
-    _, _, scale, offset = moments.to(state_dtype(x_seq)).unbind(0)
-    cpp.run("bn_dlif_forward", x_seq, config, {**tensors, "scale": scale, "offset": offset}, planes)
+def forward(layer: Layer, outputs: StageOutputs) -> None:
+    """See :class:`sj_robust.ops.bn_dlif.layer.Kernels`."""
+    cpp.run(
+        "dlif_forward" if layer.moments is None else "bn_dlif_forward",
+        layer.inputs,
+        layer.planes,
+        s=outputs.spike_seq,
+        v=outputs.v,
+        v_seq=outputs.v_seq,
+        current=outputs.current,
+        **_per_channel(layer),
+    )
 
 
 def backward(
-    x_seq: Tensor,
-    config: DLIFConfig,
-    planes: Planes,
-    moments: Tensor | None,
-    slopes: Tensor | None,
-    tensors: Tensors,
+    layer: Layer,
+    grads: StageOutputGradients,
+    found: StageGradients,
+    slopes: Tensor | None = None,
 ) -> None:
-    """See :class:`sj_robust.ops.bn_dlif.stage.Kernels`."""
-    if moments is None:
-        cpp.run("dlif_backward", x_seq, config, tensors, planes)
-        return
-    mean, _, scale, offset = moments.to(state_dtype(x_seq)).unbind(0)
-    slope, constant = (
-        (moments.new_zeros(2, planes.channels) if slopes is None else slopes)
-        .to(mean.dtype)
-        .unbind(0)
+    """See :class:`sj_robust.ops.bn_dlif.layer.Kernels`."""
+    of_slopes = {}
+    if layer.moments is not None:
+        if slopes is None:
+            slopes = layer.moments.new_zeros(2, layer.planes.channels)
+        slope, constant = slopes.to(state_dtype(layer.inputs.x_seq)).unbind(0)
+        of_slopes = {"slope": slope, "constant": constant}
+    cpp.run(
+        "dlif_backward" if layer.moments is None else "bn_dlif_backward",
+        layer.inputs,
+        layer.planes,
+        gs=grads.spike_seq,
+        gv=grads.v,
+        gvs=grads.v_seq,
+        g_current=grads.current,
+        gx=found.x,
+        g_total=found.x_total,
+        channel_sums=found.channel_sums,
+        gain_grad=found.input_gain,
+        gv_init=found.v_init,
+        **_per_channel(layer),
+        **of_slopes,
     )
-    per_channel = {
-        "scale": scale,
-        "offset": offset,
-        "mean": mean,
-        "slope": slope,
-        "constant": constant,
-    }
-    cpp.run("bn_dlif_backward", x_seq, config, {**tensors, **per_channel}, planes)
 
 
 def finish(
     sums: Tensor, moments: Tensor, eps: float, count: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """See :class:`sj_robust.ops.bn_dlif.stage.Kernels`."""
+    """See :class:`sj_robust.ops.bn_dlif.layer.Kernels`."""
     inverse_std = (moments[1] + eps).rsqrt()
     grad_norm = torch.stack((sums[1] * inverse_std, sums[0]))
     if count is None:
@@ -78,13 +89,22 @@ def finish(
     return grad_norm, torch.stack((slope, -moments[2] * sums[0] / count))
 
 
-def _statistics(x_seq: Tensor, config: DLIFConfig, planes: Planes) -> tuple[Tensor, Tensor]:
+def _per_channel(layer: Layer) -> dict[str, Tensor]:
+    if layer.moments is None:
+        return {}
+    mean, _, scale, offset = layer.moments.to(state_dtype(layer.inputs.x_seq)).unbind(0)
+    return {"mean": mean, "scale": scale, "offset": offset}
+
+
+def _statistics(layer: Layer) -> tuple[Tensor, Tensor]:
     """Mean and variance per channel of this batch, in float64."""
+    x_seq, channels = layer.inputs.x_seq, layer.planes.channels
     # any value near the mean makes the sums free of cancellation: take the first of every channel
-    near = x_seq[0, 0].reshape(planes.channels, -1)[:, 0].to(state_dtype(x_seq)).contiguous()
-    sums = x_seq.new_empty(2, planes.channels, dtype=torch.float64)
+    near = x_seq[0, 0].reshape(channels, -1)[:, 0].to(state_dtype(x_seq)).contiguous()
+    sums = x_seq.new_empty(2, channels, dtype=torch.float64)
     steps = x_seq[:1] if is_repeated(x_seq) else x_seq
-    cpp.run("bn_statistics", steps, config, {"mean": near, "channel_sums": sums}, planes)
-    count = steps.numel() // planes.channels
+    inputs = layer.inputs._replace(x_seq=steps)
+    cpp.run("bn_statistics", inputs, layer.planes, mean=near, channel_sums=sums)
+    count = steps.numel() // channels
     distance = sums[0] / count
     return near.double() + distance, (sums[1] / count - distance.square()).clamp_(min=0.0)

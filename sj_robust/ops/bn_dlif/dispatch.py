@@ -4,18 +4,17 @@ and several.
 
 from torch import Tensor
 
-from sj_robust.ops.bn_dlif import reference, stage
+from sj_robust.ops.bn_dlif import one_pass, operator, reference
 from sj_robust.ops.bn_dlif.norm import BatchNorm
-from sj_robust.ops.dlif.autograd import in_onnx_export
 from sj_robust.ops.dlif.backends import failing_reason
 from sj_robust.ops.dlif.config import (
     DLIFConfig,
     Inputs,
     check_arguments,
-    check_devices,
     state_dtype,
 )
 from sj_robust.ops.dlif.dispatch import check_backend, dlif_multi_step
+from sj_robust.ops.registration import in_onnx_export
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = ["batch_norm_dlif_multi_step", "can_fuse"]
@@ -91,26 +90,30 @@ def batch_norm_dlif_multi_step(
         raise ValueError(
             f"average_pool needs x_seq [T, N, C, H, W], got shape {tuple(x_seq.shape)}"
         )
-    one_pass = backend if backend in stage.KERNELS else None
-    if one_pass is not None:
-        check_backend(backend)
-        reason = stage.unsupported_reason(one_pass, x_seq, norm, surrogate, average_pool)
+    kernels = None
+    if backend in one_pass.KERNELS:
+        kernels = check_backend(backend)
+        reason = one_pass.unsupported_reason(kernels, x_seq, norm, surrogate, average_pool)
         if reason is not None:
             raise ValueError(
                 f"backend={backend!r} cannot run this call: {reason}; use backend='auto'"
             )
     elif can_fuse(x_seq, norm, surrogate, average_pool, backend):
-        one_pass = _ON[x_seq.device.type]
-    if one_pass is not None:
+        kernels = _ON[x_seq.device.type]
+    if kernels is not None:
         dtype = state_dtype(x_seq)
-        config = DLIFConfig(decay, v_threshold, v_reset, surrogate, detach_reset)
         v_init = None if v_init is None else v_init.to(dtype)
-        check_devices(x_seq, input_gain, v_init)
-        inputs = Inputs(x_seq, input_gain.to(dtype).contiguous(), v_init, config)
-        spike_seq, v, v_seq, current = stage.multi_step(
-            one_pass, inputs, norm, average_pool, store_v_seq, store_current
+        config = DLIFConfig(decay, v_threshold, v_reset, surrogate, detach_reset)
+        outputs = operator.multi_step(
+            Inputs(x_seq, input_gain.to(dtype), v_init, config),
+            norm,
+            average_pool=average_pool,
+            store_v_seq=store_v_seq,
+            store_current=store_current,
+            backend=kernels,
         )
-        return (spike_seq, v, v_seq) if current is None else (spike_seq, v, v_seq, current)
+        found = outputs.spike_seq, outputs.v, outputs.v_seq
+        return found if outputs.current is None else (*found, outputs.current)
     currents = x_seq if norm is None else reference.normalise(x_seq, norm)
     spike_seq, v, v_seq = dlif_multi_step(
         currents,
@@ -154,14 +157,11 @@ def can_fuse(
         False
     """
     name = _ON.get(x_seq.device.type) if backend == "auto" else backend
-    if (
-        in_onnx_export()
-        or name is None
-        or name not in stage.KERNELS
-        or failing_reason(name) is not None
-    ):
+    if name is None or name not in one_pass.KERNELS:
         return False
-    return stage.unsupported_reason(name, x_seq, norm, surrogate, average_pool) is None
+    if in_onnx_export() or failing_reason(name) is not None:
+        return False
+    return one_pass.unsupported_reason(name, x_seq, norm, surrogate, average_pool) is None
 
 
 def _check_arguments(
@@ -172,8 +172,13 @@ def _check_arguments(
     check_arguments(x_seq, input_gain, v_init)
     if norm is None:
         return
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        tensor = getattr(norm, name)
+    of_norm = {
+        "weight": norm.weight,
+        "bias": norm.bias,
+        "running_mean": norm.running_mean,
+        "running_var": norm.running_var,
+    }
+    for name, tensor in of_norm.items():
         if tensor is not None and tensor.shape != x_seq.shape[2:3]:
             raise ValueError(f"{name} must be [C] = [{x_seq.shape[2]}], got {tuple(tensor.shape)}")
     per_channel = x_seq.shape[0] * x_seq.shape[1] * x_seq.shape[3:].numel()

@@ -1,5 +1,5 @@
 """Launches ``triton_kernel.py``: batch norm, DLIF and 2x2 average pooling on CUDA; see
-``stage.py``.
+``layer.py``.
 
 As with DLIF alone, under ``TRITON_INTERPRET=1`` the kernels run on the CPU.
 """
@@ -12,24 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sj_robust.ops.bn_dlif.layer import (
+    Layer,
+    NormTensors,
+    StageGradients,
+    StageOutputGradients,
+    StageOutputs,
+)
 from sj_robust.ops.dlif import triton_launch as dlif
-from sj_robust.ops.dlif.config import DLIFConfig, Planes, Tensors, is_repeated
+from sj_robust.ops.dlif.config import DLIFConfig, Planes, is_repeated
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = ["Layout", "backward", "cut", "finish", "forward", "moments", "unsupported_reason"]
 
 _BYTES_IN_A_ROW = 128  # of neighbouring channels that a program takes
 _BYTES_AT_ONCE = 16  # that a thread loads of a tensor
-_MOST_TILES, _PROGRAMS = (
-    32,
-    4096,
-)  # of a program of the statistics; and so many programs before any has a second tile
+# of a program of the statistics; and so many programs before any has a second tile
+_MOST_TILES, _PROGRAMS = 32, 4096
 _CHANNELS_AT_ONCE = 128
 _INT32 = 1 << 30  # with room for what lies behind the last neuron
 
 
 def unsupported_reason(x_seq: Tensor, surrogate: Surrogate) -> str | None:
-    """See :class:`sj_robust.ops.bn_dlif.stage.Kernels`."""
+    """See :class:`sj_robust.ops.bn_dlif.layer.Kernels`."""
     reason = dlif.unsupported_reason(x_seq, surrogate)
     if reason is not None:
         return reason
@@ -85,167 +90,186 @@ def cut(
         neurons = 32 * dlif.FORWARD_WARPS * _BYTES_AT_ONCE // dtype.itemsize
         layout = Layout.of(planes._replace(pool=False), dtype, neurons)
         return layout, {name: value for name, value in asdict(layout).items() if name != "POOL"}
-    vectors = _has_vectors(
-        planes
-    )  # without them half precision has no wider accesses to gain from more neurons
+    # without vectors half precision has no wider accesses to gain from more neurons
+    vectors = _has_vectors(planes)
     make = dlif.forward_plan if kernel == "bn_dlif_forward" else dlif.backward_plan
     plan = make(dtype if vectors else torch.float32, steps, config)
     positions = plan.BLOCK
-    if kernel == "bn_dlif_backward":
-        if (
-            plan.LATER
-        ):  # then the sums over a channel are kept in registers from one segment to the next
-            positions //= 2 if vectors else 4  # and addresses, without vectors one for every neuron
-        if planes.pool:  # forward a thread has whole windows, to add them up
-            positions //= 4 if _is_last(planes) else 2
+    if kernel == "bn_dlif_backward" and plan.LATER:
+        # the sums over a channel are kept in registers from one segment to the next, and without
+        # vectors an address for every neuron
+        positions //= 2 if vectors else 4
+    if kernel == "bn_dlif_backward" and planes.pool:
+        # forward a thread has whole windows, to add them up
+        positions //= 4 if _is_last(planes) else 2
     layout = Layout.of(planes, dtype, positions)
     return layout, {**asdict(plan), **asdict(layout)}
 
 
-def moments(
-    x_seq: Tensor, config: DLIFConfig, planes: Planes, norm: tuple[Tensor | None, ...], eps: float
-) -> Tensor:
-    """See :class:`sj_robust.ops.bn_dlif.stage.Kernels`."""
+def moments(layer: Layer, norm: NormTensors, eps: float) -> Tensor:
+    """See :class:`sj_robust.ops.bn_dlif.layer.Kernels`."""
+    x_seq, planes = layer.inputs.x_seq, layer.planes
     steps = x_seq[:1] if is_repeated(x_seq) else x_seq
-    weight, bias, running_mean, running_var = (None if a is None else a.contiguous() for a in norm)
     found = x_seq.new_empty((4, planes.channels), dtype=torch.float64)
-    sums = None if running_mean is not None else _sums(steps, config, planes)
-    tensors = (steps, sums, weight, bias, running_mean, running_var, found)
-    sizes = (steps.numel() // planes.channels, planes.channels, planes.height * planes.width)
+    of_norm = norm._asdict().items()
     _for_each_channel(
-        "bn_moments", planes.channels, (*tensors, *sizes), {"EPS": eps, "LAST": _is_last(planes)}
+        _kernels().bn_moments,
+        planes.channels,
+        constants={"EPS": eps, "LAST": _is_last(planes)},
+        x_seq=steps,
+        sums=_sums(steps, layer) if norm.running_mean is None else None,
+        **{name: None if one is None else one.contiguous() for name, one in of_norm},
+        moments=found,
+        count=steps.numel() // planes.channels,
+        plane=planes.height * planes.width,
     )
     return found
 
 
-def forward(
-    x_seq: Tensor, config: DLIFConfig, planes: Planes, moments: Tensor | None, tensors: Tensors
-) -> None:
-    """See :class:`sj_robust.ops.bn_dlif.stage.Kernels`."""
-    layout, constants = cut("bn_dlif_forward", x_seq.dtype, len(x_seq), config, planes)
-    given = (
-        x_seq,
-        moments,
-        *(tensors.get(name) for name in ("gain", "v_init", "s", "v", "v_seq", "current")),
-    )
-    sizes = _sizes(x_seq, planes, layout)
+def forward(layer: Layer, outputs: StageOutputs) -> None:
+    """See :class:`sj_robust.ops.bn_dlif.layer.Kernels`."""
+    inputs, planes, moments = layer
+    T, N = inputs.x_seq.shape[:2]
+    layout, constants = cut("bn_dlif_forward", inputs.x_seq.dtype, T, inputs.config, planes)
     dlif.launch(
         _kernels().bn_dlif_forward,
-        _programs(x_seq.shape[1], planes, layout),
-        (*given, *sizes, *_rows(x_seq, planes), *dlif.scalars(config)),
-        constants,
+        _programs(N, planes, layout),
+        constants=constants,
         warps=dlif.FORWARD_WARPS,
+        **dlif.given(inputs),
+        moments=moments,
+        spike_seq=outputs.spike_seq,
+        v_last=outputs.v,
+        v_seq=outputs.v_seq,
+        current_seq=outputs.current,
+        **_sizes(layer, layout),
     )
 
 
 def backward(
-    x_seq: Tensor,
-    config: DLIFConfig,
-    planes: Planes,
-    moments: Tensor | None,
-    slopes: Tensor | None,
-    tensors: Tensors,
+    layer: Layer,
+    grads: StageOutputGradients,
+    found: StageGradients,
+    slopes: Tensor | None = None,
 ) -> None:
-    """See :class:`sj_robust.ops.bn_dlif.stage.Kernels`."""
+    """See :class:`sj_robust.ops.bn_dlif.layer.Kernels`."""
+    inputs, planes, moments = layer
+    x_seq, config = inputs.x_seq, inputs.config
     T, N = x_seq.shape[:2]
     layout, constants = cut("bn_dlif_backward", x_seq.dtype, T, config, planes)
     new = functools.partial(torch.empty, dtype=torch.float32, device=x_seq.device)
-    sums, grad_gain = tensors.get("channel_sums"), tensors.get("gain_grad")
-    programs = _programs(N, planes, layout)
-    blocks = layout.blocks(N, planes)
-    partial_sums = None if sums is None else new((blocks, 2, planes.channels))
-    partial_grad_gain = None if grad_gain is None else new((programs, T))
-    later = constants["LATER"]
-    checkpoints = new((later, x_seq[0].numel())) if later else None
-    given = (
-        tensors.get(name)
-        for name in ("gain", "v_init", "gs", "gv", "gvs", "g_current", "gx", "g_total", "gv_init")
-    )
-    x_row, *rows = _rows(x_seq, planes)
-    arguments = (
-        x_seq,
-        moments,
-        slopes,
-        *given,
-        partial_sums,
-        partial_grad_gain,
-        checkpoints,
-        *_sizes(x_seq, planes, layout),
-        x_row,
-        x_row,
-        *rows,
-        *dlif.scalars(config),
-        float(config.surrogate.alpha),
-    )
+    programs, blocks = _programs(N, planes, layout), layout.blocks(N, planes)
+    partial_sums = None if found.channel_sums is None else new((blocks, 2, planes.channels))
+    partial_grad_gain = None if found.input_gain is None else new((programs, T))
+    later, sizes = constants["LATER"], _sizes(layer, layout)
     dlif.launch(
-        _kernels().bn_dlif_backward, programs, arguments, constants, warps=dlif.BACKWARD_WARPS
+        _kernels().bn_dlif_backward,
+        programs,
+        constants=constants,
+        warps=dlif.BACKWARD_WARPS,
+        **dlif.given(inputs),
+        alpha=float(config.surrogate.alpha),
+        moments=moments,
+        slopes=slopes,
+        grad_spike_seq=grads.spike_seq,
+        grad_v_last=grads.v,
+        grad_v_seq=grads.v_seq,
+        grad_current_seq=grads.current,
+        grad_x_seq=found.x,
+        grad_x_total=found.x_total,
+        grad_v_init=found.v_init,
+        partial_sums=partial_sums,
+        partial_grad_gain=partial_grad_gain,
+        checkpoints=new((later, sizes["neurons"])) if later else None,
+        **sizes,
+        x_row_again=sizes["x_row"],
     )
-    for partial, total in ((partial_sums, sums), (partial_grad_gain, grad_gain)):
-        if partial is not None and total is not None:
-            total.copy_(partial.sum(0, dtype=torch.float64))
+    if partial_sums is not None and found.channel_sums is not None:
+        found.channel_sums.copy_(partial_sums.sum(0, dtype=torch.float64))
+    if partial_grad_gain is not None and found.input_gain is not None:
+        found.input_gain.copy_(partial_grad_gain.sum(0, dtype=torch.float64))
 
 
 def finish(
     sums: Tensor, moments: Tensor, eps: float, count: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """See :class:`sj_robust.ops.bn_dlif.stage.Kernels`."""
+    """See :class:`sj_robust.ops.bn_dlif.layer.Kernels`."""
     grad_norm, slopes = torch.empty_like(sums), None if count is None else torch.empty_like(sums)
-    channels = sums.shape[1]
-    arguments = (sums, moments, grad_norm, slopes, count or 1, channels)
-    _for_each_channel("bn_finish", channels, arguments, {"EPS": eps})
+    _for_each_channel(
+        _kernels().bn_finish,
+        sums.shape[1],
+        constants={"EPS": eps},
+        sums=sums,
+        moments=moments,
+        grad_norm=grad_norm,
+        slopes=slopes,
+        count=count or 1,
+    )
     return grad_norm, slopes
 
 
-def _sums(steps: Tensor, config: DLIFConfig, planes: Planes) -> Tensor:
+def _sums(steps: Tensor, layer: Layer) -> Tensor:
     """Over a channel, of the distance to its first number and of the square of that [2, C], in
     float64.
     """
+    planes = layer.planes
     samples = steps.shape[0] * steps.shape[1]
-    layout, constants = cut("bn_statistics", steps.dtype, 1, config, planes)
+    layout, constants = cut("bn_statistics", steps.dtype, 1, layer.inputs.config, planes)
     blocks, of_channels = layout.blocks(samples, planes), -(-planes.channels // layout.CHANNELS)
-    count = min(
-        _MOST_TILES, _power_above(1 + blocks * of_channels // _PROGRAMS)
-    )  # few kernels to compile
+    # few kernels to compile
+    count = min(_MOST_TILES, _power_above(1 + blocks * of_channels // _PROGRAMS))
     programs = -(-blocks // count)
     partial = torch.empty((programs, 2, planes.channels), dtype=torch.float32, device=steps.device)
-    units = planes.height * planes.width // layout.UNIT
-    arguments = (steps, partial, samples, planes.channels, units)
-    constants["COUNT"] = count
     dlif.launch(
         _kernels().bn_statistics,
         programs * of_channels,
-        arguments,
-        constants,
+        constants={**constants, "COUNT": count},
         warps=dlif.FORWARD_WARPS,
+        x_seq=steps,
+        partial_sums=partial,
+        samples=samples,
+        channels=planes.channels,
+        units=planes.height * planes.width // layout.UNIT,
     )
     return partial.sum(0, dtype=torch.float64)
 
 
 def _for_each_channel(
-    name: str, channels: int, arguments: tuple[Any, ...], constants: dict[str, Any]
+    kernel: Any, channels: int, *, constants: dict[str, Any], **arguments: Any
 ) -> None:
-    constants["BLOCK"] = _CHANNELS_AT_ONCE
-    programs = -(-channels // _CHANNELS_AT_ONCE)
-    dlif.launch(getattr(_kernels(), name), programs, arguments, constants, warps=4)
+    dlif.launch(
+        kernel,
+        -(-channels // _CHANNELS_AT_ONCE),
+        constants={**constants, "BLOCK": _CHANNELS_AT_ONCE},
+        warps=4,
+        **arguments,
+        channels=channels,
+    )
 
 
 def _programs(samples: int, planes: Planes, layout: Layout) -> int:
     return layout.blocks(samples, planes) * -(-planes.channels // layout.CHANNELS)
 
 
-def _sizes(x_seq: Tensor, planes: Planes, layout: Layout) -> tuple[int, int, int, int]:
-    """Samples, channels, height and width in units; without pooling a plane is one line."""
-    height, width = (
-        (planes.height, planes.width) if planes.pool else (1, planes.height * planes.width)
-    )
-    return x_seq.shape[1], planes.channels, height, width // layout.UNIT
-
-
-def _rows(x_seq: Tensor, planes: Planes) -> tuple[int, int, int]:
-    """Strides of time: of x, of what has its shape, of the means."""
+def _sizes(layer: Layer, layout: Layout) -> dict[str, int]:
+    """Samples, channels, height and width in units; and strides of time: of x, of what has its
+    shape, of the means.
+    """
+    x_seq, planes = layer.inputs.x_seq, layer.planes
+    height, width = planes.height, planes.width
     neurons = x_seq[0].numel()
-    means = x_seq.shape[1] * planes.channels * (planes.height // 2) * (planes.width // 2)
-    return 0 if is_repeated(x_seq) else neurons, neurons, means if planes.pool else neurons
+    means = x_seq.shape[1] * planes.channels * (height // 2) * (width // 2)
+    if not planes.pool:  # a plane is one line
+        height, width = 1, height * width
+    return {
+        "samples": x_seq.shape[1],
+        "channels": planes.channels,
+        "height": height,
+        "units": width // layout.UNIT,
+        "x_row": 0 if is_repeated(x_seq) else neurons,
+        "neurons": neurons,
+        "window_row": means if planes.pool else neurons,
+    }
 
 
 def _has_vectors(planes: Planes) -> bool:

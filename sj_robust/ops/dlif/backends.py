@@ -8,43 +8,90 @@ import torch
 from torch import Tensor
 
 from sj_robust.ops.dlif import cpp, cupy_launch, eager, triton_launch
-from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outputs
+from sj_robust.ops.dlif.config import (
+    DLIFConfig,
+    InputGradients,
+    Inputs,
+    OutputGradients,
+    Outputs,
+    state_dtype,
+)
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = [
     "CUDA_KERNELS",
     "KERNELS",
     "Implementation",
+    "backward",
     "failing_reason",
+    "forward",
     "implementation",
+    "room_for_gradients",
+    "room_for_outputs",
     "unavailable_reason",
 ]
 
 KERNELS: dict[str, Any] = {"cpp": cpp, "cupy": cupy_launch, "triton": triton_launch}
-"""Backends that read memory themselves, so that no tracer of torch can see into them."""
+"""Backends that may be missing on a machine."""
 CUDA_KERNELS = ("cupy", "triton")
 """Those of a GPU, the fastest first."""
 
 
 class Implementation(Protocol):
-    """What a backend provides, for contiguous tensors [T, M] and [M]; a kernel takes any [T, *] and
-    [*].
-    """
+    """What a backend provides, for contiguous tensors [T, *] and [*]."""
 
-    def forward(self, inputs: Inputs, store_v_seq: bool) -> Outputs:
-        """Spikes, last potential, and potentials after reset if asked for."""
+    def unsupported_reason(self, x_seq: Tensor, surrogate: Surrogate) -> str | None:
+        """Why this call cannot run here, or None."""
 
-    def backward(
-        self, inputs: Inputs, grads: OutputGradients, needs_v_init: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gradients of ``x_seq``, ``input_gain`` and, if needed, ``v_init``."""
+    def forward(self, inputs: Inputs, outputs: Outputs) -> None:
+        """Fill the outputs that are there."""
+
+    def backward(self, inputs: Inputs, grads: OutputGradients, found: InputGradients) -> None:
+        """Fill the gradients that are there."""
 
 
-def implementation(name: str, threads_per_block: int | None = None) -> Any:
-    """The :class:`Implementation` of a name; only ``"cupy"`` reads the block size."""
+def forward(backend: Implementation, inputs: Inputs, store_v_seq: bool) -> Outputs:
+    """Outputs of a backend."""
+    outputs = room_for_outputs(inputs.x_seq, store_v_seq)
+    backend.forward(inputs, outputs)
+    return outputs
+
+
+def room_for_outputs(x_seq: Tensor, store_v_seq: bool) -> Outputs:
+    """Outputs to be filled."""
+    dtype, new = state_dtype(x_seq), functools.partial(torch.empty, device=x_seq.device)
+    return Outputs(
+        spike_seq=new(x_seq.shape, dtype=x_seq.dtype),
+        v=new(x_seq.shape[1:], dtype=dtype),
+        v_seq=new(x_seq.shape, dtype=dtype) if store_v_seq else None,
+    )
+
+
+def backward(
+    backend: Implementation, inputs: Inputs, grads: OutputGradients, needs_v_init: bool
+) -> InputGradients:
+    """Gradients by a backend."""
+    found = room_for_gradients(inputs.x_seq, needs_v_init)
+    backend.backward(inputs, grads, found)
+    return found
+
+
+def room_for_gradients(x_seq: Tensor, needs_v_init: bool) -> InputGradients:
+    """Gradients to be filled."""
+    dtype, new = state_dtype(x_seq), functools.partial(torch.empty, device=x_seq.device)
+    return InputGradients(
+        x_seq=new(x_seq.shape, dtype=x_seq.dtype),
+        input_gain=new(x_seq.shape[:1], dtype=dtype),
+        v_init=new(x_seq.shape[1:], dtype=dtype) if needs_v_init else None,
+    )
+
+
+def implementation(name: str, threads_per_block: int | None = None) -> Implementation:
+    """The implementation of a name; only ``"cupy"`` reads the block size."""
     if name == "cupy" and threads_per_block is not None:
         return cupy_launch.Launcher(threads_per_block=threads_per_block)
-    return KERNELS.get(name, eager)
+    found: Implementation = KERNELS.get(name, eager)
+    return found
 
 
 def unavailable_reason(name: str) -> str | None:
@@ -74,24 +121,19 @@ def _failure(name: str) -> str | None:
             found = thread.submit(_spikes_of_one_neuron, name, device).result()
         except torch.OutOfMemoryError:  # which says nothing of the kernel
             raise
-        except (
-            Exception
-        ) as error:  # of the kernel's compiler, of the C compiler that Triton needs, of the driver
-            return (
-                f"a first call failed with {type(error).__name__}: {' '.join(str(error).split())}"
-            )
-    return (
-        None
-        if found == [0.0, 1.0]
-        else f"a first call gave the spikes {found} instead of [0.0, 1.0]"
-    )
+        except Exception as error:  # of a compiler that a kernel needs, or of the driver
+            text = " ".join(str(error).split())
+            return f"a first call failed with {type(error).__name__}: {text}"
+    if found == [0.0, 1.0]:
+        return None
+    return f"a first call gave the spikes {found} instead of [0.0, 1.0]"
 
 
 def _spikes_of_one_neuron(name: str, device: torch.device) -> list[float]:
     x_seq, gain = torch.tensor([[0.5], [0.75]], device=device), torch.ones(2, device=device)
     config = DLIFConfig(0.5, 1.0, 0.0, Surrogate(), False)
-    spikes, _, _ = KERNELS[name].forward(Inputs(x_seq, gain, None, config), False)
-    return [float(spike) for spike in spikes.flatten().tolist()]
+    outputs = forward(KERNELS[name], Inputs(x_seq, gain, None, config), False)
+    return [float(spike) for spike in outputs.spike_seq.flatten().tolist()]
 
 
 # As torch.compiler.assume_constant_result does, which loads the compiler: it need not look into

@@ -2,6 +2,7 @@
 implementation derives.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,26 +12,19 @@ from torch import Tensor
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = [
-    "UNTRACEABLE",
     "DLIFConfig",
+    "InputGradients",
     "Inputs",
     "OutputGradients",
     "Outputs",
     "Planes",
-    "Tensors",
     "check_arguments",
-    "check_devices",
+    "import_failure",
     "initial_potential",
     "is_repeated",
     "no_gpu_reason",
-    "on_one_device",
     "state_dtype",
 ]
-
-UNTRACEABLE = (
-    "a kernel takes it in no graph of torch's tracers and under no torch.func.vmap; use "
-    "backend='reference'"
-)
 
 
 @dataclass(frozen=True)
@@ -60,36 +54,21 @@ class DLIFConfig:
         return "value" if self.v_reset else "zero"
 
     @property
-    def arguments(self) -> tuple[float, float, float | None, str, float, bool]:
-        """The constants as a registered operator takes them; ValueError for a surrogate of the
-        user's own.
-        """
-        surrogate = self.surrogate
-        if surrogate.kind == "custom":
-            raise ValueError(
-                f"the surrogate {surrogate.function!r} is a Python function: {UNTRACEABLE}"
-            )
-        return (
-            self.decay,
-            self.v_threshold,
-            self.v_reset,
-            surrogate.kind,
-            surrogate.alpha,
-            self.detach_reset,
-        )
+    def arguments(self) -> dict[str, Any]:
+        """The constants as a registered operator takes them."""
+        return {
+            "decay": self.decay,
+            "v_threshold": self.v_threshold,
+            "v_reset": self.v_reset,
+            "surrogate": self.surrogate.name,
+            "alpha": self.surrogate.alpha,
+            "detach_reset": self.detach_reset,
+        }
 
     @classmethod
-    def of(
-        cls,
-        decay: float,
-        v_threshold: float,
-        v_reset: float | None,
-        kind: Any,
-        alpha: float,
-        detach_reset: bool,
-    ) -> "DLIFConfig":
+    def of(cls, *, surrogate: str, alpha: float, **constants: Any) -> "DLIFConfig":
         """The inverse of :attr:`arguments`."""
-        return cls(decay, v_threshold, v_reset, Surrogate(kind, alpha), detach_reset)
+        return cls(surrogate=Surrogate.named(surrogate, alpha), **constants)
 
 
 class Inputs(NamedTuple):
@@ -101,6 +80,14 @@ class Inputs(NamedTuple):
     input_gain: Tensor
     v_init: Tensor | None
     config: DLIFConfig
+
+
+class Outputs(NamedTuple):
+    """Spikes [T, *], last potential [*], potentials after every reset [T, *] if asked for."""
+
+    spike_seq: Tensor
+    v: Tensor
+    v_seq: Tensor | None
 
 
 class OutputGradients(NamedTuple):
@@ -115,12 +102,12 @@ class OutputGradients(NamedTuple):
     v_seq: Tensor | None = None
 
 
-Outputs = tuple[Tensor, Tensor, Tensor | None]
-"""Spikes [T, *], last potential [*], potentials after every reset [T, *] if asked for."""
+class InputGradients(NamedTuple):
+    """Gradients of currents [T, *], gain [T] and first potential [*], which nobody may need."""
 
-
-Tensors = dict[str, Tensor | None]
-"""What a kernel reads and writes, by the names of its parameters; one that is None is not there."""
+    x_seq: Tensor
+    input_gain: Tensor
+    v_init: Tensor | None
 
 
 class Planes(NamedTuple):
@@ -170,9 +157,6 @@ def check_arguments(x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None) ->
         )
 
 
-# What the kernels for CUDA share.
-
-
 def no_gpu_reason() -> str | None:
     """Why no CUDA kernel can run on this machine, whoever wrote it, with the remedy, or None."""
     if torch.version.hip is not None:
@@ -187,19 +171,17 @@ def no_gpu_reason() -> str | None:
     return None
 
 
-def check_devices(x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None) -> None:
-    """Refuse tensors apart: a pointer to another device's memory would crash the process."""
-    for name, tensor in (("input_gain", input_gain), ("v_init", v_init)):
-        if tensor is not None and tensor.device != x_seq.device:
-            raise ValueError(
-                f"{name} must be on the device of x_seq, {x_seq.device}, got {tensor.device}"
-            )
-
-
-def on_one_device(inputs: Inputs) -> Inputs:
-    """The same, checked to be there and contiguous."""
-    x_seq, input_gain, v_init, config = inputs
-    check_devices(x_seq, input_gain, v_init)
-    return Inputs(
-        x_seq, input_gain.contiguous(), None if v_init is None else v_init.contiguous(), config
-    )
+def import_failure(
+    package: str, module: str, load: Callable[[], object], *, if_missing: str, if_broken: str
+) -> str | None:
+    """Why a package cannot be imported, with the remedy, told from what really happened."""
+    try:
+        load()
+    except Exception as error:  # a broken installation can raise anything
+        if isinstance(error, ModuleNotFoundError) and error.name == module:
+            return f"{package} is not installed{if_missing}"
+        return (
+            f"{package} is installed, but importing it failed with {type(error).__name__}: "
+            f"{error}; {if_broken}"
+        )
+    return None

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from sj_robust.ops.dlif.config import (
-    DLIFConfig,
+    InputGradients,
     Inputs,
     OutputGradients,
     Outputs,
     Planes,
     is_repeated,
-    state_dtype,
 )
 from sj_robust.ops.surrogate import HOST_NAMES, Surrogate
 
@@ -41,9 +40,8 @@ INSTRUCTION_SET_VARIABLE = "SJ_ROBUST_INSTRUCTION_SET"
 
 _LIBRARY_NAME = "_kernel.so"  # setup.py gives it this name on every system
 _INTERFACE = 8  # sjr_interface() of kernel.cpp
-_PROCESS = (
-    os.getpid()
-)  # a forked child has another, and none of the threads of torch's OpenMP library
+# a forked child has another, and none of the threads of torch's OpenMP library
+_PROCESS = os.getpid()
 _STORAGE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _SURROGATES = {kind: number for number, kind in enumerate(HOST_NAMES)}
 
@@ -87,58 +85,42 @@ def instruction_sets() -> tuple[str, ...]:
     )
 
 
-def forward(inputs: Inputs, store_v_seq: bool) -> Outputs:
+def forward(inputs: Inputs, outputs: Outputs) -> None:
     """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
-    x_seq, input_gain, v_init, config = inputs
-    dtype = state_dtype(x_seq)
-    spike_seq = torch.empty_like(x_seq)
-    v = torch.empty_like(x_seq[0], dtype=dtype)
-    v_seq = torch.empty_like(x_seq, dtype=dtype) if store_v_seq else None
-    tensors = {"gain": input_gain, "v_init": v_init, "s": spike_seq, "v": v, "v_seq": v_seq}
-    run("dlif_forward", x_seq, config, tensors)
-    return spike_seq, v, v_seq
+    run("dlif_forward", inputs, s=outputs.spike_seq, v=outputs.v, v_seq=outputs.v_seq)
 
 
-def backward(
-    inputs: Inputs, grads: OutputGradients, needs_v_init: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def backward(inputs: Inputs, grads: OutputGradients, found: InputGradients) -> None:
     """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
-    x_seq, input_gain, v_init, config = inputs
-    grad_x_seq = torch.empty_like(x_seq)
-    grad_input_gain = torch.empty_like(input_gain)
-    grad_v_init = torch.empty_like(x_seq[0], dtype=state_dtype(x_seq)) if needs_v_init else None
-    given = {
-        "gain": input_gain,
-        "v_init": v_init,
-        "gs": grads.spike_seq,
-        "gv": grads.v,
-        "gvs": grads.v_seq,
-    }
-    found = {"gx": grad_x_seq, "gain_grad": grad_input_gain, "gv_init": grad_v_init}
-    run("dlif_backward", x_seq, config, given | found)
-    return grad_x_seq, grad_input_gain, grad_v_init
+    run(
+        "dlif_backward",
+        inputs,
+        gs=grads.spike_seq,
+        gv=grads.v,
+        gvs=grads.v_seq,
+        gx=found.x_seq,
+        gain_grad=found.input_gain,
+        gv_init=found.v_init,
+    )
 
 
 def run(
-    function: str,
-    x: Tensor,
-    config: DLIFConfig,
-    tensors: dict[str, Tensor | None],
-    planes: Planes | None = None,
+    function: str, inputs: Inputs, planes: Planes | None = None, **tensors: Tensor | None
 ) -> None:
-    """Call ``sjr_`` + ``function`` of the library on x [T, *]; raises RuntimeError if there is no
-    library.
+    """Call ``sjr_`` + ``function`` of the library; raises RuntimeError if there is no library.
 
-    Steps of x that are all the same may be expanded from one. ``tensors``, without gaps and in the
-    order of x, go to the fields of ``sjr::Job`` that bear their names.
+    Steps that are all the same may be expanded from one. ``tensors``, without gaps and in the order
+    of the currents, go to the fields of ``sjr::Job`` that bear their names.
     """
     library = _load()
     if isinstance(library, str):
         raise RuntimeError(f"the compiled DLIF kernel is not available: {library}")
-    shape = {} if planes is None else {"plane": planes.height * planes.width, **planes._asdict()}
+    x, config = inputs.x_seq, inputs.config
+    size = x.shape[1:].numel()
+    tensors |= {"x": x, "gain": inputs.input_gain, "v_init": inputs.v_init}
     job = _Job(
         T=x.shape[0],
-        M=(size := x.shape[1:].numel()),
+        M=size,
         x_stride=0 if is_repeated(x) else size,
         decay=config.decay,
         leak_current=config.leak_current,
@@ -152,41 +134,36 @@ def run(
         instruction_set=_instruction_set(),
         threads=torch.get_num_threads(),
         own_threads=os.getpid() != _PROCESS,
-        x=x.data_ptr(),
-        **shape,
-        **{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
+        **{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None},
     )
-    scratch_bytes = (
-        library.sjr_dlif_scratch_bytes
-        if function.startswith("dlif")
-        else library.sjr_bn_dlif_scratch_bytes
-    )
+    if planes is not None:
+        job.plane = planes.height * planes.width
+        job.channels, job.height, job.width = planes.channels, planes.height, planes.width
+        job.channels_last, job.pool = planes.channels_last, planes.pool
+    operator = "dlif" if function.startswith("dlif") else "bn_dlif"
+    scratch_bytes = getattr(library, f"sjr_{operator}_scratch_bytes")
     scratch = torch.empty(scratch_bytes(ctypes.byref(job)), dtype=torch.uint8)
     job.scratch = scratch.data_ptr()
     getattr(library, f"sjr_{function}")(ctypes.byref(job))
 
 
-class _Job(ctypes.Structure):
-    """Mirror of ``sjr::Job`` in job.h."""
+def _fields(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
 
-    _fields_ = tuple(
-        (name, kind)
-        for kind, names in (
-            (ctypes.c_int64, "T M x_stride"),
-            (ctypes.c_double, "decay leak_current v_threshold v_reset alpha"),
-            (
-                ctypes.c_int32,
-                "soft_reset detach_reset surrogate storage instruction_set threads own_threads",
-            ),
-            (ctypes.c_void_p, "x gain v_init s v v_seq gs gv gvs gx gain_grad gv_init scratch"),
-            (ctypes.c_int64, "stream channels plane height width"),
-            (ctypes.c_int32, "channels_last pool"),
-            (
-                ctypes.c_void_p,
-                "scale offset mean slope constant channel_sums current g_current g_total",
-            ),
-        )
-        for name in names.split()
+
+class _Job(ctypes.Structure):
+    """Mirror of ``sjr::Job`` in job.h; what is not set is zero."""
+
+    _fields_ = (
+        *_fields(ctypes.c_int64, "T M x_stride"),
+        *_fields(ctypes.c_double, "decay leak_current v_threshold v_reset alpha"),
+        *_fields(ctypes.c_int32, "soft_reset detach_reset surrogate storage"),
+        *_fields(ctypes.c_int32, "instruction_set threads own_threads"),
+        *_fields(ctypes.c_void_p, "x gain v_init s v v_seq gs gv gvs gx gain_grad gv_init scratch"),
+        *_fields(ctypes.c_int64, "stream channels plane height width"),
+        *_fields(ctypes.c_int32, "channels_last pool"),
+        *_fields(ctypes.c_void_p, "scale offset mean slope constant"),
+        *_fields(ctypes.c_void_p, "channel_sums current g_current g_total"),
     )
 
 

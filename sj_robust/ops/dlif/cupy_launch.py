@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from sj_robust.ops.dlif.config import (
     DLIFConfig,
+    InputGradients,
     Inputs,
     OutputGradients,
     Outputs,
+    import_failure,
     no_gpu_reason,
-    on_one_device,
 )
 from sj_robust.ops.surrogate import HOST_NAMES, Surrogate
 
@@ -41,9 +42,7 @@ __all__ = [
 THREADS_PER_BLOCK = 128
 LONGEST_SEQUENCE_IN_REGISTERS = 32
 _LONG_SEGMENT = 16  # steps per segment of a longer sequence
-_VALUES_PER_THREAD = (
-    32  # of x, and as many of h, that a thread of the backward kernel keeps in registers
-)
+_VALUES_PER_THREAD = 32  # of x, and of h, that a thread of the backward kernel keeps in registers
 _IO_TYPES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 _RESETS = {
     "zero": "RESET_TO_ZERO",
@@ -97,67 +96,66 @@ class Launcher:
                 "spikingjelly.configure.cuda_threads"
             )
 
-    def forward(self, inputs: Inputs, store_v_seq: bool) -> Outputs:
-        """Spikes [T, *], last potential [*], potentials [T, *] if asked for."""
-        x_seq, input_gain, v_init, config = on_one_device(inputs)
-        T, *step = x_seq.shape
-        spike_seq = torch.empty_like(x_seq)
-        v = torch.empty(step, dtype=torch.float32, device=x_seq.device)
-        v_seq = torch.empty_like(x_seq, dtype=torch.float32) if store_v_seq else None
+    def unsupported_reason(self, x_seq: Tensor, surrogate: Surrogate) -> str | None:
+        """Why this call cannot run here, or None."""
+        return unsupported_reason(x_seq, surrogate)
+
+    def forward(self, inputs: Inputs, outputs: Outputs) -> None:
+        """Fill spikes [T, *], last potential [*], potentials [T, *] if they are there."""
+        x_seq, config = inputs.x_seq, inputs.config
+        T, M = len(x_seq), outputs.v.numel()
         is_long = T > LONGEST_SEQUENCE_IN_REGISTERS
         variant = Variant(
-            self.threads_per_block,
-            _IO_TYPES[x_seq.dtype],
-            1 if is_long else T,
-            is_long,
-            _vector_width(v.numel(), 4, x_seq, v_init),
-            _RESETS[config.reset],
-            store_v_seq,
+            threads=self.threads_per_block,
+            io=_IO_TYPES[x_seq.dtype],
+            steps=1 if is_long else T,
+            is_long=is_long,
+            vec=_vector_width(M, 4, x_seq, inputs.v_init),
+            reset=_RESETS[config.reset],
+            v_seq=outputs.v_seq is not None,
         )
-        _launch(variant, x_seq, (x_seq, input_gain, v_init, spike_seq, v, v_seq), config)
-        return spike_seq, v, v_seq
+        _launch(
+            variant,
+            inputs,
+            spike_seq=outputs.spike_seq,
+            v_last=outputs.v,
+            v_seq=outputs.v_seq,
+        )
 
-    def backward(
-        self, inputs: Inputs, grads: OutputGradients, needs_v_init: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gradients of ``x_seq``, ``input_gain`` and, if needed, ``v_init``."""
-        x_seq, input_gain, v_init, config = on_one_device(inputs)
-        T, *step = x_seq.shape
-        M = x_seq.numel() // T
+    def backward(self, inputs: Inputs, grads: OutputGradients, found: InputGradients) -> None:
+        """Fill the gradients of ``x_seq``, ``input_gain`` and, if it is there, ``v_init``."""
+        x_seq, config = inputs.x_seq, inputs.config
+        T, M = len(x_seq), x_seq[0].numel()
         is_long = T > LONGEST_SEQUENCE_IN_REGISTERS
         steps = _LONG_SEGMENT if is_long else T
         surrogate = config.surrogate
         variant = Variant(
-            self.threads_per_block,
-            _IO_TYPES[x_seq.dtype],
-            steps,
-            is_long,
-            _vector_width(M, _VALUES_PER_THREAD // steps, x_seq, v_init, *grads),
-            _RESETS[config.reset],
-            grads.v_seq is not None,
-            config.detach_reset,
-            HOST_NAMES.get(surrogate.kind, "Spliced"),
-            _cuda_text(surrogate) if surrogate.kind == "custom" else None,
+            threads=self.threads_per_block,
+            io=_IO_TYPES[x_seq.dtype],
+            steps=steps,
+            is_long=is_long,
+            vec=_vector_width(M, _VALUES_PER_THREAD // steps, x_seq, inputs.v_init, *grads),
+            reset=_RESETS[config.reset],
+            v_seq=grads.v_seq is not None,
+            detach=config.detach_reset,
+            surrogate=HOST_NAMES.get(surrogate.kind, "Spliced"),
+            spliced=_cuda_text(surrogate) if surrogate.kind == "custom" else None,
         )
         new = functools.partial(torch.empty, dtype=torch.float32, device=x_seq.device)
-        grad_x_seq = torch.empty_like(x_seq)
-        grad_v_init = new(step) if needs_v_init else None
         partial_grad_gain = new((variant.blocks(M), T))
-        checkpoints = (
-            new((math.ceil(T / steps) - 1, M)) if is_long else None
-        )  # of the potential, one per segment
-        tensors = (
-            x_seq,
-            input_gain,
-            v_init,
-            *grads,
-            grad_x_seq,
-            grad_v_init,
-            partial_grad_gain,
-            checkpoints,
+        _launch(
+            variant,
+            inputs,
+            grad_spike_seq=grads.spike_seq,
+            grad_v_last=grads.v,
+            grad_v_seq=grads.v_seq,
+            grad_x_seq=found.x_seq,
+            grad_v_init=found.v_init,
+            partial_grad_gain=partial_grad_gain,
+            # of the potential, one per segment
+            checkpoints=new((math.ceil(T / steps) - 1, M)) if is_long else None,
         )
-        _launch(variant, x_seq, tensors, config)
-        return grad_x_seq, partial_grad_gain.sum(0, dtype=torch.float64).float(), grad_v_init
+        found.input_gain.copy_(partial_grad_gain.sum(0, dtype=torch.float64))
 
 
 _default = Launcher()
@@ -165,9 +163,10 @@ forward = _default.forward
 backward = _default.backward
 
 
-class Variant(NamedTuple):
-    """One kernel: arguments of a macro of ``kernel.cu`` in its order, explained there; a forward
-    kernel has seven.
+@dataclass(frozen=True)
+class Variant:
+    """One kernel: arguments of a macro of ``kernel.cu``, explained there; a forward kernel has no
+    surrogate.
     """
 
     threads: int
@@ -181,20 +180,25 @@ class Variant(NamedTuple):
     surrogate: str | None = None
     spliced: str | None = None
 
+    @property
+    def name(self) -> str:
+        """What the kernel is called."""
+        return "dlif_forward" if self.surrogate is None else "dlif_backward"
+
     def blocks(self, neurons: int) -> int:
         """Number of blocks that cover all neurons."""
         return -(-neurons // (self.vec * self.threads))
 
-    def source(self, name: str) -> str:
+    def source(self) -> str:
         """The CUDA text of this kernel alone."""
-        macro, used = ("DLIF_FORWARD", 7) if self.surrogate is None else ("DLIF_BACKWARD", 9)
-        words = [
-            str(value).lower() if isinstance(value, bool) else str(value) for value in self[:used]
-        ]
-        line = f"{macro}({', '.join((name, *words))})"
-        return "\n".join(
-            [kernel_text(), "" if self.spliced is None else spliced_struct(self.spliced), line, ""]
-        )
+        arguments = [self.name, self.threads, self.io, self.steps, self.is_long, self.vec]
+        arguments += [self.reset, self.v_seq]
+        if self.surrogate is not None:
+            arguments += [self.detach, self.surrogate]
+        words = [str(one).lower() if isinstance(one, bool) else str(one) for one in arguments]
+        own = "" if self.spliced is None else spliced_struct(self.spliced)
+        line = f"{self.name.upper()}({', '.join(words)})"
+        return "\n".join([kernel_text(), own, line, ""])
 
 
 @functools.cache
@@ -221,15 +225,21 @@ def spliced_struct(text: str) -> str:
     )
 
 
+@runtime_checkable
+class WritesCuda(Protocol):
+    """A surrogate that offers the CUDA text of its derivative, as SpikingJelly 0.0.0.0.14's do."""
+
+    spiking: bool
+
+    def cuda_codes(self, y: str, x: str, dtype: str) -> str:
+        """Statements that compute ``y`` from ``x``; NotImplementedError if there are none."""
+
+
 def _cuda_text(surrogate: Surrogate) -> str | None:
-    """CUDA text of the derivative that the surrogate's function offers itself, as SpikingJelly
-    0.0.0.0.14's do.
-    """
-    write: Callable[..., str] | None = getattr(surrogate.function, "cuda_codes", None)
-    if write is None:
+    if not isinstance(surrogate.function, WritesCuda):
         return None
     try:
-        return write(y="derivative", x="z", dtype="float")
+        return surrogate.function.cuda_codes(y="derivative", x="z", dtype="float")
     except NotImplementedError:  # what the base class of SpikingJelly's surrogates does
         return None
 
@@ -244,7 +254,7 @@ def _unusable_surrogate_reason(surrogate: Surrogate, device: torch.device) -> st
             f"the surrogate {name} has trainable parameters, whose gradient only "
             "backend='reference' computes"
         )
-    if not getattr(surrogate.function, "spiking", True):
+    if isinstance(surrogate.function, WritesCuda) and not surrogate.function.spiking:
         return (
             f"the surrogate {name} does not spike (spiking=False), and the kernel fires real spikes"
         )
@@ -259,22 +269,23 @@ _TEXTS_TRIED: dict[tuple[str, type, torch.device], str | None] = {}
 
 def _wrong_text_reason(name: str, surrogate: Surrogate, device: torch.device) -> str | None:
     """Run the text on a range of z: what another package writes is not believed unseen."""
-    z = torch.linspace(
-        -3.0, 3.0, 1200, device=device
-    )  # an even number: neither 0 nor the round values where g jumps
+    # an even number: neither 0 nor the round values where g jumps
+    z = torch.linspace(-3.0, 3.0, 1200, device=device)
     config = DLIFConfig(0.0, 0.0, 0.0, surrogate, detach_reset=True)
     inputs = Inputs(z[None], torch.ones(1, device=device), None, config)
+    found = InputGradients(torch.empty_like(z)[None], torch.empty(1, device=device), None)
     try:
-        derivative, _, _ = backward(inputs, OutputGradients(torch.ones_like(z)[None]), False)
+        backward(inputs, OutputGradients(torch.ones_like(z)[None]), found)
     except _CompilationError as error:
         return f"the CUDA code of the surrogate {name} does not compile: {error}"
+    derivative = found.x_seq[0]
     expected = surrogate.derivative(z)
-    if torch.allclose(derivative[0], expected, rtol=1e-3, atol=1e-5):
+    if torch.allclose(derivative, expected, rtol=1e-3, atol=1e-5):
         return None
-    worst = (derivative[0] - expected).abs().argmax()
+    worst = (derivative - expected).abs().argmax()
     return (
         f"the CUDA code of the surrogate {name} disagrees with its gradient in torch "
-        f"({derivative[0, worst]:.4g} instead of {expected[worst]:.4g} at z = {z[worst]:.4g})"
+        f"({derivative[worst]:.4g} instead of {expected[worst]:.4g} at z = {z[worst]:.4g})"
     )
 
 
@@ -294,41 +305,57 @@ def _vector_width(neurons: int, at_most: int, *tensors: Tensor | None) -> int:
     return width
 
 
-def _launch(
-    variant: Variant, x_seq: Tensor, tensors: tuple[Tensor | None, ...], config: DLIFConfig
-) -> None:
-    T = x_seq.shape[0]
-    M = x_seq.numel() // T
+_FORWARD = ("x_seq", "input_gain", "v_init", "spike_seq", "v_last", "v_seq")
+_BACKWARD = (
+    "x_seq",
+    "input_gain",
+    "v_init",
+    "grad_spike_seq",
+    "grad_v_last",
+    "grad_v_seq",
+    "grad_x_seq",
+    "grad_v_init",
+    "partial_grad_gain",
+    "checkpoints",
+)
+"""Pointers that a kernel takes, in the order of ``kernel.cu``."""
+
+
+def _launch(variant: Variant, inputs: Inputs, **others: Tensor | None) -> None:
+    """Launch a kernel on tensors by the names of its parameters; an absent one is None."""
+    x_seq, input_gain, v_init, config = inputs
+    T, M = len(x_seq), x_seq[0].numel()
     if M == 0:
         return
-    alpha = () if variant.surrogate is None else (config.surrogate.alpha,)
+    is_forward = variant.surrogate is None
+    tensors = {"x_seq": x_seq, "input_gain": input_gain, "v_init": v_init, **others}
+    pointers = [_pointer(tensors[name]) for name in (_FORWARD if is_forward else _BACKWARD)]
     constants = _floats(
-        config.decay, config.leak_current, config.v_threshold, config.v_reset or 0.0, *alpha
+        config.decay,
+        config.leak_current,
+        config.v_threshold,
+        config.v_reset or 0.0,
+        *(() if is_forward else (config.surrogate.alpha,)),
     )
-    pointers = [_NULL if tensor is None else np.int64(tensor.data_ptr()) for tensor in tensors]
     device, (of_device, of_stream) = x_seq.device, _contexts()
-    with (
-        of_device(device.index),
-        of_stream(torch.cuda.current_stream(device).cuda_stream),
-    ):  # CuPy restores its own
+    stream = torch.cuda.current_stream(device).cuda_stream
+    with of_device(device.index), of_stream(stream):  # CuPy restores its own
         kernel = _compiled(variant, device)
-        kernel(
-            (variant.blocks(M),),
-            (variant.threads,),
-            (*pointers, np.int64(M), np.int32(T), *constants),
-        )
+        grid, block = (variant.blocks(M),), (variant.threads,)
+        kernel(grid, block, (*pointers, np.int64(M), np.int32(T), *constants))
+
+
+def _pointer(tensor: Tensor | None) -> np.int64:
+    return _NULL if tensor is None else np.int64(tensor.data_ptr())
 
 
 @functools.cache
 def _contexts() -> tuple[Callable[[int | None], Any], Callable[[int], Any]]:
     """What makes CuPy's context of a device, from its index, and of a stream, from its handle."""
     cuda = importlib.import_module("cupy").cuda
-    from_external = getattr(
-        cuda.Stream, "from_external", None
-    )  # CuPy >= 14, which deprecates ExternalStream
-    if from_external is None:
+    if not hasattr(cuda.Stream, "from_external"):  # before CuPy 14, which deprecates the other
         return cuda.Device, cuda.ExternalStream
-    return cuda.Device, lambda stream: from_external(_ForeignStream(stream))
+    return cuda.Device, lambda stream: cuda.Stream.from_external(_ForeignStream(stream))
 
 
 class _ForeignStream(NamedTuple):
@@ -352,13 +379,10 @@ def _compiled(variant: Variant, device: torch.device) -> Any:
     disk as well.
     """
     cupy = importlib.import_module("cupy")
-    name = "dlif_forward" if variant.surrogate is None else "dlif_backward"
-    kernel = cupy.RawKernel(variant.source(name), name, options=_OPTIONS)
+    kernel = cupy.RawKernel(variant.source(), variant.name, options=_OPTIONS)
     try:
         kernel.compile()
-    except (
-        Exception
-    ) as error:  # CuPy raises many types: of its own, of the driver, OSError for a missing library
+    except Exception as error:  # of CuPy, of the driver, OSError for a missing library
         raise _CompilationError(
             f"CuPy could not compile the DLIF kernel on {device}: {type(error).__name__}: {error}. "
             f"If a CUDA library or header is missing, {_install_command()} brings them"
@@ -369,30 +393,28 @@ def _compiled(variant: Variant, device: torch.device) -> Any:
 @functools.cache
 def _cupy_reason() -> str | None:
     """Why CuPy cannot be used although torch sees a GPU, told from what really happened."""
-    try:
-        cupy = importlib.import_module("cupy")
-    except ModuleNotFoundError as error:
-        if error.name == "cupy":
-            return f"CuPy is not installed; {_install_command()}"
-        return f"CuPy is installed, but importing it failed: {error}; {_install_command()}"
-    except Exception as error:  # a broken installation can raise anything
-        return (
-            f"CuPy is installed, but importing it failed with {type(error).__name__}: {error}; "
-            f"{_install_command()}"
-        )
+    install = _install_command()
+    reason = import_failure(
+        "CuPy",
+        "cupy",
+        lambda: importlib.import_module("cupy"),
+        if_missing=f"; {install}",
+        if_broken=install,
+    )
+    if reason is not None:
+        return reason
+    cupy = importlib.import_module("cupy")
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:  # of the CUDA runtime
         return (
             f"CuPy {cupy.__version__} cannot reach the GPU that torch sees: "
             f"{type(error).__name__}: {error}; CuPy must fit the driver and CUDA "
-            f"{torch.version.cuda} of torch: {_install_command()}"
+            f"{torch.version.cuda} of torch: {install}"
         )
-    return (
-        None
-        if count
-        else f"CuPy {cupy.__version__} sees no GPU, although torch does; {_install_command()}"
-    )
+    if count:
+        return None
+    return f"CuPy {cupy.__version__} sees no GPU, although torch does; {install}"
 
 
 def _install_command() -> str:

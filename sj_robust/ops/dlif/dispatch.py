@@ -8,17 +8,21 @@ import warnings
 import torch
 from torch import Tensor
 
-from sj_robust.ops.dlif import autograd, backends, reference
-from sj_robust.ops.dlif.autograd import DLIFFunction, in_functorch, is_plain
-from sj_robust.ops.dlif.backends import CUDA_KERNELS, KERNELS, failing_reason, unavailable_reason
+from sj_robust.ops.dlif import operator, reference
+from sj_robust.ops.dlif.backends import (
+    CUDA_KERNELS,
+    failing_reason,
+    implementation,
+    unavailable_reason,
+)
 from sj_robust.ops.dlif.config import (
-    UNTRACEABLE,
     DLIFConfig,
     Inputs,
     Outputs,
     check_arguments,
     state_dtype,
 )
+from sj_robust.ops.registration import differentiates_by_functorch, in_onnx_export, is_traced
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = [
@@ -92,43 +96,32 @@ def dlif_multi_step(
     check_arguments(x_seq, input_gain, v_init)
     config = DLIFConfig(decay, v_threshold, v_reset, surrogate or _TRIANGLE, detach_reset)
     dtype = state_dtype(x_seq)
-    input_gain = input_gain.to(dtype).contiguous()  # a kernel takes a pointer
+    input_gain = input_gain.to(dtype)
     v_init = None if v_init is None else v_init.to(dtype)
     name = choose_backend(backend, x_seq, config.surrogate)
+    inputs = Inputs(x_seq, input_gain, v_init, config)
     if name == "reference":  # which needs no backward pass of its own
-        spike_seq, v, potentials = reference.multi_step(Inputs(x_seq, input_gain, v_init, config))
-        return spike_seq, v, potentials if store_v_seq else None
-
-    operator = (name, threads_per_block) if _in_registry(name, x_seq) else None
-    if (
-        operator is not None and x_seq.is_contiguous() and is_plain(x_seq, input_gain, v_init)
-    ):  # views take longer
-        v_init = None if v_init is None else v_init.contiguous()
-        found = backends.implementation(name, threads_per_block)
-        outputs: Outputs = DLIFFunction.apply(
-            x_seq, input_gain, v_init, config, found, operator, store_v_seq
-        )  # type: ignore[no-untyped-call]  # torch's
-        return outputs
-    order = _memory_order(x_seq)
-    inverse = [order.index(dim) for dim in range(x_seq.ndim)]
-    step_order, step_inverse = [dim - 1 for dim in order[1:]], [dim - 1 for dim in inverse[1:]]
-    x_seq = x_seq.permute(order)
-    shape = x_seq.shape
-    if v_init is not None:
-        v_init = v_init.permute(step_order).reshape(-1)
-    inputs = Inputs(x_seq.reshape(shape[0], -1).contiguous(), input_gain, v_init, config)
-    if operator is not None and not is_plain(inputs.x_seq, input_gain, v_init):
-        spike_seq, v, v_seq = autograd.registered(inputs, store_v_seq, operator)
-    else:
-        implementation = backends.implementation(name, threads_per_block)
-        # torch's
-        spike_seq, v, v_seq = DLIFFunction.apply(  # type: ignore[no-untyped-call]
-            *inputs, implementation, operator, store_v_seq
+        spike_seq, v, potentials = reference.multi_step(inputs)
+        return Outputs(spike_seq, v, potentials if store_v_seq else None)
+    if x_seq.is_contiguous():
+        return operator.multi_step(
+            inputs, store_v_seq=store_v_seq, backend=name, threads_per_block=threads_per_block
         )
-    return (
-        spike_seq.view(shape).permute(inverse),
-        v.view(shape[1:]).permute(step_inverse),
-        None if v_seq is None else v_seq.view(shape).permute(inverse),
+    order = _memory_order(x_seq)
+    inputs = Inputs(
+        x_seq=x_seq.permute(order).contiguous(),
+        input_gain=input_gain,
+        v_init=None if v_init is None else v_init.permute([dim - 1 for dim in order[1:]]),
+        config=config,
+    )
+    spike_seq, v, v_seq = operator.multi_step(
+        inputs, store_v_seq=store_v_seq, backend=name, threads_per_block=threads_per_block
+    )
+    inverse = [order.index(dim) for dim in range(x_seq.ndim)]
+    return Outputs(
+        spike_seq=spike_seq.permute(inverse),
+        v=v.permute([dim - 1 for dim in inverse[1:]]),
+        v_seq=None if v_seq is None else v_seq.permute(inverse),
     )
 
 
@@ -228,32 +221,23 @@ def _warn(reasons: str) -> None:
 def _unsupported_reason(name: str, x_seq: Tensor, surrogate: Surrogate) -> str | None:
     if name == "reference":
         return None
-    if autograd.in_onnx_export():
+    if in_onnx_export():
         return "an ONNX model holds torch's own operators alone, which is backend='reference'"
-    if autograd.differentiates_by_functorch():
+    if differentiates_by_functorch():
         return (
             "torch.func.grad, vjp, jvp and their like differentiate plain torch alone, which is "
             "backend='reference'"
         )
-    untraceable = torch.compiler.is_compiling() or _in_registry(name, x_seq)
-    if surrogate.kind == "custom" and untraceable and not is_plain(x_seq):
-        return f"the surrogate is a Python function: {UNTRACEABLE}"
-    reason: str | None = backends.implementation(name).unsupported_reason(x_seq, surrogate)
+    if surrogate.kind == "custom" and is_traced():
+        return (
+            "the surrogate is a Python function: a kernel takes it in no graph of torch's tracers "
+            "and under no torch.func.vmap; use backend='reference'"
+        )
+    reason: str | None = implementation(name).unsupported_reason(x_seq, surrogate)
     return reason
-
-
-def _in_registry(name: str, x_seq: Tensor) -> bool:
-    """Whether a tracer gets a call of torch's registry: of a kernel always, of plain torch where it
-    would lose its gradient.
-    """
-    if name in KERNELS or in_functorch():
-        return True
-    return not is_plain(x_seq) and autograd.is_recorded()
 
 
 def _memory_order(x_seq: Tensor) -> list[int]:
     """Dimensions as they lie in memory, time first, so that channels-last inputs are not copied."""
-    if x_seq.is_contiguous():
-        return list(range(x_seq.ndim))
     strides = x_seq.stride()
     return [0, *sorted(range(1, x_seq.ndim), key=lambda dim: (-strides[dim], dim))]

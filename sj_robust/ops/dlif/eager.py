@@ -9,15 +9,21 @@ is above ``-v_threshold`` where the neuron is silent.
 import torch
 from torch import Tensor
 
-from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outputs, state_dtype
+from sj_robust.ops.dlif.config import (
+    DLIFConfig,
+    InputGradients,
+    Inputs,
+    OutputGradients,
+    Outputs,
+    state_dtype,
+)
 from sj_robust.ops.heap import advise_huge_pages
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = ["backward", "forward", "unsupported_reason"]
 
-_CPU_BLOCK_ELEMENTS = (
-    1 << 21
-)  # per thread and block, over all steps: fewer torch calls outweigh a smaller cache
+# per thread and block, over all steps: fewer torch calls outweigh a smaller cache
+_CPU_BLOCK_ELEMENTS = 1 << 21
 _CPU_BLOCK_LIMIT = 1 << 24  # per block, however many threads
 
 
@@ -31,78 +37,92 @@ def unsupported_reason(x_seq: Tensor, surrogate: Surrogate) -> str | None:
     return None
 
 
-def forward(inputs: Inputs, store_v_seq: bool) -> Outputs:
+def forward(inputs: Inputs, outputs: Outputs) -> None:
     """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
-    x_seq = inputs.x_seq
-    spike_seq = advise_huge_pages(torch.empty_like(x_seq))
-    v = advise_huge_pages(torch.empty_like(x_seq[0], dtype=state_dtype(x_seq)))
-    v_seq = advise_huge_pages(torch.empty_like(x_seq, dtype=v.dtype)) if store_v_seq else None
-    blocks = _blocks(x_seq)
-    rows = _workspace(x_seq, blocks, rows=1 if x_seq.dtype == v.dtype else 2)
+    x_seq, dtype = inputs.x_seq, outputs.v.dtype
+    flat = _flat(inputs)
+    spike_seq = advise_huge_pages(outputs.spike_seq).view(flat.x_seq.shape)
+    v = advise_huge_pages(outputs.v).view(-1)
+    v_seq = None
+    if outputs.v_seq is not None:
+        v_seq = advise_huge_pages(outputs.v_seq).view(flat.x_seq.shape)
+    blocks = _blocks(flat.x_seq)
+    rows = _workspace(x_seq, blocks, rows=1 if x_seq.dtype == dtype else 2)
     for block in blocks:
-        n, spike = (rows[i, : block.stop - block.start] for i in (0, -1))
+        size = block.stop - block.start
         _advance(
-            _part(inputs, block),
+            _part(flat, block),
             v=v[block],
-            n_seq=[n] * len(x_seq),
-            spike=spike,
+            n_seq=[rows[0, :size]] * len(x_seq),
+            spike=rows[-1, :size],
             spike_seq=spike_seq[:, block],
             v_seq=None if v_seq is None else v_seq[:, block],
         )
-    return spike_seq, v.neg_(), v_seq
+    v.neg_()
 
 
-def backward(
-    inputs: Inputs, grads: OutputGradients, needs_v_init: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def backward(inputs: Inputs, grads: OutputGradients, found: InputGradients) -> None:
     """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
-    x_seq, input_gain, _, config = inputs
+    x_seq, input_gain, config = inputs.x_seq, inputs.input_gain, inputs.config
     dtype = state_dtype(x_seq)
-    grad_x_seq = advise_huge_pages(torch.empty_like(x_seq))
-    grad_gain = torch.zeros_like(
-        input_gain, dtype=torch.float64 if x_seq.device.type == "cpu" else dtype
-    )
-    grad_v_init = torch.empty_like(x_seq[0], dtype=dtype) if needs_v_init else None
-    blocks = _blocks(x_seq)
+    flat = _flat(inputs)
+    grad_spike_seq = grads.spike_seq.view(flat.x_seq.shape)
+    grad_v = None if grads.v is None else grads.v.view(-1)
+    grad_v_seq = None if grads.v_seq is None else grads.v_seq.view(flat.x_seq.shape)
+    grad_x_seq = advise_huge_pages(found.x_seq).view(flat.x_seq.shape)
+    grad_v_init = None if found.v_init is None else found.v_init.view(-1)
+    of_sum = torch.float64 if x_seq.device.type == "cpu" else dtype
+    grad_gain = torch.zeros_like(input_gain, dtype=of_sum)
+    gains = input_gain.unbind(0)
+    blocks = _blocks(flat.x_seq)
     in_place = x_seq.dtype == dtype  # then the potentials stand where their gradients will
     rows = _workspace(x_seq, blocks, rows=2 if in_place else 2 + len(x_seq))
     for block in blocks:
-        part = _part(inputs, block)
+        part = _part(flat, block)
         grad_x_block = grad_x_seq[:, block]
         scratch, spare, *n_seq = rows[:, : block.stop - block.start].unbind(0)
         n_seq = n_seq or list(grad_x_block.unbind(0))
         _advance(part, v=scratch, n_seq=n_seq, spike=spare)
-        grad_carry = None if grads.v is None else spare.copy_(grads.v[block])
+        grad_carry = None if grad_v is None else spare.copy_(grad_v[block])
         grad_gains = []
-        of_step = (part.x_seq, grads.spike_seq[:, block], grad_x_block, input_gain)
-        steps = list(zip(n_seq, *(of_block.unbind(0) for of_block in of_step), strict=True))
-        for t, (n, x, grad_spike, grad_x, gain) in reversed(list(enumerate(steps))):
-            if grads.v_seq is not None:
-                grad_v_now = grads.v_seq[t, block]
-                grad_carry = (
-                    spare.copy_(grad_v_now) if grad_carry is None else grad_carry.add_(grad_v_now)
-                )
-            grad_h = _grad_charge(n, grad_spike.to(dtype), grad_carry, config, scratch, out=spare)
-            torch.mul(grad_h, gain, out=grad_x) if in_place else grad_x.copy_(grad_h * gain)
-            grad_gains.append(
-                torch.mul(grad_h, x.to(dtype), out=scratch).sum()
-            )  # a dot product loses digits
+        x_steps, grad_x_steps = part.x_seq.unbind(0), grad_x_block.unbind(0)
+        grad_spike_steps = grad_spike_seq[:, block].unbind(0)
+        for t in reversed(range(len(x_seq))):
+            if grad_v_seq is not None:
+                grad_v_now = grad_v_seq[t, block]
+                if grad_carry is None:
+                    grad_carry = spare.copy_(grad_v_now)
+                else:
+                    grad_carry.add_(grad_v_now)
+            grad_spike = grad_spike_steps[t].to(dtype)
+            grad_h = _grad_charge(n_seq[t], grad_spike, grad_carry, config, scratch, out=spare)
+            if in_place:
+                torch.mul(grad_h, gains[t], out=grad_x_steps[t])
+            else:
+                grad_x_steps[t].copy_(grad_h * gains[t])
+            # a dot product loses digits
+            grad_gains.append(torch.mul(grad_h, x_steps[t].to(dtype), out=scratch).sum())
             grad_carry = grad_h.mul_(config.decay)
         grad_gain += torch.stack(grad_gains[::-1])
         if grad_v_init is not None:
             assert grad_carry is not None  # there is a step
             grad_v_init[block] = grad_carry
-    return grad_x_seq, grad_gain.to(dtype), grad_v_init
+    found.input_gain.copy_(grad_gain)
+
+
+def _flat(inputs: Inputs) -> Inputs:
+    """The same with all neurons of a step in a row."""
+    x_seq, v_init = inputs.x_seq, inputs.v_init
+    return inputs._replace(
+        x_seq=x_seq.view(len(x_seq), x_seq[0].numel()),
+        v_init=None if v_init is None else v_init.view(-1),
+    )
 
 
 def _blocks(x_seq: Tensor) -> list[slice]:
-    """Ranges of neurons that bound the memory for T steps; one range on a GPU and under
-    torch.compile.
-    """
+    """Ranges of neurons that bound the memory for T steps; one range on a GPU."""
     T, M = x_seq.shape
-    if (
-        x_seq.device.type != "cpu" or torch.compiler.is_compiling()
-    ):  # which would fix M, were it to count blocks
+    if x_seq.device.type != "cpu":
         return [slice(0, M)]
     size = max(min(_CPU_BLOCK_ELEMENTS * torch.get_num_threads(), _CPU_BLOCK_LIMIT) // T, 4096)
     return [slice(start, min(start + size, M)) for start in range(0, M, size)]
@@ -142,21 +162,21 @@ def _advance(
         at_rest = False
     else:
         u, at_rest = v, True  # a potential of 0 adds nothing to the first step
-    needs_spike = (
-        spike_seq is not None or config.v_reset is None or config.surrogate.kind == "custom"
-    )
+    is_custom = config.surrogate.kind == "custom"
+    needs_spike = spike_seq is not None or config.v_reset is None or is_custom
     spikes_in_place = spike_seq is not None and spike_seq.dtype == v.dtype
-    for t, (x, gain, n) in enumerate(
-        zip(x_seq.unbind(0), input_gain.neg().unbind(0), n_seq, strict=True)
-    ):
-        torch.mul(x, gain, out=n) if x.dtype == n.dtype else n.copy_(x).mul_(gain)
+    steps = zip(x_seq.unbind(0), input_gain.neg().unbind(0), n_seq, strict=True)
+    for t, (x, gain, n) in enumerate(steps):
+        if x.dtype == n.dtype:
+            torch.mul(x, gain, out=n)
+        else:
+            n.copy_(x).mul_(gain)
         if not at_rest:
             n.add_(u.mul_(config.decay))
         at_rest = False
         if config.leak_current:
             n.sub_(config.leak_current)
-        if spikes_in_place:
-            assert spike_seq is not None  # see above
+        if spike_seq is not None and spikes_in_place:
             spike = spike_seq[t]
         if needs_spike:
             _fire(n, config, out=spike)
@@ -216,8 +236,6 @@ def _grad_charge(
             )
     z = n.add_(config.v_threshold)  # negated, which makes no difference to the built-in surrogates
     derivative = config.surrogate.derivative_(z.neg_() if is_custom else z)
-    return (
-        torch.mul(through_spike, derivative, out=out)
-        if grad_v is None
-        else out.addcmul_(through_spike, derivative)
-    )
+    if grad_v is None:
+        return torch.mul(through_spike, derivative, out=out)
+    return out.addcmul_(through_spike, derivative)

@@ -20,9 +20,11 @@ def multi_step(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     Source: Ding et al. (ICML 2024), equations of the DLIF neuron.
     """
     x_seq, input_gain, v_init, config = inputs
-    dtype, v_reset = state_dtype(x_seq), config.v_reset
+    dtype = state_dtype(x_seq)
+    v_reset = config.v_reset
     v = initial_potential(x_seq, config) if v_init is None else v_init
-    spike_seq, v_seq = [], []
+    spike_seq = []
+    v_seq = []
     for x, gain in zip(x_seq.unbind(0), input_gain.unbind(0), strict=True):
         h = charge(v, x.to(dtype), decay=config.decay, gain=gain, v_reset=v_reset)
         spike = fire(h, config.v_threshold, config.surrogate.spike)

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from sj_robust.ops.dlif.config import (
     DLIFConfig,
+    InputGradients,
     Inputs,
     OutputGradients,
     Outputs,
+    import_failure,
     no_gpu_reason,
-    on_one_device,
 )
 from sj_robust.ops.surrogate import HOST_NAMES, Surrogate
 
@@ -32,9 +33,9 @@ __all__ = [
     "backward_plan",
     "forward",
     "forward_plan",
+    "given",
     "launch",
     "limit_above",
-    "scalars",
     "unavailable_reason",
     "unsupported_reason",
 ]
@@ -43,21 +44,17 @@ LONGEST_SEQUENCE_IN_REGISTERS = 16
 FORWARD_WARPS, BACKWARD_WARPS = 4, 1  # of a program; one warp alone sums without a barrier
 _LONG_SEGMENT = 8  # steps per segment of a longer sequence
 _BYTES_AT_ONCE = 16  # that a thread loads or stores of a tensor
-_MOST_NEURONS_OF_LONG = (
-    4  # of a thread in a longer sequence, whose loops keep an address for every access
-)
-_BYTES_PER_THREAD = (
-    128  # of x that a thread of the backward kernel reads in a segment, whose potentials it keeps
-)
+# of a thread in a longer sequence, whose loops keep an address for every access
+_MOST_NEURONS_OF_LONG = 4
+# of x that a thread of the backward kernel reads in a segment, whose potentials it keeps
+_BYTES_PER_THREAD = 128
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def unavailable_reason() -> str | None:
     """What keeps Triton kernels from running on this machine, with the remedy, or None."""
     reason = _triton_reason()
-    if (
-        reason is not None
-    ):  # a CPU build of torch comes without it, and then the build is what is wrong
+    if reason is not None:  # CPU builds of torch come without it: then the build is what is wrong
         return no_gpu_reason() or reason
     return None if _is_interpreted() else no_gpu_reason()
 
@@ -122,94 +119,98 @@ def backward_plan(dtype: torch.dtype, steps: int, config: DLIFConfig) -> Plan:
     )
 
 
-def forward(inputs: Inputs, store_v_seq: bool) -> Outputs:
+def forward(inputs: Inputs, outputs: Outputs) -> None:
     """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
-    x_seq, input_gain, v_init, config = on_one_device(inputs)
-    spike_seq = torch.empty_like(x_seq)
-    v = torch.empty_like(x_seq[0], dtype=torch.float32)
-    v_seq = torch.empty_like(x_seq, dtype=torch.float32) if store_v_seq else None
-    plan = forward_plan(x_seq.dtype, len(x_seq), config)
-    tensors = (x_seq, input_gain, v_init, spike_seq, v, v_seq)
-    _launch("dlif_forward", plan, x_seq, (*tensors, x_seq[0].numel(), *scalars(config)))
-    return spike_seq, v, v_seq
+    M = outputs.v.numel()
+    plan = forward_plan(inputs.x_seq.dtype, len(inputs.x_seq), inputs.config)
+    if M > 0:
+        launch(
+            _kernels().dlif_forward,
+            plan.programs(M),
+            constants=asdict(plan),
+            warps=plan.warps,
+            **given(inputs),
+            spike_seq=outputs.spike_seq,
+            v_last=outputs.v,
+            v_seq=outputs.v_seq,
+            neurons=M,
+        )
 
 
-def backward(
-    inputs: Inputs, grads: OutputGradients, needs_v_init: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def backward(inputs: Inputs, grads: OutputGradients, found: InputGradients) -> None:
     """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
-    x_seq, input_gain, v_init, config = on_one_device(inputs)
+    x_seq = inputs.x_seq
     T, M = len(x_seq), x_seq[0].numel()
-    plan = backward_plan(x_seq.dtype, T, config)
+    plan = backward_plan(x_seq.dtype, T, inputs.config)
     new = functools.partial(torch.empty, dtype=torch.float32, device=x_seq.device)
-    grad_x_seq = torch.empty_like(x_seq)
-    grad_v_init = torch.empty_like(x_seq[0], dtype=torch.float32) if needs_v_init else None
     partial_grad_gain = new((plan.programs(M), T))
-    checkpoints = (
-        new((plan.LATER, M)) if plan.LATER else None
-    )  # of the potential, one per segment but the first
-    tensors = (
-        x_seq,
-        input_gain,
-        v_init,
-        *grads,
-        grad_x_seq,
-        grad_v_init,
-        partial_grad_gain,
-        checkpoints,
-    )
-    _launch(
-        "dlif_backward",
-        plan,
-        x_seq,
-        (*tensors, M, M, *scalars(config), float(config.surrogate.alpha)),
-    )
-    return (
-        grad_x_seq,
-        partial_grad_gain.sum(0, dtype=torch.float64).to(input_gain.dtype),
-        grad_v_init,
-    )
+    if M > 0:
+        launch(
+            _kernels().dlif_backward,
+            plan.programs(M),
+            constants=asdict(plan),
+            warps=plan.warps,
+            **given(inputs),
+            grad_spike_seq=grads.spike_seq,
+            grad_v_last=grads.v,
+            grad_v_seq=grads.v_seq,
+            grad_x_seq=found.x_seq,
+            grad_v_init=found.v_init,
+            partial_grad_gain=partial_grad_gain,
+            # of the potential, one per segment but the first
+            checkpoints=new((plan.LATER, M)) if plan.LATER else None,
+            neurons=M,
+            neurons_again=M,
+            alpha=float(inputs.config.surrogate.alpha),
+        )
+    found.input_gain.copy_(partial_grad_gain.sum(0, dtype=torch.float64))
 
 
-def scalars(config: DLIFConfig) -> tuple[float, ...]:
-    """Those of the neurons, in the order in which kernels take them."""
-    return (
-        float(config.decay),
-        float(config.leak_current),
-        float(config.v_threshold),
-        float(config.v_reset or 0.0),
-    )
+def given(inputs: Inputs) -> dict[str, Any]:
+    """What every kernel of the neurons takes."""
+    config = inputs.config
+    return {
+        "x_seq": inputs.x_seq,
+        "input_gain": inputs.input_gain,
+        "v_init": inputs.v_init,
+        "decay": float(config.decay),
+        "leak_current": float(config.leak_current),
+        "v_threshold": float(config.v_threshold),
+        "v_reset": float(config.v_reset or 0.0),
+    }
 
 
 def launch(
-    kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], *, warps: int
+    kernel: Any, programs: int, *, constants: dict[str, Any], warps: int, **arguments: Any
 ) -> None:
-    """Launch so many programs on torch's current stream of the first tensor's device; constants are
-    compile-time ones.
+    """Launch so many programs on torch's current stream of the first tensor's device.
 
     Of a few variants the assembler keeps 8 bytes of a thread on its stack, where one or two
     registers less let a processor hold more threads. From its second launch on, such a variant has
     more registers and an empty stack.
+
+    Args:
+        kernel: A function of ``triton_kernel.py``.
+        programs: How many.
+        constants: Its compile-time arguments.
+        warps: Of a program.
+        arguments: Its tensors and numbers, by name; an absent tensor is None.
     """
-    device = arguments[0].device
-    variant = (
-        kernel,
-        device,
-        *constants.values(),
-        *(getattr(each, "dtype", None) for each in arguments),
-    )
-    on_device: AbstractContextManager[None] = (
-        torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    )
-    with on_device:  # on which Triton launches
+    dtypes = {name: one.dtype for name, one in arguments.items() if isinstance(one, Tensor)}
+    device = next(one.device for one in arguments.values() if isinstance(one, Tensor))
+    variant = kernel, device, *constants.values(), *dtypes.items()
+    on_device: AbstractContextManager[None] = nullcontext()
+    if device.type == "cuda":  # on which Triton launches
+        on_device = torch.cuda.device(device)
+    with on_device:
         compiled = kernel[(programs,)](
-            *arguments,
+            **arguments,
             **constants,
             num_warps=warps,
             enable_fp_fusion=False,
             maxnreg=_register_limits.get(variant),
         )
-    if getattr(compiled, "n_spills", 0):
+    if compiled is not None and compiled.n_spills:  # None in the interpreter
         _register_limits[variant] = limit_above(compiled.n_regs)
 
 
@@ -219,14 +220,6 @@ _register_limits: dict[tuple[Any, ...], int] = {}  # of a thread, by what a kern
 def limit_above(registers: int) -> int:
     """Limit of the registers of a thread for a variant that spills with so many."""
     return min(registers + 16, 255)
-
-
-def _launch(name: str, plan: Plan, x_seq: Tensor, arguments: tuple[Any, ...]) -> None:
-    M = x_seq[0].numel()
-    if M > 0:
-        launch(
-            getattr(_kernels(), name), plan.programs(M), arguments, asdict(plan), warps=plan.warps
-        )
 
 
 def _cut(steps: int) -> tuple[int, int, int]:
@@ -252,25 +245,13 @@ def _kernels() -> Any:
 
 @functools.cache
 def _triton_reason() -> str | None:
-    """Why Triton cannot be imported, told from what really happened."""
-    try:
-        _kernels()
-    except ModuleNotFoundError as error:
-        if error.name == "triton":
-            return (
-                "Triton is not installed, although CUDA builds of torch bring it; pip install "
-                "triton"
-            )
-        return f"Triton is installed, but importing it failed: {error}; {_INSTALL_AGAIN}"
-    except Exception as error:  # a broken installation can raise anything
-        return (
-            f"Triton is installed, but importing it failed with {type(error).__name__}: {error}; "
-            f"{_INSTALL_AGAIN}"
-        )
-    return None
-
-
-_INSTALL_AGAIN = "install torch and the triton that it asks for again"
+    return import_failure(
+        "Triton",
+        "triton",
+        _kernels,
+        if_missing=", although CUDA builds of torch bring it; pip install triton",
+        if_broken="install torch and the triton that it asks for again",
+    )
 
 
 def _is_interpreted() -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.convention import Convention, Takes
+from sj_robust.core.host import step_mode
 from sj_robust.perturbation.gains._affine import INPUT
 from sj_robust.perturbation.gains.gain import NeuronGains
 
@@ -88,7 +89,7 @@ def measure(
     def follow(name: str, gains: NeuronGains | None) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             # A single-step neuron may stand in a container that hands it the steps in turn.
-            mode = str(getattr(module, "step_mode", net_mode))
+            mode = step_mode(module, net_mode)
             if gains is not None:
                 moved[name].charge(steps(args[0], mode), gains)
             moved[name].send(steps(output, mode))

@@ -54,7 +54,8 @@ def resources(log: str) -> dict[str, tuple[int, int]]:
 
 
 def _read(program: ctypes.c_void_p, what: str) -> bytes:
-    nvrtc, size = _nvrtc(), ctypes.c_size_t()
+    nvrtc = _nvrtc()
+    size = ctypes.c_size_t()
     nvrtc[f"nvrtcGet{what}Size"](program, ctypes.byref(size))
     buffer = ctypes.create_string_buffer(max(size.value, 1))
     nvrtc[f"nvrtcGet{what}"](program, buffer)

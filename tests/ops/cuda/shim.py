@@ -67,7 +67,8 @@ def build(text: str, directory: Path, *, sanitize: bool = False) -> Path:
     """
     names = re.findall(r"^\s*DLIF_(?:FORWARD|BACKWARD)\((\w+)", text, re.M)
     names += re.findall(r'^extern "C" __global__ void (\w+)', text, re.M)
-    source, library = directory / "kernels.cpp", directory / "kernels.so"
+    source = directory / "kernels.cpp"
+    library = directory / "kernels.so"
     parts = [f'#include "{HERE / "cuda_shim.h"}"', '#line 1 "kernel.cu"', text]
     if "struct Half" in text:
         parts.append(_HALVES)

@@ -2,7 +2,6 @@
 numbers of every variant: test_shim.py.
 """
 
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,7 @@ from ops.cuda import shim
 from ops.cuda.fake_cupy import FakeCuPy, install
 
 from sj_robust.ops import Surrogate
-from sj_robust.ops.dlif import cupy_launch
+from sj_robust.ops.dlif import backends, cupy_launch
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
 
 needs_compiler = pytest.mark.skipif(
@@ -27,33 +26,33 @@ def cupy(tmp_path, monkeypatch):
     cupy_launch._compiled.cache_clear()
 
 
-def layer(T=2, M=8, dtype=torch.float32, v_init=None):
-    return Inputs(torch.rand(T, M).to(dtype), torch.ones(T), v_init, CONFIG)
+def layer(T=2, M=8, dtype=torch.float32):
+    return Inputs(torch.rand(T, M).to(dtype), torch.ones(T), None, CONFIG)
+
+
+def backward(launcher, inputs):
+    grads = OutputGradients(torch.ones_like(inputs.x_seq))
+    return backends.backward(launcher, inputs, grads, needs_v_init=False)
 
 
 @pytest.mark.slow
 @needs_compiler
-def test_several_blocks_and_a_chosen_block_size(cupy):
+def test_a_kernel_is_compiled_once_and_runs_in_blocks_of_the_chosen_size_on_torchs_stream(cupy):
     """More than one block, so that the partial sums of the gain's gradient are really added up."""
     inputs = layer(2, 500)
-    call = inputs, OutputGradients(torch.ones_like(inputs.x_seq)), False
-    _, grad_gain, _ = cupy_launch.Launcher(threads_per_block=64).backward(*call)
-    _, expected, _ = cupy_launch.backward(*call)
-    launches = [entry[2:] for entry in cupy.log if entry[0] == "launch"]
-    assert launches == [((2,), (64,)), ((1,), (128,))]
-    torch.testing.assert_close(grad_gain, expected)
-
-
-@pytest.mark.slow
-@needs_compiler
-def test_kernel_is_compiled_once_and_runs_on_torchs_stream(cupy):
-    for _ in range(2):
-        cupy_launch.forward(layer(), False)
-    entered = [("enter", "device", None), ("enter", "stream", (0, 0x1234))]
-    launch = ("launch", "dlif_forward", (1,), (128,))
-    left = [("exit", "stream", (0, 0x1234)), ("exit", "device", None)]
-    compiled = ("compile", "dlif_forward")
-    assert cupy.log == [*entered, compiled, launch, *left, *entered, launch, *left]
+    small = cupy_launch.Launcher(threads_per_block=64)
+    found = [backward(launcher, inputs) for launcher in (small, small, cupy_launch)]
+    torch.testing.assert_close(found[0], found[2])
+    device = ("device", None)
+    stream = ("stream", (0, 0x1234))
+    entered = [("enter", *device), ("enter", *stream)]
+    left = [("exit", *stream), ("exit", *device)]
+    compiled = ("compile", "dlif_backward")
+    wanted = []
+    for new, grid, block in (([compiled], 2, 64), ([], 2, 64), ([compiled], 1, 128)):
+        launch = ("launch", "dlif_backward", (grid,), (block,))
+        wanted += [*entered, *new, launch, *left]
+    assert cupy.log == wanted
 
 
 @pytest.mark.parametrize(
@@ -67,11 +66,24 @@ def test_device_and_stream_of_the_tensor_are_entered_and_left_on_errors(
     streams = {torch.device("cuda", 1): SimpleNamespace(cuda_stream=7)}
     monkeypatch.setattr(torch.cuda, "current_stream", streams.__getitem__)
     monkeypatch.setattr(cupy_launch, "_compiled", lambda *call: asked.append(call) or 1 / 0)
-    x = torch.zeros(2, 4)
-    elsewhere = SimpleNamespace(device=torch.device("cuda", 1), shape=x.shape, numel=x.numel)
-    variant = cupy_launch.Variant(128, "float", 2, False, 4, "RESET_TO_ZERO", False)
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda", 1)
+
+    inputs = layer()
+    inputs = inputs._replace(x_seq=inputs.x_seq.as_subclass(Elsewhere))
+    variant = cupy_launch.Variant(
+        threads=128,
+        io="float",
+        steps=2,
+        is_long=False,
+        vec=4,
+        reset="RESET_TO_ZERO",
+        v_seq=False,
+    )
+    absent = dict.fromkeys(("spike_seq", "v_last", "v_seq"))
     with pytest.raises(ZeroDivisionError):
-        cupy_launch._launch(variant, elsewhere, (x,), CONFIG)
+        cupy_launch._launch(variant, inputs, **absent)
     assert asked == [(variant, torch.device("cuda", 1))]
     device = ("device", 1)
     around = [("enter", *device), ("enter", *stream), ("exit", *stream), ("exit", *device)]
@@ -79,7 +91,7 @@ def test_device_and_stream_of_the_tensor_are_entered_and_left_on_errors(
 
 
 @pytest.mark.parametrize(
-    ("T", "M", "dtype", "forward", "backward"),
+    ("T", "M", "dtype", "forward", "of_backward"),
     [  # steps of a segment, whether there are more of them, neurons of a thread
         (4, 520, torch.float32, (4, False, 4), (4, False, 4)),
         (3, 133, torch.float32, (3, False, 1), (3, False, 1)),
@@ -89,13 +101,13 @@ def test_device_and_stream_of_the_tensor_are_entered_and_left_on_errors(
         (33, 68, torch.float32, (1, True, 4), (16, True, 2)),
     ],
 )
-def test_variant_of_a_call(monkeypatch, T, M, dtype, forward, backward):
+def test_variant_of_a_call(monkeypatch, T, M, dtype, forward, of_backward):
     launched = []
-    monkeypatch.setattr(cupy_launch, "_launch", lambda variant, *_: launched.append(variant))
+    monkeypatch.setattr(cupy_launch, "_launch", lambda variant, *_, **__: launched.append(variant))
     inputs = layer(T, M, dtype)
-    cupy_launch.forward(inputs, store_v_seq=False)
-    cupy_launch.backward(inputs, OutputGradients(torch.ones_like(inputs.x_seq)), False)
-    assert [(v.steps, v.is_long, v.vec) for v in launched] == [forward, backward]
+    backends.forward(cupy_launch, inputs, store_v_seq=False)
+    backward(cupy_launch, inputs)
+    assert [(v.steps, v.is_long, v.vec) for v in launched] == [forward, of_backward]
     assert [v.surrogate for v in launched] == [None, "PiecewiseQuadratic"]
 
 
@@ -111,11 +123,6 @@ def test_vector_width_follows_the_alignment_too():
 def test_block_size_is_checked(threads):
     with pytest.raises(ValueError, match=f"multiple of 32 from 32 to 1024, got {threads}"):
         cupy_launch.Launcher(threads_per_block=threads)
-
-
-def test_tensor_of_another_device_is_refused():
-    with pytest.raises(ValueError, match="v_init must be on the device of x_seq, cpu, got meta"):
-        cupy_launch.forward(layer(v_init=torch.zeros(8, device="meta")), False)
 
 
 # ---- surrogates with a CUDA text of their own ----
@@ -159,7 +166,8 @@ def test_own_text_of_a_surrogate_is_spliced_in_if_it_is_right(cupy):
 
 
 def test_surrogates_without_a_usable_text_are_refused():
-    smooth, trainable = Ramp(RIGHT), Ramp(RIGHT)
+    smooth = Ramp(RIGHT)
+    trainable = Ramp(RIGHT)
     smooth.spiking = False
     trainable.width = torch.nn.Parameter(torch.ones(()))
     x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
@@ -222,14 +230,15 @@ def test_missing_compiler_library_says_what_to_install(cupy, monkeypatch):
 
     monkeypatch.setattr("ops.cuda.fake_cupy.Kernel.compile", fail)
     with pytest.raises(RuntimeError, match=r"(?s)libnvrtc\.so\.12.*cupy-cuda\d+x\[ctk\]"):
-        cupy_launch.forward(layer(), False)
+        backends.forward(cupy_launch, layer(), store_v_seq=False)
 
 
 def test_unsupported_tensors():
-    on_gpu = partial(SimpleNamespace, device=torch.device("cuda", 0))
+    on_gpu = torch.device("cuda", 0)
     for x, message in (
         (torch.zeros(2, 2), "must be on a CUDA device, got cpu"),
-        (on_gpu(dtype=torch.float64), "got torch.float64"),
+        (SimpleNamespace(device=on_gpu, dtype=torch.float64), "got torch.float64"),
     ):
         assert message in cupy_launch.unsupported_reason(x, Surrogate())
-    assert cupy_launch.unsupported_reason(on_gpu(dtype=torch.bfloat16), Surrogate()) is None
+    x = SimpleNamespace(device=on_gpu, dtype=torch.bfloat16)
+    assert cupy_launch.unsupported_reason(x, Surrogate()) is None

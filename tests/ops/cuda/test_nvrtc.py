@@ -33,13 +33,20 @@ def test_every_kernel_of_the_table_compiles_and_stays_in_registers(architecture,
 
 
 def ptx_of(variant):
-    return nvrtc.compile_text(variant.source("dlif"), "compute_80", ptx=True)[0].decode()
+    return nvrtc.compile_text(variant.source(), "compute_80", ptx=True)[0].decode()
 
 
-def kernel(io, steps, backward):
-    vec = min(4, cupy_launch._VALUES_PER_THREAD // steps) if backward else 4
-    surrogate = "ATan" if backward else None
-    return Variant(128, io, steps, False, vec, "RESET_TO_ZERO", False, surrogate=surrogate)
+def kernel(io, steps, backward, threads=128):
+    return Variant(
+        threads=threads,
+        io=io,
+        steps=steps,
+        is_long=False,
+        vec=min(4, cupy_launch._VALUES_PER_THREAD // steps) if backward else 4,
+        reset="RESET_TO_ZERO",
+        v_seq=False,
+        surrogate="ATan" if backward else None,
+    )
 
 
 @pytest.mark.parametrize("io", WIDTHS)
@@ -54,12 +61,15 @@ def test_memory_is_moved_once_and_in_whole_vectors_and_charging_is_never_contrac
     """
     variant = kernel(io, steps, backward)
     ptx = ptx_of(variant)
-    of_x, of_v, passes = variant.vec * WIDTHS[io], variant.vec * 32, 1 + backward
+    of_x = variant.vec * WIDTHS[io]
+    of_v = variant.vec * 32
+    passes = 1 + backward
     move = r"^\s*(?:@\S+ )?(ld|st)\.global(?:\.nc)?(?:\.v(\d))?\.[a-z](\d+)"
     found = {"ld": Counter(), "st": Counter()}
     for way, count, bits in re.findall(move, ptx, re.M):
         found[way][int(count or 1) * int(bits)] += 1
-    loads, stores = Counter({of_x: passes * steps}), Counter({of_x: steps})
+    loads = Counter({of_x: passes * steps})
+    stores = Counter({of_x: steps})
     loads += Counter({of_v: passes}) + Counter({32: passes * steps})
     stores += Counter({of_v: 1}) + Counter({32: 2 * backward})
     assert found == {"ld": loads, "st": stores}
@@ -89,7 +99,7 @@ def test_two_neighbours_are_rounded_at_once_the_first_to_the_lower_half(io, inst
 @pytest.mark.parametrize("threads", [32, 512, 1024])
 def test_block_size_bounds_the_registers(threads):
     """1024 threads share 65536 registers: with more than 64 each the launch would fail."""
-    variant = kernel("float", 32, True)._replace(threads=threads)
-    _, log = nvrtc.compile_text(variant.source("dlif"), "sm_80", "--ptxas-options=-v")
+    variant = kernel("float", 32, True, threads)
+    _, log = nvrtc.compile_text(variant.source(), "sm_80", "--ptxas-options=-v")
     ((registers, _),) = nvrtc.resources(log).values()
     assert registers <= min(255, 65536 // threads)

@@ -40,7 +40,8 @@ extern "C" __global__ void race(float* seen) {
 
 def test_shim_shuffles_within_warps_and_shows_barriers_that_diverge_or_are_missing(tmp_path):
     small = shim.Library(shim.build(SMALL, tmp_path))
-    x, y = np.arange(64, dtype=np.float32), np.zeros(64, np.float32)
+    x = np.arange(64, dtype=np.float32)
+    y = np.zeros(64, np.float32)
     lanes = x.reshape(2, 32)
     for order in range(4):
         small.launch("shift", 1, 64, x, y, order=order)

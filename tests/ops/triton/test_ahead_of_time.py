@@ -11,7 +11,14 @@ from ops.triton import ahead
 
 from sj_robust.ops import Surrogate
 from sj_robust.ops.bn_dlif import triton_launch as stage_launch
-from sj_robust.ops.dlif import triton_launch
+from sj_robust.ops.bn_dlif.layer import (
+    Layer,
+    NormTensors,
+    StageGradients,
+    StageOutputGradients,
+    StageOutputs,
+)
+from sj_robust.ops.dlif import backends, triton_launch
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Planes
 
 pytestmark = [
@@ -19,8 +26,11 @@ pytestmark = [
     pytest.mark.kernels,
     pytest.mark.skipif(ahead.missing() is not None, reason=str(ahead.missing())),
 ]
-FORWARD, BACKWARD = "dlif_forward", "dlif_backward"
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+FORWARD = "dlif_forward"
+BACKWARD = "dlif_backward"
+F32 = torch.float32
+F16 = torch.float16
+BF16 = torch.bfloat16
 
 
 def config(v_reset=0.0, kind="triangle", detach=False):
@@ -29,7 +39,8 @@ def config(v_reset=0.0, kind="triangle", detach=False):
 
 BN_BACKWARD = "bn_dlif_backward"
 EVALUATION = (*ahead.ABSENT[BN_BACKWARD], *ahead.BACKWARD["evaluation"])
-ODD, POOLED = Planes(3, 7, 7, True, True), Planes(64, 8, 8, True, True)
+ODD = Planes(3, 7, 7, True, True)
+POOLED = Planes(64, 8, 8, True, True)
 # architecture, kernel, dtype, steps, constants, tensors that are left out, planes, registers
 IN_REGISTERS = [
     (80, FORWARD, F16, 8, config(None), (), None, 64),
@@ -210,10 +221,11 @@ def test_what_the_launcher_passes_compiles_as_triton_itself_sees_it(monkeypatch,
     )
     monkeypatch.setattr(triton_launch, "_kernels", lambda: warmed)
     for steps, neurons, v_reset in ((3, 1, 0.0), (3, 50, None), (2, 1 << 12, -0.25)):
-        x, v = torch.zeros(steps, neurons), torch.zeros(neurons) if v_reset is None else None
+        x = torch.zeros(steps, neurons)
+        v = torch.zeros(neurons) if v_reset is None else None
         inputs = Inputs(x, torch.ones(steps), v, config(v_reset, "atan"))
-        triton_launch.forward(inputs, v_reset is None)
-        triton_launch.backward(inputs, OutputGradients(x, v), v_reset is None)
+        backends.forward(triton_launch, inputs, v_reset is None)
+        backends.backward(triton_launch, inputs, OutputGradients(x, v), v_reset is None)
     for kernel in vars(warmed).values():
         assert ["ld.global.v4" in compiled.asm["ptx"] for compiled in kernel.compiled] == [
             False,
@@ -227,14 +239,18 @@ def test_what_the_launcher_of_one_pass_passes_compiles_too(monkeypatch, h100):
     names = ("bn_statistics", "bn_moments", "bn_dlif_forward", "bn_dlif_backward", "bn_finish")
     warmed = SimpleNamespace(**{name: Warmed(getattr(real, name)) for name in names})
     monkeypatch.setattr(stage_launch, "_kernels", lambda: warmed)
-    x, c, gain = torch.zeros(2, 3, 16, 4, 4, dtype=BF16), torch.ones(16), torch.ones(2)
-    planes, state = Planes(16, 4, 4, False, True), torch.zeros(3, 16, 4, 4)
-    moments = stage_launch.moments(x, config(), planes, (c, c, None, None), 1e-5)
-    tensors = {"gain": gain, "s": x[..., :2, :2].contiguous(), "v": state}
-    stage_launch.forward(x, config(), planes, moments, tensors)
+    x = torch.zeros(2, 3, 16, 4, 4, dtype=BF16)
+    c = torch.ones(16)
+    gain = torch.ones(2)
+    layer = Layer(Inputs(x, gain, None, config()), Planes(16, 4, 4, False, True))
+    moments = stage_launch.moments(layer, NormTensors(c, c, None, None), 1e-5)
+    layer = layer._replace(moments=moments)
+    spikes = x[..., :2, :2].contiguous()
+    v = torch.zeros(3, 16, 4, 4)
     sums = moments.new_empty(2, 16)
-    found = {"gain": gain, "gs": tensors["s"], "gx": x, "channel_sums": sums, "gain_grad": gain}
-    stage_launch.backward(x, config(), planes, moments, sums, found)
+    stage_launch.forward(layer, StageOutputs(spikes, v, None, None))
+    found = StageGradients(x, None, sums, gain)
+    stage_launch.backward(layer, StageOutputGradients(spikes, None, None, None), found, sums)
     stage_launch.finish(sums, moments, 1e-5, 96)
     for name, kernel in vars(warmed).items():
         (compiled,) = kernel.compiled
