@@ -6,5 +6,16 @@ import hashlib
 def checksum(part):
     digest = hashlib.sha256()
     for image, label in part:
-        digest.update(image.numpy().tobytes() + label.numpy().tobytes())
+        digest.update(image.numpy().tobytes())
+        digest.update(label.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def checksums(splits):
+    """Of training, validation and test images."""
+    return [checksum(splits.train), checksum(splits.validation), checksum(splits.test)]
+
+
+def sizes(splits):
+    """Numbers of training, validation and test images."""
+    return [len(splits.train), len(splits.validation), len(splits.test)]
