@@ -248,7 +248,13 @@ def ours_of(net, tau=None):
         path = Path(folder) / "net.pth"
         torch.save(net.state_dict(), path)
         mean, std = STATISTICS
-        classifier, spec = load_published_checkpoint(path, mean=mean, std=std, T=T, tau=tau)
+        classifier, spec = load_published_checkpoint(
+            path,
+            mean=mean,
+            std=std,
+            T=T,
+            tau=tau,
+        )
     classifier.mean.data = torch.tensor(mean)  # loading keeps 32 bits
     classifier.std.data = torch.tensor(std)
     return classifier, published_names(classifier.net, spec.name)

@@ -13,9 +13,13 @@ def checksum(part):
 
 def checksums(splits):
     """Of training, validation and test images."""
-    return [checksum(splits.train), checksum(splits.validation), checksum(splits.test)]
+    return [checksum(part) for part in parts(splits)]
 
 
 def sizes(splits):
     """Numbers of training, validation and test images."""
-    return [len(splits.train), len(splits.validation), len(splits.test)]
+    return [len(part) for part in parts(splits)]
+
+
+def parts(splits):
+    return (splits.train, splits.validation, splits.test)

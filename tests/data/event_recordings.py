@@ -40,7 +40,8 @@ class Events:
         """One recording after the other."""
         columns = {}
         for field in fields(cls):
-            columns[field.name] = np.concatenate([getattr(piece, field.name) for piece in pieces])
+            parts = [getattr(piece, field.name) for piece in pieces]
+            columns[field.name] = np.concatenate(parts)
         return cls(**columns)
 
 

@@ -23,31 +23,36 @@ def by_hand(image, seed, *, padding, flip, cutout):
     """One image [C, H, W], pixel by pixel."""
     depth, height, width = image.shape
     top, left, mirror, row, column = numbers(seed)
-    down = int(top * (2 * padding + 1)) - padding
-    right = int(left * (2 * padding + 1)) - padding
+    places = 2 * padding + 1
+    down = int(top * places) - padding
+    right = int(left * places) - padding
     row = int(row * height)
     column = int(column * width)
     flipped = flip and mirror >= 0.5
     result = torch.zeros(depth, height, width)
     for i, j in itertools.product(range(height), range(width)):
-        if near(i, row, cutout) and near(j, column, cutout):
-            continue
+        cut_out = near(i, row, cutout) and near(j, column, cutout)
         y = i + down
         x = right + (width - 1 - j if flipped else j)
-        if 0 <= y < height and 0 <= x < width:
+        inside = 0 <= y < height and 0 <= x < width
+        if inside and not cut_out:
             result[:, i, j] = image[:, y, x]
     return result
+
+
+USUAL = {"padding": 4, "flip": True, "cutout": 16}
+NOTHING = {"padding": 0, "flip": False, "cutout": 0}
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"padding": 4, "flip": True, "cutout": 16},
-        {"padding": 2, "flip": False, "cutout": 0},
-        {"padding": 0, "flip": True, "cutout": 0},
-        {"padding": 0, "flip": False, "cutout": 6},
-        {"padding": 3, "flip": True, "cutout": 20},
-        {"padding": 0, "flip": False, "cutout": 40},
+        USUAL,
+        NOTHING | {"padding": 2},
+        NOTHING | {"flip": True},
+        NOTHING | {"cutout": 6},
+        USUAL | {"padding": 3, "cutout": 20},
+        NOTHING | {"cutout": 40},
     ],
     ids=str,
 )
@@ -71,12 +76,15 @@ def test_an_image_does_not_depend_on_its_neighbours():
     assert torch.equal(images, before)
     assert torch.equal(torch.get_rng_state(), state)
     order = [4, 0, 8, 2]
-    some = augment(images[order], [seeds[number] for number in order])
+    their_seeds = [seeds[number] for number in order]
+    some = augment(images[order], their_seeds)
     assert torch.equal(some, together[order])
-    others = augment(images, [seed + 1 for seed in seeds])
+    other_seeds = [seed + 1 for seed in seeds]
+    others = augment(images, other_seeds)
     assert not torch.equal(others, together)
-    assert torch.equal(augment(images.double(), seeds), together.double())
-    nothing = Augmentation(padding=0, flip=False, cutout=0)
+    precise = augment(images.double(), seeds)
+    assert torch.equal(precise, together.double())
+    nothing = Augmentation(**NOTHING)
     assert torch.equal(nothing(images, seeds), images)
 
 
@@ -86,7 +94,8 @@ def test_frames_of_one_sample_are_treated_alike():
     seeds = [1, 2, 3, 4]
     result = augment(frames, seeds)
     for t in range(5):
-        assert torch.equal(result[:, t], augment(frames[:, t], seeds))
+        alone = augment(frames[:, t], seeds)
+        assert torch.equal(result[:, t], alone)
     assert result.unique().tolist() == [0.0, 1.0]
 
 

@@ -30,7 +30,8 @@ def test_processes_share_the_same_global_batches_from_any_of_them_on():
     first = at_epoch(1, rank=0, processes=2)
     second = at_epoch(1, rank=1, processes=2)
     for whole, part, other in zip(at_epoch(1), first, second, strict=True):
-        assert len(part) == len(other) == 2
+        assert len(part) == 2
+        assert len(other) == 2
         assert sorted(whole) == sorted(part + other)
     assert at_epoch(3)[2:] == at_epoch(3, first_batch=2)
 
@@ -41,7 +42,8 @@ def test_indices_of_any_batch(rank):
     batches = ShuffledBatches(23, 4, seed=5, rank=rank, processes=2)
     assert batches.indices(7, 3) == whole[3]
     assert batches.indices(7, 0) == whole[0]
-    assert batches.indices(8, 0) == at_epoch(8, rank=rank, processes=2)[0]
+    following = at_epoch(8, rank=rank, processes=2)
+    assert batches.indices(8, 0) == following[0]
     batches.epoch = 7
     walk = iter(batches)
     first = next(walk)
@@ -83,7 +85,8 @@ def test_a_loader_follows_the_batches_and_leaves_the_global_random_state_alone(w
     for epoch, first_batch in ((0, 0), (1, 3), (2, 0)):
         batches.epoch = epoch
         batches.first_batch = first_batch
-        assert [x.int().tolist() for (x,) in loader] == at_epoch(epoch, first_batch)
+        seen = [x.int().tolist() for (x,) in loader]
+        assert seen == at_epoch(epoch, first_batch)
         (x,) = next(iter(loader))
         assert len(x) == 4  # an epoch that is left early does not leak into the next
     in_order = [x for (x,) in image_loader(dataset, 5, workers)]
@@ -96,5 +99,6 @@ def test_wrong_use():
         ShuffledBatches(23, 24, seed=0)
     with pytest.raises(ValueError, match="multiple of the number of processes, 3"):
         ShuffledBatches(23, 4, seed=0, processes=3)
+    dataset = TensorDataset(torch.arange(3))
     with pytest.raises(ValueError, match="workers must be >= 0, got -1"):
-        image_loader(TensorDataset(torch.arange(3)), 1, workers=-1)
+        image_loader(dataset, 1, workers=-1)

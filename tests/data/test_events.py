@@ -30,6 +30,10 @@ def one_thread(monkeypatch):
     monkeypatch.setattr(configure, "max_threads_number_for_datasets_preprocess", 1)
 
 
+def load_n_mnist(root, T=T, **options):
+    return load_images("n_mnist", root=root, T=T, **options)
+
+
 def as_set(part):
     return {(frames.numpy().tobytes(), int(label)) for frames, label in part}
 
@@ -41,7 +45,7 @@ def by_hand(label, events, size):
 def test_n_mnist(tmp_path, monkeypatch):
     events = pack_n_mnist(tmp_path / "NMNIST")
     trust(monkeypatch, "n_mnist", tmp_path / "NMNIST")
-    splits = load_images("n_mnist", root=tmp_path, T=T, validation_fraction=0.2)
+    splits = load_n_mnist(tmp_path, validation_fraction=0.2)
     assert sizes(splits) == [24, 6, 20]
     assert splits.image_shape == (2, 34, 34)
     assert splits.classes == 10
@@ -59,12 +63,14 @@ def test_n_mnist(tmp_path, monkeypatch):
     assert as_set(splits.test) == expected["Test"]
     # A second load reads what the first one made; the folder itself may be given, and other T stand
     # beside it.
-    again = load_images("n_mnist", root=tmp_path / "NMNIST", T=T)
+    again = load_n_mnist(tmp_path / "NMNIST")
     assert as_set(again.test) == expected["Test"]
-    frames, _ = load_images("n_mnist", root=tmp_path, T=2).test[0]
+    shorter = load_n_mnist(tmp_path, T=2)
+    frames, _ = shorter.test[0]
     assert frames.shape == (2, 2, 34, 34)
-    few = load_images("n_mnist", root=tmp_path, T=T, test_limit=8).test
-    assert len({int(label) for _, label in few}) > 3
+    few = load_n_mnist(tmp_path, test_limit=8)
+    labels = {int(label) for _, label in few.test}
+    assert len(labels) > 3
 
 
 @pytest.mark.slow
@@ -90,15 +96,17 @@ def test_gestures(tmp_path, monkeypatch):
     assert sizes(splits) == [20, 2, 11]
     assert splits.classes == 11
     # Classes are numbered in the order of their folders' names, as SpikingJelly does it.
-    order = [0, 1, 10, 2, 3, 4, 5, 6, 7, 8, 9]
-    test = {by_hand(number, events["user24_led", label], 128) for number, label in enumerate(order)}
+    test = set()
+    for number, label in enumerate([0, 1, 10, 2, 3, 4, 5, 6, 7, 8, 9]):
+        recording = events["user24_led", label]
+        test.add(by_hand(number, recording, 128))
     assert as_set(splits.test) == test
 
 
 def test_missing_archives_and_downloads(tmp_path, monkeypatch):
     message = r"Train.zip, Test.zip not found in .*NMNIST.download. .*by hand from"
     with pytest.raises(FileNotFoundError, match=message):
-        load_images("n_mnist", root=tmp_path, T=T, download=True)
+        load_n_mnist(tmp_path, download=True)
     message = r"complete: airplane.zip, .* not found in .*--download.*figshare"
     with pytest.raises(FileNotFoundError, match=message):
         load_images("cifar10_dvs", root=tmp_path, T=T)
@@ -126,23 +134,23 @@ def test_archives_and_recordings_that_are_damaged_are_named(tmp_path, monkeypatc
     pack_n_mnist(tmp_path, 1, 1)
     message = r"download/Train.zip is damaged .*fetch it again from https"
     with pytest.raises(ValueError, match=message):
-        load_images("n_mnist", root=tmp_path, T=T)
+        load_n_mnist(tmp_path)
     assert (tmp_path / "download" / "Train.zip").is_file()
     trust(monkeypatch, "n_mnist", tmp_path)
-    load_images("n_mnist", root=tmp_path, T=T, validation_fraction=0.5)
+    load_n_mnist(tmp_path, validation_fraction=0.5)
     (tmp_path / "events_np" / "train" / "3" / "00003.npz").write_bytes(b"not events")
     message = r"(?s)SpikingJelly (could not prepare NMNIST|made no frames of 1 .*00003.npz)"
     with pytest.raises(ValueError, match=message):
-        load_images("n_mnist", root=tmp_path, T=2)
+        load_n_mnist(tmp_path, T=2)
     (tmp_path / "events_np" / "train" / "4" / "00004.npz").unlink()
     with pytest.raises(ValueError, match=r"no frames of 1 recordings: .*00004.bin.*keep download"):
-        load_images("n_mnist", root=tmp_path, T=T)
+        load_n_mnist(tmp_path)
 
 
 def test_damaged_frames(tmp_path, monkeypatch):
     pack_n_mnist(tmp_path, 2, 1)
     trust(monkeypatch, "n_mnist", tmp_path)
-    splits = load_images("n_mnist", root=tmp_path, T=T)
+    splits = load_n_mnist(tmp_path)
     folder = tmp_path / f"frames_number_{T}_split_by_number"
     train = folder / "train" / "3" / "00003.npz"
     test = folder / "test" / "3" / "00003.npz"
@@ -152,20 +160,21 @@ def test_damaged_frames(tmp_path, monkeypatch):
     with pytest.raises(UnreadableError, match=r"test/3/00003.npz cannot be read any more .*CRC"):
         list(splits.test)
     train.write_bytes(train.read_bytes()[:100])
+    not_for_tests = ConcatDataset([splits.train, splits.validation])
     with pytest.raises(UnreadableError, match=r"train/3/00003.npz cannot be read any more"):
-        list(image_loader(ConcatDataset([splits.train, splits.validation]), 4))
+        list(image_loader(not_for_tests, 4))
     message = r"1 of 20 files in .*00003.npz .BadZipFile.*on_unreadable='skip'"
     with pytest.raises(UnreadableError, match=message):
-        load_images("n_mnist", root=tmp_path, T=T)
+        load_n_mnist(tmp_path)
     with pytest.warns(UserWarning, match=r"1 of 20 files .*00003.npz.*left out"):
-        splits = load_images("n_mnist", root=tmp_path, T=T, on_unreadable="skip")
+        splits = load_n_mnist(tmp_path, on_unreadable="skip")
     assert len(splits.train) + len(splits.validation) == 19
 
 
 @pytest.mark.parametrize("T", [None, 0, True])
 def test_frames_need_their_number(tmp_path, T):
     with pytest.raises(ValueError, match="T must be an integer >= 1 for event data"):
-        load_images("n_mnist", root=tmp_path, T=T)
+        load_n_mnist(tmp_path, T=T)
 
 
 def test_an_import_that_fails_says_what_to_install(monkeypatch):

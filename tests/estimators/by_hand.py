@@ -117,9 +117,9 @@ def network(kind, **options):
 
 
 def inputs():
-    generator = torch.Generator().manual_seed(5)
-    x = torch.rand(T, N, FEATURES, generator=generator, dtype=torch.float64)
-    weights = torch.randn(T, N, CLASSES, generator=generator, dtype=torch.float64)
+    torch.manual_seed(5)
+    x = torch.rand(T, N, FEATURES).double()
+    weights = torch.randn(T, N, CLASSES).double()
     return 2 * x - 0.4, weights
 
 
@@ -127,14 +127,19 @@ def gradient(net, x, weights, step_mode="m"):
     """Gradient of the weighted sum of spikes; ``weights`` make it a different one at each step."""
     functional.reset_net(net)
     x = x.clone().requires_grad_()
-    out = net(x) if step_mode == "m" else torch.stack([net(frame) for frame in x])
+    out = net(x) if step_mode == "m" else step_by_step(net, x)
     grad = gradient_of(out, x, weights)
     functional.reset_net(net)
     return grad.numpy()
 
 
+def step_by_step(net, x):
+    return torch.stack([net(frame) for frame in x])
+
+
 def gradient_of(out, x, weights):
-    (grad,) = torch.autograd.grad((out * weights).sum(), x)
+    weighted = out * weights
+    (grad,) = torch.autograd.grad(weighted.sum(), x)
     return grad
 
 
@@ -146,7 +151,8 @@ def pdsg_slopes(h, theta):
     for t in range(T):
         so_far = h[: t + 1]
         sigma = np.std(so_far, ddof=1) if np.ptp(so_far) else 1.0
-        slopes[t] = surrogate_derivative("gaussian", 1 / sigma, h[t] - theta - sigma / 2)
+        z = h[t] - theta - sigma / 2
+        slopes[t] = surrogate_derivative("gaussian", 1 / sigma, z)
     return slopes
 
 
@@ -175,9 +181,10 @@ def rga_gate(x, layer):
     u = layer.scaled(x).mean(0) / theta
     low = (u >= 0) & (u < 1 - decay)
     middle = (u >= 1 - decay) & (u <= 2)
-    slope = np.where(low, 0.2, 0.0)
-    slope = np.where(middle, (1 - 0.2 + 0.2 * decay) / (1 + decay), slope)
-    return layer.scaled(np.broadcast_to(slope / theta, x.shape))
+    above = (1 - 0.2 + 0.2 * decay) / (1 + decay)
+    slope = 0.2 * low + above * middle
+    gate = np.broadcast_to(slope / theta, x.shape)
+    return layer.scaled(gate)
 
 
 @dataclass(frozen=True)
@@ -226,7 +233,8 @@ class ByHand:
             return grad_s * rga_gate(x, self.layer)
         if self.family == "hart":
             return self.by_rate(h, grad_s)
-        grad = self.layer.bptt(h, s, grad_s, self.slopes(h, memory), self.detach)
+        slopes = self.slopes(h, memory)
+        grad = self.layer.bptt(h, s, grad_s, slopes, self.detach)
         if self.family == "hart_mixed":
             return (self.by_rate(h, grad_s) + grad) / 2
         return grad
@@ -235,12 +243,15 @@ class ByHand:
 def gradient_by_hand(name, net, x, weights, layer, memories=None):
     """Gradient of ``network``; ``memories`` are those of both layers."""
     first, second = memories or ([], [])
-    by_hand = ByHand(name.removesuffix("+detach"), layer, name.endswith("+detach"))
+    detach = name.endswith("+detach")
+    by_hand = ByHand(name.removesuffix("+detach"), layer, detach)
     w1 = net[0].weight.detach().numpy()
+    b1 = net[0].bias.detach().numpy()
     w2 = net[2].weight.detach().numpy()
-    x1 = x.numpy() @ w1.T + net[0].bias.detach().numpy()
+    b2 = net[2].bias.detach().numpy()
+    x1 = x.numpy() @ w1.T + b1
     _, s1 = layer.fire(x1)
-    x2 = s1 @ w2.T + net[2].bias.detach().numpy()
+    x2 = s1 @ w2.T + b2
     grad_x2 = by_hand.of_layer(x2, weights.numpy(), second)
     grad_x1 = by_hand.of_layer(x1, grad_x2 @ w2, first)
     return grad_x1 @ w1

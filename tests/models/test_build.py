@@ -65,6 +65,10 @@ def write(path, spec, classifier, *, without=()):
     save_checkpoint(path, {"model": classifier.state_dict(), "description": description})
 
 
+def image_batch(n=2):
+    return torch.rand(n, 1, 8, 8)
+
+
 def nodes(net):
     return [module for module in net.modules() if isinstance(module, neuron.BaseNode)]
 
@@ -80,12 +84,13 @@ def test_every_name_builds(name):
 
 def losses_of_training(net):
     """Three steps on made-up images."""
-    x = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    x = image_batch(32).double()
     y = torch.arange(32) % 10
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     losses = []
     for _ in range(3):
-        loss = nn.functional.cross_entropy(net(x.double()), y)
+        loss = nn.functional.cross_entropy(net(x), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -144,7 +149,13 @@ SPIKFORMER = pytest.mark.skipif(
 )
 def test_zoo(name, size):
     torch.manual_seed(0)
-    spec = NetworkSpec(f"zoo:{name}", image_shape=(3, size, size), classes=4, T=2, tau=5.0)
+    spec = NetworkSpec(
+        f"zoo:{name}",
+        image_shape=(3, size, size),
+        classes=4,
+        T=2,
+        tau=5.0,
+    )
     classifier = build_classifier(spec)
     found = nodes(classifier)
     assert len(found) > 10
@@ -191,23 +202,30 @@ def test_event_frames(name, size, options):
     classifier = build_classifier(spec).eval()
     assert isinstance(classifier, SpikingEventClassifier)
     frames = torch.randint(2, (4, 3, 2, size, size)).float() * 3
+    frames_seq = frames.transpose(0, 1)
     net = build_network(spec).eval()
     net.load_state_dict(classifier.net.state_dict())
     with torch.no_grad():
-        expected = net(frames.transpose(0, 1)).mean(0)
+        expected = net(frames_seq).mean(0)
         assert_close(classifier(frames), expected)
 
 
 @pytest.mark.parametrize("module", ["own_models", "own_models.py"])
 def test_a_function_of_ones_own(own, module):
-    spec = NetworkSpec(f"{module}:build", classes=6, T=3, tau=7.0, options={"width": 5})
+    spec = NetworkSpec(
+        f"{module}:build",
+        classes=6,
+        T=3,
+        tau=7.0,
+        options={"width": 5},
+    )
     classifier = build_classifier(spec)
     assert classifier.net[1].out_features == 5
     (node,) = nodes(classifier)
     assert node.T == 3
     assert node.tau == 7.0
     assert node.step_mode == "m"
-    assert classifier(torch.rand(2, 1, 8, 8)).shape == (2, 6)
+    assert classifier(image_batch()).shape == (2, 6)
 
 
 def test_lif_of_ones_own_network_becomes_dlif(own):
@@ -228,7 +246,7 @@ def test_a_classifier_of_ones_own_keeps_its_normalisation_in_a_checkpoint(own):
     assert type(node) is DLIFNode
     write(own / "best.pt", spec, classifier)
     read = from_checkpoint(own / "best.pt", trust_code=True).model
-    x = torch.rand(3, 1, 8, 8)
+    x = image_batch()
     assert torch.equal(read(x), classifier(x))
     with pytest.raises(ValueError, match=r"returns a classifier of T=4, asked for is T=3"):
         build_classifier(NetworkSpec("own_models:wrapped", T=3))
@@ -321,7 +339,7 @@ def test_checkpoints_from_before_these_fields_existed_load_at_another_number_of_
     assert subject.spec.T == 5
     assert model.T == 5
     assert model.net.T == 5
-    assert model(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+    assert model(image_batch()).shape == (2, 10)
 
 
 def test_checkpoints_run_functions_only_where_trusted(own):

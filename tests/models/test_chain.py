@@ -1,4 +1,4 @@
-from itertools import pairwise
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -7,7 +7,13 @@ from spikingjelly.activation_based import layer
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.models import VGG, VGG_FEATURES, ConvChain, NetworkSpec, SmallConvNet, build_network
 
-CONVOLUTIONS = {"vgg5": 3, "vgg11": 8, "vgg13": 10, "vgg16": 13, "vgg19": 16}
+CONVOLUTIONS = {
+    "vgg5": 3,
+    "vgg11": 8,
+    "vgg13": 10,
+    "vgg16": 13,
+    "vgg19": 16,
+}
 
 
 def small(spiking_neuron=DLIFNode, step_mode="m", shape=(3, 9, 12)):
@@ -23,13 +29,29 @@ def small(spiking_neuron=DLIFNode, step_mode="m", shape=(3, 9, 12)):
     return net.eval()
 
 
+def build_vgg(name, size=32, T=2):
+    return VGG(
+        name,
+        (3, size, size),
+        classes=10,
+        T=T,
+        spiking_neuron=DLIFNode,
+    )
+
+
 def of_kind(net, kind):
     return [module for module in net.modules() if isinstance(module, kind)]
 
 
 @pytest.mark.parametrize("name", VGG_FEATURES)
 def test_layers_of_vgg_as_in_the_paper(name):
-    spec = NetworkSpec(name, image_shape=(3, 32, 32), classes=10, T=2, hidden=(24, 20))
+    spec = NetworkSpec(
+        name,
+        image_shape=(3, 32, 32),
+        classes=10,
+        T=2,
+        hidden=(24, 20),
+    )
     net = build_network(spec)
     convolutions = of_kind(net, layer.Conv2d)
     assert len(convolutions) == CONVOLUTIONS[name]
@@ -40,51 +62,79 @@ def test_layers_of_vgg_as_in_the_paper(name):
     assert first.in_features == convolutions[-1].out_channels * size**2
     model = SpikingClassifier(net, T=2)
     with torch.no_grad():
-        assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+        logits = model(torch.rand(2, 3, 32, 32))
+    assert logits.shape == (2, 10)
 
 
 def test_vgg11_has_the_sizes_of_the_paper():
     with torch.device("meta"):
-        net = VGG("vgg11", (3, 32, 32), 10, T=8, spiking_neuron=DLIFNode)
-    shapes = [tuple(linear.weight.shape) for linear in of_kind(net, layer.Linear)]
-    assert shapes == [(4096, 512 * 4 * 4), (4096, 4096), (10, 4096)]
+        net = build_vgg("vgg11", T=8)
     count = 0
-    for inputs, outputs in pairwise([3, 64, 128, 256, 512, 512, 512, 512, 512]):
+    inputs = 3
+    for outputs in (64, 128, 256, 512, 512, 512, 512, 512):
         count += 9 * inputs * outputs + outputs  # a convolution
         count += 2 * outputs  # its batch norm
-    for outputs, inputs in shapes:
+        inputs = outputs
+    inputs = 512 * 4 * 4
+    for outputs in (4096, 4096, 10):
         count += inputs * outputs + outputs
+        inputs = outputs
     count += 8 * len(of_kind(net, DLIFNode))
-    assert sum(parameter.numel() for parameter in net.parameters()) == count
+    sizes = [parameter.numel() for parameter in net.parameters()]
+    assert sum(sizes) == count
+    first, second, last = of_kind(net, layer.Linear)
+    assert first.weight.shape == (4096, 512 * 4 * 4)
+    assert second.weight.shape == (4096, 4096)
+    assert last.weight.shape == (10, 4096)
+
+
+@dataclass(frozen=True)
+class Strided:
+    """Options of a chain without poolings, and the features that are left of an image."""
+
+    strides: list[int]
+    kernel_size: int
+    features: int
 
 
 @pytest.mark.parametrize(
-    ("strides", "kernel_size", "features"),
-    [([1, 2], 3, 6 * 5 * 6), ([2, 2], 4, 6 * 2 * 3)],
+    "case",
+    [
+        Strided(strides=[1, 2], kernel_size=3, features=6 * 5 * 6),
+        Strided(strides=[2, 2], kernel_size=4, features=6 * 2 * 3),
+    ],
 )
-def test_strides_in_the_place_of_poolings_and_no_batch_norm(strides, kernel_size, features):
-    options = {"strides": strides, "kernel_size": kernel_size, "batch_norm": False}
-    spec = NetworkSpec(image_shape=(3, 9, 12), classes=7, channels=(4, 6), options=options)
+def test_strides_in_the_place_of_poolings_and_no_batch_norm(case):
+    size = case.kernel_size
+    options = {"strides": case.strides, "kernel_size": size, "batch_norm": False}
+    spec = NetworkSpec(
+        image_shape=(3, 9, 12),
+        classes=7,
+        channels=(4, 6),
+        options=options,
+    )
     net = build_network(spec)
     assert of_kind(net, layer.BatchNorm2d | layer.AvgPool2d) == []
-    for convolution, stride in zip(of_kind(net, layer.Conv2d), strides, strict=True):
+    convolutions = of_kind(net, layer.Conv2d)
+    for convolution, stride in zip(convolutions, case.strides, strict=True):
         assert convolution.stride == (stride, stride)
-        assert convolution.kernel_size == (kernel_size, kernel_size)
+        assert convolution.kernel_size == (size, size)
     (linear,) = of_kind(net, layer.Linear)
-    assert linear.in_features == features
-    assert SpikingClassifier(net, T=4)(torch.rand(2, 3, 9, 12)).shape == (2, 7)
+    assert linear.in_features == case.features
+    logits = SpikingClassifier(net, T=4)(torch.rand(2, 3, 9, 12))
+    assert logits.shape == (2, 7)
 
 
 def test_images_that_cannot_be_halved():
     with pytest.raises(ValueError, match="cannot be halved 2 times"):
         small(shape=(1, 3, 8))
     with pytest.raises(ValueError, match="cannot be halved 5 times"):
-        VGG("vgg16", (3, 16, 16), 10, T=2, spiking_neuron=DLIFNode)
+        build_vgg("vgg16", size=16)
 
 
 def test_an_unknown_vgg():
     with pytest.raises(ValueError, match="name must be one of vgg5, vgg11"):
-        VGG("vgg12", (3, 32, 32), 10, T=2, spiking_neuron=DLIFNode)
+        build_vgg("vgg12")
 
 
 @pytest.mark.parametrize(

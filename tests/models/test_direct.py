@@ -24,8 +24,15 @@ NETWORKS = {
 
 def build(name, spiking_neuron=DLIFNode, step_mode="m", shape=(3, 9, 12)):
     torch.manual_seed(0)
-    arguments = {"T": 4, "step_mode": step_mode, "v_threshold": 0.2}
-    return NETWORKS[name](shape, 7, spiking_neuron=spiking_neuron, **arguments).eval()
+    net = NETWORKS[name](
+        shape,
+        classes=7,
+        T=4,
+        spiking_neuron=spiking_neuron,
+        step_mode=step_mode,
+        v_threshold=0.2,
+    )
+    return net.eval()
 
 
 @pytest.mark.parametrize("spiking_neuron", NEURONS)
@@ -49,7 +56,11 @@ def test_an_image_and_its_copies_over_time_and_single_steps_give_the_same_output
 
 @pytest.mark.parametrize(
     ("name", "norm"),
-    [("small", "stages.0.norm"), ("vgg", "stages.0.norm"), ("wide", "stages.0.activation.norm")],
+    [
+        ("small", "stages.0.norm"),
+        ("vgg", "stages.0.norm"),
+        ("wide", "stages.0.activation.norm"),
+    ],
 )
 def test_the_first_convolution_runs_once_and_batch_norm_sees_every_copy(name, norm):
     net = build(name).train()

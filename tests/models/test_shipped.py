@@ -20,14 +20,16 @@ CARDS = pretrained_networks()
 
 @pytest.fixture(scope="module")
 def images():
-    return next(iter(image_loader(load_images("digits").test, 360)))
+    test = load_images("digits").test
+    return next(iter(image_loader(test, 360)))
 
 
 @pytest.mark.parametrize("name", [name for name in CARDS if name.startswith("digits/")])
 def test_a_network_gets_right_what_its_card_says(name, images):
     x, y = images
-    correct = int((pretrained(name)(x).argmax(1) == y).sum())
-    assert abs(correct / 3.6 - CARDS[name].clean) < 0.3, "one image, where rounding differs"
+    right = pretrained(name)(x).argmax(1) == y
+    clean = float(right.sum()) / 3.6
+    assert abs(clean - CARDS[name].clean) < 0.3, "one image, where rounding differs"
 
 
 @pytest.mark.parametrize("name", CARDS)
@@ -71,7 +73,8 @@ def test_names_are_checked():
     with pytest.raises(ValueError, match=message):
         pretrained("digits/dlif-certifed")
     read = from_checkpoint(Path("digits/lif")).model
-    assert torch.equal(read.net.first.weight, pretrained("digits/lif").net.first.weight)
+    shipped = pretrained("digits/lif")
+    assert torch.equal(read.net.first.weight, shipped.net.first.weight)
 
 
 @pytest.mark.parametrize(

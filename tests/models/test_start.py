@@ -50,7 +50,12 @@ def assert_same_logits(one, other, shape=(1, 8, 8)):
 
 @pytest.mark.parametrize(("kind", "tau"), [("lif", 5.0), ("if", float("inf"))])
 def test_a_dlif_network_begins_as_the_pretrained_one(tmp_path, kind, tau):
-    options = {"T": 3, "tau": tau, "mean": (0.2,), "std": (0.5,)}
+    options = {
+        "T": 3,
+        "tau": tau,
+        "mean": (0.2,),
+        "std": (0.5,),
+    }
     lif = pretrained(tmp_path / "best.pt", NetworkSpec(neuron=kind, **options))
     torch.manual_seed(1)
     dlif = build_classifier(NetworkSpec(**options))
@@ -142,8 +147,18 @@ BEFORE_STAGES = {
     "small, neurons apart": NetworkSpec("small", T=3, fused=False),
     "small of LIF": NetworkSpec("small", T=3, neuron="lif"),
     "small without batch norm": NetworkSpec("small", T=3, options={"batch_norm": False}),
-    "vgg5": NetworkSpec("vgg5", image_shape=(1, 8, 8), T=3, hidden=(8, 8)),
-    "wide": NetworkSpec("wrn16_4", image_shape=(1, 8, 8), T=3, options={"widen_factor": 1}),
+    "vgg5": NetworkSpec(
+        "vgg5",
+        image_shape=(1, 8, 8),
+        T=3,
+        hidden=(8, 8),
+    ),
+    "wide": NetworkSpec(
+        "wrn16_4",
+        image_shape=(1, 8, 8),
+        T=3,
+        options={"widen_factor": 1},
+    ),
     "of a function": NetworkSpec("own_stages.py:build", T=3),
 }
 OWN = """

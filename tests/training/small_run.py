@@ -117,7 +117,12 @@ def run(
     set_seed(7)
     net = Net(dropout) if build is None else build()
     classifier = SpikingClassifier(net, T=3).to(dtype)
-    usual = {"epochs": 3, "batch_size": 16, "lr": 0.1, "seed": 3}
+    usual = {
+        "epochs": 3,
+        "batch_size": 16,
+        "lr": 0.1,
+        "seed": 3,
+    }
     history = train(
         Objective(classifier, **objective or {}),
         splits(dtype=dtype) if data is None else data,
@@ -189,7 +194,12 @@ SCENARIOS = {
     "apart": WITH_BATCH_NORM,
     "certified": SYNCHRONISED
     | {
-        "objective": {"loss": "certified", "certified_eps": 0.05, "kappa": 0.2, "rho": 0.5},
+        "objective": {
+            "loss": "certified",
+            "certified_eps": 0.05,
+            "kappa": 0.2,
+            "rho": 0.5,
+        },
         "select": "verified",
         "verified_eps": 0.02,
     },

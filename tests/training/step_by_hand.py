@@ -46,7 +46,8 @@ def potentials(x_seq, *, decay, gain, v_reset=0.0, detach=False):
     h_seq = []
     spike_seq = []
     for t in range(T):
-        h = decay * v + gain[t] * x_seq[t] + (1 - decay) * rest
+        leak = (1 - decay) * rest
+        h = decay * v + gain[t] * x_seq[t] + leak
         spike = fire(h)
         h_seq.append(h)
         spike_seq.append(spike)
@@ -101,6 +102,10 @@ def linear(x_seq, weight):
     return x_seq @ weight.T
 
 
+def repeated(x):
+    return torch.stack([x] * T)
+
+
 def per_channel(values):
     return values[:, None, None]
 
@@ -125,15 +130,19 @@ class Network:
     def run(self, x, *, training):
         """Logits [N, classes], and what was seen of every spiking layer."""
         seen = {}
-        (frame,) = conv([x], self.w["0.weight"])
-        out = self.norm("1", torch.stack([frame] * T), training)
+        frame = conv([x], self.w["0.weight"])
+        out = frame.expand(T, -1, -1, -1, -1)
+        out = self.norm("1", out, training)
         out = self.neuron("2", out, seen)
-        out = conv(pool(out), self.w["4.weight"]) + per_channel(self.w["4.bias"])
+        out = conv(pool(out), self.w["4.weight"])
+        out = out + per_channel(self.w["4.bias"])
         out = self.norm("5", out, training)
         out = self.neuron("6", out, seen)
-        out = linear(out.flatten(2), self.w["8.weight"]) + self.w["8.bias"]
+        out = linear(out.flatten(2), self.w["8.weight"])
+        out = out + self.w["8.bias"]
         out = self.neuron("9", out, seen)
-        out = linear(out, self.w["10.weight"]) + self.w["10.bias"]
+        out = linear(out, self.w["10.weight"])
+        out = out + self.w["10.bias"]
         return out.mean(0), seen
 
     def norm(self, name, x_seq, training):
@@ -168,12 +177,17 @@ class Network:
     def neuron(self, name, x_seq, seen):
         gain = self.gain_of(name)
         h_seq, spike_seq = potentials(x_seq, decay=DECAY, gain=gain)
-        seen[name] = Seen(x_seq=x_seq, spike_seq=spike_seq, h_seq=h_seq, gain=gain)
+        seen[name] = Seen(
+            x_seq=x_seq,
+            spike_seq=spike_seq,
+            h_seq=h_seq,
+            gain=gain,
+        )
         self.note_margin(h_seq)
         return spike_seq
 
     def gain_of(self, name):
-        constant = torch.full((T,), 1 / TAU, dtype=torch.float64)
+        constant = torch.full((T,), 1 / TAU).double()
         return self.w.get(f"{name}.input_gain", constant)
 
     def note_margin(self, h):
@@ -187,7 +201,7 @@ class Network:
         """
         low = (x - eps).clamp(0, 1)
         high = (x + eps).clamp(0, 1)
-        ends = Ends(torch.stack([low] * T), torch.stack([high] * T))
+        ends = Ends(low, high).map(repeated)
         ends = self.affine(ends, conv, "0")
         ends = self.norm_bounds("1", ends)
         ends = self.neuron_bounds("2", ends)
@@ -241,8 +255,10 @@ class Network:
             possible_seq.append(fire(h_high))
             sure = h_low >= 1
             undecided = (h_high >= 1) & ~sure
-            low = torch.where(undecided, h_low.clamp(max=0), h_low).masked_fill(sure, 0)
-            high = torch.where(undecided, h_high.clamp(0, 1), h_high).masked_fill(sure, 0)
+            low = torch.where(undecided, h_low.clamp(max=0), h_low)
+            high = torch.where(undecided, h_high.clamp(0, 1), h_high)
+            low = low.masked_fill(sure, 0)
+            high = high.masked_fill(sure, 0)
         return Ends(torch.stack(sure_seq), torch.stack(possible_seq))
 
 
@@ -253,14 +269,16 @@ def softmax(logits):
 
 def cross_entropy(logits, y):
     rows = torch.arange(len(y))
-    losses = logits.exp().sum(1).log() - logits[rows, y]
+    normaliser = logits.exp().sum(1).log()
+    losses = normaliser - logits[rows, y]
     return losses.mean()
 
 
 def divergence(logits, logits_perturbed):
     p = softmax(logits)
     q = softmax(logits_perturbed)
-    return (p * (p / q).log()).sum(1).mean()
+    terms = p * (p / q).log()
+    return terms.sum(1).mean()
 
 
 def perturbed_images(mode, network, x, y, noise, *, eps, noise_std):
@@ -274,7 +292,8 @@ def perturbed_images(mode, network, x, y, noise, *, eps, noise_std):
         step = eps
         steps = 1
     elif mode == "pgd_at":
-        start = (x + eps * (2 * noise - 1)).clamp(0, 1)
+        uniform = 2 * noise - 1
+        start = (x + eps * uniform).clamp(0, 1)
         step = eps / 4
         steps = 7
     else:
@@ -292,7 +311,8 @@ def perturbed_images(mode, network, x, y, noise, *, eps, noise_std):
         smallest = grad.abs()[grad != 0].min()
         assert smallest > 1e-12  # a sign that rounding could turn would compare nothing
         at = at.detach() + step * grad.sign()
-        at = torch.minimum(torch.maximum(at, x - eps), x + eps)
+        at = torch.maximum(at, x - eps)
+        at = torch.minimum(at, x + eps)
         at = at.clamp(0, 1)
     return at
 
@@ -355,7 +375,8 @@ class Sparsity:
         return right / (right + wrong)
 
     def penalty(self):
-        logits, _ = self.network.run(self.x + self.h * self.direction, training=True)
+        moved = self.x + self.h * self.direction
+        logits, _ = self.network.run(moved, training=True)
         slope = (self.probability(logits) - self.before) / self.h
         if self.squared:
             return (slope**2).mean()
@@ -368,5 +389,6 @@ def retracted(weight, beta, rows=None):
     if rows is None:
         rows = torch.arange(len(matrix))
     part = matrix[rows]
-    matrix[rows] = (1 + beta) * part - beta * part @ part.T @ part
+    cubed = part @ part.T @ part
+    matrix[rows] = (1 + beta) * part - beta * cubed
     return matrix.reshape(weight.shape)

@@ -30,7 +30,12 @@ from sj_robust.training import (
 
 EPS = 0.05
 CERTIFIED = {
-    "objective": {"loss": "certified", "certified_eps": EPS, "kappa": 0.2, "rho": 0.0},
+    "objective": {
+        "loss": "certified",
+        "certified_eps": EPS,
+        "kappa": 0.2,
+        "rho": 0.0,
+    },
     "select": "verified",
     "verified_eps": EPS,
     "perturb": None,
@@ -46,7 +51,11 @@ def unbounded():
     net = nn.Sequential(
         layer.Flatten(),
         layer.Linear(16, 9),
-        nn.Sequential(nn.Unflatten(2, (3, 3)), Attention(), nn.Flatten(2)),
+        nn.Sequential(
+            nn.Unflatten(2, (3, 3)),
+            Attention(),
+            nn.Flatten(2),
+        ),
         DLIFNode(T=3),
         layer.Linear(9, 3),
     )
@@ -150,7 +159,13 @@ def test_what_it_cannot_train_is_refused_before_it_starts():
 
 
 def test_adam_takes_its_own_step(tmp_path):
-    small_run.run(tmp_path, perturb=None, epochs=1, optimizer="adam", lr=1e-3)
+    small_run.run(
+        tmp_path,
+        perturb=None,
+        epochs=1,
+        optimizer="adam",
+        lr=1e-3,
+    )
     (group,) = load_checkpoint(tmp_path / "last.pt")["optimizer"]["param_groups"]
     assert group["betas"] == (0.9, 0.999)
     with pytest.raises(ValueError, match="optimizer must be 'sgd' or 'adam', got 'lion'"):

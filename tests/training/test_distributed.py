@@ -29,7 +29,8 @@ def two(tmp_path_factory):
     with pytest.raises(small_run.PowerCutError):
         small_run.run(folder / "one_to_two", **small_run.CUT, perturb=attack)
     result = launch.script(small_run.__file__, folder)
-    assert result.stdout.split() == ["0", "0"], result.stderr
+    exit_codes = result.stdout.split()
+    assert exit_codes == ["0", "0"], result.stderr
     return folder
 
 
@@ -41,10 +42,14 @@ def assert_same_training(one, two):
     assert_close(two["model"], one["model"], rtol=1e-9, atol=1e-11)
     for record, other in zip(one["history"], two["history"], strict=True):
         assert record["validation"] == other["validation"]
-        assert record["losses"] == pytest.approx(other["losses"], rel=1e-9)
+        losses = pytest.approx(other["losses"], rel=1e-9)
+        assert record["losses"] == losses
 
 
-@pytest.mark.parametrize("name", [name for name in small_run.SCENARIOS if name != "apart"])
+COMPARED = [name for name in small_run.SCENARIOS if name != "apart"]
+
+
+@pytest.mark.parametrize("name", COMPARED)
 def test_two_processes_train_the_same_weights_as_one(two, tmp_path, name):
     small_run.run(tmp_path, **small_run.SCENARIOS[name])
     one = last(tmp_path)
@@ -79,7 +84,8 @@ def test_one_process_needs_no_synchronisation(tmp_path):
     plain = last(tmp_path / "a")["model"]
     synchronised = last(tmp_path / "b")["model"]
     assert_close(synchronised, plain, rtol=0, atol=0)
-    assert type(classifier.net[1]) is type(small_run.batch_norm_net()[1])
+    usual = small_run.batch_norm_net()
+    assert type(classifier.net[1]) is type(usual[1])
 
 
 def test_a_synchronised_network_is_itself_again():
@@ -131,4 +137,5 @@ def test_what_stops_one_process_stops_both_at_the_same_step_and_only_the_first_o
     assert not list((two / "nan").iterdir())
     assert last(two / "signal")["batch"] == 1
     assert not list(two.rglob("*.tmp"))
-    assert sorted(path.name for path in (two / "attack").iterdir()) == ["best.pt", "last.pt"]
+    left = [path.name for path in (two / "attack").iterdir()]
+    assert sorted(left) == ["best.pt", "last.pt"]

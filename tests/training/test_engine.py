@@ -46,8 +46,10 @@ assert_same = partial(assert_close, rtol=0, atol=0)
 def test_it_learns_and_leaves_what_it_promises(tmp_path):
     history, classifier = small_run.run(tmp_path, epochs=6)
     assert [record.epoch for record in history] == [1, 2, 3, 4, 5, 6]
-    assert history[-1].losses["clean"] < history[0].losses["clean"] / 5
-    assert history[-1].validation["pgd"] > 0.9
+    first = history[0]
+    last = history[-1]
+    assert last.losses["clean"] < first.losses["clean"] / 5
+    assert last.validation["pgd"] > 0.9
     rates = [record.lr for record in history]
     assert rates == sorted(rates, reverse=True)
     assert_same(weights(tmp_path), dict(classifier.state_dict()))
@@ -96,21 +98,28 @@ def test_the_first_step_is_sgd_with_weight_decay_on_every_parameter_also_the_gai
     for name, value in start.named_parameters():
         expected = value - 0.1 * (value.grad + 0.3 * value)
         assert_close(classifier.get_parameter(name), expected, rtol=1e-5, atol=1e-6)
-    (group,) = load_checkpoint(tmp_path / "a" / "last.pt")["optimizer"]["param_groups"]
+    saved = load_checkpoint(tmp_path / "a" / "last.pt")
+    (group,) = saved["optimizer"]["param_groups"]
     assert group["fused"]
 
 
 @pytest.mark.parametrize("momentum", [0.9, 0.5])
 def test_a_second_step_has_momentum_and_the_cosine_learning_rate(tmp_path, momentum):
     data = small_run.splits(16, torch.float64)
-    options = {"data": data, "dtype": torch.float64, "perturb": None, "momentum": momentum}
+    options = {
+        "data": data,
+        "dtype": torch.float64,
+        "perturb": None,
+        "momentum": momentum,
+    }
     _, trained = small_run.run(tmp_path / "a", epochs=2, weight_decay=0.3, **options)
     _, by_hand = small_run.run(tmp_path / "b", epochs=1, lr=1e-30, **options)
     velocity = {name: torch.zeros_like(value) for name, value in by_hand.named_parameters()}
     for lr in (0.1, 0.05):
         back_propagate(by_hand, data)
         for name, value in by_hand.named_parameters():
-            velocity[name] = momentum * velocity[name] + value.grad + 0.3 * value.detach()
+            decayed = value.grad + 0.3 * value.detach()
+            velocity[name] = momentum * velocity[name] + decayed
             value.data -= lr * velocity[name]
     for name, value in by_hand.named_parameters():
         assert_close(trained.get_parameter(name), value, rtol=1e-9, atol=1e-12)
@@ -120,7 +129,8 @@ def test_a_step_ends_with_the_retraction_of_the_plan(tmp_path):
     one_step = {"data": small_run.splits(16), "epochs": 1, "perturb": None}
     _, retracted = small_run.run(tmp_path / "a", **one_step, retraction=0.05)
     _, plain = small_run.run(tmp_path / "b", **one_step)
-    assert not torch.equal(retracted.net.parts[0].weight, plain.net.parts[0].weight)
+    first = retracted.net.parts[0].weight
+    assert not torch.equal(first, plain.net.parts[0].weight)
     retract_(plain, 0.05)  # all rows, since no layer has 200 of them
     assert_same(dict(retracted.state_dict()), dict(plain.state_dict()))
 
@@ -303,7 +313,8 @@ def test_broken_weights_never_reach_a_checkpoint(tmp_path, step):
     class Breaking(Journal):
         def on_step(self, losses):
             if len(models) == step:
-                next(models[0].parameters()).data[0] = float("nan")
+                weight = next(models[0].parameters())
+                weight.data[0] = float("nan")
 
     message = r"net.parts.0.weight holds NaN .* epoch 2.* is intact"
     with pytest.raises(NonFiniteLossError, match=message):
@@ -316,7 +327,11 @@ def test_broken_weights_never_reach_a_checkpoint(tmp_path, step):
 
 
 def two_classes():
-    return nn.Sequential(nn.Flatten(2), nn.Linear(16, 2), DLIFNode(T=3, tau=4.0))
+    return nn.Sequential(
+        nn.Flatten(2),
+        nn.Linear(16, 2),
+        DLIFNode(T=3, tau=4.0),
+    )
 
 
 @pytest.mark.parametrize(
@@ -459,7 +474,12 @@ def test_channels_last_changes_the_memory_order_alone(tmp_path):
 
     images = small_run.splits()
     data = replace(images, train=coloured(images.train), validation=coloured(images.test))
-    options = {"build": two_channels, "data": data, "epochs": 1, "perturb": attack}
+    options = {
+        "build": two_channels,
+        "data": data,
+        "epochs": 1,
+        "perturb": attack,
+    }
     _, usual = small_run.run(tmp_path / "usual", **options)
     _, last = small_run.run(tmp_path / "last", **options, channels_last=True)
     assert seen == [False] * 4 + [True] * 4
@@ -524,7 +544,8 @@ def test_penalties_and_speed_are_in_the_log(logged):
     losses = logged.history[0].losses
     sparsity = losses["penalty/gradient_sparsity"]
     guarding = losses["penalty/threshold_guarding"]
-    assert losses["penalty"] == pytest.approx(0.1 * sparsity + 0.2 * guarding, rel=1e-5)
+    weighted = 0.1 * sparsity + 0.2 * guarding
+    assert losses["penalty"] == pytest.approx(weighted, rel=1e-5)
     expected = (
         f"(perturbed {losses['perturbed']:.3f}, gradient_sparsity {sparsity:.3f}, "
         f"threshold_guarding {guarding:.3f}), accuracy {losses['accuracy_perturbed']:.1%}; "
@@ -558,7 +579,8 @@ def test_losses_and_gains_are_in_tensorboard(logged):
     assert [event.step for event in moved] == [1, 2]
     assert all(event.value > 0 for event in moved)
     node = logged.classifier.net.parts[1]
-    for name, gain in (("l2_gain/parts.1", l2_gain), ("peak_gain/parts.1", peak_gain)):
+    shown = {"l2_gain/parts.1": l2_gain, "peak_gain/parts.1": peak_gain}
+    for name, gain in shown.items():
         first, last = events.Scalars(name)
         assert first.value != last.value, "the gains move with training"
         expected = float(gain(node.decay, 3, node.input_gain))

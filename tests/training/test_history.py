@@ -17,7 +17,12 @@ class Epoch:
 def warning_after(epochs):
     history = []
     for number, epoch in enumerate(epochs, 1):
-        record = EpochRecord(epoch=number, losses={}, validation=asdict(epoch), lr=0.1)
+        record = EpochRecord(
+            epoch=number,
+            losses={},
+            validation=asdict(epoch),
+            lr=0.1,
+        )
         history.append(record)
     return catastrophic_overfitting(history)
 

@@ -26,8 +26,12 @@ def problem():
         nn.Linear(8, 3),
     )
     x = torch.rand(5, 3, 2, 2)
-    y = torch.tensor([0, 1, 2, 0, 1])
+    y = torch.arange(5) % 3
     return net.train(), x, y
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("name", WITH_IMAGES)
@@ -37,7 +41,7 @@ def test_the_network_and_the_caller_are_left_as_they_were(problem, name):
     images = x.clone()
     attack = training_attack(name, eps=EPS)
     with unchanged(net):
-        x_perturbed = attack(net, x, y, generator=torch.Generator().manual_seed(1))
+        x_perturbed = attack(net, x, y, generator=seeded(1))
     assert torch.equal(x, images)
     assert x_perturbed.shape == x.shape
     assert x_perturbed.dtype == x.dtype
@@ -45,7 +49,8 @@ def test_the_network_and_the_caller_are_left_as_they_were(problem, name):
     if name != "gaussian":
         assert x_perturbed.min() >= 0
         assert x_perturbed.max() <= 1
-        assert (x_perturbed.double() - x.double()).abs().max() <= EPS
+        moved = x_perturbed.double() - x.double()
+        assert moved.abs().max() <= EPS
 
 
 @pytest.mark.parametrize("name", WITH_IMAGES)
@@ -57,9 +62,11 @@ def test_seeds_of_the_samples_make_every_image_independent_of_its_batch(problem,
     attack = training_attack(name, eps=EPS, noise_std=0.02)
     whole = attack(net, x, y, generator=seeds)
     rows = torch.tensor([3, 1])
-    part = attack(net, x[rows], y[rows], generator=seeds.rows(rows))
+    their_seeds = seeds.rows(rows)
+    part = attack(net, x[rows], y[rows], generator=their_seeds)
     assert_close(part, whole[rows], rtol=0, atol=1e-12)
-    other = attack(net, x, y, generator=SampleSeeds([0, 1, 2, 3, 4]))
+    other_seeds = SampleSeeds([0, 1, 2, 3, 4])
+    other = attack(net, x, y, generator=other_seeds)
     assert not torch.equal(other, whole)
 
 
@@ -93,13 +100,14 @@ def test_radii(problem):
     net, x, y = problem
     assert training_attack("none", eps=0.1) is None
     gaussian = training_attack("gaussian", eps=0.5)
-    assert gaussian(net, x, y, generator=None).max() > 1
+    noisy = gaussian(net, x, y, generator=None)
+    assert noisy.max() > 1
     free = training_attack("at", eps=0.01, step_size=0.03, project=False)
-    moved = free(net, x, y, generator=None) - x
-    assert moved.abs().max() > 0.025
+    x_perturbed = free(net, x, y, generator=None)
+    assert (x_perturbed - x).abs().max() > 0.025
     for attack in validation_attacks(EPS).values():
-        moved = attack(net, x, y, generator=torch.Generator().manual_seed(0)) - x
-        assert moved.abs().max() <= EPS
+        x_perturbed = attack(net, x, y, generator=seeded(0))
+        assert (x_perturbed - x).abs().max() <= EPS
     nothing = trades(net, x[:0], y[:0], eps=0.1, step_size=0.1)
     assert nothing.shape == (0, 3, 2, 2)
 

@@ -14,13 +14,20 @@ T = 3
 @pytest.fixture
 def problem():
     torch.manual_seed(0)
-    spec = NetworkSpec(image_shape=(2, 8, 8), classes=5, T=T, tau=5.0, channels=(4, 6))
+    spec = NetworkSpec(
+        image_shape=(2, 8, 8),
+        classes=5,
+        T=T,
+        tau=5.0,
+        channels=(4, 6),
+    )
     classifier = SpikingClassifier(build_network(spec), T).double().train()
     with torch.no_grad():
         for _ in range(5):
             classifier(torch.rand(16, 2, 8, 8).double())
     x = torch.rand(6, 2, 8, 8).double()
-    return classifier, x, torch.tensor([0, 1, 2, 3, 4, 0])
+    y = torch.arange(6) % 5
+    return classifier, x, y
 
 
 class Count(Penalty):
@@ -60,7 +67,11 @@ def images_seen(classifier):
 def test_only_the_passes_that_a_term_needs_are_run(problem, options, passes):
     classifier, x, y = problem
     x_perturbed = (x + 0.2).clamp(0, 1)
-    expected = {"both": [x, x_perturbed], "clean": [x], "perturbed": [x_perturbed]}
+    expected = {
+        "both": [x, x_perturbed],
+        "clean": [x],
+        "perturbed": [x_perturbed],
+    }
     objective = Objective(classifier, **options)
     seen = images_seen(classifier)
     losses = objective(x, y, x_perturbed)
@@ -104,8 +115,9 @@ def test_penalties_are_weighted_summed_and_told_by_name(problem):
     assert list(values) == ["count", "threshold_guarding"]
     weighted = 0.5 * values["count"] + 2 * values["threshold_guarding"]
     assert_close(losses.penalty, weighted)
-    plain = Objective(classifier).eval()(x, y, x * 0.9)
-    assert_close(losses.total, plain.total + losses.penalty)
+    plain = Objective(classifier).eval()
+    without = plain(x, y, x * 0.9)
+    assert_close(losses.total, without.total + losses.penalty)
     assert count.passes.logits is not None
     assert torch.equal(count.passes.first[0], x)
     assert not x.requires_grad

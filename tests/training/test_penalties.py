@@ -200,7 +200,11 @@ def test_guarding_refuses_what_it_cannot_see(problem):
 
 def test_sparsity_tends_to_the_l1_norm_of_the_gradient():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    net = nn.Sequential(
+        nn.Linear(6, 8),
+        nn.Tanh(),
+        nn.Linear(8, 4),
+    ).double()
     x = torch.rand(3, 6, dtype=torch.float64).requires_grad_()
     y = torch.tensor([3, 0, 2])
     logits = net(x)

@@ -31,13 +31,15 @@ def test_singular_values_move_towards_1_and_vectors_stay(layer):
     matrix = layer.weight.data.flatten(1)  # in the memory of the weight
     u, before, v = torch.linalg.svd(matrix, full_matrices=False)
     retract_(layer, 0.01)
-    expected = u @ torch.diag(1.01 * before - 0.01 * before**3) @ v
-    assert_close(matrix, expected)
+    moved = 1.01 * before - 0.01 * before**3
+    assert_close(matrix, u @ torch.diag(moved) @ v)
     after = torch.linalg.svdvals(matrix)
-    assert ((after - 1).abs() < (before - 1).abs()).all()
+    nearer = (after - 1).abs() < (before - 1).abs()
+    assert nearer.all()
     for _ in range(2000):
         retract_(layer, 0.01)
-    assert_close(torch.linalg.svdvals(matrix), torch.ones_like(before))
+    in_the_end = torch.linalg.svdvals(matrix)
+    assert_close(in_the_end, torch.ones_like(before))
     assert torch.equal(layer.bias, bias)
 
 
@@ -64,9 +66,12 @@ def rows_chosen(generator):
     state = torch.get_rng_state()
     retract_(net, 0.1, generator)
     assert torch.equal(torch.get_rng_state(), state)
-    moved = (first.weight != before[0].weight).any(1)
-    moved_second = (second.weight != before[1].weight).any(1)
-    return moved.nonzero(), moved_second.nonzero()
+    return rows_moved(first, before[0]), rows_moved(second, before[1])
+
+
+def rows_moved(linear, before):
+    moved = linear.weight != before.weight
+    return moved.any(1).nonzero()
 
 
 def test_generators_in_one_state_choose_the_same_rows_and_others_do_not():
@@ -103,7 +108,8 @@ def test_convolutions_are_never_sampled_and_everything_else_is_left_alone():
 
 def test_the_optimizer_and_autograd_do_not_notice():
     linear = nn.Linear(3, 2)
-    linear(torch.ones(1, 3)).sum().backward()
+    outputs = linear(torch.ones(1, 3))
+    outputs.sum().backward()
     weight = linear.weight
     grad = weight.grad.clone()
     retract_(linear, 0.1)
@@ -120,20 +126,24 @@ class Mixed(nn.Module):
 
 
 def test_mixing_coefficients_are_projected_after_the_retraction():
-    net = nn.Sequential(Mixed([0.9, 0.5]), nn.Linear(2, 2), Mixed([3.0, -1.0]))
+    net = nn.Sequential(
+        Mixed([0.9, 0.5]),
+        nn.Linear(2, 2),
+        Mixed([3.0, -1.0]),
+    )
     retract_(net, 0.0)
-    assert_close(net[0].mixing.data, torch.tensor([0.7, 0.3]))
-    assert_close(net[2].mixing.data, torch.tensor([1.0, 0.0]))
+    first = net[0].mixing.tolist()
+    last = net[2].mixing.tolist()
+    assert first == pytest.approx([0.7, 0.3])
+    assert last == pytest.approx([1.0, 0.0])
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_projection_is_the_nearest_point_of_the_simplex(size):
     """Against every point of a fine grid on the simplex; a point of it stays."""
-    steps = 60
-    grid = [c for c in itertools.product(range(steps + 1), repeat=size) if sum(c) == steps]
-    points = torch.tensor(grid, dtype=torch.float64) / steps
+    points = points_of_simplex(size)
     for seed in range(40):
-        c = 2 * torch.randn(size, generator=generator(seed), dtype=torch.float64)
+        c = 2 * torch.randn(size, generator=generator(seed)).double()
         nearest = projected(c)
         assert nearest.min() >= 0
         assert abs(nearest.sum() - 1) < 1e-12
@@ -145,6 +155,13 @@ def test_projection_is_the_nearest_point_of_the_simplex(size):
         assert_close(projected(point), point, rtol=0, atol=1e-15)
     ties = torch.full((size,), 5.0)
     assert_close(projected(ties), torch.full((size,), 1 / size))
+
+
+def points_of_simplex(size, steps=60):
+    """A fine grid."""
+    grid = itertools.product(range(steps + 1), repeat=size)
+    numerators = [point for point in grid if sum(point) == steps]
+    return torch.tensor(numerators).double() / steps
 
 
 def projected(c):

@@ -138,15 +138,16 @@ def build(node):
         drawn = torch.randn(value.shape, generator=generator, dtype=torch.float64)
         if "input_gain" in name or "running_var" in name:
             value.copy_(0.7 + 0.6 * drawn.abs())
-        elif name == "8.weight":
-            value.copy_(scale * drawn * (2.0 / value[0].numel()) ** 0.5)
         elif value.ndim > 1:
-            value.copy_(drawn * (2.0 / value[0].numel()) ** 0.5)
+            std = (2.0 / value[0].numel()) ** 0.5
+            if name == "8.weight":
+                std *= scale
+            value.copy_(std * drawn)
         elif name in ("1.weight", "5.weight"):
             value.copy_(1.2 * scale + 0.3 * drawn)
         else:
             value.copy_(0.3 * drawn)
-    x = torch.rand(3, 2, 6, 6, generator=generator, dtype=torch.float64)
+    x = torch.rand(3, 2, 6, 6, generator=generator).double()
     y = torch.tensor([0, 3, 1])
     return SpikingClassifier(net, T), x, y
 
@@ -201,7 +202,8 @@ def entropy_by_hand(case, network, x, y, logits):
     if options["loss"] == "trades":
         divergence = step_by_hand.divergence(logits["clean"], logits["perturbed"])
         return entropy["clean"] + 6 * divergence
-    return kappa * entropy.get("clean", 0.0) + (1 - kappa) * entropy["perturbed"]
+    clean = entropy.get("clean", 0.0)
+    return kappa * clean + (1 - kappa) * entropy["perturbed"]
 
 
 def mppd_by_hand(case, seen):
@@ -259,8 +261,9 @@ def after_a_step(network, mode):
     """Weights after SGD with learning rate 0.1, and the retraction of the mode."""
     after = {}
     for name, value in network.parameters().items():
-        value = value.detach()
-        after[name] = value - 0.1 * (network.w[name].grad + mode.weight_decay * value)
+        before = value.detach()
+        decayed = value.grad + mode.weight_decay * before
+        after[name] = before - 0.1 * decayed
     if mode.retraction:
         generator = torch.Generator().manual_seed(3)
         retract = partial(step_by_hand.retracted, beta=mode.retraction)
@@ -289,16 +292,27 @@ def test_a_step_equals_the_formulas(case, node):
     if objective.certified is not None:
         objective.certified.progress = 0.05 + 0.6 * RAMP
     optimizer = torch.optim.SGD(
-        objective.parameters(), 0.1, momentum=0.9, weight_decay=mode.weight_decay
+        objective.parameters(),
+        lr=0.1,
+        momentum=0.9,
+        weight_decay=mode.weight_decay,
     )
 
     attack = training_attack(case.mode, eps=EPS, noise_std=NOISE_STD)
-    x_perturbed = None if attack is None else attack(classifier, x, y, generator=SEEDS)
+    x_perturbed = None
+    if attack is not None:
+        x_perturbed = attack(classifier, x, y, generator=SEEDS)
     losses = objective(x, y, x_perturbed)
     losses.total.backward()
 
     images = step_by_hand.perturbed_images(
-        case.mode, by_hand, x, y, noise_of(case.mode, x), eps=EPS, noise_std=NOISE_STD
+        case.mode,
+        by_hand,
+        x,
+        y,
+        noise=noise_of(case.mode, x),
+        eps=EPS,
+        noise_std=NOISE_STD,
     )
     if attack is not None:
         assert_close(x_perturbed, images, rtol=0, atol=1e-12)
