@@ -37,21 +37,56 @@ class Kind:
         return list(self.gain) if isinstance(self.gain, tuple) else [self.gain] * T
 
     def dynamics(self, **options):
-        return Dynamics(decay=self.decay, gain=self.gains, v_reset=self.v_reset, **options)
+        return Dynamics(
+            decay=self.decay,
+            gain=self.gains,
+            v_reset=self.v_reset,
+            **options,
+        )
 
 
 LIF = partial(neuron.LIFNode, tau=4.0, decay_input=False)
 SMALL_INPUT_LIF = partial(neuron.LIFNode, tau=4.0, decay_input=True, v_threshold=0.25)
 PLIF = partial(neuron.ParametricLIFNode, init_tau=5.0, decay_input=True, v_threshold=0.25)
 NEURONS = {
-    "IF": Kind(neuron.IFNode, decay=1.0),
-    "IF soft": Kind(partial(neuron.IFNode, v_reset=None), decay=1.0, v_reset=None),
-    "LIF": Kind(LIF, decay=0.75),
-    "LIF decay_input": Kind(SMALL_INPUT_LIF, decay=0.75, gain=0.25),
-    "LIF soft": Kind(partial(LIF, v_reset=None), decay=0.75, v_reset=None),
-    "LIF reset -0.2": Kind(partial(LIF, v_reset=-0.2), decay=0.75, v_reset=-0.2),
-    "PLIF": Kind(PLIF, decay=0.8, gain=0.2),
-    "DLIF": Kind(_dlif, decay=0.5, gain=(1.5, 0.5, 1.0, 2.0)),
+    "IF": Kind(
+        neuron.IFNode,
+        decay=1.0,
+    ),
+    "IF soft": Kind(
+        partial(neuron.IFNode, v_reset=None),
+        decay=1.0,
+        v_reset=None,
+    ),
+    "LIF": Kind(
+        LIF,
+        decay=0.75,
+    ),
+    "LIF decay_input": Kind(
+        SMALL_INPUT_LIF,
+        decay=0.75,
+        gain=0.25,
+    ),
+    "LIF soft": Kind(
+        partial(LIF, v_reset=None),
+        decay=0.75,
+        v_reset=None,
+    ),
+    "LIF reset -0.2": Kind(
+        partial(LIF, v_reset=-0.2),
+        decay=0.75,
+        v_reset=-0.2,
+    ),
+    "PLIF": Kind(
+        PLIF,
+        decay=0.8,
+        gain=0.2,
+    ),
+    "DLIF": Kind(
+        _dlif,
+        decay=0.5,
+        gain=(1.5, 0.5, 1.0, 2.0),
+    ),
 }
 
 

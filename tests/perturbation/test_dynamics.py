@@ -5,6 +5,7 @@ import torch
 from numpy.testing import assert_allclose
 from perturbation.by_hand import eps_by_hand
 from spikingjelly.activation_based import neuron
+from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from sj_robust.perturbation import (
@@ -18,7 +19,7 @@ from sj_robust.perturbation import (
 
 
 def test_distances_are_per_neuron_and_sample():
-    spikes, other = torch.randint(0, 2, (2, 6, 3, 4)).unbind(0)
+    spikes, other = torch.randint(0, 2, (2, 6, 3, 4))
     distance = spike_train_distance(spikes, other)
     assert distance.shape == (3, 4)
     differing = (spikes != other).sum(0)
@@ -30,25 +31,25 @@ def test_distances_are_per_neuron_and_sample():
 @pytest.mark.parametrize("gain", [1.0, 0.25, "per step"])
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_recursion_is_the_weighted_sum_and_so_is_every_derivative(steps, gain):
-    generator = torch.Generator().manual_seed(0)
-    x, x_perturbed = torch.randn(2, steps, 2, 3, dtype=torch.float64, generator=generator)
-    x.requires_grad_()
-    x_perturbed.requires_grad_()
-    decay = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(0)
+    x = torch.randn(steps, 2, 3).double().requires_grad_()
+    x_perturbed = torch.randn(steps, 2, 3).double().requires_grad_()
+    decay = torch.tensor(0.7).double().requires_grad_()
     if gain == "per step":
-        rates = torch.rand(steps, dtype=torch.float64)
+        rates = torch.rand(steps).double()
         gain = rates.clone()
     else:
         rates = torch.full((steps,), gain).double()
     rates.requires_grad_()
-    expected = eps_by_hand(x, x_perturbed.detach(), 0.7, rates.tolist())
+    expected = eps_by_hand(x, x_perturbed.detach(), decay.item(), rates.tolist())
     age = torch.arange(steps).flip(0)
-    weights = 0.7**age * rates.detach()
+    weights = decay.item() ** age * rates.detach()
     learned = simplified_perturbation(x, x_perturbed, decay=decay, gain=rates)
-    constant = simplified_perturbation(x, x_perturbed, decay=0.7, gain=gain)
+    constant = simplified_perturbation(x, x_perturbed, decay=decay.item(), gain=gain)
     for eps in (learned, constant):
         assert_allclose(eps.detach(), expected, atol=1e-12)
-        grad, grad_perturbed = torch.autograd.grad(eps[-1].sum(), (x, x_perturbed))
+        last = eps[-1].sum()
+        grad, grad_perturbed = torch.autograd.grad(last, (x, x_perturbed))
         assert_close(grad, weights[:, None, None].expand_as(x))
         assert_close(grad_perturbed, -grad)
 
@@ -58,9 +59,9 @@ def test_recursion_is_the_weighted_sum_and_so_is_every_derivative(steps, gain):
     def of_both(a, b):
         return simplified_perturbation(a, b, decay=0.7, gain=0.25) ** 2
 
-    assert torch.autograd.gradcheck(of_everything, (x, x_perturbed, decay, rates))
-    assert torch.autograd.gradcheck(of_both, (x, x_perturbed))
-    assert torch.autograd.gradgradcheck(of_both, (x, x_perturbed))
+    assert gradcheck(of_everything, (x, x_perturbed, decay, rates))
+    assert gradcheck(of_both, (x, x_perturbed))
+    assert gradgradcheck(of_both, (x, x_perturbed))
 
 
 @pytest.mark.parametrize("v_reset", [0.0, None, -0.2])
@@ -75,7 +76,13 @@ def test_potential_is_that_of_spikingjelly(v_reset, decay_input):
     assert 0 < spikes.mean() < 1
     gain = 0.25 if decay_input else 1.0
     for given in (None, spikes):
-        v_seq = membrane_potential(x, decay=0.75, gain=gain, v_reset=v_reset, spike_seq=given)
+        v_seq = membrane_potential(
+            x,
+            decay=0.75,
+            gain=gain,
+            v_reset=v_reset,
+            spike_seq=given,
+        )
         assert_close(v_seq, node.v_seq.detach(), atol=1e-12, rtol=0)
 
 

@@ -22,6 +22,7 @@ from sj_robust.perturbation.indicators import INDICATORS, neuron_indicators, sam
 from sj_robust.perturbation.intensity import IntensityCorrelation, intensity_correlation
 
 SIZES = [0.05, 0.2, 0.6]
+assert_near = functools.partial(assert_allclose, rtol=1e-4, atol=1e-6)
 
 
 def network(seed=0):
@@ -45,7 +46,8 @@ def network(seed=0):
 
 def noise(x, y, eps):
     generator = torch.Generator().manual_seed(7)
-    return x + eps * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    draws = torch.randn(x.shape, generator=generator)
+    return x + eps * draws
 
 
 def darker(x, y, eps):
@@ -96,39 +98,55 @@ def mean_over_rows(rows, other):
 
 
 def share_of_won_pairs(scores, positive):
-    """How often a positive scores higher than a negative, ties counting a half, and the pairs."""
+    """How often a positive scores higher than a negative of its stratum, ties counting a half."""
     won = 0.0
     pairs = 0
-    for one in scores[positive]:
-        for other in scores[~positive]:
-            pairs += 1
-            if one > other:
-                won += 1.0
-            elif one == other:
-                won += 0.5
-    return won, pairs
+    for of_stratum, chosen in zip(scores, positive, strict=True):
+        others = of_stratum[~chosen]
+        for one in of_stratum[chosen]:
+            won += float((one > others).sum())
+            won += 0.5 * float((one == others).sum())
+            pairs += len(others)
+    return won / pairs
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_correlations_are_those_of_scipy(tied):
     generator = torch.Generator().manual_seed(0)
-    first, second = torch.rand(2, 4, 30, generator=generator, dtype=torch.float64).unbind(0)
+    first, second = torch.rand(2, 4, 30, generator=generator).double()
     if tied:
         first = (4 * first).round()
         second = (3 * second).round()
     of_ranks = spearman(first, second)
     linear = pearson(first, second)
     for row in range(4):
-        assert of_ranks[row].item() == statistic(spearmanr, first[row], second[row])
-        assert linear[row].item() == statistic(pearsonr, first[row], second[row])
+        a = first[row]
+        b = second[row]
+        assert of_ranks[row].item() == statistic(spearmanr, a, b)
+        assert linear[row].item() == statistic(pearsonr, a, b)
 
 
-def test_ties_and_what_does_not_vary():
-    tied = torch.tensor([[5.0, 1.0, 5.0, 5.0], [2.0, 2.0, 1.0, 1.0]])
-    assert ranks(tied).tolist() == [[3, 1, 3, 3], [3.5, 3.5, 1.5, 1.5]]
-    for correlation in (pearson, spearman):
-        assert correlation(torch.ones(3), torch.tensor([1.0, 2.0, 3.0])).isnan()
-    assert auroc(torch.rand(1, 3), torch.zeros(1, 3, dtype=torch.bool)).isnan()
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([5.0, 1.0, 5.0, 5.0], [3, 1, 3, 3]),
+        ([2.0, 2.0, 1.0, 1.0], [3.5, 3.5, 1.5, 1.5]),
+    ],
+)
+def test_ties_share_their_mean_rank(values, expected):
+    assert ranks(torch.tensor(values)).tolist() == expected
+
+
+def test_what_does_not_vary_has_no_correlation():
+    constant = torch.ones(3)
+    growing = torch.arange(3)
+    assert pearson(constant, growing).isnan()
+    assert spearman(constant, growing).isnan()
+
+
+def test_without_a_positive_there_is_no_auroc():
+    nothing = torch.zeros(1, 3, dtype=torch.bool)
+    assert auroc(torch.rand(1, 3), nothing).isnan()
 
 
 def test_auroc_counts_the_pairs_of_every_stratum():
@@ -136,16 +154,12 @@ def test_auroc_counts_the_pairs_of_every_stratum():
     scores = torch.randint(0, 6, (2, 3, 12), generator=generator).double()
     positive = torch.rand(3, 12, generator=generator) < 0.4
     found = auroc(scores, positive)
-    for row in range(2):
-        of_one = auroc(scores[row, :1], positive[:1])
-        expected = roc_auc_score(positive[0].numpy(), scores[row, 0].numpy())
+    for row, of_row in enumerate(scores):
+        of_one = auroc(of_row[:1], positive[:1])
+        expected = roc_auc_score(positive[0], of_row[0])
         assert of_one.item() == pytest.approx(expected)
-        won = pairs = 0
-        for stratum in range(3):
-            more_won, more_pairs = share_of_won_pairs(scores[row, stratum], positive[stratum])
-            won += more_won
-            pairs += more_pairs
-        assert found[row].item() == pytest.approx(won / pairs)
+        share = share_of_won_pairs(of_row, positive)
+        assert found[row].item() == pytest.approx(share)
 
 
 def test_indicators_are_the_sums_over_time_and_features():
@@ -156,7 +170,8 @@ def test_indicators_are_the_sums_over_time_and_features():
     for name in monitor.monitored_layers:
         trace = monitor[name][0]
         gains = model.get_submodule(name).input_gain.tolist()
-        eps = eps_by_hand(trace.x_seq, trace.x_seq_perturbed, 0.99, gains).numpy()
+        eps = eps_by_hand(trace.x_seq, trace.x_seq_perturbed, 0.99, gains)
+        eps = eps.numpy()
         size = abs(eps)
         rate = trace.spike_seq.numpy().mean(0)
         rate_perturbed = trace.spike_seq_perturbed.numpy().mean(0)
@@ -176,8 +191,8 @@ def test_indicators_are_the_sums_over_time_and_features():
         assert tuple(of_neurons) == tuple(of_samples) == INDICATORS
         for indicator, value in expected.items():
             whole = value.max(1) if indicator == "mppd_max" else value.mean(1)
-            assert_allclose(of_neurons[indicator], value, rtol=1e-4, atol=1e-6)
-            assert_allclose(of_samples[indicator], whole, rtol=1e-4, atol=1e-6)
+            assert_near(of_neurons[indicator], value)
+            assert_near(of_samples[indicator], whole)
 
 
 class Loop:
@@ -202,22 +217,28 @@ class Loop:
                 predicted.append(model(perturbed).argmax(1))
             for name, stats in monitor.compare(part, perturbed).items():
                 per_step[name] += len(part) / 20 * stats.ms_mppd
-        self.wrong.append((torch.cat(predicted) != y).numpy())
+        wrong = torch.cat(predicted) != y
+        self.wrong.append(wrong.numpy())
         for name, values in per_step.items():
             self.per_step[name].append(values.tolist())
+            traces = [neuron_indicators(trace) for trace in monitor[name]]
             for indicator in INDICATORS:
-                traces = [neuron_indicators(trace)[indicator] for trace in monitor[name]]
-                self.neurons[name, indicator].append(torch.cat(traces).double().numpy())
+                parts = [trace[indicator] for trace in traces]
+                values = torch.cat(parts).double()
+                self.neurons[name, indicator].append(values.numpy())
 
 
 def test_study_is_the_loop_over_images_and_sizes():
     loop = Loop(network())
     result = study(batch_size=7)
-    assert (result.samples, result.left_out, result.eps) == (20, 0, SIZES)
+    assert result.samples == 20
+    assert result.left_out == 0
+    assert result.eps == SIZES
     assert result.directions == ("noise", "darker")
     assert result.layers == ("net.2", "net.4")
+    per_step = result.per_step["noise"]
     for name in result.layers:
-        assert_allclose(result.per_step["noise"][name], loop.per_step[name], rtol=1e-9)
+        assert_allclose(per_step[name], loop.per_step[name], rtol=1e-9)
     accuracy = [1 - part.mean() for part in loop.wrong]
     assert result.accuracy["noise"] == pytest.approx(accuracy)
     assert 0 < np.mean(loop.wrong) < 1
@@ -225,19 +246,15 @@ def test_study_is_the_loop_over_images_and_sizes():
     for (name, indicator), neurons in loop.neurons.items():
         values = np.stack(neurons)
         rows = values.max(2) if indicator == "mppd_max" else values.mean(2)
-        assert_allclose(result.means["noise"][name][indicator], rows.mean(1), rtol=1e-5)
-        won = pairs = 0
-        for wrong, of_size in zip(loop.wrong, rows, strict=True):
-            more_won, more_pairs = share_of_won_pairs(of_size, wrong)
-            won += more_won
-            pairs += more_pairs
+        means = result.means["noise"][name]
+        assert_allclose(means[indicator], rows.mean(1), rtol=1e-5)
         expected = {
             "spearman": spearmanr(rows.ravel(), sizes).statistic,
             "pearson": pearsonr(rows.ravel(), sizes).statistic,
             "per_image": mean_over_rows(rows.T, SIZES),
             "auroc": roc_auc_score(np.ravel(loop.wrong), rows.ravel()),
             "per_neuron": mean_over_rows(np.concatenate(neurons).T, sizes),
-            "auroc_same_size": won / pairs,
+            "auroc_same_size": share_of_won_pairs(rows, loop.wrong),
         }
         found = result.associations["noise"][name][indicator]
         for measure, value in expected.items():
@@ -252,16 +269,19 @@ def test_intervals_are_those_of_images_drawn_again():
         for size in SIZES:
             monitor.compare(x, noise(x, None, size))
         for trace in monitor["net.4"]:
-            per_neuron = neuron_indicators(trace)["tasad"]
-            tasad.append(per_neuron.double().numpy().mean(1))
+            per_neuron = neuron_indicators(trace)["tasad"].double()
+            tasad.append(per_neuron.numpy().mean(1))
     tasad = np.stack(tasad)
+    sizes = np.repeat(SIZES, 20)
     generator = torch.Generator().manual_seed(0)
     again = []
     for images in torch.randint(20, (20, 20), generator=generator):
         values = tasad[:, images].ravel()
-        again.append(spearmanr(values, np.repeat(SIZES, 20)).statistic)
+        again.append(spearmanr(values, sizes).statistic)
+    low, high = np.quantile(again, [0.025, 0.975])
     found = usual().associations["noise"]["net.4"]["tasad"]["spearman"]
-    assert (found.low, found.high) == pytest.approx(np.quantile(again, [0.025, 0.975]), abs=1e-9)
+    assert found.low == pytest.approx(low, abs=1e-9)
+    assert found.high == pytest.approx(high, abs=1e-9)
     assert 0 < found.high - found.low < 1
 
 
@@ -330,7 +350,9 @@ def test_wrong_use(options, reason):
 def test_untrained_and_unequal_are_refused():
     model = network()
     x, y = classified(model, 4)
+    options = {"perturb": {"noise": noise}, "eps": SIZES}
+    wrong = (y + 1) % 3
     with pytest.raises(ValueError, match="none of the 4 images right"):
-        intensity_correlation(model, x, (y + 1) % 3, perturb={"noise": noise}, eps=SIZES)
+        intensity_correlation(model, x, wrong, **options)
     with pytest.raises(ValueError, match="as many images as classes, at least one, got 4 and 3"):
-        intensity_correlation(model, x, y[:3], perturb={"noise": noise}, eps=SIZES)
+        intensity_correlation(model, x, y[:3], **options)

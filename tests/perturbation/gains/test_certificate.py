@@ -56,16 +56,27 @@ def small(T, step_mode="m", seed=0):
     return net
 
 
+def images():
+    """Three of them, as ``small`` takes them."""
+    return torch.rand(3, 2, 6, 6)
+
+
 @pytest.mark.slow
 @settings(deadline=None, max_examples=10, derandomize=True)
 @given(seed=st.integers(0, 10**6), T=st.integers(1, 6), size=st.floats(1e-3, 1.0))
 def test_no_random_network_and_pair_exceeds_the_exact_bounds(seed, T, size):
-    x = torch.rand(6, 2, 6, 6, generator=torch.Generator().manual_seed(seed))
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed + 1))
-    found = perturbation_gains(small(T, seed=seed), x, T, x_perturbed=x + size * noise)
+    net = small(T, seed=seed)
+    x = torch.rand(6, 2, 6, 6)
+    noise = torch.randn(x.shape)
+    found = perturbation_gains(net, x, T, x_perturbed=x + size * noise)
     assert found.holds is True
-    assert [entry.name for entry in found.layers] == ["2", "5", "8", "10"]
-    assert [entry.feeds for entry in found.layers] == [(INPUT,), ("2",), ("5",), ("8",)]
+    feeds = {entry.name: entry.feeds for entry in found.layers}
+    assert feeds == {
+        "2": (INPUT,),
+        "5": ("2",),
+        "8": ("5",),
+        "10": ("8",),
+    }
     for entry in found.layers:
         assert entry.not_covered is None
         if entry.measured_l2 is not None:
@@ -81,8 +92,8 @@ def test_values_of_a_layer_by_hand():
     net = small(T)
     with torch.no_grad():
         net[2].input_gain[1] = -4.0
-    x = torch.rand(5, 2, 6, 6)
-    noise = 0.3 * torch.randn(5, 2, 6, 6)
+    x = images()
+    noise = 0.3 * torch.randn(x.shape)
     x_perturbed = x + noise
     with MPPDMonitor(net, keep="trace") as monitor:
         monitor.compare(x.expand(T, *x.shape), x_perturbed.expand(T, *x.shape))
@@ -92,23 +103,24 @@ def test_values_of_a_layer_by_hand():
     first = found["2"]
     second = found["5"]
 
-    moved_input = T**0.5 * noise.double().flatten(1).norm(dim=1)
-    eps = norms_by_hand(first_trace.eps)
-    assert first.measured_l2 == pytest.approx(largest(eps.norm(dim=0), moved_input), rel=1e-4)
-    assert first.measured_peak == pytest.approx(largest(eps.amax(0), moved_input), rel=1e-4)
+    moved_input = (noise * T**0.5).double().flatten(1).norm(dim=1)
+    assert_measured(first, first_trace.eps, moved_input)
     moved = first_trace.spike_seq - first_trace.spike_seq_perturbed
     moved_spikes = norms_by_hand(moved).norm(dim=0)
-    eps = norms_by_hand(second_trace.eps)
-    assert second.measured_l2 == pytest.approx(largest(eps.norm(dim=0), moved_spikes), rel=1e-4)
-    assert second.measured_peak == pytest.approx(largest(eps.amax(0), moved_spikes), rel=1e-4)
+    assert_measured(second, second_trace.eps, moved_spikes)
 
     p = net[2].input_gain.detach()
+    gains = {
+        "l2": l2_gain(0.8, T, p).item(),
+        "peak": peak_gain(0.8, T, p).item(),
+        "any_time": 5 * p.abs().max().item(),
+        "printed": 5**0.5,
+        "printed_peak": 5**0.5,
+    }
+    for name, gain in gains.items():
+        bound = getattr(first, name)
+        assert bound.value == pytest.approx(gain * first.norm), name
     assert first.input_gain == pytest.approx(p.tolist())
-    assert first.l2.value == pytest.approx(float(l2_gain(0.8, T, p)) * first.norm)
-    assert first.peak.value == pytest.approx(float(peak_gain(0.8, T, p)) * first.norm)
-    assert first.any_time.value == pytest.approx(5 * float(p.abs().max()) * first.norm)
-    assert first.printed.value == pytest.approx(5**0.5 * first.norm)
-    assert first.printed_peak.value == first.printed.value
     assert second.decay == 0.5
     assert second.input_gain == (0.5,) * T
     assert second.neuron == "LIFNode"
@@ -123,6 +135,14 @@ def norms_by_hand(seq):
 
 def largest(eps, spikes):
     return float((eps / spikes).max())
+
+
+def assert_measured(entry, eps_seq, spikes):
+    eps = norms_by_hand(eps_seq)
+    l2 = largest(eps.norm(dim=0), spikes)
+    peak = largest(eps.amax(0), spikes)
+    assert entry.measured_l2 == pytest.approx(l2, rel=1e-4)
+    assert entry.measured_peak == pytest.approx(peak, rel=1e-4)
 
 
 def one_synapse():
@@ -141,8 +161,14 @@ def one_synapse():
     return net
 
 
+def gains_of_a_spike(net, T):
+    """Of an input of 1 and one of 0."""
+    one = torch.ones(1, 1)
+    return perturbation_gains(net, one, T, x_perturbed=0 * one)
+
+
 def test_the_printed_constant_is_exceeded_where_the_exact_bound_holds():
-    found = perturbation_gains(one_synapse(), torch.ones(1, 1), 3, x_perturbed=torch.zeros(1, 1))
+    found = gains_of_a_spike(one_synapse(), 3)
     entry = found["3"]
     assert entry.norm == pytest.approx(1.0)
     assert entry.measured_l2 == pytest.approx(1.4506, abs=1e-4)
@@ -174,8 +200,7 @@ class Sum(nn.Module):
 
 
 def test_the_spikes_of_all_feeding_layers_count():
-    found = perturbation_gains(Sum(), torch.ones(1, 1), 1, x_perturbed=torch.zeros(1, 1))
-    third = found["third"]
+    third = gains_of_a_spike(Sum(), 1)["third"]
     assert third.feeds == ("first", "second")
     assert third.norm == pytest.approx(2**0.5)
     assert third.measured_l2 == pytest.approx(2**0.5), "a current of 2 from two spikes"
@@ -197,7 +222,7 @@ def test_an_exceeded_bound_is_seen():
 
     net = one_synapse()
     net[2] = nn.Sequential(Doubles(), net[2])
-    found = perturbation_gains(net, torch.ones(1, 1), 3, x_perturbed=torch.zeros(1, 1))
+    found = gains_of_a_spike(net, 3)
     assert found.holds is False
     assert found["3"].l2.held is False
     assert found["3"].peak.held is False
@@ -267,9 +292,14 @@ def test_event_frames():
 
 
 def test_features_in_place_of_images():
-    net = nn.Sequential(layer.Linear(4, 6), neuron.IFNode(), layer.Linear(6, 2))
+    net = nn.Sequential(
+        layer.Linear(4, 6),
+        neuron.IFNode(),
+        layer.Linear(6, 2),
+    )
     functional.set_step_mode(net, "m")
-    found = perturbation_gains(net, torch.rand(3, 4), 2, x_perturbed=torch.rand(3, 4))
+    x = torch.rand(3, 4)
+    found = perturbation_gains(net, x, 2, x_perturbed=1 - x)
     assert found["1"].measured_l2 > 0
 
 
@@ -318,13 +348,15 @@ def test_what_is_not_covered_is_said():
 
 
 def test_equal_pairs_measure_nothing_but_the_radius_in_which_no_spike_flips():
-    x = torch.rand(3, 2, 6, 6)
+    x = images()
     found = perturbation_gains(small(2), x, 2, x_perturbed=x)
     assert found.holds is None
-    assert [entry.measured_l2 for entry in found.layers] == [None] * 4
+    for entry in found.layers:
+        assert entry.measured_l2 is None
     table = found.table()
     assert "4 of 4 layers covered, 0 measured on 3 pairs." in table
-    assert perturbation_gains(small(2), x, 2) == replace(found, samples=0, no_flip=())
+    alone = perturbation_gains(small(2), x, 2)
+    assert alone == replace(found, samples=0, no_flip=())
     radii = no_flip_radius(SpikingClassifier(small(2), 2), x)
     assert found.no_flip == tuple(radii.tolist())
     assert f"flips within an L2 distance of {radii.median():.1e} (median)" in table
@@ -335,7 +367,7 @@ def test_equal_pairs_measure_nothing_but_the_radius_in_which_no_spike_flips():
 
 
 def test_files_from_before_there_was_such_a_radius():
-    x = torch.rand(3, 2, 6, 6)
+    x = images()
     found = perturbation_gains(small(2), x, 2, x_perturbed=x)
     content = json.loads(found.to_json())
     del content["no_flip"]
@@ -346,8 +378,9 @@ def test_files_from_before_there_was_such_a_radius():
 def test_a_norm_whose_iteration_stopped_early_counts_with_its_residual():
     torch.manual_seed(1)
     net = nn.Sequential(nn.Linear(200, 200), neuron.IFNode(step_mode="m"))
-    worst = torch.linalg.svd(net[0].weight.detach())[2][:1]
-    found = perturbation_gains(net, torch.zeros(1, 200), 1, x_perturbed=worst, max_iterations=2)
+    _, _, right = torch.linalg.svd(net[0].weight.detach())
+    worst = right[:1]
+    found = perturbation_gains(net, 0 * worst, 1, x_perturbed=worst, max_iterations=2)
     entry = found["1"]
     assert entry.residual > 0.1 * entry.norm
     assert entry.measured_l2 > entry.l2.value * (1 + found.margin)
@@ -358,7 +391,12 @@ def test_a_norm_whose_iteration_stopped_early_counts_with_its_residual():
 def test_a_layer_used_twice():
     x = torch.rand(4, 5)
     shared = neuron.IFNode(step_mode="m")
-    net = nn.Sequential(nn.Linear(5, 5), shared, nn.Linear(5, 5), shared)
+    net = nn.Sequential(
+        nn.Linear(5, 5),
+        shared,
+        nn.Linear(5, 5),
+        shared,
+    )
     found = perturbation_gains(net, x, 4, x_perturbed=1 - x)
     assert [entry.name for entry in found.layers] == ["1"]
     assert "called 2 times" in found["1"].not_covered
@@ -367,7 +405,12 @@ def test_a_layer_used_twice():
 def test_layers_that_a_container_calls_step_by_step():
     torch.manual_seed(0)
     x = torch.rand(4, 5)
-    net = nn.Sequential(nn.Linear(5, 6), neuron.IFNode(), nn.Linear(6, 3), neuron.IFNode())
+    net = nn.Sequential(
+        nn.Linear(5, 6),
+        neuron.IFNode(),
+        nn.Linear(6, 3),
+        neuron.IFNode(),
+    )
     functional.set_step_mode(net, "m")
     wanted = perturbation_gains(net, x, 4, x_perturbed=1 - x)
     functional.set_step_mode(net, "s")
@@ -380,7 +423,7 @@ def test_layers_that_a_container_calls_step_by_step():
         assert entry.measured_l2 == pytest.approx(other.measured_l2, rel=1e-4)
 
 
-X = torch.rand(3, 2, 6, 6)
+X = images()
 
 
 @pytest.mark.parametrize(
@@ -401,7 +444,7 @@ def test_wrong_use(options, message):
 
 @pytest.fixture
 def measured():
-    x = torch.rand(3, 2, 6, 6)
+    x = images()
     return perturbation_gains(small(2), x, 2, x_perturbed=1 - x)
 
 

@@ -35,7 +35,8 @@ def test_optimal_gains_meet_their_dual_bound(objective, held, decay, T):
         mean_response = float(design.response.mean())
         assert mean_response == pytest.approx(float(design.constant_response.mean()))
     assert design.gain <= design.constant_gain * (1 + 1e-12)
-    assert_close(design.response, time_operator(decay, T) @ design.input_gain)
+    operator = time_operator(decay, T)
+    assert_close(design.response, operator @ design.input_gain)
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.9, 0.99, 1.0])
@@ -44,12 +45,13 @@ def test_no_other_gains_are_lower(objective, held, decay):
     T = 8
     measure = {"l2": l2_gain, "peak": peak_gain}[objective]
     design = optimal_input_gain(decay, T, objective=objective, held=held)
-    c = torch.ones(T, dtype=torch.float64)
+    c = torch.ones(T).double()
     if held == "response":
         c = time_operator(decay, T).sum(0)
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(200, T, dtype=torch.float64, generator=generator)
-    noise -= torch.outer(noise @ c, c) / c.square().sum()  # so that what is held stays
+    noise = torch.randn(200, T, generator=generator).double()
+    along = torch.outer(noise @ c, c) / c.square().sum()
+    noise -= along  # so that what is held stays
     for size in (1e-4, 1e-2, 0.3):
         others = measure(decay, T, design.input_gain + size * noise)
         assert (others >= design.gain * (1 - 1e-10)).all()
@@ -58,8 +60,8 @@ def test_no_other_gains_are_lower(objective, held, decay):
 
 def test_what_the_best_gains_save_and_cost_at_the_decay_and_steps_of_the_paper():
     design = optimal_input_gain(0.99, 8)
-    mean_response = design.response.mean() / design.constant_response.mean()
-    assert round(float(mean_response), 3) == 0.706
+    mean_response = float(design.response.mean() / design.constant_response.mean())
+    assert round(mean_response, 3) == 0.706
     assert design.gain / mean_response > design.constant_gain
     held = optimal_input_gain(0.99, 8, held="response")
     assert round(held.gain, 3) == 5.139
@@ -165,7 +167,12 @@ def test_the_training_objective_adds_the_weighted_penalty(normalized):
     torch.manual_seed(0)
     node = DLIFNode(T=4, tau=10.0)
     nn.init.uniform_(node.input_gain, 0.5, 1.5)
-    net = nn.Sequential(nn.Flatten(2), nn.Linear(9, 12), node, nn.Linear(12, 3))
+    net = nn.Sequential(
+        nn.Flatten(2),
+        nn.Linear(9, 12),
+        node,
+        nn.Linear(12, 3),
+    )
     model = SpikingClassifier(net, T=4)
     x = torch.rand(6, 1, 3, 3)
     y = torch.arange(6) % 3
