@@ -223,12 +223,14 @@ def test_runs_of_different_shapes_and_lengths(net, pair, keep):
         net(x)
 
 
-def test_pairs_of_different_length_need_cleared_statistics(pair, monitor):
+def test_pairs_of_different_length_need_cleared_statistics(net, pair, monitor):
     monitor.compare(*pair)
     shorter = [x[:2] for x in pair]
     message = r"T=4 .* but this pair has T=2 .* clear_recorded_data\(\)"
     with pytest.raises(ValueError, match=message):
-        monitor.compare(*shorter)
+        run_pair(monitor, net, *shorter)
+    with pytest.raises(RuntimeError, match="two complete runs"):
+        monitor.loss()
     assert monitor.statistics()["2"].samples == 3
     monitor.clear_recorded_data()
     assert monitor.compare(*shorter)["2"].T == 2
