@@ -6,6 +6,7 @@ themselves.
 """
 
 import ast
+import itertools
 import re
 import subprocess
 import sys
@@ -41,11 +42,18 @@ HOST_FILES = {
 HOST_FOLDERS = {"models", "data"}
 RECIPES = PACKAGE.parent / "recipes"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
-MODULES = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in FILES}
-MODULES |= {
-    ".".join(path.relative_to(RECIPES).with_suffix("").parts): path
-    for path in sorted(RECIPES.rglob("*.py"))
-}
+
+
+def by_module(folder, files):
+    """Files by the name that ``import`` knows them by where ``folder`` is on the path."""
+    found = {}
+    for path in files:
+        parts = path.relative_to(folder).with_suffix("").parts
+        found[".".join(parts)] = path
+    return found
+
+
+MODULES = by_module(PACKAGE.parent, FILES) | by_module(RECIPES, sorted(RECIPES.rglob("*.py")))
 
 
 def imports(path):
@@ -232,7 +240,7 @@ def test_what_needs_torch_alone_imports_without_extras_and_what_draws_when_it_dr
 
 def test_every_part_has_its_layer():
     parts = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
-    layers = [part for layer in LIBRARY for part in layer]
+    layers = itertools.chain.from_iterable(LIBRARY)
     assert sorted(parts) == sorted(layers), "LAYERS names every file and folder of the package once"
 
 

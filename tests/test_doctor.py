@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -79,32 +81,43 @@ def test_which_build_of_the_kernel_runs(monkeypatch):
     assert failed.startswith(f"FAILED: ValueError: {cpp.INSTRUCTION_SET_VARIABLE} must be one of")
 
 
-@pytest.mark.parametrize(
-    ("function", "output", "element", "named"),
-    [
-        ("forward", 0, (3, 100), "spikes differs by up to 1"),
-        ("forward", 2, (3, 100), "potential differs by up to"),
-        ("backward", 0, (3, 100), "gradient of the input differs"),
-        ("backward", 1, (3,), "gradient of input_gain differs"),
-    ],
-)
-def test_one_wrong_number_of_the_chosen_backend_fails(
-    monkeypatch, capsys, function, output, element, named
-):
-    right = getattr(CHOSEN, function)
+@dataclass(frozen=True)
+class Wrong:
+    """One number of one output of ``function`` is wrong: an inverted spike, or 0.1 too much."""
 
-    def wrong(*args, **kwargs):
+    function: str
+    output: int
+    element: tuple[int, ...]
+    named: str
+
+    def outputs_of(self, right, *args, **kwargs):
         outputs = right(*args, **kwargs)
-        value = outputs[output].view(len(outputs[output]), -1)
-        value[element] = 1 - value[element] if named.startswith("spikes") else value[element] + 0.1
+        value = outputs[self.output]
+        value = value.view(len(value), -1)
+        if self.named.startswith("spikes"):
+            value[self.element] = 1 - value[self.element]
+        else:
+            value[self.element] += 0.1
         return outputs
 
-    monkeypatch.setattr(CHOSEN, function, wrong)
+
+WRONG = [
+    Wrong("forward", output=0, element=(3, 100), named="spikes differs by up to 1"),
+    Wrong("forward", output=2, element=(3, 100), named="potential differs by up to"),
+    Wrong("backward", output=0, element=(3, 100), named="gradient of the input differs"),
+    Wrong("backward", output=1, element=(3,), named="gradient of input_gain differs"),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.named)
+def test_one_wrong_number_of_the_chosen_backend_fails(monkeypatch, capsys, wrong):
+    right = getattr(CHOSEN, wrong.function)
+    monkeypatch.setattr(CHOSEN, wrong.function, partial(wrong.outputs_of, right))
     with pytest.raises(SystemExit) as exit_:
         doctor.main()
     assert exit_.value.code == 1
     found, todo = rows(capsys.readouterr().out)
-    assert found["self test cpu"].startswith(f"FAILED: {named}")
+    assert found["self test cpu"].startswith(f"FAILED: {wrong.named}")
     assert any("failed on cpu: use DLIFNode(..., backend='reference')" in line for line in todo)
 
 

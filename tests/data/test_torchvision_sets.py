@@ -87,30 +87,31 @@ def write_svhn(root):
     return np.concatenate(pixels), np.concatenate(labels)
 
 
+def md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
 @pytest.fixture
 def trusted(monkeypatch):
     """Lets torchvision take the files of a folder for the published ones."""
+    return partial(trust, monkeypatch)
 
-    def trust(folder):
-        def md5(file):
-            return hashlib.md5((folder / file).read_bytes()).hexdigest()
 
-        for kind in (datasets.CIFAR10, datasets.CIFAR100):
-            meta = kind.meta["filename"]
-            if (folder / meta).exists():
-                train = [[file, md5(file)] for file, _ in kind.train_list]
-                test = [[file, md5(file)] for file, _ in kind.test_list]
-                monkeypatch.setattr(kind, "train_list", train)
-                monkeypatch.setattr(kind, "test_list", test)
-                monkeypatch.setattr(kind, "meta", kind.meta | {"md5": md5(meta)})
-        if (folder / "test_32x32.mat").exists():
-            listed = {}
-            for part in ("train", "test"):
-                file = f"{part}_32x32.mat"
-                listed[part] = ["url", file, md5(file)]
-            monkeypatch.setattr(datasets.SVHN, "split_list", listed)
-
-    return trust
+def trust(monkeypatch, folder):
+    for kind in (datasets.CIFAR10, datasets.CIFAR100):
+        meta = folder / kind.meta["filename"]
+        if meta.exists():
+            train = [[file, md5(folder / file)] for file, _ in kind.train_list]
+            test = [[file, md5(folder / file)] for file, _ in kind.test_list]
+            monkeypatch.setattr(kind, "train_list", train)
+            monkeypatch.setattr(kind, "test_list", test)
+            monkeypatch.setattr(kind, "meta", kind.meta | {"md5": md5(meta)})
+    if (folder / "test_32x32.mat").exists():
+        listed = {}
+        for part in ("train", "test"):
+            file = f"{part}_32x32.mat"
+            listed[part] = ["url", file, md5(folder / file)]
+        monkeypatch.setattr(datasets.SVHN, "split_list", listed)
 
 
 def items(part):

@@ -233,26 +233,26 @@ def live_tensors():
     return len(tensors)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("use", ["compare", "contexts", "training"])
-def test_memory_does_not_grow_with_batches(net, monitor, use):
-    def batch(seed):
+def take_batches(count, net, monitor, use):
+    for seed in range(count):
         pair = images(seed, n=16)
         if use == "compare":
             monitor.compare(*pair)
-            return
+            continue
         with torch.set_grad_enabled(use == "training"):
             run_pair(monitor, net, *pair)
         if use == "training":
             monitor.loss(layers="all", retain=False).backward()
         functional.reset_net(net)
 
-    for seed in range(2):
-        batch(seed)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use", ["compare", "contexts", "training"])
+def test_memory_does_not_grow_with_batches(net, monitor, use):
+    take_batches(2, net, monitor, use)
     tensors = live_tensors()
     held = storage_bytes(monitor)
-    for seed in range(6):
-        batch(seed)
+    take_batches(6, net, monitor, use)
     assert live_tensors() <= tensors  # other tests' may go meanwhile
     assert storage_bytes(monitor) == held
     # Far less than the input current of one layer, 4 steps of 16 samples of 4 x 6 x 6 in float32.
