@@ -76,53 +76,73 @@ def multi_step(net):
 
 def lif(**arguments):
     """What the zoo builds its neurons with."""
-    return neuron.LIFNode(
-        **{"surrogate_function": surrogate.ATan(), "v_threshold": 0.5, **arguments}
-    )
+    usual = {"surrogate_function": surrogate.ATan(), "v_threshold": 0.5}
+    return neuron.LIFNode(**usual | arguments)
+
+
+def parametric_lif_net(name):
+    module = zoo("parametric_lif_net")
+    build = getattr(module, name)
+    return multi_step(build(channels=4, spiking_neuron=lif))
 
 
 def mnist_net(T):
-    return multi_step(zoo("parametric_lif_net").MNISTNet(channels=4, spiking_neuron=lif))
+    return parametric_lif_net("MNISTNet")
 
 
 def fashion_mnist_net(T):
-    return multi_step(zoo("parametric_lif_net").FashionMNISTNet(channels=4, spiking_neuron=lif))
+    return parametric_lif_net("FashionMNISTNet")
 
 
 def cifar10_net(T):
-    return multi_step(zoo("parametric_lif_net").CIFAR10Net(channels=4, spiking_neuron=lif))
+    return parametric_lif_net("CIFAR10Net")
 
 
 def nmnist_net(T):
-    return multi_step(zoo("parametric_lif_net").NMNISTNet(channels=4, spiking_neuron=lif))
+    return parametric_lif_net("NMNISTNet")
 
 
 def cifar10_dvs_net(T):
-    return multi_step(zoo("parametric_lif_net").CIFAR10DVSNet(channels=4, spiking_neuron=lif))
+    return parametric_lif_net("CIFAR10DVSNet")
 
 
 def dvs_gesture_net(T):
-    return multi_step(zoo("parametric_lif_net").DVSGestureNet(channels=4, spiking_neuron=lif))
+    return parametric_lif_net("DVSGestureNet")
 
 
 def spiking_resnet(T):
     module = zoo("spiking_resnet")
-    arguments = {"num_classes": CLASSES, "spiking_neuron": lif}
-    return multi_step(module.SpikingResNet(module.BasicBlock, [1, 1, 1, 1], **arguments))
+    net = module.SpikingResNet(
+        module.BasicBlock,
+        [1, 1, 1, 1],
+        num_classes=CLASSES,
+        spiking_neuron=lif,
+    )
+    return multi_step(net)
 
 
 def sew_resnet(T):
     module = zoo("sew_resnet")
-    arguments = {"num_classes": CLASSES, "spiking_neuron": lif, "cnf": "ADD"}
-    return multi_step(module.SEWResNet(module.BasicBlock, [1, 1, 1, 1], **arguments))
+    net = module.SEWResNet(
+        module.BasicBlock,
+        [1, 1, 1, 1],
+        num_classes=CLASSES,
+        spiking_neuron=lif,
+        cnf="ADD",
+    )
+    return multi_step(net)
 
 
 def spiking_vgg(T):
     """Its fully connected layers have 120 million weights in any size; the last one stays."""
-    cfg = [8, "M", 512, "M"]
-    arguments = {"batch_norm": True, "norm_layer": layer.BatchNorm2d, "init_weights": False}
     with torch.device("meta"):
-        net = zoo("spiking_vgg").SpikingVGG(cfg, spiking_neuron=lif, **arguments)
+        net = zoo("spiking_vgg").SpikingVGG(
+            [8, "M", 512, "M"],
+            spiking_neuron=lif,
+            batch_norm=True,
+            norm_layer=layer.BatchNorm2d,
+            init_weights=False,
+        )
         net.classifier = layer.Linear(512 * 7 * 7, CLASSES)
     net = net.to_empty(device="cpu")
     for module in net.modules():
@@ -132,9 +152,12 @@ def spiking_vgg(T):
 
 
 def ottt_vgg(T):
-    module = zoo("spiking_vggws_ottt")
-    arguments = {"num_classes": CLASSES, "spiking_neuron": neuron.OTTTLIFNode}
-    return module.OTTTSpikingVGG([8, "A", 512], light_classifier=True, **arguments)
+    return zoo("spiking_vggws_ottt").OTTTSpikingVGG(
+        [8, "A", 512],
+        light_classifier=True,
+        num_classes=CLASSES,
+        spiking_neuron=neuron.OTTTLIFNode,
+    )
 
 
 def snas_net(T):
@@ -146,17 +169,26 @@ def snas_net_backward(T):
 
 
 def _snas_net(T, celltype):
-    arguments = {"timestep": T, "second_avgpooling": 4, "dataset": "cifar100", "threshold": 1.0}
     operations = torch.tensor([[0, 1, 4, 1], [1, 0, 1, 2], [1, 4, 0, 1], [1, 1, 1, 0]])
-    settings = SimpleNamespace(tau=4 / 3, celltype=celltype, **arguments)
+    settings = SimpleNamespace(
+        timestep=T,
+        second_avgpooling=4,
+        dataset="cifar100",
+        threshold=1.0,
+        tau=4 / 3,
+        celltype=celltype,
+    )
     return zoo("snas_net").SNASNet(settings, operations)
 
 
 def spike_dhs(T):
-    sizes = {"fea_step": 3, "fea_num_layers": 6, "fea_block_multiplier": 3}
-    return multi_step(
-        zoo("spike_dhs").SpikeDHS(args=SimpleNamespace(fea_filter_multiplier=48, **sizes))
+    settings = SimpleNamespace(
+        fea_step=3,
+        fea_num_layers=6,
+        fea_block_multiplier=3,
+        fea_filter_multiplier=48,
     )
+    return multi_step(zoo("spike_dhs").SpikeDHS(args=settings))
 
 
 class FirstOutput(nn.Module):
@@ -175,80 +207,218 @@ def spike_dhs_first_output(T):
 
 
 def spikformer(T):
-    sizes = {"img_size_h": 16, "img_size_w": 16, "patch_size": 4, "embed_dims": 32}
-    return zoo("spikformer").Spikformer(T, num_classes=CLASSES, num_heads=2, depths=1, **sizes)
+    return zoo("spikformer").Spikformer(
+        T,
+        img_size_h=16,
+        img_size_w=16,
+        patch_size=4,
+        embed_dims=32,
+        num_heads=2,
+        depths=1,
+        num_classes=CLASSES,
+    )
 
 
 def qkformer(T):
-    sizes = {"embed_dims": 32, "num_heads": (1, 2, 4), "depths": (1, 1, 1)}
-    return zoo("qkformer").QKFormer(T, num_classes=CLASSES, **sizes)
+    return zoo("qkformer").QKFormer(
+        T,
+        embed_dims=32,
+        num_heads=(1, 2, 4),
+        depths=(1, 1, 1),
+        num_classes=CLASSES,
+    )
 
 
 def maxformer(T):
-    return zoo("maxformer").MaxFormer(T, num_classes=CLASSES, embed_dims=32, depths=(1, 1, 1))
+    return zoo("maxformer").MaxFormer(
+        T,
+        embed_dims=32,
+        depths=(1, 1, 1),
+        num_classes=CLASSES,
+    )
 
 
 def spike_driven_transformer(T):
-    sizes = {"embed_dims": 32, "num_heads": 2, "depths": 1, "pooling_stat": "0011"}
-    return zoo("spike_driven_transformer").SpikeDrivenTransformer(T, num_classes=CLASSES, **sizes)
+    return zoo("spike_driven_transformer").SpikeDrivenTransformer(
+        T,
+        embed_dims=32,
+        num_heads=2,
+        depths=1,
+        pooling_stat="0011",
+        num_classes=CLASSES,
+    )
 
 
-RESIDUAL = {"num_classes": CLASSES, "layers": (1, 1, 1), "base_channels": 8}
-STEM = {"stem_kernel_size": 3, "stem_stride": 1}
+RESIDUAL = {
+    "num_classes": CLASSES,
+    "layers": (1, 1, 1),
+    "base_channels": 8,
+    "stem_kernel_size": 3,
+    "stem_stride": 1,
+}
 
 
 def ms_resnet(T):
-    return zoo("ms_resnet").MSResNet(T, **RESIDUAL, **STEM)
+    return zoo("ms_resnet").MSResNet(T, **RESIDUAL)
 
 
 def max_resnet(T):
-    return zoo("ms_resnet").MaxResNet(T, **RESIDUAL, **STEM)
+    return zoo("ms_resnet").MaxResNet(T, **RESIDUAL)
 
 
 def att_ms_resnet(T):
-    return zoo("masnn").AttMSResNet(T, **RESIDUAL, **STEM, reduction_c=2)
+    return zoo("masnn").AttMSResNet(T, **RESIDUAL, reduction_c=2)
 
 
 def masnn(T):
-    sizes = {"input_size": (16, 16), "channels": (8, 8), "pools": (2, 2), "fc_hidden": 16}
-    return zoo("masnn").MASNN(T, 2, CLASSES, reduction_t=2, reduction_c=2, **sizes)
+    return zoo("masnn").MASNN(
+        T,
+        2,
+        CLASSES,
+        input_size=(16, 16),
+        channels=(8, 8),
+        pools=(2, 2),
+        fc_hidden=16,
+        reduction_t=2,
+        reduction_c=2,
+    )
 
 
 RGB = (3, 16, 16)
 ZOO = {
-    "MNISTNet": Row("mnist_net", (1, 28, 28), module="parametric_lif_net"),
-    "FashionMNISTNet": Row("fashion_mnist_net", (1, 28, 28), module="parametric_lif_net"),
-    "CIFAR10Net": Row("cifar10_net", (3, 32, 32), module="parametric_lif_net"),
-    "NMNISTNet": Row("nmnist_net", (2, 34, 34), frames=True, module="parametric_lif_net"),
+    "MNISTNet": Row(
+        build="mnist_net",
+        shape=(1, 28, 28),
+        module="parametric_lif_net",
+    ),
+    "FashionMNISTNet": Row(
+        build="fashion_mnist_net",
+        shape=(1, 28, 28),
+        module="parametric_lif_net",
+    ),
+    "CIFAR10Net": Row(
+        build="cifar10_net",
+        shape=(3, 32, 32),
+        module="parametric_lif_net",
+    ),
+    "NMNISTNet": Row(
+        build="nmnist_net",
+        shape=(2, 34, 34),
+        frames=True,
+        module="parametric_lif_net",
+    ),
     "CIFAR10DVSNet": Row(
-        "cifar10_dvs_net", (2, 128, 128), T=2, frames=True, module="parametric_lif_net"
+        build="cifar10_dvs_net",
+        shape=(2, 128, 128),
+        T=2,
+        frames=True,
+        module="parametric_lif_net",
     ),
     "DVSGestureNet": Row(
-        "dvs_gesture_net", (2, 128, 128), T=2, frames=True, classes=11, module="parametric_lif_net"
+        build="dvs_gesture_net",
+        shape=(2, 128, 128),
+        T=2,
+        frames=True,
+        classes=11,
+        module="parametric_lif_net",
     ),
-    "SpikingResNet": Row("spiking_resnet", (3, 32, 32), T=2, module="spiking_resnet"),
-    "SEWResNet": Row("sew_resnet", (3, 32, 32), T=2, module="sew_resnet"),
-    "SpikingVGG": Row("spiking_vgg", (3, 8, 8), T=2, module="spiking_vgg"),
-    "OTTTSpikingVGG": Row("ottt_vgg", (3, 8, 8), module="spiking_vggws_ottt"),
+    "SpikingResNet": Row(
+        build="spiking_resnet",
+        shape=(3, 32, 32),
+        T=2,
+        module="spiking_resnet",
+    ),
+    "SEWResNet": Row(
+        build="sew_resnet",
+        shape=(3, 32, 32),
+        T=2,
+        module="sew_resnet",
+    ),
+    "SpikingVGG": Row(
+        build="spiking_vgg",
+        shape=(3, 8, 8),
+        T=2,
+        module="spiking_vgg",
+    ),
+    "OTTTSpikingVGG": Row(
+        build="ottt_vgg",
+        shape=(3, 8, 8),
+        module="spiking_vggws_ottt",
+    ),
     "SNASNet, forward cells": Row(
-        "snas_net", (3, 32, 32), T=2, given=False, classes=100, module="snas_net"
+        build="snas_net",
+        shape=(3, 32, 32),
+        T=2,
+        given=False,
+        classes=100,
+        module="snas_net",
     ),
     "SNASNet, backward cells": Row(
-        "snas_net_backward", (3, 32, 32), T=2, given=False, classes=100, module="snas_net"
+        build="snas_net_backward",
+        shape=(3, 32, 32),
+        T=2,
+        given=False,
+        classes=100,
+        module="snas_net",
     ),
-    "SpikeDHS": Row("spike_dhs", (3, 32, 32), T=6, given=False, classes=100, module="spike_dhs"),
+    "SpikeDHS": Row(
+        build="spike_dhs",
+        shape=(3, 32, 32),
+        T=6,
+        given=False,
+        classes=100,
+        module="spike_dhs",
+    ),
     "SpikeDHS, net(x)[0]": Row(
-        "spike_dhs_first_output", (3, 32, 32), T=6, given=False, classes=100, module="spike_dhs"
+        build="spike_dhs_first_output",
+        shape=(3, 32, 32),
+        T=6,
+        given=False,
+        classes=100,
+        module="spike_dhs",
     ),
-    "Spikformer": Row("spikformer", RGB, given=False, module="spikformer"),
-    "QKFormer": Row("qkformer", RGB, given=False, module="qkformer"),
-    "MaxFormer": Row("maxformer", RGB, given=False, module="maxformer"),
+    "Spikformer": Row(
+        build="spikformer",
+        shape=RGB,
+        given=False,
+        module="spikformer",
+    ),
+    "QKFormer": Row(
+        build="qkformer",
+        shape=RGB,
+        given=False,
+        module="qkformer",
+    ),
+    "MaxFormer": Row(
+        build="maxformer",
+        shape=RGB,
+        given=False,
+        module="maxformer",
+    ),
     "SpikeDrivenTransformer": Row(
-        "spike_driven_transformer", RGB, given=False, module="spike_driven_transformer"
+        build="spike_driven_transformer",
+        shape=RGB,
+        given=False,
+        module="spike_driven_transformer",
     ),
-    "MSResNet": Row("ms_resnet", RGB, given=False, module="ms_resnet"),
-    "MaxResNet": Row("max_resnet", RGB, given=False, module="ms_resnet"),
-    "AttMSResNet": Row("att_ms_resnet", RGB, given=False, module="masnn"),
+    "MSResNet": Row(
+        build="ms_resnet",
+        shape=RGB,
+        given=False,
+        module="ms_resnet",
+    ),
+    "MaxResNet": Row(
+        build="max_resnet",
+        shape=RGB,
+        given=False,
+        module="ms_resnet",
+    ),
+    "AttMSResNet": Row(
+        build="att_ms_resnet",
+        shape=RGB,
+        given=False,
+        module="masnn",
+    ),
     "MASNN": Row("masnn", (2, 16, 16), given=False, module="masnn"),
 }
 
@@ -279,14 +449,16 @@ class RepeatMean(nn.Module):
         self.body = multi_step(body())
 
     def forward(self, x):
-        return self.body(x.unsqueeze(0).repeat(self.T, 1, 1, 1, 1)).mean(0)
+        x_seq = x.unsqueeze(0).repeat(self.T, 1, 1, 1, 1)
+        return self.body(x_seq).mean(0)
 
 
 class RepeatSequence(RepeatMean):
     """The image repeated, every step returned."""
 
     def forward(self, x):
-        return self.body(x.unsqueeze(0).expand(self.T, -1, -1, -1, -1))
+        x_seq = x.unsqueeze(0).expand(self.T, -1, -1, -1, -1)
+        return self.body(x_seq)
 
 
 class RepeatIfNeeded(RepeatMean):
@@ -345,7 +517,10 @@ class StaticFirst(nn.Module):
         self.T = T
         self.static = nn.Sequential(layer.Conv2d(1, 4, 3, padding=1), layer.BatchNorm2d(4))
         self.rest = nn.Sequential(
-            lif(v_threshold=0.2), layer.Flatten(), layer.Linear(256, CLASSES), lif(v_threshold=0.1)
+            lif(v_threshold=0.2),
+            layer.Flatten(),
+            layer.Linear(256, CLASSES),
+            lif(v_threshold=0.1),
         )
 
     def forward(self, x):
@@ -367,7 +542,8 @@ class NeuronsInALoop(nn.Module):
 
     def forward(self, x):
         x = self.layers(x)
-        return sum(self.neuron(x) for _ in range(self.T)) / self.T
+        total = sum(self.neuron(x) for _ in range(self.T))
+        return total / self.T
 
 
 class Potential(Loop):
@@ -416,13 +592,15 @@ class Functions(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.first, self.last = lif(step_mode="m", v_threshold=0.2), lif(v_threshold=0.1)
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.first = lif(step_mode="m", v_threshold=0.2)
+        self.last = lif(v_threshold=0.1)
         self.linear = nn.Linear(256, CLASSES)
 
     def forward(self, x_seq):
-        x_seq = self.first(functional.seq_to_ann_forward(x_seq, [self.conv, self.norm]))
-        x_seq = F.relu(x_seq).flatten(2)
+        x_seq = functional.seq_to_ann_forward(x_seq, [self.conv, self.norm])
+        x_seq = F.relu(self.first(x_seq)).flatten(2)
         return functional.multi_step_forward(x_seq, [self.linear, self.last])
 
 
@@ -431,13 +609,16 @@ class OneNeuronTwice(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = layer.Conv2d(1, 4, 3, padding=1), layer.Conv2d(4, 4, 3, padding=1)
+        self.first = layer.Conv2d(1, 4, 3, padding=1)
+        self.second = layer.Conv2d(4, 4, 3, padding=1)
         self.neuron = lif(v_threshold=0.2)
         self.head = nn.Sequential(layer.Flatten(), layer.Linear(256, CLASSES))
         multi_step(self)
 
     def forward(self, x_seq):
-        return self.head(self.neuron(self.second(self.neuron(self.first(x_seq)))))
+        x_seq = self.neuron(self.first(x_seq))
+        x_seq = self.neuron(self.second(x_seq))
+        return self.head(x_seq)
 
 
 class OwnNeuron(nn.Module):
@@ -462,8 +643,13 @@ class OwnNeurons(Loop):
 
     def __init__(self, T):
         super().__init__(T)
-        linear = [layer.Linear(64, 16), OwnNeuron(), layer.Linear(16, CLASSES), OwnNeuron()]
-        self.body = nn.Sequential(layer.Flatten(), *linear)
+        self.body = nn.Sequential(
+            layer.Flatten(),
+            layer.Linear(64, 16),
+            OwnNeuron(),
+            layer.Linear(16, CLASSES),
+            OwnNeuron(),
+        )
 
     def forward(self, x):
         for module in self.body:
@@ -478,8 +664,14 @@ class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
         feedback = layer.LinearRecurrentContainer(lif(v_threshold=0.2), 16, 16)
-        layers = [layer.Linear(64, 16), feedback, layer.Linear(16, CLASSES)]
-        self.body = multi_step(nn.Sequential(layer.Flatten(), *layers, lif(v_threshold=0.1)))
+        net = nn.Sequential(
+            layer.Flatten(),
+            layer.Linear(64, 16),
+            feedback,
+            layer.Linear(16, CLASSES),
+            lif(v_threshold=0.1),
+        )
+        self.body = multi_step(net)
 
     def forward(self, x_seq):
         return self.body(x_seq).mean(0)

@@ -6,6 +6,7 @@ themselves.
 """
 
 import ast
+import itertools
 import re
 import subprocess
 import sys
@@ -41,11 +42,18 @@ HOST_FILES = {
 HOST_FOLDERS = {"models", "data"}
 RECIPES = PACKAGE.parent / "recipes"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
-MODULES = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in FILES}
-MODULES |= {
-    ".".join(path.relative_to(RECIPES).with_suffix("").parts): path
-    for path in sorted(RECIPES.rglob("*.py"))
-}
+
+
+def by_module(folder, files):
+    """Files by the name that ``import`` knows them by where ``folder`` is on the path."""
+    found = {}
+    for path in files:
+        parts = path.relative_to(folder).with_suffix("").parts
+        found[".".join(parts)] = path
+    return found
+
+
+MODULES = by_module(PACKAGE.parent, FILES) | by_module(RECIPES, sorted(RECIPES.rglob("*.py")))
 
 
 def imports(path):
@@ -63,15 +71,19 @@ def module_of(name):
     packages.
     """
     parts = name.split(".")
-    stems = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
-    return next(
-        (found for stem in stems for found in (stem, f"{stem}.__init__") if found in MODULES), None
-    )
+    for length in range(len(parts), 0, -1):
+        stem = ".".join(parts[:length])
+        for found in (stem, f"{stem}.__init__"):
+            if found in MODULES:
+                return found
+    return None
 
 
 def part_of(module):
     parts = module.split(".")
-    return parts[1] if parts[0] == "sj_robust" else "lab" if parts[0] == "lab" else "recipes"
+    if parts[0] == "sj_robust":
+        return parts[1]
+    return "lab" if parts[0] == "lab" else "recipes"
 
 
 def layer_of(part):
@@ -81,15 +93,18 @@ def layer_of(part):
 @cache
 def graph():
     """Modules of this repository that each one imports."""
-    return {
-        module: {found for found in map(module_of, imports(path)) if found not in (None, module)}
-        for module, path in MODULES.items()
-    }
+    found = {}
+    for module, path in MODULES.items():
+        found[module] = {module_of(name) for name in imports(path)} - {None, module}
+    return found
 
 
 def edges():
     """Every module of this repository with every other one that it imports."""
-    return [(module, imported) for module in MODULES for imported in graph()[module]]
+    found = []
+    for module in MODULES:
+        found += [(module, imported) for imported in graph()[module]]
+    return found
 
 
 def test_imports_point_one_way():
@@ -97,27 +112,25 @@ def test_imports_point_one_way():
 
 
 def uphill(module, imported):
-    part, other = part_of(module), part_of(imported)
+    part = part_of(module)
+    other = part_of(imported)
     ground = {part, other} <= LAYERS[0] and part != "ops"
     return part != other and not ground and layer_of(other) >= layer_of(part)
 
 
 def test_no_file_imports_what_is_private_to_another_package():
-    others = [
-        (module, imported) for module, imported in edges() if part_of(module) != part_of(imported)
-    ]
-    assert [
-        edge for edge in others if re.search(r"\._(?!_)", edge[1].removeprefix("sj_robust._"))
-    ] == []
+    for module, imported in edges():
+        if part_of(module) != part_of(imported):
+            private = re.search(r"\._(?!_)", imported.removeprefix("sj_robust._"))
+            assert private is None, f"{module} imports {imported}"
 
 
 def test_few_files_know_spikingjelly():
-    knowing = {
-        path.relative_to(PACKAGE)
-        for path in FILES
-        if any(n.split(".")[0] == "spikingjelly" for n in imports(path))
-    }
-    assert {str(path) for path in knowing if path.parts[0] not in HOST_FOLDERS} <= HOST_FILES
+    for path in FILES:
+        name = path.relative_to(PACKAGE)
+        if name.parts[0] not in HOST_FOLDERS and str(name) not in HOST_FILES:
+            packages = {imported.split(".")[0] for imported in imports(path)}
+            assert "spikingjelly" not in packages, name
 
 
 def test_attacks_know_torch_and_a_callable():
@@ -134,7 +147,8 @@ def test_no_circle_of_files():
 
 def reached_from(module):
     """Every file that a file imports, and what those import in turn."""
-    reached, coming = set(), [module]
+    reached = set()
+    coming = [module]
     while coming:
         new = graph()[coming.pop()] - reached
         reached |= new
@@ -226,7 +240,7 @@ def test_what_needs_torch_alone_imports_without_extras_and_what_draws_when_it_dr
 
 def test_every_part_has_its_layer():
     parts = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
-    layers = [part for layer in LIBRARY for part in layer]
+    layers = itertools.chain.from_iterable(LIBRARY)
     assert sorted(parts) == sorted(layers), "LAYERS names every file and folder of the package once"
 
 
@@ -244,19 +258,22 @@ def tree():
     """Every folder and file of the package, with the first sentence that it says of itself."""
     lines = []
     for path in sorted(PACKAGE.rglob("*"), key=lambda path: path.relative_to(PACKAGE).parts):
-        relative = path.relative_to(PACKAGE)
-        if (
-            path.name == "__init__.py"
-            or {"__pycache__", "trained"} & set(relative.parts)
-            or path.suffix == ".so"
-        ):
+        parts = path.relative_to(PACKAGE).parts
+        hidden = path.name == "__init__.py" or path.suffix == ".so"
+        if hidden or "__pycache__" in parts or "trained" in parts:
             continue
-        name = f"{path.name}/" if path.is_dir() else path.name
-        indent = "    " * (len(relative.parts) - 1)
-        text = f"- `{name}`: {said_of_itself(path / '__init__.py' if path.is_dir() else path)}"
-        whole = {"break_long_words": False, "break_on_hyphens": False}
+        if path.is_dir():
+            text = f"- `{path.name}/`: {said_of_itself(path / '__init__.py')}"
+        else:
+            text = f"- `{path.name}`: {said_of_itself(path)}"
+        indent = "    " * (len(parts) - 1)
         lines += textwrap.wrap(
-            text, 119, initial_indent=indent, subsequent_indent=f"{indent}  ", **whole
+            text,
+            width=119,
+            initial_indent=indent,
+            subsequent_indent=f"{indent}  ",
+            break_long_words=False,
+            break_on_hyphens=False,
         )
     return "\n".join(lines) + "\n"
 

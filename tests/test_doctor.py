@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -22,7 +24,8 @@ CHOSEN = eager if cpp.unavailable_reason() else cpp
 
 def rows(text):
     """Values by name, the name of two words included; ``to do`` as a list."""
-    found, todo = {}, []
+    found = {}
+    todo = []
     for line in text.splitlines():
         name, _, value = line.partition("  ")
         if name == "to do":
@@ -39,9 +42,9 @@ def test_report_of_the_command(tmp_path):
         "OMP_NUM_THREADS": "1",
         "NO_COLOR": "1",
         "HOME": str(tmp_path),
+        "CUDA_CACHE_PATH": str(tmp_path / "cache"),
         "UNRELATED": "secret",
     }
-    environment["CUDA_CACHE_PATH"] = str(tmp_path / "cache")
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     found, _ = rows(result.stdout)
@@ -57,10 +60,9 @@ def test_report_of_the_command(tmp_path):
     assert found["OMP_NUM_THREADS"] == "1"
     assert found["NO_COLOR"] == "1"
     assert found["CUDA_CACHE_PATH"] == "~/cache"
-    assert re.fullmatch(
-        rf"passed \(backend {CHOSEN.__name__.split('.')[-1]} against .*, \d+\.\d\d s\)",
-        found["self test cpu"],
-    )
+    backend = CHOSEN.__name__.split(".")[-1]
+    passed = rf"passed \(backend {backend} against .*, \d+\.\d\d s\)"
+    assert re.fullmatch(passed, found["self test cpu"])
     assert str(tmp_path) not in result.stdout
     assert "secret" not in result.stdout
     assert result.stdout.isascii()
@@ -79,32 +81,43 @@ def test_which_build_of_the_kernel_runs(monkeypatch):
     assert failed.startswith(f"FAILED: ValueError: {cpp.INSTRUCTION_SET_VARIABLE} must be one of")
 
 
-@pytest.mark.parametrize(
-    ("function", "output", "element", "named"),
-    [
-        ("forward", 0, (3, 100), "spikes differs by up to 1"),
-        ("forward", 2, (3, 100), "potential differs by up to"),
-        ("backward", 0, (3, 100), "gradient of the input differs"),
-        ("backward", 1, (3,), "gradient of input_gain differs"),
-    ],
-)
-def test_one_wrong_number_of_the_chosen_backend_fails(
-    monkeypatch, capsys, function, output, element, named
-):
-    right = getattr(CHOSEN, function)
+@dataclass(frozen=True)
+class Wrong:
+    """One number of one output of ``function`` is wrong: an inverted spike, or 0.1 too much."""
 
-    def wrong(*args, **kwargs):
+    function: str
+    output: int
+    element: tuple[int, ...]
+    named: str
+
+    def outputs_of(self, right, *args, **kwargs):
         outputs = right(*args, **kwargs)
-        value = outputs[output].view(len(outputs[output]), -1)
-        value[element] = 1 - value[element] if named.startswith("spikes") else value[element] + 0.1
+        value = outputs[self.output]
+        value = value.view(len(value), -1)
+        if self.named.startswith("spikes"):
+            value[self.element] = 1 - value[self.element]
+        else:
+            value[self.element] += 0.1
         return outputs
 
-    monkeypatch.setattr(CHOSEN, function, wrong)
+
+WRONG = [
+    Wrong("forward", output=0, element=(3, 100), named="spikes differs by up to 1"),
+    Wrong("forward", output=2, element=(3, 100), named="potential differs by up to"),
+    Wrong("backward", output=0, element=(3, 100), named="gradient of the input differs"),
+    Wrong("backward", output=1, element=(3,), named="gradient of input_gain differs"),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.named)
+def test_one_wrong_number_of_the_chosen_backend_fails(monkeypatch, capsys, wrong):
+    right = getattr(CHOSEN, wrong.function)
+    monkeypatch.setattr(CHOSEN, wrong.function, partial(wrong.outputs_of, right))
     with pytest.raises(SystemExit) as exit_:
         doctor.main()
     assert exit_.value.code == 1
     found, todo = rows(capsys.readouterr().out)
-    assert found["self test cpu"].startswith(f"FAILED: {named}")
+    assert found["self test cpu"].startswith(f"FAILED: {wrong.named}")
     assert any("failed on cpu: use DLIFNode(..., backend='reference')" in line for line in todo)
 
 
@@ -118,9 +131,8 @@ def test_a_kernel_that_cannot_be_loaded_is_named_with_its_remedy(monkeypatch, tm
     finally:
         cpp._load.cache_clear()
     found, todo = rows(capsys.readouterr().out)
-    assert re.match(
-        r"~/_kernel.so cannot be loaded .* install sj_robust again", found["backend cpp"]
-    )
+    remedy = "~/_kernel.so cannot be loaded .* install sj_robust again"
+    assert re.match(remedy, found["backend cpp"])
     assert found["compiled kernel"].startswith("none that can run")
     assert found["self test cpu"].startswith("passed (backend eager")
     assert any(line.startswith("backend cpp: ~/_kernel.so cannot be loaded") for line in todo)
@@ -198,22 +210,26 @@ def test_a_source_tree_without_metadata(monkeypatch):
 
 def test_a_gpu_is_described(monkeypatch):
     class Properties:
-        name, total_memory, major, minor = "Stand-in 9000", 80 * 2**30, 9, 0
+        name = "Stand-in 9000"
+        total_memory = 80 * 2**30
+        major = 9
+        minor = 0
 
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: Properties)
-    monkeypatch.setattr(
-        subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, stdout="555.42\n")
-    )
-    assert list(doctor._devices()) == [
-        ("cuda:0", "Stand-in 9000, 80 GiB, compute capability 9.0, driver 555.42")
-    ]
+    def answers(*args, **kwargs):
+        return subprocess.CompletedProcess(args, 0, stdout="555.42\n")
 
     def missing(*args, **kwargs):
         raise FileNotFoundError("nvidia-smi")
 
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: Properties)
+    monkeypatch.setattr(subprocess, "run", answers)
+    ((device, described),) = doctor._devices()
+    assert device == "cuda:0"
+    assert described == "Stand-in 9000, 80 GiB, compute capability 9.0, driver 555.42"
     monkeypatch.setattr(subprocess, "run", missing)
-    assert next(doctor._devices())[1].endswith("driver unknown (nvidia-smi does not run)")
+    ((_, described),) = doctor._devices()
+    assert described.endswith("driver unknown (nvidia-smi does not run)")
 
 
 def test_the_home_folder_alone_is_replaced(monkeypatch):

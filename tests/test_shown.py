@@ -7,6 +7,7 @@ import torch
 from evaluation.reports import DEAD, finding, report
 from spikingjelly.activation_based import neuron
 from torch import nn
+from torch.testing import assert_close
 
 from sj_robust import SpikingClassifier, compare_potentials, perturbation_gains, verify
 from sj_robust.core.shown import new_figure
@@ -16,36 +17,40 @@ LAYERS = 12
 
 
 def deep(layers=LAYERS):
-    parts = [
-        part
-        for _ in range(layers)
-        for part in (nn.Linear(2, 2, bias=False), neuron.IFNode(step_mode="m"))
-    ]
-    net = nn.Sequential(*parts).eval()
-    for part in net[::2]:
-        part.weight.data.copy_(torch.eye(2))
-    return net
+    net = nn.Sequential()
+    for _ in range(layers):
+        linear = nn.Linear(2, 2, bias=False)
+        linear.weight.data.copy_(torch.eye(2))
+        net.extend([linear, neuron.IFNode(step_mode="m")])
+    return net.eval()
 
 
 @pytest.fixture(scope="module")
 def results():
     model = SpikingClassifier(deep(), T=12).eval()
+    y = torch.tensor([0, 0])
+    x_perturbed = X + 0.05
     return {
         "report": report(name="<mine>", verified=(7,)),
-        "certificate": perturbation_gains(model, X, x_perturbed=X + 0.05),
-        "verification": verify(model, X, torch.tensor([0, 0]), 0.0625),
-        "statistics": compare_potentials(model, X, X + 0.05),
+        "certificate": perturbation_gains(model, X, x_perturbed=x_perturbed),
+        "verification": verify(model, X, y, 0.0625),
+        "statistics": compare_potentials(model, X, x_perturbed),
     }
 
 
-@pytest.mark.parametrize("name", ["report", "certificate", "verification", "statistics"])
+RESULTS = ("report", "certificate", "verification", "statistics")
+
+
+@pytest.mark.parametrize("name", RESULTS)
 def test_short_where_printed_and_a_table_in_a_notebook(results, name):
     result = results[name]
     assert result.verdict in repr(result)
     assert len(repr(result)) < 1500
     html = result._repr_html_()
-    assert html.count("<table>") == html.count("</table>") == 1
-    assert html.count(result.verdict.partition(";")[0].replace(">", "&gt;")) == 1, "said once"
+    assert html.count("<table>") == 1
+    assert html.count("</table>") == 1
+    sentence = result.verdict.partition(";")[0]
+    assert html.count(sentence.replace(">", "&gt;")) == 1, "said once"
     assert "| ---" not in html
 
 
@@ -55,27 +60,23 @@ def test_the_verdict_of_a_report_has_a_bracket_what_was_tried_and_the_doubts(res
         "least 10.0 % is proved. Tried: suite fast (a first impression), 5 attacks. Doubts: none "
         "of 2 signs of gradient masking."
     )
-    failed = report(
-        findings=(finding("flat_loss", passed=False), finding("zero_gradients")), suite="mine"
-    )
-    assert failed.verdict.endswith(
-        "suite mine, 5 attacks. Doubts: 1 of 2 signs of gradient masking, flat_loss."
-    )
-    assert "Doubts: DEAD LAYER; none of 2 signs" in report(firing=(DEAD,)).verdict
-    assert report(findings=()).verdict.endswith(
-        "Doubts: signs of gradient masking were not looked for."
-    )
+    findings = (finding("flat_loss", passed=False), finding("zero_gradients"))
+    failed = report(findings=findings, suite="mine")
+    doubts = "suite mine, 5 attacks. Doubts: 1 of 2 signs of gradient masking, flat_loss."
+    assert failed.verdict.endswith(doubts)
+    dead = report(firing=(DEAD,))
+    assert "Doubts: DEAD LAYER; none of 2 signs" in dead.verdict
+    not_looked_for = report(findings=())
+    doubts = "Doubts: signs of gradient masking were not looked for."
+    assert not_looked_for.verdict.endswith(doubts)
 
 
 def test_the_verdict_of_statistics_says_where_the_potential_moved_least_and_most():
-    x = torch.tensor(
-        [[1.25, 0.5]]
-    )  # both neurons of the second layer get the same spike in either run
+    # Both neurons of the second layer get the same spike in either run.
+    x = torch.tensor([[1.25, 0.5]])
     stats = compare_potentials(deep(2), x, x + 0.25, T=1)
-    assert (
-        stats.verdict
-        == "2 spiking layers, T = 1, 1 pair of inputs; MS-MPPD from 0 (3) to 0.0625 (1)"
-    )
+    expected = "2 spiking layers, T = 1, 1 pair of inputs; MS-MPPD from 0 (3) to 0.0625 (1)"
+    assert stats.verdict == expected
 
 
 def test_a_layer_that_never_fires_is_named_and_long_tables_are_cut():
@@ -84,7 +85,8 @@ def test_a_layer_that_never_fires_is_named_and_long_tables_are_cut():
     assert caught[0].filename == __file__
     assert "NEVER FIRED" in stats.verdict
     assert stats.table().count("\n| ") == 11  # head, marks, 8 layers and what is left out
-    assert len(compare_potentials(deep(40), X, X + 0.05, T=12)._repr_html_()) < 6000
+    deepest = compare_potentials(deep(40), X, X + 0.05, T=12)
+    assert len(deepest._repr_html_()) < 6000
 
 
 def test_a_notebook_shows_a_figure_as_a_picture():
@@ -92,22 +94,38 @@ def test_a_notebook_shows_a_figure_as_a_picture():
 
 
 @pytest.mark.slow
-def test_figures(results, tmp_path):
+def test_figures_of_a_report(results, tmp_path):
     whole = results["report"]
-    assert whole.plot().axes[0].get_ylabel() == "accuracy, %"
-    assert whole.plot("potential").axes[0].get_title().startswith("apgd_ce/atan:4/r0")
+    (axes, *_) = whole.plot().axes
+    assert axes.get_ylabel() == "accuracy, %"
+    (axes, *_) = whole.plot("potential").axes
+    assert axes.get_title().startswith("apgd_ce/atan:4/r0")
     assert whole.plot("attacks", tmp_path / "a.pdf").axes
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
+    partial = report(over_eps=(), potential=())
     with pytest.raises(ValueError, match="which must be one of attacks, got 'potential'"):
-        report(over_eps=(), potential=()).plot("potential")
-    images, spikes, _ = results["verification"].plot().axes
-    assert sorted(images.lines[0].get_ydata()) == sorted(results["verification"].margin)
-    assert (images.get_xlabel(), spikes.get_xlabel()) == ("images, sorted", "time step")
+        partial.plot("potential")
+
+
+@pytest.mark.slow
+def test_figures_of_a_verification(results):
+    verification = results["verification"]
+    images, spikes, _ = verification.plot().axes
+    assert sorted(images.lines[0].get_ydata()) == sorted(verification.margin)
+    assert images.get_xlabel() == "images, sorted"
+    assert spikes.get_xlabel() == "time step"
+    layers = [label.get_text() for label in spikes.get_yticklabels()]
+    assert layers == list(results["statistics"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("statistic", ["ms_mppd", "silent"])
+def test_figures_of_statistics(results, statistic):
     stats = results["statistics"]
-    for statistic in ("ms_mppd", "silent"):
-        mesh = stats.plot(statistic).axes[0].collections[0].get_array()
-        wanted = torch.stack([getattr(layer, statistic) for layer in stats.values()])
-        torch.testing.assert_close(torch.as_tensor(mesh).view_as(wanted), wanted)
+    (axes, *_) = stats.plot(statistic).axes
+    mesh = torch.as_tensor(axes.collections[0].get_array())
+    rows = [getattr(layer, statistic) for layer in stats.values()]
+    wanted = torch.stack(rows)
+    assert_close(mesh.view_as(wanted), wanted)
     with pytest.raises(ValueError, match="got 'mppd'"):
         stats.plot("mppd")
-    assert [label.get_text() for label in spikes.get_yticklabels()] == list(stats)

@@ -30,12 +30,8 @@ __all__ = ["Applied", "Estimator", "estimator"]
 Backward = Callable[[Sequence, int], backward.Outputs]
 _MARK = "_gradient_estimator"
 _WHOLE_SEQUENCE = ("bptr", "rga", "hart", "hart_mixed")
-_IN_THRESHOLDS = (
-    "triangle",
-    "rectangle",
-    "hart",
-    "hart_mixed",
-)  # their number is a width in units of the threshold
+_IN_THRESHOLDS = ("triangle", "rectangle", "hart", "hart_mixed")
+"""Their number is a width in units of the threshold."""
 
 
 class Estimator(EstimatorName):
@@ -151,7 +147,8 @@ class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
             raise RuntimeError(
                 f"this context of {self.estimator.name} is entered already; make one of its own"
             )
-        model, estimator = self._model, self.estimator
+        model = self._model
+        estimator = self.estimator
         changes_nothing = estimator.family == "training" and not estimator.detach_reset
         if changes_nothing and not isinstance(model, nn.Module):
             self._stack = ExitStack()
@@ -178,15 +175,17 @@ class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
         traceback: TracebackType | None,
     ) -> None:
         """Put everything back."""
-        stack, self._stack = self._stack, None
-        if stack is not None:
+        if self._stack is not None:
+            stack = self._stack
+            self._stack = None
             stack.close()
 
     def _change(self, model: nn.Module, neurons: dict[str, Any], stack: ExitStack) -> None:
         images = ImageTracker()
         plans = {name: _plan(self.estimator, name, node, images) for name, node in neurons.items()}
         for name, node in neurons.items():
-            stack.callback(_put(node, {_MARK: self.estimator.name, **plans[name]}))
+            undo = _put(node, {_MARK: self.estimator.name, **plans[name]})
+            stack.callback(undo)
         if self.estimator.family == "assg":
             stack.callback(model.register_forward_pre_hook(images.see).remove)
         self.moved = {name: "torch" for name, plan in plans.items() if _moves(plan)}
@@ -240,7 +239,8 @@ def _plan(estimator: EstimatorName, name: str, node: Any, images: ImageTracker) 
                 f"{estimator.name} needs the dynamics of every neuron, which are not known for "
                 f"{name!r} ({type(node).__name__}); use a surrogate such as 'atan:4'"
             )
-        plan.update(_Override(node, _gradient(estimator, name, node, images), estimator).entries())
+        gradient = _gradient(estimator, name, node, images)
+        plan.update(_Override(node, gradient, estimator).entries())
     return plan
 
 
@@ -248,23 +248,27 @@ def _surrogate_plan(estimator: EstimatorName, name: str, node: Any) -> dict[str,
     """Swap the surrogate where the forward pass stays on the same code, else replace the backward
     pass alone.
     """
-    shape, alpha = estimator.family, _sharpness(estimator, name, node)
+    shape = estimator.family
+    alpha = _sharpness(estimator, name, node)
     own = getattr(node, "surrogate_function", None)
     if not callable(own):
         raise ValueError(
             f"{estimator.name}: neuron {name!r} ({type(node).__name__}) has no "
             "surrogate_function to change"
         )
-    dlif, swapped = type(node) is DLIFNode, host_surrogate(shape, alpha)
+    swapped = host_surrogate(shape, alpha)
     on_fast_code = has_compiled_kernel(own) and has_compiled_kernel(swapped)
-    if on_fast_code and (dlif or runs_on_torch(node)):
+    on_torch = type(node) is DLIFNode or runs_on_torch(node)
+    if on_fast_code and on_torch:
         return {"surrogate_function": swapped}
     derivative = partial(SHAPES[shape], alpha=alpha)
-    if has_known_dynamics(node):
-        return _Override(
-            node, lambda run, first: backward.through_time(run, derivative), estimator
-        ).entries()
-    return {"surrogate_function": KeepingValues(own, derivative)}
+    if not has_known_dynamics(node):
+        return {"surrogate_function": KeepingValues(own, derivative)}
+
+    def gradient(run: Sequence, first: int) -> backward.Outputs:
+        return backward.through_time(run, derivative)
+
+    return _Override(node, gradient, estimator).entries()
 
 
 def _gradient(estimator: EstimatorName, name: str, node: Any, images: ImageTracker) -> Backward:
@@ -279,12 +283,10 @@ def _gradient(estimator: EstimatorName, name: str, node: Any, images: ImageTrack
             )
         return lambda run, first: backward.rga(run)
     if family in ("pdsg", "assg"):
-        memory = (
-            Spread()
-            if family == "pdsg"
-            else Sharpness(images, str(estimator.shape), float(estimator.number or 0))
-        )
-        return lambda run, first: backward.through_time(run, lambda z_seq: memory(z_seq, first))
+        memory: Spread | Sharpness = Spread()
+        if family == "assg":
+            memory = Sharpness(images, str(estimator.shape), float(estimator.number or 0))
+        return lambda run, first: backward.through_time(run, partial(memory, first=first))
     derivative = partial(SHAPES["triangle"], alpha=_sharpness(estimator, name, node))
     if family == "hart":
         return lambda run, first: backward.hart(run, derivative)
@@ -313,7 +315,9 @@ class _Override:
     """
 
     def __init__(self, node: Any, gradient: Backward, estimator: EstimatorName) -> None:
-        self._node, self._gradient, self._estimator = node, gradient, estimator
+        self._node = node
+        self._gradient = gradient
+        self._estimator = estimator
         self._step = 0  # of the sequence
 
     def entries(self) -> dict[str, Any]:
@@ -321,7 +325,8 @@ class _Override:
         node = self._node
         if type(node) is DLIFNode:
             return {"gradient": self}
-        multi, single = node.multi_step_forward, node.single_step_forward
+        multi = node.multi_step_forward
+        single = node.single_step_forward
         return {
             "multi_step_forward": lambda x_seq: self.multi_step(x_seq, partial(multi, x_seq)),
             "single_step_forward": lambda x: self.single_step(x, partial(single, x)),
@@ -339,28 +344,36 @@ class _Override:
             raise RuntimeError(
                 f"{self._estimator.name} needs all time steps at once, got one; keep step_mode='m'"
             )
-        return self._run(x.unsqueeze(0), lambda: forward().unsqueeze(0), False).squeeze(0)
+
+        def as_sequence() -> Tensor:
+            return forward().unsqueeze(0)
+
+        spike_seq = self._run(x.unsqueeze(0), as_sequence, store_v_seq=False)
+        return spike_seq.squeeze(0)
 
     def _run(self, x_seq: Tensor, forward: Callable[[], Tensor], store_v_seq: bool) -> Tensor:
-        node, v_init = self._node, self._node.v
-        goes_on = isinstance(v_init, Tensor) and v_init.shape == x_seq.shape[1:]
-        if not goes_on and isinstance(v_init, Tensor):
-            v_init = node.v_reset or 0.0  # 2.x starts anew for a batch of another size
-        first = self._step if goes_on else 0
+        node = self._node
+        v_init = node.v
+        first = 0
+        if isinstance(v_init, Tensor):
+            if v_init.shape == x_seq.shape[1:]:
+                first = self._step
+            else:
+                v_init = node.v_reset or 0.0  # 2.x starts anew for a batch of another size
         charging = next_charging(node, len(x_seq))
         with torch.no_grad():
             spike_seq = forward()
         self._step = first + len(x_seq)
         run = Sequence(
-            x_seq,
-            spike_seq,
-            node.v,
-            node.v_seq if store_v_seq else None,
-            v_init,
-            charging,
-            node.v_threshold,
-            node.v_reset,
-            node.detach_reset,
+            x_seq=x_seq,
+            spike_seq=spike_seq,
+            v=node.v,
+            v_seq=node.v_seq if store_v_seq else None,
+            v_init=v_init,
+            charging=charging,
+            v_threshold=node.v_threshold,
+            v_reset=node.v_reset,
+            detach_reset=node.detach_reset,
         )
         if not run.differentiable:
             return spike_seq
@@ -376,21 +389,24 @@ def _put(node: Any, entries: dict[str, Any]) -> Callable[[], None]:
     them away again.
     """
     attributes = vars(node)
-    found: dict[str, Any] = {name: attributes[name] for name in entries if name in attributes}
+    found = {name: attributes[name] for name in entries if name in attributes}
+    shadows = {**entries}
+    shadows["__reduce_ex__"] = partial(_reduce_without, node, shadows, found)
+    attributes.update(shadows)
+    return partial(_restore, attributes, shadows, found)
 
-    def reduce_ex(protocol: Any) -> tuple[Any, ...]:
-        """What copies and pickles the neuron as it is without the estimator."""
-        reduced: Any = object.__reduce_ex__(node, protocol)
-        function, arguments, state, *rest = reduced
-        kept = {name: value for name, value in state.items() if name not in attributes_put}
-        return function, arguments, {**kept, **found}, *rest
 
-    attributes_put = {**entries, "__reduce_ex__": reduce_ex}
-    attributes.update(attributes_put)
+def _restore(attributes: dict[str, Any], shadows: dict[str, Any], found: dict[str, Any]) -> None:
+    for name in shadows:
+        attributes.pop(name, None)
+    attributes.update(found)
 
-    def undo() -> None:
-        for name in attributes_put:
-            attributes.pop(name, None)
-        attributes.update(found)
 
-    return undo
+def _reduce_without(
+    node: Any, shadows: dict[str, Any], found: dict[str, Any], protocol: Any
+) -> tuple[Any, ...]:
+    """What copies and pickles a neuron as it is without its shadows."""
+    reduced: Any = object.__reduce_ex__(node, protocol)
+    function, arguments, state, *rest = reduced
+    kept = {name: value for name, value in state.items() if name not in shadows}
+    return function, arguments, {**kept, **found}, *rest

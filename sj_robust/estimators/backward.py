@@ -40,16 +40,22 @@ def through_time(run: Sequence, slopes: Slopes) -> Outputs:
         h_seq, before = run.charged
         slope = slopes(h_seq - run.v_threshold)
         keep = _keep(run, h_seq, slope)
-    learned = (
-        value if isinstance(value, Tensor) else None
-        for value in (run.charging.gain, run.charging.decay)
-    )
-    v_init = run.v_init if isinstance(run.v_init, Tensor) else None
     # torch leaves apply untyped
-    outputs = _ThroughTime.apply(  # type: ignore[no-untyped-call]
-        run.x_seq, v_init, *learned, run, slope, keep, before
+    spike_seq, v, v_seq = _ThroughTime.apply(  # type: ignore[no-untyped-call]
+        run.x_seq,
+        _tensor(run.v_init),
+        _tensor(run.charging.gain),
+        _tensor(run.charging.decay),
+        run,
+        slope,
+        keep,
+        before,
     )
-    return Outputs(*outputs)
+    return Outputs(spike_seq, v, v_seq)
+
+
+def _tensor(value: object) -> Tensor | None:
+    return value if isinstance(value, Tensor) else None
 
 
 def bptr(run: Sequence) -> Outputs:
@@ -57,7 +63,8 @@ def bptr(run: Sequence) -> Outputs:
     others.
     """
     with torch.no_grad():
-        gate = (run.spike_seq.mean(0, keepdim=True) > 0).to(run.dtype)
+        rate = run.spike_seq.mean(0, keepdim=True)
+        gate = (rate > 0).to(run.dtype)
     return _gated(run, gate, average=False)
 
 
@@ -69,12 +76,15 @@ def rga(run: Sequence) -> Outputs:
     decay)`` for ``1 - decay <= u <= 2``, else 0.
     """
     theta = run.v_threshold - (run.v_reset or 0.0)
-    decay, gamma = run.charging.decay_value, _RGA_SLOPE_BELOW
+    decay = run.charging.decay_value
+    gamma = _RGA_SLOPE_BELOW
     with torch.no_grad():
         scale = run.per_step(run.charging.gain)
-        u = (run.x_seq.detach().to(run.dtype) * scale).mean(0, keepdim=True) / theta
+        scaled = run.x_seq.detach().to(run.dtype) * scale
+        u = scaled.mean(0, keepdim=True) / theta
         above = (1 - gamma + gamma * decay) / (1 + decay)
-        slope = torch.where(u < 1 - decay, gamma, above) * ((u >= 0) & (u <= 2))
+        inside = (u >= 0) & (u <= 2)
+        slope = torch.where(u < 1 - decay, gamma, above) * inside
         gate = slope * (scale / theta)
     return _gated(run, gate.to(run.dtype), average=False)
 
@@ -85,16 +95,18 @@ def hart(run: Sequence, slopes: Slopes) -> Outputs:
     """
     with torch.no_grad():
         h_seq, _ = run.charged
-        gate = slopes(h_seq - run.v_threshold) * run.per_step(run.charging.gain)
+        slope = slopes(h_seq - run.v_threshold)
+        gate = slope * run.per_step(run.charging.gain)
     return _gated(run, gate, average=True)
 
 
 def hart_mixed(run: Sequence, slopes: Slopes, own_slopes: Slopes) -> Outputs:
     """Mean of :func:`hart` and of back-propagation through time with the neuron's own surrogate."""
-    own, spike_seq = through_time(run, own_slopes), hart(run, slopes).spike_seq
-    return own._replace(
-        spike_seq=0.5 * own.spike_seq + 0.5 * spike_seq
-    )  # equal values, so their mean is exact
+    own = through_time(run, own_slopes)
+    other = hart(run, slopes)
+    # The values are equal, so their mean is exact.
+    mean = 0.5 * own.spike_seq + 0.5 * other.spike_seq
+    return own._replace(spike_seq=mean)
 
 
 def _keep(run: Sequence, h_seq: Tensor, slope: Tensor) -> Tensor:
@@ -106,9 +118,10 @@ def _keep(run: Sequence, h_seq: Tensor, slope: Tensor) -> Tensor:
             return h_seq.new_ones(len(h_seq))
         return 1 - slope * run.v_threshold
     keep = 1 - run.spike_seq.to(run.dtype)
-    if not run.detach_reset:
-        keep = keep.addcmul_(h_seq - run.v_reset if run.v_reset else h_seq, slope, value=-1)
-    return keep
+    if run.detach_reset:
+        return keep
+    above_reset = h_seq - run.v_reset if run.v_reset else h_seq
+    return keep.addcmul_(above_reset, slope, value=-1)
 
 
 class _ThroughTime(torch.autograd.Function):
@@ -125,11 +138,13 @@ class _ThroughTime(torch.autograd.Function):
         before: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         ctx.save_for_backward(x_seq, gain, slope, keep, before)
-        ctx.decay, ctx.gain = run.charging.decay_value, run.charging.gain if gain is None else None
-        ctx.dtype, ctx.rest = run.dtype, run.v_reset or 0.0
-        ctx.dtypes = tuple(
-            None if value is None else value.dtype for value in (x_seq, v_init, gain, decay)
-        )
+        ctx.decay = run.charging.decay_value
+        ctx.gain = run.charging.gain if gain is None else None
+        ctx.dtype = run.dtype
+        ctx.rest = run.v_reset or 0.0
+        ctx.x_dtype = x_seq.dtype
+        ctx.v_dtype = None if v_init is None else v_init.dtype
+        ctx.decay_dtype = None if decay is None else decay.dtype
         ctx.set_materialize_grads(False)
         return run.spike_seq, run.v, run.v_seq
 
@@ -147,27 +162,29 @@ class _ThroughTime(torch.autograd.Function):
                 grad_h[t].addcmul_(grad_v_seq[t].to(ctx.dtype), keep[t])
             if t + 1 < len(grad_h):
                 grad_h[t].addcmul_(grad_h[t + 1], keep[t], value=ctx.decay)
-        grad_v_init = grad_h[0] * ctx.decay if ctx.needs_input_grad[1] else None
-        grad_gain = None
-        if ctx.needs_input_grad[2]:
+        needs_x, needs_v, needs_gain, needs_decay, *others = ctx.needs_input_grad
+        grad_x_seq = grad_v_init = grad_gain = grad_decay = None
+        if needs_v:
+            grad_v_init = (grad_h[0] * ctx.decay).to(ctx.v_dtype)
+        if needs_gain:
             product = grad_h * x_seq
-            grad_gain = product.flatten(1).sum(1) if gain.ndim else product.sum()
-        grad_decay = ((before - ctx.rest) * grad_h).sum() if ctx.needs_input_grad[3] else None
-        grad_x_seq = (
-            _times_gain(grad_h, ctx.gain if gain is None else gain)
-            if ctx.needs_input_grad[0]
-            else None
-        )
-        grads = (grad_x_seq, grad_v_init, grad_gain, grad_decay)
-        return *(
-            None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)
-        ), *[None] * 4
+            summed = product.flatten(1).sum(1) if gain.ndim else product.sum()
+            grad_gain = summed.to(gain.dtype)
+        if needs_decay:
+            summed = ((before - ctx.rest) * grad_h).sum()
+            grad_decay = summed.to(ctx.decay_dtype)
+        if needs_x:
+            scaled = _times_gain(grad_h, ctx.gain if gain is None else gain)
+            grad_x_seq = scaled.to(ctx.x_dtype)
+        return grad_x_seq, grad_v_init, grad_gain, grad_decay, *[None] * len(others)
 
 
 def _times_gain(grad_h: Tensor, gain: float | Tensor) -> Tensor:
     """``gain * grad_h``, in place."""
     if isinstance(gain, Tensor):
-        return grad_h.mul_(gain.to(grad_h.dtype).view(-1, *[1] * (grad_h.ndim - 1)))
+        others = [1] * (grad_h.ndim - 1)
+        per_step = gain.to(grad_h.dtype).view(-1, *others)
+        return grad_h.mul_(per_step)
     return grad_h if gain == 1.0 else grad_h.mul_(gain)
 
 
@@ -183,7 +200,8 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_seq: Tensor, spike_seq: Tensor, gate: Tensor, average: bool) -> Tensor:
         ctx.save_for_backward(gate)
-        ctx.average, ctx.dtype = average, x_seq.dtype
+        ctx.average = average
+        ctx.dtype = x_seq.dtype
         return spike_seq.view_as(spike_seq)
 
     @staticmethod
@@ -192,4 +210,5 @@ class _Gated(torch.autograd.Function):
         (gate,) = ctx.saved_tensors
         if ctx.average:
             grad_spike_seq = grad_spike_seq.mean(0, keepdim=True, dtype=gate.dtype)
-        return (gate * grad_spike_seq).to(ctx.dtype), None, None, None
+        grad_x_seq = gate * grad_spike_seq
+        return grad_x_seq.to(ctx.dtype), None, None, None

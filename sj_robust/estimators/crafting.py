@@ -34,14 +34,16 @@ def crafting_network(model: nn.Module, neurons: Iterable[Any]) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for node in neurons:
-        memo[id(node)] = _Rectifier(step_mode(node)).train(node.training)
+        rectifier = _Rectifier(step_mode(node))
+        memo[id(node)] = rectifier.train(node.training)
     for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+        shared = parameter.detach()
+        memo[id(parameter)] = nn.Parameter(shared, requires_grad=False)
     for module in model.modules():
         for value in (*vars(module).values(), *memories(module).values()):
             if isinstance(value, torch.Generator):
                 memo[id(value)] = value
-            # a state with its graph, which has no copy
             elif isinstance(value, Tensor) and value.grad_fn is not None:
+                # A state with its graph has no copy.
                 memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)

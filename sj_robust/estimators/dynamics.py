@@ -52,7 +52,10 @@ class Sequence:
         if not isinstance(gain, Tensor):
             return gain
         gain = gain.detach().to(self.dtype)
-        return gain.view(-1, *[1] * (self.x_seq.ndim - 1)) if gain.ndim else gain
+        if gain.ndim == 0:
+            return gain
+        others = [1] * (self.x_seq.ndim - 1)
+        return gain.view(-1, *others)
 
     @cached_property
     def charged(self) -> tuple[Tensor, Tensor | None]:
@@ -61,13 +64,16 @@ class Sequence:
 
         It is :mod:`sj_robust.ops.recurrence` in place, with sums of products that round once.
         """
-        decay, learned = self.charging.decay_value, _needs_gradient(self.charging.decay)
+        decay = self.charging.decay_value
+        learned = _needs_gradient(self.charging.decay)
         leak = (1 - decay) * (self.v_reset or 0.0)
         h_seq = self.x_seq.detach().to(self.dtype) * self.per_step(self.charging.gain)
-        v: Tensor | float = self.v_init
-        v = v.detach().to(self.dtype) if isinstance(v, Tensor) else v
+        spike_seq = self.spike_seq.to(self.dtype)
+        v = self.v_init
+        if isinstance(v, Tensor):
+            v = v.detach().to(self.dtype)
         before = []
-        for h, spike in zip(h_seq.unbind(0), self.spike_seq.to(self.dtype).unbind(0), strict=True):
+        for h, spike in zip(h_seq.unbind(0), spike_seq.unbind(0), strict=True):
             if learned:
                 before.append(v if isinstance(v, Tensor) else torch.full_like(h, v))
             offset = leak
@@ -80,15 +86,15 @@ class Sequence:
             if self.v_reset is None:
                 v = torch.add(h, spike, alpha=-self.v_threshold)
             else:
-                v = torch.addcmul(h, h - self.v_reset if self.v_reset else h, spike, value=-1)
+                above_reset = h - self.v_reset if self.v_reset else h
+                v = torch.addcmul(h, above_reset, spike, value=-1)
         return h_seq, torch.stack(before) if learned else None
 
     @property
     def differentiable(self) -> bool:
         """Whether anything that the outputs depend on needs a gradient."""
-        return any(
-            map(_needs_gradient, (self.x_seq, self.v_init, self.charging.gain, self.charging.decay))
-        )
+        values = (self.x_seq, self.v_init, self.charging.gain, self.charging.decay)
+        return any(_needs_gradient(value) for value in values)
 
 
 def spiking_neurons(model: nn.Module) -> dict[str, Any]:
@@ -105,14 +111,17 @@ def next_charging(node: Any, steps: int) -> Charging:
     charging = read_charging(node)
     if charging.input_gain is None:
         return charging
-    return Charging(charging.decay, charging.input_gain[node.time_step : node.time_step + steps])
+    first = node.time_step
+    return Charging(charging.decay, charging.input_gain[first : first + steps])
 
 
 def _spikes(module: nn.Module) -> bool:
     if not emits_spikes(module):
         return False
+    if is_neuron(module):
+        return True
     has_surrogate = callable(getattr(module, "surrogate_function", None))
-    return is_neuron(module) or (isinstance(module, base.MemoryModule) and has_surrogate)
+    return has_surrogate and isinstance(module, base.MemoryModule)
 
 
 def _needs_gradient(value: object) -> bool:

@@ -3,7 +3,7 @@ of |z|.
 """
 
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,9 @@ class Spread:
 
     def __init__(self) -> None:
         """Nothing seen yet."""
-        self._count, self._mean, self._squares = 0, torch.zeros(()), torch.zeros(())
+        self._count = 0
+        self._mean = torch.zeros(())
+        self._squares = torch.zeros(())
 
     def __call__(self, z_seq: Tensor, first: int) -> Tensor:
         """Slopes at ``z_seq`` [T, N, *], of which the first is step ``first`` of the sequence."""
@@ -39,15 +41,16 @@ class Spread:
         for step_mean, step_squares in zip(mean.unbind(0), squares.unbind(0), strict=True):
             total = self._count + here
             if self._count == 0:
-                self._mean, self._squares = step_mean, step_squares
+                self._mean = step_mean
+                self._squares = step_squares
             else:
                 distance = step_mean - self._mean
-                self._squares = (
-                    self._squares + step_squares + distance.square() * (self._count * here / total)
-                )
+                between = distance.square() * (self._count * here / total)
+                self._squares = self._squares + step_squares + between
                 self._mean = self._mean + distance * (here / total)
             self._count = total
-            sigmas.append((self._squares / max(total - 1, 1)).sqrt())
+            variance = self._squares / max(total - 1, 1)
+            sigmas.append(variance.sqrt())
         sigma = torch.stack(sigmas)
         sigma = torch.where(sigma > _SMALLEST_SPREAD, sigma, 1.0)
         return SHAPES["gaussian"](z_seq - sigma / 2, 1 / sigma)
@@ -60,18 +63,26 @@ def _moments(z_seq: Tensor) -> tuple[Tensor, Tensor, int]:
     Relative to the first value of each, so that values that are all alike have a deviation of
     exactly 0.
     """
-    has_space = z_seq.ndim > 3
-    flat = z_seq.flatten(3) if has_space else z_seq.reshape(len(z_seq), 1, 1, -1)
+    shape = [len(z_seq)] + [1] * (z_seq.ndim - 1)
+    if z_seq.ndim > 3:
+        shape[2] = z_seq.shape[2]
+        flat = z_seq.flatten(3)
+    else:
+        flat = z_seq.reshape(len(z_seq), 1, 1, -1)
     near = flat[:, :1, :, :1]
     deviation = flat - near
     mean = deviation.mean(3, keepdim=True).mean(1, keepdim=True)
-    squares = (deviation - mean).square_().sum(3, keepdim=True).sum(1, keepdim=True)
-    shape = (
-        (len(z_seq), 1, z_seq.shape[2], *[1] * (z_seq.ndim - 3))
-        if has_space
-        else (-1, *[1] * (z_seq.ndim - 1))
-    )
-    return (mean + near).view(shape), squares.view(shape), flat.shape[1] * flat.shape[3]
+    squared = (deviation - mean).square_()
+    squares = squared.sum(3, keepdim=True).sum(1, keepdim=True)
+    count = flat.shape[1] * flat.shape[3]
+    return (mean + near).view(shape), squares.view(shape), count
+
+
+class _Memory(NamedTuple):
+    """M and D of :class:`Sharpness`, each [T, N, *]."""
+
+    mean: Tensor
+    spread: Tensor
 
 
 class Sharpness:
@@ -93,34 +104,37 @@ class Sharpness:
 
     def __init__(self, images: "ImageTracker", shape: str, share: float) -> None:
         """Nothing seen yet."""
-        self._images, self._shape, self._omega = images, SHAPES[shape], SHARPNESS[shape](share)
+        self._images = images
+        self._shape = SHAPES[shape]
+        self._omega = SHARPNESS[shape](share)
         self._turn = 0
-        self._before: dict[
-            int, tuple[Tensor, Tensor]
-        ] = {}  # by first step of a call: M and D of [T, N, *]
-        self._after: dict[int, tuple[Tensor, Tensor]] = {}
+        # By first step of a call.
+        self._before: dict[int, _Memory] = {}
+        self._after: dict[int, _Memory] = {}
 
     def __call__(self, z_seq: Tensor, first: int) -> Tensor:
         """Slopes at ``z_seq`` [T, N, *], of which the first is step ``first`` of the sequence."""
         if first == 0 and self._turn != self._images.turn:
-            self._before = {step: self._images.follow(state) for step, state in self._after.items()}
-            self._after, self._turn = {}, self._images.turn
+            self._before = {}
+            for step, memory in self._after.items():
+                self._before[step] = self._images.follow(memory)
+            self._after = {}
+            self._turn = self._images.turn
         size = z_seq.abs()
-        mean, spread = self._before.get(first, (size, size))
-        if mean.shape != size.shape:
-            mean, spread = size, size
-        fresh = mean is size
-        mean = (torch.ones_like(size) if fresh else mean).lerp(size, 1 - _MEMORY)
+        before = self._before.get(first)
+        if before is not None and before.mean.shape != size.shape:
+            before = None
+        last_mean = torch.ones_like(size) if before is None else before.mean
+        mean = last_mean.lerp(size, 1 - _MEMORY)
         deviation = torch.sub(mean, size, out=size).abs_()
-        spread = deviation.mul_(1 - _MEMORY) if fresh else spread.lerp(deviation, 1 - _MEMORY)
+        if before is None:
+            spread = deviation.mul_(1 - _MEMORY)
+        else:
+            spread = before.spread.lerp(deviation, 1 - _MEMORY)
         if self._images.counts:
-            self._after[first] = (mean, spread)
-        alpha = (
-            torch.add(mean, spread, alpha=_SPREAD_WEIGHT)
-            .add_(_OFFSET)
-            .reciprocal_()
-            .mul_(self._omega)
-        )
+            self._after[first] = _Memory(mean, spread)
+        width = torch.add(mean, spread, alpha=_SPREAD_WEIGHT).add_(_OFFSET)
+        alpha = width.reciprocal_().mul_(self._omega)
         return self._shape(z_seq, alpha)
 
 
@@ -150,9 +164,10 @@ class ImageTracker:
     def see(self, module: Any, arguments: tuple[Any, ...]) -> None:
         """Forward pre-hook of the network."""
         images = next((value for value in arguments if isinstance(value, Tensor)), None)
-        self.counts = torch.is_grad_enabled() and images is not None and images.requires_grad
-        if images is None or not self.counts:
+        self.counts = False
+        if images is None or not images.requires_grad or not torch.is_grad_enabled():
             return
+        self.counts = True
         reference, version = self._identity
         if reference() is images and images._version == version:
             return
@@ -160,26 +175,30 @@ class ImageTracker:
         self._compare(images.detach())
         self._identity = (weakref.ref(images), images._version)
 
-    def follow(self, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """State [T, N, *] of the previous images for the present ones; of another shape where they
-        have none.
+    def follow(self, memory: _Memory) -> _Memory:
+        """Memory of the previous images for the present ones; of another shape where they have
+        none.
         """
+        mean, spread = memory
         if not self._related:
-            return state[0][:0], state[1][:0]
-        if self._rows is None or state[0].shape[1] != self._samples:
-            return state
-        return state[0][:, self._rows], state[1][:, self._rows]
+            return _Memory(mean[:0], spread[:0])
+        if self._rows is None or mean.shape[1] != self._samples:
+            return memory
+        return _Memory(mean[:, self._rows], spread[:, self._rows])
 
     def __reduce__(self) -> tuple[type["ImageTracker"], tuple[()]]:
         """A copy of a network has its own, which has seen nothing."""
         return ImageTracker, ()
 
     def _compare(self, images: Tensor) -> None:
-        last, self._last = self._last, images
+        last = self._last
+        self._last = images
         self._rows = None
-        self._related = (
-            last is not None and last.shape[1:] == images.shape[1:] and len(images) <= len(last)
-        )
-        if last is not None and self._related and len(images) < len(last):
+        self._related = False
+        if last is None or last.shape[1:] != images.shape[1:] or len(images) > len(last):
+            return
+        self._related = True
+        if len(images) < len(last):
             self._samples = len(last)
-            self._rows = torch.cdist(images.flatten(1), last.flatten(1), p=float("inf")).argmin(1)
+            distance = torch.cdist(images.flatten(1), last.flatten(1), p=float("inf"))
+            self._rows = distance.argmin(1)

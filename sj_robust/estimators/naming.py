@@ -86,15 +86,13 @@ class EstimatorName:
     def name(self) -> str:
         """Canonical text: ``estimator(e.name) == e``."""
         parts = [self.family]
-        if self.shape is not None and (
-            self.shape != "atan" or self.number != _DEFAULT_NUMBER["assg"]
-        ):
+        default_assg = self.family == "assg" and self.number == _DEFAULT_NUMBER["assg"]
+        if self.shape is not None and not (default_assg and self.shape == "atan"):
             parts.append(self.shape)
-        if self.number is not None and (
-            self.family != "assg" or self.number != _DEFAULT_NUMBER["assg"]
-        ):
+        if self.number is not None and not default_assg:
             parts.append(repr(float(self.number)).removesuffix(".0"))
-        return ":".join(parts) + (_DETACH if self.detach_reset else "")
+        detach = _DETACH if self.detach_reset else ""
+        return ":".join(parts) + detach
 
     @property
     def per_sample(self) -> bool:
@@ -109,9 +107,9 @@ class EstimatorName:
         if not isinstance(text, str):
             raise TypeError(f"name must be text such as 'atan:4', got {type(text).__name__}")
         family, *options = text.removesuffix(_DETACH).split(":")
-        shape = (
-            options.pop(0) if family == "assg" and options and not _is_number(options[0]) else None
-        )
+        shape = None
+        if family == "assg" and options and not _is_number(options[0]):
+            shape = options.pop(0)
         if len(options) > 1 or (options and not _is_number(options[0])):
             raise ValueError(
                 f"{text!r} is not the name of an estimator; write it like one of {ESTIMATORS}"

@@ -30,27 +30,59 @@ def _sigmoid(z: Tensor, alpha: Sharpness) -> Tensor:
     return (1 - s).mul_(s).mul_(alpha)
 
 
+def _triangle(z: Tensor, alpha: Sharpness) -> Tensor:
+    height = 1 - (z * alpha).abs_()
+    return height.clamp_min_(0).mul_(alpha)
+
+
+def _atan(z: Tensor, alpha: Sharpness) -> Tensor:
+    squared = (z * alpha).square_()
+    return alpha / squared.mul_(math.pi**2 / 2).add_(2)
+
+
+def _rectangle(z: Tensor, alpha: Sharpness) -> Tensor:
+    inside = (z * alpha).abs_() <= 1
+    return inside.to(z.dtype).mul_(alpha).mul_(0.5)
+
+
+def _exponential(z: Tensor, alpha: Sharpness) -> Tensor:
+    size = (z * alpha).abs_()
+    return size.neg_().exp_().mul_(alpha).mul_(0.5)
+
+
+def _gaussian(z: Tensor, alpha: Sharpness) -> Tensor:
+    squared = (z * alpha).square_()
+    height = squared.mul_(-0.5).exp_().mul_(alpha)
+    return height.mul_(1 / math.sqrt(2 * math.pi))
+
+
+def _straight_through(z: Tensor, alpha: Sharpness) -> Tensor:
+    return torch.ones_like(z)
+
+
 SHAPES: dict[str, Callable[..., Tensor]] = {
-    "triangle": lambda z, alpha: (1 - (z * alpha).abs_()).clamp_min_(0).mul_(alpha),
-    "atan": lambda z, alpha: alpha / (z * alpha).square_().mul_(math.pi**2 / 2).add_(2),
+    "triangle": _triangle,
+    "atan": _atan,
     "sigmoid": _sigmoid,
-    "rectangle": lambda z, alpha: ((z * alpha).abs_() <= 1).to(z.dtype).mul_(alpha).mul_(0.5),
-    "exponential": lambda z, alpha: (z * alpha).abs_().neg_().exp_().mul_(alpha).mul_(0.5),
-    "gaussian": lambda z, alpha: (
-        (z * alpha).square_().mul_(-0.5).exp_().mul_(alpha).mul_(1 / math.sqrt(2 * math.pi))
-    ),
-    "straight_through": lambda z, alpha: torch.ones_like(z),
+    "rectangle": _rectangle,
+    "exponential": _exponential,
+    "gaussian": _gaussian,
+    "straight_through": _straight_through,
 }
 """Shapes by name, functions of ``z`` and ``alpha``: the area under each is 1, its height grows with
 alpha.
 """
 
+
+def _gaussian_sharpness(share: float) -> float:
+    quantile = torch.erfinv(torch.tensor(share, dtype=torch.float64))
+    return math.sqrt(2) * float(quantile)
+
+
 SHARPNESS: dict[str, Callable[[float], float]] = {
     "atan": lambda share: 2 * math.tan(math.pi * share / 2) / math.pi,
     "sigmoid": lambda share: 2 * math.atanh(share),
-    "gaussian": lambda share: (
-        math.sqrt(2) * float(torch.erfinv(torch.tensor(share, dtype=torch.float64)))
-    ),
+    "gaussian": _gaussian_sharpness,
     "triangle": lambda share: 1 - math.sqrt(1 - share),
     "rectangle": lambda share: share,
 }

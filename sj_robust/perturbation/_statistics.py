@@ -1,6 +1,7 @@
 """What the monitor reports of a layer, and the running sums it comes from."""
 
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +17,10 @@ from sj_robust.perturbation import dynamics
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Kept", "LayerStats", "LayerTotals", "LayerTrace", "MPPDStatistics"]
+__all__ = ["Kept", "LayerStats", "LayerTotals", "LayerTrace", "MPPDStatistics", "counted"]
+
+_NOT_PER_STEP = ("name", "neuron", "samples")
+"""Fields of :class:`LayerStats` that are no statistic."""
 
 _MOST = 8
 """Rows and steps of a table; more are left out in the middle."""
@@ -89,39 +93,36 @@ class LayerStats:
         """One number per statistic: the mean over time; the maximum of maxima; the last entry of
         silent and tasad.
         """
-        return {
-            name: None if value is None else _whole(name, value)
-            for name, value in self._tensors().items()
-        }
+        return {name: _whole(name, value) for name, value in self._tensors().items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and strings, ready for JSON: ``"per_step"`` and ``"summary"`` of
         every statistic.
         """
+        per_step = {}
+        for name, value in self._tensors().items():
+            per_step[name] = None if value is None else value.tolist()
         return {
             "name": self.name,
             "neuron": self.neuron,
             "samples": self.samples,
             "T": self.T,
             "summary": self.summary(),
-            "per_step": {
-                name: None if value is None else value.tolist()
-                for name, value in self._tensors().items()
-            },
+            "per_step": per_step,
         }
 
     def __repr__(self) -> str:
         """One line with the numbers of :meth:`summary`."""
-        numbers = ", ".join(
-            f"{name} {value:.4g}" for name, value in self.summary().items() if value is not None
-        )
+        measured = {name: value for name, value in self.summary().items() if value is not None}
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
         return (
             f"LayerStats({self.name!r}, {self.neuron}, T={self.T}, samples={self.samples}: "
             f"{numbers})"
         )
 
     def _tensors(self) -> dict[str, Tensor | None]:
-        return {field.name: getattr(self, field.name) for field in fields(self)[3:]}
+        names = [field.name for field in fields(self)]
+        return {name: getattr(self, name) for name in names if name not in _NOT_PER_STEP}
 
 
 class MPPDStatistics(Shown, dict[str, LayerStats]):
@@ -144,18 +145,18 @@ class MPPDStatistics(Shown, dict[str, LayerStats]):
         if not self:
             return "no spiking layer"
         sizes = {name: float(layer.ms_mppd.mean()) for name, layer in self.items()}
-        low, high = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
+        low = min(sizes, key=sizes.__getitem__)
+        high = max(sizes, key=sizes.__getitem__)
         first = next(iter(self.values()))
-        layers, pairs = (
-            f"{count} {what}{'' if count == 1 else 's'}"
-            for count, what in ((len(self), "spiking layer"), (first.samples, "pair"))
-        )
-        dead = self.silent
-        silent = f"; {', '.join(dead)} NEVER FIRED" if dead else ""
-        return (
+        layers = counted(len(self), "spiking layer")
+        pairs = counted(first.samples, "pair")
+        verdict = (
             f"{layers}, T = {first.T}, {pairs} of inputs; MS-MPPD from {sizes[low]:.3g} ({low}) "
-            f"to {sizes[high]:.3g} ({high}){silent}"
+            f"to {sizes[high]:.3g} ({high})"
         )
+        if self.silent:
+            verdict += f"; {', '.join(self.silent)} NEVER FIRED"
+        return verdict
 
     @property
     def silent(self) -> tuple[str, ...]:
@@ -166,16 +167,6 @@ class MPPDStatistics(Shown, dict[str, LayerStats]):
         """Markdown: the verdict, then a row per layer; of many layers and steps the first and last
         ones.
         """
-        rows = [
-            [
-                name,
-                layer.neuron,
-                " ".join(_few([f"{value:.3g}" for value in layer.ms_mppd.tolist()])),
-                f"{float(layer.firing_rate.mean()):.3g}",
-                f"{100 * float(layer.silent[-1]):.1f}",
-            ]
-            for name, layer in self.items()
-        ]
         heads = [
             "layer",
             "neuron",
@@ -183,9 +174,15 @@ class MPPDStatistics(Shown, dict[str, LayerStats]):
             "spikes per neuron and step",
             "never fires, %",
         ]
-        return (
-            f"{self.verdict}.\n\n{markdown_table(heads, _few(rows, ['...'] * len(heads)), words=3)}"
-        )
+        rows = []
+        for name, layer in self.items():
+            per_step = [f"{value:.3g}" for value in layer.ms_mppd.tolist()]
+            firing_rate = float(layer.firing_rate.mean())
+            silent = 100 * float(layer.silent[-1])
+            steps = " ".join(_few(per_step))
+            rows.append([name, layer.neuron, steps, f"{firing_rate:.3g}", f"{silent:.1f}"])
+        shown = _few(rows, between=["..."] * len(heads))
+        return f"{self.verdict}.\n\n{markdown_table(heads, shown, words=3)}"
 
     def plot(self, statistic: str = "ms_mppd") -> "Figure":
         """A heat map of layers and time steps. 层与时间步的热图。
@@ -199,17 +196,19 @@ class MPPDStatistics(Shown, dict[str, LayerStats]):
         Raises:
             ValueError: If there is no such statistic.
         """
-        layers = {name: layer.to_dict()["per_step"].get(statistic) for name, layer in self.items()}
-        known = {name: values for name, values in layers.items() if values is not None}
-        if not known:
+        layers = {}
+        for name, layer in self.items():
+            values = layer.to_dict()["per_step"].get(statistic)
+            if values is not None:
+                layers[name] = values
+        if not layers:
             raise ValueError(
                 f"statistic must be one of LayerStats that was measured, got {statistic!r}"
             )
-        figure = new_figure(5.0, 1.2 + 0.24 * len(known))
+        figure = new_figure(5.0, 1.2 + 0.24 * len(layers))
         axes = figure.subplots()
-        mesh = heat_map(
-            axes, known, common_scale(value for values in known.values() for value in values)
-        )
+        scale = common_scale(chain.from_iterable(layers.values()))
+        mesh = heat_map(axes, layers, scale)
         axes.set_xlabel("time step")
         figure.colorbar(mesh, ax=axes, label="MS-MPPD" if statistic == "ms_mppd" else statistic)
         return figure
@@ -264,6 +263,38 @@ class Kept(NamedTuple):
     statistics: bool
 
 
+class _Size(NamedTuple):
+    """How large a perturbation is in one step: sums of squares and of magnitudes, and the peak."""
+
+    l2: Tensor
+    l1: Tensor
+    peak: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor) -> "_Size":
+        return cls(_total(values.square()), _total(values.abs()), _peak(values))
+
+
+_SUMS = (
+    "firing_rate",
+    "firing_rate_perturbed",
+    "spike_distance",
+    "tasad",
+    "eps_l2",
+    "eps_l1",
+    "plain_l2",
+    "plain_l1",
+    "full_l2",
+    "full_l1",
+)
+"""What is summed in every step: ``eps`` contains the learnable gain, ``plain`` does not, ``full``
+is with the reset.
+"""
+
+_MAXIMA = ("eps", "plain", "full")
+"""Whose peak is kept of every step."""
+
+
 class LayerTotals:
     """Sums of one layer over pairs of runs. The first pair is fed step by step from the state
     before both, until it is closed; then there are means, and :meth:`add` takes in other pairs that
@@ -276,61 +307,78 @@ class LayerTotals:
         self.full_valid = True
         self._samples = 0
         self._elements = 0
-        self._steps: list[
-            tuple[Tensor, Tensor]
-        ] = []  # sums and maxima of every step, until the pair is closed
+        # Of every step until the pair is closed, in the order of _SUMS and _MAXIMA.
+        self._step_sums: list[Tensor] = []
+        self._step_maxima: list[Tensor] = []
         self._charging = neuron.charging()
         self._time_step = time_step
         self._input_gain = kept.input_gain
         self._v_init = v_init
         self._state: dict[str, Tensor] = {}
         self._first_spike: list[Tensor] = []  # of both runs
-        self._trace: list[tuple[Tensor, ...]] | None = [] if kept.trace else None
+        self._keep_trace = kept.trace
+        self._trace: list[dict[str, Tensor]] = []  # by the fields of LayerTrace
 
     @torch.no_grad()
     def step(self, x: Tensor, spike: Tensor, x_perturbed: Tensor, spike_perturbed: Tensor) -> None:
         """Take in one step [N, *] of both runs."""
-        t = len(self._steps)
-        values = (
-            value.detach().to(state_dtype(x)) for value in (x, spike, x_perturbed, spike_perturbed)
-        )
-        x, spike, x_perturbed, spike_perturbed = values
+        t = len(self._step_sums)
+        dtype = state_dtype(x)
+        x = x.detach().to(dtype)
+        spike = spike.detach().to(dtype)
+        x_perturbed = x_perturbed.detach().to(dtype)
+        spike_perturbed = spike_perturbed.detach().to(dtype)
         state = self._state or self._start(x)
-        plain, gain = (
-            self._charging.gain_at(self._time_step + t, input_gain=flag) for flag in (False, True)
-        )
-        dx = x - x_perturbed
+
+        gain = self._charging.gain_at(self._time_step + t, input_gain=True)
+        plain_gain = self._charging.gain_at(self._time_step + t, input_gain=False)
         decay = self._charging.decay
+        dx = x - x_perturbed
         eps = charge(state["eps"], dx, decay=decay, gain=gain, v_reset=None)
-        eps_plain = eps
-        if plain is not gain:
-            eps_plain = charge(state["eps_plain"], dx, decay=decay, gain=plain, v_reset=None)
+        plain = eps
+        if plain_gain is not gain:
+            plain = charge(state["plain"], dx, decay=decay, gain=plain_gain, v_reset=None)
         v = self._potential(state["v"], x, spike, gain)
         v_perturbed = self._potential(state["v_perturbed"], x_perturbed, spike_perturbed, gain)
-        d = v - v_perturbed
         dspike = spike_perturbed - spike
         excess = state["excess"] + dspike
         self._state = {
             "eps": eps,
-            "eps_plain": eps_plain,
+            "plain": plain,
             "v": v,
             "v_perturbed": v_perturbed,
             "excess": excess,
         }
 
-        of_eps = (*_powers(eps), _peak(eps))
-        of_plain = of_eps if eps_plain is eps else (*_powers(eps_plain), _peak(eps_plain))
-        rates = (_total(spike != 0), _total(spike_perturbed != 0))
-        distances = (_total(dspike.abs()), _total(excess.abs()) / (t + 1))
-        sums = torch.stack((*rates, *of_eps[:2], *of_plain[:2], *_powers(d), *distances))
-        self._steps.append((sums, torch.stack((of_eps[2], of_plain[2], _peak(d)))))
-        spikes = (spike, spike_perturbed)
+        sizes = {"eps": _Size.of(eps), "full": _Size.of(v - v_perturbed)}
+        sizes["plain"] = sizes["eps"] if plain is eps else _Size.of(plain)
+        sums = {
+            "firing_rate": _total(spike != 0),
+            "firing_rate_perturbed": _total(spike_perturbed != 0),
+            "spike_distance": _total(dspike.abs()),
+            "tasad": _total(excess.abs()) / (t + 1),
+        }
+        for name, size in sizes.items():
+            sums[f"{name}_l2"] = size.l2
+            sums[f"{name}_l1"] = size.l1
+        self._step_sums.append(torch.stack([sums[name] for name in _SUMS]))
+        self._step_maxima.append(torch.stack([sizes[name].peak for name in _MAXIMA]))
+        first, first_perturbed = self._first_spike
         self._first_spike = [
-            _earliest(*both, t) for both in zip(self._first_spike, spikes, strict=True)
+            _earliest(first, spike, t),
+            _earliest(first_perturbed, spike_perturbed, t),
         ]
-        if self._trace is not None:
-            shown = eps if self._input_gain else eps_plain
-            self._trace.append((x, x_perturbed, spike, spike_perturbed, v, v_perturbed, shown))
+        if self._keep_trace:
+            step = {
+                "x_seq": x,
+                "x_seq_perturbed": x_perturbed,
+                "spike_seq": spike,
+                "spike_seq_perturbed": spike_perturbed,
+                "v_seq": v,
+                "v_seq_perturbed": v_perturbed,
+                "eps": eps if self._input_gain else plain,
+            }
+            self._trace.append(step)
 
     @torch.no_grad()
     def check_potential(self, v_perturbed: Any) -> None:
@@ -350,21 +398,24 @@ class LayerTotals:
         """End the pair and let go of everything that has the size of a batch; the trace, if one was
         kept.
         """
-        self._sums, self._maxima = (torch.stack(steps) for steps in zip(*self._steps, strict=True))
-        self._steps = []
+        self._sums = torch.stack(self._step_sums)
+        self._maxima = torch.stack(self._step_maxima)
+        self._step_sums = []
+        self._step_maxima = []
         self._state = {}
         self._v_init = 0.0
-        trace, self._trace = self._trace, None
-        if not trace:
+        steps = self._trace
+        self._trace = []
+        if not steps:
             return None
-        return LayerTrace(
-            self.neuron.name, *(torch.stack(steps) for steps in zip(*trace, strict=True))
-        )
+        whole = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+        return LayerTrace(name=self.neuron.name, **whole)
 
     def mean(self, norm: str, *, input_gain: bool) -> Tensor:
         """``mean(eps^2)`` for ``"l2"`` or ``mean(|eps|)`` for ``"l1"`` over the whole pair."""
-        column = (2 if input_gain else 4) + (norm == "l1")
-        return (self._sums[:, column].mean() / self._elements).to(self._dtype)
+        kind = "eps" if input_gain else "plain"
+        sums = self._sums[:, _SUMS.index(f"{kind}_{norm}")]
+        return (sums.mean() / self._elements).to(self._dtype)
 
     @torch.no_grad()
     def add(self, other: "LayerTotals") -> None:
@@ -381,39 +432,42 @@ class LayerTotals:
 
     def check_fits(self, other: "LayerTotals") -> None:
         """Raise ValueError if steps or features differ."""
-        mine, theirs = (
-            (total._sums.shape[0], tuple(total._first_spike[0].shape)) for total in (self, other)
-        )
-        if mine != theirs:
+        if self._extent != other._extent:
             raise ValueError(
                 f"layer {self.neuron.name!r}: statistics are kept per time step and neuron, and "
-                f"those so far have T={mine[0]} and features {mine[1]}, but this pair has "
-                f"T={theirs[0]} and features {theirs[1]}; call clear_recorded_data() first"
+                f"those so far have {self._extent}, but this pair has {other._extent}; call "
+                "clear_recorded_data() first"
             )
 
     @torch.no_grad()
     def stats(self) -> LayerStats:
         """The statistics so far."""
-        means = (self._sums / self._elements).double().cpu().unbind(1)
-        maxima = self._maxima.double().cpu().unbind(1)
-        silent, silent_perturbed = (_silent(first, len(self._sums)) for first in self._first_spike)
+        per_step = (self._sums / self._elements).double().cpu().unbind(1)
+        means = dict(zip(_SUMS, per_step, strict=True))
+        maxima = dict(zip(_MAXIMA, self._maxima.double().cpu().unbind(1), strict=True))
+        first, first_perturbed = self._first_spike
+        kind = "eps" if self._input_gain else "plain"
         return LayerStats(
             name=self.neuron.name,
             neuron=self.neuron.type_name,
             samples=self._samples,
-            firing_rate=means[0],
-            firing_rate_perturbed=means[1],
-            silent=silent,
-            silent_perturbed=silent_perturbed,
-            ms_mppd=means[2 if self._input_gain else 4],
-            l1=means[3 if self._input_gain else 5],
-            max_abs=maxima[0 if self._input_gain else 1],
-            full_ms_mppd=means[6] if self.full_valid else None,
-            full_l1=means[7] if self.full_valid else None,
-            full_max_abs=maxima[2] if self.full_valid else None,
-            spike_distance=means[8],
-            tasad=means[9],
+            firing_rate=means["firing_rate"],
+            firing_rate_perturbed=means["firing_rate_perturbed"],
+            silent=_silent(first, len(self._sums)),
+            silent_perturbed=_silent(first_perturbed, len(self._sums)),
+            ms_mppd=means[f"{kind}_l2"],
+            l1=means[f"{kind}_l1"],
+            max_abs=maxima[kind],
+            full_ms_mppd=means["full_l2"] if self.full_valid else None,
+            full_l1=means["full_l1"] if self.full_valid else None,
+            full_max_abs=maxima["full"] if self.full_valid else None,
+            spike_distance=means["spike_distance"],
+            tasad=means["tasad"],
         )
+
+    @property
+    def _extent(self) -> str:
+        return f"T={len(self._sums)} and features {tuple(self._first_spike[0].shape)}"
 
     def _start(self, x: Tensor) -> dict[str, Tensor]:
         self._dtype = x.dtype
@@ -425,7 +479,7 @@ class LayerTotals:
         self._first_spike = [never, never]
         zero = torch.zeros_like(x)
         v = zero + self._v_init
-        return {"eps": zero, "eps_plain": zero, "v": v, "v_perturbed": v, "excess": zero}
+        return {"eps": zero, "plain": zero, "v": v, "v_perturbed": v, "excess": zero}
 
     def _potential(self, v: Tensor, x: Tensor, spike: Tensor, gain: float | Tensor) -> Tensor:
         module = self.neuron.module
@@ -433,13 +487,22 @@ class LayerTotals:
         return reset(h, spike, v_threshold=module.v_threshold, v_reset=module.v_reset)
 
 
+def counted(count: int, what: str) -> str:
+    """``"1 pair"``, ``"2 pairs"``."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def _few(items: list[Any], between: Any = "...") -> list[Any]:
     """All of few items; of many the first and last ones."""
+    if len(items) <= _MOST:
+        return items
     half = _MOST // 2
-    return items if len(items) <= _MOST else [*items[:half], between, *items[-half:]]
+    return [*items[:half], between, *items[-half:]]
 
 
-def _whole(name: str, per_step: Tensor) -> float:
+def _whole(name: str, per_step: Tensor | None) -> float | None:
+    if per_step is None:
+        return None
     if name.endswith("max_abs"):
         return float(per_step.max())
     if name in ("silent", "silent_perturbed", "tasad"):
@@ -449,11 +512,8 @@ def _whole(name: str, per_step: Tensor) -> float:
 
 def _total(values: Tensor) -> Tensor:
     # MPS has no float64.
-    return values.sum(dtype=torch.float32 if values.device.type == "mps" else torch.float64)
-
-
-def _powers(values: Tensor) -> tuple[Tensor, Tensor]:
-    return _total(values.square()), _total(values.abs())
+    dtype = torch.float32 if values.device.type == "mps" else torch.float64
+    return values.sum(dtype=dtype)
 
 
 def _peak(values: Tensor) -> Tensor:
@@ -462,8 +522,10 @@ def _peak(values: Tensor) -> Tensor:
 
 def _earliest(first: Tensor, spike: Tensor, t: int) -> Tensor:
     """Earliest step at which each neuron fired for any sample, now that it is step ``t``."""
-    return torch.where((spike != 0).any(0), first.clamp(max=t), first)
+    fires = (spike != 0).any(0)
+    return torch.where(fires, first.clamp(max=t), first)
 
 
 def _silent(first: Tensor, steps: int) -> Tensor:
-    return torch.stack([(first > t).double().mean() for t in range(steps)]).cpu()
+    shares = [(first > t).double().mean() for t in range(steps)]
+    return torch.stack(shares).cpu()

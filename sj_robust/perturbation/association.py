@@ -35,7 +35,10 @@ def ranks(values: Tensor) -> Tensor:
 
 def pearson(first: Tensor, second: Tensor) -> Tensor:
     """Linear correlation along the last dimension; NaN where one side does not vary."""
-    first, second = (a.double() - a.double().mean(-1, keepdim=True) for a in (first, second))
+    first = first.double()
+    second = second.double()
+    first = first - first.mean(-1, keepdim=True)
+    second = second - second.mean(-1, keepdim=True)
     scale = first.norm(dim=-1) * second.norm(dim=-1)
     correlation = (first * second).sum(-1) / scale
     return torch.where(scale > 0, correlation.clamp(-1, 1), torch.nan)
@@ -60,5 +63,7 @@ def auroc(scores: Tensor, positive: Tensor) -> Tensor:
         [*]; NaN without a pair of a positive and a negative.
     """
     count = positive.double().sum(-1)
-    above = (ranks(scores) * positive).sum(-1) - count * (count + 1) / 2
-    return above.sum(-1) / (count * (positive.shape[-1] - count)).sum()
+    rank_sum = (ranks(scores) * positive).sum(-1)
+    above = rank_sum - count * (count + 1) / 2
+    pairs = count * (positive.shape[-1] - count)
+    return above.sum(-1) / pairs.sum()

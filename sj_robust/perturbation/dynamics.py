@@ -59,11 +59,11 @@ def simplified_perturbation(
     gains = _gain_per_step(gain, x_seq.shape[0])
     dtype = state_dtype(x_seq)
     if not isinstance(decay, Tensor) and not isinstance(gain, Tensor):
-        dx = x_seq.to(dtype) - x_seq_perturbed.to(dtype)
+        u_seq = x_seq.to(dtype) - x_seq_perturbed.to(dtype)
+        if gain != 1.0:
+            u_seq = gain * u_seq
         # torch leaves it untyped
-        eps_seq: Tensor = _Leak.apply(  # type: ignore[no-untyped-call]
-            dx if gain == 1.0 else gain * dx, decay, False
-        )
+        eps_seq: Tensor = _Leak.apply(u_seq, decay, False)  # type: ignore[no-untyped-call]
         return eps_seq
     eps = torch.zeros_like(x_seq[0], dtype=dtype)
     steps = []
@@ -202,7 +202,8 @@ def spike_train_distance(spike_seq: Tensor, spike_seq_perturbed: Tensor) -> Tens
         tensor([1.])
     """
     _check_pair("spike_seq", spike_seq, spike_seq_perturbed)
-    return (_real(spike_seq) - _real(spike_seq_perturbed)).abs().mean(0)
+    difference = _real(spike_seq) - _real(spike_seq_perturbed)
+    return difference.abs().mean(0)
 
 
 def tasad(spike_seq: Tensor, spike_seq_perturbed: Tensor) -> Tensor:
@@ -223,7 +224,9 @@ def tasad(spike_seq: Tensor, spike_seq_perturbed: Tensor) -> Tensor:
         tensor([0.])
     """
     _check_pair("spike_seq", spike_seq, spike_seq_perturbed)
-    return (_real(spike_seq_perturbed).mean(0) - _real(spike_seq).mean(0)).abs()
+    rate = _real(spike_seq).mean(0)
+    rate_perturbed = _real(spike_seq_perturbed).mean(0)
+    return (rate_perturbed - rate).abs()
 
 
 class _Leak(torch.autograd.Function):
@@ -236,9 +239,12 @@ class _Leak(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, u_seq: Tensor, decay: float, reverse: bool) -> Tensor:
-        ctx.decay, ctx.reverse = decay, reverse
+        ctx.decay = decay
+        ctx.reverse = reverse
         eps_seq = u_seq.clone()
-        steps = eps_seq.unbind(0)[::-1] if reverse else eps_seq.unbind(0)
+        steps = eps_seq.unbind(0)
+        if reverse:
+            steps = steps[::-1]
         for before, now in pairwise(steps):
             now.add_(before, alpha=decay)
         return eps_seq

@@ -39,14 +39,17 @@ def neuron_indicators(trace: LayerTrace) -> dict[str, Tensor]:
         'std': 0.0, 'tasad': 0.0}
     """
     eps = trace.eps.flatten(2)
-    spikes = trace.spike_seq.float().flatten(2), trace.spike_seq_perturbed.float().flatten(2)
+    size = eps.abs()
+    full = trace.full.flatten(2)
+    spikes = trace.spike_seq.float().flatten(2)
+    spikes_perturbed = trace.spike_seq_perturbed.float().flatten(2)
     return {
-        "mppd_l1": eps.abs().mean(0),
+        "mppd_l1": size.mean(0),
         "mppd_l2": eps.square().mean(0),
-        "mppd_max": eps.abs().amax(0),
-        "full": trace.full.flatten(2).square().mean(0),
-        "std": dynamics.spike_train_distance(*spikes),
-        "tasad": dynamics.tasad(*spikes),
+        "mppd_max": size.amax(0),
+        "full": full.square().mean(0),
+        "std": dynamics.spike_train_distance(spikes, spikes_perturbed),
+        "tasad": dynamics.tasad(spikes, spikes_perturbed),
     }
 
 
@@ -67,12 +70,12 @@ def sample_indicators(trace: LayerTrace) -> dict[str, Tensor]:
         >>> from spikingjelly.activation_based import neuron
         >>> from sj_robust.perturbation import spike_traces
         >>> net = torch.nn.Sequential(neuron.IFNode(step_mode="m"))
-        >>> sample_indicators(
-        ...     spike_traces(net, torch.full((2, 1, 3), 0.5), torch.full((2, 1, 3), 0.75))["0"]
-        ... )["mppd_l1"]
+        >>> layer = spike_traces(net, torch.full((2, 1, 3), 0.5), torch.full((2, 1, 3), 0.75))["0"]
+        >>> sample_indicators(layer)["mppd_l1"]
         tensor([0.3750])
     """
-    return {name: over_neurons(name, value) for name, value in neuron_indicators(trace).items()}
+    per_neuron = neuron_indicators(trace)
+    return {name: over_neurons(name, value) for name, value in per_neuron.items()}
 
 
 def over_neurons(name: str, value: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """How well each indicator of a perturbation tells its size, and whether it fools the network."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -68,11 +69,11 @@ class IntensityCorrelation(
         Raises:
             KeyError: If there is no such direction.
         """
-        rows = [
-            [layer, indicator, *(_text(measures[name]) for name in _MEASURES)]
-            for layer, indicators in self.associations[direction].items()
-            for indicator, measures in indicators.items()
-        ]
+        rows = []
+        for layer, indicators in self.associations[direction].items():
+            for indicator, measures in indicators.items():
+                texts = [_text(measures[name]) for name in _MEASURES]
+                rows.append([layer, indicator, *texts])
         return markdown_table(["layer", "indicator", *_MEASURES], rows, words=2)
 
     @classmethod
@@ -154,51 +155,56 @@ def intensity_correlation(
         >>> round(study.associations["brighter"]["net.2"]["mppd_l1"]["per_image"].value, 6)
         1.0
     """
-    sizes = _checked(x, y, perturb, eps, batch_size, resamples)
+    _check_counts(batch_size=batch_size, resamples=resamples)
+    sizes = _checked_sizes(eps)
+    if not perturb:
+        raise ValueError("perturb must name at least one direction, such as {'gaussian': ...}")
+    if len(x) != len(y) or len(x) == 0:
+        raise ValueError(
+            f"x and y must hold as many images as classes, at least one, got {len(x)} and {len(y)}"
+        )
     with torch.no_grad():
-        right = torch.cat([model(part).argmax(1) for part in torch.split(x, batch_size)]) == y
+        predicted = [model(part).argmax(1) for part in torch.split(x, batch_size)]
+    right = torch.cat(predicted) == y
     if not bool(right.any()):
         raise ValueError(
             f"the network classifies none of the {len(x)} images right: give it a trained network"
         )
-    x, y = x[right], y[right]
-    measured: dict[str, list[_Measured]] = {}
-    with MPPDMonitor(model, layers=layers, input_gain=input_gain, keep="trace") as monitor:
-        for direction, function in perturb.items():
-            measured[direction] = []
-            for size in sizes:
-                say(f"{direction} at eps {size:.4g}: {len(x)} images")
-                measured[direction].append(
-                    _measure(monitor, model, (x, y), function, size, batch_size, seed)
-                )
-    say(f"intervals from {resamples} bootstrap samples")
-    found = {
-        direction: _summary(parts, sizes, resamples, seed) for direction, parts in measured.items()
-    }
-    return IntensityCorrelation(
+    x = x[right]
+    y = y[right]
+    study = IntensityCorrelation(
         eps=sizes,
         samples=len(x),
         left_out=int((~right).sum()),
         resamples=resamples,
-        accuracy={
-            direction: [1.0 - part.wrong.double().mean().item() for part in parts]
-            for direction, parts in measured.items()
-        },
-        means={direction: means for direction, (means, _) in found.items()},
-        per_step={
-            direction: {
-                name: [part.per_step[name].tolist() for part in parts] for name in parts[0].per_step
-            }
-            for direction, parts in measured.items()
-        },
-        associations={direction: associations for direction, (_, associations) in found.items()},
+        accuracy={},
+        means={},
+        per_step={},
+        associations={},
     )
+    measured: dict[str, list[_Measured]] = {}
+    with MPPDMonitor(model, layers=layers, input_gain=input_gain, keep="trace") as monitor:
+        probe = _Probe(monitor, model, x, y, batch_size, seed)
+        for direction, function in perturb.items():
+            measured[direction] = []
+            for size in sizes:
+                say(f"{direction} at eps {size:.4g}: {len(x)} images")
+                measured[direction].append(probe.measure(function, size))
+    say(f"intervals from {resamples} bootstrap samples")
+    for direction, parts in measured.items():
+        _summarise(study, direction, parts, seed)
+    return study
 
 
 @dataclass(frozen=True, eq=False)
 class _Measured:
-    """One direction at one size: indicators [N] and of single neurons [N, K] by layer and name, who
-    is fooled [N], MS-MPPD [T] by layer.
+    """One direction at one size.
+
+    Attributes:
+        indicators: Of whole layers [N], by layer and name.
+        single: Of single neurons [N, K], by layer and name.
+        wrong: Who is fooled [N].
+        per_step: MS-MPPD [T] by layer.
     """
 
     indicators: dict[tuple[str, str], Tensor]
@@ -207,92 +213,109 @@ class _Measured:
     per_step: dict[str, Tensor]
 
 
-def _measure(
-    monitor: MPPDMonitor,
-    model: nn.Module,
-    data: tuple[Tensor, Tensor],
-    function: Perturbation,
-    size: float,
-    batch_size: int,
-    seed: int,
-) -> _Measured:
-    indicators: dict[tuple[str, str], list[Tensor]] = {}
-    single: dict[tuple[str, str], list[Tensor]] = {}
-    per_step: dict[str, Tensor] = {}
-    wrong = []
-    outputs: list[Tensor] = []
+@dataclass(frozen=True, eq=False)
+class _Probe:
+    """A monitored network and the images that are perturbed; see :func:`intensity_correlation`."""
 
-    def forward(x: Tensor) -> None:
-        outputs.append(model(x))
+    monitor: MPPDMonitor
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    batch_size: int
+    seed: int
 
-    for images, classes in zip(*(torch.split(part, batch_size) for part in data), strict=True):
-        stats = monitor.compare(images, function(images, classes, size).detach(), forward=forward)
-        wrong.append((outputs[-1].argmax(1) != classes).cpu())
-        outputs.clear()
-        for layer, figures in stats.items():
-            per_step[layer] = per_step.get(layer, torch.zeros(figures.T)) + figures.ms_mppd * len(
-                images
-            ) / len(data[0])
-            for name, value in neuron_indicators(monitor[layer][0]).items():
-                drawn = torch.randperm(
-                    value.shape[1], generator=torch.Generator().manual_seed(seed)
-                )[:_MOST_NEURONS]
-                # In float64 the sum is exact enough that equal samples stay equal, which ranks
-                # depend on.
-                indicators.setdefault((layer, name), []).append(
-                    over_neurons(name, value.cpu().double())
-                )
-                single.setdefault((layer, name), []).append(value.cpu()[:, drawn])
-        monitor.clear_recorded_data()
-    return _Measured(_joined(indicators), _joined(single), torch.cat(wrong), per_step)
+    def measure(self, function: Perturbation, size: float) -> _Measured:
+        indicators: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
+        single: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
+        per_step: dict[str, Tensor] = {}
+        wrong = []
+        outputs: list[Tensor] = []
+
+        def forward(x: Tensor) -> None:
+            outputs.append(self.model(x))
+
+        x_batches = torch.split(self.x, self.batch_size)
+        y_batches = torch.split(self.y, self.batch_size)
+        for images, classes in zip(x_batches, y_batches, strict=True):
+            perturbed = function(images, classes, size).detach()
+            stats = self.monitor.compare(images, perturbed, forward=forward)
+            fooled = outputs[-1].argmax(1) != classes
+            wrong.append(fooled.cpu())
+            outputs.clear()
+            for layer, figures in stats.items():
+                before = per_step.get(layer, torch.zeros(figures.T))
+                per_step[layer] = before + figures.ms_mppd * len(images) / len(self.x)
+                for name, value in neuron_indicators(self.monitor[layer][0]).items():
+                    value = value.cpu()
+                    # In float64 the sum is exact enough that equal samples stay equal, which
+                    # ranks depend on.
+                    indicators[layer, name].append(over_neurons(name, value.double()))
+                    single[layer, name].append(value[:, self._drawn_of(value.shape[1])])
+            self.monitor.clear_recorded_data()
+        return _Measured(_joined(indicators), _joined(single), torch.cat(wrong), per_step)
+
+    def _drawn_of(self, neurons: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randperm(neurons, generator=generator)[:_MOST_NEURONS]
 
 
 def _joined(kinds: Mapping[tuple[str, str], list[Tensor]]) -> dict[tuple[str, str], Tensor]:
     return {key: torch.cat(parts) for key, parts in kinds.items()}
 
 
-def _summary(
-    parts: Sequence[_Measured], sizes: Sequence[float], resamples: int, seed: int
-) -> tuple[dict[str, dict[str, list[float]]], dict[str, dict[str, dict[str, Association]]]]:
-    """Means and associations of one direction, by layer and indicator."""
+def _summarise(
+    study: IntensityCorrelation, direction: str, parts: Sequence[_Measured], seed: int
+) -> None:
+    """Write into the study what was measured of one direction."""
+    sizes = study.eps
+    study.accuracy[direction] = [1.0 - part.wrong.double().mean().item() for part in parts]
+    study.per_step[direction] = {}
+    for layer in parts[0].per_step:
+        study.per_step[direction][layer] = [part.per_step[layer].tolist() for part in parts]
+    means: dict[str, dict[str, list[float]]] = defaultdict(dict)
+    associations: dict[str, dict[str, dict[str, Association]]] = defaultdict(dict)
     names = list(parts[0].indicators)
-    values = torch.stack(
-        [torch.stack([part.indicators[key] for part in parts]) for key in names]
-    )  # [names, sizes, N]
+    by_name = [torch.stack([part.indicators[key] for part in parts]) for key in names]
+    values = torch.stack(by_name)  # [names, sizes, N]
     wrong = torch.stack([part.wrong for part in parts])
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(values.shape[2], (resamples, values.shape[2]), generator=generator)
     whole = _measures(values, wrong, sizes)
+    drawn = _drawn_again(values.shape[2], study.resamples, seed)
     again = torch.stack([_measures(values[..., index], wrong[:, index], sizes) for index in drawn])
-    ends = again.nanquantile(torch.tensor([0.025, 0.975], dtype=again.dtype), dim=0)
-    means: dict[str, dict[str, list[float]]] = {}
-    associations: dict[str, dict[str, dict[str, Association]]] = {}
+    low, high = again.nanquantile(_ends(again.dtype), dim=0)
     for row, (layer, name) in enumerate(names):
-        means.setdefault(layer, {})[name] = values[row].mean(1).tolist()
-        found = {
-            measure: Association(
-                *map(_number, (whole[row, column], ends[0, row, column], ends[1, row, column]))
+        means[layer][name] = values[row].mean(1).tolist()
+        found = {}
+        for column, measure in enumerate(_MEASURES[:-1]):
+            found[measure] = Association(
+                value=_number(whole[row, column]),
+                low=_number(low[row, column]),
+                high=_number(high[row, column]),
             )
-            for column, measure in enumerate(_MEASURES[:-1])
-        }
         single = torch.stack([part.single[layer, name] for part in parts])
-        associations.setdefault(layer, {})[name] = found | {
-            "per_neuron": _per_neuron(single, sizes, resamples, seed)
-        }
-    return means, associations
+        found["per_neuron"] = _per_neuron(single, sizes, study.resamples, seed)
+        associations[layer][name] = found
+    study.means[direction] = dict(means)
+    study.associations[direction] = dict(associations)
 
 
 def _per_neuron(single: Tensor, sizes: Sequence[float], resamples: int, seed: int) -> Association:
     """Mean over neurons of the correlation of their indicator [sizes, N, K] with the size."""
     size = torch.tensor(sizes).repeat_interleave(single.shape[1])
     each = spearman(single.flatten(0, 1).T, size).nan_to_num(0.0)
-    drawn = torch.randint(
-        len(each), (resamples, len(each)), generator=torch.Generator().manual_seed(seed)
-    )
-    low, high = (
-        each[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=each.dtype)).tolist()
-    )
+    again = each[_drawn_again(len(each), resamples, seed)].mean(1)
+    low, high = again.quantile(_ends(again.dtype)).tolist()
     return Association(each.mean().item(), low, high)
+
+
+def _drawn_again(count: int, resamples: int, seed: int) -> Tensor:
+    """Bootstrap samples [resamples, count] of indices."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(count, (resamples, count), generator=generator)
+
+
+def _ends(dtype: torch.dtype) -> Tensor:
+    """Quantiles that end a 95 % interval."""
+    return torch.tensor([0.025, 0.975], dtype=dtype)
 
 
 def _measures(values: Tensor, wrong: Tensor, sizes: Sequence[float]) -> Tensor:
@@ -300,17 +323,17 @@ def _measures(values: Tensor, wrong: Tensor, sizes: Sequence[float]) -> Tensor:
     not defined.
     """
     size = torch.tensor(sizes, dtype=values.dtype)
-    flat, flat_size = values.flatten(1), size[:, None].expand_as(wrong).flatten()
-    return torch.stack(
-        (
-            spearman(flat, flat_size),
-            pearson(flat, flat_size),
-            spearman(values.transpose(1, 2), size).nan_to_num(0.0).mean(1),
-            auroc(values.flatten(1)[:, None], wrong.flatten()[None]),
-            auroc(values, wrong),
-        ),
-        dim=1,
+    flat = values.flatten(1)
+    flat_size = size[:, None].expand_as(wrong).flatten()
+    per_image = spearman(values.transpose(1, 2), size).nan_to_num(0.0)
+    measures = (
+        spearman(flat, flat_size),
+        pearson(flat, flat_size),
+        per_image.mean(1),
+        auroc(flat[:, None], wrong.flatten()[None]),
+        auroc(values, wrong),
     )
+    return torch.stack(measures, dim=1)
 
 
 def _number(value: Tensor) -> float | None:
@@ -318,7 +341,9 @@ def _number(value: Tensor) -> float | None:
 
 
 def _text(association: Association) -> str:
-    value, low, high = association.value, association.low, association.high
+    value = association.value
+    low = association.low
+    high = association.high
     if value is None or low is None or high is None:
         return "not defined"
     return f"{value:.2f} ({low:.2f}, {high:.2f})"
@@ -331,27 +356,17 @@ def _associations_from(plain: dict[str, Any]) -> dict[str, Any]:
     return {key: _associations_from(value) for key, value in plain.items()}
 
 
-def _checked(
-    x: Tensor,
-    y: Tensor,
-    perturb: Mapping[str, Perturbation],
-    eps: Sequence[float],
-    batch_size: int,
-    resamples: int,
-) -> list[float]:
-    """The sizes, once everything is in order."""
-    if not perturb:
-        raise ValueError("perturb must name at least one direction, such as {'gaussian': ...}")
-    if len(x) != len(y) or len(x) == 0:
-        raise ValueError(
-            f"x and y must hold as many images as classes, at least one, got {len(x)} and {len(y)}"
-        )
+def _checked_sizes(eps: Sequence[float]) -> list[float]:
     sizes = [float(size) for size in eps]
-    if len(sizes) < 2 or sizes[0] <= 0 or any(a >= b for a, b in pairwise(sizes)):
+    growing = all(smaller < larger for smaller, larger in pairwise(sizes))
+    if len(sizes) < 2 or sizes[0] <= 0 or not growing:
         raise ValueError(
             f"eps must be at least two growing sizes > 0, got {sizes}; such as [0.05, 0.1, 0.2]"
         )
-    for name, value in (("batch_size", batch_size), ("resamples", resamples)):
+    return sizes
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
-    return sizes

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sj_robust.core.saved import markdown_table
 from sj_robust.core.shown import BLUE, GREY, ORANGE, Shown, new_figure, print_style
-from sj_robust.perturbation._statistics import LayerTrace
+from sj_robust.perturbation._statistics import LayerTrace, counted
 from sj_robust.perturbation.monitor import MPPDMonitor, as_watched
 
 if TYPE_CHECKING:
@@ -21,8 +21,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Traces", "spike_traces"]
 
-_LAYERS, _NEURONS, _ACROSS = 8, 40, 4
-"""Layers and neurons of each that are drawn at most, and panels side by side."""
+_LAYERS = 8
+"""Layers that are drawn at most."""
+
+_NEURONS = 40
+"""Neurons of each that are drawn at most."""
+
+_ACROSS = 4
+"""Panels side by side."""
 
 
 class Traces(Shown, dict[str, LayerTrace]):
@@ -43,9 +49,12 @@ class Traces(Shown, dict[str, LayerTrace]):
 
         The earliest step counts, and of the layers that part at it the one that is executed first.
         """
-        steps = {name: _parted(layer, sample) for name, layer in self.items()}
-        known = {name: step for name, step in steps.items() if step is not None}
-        return min(known.items(), key=lambda item: item[1]) if known else None
+        first: tuple[str, int] | None = None
+        for name, layer in self.items():
+            step = _parted(layer, sample)
+            if step is not None and (first is None or step < first[1]):
+                first = name, step
+        return first
 
     @property
     def verdict(self) -> str:
@@ -53,37 +62,27 @@ class Traces(Shown, dict[str, LayerTrace]):
         if not self:
             return "no spiking layer"
         steps, count = next(iter(self.values())).spike_seq.shape[:2]
-        (place, times), *_ = Counter(map(self.parting, range(count))).most_common()
-        where = (
-            "no spike differs"
-            if place is None
-            else f"spikes part first in layer {place[0]} at step {place[1]}"
-        )
-        layers, pairs = (
-            f"spiking layer{'' if len(self) == 1 else 's'}",
-            f"pair{'' if count == 1 else 's'}",
-        )
-        return (
-            f"{len(self)} {layers}, T = {steps}, {count} {pairs} of inputs; {where} ({times} of "
-            f"{count} {pairs})"
-        )
+        layers = counted(len(self), "spiking layer")
+        pairs = counted(count, "pair")
+        partings = Counter(self.parting(sample) for sample in range(count))
+        place, times = partings.most_common(1)[0]
+        where = "no spike differs"
+        if place is not None:
+            where = f"spikes part first in layer {place[0]} at step {place[1]}"
+        return f"{layers}, T = {steps}, {pairs} of inputs; {where} ({times} of {pairs})"
 
     def table(self) -> str:
         """Markdown: the verdict, then per layer the share of spikes that differ at every step, in
         per cent.
         """
-        rows = [
-            [
-                name,
-                *(
-                    f"{100 * share:.1f}"
-                    for share in _differing(layer).flatten(1).double().mean(1).tolist()
-                ),
-            ]
-            for name, layer in self.items()
-        ]
+        rows = []
+        for name, layer in self.items():
+            shares = _differing(layer).flatten(1).double().mean(1)
+            per_cent = [f"{100 * share:.1f}" for share in shares.tolist()]
+            rows.append([name, *per_cent])
         steps = max((len(layer.spike_seq) for layer in self.values()), default=0)
-        heads = ["spikes that differ, %", *(f"step {step}" for step in range(steps))]
+        heads = ["spikes that differ, %"]
+        heads += [f"step {step}" for step in range(steps)]
         return f"{self.verdict}.\n\n{markdown_table(heads, rows)}"
 
     @print_style()
@@ -112,27 +111,35 @@ class Traces(Shown, dict[str, LayerTrace]):
         names = list(self)
         if len(names) > _LAYERS:
             names = [*names[: _LAYERS // 2], *names[-_LAYERS // 2 :]]
+        if which == "spikes":
+            draw = _raster
+            height = 2.2
+            label = "neuron"
+        else:
+            draw = _potential
+            height = 1.5
+            label = "membrane potential"
         across = min(_ACROSS, len(names))
         down = ceil(len(names) / across)
-        figure = new_figure(0.4 + 1.7 * across, 0.4 + (2.2 if which == "spikes" else 1.5) * down)
+        figure = new_figure(0.4 + 1.7 * across, 0.4 + height * down)
         panels = figure.subplots(down, across, squeeze=False)
         parting = self.parting(sample)
         for axes, name in zip(panels.flat, names, strict=False):
-            here = None if parting is None or parting[0] != name else parting[1]
-            (_raster if which == "spikes" else _potential)(axes, self[name], sample)
-            axes.set_title(name if here is None else f"{name}: parts at step {here}", loc="left")
-            if here is not None:
-                axes.axvline(here, color=GREY, linestyle=":", linewidth=1.2)
+            draw(axes, self[name], sample)
+            title = name
+            if parting is not None and parting[0] == name:
+                title += f": parts at step {parting[1]}"
+                axes.axvline(parting[1], color=GREY, linestyle=":", linewidth=1.2)
+            axes.set_title(title, loc="left")
             axes.set_xlabel("time step")
             axes.set_xlim(-0.5, len(self[name].spike_seq) - 0.5)
             axes.xaxis.get_major_locator().set_params(integer=True)
         for axes in panels.flat[len(names) :]:
             axes.set_axis_off()
         for row in panels:
-            row[0].set_ylabel("neuron" if which == "spikes" else "membrane potential")
-        figure.legend(
-            *panels.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=3
-        )
+            row[0].set_ylabel(label)
+        handles, labels = panels.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=3)
         return figure
 
 
@@ -171,9 +178,8 @@ def spike_traces(
     """
     watched, forward = as_watched(net, x, T, mean, std)
     with MPPDMonitor(watched, keep="trace") as monitor:
-        return Traces(
-            {name: monitor[name][-1] for name in monitor.compare(x, x_perturbed, forward=forward)}
-        )
+        layers = monitor.compare(x, x_perturbed, forward=forward)
+        return Traces({name: monitor[name][-1] for name in layers})
 
 
 def _differing(layer: LayerTrace) -> Tensor:
@@ -183,52 +189,63 @@ def _differing(layer: LayerTrace) -> Tensor:
 
 def _parted(layer: LayerTrace, sample: int) -> int | None:
     """First step at which the spikes of a sample differ."""
-    steps = _differing(layer)[:, sample].flatten(1).any(1).nonzero()
+    steps = _of_sample(_differing(layer), sample).any(1).nonzero()
     return int(steps[0]) if len(steps) else None
 
 
 def _raster(axes: "Axes", layer: LayerTrace, sample: int) -> None:
     """A mark per spike: of both runs, of the clean one alone, of the perturbed one alone."""
-    clean, perturbed = (
-        spikes[:, sample].flatten(1) != 0 for spikes in (layer.spike_seq, layer.spike_seq_perturbed)
-    )
-    order = ((clean != perturbed).sum(0) * 1000 + (clean | perturbed).sum(0)).argsort(
-        descending=True, stable=True
-    )
+    clean = _of_sample(layer.spike_seq, sample) != 0
+    perturbed = _of_sample(layer.spike_seq_perturbed, sample) != 0
+    differing = (clean != perturbed).sum(0)
+    firing = (clean | perturbed).sum(0)
+    order = (differing * 1000 + firing).argsort(descending=True, stable=True)
     chosen = order[:_NEURONS].sort().values
-    clean, perturbed = clean[:, chosen], perturbed[:, chosen]
-    for spikes, label, marker, color in (
-        (clean & perturbed, "both", "|", GREY),
-        (clean & ~perturbed, "clean only", "o", BLUE),
-        (perturbed & ~clean, "perturbed only", "x", ORANGE),
-    ):
-        steps, neurons = spikes.nonzero(as_tuple=True)
-        axes.plot(
-            steps.tolist(),
-            neurons.tolist(),
-            marker,
-            color=color,
-            label=label,
-            markerfacecolor="none",
-        )
+    clean = clean[:, chosen]
+    perturbed = perturbed[:, chosen]
+    _marks(axes, clean & perturbed, marker="|", label="both", color=GREY)
+    _marks(axes, clean & ~perturbed, marker="o", label="clean only", color=BLUE)
+    _marks(axes, perturbed & ~clean, marker="x", label="perturbed only", color=ORANGE)
     axes.set_ylim(-1, len(chosen))
     axes.set_yticks([])
     axes.grid(visible=False)
+
+
+def _marks(axes: "Axes", spikes: Tensor, *, marker: str, label: str, color: str) -> None:
+    steps, neurons = spikes.nonzero(as_tuple=True)
+    axes.plot(
+        steps.tolist(),
+        neurons.tolist(),
+        marker,
+        color=color,
+        label=label,
+        markerfacecolor="none",
+    )
 
 
 def _potential(axes: "Axes", layer: LayerTrace, sample: int) -> None:
     """Potential of the neuron whose spikes differ most, and of those the one that moves most;
     filled where it fires.
     """
-    moved = layer.full[:, sample].flatten(1).abs().amax(0)
-    neuron = int(
-        (_differing(layer)[:, sample].flatten(1).sum(0) + moved / (1 + moved.max())).argmax()
-    )
-    for v_seq, spike_seq, label, line, color in (
-        (layer.v_seq, layer.spike_seq, "clean", "o-", BLUE),
-        (layer.v_seq_perturbed, layer.spike_seq_perturbed, "perturbed", "s--", ORANGE),
-    ):
-        values, spikes = (seq[:, sample].flatten(1)[:, neuron] for seq in (v_seq, spike_seq))
-        fired = torch.nonzero(spikes)[:, 0].tolist()
-        axes.plot(values.tolist(), line, color=color, label=label, markerfacecolor="none")
-        axes.plot(fired, values[fired].tolist(), line[0], color=color)
+    moved = _of_sample(layer.full, sample).abs().amax(0)
+    differing = _of_sample(_differing(layer), sample).sum(0)
+    neuron = int((differing + moved / (1 + moved.max())).argmax())
+    values = _of_sample(layer.v_seq, sample)[:, neuron]
+    spikes = _of_sample(layer.spike_seq, sample)[:, neuron]
+    _line(axes, values, spikes, line="o-", label="clean", color=BLUE)
+    values = _of_sample(layer.v_seq_perturbed, sample)[:, neuron]
+    spikes = _of_sample(layer.spike_seq_perturbed, sample)[:, neuron]
+    _line(axes, values, spikes, line="s--", label="perturbed", color=ORANGE)
+
+
+def _line(
+    axes: "Axes", values: Tensor, spikes: Tensor, *, line: str, label: str, color: str
+) -> None:
+    fired = torch.nonzero(spikes)[:, 0].tolist()
+    axes.plot(values.tolist(), line, color=color, label=label, markerfacecolor="none")
+    axes.plot(fired, values[fired].tolist(), line[0], color=color)
+
+
+def _of_sample(seq: Tensor, sample: int) -> Tensor:
+    """One sample of a sequence [T, N, *], as [T, neurons]."""
+    return seq[:, sample].flatten(1)

@@ -1,4 +1,5 @@
-import numpy as np
+import itertools
+
 import pytest
 import torch
 
@@ -9,81 +10,111 @@ from sj_robust.data import Augmentation
 def numbers(seed):
     """The five uniform numbers of an image."""
     draws = SampleDraws(SampleSeeds([seed]).derived("augmentation"))
-    return rand((1, 5), draws, dtype=torch.float64, device=torch.device("cpu"))[0].tolist()
+    drawn = rand((1, 5), draws, dtype=torch.float64, device=torch.device("cpu"))
+    return drawn[0].tolist()
 
 
-def by_hand(image, seed, padding, flip, cutout):
+def near(i, middle, size):
+    """Whether a row or column lies in the square that is cut out."""
+    return middle - size // 2 <= i < middle + size // 2
+
+
+def by_hand(image, seed, *, padding, flip, cutout):
     """One image [C, H, W], pixel by pixel."""
     depth, height, width = image.shape
     top, left, mirror, row, column = numbers(seed)
-    top, left = (int(number * (2 * padding + 1)) for number in (top, left))
-    row, column = int(row * height), int(column * width)
-    result = np.zeros((depth, height, width), dtype=np.float32)
-    for i in range(height):
-        for j in range(width):
-            if (
-                row - cutout // 2 <= i < row + cutout // 2
-                and column - cutout // 2 <= j < column + cutout // 2
-            ):
-                continue
-            across = width - 1 - j if flip and mirror >= 0.5 else j
-            source = (i + top - padding, across + left - padding)
-            if 0 <= source[0] < height and 0 <= source[1] < width:
-                result[:, i, j] = image[:, source[0], source[1]]
-    return torch.from_numpy(result)
+    places = 2 * padding + 1
+    down = int(top * places) - padding
+    right = int(left * places) - padding
+    row = int(row * height)
+    column = int(column * width)
+    flipped = flip and mirror >= 0.5
+    result = torch.zeros(depth, height, width)
+    for i, j in itertools.product(range(height), range(width)):
+        cut_out = near(i, row, cutout) and near(j, column, cutout)
+        y = i + down
+        x = right + (width - 1 - j if flipped else j)
+        inside = 0 <= y < height and 0 <= x < width
+        if inside and not cut_out:
+            result[:, i, j] = image[:, y, x]
+    return result
+
+
+USUAL = {"padding": 4, "flip": True, "cutout": 16}
+NOTHING = {"padding": 0, "flip": False, "cutout": 0}
 
 
 @pytest.mark.parametrize(
-    ("padding", "flip", "cutout"),
-    [(4, True, 16), (2, False, 0), (0, True, 0), (0, False, 6), (3, True, 20), (0, False, 40)],
+    "options",
+    [
+        USUAL,
+        NOTHING | {"padding": 2},
+        NOTHING | {"flip": True},
+        NOTHING | {"cutout": 6},
+        USUAL | {"padding": 3, "cutout": 20},
+        NOTHING | {"cutout": 40},
+    ],
+    ids=str,
 )
-def test_as_by_hand(padding, flip, cutout):
-    images = torch.rand(12, 3, 10, 13, generator=torch.Generator().manual_seed(0))
-    seeds = list(range(100, 112))
-    result = Augmentation(padding, flip, cutout)(images, seeds)
-    expected = [
-        by_hand(image.numpy(), seed, padding, flip, cutout)
-        for image, seed in zip(images, seeds, strict=True)
-    ]
-    assert torch.equal(result, torch.stack(expected))
+def test_as_by_hand(options):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(12, 3, 10, 13, generator=generator)
+    seeds = range(100, 112)
+    result = Augmentation(**options)(images, list(seeds))
     assert result.dtype == images.dtype
+    for image, seed, augmented in zip(images, seeds, result, strict=True):
+        assert torch.equal(augmented, by_hand(image, seed, **options))
 
 
 def test_an_image_does_not_depend_on_its_neighbours():
     images = torch.rand(9, 3, 32, 32)
-    before, state = images.clone(), torch.get_rng_state()
+    before = images.clone()
+    state = torch.get_rng_state()
+    augment = Augmentation()
     seeds = [2**61 + 17 * number for number in range(9)]
-    together = Augmentation()(images, seeds)
+    together = augment(images, seeds)
     assert torch.equal(images, before)
-    assert torch.equal(state, torch.get_rng_state())
-    assert torch.equal(Augmentation(0, False, 0)(images, seeds), images)
+    assert torch.equal(torch.get_rng_state(), state)
     order = [4, 0, 8, 2]
-    assert torch.equal(Augmentation()(images[order], [seeds[at] for at in order]), together[order])
-    assert not torch.equal(Augmentation()(images, [seed + 1 for seed in seeds]), together)
-    assert torch.equal(Augmentation()(images.double(), seeds), together.double())
+    their_seeds = [seeds[number] for number in order]
+    some = augment(images[order], their_seeds)
+    assert torch.equal(some, together[order])
+    other_seeds = [seed + 1 for seed in seeds]
+    others = augment(images, other_seeds)
+    assert not torch.equal(others, together)
+    precise = augment(images.double(), seeds)
+    assert torch.equal(precise, together.double())
+    nothing = Augmentation(**NOTHING)
+    assert torch.equal(nothing(images, seeds), images)
 
 
 def test_frames_of_one_sample_are_treated_alike():
     frames = (torch.rand(4, 5, 2, 12, 12) < 0.2).float()
-    result = Augmentation(cutout=4)(frames, [1, 2, 3, 4])
+    augment = Augmentation(cutout=4)
+    seeds = [1, 2, 3, 4]
+    result = augment(frames, seeds)
     for t in range(5):
-        assert torch.equal(result[:, t], Augmentation(cutout=4)(frames[:, t], [1, 2, 3, 4]))
-    assert set(result.unique().tolist()) == {0.0, 1.0}
+        alone = augment(frames[:, t], seeds)
+        assert torch.equal(result[:, t], alone)
+    assert result.unique().tolist() == [0.0, 1.0]
 
 
-def test_wrong_use():
-    for use, message in (
-        (lambda: Augmentation(padding=-1), r"padding must be >= 0, got -1"),
-        (
-            lambda: Augmentation(cutout=15),
-            r"cutout must be an even number of pixels, 0 for none, got 15",
-        ),
-        (
-            lambda: Augmentation()(torch.rand(2, 1, 8, 8), [1]),
-            r"one seed each, got shape \[2, 1, 8, 8\] and 1 seeds",
-        ),
-        (lambda: Augmentation()(torch.rand(1, 8, 8), [1]), r"must be \[N, C, H, W\]"),
-        (lambda: Augmentation()(torch.rand(1, 1, 8, 8), [-1]), r"seeds must lie in \[0, 2\*\*62\)"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            use()
+def test_wrong_options():
+    with pytest.raises(ValueError, match="padding must be >= 0, got -1"):
+        Augmentation(padding=-1)
+    message = "cutout must be an even number of pixels, 0 for none, got 15"
+    with pytest.raises(ValueError, match=message):
+        Augmentation(cutout=15)
+
+
+@pytest.mark.parametrize(
+    ("shape", "seed", "message"),
+    [
+        ((2, 1, 8, 8), 1, r"one seed each, got shape \[2, 1, 8, 8\] and 1 seeds"),
+        ((1, 8, 8), 1, r"must be \[N, C, H, W\]"),
+        ((1, 1, 8, 8), -1, r"seeds must lie in \[0, 2\*\*62\)"),
+    ],
+)
+def test_wrong_use(shape, seed, message):
+    with pytest.raises(ValueError, match=message):
+        Augmentation()(torch.rand(shape), [seed])

@@ -1,5 +1,6 @@
 import os
 import signal
+from itertools import chain
 
 import pytest
 import torch
@@ -9,39 +10,45 @@ from sj_robust.data import ShuffledBatches, image_loader
 
 
 def at_epoch(epoch, first_batch=0, **kwargs):
-    batches = ShuffledBatches(23, 4, **{"seed": 5} | kwargs)
-    batches.epoch, batches.first_batch = epoch, first_batch
+    options = {"seed": 5} | kwargs
+    batches = ShuffledBatches(23, 4, **options)
+    batches.epoch = epoch
+    batches.first_batch = first_batch
     return list(batches)
 
 
 def test_an_epoch_shows_every_image_at_most_once_and_the_next_another_order():
-    first, second = at_epoch(0), at_epoch(1)
+    first = at_epoch(0)
     assert [len(batch) for batch in first] == [4] * 5
-    assert len({index for batch in first for index in batch}) == 20
-    assert first != second
+    assert len(set(chain(*first))) == 20
     assert first == at_epoch(0)
+    assert first != at_epoch(1)
     assert first != at_epoch(0, seed=6)
 
 
 def test_processes_share_the_same_global_batches_from_any_of_them_on():
-    shares = [at_epoch(1, rank=rank, processes=2) for rank in range(2)]
-    for whole, *parts in zip(at_epoch(1), *shares, strict=True):
-        assert {len(part) for part in parts} == {2}
-        assert sorted(whole) == sorted(index for part in parts for index in part)
+    first = at_epoch(1, rank=0, processes=2)
+    second = at_epoch(1, rank=1, processes=2)
+    for whole, part, other in zip(at_epoch(1), first, second, strict=True):
+        assert len(part) == 2
+        assert len(other) == 2
+        assert sorted(whole) == sorted(part + other)
     assert at_epoch(3)[2:] == at_epoch(3, first_batch=2)
 
 
-def test_indices_of_any_batch():
-    for rank in range(2):
-        whole = at_epoch(7, rank=rank, processes=2)
-        batches = ShuffledBatches(23, 4, seed=5, rank=rank, processes=2)
-        assert [batches.indices(7, number) for number in (3, 0)] == [whole[3], whole[0]]
-        assert batches.indices(8, 0) == at_epoch(8, rank=rank, processes=2)[0]
-        batches.epoch = 7
-        walk = iter(batches)
-        first = next(walk)
-        batches.indices(2, 1)  # asking for another epoch in between moves nothing
-        assert [first, *walk] == whole
+@pytest.mark.parametrize("rank", [0, 1])
+def test_indices_of_any_batch(rank):
+    whole = at_epoch(7, rank=rank, processes=2)
+    batches = ShuffledBatches(23, 4, seed=5, rank=rank, processes=2)
+    assert batches.indices(7, 3) == whole[3]
+    assert batches.indices(7, 0) == whole[0]
+    following = at_epoch(8, rank=rank, processes=2)
+    assert batches.indices(8, 0) == following[0]
+    batches.epoch = 7
+    walk = iter(batches)
+    first = next(walk)
+    batches.indices(2, 1)  # asking for another epoch in between moves nothing
+    assert [first, *walk] == whole
     with pytest.raises(IndexError, match="batch must be from 0 to 4, got 5"):
         batches.indices(0, 5)
 
@@ -62,10 +69,8 @@ class Wrong(Fatal):
 
 
 def test_a_killed_worker_is_an_error_that_says_so():
-    with pytest.raises(
-        ChildProcessError,
-        match=r"a process that loads images was killed .*use fewer than 1 workers",
-    ):
+    message = "a process that loads images was killed .*use fewer than 1 workers"
+    with pytest.raises(ChildProcessError, match=message):
         list(image_loader(Fatal(), 2, workers=1))
     with pytest.raises(RuntimeError, match="a mistake of one's own"):
         list(image_loader(Wrong(), 2, workers=1))
@@ -78,26 +83,22 @@ def test_a_loader_follows_the_batches_and_leaves_the_global_random_state_alone(w
     batches = ShuffledBatches(23, 4, seed=5)
     loader = image_loader(dataset, batches, workers=workers)
     for epoch, first_batch in ((0, 0), (1, 3), (2, 0)):
-        batches.epoch, batches.first_batch = epoch, first_batch
-        assert [x.int().tolist() for (x,) in loader] == at_epoch(epoch, first_batch)
-        assert (
-            len(next(iter(loader))[0]) == 4
-        )  # an epoch that is left early does not leak into the next
-    assert torch.cat([x for (x,) in image_loader(dataset, 5, workers)]).tolist() == list(range(23))
+        batches.epoch = epoch
+        batches.first_batch = first_batch
+        seen = [x.int().tolist() for (x,) in loader]
+        assert seen == at_epoch(epoch, first_batch)
+        (x,) = next(iter(loader))
+        assert len(x) == 4  # an epoch that is left early does not leak into the next
+    in_order = [x for (x,) in image_loader(dataset, 5, workers)]
+    assert torch.cat(in_order).tolist() == list(range(23))
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_wrong_use():
-    for use, message in (
-        (lambda: ShuffledBatches(23, 24, seed=0), "number of training images, 23; got 24"),
-        (
-            lambda: image_loader(TensorDataset(torch.arange(3)), 1, workers=-1),
-            "workers must be >= 0, got -1",
-        ),
-        (
-            lambda: ShuffledBatches(23, 4, seed=0, processes=3),
-            "multiple of the number of processes, 3",
-        ),
-    ):
-        with pytest.raises(ValueError, match=message):
-            use()
+    with pytest.raises(ValueError, match="number of training images, 23; got 24"):
+        ShuffledBatches(23, 24, seed=0)
+    with pytest.raises(ValueError, match="multiple of the number of processes, 3"):
+        ShuffledBatches(23, 4, seed=0, processes=3)
+    dataset = TensorDataset(torch.arange(3))
+    with pytest.raises(ValueError, match="workers must be >= 0, got -1"):
+        image_loader(dataset, 1, workers=-1)

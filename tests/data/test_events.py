@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from data.checksum import sizes
 from data.event_recordings import (
     frames_by_hand,
     pack_cifar10_dvs,
@@ -11,6 +12,7 @@ from data.event_recordings import (
     trust,
 )
 from spikingjelly import configure
+from torch.utils.data import ConcatDataset
 from torchvision.datasets import utils
 
 from sj_robust.data import events as module
@@ -28,45 +30,47 @@ def one_thread(monkeypatch):
     monkeypatch.setattr(configure, "max_threads_number_for_datasets_preprocess", 1)
 
 
+def load_n_mnist(root, T=T, **options):
+    return load_images("n_mnist", root=root, T=T, **options)
+
+
 def as_set(part):
     return {(frames.numpy().tobytes(), int(label)) for frames, label in part}
 
 
-def by_hand(chosen, height, width):
-    return {(frames_by_hand(events, T, height, width).tobytes(), label) for label, events in chosen}
+def by_hand(label, events, size):
+    return frames_by_hand(events, T, size).tobytes(), label
 
 
 def test_n_mnist(tmp_path, monkeypatch):
     events = pack_n_mnist(tmp_path / "NMNIST")
     trust(monkeypatch, "n_mnist", tmp_path / "NMNIST")
-    splits = load_images("n_mnist", root=tmp_path, T=T, validation_fraction=0.2)
-    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [24, 6, 20]
-    assert (splits.image_shape, splits.classes, splits.frames, splits.augmentation) == (
-        (2, 34, 34),
-        10,
-        True,
-        None,
-    )
+    splits = load_n_mnist(tmp_path, validation_fraction=0.2)
+    assert sizes(splits) == [24, 6, 20]
+    assert splits.image_shape == (2, 34, 34)
+    assert splits.classes == 10
+    assert splits.frames
+    assert splits.augmentation is None
     frames, label = splits.train[0]
-    assert (frames.shape, frames.dtype, label.dtype) == ((T, 2, 34, 34), torch.float32, torch.int64)
-    assert set(frames.unique().tolist()) == {0.0, 1.0}
-    train = [(label, value) for (part, label, _), value in events.items() if part == "Train"]
-    test = [(label, value) for (part, label, _), value in events.items() if part == "Test"]
-    assert as_set(splits.train) | as_set(splits.validation) == by_hand(train, 34, 34)
-    assert as_set(splits.test) == by_hand(test, 34, 34)
-    assert (
-        len(
-            {
-                int(label)
-                for _, label in load_images("n_mnist", root=tmp_path, T=T, test_limit=8).test
-            }
-        )
-        > 3
-    )
+    assert frames.shape == (T, 2, 34, 34)
+    assert frames.dtype == torch.float32
+    assert label.dtype == torch.int64
+    assert frames.unique().tolist() == [0.0, 1.0]
+    expected = {"Train": set(), "Test": set()}
+    for (part, label, _), recording in events.items():
+        expected[part].add(by_hand(label, recording, 34))
+    assert as_set(splits.train) | as_set(splits.validation) == expected["Train"]
+    assert as_set(splits.test) == expected["Test"]
     # A second load reads what the first one made; the folder itself may be given, and other T stand
     # beside it.
-    assert as_set(load_images("n_mnist", root=tmp_path / "NMNIST", T=T).test) == as_set(splits.test)
-    assert load_images("n_mnist", root=tmp_path, T=2).test[0][0].shape == (2, 2, 34, 34)
+    again = load_n_mnist(tmp_path / "NMNIST")
+    assert as_set(again.test) == expected["Test"]
+    shorter = load_n_mnist(tmp_path, T=2)
+    frames, _ = shorter.test[0]
+    assert frames.shape == (2, 2, 34, 34)
+    few = load_n_mnist(tmp_path, test_limit=8)
+    labels = {int(label) for _, label in few.test}
+    assert len(labels) > 3
 
 
 @pytest.mark.slow
@@ -74,40 +78,37 @@ def test_cifar10_dvs_tests_on_the_first_tenth_of_every_class(tmp_path, monkeypat
     events = pack_cifar10_dvs(tmp_path, per_class=11)
     trust(monkeypatch, "cifar10_dvs", tmp_path)
     splits = load_images("cifar10_dvs", root=tmp_path, T=T)
-    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [90, 10, 10]
+    assert sizes(splits) == [90, 10, 10]
     assert splits.image_shape == (2, 128, 128)
-    test = [(label, value) for (label, number), value in events.items() if number == 0]
-    train = [(label, value) for (label, number), value in events.items() if number > 0]
-    assert as_set(splits.test) == by_hand(test, 128, 128)
-    assert as_set(splits.train) | as_set(splits.validation) == by_hand(train, 128, 128)
+    test = set()
+    train = set()
+    for (label, number), recording in events.items():
+        part = test if number == 0 else train
+        part.add(by_hand(label, recording, 128))
+    assert as_set(splits.test) == test
+    assert as_set(splits.train) | as_set(splits.validation) == train
 
 
 def test_gestures(tmp_path, monkeypatch):
     events = pack_gestures(tmp_path)
     trust(monkeypatch, "dvs128_gesture", tmp_path)
     splits = load_images("dvs128_gesture", root=tmp_path, T=T)
-    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [20, 2, 11]
+    assert sizes(splits) == [20, 2, 11]
     assert splits.classes == 11
-    # Classes are numbered in the order of their folders' names, as SpikingJelly does it: 0, 1, 10,
-    # 2, ...
-    order = sorted(range(11), key=str)
-    test = [
-        (order.index(label), value)
-        for (name, label), value in events.items()
-        if name == "user24_led"
-    ]
-    assert as_set(splits.test) == by_hand(test, 128, 128)
+    # Classes are numbered in the order of their folders' names, as SpikingJelly does it.
+    test = set()
+    for number, label in enumerate([0, 1, 10, 2, 3, 4, 5, 6, 7, 8, 9]):
+        recording = events["user24_led", label]
+        test.add(by_hand(number, recording, 128))
+    assert as_set(splits.test) == test
 
 
 def test_missing_archives_and_downloads(tmp_path, monkeypatch):
-    with pytest.raises(
-        FileNotFoundError,
-        match=r"Train.zip, Test.zip not found in .*NMNIST.download. .*by hand from",
-    ):
-        load_images("n_mnist", root=tmp_path, T=T, download=True)
-    with pytest.raises(
-        FileNotFoundError, match=r"complete: airplane.zip, .* not found in .*--download.*figshare"
-    ):
+    message = r"Train.zip, Test.zip not found in .*NMNIST.download. .*by hand from"
+    with pytest.raises(FileNotFoundError, match=message):
+        load_n_mnist(tmp_path, download=True)
+    message = r"complete: airplane.zip, .* not found in .*--download.*figshare"
+    with pytest.raises(FileNotFoundError, match=message):
         load_images("cifar10_dvs", root=tmp_path, T=T)
     pack_cifar10_dvs(tmp_path / "there", per_class=2)
     trust(monkeypatch, "cifar10_dvs", tmp_path / "there")
@@ -120,65 +121,60 @@ def test_missing_archives_and_downloads(tmp_path, monkeypatch):
         shutil.copy(there / filename, root / filename)
 
     monkeypatch.setattr(utils, "download_url", offline)
-    with pytest.raises(
-        FileNotFoundError,
-        match=r"complete: cat.zip, deer.zip, .*failed \(OSError: no route to host\)",
-    ):
-        load_images("cifar10_dvs", root=tmp_path / "here", T=T, download=True)
+    here = {"root": tmp_path / "here", "T": T, "download": True}
+    message = r"complete: cat.zip, deer.zip, .*failed \(OSError: no route to host\)"
+    with pytest.raises(FileNotFoundError, match=message):
+        load_images("cifar10_dvs", **here)
     shutil.copy(there / "cat.zip", tmp_path / "here" / "CIFAR10DVS" / "download")
-    splits = load_images(
-        "cifar10_dvs", root=tmp_path / "here", T=T, download=True, validation_fraction=0.2
-    )
-    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [8, 2, 10]
+    splits = load_images("cifar10_dvs", **here, validation_fraction=0.2)
+    assert sizes(splits) == [8, 2, 10]
 
 
 def test_archives_and_recordings_that_are_damaged_are_named(tmp_path, monkeypatch):
     pack_n_mnist(tmp_path, 1, 1)
-    with pytest.raises(
-        ValueError, match=r"download/Train.zip is damaged .*fetch it again from https"
-    ):
-        load_images("n_mnist", root=tmp_path, T=T)
+    message = r"download/Train.zip is damaged .*fetch it again from https"
+    with pytest.raises(ValueError, match=message):
+        load_n_mnist(tmp_path)
     assert (tmp_path / "download" / "Train.zip").is_file()
     trust(monkeypatch, "n_mnist", tmp_path)
-    load_images("n_mnist", root=tmp_path, T=T, validation_fraction=0.5)
+    load_n_mnist(tmp_path, validation_fraction=0.5)
     (tmp_path / "events_np" / "train" / "3" / "00003.npz").write_bytes(b"not events")
-    with pytest.raises(
-        ValueError,
-        match=r"(?s)SpikingJelly (could not prepare NMNIST|made no frames of 1 .*00003.npz)",
-    ):
-        load_images("n_mnist", root=tmp_path, T=2)
+    message = r"(?s)SpikingJelly (could not prepare NMNIST|made no frames of 1 .*00003.npz)"
+    with pytest.raises(ValueError, match=message):
+        load_n_mnist(tmp_path, T=2)
     (tmp_path / "events_np" / "train" / "4" / "00004.npz").unlink()
     with pytest.raises(ValueError, match=r"no frames of 1 recordings: .*00004.bin.*keep download"):
-        load_images("n_mnist", root=tmp_path, T=T)
+        load_n_mnist(tmp_path)
 
 
 def test_damaged_frames(tmp_path, monkeypatch):
     pack_n_mnist(tmp_path, 2, 1)
     trust(monkeypatch, "n_mnist", tmp_path)
-    splits = load_images("n_mnist", root=tmp_path, T=T)
+    splits = load_n_mnist(tmp_path)
     folder = tmp_path / f"frames_number_{T}_split_by_number"
-    train, test = folder / "train" / "3" / "00003.npz", folder / "test" / "3" / "00003.npz"
+    train = folder / "train" / "3" / "00003.npz"
+    test = folder / "test" / "3" / "00003.npz"
     content = bytearray(test.read_bytes())
     content[len(content) // 2] ^= 255
     test.write_bytes(content)
     with pytest.raises(UnreadableError, match=r"test/3/00003.npz cannot be read any more .*CRC"):
         list(splits.test)
     train.write_bytes(train.read_bytes()[:100])
+    not_for_tests = ConcatDataset([splits.train, splits.validation])
     with pytest.raises(UnreadableError, match=r"train/3/00003.npz cannot be read any more"):
-        list(image_loader(splits.train, 4)), list(image_loader(splits.validation, 4))
-    with pytest.raises(
-        UnreadableError, match=r"1 of 20 files in .*00003.npz .BadZipFile.*on_unreadable='skip'"
-    ):
-        load_images("n_mnist", root=tmp_path, T=T)
+        list(image_loader(not_for_tests, 4))
+    message = r"1 of 20 files in .*00003.npz .BadZipFile.*on_unreadable='skip'"
+    with pytest.raises(UnreadableError, match=message):
+        load_n_mnist(tmp_path)
     with pytest.warns(UserWarning, match=r"1 of 20 files .*00003.npz.*left out"):
-        splits = load_images("n_mnist", root=tmp_path, T=T, on_unreadable="skip")
+        splits = load_n_mnist(tmp_path, on_unreadable="skip")
     assert len(splits.train) + len(splits.validation) == 19
 
 
-def test_frames_need_their_number(tmp_path):
-    for T in (None, 0, True):
-        with pytest.raises(ValueError, match=r"T must be an integer >= 1 for event data"):
-            load_images("n_mnist", root=tmp_path, T=T)
+@pytest.mark.parametrize("T", [None, 0, True])
+def test_frames_need_their_number(tmp_path, T):
+    with pytest.raises(ValueError, match="T must be an integer >= 1 for event data"):
+        load_n_mnist(tmp_path, T=T)
 
 
 def test_an_import_that_fails_says_what_to_install(monkeypatch):
@@ -186,10 +182,8 @@ def test_an_import_that_fails_says_what_to_install(monkeypatch):
         raise OSError("Could not load this library: _torchaudio.abi3.so")
 
     monkeypatch.setattr(module.importlib, "import_module", fail)
-    with pytest.raises(
-        ModuleNotFoundError,
-        match=r"event data need torchaudio, .*fit torch \d.*install the torchaudio",
-    ):
+    message = r"event data need torchaudio, .*fit torch \d.*install the torchaudio"
+    with pytest.raises(ModuleNotFoundError, match=message):
         module._host_class.__wrapped__("n_mnist", "NMNIST")
     assert "spikingjelly._event_data" not in sys.modules
 
@@ -203,5 +197,6 @@ def test_a_torchaudio_of_another_cuda_is_left_out(monkeypatch):
         return load(name, *package)
 
     monkeypatch.setattr(module.importlib, "import_module", fail)
-    assert module._host_class.__wrapped__("n_mnist", "NMNIST").__name__.endswith("MNIST")
+    host = module._host_class.__wrapped__("n_mnist", "NMNIST")
+    assert host.__name__.endswith("MNIST")
     sys.modules.pop("spikingjelly._event_data", None)

@@ -8,12 +8,15 @@ import pickle
 import shutil
 import struct
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from data.checksum import checksum
+from data.checksum import checksums, sizes
 from scipy.io import savemat
 from torchvision import datasets
 
@@ -39,125 +42,151 @@ def idx(array):
 def write_mnist(folder, *, gz=False, train=40, test=20, size=8):
     """The four files of MNIST or Fashion-MNIST."""
     folder.mkdir(parents=True, exist_ok=True)
-    pixels, labels = (
-        drawn(0, train + test, size, size),
-        (np.arange(train + test) % 10).astype(np.uint8),
-    )
+    pixels = drawn(0, train + test, size, size)
+    labels = (np.arange(train + test) % 10).astype(np.uint8)
     arrays = (pixels[:train], labels[:train], pixels[train:], labels[train:])
-    for name, content in zip(IDX, map(idx, arrays), strict=True):
-        (folder / (name + ".gz" * gz)).write_bytes(gzip.compress(content) if gz else content)
+    for name, array in zip(IDX, arrays, strict=True):
+        if gz:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
+        else:
+            (folder / name).write_bytes(idx(array))
     return pixels[:, None], labels
 
 
 def write_cifar(root, name):
     """Six images a batch."""
     kind = getattr(datasets, name.upper())
+    classes = 100 if name == "cifar100" else 10
+    key = "fine_labels" if name == "cifar100" else "labels"
     files = [file for file, _ in (*kind.train_list, *kind.test_list)]
-    pixels, labels = (
-        drawn(0, 6 * len(files), 3072),
-        [7 * i % (100 if name == "cifar100" else 10) for i in range(36)],
-    )
+    pixels = drawn(0, 6 * len(files), 3072)
+    labels = [7 * i % classes for i in range(len(pixels))]
     folder = root / kind.base_folder
     folder.mkdir(parents=True)
-    for at, file in enumerate(files):
-        part = slice(6 * at, 6 * at + 6)
-        key = "fine_labels" if name == "cifar100" else "labels"
-        (folder / file).write_bytes(pickle.dumps({"data": pixels[part], key: labels[part]}))
-    (folder / kind.meta["filename"]).write_bytes(pickle.dumps({kind.meta["key"]: ["a", "b"]}))
-    return pixels.reshape(-1, 3, 32, 32), labels[: len(pixels)]
+    for number, file in enumerate(files):
+        part = slice(6 * number, 6 * number + 6)
+        content = {"data": pixels[part], key: labels[part]}
+        (folder / file).write_bytes(pickle.dumps(content))
+    names = {kind.meta["key"]: ["a", "b"]}
+    (folder / kind.meta["filename"]).write_bytes(pickle.dumps(names))
+    return pixels.reshape(-1, 3, 32, 32), labels
 
 
 def write_svhn(root):
     """22 images to train on and 11 to test; digit 0 has the label 10."""
-    parts = []
-    for seed, (name, count) in enumerate({"train": 22, "test": 11}.items()):
-        pixels, labels = drawn(seed, 32, 32, 3, count), np.arange(count) % 10 + 1
-        savemat(root / f"{name}_32x32.mat", {"X": pixels, "y": labels.astype(np.uint8)[:, None]})
-        parts.append((pixels.transpose(3, 2, 0, 1), labels % 10))
-    return np.concatenate([pixels for pixels, _ in parts]), np.concatenate(
-        [labels for _, labels in parts]
-    )
+    pixels = []
+    labels = []
+    for seed, name, count in ((0, "train", 22), (1, "test", 11)):
+        images = drawn(seed, 32, 32, 3, count)
+        digits = np.arange(1, count + 1)
+        written = (digits - 1) % 10 + 1
+        content = {"X": images, "y": written.astype(np.uint8)[:, None]}
+        savemat(root / f"{name}_32x32.mat", content)
+        pixels.append(images.transpose(3, 2, 0, 1))
+        labels.append(digits % 10)
+    return np.concatenate(pixels), np.concatenate(labels)
+
+
+def md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture
 def trusted(monkeypatch):
     """Lets torchvision take the files of a folder for the published ones."""
-
-    def trust(folder):
-        def entries(listed):
-            return [
-                [file, hashlib.md5((folder / file).read_bytes()).hexdigest()] for file in listed
-            ]
-
-        for kind in (datasets.CIFAR10, datasets.CIFAR100):
-            if (folder / kind.meta["filename"]).exists():
-                monkeypatch.setattr(
-                    kind, "train_list", entries(file for file, _ in kind.train_list)
-                )
-                monkeypatch.setattr(kind, "test_list", entries(file for file, _ in kind.test_list))
-                monkeypatch.setattr(
-                    kind, "meta", kind.meta | {"md5": entries([kind.meta["filename"]])[0][1]}
-                )
-        if (folder / "test_32x32.mat").exists():
-            listed = {
-                part: ["url", *entries([f"{part}_32x32.mat"])[0]] for part in ("train", "test")
-            }
-            monkeypatch.setattr(datasets.SVHN, "split_list", listed)
-
-    return trust
+    return partial(trust, monkeypatch)
 
 
-def assert_holds(splits, pixels, labels, sizes):
+def trust(monkeypatch, folder):
+    for kind in (datasets.CIFAR10, datasets.CIFAR100):
+        meta = folder / kind.meta["filename"]
+        if meta.exists():
+            train = [[file, md5(folder / file)] for file, _ in kind.train_list]
+            test = [[file, md5(folder / file)] for file, _ in kind.test_list]
+            monkeypatch.setattr(kind, "train_list", train)
+            monkeypatch.setattr(kind, "test_list", test)
+            monkeypatch.setattr(kind, "meta", kind.meta | {"md5": md5(meta)})
+    if (folder / "test_32x32.mat").exists():
+        listed = {}
+        for part in ("train", "test"):
+            file = f"{part}_32x32.mat"
+            listed[part] = ["url", file, md5(folder / file)]
+        monkeypatch.setattr(datasets.SVHN, "split_list", listed)
+
+
+def items(part):
+    """Bytes and class of every image."""
+    found = []
+    for image, label in part:
+        assert image.dtype == torch.float32
+        assert label.dtype == torch.int64
+        assert image.max() <= 1
+        values = (image * 255).round().byte()
+        found.append((values.numpy().tobytes(), int(label)))
+    return found
+
+
+def assert_holds(splits, pixels, labels, expected_sizes):
     """Bytes and classes of the files, the last of which are the test set, which keeps its order."""
-    assert (len(splits.train), len(splits.validation), len(splits.test)) == sizes
+    assert sizes(splits) == expected_sizes
     assert splits.image_shape == pixels.shape[1:]
-
-    def items(part):
-        assert all(
-            (image.dtype, label.dtype) == (torch.float32, torch.int64) for image, label in part
-        )
-        return [
-            ((image * 255).round().byte().numpy().tobytes(), int(label)) for image, label in part
-        ]
-
     expected = [(image.tobytes(), int(label)) for image, label in zip(pixels, labels, strict=True)]
-    assert sorted(items(splits.train) + items(splits.validation)) == sorted(expected[: -sizes[2]])
-    assert items(splits.test) == expected[-sizes[2] :]
-    assert splits.train[0][0].max() <= 1
+    first_test = len(expected) - len(splits.test)
+    others = items(splits.train) + items(splits.validation)
+    assert sorted(others) == sorted(expected[:first_test])
+    assert items(splits.test) == expected[first_test:]
 
 
 @pytest.mark.parametrize("gz", [False, True])
-@pytest.mark.parametrize(("name", "kind"), [("fashion_mnist", "FashionMNIST"), ("mnist", "MNIST")])
-def test_idx_files(tmp_path, name, kind, gz):
-    for root, folder in (
-        (tmp_path, tmp_path),
-        (tmp_path / "torchvision", tmp_path / "torchvision" / kind / "raw"),
-    ):
-        pixels, labels = write_mnist(folder, gz=gz)
-        splits = load_images(name, root=root)
-        assert_holds(splits, pixels, labels, (36, 4, 20))
-        assert (splits.mean, splits.augmentation) == (None, None)
+@pytest.mark.parametrize("inside", [".", "FashionMNIST/raw", "MNIST/raw"])
+def test_idx_files(tmp_path, inside, gz):
+    name = "mnist" if inside == "MNIST/raw" else "fashion_mnist"
+    pixels, labels = write_mnist(tmp_path / inside, gz=gz)
+    splits = load_images(name, root=tmp_path)
+    assert_holds(splits, pixels, labels, [36, 4, 20])
+    assert splits.mean is None
+    assert splits.augmentation is None
+
+
+@dataclass(frozen=True)
+class Cifar:
+    name: str
+    classes: int
+    mean: tuple[float, float, float]
+    sizes: list[int]
+
+
+CIFAR = [
+    Cifar(
+        name="cifar10",
+        classes=10,
+        mean=(0.4914, 0.4822, 0.4465),
+        sizes=[24, 6, 6],
+    ),
+    Cifar(
+        name="cifar100",
+        classes=100,
+        mean=(0.5071, 0.4867, 0.4408),
+        sizes=[5, 1, 6],
+    ),
+]
 
 
 @pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize(
-    ("name", "classes", "mean", "sizes"),
-    [
-        ("cifar10", 10, (0.4914, 0.4822, 0.4465), (24, 6, 6)),
-        ("cifar100", 100, (0.5071, 0.4867, 0.4408), (5, 1, 6)),
-    ],
-)
-def test_cifar(tmp_path, trusted, name, classes, mean, sizes, inside):
-    pixels, labels = write_cifar(tmp_path, name)
+@pytest.mark.parametrize("case", CIFAR, ids=lambda case: case.name)
+def test_cifar(tmp_path, trusted, case, inside):
+    pixels, labels = write_cifar(tmp_path, case.name)
     folder = next(tmp_path.iterdir())
     trusted(folder)
-    root = folder if inside else tmp_path
-    splits = load_images(name, root=root, validation_fraction=0.2)
-    assert_holds(splits, pixels, labels, sizes)
-    assert (splits.classes, splits.mean) == (classes, mean)
+    options = {"root": folder if inside else tmp_path, "validation_fraction": 0.2}
+    splits = load_images(case.name, **options)
+    assert_holds(splits, pixels, labels, case.sizes)
+    assert splits.classes == case.classes
+    assert splits.mean == case.mean
     assert splits.std is not None
     assert splits.augmentation == Augmentation(padding=4, flip=True, cutout=16)
-    assert load_images(name, root=root, augment=False, validation_fraction=0.2).augmentation is None
+    plain = load_images(case.name, **options, augment=False)
+    assert plain.augmentation is None
 
 
 @pytest.mark.parametrize("folder", [".", "SVHN"])
@@ -166,12 +195,13 @@ def test_svhn(tmp_path, trusted, monkeypatch, folder):
     pixels, labels = write_svhn(tmp_path / folder)
     trusted(tmp_path / folder)
     splits = load_images("svhn", root=tmp_path)
-    assert_holds(splits, pixels, labels, (20, 2, 11))
-    assert (splits.classes, splits.mean, splits.augmentation) == (10, None, None)
+    assert_holds(splits, pixels, labels, [20, 2, 11])
+    assert splits.classes == 10
+    assert splits.mean is None
+    assert splits.augmentation is None
     monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(
-        ModuleNotFoundError, match=r"MATLAB files, which scipy reads; .*pip install scipy"
-    ):
+    message = r"MATLAB files, which scipy reads; .*pip install scipy"
+    with pytest.raises(ModuleNotFoundError, match=message):
         load_images("svhn", root=tmp_path)
 
 
@@ -190,49 +220,93 @@ class Payload:
     ],
 )
 def test_files_that_are_not_the_published_ones(tmp_path, trusted, name, file, content):
-    write_svhn(tmp_path) if name == "svhn" else write_cifar(tmp_path, name)
+    if name == "svhn":
+        write_svhn(tmp_path)
+    else:
+        write_cifar(tmp_path, name)
     path = tmp_path / file
     trusted(path.parent)
     path.write_bytes(content)
-    with pytest.raises(
-        ValueError, match=rf"{file} is damaged \(its MD5 sum is not \w+\); fetch it again"
-    ):
+    message = rf"{file} is damaged \(its MD5 sum is not \w+\); fetch it again"
+    with pytest.raises(ValueError, match=message):
         load_images(name, root=tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("file", "change", "message"),
-    [
-        (IDX[0], lambda old: old[:-9], IDX[0]),
-        (f"{IDX[0]}.gz", lambda old: old[:-9], IDX[0]),
-        (IDX[0], lambda old: old[:9], IDX[0]),
-        (IDX[0], lambda old: b"<html>not found</html>", IDX[0]),
-        (
-            IDX[0],
-            lambda old: idx(drawn(0, 40)),
-            f"{IDX[0]} must hold an array of 3 dimensions, got 1: is it misnamed.",
-        ),
-        (IDX[1], lambda old: idx(drawn(0, 30)), "40 images but 30 labels"),
-        (
-            IDX[1],
-            lambda old: old[:-1] + b"\n",
-            f"{IDX[1]} holds 1 labels outside the classes 0 to 9, the first is 10",
-        ),
-    ],
-)
-def test_damaged_idx_files(tmp_path, file, change, message):
-    write_mnist(tmp_path, gz=file.endswith(".gz"))
-    path = tmp_path / file
-    path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(ValueError, match=message):
+IMAGES, LABELS = IDX[:2]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A file of Fashion-MNIST, what becomes of its bytes, and what is said."""
+
+    file: str
+    change: Callable[[bytes], bytes]
+    message: str
+
+
+DAMAGES = {
+    "cut": Damage(
+        file=IMAGES,
+        change=lambda old: old[:-9],
+        message=IMAGES,
+    ),
+    "cut and packed": Damage(
+        file=f"{IMAGES}.gz",
+        change=lambda old: old[:-9],
+        message=IMAGES,
+    ),
+    "cut in its head": Damage(
+        file=IMAGES,
+        change=lambda old: old[:9],
+        message=IMAGES,
+    ),
+    "a page of the web": Damage(
+        file=IMAGES,
+        change=lambda old: b"<html>not found</html>",
+        message=IMAGES,
+    ),
+    "labels for images": Damage(
+        file=IMAGES,
+        change=lambda old: idx(drawn(0, 40)),
+        message=f"{IMAGES} must hold an array of 3 dimensions, got 1: is it misnamed.",
+    ),
+    "too few labels": Damage(
+        file=LABELS,
+        change=lambda old: idx(drawn(0, 30)),
+        message="40 images but 30 labels",
+    ),
+    "no such class": Damage(
+        file=LABELS,
+        change=lambda old: old[:-1] + b"\n",
+        message=f"{LABELS} holds 1 labels outside the classes 0 to 9, the first is 10",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_damaged_idx_files(tmp_path, what):
+    damage = DAMAGES[what]
+    write_mnist(tmp_path, gz=damage.file.endswith(".gz"))
+    path = tmp_path / damage.file
+    path.write_bytes(damage.change(path.read_bytes()))
+    with pytest.raises(ValueError, match=damage.message):
         load_images("fashion_mnist", root=tmp_path)
+
+
+WRITE = {
+    "mnist": write_mnist,
+    "fashion_mnist": write_mnist,
+    "cifar10": partial(write_cifar, name="cifar10"),
+    "cifar100": partial(write_cifar, name="cifar100"),
+    "svhn": write_svhn,
+}
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "missing"),
     [
-        ("mnist", "MNIST", IDX[1]),
-        ("fashion_mnist", "FashionMNIST", IDX[1]),
+        ("mnist", "MNIST", LABELS),
+        ("fashion_mnist", "FashionMNIST", LABELS),
         ("cifar10", "CIFAR10", "data_batch_4"),
         ("cifar100", "CIFAR100", "train"),
         ("svhn", "SVHN", "train_32x32.mat"),
@@ -248,8 +322,7 @@ def test_missing_files_are_named_with_the_way_to_get_them(
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(getattr(datasets, kind), "download", offline)
-    write = {"mnist": write_mnist, "fashion_mnist": write_mnist, "svhn": write_svhn}.get(name)
-    write_cifar(tmp_path, name) if write is None else write(tmp_path)
+    WRITE[name](tmp_path)
     (path,) = tmp_path.rglob(missing)
     path.unlink()
     with pytest.raises(FileNotFoundError) as error:
@@ -261,10 +334,8 @@ def test_missing_files_are_named_with_the_way_to_get_them(
     assert f"from torchvision.datasets import {kind}; {kind}('{tmp_path}', " in message
     assert ("apt-get install dataset-fashion-mnist" in message) == (name == "fashion_mnist")
     assert asked == []
-    with pytest.raises(
-        FileNotFoundError,
-        match=r"is not complete: .*The download failed \(OSError: Name or service",
-    ):
+    failed = r"is not complete: .*The download failed \(OSError: Name or service"
+    with pytest.raises(FileNotFoundError, match=failed):
         load_images(name, root=tmp_path, download=True)
     assert asked == [tmp_path]
 
@@ -273,11 +344,13 @@ def test_a_download_brings_the_files(tmp_path, trusted, monkeypatch):
     write_svhn(tmp_path)
     trusted(tmp_path)
     (tmp_path / "here").mkdir()
-    monkeypatch.setattr(
-        datasets.SVHN, "download", lambda self: shutil.copy(tmp_path / self.filename, self.root)
-    )
+
+    def download(self):
+        shutil.copy(tmp_path / self.filename, self.root)
+
+    monkeypatch.setattr(datasets.SVHN, "download", download)
     splits = load_images("svhn", root=tmp_path / "here", download=True)
-    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [20, 2, 11]
+    assert sizes(splits) == [20, 2, 11]
 
 
 @pytest.mark.skipif(
@@ -285,19 +358,10 @@ def test_a_download_brings_the_files(tmp_path, trusted, monkeypatch):
 )
 def test_the_real_fashion_mnist():
     few = load_images("fashion_mnist", root=DEBIAN, train_limit=300, test_limit=60)
-    assert [checksum(part) for part in (few.train, few.validation, few.test)] == [
-        "dc0305748e096db2",
-        "d08888bce3b0e227",
-        "9cd95831aff8860d",
-    ]
+    assert checksums(few) == ["dc0305748e096db2", "d08888bce3b0e227", "9cd95831aff8860d"]
     splits = load_images("fashion_mnist", root=DEBIAN)
-    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [
-        54000,
-        6000,
-        10000,
-    ]
+    assert sizes(splits) == [54000, 6000, 10000]
     assert splits.test.dataset.labels.bincount().tolist() == [1000] * 10
-    with pytest.raises(
-        ValueError, match=r"holds Fashion-MNIST, not MNIST; use the data set 'fashion_mnist'"
-    ):
+    message = "holds Fashion-MNIST, not MNIST; use the data set 'fashion_mnist'"
+    with pytest.raises(ValueError, match=message):
         load_images("mnist", root=DEBIAN)

@@ -27,10 +27,11 @@ import io
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -82,64 +83,99 @@ class Block:
     @property
     def kinds(self) -> set[str]:
         """The directives above it."""
-        groups = ("add", "reason", "needs", "prints")
-        return {one[group] for one in self.above for group in groups if one[group]}
+        kinds = set()
+        for directive in self.above:
+            kinds |= {directive[group] for group in ("add", "reason", "needs", "prints")}
+        return kinds - {None}
 
     @property
     def added(self) -> tuple[tuple[str | None, str], ...]:
         """Recipe, or None for all, and the options that its commands get."""
-        return tuple((one["recipe"], one["options"]) for one in self.above if one["add"])
+        adding = [directive for directive in self.above if directive["add"]]
+        return tuple((directive["recipe"], directive["options"]) for directive in adding)
 
 
 def blocks_of(document: Document) -> list[Block]:
     """The blocks of a page; PageError at the first fault of a block or directive."""
-    text, blocks = document.text, []
-    path = Path(document.path)
-    page = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+    return list(Reader(document).blocks())
 
-    def check(right: object, position: int, fault: str) -> None:
-        if not right:
-            raise PageError(f"{page}:{1 + text.count(chr(10), 0, position)}: {fault}")
 
-    found = sorted(FENCES(document), key=lambda fence: fence.start)
-    fences = [one for one in found if not any(o.start < one.start < o.end for o in found)]
-    comments = {one.end(): one for one in COMMENT.finditer(text)}
-    for fence in fences:
-        inside = [end for end in comments if fence.start < end <= fence.end]
-        for end in inside:
-            del comments[end]
-    for fence, following in zip(fences, [*fences[1:], None], strict=False):
-        above, start = [], fence.start
-        while start in comments:
-            comment = comments.pop(start)
-            start = comment.start()
-            above.insert(0, DIRECTIVE.fullmatch(comment[0]))
-            check(above[0], start, f"no such directive, in one line; see {__name__}")
+class Reader:
+    """Reads the blocks of a page, and the comments above them."""
+
+    def __init__(self, document: Document) -> None:
+        path = Path(document.path)
+        self.page = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+        self.text = document.text
+        self.fences = outermost(FENCES(document))
+        self.comments = {one.end(): one for one in COMMENT.finditer(self.text)}  # by their end
+        for fence in self.fences:
+            for end in list(self.comments):
+                if fence.start < end <= fence.end:  # text of the block
+                    del self.comments[end]
+
+    def blocks(self) -> Iterator[Block]:
+        for fence, following in zip_longest(self.fences, self.fences[1:]):
+            yield self.block(fence, following)
+        for comment in self.comments.values():
+            self.check(False, comment.start(), "no block on the line below this directive")
+
+    def block(self, fence: Region, following: Region | None) -> Block:
+        above = self.directives_above(fence)
         language = fence.lexemes["language"]
-        how = RUN.get(language)
         known = [*RUN, *KEPT, "mermaid"]
-        check(
-            language in known,
-            fence.start,
-            f"language {language!r} of this block; take one of {', '.join(known)}",
+        fault = f"language {language!r} of this block; take one of {', '.join(known)}"
+        self.check(language in known, fence.start, fault)
+        ended = re.search(r"\n *(`{3,}|~{3,}) *\Z", self.text[fence.start : fence.end])
+        self.check(ended, fence.start, "this block has no end")
+        block = Block(
+            region=fence,
+            line=self.line(fence.start),
+            how=RUN.get(language),
+            code=fence.lexemes["source"],
+            above=tuple(above),
         )
-        ended = re.search(r"\n *(`{3,}|~{3,}) *\Z", text[fence.start : fence.end])
-        check(ended, fence.start, "this block has no end")
-        line = 1 + text.count("\n", 0, fence.start)
-        block = Block(fence, line, how, fence.lexemes["source"], tuple(above))
-        wrong = block.kinds - ALLOWED[how]
-        check(not wrong, fence.start, f"{wrong} above a block of {language}")
-        exclusive = block.kinds & {"options only", "not run"}
-        check(not exclusive or len(above) == 1, fence.start, "directives that exclude each other")
+        wrong = block.kinds - ALLOWED[block.how]
+        self.check(not wrong, fence.start, f"{wrong} above a block of {language}")
+        if block.kinds & {"options only", "not run"}:
+            self.check(len(above) == 1, fence.start, "directives that exclude each other")
         if "prints" in block.kinds:
-            below = following and not text[fence.end : following.start].strip()
-            shown = below and following.lexemes["language"] == "text"
-            check(shown, fence.start, "no block of text right below")
-            block = Block(fence, line, how, block.code, block.above, following.lexemes["source"])
-        blocks.append(block)
-    for comment in comments.values():
-        check(False, comment.start(), "no block on the line below this directive")
-    return blocks
+            return replace(block, printed=self.printed_below(fence, following))
+        return block
+
+    def directives_above(self, fence: Region) -> list[re.Match[str]]:
+        """From the first one to the one right above the fence."""
+        above: list[re.Match[str]] = []
+        start = fence.start
+        while start in self.comments:
+            comment = self.comments.pop(start)
+            start = comment.start()
+            directive = DIRECTIVE.fullmatch(comment[0])
+            self.check(directive, start, f"no such directive, in one line; see {__name__}")
+            above.insert(0, directive)
+        return above
+
+    def printed_below(self, fence: Region, following: Region | None) -> str:
+        below = following and not self.text[fence.end : following.start].strip()
+        shown = below and following.lexemes["language"] == "text"
+        self.check(shown, fence.start, "no block of text right below")
+        return following.lexemes["source"]
+
+    def line(self, position: int) -> int:
+        return 1 + self.text.count("\n", 0, position)
+
+    def check(self, right: object, position: int, fault: str) -> None:
+        if not right:
+            raise PageError(f"{self.page}:{self.line(position)}: {fault}")
+
+
+def outermost(found: Iterable[Region]) -> list[Region]:
+    """Fences in no other fence, in their order."""
+    fences: list[Region] = []
+    for fence in sorted(found, key=lambda fence: fence.start):
+        if not fences or fence.start >= fences[-1].end:
+            fences.append(fence)
+    return fences
 
 
 def examples_in(document: Document) -> Iterator[Region]:
@@ -159,7 +195,8 @@ class Page:
     """The folder and the terminal of a page."""
 
     def __init__(self) -> None:
-        self.folder, self.state = tempfile.TemporaryDirectory(), tempfile.TemporaryDirectory()
+        self.folder = tempfile.TemporaryDirectory()
+        self.state = tempfile.TemporaryDirectory()
         self.shell = Shell(Path(self.folder.name), Path(self.state.name))
 
     @contextlib.contextmanager
@@ -185,19 +222,18 @@ class Page:
 
 def evaluate(block: Block, example: Example) -> str | None:
     """Run a block in the folder of its page, or do what its directive says instead."""
-    for package in (one["package"] for one in block.above if one["needs"]):
-        if find_spec(package) is None:
+    for directive in block.above:
+        package = directive["package"]
+        if directive["needs"] and find_spec(package) is None:
             pytest.skip(f"{package}, which this block of the page needs, is not installed")
     page: Page = example.namespace[PAGE]
     with page.inside():
-        if name := FILE_NAME.match(block.code):
+        name = FILE_NAME.match(block.code)
+        if name:
             Path(name[1]).write_text(block.code, encoding="utf-8")
         if "not run" in block.kinds:
-            try:
-                {"shell": check_names, "python": check_imports}.get(block.how, str)(block.code)
-            except (CommandError, SyntaxError) as error:
-                return f"in a block that is not run: {error}"
-        elif block.how == "shell":
+            return names_that_are_not_there(block)
+        if block.how == "shell":
             return run_commands(block, page.shell)
         elif block.how == "python":
             with contextlib.redirect_stdout(io.StringIO()) as said, without_cause():
@@ -205,6 +241,16 @@ def evaluate(block: Block, example: Example) -> str | None:
             return unlike(said.getvalue(), block.printed)
         elif block.how == "session":
             return SESSION.evaluator(example)
+    return None
+
+
+def names_that_are_not_there(block: Block) -> str | None:
+    """What is wrong with a block that is not run."""
+    check = {"shell": check_names, "python": check_imports}.get(block.how, str)
+    try:
+        check(block.code)
+    except (CommandError, SyntaxError) as error:
+        return f"in a block that is not run: {error}"
     return None
 
 
@@ -218,7 +264,8 @@ def without_cause() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if (cause := error.__cause__ or error.__context__) is not None:
+        cause = error.__cause__ or error.__context__
+        if cause is not None:
             error.add_note(f"while handling {type(cause).__name__}: {cause}")
         raise error from None
 
@@ -227,19 +274,23 @@ def run_commands(block: Block, shell: Shell) -> str | None:
     """Run the commands of a block one after the other, or let the recipes check their options
     alone.
     """
-    recipes, said, only_options = [], "", "options only" in block.kinds
+    recipes, said = [], ""
+    only_options = "options only" in block.kinds
     here = block.printed is None  # a page that shows what is printed is followed word for word
     commands = logical_lines(block.code)
+    if not commands:
+        return "no command in this block"
     for offset, command in commands:
         try:
             recipes += shell.run(command, block.added, only_options=only_options, here=here)
-            said += shell.said
         except CommandError as error:
             return f"line {block.line + 1 + offset}: {command}\n{error}"
-    if not commands or (only_options and not recipes):
-        return "no command in this block" + " of a recipe" * only_options
-    for one, options in block.added:
-        if not recipes or (one and one not in recipes):
+        said += shell.said
+    if only_options and not recipes:
+        return "no command in this block of a recipe"
+    for recipe, options in block.added:
+        meant = recipes if recipe is None else [recipe]
+        if not set(meant) & set(recipes):
             return f"'add' finds no command of its recipe in the block: {options}"
     return unlike(said, block.printed)
 
@@ -248,7 +299,8 @@ def unlike(said: str, printed: str | None) -> str | None:
     """What is wrong with the printed text of a page, where a block really said something."""
     if printed is None:
         return None
-    words, shown = WORD.findall(said), WORD.findall(printed.removeprefix("...\n"))
+    words = WORD.findall(said)
+    shown = WORD.findall(printed.removeprefix("...\n"))
     if printed.startswith("...\n"):
         words = words[-len(shown) :]
     if len(words) == len(shown) and all(map(same, words, shown)):

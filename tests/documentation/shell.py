@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -34,20 +35,32 @@ if not only_options:
 recipe's.
 """
 
+
+@dataclass(frozen=True)
+class Launcher:
+    """A program that starts recipes: its module, its parser, and the words in front of what that
+    parses.
+    """
+
+    module: str
+    parser: str
+    first: list[str]
+
+
 LAUNCHERS = {
-    "torchrun": ("torch.distributed.run", "torch.distributed.run.get_args_parser", []),
-    "accelerate": (
-        "accelerate.commands.accelerate_cli",
-        "accelerate.commands.launch.launch_command_parser",
-        ["launch"],
+    "torchrun": Launcher(
+        module="torch.distributed.run",
+        parser="torch.distributed.run.get_args_parser",
+        first=[],
+    ),
+    "accelerate": Launcher(
+        module="accelerate.commands.accelerate_cli",
+        parser="accelerate.commands.launch.launch_command_parser",
+        first=["launch"],
     ),
 }
-"""Programs that start recipes: their modules, parsers, and the words in front of what those
-parse.
-"""
-MODULES = {"python": [], "python3": []} | {
-    name: ["-m", module] for name, (module, _, _) in LAUNCHERS.items()
-}
+MODULES = {"python": [], "python3": []}
+MODULES |= {name: ["-m", launcher.module] for name, launcher in LAUNCHERS.items()}
 
 ALONE = re.compile(
     r"""python3? (\./)?recipes/\w+\.py( +([\w./:=,+-]+|'[^'#\n]*'|"[^"#$`\\\n]*"))*( +#.*)?"""
@@ -64,7 +77,8 @@ def logical_lines(code: str) -> list[tuple[int, str]]:
     one command.
     """
     commands: list[tuple[int, str]] = []
-    lines, parts = code.splitlines(), []
+    lines = code.splitlines()
+    parts: list[str] = []
     for number, line in enumerate(lines, 1):
         if not parts and (not line.strip() or line.lstrip().startswith("#")):
             continue
@@ -107,11 +121,13 @@ class Shell:
             (programs / name).chmod(0o755)
         path = [str(programs), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
         # with several threads on a busy machine, waiting must not take their time
-        self.environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "MPLBACKEND": "Agg"}
+        self.environment = {"OMP_WAIT_POLICY": "passive"} | os.environ
         self.environment |= {"PATH": os.pathsep.join(path), "PYTHONPATH": str(ROOT)}
-        self.environment |= {"COLUMNS": "100"}
+        self.environment |= {"MPLBACKEND": "Agg", "COLUMNS": "100"}
         self.environment.pop("PYTEST_CURRENT_TEST", None)
-        self.where, self.state, self.first_environment = folder, state, self.environment
+        self.first_environment = self.environment
+        self.where = folder
+        self.state = state
         self.said = ""
 
     def run(
@@ -130,19 +146,35 @@ class Shell:
         has imported already what takes seconds, unless the commands before it have exported
         something.
         """
-        changed = {name for name, _ in self.environment.items() - self.first_environment.items()}
-        exported = changed - {"_", "PWD", "OLDPWD", "SHLVL"}
-        if here and not (only_options or exported) and ALONE.fullmatch(command):
+        if here and not only_options and not self.exported and ALONE.fullmatch(command):
             words = shlex.split(command, comments=True)
             self.said, recipe = run_here(self.where, words, added)
             return [recipe]
         asked = json.dumps([added, only_options, MODULES])
         (self.state / "asked").write_text(asked, encoding="utf-8")
         (self.state / "calls").write_text("")
-        first = "set -e\n" if only_options else ""
+        self.run_in_bash(f"set -e\n{command}" if only_options else command)
+        calls = [json.loads(line) for line in (self.state / "calls").read_text().splitlines()]
+        recipes = []
+        for recipe, where, program, words in calls:
+            if only_options:
+                _, recipe = run_here(Path(where), [program, *words], added, "--print_config")
+            if recipe:
+                recipes.append(recipe)
+        return recipes
+
+    @property
+    def exported(self) -> set[str]:
+        """Variables that commands have set."""
+        changed = self.environment.items() - self.first_environment.items()
+        return {name for name, _ in changed} - {"_", "PWD", "OLDPWD", "SHLVL"}
+
+    def run_in_bash(self, command: str) -> None:
+        """Run a command that has to end well, and keep what it leaves for the next."""
         left = f"env -0 > '{self.state}/environment'\npwd > '{self.state}/folder'"
+        script = f"{command}\ncode=$?\n{left}\nexit $code"
         with subprocess.Popen(
-            ["bash", "-o", "pipefail", "-c", f"{first}{command}\ncode=$?\n{left}\nexit $code"],
+            ["bash", "-o", "pipefail", "-c", script],
             cwd=self.where,
             env=self.environment,
             stdin=subprocess.DEVNULL,
@@ -161,16 +193,9 @@ class Shell:
                     os.killpg(process.pid, signal.SIGKILL)  # what a command left running, too
         if process.returncode != 0:
             raise CommandError(f"exit code {process.returncode}\n{self.said}")
-        words = (self.state / "environment").read_bytes().decode().split("\0")
-        self.environment = dict(word.split("=", 1) for word in words if "=" in word)
+        variables = (self.state / "environment").read_bytes().decode().split("\0")
+        self.environment = dict(text.split("=", 1) for text in variables if "=" in text)
         self.where = Path((self.state / "folder").read_text().rstrip("\n"))
-        calls = [json.loads(line) for line in (self.state / "calls").read_text().splitlines()]
-        if only_options:
-            return [
-                run_here(Path(where), [program, *words], added, "--print_config")[1]
-                for _, where, program, words in calls
-            ]
-        return [name for name, *_ in calls if name]
 
 
 def run_here(
@@ -181,28 +206,36 @@ def run_here(
     """
     import launch  # imports torch, which has to find OMP_NUM_THREADS as conftest.py sets it
 
-    program, *words = command
     said = io.StringIO()
-    outputs = contextlib.redirect_stdout(said), contextlib.redirect_stderr(said)
-    with contextlib.chdir(where), outputs[0], outputs[1]:
+    told = contextlib.redirect_stdout(said)
+    warned = contextlib.redirect_stderr(said)
+    with contextlib.chdir(where), told, warned:
         try:
-            if program in LAUNCHERS:
-                _, parser, first = LAUNCHERS[program]
-                if words[: len(first)] == first:
-                    given = pkgutil.resolve_name(parser)().parse_args(words[len(first) :])
-                    words = [given.training_script, *given.training_script_args]
-            recipe = re.fullmatch(r"(?:\./)?recipes/(\w+)\.py", words[0] if words else "")
-            if recipe is None or not Path(words[0]).exists():
+            script, *words = without_launcher(command) or [""]
+            recipe = re.fullmatch(r"(?:\./)?recipes/(\w+)\.py", script)
+            if recipe is None or not Path(script).exists():
                 raise CommandError(f"no command of a file of recipes/: {shlex.join(command)}")
-            for one, text in added:
-                words += shlex.split(text) if one in (None, recipe[1]) else []
-            launch.in_process(recipe[1], ".", *words[1:], *last)
+            for name, options in added:
+                if name in (None, recipe[1]):
+                    words += shlex.split(options)
+            launch.in_process(recipe[1], ".", *words, *last)
         except SystemExit as stop:
             if stop.code:
                 raise CommandError(f"exit code {stop.code}\n{said.getvalue()}") from stop
         except (ValueError, OSError) as error:
             raise CommandError(f"{shlex.join(command)}\n{error}") from error
     return said.getvalue(), recipe[1]
+
+
+def without_launcher(command: list[str]) -> list[str]:
+    """A script and its options, without python or what starts several of them."""
+    program, *words = command
+    launcher = LAUNCHERS.get(program)
+    if launcher is None or words[: len(launcher.first)] != launcher.first:
+        return words
+    parser = pkgutil.resolve_name(launcher.parser)()
+    given = parser.parse_args(words[len(launcher.first) :])
+    return [given.training_script, *given.training_script_args]
 
 
 def check_names(code: str) -> None:

@@ -1,5 +1,7 @@
 """Every estimator's gradient against the hand computation."""
 
+from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -9,22 +11,25 @@ from estimators.by_hand import (
     CLASSES,
     FEATURES,
     KINDS,
+    Layer,
     T,
-    bptt,
-    fire,
     gradient,
     gradient_by_hand,
+    gradient_of,
     inputs,
     make_neuron,
     network,
     pdsg_slopes,
 )
+from numpy.testing import assert_allclose
+from torch.testing import assert_close
 
 from sj_robust import SpikingClassifier
 from sj_robust.core.host import functional, surrogate
 from sj_robust.estimators import estimator, memory
 from sj_robust.estimators.shapes import SHAPES, KeepingValues
 
+LIF = Layer("LIF")
 NAMES = (
     "training",
     "triangle:0.5",
@@ -58,28 +63,47 @@ DETACHED = (
 )
 
 
-OTHER_NEURONS = [(None, 0.8), (-0.2, 0.9), (0.3, 1.2)]  # v_reset and v_threshold
-CASES = [
-    *product(NAMES, KINDS, [(0.0, 1.0)]),
-    *product([*NAMES, *(f"{name}+detach" for name in DETACHED)], ["LIF", "DLIF"], OTHER_NEURONS),
-]
+@dataclass(frozen=True)
+class Case:
+    name: str
+    layer: Layer
+
+    def __str__(self):
+        levels = f"{self.layer.v_reset}-{self.layer.v_threshold}"
+        return f"{self.name}-{self.layer.kind}-{levels}"
 
 
-@pytest.mark.parametrize(("name", "kind", "levels"), CASES)
-def test_gradient_equals_hand_computation(name, kind, levels):
-    v_reset, v_threshold = levels
-    if name == "rga" and v_reset:
-        pytest.skip(
-            "stated for a reset to 0; test_rga_counts_from_the_reset_potential has the others"
-        )
-    net, (x, weights) = network(kind, v_reset=v_reset, v_threshold=v_threshold), inputs()
-    with estimator(name)(net) as crafting:
+OTHER_LAYERS = (
+    Layer("LIF", v_reset=None, v_threshold=0.8),
+    Layer("LIF", v_reset=-0.2, v_threshold=0.9),
+    Layer("LIF", v_reset=0.3, v_threshold=1.2),
+    Layer("DLIF", v_reset=None, v_threshold=0.8),
+    Layer("DLIF", v_reset=-0.2, v_threshold=0.9),
+    Layer("DLIF", v_reset=0.3, v_threshold=1.2),
+)
+LAYERS = [Layer(kind) for kind in KINDS]
+# RGA is stated for a reset to 0; test_rga_counts_from_the_reset_potential has the others.
+OF_OTHER_LAYERS = [name for name in NAMES if name != "rga"]
+OF_OTHER_LAYERS += [f"{name}+detach" for name in DETACHED]
+CASES = [Case(name, layer) for name, layer in product(NAMES, LAYERS)]
+CASES += [Case(name, layer) for name, layer in product(OF_OTHER_LAYERS, OTHER_LAYERS)]
+CASES += [Case("rga", layer) for layer in OTHER_LAYERS if layer.v_reset is None]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradient_equals_hand_computation(case):
+    layer = case.layer
+    net = network(layer.kind, v_reset=layer.v_reset, v_threshold=layer.v_threshold)
+    x, weights = inputs()
+    with estimator(case.name)(net) as crafting:
         grad = gradient(crafting, x, weights)
-    expected = gradient_by_hand(name, net, x, weights, kind, v_reset, v_threshold)
-    np.testing.assert_allclose(grad, expected, rtol=1e-6, atol=1e-9)
-    if v_reset == 0.0:
+    expected = gradient_by_hand(case.name, net, x, weights, layer)
+    assert_allclose(grad, expected, rtol=1e-6, atol=1e-9)
+    if layer.v_reset == 0.0:
         assert np.abs(expected).max() > 1e-3
-        assert name == "training" or np.abs(grad - gradient(net, x, weights)).max() > 1e-3
+        if case.name != "training":
+            own = gradient(net, x, weights)
+            assert np.abs(grad - own).max() > 1e-3
 
 
 def test_rga_counts_from_the_reset_potential():
@@ -87,28 +111,27 @@ def test_rga_counts_from_the_reset_potential():
     gradient.
     """
     x, weights = inputs()
-    net, shifted = (
-        network("LIF", v_reset=0.0, v_threshold=0.8),
-        network("LIF", v_reset=0.25, v_threshold=1.05),
-    )
+    net = network("LIF", v_reset=0.0, v_threshold=0.8)
+    shifted = network("LIF", v_reset=0.25, v_threshold=1.05)
     with estimator("rga")(net), estimator("rga")(shifted):
-        np.testing.assert_allclose(
-            gradient(net, x, weights), gradient(shifted, x, weights), atol=1e-12
-        )
+        grad = gradient(net, x, weights)
+        assert_allclose(grad, gradient(shifted, x, weights), atol=1e-12)
+
+
+STEPWISE = ("triangle:0.5", "rectangle:1", "straight_through+detach", "pdsg", "assg")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "name", ["triangle:0.5", "rectangle:1", "straight_through+detach", "pdsg", "assg"]
-)
+@pytest.mark.parametrize("name", STEPWISE)
 def test_step_by_step_equals_the_sequence_at_once(name, kind):
     x, weights = inputs()
-    net, stepped = network(kind), network(kind, step_mode="s")
+    net = network(kind)
+    stepped = network(kind, step_mode="s")
     with estimator(name)(net), estimator(name)(stepped):
         for _ in range(3):  # of an attack, for the memory of ASSG
             at_once = gradient(net, x, weights)
             by_steps = gradient(stepped, x, weights, step_mode="s")
-        np.testing.assert_allclose(by_steps, at_once, rtol=1e-9, atol=1e-12)
+        assert_allclose(by_steps, at_once, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["rectangle:1", "pdsg", "assg:sigmoid"])
@@ -119,103 +142,109 @@ def test_chunks_equal_the_whole_sequence(name):
         whole = gradient(net, x, weights)
     with estimator(name)(net):
         leaf = x.clone().requires_grad_()
-        out = torch.cat([net(leaf[:1]), net(leaf[1:])])
-        (grad,) = torch.autograd.grad((out * weights).sum(), leaf)
+        first = net(leaf[:1])
+        out = torch.cat([first, net(leaf[1:])])
+        grad = gradient_of(out, leaf, weights)
     functional.reset_net(net)
-    np.testing.assert_allclose(grad.numpy(), whole, rtol=1e-9, atol=1e-12)
+    assert_allclose(grad.numpy(), whole, rtol=1e-9, atol=1e-12)
 
 
 def test_assg_remembers_over_the_iterations_of_an_attack():
     """M and D of the method per neuron, step and sample; a new context starts anew."""
-    net, (x, weights) = network("LIF"), inputs()
+    net = network("LIF")
+    x, weights = inputs()
     memories = ([], [])
     with estimator("assg")(net):
         for iteration in range(3):
             here = x + 0.1 * iteration
             grad = gradient(net, here, weights)
-            expected = gradient_by_hand("assg", net, here, weights, "LIF", 0.0, 1.0, memories)
-            np.testing.assert_allclose(grad, expected, rtol=1e-6, atol=1e-9)
+            expected = gradient_by_hand("assg", net, here, weights, LIF, memories)
+            assert_allclose(grad, expected, rtol=1e-6, atol=1e-9)
     with estimator("assg")(net):
         anew = gradient(net, here, weights)
-    np.testing.assert_allclose(
-        anew, gradient_by_hand("assg", net, here, weights, "LIF", 0.0, 1.0), atol=1e-9
-    )
+    expected = gradient_by_hand("assg", net, here, weights, LIF)
+    assert_allclose(anew, expected, rtol=1e-6, atol=1e-9)
     assert np.abs(anew - grad).max() > 1e-3
 
 
 def test_forwards_of_one_eot_average_and_scoring_leave_assg_alone():
-    net, (x, weights) = network("LIF"), inputs()
+    net = network("LIF")
+    x, weights = inputs()
     with estimator("assg")(net):
         leaf = x.clone().requires_grad_()
         grads = []
         for _ in range(3):
             functional.reset_net(net)
-            (grad,) = torch.autograd.grad((net(leaf) * weights).sum(), leaf)
-            grads.append(grad.numpy())
+            grads.append(gradient_of(net(leaf), leaf, weights))
         functional.reset_net(net)
         with torch.no_grad():
             net(x + 1)
         functional.reset_net(net)
         net(x + 1)  # a graph to the weights, but images that want no gradient
         second = gradient(net, x + 0.1, weights)
-    np.testing.assert_array_equal(grads[0], grads[1])
-    np.testing.assert_array_equal(grads[0], grads[2])
+    assert torch.equal(grads[0], grads[1])
+    assert torch.equal(grads[0], grads[2])
     memories = ([], [])
-    gradient_by_hand("assg", net, x, weights, "LIF", 0.0, 1.0, memories)
-    expected = gradient_by_hand("assg", net, x + 0.1, weights, "LIF", 0.0, 1.0, memories)
-    np.testing.assert_allclose(second, expected, rtol=1e-6, atol=1e-9)
+    gradient_by_hand("assg", net, x, weights, LIF, memories)
+    expected = gradient_by_hand("assg", net, x + 0.1, weights, LIF, memories)
+    assert_allclose(second, expected, rtol=1e-6, atol=1e-9)
+
+
+def last_gradient(rows_by_iteration):
+    """Gradient of an attack's last iteration, each of which has some of eight images."""
+    model = SpikingClassifier(network("LIF"), T=T)
+    torch.manual_seed(0)
+    weights = torch.randn(8, CLASSES, dtype=torch.float64)
+    x = torch.rand(8, FEATURES, dtype=torch.float64)
+    with estimator("assg")(model):
+        for iteration, rows in enumerate(rows_by_iteration):
+            leaf = (x[rows] + 0.01 * iteration).requires_grad_()
+            grad = gradient_of(model(leaf), leaf, weights[rows])
+    return grad
 
 
 def test_memory_of_assg_follows_the_samples_of_a_shrinking_batch():
-    def run(rows_by_iteration):
-        model = SpikingClassifier(network("LIF"), T=T)
-        weights = torch.randn(
-            8, CLASSES, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-        )
-        x = torch.rand(8, FEATURES, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        with estimator("assg")(model):
-            for iteration, rows in enumerate(rows_by_iteration):
-                leaf = (x[rows] + 0.01 * iteration).requires_grad_()
-                (grad,) = torch.autograd.grad((model(leaf) * weights[rows]).sum(), leaf)
-        return grad
-
-    everything, few = list(range(8)), [1, 4, 6]
-    shrunk, alone = run([everything, everything, few, few]), run([few, few, few, few])
-    torch.testing.assert_close(shrunk, alone, rtol=1e-12, atol=1e-14)
-    fresh = run([[0, 2], [0, 2], few, few])
+    everything = list(range(8))
+    few = [1, 4, 6]
+    alone = last_gradient([few, few, few, few])
+    shrunk = last_gradient([everything, everything, few, few])
+    assert_close(shrunk, alone, rtol=1e-12, atol=1e-14)
+    fresh = last_gradient([[0, 2], [0, 2], few, few])
     assert (fresh - alone).abs().max() > 1e-4
 
 
 def test_pdsg_has_one_deviation_per_channel_and_one_where_there_is_none():
     node = make_neuron("LIF")
-    x = torch.randn(T, 2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    x[:, :, 1] = (
-        0.4  # one channel alike everywhere until its neurons have leaked by different steps
-    )
-    weights = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    x = torch.randn(T, 2, 3, 4, 4, dtype=torch.float64)
+    # One channel is alike everywhere until its neurons have leaked by different steps.
+    x[:, :, 1] = 0.4
+    weights = torch.randn(x.shape, dtype=torch.float64)
     with estimator("pdsg+detach")(node):
         grad = gradient(node, x, weights)
     for channel in range(3):
-        h, s = fire(x[:, :, channel].numpy(), "LIF", 0.0, 1.0)
-        expected = bptt(
-            h, s, weights[:, :, channel].numpy(), pdsg_slopes(h, 1.0), "LIF", 0.0, 1.0, True
-        )
-        np.testing.assert_allclose(grad[:, :, channel], expected, rtol=1e-7, atol=1e-10)
+        of_channel = (slice(None), slice(None), channel)
+        h, s = LIF.fire(x[of_channel].numpy())
+        grad_s = weights[of_channel].numpy()
+        slopes = pdsg_slopes(h, 1.0)
+        expected = LIF.bptt(h, s, grad_s, slopes, detach=True)
+        assert_allclose(grad[of_channel], expected, rtol=1e-7, atol=1e-10)
 
 
 def test_cba_is_a_rectifier_network():
-    net, (x, weights) = network("LIF"), inputs()
+    net = network("LIF")
+    x, weights = inputs()
     with estimator("cba")(net) as crafting:
         assert crafting is not net
         leaf = x.clone().requires_grad_()
         out = crafting(leaf)
-        (grad,) = torch.autograd.grad((out * weights).sum(), leaf)
-        assert not any(p.requires_grad for p in crafting.parameters())
-    hidden = torch.relu(x @ net[0].weight.T + net[0].bias)
-    expected = torch.relu(hidden @ net[2].weight.T + net[2].bias)
-    torch.testing.assert_close(out.detach(), expected.detach())
-    first, second = (hidden > 0).double(), (expected > 0).double()
-    torch.testing.assert_close(grad, ((weights * second) @ net[2].weight * first) @ net[0].weight)
+        grad = gradient_of(out, leaf, weights)
+        assert not any(parameter.requires_grad for parameter in crafting.parameters())
+    leaf = x.clone().requires_grad_()
+    hidden = torch.relu(net[0](leaf))
+    expected = torch.relu(net[2](hidden))
+    assert_close(out, expected)
+    assert_close(grad, gradient_of(expected, leaf, weights))
 
 
 @pytest.mark.parametrize("kind", ["PLIF", "DLIF"])
@@ -225,34 +254,40 @@ def test_parameters_of_the_neuron_get_their_gradient(kind):
     """
     x, weights = inputs()
     net = network(kind, surrogate_function=surrogate.SoftSign(alpha=2.0))
-    parameters = [x.clone().requires_grad_(), *net.parameters()]
-    own = torch.autograd.grad((net(parameters[0]) * weights).sum(), parameters)
+    x.requires_grad_()
+    learned = [x, *net.parameters()]
+    weighted = net(x) * weights
+    own = torch.autograd.grad(weighted.sum(), learned)
     functional.reset_net(net)
+
+    def soft_sign(self, z, first):
+        return 1 / (4 * (0.5 + z.abs()) ** 2)
+
     with estimator("assg")(net), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            memory.Sharpness, "__call__", lambda self, z, first: 1 / (4 * (0.5 + z.abs()) ** 2)
-        )
-        ours = torch.autograd.grad((net(parameters[0]) * weights).sum(), parameters)
-    for a, b in zip(ours, own, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+        patch.setattr(memory.Sharpness, "__call__", soft_sign)
+        weighted = net(x) * weights
+        ours = torch.autograd.grad(weighted.sum(), learned)
+    assert_close(ours, own, rtol=1e-6, atol=1e-9)
+
+
+def gradient_of_potentials(net, x):
+    functional.reset_net(net)
+    leaf = x.clone().requires_grad_()
+    net(leaf)
+    potentials = net[3].v_seq.square().sum() + net[3].v.sum()
+    (grad,) = torch.autograd.grad(potentials, leaf)
+    return grad
 
 
 def test_potentials_carry_the_gradient_too():
-    net, (x, _) = network("LIF", surrogate_function=surrogate.PiecewiseQuadratic()), inputs()
+    net = network("LIF", surrogate_function=surrogate.PiecewiseQuadratic())
+    x, _ = inputs()
     for node in (net[1], net[3]):
         node.store_v_seq = True
-
-    def of_potentials():
-        leaf = x.clone().requires_grad_()
-        net(leaf)
-        (grad,) = torch.autograd.grad(net[3].v_seq.square().sum() + net[3].v.sum(), leaf)
-        functional.reset_net(net)
-        return grad
-
     with estimator("rectangle:1")(net):
-        ours = of_potentials()
+        ours = gradient_of_potentials(net, x)
+    rectangle = partial(SHAPES["rectangle"], alpha=1.0)
     for node in (net[1], net[3]):
-        node.surrogate_function = KeepingValues(
-            surrogate.ATan(), lambda z: SHAPES["rectangle"](z, 1.0)
-        )
-    torch.testing.assert_close(ours, of_potentials(), rtol=1e-9, atol=1e-12)
+        node.surrogate_function = KeepingValues(surrogate.ATan(), rectangle)
+    expected = gradient_of_potentials(net, x)
+    assert_close(ours, expected, rtol=1e-9, atol=1e-12)

@@ -4,8 +4,8 @@ bit.
 
 import copy
 import io
+from dataclasses import dataclass
 from functools import partial
-from itertools import product
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from attacks.table import PerStep
 from spikingjelly.activation_based import layer
 from spikingjelly.activation_based.model import sew_resnet, spiking_vgg
 from torch import nn
+from torch.testing import assert_close
 
 from sj_robust import SpikingClassifier, ops
 from sj_robust.attacks import pgd
@@ -33,14 +34,13 @@ NEURONS = {
 
 def classifier(make, *, step_mode="m", store_v_seq=False, **options):
     torch.manual_seed(0)
-    first, last = (make(store_v_seq=store_v_seq, **options) for _ in range(2))
     net = nn.Sequential(
         layer.Conv2d(1, 4, 3),
         layer.BatchNorm2d(4),
-        first,
+        make(store_v_seq=store_v_seq, **options),
         layer.Flatten(),
         layer.Linear(64, 5),
-        last,
+        make(store_v_seq=store_v_seq, **options),
     )
     functional.set_step_mode(net, step_mode)
     nn.init.constant_(net[1].bias, 0.8)
@@ -49,103 +49,129 @@ def classifier(make, *, step_mode="m", store_v_seq=False, **options):
 
 
 def images(n=4, dtype=torch.float32):
-    return torch.rand(n, 1, 6, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(n, 1, 6, 6, generator=generator).to(dtype)
 
 
-def everything(model, x):
-    """Logits, what every neuron put out, its states, and the gradient of a sum of logits that tells
-    classes apart.
+@dataclass
+class Run:
+    """Logits, spikes and states of one run, and the gradient of a sum of logits that tells classes
+    apart.
     """
-    found = []
-    neurons = [m for m in model.modules() if isinstance(m, neuron.BaseNode)]
-    hooks = [
-        m.register_forward_hook(lambda m, inputs, out: found.append(out.detach().clone()))
-        for m in neurons
-    ]
-    x = x.clone().requires_grad_()
-    logits = model(x)
-    for hook in hooks:
-        hook.remove()
-    for m in neurons:
-        found.append(m.v.detach().clone())
-        if m.store_v_seq:
-            found.append(m.v_seq.detach().clone())
-    weights = torch.arange(1.0, 1 + logits.shape[1], dtype=logits.dtype) ** 2
-    (grad,) = torch.autograd.grad((logits * weights).sum(), x)
-    functional.reset_net(model)
-    return [logits.detach(), *found], grad
+
+    values: list[torch.Tensor]
+    grad: torch.Tensor
+
+    @classmethod
+    def of(cls, model, x):
+        values = []
+
+        def keep(module, inputs, output):
+            values.append(output.detach().clone())
+
+        neurons = neurons_of(model)
+        hooks = [node.register_forward_hook(keep) for node in neurons]
+        x = x.clone().requires_grad_()
+        logits = model(x)
+        for hook in hooks:
+            hook.remove()
+        for node in neurons:
+            values.append(node.v.detach().clone())
+            if node.store_v_seq:
+                values.append(node.v_seq.detach().clone())
+        numbers = torch.arange(1.0, 1 + logits.shape[1], dtype=logits.dtype)
+        weighted = logits * numbers**2
+        (grad,) = torch.autograd.grad(weighted.sum(), x)
+        functional.reset_net(model)
+        return cls([logits.detach(), *values], grad)
+
+
+def neurons_of(model):
+    return [module for module in model.modules() if isinstance(module, neuron.BaseNode)]
+
+
+def fires(spikes):
+    """Now and then."""
+    return 0.0 < float(spikes.float().mean()) < 1.0
+
+
+assert_same = partial(assert_close, rtol=0, atol=0, equal_nan=True)
 
 
 def assert_same_values(model, x, name, *, differs=True):
-    before, own = everything(model, x)
-    with (
-        torch.no_grad()
-    ):  # in 0.0.0.0.14 other code of a neuron, which knows no smooth stand-in for the spike
+    before = Run.of(model, x)
+    # In 0.0.0.0.14 other code of a neuron, which knows no smooth stand-in for the spike.
+    with torch.no_grad():
         without_graph = model(x)
-    assert any(0.0 < float(value.float().mean()) < 1.0 for value in before[1:]), "no spikes"
+    assert any(fires(value) for value in before.values[1:])
     with estimator(name)(model) as crafting:
-        inside, grad = everything(crafting, x)
+        inside = Run.of(crafting, x)
         with torch.no_grad():
             assert torch.equal(crafting(x), without_graph)
-    after, own_again = everything(model, x)
-    for value, exact, again in zip(inside, before, after, strict=True):
-        assert torch.equal(value, exact)
-        assert value.dtype == exact.dtype
-        assert torch.equal(again, exact)
-    assert torch.equal(own, own_again)
-    assert grad.dtype == x.dtype
-    assert torch.isfinite(grad).all()
+    after = Run.of(model, x)
+    assert_same(inside.values, before.values)
+    assert_same(after.values, before.values)
+    assert torch.equal(after.grad, before.grad)
+    assert inside.grad.dtype == x.dtype
+    assert torch.isfinite(inside.grad).all()
     if name != "training" and differs:
-        assert not torch.equal(grad, own)
+        assert not torch.equal(inside.grad, before.grad)
+
+
+def own_spike(z):
+    """A surrogate of a user's own."""
+    return (z >= 0).to(z) + 0 * z
 
 
 ATAN = {"surrogate_function": surrogate.ATan()}
-RESETS = [{"v_reset": None}, {"v_reset": -0.2}, {"v_threshold": 0.7, "detach_reset": True}]
-OWN = [
-    surrogate.ATan(spiking=False),
-    lambda z: (z >= 0).to(z) + 0 * z,
-]  # surrogates of a user's own
-SETTINGS = {  # estimators, neurons, options of the classifier
-    "as it is": (SAME_VALUES, NEURONS, [ATAN]),
-    "resets": (
-        SAME_VALUES,
-        ("LIF", "LIF_decay", "DLIF"),
-        [{**ATAN, "store_v_seq": True, **reset} for reset in RESETS],
-    ),
-    "other dtypes": (
-        SAME_VALUES,
-        ("LIF", "DLIF"),
-        [{"dtype": dtype} for dtype in (torch.float64, torch.float16, torch.bfloat16)],
-    ),
-    "step by step": (
-        ("triangle:0.5", "rectangle:1", "assg", "pdsg", "straight_through+detach"),
-        NEURONS,
-        [{"step_mode": "s"}],
-    ),
-    "own surrogates": (
-        ("atan:4", "rectangle:1", "assg", "hart_mixed:1.2"),
-        ("LIF", "DLIF"),
-        [{"surrogate_function": function} for function in OWN],
-    ),
-}
 
 
+@pytest.mark.parametrize("kind", NEURONS)
+@pytest.mark.parametrize("name", SAME_VALUES)
+def test_values_are_the_same_bits(name, kind):
+    model = classifier(NEURONS[kind], **ATAN)
+    assert_same_values(model, images(), name)
+
+
+RESETS = [
+    {"v_reset": None},
+    {"v_reset": -0.2},
+    {"v_threshold": 0.7, "detach_reset": True},
+]
+
+
+@pytest.mark.parametrize("reset", RESETS, ids=str)
+@pytest.mark.parametrize("kind", ["LIF", "LIF_decay", "DLIF"])
+@pytest.mark.parametrize("name", SAME_VALUES)
+def test_resets(name, kind, reset):
+    model = classifier(NEURONS[kind], store_v_seq=True, **ATAN, **reset)
+    differs = "detach_reset" not in reset or "+detach" not in name
+    assert_same_values(model, images(), name, differs=differs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["LIF", "DLIF"])
+@pytest.mark.parametrize("name", SAME_VALUES)
+def test_other_dtypes(name, kind, dtype):
+    model = classifier(NEURONS[kind]).to(dtype)
+    assert_same_values(model, images(dtype=dtype), name, differs=False)
+
+
+@pytest.mark.parametrize("kind", NEURONS)
 @pytest.mark.parametrize(
-    ("name", "kind", "options"),
-    [
-        pytest.param(*case, id=f"{what}-{'-'.join(case[:2])}")
-        for what in SETTINGS
-        for case in product(*SETTINGS[what])
-    ],
+    "name", ["triangle:0.5", "rectangle:1", "assg", "pdsg", "straight_through+detach"]
 )
-def test_values_are_the_same_bits(name, kind, options):
-    step_mode, dtype = options.get("step_mode"), options.get("dtype", torch.float32)
-    options = {"store_v_seq": step_mode == "s" and kind == "DLIF"} | options
-    options.pop("dtype", None)
-    differs = dtype == torch.float32 and not (options.get("detach_reset") and "+detach" in name)
-    assert_same_values(
-        classifier(NEURONS[kind], **options).to(dtype), images(dtype=dtype), name, differs=differs
-    )
+def test_step_by_step(name, kind):
+    model = classifier(NEURONS[kind], step_mode="s", store_v_seq=kind == "DLIF")
+    assert_same_values(model, images(), name)
+
+
+@pytest.mark.parametrize("function", [surrogate.ATan(spiking=False), own_spike])
+@pytest.mark.parametrize("kind", ["LIF", "DLIF"])
+@pytest.mark.parametrize("name", ["atan:4", "rectangle:1", "assg", "hart_mixed:1.2"])
+def test_surrogates_of_a_users_own(name, kind, function):
+    model = classifier(NEURONS[kind], surrogate_function=function)
+    assert_same_values(model, images(), name)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "eager", "cpp", "spikingjelly"])
@@ -158,9 +184,11 @@ def test_backends_of_dlif(name, backend):
     model = classifier(partial(NEURONS["DLIF"], backend=backend))
     assert_same_values(model, images(), name)
     applied = estimator(name)(model)
+    moved = {"net.2": "torch", "net.5": "torch"}
     with applied:
-        assert {m.backend for m in model.modules() if isinstance(m, DLIFNode)} == {backend}
-        assert applied.moved == ({} if name == "atan:4" else {"net.2": "torch", "net.5": "torch"})
+        assert model.net[2].backend == backend
+        assert model.net[5].backend == backend
+        assert applied.moved == ({} if name == "atan:4" else moved)
 
 
 def batch_norm(net):
@@ -168,58 +196,75 @@ def batch_norm(net):
     return net[1].norm if isinstance(net[1], Stage) else net[1]
 
 
+@dataclass
+class FusedRun:
+    """Output and gradient of a network with batch norm, and the statistics that it leaves."""
+
+    out: torch.Tensor
+    grad: torch.Tensor
+    running_mean: torch.Tensor
+    batches: int
+
+    @classmethod
+    def of(cls, net, name):
+        generator = torch.Generator().manual_seed(2)
+        weights = torch.randn(T, 4, 5, generator=generator)
+        leaf = images().requires_grad_()
+        with estimator(name)(net):
+            out = net(leaf.expand(T, *leaf.shape))
+            weighted = out * weights
+            (grad,) = torch.autograd.grad(weighted.sum(), leaf)
+        functional.reset_net(net)
+        norm = batch_norm(net)
+        return cls(
+            out=out.detach(),
+            grad=grad,
+            running_mean=norm.running_mean.clone(),
+            batches=int(norm.num_batches_tracked),
+        )
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", SAME_VALUES)
 def test_fused_batch_norm(name, training):
-    net = classifier(NEURONS["DLIF"]).net[:-1]
-    plain = copy.deepcopy(net).train(training)
+    net = classifier(NEURONS["DLIF"]).net[:-1].train(training)
+    plain = FusedRun.of(copy.deepcopy(net), name)
     fuse(net)
-    fused = net.train(training)
-    x, weights = images(), torch.randn(T, 4, 5)
-    results = []
-    for model in (plain, fused):
-        with estimator(name)(model):
-            leaf = x.clone().requires_grad_()
-            out = model(leaf.expand(T, *leaf.shape))
-            (grad,) = torch.autograd.grad((out * weights).sum(), leaf)
-            results.append(
-                (
-                    out.detach(),
-                    grad,
-                    batch_norm(model).running_mean.clone(),
-                    batch_norm(model).num_batches_tracked.clone(),
-                )
-            )
-        functional.reset_net(model)
-    reference = copy.deepcopy(net).train(training)
-    batch_norm(reference).running_mean.zero_()
-    batch_norm(reference).running_var.fill_(1)
-    assert torch.equal(
-        results[1][0], reference(x.expand(T, *x.shape)).detach()
-    )  # to the bit with the fused pass
-    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(results[0][2], results[1][2])
-    assert results[0][3] == results[1][3] == int(training)
+    reference = copy.deepcopy(net)
+    fused = FusedRun.of(net, name)
+    x = images()
+    expected = reference(x.expand(T, *x.shape))
+    assert torch.equal(fused.out, expected)  # to the bit with the fused pass
+    assert_close(fused.grad, plain.grad, rtol=1e-4, atol=1e-5)
+    assert_close(fused.running_mean, plain.running_mean)
+    assert plain.batches == fused.batches == int(training)
 
 
 @pytest.mark.parametrize("name", ["atan:4", "rectangle:1", "bptr", "assg"])
 def test_model_zoo(name):
     torch.manual_seed(0)
-    options = {"spiking_neuron": neuron.LIFNode, "tau": 1.5, "surrogate_function": surrogate.ATan()}
-    assert_same_values_of_zoo(
-        sew_resnet.sew_resnet18(num_classes=10, cnf="ADD", **options), (2, 3, 16, 16), name
+    net = sew_resnet.sew_resnet18(
+        num_classes=10,
+        cnf="ADD",
+        spiking_neuron=neuron.LIFNode,
+        tau=1.5,
+        surrogate_function=surrogate.ATan(),
     )
+    assert_same_values_of_zoo(net, (2, 3, 16, 16), name)
 
 
 @pytest.mark.slow
 def test_model_zoo_vgg():
     torch.manual_seed(0)
     net = spiking_vgg.spiking_vgg11_bn(
-        num_classes=10, init_weights=False, spiking_neuron=DLIFNode, T=2, tau=3.0
+        num_classes=10,
+        init_weights=False,
+        spiking_neuron=DLIFNode,
+        T=2,
+        tau=3.0,
     )
-    net.classifier = PerStep(
-        nn.Flatten(), nn.Linear(512 * 49, 10)
-    )  # in place of 120 million weights
+    # In place of 120 million weights.
+    net.classifier = PerStep(nn.Flatten(), nn.Linear(512 * 49, 10))
     assert_same_values_of_zoo(net, (1, 3, 32, 32), "rectangle:1")
 
 
@@ -229,7 +274,8 @@ def assert_same_values_of_zoo(net, shape, name):
             nn.init.constant_(module.weight, 2.0)
             nn.init.constant_(module.bias, 0.5)
     functional.set_step_mode(net, "m")
-    assert_same_values(SpikingClassifier(net, T=2).eval(), torch.rand(shape), name)
+    model = SpikingClassifier(net, T=2).eval()
+    assert_same_values(model, torch.rand(shape), name)
 
 
 class Subclass(DLIFNode):
@@ -237,10 +283,11 @@ class Subclass(DLIFNode):
 
 
 UNKNOWN = {
-    "subclass": lambda: Subclass(T=T, tau=2.0),
-    "EIF": lambda: neuron.EIFNode(tau=2.0, step_mode="m"),
-    "QIF": lambda: neuron.QIFNode(tau=2.0, step_mode="m"),
-    "Izhikevich": lambda: neuron.IzhikevichNode(
+    "subclass": partial(Subclass, T=T, tau=2.0),
+    "EIF": partial(neuron.EIFNode, tau=2.0, step_mode="m"),
+    "QIF": partial(neuron.QIFNode, tau=2.0, step_mode="m"),
+    "Izhikevich": partial(
+        neuron.IzhikevichNode,
         tau=2.0,
         v_c=0.8,
         a0=1.0,
@@ -263,20 +310,22 @@ UNKNOWN = {
 def test_neurons_of_unknown_dynamics_take_other_surrogates(name, kind):
     torch.manual_seed(0)
     net = nn.Sequential(
-        PerStep(nn.Flatten(), nn.Linear(36, 64)), UNKNOWN[kind](), PerStep(nn.Linear(64, 5))
+        PerStep(nn.Flatten(), nn.Linear(36, 64)),
+        UNKNOWN[kind](),
+        PerStep(nn.Linear(64, 5)),
     )
     net[0].layers[1].weight.data.mul_(3)
-    assert_same_values(SpikingClassifier(net, T=T), images(), name)
+    model = SpikingClassifier(net, T=T)
+    assert_same_values(model, images(), name)
 
 
 @pytest.mark.parametrize("name", ["bptr", "rga", "pdsg", "assg", "hart", "hart_mixed"])
 @pytest.mark.parametrize("kind", ["EIF", "subclass"])
 def test_neurons_of_unknown_dynamics_are_named(name, kind):
     net = nn.Sequential(nn.Linear(3, 2), UNKNOWN[kind]())
-    with pytest.raises(
-        ValueError, match=r"dynamics .* '1' \((EIFNode|Subclass)\); use a surrogate"
-    ):
-        estimator(name)(net).__enter__()
+    message = r"dynamics .* '1' \((EIFNode|Subclass)\); use a surrogate"
+    with pytest.raises(ValueError, match=message), estimator(name)(net):
+        pass
     assert "multi_step_forward" not in vars(net[1])
 
 
@@ -290,101 +339,118 @@ def test_silent_layers_and_zero_gradients_give_no_nan(name, kind):
     x = images().requires_grad_()
     with estimator(name)(model) as crafting:
         for factor in (1.0, 0.0):
-            (grad,) = torch.autograd.grad((factor * crafting(x)).sum(), x)
+            total = crafting(x).sum()
+            (grad,) = torch.autograd.grad(factor * total, x)
             assert torch.isfinite(grad).all()
         assert not grad.any()
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_gradient_of_an_image_and_its_neighbours(name):
-    model, x = classifier(NEURONS["DLIF"]).double(), images(6, torch.float64)
+    model = classifier(NEURONS["DLIF"]).double()
+    x = images(6, torch.float64)
 
     def gradients(batch):
+        leaf = batch.clone().requires_grad_()
         with estimator(name)(model) as crafting:
-            leaf = batch.clone().requires_grad_()
-            logits = crafting(leaf)
-            return torch.autograd.grad((logits * torch.arange(5.0)).sum(), leaf)[0]
+            weighted = crafting(leaf) * torch.arange(5.0)
+            (grad,) = torch.autograd.grad(weighted.sum(), leaf)
+        return grad
 
-    alike = torch.allclose(gradients(x)[2:4], gradients(x[2:4]), rtol=1e-9, atol=1e-12)
+    among_others = gradients(x)[2:4]
+    alone = gradients(x[2:4])
+    alike = torch.allclose(among_others, alone, rtol=1e-9, atol=1e-12)
     assert alike == estimator(name).per_sample
 
 
-def _state(model):
+def attributes(model):
     return {name: sorted(vars(module)) for name, module in model.named_modules()}
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_everything_is_put_back(name):
     model = classifier(NEURONS["LIF"], detach_reset=False, surrogate_function=surrogate.ATan())
-    model.net[2].multi_step_forward = functional_override = partial(
-        neuron.LIFNode.multi_step_forward, model.net[2]
-    )
-    values = everything(model, images())
-    before = _state(model)
-    modules = [id(m) for m in model.modules()]
+    node = model.net[2]
+    override = partial(neuron.LIFNode.multi_step_forward, node)
+    node.multi_step_forward = override
+    values = Run.of(model, images()).values
+    before = attributes(model)
+    modules = list(model.modules())
     keys = list(model.state_dict())
 
     def use():
         with estimator(name)(model) as crafting:
             assert list(model.state_dict()) == keys
-            assert [id(m) for m in model.modules()] == modules
+            assert list(model.modules()) == modules
             crafting(images())
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         use()
-    assert _state(model) == before
-    assert model.net[2].multi_step_forward is functional_override
-    assert model.net[2].detach_reset is False
+    assert attributes(model) == before
+    assert node.multi_step_forward is override
+    assert node.detach_reset is False
     assert not model._forward_pre_hooks
-    assert all(
-        torch.equal(a, b) for a, b in zip(everything(model, images())[0], values[0], strict=True)
-    )
+    assert_same(Run.of(model, images()).values, values)
 
 
 @pytest.mark.parametrize("name", ["atan:4+detach", "rectangle:1", "assg"])
 def test_copies_and_pickles_made_inside_are_without_the_estimator(name):
-    model, x = classifier(NEURONS["DLIF"]), images()
-    _, own = everything(model, x)
+    model = classifier(NEURONS["DLIF"])
+    own = Run.of(model, images()).grad
     functional.reset_net(model)
+    file = io.BytesIO()
     with estimator(name)(model):
         twin = copy.deepcopy(model)
-        file = io.BytesIO()
         torch.save(model, file)
-        assert not torch.equal(everything(model, x)[1], own)
+        inside = Run.of(model, images())
+        assert not torch.equal(inside.grad, own)
     file.seek(0)
-    for other in (twin, torch.load(file, weights_only=False)):
-        assert torch.equal(everything(other, x)[1], own)
-        assert not any("gradient" in vars(m) for m in other.modules())
+    loaded = torch.load(file, weights_only=False)
+    for other in (twin, loaded):
+        outside = Run.of(other, images())
+        assert torch.equal(outside.grad, own)
+        for module in other.modules():
+            assert "gradient" not in vars(module)
         with estimator(name)(other):
             pass
 
 
 def test_cba_leaves_the_network_alone():
     model = classifier(NEURONS["LIF"])
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    weights = copy.deepcopy(model.state_dict())
     model(images().requires_grad_())  # leaves a state with a graph, which has no copy
     with estimator("cba")(model) as crafting:
         crafting.train()
-        crafting(images().requires_grad_()).sum().backward()
-        assert not any(isinstance(m, neuron.BaseNode) for m in crafting.modules())
+        logits = crafting(images().requires_grad_())
+        logits.sum().backward()
+        assert neurons_of(crafting) == []
     assert not model.training
-    assert all(p.grad is None for p in model.parameters())
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    for parameter in model.parameters():
+        assert parameter.grad is None
+    assert_same(model.state_dict(), weights)
 
 
 def test_cba_of_a_network_that_goes_step_by_step():
     crafted = []
     for step_mode in ("m", "s"):
-        with estimator("cba")(classifier(NEURONS["LIF"], step_mode=step_mode)) as crafting:
+        model = classifier(NEURONS["LIF"], step_mode=step_mode)
+        with estimator("cba")(model) as crafting:
             crafted.append(crafting(images()))
-    torch.testing.assert_close(*crafted)
+    assert_close(*crafted)
+
+
+def accuracy(model, x, y):
+    right = model(x).argmax(1) == y
+    return float(right.float().mean())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_pgd_crafts_inside(name, trained):
-    model, x, y = trained.model, trained.x[:24], trained.y[:24]
+    model = trained.model
+    x = trained.x[:24]
+    y = trained.y[:24]
     with estimator(name)(model) as crafting:
         x_adv = pgd(
             crafting,
@@ -396,5 +462,4 @@ def test_pgd_crafts_inside(name, trained):
             generator=torch.Generator().manual_seed(0),
         )
     assert (x_adv - x).abs().max() <= 0.2
-    clean, robust = (float((model(a).argmax(1) == y).float().mean()) for a in (x, x_adv))
-    assert robust < clean - 0.2, f"{clean} -> {robust}"
+    assert accuracy(model, x_adv, y) < accuracy(model, x, y) - 0.2

@@ -3,6 +3,7 @@ from functools import partial
 import pytest
 import torch
 from spikingjelly.activation_based import functional, neuron
+from torch.testing import assert_close
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.classifier import PoissonEncoder
@@ -23,8 +24,15 @@ NETWORKS = {
 
 def build(name, spiking_neuron=DLIFNode, step_mode="m", shape=(3, 9, 12)):
     torch.manual_seed(0)
-    arguments = {"T": 4, "step_mode": step_mode, "v_threshold": 0.2}
-    return NETWORKS[name](shape, 7, spiking_neuron=spiking_neuron, **arguments).eval()
+    net = NETWORKS[name](
+        shape,
+        classes=7,
+        T=4,
+        spiking_neuron=spiking_neuron,
+        step_mode=step_mode,
+        v_threshold=0.2,
+    )
+    return net.eval()
 
 
 @pytest.mark.parametrize("spiking_neuron", NEURONS)
@@ -32,7 +40,8 @@ def build(name, spiking_neuron=DLIFNode, step_mode="m", shape=(3, 9, 12)):
 def test_an_image_and_its_copies_over_time_and_single_steps_give_the_same_outputs(
     name, spiking_neuron
 ):
-    net, single = (build(name, spiking_neuron, step_mode) for step_mode in "ms")
+    net = build(name, spiking_neuron)
+    single = build(name, spiking_neuron, step_mode="s")
     images = torch.rand(5, 3, 9, 12) * 3
     with torch.no_grad():
         outputs = net(images)
@@ -41,28 +50,37 @@ def test_an_image_and_its_copies_over_time_and_single_steps_give_the_same_output
         steps = torch.stack([single(images) for _ in range(4)])
     assert outputs.shape == (4, 5, 7)
     assert outputs.std() > 0
-    torch.testing.assert_close(outputs, repeated)
-    torch.testing.assert_close(outputs, steps)
+    assert_close(outputs, repeated)
+    assert_close(outputs, steps)
 
 
 @pytest.mark.parametrize(
     ("name", "norm"),
-    [("small", "stages.0.norm"), ("vgg", "stages.0.norm"), ("wide", "stages.0.activation.norm")],
+    [
+        ("small", "stages.0.norm"),
+        ("vgg", "stages.0.norm"),
+        ("wide", "stages.0.activation.norm"),
+    ],
 )
 def test_the_first_convolution_runs_once_and_batch_norm_sees_every_copy(name, norm):
-    net, seen = build(name).train(), {}
-    for part in ("first", norm):
-        net.get_submodule(part).register_forward_hook(
-            lambda m, x, y, part=part: seen.update({part: x[0].shape[0]})
-        )
+    net = build(name).train()
+    steps = []
+
+    def note(module, inputs, output):
+        steps.append(inputs[0].shape[0])
+
+    net.first.register_forward_hook(note)
+    net.get_submodule(norm).register_forward_hook(note)
     net(torch.rand(5, 3, 9, 12))
-    assert seen == {"first": 1, norm: 4}
+    assert steps == [1, 4]
 
 
 @pytest.mark.parametrize("size", [5, 28, 64])
 @pytest.mark.parametrize("name", ["small", "wide"])
 def test_sizes_and_encoders(name, size):
-    net, images = build(name, shape=(1, size, size)), torch.rand(2, 1, size, size)
+    net = build(name, shape=(1, size, size))
+    images = torch.rand(2, 1, size, size)
     for encoder in (None, PoissonEncoder(torch.Generator().manual_seed(0))):
+        model = SpikingClassifier(net, 4, encoder)
         with torch.no_grad():
-            assert SpikingClassifier(net, 4, encoder)(images).shape == (2, 7)
+            assert model(images).shape == (2, 7)

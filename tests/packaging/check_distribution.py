@@ -82,49 +82,49 @@ def check_all(work):
 
 def tracked_files():
     """Files of the repository, as they lie in the working tree."""
-    listed = subprocess.check_output(["git", "-C", ROOT, "ls-files", "-z"], text=True)
-    return sorted(name for name in listed.split("\0") if name and (ROOT / name).is_file())
+    command = ["git", "-C", ROOT, "ls-files", "-z"]
+    listed = subprocess.check_output(command, text=True).split("\0")
+    return sorted(name for name in listed if name and (ROOT / name).is_file())
 
 
 def check_sdist(sdist, files):
+    found = set()
     with tarfile.open(sdist) as archive:
-        names = [
-            member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()
-        ]
-    found = {name for name in names if name not in GENERATED and ".egg-info/" not in name}
+        for member in archive.getmembers():
+            name = member.name.partition("/")[2]
+            if member.isfile() and name not in GENERATED and ".egg-info/" not in name:
+                found.add(name)
     compare("sdist", found, set(files) - NOT_IN_SDIST)
 
 
 def check_wheel(wheel, files, *, kernel):
-    names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
+    listed = zipfile.ZipFile(wheel).namelist()
+    names = {name for name in listed if not name.endswith("/")}
     installed = {name for name in names if ".dist-info/" not in name}
-    package = {name for name in files if PurePosixPath(name).parts[0] == "sj_robust"}
-    compare(wheel.name, installed, package | ({KERNEL} if kernel else set()))
-    check(
-        any(name.endswith("dist-info/licenses/LICENSE") for name in names),
-        f"{wheel.name} holds no licence",
-    )
-    check(
-        wheel.stat().st_size < LARGEST,
-        f"{wheel.name} has {wheel.stat().st_size} bytes, {LARGEST} at most",
-    )
+    wanted = {name for name in files if PurePosixPath(name).parts[0] == "sj_robust"}
+    if kernel:
+        wanted.add(KERNEL)
+    compare(wheel.name, installed, wanted)
+    licensed = any(name.endswith("dist-info/licenses/LICENSE") for name in names)
+    check(licensed, f"{wheel.name} holds no licence")
+    size = wheel.stat().st_size
+    check(size < LARGEST, f"{wheel.name} has {size} bytes, {LARGEST} at most")
     tag = wheel.stem.split("-", 2)[2]
-    check(
-        tag.startswith("py3-none-manylinux" if kernel else "py3-none-any"),
-        f"{wheel.name} is tagged {tag}",
-    )
+    expected = "py3-none-manylinux" if kernel else "py3-none-any"
+    check(tag.startswith(expected), f"{wheel.name} is tagged {tag}")
 
 
 def smoke(python, work, *, kernel):
     """Run ``smoke.py`` of this folder with the environment's Python, in a folder that holds
     nothing.
     """
-    names = {module: names for module, names in PUBLIC.items() if module not in NEEDS_RECIPES}
+    modules = PUBLIC.keys() - NEEDS_RECIPES
+    names = {module: PUBLIC[module] for module in modules}
     expected = work / "expected.json"
-    version = runpy.run_path(str(ROOT / "sj_robust" / "_version.py"))["__version__"]
-    expected.write_text(
-        json.dumps({"version": version, "kernel": kernel, "names": names}), encoding="utf-8"
-    )
+    found = runpy.run_path(str(ROOT / "sj_robust" / "_version.py"))
+    version = found["__version__"]
+    content = {"version": version, "kernel": kernel, "names": names}
+    expected.write_text(json.dumps(content), encoding="utf-8")
     with tempfile.TemporaryDirectory() as elsewhere:
         script = shutil.copy2(Path(__file__).with_name("smoke.py"), elsewhere)
         no_compiler = {"PATH": str(Path(python).parent)}
@@ -132,10 +132,9 @@ def smoke(python, work, *, kernel):
 
 
 def compare(what, found, wanted):
-    check(
-        found == wanted,
-        f"{what}: missing {sorted(wanted - found)}, too much {sorted(found - wanted)}",
-    )
+    missing = sorted(wanted - found)
+    too_much = sorted(found - wanted)
+    check(found == wanted, f"{what}: missing {missing}, too much {too_much}")
 
 
 def check(condition, message):
@@ -145,16 +144,20 @@ def check(condition, message):
 
 def run(*command, cwd=None, **environment):
     """Run a command; its output is shown if it fails, and that of the smoke test always."""
-    words = list(map(str, command))
-    env = {
-        key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")
-    } | environment
-    together = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    done = subprocess.run(words, cwd=cwd, env=env, check=False, **together)
-    check(
-        done.returncode == 0,
-        f"{' '.join(words)} failed with exit code {done.returncode}:\n{done.stdout}",
+    words = [str(word) for word in command]
+    kept = os.environ.keys() - {"PYTHONPATH", "PYTHONHOME"}
+    env = {key: os.environ[key] for key in kept}
+    done = subprocess.run(
+        words,
+        cwd=cwd,
+        env=env | environment,
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
+    failed = f"{' '.join(words)} failed with exit code {done.returncode}:\n{done.stdout}"
+    check(done.returncode == 0, failed)
     if any(word.endswith("smoke.py") for word in words):
         sys.stdout.write(done.stdout)
 

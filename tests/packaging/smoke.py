@@ -16,14 +16,15 @@ def check_names(expected):
     """Every public module that needs no extra imports alone, with all of its names."""
     import sj_robust
 
-    assert Path(sj_robust.__file__).is_relative_to(sys.prefix), (
-        f"{sj_robust.__file__} is not the installed package"
-    )
-    assert sj_robust.__version__ == metadata.version("sj_robust") == expected["version"]
+    path = Path(sj_robust.__file__)
+    assert path.is_relative_to(sys.prefix), f"{path} is not the installed package"
+    assert sj_robust.__version__ == expected["version"]
+    assert metadata.version("sj_robust") == expected["version"]
     assert resources.files("sj_robust").joinpath("py.typed").is_file()
     assert sj_robust.attacks.pgd, "a public module is reached from the package"
     for module, names in expected["names"].items():
-        missing = [name for name in names if not hasattr(importlib.import_module(module), name)]
+        loaded = importlib.import_module(module)
+        missing = [name for name in names if not hasattr(loaded, name)]
         assert not missing, f"{module} lacks {missing}"
 
 
@@ -50,10 +51,10 @@ def check_doctor(kernel):
     state = available_backends()["cpp"]
     assert state in doctor.report()
     assert (state == "available") == kernel, f"backend cpp: {state}"
-    chosen = DLIFNode(T=4, step_mode="m").chosen_backend(torch.zeros(4, 2, 8))
-    assert chosen == ("cpp" if kernel else "eager"), (
-        f"auto chose {chosen} of {available_backends()}"
-    )
+    node = DLIFNode(T=4, step_mode="m")
+    chosen = node.chosen_backend(torch.zeros(4, 2, 8))
+    expected = "cpp" if kernel else "eager"
+    assert chosen == expected, f"auto chose {chosen} of {available_backends()}"
 
 
 def check_robustness():
@@ -69,23 +70,33 @@ def check_robustness():
     from sj_robust.perturbation.gains import perturbation_gains
 
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(16, 32), DLIFNode(T=4, step_mode="m"), nn.Linear(32, 4))
+    net = nn.Sequential(
+        nn.Linear(16, 32),
+        DLIFNode(T=4, step_mode="m"),
+        nn.Linear(32, 4),
+    )
     model = SpikingClassifier(net, T=4).eval()
-    x, y = torch.rand(8, 16), torch.arange(8) % 4
+    x = torch.rand(8, 16)
+    y = torch.arange(8) % 4
     with estimator("atan:4")(model):
         x_adv = pgd(model, x, y, eps=0.1, step_size=0.05, steps=3)
     assert 0 < (x_adv - x).abs().max() <= 0.1 + 1e-6
-    attacks = {"pgd": lambda model, x, y, *, generator: x_adv}
-    assert set(accuracy(model, [(x, y)], attacks)) == {"clean", "pgd"}
+
+    def crafted(model, x, y, *, generator):
+        return x_adv
+
+    found = accuracy(model, [(x, y)], {"pgd": crafted})
+    assert set(found) == {"clean", "pgd"}
     assert ThreatModel("Linf", 0.1).eps == 0.1
+    x_seq = x.expand(4, 8, 16)
+    x_seq_adv = x_adv.expand(4, 8, 16)
     with MPPDMonitor(net) as monitor, torch.no_grad():
-        stats = monitor.compare(x.expand(4, -1, -1), x_adv.expand(4, -1, -1))
-    assert [float(layer.ms_mppd.sum()) > 0 for layer in stats.values()] == [True]
+        (stats,) = monitor.compare(x_seq, x_seq_adv).values()
+    assert float(stats.ms_mppd.sum()) > 0
     certificate = perturbation_gains(model, x, x_perturbed=x_adv)
     assert certificate.holds, certificate
-    assert replace_neurons(nn.Sequential(nn.Linear(2, 2), neuron.IFNode()), T=4).replaced == {
-        "1": "IFNode"
-    }
+    lif = nn.Sequential(nn.Linear(2, 2), neuron.IFNode())
+    assert replace_neurons(lif, T=4).replaced == {"1": "IFNode"}
 
 
 if __name__ == "__main__":

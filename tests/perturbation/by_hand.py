@@ -2,38 +2,77 @@
 monitor's tests.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+from numpy.testing import assert_allclose
 from spikingjelly.activation_based import functional
 
 
+class Captured:
+    """Forward hook that keeps input currents and spikes of every step, with their graph."""
+
+    def __init__(self):
+        self.currents = []
+        self.spikes = []
+
+    def __call__(self, module, inputs, output):
+        if module.step_mode == "s":
+            self.currents.append(inputs[0])
+            self.spikes.append(output)
+        else:
+            self.currents.extend(inputs[0])
+            self.spikes.extend(output)
+
+    @property
+    def x_seq(self):
+        return torch.stack(self.currents)
+
+    @property
+    def spike_seq(self):
+        return torch.stack(self.spikes)
+
+
 def captured(net, names, x, run=None):
-    """Input currents and spikes [T, N, *] with their graph of the named neurons in one run of a
-    reset network.
-    """
-    seen = {name: ([], []) for name in names}
-
-    def hook(name):
-        def keep(module, inputs, output):
-            for values, value in zip(seen[name], (inputs[0], output), strict=True):
-                values.extend([value] if module.step_mode == "s" else value)
-
-        return keep
-
-    handles = [net.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    """What the named neurons of a reset network read and fired in one run."""
+    seen = {name: Captured() for name in names}
+    handles = []
+    for name, keep in seen.items():
+        handles.append(net.get_submodule(name).register_forward_hook(keep))
     functional.reset_net(net)
-    (run or net)(x)
+    run = run or net
+    run(x)
     functional.reset_net(net)
     for handle in handles:
         handle.remove()
-    return {name: [torch.stack(values) for values in both] for name, both in seen.items()}
+    return seen
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Input currents and spikes [T, N, *] of one neuron in a clean and a perturbed run."""
+
+    x: np.ndarray
+    spikes: np.ndarray
+    x_perturbed: np.ndarray
+    spikes_perturbed: np.ndarray
 
 
 def captured_pair(net, names, x, x_perturbed, run=None):
-    """Those of a clean and of a perturbed run in float64 numpy, four arrays for each name."""
+    """A :class:`Pair` in float64 for each name."""
     with torch.no_grad():
-        clean, perturbed = (captured(net, names, a, run) for a in (x, x_perturbed))
-    return {name: [a.double().numpy() for a in (*clean[name], *perturbed[name])] for name in names}
+        clean = captured(net, names, x, run)
+        perturbed = captured(net, names, x_perturbed, run)
+    pairs = {}
+    for name in names:
+        pairs[name] = Pair(
+            x=clean[name].x_seq.double().numpy(),
+            spikes=clean[name].spike_seq.double().numpy(),
+            x_perturbed=perturbed[name].x_seq.double().numpy(),
+            spikes_perturbed=perturbed[name].spike_seq.double().numpy(),
+        )
+    return pairs
 
 
 def eps_by_hand(x, x_perturbed, decay, gain):
@@ -42,56 +81,80 @@ def eps_by_hand(x, x_perturbed, decay, gain):
 
     ``gain`` holds one number per step.
     """
-    dx = torch.as_tensor(x).detach().double() - torch.as_tensor(x_perturbed).double()
-    return torch.stack(
-        [sum(decay ** (t - k) * gain[k] * dx[k] for k in range(t + 1)) for t in range(len(dx))]
-    )
+    x = torch.as_tensor(x).detach().double()
+    dx = x - torch.as_tensor(x_perturbed).double()
+    eps = []
+    for t in range(len(dx)):
+        terms = [decay ** (t - k) * gain[k] * dx[k] for k in range(t + 1)]
+        eps.append(sum(terms))
+    return torch.stack(eps)
 
 
-def potentials_by_hand(x, spikes, decay, gain, v_threshold, v_reset):
-    """Potential after the reset for the spikes that were really emitted."""
-    v = np.full_like(x[0], v_reset or 0.0)
-    seq = []
-    for t in range(len(x)):
-        h = decay * v + gain[t] * x[t] + (0.0 if v_reset is None else (1.0 - decay) * v_reset)
-        v = h - v_threshold * spikes[t] if v_reset is None else np.where(spikes[t] == 1, v_reset, h)
-        seq.append(v)
-    return np.stack(seq)
+@dataclass(frozen=True)
+class Dynamics:
+    """How a neuron charges and resets; ``gain`` holds one number per step."""
+
+    decay: float
+    gain: list[float]
+    v_threshold: float = 1.0
+    v_reset: float | None = 0.0
+
+    def potentials(self, x, spikes):
+        """Potential after the reset for the spikes that were really emitted."""
+        rest = self.v_reset or 0.0
+        v = np.full_like(x[0], rest)
+        seq = []
+        for t in range(len(x)):
+            h = self.decay * v + self.gain[t] * x[t] + (1.0 - self.decay) * rest
+            if self.v_reset is None:
+                v = h - self.v_threshold * spikes[t]
+            else:
+                v = np.where(spikes[t] == 1, self.v_reset, h)
+            seq.append(v)
+        return np.stack(seq)
 
 
-def statistics_by_hand(x, s, xp, sp, decay, gain, v_threshold=1.0, v_reset=0.0):
+def silent_by_hand(spikes):
+    """Share of the neurons that have not fired for any sample, [T]."""
+    fired = spikes.sum(1).cumsum(0)
+    shares = [(fired_so_far == 0).mean() for fired_so_far in fired]
+    return np.array(shares)
+
+
+def statistics_by_hand(pair, dynamics):
     """Every statistic of LayerStats for one pair of runs, [T] each."""
-    T = len(x)
-    axes = tuple(range(1, x.ndim))
-    eps = eps_by_hand(x, xp, decay, gain).numpy()
-    d = potentials_by_hand(x, s, decay, gain, v_threshold, v_reset) - potentials_by_hand(
-        xp, sp, decay, gain, v_threshold, v_reset
-    )
-
-    def silent(spikes):
-        return [(spikes[: t + 1].sum((0, 1)) == 0).mean() for t in range(T)]
-
+    axes = tuple(range(1, pair.x.ndim))
+    eps = eps_by_hand(pair.x, pair.x_perturbed, dynamics.decay, dynamics.gain).numpy()
+    v = dynamics.potentials(pair.x, pair.spikes)
+    v_perturbed = dynamics.potentials(pair.x_perturbed, pair.spikes_perturbed)
+    d = v - v_perturbed
+    size = np.abs(eps)
+    full_size = np.abs(d)
+    differ = np.abs(pair.spikes - pair.spikes_perturbed)
+    tasad = []
+    for t in range(len(pair.x)):
+        rate = pair.spikes[: t + 1].mean(0)
+        rate_perturbed = pair.spikes_perturbed[: t + 1].mean(0)
+        tasad.append(np.abs(rate_perturbed - rate).mean())
     return {
-        "firing_rate": s.mean(axes),
-        "firing_rate_perturbed": sp.mean(axes),
-        "silent": np.array(silent(s)),
-        "silent_perturbed": np.array(silent(sp)),
+        "firing_rate": pair.spikes.mean(axes),
+        "firing_rate_perturbed": pair.spikes_perturbed.mean(axes),
+        "silent": silent_by_hand(pair.spikes),
+        "silent_perturbed": silent_by_hand(pair.spikes_perturbed),
         "ms_mppd": (eps**2).mean(axes),
-        "l1": np.abs(eps).mean(axes),
-        "max_abs": np.abs(eps).max(axes),
+        "l1": size.mean(axes),
+        "max_abs": size.max(axes),
         "full_ms_mppd": (d**2).mean(axes),
-        "full_l1": np.abs(d).mean(axes),
-        "full_max_abs": np.abs(d).max(axes),
-        "spike_distance": np.abs(s - sp).mean(axes),
-        "tasad": np.array(
-            [np.abs(sp[: t + 1].mean(0) - s[: t + 1].mean(0)).mean() for t in range(T)]
-        ),
+        "full_l1": full_size.mean(axes),
+        "full_max_abs": full_size.max(axes),
+        "spike_distance": differ.mean(axes),
+        "tasad": np.array(tasad),
     }
 
 
 def assert_stats(stats, expected, rtol=1e-4, atol=1e-6):
     for name, value in expected.items():
-        np.testing.assert_allclose(
+        assert_allclose(
             getattr(stats, name).numpy(),
             value,
             rtol=rtol,

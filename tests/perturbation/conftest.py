@@ -8,7 +8,7 @@ from sj_robust.perturbation import MPPDMonitor
 
 @pytest.fixture
 def net():
-    return conv_net(NEURONS["LIF"][0])
+    return conv_net(NEURONS["LIF"].build)
 
 
 @pytest.fixture

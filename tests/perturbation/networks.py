@@ -1,9 +1,13 @@
 """Small networks for the monitor's tests."""
 
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 
 import torch
+from perturbation.by_hand import Dynamics
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
@@ -18,31 +22,71 @@ def _dlif():
     return node
 
 
-# How each neuron is built, and its decay and gain written out by hand.
+@dataclass(frozen=True)
+class Kind:
+    """How a neuron is built, and its decay, gain and reset written out by hand."""
+
+    build: Callable[[], nn.Module]
+    decay: float
+    gain: float | tuple[float, ...] = 1.0
+    v_reset: float | None = 0.0
+
+    @property
+    def gains(self):
+        """The gain of every step."""
+        return list(self.gain) if isinstance(self.gain, tuple) else [self.gain] * T
+
+    def dynamics(self, **options):
+        return Dynamics(
+            decay=self.decay,
+            gain=self.gains,
+            v_reset=self.v_reset,
+            **options,
+        )
+
+
+LIF = partial(neuron.LIFNode, tau=4.0, decay_input=False)
+SMALL_INPUT_LIF = partial(neuron.LIFNode, tau=4.0, decay_input=True, v_threshold=0.25)
+PLIF = partial(neuron.ParametricLIFNode, init_tau=5.0, decay_input=True, v_threshold=0.25)
 NEURONS = {
-    "IF": (neuron.IFNode, 1.0, 1.0, 0.0),
-    "IF soft": (lambda: neuron.IFNode(v_reset=None), 1.0, 1.0, None),
-    "LIF": (lambda: neuron.LIFNode(tau=4.0, decay_input=False), 0.75, 1.0, 0.0),
-    "LIF decay_input": (
-        lambda: neuron.LIFNode(tau=4.0, decay_input=True, v_threshold=0.25),
-        0.75,
-        0.25,
-        0.0,
+    "IF": Kind(
+        neuron.IFNode,
+        decay=1.0,
     ),
-    "LIF soft": (lambda: neuron.LIFNode(tau=4.0, decay_input=False, v_reset=None), 0.75, 1.0, None),
-    "LIF reset -0.2": (
-        lambda: neuron.LIFNode(tau=4.0, decay_input=False, v_reset=-0.2),
-        0.75,
-        1.0,
-        -0.2,
+    "IF soft": Kind(
+        partial(neuron.IFNode, v_reset=None),
+        decay=1.0,
+        v_reset=None,
     ),
-    "PLIF": (
-        lambda: neuron.ParametricLIFNode(init_tau=5.0, decay_input=True, v_threshold=0.25),
-        0.8,
-        0.2,
-        0.0,
+    "LIF": Kind(
+        LIF,
+        decay=0.75,
     ),
-    "DLIF": (_dlif, 0.5, (1.5, 0.5, 1.0, 2.0), 0.0),
+    "LIF decay_input": Kind(
+        SMALL_INPUT_LIF,
+        decay=0.75,
+        gain=0.25,
+    ),
+    "LIF soft": Kind(
+        partial(LIF, v_reset=None),
+        decay=0.75,
+        v_reset=None,
+    ),
+    "LIF reset -0.2": Kind(
+        partial(LIF, v_reset=-0.2),
+        decay=0.75,
+        v_reset=-0.2,
+    ),
+    "PLIF": Kind(
+        PLIF,
+        decay=0.8,
+        gain=0.2,
+    ),
+    "DLIF": Kind(
+        _dlif,
+        decay=0.5,
+        gain=(1.5, 0.5, 1.0, 2.0),
+    ),
 }
 
 
@@ -108,25 +152,29 @@ class Shared(nn.Module):
 
     def __init__(self, first, second):
         super().__init__()
-        self.first, self.second = first, second
-        self.sn = self.same = neuron.LIFNode(tau=2.0, decay_input=False)
+        self.first = first
+        self.second = second
+        self.sn = neuron.LIFNode(tau=2.0, decay_input=False)
+        self.same = self.sn
 
     def forward(self, x):
-        return self.same(self.second(self.sn(self.first(x))))
+        spikes = self.sn(self.first(x))
+        return self.same(self.second(spikes))
 
 
 def images(seed=1, n=3):
     """Clean and perturbed input [T, N, 2, 6, 6]."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(T, n, 2, 6, 6, generator=generator)
-    return x, x + 0.3 * torch.randn(x.shape, generator=generator)
+    noise = torch.randn(x.shape, generator=generator)
+    return x, x + 0.3 * noise
 
 
-def trainable(make):
+def trainable(kind):
     """In training mode, where neurons of both releases have a gradient, but with fixed batch
     norm.
     """
-    net = conv_net(make).train()
+    net = conv_net(NEURONS[kind].build).train()
     net[1].eval()
     return net
 
@@ -135,8 +183,12 @@ def run_pair(monitor, net, x, x_perturbed, way="two runs", run=None):
     """A clean and a perturbed run from a reset, in one of the ways that a monitor takes."""
     if way == "single steps":
         functional.set_step_mode(net, "s")
-    run = run or {"single steps": in_steps, "chunks": in_chunks}.get(way, lambda net: net)(net)
-    with torch.inference_mode() if way == "inference" else nullcontext():
+        run = in_steps(net)
+    elif way == "chunks":
+        run = in_chunks(net)
+    run = run or net
+    context = torch.inference_mode() if way == "inference" else nullcontext()
+    with context:
         functional.reset_net(net)
         if way == "paired":
             with monitor.paired():
@@ -160,8 +212,10 @@ def in_steps(net):
 
 
 def storage_bytes(monitor):
-    """Sizes of the tensors held by the monitor's own objects."""
-    stack, seen, counted = [vars(monitor)], set(), set()
+    """How many bytes the tensors take that are held by the monitor's own objects."""
+    stack = [vars(monitor)]
+    seen = set()
+    storages = {}
     while stack:
         item = stack.pop()
         if id(item) in seen:
@@ -169,12 +223,11 @@ def storage_bytes(monitor):
         seen.add(id(item))
         if isinstance(item, torch.Tensor):
             storage = item.untyped_storage()
-            if storage.data_ptr() not in counted:
-                counted.add(storage.data_ptr())
-                yield storage.nbytes()
+            storages[storage.data_ptr()] = storage.nbytes()
         elif isinstance(item, dict):
             stack.extend(item.values())
         elif isinstance(item, list | tuple | deque):
             stack.extend(item)
         elif type(item).__module__.startswith("sj_robust.perturbation"):
             stack.append(vars(item))
+    return sum(storages.values())

@@ -1,10 +1,12 @@
 """The pure functions of the perturbation against sums and loops written out here."""
 
-import numpy as np
 import pytest
 import torch
+from numpy.testing import assert_allclose
 from perturbation.by_hand import eps_by_hand
 from spikingjelly.activation_based import neuron
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
 
 from sj_robust.perturbation import (
     full_perturbation,
@@ -17,43 +19,39 @@ from sj_robust.perturbation import (
 
 
 def test_distances_are_per_neuron_and_sample():
-    spikes, other = torch.randint(0, 2, (2, 6, 3, 4)).unbind(0)
-    assert spike_train_distance(spikes, other).shape == (3, 4)
-    np.testing.assert_allclose(
-        spike_train_distance(spikes, other), (spikes != other).double().mean(0), atol=1e-6
-    )
-    np.testing.assert_allclose(
-        tasad(spikes, other), (spikes.sum(0) - other.sum(0)).abs() / 6, atol=1e-6
-    )
+    spikes, other = torch.randint(0, 2, (2, 6, 3, 4))
+    distance = spike_train_distance(spikes, other)
+    assert distance.shape == (3, 4)
+    differing = (spikes != other).sum(0)
+    assert_allclose(distance, differing / 6, atol=1e-6)
+    more = (spikes.sum(0) - other.sum(0)).abs()
+    assert_allclose(tasad(spikes, other), more / 6, atol=1e-6)
 
 
 @pytest.mark.parametrize("gain", [1.0, 0.25, "per step"])
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_recursion_is_the_weighted_sum_and_so_is_every_derivative(steps, gain):
-    generator = torch.Generator().manual_seed(0)
-    x, x_perturbed = torch.randn(2, steps, 2, 3, dtype=torch.float64, generator=generator)
-    x, x_perturbed = x.requires_grad_(), x_perturbed.requires_grad_()
-    decay = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-    rates = (
-        torch.rand(steps, dtype=torch.float64)
-        if gain == "per step"
-        else torch.full((steps,), gain).double()
-    )
+    torch.manual_seed(0)
+    x = torch.randn(steps, 2, 3).double().requires_grad_()
+    x_perturbed = torch.randn(steps, 2, 3).double().requires_grad_()
+    decay = torch.tensor(0.7).double().requires_grad_()
+    if gain == "per step":
+        rates = torch.rand(steps).double()
+        gain = rates.clone()
+    else:
+        rates = torch.full((steps,), gain).double()
     rates.requires_grad_()
-    expected = eps_by_hand(x, x_perturbed.detach(), 0.7, rates.tolist())
-    weights = (
-        torch.tensor([0.7 ** (steps - 1 - k) for k in range(steps)], dtype=torch.float64)
-        * rates.detach()
-    )
+    expected = eps_by_hand(x, x_perturbed.detach(), decay.item(), rates.tolist())
+    age = torch.arange(steps).flip(0)
+    weights = decay.item() ** age * rates.detach()
     learned = simplified_perturbation(x, x_perturbed, decay=decay, gain=rates)
-    constant = simplified_perturbation(
-        x, x_perturbed, decay=0.7, gain=rates.detach() if gain == "per step" else gain
-    )
+    constant = simplified_perturbation(x, x_perturbed, decay=decay.item(), gain=gain)
     for eps in (learned, constant):
-        np.testing.assert_allclose(eps.detach(), expected, atol=1e-12)
-        grad, grad_perturbed = torch.autograd.grad(eps[-1].sum(), (x, x_perturbed))
-        torch.testing.assert_close(grad, weights[:, None, None].expand_as(x))
-        torch.testing.assert_close(grad_perturbed, -grad)
+        assert_allclose(eps.detach(), expected, atol=1e-12)
+        last = eps[-1].sum()
+        grad, grad_perturbed = torch.autograd.grad(last, (x, x_perturbed))
+        assert_close(grad, weights[:, None, None].expand_as(x))
+        assert_close(grad_perturbed, -grad)
 
     def of_everything(a, b, decay, gain):
         return simplified_perturbation(a, b, decay=decay, gain=gain)
@@ -61,70 +59,83 @@ def test_recursion_is_the_weighted_sum_and_so_is_every_derivative(steps, gain):
     def of_both(a, b):
         return simplified_perturbation(a, b, decay=0.7, gain=0.25) ** 2
 
-    assert torch.autograd.gradcheck(of_everything, (x, x_perturbed, decay, rates))
-    assert torch.autograd.gradcheck(of_both, (x, x_perturbed))
-    assert torch.autograd.gradgradcheck(of_both, (x, x_perturbed))
+    assert gradcheck(of_everything, (x, x_perturbed, decay, rates))
+    assert gradcheck(of_both, (x, x_perturbed))
+    assert gradgradcheck(of_both, (x, x_perturbed))
 
 
 @pytest.mark.parametrize("v_reset", [0.0, None, -0.2])
 @pytest.mark.parametrize("decay_input", [False, True])
 def test_potential_is_that_of_spikingjelly(v_reset, decay_input):
-    x = 3 * torch.rand(12, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    node = neuron.LIFNode(
-        tau=4.0, decay_input=decay_input, v_reset=v_reset, step_mode="m", store_v_seq=True
-    )
+    generator = torch.Generator().manual_seed(0)
+    x = 3 * torch.rand(12, 2, 5, dtype=torch.float64, generator=generator)
+    node = neuron.LIFNode(tau=4.0, decay_input=decay_input, v_reset=v_reset)
+    node.step_mode = "m"
+    node.store_v_seq = True
     spikes = node(x)
     assert 0 < spikes.mean() < 1
     gain = 0.25 if decay_input else 1.0
     for given in (None, spikes):
-        v_seq = membrane_potential(x, decay=0.75, gain=gain, v_reset=v_reset, spike_seq=given)
-        torch.testing.assert_close(v_seq, node.v_seq.detach(), atol=1e-12, rtol=0)
+        v_seq = membrane_potential(
+            x,
+            decay=0.75,
+            gain=gain,
+            v_reset=v_reset,
+            spike_seq=given,
+        )
+        assert_close(v_seq, node.v_seq.detach(), atol=1e-12, rtol=0)
 
 
 def test_potential_continues_from_an_initial_value_for_one_step_or_more():
     x = torch.full((2, 1), 0.25)
-    assert membrane_potential(x[:1], decay=0.5, v_init=0.5).tolist() == [[0.5]]
-    assert membrane_potential(x, decay=0.5, v_init=0.5).flatten().tolist() == [0.5, 0.5]
-    assert membrane_potential(x, decay=0.5, v_init=torch.tensor([1.0])).flatten().tolist() == [
-        0.75,
-        0.625,
-    ]
+    v_seq = membrane_potential(x[:1], decay=0.5, v_init=0.5)
+    assert v_seq.tolist() == [[0.5]]
+    v_seq = membrane_potential(x, decay=0.5, v_init=0.5)
+    assert v_seq.tolist() == [[0.5], [0.5]]
+    v_seq = membrane_potential(x, decay=0.5, v_init=torch.tensor([1.0]))
+    assert v_seq.tolist() == [[0.75], [0.625]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_currents_accumulate_in_float32(dtype):
     x = torch.rand(20, 7).to(dtype)
-    eps = simplified_perturbation(x, torch.zeros_like(x), decay=0.99)
+    zeros = torch.zeros_like(x)
+    eps = simplified_perturbation(x, zeros, decay=0.99)
     assert eps.dtype == torch.float32
-    expected = eps_by_hand(x, torch.zeros(20, 7), 0.99, [1.0] * 20)
-    np.testing.assert_allclose(eps, expected, rtol=1e-5)
+    expected = eps_by_hand(x, zeros, 0.99, [1.0] * 20)
+    assert_allclose(eps, expected, rtol=1e-5)
+
+
+X = torch.ones(3, 2)
+PAIR_FUNCTIONS = [full_perturbation, spike_train_distance, tasad]
+
+
+@pytest.mark.parametrize("function", PAIR_FUNCTIONS)
+def test_both_runs_must_have_one_shape(function):
+    with pytest.raises(ValueError, match=r"same shape .* got \(3, 2\) and \(1, 2\)"):
+        function(X, X[:1])
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("options", "message"),
     [
-        (
-            lambda x: simplified_perturbation(x, x[:2], decay=0.5),
-            r"same shape .* got \(3, 2\) and \(2, 2\)",
-        ),
-        (lambda x: simplified_perturbation(x[:0], x[:0], decay=0.5), "at least one time step"),
-        (lambda x: simplified_perturbation(x, x, decay=1.5), r"decay must be in \(0, 1\], got 1.5"),
-        (
-            lambda x: simplified_perturbation(x, x, decay=torch.tensor(0.0)),
-            r"decay must be in \(0, 1\], got 0.0",
-        ),
-        (
-            lambda x: simplified_perturbation(x, x, decay=0.5, gain=torch.ones(2)),
-            r"\[T\] = \[3\], got \(2,\)",
-        ),
-        (lambda x: membrane_potential(x, decay=0.5, spike_seq=x[:, :1]), "same shape"),
-        (lambda x: membrane_potential(x, decay=-0.1), "decay must be in"),
-        (lambda x: full_perturbation(x, x[:1]), "same shape"),
-        (lambda x: spike_train_distance(x, x[:1]), "same shape"),
-        (lambda x: tasad(x, x[:1]), "same shape"),
-        (lambda x: ms_mppd(x, norm="max"), "norm must be 'l2' or 'l1', got 'max'"),
+        ({"x_seq": X[:2]}, r"same shape .* got \(2, 2\) and \(3, 2\)"),
+        ({"x_seq": X[:0], "x_seq_perturbed": X[:0]}, "at least one time step"),
+        ({"decay": 1.5}, r"decay must be in \(0, 1\], got 1.5"),
+        ({"decay": torch.tensor(0.0)}, r"decay must be in \(0, 1\], got 0.0"),
+        ({"gain": torch.ones(2)}, r"\[T\] = \[3\], got \(2,\)"),
     ],
 )
-def test_wrong_use(call, message):
+def test_wrong_use_of_the_simplified_perturbation(options, message):
+    options = {"x_seq": X, "x_seq_perturbed": X, "decay": 0.5} | options
     with pytest.raises(ValueError, match=message):
-        call(torch.ones(3, 2))
+        simplified_perturbation(**options)
+
+
+def test_wrong_use_of_the_potential_and_of_the_mean():
+    with pytest.raises(ValueError, match="same shape"):
+        membrane_potential(X, decay=0.5, spike_seq=X[:, :1])
+    with pytest.raises(ValueError, match="decay must be in"):
+        membrane_potential(X, decay=-0.1)
+    with pytest.raises(ValueError, match="norm must be 'l2' or 'l1', got 'max'"):
+        ms_mppd(X, norm="max")

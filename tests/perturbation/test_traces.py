@@ -7,8 +7,13 @@ from torch import nn
 
 from sj_robust.perturbation import spike_traces
 
-MOVED = (44, 48)
-"""Of 50 neurons those whose input is perturbed: too little to move a spike, enough to."""
+LITTLE, ENOUGH = 44, 48
+"""Of 50 neurons those whose input is perturbed: too little to move a spike, and enough."""
+
+
+def neurons_in_a_row(count):
+    nodes = [neuron.IFNode(step_mode="m") for _ in range(count)]
+    return nn.Sequential(*nodes)
 
 
 @pytest.fixture(scope="module")
@@ -16,68 +21,60 @@ def found():
     x = torch.full((1, 50), 0.3)
     x[0, 1::2] = 0.5  # these fire at step 1 and 3, the others at step 3
     perturbed = x.clone()
-    perturbed[0, MOVED] += torch.tensor([0.02, 0.4])
-    return spike_traces(
-        nn.Sequential(*(neuron.IFNode(step_mode="m") for _ in range(5))), x, perturbed, T=4
-    )
+    perturbed[0, LITTLE] += 0.02
+    perturbed[0, ENOUGH] += 0.4
+    return spike_traces(neurons_in_a_row(5), x, perturbed, T=4)
+
+
+def titles(figure):
+    return [axes.get_title(loc="left") for axes in figure.axes]
 
 
 def test_neurons_that_differ_are_among_those_that_are_drawn(found):
-    both, clean, perturbed = (line.get_data() for line in found.plot().axes[0].lines[:3])
-    assert [list(data) for data in perturbed] == [[1], [38]], "neuron 48, the last but one of 40"
-    assert [list(data) for data in clean] == [[], []]
-    assert len(both[0]) == 25 * 2 + 15, (
-        "all that fire twice, and neuron 48 and the first ones of those that fire once"
-    )
+    axes = found.plot().axes[0]
+    both, clean, perturbed = axes.lines[:3]
+    assert list(perturbed.get_xdata()) == [1]
+    assert list(perturbed.get_ydata()) == [38], "neuron 48, the last but one of 40"
+    assert len(clean.get_xdata()) == 0
+    # All that fire twice, and neuron 48 and the first ones of those that fire once.
+    assert len(both.get_xdata()) == 25 * 2 + 15
 
 
 def test_panels_beyond_the_layers_are_empty(found):
     figure = found.plot()
-    assert [axes.axison for axes in figure.axes] == 5 * [True] + 3 * [False]
-    assert [axes.get_ylabel() for axes in figure.axes] == [
-        "neuron",
-        "",
-        "",
-        "",
-        "neuron",
-        "",
-        "",
-        "",
-    ]
-    assert [axes.get_title(loc="left") for axes in figure.axes[:2]] == ["0: parts at step 1", "1"]
+    shown = [axes.axison for axes in figure.axes]
+    assert shown == 5 * [True] + 3 * [False]
+    labels = [axes.get_ylabel() for axes in figure.axes]
+    row = ["neuron", "", "", ""]
+    assert labels == row + row
+    assert titles(figure)[:2] == ["0: parts at step 1", "1"]
     assert figure.get_figheight() > found.plot("potential").get_figheight() > 2
     with pytest.raises(ValueError, match="sample must be from 0 to 0, got 1"):
         found.plot(sample=1)
 
 
 def test_the_potential_is_that_of_the_neuron_whose_spikes_differ_most(found):
-    clean, _, perturbed, fired = found.plot("potential").axes[0].lines[:4]
-    assert clean.get_ydata() == pytest.approx(found["0"].v_seq[:, 0, 48].tolist())
-    assert perturbed.get_ydata() == pytest.approx(found["0"].v_seq_perturbed[:, 0, 48].tolist())
+    axes = found.plot("potential").axes[0]
+    clean, _, perturbed, fired = axes.lines[:4]
+    layer = found["0"]
+    v_seq = layer.v_seq[:, 0, ENOUGH].tolist()
+    v_seq_perturbed = layer.v_seq_perturbed[:, 0, ENOUGH].tolist()
+    assert clean.get_ydata() == pytest.approx(v_seq)
+    assert perturbed.get_ydata() == pytest.approx(v_seq_perturbed)
     assert list(fired.get_xdata()) == [1, 3]
 
 
 def test_where_no_spike_differs_the_potential_is_that_of_the_neuron_that_moves_most():
     x = torch.zeros(1, 3)
-    found = spike_traces(
-        neuron.IFNode(v_threshold=10.0, step_mode="m"), x, x + torch.tensor([0.1, 0.9, 0.5]), T=4
-    )
-    perturbed = found.plot("potential").axes[0].lines[2]
-    assert perturbed.get_ydata() == pytest.approx([0.9, 1.8, 2.7, 3.6])
+    perturbed = torch.tensor([[0.1, 0.9, 0.5]])
+    node = neuron.IFNode(v_threshold=10.0, step_mode="m")
+    found = spike_traces(node, x, perturbed, T=4)
+    axes = found.plot("potential").axes[0]
+    moved = axes.lines[2]
+    assert moved.get_ydata() == pytest.approx([0.9, 1.8, 2.7, 3.6])
 
 
 def test_of_many_layers_the_first_and_the_last_are_drawn():
     x = torch.full((1, 2), 0.6)
-    found = spike_traces(
-        nn.Sequential(*(neuron.IFNode(step_mode="m") for _ in range(9))), x, x, T=2
-    )
-    assert [axes.get_title(loc="left") for axes in found.plot().axes] == [
-        "0",
-        "1",
-        "2",
-        "3",
-        "5",
-        "6",
-        "7",
-        "8",
-    ]
+    found = spike_traces(neurons_in_a_row(9), x, x, T=2)
+    assert titles(found.plot()) == ["0", "1", "2", "3", "5", "6", "7", "8"]

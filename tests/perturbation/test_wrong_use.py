@@ -4,13 +4,13 @@ import contextlib
 
 import pytest
 import torch
-from perturbation.by_hand import assert_stats, captured_pair, statistics_by_hand
-from perturbation.networks import Shared, T, conv_net, in_steps, run_pair
+from perturbation.by_hand import Dynamics, assert_stats, captured_pair, statistics_by_hand
+from perturbation.networks import Shared, T, in_steps, run_pair
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
+from torch.testing import assert_close
 
 from sj_robust import SpikingClassifier
-from sj_robust.neuron import DLIFNode
 from sj_robust.perturbation import MPPDMonitor
 
 
@@ -47,54 +47,61 @@ class Halving(Leaky):
 
 def net_of(*neurons):
     torch.manual_seed(0)
-    net = nn.Sequential(*(m for n in neurons for m in (layer.Linear(6, 6), n)))
-    for m in net[::2]:
-        m.weight.data.mul_(4)
+    net = nn.Sequential()
+    for node in neurons:
+        linear = layer.Linear(6, 6)
+        linear.weight.data.mul_(4)
+        net.extend([linear, node])
     functional.set_step_mode(net, "m")
     return net
 
 
 def inputs():
-    x = torch.rand(2, T, 5, 6, generator=torch.Generator().manual_seed(0))
-    return x[0], x[1]
+    generator = torch.Generator().manual_seed(0)
+    x, x_perturbed = torch.rand(2, T, 5, 6, generator=generator)
+    return x, x_perturbed
+
+
+OF_ONE_RELEASE = {
+    "LIAFNode": {"act": torch.relu, "threshold_related": False},
+    "PSN": {"T": T},
+    "GatedLIFNode": {"T": T},
+    "CUBALIFNode": {},
+    "ILIFNode": {},
+    "ComplementaryLIFNode": {},
+}
+"""Neurons that one of the two releases does not have, or cannot build, and their arguments."""
 
 
 def unsupported_neurons():
     found = [neuron.KLIFNode(), neuron.QIFNode(), MyLIF()]
-    for make in (
-        lambda: neuron.LIAFNode(torch.relu, threshold_related=False),
-        lambda: neuron.PSN(T=T),
-        lambda: neuron.GatedLIFNode(T=T),
-        lambda: neuron.CUBALIFNode(),
-        lambda: neuron.ILIFNode(),
-        lambda: neuron.ComplementaryLIFNode(),
-    ):
-        with contextlib.suppress(AttributeError, TypeError):  # not in one of the two releases
-            found.append(make())
+    for name, arguments in OF_ONE_RELEASE.items():
+        with contextlib.suppress(AttributeError):
+            found.append(getattr(neuron, name)(**arguments))
     return found
 
 
 def test_neurons_that_cannot_be_followed_are_named_in_one_warning():
     others = unsupported_neurons()
     net = nn.Sequential(neuron.LIFNode(step_mode="m"), *others)
-    with pytest.warns(
-        UserWarning, match=rf"does not follow {len(others)} neuron\(s\): '1': the decay of KLIF"
-    ) as caught:
+    message = rf"does not follow {len(others)} neuron\(s\): '1': the decay of KLIF"
+    with pytest.warns(UserWarning, match=message) as caught:
         monitor = MPPDMonitor(net)
     assert len(caught) == 1
     assert caught[0].filename == __file__
     assert monitor.monitored_layers == ["0"]
-    assert list(monitor.unsupported) == [str(i + 1) for i in range(len(others))]
+    assert len(monitor.unsupported) == len(others)
     for name, reason in monitor.unsupported.items():
         assert type(net[int(name)]).__name__ in reason
 
 
 def test_a_readout_without_spikes_is_not_the_last_spiking_layer():
-    class Readout(getattr(neuron, "NonSpikingLIFNode", nn.Identity)):
+    if not hasattr(neuron, "NonSpikingLIFNode"):
+        pytest.skip("SpikingJelly 0.0.0.0.14 has no neuron without spikes")
+
+    class Readout(neuron.NonSpikingLIFNode):
         pass
 
-    if Readout.__mro__[1] is nn.Identity:
-        pytest.skip("SpikingJelly 0.0.0.0.14 has no neuron without spikes")
     net = net_of(neuron.LIFNode(), neuron.LIFNode()).append(Readout())
     with pytest.warns(UserWarning, match="emits potentials, not spikes"):
         monitor = MPPDMonitor(net)
@@ -102,23 +109,19 @@ def test_a_readout_without_spikes_is_not_the_last_spiking_layer():
     assert torch.equal(monitor.loss(), monitor.loss(["3"]))
 
 
-@pytest.mark.parametrize("layers", ["all", "last"])
-def test_the_last_layer_is_not_guessed_when_it_cannot_be_followed(layers):
+def test_the_last_layer_is_not_guessed_when_it_cannot_be_followed():
     net = net_of(neuron.LIFNode(), neuron.KLIFNode())
+    message = r"last spiking layer '3' cannot be followed .* name the layers"
     with pytest.warns(UserWarning, match="KLIFNode"):
-        monitor = MPPDMonitor(net, layers=layers)
-    if layers == "last":
-        with pytest.raises(
-            RuntimeError, match=r"last spiking layer '3' cannot be followed .* name the layers"
-        ):
-            run_pair(monitor, net, *inputs())
-    else:
+        monitor = MPPDMonitor(net, layers="last")
+    with pytest.raises(RuntimeError, match=message):
         run_pair(monitor, net, *inputs())
-        with pytest.raises(
-            RuntimeError, match=r"last spiking layer '3' cannot be followed .* name the layers"
-        ):
-            monitor.loss()
-        assert monitor.loss(["1"]).requires_grad
+    with pytest.warns(UserWarning, match="KLIFNode"):
+        monitor = MPPDMonitor(net, layers="all")
+    run_pair(monitor, net, *inputs())
+    with pytest.raises(RuntimeError, match=message):
+        monitor.loss()
+    assert monitor.loss(["1"]).requires_grad
 
 
 @pytest.mark.parametrize("key", ["1", Leaky])
@@ -128,8 +131,9 @@ def test_a_neuron_with_a_given_decay_and_gain(key):
     assert monitor.unsupported == {}
     stats = monitor.compare(*inputs())["1"]
     seen = captured_pair(net, ("1",), *inputs())["1"]
-    assert 0 < seen[1].mean() < 1
-    assert_stats(stats, statistics_by_hand(*seen, 0.6, [0.5] * T, v_reset=None))
+    assert 0 < seen.spikes.mean() < 1
+    dynamics = Dynamics(decay=0.6, gain=[0.5] * T, v_reset=None)
+    assert_stats(stats, statistics_by_hand(seen, dynamics))
 
 
 def test_full_perturbation_is_left_out_where_the_potential_is_another():
@@ -175,7 +179,9 @@ def test_wrong_options(options, message):
     net = net_of(Leaky(), neuron.IFNode())
     with pytest.raises(ValueError, match=message):
         MPPDMonitor(net, **options)
-    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in net)
+    for module in net:
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
 
 
 def test_a_decay_alone_does_not_make_a_parallel_neuron_followable():
@@ -194,38 +200,37 @@ def test_a_network_without_neurons():
 def test_runs_of_different_shapes_and_lengths(net, pair, keep):
     x, x_perturbed = pair
     monitor = MPPDMonitor(net, keep=keep)
-    with pytest.raises(
-        ValueError, match=r"same shape, got \(4, 3, 2, 6, 6\) and \(4, 2, 2, 6, 6\)"
-    ):
-        monitor.compare(x, x_perturbed[:, :2])
-    cases = (
-        (
-            x_perturbed[:, :2],
-            r"'2' gets input of shape \(2, 4, 6, 6\) .* and \(3, 4, 6, 6\) in the clean run",
-        ),
-        (torch.cat((x, x)), r"more steps in the perturbed run than in the clean run \(4\)"),
-        (x_perturbed[:3], "takes 3 steps in the perturbed run and 4 in the clean run"),
-    )
-    for other, message in cases:
+    fewer = x_perturbed[:, :2]
+    message = r"same shape, got \(4, 3, 2, 6, 6\) and \(4, 2, 2, 6, 6\)"
+    with pytest.raises(ValueError, match=message):
+        monitor.compare(x, fewer)
+    shapes = r"'2' gets input of shape \(2, 4, 6, 6\) .* and \(3, 4, 6, 6\) in the clean run"
+    longer = r"more steps in the perturbed run than in the clean run \(4\)"
+    shorter = "takes 3 steps in the perturbed run and 4 in the clean run"
+    cases = {
+        shapes: fewer,
+        longer: torch.cat((x, x)),
+        shorter: x_perturbed[:3],
+    }
+    for message, other in cases.items():
         with pytest.raises(ValueError, match=message):
             run_pair(monitor, net, x, other)
         with pytest.raises(RuntimeError, match="two complete runs"):
             monitor.loss()
     functional.reset_net(net)
-    with (
-        pytest.raises(ValueError, match=r"batch of 3: paired\(\) needs an even batch"),
-        monitor.paired(),
-    ):
+    message = r"batch of 3: paired\(\) needs an even batch"
+    with pytest.raises(ValueError, match=message), monitor.paired():
         net(x)
 
 
-def test_pairs_of_different_length_need_cleared_statistics(pair, monitor):
+def test_pairs_of_different_length_need_cleared_statistics(net, pair, monitor):
     monitor.compare(*pair)
     shorter = [x[:2] for x in pair]
-    with pytest.raises(
-        ValueError, match=r"T=4 .* but this pair has T=2 .* clear_recorded_data\(\)"
-    ):
-        monitor.compare(*shorter)
+    message = r"T=4 .* but this pair has T=2 .* clear_recorded_data\(\)"
+    with pytest.raises(ValueError, match=message):
+        run_pair(monitor, net, *shorter)
+    with pytest.raises(RuntimeError, match="two complete runs"):
+        monitor.loss()
     assert monitor.statistics()["2"].samples == 3
     monitor.clear_recorded_data()
     assert monitor.compare(*shorter)["2"].T == 2
@@ -235,20 +240,14 @@ def test_forgotten_reset(net, pair, monitor):
     x, x_perturbed = pair
     with monitor.clean():
         net(x)
-    with (
-        pytest.raises(
-            RuntimeError, match=r"another state than the clean run: call functional.reset_net"
-        ),
-        monitor.perturbed(),
-    ):
+    message = r"another state than the clean run: call functional.reset_net"
+    with pytest.raises(RuntimeError, match=message), monitor.perturbed():
         net(x_perturbed)
     both = torch.cat((x, x_perturbed), 1)
     functional.reset_net(net)
     net(both)
-    with (
-        pytest.raises(RuntimeError, match="different states in the clean and the perturbed half"),
-        monitor.paired(),
-    ):
+    message = "different states in the clean and the perturbed half"
+    with pytest.raises(RuntimeError, match=message), monitor.paired():
         net(both)
     functional.reset_net(net)
     net(x)
@@ -256,8 +255,8 @@ def test_forgotten_reset(net, pair, monitor):
         net(x[:, :2])
 
 
-def test_reset_inside_a_run():
-    classifier = SpikingClassifier(conv_net(lambda: DLIFNode(T=T)), T=T)
+def test_reset_inside_a_run(net):
+    classifier = SpikingClassifier(net, T=T)
     monitor = MPPDMonitor(classifier)
     with pytest.raises(RuntimeError, match="was reset inside one run"), monitor.clean():
         in_steps(classifier)(torch.rand(2, 2, 2, 6, 6))
@@ -268,21 +267,14 @@ def test_contexts_in_the_wrong_order(net, pair, monitor):
         monitor.loss()
     with pytest.raises(RuntimeError, match="no clean run"), monitor.perturbed():
         pass
-    with (
-        pytest.raises(RuntimeError, match=r"clean\(\) was entered inside clean\(\)"),
-        monitor.clean(),
-        monitor.clean(),
-    ):
+    message = r"clean\(\) was entered inside clean\(\)"
+    with pytest.raises(RuntimeError, match=message), monitor.clean(), monitor.clean():
         pass
-    with (
-        pytest.raises(RuntimeError, match=r"compare\(\) was called inside paired\(\)"),
-        monitor.paired(),
-    ):
+    message = r"compare\(\) was called inside paired\(\)"
+    with pytest.raises(RuntimeError, match=message), monitor.paired():
         monitor.compare(*pair)
-    with (
-        pytest.raises(RuntimeError, match=r"no followed layer ran inside clean\(\)"),
-        monitor.clean(),
-    ):
+    message = r"no followed layer ran inside clean\(\)"
+    with pytest.raises(RuntimeError, match=message), monitor.clean():
         pass
     run_pair(monitor, net, *pair)
     with pytest.raises(RuntimeError, match="no clean run"), monitor.perturbed():
@@ -295,81 +287,100 @@ def test_contexts_in_the_wrong_order(net, pair, monitor):
         monitor.compare(*pair)
 
 
-def test_wrong_loss_options(net, pair):
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (["nope"], "no monitored layer 'nope'"),
+        ("last", "'8' is not in the last pair of runs, which has 2, 4"),
+        ("4", r"for one layer pass \['4'\]"),
+    ],
+)
+def test_wrong_layers_of_a_loss(layers, message, net, pair):
     monitor = MPPDMonitor(net, layers=["2", "4"])
     run_pair(monitor, net, *pair)
-    for call, message in (
-        (lambda: monitor.loss(["4"], norm="linf"), "norm must be 'l2' or 'l1', got 'linf'"),
-        (lambda: monitor.loss(["nope"]), "no monitored layer 'nope'"),
-        (lambda: monitor.loss("last"), r"'8' is not in the last pair of runs, which has 2, 4"),
-        (lambda: monitor.loss("4"), r"for one layer pass \['4'\]"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
+    with pytest.raises(ValueError, match=message):
+        monitor.loss(layers)
+    with pytest.raises(ValueError, match="norm must be 'l2' or 'l1', got 'linf'"):
+        monitor.loss(["4"], norm="linf")
     assert monitor.loss("all").requires_grad
 
 
 class Skipping(nn.Module):
     def __init__(self):
         super().__init__()
-        self.first, self.second = neuron.IFNode(step_mode="m"), neuron.IFNode(step_mode="m")
+        self.first = neuron.IFNode(step_mode="m")
+        self.second = neuron.IFNode(step_mode="m")
         self.skip = True
 
     def forward(self, x):
-        return self.first(x) if self.skip else self.second(self.first(x))
+        spikes = self.first(x)
+        return spikes if self.skip else self.second(spikes)
 
 
-def test_a_layer_in_one_run_only():
+def test_a_layer_in_the_perturbed_run_only():
     net = Skipping()
     monitor = MPPDMonitor(net)
-    for skips, message in (
-        ((True, False), "'second' ran in the perturbed run but not in the clean run"),
-        ((False, True), "'second' takes 0 steps in the perturbed run and 4"),
-    ):
-        for skip, x, context in zip(
-            skips, inputs(), (monitor.clean, monitor.perturbed), strict=True
-        ):
-            functional.reset_net(net)
-            net.skip = skip
-            expected = (
-                pytest.raises(ValueError, match=message)
-                if skip != skips[0]
-                else contextlib.nullcontext()
-            )
-            with expected, context():
-                net(x)
-            if context == monitor.clean:
-                assert monitor.execution_order == (("first",) if skip else ("first", "second"))
+    x, x_perturbed = inputs()
+    with monitor.clean():
+        net(x)
+    assert monitor.execution_order == ("first",)
+    functional.reset_net(net)
+    net.skip = False
+    message = "'second' ran in the perturbed run but not in the clean run"
+    with pytest.raises(ValueError, match=message), monitor.perturbed():
+        net(x_perturbed)
 
 
-class Changing(nn.Module):
-    """Goes on in place on what its neuron read or returned."""
+def test_a_layer_in_the_clean_run_only():
+    net = Skipping()
+    net.skip = False
+    monitor = MPPDMonitor(net)
+    x, x_perturbed = inputs()
+    with monitor.clean():
+        net(x)
+    assert monitor.execution_order == ("first", "second")
+    functional.reset_net(net)
+    net.skip = True
+    message = "'second' takes 0 steps in the perturbed run and 4"
+    with pytest.raises(ValueError, match=message), monitor.perturbed():
+        net(x_perturbed)
 
-    def __init__(self, what):
+
+class ChangesInput(nn.Module):
+    """Goes on in place on what its neuron read."""
+
+    def __init__(self):
         super().__init__()
-        self.sn, self.what = neuron.IFNode(step_mode="m"), what
+        self.sn = neuron.IFNode(step_mode="m")
 
     def forward(self, x):
         x = x * 1.0
         out = self.sn(x)
-        (x if self.what == "input" else out).add_(1.0)
-        return out + x
+        return out + x.add_(1.0)
+
+
+class ChangesSpikes(ChangesInput):
+    """Goes on in place on what its neuron returned."""
+
+    def forward(self, x):
+        out = self.sn(x)
+        return out.add_(1.0)
 
 
 def test_what_is_changed_in_place_after_the_neurons_call():
     with pytest.raises(RuntimeError, match="input of layer 'sn' was changed in place"):
-        MPPDMonitor(Changing("input")).compare(*inputs())
-    net, (x, x_perturbed) = Changing("spikes"), inputs()
+        MPPDMonitor(ChangesInput()).compare(*inputs())
+    net = ChangesSpikes()
+    x, x_perturbed = inputs()
     stats = MPPDMonitor(net).compare(x, x_perturbed)["sn"]  # does no harm
-    torch.testing.assert_close(stats.firing_rate, net.sn(x).double().mean((1, 2)))
+    spikes = net.sn(x).double()
+    assert_close(stats.firing_rate, spikes.mean((1, 2)))
 
 
 def test_data_parallel_is_refused(net, pair, monitor):
     replica = net[2]._replicate_for_data_parallel()
-    with (
-        pytest.raises(RuntimeError, match=r"use torch\.nn\.parallel\.DistributedDataParallel"),
-        monitor.clean(),
-    ):
+    message = r"use torch\.nn\.parallel\.DistributedDataParallel"
+    with pytest.raises(RuntimeError, match=message), monitor.clean():
         replica(pair[0])
 
 

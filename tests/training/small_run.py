@@ -42,12 +42,20 @@ def splits(size=64, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
 
     def part(n):
-        y = torch.arange(n) % 3
+        rows = torch.arange(n)
+        y = rows % 3
         x = 0.3 * torch.rand(n, 1, 4, 4, generator=generator, dtype=dtype)
-        x[torch.arange(n), 0, y] += 0.6
+        x[rows, 0, y] += 0.6
         return TensorDataset(x, y)
 
-    return ImageSplits("stripes", part(size), part(12), part(12), (1, 4, 4), 3)
+    return ImageSplits(
+        name="stripes",
+        train=part(size),
+        validation=part(12),
+        test=part(12),
+        image_shape=(1, 4, 4),
+        classes=3,
+    )
 
 
 class Net(nn.Module):
@@ -58,7 +66,10 @@ class Net(nn.Module):
     def __init__(self, dropout):
         super().__init__()
         self.parts = nn.Sequential(
-            nn.Linear(16, 24), DLIFNode(T=3, tau=4.0), nn.Dropout(dropout), nn.Linear(24, 3)
+            nn.Linear(16, 24),
+            DLIFNode(T=3, tau=4.0),
+            nn.Dropout(dropout),
+            nn.Linear(24, 3),
         )
 
     def forward(self, x_seq):
@@ -104,16 +115,23 @@ def run(
         AcceleratorState._reset_state(True)
     accelerator = Accelerator(cpu=True)
     set_seed(7)
-    classifier = SpikingClassifier(Net(dropout) if build is None else build(), T=3).to(dtype)
+    net = Net(dropout) if build is None else build()
+    classifier = SpikingClassifier(net, T=3).to(dtype)
+    usual = {
+        "epochs": 3,
+        "batch_size": 16,
+        "lr": 0.1,
+        "seed": 3,
+    }
     history = train(
         Objective(classifier, **objective or {}),
         splits(dtype=dtype) if data is None else data,
-        TrainingPlan(**{"epochs": 3, "batch_size": 16, "lr": 0.1, "seed": 3} | plan),
+        TrainingPlan(**usual | plan),
         perturb=perturb,
         validation_attacks=VALIDATION if attacks is None else attacks,
         accelerator=accelerator,
         folder=folder,
-        journal=Journal(None) if journal is None else journal,
+        journal=journal or Journal(None),
         description={"plan": plan},
         resume=resume,
     )
@@ -124,7 +142,7 @@ class PowerCutError(Exception):
     pass
 
 
-def power_cut(*_):
+def power_cut(*_, **__):
     raise PowerCutError
 
 
@@ -134,51 +152,54 @@ class At:
     """
 
     def __init__(self, call, action):
-        self.call, self.action, self.calls = call, action, 0
+        self.call = call
+        self.action = action
+        self.calls = 0
 
     def __call__(self, model, x, y, *, generator):
         self.calls += 1
         x_perturbed = ATTACK(model, x, y, generator=generator)
-        changed = self.action(model, x_perturbed) if self.calls == self.call else None
+        if self.calls != self.call:
+            return x_perturbed
+        changed = self.action(model, x_perturbed)
         return x_perturbed if changed is None else changed
 
 
 def quiet_attack(model, x, y, *, generator):
     """The training attack, in which the processes must not talk to each other."""
-    names = (
-        "all_reduce",
-        "all_gather",
-        "broadcast",
-        "all_gather_into_tensor",
-        "reduce_scatter_tensor",
-    )
-    with patch.multiple(torch.distributed, **dict.fromkeys(names)):
+    silent = {
+        "all_reduce": None,
+        "all_gather": None,
+        "broadcast": None,
+        "all_gather_into_tensor": None,
+        "reduce_scatter_tensor": None,
+    }
+    with patch.multiple(torch.distributed, **silent):
         return ATTACK(model, x, y, generator=generator)
 
 
 # Options by name. In float64, so that N processes differ from one by rounding alone.
 SAME = {"dtype": torch.float64}
 WITH_BATCH_NORM = SAME | {"build": batch_norm_net, "epochs": 1, "perturb": quiet_attack}
+SYNCHRONISED = WITH_BATCH_NORM | {"sync_batch_norm": True}
+# Squared, since a difference of 0 where a spike only moved in time has the sign of its rounding
+# error.
+PENALTIES = [GradientSparsity(0.01, squared=True), ThresholdGuarding(0.1)]
 SCENARIOS = {
     "none": SAME | {"perturb": None},
     "attack": SAME | {"perturb": quiet_attack, "retraction": 0.01},
     "parts": SAME | {"accumulate": 2, "epochs": 1},
-    "synchronised": WITH_BATCH_NORM | {"sync_batch_norm": True},
-    "penalties": WITH_BATCH_NORM
-    | {
-        "sync_batch_norm": True,
-        # Squared, since a difference of 0 where a spike only moved in time has the sign of its
-        # rounding error.
-        "objective": {
-            "rho": 0.0,
-            "penalties": [GradientSparsity(0.01, squared=True), ThresholdGuarding(0.1)],
-        },
-    },
+    "synchronised": SYNCHRONISED,
+    "penalties": SYNCHRONISED | {"objective": {"rho": 0.0, "penalties": PENALTIES}},
     "apart": WITH_BATCH_NORM,
-    "certified": WITH_BATCH_NORM
+    "certified": SYNCHRONISED
     | {
-        "sync_batch_norm": True,
-        "objective": {"loss": "certified", "certified_eps": 0.05, "kappa": 0.2, "rho": 0.5},
+        "objective": {
+            "loss": "certified",
+            "certified_eps": 0.05,
+            "kappa": 0.2,
+            "rho": 0.5,
+        },
         "select": "verified",
         "verified_eps": 0.02,
     },
@@ -186,34 +207,41 @@ SCENARIOS = {
 CUT = SAME | {"checkpoint_steps": 1}
 
 
+def assert_same_on_both(classifier, history):
+    """Running statistics and histories are those of the other process."""
+    buffers = [torch.zeros(1).double()]
+    buffers += [buffer.flatten().double() for buffer in classifier.buffers()]
+    mine = torch.cat(buffers)
+    both = [torch.empty_like(mine), torch.empty_like(mine)]
+    torch.distributed.all_gather(both, mine)
+    assert torch.equal(*both)
+    histories = [None, None]
+    torch.distributed.all_gather_object(histories, history)
+    assert histories[0] == histories[1]
+
+
+def nan_images(model, x_perturbed):
+    return x_perturbed * float("nan")
+
+
+def terminate(*_):
+    signal.raise_signal(signal.SIGTERM)
+
+
 def main(folder):
     torch.set_num_threads(1)
     validation._BATCH = 5
     for name, options in SCENARIOS.items():
         history, classifier = run(folder / name, **options)
-        buffers = torch.cat(
-            [
-                torch.zeros(1).double(),
-                *(buffer.flatten().double() for buffer in classifier.buffers()),
-            ]
-        )
-        both = [torch.empty_like(buffers) for _ in range(2)]
-        torch.distributed.all_gather(both, buffers)
-        assert torch.equal(*both), f"{name}: the processes have other running statistics"
-        records = [None, None]
-        torch.distributed.all_gather_object(records, history)
-        assert records[0] == records[1], f"{name}: the processes have other histories"
+        assert_same_on_both(classifier, history)
     run(folder / "one_to_two", **CUT, resume=True)
     with pytest.raises(PowerCutError):
         run(folder / "two_to_one", **CUT, perturb=At(7, power_cut))
     first_step = 1 if torch.distributed.get_rank() == 1 else None
     with pytest.raises(NonFiniteLossError):
-        run(folder / "nan", perturb=At(first_step, lambda model, x: x * float("nan")))
+        run(folder / "nan", perturb=At(first_step, nan_images))
     with pytest.raises(TrainingInterrupted):
-        run(
-            folder / "signal",
-            perturb=At(first_step, lambda model, x: signal.raise_signal(signal.SIGTERM)),
-        )
+        run(folder / "signal", perturb=At(first_step, terminate))
 
 
 if __name__ == "__main__":

@@ -2,16 +2,20 @@
 package.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
-T, TAU = 3, 4.0
+T = 3
+TAU = 4.0
 DECAY = 1 - 1 / TAU
+# Spiking layers of the network below with their shapes.
 NEURONS = {
     "2": (4, 6, 6),
     "6": (5, 3, 3),
     "9": (210,),
-}  # spiking layers of the network below with their shapes
+}
 
 
 class Triangle(torch.autograd.Function):
@@ -25,22 +29,85 @@ class Triangle(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (z,) = ctx.saved_tensors
-        return grad * torch.relu(1 - z.abs())
+        slope = torch.relu(1 - z.abs())
+        return grad * slope
+
+
+def fire(h):
+    return Triangle.apply(h - 1)
 
 
 def potentials(x_seq, *, decay, gain, v_reset=0.0, detach=False):
     """Potentials before the reset and spikes, [T, N, *], with the graph; ``gain`` holds one number
     per step.
     """
-    v, hs, spikes = v_reset or 0.0, [], []
+    rest = v_reset or 0.0
+    v = rest
+    h_seq = []
+    spike_seq = []
     for t in range(T):
-        hs.append(
-            decay * v + gain[t] * x_seq[t] + (0.0 if v_reset is None else (1 - decay) * v_reset)
-        )
-        spikes.append(Triangle.apply(hs[-1] - 1))
-        reset = spikes[-1].detach() if detach else spikes[-1]
-        v = hs[-1] - reset if v_reset is None else (1 - reset) * hs[-1] + reset * v_reset
-    return torch.stack(hs), torch.stack(spikes)
+        leak = (1 - decay) * rest
+        h = decay * v + gain[t] * x_seq[t] + leak
+        spike = fire(h)
+        h_seq.append(h)
+        spike_seq.append(spike)
+        reset = spike.detach() if detach else spike
+        v = h - reset
+        if v_reset is not None:
+            v = (1 - reset) * h + reset * v_reset
+    return torch.stack(h_seq), torch.stack(spike_seq)
+
+
+@dataclass
+class Seen:
+    """One spiking layer in one pass: currents, spikes, potentials before the reset, [T, N, *], and
+    the gain of every step.
+    """
+
+    x_seq: torch.Tensor
+    spike_seq: torch.Tensor
+    h_seq: torch.Tensor
+    gain: torch.Tensor
+
+
+@dataclass
+class Ends:
+    """Lower and upper bounds of every value."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+
+    def map(self, function):
+        """Through a function that does not fall."""
+        return Ends(function(self.low), function(self.high))
+
+    @property
+    def middle(self):
+        return (self.low + self.high) / 2
+
+    @property
+    def radius(self):
+        return (self.high - self.low) / 2
+
+
+def conv(x_seq, weight):
+    return torch.stack([F.conv2d(x, weight, padding=1) for x in x_seq])
+
+
+def pool(x_seq):
+    return torch.stack([F.avg_pool2d(x, 2) for x in x_seq])
+
+
+def linear(x_seq, weight):
+    return x_seq @ weight.T
+
+
+def repeated(x):
+    return torch.stack([x] * T)
+
+
+def per_channel(values):
+    return values[:, None, None]
 
 
 class Network:
@@ -57,119 +124,161 @@ class Network:
         self.statistics = {}
 
     def parameters(self):
-        return {n: v for n, v in self.w.items() if "running" not in n and "tracked" not in n}
+        names = [name for name in self.w if "running" not in name and "tracked" not in name]
+        return {name: self.w[name] for name in names}
 
     def run(self, x, *, training):
-        """Logits [N, classes], and per spiking layer currents, spikes and potentials before the
-        reset, [T, N, *].
-        """
+        """Logits [N, classes], and what was seen of every spiking layer."""
         seen = {}
-        frames = torch.stack([F.conv2d(x, self.w["0.weight"], padding=1)] * T)
-        out = self.neuron("2", self.norm("1", frames, training), seen)
-        out = torch.stack([F.avg_pool2d(frame, 2) for frame in out])
-        out = torch.stack(
-            [F.conv2d(frame, self.w["4.weight"], self.w["4.bias"], padding=1) for frame in out]
-        )
-        out = self.neuron("6", self.norm("5", out, training), seen)
-        out = out.flatten(2) @ self.w["8.weight"].T + self.w["8.bias"]
+        frame = conv([x], self.w["0.weight"])
+        out = frame.expand(T, -1, -1, -1, -1)
+        out = self.norm("1", out, training)
+        out = self.neuron("2", out, seen)
+        out = conv(pool(out), self.w["4.weight"])
+        out = out + per_channel(self.w["4.bias"])
+        out = self.norm("5", out, training)
+        out = self.neuron("6", out, seen)
+        out = linear(out.flatten(2), self.w["8.weight"])
+        out = out + self.w["8.bias"]
         out = self.neuron("9", out, seen)
-        return (out @ self.w["10.weight"].T + self.w["10.bias"]).mean(0), seen
+        out = linear(out, self.w["10.weight"])
+        out = out + self.w["10.bias"]
+        return out.mean(0), seen
 
     def norm(self, name, x_seq, training):
-        w = {
-            part: self.w[f"{name}.{part}"]
-            for part in ("weight", "bias", "running_mean", "running_var")
-        }
-        mean, var = w["running_mean"], w["running_var"]
+        weight = self.w[f"{name}.weight"]
+        bias = self.w[f"{name}.bias"]
+        mean = self.w[f"{name}.running_mean"]
+        var = self.w[f"{name}.running_var"]
         if training:
-            dims, count = (0, 1, 3, 4), x_seq[:, :, 0].numel()
-            mean = x_seq.sum(dims) / count
-            var = (x_seq - mean[:, None, None]).square().sum(dims) / count
-            self.statistics.setdefault(name, (mean, var))  # of the clean images, which come first
-            with torch.no_grad():
-                self.w[f"{name}.running_mean"] = 0.9 * w["running_mean"] + 0.1 * mean
-                self.w[f"{name}.running_var"] = 0.9 * w["running_var"] + 0.1 * var * count / (
-                    count - 1
-                )
-                self.w[f"{name}.num_batches_tracked"] = self.w[f"{name}.num_batches_tracked"] + 1
-        scale = w["weight"] / (var + 1e-5).sqrt()
-        return (x_seq - mean[:, None, None]) * scale[:, None, None] + w["bias"][:, None, None]
+            mean, var = self.batch_statistics(name, x_seq)
+        scale = weight / (var + 1e-5).sqrt()
+        centred = x_seq - per_channel(mean)
+        return centred * per_channel(scale) + per_channel(bias)
+
+    def batch_statistics(self, name, x_seq):
+        """Mean and variance of a batch, which move the running ones."""
+        dims = (0, 1, 3, 4)
+        count = x_seq[:, :, 0].numel()
+        mean = x_seq.sum(dims) / count
+        squared = (x_seq - per_channel(mean)).square()
+        var = squared.sum(dims) / count
+        self.statistics.setdefault(name, (mean, var))  # of the clean images, which come first
+        with torch.no_grad():
+            unbiased = var * count / (count - 1)
+            self.move(f"{name}.running_mean", mean)
+            self.move(f"{name}.running_var", unbiased)
+            self.w[f"{name}.num_batches_tracked"] = self.w[f"{name}.num_batches_tracked"] + 1
+        return mean, var
+
+    def move(self, name, value):
+        self.w[name] = 0.9 * self.w[name] + 0.1 * value
 
     def neuron(self, name, x_seq, seen):
-        gain = self.w.get(f"{name}.input_gain", torch.full((T,), 1 / TAU, dtype=torch.float64))
-        h, spikes = potentials(x_seq, decay=DECAY, gain=gain)
-        seen[name] = {"x": x_seq, "s": spikes, "h": h, "gain": gain}
-        self.margin = min(self.margin, float((h - 1).abs().min().detach()))
-        return spikes
+        gain = self.gain_of(name)
+        h_seq, spike_seq = potentials(x_seq, decay=DECAY, gain=gain)
+        seen[name] = Seen(
+            x_seq=x_seq,
+            spike_seq=spike_seq,
+            h_seq=h_seq,
+            gain=gain,
+        )
+        self.note_margin(h_seq)
+        return spike_seq
+
+    def gain_of(self, name):
+        constant = torch.full((T,), 1 / TAU).double()
+        return self.w.get(f"{name}.input_gain", constant)
+
+    def note_margin(self, h):
+        """How near to the threshold any potential came."""
+        nearest = (h - 1).abs().min()
+        self.margin = min(self.margin, float(nearest.detach()))
 
     def lead(self, x, y, eps):
         """Upper bounds of every class's lead over the right one, with the batch statistics of the
         clean images.
         """
-        ends = [torch.stack([end] * T) for end in ((x - eps).clamp(0, 1), (x + eps).clamp(0, 1))]
-        ends = self.affine(ends, lambda z, w: F.conv2d(z, w, padding=1), "0")
-        ends = self.neuron_bounds("2", self.norm_bounds("1", ends))
-        ends = [torch.stack([F.avg_pool2d(frame, 2) for frame in end]) for end in ends]
-        ends = self.affine(ends, lambda z, w: F.conv2d(z, w, padding=1), "4")
-        ends = self.neuron_bounds("6", self.norm_bounds("5", ends))
-        ends = self.affine([end.flatten(2) for end in ends], lambda z, w: z @ w.T, "8")
-        lower, upper = self.neuron_bounds("9", ends)
-        weight, bias = self.w["10.weight"], self.w["10.bias"]
+        low = (x - eps).clamp(0, 1)
+        high = (x + eps).clamp(0, 1)
+        ends = Ends(low, high).map(repeated)
+        ends = self.affine(ends, conv, "0")
+        ends = self.norm_bounds("1", ends)
+        ends = self.neuron_bounds("2", ends)
+        ends = self.affine(ends.map(pool), conv, "4")
+        ends = self.norm_bounds("5", ends)
+        ends = self.neuron_bounds("6", ends)
+        ends = ends.map(lambda value: value.flatten(2))
+        ends = self.affine(ends, linear, "8")
+        ends = self.neuron_bounds("9", ends)
+        weight = self.w["10.weight"]
+        bias = self.w["10.bias"]
         over = weight[None] - weight[y][:, None]  # [N, classes, features]
-        middle, radius = ((upper + lower) / 2).mean(0), ((upper - lower) / 2).mean(0)
-        return (
-            (over @ middle[..., None] + over.abs() @ radius[..., None])[..., 0]
-            + bias
-            - bias[y][:, None]
-        )
+        middle = ends.middle.mean(0)[..., None]
+        radius = ends.radius.mean(0)[..., None]
+        lead = (over @ middle + over.abs() @ radius)[..., 0]
+        return lead + bias - bias[y][:, None]
 
     def affine(self, ends, function, name):
-        """Through a convolution or linear layer, frame by frame."""
-        weight, bias = self.w[f"{name}.weight"], self.w.get(f"{name}.bias")
-        middle, radius = (ends[0] + ends[1]) / 2, (ends[1] - ends[0]) / 2
-        middle = torch.stack([function(frame, weight) for frame in middle])
-        radius = torch.stack([function(frame, weight.abs()) for frame in radius])
+        """Through a convolution or linear layer."""
+        weight = self.w[f"{name}.weight"]
+        middle = function(ends.middle, weight)
+        radius = function(ends.radius, weight.abs())
+        bias = self.w.get(f"{name}.bias")
         if bias is not None:
-            middle = middle + (bias[:, None, None] if weight.ndim == 4 else bias)
-        return middle - radius, middle + radius
+            middle = middle + (per_channel(bias) if function is conv else bias)
+        return Ends(middle - radius, middle + radius)
 
     def norm_bounds(self, name, ends):
         mean, var = self.statistics[name]
-        scale = (self.w[f"{name}.weight"] / (var + 1e-5).sqrt())[:, None, None]
-        shift = self.w[f"{name}.bias"][:, None, None] - mean[:, None, None] * scale
-        moved = [end * scale + shift for end in ends]
-        return torch.minimum(*moved), torch.maximum(*moved)
+        scale = self.w[f"{name}.weight"] / (var + 1e-5).sqrt()
+        shift = self.w[f"{name}.bias"] - mean * scale
+        first = ends.low * per_channel(scale) + per_channel(shift)
+        second = ends.high * per_channel(scale) + per_channel(shift)
+        return Ends(torch.minimum(first, second), torch.maximum(first, second))
 
     def neuron_bounds(self, name, ends):
         """Hard reset to 0, which passes no gradient on."""
-        gain = self.w.get(f"{name}.input_gain", torch.full((T,), 1 / TAU, dtype=torch.float64))
-        low = high = torch.zeros_like(ends[0][0])
-        sure_seq, possible_seq = [], []
+        gain = self.gain_of(name)
+        low = torch.zeros_like(ends.low[0])
+        high = low
+        sure_seq = []
+        possible_seq = []
         for t in range(T):
-            currents = gain[t] * ends[0][t], gain[t] * ends[1][t]
-            h_low, h_high = (
-                DECAY * low + torch.minimum(*currents),
-                DECAY * high + torch.maximum(*currents),
-            )
-            sure_seq.append(Triangle.apply(h_low - 1))
-            possible_seq.append(Triangle.apply(h_high - 1))
-            self.margin = min(
-                self.margin, *(float((h - 1).abs().min().detach()) for h in (h_low, h_high))
-            )
-            sure, undecided = h_low >= 1, (h_low < 1) & (h_high >= 1)
-            zero = torch.zeros_like(h_low)
-            low = torch.where(sure, zero, torch.where(undecided, h_low.clamp(max=0), h_low))
-            high = torch.where(sure, zero, torch.where(undecided, h_high.clamp(0, 1), h_high))
-        return torch.stack(sure_seq), torch.stack(possible_seq)
+            first = gain[t] * ends.low[t]
+            second = gain[t] * ends.high[t]
+            h_low = DECAY * low + torch.minimum(first, second)
+            h_high = DECAY * high + torch.maximum(first, second)
+            self.note_margin(h_low)
+            self.note_margin(h_high)
+            sure_seq.append(fire(h_low))
+            possible_seq.append(fire(h_high))
+            sure = h_low >= 1
+            undecided = (h_high >= 1) & ~sure
+            low = torch.where(undecided, h_low.clamp(max=0), h_low)
+            high = torch.where(undecided, h_high.clamp(0, 1), h_high)
+            low = low.masked_fill(sure, 0)
+            high = high.masked_fill(sure, 0)
+        return Ends(torch.stack(sure_seq), torch.stack(possible_seq))
+
+
+def softmax(logits):
+    weights = logits.exp()
+    return weights / weights.sum(1, keepdim=True)
 
 
 def cross_entropy(logits, y):
-    return (logits.exp().sum(1).log() - logits[torch.arange(len(y)), y]).mean()
+    rows = torch.arange(len(y))
+    normaliser = logits.exp().sum(1).log()
+    losses = normaliser - logits[rows, y]
+    return losses.mean()
 
 
 def divergence(logits, logits_perturbed):
-    p, q = (z.exp() / z.exp().sum(1, keepdim=True) for z in (logits, logits_perturbed))
-    return (p * (p / q).log()).sum(1).mean()
+    p = softmax(logits)
+    q = softmax(logits_perturbed)
+    terms = p * (p / q).log()
+    return terms.sum(1).mean()
 
 
 def perturbed_images(mode, network, x, y, noise, *, eps, noise_std):
@@ -178,75 +287,108 @@ def perturbed_images(mode, network, x, y, noise, *, eps, noise_std):
         return None
     if mode == "gaussian":
         return x + eps * noise
-    clean = network.run(x, training=False)[0].detach()
+    start = x + noise_std * noise
     if mode in ("at", "rat", "certified"):
-        start, step, steps = x + noise_std * noise, eps, 1
+        step = eps
+        steps = 1
     elif mode == "pgd_at":
-        start, step, steps = (x + eps * (2 * noise - 1)).clamp(0, 1), eps / 4, 7
+        uniform = 2 * noise - 1
+        start = (x + eps * uniform).clamp(0, 1)
+        step = eps / 4
+        steps = 7
     else:
-        start, step, steps = x + noise_std * noise, eps / 4, 10
+        step = eps / 4
+        steps = 10
+    clean, _ = network.run(x, training=False)
     at = start
     for _ in range(steps):
         at = at.detach().requires_grad_()
         logits, _ = network.run(at, training=False)
-        goal = divergence(clean, logits) if mode == "trades" else cross_entropy(logits, y)
+        goal = cross_entropy(logits, y)
+        if mode == "trades":
+            goal = divergence(clean.detach(), logits)
         (grad,) = torch.autograd.grad(goal, at)
-        assert (
-            grad.abs()[grad != 0].min() > 1e-12
-        )  # a sign that rounding could turn would compare nothing
-        at = (at + step * grad.sign()).detach()
-        at = torch.minimum(torch.maximum(at, x - eps), x + eps).clamp(0, 1)
+        smallest = grad.abs()[grad != 0].min()
+        assert smallest > 1e-12  # a sign that rounding could turn would compare nothing
+        at = at.detach() + step * grad.sign()
+        at = torch.maximum(at, x - eps)
+        at = torch.minimum(at, x + eps)
+        at = at.clamp(0, 1)
     return at
 
 
 def perturbation(indicator, norm, clean, perturbed, *, input_gain):
     """MS-MPPD of one layer, or a distance of its spikes, with the clean run as a constant."""
     if indicator == "mppd":
-        eps, differences = 0.0, []
-        for t in range(T):
-            gain = clean["gain"][t] if input_gain or len(clean["gain"].unique()) == 1 else 1.0
-            eps = DECAY * eps + gain * (clean["x"][t].detach() - perturbed["x"][t])
-            differences.append(eps)
-        difference = torch.stack(differences)
+        difference = simplified(clean, perturbed, input_gain)
     else:
-        difference = clean["s"].detach() - perturbed["s"]
+        difference = clean.spike_seq.detach() - perturbed.spike_seq
         if indicator == "tasad":
             difference = difference.sum(0) / T
-    return (difference**2).mean() if norm == "l2" else difference.abs().mean()
+    if norm == "l2":
+        return (difference**2).mean()
+    return difference.abs().mean()
+
+
+def simplified(clean, perturbed, input_gain):
+    """The perturbation without reset; a fixed gain always counts."""
+    fixed = len(clean.gain.unique()) == 1
+    eps = 0.0
+    eps_seq = []
+    for t in range(T):
+        gain = clean.gain[t] if input_gain or fixed else 1.0
+        dx = clean.x_seq[t].detach() - perturbed.x_seq[t]
+        eps = DECAY * eps + gain * dx
+        eps_seq.append(eps)
+    return torch.stack(eps_seq)
 
 
 def guarded(seen, margin):
-    return (margin - (seen["h"] - 1).abs()).clamp(min=0).mean()
+    distance = (seen.h_seq - 1).abs()
+    return (margin - distance).clamp(min=0).mean()
 
 
-def sparsity(network, x, y, *, h, squared):
+class Sparsity:
     """Finite difference along the sign of the gradient of exp(z_y) / (exp(z_y) + exp(z_m)), in a
-    pass of its own.
+    pass of its own; ``logits`` and ``seen`` are those of the first pass.
     """
-    x = x.detach().requires_grad_()
-    logits, seen = network.run(x, training=True)
-    rows = torch.arange(len(y))
-    others = logits.detach().clone()
-    others[rows, y] = -torch.inf
-    m = others.argmax(1)
 
-    def probability(z):
-        return z[rows, y].exp() / (z[rows, y].exp() + z[rows, m].exp())
+    def __init__(self, network, x, y, *, h, squared):
+        self.network = network
+        self.x = x.detach()
+        self.y = y
+        self.h = h
+        self.squared = squared
+        images = x.detach().requires_grad_()
+        self.logits, self.seen = network.run(images, training=True)
+        self.rows = torch.arange(len(y))
+        others = self.logits.detach().clone()
+        others[self.rows, y] = -torch.inf
+        self.m = others.argmax(1)
+        self.before = self.probability(self.logits)
+        (grad,) = torch.autograd.grad(self.before.sum(), images, retain_graph=True)
+        self.direction = grad.sign()
 
-    f = probability(logits)
-    (grad,) = torch.autograd.grad(f.sum(), x, retain_graph=True)
+    def probability(self, logits):
+        right = logits[self.rows, self.y].exp()
+        wrong = logits[self.rows, self.m].exp()
+        return right / (right + wrong)
 
-    def penalty():
-        slope = (probability(network.run(x.detach() + h * grad.sign(), training=True)[0]) - f) / h
-        return (slope**2).mean() if squared else slope.abs().mean()
-
-    return logits, seen, penalty
+    def penalty(self):
+        moved = self.x + self.h * self.direction
+        logits, _ = self.network.run(moved, training=True)
+        slope = (self.probability(logits) - self.before) / self.h
+        if self.squared:
+            return (slope**2).mean()
+        return slope.abs().mean()
 
 
 def retracted(weight, beta, rows=None):
     """(1 + beta) W - beta W W^T W on the chosen rows of the matrix [out, everything else]."""
     matrix = weight.reshape(len(weight), -1).clone()
-    rows = torch.arange(len(matrix)) if rows is None else rows
+    if rows is None:
+        rows = torch.arange(len(matrix))
     part = matrix[rows]
-    matrix[rows] = (1 + beta) * part - beta * torch.einsum("ik,jk,jl->il", part, part, part)
+    cubed = part @ part.T @ part
+    matrix[rows] = (1 + beta) * part - beta * cubed
     return matrix.reshape(weight.shape)

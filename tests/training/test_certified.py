@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from spikingjelly.activation_based import functional, layer
 from torch import nn
+from torch.testing import assert_close
 from training import small_run
 from training.small_run import At, PowerCutError, power_cut
 
@@ -29,7 +30,12 @@ from sj_robust.training import (
 
 EPS = 0.05
 CERTIFIED = {
-    "objective": {"loss": "certified", "certified_eps": EPS, "kappa": 0.2, "rho": 0.0},
+    "objective": {
+        "loss": "certified",
+        "certified_eps": EPS,
+        "kappa": 0.2,
+        "rho": 0.0,
+    },
     "select": "verified",
     "verified_eps": EPS,
     "perturb": None,
@@ -43,15 +49,24 @@ class Attention(nn.Module):
 
 def unbounded():
     net = nn.Sequential(
-        layer.Flatten(), layer.Linear(16, 9), layer.Linear(9, 9), DLIFNode(T=3), layer.Linear(9, 3)
+        layer.Flatten(),
+        layer.Linear(16, 9),
+        nn.Sequential(
+            nn.Unflatten(2, (3, 3)),
+            Attention(),
+            nn.Flatten(2),
+        ),
+        DLIFNode(T=3),
+        layer.Linear(9, 3),
     )
-    net[2] = nn.Sequential(nn.Unflatten(2, (3, 3)), Attention(), nn.Flatten(2))
     functional.set_step_mode(net, "m")
     return net
 
 
 def test_radius_and_weight_rise_and_the_epoch_is_chosen_by_what_is_verified(tmp_path, monkeypatch):
-    made, ramps, bounded = [], [], []
+    made = []
+    ramps = []
+    bounded = []
 
     class Watching(Journal):
         def on_step(self, losses):
@@ -68,81 +83,91 @@ def test_radius_and_weight_rise_and_the_epoch_is_chosen_by_what_is_verified(tmp_
         tmp_path, **CERTIFIED, epochs=12, lr=0.05, journal=Watching(tmp_path)
     )
     steps = torch.arange(48) / 48
-    torch.testing.assert_close(
-        torch.tensor(ramps), ((steps - 0.05) / 0.6).clamp(0, 1), atol=1e-6, rtol=0
-    )
+    expected = ((steps - 0.05) / 0.6).clamp(0, 1)
+    assert_close(torch.tensor(ramps), expected, atol=1e-6, rtol=0)
     assert [value > 0 for value in bounded] == [ramp > 0 for ramp in ramps]
-    verified = [record.validation["verified"] for record in history]
-    assert verified[-1] > verified[0] + 0.3
-    assert (
-        load_checkpoint(tmp_path / "best.pt")["epoch"]
-        == max(range(12), key=lambda epoch: verified[epoch]) + 1
-    )
+    first = history[0].validation["verified"]
+    last = history[-1].validation["verified"]
+    assert last > first + 0.3
+    best = max(history, key=lambda record: record.validation["verified"])
+    assert load_checkpoint(tmp_path / "best.pt")["epoch"] == best.epoch
     x, y = small_run.splits().validation.tensors
-    assert verify(classifier.eval(), x, y, EPS).accuracy == pytest.approx(verified[-1])
+    assert verify(classifier.eval(), x, y, EPS).accuracy == pytest.approx(last)
     text = (tmp_path / "log.txt").read_text()
     assert re.search(r"epoch 12/12: loss [^;]*certified \d[^;]*; validation [^;]*verified \d", text)
 
 
 @pytest.mark.parametrize("call", [3, 6])
 def test_a_run_that_was_cut_off_ends_at_the_same_weights(tmp_path, call):
-    options = CERTIFIED | {
+    options = {
         "objective": CERTIFIED["objective"] | {"rho": 1.0},
+        "select": "verified",
+        "verified_eps": EPS,
         "epochs": 2,
         "checkpoint_steps": 1,
     }
-    small_run.run(tmp_path / "whole", **options | {"perturb": small_run.ATTACK})
+    small_run.run(tmp_path / "whole", **options)
     with pytest.raises(PowerCutError):
-        small_run.run(tmp_path / "cut", **options | {"perturb": At(call, power_cut)})
-    small_run.run(tmp_path / "cut", **options | {"perturb": small_run.ATTACK}, resume=True)
-    one, other = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "cut"))
-    assert one["history"] == other["history"]
-    assert one["history"][-1]["losses"]["mppd"] > 0
-    assert all(torch.equal(value, other["model"][name]) for name, value in one["model"].items())
+        small_run.run(tmp_path / "cut", **options, perturb=At(call, power_cut))
+    small_run.run(tmp_path / "cut", **options, resume=True)
+    whole = load_checkpoint(tmp_path / "whole" / "last.pt")
+    cut = load_checkpoint(tmp_path / "cut" / "last.pt")
+    assert cut["history"] == whole["history"]
+    assert whole["history"][-1]["losses"]["mppd"] > 0
+    assert_close(cut["model"], whole["model"], rtol=0, atol=0)
+
+
+def certified(net=None, **options):
+    """The objective of certified training."""
+    classifier = SpikingClassifier(net or small_run.Net(0.0), T=3)
+    return Objective(classifier, **CERTIFIED["objective"] | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"certified_eps": -0.1}, r"must be in \[0, 1\], got -0.1; .* such as 8/255"),
+        ({"certified_eps": float("nan")}, r"certified_eps must be in \[0, 1\], got nan"),
+        ({"certified_eps": None}, "belongs to loss 'certified'.*give both or neither"),
+        ({"loss": "paper"}, "certified_eps belongs to loss 'certified'"),
+    ],
+)
+def test_wrong_options_of_the_objective(options, message):
+    with pytest.raises(ValueError, match=message):
+        certified(**options)
+
+
+def check(objective, accelerator=None, **options):
+    """What a training looks at before it starts."""
+    plan = TrainingPlan(epochs=1, batch_size=16, **options)
+    check_training(objective, small_run.splits(), plan, accelerator or Accelerator(cpu=True))
 
 
 def test_what_it_cannot_train_is_refused_before_it_starts():
-    def certified(build=None, **options):
-        classifier = SpikingClassifier(small_run.Net(0.0) if build is None else build(), T=3)
-        return Objective(classifier, **CERTIFIED["objective"] | options)
-
-    for options, message in (
-        ({"certified_eps": -0.1}, r"certified_eps must be in \[0, 1\], got -0.1; .* such as 8/255"),
-        ({"certified_eps": float("nan")}, r"certified_eps must be in \[0, 1\], got nan"),
-        (
-            {"certified_eps": None},
-            "certified_eps belongs to loss 'certified'.*give both or neither",
-        ),
-        ({"loss": "paper"}, "certified_eps belongs to loss 'certified'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            certified(**options)
     with pytest.raises(ValueError, match="select 'verified' needs verified_eps"):
         TrainingPlan(epochs=1, select="verified")
-    plan = TrainingPlan(epochs=1, select="verified", verified_eps=EPS, batch_size=16)
-    with pytest.raises(
-        ValueError,
-        match=r"no bounds are known for the operation matmul in or behind 2.1 .Attention.",
-    ):
-        check_training(certified(unbounded), small_run.splits(), plan, Accelerator(cpu=True))
-    compiled = TrainingPlan(epochs=1, compile=True, batch_size=16)
+    message = r"no bounds are known for the operation matmul in or behind 2.1 .Attention."
+    with pytest.raises(ValueError, match=message):
+        check(certified(unbounded()), select="verified", verified_eps=EPS)
     with pytest.raises(ValueError, match="compile must be False for certified training"):
-        check_training(certified(), small_run.splits(), compiled, Accelerator(cpu=True))
+        check(certified(), compile=True)
     AcceleratorState._reset_state(True)
-    with pytest.raises(
-        ValueError, match=r"mixed_precision must be no for certified training, got bf16: rounding"
-    ):
-        check_training(
-            certified(), small_run.splits(), plan, Accelerator(cpu=True, mixed_precision="bf16")
-        )
+    half = Accelerator(cpu=True, mixed_precision="bf16")
+    message = "mixed_precision must be no for certified training, got bf16: rounding"
+    with pytest.raises(ValueError, match=message):
+        check(certified(), half)
 
 
 def test_adam_takes_its_own_step(tmp_path):
-    small_run.run(tmp_path, perturb=None, epochs=1, optimizer="adam", lr=1e-3)
-    assert load_checkpoint(tmp_path / "last.pt")["optimizer"]["param_groups"][0]["betas"] == (
-        0.9,
-        0.999,
+    small_run.run(
+        tmp_path,
+        perturb=None,
+        epochs=1,
+        optimizer="adam",
+        lr=1e-3,
     )
+    (group,) = load_checkpoint(tmp_path / "last.pt")["optimizer"]["param_groups"]
+    assert group["betas"] == (0.9, 0.999)
     with pytest.raises(ValueError, match="optimizer must be 'sgd' or 'adam', got 'lion'"):
         TrainingPlan(epochs=1, optimizer="lion")
 

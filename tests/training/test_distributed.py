@@ -6,6 +6,7 @@ import launch
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 from training import small_run
 
 from sj_robust import SpikingClassifier
@@ -24,57 +25,67 @@ def several_validation_batches(monkeypatch):
 def two(tmp_path_factory):
     """Folder that two processes have worked in."""
     folder = tmp_path_factory.mktemp("two")
+    attack = small_run.At(7, small_run.power_cut)
     with pytest.raises(small_run.PowerCutError):
-        small_run.run(
-            folder / "one_to_two", **small_run.CUT, perturb=small_run.At(7, small_run.power_cut)
-        )
+        small_run.run(folder / "one_to_two", **small_run.CUT, perturb=attack)
     result = launch.script(small_run.__file__, folder)
-    assert result.stdout.split() == ["0", "0"], result.stderr
+    exit_codes = result.stdout.split()
+    assert exit_codes == ["0", "0"], result.stderr
     return folder
 
 
-def assert_close(one, two):
-    torch.testing.assert_close(two["model"], one["model"], rtol=1e-9, atol=1e-11)
+def last(folder):
+    return load_checkpoint(folder / "last.pt")
+
+
+def assert_same_training(one, two):
+    assert_close(two["model"], one["model"], rtol=1e-9, atol=1e-11)
     for record, other in zip(one["history"], two["history"], strict=True):
         assert record["validation"] == other["validation"]
-        assert record["losses"] == pytest.approx(other["losses"], rel=1e-9)
+        losses = pytest.approx(other["losses"], rel=1e-9)
+        assert record["losses"] == losses
 
 
-@pytest.mark.parametrize("name", [name for name in small_run.SCENARIOS if name != "apart"])
+COMPARED = [name for name in small_run.SCENARIOS if name != "apart"]
+
+
+@pytest.mark.parametrize("name", COMPARED)
 def test_two_processes_train_the_same_weights_as_one(two, tmp_path, name):
-    small_run.run(tmp_path / name, **small_run.SCENARIOS[name])
-    one, other = (load_checkpoint(folder / name / "last.pt") for folder in (tmp_path, two))
-    assert (len(one["random"]), len(other["random"])) == (1, 2)
-    assert_close(one, other)
+    small_run.run(tmp_path, **small_run.SCENARIOS[name])
+    one = last(tmp_path)
+    other = last(two / name)
+    assert len(one["random"]) == 1
+    assert len(other["random"]) == 2
+    assert_same_training(one, other)
 
 
 def test_statistics_of_each_process_alone_train_other_weights(two):
     """So the comparison above would see it if batch norm were not synchronised."""
-    apart, together = (
-        load_checkpoint(two / name / "last.pt")["model"] for name in ("apart", "synchronised")
-    )
-    assert (apart["net.1.running_var"] - together["net.1.running_var"]).abs().max() > 1e-4
+    apart = last(two / "apart")["model"]
+    together = last(two / "synchronised")["model"]
+    difference = apart["net.1.running_var"] - together["net.1.running_var"]
+    assert difference.abs().max() > 1e-4
     assert apart.keys() == together.keys()
 
 
 def test_a_run_continues_on_another_number_of_processes(two, tmp_path):
-    small_run.run(tmp_path / "whole", **small_run.CUT)
-    whole = load_checkpoint(tmp_path / "whole" / "last.pt")
-    assert (
-        load_checkpoint(two / "two_to_one" / "last.pt")["batch"] == 2
-    )  # in the middle of an epoch
+    small_run.run(tmp_path, **small_run.CUT)
+    whole = last(tmp_path)
+    assert last(two / "two_to_one")["batch"] == 2  # in the middle of an epoch
     small_run.run(two / "two_to_one", **small_run.CUT, resume=True)
-    for name in ("one_to_two", "two_to_one"):
-        assert_close(whole, load_checkpoint(two / name / "last.pt"))
+    assert_same_training(whole, last(two / "two_to_one"))
+    assert_same_training(whole, last(two / "one_to_two"))
 
 
 def test_one_process_needs_no_synchronisation(tmp_path):
     options = small_run.SCENARIOS["apart"]
     small_run.run(tmp_path / "a", **options)
     _, classifier = small_run.run(tmp_path / "b", **options, sync_batch_norm=True)
-    one, other = (load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("a", "b"))
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
-    assert type(classifier.net[1]) is type(small_run.batch_norm_net()[1])
+    plain = last(tmp_path / "a")["model"]
+    synchronised = last(tmp_path / "b")["model"]
+    assert_close(synchronised, plain, rtol=0, atol=0)
+    usual = small_run.batch_norm_net()
+    assert type(classifier.net[1]) is type(usual[1])
 
 
 def test_a_synchronised_network_is_itself_again():
@@ -97,33 +108,26 @@ def test_what_cannot_be_trained_on_several_devices(tmp_path, monkeypatch):
         classifier.net = nn.DataParallel(classifier.net)
         return classifier
 
+    message = r"classifier.net is wrapped in DataParallel.*torchrun or accelerate launch"
     with monkeypatch.context() as patch:
         patch.setattr(small_run, "SpikingClassifier", wrapped_later)
-        with pytest.raises(
-            ValueError,
-            match=r"classifier.net is wrapped in DataParallel.*torchrun or accelerate launch",
-        ):
+        with pytest.raises(ValueError, match=message):
             small_run.run(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"multiple of processes \* accumulate = 1 \* 3, got 16; 18 is one"
-    ):
+    message = r"multiple of processes \* accumulate = 1 \* 3, got 16; 18 is one"
+    with pytest.raises(ValueError, match=message):
         small_run.run(tmp_path, accumulate=3)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     with pytest.raises(ValueError, match="gradient_accumulation_steps 1, got 2; set accumulate"):
         small_run.run(tmp_path)
 
 
-def test_gradients_of_parts_are_averaged(tmp_path):
+@pytest.mark.parametrize("parts", [2, 4])
+def test_gradients_of_parts_are_averaged(tmp_path, parts):
     """Without batch norm, parts are the whole, in whatever number."""
-    whole, _ = small_run.run(tmp_path / "whole", dtype=torch.float64, epochs=1)
-    for parts in (2, 4):
-        history, _ = small_run.run(
-            tmp_path / str(parts), dtype=torch.float64, epochs=1, accumulate=parts
-        )
-        assert history[-1].losses == pytest.approx(whole[-1].losses, rel=1e-9)
-        assert_close(
-            *(load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", str(parts)))
-        )
+    options = {"dtype": torch.float64, "epochs": 1}
+    small_run.run(tmp_path / "whole", **options)
+    small_run.run(tmp_path / "parts", **options, accumulate=parts)
+    assert_same_training(last(tmp_path / "whole"), last(tmp_path / "parts"))
 
 
 def test_what_stops_one_process_stops_both_at_the_same_step_and_only_the_first_one_writes(two):
@@ -131,6 +135,7 @@ def test_what_stops_one_process_stops_both_at_the_same_step_and_only_the_first_o
     its first step.
     """
     assert not list((two / "nan").iterdir())
-    assert load_checkpoint(two / "signal" / "last.pt")["batch"] == 1
+    assert last(two / "signal")["batch"] == 1
     assert not list(two.rglob("*.tmp"))
-    assert {path.name for path in (two / "attack").iterdir()} == {"last.pt", "best.pt"}
+    left = [path.name for path in (two / "attack").iterdir()]
+    assert sorted(left) == ["best.pt", "last.pt"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.testing import assert_close
 from torch.utils.data import TensorDataset
 from training import small_run
 from training.small_run import At, PowerCutError, power_cut
@@ -39,22 +40,34 @@ def weights(folder, name="last.pt"):
     return load_checkpoint(Path(folder) / name)["model"]
 
 
-assert_same = partial(torch.testing.assert_close, rtol=0, atol=0)
+assert_same = partial(assert_close, rtol=0, atol=0)
 
 
 def test_it_learns_and_leaves_what_it_promises(tmp_path):
     history, classifier = small_run.run(tmp_path, epochs=6)
     assert [record.epoch for record in history] == [1, 2, 3, 4, 5, 6]
-    assert history[-1].losses["clean"] < history[0].losses["clean"] / 5
-    assert history[-1].validation["pgd"] > 0.9
-    assert [record.lr for record in history] == sorted(
-        (record.lr for record in history), reverse=True
-    )
+    first = history[0]
+    last = history[-1]
+    assert last.losses["clean"] < first.losses["clean"] / 5
+    assert last.validation["pgd"] > 0.9
+    rates = [record.lr for record in history]
+    assert rates == sorted(rates, reverse=True)
     assert_same(weights(tmp_path), dict(classifier.state_dict()))
-    best = max(range(6), key=lambda epoch: history[epoch].validation["pgd"])
-    assert load_checkpoint(tmp_path / "best.pt")["epoch"] == best + 1
+    best = max(history, key=lambda record: record.validation["pgd"])
+    assert load_checkpoint(tmp_path / "best.pt")["epoch"] == best.epoch
     with pytest.raises(ValueError, match=r"other options \(plan\.lr: .*, 0\.3 now\)"):
         small_run.run(tmp_path, epochs=6, lr=0.3, resume=True)
+
+
+def logged_beginning(folder, precision):
+    """The log of a run on one processor, before its first epoch."""
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"),
+        mixed_precision=precision,
+        num_processes=1,
+    )
+    Journal(folder).begin({}, {}, accelerator)
+    return (folder / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(
@@ -65,54 +78,59 @@ def test_the_log_recommends_bfloat16_where_the_processor_multiplies_it(
     tmp_path, monkeypatch, units, precision, named
 ):
     monkeypatch.setattr(journal, "bfloat16_units", lambda: units)
-    accelerator = SimpleNamespace(
-        device=torch.device("cpu"), mixed_precision=precision, num_processes=1
-    )
-    Journal(tmp_path).begin({}, {}, accelerator)
-    assert ("--mixed-precision bf16" in (tmp_path / "log.txt").read_text()) == named
+    assert ("--mixed-precision bf16" in logged_beginning(tmp_path, precision)) == named
+
+
+def back_propagate(classifier, data):
+    """Gradients of the loss of one whole batch."""
+    x, y = data.train.tensors
+    classifier.zero_grad()
+    logits = classifier.train()(x)
+    torch.nn.functional.cross_entropy(logits, y).backward()
 
 
 def test_the_first_step_is_sgd_with_weight_decay_on_every_parameter_also_the_gain(tmp_path):
-    data = small_run.splits(16)
-    _, classifier = small_run.run(
-        tmp_path / "a", data=data, epochs=1, perturb=None, weight_decay=0.3
-    )
-    _, start = small_run.run(tmp_path / "b", data=data, epochs=1, perturb=None, lr=1e-30)
-    x, y = data.train.tensors
-    start.zero_grad()
-    torch.nn.functional.cross_entropy(start.train()(x), y).backward()
-    after = dict(classifier.named_parameters())
-    assert any(isinstance(module, DLIFNode) for module in start.modules())
+    options = {"data": small_run.splits(16), "epochs": 1, "perturb": None}
+    _, classifier = small_run.run(tmp_path / "a", weight_decay=0.3, **options)
+    _, start = small_run.run(tmp_path / "b", lr=1e-30, **options)
+    back_propagate(start, options["data"])
+    assert "net.parts.1.input_gain" in dict(start.named_parameters())
     for name, value in start.named_parameters():
-        torch.testing.assert_close(
-            after[name], value - 0.1 * (value.grad + 0.3 * value), rtol=1e-5, atol=1e-6
-        )
-    assert load_checkpoint(tmp_path / "a" / "last.pt")["optimizer"]["param_groups"][0]["fused"]
+        expected = value - 0.1 * (value.grad + 0.3 * value)
+        assert_close(classifier.get_parameter(name), expected, rtol=1e-5, atol=1e-6)
+    saved = load_checkpoint(tmp_path / "a" / "last.pt")
+    (group,) = saved["optimizer"]["param_groups"]
+    assert group["fused"]
 
 
 @pytest.mark.parametrize("momentum", [0.9, 0.5])
 def test_a_second_step_has_momentum_and_the_cosine_learning_rate(tmp_path, momentum):
     data = small_run.splits(16, torch.float64)
-    options = {"data": data, "dtype": torch.float64, "perturb": None, "momentum": momentum}
+    options = {
+        "data": data,
+        "dtype": torch.float64,
+        "perturb": None,
+        "momentum": momentum,
+    }
     _, trained = small_run.run(tmp_path / "a", epochs=2, weight_decay=0.3, **options)
     _, by_hand = small_run.run(tmp_path / "b", epochs=1, lr=1e-30, **options)
-    x, y = data.train.tensors
     velocity = {name: torch.zeros_like(value) for name, value in by_hand.named_parameters()}
     for lr in (0.1, 0.05):
-        by_hand.zero_grad()
-        torch.nn.functional.cross_entropy(by_hand.train()(x), y).backward()
+        back_propagate(by_hand, data)
         for name, value in by_hand.named_parameters():
-            velocity[name] = momentum * velocity[name] + value.grad + 0.3 * value.detach()
+            decayed = value.grad + 0.3 * value.detach()
+            velocity[name] = momentum * velocity[name] + decayed
             value.data -= lr * velocity[name]
     for name, value in by_hand.named_parameters():
-        torch.testing.assert_close(trained.get_parameter(name), value, rtol=1e-9, atol=1e-12)
+        assert_close(trained.get_parameter(name), value, rtol=1e-9, atol=1e-12)
 
 
 def test_a_step_ends_with_the_retraction_of_the_plan(tmp_path):
     one_step = {"data": small_run.splits(16), "epochs": 1, "perturb": None}
     _, retracted = small_run.run(tmp_path / "a", **one_step, retraction=0.05)
     _, plain = small_run.run(tmp_path / "b", **one_step)
-    assert not torch.equal(retracted.net.parts[0].weight, plain.net.parts[0].weight)
+    first = retracted.net.parts[0].weight
+    assert not torch.equal(first, plain.net.parts[0].weight)
     retract_(plain, 0.05)  # all rows, since no layer has 200 of them
     assert_same(dict(retracted.state_dict()), dict(plain.state_dict()))
 
@@ -137,49 +155,62 @@ def test_a_run_that_began_before_there_were_stages_goes_on(tmp_path):
     path = tmp_path / "last.pt"
     content = load_checkpoint(path)
     plain = plain_names(SpikingClassifier(build(), T=3))
-    before = {plain[key]: value for key, value in content["model"].items()}
-    of_the_file = {"format", "version"}
-    kept = {name: value for name, value in content.items() if name not in of_the_file}
-    save_checkpoint(path, kept | {"model": before})
-    assert before.keys() != content["model"].keys()
+    saved = content["model"]
+    before = {plain[name]: value for name, value in saved.items()}
+    assert before.keys() != saved.keys()
+    content["model"] = before
+    del content["format"]
+    del content["version"]
+    save_checkpoint(path, content)
     _, classifier = small_run.run(tmp_path, epochs=1, build=build, resume=True)
-    assert_same(dict(classifier.state_dict()), content["model"])
+    assert_same(dict(classifier.state_dict()), saved)
 
 
 def test_the_noise_of_a_step_does_not_depend_on_what_ran_before(tmp_path):
-    seen = {3: [], 4: []}
-    for seed, seeds in seen.items():
+    def seeds_of(seed):
+        seeds = []
 
-        def attack(model, x, y, *, generator, seeds=seeds):
+        def attack(model, x, y, *, generator):
             seeds.extend(generator.seeds)
             return x
 
         small_run.run(tmp_path / str(seed), perturb=attack, seed=seed)
-    assert len(set(seen[3])) == len(seen[3]) == 3 * 64
-    assert not set(seen[3]) & set(seen[4])
+        assert len(seeds) == 3 * 64
+        return set(seeds)
+
+    seeds = seeds_of(3)
+    assert len(seeds) == 3 * 64
+    assert seeds.isdisjoint(seeds_of(4))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_and_leaves_a_checkpoint(tmp_path, whole, number):
     before = signal.getsignal(number)
+
+    def stop(*_):
+        os.kill(os.getpid(), number)
+
     with pytest.raises(TrainingInterrupted, match="--resume") as error:
-        small_run.run(tmp_path, dropout=0.3, perturb=At(6, lambda *_: os.kill(os.getpid(), number)))
+        small_run.run(tmp_path, dropout=0.3, perturb=At(6, stop))
     assert error.value.signal_number == number
     assert signal.getsignal(number) is before
     content = load_checkpoint(tmp_path / "last.pt")
-    assert (content["epoch"], content["batch"]) == (1, 2)
+    assert content["epoch"] == 1
+    assert content["batch"] == 2
     history, _ = small_run.run(tmp_path, dropout=0.3, resume=True)
     assert history == whole.history
     assert_same(whole.weights["last.pt"], weights(tmp_path))
 
 
 def test_ctrl_c_during_the_last_validation_is_not_lost(tmp_path):
+    stopped = []
+
     def attack(model, x, y, *, generator):
         if not stopped:
-            stopped.append(signal.raise_signal(signal.SIGINT))
+            stopped.append(True)
+            signal.raise_signal(signal.SIGINT)
         return x
 
-    stopped = []
     with pytest.raises(TrainingInterrupted, match="continues with --resume"):
         small_run.run(tmp_path, epochs=1, attacks={"fgsm": attack, "pgd": attack})
     assert load_checkpoint(tmp_path / "last.pt")["epoch"] == 1
@@ -203,15 +234,12 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
 def test_a_run_stopped_in_validation_resumes_with_that_validation(tmp_path, monkeypatch):
     """The process that resumes has trained no batch when its first epoch ends."""
     options = {"epochs": 3, "checkpoint_steps": 4}
+    cut = {"fgsm": small_run.VALIDATION["fgsm"], "pgd": power_cut}
     with pytest.raises(PowerCutError):
-        small_run.run(
-            tmp_path,
-            **options,
-            attacks=small_run.VALIDATION | {"pgd": lambda *_, **__: power_cut()},
-        )
+        small_run.run(tmp_path, **options, attacks=cut)
     assert load_checkpoint(tmp_path / "last.pt")["batch"] == 4
-    clock = SimpleNamespace(now=0.0, strftime=time.strftime)
-    clock.monotonic = lambda: clock.now
+    clock = Clock()
+    monkeypatch.setattr(journal, "time", clock)
 
     class Timed(Journal):
         def on_step(self, losses):
@@ -222,19 +250,32 @@ def test_a_run_stopped_in_validation_resumes_with_that_validation(tmp_path, monk
         clock.now += 2
         return x
 
-    monkeypatch.setattr(journal, "time", clock)
-    attacks = small_run.VALIDATION | {"pgd": timed}
     history, _ = small_run.run(
-        tmp_path, **options, resume=True, attacks=attacks, journal=Timed(tmp_path)
+        tmp_path,
+        **options,
+        resume=True,
+        attacks={"fgsm": small_run.VALIDATION["fgsm"], "pgd": timed},
+        journal=Timed(tmp_path),
     )
-    lines = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "epoch" in line]
-    assert "left" not in lines[0]
-    assert "images/s" not in lines[0]
+    assert len(history) == 3
+    log = (tmp_path / "log.txt").read_text()
+    first, second, third = [line for line in log.splitlines() if "epoch" in line]
+    assert "left" not in first
+    assert "images/s" not in first
     # 2 s of validation, then an epoch of 4 steps of 16 images and another validation, with one more
     # to go
-    assert lines[1].endswith("; 4 images/s; 20 s left")
-    assert lines[2].endswith("; 4 images/s; 0 s left")
-    assert len(history) == 3
+    assert second.endswith("; 4 images/s; 20 s left")
+    assert third.endswith("; 4 images/s; 0 s left")
+
+
+class Clock:
+    """In place of the module time."""
+
+    now = 0.0
+    strftime = staticmethod(time.strftime)
+
+    def monotonic(self):
+        return self.now
 
 
 @pytest.mark.parametrize("single_step_attack", [True, False])
@@ -247,10 +288,18 @@ def test_overfitting_is_looked_for_only_where_a_single_step_attack_trains(
         calls.append(len(calls))
         return x if len(calls) == 1 else 1 - x  # harmless in the first epoch, fatal afterwards
 
-    attacks = {"fgsm": lambda model, x, y, *, generator: x, "pgd": pgd}
-    options = {"epochs": 6, "attacks": attacks, "single_step_attack": single_step_attack}
-    small_run.run(tmp_path, **options, journal=Journal(tmp_path))
-    assert ("catastrophic overfitting" in (tmp_path / "log.txt").read_text()) == single_step_attack
+    def fgsm(model, x, y, *, generator):
+        return x
+
+    small_run.run(
+        tmp_path,
+        epochs=6,
+        attacks={"fgsm": fgsm, "pgd": pgd},
+        single_step_attack=single_step_attack,
+        journal=Journal(tmp_path),
+    )
+    log = (tmp_path / "log.txt").read_text()
+    assert ("catastrophic overfitting" in log) == single_step_attack
 
 
 @pytest.mark.parametrize("step", [6, 8])  # within an epoch, and its last
@@ -264,15 +313,25 @@ def test_broken_weights_never_reach_a_checkpoint(tmp_path, step):
     class Breaking(Journal):
         def on_step(self, losses):
             if len(models) == step:
-                next(models[0].parameters()).data[0] = float("nan")
+                weight = next(models[0].parameters())
+                weight.data[0] = float("nan")
 
-    with pytest.raises(
-        NonFiniteLossError, match=r"net.parts.0.weight holds NaN .* epoch 2.* is intact"
-    ):
+    message = r"net.parts.0.weight holds NaN .* epoch 2.* is intact"
+    with pytest.raises(NonFiniteLossError, match=message):
         small_run.run(tmp_path, perturb=attack, journal=Breaking(None), checkpoint_steps=2)
     content = load_checkpoint(tmp_path / "last.pt")
-    assert (content["epoch"], content["batch"]) == (1, 0 if step == 6 else 2)
-    assert not load_checkpoint(tmp_path / "best.pt")["model"]["net.parts.0.weight"].isnan().any()
+    assert content["epoch"] == 1
+    assert content["batch"] == (0 if step == 6 else 2)
+    best = weights(tmp_path, "best.pt")
+    assert not best["net.parts.0.weight"].isnan().any()
+
+
+def two_classes():
+    return nn.Sequential(
+        nn.Flatten(2),
+        nn.Linear(16, 2),
+        DLIFNode(T=3, tau=4.0),
+    )
 
 
 @pytest.mark.parametrize(
@@ -284,14 +343,7 @@ def test_broken_weights_never_reach_a_checkpoint(tmp_path, step):
         ({"retraction": -1e-3}, "retraction must be >= 0"),
         ({"weight_decay": -1e-3}, "weight_decay must be >= 0"),
         ({"momentum": 1.0}, "momentum must be in"),
-        (
-            {
-                "build": lambda: nn.Sequential(
-                    nn.Flatten(2), nn.Linear(16, 2), DLIFNode(T=3, tau=4.0)
-                )
-            },
-            "logit for each of the 3 classes, got 2",
-        ),
+        ({"build": two_classes}, "logit for each of the 3 classes, got 2"),
     ],
 )
 def test_wrong_use(tmp_path, options, message):
@@ -312,31 +364,30 @@ def test_wrong_use(tmp_path, options, message):
 )
 def test_a_step_of_a_mode_makes_no_needless_pass(tmp_path, mode, training, crafting):
     """The one pass of trades beyond its steps is the clean prediction."""
-    passes, steps = [], []
+    passes = []
+    steps = []
 
     class Watching(Journal):
         def on_step(self, losses):
-            steps.append((passes.count(True), passes.count(False)))
+            steps.append((passes.count("training"), passes.count("crafting")))
             passes.clear()
+
+    def note(module, args):
+        passes.append("training" if module.training else "crafting")
 
     def build():
         net = small_run.Net(0.0)
-        net.register_forward_pre_hook(lambda module, args: passes.append(module.training))
+        net.register_forward_pre_hook(note)
         return net
 
     chosen = MODES[mode]
-    objective = {
-        "loss": chosen.loss,
-        "kappa": chosen.kappa,
-        "rho": 0.0 if mode == "none" else chosen.rho,
-    }
-    perturb = training_attack(mode, eps=0.1)
+    rho = 0.0 if mode == "none" else chosen.rho
     small_run.run(
         tmp_path,
         epochs=1,
         build=build,
-        objective=objective,
-        perturb=perturb,
+        objective={"loss": chosen.loss, "kappa": chosen.kappa, "rho": rho},
+        perturb=training_attack(mode, eps=0.1),
         journal=Watching(None),
     )
     assert steps[1:] == [(training, crafting)] * 3
@@ -346,12 +397,11 @@ def tracing(test):
     """While torch traces, it looks at gradients of tensors that have none, and makes objects of its
     own functions.
     """
-    for warning in (
-        "The .grad attribute:UserWarning",
-        ".*should not be instantiated:DeprecationWarning",
-    ):
-        test = pytest.mark.filterwarnings(f"ignore:{warning}")(test)
-    return test
+    ignore = pytest.mark.filterwarnings(
+        "ignore:The .grad attribute:UserWarning",
+        "ignore:.*should not be instantiated:DeprecationWarning",
+    )
+    return ignore(test)
 
 
 @pytest.mark.slow
@@ -369,7 +419,7 @@ def test_a_compiled_network_trains_the_same_weights(tmp_path, monkeypatch):
     history, classifier = small_run.run(tmp_path / "compiled", epochs=1, data=data, compile=True)
     assert calls
     assert history[0].losses == pytest.approx(plain[0].losses, rel=1e-5)
-    torch.testing.assert_close(weights(tmp_path / "plain"), weights(tmp_path / "compiled"))
+    assert_close(weights(tmp_path / "plain"), weights(tmp_path / "compiled"))
     calls.clear()
     classifier(torch.rand(7, 1, 4, 4))  # its training over, it is not compiled any more
     assert not calls
@@ -400,102 +450,138 @@ def test_a_network_that_cannot_be_compiled(tmp_path, monkeypatch):
         small_run.run(tmp_path, epochs=1, perturb=None, compile=True)
 
 
+def coloured(part):
+    """Every image twice, as two channels."""
+    x, y = part.tensors
+    return TensorDataset(x.repeat(1, 2, 1, 1), y)
+
+
+def two_channels():
+    return small_run.batch_norm_net(2)
+
+
+def is_channels_last(x):
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_channels_last_changes_the_memory_order_alone(tmp_path):
     seen = []
 
     def attack(model, x, y, *, generator):
-        seen.append((x.is_contiguous(memory_format=torch.channels_last), x.is_contiguous()))
+        seen.append(is_channels_last(x))
+        assert x.is_contiguous() is not seen[-1]
         return small_run.ATTACK(model, x, y, generator=generator)
 
     images = small_run.splits()
-    coloured = [
-        TensorDataset(part.tensors[0].repeat(1, 2, 1, 1), part.tensors[1])
-        for part in (images.train, images.test)
-    ]
-    data = replace(images, train=coloured[0], validation=coloured[1])
+    data = replace(images, train=coloured(images.train), validation=coloured(images.test))
     options = {
-        "build": lambda: small_run.batch_norm_net(2),
+        "build": two_channels,
         "data": data,
         "epochs": 1,
         "perturb": attack,
     }
-    models = [
-        small_run.run(tmp_path / str(one), **options, channels_last=one)[1] for one in (None, True)
-    ]
-    assert seen == [(False, True)] * 4 + [(True, False)] * 4
-    assert models[1].net[0].weight.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(
-        *(list(model.parameters()) for model in models), rtol=1e-4, atol=1e-5
-    )
+    _, usual = small_run.run(tmp_path / "usual", **options)
+    _, last = small_run.run(tmp_path / "last", **options, channels_last=True)
+    assert seen == [False] * 4 + [True] * 4
+    assert is_channels_last(last.net[0].weight)
+    for name, value in usual.named_parameters():
+        assert_close(last.get_parameter(name), value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("slow", "chosen"), [(False, True), (True, False)], ids=["channels first", "channels last"]
-)
-def test_memory_order_is_measured_in_half_precision(monkeypatch, slow, chosen):
-    classifier, images, now = (
-        SpikingClassifier(small_run.batch_norm_net(2), 3),
-        torch.rand(4, 2, 4, 4),
-        [0.0],
-    )
-    accelerator = SimpleNamespace(
+@pytest.fixture
+def half_precision():
+    """As much of an Accelerator as is asked."""
+    return SimpleNamespace(
         device=torch.device("cpu"),
         mixed_precision="bf16",
         is_main_process=True,
         autocast=partial(torch.autocast, "cpu", torch.bfloat16),
     )
+
+
+@pytest.mark.parametrize("slow", ["channels first", "channels last"])
+def test_memory_order_is_measured_in_half_precision(monkeypatch, half_precision, slow):
+    classifier = SpikingClassifier(two_channels(), 3)
+    images = torch.rand(4, 2, 4, 4)
     before = {name: value.clone() for name, value in classifier.state_dict().items()}
+    now = [0.0]
 
     def run(module, args):  # the passes in one order take long
-        now[0] += 2.0 if args[0].is_contiguous(memory_format=torch.channels_last) == slow else 1.0
+        order = "channels last" if is_channels_last(args[0]) else "channels first"
+        now[0] += 2.0 if order == slow else 1.0
 
     classifier.register_forward_pre_hook(run)
     monkeypatch.setattr(memory_order, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    assert memory_order.choose_channels_last(classifier, images, accelerator, seed=0) == chosen
+    chosen = memory_order.choose_channels_last(classifier, images, half_precision, seed=0)
+    assert chosen == (slow == "channels first")
     assert now[0] > 0
     for name, value in classifier.state_dict().items():
         assert torch.equal(value, before[name])
         assert value.stride() == before[name].stride()
-    assert all(parameter.grad is None for parameter in classifier.parameters())
-    accelerator.mixed_precision = "no"  # in float32 nothing is measured
+    for parameter in classifier.parameters():
+        assert parameter.grad is None
+    half_precision.mixed_precision = "no"  # in float32 nothing is measured
     now[0] = 0.0
-    assert not memory_order.choose_channels_last(classifier, images, accelerator, seed=0)
+    assert not memory_order.choose_channels_last(classifier, images, half_precision, seed=0)
     assert now[0] == 0
 
 
-def test_penalties_gains_and_speed_are_in_the_log(tmp_path):
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory):
+    """A run of two epochs with penalties and without a clean pass: folder, history, classifier."""
+    folder = tmp_path_factory.mktemp("logged")
     penalties = [GradientSparsity(0.1), ThresholdGuarding(0.2)]
-    options = {"objective": {"penalties": penalties, "kappa": 0.0, "rho": 0.0}, "epochs": 2}
-    history, classifier = small_run.run(tmp_path, **options, journal=Journal(tmp_path))
-    losses = history[0].losses
-    parts = (losses["penalty/gradient_sparsity"], losses["penalty/threshold_guarding"])
-    assert 0.1 * parts[0] + 0.2 * parts[1] == pytest.approx(losses["penalty"], rel=1e-5)
-    text = (tmp_path / "log.txt").read_text()
-    expected = (
-        f"perturbed {losses['perturbed']:.3f}, gradient_sparsity {parts[0]:.3f}, "
-        f"threshold_guarding {parts[1]:.3f})"
+    history, classifier = small_run.run(
+        folder,
+        epochs=2,
+        objective={"penalties": penalties, "kappa": 0.0, "rho": 0.0},
+        journal=Journal(folder),
     )
-    assert (
-        f"({expected}, accuracy {losses['accuracy_perturbed']:.1%}; validation" in text
-    )  # no clean pass, none shown
+    return SimpleNamespace(folder=folder, history=history, classifier=classifier)
+
+
+def test_penalties_and_speed_are_in_the_log(logged):
+    losses = logged.history[0].losses
+    sparsity = losses["penalty/gradient_sparsity"]
+    guarding = losses["penalty/threshold_guarding"]
+    weighted = 0.1 * sparsity + 0.2 * guarding
+    assert losses["penalty"] == pytest.approx(weighted, rel=1e-5)
+    expected = (
+        f"(perturbed {losses['perturbed']:.3f}, gradient_sparsity {sparsity:.3f}, "
+        f"threshold_guarding {guarding:.3f}), accuracy {losses['accuracy_perturbed']:.1%}; "
+        "validation"
+    )
+    text = (logged.folder / "log.txt").read_text()
+    assert expected in text
     assert re.search(r"; \d+ images/s; ", text)
-    (folder,) = (tmp_path / "tensorboard").iterdir()
+
+
+SHOWN = {
+    "train/images_per_second",
+    "train/penalty/gradient_sparsity",
+    "train/total",
+    "train/lr",
+    "train/mppd",
+    "validation/clean",
+    "validation/fgsm",
+    "validation/pgd",
+    "input_gain/parts.1/t0",
+    "input_gain/parts.1/t1",
+    "input_gain/parts.1/t2",
+}
+
+
+def test_losses_and_gains_are_in_tensorboard(logged):
+    (folder,) = (logged.folder / "tensorboard").iterdir()
     events = EventAccumulator(str(folder)).Reload()
-    shown = set(events.Tags()["scalars"])
-    assert {
-        "train/images_per_second",
-        "train/penalty/gradient_sparsity",
-        "train/total",
-        "train/lr",
-    } <= shown
-    assert {f"validation/{name}" for name in ("clean", "fgsm", "pgd")} <= shown
-    assert {"train/mppd", *(f"input_gain/parts.1/t{t}" for t in range(3))} <= shown
-    assert [(event.step, event.value > 0) for event in events.Scalars("ms_mppd/parts.1")] == [
-        (1, True),
-        (2, True),
-    ]
-    node = classifier.net.parts[1]
-    for name, gain in (("l2_gain/parts.1", l2_gain), ("peak_gain/parts.1", peak_gain)):
-        first, last = (event.value for event in events.Scalars(name))
-        assert first != last, "the gains move with training"
-        assert last == pytest.approx(float(gain(node.decay, 3, node.input_gain)), rel=1e-6)
+    assert SHOWN.issubset(events.Tags()["scalars"])
+    moved = events.Scalars("ms_mppd/parts.1")
+    assert [event.step for event in moved] == [1, 2]
+    assert all(event.value > 0 for event in moved)
+    node = logged.classifier.net.parts[1]
+    shown = {"l2_gain/parts.1": l2_gain, "peak_gain/parts.1": peak_gain}
+    for name, gain in shown.items():
+        first, last = events.Scalars(name)
+        assert first.value != last.value, "the gains move with training"
+        expected = float(gain(node.decay, 3, node.input_gain))
+        assert last.value == pytest.approx(expected, rel=1e-6)

@@ -15,9 +15,10 @@ import launch
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.testing import assert_close
 from torch.utils.data import TensorDataset, get_worker_info
 from training import small_run
-from training.small_run import At
+from training.small_run import At, nan_images
 
 from sj_robust.attacks import pgd
 from sj_robust.data.files import UnreadableError
@@ -46,7 +47,11 @@ def images_by(read):
     """The splits whose training images are what ``read`` makes of them."""
     splits = small_run.splits()
     x, y = splits.train.tensors
-    return replace(splits, train=FileImages(range(len(y)), y, lambda path: read(x[int(path.name)])))
+
+    def read_path(path):
+        return read(x[int(path.name)])
+
+    return replace(splits, train=FileImages(range(len(y)), y, read_path))
 
 
 def assert_goes_on(folder, whole, *, position=(1, 0), **options):
@@ -58,27 +63,27 @@ def assert_goes_on(folder, whole, *, position=(1, 0), **options):
     assert load_checkpoint(folder / "best.pt")["epoch"] <= position[0]
     history, classifier = run(folder, resume=True, **options)
     assert history == whole.history
-    torch.testing.assert_close(
-        dict(classifier.state_dict()), whole.weights["last.pt"], rtol=0, atol=0
-    )
+    state = dict(classifier.state_dict())
+    assert_close(state, whole.weights["last.pt"], rtol=0, atol=0)
     assert sorted(path.name for path in folder.iterdir()) == ["best.pt", "last.pt"]
 
 
 def test_killed_in_a_step_and_while_a_checkpoint_is_written(tmp_path, whole):
-    folders = {moment: tmp_path / moment for moment in ("step", "write")}
     killed = launch.script(__file__, tmp_path)
     assert killed.stdout.split() == [str(-signal.SIGKILL)] * 2, killed.stderr
-    half = [path for path in folders["write"].iterdir() if path.suffix == ".tmp"]
-    assert [path.stat().st_size > 0 for path in half] == [True]
-    for folder in folders.values():
-        assert_goes_on(folder, whole)
+    (half,) = (tmp_path / "write").glob("*.tmp")
+    assert half.stat().st_size > 0
+    assert_goes_on(tmp_path / "step", whole)
+    assert_goes_on(tmp_path / "write", whole)
 
 
 def full_disk_in_write(monkeypatch):
     opened = Path.open
-    monkeypatch.setattr(
-        Path, "open", lambda path, *args, **kwargs: opened(Path("/dev/full"), *args, **kwargs)
-    )
+
+    def open_full(path, *args, **kwargs):
+        return opened(Path("/dev/full"), *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", open_full)
 
 
 def full_disk_at_sync(monkeypatch):
@@ -90,17 +95,12 @@ def full_disk_at_sync(monkeypatch):
 
 @pytest.mark.parametrize("fill", [full_disk_in_write, full_disk_at_sync])
 def test_a_full_disk(tmp_path, whole, fill):
+    message = r"(best|last)\.pt could not be written \(.*intact.*[Ff]ree.*--resume"
     with pytest.MonkeyPatch.context() as patch:
         attack = At(STEP, lambda *_: fill(patch))
-        with pytest.raises(
-            OSError, match=r"(best|last)\.pt could not be written \(.*intact.*[Ff]ree.*--resume"
-        ):
+        with pytest.raises(OSError, match=message):
             run(tmp_path, perturb=attack)
     assert_goes_on(tmp_path, whole)
-
-
-def nan_images(model, x_perturbed):
-    return x_perturbed * float("nan")
 
 
 def nan_gradient(model, x_perturbed):
@@ -126,9 +126,8 @@ def test_nan_in_the_loss_and_in_the_weights(tmp_path, whole, action, found):
 
 def test_a_learning_rate_that_is_too_high(tmp_path):
     attack = partial(pgd, eps=0.1, step_size=0.1, steps=1)
-    with pytest.raises(
-        NonFiniteLossError, match=r"at epoch 1, step \d; no checkpoint was written yet\. Lower lr"
-    ):
+    message = r"at epoch 1, step \d; no checkpoint was written yet\. Lower lr"
+    with pytest.raises(NonFiniteLossError, match=message):
         run(tmp_path, perturb=attack, lr=1e30)
 
 
@@ -160,31 +159,38 @@ def test_a_picture_that_cannot_be_read_any_more(tmp_path, whole):
     assert_goes_on(tmp_path, whole, data=data)
 
 
+def train_on_labels(folder, spoil, perturb):
+    splits = small_run.splits()
+    x, y = splits.train.tensors
+    data = replace(splits, train=TensorDataset(x, spoil(y)))
+    run(folder, data=data, perturb=perturb)
+
+
+@pytest.mark.parametrize("perturb", [None, small_run.ATTACK])
+@pytest.mark.parametrize("label", [3, -1, -100])
+def test_labels_outside_the_classes(tmp_path, label, perturb):
+    """On a GPU they would end the process in cross entropy, and -100 would be left out."""
+
+    def spoil(y):
+        y[9] = label
+        return y
+
+    message = rf"labels must be classes from 0 to 2, got {label} .*epoch 1, step \d; correct"
+    with pytest.raises(ValueError, match=message):
+        train_on_labels(tmp_path, spoil, perturb)
+
+
 @pytest.mark.parametrize("perturb", [None, small_run.ATTACK])
 @pytest.mark.parametrize(
     ("spoil", "found"),
     [
-        # On a GPU a label outside the classes would end the process in cross entropy, and -100
-        # would be left out.
-        *(
-            (
-                partial(torch.Tensor.index_fill, dim=0, index=torch.tensor([9]), value=label),
-                rf"classes from 0 to 2, got {label} .*epoch 1, step \d; correct",
-            )
-            for label in (3, -1, -100)
-        ),
-        (torch.Tensor.float, r"int64 \[N\], got float32 \[16\]"),
-        (torch.nn.functional.one_hot, r"int64 \[N\], got int64 \[16, 3\]"),
+        (torch.Tensor.float, r"float32 \[16\]"),
+        (torch.nn.functional.one_hot, r"int64 \[16, 3\]"),
     ],
 )
 def test_labels_that_are_no_classes(tmp_path, spoil, found, perturb):
-    x, y = small_run.splits().train.tensors
-    with pytest.raises(ValueError, match=f"labels must be {found}"):
-        run(
-            tmp_path,
-            data=replace(small_run.splits(), train=TensorDataset(x, spoil(y))),
-            perturb=perturb,
-        )
+    with pytest.raises(ValueError, match=rf"labels must be int64 \[N\], got {found}"):
+        train_on_labels(tmp_path, spoil, perturb)
 
 
 def damaged(path):
@@ -197,7 +203,8 @@ def of_something_else(path):
 
 def weights_alone(path):
     content = load_checkpoint(path)
-    save_checkpoint(path, {name: content[name] for name in ("description", "model")})
+    kept = {"description": content["description"], "model": content["model"]}
+    save_checkpoint(path, kept)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +225,8 @@ def test_a_run_is_resumed_from_a_file_that_is_none_of_its(tmp_path, whole, spoil
     with pytest.raises(ValueError, match=found):
         run(folder, resume=True)
     shutil.copy(folder / "best.pt", folder / "last.pt")
-    assert_goes_on(folder, whole, position=(load_checkpoint(folder / "best.pt")["epoch"], 0))
+    best = load_checkpoint(folder / "best.pt")
+    assert_goes_on(folder, whole, position=(best["epoch"], 0))
 
 
 def test_the_folder_is_deleted_meanwhile(tmp_path):
@@ -231,44 +239,39 @@ def test_the_log_cannot_be_written_any_more(tmp_path, whole):
     logs = tmp_path / "logs"
     logs.mkdir()
     attack = At(STEP, lambda *_: shutil.rmtree(logs))
-    with pytest.raises(
-        OSError,
-        match=r"log\.txt could not be written \(No such file .*restore the folder.*--resume",
-    ):
+    message = r"log\.txt could not be written \(No such file .*restore the folder.*--resume"
+    with pytest.raises(OSError, match=message):
         run(tmp_path / "run", journal=Journal(logs), perturb=attack)
     assert_goes_on(tmp_path / "run", whole, position=(2, 0))
 
 
 def test_no_configuration_and_no_room_for_a_folder(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"config\.yaml is missing; give the run's folder with --output"
-    ):
+    message = r"config\.yaml is missing; give the run's folder with --output"
+    with pytest.raises(FileNotFoundError, match=message):
         run_to_resume(str(tmp_path), "digits")
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        OSError, match=r"file/run cannot be written \(Not a directory\); give another --output"
-    ):
+    message = r"file/run cannot be written \(Not a directory\); give another --output"
+    with pytest.raises(OSError, match=message):
         open_run_folder(str(tmp_path / "file" / "run"), "digits", {}, Accelerator(cpu=True))
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_writing(content, file):
+    file.write(b"half a checkpoint")
+    file.flush()
+    die()
+
+
+def write_no_more(*_):
+    checkpoint.torch.save = die_writing
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-
-    def die(*_):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def die_writing(content, file):
-        file.write(b"half a checkpoint")
-        file.flush()
-        die()
-
-    def write_no_more(*_):
-        checkpoint.torch.save = die_writing
-
-    moments = {"step": die, "write": write_no_more}
-    print(
-        *launch.forked(
-            *(partial(run, folder / name, perturb=At(STEP, what)) for name, what in moments.items())
-        )
-    )
+    killed_in_step = partial(run, folder / "step", perturb=At(STEP, die))
+    killed_in_write = partial(run, folder / "write", perturb=At(STEP, write_no_more))
+    print(*launch.forked(killed_in_step, killed_in_write))

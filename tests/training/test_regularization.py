@@ -1,8 +1,10 @@
+import copy
 import itertools
 
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 from sj_robust.training import project_to_simplex_, retract_
 
@@ -26,17 +28,18 @@ def test_singular_values_move_towards_1_and_vectors_stay(layer):
     layer = layer.double()
     layer.weight.data.mul_(3)
     bias = layer.bias.clone()
-    u, before, v = torch.linalg.svd(layer.weight.data.flatten(1), full_matrices=False)
+    matrix = layer.weight.data.flatten(1)  # in the memory of the weight
+    u, before, v = torch.linalg.svd(matrix, full_matrices=False)
     retract_(layer, 0.01)
-    expected = u @ torch.diag(1.01 * before - 0.01 * before**3) @ v
-    torch.testing.assert_close(layer.weight.data.flatten(1), expected)
-    after = torch.linalg.svdvals(layer.weight.data.flatten(1))
-    assert ((after - 1).abs() < (before - 1).abs()).all()
+    moved = 1.01 * before - 0.01 * before**3
+    assert_close(matrix, u @ torch.diag(moved) @ v)
+    after = torch.linalg.svdvals(matrix)
+    nearer = (after - 1).abs() < (before - 1).abs()
+    assert nearer.all()
     for _ in range(2000):
         retract_(layer, 0.01)
-    torch.testing.assert_close(
-        torch.linalg.svdvals(layer.weight.data.flatten(1)), torch.ones_like(before)
-    )
+    in_the_end = torch.linalg.svdvals(matrix)
+    assert_close(in_the_end, torch.ones_like(before))
     assert torch.equal(layer.bias, bias)
 
 
@@ -49,28 +52,39 @@ def test_a_random_share_of_the_rows_of_wide_linear_layers(rows, moved):
     changed = (linear.weight != before).any(1)
     assert changed.sum() == moved
     part = before[changed]
-    torch.testing.assert_close(
-        linear.weight.detach()[changed], 1.1 * part - 0.1 * part @ part.T @ part
-    )
+    expected = 1.1 * part - 0.1 * part @ part.T @ part
+    assert_close(linear.weight.detach()[changed], expected)
+
+
+def rows_chosen(generator):
+    """Numbers of the rows that a retraction has moved, in each of two layers."""
+    torch.manual_seed(0)
+    first = nn.Linear(4, 240)
+    second = nn.Linear(240, 210)
+    net = nn.Sequential(first, second)
+    before = copy.deepcopy(net)
+    state = torch.get_rng_state()
+    retract_(net, 0.1, generator)
+    assert torch.equal(torch.get_rng_state(), state)
+    return rows_moved(first, before[0]), rows_moved(second, before[1])
+
+
+def rows_moved(linear, before):
+    moved = linear.weight != before.weight
+    return moved.any(1).nonzero()
 
 
 def test_generators_in_one_state_choose_the_same_rows_and_others_do_not():
-    def rows(seed):
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(4, 240), nn.Linear(240, 210))
-        before = [layer.weight.detach().clone() for layer in net]
-        state = torch.get_rng_state()
-        retract_(net, 0.1, None if seed is None else generator(seed))
-        assert torch.equal(torch.get_rng_state(), state)
-        return [(layer.weight != old).any(1) for layer, old in zip(net, before, strict=True)]
-
-    first = rows(3)
-    assert all(torch.equal(a, b) for a, b in zip(first, rows(3), strict=True))
-    assert not torch.equal(first[0], rows(4)[0])
-    assert not torch.equal(rows(None)[0], rows(None)[0])
-    assert not torch.equal(
-        first[0].nonzero()[:60], first[1].nonzero()[:60]
-    )  # every layer draws its own
+    first, second = rows_chosen(generator(3))
+    again, second_again = rows_chosen(generator(3))
+    assert torch.equal(again, first)
+    assert torch.equal(second_again, second)
+    assert not torch.equal(first[:60], second[:60]), "every layer draws its own"
+    other, _ = rows_chosen(generator(4))
+    assert not torch.equal(other, first)
+    unseeded, _ = rows_chosen(None)
+    unseeded_again, _ = rows_chosen(None)
+    assert not torch.equal(unseeded, unseeded_again)
 
 
 def test_convolutions_are_never_sampled_and_everything_else_is_left_alone():
@@ -83,19 +97,21 @@ def test_convolutions_are_never_sampled_and_everything_else_is_left_alone():
             "flat": nn.Flatten(),
         }
     )
-    before = {name: value.clone() for name, value in net.state_dict().items()}
+    before = copy.deepcopy(net.state_dict())
     retract_(net, 0.1, generator())
-    changed = {
-        name for name, value in net.state_dict().items() if not torch.equal(value, before[name])
-    }
-    assert changed == {"conv.weight"}
-    assert (net["conv"].weight != before["conv.weight"]).flatten(1).any(1).all()
+    state = net.state_dict()
+    changed = [name for name in state if not torch.equal(state[name], before[name])]
+    assert changed == ["conv.weight"]
+    moved = state["conv.weight"] != before["conv.weight"]
+    assert moved.flatten(1).any(1).all()
 
 
 def test_the_optimizer_and_autograd_do_not_notice():
     linear = nn.Linear(3, 2)
-    linear(torch.ones(1, 3)).sum().backward()
-    weight, grad = linear.weight, linear.weight.grad.clone()
+    outputs = linear(torch.ones(1, 3))
+    outputs.sum().backward()
+    weight = linear.weight
+    grad = weight.grad.clone()
     retract_(linear, 0.1)
     assert linear.weight is weight
     assert weight.requires_grad
@@ -110,40 +126,57 @@ class Mixed(nn.Module):
 
 
 def test_mixing_coefficients_are_projected_after_the_retraction():
-    net = nn.Sequential(Mixed([0.9, 0.5]), nn.Linear(2, 2), Mixed([3.0, -1.0]))
+    net = nn.Sequential(
+        Mixed([0.9, 0.5]),
+        nn.Linear(2, 2),
+        Mixed([3.0, -1.0]),
+    )
     retract_(net, 0.0)
-    torch.testing.assert_close(net[0].mixing.data, torch.tensor([0.7, 0.3]))
-    torch.testing.assert_close(net[2].mixing.data, torch.tensor([1.0, 0.0]))
+    first = net[0].mixing.tolist()
+    last = net[2].mixing.tolist()
+    assert first == pytest.approx([0.7, 0.3])
+    assert last == pytest.approx([1.0, 0.0])
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_projection_is_the_nearest_point_of_the_simplex(size):
     """Against every point of a fine grid on the simplex; a point of it stays."""
-    steps = 60
-    grid = [c for c in itertools.product(range(steps + 1), repeat=size) if sum(c) == steps]
-    points = torch.tensor(grid, dtype=torch.float64) / steps
+    points = points_of_simplex(size)
     for seed in range(40):
-        c = 2 * torch.randn(size, generator=generator(seed), dtype=torch.float64)
-        projected = c.clone()
-        project_to_simplex_(projected)
-        assert projected.min() >= 0
-        assert abs(projected.sum() - 1) < 1e-12
+        c = 2 * torch.randn(size, generator=generator(seed)).double()
+        nearest = projected(c)
+        assert nearest.min() >= 0
+        assert abs(nearest.sum() - 1) < 1e-12
         # a nearer grid point would make an angle of more than 90 degrees with the way to the
         # projection
-        assert ((points - projected) @ (c - projected)).max() <= 1e-12
+        along = (points - nearest) @ (c - nearest)
+        assert along.max() <= 1e-12
     for point in points[::50]:
-        again = point.clone()
-        project_to_simplex_(again)
-        torch.testing.assert_close(again, point, rtol=0, atol=1e-15)
+        assert_close(projected(point), point, rtol=0, atol=1e-15)
     ties = torch.full((size,), 5.0)
-    project_to_simplex_(ties)
-    torch.testing.assert_close(ties, torch.full((size,), 1 / size))
+    assert_close(projected(ties), torch.full((size,), 1 / size))
 
 
-def test_wrong_use():
-    for beta in (-0.1, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match="beta must be >= 0 and finite"):
-            retract_(nn.Linear(2, 2), beta)
-    for shape in ((0,), (2, 2)):
-        with pytest.raises(ValueError, match="must be a vector"):
-            project_to_simplex_(torch.ones(shape))
+def points_of_simplex(size, steps=60):
+    """A fine grid."""
+    grid = itertools.product(range(steps + 1), repeat=size)
+    numerators = [point for point in grid if sum(point) == steps]
+    return torch.tensor(numerators).double() / steps
+
+
+def projected(c):
+    c = c.clone()
+    project_to_simplex_(c)
+    return c
+
+
+@pytest.mark.parametrize("beta", [-0.1, float("inf"), float("nan")])
+def test_a_wrong_beta(beta):
+    with pytest.raises(ValueError, match="beta must be >= 0 and finite"):
+        retract_(nn.Linear(2, 2), beta)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 2)])
+def test_only_vectors_are_projected(shape):
+    with pytest.raises(ValueError, match="must be a vector"):
+        project_to_simplex_(torch.ones(shape))

@@ -2,6 +2,8 @@
 bring it back.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -21,22 +23,19 @@ class Brightest(nn.Module):
         return torch.cat([three, torch.full_like(three[..., :1], 0.99)], dim=-1)
 
 
-class Said(list):
-    say = list.append
+@pytest.fixture
+def said():
+    """What was told."""
+    return []
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_a_lost_normalisation_is_told_with_the_options_that_bring_it_back(given):
+def test_a_lost_normalisation_is_told_with_the_options_that_bring_it_back(given, said):
     options = {"mean": [0.2], "std": [0.25]} if given else {}
-    check_start(
-        SpikingClassifier(Brightest(), 2, takes="sequence", **options),
-        splits(),
-        said := Said(),
-        "mine.pt",
-    )
-    assert (
-        said[0] == f"starting from mine.pt: {100 if given else 0}.0% of 12 validation images right"
-    )
+    classifier = SpikingClassifier(Brightest(), 2, takes="sequence", **options)
+    check_start(classifier, splits(), SimpleNamespace(say=said.append), "mine.pt")
+    right = "100.0" if given else "0.0"
+    assert said[0] == f"starting from mine.pt: {right}% of 12 validation images right"
     if given:
         assert len(said) == 1
     else:
@@ -45,15 +44,13 @@ def test_a_lost_normalisation_is_told_with_the_options_that_bring_it_back(given)
         assert "100.0% are: the network expects normalised images" in text
 
 
-def test_guessing_is_warned_of():
-    class Constant(Brightest):
-        def forward(self, x_seq):
-            return super().forward(0 * x_seq)
+class Constant(Brightest):
+    def forward(self, x_seq):
+        return super().forward(0 * x_seq)
 
-    check_start(
-        SpikingClassifier(Constant(), 2, takes="sequence"), splits(), said := Said(), "mine.pt"
-    )
-    assert (
-        said[1]
-        == "WARNING: that is no better than guessing; check the weights, --mean, --std and --tau"
-    )
+
+def test_guessing_is_warned_of(said):
+    classifier = SpikingClassifier(Constant(), 2, takes="sequence")
+    check_start(classifier, splits(), SimpleNamespace(say=said.append), "mine.pt")
+    advice = "that is no better than guessing; check the weights, --mean, --std and --tau"
+    assert said[1] == f"WARNING: {advice}"

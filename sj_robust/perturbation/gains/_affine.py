@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,15 +54,16 @@ class CutRun:
         """Modules, and names of the operations, that ran between the leaves and a layer's
         current.
         """
-        seen, waiting = set(), [self.currents[name].grad_fn]
+        seen = set()
+        waiting = [self.currents[name].grad_fn]
         while waiting:
             node = waiting.pop()
             if node is not None and node not in seen:
                 seen.add(node)
                 waiting.extend(parent for parent, _ in node.next_functions)
-        return [module for node, module in self.modules.items() if node in seen], {
-            node.name() for node in seen
-        }
+        modules = [module for node, module in self.modules.items() if node in seen]
+        operations = {node.name() for node in seen}
+        return modules, operations
 
 
 def call_key(name: str, call: int) -> str:
@@ -84,47 +86,56 @@ def cut_run(
     its shape.
     """
     run = CutRun()
-
-    def leaf(name: str, like: Tensor) -> Tensor:
-        run.leaves[name] = value(name, like).requires_grad_()
-        return run.leaves[name].clone()  # the network may work in place
-
-    def replacement(name: str, module: nn.Module) -> Callable[..., Tensor]:
-        original = module.forward
-
-        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            run.calls[name] += 1
-            key = call_key(name, run.calls[name])
-            run.currents[key] = x.clone()
-            if not isinstance(module, POOLINGS):
-                return leaf(key, x)
-            with torch.no_grad():
-                pooled = original(x, *args, **kwargs)
-            run.windows[key] = windows_per_input(module, x, pooled)
-            return leaf(key, pooled)
-
-        return forward
-
-    def noting(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            output = output[0] if isinstance(output, tuple) and output else output
-            if isinstance(output, Tensor) and output.grad_fn is not None:
-                run.modules.setdefault(
-                    output.grad_fn, name
-                )  # what passes its input on is no operation
-
-        return hook
-
+    inside: set[nn.Module] = set()
     with ExitStack() as stack:
         for name, module in cuts.items():
-            stack.enter_context(other_forward(module, replacement(name, module)))
-        inside = {id(part) for cut in cuts.values() for part in cut.modules()}
+            cut = _Cut(run, name, module, module.forward, value)
+            stack.enter_context(other_forward(module, cut))
+            inside.update(module.modules())
         for name, module in net.named_modules():
-            if name and id(module) not in inside:
-                stack.callback(module.register_forward_hook(noting(name)).remove)
+            if name and module not in inside:
+                hook = module.register_forward_hook(partial(_note_output, run, name))
+                stack.callback(hook.remove)
         with torch.enable_grad():
-            net(leaf(INPUT, frame))
+            net(_leaf(run, INPUT, value(INPUT, frame)))
     return run
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Forward of a cut layer: its current is noted, and a leaf comes out."""
+
+    run: CutRun
+    name: str
+    module: nn.Module
+    original: Callable[..., Tensor]
+    value: Callable[[str, Tensor], Tensor]
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        run = self.run
+        run.calls[self.name] += 1
+        key = call_key(self.name, run.calls[self.name])
+        run.currents[key] = x.clone()
+        like = x
+        if isinstance(self.module, POOLINGS):
+            with torch.no_grad():
+                like = self.original(x, *args, **kwargs)
+            run.windows[key] = windows_per_input(self.module, x, like)
+        return _leaf(run, key, self.value(key, like))
+
+
+def _leaf(run: CutRun, key: str, value: Tensor) -> Tensor:
+    run.leaves[key] = value.requires_grad_()
+    return value.clone()  # the network may work in place
+
+
+def _note_output(run: CutRun, name: str, module: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook of a module that is not cut."""
+    if isinstance(output, tuple) and output:
+        output = output[0]
+    if isinstance(output, Tensor) and output.grad_fn is not None:
+        # What passes its input on is no operation.
+        run.modules.setdefault(output.grad_fn, name)
 
 
 class AffineMap:
@@ -139,21 +150,21 @@ class AffineMap:
         """Build the graph of the adjoint; see the class."""
         self.current = current
         self._cotangent = torch.zeros_like(current, requires_grad=True)
-        names, tensors = list(leaves), list(leaves.values())
-        gradients: Sequence[Tensor | None] = [None] * len(names)
+        gradients: Sequence[Tensor | None] = [None] * len(leaves)
         if current.requires_grad:
             with torch.enable_grad():
                 gradients = torch.autograd.grad(
-                    current, tensors, self._cotangent, create_graph=True, allow_unused=True
+                    current,
+                    list(leaves.values()),
+                    self._cotangent,
+                    create_graph=True,
+                    allow_unused=True,
                 )
-        used = [
-            (name, leaf, g)
-            for name, leaf, g in zip(names, tensors, gradients, strict=True)
-            if g is not None
-        ]
-        self.feeds = tuple(name for name, _, _ in used)
-        self.leaves = [leaf for _, leaf, _ in used]
-        self._gradients = [gradient for _, _, gradient in used]
+        pairs = zip(leaves, gradients, strict=True)
+        used = {name: gradient for name, gradient in pairs if gradient is not None}
+        self.feeds = tuple(used)
+        self.leaves = [leaves[name] for name in used]
+        self._gradients = list(used.values())
 
     def apply(self, vectors: Sequence[Tensor]) -> Tensor:
         """``W v`` for one tensor per feeding leaf."""
@@ -173,14 +184,21 @@ def windows_per_input(module: nn.Module, x: Tensor, y: Tensor) -> int:
     most = 1
     dimensions = next(1 + i % 3 for i, kind in enumerate(POOLINGS) if isinstance(module, kind))
     for i in range(dimensions):
+        windows: Counter[int] = Counter()
         if isinstance(module, ADAPTIVE):
-            length, out = x.shape[i - dimensions], y.shape[i - dimensions]
-            windows = [range(j * length // out, -(-(j + 1) * length // out)) for j in range(out)]
-            most *= max(Counter(position for window in windows for position in window).values())
+            length = x.shape[i - dimensions]
+            out = y.shape[i - dimensions]
+            for j in range(out):
+                end = -(-(j + 1) * length // out)
+                windows.update(range(j * length // out, end))
         else:
-            given = (getattr(module, key) for key in ("kernel_size", "stride", "dilation"))
-            size, stride, dilation = (
-                int(value[i] if isinstance(value, tuple) else value) for value in given
-            )
-            most *= max(Counter(tap * dilation % stride for tap in range(size)).values())
+            size = _of_dimension(module.kernel_size, i)
+            stride = _of_dimension(module.stride, i)
+            dilation = _of_dimension(module.dilation, i)
+            windows.update(tap * dilation % stride for tap in range(size))
+        most *= max(windows.values())
     return most
+
+
+def _of_dimension(value: Any, i: int) -> int:
+    return int(value[i] if isinstance(value, tuple) else value)

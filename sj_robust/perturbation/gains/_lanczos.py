@@ -49,7 +49,9 @@ def largest_singular_value(
     """
     iterations = 0
     while True:
-        rights, diagonal, above = [start / start.norm()], list[float](), list[float]()
+        rights = [start / start.norm()]
+        diagonal: list[float] = []
+        above: list[float] = []
         left = torch.zeros(())
         while True:
             image = apply(rights[-1])
@@ -69,7 +71,8 @@ def largest_singular_value(
             small = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
             small += torch.diag(torch.tensor(above[:-1], dtype=torch.float64), 1)
             lefts, values, right = torch.linalg.svd(small)
-            value, residual = float(values[0]), above[-1] * abs(float(lefts[-1, 0]))
+            value = float(values[0])
+            residual = above[-1] * abs(float(lefts[-1, 0]))
             if residual <= tolerance * value or iterations >= max_iterations:
                 return SingularValue(value, residual, iterations)
             if len(rights) == basis:

@@ -5,7 +5,6 @@ inputs together.
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +40,8 @@ class Moved:
         """Follow the perturbation through the next steps with input currents [T, 2 N, *]."""
         for x in x_seq:
             clean, perturbed = x.double().flatten(1).chunk(2)
-            eps = gains.decay * self._eps + float(gains.input_gain[self._step]) * (
-                clean - perturbed
-            )
+            gain = float(gains.input_gain[self._step])
+            eps = gains.decay * self._eps + gain * (clean - perturbed)
             self._eps = eps
             self._step += 1
             squared = eps.square().sum(1)
@@ -55,7 +53,8 @@ class Moved:
         """Add the difference of outputs [T, 2 N, *], each of which counts ``repeats`` times."""
         for s in s_seq:
             clean, perturbed = s.double().flatten(1).chunk(2)
-            self.spikes = self.spikes + repeats * (clean - perturbed).square().sum(1)
+            squared = (clean - perturbed).square().sum(1)
+            self.spikes = self.spikes + repeats * squared
 
 
 @torch.no_grad()
@@ -74,36 +73,45 @@ def measure(
     net = classifier.net
     convention = classifier.find_convention(x)
     net_mode = "s" if convention.takes == "steps" else "m"
-    repeats = classifier.T if per_step(convention) == "sequence" else 1
-    moved = {name: Moved(*x.new_zeros(4, len(x), dtype=torch.float64)) for name in (INPUT, *layers)}
-
-    def steps(values: Tensor, step_mode: str) -> Tensor:
-        return values if step_mode == "m" else values.unsqueeze(0)
+    zeros = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    moved = {name: Moved(zeros, zeros, zeros, zeros) for name in (INPUT, *layers)}
 
     def enter(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if convention.takes == "images":
+            repeats = classifier.T if per_step(convention) == "sequence" else 1
             moved[INPUT].send(args[0].unsqueeze(0), repeats)
         else:
-            moved[INPUT].send(steps(args[0], net_mode))
-
-    def follow(name: str, gains: NeuronGains | None) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            # A single-step neuron may stand in a container that hands it the steps in turn.
-            mode = step_mode(module, net_mode)
-            if gains is not None:
-                moved[name].charge(steps(args[0], mode), gains)
-            moved[name].send(steps(output, mode))
-
-        return hook
+            moved[INPUT].send(_sequence(args[0], net_mode))
 
     with ExitStack() as stack:
         stack.callback(net.register_forward_pre_hook(enter).remove)
         for name, gains in layers.items():
-            stack.callback(
-                net.get_submodule(name).register_forward_hook(follow(name, gains)).remove
-            )
+            follow = _Follow(moved[name], gains, net_mode)
+            hook = net.get_submodule(name).register_forward_hook(follow)
+            stack.callback(hook.remove)
         classifier(torch.cat((x, x_perturbed)))
     return moved
+
+
+@dataclass(frozen=True)
+class _Follow:
+    """Forward hook of a layer, which adds to what moved there."""
+
+    moved: Moved
+    gains: NeuronGains | None
+    net_mode: str
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        # A single-step neuron may stand in a container that hands it the steps in turn.
+        mode = step_mode(module, self.net_mode)
+        if self.gains is not None:
+            self.moved.charge(_sequence(args[0], mode), self.gains)
+        self.moved.send(_sequence(output, mode))
+
+
+def _sequence(values: Tensor, mode: str) -> Tensor:
+    """Values [T, N, *] of a call."""
+    return values if mode == "m" else values.unsqueeze(0)
 
 
 def per_step(convention: Convention) -> Takes:

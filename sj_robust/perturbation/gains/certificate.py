@@ -11,6 +11,7 @@ from sj_robust.core.saved import SavedResult, markdown_table
 from sj_robust.core.shown import Shown, new_figure, print_style, write_figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["Bound", "Certificate", "LayerCertificate"]
@@ -27,28 +28,32 @@ SCOPE = (
 NOT_L2 = "not a valid L2-to-L2 bound in general; as L2-to-peak it holds for |p| <= 1"
 """What the printed constant of Theorem 3.1 is."""
 
+
+@dataclass(frozen=True)
+class _Series:
+    """One row of marks: a field of :class:`LayerCertificate`, and how it is drawn."""
+
+    name: str
+    label: str
+    color: str
+    marker: str
+
+
 # Colours of Okabe and Ito (2008), and another marker for each: told apart in grey and by all kinds
 # of colour vision.
-_MEASURED = ("measured, largest of all pairs", "#000000", "o")
-_PANELS = (
-    (
-        "L2 over time, ||eps|| / ||Ds||",
-        "measured_l2",
-        {
-            "l2": ("exact, T steps", "#0072b2", "|"),
-            "any_time": ("any T", "#009e73", "D"),
-            "printed": ("printed, no L2 bound in general", "#d55e00", "x"),
-        },
+_PANELS = {
+    "L2 over time, ||eps|| / ||Ds||": (
+        _Series("measured_l2", "measured, largest of all pairs", "#000000", "o"),
+        _Series("l2", "exact, T steps", "#0072b2", "|"),
+        _Series("any_time", "any T", "#009e73", "D"),
+        _Series("printed", "printed, no L2 bound in general", "#d55e00", "x"),
     ),
-    (
-        "largest step, max ||eps[t]|| / ||Ds||",
-        "measured_peak",
-        {
-            "peak": ("exact, T steps", "#0072b2", "|"),
-            "printed_peak": ("printed, if all |p| <= 1", "#d55e00", "x"),
-        },
+    "largest step, max ||eps[t]|| / ||Ds||": (
+        _Series("measured_peak", "measured, largest of all pairs", "#000000", "o"),
+        _Series("peak", "exact, T steps", "#0072b2", "|"),
+        _Series("printed_peak", "printed, if all |p| <= 1", "#d55e00", "x"),
     ),
-)
+}
 
 
 @dataclass(frozen=True)
@@ -188,24 +193,23 @@ class Certificate(
             f"Exact L2 and exact peak are for T = {self.T}. ! marks a bound that was exceeded.",
             f"(1) {NOT_L2}.",
         ]
-        reached = [
-            layer.residual / layer.norm for layer in self.layers if layer.residual and layer.norm
-        ]
-        if reached:
+        residual = 0.0
+        for layer in self.layers:
+            if layer.residual and layer.norm:
+                residual = max(residual, layer.residual / layer.norm)
+        if residual:
             lines.append(
-                f"W is approached from below, to a residual of at most {max(reached):.1e} of it."
+                f"W is approached from below, to a residual of at most {residual:.1e} of it."
             )
         if any(layer.upper_bound for layer in self.layers):
             lines.append(
                 "<= marks an upper bound of the norm: max pooling counts by its Lipschitz constant."
             )
-        lines += [
-            f"{layer.name} is not covered: {layer.not_covered}."
-            for layer in self.layers
-            if layer.not_covered
-        ]
+        without = [layer for layer in self.layers if layer.not_covered]
+        lines += [f"{layer.name} is not covered: {layer.not_covered}." for layer in without]
         if self.no_flip:
-            middle, least = statistics.median(self.no_flip), min(self.no_flip)
+            middle = statistics.median(self.no_flip)
+            least = min(self.no_flip)
             lines.append(
                 f"No spike that the input drives flips within an L2 distance of {middle:.1e} "
                 f"(median), {least:.1e} (least)."
@@ -229,8 +233,6 @@ class Certificate(
         Raises:
             ValueError: If no layer is covered.
         """
-        from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
-
         layers = [layer for layer in self.layers if layer.not_covered is None]
         if not layers:
             raise ValueError(
@@ -240,31 +242,10 @@ class Certificate(
         with print_style():
             figure = new_figure(6.75, 1.35 + 0.17 * len(layers))
             axes = figure.subplots(1, 2, sharey=True)
-            for axis, (title, measured, bounds) in zip(axes, _PANELS, strict=True):
-                series = {
-                    name: [_value(getattr(layer, name)) for layer in layers]
-                    for name in (measured, *bounds)
-                }
-                for name, values in series.items():
-                    label, colour, marker = bounds.get(name, _MEASURED)
-                    shown = [(value, row) for row, value in enumerate(values) if value is not None]
-                    if shown:
-                        size = 9 if marker == "|" else 4.5
-                        axis.plot(
-                            *zip(*shown, strict=True),
-                            marker,
-                            color=colour,
-                            label=label,
-                            ms=size,
-                            mew=1.4,
-                        )
-                axis.set_xscale("log")
-                low, high = axis.get_xlim()
-                axis.xaxis.set_major_locator(
-                    LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,))
-                )
-                axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-                axis.xaxis.set_minor_formatter(NullFormatter())
+            for axis, (title, series) in zip(axes, _PANELS.items(), strict=True):
+                for one in series:
+                    _draw(axis, one, layers)
+                _scale(axis)
                 axis.set_xlabel(title)
                 if axis.lines:
                     axis.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2)
@@ -279,8 +260,9 @@ class Certificate(
 
     @classmethod
     def _from_content(cls, content: dict[str, Any]) -> Self:
-        del content["scope"], content["printed_is"]
-        layers = tuple(map(_layer_from, content["layers"]))
+        del content["scope"]
+        del content["printed_is"]
+        layers = tuple(_layer_from(layer) for layer in content["layers"])
         no_flip = tuple(content.get("no_flip", ()))  # older files have none
         return cls(**content | {"layers": layers, "no_flip": no_flip})
 
@@ -303,17 +285,16 @@ class Certificate(
 
 
 def _row(layer: LayerCertificate) -> list[str]:
-    p = "-" if layer.input_gain is None else _span(layer.input_gain)
-    head = [
+    at_most = "<= " if layer.upper_bound else ""
+    return [
         layer.name,
         _number(layer.decay),
-        p,
-        ("<= " if layer.upper_bound else "") + _number(layer.norm),
-    ]
-    l2 = [_number(layer.measured_l2), *map(_bound, (layer.l2, layer.any_time, layer.printed))]
-    return [
-        *head,
-        *l2,
+        "-" if layer.input_gain is None else _span(layer.input_gain),
+        at_most + _number(layer.norm),
+        _number(layer.measured_l2),
+        _bound(layer.l2),
+        _bound(layer.any_time),
+        _bound(layer.printed),
         _number(layer.measured_peak),
         _bound(layer.peak),
         _bound(layer.printed_peak),
@@ -321,12 +302,16 @@ def _row(layer: LayerCertificate) -> list[str]:
 
 
 def _span(values: tuple[float, ...]) -> str:
-    low, high = _number(min(values)), _number(max(values))
+    low = _number(min(values))
+    high = _number(max(values))
     return low if low == high else f"{low} .. {high}"
 
 
 def _bound(bound: Bound | None) -> str:
-    return "-" if bound is None else _number(bound.value) + (" !" if bound.held is False else "")
+    if bound is None:
+        return "-"
+    exceeded = " !" if bound.held is False else ""
+    return _number(bound.value) + exceeded
 
 
 def _number(value: float | None) -> str:
@@ -339,6 +324,39 @@ def _layer_from(plain: dict[str, Any]) -> LayerCertificate:
     plain["feeds"] = tuple(plain["feeds"])
     plain["input_gain"] = None if plain["input_gain"] is None else tuple(plain["input_gain"])
     return LayerCertificate(**plain)
+
+
+def _draw(axis: "Axes", series: _Series, layers: list[LayerCertificate]) -> None:
+    values = []
+    rows = []
+    for row, layer in enumerate(layers):
+        value = _value(getattr(layer, series.name))
+        if value is not None:
+            values.append(value)
+            rows.append(row)
+    if values:
+        size = 9 if series.marker == "|" else 4.5
+        axis.plot(
+            values,
+            rows,
+            series.marker,
+            color=series.color,
+            label=series.label,
+            ms=size,
+            mew=1.4,
+        )
+
+
+def _scale(axis: "Axes") -> None:
+    """A logarithmic axis with ticks that a reader can tell apart."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+    axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    subs = (1.0, 2.0, 5.0) if high < 100 * low else (1.0,)
+    axis.xaxis.set_major_locator(LogLocator(subs=subs))
+    axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _value(entry: Bound | float | None) -> float | None:

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from sj_robust.classifier import as_classifier, check_classifier
+from sj_robust.classifier import SpikingClassifier, as_classifier, check_classifier
 from sj_robust.core.checks import (
     Channels,
     check_channels,
@@ -104,18 +105,21 @@ def perturbation_gains(
     check_network(net)
     check_inputs(x, x_perturbed)
     T = check_steps(T)
-    mean, std = check_channels("mean", mean), check_channels("std", std, positive=True)
+    mean = check_channels("mean", mean)
+    std = check_channels("std", std, positive=True)
     check_number_of_channels(x, mean=mean, std=std)
-    margin, tolerance = check_size("margin", margin), check_size("tolerance", tolerance)
-    max_iterations, seed = check_count("max_iterations", max_iterations), check_seed("seed", seed)
+    margin = check_size("margin", margin)
+    tolerance = check_size("tolerance", tolerance)
+    max_iterations = check_count("max_iterations", max_iterations)
+    seed = check_seed("seed", seed)
     classifier = check_classifier(as_classifier(net, T, mean=mean, std=std, images=x))
     neurons, unknown, _ = find_neurons(classifier.net, {}, {})
+    gains = {}
     for name, neuron in neurons.items():
-        if method := overridden(neuron):
+        gains[name] = neuron_gains(neuron.charging(), classifier.T)
+        method = overridden(neuron)
+        if method:
             unknown[name] = f"{method} of this {neuron.type_name} was replaced"
-    gains = {
-        name: neuron_gains(neuron.charging(), classifier.T) for name, neuron in neurons.items()
-    }
     with full_precision(x.device), preserved(classifier):
         maps = input_maps(
             classifier.net,
@@ -127,80 +131,94 @@ def perturbation_gains(
         )
         moved: dict[str, Moved] | None = None
         if x_perturbed is not None:
-            covered = {
-                name: gains.get(name) if layer.not_covered is None else None
-                for name, layer in maps.items()
-            }
+            covered: dict[str, NeuronGains | None] = {}
+            for name, layer in maps.items():
+                covered[name] = gains.get(name) if layer.not_covered is None else None
             moved = measure(classifier, x, x_perturbed, covered)
     layers = []
     for name, layer in maps.items():
         kind = type(classifier.net.get_submodule(name)).__name__
         if name in unknown:
-            layers.append(
-                LayerCertificate(name, kind, feeds=layer.feeds, not_covered=unknown[name])
-            )
+            certificate = LayerCertificate(name, kind, feeds=layer.feeds, not_covered=unknown[name])
         else:
-            layers.append(_layer(kind, layer, gains[name], moved, margin))
+            certificate = _layer(kind, layer, gains[name], moved, margin)
+        layers.append(certificate)
     no_flip: tuple[float, ...] = ()
-    unknown_flips = None
-    if moved is not None and x[0].numel() > _MOST_VALUES:
-        unknown_flips = (
-            f"it takes a pass per value, of which there are {x[0].numel()}; call no_flip_radius "
-            "for it"
+    no_flip_unknown = None
+    if moved is not None:
+        no_flip, no_flip_unknown = _no_flip(classifier, x)
+    return Certificate(
+        T=classifier.T,
+        samples=0 if moved is None else len(x),
+        margin=margin,
+        layers=tuple(layers),
+        no_flip=no_flip,
+        no_flip_unknown=no_flip_unknown,
+    )
+
+
+def _no_flip(classifier: SpikingClassifier, x: Tensor) -> tuple[tuple[float, ...], str | None]:
+    """No-flip radii of the inputs, or why there are none."""
+    values = x[0].numel()
+    if values > _MOST_VALUES:
+        return (
+            (),
+            f"it takes a pass per value, of which there are {values}; call no_flip_radius for it",
         )
-    elif moved is not None:
-        try:
-            no_flip = tuple(no_flip_radius(classifier, x).tolist())
-        except (
-            NotImplementedError,
-            ValueError,
-        ) as error:  # images outside [0, 1], or a network without one
-            unknown_flips = str(error)
-        if not all(map(math.isfinite, no_flip)):
-            no_flip, unknown_flips = (), "the input drives no spike"
-    samples = 0 if moved is None else len(x)
-    return Certificate(classifier.T, samples, margin, tuple(layers), no_flip, unknown_flips)
+    try:
+        radii = no_flip_radius(classifier, x).tolist()
+    except (NotImplementedError, ValueError) as error:
+        return (), str(error)  # images outside [0, 1], or a network without one
+    if not all(math.isfinite(radius) for radius in radii):
+        return (), "the input drives no spike"
+    return tuple(radii), None
 
 
 def _layer(
     kind: str, found: InputMap, gains: NeuronGains, moved: Mapping[str, Moved] | None, margin: float
 ) -> LayerCertificate:
     """The certificate of a layer whose neuron is known."""
-    input_gain = tuple(gains.input_gain.tolist())
-    if found.norm is None:
-        return LayerCertificate(
-            found.name, kind, gains.decay, input_gain, found.feeds, not_covered=found.not_covered
-        )
+    certificate = LayerCertificate(
+        name=found.name,
+        neuron=kind,
+        decay=gains.decay,
+        input_gain=tuple(gains.input_gain.tolist()),
+        feeds=found.feeds,
+        not_covered=found.not_covered,
+    )
     norm = found.norm
-    margin = max(margin, found.residual / norm) if norm else margin
-    any_time = float(l2_gain_limit(gains.decay)) * max(map(abs, input_gain))
-    spikes = l2 = peak = rounding = torch.zeros(
-        1, dtype=torch.float64
-    )  # nothing measured is nothing that moved
+    if norm is None:
+        return certificate
+    if norm:
+        margin = max(margin, found.residual / norm)
+    any_time = float(l2_gain_limit(gains.decay)) * float(gains.input_gain.abs().max())
+    # Nothing measured is nothing that moved.
+    spikes = torch.zeros(1, dtype=torch.float64)
+    l2 = peak = rounding = spikes
     if moved is not None:
         own = moved[found.name]
-        spikes = torch.stack([moved[feed].spikes for feed in found.feeds]).sum(0).sqrt()
-        l2, peak, rounding = own.perturbation.sqrt(), own.peak.sqrt(), 1e-6 * own.current.sqrt()
+        squared = torch.stack([moved[feed].spikes for feed in found.feeds])
+        spikes = squared.sum(0).sqrt()
+        l2 = own.perturbation.sqrt()
+        peak = own.peak.sqrt()
+        rounding = 1e-6 * own.current.sqrt()
     reached = bool((spikes > 0).any())
 
     def bound(gain: float, eps: Tensor) -> Bound:
         value = gain * norm if math.isfinite(gain) else None
         if value is None or not reached:
             return Bound(value, None)
-        return Bound(value, bool((eps <= value * (1.0 + margin) * spikes + gain * rounding).all()))
+        most = value * (1.0 + margin) * spikes + gain * rounding
+        return Bound(value, bool((eps <= most).all()))
 
     def largest(eps: Tensor) -> float | None:
         return float((eps / spikes)[spikes > 0].max()) if reached else None
 
-    return LayerCertificate(
-        found.name,
-        kind,
-        gains.decay,
-        input_gain,
-        found.feeds,
-        norm,
-        found.upper_bound,
-        found.residual,
+    return replace(
+        certificate,
+        norm=norm,
+        upper_bound=found.upper_bound,
+        residual=found.residual,
         l2=bound(gains.l2, l2),
         any_time=bound(any_time, l2),
         peak=bound(gains.peak, peak),

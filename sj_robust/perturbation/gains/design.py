@@ -77,12 +77,10 @@ def optimal_input_gain(
 
     Examples:
         >>> design = optimal_input_gain(0.99, 4)
-        >>> (
-        ...     [round(p, 2) for p in design.input_gain.tolist()],
-        ...     round(design.gain, 3),
-        ...     round(design.constant_gain, 3),
-        ... )
-        ([0.6, 0.67, 0.9, 1.82], 2.41, 2.843)
+        >>> [round(p, 2) for p in design.input_gain.tolist()]
+        [0.6, 0.67, 0.9, 1.82]
+        >>> round(design.gain, 3), round(design.constant_gain, 3)
+        (2.41, 2.843)
     """
     if not 0.0 < mean < float("inf"):
         raise ValueError(
@@ -95,11 +93,17 @@ def optimal_input_gain(
     if held == "response" and objective == "peak":
         raise ValueError("held='response' is for objective='l2'; for the peak hold the mean")
     operator = time_operator(decay, T)
-    c = operator.sum(0) if held == "response" else torch.ones(T, dtype=torch.float64)
-    shape, bound = _least_l2(decay, c) if objective == "l2" else _least_peak(decay, T)
+    c = torch.ones(T, dtype=torch.float64)
+    if held == "response":
+        c = operator.sum(0)
+    if objective == "l2":
+        measure = l2_gain
+        shape, bound = _least_l2(decay, c)
+    else:
+        measure = peak_gain
+        shape, bound = _least_peak(decay, T)
     p = shape * (mean * c.sum() / (c @ shape))
     constant = torch.full_like(p, mean)
-    measure = l2_gain if objective == "l2" else peak_gain
     return GainDesign(
         input_gain=p,
         gain=float(measure(decay, T, p)),
@@ -142,26 +146,29 @@ def gain_penalty(net: nn.Module, *, normalized: bool = False) -> Tensor:
         >>> round(value.item(), 3), net[1].input_gain.grad.shape
         (27.705, torch.Size([8]))
     """
-    learned = [(charging.decay, charging.input_gain) for charging in _chargings(net).values()]
-    layers = [(decay, gain) for decay, gain in learned if gain is not None]
-    if not layers:
+    gains = []
+    decays = []
+    for charging in _chargings(net).values():
+        if charging.input_gain is not None:
+            gains.append(charging.input_gain)
+            decays.append(torch.as_tensor(charging.decay, dtype=torch.float64))
+    if not gains:
         raise ValueError(
             f"gain_penalty needs a network with DLIF neurons, {type(net).__name__} has none; "
             "turn its neurons into DLIF with replace_neurons"
         )
-    gains = [gain for _, gain in layers]
     T = max(len(gain) for gain in gains)
     # Leading zeros leave the norm as it is: nothing has come in before the first step.
-    stacked = (
-        torch.stack([functional.pad(gain, (T - len(gain), 0)) for gain in gains]).cpu().double()
-    )
+    padded = [functional.pad(gain, (T - len(gain), 0)) for gain in gains]
+    stacked = torch.stack(padded).cpu().double()
     if not bool(torch.isfinite(stacked).all()):
         return stacked.sum() * torch.nan  # the training loop stops on it and says at which step
-    decays = torch.stack([torch.as_tensor(decay, dtype=torch.float64) for decay, _ in layers])
-    squares: Tensor = torch.linalg.matrix_norm(time_operator(decays, T, stacked), 2).square()
+    operators = time_operator(torch.stack(decays), T, stacked)
+    squares: Tensor = torch.linalg.matrix_norm(operators, 2).square()
     if normalized:
         lengths = torch.tensor([len(gain) for gain in gains], dtype=torch.float64)
-        squares = squares / (stacked.abs().sum(1) / lengths).clamp(min=1e-100).square()
+        means = stacked.abs().sum(1) / lengths
+        squares = squares / means.clamp(min=1e-100).square()
     return squares.sum()
 
 
@@ -180,10 +187,8 @@ def gain_scalars(net: nn.Module, T: int | None = None) -> dict[str, float]:
 
     Examples:
         >>> from sj_robust import DLIFNode
-        >>> {
-        ...     name: round(value, 3)
-        ...     for name, value in gain_scalars(nn.Sequential(DLIFNode(T=8))).items()
-        ... }
+        >>> scalars = gain_scalars(nn.Sequential(DLIFNode(T=8)))
+        >>> {name: round(value, 3) for name, value in scalars.items()}
         {'l2_gain/0': 5.264, 'peak_gain/0': 2.732}
     """
     scalars: dict[str, float] = {}
@@ -191,13 +196,15 @@ def gain_scalars(net: nn.Module, T: int | None = None) -> dict[str, float]:
         steps = T if charging.input_gain is None else len(charging.input_gain)
         if steps is not None:
             gains = neuron_gains(charging, steps)
-            scalars |= {f"l2_gain/{name}": gains.l2, f"peak_gain/{name}": gains.peak}
+            scalars[f"l2_gain/{name}"] = gains.l2
+            scalars[f"peak_gain/{name}"] = gains.peak
     return scalars
 
 
 def _chargings(net: nn.Module) -> dict[str, Charging]:
     """How every neuron of known dynamics charges, by name."""
-    return {name: neuron.charging() for name, neuron in find_neurons(net, {}, {})[0].items()}
+    neurons, _, _ = find_neurons(net, {}, {})
+    return {name: neuron.charging() for name, neuron in neurons.items()}
 
 
 def _least_l2(decay: float, c: Tensor) -> tuple[Tensor, float]:
@@ -212,20 +219,27 @@ def _least_l2(decay: float, c: Tensor) -> tuple[Tensor, float]:
     def value(w: Tensor) -> Tensor:
         return w @ K @ w + (c / w).square().sum()
 
+    def descends(w: Tensor, step: Tensor, decrease: Tensor) -> bool:
+        """Whether a step goes down enough; near the minimum rounding hides it."""
+        after = w + step
+        if bool(after.min() <= 0):
+            return False
+        return not bool(value(after) > value(w) * (1.0 + 1e-14) - decrease)
+
     w = torch.full((T,), max(1.0 - decay, 1.0 / T) ** -0.5, dtype=torch.float64)
     for _ in range(200):
         slope = 2.0 * (K @ w - c.square() * w.pow(-3))
-        step = torch.linalg.solve(2.0 * K + torch.diag(6.0 * c.square() * w.pow(-4)), -slope)
-        decrease, size = -(slope @ step), 1.0
-        # Near the minimum rounding hides the decrease, and the full step is right.
-        while bool((w + size * step).min() <= 0) or bool(
-            value(w + size * step) > value(w) * (1.0 + 1e-14) - 0.25 * size * decrease
-        ):
+        curvature = 2.0 * K + torch.diag(6.0 * c.square() * w.pow(-4))
+        step = torch.linalg.solve(curvature, -slope)
+        decrease = -(slope @ step)
+        size = 1.0
+        while not descends(w, size * step, 0.25 * size * decrease):
             size /= 2
         w = w + size * step
         if decrease < 1e-24 * value(w):
             break
-    return c * w.pow(-2), float((w @ K @ w * (c / w).square().sum()).rsqrt())
+    bound = (w @ K @ w * (c / w).square().sum()).rsqrt()
+    return c * w.pow(-2), float(bound)
 
 
 def _least_peak(decay: float, T: int) -> tuple[Tensor, float]:
@@ -237,13 +251,15 @@ def _least_peak(decay: float, T: int) -> tuple[Tensor, float]:
     steps = torch.arange(T, dtype=torch.float64)
     for k in range(T):
         falling = rate ** steps[: k + 1]
+        at_peak = falling.square() * rate ** (k - steps[: k + 1])
         p = torch.full((T,), steady, dtype=torch.float64)
-        p[: k + 1] = falling / (falling.square() * rate ** (k - steps[: k + 1])).sum().sqrt()
+        p[: k + 1] = falling / at_peak.sum().sqrt()
         if rate * p[k] <= steady:
             break
-    multipliers = (
-        p.reciprocal()
-    )  # of p's constraints, summed over later steps with weights rate^(t-s)
-    weights = multipliers - rate * torch.cat((multipliers[1:], multipliers.new_zeros(1)))
+    # Of p's constraints, summed over later steps with weights rate^(t-s).
+    multipliers = p.reciprocal()
+    later = torch.cat((multipliers[1:], multipliers.new_zeros(1)))
+    weights = (multipliers - rate * later).clamp(min=0.0)
     # For weights >= 0 that sum to 1, peak^2 >= sum_s m[s] p[s]^2 >= (sum p)^2 / sum_s 1 / m[s].
-    return p, float((weights.clamp(min=0.0).sum() * (1.0 / multipliers).sum()).rsqrt())
+    bound = (weights.sum() * (1.0 / multipliers).sum()).rsqrt()
+    return p, float(bound)

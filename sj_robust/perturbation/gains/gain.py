@@ -170,7 +170,8 @@ def l2_gain_limit(decay: float | Tensor) -> Tensor:
         >>> l2_gain_limit(torch.tensor([0.5, 1.0]))
         tensor([2., inf], dtype=torch.float64)
     """
-    return 1.0 / (1.0 - _checked(decay, 1, None)[0].detach().cpu())
+    decays, _ = _checked(decay, 1, None)
+    return 1.0 / (1.0 - decays.detach().cpu())
 
 
 def printed_gain(decay: float | Tensor) -> Tensor:
@@ -215,9 +216,9 @@ def neuron_gains(charging: Charging, T: int) -> NeuronGains:
         (0.913, 1.0)
     """
     decay = torch.as_tensor(charging.decay, dtype=torch.float64).detach().cpu()
-    learned = (
-        torch.ones(T, dtype=torch.float64) if charging.input_gain is None else charging.input_gain
-    )
+    learned = charging.input_gain
+    if learned is None:
+        learned = torch.ones(T, dtype=torch.float64)
     if len(learned) < T:
         raise ValueError(
             f"T must be at most the neuron's {len(learned)} input gains, got {T}; build it with "
@@ -225,14 +226,16 @@ def neuron_gains(charging: Charging, T: int) -> NeuronGains:
         )
     fixed = torch.as_tensor(charging.gain, dtype=torch.float64).detach().cpu()
     gains = fixed * learned.detach().cpu().double()[:T]
-    constant = bool((gains.abs() == gains[0].abs()).all())
+    first = gains[0].abs()
+    constant = bool((gains.abs() == first).all())
+    l2_limit = None
+    if constant and first != 0:
+        l2_limit = float(l2_gain_limit(decay) * first)
     return NeuronGains(
         decay=float(decay),
         input_gain=gains,
         l2=float(l2_gain(decay, T, gains)),
-        l2_limit=float(l2_gain_limit(decay) * gains[0].abs())
-        if constant and gains[0] != 0
-        else None,
+        l2_limit=l2_limit,
         peak=float(peak_gain(decay, T, gains)),
         printed=float(printed_gain(decay)),
     )
@@ -278,13 +281,16 @@ def _per_sequence(
     """Apply ``gain(decays [n], gains [T, n])`` to every sequence of a batch; gains are scaled to a
     largest of 1.
     """
-    decays, gains = (value.detach().cpu() for value in _checked(decay, T, input_gain))
-    shape = np.broadcast_shapes(decays.shape, gains.shape[:-1])
+    decays, gains = _checked(decay, T, input_gain)
+    decays = decays.detach().cpu()
+    sizes = gains.detach().cpu().abs()
+    shape = np.broadcast_shapes(decays.shape, sizes.shape[:-1])
     flat = decays.expand(shape).reshape(-1).numpy()
-    columns = gains.abs().expand(*shape, T).reshape(-1, T).T.numpy()
+    columns = sizes.expand(*shape, T).reshape(-1, T).T.numpy()
     largest: Any = columns.max(axis=0)
     scaled = columns / np.where(largest > 0, largest, 1.0)
-    return torch.from_numpy(np.asarray(gain(flat, scaled) * largest)).reshape(shape)
+    found = gain(flat, scaled) * largest
+    return torch.from_numpy(np.asarray(found)).reshape(shape)
 
 
 def _largest_row_norm(decays: Array, gains: Array) -> Array:
@@ -306,15 +312,18 @@ def _largest_singular_value(decays: Array, gains: Array) -> Array:
     fractions = np.arange(1, candidates) / candidates
     while (high - low).max(initial=0.0) > 1e-14:
         grid = low + fractions[:, None] * (high - low)
-        below = (~_is_above(np.exp(grid), decays, gains)).sum(axis=0)
+        above = _is_above(np.exp(grid), decays, gains)
+        below = (~above).sum(axis=0)
         width = (high - low) / candidates
-        low, high = low + below * width, low + (below + 1) * width
+        high = low + (below + 1) * width
+        low = low + below * width
     return np.where(gains.any(axis=0), np.exp(high), 0.0)
 
 
 def _is_above(candidates: Array, decays: Array, gains: Array) -> NDArray[np.bool_]:
     """Whether each candidate [k, n] is above the gain of its sequence; see :func:`l2_gain`."""
-    inverse, squared_decays = candidates**-2.0, decays**2
+    inverse = candidates**-2.0
+    squared_decays = decays**2
     r = np.zeros_like(candidates)
     above = np.ones(candidates.shape, dtype=bool)
     for squared in gains**2:

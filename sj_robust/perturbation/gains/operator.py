@@ -122,11 +122,8 @@ def input_maps(
             found[name] = _measured(network, name, found, tolerance, max_iterations)
     # Further calls of a layer have keys of their own; the first one's entry says why it is not
     # covered.
-    return {
-        name: found[name]
-        for name in found
-        if name in network.cuts and name not in network.run.windows
-    }
+    layers = network.cuts.keys() - network.run.windows.keys()
+    return {name: found[name] for name in found if name in layers}
 
 
 _Value = Callable[[str, Tensor], Tensor]
@@ -152,22 +149,23 @@ class _CutNetwork:
         self.at_zero = self._run(lambda name, like: torch.zeros_like(like)).currents
         # Two sizes and both signs: what is linear near one point may not be so far from it.
         self.at_random = [
-            self._run(self._random_leaves(i, scale)).currents
-            for i, scale in enumerate((1.0, -1000.0))
+            self._run(self._random_leaves(0, scale=1.0)).currents,
+            self._run(self._random_leaves(1, scale=-1000.0)).currents,
         ]
         # A run on images holds all steps, each with leaves of its own.
         self.second_step = self.at_random[1] if takes == "images" else self._second_step()
 
     def _run(self, value: _Value, frame: Tensor | None = None, *, reset: bool = True) -> CutRun:
+        if frame is None:
+            frame = self.frame
         if reset:
             functional.reset_net(self.net)
-        return cut_run(self.net, self.frame if frame is None else frame, self.cuts, value)
+        return cut_run(self.net, frame, self.cuts, value)
 
     def noise(self, like: Tensor, scale: float = 1.0) -> Tensor:
         """Random values of a tensor's shape, device and dtype."""
-        return (scale * torch.randn(like.shape, generator=self.generator, dtype=torch.float32)).to(
-            like
-        )
+        values = torch.randn(like.shape, generator=self.generator, dtype=torch.float32)
+        return (scale * values).to(like)
 
     def _random_leaves(self, i: int, scale: float) -> _Value:
         def value(name: str, like: Tensor) -> Tensor:
@@ -189,14 +187,16 @@ class _CutNetwork:
             if key in first and len(like) == 2 * len(first[key]):
                 return torch.cat((first[key], second[key]))
             # A single-step layer of a multi-step network is handed the steps in turn.
-            chosen = first[key] if key in first else second.get(self._a_step_on(key, -1), like)
+            chosen = first.get(key)
+            if chosen is None:
+                chosen = second.get(self._a_step_on(key, -1), like)
             return chosen.clone() if chosen.shape == like.shape else self.noise(like)
 
         currents = self._run(value, torch.cat((self.frame, self.frame))).currents
-        return {
-            key: currents.get(self._a_step_on(key, 1), current[1:])
-            for key, current in currents.items()
-        }
+        second_step = {}
+        for key, current in currents.items():
+            second_step[key] = currents.get(self._a_step_on(key, 1), current[1:])
+        return second_step
 
     def _a_step_on(self, key: str, steps: int) -> str:
         """Key of a layer's call so many steps later, if it is handed the steps in turn."""
@@ -212,28 +212,30 @@ def _measured(
     max_iterations: int,
 ) -> InputMap:
     affine = AffineMap(network.run.currents[name], network.run.leaves)
-    feeds = dict.fromkeys(
-        feed
-        for key in affine.feeds
-        for feed in (found[key].feeds if key in network.run.windows else [_layer_name(key)])
-    )
-    reason = _reason(network, name, affine, found)
-    if reason is not None:
-        return InputMap(name, tuple(feeds), None, not_covered=reason)
+    windows = network.run.windows
+    feeds: list[str] = []
     # How much of the perturbation each leaf can carry: a spiking layer its own part, a max pooling
     # its bound.
-    windows = network.run.windows
-    bounds = {
-        key: math.sqrt(windows[key]) * norm
-        for key in affine.feeds
-        if key in windows and (norm := found[key].norm) is not None
-    }
+    bounds = {}
+    for key in affine.feeds:
+        if key not in windows:
+            feeds.append(_layer_name(key))
+            continue
+        pooling = found[key]
+        feeds.extend(pooling.feeds)
+        if pooling.norm is not None:
+            bounds[key] = math.sqrt(windows[key]) * pooling.norm
+    feeding = tuple(dict.fromkeys(feeds))
+    reason = _reason(network, name, affine, found)
+    if reason is not None:
+        return InputMap(name, feeding, None, not_covered=reason)
     scales = [math.sqrt(bounds.get(key, 1.0)) for key in affine.feeds]
-    factor = math.sqrt(sum(bounds.values()) + (len(bounds) < len(affine.feeds)))
+    not_pooled = 1.0 if len(bounds) < len(affine.feeds) else 0.0
+    factor = math.sqrt(sum(bounds.values()) + not_pooled)
     largest = _largest_singular_value(affine, scales, network.noise, tolerance, max_iterations)
     return InputMap(
         name,
-        tuple(feeds),
+        feeding,
         largest.value * factor,
         upper_bound=bool(bounds),
         residual=largest.residual * factor,
@@ -274,31 +276,30 @@ def _reason(
     """Why a layer is not covered; None if it is."""
     for key in (name, *affine.feeds):
         layer = _layer_name(key)
-        if network.run.calls[layer] > 1 and key not in network.run.windows:
+        calls = network.run.calls[layer]
+        pooling = key in network.run.windows
+        if calls > 1 and not pooling:
+            called = "it" if layer == name else layer
             per = "forward, step by step" if network.takes == "images" else "time step"
-            return (
-                f"{'it' if layer == name else layer} is called {network.run.calls[layer]} times "
-                f"per {per}"
-            )
-        if key in found and key in network.run.windows and found[key].not_covered is not None:
+            return f"{called} is called {calls} times per {per}"
+        if key in found and pooling and found[key].not_covered is not None:
             return f"the max pooling {key} before it: {found[key].not_covered}"
     if not affine.feeds:
         return "neither a spiking layer nor the input reaches it through differentiable operations"
-    try:
-        linear = [affine.apply([leaves[key] for key in affine.feeds]) for leaves in network.random]
-    except RuntimeError as error:
-        return (
-            f"the backward pass of what is before it cannot be differentiated ({error}): "
-            f"{_ran(network, name)}"
-        )
-    zero, given = network.at_zero[name], [currents[name] for currents in network.at_random]
-    if not all(
-        _close(part + zero, current, part, zero)
-        for part, current in zip(linear, given, strict=True)
-    ):
-        return f"not affine in {', '.join(affine.feeds)}: {_ran(network, name)}"
+    zero = network.at_zero[name]
+    for leaves, currents in zip(network.random, network.at_random, strict=True):
+        try:
+            linear = affine.apply([leaves[key] for key in affine.feeds])
+        except RuntimeError as error:
+            return (
+                f"the backward pass of what is before it cannot be differentiated ({error}): "
+                f"{_ran(network, name)}"
+            )
+        if not _close(linear + zero, currents[name], linear, zero):
+            return f"not affine in {', '.join(affine.feeds)}: {_ran(network, name)}"
+    first = network.at_random[1][name]
     second = network.second_step.get(name)
-    if second is None or not _close(second, given[1], given[1]):
+    if second is None or not _close(second, first, first):
         return f"not the same map at every time step: {_ran(network, name)}"
     return None
 
@@ -316,23 +317,21 @@ def _close(a: Tensor, b: Tensor, *scales: Tensor) -> bool:
 def _ran(network: _CutNetwork, name: str) -> str:
     """What ran before a layer and is not known to be linear, or else all that ran."""
     modules, operations = network.run.between(name)
-    kinds = {module: network.net.get_submodule(module) for module in modules}
-    listed = [
-        name
-        for name, module in kinds.items()
-        if not any(kind.__name__.startswith(_LINEAR_MODULES) for kind in type(module).__mro__)
-    ]
-    nodes = {
-        node.rsplit("::")[-1] for node in operations if not node.startswith(_LINEAR_OPERATIONS)
-    }
-    unknown = {
-        node.rstrip("0123456789").removesuffix("Backward").lower() for node in nodes
-    }  # from MulBackward0
-    if not listed and not unknown:
-        listed = list(kinds)
-    named = [f"{module} ({type(kinds[module]).__name__})" for module in listed]
-    named += [f"the operation {name}" for name in sorted(unknown)]
-    return "between them ran " + ", ".join(named or ["operations without a gradient"])
+    all_named = []
+    named = []
+    for module in dict.fromkeys(modules):
+        kind = type(network.net.get_submodule(module))
+        all_named.append(f"{module} ({kind.__name__})")
+        if not any(base.__name__.startswith(_LINEAR_MODULES) for base in kind.__mro__):
+            named.append(all_named[-1])
+    unknown = set()
+    for operation in operations:
+        if not operation.startswith(_LINEAR_OPERATIONS):
+            node = operation.rsplit("::")[-1]  # such as MulBackward0
+            unknown.add(node.rstrip("0123456789").removesuffix("Backward").lower())
+    named += [f"the operation {operation}" for operation in sorted(unknown)]
+    named = named or all_named or ["operations without a gradient"]
+    return "between them ran " + ", ".join(named)
 
 
 _LINEAR_MODULES = (

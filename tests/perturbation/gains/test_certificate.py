@@ -20,6 +20,7 @@ from sj_robust.perturbation.gains import (
     INPUT,
     Bound,
     Certificate,
+    LayerCertificate,
     certificate,
     l2_gain,
     peak_gain,
@@ -55,22 +56,35 @@ def small(T, step_mode="m", seed=0):
     return net
 
 
+def images():
+    """Three of them, as ``small`` takes them."""
+    return torch.rand(3, 2, 6, 6)
+
+
 @pytest.mark.slow
 @settings(deadline=None, max_examples=10, derandomize=True)
 @given(seed=st.integers(0, 10**6), T=st.integers(1, 6), size=st.floats(1e-3, 1.0))
 def test_no_random_network_and_pair_exceeds_the_exact_bounds(seed, T, size):
-    x = torch.rand(6, 2, 6, 6, generator=torch.Generator().manual_seed(seed))
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed + 1))
-    found = perturbation_gains(small(T, seed=seed), x, T, x_perturbed=x + size * noise)
+    net = small(T, seed=seed)
+    x = torch.rand(6, 2, 6, 6)
+    noise = torch.randn(x.shape)
+    found = perturbation_gains(net, x, T, x_perturbed=x + size * noise)
     assert found.holds is True
-    assert [entry.name for entry in found.layers] == ["2", "5", "8", "10"]
-    assert [entry.feeds for entry in found.layers] == [(INPUT,), ("2",), ("5",), ("8",)]
+    feeds = {entry.name: entry.feeds for entry in found.layers}
+    assert feeds == {
+        "2": (INPUT,),
+        "5": ("2",),
+        "8": ("5",),
+        "10": ("8",),
+    }
     for entry in found.layers:
         assert entry.not_covered is None
         if entry.measured_l2 is not None:
-            assert entry.measured_peak <= entry.measured_l2 <= entry.l2.value * 1.001
+            assert entry.measured_peak <= entry.measured_l2
+            assert entry.measured_l2 <= entry.l2.value * 1.001
             assert entry.measured_peak <= entry.peak.value * 1.001
-        assert entry.any_time.value is None or entry.l2.value <= entry.any_time.value * (1 + 1e-9)
+        if entry.any_time.value is not None:
+            assert entry.l2.value <= entry.any_time.value * (1 + 1e-9)
 
 
 def test_values_of_a_layer_by_hand():
@@ -78,33 +92,57 @@ def test_values_of_a_layer_by_hand():
     net = small(T)
     with torch.no_grad():
         net[2].input_gain[1] = -4.0
-    x, noise = torch.rand(5, 2, 6, 6), 0.3 * torch.randn(5, 2, 6, 6)
+    x = images()
+    noise = 0.3 * torch.randn(x.shape)
+    x_perturbed = x + noise
     with MPPDMonitor(net, keep="trace") as monitor:
-        monitor.compare(x.expand(T, *x.shape), (x + noise).expand(T, *x.shape))
-        trace = {name: monitor[name][0] for name in ("2", "5")}
-    found = perturbation_gains(net, x, T, x_perturbed=x + noise)
-    moved = trace["2"].spike_seq - trace["2"].spike_seq_perturbed
-    ds = {
-        INPUT: (T * noise.double().square().sum((1, 2, 3))).sqrt(),
-        "2": moved.double().square().sum((0, 2, 3, 4)).sqrt(),
-    }
-    for name, feed in (("2", INPUT), ("5", "2")):
-        eps = trace[name].eps.double().flatten(2).norm(dim=2)
-        entry = found[name]
-        assert entry.measured_l2 == pytest.approx(
-            float((eps.norm(dim=0) / ds[feed]).max()), rel=1e-4
-        )
-        assert entry.measured_peak == pytest.approx(float((eps.amax(0) / ds[feed]).max()), rel=1e-4)
-    first, second = found["2"], found["5"]
+        monitor.compare(x.expand(T, *x.shape), x_perturbed.expand(T, *x.shape))
+        first_trace = monitor["2"][0]
+        second_trace = monitor["5"][0]
+    found = perturbation_gains(net, x, T, x_perturbed=x_perturbed)
+    first = found["2"]
+    second = found["5"]
+
+    moved_input = (noise * T**0.5).double().flatten(1).norm(dim=1)
+    assert_measured(first, first_trace.eps, moved_input)
+    moved = first_trace.spike_seq - first_trace.spike_seq_perturbed
+    moved_spikes = norms_by_hand(moved).norm(dim=0)
+    assert_measured(second, second_trace.eps, moved_spikes)
+
     p = net[2].input_gain.detach()
+    gains = {
+        "l2": l2_gain(0.8, T, p).item(),
+        "peak": peak_gain(0.8, T, p).item(),
+        "any_time": 5 * p.abs().max().item(),
+        "printed": 5**0.5,
+        "printed_peak": 5**0.5,
+    }
+    for name, gain in gains.items():
+        bound = getattr(first, name)
+        assert bound.value == pytest.approx(gain * first.norm), name
     assert first.input_gain == pytest.approx(p.tolist())
-    assert (second.decay, second.input_gain, second.neuron) == (0.5, (0.5,) * T, "LIFNode")
-    assert first.l2.value == pytest.approx(float(l2_gain(0.8, T, p)) * first.norm)
-    assert first.peak.value == pytest.approx(float(peak_gain(0.8, T, p)) * first.norm)
-    assert first.any_time.value == pytest.approx(5 * float(p.abs().max()) * first.norm)
-    assert first.printed.value == first.printed_peak.value == pytest.approx(5**0.5 * first.norm)
+    assert second.decay == 0.5
+    assert second.input_gain == (0.5,) * T
+    assert second.neuron == "LIFNode"
     assert found["8"].any_time.value is None, "IF has no leak"
     assert found["8"].printed.value is None
+
+
+def norms_by_hand(seq):
+    """Norm of every step of every sample, [T, N]."""
+    return seq.double().flatten(2).norm(dim=2)
+
+
+def largest(eps, spikes):
+    return float((eps / spikes).max())
+
+
+def assert_measured(entry, eps_seq, spikes):
+    eps = norms_by_hand(eps_seq)
+    l2 = largest(eps.norm(dim=0), spikes)
+    peak = largest(eps.amax(0), spikes)
+    assert entry.measured_l2 == pytest.approx(l2, rel=1e-4)
+    assert entry.measured_peak == pytest.approx(peak, rel=1e-4)
 
 
 def one_synapse():
@@ -123,18 +161,27 @@ def one_synapse():
     return net
 
 
+def gains_of_a_spike(net, T):
+    """Of an input of 1 and one of 0."""
+    one = torch.ones(1, 1)
+    return perturbation_gains(net, one, T, x_perturbed=0 * one)
+
+
 def test_the_printed_constant_is_exceeded_where_the_exact_bound_holds():
-    found = perturbation_gains(one_synapse(), torch.ones(1, 1), 3, x_perturbed=torch.zeros(1, 1))
+    found = gains_of_a_spike(one_synapse(), 3)
     entry = found["3"]
     assert entry.norm == pytest.approx(1.0)
     assert entry.measured_l2 == pytest.approx(1.4506, abs=1e-4)
-    assert entry.printed == Bound(pytest.approx(1.4142, abs=1e-4), False)
-    assert entry.l2 == Bound(pytest.approx(1.4670, abs=1e-4), True)
+    assert entry.printed.value == pytest.approx(1.4142, abs=1e-4)
+    assert entry.printed.held is False
+    assert entry.l2.value == pytest.approx(1.4670, abs=1e-4)
+    assert entry.l2.held is True
     assert entry.printed_peak.held
     assert found.holds, "the printed constant does not count"
-    assert "1.414 !" in found.table()
-    assert "1.467 !" not in found.table()
-    assert "not a valid L2-to-L2 bound in general" in found.table()
+    table = found.table()
+    assert "1.414 !" in table
+    assert "1.467 !" not in table
+    assert "not a valid L2-to-L2 bound in general" in table
 
 
 class Sum(nn.Module):
@@ -142,21 +189,22 @@ class Sum(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.second, self.third = (neuron.IFNode(step_mode="m") for _ in range(3))
+        self.first = neuron.IFNode(step_mode="m")
+        self.second = neuron.IFNode(step_mode="m")
+        self.third = neuron.IFNode(step_mode="m")
 
     def forward(self, x):
         spikes = self.first(x)
-        return self.third(spikes + self.second(2.0 * spikes))
+        others = self.second(2.0 * spikes)
+        return self.third(spikes + others)
 
 
 def test_the_spikes_of_all_feeding_layers_count():
-    found = perturbation_gains(Sum(), torch.ones(1, 1), 1, x_perturbed=torch.zeros(1, 1))["third"]
-    assert found.feeds == ("first", "second")
-    assert found.norm == pytest.approx(2**0.5)
-    assert found.measured_l2 == pytest.approx(2**0.5), (
-        "a current of 2 from two spikes, the worst case"
-    )
-    assert found.holds
+    third = gains_of_a_spike(Sum(), 1)["third"]
+    assert third.feeds == ("first", "second")
+    assert third.norm == pytest.approx(2**0.5)
+    assert third.measured_l2 == pytest.approx(2**0.5), "a current of 2 from two spikes"
+    assert third.holds
 
 
 def test_an_exceeded_bound_is_seen():
@@ -170,11 +218,11 @@ def test_an_exceeded_bound_is_seen():
         """
 
         def forward(self, x_seq):
-            return x_seq * (20.0 if x_seq.shape[1] > 1 else 1.0)
+            return 20.0 * x_seq if x_seq.shape[1] > 1 else x_seq
 
     net = one_synapse()
     net[2] = nn.Sequential(Doubles(), net[2])
-    found = perturbation_gains(net, torch.ones(1, 1), 3, x_perturbed=torch.zeros(1, 1))
+    found = gains_of_a_spike(net, 3)
     assert found.holds is False
     assert found["3"].l2.held is False
     assert found["3"].peak.held is False
@@ -182,51 +230,77 @@ def test_an_exceeded_bound_is_seen():
     assert "AN EXACT BOUND WAS EXCEEDED" in found.table()
 
 
-def test_classifiers_of_every_kind():
+MEAN = (0.5, 0.5, 0.5)
+STD = (0.25, 0.25, 0.25)
+
+
+@pytest.fixture
+def direct():
+    """A network that takes images."""
     torch.manual_seed(0)
-    x = torch.rand(4, 3, 8, 8)
-    y = (x + 0.2 * torch.randn_like(x)).clamp(0, 1)
     spec = NetworkSpec(
-        image_shape=(3, 8, 8), classes=3, T=3, channels=(4, 4), mean=(0.5,) * 3, std=(0.25,) * 3
+        image_shape=(3, 8, 8),
+        classes=3,
+        T=3,
+        channels=(4, 4),
+        mean=MEAN,
+        std=STD,
     )
-    direct = build_classifier(spec)
-    found = perturbation_gains(direct, x, x_perturbed=y)
+    return build_classifier(spec)
+
+
+@pytest.fixture
+def pair():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(4, 3, 8, 8, generator=generator)
+    noise = torch.randn(x.shape, generator=generator)
+    return x, (x + 0.2 * noise).clamp(0, 1)
+
+
+def test_the_input_is_the_normalised_one_repeated_t_times(direct, pair):
+    x, x_perturbed = pair
+    found = perturbation_gains(direct, x, x_perturbed=x_perturbed)
     assert found.T == 3
     assert found.holds
-    eps = 0.0
     with MPPDMonitor(direct, keep="trace") as monitor:
-        monitor.compare(x, y)
-        eps = monitor["net.stages.0.node"][0].eps.double().square().sum((0, 2, 3, 4)).sqrt()
-    ratio = eps / (3**0.5 * ((x - y) / 0.25).double().flatten(1).norm(dim=1))
-    first = found.layers[0]
-    assert first.measured_l2 == pytest.approx(float(ratio.max()), rel=1e-4), (
-        "of the normalised input, repeated T times"
-    )
+        monitor.compare(x, x_perturbed)
+        eps = norms_by_hand(monitor["net.stages.0.node"][0].eps).norm(dim=0)
+    moved = ((x - x_perturbed) / 0.25).double().flatten(1).norm(dim=1)
+    expected = largest(eps, 3**0.5 * moved)
+    assert found.layers[0].measured_l2 == pytest.approx(expected, rel=1e-4)
 
     functional.set_step_mode(direct, "s")
-    single = perturbation_gains(
-        SpikingClassifier(direct.net, 3, mean=(0.5,) * 3, std=(0.25,) * 3), x, x_perturbed=y
-    )
-    for a, b in zip(single.layers, found.layers, strict=True):
-        assert a.measured_l2 == pytest.approx(b.measured_l2, rel=1e-4)
-    functional.set_step_mode(direct, "m")
+    stepwise = SpikingClassifier(direct.net, 3, mean=MEAN, std=STD)
+    single = perturbation_gains(stepwise, x, x_perturbed=x_perturbed)
+    for one, other in zip(single.layers, found.layers, strict=True):
+        assert one.measured_l2 == pytest.approx(other.measured_l2, rel=1e-4)
 
-    encoded = SpikingClassifier(direct.net, 3, PoissonEncoder(torch.Generator().manual_seed(0)))
-    assert perturbation_gains(encoded, x, x_perturbed=y).holds
+
+def test_a_random_encoder(direct, pair):
+    x, x_perturbed = pair
+    encoder = PoissonEncoder(torch.Generator().manual_seed(0))
+    encoded = SpikingClassifier(direct.net, 3, encoder)
+    assert perturbation_gains(encoded, x, x_perturbed=x_perturbed).holds
+
+
+def test_event_frames():
     frames = torch.rand(2, 5, 2, 6, 6).round()
-    events = perturbation_gains(
-        SpikingEventClassifier(small(5), T=5), frames, x_perturbed=1 - frames
+    model = SpikingEventClassifier(small(5), T=5)
+    found = perturbation_gains(model, frames, x_perturbed=1 - frames)
+    assert found.holds
+    assert found.T == 5
+
+
+def test_features_in_place_of_images():
+    net = nn.Sequential(
+        layer.Linear(4, 6),
+        neuron.IFNode(),
+        layer.Linear(6, 2),
     )
-    assert events.holds
-    assert events.T == 5
-    features = nn.Sequential(layer.Linear(4, 6), neuron.IFNode(), layer.Linear(6, 2))
-    functional.set_step_mode(features, "m")
-    assert (
-        perturbation_gains(features, torch.rand(3, 4), 2, x_perturbed=torch.rand(3, 4))[
-            "1"
-        ].measured_l2
-        > 0
-    )
+    functional.set_step_mode(net, "m")
+    x = torch.rand(3, 4)
+    found = perturbation_gains(net, x, 2, x_perturbed=1 - x)
+    assert found["1"].measured_l2 > 0
 
 
 class Partly(nn.Module):
@@ -234,12 +308,9 @@ class Partly(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.second, self.silent, self.third = (
-            neuron.IFNode(),
-            neuron.IFNode(),
-            neuron.IFNode(),
-            None,
-        )
+        self.first = neuron.IFNode()
+        self.second = neuron.IFNode()
+        self.silent = neuron.IFNode()
         self.qif = neuron.QIFNode()
         self.linear = layer.Linear(4, 4)
         functional.set_step_mode(self, "m")
@@ -247,7 +318,9 @@ class Partly(nn.Module):
     def forward(self, x):
         spikes = self.first(x)
         product = self.second(self.linear(spikes) * spikes)
-        return self.qif(self.linear(product)) + self.silent(self.linear(spikes * 0.0) + 0.0 * x)
+        unknown = self.qif(self.linear(product))
+        nothing = self.linear(spikes * 0.0) + 0.0 * x
+        return unknown + self.silent(nothing)
 
 
 def test_what_is_not_covered_is_said():
@@ -257,52 +330,57 @@ def test_what_is_not_covered_is_said():
     assert found["second"].holds is None
     assert "operation mul" in found["second"].not_covered
     assert found["qif"].not_covered.startswith("the decay of QIFNode is not known")
-    assert (found["silent"].norm, found["silent"].measured_l2) == (0.0, 0.0)
+    assert found["silent"].norm == 0.0
+    assert found["silent"].measured_l2 == 0.0
     text = found.table()
-    table = [line for line in text.splitlines() if line.startswith("| ")]
-    assert [line.count(" | ") for line in table] == [10] * (
-        2 + 4
-    )  # a head, a rule and a row per layer
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 4, "a head, a rule and a row per layer"
+    for row in rows:
+        assert row.count(" | ") == 10
     assert "second is not covered: not affine in first" in text
     assert "2 of 4 layers covered, 2 measured on 2 pairs: every exact bound held" in text
     assert certificate.SCOPE in text
     assert "no finite gain" in text
     assert "do not compose" in text
-    with pytest.raises(
-        KeyError, match="no layer 'nothing'; the certificate has first, second, qif, silent"
-    ):
+    message = "no layer 'nothing'; the certificate has first, second, qif, silent"
+    with pytest.raises(KeyError, match=message):
         found["nothing"]
 
 
 def test_equal_pairs_measure_nothing_but_the_radius_in_which_no_spike_flips():
-    x = torch.rand(3, 2, 6, 6)
+    x = images()
     found = perturbation_gains(small(2), x, 2, x_perturbed=x)
     assert found.holds is None
-    assert [entry.measured_l2 for entry in found.layers] == [None] * 4
-    assert "4 of 4 layers covered, 0 measured on 3 pairs." in found.table()
-    assert perturbation_gains(small(2), x, 2) == replace(found, samples=0, no_flip=())
+    for entry in found.layers:
+        assert entry.measured_l2 is None
+    table = found.table()
+    assert "4 of 4 layers covered, 0 measured on 3 pairs." in table
+    alone = perturbation_gains(small(2), x, 2)
+    assert alone == replace(found, samples=0, no_flip=())
     radii = no_flip_radius(SpikingClassifier(small(2), 2), x)
     assert found.no_flip == tuple(radii.tolist())
-    assert (
-        f"flips within an L2 distance of {radii.median():.1e} (median), {radii.min():.1e} (least)."
-        in found.table()
-    )
+    assert f"flips within an L2 distance of {radii.median():.1e} (median)" in table
+    assert f"{radii.min():.1e} (least)." in table
     beyond = perturbation_gains(small(2), 2 + x, 2, x_perturbed=x)
     assert beyond.no_flip == ()
     assert "no spike flips is not known: x must lie in [0, 1]" in beyond.table()
+
+
+def test_files_from_before_there_was_such_a_radius():
+    x = images()
+    found = perturbation_gains(small(2), x, 2, x_perturbed=x)
     content = json.loads(found.to_json())
-    del (
-        content["no_flip"],
-        content["no_flip_unknown"],
-    )  # as files were before there was such a radius
+    del content["no_flip"]
+    del content["no_flip_unknown"]
     assert Certificate.from_json(json.dumps(content)) == replace(found, no_flip=())
 
 
 def test_a_norm_whose_iteration_stopped_early_counts_with_its_residual():
     torch.manual_seed(1)
     net = nn.Sequential(nn.Linear(200, 200), neuron.IFNode(step_mode="m"))
-    worst = torch.linalg.svd(net[0].weight.detach())[2][:1]
-    found = perturbation_gains(net, torch.zeros(1, 200), 1, x_perturbed=worst, max_iterations=2)
+    _, _, right = torch.linalg.svd(net[0].weight.detach())
+    worst = right[:1]
+    found = perturbation_gains(net, 0 * worst, 1, x_perturbed=worst, max_iterations=2)
     entry = found["1"]
     assert entry.residual > 0.1 * entry.norm
     assert entry.measured_l2 > entry.l2.value * (1 + found.margin)
@@ -310,57 +388,75 @@ def test_a_norm_whose_iteration_stopped_early_counts_with_its_residual():
     assert f"a residual of at most {entry.residual / entry.norm:.1e}" in found.table()
 
 
-def test_layers_used_twice_or_step_by_step():
-    torch.manual_seed(0)
+def test_a_layer_used_twice():
     x = torch.rand(4, 5)
     shared = neuron.IFNode(step_mode="m")
-    found = perturbation_gains(
-        nn.Sequential(nn.Linear(5, 5), shared, nn.Linear(5, 5), shared), x, 4, x_perturbed=1 - x
+    net = nn.Sequential(
+        nn.Linear(5, 5),
+        shared,
+        nn.Linear(5, 5),
+        shared,
     )
+    found = perturbation_gains(net, x, 4, x_perturbed=1 - x)
     assert [entry.name for entry in found.layers] == ["1"]
     assert "called 2 times" in found["1"].not_covered
+
+
+def test_layers_that_a_container_calls_step_by_step():
+    torch.manual_seed(0)
+    x = torch.rand(4, 5)
     net = nn.Sequential(
-        nn.Linear(5, 6), neuron.IFNode(step_mode="m"), nn.Linear(6, 3), neuron.IFNode(step_mode="m")
+        nn.Linear(5, 6),
+        neuron.IFNode(),
+        nn.Linear(6, 3),
+        neuron.IFNode(),
     )
+    functional.set_step_mode(net, "m")
     wanted = perturbation_gains(net, x, 4, x_perturbed=1 - x)
     functional.set_step_mode(net, "s")
-    contained = SpikingClassifier(nn.Sequential(nn.Sequential(), layer.MultiStepContainer(net)), 4)
-    for entry, other in zip(
-        perturbation_gains(contained, x, x_perturbed=1 - x).layers, wanted.layers, strict=True
-    ):
-        assert entry.name == f"1.0.{other.name}"
+    container = nn.Sequential(nn.Sequential(), layer.MultiStepContainer(net))
+    found = perturbation_gains(SpikingClassifier(container, 4), x, x_perturbed=1 - x)
+    assert len(found.layers) == len(wanted.layers) == 2
+    for other in wanted.layers:
+        entry = found[f"1.0.{other.name}"]
         assert entry.l2.value == pytest.approx(other.l2.value, rel=1e-4)
         assert entry.measured_l2 == pytest.approx(other.measured_l2, rel=1e-4)
 
 
-def test_wrong_use():
-    x = torch.rand(3, 2, 6, 6)
-    for arguments, x_perturbed, message in (
-        ((small(2), x[:0], 2), None, "must hold a sample"),
-        ((small(2), x, 2), x / 0.0, "must be finite"),
-        ((small(2), x), None, "T must be given for a bare network"),
-        (
-            (SpikingClassifier(small(2), 2), x, 3),
-            None,
-            "T must be the classifier's 2 or None, got 3",
-        ),
-        ((small(2), x, 2), x[:1], "must have the same shape"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            perturbation_gains(*arguments, x_perturbed=x_perturbed)
+X = images()
 
 
-def test_saved_and_loaded_is_equal(tmp_path):
-    for found in (
-        perturbation_gains(small(2), torch.rand(3, 2, 6, 6), 2, x_perturbed=torch.rand(3, 2, 6, 6)),
-        perturbation_gains(Partly(), torch.ones(2, 4), 2),
-    ):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"x": X[:0]}, "must hold a sample"),
+        ({"x_perturbed": X / 0.0}, "must be finite"),
+        ({"x_perturbed": X[:1]}, "must have the same shape"),
+        ({"T": None}, "T must be given for a bare network"),
+        ({"net": SpikingClassifier(small(2), 2)}, "T must be the classifier's 2 or None, got 3"),
+    ],
+)
+def test_wrong_use(options, message):
+    usual = {"net": small(2), "x": X, "T": 3}
+    with pytest.raises(ValueError, match=message):
+        perturbation_gains(**usual | options)
+
+
+@pytest.fixture
+def measured():
+    x = images()
+    return perturbation_gains(small(2), x, 2, x_perturbed=1 - x)
+
+
+def test_saved_and_loaded_is_equal(measured, tmp_path):
+    partly = perturbation_gains(Partly(), torch.ones(2, 4), 2)
+    for found in (measured, partly):
         found.save(tmp_path / "certificate.json")
         assert Certificate.load(tmp_path / "certificate.json") == found
-    content = json.loads(found.to_json())
+    content = json.loads(measured.to_json())
     assert content["scope"] == certificate.SCOPE
     assert "not a valid L2-to-L2 bound" in content["printed_is"]
-    del content["layers"][0]["norm"], content["margin"]
+    del content["margin"]
     with pytest.raises(ValueError, match="missing or unknown"):
         Certificate.from_json(json.dumps(content))
     with pytest.raises(ValueError, match="not a stability certificate"):
@@ -368,38 +464,47 @@ def test_saved_and_loaded_is_equal(tmp_path):
 
 
 @pytest.mark.slow
-def test_plot(tmp_path):
-    found = perturbation_gains(
-        small(2), torch.rand(3, 2, 6, 6), 2, x_perturbed=torch.rand(3, 2, 6, 6)
-    )
+def test_plot_is_written_to_files(measured, tmp_path):
     for name, start in (("a.png", b"\x89PNG"), ("a.pdf", b"%PDF")):
-        found.plot(tmp_path / name)
+        measured.plot(tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(start)
-    perturbation_gains(small(2), torch.rand(1, 2, 6, 6), 2).plot(tmp_path / "b.png")
-    assert (tmp_path / "b.png").read_bytes() != (tmp_path / "a.png").read_bytes()
-    nothing = replace(found, layers=(found.layers[0].__class__("x", "IFNode", not_covered="why"),))
+
+
+def test_nothing_to_plot(measured):
+    layers = (LayerCertificate("x", "IFNode", not_covered="why"),)
+    nothing = replace(measured, layers=layers)
     with pytest.raises(ValueError, match="no layer of the certificate is covered"):
         nothing.plot()
 
 
-def test_plot_shows_every_value_of_every_layer():
-    found = perturbation_gains(
-        small(2), torch.rand(3, 2, 6, 6), 2, x_perturbed=torch.rand(3, 2, 6, 6)
-    )
-    names = [
-        ["measured_l2", "l2", "any_time", "printed"],
-        ["measured_peak", "peak", "printed_peak"],
-    ]
-    for axis, of_panel in zip(found.plot().axes, names, strict=True):
-        (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
-        for line, name in zip(axis.lines, of_panel, strict=True):
-            entries = [getattr(layer, name) for layer in found.layers]
-            values = [entry.value if isinstance(entry, Bound) else entry for entry in entries]
-            shown = {row: value for row, value in enumerate(values) if value}
-            assert shown, name
-            assert dict(zip(line.get_ydata(), line.get_xdata(), strict=True)) == shown
-            assert all(left < value < right and top < row < bottom for row, value in shown.items())
-    first = found.plot().axes[0]
-    assert [label.get_text() for label in first.get_yticklabels()] == [
-        layer.name for layer in found.layers
-    ]
+def test_plot_of_bounds_alone():
+    bounds = perturbation_gains(small(2), torch.rand(1, 2, 6, 6), 2)
+    left, right = bounds.plot().axes
+    assert len(left.lines) == 3, "without what was measured"
+    assert len(right.lines) == 2
+
+
+PANELS = (
+    ("measured_l2", "l2", "any_time", "printed"),
+    ("measured_peak", "peak", "printed_peak"),
+)
+
+
+def test_plot_shows_every_value_of_every_layer(measured):
+    axes = measured.plot().axes
+    for axis, names in zip(axes, PANELS, strict=True):
+        left, right = axis.get_xlim()
+        bottom, top = axis.get_ylim()
+        for line, name in zip(axis.lines, names, strict=True):
+            expected = {}
+            for row, one in enumerate(measured.layers):
+                entry = getattr(one, name)
+                value = entry.value if isinstance(entry, Bound) else entry
+                if value:
+                    expected[row] = value
+                    assert left < value < right
+                    assert top < row < bottom
+            assert expected, name
+            assert dict(zip(line.get_ydata(), line.get_xdata(), strict=True)) == expected
+    names = [one.name for one in measured.layers]
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == names
