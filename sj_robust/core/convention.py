@@ -264,7 +264,7 @@ class _Trial:
             return kept
         sequences = any(fit.convention.takes == "sequence" for fit in fits)
         if sequences and chosen.takes == "images":
-            sequences = self._takes_steps(1) and self._takes_steps(min(2, self.T))
+            sequences = self._takes_steps(1) and self._takes_steps(min(2, chosen.T))
         return replace(chosen, takes_sequences=sequences)
 
     def _agree(self, one: _Fit, other: _Fit) -> bool:
