@@ -4,7 +4,7 @@ notebook.
 
 import pytest
 import torch
-from evaluation.reports import DEAD, finding, report
+from evaluation.reports import DEAD, finding, over_eps, report
 from spikingjelly.activation_based import neuron
 from torch import nn
 
@@ -31,7 +31,7 @@ def deep(layers=LAYERS):
 def results():
     model = SpikingClassifier(deep(), T=12).eval()
     return {
-        "report": report(name="<mine>", verified=(7,)),
+        "report": report(name="<mine>", verified=(7,), curve=over_eps()),
         "certificate": perturbation_gains(model, X, x_perturbed=X + 0.05),
         "verification": verify(model, X, torch.tensor([0, 0]), 0.0625),
         "statistics": compare_potentials(model, X, X + 0.05),
@@ -99,7 +99,7 @@ def test_figures(results, tmp_path):
     assert whole.plot("attacks", tmp_path / "a.pdf").axes
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
     with pytest.raises(ValueError, match="which must be one of attacks, got 'potential'"):
-        report(over_eps=(), potential=()).plot("potential")
+        report(potential=()).plot("potential")
     images, spikes, _ = results["verification"].plot().axes
     assert sorted(images.lines[0].get_ydata()) == sorted(results["verification"].margin)
     assert (images.get_xlabel(), spikes.get_xlabel()) == ("images, sorted", "time step")

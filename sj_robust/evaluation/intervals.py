@@ -6,6 +6,7 @@ from statistics import fmean, stdev
 
 __all__ = [
     "difference_interval",
+    "extent",
     "paired_difference_interval",
     "repeated_interval",
     "wilson_interval",
@@ -125,6 +126,16 @@ def repeated_interval(counts: Sequence[int], total: int) -> tuple[float, float]:
     return max(0.0, share - math.hypot(share - low, spread)), min(
         1.0, share + math.hypot(high - share, spread)
     )
+
+
+def extent(value: float, count: int | None, total: int | None) -> str:
+    """A value as tables show it, such as ``0.125, 3 of 24 images, 95 % 0.0434 to 0.31``.
+    数值的文本形式。
+    """
+    if count is None or total is None:
+        return f"{value:.3g}"
+    low, high = wilson_interval(count, total)
+    return f"{value:.3g}, {count} of {total} images, 95 % {low:.3g} to {high:.3g}"
 
 
 def _check(count: float, total: int) -> None:

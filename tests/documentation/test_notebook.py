@@ -31,7 +31,7 @@ def test_every_cell_runs_and_results_show_themselves(notebook, tmp_path, monkeyp
     values = [value_of(code, namespace) for code in cells_of(notebook)]
     shown = [type(value).__name__ for value in values if value is not None]
     assert shown.count("Figure") >= 4
-    assert {"RobustnessReport", "MPPDStatistics", "Verification"} <= set(shown)
-    report = next(value for value in values if type(value).__name__ == "RobustnessReport")
+    assert {"Report", "MPPDStatistics", "Verification"} <= set(shown)
+    report = next(value for value in values if type(value).__name__ == "Report")
     assert report.clean.accuracy > 0.85, "the normalisation was lost"
     assert report.worst_case.correct < report.clean.correct

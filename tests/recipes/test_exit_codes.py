@@ -23,7 +23,7 @@ from lab.command_line import check_options, run_recipe
 from launch import RECIPES
 
 from sj_robust.core.saved import write_whole
-from sj_robust.evaluation.progress import Progress
+from sj_robust.evaluation.run.progress import Progress
 
 
 @pytest.fixture
