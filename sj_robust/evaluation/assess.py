@@ -105,7 +105,8 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
     parts = _Parts(model, data, request, network_key(model, data, request.folder))
     say = request.watch.say
     say(f"firing of every layer on {len(parts.y)} images")
-    activity = [asdict(layer) for layer in firing(model, parts.x, seed=request.seed)]
+    layers = firing(model, parts.x, seed=request.seed)
+    activity = list(map(asdict, layers))
     proved = parts.proofs() if request.proofs and request.threat.norm == "Linf" else {}
     trials: list[dict[str, Any]] = []
     if plan.search is not None:
@@ -118,7 +119,8 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
         f"suite {plan.name}: {plan.description}; {len(plan.members)} attacks, {len(control)} of "
         "the control"
     )
-    outcome = parts.run("suite", data, (*plan.members, *control), proved.get("verified", ()))
+    verified = proved.get("verified", ())
+    outcome = parts.run("suite", data, (*plan.members, *control), verified)
     rows = [*outcome.rows, *parts.rows_of_proofs(proved)]
     if not _has_curve(rows, request.threat):
         estimators = [row["estimator"] for row in trials if row["chosen"]]
@@ -176,7 +178,8 @@ class _Parts:
 
         def compute() -> list[dict[str, Any]]:
             seeds = SampleSeeds(range(len(self.y))).derived("sweep", self.request.seed)
-            if bool(fooled(self.model, self.x, self.y, draws=draws, seeds=seeds).all()):
+            wrong = fooled(self.model, self.x, self.y, draws=draws, seeds=seeds)
+            if bool(wrong.all()):
                 return []
             trials = search_estimators(
                 self.model,
@@ -223,18 +226,22 @@ class _Parts:
         """Proofs at the radii of accuracy over eps, of the first images."""
         self.say("proofs over eps")
         levels = [row for row in rows if row.attacks and "@" in row.member]
-        radii = ["0", *dict.fromkeys(eps_text(row.eps or 0.0) for row in levels)]
-        verified = self._computed_once(
-            "proofs_over_eps.json",
-            self.key | {"radii": ", ".join(radii)},
-            lambda: dict(prove(self.model, self.few, [parse_eps(eps) for eps in radii]).verified),
-        )
+        radii = {0.0, *(row.eps or 0.0 for row in levels)}
+        names = [eps_text(eps) for eps in sorted(radii)]
+
+        def compute() -> dict[str, tuple[int, ...]]:
+            found = prove(self.model, self.few, list(map(parse_eps, names)))
+            return dict(found.verified)
+
+        key = self.key | {"radii": ", ".join(names)}
+        verified = self._computed_once("proofs_over_eps.json", key, compute)
         found = []
         if OVER_EPS not in {row.variant for row in rows}:
             found.append(_on_the_first(rows[0], len(self.y)))
         for eps, numbers in verified.items():
             threat = replace(self.threat, eps=parse_eps(eps))
-            found.append(replace(_proof(threat, len(self.y), numbers), variant=OVER_EPS))
+            row = _proof(threat, len(self.y), numbers)
+            found.append(replace(row, variant=OVER_EPS))
         return found
 
     def run(
@@ -250,7 +257,8 @@ class _Parts:
         self.say("accuracy over the number of changes" if of_events else "accuracy over eps")
         radii = _radii(self.threat, elements=self.x[0].numel())
         draws = self.request.draws
-        levels = [_level(replace(self.threat, eps=eps), estimator, draws) for eps in radii]
+        threats = [replace(self.threat, eps=eps) for eps in radii]
+        levels = [_level(threat, estimator, draws) for threat in threats]
         variant = Variant(levels, OVER_EPS, seed=self.request.seed)
         widest = Asked(replace(self.threat, eps=max(radii)), draws)
         return self._run("over_eps", self.few, variant, widest).rows
@@ -314,7 +322,14 @@ def _proof(threat: ThreatModel, total: int, verified: Sequence[int]) -> Row:
     """The row of a proof."""
     images = range(total)
     left = sorted(set(images).difference(verified))
-    return Row("verify", "proof", tuple(images), tuple(left), threat=threat, estimator="")
+    return Row(
+        "verify",
+        "proof",
+        seen=tuple(images),
+        fell=tuple(left),
+        threat=threat,
+        estimator="",
+    )
 
 
 def _on_the_first(row: Row, count: int) -> Row:

@@ -121,7 +121,10 @@ def repeated_interval(counts: Sequence[int], total: int) -> tuple[float, float]:
     low, high = wilson_interval(fmean(counts), total)
     spread = 0.0
     if draws > 1:
-        quantile = _T[draws - 2] if draws <= len(_T) + 1 else _Z * (1 + 1.3 / (draws - 1))
+        freedom = draws - 1
+        quantile = _Z * (1 + 1.3 / freedom)
+        if freedom <= len(_T):
+            quantile = _T[freedom - 1]
         spread = quantile * stdev(counts) / total / math.sqrt(draws)
     return max(0.0, share - math.hypot(share - low, spread)), min(
         1.0, share + math.hypot(high - share, spread)

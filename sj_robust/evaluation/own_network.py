@@ -380,7 +380,8 @@ def _prepared(model: nn.Module, inputs: _Inputs, options: Options) -> Iterator[_
         model, options.T, mean=options.mean, std=options.std, images=inputs.first
     )
     network = classifier.net if isinstance(classifier, SpikingClassifier) else classifier
-    subject = Subject(options.name or type(network).__name__, classifier, type(network).__name__)
+    kind = type(network).__name__
+    subject = Subject(options.name or kind, classifier, kind)
     device = device_of(classifier)
     with evaluation_mode(classifier), full_precision(device), _shown(options.progress) as watch:
         classes = check_fits(subject, inputs.first[:1].to(device), None, options.dataset)

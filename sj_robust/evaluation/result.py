@@ -290,7 +290,8 @@ class Evaluation:
             spent = [row for row in counted if row.kind == "proof" or self.within(row)]
             seconds = sum(row.seconds for row in spent)
         left = self.standing(name, variant=place)
-        return Accuracy(name, kind, len(left), len(self._clean(place).seen), float(seconds))
+        total = len(self._clean(place).seen)
+        return Accuracy(name, kind, len(left), total, float(seconds))
 
     # Figures
 
@@ -353,10 +354,12 @@ class Evaluation:
         -2 wrong already.
         """
         broken_by = dict.fromkeys(self.standing("clean"), -1)
-        order = sorted(enumerate(self.attacks), key=lambda item: item[1].kind == "control")
-        for index, row in reversed(order):
-            broken_by |= dict.fromkeys(row.broken, index)
-        return tuple(broken_by.get(number, -2) for number in range(len(self.labels)))
+        for kind in ("control", "attack"):
+            for index, row in reversed([*enumerate(self.attacks)]):
+                if row.kind == kind:
+                    broken_by |= dict.fromkeys(row.broken, index)
+        images = range(len(self.labels))
+        return tuple(broken_by.get(number, -2) for number in images)
 
     @property
     def over_eps(self) -> tuple[Point, ...]:
@@ -367,8 +370,10 @@ class Evaluation:
         made_for_it = bool(levels)
         variant = OVER_EPS if made_for_it else self.main
         if not made_for_it:
-            levels = [row for row in self.attacks if "@" in row.member and row.eps is not None]
-            if len({row.eps for row in levels if row.threat != self.threat}) < 2:
+            levels = [row for row in self.attacks if "@" in row.member]
+            levels = [row for row in levels if row.eps is not None]
+            others = {row.eps for row in levels if row.threat != self.threat}
+            if len(others) < 2:
                 return ()
         proved = {}
         for row in self.of(OVER_EPS):
@@ -382,7 +387,8 @@ class Evaluation:
             eps = eps_text(row.eps or 0.0)
             attack = row.member.partition("@")[0]
             attack += f", {row.estimator}" if made_for_it else ""
-            points.append(Point(eps, attack, left.correct, left.total, proved.get(eps)))
+            point = Point(eps, attack, left.correct, left.total, proved.get(eps))
+            points.append(point)
         return tuple(points)
 
     def bracket_at(self, eps: float | str) -> tuple[Accuracy, Accuracy]:
@@ -392,11 +398,14 @@ class Evaluation:
             KeyError: If nothing is proved at this radius.
         """
         radius = parse_eps(eps)
-        proofs = [row for row in self.of(self.main) if row.kind == "proof" and row.eps == radius]
+        proofs = [row for row in self.of(self.main) if row.kind == "proof"]
+        proofs = [row for row in proofs if row.eps == radius]
         if not proofs:
             raise KeyError(f"nothing is proved at {eps_text(radius)}")
-        attacks = [row for row in self.attacks if row.eps is not None and row.eps <= radius]
-        left = self._clean(self.main).stood.difference(*(row.fell for row in attacks))
+        left = self.standing("clean")
+        for row in self.attacks:
+            if row.eps is not None and row.eps <= radius:
+                left = left.difference(row.fell)
         total = len(self.labels)
         lower = Accuracy("verified", "verified", len(proofs[0].stood & left), total)
         return lower, Accuracy("everything", "everything", len(left), total)
@@ -457,8 +466,8 @@ class Evaluation:
                 return [row for row in attacks if row.kind == "attack"]
         for index, row in enumerate(attacks):
             if row.member == name:
-                before = [one for one in attacks[:index] if row.group and one.group == row.group]
-                return [*before, row]
+                before = attacks[:index] if row.group else []
+                return [*(one for one in before if one.group == row.group), row]
         known = ", ".join(row.member for row in attacks)
         raise KeyError(f"no figure {name!r} in this report; it has {known}")
 

@@ -110,15 +110,20 @@ class _Count:
         self.spikes[shape] = self.spikes.get(shape, 0) + fired.sum(0)
 
     def activity(self, name: str) -> LayerActivity:
-        counts = [(spikes, self.outputs[shape]) for shape, spikes in self.spikes.items()]
-        neurons = sum(spikes.numel() for spikes, _ in counts)
-        outputs = sum(spikes.numel() * most for spikes, most in counts)
+        neurons = outputs = fired = ever = always = 0
+        for shape, spikes in self.spikes.items():
+            most = self.outputs[shape]
+            neurons += spikes.numel()
+            outputs += spikes.numel() * most
+            fired += int(spikes.sum())
+            ever += int((spikes > 0).sum())
+            always += int((spikes == most).sum())
         return LayerActivity(
             name,
             self.neuron,
-            rate=sum(int(spikes.sum()) for spikes, _ in counts) / outputs,
-            silent=1.0 - sum(int((spikes > 0).sum()) for spikes, _ in counts) / neurons,
-            saturated=sum(int((spikes == most).sum()) for spikes, most in counts) / neurons,
+            rate=fired / outputs,
+            silent=1.0 - ever / neurons,
+            saturated=always / neurons,
         )
 
 

@@ -157,9 +157,13 @@ def _attack_alone(
             return None
         right = both, both
         totals = len(both), len(both)
-    left = right[0].difference(rows[0].fell), right[1].difference(rows[1].fell)
-    one = Accuracy(name, "member", len(left[0]), totals[0], rows[0].seconds)
-    other = Accuracy(name, "member", len(left[1]), totals[1], rows[1].seconds)
+    left = []
+    accuracies = []
+    for row, images, total in zip(rows, right, totals, strict=True):
+        left.append(images.difference(row.fell))
+        counted = Accuracy(name, "member", len(left[-1]), total, row.seconds)
+        accuracies.append(counted)
+    one, other = accuracies
     return _difference(one, other, *left, paired=paired, partial=partial)
 
 
@@ -211,14 +215,16 @@ def _notes(first: Evaluation, second: Evaluation, *, paired: bool) -> tuple[str,
     mine = first.network.get("fingerprint")
     if mine and mine == second.network.get("fingerprint"):
         notes.append("Both reports are about the same network.")
-    names = {one.name for one in first.accuracies}, {one.name for one in second.accuracies}
-    for report, missing in ((first, names[1] - names[0]), (second, names[0] - names[1])):
+    for report, other in ((first, second), (second, first)):
+        names = {one.name for one in report.accuracies}
+        missing = [one for one in other.accuracies if one.name not in names]
         if missing:
             notes.append(
                 f"{len(missing)} attacks are not in the report of {report.name}, and left out."
             )
     for report in (first, second):
-        notes += [f"{report.name}: {text}" for text in (*alarms(report), *masked(report))]
+        doubts = (*alarms(report), *masked(report))
+        notes += [f"{report.name}: {text}" for text in doubts]
     return tuple(notes)
 
 

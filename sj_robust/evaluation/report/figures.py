@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 __all__ = ["figures"]
 
 _OF_EVENTS = {"L0": "events added or removed", "moves": "events moved in time"}
-_LEVEL_LOOKS: dict[What, tuple[str, str]] = {"clean": (BLUE, "o-"), "attacked": (ORANGE, "s--")}
+_LEVEL_LOOKS: dict[What, tuple[str, str]] = {
+    "clean": (BLUE, "o-"),
+    "attacked": (ORANGE, "s--"),
+}
 _BAR_LOOKS = {
     "clean": (GREY, ""),
     "member": (BLUE, ""),
@@ -90,7 +93,8 @@ def _accuracy_over_eps(report: Evaluation) -> "Figure":
     low = [100 * end[0] for end in ends]
     high = [100 * end[1] for end in ends]
     axes.fill_between(places, low, high, color=BLUE, alpha=0.2, linewidth=0)
-    axes.plot(places, shares, "o-", color=BLUE, markersize=4, label=points[-1].attack)
+    label = points[-1].attack
+    axes.plot(places, shares, "o-", color=BLUE, markersize=4, label=label)
     proved = {point.eps: point.verified for point in points if point.verified is not None}
     if proved:
         lowest = [100 * one.accuracy for one in proved.values()]
@@ -162,8 +166,17 @@ def _bar(axes: "Axes", place: int, one: Accuracy, *, hollow: bool) -> None:
     share = 100 * one.accuracy
     low, high = (100 * end for end in one.interval)
     alpha = 0.5 if hatch else 0.8
-    axes.barh(place, share, 0.72, color=color, alpha=0.0 if hollow else alpha, linewidth=0)
-    axes.barh(place, share, 0.72, facecolor="none", edgecolor=color, hatch=hatch, linewidth=1.0)
+    inside = 0.0 if hollow else alpha
+    axes.barh(place, share, 0.72, color=color, alpha=inside, linewidth=0)
+    axes.barh(
+        place,
+        share,
+        0.72,
+        facecolor="none",
+        edgecolor=color,
+        hatch=hatch,
+        linewidth=1.0,
+    )
     whiskers = [[share - low], [high - share]]
     ink = axes.spines["left"].get_edgecolor()
     axes.errorbar(share, place, xerr=whiskers, fmt="none", ecolor=ink, capsize=2)
@@ -200,9 +213,19 @@ def _values(rows: Sequence[Mapping[str, Any]]) -> Iterable[float]:
 
 def _different(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of different attacks first, then the ones with most images; in their own order."""
-    first = {row["member"].split("/")[0].split("@")[0]: row for row in reversed(rows)}
-    ranked = sorted(rows, key=lambda row: (row not in first.values(), -row["samples"]))
+    kinds_seen: set[str] = set()
+    first: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
+    for row in rows:
+        kind = row["member"].split("/")[0].split("@")[0]
+        (others if kind in kinds_seen else first).append(row)
+        kinds_seen.add(kind)
+    ranked = [*_by_samples(first), *_by_samples(others)]
     return [row for row in rows if row in ranked[:_SHOWN_ATTACKS]]
+
+
+def _by_samples(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: -row["samples"])
 
 
 def _levels(report: Evaluation) -> "Figure":
@@ -236,7 +259,8 @@ def _levels_of(axes: "Axes", report: Evaluation, kind: str) -> None:
         axes.fill_between(places, low, high, color=color, alpha=0.2, lw=0)
         axes.plot(places, shares, look, color=color, ms=4)
         whole = intact(report)
-        axes.axhline(100 * whole.mean(what) / whole.images, color=GREY, lw=0.8, ls=":")
+        middle = 100 * whole.mean(what) / whole.images
+        axes.axhline(middle, color=GREY, lw=0.8, ls=":")
     axes.set_title(kind, fontsize=8)
     axes.set_xticks(places, [f"{one.level:g}" for one in found], fontsize=7)
     axes.set_ylim(-2, 102)
@@ -286,7 +310,8 @@ def _bars(axes: "Axes", report: Evaluation) -> None:
         names = [row.member for row in report.of(network)]
         places = [attacks.index(name) + shift for name in names]
         shares = [100 * report.under(name, variant=network).accuracy for name in names]
-        bars = axes.bar(places, shares, width, label=network, color=COLOURS[index % len(COLOURS)])
+        color = COLOURS[index % len(COLOURS)]
+        bars = axes.bar(places, shares, width, label=network, color=color)
         axes.bar_label(bars, fmt="%.0f", fontsize=7)
     axes.set_xticks(range(len(attacks)), attacks)
     axes.set_ylim(0, 112)

@@ -175,7 +175,18 @@ def _all(report: Evaluation) -> Sequence[Level]:
     found = []
     for name, variants in draws.items():
         kind, _, level = name.partition(":")
-        clean = tuple(report.under("clean", variant=one).correct for one in variants)
-        attacked = tuple(report.under("everything", variant=one).correct for one in variants)
-        found.append(Level(kind, float(level or 0), clean, attacked, len(report.labels)))
+        clean: list[int] = []
+        attacked: list[int] = []
+        for variant in variants:
+            clean.append(report.under("clean", variant=variant).correct)
+            attacked.append(report.under("everything", variant=variant).correct)
+        found.append(
+            Level(
+                kind,
+                float(level or 0),
+                clean=tuple(clean),
+                attacked=tuple(attacked),
+                images=len(report.labels),
+            )
+        )
     return found

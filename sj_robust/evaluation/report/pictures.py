@@ -231,22 +231,29 @@ def gallery_within(
     """:func:`gallery` of a function of images, for any threat. 给定威胁模型的图集。"""
     device = device_of(classifier)
     x, y = x.to(device), y.to(device)
-    right = (scored(classifier, x, y, seed=seed).argmax(1) == y).nonzero()[:_ATTACKED, 0]
+    logits = scored(classifier, x, y, seed=seed)
+    right = (logits.argmax(1) == y).nonzero()[:_ATTACKED, 0]
     if not len(right):
         raise ValueError(
             f"the network gets none of these {len(y)} images right; there is nothing to attack"
         )
     x, y = x[right], y[right]
     member = Member("gallery", short_attack(threat, _STEPS, draws=draws), estimator, threat=threat)
-    x_adv = craft(
-        classifier, x, y, member, seeds=SampleSeeds(range(len(y))).derived("gallery", seed)
-    )
-    seen, seen_adv = (scored(classifier, images, y, seed=seed).argmax(1) for images in (x, x_adv))
-    order = (seen_adv != y).float().argsort(descending=True, stable=True)[:count]
-    x, x_adv, y, seen, seen_adv = (part[order] for part in (x, x_adv, y, seen, seen_adv))
-    traces = _traces(classifier, x, x_adv)
+    seeds = SampleSeeds(range(len(y))).derived("gallery", seed)
+    x_adv = craft(classifier, x, y, member, seeds=seeds)
+    seen = scored(classifier, x, y, seed=seed).argmax(1)
+    seen_adv = scored(classifier, x_adv, y, seed=seed).argmax(1)
+    order = (seen_adv != y).float().argsort(descending=True, stable=True)
+    order = order[:count]
     return Gallery(
-        threat, estimator, x.cpu(), x_adv.cpu(), y.cpu(), seen.cpu(), seen_adv.cpu(), traces
+        threat,
+        estimator,
+        x=x[order].cpu(),
+        x_adv=x_adv[order].cpu(),
+        labels=y[order].cpu(),
+        predicted=seen[order].cpu(),
+        predicted_adv=seen_adv[order].cpu(),
+        traces=_traces(classifier, x[order], x_adv[order]),
     )
 
 

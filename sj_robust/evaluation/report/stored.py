@@ -165,7 +165,9 @@ def _of_a_training(old: _Content) -> _Content:
     warnings = [*old.pop("notes"), _COUNTS]
     scores = old.pop("scores")
     clean = {score["network"]: score["total"] for score in scores}
-    clean |= {score["network"]: score["correct"] for score in scores if score["attack"] == "clean"}
+    for score in scores:
+        if score["attack"] == "clean":
+            clean[score["network"]] = score["correct"]
     rows: list[_Content] = []
     for network, right in clean.items():
         own = [score for score in scores if score["network"] == network]
@@ -180,11 +182,13 @@ def _of_a_training(old: _Content) -> _Content:
                 )
             left = min(score["correct"], right)
             rows.append(_counted(score["attack"], "attack", right, left, network))
+    totals = [score["total"] for score in scores]
+    total = max(totals, default=1)
     return old | {
         "name": next(iter(clean), ""),
         "dataset": str(old["configuration"].get("dataset", "")),
         "suite": "training",
-        "labels": [-1] * max((score["total"] for score in scores), default=1),
+        "labels": [-1] * total,
         "rows": rows,
         "warnings": warnings,
     }
@@ -199,9 +203,8 @@ def _of_a_vote(old: _Content) -> _Content:
     rows: list[_Content] = []
     proofs = []
     before: set[int] = set()
-    for radius, certified, broken in zip(
-        old["radii"], old["certified"], old["broken"], strict=True
-    ):
+    levels = zip(old["radii"], old["certified"], old["broken"], strict=True)
+    for radius, certified, broken in levels:
         threat = {"norm": "L2", "eps": radius, **unnamed}
         fallen = {*broken}
         if not rows:
@@ -243,7 +246,13 @@ def _threat(norm: str, eps: float, old: _Content) -> _Content:
 
 
 def _row(member: str, kind: str, seen: Iterable[int], fell: Iterable[int], **more: Any) -> _Content:
-    row = {"member": member, "kind": kind, "seen": list(seen), "fell": list(fell), "threat": None}
+    row = {
+        "member": member,
+        "kind": kind,
+        "seen": list(seen),
+        "fell": list(fell),
+        "threat": None,
+    }
     return row | more
 
 

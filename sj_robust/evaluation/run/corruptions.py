@@ -105,8 +105,10 @@ def corrupted(x: Tensor, corruption: Corruption, *, seed: int, start: int = 0) -
     """
     corrupt = _library()
     high, wide = (max(0, _LEAST - size) for size in x.shape[2:])
-    margin = ((high // 2, high - high // 2), (wide // 2, wide - wide // 2), (0, 0))
-    cut = (slice(high // 2, high // 2 + x.shape[2]), slice(wide // 2, wide // 2 + x.shape[3]))
+    top, left = high // 2, wide // 2
+    margin = ((top, high - top), (left, wide - left), (0, 0))
+    cut = (slice(top, top + x.shape[2]), slice(left, left + x.shape[3]))
+    bytes_of_images = (x * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     seeds = (
         SampleSeeds(range(start, start + len(x)))
         .derived(corruption.kind, corruption.level, seed)
@@ -115,9 +117,7 @@ def corrupted(x: Tensor, corruption: Corruption, *, seed: int, start: int = 0) -
     state = np.random.get_state()  # noqa: NPY002  # the library draws from NumPy's global generator
     found = []
     try:
-        for image, own in zip(
-            (x * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy(), seeds, strict=True
-        ):
+        for image, own in zip(bytes_of_images, seeds, strict=True):
             np.random.seed(own % 2**32)  # noqa: NPY002
             options = {"seed": own % 2**31} if corruption.kind in _SEEDED else {}
             pixels = np.pad(image, margin, mode="edge")
@@ -127,7 +127,8 @@ def corrupted(x: Tensor, corruption: Corruption, *, seed: int, start: int = 0) -
             found.append(done if x.shape[1] == 3 else done.mean(2, keepdims=True))
     finally:
         np.random.set_state(state)  # noqa: NPY002
-    return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).to(x) / 255
+    corrupted_images = torch.from_numpy(np.stack(found))
+    return corrupted_images.permute(0, 3, 1, 2).to(x) / 255
 
 
 def _library() -> Callable[..., Any]:

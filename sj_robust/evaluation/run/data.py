@@ -78,7 +78,10 @@ class Data:
                 if kept:
                     _check_alike(x, kept[0][0], number)
                 kept.append((store.keep(x), y.detach().clone()))
-        return cls(tuple(kept), tuple(fingerprint(image) for x, _ in kept for image in x))
+        digests: list[str] = []
+        for x, _ in kept:
+            digests += map(fingerprint, x)
+        return cls(tuple(kept), tuple(digests))
 
     @classmethod
     def of_tensors(cls, x: Tensor, y: Tensor, batch_size: int) -> "Data":
@@ -96,7 +99,10 @@ class Data:
     @cached_property
     def labels(self) -> tuple[int, ...]:
         """Class of every image."""
-        return tuple(label for _, y in self for label in y.tolist())
+        found: list[int] = []
+        for _, y in self:
+            found += y.tolist()
+        return tuple(found)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:

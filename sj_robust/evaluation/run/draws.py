@@ -61,7 +61,8 @@ def _reason(model: nn.Module, x: Tensor, y: Tensor) -> str:
     other = _logits(model, x, y, seed=1)
     if torch.equal(first, other):
         return ""
-    return "numbers" if torch.equal(other, _logits(model, x, y, seed=1)) else "state"
+    again = _logits(model, x, y, seed=1)
+    return "numbers" if torch.equal(other, again) else "state"
 
 
 def _logits(model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> Tensor:

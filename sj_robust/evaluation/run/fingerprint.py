@@ -49,7 +49,13 @@ _HOST_STATE = {"v_seq", "_memories"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _NO_BEHAVIOUR = {"__init__", "__repr__", "extra_repr"}
 """Methods whose effects are seen in what they leave."""
-_OPEN = (io.IOBase, threading.Thread, threading.Condition, threading.Event, type(threading.Lock()))
+_OPEN = (
+    io.IOBase,
+    threading.Thread,
+    threading.Condition,
+    threading.Event,
+    type(threading.Lock()),
+)
 """What is open to the outside, or held by somebody, while the process lives."""
 _SURROUNDINGS = (*_OPEN, logging.Filterer, type(os.environ))
 """What belongs to a process: its class is all that is said of it."""
@@ -378,7 +384,7 @@ def _reduced(value: Any) -> object:
     """What an object is pickled with, if a class of a package, and not Python's usual way, says."""
     kind = type(value)
     ways = ("__reduce_ex__", "__reduce__")
-    saying = next(one for one in kind.__mro__ if any(way in vars(one) for way in ways))
+    saying = next(one for one in kind.__mro__ if not vars(one).keys().isdisjoint(ways))
     usual = saying is object or not _is_of_a_package(saying.__module__)
     if usual and kind not in dispatch_table:
         return None

@@ -107,10 +107,14 @@ class Identity:
         probes = [(self.noise, now.noise)]
         if self.data == now.data:
             probes.append((self.images, now.images))
-        if not all(_alike(one.logits, other.logits, exact=exact) for one, other in probes):
+        repeats = exact and self.machine.startswith(_EXACT)
+        logits = gradients = True
+        for one, other in probes:
+            logits &= _alike(one.logits, other.logits, exact=exact)
+            gradients &= _alike(one.gradients, other.gradients, exact=repeats)
+        if not logits:
             found.append(_LOGITS + where)
-        exact = exact and self.machine.startswith(_EXACT)
-        if not all(_alike(one.gradients, other.gradients, exact=exact) for one, other in probes):
+        if not gradients:
             found.append(_GRADIENTS + where)
         return found
 
@@ -146,15 +150,17 @@ def identify(model: nn.Module, data: Data) -> Identity:
     _logits(model, few)  # what the network remembers of it has no graph
     second = parts_of(model)
     logits, gradients = map(_repeated, answers, again)
+    kept = {name: second[name] for name in second if name in first}
+    of_noise, of_images = slice(0, len(noise)), slice(len(noise), None)
     return Identity(
         parts=second,
         made=tuple(_made(fresh, first)),
-        changing=tuple(_changed(first, {name: second[name] for name in second if name in first})),
+        changing=tuple(_changed(first, kept)),
         data=data.fingerprint,
         sizes=data.sizes,
         machine=_machine(device),
-        noise=Answers(logits and logits[: len(noise)], gradients and gradients[: len(noise)]),
-        images=Answers(logits and logits[len(noise) :], gradients and gradients[len(noise) :]),
+        noise=Answers(logits and logits[of_noise], gradients and gradients[of_noise]),
+        images=Answers(logits and logits[of_images], gradients and gradients[of_images]),
     )
 
 
@@ -172,8 +178,10 @@ def network_key(model: nn.Module, data: Data, folder: Path | None) -> str:
     identity = identify(model, data)
     rank, _ = rank_and_world_size()
     everybody = gathered({rank: identity})
+    first = everybody[0]
     for other in everybody.values():
-        if differing := [*_data_differs(everybody[0], other), *everybody[0].differences(other)]:
+        differing = [*_data_differs(first, other), *first.differences(other)]
+        if differing:
             raise ValueError(
                 f"all processes must evaluate the same network on the same images, got different "
                 f"ones ({', '.join(differing[:3])} differ); seed what builds them, and load the "
@@ -226,7 +234,9 @@ def _kept(folder: Path | None, identity: Identity) -> tuple[str, str]:
     differing = begun.differences(identity)
     if not differing:
         return begun.fingerprint, ""
-    names = ", ".join(differing[:3]) + (" ..." if len(differing) > 3 else "")
+    names = ", ".join(differing[:3])
+    if len(differing) > 3:
+        names += " ..."
     return "", another_evaluation(folder, f"network changed: {names}")
 
 

@@ -102,13 +102,15 @@ class Job:
         """Which images are wrong without an attack."""
         began = time.perf_counter()
         known = self.variant.wrong
+        seen = list(range(len(self.y)))
         if known is None:
-            wrong = self.variant.judge(self.model, self.x, self.y, draws=1, seeds=self.seeds)
+            judge = self.variant.judge
+            wrong = judge(self.model, self.x, self.y, draws=1, seeds=self.seeds)
             fell = wrong.nonzero()[:, 0].tolist()
         else:
-            fell = [row for row in range(len(self.y)) if self.start + row in known]
+            fell = [row for row in seen if self.start + row in known]
         seconds = time.perf_counter() - began
-        return Step("clean", list(range(len(self.y))), fell, seconds=seconds)
+        return Step("clean", seen, fell, seconds=seconds)
 
     def attacked(
         self, member: Member, rows: Tensor, starts: Tensor | None = None
@@ -116,7 +118,9 @@ class Job:
         """What a member does to the images ``rows``, and what it makes of them."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            x, y, seeds = self.x[rows], self.y[rows], self.seeds.rows(rows)
+            x = self.x[rows]
+            y = self.y[rows]
+            seeds = self.seeds.rows(rows)
             began = clock(x.device)
             made = crafted(self.model, x, y, member, seeds=seeds, starts=starts)
             hit = self.variant.judge(
@@ -161,7 +165,8 @@ def run_batch(job: Job, log: BatchLog) -> Iterator[Step]:
     right[log.steps[0].fell] = False
     standing = {member.group: right.clone() for member in members}
     spared = job.asked.spared(members, job.start, job.y)
-    last = max((n for n, member in enumerate(members, 1) if member.takes_starts), default=0)
+    taking = [number for number, member in enumerate(members, 1) if member.takes_starts]
+    last = max(taking, default=0)
     for number, member in enumerate(members, 1):
         if number == len(log.steps):
             left = standing[member.group]
@@ -257,7 +262,8 @@ def run(
     rank, processes = rank_and_world_size()
     jobs = list(product(variants, range(len(data))))
     own = range(rank, len(jobs), processes)
-    clock_of_steps = _Steps([jobs[number][0] for number in own], len(jobs), watch or Watch())
+    mine = [jobs[number][0] for number in own]
+    clock_of_steps = _Steps(mine, len(jobs), watch or Watch())
     networks = _Networks(model)
     parts: dict[int, list[Step] | str] = {}
     with evaluation_mode(model):
@@ -372,9 +378,17 @@ class _Steps:
 def _job(model: nn.Module, data: Data, variant: Variant, batch: int, asked: Asked) -> Job:
     start = sum(data.sizes[:batch])
     x, y = (part.to(device_of(model)) for part in data[batch])
-    seeds = SampleSeeds(range(start, start + len(y))).derived("image", variant.seed)
-    probed = batch == 0 and not variant.name
-    return Job(variant, model, variant.images(x, start), y, start, seeds, asked, probed)
+    numbers = range(start, start + len(y))
+    return Job(
+        variant,
+        model,
+        x=variant.images(x, start),
+        y=y,
+        start=start,
+        seeds=SampleSeeds(numbers).derived("image", variant.seed),
+        asked=asked,
+        probed=batch == 0 and not variant.name,
+    )
 
 
 def _key(data: Data, variant: Variant, asked: Asked, network: str) -> dict[str, str]:
@@ -414,7 +428,8 @@ def _outcome(
     said: set[str] = set()
     left_out: list[str] = []
     for place, variant in enumerate(variants):
-        batches = [parts[place * len(sizes) + batch] for batch in range(len(sizes))]
+        first = place * len(sizes)
+        batches = [parts[first + batch] for batch in range(len(sizes))]
         reasons = [batch for batch in batches if isinstance(batch, str)]
         if reasons:
             left_out.append(reasons[0])

@@ -289,10 +289,14 @@ def rank_and_world_size() -> tuple[int, int]:
 
 def gathered(records: dict[int, _Part]) -> dict[int, _Part]:
     """The numbered records of all processes, on each of them and in their order."""
-    parts = [records] * rank_and_world_size()[1]
-    if len(parts) > 1:
+    _, processes = rank_and_world_size()
+    parts = [records] * processes
+    if processes > 1:
         torch.distributed.all_gather_object(parts, records)
-    return dict(sorted((number, record) for part in parts for number, record in part.items()))
+    found: dict[int, _Part] = {}
+    for part in parts:
+        found |= part
+    return {number: found[number] for number in sorted(found)}
 
 
 def read(path: Path) -> Any:

@@ -312,15 +312,14 @@ class _Plan:
 
 def _fast(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
     best, second = chosen[0], chosen[1 % len(chosen)]
-    ce, dlr = partial(plan.ce, steps=50), partial(plan.dlr, steps=50)
-    members = [
-        ce(best),
-        *([ce(second)] if second != best else []),
-        *dlr(best),
-        ce(best, 1),
-        ce(best, 2),
-    ]
-    members += [] if "training" in (best, second) else [ce("training")]
+    ce = partial(plan.ce, steps=50)
+    members = [ce(best)]
+    if second != best:
+        members.append(ce(second))
+    members += plan.dlr(best, steps=50)
+    members += [ce(best, 1), ce(best, 2)]
+    if "training" not in (best, second):
+        members.append(ce("training"))
     description = (
         f"APGD of 50 steps with {_listed(best, second)}: {GRADES['fast']}, not a final figure"
     )
@@ -340,12 +339,17 @@ def _standard(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
         (name for name in every if name.startswith("assg")),
         "assg" if len(every) > 1 else "training",
     )
-    members = [*(plan.ce(name) for name in chosen), *plan.dlr(best)]
-    members += [plan.ce(best, 1), plan.ce(best, 2), *plan.dlr(best, 1)]
-    members += [plan.ce("training")] if "training" not in chosen else []
+    members = [plan.ce(name) for name in chosen]
+    members += plan.dlr(best)
+    members += [plan.ce(best, 1), plan.ce(best, 2)]
+    members += plan.dlr(best, 1)
+    if "training" not in chosen:
+        members.append(plan.ce("training"))
     members += [plan.ce(name, 1) for name in chosen[1:]]
-    members += [member for name in chosen for member in plan.targeted(name)]
-    members += [*plan.sapgd(adaptive), plan.square(1000)]
+    for name in chosen:
+        members += plan.targeted(name)
+    members += plan.sapgd(adaptive)
+    members.append(plan.square(1000))
     description = (
         f"worst case of APGD-CE, APGD-DLR, APGD-T, SA-PGD and Square with {_listed(*every)}"
     )
@@ -399,14 +403,15 @@ def _autoattack(plan: _Plan) -> Suite:
 
 def _events(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
     best = chosen[0]
-    members = [
-        *(plan.flips(name) for name in chosen),
-        plan.random_flips("remove"),
-        plan.flips(best, 1, runs=3),
-    ]
-    members += [plan.flips("training")] if "training" not in chosen else []
+    members = [plan.flips(name) for name in chosen]
+    members.append(plan.random_flips("remove"))
+    members.append(plan.flips(best, 1, runs=3))
+    if "training" not in chosen:
+        members.append(plan.flips("training"))
     members += [plan.flips(name, 1) for name in chosen[1:]]
-    members += [*plan.flips_targeted(best), plan.random_flips("both"), plan.flips(best, 2, runs=3)]
+    members += plan.flips_targeted(best)
+    members.append(plan.random_flips("both"))
+    members.append(plan.flips(best, 2, runs=3))
     done = "added or removed" if plan.threat.norm == "L0" else "moved in time"
     description = (
         f"worst case of few events {done} with {_listed(*chosen, 'training')}, and at random"
