@@ -233,7 +233,15 @@ def final_report(
     steps = len(data) * (1 + len(members))
     with journal.steps(f"evaluating {name} on {len(splits.test)} test images", steps) as step:
         watch = Watch(on_step=partial(_stepped, step))
-        outcome = run(classifier, data, [variant], asked=Asked(), network=name, watch=watch)
+        outcome = run(
+            classifier,
+            data,
+            [variant],
+            asked=Asked(),
+            network=name,
+            watch=watch,
+            shared=False,  # the first process reports alone
+        )
     if threat.eps > 0 and len(splits.validation):
         x, y = next(iter(image_loader(splits.validation, _BATCH)))
         with suppress(ValueError):  # no image is right

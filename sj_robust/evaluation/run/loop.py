@@ -226,6 +226,7 @@ def run(
     network: str,
     folder: Path | None = None,
     watch: Watch | None = None,
+    shared: bool = True,
 ) -> Outcome:
     """Run every member of every variant on every batch and keep what happened to each image.
     在数据集上运行评估。
@@ -251,6 +252,7 @@ def run(
         network: Fingerprint of the network.
         folder: Where progress is kept; None keeps none.
         watch: Who watches.
+        shared: Whether processes share the batches; False where one of them evaluates alone.
 
     Raises:
         ValueError: If the folder holds the progress of another network, suite, threat, seed or data
@@ -259,7 +261,7 @@ def run(
     """
     for variant in variants:
         variant.check_names()
-    rank, processes = rank_and_world_size()
+    rank, processes = rank_and_world_size() if shared else (0, 1)
     jobs = list(product(variants, range(len(data))))
     own = range(rank, len(jobs), processes)
     mine = [jobs[number][0] for number in own]
@@ -282,7 +284,9 @@ def run(
                 if variant.is_plain:
                     raise
                 parts[number] = f"{variant.name} was not measured: {error}."
-    return _outcome(data.sizes, variants, gathered(parts))
+    if shared:
+        parts = gathered(parts)
+    return _outcome(data.sizes, variants, parts)
 
 
 def alone(
