@@ -8,6 +8,7 @@ Examples:
 """
 
 from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -204,8 +205,9 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from sj_robust import SpikingClassifier, training
+from sj_robust.attacks import ThreatModel
 from sj_robust.data import ImageSplits, load_images
-from sj_robust.evaluation import Report, ThreatModel
+from sj_robust.evaluation import Report
 from sj_robust.models import NetworkSpec, build_classifier, start_from
 
 ValueT = TypeVar("ValueT")
@@ -251,31 +253,32 @@ def main(arguments: list[str]) -> None:
     unused = [name for name in without_effect if configuration[name] != defaults[name]]
     if unused:
         journal.say(f"without effect beside the other options: {', '.join(sorted(unused))}")
-    report = Report(ThreatModel("Linf", eps), (), configuration=configuration, environment=where)
+    reports = []
     for name, choice in networks.items():
         classifier, history = train_network(name, choice, splits, accelerator, folder, journal)
         if accelerator.is_main_process:
-            report = report.merged(
-                training.final_report(
-                    name,
-                    classifier,
-                    history,
-                    splits,
-                    training.final_attacks(eps),
-                    report.threat,
-                    journal,
-                    seed=options.seed,
-                    single_step=training.MODES[choice.mode].single_step,
-                    verified_eps=eps if mode_of(choice).select == "verified" else None,
-                )
+            report = training.final_report(
+                name,
+                classifier,
+                history,
+                splits,
+                training.final_attacks(eps),
+                ThreatModel("Linf", eps),
+                journal,
+                seed=options.seed,
+                single_step=training.MODES[choice.mode].single_step,
+                verified_eps=eps if mode_of(choice).select == "verified" else None,
+                dataset=options.dataset,
+                configuration=configuration,
+                environment=where,
             )
+            reports.append(report)
     if accelerator.is_main_process:
-        from sj_robust.evaluation.drawings import plot_report  # imports matplotlib
-
+        report = reduce(Report.merged, reports)
         report.save(folder / "report.json")
-        plot_report(report, folder / "report.png")
+        report.plot(path=folder / "report.png")
         ended = f"report.json and report.png are in {folder}"
-        journal.say("\n".join([report.table(), *report.notes, ended]))
+        journal.say("\n".join([report.table(), *report.warnings, ended]))
     accelerator.end_training()
 
 

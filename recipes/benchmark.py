@@ -113,8 +113,7 @@ from rich.table import Table
 
 import sj_robust
 from sj_robust.core.console import working
-from sj_robust.core.environment import processor, version_of
-from sj_robust.evaluation import environment
+from sj_robust.core.environment import environment, processor, version_of
 
 PEERS = ("snntorch", "norse")
 GPU_PACKAGES = ("triton", "cupy-cuda12x", "cupy-cuda13x")

@@ -168,21 +168,19 @@ from lab.leaderboard import make_leaderboard
 from rich.console import Console
 
 from sj_robust import training
+from sj_robust.attacks import ThreatModel, parse_eps
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.console import working
 from sj_robust.core.folders import read_text
 from sj_robust.data import EVENT_DATASETS, load_images
-from sj_robust.evaluation import (
-    RobustnessReport,
-    ThreatModel,
-    compare_reports,
-    make_suite,
-    parse_eps,
-)
+from sj_robust.evaluation import Report, compare_reports, make_suite
 from sj_robust.evaluation.assess import assess
+from sj_robust.evaluation.report.pictures import gallery_of
+from sj_robust.evaluation.report.terminal import Display, show_comparison, show_report
+from sj_robust.evaluation.request import Request
+from sj_robust.evaluation.run.progress import Watch
 from sj_robust.evaluation.stressing import stress_network
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint, from_function
-from sj_robust.evaluation.terminal import Display, show_comparison, show_report
 
 
 def main(arguments: list[str]) -> None:
@@ -247,71 +245,54 @@ def main(arguments: list[str]) -> None:
     ):
         if isinstance(subject.model, SpikingClassifier):
             display.say(f"{subject.name} {subject.model.convention}")
-        shared: dict[str, Any] = {
-            "threat": threat,
-            "dataset": dataset,
-            "seed": options.seed,
-            "folder": folder / "progress",
-            "configuration": configuration,
-            "say": display.say,
-            "on_step": display.on_step,
-        }
         if options.smooth is not None:
-            votes: dict[str, Any] = {
-                "n": options.smooth_draws,
-                "alpha": options.smooth_alpha,
-                "seed": options.seed,
-            }
-            result: Any = bracket_of_the_vote(
-                subject.model, batches, threat.eps / 2, say=display.say, **votes
-            )
-        elif suite == "stress" or suite == "corruptions":
-            result = stress_network(
-                subject, batches, suite=suite, draws=options.fault_draws, **shared
-            )
-        else:
-            result = assess(
+            report = bracket_of_the_vote(
                 subject,
                 batches,
-                suite=suite,
-                classes=splits.classes,
-                draws=options.draws,
+                threat.eps / 2,
+                n=options.smooth_draws,
+                alpha=options.smooth_alpha,
+                seed=options.seed,
+                say=display.say,
+                dataset=dataset,
+                configuration=configuration,
+            )
+        else:
+            stressed = suite in ("stress", "corruptions")
+            request = Request(
+                suite,
+                threat,
+                dataset,
+                splits.classes,
+                seed=options.seed,
+                draws=options.fault_draws if stressed else options.draws,
+                source=None if source is None else source.model,
                 proofs=options.proofs,
                 control=options.control,
-                source=None if source is None else source.model,
-                **shared,
+                folder=folder / "progress",
+                configuration=configuration,
+                watch=Watch(display.say, display.on_step),
             )
+            measure = stress_network if stressed else assess
+            report = measure(subject, batches, request)
     if accelerator.is_main_process:
-        if isinstance(result, RobustnessReport):
-            save_report(result, subject, batches, folder, journal)
-        else:
-            save_card(result, folder, journal)
+        save_report(report, subject, batches, folder, journal)
     accelerator.end_training()
 
 
 def save_report(
-    report: RobustnessReport, subject: Subject, batches: Any, folder: Path, journal: Any
+    report: Report, subject: Subject, batches: Any, folder: Path, journal: training.Journal
 ) -> None:
-    """Write and show what a suite of attacks came to."""
-    from sj_robust.evaluation.drawings import plot_robustness  # imports matplotlib
-    from sj_robust.evaluation.html import report_gallery, save_html
-
-    report.save(folder / "report.json")
+    """Write and show what the evaluation came to."""
+    of_attacks = report.suite not in ("stress", "corruptions", "vote")
     with working("drawing", journal.console):
-        shown = report_gallery(report, subject.model, batches)
-        save_html(report, folder / "report.html", shown)
-        plots = plot_robustness(report, folder, shown)
-    show_report(report, journal.console, journal.say)
-    journal.say(
-        f"report.json, report.html and {', '.join(path.name for path in plots)} are in {folder}"
-    )
-
-
-def save_card(card: Any, folder: Path, journal: training.Journal) -> None:
-    """Write and show what faults, corruptions or a vote came to."""
-    with working("drawing", journal.console):
-        names = card.write(folder)
-    journal.say(f"{card.table()}\n{card.verdict}\n{', '.join(names)} are in {folder}")
+        shown = gallery_of(report, subject.model, batches) if of_attacks else None
+        names = report.write(folder, shown)
+    if of_attacks:
+        show_report(report, journal.console, journal.say)
+    else:
+        journal.say(f"{report.table()}\n{report.verdict}")
+    journal.say(f"{', '.join(names)} are in {folder}")
 
 
 def load_subject(options: Options) -> Subject:

@@ -107,10 +107,10 @@ from lab.sweeping.summary import axes_in, cells_of, columns_of
 from torch import Tensor
 
 from sj_robust import DLIFNode
-from sj_robust.attacks import pgd
+from sj_robust.attacks import ThreatModel, pgd
 from sj_robust.core.console import working
 from sj_robust.data import load_images
-from sj_robust.evaluation import ThreatModel, make_suite
+from sj_robust.evaluation import make_suite
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint
 from sj_robust.ops import keep_heap
 from sj_robust.perturbation import IntensityCorrelation, Perturbation, intensity_correlation

@@ -116,7 +116,7 @@ from rich.console import Console
 
 from sj_robust.core.console import duration, working
 from sj_robust.core.extras import check_extra
-from sj_robust.evaluation import write_whole
+from sj_robust.core.saved import write_whole
 
 
 def main(arguments: list[str]) -> None:

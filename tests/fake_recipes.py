@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from lab.command_line import read_options
 from lab.command_line.declared import Decides, Idle, Radius
-from sj_robust.evaluation import Report, Score, ThreatModel
+from sj_robust.evaluation import Report, Row, ThreatModel
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,12 @@ def main(arguments):
             time.sleep(0.05)
     (network / "best.pt").write_text("whole")
     robust = 40 + 2 * options.seed + (10 if options.rho else 0) + (options.neuron == "dlif")
-    scores = [Score(f"{options.neuron} {options.mode}", "clean", 90, 100),
-              Score(f"{options.neuron} {options.mode}", "pgd20", robust, 100),
-              Score("lif undefended", "clean", 1, 100)]
-    report = Report(ThreatModel("Linf", 0.1), scores, configuration=asdict(options),
-                    environment={"torch": "x"})
+    own = f"{options.neuron} {options.mode}"
+    rows = [Row("clean", "clean", range(100), range(90, 100), variant=own),
+            Row("pgd20", "attack", range(90), range(robust, 90), variant=own),
+            Row("clean", "clean", range(100), range(1, 100), variant="lif undefended")]
+    report = Report(own, "cifar10", "training", (0,) * 100, rows, ThreatModel("Linf", 0.1),
+                    configuration=asdict(options), environment={"torch": "x"})
     report.save(folder / "report.json")
 '''
 
@@ -83,8 +84,7 @@ from typing import Annotated, Literal
 from lab.command_line import read_options
 from lab.command_line.declared import Decides
 from sj_robust.attacks import ThreatModel
-from sj_robust.evaluation.outcome import MemberOutcome
-from sj_robust.evaluation.robustness_report import RobustnessReport
+from sj_robust.evaluation import Report, Row
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,12 @@ def main(arguments):
         raise OSError("disk full")
     count = options.test_limit or 40
     names = ["gaussian", "pgd10", "pgd10/last", "apgd_ce", "pgd10@10/255"]
-    whole = range(count - 1)
-    members = [MemberOutcome(name, "training", "", 8 / 255, whole, range(n), (), 0.03, 1.0)
-               for n, name in enumerate(names)]
-    control = ("control/pgd10", "training", "control", 8 / 255, whole, (0,), (), 0.03, 1.0)
-    members.append(MemberOutcome(*control))
-    report = RobustnessReport(
-        options.name or "mine", "cifar10", ThreatModel("Linf", 8 / 255), options.suite, 2,
-        [n % 2 for n in range(count)], whole, members)
+    whole, threat = range(count - 1), ThreatModel("Linf", 8 / 255)
+    rows = [Row("clean", "clean", range(count), (count - 1,))]
+    rows += [Row(name, "attack", whole, range(n), threat=threat) for n, name in enumerate(names)]
+    rows.append(Row("control/pgd10", "control", whole, (0,), threat=threat, group="control"))
+    report = Report(options.name or "mine", "cifar10", options.suite,
+                    [n % 2 for n in range(count)], rows, threat, 2)
     report.save(folder / "report.json")
 '''
 

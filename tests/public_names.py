@@ -24,21 +24,13 @@ PUBLIC = {
     ),
     "sj_robust.doctor": "main report",
     "sj_robust.evaluation": (
-        "Accuracy CANDIDATES CORRUPTIONS Comparison Corruption Difference EstimatorSearch "
-        "EstimatorTrial FAULTS Fault Finding Gallery LayerActivity Member MemberOutcome Report "
-        "RobustnessReport Score SmoothedBracket StressCard StressRow Suite SuiteName "
-        "SuiteOutcome ThreatModel WorstCase accuracy compare_reports craft diagnose environment "
-        "eps_text evaluate evaluate_attacks faulty firing fools gallery make_suite parse_eps "
-        "run_suite search_estimators smoothed_bracket stress wilson_interval worst_case "
-        "write_whole"
+        "CANDIDATES CORRUPTIONS Corruption EstimatorSearch FAULTS Fault Member Report Row Suite "
+        "ThreatModel compare_reports craft diagnose evaluate faulty firing fools gallery "
+        "make_suite search_estimators smoothed_bracket stress wilson_interval worst_case"
     ),
-    "sj_robust.evaluation.assess": "assess",
-    "sj_robust.evaluation.html": "report_gallery save_html to_html",
-    "sj_robust.evaluation.stressing": "stress_network",
     "sj_robust.evaluation.subject": (
         "Subject check_fits describe_network from_checkpoint from_function"
     ),
-    "sj_robust.evaluation.terminal": "Display show_comparison show_report",
     "sj_robust.models": (
         "ConvChain DirectlyEncoded MixedBlock NETWORKS NetworkSpec PretrainedCard SmallConvNet "
         "VGG VGG_FEATURES WIDE_RESNETS WideResNet build_classifier build_network "
@@ -59,7 +51,6 @@ PUBLIC = {
         "ms_mppd neuron_indicators sample_indicators simplified_perturbation "
         "spike_train_distance tasad spike_traces"
     ),
-    "sj_robust.evaluation.drawings": "plot_report plot_robustness robustness_figures",
     "sj_robust.perturbation.gains": (
         "Bound Certificate GainDesign INPUT InputMap LayerCertificate NeuronGains "
         "gain_penalty gain_scalars input_maps l2_gain l2_gain_limit neuron_gains "
@@ -81,9 +72,6 @@ PUBLIC = {
 PUBLIC = {module: tuple(names.split()) for module, names in PUBLIC.items()}
 
 NEEDS_RECIPES = {
-    "sj_robust.evaluation.html",
-    "sj_robust.evaluation.terminal",
-    "sj_robust.evaluation.drawings",
     "sj_robust.training",
 }
 """Modules that need the extra ``recipes``; the others import with what the package itself depends

@@ -4,7 +4,7 @@ notebook.
 
 import pytest
 import torch
-from evaluation.reports import DEAD, finding, report
+from evaluation.reports import DEAD, finding, over_eps, report
 from spikingjelly.activation_based import neuron
 from torch import nn
 from torch.testing import assert_close
@@ -31,7 +31,7 @@ def results():
     y = torch.tensor([0, 0])
     x_perturbed = X + 0.05
     return {
-        "report": report(name="<mine>", verified=(7,)),
+        "report": report(name="<mine>", verified=(7,), curve=over_eps()),
         "certificate": perturbation_gains(model, X, x_perturbed=x_perturbed),
         "verification": verify(model, X, y, 0.0625),
         "statistics": compare_potentials(model, X, x_perturbed),
@@ -102,7 +102,7 @@ def test_figures_of_a_report(results, tmp_path):
     assert axes.get_title().startswith("apgd_ce/atan:4/r0")
     assert whole.plot("attacks", tmp_path / "a.pdf").axes
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
-    partial = report(over_eps=(), potential=())
+    partial = report(potential=())
     with pytest.raises(ValueError, match="which must be one of attacks, got 'potential'"):
         partial.plot("potential")
 

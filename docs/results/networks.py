@@ -26,7 +26,7 @@ import sj_robust
 from sj_robust.attacks import fgsm, flip_events, pgd, random_flips
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier
-from sj_robust.evaluation import Member, run_suite
+from sj_robust.evaluation import Member, worst_case
 from sj_robust.evaluation.subject import Subject, check_fits
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.neuron import replace_neurons
@@ -149,7 +149,7 @@ def evaluated(row: Any) -> str:
     attack = partial(pgd, eps=0.03, step_size=0.01, steps=2)
     if row.frames:
         attack = partial(flip_events, flips=2)
-    run_suite(model, [(x, y)], [Member("short", attack, threat=threat)], threat=threat)
+    worst_case(model, x, y, [Member("short", attack, threat=threat)], threat=threat)
     return YES
 
 

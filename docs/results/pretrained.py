@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sj_robust.evaluation import RobustnessReport
+from sj_robust.evaluation import Report
 from sj_robust.training import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def main() -> None:
         (ROOT / SHIPPED / dataset).mkdir(parents=True, exist_ok=True)
         kept = {key: content[key] for key in ("description", "model")}
         save_checkpoint(ROOT / SHIPPED / f"{name}.pt", kept)
-        report = RobustnessReport.load(ROOT / evaluation / "report.json")
+        report = Report.load(ROOT / evaluation / "report.json")
         least, most = report.bracket
         cards[name] = {
             "summary": summary,

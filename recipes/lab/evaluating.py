@@ -4,15 +4,17 @@ vote of a smoothed classifier.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from lab.command_line.read import WrongUse
 from sj_robust.data import image_loader
-from sj_robust.evaluation import RobustnessReport, SmoothedBracket, smoothed_bracket
-from sj_robust.evaluation.data import Batches, Data
+from sj_robust.evaluation import Report, smoothed_bracket
+from sj_robust.evaluation.run.data import Batches, Data
+from sj_robust.evaluation.subject import Subject
 from sj_robust.proofs import smooth
 
 
@@ -21,7 +23,7 @@ def read_once(images: Dataset[tuple[Tensor, ...]], batch_size: int) -> Data:
     return Data.of(image_loader(images, batch_size))
 
 
-def two_reports(paths: list[str]) -> list[RobustnessReport]:
+def two_reports(paths: list[str]) -> list[Report]:
     """Two saved reports, each from its file or its folder."""
     if len(paths) != 2:
         raise WrongUse(
@@ -32,11 +34,11 @@ def two_reports(paths: list[str]) -> list[RobustnessReport]:
         raise FileNotFoundError(
             f"{missing[0]} does not exist; --compare takes two report.json of this recipe"
         )
-    return [RobustnessReport.load(file) for file in files]
+    return [Report.load(file) for file in files]
 
 
 def bracket_of_the_vote(
-    model: nn.Module,
+    subject: Subject,
     batches: Batches,
     sigma: float,
     *,
@@ -44,8 +46,11 @@ def bracket_of_the_vote(
     alpha: float,
     seed: int,
     say: Callable[[str], None],
-) -> SmoothedBracket:
+    dataset: str,
+    configuration: dict[str, Any],
+) -> Report:
     """Certify and attack the smoothed classifier on all images, at radii up to 2 sigma."""
+    model = subject.model
     device = next(model.parameters()).device
     x, y = (torch.cat(parts).to(device) for parts in zip(*batches, strict=True))
     noise = torch.Generator().manual_seed(seed)
@@ -53,5 +58,13 @@ def bracket_of_the_vote(
     votes = smooth(model, x, sigma, n=n, alpha=alpha, generator=noise)
     say("PGD on the vote")
     return smoothed_bracket(
-        model, x, y, votes, [sigma * half / 2 for half in range(5)], generator=noise
+        model,
+        x,
+        y,
+        votes,
+        [sigma * half / 2 for half in range(5)],
+        seed=seed,
+        name=subject.name,
+        dataset=dataset,
+        configuration=configuration,
     )

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sj_robust.core.saved import markdown_table, saved_format, write_whole
-from sj_robust.evaluation import RobustnessReport
+from sj_robust.evaluation import Report
+from sj_robust.evaluation.run.suites import GRADES
 
 _HEADS = (
     "network",
@@ -31,6 +32,8 @@ _HEADS = (
     "fingerprint",
     "command",
 )
+_FORMATS = (Report.saved_as, "sj_robust.robustness_report")
+"""Formats of reports, of today and of version 1."""
 _STORED = re.compile(r"^\| `([^`]+)` \| `([0-9a-f]{16})` \|$", flags=re.MULTILINE)
 _NOTE = (
     "At most: right after every attack of suite and control; the true robust accuracy lies "
@@ -75,13 +78,18 @@ class _Stored:
     path: str
     digest: str
     command: str
-    report: RobustnessReport
+    report: Report
 
     def cells(self) -> list[str]:
         """A row of the table."""
         report = self.report
-        verified = report.under("verified") if report.verified is not None else None
-        shares = (report.clean, verified, report.worst_case, report.control, report.everything)
+        shares = (
+            report.clean,
+            report.verified,
+            report.worst_case,
+            report.control,
+            report.everything,
+        )
         return [
             report.name,
             report.dataset,
@@ -134,12 +142,13 @@ def read_reports(folders: Sequence[str], usual: Mapping[str, Any]) -> list[_Stor
             )
         for path in [folder] if folder.is_file() else sorted(folder.rglob("*.json")):
             text = path.read_bytes()
-            if saved_format(text.decode()) == RobustnessReport.saved_as:
+            if saved_format(text.decode()) not in _FORMATS:
+                continue
+            report = Report.load(path)
+            if report.suite in GRADES:
                 digest = hashlib.sha256(text).hexdigest()[:16]
-                report = RobustnessReport.load(path)
-                stored.append(
-                    _Stored(path.as_posix(), digest, _command(report.configuration, usual), report)
-                )
+                command = _command(report.configuration, usual)
+                stored.append(_Stored(path.as_posix(), digest, command, report))
     if not stored:
         raise FileNotFoundError(
             f"no robustness report in {', '.join(folders)}; evaluate a network first"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sj_robust.attacks.call import Loss, Model, Objective, Randomness, crafting, lowest_loss
 from sj_robust.attacks.logits import likeliest_wrong, margin, of_class
-from sj_robust.core.checks import check_count, check_logits, check_size
+from sj_robust.core.checks import check_count, check_size, logits_of
 from sj_robust.core.randomness import Private, SampleDraws, private_generator, rand
 
 _TIE = 1e-12  # gains closer than this share of the largest one count as equal
@@ -429,7 +429,7 @@ def first_that_fools(
         for _ in range(tries):
             drawn = draw(private)
             x_adv[standing] = drawn[standing]
-            logits = check_logits(model(x_adv[standing]), y[standing])
+            logits = logits_of(model, x_adv[standing], y[standing])
             standing[standing.clone()] = logits.argmax(1) == y[standing]
             if not standing.any():
                 break
@@ -556,7 +556,7 @@ def _likeliest_others(
     """The ``count`` likeliest classes other than the label, each [N]."""
     if count == 0:
         return []
-    logits = check_logits(model(x), y)
+    logits = logits_of(model, x, y)
     if count >= logits.shape[1]:
         raise ValueError(
             f"target_classes must be < {logits.shape[1]}, the number of classes, got {count}"

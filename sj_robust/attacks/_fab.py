@@ -18,7 +18,7 @@ from sj_robust.attacks.call import (
 from sj_robust.attacks.logits import likeliest_wrong, of_class
 from sj_robust.attacks.projection import Norm, per_sample, wide
 from sj_robust.attacks.threat import ThreatModel, ball_threat, random_point
-from sj_robust.core.checks import check_logits
+from sj_robust.core.checks import logits_of
 from sj_robust.core.randomness import Private
 
 _BACKWARD = 0.9  # beta of the paper: how much of the perturbation is kept after a success
@@ -64,7 +64,7 @@ def fab(
         return x
     with crafting(model, x.device, generator) as private:
         with torch.no_grad():
-            logits = check_logits(model(x), y)
+            logits = logits_of(model, x, y)
         best = Best(x)
         best.fooled = logits.argmax(1) != y
         for classes in _towards(logits, y, target_classes):
@@ -132,7 +132,7 @@ class _Boundary:
         return self._logits(images, y).argmax(1) != y
 
     def _logits(self, images: Tensor, y: Tensor) -> Tensor:
-        return check_logits(self.model(images.to(self.x.dtype)), y)
+        return logits_of(self.model, images.to(self.x.dtype), y)
 
     def _plane(self, here: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Lead [N] of the class whose plane is nearest over the label, and its gradient [N, D]."""

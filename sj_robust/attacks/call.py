@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.attacks._resets import refuse_carried_states
-from sj_robust.core.checks import check_images, check_labels, check_logits, check_model
+from sj_robust.core.checks import (
+    check_images,
+    check_labels,
+    check_model,
+    is_checked,
+    logits_of,
+)
 from sj_robust.core.preserved import evaluation_mode
 from sj_robust.core.randomness import (
     Private,
@@ -148,7 +154,7 @@ class Objective:
         return self._score(scores, y)
 
     def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        logits = check_logits(self.model(x), y)
+        logits = logits_of(self.model, x, y)
         loss = _cross_entropy if self.loss is None else self.loss
         losses = loss(logits, y)
         if losses.shape != y.shape:
@@ -212,9 +218,10 @@ def checked_copies(
     """Entry check of every gradient attack; copies that the model may keep and that have no
     graph.
     """
-    check_model(model)
-    check_images(x)
-    check_labels(y, x)
+    if not is_checked():
+        check_model(model)
+        check_images(x)
+        check_labels(y, x)
     check_seeds(generator, x)
     with torch.inference_mode(False):
         return x.detach().clone(), y.clone()

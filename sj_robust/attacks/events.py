@@ -23,7 +23,7 @@ from sj_robust.attacks._event_search import (
     uniform,
 )
 from sj_robust.attacks.call import Loss, Model, Randomness
-from sj_robust.core.checks import check_count, check_labels, check_model
+from sj_robust.core.checks import check_count, check_labels, check_model, is_checked
 from sj_robust.core.randomness import Private, check_seeds
 
 __all__ = ["check_frames", "count_flips", "flip_events", "random_flips"]
@@ -261,14 +261,19 @@ def checked_frames(
     """Entry check of every attack on frames, and a copy of them; model and labels may be None where
     ``optional``.
     """
+    if not is_checked():
+        _check_frames_and_labels(model, x, y, optional=optional)
+    check_seeds(generator, x)
+    with torch.inference_mode(False):
+        return x.detach().clone()
+
+
+def _check_frames_and_labels(model: object, x: Tensor, y: Any, *, optional: bool) -> None:
     if not (optional and model is None):
         check_model(model)
     check_frames(x)
     if not (optional and y is None):
         _check_frame_labels(y, x)
-    check_seeds(generator, x)
-    with torch.inference_mode(False):
-        return x.detach().clone()
 
 
 def _check_frame_labels(y: Tensor, x: Tensor) -> None:

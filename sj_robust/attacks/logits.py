@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sj_robust.core.checks import check_logits
+from sj_robust.core.checks import logits_of
 
 __all__ = ["clean_logits", "likeliest_wrong", "margin", "of_class", "without"]
 
@@ -51,7 +51,7 @@ def clean_logits(
     y: Tensor,
 ) -> Tensor:
     """Logits of the images, of at least two classes."""
-    logits = check_logits(model(x), y)
+    logits = logits_of(model, x, y)
     if logits.shape[1] < 2:
         raise ValueError(
             f"the model must return at least 2 classes, got {logits.shape[1]}; return one logit "

@@ -15,7 +15,7 @@ from sj_robust.attacks.call import Model, Randomness, checked_copies, isolated, 
 from sj_robust.attacks.logits import clean_logits, margin
 from sj_robust.attacks.projection import Norm, l2_norm, linf_bounds, per_sample, wide
 from sj_robust.attacks.threat import ThreatModel, ball_threat
-from sj_robust.core.checks import check_count, check_logits
+from sj_robust.core.checks import check_count, logits_of
 from sj_robust.core.randomness import SampleDraws, SampleSeeds, draw_seed, rand, seeded_globals
 
 __all__ = ["square"]
@@ -136,7 +136,7 @@ def break_ties(logits: Tensor, winner: Tensor) -> Tensor:
 def _without_ties(model: Model, dtype: torch.dtype, images: Tensor) -> Tensor:
     """Logits in float32 whose winner stands alone."""
     y = images.new_zeros(len(images), dtype=torch.int64)
-    logits = check_logits(model(images.to(dtype)), y)
+    logits = logits_of(model, images.to(dtype), y)
     return break_ties(logits.float(), logits.argmax(1))
 
 

@@ -3,7 +3,9 @@ remedy.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import TypeVar
@@ -32,6 +34,9 @@ __all__ = [
     "check_tensor",
     "check_text",
     "did_you_mean",
+    "is_checked",
+    "logits_of",
+    "taken_for_checked",
 ]
 
 Channels = float | Sequence[float] | Tensor | None
@@ -40,7 +45,7 @@ Channels = float | Sequence[float] | Tensor | None
 _Choice = TypeVar("_Choice", bound=str)
 _LARGEST_SEED = 2**53 - 1
 """Numbers that are derived from it fit into the seed of a ``torch.Generator``."""
-
+_CHECKED: ContextVar[bool] = ContextVar("checked", default=False)
 
 _BINARY = "event frames of counts become binary with (frames > 0).float()"
 
@@ -158,6 +163,33 @@ def check_logits(logits: Tensor, y: Tensor) -> Tensor:
         )
     check_classes(y, logits.shape[1])
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def logits_of(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """Logits of a model as float32 or float64, checked unless :func:`is_checked`."""
+    logits = model(x)
+    if not is_checked():
+        return check_logits(logits, y)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+@contextmanager
+def taken_for_checked() -> Iterator[None]:
+    """Within it attacks take images, labels and logits for checked: whoever enters has checked the
+    images and scores what comes out with a check. 其内不再重复检查。
+
+    Every check waits for a GPU, and a gradient attack would make one per step.
+    """
+    token = _CHECKED.set(True)
+    try:
+        yield
+    finally:
+        _CHECKED.reset(token)
+
+
+def is_checked() -> bool:
+    """Whether images, labels and logits are taken for checked, see :func:`taken_for_checked`."""
+    return _CHECKED.get()
 
 
 def check_model(model: object) -> None:

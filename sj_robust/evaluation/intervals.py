@@ -6,6 +6,7 @@ from statistics import fmean, stdev
 
 __all__ = [
     "difference_interval",
+    "extent",
     "paired_difference_interval",
     "repeated_interval",
     "wilson_interval",
@@ -120,11 +121,24 @@ def repeated_interval(counts: Sequence[int], total: int) -> tuple[float, float]:
     low, high = wilson_interval(fmean(counts), total)
     spread = 0.0
     if draws > 1:
-        quantile = _T[draws - 2] if draws <= len(_T) + 1 else _Z * (1 + 1.3 / (draws - 1))
+        freedom = draws - 1
+        quantile = _Z * (1 + 1.3 / freedom)
+        if freedom <= len(_T):
+            quantile = _T[freedom - 1]
         spread = quantile * stdev(counts) / total / math.sqrt(draws)
     return max(0.0, share - math.hypot(share - low, spread)), min(
         1.0, share + math.hypot(high - share, spread)
     )
+
+
+def extent(value: float, count: int | None, total: int | None) -> str:
+    """A value as tables show it, such as ``0.125, 3 of 24 images, 95 % 0.0434 to 0.31``.
+    数值的文本形式。
+    """
+    if count is None or total is None:
+        return f"{value:.3g}"
+    low, high = wilson_interval(count, total)
+    return f"{value:.3g}, {count} of {total} images, 95 % {low:.3g} to {high:.3g}"
 
 
 def _check(count: float, total: int) -> None:

@@ -2,9 +2,9 @@
 test.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
@@ -33,24 +33,21 @@ from sj_robust.core.environment import device_of
 from sj_robust.core.folders import check_folder
 from sj_robust.core.preserved import evaluation_mode, full_precision
 from sj_robust.evaluation.assess import assess
-from sj_robust.evaluation.corruptions import Corruption, check_images_to_corrupt
-from sj_robust.evaluation.data import Batches, Data, given_data
-from sj_robust.evaluation.faults import Fault
-from sj_robust.evaluation.progress import Position
-from sj_robust.evaluation.robustness_report import RobustnessReport
-from sj_robust.evaluation.stress_card import StressCard
+from sj_robust.evaluation.report.report import Report
+from sj_robust.evaluation.request import Request
+from sj_robust.evaluation.run.corruptions import Corruption, check_images_to_corrupt
+from sj_robust.evaluation.run.data import Batches, Data, given_data
+from sj_robust.evaluation.run.faults import Fault
+from sj_robust.evaluation.run.progress import Watch
+from sj_robust.evaluation.run.suites import SuiteName, check_radius, check_shape, check_suite
 from sj_robust.evaluation.stressing import stress_network
 from sj_robust.evaluation.subject import Subject, check_fits
-from sj_robust.evaluation.suites import SuiteName, check_radius, check_shape, check_suite
 
 __all__ = ["evaluate", "stress"]
 
 NormName = Literal["Linf", "L2", "L0", "moves"]
 StressName = Literal["stress", "corruptions"]
 Images = Tensor | Batches | Dataset[tuple[Tensor, ...]]
-
-_Display = tuple[Callable[[str], None], Callable[[Position], None] | None]
-"""What says which part begins, and what is called after every step."""
 
 
 def evaluate(
@@ -73,12 +70,11 @@ def evaluate(
     name: str | None = None,
     dataset: str = "images",
     progress: bool = True,
-) -> RobustnessReport:
+) -> Report:
     """How robust a network of your own is. 一次调用评估自己的网络。
 
-    This is :func:`sj_robust.evaluation.assess.assess` on a network and images as you have them. The
-    network stays as it was, also when Ctrl-C stops the evaluation; with a ``folder`` the same call
-    goes on from there.
+    The network stays as it was, also when Ctrl-C stops the evaluation; with a ``folder`` the same
+    call goes on from there.
 
     Args:
         model: A classifier of images in [0, 1], spiking or not; or a bare SpikingJelly network,
@@ -127,8 +123,7 @@ def evaluate(
     """
     if suite is not None:
         check_choice("suite", suite, get_args(SuiteName))
-    draws = check_count("draws", draws)
-    options = _Options(
+    options = Options(
         eps=eps,
         norm=norm,
         largest_shift=largest_shift,
@@ -136,6 +131,7 @@ def evaluate(
         T=T,
         mean=mean,
         std=std,
+        draws=draws,
         seed=seed,
         batch_size=batch_size,
         folder=folder,
@@ -148,20 +144,8 @@ def evaluate(
     check_suite(chosen, inputs.threat)
     check_shape(chosen, inputs.first)
     with _prepared(model, inputs, options) as prepared:
-        return assess(
-            prepared.subject,
-            inputs.data,
-            suite=chosen,
-            threat=inputs.threat,
-            dataset=dataset,
-            classes=prepared.classes,
-            seed=options.seed,
-            draws=draws,
-            folder=options.folder,
-            configuration=options.configuration,
-            say=prepared.say,
-            on_step=prepared.on_step,
-        )
+        request = options.request(chosen, inputs.threat, prepared)
+        return assess(prepared.subject, inputs.data, request)
 
 
 def stress(
@@ -186,7 +170,7 @@ def stress(
     name: str | None = None,
     dataset: str = "images",
     progress: bool = True,
-) -> StressCard:
+) -> Report:
     """What faults of deployment, or common corruptions, leave of a network, clean and attacked.
     部署故障压力测试。
 
@@ -226,17 +210,15 @@ def stress(
         >>> from spikingjelly.activation_based import neuron
         >>> net = nn.Sequential(nn.Flatten(2), nn.Linear(4, 3), neuron.LIFNode(step_mode="m"))
         >>> x, y = torch.rand(6, 1, 2, 2), torch.arange(6) % 3
-        >>> card = stress(
-        ...     net, x, y, eps=0.1, T=4, faults=[Fault("weight_bits", 4)], steps=2, progress=False
-        ... )
-        >>> card.images, card.kinds
-        (6, ('weight_bits',))
+        >>> few = [Fault("weight_bits", 4)]
+        >>> stress(net, x, y, eps=0.1, T=4, faults=few, steps=2, progress=False).variants
+        ('none', 'weight_bits:4')
     """
     check_choice("suite", suite, get_args(StressName))
     if faults is not None:
         faults = _checked_faults(faults, suite)
-    draws, steps = check_count("draws", draws), check_count("steps", steps)
-    options = _Options(
+    steps = check_count("steps", steps)
+    options = Options(
         eps=eps,
         norm=norm,
         largest_shift=largest_shift,
@@ -244,6 +226,7 @@ def stress(
         T=T,
         mean=mean,
         std=std,
+        draws=draws,
         seed=seed,
         batch_size=batch_size,
         folder=folder,
@@ -256,73 +239,70 @@ def stress(
     if suite == "corruptions":
         check_images_to_corrupt(inputs.first)
     with _prepared(model, inputs, options) as prepared:
-        return stress_network(
-            prepared.subject,
-            inputs.data,
-            suite=suite,
-            threat=inputs.threat,
-            dataset=dataset,
-            faults=faults,
-            draws=draws,
-            steps=steps,
-            seed=options.seed,
-            folder=options.folder,
-            configuration=options.configuration,
-            say=prepared.say,
-            on_step=prepared.on_step,
-        )
+        request = options.request(suite, inputs.threat, prepared)
+        asked = replace(request, faults=faults, steps=steps)
+        return stress_network(prepared.subject, inputs.data, asked)
 
 
-class _Options:
-    """Options of both calls, as plain data, if none of them is wrong by itself."""
+@dataclass(frozen=True)
+class Options:
+    """Options of both calls, checked as far as that needs neither network nor images; a radius
+    becomes a number, numbers per channel become tuples, a folder a path.
+    """
 
-    def __init__(
-        self,
-        *,
-        eps: float | str,
-        norm: NormName | None,
-        largest_shift: int | None,
-        total_shift: int | None,
-        T: int | None,
-        mean: Channels,
-        std: Channels,
-        seed: int,
-        batch_size: int,
-        folder: str | Path | None,
-        name: str | None,
-        dataset: str,
-        progress: bool,
-    ) -> None:
-        """Check what needs neither network nor images."""
-        if norm is not None:
-            check_choice("norm", norm, get_args(NormName))
-        if name is not None:
-            check_text("name", name)
-        check_text("dataset", dataset)
-        check_switch("progress", progress)
-        self.eps = parse_eps(eps)
-        self.norm = norm
-        self.largest_shift = largest_shift
-        self.total_shift = total_shift
-        self.T = check_steps(T)
-        self.mean = check_channels("mean", mean)
-        self.std = check_channels("std", std, positive=True)
-        self.seed = check_seed("seed", seed)
-        self.batch_size = check_count("batch_size", batch_size)
-        self.folder = check_folder("folder", folder)
-        self.name = name
-        self.dataset = dataset
-        self.progress = progress
+    eps: float | str
+    norm: NormName | None
+    largest_shift: int | None
+    total_shift: int | None
+    T: int | None
+    mean: Channels
+    std: Channels
+    draws: int
+    seed: int
+    batch_size: int
+    folder: str | Path | None
+    name: str | None
+    dataset: str
+    progress: bool
 
-    @property
-    def configuration(self) -> dict[str, object]:
-        """What the report says of the call."""
-        return {"T": self.T, "mean": self.mean, "std": self.std}
+    def __post_init__(self) -> None:
+        if self.norm is not None:
+            check_choice("norm", self.norm, get_args(NormName))
+        if self.name is not None:
+            check_text("name", self.name)
+        check_text("dataset", self.dataset)
+        check_switch("progress", self.progress)
+        checked = {
+            "eps": parse_eps(self.eps),
+            "T": check_steps(self.T),
+            "mean": check_channels("mean", self.mean),
+            "std": check_channels("std", self.std, positive=True),
+            "draws": check_count("draws", self.draws),
+            "seed": check_seed("seed", self.seed),
+            "batch_size": check_count("batch_size", self.batch_size),
+            "folder": check_folder("folder", self.folder),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     def threat(self, frames: bool) -> ThreatModel:
         """Norm and radius, for images or for event frames."""
         norm = self.norm or ("L0" if frames else "Linf")
-        return ThreatModel(norm, self.eps, self.largest_shift, self.total_shift)
+        return ThreatModel(norm, parse_eps(self.eps), self.largest_shift, self.total_shift)
+
+    def request(self, suite: str, threat: ThreatModel, prepared: "_Prepared") -> Request:
+        """What is asked about the prepared network."""
+        return Request(
+            suite,
+            threat,
+            self.dataset,
+            prepared.classes,
+            seed=self.seed,
+            draws=self.draws,
+            folder=None if self.folder is None else Path(self.folder),
+            configuration={"T": self.T, "mean": self.mean, "std": self.std},
+            watch=prepared.watch,
+        )
 
 
 @dataclass(frozen=True)
@@ -349,11 +329,10 @@ class _Prepared:
 
     subject: Subject
     classes: int
-    say: Callable[[str], None]
-    on_step: Callable[[Position], None] | None
+    watch: Watch
 
 
-def _inputs(model: nn.Module, x: Images, y: Tensor | None, options: _Options) -> _Inputs:
+def _inputs(model: nn.Module, x: Images, y: Tensor | None, options: Options) -> _Inputs:
     """The images, if they belong to the threat; the network itself is not asked."""
     check_network(model, "model")
     data = given_data(x, y, options.batch_size)
@@ -362,8 +341,14 @@ def _inputs(model: nn.Module, x: Images, y: Tensor | None, options: _Options) ->
     if frames:
         check_frames(first)
     else:
-        check_number_of_channels(first, mean=options.mean, std=options.std)
+        _check_channels(first, options)
     return _Inputs(data, options.threat(frames))
+
+
+def _check_channels(images: Tensor, options: Options) -> None:
+    """Numbers per channel fit the images."""
+    mean, std = check_channels("mean", options.mean), check_channels("std", options.std)
+    check_number_of_channels(images, mean=mean, std=std)
 
 
 def _checked_faults(
@@ -389,22 +374,22 @@ def _checked_faults(
 
 
 @contextmanager
-def _prepared(model: nn.Module, inputs: _Inputs, options: _Options) -> Iterator[_Prepared]:
+def _prepared(model: nn.Module, inputs: _Inputs, options: Options) -> Iterator[_Prepared]:
     """The network as a classifier that has taken an image; evaluation mode, full precision."""
     classifier = as_classifier(
         model, options.T, mean=options.mean, std=options.std, images=inputs.first
     )
     network = classifier.net if isinstance(classifier, SpikingClassifier) else classifier
-    subject = Subject(options.name or type(network).__name__, classifier, type(network).__name__)
+    kind = type(network).__name__
+    subject = Subject(options.name or kind, classifier, kind)
     device = device_of(classifier)
-    with evaluation_mode(classifier), full_precision(device), _shown(options.progress) as display:
+    with evaluation_mode(classifier), full_precision(device), _shown(options.progress) as watch:
         classes = check_fits(subject, inputs.first[:1].to(device), None, options.dataset)
         check_classes(torch.tensor(inputs.data.labels), classes)
         if isinstance(classifier, SpikingClassifier):
-            say, _ = display
-            say(f"{subject.name} {classifier.convention}")
+            watch.say(f"{subject.name} {classifier.convention}")
         try:
-            yield _Prepared(subject, classes, *display)
+            yield _Prepared(subject, classes, watch)
         except KeyboardInterrupt as stopped:
             if options.folder is None:
                 remedy = "with folder=... the next evaluation could be continued"
@@ -415,15 +400,15 @@ def _prepared(model: nn.Module, inputs: _Inputs, options: _Options) -> Iterator[
 
 
 @contextmanager
-def _shown(progress: bool) -> Iterator[_Display]:
+def _shown(progress: bool) -> Iterator[Watch]:
     if not progress:
-        yield lambda text: None, None
+        yield Watch()
     elif find_spec("rich") is None:  # of the extra recipes
-        yield print, None
+        yield Watch(print)
     else:
         from rich.console import Console
 
-        from sj_robust.evaluation.terminal import Display
+        from sj_robust.evaluation.report.terminal import Display
 
         with Display(Console(highlight=False)) as display:
-            yield display.say, display.on_step
+            yield Watch(display.say, display.on_step)

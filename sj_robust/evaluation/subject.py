@@ -208,7 +208,8 @@ def check_fits(subject: Subject, images: Tensor, classes: int | None, dataset: s
                 f"{subject.name} takes {'frames' if spec.frames else 'images'} {taken}, those of "
                 f"{dataset} are {shape}; leave --dataset out to take the one it was trained on"
             )
-    image = images[:1].repeat(_COPIES, *[1] * (images.ndim - 1)).requires_grad_()
+    once = [1] * (images.ndim - 1)
+    image = images[:1].repeat(_COPIES, *once).requires_grad_()
     try:
         outputs = subject.model(image)
     except Exception as error:  # foreign code raises anything

@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from sj_robust.core.console import moving, working
 from sj_robust.core.environment import bfloat16_units, environment
-from sj_robust.evaluation import Gallery
+from sj_robust.evaluation.report.pictures import Gallery
 from sj_robust.training.history import EpochRecord
 
 __all__ = ["Journal"]

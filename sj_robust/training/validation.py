@@ -1,8 +1,10 @@
 """How good a network in training is: validation of every epoch, and the report at the end."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,15 +15,13 @@ from sj_robust.attacks import Attack, eps_text
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.environment import device_of
 from sj_robust.core.preserved import evaluation_mode
+from sj_robust.core.randomness import SampleSeeds
 from sj_robust.data import ImageSplits, image_loader
-from sj_robust.evaluation import (
-    Report,
-    ThreatModel,
-    accuracy,
-    evaluate_attacks,
-    gallery,
-    wilson_interval,
-)
+from sj_robust.evaluation import Member, Report, ThreatModel, gallery, wilson_interval
+from sj_robust.evaluation.run.data import Data
+from sj_robust.evaluation.run.loop import Asked, alone, run
+from sj_robust.evaluation.run.progress import Position, Watch
+from sj_robust.evaluation.run.variant import Variant
 from sj_robust.perturbation import MPPDMonitor
 from sj_robust.perturbation.gains import gain_scalars, perturbation_gains
 from sj_robust.proofs import verify
@@ -85,8 +85,9 @@ class Validation:
         names = ("clean", *attacks, *(() if verified_eps is None else ("verified",)))
         correct = torch.zeros(len(names), dtype=torch.int64)
         for number, (x, y) in zip(self._numbers, self._batches(), strict=True):
-            shares = accuracy(model, [(x, y)], attacks, seed=mixed(self._seed, number) % 2**31)
-            correct += torch.tensor([round(shares.get(name, 0.0) * len(y)) for name in names])
+            seeds = _seeds(len(y), mixed(self._seed, number))
+            counts = alone(model, x, y, attacks, seeds=seeds)
+            correct += torch.tensor([counts.get(name, 0) for name in names])
         if verified_eps is not None and self._numbers:
             assert isinstance(model, SpikingClassifier)
             x, y = (torch.cat(parts) for parts in zip(*self._batches(), strict=True))
@@ -128,6 +129,10 @@ class Validation:
             yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
+def _seeds(images: int, seed: int) -> SampleSeeds:
+    return SampleSeeds(range(images)).derived("validation", seed % 2**31)
+
+
 def check_start(
     classifier: SpikingClassifier, splits: ImageSplits, journal: Journal, origin: str
 ) -> None:
@@ -149,7 +154,7 @@ def check_start(
     )
 
     def right(model: nn.Module) -> int:
-        return round(accuracy(model, [(x, y)], {})["clean"] * len(y))
+        return alone(model, x, y, {}, seeds=_seeds(len(y), 0))["clean"]
 
     clean = right(classifier)
     journal.say(f"starting from {origin}: {clean / len(y):.1%} of {len(y)} validation images right")
@@ -193,16 +198,22 @@ def final_report(
     seed: int,
     single_step: bool,
     verified_eps: float | None = None,
+    dataset: str = "images",
+    configuration: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Report:
     """Report of a trained network on the test images, with the curves of its training.
     训练结束后的评估。
+
+    Every attack is a figure for itself. The network is a variant of the report, so that those of
+    several networks can be merged.
 
     TensorBoard gets pictures of an attack on validation images.
 
     Args:
         name: Name of the network in the report.
         classifier: The network.
-        history: Records of its epochs; the report's notes are the warnings about them, and how many
+        history: Records of its epochs; the report's warnings are those about them, and how many
             are verified.
         splits: The data set, of which the test images count.
         attacks: Attacks by name, budgets inside.
@@ -212,11 +223,25 @@ def final_report(
         single_step: Whether it was trained with a single-step attack, so that catastrophic
             overfitting is looked for.
         verified_eps: Linf radius at which the test images are proved as well; None proves none.
+        dataset: Name of the data set.
+        configuration: Options of the run.
+        environment: Versions, device, commit.
     """
     loader = image_loader(splits.test, 32 if splits.frames else 512)
-    with journal.steps(f"evaluating {name} on {len(splits.test)} test images", len(loader)) as step:
-        report = evaluate_attacks(
-            classifier, loader, attacks, threat=threat, network=name, seed=seed, on_batch=step
+    data = Data.of(loader)
+    members = [Member(attack_name, attack, group="") for attack_name, attack in attacks.items()]
+    variant = Variant(members, name, seed)
+    steps = len(data) * (1 + len(members))
+    with journal.steps(f"evaluating {name} on {len(splits.test)} test images", steps) as step:
+        watch = Watch(on_step=partial(_stepped, step))
+        outcome = run(
+            classifier,
+            data,
+            [variant],
+            asked=Asked(),
+            network=name,
+            watch=watch,
+            shared=False,  # the first process reports alone
         )
     if threat.eps > 0 and len(splits.validation):
         x, y = next(iter(image_loader(splits.validation, _BATCH)))
@@ -236,4 +261,22 @@ def final_report(
                 step()
         share = f"{proofs} of {len(splits.test)} test images ({proofs / len(splits.test):.1%})"
         notes += (f"{name}: {share} verified at Linf {eps_text(verified_eps)}",)
-    return replace(report, curves={name: [asdict(record) for record in history]}, notes=notes)
+    return Report(
+        name=name,
+        dataset=dataset,
+        suite="training",
+        labels=data.labels,
+        rows=outcome.rows,
+        threat=threat,
+        classes=splits.classes,
+        seed=seed,
+        data=data.fingerprint,
+        curves={name: [asdict(record) for record in history]},
+        configuration=dict(configuration or {}),
+        environment=dict(environment or {}),
+        warnings=(*outcome.warnings, *notes),
+    )
+
+
+def _stepped(step: Callable[[], None], position: Position) -> None:
+    step()

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sj_robust.attacks import SampleSeeds, ThreatModel, count_moves, move_events, random_moves
-from sj_robust.evaluation import Member, RobustnessReport, craft, make_suite
+from sj_robust.evaluation import Member, Report, craft, make_suite
 from sj_robust.evaluation import assess as whole
+from sj_robust.evaluation.request import Request
 from sj_robust.evaluation.subject import Subject
 
 T = 6
@@ -269,11 +270,9 @@ def test_a_whole_evaluation_and_its_report(bars):
     subject = Subject("bars", bars.model, "three layers")
     few = [(bars.x[:6], bars.y[:6])]
     with shortened():
-        report = whole.assess(
-            subject, few, suite="events", threat=threat, dataset="bars", classes=4, control=False
-        )
+        report = whole.assess(subject, few, Request("events", threat, "bars", 4, control=False))
     assert report.budget == "at most 15 events moved in time, by 2 frames at most"
     assert report.worst_case.correct < report.clean.correct
-    assert all(report.within(member) for member in report.members)
-    again = RobustnessReport.from_json(report.to_json())
+    assert all(map(report.within, report.attacks))
+    again = Report.from_json(report.to_json())
     assert (again, again.threat) == (report, threat)

@@ -40,6 +40,6 @@ def test_every_cell_runs_and_results_show_themselves(notebook, tmp_path, monkeyp
     assert len(shown["Figure"]) >= 4
     assert shown["MPPDStatistics"]
     assert shown["Verification"]
-    report = shown["RobustnessReport"][0]
+    report = shown["Report"][0]
     assert report.clean.accuracy > 0.85, "the normalisation was lost"
     assert report.worst_case.correct < report.clean.correct

@@ -114,9 +114,9 @@ def working_folder(folder):
 def without_times(report):
     """The report as plain data, without what another run cannot repeat."""
     content = asdict(report)
-    for row in (*content["members"], *content["estimators"]):
+    for row in (*content["rows"], *content["estimators"]):
         row["seconds"] = None
-    del content["environment"], content["verified_seconds"]
+    del content["environment"]
     return content
 
 

@@ -19,7 +19,12 @@ from torch import nn
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks import fgsm, gaussian, pgd
 from sj_robust.attacks.threat import ThreatModel
-from sj_robust.evaluation import Member, run_suite
+from sj_robust.evaluation import Member
+from sj_robust.evaluation.run.data import Data
+from sj_robust.evaluation.run.identity import network_key
+from sj_robust.evaluation.run.loop import Asked, run
+from sj_robust.evaluation.run.progress import Watch
+from sj_robust.evaluation.run.variant import Variant
 
 EPS = 0.1
 THREAT = ThreatModel("Linf", EPS)
@@ -75,17 +80,33 @@ def members():
     )
 
 
-def run(folder=None, *, size=6, net=None, suite=None, data=None, **options):
-    arguments = {"threat": THREAT, "seed": 3} | options
-    return run_suite(
-        net or classifier(), data or batches(size), suite or members(), folder=folder, **arguments
+def suite_outcome(
+    model, given, suite, *, folder=None, threat=THREAT, seed=0, draws=1, verified=(), on_step=None
+):
+    """The loop over the members of one suite on batches."""
+    data = Data.of(given)
+    return run(
+        model,
+        data,
+        [Variant(suite, seed=seed)],
+        asked=Asked(threat, draws, frozenset(verified)),
+        network=network_key(model, data, folder),
+        folder=folder,
+        watch=Watch(on_step=on_step),
     )
+
+
+def outcome_of(folder=None, *, size=6, net=None, suite=None, data=None, **options):
+    arguments = {"seed": 3} | options
+    given = batches(size) if data is None else data
+    suite = members() if suite is None else suite
+    return suite_outcome(net or classifier(), given, suite, folder=folder, **arguments)
 
 
 def without_times(outcome):
     """Plain data that must not change by an interruption."""
-    rows = [{**vars(member), "seconds": None} for member in outcome.members]
-    return json.loads(json.dumps([outcome.labels, outcome.correct, rows, outcome.potential]))
+    rows = [{**vars(row), "threat": repr(row.threat), "seconds": None} for row in outcome.rows]
+    return json.loads(json.dumps([rows, outcome.potential]))
 
 
 def die_at(step):
@@ -103,7 +124,7 @@ if __name__ == "__main__":
     folder, first, *step = Path(sys.argv[1]), *sys.argv[2:]
 
     def work():
-        outcome = run(folder, on_step=die_at(int(*step)) if step else None)
+        outcome = outcome_of(folder, on_step=die_at(int(*step)) if step else None)
         if torch.distributed.get_rank() == 0:
             (folder / "outcome.json").write_text(json.dumps(without_times(outcome)))
 
@@ -113,6 +134,6 @@ if __name__ == "__main__":
         steps = (first, *step)
         print(
             *launch.forked(
-                *(partial(run, folder / step, on_step=die_at(int(step))) for step in steps)
+                *(partial(outcome_of, folder / step, on_step=die_at(int(step))) for step in steps)
             )
         )

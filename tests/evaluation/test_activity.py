@@ -8,7 +8,8 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
 from sj_robust import DLIFNode, SpikingClassifier
-from sj_robust.evaluation import LayerActivity, firing
+from sj_robust.evaluation import firing
+from sj_robust.evaluation.diagnosis.activity import LayerActivity
 from sj_robust.neuron import Stage, fuse
 
 torch.set_num_threads(1)

@@ -9,6 +9,8 @@ from torch import nn
 
 from sj_robust.attacks import ThreatModel
 from sj_robust.evaluation import assess as assessment
+from sj_robust.evaluation.request import Request
+from sj_robust.evaluation.run.progress import Watch
 from sj_robust.evaluation.subject import Subject
 
 
@@ -23,16 +25,8 @@ def assessed(threat, sizes=(6,)):
     batches = [(torch.rand(size, 1, 2, 2), torch.arange(size) % 3) for size in sizes]
     said: list[str] = []
     with shortened(without_attacks):
-        report = assessment.assess(
-            Subject("mine", net, "one layer"),
-            batches,
-            suite="fast",
-            threat=threat,
-            dataset="made up",
-            classes=3,
-            proofs=False,
-            say=said.append,
-        )
+        request = Request("fast", threat, "made up", 3, proofs=False, watch=Watch(said.append))
+        report = assessment.assess(Subject("mine", net, "one layer"), batches, request)
     return report, said
 
 
@@ -46,11 +40,11 @@ def assessed(threat, sizes=(6,)):
 )
 def test_accuracy_over_eps_goes_from_a_quarter_of_the_radius_to_four_times_it(norm, eps, radii):
     report, _ = assessed(ThreatModel(norm, eps))
-    assert [float(row["eps"]) for row in report.over_eps] == radii
+    assert [float(point.eps) for point in report.over_eps] == radii
 
 
 def test_firing_and_accuracy_over_eps_are_of_the_first_256_images_and_attacks_of_all():
     report, said = assessed(ThreatModel("L2", 0.1), sizes=(200, 100))
     assert said[0] == "firing of every layer on 256 images"
-    assert {row["total"] for row in report.over_eps} == {256}
+    assert {point.total for point in report.over_eps} == {256}
     assert len(report.labels) == 300

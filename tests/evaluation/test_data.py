@@ -1,17 +1,13 @@
 """Images of an evaluation: read once, checked and hashed once, whatever a loader does later."""
 
-from collections import Counter
-
 import pytest
 import torch
 from evaluation import suite_run
 from evaluation.suite_run import classifier, images
 from torch.utils.data import DataLoader, TensorDataset
 
-import sj_robust
-from sj_robust.evaluation import data as data_file
-from sj_robust.evaluation import run_suite
-from sj_robust.evaluation.data import Data, given_data
+from sj_robust.evaluation.run import data as data_file
+from sj_robust.evaluation.run.data import Data, given_data
 
 
 class Changing:
@@ -43,10 +39,10 @@ def same_images(data, x, y):
 def test_a_loader_that_changes_is_read_once_and_counts_as_it_was():
     x, y = images(12)
     loader = Changing()
-    suite, options = suite_run.members()[:4], {"threat": suite_run.THREAT}
-    changing = run_suite(classifier(), loader, suite, **options)
+    suite = suite_run.members()[:4]
+    changing = suite_run.suite_outcome(classifier(), loader, suite)
     assert loader.passes == 1
-    steady = run_suite(classifier(), [(x[:6], y[:6]), (x[6:], y[6:])], suite, **options)
+    steady = suite_run.suite_outcome(classifier(), [(x[:6], y[:6]), (x[6:], y[6:])], suite)
     assert suite_run.without_times(changing) == suite_run.without_times(steady)
 
 
@@ -127,33 +123,13 @@ def test_a_batch_that_does_not_fit_is_refused_where_it_is_read(what):
         Data.of([(x[:4], y[:4]), (x[4:8], y[4:8]), (other, labels)])
 
 
-@pytest.mark.slow
-def test_an_evaluation_reads_checks_and_hashes_every_image_once(monkeypatch):
-    loader, counts = Changing(), Counter()
-
-    def counting(name, function):
-        def counted(*args):
-            counts[name] += 1
-            return function(*args)
-
-        return counted
-
-    for name in ("fingerprint", "check_images"):
-        monkeypatch.setattr(data_file, name, counting(name, getattr(data_file, name)))
-    sj_robust.evaluate(classifier(), loader, eps=0.1, suite="paper", progress=False)
-    assert loader.passes == 1
-    assert counts["check_images"] == 2  # batches
-    assert counts["fingerprint"] == 12 + 1  # every image, and all of them together
-
-
 def test_a_resumed_run_of_other_images_is_told_about_loaders(tmp_path):
     def batches(seed):
         x, y = images(12)
         order = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
         return [(x[order], y[order])]
 
-    suite, options = suite_run.members()[:1], {"threat": suite_run.THREAT, "folder": tmp_path}
-    net = classifier()
-    run_suite(net, batches(0), suite, **options)
+    suite, net = suite_run.members()[:1], classifier()
+    suite_run.suite_outcome(net, batches(0), suite, folder=tmp_path)
     with pytest.raises(ValueError, match=r"data changed.*shuffle=False"):
-        run_suite(net, batches(1), suite, **options)
+        suite_run.suite_outcome(net, batches(1), suite, folder=tmp_path)

@@ -12,8 +12,9 @@ from torch import nn
 
 from sj_robust.attacks import SampleSeeds, count_flips, flip_events, random_flips
 from sj_robust.attacks.logits import margin
-from sj_robust.evaluation import Member, RobustnessReport, ThreatModel, craft, make_suite
+from sj_robust.evaluation import Member, Report, ThreatModel, craft, make_suite
 from sj_robust.evaluation import assess as whole
+from sj_robust.evaluation.request import Request
 from sj_robust.evaluation.subject import Subject
 
 TEN = ThreatModel("L0", 10)
@@ -26,22 +27,17 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def report(bars, folder) -> RobustnessReport:
+def report(bars, folder) -> Report:
     """A whole evaluation, with few candidates and short searches."""
     with shortened():
         return evaluated(bars, folder=folder)
 
 
-def evaluated(bars, **changes):
-    batches = [(bars.x[:10], bars.y[:10]), (bars.x[10:16], bars.y[10:16])]
-    arguments = {
-        "batches": batches,
-        "suite": "events",
-        "threat": TEN,
-        "dataset": "bars",
-        "classes": 4,
-    } | changes
-    return whole.assess(Subject("moving", bars.model, "three layers"), **arguments)
+def evaluated(bars, batches=None, threat=TEN, folder=None):
+    if batches is None:
+        batches = [(bars.x[:10], bars.y[:10]), (bars.x[10:16], bars.y[10:16])]
+    request = Request("events", threat, "bars", 4, folder=folder)
+    return whole.assess(Subject("moving", bars.model, "three layers"), batches, request)
 
 
 class TestBall:
@@ -126,13 +122,11 @@ class TestReport:
     def test_the_worst_case_is_that_of_every_member(self, report):
         assert report.clean.accuracy > 0.9
         assert report.control is not None
-        suite = [member for member in report.members if member.group == "suite"]
-        assert all(
-            report.worst_case.correct <= report.under(member.name).correct for member in suite
-        )
+        suite = [row.member for row in report.attacks if row.group == "suite"]
+        assert all(report.worst_case.correct <= report.under(name).correct for name in suite)
         assert report.everything.correct <= min(report.worst_case.correct, report.control.correct)
         assert report.worst_case.correct < report.clean.correct - 6
-        assert all(report.within(member) and member.largest <= 10 for member in report.members)
+        assert all(report.within(row) and row.largest <= 10 for row in report.attacks)
         assert report.under("random_both/training/r0").total == 16
 
     def test_estimators_were_chosen_by_attacks_on_events(self, report):
@@ -140,29 +134,20 @@ class TestReport:
         assert {"training", "pdsg", "atan:2"} <= rows.keys()
         assert not any(row["note"] for row in rows.values())
         first = next(name for name, row in rows.items() if row["chosen"])
-        assert report.members[0].name == f"flips/{first}/r0"
+        assert report.attacks[0].member == f"flips/{first}/r0"
         assert rows[first]["margin"] <= rows["training"]["margin"]
 
     def test_accuracy_over_the_number_of_changes(self, report):
-        assert [row["eps"] for row in report.over_eps] == [
-            "0",
-            "3",
-            "5",
-            "8",
-            "10",
-            "15",
-            "20",
-            "30",
-            "40",
-        ]
-        left = [row["correct"] for row in report.over_eps]
+        radii = [point.eps for point in report.over_eps]
+        assert radii == ["0", "3", "5", "8", "10", "15", "20", "30", "40"]
+        left = [point.correct for point in report.over_eps]
         assert left[0] == report.clean.correct
         assert left == sorted(left, reverse=True)
         assert left[-1] < 6
-        assert all(row["attack"].startswith("flip_events, ") for row in report.over_eps[1:])
+        assert all(point.attack.startswith("flips20, ") for point in report.over_eps[1:])
 
     def test_loads_back_equal_and_says_that_masking_was_not_diagnosed(self, report):
-        again = RobustnessReport.from_json(report.to_json())
+        again = Report.from_json(report.to_json())
         assert again == report
         assert (again.threat, again.eps, again.suite) == (TEN, "10", "events")
         assert report.findings == ()
@@ -180,15 +165,12 @@ class TestReport:
 
     def test_page_and_figures_speak_of_events(self, report):
         pytest.importorskip("matplotlib", reason="figures need the extra `recipes`")
-        from sj_robust.evaluation.drawings import robustness_figures
-        from sj_robust.evaluation.html import to_html
-
-        page = to_html(report)
+        page = report.page()
         assert "L0, at most 10 events added or removed" in page
         assert "Accuracy over the number of changed events" in page
         assert "eps 10" not in page
         assert "over eps" not in page
-        labels = [figure.axes[0].get_xlabel() for figure in robustness_figures(report).values()]
+        labels = [figure.axes[0].get_xlabel() for figure in report.figures().values()]
         assert labels[0] == "events added or removed"
         assert not any("eps" in label for label in labels)
 

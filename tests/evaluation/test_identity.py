@@ -30,9 +30,9 @@ import sj_robust
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks import fgsm
 from sj_robust.classifier import PoissonEncoder
-from sj_robust.evaluation import Fault, Member, run_suite, stress
-from sj_robust.evaluation.data import Data
-from sj_robust.evaluation.identity import identify, network_key
+from sj_robust.evaluation import Fault, Member, stress
+from sj_robust.evaluation.run.data import Data
+from sj_robust.evaluation.run.identity import identify, network_key
 from sj_robust.neuron import fuse
 
 T = 3
@@ -469,9 +469,8 @@ UNLIKE = {
 def run(model, folder, **options):
     """An evaluation of a moment, as plain data without times."""
     members = [Member("fgsm", partial(fgsm, eps=0.2))]
-    outcome = run_suite(
-        model, suite_run.batches(6, 12), members, threat=suite_run.THREAT, folder=folder, **options
-    )
+    given = suite_run.batches(6, 12)
+    outcome = suite_run.suite_outcome(model, given, members, folder=folder, **options)
     return suite_run.without_times(outcome)
 
 
@@ -572,7 +571,8 @@ def test_another_batch_size_is_named_and_is_not_blamed_on_the_network(tmp_path):
     first = evaluate(x, y, batch_size=12)
     with pytest.raises(ValueError, match=r"evaluation \(batch sizes changed\)"):
         evaluate(x, y, batch_size=3)
-    assert evaluate(x, y, batch_size=12).correct == first.correct
+    again = evaluate(x, y, batch_size=12)
+    assert again.standing("clean") == first.standing("clean")
 
 
 class Remembers(nn.Module):
@@ -738,12 +738,14 @@ def test_fifty_kills_and_resumes_without_a_refusal(tmp_path):
     ]
     suite = suite_run.members()[1:4]
     steps = 4 * (len(suite) + 1)
-    wanted = suite_run.without_times(suite_run.run(suite=suite))
+    wanted = suite_run.without_times(suite_run.outcome_of(suite=suite))
     for number in range(25):
         folder = tmp_path / str(number)
         first, second = sorted(draw.sample(range(1, steps), 2))
         for stop in (first, second):
             with pytest.raises(StopError):
-                suite_run.run(folder, net=draw.choice(forms)(), suite=suite, on_step=stopping(stop))
-        outcome = suite_run.run(folder, net=draw.choice(forms)(), suite=suite)
+                suite_run.outcome_of(
+                    folder, net=draw.choice(forms)(), suite=suite, on_step=stopping(stop)
+                )
+        outcome = suite_run.outcome_of(folder, net=draw.choice(forms)(), suite=suite)
         assert suite_run.without_times(outcome) == wanted

@@ -12,9 +12,9 @@ from evaluation import masked
 from spikingjelly.activation_based import surrogate
 from torch import nn
 
-from sj_robust.evaluation import Finding, ThreatModel, diagnose
-from sj_robust.evaluation._probe import Probe
-from sj_robust.evaluation.masking import ESTIMATORS_COMPARED, THRESHOLDS
+from sj_robust.evaluation import ThreatModel, diagnose
+from sj_robust.evaluation.diagnosis._probe import Probe
+from sj_robust.evaluation.diagnosis.masking import ESTIMATORS_COMPARED, THRESHOLDS, Finding
 
 torch.set_num_threads(1)
 

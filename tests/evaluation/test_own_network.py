@@ -19,9 +19,10 @@ from sj_robust import SpikingClassifier
 from sj_robust.attacks import ThreatModel
 from sj_robust.evaluation import own_network
 from sj_robust.evaluation.assess import assess
-from sj_robust.evaluation.progress import Position
+from sj_robust.evaluation.report.terminal import Display
+from sj_robust.evaluation.request import Request
+from sj_robust.evaluation.run.progress import Position, Watch
 from sj_robust.evaluation.subject import Subject
-from sj_robust.evaluation.terminal import Display
 
 T = 3
 FEW = 6
@@ -55,11 +56,11 @@ def asked(monkeypatch):
     """What the evaluation is asked for, in place of it."""
     calls = []
 
-    def recorded(subject, batches, **options):
+    def recorded(subject, batches, request):
         labels = torch.cat([batch[1] for batch in batches])
         with torch.no_grad():
             logits = torch.cat([subject.model(batch[0]) for batch in batches])
-        calls.append((subject, logits, labels, options))
+        calls.append((subject, logits, labels, request))
 
     monkeypatch.setattr(own_network, "assess", recorded)
     return calls
@@ -91,20 +92,20 @@ def test_every_form_of_images_is_the_same_evaluation(asked):
     data = TensorDataset(x, y)
     for given in ((x, y), (data,), (DataLoader(data, 4),), ([(x[:2], y[:2]), (x[2:], y[2:])],)):
         sj_robust.evaluate(net, *given, eps="8/255", batch_size=5, seed=4, progress=False)
-        _, logits, labels, options = asked[-1]
+        _, logits, labels, request = asked[-1]
         assert labels.tolist() == y.tolist()
         torch.testing.assert_close(logits, net.eval()(x))
-        assert options["threat"] == ThreatModel("Linf", 8 / 255)
-        assert (options["suite"], options["classes"], options["seed"]) == ("standard", 3, 4)
+        assert request.threat == ThreatModel("Linf", 8 / 255)
+        assert (request.suite, request.classes, request.seed) == ("standard", 3, 4)
 
 
 def test_event_frames_are_known_by_their_shape(asked):
     frames = (torch.rand(FEW, T, 2, 4, 4) > 0.5).float()
     sj_robust.evaluate(Frames(), frames, torch.arange(FEW) % 4, eps=5, T=T, progress=False)
-    subject, logits, _, options = asked[-1]
+    subject, logits, _, request = asked[-1]
     torch.testing.assert_close(logits, Frames()(frames.transpose(0, 1)).mean(0))
     assert type(subject.model).__name__ == "SpikingEventClassifier"
-    assert (options["threat"], options["suite"]) == (ThreatModel("L0", 5), "events")
+    assert (request.threat, request.suite) == (ThreatModel("L0", 5), "events")
 
 
 def test_wrong_use_says_what_to_do():
@@ -143,7 +144,7 @@ def test_a_stop_leaves_the_network_as_it_was_and_the_next_call_goes_on(tmp_path,
             if position.done == 3:
                 raise KeyboardInterrupt
 
-        yield lambda text: None, step
+        yield Watch(on_step=step)
 
     with monkeypatch.context() as patch, unchanged(net):
         patch.setattr(own_network, "_shown", stopping)
@@ -155,17 +156,10 @@ def test_a_stop_leaves_the_network_as_it_was_and_the_next_call_goes_on(tmp_path,
     assert (tmp_path / "kept" / "suite" / "batch-000000.jsonl").read_bytes().startswith(done)
     assert (report.name, report.architecture) == ("mine", "Net")
     subject = Subject("mine", SpikingClassifier(net, T).eval(), "Net")
-    whole = assess(
-        subject,
-        [(x, y)],
-        suite="paper",
-        threat=ThreatModel("Linf", 0.1),
-        dataset="images",
-        classes=3,
-    )
-    for one, other in zip(report.members, whole.members, strict=True):
-        assert (one.name, one.fooled) == (other.name, other.fooled)
-    assert (report.verified, report.findings) == (whole.verified, whole.findings)
+    whole = assess(subject, [(x, y)], Request("paper", ThreatModel("Linf", 0.1), "images", 3))
+    for one, other in zip(report.rows, whole.rows, strict=True):
+        assert (one.member, one.fell) == (other.member, other.fell)
+    assert report.findings == whole.findings
 
 
 def test_certify_verify_and_compare_take_the_bare_network():

@@ -4,16 +4,14 @@ import matplotlib.image
 import pytest
 import torch
 from attacks.moving_bars import moving_bars, spiking_model
-from evaluation.reports import report
-from evaluation.test_html import Page
+from evaluation.reports import over_eps, report
+from evaluation.test_page import Page
 from spikingjelly.activation_based import neuron
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from sj_robust.data import image_loader, load_images
 from sj_robust.evaluation import gallery
-from sj_robust.evaluation.drawings import plot_robustness
-from sj_robust.evaluation.html import save_html
 from sj_robust.models import pretrained
 from sj_robust.perturbation import spike_traces
 from sj_robust.training import Journal
@@ -113,7 +111,7 @@ def test_runs_part_at_the_first_spike_that_differs():
 
 
 def test_the_page_holds_the_pictures_folded(shown, tmp_path):
-    save_html(report(), tmp_path / "report.html", shown)
+    report(curve=over_eps()).page(tmp_path / "report.html", shown)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     Page(text)
     assert text.count('<svg role="img"') == 6
@@ -123,8 +121,8 @@ def test_the_page_holds_the_pictures_folded(shown, tmp_path):
 
 @pytest.mark.slow
 def test_they_are_written_as_files_and_for_tensorboard(shown, tmp_path):
-    names = [path.name for path in plot_robustness(report(), tmp_path, shown)]
-    assert names[-6:] == [
+    names = report(curve=over_eps()).write(tmp_path, shown)
+    assert list(names[-6:]) == [
         f"{name}.{kind}" for name in ("gallery", "spikes", "membrane") for kind in ("png", "pdf")
     ]
     assert matplotlib.image.imread(tmp_path / "gallery.png").std() > 0.1

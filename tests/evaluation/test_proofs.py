@@ -9,41 +9,32 @@ from functools import partial
 
 import pytest
 import torch
-from evaluation.reports import report
+from evaluation.reports import over_eps, proof, report
 from evaluation.short_suite import shortened
-from evaluation.suite_run import EPS, Net, batches, classifier, run
+from evaluation.suite_run import EPS, Net, batches, classifier, outcome_of
 from rich.console import Console
 
 from sj_robust import SpikingClassifier
 from sj_robust.attacks import ThreatModel, gaussian, pgd
 from sj_robust.classifier import PoissonEncoder
-from sj_robust.evaluation import Member
+from sj_robust.evaluation import Member, Report, compare_reports
 from sj_robust.evaluation import assess as assessment
-from sj_robust.evaluation.comparison import compare_reports
-from sj_robust.evaluation.drawings import plot_robustness, robustness_figures
-from sj_robust.evaluation.html import to_html
-from sj_robust.evaluation.proofs import prove
-from sj_robust.evaluation.robustness_report import RobustnessReport
+from sj_robust.evaluation.request import Request
+from sj_robust.evaluation.result import OVER_EPS
+from sj_robust.evaluation.run.proofs import prove
 from sj_robust.evaluation.subject import Subject
-from sj_robust.evaluation.terminal import show_report
 from sj_robust.proofs import verify
 
-pytestmark = pytest.mark.slow
 SMALL = 0.01
+slow = pytest.mark.slow
 
 
-def assess(model=None, *, norm="Linf", change=None, **options):
+def assess(model=None, *, norm="Linf", change=None, suite="fast", **options):
     subject = Subject("mine", (model or classifier()).eval(), "one layer")
-    options = {"suite": "fast", "control": False} | options
+    options = {"classes": 3, "control": False} | options
     with shortened(change):
-        return assessment.assess(
-            subject,
-            batches(),
-            threat=ThreatModel(norm, SMALL),
-            dataset="made up",
-            classes=3,
-            **options,
-        )
+        request = Request(suite, ThreatModel(norm, SMALL), "made up", **options)
+        return assessment.assess(subject, batches(), request)
 
 
 def first_attack(suite):
@@ -55,33 +46,38 @@ def proved():
     return assess(control=True)
 
 
+@slow
 def test_images_and_bounds_of_the_potential_are_those_of_verify_over_the_batches(proved):
     x, y = (torch.cat(parts) for parts in zip(*batches(), strict=True))
     result = verify(classifier().eval(), x, y, SMALL)
-    assert proved.verified == tuple(number for number, one in enumerate(result.verified) if one)
-    assert 0 < len(proved.verified) < len(proved.labels)
-    assert prove(classifier().eval(), batches(7), [SMALL]).verified == {"0.01": proved.verified}
+    verified = tuple(number for number, one in enumerate(result.verified) if one)
+    assert proved.standing("verified") == set(verified)
+    assert 0 < len(verified) < len(proved.labels)
+    assert prove(classifier().eval(), batches(7), [SMALL]).verified == {"0.01": verified}
     *measured, bound = proved.potential
     assert bound["layers"]["net.parts.1"] == pytest.approx(result.layers[0].potential)
     assert (bound["member"], bound["samples"]) == ("bound of all", 20)
     assert {tuple(row["layers"]) for row in (*measured, bound)} == {("net.parts.1",)}
 
 
+@slow
 def test_without_control_the_worst_case_is_the_same_and_everything(proved):
     alone = assess()
-    assert [member.group for member in alone.members] == ["suite"] * len(alone.members)
+    assert {row.kind for row in alone.attacks} == {"attack"}
     assert alone.control is None
     assert alone.worst_case.correct == alone.everything.correct == proved.worst_case.correct
-    assert len(proved.members) == 2 * len(alone.members)
+    assert len(proved.attacks) == 2 * len(alone.attacks)
 
 
+@slow
 def test_attacks_leave_verified_images_out_and_come_to_the_same_result(proved):
     plain = assess(proofs=False, control=True)
     assert plain.verified is plain.bracket is None
-    first, *others = proved.members
-    assert all(set(member.attacked).isdisjoint(proved.verified) for member in others)
-    assert set(first.attacked) >= set(proved.verified)  # a false proof would show there
-    assert any(set(member.attacked) & set(proved.verified) for member in plain.members)
+    verified = proved.standing("verified")
+    first, *others = proved.attacks
+    assert all(verified.isdisjoint(row.seen) for row in others)
+    assert verified <= set(first.seen)  # a false proof would show there
+    assert any(verified.intersection(row.seen) for row in plain.attacks)
     for one in plain.accuracies:
         assert proved.standing(one.name) == plain.standing(one.name)
 
@@ -90,48 +86,49 @@ def test_members_beyond_the_threat_attack_verified_images_too():
     def step(eps):
         return partial(pgd, eps=eps, step_size=eps / 3, steps=2)
 
+    half = ThreatModel("Linf", EPS / 2)
     suite = [
         Member("noise", partial(gaussian, std=EPS), group=""),
-        Member("first", step(EPS / 2), threat=ThreatModel("Linf", EPS / 2)),
-        Member("near", step(EPS / 2), seed=1, threat=ThreatModel("Linf", EPS / 2)),
+        Member("first", step(EPS / 2), threat=half),
+        Member("near", step(EPS / 2), seed=1, threat=half),
         Member("far", step(2 * EPS), group="", threat=ThreatModel("Linf", 2 * EPS)),
     ]
-    outcome = run(suite=suite, verified=range(20))
-    assert [member.attacked for member in outcome.members] == [
-        *[outcome.correct] * 2,
-        (),
-        outcome.correct,
-    ]
+    clean, *attacks = outcome_of(suite=suite, verified=range(20)).rows
+    right = tuple(sorted(clean.stood))
+    assert [row.seen for row in attacks] == [right, right, (), right]
 
 
+@slow
 def test_the_bracket_and_what_is_undecided(proved):
     low, high = proved.bracket
-    assert (low.kind, low.correct, high) == ("verified", len(proved.verified), proved.everything)
+    verified = proved.standing("verified")
+    assert (low.kind, low.correct, high) == ("verified", len(verified), proved.everything)
     assert low.correct <= high.correct
-    assert proved.undecided == proved.standing("everything") - set(proved.verified)
+    assert proved.undecided == proved.standing("everything") - verified
     assert proved.accuracies[-1] == low
     assert low.seconds > 0
-    rows = {row["eps"]: row["verified"] for row in proved.verified_over_eps}
-    assert list(rows) == [row["eps"] for row in proved.over_eps]
-    assert rows["0"] == proved.clean.correct
-    assert rows["0.01"] == low.correct
-    assert list(rows.values()) == sorted(rows.values(), reverse=True)
+    points = {point.eps: point.verified.correct for point in proved.over_eps}
+    assert points["0"] == proved.clean.correct
+    assert points["0.01"] == low.correct
+    assert list(points.values()) == sorted(points.values(), reverse=True)
 
 
+@slow
 def test_it_is_saved_shown_compared_and_drawn(proved, tmp_path):
-    assert RobustnessReport.from_json(proved.to_json()) == proved
+    assert Report.from_json(proved.to_json()) == proved
     content = json.loads(proved.to_json())
-    content["verified"] = content["verified"][:-1]
-    with pytest.raises(ValueError, match="figures of the report does not follow from its outcomes"):
-        RobustnessReport.from_json(json.dumps(content))
+    row = next(row for row in content["rows"] if row["kind"] == "proof")
+    row["fell"] = row["fell"][:-1]
+    with pytest.raises(ValueError, match="does not follow from its rows|among those classified"):
+        Report.from_json(json.dumps(content))
     console = Console(file=io.StringIO(), width=120)
-    show_report(proved, console)
+    proved.show(console)
     assert "verified" in console.file.getvalue()
-    assert "proved: robust accuracy at least (verified)" in to_html(proved)
+    assert "proved: robust accuracy at least (verified)" in proved.page()
     assert "| verified |" in compare_reports(proved, proved).table()
-    labels = robustness_figures(proved)["accuracy_over_eps"].axes[0].get_legend_handles_labels()[1]
+    labels = proved.figures()["accuracy_over_eps"].axes[0].get_legend_handles_labels()[1]
     assert "verified" in labels
-    assert (tmp_path / "accuracy_over_eps.png") in plot_robustness(proved, tmp_path)
+    assert "accuracy_over_eps.png" in proved.write(tmp_path)
 
 
 def test_a_verified_image_that_an_attack_breaks_stops_the_report():
@@ -141,11 +138,18 @@ def test_a_verified_image_that_an_attack_breaks_stops_the_report():
     )
     with pytest.raises(ValueError, match=message):
         report(verified=(2, 5))
-    assert report(verified=(7,)).verified == (7,)  # only noise beyond the threat turns it
+    assert report(verified=(7,)).standing("verified") == {7}  # only noise beyond the threat
     with pytest.raises(ValueError, match="among those classified right"):
         report(verified=(9,))
+    curve = over_eps()  # leaves image 5 at 0.05, and not at 0.1
+    at_level = partial(proof, (5,), variant=OVER_EPS)
+    assert report(curve=(*curve, at_level(eps=0.05)))
+    with pytest.raises(ValueError, match=r"5 is verified at eps 0\.1 and broken by 'apgd20@0\.1'"):
+        report(curve=(*curve, at_level(eps=0.1)))
+    assert report(curve=(*curve, at_level(eps=0.1, alpha=0.01))).contradicted == (5,)
 
 
+@slow
 def test_a_false_proof_is_found_by_the_attack_over_eps(monkeypatch):
     def everything(model, data, radii):
         result = prove(model, data, radii)
@@ -156,20 +160,21 @@ def test_a_false_proof_is_found_by_the_attack_over_eps(monkeypatch):
         assess()
 
 
+@slow
 def test_a_network_or_norm_without_bounds_is_attacked_alone_and_the_report_says_why():
-    made = assess(
-        SpikingClassifier(Net(), T=3, encoder=PoissonEncoder()), draws=2, change=first_attack
-    )
+    noisy = SpikingClassifier(Net(), T=3, encoder=PoissonEncoder())
+    made = assess(noisy, draws=2, change=first_attack)
     assert made.verified is None
-    assert made.verified_over_eps == ()
+    assert {point.verified for point in made.over_eps} == {None}
     (text,) = [text for text in made.warnings if text.startswith("Nothing is proved: ")]
     assert "PoissonEncoder" in text
     assert assess(norm="L2", change=first_attack).verified is None
 
 
+@slow
 def test_a_stopped_evaluation_goes_on_with_its_proofs(tmp_path, monkeypatch):
     whole = assess(folder=tmp_path, suite="paper")
     monkeypatch.setattr(assessment, "prove", lambda *_: pytest.fail("proved again"))
     again = assess(folder=tmp_path, suite="paper")
-    assert again.verified == whole.verified
-    assert again.verified_over_eps == whole.verified_over_eps
+    assert again.rows == whole.rows
+    assert whole.over_eps[0].verified.total == 20

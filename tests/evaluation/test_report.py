@@ -1,94 +1,309 @@
+"""A report: every figure counted from rows by hand, its words, its file and its figures."""
+
+import io
 import json
+from dataclasses import fields, replace
 
 import pytest
+from evaluation.reports import (
+    DEAD,
+    LINF,
+    MEMBERS,
+    clean,
+    finding,
+    member,
+    over_eps,
+    report,
+)
+from rich.console import Console
 
-from sj_robust.evaluation import Report, Score, ThreatModel
-from sj_robust.evaluation.drawings import plot_report
+from sj_robust.attacks import ThreatModel
+from sj_robust.core.environment import environment
+from sj_robust.evaluation import Report
+from sj_robust.evaluation.intervals import wilson_interval
+from sj_robust.evaluation.report.terminal import Display
+from sj_robust.evaluation.result import Point
+from sj_robust.evaluation.run.progress import Position
 
 
-def report():
-    record = {
-        "epoch": 1,
-        "losses": {"total": 1.25},
-        "validation": {"clean": 0.5, "pgd": 0.1 + 0.2},
-        "lr": 0.1,
+def test_figures_counted_by_hand():
+    made = report()
+    counted = {figure.name: (figure.correct, figure.seconds) for figure in made.accuracies}
+    assert counted == {
+        "clean": (8, 0.0),
+        "gaussian": (7, 1.0),
+        "apgd_ce/atan:4/r0": (6, 1.0),
+        "apgd_ce/atan:4/r1": (4, 2.0),
+        "control/apgd_ce/r0": (6, 1.0),
+        "control/apgd_ce/r1": (5, 1.0),
+        "control": (5, 2.0),
+        "worst case": (4, 3.0),  # without the noise, and without its time
+        "everything": (3, 5.0),
     }
-    return Report(
-        ThreatModel("Linf", 8 / 255),
-        (
-            Score("dlif at", "clean", 97, 100),
-            Score("dlif at", "pgd20", 50, 100),
-            Score("lif", "clean", 1, 3),
-        ),
-        curves={"dlif at": [record]},
-        configuration={"channels": (16, 32), "tau": float("inf"), "layers": ["a"], "output": None},
-        environment={"torch": "2.13"},
-        notes=("扰动",),
-    )
+    assert {figure.total for figure in made.accuracies} == {10}
+    assert made.outcome == (1, 1, 2, 2, -1, -1, 4, -1, -2, -2)
+    assert made.standing("worst case") == {4, 5, 6, 7}
+    assert made.worst_case.interval == wilson_interval(4, 10)
+    assert [made.within(one) for one in made.attacks] == [False, True, True, True, True]
+    for name in ("nothing", "verified"):
+        with pytest.raises(KeyError, match="it has gaussian"):
+            made.under(name)
+    with pytest.raises(KeyError, match="no variant 'other' in this report"):
+        made.under("clean", variant="other")
 
 
-def test_a_report_saved_and_loaded_is_equal(tmp_path):
-    report().save(tmp_path / "report.json")
-    assert Report.load(tmp_path / "report.json") == report()
-    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
-    content = json.loads(
-        report().to_json(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON")
-    )
-    assert (content["format"], content["version"]) == ("sj_robust.report", 1)
-    assert content["configuration"]["tau"] == "inf"
+def test_a_member_of_larger_radius_has_no_part_in_the_worst_case():
+    far = member("pgd@0.2", (4, 5), group="", eps=0.2, outside=(4,))
+    made = report(members=(*MEMBERS, far))
+    assert made.under("pgd@0.2").correct == 6
+    assert made.worst_case.correct == 3  # image 5 was broken within the threat all the same
+    assert "pgd@0.2" in made.remarks[-1]
 
 
-def test_table_and_lookup():
-    assert report().table().splitlines() == [
-        "| accuracy, % | dlif at | lif |",
-        "| --- | ---: | ---: |",
-        "| clean | 97.0 | 33.3 |",
-        "| pgd20 | 50.0 |  |",
-    ]
-    assert report().accuracy("lif", "clean") == 1 / 3
-    with pytest.raises(KeyError, match="pgd20"):
-        report().accuracy("lif", "pgd20")
-
-
-def test_merging():
-    other = Report(ThreatModel("Linf", 8 / 255), (Score("if", "clean", 1, 2),), notes=("b",))
-    merged = report().merged(other)
-    assert merged.networks == ("dlif at", "lif", "if")
-    assert merged.notes == ("扰动", "b")
-    assert merged.configuration == report().configuration
-    with pytest.raises(ValueError, match="same threat"):
-        report().merged(Report(ThreatModel("L2", 8 / 255), ()))
+def test_accuracy_over_eps_is_of_its_own_rows_or_of_members_with_other_radii():
+    points = report(curve=over_eps()).over_eps
+    assert points[0] == Point("0", "clean", 8, 10)
+    wanted = [("0", 8), ("0.05", 6), ("0.1", 4), ("0.2", 0)]
+    assert [(point.eps, point.correct) for point in points] == wanted
+    assert points[1].attack == "apgd20, atan:4"
+    levels = [member(f"pgd@{eps}", (0,), group="", eps=eps) for eps in (0.05, 0.2)]
+    found = report(members=(*MEMBERS, *levels)).over_eps
+    assert [(point.eps, point.attack) for point in found[1:]] == [("0.05", "pgd"), ("0.2", "pgd")]
+    assert report(members=(*MEMBERS, levels[0])).over_eps == ()
 
 
 @pytest.mark.parametrize(
-    ("text", "match"),
+    ("rows", "message"),
+    [
+        ((clean(), member("a", (9,), seen=(9,))), "'a' must fool images that .*, of those classif"),
+        ((clean(), member("a", (3,), seen=(2,))), "'a' must fool images that it attacked"),
+        ((clean(), member("a", (), seen=(10,))), "from 0 to 9, got 10"),
+        ((clean(), member("a", outside=(1,))), "'a' must fool images that it attacked"),
+    ],
+)
+def test_rows_that_contradict_each_other_are_refused(rows, message):
+    with pytest.raises(ValueError, match=message):
+        report(rows=rows)
+    with pytest.raises(ValueError, match="at least one image"):
+        report(labels=())
+
+
+def test_networks_of_a_training_are_variants_that_are_merged():
+    def trained(name, rows, **more):
+        rows = [replace(row, variant=name) for row in rows]
+        return Report(name, "digits", "training", (0,) * 10, rows, threat=LINF, **more)
+
+    record = {"epoch": 1, "validation": {"clean": 0.5, "pgd": 0.25}}
+    first = trained("dlif at", [clean(), member("pgd20", (1, 2), group="")], warnings=("a",))
+    first = replace(first, curves={"dlif at": [record]})
+    both = first.merged(trained("lif", [clean(range(4))], warnings=("b",)))
+    assert both.variants == ("dlif at", "lif")
+    assert both.warnings == ("a", "b")
+    assert both.under("pgd20", variant="dlif at").accuracy == 0.6
+    assert both.under("clean", variant="lif").accuracy == 0.4
+    assert both.table().splitlines() == [
+        "| accuracy, % | dlif at | lif |",
+        "| --- | ---: | ---: |",
+        "| clean | 80.0 | 40.0 |",
+        "| pgd20 | 60.0 |  |",
+    ]
+    assert "dlif at: 80.0 % clean, 60.0 % under the strongest attack" in both.verdict
+    assert Report.from_json(both.to_json()) == both
+    bars, curves = both.plot().axes
+    assert [bar.get_height() for bar in bars.patches] == [80.0, 60.0, 40.0]
+    assert [line.get_label() for line in curves.lines] == ["dlif at, clean", "dlif at, pgd"]
+    with pytest.raises(ValueError, match="same threat and images to be merged"):
+        both.merged(replace(first, threat=None))
+
+
+def test_names_of_robustbench():
+    content = json.loads(report().to_json())
+    wanted = {
+        "name": "dlif_at",
+        "dataset": "digits",
+        "architecture": "small, dlif",
+        "norm": "Linf",
+        "eps": "0.1",
+        "clean_acc": "80.00",
+        "autoattack_acc": None,
+        "external": "30.00",
+        "unreliable": False,
+        "footnote": "",
+    }
+    assert {name: content[name] for name in wanted} == wanted
+    assert (content["format"], content["version"]) == ("sj_robust.report", 2)
+    assert json.loads(report(suite="autoattack").to_json())["autoattack_acc"] == "40.00"
+    figure = next(row for row in content["figures"] if row["name"] == "worst case")
+    assert (figure["accuracy"], figure["interval"]) == (0.4, list(wilson_interval(4, 10)))
+    assert content["outcome"] == list(report().outcome)
+    assert {field.name for field in fields(Report)} < content.keys()
+
+
+def test_saved_and_loaded_is_equal(tmp_path):
+    odd = {
+        "tau": float("inf"),
+        "none": None,
+        "text": "[ 1, 2 ]",
+        "deep": {"list": (1, [2.5, -1e-9])},
+    }
+    made = report(warnings=('a "quoted" [\n 1,\n 2\n] 扰动',), configuration=odd)
+    made.save(tmp_path / "report.json")
+    assert Report.load(tmp_path / "report.json") == made
+    text = (tmp_path / "report.json").read_text()
+    assert '"labels": [0, 1, 2, 3, 4, 0, 1, 2, 3, 4],' in text
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    with pytest.raises(TypeError, match="plain data only, got object"):
+        report(configuration={"x": object()})
+
+
+def changed(change):
+    content = json.loads(report().to_json())
+    change(content)
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
     [
         ("{", "must be JSON"),
         ("[1]", "not a report"),
         ('{"format": "other"}', "not a report"),
-        ('{"format": "sj_robust.report", "version": 9}', "version must be 1, got 9"),
-        (
-            '{"format": "sj_robust.report", "version": 1}',
-            r"missing or unknown \('threat'\); the file is damaged",
-        ),
+        (changed(lambda content: content.update(version=9)), "version must be 2, got 9"),
+        (changed(lambda content: content.update(external="99.00")), "external .* does not follow"),
+        (changed(lambda content: content["rows"][2]["fell"].pop()), "does not follow"),
+        (changed(lambda content: content["rows"][0]["fell"].append(1)), "must fool images that it"),
+        (changed(lambda content: content["rows"][1].pop("threat")), r"unknown \('threat'\)"),
+        (changed(lambda content: content["rows"][1].update(eps=1)), "missing or unknown"),
+        (changed(lambda content: content.update(labels=[])), "at least one image"),
     ],
 )
-def test_foreign_text(text, match):
-    with pytest.raises(ValueError, match=match):
-        Report.from_json(text)
+def test_damaged_and_foreign_files(tmp_path, text, message):
+    path = tmp_path / "report.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        Report.load(path)
+    assert str(path) in str(error.value)
 
 
-def test_data_that_json_cannot_hold():
-    with pytest.raises(TypeError, match="plain data only, got object"):
-        Report(ThreatModel("Linf", 0.1), (), configuration={"x": object()})
+def test_a_dead_network_is_not_called_robust():
+    dead = report(firing=(*report().firing, DEAD), right=(0, 5), members=())
+    alarm, guessing = dead.alarms
+    assert alarm.startswith("DEAD NETWORK: 100.0% of layer net.5 (LIFNode) never fires")
+    assert guessing.startswith("NOT ROBUST")
+    assert dead.footnote == alarm
+    assert json.loads(dead.to_json())["unreliable"]
+    (alarm,) = report(firing=(DEAD,)).alarms  # a layer that others lead around
+    assert alarm.startswith("DEAD LAYER: 100.0% of layer net.5 (LIFNode) never fires")
+    (alarm,) = report(firing=({**DEAD, "silent": 0.0, "saturated": 1.0},)).alarms
+    assert "fires in every step" in alarm
+    shown = terminal(dead)
+    assert shown.index("DEAD NETWORK") < shown.index("95 % interval ┃")
+    assert "before reporting any." in " ".join(shown.replace("│", " ").split())  # to the end
+    assert "DEAD" not in terminal(report())
 
 
-def test_the_plot_is_drawn_from_the_report_alone(tmp_path):
-    plot_report(Report.from_json(report().to_json()), tmp_path / "a.png")
-    plot_report(
-        Report(ThreatModel("Linf", 0.1), (Score("lif", "clean", 1, 3),)), tmp_path / "b.png"
+def test_guessing_is_not_called_robust():
+    """A constant answer is right for one class of five, and no attack changes it."""
+    constant = report(right=(0, 5), members=(member("apgd_ce", seen=(0, 5)),))
+    assert constant.worst_case.accuracy == constant.clean.accuracy == 0.2
+    (alarm,) = constant.alarms
+    assert alarm.startswith("NOT ROBUST: clean accuracy is 20.0 %")
+    skewed = report(labels=(0,) * 8 + (1, 2), members=())
+    assert "one class (80.0 %)" in skewed.alarms[0]
+    assert report().alarms == ()
+
+
+def test_masking_findings():
+    failed = report(findings=(finding("zero_gradients", passed=False), finding("flat_loss")))
+    (text,) = failed.masked
+    assert text == "CHECK zero_gradients: 0.9; at most 0.5 passes. It was measured. Do something."
+    counted = finding("flat_loss", passed=False) | {"count": 9, "total": 10}
+    (text,) = report(findings=(counted,)).masked
+    assert text.startswith(
+        "CHECK flat_loss: 0.9, 9 of 10 images, 95 % 0.596 to 0.982; at most 0.5 passes."
     )
-    for name in ("a.png", "b.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="without scores"):
-        plot_report(Report(ThreatModel("Linf", 0.1), ()), tmp_path / "c.png")
+    assert failed.footnote
+    assert "CHECK zero_gradients" in terminal(failed)
+    stronger = (finding("other_estimator_stronger", passed=False),)
+    assert report(findings=stronger).masked == ()  # that is what the sweep is for
+    assert len(report(findings=stronger, estimators=()).masked) == 1
+
+
+def test_a_control_that_wins_is_named():
+    weak = report(members=MEMBERS[3:])
+    assert weak.worst_case.correct == 8
+    assert "The control leaves 50.0 %, less than the suite's 80.0 %" in weak.remarks[0]
+    assert not any("control leaves" in text for text in report().remarks)
+
+
+def terminal(made):
+    console = Console(file=io.StringIO(), width=100, soft_wrap=True)  # as a journal's
+    made.show(console)
+    return console.file.getvalue()
+
+
+def test_terminal_and_markdown_tables():
+    shown = terminal(report())
+    assert shown.startswith(
+        "At most 30.0 % (95 % interval 10.8 to 60.3) of 10 images withstand Linf, eps 0.1. Tried: "
+    )
+    assert shown.count("30.0") == 2, "the sentence and the table"
+    assert "dlif_at on digits: Linf, eps 0.1, suite fast" in shown
+    row = next(line for line in shown.splitlines() if "worst case" in line)
+    cells = [cell.strip() for cell in row.split("│")[1:-1]]
+    assert cells == ["worst case", "40.0", "16.8 to 68.7", "4/10", "3.0"]
+    lines = report().table().splitlines()
+    assert "| worst case | 40.0 | 16.8 to 68.7 | 10 | 3.0 |" in lines
+    assert len(lines) == 2 + 9
+
+
+def test_budgets_in_words():
+    for threat, words in (
+        (ThreatModel("L0", 1), "L0, at most 1 event added or removed"),
+        (ThreatModel("moves", 3, 1), "at most 3 events moved in time, by 1 frames at most"),
+        (ThreatModel("moves", 3, None, 9), "at most 3 events moved in time, by 9 together"),
+        (ThreatModel("Linf", 8 / 255), "Linf, eps 8/255"),
+        (None, "every attack"),
+    ):
+        assert report(threat=threat, members=()).budget == words
+
+
+@pytest.mark.slow
+def test_figures_from_the_saved_report_alone(tmp_path):
+    report(curve=over_eps()).save(tmp_path / "report.json")
+    loaded = Report.load(tmp_path / "report.json")
+    names = loaded.write(tmp_path)
+    drawn = [f"{name}.{ending}" for name in loaded.figures() for ending in ("png", "pdf")]
+    assert list(names) == ["report.json", "report.html", *drawn]
+    assert list(loaded.figures()) == ["accuracy_over_eps", "attacks", "potential"]
+    again = tmp_path / "again"
+    again.mkdir()
+    loaded.write(again)
+    for name in names:
+        content = (tmp_path / name).read_bytes()
+        starts = {"png": b"\x89PNG", "pdf": b"%PDF", "json": b"{", "html": b"<!DO"}
+        assert content.startswith(starts[name.rpartition(".")[2]])
+        assert (again / name).read_bytes() == content
+
+
+@pytest.mark.slow
+def test_a_potential_that_nothing_moves_is_drawn():
+    still = {"member": "a", "samples": 1, "layers": {"one": [0.0], "two": [0.0, 0.0]}}
+    assert list(report(potential=(still,)).figures()) == ["attacks", "potential"]
+
+
+def test_progress_without_a_terminal_is_plain(monkeypatch):
+    console = Console(file=io.StringIO(), width=100)
+    monkeypatch.setattr("sj_robust.evaluation.report.terminal.PAUSE", -1.0)
+    with Display(console) as display:
+        display.on_step(Position(0, 4, "apgd_ce/[atan]", 3, 12, 3723.0))
+    assert console.file.getvalue() == "25 % done, 1 h 2 min left, batch 1/4, apgd_ce/[atan]\n"
+    bar = Console(file=io.StringIO(), width=100, force_terminal=True)
+    with Display(bar) as display:
+        display.on_step(Position(0, 4, "apgd_ce", 3, 12, 83.0))
+    assert "1 min 23 s left" in bar.file.getvalue()
+
+
+def test_environment_names_what_a_result_depends_on():
+    names = {"python", "torch", "sj_robust", "accelerate", "device", "commit", "threads"}
+    assert names <= environment().keys()

@@ -8,13 +8,15 @@ from functools import partial
 
 import pytest
 import torch
+from evaluation.suite_run import suite_outcome
 from evaluation.test_activity import T, images, network
 from unchanged import unchanged
 
 from sj_robust import SpikingClassifier
-from sj_robust.attacks import fgsm, gaussian, pgd
+from sj_robust.attacks import SampleSeeds, fgsm, gaussian, pgd
 from sj_robust.classifier import PoissonEncoder
-from sj_robust.evaluation import Member, ThreatModel, diagnose, evaluate_attacks, firing, run_suite
+from sj_robust.evaluation import Member, ThreatModel, diagnose, firing, worst_case
+from sj_robust.evaluation.run.loop import alone
 
 THREAT = ThreatModel("Linf", 0.1)
 
@@ -25,24 +27,29 @@ def careless(model, x, y, *, generator):
     return x
 
 
-def outcome(model, x, y, seed):
-    members = [
-        Member("pgd", partial(pgd, eps=0.1, step_size=0.03, steps=3)),
-        Member("careless", careless),
-    ]
-    found = run_suite(model, [(x, y)], members, threat=THREAT, seed=seed, draws=2)
-    return replace(found, members=tuple(replace(member, seconds=0.0) for member in found.members))
+def members():
+    step = partial(pgd, eps=0.1, step_size=0.03, steps=3)
+    return [Member("pgd", step), Member("careless", careless)]
+
+
+def without_times(rows):
+    return [replace(row, seconds=0.0) for row in rows]
+
+
+def worst(model, x, y, seed):
+    seeds = SampleSeeds(range(len(x))).derived(seed)
+    return without_times(worst_case(model, x, y, members(), draws=2, seeds=seeds).rows)
 
 
 MEASUREMENTS = {
     "firing": lambda model, x, y, seed: firing(model, x, seed=seed),
-    "evaluate_attacks": lambda model, x, y, seed: evaluate_attacks(
-        model, [(x, y)], {"fgsm": partial(fgsm, eps=0.1)}, threat=THREAT, seed=seed
-    ),
+    "worst_case": worst,
     "diagnose": lambda model, x, y, seed: diagnose(
         model, x, y, threat=THREAT, seed=seed, steps=2, estimators=["atan:4"]
     ),
-    "run_suite": outcome,
+    "suite": lambda model, x, y, seed: without_times(
+        suite_outcome(model, [(x, y)], members(), threat=THREAT, seed=seed, draws=2).rows
+    ),
 }
 
 
@@ -98,14 +105,15 @@ def test_the_seed_decides_what_a_stochastic_encoder_draws(name, own):
     assert measure(model, x, y, 2) != first
 
 
-def test_an_attack_scores_the_same_beside_others():
+def test_an_attack_scores_the_same_beside_others_and_counts_are_those_of_the_loop(margins):
     x, y = labelled()
     model = SpikingClassifier(network(), T=T, encoder=PoissonEncoder())
     attacks, noise = {"fgsm": partial(fgsm, eps=0.1)}, {"noise": partial(gaussian, std=0.1)}
-    alone, beside = (
-        evaluate_attacks(model, [(x, y)], more | attacks, threat=THREAT) for more in ({}, noise)
-    )
-    assert alone.scores[-1] == beside.scores[-1]
+    seeds = SampleSeeds(range(len(x)))
+    counts, beside = (alone(model, x, y, more | attacks, seeds=seeds) for more in ({}, noise))
+    assert counts["fgsm"] == beside["fgsm"]
+    counts = alone(*margins, {"fgsm": partial(fgsm, eps=0.2)}, seeds=SampleSeeds(range(5)))
+    assert counts == {"clean": 4, "fgsm": 2}  # within 0.2 of the border are two of the four
 
 
 WRONG = [

@@ -4,20 +4,22 @@ decides.
 
 import random
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from evaluation.suite_run import THREAT, Net, batches, classifier, images
+from evaluation.suite_run import THREAT, Net, batches, classifier, images, suite_outcome
 from spikingjelly.activation_based import neuron
 from torch import nn
 
 from sj_robust import SpikingClassifier, evaluate
 from sj_robust.classifier import PoissonEncoder
-from sj_robust.evaluation import Member, ThreatModel, make_suite, run_suite
+from sj_robust.evaluation import Member, ThreatModel, make_suite, worst_case
 from sj_robust.evaluation.assess import assess
-from sj_robust.evaluation.data import Data
-from sj_robust.evaluation.draws import check_draws
+from sj_robust.evaluation.request import Request
+from sj_robust.evaluation.run.data import Data
+from sj_robust.evaluation.run.draws import check_draws
 from sj_robust.evaluation.subject import Subject
 
 
@@ -49,16 +51,10 @@ def test_gradient_attacks_average_and_go_on():
 @pytest.mark.slow
 def test_a_network_that_draws_needs_several_draws():
     subject = Subject("mine", SpikingClassifier(Net(), 3, PoissonEncoder()), "one layer")
-    options = {
-        "suite": "fast",
-        "threat": THREAT,
-        "dataset": "noise",
-        "classes": 3,
-        "control": False,
-    }
+    asked = Request("fast", THREAT, "noise", 3, control=False)
     with pytest.raises(ValueError, match=r"draws random numbers.*--draws 10"):
-        assess(subject, batches(12, 12), **options)
-    assert assess(subject, batches(12, 12), draws=3, **options).draws == 3
+        assess(subject, batches(12, 12), asked)
+    assert assess(subject, batches(12, 12), replace(asked, draws=3)).draws == 3
 
 
 class OnSome(nn.Module):
@@ -119,8 +115,8 @@ def test_averaging_finds_what_lasts():
     broken, threat = [], ThreatModel("Linf", 0.2)
     for samples in (1, 5):
         member = make_suite("fast", threat, classes=10, eot_samples=samples).members[0]
-        outcome = run_suite(model, [(x, y)], [member], threat=threat, draws=5)
-        broken.append(len(outcome.members[0].fooled))
+        found = worst_case(model, x, y, [member], threat=threat, draws=5)
+        broken.append(len(found.attacks[0].fell))
     assert broken[1] > broken[0] + 5
 
 
@@ -130,9 +126,8 @@ def test_warnings_of_an_attack_are_kept(tmp_path):
         return x
 
     for _ in range(2):  # the second time from the progress
-        outcome = run_suite(
-            classifier(), batches(6, 8), [Member("loud", loud)], threat=THREAT, folder=tmp_path
-        )
+        suite = [Member("loud", loud)]
+        outcome = suite_outcome(classifier(), batches(6, 8), suite, folder=tmp_path)
         model = classifier()
         right = [int((model(x).argmax(1) == y).sum()) for x, y in batches(6, 8)]
         assert outcome.warnings == tuple(

@@ -1,31 +1,24 @@
-"""The stress card: what is counted, its intervals, its file, and a run that goes on."""
+"""The stress test: what is counted, its intervals, its file, and a run that goes on."""
 
-import json
 import sys
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from evaluation.reports import stress_report
 from evaluation.suite_run import batches, classifier, images
 from torch import nn
 from unchanged import unchanged
 
 from sj_robust import SpikingClassifier
 from sj_robust.attacks import ThreatModel, check_images
-from sj_robust.evaluation import (
-    CORRUPTIONS,
-    Corruption,
-    Fault,
-    StressCard,
-    StressRow,
-    corruptions,
-    faulty,
-    stress,
-    stressing,
-)
+from sj_robust.evaluation import CORRUPTIONS, Corruption, Fault, Report, faulty, stress
 from sj_robust.evaluation.intervals import repeated_interval, wilson_interval
+from sj_robust.evaluation.report.levels import Level, intact, kinds, levels
+from sj_robust.evaluation.request import Request
+from sj_robust.evaluation.run import corruptions, loop
+from sj_robust.evaluation.run.progress import Watch
 from sj_robust.evaluation.stressing import stress_network
 from sj_robust.evaluation.subject import Subject
 
@@ -35,60 +28,65 @@ FEW = [Fault("weight_bits", 3), Fault("stuck_at_zero", 0.3), Fault("lost_spikes"
 
 def test_counts_clean_and_attacked(margins):
     faults = [Fault("weight_bits", 4), Fault("stuck_at_zero", 1.0)]
-    card = stress(*margins, eps=0.2, faults=faults, draws=2, progress=False)
-    assert card.intact == StressRow("none", 0, (4,), (2,))  # of margins 0.5 and 0.7
-    as_before, tied = card.rows
-    assert as_before == StressRow("weight_bits", 4, (4,), (2,))
-    assert tied == StressRow("stuck_at_zero", 1.0, (5, 5), (5, 5))  # a tie names the first class
+    report = stress(*margins, eps=0.2, faults=faults, draws=2, progress=False)
+    assert intact(report) == Level("none", 0, (4,), (2,), 5)  # of margins 0.5 and 0.7
+    as_before, tied = levels(report)
+    assert as_before == Level("weight_bits", 4, (4,), (2,), 5)
+    assert tied == Level("stuck_at_zero", 1.0, (5, 5), (5, 5), 5)  # a tie names the first class
 
 
 def test_the_attack_sees_the_faulty_network(monkeypatch):
     attacked = []
-    true = stressing.run_members
+    true = loop.crafted
 
     def spied(network, *arguments, **options):
         attacked.append(network)
         return true(network, *arguments, **options)
 
-    monkeypatch.setattr(stressing, "run_members", spied)
+    monkeypatch.setattr(loop, "crafted", spied)
     model = classifier()
+    options = {"faults": FEW[1:2], "draws": 2, "steps": 1, "seed": 4, "progress": False}
     with unchanged(model):
-        stress(
-            model, *images(6), eps=0.1, faults=FEW[1:2], draws=2, steps=1, seed=4, progress=False
-        )
+        stress(model, *images(6), eps=0.1, **options)
     first, *others = attacked
     assert first is model
     wanted = [faulty(model, FEW[1], seed=4 * 2**10 + draw).net.parts[0].weight for draw in (0, 1)]
-    assert all(
-        torch.equal(one.net.parts[0].weight, weight)
-        for one, weight in zip(others, wanted, strict=True)
-    )
+    found = [one.net.parts[0].weight for one in others]
+    assert all(map(torch.equal, found, wanted))
 
 
 def test_a_stopped_run_goes_on_and_the_network_is_as_it_was(tmp_path):
     model, few = classifier(), [*FEW, Fault("first_steps", 1)]
-    options = {"threat": LINF, "dataset": "made up", "faults": few, "draws": 2, "steps": 2}
-    run = partial(stress_network, Subject("mine", model, "two layers"), batches(), **options)
+    asked = Request("stress", LINF, "made up", faults=few, draws=2, steps=2)
+    subject = Subject("mine", model, "two layers")
+
+    def run(folder=None, on_step=None, **changes):
+        watch = Watch(on_step=on_step)
+        request = replace(asked, folder=folder, watch=watch, **changes)
+        return stress_network(subject, batches(), request)
+
     whole = run()
-    assert [len(row.clean) for row in whole.rows] == [1, 2, 2, 1]
+    assert [len(level.clean) for level in levels(whole)] == [1, 2, 2, 1]
 
     def stops(position):
-        if position.done == 3:
+        if position.done == 21:
             raise KeyboardInterrupt
 
     with unchanged(model), pytest.raises(KeyboardInterrupt):
-        run(folder=tmp_path, on_step=stops)
-    done = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert sorted(done) == [
-        "network.json",
-        "none.json",
-        "stuck_at_zero-0.3.json",
-        "weight_bits-3.json",
-    ]
-    assert replace(run(folder=tmp_path), environment=whole.environment) == whole
-    assert all((tmp_path / name).read_text() == text for name, text in done.items())
+        run(tmp_path, stops)
+    files = [path for path in tmp_path.rglob("*.jsonl") if path.stat().st_size]
+    done = {path: path.read_bytes() for path in files}
+    places = {path.parent.name for path in done}
+    assert places == {"none", "weight_bits-3", "stuck_at_zero-0.3-draw0"}
+    resumed = run(tmp_path)
+    assert [without_time(row) for row in resumed.rows] == [without_time(row) for row in whole.rows]
+    assert all(path.read_bytes().startswith(text) for path, text in done.items())
     with pytest.raises(ValueError, match="seed changed"):
-        run(folder=tmp_path, seed=1)
+        run(tmp_path, seed=1)
+
+
+def without_time(row):
+    return replace(row, seconds=0.0)
 
 
 def test_levels_that_differ_in_the_seventh_digit_are_kept_apart(tmp_path, margins):
@@ -96,77 +94,50 @@ def test_levels_that_differ_in_the_seventh_digit_are_kept_apart(tmp_path, margin
     options = {"eps": 0.2, "draws": 1, "steps": 1, "progress": False, "folder": tmp_path}
     stress(*margins, faults=faults[:1], **options)
     stress(*margins, faults=faults, **options)
-    assert len(list(tmp_path.glob("stuck_at_zero-*.json"))) == 2
+    assert len(list(tmp_path.glob("stuck_at_zero-*"))) == 2
 
 
 def test_what_cannot_be_measured_is_named():
     net = SpikingClassifier(nn.Sequential(nn.Flatten(2), nn.Linear(16, 3)), T=2)
-    card = stress(
-        net,
-        *images(4),
-        eps=0.1,
-        faults=[Fault("lost_spikes", 0.1), Fault("first_steps", 1)],
-        progress=False,
-    )
-    assert card.kinds == ("first_steps",)
-    assert (
-        "lost_spikes 0.1 was not measured: a fault of spikes needs SpikingJelly neurons"
-        in card.warnings[0]
-    )
-    assert card.warnings[0] in card.table()
+    faults = [Fault("lost_spikes", 0.1), Fault("first_steps", 1)]
+    report = stress(net, *images(4), eps=0.1, faults=faults, draws=1, progress=False)
+    assert kinds(report) == ("first_steps",)
+    (said,) = report.warnings
+    assert said.startswith("lost_spikes:0.1 was not measured: a fault of spikes needs SpikingJelly")
+    assert said in report.table()
 
 
 @pytest.mark.parametrize("suite", ["stress", "corruptions"])
-def test_a_card_on_which_nothing_was_measured_can_be_shown(suite, tmp_path):
+def test_a_report_on_which_nothing_was_measured_can_be_shown(suite, tmp_path):
     pytest.importorskip("matplotlib", reason="figures need the extra `recipes`")
-    card = replace(made_up(), rows=(), suite=suite)
-    assert "No fault was measured." in repr(card)
-    assert card.table().count("\n") == 2
-    card.write(tmp_path)
-    assert StressCard.load(tmp_path / "card.json") == card
-
-
-def made_up():
-    rows = [
-        StressRow("lost_spikes", level, (90 - drop, 92 - drop), (50, 46))
-        for level, drop in ((0.1, 2), (0.2, 8))
-    ]
-    rows += [StressRow("weight_bits", 4, (91,), (30,))]
-    return StressCard(
-        "mine",
-        "digits",
-        "stress",
-        LINF,
-        "APGD-CE 20",
-        100,
-        StressRow("none", 0, (91,), (49,)),
-        rows,
-    )
+    report = stress_report(suite, rows=stress_report().rows[:2])
+    assert "No fault was measured." in repr(report)
+    assert report.table().count("\n") == 2
+    report.write(tmp_path)
+    assert Report.load(tmp_path / "card.json") == report
 
 
 def test_the_first_level_that_is_5_points_lower():
-    card = made_up()
-    assert card.fall("clean") == {"lost_spikes": 0.2, "weight_bits": None}
-    assert card.fall("attacked", points=1.0) == {"lost_spikes": 0.1, "weight_bits": 4}
+    report = stress_report()
+    assert report.fall("clean") == {"lost_spikes": 0.2, "weight_bits": None}
+    assert report.fall("attacked", points=1.0) == {"lost_spikes": 0.1, "weight_bits": 4}
     assert (
         "clean: 91.0 % intact, 5 points lower from lost_spikes 0.2 on, nowhere so under weight_bits"
-        in card.verdict
+        in report.verdict
     )
-    table = card.table().splitlines()
+    table = report.table().splitlines()
     assert table[2].startswith("| none |  | 91.0 |")
     assert [line for line in table if "lost_spikes | 0.2 | 83.0 * |" in line]
+    with pytest.raises(KeyError, match="no kind 'rust' in this report; it has lost_spikes"):
+        report.mean_accuracy("clean", "rust")
 
 
-def test_its_file_and_figure(tmp_path):
+def test_its_files_and_figure(tmp_path):
     pytest.importorskip("matplotlib", reason="figures need the extra `recipes`")
-    card = made_up()
-    assert card.write(tmp_path) == ("card.json", "card.md", "card.png", "card.pdf")
-    assert StressCard.load(tmp_path / "card.json") == card
-    assert json.loads((tmp_path / "card.json").read_text())["fall_clean"] == {
-        "lost_spikes": 0.2,
-        "weight_bits": None,
-    }
-    first, second = card.plot().axes[:2]
+    report = stress_report()
+    assert report.write(tmp_path) == ("card.json", "card.md", "card.png", "card.pdf")
+    assert Report.load(tmp_path / "card.json") == report
+    first, second = report.plot().axes[:2]
     assert [axes.get_title() for axes in (first, second)] == ["lost_spikes", "weight_bits"]
     assert first.lines[0].get_ydata() == pytest.approx([89.0, 83.0])
     assert [label.get_text() for label in first.get_xticklabels()] == ["0.1", "0.2"]
@@ -203,13 +174,13 @@ class TestCorruptions:
         x, y = images(6)
         model = classifier()
         with unchanged(model):
-            card = stress(model, x, y, eps=0.01, steps=1, suite="corruptions", progress=False)
-        assert card.kinds == CORRUPTIONS
-        assert len(card.rows) == 75
-        rows = [row.clean[0] for row in card.rows if row.kind == "fog"]
-        assert card.accuracy("clean", "fog") == pytest.approx(sum(rows) / 30)
-        assert f"mean of all |  | {100 * card.accuracy('clean'):.1f} |" in card.table()
-        assert "Mean over kinds and severities" in card.verdict
+            report = stress(model, x, y, eps=0.01, steps=1, suite="corruptions", progress=False)
+        assert kinds(report) == CORRUPTIONS
+        assert len(levels(report)) == 75
+        counts = [level.clean[0] for level in levels(report, "fog")]
+        assert report.mean_accuracy("clean", "fog") == pytest.approx(sum(counts) / 30)
+        assert f"mean of all |  | {100 * report.mean_accuracy('clean'):.1f} |" in report.table()
+        assert "Mean over kinds and severities" in report.verdict
         dark = corruptions.corrupted(x, Corruption("fog", 3), seed=0)
         torch.testing.assert_close(dark, (x * 255).round().div(4, rounding_mode="floor") / 255)
 

@@ -10,7 +10,6 @@ from attacks.oracle import linear_oracle
 from evaluation.suite_run import classifier, images
 from torch import nn
 
-from sj_robust.attacks import SampleSeeds
 from sj_robust.evaluation import CANDIDATES, Member, Suite, ThreatModel, make_suite, worst_case
 
 EIGHT = ThreatModel("Linf", 8 / 255)
@@ -38,7 +37,7 @@ class Counted(nn.Module):
 
     def cost(self, x, y, members):
         self.images = self.gradients = 0
-        worst_case(self, x, y, members, seeds=SampleSeeds(range(len(x))))
+        worst_case(self, x, y, members)
         return self.images, self.gradients
 
 
@@ -197,15 +196,12 @@ class TestVerdict:
         robust[::9] = False
         suite = make_suite(name, ThreatModel(norm, oracle.eps), classes=classes)
         x = oracle.x.view(60, 1, 3, 4)
-        result = worst_case(
-            oracle.model, x, y, shortened(suite.members), seeds=SampleSeeds(range(60))
-        )
-        missed = result.standing("suite").int() - robust.int()
-        assert int(missed.min()) == 0
-        assert int(missed.sum()) <= (
-            name == "fast"
-        )  # a first impression may miss one at the very border
-        assert result.robust_accuracy == float(result.standing("suite").double().mean())
+        result = worst_case(oracle.model, x, y, shortened(suite.members))
+        left = result.standing("everything")
+        known = set(robust.nonzero().flatten().tolist())
+        assert left >= known
+        # A first impression may miss one at the very border.
+        assert len(left - known) <= (name == "fast")
 
 
 def test_every_estimator_for_itself():

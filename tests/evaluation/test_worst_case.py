@@ -11,7 +11,7 @@ from attacks.table import linear_model
 from torch import nn
 
 from sj_robust.attacks import SampleSeeds, ThreatModel, fgsm, pgd
-from sj_robust.evaluation import Member, craft, fools, run_suite, worst_case
+from sj_robust.evaluation import Member, craft, fools, worst_case
 
 EPS = 0.1
 LINF = ThreatModel("Linf", EPS)
@@ -38,22 +38,15 @@ class TestWorstCase:
             Member(f"{group}{eps}", partial(fgsm, eps=eps), group=group) for group, eps in groups
         ]
         result = worst_case(model, x, y, members, seeds=seeds(5))
-        assert [outcome.attacked for outcome in result.outcomes] == [
-            (0, 1, 2, 3),
-            (1, 2, 3),
-            *[(0, 1, 2, 3)] * 2,
-        ]
-        assert [outcome.fooled for outcome in result.outcomes] == [(0,), (1,), (0,), (0, 1, 2)]
-        assert result.fooled_by.tolist() == [0, 1, 3, -1, -1]
-        assert result.correct.tolist() == [True, True, True, True, False]
-        assert result.robust_accuracy == 1 / 5
-        assert result.standing("suite").tolist() == [False, False, True, True, False]
-        assert result.standing("control").tolist() == [False, True, True, True, False]
-        moved = (result.x_adv - x).abs().amax((1, 2, 3))
-        assert moved.tolist() == pytest.approx([0.1, 0.2, 0.3, 0, 0])
-        with pytest.raises(
-            ValueError, match=r"group must be one of \['', 'control', 'suite'\], got 'nobody'"
-        ):
+        seen = [row.seen for row in result.attacks]
+        assert seen == [(0, 1, 2, 3), (1, 2, 3), (0, 1, 2, 3), (0, 1, 2, 3)]
+        assert [row.fell for row in result.attacks] == [(0,), (1,), (0,), (0, 1, 2)]
+        assert result.outcome == (0, 1, 3, -1, -2)
+        assert result.standing("clean") == {0, 1, 2, 3}
+        assert result.everything.accuracy == 1 / 5
+        assert result.standing("suite0.2") == {2, 3}
+        assert result.standing("control") == {1, 2, 3}
+        with pytest.raises(KeyError, match="no figure 'nobody' in this report; it has suite0.1"):
             result.standing("nobody")
 
     def test_a_member_with_nothing_left_is_not_called(self, margins):
@@ -62,8 +55,8 @@ class TestWorstCase:
             Member("not called", lambda *_, **__: 1 / 0),
         ]
         result = worst_case(*margins, members, seeds=seeds(5))
-        assert result.outcomes[1].attacked == ()
-        assert result.robust_accuracy == 0
+        assert result.attacks[1].seen == ()
+        assert result.everything.accuracy == 0
 
     def test_never_above_the_best_single_member(self, digits):
         model, x, y = digits
@@ -73,16 +66,14 @@ class TestWorstCase:
             pgd_member("pgd/r1", seed=1),
             pgd_member("margin", attack=margin),
         ]
-        single = [worst_case(model, x, y, [m], seeds=seeds(40)) for m in members]
-        together = worst_case(model, x, y, members, seeds=seeds(40))
-        union = torch.stack([result.standing("suite") for result in single]).all(0)
-        assert torch.equal(
-            together.standing("suite"), union
-        )  # each member's images are its own, whatever ran before
-        assert 0 < together.robust_accuracy < together.correct.double().mean()
-        assert together.robust_accuracy <= min(result.robust_accuracy for result in single)
-        assert (together.outcomes[0].eps, together.outcomes[0].largest) == (EPS, pytest.approx(EPS))
-        assert together.outcomes[1].eps is None
+        single = [worst_case(model, x, y, [m], threat=LINF).standing("everything") for m in members]
+        together = worst_case(model, x, y, members, threat=LINF)
+        # Each member's images are its own, whatever ran before.
+        assert together.standing("everything") == frozenset.intersection(*single)
+        assert 0 < together.everything.correct < together.clean.correct
+        assert together.everything.correct <= min(map(len, single))
+        assert (together.attacks[0].eps, together.attacks[1].eps) == (EPS, None)
+        assert together.attacks[0].largest == pytest.approx(EPS)
 
     def test_seeds_decide_it_and_neither_batch_size_nor_the_other_samples(self, digits):
         model, x, y = digits
@@ -93,22 +84,22 @@ class TestWorstCase:
         together, again, other = (
             worst_case(model, x, y, members, seeds=seeds(40, start)) for start in (0, 0, 100)
         )
-        assert torch.equal(together.x_adv, again.x_adv)
-        assert torch.equal(together.fooled_by, again.fooled_by)
-        assert not torch.equal(together.x_adv, other.x_adv)
+        fell = [[row.fell for row in result.rows] for result in (together, again, other)]
+        assert fell[0] == fell[1] != fell[2]
         order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
         for rows in order.split(7):
             part = worst_case(model, x[rows], y[rows], members, seeds=seeds(40).rows(rows))
-            torch.testing.assert_close(part.x_adv, together.x_adv[rows], rtol=0, atol=1e-12)
-            assert torch.equal(part.fooled_by, together.fooled_by[rows])
+            assert part.outcome == tuple(together.outcome[row] for row in rows.tolist())
+            images = [
+                craft(model, x[few], y[few], members[0], seeds=seeds(40).rows(few))
+                for few in (rows, torch.arange(40))
+            ]
+            torch.testing.assert_close(images[0], images[1][rows], rtol=0, atol=1e-12)
 
-    def test_no_images_and_no_members(self, digits):
+    def test_no_members(self, digits):
         model, x, y = digits
-        nothing = worst_case(model, x[:0], y[:0], [pgd_member()], seeds=seeds(0))
-        assert nothing.x_adv.shape == (0, 1, 6, 6)
-        clean = worst_case(model, x, y, [], seeds=seeds(40))
-        assert clean.robust_accuracy == float((model(x).argmax(1) == y).double().mean())
-        assert torch.equal(clean.x_adv, x)
+        clean = worst_case(model, x, y, [])
+        assert clean.everything.accuracy == float((model(x).argmax(1) == y).double().mean())
 
 
 class TestCraft:
@@ -205,15 +196,10 @@ class TestFools:
     def test_a_lucky_draw_of_the_attack_does_not_count(self):
         x, y = torch.full((2000, 1), 0.9), torch.zeros(2000, dtype=torch.int64)
         member = Member("idle", lambda model, x, y, *, generator: x)
-        hits = [
-            len(
-                run_suite(self.Coin(), [(x, y)], [member], threat=LINF, draws=draws)
-                .members[0]
-                .fooled
-            )
-            / 2000
-            for draws in (1, 4)
-        ]
+        hits = []
+        for draws in (1, 4):
+            found = worst_case(self.Coin(), x, y, [member], threat=LINF, draws=draws)
+            hits.append(len(found.attacks[0].fell) / 2000)
         assert hits[0] == pytest.approx(0.09, abs=0.03)  # right at first, wrong when scored
         assert hits[1] < 0.005
 
@@ -276,7 +262,7 @@ class TestFools:
         (
             lambda x, y: worst_case(LINEAR, x, y, [pgd_member()] * 2, seeds=seeds(7)),
             ValueError,
-            r"names of members must differ, got \['pgd', 'pgd'\]",
+            r"members must have names of their own, .* got \['pgd', 'pgd'\]",
         ),
     ],
 )

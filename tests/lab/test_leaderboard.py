@@ -6,7 +6,7 @@ from pathlib import Path
 
 import evaluate
 import pytest
-from evaluation.reports import member, report
+from evaluation.reports import member, report, stress_report
 from lab.leaderboard import make_leaderboard, read_reports
 
 from sj_robust.attacks import ThreatModel
@@ -32,9 +32,9 @@ OPTIONS = USUAL | {
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Three reports, one with the options that made it, and a file that is none."""
+    """Three reports, one with the options that made it, and files that are none."""
     monkeypatch.chdir(tmp_path)
-    weaker = replace(report(), name="<lif|none>", members=(member("pgd", range(6)),))
+    weaker = report(name="<lif|none>", members=(member("pgd", range(6)),))
     for name, one in (
         ("b", weaker),
         ("a", replace(report(), configuration=OPTIONS)),
@@ -43,6 +43,7 @@ def folder(tmp_path, monkeypatch):
         (tmp_path / "runs" / name).mkdir(parents=True)
         one.save(tmp_path / "runs" / name / "report.json")
     (tmp_path / "runs" / "other.json").write_text("[1]")
+    stress_report().save(tmp_path / "runs" / "card.json")  # of which there are no figures here
     return tmp_path
 
 
@@ -88,7 +89,7 @@ def test_a_changed_report_is_named(folder, capsys):
     path.write_text(path.read_text().replace('"clean_acc": "80.00"', '"clean_acc": "99.00"'))
     with pytest.raises(
         ValueError,
-        match=r"a/report.json: clean_acc of the report does not follow from its outcomes",
+        match=r"a/report.json: clean_acc of the report does not follow from its rows",
     ):
         read_reports(["runs"], {})
 

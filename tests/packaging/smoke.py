@@ -66,7 +66,7 @@ def check_robustness():
     from sj_robust import DLIFNode, MPPDMonitor, SpikingClassifier, replace_neurons
     from sj_robust.attacks import pgd
     from sj_robust.estimators import estimator
-    from sj_robust.evaluation import ThreatModel, accuracy
+    from sj_robust.evaluation import Member, ThreatModel, worst_case
     from sj_robust.perturbation.gains import perturbation_gains
 
     torch.manual_seed(0)
@@ -81,12 +81,8 @@ def check_robustness():
     with estimator("atan:4")(model):
         x_adv = pgd(model, x, y, eps=0.1, step_size=0.05, steps=3)
     assert 0 < (x_adv - x).abs().max() <= 0.1 + 1e-6
-
-    def crafted(model, x, y, *, generator):
-        return x_adv
-
-    found = accuracy(model, [(x, y)], {"pgd": crafted})
-    assert set(found) == {"clean", "pgd"}
+    report = worst_case(model, x, y, [Member("idle", lambda model, x, y, *, generator: x)])
+    assert report.everything == report.under("everything")
     assert ThreatModel("Linf", 0.1).eps == 0.1
     x_seq = x.expand(4, 8, 16)
     x_seq_adv = x_adv.expand(4, 8, 16)

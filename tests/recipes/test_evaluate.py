@@ -12,8 +12,8 @@ from evaluation.recipe_run import SMALL, TWO_BATCHES, in_process, start, without
 from launch import finish
 
 from sj_robust.attacks import ThreatModel
-from sj_robust.evaluation import Fault, SmoothedBracket, StressCard, stressing
-from sj_robust.evaluation.robustness_report import RobustnessReport
+from sj_robust.evaluation import Fault, Report, stressing
+from sj_robust.evaluation.report.levels import intact, levels
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.training import save_checkpoint
 
@@ -26,13 +26,13 @@ PAPER = (*split("--suite paper --no-control"), *TWO_BATCHES)
 def whole(folder):
     """The paper's protocol on the small network, without an interruption."""
     in_process(folder, "runs/one", *PAPER, "--output", "whole")
-    return RobustnessReport.load(folder / "whole" / "report.json")
+    return Report.load(folder / "whole" / "report.json")
 
 
 def test_from_checkpoint_to_report(folder, capsys):
     in_process(folder, *split("runs/one/lif_none/best.pt --suite fast"), *SMALL, draws=True)
     run = folder / "runs" / "evaluate-lif_none-fast-1"
-    report = RobustnessReport.load(run / "report.json")
+    report = Report.load(run / "report.json")
     plots = {
         f"{name}.{end}"
         for name in (
@@ -62,7 +62,7 @@ def test_from_checkpoint_to_report(folder, capsys):
     assert report.network["T"] == 3
     chosen = [row["estimator"] for row in report.estimators if row["chosen"]]
     assert chosen
-    assert report.members[0].estimator == chosen[0]
+    assert report.attacks[0].estimator == chosen[0]
     assert report.worst_case.correct < report.clean.correct
     assert len(report.findings) > 5
     assert report.environment["torch"] == torch.__version__
@@ -79,17 +79,17 @@ def test_from_checkpoint_to_report(folder, capsys):
 
 
 def test_the_papers_protocol(whole):
-    names = [member.name for member in whole.members]
+    names = [row.member for row in whole.attacks]
     assert names[:4] == ["gaussian", "fgsm", "pgd7", "pgd7/last"]
-    assert [row["eps"] for row in whole.over_eps] == [
+    assert [point.eps for point in whole.over_eps] == [
         "0",
         *(f"{level}/255" for level in range(10, 101, 10)),
     ]
     assert whole.estimators == ()
-    assert {member.estimator for member in whole.members} == {"training"}
+    assert {row.estimator for row in whole.attacks} == {"training"}
     strong, weak = whole.under("pgd40"), whole.under("gaussian")
     assert strong.correct < weak.correct <= whole.clean.correct
-    assert "gaussian" not in {whole.members[index].name for index in whole.outcome if index >= 0}
+    assert "gaussian" not in {whole.attacks[index].member for index in whole.outcome if index >= 0}
 
 
 def test_killed_and_resumed(folder, tmp_path, whole):
@@ -109,7 +109,7 @@ def test_killed_and_resumed(folder, tmp_path, whole):
     ):  # not overwritten by accident
         in_process(folder, *options)
     in_process(folder, "--output", str(tmp_path / "cut"), "--resume")  # with the options of the run
-    resumed = RobustnessReport.load(tmp_path / "cut" / "report.json")
+    resumed = Report.load(tmp_path / "cut" / "report.json")
     assert without_times(resumed) == without_times(
         replace(whole, configuration=resumed.configuration)
     )
@@ -122,7 +122,7 @@ def test_two_processes(folder, tmp_path, whole):
     )  # torchrun itself is in the tests of adv_train
     assert result.stdout.endswith("0 0\n"), result.stderr
     assert result.stdout.count("At most ") == 1
-    report = RobustnessReport.load(tmp_path / "two" / "report.json")
+    report = Report.load(tmp_path / "two" / "report.json")
     assert report.environment["processes"] == "2"
     assert without_times(report) == without_times(whole)
 
@@ -139,7 +139,7 @@ def test_somebodys_own_network(folder, tmp_path, capsys, function, extra):
         *SMALL,
     )
     in_process(folder, *own, *extra, "--output", str(tmp_path / "own"), "--name", function)
-    report = RobustnessReport.load(tmp_path / "own" / "report.json")
+    report = Report.load(tmp_path / "own" / "report.json")
     assert (report.name, report.eps, report.network["T"]) == (function, "8/255", 3)
     assert report.network["layers"][0]["neuron"] == "LIFNode"
     assert report.footnote.startswith("DEAD NETWORK: 100.0% of layer")  # neither was ever trained
@@ -167,22 +167,23 @@ def test_l2_and_transfer(folder, tmp_path):
         *SMALL,
     )
     in_process(folder, "runs/one", *options, "--output", str(tmp_path / "l2"))
-    report = RobustnessReport.load(tmp_path / "l2" / "report.json")
+    report = Report.load(tmp_path / "l2" / "report.json")
     assert report.threat == ThreatModel("L2", 0.5)
     transferred = report.under("transfer/apgd_ce")  # from the very same weights
     assert transferred.correct < report.clean.correct
-    for member in report.members:
-        assert member.largest <= 0.5 + 1e-5
-    assert any(member.name == "control/transfer" for member in report.members)
+    assert all(row.largest <= 0.5 + 1e-5 for row in report.attacks)
+    assert any(row.member == "control/transfer" for row in report.attacks)
 
 
 def test_a_smoothed_classifier_has_a_bracket_of_its_own(folder, tmp_path, capsys):
     vote = split("--smooth 0.1 --smooth-draws 100 --smooth-alpha 0.01")
     in_process(folder, "runs/one", *vote, *SMALL, "--output", str(tmp_path / "vote"))
-    found = SmoothedBracket.load(tmp_path / "vote" / "smoothed.json")
-    assert found.radii == pytest.approx((0.0, 0.05, 0.1, 0.15, 0.2))
-    assert (found.total, found.sigma, found.n, found.alpha) == (12, 0.1, 100, 0.01)
-    assert found.bracket(0.0)[0] > 0.5
+    found = Report.load(tmp_path / "vote" / "smoothed.json")
+    radii = [row.eps for row in found.rows if row.kind == "proof"]
+    assert radii == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
+    assert found.network["vote"] == {"sigma": 0.1, "n": 100, "alpha": 0.01}
+    assert found.clean.total == 12
+    assert found.bracket_at(0.0)[0].accuracy > 0.5
     drawn = {"smoothed.json", "smoothed.png", "smoothed.pdf"}
     assert {path.name for path in (tmp_path / "vote").iterdir()} == {
         "README.md",
@@ -201,7 +202,7 @@ def test_a_checkpoint_at_other_time_steps(folder, tmp_path):
         str(tmp_path / "longer"),
     )
     in_process(folder, "runs/one", *options)
-    report = RobustnessReport.load(tmp_path / "longer" / "report.json")
+    report = Report.load(tmp_path / "longer" / "report.json")
     assert report.network["T"] == 5
     assert ", T 5," in report.network["architecture"]
 
@@ -231,7 +232,7 @@ def test_event_data(folder, tmp_path, capsys, event_data):
     )
     in_process(folder, *options)
     run = folder / "runs" / "evaluate-events-1"
-    report = RobustnessReport.load(run / "report.json")
+    report = Report.load(run / "report.json")
     assert (report.suite, report.threat, report.dataset) == (
         "events",
         ThreatModel("L0", 3),
@@ -242,14 +243,14 @@ def test_event_data(folder, tmp_path, capsys, event_data):
     assert "At most " in capsys.readouterr().out
     # At another T the recordings are integrated anew.
     in_process(folder, *options, *split("--T 3 --output"), str(tmp_path / "three"))
-    assert RobustnessReport.load(tmp_path / "three" / "report.json").network["T"] == 3
+    assert Report.load(tmp_path / "three" / "report.json").network["T"] == 3
     assert (event_data / "NMNIST" / "frames_number_3_split_by_number").is_dir()
     moves = (
         *split("--norm moves --eps 3 --largest-shift 1 --output"),
         str(tmp_path / "moves"),
     )
     in_process(folder, *options[:3], *options[5:], *moves)
-    report = RobustnessReport.load(tmp_path / "moves" / "report.json")
+    report = Report.load(tmp_path / "moves" / "report.json")
     assert report.threat == ThreatModel("moves", 3, largest_shift=1)
     assert (
         "3 events moved in time, by 1 frames at most"
@@ -271,14 +272,12 @@ def test_stress(folder, tmp_path, capsys, monkeypatch):
         str(tmp_path / "card"),
     )
     in_process(folder, *options)
-    card = StressCard.load(tmp_path / "card" / "card.json")
-    assert [len(row.clean) for row in card.rows] == [1, 2, 1]
-    assert (card.images, card.threat, card.configuration["fault_draws"]) == (
-        12,
-        ThreatModel("Linf", 0.1),
-        2,
-    )
-    assert card.intact.clean[0] > card.intact.attacked[0]
+    card = Report.load(tmp_path / "card" / "card.json")
+    assert [len(level.clean) for level in levels(card)] == [1, 2, 1]
+    assert (card.threat, card.configuration["fault_draws"]) == (ThreatModel("Linf", 0.1), 2)
+    whole = intact(card)
+    assert whole.images == 12
+    assert whole.clean[0] > whole.attacked[0]
     assert card.table() in capsys.readouterr().out
     drawn = {f"card.{end}" for end in ("json", "md", "png", "pdf")}
     files = {path.name for path in (tmp_path / "card").iterdir()}

@@ -24,7 +24,7 @@ from lab.command_line import check_options, run_recipe
 from launch import unboxed
 
 from sj_robust.core.saved import write_whole
-from sj_robust.evaluation.progress import Progress
+from sj_robust.evaluation.run.progress import Progress, Step
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_a_full_disk_is_told_with_file_and_remedy(monkeypatch, tmp_path):
 
     def main(arguments):
         with progress.batch(0) as log:
-            log.append({"member": "pgd"})
+            log.append(Step("pgd", seen=[0], fell=[]))
 
     progress = Progress(tmp_path, {})
     monkeypatch.setattr(os, "fsync", full)

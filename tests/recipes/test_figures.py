@@ -20,7 +20,7 @@ from matplotlib.image import imread
 from oracle import dlif_forward
 from perturbation.by_hand import eps_by_hand
 
-from sj_robust.evaluation import MemberOutcome, Report, RobustnessReport, ThreatModel
+from sj_robust.evaluation import Report, Row, ThreatModel
 from sj_robust.evaluation.subject import Subject, from_checkpoint
 from sj_robust.models import NetworkSpec, build_network
 from sj_robust.perturbation.indicators import INDICATORS
@@ -64,7 +64,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     checkpoint(folder / "dlif_at", history=HISTORY)
     curves = {"dlif at": [asdict(record) for record in HISTORY]}
-    Report(ThreatModel("Linf", 0.1), (), curves=curves).save(folder / "report.json")
+    Report("lif", "digits", "training", (0,), (), curves=curves).save(folder / "report.json")
     return folder
 
 
@@ -309,10 +309,10 @@ def proofs_and_report(verified):
     broken = tuple(i in (0, 2) for i in range(4))
     margin = tuple(0.1 if i == verified else -0.1 for i in range(4))
     proofs = Verification(0.1, (False, True, True, True), margin, (), torch.zeros(4, 1), broken)
-    apgd = MemberOutcome("apgd", "training", "", 0.1, (1, 2, 3), (1,), (), 0.1, 1.0)
-    report = RobustnessReport(
-        "mine", "digits", ThreatModel("Linf", 0.1), "fast", 10, (0,) * 4, (1, 2, 3), (apgd,)
-    )
+    threat = ThreatModel("Linf", 0.1)
+    clean = Row("clean", "clean", range(4), (0,))
+    apgd = Row("apgd", "attack", (1, 2, 3), (1,), threat=threat)
+    report = Report("mine", "digits", "fast", (0,) * 4, (clean, apgd), threat, 10)
     return proofs, report
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.core.saved import SavedResult, plain
-from sj_robust.evaluation.report import Report
+from sj_robust.evaluation import Report
 from sj_robust.models.checkpoint import load_checkpoint
 from sj_robust.neuron import DLIFNode
 from sj_robust.perturbation import full_perturbation, membrane_potential, simplified_perturbation

@@ -3,16 +3,17 @@ overstate?
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.saved import SavedResult, markdown_table
-from sj_robust.evaluation import RobustnessReport, SuiteName, ThreatModel
+from sj_robust.evaluation import Report, ThreatModel
 from sj_robust.evaluation.assess import assess
+from sj_robust.evaluation.request import Request
+from sj_robust.evaluation.run.progress import Watch
 from sj_robust.evaluation.subject import Subject
 from sj_robust.proofs import Verification, verify
 
@@ -115,7 +116,7 @@ def ground_truth(
     y: Tensor,
     eps: Sequence[float],
     *,
-    suites: Sequence[SuiteName],
+    suites: Sequence[str],
     time_limit: float,
     dataset: str,
     classes: int,
@@ -139,26 +140,25 @@ def ground_truth(
         clean = sum(proofs.correct)
         say(proofs.table().splitlines()[0])
         batches = DataLoader(TensorDataset(x, y), batch_size=128)
-        threat = ThreatModel("Linf", size)
-        kind: dict[str, Any] = {
-            "threat": threat,
-            "dataset": dataset,
-            "classes": classes,
-            "seed": seed,
-            "say": say,
-        }
         # Without proofs of its own, so that every attack tries the images that the program calls
         # verified.
-        reports = [assess(subject, batches, suite=suite, proofs=False, **kind) for suite in suites]
+        request = Request(
+            "",
+            ThreatModel("Linf", size),
+            dataset,
+            classes,
+            seed=seed,
+            proofs=False,
+            watch=Watch(say),
+        )
+        reports = [assess(subject, batches, replace(request, suite=suite)) for suite in suites]
         truth, rows = beside(proofs, reports)
         truths.append(truth)
         attacks += rows
     return GroundTruth(subject.name, len(x), clean, tuple(truths), tuple(attacks))
 
 
-def beside(
-    proofs: Verification, reports: Sequence[RobustnessReport]
-) -> tuple[Truth, list[AttackOnTruth]]:
+def beside(proofs: Verification, reports: Sequence[Report]) -> tuple[Truth, list[AttackOnTruth]]:
     """What is known together, and what each attack leaves of it."""
     images = range(len(proofs.margin))
     verified = {i for i in images if proofs.verified[i]}
@@ -174,7 +174,7 @@ def beside(
     broken = solved | fallen
     rows = []
     for report in reports:
-        inside = {m.name for m in report.members if report.within(m)}
+        inside = {row.member for row in report.attacks if report.within(row)}
         whole = {"clean", "control", "worst case", "everything"}
         for accuracy in report.accuracies:
             if accuracy.name != "clean" and (accuracy.name in inside or accuracy.name in whole):

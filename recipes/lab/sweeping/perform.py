@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from lab.sweeping.plan import OPTIONS_FILE, PlannedRun
 from lab.sweeping.recipe import load_recipe
 from lab.sweeping.record import RECORD_FILE, RunRecord
 from sj_robust.core.saved import write_whole
-from sj_robust.evaluation.report import Report
-from sj_robust.evaluation.robustness_report import RobustnessReport
+from sj_robust.evaluation import Report
+from sj_robust.evaluation.result import Accuracy
 from sj_robust.training import TrainingInterrupted
 
 LOG_FILE = "output.txt"
@@ -97,15 +97,14 @@ def _train(run: PlannedRun) -> RunRecord:
     folder = run.folder / "training"
     seconds = _call(run.recipe, folder, run.folder / OPTIONS_FILE, "*/last.pt")
     report = Report.load(folder / _REPORT)
-    network = report.networks[0]  # others are references
-    own = {score.attack: score for score in report.scores if score.network == network}
+    own = [row.member for row in report.of(report.main)]  # other networks are references
     record = RunRecord(
         name=run.name,
         options=run.options,
-        training=_counts(own),
+        training=_counts(map(report.under, own)),
         seconds={"training": seconds},
         environment=report.environment,
-        notes=report.notes,
+        notes=report.warnings,
     )
     record.save(run.folder / RECORD_FILE)
     return record
@@ -124,11 +123,11 @@ def _evaluate(run: PlannedRun, record: RunRecord, suite: str) -> RunRecord:
     }
     write_whole(path, yaml.safe_dump(given, sort_keys=False))
     seconds = _call(run.evaluator, folder, path, "progress/*")
-    report = RobustnessReport.load(folder / _REPORT)
+    report = Report.load(folder / _REPORT)
     result = {
         "options": options,
         "eps": report.eps,
-        "figures": _counts({one.name: one for one in report.accuracies}),
+        "figures": _counts(report.accuracies),
         "alarm": report.footnote,
     }
     record = replace(
@@ -141,8 +140,8 @@ def _evaluate(run: PlannedRun, record: RunRecord, suite: str) -> RunRecord:
     return record
 
 
-def _counts(found: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    return {name: {"correct": one.correct, "total": one.total} for name, one in found.items()}
+def _counts(found: Iterable[Accuracy]) -> dict[str, dict[str, int]]:
+    return {one.name: {"correct": one.correct, "total": one.total} for one in found}
 
 
 def _call(recipe: Path, folder: Path, options: Path, mark: str) -> float:

@@ -25,7 +25,7 @@ from lab.sweeping.recipe import load_recipe
 from lab.sweeping.record import RECORD_FILE, RunRecord
 from launch import unboxed, wait_until
 
-from sj_robust.evaluation import RobustnessReport
+from sj_robust.evaluation import Report
 
 GRID = {"mode": ["none", "at"], "rho": [0, 1]}
 
@@ -151,11 +151,7 @@ def test_a_run_leaves_one_record(planned):
     assert record.evaluations["paper"]["eps"] == "8/255"
     assert set(record.seconds) == {"training", "paper", "fast"}
     assert stages(run) == ["train resume=False", "paper resume=False", "fast resume=False"]
-    assert (
-        RobustnessReport.load(run.folder / "fast" / "report.json").name
-        == run.name
-        == "at-rho0-seed0"
-    )
+    assert Report.load(run.folder / "fast" / "report.json").name == run.name == "at-rho0-seed0"
 
 
 def test_what_is_finished_is_not_repeated_and_a_wider_grid_or_a_suite_adds(planned):

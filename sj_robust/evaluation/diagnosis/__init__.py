@@ -1,0 +1,1 @@
+"""Signs that gradients, not the network, withstand attacks."""

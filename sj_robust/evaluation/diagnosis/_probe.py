@@ -1,0 +1,273 @@
+"""What the masking diagnostics measure: gradients, attacks and their success on a few images."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust.attacks import linf_bounds, pgd, project_l2
+from sj_robust.attacks.apgd import apgd
+from sj_robust.attacks.call import Model
+from sj_robust.attacks.logits import margin
+from sj_robust.attacks.projection import l2_norm, per_sample
+from sj_robust.attacks.threat import ThreatModel
+from sj_robust.core.checks import check_logits, taken_for_checked
+from sj_robust.core.randomness import SampleSeeds, seeded_globals
+from sj_robust.estimators import estimator
+
+__all__ = ["Gradients", "Probe"]
+
+_FEATURES = 512
+_SLOPE = 8.0
+"""Of the random features: steep enough to bend within the pixels of an image."""
+_RIDGE = 1e-3
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradient of the loss ``max_{j != y} z_j - z_y`` at the images, where softmax cannot saturate.
+
+    Attributes:
+        elements: The gradient, [N, features] in float64.
+        margin: ``z_y - max_{j != y} z_j``, [N].
+        spread: Largest minus smallest logit, [N].
+        reach: Largest change of the loss within [0, 1] that the gradient predicts, [N].
+        connected: Whether the graph reaches the images at all.
+    """
+
+    elements: Tensor
+    margin: Tensor
+    spread: Tensor
+    reach: Tensor
+    connected: bool
+
+
+class Probe:
+    """A model and a few images in one threat model; every method is a function of its arguments and
+    the seed.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        *,
+        threat: ThreatModel,
+        seed: int,
+        steps: int,
+        eot_samples: int,
+    ) -> None:
+        self.model, self.x, self.y = model, x, y
+        self.threat, self.seed, self.steps, self.eot_samples = threat, seed, steps, eot_samples
+
+    @cached_property
+    def repeated(self) -> Tensor:
+        """Logits of three forwards with different random numbers, [3, N, classes]."""
+        draws = [self.logits(self.x, draw=draw) for draw in range(3)]
+        return torch.stack(draws)
+
+    @cached_property
+    def random(self) -> Tensor:
+        """Images whose logits differ between forwards by more than rounding, [N] bool."""
+        first = self.repeated[0]
+        difference = (self.repeated - first).abs().amax((0, 2))
+        largest = first.abs().amax(1).clamp(min=1e-12)
+        return difference > 1e-4 * largest
+
+    @cached_property
+    def right(self) -> Tensor:
+        """Images classified right in every forward, [N] bool."""
+        return (self.repeated.argmax(2) == self.y).all(0)
+
+    @property
+    def diameter(self) -> float:
+        """Radius with which the ball around any image holds all of [0, 1]."""
+        return 1.0 if self.threat.norm == "Linf" else self.x[0].numel() ** 0.5
+
+    def rate(self, fooled: Tensor) -> float:
+        """Share of the images classified right."""
+        return int(fooled.sum()) / int(self.right.sum())
+
+    @torch.no_grad()
+    def logits(self, x: Tensor, *, draw: int = 0) -> Tensor:
+        """Logits in float64, with the random numbers of a draw."""
+        with seeded_globals(self._seed("forward", draw), x.device):
+            return check_logits(self.model(x), self.y).double()
+
+    def fooled(self, x_adv: Tensor) -> Tensor:
+        """Images classified right that ``x_adv`` turns wrong, in each of three forwards if outputs
+        are random.
+        """
+        draws = range(3, 6) if bool(self.random.any()) else range(1)
+        wrong = self.right
+        for draw in draws:
+            wrong = wrong & (self.logits(x_adv, draw=draw).argmax(1) != self.y)
+        return wrong
+
+    @cached_property
+    def white_box(self) -> Tensor:
+        """Images that the attack with the model's own gradient fools, [N] bool."""
+        return self.fooled(self.attack())
+
+    def losses(self, x: Tensor) -> Tensor:
+        """``max_{j != y} z_j - z_y`` of every image, a mean over several forwards if outputs are
+        random.
+        """
+        draws = max(self.eot_samples, 8) if bool(self.random.any()) else 1
+        losses = [-margin(self.logits(x, draw=draw), self.y) for draw in range(draws)]
+        return torch.stack(losses).mean(0)
+
+    @cached_property
+    def gradients(self) -> Gradients:
+        """Gradients at the images, from one forward and backward pass."""
+        x = self.x.detach().clone().requires_grad_()
+        with torch.enable_grad(), seeded_globals(self._seed("gradient"), x.device):
+            logits = check_logits(self.model(x), self.y)
+            own = margin(logits, self.y)
+            grad = (
+                torch.autograd.grad(-own.sum(), x, allow_unused=True)[0]
+                if own.requires_grad
+                else None
+            )
+        elements = torch.zeros_like(x) if grad is None else grad
+        room = torch.where(elements > 0, 1 - x.detach(), x.detach())
+        spread = logits.amax(1) - logits.amin(1)
+        reach = elements.double().abs() * room
+        return Gradients(
+            elements.flatten(1).double(),
+            own.detach().double(),
+            spread.detach().double(),
+            reach.flatten(1).sum(1),
+            grad is not None,
+        )
+
+    def attack(
+        self, *, eps: float | None = None, steps: int | None = None, source: nn.Module | None = None
+    ) -> Tensor:
+        """Images after PGD from the clean image: the best iterate on the model, the last one on
+        another ``source``.
+        """
+        eps = self.threat.eps if eps is None else eps
+        steps = self.steps if steps is None else steps
+        return self._pgd(
+            self.model if source is None else source, eps, steps, step_size=2.5 * eps / steps
+        )
+
+    def strong_attack(self, name: str) -> Tensor:
+        """Images after APGD with an estimator, for models that are modules."""
+        assert isinstance(self.model, nn.Module)  # only spiking networks are compared
+        with estimator(name)(self.model) as crafting, taken_for_checked():
+            return apgd(
+                crafting,
+                self.x,
+                self.y,
+                eps=self.threat.eps,
+                norm=self.threat.ball,
+                steps=2 * self.steps,
+                eot_samples=self.eot_samples,
+                generator=self._generator(),
+            )
+
+    def single_step(self) -> Tensor:
+        """Images after one step to the border of the ball."""
+        return self._pgd(self.model, self.threat.eps, 1, step_size=self.threat.eps)
+
+    def noise(self, draw: int) -> Tensor:
+        """Images after random noise of the full size: a corner of the Linf ball or a point of the
+        L2 sphere.
+        """
+        generator = torch.Generator().manual_seed(self._seed("noise", draw))
+        direction = torch.randn(self.x.shape, generator=generator, dtype=torch.float64)
+        return self.moved(direction.to(self.x.device))
+
+    def moved(self, direction: Tensor, share: float = 1.0) -> Tensor:
+        """Images after a step along a direction, steepest in the norm, over a share of the
+        radius.
+        """
+        x, eps = self.x, share * self.threat.eps
+        if self.threat.norm == "Linf":
+            low, high = linf_bounds(x, eps=eps)
+            return (x + eps * direction.sign().to(x.dtype)).clamp(low, high)
+        length = l2_norm(direction)
+        length = torch.where(length > 0, length, 1.0)
+        step = direction.double() / per_sample(length, direction)
+        return project_l2(x + eps * step.to(x.dtype), x, eps=eps)
+
+    def unbounded(self) -> Tensor:
+        """Images after an attack that may go anywhere in [0, 1]."""
+        return self.attack(eps=self.diameter, steps=max(2 * self.steps, 40))
+
+    def substitute(self) -> nn.Module:
+        """A small network fitted to the logits of the model on noisy copies of the images: a black
+        box's stand-in.
+        """
+        copies = min(
+            64, max(6, 2**26 // self.x.numel())
+        )  # a quarter of a gigabyte at most, unless images are huge
+        generator = torch.Generator().manual_seed(self._seed("copies"))
+        radius = self.threat.eps / self.diameter  # per pixel
+        with torch.no_grad():
+            inputs, targets = [], []
+            for copy in range(copies):
+                size = (1.0, 2.0, 4.0)[copy % 3] * radius
+                noise = torch.rand(self.x.shape, generator=generator).to(self.x) * 2 - 1
+                inputs.append((self.x + size * noise).clamp(0, 1))
+                targets.append(self.logits(inputs[-1], draw=copy))
+        network = _fitted(torch.cat(inputs), torch.cat(targets), seed=self._seed("fit"))
+        return network.to(self.x.dtype)
+
+    def _pgd(self, model: Model, eps: float, steps: int, *, step_size: float) -> Tensor:
+        """PGD from the clean image; what is crafted elsewhere keeps its last iterate, as it fools
+        that one too soon.
+        """
+        own = model is self.model
+        if own and not self.gradients.connected:
+            return self.x.clone()
+        with taken_for_checked():
+            return pgd(
+                model,
+                self.x,
+                self.y,
+                eps=min(eps, self.diameter),
+                step_size=step_size,
+                steps=steps,
+                norm=self.threat.ball,
+                random_start=False,
+                eot_samples=self.eot_samples,
+                keep_best=own,
+                generator=self._generator(),
+            )
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self._seed("attack"))
+
+    def _seed(self, *labels: int | str) -> int:
+        return SampleSeeds([self.seed]).derived(*labels).single()
+
+
+def _fitted(inputs: Tensor, targets: Tensor, *, seed: int) -> nn.Module:
+    """A layer of random features under one that is fitted to standardised logits by least squares,
+    which no optimizer is needed for.
+
+    Source: Rahimi and Recht, "Random features for large-scale kernel machines" (NeurIPS 2007).
+    """
+    x = inputs.flatten(1).double()
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(_FEATURES, x.shape[1], generator=generator, dtype=torch.float64)
+    shift = 2 * torch.rand(_FEATURES, generator=generator, dtype=torch.float64) - 1
+    hidden = nn.Linear(x.shape[1], _FEATURES, dtype=torch.float64, device=x.device)
+    last = nn.Linear(_FEATURES, targets.shape[1], dtype=torch.float64, device=x.device)
+    wanted = (targets.double() - targets.mean()) / targets.std().clamp(min=1e-6)
+    with torch.no_grad():
+        hidden.weight.copy_(_SLOPE / x.shape[1] ** 0.5 * weight)
+        hidden.bias.copy_(shift.to(x.device) - hidden.weight @ x.mean(0))
+        features = nn.functional.softplus(hidden(x))
+        features = torch.cat((features, torch.ones_like(x[:, :1])), dim=1)
+        square = features.T @ features
+        square.diagonal().add_(_RIDGE * len(x))
+        fitted = torch.linalg.solve(square, features.T @ wanted)
+        last.weight.copy_(fitted[:-1].T)
+        last.bias.copy_(fitted[-1])
+    return nn.Sequential(nn.Flatten(), hidden, nn.Softplus(), last)

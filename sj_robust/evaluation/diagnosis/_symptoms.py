@@ -1,0 +1,365 @@
+"""Each symptom of gradient masking, measured by a probe and told in plain words with its
+numbers.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust.evaluation.diagnosis._probe import Probe
+from sj_robust.evaluation.diagnosis.activity import LayerActivity
+from sj_robust.evaluation.intervals import (
+    extent,
+    paired_difference_interval,
+    wilson_interval,
+)
+
+__all__ = [
+    "THRESHOLDS",
+    "Finding",
+    "attacks",
+    "clean_errors",
+    "estimators_compared",
+    "gradients",
+    "layers",
+    "randomness",
+    "transfer",
+]
+
+THRESHOLDS: Mapping[str, float] = MappingProxyType(
+    {
+        "clean_errors": 0.9,
+        "random_outputs": 0.0,
+        "silent_layers": 0.95,
+        "saturated_layers": 0.5,
+        "zero_gradients": 0.5,
+        "tiny_gradients": 0.1,
+        "flat_loss": 0.1,
+        "saturated_loss": 0.1,
+        "loss_does_not_rise": 0.1,
+        "noise_beats_attack": 0.05,
+        "single_step_beats_iterative": 0.05,
+        "more_steps_fool_fewer": 0.05,
+        "larger_budget_fools_fewer": 0.05,
+        "unbounded_attack_fails": 0.0,
+        "transfer_beats_white_box": 0.05,
+        "other_estimator_stronger": 0.05,
+    }
+)
+"""Largest value with which each finding passes: shares in [0, 1]. ``clean_errors`` is relative to
+guessing; a share of images beside it fails only if its 95 % interval lies above."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One symptom of gradient masking, measured. 一项梯度掩蔽诊断结果。
+
+    Attributes:
+        name: Name of the symptom, a key of ``THRESHOLDS``.
+        value: Extent of the symptom in [0, 1]; the lower the better.
+        threshold: Largest value that passes.
+        passed: Whether ``value <= threshold``, or for a share of images, whether its 95 % interval
+            reaches down to it.
+        meaning: What was measured and what it says, in plain words with its numbers.
+        remedy: What to do where it fails.
+        count: How many images show it; None where it is no share of images.
+        total: Of how many.
+
+    Examples:
+        >>> print(Finding("zero_gradients", 0.75, 0.5, False, "75 % are zero.", "Try others."))
+        FAILED zero_gradients: 0.75 (at most 0.5). 75 % are zero. Try others.
+    """
+
+    name: str
+    value: float
+    threshold: float
+    passed: bool
+    meaning: str
+    remedy: str
+    count: int | None = None
+    total: int | None = None
+
+    def __str__(self) -> str:
+        state, remedy = ("passed", "") if self.passed else ("FAILED", f" {self.remedy}")
+        return (
+            f"{state} {self.name}: {self.extent} (at most {self.threshold:.3g}). "
+            f"{self.meaning}{remedy}"
+        )
+
+    @property
+    def extent(self) -> str:
+        """The value, with its count and interval where it is a share of images."""
+        return extent(self.value, self.count, self.total)
+
+
+_FLAT = 0.1  # of the way to the decision boundary, which the gradient has to promise within [0, 1]
+_RESOLUTION = 2.0**-23  # of float32, relative to the logits
+
+
+def clean_errors(probe: Probe) -> Finding:
+    """What the network gets wrong without any attack."""
+    guessing = 1 - 1 / probe.repeated.shape[2]
+    errors = 1 - float(probe.right.double().mean())
+    threshold = THRESHOLDS["clean_errors"] * guessing
+    return Finding(
+        "clean_errors",
+        errors,
+        threshold,
+        errors <= threshold,
+        f"The network gets {errors:.0%} of the images wrong without any attack; guessing gets "
+        f"{guessing:.0%} wrong. A network that is wrong anyway cannot be robust.",
+        "Check the weights, the normalisation and the labels before attacking.",
+        count=int((~probe.right).sum()),
+        total=len(probe.right),
+    )
+
+
+def randomness(probe: Probe) -> Finding:
+    """Images whose logits are others in another forward."""
+    value = float(probe.random.double().mean())
+    return _share(
+        "random_outputs",
+        probe.random,
+        f"{value:.0%} of the images get other logits in another forward. A gradient of one draw "
+        "points where another draw does not, so a plain attack is weaker than it seems.",
+        "Attack the average: eot_samples >= 10 here and in every attack, and count an image as "
+        "fooled only if several fresh draws are wrong (draws of the suites).",
+    )
+
+
+def layers(activity: Sequence[LayerActivity]) -> list[Finding]:
+    """The layers that fire least and most."""
+    quiet = max(activity, key=lambda layer: layer.silent)
+    loud = max(activity, key=lambda layer: layer.saturated)
+    return [
+        _finding(
+            "silent_layers",
+            quiet.silent,
+            f"In layer {quiet.layer!r} ({quiet.neuron}) {quiet.silent:.0%} of the neurons never "
+            "fire on these images, the most of all layers. What never fires passes nothing on, "
+            "neither images nor attacks.",
+            "Lower v_threshold, scale the input or the weights up or put batch norm before the "
+            "layer, and train again; do not report the robustness of a network with a dead layer.",
+        ),
+        _finding(
+            "saturated_layers",
+            loud.saturated,
+            f"In layer {loud.layer!r} ({loud.neuron}) {loud.saturated:.0%} of the neurons fire "
+            "in every step of every image, the most of all layers. Such a neuron tells nothing "
+            "of the image.",
+            "Raise v_threshold, scale the input or the weights down or put batch norm before the "
+            "layer, and train again.",
+        ),
+    ]
+
+
+def gradients(probe: Probe) -> list[Finding]:
+    """Findings on the gradient at the clean images."""
+    found = probe.gradients
+    size = found.elements.abs()
+    zero = float((size == 0).double().mean())
+    least = _RESOLUTION * found.spread[:, None]
+    tiny = float(((size > 0) & (size < least)).double().mean())
+    flat = found.reach <= _FLAT * found.margin.abs()
+    saturated = found.margin > 24 * math.log(2)
+    return [
+        _finding(
+            "zero_gradients",
+            zero,
+            f"{zero:.0%} of the gradient's elements are exactly zero. A gradient attack does not "
+            "move these pixels, whatever they could do.",
+            "Look for a clamp, a rounding or a saturated activation before the network, and for "
+            "neurons without a gradient (wrap the network in SpikingClassifier); attack with "
+            "wider surrogates (estimators atan:4, triangle:1), with the masking layer replaced "
+            "by the identity in the backward pass, and with Square, which needs no gradient.",
+        ),
+        _finding(
+            "tiny_gradients",
+            tiny,
+            f"{tiny:.0%} of the gradient's elements are not zero but so small that moving the "
+            "pixel over its whole range would not change the logits by one float32 rounding. The "
+            "sign of such an element is chance.",
+            "The surrogate is too narrow or an input layer saturated: attack with wider "
+            "surrogates (estimators atan:4, triangle:1), in float64, and with Square, which "
+            "needs no gradient.",
+        ),
+        _share(
+            "flat_loss",
+            flat,
+            f"For {_percent(flat)} of the images the gradient promises, all the way to black or "
+            "white, less than a tenth of the way to another class. Other classes lie within that "
+            "range: the slope is not to be believed.",
+            "The surrogate is too narrow or an input layer saturated: try other surrogate shapes "
+            "and widths, and transfer attacks from an undefended network.",
+        ),
+        _share(
+            "saturated_loss",
+            saturated,
+            f"For {_percent(saturated)} of the images the probability of the label is 1 in "
+            "float32, where cross entropy has lost its gradient although the logits have one.",
+            "Attack with APGD-DLR (loss='dlr'), which no scale of the logits can flatten.",
+        ),
+        _rise(probe),
+    ]
+
+
+def _rise(probe: Probe) -> Finding:
+    before = probe.losses(probe.x)
+    direction = probe.gradients.elements.view_as(probe.x)
+    rises = [probe.losses(probe.moved(direction, share)) > before for share in (0.5, 1.0, 2.0)]
+    still = ~torch.stack(rises).any(0)
+    return _share(
+        "loss_does_not_rise",
+        still,
+        f"For {_percent(still)} of the images the true loss rises neither half a radius, nor "
+        "one, nor two along the direction that the gradient calls the steepest.",
+        "The gradient points astray: attack with other estimators and with EoT if the outputs "
+        "are random, and check the direction by finite differences on single images.",
+    )
+
+
+def attacks(probe: Probe) -> list[Finding]:
+    """Findings that compare attacks on the images that are classified right."""
+    attack, single = probe.white_box, probe.fooled(probe.single_step())
+    draws = [probe.fooled(probe.noise(draw)) for draw in range(10)]
+    noise = torch.stack(draws).any(0)
+    long = probe.fooled(probe.attack(steps=4 * probe.steps))
+    rate = probe.rate
+    return [
+        _comparison(
+            probe,
+            "noise_beats_attack",
+            noise & ~attack,
+            f"The best of ten draws of random noise of the full radius fools {rate(noise):.0%} "
+            f"of the images, the attack {rate(attack):.0%}.",
+            "The attack searches worse than chance: attack with other estimators, with restarts "
+            "from random starts, and with Square.",
+        ),
+        _comparison(
+            probe,
+            "single_step_beats_iterative",
+            single & ~attack,
+            f"A single step of the full radius fools {rate(single):.0%} of the images, "
+            f"{probe.steps} steps {rate(attack):.0%}.",
+            "Gradients near the image lead iterations into a dead end: attack with random starts "
+            "and restarts, larger steps and wider surrogates.",
+        ),
+        _comparison(
+            probe,
+            "more_steps_fool_fewer",
+            attack & ~long,
+            f"{probe.steps} steps fool {rate(attack):.0%} of the images, {4 * probe.steps} steps "
+            f"{rate(long):.0%}.",
+            "The attack does not converge: use APGD, which chooses its step size, with restarts, "
+            "and keep every iterate that fools.",
+        ),
+        *_budgets(probe, attack),
+    ]
+
+
+def _budgets(probe: Probe, attack: Tensor) -> Iterator[Finding]:
+    eps, rates, drops = probe.threat.eps, [], [torch.zeros_like(attack)]
+    before = attack
+    for radius in (2 * eps, 4 * eps):
+        if radius < probe.diameter:
+            after = probe.fooled(probe.attack(eps=radius))
+            drops.append(before & ~after)
+            rates.append(f"{probe.rate(after):.0%} at {radius:.3g}")
+            before = after
+    yield _comparison(
+        probe,
+        "larger_budget_fools_fewer",
+        max(drops, key=lambda drop: int(drop.sum())),
+        "The attack fools "
+        f"{', '.join([f'{probe.rate(attack):.0%} of the images at eps {eps:.3g}', *rates])}.",
+        "A larger ball holds the smaller one, so the attack is lost in it: use APGD with "
+        "restarts and other estimators.",
+    )
+    left = (~probe.fooled(probe.unbounded()))[probe.right]
+    yield _share(
+        "unbounded_attack_fails",
+        left,
+        f"An attack that may change every pixel at will leaves {_percent(left)} of the images "
+        "right, although it could paint another class.",
+        "The gradient does not lead to what surely exists: attack with wider surrogates, with "
+        "the masking layer replaced by the identity in the backward pass, by transfer and with "
+        "Square.",
+    )
+
+
+def transfer(probe: Probe, source: nn.Module | None) -> Finding:
+    """Images crafted on another network beside those crafted with the own gradient."""
+    crafting = probe.substitute() if source is None else source
+    attack, transferred = probe.white_box, probe.fooled(probe.attack(source=crafting))
+    origin = "a stand-in fitted to the model's answers" if source is None else "the source network"
+    return _comparison(
+        probe,
+        "transfer_beats_white_box",
+        transferred & ~attack,
+        f"Images crafted on {origin} fool {probe.rate(transferred):.0%}, those crafted with the "
+        f"model's own gradient {probe.rate(attack):.0%}.",
+        "The model's own gradient knows less than a stranger's: attack with other estimators, by "
+        "transfer from several undefended networks and with Square, and report the worst case "
+        "per image.",
+    )
+
+
+def estimators_compared(probe: Probe, names: Sequence[str]) -> Finding:
+    """The same attack with the training surrogate and with other gradient estimators."""
+    fooled = {"training": probe.fooled(probe.strong_attack("training"))}
+    skipped = ""
+    for name in names:
+        try:
+            fooled[name] = probe.fooled(probe.strong_attack(name))
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            skipped += f" {name} could not be tried: {error}."
+    best = max(fooled, key=lambda name: int(fooled[name].sum()))
+    listed = ", ".join(f"{name} {1 - probe.rate(images):.0%}" for name, images in fooled.items())
+    stronger, usual = fooled[best], fooled["training"]
+    gained, lost = int((stronger & ~usual).sum()), int((usual & ~stronger).sum())
+    total = int(probe.right.sum())
+    return _finding(
+        "other_estimator_stronger",
+        (gained - lost) / total,
+        "Of the images classified right the same attack leaves, by gradient estimator: "
+        f"{listed}. The surrogate of the training overstates robustness by the difference to the "
+        f"best.{skipped}",
+        "Report the worst case over estimators (suites fast and standard), not the attack with "
+        f"the training surrogate alone; {best} is a good start.",
+        lowest=paired_difference_interval(gained, lost, total)[0],
+    )
+
+
+def _finding(
+    name: str, value: float, meaning: str, remedy: str, *, lowest: float | None = None
+) -> Finding:
+    """A finding that fails if its value, or the lower end of its interval (``lowest``), is above
+    the threshold.
+    """
+    threshold = THRESHOLDS[name]
+    return Finding(
+        name, value, threshold, (value if lowest is None else lowest) <= threshold, meaning, remedy
+    )
+
+
+def _share(name: str, shown: Tensor, meaning: str, remedy: str) -> Finding:
+    """A finding on the share of the images that show something, [N] bool."""
+    count, total = int(shown.sum()), len(shown)
+    found = _finding(name, count / total, meaning, remedy, lowest=wilson_interval(count, total)[0])
+    return replace(found, count=count, total=total)
+
+
+def _comparison(probe: Probe, name: str, weaker: Tensor, meaning: str, remedy: str) -> Finding:
+    """A finding on the images that fall to the weaker attack alone, of those classified right."""
+    alone = weaker[probe.right]
+    return _share(
+        name, alone, f"{meaning} {_percent(alone)} fall to the weaker attack alone.", remedy
+    )
+
+
+def _percent(shown: Tensor) -> str:
+    return f"{shown.double().mean():.0%}"

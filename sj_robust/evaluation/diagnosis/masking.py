@@ -1,0 +1,138 @@
+"""Gradient masking: is a network robust, or do its gradients merely lead attacks astray?"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust.attacks.call import Model
+from sj_robust.attacks.threat import ThreatModel
+from sj_robust.core.checks import check_count, check_images, check_labels, check_model
+from sj_robust.core.host import from_reset
+from sj_robust.evaluation.diagnosis import _symptoms
+from sj_robust.evaluation.diagnosis._probe import Probe
+from sj_robust.evaluation.diagnosis._symptoms import THRESHOLDS, Finding
+from sj_robust.evaluation.diagnosis.activity import firing
+from sj_robust.evaluation.run.member import check_estimator
+
+__all__ = ["ESTIMATORS_COMPARED", "THRESHOLDS", "Finding", "diagnose"]
+
+ESTIMATORS_COMPARED = ("triangle:0.5", "triangle:1", "atan:4", "assg")
+"""Gradient estimators that :func:`diagnose` compares with the training surrogate unless told
+otherwise.
+"""
+
+
+def diagnose(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat: ThreatModel,
+    seed: int,
+    estimators: Sequence[str] | None = (),
+    source: nn.Module | None = None,
+    steps: int = 20,
+    eot_samples: int = 1,
+) -> tuple[Finding, ...]:
+    """Look for signs that the gradients, not the network, withstand attacks. 梯度掩蔽诊断。
+
+    Every finding is a symptom with its extent in [0, 1] and passes while ``value <= threshold``. A
+    finding that passes proves nothing; one that fails says that accuracies under gradient attacks
+    are too high to be reported.
+
+    Equation: comparisons are per image, ``value = mean_n [weaker attack fools n and stronger attack
+    does not]`` over the images that are classified right. Attacks are PGD from the clean image with
+    ``step_size = 2.5 * eps / steps``, those of the estimators APGD on cross entropy.
+
+    Args:
+        model: Images [N, ...] in [0, 1] to logits; any network, spiking ones inside a
+            ``SpikingClassifier``.
+        x: Some tens of images; 40 serve well.
+        y: Their labels [N] int64.
+        threat: Norm and radius, > 0.
+        seed: Seeds all randomness, a stochastic network's included; same seed, same findings.
+        estimators: Names of gradient estimators to compare with the training surrogate; the empty
+            tuple takes ``ESTIMATORS_COMPARED``, None skips the comparison, as do networks without
+            spiking neurons.
+        source: Another network for the same images, on which the transfer attack is crafted, best
+            one trained without a defence. Without one a small stand-in is fitted to the model's
+            answers on noisy copies of ``x``: it sees no gradient of the model, but few images, so
+            its attack is weak and misses more than a real ``source``.
+        steps: Steps of the attacks.
+        eot_samples: Forwards averaged per step, for a stochastic network.
+
+    Returns:
+        The findings in a fixed order. Those of spiking layers and estimators are there for spiking
+        networks alone, and without any image classified right there is no attack to be compared.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If there is no image, images or labels do not fit, ``threat.eps`` is 0, a count
+            is below 1, or an estimator is unknown.
+
+    Source: Athalye et al. (ICML 2018), section 3.1; Carlini et al. (arXiv 1902.06705); the
+        comparison of surrogates follows the attacks on spiking networks of Hao et al. (ICLR 2024)
+        and arXiv 2512.22522.
+
+    Examples:
+        >>> weight = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+        >>> x = torch.tensor([[0.6, 0.5], [0.9, 0.1], [0.2, 0.4], [0.3, 0.8]])
+        >>> y = torch.tensor([0, 0, 1, 1])
+        >>> findings = diagnose(
+        ...     lambda x: x @ weight.T, x, y, threat=ThreatModel("Linf", 0.1), seed=0
+        ... )
+        >>> [finding.name for finding in findings if not finding.passed]
+        []
+    """
+    check_model(model)
+    check_images(x)
+    check_labels(y, x)
+    check_count("steps", steps)
+    check_count("eot_samples", eot_samples)
+    if len(x) == 0:
+        raise ValueError("x must hold at least one image, got none; some tens serve well")
+    if not isinstance(threat, ThreatModel):
+        raise TypeError(
+            f"threat must be a ThreatModel, got {type(threat).__name__}; use ThreatModel('Linf', "
+            "8 / 255)"
+        )
+    if threat.eps == 0:
+        raise ValueError("threat.eps must be > 0 to attack at all, got 0")
+    if threat.of_events:
+        raise ValueError(
+            "threat.norm must be 'Linf' or 'L2', whose attacks move values a little, got "
+            f"{threat.norm!r}"
+        )
+    names = (
+        ESTIMATORS_COMPARED
+        if estimators is not None and len(estimators) == 0
+        else tuple(estimators or ())
+    )
+    for name in names:
+        check_estimator(name)
+    activity = firing(model, x, seed=seed) if isinstance(model, nn.Module) else ()
+    with (
+        torch.inference_mode(False),
+        from_reset(model, seed, x.device),
+        from_reset(source, seed, x.device),
+    ):
+        probe = Probe(
+            model,
+            x.detach().clone(),
+            y.clone(),
+            threat=threat,
+            seed=seed,
+            steps=steps,
+            eot_samples=eot_samples,
+        )
+        findings = [_symptoms.clean_errors(probe), _symptoms.randomness(probe)]
+        if activity:
+            findings += _symptoms.layers(activity)
+        findings += _symptoms.gradients(probe)
+        if bool(probe.right.any()):
+            findings += _symptoms.attacks(probe)
+            findings.append(_symptoms.transfer(probe, source))
+            if activity and names and probe.gradients.connected:
+                findings.append(_symptoms.estimators_compared(probe, names))
+    return tuple(findings)

@@ -1,0 +1,1 @@
+"""What is made of a result: verdict, table, figures, page, comparison."""

@@ -1,0 +1,341 @@
+"""Figures, drawn from reports; drawing needs matplotlib (extra ``recipes``)."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sj_robust.attacks.threat import eps_text, parse_eps
+from sj_robust.core.shown import (
+    BLUE,
+    COLOURS,
+    GREY,
+    ORANGE,
+    common_scale,
+    heat_map,
+    new_figure,
+    print_style,
+)
+from sj_robust.evaluation.intervals import wilson_interval
+from sj_robust.evaluation.report.levels import WHATS, What, intact, kinds, levels, levels_budget
+from sj_robust.evaluation.report.verdict import budget
+from sj_robust.evaluation.result import Accuracy, Evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["figures"]
+
+_OF_EVENTS = {"L0": "events added or removed", "moves": "events moved in time"}
+_LEVEL_LOOKS: dict[What, tuple[str, str]] = {
+    "clean": (BLUE, "o-"),
+    "attacked": (ORANGE, "s--"),
+}
+_BAR_LOOKS = {
+    "clean": (GREY, ""),
+    "member": (BLUE, ""),
+    "control": (GREY, "////"),
+    "worst case": (ORANGE, "xxxx"),
+    "verified": (GREY, "\\\\\\\\"),
+}
+_SHOWN_ATTACKS = 6
+"""Heat maps of further attacks."""
+
+
+@print_style()
+def figures(report: Evaluation, *, columns: int = 2) -> dict[str, "Figure"]:
+    """The figures of a report by name, not yet written. 报告的图。
+
+    Args:
+        report: What to draw.
+        columns: Panels side by side in the figure of several panels.
+
+    Returns:
+        Of a suite ``accuracy_over_eps``, ``attacks``, ``potential`` (of the first attack within the
+        threat) and ``potential_more`` (of the others), as far as the report holds numbers for them;
+        of a stress test, a vote or a training the one figure ``""``.
+
+    Raises:
+        ValueError: If the report holds no figures at all.
+    """
+    if report.suite in ("stress", "corruptions"):
+        return {"": _levels(report)}
+    if report.suite == "vote":
+        return {"": _vote(report)}
+    if report.suite == "training":
+        return {"": _training(report)}
+    found = {}
+    if report.over_eps:
+        found["accuracy_over_eps"] = _accuracy_over_eps(report)
+    found["attacks"] = _attacks(report)
+    if report.potential:
+        kept = {row.member for row in report.attacks if report.within(row)}
+        rows = [row for row in report.potential if not row["member"].startswith("control/")]
+        first = next((row for row in rows if row["member"] in kept), rows[0])
+        found["potential"] = _potential([first], 1)
+        others = _different([row for row in rows if row is not first])
+        if others:
+            found["potential_more"] = _potential(others, columns)
+    return found
+
+
+def _accuracy_over_eps(report: Evaluation) -> "Figure":
+    figure = new_figure(3.8, 2.8)
+    axes = figure.subplots()
+    points = report.over_eps
+    here = 0.0 if report.threat is None else report.threat.eps
+    norm = "" if report.threat is None else report.threat.norm
+    texts = [*(point.eps for point in points), eps_text(here)]
+    unit = 255 if any(text.endswith("/255") for text in texts) else 1
+    places = [unit * parse_eps(point.eps) for point in points]
+    shares = [100 * point.correct / point.total for point in points]
+    ends = [wilson_interval(point.correct, point.total) for point in points]
+    low = [100 * end[0] for end in ends]
+    high = [100 * end[1] for end in ends]
+    axes.fill_between(places, low, high, color=BLUE, alpha=0.2, linewidth=0)
+    label = points[-1].attack
+    axes.plot(places, shares, "o-", color=BLUE, markersize=4, label=label)
+    proved = {point.eps: point.verified for point in points if point.verified is not None}
+    if proved:
+        lowest = [100 * one.accuracy for one in proved.values()]
+        within = [unit * parse_eps(eps) for eps in proved]
+        axes.plot(within, lowest, "v--", color=GREY, markersize=4, label="verified")
+        if within == places:
+            _hatched(axes, places, lowest, shares)
+    if report.control is not None:
+        _summary(axes, unit * here, report.control, "control", "s", GREY)
+    _summary(axes, unit * here, report.everything, "worst case of everything", "D", ORANGE)
+    in_units = ", in 1/255" if unit == 255 else ""
+    axes.set_xlabel(_OF_EVENTS.get(norm, f"eps, {norm}{in_units}"))
+    axes.set_ylabel("accuracy, %")
+    axes.set_xlim(left=0)
+    axes.set_ylim(-2, 102)
+    axes.legend()
+    return figure
+
+
+def _hatched(axes: "Axes", places: Sequence[float], low: Sequence[float], high: Any) -> None:
+    axes.fill_between(places, low, high, facecolor="none", edgecolor=GREY, hatch="///", linewidth=0)
+
+
+def _summary(
+    axes: "Axes", place: float, one: Accuracy, label: str, marker: str, color: str
+) -> None:
+    """One accuracy at a radius with its interval; a square shows around a diamond."""
+    low, high = (100 * end for end in one.interval)
+    middle = 100 * one.accuracy
+    around = marker == "s"
+    axes.errorbar(
+        place,
+        middle,
+        [[middle - low], [high - middle]],
+        fmt=marker,
+        capsize=4,
+        label=label,
+        color=color,
+        ms=9 if around else 5,
+        markerfacecolor="none" if around else color,
+    )
+
+
+def _attacks(report: Evaluation) -> "Figure":
+    """Bars from the first attack to the last, hollow beyond the threat; control and worst case
+    below, hatched.
+    """
+    beyond = {row.member for row in report.attacks if not report.within(row)}
+    shown = [
+        one
+        for one in report.accuracies
+        if not one.name.startswith("control/") and "@" not in one.name
+    ]
+    figure = new_figure(4.2, 0.6 + 0.2 * len(shown))
+    axes = figure.subplots()
+    for place, one in enumerate(shown):
+        _bar(axes, place, one, hollow=one.name in beyond)
+    axes.set_yticks(range(len(shown)), [one.name for one in shown], fontsize=7)
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.set_xlim(0, 112)
+    axes.set_xticks(range(0, 101, 25))
+    axes.grid(visible=False)
+    axes.set_xlabel(f"accuracy left, % ({budget(report.threat)}; whiskers 95 %)")
+    return figure
+
+
+def _bar(axes: "Axes", place: int, one: Accuracy, *, hollow: bool) -> None:
+    color, hatch = _BAR_LOOKS.get(one.kind, (ORANGE, "...."))
+    share = 100 * one.accuracy
+    low, high = (100 * end for end in one.interval)
+    alpha = 0.5 if hatch else 0.8
+    inside = 0.0 if hollow else alpha
+    axes.barh(place, share, 0.72, color=color, alpha=inside, linewidth=0)
+    axes.barh(
+        place,
+        share,
+        0.72,
+        facecolor="none",
+        edgecolor=color,
+        hatch=hatch,
+        linewidth=1.0,
+    )
+    whiskers = [[share - low], [high - share]]
+    ink = axes.spines["left"].get_edgecolor()
+    axes.errorbar(share, place, xerr=whiskers, fmt="none", ecolor=ink, capsize=2)
+    text, beside = f"{share:.1f}", (3, 0)
+    axes.annotate(text, (high, place), beside, textcoords="offset points", va="center", fontsize=7)
+
+
+def _potential(rows: Sequence[Mapping[str, Any]], columns: int) -> "Figure":
+    """A heat map per attack, one scale for all."""
+    columns = min(columns, len(rows))
+    down = math.ceil(len(rows) / columns)
+    layers = max(len(row["layers"]) for row in rows)
+    figure = new_figure(0.4 + 4.2 * columns, 0.8 + (0.65 + 0.24 * layers) * down)
+    panels = figure.subplots(down, columns, squeeze=False)
+    scale = common_scale(_values(rows))
+    for axes, row in zip(panels.flat, rows, strict=False):
+        mesh = heat_map(axes, row["layers"], scale)
+        axes.set_title(f"{row['member']} ({row['samples']} images)")
+    for axes in panels.flat[len(rows) :]:
+        axes.set_axis_off()
+    for axes in panels[-1]:
+        axes.set_xlabel("time step")
+    bar = figure.colorbar(mesh, ax=list(panels.flat), shrink=min(1.0, 2.0 / down))
+    bar.set_label("MS-MPPD")
+    bar.ax.tick_params(which="both", labelsize=7)
+    return figure
+
+
+def _values(rows: Sequence[Mapping[str, Any]]) -> Iterable[float]:
+    for row in rows:
+        for steps in row["layers"].values():
+            yield from steps
+
+
+def _different(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of different attacks first, then the ones with most images; in their own order."""
+    kinds_seen: set[str] = set()
+    first: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
+    for row in rows:
+        kind = row["member"].split("/")[0].split("@")[0]
+        (others if kind in kinds_seen else first).append(row)
+        kinds_seen.add(kind)
+    ranked = [*_by_samples(first), *_by_samples(others)]
+    return [row for row in rows if row in ranked[:_SHOWN_ATTACKS]]
+
+
+def _by_samples(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: -row["samples"])
+
+
+def _levels(report: Evaluation) -> "Figure":
+    """A panel per kind of fault: accuracy over its levels, clean and attacked."""
+    names = kinds(report)
+    columns = min(4, max(1, len(names)))
+    down = max(1, math.ceil(len(names) / columns))
+    figure = new_figure(0.6 + 2.4 * columns, 0.5 + 2.1 * down)
+    panels = figure.subplots(down, columns, squeeze=False, sharey=True)
+    for axes, kind in zip(panels.flat, names, strict=False):
+        _levels_of(axes, report, kind)
+    for axes in panels.flat[len(names) :]:
+        axes.set_axis_off()
+    for axes in panels[:, 0]:
+        axes.set_ylabel("accuracy, %", fontsize=8)
+    attack = f"{report.description} at {levels_budget(report.threat)}"
+    title = f"{report.name}: clean (circles), {attack} (squares); dots: intact"
+    figure.suptitle(title, size=8)
+    return figure
+
+
+def _levels_of(axes: "Axes", report: Evaluation, kind: str) -> None:
+    found = levels(report, kind)
+    places = range(len(found))
+    for what in WHATS:
+        color, look = _LEVEL_LOOKS[what]
+        ends = [one.interval(what) for one in found]
+        low = [end[0] for end in ends]
+        high = [end[1] for end in ends]
+        shares = [100 * one.mean(what) / one.images for one in found]
+        axes.fill_between(places, low, high, color=color, alpha=0.2, lw=0)
+        axes.plot(places, shares, look, color=color, ms=4)
+        whole = intact(report)
+        middle = 100 * whole.mean(what) / whole.images
+        axes.axhline(middle, color=GREY, lw=0.8, ls=":")
+    axes.set_title(kind, fontsize=8)
+    axes.set_xticks(places, [f"{one.level:g}" for one in found], fontsize=7)
+    axes.set_ylim(-2, 102)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.grid(alpha=0.3)
+
+
+def _vote(report: Evaluation) -> "Figure":
+    """Both ends of the bracket over the radius."""
+    radii = [row.eps or 0.0 for row in report.rows if row.kind == "proof"]
+    brackets = [report.bracket_at(radius) for radius in radii]
+    low = [100 * bracket[0].accuracy for bracket in brackets]
+    high = [100 * bracket[1].accuracy for bracket in brackets]
+    figure = new_figure(4.6, 3.4)
+    axes = figure.subplots()
+    label = "left by the attack on the vote"
+    axes.plot(radii, high, "o-", color=BLUE, markersize=4, label=label)
+    axes.plot(radii, low, "v--", color=GREY, markersize=4, label="certified")
+    _hatched(axes, radii, low, high)
+    axes.set_xlabel("eps, L2")
+    axes.set_ylabel(f"accuracy of the vote, sigma {report.network['vote']['sigma']:.6g}, %")
+    axes.set_xlim(left=0)
+    axes.set_ylim(-2, 102)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _training(report: Evaluation) -> "Figure":
+    """Bars of accuracy per attack and network, and validation curves if the report has them."""
+    if not report.rows:
+        raise ValueError("a report without rows cannot be drawn; evaluate at least one network")
+    figure = new_figure(6.75 if report.curves else 3.25, 2.6)
+    panels = figure.subplots(1, 2 if report.curves else 1, squeeze=False)[0]
+    _bars(panels[0], report)
+    if report.curves:
+        _curves(panels[1], report)
+    return figure
+
+
+def _bars(axes: "Axes", report: Evaluation) -> None:
+    networks = report.variants
+    attacks = list(dict.fromkeys(row.member for row in report.rows))
+    width = 0.8 / len(networks)
+    for index, network in enumerate(networks):
+        shift = (index - (len(networks) - 1) / 2) * width
+        names = [row.member for row in report.of(network)]
+        places = [attacks.index(name) + shift for name in names]
+        shares = [100 * report.under(name, variant=network).accuracy for name in names]
+        color = COLOURS[index % len(COLOURS)]
+        bars = axes.bar(places, shares, width, label=network, color=color)
+        axes.bar_label(bars, fmt="%.0f", fontsize=7)
+    axes.set_xticks(range(len(attacks)), attacks)
+    axes.set_ylim(0, 112)
+    axes.set_ylabel("test accuracy, %")
+    if report.threat is not None:
+        axes.set_title(f"{report.threat.norm}, eps = {report.threat.eps:.4g}")
+    axes.grid(visible=False, axis="x")
+    axes.legend(loc="upper right")
+
+
+def _curves(axes: "Axes", report: Evaluation) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    styles = {"clean": "--", "fgsm": ":"}
+    for index, (network, records) in enumerate(report.curves.items()):
+        epochs = [record["epoch"] for record in records]
+        color = COLOURS[index % len(COLOURS)]
+        for attack in records[0]["validation"] if records else ():
+            values = [100 * record["validation"][attack] for record in records]
+            style = styles.get(attack, "-")
+            axes.plot(epochs, values, style, color=color, label=f"{network}, {attack}")
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel("validation accuracy, %")
+    axes.set_ylim(0, 105)
+    axes.set_title("training")
+    axes.legend(loc="lower right")

@@ -1,0 +1,276 @@
+"""Adversarial images to look at, beside what both runs of the network do with them."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor, nn
+
+from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
+from sj_robust.classifier import as_classifier
+from sj_robust.core.environment import device_of
+from sj_robust.core.randomness import SampleSeeds, seeded_globals
+from sj_robust.core.saved import markdown_table
+from sj_robust.core.shown import ORANGE, Shown, new_figure, print_style, write_figure
+from sj_robust.evaluation.result import Evaluation
+from sj_robust.evaluation.run.data import Batches
+from sj_robust.evaluation.run.estimator_search import short_attack
+from sj_robust.evaluation.run.member import Member, craft, scored
+from sj_robust.perturbation import Traces, spike_traces
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Gallery", "gallery", "gallery_of"]
+
+_STEPS = 50
+_ATTACKED = 32
+"""Images that are attacked at most."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Gallery(Shown):
+    """Images before and after an attack, with what the network takes them for. 对抗样本图集。
+
+    Attributes:
+        threat: Ball in which every attacked image lies.
+        estimator: Gradient estimator that they were made with.
+        x: Clean images [N, C, H, W], or event frames [N, T, C, H, W].
+        x_adv: Attacked ones; those that fool the network come first.
+        labels: Their classes [N].
+        predicted: What the network takes the clean ones for.
+        predicted_adv: What it takes the attacked ones for.
+        traces: Both runs of every pair; empty where no neuron can be followed.
+    """
+
+    threat: ThreatModel
+    estimator: str
+    x: Tensor
+    x_adv: Tensor
+    labels: Tensor
+    predicted: Tensor
+    predicted_adv: Tensor
+    traces: Traces
+
+    @property
+    def verdict(self) -> str:
+        """How many are misread, and where their runs part."""
+        wrong = int((self.predicted_adv != self.labels).sum())
+        where = f"; {self.traces.verdict}" if self.traces else ""
+        radius = f"{self.threat.norm}, eps {eps_text(self.threat.eps)}"
+        return f"{wrong} of these {len(self.labels)} images are misread within {radius}{where}"
+
+    def table(self) -> str:
+        """Markdown: the verdict, then a row per image."""
+        distance = self.threat.distance(self.x, self.x_adv).tolist()
+        rows = []
+        for number, values in enumerate(
+            zip(self.labels, self.predicted, self.predicted_adv, strict=True)
+        ):
+            parting = self.traces.parting(number) if self.traces else None
+            where = "nowhere" if parting is None else f"{parting[0]}, step {parting[1]}"
+            rows.append([where, *(str(int(value)) for value in values), f"{distance[number]:.4g}"])
+        heads = ["runs part in", "class", "taken for", "attacked", "distance"]
+        return f"{self.verdict}.\n\n{markdown_table(heads, rows)}"
+
+    @print_style()
+    def plot(
+        self,
+        which: Literal["images", "spikes", "potential"] = "images",
+        path: str | Path | None = None,
+    ) -> "Figure":
+        """The images with their difference, or both runs of the first one layer by layer.
+        绘制图集。
+
+        It needs matplotlib (extra ``recipes``).
+
+        Args:
+            which: ``"images"``; or ``"spikes"``, ``"potential"``, see
+                ``sj_robust.perturbation.Traces``.
+            path: File to write as well; its ending says which format.
+
+        Raises:
+            ValueError: If there is no such drawing, or no neuron of the network can be followed.
+        """
+        if which != "images" and not self.traces:
+            raise ValueError(
+                f"which must be 'images' for a network without neurons to follow, got {which!r}"
+            )
+        figure = self._images() if which == "images" else self.traces.plot(which)
+        if path is not None:
+            write_figure(figure, path)
+        return figure
+
+    def figures(self) -> dict[str, "Figure"]:
+        """All of them by the names of their files: gallery, spikes and membrane. 全部图。"""
+        found = {"gallery": self.plot()}
+        return (
+            found | {"spikes": self.plot("spikes"), "membrane": self.plot("potential")}
+            if self.traces
+            else found
+        )
+
+    def _images(self) -> "Figure":
+        """A column per image: clean, attacked, difference."""
+        count = len(self.labels)
+        figure = new_figure(0.6 + 1.05 * count, 3.6)
+        panels = figure.subplots(3, count, squeeze=False)
+        difference = self.x_adv - self.x
+        factor = 0.5 / max(float(difference.abs().max()), 1e-12)
+        rows = {
+            "clean": self.x,
+            "attacked": self.x_adv,
+            f"difference,\n{factor:.3g} times": 0.5 + factor * difference,
+        }
+        for (name, images), axes_row in zip(rows.items(), panels, strict=True):
+            axes_row[0].set_ylabel(name)
+            for axes, image in zip(axes_row, images, strict=True):
+                axes.imshow(
+                    _drawable(image).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
+                )
+                axes.set_xticks([])
+                axes.set_yticks([])
+                axes.grid(visible=False)
+        for axes, label, seen in zip(panels[0], self.labels, self.predicted, strict=True):
+            axes.set_title(f"class {int(label)}, seen as {int(seen)}", fontsize=7)
+        for axes, label, seen in zip(panels[1], self.labels, self.predicted_adv, strict=True):
+            wrong = {"color": ORANGE, "fontweight": "bold"} if label != seen else {}
+            axes.set_title(f"seen as {int(seen)}", fontsize=7, **wrong)
+        return figure
+
+
+def gallery(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | str,
+    norm: Literal["Linf", "L2", "L0"] | None = None,
+    estimator: str = "training",
+    count: int = 6,
+    T: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    draws: int = 1,
+    seed: int = 0,
+) -> Gallery:
+    """Attack a few images, and show them with what the network makes of them. 生成对抗样本图集。
+
+    Equation: ``x_adv = argmax CE(model(x'), y)`` over the ball around ``x`` and [0, 1], by 50 steps
+    of APGD (for L0 of ``flip_events``), as in the suites of :func:`sj_robust.evaluate`.
+
+    Args:
+        model: As in :func:`sj_robust.evaluate`, and so are the others that have no line of their
+            own here.
+        x: Images [N, C, H, W] in [0, 1], or binary event frames [N, T, 2, H, W]; the first 32 that
+            the network gets right are attacked.
+        y: Labels [N] int64.
+        eps: Radius.
+        norm: Norm.
+        estimator: Gradient estimator to attack with, such as the first of ``report.estimators``.
+        count: Images to show, those that fool the network first.
+        T: Number of time steps, for a bare network; None if it brings its own.
+        mean: Mean per channel that a bare network expects to be subtracted.
+        std: Standard deviation per channel that it expects to be divided by.
+        draws: Forwards that a gradient of a stochastic network is averaged over.
+        seed: Seeds the attack.
+
+    Raises:
+        ValueError: If an argument is wrong, or the network gets no image right.
+
+    Source: APGD of Croce and Hein (ICML 2020).
+
+    Examples:
+        >>> from sj_robust.data import image_loader, load_images
+        >>> from sj_robust.models import pretrained
+        >>> x, y = next(iter(image_loader(load_images("digits").test, 32)))
+        >>> shown = gallery(pretrained("digits/lif"), x, y, eps=0.1)
+        >>> len(shown.x_adv), bool((shown.x_adv - shown.x).abs().max() <= 0.1 + 1e-6)
+        (6, True)
+    """
+    classifier = as_classifier(model, T, mean=mean, std=std, images=x)
+    threat = ThreatModel(norm or ("L0" if x.ndim == 5 else "Linf"), parse_eps(eps))
+    return gallery_within(
+        classifier, x, y, threat, estimator=estimator, count=count, draws=draws, seed=seed
+    )
+
+
+def gallery_of(report: Evaluation, model: nn.Module, batches: Batches) -> Gallery | None:
+    """Images under the attack with the strongest gradient of a report, to show beside it; None if
+    the network gets none of the first batch right. 报告附带的对抗样本图集。
+    """
+    x, y = next(iter(batches))[:2]
+    right = report.standing("clean")
+    if report.threat is None or min(right, default=len(y)) >= len(y):
+        return None
+    chosen = [row["estimator"] for row in report.estimators if row["chosen"]]
+    return gallery_within(
+        model,
+        x,
+        y,
+        report.threat,
+        estimator=chosen[0] if chosen else "training",
+        draws=report.draws,
+        seed=report.seed,
+    )
+
+
+def gallery_within(
+    classifier: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    estimator: str = "training",
+    count: int = 6,
+    draws: int = 1,
+    seed: int = 0,
+) -> Gallery:
+    """:func:`gallery` of a function of images, for any threat. 给定威胁模型的图集。"""
+    device = device_of(classifier)
+    x, y = x.to(device), y.to(device)
+    logits = scored(classifier, x, y, seed=seed)
+    right = (logits.argmax(1) == y).nonzero()[:_ATTACKED, 0]
+    if not len(right):
+        raise ValueError(
+            f"the network gets none of these {len(y)} images right; there is nothing to attack"
+        )
+    x, y = x[right], y[right]
+    member = Member("gallery", short_attack(threat, _STEPS, draws=draws), estimator, threat=threat)
+    seeds = SampleSeeds(range(len(y))).derived("gallery", seed)
+    x_adv = craft(classifier, x, y, member, seeds=seeds)
+    seen = scored(classifier, x, y, seed=seed).argmax(1)
+    seen_adv = scored(classifier, x_adv, y, seed=seed).argmax(1)
+    order = (seen_adv != y).float().argsort(descending=True, stable=True)
+    order = order[:count]
+    return Gallery(
+        threat,
+        estimator,
+        x=x[order].cpu(),
+        x_adv=x_adv[order].cpu(),
+        labels=y[order].cpu(),
+        predicted=seen[order].cpu(),
+        predicted_adv=seen_adv[order].cpu(),
+        traces=_traces(classifier, x[order], x_adv[order]),
+    )
+
+
+def _traces(model: nn.Module, x: Tensor, x_adv: Tensor) -> Traces:
+    """Both runs, as far as neurons can be followed."""
+    with seeded_globals(0, x.device), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of neurons that cannot be followed
+        try:
+            return spike_traces(model, x, x_adv)
+        except (ValueError, RuntimeError):  # there is no neuron to follow, or none that runs
+            return Traces()
+
+
+def _drawable(image: Tensor) -> Tensor:
+    """[H, W] or [H, W, 3] in [0, 1]: events of all steps together, more than three channels as
+    their mean.
+    """
+    image = image.float().mean(0) if image.ndim == 4 else image.float()
+    image = image if len(image) in (1, 3) else image.mean(0, keepdim=True)
+    return image[0] if len(image) == 1 else image.permute(1, 2, 0)

@@ -1,0 +1,241 @@
+"""An evaluation that shows itself, and lies on disk as a file that loads back equal."""
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from sj_robust.attacks.threat import ThreatModel, eps_text
+from sj_robust.core.saved import SavedResult, write_whole
+from sj_robust.core.shown import Shown, shown_html, write_figure
+from sj_robust.evaluation.report import figures, verdict
+from sj_robust.evaluation.report.levels import What, fall, mean_accuracy
+from sj_robust.evaluation.report.model_card import COUNTED, DERIVED, derived, footnote
+from sj_robust.evaluation.report.stored import translated
+from sj_robust.evaluation.report.table import accuracies_table, table
+from sj_robust.evaluation.result import Evaluation, Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import Console
+
+    from sj_robust.evaluation.report.pictures import Gallery
+
+__all__ = ["Report"]
+
+_STEMS = {"stress": "card", "corruptions": "card", "vote": "smoothed"}
+"""Names of files, by suite."""
+_NUMBERS = re.compile(r"\[\n\s+[-+.\deE]+(?:,\n\s+[-+.\deE]+)*\n\s*\]")
+"""A list of numbers over several lines, some as long as the data set; no text in JSON holds a bare
+line break.
+"""
+
+
+@dataclass(frozen=True, repr=False)
+class Report(
+    Shown,
+    SavedResult,
+    Evaluation,
+    what="a report of sj_robust",
+    format="sj_robust.report",
+    version=2,
+):
+    """What an evaluation found, image by image, with all that a reader asks for. 评估报告。
+
+    The report of a suite of attacks, of a stress test, of a vote and of a training is one class:
+    rows of who attacked what and what fell, from which every figure is counted. The JSON of a suite
+    also holds the accuracies under the names of RobustBench's model cards (``clean_acc``,
+    ``autoattack_acc``, ``external``, ``unreliable``, ``footnote``). Files of version 1, which had
+    four formats, load as well.
+
+    Examples:
+        >>> clean, pgd = Row("clean", "clean", range(3), (2,)), Row("pgd", "attack", (0, 1), (1,))
+        >>> report = Report("mine", "digits", "fast", (0, 1, 2), (clean, pgd))
+        >>> report.clean.correct, report.worst_case.correct, report.outcome
+        (2, 1, (-1, 0, -2))
+        >>> Report.from_json(report.to_json()) == report
+        True
+    """
+
+    @property
+    def eps(self) -> str:
+        """Radius as text, such as ``"8/255"``; in L0 the number of changed elements, such as
+        ``"20"``.
+        """
+        return "" if self.threat is None else eps_text(self.threat.eps)
+
+    @property
+    def budget(self) -> str:
+        """Norm and radius, or the number of changes, as a reader sees them."""
+        return verdict.budget(self.threat)
+
+    @property
+    def architecture(self) -> str:
+        """Architecture of the network."""
+        return str(self.network.get("architecture", "unknown"))
+
+    @property
+    def verdict(self) -> str:
+        """What it comes to, in a sentence."""
+        return verdict.verdict(self)
+
+    @property
+    def doubts(self) -> str:
+        """What speaks against the figures, in a few words."""
+        return verdict.doubts(self)
+
+    @property
+    def alarms(self) -> tuple[str, ...]:
+        """Why the network must not be called robust at all; none for one that works."""
+        return verdict.alarms(self)
+
+    @property
+    def masked(self) -> tuple[str, ...]:
+        """Symptoms of masked gradients, which make robust accuracies too high."""
+        return verdict.masked(self)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What else a reader should know."""
+        return verdict.remarks(self)
+
+    @property
+    def footnote(self) -> str:
+        """The first alarm, if there is one."""
+        return footnote(self)
+
+    def fall(self, what: What, *, points: float = 5.0) -> dict[str, float | None]:
+        """By kind of fault, the first level at which accuracy is so many points below the intact
+        network's; None at no level.
+        """
+        return fall(self, what, points)
+
+    def mean_accuracy(self, what: What, kind: str | None = None) -> float:
+        """Mean share over the levels of a kind of fault, or of all.
+
+        Raises:
+            KeyError: If the report has no such kind.
+        """
+        return mean_accuracy(self, what, kind)
+
+    def table(self) -> str:
+        """Markdown table of all figures."""
+        return table(self)
+
+    def figures(self, *, columns: int = 2) -> dict[str, "Figure"]:
+        """All figures by name, not yet written; they need matplotlib (extra ``recipes``).
+        报告的全部图。
+
+        Args:
+            columns: Panels side by side in a figure of several panels.
+        """
+        return figures.figures(self, columns=columns)
+
+    def plot(self, which: str | None = None, path: str | Path | None = None) -> "Figure":
+        """One of the figures. 绘制报告的一张图。
+
+        Args:
+            which: Such as ``"accuracy_over_eps"``, ``"attacks"`` (what each left) or
+                ``"potential"`` (MS-MPPD of every layer and step); None takes the first that the
+                report has numbers for.
+            path: File to write as well; its ending says which format.
+
+        Raises:
+            ValueError: If the report has no numbers for it.
+        """
+        found = figures.figures(self)
+        name = next(iter(found)) if which is None else which
+        if name not in found:
+            raise ValueError(f"which must be one of {', '.join(found)}, got {which!r}")
+        if path is not None:
+            write_figure(found[name], path)
+        return found[name]
+
+    def page(self, path: str | Path | None = None, gallery: "Gallery | None" = None) -> str:
+        """The report as one HTML page that needs nothing else. 自包含的 HTML 报告。
+
+        Args:
+            path: File to write as well.
+            gallery: Images under attack to show as well, folded.
+        """
+        from sj_robust.evaluation.report.page import to_html  # imports jinja2
+
+        text = to_html(self, gallery)
+        if path is not None:
+            write_whole(Path(path), text)
+        return text
+
+    def show(self, console: "Console") -> None:
+        """Print the verdict, all accuracies, and what else to know. 在终端显示报告。"""
+        from sj_robust.evaluation.report.terminal import show_report  # imports rich
+
+        show_report(self, console)
+
+    def write(self, folder: Path, gallery: "Gallery | None" = None) -> tuple[str, ...]:
+        """Write JSON and figures into a folder, with the page of a suite or the table of a stress
+        test; their names. 写入报告的全部文件。
+        """
+        stem = _STEMS.get(self.suite, "report")
+        self.save(folder / f"{stem}.json")
+        names = [f"{stem}.json"]
+        if self.suite in ("stress", "corruptions"):
+            write_whole(folder / f"{stem}.md", f"{self.verdict}\n\n{self.table()}\n")
+            names.append(f"{stem}.md")
+        elif self.suite not in ("vote", "training"):
+            self.page(folder / f"{stem}.html", gallery)
+            names.append(f"{stem}.html")
+        found = self.figures() | ({} if gallery is None else gallery.figures())
+        for name, figure in found.items():
+            for ending in ("png", "pdf"):
+                names.append(f"{stem if name == '' else name}.{ending}")
+                write_figure(figure, folder / names[-1])
+        return tuple(names)
+
+    def to_json(self) -> str:
+        """The report as JSON text, which :meth:`from_json` reads back equal."""
+        text = super().to_json()
+        return _NUMBERS.sub(_in_one_line, text)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The report that :meth:`to_json` wrote, or that version 1 of one of its formats holds.
+
+        Raises:
+            ValueError: If the text is not JSON, something else or of a later version, or
+                contradicts itself.
+        """
+        return super().from_json(translated(text))
+
+    def _repr_html_(self) -> str:
+        if self.suite in ("stress", "corruptions", "vote", "training"):
+            return shown_html(self.table())
+        summaries = [one for one in self.accuracies if one.kind != "member"]
+        lines = [self.verdict, *self.alarms, *self.masked, accuracies_table(summaries)]
+        return shown_html("\n".join([*lines, *self.remarks]))
+
+    def _content(self) -> dict[str, Any]:
+        return derived(self) | asdict(self)
+
+    @classmethod
+    def _from_content(cls, content: dict[str, Any]) -> Self:
+        """The report; accuracies that do not follow from its rows are a ValueError."""
+        stated = {name: content.pop(name) for name in DERIVED if name in content}
+        threat = content.pop("threat")
+        rows = [_row(row) for row in content.pop("rows")]
+        report = cls(rows=tuple(rows), threat=threat and ThreatModel(**threat), **content)
+        counted = derived(report)
+        for name in COUNTED:
+            if name in stated and stated[name] != counted.get(name):
+                raise ValueError(
+                    f"{name} of the report does not follow from its rows; the file was changed"
+                )
+        return report
+
+
+def _row(content: dict[str, Any]) -> Row:
+    threat = content.pop("threat")
+    return Row(threat=threat and ThreatModel(**threat), **content)
+
+
+def _in_one_line(match: re.Match[str]) -> str:
+    return " ".join(match[0].split()).replace("[ ", "[").replace(" ]", "]")

@@ -1,0 +1,54 @@
+"""The figures of a report as a Markdown table; a new column goes here."""
+
+from collections.abc import Sequence
+
+from sj_robust.core.saved import markdown_table
+from sj_robust.evaluation.report.levels import levels_table
+from sj_robust.evaluation.report.verdict import remarks
+from sj_robust.evaluation.result import Accuracy, Evaluation
+
+__all__ = ["accuracies_table", "table"]
+
+
+def table(report: Evaluation) -> str:
+    """Markdown table of all figures: of the attacks, or as the suite asks for."""
+    if report.suite in ("stress", "corruptions"):
+        return levels_table(report)
+    if report.suite == "vote":
+        return _of_the_vote(report)
+    if report.suite == "training":
+        return _of_a_training(report)
+    return accuracies_table(report.accuracies)
+
+
+def accuracies_table(accuracies: Sequence[Accuracy]) -> str:
+    """A row per accuracy."""
+    rows = [
+        [one.name, one.percent, one.interval_text, str(one.total), f"{one.seconds:.1f}"]
+        for one in accuracies
+    ]
+    return markdown_table(["accuracy", "%", "95 % interval", "images", "seconds"], rows)
+
+
+def _of_the_vote(report: Evaluation) -> str:
+    """A row per radius, and the images that are contradicted."""
+    rows = []
+    for row in report.rows:
+        if row.kind == "proof":
+            low, high = report.bracket_at(row.eps or 0.0)
+            rows.append([f"{row.eps:.6g}", low.percent, high.percent])
+    found = markdown_table(["L2", "certified, %", "left by the attack, %"], rows)
+    return "\n\n".join([found, *remarks(report)])
+
+
+def _of_a_training(report: Evaluation) -> str:
+    """A row per attack, a column per network."""
+    names = dict.fromkeys(row.member for row in report.rows)
+    rows = []
+    for name in names:
+        cells = [name]
+        for network in report.variants:
+            known = any(row.member == name for row in report.of(network))
+            cells.append(report.under(name, variant=network).percent if known else "")
+        rows.append(cells)
+    return markdown_table(["accuracy, %", *report.variants], rows)

@@ -1,0 +1,77 @@
+"""What an evaluation is asked for, as it was checked where it entered."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sj_robust.attacks.threat import ThreatModel
+from sj_robust.core.environment import device_of, environment
+from sj_robust.evaluation.run.corruptions import Corruption
+from sj_robust.evaluation.run.data import Data
+from sj_robust.evaluation.run.faults import Fault
+from sj_robust.evaluation.run.progress import Watch, rank_and_world_size
+from sj_robust.evaluation.subject import Subject, describe_network
+
+__all__ = ["Request", "described"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked about a network and images. 评估请求。
+
+    Attributes:
+        suite: Name of the suite of attacks, or ``"stress"`` or ``"corruptions"``.
+        threat: Norm and radius, > 0; for the suite ``"events"`` ``ThreatModel("L0", k)`` or one of
+            moves.
+        dataset: Name of the data set.
+        classes: Number of classes.
+        seed: Seeds everything.
+        draws: Fresh forwards in each of which a stochastic network must be wrong, and which its
+            gradients are averaged over; 1 for a network that draws no random numbers, as every
+            image is asked twice to check. Of a stress test, draws of a fault that is random.
+        source: Another network for the same images; transfer attacks from it join the suite.
+        proofs: Whether images are verified, where threat and network have bounds.
+        control: Whether the control of the suite runs too.
+        faults: What a stress test measures; None takes every kind at its usual levels.
+        steps: Steps of the attack of a stress test.
+        folder: Where progress is kept; None keeps none.
+        configuration: Options of the run, for the report.
+        watch: Who watches.
+    """
+
+    suite: str
+    threat: ThreatModel
+    dataset: str
+    classes: int = 0
+    seed: int = 0
+    draws: int = 1
+    source: nn.Module | None = None
+    proofs: bool = True
+    control: bool = True
+    faults: Sequence[Fault | Corruption] | None = None
+    steps: int = 20
+    folder: Path | None = None
+    configuration: Mapping[str, Any] = field(default_factory=dict)
+    watch: Watch = field(default_factory=Watch)
+
+
+def described(subject: Subject, data: Data, request: Request, fingerprint: str) -> dict[str, Any]:
+    """What every report says of network, images and request."""
+    network = {"architecture": subject.architecture, "fingerprint": fingerprint}
+    processes = str(rank_and_world_size()[1])
+    return {
+        "name": subject.name,
+        "dataset": request.dataset,
+        "suite": request.suite,
+        "labels": data.labels,
+        "threat": request.threat,
+        "classes": request.classes,
+        "seed": request.seed,
+        "network": network | describe_network(subject.model),
+        "data": data.fingerprint,
+        "configuration": dict(request.configuration),
+        "environment": environment(device_of(subject.model)) | {"processes": processes},
+    }

@@ -1,0 +1,513 @@
+"""The one result of an evaluation: who attacked which images and which of them fell; every figure
+is counted from these rows.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
+
+from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
+from sj_robust.core.saved import plain
+from sj_robust.evaluation.intervals import wilson_interval
+
+__all__ = ["OVER_EPS", "Accuracy", "Evaluation", "Kind", "Point", "Row"]
+
+Kind = Literal["clean", "attack", "control", "proof"]
+
+OVER_EPS = "over eps"
+"""The variant of rows that are about the first images alone, at several radii."""
+_SUMMARIES = ("clean", "control", "worst case", "everything", "verified")
+_OF_ROWS = ("estimators", "firing", "findings", "potential")
+_OF_NAMES = ("network", "curves", "configuration", "environment")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one member of an evaluation did to the images. 评估中一项的逐图像结果。
+
+    Attributes:
+        member: Its name, such as ``"clean"``, ``"apgd_ce/atan:4/r0"`` or ``"verify"``.
+        kind: ``"clean"`` without an attack, ``"attack"``, ``"control"`` for the training surrogate
+            at the same cost, ``"proof"``.
+        seen: Numbers of the images that it looked at.
+        fell: Numbers of those that are wrong afterwards, or (proof) not proved.
+        outside: Numbers of those of ``fell`` whose image is further from the clean one than the
+            threat of the evaluation allows.
+        variant: Which variant of network or images it met.
+        threat: What it may do; None where there is no ball, as for Gaussian noise.
+        group: Members of one group attack what the earlier ones left; each of group ``""`` all
+            images.
+        estimator: Gradient estimator that it crafted with.
+        largest: Largest distance of an image from its clean one, in the norm of the evaluation.
+        alpha: Probability with which the proof of an image is wrong; 0 for bounds.
+        seconds: Time for crafting and scoring, summed over processes.
+
+    Examples:
+        >>> Row("pgd", "attack", (0, 1, 2), (1, 2), outside=(2,)).broken
+        (1,)
+    """
+
+    member: str
+    kind: Kind
+    seen: tuple[int, ...]
+    fell: tuple[int, ...]
+    outside: tuple[int, ...] = ()
+    variant: str = ""
+    threat: ThreatModel | None = None
+    group: str = ""
+    estimator: str = "training"
+    largest: float = 0.0
+    alpha: float = 0.0
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("seen", "fell", "outside"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def eps(self) -> float | None:
+        """Radius of its ball; None where there is none."""
+        return None if self.threat is None else self.threat.eps
+
+    @property
+    def broken(self) -> tuple[int, ...]:
+        """Images that fell within the threat of the evaluation."""
+        outside = frozenset(self.outside)
+        return tuple(number for number in self.fell if number not in outside)
+
+    @property
+    def stood(self) -> frozenset[int]:
+        """Images that it looked at and that did not fall."""
+        return frozenset(self.seen).difference(self.fell)
+
+    @property
+    def attacks(self) -> bool:
+        """Whether it is an attack, of the control or not."""
+        return self.kind in ("attack", "control")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """One accuracy, counted from rows. 一项准确率。
+
+    Attributes:
+        name: What it is the accuracy under.
+        kind: ``"member"`` for one attack, else the name of a summary.
+        correct: Images still classified right.
+        total: Images.
+        seconds: Time of all that it took.
+
+    Examples:
+        >>> clean = Accuracy("clean", "clean", 9, 10, 0.1)
+        >>> clean.accuracy, clean.interval_text
+        (0.9, '59.6 to 98.2')
+    """
+
+    name: str
+    kind: str
+    correct: int
+    total: int
+    seconds: float = 0.0
+
+    @property
+    def accuracy(self) -> float:
+        """Share in [0, 1]."""
+        return self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the share."""
+        return wilson_interval(self.correct, self.total)
+
+    @property
+    def percent(self) -> str:
+        """The share in per cent, as tables show it."""
+        return f"{100 * self.accuracy:.1f}"
+
+    @property
+    def interval_text(self) -> str:
+        """The interval in per cent, as tables show it."""
+        low, high = (100 * end for end in self.interval)
+        return f"{low:.1f} to {high:.1f}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """Accuracy at one radius. 某一半径下的准确率。
+
+    Attributes:
+        eps: The radius as text.
+        attack: What attacked.
+        correct: Images still classified right.
+        total: Images.
+        verified: Of the images that proofs were tried on, those that are proved; None without
+            proofs.
+    """
+
+    eps: str
+    attack: str
+    correct: int
+    total: int
+    verified: Accuracy | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A network under a suite of attacks, image by image. 逐图像的评估结果。
+
+    The rows are the truth; every accuracy is counted from them. With proofs the true robust
+    accuracy lies in a bracket, between what is verified and what everything leaves. An image that
+    a proof without an error of its own says stands, and that an attack within the threat of the
+    proof breaks, is an error.
+
+    An image counts as broken if an attack fools the network with a change that the threat allows.
+    Members beyond it (other radii, Gaussian noise) have figures of their own, and no part in the
+    worst case.
+
+    Attributes:
+        name: Name of the network.
+        dataset: Name of the data set.
+        suite: Name of the suite; ``"training"`` for the report of a training, ``"vote"`` for that
+            of a smoothed classifier.
+        labels: Class of every image; -1 where it is not known.
+        rows: What each member did.
+        threat: Norm and radius of the adversary; None where none was asked about.
+        classes: Number of classes; 0 where it is not known.
+        description: What was run, in a few words.
+        seed: Seed of the run.
+        draws: Fresh forwards in each of which a stochastic network must be wrong to count as
+            broken.
+        network: Architecture, ``T``, number of parameters, ``fingerprint``, and per spiking layer
+            the ``neuron`` and the ``surrogate`` it was trained with.
+        data: Fingerprint of images and labels.
+        estimators: Trials of the search over gradient estimators, strongest first.
+        firing: Rows of :func:`sj_robust.evaluation.firing`.
+        findings: Rows of :func:`sj_robust.evaluation.diagnose`.
+        potential: MS-MPPD per layer and step under each attack, and with proofs the mean square of
+            the distance between the bounds of the potential; rows with ``member``, ``samples``,
+            ``layers``.
+        curves: Per network of a training, one record per epoch.
+        configuration: Options of the run as plain data.
+        environment: Versions, device, commit.
+        warnings: What a reader must know besides.
+
+    Raises:
+        ValueError: If there are no images, rows contradict each other, or a number is not one of an
+            image.
+    """
+
+    name: str
+    dataset: str
+    suite: str
+    labels: tuple[int, ...]
+    rows: tuple[Row, ...]
+    threat: ThreatModel | None = None
+    classes: int = 0
+    description: str = ""
+    seed: int = 0
+    draws: int = 1
+    network: dict[str, Any] = field(default_factory=dict)
+    data: str = ""
+    estimators: tuple[dict[str, Any], ...] = ()
+    firing: tuple[dict[str, Any], ...] = ()
+    findings: tuple[dict[str, Any], ...] = ()
+    potential: tuple[dict[str, Any], ...] = ()
+    curves: dict[str, Any] = field(default_factory=dict)
+    configuration: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("labels", "rows", "warnings"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in _OF_ROWS:
+            object.__setattr__(self, name, tuple(map(plain, getattr(self, name))))
+        for name in _OF_NAMES:
+            object.__setattr__(self, name, plain(getattr(self, name)))
+        if not self.labels:
+            raise ValueError("a report needs at least one image, got none")
+        for row in self.rows:
+            self._check_row(row)
+        for variant in self.variants:
+            self._check_proofs(variant)
+
+    # Images, by what they withstand
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Names of the variants of network or images, in their order."""
+        return tuple(dict.fromkeys(row.variant for row in self.rows))
+
+    @property
+    def main(self) -> str:
+        """The first variant, which figures are of unless told otherwise."""
+        return self.rows[0].variant if self.rows else ""
+
+    def of(self, variant: str) -> tuple[Row, ...]:
+        """Rows of a variant."""
+        return tuple(row for row in self.rows if row.variant == variant)
+
+    @property
+    def attacks(self) -> tuple[Row, ...]:
+        """Attacks on the first variant, those of the control included, in their order."""
+        return tuple(row for row in self.of(self.main) if row.attacks)
+
+    def within(self, row: Row) -> bool:
+        """Whether an attack keeps the threat, so that it is part of the worst case."""
+        if row.eps is None or row.outside:
+            return False
+        return self.threat is None or row.eps <= self.threat.eps
+
+    def standing(self, name: str, *, variant: str | None = None) -> frozenset[int]:
+        """Numbers of the images that are classified right under what a figure is called after.
+
+        Under a member of a group that attacks what is left, these are the images left by it and
+        those before it.
+
+        Raises:
+            KeyError: If there is no such figure.
+        """
+        place = self.main if variant is None else variant
+        counted = self._counted(name, place)
+        if name == "verified":
+            return counted[0].stood
+        clean = self._clean(place).stood
+        fallen = [row.broken if name in _SUMMARIES else row.fell for row in counted]
+        return clean.difference(*fallen)
+
+    def under(self, name: str, *, variant: str | None = None) -> Accuracy:
+        """One accuracy by name; seconds are those of the members within the threat.
+
+        Raises:
+            KeyError: As :meth:`standing`.
+        """
+        place = self.main if variant is None else variant
+        counted = self._counted(name, place)
+        kind = name if name in _SUMMARIES else "member"
+        if kind == "member":
+            seconds = counted[-1].seconds
+        else:
+            spent = [row for row in counted if row.kind == "proof" or self.within(row)]
+            seconds = sum(row.seconds for row in spent)
+        left = self.standing(name, variant=place)
+        total = len(self._clean(place).seen)
+        return Accuracy(name, kind, len(left), total, float(seconds))
+
+    # Figures
+
+    @property
+    def clean(self) -> Accuracy:
+        """Without an attack."""
+        return self.under("clean")
+
+    @property
+    def worst_case(self) -> Accuracy:
+        """Per image over all members of the suite, the control left out."""
+        return self.under("worst case")
+
+    @property
+    def control(self) -> Accuracy | None:
+        """Per image over the control, the training surrogate with restarts at the same cost."""
+        if any(row.kind == "control" for row in self.attacks):
+            return self.under("control")
+        return None
+
+    @property
+    def everything(self) -> Accuracy:
+        """Per image over suite and control together: no image left counts that anything here
+        breaks.
+        """
+        return self.under("everything")
+
+    @property
+    def verified(self) -> Accuracy | None:
+        """Proved to withstand the threat, whatever the attack; None without proofs."""
+        if any(row.kind == "proof" for row in self.of(self.main)):
+            return self.under("verified")
+        return None
+
+    @property
+    def accuracies(self) -> tuple[Accuracy, ...]:
+        """All accuracies: clean, under each member, control, worst case, everything, verified."""
+        names = ["clean", *(row.member for row in self.attacks)]
+        names += ["control"] if self.control else []
+        names += ["worst case", "everything"]
+        names += ["verified"] if self.verified else []
+        return tuple(map(self.under, names))
+
+    @property
+    def bracket(self) -> tuple[Accuracy, Accuracy] | None:
+        """The true robust accuracy lies between the two: what is verified, and what everything
+        leaves; None without proofs.
+        """
+        return None if self.verified is None else (self.verified, self.everything)
+
+    @property
+    def undecided(self) -> frozenset[int]:
+        """Images that no attack breaks and that are not verified."""
+        proved = self.standing("verified") if self.verified else frozenset()
+        return self.standing("everything") - proved
+
+    @property
+    def outcome(self) -> tuple[int, ...]:
+        """Per image: index of the first attack that broke it (those of the suite first), -1 none,
+        -2 wrong already.
+        """
+        broken_by = dict.fromkeys(self.standing("clean"), -1)
+        for kind in ("control", "attack"):
+            for index, row in reversed([*enumerate(self.attacks)]):
+                if row.kind == kind:
+                    broken_by |= dict.fromkeys(row.broken, index)
+        images = range(len(self.labels))
+        return tuple(broken_by.get(number, -2) for number in images)
+
+    @property
+    def over_eps(self) -> tuple[Point, ...]:
+        """Accuracy over the radius: of rows made for it, or of members of the suite that have other
+        radii than the threat, such as the paper's.
+        """
+        levels = [row for row in self.of(OVER_EPS) if row.attacks]
+        made_for_it = bool(levels)
+        variant = OVER_EPS if made_for_it else self.main
+        if not made_for_it:
+            levels = [row for row in self.attacks if "@" in row.member]
+            levels = [row for row in levels if row.eps is not None]
+            others = {row.eps for row in levels if row.threat != self.threat}
+            if len(others) < 2:
+                return ()
+        proved = {}
+        for row in self.of(OVER_EPS):
+            if row.kind == "proof":
+                counted = Accuracy("verified", "verified", len(row.stood), len(row.seen))
+                proved[eps_text(row.eps or 0.0)] = counted
+        clean = self.under("clean", variant=variant)
+        points = [Point("0", "clean", clean.correct, clean.total, proved.get("0"))]
+        for row in levels:
+            left = self.under(row.member, variant=variant)
+            eps = eps_text(row.eps or 0.0)
+            attack = row.member.partition("@")[0]
+            attack += f", {row.estimator}" if made_for_it else ""
+            point = Point(eps, attack, left.correct, left.total, proved.get(eps))
+            points.append(point)
+        return tuple(points)
+
+    def bracket_at(self, eps: float | str) -> tuple[Accuracy, Accuracy]:
+        """What is proved and not broken at one radius, and what attacks up to it leave.
+
+        Raises:
+            KeyError: If nothing is proved at this radius.
+        """
+        radius = parse_eps(eps)
+        proofs = [row for row in self.of(self.main) if row.kind == "proof"]
+        proofs = [row for row in proofs if row.eps == radius]
+        if not proofs:
+            raise KeyError(f"nothing is proved at {eps_text(radius)}")
+        left = self.standing("clean")
+        for row in self.attacks:
+            if row.eps is not None and row.eps <= radius:
+                left = left.difference(row.fell)
+        total = len(self.labels)
+        lower = Accuracy("verified", "verified", len(proofs[0].stood & left), total)
+        return lower, Accuracy("everything", "everything", len(left), total)
+
+    @property
+    def contradicted(self) -> tuple[int, ...]:
+        """Images that a proof says stand, and that an attack within its threat breaks: with the
+        probability ``alpha`` of the proof one of the two is wrong, more is a bug.
+        """
+        found: set[int] = set()
+        for proof in self.rows:
+            if proof.kind == "proof":
+                for _, numbers in self._contradictions(proof):
+                    found |= numbers
+        return tuple(sorted(found))
+
+    def merged(self, other: Self) -> Self:
+        """This report with the rows, curves and warnings of another one of the same images.
+
+        Raises:
+            ValueError: If threats or images differ.
+        """
+        if (self.threat, self.labels) != (other.threat, other.labels):
+            raise ValueError(
+                "reports must have the same threat and images to be merged, got "
+                f"{self.threat} and {other.threat}"
+            )
+        return replace(
+            self,
+            rows=self.rows + other.rows,
+            curves=self.curves | other.curves,
+            warnings=self.warnings + other.warnings,
+        )
+
+    def _clean(self, variant: str) -> Row:
+        for row in self.rows:
+            if row.kind == "clean" and row.variant == variant:
+                return row
+        raise KeyError(f"no variant {variant!r} in this report; it has {', '.join(self.variants)}")
+
+    def _counted(self, name: str, variant: str) -> Sequence[Row]:
+        """The rows that a figure is counted over."""
+        rows = self.of(variant)
+        attacks = [row for row in rows if row.attacks]
+        match name:
+            case "clean":
+                return []
+            case "verified":
+                proofs = [row for row in rows if row.kind == "proof"]
+                at_threat = [row for row in proofs if row.threat == self.threat]
+                if proofs:
+                    return at_threat[:1] or proofs[:1]
+            case "everything":
+                return attacks
+            case "control":
+                return [row for row in attacks if row.kind == "control"]
+            case "worst case":
+                return [row for row in attacks if row.kind == "attack"]
+        for index, row in enumerate(attacks):
+            if row.member == name:
+                before = attacks[:index] if row.group else []
+                return [*(one for one in before if one.group == row.group), row]
+        known = ", ".join(row.member for row in attacks)
+        raise KeyError(f"no figure {name!r} in this report; it has {known}")
+
+    def _check_row(self, row: Row) -> None:
+        total = len(self.labels)
+        if row.seen and not (min(row.seen) >= 0 and max(row.seen) < total):
+            raise ValueError(
+                f"numbers of images must be from 0 to {total - 1}, got {max(row.seen)}"
+            )
+        if not frozenset(row.outside) <= frozenset(row.fell) <= frozenset(row.seen):
+            raise ValueError(f"{row.member!r} must fool images that it attacked")
+        if row.kind == "clean":
+            return
+        right = self._clean(row.variant).stood
+        if row.attacks and not frozenset(row.seen) <= right:
+            raise ValueError(
+                f"{row.member!r} must fool images that it attacked, of those classified right"
+            )
+        if row.kind == "proof" and not row.alpha and not row.stood <= right:
+            raise ValueError("verified images must be among those classified right")
+
+    def _check_proofs(self, variant: str) -> None:
+        for proof in self.of(variant):
+            if proof.kind != "proof" or proof.alpha:
+                continue
+            for member, numbers in self._contradictions(proof):
+                raise ValueError(
+                    f"image {min(numbers)} is verified at eps {eps_text(proof.eps or 0.0)} and "
+                    f"broken by {member!r}: proof or attack has a bug; no report is made, please "
+                    "report it with the network"
+                )
+
+    def _contradictions(self, proof: Row) -> Iterable[tuple[str, set[int]]]:
+        """Attacks within the threat of a proof that break what it says stands, and these images."""
+        same_network = {self.main, OVER_EPS}
+        variants = same_network if proof.variant in same_network else {proof.variant}
+        for row in self.rows:
+            if row.variant not in variants or not row.attacks:
+                continue
+            if row.eps is None or proof.eps is None or row.eps > proof.eps:
+                continue
+            if both := proof.stood.intersection(row.broken):
+                yield row.member, set(both)

@@ -1,0 +1,1 @@
+"""Running an evaluation: images, members, variants, and the one loop."""

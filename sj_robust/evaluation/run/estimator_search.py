@@ -1,0 +1,330 @@
+"""Which gradient estimators fool a network most: a short attack with every one of them on a few
+images.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sj_robust.attacks.apgd import apgd
+from sj_robust.attacks.call import Attack, Model
+from sj_robust.attacks.events import Allow, flip_events, random_flips
+from sj_robust.attacks.logits import margin
+from sj_robust.attacks.threat import ThreatModel
+from sj_robust.attacks.timing import move_events, random_moves
+from sj_robust.core.checks import check_count
+from sj_robust.core.randomness import SampleSeeds
+from sj_robust.evaluation.run.member import (
+    Member,
+    check_estimator,
+    clock,
+    crafted,
+    fools,
+    has_detached_reset,
+    scored,
+)
+
+__all__ = [
+    "CANDIDATES",
+    "CHANGES",
+    "EstimatorSearch",
+    "EstimatorTrial",
+    "confident",
+    "event_attack",
+    "expectation",
+    "random_event_attack",
+    "search_estimators",
+    "short_attack",
+    "short_attack_name",
+]
+
+CANDIDATES = (
+    "training",
+    *(f"triangle:{width}" for width in ("0.25", "0.5", "0.75", "1", "1.5", "2")),
+    *(f"atan:{alpha}" for alpha in (1, 2, 4, 8)),
+    *(f"sigmoid:{alpha}" for alpha in (2, 4, 8)),
+    *(f"rectangle:{width}" for width in ("0.5", "1")),
+    "bptr",
+    "rga",
+    "assg",
+    "hart:1.2",
+)
+"""Estimators that a search tries by default: shapes with widths around the threshold, and the
+adaptive ones but PDSG, whose gradient of an image depends on the others in the batch."""
+
+
+@dataclass(frozen=True)
+class EstimatorSearch:
+    """How gradient estimators are chosen. 梯度估计搜索的设置。
+
+    Attributes:
+        candidates: Names of the estimators that are tried; ``"training"`` always is.
+        steps: Steps of the short attack.
+        images: Images it is run on, at most.
+        count: Estimators that are chosen, at most; fewer where no further one adds anything.
+
+    Raises:
+        TypeError: If a number is no integer.
+        ValueError: If a number is below 1.
+    """
+
+    candidates: Sequence[str] = CANDIDATES
+    steps: int = 20
+    images: int = 48
+    count: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "images", "count"):
+            check_count(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class EstimatorTrial:
+    """How strong a short attack is with one estimator. 单个梯度估计的试探结果。
+
+    Attributes:
+        estimator: Name of the estimator.
+        robust_accuracy: Share of the images, all classified right before, that stand.
+        margin: Margin (logit of the label minus the largest other one, 0 where fooled) that is
+            left, as a share of the margin on the clean images.
+        seconds: Time of the attack.
+        chosen: Whether it is one of the estimators to go on with.
+        note: Why it could not be tried; its figures are then those of no attack.
+    """
+
+    estimator: str
+    robust_accuracy: float
+    margin: float
+    seconds: float
+    chosen: bool = False
+    note: str = ""
+
+
+def search_estimators(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat: ThreatModel,
+    settings: EstimatorSearch | None = None,
+    attack: Attack | None = None,
+    draws: int = 1,
+    seeds: SampleSeeds,
+) -> tuple[EstimatorTrial, ...]:
+    """Try a short attack with every estimator on a few images, and choose those that fool most
+    together.
+
+    在少量图像上比较各梯度估计并选出最优组合。
+
+    Equation: with ``m_e(n) >= 0`` the margin that estimator e leaves on image n, in units of the
+    mean clean margin, and ``c_e(n) = [n stands] + m_e(n)``, estimators are chosen one by one to
+    minimise ``mean_n min_{chosen e} c_e(n)``.
+
+    All candidates start from the same random points. In a second stage the two best are also tried
+    with the gradient of the reset detached. The choice follows the figures, not the clock, so that
+    it can be repeated: all candidates spend the same number of gradients, and none costs much more
+    than another.
+
+    Args:
+        model: Images [N, ...] in [0, 1] to logits; an ``nn.Module`` unless ``"training"`` is the
+            only candidate.
+        x: Images; the first ones that are classified right are used.
+        y: Labels [N] int64.
+        threat: The budget.
+        settings: Candidates, length of the attack and number of images; None takes the defaults.
+        attack: Another attack than that of :func:`short_attack` of ``settings.steps`` steps, its
+            budget bound.
+        draws: Forwards in every one of which a stochastic network has to be wrong.
+        seeds: One seed per sample.
+
+    Returns:
+        One trial per estimator, strongest first; those that could not be tried come last, with the
+        reason.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If no image is classified right or an estimator is unknown.
+
+    Source: hyperparameter search over surrogate widths as in HART (Hao et al., ICLR 2024), here
+        over shapes as well.
+
+    Examples:
+        >>> model, x = torch.nn.Linear(4, 3), torch.rand(6, 4)
+        >>> threat, settings = ThreatModel("Linf", 0.1), EstimatorSearch(candidates=["training"])
+        >>> trials = search_estimators(
+        ...     model,
+        ...     x,
+        ...     model(x).argmax(1),
+        ...     threat=threat,
+        ...     settings=settings,
+        ...     seeds=SampleSeeds(range(6)),
+        ... )
+        >>> trials[0].estimator, trials[0].chosen
+        ('training', True)
+    """
+    settings = settings or EstimatorSearch()
+    right = ~fools(model, x, y, draws=draws, seeds=seeds)
+    rows = right.nonzero().flatten()
+    rows = rows[: settings.images]
+    if len(rows) == 0:
+        raise ValueError(
+            f"a search needs images that are classified right, got none among {len(x)}; give others"
+        )
+    short = short_attack(threat, settings.steps) if attack is None else attack
+    trials = _Trials(model, x[rows], y[rows], short, draws, seeds.rows(rows))
+    names = tuple(dict.fromkeys(("training", *settings.candidates)))
+    for name in names:
+        check_estimator(name)
+    for name in names:
+        trials.run(name)
+    for name in trials.choice(2) if len(names) > 1 else ():
+        if has_detached_reset(name):
+            trials.run(f"{name}+detach")
+    chosen = trials.choice(settings.count)
+    by_strength = sorted(trials.found.values(), key=_weakness)
+    return tuple(replace(row, chosen=row.estimator in chosen) for row in by_strength)
+
+
+def _weakness(trial: EstimatorTrial) -> tuple[bool, float]:
+    """What trials are sorted by."""
+    left = trial.robust_accuracy + trial.margin
+    return bool(trial.note), left
+
+
+def short_attack(threat: ThreatModel, steps: int, *, draws: int = 1, queries: int = 0) -> Attack:
+    """APGD-CE for a first impression; on events their own attack, with ``queries`` random
+    exchanges.
+    """
+    if threat.of_events:
+        return partial(
+            event_attack(threat), steps=steps, queries=queries, reduce=False, **confident(draws)
+        )
+    return partial(apgd, eps=threat.eps, norm=threat.ball, steps=steps, **expectation(draws))
+
+
+CHANGES = {"L0": "flips", "moves": "moves"}
+"""What attacks do to events, by the norm of the threat."""
+
+
+def short_attack_name(threat: ThreatModel) -> str:
+    """What :func:`short_attack` makes."""
+    return {"L0": "flip_events", "moves": "move_events"}.get(threat.norm, "APGD-CE")
+
+
+def event_attack(threat: ThreatModel) -> "partial[Tensor]":
+    """The guided attack of a threat of events, its budget bound."""
+    return partial(flip_events if threat.norm == "L0" else move_events, **_budget(threat))
+
+
+def random_event_attack(threat: ThreatModel, *, allow: Allow) -> "partial[Tensor]":
+    """Its random control; moves neither add nor remove events, whatever ``allow`` says."""
+    if threat.norm == "L0":
+        return partial(random_flips, **_budget(threat), allow=allow)
+    return partial(random_moves, **_budget(threat))
+
+
+def _budget(threat: ThreatModel) -> dict[str, Any]:
+    if threat.norm == "L0":
+        return {"flips": int(threat.eps)}
+    return {
+        "moves": int(threat.eps),
+        "largest_shift": threat.largest_shift,
+        "total_shift": threat.total_shift,
+    }
+
+
+def confident(draws: int) -> dict[str, Any]:
+    """Options of an attack on events where the network draws random numbers; confidence is in units
+    of logits.
+    """
+    return {} if draws == 1 else {"eot_samples": draws, "confidence": 0.1}
+
+
+def expectation(draws: int) -> dict[str, Any]:
+    """Options of APGD and SA-PGD, so that one lucky draw of a stochastic network is not the end of
+    the attack.
+    """
+    return {} if draws == 1 else {"eot_samples": draws, "keep_best": False}
+
+
+@dataclass
+class _Trials:
+    """What every estimator tried so far leaves of the images."""
+
+    model: Model
+    x: Tensor
+    y: Tensor
+    attack: Attack
+    draws: int
+    seeds: SampleSeeds
+    found: dict[str, EstimatorTrial] = field(default_factory=dict)
+    left: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _, margins = self._scores(self.x)
+        least = torch.finfo(torch.float64).tiny
+        self.clean = margins.mean().clamp(min=least)
+        # The first call may compile kernels, which is no estimator's fault.
+        self._craft("training", slice(1))
+
+    def run(self, name: str) -> None:
+        """Attack with one estimator; one that this network does not allow is noted."""
+        if name in self.found:
+            return
+        start = clock(self.x.device)
+        try:
+            x_adv, note = self._craft(name, slice(None)), ""
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            if name == "training":
+                raise
+            x_adv, note = self.x, f"{type(error).__name__}: {error}"
+        seconds = clock(self.x.device) - start
+        standing, margins = self._scores(x_adv)
+        margins = margins / self.clean
+        self.left[name] = standing + margins
+        self.found[name] = EstimatorTrial(
+            name, float(standing.mean()), float(margins.mean()), seconds, note=note
+        )
+
+    def choice(self, count: int) -> list[str]:
+        """Names of the estimators that together leave least, chosen one by one."""
+        tried = [name for name, trial in self.found.items() if not trial.note]
+        chosen: list[str] = []
+        left = torch.full_like(self.left["training"], torch.inf)
+        while tried and len(chosen) < count:
+            means = {}
+            for name in tried:
+                both = torch.minimum(left, self.left[name])
+                means[name] = float(both.mean())
+            best = min(tried, key=means.__getitem__)
+            if chosen and means[best] >= float(left.mean()):
+                break  # none of the others helps
+            left = torch.minimum(left, self.left[best])
+            chosen.append(best)
+            tried.remove(best)
+        return chosen
+
+    def _craft(self, name: str, rows: slice) -> Tensor:
+        member = Member(
+            "sweep", self.attack, name
+        )  # part of the seeds: all estimators start from the same points
+        seeds = SampleSeeds(self.seeds.seeds[rows])
+        return crafted(self.model, self.x[rows], self.y[rows], member, seeds=seeds).x_adv
+
+    def _scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether a sample stands in any draw, and its largest margin over the draws, 0 where
+        fooled; [N] float64.
+        """
+        standing, margins = [], []
+        for draw in range(self.draws):
+            seed = self.seeds.derived("draw", draw).single()
+            logits = scored(self.model, x, self.y, seed=seed).double()
+            standing.append(logits.argmax(1) == self.y)
+            margins.append(margin(logits, self.y))
+        stands = torch.stack(standing).any(0)
+        largest = torch.stack(margins).amax(0)
+        return stands.double(), largest.clamp(min=0)

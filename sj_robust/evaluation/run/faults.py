@@ -1,0 +1,345 @@
+"""Faults of deployment: a copy of a network with coarse or stuck weights, drifting neurons, lost
+spikes or steps.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust.attacks.timing import random_moves
+from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier
+from sj_robust.core.checks import check_choice
+from sj_robust.core.host import is_neuron, quantize
+from sj_robust.core.preserved import preserved
+from sj_robust.models import set_time_steps
+from sj_robust.neuron import DLIFNode
+from sj_robust.neuron.charging import emits_spikes, has_known_dynamics, read_charging
+from sj_robust.ops.recurrence import charge, fire, reset
+
+__all__ = ["FAULTS", "Fault", "default_faults", "faulty"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault of deployment at one level. 一种部署故障及其程度。
+
+    | kind | level | what it does |
+    | --- | --- | --- |
+    | ``weight_bits`` | bits >= 2 | <= 2^bits - 1 values per output channel, symmetric around 0 |
+    | ``stuck_at_zero`` | share | exactly this share of all weights, at random, is 0 |
+    | ``stuck_at_largest`` | share | exactly this share of all weights is its layer's largest one |
+    | ``threshold_drift`` | spread | every neuron has the threshold times exp(level z), z normal |
+    | ``tau_drift`` | spread | every time constant is multiplied by exp(level z), at least 1 |
+    | ``lost_spikes`` | probability | a spike is lost, anew in every forward |
+    | ``added_spikes`` | probability | a neuron silent in a step spikes, anew in every forward |
+    | ``lost_steps`` | steps | so many of the T time steps, at random, reach no layer |
+    | ``first_steps`` | steps | the answer is read after so many of the T steps |
+    | ``jitter`` | sigma, or frames | normal noise, still in [0, 1]; events move by up to so many |
+
+    Attributes:
+        kind: Name of the fault.
+        level: How much of it.
+
+    Raises:
+        ValueError: If the kind is unknown or the level out of range.
+
+    Examples:
+        >>> Fault("stuck_at_zero", 0.05).random, Fault("weight_bits", 4).random
+        (True, False)
+    """
+
+    kind: str
+    level: float
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, FAULTS)
+        kind = _KINDS[self.kind]
+        number = isinstance(self.level, int | float) and not isinstance(self.level, bool)
+        if (
+            not number
+            or not kind.least <= self.level <= kind.most
+            or (kind.whole and self.level % 1 != 0)
+        ):
+            what = "an integer" if kind.whole else "a number"
+            end = "" if kind.most == math.inf else f" and <= {kind.most:g}"
+            raise ValueError(
+                f"level of {self.kind} must be {what} >= {kind.least:g}{end}, got {self.level!r}"
+            )
+
+    @property
+    def random(self) -> bool:
+        """Whether two draws of it differ."""
+        return self.kind not in ("weight_bits", "first_steps")
+
+    @property
+    def noisy(self) -> bool:
+        """Whether it is drawn anew in every forward, so that the network draws random numbers."""
+        return self.kind in ("lost_spikes", "added_spikes", "jitter")
+
+
+def default_faults(model: nn.Module) -> tuple[Fault, ...]:
+    """Every kind at its levels of ``FAULTS``, as far as they exist for the T time steps of a
+    network. 默认故障。
+
+    Examples:
+        >>> net = SpikingClassifier(nn.Sequential(nn.Flatten(2), nn.Linear(4, 3)), T=2)
+        >>> [fault.level for fault in default_faults(net) if "steps" in fault.kind]
+        [1, 1]
+    """
+    T = model.T if isinstance(model, SpikingClassifier) else 1
+    steps = ("lost_steps", "first_steps")
+    levels = dict(FAULTS)
+    for kind in steps:
+        levels[kind] = tuple(level for level in FAULTS[kind] if level < T)
+    if isinstance(model, SpikingEventClassifier):
+        levels["jitter"] = tuple(range(1, min(T, 4)))
+    return tuple(Fault(kind, level) for kind in FAULTS for level in levels[kind])
+
+
+def faulty(model: nn.Module, fault: Fault, *, seed: int = 0) -> nn.Module:
+    """A copy of a network with a fault; the network itself stays as it is. 返回带故障的网络副本。
+
+    What is drawn at a seed for a mild level is part of what is drawn for a severe one.
+
+    Args:
+        model: The network; faults of steps and jitter need it inside a ``SpikingClassifier``.
+        fault: The fault.
+        seed: Which weights, neurons or steps. Noise comes from torch's global generators.
+
+    Raises:
+        ValueError: If the network has nothing that the fault concerns, or neurons whose dynamics
+            are not known.
+
+    Examples:
+        >>> net = nn.Linear(64, 10)
+        >>> int((faulty(net, Fault("stuck_at_zero", 0.1)).weight == 0).sum())
+        64
+    """
+    with preserved(model):
+        damaged = copy.deepcopy(model)
+    with torch.no_grad():
+        _KINDS[fault.kind].damage(damaged, fault.level, seed)
+    return damaged
+
+
+def _quantised(model: nn.Module, bits: float, seed: int) -> None:
+    """Per output channel, by SpikingJelly's quantiser of [0, 1] on the magnitudes: the sign is one
+    of the bits.
+    """
+    for weight in _weights(model):
+        rows = weight.flatten(1)
+        largest = rows.abs().amax(1, keepdim=True)
+        share = rows.abs() / torch.where(largest > 0, largest, 1.0)
+        magnitude = quantize.k_bit_quantize(share, int(bits) - 1)
+        coarse = rows.sign() * magnitude * largest
+        weight.copy_(coarse.view_as(weight))
+
+
+def _stuck(model: nn.Module, share: float, seed: int, *, at_zero: bool) -> None:
+    weights = _weights(model)
+    sizes = [weight.numel() for weight in weights]
+    total = sum(sizes)
+    order = torch.randperm(total, generator=_generator(seed))
+    stuck = torch.zeros(total, dtype=torch.bool)
+    stuck[order[: round(share * total)]] = True
+    for weight, mask in zip(weights, torch.split(stuck, sizes), strict=True):
+        value = 0.0 if at_zero else float(weight.max())
+        weight[mask.view_as(weight).to(weight.device)] = value
+
+
+def _drifting(model: nn.Module, spread: float, seed: int, *, what: str) -> None:
+    for number, (name, module) in enumerate(_spiking(model)):
+        if not has_known_dynamics(module):
+            raise ValueError(
+                f"{what} of {name} ({type(module).__name__}) cannot drift: its dynamics are not "
+                "known"
+            )
+        module.forward = _Drifting(module, what, spread, seed + 2**20 * (number + 1))
+
+
+class _Drifting:
+    """Forward of a neuron whose elements have thresholds or time constants of their own."""
+
+    def __init__(self, module: Any, what: str, spread: float, seed: int) -> None:
+        self.module, self.what, self.spread, self.seed = module, what, spread, seed
+        self.factor = torch.empty(0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Spikes [T, N, *], in step mode "s" [N, *]; moves the state on."""
+        module = self.module
+        x_seq = x if module.step_mode == "m" else x.unsqueeze(0)
+        if self.factor.shape != x_seq.shape[2:] or self.factor.device != x.device:
+            normal = torch.randn(
+                x_seq.shape[2:], generator=_generator(self.seed), dtype=torch.float64
+            )
+            self.factor = (self.spread * normal).exp().to(x)
+        charging = read_charging(module)
+        rest = module.v_reset or 0.0
+        threshold = module.v_threshold - rest
+        if self.what == "tau":
+            leak = ((1.0 - charging.decay) / self.factor).clamp(max=1.0)
+            gain = leak if getattr(module, "decay_input", False) else charging.gain
+            charging = replace(charging, decay=1.0 - leak, gain=gain)
+        else:
+            threshold = threshold * self.factor
+        start = module.time_step if isinstance(module, DLIFNode) else 0
+        above = module.v - rest  # the potential above rest, whose own reset is to 0
+        v_reset = None if module.v_reset is None else 0.0
+        spikes = []
+        for t, current in enumerate(x_seq, start):
+            gain = charging.gain_at(t, input_gain=True)
+            h = charge(above, current, decay=charging.decay, gain=gain, v_reset=v_reset)
+            spike = fire(h, threshold, module.surrogate_function)
+            reset_spike = spike.detach() if module.detach_reset else spike
+            above = reset(h, reset_spike, v_threshold=threshold, v_reset=v_reset)
+            spikes.append(spike)
+        module.v = above + rest
+        if isinstance(module, DLIFNode):
+            module.time_step = start + len(x_seq)
+        return torch.stack(spikes) if module.step_mode == "m" else spikes[0]
+
+
+def _noisy_spikes(model: nn.Module, probability: float, seed: int, *, added: bool) -> None:
+    for _, module in _spiking(model):
+        module.register_forward_hook(partial(_with_noise, probability, added))
+
+
+def _with_noise(
+    probability: float, added: bool, module: nn.Module, inputs: object, spikes: Tensor
+) -> Tensor:
+    hit = torch.rand_like(spikes) < probability
+    return spikes.masked_fill(hit, 1.0 if added else 0.0)
+
+
+def _fewer_steps(model: nn.Module, count: float, seed: int, *, lost: bool) -> None:
+    """Lose so many steps, or read so many; each that is left has its own gain of a DLIF neuron."""
+    if not isinstance(model, SpikingClassifier):
+        raise ValueError(
+            "faults of time steps need a SpikingClassifier, which knows T; wrap the network in one"
+        )
+    if count >= model.T:
+        raise ValueError(
+            f"steps must be < T = {model.T}, got {count:g}: one has to be left, and one lost"
+        )
+    kept = list(range(int(count)))
+    if lost:
+        shuffled = torch.randperm(model.T, generator=_generator(seed)).tolist()
+        kept = sorted(shuffled[int(count) :])
+    nodes = [module for module in model.modules() if isinstance(module, DLIFNode)]
+    gains = [node.input_gain[kept] for node in nodes]
+    set_time_steps(model, len(kept))
+    for node, gain in zip(nodes, gains, strict=True):
+        node.input_gain.copy_(gain)
+    if isinstance(model, SpikingEventClassifier):
+        model.register_forward_pre_hook(partial(_only_frames, kept))
+
+
+def _only_frames(kept: list[int], module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    return inputs[0][:, kept]
+
+
+def _jitter(model: nn.Module, level: float, seed: int) -> None:
+    if not isinstance(model, SpikingClassifier):
+        raise ValueError(
+            "jitter needs a SpikingClassifier, whose input it moves; wrap the network in one"
+        )
+    if isinstance(model, SpikingEventClassifier) and level % 1 != 0:
+        raise ValueError(f"jitter of event frames must be a number of frames, got {level!r}")
+    model.register_forward_pre_hook(partial(_jittered, level))
+
+
+def _jittered(level: float, module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """The input moved, its gradient that of the input itself."""
+    (x,) = inputs
+    if isinstance(module, SpikingEventClassifier):
+        generator = _generator(int(torch.randint(2**62, ())))
+        events = max(1, int(x.flatten(1).sum(1).max())) if len(x) else 1
+        moved = random_moves(
+            None, x.detach(), moves=events, largest_shift=int(level), generator=generator
+        )
+    else:
+        moved = (x.detach() + level * torch.randn_like(x)).clamp(0, 1)
+    return x + (moved - x).detach()
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a kind of fault does, its usual levels and the range of its level."""
+
+    damage: Callable[[nn.Module, float, int], None]
+    levels: tuple[float, ...]
+    least: float = 0
+    most: float = 1
+    whole: bool = False
+
+
+_COMMON = (0.01, 0.02, 0.05, 0.1, 0.2)
+_RARE = (0.001, 0.002, 0.005, 0.01, 0.02)
+_SPREADS = (0.02, 0.05, 0.1, 0.2, 0.5)
+_KINDS = {
+    "weight_bits": _Kind(
+        _quantised,
+        levels=(8, 6, 4, 3, 2),
+        least=2,
+        most=32,
+        whole=True,
+    ),
+    "stuck_at_zero": _Kind(partial(_stuck, at_zero=True), _COMMON),
+    "stuck_at_largest": _Kind(partial(_stuck, at_zero=False), _RARE),
+    "threshold_drift": _Kind(partial(_drifting, what="threshold"), _SPREADS, most=math.inf),
+    "tau_drift": _Kind(partial(_drifting, what="tau"), _SPREADS, most=math.inf),
+    "lost_spikes": _Kind(partial(_noisy_spikes, added=False), _COMMON),
+    "added_spikes": _Kind(partial(_noisy_spikes, added=True), _RARE),
+    "lost_steps": _Kind(
+        partial(_fewer_steps, lost=True),
+        levels=(1, 2, 3),
+        least=1,
+        most=math.inf,
+        whole=True,
+    ),
+    "first_steps": _Kind(
+        partial(_fewer_steps, lost=False),
+        levels=(7, 6, 5, 4, 3, 2, 1),
+        least=1,
+        most=math.inf,
+        whole=True,
+    ),
+    "jitter": _Kind(_jitter, (0.02, 0.05, 0.1, 0.2), most=math.inf),
+}
+
+FAULTS: dict[str, tuple[float, ...]] = {name: kind.levels for name, kind in _KINDS.items()}
+"""The kinds of fault, each with levels from mild to severe; jitter is in units of images."""
+
+
+def _weights(model: nn.Module) -> list[Tensor]:
+    """Weights of synapses: parameters of two dimensions or more, output channels first."""
+    weights: list[Tensor] = [weight for weight in model.parameters() if weight.ndim > 1]
+    if not weights:
+        raise ValueError(
+            "a fault of weights needs a network with some, got parameters of one dimension or none"
+        )
+    return weights
+
+
+def _spiking(model: nn.Module) -> list[tuple[str, Any]]:
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if is_neuron(module) and emits_spikes(module)
+    ]
+    if not found:
+        raise ValueError(
+            f"a fault of spikes needs SpikingJelly neurons, got a {type(model).__name__} without "
+            "any"
+        )
+    return found
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

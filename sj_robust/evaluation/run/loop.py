@@ -1,0 +1,468 @@
+"""The one loop over the members of an evaluation: resumable after a kill, shared by processes."""
+
+import re
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust.attacks.call import Attack, Model
+from sj_robust.attacks.threat import ThreatModel
+from sj_robust.core.checks import check_images, check_labels
+from sj_robust.core.environment import device_of, environment
+from sj_robust.core.preserved import evaluation_mode
+from sj_robust.core.randomness import SampleSeeds, seeded_globals
+from sj_robust.evaluation.result import Kind, Row
+from sj_robust.evaluation.run.data import Data
+from sj_robust.evaluation.run.fingerprint import description, fingerprint
+from sj_robust.evaluation.run.member import Member, clock, crafted
+from sj_robust.evaluation.run.progress import (
+    BatchLog,
+    Images,
+    Position,
+    Progress,
+    Step,
+    TimeLeft,
+    Watch,
+    gathered,
+    rank_and_world_size,
+)
+from sj_robust.evaluation.run.variant import Variant
+from sj_robust.perturbation import MPPDMonitor
+
+__all__ = ["Asked", "Job", "Outcome", "alone", "releases", "rows_of", "run", "run_batch"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What counts as broken. 判定标准。
+
+    Attributes:
+        threat: Norm and size of what counts; None counts everything.
+        draws: Fresh forwards in each of which a stochastic network must be wrong.
+        verified: Numbers of images that are proved to withstand the threat; members that keep the
+            threat leave them out, but for the first, so that a false proof is noticed.
+    """
+
+    threat: ThreatModel | None = None
+    draws: int = 1
+    verified: frozenset[int] = frozenset()
+
+    def keeps(self, member: Member) -> bool:
+        """Whether a member keeps the threat."""
+        if member.threat is None or self.threat is None:
+            return False
+        return member.threat.norm == self.threat.norm and member.threat.eps <= self.threat.eps
+
+    def measures_as(self, member: Member) -> bool:
+        """Whether distances of a member are those of the threat, but for the radius."""
+        if member.threat is None or self.threat is None:
+            return False
+        return replace(member.threat, eps=self.threat.eps) == self.threat
+
+    def spared(self, members: Sequence[Member], start: int, y: Tensor) -> dict[str, Tensor]:
+        """By name of a member, the images of a batch [N] bool that it leaves out."""
+        proved = [start + row in self.verified for row in range(len(y))]
+        safe = torch.tensor(proved, dtype=torch.bool, device=y.device)
+        keeping = [member.name for member in members if self.keeps(member)]
+        return dict.fromkeys(keeping[1:], safe)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A variant on one batch.
+
+    Attributes:
+        variant: The variant.
+        model: Its network.
+        x: Its images.
+        y: Their labels.
+        start: Number of the first image.
+        seeds: One per image.
+        asked: What counts as broken.
+        probed: Whether the perturbation of the potential is measured.
+    """
+
+    variant: Variant
+    model: Model
+    x: Tensor
+    y: Tensor
+    start: int
+    seeds: SampleSeeds
+    asked: Asked
+    probed: bool = False
+
+    def clean(self) -> Step:
+        """Which images are wrong without an attack."""
+        began = time.perf_counter()
+        known = self.variant.wrong
+        seen = list(range(len(self.y)))
+        if known is None:
+            judge = self.variant.judge
+            wrong = judge(self.model, self.x, self.y, draws=1, seeds=self.seeds)
+            fell = wrong.nonzero()[:, 0].tolist()
+        else:
+            fell = [row for row in seen if self.start + row in known]
+        seconds = time.perf_counter() - began
+        return Step("clean", seen, fell, seconds=seconds)
+
+    def attacked(
+        self, member: Member, rows: Tensor, starts: Tensor | None = None
+    ) -> tuple[Step, Images]:
+        """What a member does to the images ``rows``, and what it makes of them."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            x = self.x[rows]
+            y = self.y[rows]
+            seeds = self.seeds.rows(rows)
+            began = clock(x.device)
+            made = crafted(self.model, x, y, member, seeds=seeds, starts=starts)
+            hit = self.variant.judge(
+                self.model,
+                made.x_adv,
+                y,
+                draws=self.asked.draws,
+                seeds=seeds.derived("score", member.name),
+            )
+            seconds = clock(x.device) - began
+        distance = made.distance
+        outside = torch.zeros_like(hit)
+        if (threat := self.asked.threat) is not None:
+            if distance is None or not self.asked.measures_as(member):
+                distance = threat.distance(x, made.x_adv)
+            outside = hit & (distance > threat.eps + threat.tolerance(x))
+        potential = {}
+        if self.probed and len(rows) and isinstance(self.model, nn.Module):
+            potential = _layer_perturbation(self.model, x, made.x_adv)
+        step = Step(
+            member.name,
+            seen=rows.tolist(),
+            fell=rows[hit].tolist(),
+            outside=rows[outside].tolist(),
+            largest=0.0 if distance is None else max(distance.tolist(), default=0.0),
+            seconds=seconds,
+            warnings=sorted({str(warning.message) for warning in caught}),
+            potential=potential,
+        )
+        return step, Images(rows, made.x_adv)
+
+
+def run_batch(job: Job, log: BatchLog) -> Iterator[Step]:
+    """Run the members in their order, each on what is right and still stands in its group; what is
+    in the log already is not run again. Yields every step.
+    """
+    members = job.variant.members
+    if not log.steps:
+        log.append(job.clean())
+    yield log.steps[0]
+    right = torch.ones_like(job.y, dtype=torch.bool)
+    right[log.steps[0].fell] = False
+    standing = {member.group: right.clone() for member in members}
+    spared = job.asked.spared(members, job.start, job.y)
+    taking = [number for number, member in enumerate(members, 1) if member.takes_starts]
+    last = max(taking, default=0)
+    for number, member in enumerate(members, 1):
+        if number == len(log.steps):
+            left = standing[member.group]
+            if member.name in spared:
+                left = left & ~spared[member.name]
+            rows = left.nonzero()[:, 0]
+            starts = _starts(job, log, number, rows) if member.takes_starts else None
+            step, images = job.attacked(member, rows, starts)
+            if number < last:
+                log.keep(number, images)
+            log.append(step)
+        if member.group:
+            standing[member.group][log.steps[number].fell] = False
+        yield log.steps[number]
+    if last:
+        log.forget()
+
+
+def _starts(job: Job, log: BatchLog, number: int, rows: Tensor) -> Tensor:
+    """What the members before one made of the images ``rows`` within its threat, [S, n, ...]."""
+    members = job.variant.members
+    allowed = Asked(members[number - 1].threat)
+    found = []
+    for earlier, member in enumerate(members[: number - 1], 1):
+        if allowed.threat is None or allowed.keeps(member):
+            images = log.kept(earlier)
+            whole = job.x.clone()
+            whole[images.rows.to(whole.device)] = images.x_adv.to(whole)
+            found.append(whole[rows])
+    if not found:
+        return job.x.new_empty((0, *job.x[rows].shape))
+    return torch.stack(found)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Result of :func:`run`. 运行结果。
+
+    Attributes:
+        rows: Per variant one row of the clean images, and one per member.
+        potential: MS-MPPD per layer and step under each member, on the first batch.
+        warnings: What attacks and network warned of, each text once; and which variants could not
+            be measured.
+    """
+
+    rows: tuple[Row, ...]
+    potential: tuple[dict[str, Any], ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def run(
+    model: nn.Module,
+    data: Data,
+    variants: Sequence[Variant],
+    *,
+    asked: Asked,
+    network: str,
+    folder: Path | None = None,
+    watch: Watch | None = None,
+    shared: bool = True,
+) -> Outcome:
+    """Run every member of every variant on every batch and keep what happened to each image.
+    在数据集上运行评估。
+
+    Every step is written down as it ends: the same call with the same folder goes on where a killed
+    one stopped, and comes to the same result (times aside). A step is one member on one batch.
+
+    Where ``torch.distributed`` is initialised (``torchrun``, ``accelerate launch``), process r of W
+    takes the batches r, r + W, ...; all of them return the whole result, the same as one process. A
+    process that is done waits for the others, so give the process group a timeout as long as the
+    evaluation.
+
+    Seeds belong to images by their number in the data set, so no result depends on the batch size,
+    with two exceptions: a network that draws random numbers itself, and the estimator ``pdsg``,
+    whose gradient is one of a whole batch.
+
+    Args:
+        model: Images [N, C, H, W] in [0, 1] to logits; runs in evaluation mode, and gets its modes
+            back.
+        data: The images.
+        variants: What is run.
+        asked: What counts as broken.
+        network: Fingerprint of the network.
+        folder: Where progress is kept; None keeps none.
+        watch: Who watches.
+        shared: Whether processes share the batches; False where one of them evaluates alone.
+
+    Raises:
+        ValueError: If the folder holds the progress of another network, suite, threat, seed or data
+            set, or two members have one name.
+        BlockingIOError: If another process works in the same folder.
+    """
+    for variant in variants:
+        variant.check_names()
+    rank, processes = rank_and_world_size() if shared else (0, 1)
+    jobs = list(product(variants, range(len(data))))
+    own = range(rank, len(jobs), processes)
+    mine = [jobs[number][0] for number in own]
+    clock_of_steps = _Steps(mine, len(jobs), watch or Watch())
+    networks = _Networks(model)
+    parts: dict[int, list[Step] | str] = {}
+    with evaluation_mode(model):
+        for number in own:
+            variant, batch = jobs[number]
+            place = folder if folder is None or len(variants) == 1 else folder / _slug(variant.name)
+            key = {} if place is None else _key(data, variant, asked, network)
+            progress = Progress(place, key)
+            try:
+                job = _job(networks.of(variant), data, variant, batch, asked)
+                with progress.batch(batch) as log:
+                    for step in run_batch(job, log):
+                        clock_of_steps.tell(number, variant, step)
+                    parts[number] = log.steps
+            except (ValueError, NotImplementedError) as error:
+                if variant.is_plain:
+                    raise
+                parts[number] = f"{variant.name} was not measured: {error}."
+    if shared:
+        parts = gathered(parts)
+    return _outcome(data.sizes, variants, parts)
+
+
+def alone(
+    model: nn.Module, x: Tensor, y: Tensor, attacks: Mapping[str, Attack], *, seeds: SampleSeeds
+) -> dict[str, int]:
+    """Images of one batch that are right, ``"clean"`` and under each attack by itself, counted by
+    the loop; for use during training.
+    """
+    check_images(x)
+    check_labels(y, x)
+    members = [Member(name, attack, group="") for name, attack in attacks.items()]
+    job = Job(Variant(members), model, x, y, 0, seeds, Asked())
+    with evaluation_mode(model):
+        steps = list(run_batch(job, BatchLog()))
+    return {step.member: len(step.seen) - len(step.fell) for step in steps}
+
+
+def rows_of(
+    variant: Variant, steps: Sequence[Sequence[Step]], starts: Sequence[int]
+) -> tuple[Row, ...]:
+    """The rows of a variant from the steps of its batches, which begin at the images ``starts``."""
+
+    def numbers(index: int, what: str) -> tuple[int, ...]:
+        found = []
+        for start, batch in zip(starts, steps, strict=True):
+            found += [start + row for row in getattr(batch[index], what)]
+        return tuple(found)
+
+    rows = []
+    for index, member in enumerate((None, *variant.members)):
+        batches = [batch[index] for batch in steps]
+        row = Row(
+            member=batches[0].member,
+            kind=_kind(member),
+            seen=numbers(index, "seen"),
+            fell=numbers(index, "fell"),
+            outside=numbers(index, "outside"),
+            variant=variant.name,
+            threat=None if member is None else member.threat,
+            group="" if member is None else member.group,
+            estimator="" if member is None else member.estimator,
+            largest=max(step.largest for step in batches),
+            seconds=sum(step.seconds for step in batches),
+        )
+        rows.append(row)
+    return tuple(rows)
+
+
+def releases() -> str:
+    """Releases that a result depends on, as part of a key. 结果所依赖的版本。"""
+    found = environment()
+    names = ("sj_robust", "spikingjelly", "torch")
+    python = found["python"].rpartition(".")[0]
+    return ", ".join([*(f"{name} {found[name]}" for name in names), f"python {python}"])
+
+
+class _Networks:
+    """The networks of the variants, one at a time."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._latest: tuple[Variant, nn.Module] | None = None
+
+    def of(self, variant: Variant) -> nn.Module:
+        """The network of a variant."""
+        if self._latest is None or self._latest[0] is not variant:
+            self._latest = variant, variant.network(self._model)
+        return self._latest[1]
+
+
+class _Steps:
+    """The steps of this process as they are done, told to whoever watches."""
+
+    def __init__(self, variants: Sequence[Variant], jobs: int, watch: Watch) -> None:
+        names: list[str] = []
+        for variant in variants:
+            names += ["clean", *(member.name for member in variant.members)]
+        self._left = TimeLeft(names)
+        self._jobs = jobs
+        self._watch = watch
+
+    def tell(self, job: int, variant: Variant, step: Step) -> None:
+        """Count a step."""
+        left = self._left
+        left.add(step.member, step.seconds)
+        if self._watch.on_step is not None:
+            name = f"{variant.name}, {step.member}" if variant.name else step.member
+            seconds = left.seconds()
+            position = Position(job, self._jobs, name, left.done, left.total, seconds)
+            self._watch.on_step(position)
+
+
+def _job(model: nn.Module, data: Data, variant: Variant, batch: int, asked: Asked) -> Job:
+    start = sum(data.sizes[:batch])
+    x, y = (part.to(device_of(model)) for part in data[batch])
+    numbers = range(start, start + len(y))
+    return Job(
+        variant,
+        model,
+        x=variant.images(x, start),
+        y=y,
+        start=start,
+        seeds=SampleSeeds(numbers).derived("image", variant.seed),
+        asked=asked,
+        probed=batch == 0 and not variant.name,
+    )
+
+
+def _key(data: Data, variant: Variant, asked: Asked, network: str) -> dict[str, str]:
+    """What decides the result of a variant, by name."""
+    changes = [variant.name, variant.network, variant.images, variant.judge]
+    return {
+        "network": network,
+        "suite": fingerprint([description(member) for member in variant.members]),
+        "variant": fingerprint(changes),
+        "threat": description(asked.threat),
+        "seed": str(variant.seed),
+        "draws": str(asked.draws),
+        "data": data.fingerprint,
+        "batch sizes": fingerprint(list(data.sizes)),
+        "verified": fingerprint(sorted(asked.verified)),
+        "releases": releases(),
+    }
+
+
+def _slug(name: str) -> str:
+    return re.sub("[:/ ]", "-", name)
+
+
+def _kind(member: Member | None) -> Kind:
+    if member is None:
+        return "clean"
+    return "control" if member.group == "control" else "attack"
+
+
+def _outcome(
+    sizes: Sequence[int], variants: Sequence[Variant], parts: Mapping[int, list[Step] | str]
+) -> Outcome:
+    """Put the batches together; numbers within a batch become numbers within the data set."""
+    starts = [sum(sizes[:batch]) for batch in range(len(sizes))]
+    rows: list[Row] = []
+    potential: list[dict[str, Any]] = []
+    said: set[str] = set()
+    left_out: list[str] = []
+    for place, variant in enumerate(variants):
+        first = place * len(sizes)
+        batches = [parts[first + batch] for batch in range(len(sizes))]
+        reasons = [batch for batch in batches if isinstance(batch, str)]
+        if reasons:
+            left_out.append(reasons[0])
+            continue
+        steps = [batch for batch in batches if not isinstance(batch, str)]
+        rows += rows_of(variant, steps, starts)
+        potential += [
+            {"member": step.member, **step.potential} for step in steps[0] if step.potential
+        ]
+        for batch in steps:
+            said.update(text for step in batch for text in step.warnings)
+    return Outcome(tuple(rows), tuple(potential), (*sorted(said), *left_out))
+
+
+def _layer_perturbation(model: nn.Module, x: Tensor, x_adv: Tensor) -> dict[str, Any]:
+    """MS-MPPD of every spiking layer per time step: number of samples, layers in order of
+    execution, and warnings of neurons that cannot be followed; empty if the network has no neuron
+    that can.
+    """
+    with warnings.catch_warnings(record=True) as caught, seeded_globals(0, x.device):
+        warnings.simplefilter("always")
+        try:
+            with MPPDMonitor(model) as monitor:
+                stats = monitor.compare(x, x_adv, forward=model)
+        except (ValueError, RuntimeError):  # there is no neuron to follow, or none that runs
+            return {}
+    layers = {name: layer.ms_mppd.tolist() for name, layer in stats.items()}
+    return {
+        "samples": len(x),
+        "layers": layers,
+        "warnings": sorted({str(warning.message) for warning in caught}),
+    }

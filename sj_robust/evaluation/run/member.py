@@ -1,0 +1,353 @@
+"""One attack with its gradient estimator and restart: how it crafts, and whether what it made fools
+the network.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust.attacks.call import Model, crafting
+from sj_robust.attacks.threat import ThreatModel
+from sj_robust.core.checks import (
+    check_count,
+    check_images,
+    check_labels,
+    check_logits,
+    check_model,
+    check_switch,
+    taken_for_checked,
+)
+from sj_robust.core.preserved import evaluation_mode
+from sj_robust.core.randomness import SampleSeeds, check_seeds, seeded_globals
+
+__all__ = [
+    "Crafted",
+    "Member",
+    "check_estimator",
+    "clock",
+    "craft",
+    "crafted",
+    "fooled",
+    "fools",
+    "has_detached_reset",
+    "scored",
+]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One attack of a set whose worst case counts. 最坏情况评估中的一项攻击。
+
+    Attributes:
+        name: Unique within a set, such as ``"apgd_ce/atan:4/r1"``; part of the seed of its
+            randomness.
+        attack: The attack with its budget bound, such as ``functools.partial(fgsm, eps=0.1)``.
+        estimator: Gradient estimator it crafts with, a name that ``estimator`` knows;
+            ``"training"`` changes nothing.
+        group: Members of one group attack only what the earlier ones left standing; each member of
+            group ``""`` attacks every image that is classified right.
+        seed: Number of the restart, part of the seed of its randomness.
+        threat: The ball that its images must keep; in L0 binary event frames must stay binary as
+            well. None where there is none, as for Gaussian noise.
+        takes_starts: Whether the attack is called with ``starts``, [S, N, ...]: per image what each
+            of the S members before it made of it within its threat, the clean image where a member
+            did not see it.
+
+    Raises:
+        TypeError: If the attack cannot be called or the seed is not an integer.
+        ValueError: If the name is empty or the seed negative.
+
+    Examples:
+        >>> from functools import partial
+        >>> from sj_robust.attacks import fgsm
+        >>> Member("fgsm", partial(fgsm, eps=0.1), threat=ThreatModel("Linf", 0.1)).estimator
+        'training'
+    """
+
+    name: str
+    attack: Callable[..., Tensor]
+    estimator: str = "training"
+    group: str = "suite"
+    seed: int = 0
+    threat: ThreatModel | None = None
+    takes_starts: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError(
+                "a member needs a name, got ''; name it by attack, estimator and restart"
+            )
+        if not callable(self.attack):
+            raise TypeError(
+                f"attack must be a callable, got {type(self.attack).__name__}; use "
+                "functools.partial"
+            )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed must be an integer, got {type(self.seed).__name__}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be >= 0, got {self.seed}; number restarts from 0")
+        if self.threat is not None and not isinstance(self.threat, ThreatModel):
+            raise TypeError(
+                f"threat must be a ThreatModel or None, got {type(self.threat).__name__}"
+            )
+        check_switch("takes_starts", self.takes_starts)
+
+    @property
+    def eps(self) -> float | None:
+        """Radius of its ball; None where there is none."""
+        return None if self.threat is None else self.threat.eps
+
+
+def craft(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    member: Member,
+    *,
+    seeds: SampleSeeds,
+    starts: Tensor | None = None,
+) -> Tensor:
+    """Adversarial images of one member, its gradient estimator applied.
+    用指定梯度估计生成对抗样本。
+
+    The network is attacked in evaluation mode; modes, global random state and hooks are as before
+    afterwards.
+
+    Args:
+        model: Images [N, ...] in [0, 1] to logits; an ``nn.Module`` unless the estimator is
+            ``"training"``.
+        x: Images, floating point.
+        y: Labels [N] int64.
+        member: Which attack, estimator and restart.
+        seeds: One seed per sample, from which the member derives its own.
+        starts: What a member with ``takes_starts`` begins from, [S, N, ...]; None for none.
+
+    Raises:
+        TypeError: If an argument has the wrong type, or the attack returns no images of the dtype
+            of ``x``.
+        ValueError: If images, labels or seeds do not fit, or the attack leaves [0, 1], its ball or
+            the shape.
+
+    Examples:
+        >>> from functools import partial
+        >>> from sj_robust.attacks import pgd
+        >>> member = Member("pgd", partial(pgd, eps=0.1, step_size=0.05, steps=3))
+        >>> x, y = torch.rand(2, 5), torch.tensor([0, 1])
+        >>> craft(nn.Linear(5, 3), x, y, member, seeds=SampleSeeds([0, 1])).shape
+        torch.Size([2, 5])
+    """
+    _check_arguments(model, x, y, seeds)
+    return crafted(model, x, y, member, seeds=seeds, starts=starts).x_adv
+
+
+@dataclass(frozen=True)
+class Crafted:
+    """Images of a member, and the distance of each from its clean one in the member's threat, [N];
+    None without a threat.
+    """
+
+    x_adv: Tensor
+    distance: Tensor | None
+
+
+def crafted(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    member: Member,
+    *,
+    seeds: SampleSeeds,
+    starts: Tensor | None = None,
+) -> Crafted:
+    """:func:`craft` for whoever has checked images, labels and seeds already."""
+    if x.numel() == 0:
+        return Crafted(x.detach().clone(), None)
+    own = seeds.derived(member.name, member.seed)
+    options = {}
+    if member.takes_starts:
+        options["starts"] = x.new_empty((0, *x.shape)) if starts is None else starts
+    with (
+        crafting(model, x.device, own),
+        _estimator(member, model) as crafted_on,
+        taken_for_checked(),
+    ):
+        # Copies made here are ordinary tensors also where the caller is in inference mode.
+        x_adv = member.attack(crafted_on, x.detach().clone(), y.clone(), generator=own, **options)
+    distance = _checked_result(x_adv, x, member)
+    return Crafted(x_adv.detach(), distance)
+
+
+def fools(model: Model, x: Tensor, y: Tensor, *, draws: int = 1, seeds: SampleSeeds) -> Tensor:
+    """Whether the true network gets an image wrong in every one of several fresh forwards.
+    在真实网络上复核。
+
+    Equation: ``fooled_n = all_d [argmax model(x; draw d)_n != y_n]``. Nothing of an estimator is in
+    force here. A stochastic network has other noise in every draw; one draw too lucky for the
+    attacker does not count. Forwards after the first see only what is still wrong.
+
+    Args:
+        model: Images [N, ...] in [0, 1] to logits [N, classes]; a module is scored in evaluation
+            mode.
+        x: Images, clean or adversarial.
+        y: Labels [N] int64.
+        draws: Number of forwards, >= 1; 1 is enough for a deterministic network.
+        seeds: One seed per sample; they seed the network's own use of torch's global generators.
+
+    Returns:
+        [N] bool.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If images, labels, seeds or logits do not fit, or ``draws`` < 1.
+
+    Examples:
+        >>> x, y = torch.eye(2), torch.tensor([0, 0])
+        >>> fools(lambda x: x, x, y, seeds=SampleSeeds([0, 1]))
+        tensor([False,  True])
+    """
+    check_count("draws", draws)
+    _check_arguments(model, x, y, seeds)
+    return fooled(model, x, y, draws=draws, seeds=seeds)
+
+
+def fooled(model: Model, x: Tensor, y: Tensor, *, draws: int, seeds: SampleSeeds) -> Tensor:
+    """:func:`fools` for whoever has checked images, labels and seeds already."""
+    wrong = torch.arange(len(x), device=x.device)
+    for draw in range(draws):
+        if len(wrong) == 0:
+            break
+        seed = seeds.derived("draw", draw).single()
+        logits = scored(model, x[wrong], y[wrong], seed=seed)
+        wrong = wrong[logits.argmax(1) != y[wrong]]
+    found = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    found[wrong] = True
+    return found
+
+
+def scored(model: Model, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
+    """Logits of the model as it is, in evaluation mode, without a gradient, its noise seeded by
+    ``seed``.
+    """
+    with evaluation_mode(model), torch.no_grad(), seeded_globals(seed, x.device):
+        return check_logits(model(x), y)
+
+
+def check_estimator(name: str) -> None:
+    """The name is one of an estimator."""
+    if name != "training":
+        from sj_robust.estimators import estimator
+
+        estimator(name)
+
+
+def has_detached_reset(name: str) -> bool:
+    """Whether the estimator has a variant with the reset detached that is not the estimator
+    itself.
+    """
+    try:
+        check_estimator(f"{name}+detach")
+    except ValueError:
+        return False
+    return not name.endswith("+detach")
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, after all that was started on a GPU has ended."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _estimator(member: Member, model: Model) -> AbstractContextManager[Model]:
+    """Context that yields what the member crafts on; without an estimator nothing of SpikingJelly
+    is needed.
+    """
+    if member.estimator == "training":
+        return nullcontext(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"estimator {member.estimator!r} of {member.name!r} needs the network as an "
+            f"nn.Module, got {type(model).__name__}; pass the network itself, or use the "
+            "estimator 'training'"
+        )
+    from sj_robust.estimators import estimator
+
+    applied: AbstractContextManager[Model] = estimator(member.estimator)(model)
+    return applied
+
+
+def _check_arguments(model: Model, x: Tensor, y: Tensor, seeds: SampleSeeds) -> None:
+    check_model(model)
+    check_images(x)
+    check_labels(y, x)
+    if not isinstance(seeds, SampleSeeds):
+        raise TypeError(
+            f"seeds must be SampleSeeds, got {type(seeds).__name__}; use SampleSeeds(range(len(x)))"
+        )
+    check_seeds(seeds, x)
+
+
+def _checked_result(x_adv: Tensor, x: Tensor, member: Member) -> Tensor | None:
+    """What an attack returns are images of the same kind, inside the box and inside the member's
+    ball; returns their distances.
+    """
+    if not isinstance(x_adv, Tensor) or x_adv.dtype != x.dtype or x_adv.device != x.device:
+        got = (
+            f"{x_adv.dtype} on {x_adv.device}"
+            if isinstance(x_adv, Tensor)
+            else type(x_adv).__name__
+        )
+        raise TypeError(
+            f"attack {member.name!r} must return images of {x.dtype} on {x.device}, got {got}"
+        )
+    if x_adv.shape != x.shape:
+        raise ValueError(
+            f"attack {member.name!r} must return images of shape {list(x.shape)}, got "
+            f"{list(x_adv.shape)}; it has to return one image per sample"
+        )
+    threat = member.threat
+    inside = (x_adv >= 0) & (x_adv <= 1)  # false for what is not finite
+    distance = None if threat is None else threat.distance(x, x_adv.detach())
+    kept = inside.all()
+    if threat is not None and distance is not None:
+        if threat.of_events:
+            kept &= ((x_adv == 0) | (x_adv == 1)).all()
+        kept &= (distance <= threat.eps + threat.tolerance(x)).all()
+    if not bool(kept):  # the only question to the device, unless something is wrong
+        _refuse(x_adv, distance, member)
+    return distance
+
+
+def _refuse(x_adv: Tensor, distance: Tensor | None, member: Member) -> None:
+    """Say what is wrong with images that left the box or the member's ball."""
+    try:
+        check_images(x_adv)
+    except ValueError as error:
+        raise ValueError(f"attack {member.name!r} left the images: {error}") from error
+    threat = member.threat
+    if threat is None or distance is None:
+        return
+    if threat.of_events and not bool(((x_adv == 0) | (x_adv == 1)).all()):
+        raise ValueError(
+            f"attack {member.name!r} must leave event frames binary (0 or 1) within an "
+            f"{threat.norm} ball, got other values; an event is there or not"
+        )
+    largest = float(distance.max())
+    if threat.norm == "L0":
+        rule = f"change at most {threat.eps:g} elements per sample (L0), got {largest:g}"
+    elif threat.norm == "moves":
+        limits = f"largest shift {threat.largest_shift}, total shift {threat.total_shift}"
+        rule = (
+            f"move at most {threat.eps:g} events per sample in time ({limits}; None: any), "
+            f"got {largest:g} (inf: a shift is too large, or a pixel has not kept its events)"
+        )
+    else:
+        rule = (
+            f"stay within {threat.norm} distance {threat.eps:g}, got {largest:.8g}; project its "
+            "result"
+        )
+    raise ValueError(f"attack {member.name!r} must {rule}")

@@ -1,0 +1,61 @@
+"""Proofs beside attacks: which images of an evaluation no perturbation in the ball can turn."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sj_robust.attacks.threat import eps_text
+from sj_robust.evaluation.run.data import Batches, Data
+from sj_robust.proofs import verify
+
+__all__ = ["Proofs", "prove"]
+
+
+@dataclass(frozen=True)
+class Proofs:
+    """What was proved at some radii of Linf. 若干半径下被证明的图像。
+
+    Attributes:
+        verified: By radius, as text, the numbers of the images that are verified.
+        total: Images that were looked at, the first ones of the data set.
+        potential: At the largest radius that was tried, per layer and step, the mean square of the
+            distance between the bounds of the charged potential, resets included. MS-MPPD leaves
+            the resets out, so it may exceed them.
+    """
+
+    verified: Mapping[str, tuple[int, ...]]
+    total: int
+    potential: Mapping[str, tuple[float, ...]]
+
+
+def prove(model: nn.Module, batches: Batches | Data, radii: Sequence[float]) -> Proofs:
+    """Verify images at several radii by :func:`sj_robust.proofs.verify`. 在多个半径下验证图像。
+
+    Raises:
+        TypeError: If the model is no ``SpikingClassifier``.
+        ValueError: If it is not in float32.
+        NotImplementedError: If something in it has no bounds.
+
+    Examples:
+        >>> from spikingjelly.activation_based import neuron
+        >>> from sj_robust import SpikingClassifier
+        >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), neuron.IFNode(step_mode="m"))
+        >>> _ = net[0].weight.data.copy_(torch.eye(2))
+        >>> batches = [(torch.tensor([[0.9, 0.1], [0.3, 0.2]]), torch.tensor([0, 0]))]
+        >>> prove(SpikingClassifier(net, T=4).eval(), batches, [0.01, 0.05]).verified
+        {'0.01': (0, 1), '0.05': (0,)}
+    """
+    x, y = Data.of(batches).tensors(torch.device("cpu"))
+    standing = list(range(len(y)))
+    verified: dict[str, tuple[int, ...]] = {}
+    potential: dict[str, tuple[float, ...]] = {}
+    for eps in sorted(radii):  # what is not proved at a radius is not proved at any larger one
+        if standing:
+            result = verify(model, x[standing], y[standing], eps)
+            proved = zip(standing, result.verified, strict=True)
+            standing = [number for number, holds in proved if holds]
+            potential = {f"net.{layer.name}": layer.potential for layer in result.layers}
+        verified[eps_text(eps)] = tuple(standing)
+    return Proofs(verified, len(y), potential)

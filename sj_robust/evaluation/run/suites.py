@@ -1,0 +1,462 @@
+"""Sets of attacks by name: what is run, in which order, and the control of equal cost beside it."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from sj_robust.attacks.apgd import apgd
+from sj_robust.attacks.autoattack import autoattack
+from sj_robust.attacks.call import Attack
+from sj_robust.attacks.gradient import fgsm, pgd
+from sj_robust.attacks.noise import gaussian
+from sj_robust.attacks.sapgd import sapgd
+from sj_robust.attacks.square import square
+from sj_robust.attacks.threat import ThreatModel
+from sj_robust.core.checks import check_choice, check_count
+from sj_robust.core.extras import check_extra
+from sj_robust.evaluation.run.estimator_search import (
+    CANDIDATES,
+    CHANGES,
+    EstimatorSearch,
+    confident,
+    event_attack,
+    expectation,
+    random_event_attack,
+)
+from sj_robust.evaluation.run.member import Member
+
+__all__ = [
+    "GRADES",
+    "Suite",
+    "SuiteName",
+    "check_radius",
+    "check_shape",
+    "check_suite",
+    "make_suite",
+]
+
+SuiteName = Literal["paper", "fast", "standard", "autoattack", "gradients", "events"]
+"""Names of the suites."""
+
+GRADES: dict[str, str] = {
+    "paper": "a protocol to compare with, weaker than standard",
+    "fast": "a first impression",
+    "standard": "the one to report",
+    "autoattack": "AutoAttack standard, which knows the training surrogate alone",
+    "gradients": "estimators one by one",
+    "events": "the one to report for event frames",
+}
+"""How far the figures of each suite can be trusted."""
+
+_PAPER_EPS = 8 / 255
+_PAPER_STEPS = {
+    7: 2.55 / 255,
+    10: 2 / 255,
+    20: 1 / 255,
+    40: 0.5 / 255,
+}  # steps of PGD: step size at _PAPER_EPS
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Attacks that are run together. 攻击套件。
+
+    Attributes:
+        name: Name of the suite.
+        members: Attacks whose worst case counts, in the order in which they are run; those of group
+            ``""`` are figures for themselves, and may have another radius than the threat.
+        control: The training surrogate with restarts at the same cost, in group ``"control"``; what
+            the choice of estimators is worth is the difference.
+        description: What is run, in one sentence.
+        search: How the estimators are chosen beforehand; None if the suite needs no choice.
+
+    Raises:
+        ValueError: If two attacks have the same name.
+    """
+
+    name: str
+    members: tuple[Member, ...]
+    control: tuple[Member, ...]
+    description: str
+    search: EstimatorSearch | None = None
+
+    def __post_init__(self) -> None:
+        names = [member.name for member in (*self.members, *self.control)]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(
+                f"names of a suite's attacks must differ, got {repeated} more than once; add the "
+                "restart"
+            )
+
+
+def make_suite(
+    name: SuiteName,
+    threat: ThreatModel,
+    *,
+    chosen: Sequence[str] = (),
+    classes: int,
+    eot_samples: int = 1,
+) -> Suite:
+    """A suite for a threat, with the estimators that a search has chosen.
+
+    按名称构造攻击套件。
+
+    c1, c2, c3 are the chosen estimators, the strongest first; where fewer are chosen, what would be
+    the same attack twice is left out. APGD-T is APGD with the targeted DLR loss. Except in
+    ``paper`` and ``gradients``, where every attack sees all images that are classified right, an
+    attack sees only what no earlier one of the suite fooled.
+
+    | suite | members in their order (steps x restarts) |
+    | --- | --- |
+    | ``paper`` | Gaussian (sigma = eps), FGSM, PGD-7, 10, 20, 40 (best and last iterate), |
+    | | APGD-CE 10, APGD-DLR 10; PGD-10 with step eps/4 at 10, 20 ... 100/255 |
+    | ``fast`` | APGD-CE c1, c2 (50 x 1), APGD-DLR c1 (50 x 1), APGD-CE c1 (50 x 2), |
+    | | training (50 x 1) |
+    | ``standard`` | APGD-CE c1, c2, c3 (100 x 1), APGD-DLR c1 (100 x 1), APGD-CE c1 (100 x 2), |
+    | | APGD-DLR c1 (100 x 1), APGD-CE training, c2, c3 (100 x 1), |
+    | | APGD-T c1, c2, c3 (3 classes x 100), SA-PGD with ASSG (100 x 1), Square (1000 queries) |
+    | ``autoattack`` | AutoAttack standard: APGD-CE (100), APGD-T (9 x 100), FAB-T (9 x 100), |
+    | | Square (5000 queries) |
+    | ``events`` | flip_events c1, c2, c3 (x 1), random removals (200 tries), |
+    | | flip_events c1 (x 3), training, c2, c3 (x 1), c1 towards 3 classes (x 1), |
+    | | random changes of both kinds (200 tries), flip_events c1 (x 3); for a threat of moves |
+    | | ``move_events`` and ``random_moves`` in their places |
+
+    The control is every attack in the ball of the threat once more, with the training surrogate and
+    another seed. Only that of ``autoattack`` spends the forwards and gradients of FAB-T (a forward
+    more per step) and Square on a second APGD-T and 20 more APGD-CE, a backward at the price of two
+    forwards; and that of ``gradients`` is APGD-CE with the training surrogate five times.
+
+    Args:
+        name: ``"paper"`` (the protocol of Ding et al., Linf), ``"fast"``, ``"standard"`` or
+            ``"autoattack"``; ``"events"`` for binary event frames, with a threat in L0 or of moves
+            and no other suite.
+        threat: The budget of every attack. The steps of ``paper`` grow with it, and are the printed
+            ones at 8/255.
+        chosen: Names of estimators, the strongest first; none means the training surrogate.
+        classes: Number of classes of the network; the DLR losses are left out where there are too
+            few.
+        eot_samples: Forwards that a gradient is averaged over, > 1 for a network that draws random
+            numbers: its attacks then go on after a first lucky draw and keep the highest loss, and
+            AutoAttack runs its version ``"rand"``.
+
+    Raises:
+        ValueError: If the suite is unknown or does not fit the threat, the radius is 0, estimators
+            are given to a suite without a choice, or there are fewer than two classes.
+
+    Source: Ding et al. (ICML 2024), section 5; AutoAttack of Croce and Hein (ICML 2020).
+
+    Examples:
+        >>> suite = make_suite(
+        ...     "fast", ThreatModel("Linf", 8 / 255), chosen=["atan:4", "triangle:0.5"], classes=10
+        ... )
+        >>> [member.name for member in suite.members[:3]]
+        ['apgd_ce/atan:4/r0', 'apgd_ce/triangle:0.5/r0', 'apgd_dlr/atan:4/r0']
+        >>> suite.control[0].name, suite.control[0].estimator
+        ('control/apgd_ce/training/r0', 'training')
+    """
+    check_suite(name, threat)
+    if isinstance(classes, bool) or not isinstance(classes, int) or classes < 2:
+        raise ValueError(
+            f"classes must be an integer >= 2, got {classes!r}; pass the number of logits"
+        )
+    fixed = {"paper": _paper, "autoattack": _autoattack, "gradients": _gradients}
+    if chosen and name in fixed:
+        raise ValueError(f"suite {name!r} has its estimators fixed, got {list(chosen)}; pass none")
+    check_count("eot_samples", eot_samples)
+    plan = _Plan(threat, classes, eot_samples)
+    if name in fixed:
+        return fixed[name](plan)
+    choosing = {"fast": _fast, "standard": _standard, "events": _events}
+    return choosing[name](plan, tuple(dict.fromkeys(chosen)) or ("training",))
+
+
+def check_suite(name: SuiteName, threat: ThreatModel) -> None:
+    """Raise for a suite that is unknown, needs a package that is missing or does not fit a threat.
+
+    Examples:
+        >>> check_suite("paper", ThreatModel("L2", 0.5))
+        Traceback (most recent call last):
+            ...
+        ValueError: suite 'paper' is defined for Linf, got 'L2'; use 'standard'
+    """
+    check_choice("suite", name, get_args(SuiteName))
+    check_extra(name)
+    check_radius(threat)
+    if name == "events" and not threat.of_events:
+        raise ValueError(
+            f"suite 'events' does not fit a threat in {threat.norm}; count changes with "
+            "ThreatModel('L0', k)"
+        )
+    if name != "events" and threat.of_events:
+        raise ValueError(
+            f"suite {name!r} does not fit a threat in {threat.norm}; use the suite 'events'"
+        )
+    if name == "paper" and threat.norm != "Linf":
+        raise ValueError(f"suite 'paper' is defined for Linf, got {threat.norm!r}; use 'standard'")
+
+
+def check_radius(threat: ThreatModel) -> None:
+    """Raise ValueError for a radius of 0, at which no attack does anything."""
+    if threat.eps <= 0:
+        raise ValueError(
+            f"eps must be > 0 to attack at all, got {threat.eps}; give a radius such as eps='8/255'"
+        )
+
+
+def check_shape(name: SuiteName, images: Tensor) -> None:
+    """Raise ValueError for images that Square, which comes last in a suite, would not take.
+
+    Examples:
+        >>> import torch
+        >>> check_shape("standard", torch.rand(2, 36))
+        Traceback (most recent call last):
+            ...
+        ValueError: suite 'standard' needs images [N, C, H, W] for Square, got shape (2, 36); take
+        'fast', or reshape inside the model
+    """
+    if name in ("standard", "autoattack") and images.ndim != 4:
+        raise ValueError(
+            f"suite {name!r} needs images [N, C, H, W] for Square, got shape "
+            f"{tuple(images.shape)}; take 'fast', or reshape inside the model"
+        )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Members with the budget of a threat."""
+
+    threat: ThreatModel
+    classes: int
+    eot_samples: int
+
+    def member(
+        self, kind: str, attack: Attack, estimator: str = "training", restart: int = 0
+    ) -> Member:
+        return Member(
+            f"{kind}/{estimator}/r{restart}", attack, estimator, seed=restart, threat=self.threat
+        )
+
+    def ce(self, estimator: str, restart: int = 0, *, steps: int = 100) -> Member:
+        return self.member("apgd_ce", self._apgd("ce", steps), estimator, restart)
+
+    def dlr(self, estimator: str, restart: int = 0, *, steps: int = 100) -> list[Member]:
+        """APGD-DLR; the loss needs three logits."""
+        return (
+            [self.member("apgd_dlr", self._apgd("dlr", steps), estimator, restart)]
+            if self.classes > 2
+            else []
+        )
+
+    def targeted(self, estimator: str, restart: int = 0, *, targets: int = 3) -> list[Member]:
+        """APGD towards the likeliest wrong classes with the targeted DLR loss, which needs four
+        logits.
+        """
+        if self.classes < 4:
+            return []
+        attack = partial(
+            self._apgd("dlr_targeted", 100), target_classes=min(targets, self.classes - 1)
+        )
+        return [self.member("apgd_t", attack, estimator, restart)]
+
+    def sapgd(self, estimator: str) -> list[Member]:
+        """SA-PGD, which knows the Linf ball alone."""
+        if self.threat.norm != "Linf":
+            return []
+        attack = partial(sapgd, eps=self.threat.eps, steps=100, **expectation(self.eot_samples))
+        return [self.member("sapgd", attack, estimator)]
+
+    def square(self, queries: int) -> Member:
+        return self.member(
+            "square", partial(square, eps=self.threat.eps, norm=self.threat.ball, queries=queries)
+        )
+
+    def _apgd(self, loss: Literal["ce", "dlr", "dlr_targeted"], steps: int) -> partial[Tensor]:
+        noisy = expectation(self.eot_samples)
+        return partial(
+            apgd, eps=self.threat.eps, norm=self.threat.ball, loss=loss, steps=steps, **noisy
+        )
+
+    def flips(self, estimator: str, restart: int = 0, *, runs: int = 1) -> Member:
+        attack = partial(
+            event_attack(self.threat), restarts=runs, reduce=False, **confident(self.eot_samples)
+        )
+        return self.member(CHANGES[self.threat.norm], attack, estimator, restart)
+
+    def flips_targeted(self, estimator: str) -> list[Member]:
+        """The attack towards the likeliest wrong classes, which are others than the first only if
+        there are three.
+        """
+        if self.classes < 3:
+            return []
+        targets = min(3, self.classes - 1)
+        attack = partial(
+            event_attack(self.threat),
+            target_classes=targets,
+            reduce=False,
+            **confident(self.eot_samples),
+        )
+        return [self.member(f"{CHANGES[self.threat.norm]}_t", attack, estimator)]
+
+    def random_flips(self, allow: Literal["both", "remove"]) -> Member:
+        attack = partial(random_event_attack(self.threat, allow=allow), tries=200)
+        if self.threat.norm == "moves":
+            return self.member("random_moves", attack, restart=int(allow == "both"))
+        return self.member(f"random_{allow}", attack)
+
+
+def _fast(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
+    best, second = chosen[0], chosen[1 % len(chosen)]
+    ce = partial(plan.ce, steps=50)
+    members = [ce(best)]
+    if second != best:
+        members.append(ce(second))
+    members += plan.dlr(best, steps=50)
+    members += [ce(best, 1), ce(best, 2)]
+    if "training" not in (best, second):
+        members.append(ce("training"))
+    description = (
+        f"APGD of 50 steps with {_listed(best, second)}: {GRADES['fast']}, not a final figure"
+    )
+    return Suite(
+        "fast",
+        tuple(members),
+        _control(members),
+        description,
+        EstimatorSearch(images=32, steps=10, count=2),
+    )
+
+
+def _standard(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
+    best, every = chosen[0], tuple(dict.fromkeys((*chosen, "training")))
+    # A network that allows no other estimator than "training" may hold no spiking neuron at all.
+    adaptive = next(
+        (name for name in every if name.startswith("assg")),
+        "assg" if len(every) > 1 else "training",
+    )
+    members = [plan.ce(name) for name in chosen]
+    members += plan.dlr(best)
+    members += [plan.ce(best, 1), plan.ce(best, 2)]
+    members += plan.dlr(best, 1)
+    if "training" not in chosen:
+        members.append(plan.ce("training"))
+    members += [plan.ce(name, 1) for name in chosen[1:]]
+    for name in chosen:
+        members += plan.targeted(name)
+    members += plan.sapgd(adaptive)
+    members.append(plan.square(1000))
+    description = (
+        f"worst case of APGD-CE, APGD-DLR, APGD-T, SA-PGD and Square with {_listed(*every)}"
+    )
+    return Suite("standard", tuple(members), _control(members), description, EstimatorSearch())
+
+
+def _paper(plan: _Plan) -> Suite:
+    eps = plan.threat.eps
+    scale = eps / _PAPER_EPS
+    averaged: dict[str, Any] = {} if plan.eot_samples == 1 else {"eot_samples": plan.eot_samples}
+    figures: dict[str, Attack] = {"fgsm": partial(fgsm, eps=eps)}
+    for steps, size in _PAPER_STEPS.items():
+        attack = partial(pgd, eps=eps, step_size=size * scale, steps=steps, **averaged)
+        figures |= {f"pgd{steps}": attack, f"pgd{steps}/last": partial(attack, keep_best=False)}
+    for loss in ("ce", "dlr") if plan.classes > 2 else ("ce",):
+        figures[f"apgd_{loss}"] = partial(
+            apgd, eps=eps, loss=loss, steps=10, **expectation(plan.eot_samples)
+        )
+    members = [
+        Member(name, attack, group="", threat=plan.threat) for name, attack in figures.items()
+    ]
+    control = _control(members)
+    members.insert(0, Member("gaussian", partial(gaussian, std=eps), group=""))
+    for level in range(10, 101, 10):
+        radius = level / 255
+        attack = partial(pgd, eps=radius, step_size=radius / 4, steps=10, **averaged)
+        members.append(
+            Member(f"pgd10@{level}/255", attack, group="", threat=ThreatModel("Linf", radius))
+        )
+    description = (
+        "the protocol of Ding et al. (ICML 2024): every attack for itself, with the training "
+        "surrogate"
+    )
+    return Suite("paper", tuple(members), control, description)
+
+
+def _autoattack(plan: _Plan) -> Suite:
+    threat = plan.threat
+    version = "standard" if plan.eot_samples == 1 else "rand"
+    member = plan.member(
+        "autoattack", partial(autoattack, eps=threat.eps, norm=threat.ball, version=version)
+    )
+    targeted = partial(plan.targeted, "training", targets=9)
+    spent = [plan.ce("training"), *targeted(0), *targeted(1)]
+    spent += [plan.ce("training", restart) for restart in range(1, 21)]
+    description = (
+        "AutoAttack standard: APGD-CE, APGD-T, FAB-T and Square with the training surrogate"
+    )
+    return Suite("autoattack", (member,), _control(spent), description)
+
+
+def _events(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
+    best = chosen[0]
+    members = [plan.flips(name) for name in chosen]
+    members.append(plan.random_flips("remove"))
+    members.append(plan.flips(best, 1, runs=3))
+    if "training" not in chosen:
+        members.append(plan.flips("training"))
+    members += [plan.flips(name, 1) for name in chosen[1:]]
+    members += plan.flips_targeted(best)
+    members.append(plan.random_flips("both"))
+    members.append(plan.flips(best, 2, runs=3))
+    done = "added or removed" if plan.threat.norm == "L0" else "moved in time"
+    description = (
+        f"worst case of few events {done} with {_listed(*chosen, 'training')}, and at random"
+    )
+    return Suite(
+        "events", tuple(members), _control(members), description, EstimatorSearch(images=32)
+    )
+
+
+def _listed(*names: str) -> str:
+    return ", ".join(dict.fromkeys(names))
+
+
+def _gradients(plan: _Plan) -> Suite:
+    members = [
+        plan.ce(name) for name in (*CANDIDATES, "pdsg", "hart_mixed:1.2", "straight_through")
+    ]
+    members += [
+        member
+        for name in ("training", "triangle:0.5", "atan:4", "assg")
+        for member in plan.sapgd(name)
+    ]
+    alone = tuple(replace(member, group="") for member in members)
+    control = _control([plan.ce("training", restart) for restart in range(5)])
+    description = (
+        "what every gradient estimator is worth for itself, at an equal number of gradients"
+    )
+    return Suite("gradients", alone, control, description)
+
+
+def _control(members: Sequence[Member]) -> tuple[Member, ...]:
+    """The same attacks at the same cost, all with the training surrogate and from other random
+    starts.
+    """
+    runs: Counter[str] = Counter()
+    control = []
+    for member in members:
+        kind = member.name.removesuffix(f"/{member.estimator}/r{member.seed}")
+        name = (
+            f"control/{member.name}"
+            if kind == member.name
+            else f"control/{kind}/training/r{runs[kind]}"
+        )
+        control.append(
+            replace(member, name=name, estimator="training", group="control", seed=runs[kind])
+        )
+        runs[kind] += 1
+    return tuple(control)

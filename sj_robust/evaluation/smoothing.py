@@ -1,0 +1,180 @@
+"""The bracket of a smoothed classifier: what its vote certifies in L2, and what attacks on the vote
+itself leave.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust.attacks.call import Model
+from sj_robust.attacks.gradient import pgd
+from sj_robust.attacks.threat import ThreatModel
+from sj_robust.core.checks import check_count, check_labels, check_seed, check_size
+from sj_robust.core.environment import device_of, environment
+from sj_robust.core.randomness import SampleSeeds
+from sj_robust.evaluation.report.report import Report
+from sj_robust.evaluation.result import Row
+from sj_robust.evaluation.run.data import Data
+from sj_robust.evaluation.run.identity import network_key
+from sj_robust.evaluation.run.loop import Asked, run
+from sj_robust.evaluation.run.member import Member
+from sj_robust.evaluation.run.variant import Variant
+from sj_robust.proofs.smoothing import ABSTAINED, SmoothedClassifier, Smoothing, smooth
+
+__all__ = ["smoothed_bracket"]
+
+
+def smoothed_bracket(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    smoothing: Smoothing,
+    radii: Sequence[float],
+    *,
+    steps: int = 20,
+    eot_samples: int = 16,
+    n0: int = 100,
+    batch_size: int = 64,
+    seed: int = 0,
+    name: str = "vote",
+    dataset: str = "images",
+    configuration: dict[str, Any] | None = None,
+) -> Report:
+    """Attack the smoothed classifier itself; what is left stands beside what it certifies.
+    平滑分类器的上下界。
+
+    At each radius PGD in L2 climbs the cross entropy averaged over ``eot_samples`` noisy copies of
+    every image that is not broken yet, the certified ones included. Its last image counts as broken
+    if the smoothed classifier, asked again with ``smoothing.n`` fresh draws, votes for another
+    class; where it abstains nothing is known. Neither end says anything of the network without the
+    vote.
+
+    Args:
+        model: The network that was smoothed.
+        x: The images that were.
+        y: Labels [N] int64.
+        smoothing: What :func:`sj_robust.proofs.smooth` found for them.
+        radii: L2 radii, >= 0.
+        steps: Steps of PGD, each of 2.5 radii / steps.
+        eot_samples: Noisy copies that a gradient is averaged over.
+        n0: Draws for the guess of a vote.
+        batch_size: Images attacked at a time.
+        seed: Seeds all noise.
+        name: What the report calls the network.
+        dataset: What the report calls the images.
+        configuration: Options of the run, for the report.
+
+    Returns:
+        A report with both ends at every radius, see ``Report.bracket_at``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If images, labels, smoothing or a number do not fit.
+
+    Source: attacks through the noise as in SmoothAdv, Salman et al. (NeurIPS 2019).
+
+    Examples:
+        >>> x, y = torch.tensor([[0.8, 0.2], [0.55, 0.45]]), torch.tensor([0, 0])
+        >>> net, draws = nn.Linear(2, 2, bias=False), torch.Generator().manual_seed(0)
+        >>> _ = net.weight.data.copy_(torch.eye(2))
+        >>> certified = smooth(net, x, 0.25, generator=draws)
+        >>> found = smoothed_bracket(net, x, y, certified, [0.0, 0.2])
+        >>> [[end.accuracy for end in found.bracket_at(radius)] for radius in (0.0, 0.2)]
+        [[1.0, 1.0], [0.5, 0.5]]
+    """
+    check_labels(y, x)
+    check_count("steps", steps)
+    seed = check_seed("seed", seed)
+    data = Data.of_tensors(x, y, check_count("batch_size", batch_size))
+    if not radii:
+        raise ValueError("radii must hold an L2 radius or more, got none")
+    ordered = sorted({check_size("radii", radius) for radius in radii})
+    variant = f"vote:{smoothing.sigma:g}"
+    right = smoothing.certified(y)
+    wrong = [i for i, label in enumerate(smoothing.prediction) if label != ABSTAINED]
+    attacked = Variant(
+        [_attack(radius, steps, eot_samples) for radius in ordered if radius > 0],
+        variant,
+        seed,
+        network=partial(SmoothedClassifier, sigma=smoothing.sigma),
+        judge=_Vote(smoothing.n, n0, smoothing.alpha),
+        wrong=frozenset(i for i in wrong if not right[i]),
+    )
+    network = network_key(model, data, None)
+    outcome = run(model, data, [attacked], asked=Asked(), network=network)
+    proofs = [_proof(smoothing, y, radius, variant) for radius in ordered]
+    vote = {"sigma": smoothing.sigma, "n": smoothing.n, "alpha": smoothing.alpha}
+    return Report(
+        name=name,
+        dataset=dataset,
+        suite="vote",
+        labels=data.labels,
+        rows=(*outcome.rows, *proofs),
+        threat=ThreatModel("L2", ordered[len(ordered) // 2]),
+        description=f"PGD {steps} on the vote",
+        seed=seed,
+        network={"fingerprint": network, "vote": vote},
+        data=data.fingerprint,
+        configuration=dict(configuration or {}),
+        environment=environment(device_of(model)),
+        warnings=outcome.warnings,
+    )
+
+
+def _attack(radius: float, steps: int, eot_samples: int) -> Member:
+    attack = partial(
+        pgd,
+        eps=radius,
+        norm="L2",
+        step_size=2.5 * radius / steps,
+        steps=steps,
+        eot_samples=eot_samples,
+        keep_best=False,  # the best of noisy draws would be a lucky one
+    )
+    threat = ThreatModel("L2", radius)
+    return Member(f"pgd@{radius:g}", attack, group="vote", threat=threat)
+
+
+def _proof(smoothing: Smoothing, y: Tensor, radius: float, variant: str) -> Row:
+    images = range(len(y))
+    holds = smoothing.certified(y, radius)
+    return Row(
+        "smooth",
+        "proof",
+        tuple(images),
+        tuple(number for number in images if not holds[number]),
+        variant=variant,
+        threat=ThreatModel("L2", radius),
+        estimator="",
+        alpha=smoothing.alpha,
+    )
+
+
+@dataclass(frozen=True)
+class _Vote:
+    """Says that images are wrong for which the smoothed classifier votes for another class."""
+
+    n: int
+    n0: int
+    alpha: float
+
+    def __call__(
+        self, model: Model, x: Tensor, y: Tensor, *, draws: int, seeds: SampleSeeds
+    ) -> Tensor:
+        noisy = cast("SmoothedClassifier", model)
+        vote = smooth(
+            noisy.model,
+            x,
+            noisy.sigma,
+            n0=self.n0,
+            n=self.n,
+            alpha=self.alpha,
+            generator=seeds.derived("vote"),
+        )
+        answers = zip(vote.prediction, y.tolist(), strict=True)
+        wrong = [label not in (true, ABSTAINED) for label, true in answers]
+        return torch.tensor(wrong, dtype=torch.bool, device=x.device)

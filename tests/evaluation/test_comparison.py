@@ -1,0 +1,107 @@
+"""Two reports side by side: pairs of images, single attacks, and what cannot be compared."""
+
+import io
+from dataclasses import replace
+from itertools import permutations, product
+
+import pytest
+from evaluation.reports import DEAD, member, report
+from rich.console import Console
+
+from sj_robust.attacks import ThreatModel
+from sj_robust.evaluation import compare_reports
+from sj_robust.evaluation.intervals import paired_difference_interval
+from sj_robust.evaluation.report.terminal import show_comparison
+
+
+def differences(first, second):
+    return {row.first.name: row for row in compare_reports(first, second).differences}
+
+
+def test_on_the_same_images():
+    first = report()
+    members = (member("apgd_ce/atan:4/r0", (0,)), member("new", (1, 5)))
+    better = report(name="other", members=members)
+    comparison = compare_reports(first, better)
+    found = differences(first, better)
+    assert list(found) == ["clean", "apgd_ce/atan:4/r0", "worst case", "everything"]
+    worst = found["worst case"]
+    assert worst.value == pytest.approx(0.5 - 0.4)
+    assert worst.interval == paired_difference_interval(2, 1, 10)  # 2 and 3 gained, 5 lost
+    assert not worst.clear
+    assert not any(note.startswith("DIFFERENT") for note in comparison.notes)
+    assert any("same network" in note for note in comparison.notes)
+    assert "| worst case | 40.0 | 50.0 | +10.0 |" in comparison.table()
+    console = Console(file=io.StringIO(), width=100, soft_wrap=True)
+    show_comparison(comparison, console)
+    assert "+10.0" in console.file.getvalue()
+
+
+def in_order(names, **changes):
+    """A report of a suite in some order; alone, its attacks fool 0, 1 and 1, 2 and none."""
+    fools = {"a": {0, 1}, "b": {1, 2}, "c": set()}
+    left, members = set(range(8)), []
+    for name in names:
+        fallen = sorted(left & fools[name])
+        members.append(member(name, fallen, seen=sorted(left)))
+        left -= fools[name]
+    return report(members=tuple(members), **changes)
+
+
+def test_a_report_differs_nowhere_from_itself_in_another_order():
+    orders = [in_order(names) for names in permutations("abc")]
+    for first, second in product(orders, orders):
+        found = differences(first, second)
+        assert [row.value for row in found.values()] == [0.0] * 6
+        assert found.keys() > {"a", "b", "c"}
+    found = differences(orders[0], in_order("ba"))
+    assert (found["a"].first.correct, found["a"].first.total) == (5, 6)  # without 1 and 2
+    assert found["a"].cells()[0] == "a (6 images)"
+
+
+def test_attacks_that_met_no_image_in_both_reports_are_left_out_and_named():
+    first, second = in_order("ab"), in_order("ba")
+    met_none = report(members=(member("a", seen=()),))
+    for one, other in (
+        (first, met_none),
+        (first, replace(second, data="other")),  # b met other images after a
+    ):
+        comparison = compare_reports(one, other)
+        names = [row.first.name for row in comparison.differences]
+        assert not {"a", "b"}.intersection(names)
+        assert any("met in both reports, and left out" in note for note in comparison.notes)
+    proved = in_order("ab", verified=(5, 6, 7))
+    alone = report(members=(member("b", (1, 2), seen=range(5)),), verified=(5, 6, 7))
+    row = differences(alone, alone)["b"]
+    assert (row.first.correct, row.first.total) == (6, 10)  # proved images stand
+    assert differences(proved, proved)["a"].value == 0.0
+
+
+def test_what_cannot_be_compared_is_said():
+    other = report(
+        threat=ThreatModel("L2", 0.5),
+        members=(),
+        dataset="fashion_mnist",
+        suite="standard",
+        data="other",
+        network={},
+    )
+    notes = compare_reports(report(), other).notes
+    wanted = ["DIFFERENT norm", "DIFFERENT eps", "DIFFERENT data set", "DIFFERENT suite"]
+    assert [note.partition(":")[0] for note in notes[:4]] == wanted
+    assert "The images differ" in notes[4]
+    dead = report(name="dead", firing=(DEAD,), right=(0,), members=())
+    notes = compare_reports(report(), dead).notes
+    assert any(note.startswith("dead: DEAD NETWORK") for note in notes)
+
+
+def test_a_clear_difference_is_marked():
+    broken = member("apgd", range(100), seen=range(200))
+    made = [
+        report(members=members, right=range(200), total=200)
+        for members in ((broken,), (member("apgd", seen=()),))
+    ]
+    row = differences(*made)["worst case"]
+    assert row.clear
+    assert row.value == 0.5
+    assert "+50.0 *" in compare_reports(*made).table()

@@ -1,0 +1,132 @@
+"""Files of version 1: the same figures, from each of its four formats."""
+
+import json
+from pathlib import Path
+
+import pytest
+from evaluation.reports import member, report
+
+from sj_robust.evaluation import Report, compare_reports
+from sj_robust.evaluation.result import Point
+
+FOLDER = Path(__file__).with_name("version_1")
+LEADERBOARD = Path(__file__).parents[2] / "docs" / "results" / "leaderboard"
+CARD = """\
+| fault | level | clean, % | 95 % interval | attacked, % | 95 % interval | draws |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: |
+| none |  | 91.0 | 83.8 to 95.2 | 49.0 | 39.4 to 58.7 | 1 |
+| lost_spikes | 0.1 | 89.0 | 74.2 to 100.0 | 48.0 | 20.9 to 75.2 | 2 |
+| lost_spikes | 0.2 | 83.0 * | 67.7 to 97.1 | 48.0 | 20.9 to 75.2 | 2 |
+| weight_bits | 4 | 91.0 | 83.8 to 95.2 | 30.0 * | 21.9 to 39.6 | 1 |
+"""
+TRAINING = """\
+| accuracy, % | dlif at | lif |
+| --- | ---: | ---: |
+| clean | 97.0 | 33.3 |
+| pgd20 | 50.0 |  |
+"""
+VOTE = """\
+| L2 | certified, % | left by the attack, % |
+| --- | ---: | ---: |
+| 0 | 66.7 | 83.3 |
+| 0.15 | 33.3 | 50.0 |
+| 0.25 | 16.7 | 16.7 |
+
+Certified and yet broken: 3 of 6 images."""
+SUITE = """\
+| accuracy | % | 95 % interval | images | seconds |
+| --- | ---: | ---: | ---: | ---: |
+| clean | 80.0 | 49.0 to 94.3 | 10 | 0.0 |
+| gaussian | 70.0 | 39.7 to 89.2 | 10 | 1.0 |
+| apgd_ce/atan:4/r0 | 60.0 | 31.3 to 83.2 | 10 | 1.0 |
+| apgd_ce/atan:4/r1 | 40.0 | 16.8 to 68.7 | 10 | 2.0 |
+| control/apgd_ce/r0 | 60.0 | 31.3 to 83.2 | 10 | 1.0 |
+| control/apgd_ce/r1 | 50.0 | 23.7 to 76.3 | 10 | 1.0 |
+| control | 50.0 | 23.7 to 76.3 | 10 | 2.0 |
+| worst case | 40.0 | 16.8 to 68.7 | 10 | 3.0 |
+| everything | 30.0 | 10.8 to 60.3 | 10 | 5.0 |
+| verified | 20.0 | 5.7 to 51.0 | 10 | 0.5 |"""
+VERDICTS = {
+    "report": "At most 30.0 % (95 % interval 10.8 to 60.3) of 10 images withstand Linf, eps 0.1; "
+    "at least 20.0 % is proved. Tried: suite fast (a first impression), 5 attacks. Doubts: none of "
+    "2 signs of gradient masking.",
+    "card": "100 images, APGD-CE 20 at Linf 0.2. clean: 91.0 % intact, 5 points lower from "
+    "lost_spikes 0.2 on, nowhere so under weight_bits; attacked: 49.0 % intact, 5 points lower "
+    "from weight_bits 4 on, nowhere so under lost_spikes.",
+    "smoothed": "the vote of 4000 draws with sigma 0.25 withstands L2 0.15 on 33.3 % (certified) "
+    "to 50.0 % (left by the attack) of 6 images",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [("report", SUITE), ("card", CARD), ("training", TRAINING), ("smoothed", VOTE)],
+)
+def test_figures_and_words_are_as_they_were(name, table):
+    found = Report.load(FOLDER / f"{name}.json")
+    assert found.table().startswith(table.rstrip("\n"))
+    assert VERDICTS.get(name, found.verdict) == found.verdict
+    assert Report.from_json(found.to_json()) == found
+    found.plot()
+
+
+def test_of_a_suite_every_image_is_known_and_of_the_others_the_reader_is_told():
+    found = Report.load(FOLDER / "report.json")
+    assert found.attacks == report().attacks
+    assert found.outcome == report().outcome
+    assert found.standing("verified") == {4, 5}
+    points = [(point.eps, point.correct, point.verified.correct) for point in found.over_eps]
+    assert points == [("0", 8, 8), ("0.05", 6, 3), ("0.1", 4, 2), ("0.2", 0, 0)]
+    assert found.over_eps[0] == Point("0", "clean", 8, 10, found.over_eps[0].verified)
+    for name in ("card", "training"):
+        counted = Report.load(FOLDER / f"{name}.json")
+        assert counted.warnings[-1].startswith("Read from a file of version 1, which holds counts")
+    vote = Report.load(FOLDER / "smoothed.json")
+    assert vote.contradicted == (3,)
+    training = Report.load(FOLDER / "training.json")
+    assert training.curves["dlif at"][0]["validation"]["pgd"] == 0.1 + 0.2
+    assert training.warnings[0] == "扰动"
+
+
+def test_old_and_new_reports_are_compared():
+    old = Report.load(FOLDER / "report.json")
+    new = report(name="other", members=(member("apgd_ce/atan:4/r0", (0,)),))
+    assert compare_reports(old, new).table().splitlines()[2:] == [
+        "| clean | 80.0 | 80.0 | +0.0 | -16.3 to +16.3 |",
+        "| apgd_ce/atan:4/r0 | 60.0 | 70.0 | +10.0 | -14.3 to +30.9 |",
+        "| worst case | 40.0 | 70.0 | +30.0 | -4.4 to +54.4 |",
+        "| everything | 30.0 | 70.0 | +40.0 * | +2.1 to +64.6 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content.update(external="99.00"), "external .* does not follow"),
+        (lambda content: content["members"][1]["fooled"].pop(), "does not follow"),
+        (lambda content: content["correct"].append(10), "from 0 to 9, got 10"),
+        (lambda content: content["members"][0].pop("eps"), r"missing or unknown \('eps'\)"),
+        (lambda content: content.update(eps="8/"), "eps must be"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_its_name(tmp_path, change, message):
+    content = json.loads((FOLDER / "report.json").read_text())
+    change(content)
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message) as error:
+        Report.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_reports_of_the_docs_load_with_their_figures():
+    paths = sorted(LEADERBOARD.rglob("*.json"))
+    assert len(paths) > 20
+    for path in paths:
+        content = json.loads(path.read_text())
+        found = Report.load(path)
+        assert f"{100 * found.everything.accuracy:.2f}" == content["external"]
+        points = [point.correct for point in found.over_eps]
+        assert points == [row["correct"] for row in content["over_eps"]]
+        proved = [point.verified.correct for point in found.over_eps if point.verified]
+        assert proved == [row["verified"] for row in content["verified_over_eps"]]
