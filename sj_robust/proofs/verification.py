@@ -37,11 +37,13 @@ from sj_robust.proofs._scipy import scipy_module
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.branching import Prover, inside_ball
 from sj_robust.proofs.exact import Matrices, mip
+from sj_robust.proofs.joint import JointRun, OverTime
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.rounding import NoBoundsError
 from sj_robust.proofs.rules import Bounds
 from sj_robust.proofs.soundness import (
     UnsoundBoundsError,
+    WatchedJointRun,
     WatchedRun,
     check_kept,
     check_maps,
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BoundedLayer", "Verification", "bounded_logits", "bounded_neurons", "verify"]
 
-Method = Literal["ibp", "crown", "bab", "mip"]
+Method = Literal["ibp", "joint", "crown", "bab", "mip"]
 METHODS = get_args(Method)
 _Search = Callable[[Tensor, Tensor], tuple[float, Tensor | None]]
 
@@ -86,10 +88,12 @@ class Verification(Shown):
         correct: Whether each image is classified right without a perturbation.
         margin: Per image, what the logit of the right class is above every other one at least,
             whatever the perturbation; > 0 is a proof.
-        layers: Spiking layers in order of execution, as intervals bound them.
+        layers: Spiking layers in order of execution, as intervals bound them, or joint bounds where
+            the method has them.
         x_adv: The images, but for each that is ``broken`` one of its ball that the network gets
             wrong.
         broken: Whether such a one is known; the image itself if it is not classified right.
+        stepwise: Where joint bounds are those of single steps, with the reason.
     """
 
     eps: float
@@ -98,6 +102,7 @@ class Verification(Shown):
     layers: tuple[BoundedLayer, ...]
     x_adv: Tensor = field(repr=False, compare=False)
     broken: tuple[bool, ...]
+    stepwise: tuple[str, ...] = ()
 
     @property
     def verified(self) -> tuple[bool, ...]:
@@ -176,7 +181,7 @@ def verify(
     T: int | None = None,
     mean: Channels = None,
     std: Channels = None,
-    method: Method = "ibp",
+    method: Method = "joint",
     time_limit: float = 10.0,
     batch_size: int = 64,
     on_batch: Callable[[int], None] | None = None,
@@ -283,6 +288,7 @@ def verify(
     broken: list[bool] = []
     x_adv = x.detach().clone()
     maps = Maps(partial(bounded_logits, classifier), neurons, x[0].to(device))
+    over_time = None
     prover = Prover(classifier, maps, eps)
     searches: dict[str, _Search] = {
         "bab": partial(prover.bab, time_limit=time_limit),
@@ -299,8 +305,9 @@ def verify(
                 maps.check_samples()
                 check_maps(maps)
                 check_neurons(neurons, classifier.T, images)
+                over_time = None if method == "ibp" else OverTime(maps, classifier.T)
             correct += (logits.argmax(1) == labels).tolist()
-            run = (WatchedRun if start == 0 else BoundedRun)(neurons, len(images))
+            run = _run(neurons, len(images), over_time, watched=start == 0)
             bounds = bounded_logits(classifier, run, images, eps)
             lead = run.lead(bounds, labels)
             batch = _Batch(
@@ -310,7 +317,7 @@ def verify(
                 wrong=logits.argmax(1) != labels,
                 x_adv=images,
             )
-            if method != "ibp":
+            if method not in ("ibp", "joint"):
                 batch = _tightened(batch, prover, searches.get(method))
             for point in _points(images, eps):
                 found = check_point(classifier, run, bounds, point)
@@ -333,7 +340,24 @@ def verify(
         for name, total in totals.items()
         if counts[name]
     )
-    return Verification(eps, tuple(correct), tuple(margins), layers, x_adv, tuple(broken))
+    return Verification(
+        eps=eps,
+        correct=tuple(correct),
+        margin=tuple(margins),
+        layers=layers,
+        x_adv=x_adv,
+        broken=tuple(broken),
+        stepwise=() if over_time is None else over_time.stepwise,
+    )
+
+
+def _run(
+    neurons: dict[str, Neuron], samples: int, over_time: OverTime | None, *, watched: bool
+) -> BoundedRun:
+    """A run of intervals, or of joint bounds if it is known how the network treats time."""
+    if over_time is None:
+        return (WatchedRun if watched else BoundedRun)(neurons, samples)
+    return (WatchedJointRun if watched else JointRun)(neurons, samples, over_time=over_time)
 
 
 def _logits(model: SpikingClassifier, images: Tensor, labels: Tensor, *, runs: int) -> Tensor:

@@ -1,0 +1,423 @@
+"""Bounds that hold together over time: of spike trains and counts, not of single spikes."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sj_robust.neuron.charging import Neuron
+from sj_robust.proofs.bounds import BoundedRun
+from sj_robust.proofs.relaxation import Maps, Trace
+from sj_robust.proofs.rounding import SLACK
+from sj_robust.proofs.rules import Bounds, Pooling, leaves_of, replayed
+from sj_robust.proofs.spiking import Float32Spiking, Interval, Spiking
+from sj_robust.proofs.trains import Trains, possible_trains
+from sj_robust.proofs.windows import (
+    KEPT,
+    Memory,
+    SpikeTrains,
+    Steps,
+    WindowedSpiking,
+    weighted_sums,
+)
+
+__all__ = ["JointRun", "OverTime"]
+
+_GAP = 1e-9
+"""Relative difference that float64's rounding stays below; another map in another step does not."""
+
+_SUMS = 4
+"""Sums over time that are held against their bounds at a point."""
+
+_ELEMENTS = 2**22
+"""Elements of the windows of all layers that a run holds."""
+
+
+_Kind = Literal["constant", "steps"]
+
+
+def by_step(part: Tensor, samples: int, batch_dim: int) -> Tensor:
+    """What the network lays out with its samples in ``batch_dim`` as [steps, N, *]."""
+    if batch_dim == -1:
+        return part.view(-1, samples, *part.shape[1:])
+    return part if batch_dim == 1 else part.unsqueeze(0)
+
+
+def in_layout(part: Tensor, batch_dim: int) -> Tensor:
+    """The inverse of :func:`by_step`."""
+    if batch_dim == -1:
+        return part.flatten(0, 1)
+    return part if batch_dim == 1 else part.squeeze(0)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a spiking layer or a max pooling in a trace.
+
+    Attributes:
+        by: Name of the layer; None for a max pooling.
+        first: Time steps of the layer before this call.
+        batch_dim: Of what reaches it.
+        current: What reaches it, [steps, 1, *].
+        leaves: Numbers of the leaves that it depends on.
+    """
+
+    by: str | None
+    first: int
+    batch_dim: int
+    current: Tensor
+    leaves: set[int]
+
+
+class _TimedTrace(Trace):
+    """A run on one sample in which a leaf has, in step t, ``factors[t]`` times random values that
+    are the same for all steps.
+    """
+
+    def __init__(self, neurons: dict[str, Neuron], factors: Tensor) -> None:
+        super().__init__(neurons, 1, torch.zeros_like)
+        self.factors = factors
+        self.calls: list[_Call] = []
+        self.pooled: set[int] = set()
+        self._steps = dict.fromkeys(neurons, 0)
+        self._values: dict[str, Tensor] = {}
+        self._generator = torch.Generator().manual_seed(0)
+
+    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Pooling) -> None:
+        name = by.name if isinstance(by, Neuron) else None
+        first = 0 if name is None else self._steps[name]
+        current = by_step(x.centre.detach(), 1, batch_dim)
+        self.calls.append(_Call(name, first, batch_dim, current, leaves_of(x.origin)))
+        if name is None:
+            self.pooled.add(len(self.leaves))
+        else:
+            self._steps[name] += len(current)
+
+    def leaf(self, values: Interval, batch_dim: int) -> Bounds:
+        like = values.low
+        if not self.leaves:
+            drawn = self._drawn(like)
+            return BoundedRun.leaf(self, Interval(drawn, drawn), batch_dim)
+        call = self.calls[-1]
+        steps = by_step(like, 1, batch_dim)
+        if call.by is None:
+            one = self._drawn(steps[0])
+        else:
+            one = self._values.setdefault(call.by, self._drawn(steps[0]))
+        factors = self.factors[call.first : call.first + len(steps)]
+        value = in_layout(factors.view(-1, *[1] * one.ndim) * one, batch_dim)
+        return BoundedRun.leaf(self, Interval(value, value), batch_dim)
+
+    def _drawn(self, like: Tensor) -> Tensor:
+        drawn = torch.randn(like.shape, generator=self._generator, dtype=torch.float64)
+        return drawn.to(like.device)
+
+
+class OverTime:
+    """How the affine maps of a network treat time, found out by runs on random leaves.
+    网络的仿射映射如何处理时间。
+
+    Equation: the current of a spiking layer is ``"constant"``, one number for all steps, or in
+    step t the same map ``x[t] = A s[t] + b`` of earlier spikes (``"steps"``). With random leaves
+    ``s[t] = f[t] s`` and a random image, where f[t] are random numbers, these are::
+
+        x[t] = x[0]   and   (x[t] - b[t]) / f[t] = (x[0] - b[0]) / f[0],   b[t] = b[0]
+
+    The logits are of counts if they are the same for ``s[t] = mean(f) s``. Whatever else a current
+    or the logits are, such as the sum of an image and spikes, is bounded step by step.
+
+    Attributes:
+        kinds: ``"constant"``, ``"steps"`` or None by layer.
+        shifts: b of a layer whose kind is ``"steps"``, [1, *].
+        counts: Whether the logits are of counts.
+        stepwise: Layers, and the output, that get bounds of single steps, with the reason.
+        images: Number of images that a run holds in memory.
+
+    Args:
+        maps: The affine maps of the network.
+        T: Time steps.
+    """
+
+    def __init__(self, maps: Maps, T: int) -> None:
+        """Run the network; see the class."""
+        generator = torch.Generator().manual_seed(1)
+        factors = torch.rand(T * len(maps.neurons) + T, generator=generator, dtype=torch.float64)
+        factors = (0.5 + factors).to(maps.frame.device)
+        trace, logits = _traced(maps, factors)
+        _, mean_logits = _traced(maps, factors[:T].mean().expand(factors.shape))
+        self.neurons = maps.neurons
+        self.T = T
+        self.counts = _alike(logits, mean_logits)
+        self.kinds: dict[str, _Kind | None] = {}
+        self.shifts: dict[str, Tensor] = {}
+        reasons: dict[str, str] = {}
+        for name in maps.neurons:
+            calls: list[_Call] = []
+            shifts: list[Tensor] = []
+            before: set[int] = set()
+            for number, call in enumerate(trace.calls):
+                if call.by == name:
+                    calls.append(call)
+                    shifts.append(by_step(maps.shift(number, 1), 1, call.batch_dim))
+                    before |= call.leaves
+            if not calls:
+                continue
+            self.kinds[name] = _kind(calls, shifts, factors)
+            self.shifts[name] = shifts[0][0]
+            if before & trace.pooled:
+                reasons[name] = "behind a max pooling"
+            elif self.kinds[name] is None and before != {0}:
+                reasons[name] = "its current is no map of spikes of one step"
+        if not self.counts:
+            reasons["the output"] = "it is no map of counts"
+        self.stepwise = tuple(f"{name}: {reason}" for name, reason in reasons.items())
+        size = sum(leaf.centre.numel() for leaf in trace.leaves)
+        self.images = max(1, 2 * _ELEMENTS // (size * (min(T, KEPT) + 1)))
+        self._trains: dict[tuple[str, int, float, float], Trains | None] = {}
+
+    def trains(self, spiking: Spiking, T: int, *, current: Interval, error: float) -> Trains | None:
+        """The trains of a layer for constant currents and errors up to the next powers of two."""
+        largest = _power_of_two(float(current.size().max()))
+        error = _power_of_two(error)
+        key = (spiking.neuron.name, T, largest, error)
+        if key not in self._trains:
+            device = current.low.device
+            self._trains[key] = possible_trains(
+                spiking, T, largest=largest, error=error, device=device
+            )
+        return self._trains[key]
+
+
+class JointRun(BoundedRun):
+    """A run whose layers bound sums over time of spikes, beside every spike alone.
+
+    A layer's bounds are never wider than those of :class:`BoundedRun`, with which they are
+    intersected.
+
+    Args:
+        neurons: Neurons of known dynamics by name.
+        samples: Number of samples.
+        over_time: How the network treats time.
+    """
+
+    def __init__(self, neurons: dict[str, Neuron], samples: int, *, over_time: OverTime) -> None:
+        """Nothing has run yet."""
+        super().__init__(neurons, samples)
+        self.over_time = over_time
+        self.memories = {name: Memory() for name in neurons}
+        self.sources: list[SpikeTrains | Steps | None] = []
+        """What gives bounds of sums over time of each leaf; None for the images."""
+        self._current: Bounds
+        self._batch_dim = 0
+        self._by: Neuron | Pooling | None = None
+
+    def leaf(self, values: Interval, batch_dim: int) -> Bounds:
+        """See :class:`BoundedRun`."""
+        if self._by is None:
+            self.sources.append(None)
+        elif isinstance(self._by, Neuron):
+            self.sources.append(self.memories[self._by.name].trains)
+        else:
+            low, high = (by_step(end, self.samples, batch_dim) for end in (values.low, values.high))
+            self.sources.append(Steps(Interval(low, high)))
+        return super().leaf(values, batch_dim)
+
+    @torch.no_grad()
+    def spikes(self, neuron: Neuron, x_seq: Interval) -> Interval:
+        """See :class:`BoundedRun`."""
+        memory = self.memories[neuron.name]
+        layer = self.layers[neuron.name]
+        x = self._current
+        centre, radius, error = (
+            by_step(part.detach(), self.samples, self._batch_dim)
+            for part in (x.centre, x.radius, x.error)
+        )
+        first = layer.steps
+        for low, high in zip(centre - radius, centre + radius, strict=True):
+            memory.currents.append(Interval(low, high))
+        dynamics = Float32Spiking(neuron, layer)
+        windows = _windows(first, first + len(centre))
+        weights = _weights(dynamics, windows).to(centre.device)
+        kind = self.over_time.kinds[neuron.name]
+        known = None
+        if kind == "constant":
+            sums = _multiples(weights.sum(1), memory.currents[-1])
+            memory.error = max(memory.error, float(error.max()))
+            known = self._chain(dynamics, memory)
+        elif kind == "steps":
+            sums = self._through(weights, self.over_time.shifts[neuron.name])
+        else:
+            low = torch.stack([current.low for current in memory.currents])
+            high = torch.stack([current.high for current in memory.currents])
+            sums = weighted_sums(weights, Interval(low, high))
+        ends = zip(sums.low, sums.high, strict=True)
+        found = {window: Interval(*end) for window, end in zip(windows, ends, strict=True)}
+        spiking = WindowedSpiking(
+            neuron, layer, memory=memory, sums=found, error=error, known=known
+        )
+        return spiking.run(x_seq)
+
+    def lead(self, logits: Bounds, y: Tensor) -> Tensor:
+        """See :class:`BoundedRun`; the smaller of it and of what spike counts give, for each
+        class.
+        """
+        alone = super().lead(logits, y)
+        origin = logits.origin
+        if not self.over_time.counts or origin is None:
+            return alone
+        means = BoundedRun(self.neurons, self.samples)
+        means.dtype = self.dtype
+        leaves = {}
+        for number in sorted(leaves_of(origin)):
+            leaf = self.leaves[number]
+            leaves[number] = means.leaf(self._mean(number), leaf.batch_dim)
+        found = replayed(origin, leaves)
+        joint = Bounds(found.centre, found.radius, logits.error, means)
+        return torch.minimum(alone, means.lead(joint, y))
+
+    def holds(self, name: str, spikes: Tensor) -> bool:
+        """Whether counts and random sums over time of a layer's spikes [T, N, *] are within their
+        bounds.
+        """
+        generator = torch.Generator().manual_seed(len(spikes))
+        random = torch.randn(_SUMS, len(spikes), generator=generator, dtype=torch.float64)
+        random[0] = 1.0
+        weights = random.to(spikes.device)
+        bounds = self.memories[name].trains.bounds(weights)
+        sums = (weights @ spikes.double().flatten(1)).view(bounds.low.shape)
+        return bounds.widened(_GAP * len(spikes)).holds(sums)
+
+    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Pooling) -> None:
+        self._current = x.same()
+        self._batch_dim = batch_dim
+        self._by = by
+
+    @torch.no_grad()
+    def _mean(self, number: int) -> Interval:
+        """Bounds of a leaf in the mean over time, in the place of all its steps."""
+        leaf = self.leaves[number]
+        source = self.sources[number]
+        centre = leaf.centre.detach()
+        if source is None:
+            return Interval(centre - leaf.radius, centre + leaf.radius)
+        T = self.over_time.T
+        mean = source.bounds(centre.new_full((1, T), 1.0 / T))
+        steps = by_step(centre, self.samples, leaf.batch_dim)
+        low, high = (
+            in_layout(end.expand(steps.shape), leaf.batch_dim) for end in (mean.low, mean.high)
+        )
+        return Interval(low, high)
+
+    def _chain(self, dynamics: Spiking, memory: Memory) -> Interval:
+        """Spikes [steps of this call, N, *] of the trains that a constant current can cause."""
+        current = memory.currents[-1]
+        T = len(memory.currents)
+        first = memory.trains.steps
+        trains = self.over_time.trains(
+            dynamics, T, current=current.widened(memory.error), error=memory.error
+        )
+        memory.trains.chain = None
+        shape = (T - first, *current.low.shape)
+        if trains is None:
+            return Interval(current.low.new_zeros(shape), current.low.new_ones(shape))
+        chain = trains.chain(Interval(current.low.flatten(), current.high.flatten()))
+        memory.trains.chain = chain
+        every = torch.eye(T, dtype=torch.float64, device=current.low.device)[first:]
+        spikes = chain.bounds(every)
+        return Interval(spikes.low.view(shape), spikes.high.view(shape))
+
+    def _through(self, weights: Tensor, shift: Tensor) -> Interval:
+        """Bounds of weighted sums of the current's steps, [F, N, *], from those of earlier spikes.
+
+        The map of a step is the same for sums of steps, but for its shift, which counts
+        ``sum_t weights[f, t]`` times. As many sums as the call has steps take the steps' places.
+        """
+        origin = self._current.origin
+        assert origin is not None
+        steps = len(by_step(self._current.centre, self.samples, self._batch_dim))
+        exact = BoundedRun(self.neurons, self.samples)
+        exact.dtype = self.dtype
+        exact.rounded = False
+        low, high = [], []
+        for some in weights.split(steps):
+            padded = torch.cat([some, some[-1:].expand(steps - len(some), -1)])
+            leaves = {}
+            for number in leaves_of(origin):
+                source = self.sources[number]
+                assert source is not None
+                batch_dim = self.leaves[number].batch_dim
+                ends = source.bounds(padded)
+                centre = in_layout((ends.low + ends.high) / 2, batch_dim)
+                radius = SLACK * in_layout((ends.high - ends.low) / 2, batch_dim)
+                leaves[number] = Bounds(centre, radius, run=exact)
+            found = replayed(origin, leaves)
+            centre, radius = (
+                by_step(part, self.samples, self._batch_dim)[: len(some)]
+                for part in (found.centre, found.radius)
+            )
+            more = some.sum(1).view(-1, *[1] * shift.ndim) - 1.0
+            centre = centre + more * shift
+            low.append(centre - radius)
+            high.append(centre + radius)
+        return Interval(torch.cat(low), torch.cat(high))
+
+
+def _traced(maps: Maps, factors: Tensor) -> tuple[_TimedTrace, Tensor]:
+    """A run with these factors, and its logits."""
+    trace = _TimedTrace(maps.neurons, factors)
+    zeros = maps.frame.new_zeros(1, *maps.frame.shape)
+    logits = maps.bounded(trace, zeros, 0.0)
+    return trace, logits.centre.detach()
+
+
+def _kind(calls: list[_Call], shifts: list[Tensor], factors: Tensor) -> _Kind | None:
+    """How a layer's current depends on time; see :class:`OverTime`."""
+    reference = calls[0].current[:1]
+    if any(call.current.shape[1:] != reference.shape[1:] for call in calls):
+        return None
+    currents = torch.cat([call.current for call in calls])
+    if _alike(currents, reference.expand_as(currents)):
+        return "constant"
+    shift = torch.cat(shifts)
+    scales = factors[: len(currents)].view(-1, *[1] * (currents.ndim - 1))
+    own = (currents - shift) / scales
+    if _alike(own, own[:1].expand_as(own)) and _alike(shift, shift[:1].expand_as(shift)):
+        return "steps"
+    return None
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    size = float(b.abs().max()) if b.numel() else 0.0
+    return torch.allclose(a, b, rtol=_GAP, atol=_GAP * size)
+
+
+def _power_of_two(value: float) -> float:
+    """The next larger one."""
+    return math.ldexp(1.0, math.frexp(value)[1])
+
+
+def _windows(first: int, total: int) -> list[tuple[int, int]]:
+    """Windows (a, t) of the steps first..total - 1 that are bounded by sums."""
+    found = []
+    for t in range(first, total):
+        found += [(a, t) for a in range(t + 1) if a == 0 or t - a < KEPT]
+    return found
+
+
+def _weights(dynamics: Spiking, windows: list[tuple[int, int]]) -> Tensor:
+    """Weight of every step's current in the potential at the end of each window."""
+    decay = dynamics.charging.decay_value
+    found = torch.zeros(len(windows), windows[-1][1] + 1, dtype=torch.float64)
+    for row, (a, t) in enumerate(windows):
+        for k in range(a, t + 1):
+            found[row, k] = decay ** (t - k) * dynamics.gain_at(k)
+    return found
+
+
+def _multiples(factors: Tensor, values: Interval) -> Interval:
+    """Bounds of every factor times the values, [F, *]."""
+    scales = factors.view(-1, *[1] * values.low.ndim)
+    ends = scales * values.low, scales * values.high
+    return Interval(torch.minimum(*ends), torch.maximum(*ends))
