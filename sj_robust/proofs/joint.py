@@ -2,14 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from sj_robust.neuron.charging import Neuron
 from sj_robust.proofs.bounds import BoundedRun
-from sj_robust.proofs.relaxation import Maps, Trace
+from sj_robust.proofs.relaxation import Maps, Stage, Step, Trace
 from sj_robust.proofs.rounding import SLACK
 from sj_robust.proofs.rules import Bounds, Pooling, leaves_of, replayed
 from sj_robust.proofs.spiking import Float32Spiking, Interval, Spiking
@@ -202,15 +202,18 @@ class JointRun(BoundedRun):
         over_time: How the network treats time.
     """
 
+    windowed: ClassVar[type[WindowedSpiking]] = WindowedSpiking
+    """A call of a spiking layer."""
+
     def __init__(self, neurons: dict[str, Neuron], samples: int, *, over_time: OverTime) -> None:
         """Nothing has run yet."""
         super().__init__(neurons, samples)
         self.over_time = over_time
+        self.stages: list[Stage] = []
+        """What a relaxation starts from."""
         self.memories = {name: Memory() for name in neurons}
         self.sources: list[SpikeTrains | Steps | None] = []
         """What gives bounds of sums over time of each leaf; None for the images."""
-        self._current: Bounds
-        self._batch_dim = 0
         self._by: Neuron | Pooling | None = None
 
     def leaf(self, values: Interval, batch_dim: int) -> Bounds:
@@ -229,9 +232,10 @@ class JointRun(BoundedRun):
         """See :class:`BoundedRun`."""
         memory = self.memories[neuron.name]
         layer = self.layers[neuron.name]
-        x = self._current
+        stage = self.stages[-1]
+        x = stage.current
         centre, radius, error = (
-            by_step(part.detach(), self.samples, self._batch_dim)
+            by_step(part.detach(), self.samples, stage.batch_dim)
             for part in (x.centre, x.radius, x.error)
         )
         first = layer.steps
@@ -254,10 +258,13 @@ class JointRun(BoundedRun):
             sums = weighted_sums(weights, Interval(low, high))
         ends = zip(sums.low, sums.high, strict=True)
         found = {window: Interval(*end) for window, end in zip(windows, ends, strict=True)}
-        spiking = WindowedSpiking(
-            neuron, layer, memory=memory, sums=found, error=error, known=known
-        )
-        return spiking.run(x_seq)
+        spiking = self.windowed(neuron, layer, memory=memory, sums=found, error=error, known=known)
+        spikes = spiking.run(x_seq)
+        for t in range(first, layer.steps):
+            h = memory.charged[t]
+            step = Step(dynamics.gain_at(t), h.low, h.high, error[t - first])
+            stage.steps.append(step)
+        return spikes
 
     def lead(self, logits: Bounds, y: Tensor) -> Tensor:
         """See :class:`BoundedRun`; the smaller of it and of what spike counts give, for each
@@ -290,8 +297,7 @@ class JointRun(BoundedRun):
         return bounds.widened(_GAP * len(spikes)).holds(sums)
 
     def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Pooling) -> None:
-        self._current = x.same()
-        self._batch_dim = batch_dim
+        self.stages.append(Stage(len(self.leaves), x.same(), batch_dim))
         self._by = by
 
     @torch.no_grad()
@@ -334,9 +340,10 @@ class JointRun(BoundedRun):
         The map of a step is the same for sums of steps, but for its shift, which counts
         ``sum_t weights[f, t]`` times. As many sums as the call has steps take the steps' places.
         """
-        origin = self._current.origin
+        stage = self.stages[-1]
+        origin = stage.current.origin
         assert origin is not None
-        steps = len(by_step(self._current.centre, self.samples, self._batch_dim))
+        steps = len(by_step(stage.current.centre, self.samples, stage.batch_dim))
         exact = BoundedRun(self.neurons, self.samples)
         exact.dtype = self.dtype
         exact.rounded = False
@@ -354,7 +361,7 @@ class JointRun(BoundedRun):
                 leaves[number] = Bounds(centre, radius, run=exact)
             found = replayed(origin, leaves)
             centre, radius = (
-                by_step(part, self.samples, self._batch_dim)[: len(some)]
+                by_step(part, self.samples, stage.batch_dim)[: len(some)]
                 for part in (found.centre, found.radius)
             )
             more = some.sum(1).view(-1, *[1] * shift.ndim) - 1.0

@@ -144,7 +144,8 @@ class Verification(Shown):
             "undecided spikes, % per step",
             "bounded perturbation of h, mean square per step",
         ]
-        return f"{self.verdict}.\n\n{markdown_table(heads, rows, words=3)}"
+        notes = [f"Bounded step by step: {', '.join(self.stepwise)}."] if self.stepwise else []
+        return "\n\n".join([f"{self.verdict}.", markdown_table(heads, rows, words=3), *notes])
 
     def plot(self) -> "Figure":
         """The margin of every image, and how many spikes the bounds leave open. 绘制验证结果。
@@ -288,13 +289,13 @@ def verify(
     broken: list[bool] = []
     x_adv = x.detach().clone()
     maps = Maps(partial(bounded_logits, classifier), neurons, x[0].to(device))
-    over_time = None
     prover = Prover(classifier, maps, eps)
     searches: dict[str, _Search] = {
         "bab": partial(prover.bab, time_limit=time_limit),
         "mip": partial(mip, prover, Matrices(maps), time_limit=time_limit),
     }
-    for start in range(0, len(x), batch_size):
+    start = 0
+    while start < len(x):
         part = slice(start, start + batch_size)
         with sums_of_products(device), preserved(classifier):
             images, labels = (values[part].to(device).clone() for values in (x, y))
@@ -305,9 +306,13 @@ def verify(
                 maps.check_samples()
                 check_maps(maps)
                 check_neurons(neurons, classifier.T, images)
-                over_time = None if method == "ibp" else OverTime(maps, classifier.T)
+                if method != "ibp":
+                    prover.over_time = OverTime(maps, classifier.T)
+                    batch_size = min(batch_size, prover.over_time.images)
+                part = slice(0, batch_size)
+                images, labels, logits = images[part], labels[part], logits[part]
             correct += (logits.argmax(1) == labels).tolist()
-            run = _run(neurons, len(images), over_time, watched=start == 0)
+            run = _run(neurons, len(images), prover.over_time, watched=start == 0)
             bounds = bounded_logits(classifier, run, images, eps)
             lead = run.lead(bounds, labels)
             batch = _Batch(
@@ -326,6 +331,7 @@ def verify(
                     break
             _check_margins(logits, labels, batch.margin, first=start)
             kept.check()  # what all forwards of the proofs left
+            start += len(images)
         margins += batch.margin.tolist()
         broken += batch.wrong.tolist()
         x_adv[part] = batch.x_adv
@@ -334,7 +340,7 @@ def verify(
             seen = torch.tensor([layer.undecided, layer.width], dtype=torch.float64)
             totals[name] = totals.get(name, 0.0) + seen
         if on_batch is not None:
-            on_batch(min(start + batch_size, len(x)))
+            on_batch(start)
     layers = tuple(
         BoundedLayer(name, *map(tuple, (total / counts[name]).tolist()))
         for name, total in totals.items()
@@ -347,7 +353,7 @@ def verify(
         layers=layers,
         x_adv=x_adv,
         broken=tuple(broken),
-        stepwise=() if over_time is None else over_time.stepwise,
+        stepwise=() if prover.over_time is None else prover.over_time.stepwise,
     )
 
 

@@ -168,6 +168,7 @@ class Memory:
     Attributes:
         trains: The trains so far.
         currents: Bounds in exact arithmetic of every step's current, [N, *].
+        charged: Bounds of every step's potential before firing.
         reached: By first step a of the window, whether the last reset can have been before a.
         starts: By a, bounds of the potential that a spike at a - 1 left above rest; soft resets.
         discounts: By a, bounds of the discounted number of spikes before a; soft resets.
@@ -177,6 +178,7 @@ class Memory:
 
     trains: SpikeTrains = field(default_factory=SpikeTrains)
     currents: list[Interval] = field(default_factory=list)
+    charged: list[Interval] = field(default_factory=list)
     reached: list[Tensor] = field(default_factory=list)
     starts: list[Interval] = field(default_factory=list)
     discounts: list[Interval] = field(default_factory=list)
@@ -257,6 +259,7 @@ class WindowedSpiking(Float32Spiking):
         self._remember(h, cases, possible)
         spikes = Interval(sure.to(h.low.dtype), possible.to(h.low.dtype))
         memory.trains.spikes.append(spikes)
+        memory.charged.append(h)
         return h, spikes
 
     def _charged(self, t: int, a: int, h: Interval) -> Interval:
