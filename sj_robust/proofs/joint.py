@@ -242,15 +242,15 @@ class JointRun(BoundedRun):
         for low, high in zip(centre - radius, centre + radius, strict=True):
             memory.currents.append(Interval(low, high))
         dynamics = Float32Spiking(neuron, layer)
-        windows = _windows(first, first + len(centre))
-        weights = _weights(dynamics, windows).to(centre.device)
+        windows = self.windows(first, first + len(centre))
+        weights = _weights(dynamics, windows, first + len(centre)).to(centre.device)
         kind = self.over_time.kinds[neuron.name]
         known = None
         if kind == "constant":
             sums = _multiples(weights.sum(1), memory.currents[-1])
             memory.error = max(memory.error, float(error.max()))
             known = self._chain(dynamics, memory)
-        elif kind == "steps":
+        elif kind == "steps" and windows:
             sums = self._through(weights, self.over_time.shifts[neuron.name])
         else:
             low = torch.stack([current.low for current in memory.currents])
@@ -265,6 +265,13 @@ class JointRun(BoundedRun):
             step = Step(dynamics.gain_at(t), h.low, h.high, error[t - first])
             stage.steps.append(step)
         return spikes
+
+    def windows(self, first: int, total: int) -> list[tuple[int, int]]:
+        """Windows (a, t) of the steps first..total - 1 that are bounded by sums."""
+        found = []
+        for t in range(first, total):
+            found += [(a, t) for a in range(t + 1) if a == 0 or t - a < KEPT]
+        return found
 
     def lead(self, logits: Bounds, y: Tensor) -> Tensor:
         """See :class:`BoundedRun`; the smaller of it and of what spike counts give, for each
@@ -405,18 +412,10 @@ def _power_of_two(value: float) -> float:
     return math.ldexp(1.0, math.frexp(value)[1])
 
 
-def _windows(first: int, total: int) -> list[tuple[int, int]]:
-    """Windows (a, t) of the steps first..total - 1 that are bounded by sums."""
-    found = []
-    for t in range(first, total):
-        found += [(a, t) for a in range(t + 1) if a == 0 or t - a < KEPT]
-    return found
-
-
-def _weights(dynamics: Spiking, windows: list[tuple[int, int]]) -> Tensor:
+def _weights(dynamics: Spiking, windows: list[tuple[int, int]], steps: int) -> Tensor:
     """Weight of every step's current in the potential at the end of each window."""
     decay = dynamics.charging.decay_value
-    found = torch.zeros(len(windows), windows[-1][1] + 1, dtype=torch.float64)
+    found = torch.zeros(len(windows), steps, dtype=torch.float64)
     for row, (a, t) in enumerate(windows):
         for k in range(a, t + 1):
             found[row, k] = decay ** (t - k) * dynamics.gain_at(k)

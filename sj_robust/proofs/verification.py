@@ -206,10 +206,14 @@ def verify(
     It assumes rounding to nearest and sums of products: no TF32, no bfloat16 or float16, no
     Winograd convolutions.
 
-    A verified image cannot be fooled; one that is not verified may still be robust. Tighter methods
-    go on with the images that intervals leave open, and their margins are never smaller:
+    A verified image cannot be fooled; one that is not verified may still be robust. Every method
+    starts from the one before it, and its margins are never smaller:
 
     - ``"ibp"``: the intervals above.
+    - ``"joint"``: bounds that hold together over time. A neuron whose current is the same in every
+      step has a chain of possible spike trains; a potential is a sum over the steps since the last
+      reset, bounded as one; the logits are bounded by spike counts. What is no sum over time of
+      spikes, such as a max pooling, keeps the intervals, and the result says where.
     - ``"crown"``: linear relaxation of every undecided spike with its reset, bounds by
       back-substitution.
     - ``"bab"``: branch and bound over the undecided spikes on top of it.
@@ -229,7 +233,7 @@ def verify(
         T: Number of time steps, for a bare network; None if it brings its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
-        method: "ibp", "crown", "bab" or "mip".
+        method: "ibp", "joint", "crown", "bab" or "mip".
         time_limit: Seconds per image of bab and mip; an image that needs more is unknown.
         batch_size: Images at a time; memory grows with it, not with N.
         on_batch: Called with the number of images done after every batch.
