@@ -123,8 +123,11 @@ from sj_robust.ops import keep_heap
 from sj_robust.perturbation import IntensityCorrelation, Perturbation, intensity_correlation
 from sj_robust.training import removed_if_unused
 
-_NETWORK = "digits/dlif-at-mppd"
-"""Of the figure joint."""
+_RADII = {
+    "digits/dlif-at-mppd": (0.001, 0.002, 0.004, 0.006, 0.008, 0.012, 0.016),
+    "digits/dlif-certified": (0.1, 0.12),
+}
+"""Networks of the figure joint, and their radii."""
 
 
 def main(arguments: list[str]) -> None:
@@ -194,14 +197,12 @@ def neuron(options: Options, folder: Path) -> None:
 
 
 def joint(options: Options, folder: Path) -> None:
-    """Joint bounds: trains, counts, and what each part proves of the default network."""
+    """Joint bounds: trains, counts, and what each part proves of shipped networks."""
     test = load_images("digits").test
     images = [test[number] for number in range(min(options.images, len(test)))]
     x, y = (torch.stack(part) for part in zip(*images, strict=True))
-    model = pretrained(_NETWORK).eval()
-    eps = [0.001, 0.002, 0.004, 0.006, 0.008, 0.012, 0.016]
-    found = joint_bounds(model, x, y, eps, network=_NETWORK)
-    finish(found, folder / "joint.json")
+    networks = {name: pretrained(name).eval() for name in _RADII}
+    finish(joint_bounds(networks, x, y, _RADII), folder / "joint.json")
 
 
 def gains(options: Options, folder: Path) -> None:

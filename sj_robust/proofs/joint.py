@@ -355,7 +355,7 @@ class JointRun(BoundedRun):
         exact.dtype = self.dtype
         exact.rounded = False
         low, high = [], []
-        for some in weights.split(steps):
+        for some in torch.split(weights, steps):
             padded = torch.cat([some, some[-1:].expand(steps - len(some), -1)])
             leaves = {}
             for number in leaves_of(origin):

@@ -212,7 +212,7 @@ FAULTS = {
         "since = self.sums[k, t].high + (rest + drift)",
         "since = self._charged(t, k, h).high",
     ),
-    "a reset that is forgotten": (windows, "rest[t + 1]", "rest[t]"),
+    "a reset that is forgotten": (windows, "unsqueeze(1) + rest[t + 1]", "unsqueeze(1) + rest[t]"),
     "a spike that is possible taken for sure": (
         windows,
         "torch.where(packed.sure[t][a], fire,",
@@ -230,8 +230,8 @@ FAULTS = {
     ),
     "a soft reset taken for a hard one": (
         windows,
-        "low = low + kept * memory.starts[a].low",
-        "low = low + 0 * memory.starts[a].low",
+        "high = high + kept * memory.starts[a].high",
+        "high = high + 0 * memory.starts[a].high",
     ),
     "an earlier spike that counts in full": (
         windows,
@@ -297,7 +297,7 @@ def notices(check):
     for seed in range(400):
         try:
             check(seed)
-        except AssertionError:
+        except (AssertionError, NotImplementedError):  # left its bounds, or has none that hold
             return True
     return False
 
@@ -493,11 +493,12 @@ def test_frames_have_windows_in_the_first_layer():
     net = nn.Sequential(
         layer.Flatten(), layer.Linear(32, 12), NEURONS["LIF"](), layer.Linear(12, 3)
     )
+    net[1].weight.data *= 4
     functional.set_step_mode(net, "m")
     model = SpikingEventClassifier(net, T).eval()
     x = torch.rand(8, T, 2, 4, 4)
     y = model(x).argmax(1)
-    alone, together = (verify(model, x, y, 0.05, method=method) for method in ("ibp", "joint"))
+    alone, together = (verify(model, x, y, 0.02, method=method) for method in ("ibp", "joint"))
     assert together.stepwise == ()
     gains = torch.tensor(together.margin) - torch.tensor(alone.margin)
     assert bool((gains >= 0).all())

@@ -2,7 +2,7 @@
 proves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -41,16 +41,13 @@ class JointBounds(
             ``spikes`` of each.
         counts: By ``radius`` of the current around 1.6, the ``least`` and ``most`` number of spikes
             by ``intervals`` and by the ``chain``.
-        eps: Radii of ``proved``.
-        proved: By part, the share of images that it proves with the parts before it, in per cent.
-        network: Which network that is.
+        proved: By network and part, the share of images in per cent that the part proves with those
+            before it, at the radii ``eps``.
     """
 
     trains: list[dict[str, list[float]]]
     counts: dict[str, list[float]]
-    eps: list[float]
-    proved: dict[str, list[float]]
-    network: str
+    proved: dict[str, dict[str, list[float]]]
 
 
 class _Apart(JointRun):
@@ -68,9 +65,12 @@ class _OnlyTrains(_Apart):
 
 
 def joint_bounds(
-    model: SpikingClassifier, x: Tensor, y: Tensor, eps: Sequence[float], *, network: str
+    networks: Mapping[str, SpikingClassifier],
+    x: Tensor,
+    y: Tensor,
+    eps: Mapping[str, Sequence[float]],
 ) -> JointBounds:
-    """The numbers of the figure, with what is proved of a network on some images."""
+    """The numbers of the figure, with what is proved of each network at its radii."""
     found = find_neurons(nn.Sequential(neuron.LIFNode(tau=2.0)), {}, {})[0]["0"]
     spiking = Float32Spiking(found, LayerBounds())
     table = possible_trains(
@@ -94,11 +94,13 @@ def joint_bounds(
         "chain least": count.low[0].tolist(),
         "chain most": count.high[0].tolist(),
     }
-    proved: dict[str, list[float]] = {}
-    for size in eps:
-        for part, share in proved_by_parts(model, x, y, size).items():
-            proved.setdefault(part, []).append(share)
-    return JointBounds(pieces, counts, list(eps), proved, network)
+    proved: dict[str, dict[str, list[float]]] = {}
+    for name, model in networks.items():
+        own = proved.setdefault(name, {"eps": list(eps[name])})
+        for size in eps[name]:
+            for part, share in proved_by_parts(model, x, y, size).items():
+                own.setdefault(part, []).append(share)
+    return JointBounds(pieces, counts, proved)
 
 
 def proved_by_parts(model: SpikingClassifier, x: Tensor, y: Tensor, eps: float) -> dict[str, float]:
@@ -116,7 +118,7 @@ def proved_by_parts(model: SpikingClassifier, x: Tensor, y: Tensor, eps: float) 
     verified = dict.fromkeys(("intervals", "+ trains", "+ windows", "+ counts"), 0)
     with full_precision(x.device):
         over_time = OverTime(Maps(bounded, neurons, x[0]), model.T)
-        for images, labels in zip(x.split(_BATCH), y.split(_BATCH), strict=True):
+        for images, labels in zip(torch.split(x, _BATCH), torch.split(y, _BATCH), strict=True):
             size = len(images)
             runs = {
                 "intervals": BoundedRun(neurons, size),

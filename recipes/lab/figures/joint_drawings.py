@@ -50,12 +50,20 @@ def _counts(axes: Axes, data: JointBounds) -> None:
 
 
 def _proved(axes: Axes, data: JointBounds) -> None:
-    """Share of proved images over eps."""
+    """Share of proved images of the first network over eps."""
+    network, shares_of = next(iter(data.proved.items()))
+    parts = [part for part in shares_of if part != "eps"]
     colours = (_ORANGE, _PINK, _GREEN, _BLUE)
-    rows = zip(data.proved.items(), colours, MARKERS[:4], strict=True)
-    for (part, shares), colour, marker in rows:
-        axes.plot(data.eps, shares, marker=marker, markersize=3, color=colour, label=part)
+    for part, colour, marker in zip(parts, colours, MARKERS[:4], strict=True):
+        axes.plot(
+            shares_of["eps"],
+            shares_of[part],
+            marker=marker,
+            markersize=3,
+            color=colour,
+            label=part,
+        )
     axes.set_ylim(0, 100)
     axes.set_xlabel("eps")
     axes.set_ylabel("proved, %")
-    letter(axes, f"(c) {data.network}")
+    letter(axes, f"(c) {network}")
