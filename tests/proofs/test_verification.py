@@ -418,7 +418,7 @@ WRONG = {
     "method": (
         changed(),
         {"method": "exact"},
-        "method must be one of ibp, crown, bab, mip, got 'exact'",
+        "method must be one of ibp, joint, crown, bab, mip, got 'exact'",
     ),
     "no time": (
         changed(),
