@@ -28,6 +28,9 @@ __all__ = ["JointRun", "OverTime"]
 _GAP = 1e-9
 """Relative difference that float64's rounding stays below; another map in another step does not."""
 
+_FACTORS = 4096
+"""Random numbers, one for each step of a layer; more steps begin anew."""
+
 _SUMS = 4
 """Sums over time that are held against their bounds at a point."""
 
@@ -106,7 +109,7 @@ class _TimedTrace(Trace):
             one = self._drawn(steps[0])
         else:
             one = self._values.setdefault(call.by, self._drawn(steps[0]))
-        factors = self.factors[call.first : call.first + len(steps)]
+        factors = _factors_of(self.factors, call.first, len(steps))
         value = in_layout(factors.view(-1, *[1] * one.ndim) * one, batch_dim)
         return BoundedRun.leaf(self, Interval(value, value), batch_dim)
 
@@ -143,7 +146,7 @@ class OverTime:
     def __init__(self, maps: Maps, T: int) -> None:
         """Run the network; see the class."""
         generator = torch.Generator().manual_seed(1)
-        factors = torch.rand(T * len(maps.neurons) + T, generator=generator, dtype=torch.float64)
+        factors = torch.rand(max(_FACTORS, T), generator=generator, dtype=torch.float64)
         factors = (0.5 + factors).to(maps.frame.device)
         trace, logits = _traced(maps, factors)
         _, mean_logits = _traced(maps, factors[:T].mean().expand(factors.shape))
@@ -360,7 +363,10 @@ class JointRun(BoundedRun):
             leaves = {}
             for number in leaves_of(origin):
                 source = self.sources[number]
-                assert source is not None
+                if source is None:  # images, which have no weight in this map
+                    nothing = torch.zeros_like(self.leaves[number].radius)
+                    leaves[number] = Bounds(nothing, nothing, run=exact)
+                    continue
                 batch_dim = self.leaves[number].batch_dim
                 ends = source.bounds(padded)
                 centre = in_layout((ends.low + ends.high) / 2, batch_dim)
@@ -395,11 +401,15 @@ def _kind(calls: list[_Call], shifts: list[Tensor], factors: Tensor) -> _Kind | 
     if _alike(currents, reference.expand_as(currents)):
         return "constant"
     shift = torch.cat(shifts)
-    scales = factors[: len(currents)].view(-1, *[1] * (currents.ndim - 1))
+    scales = _factors_of(factors, 0, len(currents)).view(-1, *[1] * (currents.ndim - 1))
     own = (currents - shift) / scales
     if _alike(own, own[:1].expand_as(own)) and _alike(shift, shift[:1].expand_as(shift)):
         return "steps"
     return None
+
+
+def _factors_of(factors: Tensor, first: int, steps: int) -> Tensor:
+    return factors[torch.arange(first, first + steps, device=factors.device) % len(factors)]
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

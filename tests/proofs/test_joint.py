@@ -396,12 +396,13 @@ class Reversed(nn.Module):
 class FromImage(nn.Module):
     """The input of the network is added to the spikes of its first layer."""
 
-    def __init__(self, node):
+    def __init__(self, node, share=0.3):
         super().__init__()
         self.node, self.last = node, neuron.IFNode(step_mode="m")
+        self.share = share
 
     def forward(self, x):
-        return self.last(self.node(x) + 0.3 * x)
+        return self.last(self.node(x) + self.share * x)
 
 
 def in_between(*parts):
@@ -426,6 +427,10 @@ STEPWISE = {
         lambda: SpikingClassifier(FromImage(NEURONS["LIF"]()), T).eval(),
         ["last: its current is no map of spikes of one step"],
     ),
+    "image without weight": (
+        lambda: SpikingClassifier(FromImage(NEURONS["LIF"](), share=0.0), T).eval(),
+        [],
+    ),
     "nothing": (lambda: in_between(nn.Identity()), []),
     "order of counts": (lambda: at_the_end(Reversed()), []),
 }
@@ -434,16 +439,16 @@ STEPWISE = {
 @pytest.mark.parametrize("case", STEPWISE)
 def test_the_result_says_where_bounds_are_of_single_steps(case):
     torch.manual_seed(0)
-    functional_model = STEPWISE[case][0]()
-    if hasattr(functional_model.net, "node"):
-        functional.set_step_mode(functional_model.net, "m")
+    build, reasons = STEPWISE[case]
+    model = build()
+    functional.set_step_mode(model.net, "m")
     x = torch.rand(3, 4)
-    y = functional_model(x).argmax(1)
-    result = verify(functional_model, x, y, 0.01)
-    assert list(result.stepwise) == STEPWISE[case][1]
-    for reason in result.stepwise:
+    y = model(x).argmax(1)
+    result = verify(model, x, y, 0.01)
+    assert list(result.stepwise) == reasons
+    for reason in reasons:
         assert reason in result.table()
-    assert verify(functional_model, x, y, 0.01, method="ibp").stepwise == ()
+    assert verify(model, x, y, 0.01, method="ibp").stepwise == ()
 
 
 def test_a_max_pooling_is_bounded_step_by_step():
