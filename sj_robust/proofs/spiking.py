@@ -37,6 +37,10 @@ class Interval:
         """With values that are so far outside."""
         return Interval(self.low - error, self.high + error)
 
+    def times(self, factor: float) -> "Interval":
+        """Multiplied by a factor >= 0."""
+        return Interval(factor * self.low, factor * self.high)
+
     def holds(self, values: Tensor) -> bool:
         """Whether all values lie inside; NaN does not."""
         if values.shape != self.low.shape:

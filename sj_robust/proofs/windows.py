@@ -185,6 +185,14 @@ class Memory:
     drift: Tensor | float = 0.0
     error: float = 0.0
 
+    def begin(self, like: Tensor) -> None:
+        """Before the first step there is one window, and nothing has happened."""
+        nothing = torch.zeros_like(like)
+        zero = Interval(nothing, nothing)
+        self.reached.append(torch.ones_like(like, dtype=torch.bool))
+        self.starts.append(zero)
+        self.discounts.append(zero)
+
 
 class WindowedSpiking(Float32Spiking):
     """A call of a spiking layer that bounds its potential by sums over time as well.
@@ -232,76 +240,91 @@ class WindowedSpiking(Float32Spiking):
         """See :class:`Float32Spiking`."""
         memory = self.memory
         t = self.layer.steps
-        memory.drift = self.decay * memory.drift + abs(gain) * self.error[t - self.first] + error
+        of_current = abs(gain) * self.error[t - self.first]
+        memory.drift = self.decay * memory.drift + of_current + error
         if t == 0:
-            nothing = torch.zeros_like(h.low)
-            memory.reached.append(torch.ones_like(h.low, dtype=torch.bool))
-            memory.starts.append(Interval(nothing, nothing))
-            memory.discounts.append(Interval(nothing, nothing))
-        sure = torch.ones_like(h.low, dtype=torch.bool)
-        possible = torch.zeros_like(sure)
-        lowest = torch.full_like(h.low, torch.inf)
-        highest = -lowest
+            memory.begin(h.low)
+        found = _AnyWindow(h)
         cases = []
-        for a in range(t + 1):
+        for a, reached in enumerate(memory.reached):
             charged = self._charged(t, a, h)
             case = self._case(t, charged)
-            reached = memory.reached[a]
-            lowest = torch.where(reached, torch.minimum(lowest, charged.low), lowest)
-            highest = torch.where(reached, torch.maximum(highest, charged.high), highest)
-            sure = sure & (case.sure | ~reached)
-            possible = possible | (case.possible & reached)
+            found.add(charged, case, reached)
             cases.append(case)
+        low = h.low.clamp(min=self.below)
+        high = h.high.clamp(max=self.above)
         h = Interval(
-            torch.maximum(lowest, torch.where(sure, h.low.clamp(min=self.below), h.low)),
-            torch.minimum(highest, torch.where(possible, h.high, h.high.clamp(max=self.above))),
+            low=torch.where(found.sure, low, h.low).maximum(found.low),
+            high=torch.where(found.possible, h.high, high).minimum(found.high),
         )
-        self._remember(h, cases, possible)
-        spikes = Interval(sure.to(h.low.dtype), possible.to(h.low.dtype))
+        spikes = Interval(
+            low=found.sure.to(h.low.dtype),
+            high=found.possible.to(h.low.dtype),
+        )
         memory.trains.spikes.append(spikes)
         memory.charged.append(h)
+        self._remember(h, cases, found.possible)
         return h, spikes
 
     def _charged(self, t: int, a: int, h: Interval) -> Interval:
         """Bounds of the potential at t if the last reset was before a; ``h`` whenever it was."""
-        if (a, t) not in self.sums:
+        sums = self.sums.get((a, t))
+        if sums is None:
             return h
         memory = self.memory
-        rest = self.rest
         drift = memory.drift
-        low = self.sums[a, t].low + (rest - drift)
-        high = self.sums[a, t].high + (rest + drift)
+        rest = self.rest
+        low = sums.low + rest - drift
+        high = sums.high + rest + drift
         if self.soft:
+            start = memory.starts[a]
             kept = self.decay ** (t - a + 1)
-            low = low + kept * memory.starts[a].low
-            high = high + kept * memory.starts[a].high
+            low = low + kept * start.low
+            high = high + kept * start.high
         for k in range(a + 1, t + 1):
-            if (k, t) in self.sums:
-                silent = memory.trains.cases[k - 1][a].high.clamp(max=self.above) - rest
-                since = self.sums[k, t].high + (rest + drift)
-                high = torch.minimum(high, self.decay ** (t - k + 1) * silent + since)
+            since = self.sums.get((k, t))
+            if since is None:
+                continue
+            before = memory.trains.cases[k - 1][a]
+            silent = before.high.clamp(max=self.above) - rest
+            kept = self.decay ** (t - k + 1)
+            most = kept * silent + since.high + rest + drift
+            high = torch.minimum(high, most)
         if self.soft and (0, t) in self.sums:
-            fired = memory.discounts[a]
-            lost = self.threshold * fired.low, self.threshold * fired.high
-            whole = self.sums[0, t]
-            low = torch.maximum(low, whole.low - torch.maximum(*lost) - drift)
-            high = torch.minimum(high, whole.high - torch.minimum(*lost) + drift)
-        return Interval(torch.maximum(low, h.low), torch.minimum(high, h.high))
+            whole = self._after_spikes(t, a)
+            low = torch.maximum(low, whole.low)
+            high = torch.minimum(high, whole.high)
+        low = torch.maximum(low, h.low)
+        high = torch.minimum(high, h.high)
+        return Interval(low, high)
+
+    def _after_spikes(self, t: int, a: int) -> Interval:
+        """Bounds of the potential from all charges and the number of spikes before a."""
+        memory = self.memory
+        fired = memory.discounts[a]
+        whole = self.sums[0, t].widened(memory.drift)
+        first = self.threshold * fired.low
+        second = self.threshold * fired.high
+        least = torch.minimum(first, second)
+        most = torch.maximum(first, second)
+        return Interval(whole.low - most, whole.high - least)
 
     def _case(self, t: int, charged: Interval) -> Case:
         """Whether the neuron fires."""
         sure = charged.low >= self.above
         possible = charged.high >= self.below
         if self.known is not None:
-            sure = sure | (self.known.low[t - self.first] > 0)
-            possible = possible & (self.known.high[t - self.first] > 0)
+            step = t - self.first
+            sure = sure | (self.known.low[step] > 0)
+            possible = possible & (self.known.high[step] > 0)
         return Case(sure, possible, charged.high)
 
     def _remember(self, h: Interval, cases: list[Case], possible: Tensor) -> None:
         """What this step leaves to later ones."""
         memory = self.memory
         memory.trains.cases.append(cases)
-        memory.drift = memory.drift + reset_rounding(h.size(), self.rest, self.threshold)
+        rounded = reset_rounding(h.size(), self.rest, self.threshold)
+        memory.drift = memory.drift + rounded
         if self.soft:
             self._remember_soft(h, cases, possible)
         for a, case in enumerate(cases):
@@ -309,17 +332,49 @@ class WindowedSpiking(Float32Spiking):
         memory.reached.append(possible)
 
     def _remember_soft(self, h: Interval, cases: list[Case], possible: Tensor) -> None:
+        """Potential and number of spikes after a spike at this step."""
         memory = self.memory
-        fired = h.low.clamp(min=self.below) - self.threshold
-        memory.starts.append(Interval(fired, h.high - self.threshold))
+        low = h.low.clamp(min=self.below)
+        start = Interval(low - self.threshold, h.high - self.threshold)
+        memory.starts.append(start)
         least = torch.full_like(h.low, torch.inf)
         most = -least
         for a, case in enumerate(cases):
-            before = memory.discounts[a]
+            fired = memory.discounts[a]
             fires = case.possible & memory.reached[a]
-            least = torch.where(fires, torch.minimum(least, before.low), least)
-            most = torch.where(fires, torch.maximum(most, before.high), most)
-            memory.discounts[a] = Interval(self.decay * before.low, self.decay * before.high)
-        least = torch.where(possible, self.decay * (least + 1), 0.0)
-        most = torch.where(possible, self.decay * (most + 1), 0.0)
-        memory.discounts.append(Interval(least, most))
+            fewer = torch.minimum(least, fired.low)
+            more = torch.maximum(most, fired.high)
+            least = torch.where(fires, fewer, least)
+            most = torch.where(fires, more, most)
+            memory.discounts[a] = fired.times(self.decay)
+        least = torch.where(possible, least + 1, 0.0)
+        most = torch.where(possible, most + 1, 0.0)
+        counted = Interval(least, most)
+        memory.discounts.append(counted.times(self.decay))
+
+
+class _AnyWindow:
+    """What holds whenever the last reset was: the union over the windows that are reached.
+
+    Attributes:
+        low: Smallest charged potential.
+        high: Largest.
+        sure: Whether there is a spike in every window.
+        possible: Whether there may be one in some.
+    """
+
+    def __init__(self, like: Interval) -> None:
+        """No window yet."""
+        self.low = torch.full_like(like.low, torch.inf)
+        self.high = -self.low
+        self.sure = torch.ones_like(like.low, dtype=torch.bool)
+        self.possible = torch.zeros_like(self.sure)
+
+    def add(self, charged: Interval, case: Case, reached: Tensor) -> None:
+        """A window, where it is reached."""
+        low = torch.minimum(self.low, charged.low)
+        high = torch.maximum(self.high, charged.high)
+        self.low = torch.where(reached, low, self.low)
+        self.high = torch.where(reached, high, self.high)
+        self.sure &= case.sure | ~reached
+        self.possible |= case.possible & reached
