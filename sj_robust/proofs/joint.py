@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -233,39 +234,32 @@ class JointRun(BoundedRun):
     @torch.no_grad()
     def spikes(self, neuron: Neuron, x_seq: Interval) -> Interval:
         """See :class:`BoundedRun`."""
-        memory = self.memories[neuron.name]
-        layer = self.layers[neuron.name]
+        name = neuron.name
+        memory = self.memories[name]
+        layer = self.layers[name]
         stage = self.stages[-1]
-        x = stage.current
-        centre, radius, error = (
-            by_step(part.detach(), self.samples, stage.batch_dim)
-            for part in (x.centre, x.radius, x.error)
-        )
         first = layer.steps
-        for low, high in zip(centre - radius, centre + radius, strict=True):
+        current, error = self._current(stage)
+        for low, high in zip(current.low, current.high, strict=True):
             memory.currents.append(Interval(low, high))
+        memory.error = max(memory.error, float(error.max()))
         dynamics = Float32Spiking(neuron, layer)
-        windows = self.windows(first, first + len(centre))
-        weights = _weights(dynamics, windows, first + len(centre)).to(centre.device)
-        kind = self.over_time.kinds[neuron.name]
         known = None
-        if kind == "constant":
-            sums = _multiples(weights.sum(1), memory.currents[-1])
-            memory.error = max(memory.error, float(error.max()))
+        if self.over_time.kinds[name] == "constant":
             known = self._chain(dynamics, memory)
-        elif kind == "steps" and windows:
-            sums = self._through(weights, self.over_time.shifts[neuron.name])
-        else:
-            low = torch.stack([current.low for current in memory.currents])
-            high = torch.stack([current.high for current in memory.currents])
-            sums = weighted_sums(weights, Interval(low, high))
-        ends = zip(sums.low, sums.high, strict=True)
-        found = {window: Interval(*end) for window, end in zip(windows, ends, strict=True)}
-        spiking = self.windowed(neuron, layer, memory=memory, sums=found, error=error, known=known)
+        spiking = self.windowed(
+            neuron,
+            layer,
+            memory=memory,
+            sums=self._sums(dynamics, memory),
+            error=error,
+            known=known,
+        )
         spikes = spiking.run(x_seq)
         for t in range(first, layer.steps):
             h = memory.charged[t]
-            step = Step(dynamics.gain_at(t), h.low, h.high, error[t - first])
+            gain = dynamics.gain_at(t)
+            step = Step(gain, h.low, h.high, error[t - first])
             stage.steps.append(step)
         return spikes
 
@@ -307,8 +301,41 @@ class JointRun(BoundedRun):
         return bounds.widened(_GAP * len(spikes)).holds(sums)
 
     def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Pooling) -> None:
-        self.stages.append(Stage(len(self.leaves), x.same(), batch_dim))
+        stage = Stage(len(self.leaves), x.same(), batch_dim)
+        self.stages.append(stage)
         self._by = by
+
+    def _current(self, stage: Stage) -> tuple[Interval, Tensor]:
+        """Bounds of a current in exact arithmetic, and float32's error, [steps, N, *]."""
+        x = stage.current
+        stepwise = partial(by_step, samples=self.samples, batch_dim=stage.batch_dim)
+        centre = stepwise(x.centre.detach())
+        radius = stepwise(x.radius)
+        error = stepwise(x.error)
+        return Interval(centre - radius, centre + radius), error
+
+    def _sums(self, dynamics: Spiking, memory: Memory) -> dict[tuple[int, int], Interval]:
+        """Bounds of the sums of every window that ends in this call."""
+        name = dynamics.neuron.name
+        first = memory.trains.steps
+        currents = memory.currents
+        windows = self.windows(first, len(currents))
+        if not windows:
+            return {}
+        weights = _weights(dynamics, windows, len(currents)).to(currents[0].low.device)
+        kind = self.over_time.kinds[name]
+        if kind == "constant":
+            sums = _multiples(weights.sum(1), currents[-1])
+        elif kind == "steps":
+            sums = self._through(weights, self.over_time.shifts[name])
+        else:
+            low = torch.stack([current.low for current in currents])
+            high = torch.stack([current.high for current in currents])
+            sums = weighted_sums(weights, Interval(low, high))
+        found = {}
+        for window, low, high in zip(windows, sums.low, sums.high, strict=True):
+            found[window] = Interval(low, high)
+        return found
 
     @torch.no_grad()
     def _mean(self, number: int) -> Interval:
@@ -319,29 +346,34 @@ class JointRun(BoundedRun):
         if source is None:
             return Interval(centre - leaf.radius, centre + leaf.radius)
         T = self.over_time.T
-        mean = source.bounds(centre.new_full((1, T), 1.0 / T))
-        steps = by_step(centre, self.samples, leaf.batch_dim)
-        low, high = (
-            in_layout(end.expand(steps.shape), leaf.batch_dim) for end in (mean.low, mean.high)
-        )
-        return Interval(low, high)
+        weights = centre.new_full((1, T), 1.0 / T)
+        mean = source.bounds(weights)
+        shape = by_step(centre, self.samples, leaf.batch_dim).shape
+        low = mean.low.expand(shape)
+        high = mean.high.expand(shape)
+        return Interval(in_layout(low, leaf.batch_dim), in_layout(high, leaf.batch_dim))
 
     def _chain(self, dynamics: Spiking, memory: Memory) -> Interval:
         """Spikes [steps of this call, N, *] of the trains that a constant current can cause."""
+        memory.trains.chain = None
         current = memory.currents[-1]
         T = len(memory.currents)
         first = memory.trains.steps
-        trains = self.over_time.trains(
-            dynamics, T, current=current.widened(memory.error), error=memory.error
-        )
-        memory.trains.chain = None
         shape = (T - first, *current.low.shape)
+        trains = self.over_time.trains(
+            dynamics,
+            T,
+            current=current.widened(memory.error),
+            error=memory.error,
+        )
         if trains is None:
-            return Interval(current.low.new_zeros(shape), current.low.new_ones(shape))
-        chain = trains.chain(Interval(current.low.flatten(), current.high.flatten()))
+            nothing = current.low.new_zeros(shape)
+            return Interval(nothing, nothing + 1)
+        flat = Interval(current.low.flatten(), current.high.flatten())
+        chain = trains.chain(flat)
         memory.trains.chain = chain
-        every = torch.eye(T, dtype=torch.float64, device=current.low.device)[first:]
-        spikes = chain.bounds(every)
+        every = torch.eye(T, dtype=torch.float64, device=current.low.device)
+        spikes = chain.bounds(every[first:])
         return Interval(spikes.low.view(shape), spikes.high.view(shape))
 
     def _through(self, weights: Tensor, shift: Tensor) -> Interval:
@@ -353,35 +385,41 @@ class JointRun(BoundedRun):
         stage = self.stages[-1]
         origin = stage.current.origin
         assert origin is not None
-        steps = len(by_step(stage.current.centre, self.samples, stage.batch_dim))
+        steps = len(self._current(stage)[1])
         exact = BoundedRun(self.neurons, self.samples)
         exact.dtype = self.dtype
         exact.rounded = False
-        low, high = [], []
+        low = []
+        high = []
         for some in torch.split(weights, steps):
-            padded = torch.cat([some, some[-1:].expand(steps - len(some), -1)])
+            missing = steps - len(some)
+            padded = torch.cat([some, some[-1:].expand(missing, -1)])
             leaves = {}
             for number in leaves_of(origin):
-                source = self.sources[number]
-                if source is None:  # images, which have no weight in this map
-                    nothing = torch.zeros_like(self.leaves[number].radius)
-                    leaves[number] = Bounds(nothing, nothing, run=exact)
-                    continue
-                batch_dim = self.leaves[number].batch_dim
-                ends = source.bounds(padded)
-                centre = in_layout((ends.low + ends.high) / 2, batch_dim)
-                radius = SLACK * in_layout((ends.high - ends.low) / 2, batch_dim)
-                leaves[number] = Bounds(centre, radius, run=exact)
+                leaves[number] = self._weighted_leaf(number, padded, exact)
             found = replayed(origin, leaves)
-            centre, radius = (
-                by_step(part, self.samples, stage.batch_dim)[: len(some)]
-                for part in (found.centre, found.radius)
-            )
+            sums, _ = self._current(Stage(stage.leaf, found, stage.batch_dim))
             more = some.sum(1).view(-1, *[1] * shift.ndim) - 1.0
-            centre = centre + more * shift
-            low.append(centre - radius)
-            high.append(centre + radius)
+            moved = more * shift
+            low.append(sums.low[: len(some)] + moved)
+            high.append(sums.high[: len(some)] + moved)
         return Interval(torch.cat(low), torch.cat(high))
+
+    def _weighted_leaf(self, number: int, weights: Tensor, run: BoundedRun) -> Bounds:
+        """Weighted sums of a leaf's steps in the place of the steps."""
+        leaf = self.leaves[number]
+        source = self.sources[number]
+        if source is None:  # images, which have no weight in this map
+            nothing = torch.zeros_like(leaf.radius)
+            return Bounds(nothing, nothing, run=run)
+        sums = source.bounds(weights)
+        centre = (sums.low + sums.high) / 2
+        radius = SLACK * (sums.high - sums.low) / 2
+        return Bounds(
+            in_layout(centre, leaf.batch_dim),
+            in_layout(radius, leaf.batch_dim),
+            run=run,
+        )
 
 
 def _traced(maps: Maps, factors: Tensor) -> tuple[_TimedTrace, Tensor]:
