@@ -315,14 +315,24 @@ class JointRun(BoundedRun):
         return Interval(centre - radius, centre + radius), error
 
     def _sums(self, dynamics: Spiking, memory: Memory) -> dict[tuple[int, int], Interval]:
-        """Bounds of the sums of every window that ends in this call."""
+        """Bounds of the sums of every window that ends in this call; one step alone has those of
+        its current.
+        """
         name = dynamics.neuron.name
         first = memory.trains.steps
         currents = memory.currents
-        windows = self.windows(first, len(currents))
-        if not windows:
-            return {}
-        weights = _weights(dynamics, windows, len(currents)).to(currents[0].low.device)
+        found = {}
+        longer = []
+        for a, t in self.windows(first, len(currents)):
+            if a == t:
+                gain = currents[t].low.new_tensor([dynamics.gain_at(t)])
+                charge = _multiples(gain, currents[t])
+                found[a, t] = Interval(charge.low[0], charge.high[0])
+            else:
+                longer.append((a, t))
+        if not longer:
+            return found
+        weights = _weights(dynamics, longer, len(currents)).to(currents[0].low.device)
         kind = self.over_time.kinds[name]
         if kind == "constant":
             sums = _multiples(weights.sum(1), currents[-1])
@@ -332,8 +342,7 @@ class JointRun(BoundedRun):
             low = torch.stack([current.low for current in currents])
             high = torch.stack([current.high for current in currents])
             sums = weighted_sums(weights, Interval(low, high))
-        found = {}
-        for window, low, high in zip(windows, sums.low, sums.high, strict=True):
+        for window, low, high in zip(longer, sums.low, sums.high, strict=True):
             found[window] = Interval(low, high)
         return found
 

@@ -99,7 +99,7 @@ def test_every_train_of_a_constant_current_is_in_its_chain(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 500))
+@pytest.mark.parametrize("seed", range(100, 200))
 def test_every_train_of_many_neurons_is_in_its_chain(seed):
     check_chain(seed)
 
@@ -199,7 +199,7 @@ def test_all_combinations_of_trains_are_inside_the_bounds(seed):
 
 @pytest.mark.slow
 def test_all_combinations_of_trains_of_many_networks_are_inside_the_bounds():
-    assert sum(map(check_small, range(1000, 2500))) > 10_000
+    assert sum(map(check_small, range(1000, 1500))) > 5_000
 
 
 @pytest.mark.parametrize("seed", range(1, 9))
@@ -415,6 +415,21 @@ class FromImage(nn.Module):
         return self.last(self.node(x) + self.share * x)
 
 
+class Joined(nn.Module):
+    """Spikes of two layers beside each other, and their sum, feed a third one."""
+
+    def __init__(self, node):
+        super().__init__()
+        self.first, self.one = nn.Linear(4, 4), node()
+        self.second, self.other = nn.Linear(4, 4), node()
+        self.third, self.last = nn.Linear(8, 3), node()
+
+    def forward(self, x):
+        before = self.one(self.first(x))
+        after = self.other(self.second(before))
+        return self.last(self.third(torch.cat([before + after, after], dim=-1)))
+
+
 def in_between(*parts):
     net = nn.Sequential(
         nn.Linear(4, 6), NEURONS["LIF"](), *parts, nn.Linear(6, 6), NEURONS["IF"](), nn.Linear(6, 3)
@@ -439,6 +454,10 @@ STEPWISE = {
     ),
     "image without weight": (
         lambda: SpikingClassifier(FromImage(NEURONS["LIF"](), share=0.0), T).eval(),
+        [],
+    ),
+    "concatenation and sum": (
+        lambda: SpikingClassifier(Joined(NEURONS["DLIF"]), T).eval(),
         [],
     ),
     "nothing": (lambda: in_between(nn.Identity()), []),
