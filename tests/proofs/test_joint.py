@@ -478,6 +478,25 @@ def test_the_result_says_where_bounds_are_of_single_steps(case):
     for reason in reasons:
         assert reason in result.table()
     assert verify(model, x, y, 0.01, method="ibp").stepwise == ()
+    check_points(model, x, 0.1)
+
+
+def check_points(model, x, eps, count=500):
+    """Random inputs of each image's ball are inside the bounds of sums and logits."""
+    run, logits = joint_run(model, x, eps)
+    moved = eps * (2 * torch.rand(len(x), count, *x.shape[1:]) - 1)
+    points = (x.unsqueeze(1) + moved).clamp(0, 1)
+    with torch.no_grad():
+        seen, found = fuzz.run_of(model, points.flatten(0, 1))
+    for name, (spikes, _) in seen.items():
+        fired = spikes.double().unflatten(1, (len(x), count))
+        fuzz.assert_sums(run, name, fired, random.Random(0))
+    rows = found.double().unflatten(0, (len(x), count))
+    assert bool((rows >= logits.lower.unsqueeze(1)).all())
+    assert bool((rows <= logits.upper.unsqueeze(1)).all())
+    for label in range(3):
+        lead = run.lead(logits, torch.full((len(x),), label)).unsqueeze(1)
+        assert bool((rows - rows[..., label : label + 1] <= lead).all())
 
 
 def test_a_max_pooling_is_bounded_step_by_step():
@@ -506,17 +525,9 @@ def test_a_neuron_that_carries_its_state_from_call_to_call_stays_inside(kind):
     functional.set_step_mode(net, "m")
     model = SpikingClassifier(net, 3).eval()
     x = torch.rand(2, 4)
-    run, logits = joint_run(model, x, 0.1)
-    _, _, sure, can, _, _ = fuzz.bounds_of(run)["node"]
-    assert len(sure) == 6
-    points = (x.unsqueeze(1) + 0.2 * (torch.rand(2, 400, 4) - 0.5)).clamp(0, 1)
-    with torch.no_grad():
-        seen, found = fuzz.run_of(model, points.flatten(0, 1))
-    fired = seen["node"][0].bool().unflatten(1, (2, 400))
-    assert bool(((fired >= sure.unsqueeze(2)) & (fired <= can.unsqueeze(2))).all())
-    rows = found.double().unflatten(0, (2, 400))
-    assert bool((rows <= logits.upper.unsqueeze(1)).all())
-    fuzz.assert_sums(run, "node", fired.double(), random.Random(0))
+    run, _ = joint_run(model, x, 0.1)
+    assert run.memories["node"].trains.steps == 6
+    check_points(model, x, 0.1)
 
 
 def test_frames_have_windows_in_the_first_layer():
