@@ -21,6 +21,7 @@ from sj_robust.proofs.windows import (
     SpikeTrains,
     Steps,
     WindowedSpiking,
+    stacked,
     weighted_sums,
 )
 
@@ -56,6 +57,11 @@ def in_layout(part: Tensor, batch_dim: int) -> Tensor:
     return part if batch_dim == 1 else part.squeeze(0)
 
 
+def column(numbers: Tensor, like: Tensor) -> Tensor:
+    """Numbers [F] as [F, 1, ..., 1], to be multiplied by values such as these."""
+    return numbers.view(-1, *[1] * like.ndim)
+
+
 @dataclass(frozen=True)
 class _Call:
     """A call of a spiking layer or a max pooling in a trace.
@@ -82,6 +88,7 @@ class _TimedTrace(Trace):
 
     def __init__(self, neurons: dict[str, Neuron], factors: Tensor) -> None:
         super().__init__(neurons, 1, torch.zeros_like)
+        self.rounded = False
         self.factors = factors
         self.calls: list[_Call] = []
         self.pooled: set[int] = set()
@@ -106,12 +113,11 @@ class _TimedTrace(Trace):
             return BoundedRun.leaf(self, Interval(drawn, drawn), batch_dim)
         call = self.calls[-1]
         steps = by_step(like, 1, batch_dim)
-        if call.by is None:
-            one = self._drawn(steps[0])
-        else:
-            one = self._values.setdefault(call.by, self._drawn(steps[0]))
+        one = self._drawn(steps[0])
+        if call.by is not None:
+            one = self._values.setdefault(call.by, one)
         factors = _factors_of(self.factors, call.first, len(steps))
-        value = in_layout(factors.view(-1, *[1] * one.ndim) * one, batch_dim)
+        value = in_layout(column(factors, one) * one, batch_dim)
         return BoundedRun.leaf(self, Interval(value, value), batch_dim)
 
     def _drawn(self, like: Tensor) -> Tensor:
@@ -227,8 +233,8 @@ class JointRun(BoundedRun):
         elif isinstance(self._by, Neuron):
             self.sources.append(self.memories[self._by.name].trains)
         else:
-            low, high = (by_step(end, self.samples, batch_dim) for end in (values.low, values.high))
-            self.sources.append(Steps(Interval(low, high)))
+            steps = values.each(lambda end: by_step(end, self.samples, batch_dim))
+            self.sources.append(Steps(steps))
         return super().leaf(values, batch_dim)
 
     @torch.no_grad()
@@ -327,21 +333,20 @@ class JointRun(BoundedRun):
             if a == t:
                 gain = currents[t].low.new_tensor([dynamics.gain_at(t)])
                 charge = _multiples(gain, currents[t])
-                found[a, t] = Interval(charge.low[0], charge.high[0])
+                found[a, t] = charge.each(lambda end: end[0])
             else:
                 longer.append((a, t))
         if not longer:
             return found
-        weights = _weights(dynamics, longer, len(currents)).to(currents[0].low.device)
+        weights = _weights(dynamics, longer, len(currents))
+        weights = weights.to(currents[0].low.device)
         kind = self.over_time.kinds[name]
         if kind == "constant":
             sums = _multiples(weights.sum(1), currents[-1])
         elif kind == "steps":
             sums = self._through(weights, self.over_time.shifts[name])
         else:
-            low = torch.stack([current.low for current in currents])
-            high = torch.stack([current.high for current in currents])
-            sums = weighted_sums(weights, Interval(low, high))
+            sums = weighted_sums(weights, stacked(currents))
         for window, low, high in zip(longer, sums.low, sums.high, strict=True):
             found[window] = Interval(low, high)
         return found
@@ -358,9 +363,8 @@ class JointRun(BoundedRun):
         weights = centre.new_full((1, T), 1.0 / T)
         mean = source.bounds(weights)
         shape = by_step(centre, self.samples, leaf.batch_dim).shape
-        low = mean.low.expand(shape)
-        high = mean.high.expand(shape)
-        return Interval(in_layout(low, leaf.batch_dim), in_layout(high, leaf.batch_dim))
+        every = mean.each(lambda end: end.expand(shape))
+        return every.each(lambda end: in_layout(end, leaf.batch_dim))
 
     def _chain(self, dynamics: Spiking, memory: Memory) -> Interval:
         """Spikes [steps of this call, N, *] of the trains that a constant current can cause."""
@@ -378,12 +382,11 @@ class JointRun(BoundedRun):
         if trains is None:
             nothing = current.low.new_zeros(shape)
             return Interval(nothing, nothing + 1)
-        flat = Interval(current.low.flatten(), current.high.flatten())
-        chain = trains.chain(flat)
+        chain = trains.chain(current.each(torch.flatten))
         memory.trains.chain = chain
         every = torch.eye(T, dtype=torch.float64, device=current.low.device)
         spikes = chain.bounds(every[first:])
-        return Interval(spikes.low.view(shape), spikes.high.view(shape))
+        return spikes.each(lambda end: end.view(shape))
 
     def _through(self, weights: Tensor, shift: Tensor) -> Interval:
         """Bounds of weighted sums of the current's steps, [F, N, *], from those of earlier spikes.
@@ -408,8 +411,8 @@ class JointRun(BoundedRun):
                 leaves[number] = self._weighted_leaf(number, padded, exact)
             found = replayed(origin, leaves)
             sums, _ = self._current(Stage(stage.leaf, found, stage.batch_dim))
-            more = some.sum(1).view(-1, *[1] * shift.ndim) - 1.0
-            moved = more * shift
+            more = some.sum(1) - 1.0
+            moved = column(more, shift) * shift
             low.append(sums.low[: len(some)] + moved)
             high.append(sums.high[: len(some)] + moved)
         return Interval(torch.cat(low), torch.cat(high))
@@ -448,15 +451,16 @@ def _kind(calls: list[_Call], shifts: list[Tensor], factors: Tensor) -> _Kind | 
     if _alike(currents, reference.expand_as(currents)):
         return "constant"
     shift = torch.cat(shifts)
-    scales = _factors_of(factors, 0, len(currents)).view(-1, *[1] * (currents.ndim - 1))
-    own = (currents - shift) / scales
-    if _alike(own, own[:1].expand_as(own)) and _alike(shift, shift[:1].expand_as(shift)):
-        return "steps"
-    return None
+    scales = _factors_of(factors, 0, len(currents))
+    own = (currents - shift) / column(scales, currents[0])
+    same_map = _alike(own, own[:1].expand_as(own))
+    same_shift = _alike(shift, shift[:1].expand_as(shift))
+    return "steps" if same_map and same_shift else None
 
 
 def _factors_of(factors: Tensor, first: int, steps: int) -> Tensor:
-    return factors[torch.arange(first, first + steps, device=factors.device) % len(factors)]
+    numbers = torch.arange(first, first + steps, device=factors.device)
+    return factors[numbers % len(factors)]
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
@@ -473,14 +477,16 @@ def _weights(dynamics: Spiking, windows: list[tuple[int, int]], steps: int) -> T
     """Weight of every step's current in the potential at the end of each window."""
     decay = dynamics.charging.decay_value
     found = torch.zeros(len(windows), steps, dtype=torch.float64)
+    gains = [dynamics.gain_at(k) for k in range(steps)]
     for row, (a, t) in enumerate(windows):
         for k in range(a, t + 1):
-            found[row, k] = decay ** (t - k) * dynamics.gain_at(k)
+            found[row, k] = decay ** (t - k) * gains[k]
     return found
 
 
 def _multiples(factors: Tensor, values: Interval) -> Interval:
     """Bounds of every factor times the values, [F, *]."""
-    scales = factors.view(-1, *[1] * values.low.ndim)
-    ends = scales * values.low, scales * values.high
-    return Interval(torch.minimum(*ends), torch.maximum(*ends))
+    scales = column(factors, values.low)
+    first = scales * values.low
+    second = scales * values.high
+    return Interval(torch.minimum(first, second), torch.maximum(first, second))

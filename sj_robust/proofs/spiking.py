@@ -3,6 +3,7 @@ rounds for proofs.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -36,6 +37,10 @@ class Interval:
     def widened(self, error: Tensor | float) -> "Interval":
         """With values that are so far outside."""
         return Interval(self.low - error, self.high + error)
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Interval":
+        """Both ends through a function that keeps their order."""
+        return Interval(function(self.low), function(self.high))
 
     def times(self, factor: float) -> "Interval":
         """Multiplied by a factor >= 0."""

@@ -1,5 +1,6 @@
 """The spike trains that bounds leave a spiking layer, and bounds of weighted sums over them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,7 @@ from sj_robust.proofs.rounding import reset_rounding
 from sj_robust.proofs.spiking import Float32Spiking, Interval, LayerBounds
 from sj_robust.proofs.trains import Chain
 
-__all__ = ["KEPT", "Memory", "SpikeTrains", "Steps", "WindowedSpiking", "weighted_sums"]
+__all__ = ["KEPT", "Memory", "SpikeTrains", "Steps", "WindowedSpiking", "stacked", "weighted_sums"]
 
 KEPT = 8
 """Windows of a step that are bounded by sums: the shortest ones, and the one without any reset. The
@@ -25,10 +26,11 @@ def weighted_sums(weights: Tensor, parts: Interval) -> Interval:
     up = weights.clamp(min=0)
     down = weights.clamp(max=0)
     shape = parts.low.shape[1:]
-    low, high = parts.low.flatten(1), parts.high.flatten(1)
-    least = up @ low + down @ high
-    most = up @ high + down @ low
-    return Interval(least.view(-1, *shape), most.view(-1, *shape))
+    flat = parts.each(lambda end: end.flatten(1))
+    least = up @ flat.low + down @ flat.high
+    most = up @ flat.high + down @ flat.low
+    sums = Interval(least, most)
+    return sums.each(lambda end: end.view(-1, *shape))
 
 
 class Steps:
@@ -41,7 +43,7 @@ class Steps:
     def bounds(self, weights: Tensor) -> Interval:
         """Bounds of ``sum_t weights[f, t] x[t]``, [F, N, *]."""
         steps = weights.shape[1]
-        return weighted_sums(weights, Interval(self.values.low[:steps], self.values.high[:steps]))
+        return weighted_sums(weights, self.values.each(lambda end: end[:steps]))
 
 
 @dataclass(frozen=True)
@@ -64,16 +66,14 @@ class _Packed:
     """Spikes of the first steps, and the neurons of which some are undecided.
 
     Attributes:
-        low: 1 for a sure spike, [T, M].
-        high: 1 for a possible one.
+        spikes: Bounds of all spikes, [T, M].
         index: Numbers of those neurons among the M.
         sure: By step and first step of the window, of these neurons.
         possible: Likewise.
         chain: Of these neurons, if there is one.
     """
 
-    low: Tensor
-    high: Tensor
+    spikes: Interval
     index: Tensor
     sure: list[list[Tensor]]
     possible: list[list[Tensor]]
@@ -113,11 +113,11 @@ class SpikeTrains:
     def bounds(self, weights: Tensor) -> Interval:
         """Bounds of ``sum_t weights[f, t] s[t]``, [F, N, *], of the steps that have weights."""
         packed = self._packed_steps(weights.shape[1])
-        low = weights @ packed.low
-        high = low.clone()
         index = packed.index
+        low = weights @ packed.spikes.low
+        high = low.clone()
         if index.numel():
-            apart = weighted_sums(weights, Interval(packed.low[:, index], packed.high[:, index]))
+            apart = weighted_sums(weights, packed.spikes.each(lambda end: end[:, index]))
             if packed.chain is not None:
                 joint = packed.chain.bounds(weights)
             else:
@@ -125,23 +125,31 @@ class SpikeTrains:
             low[:, index] = torch.maximum(joint.low, apart.low)
             high[:, index] = torch.minimum(joint.high, apart.high)
         shape = self.spikes[0].low.shape
-        return Interval(low.view(-1, *shape), high.view(-1, *shape))
+        sums = Interval(low, high)
+        return sums.each(lambda end: end.view(-1, *shape))
 
     def _packed_steps(self, steps: int) -> _Packed:
-        if self._packed is None or len(self._packed.low) != steps:
-            low = torch.stack([step.low for step in self.spikes[:steps]]).flatten(1)
-            high = torch.stack([step.high for step in self.spikes[:steps]]).flatten(1)
-            index = (low < high).any(0).nonzero().squeeze(1)
-            cases = self.cases[:steps]
-            self._packed = _Packed(
-                low=low,
-                high=high,
-                index=index,
-                sure=[[case.sure.flatten()[index] for case in step] for step in cases],
-                possible=[[case.possible.flatten()[index] for case in step] for step in cases],
-                chain=None if self.chain is None else self.chain.at(index),
-            )
+        if self._packed is None or len(self._packed.sure) != steps:
+            spikes = stacked(self.spikes[:steps]).each(lambda end: end.flatten(1))
+            undecided = (spikes.low < spikes.high).any(0)
+            index = undecided.nonzero().squeeze(1)
+            sure = []
+            possible = []
+            for step in self.cases[:steps]:
+                sure.append([case.sure.flatten()[index] for case in step])
+                possible.append([case.possible.flatten()[index] for case in step])
+            chain = self.chain
+            if chain is not None:
+                chain = chain.at(index)
+            self._packed = _Packed(spikes, index, sure, possible, chain)
         return self._packed
+
+
+def stacked(steps: Sequence[Interval]) -> Interval:
+    """Bounds of several steps as those of one tensor."""
+    low = torch.stack([step.low for step in steps])
+    high = torch.stack([step.high for step in steps])
+    return Interval(low, high)
 
 
 def _over_paths(weights: Tensor, packed: _Packed) -> Interval:
@@ -153,10 +161,12 @@ def _over_paths(weights: Tensor, packed: _Packed) -> Interval:
         nothing = weights.new_zeros(len(weights), packed.index.numel())
         rest = [nothing] * (steps + 1)
         for t in reversed(range(steps)):
-            fire = weights[:, t].unsqueeze(1) + rest[t + 1]
-            for a in range(t + 1):
-                either = torch.where(packed.sure[t][a], fire, better(fire, rest[a]))
-                rest[a] = torch.where(packed.possible[t][a], either, rest[a])
+            fire = weights[:, t, None] + rest[t + 1]
+            windows = zip(packed.sure[t], packed.possible[t], strict=True)
+            for a, (sure, possible) in enumerate(windows):
+                stay = rest[a]
+                either = torch.where(sure, fire, better(fire, stay))
+                rest[a] = torch.where(possible, either, stay)
         ends.append(rest[0])
     return Interval(ends[0], ends[1])
 
@@ -251,12 +261,11 @@ class WindowedSpiking(Float32Spiking):
             case = self._case(t, charged)
             found.add(charged, case, reached)
             cases.append(case)
-        low = h.low.clamp(min=self.below)
-        high = h.high.clamp(max=self.above)
-        h = Interval(
-            low=torch.where(found.sure, low, h.low).maximum(found.low),
-            high=torch.where(found.possible, h.high, high).minimum(found.high),
-        )
+        fires = h.low.clamp(min=self.below)
+        silent = h.high.clamp(max=self.above)
+        low = torch.where(found.sure, fires, h.low)
+        high = torch.where(found.possible, h.high, silent)
+        h = Interval(low.maximum(found.low), high.minimum(found.high))
         spikes = Interval(
             low=found.sure.to(h.low.dtype),
             high=found.possible.to(h.low.dtype),

@@ -214,11 +214,11 @@ FAULTS = {
         "since = self.sums.get((k, t))",
         "since = self._charged(t, k, h).widened(-rest - drift)",
     ),
-    "a reset that is forgotten": (windows, "unsqueeze(1) + rest[t + 1]", "unsqueeze(1) + rest[t]"),
+    "a reset that is forgotten": (windows, "None] + rest[t + 1]", "None] + rest[t]"),
     "a spike that is possible taken for sure": (
         windows,
-        "torch.where(packed.sure[t][a], fire,",
-        "torch.where(packed.possible[t][a], fire,",
+        "torch.where(sure, fire,",
+        "torch.where(possible, fire,",
     ),
     "one sure window taken for all": (
         windows,
@@ -243,10 +243,14 @@ FAULTS = {
     "a weight of the step before": (joint, "decay ** (t - k)", "decay ** (t - k + 1)"),
     "a negative gain that swaps no ends": (
         joint,
-        "Interval(torch.minimum(*ends), torch.maximum(*ends))",
-        "Interval(*ends)",
+        "Interval(torch.minimum(first, second), torch.maximum(first, second))",
+        "Interval(first, second)",
     ),
-    "a shift that counts once": (joint, "moved = more * shift", "moved = 0 * shift"),
+    "a shift that counts once": (
+        joint,
+        "column(more, shift) * shift",
+        "0 * column(more, shift) * shift",
+    ),
     "half of the radius": (joint, "(sums.high - sums.low) / 2", "(sums.high - sums.low) / 4"),
     "the potential kept after a spike": (
         trains,
