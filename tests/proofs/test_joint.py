@@ -27,7 +27,6 @@ from sj_robust.proofs import joint, trains, verify, windows
 from sj_robust.proofs.joint import OverTime
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.spiking import Float32Spiking, Interval, LayerBounds
-from sj_robust.proofs.trains import possible_trains
 from sj_robust.proofs.verification import bounded_logits, bounded_neurons
 
 LARGEST = 4.0
@@ -63,7 +62,9 @@ def check_chain(seed):
     torch.manual_seed(seed)
     T = case.choice([1, 2, 3, 4, 6, 8])
     node, spiking = random_neuron(case, T)
-    table = possible_trains(spiking, T, largest=LARGEST, error=ERROR, device=torch.device("cpu"))
+    table = trains.possible_trains(
+        spiking, T, largest=LARGEST, error=ERROR, device=torch.device("cpu")
+    )
     size = case.choice([0.5, 1.0, 3.9])
     grid = torch.linspace(-size, size, 4001, dtype=torch.float64)
     inner = table.low[table.low.abs() < size]
@@ -145,7 +146,7 @@ class Small:
             nodes[1] = fuzz.random_node(case, False, T)
         net = nn.Sequential(first, nodes[0], second, nodes[1], nn.Linear(hidden, 3))
         functional.set_step_mode(net, "m")
-        eps = case.choice([0.02, 0.05, 0.1, 0.2])
+        eps = case.choice([0.0, 0.02, 0.05, 0.1, 0.2])
         return cls(SpikingClassifier(net, T).eval(), torch.rand(1, pixels), eps)
 
     @torch.no_grad()
@@ -258,6 +259,16 @@ FAULTS = {
         "replace(fired,",
     ),
     "a train left out": (trains, "right=True) - 1", "right=True) - 2"),
+    "a potential that nothing rounds": (
+        windows,
+        "memory.drift = self.decay * memory.drift + of_current + error",
+        "memory.drift = 0.0 * error",
+    ),
+    "a cut that nothing rounds": (
+        trains,
+        "drift=decay * piece.drift + abs(gain) * error + rounded,",
+        "drift=0.0,",
+    ),
     "a falling potential cut on the wrong side": (
         trains,
         "if above == (self.slope > 0):",
@@ -268,6 +279,7 @@ OF_SOFT_RESETS = {"a soft reset taken for a hard one", "an earlier spike that co
 PATCHED = {
     windows: [
         "WindowedSpiking._charged",
+        "WindowedSpiking.decided",
         "_AnyWindow.add",
         "WindowedSpiking._remember",
         "WindowedSpiking._remember_soft",
@@ -278,7 +290,7 @@ PATCHED = {
 FUNCTIONS = {
     windows: ["_over_paths"],
     joint: ["_weights", "_multiples"],
-    trains: ["_after_step"],
+    trains: ["_after_step", "possible_trains"],
 }
 
 
