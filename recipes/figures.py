@@ -4,6 +4,7 @@ Examples:
     python recipes/figures.py runs/digits-dlif-at-1           # every figure of a run of adv_train
     python recipes/figures.py runs/digits-dlif-at-1 --which gains curves  # some of them
     python recipes/figures.py --which neuron --output figures  # one neuron; needs no run
+    python recipes/figures.py --which joint --output figures  # joint bounds in proofs; needs no run
     python recipes/figures.py RUN --which ground_truth --eps 0.1  # small networks: exact
     python recipes/figures.py runs/sweep-1 --which rho        # effect of rho, from a sweep over it
     python recipes/figures.py --redraw runs/digits-dlif-at-1/figures  # from the saved numbers alone
@@ -36,6 +37,8 @@ from tyro.conf import Positional
 
 from sj_robust.core.extras import check_extra
 
+_Figure = Literal["all", "neuron", "gains", "curves", "intensity", "rho", "ground_truth", "joint"]
+
 
 @dataclass(frozen=True)
 class Options:
@@ -44,14 +47,12 @@ class Options:
     # figures
     run: Annotated[str | None, Positional] = None
     """Folder of a run of adv_train, of one network in it, or of a sweep; None for the
-    figure neuron, which needs none."""
-    which: tuple[
-        Literal["all", "neuron", "gains", "curves", "intensity", "rho", "ground_truth"], ...
-    ] = ("all",)
+    figures neuron and joint, which need none."""
+    which: tuple[_Figure, ...] = ("all",)
     """neuron (figure 1 of the paper), rho (3, needs a sweep), gains (4), curves (5), intensity
     (indicators and heat maps under growing eps), ground_truth (exact robust accuracy of a small
-    network beside what attacks leave), or all that the folder has numbers for, without
-    ground_truth."""
+    network and that under attacks), joint (what bounds that hold together over time prove), or
+    all that the folder has numbers for, without the last two."""
     columns: list[str] | None = None
     """Figures that rho shows, as shell patterns such as pgd20 or paper/*; None for the usual
     ones."""
@@ -101,6 +102,7 @@ import torch
 import yaml
 from lab.figures.data import input_gains, one_neuron, training_curves
 from lab.figures.ground_truth import ground_truth
+from lab.figures.joint import joint_bounds
 from lab.sweeping.plan import load_records
 from lab.sweeping.recipe import load_recipe
 from lab.sweeping.summary import axes_in, cells_of, columns_of
@@ -112,9 +114,16 @@ from sj_robust.core.console import working
 from sj_robust.data import load_images
 from sj_robust.evaluation import make_suite
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint
+from sj_robust.models import pretrained
 from sj_robust.ops import keep_heap
 from sj_robust.perturbation import IntensityCorrelation, Perturbation, intensity_correlation
 from sj_robust.training import removed_if_unused
+
+_RADII = {
+    "digits/dlif-at-mppd": (0.001, 0.002, 0.004, 0.006, 0.008, 0.012, 0.016),
+    "digits/dlif-certified": (0.1, 0.12),
+}
+"""Networks of the figure joint, and their radii."""
 
 
 def main(arguments: list[str]) -> None:
@@ -137,13 +146,15 @@ def main(arguments: list[str]) -> None:
         "rho": rho,
     }
     makers["ground_truth"] = truth
+    makers["joint"] = joint
     chosen: list[str] = [name for name in makers if name in options.which]
     if "all" in options.which:
-        own = [name for name in makers if name not in ("rho", "ground_truth")]
+        own = [name for name in makers if name not in ("rho", "ground_truth", "joint")]
         chosen = own if options.run is None or networks_in(options) else ["rho"]
-    if options.run is None and chosen != ["neuron"]:
+    if options.run is None and not {*chosen} <= {"neuron", "joint"}:
         raise WrongUse(
-            "give the folder of a run of adv_train or of a sweep; --which neuron alone needs none"
+            "give the folder of a run of adv_train or of a sweep; --which neuron and joint alone "
+            "need none"
         )
     if options.run is None and options.output is None:
         raise WrongUse(
@@ -179,6 +190,15 @@ def check_budgets(options: Options, chosen: Sequence[str]) -> None:
 def neuron(options: Options, folder: Path) -> None:
     """Figure 1: one LIF neuron under a constant and a Gaussian perturbation."""
     finish(one_neuron(seed=options.seed), folder / "neuron.json")
+
+
+def joint(options: Options, folder: Path) -> None:
+    """Joint bounds: trains, counts, and what each part proves of shipped networks."""
+    test = load_images("digits").test
+    images = [test[number] for number in range(min(options.images, len(test)))]
+    x, y = (torch.stack(part) for part in zip(*images, strict=True))
+    networks = {name: pretrained(name).eval() for name in _RADII}
+    finish(joint_bounds(networks, x, y, _RADII), folder / "joint.json")
 
 
 def gains(options: Options, folder: Path) -> None:

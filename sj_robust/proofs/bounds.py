@@ -13,7 +13,7 @@ from torch import Tensor
 from sj_robust.core.preserved import other_forward
 from sj_robust.neuron.charging import Neuron
 from sj_robust.proofs.rounding import SLACK, NoBoundsError
-from sj_robust.proofs.rules import Bounds, Pooling
+from sj_robust.proofs.rules import Bounds, Origin, Pooling
 from sj_robust.proofs.spiking import Float32Spiking, Interval, LayerBounds, RealSpiking, Spiking
 
 __all__ = ["BoundedRun", "Leaf", "by_row", "laid_out"]
@@ -97,6 +97,7 @@ class BoundedRun:
         self.neurons = neurons
         self.samples = samples
         self.differentiable = differentiable
+        self.rounded = not differentiable
         self.cut = _Switch()
         self.leaves: list[Leaf] = []
         self.layers = {name: LayerBounds() for name in neurons}
@@ -113,8 +114,10 @@ class BoundedRun:
         else:
             radius = SLACK * torch.maximum(high - centre, centre - low)
             centre.requires_grad_()
+        found = Bounds(centre, radius, run=self)
+        found.origin = Origin(leaf=len(self.leaves))
         self.leaves.append(Leaf(centre, radius, batch_dim))
-        return Bounds(centre, radius, run=self)
+        return found
 
     @contextmanager
     def replacing_neurons(self) -> Iterator[None]:

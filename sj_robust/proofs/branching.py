@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sj_robust.proofs.joint import JointRun, OverTime
 from sj_robust.proofs.relaxation import Decision, Lower, Maps, RelaxedRun, raised
 
 __all__ = ["Prover", "inside_ball", "leads"]
@@ -32,11 +33,13 @@ class Prover:
         logits: The network that runs, images to logits.
         maps: The affine maps between its leaves.
         eps: Linf radius.
+        over_time: How the network treats time, if joint bounds of the potentials are to be known.
     """
 
     logits: Callable[[Tensor], Tensor]
     maps: Maps
     eps: float
+    over_time: OverTime | None = None
 
     def crown(self, images: Tensor, labels: Tensor) -> Tensor:
         """Lower bound of the right class's lead, [N]: slopes are raised for whom the first ones do
@@ -83,7 +86,13 @@ class Prover:
         return lead, None
 
     def run(self, images: Tensor, **known: Any) -> RelaxedRun:
-        """Bounds of every potential; ``known`` is what a :class:`RelaxedRun` may be told."""
+        """Bounds of every potential; ``known`` is what a :class:`RelaxedRun` may be told beside
+        joint bounds.
+        """
+        if self.over_time is not None and "known" not in known:
+            joint = JointRun(self.maps.neurons, len(images), over_time=self.over_time)
+            self.maps.bounded(joint, images, self.eps)
+            known["known"] = joint.stages
         run = RelaxedRun(self.maps.neurons, len(images), **known)
         run.error = self.maps.bounded(run, images, self.eps).error
         return run

@@ -273,7 +273,8 @@ class RelaxedRun(BoundedRun):
         maps: If given, potentials that intervals leave undecided are bounded by back-substitution
             as well.
         end: When that stops, by ``time.monotonic``; None for never.
-        known: Stages of an earlier run of one sample, whose box holds those of this one.
+        known: Stages of an earlier run of one sample, or of as many, whose box holds those of this
+            one.
         decisions: For each sample spikes that are assumed or ruled out.
     """
 

@@ -2,7 +2,8 @@
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from sj_robust.proofs.rounding import SMALLEST, NoBoundsError, gamma, within_float32
 
-__all__ = ["RULES", "Bounds", "Pooling", "Rule", "Run"]
+__all__ = ["RULES", "Bounds", "Origin", "Pooling", "Rule", "Run", "leaves_of", "replayed"]
 
 Pooling = Callable[[Tensor], Tensor]
 """A max pooling."""
@@ -25,13 +26,37 @@ class Run(Protocol):
     """What the rules know of the run that bounds belong to."""
 
     differentiable: bool
-    """Whether bounds keep their graph to the weights and leave out rounding."""
+    """Whether bounds keep their graph to the weights."""
+
+    rounded: bool
+    """Whether bounds have what float32 rounds."""
 
     dtype: torch.dtype
     """Of the network."""
 
     def pool(self, x: "Bounds", pooling: Pooling) -> "Bounds":
         """Bounds of a max pooling."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """A call of a rule, with origins in the place of bounds."""
+
+    rule: Rule
+    func: Any
+    args: Any
+    kwargs: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """Where bounds come from: a leaf of their run, or a call of a rule and the number of the result
+    if it has several.
+    """
+
+    leaf: int | None = None
+    call: _Call | None = None
+    part: int | None = None
 
 
 class Bounds(Tensor):
@@ -43,9 +68,9 @@ class Bounds(Tensor):
     leaves (the input, the outputs of spiking layers and of max poolings), of which it is an affine
     function. 张量所有可能取值的上下界。
 
-    In a ``differentiable`` run, which is for training, bounds are ``unrounded``: nothing asks for
-    ``error``, and centre and radius are in the precision of the input and keep their graph to the
-    weights.
+    In a run that is not ``rounded`` bounds are ``unrounded``: nothing asks for ``error``. In a
+    ``differentiable`` one, which is for training, centre and radius are in the precision of the
+    input and keep their graph to the weights.
 
     Equation, for ``y = A x + b`` with n terms summed in any order, ``u = 2**-24`` and ``gamma = n u
     / (1 - n u)``::
@@ -80,6 +105,9 @@ class Bounds(Tensor):
     error: Tensor
     unrounded: bool
     run: Run | None
+    origin: Origin | None
+    """Which leaf they are, or how they follow from leaves; see :func:`replayed`."""
+
     family: list[weakref.ref[Tensor]]
     """This and the views that may share its memory: what is done in place to one of them changes
     all.
@@ -94,12 +122,15 @@ class Bounds(Tensor):
         run: Run | None = None,
     ) -> "Bounds":
         """Wrap the parts; see the class."""
-        unrounded = run is not None and run.differentiable
-        dtype = centre.dtype if unrounded else torch.float32 if run is None else run.dtype
+        unrounded = run is not None and not run.rounded
+        dtype = torch.float32 if run is None else run.dtype
+        if run is not None and run.differentiable:
+            dtype = centre.dtype
         self: Bounds = Tensor._make_wrapper_subclass(
             cls, centre.shape, dtype=dtype, device=centre.device
         )
         self.centre, self.run, self.unrounded = centre, run, unrounded
+        self.origin = None
         self.radius = radius.expand(centre.shape)
         self.family = [weakref.ref(self)]
         if unrounded:
@@ -131,7 +162,9 @@ class Bounds(Tensor):
 
     def same(self) -> "Bounds":
         """These bounds as they are now, whatever is done in place to them later."""
-        return Bounds(self.centre, self.radius, self.error, self.run)
+        found = Bounds(self.centre, self.radius, self.error, self.run)
+        found.origin = self.origin
+        return found
 
     # torch lacks the type
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -155,7 +188,9 @@ class Bounds(Tensor):
             raise NoBoundsError(f"the operation {name}")
         try:
             with torch._C.DisableTorchFunctionSubclass():
+                call = _Call(rule, func, _origins(args), kwargs)
                 found = rule(func, *args, **kwargs)
+                _note(found, call)
                 return _written(args[0], found, func.__name__) if in_place else found
         except TypeError as error:  # a rule does not know an argument, or the call is wrong
             raise NoBoundsError(f"the operation {name} as it is called here ({error})") from error
@@ -177,7 +212,82 @@ def _written(x: Any, result: Bounds, name: str) -> Bounds:
             "+= y"
         )
     x.centre, x.radius, x.error = result.centre, result.radius, result.error
+    x.origin = result.origin
     return x
+
+
+def _origins(value: Any) -> Any:
+    """Arguments with origins in the place of bounds."""
+    if isinstance(value, Bounds):
+        return value.origin
+    if type(value) in (tuple, list):
+        return type(value)(map(_origins, value))
+    return value
+
+
+def _note(found: Any, call: _Call) -> None:
+    """Say of new bounds which call they come from."""
+    if isinstance(found, Bounds):
+        found.origin = found.origin or Origin(call=call)
+    elif isinstance(found, tuple | list):
+        for part, one in enumerate(found):
+            if isinstance(one, Bounds):
+                one.origin = one.origin or Origin(call=call, part=part)
+
+
+def replayed(origin: Origin, leaves: Mapping[int, Bounds]) -> Bounds:
+    """What the calls behind bounds give for other leaves of the same shapes. 以其他叶子重算上下界。
+
+    Args:
+        origin: Where the bounds come from.
+        leaves: Bounds by number of the leaf.
+
+    Examples:
+        >>> x = Bounds(torch.ones(2).double(), torch.zeros(2).double())
+        >>> x.origin = Origin(leaf=0)
+        >>> y = 3 * x + 1
+        >>> other = Bounds(torch.zeros(2).double(), torch.ones(2).double())
+        >>> again = replayed(y.origin, {0: other})
+        >>> again.centre.tolist(), again.radius.tolist()
+        ([1.0, 1.0], [3.0, 3.0])
+    """
+    made: dict[_Call, Any] = {}
+
+    def value_of(value: Any) -> Any:
+        if type(value) in (tuple, list):
+            return type(value)(map(value_of, value))
+        if not isinstance(value, Origin):
+            return value
+        if value.leaf is not None:
+            return leaves[value.leaf]
+        call = value.call
+        assert call is not None
+        if call not in made:
+            made[call] = call.rule(call.func, *value_of(call.args), **call.kwargs)
+        return made[call] if value.part is None else made[call][value.part]
+
+    with torch._C.DisableTorchFunctionSubclass():
+        found: Bounds = value_of(origin)
+    return found
+
+
+def leaves_of(origin: Origin | None) -> set[int]:
+    """Numbers of the leaves that bounds depend on."""
+    found: set[int] = set()
+    seen: set[int] = set()
+    waiting: list[Any] = [origin]
+    while waiting:
+        value = waiting.pop()
+        if type(value) in (tuple, list):
+            waiting += value
+        elif isinstance(value, Origin):
+            if value.leaf is not None:
+                found.add(value.leaf)
+            elif id(value.call) not in seen:
+                assert value.call is not None
+                seen.add(id(value.call))
+                waiting.append(value.call.args)
+    return found
 
 
 def _asked(func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -192,7 +302,7 @@ def _moved(func: Any, *args: Any, **kwargs: Any) -> Any:
         func = torch.Tensor.reshape  # parts may be laid out otherwise
     run = _run_of(args)
     names = ["centre", "radius"]
-    if run is None or not run.differentiable:
+    if run is None or run.rounded:
         names.append("error")
     parts = [func(*_part(args, name, run), **kwargs) for name in names]
     alone = isinstance(parts[0], Tensor)

@@ -12,6 +12,7 @@ from sj_robust.core.host import functional
 from sj_robust.core.preserved import other_forward, preserved
 from sj_robust.neuron.charging import Charging, Neuron
 from sj_robust.proofs.bounds import BoundedRun
+from sj_robust.proofs.joint import JointRun
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.rules import Bounds
 from sj_robust.proofs.spiking import Interval
@@ -19,6 +20,7 @@ from sj_robust.proofs.spiking import Interval
 __all__ = [
     "KeptValues",
     "UnsoundBoundsError",
+    "WatchedJointRun",
     "WatchedRun",
     "check_kept",
     "check_maps",
@@ -50,15 +52,19 @@ class WatchedRun(BoundedRun):
     out.
     """
 
-    def __init__(self, neurons: dict[str, Neuron], samples: int) -> None:
-        """Nothing has run yet."""
-        super().__init__(neurons, samples)
+    def __init__(self, neurons: dict[str, Neuron], samples: int, **given: Any) -> None:
+        """Nothing has run yet; ``given`` is what the run beside it may be told."""
+        super().__init__(neurons, samples, **given)
         self.calls: dict[str, list[_Call]] = {name: [] for name in neurons}
 
     def _passed(self, name: str, current: Bounds, spikes: Interval) -> None:
         v = self.layers[name].v
         assert v is not None  # the layer has run
         self.calls[name].append(_Call(Interval(current.lower, current.upper), spikes, v))
+
+
+class WatchedJointRun(WatchedRun, JointRun):
+    """The same of bounds that hold together over time."""
 
 
 @dataclass(frozen=True)
@@ -250,16 +256,25 @@ def overridden(neuron: Neuron) -> str | None:
 @contextmanager
 def _watching(run: BoundedRun) -> Iterator[None]:
     """Context in which every call of a spiking layer is compared with the bounds that are kept."""
+    fired: dict[str, list[Tensor]] = {name: [] for name in run.neurons}
     with ExitStack() as stack:
         if isinstance(run, WatchedRun):
             for name, neuron in run.neurons.items():
-                compared = _compared(name, neuron.module, iter(run.calls[name]))
+                compared = _compared(name, neuron.module, iter(run.calls[name]), fired[name])
                 stack.enter_context(other_forward(neuron.module, compared))
         yield
+    if isinstance(run, WatchedJointRun):
+        for name, parts in fired.items():
+            if parts and not run.holds(name, torch.cat(parts)):
+                raise _outside("a sum over time of spikes", f"the layer {name}")
 
 
-def _compared(name: str, module: Any, calls: Iterator[_Call]) -> Callable[..., Tensor]:
-    """The forward of a neuron, which is held against its bounds call by call."""
+def _compared(
+    name: str, module: Any, calls: Iterator[_Call], fired: list[Tensor]
+) -> Callable[..., Tensor]:
+    """The forward of a neuron, which is held against its bounds call by call; its spikes are added
+    to those ``fired``.
+    """
     original = module.forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -269,6 +284,7 @@ def _compared(name: str, module: Any, calls: Iterator[_Call]) -> Callable[..., T
         left = "a call" if bounds is None else bounds.left(current, spikes, module.v)
         if left is not None:
             raise _outside(left, f"the layer {name}")
+        fired.append(spikes if module.step_mode == "m" else spikes.unsqueeze(0))
         return spikes
 
     return forward

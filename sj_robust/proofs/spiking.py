@@ -3,6 +3,7 @@ rounds for proofs.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -33,9 +34,17 @@ class Interval:
         """Largest absolute value."""
         return torch.maximum(self.low.abs(), self.high.abs())
 
-    def widened(self, error: Tensor) -> "Interval":
+    def widened(self, error: Tensor | float) -> "Interval":
         """With values that are so far outside."""
         return Interval(self.low - error, self.high + error)
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Interval":
+        """Both ends through a function that keeps their order."""
+        return Interval(function(self.low), function(self.high))
+
+    def times(self, factor: float) -> "Interval":
+        """Multiplied by a factor >= 0."""
+        return Interval(factor * self.low, factor * self.high)
 
     def holds(self, values: Tensor) -> bool:
         """Whether all values lie inside; NaN does not."""
@@ -93,6 +102,10 @@ class Spiking(ABC):
         self.threshold = float(neuron.module.v_threshold)
         self.above = self.threshold
         self.below = self.threshold
+
+    def gain_at(self, t: int) -> float:
+        """Gain of the current in a step, as float32 holds it."""
+        return _number(self.charging.gain_at(t, input_gain=True))
 
     @abstractmethod
     def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:
@@ -189,7 +202,7 @@ class Float32Spiking(Spiking):
 
     def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:
         """See :class:`Spiking`."""
-        gain = _number(self.charging.gain_at(self.layer.steps, input_gain=True))
+        gain = self.gain_at(self.layer.steps)
         h = self.charged(v, x, decay=self.charging.decay_value, gain=gain)
         size = v.size() + abs(gain) * x.size() + abs(self.rest)
         error = within_float32(charge_rounding(size))

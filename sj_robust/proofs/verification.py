@@ -37,11 +37,13 @@ from sj_robust.proofs._scipy import scipy_module
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.branching import Prover, inside_ball
 from sj_robust.proofs.exact import Matrices, mip
+from sj_robust.proofs.joint import JointRun, OverTime
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.rounding import NoBoundsError
 from sj_robust.proofs.rules import Bounds
 from sj_robust.proofs.soundness import (
     UnsoundBoundsError,
+    WatchedJointRun,
     WatchedRun,
     check_kept,
     check_maps,
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BoundedLayer", "Verification", "bounded_logits", "bounded_neurons", "verify"]
 
-Method = Literal["ibp", "crown", "bab", "mip"]
+Method = Literal["ibp", "joint", "crown", "bab", "mip"]
 METHODS = get_args(Method)
 _Search = Callable[[Tensor, Tensor], tuple[float, Tensor | None]]
 
@@ -86,10 +88,12 @@ class Verification(Shown):
         correct: Whether each image is classified right without a perturbation.
         margin: Per image, what the logit of the right class is above every other one at least,
             whatever the perturbation; > 0 is a proof.
-        layers: Spiking layers in order of execution, as intervals bound them.
+        layers: Spiking layers in order of execution, as intervals bound them, or joint bounds where
+            the method has them.
         x_adv: The images, but for each that is ``broken`` one of its ball that the network gets
             wrong.
         broken: Whether such a one is known; the image itself if it is not classified right.
+        stepwise: Where joint bounds are those of single steps, with the reason.
     """
 
     eps: float
@@ -98,6 +102,7 @@ class Verification(Shown):
     layers: tuple[BoundedLayer, ...]
     x_adv: Tensor = field(repr=False, compare=False)
     broken: tuple[bool, ...]
+    stepwise: tuple[str, ...] = ()
 
     @property
     def verified(self) -> tuple[bool, ...]:
@@ -139,7 +144,8 @@ class Verification(Shown):
             "undecided spikes, % per step",
             "bounded perturbation of h, mean square per step",
         ]
-        return f"{self.verdict}.\n\n{markdown_table(heads, rows, words=3)}"
+        notes = [f"Bounded step by step: {', '.join(self.stepwise)}."] if self.stepwise else []
+        return "\n\n".join([f"{self.verdict}.", markdown_table(heads, rows, words=3), *notes])
 
     def plot(self) -> "Figure":
         """The margin of every image, and how many spikes the bounds leave open. 绘制验证结果。
@@ -176,7 +182,7 @@ def verify(
     T: int | None = None,
     mean: Channels = None,
     std: Channels = None,
-    method: Method = "ibp",
+    method: Method = "joint",
     time_limit: float = 10.0,
     batch_size: int = 64,
     on_batch: Callable[[int], None] | None = None,
@@ -200,10 +206,14 @@ def verify(
     It assumes rounding to nearest and sums of products: no TF32, no bfloat16 or float16, no
     Winograd convolutions.
 
-    A verified image cannot be fooled; one that is not verified may still be robust. Tighter methods
-    go on with the images that intervals leave open, and their margins are never smaller:
+    A verified image cannot be fooled; one that is not verified may still be robust. Every method
+    starts from the one before it, and its margins are never smaller:
 
     - ``"ibp"``: the intervals above.
+    - ``"joint"``: bounds that hold together over time. A neuron whose current is the same in every
+      step has a chain of possible spike trains; a potential is a sum over the steps since the last
+      reset, bounded as one; the logits are bounded by spike counts. What is no sum over time of
+      spikes, such as a max pooling, keeps the intervals, and the result says where.
     - ``"crown"``: linear relaxation of every undecided spike with its reset, bounds by
       back-substitution.
     - ``"bab"``: branch and bound over the undecided spikes on top of it.
@@ -223,7 +233,7 @@ def verify(
         T: Number of time steps, for a bare network; None if it brings its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
-        method: "ibp", "crown", "bab" or "mip".
+        method: "ibp", "joint", "crown", "bab" or "mip".
         time_limit: Seconds per image of bab and mip; an image that needs more is unknown.
         batch_size: Images at a time; memory grows with it, not with N.
         on_batch: Called with the number of images done after every batch.
@@ -288,7 +298,8 @@ def verify(
         "bab": partial(prover.bab, time_limit=time_limit),
         "mip": partial(mip, prover, Matrices(maps), time_limit=time_limit),
     }
-    for start in range(0, len(x), batch_size):
+    start = 0
+    while start < len(x):
         part = slice(start, start + batch_size)
         with sums_of_products(device), preserved(classifier):
             images, labels = (values[part].to(device).clone() for values in (x, y))
@@ -299,8 +310,13 @@ def verify(
                 maps.check_samples()
                 check_maps(maps)
                 check_neurons(neurons, classifier.T, images)
+                if method != "ibp":
+                    prover.over_time = OverTime(maps, classifier.T)
+                    batch_size = min(batch_size, prover.over_time.images)
+                part = slice(0, batch_size)
+                images, labels, logits = images[part], labels[part], logits[part]
             correct += (logits.argmax(1) == labels).tolist()
-            run = (WatchedRun if start == 0 else BoundedRun)(neurons, len(images))
+            run = _run(neurons, len(images), prover.over_time, watched=start == 0)
             bounds = bounded_logits(classifier, run, images, eps)
             lead = run.lead(bounds, labels)
             batch = _Batch(
@@ -310,7 +326,7 @@ def verify(
                 wrong=logits.argmax(1) != labels,
                 x_adv=images,
             )
-            if method != "ibp":
+            if method not in ("ibp", "joint"):
                 batch = _tightened(batch, prover, searches.get(method))
             for point in _points(images, eps):
                 found = check_point(classifier, run, bounds, point)
@@ -319,6 +335,7 @@ def verify(
                     break
             _check_margins(logits, labels, batch.margin, first=start)
             kept.check()  # what all forwards of the proofs left
+            start += len(images)
         margins += batch.margin.tolist()
         broken += batch.wrong.tolist()
         x_adv[part] = batch.x_adv
@@ -327,13 +344,30 @@ def verify(
             seen = torch.tensor([layer.undecided, layer.width], dtype=torch.float64)
             totals[name] = totals.get(name, 0.0) + seen
         if on_batch is not None:
-            on_batch(min(start + batch_size, len(x)))
+            on_batch(start)
     layers = tuple(
         BoundedLayer(name, *map(tuple, (total / counts[name]).tolist()))
         for name, total in totals.items()
         if counts[name]
     )
-    return Verification(eps, tuple(correct), tuple(margins), layers, x_adv, tuple(broken))
+    return Verification(
+        eps=eps,
+        correct=tuple(correct),
+        margin=tuple(margins),
+        layers=layers,
+        x_adv=x_adv,
+        broken=tuple(broken),
+        stepwise=() if prover.over_time is None else prover.over_time.stepwise,
+    )
+
+
+def _run(
+    neurons: dict[str, Neuron], samples: int, over_time: OverTime | None, *, watched: bool
+) -> BoundedRun:
+    """A run of intervals, or of joint bounds if it is known how the network treats time."""
+    if over_time is None:
+        return (WatchedRun if watched else BoundedRun)(neurons, samples)
+    return (WatchedJointRun if watched else JointRun)(neurons, samples, over_time=over_time)
 
 
 def _logits(model: SpikingClassifier, images: Tensor, labels: Tensor, *, runs: int) -> Tensor:

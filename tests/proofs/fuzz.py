@@ -2,8 +2,8 @@
 
 ``python tests/proofs/fuzz.py --inputs 1000000`` tries so many perturbed inputs: random ones,
 corners of the ball and steps along the gradient of a logit or of a spike of one neuron. It stops at
-the first spike, potential, logit or margin outside its bounds, with the seed that makes the network
-again.
+the first spike, sum over time of spikes, potential, logit or margin outside its bounds, with the
+seed that makes the network again.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import random
 import sys
 import time
 from collections import Counter
+from functools import partial
 from importlib.metadata import version
 
 import torch
@@ -25,11 +26,15 @@ from sj_robust.neuron import fuse
 from sj_robust.ops import available_backends
 from sj_robust.proofs import verify
 from sj_robust.proofs.bounds import BoundedRun
-from sj_robust.proofs.spiking import Float32Spiking
+from sj_robust.proofs.joint import JointRun, OverTime
+from sj_robust.proofs.relaxation import Maps
+from sj_robust.proofs.spiking import Float32Spiking, LayerBounds
 from sj_robust.proofs.verification import bounded_logits, bounded_neurons
+from sj_robust.proofs.windows import WindowedSpiking
 
-METHODS = ["ibp"] * 14 + ["crown"] * 4 + ["bab", "mip"]
+METHODS = ["joint"] * 12 + ["ibp"] * 2 + ["crown"] * 4 + ["bab", "mip"]
 IMAGES, T = 2, 4
+STEPS = (4, 1, 2, 6, 4, 11)
 RELEASE = version("spikingjelly")
 
 
@@ -54,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"SpikingJelly {RELEASE}: nothing left its bounds")
 
 
-def random_node(case: random.Random, grid: bool) -> nn.Module:
+def random_node(case: random.Random, grid: bool, T: int) -> nn.Module:
     """IF, LIF, PLIF or DLIF with either reset, any threshold and gains of both signs."""
     given = {
         "v_reset": case.choice([0.0, None, -0.5, 0.2]),
@@ -84,7 +89,7 @@ class Residual(nn.Module):
         return self.inside(x) + x
 
 
-def random_network(case: random.Random, grid: bool) -> nn.Sequential:
+def random_network(case: random.Random, grid: bool, T: int) -> nn.Sequential:
     """One to three convolutions with what may stand around them, then linear layers."""
     parts: list[nn.Module] = []
     channels = 2
@@ -94,7 +99,7 @@ def random_network(case: random.Random, grid: bool) -> nn.Sequential:
                 layer.Conv2d(channels, channels, 3, padding=1, groups=case.choice([1, channels]))
             ]
             inside += [layer.BatchNorm2d(channels)] * (not grid and case.random() < 0.5)
-            inside += [random_node(case, grid)] * (case.random() < 0.7)
+            inside += [random_node(case, grid, T)] * (case.random() < 0.7)
             parts.append(Residual(*inside))
         else:
             wide = case.choice([2, 4, 6])
@@ -106,7 +111,7 @@ def random_network(case: random.Random, grid: bool) -> nn.Sequential:
             }
             parts.append(layer.Conv2d(channels, wide, size, stride, **options))
             parts += [layer.BatchNorm2d(wide)] * (not grid and case.random() < 0.5)
-            parts.append(random_node(case, grid))
+            parts.append(random_node(case, grid, T))
             channels = wide
         pooling = [
             None,
@@ -121,15 +126,15 @@ def random_network(case: random.Random, grid: bool) -> nn.Sequential:
         layer.Flatten(),
         layer.Linear(4 * channels, 3, bias=case.random() < 0.5),
     ]
-    parts += [random_node(case, grid)] * (case.random() < 0.3)
+    parts += [random_node(case, grid, T)] * (case.random() < 0.3)
     return nn.Sequential(*parts)
 
 
-def random_classifier(case: random.Random, grid: bool) -> SpikingClassifier:
+def random_classifier(case: random.Random, grid: bool, T: int = T) -> SpikingClassifier:
     """A network in evaluation mode that fires. On the grid potentials meet thresholds but for
     rounding.
     """
-    net = random_network(case, grid)
+    net = random_network(case, grid, T)
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean.normal_(), module.running_var.uniform_(0.05, 2.0)
@@ -147,35 +152,50 @@ def random_classifier(case: random.Random, grid: bool) -> SpikingClassifier:
     return SpikingClassifier(net, T, **statistics).eval()
 
 
-class Recorded(BoundedRun):
-    """A run that keeps the bounds of every spiking layer and step: of h, whether it fires and can,
-    of v.
+class Keeps(Float32Spiking):
+    """A call of a layer that keeps the bounds of every step with the layer: of h, whether it fires
+    and can, of v.
     """
-
-    def __init__(self, *arguments: object) -> None:
-        super().__init__(*arguments)
-        self.steps: dict[str, list[list[torch.Tensor]]] = {name: [] for name in self.neurons}
-
-    def _spiking(self, neuron):
-        return RecordedSpiking(neuron, self.layers[neuron.name], self.steps[neuron.name])
-
-
-class RecordedSpiking(Float32Spiking):
-    """A call of a layer that keeps what :class:`Recorded` does."""
-
-    def __init__(self, neuron, layer, steps) -> None:
-        super().__init__(neuron, layer)
-        self.steps = steps
 
     def step(self, v, x):
         after, spikes = super().step(v, x)
-        self.steps[-1] += [after.low, after.high]
+        kept(self.layer)[-1] += [after.low, after.high]
         return after, spikes
 
     def decided(self, h, error, gain):
         h, spikes = super().decided(h, error, gain)
-        self.steps.append([h.low, h.high, spikes.low.bool(), spikes.high.bool()])
+        kept(self.layer).append([h.low, h.high, spikes.low.bool(), spikes.high.bool()])
         return h, spikes
+
+
+class KeepsWindows(Keeps, WindowedSpiking):
+    """The same of joint bounds."""
+
+
+class Recorded(BoundedRun):
+    """A run of intervals that keeps the bounds of every spiking layer and step."""
+
+    def _spiking(self, neuron):
+        return Keeps(neuron, self.layers[neuron.name])
+
+
+class RecordedJoint(JointRun):
+    """A run of joint bounds that keeps them."""
+
+    windowed = KeepsWindows
+
+
+def kept(layer: LayerBounds) -> list[list[torch.Tensor]]:
+    """What a layer has kept, step by step."""
+    return vars(layer).setdefault("kept", [])
+
+
+def bounds_of(run: BoundedRun) -> dict[str, list[torch.Tensor]]:
+    """By layer what its steps have kept, each part [T, N, *]."""
+    return {
+        name: [torch.stack(parts) for parts in zip(*kept(layer), strict=True)]
+        for name, layer in run.layers.items()
+    }
 
 
 def check(seed: int, points: int) -> Counter:
@@ -183,7 +203,8 @@ def check(seed: int, points: int) -> Counter:
     case = random.Random(seed)
     torch.manual_seed(seed)
     grid = case.random() < 0.4
-    model = random_classifier(case, grid)
+    T = STEPS[seed % len(STEPS)]
+    model = random_classifier(case, grid, T)
     method, some = case.choice(METHODS), 10 ** case.uniform(-3.5, -1)
     eps = case.choice([0.0, 1e-7, some, 0.0 if grid else some])
     events = isinstance(model, SpikingEventClassifier)
@@ -193,13 +214,17 @@ def check(seed: int, points: int) -> Counter:
     y = model(x).argmax(1)
     margin = verify(model, x, y, eps, method=method, time_limit=1.0).margin
     margin = torch.tensor(margin, dtype=torch.float64).view(-1, 1, 1)
-    run = Recorded(bounded_neurons(model), IMAGES)
+    neurons = bounded_neurons(model)
+    intervals = Recorded(neurons, IMAGES)
     with full_precision(x.device):
+        maps = Maps(partial(bounded_logits, model), neurons, x[0])
+        run = RecordedJoint(neurons, IMAGES, over_time=OverTime(maps, model.T))
+        wider = bounded_logits(model, intervals, x, eps)
         logits = bounded_logits(model, run, x, eps)
-    bounds = {
-        name: [torch.stack(parts) for parts in zip(*steps, strict=True)]
-        for name, steps in run.steps.items()
-    }
+        assert bool((run.lead(logits, y) <= intervals.lead(wider, y)).all()), "a looser margin"
+    bounds = bounds_of(run)
+    for name, parts in bounds_of(intervals).items():
+        assert_within(bounds[name], parts, f"looser bounds of {name}")
     total = Counter(inputs=0, networks=1, verified=int((margin > 0).sum()), spikes=0)
     if eps == 0:
         total["spikes open at eps 0"] = sum(
@@ -248,6 +273,7 @@ def check(seed: int, points: int) -> Counter:
             assert bool((fired | ((v >= h_lower) & (v <= h_upper))).all()), (
                 f"a charged potential of {name}"
             )
+            assert_sums(run, name, fired.double(), case)
             total["spikes"] += fired.numel()
         total["inputs"] += len(z)
         if climbs:
@@ -255,6 +281,31 @@ def check(seed: int, points: int) -> Counter:
                 case, z, [found, *(spikes.movedim(0, 1) for spikes, _ in seen.values())]
             )
     return total
+
+
+def assert_within(parts: list, wider: list, what: str) -> None:
+    """AssertionError unless bounds, as :func:`bounds_of` gives them, are nowhere looser."""
+    low, high, sure, can, v_low, v_high = parts
+    for less, more in ((wider[0], low), (high, wider[1]), (wider[4], v_low), (v_high, wider[5])):
+        assert bool((less <= more).all()), what
+    assert bool((wider[2] <= sure).all()), what
+    assert bool((can <= wider[3]).all()), what
+
+
+def assert_sums(run: JointRun, name: str, spikes: torch.Tensor, case: random.Random) -> None:
+    """AssertionError unless the count and random sums over time are within their bounds, for
+    spikes [T, N, points, *].
+    """
+    generator = torch.Generator().manual_seed(case.randrange(2**31))
+    weights = torch.randn(6, len(spikes), generator=generator, dtype=torch.float64)
+    weights[0] = 1.0
+    weights[1] = weights[1].sign()
+    weights[2] = weights[2].round()
+    bounds = run.memories[name].trains.bounds(weights)
+    sums = torch.einsum("ft,t...->f...", weights, spikes)
+    rounding = 1e-9
+    low, high = bounds.low.unsqueeze(2) - rounding, bounds.high.unsqueeze(2) + rounding
+    assert bool(((sums >= low) & (sums <= high)).all()), f"a sum over time of {name}"
 
 
 def without_graph(part, x):

@@ -22,7 +22,7 @@ from sj_robust.proofs.branching import Prover
 from sj_robust.proofs.relaxation import Maps, RelaxedRun, minimum
 from sj_robust.proofs.verification import _checked, bounded_logits
 
-METHODS = ("ibp", "crown", "bab", "mip")
+METHODS = ("ibp", "joint", "crown", "bab", "mip")
 
 
 def relaxed(model, x, eps, *, tight=False):
@@ -172,7 +172,12 @@ def test_exact_agrees_with_a_lattice_and_stands_between_the_bounds_and_attacks(s
                 assert float(z.max()) <= 1
             if fooled:
                 assert not results["mip"].verified[i]
-    for looser, tighter in (("ibp", "crown"), ("crown", "bab"), ("ibp", "mip")):
+    for looser, tighter in (
+        ("ibp", "joint"),
+        ("joint", "crown"),
+        ("crown", "bab"),
+        ("joint", "mip"),
+    ):
         verified = zip(results[looser].verified, results[tighter].verified, strict=True)
         assert all(after or not before for before, after in verified)
     assert sum(results["mip"].unknown) <= 1, results["mip"].table()
@@ -190,11 +195,11 @@ def test_margins_are_never_below_those_of_intervals_and_the_networks_own_at_zero
     y = torch.tensor([0, 1, 2, 0, 1, 2])
     correct = model(x).argmax(1) == y
     for eps in (0.0, 0.002, 0.02):
-        plain, crown, bab = (
-            verify(model, x, y, eps, method=m, time_limit=2.0) for m in METHODS[:3]
+        plain, joint, crown, bab = (
+            verify(model, x, y, eps, method=m, time_limit=2.0) for m in METHODS[:4]
         )
-        assert plain.layers == crown.layers == bab.layers
-        for before, after in ((plain, crown), (crown, bab)):
+        assert joint.layers == crown.layers == bab.layers
+        for before, after in ((plain, joint), (joint, crown), (crown, bab)):
             assert all(
                 a >= b for a, b in zip(after.margin, before.margin, strict=True) if a > -torch.inf
             )

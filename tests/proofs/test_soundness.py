@@ -13,10 +13,12 @@ from torch import nn
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.core.preserved import full_precision
 from sj_robust.perturbation.gains import input_maps, perturbation_gains
-from sj_robust.proofs import UnsoundBoundsError, rules, soundness, verify
+from sj_robust.proofs import UnsoundBoundsError, joint, rules, soundness, verify
 from sj_robust.proofs.differentiable import DifferentiableBounds
+from sj_robust.proofs.spiking import Interval
+from sj_robust.proofs.windows import SpikeTrains
 
-METHODS = ("ibp", "crown", "bab", "mip")
+METHODS = ("ibp", "joint", "crown", "bab", "mip")
 
 
 class Beside(nn.Module):
@@ -96,7 +98,7 @@ def test_many_random_networks_are_refused_when_one_of_their_maps_is_cut(seed):
     assert fuzz.check_cut(seed)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 5, 6])
+@pytest.mark.parametrize("seed", [1, 2, 6, 8])
 def test_what_is_proved_of_a_random_network_holds_at_many_points(seed):
     assert fuzz.check(seed, 1024)["inputs"] == 1024
 
@@ -234,6 +236,21 @@ def test_every_bound_is_held_against_the_run(monkeypatch, part, end, what):
     monkeypatch.setattr(soundness, "_Call", wrong)
     x = torch.rand(2, 2, 8, 8)
     with pytest.raises(UnsoundBoundsError, match=f"{what} of the layer 2 is outside its bounds"):
+        verify(model, x, model(x).argmax(1), 0.01)
+
+
+def test_sums_over_time_are_held_against_the_run(monkeypatch):
+    model = classifier(convolutional, NEURONS["LIF"])
+    bounds = SpikeTrains.bounds
+    monkeypatch.setattr(joint, "_SUMS", sums := 7)  # as many as no layer asks for
+
+    def wrong(trains, weights):
+        found = bounds(trains, weights)
+        return Interval(found.low, found.low - 1) if len(weights) == sums else found
+
+    monkeypatch.setattr(SpikeTrains, "bounds", wrong)
+    x = torch.rand(2, 2, 8, 8)
+    with pytest.raises(UnsoundBoundsError, match="a sum over time of spikes of the layer 2 is out"):
         verify(model, x, model(x).argmax(1), 0.01)
 
 

@@ -185,7 +185,7 @@ def test_a_potential_on_the_threshold_needs_the_margin_for_rounding(monkeypatch)
     def possible():
         run = fuzz.Recorded(bounded_neurons(model), 1)
         bounded_logits(model, run, x, 0.0)
-        _, _, _, possible, *_ = run.steps["1"][0]
+        _, _, _, possible, *_ = fuzz.kept(run.layers["1"])[0]
         return bool(possible[0, rounded_up])
 
     assert possible()
@@ -418,7 +418,7 @@ WRONG = {
     "method": (
         changed(),
         {"method": "exact"},
-        "method must be one of ibp, crown, bab, mip, got 'exact'",
+        "method must be one of ibp, joint, crown, bab, mip, got 'exact'",
     ),
     "no time": (
         changed(),

@@ -4,6 +4,7 @@ of mistakes.
 
 import json
 from dataclasses import asdict
+from itertools import pairwise
 from shlex import split
 
 import figures
@@ -14,6 +15,7 @@ from lab.command_line import read_options
 from lab.figures.data import InputGains, input_gains, one_neuron, training_curves
 from lab.figures.draw import draw, load_figure
 from lab.figures.ground_truth import AttackOnTruth, GroundTruth, Truth, beside, ground_truth
+from lab.figures.joint import joint_bounds
 from lab.sweeping.record import RECORD_FILE, RunRecord
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
@@ -22,7 +24,7 @@ from perturbation.by_hand import eps_by_hand
 
 from sj_robust.evaluation import Report, Row, ThreatModel
 from sj_robust.evaluation.subject import Subject, from_checkpoint
-from sj_robust.models import NetworkSpec, build_network
+from sj_robust.models import NetworkSpec, build_classifier, build_network
 from sj_robust.perturbation.indicators import INDICATORS
 from sj_robust.perturbation.intensity import IntensityCorrelation
 from sj_robust.proofs import Verification
@@ -185,8 +187,36 @@ def study(layers, steps):
     return IntensityCorrelation.from_json(json.dumps(text))
 
 
+def joint():
+    """Joint bounds of a small network that is not trained."""
+    torch.manual_seed(0)
+    model = build_classifier(NetworkSpec(neuron="lif", channels=(4, 4), T=4)).eval()
+    x = torch.rand(4, 1, 8, 8)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    return joint_bounds({"small": model}, x, y, {"small": (0.0, 0.001, 0.01)})
+
+
+def test_every_part_of_joint_bounds_proves_as_much_as_those_before_it():
+    data = joint()
+    shares = data.proved["small"]
+    assert shares["eps"] == [0.0, 0.001, 0.01]
+    parts = [shares[name] for name in ("intervals", "+ trains", "+ windows", "+ counts")]
+    for fewer, more in pairwise(parts):
+        assert all(before <= after for before, after in zip(fewer, more, strict=True))
+    assert parts[0][0] == parts[-1][0] == 100.0
+    fires_always = data.trains[-1]
+    assert fires_always["spikes"] == [1.0] * 8
+    assert fires_always["current"] == pytest.approx([2.0, 4.0], abs=1e-5)
+    counts = data.counts
+    for end, sign in (("least", 1), ("most", -1)):
+        rows = zip(counts[f"intervals {end}"], counts[f"chain {end}"], strict=True)
+        assert all(sign * alone <= sign * chain for alone, chain in rows)
+
+
 LOOKS = {
     "one neuron": one_neuron(),
+    "joint bounds": joint(),
     "few layers": InputGains({"mine": {"net.0": [1.0, 1.2], "net.1": [0.4, 2.0]}}),
     "many layers": InputGains(
         {name: {f"net.{i}": [1.0 + i / 9] * 8 for i in range(13)} for name in ("a", "b")}

@@ -195,10 +195,10 @@ class FloorTask(TrainingTask):
 
 
 class ProvingTask(Task):
-    """Interval bounds, or PGD of 20 steps, on N images of shape [T, N, C, H, W]; labels are the
+    """Joint bounds, or PGD of 20 steps, on N images of shape [T, N, C, H, W]; labels are the
     network's own classes.
 
-    Neither's time depends on its outcome.
+    PGD's time does not depend on its outcome; that of the bounds does on what is undecided.
     """
 
     def __init__(self, proves: bool, shape: Shape) -> None:

@@ -10,6 +10,8 @@ from lab.figures.data import InputGains, OneNeuron, TrainingCurves
 from lab.figures.drawings import draw_curves, draw_gains, draw_ground_truth, draw_neuron
 from lab.figures.ground_truth import GroundTruth
 from lab.figures.intensity_drawings import draw_heat_maps, draw_intensity
+from lab.figures.joint import JointBounds
+from lab.figures.joint_drawings import draw_joint
 from lab.figures.style import print_style, save
 from sj_robust.core.saved import SavedResult, saved_format
 from sj_robust.perturbation.intensity import IntensityCorrelation
@@ -19,6 +21,7 @@ _DRAWINGS: Mapping[type[SavedResult], Mapping[str, Callable[[Any], Figure]]] = {
     InputGains: {"": draw_gains},
     TrainingCurves: {"": draw_curves},
     GroundTruth: {"": draw_ground_truth},
+    JointBounds: {"": draw_joint},
     IntensityCorrelation: {"": draw_intensity, "_heat_maps": draw_heat_maps},
 }
 """What draws the figures of each kind of numbers, by what they add to the name of the file with the
