@@ -152,10 +152,14 @@ class _Parts:
     """Parts of an evaluation that take long; what one has found is kept in a file."""
 
     def __init__(self, model: nn.Module, data: Data, request: Request, network: str) -> None:
-        self.model, self.data, self.request, self.network = model, data, request, network
+        self.model = model
+        self.data = data
+        self.request = request
+        self.network = network
         self.few = data.first(_FIRST)
         self.x, self.y = self.few.tensors(device_of(model))
-        self.threat, self.say = request.threat, request.watch.say
+        self.threat = request.threat
+        self.say = request.watch.say
 
     @property
     def key(self) -> dict[str, str]:

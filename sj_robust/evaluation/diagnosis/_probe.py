@@ -59,8 +59,13 @@ class Probe:
         steps: int,
         eot_samples: int,
     ) -> None:
-        self.model, self.x, self.y = model, x, y
-        self.threat, self.seed, self.steps, self.eot_samples = threat, seed, steps, eot_samples
+        self.model = model
+        self.x = x
+        self.y = y
+        self.threat = threat
+        self.seed = seed
+        self.steps = steps
+        self.eot_samples = eot_samples
 
     @cached_property
     def repeated(self) -> Tensor:
@@ -208,13 +213,14 @@ class Probe:
         )  # a quarter of a gigabyte at most, unless images are huge
         generator = torch.Generator().manual_seed(self._seed("copies"))
         radius = self.threat.eps / self.diameter  # per pixel
-        with torch.no_grad():
-            inputs, targets = [], []
-            for copy in range(copies):
-                size = (1.0, 2.0, 4.0)[copy % 3] * radius
-                noise = torch.rand(self.x.shape, generator=generator).to(self.x) * 2 - 1
-                inputs.append((self.x + size * noise).clamp(0, 1))
-                targets.append(self.logits(inputs[-1], draw=copy))
+        inputs: list[Tensor] = []
+        targets: list[Tensor] = []
+        for copy in range(copies):
+            size = (1.0, 2.0, 4.0)[copy % 3] * radius
+            uniform = torch.rand(self.x.shape, generator=generator).to(self.x)
+            noisy = self.x + size * (2 * uniform - 1)
+            inputs.append(noisy.clamp(0, 1))
+            targets.append(self.logits(inputs[-1], draw=copy))
         network = _fitted(torch.cat(inputs), torch.cat(targets), seed=self._seed("fit"))
         return network.to(self.x.dtype)
 
