@@ -1,0 +1,231 @@
+"""Chains of small moves that lower the margin of a network: in stages, and per sample."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sj_robust.attacks._moves import FLIPS, Moves, Place
+from sj_robust.attacks.logits import margin
+from sj_robust.attacks.projection import linf_bounds, wide
+from sj_robust.attacks.threat import ThreatModel
+from sj_robust.core.checks import check_logits
+from sj_robust.core.randomness import SampleDraws, SampleSeeds, rand
+
+__all__ = ["Plan", "SpikeSearch"]
+
+_BLOCK = 16  # turns whose numbers are drawn at once
+_WARM = 0.8  # share of a stage after which nothing worse is taken any more
+_NOTHING = 1e-12  # keeps a length of 0 from being divided by
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a search spends its forwards.
+
+    Attributes:
+        moves: Kinds of moves, which take turns.
+        turns: Moves of every chain in a stage.
+        chains: Chains of a sample, stage by stage.
+        heat: How much worse a move may be on average, as a share of the margin of the image.
+        choice: Moves that are drawn, of which the one that promises most is tried; not of flips.
+        rate: How fast the belief about the elements follows what was seen; 0 for none.
+        near: Share of the image's margin that a sample's smallest one may be, stage by stage, if it
+            is to go on.
+        batch_size: Images of one forward.
+    """
+
+    moves: tuple[str, ...]
+    turns: int
+    chains: tuple[int, ...] = (2, 3, 5, 8, 12, 18)
+    heat: float = 0.005
+    choice: int = 4
+    rate: float = 0.5
+    near: tuple[float, ...] = (0.25, 0.15, 0.12, 0.1, 0.08, 0.06)
+    batch_size: int = 512
+
+
+@dataclass
+class SpikeSearch:
+    """A search over samples [N] that none of their first images has fooled.
+
+    Attributes:
+        network: Images to logits.
+        moves: What may be proposed.
+        plan: How forwards are spent.
+        ball: The threat.
+        x: The images, [N, ...].
+        y: Their labels.
+        pool: Images found for each of them, [N, S, P].
+        worth: Their margins, [N, S].
+        clean: Margins of the images themselves, [N].
+    """
+
+    network: Callable[[Tensor], Tensor]
+    moves: Moves
+    plan: Plan
+    ball: ThreatModel
+    x: Tensor
+    y: Tensor
+    pool: Tensor
+    worth: Tensor
+    clean: Tensor
+
+    def __post_init__(self) -> None:
+        self.fooled = torch.zeros_like(self.y, dtype=torch.bool)
+        self.best = self.worth.amin(1)
+        self.slope = torch.zeros_like(self.pool[:, 0])
+        self.x_adv = self.x.clone()
+
+    def run(self, seeds: SampleSeeds) -> Tensor:
+        """All stages; images that fool, and elsewhere those of the smallest margin."""
+        for stage, (chains, share) in enumerate(zip(self.plan.chains, self.plan.near, strict=True)):
+            goes_on = ~self.fooled & (self.best <= share * self.clean)
+            rows = goes_on.nonzero().squeeze(1)
+            for part in rows.split(max(1, self.plan.batch_size // chains)):
+                if len(part):
+                    _Stage(self, part, chains).run(seeds.rows(part).derived(stage))
+        least = self.worth.argmin(1)
+        nearest = self.pool[torch.arange(len(least), device=least.device), least]
+        standing = ~self.fooled
+        self.x_adv[standing] = nearest.view_as(self.x).to(self.x.dtype)[standing]
+        return self.x_adv
+
+
+class _Stage:
+    """Some samples in one stage: S samples with C chains each, on images of P elements."""
+
+    def __init__(self, search: SpikeSearch, rows: Tensor, chains: int) -> None:
+        self.search = search
+        self.chains = chains
+        self.rows = rows
+        worth = search.worth[rows]
+        rank = torch.arange(chains, device=rows.device) % min(worth.shape[1], max(2, chains // 2))
+        source = worth.argsort(1)[:, rank]
+        self.x = search.pool[rows[:, None], source]  # [S, C, P]
+        self.value = worth.gather(1, source)  # [S, C]
+        self.slope = search.slope[rows]  # [S, P]
+        self.place_chains()
+
+    def place_chains(self) -> None:
+        """What is the same in all turns until a sample falls."""
+        x = self.search.x[self.rows].repeat_interleave(self.chains, 0)
+        lower, upper = linf_bounds(x, eps=self.search.ball.eps)
+        self.centre = x
+        self.low = wide(lower).flatten(1)
+        self.high = wide(upper).flatten(1)
+        self.y = self.search.y[self.rows].repeat_interleave(self.chains)
+
+    def run(self, seeds: SampleSeeds) -> None:
+        """All turns of the stage."""
+        plan = self.search.plan
+        for turn in range(plan.turns):
+            place = turn % _BLOCK
+            if place == 0:
+                numbers = self.draw(seeds, turn)
+            drawn, heat = numbers[2 * place], numbers[2 * place + 1]
+            cooled = max(0.0, 1 - turn / (_WARM * plan.turns))
+            fell = self.turn(plan.moves[turn % len(plan.moves)], drawn, heat, cooled)
+            if bool(fell.any()):
+                stays = ~fell
+                self.rows = self.rows[stays]
+                self.x = self.x[stays]
+                self.value = self.value[stays]
+                self.slope = self.slope[stays]
+                numbers = [part[stays] for part in numbers]
+                seeds = seeds.rows(stays)
+                if len(self.rows) == 0:
+                    return
+                self.place_chains()
+        self.hand_over()
+
+    def draw(self, seeds: SampleSeeds, turn: int) -> list[Tensor]:
+        """Numbers of the next turns, of each those of its moves and those of its heat."""
+        plan = self.search.plan
+        widths = []
+        for number in range(turn, turn + _BLOCK):
+            kind = plan.moves[number % len(plan.moves)]
+            widths += [self.choice(kind) * self.search.moves.numbers(kind), 1]
+        shape = (len(self.rows), self.chains, sum(widths))
+        draws = SampleDraws(seeds.derived(turn))
+        numbers = rand(shape, draws, dtype=torch.float32, device=self.x.device)
+        return list(numbers.split(widths, dim=2))
+
+    def choice(self, kind: str) -> int:
+        """Moves of a kind of which one is tried."""
+        return 1 if kind in FLIPS else self.search.plan.choice
+
+    def turn(self, kind: str, drawn: Tensor, heat: Tensor, cooled: float) -> Tensor:
+        """One move of every chain; which samples have fallen, [S]."""
+        search = self.search
+        images = self.propose(kind, drawn)
+        logits = check_logits(search.network(images.view_as(self.centre)), self.y)
+        shape = self.value.shape
+        value = margin(logits, self.y).view(shape).to(self.value.dtype)
+        proposal = wide(images).view_as(self.x)
+        self.learn(proposal - self.x, value - self.value)
+        worse = search.plan.heat * cooled * search.clean[self.rows, None]
+        better = value <= self.value - worse * torch.log1p(-heat.squeeze(2))
+        self.x = torch.where(better.unsqueeze(2), proposal, self.x)
+        self.value = torch.where(better, value, self.value)
+        search.best[self.rows] = torch.minimum(search.best[self.rows], value.amin(1))
+        wrong = (logits.argmax(1) != self.y).view(shape)
+        fell = wrong.any(1)
+        if bool(fell.any()):
+            rows = self.rows[fell]
+            found = images.view_as(self.x)[fell, wrong.int().argmax(1)[fell]]
+            search.x_adv[rows] = found.view_as(search.x[rows])
+            search.fooled[rows] = True
+        return fell
+
+    def propose(self, kind: str, drawn: Tensor) -> Tensor:
+        """An image of every chain, [n, P], inside the ball and in the dtype of the images."""
+        search = self.search
+        chains = Place(
+            x=self.x.flatten(0, 1),
+            low=self.low,
+            high=self.high,
+            slope=self.slope.repeat_interleave(self.chains, 0),
+            rows=self.rows.repeat_interleave(self.chains),
+            pool=search.pool,
+        )
+        choice = self.choice(kind)
+        place = chains.repeated(choice)
+        numbers = drawn.reshape(len(place.x), -1)
+        images = search.moves.propose(kind, place, numbers).clamp(place.low, place.high)
+        if choice > 1:
+            change = images - place.x
+            promise = (change * place.slope).sum(1)
+            promise = torch.where((change == 0).all(1), torch.inf, promise).view(-1, choice)
+            first = torch.arange(0, len(images), choice, device=images.device)
+            images = images[first + promise.argmin(1)]
+        if search.ball.norm == "L2":
+            images = search.ball.project(self.centre, images.view_as(self.centre)).flatten(1)
+        return images.to(search.x.dtype)
+
+    def learn(self, change: Tensor, gain: Tensor) -> None:
+        """Correct what is believed of the elements by what the moves of all chains have shown.
+
+        Equation: ``slope += rate * mean_c (gain_c - slope change_c) change_c / |change_c|^2``.
+        """
+        rate = self.search.plan.rate
+        if rate == 0:
+            return
+        believed = torch.einsum("scp,sp->sc", change, self.slope)
+        length = change.square().sum(2)
+        off = torch.where(length > _NOTHING, (gain - believed) / length.clamp(min=_NOTHING), 0.0)
+        self.slope = self.slope + rate / self.chains * torch.einsum("sc,scp->sp", off, change)
+
+    def hand_over(self) -> None:
+        """The best half of the chains replaces the worst images of the pool."""
+        search = self.search
+        search.slope[self.rows] = self.slope
+        worth = search.worth[self.rows]
+        many = min(self.chains, math.ceil(worth.shape[1] / 2))
+        top = self.value.argsort(1)[:, :many]
+        worst = worth.argsort(1, descending=True)[:, :many]
+        chosen = torch.arange(len(top), device=top.device)[:, None]
+        search.pool[self.rows[:, None], worst] = self.x[chosen, top]
+        search.worth[self.rows[:, None], worst] = self.value[chosen, top]
