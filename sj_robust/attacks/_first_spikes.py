@@ -151,7 +151,8 @@ def _table(seen: _Seen, x: Tensor) -> _Table:
     stride = -(-elements * len(bias) // _ENTRIES)
     bias = bias[::stride]
     columns, neurons, weights = [], [], []
-    for numbers in torch.arange(elements, device=x.device).split(_AT_ONCE // len(bias) + 1):
+    every = torch.arange(elements, device=x.device)
+    for numbers in torch.split(every, _AT_ONCE // len(bias) + 1):
         white = torch.zeros(len(numbers), elements, dtype=x.dtype, device=x.device)
         white.scatter_(1, numbers[:, None], 1.0)
         change = seen.currents(white.view(-1, *x.shape[1:]))[:, ::stride] - bias
@@ -215,7 +216,7 @@ def _trains(seen: _Seen, current: Tensor) -> Tensor:
     frame = current.view(-1, *ones)
     steps = seen.steps
     if seen.layer.step_mode == "m":
-        spikes = seen.layer(frame.expand(steps, *frame.shape))
+        spikes: Tensor = seen.layer(frame.expand(steps, *frame.shape))
     else:
         spikes = torch.stack([seen.layer(frame) for _ in range(steps)])
     return spikes.reshape(steps, -1)

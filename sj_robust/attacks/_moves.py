@@ -78,7 +78,7 @@ class Moves:
 
     def elements(self, place: Place, numbers: Tensor) -> Tensor:
         """One to three elements get new values, every second time the extreme ones."""
-        index, share, many, extreme = numbers.split([_MOST, _MOST, 1, 1], dim=1)
+        index, share, many, extreme = torch.split(numbers, [_MOST, _MOST, 1, 1], dim=1)
         used = torch.arange(_MOST, device=many.device) % (1 + _integers(many, _MOST))
         index = _integers(index, place.x.shape[1]).gather(1, used)
         share = _rounded(share, extreme).gather(1, used).to(place.x.dtype)
@@ -89,8 +89,8 @@ class Moves:
     def patch(self, place: Place, numbers: Tensor) -> Tensor:
         """A square, mostly of one pixel, gets a value per channel, in all channels or in some."""
         channels, height, width = self.shape
-        side, corner, every, extreme, share, taken = numbers.split(
-            [1, 2, 1, 1, channels, channels], dim=1
+        side, corner, every, extreme, share, taken = torch.split(
+            numbers, [1, 2, 1, 1, channels, channels], dim=1
         )
         side = min(height, width) ** (side.squeeze(1) ** 3 * _LARGEST_SIDE)
         inside = self._square(side.long(), corner)
@@ -102,7 +102,7 @@ class Moves:
     def cross(self, place: Place, numbers: Tensor) -> Tensor:
         """A square of another image that was found for the sample."""
         _, height, width = self.shape
-        side, corner, which = numbers.split([1, 2, 1], dim=1)
+        side, corner, which = torch.split(numbers, [1, 2, 1], dim=1)
         longest = max(min(height, width) - 1, 1)
         inside = self._square(1 + _integers(side.squeeze(1), longest), corner)
         mask = inside.expand(-1, *self.shape).flatten(1)

@@ -84,7 +84,7 @@ class SpikeSearch:
         for stage, (chains, share) in enumerate(zip(self.plan.chains, self.plan.near, strict=True)):
             goes_on = ~self.fooled & (self.best <= share * self.clean)
             rows = goes_on.nonzero().squeeze(1)
-            for part in rows.split(max(1, self.plan.batch_size // chains)):
+            for part in torch.split(rows, max(1, self.plan.batch_size // chains)):
                 if len(part):
                     _Stage(self, part, chains).run(seeds.rows(part).derived(stage))
         least = self.worth.argmin(1)
@@ -151,7 +151,7 @@ class _Stage:
         shape = (len(self.rows), self.chains, sum(widths))
         draws = SampleDraws(seeds.derived(turn))
         numbers = rand(shape, draws, dtype=torch.float32, device=self.x.device)
-        return list(numbers.split(widths, dim=2))
+        return list(torch.split(numbers, widths, dim=2))
 
     def choice(self, kind: str) -> int:
         """Moves of a kind of which one is tried."""

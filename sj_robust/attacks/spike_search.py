@@ -22,7 +22,7 @@ from sj_robust.attacks.threat import ThreatModel, ball_threat
 from sj_robust.core.checks import check_choice, check_count, check_images
 from sj_robust.core.randomness import SampleSeeds, draw_seed
 
-__all__ = ["spike_search"]
+__all__ = ["searched", "spike_search"]
 
 _STEPS = 50  # of the attacks that find starts where none are given
 
@@ -119,12 +119,12 @@ def spike_search(
             else:
                 found = torch.stack([ball.project(images, start) for start in given[:, right]])
             plan = Plan(kinds, max(1, forwards // sum(Plan.chains)), batch_size=batch_size)
-            x_adv[right] = _searched(model, images, labels, found, ball, plan, own)
+            x_adv[right] = searched(model, images, labels, found, ball, plan, own)
     return x_adv
 
 
 @torch.no_grad()
-def _searched(
+def searched(
     model: Model,
     x: Tensor,
     y: Tensor,
