@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +15,38 @@ from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import check_logits
 from sj_robust.core.randomness import SampleDraws, SampleSeeds, rand
 
-__all__ = ["Plan", "SpikeSearch"]
+__all__ = ["STAGES", "Plan", "SpikeSearch", "Stage"]
 
 _BLOCK = 16  # turns whose numbers are drawn at once
 _WARM = 0.8  # share of a stage after which nothing worse is taken any more
 _NOTHING = 1e-12  # keeps a length of 0 from being divided by
+
+
+class Stage(NamedTuple):
+    """A part of a search.
+
+    Attributes:
+        chains: Chains of every sample.
+        near: Share of the image's margin that a sample's smallest one may be, if it is to take
+            part.
+        length: Share of the plan's turns.
+    """
+
+    chains: int
+    near: float
+    length: float = 1.0
+
+
+STAGES = (
+    Stage(2, 0.5, 0.25),
+    Stage(2, 0.2),
+    Stage(3, 0.15),
+    Stage(5, 0.12),
+    Stage(8, 0.1),
+    Stage(12, 0.08),
+    Stage(18, 0.06),
+)
+"""Few samples go on to many chains, so that forwards go where they may change something."""
 
 
 @dataclass(frozen=True)
@@ -27,24 +55,26 @@ class Plan:
 
     Attributes:
         moves: Kinds of moves, which take turns.
-        turns: Moves of every chain in a stage.
-        chains: Chains of a sample, stage by stage.
+        forwards: Images of a sample that are judged, if it goes on to the end.
+        stages: The parts of the search.
         heat: How much worse a move may be on average, as a share of the margin of the image.
         choice: Moves that are drawn, of which the one that promises most is tried; not of flips.
         rate: How fast the belief about the elements follows what was seen; 0 for none.
-        near: Share of the image's margin that a sample's smallest one may be, stage by stage, if it
-            is to go on.
         batch_size: Images of one forward.
     """
 
     moves: tuple[str, ...]
-    turns: int
-    chains: tuple[int, ...] = (2, 3, 5, 8, 12, 18)
+    forwards: int
+    stages: tuple[Stage, ...] = STAGES
     heat: float = 0.005
     choice: int = 4
     rate: float = 0.5
-    near: tuple[float, ...] = (0.25, 0.15, 0.12, 0.1, 0.08, 0.06)
     batch_size: int = 512
+
+    def turns(self, stage: Stage) -> int:
+        """Moves of every chain in a stage."""
+        together = sum(one.chains * one.length for one in self.stages)
+        return max(1, int(self.forwards * stage.length / together))
 
 
 @dataclass
@@ -81,12 +111,13 @@ class SpikeSearch:
 
     def run(self, seeds: SampleSeeds) -> Tensor:
         """All stages; images that fool, and elsewhere those of the smallest margin."""
-        for stage, (chains, share) in enumerate(zip(self.plan.chains, self.plan.near, strict=True)):
-            goes_on = ~self.fooled & (self.best <= share * self.clean)
-            rows = goes_on.nonzero().squeeze(1)
-            for part in torch.split(rows, max(1, self.plan.batch_size // chains)):
+        for number, stage in enumerate(self.plan.stages):
+            takes_part = ~self.fooled & (self.best <= stage.near * self.clean)
+            rows = takes_part.nonzero().squeeze(1)
+            for part in torch.split(rows, max(1, self.plan.batch_size // stage.chains)):
                 if len(part):
-                    _Stage(self, part, chains).run(seeds.rows(part).derived(stage))
+                    walk = _Walk(self, part, stage.chains, self.plan.turns(stage))
+                    walk.run(seeds.rows(part).derived(number))
         least = self.worth.argmin(1)
         nearest = self.pool[torch.arange(len(least), device=least.device), least]
         standing = ~self.fooled
@@ -94,11 +125,12 @@ class SpikeSearch:
         return self.x_adv
 
 
-class _Stage:
+class _Walk:
     """Some samples in one stage: S samples with C chains each, on images of P elements."""
 
-    def __init__(self, search: SpikeSearch, rows: Tensor, chains: int) -> None:
+    def __init__(self, search: SpikeSearch, rows: Tensor, chains: int, turns: int) -> None:
         self.search = search
+        self.turns = turns
         self.chains = chains
         self.rows = rows
         worth = search.worth[rows]
@@ -121,12 +153,12 @@ class _Stage:
     def run(self, seeds: SampleSeeds) -> None:
         """All turns of the stage."""
         plan = self.search.plan
-        for turn in range(plan.turns):
+        for turn in range(self.turns):
             place = turn % _BLOCK
             if place == 0:
                 numbers = self.draw(seeds, turn)
             drawn, heat = numbers[2 * place], numbers[2 * place + 1]
-            cooled = max(0.0, 1 - turn / (_WARM * plan.turns))
+            cooled = max(0.0, 1 - turn / (_WARM * self.turns))
             fell = self.turn(plan.moves[turn % len(plan.moves)], drawn, heat, cooled)
             if bool(fell.any()):
                 stays = ~fell
