@@ -204,6 +204,7 @@ def main() -> None:
     for name in sys.argv[1:] or CASES:
         for seed in SEEDS:
             measure(name, seed, rows)
+    print(table(rows))
 
 
 def measure(name: str, seed: int, rows: list[Row]) -> None:
@@ -234,6 +235,17 @@ def measure(name: str, seed: int, rows: list[Row]) -> None:
         rows.append(have[attack])
         print(have[attack], flush=True)
         write(rows)
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: what is left after each attack with each seed, and its mean seconds."""
+    lines = ["| network | attack | left, % | seconds |", "| --- | --- | ---: | ---: |"]
+    for case, attack in dict.fromkeys((row.case, row.attack) for row in rows):
+        found = [row for row in rows if (row.case, row.attack) == (case, attack)]
+        left = " / ".join(f"{row.left:.1f}" for row in found)
+        seconds = sum(row.seconds for row in found) / len(found)
+        lines.append(f"| {case.replace('_', ' ')} | {attack} | {left} | {seconds:.1f} |")
+    return "\n".join(lines)
 
 
 def read() -> list[Row]:

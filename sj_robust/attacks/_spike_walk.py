@@ -38,8 +38,8 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage(2, 0.5, 0.25),
-    Stage(2, 0.2),
+    Stage(2, 1.0, 0.25),
+    Stage(2, 0.25),
     Stage(3, 0.15),
     Stage(5, 0.12),
     Stage(8, 0.1),

@@ -60,10 +60,11 @@ def spike_search(
       of at most 16384 elements and a model that is an ``nn.Module``; elsewhere they are left out.
 
     Out of four proposals one is tried, the one that promises most by what the moves of the sample
-    have shown so far. Chains work in seven stages of 2 to 18 chains per sample. A sample takes part
-    in a stage only if its smallest margin is at most 50, 20, 15, 12, 10, 8 and 6 per cent of that
-    of its image, so that forwards go where they may change something. All of this is per sample:
-    the result depends on neither batch nor neighbours.
+    have shown so far. Chains work in seven stages of 2 to 18 chains per sample. After the first
+    one, which takes 1 per cent of the forwards, a sample takes part in the others only if its
+    smallest margin is at most 25, 15, 12, 10, 8 and 6 per cent of that of its image, so that
+    forwards go where they may change something. All of this is per sample: the result depends on
+    neither batch nor neighbours.
 
     The network may have any encoding that repeats itself; one that draws random numbers is refused.
     Event frames do not stay binary here: use :func:`flip_events` for them.

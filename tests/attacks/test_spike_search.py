@@ -309,22 +309,31 @@ def digits(count: int) -> tuple[Tensor, Tensor]:
     return x, y
 
 
+def known() -> list[tuple[str, str]]:
+    """Networks and radii of which the program has said something."""
+    found = []
+    for file in sorted(KNOWN.glob("*.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found += [(file.stem, eps) for eps in content if eps != "command"]
+    return found
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("file", sorted(KNOWN.glob("*.json")), ids=lambda file: file.stem)
-@pytest.mark.parametrize("eps", [0.05, 0.1])
-def test_at_most_one_breakable_image_of_128_is_overlooked(file, eps):
-    content = load_checkpoint(file.with_suffix(".pt"))
+@pytest.mark.parametrize(("name", "eps"), known())
+def test_at_most_one_breakable_image_of_128_is_overlooked(name, eps):
+    content = load_checkpoint(KNOWN / f"{name}.pt")
     model = build_classifier(NetworkSpec(**content["description"]["network"]))
     model.load_state_dict(content["model"])
     model.eval()
+    verdicts = json.loads((KNOWN / f"{name}.json").read_text(encoding="utf-8"))[eps]
     x, y = digits(128)
-    verdicts = json.loads(file.read_text(encoding="utf-8"))[str(eps)]
-    x_adv = spike_search(model, x, y, eps=eps, generator=SampleSeeds(range(128)))
-    assert_within(x_adv, x, "Linf", eps)
+    x_adv = spike_search(model, x, y, eps=float(eps), generator=SampleSeeds(range(128)))
+    assert_within(x_adv, x, "Linf", float(eps))
     fallen = predicted(model, x_adv) != y
-    letters = list(zip(verdicts, fallen.tolist(), strict=True))
-    assert ("v", True) not in letters
-    assert letters.count(("b", False)) <= 1
+    pairs = list(zip(verdicts, fallen.tolist(), strict=True))
+    assert ("v", True) not in pairs
+    assert ("w", False) not in pairs
+    assert pairs.count(("b", False)) <= 1
     assert verdicts.count("b") > 5
 
 
