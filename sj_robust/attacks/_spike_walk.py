@@ -139,16 +139,23 @@ class _Walk:
         self.x = search.pool[rows[:, None], source]  # [S, C, P]
         self.value = worth.gather(1, source)  # [S, C]
         self.slope = search.slope[rows]  # [S, P]
-        self.place_chains()
-
-    def place_chains(self) -> None:
-        """What is the same in all turns until a sample falls."""
-        x = self.search.x[self.rows].repeat_interleave(self.chains, 0)
-        lower, upper = linf_bounds(x, eps=self.search.ball.eps)
-        self.centre = x
+        self.centre = search.x[rows].repeat_interleave(chains, 0)
+        self.y = search.y[rows].repeat_interleave(chains)
+        lower, upper = linf_bounds(self.centre, eps=search.ball.eps)
         self.low = wide(lower).flatten(1)
         self.high = wide(upper).flatten(1)
-        self.y = self.search.y[self.rows].repeat_interleave(self.chains)
+
+    def keep(self, stays: Tensor) -> None:
+        """Go on with some of the samples."""
+        self.rows = self.rows[stays]
+        self.x = self.x[stays]
+        self.value = self.value[stays]
+        self.slope = self.slope[stays]
+        chains = stays.repeat_interleave(self.chains)
+        self.centre = self.centre[chains]
+        self.y = self.y[chains]
+        self.low = self.low[chains]
+        self.high = self.high[chains]
 
     def run(self, seeds: SampleSeeds) -> None:
         """All turns of the stage."""
@@ -162,15 +169,11 @@ class _Walk:
             fell = self.turn(plan.moves[turn % len(plan.moves)], drawn, heat, cooled)
             if bool(fell.any()):
                 stays = ~fell
-                self.rows = self.rows[stays]
-                self.x = self.x[stays]
-                self.value = self.value[stays]
-                self.slope = self.slope[stays]
+                self.keep(stays)
                 numbers = [part[stays] for part in numbers]
                 seeds = seeds.rows(stays)
                 if len(self.rows) == 0:
                     return
-                self.place_chains()
         self.hand_over()
 
     def draw(self, seeds: SampleSeeds, turn: int) -> list[Tensor]:
