@@ -42,13 +42,13 @@ VARIANTS = {
     "no flips": replace(STANDARD, moves=("elements", "patch", "cross")),
     "flips alone": replace(STANDARD, moves=("flip", "guided_flip")),
     "nothing learned": replace(
-        STANDARD, moves=("elements", "patch", "cross", "flip"), choice=1, rate=0.0
+        STANDARD, moves=("elements", "patch", "cross", "flip"), forwards=8_300, choice=1, rate=0.0
     ),
     "all go on": replace(
-        STANDARD, stages=tuple(stage._replace(near=1.0) for stage in STAGES), forwards=600
+        STANDARD, stages=tuple(stage._replace(near=1.0) for stage in STAGES), forwards=1_800
     ),
 }
-"""The search, and what it would be without one of its parts."""
+"""The search, and what it would be without one of its parts, in as many seconds."""
 ESTIMATORS = ("atan:8+detach", "sigmoid:8", "training", "atan:4", "triangle:0.5", "atan:2")
 LOSSES = ("ce", "dlr", "ce", "ce")
 
