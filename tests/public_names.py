@@ -14,7 +14,7 @@ PUBLIC = {
         "Attack AutoAttackWarning Moves SampleSeeds ThreatModel apgd autoattack check_frames "
         "check_images check_labels count_flips count_moves eps_text external fgsm flip_events "
         "gaussian linf_bounds move_events parse_eps pgd project_l2 project_linf random_flips "
-        "random_moves rfgsm salt_and_pepper sapgd square transfer uniform"
+        "random_moves rfgsm salt_and_pepper sapgd spike_search square transfer uniform"
     ),
     "sj_robust.estimators": "Applied ESTIMATORS Estimator estimator",
     "sj_robust.classifier": "Convention PoissonEncoder SpikingClassifier SpikingEventClassifier",

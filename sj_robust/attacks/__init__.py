@@ -42,6 +42,7 @@ from sj_robust.attacks.gradient import fgsm, pgd, rfgsm
 from sj_robust.attacks.noise import gaussian, salt_and_pepper, uniform
 from sj_robust.attacks.projection import linf_bounds, project_l2, project_linf
 from sj_robust.attacks.sapgd import sapgd
+from sj_robust.attacks.spike_search import spike_search
 from sj_robust.attacks.square import square
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.attacks.timing import Moves, count_moves, move_events, random_moves
@@ -77,6 +78,7 @@ __all__ = [
     "rfgsm",
     "salt_and_pepper",
     "sapgd",
+    "spike_search",
     "square",
     "transfer",
     "uniform",

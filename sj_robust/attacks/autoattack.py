@@ -19,7 +19,7 @@ from sj_robust.attacks.call import (
     isolated,
     seeds_of_samples,
 )
-from sj_robust.attacks.logits import clean_logits
+from sj_robust.attacks.logits import clean_logits, differ
 from sj_robust.attacks.projection import Norm
 from sj_robust.attacks.square import check_square, square
 from sj_robust.attacks.threat import ThreatModel, ball_threat
@@ -218,7 +218,7 @@ def _doubts(
     with torch.no_grad():
         answers = [model(x).double() for _ in range(_CHECKED_FORWARDS)]
     first = answers[0]
-    if settings.eot_samples == 1 and any(_differ(first, other) for other in answers[1:]):
+    if settings.eot_samples == 1 and any(differ(first, other) for other in answers[1:]):
         yield (
             "the network answers the same images differently, so it is stochastic; "
             "use version='rand'"
@@ -237,13 +237,6 @@ def _doubts(
             f"{without} of {len(x)} images have a gradient of zero, which gradient attacks cannot "
             "follow; try other surrogate gradients"
         )
-
-
-def _differ(first: Tensor, other: Tensor) -> bool:
-    """Whether two answers to the same images differ by more than rounding."""
-    change = torch.linalg.vector_norm(first - other, dim=1)
-    length = torch.linalg.vector_norm(first, dim=1)
-    return bool((change > 1e-4 * length).any())
 
 
 def _are_probabilities(logits: Tensor) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sj_robust.core.checks import logits_of
 
-__all__ = ["clean_logits", "likeliest_wrong", "margin", "of_class", "without"]
+__all__ = ["clean_logits", "differ", "likeliest_wrong", "margin", "of_class", "without"]
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -42,6 +42,18 @@ def likeliest_wrong(logits: Tensor, y: Tensor, count: int) -> list[Tensor]:
     """
     classes = without(logits, y).topk(count).indices
     return list(classes.unbind(1))
+
+
+def differ(first: Tensor, other: Tensor) -> bool:
+    """Whether two answers to the same images differ by more than rounding.
+
+    Examples:
+        >>> differ(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 2.00001]]))
+        False
+    """
+    change = torch.linalg.vector_norm(first - other, dim=1)
+    length = torch.linalg.vector_norm(first, dim=1)
+    return bool((change > 1e-4 * length).any())
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from attacks.table import (
 from torch import Tensor, nn
 
 from sj_robust import DLIFNode, SpikingClassifier
-from sj_robust.attacks import autoattack
+from sj_robust.attacks import autoattack, spike_search
 
 SEARCHES = {name: attack for name, attack in ATTACKS.items() if name not in NOISES}
 NEAREST = [name for name in SEARCHES if name.startswith("fab")]
@@ -60,8 +60,11 @@ def attack_and_model(request, monkeypatch) -> tuple[Attack, nn.Module]:
 
 
 def _shortened(name: str, monkeypatch) -> Attack:
-    """An attack by name; AutoAttack runs a small part of its iterations."""
+    """An attack by name; what runs other attacks gives them a small part of their iterations."""
     attack = (ATTACKS | ON_IMAGES)[name]
+    if attack.function is spike_search:
+        module = importlib.import_module("sj_robust.attacks.spike_search")
+        monkeypatch.setattr(module, "_STEPS", 5)
     if attack.function is autoattack:
         shorten(monkeypatch)
     return attack

@@ -24,6 +24,7 @@ from sj_robust.attacks import (
     rfgsm,
     salt_and_pepper,
     sapgd,
+    spike_search,
     square,
     uniform,
 )
@@ -107,6 +108,8 @@ ATTACKS = {
     "sapgd": _climbing(sapgd),
     "sapgd_highest": _climbing(sapgd, keep_best=False),
     "sapgd_restarts": _climbing(sapgd, restarts=2, eot_samples=2),
+    "spike_search": Attack(spike_search, {"forwards": 120}),
+    "spike_search_l2": Attack(spike_search, {"forwards": 96, "norm": "L2"}, "L2"),
     "fab": Attack(fab, {"steps": 4}, draws=False),
     "fab_targets": Attack(fab, {"steps": 4, "target_classes": 2}, draws=False),
     "fab_l2": Attack(fab, {"steps": 4, "norm": "L2"}, "L2", draws=False),

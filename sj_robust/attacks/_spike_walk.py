@@ -1,0 +1,266 @@
+"""Chains of small moves that lower the margin of a network: in stages, and per sample."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sj_robust.attacks._moves import FLIPS, Moves, Place
+from sj_robust.attacks.logits import margin
+from sj_robust.attacks.projection import linf_bounds, wide
+from sj_robust.attacks.threat import ThreatModel
+from sj_robust.core.checks import check_logits
+from sj_robust.core.randomness import SampleDraws, SampleSeeds, rand
+
+__all__ = ["STAGES", "Plan", "SpikeSearch", "Stage"]
+
+_BLOCK = 16  # turns whose numbers are drawn at once
+_WARM = 0.8  # share of a stage after which nothing worse is taken any more
+_NOTHING = 1e-12  # keeps a length of 0 from being divided by
+
+
+class Stage(NamedTuple):
+    """A part of a search.
+
+    Attributes:
+        chains: Chains of every sample.
+        near: Share of the image's margin that a sample's smallest one may be, if it is to take
+            part.
+        length: Share of the plan's turns.
+    """
+
+    chains: int
+    near: float
+    length: float = 1.0
+
+
+STAGES = (
+    Stage(2, 1.0, 0.25),
+    Stage(2, 0.25),
+    Stage(3, 0.15),
+    Stage(5, 0.12),
+    Stage(8, 0.1),
+    Stage(12, 0.08),
+    Stage(18, 0.06),
+)
+"""Few samples go on to many chains, so that forwards go where they may change something."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a search spends its forwards.
+
+    Attributes:
+        moves: Kinds of moves, which take turns.
+        forwards: Images of a sample that are judged, if it goes on to the end.
+        stages: The parts of the search.
+        heat: How much worse a move may be on average, as a share of the margin of the image.
+        choice: Moves that are drawn, of which the one that promises most is tried; not of flips.
+        rate: How fast the belief about the elements follows what was seen; 0 for none.
+        batch_size: Images of one forward.
+    """
+
+    moves: tuple[str, ...]
+    forwards: int
+    stages: tuple[Stage, ...] = STAGES
+    heat: float = 0.005
+    choice: int = 4
+    rate: float = 0.5
+    batch_size: int = 512
+
+    def turns(self, stage: Stage) -> int:
+        """Moves of every chain in a stage."""
+        together = sum(one.chains * one.length for one in self.stages)
+        return max(1, int(self.forwards * stage.length / together))
+
+
+@dataclass
+class SpikeSearch:
+    """A search over samples [N] that none of their first images has fooled.
+
+    Attributes:
+        network: Images to logits.
+        moves: What may be proposed.
+        plan: How forwards are spent.
+        ball: The threat.
+        x: The images, [N, ...].
+        y: Their labels.
+        pool: Images found for each of them, [N, S, P].
+        worth: Their margins, [N, S].
+        clean: Margins of the images themselves, [N].
+    """
+
+    network: Callable[[Tensor], Tensor]
+    moves: Moves
+    plan: Plan
+    ball: ThreatModel
+    x: Tensor
+    y: Tensor
+    pool: Tensor
+    worth: Tensor
+    clean: Tensor
+
+    def __post_init__(self) -> None:
+        self.fooled = torch.zeros_like(self.y, dtype=torch.bool)
+        self.best = self.worth.amin(1)
+        self.slope = torch.zeros_like(self.pool[:, 0])
+        self.x_adv = self.x.clone()
+
+    def run(self, seeds: SampleSeeds) -> Tensor:
+        """All stages; images that fool, and elsewhere those of the smallest margin."""
+        for number, stage in enumerate(self.plan.stages):
+            takes_part = ~self.fooled & (self.best <= stage.near * self.clean)
+            rows = takes_part.nonzero().squeeze(1)
+            for part in torch.split(rows, max(1, self.plan.batch_size // stage.chains)):
+                if len(part):
+                    walk = _Walk(self, part, stage.chains, self.plan.turns(stage))
+                    walk.run(seeds.rows(part).derived(number))
+        least = self.worth.argmin(1)
+        nearest = self.pool[torch.arange(len(least), device=least.device), least]
+        standing = ~self.fooled
+        self.x_adv[standing] = nearest.view_as(self.x).to(self.x.dtype)[standing]
+        return self.x_adv
+
+
+class _Walk:
+    """Some samples in one stage: S samples with C chains each, on images of P elements."""
+
+    def __init__(self, search: SpikeSearch, rows: Tensor, chains: int, turns: int) -> None:
+        self.search = search
+        self.turns = turns
+        self.chains = chains
+        self.rows = rows
+        worth = search.worth[rows]
+        rank = torch.arange(chains, device=rows.device) % min(worth.shape[1], max(2, chains // 2))
+        source = worth.argsort(1)[:, rank]
+        self.x = search.pool[rows[:, None], source]  # [S, C, P]
+        self.value = worth.gather(1, source)  # [S, C]
+        self.slope = search.slope[rows]  # [S, P]
+        self.centre = search.x[rows].repeat_interleave(chains, 0)
+        self.y = search.y[rows].repeat_interleave(chains)
+        lower, upper = linf_bounds(self.centre, eps=search.ball.eps)
+        self.low = wide(lower).flatten(1)
+        self.high = wide(upper).flatten(1)
+
+    def keep(self, stays: Tensor) -> None:
+        """Go on with some of the samples."""
+        self.rows = self.rows[stays]
+        self.x = self.x[stays]
+        self.value = self.value[stays]
+        self.slope = self.slope[stays]
+        chains = stays.repeat_interleave(self.chains)
+        self.centre = self.centre[chains]
+        self.y = self.y[chains]
+        self.low = self.low[chains]
+        self.high = self.high[chains]
+
+    def run(self, seeds: SampleSeeds) -> None:
+        """All turns of the stage."""
+        plan = self.search.plan
+        for turn in range(self.turns):
+            place = turn % _BLOCK
+            if place == 0:
+                numbers = self.draw(seeds, turn)
+            drawn, heat = numbers[2 * place], numbers[2 * place + 1]
+            cooled = max(0.0, 1 - turn / (_WARM * self.turns))
+            fell = self.turn(plan.moves[turn % len(plan.moves)], drawn, heat, cooled)
+            if bool(fell.any()):
+                stays = ~fell
+                self.keep(stays)
+                numbers = [part[stays] for part in numbers]
+                seeds = seeds.rows(stays)
+                if len(self.rows) == 0:
+                    return
+        self.hand_over()
+
+    def draw(self, seeds: SampleSeeds, turn: int) -> list[Tensor]:
+        """Numbers of the next turns, of each those of its moves and those of its heat."""
+        plan = self.search.plan
+        widths = []
+        for number in range(turn, turn + _BLOCK):
+            kind = plan.moves[number % len(plan.moves)]
+            widths += [self.choice(kind) * self.search.moves.numbers(kind), 1]
+        shape = (len(self.rows), self.chains, sum(widths))
+        draws = SampleDraws(seeds.derived(turn))
+        numbers = rand(shape, draws, dtype=torch.float32, device=self.x.device)
+        return list(torch.split(numbers, widths, dim=2))
+
+    def choice(self, kind: str) -> int:
+        """Moves of a kind of which one is tried."""
+        return 1 if kind in FLIPS else self.search.plan.choice
+
+    def turn(self, kind: str, drawn: Tensor, heat: Tensor, cooled: float) -> Tensor:
+        """One move of every chain; which samples have fallen, [S]."""
+        search = self.search
+        images = self.propose(kind, drawn)
+        logits = check_logits(search.network(images.view_as(self.centre)), self.y)
+        shape = self.value.shape
+        value = margin(logits, self.y).view(shape).to(self.value.dtype)
+        proposal = wide(images).view_as(self.x)
+        self.learn(proposal - self.x, value - self.value)
+        worse = search.plan.heat * cooled * search.clean[self.rows, None]
+        better = value <= self.value - worse * torch.log1p(-heat.squeeze(2))
+        self.x = torch.where(better.unsqueeze(2), proposal, self.x)
+        self.value = torch.where(better, value, self.value)
+        search.best[self.rows] = torch.minimum(search.best[self.rows], value.amin(1))
+        wrong = (logits.argmax(1) != self.y).view(shape)
+        fell = wrong.any(1)
+        if bool(fell.any()):
+            rows = self.rows[fell]
+            found = images.view_as(self.x)[fell, wrong.int().argmax(1)[fell]]
+            search.x_adv[rows] = found.view_as(search.x[rows])
+            search.fooled[rows] = True
+        return fell
+
+    def propose(self, kind: str, drawn: Tensor) -> Tensor:
+        """An image of every chain, [n, P], inside the ball and in the dtype of the images."""
+        search = self.search
+        chains = Place(
+            x=self.x.flatten(0, 1),
+            low=self.low,
+            high=self.high,
+            slope=self.slope.repeat_interleave(self.chains, 0),
+            rows=self.rows.repeat_interleave(self.chains),
+            pool=search.pool,
+        )
+        choice = self.choice(kind)
+        place = chains.repeated(choice)
+        numbers = drawn.reshape(len(place.x), -1)
+        images = search.moves.propose(kind, place, numbers).clamp(place.low, place.high)
+        if choice > 1:
+            change = images - place.x
+            promise = (change * place.slope).sum(1)
+            promise = torch.where((change == 0).all(1), torch.inf, promise).view(-1, choice)
+            first = torch.arange(0, len(images), choice, device=images.device)
+            images = images[first + promise.argmin(1)]
+        if search.ball.norm == "L2":
+            images = search.ball.project(self.centre, images.view_as(self.centre)).flatten(1)
+        return images.to(search.x.dtype)
+
+    def learn(self, change: Tensor, gain: Tensor) -> None:
+        """Correct what is believed of the elements by what the moves of all chains have shown.
+
+        Equation: ``slope += rate * mean_c (gain_c - slope change_c) change_c / |change_c|^2``.
+        """
+        rate = self.search.plan.rate
+        if rate == 0:
+            return
+        believed = torch.einsum("scp,sp->sc", change, self.slope)
+        length = change.square().sum(2)
+        off = torch.where(length > _NOTHING, (gain - believed) / length.clamp(min=_NOTHING), 0.0)
+        self.slope = self.slope + rate / self.chains * torch.einsum("sc,scp->sp", off, change)
+
+    def hand_over(self) -> None:
+        """The best half of the chains replaces the worst images of the pool."""
+        search = self.search
+        search.slope[self.rows] = self.slope
+        worth = search.worth[self.rows]
+        many = min(self.chains, math.ceil(worth.shape[1] / 2))
+        top = self.value.argsort(1)[:, :many]
+        worst = worth.argsort(1, descending=True)[:, :many]
+        chosen = torch.arange(len(top), device=top.device)[:, None]
+        search.pool[self.rows[:, None], worst] = self.x[chosen, top]
+        search.worth[self.rows[:, None], worst] = self.value[chosen, top]

@@ -1,0 +1,226 @@
+"""Search for spikes that fool a network: small moves judged by the network itself, from where
+gradient attacks stop.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sj_robust.attacks._first_spikes import first_spikes
+from sj_robust.attacks._moves import FLIPS, MOVES, Moves
+from sj_robust.attacks._spike_walk import Plan, SpikeSearch
+from sj_robust.attacks.apgd import LEAST_CLASSES, apgd
+from sj_robust.attacks.call import Model, Randomness, checked_copies, crafting, seeds_of_samples
+from sj_robust.attacks.logits import clean_logits, differ, margin
+from sj_robust.attacks.projection import Norm, wide
+from sj_robust.attacks.sapgd import sapgd
+from sj_robust.attacks.threat import ThreatModel, ball_threat
+from sj_robust.core.checks import check_choice, check_count, check_images
+from sj_robust.core.randomness import SampleSeeds, draw_seed
+
+__all__ = ["searched", "spike_search"]
+
+_STEPS = 50  # of the attacks that find starts where none are given
+
+
+def spike_search(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    norm: Norm = "Linf",
+    starts: Tensor | Sequence[Tensor] | None = None,
+    forwards: int = 50_000,
+    moves: Sequence[str] = tuple(MOVES),
+    batch_size: int = 512,
+    generator: Randomness = None,
+) -> Tensor:
+    """Search over spikes: small moves that lower the margin of the network itself, no surrogate.
+
+    直接在真实网络上搜索脉冲翻转，不依赖替代梯度。
+
+    Equation: a chain goes from x to a proposal x' if ``m(x') <= m(x) + heat * e``, with the margin
+    ``m = z_y - max_{k != y} z_k`` and e exponential of mean 1, until ``argmax z != y``.
+
+    Under direct encoding a spiking network is constant in the image except where a current passes a
+    threshold. Gradient attacks follow a surrogate of these steps and end where it says nothing;
+    this search begins there. Every proposal is judged by the network, so that nothing depends on a
+    gradient but the starts.
+
+    - ``"elements"``, ``"patch"``: one to three elements, or a small square, get new values.
+    - ``"cross"``: a square of another image found for the sample.
+    - ``"flip"``, ``"guided_flip"``: the current of a neuron of the first spiking layer is carried
+      just across its next threshold. They need a current that is affine in the image and the same
+      in every step (direct encoding; convolution, linear layer, batch norm, mean and std), images
+      of at most 16384 elements and a model that is an ``nn.Module``; elsewhere they are left out.
+
+    Out of four proposals one is tried, the one that promises most by what the moves of the sample
+    have shown so far. Chains work in seven stages of 2 to 18 chains per sample. After the first
+    one, which takes 1 per cent of the forwards, a sample takes part in the others only if its
+    smallest margin is at most 25, 15, 12, 10, 8 and 6 per cent of that of its image, so that
+    forwards go where they may change something. All of this is per sample: the result depends on
+    neither batch nor neighbours.
+
+    The network may have any encoding that repeats itself; one that draws random numbers is refused.
+    Event frames do not stay binary here: use :func:`flip_events` for them.
+
+    Other arguments, result and errors are those of :mod:`sj_robust.attacks`. Where nothing fooled
+    the network, the result is the image of the smallest margin; images that are wrong already come
+    back as they are. On a CPU call :func:`sj_robust.ops.keep_heap` before: it halves the time.
+
+    Args:
+        starts: Images that earlier attacks found for these samples, [S, N, ...] or a sequence of
+            [N, ...]; they are projected into the ball, and the more they differ the better. None
+            runs APGD with two losses and, in Linf, SA-PGD, 50 steps each. A network without a
+            gradient needs some, such as ``[x]``.
+        forwards: Images per sample that the network judges at most, if it goes on to the end.
+        moves: Kinds of moves, which take turns.
+        batch_size: Images in one forward, which bounds the memory; results do not depend on it.
+
+    Raises:
+        ValueError: Also if starts do not fit, a kind of moves is unknown, only flips are left and
+            the network allows none, or the network gives other logits for the same images.
+
+    Source: derived here. Square Attack of Andriushchenko et al. (ECCV 2020) is the next of kin; for
+        binary inputs SpikeFool (Büchel et al., 2022) flips events by gradient.
+
+    Examples:
+        >>> from sj_robust.attacks import spike_search
+        >>> steps = lambda x: 1.05 - (x.flatten(1) > 0.55).sum(1) / 10
+        >>> model = lambda x: torch.stack([torch.zeros(len(x)), steps(x)], 1)  # has no gradient
+        >>> x, y = torch.full((1, 1, 4, 4), 0.5), torch.tensor([1])
+        >>> model(spike_search(model, x, y, eps=0.1, starts=[x])).argmax(1)
+        tensor([0])
+    """
+    ball = ball_threat(norm, eps)
+    check_count("forwards", forwards)
+    check_count("batch_size", batch_size)
+    kinds = _checked_moves(moves)
+    x, y = checked_copies(model, x, y, generator)
+    given = None if starts is None else _checked_starts(starts, x)
+    if x.numel() == 0 or ball.eps == 0:
+        return x
+    with crafting(model, x.device, generator) as private:
+        logits = clean_logits(model, x, y)
+        _check_repeats(model, x, logits)
+        seeds = seeds_of_samples(private, len(x), draw_seed(private)).derived("spike_search")
+        right = logits.argmax(1) == y
+        x_adv = x.clone()
+        if bool(right.any()):
+            images = x[right]
+            labels = y[right]
+            own = seeds.rows(right)
+            if given is None:
+                found = _own_starts(model, images, labels, ball, logits.shape[1], own)
+            else:
+                found = torch.stack([ball.project(images, start) for start in given[:, right]])
+            plan = Plan(kinds, forwards, batch_size=batch_size)
+            x_adv[right] = searched(model, images, labels, found, ball, plan, own)
+    return x_adv
+
+
+@torch.no_grad()
+def searched(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    starts: Tensor,
+    ball: ThreatModel,
+    plan: Plan,
+    seeds: SampleSeeds,
+) -> Tensor:
+    """Images that fool, a start where one does, and elsewhere those of the smallest margin."""
+    scores = [clean_logits(model, start, y) for start in starts]
+    wrong = torch.stack([logits.argmax(1) != y for logits in scores], 1)
+    worth = wide(torch.stack([margin(logits, y) for logits in scores], 1))
+    x_adv = starts[wrong.int().argmax(1), torch.arange(len(x), device=x.device)]
+    rows = (~wrong.any(1)).nonzero().squeeze(1)
+    if len(rows) == 0:
+        return x_adv
+    spikes = first_spikes(model, x) if set(plan.moves) & set(FLIPS) else None
+    if spikes is None:
+        plan = replace(plan, moves=_without_flips(plan.moves))
+    search = SpikeSearch(
+        network=model,
+        moves=Moves(_shape(x), spikes),
+        plan=plan,
+        ball=ball,
+        x=x[rows],
+        y=y[rows],
+        pool=wide(starts[:, rows]).transpose(0, 1).flatten(2),
+        worth=worth[rows],
+        clean=wide(margin(clean_logits(model, x[rows], y[rows]), y[rows])),
+    )
+    x_adv[rows] = search.run(seeds.rows(rows))
+    return x_adv
+
+
+def _own_starts(
+    model: Model, x: Tensor, y: Tensor, ball: ThreatModel, classes: int, seeds: SampleSeeds
+) -> Tensor:
+    """What short gradient attacks find by the gradient that the network has, [S, N, ...]."""
+    attack = partial(apgd, model, x, y, eps=ball.eps, norm=ball.ball, steps=_STEPS)
+    ratio: Literal["ce", "dlr"] = "dlr" if classes >= LEAST_CLASSES["dlr"] else "ce"
+    found = [
+        attack(loss="ce", generator=seeds.derived("start", 0)),
+        attack(loss=ratio, generator=seeds.derived("start", 1)),
+    ]
+    if ball.norm == "Linf":
+        own = seeds.derived("start", 2)
+        found.append(sapgd(model, x, y, eps=ball.eps, steps=_STEPS, generator=own))
+    return torch.stack(found)
+
+
+def _checked_moves(moves: Sequence[str]) -> tuple[str, ...]:
+    for kind in moves:
+        check_choice("moves", kind, MOVES)
+    if isinstance(moves, str) or not moves:
+        raise ValueError(f"moves must name at least one kind, got {moves!r}; leave it out for all")
+    return tuple(moves)
+
+
+def _without_flips(moves: tuple[str, ...]) -> tuple[str, ...]:
+    kept = tuple(kind for kind in moves if kind not in FLIPS)
+    if not kept:
+        raise ValueError(
+            "flips need a first spiking layer whose current is affine in the image and the same "
+            f"in every time step, got moves={moves!r} and none; name other moves beside them"
+        )
+    return kept
+
+
+def _checked_starts(starts: Tensor | Sequence[Tensor], x: Tensor) -> Tensor:
+    """Earlier images [S, N, ...] in the dtype and on the device of ``x``."""
+    images = list(starts)
+    shapes = [list(image.shape) for image in images]
+    if not images or any(image.shape != x.shape for image in images):
+        raise ValueError(
+            f"starts must be [S, N, ...] with N, ... = {list(x.shape)}, got {shapes}; give every "
+            "sample an image, its own one where nothing is known"
+        )
+    for image in images:
+        check_images(image)
+    return torch.stack(images).detach().to(x)
+
+
+def _check_repeats(model: Model, x: Tensor, logits: Tensor) -> None:
+    with torch.no_grad():
+        again = model(x)
+    if differ(logits, again):
+        raise ValueError(
+            "the model must give the same logits again, got others for the same images; a lucky "
+            "draw breaks nothing, so attack a network that draws with apgd and eot_samples"
+        )
+
+
+def _shape(x: Tensor) -> tuple[int, int, int]:
+    """Channels, height and width of images [N, ..., H, W]; features are one row."""
+    if x.ndim == 2:
+        return 1, 1, x.shape[1]
+    height, width = x.shape[-2:]
+    return x[0].numel() // (height * width), height, width

@@ -1,0 +1,386 @@
+"""Spike search: the table of the first layer against the network, every move, starts, and networks
+whose breakable images are known.
+"""
+
+import json
+from contextlib import nullcontext
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from attacks.table import (
+    MODELS,
+    Recorder,
+    assert_within,
+    linear_model,
+    predicted,
+    seeded,
+    two_classes,
+)
+from spikingjelly.activation_based import encoding, layer, neuron
+from torch import Tensor, nn
+
+from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust.attacks import SampleSeeds, ThreatModel, apgd, spike_search
+from sj_robust.attacks._first_spikes import first_spikes
+from sj_robust.attacks._moves import MOVES, Moves, Place
+from sj_robust.classifier import PoissonEncoder, SpikingEventClassifier
+from sj_robust.core.host import functional
+from sj_robust.data import load_images
+from sj_robust.estimators import estimator
+from sj_robust.models import NetworkSpec, build_classifier, pretrained
+from sj_robust.models.checkpoint import load_checkpoint
+from sj_robust.proofs import verify
+
+KNOWN = Path(__file__).with_name("ground_truth")
+EPS = {"Linf": 0.2, "L2": 0.6}
+
+
+def spiking(*layers: nn.Module, step_mode: str = "m", T: int = 4, **options) -> SpikingClassifier:
+    torch.manual_seed(0)
+    net = nn.Sequential(*layers)
+    functional.set_step_mode(net, step_mode)
+    return SpikingClassifier(net, T=T, **options).eval()
+
+
+def uneven(node: DLIFNode) -> DLIFNode:
+    """A gain of its own in every step."""
+    with torch.no_grad():
+        node.input_gain.copy_(torch.tensor([1.0, 0.5, 1.5, 0.8]))
+    return node
+
+
+def small(node: nn.Module, **options) -> SpikingClassifier:
+    """Two channels of 5 x 4 pixels, strided convolution, batch norm that does something."""
+    norm = layer.BatchNorm2d(3)
+    torch.manual_seed(1)
+    norm.running_mean.uniform_(-0.3, 0.3)
+    norm.running_var.uniform_(0.1, 0.6)
+    convolution = layer.Conv2d(2, 3, 3, stride=2, padding=1)
+    head = [layer.Flatten(), layer.Linear(18, 4)]
+    return spiking(convolution, norm, node, *head, **options)
+
+
+AFFINE = {
+    "dlif": lambda: small(uneven(DLIFNode(T=4, tau=3.0))),
+    "lif": lambda: small(neuron.LIFNode(tau=2.0, v_threshold=0.4)),
+    "soft reset, normalised": lambda: small(
+        neuron.IFNode(v_reset=None), mean=[0.4, 0.5], std=[0.3, 0.2]
+    ),
+    "single steps": lambda: small(neuron.LIFNode(v_threshold=0.3), step_mode="s"),
+    "package": lambda: build_classifier(
+        NetworkSpec(image_shape=(2, 5, 4), classes=4, T=4, channels=(3,))
+    ).eval(),
+}
+
+
+def first_layer(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Currents of the first step and spikes of the first layer, [N, D] and [T, N, D]."""
+    node = next(m for m in model.modules() if hasattr(m, "v_threshold"))
+    currents, spikes = [], []
+
+    def called(module, args, output):
+        seen = node.step_mode == "m"
+        currents.append(args[0][0] if seen else args[0])
+        spikes.append(output if seen else output[None])
+
+    hook = node.register_forward_hook(called)
+    with torch.no_grad():
+        model(x)
+    hook.remove()
+    return currents[0].flatten(1), torch.cat(spikes).flatten(2)
+
+
+@pytest.mark.parametrize("name", AFFINE)
+@torch.no_grad()
+def test_currents_and_spike_trains_of_the_first_layer_are_those_of_the_network(name):
+    model = AFFINE[name]()
+    x = torch.rand(200, 2, 5, 4, generator=seeded())
+    spikes = first_spikes(model, x)
+    currents, trains = first_layer(model, x)
+    found = (x.flatten(1)[:, spikes.index] * spikes.weight).sum(2) + spikes.bias
+    torch.testing.assert_close(found, currents, rtol=1e-4, atol=1e-5)
+    interval = torch.bucketize(found, spikes.thresholds, right=True)
+    near = (found[..., None] - spikes.thresholds).abs().amin(2) < 1e-5
+    assert near.double().mean() < 0.01
+    code = (trains * 2.0 ** torch.arange(len(trains))[:, None, None]).sum(0)
+    code, interval = code[~near], interval[~near]
+    of_interval = {number: code[interval == number].unique() for number in interval.unique()}
+    assert all(len(codes) == 1 for codes in of_interval.values())  # one train in every interval
+    neighbours = list(of_interval.items())
+    assert len(neighbours) > 2
+    for (a, codes), (b, others) in pairwise(neighbours):
+        assert b != a + 1 or codes != others  # and another one in the next
+
+
+NOT_AFFINE = {
+    "no spikes": (linear_model(16), torch.rand(2, 1, 4, 4)),
+    "a function": (lambda x: x.flatten(1), torch.rand(2, 1, 4, 4)),
+    "max pooling": (
+        spiking(layer.MaxPool2d(2), layer.Flatten(), neuron.IFNode(), layer.Linear(4, 3)),
+        torch.rand(2, 1, 4, 4),
+    ),
+    "latency": (
+        spiking(
+            layer.Flatten(),
+            layer.Linear(16, 5),
+            neuron.IFNode(v_threshold=0.1),
+            layer.Linear(5, 3),
+            encoder=encoding.LatencyEncoder(4),
+        ),
+        torch.rand(2, 1, 4, 4),
+    ),
+    "event frames": (
+        SpikingEventClassifier(
+            nn.Sequential(nn.Flatten(2), nn.Linear(32, 3), DLIFNode(T=4)), T=4
+        ).eval(),
+        torch.randint(2, (2, 4, 2, 4, 4)).float(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_AFFINE)
+@torch.no_grad()
+def test_nothing_is_said_of_spikes_that_are_no_function_of_one_affine_current(name):
+    model, x = NOT_AFFINE[name]
+    assert first_spikes(model, x) is None
+
+
+def place(moves: Moves, n: int = 300) -> Place:
+    generator = seeded(3)
+    x = 0.3 + 0.4 * torch.rand(n, 40, generator=generator)
+    pool = (x[:4] + 0.05).view(2, 2, 40)
+    return Place(
+        x=x,
+        low=x - 0.1 * torch.rand(n, 40, generator=generator),
+        high=x + 0.1 * torch.rand(n, 40, generator=generator),
+        slope=torch.randn(n, 40, generator=generator),
+        rows=torch.arange(n) % 2,
+        pool=pool,
+    )
+
+
+def moved(kind: str) -> tuple[Moves, Place, Tensor]:
+    """Proposals of a kind for images of the small network."""
+    with torch.no_grad():
+        moves = Moves((2, 5, 4), first_spikes(AFFINE["dlif"](), torch.rand(1, 2, 5, 4)))
+    here = place(moves)
+    numbers = torch.rand(len(here.x), moves.numbers(kind), generator=seeded(4))
+    before = here.x.clone()
+    proposal = moves.propose(kind, here, numbers)
+    assert torch.equal(here.x, before)
+    assert proposal.shape == before.shape
+    return moves, here, proposal
+
+
+@pytest.mark.parametrize("kind", MOVES)
+def test_a_move_changes_something_and_stays_in_the_box(kind):
+    _, here, proposal = moved(kind)
+    if kind != "cross":  # whose images are those of the pool
+        assert bool((proposal >= here.low - 1e-6).all())
+        assert bool((proposal <= here.high + 1e-6).all())
+    assert (proposal != here.x).any(1).double().mean() > 0.6
+
+
+def test_elements_are_one_to_three_half_of_them_at_the_ends():
+    _, here, proposal = moved("elements")
+    changed = (proposal != here.x).sum(1)
+    assert changed.unique().tolist() == [1, 2, 3]
+    at_end = (proposal - here.low).abs() < 1e-6
+    at_end |= (proposal - here.high).abs() < 1e-6
+    extreme = (at_end | (proposal == here.x)).all(1)
+    assert 0.4 < extreme.double().mean() < 0.6
+
+
+def test_a_patch_is_a_square_of_one_share_per_channel():
+    _, here, proposal = moved("patch")
+    changed = (proposal != here.x).view(-1, 2, 5, 4)
+    share = ((proposal - here.low) / (here.high - here.low)).view(-1, 2, 5, 4)
+    sizes = set()
+    for mask, value in zip(changed, share, strict=True):
+        for channel, values in zip(mask, value, strict=True):
+            places = channel.nonzero()
+            if len(places) == 0:
+                continue
+            side = (places.amax(0) - places.amin(0) + 1).tolist()
+            assert side[0] == side[1]
+            assert len(places) == side[0] ** 2
+            assert values[channel].max() - values[channel].min() < 1e-4
+            sizes.add(side[0])
+    assert sizes == {1, 2}
+
+
+def test_a_cross_takes_a_square_of_an_image_of_the_same_sample():
+    _, here, proposal = moved("cross")
+    changed = proposal != here.x
+    own = here.pool[here.rows]
+    taken = (proposal[:, None] == own) | ~changed[:, None]
+    assert bool(taken.all(2).any(1).all())
+    assert changed.sum(1).unique().tolist() == [2, 8, 18]
+
+
+@pytest.mark.parametrize("kind", ["flip", "guided_flip"])
+def test_a_flip_carries_a_neuron_just_across_its_next_threshold(kind):
+    moves, here, proposal = moved(kind)
+    spikes = moves.spikes
+
+    def seen(x: Tensor) -> tuple[Tensor, Tensor]:
+        current = (x[:, spikes.index] * spikes.weight).sum(2) + spikes.bias
+        return current, torch.bucketize(current, spikes.thresholds, right=True)
+
+    (_, before), (after, interval) = seen(here.x), seen(proposal)
+    threshold = torch.where(
+        interval > before, spikes.thresholds[interval - 1], spikes.thresholds[interval]
+    )
+    just = ((after - threshold).abs() < 2e-5) & ((interval - before).abs() == 1)
+    assert just.any(1).double().mean() > 0.5  # the box does not allow every one
+    if kind == "guided_flip":
+        assert ((proposal - here.x) * here.slope).sum(1).mean() < -0.01
+
+
+def hidden(x: Tensor) -> Tensor:
+    """Steps without a gradient that leads anywhere: each of 16 bright pixels is worth a tenth."""
+    steps = (x.flatten(1) > 0.55).to(x.dtype).sum(1) / 10
+    return 1.05 - steps + 0 * x.sum((1, 2, 3))
+
+
+@pytest.mark.parametrize("norm", EPS)
+def test_it_breaks_what_no_gradient_leads_to(norm):
+    x = torch.full((3, 1, 4, 4), 0.5)
+    y = torch.ones(3, dtype=torch.int64)
+    model = two_classes(hidden)
+    x_adv = spike_search(model, x, y, eps=EPS[norm], norm=norm, forwards=4800, generator=seeded())
+    assert predicted(model, x_adv).tolist() == [0, 0, 0]
+    assert_within(x_adv, x, norm, EPS[norm])
+
+
+def test_a_start_that_fools_is_the_result_and_one_outside_the_ball_is_projected():
+    x = torch.full((2, 1, 4, 4), 0.5)
+    y = torch.ones(2, dtype=torch.int64)
+    model = Recorder(two_classes(hidden))
+    start = torch.full_like(x, 0.56)
+    found = spike_search(model, x, y, eps=0.1, starts=[x, start], generator=seeded())
+    assert torch.equal(found, start)
+    assert len(model.seen) <= 5
+    far = torch.ones(1, *x.shape)
+    assert_within(spike_search(model, x, y, eps=0.1, starts=far, forwards=48), x, "Linf", 0.1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 10_000])
+def test_the_size_of_its_batches_changes_no_result(batch_size):
+    x = torch.rand(9, 1, 6, 6, generator=seeded(5)).double()
+    model = linear_model(36, torch.float64)
+    y = predicted(model, x)
+    options = {"eps": 0.03, "forwards": 480, "generator": SampleSeeds(range(9))}
+    wanted = spike_search(model, x, y, **options)
+    recorder = Recorder(model)
+    found = spike_search(recorder, x, y, **options, batch_size=batch_size)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    assert max(recorder.sizes) <= max(batch_size, 18)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"forwards": 0}, ValueError, "forwards must be"),
+        ({"moves": ["flips"]}, ValueError, "moves must be one of .*did you mean 'flip'"),
+        ({"moves": []}, ValueError, "moves must name"),
+        ({"moves": ["flip"]}, ValueError, "flips need a first spiking layer"),
+        ({"starts": torch.rand(3, 1, 6, 6)}, ValueError, r"starts must be \[S, N, ...\]"),
+        ({"starts": []}, ValueError, r"starts must be \[S, N, ...\]"),
+        ({"starts": torch.full((1, 3, 1, 6, 6), 2.0)}, ValueError, r"must lie in \[0, 1\]"),
+    ],
+)
+def test_wrong_use(options, error, match):
+    x = torch.rand(3, 1, 6, 6, generator=seeded())
+    with pytest.raises(error, match=match):
+        spike_search(linear_model(36), x, predicted(linear_model(36), x), eps=0.1, **options)
+
+
+def test_a_network_that_draws_is_refused():
+    net = nn.Sequential(nn.Flatten(2), nn.Linear(36, 5), DLIFNode(T=4))
+    model = SpikingClassifier(net, T=4, encoder=PoissonEncoder())
+    with pytest.raises(ValueError, match="must give the same logits again.*eot_samples"):
+        spike_search(model, torch.rand(4, 1, 6, 6), torch.zeros(4, dtype=torch.int64), eps=0.1)
+
+
+def digits(count: int) -> tuple[Tensor, Tensor]:
+    test = load_images("digits", test_limit=count).test
+    x, y = (torch.stack(part) for part in zip(*(test[i] for i in range(count)), strict=True))
+    return x, y
+
+
+def known() -> list[tuple[str, str]]:
+    """Networks and radii of which the program has said something."""
+    found = []
+    for file in sorted(KNOWN.glob("*.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found += [(file.stem, eps) for eps in content if eps != "command"]
+    return found
+
+
+def gradient_starts(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> list[Tensor]:
+    """What four short runs of APGD find, with other surrogates and losses."""
+    found = []
+    runs = [("atan:8+detach", "ce"), ("sigmoid:8", "dlr"), ("", "ce"), ("atan:4", "ce")]
+    for number, (name, loss) in enumerate(runs):
+        own = SampleSeeds(range(len(x))).derived("s", 0, number)
+        with estimator(name)(model) if name else nullcontext(model) as applied:
+            found.append(apgd(applied, x, y, eps=eps, loss=loss, steps=50, generator=own))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "eps"), known())
+def test_at_most_one_breakable_image_of_128_is_overlooked(name, eps):
+    content = load_checkpoint(KNOWN / f"{name}.pt")
+    model = build_classifier(NetworkSpec(**content["description"]["network"]))
+    model.load_state_dict(content["model"])
+    model.eval()
+    verdicts = json.loads((KNOWN / f"{name}.json").read_text(encoding="utf-8"))[eps]
+    x, y = digits(128)
+    starts = gradient_starts(model, x, y, float(eps))
+    seeds = SampleSeeds(range(128))
+    x_adv = spike_search(model, x, y, eps=float(eps), starts=starts, generator=seeds)
+    assert_within(x_adv, x, "Linf", float(eps))
+    fallen = predicted(model, x_adv) != y
+    pairs = list(zip(verdicts, fallen.tolist(), strict=True))
+    assert ("v", True) not in pairs
+    assert ("w", False) not in pairs
+    assert pairs.count(("b", False)) <= 1
+    assert verdicts.count("b") > 5
+
+
+@pytest.mark.slow
+def test_no_image_that_is_verified_is_ever_broken():
+    model = pretrained("digits/dlif-certified")
+    x, y = digits(360)
+    verified = torch.tensor(verify(model, x, y, 0.1, method="crown").verified)
+    assert verified.sum() > 290
+    x, y = x[verified], y[verified]
+    x_adv = spike_search(model, x, y, eps=0.1, forwards=4800, generator=SampleSeeds(range(len(x))))
+    assert bool((predicted(model, x_adv) == y).all())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["lif", "dlif"])
+def test_results_do_not_depend_on_neighbours_on_a_spiking_network(model, batch):
+    torch.manual_seed(1)
+    network = MODELS[model]().eval().double()
+    x = batch[0].double()
+    y = predicted(network, x)
+    options = {"eps": 0.1, "forwards": 480}
+    seeds = SampleSeeds(range(7))
+    together = spike_search(network, x, y, **options, generator=seeds)
+    for rows in ([3], [6, 0]):
+        own = seeds.rows(torch.tensor(rows))
+        alone = spike_search(network, x[rows], y[rows], **options, generator=own)
+        torch.testing.assert_close(alone, together[rows], rtol=0, atol=1e-9)
+
+
+def test_the_threat_of_an_l2_ball_holds_in_half_precision():
+    x = torch.rand(4, 2, 3, 3, generator=seeded()).half()
+    model = linear_model(18, torch.float16)
+    x_adv = spike_search(model, x, predicted(model, x), eps=0.3, norm="L2", forwards=96)
+    assert bool(ThreatModel("L2", 0.3).contains(x, x_adv).all())
