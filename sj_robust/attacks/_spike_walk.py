@@ -12,7 +12,7 @@ from sj_robust.attacks._moves import FLIPS, Moves, Place
 from sj_robust.attacks.logits import margin
 from sj_robust.attacks.projection import linf_bounds, wide
 from sj_robust.attacks.threat import ThreatModel
-from sj_robust.core.checks import check_logits
+from sj_robust.core.checks import logits_of
 from sj_robust.core.randomness import SampleDraws, SampleSeeds, rand
 
 __all__ = ["STAGES", "Plan", "SpikeSearch", "Stage"]
@@ -196,7 +196,7 @@ class _Walk:
         """One move of every chain; which samples have fallen, [S]."""
         search = self.search
         images = self.propose(kind, drawn)
-        logits = check_logits(search.network(images.view_as(self.centre)), self.y)
+        logits = logits_of(search.network, images.view_as(self.centre), self.y)
         shape = self.value.shape
         value = margin(logits, self.y).view(shape).to(self.value.dtype)
         proposal = wide(images).view_as(self.x)
