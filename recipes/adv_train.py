@@ -81,8 +81,8 @@ class Options:
         runs_code=True,
     )
     model_options: dict[str, Any] = option({}, "Further keyword arguments of the network.")
-    neuron: Literal["dlif", "lif", "plif", "if"] = often(
-        "dlif", "Spiking neuron of the trained network."
+    neuron: Literal["dlif", "lif", "plif", "if", "relu"] = often(
+        "dlif", "Spiking neuron of the trained network; relu: the ordinary network (T 1)."
     )
     learn_gain: bool = option(
         True, "False leaves DLIF's gain at 1, as LIF.", idle=lambda given: given.neuron != "dlif"
@@ -115,6 +115,23 @@ class Options:
     )
     certified_eps: Radius | None = option(
         None, "Linf radius of the bounds of certified; null means eps."
+    )
+    surrogate_width: float = option(
+        1.0,
+        "Width of the surrogate in the bounds of certified, in units of the neuron's; 0.5 proves "
+        "about a point more.",
+    )
+    ramp: float = option(
+        0.6, "Share of a certified training in which radius and weight of the bounds rise."
+    )
+    box: float = option(
+        1.0,
+        "Share of the radius that the bounds of certified are over, around an attacked image; 1 "
+        "is the whole ball (SABR: 0.1 to 0.7).",
+    )
+    attacked: bool = option(
+        False,
+        "Whether kappa weighs the attacked images in certified, not the clean ones (MTL-IBP).",
     )
     step_size: Radius | None = option(
         None, "Step of the attack; null is eps for one step, eps / 4 for several."
@@ -172,6 +189,7 @@ class Options:
     gain_penalty: float = option(
         0.0, "Weight of the penalty on the gain of DLIF layers over time; 0 leaves it out."
     )
+    l1: float = option(0.0, "Weight of the sum of absolute weights; 0 leaves it out.")
     epochs: PositiveInt = often(15, "Passes over the training images.", group="training")
     batch_size: PositiveInt = often(64, "Images per step, over all processes together.")
     accumulate: PositiveInt = option(
@@ -179,6 +197,10 @@ class Options:
     )
     optimizer: Literal["sgd", "adam"] = option("sgd", "sgd or adam.")
     lr: float = often(0.1, "Learning rate at the start; it falls to 0 (cosine).")
+    milestones: tuple[float, ...] = option(
+        (), "Shares of the epochs after which it falls to a fifth, in the place of the cosine."
+    )
+    gradient_clip: float | None = option(None, "Largest L2 norm of the gradient; null for any.")
     momentum: float = option(
         0.9, "Momentum of SGD.", idle=lambda options: options.optimizer == "adam"
     )
@@ -385,6 +407,8 @@ def prepared(
         channels_last=options.channels_last,
         accumulate=options.accumulate,
         lr=options.lr,
+        milestones=options.milestones,
+        gradient_clip=options.gradient_clip,
         optimizer=options.optimizer,
         log_bounds=options.log_bounds,
         weight_decay=known(options.weight_decay),
@@ -397,23 +421,29 @@ def prepared(
         if options.select == "verified"
         else None,
     )
-    attack = (
-        None
-        if mode.loss == "certified" and options.rho == 0
-        else training.training_attack(
+    bounds = training.CertifiedOptions(
+        surrogate_width=options.surrogate_width,
+        ramp=options.ramp,
+        box=options.box,
+        attacked=options.attacked,
+    )
+    attack = None
+    if mode.loss != "certified" or options.rho != 0 or bounds.needs_perturbed:
+        attacks_bounds = mode.loss == "certified" and bounds.needs_perturbed
+        attack = training.training_attack(
             options.mode,
-            eps=parse_eps(options.eps),
+            eps=known(radius(options.certified_eps if attacks_bounds else options.eps)),
             noise_std=options.noise_std,
             project=options.project,
             step_size=radius(options.step_size),
             steps=options.attack_steps,
         )
-    )
     penalties = training.make_penalties(
         gradient_sparsity=options.gradient_sparsity,
         threshold_guard=options.threshold_guard,
         guard_margin=options.guard_margin,
         gain_penalty=options.gain_penalty,
+        l1=options.l1,
     )
     objective = training.Objective(
         classifier,
@@ -426,6 +456,7 @@ def prepared(
         trades_weight=options.trades_weight,
         penalties=penalties,
         certified_eps=radius(options.certified_eps) if mode.loss == "certified" else None,
+        certified_options=bounds,
         indicator=options.indicator,
     )
     return objective, plan, attack

@@ -34,6 +34,10 @@ from sj_robust.training.validation import Validation
 __all__ = ["NonFiniteLossError", "TrainingRun", "check_outputs"]
 
 
+_FALL = 0.2
+"""What is left of the learning rate behind a milestone."""
+
+
 class NonFiniteLossError(RuntimeError):
     """The loss or a weight became NaN or infinite; the checkpoint written before is intact."""
 
@@ -87,7 +91,7 @@ class TrainingRun:
             optimizer = torch.optim.Adam(objective.parameters(), **common)
         else:
             optimizer = torch.optim.SGD(objective.parameters(), momentum=plan.momentum, **common)
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, plan.epochs)
+        self.scheduler = _schedule(optimizer, plan)
         self.step_module, self.optimizer = accelerator.prepare(objective, optimizer)
         if isinstance(self.step_module, DistributedDataParallel):
             self.step_module.broadcast_buffers = (
@@ -226,6 +230,9 @@ class TrainingRun:
                         self._part(x[rows], y[rows], SampleSeeds(seeds.seeds[rows]), perturb)
                     )
         losses, signal_number = self._agreed(received, torch.stack(values).mean(0))
+        if self.plan.gradient_clip is not None:
+            parameters = self.objective.parameters()
+            self.accelerator.clip_grad_norm_(parameters, self.plan.gradient_clip)
         self.optimizer.step()
         if self.plan.retraction > 0:
             draws = torch.Generator().manual_seed(mixed(self.plan.seed, *position))
@@ -319,6 +326,16 @@ class TrainingRun:
             f"{what} at epoch {self.epoch + 1}, step {self.batch + 1}; {intact}. Lower lr, or "
             "check rho and the data"
         )
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, plan: TrainingPlan
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """How the learning rate falls, epoch by epoch."""
+    if not plan.milestones:
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, plan.epochs)
+    epochs = [round(share * plan.epochs) for share in plan.milestones]
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, epochs, gamma=_FALL)
 
 
 def check_outputs(classifier: nn.Module, image: Tensor, classes: int, seed: int) -> None:

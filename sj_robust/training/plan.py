@@ -13,13 +13,18 @@ class TrainingPlan:
     """How long and how to step. 训练计划。
 
     Attributes:
-        epochs: Passes over the training images; the learning rate falls to 0 over them (cosine).
+        epochs: Passes over the training images; the learning rate falls to 0 over them (cosine), or
+            at milestones.
         batch_size: Images per step over all processes together.
         accumulate: Equal parts that every process takes its share of a step in, one after the
             other, for want of memory; their gradients are averaged, and batch norm sees one part at
             a time.
         optimizer: ``"sgd"`` or ``"adam"``.
         lr: Learning rate at the start.
+        milestones: Shares of the epochs, in (0, 1), after which the learning rate falls to a fifth;
+            empty for the cosine.
+        gradient_clip: Largest L2 norm of the gradient of all parameters, which is scaled down if it
+            is longer; None leaves it as it is.
         momentum: Momentum of SGD; Adam has its own.
         weight_decay: On all parameters, DLIF's input gains included.
         retraction: Length beta of the step of every weight towards orthonormal rows after the
@@ -43,7 +48,8 @@ class TrainingPlan:
     Raises:
         ValueError: If a number is out of range.
 
-    Source: training recipe of Ding et al. (ICML 2024), section 5.
+    Source: training recipe of Ding et al. (ICML 2024), section 5; milestones and clipping as in
+        Shi et al., "Fast Certified Robust Training with Short Warmup" (NeurIPS 2021).
 
     Examples:
         >>> TrainingPlan(epochs=30, batch_size=128, accumulate=2).lr
@@ -55,6 +61,8 @@ class TrainingPlan:
     accumulate: int = 1
     optimizer: Literal["sgd", "adam"] = "sgd"
     lr: float = 0.1
+    milestones: tuple[float, ...] = ()
+    gradient_clip: float | None = None
     momentum: float = 0.9
     weight_decay: float = 5e-4
     retraction: float = 0.0
@@ -85,6 +93,16 @@ class TrainingPlan:
             )
         if not 0.0 < self.lr < float("inf"):
             raise ValueError(f"lr must be > 0 and finite, got {self.lr}")
+        outside = [share for share in self.milestones if not 0.0 < share < 1.0]
+        if outside:
+            raise ValueError(
+                f"milestones must be in (0, 1), got {outside}; they are shares of the epochs"
+            )
+        if self.gradient_clip is not None and not 0.0 < self.gradient_clip < float("inf"):
+            raise ValueError(
+                f"gradient_clip must be > 0 and finite, got {self.gradient_clip}; None clips "
+                "nothing"
+            )
         if not 0.0 <= self.momentum < 1.0:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
         for name, size in (("weight_decay", self.weight_decay), ("retraction", self.retraction)):
