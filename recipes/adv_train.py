@@ -295,6 +295,7 @@ def main(arguments: list[str]) -> None:
             gradient_sparsity=0.0,
             threshold_guard=0.0,
             gain_penalty=0.0,
+            l1=0.0,
         )
     eps = known(radius(options.eval_eps, options.eps))
     with checked():  # before there is a folder

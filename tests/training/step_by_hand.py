@@ -15,17 +15,18 @@ NEURONS = {
 
 
 class Triangle(torch.autograd.Function):
-    """Heaviside step with the derivative max(0, 1 - |z|)."""
+    """Heaviside step with the derivative max(0, 1 - |z| / width) / width."""
 
     @staticmethod
-    def forward(ctx, z):
+    def forward(ctx, z, width=1.0):
         ctx.save_for_backward(z)
+        ctx.width = width
         return (z >= 0).double()
 
     @staticmethod
     def backward(ctx, grad):
         (z,) = ctx.saved_tensors
-        return grad * torch.relu(1 - z.abs())
+        return grad * torch.relu(1 - z.abs() / ctx.width) / ctx.width, None
 
 
 def potentials(x_seq, *, decay, gain, v_reset=0.0, detach=False):
@@ -54,6 +55,7 @@ class Network:
     def __init__(self, state):
         self.w = {name: value.detach().clone() for name, value in state.items()}
         self.margin = float("inf")
+        self.width = 1.0
         self.statistics = {}
 
     def parameters(self):
@@ -151,8 +153,8 @@ class Network:
                 DECAY * low + torch.minimum(*currents),
                 DECAY * high + torch.maximum(*currents),
             )
-            sure_seq.append(Triangle.apply(h_low - 1))
-            possible_seq.append(Triangle.apply(h_high - 1))
+            sure_seq.append(Triangle.apply(h_low - 1, self.width))
+            possible_seq.append(Triangle.apply(h_high - 1, self.width))
             self.margin = min(
                 self.margin, *(float((h - 1).abs().min().detach()) for h in (h_low, h_high))
             )

@@ -108,6 +108,29 @@ def test_a_second_step_has_momentum_and_the_cosine_learning_rate(tmp_path, momen
         torch.testing.assert_close(trained.get_parameter(name), value, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("clip", [0.01, 1e9])
+def test_a_gradient_longer_than_the_clip_is_scaled_down_to_it(tmp_path, clip):
+    one_step = {"data": small_run.splits(16), "epochs": 1, "perturb": None, "momentum": 0.0}
+    one_step |= {"weight_decay": 0.0, "lr": 1.0}
+    _, start = small_run.run(tmp_path / "a", **one_step | {"lr": 1e-30})
+    _, plain = small_run.run(tmp_path / "b", **one_step)
+    _, clipped = small_run.run(tmp_path / "c", gradient_clip=clip, **one_step)
+    before = nn.utils.parameters_to_vector(start.parameters())
+    steps = [nn.utils.parameters_to_vector(net.parameters()) - before for net in (plain, clipped)]
+    length = float(steps[0].norm())
+    assert length > 0.02
+    torch.testing.assert_close(steps[1], steps[0] * min(1.0, clip / length), rtol=1e-3, atol=1e-6)
+
+
+def test_the_learning_rate_falls_to_a_fifth_at_milestones_also_in_a_resumed_run(tmp_path):
+    options = {"epochs": 5, "milestones": (0.4, 0.8), "perturb": small_run.ATTACK}
+    with pytest.raises(PowerCutError):
+        small_run.run(tmp_path, **options | {"perturb": At(14, power_cut)})
+    history, _ = small_run.run(tmp_path, **options, resume=True)
+    rates = [record.lr for record in history]
+    assert rates == pytest.approx([0.1, 0.1, 0.02, 0.02, 0.004])
+
+
 def test_a_step_ends_with_the_retraction_of_the_plan(tmp_path):
     one_step = {"data": small_run.splits(16), "epochs": 1, "perturb": None}
     _, retracted = small_run.run(tmp_path / "a", **one_step, retraction=0.05)
@@ -284,6 +307,11 @@ def test_broken_weights_never_reach_a_checkpoint(tmp_path, step):
         ({"retraction": -1e-3}, "retraction must be >= 0"),
         ({"weight_decay": -1e-3}, "weight_decay must be >= 0"),
         ({"momentum": 1.0}, "momentum must be in"),
+        (
+            {"milestones": (0.5, 1.0)},
+            r"milestones must be in \(0, 1\), got \[1.0\]; they are shares",
+        ),
+        ({"gradient_clip": 0.0}, "gradient_clip must be > 0 and finite, got 0.0; None"),
         (
             {
                 "build": lambda: nn.Sequential(

@@ -16,9 +16,11 @@ from sj_robust.attacks import SampleSeeds
 from sj_robust.core.randomness import draw_seed, private_generator, rand, randn
 from sj_robust.training import (
     MODES,
+    CertifiedOptions,
     GradientSparsity,
     Objective,
     ThresholdGuarding,
+    WeightMagnitude,
     retract_,
     training_attack,
 )
@@ -30,12 +32,24 @@ NOISE_STD = 0.1
 SEEDS = SampleSeeds([11, 12, 13])
 
 
-def case_of(mode, *, sparsity=0.0, squared=False, guard=0.0, guarded="all", **options):
+def case_of(
+    mode,
+    *,
+    sparsity=0.0,
+    squared=False,
+    guard=0.0,
+    guarded="all",
+    l1=0.0,
+    bounds=None,
+    **options,
+):
     """A mode, options of the objective beside those of the mode, and penalties."""
     of_mode = {name: getattr(MODES[mode], name) for name in ("kappa", "rho", "loss")}
     usual = {"layers": "last", "norm": "l2", "indicator": "mppd", "input_gain": False}
     penalties = {"sparsity": sparsity, "squared": squared, "guard": guard, "guarded": guarded}
-    return SimpleNamespace(mode=mode, options=of_mode | usual | options, **penalties)
+    bounds = {"surrogate_width": 1.0, "box": 1.0, "attacked": False} | (bounds or {})
+    options = of_mode | usual | options
+    return SimpleNamespace(mode=mode, options=options, l1=l1, bounds=bounds, **penalties)
 
 
 CASES = [
@@ -63,6 +77,11 @@ CASES = [
     case_of("certified"),
     case_of("certified", kappa=0.3, rho=0.5),
     case_of("certified", sparsity=0.3),
+    case_of("at", l1=0.01),
+    case_of("certified", bounds={"surrogate_width": 0.5}),
+    case_of("certified", kappa=0.4, bounds={"box": 0.2}),
+    case_of("certified", kappa=0.4, bounds={"attacked": True}),
+    case_of("certified", l1=0.01, kappa=0.1, bounds={"box": 0.6, "attacked": True}, rho=0.5),
 ]
 
 
@@ -126,11 +145,13 @@ def loss_by_hand(case, network, x, y, x_perturbed):
     """Total, MS-MPPD and penalty."""
     options = case.options
     kappa, rho, loss = options["kappa"], options["rho"], options["loss"]
-    runs = {}
+    runs, attacked, reach = {}, case.bounds["attacked"], RAMP * CERTIFIED_EPS
+    if attacked:
+        x_perturbed = within(x, x_perturbed, reach)
     both = x_perturbed is not None and (rho > 0 or loss == "trades")
     if loss == "certified" or x_perturbed is None or kappa > 0 or both:
         runs["clean"] = x
-    if x_perturbed is not None and ((kappa < 1 and loss != "certified") or both):
+    if x_perturbed is not None and ((kappa < 1 and loss != "certified") or both or attacked):
         runs["perturbed"] = x_perturbed
     logits, seen, slope = {}, {}, None
     for number, (name, images) in enumerate(runs.items()):
@@ -143,8 +164,10 @@ def loss_by_hand(case, network, x, y, x_perturbed):
     entropy = {name: step_by_hand.cross_entropy(z, y) for name, z in logits.items()}
     if loss == "certified":
         weight = (1 - kappa) * RAMP
-        bounds = step_by_hand.cross_entropy(network.lead(x, y, RAMP * CERTIFIED_EPS), y)
-        total = (1 - weight) * entropy["clean"] + weight * bounds
+        box, network.width = case.bounds["box"], case.bounds["surrogate_width"]
+        centre = within(x, x_perturbed, (1 - box) * reach)
+        bounds = step_by_hand.cross_entropy(network.lead(centre, y, box * reach), y)
+        total = (1 - weight) * entropy["perturbed" if attacked else "clean"] + weight * bounds
     elif x_perturbed is None:
         total = entropy["clean"]
     elif loss == "trades":
@@ -167,7 +190,15 @@ def loss_by_hand(case, network, x, y, x_perturbed):
         penalty = penalty + case.guard * sum(terms) / len(terms)
     if case.sparsity:
         penalty = penalty + case.sparsity * slope()
+    if case.l1:
+        names = ("0.weight", "4.weight", "8.weight", "10.weight")
+        penalty = penalty + case.l1 * sum(network.w[name].abs().sum() for name in names)
     return total + rho * mppd + penalty, mppd, penalty
+
+
+def within(x, x_perturbed, reach):
+    """Images that are at most so far from ``x``, element by element."""
+    return x + (x_perturbed - x).clamp(-reach, reach)
 
 
 @pytest.mark.parametrize("kind", ["dlif", pytest.param("lif", marks=pytest.mark.slow)])
@@ -181,9 +212,14 @@ def test_a_step_equals_the_formulas(case, kind):
         penalties.append(ThresholdGuarding(case.guard, margin=0.6, layers=case.guarded))
     if case.sparsity:
         penalties.append(GradientSparsity(case.sparsity, squared=case.squared))
-    certified_eps = CERTIFIED_EPS if mode.loss == "certified" else None
+    if case.l1:
+        penalties.append(WeightMagnitude(case.l1))
     objective = Objective(
-        classifier, penalties=penalties, certified_eps=certified_eps, **case.options
+        classifier,
+        penalties=penalties,
+        certified_eps=CERTIFIED_EPS if mode.loss == "certified" else None,
+        certified_options=CertifiedOptions(**case.bounds),
+        **case.options,
     ).train()
     if objective.certified is not None:
         objective.certified.progress = 0.05 + 0.6 * RAMP
