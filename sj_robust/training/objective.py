@@ -219,8 +219,12 @@ class Objective(nn.Module):
             accuracy_perturbed = _accuracy(passes.logits_perturbed, y)
         if self.certified is not None:
             total = perturbed if self.certified.options.attacked else clean
-            if (weight := (1 - self.kappa) * self.certified.ramp) > 0:
+            weight = (1 - self.kappa) * self.certified.ramp
+            if weight > 0:
                 certified, accuracy_certified = self.certified.value(x.detach(), y, x_perturbed)
+            if weight == 1:  # nothing goes back through the other pass
+                total = certified
+            elif weight > 0:
                 total = (1 - weight) * total + weight * certified
         elif x_perturbed is None:
             total = clean
