@@ -139,8 +139,7 @@ class Network:
         mean, var = self.statistics[name]
         scale = (self.w[f"{name}.weight"] / (var + 1e-5).sqrt())[:, None, None]
         shift = self.w[f"{name}.bias"][:, None, None] - mean[:, None, None] * scale
-        moved = [end * scale + shift for end in ends]
-        return torch.minimum(*moved), torch.maximum(*moved)
+        return in_order([end * scale + shift for end in ends], scale)
 
     def neuron_bounds(self, name, ends):
         """Hard reset to 0, which passes no gradient on."""
@@ -148,11 +147,8 @@ class Network:
         low = high = torch.zeros_like(ends[0][0])
         sure_seq, possible_seq = [], []
         for t in range(T):
-            currents = gain[t] * ends[0][t], gain[t] * ends[1][t]
-            h_low, h_high = (
-                DECAY * low + torch.minimum(*currents),
-                DECAY * high + torch.maximum(*currents),
-            )
+            currents = in_order([gain[t] * ends[0][t], gain[t] * ends[1][t]], gain[t])
+            h_low, h_high = DECAY * low + currents[0], DECAY * high + currents[1]
             sure_seq.append(Triangle.apply(h_low - 1, self.width))
             possible_seq.append(Triangle.apply(h_high - 1, self.width))
             self.margin = min(
@@ -163,6 +159,14 @@ class Network:
             low = torch.where(sure, zero, torch.where(undecided, h_low.clamp(max=0), h_low))
             high = torch.where(sure, zero, torch.where(undecided, h_high.clamp(0, 1), h_high))
         return torch.stack(sure_seq), torch.stack(possible_seq)
+
+
+def in_order(ends, factor):
+    """Ends of an interval that were multiplied by ``factor``; where both are equal, each still has
+    the gradient of its own.
+    """
+    swapped = factor < 0
+    return torch.where(swapped, ends[1], ends[0]), torch.where(swapped, ends[0], ends[1])
 
 
 def cross_entropy(logits, y):
