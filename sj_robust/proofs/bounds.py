@@ -251,10 +251,11 @@ class BoundedRun:
             if len(x) % self.samples:
                 raise NoBoundsError(f"a max pooling of {tuple(x.shape)} for {self.samples} samples")
             return 0 if len(x) == self.samples else -1
+        in_time = x.ndim % 2 == 1  # [T, N, features] or [T, N, C, H, W]
+        if in_time and len(x) == 1 and x.shape[1] == self.samples:
+            return 1
         if len(x) == self.samples:
             return 0
-        if len(x) == 1 and x.ndim > 1 and x.shape[1] == self.samples:
-            return 1
         raise NoBoundsError(
             f"a ReLU of {tuple(x.shape)} for {self.samples} samples: there are for one time step"
         )
