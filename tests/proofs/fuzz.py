@@ -60,6 +60,7 @@ def random_node(case: random.Random, grid: bool, relu: bool) -> nn.Module:
     """IF, LIF, PLIF or DLIF with either reset, any threshold and gains of both signs; or ReLU."""
     if relu and case.random() < 0.7:
         return nn.ReLU()
+    steps = 1 if relu else T
     given = {
         "v_reset": case.choice([0.0, None, -0.5, 0.2]),
         "v_threshold": case.choice([0.1, 0.3, 0.5, 0.7, 1.0]),
@@ -70,9 +71,9 @@ def random_node(case: random.Random, grid: bool, relu: bool) -> nn.Module:
     if kind == "DLIF":
         backends = [name for name, state in available_backends().items() if state == "available"]
         backend = case.choice([*backends, *["spikingjelly"] * (RELEASE >= "2")])
-        node = DLIFNode(T=T, tau=tau, backend=backend, **given)
+        node = DLIFNode(T=steps, tau=tau, backend=backend, **given)
         node.input_gain.data = torch.tensor(
-            [round(case.gauss(0.7, 1.2), 1 if grid else 9) for _ in range(T)]
+            [round(case.gauss(0.7, 1.2), 1 if grid else 9) for _ in range(steps)]
         )
         return node
     given["decay_input"] = case.random() < 0.5
