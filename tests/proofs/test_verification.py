@@ -266,7 +266,11 @@ def test_lines_of_relu_are_exact_where_it_is_decided_and_there_is_no_program():
     net[0].weight.data, net[0].bias.data = torch.tensor([[8.0], [8.0]]), torch.zeros(2)
     net[2].weight.data, net[2].bias.data = torch.eye(2), torch.tensor([1.0, 0.0])
     x = torch.tensor([[0.5]])
-    assert verify(model, x, y, 0.1).margin[0] == pytest.approx(1 - 1.6, abs=1e-4)
+    intervals = verify(model, x, y, 0.1)
+    assert intervals.margin[0] == pytest.approx(1 - 1.6, abs=1e-4)
+    assert intervals.layers == ()
+    labels = intervals.plot().axes[1].get_yticklabels()
+    assert [label.get_text() for label in labels] == ["no spiking layer"]
     assert verify(model, x, y, 0.1, method="crown").margin[0] == pytest.approx(1, abs=1e-4)
     net[0].bias.data = torch.full((2,), -4.0)
     assert not verify(model, x, y, 0.3, method="crown").verified[0]

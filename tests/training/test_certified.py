@@ -27,6 +27,7 @@ from sj_robust.training import (
     check_training,
     load_checkpoint,
 )
+from sj_robust.training.validation import Validation
 
 EPS = 0.05
 CERTIFIED = {
@@ -169,6 +170,16 @@ def test_boxes_and_an_attacked_term_need_perturbed_images(options):
     )
     with pytest.raises(ValueError, match="needs perturbed images.*; give an attack"):
         objective(torch.rand(2, 1, 8, 8), torch.tensor([3, 7]))
+
+
+def test_a_network_with_relu_has_no_figures_of_spikes_in_the_log():
+    images = small_run.splits().validation
+    classifier = build_classifier(
+        NetworkSpec(neuron="relu", T=1, image_shape=(1, 4, 4), classes=3, channels=(2, 2))
+    )
+    found = Validation(images, Accelerator(cpu=True), seed=0)
+    assert found.scalars(classifier, small_run.ATTACK) == {}
+    assert set(found.accuracy(classifier, {}, EPS)) == {"clean", "verified"}
 
 
 def test_adam_takes_its_own_step(tmp_path):
