@@ -200,6 +200,11 @@ class Options:
     milestones: tuple[float, ...] = option(
         (), "Shares of the epochs after which it falls to a fifth, in the place of the cosine."
     )
+    precise_statistics: NonNegativeInt = option(
+        0,
+        "Training batches over which batch norm's statistics are taken anew before a validation; "
+        "0 keeps the moving average.",
+    )
     gradient_clip: float | None = option(None, "Largest L2 norm of the gradient; null for any.")
     momentum: float = option(
         0.9, "Momentum of SGD.", idle=lambda options: options.optimizer == "adam"
@@ -410,6 +415,7 @@ def prepared(
         lr=options.lr,
         milestones=options.milestones,
         gradient_clip=options.gradient_clip,
+        precise_statistics=options.precise_statistics,
         optimizer=options.optimizer,
         log_bounds=options.log_bounds,
         weight_decay=known(options.weight_decay),

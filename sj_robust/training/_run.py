@@ -2,6 +2,7 @@
 continued.
 """
 
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -21,7 +22,7 @@ from sj_robust.core.randomness import SampleSeeds, seeded_globals
 from sj_robust.data import ImageSplits, ShuffledBatches, image_loader
 from sj_robust.models.checkpoint import check_same_run, save_checkpoint
 from sj_robust.models.weights import as_named_in
-from sj_robust.training.batch_norm import share_buffers
+from sj_robust.training.batch_norm import measure_statistics, share_buffers
 from sj_robust.training.history import EpochRecord
 from sj_robust.training.journal import Journal
 from sj_robust.training.memory_order import choose_channels_last, store_channels_last
@@ -126,6 +127,8 @@ class TrainingRun:
 
     def finish_epoch(self, validation_attacks: Mapping[str, Attack]) -> EpochRecord:
         """Validate, record and write the checkpoints of an epoch whose batches are done."""
+        if self.plan.precise_statistics:
+            self._measure_statistics()
         with self._explained():
             validation = self.validation.accuracy(
                 self.classifier, validation_attacks, self.plan.verified_eps
@@ -239,6 +242,15 @@ class TrainingRun:
             retract_(self.classifier, self.plan.retraction, draws)
         share_buffers(self.classifier)
         return losses, signal_number
+
+    def _measure_statistics(self) -> None:
+        """Batch norm's running statistics over the first batches of the present epoch."""
+        self.batches.epoch, self.batches.first_batch = self.epoch, 0
+        chosen = itertools.islice(self.training_loader, self.plan.precise_statistics)
+        images = (self._moved(batch[0]) for batch in chosen)
+        with seeded_globals(mixed(self.plan.seed, self.epoch), self.accelerator.device):
+            measure_statistics(self.classifier, images)
+        share_buffers(self.classifier)
 
     def _part(self, x: Tensor, y: Tensor, seeds: SampleSeeds, perturb: Attack | None) -> Tensor:
         """Forward and backward pass of a part of this process's images; the losses, on their

@@ -42,6 +42,8 @@ class TrainingPlan:
         channels_last: Whether images and convolutions are stored channels last; None does so on
             CUDA, and on a CPU in half precision where that is measured to be faster.
         sync_batch_norm: Whether batch norm takes its statistics over the images of all processes.
+        precise_statistics: Training batches over which batch norm's running statistics are taken
+            anew before every validation; 0 keeps their moving average.
         log_bounds: Whether the log shows the exact L2 bound of every layer each epoch; see
             ``perturbation_gains``.
 
@@ -75,6 +77,7 @@ class TrainingPlan:
     compile: bool = False
     channels_last: bool | None = None
     sync_batch_norm: bool = False
+    precise_statistics: int = 0
     log_bounds: bool = False
 
     def __post_init__(self) -> None:
@@ -93,6 +96,11 @@ class TrainingPlan:
             )
         if not 0.0 < self.lr < float("inf"):
             raise ValueError(f"lr must be > 0 and finite, got {self.lr}")
+        if self.precise_statistics < 0:
+            raise ValueError(
+                f"precise_statistics must be >= 0, got {self.precise_statistics}; it is a number "
+                "of batches"
+            )
         outside = [share for share in self.milestones if not 0.0 < share < 1.0]
         if outside:
             raise ValueError(

@@ -16,6 +16,7 @@ from training import small_run
 from training.small_run import At, PowerCutError, power_cut
 
 from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust.data import ShuffledBatches
 from sj_robust.models.checkpoint import save_checkpoint
 from sj_robust.neuron.fusion import plain_names
 from sj_robust.perturbation.gains import l2_gain, peak_gain
@@ -131,6 +132,24 @@ def test_the_learning_rate_falls_to_a_fifth_at_milestones_also_in_a_resumed_run(
     history, _ = small_run.run(tmp_path, **options, resume=True)
     rates = [record.lr for record in history]
     assert rates == pytest.approx([0.1, 0.1, 0.02, 0.02, 0.004])
+
+
+def test_statistics_are_means_over_batches_with_the_last_weights(tmp_path):
+    options = {"build": small_run.batch_norm_net, "epochs": 2, "perturb": None}
+    _, moving = small_run.run(tmp_path / "a", **options)
+    _, measured = small_run.run(tmp_path / "b", precise_statistics=3, **options)
+    assert_same(dict(moving.named_parameters()), dict(measured.named_parameters()))
+    first = measured.net[1]
+    batches = ShuffledBatches(64, 16, seed=3)
+    images = small_run.splits().train.tensors[0]
+    seen = [measured.net[0](images[batches.indices(1, i)].unsqueeze(0))[0] for i in range(3)]
+    means = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)
+    variances = torch.stack([x.transpose(0, 1).flatten(1).var(1) for x in seen]).mean(0)
+    torch.testing.assert_close(first.running_mean, means.detach(), rtol=1e-5, atol=1e-6)
+    # a batch norm counts its images T times, which divides by another number less one
+    torch.testing.assert_close(first.running_var, variances.detach(), rtol=1e-2, atol=1e-6)
+    assert first.momentum == moving.net[1].momentum == 0.1
+    assert not torch.allclose(first.running_mean, moving.net[1].running_mean)
 
 
 def test_a_step_ends_with_the_retraction_of_the_plan(tmp_path):
@@ -313,6 +332,7 @@ def test_broken_weights_never_reach_a_checkpoint(tmp_path, step):
             {"milestones": (0.5, 1.0)},
             r"milestones must be in \(0, 1\), got \[1.0\]; they are shares",
         ),
+        ({"precise_statistics": -1}, "precise_statistics must be >= 0, got -1; it is a number"),
         ({"gradient_clip": 0.0}, "gradient_clip must be > 0 and finite, got 0.0; None"),
         (
             {
