@@ -19,10 +19,11 @@ def main() -> None:
         rows = [row for row in csv.DictReader(file) if row["clean"]]
     tasks = {f"{row['data'].removesuffix(' (JPEG)')}, {row['radius']}": None for row in rows}
     colours = dict(zip(tasks, COLOURS, strict=False))
-    figure = new_figure(6.4, 4.2)
+    figure = new_figure(5.2, 5.0)
     axes = figure.subplots()
+    axes.set_aspect("equal")
     axes.plot([20, 100], [20, 100], color="#bbbbbb", linewidth=1)
-    axes.annotate("all that is right is proved", (34, 35), rotation=45, fontsize=7)
+    axes.annotate("all that is right is proved", (28, 30), rotation=45, fontsize=7)
     for row in rows:
         task = f"{row['data'].removesuffix(' (JPEG)')}, {row['radius']}"
         colour = colours.get(task, "#767676")
@@ -35,7 +36,6 @@ def main() -> None:
     axes.plot([], [], "o", color="#767676", label="spiking, here")
     axes.plot([], [], "o", color="#767676", markerfacecolor="none", label="spiking, published")
     axes.plot([], [], "s", color="#767676", markerfacecolor="none", label="ReLU, published")
-    axes.plot([], [], "s", color="#767676", label="ReLU, here")
     axes.set_xlabel("clean accuracy, %")
     axes.set_ylabel("proved, %")
     axes.legend(fontsize=7, loc="upper left")
