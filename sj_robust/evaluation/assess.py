@@ -296,7 +296,7 @@ class _Parts:
             bound = {"member": _BOUND, "samples": found.total, "layers": found.potential}
             return {
                 "verified": verified,
-                "potential": [bound],
+                "potential": [bound] if found.potential else [],
                 "seconds": time.perf_counter() - start,
             }
 

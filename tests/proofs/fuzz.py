@@ -30,6 +30,8 @@ from sj_robust.proofs.verification import bounded_logits, bounded_neurons
 
 METHODS = ["ibp"] * 14 + ["crown"] * 4 + ["bab", "mip"]
 IMAGES, T = 2, 4
+EVERY = 8
+"""Networks of which one has ReLU."""
 RELEASE = version("spikingjelly")
 
 
@@ -54,8 +56,11 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"SpikingJelly {RELEASE}: nothing left its bounds")
 
 
-def random_node(case: random.Random, grid: bool) -> nn.Module:
-    """IF, LIF, PLIF or DLIF with either reset, any threshold and gains of both signs."""
+def random_node(case: random.Random, grid: bool, relu: bool) -> nn.Module:
+    """IF, LIF, PLIF or DLIF with either reset, any threshold and gains of both signs; or ReLU."""
+    if relu and case.random() < 0.7:
+        return nn.ReLU()
+    steps = 1 if relu else T
     given = {
         "v_reset": case.choice([0.0, None, -0.5, 0.2]),
         "v_threshold": case.choice([0.1, 0.3, 0.5, 0.7, 1.0]),
@@ -66,9 +71,9 @@ def random_node(case: random.Random, grid: bool) -> nn.Module:
     if kind == "DLIF":
         backends = [name for name, state in available_backends().items() if state == "available"]
         backend = case.choice([*backends, *["spikingjelly"] * (RELEASE >= "2")])
-        node = DLIFNode(T=T, tau=tau, backend=backend, **given)
+        node = DLIFNode(T=steps, tau=tau, backend=backend, **given)
         node.input_gain.data = torch.tensor(
-            [round(case.gauss(0.7, 1.2), 1 if grid else 9) for _ in range(T)]
+            [round(case.gauss(0.7, 1.2), 1 if grid else 9) for _ in range(steps)]
         )
         return node
     given["decay_input"] = case.random() < 0.5
@@ -84,7 +89,7 @@ class Residual(nn.Module):
         return self.inside(x) + x
 
 
-def random_network(case: random.Random, grid: bool) -> nn.Sequential:
+def random_network(case: random.Random, grid: bool, relu: bool) -> nn.Sequential:
     """One to three convolutions with what may stand around them, then linear layers."""
     parts: list[nn.Module] = []
     channels = 2
@@ -94,7 +99,7 @@ def random_network(case: random.Random, grid: bool) -> nn.Sequential:
                 layer.Conv2d(channels, channels, 3, padding=1, groups=case.choice([1, channels]))
             ]
             inside += [layer.BatchNorm2d(channels)] * (not grid and case.random() < 0.5)
-            inside += [random_node(case, grid)] * (case.random() < 0.7)
+            inside += [random_node(case, grid, relu)] * (case.random() < 0.7)
             parts.append(Residual(*inside))
         else:
             wide = case.choice([2, 4, 6])
@@ -106,7 +111,7 @@ def random_network(case: random.Random, grid: bool) -> nn.Sequential:
             }
             parts.append(layer.Conv2d(channels, wide, size, stride, **options))
             parts += [layer.BatchNorm2d(wide)] * (not grid and case.random() < 0.5)
-            parts.append(random_node(case, grid))
+            parts.append(random_node(case, grid, relu))
             channels = wide
         pooling = [
             None,
@@ -121,15 +126,15 @@ def random_network(case: random.Random, grid: bool) -> nn.Sequential:
         layer.Flatten(),
         layer.Linear(4 * channels, 3, bias=case.random() < 0.5),
     ]
-    parts += [random_node(case, grid)] * (case.random() < 0.3)
+    parts += [random_node(case, grid, relu)] * (case.random() < 0.3)
     return nn.Sequential(*parts)
 
 
-def random_classifier(case: random.Random, grid: bool) -> SpikingClassifier:
+def random_classifier(case: random.Random, grid: bool, relu: bool = False) -> SpikingClassifier:
     """A network in evaluation mode that fires. On the grid potentials meet thresholds but for
-    rounding.
+    rounding. With ``relu`` it has one time step, and ReLU in the place of some neurons.
     """
-    net = random_network(case, grid)
+    net, steps = random_network(case, grid, relu), 1 if relu else T
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean.normal_(), module.running_var.uniform_(0.05, 2.0)
@@ -142,9 +147,9 @@ def random_classifier(case: random.Random, grid: bool) -> SpikingClassifier:
     if case.random() < 0.3:
         net.fused = fuse(net).stages
     if case.random() < 0.3:
-        return SpikingEventClassifier(net, T).eval()
+        return SpikingEventClassifier(net, steps).eval()
     statistics = {} if grid else {"mean": [0.5, 0.4], "std": [0.3, 0.2]}
-    return SpikingClassifier(net, T, **statistics).eval()
+    return SpikingClassifier(net, steps, **statistics).eval()
 
 
 class Recorded(BoundedRun):
@@ -183,12 +188,13 @@ def check(seed: int, points: int) -> Counter:
     case = random.Random(seed)
     torch.manual_seed(seed)
     grid = case.random() < 0.4
-    model = random_classifier(case, grid)
-    method, some = case.choice(METHODS), 10 ** case.uniform(-3.5, -1)
+    relu = seed % EVERY == 0
+    model = random_classifier(case, grid, relu)
+    method, some = case.choice(METHODS[:-1] if relu else METHODS), 10 ** case.uniform(-3.5, -1)
     eps = case.choice([0.0, 1e-7, some, 0.0 if grid else some])
     events = isinstance(model, SpikingEventClassifier)
     levels = 1 if events else case.choice([1, 2, 10])
-    x = torch.rand(IMAGES, *[T] * events, 2, 6, 6)
+    x = torch.rand(IMAGES, *[model.T] * events, 2, 6, 6)
     x = x.mul(levels).round() / levels if events or grid else x
     y = model(x).argmax(1)
     margin = verify(model, x, y, eps, method=method, time_limit=1.0).margin

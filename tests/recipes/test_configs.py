@@ -22,7 +22,7 @@ CONFIGS = RECIPES / "configs"
 CELLS = sorted((CONFIGS / "paper").glob("*.yaml"))
 PRESETS = [*sorted(CONFIGS.glob("*.yaml")), *sorted((CONFIGS / "certified").glob("*.yaml")), *CELLS]
 SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
-SHAPES = {"digits": ((1, 8, 8), 10), "fashion_mnist": ((1, 28, 28), 10)}
+SHAPES = {"digits": ((1, 8, 8), 10)} | dict.fromkeys(("mnist", "fashion_mnist"), ((1, 28, 28), 10))
 SHAPES |= {"cifar10": ((3, 32, 32), 10), "cifar100": ((3, 32, 32), 100)}
 
 
