@@ -9,6 +9,7 @@ from pathlib import Path
 from sj_robust.core.shown import COLOURS, new_figure, write_figure
 
 FOLDER = Path(__file__).with_name("certified")
+HUES = (*COLOURS, "#8c510a")
 KINDS = {"spiking": "o", "ReLU": "s"}
 """Marker of each kind of network of which both figures are published."""
 
@@ -18,7 +19,7 @@ def main() -> None:
     with (FOLDER / "record.csv").open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["clean"]]
     tasks = {f"{row['data'].removesuffix(' (JPEG)')}, {row['radius']}": None for row in rows}
-    colours = dict(zip(tasks, COLOURS, strict=False))
+    colours = dict(zip(tasks, HUES, strict=True))
     figure = new_figure(5.2, 5.0)
     axes = figure.subplots()
     axes.set_aspect("equal")
@@ -26,7 +27,7 @@ def main() -> None:
     axes.annotate("all that is right is proved", (28, 30), rotation=45, fontsize=7)
     for row in rows:
         task = f"{row['data'].removesuffix(' (JPEG)')}, {row['radius']}"
-        colour = colours.get(task, "#767676")
+        colour = colours[task]
         marker = KINDS[row["kind"]]
         filled = colour if row["network"].startswith("here") else "none"
         x, y = float(row["clean"]), float(row["proved"])
