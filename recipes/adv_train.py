@@ -77,8 +77,8 @@ class Options:
     module:function of yours."""
     model_options: YamlDict = field(default_factory=dict)
     """Further keyword arguments of the network."""
-    neuron: Annotated[Literal["dlif", "lif", "plif", "if"], Often()] = "dlif"
-    """Spiking neuron of the trained network."""
+    neuron: Annotated[Literal["dlif", "lif", "plif", "if", "relu"], Often()] = "dlif"
+    """Spiking neuron of the trained network; relu: the ordinary network (T 1)."""
     learn_gain: Annotated[bool, Idle(lambda options: options.neuron != "dlif")] = True
     """False leaves DLIF's gain at 1, as LIF."""
     T: Annotated[PositiveInt, Often()] = 4
@@ -110,6 +110,16 @@ class Options:
     """Linf radius of the training attack, as 8/255; for gaussian the standard deviation."""
     certified_eps: Radius | None = None
     """Linf radius of the bounds of certified; None means eps."""
+    surrogate_width: float = 1.0
+    """Width of the surrogate in the bounds of certified, in units of the neuron's; 0.5 proves about
+    a point more."""
+    ramp: float = 0.6
+    """Share of a certified training in which radius and weight of the bounds rise."""
+    box: float = 1.0
+    """Share of the radius that the bounds of certified are over, around an attacked image; 1 is the
+    whole ball (SABR: 0.1 to 0.7)."""
+    attacked: bool = False
+    """Whether kappa weighs the attacked images in certified, not the clean ones (MTL-IBP)."""
     step_size: Radius | None = None
     """Step of the attack; None is eps for one step, eps / 4 for several."""
     attack_steps: PositiveInt | None = None
@@ -149,6 +159,8 @@ class Options:
     """How near; threshold: 1."""
     gain_penalty: float = 0.0
     """Weight of the penalty on the gain of DLIF layers over time; 0 leaves it out."""
+    l1: float = 0.0
+    """Weight of the sum of absolute weights; 0 leaves it out."""
 
     # training
     epochs: Annotated[PositiveInt, Often()] = 15
@@ -161,6 +173,13 @@ class Options:
     """sgd or adam."""
     lr: Annotated[float, Often()] = 0.1
     """Learning rate at the start; it falls to 0 (cosine)."""
+    milestones: tuple[float, ...] = ()
+    """Shares of the epochs after which the learning rate falls to a fifth; none for the cosine."""
+    precise_statistics: NonNegativeInt = 0
+    """Training batches over which batch norm's statistics are taken anew before a validation; 0
+    keeps the moving average."""
+    gradient_clip: float | None = None
+    """Largest L2 norm of the gradient; None for any."""
     momentum: Annotated[float, Idle(lambda options: options.optimizer == "adam")] = 0.9
     """Momentum of SGD."""
     weight_decay: float | None = None
@@ -339,6 +358,9 @@ def prepared(
         channels_last=options.channels_last,
         accumulate=options.accumulate,
         lr=options.lr,
+        milestones=options.milestones,
+        gradient_clip=options.gradient_clip,
+        precise_statistics=options.precise_statistics,
         optimizer=options.optimizer,
         log_bounds=options.log_bounds,
         weight_decay=mode.weight_decay,
@@ -349,11 +371,18 @@ def prepared(
         seed=options.seed,
         verified_eps=evaluation_eps(options) if mode.select == "verified" else None,
     )
+    bounds = training.CertifiedOptions(
+        surrogate_width=options.surrogate_width,
+        ramp=options.ramp,
+        box=options.box,
+        attacked=options.attacked,
+    )
     attack = None
-    if not certified or mode.rho != 0:
+    if not certified or mode.rho != 0 or bounds.needs_perturbed:
+        attacks_bounds = certified and bounds.needs_perturbed
         attack = training.training_attack(
             options.mode,
-            eps=options.eps,
+            eps=certified_eps(options) if attacks_bounds else options.eps,
             noise_std=options.noise_std,
             project=options.project,
             step_size=options.step_size,
@@ -364,6 +393,7 @@ def prepared(
         threshold_guard=options.threshold_guard,
         guard_margin=options.guard_margin,
         gain_penalty=options.gain_penalty,
+        l1=options.l1,
     )
     objective = training.Objective(
         classifier,
@@ -376,6 +406,7 @@ def prepared(
         trades_weight=options.trades_weight,
         penalties=penalties,
         certified_eps=certified_eps(options) if certified else None,
+        certified_options=bounds,
         indicator=options.indicator,
     )
     return objective, plan, attack
@@ -413,6 +444,7 @@ def undefended(options: Options) -> Options:
         gradient_sparsity=0.0,
         threshold_guard=0.0,
         gain_penalty=0.0,
+        l1=0.0,
     )
 
 

@@ -159,7 +159,10 @@ def common_scale(values: Iterable[float]) -> "Normalize":
 
 
 def heat_map(axes: "Axes", layers: Mapping[str, Sequence[float]], scale: "Normalize") -> "QuadMesh":
-    """A row per layer, from top to bottom, and a column per time step. 层与时间步的热图。"""
+    """A row per layer, from top to bottom, and a column per time step; one that is empty without
+    layers. 层与时间步的热图。
+    """
+    layers = layers or {"no spiking layer": [nan]}
     steps = max(map(len, layers.values()))
     grid = [[*values, *[nan] * (steps - len(values))] for values in layers.values()]
     mesh = axes.pcolormesh(grid, norm=scale, cmap="cividis", edgecolors="face", linewidth=0.1)

@@ -214,8 +214,9 @@ class _Parts:
                 return {"reasons": [f"Nothing is proved: {error}."]}
             (verified,) = found.verified.values()
             bound = {"member": _BOUND, "samples": found.total, "layers": found.potential}
+            potential = [bound] if found.potential else []
             seconds = time.perf_counter() - start
-            return {"verified": verified, "potential": [bound], "seconds": seconds}
+            return {"verified": verified, "potential": potential, "seconds": seconds}
 
         return self._computed_once("proofs.json", self.key, compute)
 

@@ -34,9 +34,10 @@ class NetworkSpec:
             (builds one neuron) that its signature names, and with ``options``.
         neuron: ``"dlif"``, or one of SpikingJelly's ``"lif"`` and ``"plif"``
             (``decay_input=False``, as DLIF with all gains 1) and ``"if"``; all with the triangle
-            surrogate and a hard reset to 0. With ``"dlif"`` the IF, LIF and PLIF neurons that a
-            network from elsewhere brings are converted by ``replace_neurons``, which keeps their
-            own tau.
+            surrogate and a hard reset to 0. ``"relu"`` builds the ordinary network with ReLU in
+            their place, for T = 1, which shows what spikes cost. With ``"dlif"`` the IF, LIF and
+            PLIF neurons that a network from elsewhere brings are converted by
+            ``replace_neurons``, which keeps their own tau.
         image_shape: (C, H, W) of one image or frame.
         classes: Number of classes.
         T: Number of time steps; of frames per sample.
@@ -60,7 +61,7 @@ class NetworkSpec:
     """
 
     name: str = "small"
-    neuron: Literal["dlif", "lif", "if", "plif"] = "dlif"
+    neuron: Literal["dlif", "lif", "if", "plif", "relu"] = "dlif"
     image_shape: tuple[int, int, int] = (1, 8, 8)
     classes: int = 10
     T: int = 4
@@ -178,8 +179,14 @@ def _neuron(spec: NetworkSpec) -> Callable[..., nn.Module]:
         "plif": (neuron.ParametricLIFNode, {"init_tau": float(spec.tau), "decay_input": False}),
         "if": (neuron.IFNode, {}),
     }
+    if spec.neuron == "relu":
+        if spec.T != 1:
+            raise ValueError(f"T must be 1 for relu, which has no state over time, got {spec.T}")
+        return nn.ReLU
     if spec.neuron not in kinds:
-        raise ValueError(f"neuron must be 'dlif', 'lif', 'plif' or 'if', got {spec.neuron!r}")
+        raise ValueError(
+            f"neuron must be 'dlif', 'lif', 'plif', 'if' or 'relu', got {spec.neuron!r}"
+        )
     kind, settings = kinds[spec.neuron]
 
     def spiking_neuron(**arguments: Any) -> nn.Module:

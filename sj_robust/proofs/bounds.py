@@ -85,19 +85,26 @@ class BoundedRun:
         differentiable: Whether the bounds are for training: in the precision of the input, without
             rounding, and with a graph to the weights, in which surrogates stand for the derivatives
             of both bounds of a spike. As with ``detach_reset``, the reset passes no gradient on.
+        surrogate_width: Width of these derivatives in units of the neurons' own.
     """
 
     dtype = torch.float32
     """Of the network; what float32 rounds covers float64 as well."""
 
     def __init__(
-        self, neurons: dict[str, Neuron], samples: int, *, differentiable: bool = False
+        self,
+        neurons: dict[str, Neuron],
+        samples: int,
+        *,
+        differentiable: bool = False,
+        surrogate_width: float = 1.0,
     ) -> None:
         """Nothing has run yet."""
         self.neurons = neurons
         self.samples = samples
         self.differentiable = differentiable
         self.rounded = not differentiable
+        self.surrogate_width = surrogate_width
         self.cut = _Switch()
         self.leaves: list[Leaf] = []
         self.layers = {name: LayerBounds() for name in neurons}
@@ -232,12 +239,29 @@ class BoundedRun:
         return forward
 
     def pool(self, x: Bounds, pooling: Pooling) -> Bounds:
-        """Bounds of a max pooling, which start here."""
-        if len(x) % self.samples:
-            raise NoBoundsError(f"a max pooling of {tuple(x.shape)} for {self.samples} samples")
-        batch_dim = 0 if len(x) == self.samples else -1
+        """Bounds of a max pooling or a ReLU, which start here."""
+        batch_dim = self._layout(x, pooling)
         self._reached(x, batch_dim, pooling)
         return self.leaf(Interval(pooling(x.lower), pooling(x.upper)), batch_dim)
+
+    def _layout(self, x: Bounds, pooling: Pooling) -> int:
+        """Where the samples are, see :class:`Leaf`.
+
+        Of [T, N, *] and [T * N, *] ReLU may get either, so that with T > 1 it has no bounds. A
+        network of T > 1 is refused even for T images, since proofs also run 2 and 3 of them.
+        """
+        if pooling is not torch.relu:
+            if len(x) % self.samples:
+                raise NoBoundsError(f"a max pooling of {tuple(x.shape)} for {self.samples} samples")
+            return 0 if len(x) == self.samples else -1
+        in_time = x.ndim % 2 == 1  # [T, N, features] or [T, N, C, H, W]
+        if in_time and len(x) == 1 and x.shape[1] == self.samples:
+            return 1
+        if len(x) == self.samples:
+            return 0
+        raise NoBoundsError(
+            f"a ReLU of {tuple(x.shape)} for {self.samples} samples: there are for one time step"
+        )
 
     def spikes(self, neuron: Neuron, x_seq: Interval) -> Interval:
         """Spikes of a layer, [T, N, *] as numbers, for its current in the next T steps."""
@@ -245,8 +269,10 @@ class BoundedRun:
 
     def _spiking(self, neuron: Neuron) -> Spiking:
         """A call of a layer."""
-        kind = RealSpiking if self.differentiable else Float32Spiking
-        return kind(neuron, self.layers[neuron.name])
+        layer = self.layers[neuron.name]
+        if self.differentiable:
+            return RealSpiking(neuron, layer, self.surrogate_width)
+        return Float32Spiking(neuron, layer)
 
     def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Pooling) -> None:
         """An affine map ends here, at a spiking layer or a max pooling, from which the next leaf

@@ -49,6 +49,8 @@ class DifferentiableBounds:
     Args:
         classifier: The network.
         statistics: What a batch norm takes of its input.
+        surrogate_width: Width of the derivatives of bounds in units of the neurons' own, > 0: with
+            w in the place of a surrogate g(z) stands g(z / w) / w.
 
     Raises:
         NotImplementedError: If something in the network has no bounds, or, at the first images, if
@@ -72,9 +74,14 @@ class DifferentiableBounds:
     """
 
     def __init__(
-        self, classifier: SpikingClassifier, statistics: BatchStatistics = batch_statistics
+        self,
+        classifier: SpikingClassifier,
+        statistics: BatchStatistics = batch_statistics,
+        *,
+        surrogate_width: float = 1.0,
     ) -> None:
         """Find the neurons; see the class."""
+        self._surrogate_width = surrogate_width
         self.classifier = classifier
         self._neurons = bounded_neurons(classifier)
         self._statistics = statistics
@@ -96,7 +103,12 @@ class DifferentiableBounds:
         0.
         """
         self.classifier.find_convention(x)  # before anything is replaced
-        run = BoundedRun(self._neurons, len(x), differentiable=True)
+        run = BoundedRun(
+            self._neurons,
+            len(x),
+            differentiable=True,
+            surrogate_width=self._surrogate_width,
+        )
         with ExitStack() as stack:
             for name, seen in self._seen.items():
                 module: Any = self.classifier.net.get_submodule(name)

@@ -431,6 +431,10 @@ class _Program:
 
     def _pooling(self, stage: Stage, current: _Affine, windows: Any) -> None:
         assert stage.pooling is not None
+        if stage.pooling is torch.relu:
+            raise NotImplementedError(
+                "no program is known for a network with ReLU; take the method ibp, crown or bab"
+            )
         bounds = stage.current.lower, stage.current.upper
         low, error = _flat(bounds[0]), _flat(stage.current.error)
         values = current.moved(0.0, _TOLERANCE + (0.0 if self.clear else error))

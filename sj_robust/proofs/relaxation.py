@@ -567,6 +567,9 @@ class _Walk:
             laid_out(by_row(part, self.run.samples, stage.batch_dim)[self.samples], stage.batch_dim)
             for part in (current.lower, current.upper, current.error)
         )
+        if stage.pooling is torch.relu:
+            self._rectified(number, weights, Interval(lower, upper), error)
+            return
         self.add(self._by_row(weights.clamp(max=0) * stage.pooling(upper), number))
         with torch.enable_grad():
             lower.requires_grad_()
@@ -574,6 +577,15 @@ class _Walk:
         above = weights.clamp(min=0)
         chosen = torch.autograd.grad(pooled, lower, above, create_graph=weights.requires_grad)[0]
         self.through(number, chosen, error)
+
+    def _rectified(self, number: int, weights: Tensor, x: Interval, error: Tensor) -> None:
+        """ReLU is at least ``a x`` for any a in [0, 1], and at most the line through both ends."""
+        below = (x.high > -x.low).to(x.low.dtype)
+        rise = x.high.relu() - x.low.relu()
+        slope = torch.where(x.high > x.low, rise / (x.high - x.low), below)
+        under, over = weights.clamp(min=0), weights.clamp(max=0)
+        self.add(self._by_row(over * (x.low.relu() - slope * x.low), number))
+        self.through(number, under * below + over * slope, error)
 
     def _by_row(self, term: Tensor, number: int) -> Tensor:
         """A term in native layout as [R, *]."""

@@ -14,7 +14,7 @@ from sj_robust.proofs.rounding import SMALLEST, NoBoundsError, gamma, within_flo
 __all__ = ["RULES", "Bounds", "Origin", "Pooling", "Rule", "Run", "leaves_of", "replayed"]
 
 Pooling = Callable[[Tensor], Tensor]
-"""A max pooling."""
+"""A max pooling; or a ReLU, which is the maximum of a value and zero."""
 
 Rule = Callable[..., Any]
 """Bounds of an operation: called with torch's function and its arguments, of which one or more are
@@ -35,7 +35,7 @@ class Run(Protocol):
     """Of the network."""
 
     def pool(self, x: "Bounds", pooling: Pooling) -> "Bounds":
-        """Bounds of a max pooling."""
+        """Bounds of a max pooling or a ReLU."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +80,8 @@ class Bounds(Tensor):
         error'  = |A| (error + gamma (|centre| + radius + error)) + gamma |b|
 
     Convolution, linear, batch norm in evaluation mode, average pooling, sums and reshapes are such
-    maps. Max pooling is monotone: bounds of its result are those of its input, pooled. Anything
-    else raises :class:`NoBoundsError`.
+    maps. Max pooling and ReLU are monotone: bounds of their results are the results of bounds.
+    Anything else raises :class:`NoBoundsError`.
 
     Args:
         centre: Middle of the values.
@@ -502,6 +502,16 @@ def _largest_of(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
     return run.pool(x, lambda z: func(z, *args, **kwargs))
 
 
+def _rectified(func: Any, x: Any, inplace: bool = False) -> Bounds:
+    """ReLU."""
+    if inplace:
+        raise NoBoundsError("a ReLU that writes into its input: take inplace=False")
+    if x.run is None:
+        raise NoBoundsError("a ReLU outside a run")
+    run: Run = x.run
+    return run.pool(x, torch.relu)
+
+
 def _dropout(
     func: Any, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Any:
@@ -532,6 +542,7 @@ _OPERATIONS: list[tuple[Rule, str]] = [
     (_average, "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"),
     (_largest_of, "max_pool1d max_pool2d max_pool3d"),
     (_largest_of, "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d"),
+    (_rectified, "relu"),
     (_sum, "add radd iadd sub rsub isub"),
     (_product, "mul rmul imul div truediv rdiv rtruediv itruediv idiv"),
     (_negative, "neg"),

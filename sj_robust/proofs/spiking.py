@@ -177,7 +177,18 @@ class Spiking(ABC):
 class RealSpiking(Spiking):
     """In real numbers and with a graph, for training: surrogates stand for the derivatives of both
     bounds of a spike; as with ``detach_reset``, the reset passes no gradient on.
+
+    Args:
+        neuron: The neuron.
+        layer: What earlier calls left, and this one leaves.
+        surrogate_width: Width w of the derivative in units of the neuron's own: g(z / w) / w stands
+            for its g(z).
     """
+
+    def __init__(self, neuron: Neuron, layer: LayerBounds, surrogate_width: float = 1.0) -> None:
+        """See the class."""
+        super().__init__(neuron, layer)
+        self.surrogate_width = surrogate_width
 
     def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:
         """See :class:`Spiking`."""
@@ -185,9 +196,13 @@ class RealSpiking(Spiking):
         h = self.charged(v, x, decay=self.charging.decay, gain=gain)
         sure, possible = fire(h.low.detach(), self.threshold), fire(h.high.detach(), self.threshold)
         after = self.reset(h, Interval(sure, possible))
-        spike = self.neuron.surrogate.spike
-        spikes = Interval(fire(h.low, self.threshold, spike), fire(h.high, self.threshold, spike))
-        return after, spikes
+        low = fire(h.low, self.threshold, self._spike)
+        high = fire(h.high, self.threshold, self._spike)
+        return after, Interval(low, high)
+
+    def _spike(self, z: Tensor) -> Tensor:
+        """A step whose derivative has the width of the bounds."""
+        return self.neuron.surrogate.spike(z / self.surrogate_width)
 
 
 class Float32Spiking(Spiking):

@@ -542,7 +542,11 @@ def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
     Raises:
         NotImplementedError: If there are no bounds of one of them, or of the encoder; it is named.
     """
-    neurons, others, _ = find_neurons(model.net, {}, {})
+    parts = list(model.net.modules())
+    neurons: dict[str, Neuron] = {}
+    others: dict[str, str] = {}
+    if any(map(is_neuron, parts)) or not any(isinstance(part, nn.ReLU) for part in parts):
+        neurons, others, _ = find_neurons(model.net, {}, {})
     unbounded = {name: f"{name}: {reason}" for name, reason in others.items()}
     unbounded |= {
         name: f"{name}, whose surrogate does not spike"
@@ -570,6 +574,6 @@ def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
 
 
 _COVERED = (
-    "direct encoding or given frames, convolution, linear, batch norm, pooling, sums, and IF, "
-    "LIF, PLIF or DLIF neurons that spike"
+    "direct encoding or given frames, convolution, linear, batch norm, pooling, sums, ReLU in one "
+    "time step, and IF, LIF, PLIF or DLIF neurons that spike"
 )

@@ -3,7 +3,7 @@
 # says what to install if one of its packages is missing
 import sj_robust.core.recipes_installed  # noqa: F401
 from sj_robust.models.checkpoint import load_checkpoint, save_checkpoint
-from sj_robust.training.certified import CertifiedLoss
+from sj_robust.training.certified import CertifiedLoss, CertifiedOptions
 from sj_robust.training.engine import (
     NonFiniteLossError,
     TrainingInterrupted,
@@ -29,6 +29,7 @@ from sj_robust.training.penalties import (
     Penalty,
     StabilityGain,
     ThresholdGuarding,
+    WeightMagnitude,
 )
 from sj_robust.training.processes import first_process_first, make_accelerator
 from sj_robust.training.regularization import project_to_simplex_, retract_
@@ -37,6 +38,7 @@ from sj_robust.training.validation import check_start, final_report
 __all__ = [
     "MODES",
     "CertifiedLoss",
+    "CertifiedOptions",
     "EpochRecord",
     "ForwardPasses",
     "GradientSparsity",
@@ -50,6 +52,7 @@ __all__ = [
     "ThresholdGuarding",
     "TrainingInterrupted",
     "TrainingPlan",
+    "WeightMagnitude",
     "catastrophic_overfitting",
     "check_start",
     "check_training",

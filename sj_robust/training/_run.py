@@ -2,6 +2,7 @@
 continued.
 """
 
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -21,7 +22,7 @@ from sj_robust.core.randomness import SampleSeeds, seeded_globals
 from sj_robust.data import ImageSplits, ShuffledBatches, image_loader
 from sj_robust.models.checkpoint import check_same_run, save_checkpoint
 from sj_robust.models.weights import as_named_in
-from sj_robust.training.batch_norm import share_buffers
+from sj_robust.training.batch_norm import measure_statistics, share_buffers
 from sj_robust.training.history import EpochRecord
 from sj_robust.training.journal import Journal
 from sj_robust.training.memory_order import choose_channels_last, store_channels_last
@@ -32,6 +33,10 @@ from sj_robust.training.regularization import retract_
 from sj_robust.training.validation import Validation
 
 __all__ = ["NonFiniteLossError", "TrainingRun", "check_outputs"]
+
+
+_FALL = 0.2
+"""What is left of the learning rate behind a milestone."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -87,7 +92,7 @@ class TrainingRun:
             optimizer = torch.optim.Adam(objective.parameters(), **common)
         else:
             optimizer = torch.optim.SGD(objective.parameters(), momentum=plan.momentum, **common)
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, plan.epochs)
+        self.scheduler = _schedule(optimizer, plan)
         self.step_module, self.optimizer = accelerator.prepare(objective, optimizer)
         if isinstance(self.step_module, DistributedDataParallel):
             self.step_module.broadcast_buffers = (
@@ -122,6 +127,8 @@ class TrainingRun:
 
     def finish_epoch(self, validation_attacks: Mapping[str, Attack]) -> EpochRecord:
         """Validate, record and write the checkpoints of an epoch whose batches are done."""
+        if self.plan.precise_statistics:
+            self._measure_statistics()
         with self._explained():
             validation = self.validation.accuracy(
                 self.classifier, validation_attacks, self.plan.verified_eps
@@ -226,12 +233,24 @@ class TrainingRun:
                         self._part(x[rows], y[rows], SampleSeeds(seeds.seeds[rows]), perturb)
                     )
         losses, signal_number = self._agreed(received, torch.stack(values).mean(0))
+        if self.plan.gradient_clip is not None:
+            parameters = self.objective.parameters()
+            self.accelerator.clip_grad_norm_(parameters, self.plan.gradient_clip)
         self.optimizer.step()
         if self.plan.retraction > 0:
             draws = torch.Generator().manual_seed(mixed(self.plan.seed, *position))
             retract_(self.classifier, self.plan.retraction, draws)
         share_buffers(self.classifier)
         return losses, signal_number
+
+    def _measure_statistics(self) -> None:
+        """Batch norm's running statistics over the first batches of the present epoch."""
+        self.batches.epoch, self.batches.first_batch = self.epoch, 0
+        chosen = itertools.islice(self.training_loader, self.plan.precise_statistics)
+        images = (self._moved(batch[0]) for batch in chosen)
+        with seeded_globals(mixed(self.plan.seed, self.epoch), self.accelerator.device):
+            measure_statistics(self.classifier, images)
+        share_buffers(self.classifier)
 
     def _part(self, x: Tensor, y: Tensor, seeds: SampleSeeds, perturb: Attack | None) -> Tensor:
         """Forward and backward pass of a part of this process's images; the losses, on their
@@ -319,6 +338,16 @@ class TrainingRun:
             f"{what} at epoch {self.epoch + 1}, step {self.batch + 1}; {intact}. Lower lr, or "
             "check rho and the data"
         )
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, plan: TrainingPlan
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """How the learning rate falls, epoch by epoch."""
+    if not plan.milestones:
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, plan.epochs)
+    epochs = [round(share * plan.epochs) for share in plan.milestones]
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, epochs, gamma=_FALL)
 
 
 def check_outputs(classifier: nn.Module, image: Tensor, classes: int, seed: int) -> None:

@@ -2,7 +2,7 @@
 ones.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from sj_robust.proofs import differentiable
 
-__all__ = ["batch_statistics", "share_buffers", "synchronised_batch_norm"]
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+__all__ = [
+    "batch_statistics",
+    "measure_statistics",
+    "share_buffers",
+    "synchronised_batch_norm",
+]
 
 
 @contextmanager
@@ -55,9 +62,7 @@ def synchronised_batch_norm(net: nn.Module) -> Iterator[None]:
     forward = torch.compiler.disable(_Synchronised.forward)  # type: ignore[no-untyped-call]
     synchronised = type("_Synchronised", (_Synchronised,), {"forward": forward})
     for module in net.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(
-            module, nn.SyncBatchNorm
-        ):
+        if isinstance(module, BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
             changed.append((module, type(module)))
             # Behind the module's own class, so that its handling of step modes still comes first.
             bases = (type(module), synchronised)
@@ -92,6 +97,39 @@ def share_buffers(net: nn.Module) -> None:
         buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True
     ):
         buffer.copy_(values.view_as(buffer))
+
+
+@torch.no_grad()
+def measure_statistics(classifier: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Take the running statistics of every batch norm anew, all with the present weights.
+    重新统计批归一化的均值与方差。
+
+    Equation: ``running_mean`` is the mean over the batches of their means, ``running_var`` that of
+    their unbiased variances; the moving average that they were before lags behind the weights.
+
+    Args:
+        classifier: The network, which is in training mode afterwards.
+        batches: Images, batch by batch; at least one.
+
+    Source: Wu and Johnson, "Rethinking 'Batch' in BatchNorm" (arXiv 2105.07576), section 3.
+
+    Examples:
+        >>> net = nn.BatchNorm1d(1)
+        >>> measure_statistics(net, [torch.tensor([[0.0], [2.0]]), torch.tensor([[3.0], [7.0]])])
+        >>> net.running_mean, net.running_var
+        (tensor([3.]), tensor([5.]))
+    """
+    modules = [module for module in classifier.modules() if isinstance(module, BatchNorm)]
+    norms = [module for module in modules if module.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    classifier.train()
+    for x in batches:
+        classifier(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 class _Synchronised(nn.modules.batchnorm._BatchNorm):

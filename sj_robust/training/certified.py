@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +13,65 @@ from sj_robust.core.preserved import preserved
 from sj_robust.proofs.differentiable import DifferentiableBounds
 from sj_robust.training.batch_norm import batch_statistics
 
-__all__ = ["CertifiedLoss"]
+__all__ = ["CertifiedLoss", "CertifiedOptions"]
 
-_START, _RISE = 0.05, 0.6
-"""Shares of the training: how much is on clean images alone, and in how much radius and weight then
-rise.
-"""
+_START = 0.05
+"""Share of the training that is on clean images alone."""
+
+
+@dataclass(frozen=True)
+class CertifiedOptions:
+    """How bounds are trained, beside their radius. 可验证训练的选项。
+
+    Attributes:
+        surrogate_width: Width w of the derivatives of bounds in units of the neurons' own, > 0: in
+            the place of a surrogate g(z) stands g(z / w) / w. The clean pass keeps g.
+        ramp: Share of the training in which radius and weight rise, in (0, 0.95].
+        box: Share of the radius r that the bounds are over, in (0, 1]: those of the box of radius
+            ``box * r`` around ``clamp(x~, x - (1 - box) r, x + (1 - box) r)``, which lies in the
+            ball; x~ is the perturbed image.
+        attacked: Whether the first term of the loss is the cross entropy of perturbed images,
+            clamped to the ball of the present radius, and not that of clean ones.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Source: ``box``: Mueller et al., "Certified Training: Small Boxes are All You Need" (SABR, ICLR
+        2023). ``attacked``: MTL-IBP of De Palma et al., "Expressive Losses for Verified
+        Robustness via Convex Combinations" (ICLR 2024), whose alpha is ``1 - kappa``.
+        ``surrogate_width``: measured here, see ``docs/results/certified.md``.
+
+    Examples:
+        >>> CertifiedOptions().surrogate_width
+        1.0
+    """
+
+    surrogate_width: float = 1.0
+    ramp: float = 0.6
+    box: float = 1.0
+    attacked: bool = False
+
+    @property
+    def needs_perturbed(self) -> bool:
+        """Whether the loss is of perturbed images, too."""
+        return self.attacked or self.box < 1.0
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if not 0.0 < self.ramp <= 1.0 - _START:
+            raise ValueError(
+                f"ramp must be in (0, {1.0 - _START}], got {self.ramp}; the first {_START} of the "
+                "training are on clean images alone"
+            )
+        if not 0.0 < self.box <= 1.0:
+            raise ValueError(
+                f"box must be in (0, 1], got {self.box}; SABR takes 0.1 to 0.7, and 1 is the ball"
+            )
+        if not 0.0 < self.surrogate_width < float("inf"):
+            raise ValueError(
+                f"surrogate_width must be > 0 and finite, got {self.surrogate_width}; 0.5 is half "
+                "the neurons' own"
+            )
 
 
 class CertifiedLoss:
@@ -25,9 +79,11 @@ class CertifiedLoss:
 
     Equation, with ``progress`` the share of the training that is done::
 
-        ramp = (progress - 0.05) / 0.6 within [0, 1]
-        z_c = upper bound of logit_c - logit_y over the ball of radius ramp * eps, 0 for c = y
+        rise = (progress - 0.05) / ramp within [0, 1], with ramp = 0.6
+        z_c = upper bound of logit_c - logit_y over the ball of radius rise * eps, 0 for c = y
         value = CE(z, y)
+
+    or over a smaller box, see :class:`CertifiedOptions`.
 
     Bounds are differentiable, with surrogates for the derivatives of both bounds of a spike, and
     those of the last layer are of the difference as a whole; see
@@ -36,6 +92,7 @@ class CertifiedLoss:
     Args:
         classifier: The network.
         eps: Linf radius at the end, >= 0.
+        options: How they are trained.
 
     Attributes:
         progress: Share of the training that is done, in [0, 1]; whoever trains sets it.
@@ -58,7 +115,12 @@ class CertifiedLoss:
         (True, True)
     """
 
-    def __init__(self, classifier: SpikingClassifier, eps: float) -> None:
+    def __init__(
+        self,
+        classifier: SpikingClassifier,
+        eps: float,
+        options: CertifiedOptions = CertifiedOptions(),
+    ) -> None:
         """Find the neurons; see the class."""
         if not 0.0 <= eps <= 1.0:
             raise ValueError(
@@ -66,14 +128,22 @@ class CertifiedLoss:
                 "in [0, 1], such as 8/255"
             )
         self.eps = float(eps)
+        self.options = options
         self.progress = 1.0
         with _explained():
-            self._bounds = DifferentiableBounds(classifier, batch_statistics)
+            self._bounds = DifferentiableBounds(
+                classifier, batch_statistics, surrogate_width=options.surrogate_width
+            )
 
     @property
     def ramp(self) -> float:
         """How far radius and weight have risen, in [0, 1]."""
-        return min(1.0, max(0.0, (self.progress - _START) / _RISE))
+        return min(1.0, max(0.0, (self.progress - _START) / self.options.ramp))
+
+    def clamped(self, x: Tensor, x_perturbed: Tensor, share: float = 1.0) -> Tensor:
+        """Perturbed images, not farther from ``x`` than a share of the present radius."""
+        reach = share * self.ramp * self.eps
+        return torch.minimum(torch.maximum(x_perturbed.detach(), x - reach), x + reach)
 
     def watching(self) -> AbstractContextManager[None]:
         """Context of the clean pass, whose batch statistics the bounds take."""
@@ -88,11 +158,23 @@ class CertifiedLoss:
             label = torch.zeros(1, dtype=torch.int64, device=image.device)
             DifferentiableBounds(classifier).lead(image, label, 0.0)
 
-    def value(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and the share of images whose class no perturbation of the present radius
-        changes.
+    def value(
+        self, x: Tensor, y: Tensor, x_perturbed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, and the share of images whose class no perturbation of the present radius, or
+        in the present box, changes.
+
+        Raises:
+            ValueError: If there are no perturbed images, of which the box needs some.
         """
-        lead = self._bounds.lead(x, y, self.ramp * self.eps)
+        box = self.options.box
+        if box < 1.0:
+            if x_perturbed is None:
+                raise ValueError(
+                    f"box {box} needs perturbed images, around which it lies; give an attack"
+                )
+            x = self.clamped(x, x_perturbed, 1.0 - box)
+        lead = self._bounds.lead(x, y, box * self.ramp * self.eps)
         rivals = lead.detach().scatter(1, y.unsqueeze(1), -torch.inf)
         return F.cross_entropy(lead, y), (rivals.amax(1) < 0).to(lead.dtype).mean()
 

@@ -17,7 +17,13 @@ from sj_robust.attacks.projection import linf_bounds
 from sj_robust.core.checks import check_count, check_logits, check_size
 from sj_robust.core.randomness import SampleSeeds, randn
 from sj_robust.training.objective import LossName
-from sj_robust.training.penalties import GradientSparsity, Penalty, StabilityGain, ThresholdGuarding
+from sj_robust.training.penalties import (
+    GradientSparsity,
+    Penalty,
+    StabilityGain,
+    ThresholdGuarding,
+    WeightMagnitude,
+)
 from sj_robust.training.plan import SelectName
 
 __all__ = [
@@ -78,6 +84,9 @@ class Mode:
         return self.attack_steps == 1 and self.loss != "certified"
 
 
+_OF_BOUNDS = ("certified_eps", "surrogate_width", "ramp", "box", "attacked")
+"""Options of the mode certified alone."""
+
 _OF_CRAFTING = (
     "step_size",
     "attack_steps",
@@ -85,7 +94,7 @@ _OF_CRAFTING = (
     "project",
     "beta",
     "trades_weight",
-    "certified_eps",
+    *_OF_BOUNDS,
 )
 """Options that have no meaning where the images to learn are not made with gradients."""
 
@@ -100,7 +109,7 @@ _MODES = (
         "at",
         attack_steps=1,
         rho=1.0,
-        idle=("attack_steps", "beta", "trades_weight", "certified_eps"),
+        idle=("attack_steps", "beta", "trades_weight", *_OF_BOUNDS),
     ),
     Mode(
         "rat",
@@ -108,17 +117,15 @@ _MODES = (
         rho=1.0,
         weight_decay=0.0,
         retraction=1e-3,
-        idle=("attack_steps", "trades_weight", "certified_eps"),
+        idle=("attack_steps", "trades_weight", *_OF_BOUNDS),
     ),
     Mode(
         "pgd_at",
         attack_steps=7,
         kappa=0.0,
-        idle=("noise_std", "project", "beta", "trades_weight", "certified_eps"),
+        idle=("noise_std", "project", "beta", "trades_weight", *_OF_BOUNDS),
     ),
-    Mode(
-        "trades", attack_steps=10, loss="trades", idle=("kappa", "project", "beta", "certified_eps")
-    ),
+    Mode("trades", attack_steps=10, loss="trades", idle=("kappa", "project", "beta", *_OF_BOUNDS)),
     Mode(
         "certified",
         attack_steps=1,
@@ -251,6 +258,7 @@ def make_penalties(
     threshold_guard: float = 0.0,
     guard_margin: float = 0.5,
     gain_penalty: float = 0.0,
+    l1: float = 0.0,
 ) -> list[Penalty]:
     """Penalties of the objective by their weights; those of weight 0 are left out.
     按权重构建惩罚项。
@@ -260,6 +268,7 @@ def make_penalties(
         threshold_guard: Weight of :class:`ThresholdGuarding`.
         guard_margin: Its margin.
         gain_penalty: Weight of :class:`StabilityGain`.
+        l1: Weight of :class:`WeightMagnitude`.
 
     Raises:
         ValueError: If a number is out of range.
@@ -274,6 +283,7 @@ def make_penalties(
         GradientSparsity(gradient_sparsity),
         ThresholdGuarding(threshold_guard, margin=guard_margin),
         StabilityGain(gain_penalty),
+        WeightMagnitude(l1),
     )
     return [penalty for penalty in penalties if penalty.weight > 0]
 

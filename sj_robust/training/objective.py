@@ -14,7 +14,7 @@ from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.randomness import seeded_globals
 from sj_robust.perturbation import MPPDMonitor
 from sj_robust.perturbation.pair import Indicator
-from sj_robust.training.certified import CertifiedLoss
+from sj_robust.training.certified import CertifiedLoss, CertifiedOptions
 from sj_robust.training.penalties import ForwardPasses, Penalty
 
 __all__ = ["LossName", "Losses", "Objective"]
@@ -61,12 +61,13 @@ class Objective(nn.Module):
         R = rho * MS-MPPD + sum of weight * penalty
 
     or, but for ``"certified"``, ``CE(f(x), y)`` and the penalties without perturbed images. z are
-    the worst logits that bounds over a ball allow (:class:`CertifiedLoss`), ``1 - k`` is ``1 -
-    kappa`` times its ramp, and the clean images always run. The divergence is that of the softmax
-    distributions, a mean over the batch with a gradient through both of its sides. In MS-MPPD's
-    place can stand the mean square (or absolute value, ``norm``) of a difference of spikes, see
-    :meth:`MPPDMonitor.loss`: ``s[t] - s~[t]`` for ``"std"``, ``mean_t s - mean_t s~`` for
-    ``"tasad"``, both through the surrogate. The clean pass is a constant in all three.
+    the worst logits that bounds over a ball allow (:class:`CertifiedLoss`; its options may take
+    boxes in the place of the ball, and perturbed images in the place of clean ones), ``1 - k`` is
+    ``1 - kappa`` times its ramp, and the clean images always run. The divergence is that of the
+    softmax distributions, a mean over the batch with a gradient through both of its sides. In
+    MS-MPPD's place can stand the mean square (or absolute value, ``norm``) of a difference of
+    spikes, see :meth:`MPPDMonitor.loss`: ``s[t] - s~[t]`` for ``"std"``, ``mean_t s - mean_t s~``
+    for ``"tasad"``, both through the surrogate. The clean pass is a constant in all three.
 
     Both passes run in the module's own mode, the clean one first, so in training mode batch norm
     sees one after the other. A pass that no term needs is left out: the clean one at kappa 0 and
@@ -89,6 +90,7 @@ class Objective(nn.Module):
         penalties: Further terms, each with its weight; those of weight 0 are left out.
         certified_eps: Linf radius of the bounds at the end of the training; for ``"certified"``
             alone.
+        certified_options: How these bounds are trained.
 
     Attributes:
         certified: The part with the bounds, whose ``progress`` the training sets; None for another
@@ -128,6 +130,7 @@ class Objective(nn.Module):
         indicator: Indicator = "mppd",
         penalties: Sequence[Penalty] = (),
         certified_eps: float | None = None,
+        certified_options: CertifiedOptions = CertifiedOptions(),  # noqa: B008  # frozen
     ) -> None:
         """Attach the monitor if the objective needs one; see the class."""
         super().__init__()
@@ -160,7 +163,9 @@ class Objective(nn.Module):
                 f"for {loss!r}; give both or neither"
             )
         self.classifier = classifier
-        self.certified = None if certified_eps is None else CertifiedLoss(classifier, certified_eps)
+        self.certified = None
+        if certified_eps is not None:
+            self.certified = CertifiedLoss(classifier, certified_eps, certified_options)
         self.kappa = kappa
         self.rho = rho
         self.layers = layers if isinstance(layers, str) else list(layers)
@@ -199,6 +204,10 @@ class Objective(nn.Module):
         """Parts of the objective for images ``x`` with labels ``y``; without perturbed images,
         plain cross entropy.
         """
+        if self.certified is not None and self.certified.options.attacked:
+            if x_perturbed is None:
+                raise ValueError("attacked needs perturbed images; give an attack")
+            x_perturbed = self.certified.clamped(x, x_perturbed)
         passes = self._run(x, y, x_perturbed)
         zero = torch.zeros((), dtype=passes.first[1].dtype, device=x.device)
         clean = perturbed = certified = mppd = penalty = zero
@@ -209,10 +218,14 @@ class Objective(nn.Module):
             perturbed = F.cross_entropy(passes.logits_perturbed, y)
             accuracy_perturbed = _accuracy(passes.logits_perturbed, y)
         if self.certified is not None:
-            total = clean
-            if (weight := (1 - self.kappa) * self.certified.ramp) > 0:
-                certified, accuracy_certified = self.certified.value(x.detach(), y)
-                total = (1 - weight) * clean + weight * certified
+            total = perturbed if self.certified.options.attacked else clean
+            weight = (1 - self.kappa) * self.certified.ramp
+            if weight > 0:
+                certified, accuracy_certified = self.certified.value(x.detach(), y, x_perturbed)
+            if weight == 1:  # nothing goes back through the other pass
+                total = certified
+            elif weight > 0:
+                total = (1 - weight) * total + weight * certified
         elif x_perturbed is None:
             total = clean
         elif self.loss == "trades":
@@ -249,7 +262,9 @@ class Objective(nn.Module):
         runs_clean = (
             x_perturbed is None or self.kappa > 0 or needs_both or self.certified is not None
         )
-        weighs_perturbed = self.kappa < 1 and self.certified is None
+        weighs_perturbed = self.kappa < 1
+        if self.certified is not None:
+            weighs_perturbed = self.certified.options.attacked
         runs_perturbed = x_perturbed is not None and (weighs_perturbed or needs_both)
         if any(penalty.input_gradient for penalty in self.penalties):
             if runs_clean:

@@ -16,7 +16,14 @@ from sj_robust.neuron.watching import SpikingCall, Wants, watch
 from sj_robust.ops.recurrence import charge, reset
 from sj_robust.perturbation.gains import gain_penalty
 
-__all__ = ["ForwardPasses", "GradientSparsity", "Penalty", "StabilityGain", "ThresholdGuarding"]
+__all__ = [
+    "ForwardPasses",
+    "GradientSparsity",
+    "Penalty",
+    "StabilityGain",
+    "ThresholdGuarding",
+    "WeightMagnitude",
+]
 
 
 @dataclass(frozen=True)
@@ -255,6 +262,34 @@ class ThresholdGuarding(Penalty):
                     f"layer {name!r} cannot be guarded: {reason}; name others in layers=[...]"
                 )
         return {name: followed[name] for name in names}
+
+
+class WeightMagnitude(Penalty):
+    """L1 norm of the weights of convolutions and linear layers, biases and gains left out.
+    权重的 L1 惩罚项。
+
+    Equation: ``value = sum over layers of sum |W|``. Bounds grow with ``|W|``, layer by layer.
+
+    Args:
+        weight: Weight in the objective; published trainings for bounds take 1e-6 to 1e-5.
+
+    Raises:
+        ValueError: If the weight is out of range.
+
+    Source: the L1 term of Mao et al., "CTBench: A Library and Benchmark for Certified Training"
+        (arXiv 2406.04848).
+
+    Examples:
+        >>> WeightMagnitude(weight=1e-6).name
+        'l1'
+    """
+
+    name = "l1"
+
+    def value(self, passes: ForwardPasses) -> Tensor:
+        """Sum over layers; see the class."""
+        weights = [w for w in passes.classifier.parameters() if w.ndim > 1]
+        return torch.stack([w.abs().sum() for w in weights]).sum()
 
 
 class StabilityGain(Penalty):

@@ -13,13 +13,18 @@ class TrainingPlan:
     """How long and how to step. 训练计划。
 
     Attributes:
-        epochs: Passes over the training images; the learning rate falls to 0 over them (cosine).
+        epochs: Passes over the training images; the learning rate falls to 0 over them (cosine), or
+            at milestones.
         batch_size: Images per step over all processes together.
         accumulate: Equal parts that every process takes its share of a step in, one after the
             other, for want of memory; their gradients are averaged, and batch norm sees one part at
             a time.
         optimizer: ``"sgd"`` or ``"adam"``.
         lr: Learning rate at the start.
+        milestones: Shares of the epochs, in (0, 1), after which the learning rate falls to a fifth;
+            empty for the cosine.
+        gradient_clip: Largest L2 norm of the gradient of all parameters, which is scaled down if it
+            is longer; None leaves it as it is.
         momentum: Momentum of SGD; Adam has its own.
         weight_decay: On all parameters, DLIF's input gains included.
         retraction: Length beta of the step of every weight towards orthonormal rows after the
@@ -37,13 +42,16 @@ class TrainingPlan:
         channels_last: Whether images and convolutions are stored channels last; None does so on
             CUDA, and on a CPU in half precision where that is measured to be faster.
         sync_batch_norm: Whether batch norm takes its statistics over the images of all processes.
+        precise_statistics: Training batches over which batch norm's running statistics are taken
+            anew before every validation; 0 keeps their moving average.
         log_bounds: Whether the log shows the exact L2 bound of every layer each epoch; see
             ``perturbation_gains``.
 
     Raises:
         ValueError: If a number is out of range.
 
-    Source: training recipe of Ding et al. (ICML 2024), section 5.
+    Source: training recipe of Ding et al. (ICML 2024), section 5; milestones and clipping as in
+        Shi et al., "Fast Certified Robust Training with Short Warmup" (NeurIPS 2021).
 
     Examples:
         >>> TrainingPlan(epochs=30, batch_size=128, accumulate=2).lr
@@ -55,6 +63,8 @@ class TrainingPlan:
     accumulate: int = 1
     optimizer: Literal["sgd", "adam"] = "sgd"
     lr: float = 0.1
+    milestones: tuple[float, ...] = ()
+    gradient_clip: float | None = None
     momentum: float = 0.9
     weight_decay: float = 5e-4
     retraction: float = 0.0
@@ -67,6 +77,7 @@ class TrainingPlan:
     compile: bool = False
     channels_last: bool | None = None
     sync_batch_norm: bool = False
+    precise_statistics: int = 0
     log_bounds: bool = False
 
     def __post_init__(self) -> None:
@@ -85,6 +96,21 @@ class TrainingPlan:
             )
         if not 0.0 < self.lr < float("inf"):
             raise ValueError(f"lr must be > 0 and finite, got {self.lr}")
+        if self.precise_statistics < 0:
+            raise ValueError(
+                f"precise_statistics must be >= 0, got {self.precise_statistics}; it is a number "
+                "of batches"
+            )
+        outside = [share for share in self.milestones if not 0.0 < share < 1.0]
+        if outside:
+            raise ValueError(
+                f"milestones must be in (0, 1), got {outside}; they are shares of the epochs"
+            )
+        if self.gradient_clip is not None and not 0.0 < self.gradient_clip < float("inf"):
+            raise ValueError(
+                f"gradient_clip must be > 0 and finite, got {self.gradient_clip}; None clips "
+                "nothing"
+            )
         if not 0.0 <= self.momentum < 1.0:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
         for name, size in (("weight_decay", self.weight_decay), ("retraction", self.retraction)):

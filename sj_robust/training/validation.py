@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, Subset
 from sj_robust.attacks import Attack, eps_text
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.environment import device_of
+from sj_robust.core.host import is_neuron
 from sj_robust.core.preserved import evaluation_mode
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.data import ImageSplits, image_loader
@@ -100,13 +101,15 @@ class Validation:
         self, classifier: SpikingClassifier, attack: Attack, *, bounds: bool = False
     ) -> dict[str, float]:
         """Scalars for the log: MS-MPPD per layer under ``attack`` on this process's first images,
-        and every gain.
+        and every gain; of a network without spiking neurons there are none.
 
         With ``bounds`` so is the exact L2 bound of every covered layer, its gain times the norm of
         the map before it.
         """
         net = classifier.net
         x, y = next(self._batches())
+        if not any(map(is_neuron, net.modules())):
+            return {}
         x_adv = attack(classifier, x, y, generator=torch.Generator().manual_seed(self._seed))
         with MPPDMonitor(net) as monitor:
             stats = monitor.compare(x, x_adv, forward=classifier)

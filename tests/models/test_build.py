@@ -51,6 +51,21 @@ def fails(classes):
 """
 
 
+def test_relu_stands_where_neurons_stand_in_one_time_step():
+    options = {"options": {"hidden": [5]}, "T": 1}
+    spiking = build_network(NetworkSpec(neuron="lif", **options))
+    ordinary = build_network(NetworkSpec(neuron="relu", **options))
+    names = [name for name, part in spiking.named_modules() if isinstance(part, neuron.LIFNode)]
+    assert [n for n, part in ordinary.named_modules() if isinstance(part, nn.ReLU)] == names
+    shapes = [
+        {name: value.shape for name, value in net.state_dict().items()}
+        for net in (spiking, ordinary)
+    ]
+    assert shapes[0] == shapes[1]
+    with pytest.raises(ValueError, match="T must be 1 for relu, which has no state over time"):
+        build_network(NetworkSpec(neuron="relu"))
+
+
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

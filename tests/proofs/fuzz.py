@@ -35,6 +35,8 @@ from sj_robust.proofs.windows import WindowedSpiking
 METHODS = ["joint"] * 12 + ["ibp"] * 2 + ["crown"] * 4 + ["bab", "mip"]
 IMAGES, T = 2, 4
 STEPS = (4, 1, 2, 6, 4, 11)
+EVERY = 8
+"""Networks of which one has ReLU."""
 RELEASE = version("spikingjelly")
 
 
@@ -59,8 +61,10 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"SpikingJelly {RELEASE}: nothing left its bounds")
 
 
-def random_node(case: random.Random, grid: bool, T: int) -> nn.Module:
-    """IF, LIF, PLIF or DLIF with either reset, any threshold and gains of both signs."""
+def random_node(case: random.Random, grid: bool, T: int, relu: bool = False) -> nn.Module:
+    """IF, LIF, PLIF or DLIF with either reset, any threshold and gains of both signs; or ReLU."""
+    if relu and case.random() < 0.7:
+        return nn.ReLU()
     given = {
         "v_reset": case.choice([0.0, None, -0.5, 0.2]),
         "v_threshold": case.choice([0.1, 0.3, 0.5, 0.7, 1.0]),
@@ -89,7 +93,7 @@ class Residual(nn.Module):
         return self.inside(x) + x
 
 
-def random_network(case: random.Random, grid: bool, T: int) -> nn.Sequential:
+def random_network(case: random.Random, grid: bool, T: int, relu: bool) -> nn.Sequential:
     """One to three convolutions with what may stand around them, then linear layers."""
     parts: list[nn.Module] = []
     channels = 2
@@ -99,7 +103,7 @@ def random_network(case: random.Random, grid: bool, T: int) -> nn.Sequential:
                 layer.Conv2d(channels, channels, 3, padding=1, groups=case.choice([1, channels]))
             ]
             inside += [layer.BatchNorm2d(channels)] * (not grid and case.random() < 0.5)
-            inside += [random_node(case, grid, T)] * (case.random() < 0.7)
+            inside += [random_node(case, grid, T, relu)] * (case.random() < 0.7)
             parts.append(Residual(*inside))
         else:
             wide = case.choice([2, 4, 6])
@@ -111,7 +115,7 @@ def random_network(case: random.Random, grid: bool, T: int) -> nn.Sequential:
             }
             parts.append(layer.Conv2d(channels, wide, size, stride, **options))
             parts += [layer.BatchNorm2d(wide)] * (not grid and case.random() < 0.5)
-            parts.append(random_node(case, grid, T))
+            parts.append(random_node(case, grid, T, relu))
             channels = wide
         pooling = [
             None,
@@ -126,15 +130,18 @@ def random_network(case: random.Random, grid: bool, T: int) -> nn.Sequential:
         layer.Flatten(),
         layer.Linear(4 * channels, 3, bias=case.random() < 0.5),
     ]
-    parts += [random_node(case, grid, T)] * (case.random() < 0.3)
+    parts += [random_node(case, grid, T, relu)] * (case.random() < 0.3)
     return nn.Sequential(*parts)
 
 
-def random_classifier(case: random.Random, grid: bool, T: int = T) -> SpikingClassifier:
+def random_classifier(
+    case: random.Random, grid: bool, T: int = T, relu: bool = False
+) -> SpikingClassifier:
     """A network in evaluation mode that fires. On the grid potentials meet thresholds but for
-    rounding.
+    rounding. With ``relu`` it has one time step, and ReLU in the place of some neurons.
     """
-    net = random_network(case, grid, T)
+    steps = 1 if relu else T
+    net = random_network(case, grid, steps, relu)
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean.normal_(), module.running_var.uniform_(0.05, 2.0)
@@ -147,9 +154,9 @@ def random_classifier(case: random.Random, grid: bool, T: int = T) -> SpikingCla
     if case.random() < 0.3:
         net.fused = fuse(net).stages
     if case.random() < 0.3:
-        return SpikingEventClassifier(net, T).eval()
+        return SpikingEventClassifier(net, steps).eval()
     statistics = {} if grid else {"mean": [0.5, 0.4], "std": [0.3, 0.2]}
-    return SpikingClassifier(net, T, **statistics).eval()
+    return SpikingClassifier(net, steps, **statistics).eval()
 
 
 class Keeps(Float32Spiking):
@@ -203,13 +210,15 @@ def check(seed: int, points: int) -> Counter:
     case = random.Random(seed)
     torch.manual_seed(seed)
     grid = case.random() < 0.4
-    T = STEPS[seed % len(STEPS)]
-    model = random_classifier(case, grid, T)
-    method, some = case.choice(METHODS), 10 ** case.uniform(-3.5, -1)
+    relu = seed % EVERY == 0
+    T = 1 if relu else STEPS[seed % len(STEPS)]
+    model = random_classifier(case, grid, T, relu)
+    method = case.choice(METHODS[:-1] if relu else METHODS)
+    some = 10 ** case.uniform(-3.5, -1)
     eps = case.choice([0.0, 1e-7, some, 0.0 if grid else some])
     events = isinstance(model, SpikingEventClassifier)
     levels = 1 if events else case.choice([1, 2, 10])
-    x = torch.rand(IMAGES, *[T] * events, 2, 6, 6)
+    x = torch.rand(IMAGES, *[model.T] * events, 2, 6, 6)
     x = x.mul(levels).round() / levels if events or grid else x
     y = model(x).argmax(1)
     margin = verify(model, x, y, eps, method=method, time_limit=1.0).margin

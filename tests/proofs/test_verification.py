@@ -2,6 +2,8 @@
 fooled.
 """
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -219,6 +221,95 @@ def test_parts_of_the_data_give_what_the_whole_gives_and_nothing_is_left_behind(
         .splitlines()[0]
         .startswith(f"Linf 0.01: {sum(whole.verified)} of 7 images verified")
     )
+
+
+@pytest.mark.parametrize("step_mode", ["m", "s"])
+def test_bounds_of_relu_are_intervals_by_hand_and_hold(step_mode):
+    """The twin of a spiking network: bounds of the results are the results of the bounds."""
+    model = classifier(convolutional, nn.ReLU, step_mode=step_mode)
+    model.T = 1
+    x, y = torch.rand(7, 2, 8, 8), torch.randint(3, (7,))
+    margins = {m: verify(model, x, y, 0.01, method=m).margin for m in ("ibp", "crown", "bab")}
+    low, high = ((x - 0.01).clamp(min=0).double(), (x + 0.01).clamp(max=1).double())
+    parts = [part for part in model.net.double() if not isinstance(part, nn.ReLU)]
+    for number, part in enumerate(parts[:-1]):
+        if step_mode == "m":
+            low, high = low.unsqueeze(0), high.unsqueeze(0)
+        zero = part(torch.zeros_like(low))
+        centre, radius = part((low + high) / 2), absolute(part)((high - low) / 2)
+        ends = [centre - radius, centre + radius]
+        if number in (1, 4):
+            ends = [end.clamp(min=0) for end in ends]
+        assert zero.shape == centre.shape
+        low, high = (end.squeeze(0) if step_mode == "m" else end for end in ends)
+    over = parts[-1].weight[None] - parts[-1].weight[y][:, None]
+    shift = parts[-1].bias - parts[-1].bias[y][:, None]
+    lead = over @ ((low + high) / 2)[..., None] + over.abs() @ ((high - low) / 2)[..., None]
+    lead = (lead.squeeze(-1) + shift).scatter(1, y.unsqueeze(1), -torch.inf)
+    found = torch.tensor(margins["ibp"], dtype=torch.float64)
+    torch.testing.assert_close(found, -lead.amax(1).detach(), rtol=0, atol=1e-4)  # rounding
+    model.float()
+    for margin in margins.values():
+        bound = torch.tensor(margin, dtype=torch.float64)
+        assert bool((bound >= found).all())
+        for z in perturbed(model, x, y, 0.01):
+            logits = model(z).double()
+            rival = logits.scatter(1, y.unsqueeze(1), -torch.inf).amax(1)
+            assert bool((logits.gather(1, y.unsqueeze(1)).squeeze(1) - rival >= bound).all())
+
+
+def test_lines_of_relu_are_exact_where_it_is_decided_and_there_is_no_program():
+    """Its lead is 1 everywhere, which intervals do not see."""
+    net = nn.Sequential(layer.Linear(1, 2), nn.ReLU(), layer.Linear(2, 2))
+    functional.set_step_mode(net, "m")
+    model, y = SpikingClassifier(net, 1).eval(), torch.tensor([0])
+    net[0].weight.data, net[0].bias.data = torch.tensor([[8.0], [8.0]]), torch.zeros(2)
+    net[2].weight.data, net[2].bias.data = torch.eye(2), torch.tensor([1.0, 0.0])
+    x = torch.tensor([[0.5]])
+    intervals = verify(model, x, y, 0.1)
+    assert intervals.margin[0] == pytest.approx(1 - 1.6, abs=1e-4)
+    assert intervals.layers == ()
+    labels = intervals.plot().axes[1].get_yticklabels()
+    assert [label.get_text() for label in labels] == ["no spiking layer"]
+    assert verify(model, x, y, 0.1, method="crown").margin[0] == pytest.approx(1, abs=1e-4)
+    net[0].bias.data = torch.full((2,), -4.0)
+    assert not verify(model, x, y, 0.3, method="crown").verified[0]
+    with pytest.raises(NotImplementedError, match="no program is known for a network with ReLU"):
+        verify(model, x, y, 0.3, method="mip")
+
+
+def absolute(part):
+    """An affine layer without its shift, of the absolute values of its map."""
+    part = copy.deepcopy(part)
+    if isinstance(part, nn.modules.batchnorm._BatchNorm):
+        part.running_mean.zero_()
+    for name, value in part.named_parameters():
+        value.data = torch.zeros_like(value) if name == "bias" else value.data.abs()
+    return part
+
+
+class Rectified(nn.Module):
+    """ReLU between a layer and a neuron, on [T, N, *]."""
+
+    def __init__(self, inplace=False):
+        super().__init__()
+        self.parts = nn.Sequential(
+            layer.Linear(2, 2), nn.ReLU(inplace), layer.Linear(2, 2), neuron.IFNode()
+        )
+        functional.set_step_mode(self, "m")
+
+    def forward(self, x):
+        return self.parts(x)
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_relu_on_several_time_steps_and_in_place_is_refused(steps):
+    """Whichever of steps and images there are more of: proofs try 2 and 3 of them."""
+    x, y = torch.rand(steps, 2), torch.zeros(steps, dtype=torch.int64)
+    with pytest.raises(NotImplementedError, match="ReLU of .* there are for one time step"):
+        verify(SpikingClassifier(Rectified(), steps).eval(), x, y, 0.1)
+    with pytest.raises(NotImplementedError, match="ReLU that writes into its input"):
+        verify(SpikingClassifier(Rectified(inplace=True), 1).eval(), x, y, 0.1)
 
 
 def test_frames_of_events_are_bounded_step_by_step():

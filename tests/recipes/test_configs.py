@@ -1,6 +1,6 @@
 """Every preset loads with the recipe's own parser and builds its network, loss, attack and plan."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -22,7 +22,7 @@ CONFIGS = RECIPES / "configs"
 CELLS = sorted((CONFIGS / "paper").glob("*.yaml"))
 PRESETS = [*sorted(CONFIGS.glob("*.yaml")), *sorted((CONFIGS / "certified").glob("*.yaml")), *CELLS]
 SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
-SHAPES = {"digits": ((1, 8, 8), 10), "fashion_mnist": ((1, 28, 28), 10)}
+SHAPES = {"digits": ((1, 8, 8), 10)} | dict.fromkeys(("mnist", "fashion_mnist"), ((1, 28, 28), 10))
 SHAPES |= {"cifar10": ((3, 32, 32), 10), "cifar100": ((3, 32, 32), 100)}
 
 
@@ -66,6 +66,31 @@ def test_a_preset_builds(recipe, path):
         assert plan.verified_eps == parse_eps(options.eval_eps or options.eps)
         assert objective.certified.eps >= plan.verified_eps
     assert set(training.validation_attacks(options.eval_eps or options.eps)) == {"fgsm", "pgd"}
+
+
+@pytest.mark.parametrize("given", [{"box": 0.3}, {"attacked": True}])
+def test_what_small_boxes_and_an_attacked_term_need_is_made_at_the_radius_of_the_bounds(given):
+    options = adv_train.Options(
+        mode="certified",
+        eps=adv_train.Radius(0.1),
+        certified_eps=adv_train.Radius(0.2),
+        surrogate_width=0.5,
+        milestones=(0.5,),
+        gradient_clip=10.0,
+        precise_statistics=3,
+        l1=1e-6,
+        **given,
+    )
+    splits = SimpleNamespace(image_shape=(1, 8, 8), classes=10, mean=None, std=None, frames=False)
+    objective, plan, attack = adv_train.prepared(options, splits)
+    assert attack.keywords["eps"] == 0.2
+    wanted = {"surrogate_width": 0.5, "ramp": 0.6, "box": 1.0, "attacked": False}
+    assert asdict(objective.certified.options) == wanted | given
+    assert plan.milestones == (0.5,)
+    assert plan.gradient_clip == 10.0
+    assert plan.precise_statistics == 3
+    (penalty,) = objective.penalties
+    assert penalty.name == "l1"
 
 
 PAPER = {  # hyperparameters of every cell

@@ -67,6 +67,7 @@ def test_what_modes_leave_idle_are_options():
 
 
 INDICATOR = {"layers", "norm", "indicator", "input_gain"}
+BOUNDS = {"certified_eps", "surrogate_width", "ramp", "box", "attacked"}
 
 
 def without_effect(**given):
@@ -94,7 +95,7 @@ def without_effect(**given):
 def test_options_without_effect(given, expected):
     found = without_effect(augment=True, **given)
     assert found == expected | {"guard_margin"} | (
-        {"certified_eps"} if given.get("mode") != "certified" else set()
+        BOUNDS if given.get("mode") != "certified" else set()
     )
     assert "guard_margin" not in without_effect(threshold_guard=0.1, **given)
 

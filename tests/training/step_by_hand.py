@@ -19,22 +19,23 @@ NEURONS = {
 
 
 class Triangle(torch.autograd.Function):
-    """Heaviside step with the derivative max(0, 1 - |z|)."""
+    """Heaviside step with the derivative max(0, 1 - |z| / width) / width."""
 
     @staticmethod
-    def forward(ctx, z):
+    def forward(ctx, z, width=1.0):
         ctx.save_for_backward(z)
+        ctx.width = width
         return (z >= 0).double()
 
     @staticmethod
     def backward(ctx, grad):
         (z,) = ctx.saved_tensors
-        slope = torch.relu(1 - z.abs())
-        return grad * slope
+        slope = torch.relu(1 - z.abs() / ctx.width) / ctx.width
+        return grad * slope, None
 
 
-def fire(h):
-    return Triangle.apply(h - 1)
+def fire(h, width=1.0):
+    return Triangle.apply(h - 1, width)
 
 
 def potentials(x_seq, *, decay, gain, v_reset=0.0, detach=False):
@@ -78,8 +79,17 @@ class Ends:
     high: torch.Tensor
 
     def map(self, function):
-        """Through a function that does not fall."""
+        """Each end through a function."""
         return Ends(function(self.low), function(self.high))
+
+    def in_order(self, factor):
+        """Exchanged where they were multiplied by a factor below 0; where both are equal, each
+        still has the gradient of its own.
+        """
+        swapped = factor < 0
+        low = torch.where(swapped, self.high, self.low)
+        high = torch.where(swapped, self.low, self.high)
+        return Ends(low, high)
 
     @property
     def middle(self):
@@ -121,6 +131,7 @@ class Network:
     def __init__(self, state):
         self.w = {name: value.detach().clone() for name, value in state.items()}
         self.margin = float("inf")
+        self.width = 1.0
         self.statistics = {}
 
     def parameters(self):
@@ -231,11 +242,10 @@ class Network:
 
     def norm_bounds(self, name, ends):
         mean, var = self.statistics[name]
-        scale = self.w[f"{name}.weight"] / (var + 1e-5).sqrt()
-        shift = self.w[f"{name}.bias"] - mean * scale
-        first = ends.low * per_channel(scale) + per_channel(shift)
-        second = ends.high * per_channel(scale) + per_channel(shift)
-        return Ends(torch.minimum(first, second), torch.maximum(first, second))
+        scale = per_channel(self.w[f"{name}.weight"] / (var + 1e-5).sqrt())
+        shift = per_channel(self.w[f"{name}.bias"]) - per_channel(mean) * scale
+        moved = ends.map(lambda value: value * scale + shift)
+        return moved.in_order(scale)
 
     def neuron_bounds(self, name, ends):
         """Hard reset to 0, which passes no gradient on."""
@@ -245,14 +255,13 @@ class Network:
         sure_seq = []
         possible_seq = []
         for t in range(T):
-            first = gain[t] * ends.low[t]
-            second = gain[t] * ends.high[t]
-            h_low = DECAY * low + torch.minimum(first, second)
-            h_high = DECAY * high + torch.maximum(first, second)
+            currents = Ends(gain[t] * ends.low[t], gain[t] * ends.high[t]).in_order(gain[t])
+            h_low = DECAY * low + currents.low
+            h_high = DECAY * high + currents.high
             self.note_margin(h_low)
             self.note_margin(h_high)
-            sure_seq.append(fire(h_low))
-            possible_seq.append(fire(h_high))
+            sure_seq.append(fire(h_low, self.width))
+            possible_seq.append(fire(h_high, self.width))
             sure = h_low >= 1
             undecided = (h_high >= 1) & ~sure
             low = torch.where(undecided, h_low.clamp(max=0), h_low)

@@ -21,12 +21,14 @@ from sj_robust.proofs import differentiable, verify
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.training import (
     CertifiedLoss,
+    CertifiedOptions,
     Journal,
     Objective,
     TrainingPlan,
     check_training,
     load_checkpoint,
 )
+from sj_robust.training.validation import Validation
 
 EPS = 0.05
 CERTIFIED = {
@@ -156,6 +158,49 @@ def test_what_it_cannot_train_is_refused_before_it_starts():
     message = "mixed_precision must be no for certified training, got bf16: rounding"
     with pytest.raises(ValueError, match=message):
         check(certified(), half)
+
+
+def test_the_ramp_is_as_long_as_its_share_of_the_training():
+    classifier = build_classifier(NetworkSpec(channels=(2, 2)))
+    loss = CertifiedLoss(classifier, 0.1, CertifiedOptions(ramp=0.4))
+    expected = {0.0: 0.0, 0.05: 0.0, 0.25: 0.5, 0.45: 1.0, 0.9: 1.0}
+    for progress, ramp in expected.items():
+        loss.progress = progress
+        assert loss.ramp == pytest.approx(ramp)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"surrogate_width": 0.0}, "surrogate_width must be > 0 and finite, got 0.0; 0.5 is half"),
+        ({"ramp": 0.96}, r"ramp must be in \(0, 0.95\], got 0.96; the first 0.05"),
+        ({"box": 0.0}, r"box must be in \(0, 1\], got 0.0; SABR takes"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        CertifiedOptions(**options)
+
+
+@pytest.mark.parametrize("options", [{"box": 0.5}, {"attacked": True}])
+def test_boxes_and_an_attacked_term_need_perturbed_images(options):
+    classifier = build_classifier(NetworkSpec(channels=(2, 2)))
+    asked = CertifiedOptions(**options)
+    objective = Objective(
+        classifier, kappa=0.5, rho=0.0, loss="certified", certified_eps=0.1, certified_options=asked
+    )
+    with pytest.raises(ValueError, match="needs perturbed images.*; give an attack"):
+        objective(torch.rand(2, 1, 8, 8), torch.tensor([3, 7]))
+
+
+def test_a_network_with_relu_has_no_figures_of_spikes_in_the_log():
+    images = small_run.splits().validation
+    classifier = build_classifier(
+        NetworkSpec(neuron="relu", T=1, image_shape=(1, 4, 4), classes=3, channels=(2, 2))
+    )
+    found = Validation(images, Accelerator(cpu=True), seed=0)
+    assert found.scalars(classifier, small_run.ATTACK) == {}
+    assert set(found.accuracy(classifier, {}, EPS)) == {"clean", "verified"}
 
 
 def test_adam_takes_its_own_step(tmp_path):

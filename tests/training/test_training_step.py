@@ -18,9 +18,11 @@ from sj_robust.attacks import SampleSeeds
 from sj_robust.core.randomness import draw_seed, private_generator, rand, randn
 from sj_robust.training import (
     MODES,
+    CertifiedOptions,
     GradientSparsity,
     Objective,
     ThresholdGuarding,
+    WeightMagnitude,
     retract_,
     training_attack,
 )
@@ -44,6 +46,8 @@ class Case:
     squared: bool = False
     guard: float = 0.0
     guarded: str | tuple[str, ...] = "all"
+    l1: float = 0.0
+    bounds: CertifiedOptions = field(default_factory=CertifiedOptions)
 
     def __str__(self):
         return f"{self.mode} {CASES.index(self)}"
@@ -71,6 +75,8 @@ class Case:
             penalties.append(guarding)
         if self.sparsity:
             penalties.append(GradientSparsity(self.sparsity, squared=self.squared))
+        if self.l1:
+            penalties.append(WeightMagnitude(self.l1))
         return penalties
 
 
@@ -103,6 +109,16 @@ CASES = [
     Case("certified"),
     Case("certified", {"kappa": 0.3, "rho": 0.5}),
     Case("certified", sparsity=0.3),
+    Case("at", l1=0.01),
+    Case("certified", bounds=CertifiedOptions(surrogate_width=0.5)),
+    Case("certified", {"kappa": 0.4}, bounds=CertifiedOptions(box=0.2)),
+    Case("certified", {"kappa": 0.4}, bounds=CertifiedOptions(attacked=True)),
+    Case(
+        "certified",
+        {"kappa": 0.1, "rho": 0.5},
+        l1=0.01,
+        bounds=CertifiedOptions(box=0.6, attacked=True),
+    ),
 ]
 
 
@@ -182,21 +198,37 @@ def passes_of(case, x, x_perturbed):
     both = options["rho"] > 0 or options["loss"] == "trades"
     if certified or both or options["kappa"] > 0:
         images["clean"] = x
-    if both or (options["kappa"] < 1 and not certified):
+    weighs_perturbed = case.bounds.attacked if certified else options["kappa"] < 1
+    if both or weighs_perturbed:
         images["perturbed"] = x_perturbed
     return images
 
 
-def entropy_by_hand(case, network, x, y, logits):
+def within(x, x_perturbed, reach):
+    """Images that are at most so far from ``x``, element by element."""
+    return x + (x_perturbed - x).clamp(-reach, reach)
+
+
+def bounds_by_hand(case, network, x, y, x_perturbed):
+    """The cross entropy of the worst logits that the bounds allow."""
+    box = case.bounds.box
+    reach = RAMP * CERTIFIED_EPS
+    network.width = case.bounds.surrogate_width
+    centre = within(x, x_perturbed, (1 - box) * reach)
+    lead = network.lead(centre, y, box * reach)
+    return step_by_hand.cross_entropy(lead, y)
+
+
+def entropy_by_hand(case, network, x, y, x_perturbed, logits):
     """The loss without MS-MPPD and penalties."""
     options = case.objective
     kappa = options["kappa"]
     entropy = {name: step_by_hand.cross_entropy(z, y) for name, z in logits.items()}
     if options["loss"] == "certified":
         weight = (1 - kappa) * RAMP
-        lead = network.lead(x, y, RAMP * CERTIFIED_EPS)
-        bounds = step_by_hand.cross_entropy(lead, y)
-        return (1 - weight) * entropy["clean"] + weight * bounds
+        first = entropy["perturbed" if case.bounds.attacked else "clean"]
+        bounds = bounds_by_hand(case, network, x, y, x_perturbed)
+        return (1 - weight) * first + weight * bounds
     if "perturbed" not in logits:
         return entropy["clean"]
     if options["loss"] == "trades":
@@ -233,7 +265,15 @@ def guarding_by_hand(case, seen):
     return sum(terms) / len(terms)
 
 
+def magnitude_by_hand(network):
+    """Sum of the absolute weights of convolutions and linear layers."""
+    names = ("0.weight", "4.weight", "8.weight", "10.weight")
+    return sum(network.w[name].abs().sum() for name in names)
+
+
 def loss_by_hand(case, network, x, y, x_perturbed):
+    if case.bounds.attacked:
+        x_perturbed = within(x, x_perturbed, RAMP * CERTIFIED_EPS)
     logits = {}
     seen = {}
     sparsity = None
@@ -244,7 +284,7 @@ def loss_by_hand(case, network, x, y, x_perturbed):
             seen[name] = sparsity.seen
         else:
             logits[name], seen[name] = network.run(images, training=True)
-    total = entropy_by_hand(case, network, x, y, logits)
+    total = entropy_by_hand(case, network, x, y, x_perturbed, logits)
     mppd = torch.zeros((), dtype=torch.float64)
     penalty = torch.zeros((), dtype=torch.float64)
     rho = case.objective["rho"]
@@ -254,6 +294,8 @@ def loss_by_hand(case, network, x, y, x_perturbed):
         penalty = penalty + case.guard * guarding_by_hand(case, seen)
     if case.sparsity:
         penalty = penalty + case.sparsity * sparsity.penalty()
+    if case.l1:
+        penalty = penalty + case.l1 * magnitude_by_hand(network)
     return LossByHand(total + rho * mppd + penalty, mppd, penalty)
 
 
@@ -287,6 +329,7 @@ def test_a_step_equals_the_formulas(case, node):
         classifier,
         penalties=case.penalties,
         certified_eps=CERTIFIED_EPS if mode.loss == "certified" else None,
+        certified_options=case.bounds,
         **case.objective,
     ).train()
     if objective.certified is not None:
