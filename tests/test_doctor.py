@@ -86,33 +86,33 @@ class Wrong:
     """One number of one output of ``function`` is wrong: an inverted spike, or 0.1 too much."""
 
     function: str
-    output: int
+    filled: str
     element: tuple[int, ...]
     named: str
 
-    def outputs_of(self, right, *args, **kwargs):
-        outputs = right(*args, **kwargs)
-        value = outputs[self.output]
+    def fill(self, right, *args):
+        """A backend's function, which fills the tensors of its last argument."""
+        right(*args)
+        value = getattr(args[-1], self.filled)
         value = value.view(len(value), -1)
         if self.named.startswith("spikes"):
             value[self.element] = 1 - value[self.element]
         else:
             value[self.element] += 0.1
-        return outputs
 
 
 WRONG = [
-    Wrong("forward", output=0, element=(3, 100), named="spikes differs by up to 1"),
-    Wrong("forward", output=2, element=(3, 100), named="potential differs by up to"),
-    Wrong("backward", output=0, element=(3, 100), named="gradient of the input differs"),
-    Wrong("backward", output=1, element=(3,), named="gradient of input_gain differs"),
+    Wrong("forward", filled="spike_seq", element=(3, 100), named="spikes differs by up to 1"),
+    Wrong("forward", filled="v_seq", element=(3, 100), named="potential differs by up to"),
+    Wrong("backward", filled="x_seq", element=(3, 100), named="gradient of the input differs"),
+    Wrong("backward", filled="input_gain", element=(3,), named="gradient of input_gain differs"),
 ]
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.named)
 def test_one_wrong_number_of_the_chosen_backend_fails(monkeypatch, capsys, wrong):
     right = getattr(CHOSEN, wrong.function)
-    monkeypatch.setattr(CHOSEN, wrong.function, partial(wrong.outputs_of, right))
+    monkeypatch.setattr(CHOSEN, wrong.function, partial(wrong.fill, right))
     with pytest.raises(SystemExit) as exit_:
         doctor.main()
     assert exit_.value.code == 1

@@ -177,7 +177,7 @@ class OverTime:
             self.kinds[name] = _kind(calls, shifts, factors)
             self.shifts[name] = shifts[0][0]
             if before & trace.pooled:
-                reasons[name] = "behind a max pooling"
+                reasons[name] = "behind a max pooling or ReLU"
             elif self.kinds[name] is None and before != {0}:
                 reasons[name] = "its current is no map of spikes of one step"
         if not self.counts:

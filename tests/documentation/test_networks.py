@@ -32,6 +32,8 @@ def test_evaluate_and_compare_work_but_for_what_the_page_explains():
     explained = {"OTTTSpikingVGG", "SpikeDHS", "neurons written by hand, in a loop"}
     for name in FOUND.keys() - explained:
         assert FOUND[name]["evaluate"] == generate.YES, name
+    of_unknown_decay = "SpikeDHS, net(x)[0]"
+    for name in FOUND.keys() - explained - {of_unknown_decay}:
         assert FOUND[name]["compare"] == generate.YES, name
 
 
