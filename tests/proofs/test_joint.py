@@ -100,7 +100,7 @@ def test_every_train_of_a_constant_current_is_in_its_chain(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 200))
+@pytest.mark.parametrize("seed", range(100, 130))
 def test_every_train_of_many_neurons_is_in_its_chain(seed):
     check_chain(seed)
 
@@ -200,7 +200,7 @@ def test_all_combinations_of_trains_are_inside_the_bounds(seed):
 
 @pytest.mark.slow
 def test_all_combinations_of_trains_of_many_networks_are_inside_the_bounds():
-    assert sum(map(check_small, range(1000, 1500))) > 5_000
+    assert sum(map(check_small, range(1000, 1200))) > 1_000
 
 
 @pytest.mark.parametrize("seed", range(1, 9))
