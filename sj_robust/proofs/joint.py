@@ -469,8 +469,8 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def _power_of_two(value: float) -> float:
-    """The next larger one."""
-    return math.ldexp(1.0, math.frexp(value)[1])
+    """The next larger one; 0 for 0, such as the error of a current that is the image itself."""
+    return math.ldexp(1.0, math.frexp(value)[1]) if value else 0.0
 
 
 def _weights(dynamics: Spiking, windows: list[tuple[int, int]], steps: int) -> Tensor:

@@ -395,6 +395,23 @@ def test_step_mode_changes_nothing(build, node):
         torch.testing.assert_close(torch.tensor(margins[0]), torch.tensor(margins[1]))
 
 
+def test_chains_are_narrow_where_the_current_is_the_image_itself():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        layer.Flatten(step_mode="m"),
+        neuron.LIFNode(tau=2.0, v_threshold=0.3, step_mode="m"),
+        layer.Linear(16, 3, step_mode="m"),
+    )
+    model = SpikingClassifier(net, 8).eval()
+    x = torch.rand(40, 1, 4, 4)
+    y = model(x).argmax(1)
+    found = verify(model, x, y, 0.06)
+    assert found.accuracy > verify(model, x, y, 0.06, method="ibp").accuracy + 0.2
+    proved = torch.tensor(found.verified)
+    for z in perturbed(model, x, y, 0.06):
+        assert bool((model(z).argmax(1) == y)[proved].all())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("node", NEURONS)
 def test_no_proved_image_is_broken(node):
