@@ -267,13 +267,18 @@ def run(
     mine = [jobs[number][0] for number in own]
     clock_of_steps = _Steps(mine, len(jobs), watch or Watch())
     networks = _Networks(model)
+    kept: dict[str, Progress] = {}
     parts: dict[int, list[Step] | str] = {}
     with evaluation_mode(model):
         for number in own:
             variant, batch = jobs[number]
-            place = folder if folder is None or len(variants) == 1 else folder / _slug(variant.name)
-            key = {} if place is None else _key(data, variant, asked, network)
-            progress = Progress(place, key)
+            if variant.name not in kept:
+                place = folder
+                if folder is not None and len(variants) > 1:
+                    place = folder / _slug(variant.name)
+                key = {} if place is None else _key(data, variant, asked, network)
+                kept[variant.name] = Progress(place, key)
+            progress = kept[variant.name]
             try:
                 job = _job(networks.of(variant), data, variant, batch, asked)
                 with progress.batch(batch) as log:
