@@ -110,6 +110,9 @@ class Options:
     """Linf radius of the training attack, as 8/255; for gaussian the standard deviation."""
     certified_eps: Radius | None = None
     """Linf radius of the bounds of certified; None means eps."""
+    bounds: Literal["ibp", "joint"] = "ibp"
+    """Bounds of certified, in training, selection and the final proofs: ibp, or joint over time,
+    which proves more from T 4 on and takes longer."""
     surrogate_width: float = 1.0
     """Width of the surrogate in the bounds of certified, in units of the neuron's; 0.5 proves about
     a point more."""
@@ -287,6 +290,7 @@ def main(arguments: list[str]) -> None:
                 seed=options.seed,
                 single_step=training.MODES[choice.mode].single_step,
                 verified_eps=eps if mode_of(choice).select == "verified" else None,
+                verified_method=verified_method(choice),
                 dataset=options.dataset,
                 configuration=configuration,
                 environment=where,
@@ -370,8 +374,10 @@ def prepared(
         checkpoint_steps=options.checkpoint_steps,
         seed=options.seed,
         verified_eps=evaluation_eps(options) if mode.select == "verified" else None,
+        verified_method=verified_method(options),
     )
     bounds = training.CertifiedOptions(
+        bounds=options.bounds,
         surrogate_width=options.surrogate_width,
         ramp=options.ramp,
         box=options.box,
@@ -484,6 +490,11 @@ def certified_eps(options: Options) -> Radius:
 def evaluation_eps(options: Options) -> Radius:
     """Radius of the attacks in validation and test."""
     return given(options.eval_eps, options.eps)
+
+
+def verified_method(options: Options) -> Literal["ibp", "joint"]:
+    """Method of the proofs in validation and test: that of the bounds that are trained."""
+    return options.bounds if options.mode == "certified" else "joint"
 
 
 def given(value: ValueT | None, otherwise: ValueT) -> ValueT:

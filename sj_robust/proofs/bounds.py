@@ -91,6 +91,9 @@ class BoundedRun:
     dtype = torch.float32
     """Of the network; what float32 rounds covers float64 as well."""
 
+    narrow = False
+    """See :class:`sj_robust.proofs.rules.Run`."""
+
     def __init__(
         self,
         neurons: dict[str, Neuron],

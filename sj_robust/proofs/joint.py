@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -142,6 +142,7 @@ class OverTime:
         kinds: ``"constant"``, ``"steps"`` or None by layer.
         shifts: b of a layer whose kind is ``"steps"``, [1, *].
         counts: Whether the logits are of counts.
+        counted: Layers of which nothing but the counts is asked.
         stepwise: Layers, and the output, that get bounds of single steps, with the reason.
         images: Number of images that a run holds in memory.
 
@@ -183,6 +184,13 @@ class OverTime:
         if not self.counts:
             reasons["the output"] = "it is no map of counts"
         self.stepwise = tuple(f"{name}: {reason}" for name, reason in reasons.items())
+        asked: set[int] = set()
+        for call in trace.calls:
+            asked |= call.leaves
+        self.counted = set(maps.neurons) if self.counts else set()
+        for number, call in enumerate(trace.calls, 1):
+            if number in asked:
+                self.counted.discard(str(call.by))
         size = sum(leaf.centre.numel() for leaf in trace.leaves)
         self.images = max(1, 2 * _ELEMENTS // (size * (min(T, KEPT) + 1)))
         self._trains: dict[tuple[str, int, float, float], Trains | None] = {}
@@ -215,9 +223,16 @@ class JointRun(BoundedRun):
     windowed: ClassVar[type[WindowedSpiking]] = WindowedSpiking
     """A call of a spiking layer."""
 
-    def __init__(self, neurons: dict[str, Neuron], samples: int, *, over_time: OverTime) -> None:
-        """Nothing has run yet."""
-        super().__init__(neurons, samples)
+    def __init__(
+        self,
+        neurons: dict[str, Neuron],
+        samples: int,
+        *,
+        over_time: OverTime,
+        **given: Any,
+    ) -> None:
+        """Nothing has run yet; ``given`` is what a :class:`BoundedRun` may be told."""
+        super().__init__(neurons, samples, **given)
         self.over_time = over_time
         self.stages: list[Stage] = []
         """What a relaxation starts from."""
@@ -245,7 +260,8 @@ class JointRun(BoundedRun):
         layer = self.layers[name]
         stage = self.stages[-1]
         first = layer.steps
-        current, error = self._current(stage)
+        current = self._current(stage)
+        error = by_step(stage.current.error, self.samples, stage.batch_dim)
         for low, high in zip(current.low, current.high, strict=True):
             memory.currents.append(Interval(low, high))
         memory.error = max(memory.error, float(error.max()))
@@ -281,18 +297,9 @@ class JointRun(BoundedRun):
         class.
         """
         alone = super().lead(logits, y)
-        origin = logits.origin
-        if not self.over_time.counts or origin is None:
+        if not self.over_time.counts or logits.origin is None:
             return alone
-        means = BoundedRun(self.neurons, self.samples)
-        means.dtype = self.dtype
-        leaves = {}
-        for number in sorted(leaves_of(origin)):
-            leaf = self.leaves[number]
-            leaves[number] = means.leaf(self._mean(number), leaf.batch_dim)
-        found = replayed(origin, leaves)
-        joint = Bounds(found.centre, found.radius, logits.error, means)
-        return torch.minimum(alone, means.lead(joint, y))
+        return torch.minimum(alone, self._lead_of_counts(logits, y))
 
     def holds(self, name: str, spikes: Tensor) -> bool:
         """Whether counts and random sums over time of a layer's spikes [T, N, *] are within their
@@ -311,14 +318,11 @@ class JointRun(BoundedRun):
         self.stages.append(stage)
         self._by = by
 
-    def _current(self, stage: Stage) -> tuple[Interval, Tensor]:
-        """Bounds of a current in exact arithmetic, and float32's error, [steps, N, *]."""
+    def _current(self, stage: Stage) -> Interval:
+        """Bounds of a current in exact arithmetic, [steps, N, *]."""
         x = stage.current
-        stepwise = partial(by_step, samples=self.samples, batch_dim=stage.batch_dim)
-        centre = stepwise(x.centre.detach())
-        radius = stepwise(x.radius)
-        error = stepwise(x.error)
-        return Interval(centre - radius, centre + radius), error
+        exact = Interval(x.centre - x.radius, x.centre + x.radius)
+        return exact.each(partial(by_step, samples=self.samples, batch_dim=stage.batch_dim))
 
     def _sums(self, dynamics: Spiking, memory: Memory) -> dict[tuple[int, int], Interval]:
         """Bounds of the sums of every window that ends in this call; one step alone has those of
@@ -327,36 +331,56 @@ class JointRun(BoundedRun):
         name = dynamics.neuron.name
         first = memory.trains.steps
         currents = memory.currents
+        windows = torch.tensor(self.windows(first, len(currents))).view(-1, 2)
+        weights = window_weights(dynamics, windows, len(currents)).to(currents[0].low)
         found = {}
         longer = []
-        for a, t in self.windows(first, len(currents)):
+        for row, (a, t) in enumerate(windows.tolist()):
             if a == t:
-                gain = currents[t].low.new_tensor([dynamics.gain_at(t)])
-                charge = _multiples(gain, currents[t])
+                charge = _multiples(weights[row : row + 1, t], currents[t])
                 found[a, t] = charge.each(lambda end: end[0])
             else:
-                longer.append((a, t))
+                longer.append(row)
         if not longer:
             return found
-        weights = _weights(dynamics, longer, len(currents))
-        weights = weights.to(currents[0].low.device)
+        weights = weights[longer]
         kind = self.over_time.kinds[name]
         if kind == "constant":
             sums = _multiples(weights.sum(1), currents[-1])
         elif kind == "steps":
-            sums = self._through(weights, self.over_time.shifts[name])
+            sums = self._through(weights)
         else:
             sums = weighted_sums(weights, stacked(currents))
-        for window, low, high in zip(longer, sums.low, sums.high, strict=True):
-            found[window] = Interval(low, high)
+        for row, low, high in zip(longer, sums.low, sums.high, strict=True):
+            a, t = windows[row].tolist()
+            found[a, t] = Interval(low, high)
         return found
 
-    @torch.no_grad()
+    def _other_run(self) -> BoundedRun:
+        """One in which the calls behind bounds run again."""
+        other = BoundedRun(self.neurons, self.samples, differentiable=self.differentiable)
+        other.dtype = self.dtype
+        return other
+
+    def _lead_of_counts(self, logits: Bounds, y: Tensor) -> Tensor:
+        """What the bounds of spike counts give."""
+        origin = logits.origin
+        assert origin is not None
+        means = self._other_run()
+        leaves = {}
+        with torch.set_grad_enabled(self.differentiable):
+            ends = {number: self._mean(number) for number in sorted(leaves_of(origin))}
+        for number, mean in ends.items():
+            leaves[number] = means.leaf(mean, self.leaves[number].batch_dim)
+        found = replayed(origin, leaves)
+        joint = Bounds(found.centre, found.radius, logits.error, means)
+        return means.lead(joint, y)
+
     def _mean(self, number: int) -> Interval:
         """Bounds of a leaf in the mean over time, in the place of all its steps."""
         leaf = self.leaves[number]
         source = self.sources[number]
-        centre = leaf.centre.detach()
+        centre = leaf.centre
         if source is None:
             return Interval(centre - leaf.radius, centre + leaf.radius)
         T = self.over_time.T
@@ -388,50 +412,66 @@ class JointRun(BoundedRun):
         spikes = chain.bounds(every[first:])
         return spikes.each(lambda end: end.view(shape))
 
-    def _through(self, weights: Tensor, shift: Tensor) -> Interval:
+    def _through(self, weights: Tensor) -> Interval:
         """Bounds of weighted sums of the current's steps, [F, N, *], from those of earlier spikes.
 
         The map of a step is the same for sums of steps, but for its shift, which counts
-        ``sum_t weights[f, t]`` times. As many sums as the call has steps take the steps' places.
+        ``sum_t weights[f, t]`` times. As many sums as the call has steps take the steps' places; a
+        sum without weights is the shift alone.
         """
         stage = self.stages[-1]
         origin = stage.current.origin
         assert origin is not None
-        steps = len(self._current(stage)[1])
-        exact = BoundedRun(self.neurons, self.samples)
-        exact.dtype = self.dtype
+        steps = len(self._current(stage).low)
+        number = len(weights)
+        places = steps * (number // steps + 1)
+        padded = torch.cat([weights, weights.new_zeros(places - number, weights.shape[1])])
+        exact = self._other_run()
         exact.rounded = False
+        exact.narrow = self.rounded and self.dtype == torch.float32
+        leaves = {leaf: self._weighted(leaf, padded) for leaf in leaves_of(origin)}
         low = []
         high = []
-        for some in torch.split(weights, steps):
-            missing = steps - len(some)
-            padded = torch.cat([some, some[-1:].expand(missing, -1)])
-            leaves = {}
-            for number in leaves_of(origin):
-                leaves[number] = self._weighted_leaf(number, padded, exact)
-            found = replayed(origin, leaves)
-            sums, _ = self._current(Stage(stage.leaf, found, stage.batch_dim))
-            more = some.sum(1) - 1.0
-            moved = column(more, shift) * shift
-            low.append(sums.low[: len(some)] + moved)
-            high.append(sums.high[: len(some)] + moved)
-        return Interval(torch.cat(low), torch.cat(high))
+        for start in range(0, places, steps):
+            some = slice(start, start + steps)
+            taken = {}
+            for leaf, sums in leaves.items():
+                taken[leaf] = self._weighted_leaf(leaf, sums, some, exact)
+            found = replayed(origin, taken)
+            sums = self._current(Stage(stage.leaf, found, stage.batch_dim))
+            low.append(sums.low)
+            high.append(sums.high)
+        sums = Interval(torch.cat(low).to(weights), torch.cat(high).to(weights))
+        shift = sums.each(lambda end: end[-1])
+        moved = _multiples(weights.sum(1) - 1.0, shift)
+        return Interval(sums.low[:number] + moved.low, sums.high[:number] + moved.high)
 
-    def _weighted_leaf(self, number: int, weights: Tensor, run: BoundedRun) -> Bounds:
-        """Weighted sums of a leaf's steps in the place of the steps."""
-        leaf = self.leaves[number]
+    def _weighted(self, number: int, weights: Tensor) -> Interval | None:
+        """Bounds of weighted sums of a leaf's steps, [F, N, *]; None for images, which have no
+        weight in this map.
+        """
         source = self.sources[number]
-        if source is None:  # images, which have no weight in this map
-            nothing = torch.zeros_like(leaf.radius)
+        return None if source is None else source.bounds(weights)
+
+    def _weighted_leaf(
+        self, number: int, sums: Interval | None, some: slice, run: BoundedRun
+    ) -> Bounds:
+        """Some of the sums in the place of the steps of a leaf."""
+        leaf = self.leaves[number]
+        if sums is None:
+            nothing = torch.zeros_like(leaf.radius, dtype=torch.float32 if run.narrow else None)
             return Bounds(nothing, nothing, run=run)
-        sums = source.bounds(weights)
-        centre = (sums.low + sums.high) / 2
-        radius = SLACK * (sums.high - sums.low) / 2
-        return Bounds(
-            in_layout(centre, leaf.batch_dim),
-            in_layout(radius, leaf.batch_dim),
-            run=run,
-        )
+        low = in_layout(sums.low[some], leaf.batch_dim)
+        high = in_layout(sums.high[some], leaf.batch_dim)
+        centre = (low + high) / 2
+        radius = (high - low) / 2
+        if self.rounded:
+            radius = SLACK * radius
+        if run.narrow:
+            rounded = centre.float()
+            radius = (SLACK * (radius + (centre - rounded).abs())).float()
+            centre = rounded
+        return Bounds(centre, radius, run=run)
 
 
 def _traced(maps: Maps, factors: Tensor) -> tuple[_TimedTrace, Tensor]:
@@ -473,20 +513,28 @@ def _power_of_two(value: float) -> float:
     return math.ldexp(1.0, math.frexp(value)[1]) if value else 0.0
 
 
-def _weights(dynamics: Spiking, windows: list[tuple[int, int]], steps: int) -> Tensor:
-    """Weight of every step's current in the potential at the end of each window."""
-    decay = dynamics.charging.decay_value
-    found = torch.zeros(len(windows), steps, dtype=torch.float64)
-    gains = [dynamics.gain_at(k) for k in range(steps)]
-    for row, (a, t) in enumerate(windows):
-        for k in range(a, t + 1):
-            found[row, k] = decay ** (t - k) * gains[k]
-    return found
+def window_weights(dynamics: Spiking, windows: Tensor, steps: int) -> Tensor:
+    """Weight of every step's current in the potential at the end of each window (a, t), [W, steps],
+    with the graph of the neuron's gains and decay.
+    """
+    charging = dynamics.charging
+    gains = torch.stack([_as_double(dynamics.tensor_gain_at(k)) for k in range(steps)])
+    decay = _as_double(charging.decay)
+    number = torch.arange(steps)
+    first = windows[:, :1]
+    age = windows[:, 1:] - number
+    inside = (age >= 0) & (number >= first)
+    return inside * decay ** age.clamp(min=0) * gains
+
+
+def _as_double(value: float | Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64).cpu()
 
 
 def _multiples(factors: Tensor, values: Interval) -> Interval:
-    """Bounds of every factor times the values, [F, *]."""
+    """Bounds of every factor times the values, [F, *]; a negative one swaps the ends."""
     scales = column(factors, values.low)
-    first = scales * values.low
-    second = scales * values.high
-    return Interval(torch.minimum(first, second), torch.maximum(first, second))
+    swapped = scales < 0
+    low = torch.where(swapped, values.high, values.low)
+    high = torch.where(swapped, values.low, values.high)
+    return Interval(scales * low, scales * high)

@@ -107,6 +107,10 @@ class Spiking(ABC):
         """Gain of the current in a step, as float32 holds it."""
         return _number(self.charging.gain_at(t, input_gain=True))
 
+    def tensor_gain_at(self, t: int) -> float | Tensor:
+        """The same with its graph."""
+        return self.charging.gain_at(t, input_gain=True)
+
     @abstractmethod
     def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:
         """Potential after the step and spikes, for the potential before it and the current [N,
@@ -192,17 +196,22 @@ class RealSpiking(Spiking):
 
     def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:
         """See :class:`Spiking`."""
-        gain = self.charging.gain_at(self.layer.steps, input_gain=True)
+        gain = self.tensor_gain_at(self.layer.steps)
         h = self.charged(v, x, decay=self.charging.decay, gain=gain)
         sure, possible = fire(h.low.detach(), self.threshold), fire(h.high.detach(), self.threshold)
         after = self.reset(h, Interval(sure, possible))
-        low = fire(h.low, self.threshold, self._spike)
-        high = fire(h.high, self.threshold, self._spike)
+        low = fire(h.low, self.threshold, self.spike)
+        high = fire(h.high, self.threshold, self.spike)
         return after, Interval(low, high)
 
-    def _spike(self, z: Tensor) -> Tensor:
+    def spike(self, z: Tensor) -> Tensor:
         """A step whose derivative has the width of the bounds."""
         return self.neuron.surrogate.spike(z / self.surrogate_width)
+
+    def derivative(self, z: Tensor) -> Tensor:
+        """What :meth:`spike` has for its derivative."""
+        width = self.surrogate_width
+        return self.neuron.surrogate.derivative(z / width) / width
 
 
 class Float32Spiking(Spiking):

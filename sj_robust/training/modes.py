@@ -84,7 +84,7 @@ class Mode:
         return self.attack_steps == 1 and self.loss != "certified"
 
 
-_OF_BOUNDS = ("certified_eps", "surrogate_width", "ramp", "box", "attacked")
+_OF_BOUNDS = ("certified_eps", "bounds", "surrogate_width", "ramp", "box", "attacked")
 """Options of the mode certified alone."""
 
 _OF_CRAFTING = (

@@ -26,6 +26,7 @@ from sj_robust.evaluation.run.variant import Variant
 from sj_robust.perturbation import MPPDMonitor
 from sj_robust.perturbation.gains import gain_scalars, perturbation_gains
 from sj_robust.proofs import verify
+from sj_robust.proofs.differentiable import TrainedMethod
 from sj_robust.training.history import EpochRecord, catastrophic_overfitting
 from sj_robust.training.journal import Journal
 from sj_robust.training.processes import mixed
@@ -76,7 +77,11 @@ class Validation:
         self._loader = image_loader(Subset(images, mine), _BATCH, pin_memory=pin_memory)
 
     def accuracy(
-        self, model: nn.Module, attacks: Mapping[str, Attack], verified_eps: float | None = None
+        self,
+        model: nn.Module,
+        attacks: Mapping[str, Attack],
+        verified_eps: float | None = None,
+        verified_method: TrainedMethod = "joint",
     ) -> dict[str, float]:
         """Accuracy in [0, 1] on clean images and under each attack; every process gets the same
         figures.
@@ -93,7 +98,10 @@ class Validation:
             assert isinstance(model, SpikingClassifier)
             x, y = (torch.cat(parts) for parts in zip(*self._batches(), strict=True))
             with evaluation_mode(model):  # of all batches at once: the network is checked once
-                correct[-1] = sum(verify(model, x, y, verified_eps, batch_size=_BATCH).verified)
+                proofs = verify(
+                    model, x, y, verified_eps, method=verified_method, batch_size=_BATCH
+                )
+            correct[-1] = sum(proofs.verified)
         total = self._accelerator.reduce(correct.to(self._accelerator.device), "sum")
         return dict(zip(names, (count / self._size for count in total.tolist()), strict=True))
 
@@ -201,6 +209,7 @@ def final_report(
     seed: int,
     single_step: bool,
     verified_eps: float | None = None,
+    verified_method: TrainedMethod = "joint",
     dataset: str = "images",
     configuration: Mapping[str, Any] | None = None,
     environment: Mapping[str, str] | None = None,
@@ -226,6 +235,7 @@ def final_report(
         single_step: Whether it was trained with a single-step attack, so that catastrophic
             overfitting is looked for.
         verified_eps: Linf radius at which the test images are proved as well; None proves none.
+        verified_method: Method of :func:`sj_robust.proofs.verify` that proves them.
         dataset: Name of the data set.
         configuration: Options of the run.
         environment: Versions, device, commit.
@@ -260,7 +270,9 @@ def final_report(
         text = f"verifying {name} on {len(splits.test)} test images"
         with journal.steps(text, len(loader)) as step, evaluation_mode(classifier):
             for x, y in loader:
-                proofs += sum(verify(classifier, x.to(device), y.to(device), verified_eps).verified)
+                x, y = x.to(device), y.to(device)
+                found = verify(classifier, x, y, verified_eps, method=verified_method)
+                proofs += sum(found.verified)
                 step()
         share = f"{proofs} of {len(splits.test)} test images ({proofs / len(splits.test):.1%})"
         notes += (f"{name}: {share} verified at Linf {eps_text(verified_eps)}",)

@@ -244,8 +244,8 @@ FAULTS = {
     "a weight of the step before": (joint, "decay ** (t - k)", "decay ** (t - k + 1)"),
     "a negative gain that swaps no ends": (
         joint,
-        "Interval(torch.minimum(first, second), torch.maximum(first, second))",
-        "Interval(first, second)",
+        "swapped = scales < 0",
+        "swapped = scales < -torch.inf",
     ),
     "a shift that counts once": (
         joint,
