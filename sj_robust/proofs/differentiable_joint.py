@@ -17,6 +17,9 @@ from sj_robust.proofs.windows import Memory, SpikeTrains
 
 __all__ = ["DifferentiableJointRun"]
 
+_GAP = 1e-9
+"""Relative difference that float64's rounding stays below."""
+
 _MOST = 128
 """Trains of a layer in training; with more of them windows are used."""
 
@@ -249,15 +252,19 @@ class _Windows:
 
 @dataclass(frozen=True)
 class _Gates:
-    """The currents I at which a train turns into the next one, where ``scale I + shift = 0``.
+    """The currents I at which a train turns into another one, where ``scale I + shift = 0``.
 
     Attributes:
-        scale: Slope of the potential that meets the threshold there, without its sign, [J - 1].
-        shift: What is left of that potential above the threshold, with the slope's sign, [J - 1].
+        scale: Slope of the potential that meets the threshold there, without its sign, [G].
+        shift: What is left of that potential above the threshold, with the slope's sign, [G].
+        before: Number of the last train below.
+        after: Number of the first train above; those between them need that very current.
     """
 
     scale: Tensor
     shift: Tensor
+    before: Tensor
+    after: Tensor
 
     @classmethod
     def between(cls, spikes: Tensor, spiking: RealSpiking) -> "_Gates":
@@ -277,7 +284,17 @@ class _Gates:
             discounts = torch.as_tensor(spiking.charging.decay) ** age
             left = left - spiking.threshold * (discounts * earlier).sum(1)
         sign = torch.where(slope < 0, -1.0, 1.0)
-        return cls(sign * slope, sign * left)
+        train = torch.arange(len(before))
+        every = cls(sign * slope, sign * left, train, train + 1)
+        return every if slope.requires_grad else every._joined()
+
+    def _joined(self) -> "_Gates":
+        """One gate for all that open at the same current."""
+        known = torch.stack([self.scale, self.shift], 1)
+        alike = torch.isclose(known[1:], known[:-1], rtol=_GAP, atol=0.0).all(1)
+        begins = torch.cat([alike.new_ones(1), ~alike])
+        ends = torch.cat([~alike, alike.new_ones(1)])
+        return _Gates(self.scale[begins], self.shift[begins], self.before[begins], self.after[ends])
 
 
 def _chain_of(spiking: RealSpiking, memory: Memory) -> Callable[[Tensor], Interval] | None:
@@ -304,6 +321,7 @@ def _chain_of(spiking: RealSpiking, memory: Memory) -> Callable[[Tensor], Interv
             gates.scale.to(like),
             gates.shift.to(like),
             weights @ spikes[:, : weights.shape[1]].T,
+            gates,
             chains,
             spiking.derivative,
         )
@@ -345,8 +363,8 @@ class _ChainSums(torch.autograd.Function):
     Equation, with a and b the numbers of gates that are open at the lower and the upper current,
     and f(a, b) the least value of the trains a..b, or that of a if a > b::
 
-        f(a, b) = f(0, b) + sum_j open[j] (f(j + 1, b) - f(j, b)),     j < J - 1
-                = f(a, 0) + sum_j open[j] (f(a, j + 1) - f(a, j))
+        f(a, b) = f(0, b) + sum_j open[j] (f(after[j], b) - f(before[j], b))
+                = f(a, 0) + sum_j open[j] (f(a, after[j]) - f(a, before[j]))
 
     in which the gradient takes the surrogate's derivative for that of a gate; the largest value
     likewise, with that of b if a > b.
@@ -360,6 +378,7 @@ class _ChainSums(torch.autograd.Function):
         scale: Tensor,
         shift: Tensor,
         values: Tensor,
+        gates: _Gates,
         chains: _Chains,
         derivative: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
@@ -367,6 +386,7 @@ class _ChainSums(torch.autograd.Function):
         least, most = _ranges(values)
         ctx.save_for_backward(low, high, scale, shift, values, least, most)
         ctx.chains, ctx.derivative = chains, derivative
+        ctx.before, ctx.after = gates.before, gates.after
         least, most = (table.flatten(1).index_select(1, chains.chain) for table in (least, most))
         return least, most
 
@@ -378,7 +398,10 @@ class _ChainSums(torch.autograd.Function):
         order = chains.order
         tables = torch.cat([least, most])
         ordered = torch.cat(grads).index_select(1, order)
-        moves = _moves(tables, chains)
+        before, after = ctx.before, ctx.after
+        below = tables[:, after][:, :, chains.last] - tables[:, before][:, :, chains.last]
+        above = tables[:, chains.first][:, :, after] - tables[:, chains.first][:, :, before]
+        moves = torch.cat([below, above.transpose(1, 2)], 1).permute(2, 1, 0).contiguous()
         gates = len(scale)
         opened = torch.empty(2 * gates, len(order), dtype=low.dtype, device=low.device)
         start = 0
@@ -399,7 +422,7 @@ class _ChainSums(torch.autograd.Function):
         d_values = None
         if ctx.needs_input_grad[4]:
             d_values = _to_values(values, chains, ordered)
-        return found[0], found[1], d_scale, d_shift, d_values, None, None
+        return found[0], found[1], d_scale, d_shift, d_values, None, None, None
 
 
 def _ranges(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -412,15 +435,6 @@ def _ranges(values: Tensor) -> tuple[Tensor, Tensor]:
         least.append(torch.cat([own, values[:, a:].cummin(1).values], 1))
         most.append(torch.cat([values[:, :a], values[:, a:].cummax(1).values], 1))
     return torch.stack(least, 1), torch.stack(most, 1)
-
-
-def _moves(tables: Tensor, chains: _Chains) -> Tensor:
-    """By chain, what a gate changes that opens at the lower current, and at the upper one, [chains,
-    2 (J - 1), 2 F].
-    """
-    below = tables.diff(dim=1)[:, :, chains.last]
-    above = tables.diff(dim=2)[:, chains.first].transpose(1, 2)
-    return torch.cat([below, above], 1).permute(2, 1, 0).contiguous()
 
 
 def _to_values(values: Tensor, chains: _Chains, ordered: Tensor) -> Tensor:

@@ -317,7 +317,11 @@ def test_a_sum_over_a_chain_is_the_slope_of_its_smooth_form(seed):
     trains = joint.Trains(ends[:-1], ends[1:], torch.eye(4, dtype=torch.float64))
     chains = differentiable_joint._Chains.of(trains, joint.Interval(low, high))
     given = [part.requires_grad_() for part in (low, high, scale, shift, values)]
-    found = differentiable_joint._ChainSums.apply(*given, chains, lambda z: 1 / z.cosh() ** 2)
+    number = torch.arange(3)
+    gates = differentiable_joint._Gates(scale, shift, number, number + 1)
+    found = differentiable_joint._ChainSums.apply(
+        *given, gates, chains, lambda z: 1 / z.cosh() ** 2
+    )
     weights = [torch.randn_like(part) for part in found]
     total = sum((part * weight).sum() for part, weight in zip(found, weights, strict=True))
     grads = torch.autograd.grad(total, given)
