@@ -72,7 +72,7 @@ class DifferentiableJointRun(JointRun):
         if self.over_time.kinds[name] == "constant":
             trains.chain_of = _chain_of(spiking, memory)
         if trains.chain_of is None:
-            sums = self._sums(spiking, memory)
+            sums = self._sums(spiking, memory, slice(None))
             windows = _Windows(spiking, trains, sums)
             for t in range(first, len(memory.currents)):
                 windows.step(t)
@@ -180,7 +180,7 @@ class _Windows:
     ) -> None:
         self.spiking = spiking
         self.trains = trains
-        self.sums = {window: ends.each(torch.flatten) for window, ends in sums.items()}
+        self.sums = sums
         self.decay = spiking.charging.decay
         self.threshold = spiking.threshold - spiking.rest
 

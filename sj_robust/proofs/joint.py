@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from sj_robust.proofs.spiking import Float32Spiking, Interval, Spiking
 from sj_robust.proofs.trains import Trains, possible_trains
 from sj_robust.proofs.windows import (
     KEPT,
+    KeptSpiking,
+    KeptStep,
     Memory,
     SpikeTrains,
     Steps,
@@ -92,19 +94,19 @@ class _TimedTrace(Trace):
         self.factors = factors
         self.calls: list[_Call] = []
         self.pooled: set[int] = set()
-        self._steps = dict.fromkeys(neurons, 0)
+        self.steps = dict.fromkeys(neurons, 0)
         self._values: dict[str, Tensor] = {}
         self._generator = torch.Generator().manual_seed(0)
 
     def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Pooling) -> None:
         name = by.name if isinstance(by, Neuron) else None
-        first = 0 if name is None else self._steps[name]
+        first = 0 if name is None else self.steps[name]
         current = by_step(x.centre.detach(), 1, batch_dim)
         self.calls.append(_Call(name, first, batch_dim, current, leaves_of(x.origin)))
         if name is None:
             self.pooled.add(len(self.leaves))
         else:
-            self._steps[name] += len(current)
+            self.steps[name] += len(current)
 
     def leaf(self, values: Interval, batch_dim: int) -> Bounds:
         like = values.low
@@ -140,7 +142,7 @@ class OverTime:
 
     Attributes:
         kinds: ``"constant"``, ``"steps"`` or None by layer.
-        shifts: b of a layer whose kind is ``"steps"``, [1, *].
+        steps: Time steps of each layer, over all its calls.
         counts: Whether the logits are of counts.
         counted: Layers of which nothing but the counts is asked.
         stepwise: Layers, and the output, that get bounds of single steps, with the reason.
@@ -161,8 +163,8 @@ class OverTime:
         self.neurons = maps.neurons
         self.T = T
         self.counts = _alike(logits, mean_logits)
+        self.steps = trace.steps
         self.kinds: dict[str, _Kind | None] = {}
-        self.shifts: dict[str, Tensor] = {}
         reasons: dict[str, str] = {}
         for name in maps.neurons:
             calls: list[_Call] = []
@@ -176,7 +178,6 @@ class OverTime:
             if not calls:
                 continue
             self.kinds[name] = _kind(calls, shifts, factors)
-            self.shifts[name] = shifts[0][0]
             if before & trace.pooled:
                 reasons[name] = "behind a max pooling or ReLU"
             elif self.kinds[name] is None and before != {0}:
@@ -220,9 +221,6 @@ class JointRun(BoundedRun):
         over_time: How the network treats time.
     """
 
-    windowed: ClassVar[type[WindowedSpiking]] = WindowedSpiking
-    """A call of a spiking layer."""
-
     def __init__(
         self,
         neurons: dict[str, Neuron],
@@ -265,25 +263,55 @@ class JointRun(BoundedRun):
         for low, high in zip(current.low, current.high, strict=True):
             memory.currents.append(Interval(low, high))
         memory.error = max(memory.error, float(error.max()))
-        dynamics = Float32Spiking(neuron, layer)
         known = None
         if self.over_time.kinds[name] == "constant":
-            known = self._chain(dynamics, memory)
-        spiking = self.windowed(
-            neuron,
-            layer,
+            known = self._chain(Float32Spiking(neuron, layer), memory)
+        alone = KeptSpiking(neuron, layer, known=known)
+        alone.run(x_seq)
+        if first == 0:
+            memory.trains.open = self._open(name, alone.steps)
+        steps = alone.steps
+        if memory.trains.open.numel():
+            steps = self._with_windows(alone, x_seq, error)
+        for t, step in enumerate(steps, first):
+            memory.steps.append(step)
+            memory.trains.spikes.append(step.spikes)
+            layer.undecided[t] = float((step.spikes.high - step.spikes.low).sum())
+            layer.width[t] = float((step.h.high - step.h.low).square().sum())
+            gain = alone.gain_at(t)
+            stage.steps.append(Step(gain, step.h.low, step.h.high, error[t - first]))
+        layer.v = steps[-1].v
+        return stacked([step.spikes for step in steps])
+
+    def _open(self, name: str, steps: list[KeptStep]) -> Tensor:
+        """Numbers of the neurons that get windows: those with an undecided spike, or all of them
+        if more calls follow.
+        """
+        spikes = stacked([step.spikes for step in steps]).each(lambda end: end.flatten(1))
+        undecided = (spikes.low < spikes.high).any(0)
+        if len(steps) < self.over_time.steps[name]:
+            undecided = torch.ones_like(undecided)
+        return undecided.nonzero().squeeze(1)
+
+    def _with_windows(self, alone: KeptSpiking, x_seq: Interval, error: Tensor) -> list[KeptStep]:
+        """The steps of a call in which the open neurons have the bounds of windows."""
+        memory = self.memories[alone.neuron.name]
+        some = memory.trains.open
+        known = alone.known
+
+        def open_ones(part: Tensor) -> Tensor:
+            return part.flatten(1)[:, some]
+
+        spiking = WindowedSpiking(
+            alone.neuron,
             memory=memory,
-            sums=self._sums(dynamics, memory),
-            error=error,
-            known=known,
+            sums=self._sums(alone, memory, some),
+            error=open_ones(error),
+            known=None if known is None else known.each(open_ones),
         )
-        spikes = spiking.run(x_seq)
-        for t in range(first, layer.steps):
-            h = memory.charged[t]
-            gain = dynamics.gain_at(t)
-            step = Step(gain, h.low, h.high, error[t - first])
-            stage.steps.append(step)
-        return spikes
+        spiking.run(x_seq.each(open_ones))
+        pairs = zip(alone.steps, spiking.steps, strict=True)
+        return [step.with_others(some, tighter) for step, tighter in pairs]
 
     def windows(self, first: int, total: int) -> list[tuple[int, int]]:
         """Windows (a, t) of the steps first..total - 1 that are bounded by sums."""
@@ -324,13 +352,15 @@ class JointRun(BoundedRun):
         exact = Interval(x.centre - x.radius, x.centre + x.radius)
         return exact.each(partial(by_step, samples=self.samples, batch_dim=stage.batch_dim))
 
-    def _sums(self, dynamics: Spiking, memory: Memory) -> dict[tuple[int, int], Interval]:
-        """Bounds of the sums of every window that ends in this call; one step alone has those of
-        its current.
+    def _sums(
+        self, dynamics: Spiking, memory: Memory, some: Tensor | slice
+    ) -> dict[tuple[int, int], Interval]:
+        """Bounds [O] of the sums of every window that ends in this call, for some of the neurons;
+        one step alone has those of its current.
         """
         name = dynamics.neuron.name
         first = memory.trains.steps
-        currents = memory.currents
+        currents = [x.each(lambda end: end.flatten()[some]) for x in memory.currents]
         windows = torch.tensor(self.windows(first, len(currents))).view(-1, 2)
         weights = window_weights(dynamics, windows, len(currents)).to(currents[0].low)
         found = {}
@@ -348,7 +378,7 @@ class JointRun(BoundedRun):
         if kind == "constant":
             sums = _multiples(weights.sum(1), currents[-1])
         elif kind == "steps":
-            sums = self._through(weights)
+            sums = self._through(weights).each(lambda end: end.flatten(1)[:, some])
         else:
             sums = weighted_sums(weights, stacked(currents))
         for row, low, high in zip(longer, sums.low, sums.high, strict=True):

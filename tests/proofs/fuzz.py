@@ -30,7 +30,6 @@ from sj_robust.proofs.joint import JointRun, OverTime
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.spiking import Float32Spiking, LayerBounds
 from sj_robust.proofs.verification import bounded_logits, bounded_neurons
-from sj_robust.proofs.windows import WindowedSpiking
 
 METHODS = ["joint"] * 12 + ["ibp"] * 2 + ["crown"] * 4 + ["bab", "mip"]
 IMAGES, T = 2, 4
@@ -175,10 +174,6 @@ class Keeps(Float32Spiking):
         return h, spikes
 
 
-class KeepsWindows(Keeps, WindowedSpiking):
-    """The same of joint bounds."""
-
-
 class Recorded(BoundedRun):
     """A run of intervals that keeps the bounds of every spiking layer and step."""
 
@@ -189,7 +184,17 @@ class Recorded(BoundedRun):
 class RecordedJoint(JointRun):
     """A run of joint bounds that keeps them."""
 
-    windowed = KeepsWindows
+    def spikes(self, neuron, x_seq):
+        found = super().spikes(neuron, x_seq)
+        kept(self.layers[neuron.name])[:] = [
+            [
+                *(step.h.low, step.h.high),
+                *(step.spikes.low.bool(), step.spikes.high.bool()),
+                *(step.v.low, step.v.high),
+            ]
+            for step in self.memories[neuron.name].steps
+        ]
+        return found
 
 
 def kept(layer: LayerBounds) -> list[list[torch.Tensor]]:

@@ -23,7 +23,7 @@ from sj_robust.core.preserved import full_precision
 from sj_robust.data import load_images
 from sj_robust.models import pretrained
 from sj_robust.neuron.charging import find_neurons
-from sj_robust.proofs import joint, trains, verify, windows
+from sj_robust.proofs import joint, rules, trains, verify, windows
 from sj_robust.proofs.joint import OverTime
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.spiking import Float32Spiking, Interval, LayerBounds
@@ -233,15 +233,19 @@ FAULTS = {
     ),
     "a soft reset taken for a hard one": (
         windows,
-        "high = high + kept * start.high",
-        "high = high + 0 * start.high",
+        "charge.high + start.high)",
+        "charge.high + 0 * start.high)",
     ),
     "an earlier spike that counts in full": (
         windows,
         "least = torch.where(possible, least + 1, 0.0)",
         "least = torch.where(possible, least + 2, 0.0)",
     ),
-    "a weight of the step before": (joint, "decay ** (t - k)", "decay ** (t - k + 1)"),
+    "a weight of the step before": (
+        joint,
+        "decay ** age.clamp(min=0)",
+        "decay ** (age.clamp(min=0) + 1)",
+    ),
     "a negative gain that swaps no ends": (
         joint,
         "swapped = scales < 0",
@@ -249,10 +253,10 @@ FAULTS = {
     ),
     "a shift that counts once": (
         joint,
-        "column(more, shift) * shift",
-        "0 * column(more, shift) * shift",
+        "_multiples(weights.sum(1) - 1.0, shift)",
+        "_multiples(0.0 * weights.sum(1), shift)",
     ),
-    "half of the radius": (joint, "(sums.high - sums.low) / 2", "(sums.high - sums.low) / 4"),
+    "half of the radius": (joint, "radius = (high - low) / 2", "radius = (high - low) / 4"),
     "the potential kept after a spike": (
         trains,
         "replace(fired, slope=0.0, offset=0.0,",
@@ -289,7 +293,7 @@ PATCHED = {
 }
 FUNCTIONS = {
     windows: ["_over_paths"],
-    joint: ["_weights", "_multiples"],
+    joint: ["window_weights", "_multiples"],
     trains: ["_after_step", "possible_trains"],
 }
 
@@ -619,3 +623,51 @@ def test_shipped_networks_are_proved_as_documented(name, goals):
         proved = torch.tensor(result.verified)
         z = pgd(model, x, y, eps=eps, step_size=eps / 4, steps=20)
         assert bool((model(z).argmax(1) == y)[proved].all())
+
+
+class InFloat64(joint.JointRun):
+    """A run whose sums over time are computed in float64, as if the network were."""
+
+    def _through(self, weights):
+        self.dtype = torch.float64
+        found = super()._through(weights)
+        self.dtype = torch.float32
+        return found
+
+
+def sums_of(kind, model, x):
+    """Bounds of random sums of the currents of every later layer, as a run computes them."""
+    found = []
+
+    class Noting(kind):
+        def _through(self, weights):
+            found.append(super()._through(weights))
+            return found[-1]
+
+    run = Noting(bounded_neurons(model), len(x), over_time=over_time(model, x))
+    with full_precision(x.device):
+        bounded_logits(model, run, x, 0.01)
+    return found
+
+
+@pytest.mark.parametrize("build", NETWORKS[:2])
+@pytest.mark.parametrize("node", ["IF", "DLIF"])
+def test_sums_in_float32_are_around_those_in_float64(build, node):
+    gaps = []
+    for seed in range(4):
+        model = classifier(build, NEURONS[node], seed=seed)
+        x = torch.rand(8, 2, 8, 8)
+        narrow = sums_of(joint.JointRun, model, x)
+        wide = sums_of(InFloat64, model, x)
+        for one, other in zip(narrow[:1], wide[:1], strict=True):
+            gaps += [other.low - one.low, one.high - other.high]
+    assert len(gaps) > 2
+    for gap in gaps:
+        assert float(gap.min()) >= 0
+        assert float(gap.max()) < 1e-3
+
+
+def test_sums_whose_rounding_is_forgotten_are_noticed(monkeypatch):
+    monkeypatch.setattr(rules, "gamma", lambda terms: 0.0)
+    with pytest.raises(AssertionError):
+        test_sums_in_float32_are_around_those_in_float64(NETWORKS[1], "IF")
