@@ -5,6 +5,7 @@ formulas written out with torch's autograd, and no input leaves them.
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from training.step_by_hand import Triangle
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.core.preserved import full_precision
-from sj_robust.proofs import bounds, differentiable_joint, joint, rounding
+from sj_robust.proofs import bounds, differentiable_chains, joint, rounding
 from sj_robust.proofs.differentiable import DifferentiableBounds
+from sj_robust.proofs.differentiable_chains import Chains, ChainSums, Gates
 from sj_robust.proofs.joint import JointRun, OverTime
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.spiking import RealSpiking
@@ -112,7 +114,7 @@ def test_frames_and_few_trains_have_windows(exact, monkeypatch):
     assert_same_lead(events, frames, y, 0.02)
     model = of_linear_layers(NEURONS["LIF"], 4)
     monkeypatch.setattr(joint.OverTime, "trains", lambda *args, **kwargs: None)
-    monkeypatch.setattr(differentiable_joint, "_MOST", 0)
+    monkeypatch.setattr(differentiable_chains, "_MOST", 0)
     assert_same_lead(model, torch.rand(3, 4, dtype=torch.float64), y, 0.05)
 
 
@@ -315,19 +317,18 @@ def test_a_sum_over_a_chain_is_the_slope_of_its_smooth_form(seed):
     scale, shift, cuts = scale[order], shift[order], cuts[order]
     ends = torch.tensor([-1e9, *cuts, 1e9], dtype=torch.float64)
     trains = joint.Trains(ends[:-1], ends[1:], torch.eye(4, dtype=torch.float64))
-    chains = differentiable_joint._Chains.of(trains, joint.Interval(low, high))
+    chains = Chains.of(trains, joint.Interval(low, high))
     given = [part.requires_grad_() for part in (low, high, scale, shift, values)]
     number = torch.arange(3)
-    gates = differentiable_joint._Gates(scale, shift, number, number + 1)
-    found = differentiable_joint._ChainSums.apply(
-        *given, gates, chains, lambda z: 1 / z.cosh() ** 2
-    )
+    gates = Gates(scale, shift, number, number + 1)
+    chain = SimpleNamespace(gates=gates, chains=chains, derivative=lambda z: 1 / z.cosh() ** 2)
+    found = ChainSums.apply(*given, chain)
     weights = [torch.randn_like(part) for part in found]
     total = sum((part * weight).sum() for part, weight in zip(found, weights, strict=True))
     grads = torch.autograd.grad(total, given)
 
     first, last = chains.chain // 4, chains.chain % 4
-    tables = differentiable_joint._ranges(values.detach())
+    tables = differentiable_chains.ranges(values.detach())
 
     def smooth(low, high, scale, shift):
         below = (scale[:, None] * low + shift[:, None]).tanh()
@@ -370,7 +371,7 @@ def test_batch_norm_has_the_statistics_of_the_clean_batch(step_mode):
     assert bool((trained.lead(x, y, 0.02) <= wider + 1e-9).all())
 
 
-def check_points(seed):
+def check_points(seed, points=256):
     """Random inputs of the ball are inside the bounds for training, in float64."""
     case = fuzz.random.Random(seed)
     torch.manual_seed(seed)
@@ -382,7 +383,7 @@ def check_points(seed):
     y = model(x).argmax(1)
     eps = 10 ** case.uniform(-3.5, -1)
     lead = DifferentiableBounds(model, method="joint").lead(x, y, eps).detach()
-    points = 256
+
     moved = eps * (2 * torch.rand(2, points, *x.shape[1:], dtype=torch.float64) - 1)
     moved[:, ::2] = eps * moved[:, ::2].sign()
     with torch.no_grad():
@@ -403,12 +404,12 @@ def test_no_point_leaves_the_bounds_of_many_networks_for_training():
 
 
 def chains_without_their_last_trains(monkeypatch):
-    of = differentiable_joint._Chains.of
+    of = Chains.of
 
     def shorter(trains, current):
         return of(trains, joint.Interval(current.low, current.low))
 
-    monkeypatch.setattr(differentiable_joint._Chains, "of", shorter)
+    monkeypatch.setattr(Chains, "of", shorter)
 
 
 def spikes_that_are_sure_too_early(monkeypatch):

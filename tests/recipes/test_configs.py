@@ -84,7 +84,8 @@ def test_what_small_boxes_and_an_attacked_term_need_is_made_at_the_radius_of_the
     splits = SimpleNamespace(image_shape=(1, 8, 8), classes=10, mean=None, std=None, frames=False)
     objective, plan, attack = adv_train.prepared(options, splits)
     assert attack.keywords["eps"] == 0.2
-    wanted = {"surrogate_width": 0.5, "ramp": 0.6, "box": 1.0, "attacked": False}
+    wanted = {"bounds": "ibp", "surrogate_width": 0.5}
+    wanted |= {"ramp": 0.6, "box": 1.0, "attacked": False}
     assert asdict(objective.certified.options) == wanted | given
     assert plan.milestones == (0.5,)
     assert plan.gradient_clip == 10.0
