@@ -101,12 +101,19 @@ class _TimedTrace(Trace):
     def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Pooling) -> None:
         name = by.name if isinstance(by, Neuron) else None
         first = 0 if name is None else self.steps[name]
-        current = by_step(x.centre.detach(), 1, batch_dim)
-        self.calls.append(_Call(name, first, batch_dim, current, leaves_of(x.origin)))
+        centre = x.centre.detach()
+        call = _Call(
+            by=name,
+            first=first,
+            batch_dim=batch_dim,
+            current=by_step(centre, 1, batch_dim),
+            leaves=leaves_of(x.origin),
+        )
+        self.calls.append(call)
         if name is None:
             self.pooled.add(len(self.leaves))
         else:
-            self.steps[name] += len(current)
+            self.steps[name] += len(call.current)
 
     def leaf(self, values: Interval, batch_dim: int) -> Bounds:
         like = values.low
@@ -123,7 +130,11 @@ class _TimedTrace(Trace):
         return BoundedRun.leaf(self, Interval(value, value), batch_dim)
 
     def _drawn(self, like: Tensor) -> Tensor:
-        drawn = torch.randn(like.shape, generator=self._generator, dtype=torch.float64)
+        drawn = torch.randn(
+            like.shape,
+            generator=self._generator,
+            dtype=torch.float64,
+        )
         return drawn.to(like.device)
 
 
@@ -156,10 +167,15 @@ class OverTime:
     def __init__(self, maps: Maps, T: int) -> None:
         """Run the network; see the class."""
         generator = torch.Generator().manual_seed(1)
-        factors = torch.rand(max(_FACTORS, T), generator=generator, dtype=torch.float64)
-        factors = (0.5 + factors).to(maps.frame.device)
+        drawn = torch.rand(
+            max(_FACTORS, T),
+            generator=generator,
+            dtype=torch.float64,
+        )
+        factors = drawn.to(maps.frame.device) + 0.5
+        mean = factors[:T].mean()
         trace, logits = _traced(maps, factors)
-        _, mean_logits = _traced(maps, factors[:T].mean().expand(factors.shape))
+        _, mean_logits = _traced(maps, mean.expand_as(factors))
         self.neurons = maps.neurons
         self.T = T
         self.counts = _alike(logits, mean_logits)
@@ -173,7 +189,8 @@ class OverTime:
             for number, call in enumerate(trace.calls):
                 if call.by == name:
                     calls.append(call)
-                    shifts.append(by_step(maps.shift(number, 1), 1, call.batch_dim))
+                    shift = maps.shift(number, 1)
+                    shifts.append(by_step(shift, 1, call.batch_dim))
                     before |= call.leaves
             if not calls:
                 continue
@@ -193,7 +210,8 @@ class OverTime:
             if number in asked:
                 self.counted.discard(str(call.by))
         size = sum(leaf.centre.numel() for leaf in trace.leaves)
-        self.images = max(1, 2 * _ELEMENTS // (size * (min(T, KEPT) + 1)))
+        windows = min(T, KEPT) + 1
+        self.images = max(1, 2 * _ELEMENTS // (size * windows))
         self._trains: dict[tuple[str, int, float, float], Trains | None] = {}
 
     def trains(self, spiking: Spiking, T: int, *, current: Interval, error: float) -> Trains | None:
@@ -244,10 +262,11 @@ class JointRun(BoundedRun):
         if self._by is None:
             self.sources.append(None)
         elif isinstance(self._by, Neuron):
-            self.sources.append(self.memories[self._by.name].trains)
+            memory = self.memories[self._by.name]
+            self.sources.append(memory.trains)
         else:
-            steps = values.each(lambda end: by_step(end, self.samples, batch_dim))
-            self.sources.append(Steps(steps))
+            in_time = partial(by_step, samples=self.samples, batch_dim=batch_dim)
+            self.sources.append(Steps(values.each(in_time)))
         return super().leaf(values, batch_dim)
 
     @torch.no_grad()
@@ -276,10 +295,15 @@ class JointRun(BoundedRun):
         for t, step in enumerate(steps, first):
             memory.steps.append(step)
             memory.trains.spikes.append(step.spikes)
-            layer.undecided[t] = float((step.spikes.high - step.spikes.low).sum())
-            layer.width[t] = float((step.h.high - step.h.low).square().sum())
-            gain = alone.gain_at(t)
-            stage.steps.append(Step(gain, step.h.low, step.h.high, error[t - first]))
+            layer.undecided[t] = float(step.spikes.width().sum())
+            layer.width[t] = float(step.h.width().square().sum())
+            relaxed = Step(
+                gain=alone.gain_at(t),
+                lower=step.h.low,
+                upper=step.h.high,
+                error=error[t - first],
+            )
+            stage.steps.append(relaxed)
         layer.v = steps[-1].v
         return stacked([step.spikes for step in steps])
 
@@ -287,8 +311,8 @@ class JointRun(BoundedRun):
         """Numbers of the neurons that get windows: those with an undecided spike, or all of them
         if more calls follow.
         """
-        spikes = stacked([step.spikes for step in steps]).each(lambda end: end.flatten(1))
-        undecided = (spikes.low < spikes.high).any(0)
+        spikes = stacked([step.spikes for step in steps])
+        undecided = spikes.width().any(0).flatten()
         if len(steps) < self.over_time.steps[name]:
             undecided = torch.ones_like(undecided)
         return undecided.nonzero().squeeze(1)
@@ -334,12 +358,19 @@ class JointRun(BoundedRun):
         bounds.
         """
         generator = torch.Generator().manual_seed(len(spikes))
-        random = torch.randn(_SUMS, len(spikes), generator=generator, dtype=torch.float64)
+        random = torch.randn(
+            _SUMS,
+            len(spikes),
+            generator=generator,
+            dtype=torch.float64,
+        )
         random[0] = 1.0
         weights = random.to(spikes.device)
         bounds = self.memories[name].trains.bounds(weights)
-        sums = (weights @ spikes.double().flatten(1)).view(bounds.low.shape)
-        return bounds.widened(_GAP * len(spikes)).holds(sums)
+        flat = spikes.double().flatten(1)
+        sums = weights @ flat
+        wider = bounds.widened(_GAP * len(spikes))
+        return wider.holds(sums.view(bounds.low.shape))
 
     def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Pooling) -> None:
         stage = Stage(len(self.leaves), x.same(), batch_dim)
@@ -350,7 +381,8 @@ class JointRun(BoundedRun):
         """Bounds of a current in exact arithmetic, [steps, N, *]."""
         x = stage.current
         exact = Interval(x.centre - x.radius, x.centre + x.radius)
-        return exact.each(partial(by_step, samples=self.samples, batch_dim=stage.batch_dim))
+        in_time = partial(by_step, samples=self.samples, batch_dim=stage.batch_dim)
+        return exact.each(in_time)
 
     def _sums(
         self, dynamics: Spiking, memory: Memory, some: Tensor | slice
@@ -361,28 +393,31 @@ class JointRun(BoundedRun):
         name = dynamics.neuron.name
         first = memory.trains.steps
         currents = [x.each(lambda end: end.flatten()[some]) for x in memory.currents]
-        windows = torch.tensor(self.windows(first, len(currents))).view(-1, 2)
-        weights = window_weights(dynamics, windows, len(currents)).to(currents[0].low)
+        steps = len(currents)
+        like = currents[0].low
         found = {}
         longer = []
-        for row, (a, t) in enumerate(windows.tolist()):
-            if a == t:
-                charge = _multiples(weights[row : row + 1, t], currents[t])
-                found[a, t] = charge.each(lambda end: end[0])
-            else:
-                longer.append(row)
+        for a, t in self.windows(first, steps):
+            if a < t:
+                longer.append([a, t])
+                continue
+            gain = torch.as_tensor(dynamics.tensor_gain_at(t)).to(like)
+            charge = _multiples(gain.view(1), currents[t])
+            found[a, t] = charge.each(torch.squeeze)
         if not longer:
             return found
-        weights = weights[longer]
+        weights = window_weights(dynamics, torch.tensor(longer), steps)
+        weights = weights.to(like)
         kind = self.over_time.kinds[name]
         if kind == "constant":
             sums = _multiples(weights.sum(1), currents[-1])
         elif kind == "steps":
-            sums = self._through(weights).each(lambda end: end.flatten(1)[:, some])
+            all_of_them = self._through(weights)
+            sums = all_of_them.each(lambda end: end.flatten(1)[:, some])
         else:
             sums = weighted_sums(weights, stacked(currents))
-        for row, low, high in zip(longer, sums.low, sums.high, strict=True):
-            a, t = windows[row].tolist()
+        ends = zip(sums.low, sums.high, strict=True)
+        for (a, t), (low, high) in zip(longer, ends, strict=True):
             found[a, t] = Interval(low, high)
         return found
 
@@ -399,9 +434,11 @@ class JointRun(BoundedRun):
         means = self._other_run()
         leaves = {}
         with torch.set_grad_enabled(self.differentiable):
-            ends = {number: self._mean(number) for number in sorted(leaves_of(origin))}
+            numbers = sorted(leaves_of(origin))
+            ends = {number: self._mean(number) for number in numbers}
         for number, mean in ends.items():
-            leaves[number] = means.leaf(mean, self.leaves[number].batch_dim)
+            batch_dim = self.leaves[number].batch_dim
+            leaves[number] = means.leaf(mean, batch_dim)
         found = replayed(origin, leaves)
         joint = Bounds(found.centre, found.radius, logits.error, means)
         return means.lead(joint, y)
@@ -455,7 +492,8 @@ class JointRun(BoundedRun):
         steps = len(self._current(stage).low)
         number = len(weights)
         places = steps * (number // steps + 1)
-        padded = torch.cat([weights, weights.new_zeros(places - number, weights.shape[1])])
+        without = weights.new_zeros(places - number, weights.shape[1])
+        padded = torch.cat([weights, without])
         exact = self._other_run()
         exact.rounded = False
         exact.narrow = self.rounded and self.dtype == torch.float32
@@ -471,10 +509,12 @@ class JointRun(BoundedRun):
             sums = self._current(Stage(stage.leaf, found, stage.batch_dim))
             low.append(sums.low)
             high.append(sums.high)
-        sums = Interval(torch.cat(low).to(weights), torch.cat(high).to(weights))
-        shift = sums.each(lambda end: end[-1])
+        every = Interval(torch.cat(low), torch.cat(high))
+        every = every.each(lambda end: end.to(weights))
+        asked = every.each(lambda end: end[:number])
+        shift = every.each(lambda end: end[-1])
         moved = _multiples(weights.sum(1) - 1.0, shift)
-        return Interval(sums.low[:number] + moved.low, sums.high[:number] + moved.high)
+        return Interval(asked.low + moved.low, asked.high + moved.high)
 
     def _weighted(self, number: int, weights: Tensor) -> Interval | None:
         """Bounds of weighted sums of a leaf's steps, [F, N, *]; None for images, which have no
@@ -489,7 +529,9 @@ class JointRun(BoundedRun):
         """Some of the sums in the place of the steps of a leaf."""
         leaf = self.leaves[number]
         if sums is None:
-            nothing = torch.zeros_like(leaf.radius, dtype=torch.float32 if run.narrow else None)
+            nothing = torch.zeros_like(leaf.radius)
+            if run.narrow:
+                nothing = nothing.float()
             return Bounds(nothing, nothing, run=run)
         low = in_layout(sums.low[some], leaf.batch_dim)
         high = in_layout(sums.high[some], leaf.batch_dim)
@@ -499,8 +541,10 @@ class JointRun(BoundedRun):
             radius = SLACK * radius
         if run.narrow:
             rounded = centre.float()
-            radius = (SLACK * (radius + (centre - rounded).abs())).float()
+            lost = (centre - rounded).abs()
+            wider = SLACK * (radius + lost)
             centre = rounded
+            radius = wider.float()
         return Bounds(centre, radius, run=run)
 
 
@@ -548,13 +592,17 @@ def window_weights(dynamics: Spiking, windows: Tensor, steps: int) -> Tensor:
     with the graph of the neuron's gains and decay.
     """
     charging = dynamics.charging
-    gains = torch.stack([_as_double(dynamics.tensor_gain_at(k)) for k in range(steps)])
+    gains = []
+    for k in range(steps):
+        gain = dynamics.tensor_gain_at(k)
+        gains.append(_as_double(gain))
     decay = _as_double(charging.decay)
     number = torch.arange(steps)
     first = windows[:, :1]
     age = windows[:, 1:] - number
     inside = (age >= 0) & (number >= first)
-    return inside * decay ** age.clamp(min=0) * gains
+    kept = decay ** age.clamp(min=0)
+    return inside * kept * torch.stack(gains)
 
 
 def _as_double(value: float | Tensor) -> Tensor:

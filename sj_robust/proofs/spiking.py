@@ -34,6 +34,10 @@ class Interval:
         """Largest absolute value."""
         return torch.maximum(self.low.abs(), self.high.abs())
 
+    def width(self) -> Tensor:
+        """Distance of the ends."""
+        return self.high - self.low
+
     def widened(self, error: Tensor | float) -> "Interval":
         """With values that are so far outside."""
         return Interval(self.low - error, self.high + error)

@@ -131,7 +131,8 @@ class SpikeTrains:
         low = weights @ packed.spikes.low
         high = low.clone()
         if index.numel():
-            apart = weighted_sums(weights, packed.spikes.each(lambda end: end[:, index]))
+            spikes = packed.spikes.each(lambda end: end[:, index])
+            apart = weighted_sums(weights, spikes)
             if packed.chain is not None:
                 joint = packed.chain.bounds(weights)
             else:
@@ -144,8 +145,9 @@ class SpikeTrains:
 
     def _packed_steps(self, steps: int) -> _Packed:
         if self._packed is None or len(self._packed.sure) != steps:
-            spikes = stacked(self.spikes[:steps]).each(lambda end: end.flatten(1))
-            undecided = (spikes.low < spikes.high).any(0)
+            spikes = stacked(self.spikes[:steps])
+            spikes = spikes.each(lambda end: end.flatten(1))
+            undecided = spikes.width().any(0)
             among = undecided[self.open].nonzero().squeeze(1)
             index = self.open[among]
             sure = []
@@ -278,23 +280,28 @@ class KeptSpiking(Float32Spiking):
 
     def decided(self, h: Interval, error: Tensor, gain: float) -> tuple[Interval, Interval]:
         """See :class:`Float32Spiking`."""
-        sure, possible = self._with_known(h.low >= self.above, h.high >= self.below)
+        sure, possible = self._fires(h)
         self._decided = self._clamped(h, sure, possible)
         return self._decided
 
-    def _with_known(self, sure: Tensor, possible: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether there is a spike in the present step, with what is known from elsewhere."""
+    def _fires(self, h: Interval) -> tuple[Tensor, Tensor]:
+        """Whether there is a spike in the present step for sure, and whether there may be one."""
+        sure = h.low >= self.above
+        possible = h.high >= self.below
         if self.known is None:
             return sure, possible
         step = self.layer.steps - self.first
-        return sure | (self.known.low[step] > 0), possible & (self.known.high[step] > 0)
+        known = self.known.each(lambda end: end[step] > 0)
+        return sure | known.low, possible & known.high
 
     def _clamped(self, h: Interval, sure: Tensor, possible: Tensor) -> tuple[Interval, Interval]:
         """Potential and spikes that agree with each other."""
-        low = torch.where(sure, h.low.clamp(min=self.below), h.low)
-        high = torch.where(possible, h.high, h.high.clamp(max=self.above))
-        spikes = Interval(sure.to(low.dtype), possible.to(low.dtype))
-        return Interval(low, high), spikes
+        fired = h.low.clamp(min=self.below)
+        silent = h.high.clamp(max=self.above)
+        low = torch.where(sure, fired, h.low)
+        high = torch.where(possible, h.high, silent)
+        spikes = Interval(sure, possible)
+        return Interval(low, high), spikes.each(lambda end: end.to(low.dtype))
 
 
 class WindowedSpiking(KeptSpiking):
@@ -351,7 +358,9 @@ class WindowedSpiking(KeptSpiking):
             found.add(charged, case, reached)
             cases.append(case)
         h, spikes = self._clamped(h, found.sure, found.possible)
-        h = Interval(h.low.maximum(found.low), h.high.minimum(found.high))
+        low = torch.maximum(h.low, found.low)
+        high = torch.minimum(h.high, found.high)
+        h = Interval(low, high)
         self._decided = h, spikes
         self._remember(h, cases, found.possible)
         return h, spikes
@@ -365,9 +374,11 @@ class WindowedSpiking(KeptSpiking):
         high = h.high
         sums = self.sums.get((a, t))
         if sums is not None:
-            charge = Interval(sums.low + rest - drift, sums.high + rest + drift)
+            above_zero = sums.each(lambda end: end + rest)
+            charge = above_zero.widened(drift)
             if self.soft:
-                start = memory.starts[a].times(self.decay ** (t - a + 1))
+                kept = self.decay ** (t - a + 1)
+                start = memory.starts[a].times(kept)
                 charge = Interval(charge.low + start.low, charge.high + start.high)
             low = torch.maximum(low, charge.low)
             high = torch.minimum(high, charge.high)
@@ -402,7 +413,7 @@ class WindowedSpiking(KeptSpiking):
 
     def _case(self, charged: Interval) -> Case:
         """Whether the neuron fires."""
-        sure, possible = self._with_known(charged.low >= self.above, charged.high >= self.below)
+        sure, possible = self._fires(charged)
         return Case(sure, possible, charged.low, charged.high)
 
     def _remember(self, h: Interval, cases: list[Case], possible: Tensor) -> None:

@@ -243,8 +243,8 @@ FAULTS = {
     ),
     "a weight of the step before": (
         joint,
-        "decay ** age.clamp(min=0)",
-        "decay ** (age.clamp(min=0) + 1)",
+        "kept = decay ** age.clamp(min=0)",
+        "kept = decay ** (age.clamp(min=0) + 1)",
     ),
     "a negative gain that swaps no ends": (
         joint,
