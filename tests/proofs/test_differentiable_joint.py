@@ -2,6 +2,8 @@
 formulas written out with torch's autograd, and no input leaves them.
 """
 
+import gc
+import weakref
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -18,7 +20,7 @@ from training.step_by_hand import Triangle
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.core.preserved import full_precision
-from sj_robust.proofs import bounds, differentiable_chains, joint, rounding
+from sj_robust.proofs import bounds, differentiable, differentiable_chains, joint, rounding
 from sj_robust.proofs.differentiable import DifferentiableBounds
 from sj_robust.proofs.differentiable_chains import Chains, ChainSums, Gates
 from sj_robust.proofs.joint import JointRun, OverTime
@@ -424,3 +426,20 @@ def test_a_fault_is_noticed(plant, monkeypatch):
     plant(monkeypatch)
     with pytest.raises(AssertionError):
         sum(map(check_points, range(20, 120)))
+
+
+def test_a_step_leaves_nothing_behind(monkeypatch):
+    runs = []
+
+    class Watched(differentiable.DifferentiableJointRun):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            runs.append(weakref.ref(self))
+
+    monkeypatch.setattr(differentiable, "DifferentiableJointRun", Watched)
+    trained = DifferentiableBounds(of_linear_layers(NEURONS["LIF"], 3), method="joint")
+    lead = trained.lead(torch.rand(2, 4, dtype=torch.float64), torch.tensor([0, 1]), 0.1)
+    lead.sum().backward()
+    del lead
+    gc.collect()
+    assert [run() for run in runs] == [None]
