@@ -69,9 +69,10 @@ class DifferentiableJointRun(JointRun):
             constant = memory.currents[-1].each(torch.flatten)
             trains.chain_of_all = DifferentiableChain.of(spiking, steps, constant)
         if trains.chain_of_all is None:
-            sums = self._sums(spiking, memory, slice(None))
+            known = len(trains.windows)  # fewer than there are steps if there was a chain so far
+            sums = self._sums(spiking, memory, slice(None), first=known)
             windows = _Windows(spiking, trains, sums)
-            for t in range(first, steps):
+            for t in range(known, steps):
                 windows.step(t)
         trains.total = steps
         self.stages.clear()  # which hold the run

@@ -329,7 +329,7 @@ class JointRun(BoundedRun):
         spiking = WindowedSpiking(
             alone.neuron,
             memory=memory,
-            sums=self._sums(alone, memory, some),
+            sums=self._sums(alone, memory, some, first=memory.trains.steps),
             error=open_ones(error),
             known=None if known is None else known.each(open_ones),
         )
@@ -385,13 +385,12 @@ class JointRun(BoundedRun):
         return exact.each(in_time)
 
     def _sums(
-        self, dynamics: Spiking, memory: Memory, some: Tensor | slice
+        self, dynamics: Spiking, memory: Memory, some: Tensor | slice, *, first: int
     ) -> dict[tuple[int, int], Interval]:
-        """Bounds [O] of the sums of every window that ends in this call, for some of the neurons;
-        one step alone has those of its current.
+        """Bounds [O] of the sums of every window that ends in a step from the first one on, for
+        some of the neurons; one step alone has those of its current.
         """
         name = dynamics.neuron.name
-        first = memory.trains.steps
         currents = [x.each(lambda end: end.flatten()[some]) for x in memory.currents]
         steps = len(currents)
         like = currents[0].low
