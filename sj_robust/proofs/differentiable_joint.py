@@ -50,7 +50,8 @@ class DifferentiableJointRun(JointRun):
             surrogate_width=surrogate_width,
         )
         self.trains = {name: DifferentiableTrains() for name in neurons}
-        self.memories = {name: Memory(trains) for name, trains in self.trains.items()}
+        for name, trains in self.trains.items():
+            self.memories[name] = Memory(trains)
 
     def spikes(self, neuron: Neuron, x_seq: Interval) -> Interval:
         """See :class:`BoundedRun`."""
@@ -59,8 +60,7 @@ class DifferentiableJointRun(JointRun):
         trains = self.trains[name]
         first = trains.steps
         current = self._current(self.stages[-1])
-        for low, high in zip(current.low, current.high, strict=True):
-            memory.currents.append(Interval(low, high))
+        memory.currents += current.steps()
         steps = len(memory.currents)
         trains.shape = current.low.shape[1:]
         spiking = RealSpiking(neuron, self.layers[name], self.surrogate_width)
@@ -187,19 +187,22 @@ class _Spiked:
         sure = cases.sure.detach() > 0
         possible = cases.possible.detach() > 0
         reached = torch.stack(self.reached)
-        least = torch.where(reached, cases.low, torch.inf).amin(0)
-        most = torch.where(reached, cases.high, -torch.inf).amax(0)
+        low = torch.where(reached, cases.low, torch.inf)
+        high = torch.where(reached, cases.high, -torch.inf)
+        least = low.amin(0)
+        most = high.amax(0)
         fired = Interval(least.clamp(min=threshold), most)
         self.starts.append(fired.each(lambda end: end - threshold))
         fires = reached & possible
         some = fires.any(0)
         lows = torch.stack([count.low for count in self.counts])
         highs = torch.stack([count.high for count in self.counts])
-        fewer = torch.where(fires, lows, torch.inf).amin(0)
-        more = torch.where(fires, highs, -torch.inf).amax(0)
-        fewer = torch.where(some, fewer + 1, 0.0)
-        more = torch.where(some, more + 1, 0.0)
-        self.counts.append(Interval(fewer, more))
+        lows = torch.where(fires, lows, torch.inf)
+        highs = torch.where(fires, highs, -torch.inf)
+        fewer = lows.amin(0) + 1
+        more = highs.amax(0) + 1
+        counted = Interval(fewer, more)
+        self.counts.append(counted.each(lambda end: torch.where(some, end, 0.0)))
         self.counts = [count.times(decay) for count in self.counts]
         self.reached = [*(reached & ~sure), some]
 
@@ -263,8 +266,7 @@ class _Windows:
             second = self.threshold * count.high
             least = whole.low - torch.maximum(first, second)
             most = whole.high - torch.minimum(first, second)
-            low = torch.maximum(low, least)
-            high = torch.minimum(high, most)
+            return Interval(low, high).within(Interval(least, most))
         return Interval(low, high)
 
     def _since(self, t: int, a: int, k: int, since: Interval) -> Interval:

@@ -279,9 +279,9 @@ class JointRun(BoundedRun):
         first = layer.steps
         current = self._current(stage)
         error = by_step(stage.current.error, self.samples, stage.batch_dim)
-        for low, high in zip(current.low, current.high, strict=True):
-            memory.currents.append(Interval(low, high))
-        memory.error = max(memory.error, float(error.max()))
+        memory.currents += current.steps()
+        largest = float(error.max())
+        memory.error = max(memory.error, largest)
         known = None
         if self.over_time.kinds[name] == "constant":
             known = self._chain(Float32Spiking(neuron, layer), memory)
@@ -295,8 +295,10 @@ class JointRun(BoundedRun):
         for t, step in enumerate(steps, first):
             memory.steps.append(step)
             memory.trains.spikes.append(step.spikes)
-            layer.undecided[t] = float(step.spikes.width().sum())
-            layer.width[t] = float(step.h.width().square().sum())
+            undecided = step.spikes.width().sum()
+            width = step.h.width().square().sum()
+            layer.undecided[t] = float(undecided)
+            layer.width[t] = float(width)
             relaxed = Step(
                 gain=alone.gain_at(t),
                 lower=step.h.low,
@@ -341,7 +343,9 @@ class JointRun(BoundedRun):
         """Windows (a, t) of the steps first..total - 1 that are bounded by sums."""
         found = []
         for t in range(first, total):
-            found += [(a, t) for a in range(t + 1) if a == 0 or t - a < KEPT]
+            latest = max(1, t - KEPT + 1)
+            found.append((0, t))
+            found += [(a, t) for a in range(latest, t + 1)]
         return found
 
     def lead(self, logits: Bounds, y: Tensor) -> Tensor:
@@ -391,7 +395,11 @@ class JointRun(BoundedRun):
         some of the neurons; one step alone has those of its current.
         """
         name = dynamics.neuron.name
-        currents = [x.each(lambda end: end.flatten()[some]) for x in memory.currents]
+
+        def chosen(end: Tensor) -> Tensor:
+            return end.flatten()[some]
+
+        currents = [current.each(chosen) for current in memory.currents]
         steps = len(currents)
         like = currents[0].low
         found = {}
@@ -415,9 +423,9 @@ class JointRun(BoundedRun):
             sums = all_of_them.each(lambda end: end.flatten(1)[:, some])
         else:
             sums = weighted_sums(weights, stacked(currents))
-        ends = zip(sums.low, sums.high, strict=True)
-        for (a, t), (low, high) in zip(longer, ends, strict=True):
-            found[a, t] = Interval(low, high)
+        for window, of_one in zip(longer, sums.steps(), strict=True):
+            a, t = window
+            found[a, t] = of_one
         return found
 
     def _other_run(self) -> BoundedRun:
@@ -496,7 +504,9 @@ class JointRun(BoundedRun):
         exact = self._other_run()
         exact.rounded = False
         exact.narrow = self.rounded and self.dtype == torch.float32
-        leaves = {leaf: self._weighted(leaf, padded) for leaf in leaves_of(origin)}
+        leaves = {}
+        for number_of_leaf in leaves_of(origin):
+            leaves[number_of_leaf] = self._weighted(number_of_leaf, padded)
         low = []
         high = []
         for start in range(0, places, steps):
@@ -513,7 +523,7 @@ class JointRun(BoundedRun):
         asked = every.each(lambda end: end[:number])
         shift = every.each(lambda end: end[-1])
         moved = _multiples(weights.sum(1) - 1.0, shift)
-        return Interval(asked.low + moved.low, asked.high + moved.high)
+        return asked.plus(moved)
 
     def _weighted(self, number: int, weights: Tensor) -> Interval | None:
         """Bounds of weighted sums of a leaf's steps, [F, N, *]; None for images, which have no

@@ -137,8 +137,9 @@ class SpikeTrains:
                 joint = packed.chain.bounds(weights)
             else:
                 joint = _over_paths(weights, packed)
-            low[:, index] = torch.maximum(joint.low, apart.low)
-            high[:, index] = torch.minimum(joint.high, apart.high)
+            tighter = joint.within(apart)
+            low[:, index] = tighter.low
+            high[:, index] = tighter.high
         shape = self.spikes[0].low.shape
         sums = Interval(low, high)
         return sums.each(lambda end: end.view(-1, *shape))
@@ -247,9 +248,11 @@ class KeptStep:
 
 
 def _with_others(values: Interval, index: Tensor, others: Interval) -> Interval:
-    low = values.low.flatten().index_copy(0, index, others.low)
-    high = values.high.flatten().index_copy(0, index, others.high)
-    return Interval(low.view(values.low.shape), high.view(values.high.shape))
+    flat = values.each(torch.flatten)
+    low = flat.low.index_copy(0, index, others.low)
+    high = flat.high.index_copy(0, index, others.high)
+    shape = values.low.shape
+    return Interval(low, high).each(lambda end: end.view(shape))
 
 
 class KeptSpiking(Float32Spiking):
@@ -358,9 +361,7 @@ class WindowedSpiking(KeptSpiking):
             found.add(charged, case, reached)
             cases.append(case)
         h, spikes = self._clamped(h, found.sure, found.possible)
-        low = torch.maximum(h.low, found.low)
-        high = torch.minimum(h.high, found.high)
-        h = Interval(low, high)
+        h = h.within(Interval(found.low, found.high))
         self._decided = h, spikes
         self._remember(h, cases, found.possible)
         return h, spikes
@@ -379,7 +380,7 @@ class WindowedSpiking(KeptSpiking):
             if self.soft:
                 kept = self.decay ** (t - a + 1)
                 start = memory.starts[a].times(kept)
-                charge = Interval(charge.low + start.low, charge.high + start.high)
+                charge = charge.plus(start)
             low = torch.maximum(low, charge.low)
             high = torch.minimum(high, charge.high)
         for k in range(a + 1, t + 1):

@@ -233,8 +233,8 @@ FAULTS = {
     ),
     "a soft reset taken for a hard one": (
         windows,
-        "charge.high + start.high)",
-        "charge.high + 0 * start.high)",
+        "charge = charge.plus(start)",
+        "charge = charge.plus(Interval(start.low, 0 * start.high))",
     ),
     "an earlier spike that counts in full": (
         windows,
