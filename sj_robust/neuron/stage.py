@@ -16,7 +16,9 @@ from torch.utils._device import DeviceContext
 from sj_robust.core.host import functional, is_counted, layer
 from sj_robust.neuron.dlif import DLIFNode
 from sj_robust.neuron.watching import NeuronHook, Wants, Watched, watched_of
-from sj_robust.ops.bn_dlif import BatchNorm, apart, batch_norm_dlif_multi_step, can_fuse
+from sj_robust.ops.bn_dlif import apart
+from sj_robust.ops.bn_dlif.dispatch import batch_norm_dlif_multi_step, can_fuse
+from sj_robust.ops.bn_dlif.norm import BatchNorm
 from sj_robust.ops.dlif.config import Outputs
 
 __all__ = ["NORM_DIMENSIONS", "Stage", "is_original", "pools_2x2"]

@@ -17,21 +17,12 @@ from sj_robust.attacks.projection import linf_bounds
 from sj_robust.core.checks import check_count, check_logits, check_size
 from sj_robust.core.randomness import SampleSeeds, randn
 from sj_robust.training.objective import LossName
-from sj_robust.training.penalties import (
-    GradientSparsity,
-    Penalty,
-    StabilityGain,
-    ThresholdGuarding,
-    WeightMagnitude,
-)
 from sj_robust.training.plan import SelectName
 
 __all__ = [
     "MODES",
     "Mode",
     "ModeName",
-    "final_attacks",
-    "make_penalties",
     "trades",
     "training_attack",
     "validation_attacks",
@@ -231,61 +222,6 @@ def validation_attacks(eps: float) -> dict[str, Attack]:
         "fgsm": partial(fgsm, eps=eps),
         "pgd": partial(pgd, eps=eps, step_size=eps / 3, steps=7),
     }
-
-
-def final_attacks(eps: float) -> dict[str, Attack]:
-    """Attacks of the table at the end of a training. 训练结束后报告的攻击。
-
-    Args:
-        eps: Linf radius in units of [0, 1] images, and the standard deviation of the noise.
-
-    Returns:
-        ``"gaussian"``, ``"fgsm"``, and ``"pgd20"`` with steps of eps / 8.
-
-    Source: attacks of Ding et al. (ICML 2024), section 5, in the same proportions.
-
-    Examples:
-        >>> list(final_attacks(8 / 255))
-        ['gaussian', 'fgsm', 'pgd20']
-    """
-    pgd20 = partial(pgd, eps=eps, step_size=eps / 8, steps=20)
-    return {"gaussian": partial(gaussian, std=eps), "fgsm": partial(fgsm, eps=eps), "pgd20": pgd20}
-
-
-def make_penalties(
-    *,
-    gradient_sparsity: float = 0.0,
-    threshold_guard: float = 0.0,
-    guard_margin: float = 0.5,
-    gain_penalty: float = 0.0,
-    l1: float = 0.0,
-) -> list[Penalty]:
-    """Penalties of the objective by their weights; those of weight 0 are left out.
-    按权重构建惩罚项。
-
-    Args:
-        gradient_sparsity: Weight of :class:`GradientSparsity`.
-        threshold_guard: Weight of :class:`ThresholdGuarding`.
-        guard_margin: Its margin.
-        gain_penalty: Weight of :class:`StabilityGain`.
-        l1: Weight of :class:`WeightMagnitude`.
-
-    Raises:
-        ValueError: If a number is out of range.
-
-    Source: see the classes.
-
-    Examples:
-        >>> [penalty.name for penalty in make_penalties(threshold_guard=0.1)]
-        ['threshold_guarding']
-    """
-    penalties = (
-        GradientSparsity(gradient_sparsity),
-        ThresholdGuarding(threshold_guard, margin=guard_margin),
-        StabilityGain(gain_penalty),
-        WeightMagnitude(l1),
-    )
-    return [penalty for penalty in penalties if penalty.weight > 0]
 
 
 def trades(

@@ -8,7 +8,7 @@ from attacks.table import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sj_robust.attacks import linf_bounds, project_l2, project_linf
+from sj_robust.attacks.projection import linf_bounds, project_l2, project_linf
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 EDGES = [

@@ -7,17 +7,11 @@ import torch
 from attacks.table import seeded
 from torch import nn
 
-from sj_robust.attacks import (
-    SampleSeeds,
-    ThreatModel,
-    count_flips,
-    eps_text,
-    external,
-    parse_eps,
-    project_l2,
-    project_linf,
-)
-from sj_robust.evaluation import Member, craft
+from sj_robust.attacks import SampleSeeds, ThreatModel, count_flips, external
+from sj_robust.attacks.projection import project_l2, project_linf
+from sj_robust.core.eps import eps_text, parse_eps
+from sj_robust.evaluation import Member
+from sj_robust.evaluation.run.member import craft
 
 GREY = torch.full((1, 1, 3, 3), 0.5, dtype=torch.float64)
 LABEL = torch.tensor([0])

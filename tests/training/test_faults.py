@@ -15,6 +15,7 @@ import launch
 import pytest
 import torch
 from accelerate import Accelerator
+from sj_robust.training.folder import open_run_folder, run_to_resume
 from torch.testing import assert_close
 from torch.utils.data import TensorDataset, get_worker_info
 from training import small_run
@@ -24,14 +25,7 @@ from sj_robust.attacks import pgd
 from sj_robust.data.files import UnreadableError
 from sj_robust.data.stored import FileImages
 from sj_robust.models import checkpoint
-from sj_robust.training import (
-    Journal,
-    NonFiniteLossError,
-    load_checkpoint,
-    open_run_folder,
-    run_to_resume,
-    save_checkpoint,
-)
+from sj_robust.training import Journal, NonFiniteLossError, load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.slow
 
