@@ -38,7 +38,7 @@ PUBLIC = {
         "membrane_potential ms_mppd simplified_perturbation spike_traces tasad"
     ),
     "sj_robust.perturbation.gains": (
-        "Certificate gain_penalty l2_gain l2_gain_limit optimal_input_gain peak_gain "
+        "Certificate gain_penalty input_maps l2_gain l2_gain_limit optimal_input_gain peak_gain "
         "perturbation_gains printed_gain"
     ),
     "sj_robust.proofs": "SmoothedClassifier UnsoundBoundsError no_flip_radius smooth verify",

@@ -48,7 +48,7 @@ class Stage(nn.Module):
     in compiled code. In bfloat16 and float16 one pass does not round what lies between the
     children.
 
-    Equation: see :func:`sj_robust.ops.bn_dlif.batch_norm_dlif_multi_step`.
+    Equation: ``pool(node(norm(x_seq)))``; without a norm or a pooling that part is left out.
 
     Shapes: ``x_seq`` [T, N, C, *] in step mode ``"m"``, [N, C, *] in ``"s"``.
 

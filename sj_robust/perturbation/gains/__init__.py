@@ -4,10 +4,12 @@ from sj_robust.perturbation.gains.certificate import Certificate
 from sj_robust.perturbation.gains.certification import perturbation_gains
 from sj_robust.perturbation.gains.design import gain_penalty, optimal_input_gain
 from sj_robust.perturbation.gains.gain import l2_gain, l2_gain_limit, peak_gain, printed_gain
+from sj_robust.perturbation.gains.operator import input_maps
 
 __all__ = [
     "Certificate",
     "gain_penalty",
+    "input_maps",
     "l2_gain",
     "l2_gain_limit",
     "optimal_input_gain",
