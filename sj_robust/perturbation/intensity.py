@@ -283,9 +283,7 @@ def _summarise(
     wrong = torch.stack([part.wrong for part in parts])
     whole = _measures(values, wrong, sizes)
     drawn = _drawn_again(values.shape[2], study.resamples, seed)
-    resampled = []
-    for index in drawn:
-        resampled.append(_measures(values[..., index], wrong[:, index], sizes))
+    resampled = [_measures(values[..., index], wrong[:, index], sizes) for index in drawn]
     again = torch.stack(resampled)
     low, high = again.nanquantile(_ends(again.dtype), dim=0)
     for row, (layer, name) in enumerate(names):
