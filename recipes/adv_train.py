@@ -224,7 +224,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from lab.processes import first_process_first, make_accelerator
 from lab.run_folder import open_run_folder
-from lab.training import check_start, final_attacks, final_report
 
 from sj_robust import SpikingClassifier, training
 from sj_robust.attacks import ThreatModel
@@ -233,7 +232,8 @@ from sj_robust.evaluation import Report
 from sj_robust.models import NetworkSpec, build_classifier, start_from
 from sj_robust.training.engine import check_training
 from sj_robust.training.history import EpochRecord
-from sj_robust.training.modes import Mode
+from sj_robust.training.modes import Mode, final_attacks
+from sj_robust.training.validation import check_start, final_report
 
 ValueT = TypeVar("ValueT")
 

@@ -23,6 +23,7 @@ __all__ = [
     "MODES",
     "Mode",
     "ModeName",
+    "final_attacks",
     "trades",
     "training_attack",
     "validation_attacks",
@@ -222,6 +223,25 @@ def validation_attacks(eps: float) -> dict[str, Attack]:
         "fgsm": partial(fgsm, eps=eps),
         "pgd": partial(pgd, eps=eps, step_size=eps / 3, steps=7),
     }
+
+
+def final_attacks(eps: float) -> dict[str, Attack]:
+    """Attacks of the table at the end of a training. 训练结束后报告的攻击。
+
+    Args:
+        eps: Linf radius in units of [0, 1] images, and the standard deviation of the noise.
+
+    Returns:
+        ``"gaussian"``, ``"fgsm"``, and ``"pgd20"`` with steps of eps / 8.
+
+    Source: attacks of Ding et al. (ICML 2024), section 5, in the same proportions.
+
+    Examples:
+        >>> list(final_attacks(8 / 255))
+        ['gaussian', 'fgsm', 'pgd20']
+    """
+    pgd20 = partial(pgd, eps=eps, step_size=eps / 8, steps=20)
+    return {"gaussian": partial(gaussian, std=eps), "fgsm": partial(fgsm, eps=eps), "pgd20": pgd20}
 
 
 def trades(

@@ -1,28 +1,43 @@
-"""How good a network in training is, after every epoch."""
+"""How good a network in training is: validation of every epoch, and the report at the end."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from sj_robust.attacks import Attack
+from sj_robust.attacks import Attack, ThreatModel
 from sj_robust.classifier import SpikingClassifier
+from sj_robust.core.environment import device_of
+from sj_robust.core.eps import eps_text
 from sj_robust.core.host import is_neuron
 from sj_robust.core.preserved import evaluation_mode
 from sj_robust.core.randomness import SampleSeeds
-from sj_robust.data import image_loader
-from sj_robust.evaluation.run.loop import alone
+from sj_robust.data import ImageSplits, image_loader
+from sj_robust.evaluation import Member, Report, gallery
+from sj_robust.evaluation.intervals import wilson_interval
+from sj_robust.evaluation.run.data import Data
+from sj_robust.evaluation.run.loop import Asked, alone, run
+from sj_robust.evaluation.run.progress import Position, Watch
+from sj_robust.evaluation.run.variant import Variant
 from sj_robust.perturbation import MPPDMonitor
 from sj_robust.perturbation.gains import perturbation_gains
 from sj_robust.perturbation.gains.design import gain_scalars
 from sj_robust.proofs import verify
+from sj_robust.training.history import EpochRecord, catastrophic_overfitting
+from sj_robust.training.journal import Journal
 from sj_robust.training.processes import mixed
 
-__all__ = ["Validation"]
+__all__ = ["Validation", "check_start", "final_report"]
 
 _BATCH = 128
+_START = 256
+"""Validation images that a network is looked at with before its training."""
 
 
 class Validation:
@@ -122,3 +137,152 @@ class Validation:
 
 def _seeds(images: int, seed: int) -> SampleSeeds:
     return SampleSeeds(range(images)).derived("validation", seed % 2**31)
+
+
+def check_start(
+    classifier: SpikingClassifier, splits: ImageSplits, journal: Journal, origin: str
+) -> None:
+    """Say how good a network is that does not begin at random, and warn of a lost normalisation.
+    训练前检查初始准确率。
+
+    It is warned of if no more than guessing is left, and if the network is better on images that
+    are normalised with their own mean and standard deviation.
+
+    Args:
+        classifier: The network.
+        splits: The data set, of which some validation images count.
+        journal: Where it is said.
+        origin: Where the weights are from.
+    """
+    x, y = (
+        part.to(device_of(classifier))
+        for part in next(iter(image_loader(splits.validation, _START)))
+    )
+
+    def right(model: nn.Module) -> int:
+        return alone(model, x, y, {}, seeds=_seeds(len(y), 0))["clean"]
+
+    clean = right(classifier)
+    journal.say(f"starting from {origin}: {clean / len(y):.1%} of {len(y)} validation images right")
+    low, high = wilson_interval(clean, len(y))
+    if (
+        not splits.frames
+        and classifier.encoder is None
+        and classifier.mean is None
+        and classifier.std is None
+    ):
+        dims = [0, *range(2, x.ndim)]
+        mean, std = (
+            [round(value, 3) for value in part.tolist()] for part in (x.mean(dims), x.std(dims))
+        )
+        if min(std) > 0:
+            net, takes = classifier.net, classifier.takes
+            normalising = SpikingClassifier(net, classifier.T, mean=mean, std=std, takes=takes)
+            lifted = right(normalising.to(x.device))
+            if wilson_interval(lifted, len(y))[0] > high:
+                means, stds = (" ".join(map(str, values)) for values in (mean, std))
+                journal.say(
+                    f"WARNING: with --mean {means} --std {stds}, those of these images, "
+                    f"{lifted / len(y):.1%} are: the network expects normalised images"
+                )
+                return
+    if low <= 1 / splits.classes:
+        journal.say(
+            "WARNING: that is no better than guessing; check the weights, --mean, --std and --tau"
+        )
+
+
+def final_report(
+    name: str,
+    classifier: SpikingClassifier,
+    history: Sequence[EpochRecord],
+    splits: ImageSplits,
+    attacks: Mapping[str, Attack],
+    threat: ThreatModel,
+    journal: Journal,
+    *,
+    seed: int,
+    single_step: bool,
+    verified_eps: float | None = None,
+    dataset: str = "images",
+    configuration: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Report:
+    """Report of a trained network on the test images, with the curves of its training.
+    训练结束后的评估。
+
+    Every attack is a figure for itself. The network is a variant of the report, so that those of
+    several networks can be merged.
+
+    TensorBoard gets pictures of an attack on validation images.
+
+    Args:
+        name: Name of the network in the report.
+        classifier: The network.
+        history: Records of its epochs; the report's warnings are those about them, and how many
+            are verified.
+        splits: The data set, of which the test images count.
+        attacks: Attacks by name, budgets inside.
+        threat: The budget, for the report.
+        journal: Shows how far it is.
+        seed: Seeds the attacks.
+        single_step: Whether it was trained with a single-step attack, so that catastrophic
+            overfitting is looked for.
+        verified_eps: Linf radius at which the test images are proved as well; None proves none.
+        dataset: Name of the data set.
+        configuration: Options of the run.
+        environment: Versions, device, commit.
+    """
+    loader = image_loader(splits.test, 32 if splits.frames else 512)
+    data = Data.of(loader)
+    members = [Member(attack_name, attack, group="") for attack_name, attack in attacks.items()]
+    variant = Variant(members, name, seed)
+    steps = len(data) * (1 + len(members))
+    with journal.steps(f"evaluating {name} on {len(splits.test)} test images", steps) as step:
+        watch = Watch(on_step=partial(_stepped, step))
+        outcome = run(
+            classifier,
+            data,
+            [variant],
+            asked=Asked(),
+            network=name,
+            watch=watch,
+            shared=False,  # the first process reports alone
+        )
+    if threat.eps > 0 and len(splits.validation):
+        x, y = next(iter(image_loader(splits.validation, _BATCH)))
+        with suppress(ValueError):  # no image is right
+            shown = gallery(classifier, x, y, eps=threat.eps, norm="Linf", seed=seed)
+            journal.show_gallery(name.replace(" ", "_"), shown, len(history))
+    heads = [history[: end + 1] for end in range(len(history))] if single_step else []
+    notes = tuple(
+        f"{name}: {warning}" for warning in map(catastrophic_overfitting, heads) if warning
+    )
+    if verified_eps is not None:
+        device, proofs = device_of(classifier), 0
+        text = f"verifying {name} on {len(splits.test)} test images"
+        with journal.steps(text, len(loader)) as step, evaluation_mode(classifier):
+            for x, y in loader:
+                proofs += sum(verify(classifier, x.to(device), y.to(device), verified_eps).verified)
+                step()
+        share = f"{proofs} of {len(splits.test)} test images ({proofs / len(splits.test):.1%})"
+        notes += (f"{name}: {share} verified at Linf {eps_text(verified_eps)}",)
+    return Report(
+        name=name,
+        dataset=dataset,
+        suite="training",
+        labels=data.labels,
+        rows=outcome.rows,
+        threat=threat,
+        classes=splits.classes,
+        seed=seed,
+        data=data.fingerprint,
+        curves={name: [asdict(record) for record in history]},
+        configuration=dict(configuration or {}),
+        environment=dict(environment or {}),
+        warnings=(*outcome.warnings, *notes),
+    )
+
+
+def _stepped(step: Callable[[], None], position: Position) -> None:
+    step()

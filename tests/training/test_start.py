@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lab.training import check_start
 from torch import nn
 from training.small_run import splits
 
 from sj_robust import SpikingClassifier
+from sj_robust.training.validation import check_start
 
 
 class Brightest(nn.Module):
