@@ -103,6 +103,7 @@ import yaml
 from lab.figures.data import input_gains, one_neuron, training_curves
 from lab.figures.ground_truth import ground_truth
 from lab.figures.joint import joint_bounds
+from lab.run_folder import removed_if_unused
 from lab.sweeping.plan import load_records
 from lab.sweeping.recipe import load_recipe
 from lab.sweeping.summary import axes_in, cells_of, columns_of
@@ -116,8 +117,8 @@ from sj_robust.evaluation import make_suite
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint
 from sj_robust.models import pretrained
 from sj_robust.ops import keep_heap
-from sj_robust.perturbation import IntensityCorrelation, Perturbation, intensity_correlation
-from sj_robust.training import removed_if_unused
+from sj_robust.perturbation import IntensityCorrelation, intensity_correlation
+from sj_robust.perturbation.intensity import Perturbation
 
 _RADII = {
     "digits/dlif-at-mppd": (0.001, 0.002, 0.004, 0.006, 0.008, 0.012, 0.016),

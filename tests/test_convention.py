@@ -19,7 +19,8 @@ from sj_robust import SpikingClassifier, compare_potentials, evaluate, perturbat
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.core.convention import kept_state
 from sj_robust.evaluation.subject import Subject, check_fits
-from sj_robust.models import DirectlyEncoded, NetworkSpec, build_network, set_time_steps
+from sj_robust.models import NetworkSpec, build_network, set_time_steps
+from sj_robust.models.direct import DirectlyEncoded
 from sj_robust.proofs import smooth
 from sj_robust.training import Objective
 

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["linf_bounds", "project_l2", "project_linf"]
+__all__ = ["linf_bounds", "project_l2"]
 
 Norm = Literal["Linf", "L2"]
 
@@ -40,26 +40,6 @@ def linf_bounds(x: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
     lower = _round_towards(x, lowest, limit=radius)
     upper = _round_towards(x, highest, limit=radius)
     return lower, upper
-
-
-def project_linf(x_adv: Tensor, x: Tensor, *, eps: float) -> Tensor:
-    """Nearest image to ``x_adv`` within ``eps`` of ``x`` in every element and within [0, 1].
-
-    Equation: ``clamp(x_adv, max(x - eps, 0), min(x + eps, 1))``, exact as :func:`linf_bounds` says.
-
-    Args:
-        x_adv: Images to project, in shape and dtype of ``x``.
-        x: Centres [N, ...] in [0, 1].
-        eps: Radius, >= 0.
-
-    Source: Linf ball of Ding et al. (ICML 2024), section 5.
-
-    Examples:
-        >>> project_linf(torch.tensor([[0.9, 0.4]]), torch.tensor([[0.5, 0.5]]), eps=0.25)
-        tensor([[0.7500, 0.4000]])
-    """
-    lower, upper = linf_bounds(x, eps=eps)
-    return x_adv.clamp(lower, upper)
 
 
 def project_l2(x_adv: Tensor, x: Tensor, *, eps: float) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from sj_robust.attacks import check_frames
+from sj_robust.attacks.events import check_frames
 from sj_robust.attacks.threat import ThreatModel, parse_eps
 from sj_robust.classifier import SpikingClassifier, as_classifier
 from sj_robust.core.checks import (

@@ -16,7 +16,9 @@ from torch.utils._device import DeviceContext
 from sj_robust.core.host import functional, is_counted, layer
 from sj_robust.neuron.dlif import DLIFNode
 from sj_robust.neuron.watching import NeuronHook, Wants, Watched, watched_of
-from sj_robust.ops.bn_dlif import BatchNorm, apart, batch_norm_dlif_multi_step, can_fuse
+from sj_robust.ops.bn_dlif import apart
+from sj_robust.ops.bn_dlif.dispatch import batch_norm_dlif_multi_step, can_fuse
+from sj_robust.ops.bn_dlif.norm import BatchNorm
 from sj_robust.ops.dlif.config import Outputs
 
 __all__ = ["NORM_DIMENSIONS", "Stage", "is_original", "pools_2x2"]
@@ -46,7 +48,7 @@ class Stage(nn.Module):
     in compiled code. In bfloat16 and float16 one pass does not round what lies between the
     children.
 
-    Equation: see :func:`sj_robust.ops.bn_dlif.batch_norm_dlif_multi_step`.
+    Equation: ``pool(node(norm(x_seq)))``; without a norm or a pooling that part is left out.
 
     Shapes: ``x_seq`` [T, N, C, *] in step mode ``"m"``, [N, C, *] in ``"s"``.
 

@@ -408,7 +408,10 @@ class LayerTotals:
         self._trace = []
         if not steps:
             return None
-        whole = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+        whole = {}
+        for name in steps[0]:
+            of_steps = [step[name] for step in steps]
+            whole[name] = torch.stack(of_steps)
         return LayerTrace(name=self.neuron.name, **whole)
 
     def mean(self, norm: str, *, input_gain: bool) -> Tensor:
@@ -424,10 +427,10 @@ class LayerTotals:
         self._elements += other._elements
         self._sums = self._sums + other._sums.to(self._sums.device)
         self._maxima = torch.maximum(self._maxima, other._maxima.to(self._maxima.device))
-        self._first_spike = [
-            torch.minimum(mine, theirs.to(mine.device))
-            for mine, theirs in zip(self._first_spike, other._first_spike, strict=True)
-        ]
+        first = []
+        for mine, theirs in zip(self._first_spike, other._first_spike, strict=True):
+            first.append(torch.minimum(mine, theirs.to(mine.device)))
+        self._first_spike = first
         self.full_valid &= other.full_valid
 
     def check_fits(self, other: "LayerTotals") -> None:

@@ -57,9 +57,8 @@ def compare_potentials(
 
     Returns:
         :class:`LayerStats` by the layer's name in ``net`` (in the network of a classifier), in
-        order of execution. A
-        layer that never fires on the clean images is warned of: what it passes on, no perturbation
-            moves.
+        order of execution. A layer that never fires on the clean images is warned of: what it
+        passes on, no perturbation moves.
 
     Raises:
         ValueError: As :meth:`MPPDMonitor.compare`.
@@ -84,9 +83,9 @@ def compare_potentials(
     watched, forward = as_watched(net, x, T, mean, std)
     with MPPDMonitor(watched) as monitor:
         stats = monitor.compare(x, x_perturbed, forward=forward)
-    if silent := stats.silent:
+    if stats.silent:
         warnings.warn(
-            f"{', '.join(silent)} never fired: nothing goes through, so that the network is "
+            f"{', '.join(stats.silent)} never fired: nothing goes through, so that the network is "
             "blind there and no perturbation moves it; check the weights, mean and std, or train "
             "it",
             stacklevel=2,

@@ -11,20 +11,23 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from sj_robust.attacks import Attack, eps_text
+from sj_robust.attacks import Attack, ThreatModel
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.environment import device_of
+from sj_robust.core.eps import eps_text
 from sj_robust.core.host import is_neuron
 from sj_robust.core.preserved import evaluation_mode
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.data import ImageSplits, image_loader
-from sj_robust.evaluation import Member, Report, ThreatModel, gallery, wilson_interval
+from sj_robust.evaluation import Member, Report, gallery
+from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.loop import Asked, alone, run
 from sj_robust.evaluation.run.progress import Position, Watch
 from sj_robust.evaluation.run.variant import Variant
 from sj_robust.perturbation import MPPDMonitor
-from sj_robust.perturbation.gains import gain_scalars, perturbation_gains
+from sj_robust.perturbation.gains import perturbation_gains
+from sj_robust.perturbation.gains.design import gain_scalars
 from sj_robust.proofs import verify
 from sj_robust.training.history import EpochRecord, catastrophic_overfitting
 from sj_robust.training.journal import Journal

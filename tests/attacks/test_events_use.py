@@ -10,9 +10,10 @@ from attacks.moving_bars import EVENT_ATTACKS, SIZE, T, frames, moving_bars, spi
 from attacks.table import left_as_it_was, linear_model, seeded
 from torch import Tensor, nn
 
-from sj_robust.attacks import SampleSeeds, check_frames, count_flips, flip_events, random_flips
+from sj_robust.attacks import SampleSeeds, count_flips, flip_events, random_flips
+from sj_robust.attacks.events import check_frames
 from sj_robust.classifier import SpikingEventClassifier
-from sj_robust.evaluation import fools
+from sj_robust.evaluation.run.member import fools
 
 
 @pytest.fixture(scope="module")

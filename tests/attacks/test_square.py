@@ -9,8 +9,9 @@ import pytest
 import torch
 from attacks.table import Recorder, assert_within, linear_model, predicted, seeded, two_classes
 
-from sj_robust.attacks import SampleSeeds, ThreatModel, linf_bounds
+from sj_robust.attacks import SampleSeeds, ThreatModel
 from sj_robust.attacks import square as square_attack
+from sj_robust.attacks.projection import linf_bounds
 from sj_robust.attacks.square import _L2, _Linf, break_ties, square_rows
 from sj_robust.core.randomness import SampleDraws, rand
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sj_robust.attacks import SampleSeeds, ThreatModel, count_moves, move_events, random_moves
-from sj_robust.evaluation import Member, Report, craft, make_suite
+from sj_robust.evaluation import Member, Report, make_suite
 from sj_robust.evaluation import assess as whole
 from sj_robust.evaluation.request import Request
+from sj_robust.evaluation.run.member import craft
 from sj_robust.evaluation.subject import Subject
 
 T = 6

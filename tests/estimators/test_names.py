@@ -10,7 +10,8 @@ from torch import nn
 
 from sj_robust import SpikingClassifier
 from sj_robust.core.host import base, neuron, surrogate
-from sj_robust.estimators import ESTIMATORS, Estimator, estimator
+from sj_robust.estimators import ESTIMATORS, estimator
+from sj_robust.estimators.applied import Estimator
 from sj_robust.neuron import DLIFNode
 
 MORE = (

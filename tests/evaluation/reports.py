@@ -1,8 +1,8 @@
 """Reports made by hand."""
 
 from sj_robust.attacks import ThreatModel
-from sj_robust.evaluation import Report, Row
-from sj_robust.evaluation.result import OVER_EPS
+from sj_robust.evaluation import Report
+from sj_robust.evaluation.result import OVER_EPS, Row
 
 LINF = ThreatModel("Linf", 0.1)
 DEAD = {"layer": "net.5", "neuron": "LIFNode", "rate": 0.0, "silent": 1.0, "saturated": 0.0}

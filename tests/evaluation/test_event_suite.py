@@ -10,11 +10,12 @@ from attacks.moving_bars import frames
 from evaluation.short_suite import shortened
 from torch import nn
 
-from sj_robust.attacks import SampleSeeds, count_flips, flip_events, random_flips
+from sj_robust.attacks import SampleSeeds, ThreatModel, count_flips, flip_events, random_flips
 from sj_robust.attacks.logits import margin
-from sj_robust.evaluation import Member, Report, ThreatModel, craft, make_suite
+from sj_robust.evaluation import Member, Report, make_suite
 from sj_robust.evaluation import assess as whole
 from sj_robust.evaluation.request import Request
+from sj_robust.evaluation.run.member import craft
 from sj_robust.evaluation.subject import Subject
 
 TEN = ThreatModel("L0", 10)

@@ -9,8 +9,8 @@ from unchanged import unchanged
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.classifier import SpikingEventClassifier
-from sj_robust.evaluation import FAULTS, Fault, faulty
-from sj_robust.evaluation.run.faults import default_faults
+from sj_robust.evaluation import Fault, faulty
+from sj_robust.evaluation.run.faults import FAULTS, default_faults
 
 T = 5
 NODES = {

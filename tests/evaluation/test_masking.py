@@ -12,7 +12,8 @@ from evaluation import masked
 from spikingjelly.activation_based import surrogate
 from torch import nn
 
-from sj_robust.evaluation import ThreatModel, diagnose
+from sj_robust.attacks import ThreatModel
+from sj_robust.evaluation import diagnose
 from sj_robust.evaluation.diagnosis._probe import Probe
 from sj_robust.evaluation.diagnosis.masking import ESTIMATORS_COMPARED, THRESHOLDS, Finding
 

@@ -13,9 +13,9 @@ from evaluation.test_activity import T, images, network
 from unchanged import unchanged
 
 from sj_robust import SpikingClassifier
-from sj_robust.attacks import SampleSeeds, fgsm, gaussian, pgd
+from sj_robust.attacks import SampleSeeds, ThreatModel, fgsm, gaussian, pgd
 from sj_robust.classifier import PoissonEncoder
-from sj_robust.evaluation import Member, ThreatModel, diagnose, firing, worst_case
+from sj_robust.evaluation import Member, diagnose, firing, worst_case
 from sj_robust.evaluation.run.loop import alone
 
 THREAT = ThreatModel("Linf", 0.1)

@@ -12,12 +12,14 @@ from torch import nn
 from unchanged import unchanged
 
 from sj_robust import SpikingClassifier
-from sj_robust.attacks import ThreatModel, check_images
-from sj_robust.evaluation import CORRUPTIONS, Corruption, Fault, Report, faulty, stress
+from sj_robust.attacks import ThreatModel
+from sj_robust.core.checks import check_images
+from sj_robust.evaluation import Corruption, Fault, Report, faulty, stress
 from sj_robust.evaluation.intervals import repeated_interval, wilson_interval
 from sj_robust.evaluation.report.levels import Level, intact, kinds, levels
 from sj_robust.evaluation.request import Request
 from sj_robust.evaluation.run import corruptions, loop
+from sj_robust.evaluation.run.corruptions import CORRUPTIONS
 from sj_robust.evaluation.run.progress import Watch
 from sj_robust.evaluation.stressing import stress_network
 from sj_robust.evaluation.subject import Subject

@@ -11,7 +11,8 @@ from attacks.table import linear_model
 from torch import nn
 
 from sj_robust.attacks import SampleSeeds, ThreatModel, fgsm, pgd
-from sj_robust.evaluation import Member, craft, fools, worst_case
+from sj_robust.evaluation import Member, worst_case
+from sj_robust.evaluation.run.member import craft, fools
 
 EPS = 0.1
 LINF = ThreatModel("Linf", EPS)

@@ -9,9 +9,10 @@ from ops.calls import by_hand, check_slopes, random_call, run
 from ops.triton import cases
 from oracle import away_from_threshold
 
-from sj_robust.ops import Surrogate, available_backends, choose_backend, dlif_multi_step
+from sj_robust.ops import Surrogate, available_backends, dlif_multi_step
 from sj_robust.ops.dlif import backends, cupy_launch
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
+from sj_robust.ops.dlif.dispatch import choose_backend
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 CHOICES = {

@@ -7,7 +7,8 @@ from torch import nn
 
 from sj_robust.core.host import functional, layer
 from sj_robust.neuron import DLIFNode, fuse
-from sj_robust.ops.bn_dlif import BatchNorm, batch_norm_dlif_multi_step
+from sj_robust.ops.bn_dlif.dispatch import batch_norm_dlif_multi_step
+from sj_robust.ops.bn_dlif.norm import BatchNorm
 from sj_robust.ops.dlif import backends
 
 pytestmark = [

@@ -10,7 +10,6 @@ from sj_robust import DLIFNode
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.evaluation.subject import from_checkpoint
 from sj_robust.models import (
-    NETWORKS,
     ConvChain,
     NetworkSpec,
     WideResNet,
@@ -18,6 +17,7 @@ from sj_robust.models import (
     build_network,
     zoo_networks,
 )
+from sj_robust.models.build import NETWORKS
 from sj_robust.models.checkpoint import save_checkpoint
 
 OWN = """

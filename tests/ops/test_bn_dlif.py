@@ -17,14 +17,10 @@ from oracle import dlif_bptt
 from torch import nn
 
 from sj_robust.ops import Surrogate
-from sj_robust.ops.bn_dlif import (
-    BatchNorm,
-    apart,
-    batch_norm_dlif_multi_step,
-    can_fuse,
-    reference,
-    repeat_step,
-)
+from sj_robust.ops.bn_dlif import apart, reference
+from sj_robust.ops.bn_dlif.dispatch import batch_norm_dlif_multi_step, can_fuse
+from sj_robust.ops.bn_dlif.norm import BatchNorm
+from sj_robust.ops.bn_dlif.repeated import repeat_step
 from sj_robust.ops.dlif import cpp
 from sj_robust.ops.surrogate import HOST_NAMES
 

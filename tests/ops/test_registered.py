@@ -13,7 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from sj_robust.neuron import DLIFNode
 from sj_robust.ops import Surrogate, dlif_multi_step
-from sj_robust.ops.bn_dlif import BatchNorm, batch_norm_dlif_multi_step
+from sj_robust.ops.bn_dlif.dispatch import batch_norm_dlif_multi_step
+from sj_robust.ops.bn_dlif.norm import BatchNorm
 from sj_robust.ops.dlif.config import DLIFConfig
 from sj_robust.ops.dlif.operator import check_call
 from sj_robust.ops.registration import Operator

@@ -18,7 +18,8 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from sj_robust.neuron import DLIFNode
-from sj_robust.perturbation import MPPDMonitor, spike_train_distance, tasad
+from sj_robust.perturbation import MPPDMonitor, tasad
+from sj_robust.perturbation.dynamics import spike_train_distance
 
 NAMES = ("2", "4", "8")
 LAYERS = [

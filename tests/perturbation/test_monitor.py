@@ -37,7 +37,8 @@ from torch.testing import assert_close
 from unchanged import unchanged
 
 from sj_robust.neuron import DLIFNode
-from sj_robust.perturbation import LayerStats, LayerTrace, MPPDMonitor
+from sj_robust.perturbation import MPPDMonitor
+from sj_robust.perturbation._statistics import LayerStats, LayerTrace
 
 NAMES = ("2", "4", "8")
 assert_near = partial(assert_close, atol=1e-5, rtol=1e-5)

@@ -19,7 +19,7 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
 from sj_robust import DLIFNode, SpikingClassifier
-from sj_robust.attacks import linf_bounds
+from sj_robust.attacks.projection import linf_bounds
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.core.preserved import full_precision
 from sj_robust.neuron import fuse

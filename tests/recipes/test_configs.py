@@ -15,7 +15,7 @@ from lab.sweeping.recipe import load_recipe
 from launch import ROOT
 
 from sj_robust import training
-from sj_robust.attacks.threat import parse_eps
+from sj_robust.core.eps import parse_eps
 
 RECIPES = ROOT / "recipes"
 CONFIGS = RECIPES / "configs"

@@ -22,13 +22,16 @@ from matplotlib.image import imread
 from oracle import dlif_forward
 from perturbation.by_hand import eps_by_hand
 
-from sj_robust.evaluation import Report, Row, ThreatModel
+from sj_robust.attacks import ThreatModel
+from sj_robust.evaluation import Report
+from sj_robust.evaluation.result import Row
 from sj_robust.evaluation.subject import Subject, from_checkpoint
 from sj_robust.models import NetworkSpec, build_classifier, build_network
 from sj_robust.perturbation.indicators import INDICATORS
 from sj_robust.perturbation.intensity import IntensityCorrelation
-from sj_robust.proofs import Verification
-from sj_robust.training import EpochRecord, save_checkpoint
+from sj_robust.proofs.verification import Verification
+from sj_robust.training import save_checkpoint
+from sj_robust.training.history import EpochRecord
 
 HISTORY = [
     EpochRecord(

@@ -14,7 +14,6 @@ from pathlib import Path
 import launch
 import pytest
 import torch
-from accelerate import Accelerator
 from torch.testing import assert_close
 from torch.utils.data import TensorDataset, get_worker_info
 from training import small_run
@@ -24,14 +23,7 @@ from sj_robust.attacks import pgd
 from sj_robust.data.files import UnreadableError
 from sj_robust.data.stored import FileImages
 from sj_robust.models import checkpoint
-from sj_robust.training import (
-    Journal,
-    NonFiniteLossError,
-    load_checkpoint,
-    open_run_folder,
-    run_to_resume,
-    save_checkpoint,
-)
+from sj_robust.training import Journal, NonFiniteLossError, load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -243,16 +235,6 @@ def test_the_log_cannot_be_written_any_more(tmp_path, whole):
     with pytest.raises(OSError, match=message):
         run(tmp_path / "run", journal=Journal(logs), perturb=attack)
     assert_goes_on(tmp_path / "run", whole, position=(2, 0))
-
-
-def test_no_configuration_and_no_room_for_a_folder(tmp_path):
-    message = r"config\.yaml is missing; give the run's folder with --output"
-    with pytest.raises(FileNotFoundError, match=message):
-        run_to_resume(str(tmp_path), "digits")
-    (tmp_path / "file").write_text("")
-    message = r"file/run cannot be written \(Not a directory\); give another --output"
-    with pytest.raises(OSError, match=message):
-        open_run_folder(str(tmp_path / "file" / "run"), "digits", {}, Accelerator(cpu=True))
 
 
 def die(*_):

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from sj_robust.training import project_to_simplex_, retract_
+from sj_robust.training import retract_
+from sj_robust.training.regularization import project_to_simplex_
 
 
 def generator(seed=0):

@@ -10,7 +10,7 @@ from torch import nn
 from training.small_run import splits
 
 from sj_robust import SpikingClassifier
-from sj_robust.training import check_start
+from sj_robust.training.validation import check_start
 
 
 class Brightest(nn.Module):

@@ -20,7 +20,8 @@ from lab.benchmarking.layers import (
 )
 from lab.benchmarking.task import Shape, Task
 from sj_robust.classifier import SpikingClassifier
-from sj_robust.models import VGG_FEATURES, ConvChain
+from sj_robust.models import ConvChain
+from sj_robust.models.chain import VGG_FEATURES
 from sj_robust.neuron import DLIFNode, unfuse
 
 FEATURES = VGG_FEATURES | {

@@ -85,12 +85,12 @@ def parse_options(
     its folder first.
 
     ``stem`` names a run's folder up to its number, ``mark`` the files that tell a run with
-    something to go on with, as :func:`sj_robust.training.run_to_resume` takes them.
+    something to go on with, as :func:`lab.run_folder.run_to_resume` takes them.
     """
     options: Any = read_options(kind, arguments)
     if not options.resume:
         return options  # type: ignore[no-any-return]  # what read_options returned
-    from sj_robust.training.folder import CONFIGURATION_FILE, run_to_resume  # imports torch
+    from lab.run_folder import CONFIGURATION_FILE, run_to_resume  # imports torch
 
     folder = run_to_resume(options.output, stem(options), mark=mark)
     path = folder / CONFIGURATION_FILE

@@ -12,7 +12,8 @@ from sj_robust.core.saved import SavedResult, plain
 from sj_robust.evaluation import Report
 from sj_robust.models.checkpoint import load_checkpoint
 from sj_robust.neuron import DLIFNode
-from sj_robust.perturbation import full_perturbation, membrane_potential, simplified_perturbation
+from sj_robust.perturbation import membrane_potential, simplified_perturbation
+from sj_robust.perturbation.dynamics import full_perturbation
 
 _DECAY, _THRESHOLD = 0.9, 1.0
 """Of the neuron of figure 1."""

@@ -8,14 +8,16 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from sj_robust.attacks import ThreatModel
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.saved import SavedResult, markdown_table
-from sj_robust.evaluation import Report, ThreatModel
+from sj_robust.evaluation import Report
 from sj_robust.evaluation.assess import assess
 from sj_robust.evaluation.request import Request
 from sj_robust.evaluation.run.progress import Watch
 from sj_robust.evaluation.subject import Subject
-from sj_robust.proofs import Verification, verify
+from sj_robust.proofs import verify
+from sj_robust.proofs.verification import Verification
 
 
 @dataclass(frozen=True)

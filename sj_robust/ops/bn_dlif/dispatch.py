@@ -60,9 +60,8 @@ def batch_norm_dlif_multi_step(
         store_current: Whether the neurons' currents, which are those behind the batch norm, are
             returned as well.
         backend: ``"cpp"`` is the compiled kernel and ``"triton"`` the one for CUDA; ``"auto"``
-            takes that of the device where :func:`can_fuse` says so. Any other name of
-            :data:`sj_robust.ops.BACKENDS` runs torch's batch norm, DLIF with that backend and
-            torch's pooling.
+            takes that of the device where :func:`can_fuse` says so. Any other name of ``BACKENDS``
+            runs torch's batch norm, DLIF with that backend and torch's pooling.
 
     Returns:
         Spikes [T, N, C, *] or their means [T, N, C, H // 2, W // 2], last potential [N, C, *] and
@@ -148,7 +147,7 @@ def can_fuse(
         norm: The batch norm, or None for none.
         surrogate: Surrogate of the spike.
         average_pool: Whether a pooling belongs to the call.
-        backend: A name of :data:`sj_robust.ops.BACKENDS`.
+        backend: A name of ``BACKENDS``.
 
     Examples:
         >>> import torch

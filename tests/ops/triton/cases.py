@@ -18,8 +18,9 @@ import torch
 from ops.calls import assert_equal, check_slopes, laid_out, not_finite, quarters, random_call, run
 
 from sj_robust.neuron import DLIFNode
-from sj_robust.ops import choose_backend, dlif_multi_step
+from sj_robust.ops import dlif_multi_step
 from sj_robust.ops.dlif import backends, triton_launch
+from sj_robust.ops.dlif.dispatch import choose_backend
 
 F32 = torch.float32
 F16 = torch.float16

@@ -21,14 +21,11 @@ from torch import Tensor, nn
 from sj_robust.core.host import functional, layer
 from sj_robust.neuron import DLIFNode, fuse
 from sj_robust.ops import Surrogate, dlif_multi_step
-from sj_robust.ops.bn_dlif import (
-    BatchNorm,
-    batch_norm_dlif_multi_step,
-    can_fuse,
-    repeat_step,
-    triton_launch,
-)
 from sj_robust.ops.bn_dlif import layer as one_layer
+from sj_robust.ops.bn_dlif import triton_launch
+from sj_robust.ops.bn_dlif.dispatch import batch_norm_dlif_multi_step, can_fuse
+from sj_robust.ops.bn_dlif.norm import BatchNorm
+from sj_robust.ops.bn_dlif.repeated import repeat_step
 from sj_robust.ops.dlif import triton_launch as dlif
 
 CHOICES: dict[str, list[Any]] = {

@@ -10,11 +10,14 @@ import torch
 
 from sj_robust import doctor
 from sj_robust.neuron import DLIFNode
-from sj_robust.ops import Surrogate, available_backends, check_backend, choose_backend
-from sj_robust.ops.bn_dlif import BatchNorm, can_fuse, one_pass
+from sj_robust.ops import Surrogate, available_backends
+from sj_robust.ops.bn_dlif import one_pass
 from sj_robust.ops.bn_dlif import triton_launch as stage_launch
+from sj_robust.ops.bn_dlif.dispatch import can_fuse
+from sj_robust.ops.bn_dlif.norm import BatchNorm
 from sj_robust.ops.dlif import backends, cupy_launch, triton_launch
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Planes
+from sj_robust.ops.dlif.dispatch import check_backend, choose_backend
 
 CONFIG = DLIFConfig(0.5, 1.0, 0.0, Surrogate(), False)
 F32 = torch.float32

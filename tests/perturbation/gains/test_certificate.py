@@ -17,15 +17,14 @@ from sj_robust.classifier import PoissonEncoder, SpikingEventClassifier
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.perturbation import MPPDMonitor
 from sj_robust.perturbation.gains import (
-    INPUT,
-    Bound,
     Certificate,
-    LayerCertificate,
     certificate,
     l2_gain,
     peak_gain,
     perturbation_gains,
 )
+from sj_robust.perturbation.gains.certificate import Bound, LayerCertificate
+from sj_robust.perturbation.gains.operator import INPUT
 from sj_robust.proofs import no_flip_radius
 
 
