@@ -293,7 +293,7 @@ def truth(options: Options, folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class TestImages:
+class NetworkImages:
     """Test images of a network.
 
     Attributes:
@@ -309,7 +309,7 @@ class TestImages:
     classes: int
 
 
-def images_for(options: Options, subject: Subject) -> TestImages:
+def images_for(options: Options, subject: Subject) -> NetworkImages:
     """Test images for a network, both moved to the device."""
     if subject.spec is not None and subject.spec.frames:
         raise ValueError(
@@ -325,7 +325,7 @@ def images_for(options: Options, subject: Subject) -> TestImages:
     y = torch.tensor([int(label) for _, label in samples], device=device)
     subject.model.to(device)
     check_fits(subject, x, splits.classes, dataset)
-    return TestImages(x=x, y=y, dataset=dataset, classes=splits.classes)
+    return NetworkImages(x=x, y=y, dataset=dataset, classes=splits.classes)
 
 
 def correlate(options: Options, subject: Subject) -> IntensityCorrelation:
