@@ -141,8 +141,8 @@ def pgd(
     Args:
         step_size: Length of a step in the chosen norm.
         random_start: Whether to start from a random point of the ball, clamped to [0, 1].
-        keep_best: False takes the last iterate, and with several restarts the best of their last
-            iterates. Other libraries do so; it overstates robustness.
+        keep_best: False takes the last iterate (of several restarts the best of their last ones),
+            the usual practice of other libraries, which overstates robustness.
 
     Raises:
         ValueError: Also if restarts are asked for without a random start.
