@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -162,7 +162,7 @@ class _Parts:
         self.threat = request.threat
         self.say = request.watch.say
 
-    @property
+    @cached_property
     def key(self) -> dict[str, str]:
         """What decides every part, by name."""
         return {
