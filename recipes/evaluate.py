@@ -177,12 +177,13 @@ from sj_robust.core.datasets import EVENT_DATASETS
 from sj_robust.core.eps import parse_eps
 from sj_robust.core.folders import read_text
 from sj_robust.data import load_images
-from sj_robust.evaluation import Report, compare_reports, make_suite
+from sj_robust.evaluation import Report, compare_reports
 from sj_robust.evaluation.assess import assess
 from sj_robust.evaluation.report.pictures import gallery_of
 from sj_robust.evaluation.report.terminal import Display, show_comparison, show_report
 from sj_robust.evaluation.request import Request
 from sj_robust.evaluation.run.progress import Watch
+from sj_robust.evaluation.run.suites import check_suite
 from sj_robust.evaluation.stressing import stress_network
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint, from_function
 
@@ -214,7 +215,7 @@ def main(arguments: list[str]) -> None:
             norm, radius(options, norm, subject), options.largest_shift, options.total_shift
         )
         if suite != "stress" and suite != "corruptions" and options.smooth is None:
-            make_suite(suite, threat, classes=2, eot_samples=options.draws)
+            check_suite(suite, threat)
         T = getattr(subject.model, "T", None) if events else None
         other = options.transfer and Path(options.transfer)
         source = from_checkpoint(other, T, trust_code=options.trust_code) if other else None

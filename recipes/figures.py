@@ -113,7 +113,7 @@ from sj_robust import DLIFNode
 from sj_robust.attacks import ThreatModel, pgd
 from sj_robust.core.console import working
 from sj_robust.data import load_images
-from sj_robust.evaluation import make_suite
+from sj_robust.evaluation.run.suites import check_suite
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint
 from sj_robust.models import pretrained
 from sj_robust.ops import keep_heap
@@ -193,7 +193,7 @@ def check_budgets(options: Options, chosen: Sequence[str]) -> None:
         if threat.eps <= 0:
             raise ValueError(f"--eps must be > 0 to attack at all, got {size}")
         for suite in suites:
-            make_suite(suite, threat, classes=2)
+            check_suite(suite, threat)
 
 
 def neuron(options: Options, folder: Path) -> None:

@@ -159,6 +159,8 @@ def reached_from(module):
 HEAVY = ["cupy", "matplotlib", "accelerate", "sklearn", "rich", "tyro", "tensorboard"]
 LATE = [
     "torch._dynamo",
+    "h5py",
+    "spikingjelly.activation_based.model",
     "matplotlib",
     "torchaudio",
     "torchvision.datasets",

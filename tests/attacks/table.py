@@ -88,6 +88,7 @@ ATTACKS = {
     "pgd_last": _pgd(keep_best=False),
     "pgd_no_start": _pgd(random_start=False, draws=False),
     "pgd_restarts": _pgd(restarts=3),
+    "pgd_stop_early": _pgd(restarts=2, stop_early=True),
     "pgd_last_restarts": _pgd(restarts=2, keep_best=False),
     "pgd_targeted": _pgd(targeted=True),
     "pgd_eot": _pgd(eot_samples=2),

@@ -240,6 +240,26 @@ def test_restarts_find_what_one_start_misses_and_lose_nothing(attack):
     assert int(often.sum()) >= 190  # 1 - 2**-6 of 200 is 197
 
 
+def test_a_sample_that_is_fooled_leaves_if_asked_to():
+    x = torch.full((200, 1), 0.5)
+    y = torch.ones(200, dtype=torch.int64)
+    options = {"eps": 0.3, "step_size": 0.1, "steps": 8, "restarts": 2}
+    found, sizes = [], []
+    for stop_early in (False, True):
+        recorder = Recorder(one_sided)
+        x_adv = pgd(recorder, x, y, **options, stop_early=stop_early, generator=seeded())
+        found.append(fooled(one_sided, x_adv, y))
+        sizes.append(recorder.sizes)
+    assert torch.equal(*found)
+    assert sizes[0][:10] == [200] * 10
+    assert sizes[1] == sorted(sizes[1], reverse=True)
+    assert sum(sizes[1]) < 0.8 * sum(sizes[0])
+    recorder = Recorder(one_sided)  # all are wrong already: nothing is left to attack
+    options |= {"restarts": 1, "random_start": False}
+    pgd(recorder, x, 1 - y, **options, stop_early=True)
+    assert recorder.sizes == [200]
+
+
 def test_restarts_attack_only_what_is_left():
     recorder = Recorder(one_sided)
     x = torch.full((200, 1), 0.5)

@@ -181,6 +181,20 @@ def test_a_part_runs_in_another_thread_but_not_while_the_whole_changes(use):
         assert running.result(timeout=20) == "done"
 
 
+def test_one_thread_alone_does_not_look_through_the_network():
+    class Counted(nn.Linear):
+        walks = 0
+
+        def modules(self):
+            Counted.walks += 1
+            return super().modules()
+
+    net = Counted(2, 2)
+    with locked(net), locked(net, "forward"):
+        pass
+    assert Counted.walks == 0
+
+
 @pytest.mark.parametrize("end", ["the whole runs its part", "the whole changes its modes"])
 def test_the_whole_waits_for_a_part_that_another_thread_runs(end):
     begun, order = Event(), []

@@ -197,6 +197,12 @@ WRONG = [
         ValueError,
         r"restarts > 1 need random_start=True .*restarts=2",
     ),
+    (
+        [pgd],
+        {"stop_early": True, "keep_best": False},
+        ValueError,
+        r"stop_early=True keeps the image that fools, got keep_best=False; leave one",
+    ),
     ([apgd], {"target_classes": 0}, ValueError, r"target_classes must be >= 1"),
     (
         [apgd],

@@ -10,6 +10,7 @@ from evaluation.suite_run import classifier, images
 
 import sj_robust
 from sj_robust.core import checks
+from sj_robust.core import environment as environment_file
 from sj_robust.data import load_images
 from sj_robust.evaluation.run import data as data_file
 from sj_robust.models import pretrained
@@ -59,6 +60,20 @@ def test_images_are_checked_and_hashed_once_and_logits_where_they_are_scored(cou
     with shortened():
         sj_robust.evaluate(model, *images(20), eps=0.1, suite="fast", progress=False)
     check_budgets(counts, hashed=20 + 1)  # every image, and all of them together
+
+
+def test_the_commit_is_looked_up_once(monkeypatch):
+    looked_up = []
+    commit = environment_file._commit
+
+    def counted():
+        looked_up.append(1)
+        return commit()
+
+    monkeypatch.setattr(environment_file, "_commit", counted)
+    with shortened():
+        sj_robust.evaluate(classifier(), *images(6), eps=0.1, suite="fast", progress=False)
+    assert looked_up == [1]
 
 
 @pytest.mark.slow

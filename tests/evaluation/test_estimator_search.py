@@ -76,6 +76,22 @@ def test_another_attack_and_l2():
     assert trial.margin < 1
 
 
+def test_images_that_fall_with_one_of_two_estimators_alone_are_counted():
+    trials = {
+        trial.estimator: trial for trial in search(candidates=["atan:8", "hart:1.2"], images=30)
+    }
+    usual = trials["training"]
+    assert (usual.gained, usual.lost) == (0, 0)
+    assert trials["atan:8"].gained > 0
+    for trial in trials.values():
+        assert trial.images == 30
+        more = round(30 * (usual.robust_accuracy - trial.robust_accuracy))
+        assert trial.gained - trial.lost == more
+    untried = trials["hart:1.2"]
+    assert untried.note
+    assert untried.gained == 0
+
+
 def test_wrong_use():
     with pytest.raises(ValueError, match="images that are classified right, got none among 5"):
         search(slice(0, 40, 8))

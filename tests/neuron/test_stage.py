@@ -21,6 +21,7 @@ from sj_robust.models import NetworkSpec, build_network
 from sj_robust.neuron import DLIFNode, Stage, fuse, stage, unfuse
 from sj_robust.neuron.fusion import plain_names
 from sj_robust.neuron.watching import Wants, watch
+from sj_robust.ops.bn_dlif import one_pass
 from sj_robust.ops.dlif import cpp
 from sj_robust.perturbation import MPPDMonitor
 
@@ -82,14 +83,14 @@ def first_parts(net):
 def passes(monkeypatch):
     """Counts the batch norms and the poolings that ran in one pass with their neuron."""
     count = SimpleNamespace(fused=0, pooled=0)
-    operator = stage.batch_norm_dlif_multi_step
+    operator = stage.in_one_pass
 
     def counting(x_seq, norm, *args, **kwargs):
         count.fused += norm is not None
         count.pooled += kwargs["average_pool"]
         return operator(x_seq, norm, *args, **kwargs)
 
-    monkeypatch.setattr(stage, "batch_norm_dlif_multi_step", counting)
+    monkeypatch.setattr(stage, "in_one_pass", counting)
     return count
 
 
@@ -887,6 +888,31 @@ def test_a_mistake_gets_the_answer_of_the_plain_network(mistake):
         if mistake == "longer than T" and apply is fuse and cpp.unavailable_reason() is None:
             assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
     assert answers[0] == answers[1]
+
+
+@needs_kernel
+def test_whether_one_pass_can_run_is_asked_once_per_call(passes, monkeypatch):
+    asked = []
+    reason = one_pass.unsupported_reason
+
+    def counted(*arguments):
+        asked.append(arguments)
+        return reason(*arguments)
+
+    monkeypatch.setattr(one_pass, "unsupported_reason", counted)
+    _, net = both()
+    step(net, sequence(T, 3, 2, 8, 8))
+    assert len(asked) == passes.fused == 2
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", [(5,), (7,)])
+def test_a_parameter_of_another_shape_is_refused(shape):
+    _, net = both()
+    norm, _ = first_parts(net.eval())
+    norm.weight = nn.Parameter(torch.ones(shape))
+    with pytest.raises(ValueError, match=r"weight must be \[C\] = \[6\]"):
+        net(sequence(T, 3, 2, 8, 8))
 
 
 @needs_kernel

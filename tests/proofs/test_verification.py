@@ -195,6 +195,22 @@ def test_a_potential_on_the_threshold_needs_the_margin_for_rounding(monkeypatch)
     assert not possible()
 
 
+def test_torch_is_given_no_weights_for_which_it_would_import_sympy(monkeypatch):
+    grad = torch.autograd.grad
+    given = []
+
+    def recorded(outputs, inputs, grad_outputs=None, **options):
+        given.append(grad_outputs)
+        return grad(outputs, inputs, grad_outputs, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", recorded)
+    model = classifier(convolutional, NEURONS["LIF"])
+    for method in ("joint", "crown"):
+        verify(model, torch.rand(2, 2, 8, 8), torch.randint(3, (2,)), 0.01, method=method)
+    assert len(given) > 5
+    assert {*given} == {None}
+
+
 def test_parts_of_the_data_give_what_the_whole_gives_and_nothing_is_left_behind():
     model = classifier(convolutional, NEURONS["LIF"])
     x, y = torch.rand(7, 2, 8, 8), torch.randint(3, (7,))

@@ -243,6 +243,7 @@ class Probe:
                 random_start=False,
                 eot_samples=self.eot_samples,
                 keep_best=own,
+                stop_early=own and not bool(self.random.any()),  # one draw may be lucky
                 generator=self._generator(),
             )
 
