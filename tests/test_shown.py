@@ -111,7 +111,8 @@ def test_figures_of_a_report(results, tmp_path):
 def test_figures_of_a_verification(results):
     verification = results["verification"]
     images, spikes, _ = verification.plot().axes
-    assert sorted(images.lines[0].get_ydata()) == sorted(verification.margin)
+    found = sorted(images.lines[0].get_ydata())
+    assert found == sorted(verification.margin)
     assert images.get_xlabel() == "images, sorted"
     assert spikes.get_xlabel() == "time step"
     layers = [label.get_text() for label in spikes.get_yticklabels()]

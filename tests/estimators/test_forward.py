@@ -193,7 +193,9 @@ def test_backends_of_dlif(name, backend):
 
 def batch_norm(net):
     """The batch norm in front of the first neuron, in a stage or not."""
-    return net[1].norm if isinstance(net[1], Stage) else net[1]
+    if isinstance(net[1], Stage):
+        return net[1].norm
+    return net[1]
 
 
 @dataclass

@@ -33,7 +33,8 @@ from sj_robust.proofs.verification import bounded_logits, bounded_neurons
 from sj_robust.proofs.windows import WindowedSpiking
 
 METHODS = ["joint"] * 12 + ["ibp"] * 2 + ["crown"] * 4 + ["bab", "mip"]
-IMAGES, T = 2, 4
+IMAGES = 2
+T = 4
 STEPS = (4, 1, 2, 6, 4, 11)
 EVERY = 8
 """Networks of which one has ReLU."""
@@ -49,7 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--points", type=int, default=8000, help="inputs per network (8000)")
     parser.add_argument("--seed", type=int, default=0, help="the first seed (0)")
     options = parser.parse_args(arguments)
-    totals, seed, began = Counter(), options.seed, time.monotonic()
+    totals = Counter()
+    seed = options.seed
+    began = time.monotonic()
     while totals["inputs"] < options.inputs:
         try:
             totals += check(seed, options.points)
@@ -69,7 +72,8 @@ def random_node(case: random.Random, grid: bool, T: int, relu: bool = False) -> 
         "v_reset": case.choice([0.0, None, -0.5, 0.2]),
         "v_threshold": case.choice([0.1, 0.3, 0.5, 0.7, 1.0]),
     }
-    tau, kind = 2.0 if grid else case.uniform(1.1, 20.0), case.choice(["IF", "LIF", "PLIF", "DLIF"])
+    tau = 2.0 if grid else case.uniform(1.1, 20.0)
+    kind = case.choice(["IF", "LIF", "PLIF", "DLIF"])
     if kind == "IF":
         return neuron.IFNode(**given)
     if kind == "DLIF":
@@ -81,7 +85,9 @@ def random_node(case: random.Random, grid: bool, T: int, relu: bool = False) -> 
         )
         return node
     given["decay_input"] = case.random() < 0.5
-    return neuron.LIFNode(tau, **given) if kind == "LIF" else neuron.ParametricLIFNode(tau, **given)
+    if kind == "LIF":
+        return neuron.LIFNode(tau, **given)
+    return neuron.ParametricLIFNode(tau, **given)
 
 
 class Residual(nn.Module):
@@ -107,7 +113,8 @@ def random_network(case: random.Random, grid: bool, T: int, relu: bool) -> nn.Se
             parts.append(Residual(*inside))
         else:
             wide = case.choice([2, 4, 6])
-            size, stride = case.choice([1, 3, 5]), case.choice([1, 2])
+            size = case.choice([1, 3, 5])
+            stride = case.choice([1, 2])
             options = {
                 "padding": size // 2,
                 "groups": case.choice([1, 2]),
@@ -144,8 +151,10 @@ def random_classifier(
     net = random_network(case, grid, steps, relu)
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.running_mean.normal_(), module.running_var.uniform_(0.05, 2.0)
-            module.weight.data.normal_(1.0, 0.5), module.bias.data.normal_()
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.05, 2.0)
+            module.weight.data.normal_(1.0, 0.5)
+            module.bias.data.normal_()
         elif isinstance(module, nn.Conv2d | nn.Linear):
             for value in module.parameters():
                 value.data *= 3
@@ -230,7 +239,7 @@ def check(seed: int, points: int) -> Counter:
         run = RecordedJoint(neurons, IMAGES, over_time=OverTime(maps, model.T))
         wider = bounded_logits(model, intervals, x, eps)
         logits = bounded_logits(model, run, x, eps)
-        assert bool((run.lead(logits, y) <= intervals.lead(wider, y)).all()), "a looser margin"
+        assert (run.lead(logits, y) <= intervals.lead(wider, y)).all(), "a looser margin"
     bounds = bounds_of(run)
     for name, parts in bounds_of(intervals).items():
         assert_within(bounds[name], parts, f"looser bounds of {name}")
@@ -264,12 +273,12 @@ def check(seed: int, points: int) -> Counter:
             )  # while hooks look, its parts run apart
         for out in (found, *alone):
             rows = out.detach().double().unflatten(0, (IMAGES, count))
-            assert bool(
-                ((rows >= logits.lower.unsqueeze(1)) & (rows <= logits.upper.unsqueeze(1))).all()
-            ), "a logit"
+            assert (
+                (rows >= logits.lower.unsqueeze(1)) & (rows <= logits.upper.unsqueeze(1))
+            ).all(), "a logit"
             own = rows.gather(2, (right := y.view(-1, 1, 1).expand(-1, count, 1)))
             lead = rows.scatter(2, right, -torch.inf).amax(2, keepdim=True)
-            assert bool((own - lead >= margin).all()), f"a margin of {method}"
+            assert (own - lead >= margin).all(), f"a margin of {method}"
         for name, (spikes, v) in seen.items():
             h_lower, h_upper, sure, can, v_lower, v_upper = (
                 part.unsqueeze(2) for part in bounds[name]
@@ -277,9 +286,9 @@ def check(seed: int, points: int) -> Counter:
             fired, v = (
                 part.detach().unflatten(1, (IMAGES, count)) for part in (spikes.bool(), v.double())
             )
-            assert bool(((fired >= sure) & (fired <= can)).all()), f"a spike of {name}"
-            assert bool(((v >= v_lower) & (v <= v_upper)).all()), f"a potential of {name}"
-            assert bool((fired | ((v >= h_lower) & (v <= h_upper))).all()), (
+            assert ((fired >= sure) & (fired <= can)).all(), f"a spike of {name}"
+            assert ((v >= v_lower) & (v <= v_upper)).all(), f"a potential of {name}"
+            assert (fired | ((v >= h_lower) & (v <= h_upper))).all(), (
                 f"a charged potential of {name}"
             )
             assert_sums(run, name, fired.double(), case)
@@ -296,9 +305,9 @@ def assert_within(parts: list, wider: list, what: str) -> None:
     """AssertionError unless bounds, as :func:`bounds_of` gives them, are nowhere looser."""
     low, high, sure, can, v_low, v_high = parts
     for less, more in ((wider[0], low), (high, wider[1]), (wider[4], v_low), (v_high, wider[5])):
-        assert bool((less <= more).all()), what
-    assert bool((wider[2] <= sure).all()), what
-    assert bool((can <= wider[3]).all()), what
+        assert (less <= more).all(), what
+    assert (wider[2] <= sure).all(), what
+    assert (can <= wider[3]).all(), what
 
 
 def assert_sums(run: JointRun, name: str, spikes: torch.Tensor, case: random.Random) -> None:
@@ -313,8 +322,9 @@ def assert_sums(run: JointRun, name: str, spikes: torch.Tensor, case: random.Ran
     bounds = run.memories[name].trains.bounds(weights)
     sums = torch.einsum("ft,t...->f...", weights, spikes)
     rounding = 1e-9
-    low, high = bounds.low.unsqueeze(2) - rounding, bounds.high.unsqueeze(2) + rounding
-    assert bool(((sums >= low) & (sums <= high)).all()), f"a sum over time of {name}"
+    low = bounds.low.unsqueeze(2) - rounding
+    high = bounds.high.unsqueeze(2) + rounding
+    assert ((sums >= low) & (sums <= high)).all(), f"a sum over time of {name}"
 
 
 def without_graph(part, x):
@@ -360,7 +370,8 @@ class Cut(nn.Module):
 
     def __init__(self, part: nn.Module, way) -> None:
         super().__init__()
-        self.part, self.way = part, way
+        self.part = part
+        self.way = way
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.way(self.part, x)
@@ -394,16 +405,18 @@ def run_of(model: SpikingClassifier, z: torch.Tensor) -> tuple[dict, torch.Tenso
     """Spikes and potentials after the reset of every spiking layer, time steps first, and the
     logits.
     """
-    found, hooks = {}, []
+    found = {}
+    hooks = []
     for name, module in model.net.named_modules():
         if isinstance(module, neuron.BaseNode):
             module.store_v_seq = module.step_mode == "m"
 
             def hook(module, args, out, name=name):
                 multi_step = module.step_mode == "m"
-                pair = (
-                    (out, module.v_seq) if multi_step else (out.unsqueeze(0), module.v.unsqueeze(0))
-                )
+                if multi_step:
+                    pair = (out, module.v_seq)
+                else:
+                    pair = (out.unsqueeze(0), module.v.unsqueeze(0))
                 found.setdefault(name, []).append(pair)
 
             hooks.append(module.register_forward_hook(hook))
@@ -425,7 +438,9 @@ def signed_gradient(
     values = case.choice(outputs).flatten(1)
     chosen = values.gather(1, torch.randint(values.shape[1], (len(z), 1))).squeeze(1)
     gradient = torch.autograd.grad((chosen * torch.randn(len(z))).sum(), z, allow_unused=True)[0]
-    return torch.zeros_like(z) if gradient is None else gradient.sign()
+    if gradient is None:
+        return torch.zeros_like(z)
+    return gradient.sign()
 
 
 if __name__ == "__main__":

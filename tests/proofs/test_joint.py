@@ -15,6 +15,7 @@ from proofs import fuzz
 from proofs.test_verification import NETWORKS, NEURONS, T, classifier, convolutional, perturbed
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
+from torch.testing import assert_close
 
 from sj_robust import SpikingClassifier
 from sj_robust.attacks import pgd
@@ -79,7 +80,7 @@ def check_chain(seed):
     for j, spikes in enumerate(table.spikes):
         possible = (single.first <= j) & (j <= single.last)
         inside |= possible & (seen == spikes.unsqueeze(1)).all(0)
-    assert bool(inside.all()), "a train outside its chain"
+    assert inside.all(), "a train outside its chain"
     starts = torch.randint(len(currents), (64,))
     ends = (starts + torch.randint(1, 400, (64,))).clamp(max=len(currents) - 1)
     chain = table.chain(Interval(currents[starts], currents[ends]))
@@ -88,9 +89,10 @@ def check_chain(seed):
     sums = weights @ seen
     for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
         some = sums[:, start : end + 1]
-        least, most = bounds.low[:, number], bounds.high[:, number]
-        assert bool((least <= some.amin(1) + 1e-9).all()), "a sum below its bound"
-        assert bool((most >= some.amax(1) - 1e-9).all()), "a sum above its bound"
+        least = bounds.low[:, number]
+        most = bounds.high[:, number]
+        assert (least <= some.amin(1) + 1e-9).all(), "a sum below its bound"
+        assert (most >= some.amax(1) - 1e-9).all(), "a sum above its bound"
     return table, grid, seen
 
 
@@ -110,7 +112,8 @@ def test_a_chain_has_no_other_trains(seed):
     """Every train whose currents are wider than the grid is seen on it."""
     table, grid, seen = check_chain(seed)
     spacing = float(grid[1] - grid[0])
-    low, high = table.low.clamp(min=float(grid[0])), table.high.clamp(max=float(grid[-1]))
+    low = table.low.clamp(min=float(grid[0]))
+    high = table.high.clamp(max=float(grid[-1]))
     wide = high - low > 3 * spacing
     found = {tuple(train) for train in seen.T.tolist()}
     for train in table.spikes[wide].tolist():
@@ -132,7 +135,8 @@ class Small:
         case = random.Random(seed)
         torch.manual_seed(seed)
         T = case.choice([2, 3, 4, 5])
-        pixels, hidden = 4, 6
+        pixels = 4
+        hidden = 6
         first = nn.Linear(pixels, pixels)
         with torch.no_grad():
             first.weight.copy_(torch.diag(torch.empty(pixels).uniform_(0.5, 3.0)))
@@ -154,7 +158,8 @@ class Small:
         """All combinations of the first neurons' trains that a grid of currents gives, [T, C,
         pixels].
         """
-        net, T = self.model.net, self.model.T
+        net = self.model.net
+        T = self.model.T
         pixels = self.x.shape[1]
         steps = torch.linspace(-1, 1, 801).view(-1, 1)
         images = (self.x + self.eps * steps).clamp(0, 1)
@@ -183,13 +188,13 @@ def check_small(seed, *, soft=False):
     low, high, sure, can, v_low, v_high = fuzz.bounds_of(run)["3"]
     fired = spikes.bool()
     v = net[3].v_seq.double()
-    assert bool(((fired >= sure) & (fired <= can)).all()), "a spike"
-    assert bool(((v >= v_low) & (v <= v_high)).all()), "a potential"
-    assert bool((fired | ((v >= low) & (v <= high))).all()), "a charged potential"
+    assert ((fired >= sure) & (fired <= can)).all(), "a spike"
+    assert ((v >= v_low) & (v <= v_high)).all(), "a potential"
+    assert (fired | ((v >= low) & (v <= high))).all(), "a charged potential"
     for label in range(3):
         lead = run.lead(logits, torch.tensor([label]))
         reached = outputs - outputs[:, label : label + 1]
-        assert bool((reached <= lead).all()), "a lead"
+        assert (reached <= lead).all(), "a lead"
     return combinations.shape[1]
 
 
@@ -346,7 +351,7 @@ def test_no_layer_and_no_margin_is_looser_than_intervals(build, node):
         intervals = fuzz.Recorded(bounded_neurons(model), len(x))
         with full_precision(x.device):
             wider = bounded_logits(model, intervals, x, eps)
-        assert bool((run.lead(logits, y) <= intervals.lead(wider, y)).all())
+        assert (run.lead(logits, y) <= intervals.lead(wider, y)).all()
         found = fuzz.bounds_of(run)
         for name, parts in fuzz.bounds_of(intervals).items():
             fuzz.assert_within(found[name], parts, name)
@@ -392,7 +397,9 @@ def test_step_mode_changes_nothing(build, node):
         y = model(x).argmax(1)
         margins.append(verify(model, x, y, 0.01).margin)
     if build is not NETWORKS[1]:  # of a max pooling in step mode s no call knows the others
-        torch.testing.assert_close(torch.tensor(margins[0]), torch.tensor(margins[1]))
+        found = torch.tensor(margins[0])
+        expected = torch.tensor(margins[1])
+        assert_close(found, expected)
 
 
 def test_chains_are_narrow_where_the_current_is_the_image_itself():
@@ -406,10 +413,11 @@ def test_chains_are_narrow_where_the_current_is_the_image_itself():
     x = torch.rand(40, 1, 4, 4)
     y = model(x).argmax(1)
     found = verify(model, x, y, 0.06)
-    assert found.accuracy > verify(model, x, y, 0.06, method="ibp").accuracy + 0.2
+    expected = verify(model, x, y, 0.06, method="ibp").accuracy + 0.2
+    assert found.accuracy > expected
     proved = torch.tensor(found.verified)
     for z in perturbed(model, x, y, 0.06):
-        assert bool((model(z).argmax(1) == y)[proved].all())
+        assert (model(z).argmax(1) == y)[proved].all()
 
 
 @pytest.mark.slow
@@ -421,7 +429,7 @@ def test_no_proved_image_is_broken(node):
     for eps in (0.003, 0.01, 0.03):
         proved = torch.tensor(verify(model, x, y, eps).verified)
         for z in perturbed(model, x, y, eps):
-            assert bool((model(z).argmax(1) == y)[proved].all())
+            assert (model(z).argmax(1) == y)[proved].all()
 
 
 class Weighted(nn.Module):
@@ -441,7 +449,8 @@ class FromImage(nn.Module):
 
     def __init__(self, node, share=0.3):
         super().__init__()
-        self.node, self.last = node, neuron.IFNode(step_mode="m")
+        self.node = node
+        self.last = neuron.IFNode(step_mode="m")
         self.share = share
 
     def forward(self, x):
@@ -453,9 +462,12 @@ class Joined(nn.Module):
 
     def __init__(self, node):
         super().__init__()
-        self.first, self.one = nn.Linear(4, 4), node()
-        self.second, self.other = nn.Linear(4, 4), node()
-        self.third, self.last = nn.Linear(8, 3), node()
+        self.first = nn.Linear(4, 4)
+        self.one = node()
+        self.second = nn.Linear(4, 4)
+        self.other = node()
+        self.third = nn.Linear(8, 3)
+        self.last = node()
 
     def forward(self, x):
         before = self.one(self.first(x))
@@ -525,11 +537,11 @@ def check_points(model, x, eps, count=500):
         fired = spikes.double().unflatten(1, (len(x), count))
         fuzz.assert_sums(run, name, fired, random.Random(0))
     rows = found.double().unflatten(0, (len(x), count))
-    assert bool((rows >= logits.lower.unsqueeze(1)).all())
-    assert bool((rows <= logits.upper.unsqueeze(1)).all())
+    assert (rows >= logits.lower.unsqueeze(1)).all()
+    assert (rows <= logits.upper.unsqueeze(1)).all()
     for label in range(3):
         lead = run.lead(logits, torch.full((len(x),), label)).unsqueeze(1)
-        assert bool((rows - rows[..., label : label + 1] <= lead).all())
+        assert (rows - rows[..., label : label + 1] <= lead).all()
 
 
 def test_a_max_pooling_is_bounded_step_by_step():
@@ -544,8 +556,10 @@ class Twice(nn.Module):
 
     def __init__(self, node):
         super().__init__()
-        self.first, self.second = layer.Linear(4, 4), layer.Linear(4, 4)
-        self.node, self.last = node, layer.Linear(4, 3)
+        self.first = layer.Linear(4, 4)
+        self.second = layer.Linear(4, 4)
+        self.node = node
+        self.last = layer.Linear(4, 3)
 
     def forward(self, x):
         return self.last(self.node(self.second(self.node(self.first(x)))))
@@ -579,7 +593,7 @@ def test_frames_have_windows_in_the_first_layer():
     alone, together = (verify(model, x, y, 0.02, method=method) for method in ("ibp", "joint"))
     assert together.stepwise == ()
     gains = torch.tensor(together.margin) - torch.tensor(alone.margin)
-    assert bool((gains >= 0).all())
+    assert (gains >= 0).all()
     assert float(gains.max()) > 0.01
 
 
@@ -592,7 +606,7 @@ def test_images_that_do_not_fit_into_memory_go_one_after_the_other(monkeypatch):
     monkeypatch.setattr(joint, "_ELEMENTS", 1)
     parts = verify(model, x, y, 0.01, on_batch=done.append)
     assert done == [1, 2, 3, 4, 5]
-    torch.testing.assert_close(torch.tensor(parts.margin), torch.tensor(whole.margin))
+    assert_close(torch.tensor(parts.margin), torch.tensor(whole.margin))
     assert parts.correct == whole.correct
 
 
@@ -618,4 +632,4 @@ def test_shipped_networks_are_proved_as_documented(name, goals):
         assert 100 * result.accuracy >= least
         proved = torch.tensor(result.verified)
         z = pgd(model, x, y, eps=eps, step_size=eps / 4, steps=20)
-        assert bool((model(z).argmax(1) == y)[proved].all())
+        assert (model(z).argmax(1) == y)[proved].all()

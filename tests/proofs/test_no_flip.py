@@ -48,7 +48,8 @@ def spikes(model, x):
 def test_no_spike_flips_below_the_radius_and_one_flips_just_above_it(name, frames, monkeypatch):
     model = network(NEURONS[name](), frames)
     x = 0.3 + 0.4 * torch.rand((3, 4, 2, 6, 6) if frames else (3, 2, 6, 6))
-    exact, wide = copy.deepcopy(model).double(), x.double()
+    exact = copy.deepcopy(model).double()
+    wide = x.double()
     in_float32 = no_flip_radius(model, x, batch_size=2)
     monkeypatch.setattr(rounding, "_UNIT", 0.0)
     radius = no_flip_radius(exact, wide, batch_size=2)  # without float32's rounding
@@ -56,7 +57,8 @@ def test_no_spike_flips_below_the_radius_and_one_flips_just_above_it(name, frame
     assert (in_float32 > 0).all()
     clean = spikes(exact, wide)
     for number in range(3):
-        image, usual = wide[number : number + 1], clean[:, number : number + 1]
+        image = wide[number : number + 1]
+        usual = clean[:, number : number + 1]
         at_random = torch.randn(200, *x.shape[1:], dtype=torch.float64)
         at_random /= at_random.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
         # Along the gradient of each potential; the closest neuron flips there, and nowhere below.
@@ -70,14 +72,16 @@ def test_no_spike_flips_below_the_radius_and_one_flips_just_above_it(name, frame
 
 def worst_direction(model, x):
     """Unit gradients of all potentials before firing, with spikes held, for one image."""
-    node, x = model.net[3], x.clone().requires_grad_()
+    node = model.net[3]
+    x = x.clone().requires_grad_()
     held = spikes(model, x)
     currents = []
     handle = node.register_forward_pre_hook(lambda module, args: currents.append(args[0]))
     model(x)
     handle.remove()
     charging = read_charging(node)
-    v, found = torch.full_like(currents[0][0], node.v_reset or 0.0), []
+    v = torch.full_like(currents[0][0], node.v_reset or 0.0)
+    found = []
     for t, current in enumerate(currents[0]):
         reset = 0.0 if node.v_reset is None else (1 - charging.decay) * node.v_reset
         h = charging.decay * v + charging.gain_at(t, input_gain=True) * current + reset
@@ -98,7 +102,8 @@ def test_what_float32_rounds_is_taken_from_the_distance_to_the_threshold():
     nn.init.uniform_(net[0].weight, 0.0, 0.01)
     model = SpikingClassifier(net, 1).eval()
     weight = net[0].weight.detach().double()
-    exact, norm = float(weight @ x[0].double()), float(weight.norm())
+    exact = float(weight @ x[0].double())
+    norm = float(weight.norm())
     for distance, rounded in ((1e-8, True), (1e-3, False)):
         net[1].v_threshold = exact + distance
         radius = float(no_flip_radius(model, x))
@@ -128,7 +133,8 @@ class Past(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.node, self.head = neuron.IFNode(step_mode="m"), nn.Linear(4, 2)
+        self.node = neuron.IFNode(step_mode="m")
+        self.head = nn.Linear(4, 2)
 
     def forward(self, x):
         return self.head(self.node(x) + x)

@@ -64,7 +64,7 @@ def test_no_weighted_sum_of_logits_and_no_spike_leaves_its_bounds(build, node):
             lower = bounds_of(maps, run, model, weights).value
             for z in perturbed(model, x, y, eps):
                 seen, outputs = fuzz.run_of(model, z)
-                assert bool(((outputs.double() * weights).sum(1) >= lower).all()), (step_mode, eps)
+                assert ((outputs.double() * weights).sum(1) >= lower).all(), (step_mode, eps)
                 counts = dict.fromkeys(seen, 0)
                 for stage in run.stages:
                     if stage.neuron is None:
@@ -72,9 +72,8 @@ def test_no_weighted_sum_of_logits_and_no_spike_leaves_its_bounds(build, node):
                     for step in stage.steps:
                         spikes = seen[stage.neuron.name][0][counts[stage.neuron.name]].bool()
                         counts[stage.neuron.name] += 1
-                        assert bool(
-                            (spikes <= step.fires).all() and (~spikes <= step.quiet).all()
-                        ), eps
+                        assert (spikes <= step.fires).all(), eps
+                        assert (~spikes <= step.quiet).all(), eps
 
 
 @pytest.mark.parametrize("slopes", [-3.0, 0.0, 2.0])
@@ -87,7 +86,7 @@ def test_any_slopes_are_sound(slopes):
     moved = {key: slope + slopes * torch.rand_like(slope) for key, slope in first.slopes.items()}
     lower = bounds_of(maps, run, model, weights, slopes=moved).value
     for z in perturbed(model, x, model(x).argmax(1), 0.02):
-        assert bool(((model(z).detach().double() * weights).sum(1) >= lower).all())
+        assert ((model(z).detach().double() * weights).sum(1) >= lower).all()
 
 
 def test_without_open_spikes_the_bound_is_that_of_the_affine_map():
@@ -99,7 +98,7 @@ def test_without_open_spikes_the_bound_is_that_of_the_affine_map():
         weights = torch.randn(2, 3, dtype=torch.float64)
         found = (model(x).detach().double() * weights).sum(1)
         lower = bounds_of(maps, run, model, weights).value
-        assert bool((lower <= found).all())
+        assert (lower <= found).all()
         torch.testing.assert_close(lower, found, atol=1e-3, rtol=0)
 
 
@@ -139,7 +138,8 @@ def small(node, *, seed=0):
 
 def grid(x, eps, points):
     """All points of a lattice in the box of one image [1, features]."""
-    lower, upper = (x - eps).clamp(min=0)[0], (x + eps).clamp(max=1)[0]
+    lower = (x - eps).clamp(min=0)[0]
+    upper = (x + eps).clamp(max=1)[0]
     share = torch.linspace(0, 1, points)
     axes = [low + share * (high - low) for low, high in zip(lower, upper, strict=True)]
     return torch.cartesian_prod(*axes).clamp(lower, upper)
@@ -166,8 +166,10 @@ def test_exact_agrees_with_a_lattice_and_stands_between_the_bounds_and_attacks(s
             assert not (result.verified[i] and (fooled or result.broken[i]))
             if result.broken[i]:
                 z = result.x_adv[i : i + 1]
-                assert int(model(z).argmax(1)) != int(y[i])
-                assert float((z.double() - x[i : i + 1].double()).abs().max()) <= eps
+                found = int(model(z).argmax(1))
+                assert found != int(y[i])
+                found = float((z.double() - x[i : i + 1].double()).abs().max())
+                assert found <= eps
                 assert float(z.min()) >= 0
                 assert float(z.max()) <= 1
             if fooled:
@@ -179,14 +181,13 @@ def test_exact_agrees_with_a_lattice_and_stands_between_the_bounds_and_attacks(s
         ("joint", "mip"),
     ):
         verified = zip(results[looser].verified, results[tighter].verified, strict=True)
-        assert all(after or not before for before, after in verified)
+        for before, after in verified:
+            assert after or not before
     assert sum(results["mip"].unknown) <= 1, results["mip"].table()
-    assert not any(
-        a and b for a, b in zip(results["bab"].broken, results["mip"].verified, strict=True)
-    )
-    assert not any(
-        a and b for a, b in zip(results["bab"].verified, results["mip"].broken, strict=True)
-    )
+    for a, b in zip(results["bab"].broken, results["mip"].verified, strict=True):
+        assert not (a and b)
+    for a, b in zip(results["bab"].verified, results["mip"].broken, strict=True):
+        assert not (a and b)
 
 
 def test_margins_are_never_below_those_of_intervals_and_the_networks_own_at_zero():
@@ -200,9 +201,9 @@ def test_margins_are_never_below_those_of_intervals_and_the_networks_own_at_zero
         )
         assert joint.layers == crown.layers == bab.layers
         for before, after in ((plain, joint), (joint, crown), (crown, bab)):
-            assert all(
-                a >= b for a, b in zip(after.margin, before.margin, strict=True) if a > -torch.inf
-            )
+            for a, b in zip(after.margin, before.margin, strict=True):
+                if a > -torch.inf:
+                    assert a >= b
         if eps == 0.0:
             assert bab.verified == tuple(correct.tolist()) == crown.verified
             assert bab.broken == tuple((~correct).tolist())
@@ -232,8 +233,9 @@ def test_exact_goes_through_pooling_residuals_and_single_steps(step_mode):
             assert not any(result.unknown)
             held = torch.tensor(result.verified)
             for z in perturbed(model, x, y, eps):
-                assert bool((model(z).argmax(1) == y)[held].all())
-            broken, verified = broken + sum(result.broken), verified + sum(result.verified)
+                assert (model(z).argmax(1) == y)[held].all()
+            broken = broken + sum(result.broken)
+            verified = verified + sum(result.verified)
     assert broken > 0
     assert verified > 0
 
@@ -245,10 +247,8 @@ def test_the_limit_of_time_ends_the_search():
     y = model(x).argmax(1)
     for method in ("bab", "mip"):
         result = verify(model, x, y, 0.05, method=method, time_limit=1e-3)
-        assert all(
-            a + b + c == 1
-            for a, b, c in zip(result.verified, result.broken, result.unknown, strict=True)
-        )
+        for a, b, c in zip(result.verified, result.broken, result.unknown, strict=True):
+            assert a + b + c == 1
         assert any(result.unknown)
 
 
@@ -259,7 +259,7 @@ def test_a_network_in_float64_is_broken_by_images_in_float64():
     for method in ("bab", "mip"):
         result = verify(model, x, y, 0.5, method=method)
         assert any(result.broken)
-        assert bool((model(result.x_adv).argmax(1) != y)[torch.tensor(result.broken)].all())
+        assert (model(result.x_adv).argmax(1) != y)[torch.tensor(result.broken)].all()
 
 
 def one_neuron(v_reset):
@@ -269,7 +269,8 @@ def one_neuron(v_reset):
     net = nn.Sequential(
         nn.Linear(1, 2), neuron.IFNode(v_threshold=0.5, v_reset=v_reset, step_mode="m")
     )
-    net[0].weight.data, net[0].bias.data = torch.tensor([[0.5], [-0.5]]), torch.tensor([0.2, 0.7])
+    net[0].weight.data = torch.tensor([[0.5], [-0.5]])
+    net[0].bias.data = torch.tensor([0.2, 0.7])
     return SpikingClassifier(net, 2).eval()
 
 
@@ -293,7 +294,7 @@ def test_every_end_of_both_pieces_holds_the_line_down(v_reset):
             (0, t): scale * torch.randn(512, 2, generator=generator, dtype=torch.float64)
             for t in (0, 1)
         }
-        assert bool((lowest_with(model, slopes, weights) <= seen).all())
+        assert (lowest_with(model, slopes, weights) <= seen).all()
 
 
 def test_errors_of_charge_and_reset_widen_the_bound_by_the_weight_on_them(monkeypatch):
@@ -308,14 +309,12 @@ def test_errors_of_charge_and_reset_widen_the_bound_by_the_weight_on_them(monkey
         run.stages[0].steps[0].error = run.stages[0].steps[0].error + 0.5
 
     before = lowest_with(model, slopes, weights)
-    assert float(before - lowest_with(model, slopes, weights, wrong_charge)) == pytest.approx(
-        3.0 * 0.5
-    )
+    found = float(before - lowest_with(model, slopes, weights, wrong_charge))
+    assert found == pytest.approx(3.0 * 0.5)
     falling = slopes | {(0, 0): -slopes[0, 0]}
     before = lowest_with(model, falling, weights)
-    assert float(before - lowest_with(model, falling, weights, wrong_charge)) == pytest.approx(
-        3.0 * 0.5
-    )
+    found = float(before - lowest_with(model, falling, weights, wrong_charge))
+    assert found == pytest.approx(3.0 * 0.5)
     monkeypatch.setattr(relaxation, "reset_rounding", lambda size, rest, threshold: 0.25 * size)
     assert float(before - lowest_with(model, slopes, weights)) > 2.0 * 0.25 * 0.5
 
@@ -365,7 +364,8 @@ def test_no_word_of_the_solver_alone_is_a_proof(monkeypatch, answers):
         )
 
     monkeypatch.setattr("scipy.optimize.milp", milp)
-    model, x = one_neuron(0.0), torch.full((1, 1), 0.2)
+    model = one_neuron(0.0)
+    x = torch.full((1, 1), 0.2)
     assert verify(model, x, model(x).argmax(1), 0.8, method="mip").verified == (False,)
 
 
@@ -393,8 +393,10 @@ def test_multipliers_of_any_kind_give_a_lower_bound():
     generator = np.random.default_rng(0)
     for _ in range(50):
         matrix = sparse.csr_matrix(generator.normal(size=(5, 4)))
-        costs, limits = generator.normal(size=4), generator.uniform(0.5, 1.0, size=5)
-        lower, upper = -np.ones(4), np.ones(4)
+        costs = generator.normal(size=4)
+        limits = generator.uniform(0.5, 1.0, size=5)
+        lower = -np.ones(4)
+        upper = np.ones(4)
         points = generator.uniform(-1.0, 1.0, size=(2000, 4))
         allowed = points[(points @ matrix.T <= limits).all(1)]
         for size in (0.0, 1.0, 100.0):
@@ -407,14 +409,16 @@ def test_multipliers_of_any_kind_give_a_lower_bound():
 def test_a_program_with_large_coefficients_is_not_solved(monkeypatch, factor):
     without_shortcuts(monkeypatch)
     monkeypatch.setattr("scipy.optimize.milp", lambda *args, **kwargs: pytest.fail("solved"))
-    model, x = one_neuron(0.0), torch.full((1, 1), 0.5)
+    model = one_neuron(0.0)
+    x = torch.full((1, 1), 0.5)
     model.net[0].weight.data *= 4 * factor
     assert verify(model, x, model(x).argmax(1), 0.5, method="mip").unknown == (True,)
 
 
 def test_a_program_finds_the_spike_that_loses_the_lead(monkeypatch):
     without_shortcuts(monkeypatch)
-    model, x = one_neuron(0.0), torch.full((1, 1), 0.2)
+    model = one_neuron(0.0)
+    x = torch.full((1, 1), 0.2)
     assert verify(model, x, model(x).argmax(1), 0.8, method="mip").broken == (True,)
 
 
@@ -430,7 +434,8 @@ class Aside(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.node, self.head = neuron.IFNode(step_mode="m"), nn.Linear(3, 2)
+        self.node = neuron.IFNode(step_mode="m")
+        self.head = nn.Linear(3, 2)
 
     def forward(self, x):
         self.node(x)
@@ -454,7 +459,8 @@ def test_a_network_without_a_gradient_to_its_input_is_searched_as_any_other(meth
 
 
 def test_a_bound_that_is_not_a_number_proves_nothing(monkeypatch):
-    model, x = small(neuron.IFNode), torch.full((1, 3), 0.5)
+    model = small(neuron.IFNode)
+    x = torch.full((1, 3), 0.5)
     y = model(x).argmax(1)
     nothing = SimpleNamespace(value=torch.full((2,), torch.nan))
     with monkeypatch.context() as patch:
@@ -472,12 +478,10 @@ def test_a_bound_that_is_not_a_number_proves_nothing(monkeypatch):
         )
         _, run = relaxed(model, x, 0.3, tight=True)
     _, plain = relaxed(model, x, 0.3)
-    assert not bool(run.empty.any())
-    assert all(
-        torch.equal(step.lower, other.lower)
-        for stage, same in zip(run.stages, plain.stages, strict=True)
-        for step, other in zip(stage.steps, same.steps, strict=True)
-    )
+    assert not run.empty.any()
+    for stage, same in zip(run.stages, plain.stages, strict=True):
+        for step, other in zip(stage.steps, same.steps, strict=True):
+            assert torch.equal(step.lower, other.lower)
 
 
 def test_branch_and_bound_proves_every_rival(monkeypatch):
@@ -489,7 +493,8 @@ def test_branch_and_bound_proves_every_rival(monkeypatch):
         lambda *args, **rounds: SimpleNamespace(value=torch.tensor([-1.0, -1.0])),
     )
     monkeypatch.setattr(Prover, "_branched", lambda *args: (next(bounds), None))
-    model, x = small(neuron.IFNode), torch.full((1, 3), 0.5)
+    model = small(neuron.IFNode)
+    x = torch.full((1, 3), 0.5)
     assert verify(model, x, model(x).argmax(1), 0.5, method="bab").verified == (False,)
 
 
@@ -500,7 +505,8 @@ class BesideItsMaximum(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.pool, self.node = nn.MaxPool2d((1, 2)), neuron.IFNode(step_mode="m", v_threshold=9.0)
+        self.pool = nn.MaxPool2d((1, 2))
+        self.node = neuron.IFNode(step_mode="m", v_threshold=9.0)
 
     def forward(self, x_seq):
         x = x_seq.flatten(0, 1) * torch.tensor([2.0, 1.0])
@@ -510,7 +516,8 @@ class BesideItsMaximum(nn.Module):
 
 
 def test_the_rounding_of_every_term_lowers_the_bound(monkeypatch):
-    weights, bounds = torch.eye(2, dtype=torch.float64), []
+    weights = torch.eye(2, dtype=torch.float64)
+    bounds = []
     for rounding in (0.0, 1.0):  # in place of 1e-10, which would be lost in the sum
         monkeypatch.setattr(relaxation, "_ROUNDING", rounding)
         bounds.append(lowest_with(one_neuron(0.0), None, weights))
@@ -521,7 +528,8 @@ def test_the_rounding_of_every_term_lowers_the_bound(monkeypatch):
 
 def test_back_substitution_moves_both_ends_of_potentials_inwards():
     model = small(neuron.IFNode)
-    x, ends = torch.rand(6, 3), {}
+    x = torch.rand(6, 3)
+    ends = {}
     for tight in (False, True):
         _, run = relaxed(model, x, 0.15, tight=tight)
         steps = [step for stage in run.stages for step in stage.steps]
@@ -536,8 +544,10 @@ def test_back_substitution_moves_both_ends_of_potentials_inwards():
 
 def test_a_maximum_hangs_on_the_value_whose_lower_bound_is_the_largest():
     model = SpikingClassifier(BesideItsMaximum(), T=1).eval()
-    x, y = torch.tensor([[[[0.3, 0.5]]]]), torch.zeros(1, dtype=torch.long)
-    assert [verify(model, x, y, 0.2, method=method).verified for method in ("ibp", "crown")] == [
+    x = torch.tensor([[[[0.3, 0.5]]]])
+    y = torch.zeros(1, dtype=torch.long)
+    found = [verify(model, x, y, 0.2, method=method).verified for method in ("ibp", "crown")]
+    assert found == [
         (False,),
         (True,),
     ]

@@ -45,7 +45,8 @@ def test_count_gives_the_exact_binomial_bound():
     )
     (p,) = norm.cdf(torch.tensor(result.radius) / 0.25)
     # Clopper and Pearson: at p, as many successes as were counted or more have probability alpha.
-    assert binom.sf(result.count[0] - 1, 500, p) == pytest.approx(0.01, rel=1e-4)
+    found = binom.sf(result.count[0] - 1, 500, p)
+    assert found == pytest.approx(0.01, rel=1e-4)
 
 
 def test_error_happens_no_more_often_than_alpha():
@@ -63,7 +64,8 @@ def test_undecided_votes_abstain_and_certify_nothing():
     assert result.prediction == (-1, -1)
     assert result.radius == (0.0, 0.0)
     assert result.abstained == 1.0
-    assert result.certified(torch.tensor([0, 1])) == (False, False)
+    found = result.certified(torch.tensor([0, 1]))
+    assert found == (False, False)
 
 
 def test_seeds_of_samples_make_results_independent_of_neighbours_and_of_the_batch_size():
@@ -71,14 +73,14 @@ def test_seeds_of_samples_make_results_independent_of_neighbours_and_of_the_batc
     together = smooth(HALF_SPACE, x, 0.25, n=300, generator=SampleSeeds([5, 6, 7, 8]))
     alone = smooth(HALF_SPACE, x[2:3], 0.25, n=300, batch_size=128, generator=SampleSeeds([7]))
     assert together.count[2:3] == alone.count
-    assert (
-        len(set(smooth(HALF_SPACE, x[:1].expand(8, 2), 0.25, n=300, generator=seeded()).count)) > 1
-    )
+    found = len(set(smooth(HALF_SPACE, x[:1].expand(8, 2), 0.25, n=300, generator=seeded()).count))
+    assert found > 1
 
 
 def test_the_certified_share_of_a_spiking_network_falls_with_the_radius():
     torch.manual_seed(0)
-    model, done = SpikingClassifier(build_network(NetworkSpec(channels=(4, 4))), T=4), []
+    model = SpikingClassifier(build_network(NetworkSpec(channels=(4, 4))), T=4)
+    done = []
     result = smooth(
         model, torch.rand(3, 1, 8, 8), 0.1, n0=10, n=100, generator=seeded(), on_image=done.append
     )
@@ -119,9 +121,8 @@ def test_draws_of_the_network_have_nothing_to_do_with_the_noise():
 
     x = torch.full((2, 2), 0.5)
     assert smooth(Doubtful(), x, 0.25, n=500, generator=seeded()).prediction == (0, 0)
-    assert all(
-        190 < count < 310 for count in smooth(Matching(), x, 0.25, n=500, generator=seeded()).count
-    )
+    for count in smooth(Matching(), x, 0.25, n=500, generator=seeded()).count:
+        assert 190 < count < 310
 
 
 def coin(draw):
@@ -153,15 +154,13 @@ def test_draws_do_not_share_a_coin_of_the_network(draw):
     assert random.getstate() == state
     assert np.random.get_state()[1].tolist() == own  # noqa: NPY002  # as above
     truth = 0.25 * norm.ppf(0.7)
-    assert sum(radius > truth for radius in result.radius) <= binom.ppf(0.999, 20, 0.05)
-    assert all(
-        50 <= count <= 88
-        for count, kind in zip(result.count, result.prediction, strict=True)
-        if kind == 0
-    )
-    assert result == smooth(
-        coin(COINS[draw]), x, 0.25, n0=20, n=100, alpha=0.05, generator=seeded()
-    )
+    found = sum(radius > truth for radius in result.radius)
+    assert found <= binom.ppf(0.999, 20, 0.05)
+    for count, kind in zip(result.count, result.prediction, strict=True):
+        if kind == 0:
+            assert 50 <= count <= 88
+    expected = smooth(coin(COINS[draw]), x, 0.25, n0=20, n=100, alpha=0.05, generator=seeded())
+    assert result == expected
 
 
 def mixed(x):
@@ -219,11 +218,10 @@ MIXING = {
 def test_the_batch_size_changes_nothing(kind):
     model = {"plain": HALF_SPACE, "coin": coin(COINS["torch"]), **MIXING}.get(kind)
     model = model or encoded()
-    x = (
-        torch.rand(2, 1, 4, 4, generator=seeded(2))
-        if kind == "encoder"
-        else torch.rand(2, 3)[:, :2]
-    )
+    if kind == "encoder":
+        x = torch.rand(2, 1, 4, 4, generator=seeded(2))
+    else:
+        x = torch.rand(2, 3)[:, :2]
     found = {
         smooth(model, x, 0.25, n0=10, n=60, batch_size=size, generator=seeded(4))
         for size in (1, 7, 64)
@@ -320,7 +318,8 @@ def test_batches_are_the_fewest_and_of_two_sizes_at_most():
 
 def test_attacks_go_through_the_noise_of_one_draw():
     model = SmoothedClassifier(HALF_SPACE, 0.25)
-    x, y = torch.tensor([[0.55, 0.45]]), torch.tensor([0])
+    x = torch.tensor([[0.55, 0.45]])
+    y = torch.tensor([0])
     x_adv = pgd(model, x, y, eps=0.2, step_size=0.05, steps=10, eot_samples=16, generator=seeded())
     assert smooth(HALF_SPACE, x, 0.25, generator=seeded()).prediction == (0,)
     assert smooth(HALF_SPACE, x_adv, 0.25, generator=seeded()).prediction == (1,)

@@ -26,9 +26,12 @@ class Beside(nn.Module):
 
     def __init__(self, branch, *, whole=False):
         super().__init__()
-        self.first, self.node = nn.Linear(4, 6), neuron.LIFNode(step_mode="m")
-        self.last, self.beside = nn.Linear(6, 3), nn.Linear(4, 3)
-        self.branch, self.whole = branch, whole
+        self.first = nn.Linear(4, 6)
+        self.node = neuron.LIFNode(step_mode="m")
+        self.last = nn.Linear(6, 3)
+        self.beside = nn.Linear(4, 3)
+        self.branch = branch
+        self.whole = whole
 
     def forward(self, x):
         if self.whole:
@@ -79,7 +82,8 @@ def test_a_network_without_any_graph_is_refused_by_the_first_layer_that_shows_it
 
 def test_training_for_proofs_looks_at_the_first_batch_and_gains_leave_the_layer_out():
     model = beside(fuzz.without_graph, whole=True)
-    x, y = torch.rand(2, 4), torch.tensor([0, 1])
+    x = torch.rand(2, 4)
+    y = torch.tensor([0, 1])
     with pytest.raises(UnsoundBoundsError, match="autograd does not see"):
         DifferentiableBounds(model.train()).lead(x, y, 0.1)
     assert input_maps(model.net, x)["node"].not_covered is not None
@@ -193,7 +197,9 @@ class OtherInPlain(nn.Module):
     """Its input, which counts double in a plain call."""
 
     def forward(self, x):
-        return 2.0 * x if type(x) is torch.Tensor else 1.0 * x
+        if type(x) is torch.Tensor:
+            return 2.0 * x
+        return 1.0 * x
 
 
 class OtherWithoutGraph(nn.Module):
@@ -246,7 +252,9 @@ def test_sums_over_time_are_held_against_the_run(monkeypatch):
 
     def wrong(trains, weights):
         found = bounds(trains, weights)
-        return Interval(found.low, found.low - 1) if len(weights) == sums else found
+        if len(weights) == sums:
+            return Interval(found.low, found.low - 1)
+        return found
 
     monkeypatch.setattr(SpikeTrains, "bounds", wrong)
     x = torch.rand(2, 2, 8, 8)
@@ -366,7 +374,8 @@ def test_the_network_runs_on_sums_of_products_in_float32():
     else:
         wanted |= {"matrix products": "highest", "matrix products on CUDA": False}
     assert noted
-    assert all(seen == wanted for seen in noted)
+    for seen in noted:
+        assert seen == wanted
     with full_precision(torch.device("cpu")):
         assert not precision()["cudnn TF32"]
 
@@ -375,7 +384,8 @@ def test_checks_leave_the_callers_generators_alone():
     model = classifier(convolutional, NEURONS["LIF"])
     x = torch.rand(2, 2, 8, 8)
     y = model(x).argmax(1)
-    state, python = torch.get_rng_state(), random.getstate()
+    state = torch.get_rng_state()
+    python = random.getstate()
     verify(model, x, y, 0.01)
     assert torch.equal(torch.get_rng_state(), state)
     assert random.getstate() == python

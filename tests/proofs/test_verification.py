@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from proofs import fuzz
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
+from torch.testing import assert_close
 from unchanged import unchanged
 
 from sj_robust import DLIFNode, SpikingClassifier
@@ -80,8 +81,10 @@ def classifier(build, node, *, seed=0, step_mode="m", **arguments):
     net = build(node)
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.running_mean.normal_(), module.running_var.uniform_(0.5, 2.0)
-            module.weight.data.normal_(1.0, 0.5), module.bias.data.normal_()
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
+            module.weight.data.normal_(1.0, 0.5)
+            module.bias.data.normal_()
         elif isinstance(module, nn.Conv2d | nn.Linear):
             module.weight.data *= 3  # so that neurons fire
     functional.set_step_mode(net, step_mode)
@@ -131,19 +134,20 @@ def test_margins_fall_with_the_radius_and_are_the_networks_own_at_zero(build):
     at_zero = verify(model, x, y, 0.0)
     rivals = logits.scatter(1, y.unsqueeze(1), -torch.inf).amax(1)
     expected = logits.gather(1, y.unsqueeze(1)).squeeze(1) - rivals
-    torch.testing.assert_close(
+    assert_close(
         torch.tensor(at_zero.margin), expected.double(), atol=1e-4, rtol=0, check_dtype=False
     )
-    assert sum(map(sum, (layer.undecided for layer in at_zero.layers))) == 0
+    found = sum(map(sum, (layer.undecided for layer in at_zero.layers)))
+    assert found == 0
     radii = (0.0, 1e-4, 0.001, 0.003, 0.01, 0.03, 0.1)
     margins, crown = (
         torch.tensor([verify(model, x, y, eps, method=method).margin for eps in radii])
         for method in ("ibp", "crown")
     )
-    assert bool((margins.diff(dim=0) <= 1e-9).all())
-    assert bool((crown >= margins).all())
+    assert (margins.diff(dim=0) <= 1e-9).all()
+    assert (crown >= margins).all()
     verified = crown > 0
-    assert bool((verified[1:] <= verified[:-1]).all())
+    assert (verified[1:] <= verified[:-1]).all()
 
 
 A, B = torch.tensor([[1.5, -0.5, 0.3, -2.0], [-0.7, 0.2, 3.0, 1.1]]).double()
@@ -160,11 +164,13 @@ AFFINE = {
 
 @pytest.mark.parametrize("name", AFFINE)
 def test_an_affine_map_spreads_a_box_by_its_absolute_values(name):
-    centre, radius = torch.randn(1, 4, 4, 4).double(), torch.rand(1, 4, 4, 4).double()
+    centre = torch.randn(1, 4, 4, 4).double()
+    radius = torch.rand(1, 4, 4, 4).double()
     found = AFFINE[name](rules.Bounds(centre, radius))
     jacobian = torch.autograd.functional.jacobian(AFFINE[name], centre)
-    torch.testing.assert_close(found.centre, AFFINE[name](centre))
-    torch.testing.assert_close(found.radius, (jacobian.abs() * radius).sum((-4, -3, -2, -1)))
+    assert_close(found.centre, AFFINE[name](centre))
+    expected = (jacobian.abs() * radius).sum((-4, -3, -2, -1))
+    assert_close(found.radius, expected)
 
 
 def test_a_potential_on_the_threshold_needs_the_margin_for_rounding(monkeypatch):
@@ -197,24 +203,19 @@ def test_a_potential_on_the_threshold_needs_the_margin_for_rounding(monkeypatch)
 
 def test_parts_of_the_data_give_what_the_whole_gives_and_nothing_is_left_behind():
     model = classifier(convolutional, NEURONS["LIF"])
-    x, y = torch.rand(7, 2, 8, 8), torch.randint(3, (7,))
+    x = torch.rand(7, 2, 8, 8)
+    y = torch.randint(3, (7,))
     model(x)
     done = []
     with unchanged(model):
-        whole, parts = (
-            verify(model, x, y, 0.01),
-            verify(model, x, y, 0.01, batch_size=3, on_batch=done.append),
-        )
+        whole = verify(model, x, y, 0.01)
+        parts = verify(model, x, y, 0.01, batch_size=3, on_batch=done.append)
     assert done == [3, 6, 7]
     assert parts.correct == whole.correct
-    torch.testing.assert_close(torch.tensor(parts.margin), torch.tensor(whole.margin))
+    assert_close(torch.tensor(parts.margin), torch.tensor(whole.margin))
     for part, all_at_once in zip(parts.layers, whole.layers, strict=True):
-        torch.testing.assert_close(
-            torch.tensor(part.undecided), torch.tensor(all_at_once.undecided)
-        )
-        torch.testing.assert_close(
-            torch.tensor(part.potential), torch.tensor(all_at_once.potential)
-        )
+        assert_close(torch.tensor(part.undecided), torch.tensor(all_at_once.undecided))
+        assert_close(torch.tensor(part.potential), torch.tensor(all_at_once.potential))
     assert "forward" not in vars(model.net[2])
     assert (
         whole.table()
@@ -228,15 +229,19 @@ def test_bounds_of_relu_are_intervals_by_hand_and_hold(step_mode):
     """The twin of a spiking network: bounds of the results are the results of the bounds."""
     model = classifier(convolutional, nn.ReLU, step_mode=step_mode)
     model.T = 1
-    x, y = torch.rand(7, 2, 8, 8), torch.randint(3, (7,))
+    x = torch.rand(7, 2, 8, 8)
+    y = torch.randint(3, (7,))
     margins = {m: verify(model, x, y, 0.01, method=m).margin for m in ("ibp", "crown", "bab")}
-    low, high = ((x - 0.01).clamp(min=0).double(), (x + 0.01).clamp(max=1).double())
+    low = (x - 0.01).clamp(min=0).double()
+    high = (x + 0.01).clamp(max=1).double()
     parts = [part for part in model.net.double() if not isinstance(part, nn.ReLU)]
     for number, part in enumerate(parts[:-1]):
         if step_mode == "m":
-            low, high = low.unsqueeze(0), high.unsqueeze(0)
+            low = low.unsqueeze(0)
+            high = high.unsqueeze(0)
         zero = part(torch.zeros_like(low))
-        centre, radius = part((low + high) / 2), absolute(part)((high - low) / 2)
+        centre = part((low + high) / 2)
+        radius = absolute(part)((high - low) / 2)
         ends = [centre - radius, centre + radius]
         if number in (1, 4):
             ends = [end.clamp(min=0) for end in ends]
@@ -247,31 +252,35 @@ def test_bounds_of_relu_are_intervals_by_hand_and_hold(step_mode):
     lead = over @ ((low + high) / 2)[..., None] + over.abs() @ ((high - low) / 2)[..., None]
     lead = (lead.squeeze(-1) + shift).scatter(1, y.unsqueeze(1), -torch.inf)
     found = torch.tensor(margins["ibp"], dtype=torch.float64)
-    torch.testing.assert_close(found, -lead.amax(1).detach(), rtol=0, atol=1e-4)  # rounding
+    assert_close(found, -lead.amax(1).detach(), rtol=0, atol=1e-4)  # rounding
     model.float()
     for margin in margins.values():
         bound = torch.tensor(margin, dtype=torch.float64)
-        assert bool((bound >= found).all())
+        assert (bound >= found).all()
         for z in perturbed(model, x, y, 0.01):
             logits = model(z).double()
             rival = logits.scatter(1, y.unsqueeze(1), -torch.inf).amax(1)
-            assert bool((logits.gather(1, y.unsqueeze(1)).squeeze(1) - rival >= bound).all())
+            assert (logits.gather(1, y.unsqueeze(1)).squeeze(1) - rival >= bound).all()
 
 
 def test_lines_of_relu_are_exact_where_it_is_decided_and_there_is_no_program():
     """Its lead is 1 everywhere, which intervals do not see."""
     net = nn.Sequential(layer.Linear(1, 2), nn.ReLU(), layer.Linear(2, 2))
     functional.set_step_mode(net, "m")
-    model, y = SpikingClassifier(net, 1).eval(), torch.tensor([0])
-    net[0].weight.data, net[0].bias.data = torch.tensor([[8.0], [8.0]]), torch.zeros(2)
-    net[2].weight.data, net[2].bias.data = torch.eye(2), torch.tensor([1.0, 0.0])
+    model = SpikingClassifier(net, 1).eval()
+    y = torch.tensor([0])
+    net[0].weight.data = torch.tensor([[8.0], [8.0]])
+    net[0].bias.data = torch.zeros(2)
+    net[2].weight.data = torch.eye(2)
+    net[2].bias.data = torch.tensor([1.0, 0.0])
     x = torch.tensor([[0.5]])
     intervals = verify(model, x, y, 0.1)
     assert intervals.margin[0] == pytest.approx(1 - 1.6, abs=1e-4)
     assert intervals.layers == ()
     labels = intervals.plot().axes[1].get_yticklabels()
     assert [label.get_text() for label in labels] == ["no spiking layer"]
-    assert verify(model, x, y, 0.1, method="crown").margin[0] == pytest.approx(1, abs=1e-4)
+    found = verify(model, x, y, 0.1, method="crown").margin[0]
+    assert found == pytest.approx(1, abs=1e-4)
     net[0].bias.data = torch.full((2,), -4.0)
     assert not verify(model, x, y, 0.3, method="crown").verified[0]
     with pytest.raises(NotImplementedError, match="no program is known for a network with ReLU"):
@@ -305,7 +314,8 @@ class Rectified(nn.Module):
 @pytest.mark.parametrize("steps", [2, 3])
 def test_relu_on_several_time_steps_and_in_place_is_refused(steps):
     """Whichever of steps and images there are more of: proofs try 2 and 3 of them."""
-    x, y = torch.rand(steps, 2), torch.zeros(steps, dtype=torch.int64)
+    x = torch.rand(steps, 2)
+    y = torch.zeros(steps, dtype=torch.int64)
     with pytest.raises(NotImplementedError, match="ReLU of .* there are for one time step"):
         verify(SpikingClassifier(Rectified(), steps).eval(), x, y, 0.1)
     with pytest.raises(NotImplementedError, match="ReLU that writes into its input"):
@@ -321,7 +331,7 @@ def test_frames_of_events_are_bounded_step_by_step():
     y = model(frames).argmax(1)
     verified = torch.tensor(verify(model, frames, y, 0.1).verified)
     for z in perturbed(model, frames, y, 0.1):
-        assert bool((model(z).argmax(1) == y)[verified].all())
+        assert (model(z).argmax(1) == y)[verified].all()
 
 
 class Statement(nn.Module):
@@ -329,7 +339,8 @@ class Statement(nn.Module):
 
     def __init__(self, statement):
         super().__init__()
-        self.statement, self.node = statement, neuron.IFNode(step_mode="m")
+        self.statement = statement
+        self.node = neuron.IFNode(step_mode="m")
 
     def forward(self, x):
         return self.node(self.statement(x))
@@ -377,10 +388,10 @@ def no_difference(x):
 @pytest.mark.parametrize("statement", [alias, view_is_gone])
 def test_what_is_written_in_place_is_seen_by_all_who_hold_it(statement):
     model = SpikingClassifier(Statement(statement), T).eval()
-    x, y = torch.tensor([[0.9, 0.0]]), torch.tensor([1])
-    torch.testing.assert_close(
-        verify(model, x, y, 0.0).margin, (float(model(x).diff()),), atol=1e-5, rtol=0
-    )
+    x = torch.tensor([[0.9, 0.0]])
+    y = torch.tensor([1])
+    expected = (float(model(x).diff()),)
+    assert_close(verify(model, x, y, 0.0).margin, expected, atol=1e-5, rtol=0)
     assert not verify(model, x, 1 - y, 0.05, method="crown").verified[0]
 
 
@@ -388,8 +399,9 @@ def test_arguments_by_name_are_known():
     model = behind(
         lambda x: torch.cat(tensors=[torch.add(input=x, other=C), torch.sub(C, other=x)], dim=-1)
     )
-    x, y = torch.rand(2, 2), torch.tensor([1, 1])
-    torch.testing.assert_close(
+    x = torch.rand(2, 2)
+    y = torch.tensor([1, 1])
+    assert_close(
         verify(model, x, y, 0.0).margin,
         verify(behind(lambda x: torch.cat([x + C, C - x], -1)), x, y, 0.0).margin,
     )
@@ -413,7 +425,8 @@ class BatchFirst(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.node, self.pool = neuron.IFNode(step_mode="m"), nn.MaxPool2d(1)
+        self.node = neuron.IFNode(step_mode="m")
+        self.pool = nn.MaxPool2d(1)
 
     def forward(self, x):
         x = self.node(x).transpose(0, 1)
@@ -600,13 +613,12 @@ def test_wrong_use_and_what_has_no_bounds_are_refused(case):
 def test_numbers_are_those_of_a_float64_network():
     model = behind(lambda x: (x - 0.1).to(torch.zeros(1).double()) * 1e9).double()
     x = torch.tensor([[0.1 + 1.3e-9, 0.1 - 1.3e-9]], dtype=torch.float64)
-    assert verify(model, x, torch.tensor([0]), 0.0).margin[0] == pytest.approx(
-        float(-model(x).diff()), abs=1e-5
-    )
+    found = verify(model, x, torch.tensor([0]), 0.0).margin[0]
+    assert found == pytest.approx(float(-model(x).diff()), abs=1e-5)
 
 
 @pytest.mark.parametrize("size", [torch.tensor([2.0]), torch.tensor([0.0])])
 def test_a_negative_threshold_does_not_lessen_rounding(size):
-    assert float(rounding.reset_rounding(size, 0.0, -5.0)) == float(
-        rounding.reset_rounding(size, 0.0, 5.0)
-    )
+    found = float(rounding.reset_rounding(size, 0.0, -5.0))
+    expected = float(rounding.reset_rounding(size, 0.0, 5.0))
+    assert found == expected

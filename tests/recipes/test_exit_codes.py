@@ -146,7 +146,8 @@ def test_code_that_a_folder_names_is_run_if_the_command_names_it_too(
     (tmp_path / "f" / "base.yaml").write_text("model: own.py:build")
     words = shlex.split(named)
     code, _, err = ended(name, "--output", "f", words[0])
-    assert (code, (tmp_path / "ran").exists()) == (2, False), err
+    found = (code, (tmp_path / "ran").exists())
+    assert found == (2, False), err
     assert f"if you trust it, name it here as well: {named.split(' ', 1)[1]}" in err
     code, _, err = ended(name, "--output", "f", *words)
     assert "if you trust it" not in err
@@ -217,7 +218,8 @@ def test_figures_refuses_radii_before_it_draws(ended, tmp_path, eps):
     (tmp_path / "run" / "net").mkdir(parents=True)
     (tmp_path / "run" / "net" / "best.pt").touch()
     code, _, err = ended(*split("figures run --eps 0.1"), eps)
-    assert (code, (tmp_path / "run" / "figures").exists()) == (2, False)
+    found = (code, (tmp_path / "run" / "figures").exists())
+    assert found == (2, False)
     assert re.match(rf"error: (--)?eps must be (<= 1|> 0).* got {eps}", err)
 
 

@@ -65,7 +65,8 @@ def assert_goes_on(folder, whole, *, position=(1, 0), **options):
     assert history == whole.history
     state = dict(classifier.state_dict())
     assert_close(state, whole.weights["last.pt"], rtol=0, atol=0)
-    assert sorted(path.name for path in folder.iterdir()) == ["best.pt", "last.pt"]
+    found = sorted(path.name for path in folder.iterdir())
+    assert found == ["best.pt", "last.pt"]
 
 
 def test_killed_in_a_step_and_while_a_checkpoint_is_written(tmp_path, whole):
