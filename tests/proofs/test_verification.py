@@ -193,8 +193,8 @@ def test_a_potential_on_the_threshold_needs_the_margin_for_rounding(monkeypatch)
     def possible():
         run = fuzz.Recorded(bounded_neurons(model), 1)
         bounded_logits(model, run, x, 0.0)
-        _, _, _, possible, *_ = fuzz.kept(run.layers["1"])[0]
-        return bool(possible[0, rounded_up])
+        first = fuzz.kept(run.layers["1"])[0]
+        return bool(first.possible[0, rounded_up])
 
     assert possible()
     monkeypatch.setattr(rounding, "_UNIT", 0.0)
