@@ -72,6 +72,17 @@ def spikes_at_the_end(node):
 
 
 NETWORKS = [convolutional, residual, spikes_at_the_end]
+SAMPLED = [
+    (convolutional, "IF", "m"),
+    (residual, "LIF", "s"),
+    (spikes_at_the_end, "LIF soft", "m"),
+    (convolutional, "LIF reset to 0.2", "s"),
+    (residual, "LIF reset to -0.5", "m"),
+    (convolutional, "PLIF", "m"),
+    (residual, "DLIF", "m"),
+    (spikes_at_the_end, "DLIF soft", "s"),
+]
+"""Every neuron, in some network and step mode."""
 
 
 def classifier(build, node, *, seed=0, step_mode="m", **options):

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from proofs import fuzz, test_verification
+from proofs import fuzz, networks
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
@@ -14,7 +14,7 @@ from sj_robust.classifier import PoissonEncoder, SpikingClassifier, SpikingEvent
 from sj_robust.neuron.charging import read_charging
 from sj_robust.proofs import UnsoundBoundsError, no_flip_radius, rounding
 
-NEURONS = test_verification.NEURONS | {
+NEURONS = networks.NEURONS | {
     "IF soft": lambda: neuron.IFNode(v_reset=None),
     "PLIF without input decay": lambda: neuron.ParametricLIFNode(decay_input=False),
 }

@@ -32,11 +32,11 @@ from sj_robust.classifier import PoissonEncoder, SpikingEventClassifier
 from sj_robust.proofs import UnsoundBoundsError, bounds, rounding, rules, verify
 from sj_robust.proofs.verification import bounded_logits, bounded_neurons
 
-RADII = (0.0, 1e-4, 0.001, 0.003, 0.01, 0.03, 0.1)
+RADII = (0.0, 0.001, 0.01, 0.1)
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_nothing_leaves_its_bounds(seed):
     assert fuzz.check(seed, 64)["inputs"] == 64
@@ -60,7 +60,7 @@ def test_margins_fall_with_the_radius_and_are_the_networks_own_at_zero(build):
     holds for what is verified, not for every margin. No margin of it is below that of intervals.
     """
     model = classifier(build, NEURONS["DLIF"])
-    x, y = batch(model, 6)
+    x, y = batch(model, 3)
     at_zero = verify(model, x, y, 0.0)
     expected = lead(model(x).detach(), y).double()
     assert_close(torch.tensor(at_zero.margin).double(), expected, atol=1e-4, rtol=0)
@@ -432,7 +432,6 @@ def batch_statistics(x):
 
 
 NO_BOUNDS = [
-    (lambda x: x @ x.transpose(-1, -2), "the operation matmul in or behind "),
     (lambda x: torch.add(x, C[:2], alpha=2), "a sum with alpha"),
     (lambda x: torch.neg(x, out=None), "the operation neg as it is called here"),
     (lambda x: x.unsqueeze(-1).sum(-1, dtype=torch.half), "a conversion to torch.float16"),
@@ -469,12 +468,18 @@ def encoded():
     return SpikingClassifier(changed().net, T, PoissonEncoder()).eval()
 
 
+class Attention(nn.Module):
+    def forward(self, x):
+        return x @ x.transpose(-1, -2)
+
+
 SMOOTH = surrogate.ATan(spiking=False)
 WRONG_NETWORKS = {
     "wrap the network": nn.Flatten,
     "call model.eval()": lambda: changed().train(),
     "got net.0 in training mode": trains_inside,
     "the encoder PoissonEncoder": encoded,
+    "matmul in or behind 0 .Attention.": lambda: in_steps(Attention(), neuron.IFNode()),
     "whose surrogate does not spike": lambda: changed(neuron.IFNode(surrogate_function=SMOOTH)),
     "the decay of QIFNode is not known": lambda: changed(neuron.QIFNode()),
     "whose v_reset was changed": lambda: changed(v_reset=0.8),
