@@ -251,22 +251,53 @@ SLOW = {  # what would take hours, and what is shown when it has begun
 }
 
 
+def assert_stopped(code, err):
+    assert code == 130, err
+    assert "Traceback" not in err
+    assert "stopped" in err
+    assert err.count("\n") == 1, err
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
-def test_ctrl_c_is_130_without_a_traceback(folder, tmp_path, name):
+@pytest.mark.parametrize("name", ["adv_train", "sweep"])
+def test_ctrl_c_ends_a_process_and_its_children_without_a_traceback(tmp_path, name):
     arguments, begun = SLOW[name]
-    (tmp_path / "run").symlink_to(folder / "runs" / "one")
     process = launch.start(name, tmp_path, *shlex.split(arguments), "--output", "f", launcher=())
     limit = threading.Timer(240, process.kill)
     limit.start()
     for line in process.stdout:
         if begun in line:
-            os.killpg(
-                process.pid, signal.SIGINT
-            )  # as a terminal does: all processes in the foreground get it
+            # as a terminal does: all processes in the foreground get it
+            os.killpg(process.pid, signal.SIGINT)
             break
     _, err = launch.finish(process, code=130)
     limit.cancel()
-    assert "Traceback" not in err
-    assert "stopped" in err
-    assert err.count("\n") == 1, err
+    assert_stopped(process.returncode, err)
+
+
+class Interrupts(io.StringIO):
+    """A terminal at which Ctrl-C is pressed as soon as a text is shown."""
+
+    def __init__(self, begun):
+        super().__init__()
+        self.begun = begun
+
+    def write(self, text):
+        super().write(text)
+        if self.begun in text:
+            signal.raise_signal(signal.SIGINT)
+        return len(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["evaluate", "benchmark"])
+def test_ctrl_c_is_130_without_a_traceback(ended, folder, tmp_path, monkeypatch, name):
+    arguments, begun = SLOW[name]
+    (tmp_path / "run").symlink_to(folder / "runs" / "one")
+    monkeypatch.setattr(sys, "stdout", Interrupts(begun))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code, _, err = ended(name, *shlex.split(arguments), "--output", "f")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert_stopped(code, err)

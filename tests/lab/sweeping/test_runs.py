@@ -18,12 +18,12 @@ import torch
 from fake_recipes import write_fakes
 from lab import paths_for_children
 from lab.sweeping.grid import expand
-from lab.sweeping.perform import LOG_FILE, perform
+from lab.sweeping.perform import LOG_FILE, Attempt, perform
 from lab.sweeping.plan import load_records, plan_runs
 from lab.sweeping.pool import executor_for, gpus_of, perform_all
 from lab.sweeping.recipe import load_recipe
 from lab.sweeping.record import RECORD_FILE, RunRecord
-from launch import unboxed, wait_until
+from launch import forked, unboxed, wait_until
 
 from sj_robust.evaluation import Report
 
@@ -292,14 +292,30 @@ def ends_until_interrupted(runs, executor, *, last, jobs=1, meanwhile=lambda: No
     return ends
 
 
+@pytest.mark.parametrize(
+    ("behave", "said"),
+    [("fail", "ValueError: no such thing"), ("exit", "SystemExit: 2")],
+)
+def test_an_attempt_says_in_a_line_what_ended_it_and_logs_the_rest(planned, behave, said):
+    (run,) = planned({"behave": [behave]})
+
+    def work():
+        os._exit(0 if Attempt(run)() == said else 1)
+
+    assert forked(work) == [0]
+    log = (run.folder / LOG_FILE).read_text()
+    assert "training dlif" in log
+    assert "Traceback" in log
+
+
 @pytest.mark.slow
 def test_runs_survive_each_other_and_stop_when_asked(planned, tmp_path, monkeypatch):
-    """A run that fails, one that exits, one that kills its process, one that is well, one whose
-    time is up and that is queued again, and one that Ctrl-C stops.
+    """A run that kills its process, one that is well, one whose time is up and that is queued
+    again, and one that Ctrl-C stops.
     """
     monkeypatch.setattr(submitit.LocalJob, "_results_timeout_s", 1)
-    runs = planned({"behave": ["fail", "exit", "die", "well", "long", "wait"]})
-    fails, _, dies, well, long, waits = runs
+    runs = planned({"behave": ["die", "well", "long", "wait"]})
+    dies, well, long, waits = runs
 
     def end_of_time():
         wait_until((long.folder / "training" / "waiting").exists, "the long run's start")
@@ -311,17 +327,12 @@ def test_runs_survive_each_other_and_stop_when_asked(planned, tmp_path, monkeypa
     )
     assert found.pop("long-seed0", None) is None  # its end may come with Ctrl-C
     assert found == {
-        "fail-seed0": "ValueError: no such thing",
-        "exit-seed0": "SystemExit: 2",
         "die-seed0": "its process died (state FINISHED)",
         "well-seed0": None,
     }
     records = load_records(well.folder.parents[1], load_recipe(well.recipe))
     assert [record.name for record in records] == ["long-seed0", "well-seed0"]
     assert stages(long) == ["train resume=False", "train resume=True", "paper resume=False"]
-    output = (fails.folder / LOG_FILE).read_text()
-    assert "training dlif" in output
-    assert "Traceback" in output
     assert all(map(has_ended, runs))
     for run in (dies, waits):
         perform(run)
