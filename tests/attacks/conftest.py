@@ -49,14 +49,14 @@ every_attack = _one_of(ATTACKS | ON_IMAGES)
 
 @pytest.fixture(params=MODELS)
 def model(request) -> nn.Module:
-    return _untrained(request.param)
+    return untrained(request.param)
 
 
 @pytest.fixture(params=PAIRS, ids="-".join)
 def attack_and_model(request, monkeypatch) -> tuple[Attack, nn.Module]:
     """Every attack on every model; noises and what is slow on the quickest."""
     name, model = request.param
-    return _shortened(name, monkeypatch), _untrained(model)
+    return _shortened(name, monkeypatch), untrained(model)
 
 
 def _shortened(name: str, monkeypatch) -> Attack:
@@ -78,7 +78,7 @@ def shorten(monkeypatch, *, iterations: int = 5, queries: int = 20) -> None:
     monkeypatch.setattr(module, "_QUERIES", queries)
 
 
-def _untrained(name: str) -> nn.Module:
+def untrained(name: str) -> nn.Module:
     """A network for images [N, 1, 6, 6], in train mode as modules are when new."""
     with torch.random.fork_rng():
         torch.manual_seed(1)

@@ -12,6 +12,7 @@ from time import sleep
 
 import pytest
 import torch
+from attacks.conftest import untrained
 from attacks.table import (
     ATTACKS,
     Recorder,
@@ -34,9 +35,16 @@ from sj_robust.neuron import DLIFNode
 
 
 @pytest.mark.parametrize("fail_at", [None, 1])
-def test_network_and_generators_are_left_as_they_were(gradient_attack, model, batch, fail_at):
+def test_network_and_generators_are_left_as_they_were(gradient_attack, batch, fail_at):
+    model = untrained("dlif")
     with left_as_it_was(model, fail_at):
         gradient_attack.run(model, *batch, 0.1, seeded() if fail_at else None)
+
+
+@pytest.mark.parametrize("name", ["pgd_restarts", "apgd_targeted", "fab"])
+def test_any_network_is_left_as_it_was(model, batch, name):
+    with left_as_it_was(model):
+        ATTACKS[name].run(model, *batch, 0.1)
 
 
 @pytest.mark.parametrize("fail_at", [None, 12])

@@ -140,8 +140,9 @@ RESETS = [
 ]
 
 
-@pytest.mark.parametrize("reset", RESETS, ids=str)
-@pytest.mark.parametrize("kind", ["LIF", "LIF_decay", "DLIF"])
+@pytest.mark.parametrize(
+    ("reset", "kind"), list(zip(RESETS, ["LIF", "LIF_decay", "DLIF"], strict=True)), ids=str
+)
 @pytest.mark.parametrize("name", SAME_VALUES)
 def test_resets(name, kind, reset):
     model = classifier(NEURONS[kind], store_v_seq=True, **ATAN, **reset)
@@ -149,8 +150,10 @@ def test_resets(name, kind, reset):
     assert_same_values(model, images(), name, differs=differs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["LIF", "DLIF"])
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [(torch.float64, "LIF"), (torch.float16, "DLIF"), (torch.bfloat16, "DLIF")],
+)
 @pytest.mark.parametrize("name", SAME_VALUES)
 def test_other_dtypes(name, kind, dtype):
     model = classifier(NEURONS[kind]).to(dtype)
