@@ -2,7 +2,6 @@ import json
 import signal
 from functools import partial
 
-import launch
 import pytest
 import torch
 from evaluation import masked, suite_run
@@ -16,7 +15,6 @@ from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.fingerprint import fingerprint
 from sj_robust.evaluation.run.progress import Progress, TimeLeft, computed_once
 
-script = partial(launch.script, suite_run.__file__)
 STEPS = 4 * 7  # batches times members, the clean images included
 
 
@@ -82,7 +80,7 @@ def test_potential_under_each_attack(whole):
 @pytest.mark.slow
 def test_killed_and_resumed(tmp_path, whole):
     steps = (1, 9, STEPS - 1)
-    assert script(tmp_path, *steps).stdout.split() == [str(-signal.SIGKILL)] * 3
+    assert suite_run.killed_at(tmp_path, steps) == [-signal.SIGKILL] * 3
     for step in steps:
         positions = []
         outcome = suite_run.outcome_of(tmp_path / str(step), on_step=positions.append)
@@ -149,11 +147,10 @@ def test_other_runs_are_never_mixed(tmp_path, options, what):
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path, whole):
-    killed = script(tmp_path, "two", 9)  # both die in their second batch
-    assert killed.stdout.split() == [str(-signal.SIGKILL)] * 2, killed.stderr
+    codes = suite_run.in_two_processes(tmp_path, killed_at=9)  # both in their second batch
+    assert codes == [-signal.SIGKILL] * 2
     assert 2 <= len(list(tmp_path.glob("batch-*.jsonl"))) <= 4
-    result = script(tmp_path, "two")
-    assert result.stdout.split() == ["0", "0"], result.stderr
+    assert suite_run.in_two_processes(tmp_path) == [0, 0]
     assert json.loads((tmp_path / "outcome.json").read_text()) == whole
     assert (
         suite_run.without_times(suite_run.outcome_of(tmp_path)) == whole

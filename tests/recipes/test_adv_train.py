@@ -108,7 +108,7 @@ def test_what_a_run_leaves(whole):
 
 def test_a_run_that_was_killed_and_resumed_ends_at_the_same_weights(tmp_path, whole):
     options = (*QUICK, *split("--output cut --checkpoint-steps 1"))
-    process = start("adv_train", tmp_path, *options)
+    process = launch.Forked("adv_train", tmp_path, *options)
     last = tmp_path / "cut" / "dlif_at" / "last.pt"
     launch.wait_until(
         lambda: last.exists() and load_checkpoint(last)["batch"] > 0, "a checkpoint", process

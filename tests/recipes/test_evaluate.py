@@ -1,5 +1,6 @@
 import signal
 from dataclasses import asdict, replace
+from functools import partial
 from shlex import split
 
 import evaluate
@@ -7,7 +8,6 @@ import launch
 import pytest
 import torch
 from data.event_recordings import pack_n_mnist, trust
-from evaluation import recipe_run
 from evaluation.recipe_run import SMALL, TWO_BATCHES, in_process, start, without_times
 from launch import finish
 
@@ -119,13 +119,11 @@ def test_killed_and_resumed(folder, tmp_path, whole):
     )
 
 
-def test_two_processes(folder, tmp_path, whole):
+def test_two_processes(folder, tmp_path, whole, capfd):
     options = ("runs/one", *PAPER, "--output", str(tmp_path / "two"))
-    result = launch.script(
-        recipe_run.__file__, folder, *options
-    )  # torchrun itself is in the tests of adv_train
-    assert result.stdout.endswith("0 0\n"), result.stderr
-    assert result.stdout.count("At most ") == 1
+    work = partial(in_process, folder, *options)
+    assert launch.two_processes(work) == [0, 0]  # torchrun itself is in the tests of adv_train
+    assert capfd.readouterr().out.count("At most ") == 1
     report = Report.load(tmp_path / "two" / "report.json")
     assert report.environment["processes"] == "2"
     assert without_times(report) == without_times(whole)

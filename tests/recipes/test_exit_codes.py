@@ -262,7 +262,7 @@ def assert_stopped(code, err):
 @pytest.mark.parametrize("name", ["adv_train", "sweep"])
 def test_ctrl_c_ends_a_process_and_its_children_without_a_traceback(tmp_path, name):
     arguments, begun = SLOW[name]
-    process = launch.start(name, tmp_path, *shlex.split(arguments), "--output", "f", launcher=())
+    process = launch.Forked(name, tmp_path, *shlex.split(arguments), "--output", "f")
     limit = threading.Timer(240, process.kill)
     limit.start()
     for line in process.stdout:

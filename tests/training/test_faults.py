@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import signal
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -70,8 +69,9 @@ def assert_goes_on(folder, whole, *, position=(1, 0), **options):
 
 
 def test_killed_in_a_step_and_while_a_checkpoint_is_written(tmp_path, whole):
-    killed = launch.script(__file__, tmp_path)
-    assert killed.stdout.split() == [str(-signal.SIGKILL)] * 2, killed.stderr
+    in_step = partial(run, tmp_path / "step", perturb=At(STEP, die))
+    in_write = partial(run, tmp_path / "write", perturb=At(STEP, write_no_more))
+    assert launch.forked(in_step, in_write) == [-signal.SIGKILL] * 2
     (half,) = (tmp_path / "write").glob("*.tmp")
     assert half.stat().st_size > 0
     assert_goes_on(tmp_path / "step", whole)
@@ -268,11 +268,3 @@ def die_writing(content, file):
 
 def write_no_more(*_):
     checkpoint.torch.save = die_writing
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    killed_in_step = partial(run, folder / "step", perturb=At(STEP, die))
-    killed_in_write = partial(run, folder / "write", perturb=At(STEP, write_no_more))
-    print(*launch.forked(killed_in_step, killed_in_write))
