@@ -26,10 +26,15 @@ from sj_robust.attacks import autoattack, spike_search
 
 SEARCHES = {name: attack for name, attack in ATTACKS.items() if name not in NOISES}
 NEAREST = [name for name in SEARCHES if name.startswith("fab")]
-PAIRS = [
-    *itertools.product([*NOISES, *ON_IMAGES, *NEAREST], ["linear"]),
-    *itertools.product([name for name in SEARCHES if name not in NEAREST], MODELS),
-]
+OTHERS = [name for name in SEARCHES if name not in NEAREST]
+PAIRS = dict.fromkeys(
+    [
+        *itertools.product([*NOISES, *ON_IMAGES, *NEAREST], ["linear"]),
+        *zip(OTHERS, itertools.cycle(MODELS), strict=False),
+        *itertools.product(["pgd", "apgd"], MODELS),
+    ]
+)
+"""Every attack on some model, and two of them on every one."""
 
 
 def _one_of(names: Iterable[str]):
@@ -54,7 +59,7 @@ def model(request) -> nn.Module:
 
 @pytest.fixture(params=PAIRS, ids="-".join)
 def attack_and_model(request, monkeypatch) -> tuple[Attack, nn.Module]:
-    """Every attack on every model; noises and what is slow on the quickest."""
+    """Noises and what is slow run on the quickest model."""
     name, model = request.param
     return _shortened(name, monkeypatch), untrained(model)
 
