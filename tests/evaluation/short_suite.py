@@ -6,10 +6,12 @@ from functools import partial
 
 import pytest
 
+from sj_robust.attacks import flip_events, move_events
 from sj_robust.evaluation import EstimatorSearch, make_suite
 from sj_robust.evaluation import assess as whole
 
 _LIMITS = {"steps": 10, "tries": 20, "queries": 20}
+_FEWEST = {"steps": 3}  # of the many attacks of the paper's protocol
 
 
 @contextlib.contextmanager
@@ -27,23 +29,19 @@ def shortened(change=None):
 
 
 def short_suite(suite):
-    """One that chooses estimators, with few steps, queries and candidates."""
-    if suite.search is None:
-        return suite
-    members, control = (
-        tuple(replace(member, attack=_short(member.attack)) for member in group)
-        for group in (suite.members, suite.control)
-    )
-    few = EstimatorSearch(candidates=("pdsg", "atan:2"), images=8, steps=5, count=2)
+    """One with few steps and queries, and with few candidates where it chooses estimators."""
+    limits = _LIMITS if suite.search else _FEWEST
+    few = None
+    if suite.search:
+        few = EstimatorSearch(candidates=("pdsg", "atan:2"), images=8, steps=5, count=2)
+    members = tuple(_short(member, limits) for member in suite.members)
+    control = tuple(_short(member, limits) for member in suite.control)
     return replace(suite, members=members, control=control, search=few)
 
 
-def _short(attack):
-    given = {
-        name: min(attack.keywords[name], limit)
-        for name, limit in _LIMITS.items()
-        if name in attack.keywords
-    }
-    return partial(
-        attack, **given or {"queries": 20, "probes": 4}
-    )  # the latter for a search among events
+def _short(member, limits):
+    given = member.attack.keywords
+    shorter = {name: min(given[name], limit) for name, limit in limits.items() if name in given}
+    if member.attack.func in (flip_events, move_events):
+        shorter = {"steps": 8, "queries": 10, "probes": 2}
+    return replace(member, attack=partial(member.attack, **shorter))
