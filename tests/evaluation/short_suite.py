@@ -20,11 +20,17 @@ def shortened(change=None):
     :func:`short_suite`.
     """
 
+    level = whole._level
+
     def changed(*arguments, **options):
         return (change or short_suite)(make_suite(*arguments, **options))
 
+    def short_level(*arguments):
+        return _short(level(*arguments), _LIMITS)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(whole, "make_suite", changed)
+        patch.setattr(whole, "_level", short_level)
         yield
 
 
