@@ -35,6 +35,11 @@ def pytest_collection_finish():
     gc.set_threshold(*gc.get_threshold()[:2], 200)
 
 
+def pytest_sessionfinish():
+    """Extensions complain of what is left when Python ends."""
+    gc.unfreeze()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
     """Gives back the tracer that stood before the test: pyautoattack and torch.compile take it
