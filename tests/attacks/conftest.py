@@ -97,7 +97,8 @@ def batch() -> tuple[Tensor, Tensor]:
     """
     generator = seeded(2)
     x = torch.rand(7, 1, 6, 6, generator=generator)
-    x[0, 0, 0], x[1, 0, 1] = 0.0, 1.0
+    x[0, 0, 0] = 0.0
+    x[1, 0, 1] = 1.0
     return x, linear_model(36)(x).argmax(1)
 
 

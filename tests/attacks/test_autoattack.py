@@ -79,7 +79,9 @@ class TestComposition:
         )
         fell = predicted(model.model, x_adv) != y
         assert torch.equal(x_adv[-2:], x[-2:])
-        assert torch.equal((x_adv != x).flatten(1).any(1), fell & (torch.arange(40) < 38))
+        found = (x_adv != x).flatten(1).any(1)
+        expected = fell & (torch.arange(40) < 38)
+        assert torch.equal(found, expected)
         standing = int((~fell).sum())
         assert 5 < standing < 33
         assert standing <= model.sizes[-1] < 38
@@ -97,7 +99,8 @@ class TestComposition:
             warnings.simplefilter("always")
             x_adv = autoattack(model, x, y, eps=0.5, attacks=GRADIENT_ATTACKS)
         assert {record.category for record in caught} <= {AutoAttackWarning}
-        assert {str(record.message).split()[1] for record in caught} == left_out
+        found = {str(record.message).split()[1] for record in caught}
+        assert found == left_out
         assert (predicted(model, x_adv) != y).all()
 
     def test_nothing_can_attack(self, images):

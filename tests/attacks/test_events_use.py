@@ -43,7 +43,7 @@ class TestState:
             EVENT_ATTACKS["eot"],
         ):  # which draw next to nothing
             assert not torch.equal(first, other)
-        assert bool(((first == 0) | (first == 1)).all())
+        assert ((first == 0) | (first == 1)).all()
         assert 0 < int(count_flips(first, x).max()) <= 6
 
     @pytest.mark.slow
@@ -51,11 +51,13 @@ class TestState:
         "name", ["default", "remove", "last", "targets_and_restarts", "moves", "random_moves"]
     )
     def test_a_result_depends_on_neither_neighbours_nor_batch_size(self, name, double):
-        (x, y), seeds = bars_and_labels(5), SampleSeeds(range(5))
+        (x, y) = bars_and_labels(5)
+        seeds = SampleSeeds(range(5))
         run = partial(EVENT_ATTACKS[name], double, flips=8)
         together = run(x, y, generator=seeds)
         for rows in (torch.tensor([4]), torch.tensor([3, 0, 2])):
-            assert torch.equal(run(x[rows], y[rows], generator=seeds.rows(rows)), together[rows])
+            found = run(x[rows], y[rows], generator=seeds.rows(rows))
+            assert torch.equal(found, together[rows])
 
     @pytest.mark.slow
     def test_neighbours_do_not_count_with_a_generator_either(self, double):

@@ -106,7 +106,8 @@ def test_twenty_threads_attack_one_network_as_one_thread_does(form):
     for one, other in zip(wanted, in_threads(20, work), strict=True):
         assert torch.equal(one, other)
     assert not torch.equal(wanted[0], wanted[1])
-    assert all(module.training for module in classifier.modules())
+    for module in classifier.modules():
+        assert module.training
 
 
 class ResetsItself(nn.Module):
@@ -154,7 +155,8 @@ ENSEMBLES = {
 
 @pytest.mark.parametrize("form", ENSEMBLES)
 def test_a_network_that_runs_its_parts_in_threads_does_not_wait_for_itself(form):
-    x, y = torch.rand(4, 1, 4, 4), torch.arange(4) % 3
+    x = torch.rand(4, 1, 4, 4)
+    y = torch.arange(4) % 3
     ensemble = Ensemble([member(), member()])
     model = ENSEMBLES[form](ensemble)
 
@@ -165,8 +167,10 @@ def test_a_network_that_runs_its_parts_in_threads_does_not_wait_for_itself(form)
         found = [work(), *in_threads(4, work)]
     ensemble.pool = None
     wanted = work()
-    assert all(torch.equal(one, wanted) for one in found)
-    assert all(module.training for module in model.modules())
+    for one in found:
+        assert torch.equal(one, wanted)
+    for module in model.modules():
+        assert module.training
 
 
 @pytest.mark.parametrize("use", ["forward", "session", "change"])
@@ -191,7 +195,8 @@ def test_a_part_runs_in_another_thread_but_not_while_the_whole_changes(use):
 
 @pytest.mark.parametrize("end", ["the whole runs its part", "the whole changes its modes"])
 def test_the_whole_waits_for_a_part_that_another_thread_runs(end):
-    begun, order = Event(), []
+    begun = Event()
+    order = []
     part = nn.Linear(2, 2)
     whole = nn.Sequential(part)
 
@@ -241,7 +246,8 @@ def test_threads_on_two_networks_of_each_other_end_with_an_error_instead_of_wait
 
     found = in_threads(2, work)
     assert found.count("done") == 1
-    assert [str(one)[:11] for one in found if one != "done"] == ["two threads"]
+    seen = [str(one)[:11] for one in found if one != "done"]
+    assert seen == ["two threads"]
     with locked(nets[0]), locked(nets[0]):
         assert in_threads(1, lambda _: len(nets)) == [2]
 
@@ -282,9 +288,8 @@ def test_a_new_classifier_is_compiled_and_exported_once_it_is_said_what_its_netw
     # In a process of its own: what others have compiled there is part of what a compiler does.
     command = [sys.executable, "-c", COMPILED]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=ENVIRONMENT)
-    assert done.stdout.splitlines() == [
-        f"{takes} True True" for takes in ("images", "sequence", "steps")
-    ]
+    expected = [f"{takes} True True" for takes in ("images", "sequence", "steps")]
+    assert done.stdout.splitlines() == expected
 
 
 def test_a_new_classifier_is_not_compiled_where_a_trial_is_needed():
@@ -338,12 +343,14 @@ def test_a_call_draws_one_number_whatever_its_options(batch):
         generator = seeded()
         ATTACKS[name].run(linear_model(36), *batch, 0.1, generator)
         states.append(generator.get_state())
-    assert all(torch.equal(state, states[0]) for state in states)
+    for state in states:
+        assert torch.equal(state, states[0])
     assert not torch.equal(states[0], seeded().get_state())
 
 
 def test_a_result_does_not_depend_on_the_other_samples(attack, batch):
-    (x, y), model = batch, linear_model(36, seed=3)
+    (x, y) = batch
+    model = linear_model(36, seed=3)
     other_x = x.clone()
     other_y = y.clone()
     other_x[1:] = (
@@ -369,7 +376,8 @@ def test_a_result_does_not_depend_on_the_other_samples(attack, batch):
 
 
 def test_same_seed_same_result_in_any_grad_mode_of_the_caller(attack_and_model, batch):
-    (attack, model), (x, y) = attack_and_model, batch
+    (attack, model) = attack_and_model
+    (x, y) = batch
     expected = attack.run(model, x, y, 0.1, seeded(5))
     for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with context():
@@ -442,7 +450,8 @@ def test_a_state_carried_from_forward_to_forward_ends_the_attack(batch, place):
             step_size=0.05,
             steps=3,
         )
-    assert not any(module._forward_pre_hooks for module in net.modules())
+    for module in net.modules():
+        assert not module._forward_pre_hooks
 
 
 def test_a_network_that_resets_itself_is_attacked(batch):
