@@ -164,7 +164,7 @@ def left_as_it_was(
     evaluation mode.
     """
     modules = list(model.modules())
-    (first, *_, last) = model.parameters()
+    first, *_, last = model.parameters()
     calls = []
     for number, module in enumerate(modules):
         module.training = number % 3 != 0

@@ -47,8 +47,8 @@ def test_inside_ball_and_box_for_any_shape_radius_and_dtype(name, shape, eps, dt
 
 
 def test_inside_ball_and_box_on_every_model(attack_and_model, batch):
-    (attack, model) = attack_and_model
-    (x, _) = batch
+    attack, model = attack_and_model
+    x, _ = batch
     y = predicted(
         deepcopy(model).eval(), x
     )  # some attacks leave alone what is misclassified already

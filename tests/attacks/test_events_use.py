@@ -51,7 +51,7 @@ class TestState:
         "name", ["default", "remove", "last", "targets_and_restarts", "moves", "random_moves"]
     )
     def test_a_result_depends_on_neither_neighbours_nor_batch_size(self, name, double):
-        (x, y) = bars_and_labels(5)
+        x, y = bars_and_labels(5)
         seeds = SampleSeeds(range(5))
         run = partial(EVENT_ATTACKS[name], double, flips=8)
         together = run(x, y, generator=seeds)

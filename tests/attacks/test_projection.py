@@ -79,8 +79,7 @@ def test_linf_distance_obeys_the_python_number_in_every_way_of_measuring(eps, se
     wild = x + 3 * torch.randn(x.shape, generator=seeded(seed))
     x_adv = project_linf(wild, x, eps=eps)
     assert (x_adv - x).abs().max().item() <= eps
-    found = (x_adv.double() - x.double()).abs().max().item()
-    assert found <= eps
+    assert (x_adv.double() - x.double()).abs().max().item() <= eps
     expected = [
         [min(max(w, c - eps, 0.0), c + eps, 1.0) for w, c in zip(*rows, strict=True)]
         for rows in zip(wild.tolist(), x.tolist(), strict=True)
@@ -92,8 +91,12 @@ def test_a_point_inside_stays():
     x = images(0, torch.float32)
     inside = (x + 0.01).clamp(max=1)
     assert torch.equal(project_linf(inside, x, eps=0.02), inside)
-    found = project_l2(inside, x, eps=1.0)
-    torch.testing.assert_close(found, inside, rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        project_l2(inside, x, eps=1.0),
+        inside,
+        rtol=0,
+        atol=1e-7,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -112,8 +115,9 @@ def test_l2_projection_against_float64(dtype, eps, scale, seed):
     assert (x_adv >= 0).all()
     assert (x_adv <= 1).all()
     for row, centre, before in zip(x_adv.tolist(), x.tolist(), moved.tolist(), strict=True):
-        found = sum((r - c) ** 2 for r, c in zip(row, centre, strict=True)) ** 0.5
-        assert found <= (eps * (1 + 1e-12))
+        assert sum((r - c) ** 2 for r, c in zip(row, centre, strict=True)) ** 0.5 <= eps * (
+            1 + 1e-12
+        )
         delta = [b - c for b, c in zip(before, centre, strict=True)]
         length = sum(d * d for d in delta) ** 0.5
         shrink = 1.0 if length <= eps else eps / length
@@ -131,6 +135,5 @@ def test_l2_is_per_sample_over_all_dimensions():
     moved[0] += 0.25  # length 0.25 * sqrt(8)
     moved[1, 0, 0, 0] += 0.01
     x_adv = project_l2(moved, x, eps=0.1)
-    found = (x_adv[0] - 0.5).norm().item()
-    assert found == pytest.approx(0.1, rel=1e-5)
+    assert (x_adv[0] - 0.5).norm().item() == pytest.approx(0.1, rel=1e-5)
     assert torch.equal(x_adv[1], moved[1])

@@ -349,7 +349,7 @@ def test_a_call_draws_one_number_whatever_its_options(batch):
 
 
 def test_a_result_does_not_depend_on_the_other_samples(attack, batch):
-    (x, y) = batch
+    x, y = batch
     model = linear_model(36, seed=3)
     other_x = x.clone()
     other_y = y.clone()
@@ -376,8 +376,8 @@ def test_a_result_does_not_depend_on_the_other_samples(attack, batch):
 
 
 def test_same_seed_same_result_in_any_grad_mode_of_the_caller(attack_and_model, batch):
-    (attack, model) = attack_and_model
-    (x, y) = batch
+    attack, model = attack_and_model
+    x, y = batch
     expected = attack.run(model, x, y, 0.1, seeded(5))
     for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with context():

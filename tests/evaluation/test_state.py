@@ -70,7 +70,7 @@ def labelled(n=40):
 @pytest.mark.parametrize("name", MEASUREMENTS)
 def test_everything_stays_as_it_was(name, fail):
     net = network()
-    (x, y) = labelled(8)
+    x, y = labelled(8)
     own = [torch.Generator().manual_seed(3)] if name in PROBES else []
     model = SpikingClassifier(net, T=T, encoder=PoissonEncoder(*own)).train()
     net[1].eval()
@@ -99,7 +99,7 @@ def test_the_network_runs_in_evaluation_mode(measure):
 )
 def test_the_seed_decides_what_a_stochastic_encoder_draws(name, own):
     measure = MEASUREMENTS[name]
-    (x, y) = labelled()
+    x, y = labelled()
     model = SpikingClassifier(
         network(), T=T, encoder=PoissonEncoder(torch.Generator() if own else None)
     )

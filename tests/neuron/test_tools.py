@@ -70,8 +70,8 @@ def test_counters_give_the_figures_of_lif(fused, train):
     x = inputs()
     net = with_dlif(fused).train(train)
     lif = plain().train(train)
-    (totals, states, scopes) = counted(net, x, False)
-    (wanted, wanted_states, wanted_scopes) = counted(lif, x, False)
+    totals, states, scopes = counted(net, x, False)
+    wanted, wanted_states, wanted_scopes = counted(lif, x, False)
     assert states == wanted_states
     assert states["state_reads"] > 0
     currents = (

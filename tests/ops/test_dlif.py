@@ -99,8 +99,8 @@ def test_float32_equals_bptt_by_hand_away_from_the_threshold(backend, case, deca
     sure = away_from_threshold(expected.h, 0.8, 1e-6)[-1]
     assert sure.mean() > 0.999
     outputs, gradients = run(backend, *call, decay=decay, **case.constants)
-    (spikes, _, potentials) = outputs
-    (grad_x, grad_gain, grad_v_init) = gradients
+    spikes, _, potentials = outputs
+    grad_x, grad_gain, grad_v_init = gradients
     np.testing.assert_array_equal(spikes[:, sure], expected.spikes[:, sure])
     np.testing.assert_allclose(potentials[:, sure], expected.potentials[:, sure], atol=1e-5)
     tolerance = {"rtol": 1e-4, "atol": 2e-5}

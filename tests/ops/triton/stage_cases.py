@@ -107,7 +107,7 @@ class Call:
     def __init__(self, backend: str, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(case.steps + len(case.shape))
         T = case.steps
-        (N, C, *plane) = case.shape
+        N, C, *plane = case.shape
         state = torch.promote_types(dtype, torch.float32)
 
         def normal(*size: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
