@@ -42,12 +42,15 @@ def spikes(model, x):
     return fuzz.run_of(model, x)[0]["3"][0].detach()
 
 
+FORMS = [(name, False) for name in NEURONS] + [("LIF", True), ("DLIF soft", True)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("frames", [False, True], ids=["images", "frames"])
-@pytest.mark.parametrize("name", NEURONS)
+@pytest.mark.parametrize(("name", "frames"), FORMS)
 def test_no_spike_flips_below_the_radius_and_one_flips_just_above_it(name, frames, monkeypatch):
     model = network(NEURONS[name](), frames)
-    x = 0.3 + 0.4 * torch.rand((3, 4, 2, 6, 6) if frames else (3, 2, 6, 6))
+    shape = (3, 4, 2, 6, 6) if frames else (3, 2, 6, 6)
+    x = 0.3 + 0.4 * torch.rand(shape)
     exact = copy.deepcopy(model).double()
     wide = x.double()
     in_float32 = no_flip_radius(model, x, batch_size=2)
@@ -59,15 +62,21 @@ def test_no_spike_flips_below_the_radius_and_one_flips_just_above_it(name, frame
     for number in range(3):
         image = wide[number : number + 1]
         usual = clean[:, number : number + 1]
-        at_random = torch.randn(200, *x.shape[1:], dtype=torch.float64)
-        at_random /= at_random.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
         # Along the gradient of each potential; the closest neuron flips there, and nowhere below.
         worst = torch.cat(worst_direction(exact, image))
-        steps = torch.cat([at_random, worst, -worst])
-        assert (spikes(exact, image + 0.999 * radius[number] * steps) == usual).all()
-        assert (
-            spikes(exact, image + 1.001 * radius[number] * torch.cat([worst, -worst])) != usual
-        ).any()
+        both_ways = torch.cat([worst, -worst])
+        steps = torch.cat([unit_steps(200, shape[1:]), both_ways])
+        below = image + 0.999 * radius[number] * steps
+        above = image + 1.001 * radius[number] * both_ways
+        assert (spikes(exact, below) == usual).all()
+        assert (spikes(exact, above) != usual).any()
+
+
+def unit_steps(count, shape, dtype=torch.float64):
+    """Steps of length one in random directions."""
+    steps = torch.randn(count, *shape, dtype=dtype).flatten(1)
+    steps /= steps.norm(dim=1, keepdim=True)
+    return steps.view(count, *shape)
 
 
 def worst_direction(model, x):
@@ -122,9 +131,8 @@ def test_no_float32_spike_flips_within_the_radius(name):
     radius = no_flip_radius(model, x)
     clean = spikes(model, x)
     for number in range(len(x)):
-        direction = torch.randn(200, 2, 6, 6)
-        direction /= direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-        z = x[number : number + 1] + 0.99 * float(radius[number]) * direction
+        step = 0.99 * float(radius[number]) * unit_steps(200, (2, 6, 6), torch.float32)
+        z = x[number : number + 1] + step
         assert (spikes(model, z) == clean[:, number : number + 1]).all()
 
 
