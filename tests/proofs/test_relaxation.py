@@ -247,7 +247,7 @@ def test_exact_goes_through_pooling_residuals_and_single_steps(step_mode):
 @pytest.mark.slow
 def test_the_limit_of_time_ends_the_search():
     model = classifier(NETWORKS[1], NEURONS["LIF"])
-    x, y = batch(model, 2)
+    x, y = batch(model, 1)
     for method in ("bab", "mip"):
         result = verify(model, x, y, 0.05, method=method, time_limit=1e-3)
         for verdicts in zip(result.verified, result.broken, result.unknown, strict=True):
