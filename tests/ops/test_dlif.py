@@ -159,6 +159,7 @@ SHAPES = [
 SHAPES_AND_DTYPES = list(zip(SHAPES, itertools.cycle(DTYPES), strict=False))
 
 
+@pytest.mark.slow
 @not_the_reference
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES_AND_DTYPES, ids=str)
 def test_outputs_equal_the_reference_bit_for_bit(backend, dtype, shape):
