@@ -50,6 +50,7 @@ gradient_attack = _one_of(SEARCHES)
 image_attack = _one_of(ON_IMAGES)
 search = _one_of(SEARCHES | ON_IMAGES)  # a search asks the model
 every_attack = _one_of(ATTACKS | ON_IMAGES)
+drawing = _one_of([*ATTACKS, "square", "autoattack"])
 
 
 @pytest.fixture(params=MODELS)
