@@ -149,8 +149,8 @@ class TestStrength:
         )
         shorten(monkeypatch, iterations=40)
         model = trained.model
-        x = trained.x[:32]
-        y = trained.y[:32]
+        x = trained.x[:20]
+        y = trained.y[:20]
         names = ["apgd-ce", "apgd-t", "fab-t"]
         theirs = library.AutoAttack(
             model,
@@ -165,7 +165,7 @@ class TestStrength:
             attack.n_iter = 40
         with torch.random.fork_rng():
             peer_adv, _ = theirs.run_standard_evaluation(x, y)
-        seeds = SampleSeeds(range(32))
+        seeds = SampleSeeds(range(20))
         x_adv = autoattack(
             model,
             x,
