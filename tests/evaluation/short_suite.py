@@ -11,7 +11,6 @@ from sj_robust.evaluation import EstimatorSearch, make_suite
 from sj_robust.evaluation import assess as whole
 
 _LIMITS = {"steps": 10, "tries": 20, "queries": 20}
-_FEWEST = {"steps": 3}  # of the many attacks of the paper's protocol
 
 
 @contextlib.contextmanager
@@ -26,7 +25,7 @@ def shortened(change=None):
         return (change or short_suite)(make_suite(*arguments, **options))
 
     def short_level(*arguments):
-        return _short(level(*arguments), _LIMITS)
+        return _short(level(*arguments))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(whole, "make_suite", changed)
@@ -35,19 +34,18 @@ def shortened(change=None):
 
 
 def short_suite(suite):
-    """One with few steps and queries, and with few candidates where it chooses estimators."""
-    limits = _LIMITS if suite.search else _FEWEST
-    few = None
-    if suite.search:
-        few = EstimatorSearch(candidates=("pdsg", "atan:2"), images=8, steps=5, count=2)
-    members = tuple(_short(member, limits) for member in suite.members)
-    control = tuple(_short(member, limits) for member in suite.control)
+    """One that chooses estimators, with few steps, queries and candidates."""
+    if suite.search is None:
+        return suite
+    few = EstimatorSearch(candidates=("pdsg", "atan:2"), images=8, steps=5, count=2)
+    members = tuple(map(_short, suite.members))
+    control = tuple(map(_short, suite.control))
     return replace(suite, members=members, control=control, search=few)
 
 
-def _short(member, limits):
+def _short(member):
     given = member.attack.keywords
-    shorter = {name: min(given[name], limit) for name, limit in limits.items() if name in given}
+    shorter = {name: min(given[name], limit) for name, limit in _LIMITS.items() if name in given}
     if member.attack.func in (flip_events, move_events):
         shorter = {"steps": 8, "queries": 10, "probes": 2}
     return replace(member, attack=partial(member.attack, **shorter))

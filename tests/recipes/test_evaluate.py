@@ -9,7 +9,6 @@ import pytest
 import torch
 from data.event_recordings import pack_n_mnist, trust
 from evaluation.recipe_run import SMALL, TWO_BATCHES, in_process, start, without_times
-from evaluation.short_suite import shortened
 from launch import finish
 
 from sj_robust.attacks import ThreatModel
@@ -99,8 +98,7 @@ def test_the_papers_protocol(whole):
 
 def test_killed_and_resumed(folder, tmp_path, whole):
     options = ("runs/one", *PAPER, "--output", str(tmp_path / "cut"))
-    with shortened():
-        process = start(folder, *options)
+    process = start(folder, *options)
     records = tmp_path / "cut" / "progress" / "suite"
 
     def half_done():
