@@ -181,7 +181,8 @@ def test_missing_and_unsupported_packages_get_a_command(monkeypatch):
         "pyautoattack",
         "cupy-x",
     ]
-    assert [name for name in names if name in asked or name in ("mypy", "spikingjelly")] == asked
+    seen = [name for name in names if name in asked or name in ("mypy", "spikingjelly")]
+    assert seen == asked
     assert found["torchvision"] == "not installed"
     assert found["accelerate"] == "not installed (extra recipes)"
     assert found["pyautoattack"] == "not installed (extra attacks)"

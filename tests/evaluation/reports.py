@@ -36,7 +36,8 @@ def proof(verified, total=10, *, eps=0.1, variant="", **more):
 
 def over_eps(counts=((0.05, 6), (0.1, 4), (0.2, 0))):
     """Rows of accuracy over eps: so many images are left at each radius."""
-    rows, left = [clean(variant=OVER_EPS)], [7, 4, 6, 3, 5, 2, 1, 0]
+    rows = [clean(variant=OVER_EPS)]
+    left = [7, 4, 6, 3, 5, 2, 1, 0]
     for eps, right in counts:
         more = {"variant": OVER_EPS, "group": "over_eps"}
         rows.append(member(f"apgd20@{eps}", left[right:], seen=left, eps=eps, **more))

@@ -72,7 +72,7 @@ def test_only_the_first_correct_images_count_and_the_result_is_repeatable():
 def test_another_attack_and_l2():
     (trial,) = search(attack=partial(gaussian, std=0.0))
     assert (trial.robust_accuracy, trial.margin) == (1, pytest.approx(1))
-    (trial, *_) = search(alpha=2.0, threat=ThreatModel("L2", 0.5))
+    trial, *_ = search(alpha=2.0, threat=ThreatModel("L2", 0.5))
     assert trial.margin < 1
 
 

@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import signal
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -57,12 +56,14 @@ def assert_goes_on(folder, whole, *, position=(1, 0), **options):
     assert history == whole.history
     state = dict(classifier.state_dict())
     assert_close(state, whole.weights["last.pt"], rtol=0, atol=0)
-    assert sorted(path.name for path in folder.iterdir()) == ["best.pt", "last.pt"]
+    found = sorted(path.name for path in folder.iterdir())
+    assert found == ["best.pt", "last.pt"]
 
 
 def test_killed_in_a_step_and_while_a_checkpoint_is_written(tmp_path, whole):
-    killed = launch.script(__file__, tmp_path)
-    assert killed.stdout.split() == [str(-signal.SIGKILL)] * 2, killed.stderr
+    in_step = partial(run, tmp_path / "step", perturb=At(STEP, die))
+    in_write = partial(run, tmp_path / "write", perturb=At(STEP, write_no_more))
+    assert launch.forked(in_step, in_write) == [-signal.SIGKILL] * 2
     (half,) = (tmp_path / "write").glob("*.tmp")
     assert half.stat().st_size > 0
     assert_goes_on(tmp_path / "step", whole)
@@ -249,11 +250,3 @@ def die_writing(content, file):
 
 def write_no_more(*_):
     checkpoint.torch.save = die_writing
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    killed_in_step = partial(run, folder / "step", perturb=At(STEP, die))
-    killed_in_write = partial(run, folder / "write", perturb=At(STEP, write_no_more))
-    print(*launch.forked(killed_in_step, killed_in_write))

@@ -504,6 +504,8 @@ def test_plot_shows_every_value_of_every_layer(measured):
                     assert left < value < right
                     assert top < row < bottom
             assert expected, name
-            assert dict(zip(line.get_ydata(), line.get_xdata(), strict=True)) == expected
+            found = dict(zip(line.get_ydata(), line.get_xdata(), strict=True))
+            assert found == expected
     names = [one.name for one in measured.layers]
-    assert [label.get_text() for label in axes[0].get_yticklabels()] == names
+    found = [label.get_text() for label in axes[0].get_yticklabels()]
+    assert found == names
