@@ -181,10 +181,6 @@ def pgd(
         raise ValueError(
             "stop_early=True keeps the image that fools, got keep_best=False; leave one of them out"
         )
-    if stop_early and not keep_best:
-        raise ValueError(
-            "stop_early=True keeps the image that fools, got keep_best=False; leave one of them out"
-        )
     x, y = checked_copies(model, x, y, generator)
     if x.numel() == 0:
         return x
