@@ -225,12 +225,18 @@ if __name__ == "__main__":
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from lab.processes import first_process_first, make_accelerator
+from lab.run_folder import open_run_folder
 
 from sj_robust import SpikingClassifier, training
 from sj_robust.attacks import ThreatModel
 from sj_robust.data import ImageSplits, load_images
 from sj_robust.evaluation import Report
 from sj_robust.models import NetworkSpec, build_classifier, start_from
+from sj_robust.training.engine import check_training
+from sj_robust.training.history import EpochRecord
+from sj_robust.training.modes import Mode, final_attacks
+from sj_robust.training.validation import check_start, final_report
 
 ValueT = TypeVar("ValueT")
 
@@ -238,8 +244,8 @@ ValueT = TypeVar("ValueT")
 def main(arguments: list[str]) -> None:
     """Train, evaluate, report."""
     options = parse_options(Options, arguments, stem)
-    accelerator = training.make_accelerator(options.device, options.mixed_precision)
-    with training.first_process_first(accelerator, f"loading {options.dataset}"):  # which downloads
+    accelerator = make_accelerator(options.device, options.mixed_precision)
+    with first_process_first(accelerator, f"loading {options.dataset}"):  # which downloads
         splits = load_images(
             options.dataset,
             root=options.data_root,
@@ -260,10 +266,10 @@ def main(arguments: list[str]) -> None:
     with checked():  # before there is a folder
         for choice in networks.values():
             objective, plan, attack = prepared(choice, splits)
-            attacks = [attack, *training.final_attacks(eps).values()]
-            training.check_training(objective, splits, plan, accelerator, attacks)
+            attacks = [attack, *final_attacks(eps).values()]
+            check_training(objective, splits, plan, accelerator, attacks)
     configuration = plain(replace(options, output=None, resume=False))
-    folder = training.open_run_folder(
+    folder = open_run_folder(
         options.output, stem(options), configuration, accelerator, resume=options.resume
     )
     if accelerator.is_main_process:
@@ -279,12 +285,12 @@ def main(arguments: list[str]) -> None:
     for name, choice in networks.items():
         classifier, history = train_network(name, choice, splits, accelerator, folder, journal)
         if accelerator.is_main_process:
-            report = training.final_report(
+            report = final_report(
                 name,
                 classifier,
                 history,
                 splits,
-                training.final_attacks(eps),
+                final_attacks(eps),
                 ThreatModel("Linf", eps),
                 journal,
                 seed=options.seed,
@@ -312,13 +318,13 @@ def train_network(
     accelerator: Accelerator,
     folder: Path,
     journal: training.Journal,
-) -> tuple[SpikingClassifier, list[training.EpochRecord]]:
+) -> tuple[SpikingClassifier, list[EpochRecord]]:
     """Train one network and return it as it was at its best epoch."""
     objective, plan, perturb = prepared(options, splits)
     module, _, _ = options.model.rpartition(":")
     origin = options.pretrained or module.removeprefix("zoo")  # empty for random weights
     if origin and accelerator.is_main_process and not options.resume:
-        training.check_start(objective.classifier, splits, journal, origin)
+        check_start(objective.classifier, splits, journal, origin)
     network_folder = folder / name.replace(" ", "_")
     network_folder.mkdir(exist_ok=True)
     description = {
@@ -394,12 +400,11 @@ def prepared(
             step_size=options.step_size,
             steps=options.attack_steps,
         )
-    penalties = training.make_penalties(
-        gradient_sparsity=options.gradient_sparsity,
-        threshold_guard=options.threshold_guard,
-        guard_margin=options.guard_margin,
-        gain_penalty=options.gain_penalty,
-        l1=options.l1,
+    penalties = (
+        training.GradientSparsity(options.gradient_sparsity),
+        training.ThresholdGuarding(options.threshold_guard, margin=options.guard_margin),
+        training.StabilityGain(options.gain_penalty),
+        training.WeightMagnitude(options.l1),
     )
     objective = training.Objective(
         classifier,
@@ -454,7 +459,7 @@ def undefended(options: Options) -> Options:
     )
 
 
-def mode_of(options: Options) -> training.Mode:
+def mode_of(options: Options) -> Mode:
     """The mode of a training, with the options' values where they are given."""
     mode = training.MODES[options.mode]
     retraction = given(options.beta, mode.retraction)

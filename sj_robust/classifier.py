@@ -33,7 +33,7 @@ from sj_robust.core.host import (
 from sj_robust.core.preserved import one_thread_at_a_time
 from sj_robust.neuron import DLIFNode
 
-__all__ = ["Convention", "PoissonEncoder", "SpikingClassifier", "SpikingEventClassifier"]
+__all__ = ["PoissonEncoder", "SpikingClassifier", "SpikingEventClassifier"]
 
 _KINDS = ("Conv", "ConvTranspose", "BatchNorm", "MaxPool", "AvgPool")
 _OF_FRAMES: tuple[Takes, ...] = ("sequence", "steps")

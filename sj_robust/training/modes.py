@@ -17,13 +17,6 @@ from sj_robust.attacks.projection import linf_bounds
 from sj_robust.core.checks import check_count, check_logits, check_size
 from sj_robust.core.randomness import SampleSeeds, randn
 from sj_robust.training.objective import LossName
-from sj_robust.training.penalties import (
-    GradientSparsity,
-    Penalty,
-    StabilityGain,
-    ThresholdGuarding,
-    WeightMagnitude,
-)
 from sj_robust.training.plan import SelectName
 
 __all__ = [
@@ -31,7 +24,6 @@ __all__ = [
     "Mode",
     "ModeName",
     "final_attacks",
-    "make_penalties",
     "trades",
     "training_attack",
     "validation_attacks",
@@ -250,42 +242,6 @@ def final_attacks(eps: float) -> dict[str, Attack]:
     """
     pgd20 = partial(pgd, eps=eps, step_size=eps / 8, steps=20)
     return {"gaussian": partial(gaussian, std=eps), "fgsm": partial(fgsm, eps=eps), "pgd20": pgd20}
-
-
-def make_penalties(
-    *,
-    gradient_sparsity: float = 0.0,
-    threshold_guard: float = 0.0,
-    guard_margin: float = 0.5,
-    gain_penalty: float = 0.0,
-    l1: float = 0.0,
-) -> list[Penalty]:
-    """Penalties of the objective by their weights; those of weight 0 are left out.
-    按权重构建惩罚项。
-
-    Args:
-        gradient_sparsity: Weight of :class:`GradientSparsity`.
-        threshold_guard: Weight of :class:`ThresholdGuarding`.
-        guard_margin: Its margin.
-        gain_penalty: Weight of :class:`StabilityGain`.
-        l1: Weight of :class:`WeightMagnitude`.
-
-    Raises:
-        ValueError: If a number is out of range.
-
-    Source: see the classes.
-
-    Examples:
-        >>> [penalty.name for penalty in make_penalties(threshold_guard=0.1)]
-        ['threshold_guarding']
-    """
-    penalties = (
-        GradientSparsity(gradient_sparsity),
-        ThresholdGuarding(threshold_guard, margin=guard_margin),
-        StabilityGain(gain_penalty),
-        WeightMagnitude(l1),
-    )
-    return [penalty for penalty in penalties if penalty.weight > 0]
 
 
 def trades(

@@ -10,7 +10,8 @@ from zipfile import ZipFile
 
 import numpy as np
 
-from sj_robust.data import EVENT_DATASETS, events
+from sj_robust.core.datasets import EVENT_DATASETS
+from sj_robust.data import events
 
 CIFAR_NAMES = (
     "airplane",

@@ -7,14 +7,8 @@ import torch
 from evaluation import masked
 from torch import Tensor, nn
 
-from sj_robust.attacks import SampleSeeds
-from sj_robust.evaluation import (
-    EstimatorSearch,
-    ThreatModel,
-    make_suite,
-    search_estimators,
-    worst_case,
-)
+from sj_robust.attacks import SampleSeeds, ThreatModel
+from sj_robust.evaluation import EstimatorSearch, make_suite, search_estimators, worst_case
 
 pytestmark = pytest.mark.slow
 torch.set_num_threads(1)

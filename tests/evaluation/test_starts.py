@@ -10,8 +10,9 @@ from evaluation.suite_run import EPS, THREAT
 
 from sj_robust.attacks import ThreatModel, gaussian, pgd
 from sj_robust.core.randomness import SampleSeeds
-from sj_robust.evaluation import Member, craft
+from sj_robust.evaluation import Member
 from sj_robust.evaluation.run import loop
+from sj_robust.evaluation.run.member import craft
 
 
 class StopError(Exception):

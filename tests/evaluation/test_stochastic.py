@@ -14,8 +14,9 @@ from spikingjelly.activation_based import neuron
 from torch import nn
 
 from sj_robust import SpikingClassifier, evaluate
+from sj_robust.attacks import ThreatModel
 from sj_robust.classifier import PoissonEncoder
-from sj_robust.evaluation import Member, ThreatModel, make_suite, worst_case
+from sj_robust.evaluation import Member, make_suite, worst_case
 from sj_robust.evaluation.assess import assess
 from sj_robust.evaluation.request import Request
 from sj_robust.evaluation.run.data import Data

@@ -10,7 +10,10 @@ from attacks.oracle import linear_oracle
 from evaluation.suite_run import classifier, images
 from torch import nn
 
-from sj_robust.evaluation import CANDIDATES, Member, Suite, ThreatModel, make_suite, worst_case
+from sj_robust.attacks import ThreatModel
+from sj_robust.evaluation import Member, make_suite, worst_case
+from sj_robust.evaluation.run.estimator_search import CANDIDATES
+from sj_robust.evaluation.run.suites import Suite
 
 EIGHT = ThreatModel("Linf", 8 / 255)
 CHOSEN = ("atan:4", "triangle:0.5", "assg")

@@ -15,7 +15,7 @@ from lab.sweeping.recipe import load_recipe
 from launch import ROOT
 
 from sj_robust import training
-from sj_robust.attacks.threat import parse_eps
+from sj_robust.core.eps import parse_eps
 
 RECIPES = ROOT / "recipes"
 CONFIGS = RECIPES / "configs"
@@ -53,7 +53,8 @@ def test_a_preset_builds(recipe, path):
     splits = SimpleNamespace(image_shape=shape, classes=classes, mean=None, std=None, frames=False)
     with torch.device("meta"):
         objective, plan, attack = adv_train.prepared(options, splits)
-    assert sum(parameter.numel() for parameter in objective.classifier.parameters()) > 1000
+    found = sum(parameter.numel() for parameter in objective.classifier.parameters())
+    assert found > 1000
     certified = path.parent.name == "certified"
     assert (options.mode == "certified") == certified
     assert (plan.select == "verified") == certified
@@ -65,7 +66,8 @@ def test_a_preset_builds(recipe, path):
     if certified:
         assert plan.verified_eps == parse_eps(options.eval_eps or options.eps)
         assert objective.certified.eps >= plan.verified_eps
-    assert set(training.validation_attacks(options.eval_eps or options.eps)) == {"fgsm", "pgd"}
+    found = set(training.validation_attacks(options.eval_eps or options.eps))
+    assert found == {"fgsm", "pgd"}
 
 
 @pytest.mark.parametrize("given", [{"box": 0.3}, {"attacked": True}])
@@ -146,13 +148,15 @@ def test_a_sweep_is_made_of_the_presets(recipe, path, tmp_path):
         prefix = "cifar10_vgg5" if "indicators" in path.stem else path.stem.removesuffix("_sweep")
         cells = [one for one in CELLS if one.stem.startswith(prefix)]
         found = {recipe.identity(recipe.resolve(run)) for run in runs}
-        assert found == {recipe.identity(recipe.resolve(options_in(cell))) for cell in cells}
+        expected = {recipe.identity(recipe.resolve(options_in(cell))) for cell in cells}
+        assert found == expected
     elif path.stem.startswith("certified"):
         for run in runs:
             if run["mode"] == "certified":
                 assert parse_eps(run["certified_eps"]) > parse_eps(run["eps"])
     elif path.stem.startswith("bfloat16"):
-        assert [run["mixed_precision"] for run in runs[:2]] == ["no", "bf16"]
+        seen = [run["mixed_precision"] for run in runs[:2]]
+        assert seen == ["no", "bf16"]
     else:
         modes = {"at"} if path.stem.startswith("cifar10") else {"gaussian", "at", "rat"}
         assert modes | {"none"} <= {run["mode"] for run in runs}

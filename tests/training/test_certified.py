@@ -20,15 +20,15 @@ from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.proofs import differentiable, verify
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.training import (
-    CertifiedLoss,
     CertifiedOptions,
     Journal,
     Objective,
     TrainingPlan,
-    check_training,
     load_checkpoint,
     validation,
 )
+from sj_robust.training.certified import CertifiedLoss
+from sj_robust.training.engine import check_training
 from sj_robust.training.validation import Validation
 
 EPS = 0.05
