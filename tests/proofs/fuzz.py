@@ -267,14 +267,18 @@ class RecordedJoint(JointRun):
 
     def spikes(self, neuron, x_seq):
         found = super().spikes(neuron, x_seq)
-        kept(self.layers[neuron.name])[:] = [
-            [
-                *(step.h.low, step.h.high),
-                *(step.spikes.low.bool(), step.spikes.high.bool()),
-                *(step.v.low, step.v.high),
-            ]
-            for step in self.memories[neuron.name].steps
-        ]
+        steps = []
+        for step in self.memories[neuron.name].steps:
+            bounds = StepBounds(
+                h_low=step.h.low,
+                h_high=step.h.high,
+                sure=step.spikes.low.bool(),
+                possible=step.spikes.high.bool(),
+                v_low=step.v.low,
+                v_high=step.v.high,
+            )
+            steps.append(bounds)
+        kept(self.layers[neuron.name])[:] = steps
         return found
 
 
