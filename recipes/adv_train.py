@@ -112,7 +112,7 @@ class Options:
     """Linf radius of the bounds of certified; None means eps."""
     bounds: Literal["ibp", "joint"] = "ibp"
     """Bounds of certified, in training, selection and the final proofs: ibp, or joint over time,
-    which proves more from T 4 on and takes longer."""
+    which gains at T 8 and takes longer."""
     surrogate_width: float = 1.0
     """Width of the surrogate in the bounds of certified, in units of the neuron's; 0.5 proves about
     a point more."""

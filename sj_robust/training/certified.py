@@ -27,7 +27,7 @@ class CertifiedOptions:
 
     Attributes:
         bounds: Method of :func:`sj_robust.proofs.verify` whose bounds they are: ``"ibp"``, or
-            ``"joint"``, which proves more at many time steps and takes longer.
+            ``"joint"``, which gains at many time steps and takes longer.
         surrogate_width: Width w of the derivatives of bounds in units of the neurons' own, > 0: in
             the place of a surrogate g(z) stands g(z / w) / w. The clean pass keeps g.
         ramp: Share of the training in which radius and weight rise, in (0, 0.95].
