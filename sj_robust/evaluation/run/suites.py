@@ -14,6 +14,7 @@ from sj_robust.attacks.call import Attack
 from sj_robust.attacks.gradient import fgsm, pgd
 from sj_robust.attacks.noise import gaussian
 from sj_robust.attacks.sapgd import sapgd
+from sj_robust.attacks.spike_search import spike_search
 from sj_robust.attacks.square import square
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import check_choice, check_count
@@ -39,13 +40,14 @@ __all__ = [
     "make_suite",
 ]
 
-SuiteName = Literal["paper", "fast", "standard", "autoattack", "gradients", "events"]
+SuiteName = Literal["paper", "fast", "standard", "gradient", "autoattack", "gradients", "events"]
 """Names of the suites."""
 
 GRADES: dict[str, str] = {
     "paper": "a protocol to compare with, weaker than standard",
     "fast": "a first impression",
     "standard": "the one to report",
+    "gradient": "many gradient attacks and no search over spikes, weaker than standard",
     "autoattack": "AutoAttack standard, which knows the training surrogate alone",
     "gradients": "estimators one by one",
     "events": "the one to report for event frames",
@@ -172,7 +174,12 @@ def make_suite(
     plan = _Plan(threat, classes, eot_samples)
     if name in fixed:
         return fixed[name](plan)
-    choosing = {"fast": _fast, "standard": _standard, "events": _events}
+    choosing = {
+        "fast": _fast,
+        "standard": _standard,
+        "gradient": _gradient,
+        "events": _events,
+    }
     return choosing[name](plan, tuple(dict.fromkeys(chosen)) or ("training",))
 
 
@@ -276,6 +283,13 @@ class _Plan:
             "square", partial(square, eps=self.threat.eps, norm=self.threat.ball, queries=queries)
         )
 
+    def spikes(self, forwards: int) -> Member:
+        """The search over spikes, from what the members before it found."""
+        attack = partial(
+            spike_search, eps=self.threat.eps, norm=self.threat.ball, forwards=forwards
+        )
+        return replace(self.member("spike_search", attack), takes_starts=True)
+
     def _apgd(self, loss: Literal["ce", "dlr", "dlr_targeted"], steps: int) -> partial[Tensor]:
         noisy = expectation(self.eot_samples)
         return partial(
@@ -333,6 +347,20 @@ def _fast(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
 
 
 def _standard(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
+    if plan.eot_samples > 1:  # no search over spikes where every forward has others
+        return replace(_gradient(plan, chosen), name="standard")
+    members = [plan.ce(name) for name in chosen]
+    members += plan.dlr(chosen[0])
+    if "training" not in chosen:
+        members.append(plan.ce("training"))
+    members.append(plan.spikes(50_000))
+    description = (
+        f"APGD with {_listed(*chosen, 'training')}, and a search over spikes from what it found"
+    )
+    return Suite("standard", tuple(members), _control(members), description, EstimatorSearch())
+
+
+def _gradient(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
     best, every = chosen[0], tuple(dict.fromkeys((*chosen, "training")))
     # A network that allows no other estimator than "training" may hold no spiking neuron at all.
     adaptive = next(
@@ -353,7 +381,7 @@ def _standard(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
     description = (
         f"worst case of APGD-CE, APGD-DLR, APGD-T, SA-PGD and Square with {_listed(*every)}"
     )
-    return Suite("standard", tuple(members), _control(members), description, EstimatorSearch())
+    return Suite("gradient", tuple(members), _control(members), description, EstimatorSearch())
 
 
 def _paper(plan: _Plan) -> Suite:
