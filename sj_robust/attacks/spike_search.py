@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sj_robust.attacks._first_spikes import first_spikes
 from sj_robust.attacks._moves import FLIPS, MOVES, Moves
+from sj_robust.attacks._quicker import quicker
 from sj_robust.attacks._spike_walk import Plan, SpikeSearch
 from sj_robust.attacks.apgd import LEAST_CLASSES, apgd
 from sj_robust.attacks.call import Model, Randomness, checked_copies, crafting, seeds_of_samples
@@ -145,8 +146,10 @@ def searched(
     spikes = first_spikes(model, x) if set(plan.moves) & set(FLIPS) else None
     if spikes is None:
         plan = replace(plan, moves=_without_flips(plan.moves))
+    logits = clean_logits(model, x[rows], y[rows])
     search = SpikeSearch(
         network=model,
+        quicker=quicker(model, x[rows], logits),
         moves=Moves(_shape(x), spikes),
         plan=plan,
         ball=ball,
@@ -154,7 +157,7 @@ def searched(
         y=y[rows],
         pool=wide(starts[:, rows]).transpose(0, 1).flatten(2),
         worth=worth[rows],
-        clean=wide(margin(clean_logits(model, x[rows], y[rows]), y[rows])),
+        clean=wide(margin(logits, y[rows])),
     )
     x_adv[rows] = search.run(seeds.rows(rows))
     return x_adv

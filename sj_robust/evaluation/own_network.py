@@ -142,7 +142,7 @@ def evaluate(
     inputs = _inputs(model, x, y, options)
     chosen: SuiteName = suite or ("events" if inputs.frames else "standard")
     check_suite(chosen, inputs.threat)
-    check_shape(chosen, inputs.first)
+    check_shape(chosen, inputs.first, draws=draws)
     with _prepared(model, inputs, options) as prepared:
         request = options.request(chosen, inputs.threat, prepared)
         return assess(prepared.subject, inputs.data, request)
