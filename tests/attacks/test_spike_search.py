@@ -3,6 +3,8 @@ whose breakable images are known.
 """
 
 import json
+import sys
+import warnings
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +27,7 @@ from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks import SampleSeeds, ThreatModel, apgd, spike_search
 from sj_robust.attacks._first_spikes import first_spikes
 from sj_robust.attacks._moves import MOVES, Moves, Place
+from sj_robust.attacks._quicker import quicker
 from sj_robust.classifier import PoissonEncoder, SpikingEventClassifier
 from sj_robust.core.host import functional
 from sj_robust.data import load_images
@@ -145,6 +148,54 @@ NOT_AFFINE = {
 def test_nothing_is_said_of_spikes_that_are_no_function_of_one_affine_current(name):
     model, x = NOT_AFFINE[name]
     assert first_spikes(model, x) is None
+
+
+@pytest.mark.parametrize("name", ["max pooling", "latency"])
+def test_spikes_that_cannot_be_flipped_are_told_and_the_other_moves_remain(name):
+    model, x = NOT_AFFINE[name]
+    y = predicted(model, x)
+    options = {"eps": 0.1, "starts": [x], "forwards": 60, "generator": seeded()}
+    with pytest.warns(UserWarning, match="flips no spikes of this network"):
+        x_adv = spike_search(model, x, y, **options)
+    assert_within(x_adv, x, "Linf", 0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spike_search(model, x, y, moves=["elements", "patch"], **options)
+        spike_search(lambda images: model(images), x, y, **options)
+
+
+@pytest.mark.parametrize("kind", ["lif", "plif", "dlif", "own", "steps"])
+def test_slower_neurons_have_a_copy_with_the_same_logits(kind):
+    class Own(neuron.LIFNode):
+        pass
+
+    nodes = {
+        "lif": neuron.LIFNode(tau=2.0, v_threshold=0.4),
+        "plif": neuron.ParametricLIFNode(init_tau=2.0, v_threshold=0.4),
+        "dlif": DLIFNode(T=4, tau=3.0),
+        "own": Own(v_threshold=0.4),
+        "steps": neuron.LIFNode(v_threshold=0.4),
+    }
+    model = small(nodes[kind], step_mode="s" if kind == "steps" else "m")
+    x = torch.rand(50, 2, 5, 4, generator=seeded())
+    with torch.no_grad():
+        logits = model(x)
+        copy = quicker(model, x, logits)
+        assert (copy is model) == (kind not in ("lif", "plif"))
+        torch.testing.assert_close(copy(x), logits)
+        assert quicker(model, x, logits + 1) is model
+    assert quicker(model.net, x, logits) is model.net
+
+
+def test_what_breaks_the_copy_counts_only_if_it_breaks_the_network(monkeypatch):
+    model = small(neuron.LIFNode(tau=2.0, v_threshold=0.4))
+    x = torch.rand(6, 2, 5, 4, generator=seeded())
+    y = predicted(model, x)
+    recorder = Recorder(lambda images: model(images).roll(1, 1))  # wrong of every image
+    monkeypatch.setattr(sys.modules[spike_search.__module__], "quicker", lambda *given: recorder)
+    x_adv = spike_search(model, x, y, eps=1e-6, starts=[x], forwards=100, generator=seeded())
+    assert torch.equal(predicted(model, x_adv), y)
+    assert len(recorder.seen) > 5
 
 
 def place(moves: Moves, n: int = 300) -> Place:
