@@ -83,7 +83,7 @@ def asked(weights: Path, eps: float, *, known: str) -> Iterator[str]:
     if not rest:
         return
     x, y = (torch.stack(part) for part in zip(*(test[i] for i in rest), strict=True))
-    x_adv = spike_search(model, x, y, eps=eps, generator=SampleSeeds(rest))
+    x_adv = spike_search(model, x, y, eps=eps, forwards=10_000, generator=SampleSeeds(rest))
     with torch.no_grad():
         right = model(x).argmax(1) == y
         broken = model(x_adv).argmax(1) != y

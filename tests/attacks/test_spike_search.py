@@ -164,6 +164,26 @@ def test_spikes_that_cannot_be_flipped_are_told_and_the_other_moves_remain(name)
         spike_search(lambda images: model(images), x, y, **options)
 
 
+class Twice(nn.Module):
+    """A neuron in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.node = neuron.LIFNode(v_threshold=0.4, step_mode="m")
+        self.last = nn.Linear(40, 4)
+
+    def forward(self, x_seq):
+        return self.last(self.node(self.node(x_seq.flatten(2))))
+
+
+def test_a_neuron_that_runs_twice_has_no_quicker_copy():
+    model = SpikingClassifier(Twice(), T=4).eval()
+    x = torch.rand(5, 2, 5, 4, generator=seeded())
+    assert quicker(model, x, model(x)) is model
+    y = predicted(model, x)
+    spike_search(model, x, y, eps=0.1, starts=[x], moves=["patch"], forwards=20)
+
+
 @pytest.mark.parametrize("kind", ["lif", "plif", "dlif", "own", "steps"])
 def test_slower_neurons_have_a_copy_with_the_same_logits(kind):
     class Own(neuron.LIFNode):
