@@ -97,9 +97,11 @@ def members(
 
 
 def exact(eps: float) -> tuple[float, float]:
-    """Bounds of the exact value in per cent: what is verified, and with it what is not decided."""
+    """Bounds of the exact value in per cent: what is verified, and with it what is not decided or
+    not asked yet.
+    """
     content = json.loads((KNOWN / f"{NETWORK}.json").read_text(encoding="utf-8"))
-    verdicts = content[str(eps)]
+    verdicts = content.get(str(eps), "").ljust(IMAGES, "u")
     verified, unknown = verdicts.count("v"), verdicts.count("u")
     return 100 * verified / IMAGES, 100 * (verified + unknown) / IMAGES
 

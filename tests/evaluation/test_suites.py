@@ -2,18 +2,34 @@
 is known.
 """
 
+import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
+import torch
 from attacks.oracle import linear_oracle
 from evaluation.suite_run import classifier, images
 from torch import nn
 
-from sj_robust.evaluation import CANDIDATES, Member, Suite, ThreatModel, make_suite, worst_case
+from sj_robust.attacks import SampleSeeds
+from sj_robust.data import load_images
+from sj_robust.evaluation import (
+    CANDIDATES,
+    Member,
+    Suite,
+    ThreatModel,
+    make_suite,
+    search_estimators,
+    worst_case,
+)
+from sj_robust.models import NetworkSpec, build_classifier
+from sj_robust.models.checkpoint import load_checkpoint
 
 EIGHT = ThreatModel("Linf", 8 / 255)
 CHOSEN = ("atan:4", "triangle:0.5", "assg")
+KNOWN = Path(__file__).parents[1] / "attacks" / "ground_truth"
 
 
 def keywords(suite):
@@ -221,6 +237,39 @@ class TestVerdict:
         assert left >= known
         # A first impression may miss one at the very border.
         assert len(left - known) <= (name == "fast")
+
+
+def known():
+    """Networks and radii of which the program has said something of every image."""
+    found = []
+    for file in sorted(KNOWN.glob("*.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found += [(file.stem, eps) for eps, verdicts in content.items() if len(verdicts) == 128]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "eps"), known())
+def test_standard_overlooks_at_most_one_breakable_image_of_128(name, eps):
+    content = load_checkpoint(KNOWN / f"{name}.pt")
+    model = build_classifier(NetworkSpec(**content["description"]["network"]))
+    model.load_state_dict(content["model"])
+    model.eval()
+    verdicts = json.loads((KNOWN / f"{name}.json").read_text(encoding="utf-8"))[eps]
+    breakable = [number for number, verdict in enumerate(verdicts) if verdict == "b"]
+    asked = [*breakable, verdicts.index("w"), verdicts.index("v")]
+    test = load_images("digits", test_limit=128).test
+    x, y = (torch.stack(part) for part in zip(*test, strict=True))
+    threat, seeds = ThreatModel("Linf", float(eps)), SampleSeeds(range(128))
+    trials = search_estimators(model, x, y, threat=threat, seeds=seeds)
+    chosen = [trial.estimator for trial in trials if trial.chosen]
+    members = make_suite("standard", threat, chosen=chosen, classes=10).members
+    own = seeds.rows(torch.tensor(asked))
+    left = worst_case(model, x[asked], y[asked], members, threat=threat, seeds=own)
+    overlooked = left.standing("worst case") - {len(asked) - 1}
+    assert len(overlooked) <= 1
+    assert len(asked) - 1 in left.standing("worst case"), "a proof is wrong"
+    assert len(breakable) > 5
 
 
 def test_every_estimator_for_itself():

@@ -121,7 +121,7 @@ def make_suite(
     | | spike_search from what they found (2,000 forwards) |
     | ``standard`` | APGD-CE c1, c2, c3 (100 x 1), APGD-DLR c1 (100 x 1), |
     | | APGD-CE training (100 x 1), APGD-T c1, c2 (3 classes x 100), |
-    | | spike_search from what they found (30,000 forwards) |
+    | | spike_search from what they found (36,000 forwards) |
     | ``gradient`` | APGD-CE c1, c2, c3 (100 x 1), APGD-DLR c1 (100 x 1), APGD-CE c1 (100 x 2), |
     | | APGD-DLR c1 (100 x 1), APGD-CE training, c2, c3 (100 x 1), |
     | | APGD-T c1, c2, c3 (3 classes x 100), SA-PGD with ASSG (100 x 1), Square (1000 queries) |
@@ -362,7 +362,7 @@ def _fast(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
 
 
 def _standard(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
-    search = plan.spikes(30_000)
+    search = plan.spikes(36_000)
     if not search:
         return replace(_gradient(plan, chosen), name="standard")
     members = [plan.ce(name) for name in chosen]
