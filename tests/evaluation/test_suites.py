@@ -244,6 +244,7 @@ def known():
     found = []
     for file in sorted(KNOWN.glob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
+        del content["command"]
         found += [(file.stem, eps) for eps, verdicts in content.items() if len(verdicts) == 128]
     return found
 
