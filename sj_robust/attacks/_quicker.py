@@ -1,33 +1,33 @@
 """A network that spikes as another one does and runs faster, for attacks that only need logits."""
 
-from copy import deepcopy
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from sj_robust.attacks.call import Model
 from sj_robust.attacks.logits import differ
-from sj_robust.classifier import SpikingClassifier
-from sj_robust.core.host import is_neuron
-from sj_robust.neuron.replacement import replace_neurons
 
 __all__ = ["quicker"]
 
 
+@runtime_checkable
+class _HasQuicker(Protocol):
+    """A model that knows a faster copy of itself."""
+
+    def quicker(self) -> Model | None:
+        """The copy; None if there is none."""
+
+
 @torch.no_grad()
 def quicker(model: Model, x: Tensor, logits: Tensor) -> Model:
-    """A copy with DLIF's kernels in place of SpikingJelly's IF, LIF and PLIF neurons, where it
-    gives the logits of ``x`` as well; else the model itself.
+    """A faster copy of the model, if it has one that gives the logits of ``x`` as well; else the
+    model itself.
 
     What rounds otherwise may spike otherwise, so whoever breaks the copy has to ask the model.
     """
-    if not isinstance(model, SpikingClassifier) or model.T is None:
-        return model
-    neurons = [module for module in model.net.modules() if is_neuron(module)]
-    if model.net in neurons or any(neuron.step_mode != "m" for neuron in neurons):
-        return model  # nothing is gained step by step
-    copy = deepcopy(model)
-    if not neurons or not replace_neurons(copy.net, model.T).replaced:
+    copy = model.quicker() if isinstance(model, _HasQuicker) else None
+    if copy is None:
         return model
     try:
         found = copy(x)
