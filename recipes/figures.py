@@ -62,7 +62,7 @@ class Options:
     """Sizes of the perturbations of intensity and ground_truth, growing, for images in [0, 1];
     numbers or fractions such as 8/255."""
     suites: Annotated[
-        tuple[Literal["paper", "fast", "standard", "autoattack", "gradients"], ...],
+        tuple[Literal["paper", "fast", "standard", "gradient", "autoattack", "gradients"], ...],
         Needs(check_extra),
     ] = ("gradients", "paper", "fast", "standard")
     """Suites of evaluate.py that ground_truth measures."""

@@ -294,7 +294,16 @@ WRONG = [
     Wrong(CARDS, {"x": X[:0], "y": Y[:0]}, r"x must hold an image or more, got none"),
     Wrong(CARDS, {"x": [], "y": None}, r"x must hold an image or more, got none"),
     Wrong((verify, smooth), {"x": X.numpy()}, r"x must be a tensor of images, got ndarray; use"),
-    Wrong((evaluate,), {"x": X.flatten(1)}, r"suite 'standard' needs images .* take 'fast', or"),
+    Wrong(
+        (evaluate,),
+        {"x": X.flatten(1), "suite": "gradient"},
+        r"suite 'gradient' needs images .* take 'fast', or",
+    ),
+    Wrong(
+        (evaluate,),
+        {"x": X.flatten(1), "suite": "standard", "draws": 2},
+        r"suite 'standard' needs images .* take 'fast', or",
+    ),
     # event frames
     Wrong(
         CARDS,

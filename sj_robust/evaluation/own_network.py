@@ -132,7 +132,7 @@ def evaluate(
     threat = budget.threat(data)
     chosen: SuiteName = suite or ("events" if _holds_frames(data) else "standard")
     check_suite(chosen, threat)
-    check_shape(chosen, data[0][0])
+    check_shape(chosen, data[0][0], draws=draws)
     with _prepared(given, data, settings) as prepared:
         return assess(prepared.subject, data, prepared.request(chosen, threat))
 

@@ -10,7 +10,7 @@ from sj_robust.attacks import flip_events, move_events
 from sj_robust.evaluation import EstimatorSearch, make_suite
 from sj_robust.evaluation import assess as whole
 
-_LIMITS = {"steps": 10, "tries": 20, "queries": 20}
+_LIMITS = {"steps": 10, "tries": 20, "queries": 20, "forwards": 100}
 
 
 @contextlib.contextmanager

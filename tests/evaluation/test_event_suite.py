@@ -106,7 +106,7 @@ class TestSuite:
         assert max(targets) == (0 if classes == 2 else min(3, classes - 1))
 
     def test_events_are_counted_and_other_suites_move_values(self):
-        for name in ("paper", "fast", "standard", "autoattack", "gradients"):
+        for name in ("paper", "fast", "standard", "gradient", "autoattack", "gradients"):
             with pytest.raises(
                 ValueError,
                 match=f"suite '{name}' does not fit a threat in L0; use the suite 'events'",

@@ -25,7 +25,7 @@ from sj_robust.evaluation.subject import Subject
 
 
 def test_gradient_attacks_average_and_go_on():
-    for name in ("fast", "standard", "gradients"):
+    for name in ("fast", "standard", "gradient", "gradients"):
         suite = make_suite(name, THREAT, classes=10, eot_samples=4)
         attacks = [
             member.attack

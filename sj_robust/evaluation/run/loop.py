@@ -188,11 +188,16 @@ def run_batch(job: Job, log: BatchLog) -> Iterator[Step]:
 
 
 def _starts(job: Job, log: BatchLog, number: int, rows: Tensor) -> Tensor:
-    """What the members before one made of the images ``rows`` within its threat, [S, n, ...]."""
+    """What the members of its group before one made of the images ``rows`` within its threat,
+    [S, n, ...].
+    """
     members = job.variant.members
-    allowed = Asked(members[number - 1].threat)
+    taker = members[number - 1]
+    allowed = Asked(taker.threat)
     found = []
     for earlier, member in enumerate(members[: number - 1], 1):
+        if member.group != taker.group:
+            continue
         if allowed.threat is None or allowed.keeps(member):
             images = log.kept(earlier)
             whole = job.x.clone()
