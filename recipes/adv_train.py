@@ -53,7 +53,7 @@ class Options:
     # data
     dataset: Annotated[DatasetName, Often()] = "digits"
     """digits, mnist, fashion_mnist, cifar10, cifar100, svhn, image_folder:PATH; event data:
-    cifar10_dvs, dvs128_gesture, n_mnist."""
+    cifar10_dvs, dvs128_gesture, n_mnist, saccade:digits (mnist, fashion_mnist)."""
     data_root: Annotated[str, Often(), Decides("nothing")] = "data"
     """Folder of the data set, and of downloads."""
     download: Annotated[bool, Often(), Decides("nothing")] = False

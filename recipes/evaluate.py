@@ -122,8 +122,8 @@ class Options:
     # data
     dataset: Annotated[DatasetName | None, Often()] = None
     """What to test on, digits, fashion_mnist, mnist, cifar10, cifar100, svhn, image_folder:PATH,
-    cifar10_dvs, dvs128_gesture or n_mnist; None takes what the checkpoint was trained on, or
-    digits."""
+    cifar10_dvs, dvs128_gesture, n_mnist or saccade:digits (mnist, fashion_mnist); None takes what
+    the checkpoint was trained on, or digits."""
     data_root: Annotated[str | None, Often(), Decides("nothing")] = None
     """Folder with the data set's files, or where they are downloaded to; None takes that of the
     checkpoint's run, or data."""
