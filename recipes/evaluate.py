@@ -104,8 +104,8 @@ class Options:
     """Fresh forwards in each of which a stochastic network must be wrong for an image to count as
     broken."""
     proofs: bool = True
-    """For Linf, prove by bounds of every spike which images no attack can break, and attack the
-    others; networks with parts that have no bounds are named in the report."""
+    """For Linf and L0, prove by bounds of every spike which images no attack can break, and attack
+    the others; networks with parts that have no bounds are named in the report."""
     control: bool = True
     """Run the suite's control, which shows what its estimators are worth."""
 
@@ -333,6 +333,8 @@ def radius(options: Options, norm: str, subject: Subject) -> float:
             )
         return 2 * parse_eps(options.smooth)
     trained = subject.options
+    if options.eps is None and norm == "L0" and trained.get("flips"):
+        return float(trained["flips"])
     eps = options.eps if options.eps is not None else trained.get("eval_eps") or trained.get("eps")
     if options.eps is None and norm in ("L0", "moves"):
         raise ValueError(

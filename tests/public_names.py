@@ -65,9 +65,9 @@ PUBLIC = {
         "Losses MODES Mode NonFiniteLossError Objective Penalty StabilityGain "
         "ThresholdGuarding TrainingInterrupted TrainingPlan WeightMagnitude "
         "catastrophic_overfitting check_start check_training final_attacks final_report "
-        "first_process_first load_checkpoint make_accelerator make_penalties open_run_folder "
-        "removed_if_unused project_to_simplex_ retract_ run_to_resume save_checkpoint train "
-        "training_attack validation_attacks"
+        "first_process_first flip_attacks load_checkpoint make_accelerator make_penalties "
+        "open_run_folder removed_if_unused project_to_simplex_ retract_ run_to_resume "
+        "save_checkpoint train training_attack validation_attacks"
     ),
 }
 PUBLIC = {module: tuple(names.split()) for module, names in PUBLIC.items()}

@@ -1,4 +1,4 @@
-"""Event frames made from images that a camera looks at in three saccades, as N-MNIST was recorded."""
+"""Event frames of images that a camera looks at in three saccades, as N-MNIST was recorded."""
 
 import hashlib
 import math
@@ -125,7 +125,7 @@ def _kept(train: StoredImages, test: StoredImages, T: int, name: str) -> dict[st
 def _bits(images: StoredImages, T: int) -> Tensor:
     """Frames of all images, 8 values a byte: uint8 [N, ceil(T * 2 * height * width / 8)]."""
     parts = []
-    for pixels in images.pixels.split(_TOGETHER):
+    for pixels in torch.split(images.pixels, _TOGETHER):
         frames = _events(pixels[:, 0].int(), T, round(images.white))
         packed = np.packbits(frames.flatten(1).numpy(), axis=1)
         parts.append(torch.from_numpy(packed))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sj_robust.neuron.charging import Neuron
 from sj_robust.proofs.bounds import BoundedRun
+from sj_robust.proofs.changes import Changes, changed_sums, share_frames
 from sj_robust.proofs.relaxation import Maps, Stage, Step, Trace
 from sj_robust.proofs.rounding import SLACK
 from sj_robust.proofs.rules import Bounds, Pooling, leaves_of, replayed
@@ -222,6 +223,8 @@ class JointRun(BoundedRun):
         self.stages: list[Stage] = []
         """What a relaxation starts from."""
         self.memories = {name: Memory() for name in neurons}
+        self.changes: dict[str, list[Changes]] = {name: [] for name in neurons}
+        """What changed events can do to the current of each step so far."""
         self.sources: list[SpikeTrains | Steps | None] = []
         """What gives bounds of sums over time of each leaf; None for the images."""
         self._by: Neuron | Pooling | None = None
@@ -248,6 +251,7 @@ class JointRun(BoundedRun):
         current, error = self._current(stage)
         for low, high in zip(current.low, current.high, strict=True):
             memory.currents.append(Interval(low, high))
+        self.changes[name] += self._changes(stage, len(error))
         memory.error = max(memory.error, float(error.max()))
         dynamics = Float32Spiking(neuron, layer)
         known = None
@@ -315,10 +319,7 @@ class JointRun(BoundedRun):
         """Bounds of a current in exact arithmetic, and float32's error, [steps, N, *]."""
         x = stage.current
         stepwise = partial(by_step, samples=self.samples, batch_dim=stage.batch_dim)
-        centre = stepwise(x.centre.detach())
-        radius = stepwise(x.radius)
-        error = stepwise(x.error)
-        return Interval(centre - radius, centre + radius), error
+        return Interval(stepwise(x.least), stepwise(x.most)), stepwise(x.error)
 
     def _sums(self, dynamics: Spiking, memory: Memory) -> dict[tuple[int, int], Interval]:
         """Bounds of the sums of every window that ends in this call; one step alone has those of
@@ -347,9 +348,36 @@ class JointRun(BoundedRun):
             sums = self._through(weights, self.over_time.shifts[name])
         else:
             sums = weighted_sums(weights, stacked(currents))
+            sums = self._with_one_budget(weights, name, sums)
         for window, low, high in zip(longer, sums.low, sums.high, strict=True):
             found[window] = Interval(low, high)
         return found
+
+    def _changes(self, stage: Stage, steps: int) -> list[Changes]:
+        """What changed events can do in the steps of a call; nothing where it is not known."""
+        changes = stage.current.changes
+        if changes is None:
+            return []
+        stepwise = partial(by_step, samples=self.samples, batch_dim=stage.batch_dim)
+
+        def step(part: Tensor, t: int) -> Tensor:
+            return stepwise(part)[t]
+
+        return [changes.moved(partial(step, t=t), apart=False) for t in range(steps)]
+
+    def _with_one_budget(self, weights: Tensor, name: str, sums: Interval) -> Interval:
+        """Bounds of sums of a current's steps, if one budget of changed events is for all steps."""
+        steps = self.changes[name]
+        if len(steps) < weights.shape[1]:
+            return sums
+        if share_frames(steps):
+            self.apart[name] = "an event changes its current in several steps"
+            return sums
+        rises, falls = changed_sums(weights, steps)
+        currents = self.memories[name].currents
+        centres = [x.low + step.lowered() for x, step in zip(currents, steps, strict=True)]
+        centre = torch.tensordot(weights, torch.stack(centres), 1)
+        return Interval(centre - falls, centre + rises)
 
     @torch.no_grad()
     def _mean(self, number: int) -> Interval:

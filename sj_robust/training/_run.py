@@ -131,7 +131,10 @@ class TrainingRun:
             self._measure_statistics()
         with self._explained():
             validation = self.validation.accuracy(
-                self.classifier, validation_attacks, self.plan.verified_eps
+                self.classifier,
+                validation_attacks,
+                self.plan.verified_eps,
+                verified_norm=self.plan.verified_norm,
             )
         losses = dict(zip(self.loss_names, (self.sums / self.batch).tolist(), strict=True))
         lr = float(self.scheduler.get_last_lr()[0])

@@ -5,7 +5,7 @@ from typing import Literal
 
 __all__ = ["SelectName", "TrainingPlan"]
 
-SelectName = Literal["clean", "fgsm", "pgd", "verified"]
+SelectName = Literal["clean", "fgsm", "pgd", "flips", "verified"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class TrainingPlan:
             optimizer's; 0 for none.
         seed: Decides the order of the images and the noise of every step.
         select: Validation figure that the best epoch is chosen by.
-        verified_eps: Linf radius at which validation proves images, the figure ``"verified"``; None
+        verified_eps: Radius at which validation proves images, the figure ``"verified"``; None
             proves none.
+        verified_norm: Its norm, ``"Linf"``, or ``"L0"`` for changed events.
         checkpoint_steps: Steps between checkpoints within an epoch; None writes one per epoch only.
         workers: Processes that load images in the background.
         single_step_attack: Whether training uses one, so that catastrophic overfitting is looked
@@ -71,6 +72,7 @@ class TrainingPlan:
     seed: int = 0
     select: SelectName = "pgd"
     verified_eps: float | None = None
+    verified_norm: Literal["Linf", "L0"] = "Linf"
     checkpoint_steps: int | None = None
     workers: int = 0
     single_step_attack: bool = True

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -76,12 +76,18 @@ class Validation:
         self._loader = image_loader(Subset(images, mine), _BATCH, pin_memory=pin_memory)
 
     def accuracy(
-        self, model: nn.Module, attacks: Mapping[str, Attack], verified_eps: float | None = None
+        self,
+        model: nn.Module,
+        attacks: Mapping[str, Attack],
+        verified_eps: float | None = None,
+        *,
+        verified_norm: Literal["Linf", "L0"] = "Linf",
     ) -> dict[str, float]:
         """Accuracy in [0, 1] on clean images and under each attack; every process gets the same
         figures.
 
-        With ``verified_eps`` also the share of images that are ``"verified"`` at that radius.
+        With ``verified_eps`` also the share of images that are ``"verified"`` at that radius of
+        ``verified_norm``.
         """
         names = ("clean", *attacks, *(() if verified_eps is None else ("verified",)))
         correct = torch.zeros(len(names), dtype=torch.int64)
@@ -93,7 +99,8 @@ class Validation:
             assert isinstance(model, SpikingClassifier)
             x, y = (torch.cat(parts) for parts in zip(*self._batches(), strict=True))
             with evaluation_mode(model):  # of all batches at once: the network is checked once
-                correct[-1] = sum(verify(model, x, y, verified_eps, batch_size=_BATCH).verified)
+                proofs = verify(model, x, y, verified_eps, norm=verified_norm, batch_size=_BATCH)
+                correct[-1] = sum(proofs.verified)
         total = self._accelerator.reduce(correct.to(self._accelerator.device), "sum")
         return dict(zip(names, (count / self._size for count in total.tolist()), strict=True))
 
@@ -225,11 +232,13 @@ def final_report(
         seed: Seeds the attacks.
         single_step: Whether it was trained with a single-step attack, so that catastrophic
             overfitting is looked for.
-        verified_eps: Linf radius at which the test images are proved as well; None proves none.
+        verified_eps: Radius of the threat's norm at which the test images are proved as well; None
+            proves none.
         dataset: Name of the data set.
         configuration: Options of the run.
         environment: Versions, device, commit.
     """
+    norm: Literal["Linf", "L0"] = "L0" if threat.norm == "L0" else "Linf"
     loader = image_loader(splits.test, 32 if splits.frames else 512)
     data = Data.of(loader)
     members = [Member(attack_name, attack, group="") for attack_name, attack in attacks.items()]
@@ -249,7 +258,7 @@ def final_report(
     if threat.eps > 0 and len(splits.validation):
         x, y = next(iter(image_loader(splits.validation, _BATCH)))
         with suppress(ValueError):  # no image is right
-            shown = gallery(classifier, x, y, eps=threat.eps, norm="Linf", seed=seed)
+            shown = gallery(classifier, x, y, eps=threat.eps, norm=norm, seed=seed)
             journal.show_gallery(name.replace(" ", "_"), shown, len(history))
     heads = [history[: end + 1] for end in range(len(history))] if single_step else []
     notes = tuple(
@@ -260,10 +269,11 @@ def final_report(
         text = f"verifying {name} on {len(splits.test)} test images"
         with journal.steps(text, len(loader)) as step, evaluation_mode(classifier):
             for x, y in loader:
-                proofs += sum(verify(classifier, x.to(device), y.to(device), verified_eps).verified)
+                found = verify(classifier, x.to(device), y.to(device), verified_eps, norm=norm)
+                proofs += sum(found.verified)
                 step()
         share = f"{proofs} of {len(splits.test)} test images ({proofs / len(splits.test):.1%})"
-        notes += (f"{name}: {share} verified at Linf {eps_text(verified_eps)}",)
+        notes += (f"{name}: {share} verified at {norm} {eps_text(verified_eps)}",)
     return Report(
         name=name,
         dataset=dataset,

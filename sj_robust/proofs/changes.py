@@ -1,0 +1,233 @@
+"""What changed events can do to the currents of a first layer, if at most k of them change."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Changes", "changed_sums", "share_frames"]
+
+_SEVERAL = -1
+"""Number in the place of a frame's where events of several frames move an element."""
+
+
+@dataclass(frozen=True)
+class Changes:
+    """How far each element of a tensor moves if single events change, and how many may change.
+    单个事件翻转对每个元素的影响。
+
+    Equation, for ``y = A x + b`` of binary x, of which at most k elements change::
+
+        d[j, i] = A[j, i] (1 - 2 x[i])
+        y[j] + sum of the k least d[j, i] below 0  <=  y~[j]
+        y[j] + sum of the k largest d[j, i] above 0  >=  y~[j]
+
+    Both are reached: an event changes a value in one direction only. A budget that is no integer,
+    as while a training raises it, counts the next change in part.
+
+    Attributes:
+        budget: Number k of changes, for all elements together.
+        up: Largest rises >= 0 by a single change, the largest first, each of the tensor's shape and
+            each by another event.
+        down: Largest falls >= 0, likewise.
+        frame: Number of the frame whose events move an element; -1 for several.
+        apart: Whether no event moves two elements, each of which one event moves, as in the frames
+            themselves.
+    """
+
+    budget: float
+    up: tuple[Tensor, ...]
+    down: tuple[Tensor, ...]
+    frame: Tensor
+    apart: bool
+
+    def raised(self) -> Tensor:
+        """How far each element can rise."""
+        return _spent(self.budget, self.up)
+
+    def lowered(self) -> Tensor:
+        """How far each element can fall."""
+        return _spent(self.budget, self.down)
+
+    def radius(self) -> Tensor:
+        """How far each element can move."""
+        return torch.maximum(self.raised(), self.lowered())
+
+    def opposite(self) -> "Changes":
+        """Of the elements with the other sign."""
+        return replace(self, up=self.down, down=self.up)
+
+    def moved(self, move: Callable[[Tensor], Tensor], *, apart: bool) -> "Changes":
+        """Of the elements in other places; ``apart`` says whether each is there once at most."""
+        return replace(
+            self,
+            up=tuple(map(move, self.up)),
+            down=tuple(map(move, self.down)),
+            frame=move(self.frame),
+            apart=self.apart and apart,
+        )
+
+    def scaled(self, factor: Tensor) -> "Changes | None":
+        """Of the elements times a factor that is broadcast to them; None if it makes them more."""
+        if (self.frame * factor).shape != self.frame.shape:
+            return None
+        rising = factor.clamp(min=0)
+        falling = (-factor).clamp(min=0)
+        up = []
+        down = []
+        for rise, fall in zip(self.up, self.down, strict=True):
+            up.append(rise * rising + fall * falling)
+            down.append(rise * falling + fall * rising)
+        return replace(self, up=tuple(up), down=tuple(down))
+
+    def falls(self, samples: Tensor, weights: Tensor) -> Tensor:
+        """How far weighted sums [R, *] of all elements of samples fall in each of the changes that
+        lower them most, [R, changes]; ``samples`` are their numbers [R].
+        """
+        rising = weights.clamp(min=0) * self.down[0][samples]
+        falling = (-weights).clamp(min=0) * self.up[0][samples]
+        return _first((rising + falling).flatten(1), self.budget, 1)
+
+    def linear(self, weight: Tensor, shape: torch.Size) -> "Changes | None":
+        """Of a linear map [outputs, inputs] whose result has this shape."""
+        if not self.apart:
+            return None
+        up = self.up[0].flatten(0, -2)
+        down = self.down[0].flatten(0, -2)
+        found = _largest(up, down, weight, self.budget)
+        frame = _one_of(self.frame.flatten(0, -2)).unsqueeze(1)
+        return Changes(
+            self.budget,
+            up=tuple(part.reshape(shape) for part in found[0]),
+            down=tuple(part.reshape(shape) for part in found[1]),
+            frame=frame.expand(-1, shape[-1]).reshape(shape),
+            apart=False,
+        )
+
+    def convolved(
+        self,
+        weight: Tensor,
+        shape: torch.Size,
+        *,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> "Changes | None":
+        """Of a convolution [outputs, inputs, height, width] whose result [B, C, H, W] has this
+        shape.
+        """
+        if not self.apart or self.frame.ndim != 4 or isinstance(padding, str):
+            return None
+        size = weight.shape[2:]
+
+        def patches(part: Tensor) -> Tensor:
+            """The values that the outputs of a group see, [groups, B * places, values]."""
+            seen = F.unfold(part, size, dilation, padding, stride)
+            by_group = seen.view(len(seen), groups, -1, seen.shape[2]).permute(1, 0, 3, 2)
+            return by_group.flatten(1, 2)
+
+        kernels = weight.flatten(1).chunk(groups)
+        up: list[Tensor] = []
+        down: list[Tensor] = []
+        groupwise = zip(patches(self.up[0]), patches(self.down[0]), kernels, strict=True)
+        for rises, falls, kernel in groupwise:
+            found = _largest(rises, falls, kernel, self.budget)
+            up.append(found[0])
+            down.append(found[1])
+        frame = _one_of(self.frame).view(-1, 1, 1, 1)
+        return Changes(
+            self.budget,
+            up=_in_place(up, shape),
+            down=_in_place(down, shape),
+            frame=frame.expand(shape),
+            apart=False,
+        )
+
+
+def changed_sums(weights: Tensor, steps: Sequence[Changes]) -> tuple[Tensor, Tensor]:
+    """How far sums over time ``sum_t weights[f, t] x[t]`` can rise and fall, [F, *] each.
+    时间加权和的变化范围。
+
+    The budget is one for all steps: of the changes of all of them the largest count. They have to
+    be of different events in different steps, see :func:`share_frames`.
+    """
+    rises = []
+    falls = []
+    for row in weights.tolist():
+        up: list[Tensor] = []
+        down: list[Tensor] = []
+        for weight, step in zip(row, steps, strict=True):
+            if weight < 0:
+                step = step.opposite()
+            up += [abs(weight) * part for part in step.up if weight]
+            down += [abs(weight) * part for part in step.down if weight]
+        rises.append(_spent_on_largest(steps[0], up))
+        falls.append(_spent_on_largest(steps[0], down))
+    return torch.stack(rises), torch.stack(falls)
+
+
+def share_frames(steps: Sequence[Changes]) -> bool:
+    """Whether an event may move an element in more than one step."""
+    frames = torch.stack([step.frame for step in steps])
+    if bool((frames == _SEVERAL).any()):
+        return True
+    ordered = frames.sort(0).values
+    return bool((ordered[1:] == ordered[:-1]).any())
+
+
+def _spent(budget: float, largest: Sequence[Tensor]) -> Tensor:
+    """The sum of so many changes, the largest first."""
+    total = torch.zeros_like(largest[0])
+    for number, change in enumerate(largest):
+        share = min(1.0, budget - number)
+        if share <= 0:
+            break
+        total = total + share * change
+    return total
+
+
+def _spent_on_largest(like: Changes, changes: list[Tensor]) -> Tensor:
+    """The sum of the largest changes that the budget allows, of those that are given."""
+    if not changes:
+        return torch.zeros_like(like.up[0])
+    return _spent(like.budget, _first(torch.stack(changes), like.budget, 0).unbind(0))
+
+
+def _first(changes: Tensor, budget: float, dim: int) -> Tensor:
+    """The largest changes, as many as the budget can pay in part or as a whole."""
+    count = min(max(1, math.ceil(budget)), changes.shape[dim])
+    return changes.topk(count, dim).values
+
+
+def _largest(up: Tensor, down: Tensor, weight: Tensor, budget: float) -> tuple[Tensor, Tensor]:
+    """Largest rises and falls, [count, rows, outputs] each, of sums of values [rows, inputs] that
+    can rise and fall by ``up`` and ``down``, with weights [outputs, inputs].
+    """
+    rises = []
+    falls = []
+    for row in weight:
+        rising = row.clamp(min=0)
+        falling = (-row).clamp(min=0)
+        rises.append(_first(up * rising + down * falling, budget, 1))
+        falls.append(_first(up * falling + down * rising, budget, 1))
+    return torch.stack(rises).permute(2, 1, 0), torch.stack(falls).permute(2, 1, 0)
+
+
+def _in_place(groups: Sequence[Tensor], shape: torch.Size) -> tuple[Tensor, ...]:
+    """Values [count, rows * places, outputs] of groups of channels as images [B, C, H, W] each."""
+    together = torch.cat(list(groups), 2)
+    count, _, outputs = together.shape
+    images = together.view(count, shape[0], -1, outputs).transpose(2, 3)
+    return images.reshape(count, *shape).unbind()
+
+
+def _one_of(frame: Tensor) -> Tensor:
+    """The frame that all elements of a row [rows, *] are moved by; -1 if it is not one."""
+    rows = frame.flatten(1)
+    first = rows[:, :1]
+    return torch.where((rows == first).all(1), first.squeeze(1), _SEVERAL)

@@ -1,0 +1,131 @@
+"""Looks for changed events that leave the bounds of verify for L0, on random networks; run by hand.
+
+``python tests/proofs/fuzz_flips.py --inputs 1000000`` tries so many sets of changes: random ones,
+those of one place of the frames, and the largest by the gradient of a logit or a spike. It stops at
+the first spike, sum over time of spikes, potential, logit or margin outside its bounds, with the
+seed that makes the network again.
+"""
+
+import argparse
+import random
+import sys
+import time
+from collections import Counter
+
+import torch
+from proofs import fuzz
+from spikingjelly.activation_based import neuron
+
+from sj_robust.classifier import SpikingEventClassifier
+from sj_robust.core.preserved import full_precision
+from sj_robust.proofs import verify
+from sj_robust.proofs.flips import Flips
+from sj_robust.proofs.joint import OverTime
+from sj_robust.proofs.relaxation import Maps
+from sj_robust.proofs.verification import bounded_logits, bounded_neurons
+
+METHODS = ["joint"] * 12 + ["ibp"] * 2 + ["crown"] * 2
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Networks in turn until enough sets of changes are tried."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--inputs", type=int, default=1_000_000, help="sets to try (1000000)")
+    parser.add_argument("--points", type=int, default=8000, help="sets per network (8000)")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed (0)")
+    options = parser.parse_args(arguments)
+    totals, seed, began = Counter(), options.seed, time.monotonic()
+    while totals["inputs"] < options.inputs:
+        try:
+            totals += check(seed, options.points)
+        except AssertionError as error:
+            sys.exit(f"--seed {seed}: {error}")
+        seed += 1
+        counts = ", ".join(f"{count} {name}" for name, count in totals.items())
+        print(f"{counts}; seed {seed}, {time.monotonic() - began:.0f} s", flush=True)
+    print(f"SpikingJelly {fuzz.RELEASE}: nothing left its bounds")
+
+
+def check(seed: int, points: int) -> Counter:
+    """Try so many sets of changes on a random network; AssertionError says what left its bounds."""
+    case = random.Random(seed)
+    torch.manual_seed(seed)
+    grid = case.random() < 0.4
+    T = fuzz.STEPS[seed % len(fuzz.STEPS)]
+    model = fuzz.random_classifier(case, grid, T)
+    model = SpikingEventClassifier(model.net, T).eval()
+    x = (torch.rand(fuzz.IMAGES, T, 2, 6, 6) < case.choice([0.1, 0.3, 0.5])).float()
+    ball = Flips(case.choice([1, 1, 2, 3, 5, 10]))
+    method = case.choice(METHODS)
+    y = model(x).argmax(1)
+    margin = verify(model, x, y, ball.budget, norm="L0", method=method).margin
+    margin = torch.tensor(margin, dtype=torch.float64).view(-1, 1, 1)
+    neurons = bounded_neurons(model)
+    intervals = fuzz.Recorded(neurons, fuzz.IMAGES)
+    with full_precision(x.device):
+        maps = Maps(lambda *given: bounded_logits(model, *given), neurons, x[0])
+        run = fuzz.RecordedJoint(neurons, fuzz.IMAGES, over_time=OverTime(maps, T))
+        wider = bounded_logits(model, intervals, x, ball)
+        logits = bounded_logits(model, run, x, ball)
+        assert bool((run.lead(logits, y) <= intervals.lead(wider, y)).all()), "a looser margin"
+    bounds = fuzz.bounds_of(run)
+    for name, parts in fuzz.bounds_of(intervals).items():
+        fuzz.assert_within(bounds[name], parts, f"looser bounds of {name}")
+    total = Counter(inputs=0, networks=1, verified=int((margin > 0).sum()), spikes=0)
+    total["one budget"] = int(not run.apart)
+    count = max(1, points // (3 * fuzz.IMAGES))
+    several = x.repeat_interleave(count, 0)
+    scores = torch.rand_like(several)
+    for way in ("random", "uphill", "one place"):
+        z = changed(several, scores, ball)
+        climbs = way == "random"
+        for module in model.modules():
+            if isinstance(module, neuron.BaseNode):
+                module.train(climbs)  # in evaluation mode the older release has no gradient
+        with torch.backends.nnpack.flags(False), torch.set_grad_enabled(climbs):
+            seen, found = fuzz.run_of(model, z.requires_grad_(climbs))
+        rows = found.detach().double().unflatten(0, (fuzz.IMAGES, count))
+        low, high = logits.lower.unsqueeze(1), logits.upper.unsqueeze(1)
+        assert bool(((rows >= low) & (rows <= high)).all()), "a logit"
+        right = y.view(-1, 1, 1).expand(-1, count, 1)
+        rival = rows.scatter(2, right, -torch.inf).amax(2, keepdim=True)
+        assert bool((rows.gather(2, right) - rival >= margin).all()), f"a margin of {method}"
+        for name, (spikes, v) in seen.items():
+            parts = [part.unsqueeze(2) for part in bounds[name]]
+            h_low, h_high, sure, can, v_low, v_high = parts
+            fired = spikes.detach().bool().unflatten(1, (fuzz.IMAGES, count))
+            after = v.detach().double().unflatten(1, (fuzz.IMAGES, count))
+            assert bool(((fired >= sure) & (fired <= can)).all()), f"a spike of {name}"
+            assert bool(((after >= v_low) & (after <= v_high)).all()), f"a potential of {name}"
+            silent = (after >= h_low) & (after <= h_high)
+            assert bool((fired | silent).all()), f"a charged potential of {name}"
+            fuzz.assert_sums(run, name, fired.double(), case)
+            total["spikes"] += fired.numel()
+        total["inputs"] += len(z)
+        if climbs:
+            outputs = [found, *(spikes.movedim(0, 1) for spikes, _ in seen.values())]
+            slope = fuzz.signed_gradient(case, z, outputs) * (1 - 2 * several)
+            scores = slope + 0.9 * torch.rand_like(slope)
+        else:
+            scores = near_a_place(several)
+    return total
+
+
+def changed(frames: torch.Tensor, scores: torch.Tensor, ball: Flips) -> torch.Tensor:
+    """Frames with the values changed that have the highest scores, as many as may, or fewer."""
+    z = ball.lowest(frames, scores.detach() * (2 * frames - 1))
+    return z.detach().clone()
+
+
+def near_a_place(frames: torch.Tensor) -> torch.Tensor:
+    """Scores that are highest around a random place, in all time steps and polarities."""
+    side = frames.shape[-1]
+    places = torch.randint(side, (len(frames), 2, 1, 1))
+    grid = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"))
+    distance = (grid - places).abs().sum(1)
+    near = 1.0 / (1.0 + distance)
+    return near[:, None, None] * (0.5 + torch.rand_like(frames))
+
+
+if __name__ == "__main__":
+    main()
