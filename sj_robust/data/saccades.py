@@ -41,7 +41,7 @@ _UNIT = 2**16
 events.
 """
 
-_TOGETHER = 512
+_TOGETHER = 128
 """Images that are turned into events together."""
 
 _VERSION = 1

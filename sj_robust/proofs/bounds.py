@@ -247,6 +247,8 @@ class BoundedRun:
     def pool(self, x: Bounds, pooling: Pooling) -> Bounds:
         """Bounds of a max pooling or a ReLU, which start here."""
         batch_dim = self._layout(x, pooling)
+        if self.changed is not None and 0 in leaves_of(x.origin):
+            self.apart["a max pooling or ReLU"] = "behind it every value has a budget of its own"
         self._reached(x, batch_dim, pooling)
         return self.leaf(Interval(pooling(x.lower), pooling(x.upper)), batch_dim)
 

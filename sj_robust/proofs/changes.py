@@ -11,6 +11,9 @@ from torch import Tensor
 
 __all__ = ["Changes", "changed_sums", "share_frames"]
 
+_EXACT_BITS = 52
+"""Binary values that a number in float64 holds exactly."""
+
 _SEVERAL = -1
 """Number in the place of a frame's where events of several frames move an element."""
 
@@ -37,6 +40,8 @@ class Changes:
         frame: Number of the frame whose events move an element; -1 for several.
         apart: Whether no event moves two elements, each of which one event moves, as in the frames
             themselves.
+        summed: Whether only the sums of the largest changes are kept behind a map, as one change
+            that a budget of 1 pays: sums over time then have no budget of their own.
     """
 
     budget: float
@@ -44,6 +49,7 @@ class Changes:
     down: tuple[Tensor, ...]
     frame: Tensor
     apart: bool
+    summed: bool = False
 
     def raised(self) -> Tensor:
         """How far each element can rise."""
@@ -98,12 +104,13 @@ class Changes:
             return None
         up = self.up[0].flatten(0, -2)
         down = self.down[0].flatten(0, -2)
-        found = _largest(up, down, weight, self.budget)
+        rises, falls = self._largest(up, down, weight)
         frame = _one_of(self.frame.flatten(0, -2)).unsqueeze(1)
-        return Changes(
-            self.budget,
-            up=tuple(part.reshape(shape) for part in found[0]),
-            down=tuple(part.reshape(shape) for part in found[1]),
+        return replace(
+            self,
+            budget=1.0 if self.summed else self.budget,
+            up=tuple(part.reshape(shape) for part in rises),
+            down=tuple(part.reshape(shape) for part in falls),
             frame=frame.expand(-1, shape[-1]).reshape(shape),
             apart=False,
         )
@@ -136,17 +143,41 @@ class Changes:
         down: list[Tensor] = []
         groupwise = zip(patches(self.up[0]), patches(self.down[0]), kernels, strict=True)
         for rises, falls, kernel in groupwise:
-            found = _largest(rises, falls, kernel, self.budget)
+            found = self._largest(rises, falls, kernel)
             up.append(found[0])
             down.append(found[1])
         frame = _one_of(self.frame).view(-1, 1, 1, 1)
-        return Changes(
-            self.budget,
+        return replace(
+            self,
+            budget=1.0 if self.summed else self.budget,
             up=_in_place(up, shape),
             down=_in_place(down, shape),
             frame=frame.expand(shape),
             apart=False,
         )
+
+    def _largest(self, up: Tensor, down: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Largest rises and falls, [count, rows, outputs] each, of sums of values [rows, inputs]
+        that can rise and fall by ``up`` and ``down``, with weights [outputs, inputs].
+        """
+        first, number = _distinct(up, down)
+        up = up[first]
+        down = down[first]
+        rises = []
+        falls = []
+        for row in weight:
+            rising = row.clamp(min=0)
+            falling = (-row).clamp(min=0)
+            rises.append(self._kept(up * rising + down * falling))
+            falls.append(self._kept(up * falling + down * rising))
+        return _by_output(rises)[:, number], _by_output(falls)[:, number]
+
+    def _kept(self, changes: Tensor) -> Tensor:
+        """Of changes [rows, inputs] what counts, [rows, count]."""
+        largest = _first(changes, self.budget, 1)
+        if not self.summed:
+            return largest
+        return _spent(self.budget, largest.unbind(1)).unsqueeze(1)
 
 
 def changed_sums(weights: Tensor, steps: Sequence[Changes]) -> tuple[Tensor, Tensor]:
@@ -204,18 +235,27 @@ def _first(changes: Tensor, budget: float, dim: int) -> Tensor:
     return changes.topk(count, dim).values
 
 
-def _largest(up: Tensor, down: Tensor, weight: Tensor, budget: float) -> tuple[Tensor, Tensor]:
-    """Largest rises and falls, [count, rows, outputs] each, of sums of values [rows, inputs] that
-    can rise and fall by ``up`` and ``down``, with weights [outputs, inputs].
+def _by_output(parts: list[Tensor]) -> Tensor:
+    """Values [rows, count] of every output as [count, rows, outputs]."""
+    return torch.stack(parts).permute(2, 1, 0)
+
+
+def _distinct(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Places of rows of which no two are the same, and by row which of these it is; of event
+    frames most patches are empty.
     """
-    rises = []
-    falls = []
-    for row in weight:
-        rising = row.clamp(min=0)
-        falling = (-row).clamp(min=0)
-        rises.append(_first(up * rising + down * falling, budget, 1))
-        falls.append(_first(up * falling + down * rising, budget, 1))
-    return torch.stack(rises).permute(2, 1, 0), torch.stack(falls).permute(2, 1, 0)
+    every = torch.arange(len(up), device=up.device)
+    width = up.shape[1]
+    binary = all(bool(((part == 0) | (part == 1)).all()) for part in (up, down))
+    if width > _EXACT_BITS or not binary:
+        return every, every
+    powers = 2.0 ** torch.arange(width, dtype=torch.float64, device=up.device)
+    rises, of_rise = torch.unique(up.double() @ powers, return_inverse=True)
+    _, of_fall = torch.unique(down.double() @ powers, return_inverse=True)
+    found, number = torch.unique(of_fall * len(rises) + of_rise, return_inverse=True)
+    first = torch.zeros_like(found)
+    first[number] = every
+    return first, number
 
 
 def _in_place(groups: Sequence[Tensor], shape: torch.Size) -> tuple[Tensor, ...]:

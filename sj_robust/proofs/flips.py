@@ -31,8 +31,10 @@ class Flips:
         """An interval of every value around the frames that holds what it may change to."""
         return Interval(frames - 1, frames + 1)
 
-    def changes(self, frames: Tensor) -> Changes:
-        """What each value can change by."""
+    def changes(self, frames: Tensor, *, summed: bool) -> Changes:
+        """What each value can change by; ``summed`` keeps no single changes behind the first
+        map.
+        """
         steps = torch.arange(frames.shape[1], device=frames.device)
         shape = (1, -1, *[1] * (frames.ndim - 2))
         return Changes(
@@ -41,6 +43,7 @@ class Flips:
             down=(frames,),
             frame=steps.view(shape).expand(frames.shape),
             apart=True,
+            summed=summed,
         )
 
     def lowest(self, frames: Tensor, weights: Tensor) -> Tensor:

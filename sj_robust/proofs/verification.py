@@ -533,7 +533,7 @@ def bounded_logits(
         with torch.enable_grad(), run.replacing_neurons():
             leaf = run.leaf(box, 0)
             if isinstance(eps, Flips):
-                leaf.changes = eps.changes(exact)
+                leaf.changes = eps.changes(exact, summed=run.differentiable)
                 run.changed = leaf
             logits = model(leaf)
             if not isinstance(logits, Bounds):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from proofs import fuzz, fuzz_flips
-from spikingjelly.activation_based import layer, neuron
+from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
 from sj_robust import DLIFNode
@@ -43,7 +43,7 @@ def entering(x, budget):
     ball = Flips(budget)
     box = ball.box(x)
     found = Bounds(x, (box.high - box.low) / 2)
-    found.changes = ball.changes(x)
+    found.changes = ball.changes(x, summed=False)
     return found
 
 
@@ -142,8 +142,7 @@ def network(*parts, T=T, seed=0, scale=1.5):
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.weight.data *= scale
-        if isinstance(module, neuron.BaseNode | nn.Conv2d | nn.Linear | layer.MaxPool2d):
-            module.step_mode = "m"
+    functional.set_step_mode(net, "m")
     return SpikingEventClassifier(net, T=T).eval()
 
 
@@ -170,7 +169,7 @@ def test_no_set_of_changes_breaks_what_is_proved(method, node):
     y = model(x).argmax(1)
     result = verify(model, x, y, 1, norm="L0", method=method)
     for sample, label, margin in zip(x, y, result.margin, strict=True):
-        logits = model(all_changed(sample.flatten(), 1).view(-1, *sample.shape))
+        logits = model(all_changed(sample.flatten(), 1).view(-1, *sample.shape)).detach()
         rivals = logits.scatter(1, label.expand(len(logits), 1), -torch.inf).amax(1)
         assert float((logits[:, label] - rivals).amin()) >= margin
 
@@ -178,9 +177,9 @@ def test_no_set_of_changes_breaks_what_is_proved(method, node):
 def test_the_program_agrees_with_all_sets_of_changes():
     proved = 0
     broken = 0
-    for seed in range(6):
+    for seed in range(3):
         model = tiny(seed)
-        x = frames(4, T, 2, 3, 3, seed=seed).float()
+        x = frames(3, T, 2, 3, 3, seed=seed).float()
         y = model(x).argmax(1)
         result = verify(model, x, y, 2, norm="L0", method="mip")
         joint = verify(model, x, y, 2, norm="L0")
@@ -193,8 +192,8 @@ def test_the_program_agrees_with_all_sets_of_changes():
             assert int((result.x_adv[number] != sample).sum()) <= 2
         proved += sum(result.verified)
         broken += sum(result.broken)
-    assert proved > 3
-    assert broken > 3
+    assert proved > 0
+    assert broken > 0
 
 
 def test_methods_are_in_order_and_no_change_is_the_sample_itself():
@@ -208,9 +207,17 @@ def test_methods_are_in_order_and_no_change_is_the_sample_itself():
         before = margin
     with_none = verify(model, x, y, 0, norm="L0", method="ibp")
     assert with_none.margin == pytest.approx(verify(model, x, y, 0.0, method="ibp").margin)
-    shared = verify(model, x, y, 2, norm="L0").accuracy
-    apart = verify(model, x, y, 2, norm="L0", method="ibp").accuracy
-    assert shared > apart  # a budget for all steps, and one for each
+
+
+def test_one_budget_for_all_steps_proves_more_than_one_for_each():
+    node = neuron.LIFNode(tau=2.0, v_threshold=0.3, decay_input=False)
+    parts = [layer.Conv2d(2, 4, 2), node, layer.Flatten(), layer.Linear(16, 3)]
+    model = network(*parts, scale=0.7, seed=3)
+    x = frames(40, T, 2, 3, 3, seed=3).float()
+    y = model(x).argmax(1)
+    shared = verify(model, x, y, 1, norm="L0").accuracy
+    apart = verify(model, x, y, 1, norm="L0", method="ibp").accuracy
+    assert shared > apart + 0.1
 
 
 @pytest.mark.parametrize(
@@ -218,22 +225,19 @@ def test_methods_are_in_order_and_no_change_is_the_sample_itself():
     [
         ([layer.AvgPool2d(2), layer.Conv2d(2, 2, 1)], "more than one convolution or linear map"),
         ([layer.Conv2d(2, 2, 2), layer.Conv2d(2, 2, 1)], "more than one convolution"),
-        ([layer.MaxPool2d(2), layer.Conv2d(2, 2, 1)], "more than one"),
+        ([layer.MaxPool2d(2), layer.Conv2d(2, 2, 1)], "every value has a budget of its own"),
         ([Repeated(), layer.Conv2d(2, 2, 2)], "more than one"),
         ([layer.Conv2d(2, 2, 2), Repeated()], "more than one"),
     ],
 )
 def test_the_result_says_where_the_budget_is_not_shared(parts, text):
-    for part in parts:
-        if isinstance(part, nn.AvgPool2d):
-            part.step_mode = "m"
     node = neuron.IFNode(v_threshold=0.5)
     features = 2 if isinstance(parts[0], layer.AvgPool2d | layer.MaxPool2d) else 8
     model = network(*parts, node, layer.Flatten(), layer.Linear(features, 3))
     x = frames(2, T, 2, 3, 3).float()
     result = verify(model, x, model(x).argmax(1), 1, norm="L0")
-    name = str(len(parts))
-    assert any(entry.startswith(f"{name}: ") and text in entry for entry in result.apart)
+    (entry,) = result.apart
+    assert text in entry
     assert "Not bounded by one budget" in result.table()
     assert verify(tiny(), x, tiny()(x).argmax(1), 1, norm="L0").apart == ()
 
@@ -272,7 +276,7 @@ def test_planted_faults_are_noticed(fault, monkeypatch):
     ("options", "message"),
     [
         ({"eps": 1.5}, "eps must be an integer >= 0 for L0, the number of values that may change"),
-        ({"eps": -1}, "eps must be an integer >= 0 for L0"),
+        ({"eps": -1}, "eps must be .*>= 0"),
         ({"eps": 37}, "eps must be <= 36, the values of a sample, got 37"),
         ({"norm": "L2"}, "norm must be one of"),
         ({"x": torch.full((2, T, 2, 3, 3), 0.5)}, "x must be binary event frames"),
@@ -296,14 +300,17 @@ def test_bounds_in_training_are_those_of_proofs():
     assert float(model.net[0].weight.grad.abs().sum()) > 0
 
 
-def test_random_networks_stay_within_their_bounds():
-    fuzzed(range(8), 800)
+@pytest.mark.parametrize(
+    ("seeds", "points"), [(range(1), 300), pytest.param(range(1, 13), 800, marks=pytest.mark.slow)]
+)
+def test_random_networks_stay_within_their_bounds(seeds, points):
+    fuzzed(seeds, points)
 
 
 def test_the_attack_breaks_nothing_that_is_proved():
-    for seed in range(3):
+    for seed in range(2):
         model = tiny(seed)
-        x = frames(16, T, 2, 3, 3, seed=seed).float()
+        x = frames(6, T, 2, 3, 3, seed=seed).float()
         y = model(x).argmax(1)
         proved = torch.tensor(verify(model, x, y, 2, norm="L0").verified)
         generator = torch.Generator().manual_seed(0)
