@@ -16,6 +16,7 @@ from launch import ROOT
 
 from sj_robust import training
 from sj_robust.attacks.threat import parse_eps
+from sj_robust.data import EVENT_DATASETS
 
 RECIPES = ROOT / "recipes"
 CONFIGS = RECIPES / "configs"
@@ -23,6 +24,7 @@ CELLS = sorted((CONFIGS / "paper").glob("*.yaml"))
 PRESETS = [*sorted(CONFIGS.glob("*.yaml")), *sorted((CONFIGS / "certified").glob("*.yaml")), *CELLS]
 SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
 SHAPES = {"digits": ((1, 8, 8), 10)} | dict.fromkeys(("mnist", "fashion_mnist"), ((1, 28, 28), 10))
+SHAPES |= {"saccade:mnist": ((2, 34, 34), 10)}
 SHAPES |= {"cifar10": ((3, 32, 32), 10), "cifar100": ((3, 32, 32), 100)}
 
 
@@ -50,7 +52,13 @@ def test_a_preset_builds(recipe, path):
     options = from_values(adv_train.Options, options_in(path), path.name)
     options = replace(options, mean=None, std=None)  # values, which there are none of on meta
     shape, classes = SHAPES[options.dataset]
-    splits = SimpleNamespace(image_shape=shape, classes=classes, mean=None, std=None, frames=False)
+    splits = SimpleNamespace(
+        image_shape=shape,
+        classes=classes,
+        mean=None,
+        std=None,
+        frames=options.dataset in EVENT_DATASETS,
+    )
     with torch.device("meta"):
         objective, plan, attack = adv_train.prepared(options, splits)
     assert sum(parameter.numel() for parameter in objective.classifier.parameters()) > 1000
@@ -62,6 +70,11 @@ def test_a_preset_builds(recipe, path):
     assert plan.weight_decay == (0.0 if certified or options.mode == "rat" else 5e-4)
     assert (plan.retraction > 0) == (options.mode == "rat")
     assert certified or objective.kappa == 0.5
+    if certified and splits.frames:
+        assert (plan.verified_eps, plan.verified_norm) == (options.flips, "L0")
+        assert objective.certified.eps == options.certified_flips  # in each time step
+        assert set(adv_train.validation_attacks(options)) == {"flips"}
+        return
     if certified:
         assert plan.verified_eps == parse_eps(options.eval_eps or options.eps)
         assert objective.certified.eps >= plan.verified_eps
