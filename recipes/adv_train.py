@@ -73,7 +73,7 @@ class Options:
 
     # network
     model: Annotated[str, Often(), NamesCode()] = "small"
-    """small, vgg5 (11, 13, 16, 19), wrn16_4, wrn28_10, zoo:FUNCTION of SpikingJelly,
+    """small, mlp, vgg5 (11, 13, 16, 19), wrn16_4, wrn28_10, zoo:FUNCTION of SpikingJelly,
     module:function of yours."""
     model_options: YamlDict = field(default_factory=dict)
     """Further keyword arguments of the network."""
@@ -86,7 +86,7 @@ class Options:
     tau: float = 100.0
     """Membrane time constant in time steps; the decay is 1 - 1 / tau."""
     channels: tuple[int, ...] = (16, 32)
-    """Output channels of the convolutions of small."""
+    """Output channels of the convolutions of small; widths of mlp."""
     hidden: tuple[int, ...] = (4096, 4096)
     """Widths of a VGG's hidden layers; small: in model_options."""
     mean: list[float] | None = None

@@ -32,8 +32,8 @@ PUBLIC = {
         "Subject check_fits describe_network from_checkpoint from_function"
     ),
     "sj_robust.models": (
-        "ConvChain DirectlyEncoded MixedBlock NETWORKS NetworkSpec PretrainedCard SmallConvNet "
-        "VGG VGG_FEATURES WIDE_RESNETS WideResNet build_classifier build_network "
+        "ConvChain DirectlyEncoded FullyConnected MixedBlock NETWORKS NetworkSpec PretrainedCard "
+        "SmallConvNet VGG VGG_FEATURES WIDE_RESNETS WideResNet build_classifier build_network "
         "build_zoo_network load_published_checkpoint pretrained pretrained_networks "
         "published_names set_time_steps start_from zoo_networks"
     ),

@@ -1,7 +1,7 @@
 """Spiking networks for the recipes, on SpikingJelly's layers, with any spiking neuron."""
 
 from sj_robust.models.build import NETWORKS, NetworkSpec, build_classifier, build_network
-from sj_robust.models.chain import VGG, VGG_FEATURES, ConvChain, SmallConvNet
+from sj_robust.models.chain import VGG, VGG_FEATURES, ConvChain, FullyConnected, SmallConvNet
 from sj_robust.models.direct import DirectlyEncoded
 from sj_robust.models.published_checkpoint import load_published_checkpoint, published_names
 from sj_robust.models.shipped import PretrainedCard, pretrained, pretrained_networks
@@ -17,6 +17,7 @@ __all__ = [
     "WIDE_RESNETS",
     "ConvChain",
     "DirectlyEncoded",
+    "FullyConnected",
     "MixedBlock",
     "NetworkSpec",
     "PretrainedCard",

@@ -14,6 +14,12 @@ __all__ = ["Changes", "changed_sums", "share_frames"]
 _EXACT_BITS = 52
 """Binary values that a number in float64 holds exactly."""
 
+_CANDIDATES = 16
+"""Weights that are looked at for each change that counts, the largest ones."""
+
+_ELEMENTS = 2**21
+"""Values of outputs that are bounded together."""
+
 _SEVERAL = -1
 """Number in the place of a frame's where events of several frames move an element."""
 
@@ -160,24 +166,47 @@ class Changes:
         """Largest rises and falls, [count, rows, outputs] each, of sums of values [rows, inputs]
         that can rise and fall by ``up`` and ``down``, with weights [outputs, inputs].
         """
-        first, number = _distinct(up, down)
+        binary = all(bool(((part == 0) | (part == 1)).all()) for part in (up, down))
+        if binary and up.shape[1] <= _EXACT_BITS:
+            first, number = _distinct(up, down)
+        else:
+            first = number = torch.arange(len(up), device=up.device)
         up = up[first]
         down = down[first]
+        candidates = _CANDIDATES * (math.ceil(self.budget) + 1)
+        picked = binary and candidates < up.shape[1]
+        if picked:
+            by_input = up.T.contiguous(), down.T.contiguous()
         rises = []
         falls = []
-        for row in weight:
-            rising = row.clamp(min=0)
-            falling = (-row).clamp(min=0)
-            rises.append(self._kept(up * rising + down * falling))
-            falls.append(self._kept(up * falling + down * rising))
-        return _by_output(rises)[:, number], _by_output(falls)[:, number]
+        size = len(up) * (candidates if picked else up.shape[1])
+        for rows in torch.split(weight, max(1, _ELEMENTS // max(1, size))):
+            found = self._picked(*by_input, rows, candidates) if picked else None
+            if found is None:
+                found = _rises_and_falls(up, down, rows)
+            rises.append(self._kept(found[0]))
+            falls.append(self._kept(found[1]))
+        return torch.cat(rises, 2)[:, number], torch.cat(falls, 2)[:, number]
+
+    def _picked(
+        self, up: Tensor, down: Tensor, weight: Tensor, candidates: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """Rises and falls by binary values [inputs, rows] with the largest weights; None if not as
+        many of them as may change can raise and lower each sum, so that others count as well.
+        """
+        largest = weight.detach().abs().topk(candidates, 1).indices
+        rises = up[largest].transpose(1, 2)
+        falls = down[largest].transpose(1, 2)
+        found = _rises_and_falls(rises, falls, weight.gather(1, largest))
+        enough = [bool(((part > 0).sum(2) >= self.budget).all()) for part in found]
+        return found if all(enough) else None
 
     def _kept(self, changes: Tensor) -> Tensor:
-        """Of changes [rows, inputs] what counts, [rows, count]."""
-        largest = _first(changes, self.budget, 1)
+        """Of changes [outputs, rows, inputs] what counts, [count, rows, outputs]."""
+        largest = _first(changes, self.budget, 2).permute(2, 1, 0)
         if not self.summed:
             return largest
-        return _spent(self.budget, largest.unbind(1)).unsqueeze(1)
+        return _spent(self.budget, largest.unbind(0)).unsqueeze(0)
 
 
 def changed_sums(weights: Tensor, steps: Sequence[Changes]) -> tuple[Tensor, Tensor]:
@@ -235,21 +264,21 @@ def _first(changes: Tensor, budget: float, dim: int) -> Tensor:
     return changes.topk(count, dim).values
 
 
-def _by_output(parts: list[Tensor]) -> Tensor:
-    """Values [rows, count] of every output as [count, rows, outputs]."""
-    return torch.stack(parts).permute(2, 1, 0)
+def _rises_and_falls(up: Tensor, down: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """How far values [rows, inputs], or [outputs, rows, inputs], times weights [outputs, inputs]
+    can rise and fall.
+    """
+    rising = weight.clamp(min=0).unsqueeze(1)
+    falling = (-weight).clamp(min=0).unsqueeze(1)
+    return up * rising + down * falling, up * falling + down * rising
 
 
 def _distinct(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Places of rows of which no two are the same, and by row which of these it is; of event
-    frames most patches are empty.
+    frames most patches are empty. Values are binary, 52 a row at most.
     """
     every = torch.arange(len(up), device=up.device)
-    width = up.shape[1]
-    binary = all(bool(((part == 0) | (part == 1)).all()) for part in (up, down))
-    if width > _EXACT_BITS or not binary:
-        return every, every
-    powers = 2.0 ** torch.arange(width, dtype=torch.float64, device=up.device)
+    powers = 2.0 ** torch.arange(up.shape[1], dtype=torch.float64, device=up.device)
     rises, of_rise = torch.unique(up.double() @ powers, return_inverse=True)
     _, of_fall = torch.unique(down.double() @ powers, return_inverse=True)
     found, number = torch.unique(of_fall * len(rises) + of_rise, return_inverse=True)

@@ -89,6 +89,18 @@ def test_the_first_map_is_bounded_exactly(name, budget):
     torch.testing.assert_close(found.most, high)
 
 
+def test_of_many_inputs_the_largest_weights_are_enough_or_all_are_looked_at(monkeypatch):
+    x = frames(3, 1, 400, seed=4)
+    kernel = weights()(5, 400)
+    kernel[0] = kernel[0].abs() + 0.1
+    x[0, :, kernel[0].topk(150).indices] = 1  # which none of its largest weights can raise
+    found = F.linear(entering(x, 2), kernel)
+    monkeypatch.setattr(changes, "_CANDIDATES", 1000)
+    whole = F.linear(entering(x, 2), kernel)
+    torch.testing.assert_close(found.most, whole.most, atol=0, rtol=0)
+    torch.testing.assert_close(found.least, whole.least, atol=0, rtol=0)
+
+
 def test_a_budget_between_two_integers_counts_the_next_change_in_part():
     x = frames(1, T, 2, 3, 3)
     ends = {}
@@ -141,6 +153,7 @@ def network(*parts, T=T, seed=0, scale=1.5):
     net = nn.Sequential(*parts)
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
+            module.reset_parameters()
             module.weight.data *= scale
     functional.set_step_mode(net, "m")
     return SpikingEventClassifier(net, T=T).eval()
