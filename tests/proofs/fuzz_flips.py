@@ -14,7 +14,8 @@ from collections import Counter
 
 import torch
 from proofs import fuzz
-from spikingjelly.activation_based import neuron
+from spikingjelly.activation_based import functional, layer, neuron
+from torch import nn
 
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.core.preserved import full_precision
@@ -52,8 +53,11 @@ def check(seed: int, points: int) -> Counter:
     torch.manual_seed(seed)
     grid = case.random() < 0.4
     T = fuzz.STEPS[seed % len(fuzz.STEPS)]
-    model = fuzz.random_classifier(case, grid, T)
-    model = SpikingEventClassifier(model.net, T).eval()
+    if case.random() < 0.3:
+        net = fully_connected(case, grid, T)
+    else:
+        net = fuzz.random_classifier(case, grid, T).net
+    model = SpikingEventClassifier(net, T).eval()
     x = (torch.rand(fuzz.IMAGES, T, 2, 6, 6) < case.choice([0.1, 0.3, 0.5])).float()
     ball = Flips(case.choice([1, 1, 2, 3, 5, 10]))
     method = case.choice(METHODS)
@@ -109,6 +113,20 @@ def check(seed: int, points: int) -> Counter:
         else:
             scores = near_a_place(several)
     return total
+
+
+def fully_connected(case: random.Random, grid: bool, T: int) -> nn.Sequential:
+    """Two linear layers of spiking neurons."""
+    width = case.choice([3, 8])
+    parts = [layer.Flatten(), layer.Linear(72, width, bias=case.random() < 0.7)]
+    parts += [fuzz.random_node(case, grid, T), layer.Linear(width, 4)]
+    parts += [fuzz.random_node(case, grid, T), layer.Linear(4, 3)]
+    net = nn.Sequential(*parts)
+    for value in net.parameters():
+        value.data *= 2
+        value.data = value.data.mul(10).round() / 10 if grid else value.data
+    functional.set_step_mode(net, case.choice("ms"))
+    return net
 
 
 def changed(frames: torch.Tensor, scores: torch.Tensor, ball: Flips) -> torch.Tensor:
