@@ -2,6 +2,7 @@
 one, or linear layers and neurons.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
@@ -243,7 +244,8 @@ class FullyConnected(DirectlyEncoded):
     全连接脉冲网络。
 
     The first linear layer is a convolution as large as the image. A neuron of it sees all pixels,
-    so that few changed events move its current little, which gives tight bounds.
+    so that few changed events move its current little, which gives tight bounds. Weights in front
+    of neurons start with the deviation 2 / sqrt(inputs), so that sparse events make them fire.
 
     Shapes and the time steps: see :class:`DirectlyEncoded`.
 
@@ -293,5 +295,8 @@ class FullyConnected(DirectlyEncoded):
         stages: list[nn.Module] = [node(), layer.Flatten()]
         for before, after in pairwise(widths):
             stages += [layer.Linear(before, after), node()]
+        for module in (self.first, *stages):
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.normal_(module.weight, std=2.0 / math.sqrt(module.weight[0].numel()))
         self.stages = nn.Sequential(*stages, layer.Linear(widths[-1], classes))
         functional.set_step_mode(self, step_mode)
