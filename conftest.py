@@ -28,9 +28,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
-# Garbage collection would go through a million objects, most of them imported for good, every few
-# seconds.
-gc.set_threshold(*gc.get_threshold()[:2], 200)
+def pytest_collection_finish():
+    """What was imported stays for good: garbage is not looked for among its million objects."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*gc.get_threshold()[:2], 200)
+
+
+def pytest_sessionfinish():
+    """Extensions complain of what is left when Python ends."""
+    gc.unfreeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -115,6 +115,9 @@ class Options:
     """Changed events in each time step that the bounds of certified are over; None means flips."""
     certified_eps: Radius | None = None
     """Linf radius of the bounds of certified; None means eps."""
+    bounds: Literal["ibp", "joint"] = "ibp"
+    """Bounds of certified, in training, selection and the final proofs: ibp, or joint over time,
+    which gains at T 8 and takes longer."""
     surrogate_width: float = 1.0
     """Width of the surrogate in the bounds of certified, in units of the neuron's; 0.5 proves about
     a point more."""
@@ -227,12 +230,18 @@ if __name__ == "__main__":
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from lab.processes import first_process_first, make_accelerator
+from lab.run_folder import open_run_folder
 
 from sj_robust import SpikingClassifier, training
 from sj_robust.attacks import Attack, ThreatModel
 from sj_robust.data import ImageSplits, load_images
 from sj_robust.evaluation import Report
 from sj_robust.models import NetworkSpec, build_classifier, start_from
+from sj_robust.training.engine import check_training
+from sj_robust.training.history import EpochRecord
+from sj_robust.training.modes import Mode, final_attacks
+from sj_robust.training.validation import check_start, final_report
 
 ValueT = TypeVar("ValueT")
 
@@ -240,8 +249,8 @@ ValueT = TypeVar("ValueT")
 def main(arguments: list[str]) -> None:
     """Train, evaluate, report."""
     options = parse_options(Options, arguments, stem)
-    accelerator = training.make_accelerator(options.device, options.mixed_precision)
-    with training.first_process_first(accelerator, f"loading {options.dataset}"):  # which downloads
+    accelerator = make_accelerator(options.device, options.mixed_precision)
+    with first_process_first(accelerator, f"loading {options.dataset}"):  # which downloads
         splits = load_images(
             options.dataset,
             root=options.data_root,
@@ -263,10 +272,10 @@ def main(arguments: list[str]) -> None:
         check_flips(options, splits)
         for choice in networks.values():
             objective, plan, attack = prepared(choice, splits)
-            attacks = [attack, *final_attacks(options).values()]
-            training.check_training(objective, splits, plan, accelerator, attacks)
+            attacks = [attack, *attacks_of_report(options).values()]
+            check_training(objective, splits, plan, accelerator, attacks)
     configuration = plain(replace(options, output=None, resume=False))
-    folder = training.open_run_folder(
+    folder = open_run_folder(
         options.output, stem(options), configuration, accelerator, resume=options.resume
     )
     if accelerator.is_main_process:
@@ -282,17 +291,18 @@ def main(arguments: list[str]) -> None:
     for name, choice in networks.items():
         classifier, history = train_network(name, choice, splits, accelerator, folder, journal)
         if accelerator.is_main_process:
-            report = training.final_report(
+            report = final_report(
                 name,
                 classifier,
                 history,
                 splits,
-                final_attacks(options),
+                attacks_of_report(options),
                 threat,
                 journal,
                 seed=options.seed,
                 single_step=is_single_step(choice),
                 verified_eps=threat.eps if mode_of(choice).select == "verified" else None,
+                verified_method=verified_method(choice),
                 dataset=options.dataset,
                 configuration=configuration,
                 environment=where,
@@ -314,13 +324,13 @@ def train_network(
     accelerator: Accelerator,
     folder: Path,
     journal: training.Journal,
-) -> tuple[SpikingClassifier, list[training.EpochRecord]]:
+) -> tuple[SpikingClassifier, list[EpochRecord]]:
     """Train one network and return it as it was at its best epoch."""
     objective, plan, perturb = prepared(options, splits)
     module, _, _ = options.model.rpartition(":")
     origin = options.pretrained or module.removeprefix("zoo")  # empty for random weights
     if origin and accelerator.is_main_process and not options.resume:
-        training.check_start(objective.classifier, splits, journal, origin)
+        check_start(objective.classifier, splits, journal, origin)
     network_folder = folder / name.replace(" ", "_")
     network_folder.mkdir(exist_ok=True)
     description = {
@@ -377,8 +387,10 @@ def prepared(
         seed=options.seed,
         verified_eps=evaluation_threat(options).eps if mode.select == "verified" else None,
         verified_norm="Linf" if options.flips is None else "L0",
+        verified_method=verified_method(options),
     )
     bounds = training.CertifiedOptions(
+        bounds=options.bounds,
         surrogate_width=options.surrogate_width,
         ramp=options.ramp,
         box=options.box,
@@ -396,12 +408,11 @@ def prepared(
             step_size=options.step_size,
             steps=options.attack_steps,
         )
-    penalties = training.make_penalties(
-        gradient_sparsity=options.gradient_sparsity,
-        threshold_guard=options.threshold_guard,
-        guard_margin=options.guard_margin,
-        gain_penalty=options.gain_penalty,
-        l1=options.l1,
+    penalties = (
+        training.GradientSparsity(options.gradient_sparsity),
+        training.ThresholdGuarding(options.threshold_guard, margin=options.guard_margin),
+        training.StabilityGain(options.gain_penalty),
+        training.WeightMagnitude(options.l1),
     )
     objective = training.Objective(
         classifier,
@@ -456,7 +467,7 @@ def undefended(options: Options) -> Options:
     )
 
 
-def mode_of(options: Options) -> training.Mode:
+def mode_of(options: Options) -> Mode:
     """The mode of a training, with the options' values where they are given."""
     mode = training.MODES[options.mode]
     retraction = given(options.beta, mode.retraction)
@@ -519,11 +530,11 @@ def validation_attacks(options: Options) -> dict[str, Attack]:
     return training.validation_attacks(evaluation_eps(options))
 
 
-def final_attacks(options: Options) -> dict[str, Attack]:
+def attacks_of_report(options: Options) -> dict[str, Attack]:
     """Attacks of the table at the end."""
     if options.flips is not None:
         return training.flip_attacks(options.flips, final=True)
-    return training.final_attacks(evaluation_eps(options))
+    return final_attacks(evaluation_eps(options))
 
 
 def certified_radius(options: Options) -> float:
@@ -541,6 +552,11 @@ def certified_eps(options: Options) -> Radius:
 def evaluation_eps(options: Options) -> Radius:
     """Radius of the attacks in validation and test."""
     return given(options.eval_eps, options.eps)
+
+
+def verified_method(options: Options) -> Literal["ibp", "joint"]:
+    """Method of the proofs in validation and test: that of the bounds that are trained."""
+    return options.bounds if options.mode == "certified" else "joint"
 
 
 def given(value: ValueT | None, otherwise: ValueT) -> ValueT:

@@ -73,6 +73,7 @@ class Options:
             "paper",
             "fast",
             "standard",
+            "gradient",
             "autoattack",
             "gradients",
             "events",
@@ -84,10 +85,10 @@ class Options:
         Needs(check_extra),
     ] = None
     """paper is the protocol of Ding et al., fast a first impression, standard the figure to report,
-    autoattack AutoAttack standard, gradients every estimator for itself, events the one for event
-    data; all with their control. stress is faults of deployment, corruptions the common corruptions
-    at five severities, both clean and under a short attack. None means standard, and events for
-    event data."""
+    gradient many gradient attacks without its search over spikes, autoattack AutoAttack standard,
+    gradients every estimator for itself, events the one for event data; all with their control.
+    stress is faults of deployment, corruptions the common corruptions at five severities, both
+    clean and under a short attack. None means standard, and events for event data."""
     eps: Annotated[Radius | None, Often()] = None
     """Radius for images in [0, 1], a number or a fraction such as 8/255; None takes that of the
     checkpoint. For L0 the number of changed elements per sample, for moves that of moved events."""
@@ -165,20 +166,25 @@ import torch
 import yaml
 from lab.evaluating import bracket_of_the_vote, read_once, two_reports
 from lab.leaderboard import make_leaderboard
+from lab.processes import first_process_first, make_accelerator
+from lab.run_folder import open_run_folder, removed_if_unused
 from rich.console import Console
 
 from sj_robust import training
-from sj_robust.attacks import ThreatModel, parse_eps
+from sj_robust.attacks import ThreatModel
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.console import working
+from sj_robust.core.datasets import EVENT_DATASETS
+from sj_robust.core.eps import parse_eps
 from sj_robust.core.folders import read_text
-from sj_robust.data import EVENT_DATASETS, load_images
-from sj_robust.evaluation import Report, compare_reports, make_suite
+from sj_robust.data import load_images
+from sj_robust.evaluation import Report, compare_reports
 from sj_robust.evaluation.assess import assess
 from sj_robust.evaluation.report.pictures import gallery_of
 from sj_robust.evaluation.report.terminal import Display, show_comparison, show_report
 from sj_robust.evaluation.request import Request
 from sj_robust.evaluation.run.progress import Watch
+from sj_robust.evaluation.run.suites import check_suite
 from sj_robust.evaluation.stressing import stress_network
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint, from_function
 
@@ -194,7 +200,7 @@ def main(arguments: list[str]) -> None:
             options.leaderboard, Path(options.output or "runs/leaderboard"), asdict(Options())
         )
         return
-    accelerator = training.make_accelerator(options.device)
+    accelerator = make_accelerator(options.device)
     if options.proofs:  # which are of float32, as the attacks then have to be
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.nnpack.set_flags(False)  # type: ignore[no-untyped-call]  # untyped in torch
@@ -210,13 +216,11 @@ def main(arguments: list[str]) -> None:
             norm, radius(options, norm, subject), options.largest_shift, options.total_shift
         )
         if suite != "stress" and suite != "corruptions" and options.smooth is None:
-            make_suite(suite, threat, classes=2, eot_samples=options.draws)
+            check_suite(suite, threat)
         T = getattr(subject.model, "T", None) if events else None
         other = options.transfer and Path(options.transfer)
         source = from_checkpoint(other, T, trust_code=options.trust_code) if other else None
-    with training.first_process_first(
-        accelerator, f"loading {dataset}"
-    ):  # which downloads and prepares
+    with first_process_first(accelerator, f"loading {dataset}"):  # which downloads and prepares
         splits = load_images(
             dataset,
             root=data_root(options),
@@ -232,7 +236,7 @@ def main(arguments: list[str]) -> None:
             network.model.to(accelerator.device)
             check_fits(network, first, splits.classes, dataset)
     configuration = plain(replace(options, output=None, resume=False))
-    folder = training.open_run_folder(
+    folder = open_run_folder(
         options.output, stem(options), configuration, accelerator, resume=options.resume
     )
     if accelerator.is_main_process:
@@ -240,7 +244,7 @@ def main(arguments: list[str]) -> None:
     journal = training.Journal(folder if accelerator.is_main_process else None)
     journal.begin(configuration, asdict(Options()), accelerator)
     with (
-        training.removed_if_unused(folder, resume=options.resume),
+        removed_if_unused(folder, resume=options.resume),
         Display(journal.console, journal.say) as display,
     ):
         if isinstance(subject.model, SpikingClassifier):

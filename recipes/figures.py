@@ -12,7 +12,7 @@ Examples:
 Every figure's numbers are saved as NAME.json, and it is drawn from that file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -62,7 +62,7 @@ class Options:
     """Sizes of the perturbations of intensity and ground_truth, growing, for images in [0, 1];
     numbers or fractions such as 8/255."""
     suites: Annotated[
-        tuple[Literal["paper", "fast", "standard", "autoattack", "gradients"], ...],
+        tuple[Literal["paper", "fast", "standard", "gradient", "autoattack", "gradients"], ...],
         Needs(check_extra),
     ] = ("gradients", "paper", "fast", "standard")
     """Suites of evaluate.py that ground_truth measures."""
@@ -103,6 +103,7 @@ import yaml
 from lab.figures.data import input_gains, one_neuron, training_curves
 from lab.figures.ground_truth import ground_truth
 from lab.figures.joint import joint_bounds
+from lab.run_folder import removed_if_unused
 from lab.sweeping.plan import load_records
 from lab.sweeping.recipe import load_recipe
 from lab.sweeping.summary import axes_in, cells_of, columns_of
@@ -112,18 +113,24 @@ from sj_robust import DLIFNode
 from sj_robust.attacks import ThreatModel, pgd
 from sj_robust.core.console import working
 from sj_robust.data import load_images
-from sj_robust.evaluation import make_suite
+from sj_robust.evaluation.run.suites import check_suite
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint
 from sj_robust.models import pretrained
 from sj_robust.ops import keep_heap
-from sj_robust.perturbation import IntensityCorrelation, Perturbation, intensity_correlation
-from sj_robust.training import removed_if_unused
+from sj_robust.perturbation import IntensityCorrelation, intensity_correlation
+from sj_robust.perturbation.intensity import Perturbation
 
 _RADII = {
     "digits/dlif-at-mppd": (0.001, 0.002, 0.004, 0.006, 0.008, 0.012, 0.016),
     "digits/dlif-certified": (0.1, 0.12),
 }
 """Networks of the figure joint, and their radii."""
+
+_OF_A_RUN = ["neuron", "gains", "curves", "intensity"]
+"""Figures that ``all`` stands for where the folder is a run of adv_train."""
+
+_WITHOUT_A_RUN = {"neuron", "joint"}
+"""Figures that need no folder of a run."""
 
 
 def main(arguments: list[str]) -> None:
@@ -138,20 +145,20 @@ def main(arguments: list[str]) -> None:
         return
     if not (options.device == "auto" and torch.cuda.is_available()):
         keep_heap()
-    makers = {
+    makers: dict[str, Callable[[Options, Path], None]] = {
         "neuron": neuron,
         "gains": gains,
         "curves": curves,
         "intensity": intensity,
         "rho": rho,
+        "ground_truth": truth,
+        "joint": joint,
     }
-    makers["ground_truth"] = truth
-    makers["joint"] = joint
     chosen: list[str] = [name for name in makers if name in options.which]
     if "all" in options.which:
-        own = [name for name in makers if name not in ("rho", "ground_truth", "joint")]
-        chosen = own if options.run is None or networks_in(options) else ["rho"]
-    if options.run is None and not {*chosen} <= {"neuron", "joint"}:
+        is_sweep = options.run is not None and not networks_in(options)
+        chosen = ["rho"] if is_sweep else _OF_A_RUN
+    if options.run is None and not _WITHOUT_A_RUN.issuperset(chosen):
         raise WrongUse(
             "give the folder of a run of adv_train or of a sweep; --which neuron and joint alone "
             "need none"
@@ -177,14 +184,16 @@ def main(arguments: list[str]) -> None:
 
 
 def check_budgets(options: Options, chosen: Sequence[str]) -> None:
-    """Refuse radii and suites that an attack would refuse after what comes before it was drawn."""
+    """Raise ValueError for a radius or suite before the first figure is drawn, not after."""
     suites = options.suites if "ground_truth" in chosen else []
-    for size in options.eps if {"intensity", "ground_truth"} & {*chosen} else []:
+    attacked = "intensity" in chosen or "ground_truth" in chosen
+    sizes = options.eps if attacked else []
+    for size in sizes:
         threat = ThreatModel("Linf", size)
         if threat.eps <= 0:
             raise ValueError(f"--eps must be > 0 to attack at all, got {size}")
         for suite in suites:
-            make_suite(suite, threat, classes=2)
+            check_suite(suite, threat)
 
 
 def neuron(options: Options, folder: Path) -> None:
@@ -236,23 +245,23 @@ def intensity(options: Options, folder: Path) -> None:
 
 
 def rho(options: Options, folder: Path) -> None:
-    """Figure 3: accuracy against the weight of MS-MPPD, from the records of a sweep, which are its
-    saved numbers.
+    """Figure 3: accuracy against the weight of MS-MPPD, from the records of a sweep; it has no
+    file of numbers beside them.
     """
     from lab.sweeping.plot import plot_effect  # imports matplotlib
 
     sweep = Path(str(options.run)) / "sweep.yaml"
-    recipe = (
-        yaml.safe_load(sweep.read_text(encoding="utf-8")).get("recipe") if sweep.is_file() else None
-    )
-    records = load_records(
-        sweep.parent, load_recipe(Path(recipe or Path(__file__).with_name("adv_train.py")))
-    )
+    recipe = Path(__file__).with_name("adv_train.py")
+    if sweep.is_file():
+        settings = yaml.safe_load(sweep.read_text(encoding="utf-8"))
+        recipe = Path(settings.get("recipe") or recipe)
+    records = load_records(sweep.parent, load_recipe(recipe))
     if not records:
         raise FileNotFoundError(
             f"{options.run} holds no runs/*/run.json; make a sweep over rho with recipes/sweep.py"
         )
-    axes, columns = axes_in(records), columns_of(records, options.columns, few=True)
+    axes = axes_in(records)
+    columns = columns_of(records, options.columns, few=True)
     drawn = plot_effect(cells_of(records, axes), axes, "rho", columns, folder / "rho")
     if not drawn:
         known = ", ".join(columns_of(records, ["*"]))
@@ -266,17 +275,17 @@ def rho(options: Options, folder: Path) -> None:
 def truth(options: Options, folder: Path) -> None:
     """Exact robust accuracy of small networks beside what attacks leave."""
     for subject in subjects(options):
-        x, y, dataset, classes = images_for(options, subject)
+        images = images_for(options, subject)
         print(f"ground truth of {subject.name}")
         result = ground_truth(
             subject,
-            x,
-            y,
+            images.x,
+            images.y,
             list(options.eps),
             suites=options.suites,
             time_limit=options.time_limit,
-            dataset=dataset,
-            classes=classes,
+            dataset=images.dataset,
+            classes=images.classes,
             seed=options.seed,
             say=print,
         )
@@ -284,32 +293,45 @@ def truth(options: Options, folder: Path) -> None:
         print(result.table())
 
 
-def images_for(options: Options, subject: Subject) -> tuple[Tensor, Tensor, str, int]:
-    """Test images and labels on the device of a network that is moved there, name of the data set,
-    and classes.
+@dataclass(frozen=True)
+class NetworkImages:
+    """Test images of a network.
+
+    Attributes:
+        x: The images, [N, C, H, W].
+        y: Their labels, [N].
+        dataset: Name of the data set.
+        classes: Number of its classes.
     """
+
+    x: Tensor
+    y: Tensor
+    dataset: str
+    classes: int
+
+
+def images_for(options: Options, subject: Subject) -> NetworkImages:
+    """Test images for a network, both moved to the device."""
     if subject.spec is not None and subject.spec.frames:
         raise ValueError(
             f"{subject.name} takes event frames, which noise and PGD do not leave binary; leave "
             "intensity and ground_truth out"
         )
-    device = torch.device(
-        "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
-    )
+    on_gpu = options.device == "auto" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
     dataset = options.dataset or str(subject.options.get("dataset", "digits"))
     splits = load_images(dataset, root=options.data_root, test_limit=options.images)
-    x = torch.stack([splits.test[index][0] for index in range(len(splits.test))]).to(device)
-    y = torch.tensor(
-        [int(splits.test[index][1]) for index in range(len(splits.test))], device=device
-    )
+    samples = [splits.test[index] for index in range(len(splits.test))]
+    x = torch.stack([image for image, _ in samples]).to(device)
+    y = torch.tensor([int(label) for _, label in samples], device=device)
     subject.model.to(device)
     check_fits(subject, x, splits.classes, dataset)
-    return x, y, dataset, splits.classes
+    return NetworkImages(x=x, y=y, dataset=dataset, classes=splits.classes)
 
 
 def correlate(options: Options, subject: Subject) -> IntensityCorrelation:
     """Perturb test images at every size, by noise and by attack."""
-    x, y, _, _ = images_for(options, subject)
+    images = images_for(options, subject)
     model = subject.model
     generator = torch.Generator().manual_seed(options.seed)
 
@@ -325,8 +347,8 @@ def correlate(options: Options, subject: Subject) -> IntensityCorrelation:
     perturb: dict[str, Perturbation] = {"gaussian": gaussian, "adversarial": adversarial}
     return intensity_correlation(
         model,
-        x,
-        y,
+        images.x,
+        images.y,
         perturb=perturb,
         eps=options.eps,
         batch_size=options.batch_size,

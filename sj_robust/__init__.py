@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
     from sj_robust import neuron as neuron
     from sj_robust import ops as ops
     from sj_robust import perturbation as perturbation
+    from sj_robust import proofs as proofs
     from sj_robust import training as training
     from sj_robust.classifier import SpikingClassifier
     from sj_robust.core import randomness as randomness

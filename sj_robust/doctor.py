@@ -23,7 +23,7 @@ from sj_robust.neuron import DLIFNode
 from sj_robust.ops import available_backends
 from sj_robust.ops.dlif import cpp
 
-__all__ = ["main", "report"]
+__all__ = ["report"]
 
 _EXTRAS = {
     "": "always needed",
@@ -55,7 +55,7 @@ def report() -> str:
     return _text(_self_tests())
 
 
-def main() -> None:
+def _main() -> None:
     """Print the report; exit with 1 if the self test fails.
 
     Raises:
@@ -281,4 +281,4 @@ def _without_home(text: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    _main()

@@ -10,7 +10,9 @@ from typing import Annotated, Literal
 
 from lab.command_line import read_options
 from lab.command_line.declared import Decides, Idle, Radius
-from sj_robust.evaluation import Report, Row, ThreatModel
+from sj_robust.attacks import ThreatModel
+from sj_robust.evaluation import Report
+from sj_robust.evaluation.result import Row
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ from typing import Annotated, Literal
 from lab.command_line import read_options
 from lab.command_line.declared import Decides
 from sj_robust.attacks import ThreatModel
-from sj_robust.evaluation import Report, Row
+from sj_robust.evaluation import Report
+from sj_robust.evaluation.result import Row
 
 
 @dataclass(frozen=True)

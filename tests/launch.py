@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -72,26 +74,78 @@ def wait_until(condition, what, process=None):
     pytest.fail(f"{what} did not happen")
 
 
-def script(path, *arguments):
-    """A script of the tests to its end."""
-    command = [sys.executable, str(path), *map(str, arguments)]
-    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-
-
 def forked(*functions):
-    """Exit codes of functions in processes of their own, which a script has forked since imports
-    take seconds.
-    """
-    children = []
-    for function in functions:
-        if not (child := os.fork()):
-            function()
-            os._exit(0)
-        children.append(child)
+    """Exit codes of functions in processes of their own, forked since imports take seconds."""
+    children = [fork(function) for function in functions]
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def fork(function):
+    """A process that calls a function and ends with 0, or what a script would end with."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12: others have threads
+        child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        function()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class Forked:
+    """A recipe in a forked process, the leader of its group, in place of what Popen starts."""
+
+    def __init__(self, name, folder, *options):
+        self.command = [f"{name}.py", *options]
+        self.folder = folder
+        self.returncode = None
+        read, self.write = os.pipe()
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed by communicate
+        self.pid = fork(self.run)
+        os.close(self.write)
+        self.stdout = os.fdopen(read)
+
+    def run(self):
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.dup2(self.write, 1)
+        os.dup2(self.errors.fileno(), 2)
+        sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115  for good
+        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115  for good
+        sys.argv = self.command
+        os.chdir(self.folder)
+        recipe = importlib.import_module(self.command[0].removesuffix(".py"))
+        importlib.import_module("lab.command_line").run_recipe(recipe.main)
+
+    def poll(self):
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            if ended:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
+
+    def communicate(self, timeout=None):
+        out = self.stdout.read()
+        if self.returncode is None:
+            _, status = os.waitpid(self.pid, 0)
+            self.returncode = os.waitstatus_to_exitcode(status)
+        self.stdout.close()
+        with self.errors as errors:
+            errors.seek(0)
+            return out, errors.read()
 
 
 def two_processes(function):
@@ -104,6 +158,7 @@ def two_processes(function):
             "WORLD_SIZE": "2",
             "LOCAL_WORLD_SIZE": "2",
         }
+        AcceleratorState._reset_state(True)
         torch.distributed.init_process_group(
             "gloo", f"file://{folder}/group", rank=rank, world_size=2
         )

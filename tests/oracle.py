@@ -45,7 +45,9 @@ def dlif_forward(
     v_reset: float | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """h, spikes and potentials after the reset [T, ...]."""
-    h, spikes, potentials = np.zeros_like(x), np.zeros_like(x), np.zeros_like(x)
+    h = np.zeros_like(x)
+    spikes = np.zeros_like(x)
+    potentials = np.zeros_like(x)
     before = v_init
     for t in range(len(x)):
         h[t] = decay * before + gain[t] * x[t]
@@ -74,7 +76,8 @@ def dlif_backward(
     grad_potentials: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Gradients of h [T, ...] and of the first potential; ``slopes`` are the surrogate's."""
-    grad_h, carry = np.zeros_like(h), grad_v
+    grad_h = np.zeros_like(h)
+    carry = grad_v
     for t in reversed(range(len(h))):
         after_reset = carry if grad_potentials is None else carry + grad_potentials[t]
         reset_by_spike = 0.0

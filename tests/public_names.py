@@ -11,63 +11,42 @@ PUBLIC = {
         "perturbation_gains replace_neurons verify"
     ),
     "sj_robust.attacks": (
-        "Attack AutoAttackWarning Moves SampleSeeds ThreatModel apgd autoattack check_frames "
-        "check_images check_labels count_flips count_moves eps_text external fgsm flip_events "
-        "gaussian linf_bounds move_events parse_eps pgd project_l2 project_linf random_flips "
-        "random_moves rfgsm salt_and_pepper sapgd spike_search square transfer uniform"
+        "Attack AutoAttackWarning SampleSeeds ThreatModel apgd autoattack count_flips count_moves "
+        "external fgsm flip_events gaussian move_events pgd random_flips random_moves rfgsm "
+        "salt_and_pepper sapgd spike_search square transfer uniform"
     ),
-    "sj_robust.estimators": "Applied ESTIMATORS Estimator estimator",
-    "sj_robust.classifier": "Convention PoissonEncoder SpikingClassifier SpikingEventClassifier",
+    "sj_robust.estimators": "ESTIMATORS estimator",
+    "sj_robust.classifier": "PoissonEncoder SpikingClassifier SpikingEventClassifier",
     "sj_robust.data": (
-        "Augmentation CIFAR_STATISTICS DATASETS EVENT_DATASETS ImageSplits ShuffledBatches "
-        "image_loader load_images"
+        "Augmentation CIFAR_STATISTICS ImageSplits ShuffledBatches image_loader load_images"
     ),
-    "sj_robust.doctor": "main report",
+    "sj_robust.doctor": "report",
     "sj_robust.evaluation": (
-        "CANDIDATES CORRUPTIONS Corruption EstimatorSearch FAULTS Fault Member Report Row Suite "
-        "ThreatModel compare_reports craft diagnose evaluate faulty firing fools gallery "
-        "make_suite search_estimators smoothed_bracket stress wilson_interval worst_case"
-    ),
-    "sj_robust.evaluation.subject": (
-        "Subject check_fits describe_network from_checkpoint from_function"
+        "Corruption EstimatorSearch Fault Member Report compare_reports diagnose evaluate faulty "
+        "firing from_checkpoint gallery make_suite search_estimators smoothed_bracket stress "
+        "worst_case"
     ),
     "sj_robust.models": (
-        "ConvChain DirectlyEncoded FullyConnected MixedBlock NETWORKS NetworkSpec PretrainedCard "
-        "SmallConvNet VGG VGG_FEATURES WIDE_RESNETS WideResNet build_classifier build_network "
-        "build_zoo_network load_published_checkpoint pretrained pretrained_networks "
-        "published_names set_time_steps start_from zoo_networks"
+        "ConvChain FullyConnected NetworkSpec VGG WideResNet build_classifier build_network "
+        "load_published_checkpoint pretrained pretrained_networks set_time_steps start_from "
+        "zoo_networks"
     ),
-    "sj_robust.neuron": (
-        "DLIFNode FusionReport ReplacementReport Stage dlif_to_lif fuse replace_neurons unfuse"
-    ),
-    "sj_robust.ops": (
-        "BACKENDS Surrogate available_backends check_backend choose_backend dlif_multi_step "
-        "keep_heap"
-    ),
-    "sj_robust.ops.bn_dlif": "BatchNorm batch_norm_dlif_multi_step can_fuse repeat_step",
+    "sj_robust.neuron": "DLIFNode Stage dlif_to_lif fuse replace_neurons unfuse",
+    "sj_robust.ops": "Surrogate available_backends dlif_multi_step keep_heap",
     "sj_robust.perturbation": (
-        "IntensityCorrelation LayerStats LayerTrace MPPDMonitor MPPDStatistics Perturbation "
-        "Traces compare_potentials full_perturbation intensity_correlation membrane_potential "
-        "ms_mppd neuron_indicators sample_indicators simplified_perturbation "
-        "spike_train_distance tasad spike_traces"
+        "IntensityCorrelation MPPDMonitor compare_potentials intensity_correlation "
+        "membrane_potential ms_mppd simplified_perturbation spike_traces tasad"
     ),
     "sj_robust.perturbation.gains": (
-        "Bound Certificate GainDesign INPUT InputMap LayerCertificate NeuronGains "
-        "gain_penalty gain_scalars input_maps l2_gain l2_gain_limit neuron_gains "
-        "optimal_input_gain peak_gain perturbation_gains printed_gain time_operator"
+        "Certificate gain_penalty input_maps l2_gain l2_gain_limit optimal_input_gain peak_gain "
+        "perturbation_gains printed_gain"
     ),
-    "sj_robust.proofs": (
-        "BoundedLayer SmoothedClassifier Smoothing UnsoundBoundsError Verification "
-        "no_flip_radius smooth verify"
-    ),
+    "sj_robust.proofs": "SmoothedClassifier UnsoundBoundsError no_flip_radius smooth verify",
     "sj_robust.training": (
-        "CertifiedLoss CertifiedOptions EpochRecord ForwardPasses GradientSparsity Journal "
-        "Losses MODES Mode NonFiniteLossError Objective Penalty StabilityGain "
-        "ThresholdGuarding TrainingInterrupted TrainingPlan WeightMagnitude "
-        "catastrophic_overfitting check_start check_training final_attacks final_report "
-        "first_process_first flip_attacks load_checkpoint make_accelerator make_penalties "
-        "open_run_folder removed_if_unused project_to_simplex_ retract_ run_to_resume "
-        "save_checkpoint train training_attack validation_attacks"
+        "CertifiedOptions ForwardPasses GradientSparsity Journal MODES NonFiniteLossError "
+        "Objective Penalty StabilityGain ThresholdGuarding TrainingInterrupted TrainingPlan "
+        "WeightMagnitude flip_attacks load_checkpoint retract_ save_checkpoint train "
+        "training_attack validation_attacks"
     ),
 }
 PUBLIC = {module: tuple(names.split()) for module, names in PUBLIC.items()}

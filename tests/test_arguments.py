@@ -18,9 +18,13 @@ from sj_robust.core.host import layer, neuron
 from sj_robust.evaluation import Corruption, Fault, own_network, stress
 from sj_robust.proofs import smooth
 
-T, N, SIDE, CLASSES = 3, 8, 4, 3
+T = 3
+N = 8
+SIDE = 4
+CLASSES = 3
 SECOND = 1.0
-NAN, INF = float("nan"), float("inf")
+NAN = float("nan")
+INF = float("inf")
 
 
 class Counted(nn.Module):
@@ -55,7 +59,8 @@ def frames(values=2):
     return drawn.float()
 
 
-X, Y = images(), labels()
+X = images()
+Y = labels()
 RIGHT: dict[Any, dict[str, Any]] = {
     evaluate: {"x": X, "y": Y, "eps": 0.1, "T": T, "progress": False},
     stress: {"x": X, "y": Y, "eps": 0.1, "T": T, "progress": False},
@@ -92,7 +97,9 @@ class Wrong:
 
 def _short(value):
     kind = getattr(value, "dtype", None)
-    return f"{type(value).__name__}({kind})" if kind is not None else repr(value)[:30]
+    if kind is not None:
+        return f"{type(value).__name__}({kind})"
+    return repr(value)[:30]
 
 
 class Odd:
@@ -287,7 +294,16 @@ WRONG = [
     Wrong(CARDS, {"x": X[:0], "y": Y[:0]}, r"x must hold an image or more, got none"),
     Wrong(CARDS, {"x": [], "y": None}, r"x must hold an image or more, got none"),
     Wrong((verify, smooth), {"x": X.numpy()}, r"x must be a tensor of images, got ndarray; use"),
-    Wrong((evaluate,), {"x": X.flatten(1)}, r"suite 'standard' needs images .* take 'fast', or"),
+    Wrong(
+        (evaluate,),
+        {"x": X.flatten(1), "suite": "gradient"},
+        r"suite 'gradient' needs images .* take 'fast', or",
+    ),
+    Wrong(
+        (evaluate,),
+        {"x": X.flatten(1), "suite": "standard", "draws": 2},
+        r"suite 'standard' needs images .* take 'fast', or",
+    ),
     # event frames
     Wrong(
         CARDS,
@@ -427,7 +443,8 @@ def test_there_are_more_than_a_hundred():
 
 @pytest.mark.parametrize("call", RIGHT, ids=lambda call: call.__name__)
 def test_wrong_arguments_are_refused_at_once(call):
-    slow, unlike = [], []
+    slow = []
+    unlike = []
     Counted()(X.expand(T, *X.shape)).sum().backward()  # what torch loads at the first pass
     for _, wrong in (case for case in CASES if case[0] is call):
         net = Counted().eval()
@@ -492,7 +509,8 @@ def test_every_form_of_mean_and_std_is_the_same_plain_data(monkeypatch):
         evaluate(Counted(), **RIGHT[evaluate] | {"mean": mean, "std": std, "T": np.int64(T)})
     assert found == [{"T": T, "mean": (0.25,), "std": (0.5,)}] * 6
     assert {type(one["T"]) for one in found} == {int}
-    assert all(type(one["mean"][0]) is float for one in found)
+    for one in found:
+        assert type(one["mean"][0]) is float
     for eps, plain in {
         "0.25": 0.25,
         np.float64(0.1): 0.1,

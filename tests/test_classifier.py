@@ -86,7 +86,8 @@ def test_evaluation_mode_has_the_gradient_of_training_mode(kind, spiking_neuron)
     gradient = gradient_of(classifier, x)
     assert wanted.abs().sum() > 0
     assert_close(gradient, wanted)
-    assert not any(module.training for module in classifier.modules())
+    for module in classifier.modules():
+        assert not module.training
 
 
 def test_every_frame_counts_at_its_own_step():
@@ -185,7 +186,8 @@ def test_modes_are_restored_after_an_error():
     classifier = SpikingClassifier(net, T=4).eval()
     with pytest.raises(RuntimeError):
         classifier(torch.rand(2, 7, 6, 6))
-    assert not any(module.training for module in classifier.modules())
+    for module in classifier.modules():
+        assert not module.training
 
 
 def test_batch_norm_and_dropout_stay_in_evaluation_mode():

@@ -19,7 +19,8 @@ from sj_robust import SpikingClassifier, compare_potentials, evaluate, perturbat
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.core.convention import kept_state
 from sj_robust.evaluation.subject import Subject, check_fits
-from sj_robust.models import DirectlyEncoded, NetworkSpec, build_network, set_time_steps
+from sj_robust.models import NetworkSpec, build_network, set_time_steps
+from sj_robust.models.direct import DirectlyEncoded
 from sj_robust.proofs import smooth
 from sj_robust.training import Objective
 
@@ -130,7 +131,9 @@ class Turned(nn.Module):
 
     def forward(self, x_seq):
         y_seq = self.linear(x_seq.flatten(2))
-        return y_seq.movedim(0, self.time) if self.training else y_seq.mean(0)
+        if self.training:
+            return y_seq.movedim(0, self.time)
+        return y_seq.mean(0)
 
 
 def test_what_is_neither_logits_nor_a_sequence_is_refused_in_training_too():
@@ -209,7 +212,8 @@ def test_trying_leaves_the_network_as_it_was(name, steps):
     assert_same_state(held, state_of(net))
     assert gradients
     assert_close(gradients_of(net), gradients, rtol=0, atol=0)
-    assert all(module.training for module in net.modules())
+    for module in net.modules():
+        assert module.training
     model(x)
     assert calls == ["before", "after"] * steps  # the first forward itself is seen once
 
@@ -369,7 +373,8 @@ def test_a_neuron_in_two_places_is_no_loop_once_that_is_said():
     net = TwoPlaces().eval()
     x = three_images()
     model = SpikingClassifier(net, 4, takes="steps")
-    assert torch.equal(model(x), plain_call(ROWS["single steps"], net, x))
+    expected = plain_call(ROWS["single steps"], net, x)
+    assert torch.equal(model(x), expected)
     assert model.convention.takes == "steps"
 
 
@@ -629,5 +634,6 @@ def test_functions_of_the_command_line_bring_their_steps(tmp_path, monkeypatch):
     text = "from networks_as_written import ROWS\nbuild = ROWS['loop over steps, mean'].network\n"
     (tmp_path / "brings_its_steps.py").write_text(text)
     subject = from_function("brings_its_steps:build")
-    assert check_fits(subject, torch.rand(1, 1, 8, 8), 10, "digits") == 10
+    found = check_fits(subject, torch.rand(1, 1, 8, 8), 10, "digits")
+    assert found == 10
     assert subject.model.T == 4

@@ -114,7 +114,7 @@ def test_one_wrong_number_of_the_chosen_backend_fails(monkeypatch, capsys, wrong
     right = getattr(CHOSEN, wrong.function)
     monkeypatch.setattr(CHOSEN, wrong.function, partial(wrong.fill, right))
     with pytest.raises(SystemExit) as exit_:
-        doctor.main()
+        doctor._main()
     assert exit_.value.code == 1
     found, todo = rows(capsys.readouterr().out)
     assert found["self test cpu"].startswith(f"FAILED: {wrong.named}")
@@ -127,7 +127,7 @@ def test_a_kernel_that_cannot_be_loaded_is_named_with_its_remedy(monkeypatch, tm
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     cpp._load.cache_clear()
     try:
-        doctor.main()
+        doctor._main()
     finally:
         cpp._load.cache_clear()
     found, todo = rows(capsys.readouterr().out)
@@ -181,7 +181,8 @@ def test_missing_and_unsupported_packages_get_a_command(monkeypatch):
         "pyautoattack",
         "cupy-x",
     ]
-    assert [name for name in names if name in asked or name in ("mypy", "spikingjelly")] == asked
+    seen = [name for name in names if name in asked or name in ("mypy", "spikingjelly")]
+    assert seen == asked
     assert found["torchvision"] == "not installed"
     assert found["accelerate"] == "not installed (extra recipes)"
     assert found["pyautoattack"] == "not installed (extra attacks)"

@@ -36,7 +36,8 @@ from sj_robust.perturbation.gains import perturbation_gains
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "mistakes.md"
-T, N = 4, 8
+T = 4
+N = 8
 
 
 def lif():
@@ -359,7 +360,8 @@ def answer(mistake):
     """What is raised or warned, or the exit code of a recipe; and the text that is shown, which may
     be notes.
     """
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     raised = None
     printed = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
     with kept() as folder, printed[0], printed[1], warnings.catch_warnings(record=True) as caught:
@@ -395,7 +397,8 @@ def state_is_carried_over():
     Call `functional.reset_net(net)` before every batch, or wrap the network in a
     `SpikingClassifier`.
     """
-    net, x = network(neuron.IFNode()), sequence() * 4
+    net = network(neuron.IFNode())
+    x = sequence() * 4
     first, second = (net(x) for _ in range(2))
     return not torch.equal(first, second)
 
@@ -508,7 +511,8 @@ def test_right_use_of_the_same_things_has_no_answer():
         copy.deepcopy(classifier()).eval()
         model = classifier()
         model(images()).sum()
-        assert torch.equal(copy.deepcopy(model)(images()), model(images()))
+        found = copy.deepcopy(model)(images())
+        assert torch.equal(found, model(images()))
         loaded(network(), network())
         single = SpikingClassifier(network(lif(), "s"), T=1)
         assert MPPDMonitor(single).compare(images(), images())["net.2"].samples == N
@@ -519,7 +523,8 @@ def test_weights_without_gains_go_into_a_dlif_network_if_that_is_asked_for():
     missing, unexpected = net.load_state_dict({"1.weight": torch.full((16, 64), 0.5)}, strict=False)
     assert "2.input_gain" in missing
     assert not unexpected
-    assert torch.equal(net[1].weight, torch.full((16, 64), 0.5))
+    expected = torch.full((16, 64), 0.5)
+    assert torch.equal(net[1].weight, expected)
     assert torch.equal(net[2].input_gain, torch.ones(T))
 
 

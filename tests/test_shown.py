@@ -96,9 +96,9 @@ def test_a_notebook_shows_a_figure_as_a_picture():
 @pytest.mark.slow
 def test_figures_of_a_report(results, tmp_path):
     whole = results["report"]
-    (axes, *_) = whole.plot().axes
+    axes, *_ = whole.plot().axes
     assert axes.get_ylabel() == "accuracy, %"
-    (axes, *_) = whole.plot("potential").axes
+    axes, *_ = whole.plot("potential").axes
     assert axes.get_title().startswith("apgd_ce/atan:4/r0")
     assert whole.plot("attacks", tmp_path / "a.pdf").axes
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
@@ -111,7 +111,8 @@ def test_figures_of_a_report(results, tmp_path):
 def test_figures_of_a_verification(results):
     verification = results["verification"]
     images, spikes, _ = verification.plot().axes
-    assert sorted(images.lines[0].get_ydata()) == sorted(verification.margin)
+    found = sorted(images.lines[0].get_ydata())
+    assert found == sorted(verification.margin)
     assert images.get_xlabel() == "images, sorted"
     assert spikes.get_xlabel() == "time step"
     layers = [label.get_text() for label in spikes.get_yticklabels()]
@@ -122,7 +123,7 @@ def test_figures_of_a_verification(results):
 @pytest.mark.parametrize("statistic", ["ms_mppd", "silent"])
 def test_figures_of_statistics(results, statistic):
     stats = results["statistics"]
-    (axes, *_) = stats.plot(statistic).axes
+    axes, *_ = stats.plot(statistic).axes
     mesh = torch.as_tensor(axes.collections[0].get_array())
     rows = [getattr(layer, statistic) for layer in stats.values()]
     wanted = torch.stack(rows)

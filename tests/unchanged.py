@@ -41,26 +41,26 @@ def unchanged(model, *generators, hooked=(), states=True):
         yield
     finally:
         assert [module.training for module in model.modules()] == modes
-        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, weights[name])
         assert (
             not states
             or [vars(module).get("_memories", {}) for module in model.modules()] == memories
         )
-        assert all(own[name] is value for own, name, value in kept)
-        assert all(
-            torch.equal(value, copied) for (_, _, value), copied in zip(kept, values, strict=True)
-        )
-        assert [
-            getattr(module, "surrogate_function", None) for module in model.modules()
-        ] == surrogates
+        for own, name, value in kept:
+            assert own[name] is value
+        for (_, _, value), copied in zip(kept, values, strict=True):
+            assert torch.equal(value, copied)
+        found = [getattr(module, "surrogate_function", None) for module in model.modules()]
+        assert found == surrogates
         assert torch.equal(torch.get_rng_state(), before[0])
         assert random.getstate() == before[1]
-        assert all(
-            torch.equal(g.get_state(), state)
-            for g, state in zip(generators, before[2:], strict=True)
-        )
+        for g, state in zip(generators, before[2:], strict=True):
+            assert torch.equal(g.get_state(), state)
         assert repr(np.random.get_state()) == of_numpy  # noqa: NPY002  as above
         assert [parameter.requires_grad for parameter in parameters] == flags
         for parameter, grad in zip(parameters, grads, strict=True):
             assert parameter.grad is grad is None or torch.equal(parameter.grad, grad)
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+        for module in modules:
+            assert not module._forward_hooks
+            assert not module._forward_pre_hooks

@@ -11,7 +11,7 @@ adds:
 - ``x``: Images [N, ...] in [0, 1], floating point.
 - ``y``: Labels [N] int64.
 - ``eps``: Radius in units of [0, 1] images, such as ``8 / 255``, in Linf unless there is a
-  ``norm``; never exceeded, as ``linf_bounds`` and ``project_l2`` say.
+  ``norm``; never exceeded, as ``ThreatModel.project`` says.
 - ``norm``: ``"Linf"``, or ``"L2"`` over all elements of an image.
 - ``steps``: Number of gradient steps of a run, >= 1.
 - ``restarts``: Number of runs from different random starts, >= 1.
@@ -37,42 +37,31 @@ from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.autoattack import AutoAttackWarning, autoattack
 from sj_robust.attacks.bridges import external, transfer
 from sj_robust.attacks.call import Attack
-from sj_robust.attacks.events import check_frames, count_flips, flip_events, random_flips
+from sj_robust.attacks.events import count_flips, flip_events, random_flips
 from sj_robust.attacks.gradient import fgsm, pgd, rfgsm
 from sj_robust.attacks.noise import gaussian, salt_and_pepper, uniform
-from sj_robust.attacks.projection import linf_bounds, project_l2, project_linf
 from sj_robust.attacks.sapgd import sapgd
 from sj_robust.attacks.spike_search import spike_search
 from sj_robust.attacks.square import square
-from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
-from sj_robust.attacks.timing import Moves, count_moves, move_events, random_moves
-from sj_robust.core.checks import check_images, check_labels
+from sj_robust.attacks.threat import ThreatModel
+from sj_robust.attacks.timing import count_moves, move_events, random_moves
 from sj_robust.core.randomness import SampleSeeds
 
 __all__ = [
     "Attack",
     "AutoAttackWarning",
-    "Moves",
     "SampleSeeds",
     "ThreatModel",
     "apgd",
     "autoattack",
-    "check_frames",
-    "check_images",
-    "check_labels",
     "count_flips",
     "count_moves",
-    "eps_text",
     "external",
     "fgsm",
     "flip_events",
     "gaussian",
-    "linf_bounds",
     "move_events",
-    "parse_eps",
     "pgd",
-    "project_l2",
-    "project_linf",
     "random_flips",
     "random_moves",
     "rfgsm",

@@ -131,8 +131,8 @@ def runs(
 def checkpoints(steps: int) -> list[int]:
     """Numbers of the steps after which a run looks back and may halve its step size.
 
-    Equation: ``ceil(p_j * steps)`` with p_1 = 22 % and intervals that shrink by 3 % each, down to 6
-        %.
+    Equation: ``ceil(p_j * steps)`` with ``p_1 = 22 %`` and intervals that shrink by 3 % each, down
+    to 6 %.
 
     Source: Croce and Hein (ICML 2020), section 3.2 and 3.4.
     """

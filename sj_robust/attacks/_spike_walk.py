@@ -83,6 +83,8 @@ class SpikeSearch:
 
     Attributes:
         network: Images to logits.
+        quicker: The same in less time, up to rounding; what breaks it counts if the network says
+            so.
         moves: What may be proposed.
         plan: How forwards are spent.
         ball: The threat.
@@ -94,6 +96,7 @@ class SpikeSearch:
     """
 
     network: Callable[[Tensor], Tensor]
+    quicker: Callable[[Tensor], Tensor]
     moves: Moves
     plan: Plan
     ball: ThreatModel
@@ -196,7 +199,7 @@ class _Walk:
         """One move of every chain; which samples have fallen, [S]."""
         search = self.search
         images = self.propose(kind, drawn)
-        logits = logits_of(search.network, images.view_as(self.centre), self.y)
+        logits = logits_of(search.quicker, images.view_as(self.centre), self.y)
         shape = self.value.shape
         value = margin(logits, self.y).view(shape).to(self.value.dtype)
         proposal = wide(images).view_as(self.x)
@@ -206,7 +209,7 @@ class _Walk:
         self.x = torch.where(better.unsqueeze(2), proposal, self.x)
         self.value = torch.where(better, value, self.value)
         search.best[self.rows] = torch.minimum(search.best[self.rows], value.amin(1))
-        wrong = (logits.argmax(1) != self.y).view(shape)
+        wrong = self.confirmed(images, logits.argmax(1) != self.y).view(shape)
         fell = wrong.any(1)
         if bool(fell.any()):
             rows = self.rows[fell]
@@ -214,6 +217,17 @@ class _Walk:
             search.x_adv[rows] = found.view_as(search.x[rows])
             search.fooled[rows] = True
         return fell
+
+    def confirmed(self, images: Tensor, wrong: Tensor) -> Tensor:
+        """Those of the images that are ``wrong`` [n] on the network itself."""
+        search = self.search
+        if search.quicker is search.network or not bool(wrong.any()):
+            return wrong
+        asked = images.view_as(self.centre)[wrong]
+        logits = logits_of(search.network, asked, self.y[wrong])
+        found = wrong.clone()
+        found[wrong] = logits.argmax(1) != self.y[wrong]
+        return found
 
     def propose(self, kind: str, drawn: Tensor) -> Tensor:
         """An image of every chain, [n, P], inside the ball and in the dtype of the images."""

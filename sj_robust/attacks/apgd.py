@@ -26,10 +26,12 @@ __all__ = ["apgd"]
 
 LossName = Literal["ce", "dlr", "dlr_targeted"]
 
-_MOMENTUM = 0.75  # alpha of the paper: weight of the new step against the last move
+_MOMENTUM = 0.75
+"""Weight of the new step; the last move has the rest. alpha of the paper."""
+_RISES = 0.75
+"""Share of the steps between two checkpoints that must have raised the loss. rho of the paper."""
 LEAST_CLASSES = {"ce": 1, "dlr": 3, "dlr_targeted": 4}
 """Classes that the denominators of the losses need."""
-_RISES = 0.75  # rho of the paper: share of steps that must have raised the loss
 
 
 def apgd(
@@ -51,29 +53,33 @@ def apgd(
 
     自适应步长的投影梯度攻击（APGD）。
 
-    Equation: ``z = P(x[k] + eta * d(g))`` and ``x[k+1] = P(x[k] + 0.75 * (z - x[k]) + 0.25 * (x[k]
-    - x[k-1]))`` with P and d as in ``pgd``, ``eta = 2 * eps`` at first and ``x[0]`` random on the
-      border of the ball. At the checkpoints
-    (after 22 % of the steps, then at intervals shorter by 3 % each, down to 6 %) a sample halves
-    its eta and goes back to its image of highest loss if fewer than 75 % of the steps since the
-    last checkpoint raised the loss, or if it did not halve there and its highest loss has not grown
-    since. Losses, z being the logits in descending order:
+    Equation, with P and d as in ``pgd``::
+
+        z = P(x[k] + eta * d(g))
+        x[k + 1] = P(x[k] + 0.75 * (z - x[k]) + 0.25 * (x[k] - x[k - 1]))
+
+    ``eta`` is ``2 * eps`` at first, and ``x[0]`` is random on the border of the ball. Checkpoints
+    come after 22 % of the steps, then at intervals that shrink by 3 % each, down to 6 %. There a
+    sample halves its eta and goes back to its image of highest loss in two cases: fewer than 75 %
+    of the steps since the last checkpoint raised the loss; or it did not halve at the last
+    checkpoint, and its highest loss has not grown since. Losses, with z the logits and z_1, z_2,
+    ... the same in descending order:
 
     - ``"ce"``: cross entropy.
-    - ``"dlr"``: ``-(z_y - max_{i != y} z_i) / (z_1 - z_3)``, which no scale of the logits can
-      flatten.
+    - ``"dlr"``: ``-(z_y - max_{i != y} z_i) / (z_1 - z_3)``, the same for every scale of the
+      logits.
     - ``"dlr_targeted"``: ``-(z_y - z_t) / (z_1 - (z_3 + z_4) / 2)`` for each class t of the
       ``target_classes`` most likely wrong ones at ``x``, one after the other with all their
       restarts.
 
-    With ``keep_best`` a sample leaves as soon as any image fools the model, ``x`` itself included,
-    and further restarts and targets attack only what still stands: misclassified images come back
-    as they are, and a fooling image is the first that was met. Where nothing fools, the result is
-    the image of highest loss.
+    With ``keep_best`` the result of a sample is the first image that fools the model: ``x`` if it
+    is classified wrongly, else an iterate, after which the sample is left out of all further steps,
+    restarts and targets. Where nothing fools, it is the image of highest loss.
 
-    Against the authors' code: both keep any fooling iterate, so robust accuracies agree within the
-    noise of the random starts; leaving early makes this one faster. The step after which progress
-    is judged and the strict "fewer" follow the paper, which matters at few steps alone.
+    The authors' code keeps any fooling iterate as well, so robust accuracies agree within the noise
+    of the random starts; it does not leave samples out, so this one is faster. The steps after
+    which progress is judged, and the strict "fewer", follow the paper; both matter only at few
+    steps.
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`.
 
@@ -111,17 +117,17 @@ def apgd(
         return x
     with crafting(model, x.device, generator) as private:
         best = Best(x)
-        targets: Sequence[Tensor | None] = [None]
+        targets: Sequence[Tensor | None] = [None]  # one pass without a target class
         if keep_best or loss == "dlr_targeted":
             clean = Objective(model, eot_samples=eot_samples).score(x, y)
             if not callable(loss):
                 _check_classes(clean.logits, loss)
             if keep_best:
-                best.fooled = clean.fooled
+                best.fooled = clean.fooled  # no run attacks these: they stay as they are
             if loss == "dlr_targeted":
-                targets = likeliest_wrong(
-                    clean.logits, y, min(target_classes, clean.logits.shape[1] - 1)
-                )
+                wrong_classes = clean.logits.shape[1] - 1
+                count = min(target_classes, wrong_classes)
+                targets = likeliest_wrong(clean.logits, y, count)
         for target in targets:
             objective = partial(_objective, model, named_loss, target, eot_samples)
             for run in runs(
@@ -135,8 +141,8 @@ def dlr_loss(logits: Tensor, y: Tensor) -> Tensor:
     """Difference of logits ratio, [N]: positive if misclassified, at least -1, the same for every
     scale of the logits.
 
-    Equation: ``-(z_y - max_{i != y} z_i) / (z_1 - z_3)``; where the first three logits tie the
-        divisor is 1.
+    Equation: ``-(z_y - max_{i != y} z_i) / (z_1 - z_3)``; the divisor is 1 if the three largest
+    logits are equal.
 
     Source: Croce and Hein (ICML 2020), equation 6.
     """
@@ -150,8 +156,8 @@ def dlr_loss(logits: Tensor, y: Tensor) -> Tensor:
 def targeted_dlr_loss(logits: Tensor, y: Tensor, *, target: Tensor) -> Tensor:
     """Difference of logits ratio towards the classes ``target``, [N].
 
-    Equation: ``-(z_y - z_t) / (z_1 - (z_3 + z_4) / 2)``; where the first four logits tie the
-        divisor is 1.
+    Equation: ``-(z_y - z_t) / (z_1 - (z_3 + z_4) / 2)``; the divisor is 1 if the four largest
+    logits are equal.
 
     Source: Croce and Hein (ICML 2020), equation 7.
     """
@@ -162,7 +168,17 @@ def targeted_dlr_loss(logits: Tensor, y: Tensor, *, target: Tensor) -> Tensor:
 
 
 class _AutoAscent(Ascent):
-    """A run of Auto-PGD; a sample's step size follows from its own losses."""
+    """A run of Auto-PGD; a sample's step size follows from its own losses.
+
+    Attributes:
+        step_size: eta of every sample.
+        previous: Images before the last step.
+        loss_before: Their losses.
+        rises: Number of steps since the last checkpoint that raised the loss.
+        last_checkpoint: Number of the step of the last checkpoint.
+        top_at_checkpoint: Highest loss so far at the last checkpoint.
+        halved: Whether the step size was halved at the last checkpoint.
+    """
 
     def __init__(
         self, rows: Tensor, x: Tensor, start: Tensor, *, ball: ThreatModel, steps: int
@@ -174,13 +190,13 @@ class _AutoAscent(Ascent):
             ball=ball,
             steps=steps,
         )
-        self.last_checkpoint = 0
-        self.previous = start
-        self.departed_from = self.loss
         self.step_size = torch.full_like(self.loss, 2 * ball.eps)
+        self.previous = start
+        self.loss_before = self.loss
         self.rises = torch.zeros_like(self.loss)
+        self.last_checkpoint = 0
+        self.top_at_checkpoint = self.loss
         self.halved = torch.zeros_like(self.loss, dtype=torch.bool)
-        self.checked_top = self.loss
 
     def move(self, step: int) -> None:
         """One step with momentum; the first has none."""
@@ -188,31 +204,37 @@ class _AutoAscent(Ascent):
         eta = per_sample(self.step_size, here).to(here.dtype)
         there = self.project(here + eta * direction(self.grad, self.norm))
         if step > 1:
-            there = self.project(
-                here + _MOMENTUM * (there - here) + (1 - _MOMENTUM) * (here - self.previous)
-            )
-        self.previous, self.departed_from, self.x_adv = here, self.loss, there
+            new_step = _MOMENTUM * (there - here)
+            last_move = (1 - _MOMENTUM) * (here - self.previous)
+            there = self.project(here + new_step + last_move)
+        self.previous = here
+        self.loss_before = self.loss
+        self.x_adv = there
 
     def arrive(self, step: int) -> None:
-        """Count the steps that raised the loss; at a checkpoint halve the step size where they were
-        too few.
-        """
+        """Count the steps that raised the loss, and look at the progress at a checkpoint."""
         if step == 0:
-            self.checked_top = self.top_loss
+            self.top_at_checkpoint = self.top_loss
             return
-        self.rises = self.rises + (self.loss > self.departed_from)
-        if step not in self.checkpoints:
-            return
-        few_rises = self.rises < _RISES * (step - self.last_checkpoint)
-        stalled = ~self.halved & (self.top_loss <= self.checked_top)
-        self.halved = few_rises | stalled
-        self.step_size = torch.where(self.halved, self.step_size / 2, self.step_size)
-        back = per_sample(self.halved, self.x)
-        self.x_adv = torch.where(back, self.top_x, self.x_adv)
-        self.grad = torch.where(back, self.top_grad, self.grad)
-        self.loss = torch.where(self.halved, self.top_loss, self.loss)
-        self.checked_top, self.last_checkpoint = self.top_loss, step
-        self.rises = torch.zeros_like(self.rises)
+        self.rises = self.rises + (self.loss > self.loss_before)
+        if step in self.checkpoints:
+            few_rises = self.rises < _RISES * (step - self.last_checkpoint)
+            stalled = ~self.halved & (self.top_loss <= self.top_at_checkpoint)
+            self._halve(few_rises | stalled)
+            self.last_checkpoint = step
+            self.top_at_checkpoint = self.top_loss
+            self.rises = torch.zeros_like(self.rises)
+
+    def _halve(self, samples: Tensor) -> None:
+        """Halve the step size of the samples of a mask [N], and take them back to their image of
+        highest loss.
+        """
+        self.halved = samples
+        self.step_size = torch.where(samples, self.step_size / 2, self.step_size)
+        self.loss = torch.where(samples, self.top_loss, self.loss)
+        images = per_sample(samples, self.x)
+        self.x_adv = torch.where(images, self.top_x, self.x_adv)
+        self.grad = torch.where(images, self.top_grad, self.grad)
 
 
 def _checked_loss(loss: LossName | Loss) -> Loss | None:
@@ -246,5 +268,5 @@ def _check_classes(logits: Tensor, loss: LossName) -> None:
 
 
 def _divisor(spread: Tensor) -> Tensor:
-    """The spread of the logits; a tie has none to divide by."""
+    """The spread of the logits [N], or 1 where they are equal, so that nothing is divided by 0."""
     return torch.where(spread > 0, spread, torch.ones_like(spread))

@@ -72,16 +72,16 @@ def crafting(model: Model, device: torch.device, generator: Randomness) -> Itera
 
 @contextmanager
 def isolated(model: Model, x: Tensor, generator: Randomness) -> Iterator[Private]:
-    """As ``crafting``; foreign code inside also leaves all other global generators, ``.grad`` and
-    flags alone.
+    """As ``crafting``, for code of other packages: afterwards all global generators, and ``.grad``
+    and ``requires_grad`` of every parameter, are as before.
     """
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
     kept = [(parameter, parameter.grad, parameter.requires_grad) for parameter in parameters]
-    # what other packages draw from
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    # torch's own
-    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = list(range(torch.cuda.device_count())) if initialized else []
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()  # noqa: NPY002  other packages draw from it
+    devices: list[int] = []
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        devices += range(torch.cuda.device_count())
     try:
         with (
             torch.random.fork_rng(devices=devices),
@@ -89,7 +89,7 @@ def isolated(model: Model, x: Tensor, generator: Randomness) -> Iterator[Private
         ):
             seed = draw_seed(private)
             random.seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002  as above
+            np.random.seed(seed % 2**32)  # noqa: NPY002  other packages draw from it
             for parameter in parameters:
                 parameter.grad = None
             yield private
@@ -97,12 +97,12 @@ def isolated(model: Model, x: Tensor, generator: Randomness) -> Iterator[Private
         for parameter, grad, requires_grad in kept:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
-        random.setstate(python)
-        np.random.set_state(legacy)  # noqa: NPY002  as above
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002  other packages draw from it
 
 
 def seeds_of_samples(private: Private, samples: int, seed: int) -> SampleSeeds:
-    """The seeds that the caller gave, or else some derived from ``seed``."""
+    """The seeds that the caller gave, or seeds derived from ``seed`` if there were none."""
     if isinstance(private, SampleDraws):
         return private.seeds
     return SampleSeeds(range(samples)).derived(seed)
@@ -116,17 +116,19 @@ class ImageScores(NamedTuple):
     fooled: Tensor
     """Whether the attack has reached its goal, [N] bool."""
     logits: Tensor
-    """What the verdict rests on, the mean of the forwards, [N, classes]."""
+    """Mean over the forwards, [N, classes], from which ``fooled`` follows."""
 
 
 class _NonFiniteGradientError(FloatingPointError, ValueError):
-    """A wrong value, which a training in full precision answers for itself."""
+    """A gradient with NaN or infinity: a ValueError as all that an attack refuses, and a
+    FloatingPointError, by which a training recognises it.
+    """
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a gradient attack climbs: per-sample loss of the model, averaged over ``eot_samples``
-    forwards.
+    """What a gradient attack maximises: the loss of every sample (its negative if ``targeted``),
+    averaged over ``eot_samples`` forwards.
     """
 
     model: Model
@@ -140,20 +142,21 @@ class Objective:
         """
         x = x.detach().requires_grad_()
         grad = torch.zeros_like(x)
-        scores = []
+        forwards = []
         for _ in range(self.eot_samples):
             logits, losses = self._forward(x, y)
             grad += input_gradient(losses, x)
-            scores.append((logits.detach(), losses.detach()))
-        return grad / self.eot_samples, self._score(scores, y)
+            forwards.append((logits.detach(), losses.detach()))
+        return grad / self.eot_samples, self._mean_score(forwards, y)
 
     @torch.no_grad()
     def score(self, x: Tensor, y: Tensor) -> ImageScores:
         """Score at ``x`` without a gradient."""
-        scores = [self._forward(x, y) for _ in range(self.eot_samples)]
-        return self._score(scores, y)
+        forwards = [self._forward(x, y) for _ in range(self.eot_samples)]
+        return self._mean_score(forwards, y)
 
     def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [N, classes] and what is maximised [N]."""
         logits = logits_of(self.model, x, y)
         loss = _cross_entropy if self.loss is None else self.loss
         losses = loss(logits, y)
@@ -162,17 +165,21 @@ class Objective:
                 f"loss must return one value per sample, [{y.shape[0]}], got "
                 f"{list(losses.shape)}; use reduction='none'"
             )
-        return logits, -losses if self.targeted else losses
+        if self.targeted:
+            losses = -losses
+        return logits, losses
 
-    def _score(self, scores: list[tuple[Tensor, Tensor]], y: Tensor) -> ImageScores:
-        logits = torch.stack([score[0] for score in scores]).mean(0)
-        losses = torch.stack([score[1] for score in scores]).mean(0)
-        fooled = (logits.argmax(1) == y) == self.targeted
-        return ImageScores(losses, fooled, logits)
+    def _mean_score(self, forwards: list[tuple[Tensor, Tensor]], y: Tensor) -> ImageScores:
+        all_logits, all_losses = zip(*forwards, strict=True)
+        logits = torch.stack(all_logits).mean(0)
+        loss = torch.stack(all_losses).mean(0)
+        predicted = logits.argmax(1)
+        fooled = predicted == y if self.targeted else predicted != y
+        return ImageScores(loss, fooled, logits)
 
 
 def lowest_loss(x: Tensor) -> Tensor:
-    """What every loss beats, per sample."""
+    """Minus infinity for every sample, [N], which any loss exceeds."""
     return x.new_full(x.shape[:1], -torch.inf, dtype=torch.float64)
 
 
@@ -182,7 +189,7 @@ class Best:
     """
 
     def __init__(self, x: Tensor) -> None:
-        """Begin with the images themselves."""
+        """Begin with the images themselves, as if they fooled nothing at the lowest loss."""
         self.x_adv = x.clone()
         self.fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self.loss = lowest_loss(x)
@@ -194,7 +201,9 @@ class Best:
         loss: Tensor,
         fooled: Tensor,
     ) -> None:
-        """Take the images of the samples ``rows`` that beat what is kept."""
+        """Keep those of the images ``x_adv`` of the samples ``rows`` that are better than what is
+        kept.
+        """
         kept_fooled = self.fooled[rows]
         higher = (fooled == kept_fooled) & (loss > self.loss[rows])
         better = (fooled & ~kept_fooled) | higher
@@ -215,8 +224,9 @@ def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 def checked_copies(
     model: Model, x: Tensor, y: Tensor, generator: Randomness
 ) -> tuple[Tensor, Tensor]:
-    """Entry check of every gradient attack; copies that the model may keep and that have no
-    graph.
+    """Check what a gradient attack was called with, and copy images and labels.
+
+    The copies have no graph, and a model that keeps or changes them does not reach the caller's.
     """
     if not is_checked():
         check_model(model)
@@ -228,7 +238,10 @@ def checked_copies(
 
 
 def input_gradient(losses: Tensor, x: Tensor, *, keep_graph: bool = False) -> Tensor:
-    """Gradient of the summed losses; the sum keeps samples apart and does not shrink with N."""
+    """Gradient of the losses [N] with respect to the images, each of its own loss.
+
+    It is that of their sum, since a mean would shrink it with N.
+    """
     grad = None
     if losses.requires_grad:
         total = losses.sum()

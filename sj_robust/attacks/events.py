@@ -50,29 +50,29 @@ def flip_events(
     loss: Loss | None = None,
     generator: Randomness = None,
 ) -> Tensor:
-    """Sparse attack on event frames: few events added or removed, chosen by gradient, then the
-    needless ones put back.
+    """Sparse attack on event frames: few events added or removed, chosen by gradient; then changes
+    that are not needed are put back.
 
     事件帧稀疏攻击：按梯度选择至多 flips 个事件翻转，再撤销不必要的翻转。
 
     Equation: ``gain = grad_x loss(model(x), y) * (1 - 2 x)``, the first-order change of the loss
-    when an event is added (x = 0) or removed (x = 1). After each of ``steps`` fresh gradients the
-    ``flips / steps`` elements of the largest gain change, until the sample is fooled. Reduction
-    then puts changes back while the sample stays fooled: the longest run of the least important
-    ones by bisection, then one by one until none is left that can go.
+    when an event is added (x = 0) or removed (x = 1). In each of ``steps`` steps the gradient is
+    computed anew, and the ``flips / steps`` elements of the largest gain change, until the sample
+    is fooled. Reduction then puts changes back while the sample stays fooled: the longest run of
+    the least important ones by bisection, then one by one until none is left that can go.
 
-    The gradient of a spiking network only suggests. So ``probes`` more candidates than needed are
-    tried one by one in a forward, and those that really raise the loss most are taken; elements of
-    equal gain, such as zero, are drawn at random; and what still stands at the end of the budget
-    sees ``queries`` random exchanges of its changes, which need no gradient: 30 % of them at first,
-    one at last, kept where the loss does not fall.
+    The gradient of a spiking network is a surrogate, so three things are added. ``probes`` more
+    candidates than needed are tried one by one in a forward, and those that raise the loss most are
+    taken. Elements of equal gain, such as zero, are drawn at random. A sample that is not fooled at
+    the end of the budget sees ``queries`` random exchanges of its changes, which need no gradient:
+    of 30 % of them at first, of a single one at last, each kept where the loss does not fall.
 
-    On a linear model of two classes the result is the smallest set of changes that fools; with
-    ``target_classes`` of all other classes it is so for any number.
+    On a linear model of two classes the result is the smallest set of changes that fools; on one of
+    more classes it is so if ``target_classes`` is the number of all other classes.
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for binary event
-    frames [N, T, 2, H, W] in the place of images. A sample that is wrong already, by ``confidence``
-    if there is one, stays as it is; ``count_flips`` tells how many elements differ.
+    frames [N, T, 2, H, W] in the place of images. A sample that is classified wrongly already, by
+    ``confidence`` if there is one, stays as it is; ``count_flips`` tells how many elements differ.
 
     Args:
         flips: Largest number of elements changed per sample.
@@ -83,13 +83,13 @@ def flip_events(
         queries: Random exchanges for a sample that growth does not fool, one forward each.
         target_classes: Further runs, each towards one of the classes that are likeliest on ``x``.
         restarts: 1, or more to add runs whose gains are scaled by random factors.
-        confidence: Loss from which on a wrong sample counts as fooled; for a stochastic model more
-            than 0, since one at the border is fooled in half of its draws only. In units of the
-            logits for the default loss.
-        reduce: Whether to reduce, and let further runs look for fewer changes than found so far;
-            False stops at the first changes that fool, which is all that accuracy asks for.
-        keep_best: Whether a sample that was never fooled ends at its highest loss met; False ends
-            it at the last one.
+        confidence: Loss from which on a sample counts as fooled, in units of the logits for the
+            default loss. Take more than 0 for a stochastic model, since a sample at the decision
+            boundary is fooled in half of the draws only.
+        reduce: Whether to reduce, and to let further runs look for fewer changes than found so far;
+            False stops at the first changes that fool, which is enough to measure accuracy.
+        keep_best: Whether a sample that was never fooled ends as the frames of highest loss that
+            were met; False ends it as the last ones.
         loss: Logits and labels to one value per sample, [N]; the lead ``max_{c != y} logits[c] -
             logits[y]`` by default, which ranks better than the saturating cross entropy.
 
@@ -206,8 +206,8 @@ def count_flips(x_adv: Tensor, x: Tensor) -> Tensor:
 
 
 def check_frames(x: Tensor) -> None:
-    """Event frames are floating point, [N, T, 2, H, W] (one channel if polarities are merged), all
-    0 or 1.
+    """Check that event frames are floating point, [N, T, 2, H, W] (one channel if polarities are
+    merged), and all 0 or 1.
 
     Args:
         x: The frames.
@@ -234,10 +234,9 @@ def check_frames(x: Tensor) -> None:
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}; use (x > 0).float()")
     if x.ndim != 5:
-        one_sample = x.ndim == 4
-        remedy = (
-            "add N with x.unsqueeze(0)" if one_sample else "integrate the events into frames first"
-        )
+        remedy = "integrate the events into frames first"
+        if x.ndim == 4:
+            remedy = "add N with x.unsqueeze(0)"
         raise ValueError(
             f"x must be event frames [N, T, 2, H, W], got shape {tuple(x.shape)}; {remedy}"
         )
@@ -252,27 +251,23 @@ def check_frames(x: Tensor) -> None:
 def checked_frames(
     model: object, x: Tensor, y: Any, generator: Randomness, *, optional: bool = False
 ) -> Tensor:
-    """Entry check of every attack on frames, and a copy of them; model and labels may be None where
-    ``optional``.
+    """Check what an attack on frames was called with, and copy the frames; model and labels may be
+    None if ``optional``.
     """
     if not is_checked():
-        _check_frames_and_labels(model, x, y, optional=optional)
+        if model is not None or not optional:
+            check_model(model)
+        check_frames(x)
+        if y is not None or not optional:
+            _check_frame_labels(y, x)
     check_seeds(generator, x)
     with torch.inference_mode(False):
         return x.detach().clone()
 
 
-def _check_frames_and_labels(model: object, x: Tensor, y: Any, *, optional: bool) -> None:
-    if not (optional and model is None):
-        check_model(model)
-    check_frames(x)
-    if not (optional and y is None):
-        _check_frame_labels(y, x)
-
-
 def _check_frame_labels(y: Tensor, x: Tensor) -> None:
-    """As for images, and the commonest mistake by its name: the layout that the network itself
-    takes.
+    """Check labels as those of images, with an error of its own for the commonest mistake: frames
+    [T, N, ...], as the network takes them.
     """
     samples, frames = x.shape[:2]
     if isinstance(y, Tensor) and y.shape == (frames,) and samples != frames:
@@ -293,8 +288,12 @@ def _check_budget(x: Tensor, flips: int, allow: Allow) -> None:
 
 
 def _changeable(x: Tensor, allow: Allow) -> Tensor:
-    """Where a change is allowed, [N, D]."""
+    """Where a change is allowed, [N, D] bool."""
     flat = x.flatten(1)
-    if allow == "both":
-        return torch.ones_like(flat, dtype=torch.bool)
-    return flat == 0 if allow == "add" else flat == 1
+    match allow:
+        case "add":
+            return flat == 0
+        case "remove":
+            return flat == 1
+        case "both":
+            return torch.ones_like(flat, dtype=torch.bool)

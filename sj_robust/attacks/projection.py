@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["linf_bounds", "project_l2", "project_linf"]
+__all__ = ["linf_bounds", "project_l2"]
 
 Norm = Literal["Linf", "L2"]
 
@@ -16,9 +16,8 @@ def linf_bounds(x: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
     """Smallest and largest image within ``eps`` of ``x`` and within [0, 1].
 
     Equation: ``lower = max(x - eps, 0)``, ``upper = min(x + eps, 1)``, rounded towards ``x``:
-    whether measured in float64 or in the dtype of ``x``, no element is farther away than ``eps``,
-    without any tolerance. (Rounding to the nearest would leave the ball by half a unit in the last
-    place.)
+    measured in float64 or in the dtype of ``x``, no element is farther away than ``eps``, without
+    any tolerance. (Rounding to the nearest would leave the ball by half a unit in the last place.)
 
     Args:
         x: Images [N, ...] in [0, 1], any floating dtype.
@@ -42,33 +41,12 @@ def linf_bounds(x: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
     return lower, upper
 
 
-def project_linf(x_adv: Tensor, x: Tensor, *, eps: float) -> Tensor:
-    """Nearest image to ``x_adv`` within ``eps`` of ``x`` in every element and within [0, 1].
-
-    Equation: ``clamp(x_adv, max(x - eps, 0), min(x + eps, 1))``, exact as :func:`linf_bounds` says.
-
-    Args:
-        x_adv: Images to project, in shape and dtype of ``x``.
-        x: Centres [N, ...] in [0, 1].
-        eps: Radius, >= 0.
-
-    Source: Linf ball of Ding et al. (ICML 2024), section 5.
-
-    Examples:
-        >>> project_linf(torch.tensor([[0.9, 0.4]]), torch.tensor([[0.5, 0.5]]), eps=0.25)
-        tensor([[0.7500, 0.4000]])
-    """
-    lower, upper = linf_bounds(x, eps=eps)
-    return x_adv.clamp(lower, upper)
-
-
 def project_l2(x_adv: Tensor, x: Tensor, *, eps: float) -> Tensor:
     """Image within L2 distance ``eps`` of ``x`` per sample and within [0, 1].
 
-    Equation: ``clamp(x + d * min(1, eps / ||d||), 0, 1)`` with ``d = x_adv - x``. The clamp only
-        shortens the
-    way to ``x``, so both bounds hold. The result is rounded towards ``x``: measured in float64 the
-    distance is at most ``eps * (1 + 1e-12)``.
+    Equation: ``clamp(x + d * min(1, eps / ||d||), 0, 1)`` with ``d = x_adv - x``. The clamp brings
+    every element closer to ``x``, so that the result is within both bounds. It is rounded towards
+    ``x``: measured in float64 the distance is at most ``eps * (1 + 1e-12)``.
 
     Args:
         x_adv: Images to project, in shape and dtype of ``x``.
@@ -84,14 +62,15 @@ def project_l2(x_adv: Tensor, x: Tensor, *, eps: float) -> Tensor:
     centre = x.double()
     delta = x_adv.double() - centre
     length = per_sample(l2_norm(delta), delta)
-    delta = delta * (eps / length.clamp(min=eps or 1.0))
+    length = length.clamp(min=eps if eps > 0 else 1.0)  # shorter ones keep their length
+    delta = delta * (eps / length)
     target = (centre + delta).clamp(0, 1)
     return _round_towards(x, target, limit=delta.abs())
 
 
 def l2_norm(x: Tensor) -> Tensor:
-    """L2 norm of every sample, [N] in float64, where the squares of float32 neither vanish nor
-    overflow.
+    """L2 norm of every sample, [N], in float64: squares of float32 neither underflow nor overflow
+    there.
     """
     flat = x.double().flatten(1)
     norm: Tensor = torch.linalg.vector_norm(flat, dim=1)
@@ -105,7 +84,9 @@ def per_sample(values: Tensor, x: Tensor) -> Tensor:
 
 
 def wide(x: Tensor) -> Tensor:
-    """Images in a dtype that a search can compute in."""
+    """Images in float64 if they are in it, else in float32, so that a search does not compute in
+    half precision.
+    """
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -120,17 +101,19 @@ def direction(grad: Tensor, norm: Norm) -> Tensor:
 
 
 def _round_towards(x: Tensor, target: Tensor, *, limit: Tensor | float) -> Tensor:
-    """Float64 ``target`` in the dtype of ``x``, one unit in the last place closer to ``x`` where
-    beyond ``limit``.
+    """Float64 ``target`` in the dtype of ``x``; where rounding took it farther from ``x`` than
+    ``limit``, the neighbouring number that is closer to ``x``.
     """
     rounded = target.to(x.dtype)
     back = x.double() - rounded.double()
     too_far = back.abs() > limit
-    # neighbours among numbers >= 0 have neighbouring bit patterns
+    # The bits of a number >= 0, read as an integer, plus 1 are those of the next larger number of
+    # its dtype, and minus 1 those of the next smaller one.
     integer = _SAME_SIZE_INTEGER[x.element_size()]
-    units = (too_far * back.sign()).to(integer)
-    closer = rounded.view(integer) + units
-    return closer.view(x.dtype)
+    bits = rounded.view(integer)
+    towards_x = back.sign().to(integer)
+    bits = torch.where(too_far, bits + towards_x, bits)
+    return bits.view(x.dtype)
 
 
 def _round_down(eps: float, dtype: torch.dtype) -> float:

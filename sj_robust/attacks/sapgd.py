@@ -40,12 +40,16 @@ def sapgd(
 
     为脉冲神经网络设计的自适应投影梯度攻击（SA-PGD）。
 
-    Equation: with the gradient g at ``x[k]``, means over a sample's elements and everything else
-    per element, ``m <- 0.5 m + g / mean|g|``, ``v <- 0.8 v + g^2 / mean(g^2)`` and
-    ``x[k+1] = P(x[k] + clip(eta m / (sqrt(v) + 1e-12), -eta, eta))``; m and v begin at 0, a
-    gradient of 0 adds nothing. ``x[0] = x + eps u / max|u|`` with u uniform in [-1, 1]; ``eta =
-    eps`` at first, halved after 22 % of the steps and then at intervals shorter by 3 % each, down
-    to 6 %.
+    Equation, with g the gradient at ``x[k]``::
+
+        m <- 0.5 m + g / mean|g|
+        v <- 0.8 v + g^2 / mean(g^2)
+        x[k+1] = P(x[k] + clip(eta m / (sqrt(v) + 1e-12), -eta, eta))
+
+    The means are over the elements of a sample, all else is per element; m and v begin at 0, and a
+    gradient that is 0 everywhere adds nothing. ``x[0] = x + eps u / max|u|`` with u uniform in
+    [-1, 1]. ``eta`` is ``eps`` at first; it is halved after 22 % of the steps, and then at
+    intervals that shrink by 3 % each, down to 6 %.
 
     With ``keep_best`` samples leave as soon as they are fooled, as in :func:`apgd`; misclassified
     images come back as they are.
@@ -86,7 +90,13 @@ def sapgd(
 
 
 class _MomentAscent(Ascent):
-    """A run of SA-PGD; one bound on the step for all samples."""
+    """A run of SA-PGD.
+
+    Attributes:
+        eta: Bound on the step of every element, the same for all samples.
+        first: Running sum of the normalised gradients, m.
+        second: Running sum of their normalised squares, v.
+    """
 
     def __init__(
         self, rows: Tensor, x: Tensor, start: Tensor, *, ball: ThreatModel, steps: int
@@ -103,13 +113,15 @@ class _MomentAscent(Ascent):
         self.second = torch.zeros_like(x, dtype=torch.float64)
 
     def move(self, step: int) -> None:
-        """One step of normalised moments, no element further than eta."""
-        relative = _over_mean(self.grad.double().abs(), self.grad.double())
+        """One step along ``first / sqrt(second)``, clipped to ``eta``."""
+        grad = self.grad.double()
+        relative = grad / _mean_or_one(grad.abs())
+        square = relative.square()
         self.first = _FIRST_DECAY * self.first + relative
-        self.second = _SECOND_DECAY * self.second + _over_mean(relative.square(), relative.square())
+        self.second = _SECOND_DECAY * self.second + square / _mean_or_one(square)
         way = self.eta * self.first / (self.second.sqrt() + 1e-12)
-        moved = way.clamp(-self.eta, self.eta).to(self.x.dtype)
-        self.x_adv = self.project(self.x_adv + moved)
+        clipped = way.clamp(-self.eta, self.eta).to(self.x.dtype)
+        self.x_adv = self.project(self.x_adv + clipped)
 
     def arrive(self, step: int) -> None:
         """Halve the bound at the checkpoints."""
@@ -117,8 +129,7 @@ class _MomentAscent(Ascent):
             self.eta /= 2
 
 
-def _over_mean(weights: Tensor, values: Tensor) -> Tensor:
-    """Values divided by a sample's mean weight; 0 where that is 0."""
-    mean = per_sample(weights.flatten(1).mean(1), weights)
-    divisor = torch.where(mean > 0, mean, 1.0)
-    return torch.where(mean > 0, values / divisor, 0.0)
+def _mean_or_one(sizes: Tensor) -> Tensor:
+    """Mean over the elements of a sample, to divide them by; 1 where all of them are 0."""
+    mean = per_sample(sizes.flatten(1).mean(1), sizes)
+    return torch.where(mean > 0, mean, 1.0)

@@ -2,16 +2,18 @@
 gradient attacks stop.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sj_robust.attacks._first_spikes import first_spikes
 from sj_robust.attacks._moves import FLIPS, MOVES, Moves
+from sj_robust.attacks._quicker import quicker
 from sj_robust.attacks._spike_walk import Plan, SpikeSearch
 from sj_robust.attacks.apgd import LEAST_CLASSES, apgd
 from sj_robust.attacks.call import Model, Randomness, checked_copies, crafting, seeds_of_samples
@@ -20,6 +22,7 @@ from sj_robust.attacks.projection import Norm, wide
 from sj_robust.attacks.sapgd import sapgd
 from sj_robust.attacks.threat import ThreatModel, ball_threat
 from sj_robust.core.checks import check_choice, check_count, check_images
+from sj_robust.core.host import is_neuron
 from sj_robust.core.randomness import SampleSeeds, draw_seed
 
 __all__ = ["searched", "spike_search"]
@@ -57,7 +60,8 @@ def spike_search(
     - ``"flip"``, ``"guided_flip"``: the current of a neuron of the first spiking layer is carried
       just across its next threshold. They need a current that is affine in the image and the same
       in every step (direct encoding; convolution, linear layer, batch norm, mean and std), images
-      of at most 16384 elements and a model that is an ``nn.Module``; elsewhere they are left out.
+      of at most 16384 elements and a model that is an ``nn.Module``; elsewhere they are left out,
+      and a warning says so of a network with spiking neurons.
 
     Out of four proposals one is tried, the one that promises most by what the moves of the sample
     have shown so far. Chains work in seven stages of 2 to 18 chains per sample. After the first
@@ -142,11 +146,16 @@ def searched(
     rows = (~wrong.any(1)).nonzero().squeeze(1)
     if len(rows) == 0:
         return x_adv
-    spikes = first_spikes(model, x) if set(plan.moves) & set(FLIPS) else None
-    if spikes is None:
-        plan = replace(plan, moves=_without_flips(plan.moves))
+    spikes = None
+    if set(plan.moves) & set(FLIPS):
+        spikes = first_spikes(model, x)
+        if spikes is None:
+            plan = replace(plan, moves=_without_flips(plan.moves))
+            _say_that_none_is_flipped(model)
+    logits = clean_logits(model, x[rows], y[rows])
     search = SpikeSearch(
         network=model,
+        quicker=quicker(model, x[rows], logits),
         moves=Moves(_shape(x), spikes),
         plan=plan,
         ball=ball,
@@ -154,7 +163,7 @@ def searched(
         y=y[rows],
         pool=wide(starts[:, rows]).transpose(0, 1).flatten(2),
         worth=worth[rows],
-        clean=wide(margin(clean_logits(model, x[rows], y[rows]), y[rows])),
+        clean=wide(margin(logits, y[rows])),
     )
     x_adv[rows] = search.run(seeds.rows(rows))
     return x_adv
@@ -192,6 +201,18 @@ def _without_flips(moves: tuple[str, ...]) -> tuple[str, ...]:
             f"in every time step, got moves={moves!r} and none; name other moves beside them"
         )
     return kept
+
+
+def _say_that_none_is_flipped(model: Model) -> None:
+    """Warn for a network that has spikes and yet none that this search flips."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    if any(is_neuron(module) for module in modules):
+        warnings.warn(
+            "spike_search flips no spikes of this network: the current of its first spiking layer "
+            "is not affine in the image and the same in every time step, or the image is too "
+            "large; its other moves remain",
+            stacklevel=2,
+        )
 
 
 def _checked_starts(starts: Tensor | Sequence[Tensor], x: Tensor) -> Tensor:

@@ -114,9 +114,15 @@ class ThreatModel:
         """The image next to ``x_adv`` that the adversary of ``x`` may show, exactly and in the
         dtype of ``x``.
 
-        Equation: :func:`project_linf` or :func:`project_l2`; in L0 the ``eps`` elements that
-        changed most, the first among equals, stay changed; frames whose moves exceed a budget
-        become the clean ones.
+        Equation, with ``d = x_adv - x``::
+
+            Linf: clamp(x_adv, max(x - eps, 0), min(x + eps, 1))
+            L2:   clamp(x + d * min(1, eps / ||d||), 0, 1)
+
+        rounded towards ``x``: no element is farther away than ``eps`` in Linf, measured in float64
+        or in the dtype of ``x``, and the L2 distance is at most ``eps * (1 + 1e-12)``. In L0 the
+        ``eps`` elements that changed most, the first among equals, stay changed; frames whose moves
+        exceed a budget become the clean ones.
         """
         return self.projection(x)(x_adv)
 

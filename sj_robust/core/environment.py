@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -84,9 +85,10 @@ def _cpu_information(field: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
 
 
+@cache
 def _commit() -> str:
     """Commit of the repository that this file lies in, with a mark if tracked files differ from
-    it.
+    it; asked for once, since a process goes on with the code that it began with.
     """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:

@@ -5,7 +5,7 @@ exact sums; one thread at a time.
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import wraps
+from functools import cached_property, wraps
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
@@ -75,23 +75,28 @@ class _Lock:
     Attributes:
         thread: The thread.
         use: What for, see :func:`locked`.
-        outermost: The network, by its ``id``, which it keeps while it is held.
-        modules: The network and all of its parts.
+        network: The outermost module of what is used.
     """
 
     def __init__(self, network: nn.Module, use: Use) -> None:
         self.thread = threading.get_ident()
         self.use = use
-        self.outermost = id(network)
-        self.modules = frozenset(map(id, network.modules()))
+        self.network = network
+
+    @cached_property
+    def modules(self) -> frozenset[int]:
+        """The network and all of its parts, by their ``id``; nobody asks while there is one
+        thread.
+        """
+        return frozenset(map(id, self.network.modules()))
 
     def is_part_of(self, other: "_Lock") -> bool:
         """Whether it is for a forward of a part of the other one, which lets its parts run."""
         return (
             self.use == "forward"
             and other.use != "change"
-            and self.outermost != other.outermost
-            and self.outermost in other.modules
+            and self.network is not other.network
+            and id(self.network) in other.modules
         )
 
 

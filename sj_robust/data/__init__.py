@@ -1,6 +1,5 @@
 """Data sets with a held-out validation split, augmentation, and batches in a reproducible order."""
 
-from sj_robust.core.datasets import DATASETS, EVENT_DATASETS
 from sj_robust.data.augmentation import Augmentation
 from sj_robust.data.batches import ShuffledBatches, image_loader
 from sj_robust.data.images import ImageSplits, load_images
@@ -8,8 +7,6 @@ from sj_robust.data.torchvision_sets import CIFAR_STATISTICS
 
 __all__ = [
     "CIFAR_STATISTICS",
-    "DATASETS",
-    "EVENT_DATASETS",
     "Augmentation",
     "ImageSplits",
     "ShuffledBatches",

@@ -14,8 +14,7 @@ __all__ = ["Augmentation"]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Shift, mirror and cover images at random, all at once; what an image gets follows from its
-    seed alone.
+    """Shift, mirror and cover images at random, as the seed of each image says.
 
     训练图像的随机裁剪、翻转和遮挡。
 
@@ -25,8 +24,8 @@ class Augmentation:
     columns alike, clipped at the borders.
 
     The five numbers of an image are drawn on the CPU from its own seed, so that they depend neither
-    on the images beside it nor on the process or the device. Frames of one sample are all treated
-    alike.
+    on the other images of the batch nor on the process or the device. All frames of one sample are
+    treated alike.
 
     Attributes:
         padding: Pixels that an image may be shifted by; 0 for no crop.
@@ -59,47 +58,53 @@ class Augmentation:
             )
 
     def __call__(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Images [N, C, H, W], or frames [N, T, C, H, W], of the same shape, dtype and device; the
-        given ones stay.
-        """
+        """Augmented copies of images [N, C, H, W], or of frames [N, T, C, H, W]."""
         if images.ndim < 4 or len(seeds) != len(images):
             raise ValueError(
                 f"images must be [N, C, H, W] with one seed each, got shape {list(images.shape)} "
                 f"and {len(seeds)} seeds"
             )
         height, width = images.shape[-2:]
-        drawn = rand(
+        uniform = rand(
             (len(images), 5),
             SampleDraws(SampleSeeds(seeds).derived("augmentation")),
             dtype=torch.float64,
             device=torch.device("cpu"),
         )
-        shifts = 2 * self.padding + 1
-        sides = torch.tensor([shifts, shifts, 2 if self.flip else 1, height, width])
-        top, left, mirrored, *centre = (drawn * sides).long().to(images.device).unbind(1)
+        offsets = 2 * self.padding + 1
+        orientations = 2 if self.flip else 1
+        choices = torch.tensor([offsets, offsets, orientations, height, width])
+        drawn = (uniform * choices).long().to(images.device)
+        top, left, mirrored, row, column = drawn.unbind(1)
         planes = images.reshape(len(images), -1, height, width)
         if self.padding or self.flip:
             planes = self._moved(planes, top, left, mirrored)
         if self.cutout:
-            planes = planes.masked_fill(self._covered(planes, *centre), 0)
+            rows = self._in_square(row, height)
+            columns = self._in_square(column, width)
+            square = rows[:, None, :, None] & columns[:, None, None, :]
+            planes = planes.masked_fill(square, 0)
         return planes.reshape(images.shape)
 
     def _moved(self, planes: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
-        """Planes [N, K, H, W] cropped out of their padded selves, and mirrored."""
-        height, width = planes.shape[2:]
-        rows, columns = (torch.arange(side, device=planes.device) for side in (height, width))
-        columns = torch.where(mirrored[:, None] > 0, width - 1 - columns, columns) + left[:, None]
-        rows = rows + top[:, None]
+        """Planes [N, K, H, W], padded, cropped and mirrored.
+
+        Pixel (i, j) of the result is pixel (top + i, left + j) of the padded plane; j counts from
+        the right where it is mirrored.
+        """
+        channels, height, width = planes.shape[1:]
         padded = F.pad(planes, [self.padding] * 4)
-        pixels = (rows[:, :, None] * padded.shape[3] + columns[:, None, :]).flatten(1)
-        moved = padded.flatten(2).gather(2, pixels[:, None].expand(-1, planes.shape[1], -1))
+        i = torch.arange(height, device=planes.device)
+        j = torch.arange(width, device=planes.device)
+        rows = top[:, None] + i
+        columns = left[:, None] + torch.where(mirrored[:, None] > 0, width - 1 - j, j)
+        pixels = rows[:, :, None] * padded.shape[3] + columns[:, None, :]
+        pixels = pixels.view(-1, 1, height * width).expand(-1, channels, -1)
+        moved = padded.flatten(2).gather(2, pixels)
         return moved.view(planes.shape)
 
-    def _covered(self, planes: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        """Where the square lies, [N, 1, H, W]."""
+    def _in_square(self, centre: Tensor, side: int) -> Tensor:
+        """Which of the rows (or columns) the square around a centre [N] covers, [N, side] bool."""
         half = self.cutout // 2
-        inside = []
-        for side, centre in zip(planes.shape[2:], (row, column), strict=True):
-            offset = torch.arange(side, device=planes.device) - centre[:, None]
-            inside.append((offset >= -half) & (offset < half))
-        return inside[0][:, None, :, None] & inside[1][:, None, None, :]
+        offset = torch.arange(side, device=centre.device) - centre[:, None]
+        return (offset >= -half) & (offset < half)

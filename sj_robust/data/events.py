@@ -28,29 +28,28 @@ def event_frames(
 ) -> Source:
     """Recordings of an event camera as T binary frames [T, 2, H, W] each. 事件数据的二值帧。
 
-    SpikingJelly unpacks the archives, writes every recording's events and integrates them: frame t
-    holds the events t N/T to (t+1) N/T of its N. Here every count becomes 1. All of that is done
-    once and kept in the folder.
+    SpikingJelly unpacks the archives, writes the events of every recording and integrates them:
+    frame t counts the events from number t N/T to (t+1) N/T of N. It does so once and keeps the
+    frames in the folder. Here every count above 0 becomes 1.
 
     ``root`` is SpikingJelly's folder of this data set (with ``download`` or ``events_np`` in it),
-    or one that holds it under the name of SpikingJelly's class, such as ``CIFAR10DVS``.
-    SpikingJelly can fetch CIFAR10-DVS alone, which has no official split: the first tenth of every
-    class, by the number in the file's name, is the test set (0 to 99 of 1000). Test recordings come
-    in a fixed shuffled order.
+    or one that holds it under the name of SpikingJelly's class, such as ``CIFAR10DVS``. Of these
+    data sets SpikingJelly can fetch only CIFAR10-DVS. It has no official split: the first tenth of
+    every class, by the number in the file's name, is the test set (0 to 99 of 1000). Test
+    recordings come in a fixed shuffled order.
     """
     kind, classes = RECORDINGS[name]
     host = _host_class(name, kind)
-    folder = (
-        root
-        if any((root / part).is_dir() for part in ("download", "extract", "events_np"))
-        else root / kind
-    )
+    folder = root / kind
+    if any((root / part).is_dir() for part in ("download", "extract", "events_np")):
+        folder = root
     _check_archives(kind, host, folder, download)
     height, width = host.get_H_W()
     shape = (T, 2, height, width)
     parts = []
     for recordings in _prepared(name, host, folder, T):
-        if (found := len({label for _, label in recordings})) != classes:
+        found = len({label for _, label in recordings})
+        if found != classes:
             raise ValueError(
                 f"{folder} must hold recordings of {classes} classes, got {found} in "
                 f"{recordings[0][0].parents[1]}; {_AGAIN.format(T=T)}"
@@ -69,8 +68,9 @@ _AGAIN = (
 
 
 def _check_archives(kind: str, host: Any, folder: Path, download: bool) -> None:
-    """SpikingJelly will find what it needs: it needs all archives, and would remove one that is
-    damaged.
+    """Fetch the archives if asked to, and raise an error if one is missing or damaged.
+
+    SpikingJelly needs all of them, and would remove one that is damaged.
     """
     if (folder / "events_np").is_dir():
         return
@@ -79,11 +79,13 @@ def _check_archives(kind: str, host: Any, folder: Path, download: bool) -> None:
     archives = {
         folder / "download" / file: (url, md5) for file, url, md5 in host.resource_url_md5()
     }
-    missing, failure = [path for path in archives if not path.is_file()], ""
+    missing = [path for path in archives if not path.is_file()]
+    failure = ""
     if download and host.downloadable():
         try:
             for path in missing:
-                utils.download_url(archives[path][0], path.parent, path.name, archives[path][1])
+                url, md5 = archives[path]
+                utils.download_url(url, path.parent, path.name, md5)
         except (OSError, RuntimeError) as error:
             failure = f"The download failed ({one_line(error)}). "
         missing = [path for path in missing if not path.is_file()]
@@ -104,39 +106,42 @@ def _prepared(name: str, host: Any, folder: Path, T: int) -> list[list[tuple[Pat
     """Frame files and classes of training and test set, made by SpikingJelly if they are not there
     yet.
     """
-    options: dict[str, Any] = {"data_type": "frame", "frames_number": T, "split_by": "number"}
+    load = partial(host, str(folder), data_type="frame", frames_number=T, split_by="number")
     try:
-        # One of the two releases prints two lines per recording.
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr):  # SpikingJelly may print two lines per recording
             if name == "cifar10_dvs":
-                samples = [host(str(folder), **options).samples]
+                samples = _ninety_ten(load().samples)
             else:
-                samples = [
-                    host(str(folder), train=train, **options).samples for train in (True, False)
-                ]
+                samples = [load(train=True).samples, load(train=False).samples]
     except Exception as error:  # SpikingJelly raises anything
         raise ValueError(
             f"SpikingJelly could not prepare {host.__name__} in {folder} "
             f"({one_line(error, 300)}); {_AGAIN.format(T=T)}"
         ) from error
     _check_complete(folder, T)
-    parts = samples if len(samples) == 2 else _ninety_ten(samples[0])
-    return [[(Path(path), label) for path, label in part] for part in parts]
+    return [_with_paths(part) for part in samples]
+
+
+def _with_paths(samples: Sequence[tuple[str, int]]) -> list[tuple[Path, int]]:
+    return [(Path(path), label) for path, label in samples]
 
 
 def _check_complete(folder: Path, T: int) -> None:
-    """Every recording got as far as its frames; one of the two releases leaves those out that fail,
-    without a word.
+    """Raise ValueError if a recording has no frames: a release of SpikingJelly leaves out those
+    that fail, with no error.
     """
-    events, frames = folder / "events_np", folder / f"frames_number_{T}_split_by_number"
+    events = folder / "events_np"
+    frames = folder / f"frames_number_{T}_split_by_number"
     lost = _without_result(events, frames)
     if not (folder / "extract" / "DvsGesture").is_dir():  # there a file holds many recordings
         lost += _without_result(folder / "extract", events)
     if lost:
-        named = ", ".join(map(str, lost[:5])) + (", ..." if len(lost) > 5 else "")
+        named = [str(path) for path in lost[:5]]
+        if len(lost) > 5:
+            named.append("...")
         raise ValueError(
-            f"SpikingJelly made no frames of {len(lost)} recordings: {named}. They are damaged "
-            f"or were interrupted; in {folder}, {_AGAIN.format(T=T)}"
+            f"SpikingJelly made no frames of {len(lost)} recordings: {', '.join(named)}. They are "
+            f"damaged or were interrupted; in {folder}, {_AGAIN.format(T=T)}"
         )
 
 
@@ -167,12 +172,17 @@ def _ninety_ten(samples: Sequence[tuple[str, int]]) -> list[list[tuple[str, int]
 
 
 def _number(sample: tuple[str, int]) -> tuple[int, str]:
-    numbers = re.findall(r"\d+", Path(sample[0]).stem)
-    return (int(numbers[-1]) if numbers else -1, sample[0])
+    """Last number in the name of a file, -1 if there is none, and its path."""
+    path, _ = sample
+    numbers = re.findall(r"\d+", Path(path).stem)
+    number = int(numbers[-1]) if numbers else -1
+    return number, path
 
 
 def _check_frames(path: Path, shape: tuple[int, ...]) -> None:
-    """A file of frames is whole as far as its table of contents and its header tell."""
+    """Raise UnreadableError if a file of frames is damaged, as far as its table of contents and
+    its header tell.
+    """
     try:
         with ZipFile(path) as archive, archive.open("frames.npy") as content:
             np.lib.format.read_magic(content)
@@ -206,10 +216,10 @@ def _host_class(module: str, kind: str) -> Any:
 
 
 def _alone(module: str, failure: Exception) -> ModuleType:
-    """A module of ``spikingjelly.datasets`` without its siblings, one of which needs a torchaudio
-    that fits torch.
+    """A module of ``spikingjelly.datasets``, imported without the other ones, one of which needs a
+    torchaudio that fits torch.
 
-    The folder gets a second name as a package, whose own ``__init__`` is not run.
+    For that the folder becomes a package of another name, without running its ``__init__``.
     """
     name = "spikingjelly._event_data"
     package = ModuleType(name)
@@ -228,8 +238,8 @@ def _alone(module: str, failure: Exception) -> ModuleType:
 
 
 def _with_readable_recordings(host: Any) -> Any:
-    """CIFAR10DVS of SpikingJelly 0.0.0.0.14, which reads recordings by ``np.fromstring``, gone
-    since numpy 2.3.
+    """CIFAR10DVS of SpikingJelly 0.0.0.0.14 with another reader of recordings: its own calls
+    ``np.fromstring``, which numpy 2.3 no longer has.
     """
 
     class CIFAR10DVS(host):
@@ -245,11 +255,11 @@ def _with_readable_recordings(host: Any) -> Any:
 
 
 def _aedat2(path: Path) -> Sequence[np.ndarray[Any, Any]]:
-    """Times, x, y and polarities of a DVS128 in an AEDAT 2.0 file, turned as SpikingJelly turns
-    them.
+    """Times, x, y and polarities of the events of a DVS128 in an AEDAT 2.0 file, the picture
+    turned as SpikingJelly turns it.
 
-    Format: lines that begin with #, then address and time of every event as big-endian 32-bit
-    words.
+    The file has lines that begin with #, then two big-endian 32-bit words per event: its address
+    and its time. Bit 0 of the address is the polarity, bits 1 to 7 and 8 to 14 are the pixel.
     """
     content = path.read_bytes()
     start = 0
@@ -260,5 +270,9 @@ def _aedat2(path: Path) -> Sequence[np.ndarray[Any, Any]]:
             f"{path} must hold 8 bytes per event after its header, got {len(content) - start} bytes"
         )
     words = np.frombuffer(content, dtype=">u4", offset=start).astype(np.int64)
-    address, time = words[::2], words[1::2]
-    return time, 127 - (address >> 8 & 0x7F), 127 - (address >> 1 & 0x7F), 1 - (address & 1)
+    address = words[::2]
+    time = words[1::2]
+    x = 127 - ((address >> 8) & 0x7F)
+    y = 127 - ((address >> 1) & 0x7F)
+    polarity = 1 - (address & 1)
+    return time, x, y, polarity

@@ -26,7 +26,8 @@ _ENDINGS = {
     ".tiff",
     ".webp",
 }
-_IN_MEMORY = 1 << 29  # bytes
+_IN_MEMORY = 1 << 29
+"""Bytes of decoded pictures that are kept in memory."""
 _EIGHT_BITS = {
     "1",
     "L",
@@ -43,6 +44,7 @@ _EIGHT_BITS = {
     "HSV",
     "LAB",
 }
+"""Modes of Pillow with at most 8 bits per channel."""
 
 
 def image_folder(folder: Path, *, on_unreadable: OnUnreadable) -> Source:
@@ -50,9 +52,9 @@ def image_folder(folder: Path, *, on_unreadable: OnUnreadable) -> Source:
     读取图像文件夹。
 
     Classes are the names of the folders in ``train``, sorted. Every picture becomes RGB: grey is
-    repeated, a palette looked up, transparency dropped. All are decoded here, which finds the bad
-    ones. Up to half a GiB of pixels stays in memory; the pictures of a larger folder are decoded
-    again when they are asked for.
+    repeated, a palette looked up, transparency dropped. All pictures are decoded here, so that bad
+    ones are found. Up to half a GiB of pixels stays in memory; beyond that, pictures are decoded
+    again when they are needed.
 
     Test and validation pictures come in a fixed shuffled order, so that the first ones are of all
     classes.
@@ -64,23 +66,25 @@ def image_folder(folder: Path, *, on_unreadable: OnUnreadable) -> Source:
     for name in ("train", "val", "test"):
         if name != "val" or (folder / name).is_dir():
             parts[name] = _labelled(folder / name, classes, on_unreadable, sizes, pixels)
-    # Threads find the sizes in any order.
+    # sizes were found by threads, in any order; the first picture is the one with the first name
     first = parts["train"][0][0]
     others = [path for paths, _ in parts.values() for path in paths if sizes[path] != sizes[first]]
     if others:
-        named = "; ".join(f"{path} is {_by(sizes[path])}" for path in others[:5])
+        named = [f"{path} is {_by(sizes[path])}" for path in others[:5]]
+        if len(others) > 5:
+            named.append("...")
         raise ValueError(
             f"all pictures must have the size of the first one, {first}, {_by(sizes[first])} "
-            f"pixels, but {len(others)} have another: "
-            f"{named}{'; ...' if len(others) > 5 else ''}. Resize or crop them, or leave them out"
+            f"pixels, but {len(others)} have another: {'; '.join(named)}. Resize or crop them, or "
+            "leave them out"
         )
-    read = partial(_image, size=sizes[first])
-    images: dict[str, Images] = {
-        name: StoredImages(torch.stack([pixels.pop(path) for path in paths]), labels)
-        if pixels.keys() >= set(paths)
-        else FileImages(paths, labels, read)
-        for name, (paths, labels) in parts.items()
-    }
+    images: dict[str, Images] = {}
+    for name, (paths, labels) in parts.items():
+        if pixels.keys() >= set(paths):  # all of them were kept
+            pictures = [pixels.pop(path) for path in paths]
+            images[name] = StoredImages(torch.stack(pictures), labels)
+        else:
+            images[name] = FileImages(paths, labels, partial(_image, size=sizes[first]))
     validation = shuffled(images["val"]) if "val" in images else None
     return Source(
         images["train"], shuffled(images["test"]), (3, *sizes[first]), len(classes), validation
@@ -88,6 +92,7 @@ def image_folder(folder: Path, *, on_unreadable: OnUnreadable) -> Source:
 
 
 def _class_names(part: Path) -> list[str]:
+    """Names of the folders of a part, at least two."""
     if not part.is_dir():
         raise FileNotFoundError(
             f"{part.resolve()} does not exist; an image folder holds train/CLASS/PICTURE and "
@@ -112,39 +117,42 @@ def _labelled(
     sizes: dict[Path, tuple[int, int]],
     pixels: dict[Path, Tensor],
 ) -> tuple[list[Path], Tensor]:
-    """Pictures of a part that can be read, and classes; ``sizes`` and, while there is room,
-    ``pixels`` take each.
+    """Pictures of a part that can be read, and their classes.
+
+    The size of each picture is added to ``sizes``, and while there is room the picture to
+    ``pixels``.
     """
     names = _class_names(part)
     if names != list(classes):
-        foreign, lacking = sorted(set(names) - set(classes)), sorted(set(classes) - set(names))
-        found = [
-            f"{part / name} is none of the classes of {part.with_name('train')}"
-            for name in foreign[:5]
-        ]
+        foreign = sorted(set(names) - set(classes))
+        lacking = sorted(set(classes) - set(names))
+        train = part.with_name("train")
+        found = [f"{part / name} is none of the classes of {train}" for name in foreign[:5]]
         found += [f"{part / name} is missing" for name in lacking[:5]]
-        named = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+        named = list(classes[:10])
+        if len(classes) > 10:
+            named.append("...")
         raise ValueError(
-            f"{'; '.join(found)}. Every part must hold the same {len(classes)} classes, {named}"
+            f"{'; '.join(found)}. Every part must hold the same {len(classes)} classes, "
+            f"{', '.join(named)}"
         )
-    pictures = [
-        (path, label)
-        for label, name in enumerate(classes)
-        for path in sorted((part / name).rglob("*"))
-        if path.suffix.lower() in _ENDINGS and not path.name.startswith(".") and path.is_file()
-    ]
+    pictures = []
+    for label, name in enumerate(classes):
+        for path in sorted((part / name).rglob("*")):
+            is_picture = path.suffix.lower() in _ENDINGS and path.is_file()
+            if is_picture and not path.name.startswith("."):
+                pictures.append((path, label))
 
     def read(path: Path) -> None:
         picture = _picture(path)
         sizes[path] = (int(picture.shape[1]), int(picture.shape[2]))
-        if (len(pixels) + 1) * picture.numel() <= _IN_MEMORY:  # all have one size, or are refused
+        # the pictures before it have the same size, or all are refused in the end
+        if (len(pixels) + 1) * picture.numel() <= _IN_MEMORY:
             pixels[path] = picture
 
     paths, labels = readable(pictures, read, on_unreadable=on_unreadable, folder=part)
-    empty = [
-        str(part / classes[label])
-        for label in sorted(set(range(len(classes))) - set(labels.tolist()))
-    ]
+    filled = set(labels.tolist())
+    empty = [str(part / name) for label, name in enumerate(classes) if label not in filled]
     if empty:
         raise FileNotFoundError(
             f"no pictures ({', '.join(sorted(_ENDINGS))}) in {', '.join(empty[:5])}"
@@ -169,10 +177,9 @@ def _picture(path: Path) -> Tensor:
     try:
         with Image.open(path) as opened:
             mode = opened.mode
-            # Pillow warns where a palette with transparency goes to RGB in one step.
-            picture = (
-                opened.convert("RGBA") if mode == "P" and "transparency" in opened.info else opened
-            )
+            picture: Image.Image = opened
+            if mode == "P" and "transparency" in opened.info:
+                picture = opened.convert("RGBA")  # Pillow warns of the direct way to RGB
             pixels = np.array(picture.convert("RGB"))
     except Exception as error:  # a damaged picture raises anything
         raise UnreadableError(f"{path} ({one_line(error, 120)})") from error

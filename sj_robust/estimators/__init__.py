@@ -32,7 +32,7 @@ needs all time steps at once (``bptr``, ``rga``, ``hart``, ``hart_mixed``) refus
 mode ``"s"``.
 """
 
-from sj_robust.estimators.applied import Applied, Estimator, estimator
+from sj_robust.estimators.applied import estimator
 from sj_robust.estimators.naming import ESTIMATORS
 
-__all__ = ["ESTIMATORS", "Applied", "Estimator", "estimator"]
+__all__ = ["ESTIMATORS", "estimator"]

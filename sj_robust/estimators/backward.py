@@ -1,4 +1,7 @@
-"""Backward passes for a run of a neuron whose values are settled: through time, or by its rate."""
+"""Backward passes of gradient estimators for a run of a neuron: through time, or by its rate.
+
+The values of the run are computed already; only its gradient is replaced.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,11 +15,12 @@ from sj_robust.estimators.shapes import refuse_second_derivative
 __all__ = ["Outputs", "bptr", "hart", "hart_mixed", "rga", "through_time"]
 
 Slopes = Callable[[Tensor], Tensor]
-_RGA_SLOPE_BELOW = 0.2  # slope of the rate where the mean input is too weak to reach the threshold
+_RGA_SLOPE_BELOW = 0.2
+"""Slope of the rate where the mean input is too weak to reach the threshold."""
 
 
 class Outputs(NamedTuple):
-    """What a neuron leaves behind: the values of the run, with the gradient of an estimator."""
+    """Outputs of a neuron: the values of its run, with the gradient of an estimator."""
 
     spike_seq: Tensor
     v: Tensor
@@ -39,22 +43,36 @@ def through_time(run: Sequence, slopes: Slopes) -> Outputs:
     with torch.no_grad():
         h_seq, before = run.charged
         slope = slopes(h_seq - run.v_threshold)
-        keep = _keep(run, h_seq, slope)
+        factors = _Factors(slope=slope, keep=_keep(run, h_seq, slope), before=before)
     # torch leaves apply untyped
     spike_seq, v, v_seq = _ThroughTime.apply(  # type: ignore[no-untyped-call]
         run.x_seq,
-        _tensor(run.v_init),
-        _tensor(run.charging.gain),
-        _tensor(run.charging.decay),
+        _tensor_or_none(run.v_init),
+        _tensor_or_none(run.charging.gain),
+        _tensor_or_none(run.charging.decay),
         run,
-        slope,
-        keep,
-        before,
+        factors,
     )
     return Outputs(spike_seq, v, v_seq)
 
 
-def _tensor(value: object) -> Tensor | None:
+class _Factors(NamedTuple):
+    """Derivatives within a run, for back-propagation through time.
+
+    Attributes:
+        slope: Derivative of the spike with respect to the charged potential h, [T, N, *].
+        keep: Derivative of the potential after the reset with respect to h, [T, N, *]; [T] if it is
+            1 everywhere.
+        before: Potential before each step, [T, N, *]; None unless the decay needs a gradient.
+    """
+
+    slope: Tensor
+    keep: Tensor
+    before: Tensor | None
+
+
+def _tensor_or_none(value: Tensor | float) -> Tensor | None:
+    """The value if it is a tensor, which may need a gradient; None for a number."""
     return value if isinstance(value, Tensor) else None
 
 
@@ -104,15 +122,13 @@ def hart_mixed(run: Sequence, slopes: Slopes, own_slopes: Slopes) -> Outputs:
     """Mean of :func:`hart` and of back-propagation through time with the neuron's own surrogate."""
     own = through_time(run, own_slopes)
     other = hart(run, slopes)
-    # The values are equal, so their mean is exact.
+    # Both have the same spikes, so that the mean has exactly these spikes, and the mean gradient.
     mean = 0.5 * own.spike_seq + 0.5 * other.spike_seq
     return own._replace(spike_seq=mean)
 
 
 def _keep(run: Sequence, h_seq: Tensor, slope: Tensor) -> Tensor:
-    """Derivative of the potential after the reset in the one before it, [T, N, *] or, if all are 1,
-    [T].
-    """
+    """``keep`` of :class:`_Factors`; see :func:`through_time` for the equation."""
     if run.v_reset is None:
         if run.detach_reset:
             return h_seq.new_ones(len(h_seq))
@@ -125,6 +141,8 @@ def _keep(run: Sequence, h_seq: Tensor, slope: Tensor) -> Tensor:
 
 
 class _ThroughTime(torch.autograd.Function):
+    """Hands out the outputs of a run; backward is the recursion of :func:`through_time`."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -133,11 +151,9 @@ class _ThroughTime(torch.autograd.Function):
         gain: Tensor | None,
         decay: Tensor | None,
         run: Sequence,
-        slope: Tensor,
-        keep: Tensor,
-        before: Tensor | None,
+        factors: _Factors,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        ctx.save_for_backward(x_seq, gain, slope, keep, before)
+        ctx.save_for_backward(x_seq, gain, factors.slope, factors.keep, factors.before)
         ctx.decay = run.charging.decay_value
         ctx.gain = run.charging.gain if gain is None else None
         ctx.dtype = run.dtype
@@ -162,21 +178,22 @@ class _ThroughTime(torch.autograd.Function):
                 grad_h[t].addcmul_(grad_v_seq[t].to(ctx.dtype), keep[t])
             if t + 1 < len(grad_h):
                 grad_h[t].addcmul_(grad_h[t + 1], keep[t], value=ctx.decay)
-        needs_x, needs_v, needs_gain, needs_decay, *others = ctx.needs_input_grad
+        needs_x, needs_v, needs_gain, needs_decay, *_ = ctx.needs_input_grad
         grad_x_seq = grad_v_init = grad_gain = grad_decay = None
         if needs_v:
             grad_v_init = (grad_h[0] * ctx.decay).to(ctx.v_dtype)
         if needs_gain:
             product = grad_h * x_seq
-            summed = product.flatten(1).sum(1) if gain.ndim else product.sum()
+            per_step = gain.ndim > 0  # else one gain for all steps
+            summed = product.flatten(1).sum(1) if per_step else product.sum()
             grad_gain = summed.to(gain.dtype)
         if needs_decay:
             summed = ((before - ctx.rest) * grad_h).sum()
             grad_decay = summed.to(ctx.decay_dtype)
-        if needs_x:
+        if needs_x:  # last, since it changes grad_h in place
             scaled = _times_gain(grad_h, ctx.gain if gain is None else gain)
             grad_x_seq = scaled.to(ctx.x_dtype)
-        return grad_x_seq, grad_v_init, grad_gain, grad_decay, *[None] * len(others)
+        return grad_x_seq, grad_v_init, grad_gain, grad_decay, None, None
 
 
 def _times_gain(grad_h: Tensor, gain: float | Tensor) -> Tensor:
@@ -189,7 +206,10 @@ def _times_gain(grad_h: Tensor, gain: float | Tensor) -> Tensor:
 
 
 def _gated(run: Sequence, gate: Tensor, *, average: bool) -> Outputs:
-    # torch's apply
+    """Outputs with ``grad_x = gate * grad_s``, or ``gate * mean_t grad_s`` if ``average``; the
+    potentials have no gradient.
+    """
+    # torch leaves apply untyped
     spike_seq: Tensor = _Gated.apply(  # type: ignore[no-untyped-call]
         run.x_seq, run.spike_seq, gate, average
     )
@@ -197,6 +217,8 @@ def _gated(run: Sequence, gate: Tensor, *, average: bool) -> Outputs:
 
 
 class _Gated(torch.autograd.Function):
+    """Hands out the spikes of a run; backward is the equation of :func:`_gated`."""
+
     @staticmethod
     def forward(ctx: Any, x_seq: Tensor, spike_seq: Tensor, gate: Tensor, average: bool) -> Tensor:
         ctx.save_for_backward(gate)

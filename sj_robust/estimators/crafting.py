@@ -32,6 +32,7 @@ def crafting_network(model: nn.Module, neurons: Iterable[Any]) -> nn.Module:
     Source: conversion-based approximation, Sharmin et al. (ECCV 2020), as named by Bu et al. (CVPR
         2023).
     """
+    # deepcopy takes what stands in its memo in the place of a copy
     memo: dict[int, Any] = {}
     for node in neurons:
         rectifier = _Rectifier(step_mode(node))
@@ -44,6 +45,6 @@ def crafting_network(model: nn.Module, neurons: Iterable[Any]) -> nn.Module:
             if isinstance(value, torch.Generator):
                 memo[id(value)] = value
             elif isinstance(value, Tensor) and value.grad_fn is not None:
-                # A state with its graph has no copy.
+                # deepcopy refuses a tensor with a graph, such as the state of a neuron
                 memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)

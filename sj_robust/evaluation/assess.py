@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -18,7 +18,7 @@ from sj_robust.core.environment import device_of
 from sj_robust.core.eps import plain_eps
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.evaluation.diagnosis.activity import firing
-from sj_robust.evaluation.diagnosis.masking import diagnose
+from sj_robust.evaluation.diagnosis.masking import diagnose, estimators_searched
 from sj_robust.evaluation.report.report import Report
 from sj_robust.evaluation.request import Request, described
 from sj_robust.evaluation.result import OVER_EPS, Row
@@ -27,6 +27,7 @@ from sj_robust.evaluation.run.draws import check_draws
 from sj_robust.evaluation.run.estimator_search import (
     CHANGES,
     EstimatorSearch,
+    EstimatorTrial,
     event_attack,
     search_estimators,
     short_attack,
@@ -128,7 +129,7 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
         rows += parts.over_eps(estimators[0] if estimators else "training")
     if "verified" in proved:
         rows += parts.proofs_over_eps(rows)
-    findings = [] if request.threat.of_events else parts.findings()
+    findings = [] if request.threat.of_events else parts.findings(trials)
     unseen = {text for row in outcome.potential for text in row["warnings"]}
     potential = [*outcome.potential, *proved.get("potential", ())]
     shown = ("member", "samples", "layers")
@@ -163,7 +164,7 @@ class _Parts:
         self.say = request.watch.say
         self.proof_norm: NormName = "L0" if self.threat.norm == "L0" else "Linf"
 
-    @property
+    @cached_property
     def key(self) -> dict[str, str]:
         """What decides every part, by name."""
         return {
@@ -273,10 +274,11 @@ class _Parts:
         widest = Asked(replace(self.threat, eps=max(radii)), draws)
         return self._run("over_eps", self.few, variant, widest).rows
 
-    def findings(self) -> list[dict[str, Any]]:
-        """Signs of gradient masking."""
+    def findings(self, trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Signs of gradient masking; what a search has tried is not attacked again."""
         self.say("signs of gradient masking")
         source = self.request.source
+        searched = estimators_searched([EstimatorTrial(**trial) for trial in trials])
 
         def compute() -> list[dict[str, Any]]:
             found = diagnose(
@@ -285,10 +287,11 @@ class _Parts:
                 self.y[:_DIAGNOSED],
                 threat=self.threat,
                 seed=self.request.seed,
+                estimators=None if searched else (),
                 source=source,
                 eot_samples=10 if self.request.draws > 1 else 1,
             )
-            return [asdict(finding) for finding in found]
+            return [asdict(finding) for finding in (*found, *searched)]
 
         of_source = {}
         if source is not None:

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from sj_robust.attacks import check_frames
+from sj_robust.attacks.events import check_frames
 from sj_robust.attacks.threat import ThreatModel, parse_eps
 from sj_robust.classifier import SpikingClassifier, as_classifier
 from sj_robust.core.checks import (
@@ -123,29 +123,18 @@ def evaluate(
     """
     if suite is not None:
         check_choice("suite", suite, get_args(SuiteName))
-    options = Options(
-        eps=eps,
-        norm=norm,
-        largest_shift=largest_shift,
-        total_shift=total_shift,
-        T=T,
-        mean=mean,
-        std=std,
-        draws=draws,
-        seed=seed,
-        batch_size=batch_size,
-        folder=folder,
-        name=name,
-        dataset=dataset,
-        progress=progress,
+    budget = _budget(eps=eps, norm=norm, largest_shift=largest_shift, total_shift=total_shift)
+    given = _given(model, T=T, mean=mean, std=std)
+    settings = _settings(
+        draws=draws, seed=seed, folder=folder, name=name, dataset=dataset, progress=progress
     )
-    inputs = _inputs(model, x, y, options)
-    chosen: SuiteName = suite or ("events" if inputs.frames else "standard")
-    check_suite(chosen, inputs.threat)
-    check_shape(chosen, inputs.first)
-    with _prepared(model, inputs, options) as prepared:
-        request = options.request(chosen, inputs.threat, prepared)
-        return assess(prepared.subject, inputs.data, request)
+    data = _data(x, y, batch_size, given)
+    threat = budget.threat(data)
+    chosen: SuiteName = suite or ("events" if _holds_frames(data) else "standard")
+    check_suite(chosen, threat)
+    check_shape(chosen, data[0][0], draws=draws)
+    with _prepared(given, data, settings) as prepared:
+        return assess(prepared.subject, data, prepared.request(chosen, threat))
 
 
 def stress(
@@ -218,137 +207,117 @@ def stress(
     if faults is not None:
         faults = _checked_faults(faults, suite)
     steps = check_count("steps", steps)
-    options = Options(
-        eps=eps,
-        norm=norm,
-        largest_shift=largest_shift,
-        total_shift=total_shift,
-        T=T,
-        mean=mean,
-        std=std,
-        draws=draws,
-        seed=seed,
-        batch_size=batch_size,
-        folder=folder,
-        name=name,
-        dataset=dataset,
-        progress=progress,
+    budget = _budget(eps=eps, norm=norm, largest_shift=largest_shift, total_shift=total_shift)
+    given = _given(model, T=T, mean=mean, std=std)
+    settings = _settings(
+        draws=draws, seed=seed, folder=folder, name=name, dataset=dataset, progress=progress
     )
-    inputs = _inputs(model, x, y, options)
-    check_radius(inputs.threat)
+    data = _data(x, y, batch_size, given)
+    threat = budget.threat(data)
+    check_radius(threat)
     if suite == "corruptions":
-        check_images_to_corrupt(inputs.first)
-    with _prepared(model, inputs, options) as prepared:
-        request = options.request(suite, inputs.threat, prepared)
-        asked = replace(request, faults=faults, steps=steps)
-        return stress_network(prepared.subject, inputs.data, asked)
+        check_images_to_corrupt(data[0][0])
+    with _prepared(given, data, settings) as prepared:
+        asked = replace(prepared.request(suite, threat), faults=faults, steps=steps)
+        return stress_network(prepared.subject, data, asked)
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of both calls, checked as far as that needs neither network nor images; a radius
-    becomes a number, numbers per channel become tuples, a folder a path.
-    """
+class _Budget:
+    """What an adversary may do; its norm may be left to the images."""
 
-    eps: float | str
+    eps: float
     norm: NormName | None
     largest_shift: int | None
     total_shift: int | None
+
+    def threat(self, data: Data) -> ThreatModel:
+        """The adversary of these images or event frames."""
+        norm = self.norm or ("L0" if _holds_frames(data) else "Linf")
+        return ThreatModel(norm, self.eps, self.largest_shift, self.total_shift)
+
+
+def _budget(
+    *,
+    eps: float | str,
+    norm: NormName | None,
+    largest_shift: int | None,
+    total_shift: int | None,
+) -> _Budget:
+    if norm is not None:
+        check_choice("norm", norm, get_args(NormName))
+    return _Budget(parse_eps(eps), norm, largest_shift, total_shift)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A network as it was given, with what a bare one needs beside it."""
+
+    model: nn.Module
     T: int | None
-    mean: Channels
-    std: Channels
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+
+
+def _given(model: nn.Module, *, T: int | None, mean: Channels, std: Channels) -> _Given:
+    check_network(model, "model")
+    return _Given(
+        model,
+        check_steps(T),
+        check_channels("mean", mean),
+        check_channels("std", std, positive=True),
+    )
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How a network is measured, and what the report calls it."""
+
     draws: int
     seed: int
-    batch_size: int
-    folder: str | Path | None
+    folder: Path | None
     name: str | None
     dataset: str
     progress: bool
 
-    def __post_init__(self) -> None:
-        if self.norm is not None:
-            check_choice("norm", self.norm, get_args(NormName))
-        if self.name is not None:
-            check_text("name", self.name)
-        check_text("dataset", self.dataset)
-        check_switch("progress", self.progress)
-        checked = {
-            "eps": parse_eps(self.eps),
-            "T": check_steps(self.T),
-            "mean": check_channels("mean", self.mean),
-            "std": check_channels("std", self.std, positive=True),
-            "draws": check_count("draws", self.draws),
-            "seed": check_seed("seed", self.seed),
-            "batch_size": check_count("batch_size", self.batch_size),
-            "folder": check_folder("folder", self.folder),
-        }
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
 
-    def threat(self, frames: bool) -> ThreatModel:
-        """Norm and radius, for images or for event frames."""
-        norm = self.norm or ("L0" if frames else "Linf")
-        return ThreatModel(norm, parse_eps(self.eps), self.largest_shift, self.total_shift)
-
-    def request(self, suite: str, threat: ThreatModel, prepared: "_Prepared") -> Request:
-        """What is asked about the prepared network."""
-        return Request(
-            suite,
-            threat,
-            self.dataset,
-            prepared.classes,
-            seed=self.seed,
-            draws=self.draws,
-            folder=None if self.folder is None else Path(self.folder),
-            configuration={"T": self.T, "mean": self.mean, "std": self.std},
-            watch=prepared.watch,
-        )
+def _settings(
+    *,
+    draws: int,
+    seed: int,
+    folder: str | Path | None,
+    name: str | None,
+    dataset: str,
+    progress: bool,
+) -> _Settings:
+    if name is not None:
+        check_text("name", name)
+    check_text("dataset", dataset)
+    check_switch("progress", progress)
+    return _Settings(
+        draws=check_count("draws", draws),
+        seed=check_seed("seed", seed),
+        folder=check_folder("folder", folder),
+        name=name,
+        dataset=dataset,
+        progress=progress,
+    )
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """Images with labels, and what an adversary may do to them."""
-
-    data: Data
-    threat: ThreatModel
-
-    @property
-    def first(self) -> Tensor:
-        """Images of the first batch."""
-        return self.data[0][0]
-
-    @property
-    def frames(self) -> bool:
-        """Whether they are event frames [N, T, 2, H, W]."""
-        return self.first.ndim == 5
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """The network in evaluation mode, number of its classes, and the display."""
-
-    subject: Subject
-    classes: int
-    watch: Watch
-
-
-def _inputs(model: nn.Module, x: Images, y: Tensor | None, options: Options) -> _Inputs:
-    """The images, if they belong to the threat; the network itself is not asked."""
-    check_network(model, "model")
-    data = given_data(x, y, options.batch_size)
+def _data(x: Images, y: Tensor | None, batch_size: int, given: _Given) -> Data:
+    """The images, if they fit what was said of the network, which itself is not asked."""
+    data = given_data(x, y, check_count("batch_size", batch_size))
     first = data[0][0]
-    frames = first.ndim == 5
-    if frames:
+    if _holds_frames(data):
         check_frames(first)
     else:
-        _check_channels(first, options)
-    return _Inputs(data, options.threat(frames))
+        check_number_of_channels(first, mean=given.mean, std=given.std)
+    return data
 
 
-def _check_channels(images: Tensor, options: Options) -> None:
-    """Numbers per channel fit the images."""
-    mean, std = check_channels("mean", options.mean), check_channels("std", options.std)
-    check_number_of_channels(images, mean=mean, std=std)
+def _holds_frames(data: Data) -> bool:
+    """Whether they are event frames [N, T, 2, H, W]."""
+    return data[0][0].ndim == 5
 
 
 def _checked_faults(
@@ -373,28 +342,53 @@ def _checked_faults(
     return faults
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """The network in evaluation mode, number of its classes, and the display."""
+
+    subject: Subject
+    classes: int
+    settings: _Settings
+    configuration: dict[str, Any]
+    watch: Watch
+
+    def request(self, suite: str, threat: ThreatModel) -> Request:
+        """What is asked about it."""
+        return Request(
+            suite,
+            threat,
+            self.settings.dataset,
+            self.classes,
+            seed=self.settings.seed,
+            draws=self.settings.draws,
+            folder=self.settings.folder,
+            configuration=self.configuration,
+            watch=self.watch,
+        )
+
+
 @contextmanager
-def _prepared(model: nn.Module, inputs: _Inputs, options: Options) -> Iterator[_Prepared]:
+def _prepared(given: _Given, data: Data, settings: _Settings) -> Iterator[_Prepared]:
     """The network as a classifier that has taken an image; evaluation mode, full precision."""
-    classifier = as_classifier(
-        model, options.T, mean=options.mean, std=options.std, images=inputs.first
-    )
+    first = data[0][0]
+    classifier = as_classifier(given.model, given.T, mean=given.mean, std=given.std, images=first)
     network = classifier.net if isinstance(classifier, SpikingClassifier) else classifier
     kind = type(network).__name__
-    subject = Subject(options.name or kind, classifier, kind)
+    subject = Subject(settings.name or kind, classifier, kind)
     device = device_of(classifier)
-    with evaluation_mode(classifier), full_precision(device), _shown(options.progress) as watch:
-        classes = check_fits(subject, inputs.first[:1].to(device), None, options.dataset)
-        check_classes(torch.tensor(inputs.data.labels), classes)
+    configuration = {"T": given.T, "mean": given.mean, "std": given.std}
+    with evaluation_mode(classifier), full_precision(device), _shown(settings.progress) as watch:
+        classes = check_fits(subject, first[:1].to(device), None, settings.dataset)
+        check_classes(torch.tensor(data.labels), classes)
         if isinstance(classifier, SpikingClassifier):
             watch.say(f"{subject.name} {classifier.convention}")
         try:
-            yield _Prepared(subject, classes, watch)
+            yield _Prepared(subject, classes, settings, configuration, watch)
         except KeyboardInterrupt as stopped:
-            if options.folder is None:
+            if settings.folder is None:
                 remedy = "with folder=... the next evaluation could be continued"
             else:
-                remedy = f"the same call goes on with what is in {options.folder}"
+                remedy = f"the same call goes on with what is in {settings.folder}"
             stopped.add_note(f"the network is as it was; {remedy}")
             raise
 

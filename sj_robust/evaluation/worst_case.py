@@ -32,7 +32,7 @@ def worst_case(
 
     Equation: ``robust accuracy = mean_n [right on x_n and on a_m(x_n) for every member m]``. A
     member attacks what is classified right and still stands in its group. Every success is scored
-    again by :func:`fools`. :func:`craft` gives the images themselves.
+    again.
 
     Args:
         model: Images [N, ...] in [0, 1] to logits [N, classes]; an ``nn.Module`` where a member has

@@ -27,11 +27,13 @@ class NetworkSpec:
     """Everything :func:`build_network` needs, in plain types. 构建网络所需的全部参数。
 
     Attributes:
-        name: One of :data:`NETWORKS`; ``"zoo:NAME"`` for a network of SpikingJelly's model zoo
-            (:func:`sj_robust.models.zoo_networks`); ``"module:function"`` or ``"file.py:function"``
-            for a function of your own that returns the network, bare or in a ``SpikingClassifier``.
-            It is called with those of ``image_shape``, ``classes``, ``T`` and ``spiking_neuron``
-            (builds one neuron) that its signature names, and with ``options``.
+        name: ``"small"``; ``"vgg5"``, ``"vgg11"``, ``"vgg13"``, ``"vgg16"`` or ``"vgg19"``;
+            ``"wrn16_4"`` or ``"wrn28_10"``; ``"zoo:NAME"`` for a network of SpikingJelly's model
+            zoo (:func:`sj_robust.models.zoo_networks`); ``"module:function"`` or
+            ``"file.py:function"`` for a function of your own that returns the network, bare or in
+            a ``SpikingClassifier``. It is called with those of ``image_shape``, ``classes``, ``T``
+            and ``spiking_neuron`` (builds one neuron) that its signature names, and with
+            ``options``.
         neuron: ``"dlif"``, or one of SpikingJelly's ``"lif"`` and ``"plif"``
             (``decay_input=False``, as DLIF with all gains 1) and ``"if"``; all with the triangle
             surrogate and a hard reset to 0. ``"relu"`` builds the ordinary network with ReLU in
@@ -102,8 +104,8 @@ def build_network(spec: NetworkSpec) -> nn.Module:
 
 
 def _built(spec: NetworkSpec) -> nn.Module:
-    """The network, or the classifier that a function of the user returns, its neurons converted and
-    fused.
+    """The network, or the classifier that a function of the user returns, with the neurons of the
+    specification, fused where it asks for that.
     """
     if spec.name not in NETWORKS and ":" not in spec.name:
         raise ValueError(
@@ -111,20 +113,27 @@ def _built(spec: NetworkSpec) -> nn.Module:
             f"file.py:function, got {spec.name!r}"
         )
     node = _neuron(spec)
-    if spec.name in NETWORKS:
+    from_elsewhere = spec.name not in NETWORKS
+    if not from_elsewhere:
         built = _packaged_network(spec, node)
     elif spec.name.startswith("zoo:"):
-        arguments: dict[str, Any] = {"T": spec.T, "spiking_neuron": node, "options": spec.options}
-        built = build_zoo_network(spec.name[4:], spec.image_shape, spec.classes, **arguments)
+        built = build_zoo_network(
+            spec.name.removeprefix("zoo:"),
+            spec.image_shape,
+            spec.classes,
+            T=spec.T,
+            spiking_neuron=node,
+            options=spec.options,
+        )
     else:
         built = _own_network(spec, node)
     net: nn.Module = built.net if isinstance(built, SpikingClassifier) else built
-    if ":" in spec.name and spec.neuron == "dlif":
+    if from_elsewhere and spec.neuron == "dlif":
         _convert(net, spec)
     for module in net.modules():
         if isinstance(module, DLIFNode):
             module.input_gain.requires_grad_(spec.learn_gain)
-    if ":" in spec.name:
+    if from_elsewhere:
         fuse(net)
     for module in net.modules():
         if isinstance(module, Stage) and not spec.fused:
@@ -170,14 +179,17 @@ def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
 
 
 def _neuron(spec: NetworkSpec) -> Callable[..., nn.Module]:
-    """A function that builds one neuron of the specification; what it is called with goes first."""
+    """A function that builds one neuron of the specification; keywords that it is called with
+    replace the settings of the specification.
+    """
     if not (math.isinf(spec.tau) or spec.tau > 1):
         raise ValueError(f"tau must be > 1, got {spec.tau}; for a decay of 0.99 pass tau=100.0")
-    kinds: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
-        "dlif": (DLIFNode, {"T": spec.T, "tau": spec.tau}),
-        "lif": (neuron.LIFNode, {"tau": float(spec.tau), "decay_input": False}),
-        "plif": (neuron.ParametricLIFNode, {"init_tau": float(spec.tau), "decay_input": False}),
-        "if": (neuron.IFNode, {}),
+    tau = float(spec.tau)
+    kinds: dict[str, Callable[..., nn.Module]] = {
+        "dlif": partial(DLIFNode, T=spec.T, tau=spec.tau),
+        "lif": partial(neuron.LIFNode, tau=tau, decay_input=False),
+        "plif": partial(neuron.ParametricLIFNode, init_tau=tau, decay_input=False),
+        "if": neuron.IFNode,
     }
     if spec.neuron == "relu":
         if spec.T != 1:
@@ -187,15 +199,15 @@ def _neuron(spec: NetworkSpec) -> Callable[..., nn.Module]:
         raise ValueError(
             f"neuron must be 'dlif', 'lif', 'plif', 'if' or 'relu', got {spec.neuron!r}"
         )
-    kind, settings = kinds[spec.neuron]
+    kind = kinds[spec.neuron]
 
     def spiking_neuron(**arguments: Any) -> nn.Module:
-        fixed = {
-            "surrogate_function": surrogate.PiecewiseQuadratic(alpha=1.0),
+        settings = {
+            "surrogate_function": surrogate.PiecewiseQuadratic(alpha=1.0),  # one for each neuron
             "v_reset": 0.0,
             "step_mode": "s",
         }
-        return kind(**{**fixed, **settings, **arguments})
+        return kind(**settings | arguments)
 
     return spiking_neuron
 
@@ -212,10 +224,9 @@ def _packaged_network(spec: NetworkSpec, node: Callable[..., nn.Module]) -> nn.M
     else:
         depth, widen_factor = WIDE_RESNETS[spec.name]
         kind = partial(WideResNet, depth=depth, widen_factor=widen_factor)
+    arguments: dict[str, Any] = {"T": spec.T, "spiking_neuron": node} | spec.options
     try:
-        return kind(
-            spec.image_shape, spec.classes, **{"T": spec.T, "spiking_neuron": node, **spec.options}
-        )
+        return kind(spec.image_shape, spec.classes, **arguments)
     except TypeError as error:
         if not spec.options:
             raise
@@ -248,7 +259,7 @@ def _own_network(spec: NetworkSpec, node: Callable[..., nn.Module]) -> nn.Module
 
 
 def _convert(net: nn.Module, spec: NetworkSpec) -> None:
-    """IF, LIF and PLIF neurons of a network from elsewhere become DLIF."""
+    """Replace the IF, LIF and PLIF neurons of a network from elsewhere by DLIF neurons."""
     try:
         report = replace_neurons(net, spec.T)
     except ValueError as error:

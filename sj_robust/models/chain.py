@@ -147,7 +147,7 @@ class VGG(ConvChain):
     脉冲 VGG 网络。
 
     Args:
-        name: One of :data:`VGG_FEATURES`.
+        name: ``"vgg5"``, ``"vgg11"``, ``"vgg13"``, ``"vgg16"`` or ``"vgg19"``.
         image_shape: (C, H, W) of one image.
         classes: Number of classes.
         hidden: Widths of the hidden linear layers.

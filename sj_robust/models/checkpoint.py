@@ -2,8 +2,7 @@
 
 import glob
 import hashlib
-from collections.abc import Mapping
-from itertools import chain
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,14 @@ _RUN = (
     "history",
     "random",
 )
+"""Parts of a checkpoint from which a run can be resumed."""
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint so that ``path`` always holds a whole one, the old or the new.
     原子写入检查点。
 
-    What an earlier process that was killed while it wrote this checkpoint left behind is removed.
+    Unfinished files of this checkpoint, from processes that were killed meanwhile, are removed.
 
     Args:
         path: The file; its folder exists.
@@ -51,18 +51,13 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         >>> load_checkpoint(folder / "last.pt")["epoch"]
         3
     """
+    head = {"format": _FORMAT, "version": _VERSION, "digest": _digest(content)}
     try:
         with whole_file(path) as file:
-            torch.save(
-                {"format": _FORMAT, "version": _VERSION, "digest": _digest(content), **content},
-                file,
-            )
-    except NotImplementedError:
+            torch.save(head | content, file)
+    except NotImplementedError:  # a RuntimeError, but not one of writing
         raise
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # torch reports a failed write of its archive as a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError if a write fails
         raise OSError(_not_written(path, error)) from error
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         leftover.unlink(missing_ok=True)
@@ -99,13 +94,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} has checkpoint version {content.get('version')}, this release reads "
             f"{_VERSION}; update sj_robust"
         )
-    digest = content.pop(
-        "digest", None
-    )  # older files have none, only the sums of the archive that each file has
-    if digest not in (
-        None,
-        _digest({name: content[name] for name in content if name not in ("format", "version")}),
-    ):
+    digest = content.pop("digest", None)  # older files have none
+    saved = {name: content[name] for name in content if name not in ("format", "version")}
+    if digest is not None and digest != _digest(saved):
         raise ValueError(
             f"{path} is damaged: it does not hold what was saved; resume from another one"
         )
@@ -113,19 +104,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_run(path: Path) -> dict[str, Any]:
-    """Read a checkpoint that a run is to go on from. 读取用于续训的检查点。
+    """Read a checkpoint from which a run is to be resumed. 读取用于续训的检查点。
 
     Raises:
-        FileNotFoundError, ValueError: As :func:`load_checkpoint`, and if a part is missing that the
-            training needs.
+        FileNotFoundError, ValueError: As :func:`load_checkpoint`; also if a part is missing that
+            the training needs.
     """
     try:
         content = load_checkpoint(path)
     except ValueError as error:
         best = path.with_name("best.pt")
-        remedy = (
-            f"; {best}, a checkpoint of the best epoch, can take its name" if best.is_file() else ""
-        )
+        remedy = ""
+        if best.is_file():
+            remedy = f"; {best}, a checkpoint of the best epoch, can take its name"
         raise ValueError(f"{error}{remedy}") from error
     missing = [name for name in _RUN if name not in content]
     if missing:
@@ -140,57 +131,65 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise ValueError if the description in a checkpoint is that of a run with other options.
     检查选项是否一致。
     """
-    old, new = _flat(saved), _flat(wanted)
-    names = [name for name in (*new, *(old.keys() - new.keys())) if old.get(name) != new.get(name)]
+    old = _flat(saved)
+    new = _flat(wanted)
+    names = [name for name in new | old if old.get(name) != new.get(name)]
     if names:
-        differences = ", ".join(
-            f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names
-        )
+        differences = [f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names]
         raise ValueError(
-            f"the checkpoint is of a run with other options ({differences}); resume with the "
-            "same ones"
+            f"the checkpoint is of a run with other options ({', '.join(differences)}); resume "
+            "with the same ones"
         )
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    """SHA-256 of all values, whatever lies around them in the file."""
+    """SHA-256 of all names and values, which does not depend on how the file stores them."""
     found = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            found.update(f"{value.dtype} {list(value.shape)}".encode())
-            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        elif isinstance(value, Mapping | list | tuple):
-            found.update(f"{len(value)}".encode())
-            for one in chain.from_iterable(value.items()) if isinstance(value, Mapping) else value:
-                add(one)
-        else:
-            found.update(f"{value!r} ".encode())
-
-    add(content)
+    for part in _parts(content):
+        found.update(part)
     return found.hexdigest()
 
 
+def _parts(value: Any) -> Iterator[bytes | memoryview]:
+    """A value as bytes, those of its parts one after the other."""
+    if isinstance(value, torch.Tensor):
+        yield f"{value.dtype} {list(value.shape)}".encode()
+        flat = value.detach().cpu().contiguous().flatten()
+        yield flat.view(torch.uint8).numpy().data
+    elif isinstance(value, Mapping):
+        yield f"{len(value)}".encode()
+        for name, one in value.items():
+            yield from _parts(name)
+            yield from _parts(one)
+    elif isinstance(value, list | tuple):
+        yield f"{len(value)}".encode()
+        for one in value:
+            yield from _parts(one)
+    else:
+        yield f"{value!r} ".encode()
+
+
 def _flat(description: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested groups of options as one level, with the groups in the names."""
+    """Options without their groups, whose names become part of their own: ``"group.option"``."""
     flat: dict[str, Any] = {}
     for name, value in description.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.")
-            if isinstance(value, Mapping)
-            else {f"{prefix}{name}": value}
-        )
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
     return flat
 
 
 def _not_written(path: Path, error: OSError | RuntimeError) -> str:
-    """What failed, what is left, and what helps."""
+    """What could not be written and why, what is left, and the remedy."""
     if not path.parent.is_dir():
         return (
             f"{path} could not be written: the folder {path.parent} is gone; make it, and go on "
             "with --resume"
         )
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    reason = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        reason = error.strerror
     left = "the earlier checkpoint there is intact" if path.exists() else "there was none before"
     return (
         f"{path} could not be written ({reason}); {left}. Free some space, then continue with "

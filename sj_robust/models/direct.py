@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sj_robust.ops.bn_dlif import repeat_step
+from sj_robust.ops.bn_dlif.repeated import repeat_step
 
 __all__ = ["DirectlyEncoded", "initialise", "neuron_builder"]
 
@@ -50,12 +50,13 @@ class DirectlyEncoded(nn.Module):
         ``"s"``.
         """
         single_step = self.first.step_mode == "s"
-        if x.ndim not in ((4,) if single_step else (4, 5)):
-            wanted = (
-                "one frame [N, C, H, W]"
-                if single_step
-                else "images [N, C, H, W] or frames [T, N, C, H, W]"
-            )
+        if single_step:
+            dimensions = [4]
+            wanted = "one frame [N, C, H, W]"
+        else:
+            dimensions = [4, 5]
+            wanted = "images [N, C, H, W] or frames [T, N, C, H, W]"
+        if x.ndim not in dimensions:
             raise ValueError(
                 f"{type(self).__name__} in step mode {self.first.step_mode!r} takes {wanted}, "
                 f"got {tuple(x.shape)}"

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.host import functional
@@ -32,8 +33,9 @@ def start_from(
         path: ``best.pt`` of ``recipes/adv_train.py``, or a ``state_dict`` (.pt, .pth) of the bare
             network or its classifier, such as one of SpikingJelly's model zoo.
         decay_input: Whether the LIF neurons had ``decay_input=True``, SpikingJelly's default; a
-            checkpoint of this package has False. None: of neurons whose gains are all ``1 / tau``,
-            as ``replace_neurons`` leaves them when it converts such a LIF, and of no other.
+            checkpoint of this package has False. None takes True for the neurons whose gains are
+            all ``1 / tau``, as ``replace_neurons`` leaves them when it converts such a LIF, and
+            False for all others.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -65,15 +67,13 @@ def start_from(
     of_net = as_named_in(classifier.net, weights.tensors)
     bare = {f"net.{key}": value for key, value in of_net.items()}
     if len(whole.keys() & bare.keys()) > len(whole.keys() & tensors.keys()):
-        tensors = bare | {key: whole[key] for key in ("mean", "std") if key in whole}
+        # the file is of the bare network, which has no mean and std
+        statistics = {key: whole[key] for key in ("mean", "std") if key in whole}
+        tensors = bare | statistics
     for name, node in nodes.items():
         key = f"{name}.input_gain"
         if key not in tensors:
-            decayed = torch.full_like(node.input_gain, 1 / node.tau)
-            decays = torch.equal(node.input_gain, decayed) if decay_input is None else decay_input
-            tensors[key] = (
-                decayed if decays and not math.isinf(node.tau) else torch.ones_like(decayed)
-            )
+            tensors[key] = _gain_of_lif(node, decay_input)
     check_keys(
         tensors,
         whole,
@@ -90,10 +90,22 @@ def start_from(
     functional.reset_net(classifier)
 
 
+def _gain_of_lif(node: DLIFNode, decay_input: bool | None) -> Tensor:
+    """Input gain with which a DLIF neuron is the LIF neuron of its tau; see :func:`start_from` for
+    ``decay_input``.
+    """
+    decayed = torch.full_like(node.input_gain, 1 / node.tau)
+    if decay_input is None:
+        decay_input = torch.equal(node.input_gain, decayed)
+    if decay_input and not math.isinf(node.tau):
+        return decayed
+    return torch.ones_like(decayed)
+
+
 def _check_neurons(
     weights: Weights, nodes: dict[str, DLIFNode], decay_input: bool | None, path: Path
 ) -> None:
-    """DLIF neurons can begin as the neurons of the file."""
+    """Raise ValueError if DLIF neurons cannot begin as the neurons of the file."""
     learned = [
         key for key in weights.tensors if key.endswith(".w") and weights.tensors[key].ndim == 0
     ]

@@ -7,12 +7,15 @@ from difflib import get_close_matches
 from inspect import Parameter, isclass, isfunction, signature
 from typing import Any
 
-from spikingjelly.activation_based import functional, model
+from spikingjelly.activation_based import functional
 from torch import nn
 
 from sj_robust.models.foreign import call_with_known
 
 __all__ = ["build_zoo_network", "zoo_networks"]
+
+_ZOO = "spikingjelly.activation_based.model"
+"""Imported when somebody asks for the zoo: it brings h5py and SpikingJelly's distributed part."""
 
 
 def zoo_networks() -> dict[str, Callable[..., nn.Module]]:
@@ -28,11 +31,12 @@ def zoo_networks() -> dict[str, Callable[..., nn.Module]]:
         True
     """
     found: dict[str, Callable[..., nn.Module]] = {}
+    model = importlib.import_module(_ZOO)
     for entry in pkgutil.iter_modules(model.__path__):
         if entry.ispkg or entry.name.startswith("train_"):  # scripts
             continue
         try:
-            module = importlib.import_module(f"{model.__name__}.{entry.name}")
+            module = importlib.import_module(f"{_ZOO}.{entry.name}")
         except ImportError:
             continue
         builders: dict[str, Any] = {

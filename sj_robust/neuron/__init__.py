@@ -1,17 +1,8 @@
 """DLIF, how an existing network gets it, and layers that run in one pass with it."""
 
 from sj_robust.neuron.dlif import DLIFNode
-from sj_robust.neuron.fusion import FusionReport, fuse, unfuse
-from sj_robust.neuron.replacement import ReplacementReport, dlif_to_lif, replace_neurons
+from sj_robust.neuron.fusion import fuse, unfuse
+from sj_robust.neuron.replacement import dlif_to_lif, replace_neurons
 from sj_robust.neuron.stage import Stage
 
-__all__ = [
-    "DLIFNode",
-    "FusionReport",
-    "ReplacementReport",
-    "Stage",
-    "dlif_to_lif",
-    "fuse",
-    "replace_neurons",
-    "unfuse",
-]
+__all__ = ["DLIFNode", "Stage", "dlif_to_lif", "fuse", "replace_neurons", "unfuse"]

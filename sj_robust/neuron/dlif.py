@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from sj_robust import ops
 from sj_robust.core.host import cuda_threads, is_counted, lif_multi_step, neuron, surrogate
+from sj_robust.ops.dlif import dispatch
 from sj_robust.ops.dlif.config import Outputs, state_dtype
 from sj_robust.ops.surrogate import HOST_NAMES
 
@@ -65,9 +66,10 @@ class DLIFNode(neuron.BaseNode):
             v_threshold``; None builds ``PiecewiseQuadratic(alpha=1.0)``, the triangle of the paper.
         detach_reset: Whether the reset is left out of the gradient.
         step_mode: ``"m"`` or ``"s"``.
-        backend: A name of ``sj_robust.ops.BACKENDS``, or ``"spikingjelly"`` for SpikingJelly 2.x's
-            own LIF operator. ``"auto"`` takes the fastest that can run, and the latter where
-            SpikingJelly's ``op_counter`` counts; :meth:`chosen_backend` tells which.
+        backend: A name that :func:`sj_robust.ops.available_backends` gives; ``"spikingjelly"`` for
+            SpikingJelly 2.x's own LIF operator; or ``"auto"``, which takes the fastest that can
+            run, and SpikingJelly's where its ``op_counter`` counts; :meth:`chosen_backend` tells
+            which.
         store_v_seq: Whether the potentials after every reset are kept in ``v_seq``.
         input_gain_init: Initial value of every gain.
 
@@ -134,7 +136,7 @@ class DLIFNode(neuron.BaseNode):
     @property
     def supported_backends(self) -> tuple[str, ...]:
         """Backend names that ``functional.set_backend`` of SpikingJelly 0.0.0.0.14 may set."""
-        return (*ops.BACKENDS, "spikingjelly")
+        return (*dispatch.BACKENDS, "spikingjelly")
 
     @property
     def backend(self) -> str:
@@ -149,7 +151,7 @@ class DLIFNode(neuron.BaseNode):
                 "the fastest that runs"
             )
         if value != "spikingjelly":
-            ops.check_backend(value)
+            dispatch.check_backend(value)
         elif lif_multi_step is None:
             raise RuntimeError(
                 "backend='spikingjelly' needs SpikingJelly 2.x, whose LIF operator it is; use "
@@ -161,7 +163,7 @@ class DLIFNode(neuron.BaseNode):
         """Name of the implementation that would run on ``x_seq``."""
         if self._uses_host():
             return "spikingjelly"
-        return ops.choose_backend(self.backend, x_seq, self._surrogate())
+        return dispatch.choose_backend(self.backend, x_seq, self._surrogate())
 
     def extra_repr(self) -> str:
         """Parameters shown by ``print``."""

@@ -1,4 +1,4 @@
-"""How an existing network gets DLIF neurons, and how it gets rid of them."""
+"""How an existing network gets DLIF neurons, and how they are replaced by SpikingJelly's again."""
 
 import copy
 import math
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sj_robust.core.checks import check_network
 from sj_robust.core.host import base, invalidate_reset_cache, is_neuron, neuron
@@ -32,9 +32,9 @@ class ReplacementReport:
     """What :func:`replace_neurons` or :func:`dlif_to_lif` did, by the name of the module.
 
     Attributes:
-        replaced: Neurons that became others, with what they were.
-        skipped: Neurons that stay as they are, with the reason.
-        notes: What the user should know of a replaced neuron.
+        replaced: Former class of each neuron that was replaced.
+        skipped: Reason for each neuron that was not.
+        notes: What the user should know about a replaced neuron.
     """
 
     replaced: dict[str, str] = field(default_factory=dict)
@@ -86,9 +86,10 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
         )
     report = ReplacementReport()
     successors: dict[nn.Module, Any] = {}
-    place = next(net.parameters(), torch.empty(0))
+    like = next(net.parameters(), torch.empty(0))
     for name, module in list(net.named_modules(remove_duplicate=False)):
-        place = next(module.parameters(recurse=False), place)
+        # a new neuron has the device and dtype of the last parameter up to its place
+        like = next(module.parameters(recurse=False), like)
         if isinstance(module, DLIFNode) or not is_neuron(module):
             continue
         dynamics = _lif_dynamics(module)
@@ -98,11 +99,15 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
                 "dynamics"
             )
             continue
+        tau, input_gain = dynamics
         if module not in successors:
-            successors[module] = _successor(module, T, *dynamics, backend, place)
+            node = DLIFNode(T=T, tau=tau, backend=backend, **_settings(module))
+            node.to(like.device, like.dtype)
+            nn.init.constant_(node.input_gain, input_gain)
+            successors[module] = _take_over(node, module)
         report.replaced[name] = type(module).__name__
         if type(module) is neuron.ParametricLIFNode:
-            report.notes[name] = f"learnable tau frozen at {dynamics[0]:.6g}"
+            report.notes[name] = f"learnable tau frozen at {tau:.6g}"
     _exchange(net, successors)
     return report
 
@@ -110,28 +115,28 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
 def dlif_to_lif(net: nn.Module) -> ReplacementReport:
     """Swap DLIF neurons whose gain is the same at every step for SpikingJelly's LIF and IF neurons.
 
-    For what knows SpikingJelly's neurons alone, such as its export to NIR, its exchange with chips
-    and some of its energy models. With gain g, which must be > 0::
+    It is for code that knows only SpikingJelly's neurons, such as its export to NIR, its exchange
+    with chips and some of its energy models. With gain g, which must be > 0::
 
         g = 1        LIFNode(tau, decay_input=False), or IFNode() for tau = inf
         g = 1 / tau  LIFNode(tau, decay_input=True)
-        other g      as for 1, of potentials v / g: threshold and v_reset are divided by g
+        other g      as for 1, with potentials v / g: threshold and v_reset are divided by g
 
-    The spikes are the same up to rounding, and so are the gradients for the first two; for another
-    g, which ``notes`` names, the surrogate sees the divided potential. Hooks and settings are kept,
-    states are those after a reset. Subclasses of DLIFNode stay. 将增益恒定的 DLIF 神经元替换为
-    LIF/IF。
+    The spikes are the same up to rounding, and so are the gradients in the first two cases; in the
+    third one, which ``notes`` names, the surrogate gets the divided potential. Hooks and settings
+    are kept, states are those after a reset. Subclasses of DLIFNode are left as they are.
+    将增益恒定的 DLIF 神经元替换为 LIF/IF。
 
     Args:
         net: A network with DLIF neurons, changed in place.
 
     Returns:
-        What was replaced and what not, by module name.
+        What was replaced and what was not, by module name.
 
     Raises:
         TypeError: If ``net`` is no network.
         ValueError: If ``net`` is itself a neuron, has no DLIF neuron to replace, or one whose gain
-            differs between steps or is not positive; ``net`` is as it was then.
+            differs between steps or is not positive; then ``net`` is unchanged.
 
     Source: the charge equations of DLIF and LIF, divided by g.
 
@@ -148,18 +153,21 @@ def dlif_to_lif(net: nn.Module) -> ReplacementReport:
     report = ReplacementReport()
     successors: dict[nn.Module, Any] = {}
     for name, module in net.named_modules(remove_duplicate=False):
-        if type(module) is not DLIFNode and isinstance(module, DLIFNode):
+        if not isinstance(module, DLIFNode):
+            continue
+        if type(module) is not DLIFNode:
             report.skipped[name] = f"{type(module).__name__} may have dynamics of its own"
-        elif isinstance(module, DLIFNode):
-            successors[module] = node = _without_gain(name, module)
-            report.replaced[name] = type(module).__name__
-            if node.v_threshold != module.v_threshold:
-                reset = "None" if node.v_reset is None else f"{node.v_reset:.6g}"
-                report.notes[name] = (
-                    "potentials are divided by the gain "
-                    f"{float(module.input_gain.detach()[0]):.6g}: "
-                    f"v_threshold={node.v_threshold:.6g}, v_reset={reset}"
-                )
+            continue
+        node = _without_gain(name, module)
+        successors[module] = node
+        report.replaced[name] = type(module).__name__
+        if node.v_threshold != module.v_threshold:
+            gain = float(module.input_gain.detach()[0])
+            reset = "None" if node.v_reset is None else f"{node.v_reset:.6g}"
+            report.notes[name] = (
+                f"potentials are divided by the gain {gain:.6g}: "
+                f"v_threshold={node.v_threshold:.6g}, v_reset={reset}"
+            )
     if not successors:
         raise ValueError(f"{type(net).__name__} holds no DLIFNode, so there is nothing to replace")
     _exchange(net, successors)
@@ -178,17 +186,20 @@ def _without_gain(name: str, module: DLIFNode) -> Any:
             "mean, node.input_gain.data.fill_(node.input_gain.mean()), and measure the network "
             "again"
         )
-    as_input_decay = math.isclose(gain * module.tau, 1.0, rel_tol=1e-6)
-    settings = _settings(module, scale=1.0 if as_input_decay else gain)
+    decays_input = math.isclose(gain * module.tau, 1.0, rel_tol=1e-6)
+    settings = _settings(module, scale=1.0 if decays_input else gain)
+    node: Any
     if math.isinf(module.tau):
-        return _take_over(neuron.IFNode(**settings), module)
-    return _take_over(
-        neuron.LIFNode(tau=module.tau, decay_input=as_input_decay, **settings), module
-    )
+        node = neuron.IFNode(**settings)
+    else:
+        node = neuron.LIFNode(tau=module.tau, decay_input=decays_input, **settings)
+    return _take_over(node, module)
 
 
 def _exchange(net: nn.Module, successors: dict[nn.Module, Any]) -> None:
-    """Put the new neurons in the place of the old ones, wherever the network refers to these."""
+    """Put the new neurons in the place of the old ones: as submodules, and in the attributes of
+    every module.
+    """
     for name, module in list(net.named_modules(remove_duplicate=False)):
         if module in successors:
             net.set_submodule(name, successors[module])
@@ -199,16 +210,18 @@ def _exchange(net: nn.Module, successors: dict[nn.Module, Any]) -> None:
 
 
 def _exchanged(value: Any, successors: dict[nn.Module, Any]) -> Any:
-    """An attribute with the new neurons in it, which forward may read from a plain list, tuple or
-    dict.
+    """The value of an attribute with the new neurons in it; they may be in a plain list, tuple or
+    dict, of which lists and dicts are changed in place.
     """
     if isinstance(value, nn.Module):
         return successors.get(value, value)
     if type(value) is tuple:
         return tuple(_exchanged(one, successors) for one in value)
-    if type(value) in (list, dict):
-        for key, one in enumerate(value) if type(value) is list else list(value.items()):
-            value[key] = _exchanged(one, successors)
+    if type(value) is list:
+        value[:] = [_exchanged(one, successors) for one in value]
+    if type(value) is dict:
+        for key in value:
+            value[key] = _exchanged(value[key], successors)
     return value
 
 
@@ -224,24 +237,12 @@ def _lif_dynamics(module: Any) -> tuple[float, float] | None:
         tau = 1.0 / float(module.w.detach().double().sigmoid())
     else:
         return None
-    return tau, 1.0 / tau if module.decay_input else 1.0
-
-
-def _successor(
-    module: Any, T: int, tau: float, input_gain: float, backend: str, place: Tensor
-) -> Any:
-    """A DLIF neuron with the settings of ``module``, on the device and in the dtype of
-    ``place``.
-    """
-    node = DLIFNode(T=T, tau=tau, backend=backend, **_settings(module)).to(
-        place.device, place.dtype
-    )
-    nn.init.constant_(node.input_gain, input_gain)
-    return _take_over(node, module)
+    input_gain = 1.0 / tau if module.decay_input else 1.0
+    return tau, input_gain
 
 
 def _settings(module: Any, scale: float = 1.0) -> dict[str, Any]:
-    """What every neuron is built with, its potentials divided by ``scale``."""
+    """Arguments that every neuron is built with, its threshold and reset divided by ``scale``."""
     return {
         "v_threshold": module.v_threshold / scale,
         "v_reset": None if module.v_reset is None else module.v_reset / scale,
@@ -256,7 +257,6 @@ def _take_over(node: Any, module: nn.Module) -> Any:
     """The new neuron in the mode and with the hooks of the old one."""
     node.train(module.training)
     for name in _HOOKS:
-        setattr(
-            node, name, getattr(module, name)
-        )  # the same dictionary, so that handles remove from it
+        hooks = getattr(module, name)
+        setattr(node, name, hooks)  # no copy, so that the handles can still remove their hooks
     return node

@@ -16,8 +16,10 @@ from torch.utils._device import DeviceContext
 from sj_robust.core.host import functional, is_counted, layer
 from sj_robust.neuron.dlif import DLIFNode
 from sj_robust.neuron.watching import NeuronHook, Wants, Watched, watched_of
-from sj_robust.ops.bn_dlif import BatchNorm, apart, batch_norm_dlif_multi_step, can_fuse
-from sj_robust.ops.dlif.config import Outputs
+from sj_robust.ops.bn_dlif import apart
+from sj_robust.ops.bn_dlif.dispatch import check_call, fused_kernels, in_one_pass
+from sj_robust.ops.bn_dlif.norm import BatchNorm
+from sj_robust.ops.dlif.config import DLIFConfig, Outputs
 
 __all__ = ["NORM_DIMENSIONS", "Stage", "is_original", "pools_2x2"]
 
@@ -46,7 +48,7 @@ class Stage(nn.Module):
     in compiled code. In bfloat16 and float16 one pass does not round what lies between the
     children.
 
-    Equation: see :func:`sj_robust.ops.bn_dlif.batch_norm_dlif_multi_step`.
+    Equation: ``pool(node(norm(x_seq)))``; without a norm or a pooling that part is left out.
 
     Shapes: ``x_seq`` [T, N, C, *] in step mode ``"m"``, [N, C, *] in ``"s"``.
 
@@ -103,8 +105,9 @@ class Stage(nn.Module):
             norm = None if self.norm is None else _values(self.norm)
             watched = watched_of(self.node)
             wants = max([one.wants() for one in watched], default=Wants.NOTHING)
-            if self._runs_as_one(x_seq, norm, wants):
-                return self._run_as_one(x_seq, norm, watched, wants)
+            kernels = self._kernels(x_seq, norm, wants)
+            if kernels is not None:
+                return self._run_as_one(x_seq, norm, watched, wants, kernels)
         for _, child in self.parts():
             x_seq = child(x_seq)
         return x_seq
@@ -135,39 +138,44 @@ class Stage(nn.Module):
             return False  # which torch refuses in its own words
         return bool(x_seq.shape[2] == norm.num_features)
 
-    def _runs_as_one(self, x_seq: Tensor, norm: BatchNorm | None, wants: Wants) -> bool:
-        """Whether one pass gives what is wanted, and the operator has a kernel for it."""
+    def _kernels(self, x_seq: Tensor, norm: BatchNorm | None, wants: Wants) -> str | None:
+        """What runs one pass; None where that does not give what is wanted or has no kernel."""
         if wants is Wants.SPIKES or (wants is Wants.INPUT and self.node.gradient is not None):
-            return False
+            return None
         tensors: list[Tensor | None] = [x_seq]
         if norm is not None:
             if norm.use_batch_statistics and x_seq.numel() == x_seq.shape[2]:
-                return False  # a single value per channel, which torch refuses in its own words
+                return None  # a single value per channel, which torch refuses in its own words
             tensors += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
         if _is_overridden(tensors):
-            return False
+            return None
         surrogate = self.node._surrogate()
-        return can_fuse(x_seq, norm, surrogate, self.pool is not None, self.node.backend)
+        return fused_kernels(x_seq, norm, surrogate, self.pool is not None, self.node.backend)
 
     def _run_as_one(
-        self, x_seq: Tensor, norm: BatchNorm | None, watched: list[Watched], wants: Wants
+        self,
+        x_seq: Tensor,
+        norm: BatchNorm | None,
+        watched: list[Watched],
+        wants: Wants,
+        kernels: str,
     ) -> Tensor:
         node = self.node
         told = [one for one in watched if not one.is_idle()]
         for one in told:
             one.enter(node, copies=False)
-        operator = _OnePass(norm, self.pool is not None, wants is Wants.INPUT)
+        operator = _OnePass(norm, self.pool is not None, wants is Wants.INPUT, kernels)
         if node.gradient is None or not torch.is_grad_enabled():
             output: Tensor = node._advance(x_seq, operator)
         else:
-            output = self._run_with_gradient(x_seq, norm)
+            output = self._run_with_gradient(x_seq, norm, kernels)
         if norm is not None:
             _count_batch(self.norm)
         for one in told:
             one.leave(node, x_seq if norm is None else operator.current, None)
         return output
 
-    def _run_with_gradient(self, x_seq: Tensor, norm: BatchNorm | None) -> Tensor:
+    def _run_with_gradient(self, x_seq: Tensor, norm: BatchNorm | None, kernels: str) -> Tensor:
         """Forward in one pass but for the pooling, backward by the neuron's ``gradient`` from its
         currents.
         """
@@ -177,7 +185,7 @@ class Stage(nn.Module):
             if norm.use_batch_statistics:
                 unmoved = replace(norm, running_mean=None, running_var=None)
             currents = apart.normalise(x_seq, unmoved)
-        forward = partial(self.node._advance, x_seq, _OnePass(norm, False, False))
+        forward = partial(self.node._advance, x_seq, _OnePass(norm, False, False, kernels))
         spike_seq: Tensor = self.node.gradient.multi_step(currents, forward)
         if self.pool is None:
             return spike_seq
@@ -195,23 +203,33 @@ class _OnePass:
     norm: BatchNorm | None
     average_pool: bool
     store_current: bool
+    kernels: str
     current: Tensor | None = None
 
     def __call__(
-        self, x_seq: Tensor, gain: Tensor, v_init: Tensor | None, **constants: Any
+        self,
+        x_seq: Tensor,
+        gain: Tensor,
+        v_init: Tensor | None,
+        *,
+        store_v_seq: bool,
+        backend: str,
+        **constants: Any,
     ) -> Outputs:
-        outputs: Any = batch_norm_dlif_multi_step(
+        check_call(x_seq, self.norm, gain, v_init)
+        outputs = in_one_pass(
             x_seq,
             self.norm,
             gain,
             v_init,
+            config=DLIFConfig(**constants),
             average_pool=self.average_pool,
+            store_v_seq=store_v_seq,
             store_current=self.store_current,
-            **constants,
+            kernels=self.kernels,
         )
-        if self.store_current:
-            *outputs, self.current = outputs
-        return Outputs(*outputs)
+        self.current = outputs.current
+        return Outputs(outputs.spike_seq, outputs.v, outputs.v_seq)
 
 
 NORM_DIMENSIONS: dict[type, int] = {

@@ -1,5 +1,5 @@
-"""What a part of this package may ask of the spiking layers of a network while it runs, and what
-tells it.
+"""Watchers of the spiking layers of a network: what they may ask for, and how they are told of each
+call.
 """
 
 import sys
@@ -21,7 +21,7 @@ __all__ = ["NeuronHook", "SpikingCall", "Wants", "Watched", "Watcher", "register
 
 
 class Wants(IntEnum):
-    """What is needed of a call of a neuron, each with what stands before it."""
+    """What a watcher needs of a call of a neuron; SPIKES includes the input."""
 
     NOTHING = 0
     INPUT = 1
@@ -35,8 +35,8 @@ class SpikingCall:
     Attributes:
         name: Name of the neuron in the network.
         node: The neuron, in the state after the call.
-        input: Its input currents, [T, N, *] in step mode ``"m"``, [N, *] in ``"s"``; None where
-            nobody wanted them and they do not exist.
+        input: Its input currents, [T, N, *] in step mode ``"m"``, [N, *] in ``"s"``; None if they
+            were not wanted and therefore not computed.
         spikes: Its spikes in the same shape; None likewise.
         v_before: Its potential before the call: a tensor [N, *], or the number after a reset.
         time_step: Number of steps between its reset and the call; 0 for neurons that do not count.
@@ -51,13 +51,15 @@ class SpikingCall:
 
 
 class Watcher(Protocol):
-    """Who is told of the calls of neurons."""
+    """An object that is told of the calls of neurons."""
 
     def wants(self, name: str) -> Wants:
         """What is needed of the next call of the neuron ``name``."""
 
     def called(self, call: SpikingCall) -> None:
-        """Take note of a call; a compiled graph leaves out those of which nothing is wanted."""
+        """Take note of a call; in a compiled graph calls of which nothing is wanted are left
+        out.
+        """
 
 
 @contextmanager
@@ -111,10 +113,10 @@ def register_watcher(
 
 
 class Watched:
-    """One neuron and its watcher; in a copy of the network there is none."""
+    """One neuron and its watcher, which is None in a copy of the network."""
 
     def __init__(self, name: str, watcher: Watcher | None) -> None:
-        """Nothing is noted yet."""
+        """Keep the name and the watcher."""
         self.name = name
         self.watcher = watcher
         self.v_before: Any = None
@@ -128,7 +130,7 @@ class Watched:
         return Wants.NOTHING if self.watcher is None else self.watcher.wants(self.name)
 
     def enter(self, node: Any, *, copies: bool) -> None:
-        """Note the state before a call; a neuron that may change it in place is copied."""
+        """Note the state before a call; it is cloned if the call may change it in place."""
         v = memories(node).get("v")
         self.v_before = v.clone() if copies and isinstance(v, Tensor) else v
         self.time_step = node.time_step if isinstance(node, DLIFNode) else 0
@@ -148,10 +150,10 @@ class Watched:
 
 
 class NeuronHook:
-    """A hook of this package on a neuron, which a stage knows by this type."""
+    """A hook of this package on a neuron; a stage recognises it by this type."""
 
     def __init__(self, watched: Watched) -> None:
-        """Keep whom to tell."""
+        """Keep the watched neuron."""
         self.watched = watched
 
 
@@ -177,13 +179,13 @@ def watched_of(node: nn.Module) -> list[Watched]:
 
 
 def keep_out_of_graphs() -> None:
-    """Watchers beside compiled code run as they are."""
-    if "torch._dynamo" in sys.modules:  # whoever compiles has loaded it
+    """Keep the compiler away from watchers, if it is in use."""
+    if "torch._dynamo" in sys.modules:
         _disable()
 
 
 @cache
 def _disable() -> None:
-    """Saying so loads the compiler, which takes as long as torch itself."""
+    """Tell the compiler, once; this imports it, which takes as long as importing torch."""
     disabled = torch.compiler.disable(Watched.leave)  # type: ignore[no-untyped-call]  # torch's
     Watched.leave = disabled  # type: ignore[method-assign]

@@ -2,23 +2,9 @@
 SpikingJelly.
 """
 
-from sj_robust.ops import bn_dlif as bn_dlif  # whose operators torch knows from here on
-from sj_robust.ops.dlif.dispatch import (
-    BACKENDS,
-    available_backends,
-    check_backend,
-    choose_backend,
-    dlif_multi_step,
-)
+import sj_robust.ops.bn_dlif.operator  # noqa: F401  # torch knows it from here on
+from sj_robust.ops.dlif.dispatch import available_backends, dlif_multi_step
 from sj_robust.ops.heap import keep_heap
 from sj_robust.ops.surrogate import Surrogate
 
-__all__ = [
-    "BACKENDS",
-    "Surrogate",
-    "available_backends",
-    "check_backend",
-    "choose_backend",
-    "dlif_multi_step",
-    "keep_heap",
-]
+__all__ = ["Surrogate", "available_backends", "dlif_multi_step", "keep_heap"]

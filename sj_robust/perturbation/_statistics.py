@@ -296,9 +296,17 @@ _MAXIMA = ("eps", "plain", "full")
 
 
 class LayerTotals:
-    """Sums of one layer over pairs of runs. The first pair is fed step by step from the state
-    before both, until it is closed; then there are means, and :meth:`add` takes in other pairs that
-    are closed. Nothing here has a graph, or the size of a batch once the pair is closed.
+    """Sums of one layer over pairs of runs, of which means are made.
+
+    The first pair is given step by step (:meth:`step`), and then closed (:meth:`close`); after that
+    there are means, and other closed pairs can be added (:meth:`add`). No tensor here has a graph,
+    and none has the size of a batch once the pair is closed.
+
+    Args:
+        neuron: The neuron.
+        v_init: Its potential before both runs.
+        time_step: Number of steps between its reset and the runs.
+        kept: What is kept.
     """
 
     @torch.no_grad()
@@ -307,7 +315,7 @@ class LayerTotals:
         self.full_valid = True
         self._samples = 0
         self._elements = 0
-        # Of every step until the pair is closed, in the order of _SUMS and _MAXIMA.
+        # An entry per step until the pair is closed, in the order of _SUMS and of _MAXIMA.
         self._step_sums: list[Tensor] = []
         self._step_maxima: list[Tensor] = []
         self._charging = neuron.charging()
@@ -315,9 +323,9 @@ class LayerTotals:
         self._input_gain = kept.input_gain
         self._v_init = v_init
         self._state: dict[str, Tensor] = {}
-        self._first_spike: list[Tensor] = []  # of both runs
+        self._first_spike: list[Tensor] = []  # step of each neuron's first, per run
         self._keep_trace = kept.trace
-        self._trace: list[dict[str, Tensor]] = []  # by the fields of LayerTrace
+        self._trace: list[dict[str, Tensor]] = []  # fields of LayerTrace, per step
 
     @torch.no_grad()
     def step(self, x: Tensor, spike: Tensor, x_perturbed: Tensor, spike_perturbed: Tensor) -> None:
@@ -382,16 +390,18 @@ class LayerTotals:
 
     @torch.no_grad()
     def check_potential(self, v_perturbed: Any) -> None:
-        """Compare the recomputed potential of the perturbed run with the neuron's own, where
-        dynamics were stated.
+        """Set ``full_valid`` to False if the recomputed potential of the perturbed run is not the
+        neuron's own: its decay and gain were given by the user, and are wrong.
         """
         if self.neuron.known or not isinstance(v_perturbed, Tensor) or not self._state:
             return
         mine = self._state["v_perturbed"]
+        if v_perturbed.shape != mine.shape:
+            self.full_valid = False
+            return
         scale = 1e-5 if mine.dtype == v_perturbed.dtype else 1e-2
-        self.full_valid &= v_perturbed.shape == mine.shape and torch.allclose(
-            mine, v_perturbed.to(mine), scale, scale
-        )
+        if not torch.allclose(mine, v_perturbed.to(mine), rtol=scale, atol=scale):
+            self.full_valid = False
 
     @torch.no_grad()
     def close(self) -> LayerTrace | None:
@@ -408,7 +418,10 @@ class LayerTotals:
         self._trace = []
         if not steps:
             return None
-        whole = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+        whole = {}
+        for name in steps[0]:
+            of_steps = [step[name] for step in steps]
+            whole[name] = torch.stack(of_steps)
         return LayerTrace(name=self.neuron.name, **whole)
 
     def mean(self, norm: str, *, input_gain: bool) -> Tensor:
@@ -424,10 +437,10 @@ class LayerTotals:
         self._elements += other._elements
         self._sums = self._sums + other._sums.to(self._sums.device)
         self._maxima = torch.maximum(self._maxima, other._maxima.to(self._maxima.device))
-        self._first_spike = [
-            torch.minimum(mine, theirs.to(mine.device))
-            for mine, theirs in zip(self._first_spike, other._first_spike, strict=True)
-        ]
+        first = []
+        for mine, theirs in zip(self._first_spike, other._first_spike, strict=True):
+            first.append(torch.minimum(mine, theirs.to(mine.device)))
+        self._first_spike = first
         self.full_valid &= other.full_valid
 
     def check_fits(self, other: "LayerTotals") -> None:
@@ -470,6 +483,7 @@ class LayerTotals:
         return f"T={len(self._sums)} and features {tuple(self._first_spike[0].shape)}"
 
     def _start(self, x: Tensor) -> dict[str, Tensor]:
+        """The state before the first step, whose currents are ``x``."""
         self._dtype = x.dtype
         self._samples = x.shape[0]
         self._elements = x.numel()
@@ -482,6 +496,7 @@ class LayerTotals:
         return {"eps": zero, "plain": zero, "v": v, "v_perturbed": v, "excess": zero}
 
     def _potential(self, v: Tensor, x: Tensor, spike: Tensor, gain: float | Tensor) -> Tensor:
+        """Potential after a step, with the spikes that the neuron fired."""
         module = self.neuron.module
         h = charge(v, x, decay=self._charging.decay, gain=gain, v_reset=module.v_reset)
         return reset(h, spike, v_threshold=module.v_threshold, v_reset=module.v_reset)
@@ -501,6 +516,7 @@ def _few(items: list[Any], between: Any = "...") -> list[Any]:
 
 
 def _whole(name: str, per_step: Tensor | None) -> float | None:
+    """One number for all steps, as :meth:`LayerStats.summary` says."""
     if per_step is None:
         return None
     if name.endswith("max_abs"):
@@ -511,7 +527,7 @@ def _whole(name: str, per_step: Tensor | None) -> float | None:
 
 
 def _total(values: Tensor) -> Tensor:
-    # MPS has no float64.
+    """Sum of all values, in float64 where the device has it."""
     dtype = torch.float32 if values.device.type == "mps" else torch.float64
     return values.sum(dtype=dtype)
 
@@ -527,5 +543,8 @@ def _earliest(first: Tensor, spike: Tensor, t: int) -> Tensor:
 
 
 def _silent(first: Tensor, steps: int) -> Tensor:
+    """Share of the neurons that had not fired up to each step, [T], from the steps of their first
+    spikes.
+    """
     shares = [(first > t).double().mean() for t in range(steps)]
     return torch.stack(shares).cpu()

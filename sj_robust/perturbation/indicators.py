@@ -1,14 +1,14 @@
-"""Indicators of a perturbation between two runs, for single neurons and whole layers."""
+"""Indicators of a perturbation between two runs, per neuron and over the neurons of a layer."""
 
 from torch import Tensor
 
 from sj_robust.perturbation import dynamics
 from sj_robust.perturbation._statistics import LayerTrace
 
-__all__ = ["INDICATORS", "neuron_indicators", "over_neurons", "sample_indicators"]
+__all__ = ["INDICATORS", "neuron_indicators", "over_neurons"]
 
 INDICATORS = ("mppd_l1", "mppd_l2", "mppd_max", "full", "std", "tasad")
-"""Names that the functions below return."""
+"""Their names."""
 
 
 def neuron_indicators(trace: LayerTrace) -> dict[str, Tensor]:
@@ -20,8 +20,8 @@ def neuron_indicators(trace: LayerTrace) -> dict[str, Tensor]:
         std = mean |s - s~|     tasad = |mean s - mean s~|
 
     Args:
-        trace: One pair of runs of the layer, from :func:`trace` or ``MPPDMonitor(net,
-            keep="trace")``.
+        trace: One pair of runs of the layer, from :func:`spike_traces` or
+            ``MPPDMonitor(net, keep="trace")``.
 
     Returns:
         Tensors [N, features] by the names in :data:`INDICATORS`.
@@ -51,31 +51,6 @@ def neuron_indicators(trace: LayerTrace) -> dict[str, Tensor]:
         "std": dynamics.spike_train_distance(spikes, spikes_perturbed),
         "tasad": dynamics.tasad(spikes, spikes_perturbed),
     }
-
-
-def sample_indicators(trace: LayerTrace) -> dict[str, Tensor]:
-    """Every indicator of a layer's perturbation for every sample. 逐样本的扰动指标。
-
-    Equation: the mean of :func:`neuron_indicators` over the neurons, for ``mppd_max`` the maximum.
-
-    Args:
-        trace: One pair of runs of the layer, from :func:`trace` or ``MPPDMonitor(net,
-            keep="trace")``.
-
-    Returns:
-        Tensors [N] by the names in :data:`INDICATORS`.
-
-    Examples:
-        >>> import torch
-        >>> from spikingjelly.activation_based import neuron
-        >>> from sj_robust.perturbation import spike_traces
-        >>> net = torch.nn.Sequential(neuron.IFNode(step_mode="m"))
-        >>> layer = spike_traces(net, torch.full((2, 1, 3), 0.5), torch.full((2, 1, 3), 0.75))["0"]
-        >>> sample_indicators(layer)["mppd_l1"]
-        tensor([0.3750])
-    """
-    per_neuron = neuron_indicators(trace)
-    return {name: over_neurons(name, value) for name, value in per_neuron.items()}
 
 
 def over_neurons(name: str, value: Tensor) -> Tensor:

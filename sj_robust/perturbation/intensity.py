@@ -275,12 +275,16 @@ def _summarise(
     means: dict[str, dict[str, list[float]]] = defaultdict(dict)
     associations: dict[str, dict[str, dict[str, Association]]] = defaultdict(dict)
     names = list(parts[0].indicators)
-    by_name = [torch.stack([part.indicators[key] for part in parts]) for key in names]
+    by_name = []
+    for key in names:
+        by_size = [part.indicators[key] for part in parts]
+        by_name.append(torch.stack(by_size))
     values = torch.stack(by_name)  # [names, sizes, N]
     wrong = torch.stack([part.wrong for part in parts])
     whole = _measures(values, wrong, sizes)
     drawn = _drawn_again(values.shape[2], study.resamples, seed)
-    again = torch.stack([_measures(values[..., index], wrong[:, index], sizes) for index in drawn])
+    resampled = [_measures(values[..., index], wrong[:, index], sizes) for index in drawn]
+    again = torch.stack(resampled)
     low, high = again.nanquantile(_ends(again.dtype), dim=0)
     for row, (layer, name) in enumerate(names):
         means[layer][name] = values[row].mean(1).tolist()

@@ -57,9 +57,8 @@ def compare_potentials(
 
     Returns:
         :class:`LayerStats` by the layer's name in ``net`` (in the network of a classifier), in
-        order of execution. A
-        layer that never fires on the clean images is warned of: what it passes on, no perturbation
-            moves.
+        order of execution. A layer that never fires on the clean images is warned of: what it
+        passes on, no perturbation moves.
 
     Raises:
         ValueError: As :meth:`MPPDMonitor.compare`.
@@ -84,9 +83,9 @@ def compare_potentials(
     watched, forward = as_watched(net, x, T, mean, std)
     with MPPDMonitor(watched) as monitor:
         stats = monitor.compare(x, x_perturbed, forward=forward)
-    if silent := stats.silent:
+    if stats.silent:
         warnings.warn(
-            f"{', '.join(silent)} never fired: nothing goes through, so that the network is "
+            f"{', '.join(stats.silent)} never fired: nothing goes through, so that the network is "
             "blind there and no perturbation moves it; check the weights, mean and std, or train "
             "it",
             stacklevel=2,
@@ -203,13 +202,13 @@ class MPPDMonitor(BaseMonitor):
         self._recording = Recording(neurons, self.unsupported, layers, kept)
         self.hooks.extend(register_watcher(net, self._recording, (*neurons, *sorted(spiking))))
         if self.unsupported:
-            reasons = "; ".join(
-                f"{name!r}: {reason}" for name, reason in list(self.unsupported.items())[:5]
-            )
-            more = "" if len(self.unsupported) <= 5 else "; and more in monitor.unsupported"
             count = len(self.unsupported)
+            reasons = [f"{name!r}: {reason}" for name, reason in self.unsupported.items()]
+            if count > 5:
+                reasons = [*reasons[:5], "and more in monitor.unsupported"]
             warnings.warn(
-                f"MPPDMonitor does not follow {count} neuron(s): {reasons}{more}", stacklevel=2
+                f"MPPDMonitor does not follow {count} neuron(s): {'; '.join(reasons)}",
+                stacklevel=2,
             )
 
     @property
@@ -249,7 +248,7 @@ class MPPDMonitor(BaseMonitor):
                 f"x and x_perturbed must have the same shape, got {tuple(x.shape)} and "
                 f"{tuple(x_perturbed.shape)}; perturb the batch that the clean run gets"
             )
-        bad = sum(int((~torch.isfinite(values)).sum()) for values in (x, x_perturbed))
+        bad = int((~torch.isfinite(x)).sum()) + int((~torch.isfinite(x_perturbed)).sum())
         if bad:
             raise ValueError(
                 f"x and x_perturbed must be finite, got {bad} NaN or infinite values; leave "
@@ -366,6 +365,8 @@ class MPPDMonitor(BaseMonitor):
     def __getitem__(self, i: int | str) -> Any:
         """Records of a layer by name, or one record by index, as every SpikingJelly monitor has
         them.
+
+        Unless traces are kept, the records are the statistics so far, made anew here.
         """
         if isinstance(i, str) and i not in self.name_records_index:
             raise KeyError(
@@ -398,7 +399,7 @@ class MPPDMonitor(BaseMonitor):
         self._recording.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy watches nothing: hooks are of the network that was hooked."""
+        """A copy has no hooks, since they belong to the network; it watches nothing."""
         return self.__dict__ | {"hooks": []}
 
     def __del__(self) -> None:
@@ -414,8 +415,8 @@ class MPPDMonitor(BaseMonitor):
         self.close()
 
     def _check_steps(self, x: Tensor) -> None:
-        """A network in step mode ``"s"`` that was called once has seen one time step, not a
-        sequence.
+        """Raise ValueError if a network in step mode ``"s"`` was called once on ``x``: that is one
+        time step, not a sequence.
         """
         if isinstance(self._net, SpikingClassifier):
             return  # a classifier calls the network once per step by itself
@@ -429,6 +430,7 @@ class MPPDMonitor(BaseMonitor):
 
     @contextmanager
     def _running(self, kind: RunKind) -> Iterator[None]:
+        """Context of a run; a pair that it completes is added to the statistics."""
         if not self.hooks:
             raise RuntimeError(
                 f"{kind}(): the monitor has no hooks, it was closed, is a copy or no neuron can "
@@ -438,15 +440,7 @@ class MPPDMonitor(BaseMonitor):
             self._recording.forget()
             yield
             return
-        found = _neurons_of(self._net)
-        if found != self._found:
-            names = sorted(
-                name for name in found | self._found if found.get(name) is not self._found.get(name)
-            )
-            raise RuntimeError(
-                f"{kind}(): neurons were exchanged, added or removed since the monitor was "
-                f"attached ({', '.join(names)}); build a new one with MPPDMonitor(net)"
-            )
+        self._check_neurons(kind)
         with self._recording.running(kind):
             yield
         if self._recording.complete:
@@ -456,10 +450,21 @@ class MPPDMonitor(BaseMonitor):
                 self._recording.forget()
                 raise
 
+    def _check_neurons(self, kind: RunKind) -> None:
+        """Raise RuntimeError if the network has other neurons than when the monitor was built."""
+        now = _neurons_of(self._net)
+        before = self._found
+        names = [name for name in now | before if now.get(name) is not before.get(name)]
+        if names:
+            raise RuntimeError(
+                f"{kind}(): neurons were exchanged, added or removed since the monitor was "
+                f"attached ({', '.join(sorted(names))}); build a new one with MPPDMonitor(net)"
+            )
+
     def _take_pair(self, pairs: Mapping[str, LayerPair]) -> None:
         """Add a complete pair to the statistics: all of its layers, or none if one does not fit."""
         totals = _totals_of(pairs)
-        unlike = [name for name, pair_totals in totals.items() if not pair_totals.full_valid]
+        wrong_potential = [name for name, one in totals.items() if not one.full_valid]
         for name in totals.keys() & self._totals.keys():
             self._totals[name].check_fits(totals[name])
         for name, pair_totals in totals.items():
@@ -471,11 +476,11 @@ class MPPDMonitor(BaseMonitor):
             if pair.trace is not None:
                 self._record_of(name, pair.trace)
                 pair.trace = None
-        if unlike and not self._warned_of_potential:
+        if wrong_potential and not self._warned_of_potential:
             self._warned_of_potential = True
             warnings.warn(
-                f"the potential of {', '.join(unlike)} does not follow h = decay * v + gain * x "
-                "with the decay given, so the full perturbation is left out there",
+                f"the potential of {', '.join(wrong_potential)} does not follow h = decay * v + "
+                "gain * x with the decay given, so the full perturbation is left out there",
                 stacklevel=4,
             )
 

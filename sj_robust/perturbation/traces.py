@@ -157,7 +157,7 @@ def spike_traces(
     All of them is kept, 7 tensors of the size of a layer's output, so give it a few images.
 
     Args:
-        net: As in :func:`compare`, and so are the others.
+        net: As in :func:`compare_potentials`, and so are the others.
         x: Clean images.
         x_perturbed: Perturbed ones.
         T: Number of time steps, for a bare network; None if it brings its own.
@@ -165,7 +165,7 @@ def spike_traces(
         std: Standard deviation per channel that it expects to be divided by.
 
     Raises:
-        ValueError: As :func:`compare`.
+        ValueError: As :func:`compare_potentials`.
 
     Source: what is drawn of two runs of one neuron in Figure 1 of Ding et al. (ICML 2024), for a
         whole network.

@@ -3,17 +3,8 @@ vote.
 """
 
 from sj_robust.proofs.no_flip import no_flip_radius
-from sj_robust.proofs.smoothing import SmoothedClassifier, Smoothing, smooth
+from sj_robust.proofs.smoothing import SmoothedClassifier, smooth
 from sj_robust.proofs.soundness import UnsoundBoundsError
-from sj_robust.proofs.verification import BoundedLayer, Verification, verify
+from sj_robust.proofs.verification import verify
 
-__all__ = [
-    "BoundedLayer",
-    "SmoothedClassifier",
-    "Smoothing",
-    "UnsoundBoundsError",
-    "Verification",
-    "no_flip_radius",
-    "smooth",
-    "verify",
-]
+__all__ = ["SmoothedClassifier", "UnsoundBoundsError", "no_flip_radius", "smooth", "verify"]

@@ -16,7 +16,7 @@ from sj_robust.proofs.rounding import SLACK, NoBoundsError
 from sj_robust.proofs.rules import Bounds, Origin, Pooling, leaves_of
 from sj_robust.proofs.spiking import Float32Spiking, Interval, LayerBounds, RealSpiking, Spiking
 
-__all__ = ["BoundedRun", "Leaf", "by_row", "laid_out"]
+__all__ = ["BoundedRun", "Leaf", "by_row", "laid_out", "pulled_back"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,24 @@ def laid_out(part: Tensor, batch_dim: int) -> Tensor:
     """The inverse of :func:`by_row`."""
     part = part.movedim(0, abs(batch_dim))
     return part.flatten(0, 1) if batch_dim == -1 else part
+
+
+def pulled_back(
+    weights: Tensor, outputs: Tensor, inputs: list[Tensor], *, create_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """Weights on outputs as weights on inputs, None where no graph leads; the graph stays.
+
+    Given weights, torch would import sympy to compare two shapes, which takes half a second.
+    """
+    with torch.enable_grad():  # whoever looks whether there are bounds asks without a graph
+        total = (outputs * weights).sum()
+    return torch.autograd.grad(
+        total,
+        inputs,
+        retain_graph=True,
+        create_graph=create_graph,
+        allow_unused=True,
+    )
 
 
 @dataclass
@@ -90,6 +108,9 @@ class BoundedRun:
 
     dtype = torch.float32
     """Of the network; what float32 rounds covers float64 as well."""
+
+    narrow = False
+    """See :class:`sj_robust.proofs.rules.Run`."""
 
     def __init__(
         self,
@@ -178,14 +199,7 @@ class BoundedRun:
             number = min(self.samples, classes - start)
             asked = torch.zeros_like(logits)
             asked.diagonal(start)[:number] = 1.0
-            grads = torch.autograd.grad(
-                logits,
-                centres,
-                asked,
-                retain_graph=True,
-                create_graph=self.differentiable,
-                allow_unused=True,
-            )
+            grads = pulled_back(asked, logits, centres, create_graph=self.differentiable)
             for rows, leaf, grad in zip(found, leaves, grads, strict=True):
                 if grad is not None:
                     rows.append(leaf.by_sample(grad, self.samples)[:number])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import cycle
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,12 +15,17 @@ from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.convention import untouched
 from sj_robust.core.preserved import evaluation_mode, full_precision, other_forward
 from sj_robust.proofs.bounds import BoundedRun
+from sj_robust.proofs.differentiable_joint import DifferentiableJointRun
 from sj_robust.proofs.flips import Flips
+from sj_robust.proofs.joint import OverTime
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.soundness import check_kept, check_maps, check_neurons
 from sj_robust.proofs.verification import bounded_logits, bounded_neurons
 
-__all__ = ["BatchStatistics", "DifferentiableBounds", "batch_statistics"]
+__all__ = ["BatchStatistics", "DifferentiableBounds", "TrainedMethod", "batch_statistics"]
+
+TrainedMethod = Literal["ibp", "joint"]
+"""Methods of ``verify`` whose bounds can be trained."""
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 BatchStatistics = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
@@ -42,16 +47,18 @@ class DifferentiableBounds:
     """Upper bounds of what every class's logit is above the right one's, with a gradient to the
     weights. 可微的上界。
 
-    They are those of :func:`sj_robust.proofs.verify` in real arithmetic, computed in the
-    precision of the images. The network is the one of evaluation mode, without dropout, but for a
-    batch norm that takes the statistics of the batch: it has those of the clean pass that ran last
-    inside :meth:`watching`, as functions of the weights.
+    They are those of :func:`sj_robust.proofs.verify` with the same method in real arithmetic,
+    computed in the precision of the images. The network is the one of evaluation mode, without
+    dropout, but for a batch norm that takes the statistics of the batch: it has those of the clean
+    pass that ran last inside :meth:`watching`, as functions of the weights.
 
     Args:
         classifier: The network.
         statistics: What a batch norm takes of its input.
         surrogate_width: Width of the derivatives of bounds in units of the neurons' own, > 0: with
             w in the place of a surrogate g(z) stands g(z / w) / w.
+        method: ``"ibp"`` or ``"joint"``. How the network treats time is found out at the first
+            images.
 
     Raises:
         NotImplementedError: If something in the network has no bounds, or, at the first images, if
@@ -80,9 +87,12 @@ class DifferentiableBounds:
         statistics: BatchStatistics = batch_statistics,
         *,
         surrogate_width: float = 1.0,
+        method: TrainedMethod = "ibp",
     ) -> None:
         """Find the neurons; see the class."""
         self._surrogate_width = surrogate_width
+        self._method = method
+        self._over_time: OverTime | None = None
         self.classifier = classifier
         self._neurons = bounded_neurons(classifier)
         self._statistics = statistics
@@ -104,12 +114,6 @@ class DifferentiableBounds:
         changed events; those of the labels are 0.
         """
         self.classifier.find_convention(x)  # before anything is replaced
-        run = BoundedRun(
-            self._neurons,
-            len(x),
-            differentiable=True,
-            surrogate_width=self._surrogate_width,
-        )
         with ExitStack() as stack:
             for name, seen in self._seen.items():
                 module: Any = self.classifier.net.get_submodule(name)
@@ -123,8 +127,19 @@ class DifferentiableBounds:
                     maps.check_samples()
                     check_maps(maps)
                     check_neurons(self._neurons, self.classifier.T, x)
+                    if self._method == "joint":
+                        self._over_time = OverTime(maps, self.classifier.T)
                 self._checked = True
+            run = self._run(len(x))
             return run.lead(bounded_logits(self.classifier, run, x, eps), y)
+
+    def _run(self, samples: int) -> BoundedRun:
+        width = self._surrogate_width
+        if self._over_time is None:
+            return BoundedRun(self._neurons, samples, differentiable=True, surrogate_width=width)
+        return DifferentiableJointRun(
+            self._neurons, samples, over_time=self._over_time, surrogate_width=width
+        )
 
     def _watch(self, name: str) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Tensor, ...]) -> None:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from sj_robust.proofs.spiking import Float32Spiking, Interval, Spiking
 from sj_robust.proofs.trains import Trains, possible_trains
 from sj_robust.proofs.windows import (
     KEPT,
+    KeptSpiking,
+    KeptStep,
     Memory,
     SpikeTrains,
     Steps,
@@ -93,19 +95,26 @@ class _TimedTrace(Trace):
         self.factors = factors
         self.calls: list[_Call] = []
         self.pooled: set[int] = set()
-        self._steps = dict.fromkeys(neurons, 0)
+        self.steps = dict.fromkeys(neurons, 0)
         self._values: dict[str, Tensor] = {}
         self._generator = torch.Generator().manual_seed(0)
 
     def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Pooling) -> None:
         name = by.name if isinstance(by, Neuron) else None
-        first = 0 if name is None else self._steps[name]
-        current = by_step(x.centre.detach(), 1, batch_dim)
-        self.calls.append(_Call(name, first, batch_dim, current, leaves_of(x.origin)))
+        first = 0 if name is None else self.steps[name]
+        centre = x.centre.detach()
+        call = _Call(
+            by=name,
+            first=first,
+            batch_dim=batch_dim,
+            current=by_step(centre, 1, batch_dim),
+            leaves=leaves_of(x.origin),
+        )
+        self.calls.append(call)
         if name is None:
             self.pooled.add(len(self.leaves))
         else:
-            self._steps[name] += len(current)
+            self.steps[name] += len(call.current)
 
     def leaf(self, values: Interval, batch_dim: int) -> Bounds:
         like = values.low
@@ -122,7 +131,11 @@ class _TimedTrace(Trace):
         return BoundedRun.leaf(self, Interval(value, value), batch_dim)
 
     def _drawn(self, like: Tensor) -> Tensor:
-        drawn = torch.randn(like.shape, generator=self._generator, dtype=torch.float64)
+        drawn = torch.randn(
+            like.shape,
+            generator=self._generator,
+            dtype=torch.float64,
+        )
         return drawn.to(like.device)
 
 
@@ -141,8 +154,9 @@ class OverTime:
 
     Attributes:
         kinds: ``"constant"``, ``"steps"`` or None by layer.
-        shifts: b of a layer whose kind is ``"steps"``, [1, *].
+        steps: Time steps of each layer, over all its calls.
         counts: Whether the logits are of counts.
+        counted: Layers of which nothing but the counts is asked.
         stepwise: Layers, and the output, that get bounds of single steps, with the reason.
         images: Number of images that a run holds in memory.
 
@@ -154,15 +168,20 @@ class OverTime:
     def __init__(self, maps: Maps, T: int) -> None:
         """Run the network; see the class."""
         generator = torch.Generator().manual_seed(1)
-        factors = torch.rand(max(_FACTORS, T), generator=generator, dtype=torch.float64)
-        factors = (0.5 + factors).to(maps.frame.device)
+        drawn = torch.rand(
+            max(_FACTORS, T),
+            generator=generator,
+            dtype=torch.float64,
+        )
+        factors = drawn.to(maps.frame.device) + 0.5
+        mean = factors[:T].mean()
         trace, logits = _traced(maps, factors)
-        _, mean_logits = _traced(maps, factors[:T].mean().expand(factors.shape))
+        _, mean_logits = _traced(maps, mean.expand_as(factors))
         self.neurons = maps.neurons
         self.T = T
         self.counts = _alike(logits, mean_logits)
+        self.steps = trace.steps
         self.kinds: dict[str, _Kind | None] = {}
-        self.shifts: dict[str, Tensor] = {}
         reasons: dict[str, str] = {}
         for name in maps.neurons:
             calls: list[_Call] = []
@@ -171,12 +190,12 @@ class OverTime:
             for number, call in enumerate(trace.calls):
                 if call.by == name:
                     calls.append(call)
-                    shifts.append(by_step(maps.shift(number, 1), 1, call.batch_dim))
+                    shift = maps.shift(number, 1)
+                    shifts.append(by_step(shift, 1, call.batch_dim))
                     before |= call.leaves
             if not calls:
                 continue
             self.kinds[name] = _kind(calls, shifts, factors)
-            self.shifts[name] = shifts[0][0]
             if before & trace.pooled:
                 reasons[name] = "behind a max pooling or ReLU"
             elif self.kinds[name] is None and before != {0}:
@@ -184,8 +203,16 @@ class OverTime:
         if not self.counts:
             reasons["the output"] = "it is no map of counts"
         self.stepwise = tuple(f"{name}: {reason}" for name, reason in reasons.items())
+        asked: set[int] = set()
+        for call in trace.calls:
+            asked |= call.leaves
+        self.counted = set(maps.neurons) if self.counts else set()
+        for number, call in enumerate(trace.calls, 1):
+            if number in asked:
+                self.counted.discard(str(call.by))
         size = sum(leaf.centre.numel() for leaf in trace.leaves)
-        self.images = max(1, 2 * _ELEMENTS // (size * (min(T, KEPT) + 1)))
+        windows = min(T, KEPT) + 1
+        self.images = max(1, 2 * _ELEMENTS // (size * windows))
         self._trains: dict[tuple[str, int, float, float], Trains | None] = {}
 
     def trains(self, spiking: Spiking, T: int, *, current: Interval, error: float) -> Trains | None:
@@ -213,12 +240,16 @@ class JointRun(BoundedRun):
         over_time: How the network treats time.
     """
 
-    windowed: ClassVar[type[WindowedSpiking]] = WindowedSpiking
-    """A call of a spiking layer."""
-
-    def __init__(self, neurons: dict[str, Neuron], samples: int, *, over_time: OverTime) -> None:
-        """Nothing has run yet."""
-        super().__init__(neurons, samples)
+    def __init__(
+        self,
+        neurons: dict[str, Neuron],
+        samples: int,
+        *,
+        over_time: OverTime,
+        **given: Any,
+    ) -> None:
+        """Nothing has run yet; ``given`` is what a :class:`BoundedRun` may be told."""
+        super().__init__(neurons, samples, **given)
         self.over_time = over_time
         self.stages: list[Stage] = []
         """What a relaxation starts from."""
@@ -234,10 +265,11 @@ class JointRun(BoundedRun):
         if self._by is None:
             self.sources.append(None)
         elif isinstance(self._by, Neuron):
-            self.sources.append(self.memories[self._by.name].trains)
+            memory = self.memories[self._by.name]
+            self.sources.append(memory.trains)
         else:
-            steps = values.each(lambda end: by_step(end, self.samples, batch_dim))
-            self.sources.append(Steps(steps))
+            in_time = partial(by_step, samples=self.samples, batch_dim=batch_dim)
+            self.sources.append(Steps(values.each(in_time)))
         return super().leaf(values, batch_dim)
 
     @torch.no_grad()
@@ -248,36 +280,76 @@ class JointRun(BoundedRun):
         layer = self.layers[name]
         stage = self.stages[-1]
         first = layer.steps
-        current, error = self._current(stage)
-        for low, high in zip(current.low, current.high, strict=True):
-            memory.currents.append(Interval(low, high))
+        current = self._current(stage)
+        error = by_step(stage.current.error, self.samples, stage.batch_dim)
+        memory.currents += current.steps()
         self.changes[name] += self._changes(stage, len(error))
-        memory.error = max(memory.error, float(error.max()))
-        dynamics = Float32Spiking(neuron, layer)
+        largest = float(error.max())
+        memory.error = max(memory.error, largest)
         known = None
         if self.over_time.kinds[name] == "constant":
-            known = self._chain(dynamics, memory)
-        spiking = self.windowed(
-            neuron,
-            layer,
+            known = self._chain(Float32Spiking(neuron, layer), memory)
+        alone = KeptSpiking(neuron, layer, known=known)
+        alone.run(x_seq)
+        if first == 0:
+            memory.trains.open = self._open(name, alone.steps)
+        steps = alone.steps
+        if memory.trains.open.numel():
+            steps = self._with_windows(alone, x_seq, error)
+        for t, step in enumerate(steps, first):
+            memory.steps.append(step)
+            memory.trains.spikes.append(step.spikes)
+            undecided = step.spikes.width().sum()
+            width = step.h.width().square().sum()
+            layer.undecided[t] = float(undecided)
+            layer.width[t] = float(width)
+            relaxed = Step(
+                gain=alone.gain_at(t),
+                lower=step.h.low,
+                upper=step.h.high,
+                error=error[t - first],
+            )
+            stage.steps.append(relaxed)
+        layer.v = steps[-1].v
+        return stacked([step.spikes for step in steps])
+
+    def _open(self, name: str, steps: list[KeptStep]) -> Tensor:
+        """Numbers of the neurons that get windows: those with an undecided spike, or all of them
+        if more calls follow.
+        """
+        spikes = stacked([step.spikes for step in steps])
+        undecided = spikes.width().any(0).flatten()
+        if len(steps) < self.over_time.steps[name]:
+            undecided = torch.ones_like(undecided)
+        return undecided.nonzero().squeeze(1)
+
+    def _with_windows(self, alone: KeptSpiking, x_seq: Interval, error: Tensor) -> list[KeptStep]:
+        """The steps of a call in which the open neurons have the bounds of windows."""
+        memory = self.memories[alone.neuron.name]
+        some = memory.trains.open
+        known = alone.known
+
+        def open_ones(part: Tensor) -> Tensor:
+            return part.flatten(1)[:, some]
+
+        spiking = WindowedSpiking(
+            alone.neuron,
             memory=memory,
-            sums=self._sums(dynamics, memory),
-            error=error,
-            known=known,
+            sums=self._sums(alone, memory, some, first=memory.trains.steps),
+            error=open_ones(error),
+            known=None if known is None else known.each(open_ones),
         )
-        spikes = spiking.run(x_seq)
-        for t in range(first, layer.steps):
-            h = memory.charged[t]
-            gain = dynamics.gain_at(t)
-            step = Step(gain, h.low, h.high, error[t - first])
-            stage.steps.append(step)
-        return spikes
+        spiking.run(x_seq.each(open_ones))
+        pairs = zip(alone.steps, spiking.steps, strict=True)
+        return [step.with_others(some, tighter) for step, tighter in pairs]
 
     def windows(self, first: int, total: int) -> list[tuple[int, int]]:
         """Windows (a, t) of the steps first..total - 1 that are bounded by sums."""
         found = []
         for t in range(first, total):
-            found += [(a, t) for a in range(t + 1) if a == 0 or t - a < KEPT]
+            latest = max(1, t - KEPT + 1)
+            found.append((0, t))
+            found += [(a, t) for a in range(latest, t + 1)]
         return found
 
     def lead(self, logits: Bounds, y: Tensor) -> Tensor:
@@ -285,72 +357,82 @@ class JointRun(BoundedRun):
         class.
         """
         alone = super().lead(logits, y)
-        origin = logits.origin
-        if not self.over_time.counts or origin is None:
+        if not self.over_time.counts or logits.origin is None:
             return alone
-        means = BoundedRun(self.neurons, self.samples)
-        means.dtype = self.dtype
-        leaves = {}
-        for number in sorted(leaves_of(origin)):
-            leaf = self.leaves[number]
-            leaves[number] = means.leaf(self._mean(number), leaf.batch_dim)
-        found = replayed(origin, leaves)
-        joint = Bounds(found.centre, found.radius, logits.error, means)
-        return torch.minimum(alone, means.lead(joint, y))
+        return torch.minimum(alone, self._lead_of_counts(logits, y))
 
     def holds(self, name: str, spikes: Tensor) -> bool:
         """Whether counts and random sums over time of a layer's spikes [T, N, *] are within their
         bounds.
         """
         generator = torch.Generator().manual_seed(len(spikes))
-        random = torch.randn(_SUMS, len(spikes), generator=generator, dtype=torch.float64)
+        random = torch.randn(
+            _SUMS,
+            len(spikes),
+            generator=generator,
+            dtype=torch.float64,
+        )
         random[0] = 1.0
         weights = random.to(spikes.device)
         bounds = self.memories[name].trains.bounds(weights)
-        sums = (weights @ spikes.double().flatten(1)).view(bounds.low.shape)
-        return bounds.widened(_GAP * len(spikes)).holds(sums)
+        flat = spikes.double().flatten(1)
+        sums = weights @ flat
+        wider = bounds.widened(_GAP * len(spikes))
+        return wider.holds(sums.view(bounds.low.shape))
 
     def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Pooling) -> None:
         stage = Stage(len(self.leaves), x.same(), batch_dim)
         self.stages.append(stage)
         self._by = by
 
-    def _current(self, stage: Stage) -> tuple[Interval, Tensor]:
-        """Bounds of a current in exact arithmetic, and float32's error, [steps, N, *]."""
+    def _current(self, stage: Stage) -> Interval:
+        """Bounds of a current in exact arithmetic, [steps, N, *]."""
         x = stage.current
-        stepwise = partial(by_step, samples=self.samples, batch_dim=stage.batch_dim)
-        return Interval(stepwise(x.least), stepwise(x.most)), stepwise(x.error)
+        exact = Interval(x.least, x.most)
+        in_time = partial(by_step, samples=self.samples, batch_dim=stage.batch_dim)
+        return exact.each(in_time)
 
-    def _sums(self, dynamics: Spiking, memory: Memory) -> dict[tuple[int, int], Interval]:
-        """Bounds of the sums of every window that ends in this call; one step alone has those of
-        its current.
+    def _sums(
+        self, dynamics: Spiking, memory: Memory, some: Tensor | slice, *, first: int
+    ) -> dict[tuple[int, int], Interval]:
+        """Bounds [O] of the sums of every window that ends in a step from the first one on, for
+        some of the neurons; one step alone has those of its current.
         """
         name = dynamics.neuron.name
-        first = memory.trains.steps
-        currents = memory.currents
+
+        def chosen(end: Tensor) -> Tensor:
+            return end.flatten()[some]
+
+        currents = [current.each(chosen) for current in memory.currents]
+        steps = len(currents)
+        like = currents[0].low
         found = {}
         longer = []
-        for a, t in self.windows(first, len(currents)):
-            if a == t:
-                gain = currents[t].low.new_tensor([dynamics.gain_at(t)])
-                charge = _multiples(gain, currents[t])
-                found[a, t] = charge.each(lambda end: end[0])
-            else:
-                longer.append((a, t))
+        for a, t in self.windows(first, steps):
+            if a < t:
+                longer.append([a, t])
+                continue
+            gain = torch.as_tensor(dynamics.tensor_gain_at(t)).to(like)
+            charge = _multiples(gain.view(1), currents[t])
+            found[a, t] = charge.each(torch.squeeze)
         if not longer:
             return found
-        weights = _weights(dynamics, longer, len(currents))
-        weights = weights.to(currents[0].low.device)
+        weights = window_weights(dynamics, torch.tensor(longer), steps)
+        weights = weights.to(like)
         kind = self.over_time.kinds[name]
         if kind == "constant":
             sums = _multiples(weights.sum(1), currents[-1])
         elif kind == "steps":
-            sums = self._through(weights, self.over_time.shifts[name])
+            all_of_them = self._through(weights)
+            sums = all_of_them.each(lambda end: end.flatten(1)[:, some])
         else:
             sums = weighted_sums(weights, stacked(currents))
-            sums = self._with_one_budget(weights, name, sums)
-        for window, low, high in zip(longer, sums.low, sums.high, strict=True):
-            found[window] = Interval(low, high)
+            changes = [step.moved(chosen, apart=False) for step in self.changes[name]]
+            if len(changes) == steps:
+                sums = self._with_one_budget(weights, name, sums, currents, changes)
+        for window, of_one in zip(longer, sums.steps(), strict=True):
+            a, t = window
+            found[a, t] = of_one
         return found
 
     def _changes(self, stage: Stage, steps: int) -> list[Changes]:
@@ -365,26 +447,50 @@ class JointRun(BoundedRun):
 
         return [changes.moved(partial(step, t=t), apart=False) for t in range(steps)]
 
-    def _with_one_budget(self, weights: Tensor, name: str, sums: Interval) -> Interval:
+    def _with_one_budget(
+        self,
+        weights: Tensor,
+        name: str,
+        sums: Interval,
+        currents: list[Interval],
+        changes: list[Changes],
+    ) -> Interval:
         """Bounds of sums of a current's steps, if one budget of changed events is for all steps."""
-        steps = self.changes[name]
-        if len(steps) < weights.shape[1]:
-            return sums
-        if share_frames(steps):
+        if share_frames(changes):
             self.apart[name] = "an event changes its current in several steps"
             return sums
-        rises, falls = changed_sums(weights, steps)
-        currents = self.memories[name].currents
-        centres = [x.low + step.lowered() for x, step in zip(currents, steps, strict=True)]
+        rises, falls = changed_sums(weights, changes)
+        centres = [x.low + step.lowered() for x, step in zip(currents, changes, strict=True)]
         centre = torch.tensordot(weights, torch.stack(centres), 1)
         return Interval(centre - falls, centre + rises)
 
-    @torch.no_grad()
+    def _other_run(self) -> BoundedRun:
+        """One in which the calls behind bounds run again."""
+        other = BoundedRun(self.neurons, self.samples, differentiable=self.differentiable)
+        other.dtype = self.dtype
+        return other
+
+    def _lead_of_counts(self, logits: Bounds, y: Tensor) -> Tensor:
+        """What the bounds of spike counts give."""
+        origin = logits.origin
+        assert origin is not None
+        means = self._other_run()
+        leaves = {}
+        with torch.set_grad_enabled(self.differentiable):
+            numbers = sorted(leaves_of(origin))
+            ends = {number: self._mean(number) for number in numbers}
+        for number, mean in ends.items():
+            batch_dim = self.leaves[number].batch_dim
+            leaves[number] = means.leaf(mean, batch_dim)
+        found = replayed(origin, leaves)
+        joint = Bounds(found.centre, found.radius, logits.error, means)
+        return means.lead(joint, y)
+
     def _mean(self, number: int) -> Interval:
         """Bounds of a leaf in the mean over time, in the place of all its steps."""
         leaf = self.leaves[number]
         source = self.sources[number]
-        centre = leaf.centre.detach()
+        centre = leaf.centre
         if source is None:
             return Interval(centre - leaf.radius, centre + leaf.radius)
         T = self.over_time.T
@@ -416,50 +522,75 @@ class JointRun(BoundedRun):
         spikes = chain.bounds(every[first:])
         return spikes.each(lambda end: end.view(shape))
 
-    def _through(self, weights: Tensor, shift: Tensor) -> Interval:
+    def _through(self, weights: Tensor) -> Interval:
         """Bounds of weighted sums of the current's steps, [F, N, *], from those of earlier spikes.
 
         The map of a step is the same for sums of steps, but for its shift, which counts
-        ``sum_t weights[f, t]`` times. As many sums as the call has steps take the steps' places.
+        ``sum_t weights[f, t]`` times. As many sums as the call has steps take the steps' places; a
+        sum without weights is the shift alone.
         """
         stage = self.stages[-1]
         origin = stage.current.origin
         assert origin is not None
-        steps = len(self._current(stage)[1])
-        exact = BoundedRun(self.neurons, self.samples)
-        exact.dtype = self.dtype
+        steps = len(self._current(stage).low)
+        number = len(weights)
+        places = steps * (number // steps + 1)
+        without = weights.new_zeros(places - number, weights.shape[1])
+        padded = torch.cat([weights, without])
+        exact = self._other_run()
         exact.rounded = False
+        exact.narrow = self.rounded and self.dtype == torch.float32
+        leaves = {}
+        for number_of_leaf in leaves_of(origin):
+            leaves[number_of_leaf] = self._weighted(number_of_leaf, padded)
         low = []
         high = []
-        for some in torch.split(weights, steps):
-            missing = steps - len(some)
-            padded = torch.cat([some, some[-1:].expand(missing, -1)])
-            leaves = {}
-            for number in leaves_of(origin):
-                leaves[number] = self._weighted_leaf(number, padded, exact)
-            found = replayed(origin, leaves)
-            sums, _ = self._current(Stage(stage.leaf, found, stage.batch_dim))
-            more = some.sum(1) - 1.0
-            moved = column(more, shift) * shift
-            low.append(sums.low[: len(some)] + moved)
-            high.append(sums.high[: len(some)] + moved)
-        return Interval(torch.cat(low), torch.cat(high))
+        for start in range(0, places, steps):
+            some = slice(start, start + steps)
+            taken = {}
+            for leaf, sums in leaves.items():
+                taken[leaf] = self._weighted_leaf(leaf, sums, some, exact)
+            found = replayed(origin, taken)
+            sums = self._current(Stage(stage.leaf, found, stage.batch_dim))
+            low.append(sums.low)
+            high.append(sums.high)
+        every = Interval(torch.cat(low), torch.cat(high))
+        every = every.each(lambda end: end.to(weights))
+        asked = every.each(lambda end: end[:number])
+        shift = every.each(lambda end: end[-1])
+        moved = _multiples(weights.sum(1) - 1.0, shift)
+        return asked.plus(moved)
 
-    def _weighted_leaf(self, number: int, weights: Tensor, run: BoundedRun) -> Bounds:
-        """Weighted sums of a leaf's steps in the place of the steps."""
-        leaf = self.leaves[number]
+    def _weighted(self, number: int, weights: Tensor) -> Interval | None:
+        """Bounds of weighted sums of a leaf's steps, [F, N, *]; None for images, which have no
+        weight in this map.
+        """
         source = self.sources[number]
-        if source is None:  # images, which have no weight in this map
+        return None if source is None else source.bounds(weights)
+
+    def _weighted_leaf(
+        self, number: int, sums: Interval | None, some: slice, run: BoundedRun
+    ) -> Bounds:
+        """Some of the sums in the place of the steps of a leaf."""
+        leaf = self.leaves[number]
+        if sums is None:
             nothing = torch.zeros_like(leaf.radius)
+            if run.narrow:
+                nothing = nothing.float()
             return Bounds(nothing, nothing, run=run)
-        sums = source.bounds(weights)
-        centre = (sums.low + sums.high) / 2
-        radius = SLACK * (sums.high - sums.low) / 2
-        return Bounds(
-            in_layout(centre, leaf.batch_dim),
-            in_layout(radius, leaf.batch_dim),
-            run=run,
-        )
+        low = in_layout(sums.low[some], leaf.batch_dim)
+        high = in_layout(sums.high[some], leaf.batch_dim)
+        centre = (low + high) / 2
+        radius = (high - low) / 2
+        if self.rounded:
+            radius = SLACK * radius
+        if run.narrow:
+            rounded = centre.float()
+            lost = (centre - rounded).abs()
+            wider = SLACK * (radius + lost)
+            centre = rounded
+            radius = wider.float()
+        return Bounds(centre, radius, run=run)
 
 
 def _traced(maps: Maps, factors: Tensor) -> tuple[_TimedTrace, Tensor]:
@@ -501,20 +632,32 @@ def _power_of_two(value: float) -> float:
     return math.ldexp(1.0, math.frexp(value)[1]) if value else 0.0
 
 
-def _weights(dynamics: Spiking, windows: list[tuple[int, int]], steps: int) -> Tensor:
-    """Weight of every step's current in the potential at the end of each window."""
-    decay = dynamics.charging.decay_value
-    found = torch.zeros(len(windows), steps, dtype=torch.float64)
-    gains = [dynamics.gain_at(k) for k in range(steps)]
-    for row, (a, t) in enumerate(windows):
-        for k in range(a, t + 1):
-            found[row, k] = decay ** (t - k) * gains[k]
-    return found
+def window_weights(dynamics: Spiking, windows: Tensor, steps: int) -> Tensor:
+    """Weight of every step's current in the potential at the end of each window (a, t), [W, steps],
+    with the graph of the neuron's gains and decay.
+    """
+    charging = dynamics.charging
+    gains = []
+    for k in range(steps):
+        gain = dynamics.tensor_gain_at(k)
+        gains.append(_as_double(gain))
+    decay = _as_double(charging.decay)
+    number = torch.arange(steps)
+    first = windows[:, :1]
+    age = windows[:, 1:] - number
+    inside = (age >= 0) & (number >= first)
+    kept = decay ** age.clamp(min=0)
+    return inside * kept * torch.stack(gains)
+
+
+def _as_double(value: float | Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64).cpu()
 
 
 def _multiples(factors: Tensor, values: Interval) -> Interval:
-    """Bounds of every factor times the values, [F, *]."""
+    """Bounds of every factor times the values, [F, *]; a negative one swaps the ends."""
     scales = column(factors, values.low)
-    first = scales * values.low
-    second = scales * values.high
-    return Interval(torch.minimum(first, second), torch.maximum(first, second))
+    swapped = scales < 0
+    low = torch.where(swapped, values.high, values.low)
+    high = torch.where(swapped, values.low, values.high)
+    return Interval(scales * low, scales * high)

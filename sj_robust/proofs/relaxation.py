@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sj_robust.neuron.charging import Neuron
-from sj_robust.proofs.bounds import BoundedRun, by_row, laid_out
+from sj_robust.proofs.bounds import BoundedRun, by_row, laid_out, pulled_back
 from sj_robust.proofs.flips import Flips
 from sj_robust.proofs.rounding import reset_rounding
 from sj_robust.proofs.rules import Bounds, Pooling
@@ -231,14 +231,7 @@ class Maps:
         current, leaves = trace.currents[stage], [leaf.centre for leaf in trace.leaves]
         if not current.requires_grad:
             return []
-        found = torch.autograd.grad(
-            current,
-            leaves,
-            weights,
-            retain_graph=True,
-            create_graph=weights.requires_grad,
-            allow_unused=True,
-        )
+        found = pulled_back(weights, current, leaves, create_graph=weights.requires_grad)
         return [(number, weight) for number, weight in enumerate(found) if weight is not None]
 
     def shift(self, stage: int, rows: int) -> Tensor:
@@ -580,7 +573,8 @@ class _Walk:
             lower.requires_grad_()
             pooled = stage.pooling(lower)
         above = weights.clamp(min=0)
-        chosen = torch.autograd.grad(pooled, lower, above, create_graph=weights.requires_grad)[0]
+        total = (above * pooled).sum()
+        chosen = torch.autograd.grad(total, lower, create_graph=weights.requires_grad)[0]
         self.through(number, chosen, error)
 
     def _rectified(self, number: int, weights: Tensor, x: Interval, error: Tensor) -> None:

@@ -32,6 +32,9 @@ class Run(Protocol):
     rounded: bool
     """Whether bounds have what float32 rounds."""
 
+    narrow: bool
+    """Whether bounds are computed in float32, and what that rounds is part of their radius."""
+
     dtype: torch.dtype
     """Of the network."""
 
@@ -69,9 +72,9 @@ class Bounds(Tensor):
     leaves (the input, the outputs of spiking layers and of max poolings), of which it is an affine
     function. 张量所有可能取值的上下界。
 
-    In a run that is not ``rounded`` bounds are ``unrounded``: nothing asks for ``error``. In a
-    ``differentiable`` one, which is for training, centre and radius are in the precision of the
-    input and keep their graph to the weights.
+    In a run that is not ``rounded`` bounds are ``unrounded``: nothing asks for ``error``. If it is
+    ``narrow``, centre and radius are float32. In a ``differentiable`` one, which is for training,
+    they are in the precision of the input and keep their graph to the weights.
 
     Equation, for ``y = A x + b`` with n terms summed in any order, ``u = 2**-24`` and ``gamma = n u
     / (1 - n u)``::
@@ -411,12 +414,18 @@ def _affine(
     """Bounds of ``apply(x) + shift``; ``absolute`` is the map whose entries are the absolute values
     of apply's, and ``changes`` what is known of changed events behind it.
     """
-    shift = x.centre.new_zeros(()) if shift is None else shift
+    shift = x.centre.new_zeros(()) if shift is None else shift.to(x.centre.dtype)
     centre = apply(x.centre) + shift
+    growth = gamma(terms)
+    if x.run is not None and x.run.narrow:
+        # what the sums of both, and of this, round is at most twice growth; it is in the radius,
+        # which changes, unrounded, would stand in the place of
+        radius = (1.0 + 4.0 * growth) * absolute(x.radius + growth * x.centre.abs())
+        radius = radius + growth * (shift.abs() + centre.abs()) + terms * SMALLEST
+        return Bounds(centre, radius, run=x.run)
     radius = absolute(x.radius) if changes is None else changes.radius()
     if x.unrounded:
         return Bounds(centre, radius, run=x.run, changes=changes)
-    growth = gamma(terms)
     largest = x.centre.detach().abs() + x.radius + x.error
     error = absolute(x.error + growth * largest) + growth * shift.abs() + terms * SMALLEST
     return Bounds(centre, radius, within_float32(error), x.run, changes)
@@ -426,7 +435,7 @@ def _weighted(
     func: Any, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any
 ) -> Bounds:
     """Convolution and linear."""
-    weight = _constant(weight, x.run)
+    weight = _constant(weight, x.run).to(x.centre.dtype)
     shift = None if bias is None else _constant(bias, x.run)
     if shift is not None and weight.ndim > 2:
         shift = shift.view(-1, *[1] * (weight.ndim - 2))
@@ -491,6 +500,7 @@ def _batch_norm(
 
 def _scaled(x: Bounds, factor: Tensor, *, terms: int, shift: Tensor | None = None) -> Bounds:
     """Bounds of ``factor * x + shift``."""
+    factor = factor.to(x.centre.dtype)
     return _affine(
         x,
         lambda z: z * factor,
@@ -532,10 +542,14 @@ def _sum(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
     name, run = func.__name__.strip("_"), _run_of((a, b))
     if name == "rsub":
         a, b = b, a
-    device = (a if isinstance(a, Bounds) else b).centre.device
-    first, second = _as_bounds(a, run, device), _as_bounds(b, run, device)
+    like = (a if isinstance(a, Bounds) else b).centre
+    first = _as_bounds(a, run, like)
+    second = _as_bounds(b, run, like)
     centre = first.centre - second.centre if "sub" in name else first.centre + second.centre
     radius = first.radius + second.radius
+    if run is not None and run.narrow:
+        radius = radius + gamma(4) * (centre.abs() + radius) + SMALLEST
+        return Bounds(centre, radius, run=run)
     changes = None
     if not isinstance(b, Bounds):
         changes = _shifted_changes(first, centre.shape)
@@ -556,11 +570,11 @@ def _shifted_changes(x: Bounds, shape: torch.Size) -> Changes | None:
     return x.changes if x.shape == shape else None
 
 
-def _as_bounds(value: Any, run: Run | None, device: torch.device) -> Bounds:
+def _as_bounds(value: Any, run: Run | None, like: Tensor) -> Bounds:
     """Bounds, or a constant as bounds that nothing moves."""
     if isinstance(value, Bounds):
         return value
-    centre = _constant(value, run).to(device)
+    centre = _constant(value, run).to(like)
     return Bounds(centre, torch.zeros_like(centre), run=run)
 
 

@@ -3,7 +3,7 @@ rounds for proofs.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -34,9 +34,28 @@ class Interval:
         """Largest absolute value."""
         return torch.maximum(self.low.abs(), self.high.abs())
 
+    def width(self) -> Tensor:
+        """Distance of the ends."""
+        return self.high - self.low
+
     def widened(self, error: Tensor | float) -> "Interval":
         """With values that are so far outside."""
         return Interval(self.low - error, self.high + error)
+
+    def plus(self, other: "Interval") -> "Interval":
+        """Bounds of the sum."""
+        return Interval(self.low + other.low, self.high + other.high)
+
+    def within(self, other: "Interval") -> "Interval":
+        """The values of both."""
+        low = torch.maximum(self.low, other.low)
+        high = torch.minimum(self.high, other.high)
+        return Interval(low, high)
+
+    def steps(self) -> "Iterator[Interval]":
+        """Of every step, for bounds of [T, N, *]."""
+        for low, high in zip(self.low, self.high, strict=True):
+            yield Interval(low, high)
 
     def each(self, function: Callable[[Tensor], Tensor]) -> "Interval":
         """Both ends through a function that keeps their order."""
@@ -107,6 +126,10 @@ class Spiking(ABC):
         """Gain of the current in a step, as float32 holds it."""
         return _number(self.charging.gain_at(t, input_gain=True))
 
+    def tensor_gain_at(self, t: int) -> float | Tensor:
+        """The same with its graph."""
+        return self.charging.gain_at(t, input_gain=True)
+
     @abstractmethod
     def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:
         """Potential after the step and spikes, for the potential before it and the current [N,
@@ -120,8 +143,8 @@ class Spiking(ABC):
         layer.neurons = x_seq.low[0].numel()
         sure = []
         possible = []
-        for low, high in zip(x_seq.low, x_seq.high, strict=True):
-            v, spikes = self.step(v, Interval(low, high))
+        for x in x_seq.steps():
+            v, spikes = self.step(v, x)
             layer.steps += 1
             sure.append(spikes.low)
             possible.append(spikes.high)
@@ -192,17 +215,22 @@ class RealSpiking(Spiking):
 
     def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:
         """See :class:`Spiking`."""
-        gain = self.charging.gain_at(self.layer.steps, input_gain=True)
+        gain = self.tensor_gain_at(self.layer.steps)
         h = self.charged(v, x, decay=self.charging.decay, gain=gain)
-        sure, possible = fire(h.low.detach(), self.threshold), fire(h.high.detach(), self.threshold)
-        after = self.reset(h, Interval(sure, possible))
-        low = fire(h.low, self.threshold, self._spike)
-        high = fire(h.high, self.threshold, self._spike)
+        fired = h.each(lambda end: fire(end.detach(), self.threshold))
+        after = self.reset(h, fired)
+        low = fire(h.low, self.threshold, self.spike)
+        high = fire(h.high, self.threshold, self.spike)
         return after, Interval(low, high)
 
-    def _spike(self, z: Tensor) -> Tensor:
+    def spike(self, z: Tensor) -> Tensor:
         """A step whose derivative has the width of the bounds."""
         return self.neuron.surrogate.spike(z / self.surrogate_width)
+
+    def derivative(self, z: Tensor) -> Tensor:
+        """What :meth:`spike` has for its derivative."""
+        width = self.surrogate_width
+        return self.neuron.surrogate.derivative(z / width) / width
 
 
 class Float32Spiking(Spiking):
@@ -222,10 +250,13 @@ class Float32Spiking(Spiking):
         size = v.size() + abs(gain) * x.size() + abs(self.rest)
         error = within_float32(charge_rounding(size))
         h, spikes = self.decided(h.widened(error), error, gain)
-        self.layer.undecided.append(float((spikes.high - spikes.low).sum()))
-        self.layer.width.append(float((h.high - h.low).square().sum()))
+        undecided = spikes.width().sum()
+        width = h.width().square().sum()
+        self.layer.undecided.append(float(undecided))
+        self.layer.width.append(float(width))
         after = self.reset(h, spikes)
-        return after.widened(reset_rounding(h.size(), self.rest, self.threshold)), spikes
+        rounded = reset_rounding(h.size(), self.rest, self.threshold)
+        return after.widened(rounded), spikes
 
     def decided(self, h: Interval, error: Tensor, gain: float) -> tuple[Interval, Interval]:
         """Charged potential and spikes; who knows more than intervals do gives less of both.
@@ -235,7 +266,9 @@ class Float32Spiking(Spiking):
             error: How far float32's can be from the charge equation; it is part of ``h``.
             gain: Gain of the current in this step.
         """
-        return h, Interval(fire(h.low, self.above), fire(h.high, self.below))
+        sure = fire(h.low, self.above)
+        possible = fire(h.high, self.below)
+        return h, Interval(sure, possible)
 
 
 def _number(value: float | Tensor) -> float:

@@ -11,7 +11,17 @@ from sj_robust.proofs.rounding import reset_rounding
 from sj_robust.proofs.spiking import Float32Spiking, Interval, LayerBounds
 from sj_robust.proofs.trains import Chain
 
-__all__ = ["KEPT", "Memory", "SpikeTrains", "Steps", "WindowedSpiking", "stacked", "weighted_sums"]
+__all__ = [
+    "KEPT",
+    "KeptSpiking",
+    "KeptStep",
+    "Memory",
+    "SpikeTrains",
+    "Steps",
+    "WindowedSpiking",
+    "stacked",
+    "weighted_sums",
+]
 
 KEPT = 8
 """Windows of a step that are bounded by sums: the shortest ones, and the one without any reset. The
@@ -48,16 +58,18 @@ class Steps:
 
 @dataclass(frozen=True)
 class Case:
-    """A spike at step t if the last reset was before step a, [N, *].
+    """A spike at step t if the last reset was before step a, [O] of the open neurons.
 
     Attributes:
         sure: Whether there is one for sure.
         possible: Whether there may be one.
-        high: Largest charged potential.
+        low: Smallest charged potential.
+        high: Largest one.
     """
 
     sure: Tensor
     possible: Tensor
+    low: Tensor
     high: Tensor
 
 
@@ -94,6 +106,7 @@ class SpikeTrains:
 
     Attributes:
         spikes: Bounds of the spikes of every step so far.
+        open: Numbers of the neurons that have cases, [O]; the spikes of the others are decided.
         cases: By step t and first step a of the window, a <= t.
         chain: Trains of a constant current.
     """
@@ -101,6 +114,7 @@ class SpikeTrains:
     def __init__(self) -> None:
         """No step yet."""
         self.spikes: list[Interval] = []
+        self.open = torch.empty(0, dtype=torch.int64)
         self.cases: list[list[Case]] = []
         self.chain: Chain | None = None
         self._packed: _Packed | None = None
@@ -117,27 +131,31 @@ class SpikeTrains:
         low = weights @ packed.spikes.low
         high = low.clone()
         if index.numel():
-            apart = weighted_sums(weights, packed.spikes.each(lambda end: end[:, index]))
+            spikes = packed.spikes.each(lambda end: end[:, index])
+            apart = weighted_sums(weights, spikes)
             if packed.chain is not None:
                 joint = packed.chain.bounds(weights)
             else:
                 joint = _over_paths(weights, packed)
-            low[:, index] = torch.maximum(joint.low, apart.low)
-            high[:, index] = torch.minimum(joint.high, apart.high)
+            tighter = joint.within(apart)
+            low[:, index] = tighter.low
+            high[:, index] = tighter.high
         shape = self.spikes[0].low.shape
         sums = Interval(low, high)
         return sums.each(lambda end: end.view(-1, *shape))
 
     def _packed_steps(self, steps: int) -> _Packed:
         if self._packed is None or len(self._packed.sure) != steps:
-            spikes = stacked(self.spikes[:steps]).each(lambda end: end.flatten(1))
-            undecided = (spikes.low < spikes.high).any(0)
-            index = undecided.nonzero().squeeze(1)
+            spikes = stacked(self.spikes[:steps])
+            spikes = spikes.each(lambda end: end.flatten(1))
+            undecided = spikes.width().any(0)
+            among = undecided[self.open].nonzero().squeeze(1)
+            index = self.open[among]
             sure = []
             possible = []
             for step in self.cases[:steps]:
-                sure.append([case.sure.flatten()[index] for case in step])
-                possible.append([case.possible.flatten()[index] for case in step])
+                sure.append([case.sure[among] for case in step])
+                possible.append([case.possible[among] for case in step])
             chain = self.chain
             if chain is not None:
                 chain = chain.at(index)
@@ -178,7 +196,8 @@ class Memory:
     Attributes:
         trains: The trains so far.
         currents: Bounds in exact arithmetic of every step's current, [N, *].
-        charged: Bounds of every step's potential before firing.
+        steps: What every step gave, [N, *].
+        layer: Of the open neurons alone, as what follows: [O] each.
         reached: By first step a of the window, whether the last reset can have been before a.
         starts: By a, bounds of the potential that a spike at a - 1 left above rest; soft resets.
         discounts: By a, bounds of the discounted number of spikes before a; soft resets.
@@ -188,7 +207,8 @@ class Memory:
 
     trains: SpikeTrains = field(default_factory=SpikeTrains)
     currents: list[Interval] = field(default_factory=list)
-    charged: list[Interval] = field(default_factory=list)
+    steps: list["KeptStep"] = field(default_factory=list)
+    layer: LayerBounds = field(default_factory=LayerBounds)
     reached: list[Tensor] = field(default_factory=list)
     starts: list[Interval] = field(default_factory=list)
     discounts: list[Interval] = field(default_factory=list)
@@ -204,7 +224,90 @@ class Memory:
         self.discounts.append(zero)
 
 
-class WindowedSpiking(Float32Spiking):
+@dataclass(frozen=True)
+class KeptStep:
+    """Bounds of one step of a layer.
+
+    Attributes:
+        h: Of the charged potential.
+        spikes: Of the spikes.
+        v: Of the potential after the reset.
+    """
+
+    h: Interval
+    spikes: Interval
+    v: Interval
+
+    def with_others(self, index: Tensor, other: "KeptStep") -> "KeptStep":
+        """The step in which some of the neurons have the bounds of another one."""
+        return KeptStep(
+            h=_with_others(self.h, index, other.h),
+            spikes=_with_others(self.spikes, index, other.spikes),
+            v=_with_others(self.v, index, other.v),
+        )
+
+
+def _with_others(values: Interval, index: Tensor, others: Interval) -> Interval:
+    flat = values.each(torch.flatten)
+    low = flat.low.index_copy(0, index, others.low)
+    high = flat.high.index_copy(0, index, others.high)
+    shape = values.low.shape
+    return Interval(low, high).each(lambda end: end.view(shape))
+
+
+class KeptSpiking(Float32Spiking):
+    """A call of a spiking layer that keeps the bounds of its steps, and may know some spikes.
+
+    Args:
+        neuron: The neuron.
+        layer: What earlier calls left, and this one leaves.
+        known: Bounds of the spikes of this call, [steps, N, *], from elsewhere.
+    """
+
+    def __init__(
+        self, neuron: Neuron, layer: LayerBounds, *, known: Interval | None = None
+    ) -> None:
+        """See the class."""
+        super().__init__(neuron, layer)
+        self.known = known
+        self.first = layer.steps
+        self.steps: list[KeptStep] = []
+        self._decided: tuple[Interval, Interval]
+
+    def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:
+        """See :class:`Spiking`."""
+        after, spikes = super().step(v, x)
+        h, _ = self._decided
+        self.steps.append(KeptStep(h, spikes, after))
+        return after, spikes
+
+    def decided(self, h: Interval, error: Tensor, gain: float) -> tuple[Interval, Interval]:
+        """See :class:`Float32Spiking`."""
+        sure, possible = self._fires(h)
+        self._decided = self._clamped(h, sure, possible)
+        return self._decided
+
+    def _fires(self, h: Interval) -> tuple[Tensor, Tensor]:
+        """Whether there is a spike in the present step for sure, and whether there may be one."""
+        sure = h.low >= self.above
+        possible = h.high >= self.below
+        if self.known is None:
+            return sure, possible
+        step = self.layer.steps - self.first
+        known = self.known.each(lambda end: end[step] > 0)
+        return sure | known.low, possible & known.high
+
+    def _clamped(self, h: Interval, sure: Tensor, possible: Tensor) -> tuple[Interval, Interval]:
+        """Potential and spikes that agree with each other."""
+        fired = h.low.clamp(min=self.below)
+        silent = h.high.clamp(max=self.above)
+        low = torch.where(sure, fired, h.low)
+        high = torch.where(possible, h.high, silent)
+        spikes = Interval(sure, possible)
+        return Interval(low, high), spikes.each(lambda end: end.to(low.dtype))
+
+
+class WindowedSpiking(KeptSpiking):
     """A call of a spiking layer that bounds its potential by sums over time as well.
 
     Equation, for the potential h at step t above rest, if there was a reset just before a (or
@@ -220,17 +323,15 @@ class WindowedSpiking(Float32Spiking):
 
     Args:
         neuron: The neuron.
-        layer: What earlier calls left, and this one leaves.
-        memory: Likewise, of windows and trains.
-        sums: Bounds of S by (a, t), [N, *]; windows without one have the bounds of the step.
-        error: How far float32's current can be from the exact one, [steps of this call, N, *].
-        known: Bounds of the spikes of this call, [steps, N, *], from elsewhere.
+        memory: What earlier calls left of windows and trains, and this one leaves.
+        sums: Bounds of S by (a, t), [O]; windows without one go on from the step before.
+        error: How far float32's current can be from the exact one, [steps of this call, O].
+        known: Bounds of the spikes of this call, [steps, O], from elsewhere.
     """
 
     def __init__(
         self,
         neuron: Neuron,
-        layer: LayerBounds,
         *,
         memory: Memory,
         sums: dict[tuple[int, int], Interval],
@@ -238,12 +339,10 @@ class WindowedSpiking(Float32Spiking):
         known: Interval | None = None,
     ) -> None:
         """See the class."""
-        super().__init__(neuron, layer)
+        super().__init__(neuron, memory.layer, known=known)
         self.memory = memory
         self.sums = sums
         self.error = error
-        self.known = known
-        self.first = layer.steps
         self.decay = self.charging.decay_value
 
     def decided(self, h: Interval, error: Tensor, gain: float) -> tuple[Interval, Interval]:
@@ -258,53 +357,48 @@ class WindowedSpiking(Float32Spiking):
         cases = []
         for a, reached in enumerate(memory.reached):
             charged = self._charged(t, a, h)
-            case = self._case(t, charged)
+            case = self._case(charged)
             found.add(charged, case, reached)
             cases.append(case)
-        fires = h.low.clamp(min=self.below)
-        silent = h.high.clamp(max=self.above)
-        low = torch.where(found.sure, fires, h.low)
-        high = torch.where(found.possible, h.high, silent)
-        h = Interval(low.maximum(found.low), high.minimum(found.high))
-        spikes = Interval(
-            low=found.sure.to(h.low.dtype),
-            high=found.possible.to(h.low.dtype),
-        )
-        memory.trains.spikes.append(spikes)
-        memory.charged.append(h)
+        h, spikes = self._clamped(h, found.sure, found.possible)
+        h = h.within(Interval(found.low, found.high))
+        self._decided = h, spikes
         self._remember(h, cases, found.possible)
         return h, spikes
 
     def _charged(self, t: int, a: int, h: Interval) -> Interval:
         """Bounds of the potential at t if the last reset was before a; ``h`` whenever it was."""
-        sums = self.sums.get((a, t))
-        if sums is None:
-            return h
         memory = self.memory
         drift = memory.drift
         rest = self.rest
-        low = sums.low + rest - drift
-        high = sums.high + rest + drift
-        if self.soft:
-            start = memory.starts[a]
-            kept = self.decay ** (t - a + 1)
-            low = low + kept * start.low
-            high = high + kept * start.high
+        low = h.low
+        high = h.high
+        sums = self.sums.get((a, t))
+        if sums is not None:
+            above_zero = sums.each(lambda end: end + rest)
+            charge = above_zero.widened(drift)
+            if self.soft:
+                kept = self.decay ** (t - a + 1)
+                start = memory.starts[a].times(kept)
+                charge = charge.plus(start)
+            low = torch.maximum(low, charge.low)
+            high = torch.minimum(high, charge.high)
         for k in range(a + 1, t + 1):
             since = self.sums.get((k, t))
             if since is None:
                 continue
             before = memory.trains.cases[k - 1][a]
-            silent = before.high.clamp(max=self.above) - rest
             kept = self.decay ** (t - k + 1)
+            silent = before.high.clamp(max=self.above) - rest
             most = kept * silent + since.high + rest + drift
             high = torch.minimum(high, most)
+            if sums is None:
+                least = kept * (before.low - rest) + since.low + rest - drift
+                low = torch.maximum(low, least)
         if self.soft and (0, t) in self.sums:
             whole = self._after_spikes(t, a)
             low = torch.maximum(low, whole.low)
             high = torch.minimum(high, whole.high)
-        low = torch.maximum(low, h.low)
-        high = torch.minimum(high, h.high)
         return Interval(low, high)
 
     def _after_spikes(self, t: int, a: int) -> Interval:
@@ -318,15 +412,10 @@ class WindowedSpiking(Float32Spiking):
         most = torch.maximum(first, second)
         return Interval(whole.low - most, whole.high - least)
 
-    def _case(self, t: int, charged: Interval) -> Case:
+    def _case(self, charged: Interval) -> Case:
         """Whether the neuron fires."""
-        sure = charged.low >= self.above
-        possible = charged.high >= self.below
-        if self.known is not None:
-            step = t - self.first
-            sure = sure | (self.known.low[step] > 0)
-            possible = possible & (self.known.high[step] > 0)
-        return Case(sure, possible, charged.high)
+        sure, possible = self._fires(charged)
+        return Case(sure, possible, charged.low, charged.high)
 
     def _remember(self, h: Interval, cases: list[Case], possible: Tensor) -> None:
         """What this step leaves to later ones."""

@@ -134,7 +134,8 @@ class TrainingRun:
                 self.classifier,
                 validation_attacks,
                 self.plan.verified_eps,
-                verified_norm=self.plan.verified_norm,
+                self.plan.verified_method,
+                self.plan.verified_norm,
             )
         losses = dict(zip(self.loss_names, (self.sums / self.batch).tolist(), strict=True))
         lr = float(self.scheduler.get_last_lr()[0])

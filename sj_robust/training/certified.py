@@ -3,15 +3,16 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sj_robust.classifier import SpikingClassifier
+from sj_robust.core.checks import check_choice
 from sj_robust.core.preserved import preserved
-from sj_robust.proofs.differentiable import DifferentiableBounds
+from sj_robust.proofs.differentiable import DifferentiableBounds, TrainedMethod
 from sj_robust.proofs.flips import Flips
 from sj_robust.training.batch_norm import batch_statistics
 
@@ -26,6 +27,8 @@ class CertifiedOptions:
     """How bounds are trained, beside their radius. 可验证训练的选项。
 
     Attributes:
+        bounds: Method of :func:`sj_robust.proofs.verify` whose bounds they are: ``"ibp"``, or
+            ``"joint"``, which gains at many time steps and takes longer.
         surrogate_width: Width w of the derivatives of bounds in units of the neurons' own, > 0: in
             the place of a surrogate g(z) stands g(z / w) / w. The clean pass keeps g.
         ramp: Share of the training in which radius and weight rise, in (0, 0.95].
@@ -50,6 +53,7 @@ class CertifiedOptions:
         1.0
     """
 
+    bounds: TrainedMethod = "ibp"
     surrogate_width: float = 1.0
     ramp: float = 0.6
     box: float = 1.0
@@ -62,7 +66,8 @@ class CertifiedOptions:
         return self.attacked or self.box < 1.0
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Check the options."""
+        check_choice("bounds", self.bounds, get_args(TrainedMethod))
         if not 0.0 < self.ramp <= 1.0 - _START:
             raise ValueError(
                 f"ramp must be in (0, {1.0 - _START}], got {self.ramp}; the first {_START} of the "
@@ -146,7 +151,10 @@ class CertifiedLoss:
         self.progress = 1.0
         with _explained():
             self._bounds = DifferentiableBounds(
-                classifier, batch_statistics, surrogate_width=options.surrogate_width
+                classifier,
+                batch_statistics,
+                surrogate_width=options.surrogate_width,
+                method=options.bounds,
             )
 
     @property

@@ -17,13 +17,6 @@ from sj_robust.attacks.projection import linf_bounds
 from sj_robust.core.checks import check_count, check_logits, check_size
 from sj_robust.core.randomness import SampleSeeds, randn
 from sj_robust.training.objective import LossName
-from sj_robust.training.penalties import (
-    GradientSparsity,
-    Penalty,
-    StabilityGain,
-    ThresholdGuarding,
-    WeightMagnitude,
-)
 from sj_robust.training.plan import SelectName
 
 __all__ = [
@@ -32,7 +25,6 @@ __all__ = [
     "ModeName",
     "final_attacks",
     "flip_attacks",
-    "make_penalties",
     "trades",
     "training_attack",
     "validation_attacks",
@@ -85,7 +77,15 @@ class Mode:
         return self.attack_steps == 1 and self.loss != "certified"
 
 
-_OF_BOUNDS = ("certified_eps", "certified_flips", "surrogate_width", "ramp", "box", "attacked")
+_OF_BOUNDS = (
+    "certified_eps",
+    "certified_flips",
+    "bounds",
+    "surrogate_width",
+    "ramp",
+    "box",
+    "attacked",
+)
 """Options of the mode certified alone."""
 
 _OF_CRAFTING = (
@@ -278,42 +278,6 @@ def flip_attacks(flips: int, *, final: bool) -> dict[str, Attack]:
         "flips": partial(flip_events, flips=flips, reduce=False),
         "random": partial(random_flips, flips=flips, allow="remove", tries=20),
     }
-
-
-def make_penalties(
-    *,
-    gradient_sparsity: float = 0.0,
-    threshold_guard: float = 0.0,
-    guard_margin: float = 0.5,
-    gain_penalty: float = 0.0,
-    l1: float = 0.0,
-) -> list[Penalty]:
-    """Penalties of the objective by their weights; those of weight 0 are left out.
-    按权重构建惩罚项。
-
-    Args:
-        gradient_sparsity: Weight of :class:`GradientSparsity`.
-        threshold_guard: Weight of :class:`ThresholdGuarding`.
-        guard_margin: Its margin.
-        gain_penalty: Weight of :class:`StabilityGain`.
-        l1: Weight of :class:`WeightMagnitude`.
-
-    Raises:
-        ValueError: If a number is out of range.
-
-    Source: see the classes.
-
-    Examples:
-        >>> [penalty.name for penalty in make_penalties(threshold_guard=0.1)]
-        ['threshold_guarding']
-    """
-    penalties = (
-        GradientSparsity(gradient_sparsity),
-        ThresholdGuarding(threshold_guard, margin=guard_margin),
-        StabilityGain(gain_penalty),
-        WeightMagnitude(l1),
-    )
-    return [penalty for penalty in penalties if penalty.weight > 0]
 
 
 def trades(

@@ -1,7 +1,10 @@
 """The numbers of a training run."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from sj_robust.core.checks import check_choice
+from sj_robust.proofs.differentiable import TrainedMethod
 
 __all__ = ["SelectName", "TrainingPlan"]
 
@@ -34,6 +37,7 @@ class TrainingPlan:
         verified_eps: Radius at which validation proves images, the figure ``"verified"``; None
             proves none.
         verified_norm: Its norm, ``"Linf"``, or ``"L0"`` for changed events.
+        verified_method: Method of :func:`sj_robust.proofs.verify` that proves them.
         checkpoint_steps: Steps between checkpoints within an epoch; None writes one per epoch only.
         workers: Processes that load images in the background.
         single_step_attack: Whether training uses one, so that catastrophic overfitting is looked
@@ -73,6 +77,7 @@ class TrainingPlan:
     select: SelectName = "pgd"
     verified_eps: float | None = None
     verified_norm: Literal["Linf", "L0"] = "Linf"
+    verified_method: TrainedMethod = "joint"
     checkpoint_steps: int | None = None
     workers: int = 0
     single_step_attack: bool = True
@@ -96,6 +101,7 @@ class TrainingPlan:
                 "select 'verified' needs verified_eps, the Linf radius of the proofs, such as 8 "
                 "/ 255"
             )
+        check_choice("verified_method", self.verified_method, get_args(TrainedMethod))
         if not 0.0 < self.lr < float("inf"):
             raise ValueError(f"lr must be > 0 and finite, got {self.lr}")
         if self.precise_statistics < 0:

@@ -1,79 +1,23 @@
-"""The processes of a run: their device, order, interrupts and random generators."""
+"""The processes of a run: their interrupts and random generators."""
 
 import random
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
-from rich.console import Console
-
-from sj_robust.core.console import working
-from sj_robust.ops import keep_heap
 
 __all__ = [
     "TrainingInterrupted",
     "collected_signals",
-    "first_process_first",
-    "make_accelerator",
     "mixed",
     "random_state",
     "set_random_state",
 ]
-
-
-def make_accelerator(
-    device: Literal["auto", "cpu"] = "auto", mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-) -> Accelerator:
-    """Accelerator of a recipe, whose processes wait for each other however long one takes. 创建
-    Accelerator。
-
-    On a CPU the process keeps freed memory for the next step, see :func:`sj_robust.ops.keep_heap`.
-
-    Args:
-        device: ``"auto"`` takes a GPU if there is one.
-        mixed_precision: Accelerate's precision.
-
-    Raises:
-        ValueError: If the device does not have the precision.
-
-    Examples:
-        >>> make_accelerator("cpu").device
-        device(type='cpu')
-    """
-    on_gpu = device == "auto" and torch.cuda.is_available()
-    if not on_gpu:
-        keep_heap()
-    # A process that is done waits for the slowest one, which may evaluate for hours.
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
-    return Accelerator(cpu=not on_gpu, mixed_precision=mixed_precision, kwargs_handlers=[patience])
-
-
-@contextmanager
-def first_process_first(accelerator: Accelerator, text: str) -> Iterator[None]:
-    """What the first process does before the others do it too, with progress on its console.
-    主进程先执行。
-
-    Args:
-        accelerator: The processes.
-        text: What is done.
-
-    Examples:
-        >>> with first_process_first(make_accelerator("cpu"), "loading"):
-        ...     print("images")
-        loading
-        images
-    """
-    console = Console(quiet=not accelerator.is_main_process, highlight=False, soft_wrap=True)
-    with accelerator.main_process_first(), working(text, console):
-        yield
 
 
 class TrainingInterrupted(Exception):  # noqa: N818  # an interruption asked for is not an error

@@ -24,7 +24,7 @@ def retract_(net: nn.Module, beta: float, generator: torch.Generator | None = No
     beta * (s - s^3)``, closer to 1 as long as ``0 < beta * s * (s + 1) < 2``. Of a linear layer
     with 200 rows or more only a random 30 % of the rows (rounded down) take part, as a matrix of
     their own. Afterwards every parameter that a module calls ``mixing`` (the coefficients of a wide
-    ResNet's two branches) is projected by :func:`project_to_simplex_`.
+    ResNet's two branches) is replaced by the nearest non-negative one that sums to 1.
 
     Call it after every step of the optimizer, with weight decay 0. Layers are taken in the order of
     ``net.modules()`` and rows are drawn on the CPU, so generators in the same state give the same

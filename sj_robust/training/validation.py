@@ -1,5 +1,6 @@
 """How good a network in training is: validation of every epoch, and the report at the end."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -9,23 +10,27 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
-from sj_robust.attacks import Attack, eps_text
+from sj_robust.attacks import Attack, ThreatModel
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.environment import device_of
+from sj_robust.core.eps import eps_text
 from sj_robust.core.host import is_neuron
 from sj_robust.core.preserved import evaluation_mode
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.data import ImageSplits, image_loader
-from sj_robust.evaluation import Member, Report, ThreatModel, gallery, wilson_interval
+from sj_robust.evaluation import Member, Report, gallery
+from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.loop import Asked, alone, run
 from sj_robust.evaluation.run.progress import Position, Watch
 from sj_robust.evaluation.run.variant import Variant
 from sj_robust.perturbation import MPPDMonitor
-from sj_robust.perturbation.gains import gain_scalars, perturbation_gains
+from sj_robust.perturbation.gains import perturbation_gains
+from sj_robust.perturbation.gains.design import gain_scalars
 from sj_robust.proofs import verify
+from sj_robust.proofs.differentiable import TrainedMethod
 from sj_robust.training.history import EpochRecord, catastrophic_overfitting
 from sj_robust.training.journal import Journal
 from sj_robust.training.processes import mixed
@@ -34,15 +39,15 @@ __all__ = ["Validation", "check_start", "final_report"]
 
 _BATCH = 128
 _START = 256
-"""Validation images that a network is looked at with before its training."""
+"""Number of validation images on which a network is tried before its training."""
 
 
 class Validation:
     """Accuracy on the validation images, the same figure on any number of processes.
     多进程分担的验证。
 
-    The images come in fixed batches, each with its own seed, of which process r of P takes r, r +
-    P, ...; the counts are summed. ``seed`` is that of the attacks; ``pin_memory`` as in
+    The images come in fixed batches, each with its own seed. Process r of P takes the batches r, r
+    + P, ..., and the counts are summed. ``seed`` is that of the attacks; ``pin_memory`` as in
     :func:`image_loader`.
 
     Examples:
@@ -65,22 +70,20 @@ class Validation:
         self._accelerator = accelerator
         self._seed = seed
         self._size = len(images)  # type: ignore[arg-type]  # every set here has a length
-        self._numbers = range(
-            accelerator.process_index, -(-self._size // _BATCH), accelerator.num_processes
-        )
-        mine = [
-            i
-            for number in self._numbers
-            for i in range(number * _BATCH, min(self._size, (number + 1) * _BATCH))
-        ]
-        self._loader = image_loader(Subset(images, mine), _BATCH, pin_memory=pin_memory)
+        batches = math.ceil(self._size / _BATCH)
+        self._own_batches = range(accelerator.process_index, batches, accelerator.num_processes)
+        own_images: list[int] = []
+        for number in self._own_batches:
+            first = number * _BATCH
+            own_images += range(first, min(first + _BATCH, self._size))
+        self._loader = image_loader(Subset(images, own_images), _BATCH, pin_memory=pin_memory)
 
     def accuracy(
         self,
         model: nn.Module,
         attacks: Mapping[str, Attack],
         verified_eps: float | None = None,
-        *,
+        verified_method: TrainedMethod = "joint",
         verified_norm: Literal["Linf", "L0"] = "Linf",
     ) -> dict[str, float]:
         """Accuracy in [0, 1] on clean images and under each attack; every process gets the same
@@ -89,29 +92,42 @@ class Validation:
         With ``verified_eps`` also the share of images that are ``"verified"`` at that radius of
         ``verified_norm``.
         """
-        names = ("clean", *attacks, *(() if verified_eps is None else ("verified",)))
-        correct = torch.zeros(len(names), dtype=torch.int64)
-        for number, (x, y) in zip(self._numbers, self._batches(), strict=True):
+        counts = dict.fromkeys(["clean", *attacks], 0)
+        for number, (x, y) in zip(self._own_batches, self._batches(), strict=True):
             seeds = _seeds(len(y), mixed(self._seed, number))
-            counts = alone(model, x, y, attacks, seeds=seeds)
-            correct += torch.tensor([counts.get(name, 0) for name in names])
-        if verified_eps is not None and self._numbers:
-            assert isinstance(model, SpikingClassifier)
-            x, y = (torch.cat(parts) for parts in zip(*self._batches(), strict=True))
-            with evaluation_mode(model):  # of all batches at once: the network is checked once
-                proofs = verify(model, x, y, verified_eps, norm=verified_norm, batch_size=_BATCH)
-                correct[-1] = sum(proofs.verified)
-        total = self._accelerator.reduce(correct.to(self._accelerator.device), "sum")
-        return dict(zip(names, (count / self._size for count in total.tolist()), strict=True))
+            right = alone(model, x, y, attacks, seeds=seeds)
+            for name in counts:
+                counts[name] += right[name]
+        if verified_eps is not None:
+            counts["verified"] = self._verified(model, verified_eps, verified_method, verified_norm)
+        own = torch.tensor(list(counts.values()), device=self._accelerator.device)
+        totals = self._accelerator.reduce(own, "sum").tolist()
+        return {name: total / self._size for name, total in zip(counts, totals, strict=True)}
+
+    def _verified(
+        self, model: nn.Module, eps: float, method: TrainedMethod, norm: Literal["Linf", "L0"]
+    ) -> int:
+        """Number of this process's images that are verified.
+
+        All batches go into one call, so that the network is checked only once.
+        """
+        batches = list(self._batches())
+        if not batches:
+            return 0
+        x = torch.cat([images for images, _ in batches])
+        y = torch.cat([labels for _, labels in batches])
+        with evaluation_mode(model):
+            found = verify(model, x, y, eps, norm=norm, method=method, batch_size=_BATCH)
+        return sum(found.verified)
 
     def scalars(
         self, classifier: SpikingClassifier, attack: Attack, *, bounds: bool = False
     ) -> dict[str, float]:
         """Scalars for the log: MS-MPPD per layer under ``attack`` on this process's first images,
-        and every gain; of a network without spiking neurons there are none.
+        and every gain; none for a network without spiking neurons.
 
-        With ``bounds`` so is the exact L2 bound of every covered layer, its gain times the norm of
-        the map before it.
+        With ``bounds`` also the exact L2 bound of every layer that has one: its gain times the norm
+        of the linear map before it.
         """
         net = classifier.net
         x, y = next(self._batches())
@@ -127,7 +143,8 @@ class Validation:
                 scalars |= {
                     f"input_gain/{name}/t{t}": gain for t, gain in enumerate(gains.tolist())
                 }
-        if bounds:  # a log needs no more than two digits
+        if bounds:
+            # two digits are enough for a log
             for layer in perturbation_gains(classifier, x[:1], tolerance=1e-2).layers:
                 if layer.l2 is not None and layer.l2.value is not None:
                     scalars[f"l2_bound/{layer.name}"] = layer.l2.value
@@ -146,54 +163,66 @@ def _seeds(images: int, seed: int) -> SampleSeeds:
 def check_start(
     classifier: SpikingClassifier, splits: ImageSplits, journal: Journal, origin: str
 ) -> None:
-    """Say how good a network is that does not begin at random, and warn of a lost normalisation.
+    """Say how accurate a network with trained weights is before training, and warn if it is not.
     训练前检查初始准确率。
 
-    It is warned of if no more than guessing is left, and if the network is better on images that
-    are normalised with their own mean and standard deviation.
+    There are two warnings: the network is better on images that are normalised with their own mean
+    and standard deviation, so that the weights expect a normalisation; or it is no better than
+    guessing.
 
     Args:
         classifier: The network.
-        splits: The data set, of which some validation images count.
+        splits: The data set; the first of its validation images are used.
         journal: Where it is said.
         origin: Where the weights are from.
     """
-    x, y = (
-        part.to(device_of(classifier))
-        for part in next(iter(image_loader(splits.validation, _START)))
+    device = device_of(classifier)
+    x, y = next(iter(image_loader(splits.validation, _START)))
+    x, y = x.to(device), y.to(device)
+    right = _count_right(classifier, x, y)
+    journal.say(f"starting from {origin}: {right / len(y):.1%} of {len(y)} validation images right")
+    low, high = wilson_interval(right, len(y))
+    warning = None
+    if not splits.frames:
+        warning = _lost_normalisation(classifier, x, y, high)
+    if warning is None and low <= 1 / splits.classes:
+        warning = "that is no better than guessing; check the weights, --mean, --std and --tau"
+    if warning is not None:
+        journal.say(f"WARNING: {warning}")
+
+
+def _lost_normalisation(
+    classifier: SpikingClassifier, x: Tensor, y: Tensor, accuracy: float
+) -> str | None:
+    """A warning if a classifier that does not normalise its images would be significantly better
+    than ``accuracy`` if it did.
+    """
+    normalises = classifier.mean is not None or classifier.std is not None
+    if normalises or classifier.encoder is not None:
+        return None
+    dims = [0, *range(2, x.ndim)]
+    mean = [round(value, 3) for value in x.mean(dims).tolist()]
+    std = [round(value, 3) for value in x.std(dims).tolist()]
+    if not all(value > 0 for value in std):
+        return None
+    normalising = SpikingClassifier(
+        classifier.net, classifier.T, mean=mean, std=std, takes=classifier.takes
+    )
+    right = _count_right(normalising.to(x.device), x, y)
+    low, _ = wilson_interval(right, len(y))
+    if low <= accuracy:
+        return None
+    means = " ".join(map(str, mean))
+    stds = " ".join(map(str, std))
+    return (
+        f"with --mean {means} --std {stds}, which these images have, {right / len(y):.1%} are "
+        "right: the network expects normalised images"
     )
 
-    def right(model: nn.Module) -> int:
-        return alone(model, x, y, {}, seeds=_seeds(len(y), 0))["clean"]
 
-    clean = right(classifier)
-    journal.say(f"starting from {origin}: {clean / len(y):.1%} of {len(y)} validation images right")
-    low, high = wilson_interval(clean, len(y))
-    if (
-        not splits.frames
-        and classifier.encoder is None
-        and classifier.mean is None
-        and classifier.std is None
-    ):
-        dims = [0, *range(2, x.ndim)]
-        mean, std = (
-            [round(value, 3) for value in part.tolist()] for part in (x.mean(dims), x.std(dims))
-        )
-        if min(std) > 0:
-            net, takes = classifier.net, classifier.takes
-            normalising = SpikingClassifier(net, classifier.T, mean=mean, std=std, takes=takes)
-            lifted = right(normalising.to(x.device))
-            if wilson_interval(lifted, len(y))[0] > high:
-                means, stds = (" ".join(map(str, values)) for values in (mean, std))
-                journal.say(
-                    f"WARNING: with --mean {means} --std {stds}, those of these images, "
-                    f"{lifted / len(y):.1%} are: the network expects normalised images"
-                )
-                return
-    if low <= 1 / splits.classes:
-        journal.say(
-            "WARNING: that is no better than guessing; check the weights, --mean, --std and --tau"
-        )
+def _count_right(model: nn.Module, x: Tensor, y: Tensor) -> int:
+    counts = alone(model, x, y, {}, seeds=_seeds(len(y), 0))
+    return counts["clean"]
 
 
 def final_report(
@@ -208,6 +237,7 @@ def final_report(
     seed: int,
     single_step: bool,
     verified_eps: float | None = None,
+    verified_method: TrainedMethod = "joint",
     dataset: str = "images",
     configuration: Mapping[str, Any] | None = None,
     environment: Mapping[str, str] | None = None,
@@ -215,32 +245,30 @@ def final_report(
     """Report of a trained network on the test images, with the curves of its training.
     训练结束后的评估。
 
-    Every attack is a figure for itself. The network is a variant of the report, so that those of
-    several networks can be merged.
-
-    TensorBoard gets pictures of an attack on validation images.
+    The report has the accuracy under each attack by itself. The network is a variant of the report,
+    so that the reports of several networks can be merged. TensorBoard gets pictures of an attack on
+    validation images.
 
     Args:
         name: Name of the network in the report.
         classifier: The network.
-        history: Records of its epochs; the report's warnings are those about them, and how many
-            are verified.
-        splits: The data set, of which the test images count.
+        history: Records of its epochs, which become the curves.
+        splits: The data set; its test images are used.
         attacks: Attacks by name, budgets inside.
         threat: The budget, for the report.
-        journal: Shows how far it is.
+        journal: Shows the progress.
         seed: Seeds the attacks.
         single_step: Whether it was trained with a single-step attack, so that catastrophic
             overfitting is looked for.
-        verified_eps: Radius of the threat's norm at which the test images are proved as well; None
-            proves none.
+        verified_eps: Radius of the threat's norm for which a warning says how many test images are
+            verified; None verifies none.
+        verified_method: Method of :func:`sj_robust.proofs.verify` that proves them.
         dataset: Name of the data set.
         configuration: Options of the run.
         environment: Versions, device, commit.
     """
     norm: Literal["Linf", "L0"] = "L0" if threat.norm == "L0" else "Linf"
-    loader = image_loader(splits.test, 32 if splits.frames else 512)
-    data = Data.of(loader)
+    data = Data.of(_test_loader(splits))
     members = [Member(attack_name, attack, group="") for attack_name, attack in attacks.items()]
     variant = Variant(members, name, seed)
     steps = len(data) * (1 + len(members))
@@ -260,20 +288,20 @@ def final_report(
         with suppress(ValueError):  # no image is right
             shown = gallery(classifier, x, y, eps=threat.eps, norm=norm, seed=seed)
             journal.show_gallery(name.replace(" ", "_"), shown, len(history))
-    heads = [history[: end + 1] for end in range(len(history))] if single_step else []
-    notes = tuple(
-        f"{name}: {warning}" for warning in map(catastrophic_overfitting, heads) if warning
-    )
+    notes = []
+    if single_step:
+        notes += _overfitting_warnings(history)
     if verified_eps is not None:
-        device, proofs = device_of(classifier), 0
-        text = f"verifying {name} on {len(splits.test)} test images"
-        with journal.steps(text, len(loader)) as step, evaluation_mode(classifier):
-            for x, y in loader:
-                found = verify(classifier, x.to(device), y.to(device), verified_eps, norm=norm)
-                proofs += sum(found.verified)
-                step()
-        share = f"{proofs} of {len(splits.test)} test images ({proofs / len(splits.test):.1%})"
-        notes += (f"{name}: {share} verified at {norm} {eps_text(verified_eps)}",)
+        share = _share_verified(
+            name,
+            classifier,
+            splits,
+            journal,
+            eps=verified_eps,
+            norm=norm,
+            method=verified_method,
+        )
+        notes.append(share)
     return Report(
         name=name,
         dataset=dataset,
@@ -287,8 +315,49 @@ def final_report(
         curves={name: [asdict(record) for record in history]},
         configuration=dict(configuration or {}),
         environment=dict(environment or {}),
-        warnings=(*outcome.warnings, *notes),
+        warnings=(*outcome.warnings, *[f"{name}: {note}" for note in notes]),
     )
+
+
+def _test_loader(splits: ImageSplits) -> DataLoader[tuple[Tensor, ...]]:
+    batch_size = 32 if splits.frames else 512
+    return image_loader(splits.test, batch_size)
+
+
+def _overfitting_warnings(history: Sequence[EpochRecord]) -> list[str]:
+    """A warning for every epoch that looks like catastrophic overfitting."""
+    found = []
+    for epochs in range(1, len(history) + 1):
+        warning = catastrophic_overfitting(history[:epochs])
+        if warning is not None:
+            found.append(warning)
+    return found
+
+
+def _share_verified(
+    name: str,
+    classifier: SpikingClassifier,
+    splits: ImageSplits,
+    journal: Journal,
+    *,
+    eps: float,
+    norm: Literal["Linf", "L0"],
+    method: TrainedMethod,
+) -> str:
+    """How many of the test images are verified, in words."""
+    device = device_of(classifier)
+    loader = _test_loader(splits)
+    images = len(splits.test)
+    verified = 0
+    text = f"verifying {name} on {images} test images"
+    with journal.steps(text, len(loader)) as step, evaluation_mode(classifier):
+        for x, y in loader:
+            x, y = x.to(device), y.to(device)
+            found = verify(classifier, x, y, eps, norm=norm, method=method)
+            verified += sum(found.verified)
+            step()
+    share = f"{verified} of {images} test images ({verified / images:.1%})"
+    return f"{share} verified at {norm} {eps_text(eps)}"
 
 
 def _stepped(step: Callable[[], None], position: Position) -> None:

@@ -26,10 +26,15 @@ from sj_robust.attacks import autoattack, spike_search
 
 SEARCHES = {name: attack for name, attack in ATTACKS.items() if name not in NOISES}
 NEAREST = [name for name in SEARCHES if name.startswith("fab")]
-PAIRS = [
-    *itertools.product([*NOISES, *ON_IMAGES, *NEAREST], ["linear"]),
-    *itertools.product([name for name in SEARCHES if name not in NEAREST], MODELS),
-]
+OTHERS = [name for name in SEARCHES if name not in NEAREST]
+PAIRS = dict.fromkeys(
+    [
+        *itertools.product([*NOISES, *ON_IMAGES, *NEAREST], ["linear"]),
+        *zip(OTHERS, itertools.cycle(MODELS), strict=False),
+        *itertools.product(["pgd", "apgd"], MODELS),
+    ]
+)
+"""Every attack on some model, and two of them on every one."""
 
 
 def _one_of(names: Iterable[str]):
@@ -45,18 +50,19 @@ gradient_attack = _one_of(SEARCHES)
 image_attack = _one_of(ON_IMAGES)
 search = _one_of(SEARCHES | ON_IMAGES)  # a search asks the model
 every_attack = _one_of(ATTACKS | ON_IMAGES)
+drawing = _one_of([*ATTACKS, "square", "autoattack"])
 
 
 @pytest.fixture(params=MODELS)
 def model(request) -> nn.Module:
-    return _untrained(request.param)
+    return untrained(request.param)
 
 
 @pytest.fixture(params=PAIRS, ids="-".join)
 def attack_and_model(request, monkeypatch) -> tuple[Attack, nn.Module]:
-    """Every attack on every model; noises and what is slow on the quickest."""
+    """Noises and what is slow run on the quickest model."""
     name, model = request.param
-    return _shortened(name, monkeypatch), _untrained(model)
+    return _shortened(name, monkeypatch), untrained(model)
 
 
 def _shortened(name: str, monkeypatch) -> Attack:
@@ -78,7 +84,7 @@ def shorten(monkeypatch, *, iterations: int = 5, queries: int = 20) -> None:
     monkeypatch.setattr(module, "_QUERIES", queries)
 
 
-def _untrained(name: str) -> nn.Module:
+def untrained(name: str) -> nn.Module:
     """A network for images [N, 1, 6, 6], in train mode as modules are when new."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -92,7 +98,8 @@ def batch() -> tuple[Tensor, Tensor]:
     """
     generator = seeded(2)
     x = torch.rand(7, 1, 6, 6, generator=generator)
-    x[0, 0, 0], x[1, 0, 1] = 0.0, 1.0
+    x[0, 0, 0] = 0.0
+    x[1, 0, 1] = 1.0
     return x, linear_model(36)(x).argmax(1)
 
 

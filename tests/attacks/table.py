@@ -88,6 +88,7 @@ ATTACKS = {
     "pgd_last": _pgd(keep_best=False),
     "pgd_no_start": _pgd(random_start=False, draws=False),
     "pgd_restarts": _pgd(restarts=3),
+    "pgd_stop_early": _pgd(restarts=2, stop_early=True),
     "pgd_last_restarts": _pgd(restarts=2, keep_best=False),
     "pgd_targeted": _pgd(targeted=True),
     "pgd_eot": _pgd(eot_samples=2),
@@ -136,15 +137,16 @@ def assert_within(
     assert (x_adv.shape, x_adv.dtype, x_adv.device) == (x.shape, x.dtype, x.device)
     assert not x_adv.requires_grad
     assert not x_adv.is_inference()  # so that a network can be trained on them
-    assert bool((x_adv >= 0).all())
-    assert bool((x_adv <= 1).all())
+    assert (x_adv >= 0).all()
+    assert (x_adv <= 1).all()
     distance = x_adv.double() - x.double()
     if norm == "Linf" and x.numel():
         assert distance.abs().max().item() <= eps
         assert (x_adv - x).abs().max().item() <= eps
     if norm == "L2":
         for sample in distance.flatten(1).tolist():
-            assert math.sqrt(math.fsum(d * d for d in sample)) <= eps * (1 + 1e-12)
+            found = math.sqrt(math.fsum(d * d for d in sample))
+            assert found <= eps * (1 + 1e-12)
 
 
 def all_generators(shape) -> Tensor:
@@ -162,7 +164,9 @@ def left_as_it_was(
     Its forward number ``fail_at`` raises an error, which has to come out; the others run in
     evaluation mode.
     """
-    modules, (first, *_, last), calls = list(model.modules()), model.parameters(), []
+    modules = list(model.modules())
+    first, *_, last = model.parameters()
+    calls = []
     for number, module in enumerate(modules):
         module.training = number % 3 != 0
     first.grad = torch.full_like(first, 3.0)

@@ -83,7 +83,9 @@ def by_hand(
         return np.clip(x + d * min(1, eps / length), 0, 1)
 
     def uphill(g):
-        return np.sign(g) if norm == "Linf" else g / np.linalg.norm(g)
+        if norm == "Linf":
+            return np.sign(g)
+        return g / np.linalg.norm(g)
 
     eta = 2 * eps
     etas = []
@@ -111,7 +113,8 @@ def by_hand(
             last = w[w.index(n + 1) - 1]
             few = sum(rises[last : n + 1]) < 0.75 * (n + 1 - last)
             stalled = eta_at[last] == eta and f_max_at[last] == f_max
-            eta_at[n + 1], f_max_at[n + 1] = eta, f_max
+            eta_at[n + 1] = eta
+            f_max_at[n + 1] = f_max
             if few or stalled:
                 eta = eta / 2
                 new = x_max
@@ -190,9 +193,11 @@ def test_images_of_sapgd_follow_its_recursion(steps):
         np.testing.assert_allclose(seen[k], x, rtol=0, atol=1e-9)
         x = seen[k]
         eta = eta / 2 if k in paper_checkpoints(steps) else eta
-    assert np.abs(seen[-2] - seen[-1]).max() > 0.1 * eta
+    found = np.abs(seen[-2] - seen[-1]).max()
+    assert found > 0.1 * eta
     values = [quadratic_loss(torch.tensor(images), y) for images in seen]
-    torch.testing.assert_close(quadratic_loss(x_adv, y), torch.stack(values).amax(0))
+    expected = torch.stack(values).amax(0)
+    torch.testing.assert_close(quadratic_loss(x_adv, y), expected)
 
 
 def test_a_run_that_rises_without_passing_its_start_goes_back_and_halves_its_step():
@@ -225,7 +230,8 @@ def test_the_start_lies_on_the_border_of_the_ball(norm):
     delta = model.seen[0] - x
     length = delta.abs().amax(1) if norm == "Linf" else delta.norm(dim=1)
     torch.testing.assert_close(length, torch.full_like(length, 0.2))
-    assert delta.mean(0).abs().max().item() < 0.04
+    found = delta.mean(0).abs().max().item()
+    assert found < 0.04
 
 
 def test_losses_by_hand():
@@ -234,7 +240,8 @@ def test_losses_by_hand():
     expected = torch.tensor([-1 / 2, 1 / 2])  # over 4 - 2
     torch.testing.assert_close(dlr_loss(logits, y), expected)
     expected = torch.tensor([-5 / 2.5, -2 / 2.5])  # over 4 - (2 + 1) / 2
-    torch.testing.assert_close(targeted_dlr_loss(logits, y, target=torch.tensor([3, 1])), expected)
+    found = targeted_dlr_loss(logits, y, target=torch.tensor([3, 1]))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
@@ -244,7 +251,8 @@ def test_the_ratio_does_not_see_the_scale_of_the_logits(scale):
     target = logits.argsort(1)[:, -3]
     torch.testing.assert_close(dlr_loss(logits * scale, y), dlr_loss(logits, y))
     targeted = targeted_dlr_loss(logits, y, target=target)
-    torch.testing.assert_close(targeted_dlr_loss(logits * scale, y, target=target), targeted)
+    found = targeted_dlr_loss(logits * scale, y, target=target)
+    torch.testing.assert_close(found, targeted)
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
@@ -273,7 +281,7 @@ def test_ties_and_zero_gradients_give_no_nan(norm, loss, model):
             steps=10,
             keep_best=keep_best,
         )
-        assert bool(torch.isfinite(x_adv).all())
+        assert torch.isfinite(x_adv).all()
         assert not torch.equal(x_adv, x)
 
 
@@ -300,13 +308,9 @@ def test_any_fooling_image_is_kept_and_the_highest_loss_on_request():
     assert bool(
         (model(kept).argmax(1) == 0).all()
     )  # above 0.4: a start at 0.45, or the first step from 0.25
-    assert bool((model(highest).argmax(1) == 1).all())
-    torch.testing.assert_close(
-        highest,
-        torch.full((40, 1), 0.3),
-        rtol=0,
-        atol=1e-3,
-    )
+    assert (model(highest).argmax(1) == 1).all()
+    expected = torch.full((40, 1), 0.3)
+    torch.testing.assert_close(highest, expected, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("attack", [apgd, sapgd])
@@ -325,7 +329,8 @@ def test_what_is_misclassified_comes_back_and_what_is_fooled_is_left(attack):
     assert torch.equal(x_adv[:20], oracle.x[:20])
     assert not (x_adv[20:] == oracle.x[20:]).all(1).any()
     assert model.sizes[:2] == [60, 40]
-    assert model.sizes[1:] == sorted(model.sizes[1:], reverse=True)
+    expected = sorted(model.sizes[1:], reverse=True)
+    assert model.sizes[1:] == expected
     standing = int((predicted(oracle.model, x_adv) == y).sum())
     assert standing <= model.sizes[-1] < 40
     assert attack is sapgd or model.sizes[-1] == standing
@@ -380,7 +385,8 @@ def test_targets_are_the_most_likely_wrong_classes_in_turn(target_classes, falls
         **options,
         generator=seeded(),
     )
-    assert bool((model(x_adv).argmax(1) == 3).all()) == falls
+    found = bool((model(x_adv).argmax(1) == 3).all())
+    assert found == falls
 
 
 @pytest.mark.slow
@@ -422,6 +428,7 @@ def test_as_strong_as_the_authors_implementation(trained, norm, eps, loss, monke
     model = trained.model
     x = trained.x[:100]
     y = trained.y[:100]
+    steps = 50
     right = predicted(model, x) == y
     ours = []
     theirs = []
@@ -433,12 +440,12 @@ def test_as_strong_as_the_authors_implementation(trained, norm, eps, loss, monke
             warnings.simplefilter("ignore")
             if loss == "dlr_targeted":
                 peer = peers.APGDAttack_targeted(
-                    model, n_iter=50, norm=norm, eps=eps, seed=seed, n_target_classes=1
+                    model, n_iter=steps, norm=norm, eps=eps, seed=seed, n_target_classes=1
                 )
             else:
                 peer = peers.APGDAttack(
                     model,
-                    n_iter=50,
+                    n_iter=steps,
                     norm=norm,
                     eps=eps,
                     seed=seed,
@@ -446,11 +453,10 @@ def test_as_strong_as_the_authors_implementation(trained, norm, eps, loss, monke
                 )
             peer_adv = peer.perturb(x.clone(), y.clone())
             torch.manual_seed(seed)
-            noise = (
-                2 * torch.rand(x[right].shape) - 1
-                if norm == "Linf"
-                else torch.randn(x[right].shape)
-            )
+            if norm == "Linf":
+                noise = 2 * torch.rand(x[right].shape) - 1
+            else:
+                noise = torch.randn(x[right].shape)
         start = x.clone()
         start[right] = (x[right] + eps * peer.normalize(noise)).clamp(0, 1)
         monkeypatch.setattr(_ascent, "random_point", lambda *_, start=start, on_border: start)
@@ -459,7 +465,7 @@ def test_as_strong_as_the_authors_implementation(trained, norm, eps, loss, monke
             x,
             y,
             eps=eps,
-            steps=50,
+            steps=steps,
             norm=norm,
             loss=loss,
             target_classes=1,
@@ -486,9 +492,10 @@ def test_sapgd_does_not_see_the_scale_of_the_gradient(scale):
         )
 
     x_adv = attacked(scale)
-    assert bool(torch.isfinite(x_adv).all())
+    assert torch.isfinite(x_adv).all()
     torch.testing.assert_close(x_adv, attacked(0.125), rtol=0, atol=1e-5)
-    torch.testing.assert_close(x_adv[:, 0], torch.full((2,), 0.6))
+    expected = torch.full((2,), 0.6)
+    torch.testing.assert_close(x_adv[:, 0], expected)
 
 
 def test_a_zero_gradient_moves_nothing_in_sapgd_and_stops_nobody_else():
@@ -503,9 +510,11 @@ def test_a_zero_gradient_moves_nothing_in_sapgd_and_stops_nobody_else():
         steps=5,
         keep_best=False,
     )
-    assert bool(torch.isfinite(x_adv).all())
-    assert all(torch.equal(images[0], model.seen[0][0]) for images in model.seen)
-    torch.testing.assert_close(x_adv[1], torch.tensor([0.4, 0.6, 0.6], dtype=torch.float64))
+    assert torch.isfinite(x_adv).all()
+    for images in model.seen:
+        assert torch.equal(images[0], model.seen[0][0])
+    expected = torch.tensor([0.4, 0.6, 0.6], dtype=torch.float64)
+    torch.testing.assert_close(x_adv[1], expected)
 
 
 @pytest.mark.slow

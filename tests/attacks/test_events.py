@@ -52,12 +52,12 @@ class TestBudget:
             generator=seeded(seed),
         )
         assert_within(x_adv, x, None, flips)
-        assert bool(((x_adv == 0) | (x_adv == 1)).all())
-        assert bool(((x_adv - x).abs().flatten(1).sum(1) <= flips).all())
+        assert ((x_adv == 0) | (x_adv == 1)).all()
+        assert ((x_adv - x).abs().flatten(1).sum(1) <= flips).all()
         if "add" in name:
-            assert bool((x_adv >= x).all())
+            assert (x_adv >= x).all()
         if "remove" in name:
-            assert bool((x_adv <= x).all())
+            assert (x_adv <= x).all()
         assert torch.equal(x, before)
         assert x_adv.data_ptr() != x.data_ptr() or x.numel() == 0
 
@@ -158,8 +158,9 @@ class TestLinearOptimum:
             everything = (x[row].flatten() - masks).abs().view(-1, 2, 2, 1, 3)
             fell = predicted(model, everything) != y[row]
             least = int(masks.sum(1)[fell].min())
-            assert int(count_flips(x_adv[row : row + 1], x[row : row + 1])) == least
-        assert bool((model(x_adv).argmax(1) != y).all())
+            found = int(count_flips(x_adv[row : row + 1], x[row : row + 1]))
+            assert found == least
+        assert (model(x_adv).argmax(1) != y).all()
 
     def test_the_first_step_takes_the_largest_gains_of_the_margin(self):
         with torch.random.fork_rng():
@@ -198,7 +199,7 @@ class TestReduction:
         assert torch.equal(fooled(bars.model, reduced, bars.y), fell)
         fewer = count_flips(reduced, bars.x)[fell]
         more = count_flips(grown, bars.x)[fell]
-        assert bool((fewer <= more).all())
+        assert (fewer <= more).all()
         assert int((fewer < more).sum()) > 10
         changed = (reduced != bars.x)[fell]
         assert bool(((grown != bars.x)[fell] | ~changed).all())  # a subset of what had grown
@@ -221,7 +222,7 @@ class TestReduction:
         back = x_adv[sample].flatten(1)
         number = torch.arange(len(back))
         back[number, element] = 1 - back[number, element]
-        assert not bool(fooled(bars.model, back.view_as(x_adv[sample]), y[sample]).any())
+        assert not fooled(bars.model, back.view_as(x_adv[sample]), y[sample]).any()
         assert len(back) > 40
 
     @pytest.mark.slow
@@ -241,8 +242,8 @@ class TestReduction:
         several = run(generator=seeded(), target_classes=3, restarts=2)
         fell = fooled(bars.model, one, y)
         fell_to_several = fooled(bars.model, several, y)
-        assert bool(fell_to_several[fell].all())
-        assert bool((count_flips(several, x) <= count_flips(one, x))[fell].all())
+        assert fell_to_several[fell].all()
+        assert (count_flips(several, x) <= count_flips(one, x))[fell].all()
         assert int(fell_to_several.sum()) > int(fell.sum())
 
 
@@ -299,7 +300,7 @@ class TestTrainedNetwork:
             allow="remove",
             generator=seeded(),
         )
-        assert bool(fooled(Dead(), with_search, y)[y == 0].any())
+        assert fooled(Dead(), with_search, y)[y == 0].any()
         assert not torch.isnan(with_search).any()
 
     def test_calls_of_the_gradient_alone(self):
@@ -333,7 +334,8 @@ class TestRandomFlips:
     def test_exactly_as_many_as_asked_or_allowed(self):
         x = frames(5, 3, 2, 4, 4, share=0.1)
         events = x.flatten(1).sum(1).long()
-        assert count_flips(random_flips(None, x, flips=20), x).tolist() == [20] * 5
+        found = count_flips(random_flips(None, x, flips=20), x).tolist()
+        assert found == [20] * 5
         removed = count_flips(random_flips(None, x, flips=20, allow="remove"), x)
         assert torch.equal(removed, events.clamp(max=20))
         assert int(events.min()) < 20
@@ -341,9 +343,9 @@ class TestRandomFlips:
     def test_uniform(self):
         x = torch.zeros(4000, 1, 2, 2, 3)
         x_adv = random_flips(None, x, flips=3, generator=seeded())
-        torch.testing.assert_close(
-            x_adv.mean(0).flatten(), torch.full((12,), 0.25), atol=0.03, rtol=0
-        )
+        found = x_adv.mean(0).flatten()
+        expected = torch.full((12,), 0.25)
+        torch.testing.assert_close(found, expected, atol=0.03, rtol=0)
 
     def test_more_tries_fool_more(self, bars):
         run = partial(
@@ -368,7 +370,8 @@ class TestRandomFlips:
             random_flips(model, x, labels, flips=6, generator=seeded())
             for model, labels in ((None, None), (refuses, None), (None, y), (refuses, y))
         )
-        assert all(torch.equal(alone, other) for other in others)
+        for other in others:
+            assert torch.equal(alone, other)
 
 
 def test_of_two_sets_of_changes_the_better_is_kept():

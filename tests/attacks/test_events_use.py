@@ -10,9 +10,10 @@ from attacks.moving_bars import EVENT_ATTACKS, SIZE, T, frames, moving_bars, spi
 from attacks.table import left_as_it_was, linear_model, seeded
 from torch import Tensor, nn
 
-from sj_robust.attacks import SampleSeeds, check_frames, count_flips, flip_events, random_flips
+from sj_robust.attacks import SampleSeeds, count_flips, flip_events, random_flips
+from sj_robust.attacks.events import check_frames
 from sj_robust.classifier import SpikingEventClassifier
-from sj_robust.evaluation import fools
+from sj_robust.evaluation.run.member import fools
 
 
 @pytest.fixture(scope="module")
@@ -31,36 +32,33 @@ def bars_and_labels(count: int) -> tuple[Tensor, Tensor]:
 class TestState:
     @pytest.mark.slow
     def test_same_seed_same_result_and_another_seed_another(self, event_attack, bars):
-        x = bars.x[:5]
-        y = bars.y[:5]
+        x = bars.x[:3]
+        y = bars.y[:3]
         first = event_attack(bars.model, x, y, flips=6, generator=seeded(5))
         other = event_attack(bars.model, x, y, flips=6, generator=seeded(6))
-        for context in (torch.no_grad, torch.inference_mode):  # of the caller
-            with context():
-                again = event_attack(
-                    bars.model,
-                    x.clone(),
-                    y,
-                    flips=6,
-                    generator=seeded(5),
-                )
-            assert torch.equal(again, first), context.__name__
+        with torch.inference_mode():  # of the caller
+            again = event_attack(bars.model, x.clone(), y, flips=6, generator=seeded(5))
+        assert torch.equal(again, first)
         if event_attack not in (
             EVENT_ATTACKS["gradient_only"],
             EVENT_ATTACKS["eot"],
         ):  # which draw next to nothing
             assert not torch.equal(first, other)
-        assert bool(((first == 0) | (first == 1)).all())
+        assert ((first == 0) | (first == 1)).all()
         assert 0 < int(count_flips(first, x).max()) <= 6
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("name", [name for name in EVENT_ATTACKS if name != "eot"])
+    @pytest.mark.parametrize(
+        "name", ["default", "remove", "last", "targets_and_restarts", "moves", "random_moves"]
+    )
     def test_a_result_depends_on_neither_neighbours_nor_batch_size(self, name, double):
-        (x, y), seeds = bars_and_labels(5), SampleSeeds(range(5))
+        x, y = bars_and_labels(5)
+        seeds = SampleSeeds(range(5))
         run = partial(EVENT_ATTACKS[name], double, flips=8)
         together = run(x, y, generator=seeds)
         for rows in (torch.tensor([4]), torch.tensor([3, 0, 2])):
-            assert torch.equal(run(x[rows], y[rows], generator=seeds.rows(rows)), together[rows])
+            found = run(x[rows], y[rows], generator=seeds.rows(rows))
+            assert torch.equal(found, together[rows])
 
     @pytest.mark.slow
     def test_neighbours_do_not_count_with_a_generator_either(self, double):

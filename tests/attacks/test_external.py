@@ -65,7 +65,8 @@ def test_the_network_is_in_evaluation_mode_and_gradients_are_on(model):
         return x
 
     with torch.inference_mode():
-        assert torch.equal(external(attack, eps=0.0)(model.train(), X, Y), X)
+        found = external(attack, eps=0.0)(model.train(), X, Y)
+        assert torch.equal(found, X)
     assert model.training
 
 
@@ -75,7 +76,8 @@ def test_all_global_generators_are_seeded_by_the_callers(model):
 
     attack = external(noise, eps=0.1)
     first = attack(model, X, Y, generator=seeded(1))
-    assert torch.equal(first, attack(model, X, Y, generator=seeded(1)))
+    expected = attack(model, X, Y, generator=seeded(1))
+    assert torch.equal(first, expected)
     assert not torch.equal(first, attack(model, X, Y, generator=seeded(2)))
     seeds = SampleSeeds(range(7))
     first = attack(model, X, Y, generator=seeds)
@@ -88,7 +90,8 @@ def test_numpy_takes_the_low_bits_of_a_large_seed(model, monkeypatch):
     seen = []
     draws = lambda: np.random.rand()  # noqa: E731, NPY002  the global one
     external(lambda x, y: seen.append(draws()) or x, eps=0.1)(model, X, Y)
-    assert seen == [np.random.RandomState(2**31 + 7).rand()]
+    expected = [np.random.RandomState(2**31 + 7).rand()]
+    assert seen == expected
 
 
 @pytest.mark.parametrize(
@@ -212,7 +215,8 @@ def test_transfer_crafts_on_the_source_and_never_asks_the_target(model):
         partial(square, eps=0.1, queries=20),
     ):
         moved = transfer(source, attack)(target, X, Y, generator=seeded())
-        assert torch.equal(moved, attack(source, X, Y, generator=seeded()))
+        expected = attack(source, X, Y, generator=seeded())
+        assert torch.equal(moved, expected)
         assert not torch.equal(moved, attack(model, X, Y, generator=seeded()))
     assert source.training
 
@@ -222,15 +226,17 @@ def test_transfer_is_weaker_than_the_attack_on_the_target_itself(model):
     attack = partial(fgsm, eps=0.1)
     white = attack(model, X, y)
     black = transfer(linear_model(36, seed=5), attack)(model, X, y)
-    assert (predicted(model, black) != y).sum() < (predicted(model, white) != y).sum()
+    found = (predicted(model, black) != y).sum()
+    expected = (predicted(model, white) != y).sum()
+    assert found < expected
 
 
 def test_bound_attacks_can_be_pickled_and_printed(model):
     attack = transfer(model, external(Peer(model, 0.1), eps=0.1))
     copy = pickle.loads(pickle.dumps(attack))
-    assert torch.equal(
-        copy(model, X, Y, generator=seeded()), attack(model, X, Y, generator=seeded())
-    )
+    found = copy(model, X, Y, generator=seeded())
+    expected = attack(model, X, Y, generator=seeded())
+    assert torch.equal(found, expected)
     assert "eps=0.1" in repr(attack)
 
 

@@ -75,12 +75,8 @@ def test_a_step_is_the_librarys(norm):
     theirs = getattr(projections, f"projection_{norm.lower()}")
     points, leads, normals = (torch.tensor(values)[100:] for values in planes())
     bias = (normals * points).sum(1) - leads
-    torch.testing.assert_close(
-        shortest_step(points, leads, normals, norm),
-        theirs(points, normals, bias),
-        rtol=0,
-        atol=1e-12,
-    )
+    found = shortest_step(points, leads, normals, norm)
+    torch.testing.assert_close(found, theirs(points, normals, bias), rtol=0, atol=1e-12)
 
 
 X = np.array([0.5, 0.3, 0.8, 0.1])
@@ -224,4 +220,4 @@ def test_it_finds_what_the_librarys_finds(norm, eps, targeted):
     )
     fell = predicted(model, theirs) != y
     assert 5 < int(fell.sum()) < 40
-    assert bool((predicted(model, ours) != y)[fell].all())
+    assert (predicted(model, ours) != y)[fell].all()

@@ -61,12 +61,8 @@ def test_rfgsm_equals_the_formula_at_its_own_start(project):
     expected = start + 0.15 * np.sign(cross_entropy_gradient(start, Y))
     if project:
         expected = np.clip(expected, X - 0.1, X + 0.1)
-    np.testing.assert_allclose(
-        x_adv.numpy(),
-        np.clip(expected, 0, 1),
-        rtol=0,
-        atol=1e-12,
-    )
+    wanted = np.clip(expected, 0, 1)
+    np.testing.assert_allclose(x_adv.numpy(), wanted, rtol=0, atol=1e-12)
 
 
 def test_rfgsm_starts_at_gaussian_noise_and_steps_by_eps():
@@ -81,7 +77,8 @@ def test_rfgsm_starts_at_gaussian_noise_and_steps_by_eps():
     )
     noise = recorder.seen[0] - x
     assert noise.std().item() == pytest.approx(0.001, rel=0.03)
-    assert noise.mean().abs().item() < 5 * 0.001 / math.sqrt(20_000)
+    found = noise.mean().abs().item()
+    assert found < 5 * 0.001 / math.sqrt(20_000)
     torch.testing.assert_close(x_adv, x + noise - 0.1)
 
 
@@ -96,8 +93,10 @@ def test_gaussian_noise_has_the_asked_deviation_and_clamps_on_request():
         clamp=False,
         generator=seeded(3),
     )
-    assert (free - x).std().item() == pytest.approx(0.1, rel=0.03)
-    assert (free - x).mean().abs().item() < 5 * 0.1 / math.sqrt(20_000)
+    found = (free - x).std().item()
+    assert found == pytest.approx(0.1, rel=0.03)
+    found = (free - x).mean().abs().item()
+    assert found < 5 * 0.1 / math.sqrt(20_000)
     assert free.max() > 1
     clamped = gaussian(None, x, std=0.1, generator=seeded(3))
     assert torch.equal(clamped, free.clamp(0, 1))
@@ -130,12 +129,8 @@ def test_pgd_iterates_follow_the_formula(norm, step_size):
             expected = X + delta * np.minimum(
                 1, 0.12 / np.linalg.norm(delta, axis=1, keepdims=True)
             )
-        np.testing.assert_allclose(
-            after.numpy(),
-            np.clip(expected, 0, 1),
-            rtol=0,
-            atol=1e-9,
-        )
+        wanted = np.clip(expected, 0, 1)
+        np.testing.assert_allclose(after.numpy(), wanted, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
@@ -160,14 +155,16 @@ def test_keep_best_takes_the_best_iterate_and_not_the_last(offset):
     x = torch.tensor([[0.4]])
     y = torch.tensor([1])
     options = {"eps": 0.3, "step_size": 0.11, "steps": 2, "random_start": False}
-    assert pgd(
+    found = pgd(
         valley(offset),
         x,
         y,
         **options,
         keep_best=False,
-    ).item() == pytest.approx(0.40)
-    assert pgd(valley(offset), x, y, **options).item() == pytest.approx(0.51)
+    ).item()
+    assert found == pytest.approx(0.40)
+    found = pgd(valley(offset), x, y, **options).item()
+    assert found == pytest.approx(0.51)
     assert pgd(valley(offset), x, y, **options | {"steps": 1}).item() == pytest.approx(
         0.51
     )  # the last one counts too
@@ -236,8 +233,28 @@ def test_restarts_find_what_one_start_misses_and_lose_nothing(attack):
     once = fooled(one_sided, attack(one_sided, x, y, restarts=1, generator=seeded()), y)
     often = fooled(one_sided, attack(one_sided, x, y, restarts=6, generator=seeded()), y)
     assert 70 <= int(once.sum()) <= 130  # half of the starts lie on the slope
-    assert bool((often | ~once).all())
+    assert (often | ~once).all()
     assert int(often.sum()) >= 190  # 1 - 2**-6 of 200 is 197
+
+
+def test_a_sample_that_is_fooled_leaves_if_asked_to():
+    x = torch.full((200, 1), 0.5)
+    y = torch.ones(200, dtype=torch.int64)
+    options = {"eps": 0.3, "step_size": 0.1, "steps": 8, "restarts": 2}
+    found, sizes = [], []
+    for stop_early in (False, True):
+        recorder = Recorder(one_sided)
+        x_adv = pgd(recorder, x, y, **options, stop_early=stop_early, generator=seeded())
+        found.append(fooled(one_sided, x_adv, y))
+        sizes.append(recorder.sizes)
+    assert torch.equal(*found)
+    assert sizes[0][:10] == [200] * 10
+    assert sizes[1] == sorted(sizes[1], reverse=True)
+    assert sum(sizes[1]) < 0.8 * sum(sizes[0])
+    recorder = Recorder(one_sided)  # all are wrong already: nothing is left to attack
+    options |= {"restarts": 1, "random_start": False}
+    pgd(recorder, x, 1 - y, **options, stop_early=True)
+    assert recorder.sizes == [200]
 
 
 def test_restarts_attack_only_what_is_left():
@@ -268,12 +285,14 @@ def test_the_random_start_is_uniform_in_the_ball(norm):
     options = {"eps": 0.2, "step_size": 0.1, "steps": 1, "keep_best": False}
     pgd(recorder, x, y, **options, norm=norm, generator=seeded())
     delta = recorder.seen[0] - x
-    assert delta.mean(0).abs().max().item() < 0.01
+    found = delta.mean(0).abs().max().item()
+    assert found < 0.01
     distance = delta.abs().amax(1) if norm == "Linf" else delta.norm(dim=1)
     share = (distance / 0.2) ** 3  # in three dimensions P(distance <= r) = (r / eps)^3
     assert share.max().item() <= 1 + 1e-9
     for quantile in (0.1, 0.5, 0.9):
-        assert torch.quantile(share, quantile).item() == pytest.approx(quantile, abs=0.03)
+        found = torch.quantile(share, quantile).item()
+        assert found == pytest.approx(quantile, abs=0.03)
 
 
 @pytest.mark.parametrize("attack", [partial(pgd, step_size=0.2), apgd], ids=["pgd", "apgd"])
@@ -301,7 +320,8 @@ def test_eot_averages_the_gradients_of_its_forwards(attack):
     mean = torch.stack(factors[:8]).mean(0) * torch.tensor([-1.0, 1.0])
     moved = model.seen[0] + 0.2 * mean / mean.norm() - x
     reached = model.seen[-1] if attack is apgd else x_adv
-    torch.testing.assert_close(reached, x + moved * min(1.0, 0.1 / moved.norm().item()))
+    expected = x + moved * min(1.0, 0.1 / moved.norm().item())
+    torch.testing.assert_close(reached, expected)
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
@@ -345,9 +365,8 @@ def test_the_loss_can_be_chosen():
         if attack is pgd:
             options = {**options, "random_start": False, "keep_best": False}
         descended = attack(three_classes, x, y, eps=0.1, loss=negative, **options)
-        np.testing.assert_allclose(
-            descended, np.clip(X - 0.1 * np.sign(cross_entropy_gradient(X, Y)), 0, 1), atol=1e-12
-        )
+        expected = np.clip(X - 0.1 * np.sign(cross_entropy_gradient(X, Y)), 0, 1)
+        np.testing.assert_allclose(descended, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -368,7 +387,8 @@ def test_half_precision_logits_enter_the_loss_as_float32(dtype):
         loss=loss,
     )
     assert seen == [torch.float32]
-    torch.testing.assert_close(x_adv, fgsm(three_classes, x, y, eps=0.1))
+    expected = fgsm(three_classes, x, y, eps=0.1)
+    torch.testing.assert_close(x_adv, expected)
 
 
 def test_numpy_numbers_are_numbers():
@@ -383,4 +403,5 @@ def test_numpy_numbers_are_numbers():
         steps=1,
         random_start=False,
     )
-    torch.testing.assert_close(x_adv, fgsm(three_classes, x, y, eps=0.125))
+    expected = fgsm(three_classes, x, y, eps=0.125)
+    torch.testing.assert_close(x_adv, expected)

@@ -46,9 +46,8 @@ KNOWN = [
     ("attack", "classes", "norm"),
     [(attack, classes, norm) for attack, classes, norms in KNOWN for norm in norms],
 )
-@pytest.mark.parametrize("seed", range(2))
-def test_exactly_the_known_images_fall(attack, classes, norm, seed):
-    oracle = linear_oracle(classes, norm, seed=seed)
+def test_exactly_the_known_images_fall(attack, classes, norm):
+    oracle = linear_oracle(classes, norm)
 
     def model(x):
         logits = oracle.model(x)

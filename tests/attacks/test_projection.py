@@ -8,7 +8,8 @@ from attacks.table import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sj_robust.attacks import linf_bounds, project_l2, project_linf
+from sj_robust.attacks import ThreatModel
+from sj_robust.attacks.projection import linf_bounds, project_l2
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 EDGES = [
@@ -77,7 +78,7 @@ def test_linf_bounds_are_the_outermost_numbers_of_the_dtype_inside_the_ball(dtyp
 def test_linf_distance_obeys_the_python_number_in_every_way_of_measuring(eps, seed):
     x = images(seed, torch.float32)
     wild = x + 3 * torch.randn(x.shape, generator=seeded(seed))
-    x_adv = project_linf(wild, x, eps=eps)
+    x_adv = ThreatModel("Linf", eps).project(x, wild)
     assert (x_adv - x).abs().max().item() <= eps
     assert (x_adv.double() - x.double()).abs().max().item() <= eps
     expected = [
@@ -90,7 +91,7 @@ def test_linf_distance_obeys_the_python_number_in_every_way_of_measuring(eps, se
 def test_a_point_inside_stays():
     x = images(0, torch.float32)
     inside = (x + 0.01).clamp(max=1)
-    assert torch.equal(project_linf(inside, x, eps=0.02), inside)
+    assert torch.equal(ThreatModel("Linf", 0.02).project(x, inside), inside)
     torch.testing.assert_close(
         project_l2(inside, x, eps=1.0),
         inside,

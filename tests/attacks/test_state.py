@@ -12,6 +12,7 @@ from time import sleep
 
 import pytest
 import torch
+from attacks.conftest import untrained
 from attacks.table import (
     ATTACKS,
     Recorder,
@@ -34,9 +35,16 @@ from sj_robust.neuron import DLIFNode
 
 
 @pytest.mark.parametrize("fail_at", [None, 1])
-def test_network_and_generators_are_left_as_they_were(gradient_attack, model, batch, fail_at):
+def test_network_and_generators_are_left_as_they_were(gradient_attack, batch, fail_at):
+    model = untrained("dlif")
     with left_as_it_was(model, fail_at):
         gradient_attack.run(model, *batch, 0.1, seeded() if fail_at else None)
+
+
+@pytest.mark.parametrize("name", ["pgd_restarts", "apgd_targeted", "fab"])
+def test_any_network_is_left_as_it_was(model, batch, name):
+    with left_as_it_was(model):
+        ATTACKS[name].run(model, *batch, 0.1)
 
 
 @pytest.mark.parametrize("fail_at", [None, 12])
@@ -53,6 +61,9 @@ def test_all_global_generators_are_left_as_they_were(image_attack, batch, fail_a
         )
 
 
+THREADS = 8
+
+
 def in_threads(count, work):
     """What so many calls give, each in a thread of its own; errors are results."""
 
@@ -67,7 +78,7 @@ def in_threads(count, work):
 
 
 @pytest.mark.parametrize("form", ["classifier", "wrapped", "bare", "a function"])
-def test_twenty_threads_attack_one_network_as_one_thread_does(form):
+def test_many_threads_attack_one_network_as_one_thread_does(form):
     torch.manual_seed(0)
     parts = (layer.Linear(16, 24), neuron.LIFNode(v_threshold=0.2), DLIFNode(T=3))
     net = nn.Sequential(*parts, layer.Linear(24, 3))
@@ -90,15 +101,16 @@ def test_twenty_threads_attack_one_network_as_one_thread_does(form):
             y,
             eps=0.1,
             step_size=0.03,
-            steps=8,
+            steps=4,
             generator=generator,
         )
 
-    wanted = [work(number) for number in range(20)]
-    for one, other in zip(wanted, in_threads(20, work), strict=True):
+    wanted = [work(number) for number in range(THREADS)]
+    for one, other in zip(wanted, in_threads(THREADS, work), strict=True):
         assert torch.equal(one, other)
     assert not torch.equal(wanted[0], wanted[1])
-    assert all(module.training for module in classifier.modules())
+    for module in classifier.modules():
+        assert module.training
 
 
 class ResetsItself(nn.Module):
@@ -146,7 +158,8 @@ ENSEMBLES = {
 
 @pytest.mark.parametrize("form", ENSEMBLES)
 def test_a_network_that_runs_its_parts_in_threads_does_not_wait_for_itself(form):
-    x, y = torch.rand(4, 1, 4, 4), torch.arange(4) % 3
+    x = torch.rand(4, 1, 4, 4)
+    y = torch.arange(4) % 3
     ensemble = Ensemble([member(), member()])
     model = ENSEMBLES[form](ensemble)
 
@@ -157,8 +170,10 @@ def test_a_network_that_runs_its_parts_in_threads_does_not_wait_for_itself(form)
         found = [work(), *in_threads(4, work)]
     ensemble.pool = None
     wanted = work()
-    assert all(torch.equal(one, wanted) for one in found)
-    assert all(module.training for module in model.modules())
+    for one in found:
+        assert torch.equal(one, wanted)
+    for module in model.modules():
+        assert module.training
 
 
 @pytest.mark.parametrize("use", ["forward", "session", "change"])
@@ -181,9 +196,24 @@ def test_a_part_runs_in_another_thread_but_not_while_the_whole_changes(use):
         assert running.result(timeout=20) == "done"
 
 
+def test_one_thread_alone_does_not_look_through_the_network():
+    class Counted(nn.Linear):
+        walks = 0
+
+        def modules(self):
+            Counted.walks += 1
+            return super().modules()
+
+    net = Counted(2, 2)
+    with locked(net), locked(net, "forward"):
+        pass
+    assert Counted.walks == 0
+
+
 @pytest.mark.parametrize("end", ["the whole runs its part", "the whole changes its modes"])
 def test_the_whole_waits_for_a_part_that_another_thread_runs(end):
-    begun, order = Event(), []
+    begun = Event()
+    order = []
     part = nn.Linear(2, 2)
     whole = nn.Sequential(part)
 
@@ -233,7 +263,8 @@ def test_threads_on_two_networks_of_each_other_end_with_an_error_instead_of_wait
 
     found = in_threads(2, work)
     assert found.count("done") == 1
-    assert [str(one)[:11] for one in found if one != "done"] == ["two threads"]
+    seen = [str(one)[:11] for one in found if one != "done"]
+    assert seen == ["two threads"]
     with locked(nets[0]), locked(nets[0]):
         assert in_threads(1, lambda _: len(nets)) == [2]
 
@@ -274,9 +305,8 @@ def test_a_new_classifier_is_compiled_and_exported_once_it_is_said_what_its_netw
     # In a process of its own: what others have compiled there is part of what a compiler does.
     command = [sys.executable, "-c", COMPILED]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=ENVIRONMENT)
-    assert done.stdout.splitlines() == [
-        f"{takes} True True" for takes in ("images", "sequence", "steps")
-    ]
+    expected = [f"{takes} True True" for takes in ("images", "sequence", "steps")]
+    assert done.stdout.splitlines() == expected
 
 
 def test_a_new_classifier_is_not_compiled_where_a_trial_is_needed():
@@ -296,13 +326,13 @@ def test_the_attack_does_not_see_the_numbers_of_the_callers_next_forward(batch):
     assert not torch.equal(drawn[0], torch.rand(3))
 
 
-def test_other_seeds_and_no_generator_give_other_numbers(every_attack, batch):
+def test_other_seeds_and_no_generator_give_other_numbers(drawing, batch):
     def everything_seen(generator) -> list[list[float]]:
         model = Recorder(linear_model(36))
         torch.manual_seed(
             0
         )  # does not govern the attack: without a generator the numbers are fresh each time
-        result = every_attack.run(model, *batch, 0.1, generator)
+        result = drawing.run(model, *batch, 0.1, generator)
         return [images.tolist() for images in (*model.seen, result)]
 
     seeds = SampleSeeds(range(7))
@@ -320,7 +350,7 @@ def test_other_seeds_and_no_generator_give_other_numbers(every_attack, batch):
         ]
         assert everything_seen(seeds) == runs[2]
     equal = [first == second for i, first in enumerate(runs) for second in runs[:i]]
-    assert not any(equal) if every_attack.draws else all(equal)
+    assert not any(equal) if drawing.draws else all(equal)
 
 
 def test_a_call_draws_one_number_whatever_its_options(batch):
@@ -330,12 +360,14 @@ def test_a_call_draws_one_number_whatever_its_options(batch):
         generator = seeded()
         ATTACKS[name].run(linear_model(36), *batch, 0.1, generator)
         states.append(generator.get_state())
-    assert all(torch.equal(state, states[0]) for state in states)
+    for state in states:
+        assert torch.equal(state, states[0])
     assert not torch.equal(states[0], seeded().get_state())
 
 
 def test_a_result_does_not_depend_on_the_other_samples(attack, batch):
-    (x, y), model = batch, linear_model(36, seed=3)
+    x, y = batch
+    model = linear_model(36, seed=3)
     other_x = x.clone()
     other_y = y.clone()
     other_x[1:] = (
@@ -361,9 +393,10 @@ def test_a_result_does_not_depend_on_the_other_samples(attack, batch):
 
 
 def test_same_seed_same_result_in_any_grad_mode_of_the_caller(attack_and_model, batch):
-    (attack, model), (x, y) = attack_and_model, batch
+    attack, model = attack_and_model
+    x, y = batch
     expected = attack.run(model, x, y, 0.1, seeded(5))
-    for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+    for context in (torch.no_grad, torch.inference_mode):
         with context():
             modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
             x_adv = attack.run(
@@ -434,7 +467,8 @@ def test_a_state_carried_from_forward_to_forward_ends_the_attack(batch, place):
             step_size=0.05,
             steps=3,
         )
-    assert not any(module._forward_pre_hooks for module in net.modules())
+    for module in net.modules():
+        assert not module._forward_pre_hooks
 
 
 def test_a_network_that_resets_itself_is_attacked(batch):

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sj_robust.attacks import SampleSeeds, ThreatModel, count_moves, move_events, random_moves
-from sj_robust.evaluation import Member, Report, craft, make_suite
+from sj_robust.evaluation import Member, Report, make_suite
 from sj_robust.evaluation import assess as whole
 from sj_robust.evaluation.request import Request
+from sj_robust.evaluation.run.member import craft
 from sj_robust.evaluation.subject import Subject
 
 T = 6
@@ -55,9 +56,10 @@ def test_binary_within_every_budget_and_each_pixel_keeps_its_events(
         **budget,
         generator=seeded(seed),
     )
-    assert bool(((x_adv == 0) | (x_adv == 1)).all())
+    assert ((x_adv == 0) | (x_adv == 1)).all()
     assert torch.equal(x_adv.sum(1), x.sum(1))  # per pixel and polarity
-    assert int((x_adv != x).flatten(1).sum(1).max()) <= 2 * moves
+    found = int((x_adv != x).flatten(1).sum(1).max())
+    assert found <= 2 * moves
     for row, row_adv in zip(
         x.flatten(2), x_adv.flatten(2), strict=True
     ):  # pairs by hand, in their order of time
@@ -106,7 +108,8 @@ class TestOneEvent:
             **budget,
             generator=seeded(),
         )
-        assert bool(self.model(x_adv).argmax(1) != self.y) is falls
+        found = bool(self.model(x_adv).argmax(1) != self.y)
+        assert found is falls
 
 
 def test_of_single_moves_the_best_is_found_on_a_linear_model():
@@ -153,7 +156,8 @@ def test_needless_moves_are_put_back():
         queries=0,
         generator=seeded(),
     )
-    assert [int(value) for value in count_moves(x_adv, x)[:1]] == [1]
+    found = [int(value) for value in count_moves(x_adv, x)[:1]]
+    assert found == [1]
 
 
 @pytest.mark.slow
@@ -202,13 +206,14 @@ class TestThreat:
             ({"total_shift": 2}, True),
         ):
             threat = ThreatModel("moves", 1, **limits)
-            assert threat.distance(self.x, self.later).tolist() == [1.0 if allowed else torch.inf]
-            assert torch.equal(
-                threat.project(self.x, self.later), self.later if allowed else self.x
-            )
+            found = threat.distance(self.x, self.later).tolist()
+            assert found == [1.0 if allowed else torch.inf]
+            found = threat.project(self.x, self.later)
+            assert torch.equal(found, self.later if allowed else self.x)
         added = self.x.clone()
         added[0, 3, 0, 0, 0] = 1.0
-        assert ThreatModel("moves", 5).distance(self.x, added).tolist() == [torch.inf]
+        found = ThreatModel("moves", 5).distance(self.x, added).tolist()
+        assert found == [torch.inf]
 
     def test_a_member_that_leaves_it_is_refused(self):
         def crafted(attack, **limits):
@@ -217,7 +222,8 @@ class TestThreat:
                 nn.Flatten(), self.x, self.x[:, 0, 0, 0, 0].long(), member, seeds=SampleSeeds([0])
             )
 
-        assert torch.equal(crafted(lambda model, x, y, *, generator: x.roll(2, dims=1)), self.later)
+        found = crafted(lambda model, x, y, *, generator: x.roll(2, dims=1))
+        assert torch.equal(found, self.later)
         with pytest.raises(
             ValueError,
             match=r"move at most 1 events .*largest shift 1.* got inf .*shift is too large",

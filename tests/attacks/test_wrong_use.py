@@ -69,11 +69,11 @@ WRONG_INPUTS = {
 }
 
 
-@pytest.mark.parametrize("what", WRONG_INPUTS)
-def test_images_and_labels(every_attack, what):
-    x, y, error, match = WRONG_INPUTS[what]
-    with pytest.raises(error, match=match):
-        every_attack.run(linear_model(36), x, y, 0.1)
+def test_images_and_labels(every_attack):
+    model = linear_model(36)
+    for x, y, error, match in WRONG_INPUTS.values():
+        with pytest.raises(error, match=match):
+            every_attack.run(model, x, y, 0.1)
 
 
 def test_labels_beyond_the_classes(search):
@@ -83,50 +83,27 @@ def test_labels_beyond_the_classes(search):
         search.run(linear_model(36), X, torch.tensor([0, 5, 1]), 0.1)
 
 
-@pytest.mark.parametrize(
-    ("model", "error", "match"),
-    [
-        (None, TypeError, r"model must be a callable from images to logits, got NoneType"),
-        (lambda x: (x.flatten(1), None), TypeError, r"must return a tensor of logits, got tuple"),
-        (
-            lambda x: x.flatten(1).argmax(1),
-            TypeError,
-            r"logits must be floating point, got torch.int64",
-        ),
-        (
-            lambda x: x.flatten(2),
-            ValueError,
-            r"logits must be \[N, classes\] with N = 3, got shape \(3, 1, 36\)",
-        ),
-        (lambda x: x.flatten(1)[:2], ValueError, r"with N = 3, got shape \(2, 36\)"),
-        (lambda x: x.flatten(1) / 0.0, ValueError, r"logits must be finite"),
-        (
-            lambda x: x.detach().flatten(1),
-            RuntimeError,
-            r"no gradient reaches the images.*0.0.0.0.14.*SpikingClassifier",
-        ),
-        (lambda x: linear_model(36)(x.detach()), RuntimeError, r"no gradient reaches the images"),
-        (
-            lambda x: (x.flatten(1) - x.flatten(1).detach()).sqrt(),
-            ValueError,
-            r"gradient at the images must be finite",
-        ),
-    ],
-    ids=[
-        "none",
-        "tuple",
-        "prediction",
-        "3-D",
-        "other N",
-        "infinite",
-        "no graph",
-        "cut graph",
-        "infinite gradient",
-    ],
-)
-def test_models(gradient_attack, model, error, match):
-    with pytest.raises(error, match=match):
-        gradient_attack.run(model, X, Y, 0.1)
+WRONG_MODELS = [
+    (None, TypeError, "model must be a callable from images to logits, got NoneType"),
+    (lambda x: (x.flatten(1), None), TypeError, "must return a tensor of logits, got tuple"),
+    (lambda x: x.argmax(1), TypeError, "logits must be floating point, got torch.int64"),
+    (lambda x: x.flatten(2), ValueError, r"N = 3, got shape \(3, 1, 36\)"),
+    (lambda x: x.flatten(1)[:2], ValueError, r"with N = 3, got shape \(2, 36\)"),
+    (lambda x: x.flatten(1) / 0.0, ValueError, "logits must be finite"),
+    (lambda x: x.detach().flatten(1), RuntimeError, "reaches the images.*SpikingClassifier"),
+    (lambda x: linear_model(36)(x.detach()), RuntimeError, "no gradient reaches the images"),
+    (
+        lambda x: (x.flatten(1) - x.flatten(1).detach()).sqrt(),
+        ValueError,
+        "gradient at the images must be finite",
+    ),
+]
+
+
+def test_models(gradient_attack):
+    for model, error, match in WRONG_MODELS:
+        with pytest.raises(error, match=match):
+            gradient_attack.run(model, X, Y, 0.1)
 
 
 def test_a_bare_spiking_network_on_the_old_release_is_explained():
@@ -196,6 +173,12 @@ WRONG = [
         {"restarts": 2, "random_start": False},
         ValueError,
         r"restarts > 1 need random_start=True .*restarts=2",
+    ),
+    (
+        [pgd],
+        {"stop_early": True, "keep_best": False},
+        ValueError,
+        r"stop_early=True keeps the image that fools, got keep_best=False; leave one",
     ),
     ([apgd], {"target_classes": 0}, ValueError, r"target_classes must be >= 1"),
     (

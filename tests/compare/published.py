@@ -35,11 +35,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 from sj_robust import DLIFNode
-from sj_robust.attacks import apgd, fgsm, parse_eps, pgd, rfgsm
+from sj_robust.attacks import apgd, fgsm, pgd, rfgsm
+from sj_robust.core.eps import parse_eps
 from sj_robust.core.host import neuron, surrogate
 from sj_robust.data import CIFAR_STATISTICS, load_images
 from sj_robust.evaluation.subject import from_checkpoint
-from sj_robust.models import load_published_checkpoint, published_names
+from sj_robust.models import load_published_checkpoint
+from sj_robust.models.published_checkpoint import published_names
 from sj_robust.training import Objective, retract_
 
 T = 3

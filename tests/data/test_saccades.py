@@ -8,7 +8,8 @@ import torch
 from data.checksum import checksums, sizes
 from data.test_torchvision_sets import write_mnist
 
-from sj_robust.data import EVENT_DATASETS, image_loader, load_images, saccades
+from sj_robust.core.datasets import EVENT_DATASETS
+from sj_robust.data import image_loader, load_images, saccades
 
 CORNERS = [(-1, 1), (0, -1), (1, 1), (-1, 1)]
 STEPS = 16

@@ -361,7 +361,8 @@ def test_the_real_fashion_mnist():
     assert checksums(few) == ["dc0305748e096db2", "d08888bce3b0e227", "9cd95831aff8860d"]
     splits = load_images("fashion_mnist", root=DEBIAN)
     assert sizes(splits) == [54000, 6000, 10000]
-    assert splits.test.dataset.labels.bincount().tolist() == [1000] * 10
+    found = splits.test.dataset.labels.bincount().tolist()
+    assert found == [1000] * 10
     message = "holds Fashion-MNIST, not MNIST; use the data set 'fashion_mnist'"
     with pytest.raises(ValueError, match=message):
         load_images("mnist", root=DEBIAN)

@@ -274,7 +274,8 @@ def run_commands(block: Block, shell: Shell) -> str | None:
     """Run the commands of a block one after the other, or let the recipes check their options
     alone.
     """
-    recipes, said = [], ""
+    recipes = []
+    said = ""
     only_options = "options only" in block.kinds
     here = block.printed is None  # a page that shows what is printed is followed word for word
     commands = logical_lines(block.code)

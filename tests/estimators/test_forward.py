@@ -140,8 +140,9 @@ RESETS = [
 ]
 
 
-@pytest.mark.parametrize("reset", RESETS, ids=str)
-@pytest.mark.parametrize("kind", ["LIF", "LIF_decay", "DLIF"])
+@pytest.mark.parametrize(
+    ("reset", "kind"), list(zip(RESETS, ["LIF", "LIF_decay", "DLIF"], strict=True)), ids=str
+)
 @pytest.mark.parametrize("name", SAME_VALUES)
 def test_resets(name, kind, reset):
     model = classifier(NEURONS[kind], store_v_seq=True, **ATAN, **reset)
@@ -149,8 +150,10 @@ def test_resets(name, kind, reset):
     assert_same_values(model, images(), name, differs=differs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["LIF", "DLIF"])
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [(torch.float64, "LIF"), (torch.float16, "DLIF"), (torch.bfloat16, "DLIF")],
+)
 @pytest.mark.parametrize("name", SAME_VALUES)
 def test_other_dtypes(name, kind, dtype):
     model = classifier(NEURONS[kind]).to(dtype)
@@ -193,7 +196,9 @@ def test_backends_of_dlif(name, backend):
 
 def batch_norm(net):
     """The batch norm in front of the first neuron, in a stage or not."""
-    return net[1].norm if isinstance(net[1], Stage) else net[1]
+    if isinstance(net[1], Stage):
+        return net[1].norm
+    return net[1]
 
 
 @dataclass

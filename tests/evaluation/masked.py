@@ -27,7 +27,8 @@ class Before(nn.Module):
 
     def __init__(self, function: Callable[[Tensor], Tensor], net: nn.Module) -> None:
         super().__init__()
-        self.function, self.net = function, net
+        self.function = function
+        self.net = net
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(self.function(x))

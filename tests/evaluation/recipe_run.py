@@ -3,7 +3,6 @@ own.
 """
 
 import contextlib
-import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -11,12 +10,11 @@ from shlex import split
 
 import launch
 import pytest
-import torch
 from evaluation.short_suite import shortened
 
 SMALL = ("--test-limit", "12")
 TWO_BATCHES = (*SMALL, "--batch-size", "6")
-start = partial(launch.start, "evaluate")
+start = partial(launch.Forked, "evaluate")
 
 OWN = """
 import torch
@@ -118,8 +116,3 @@ def without_times(report):
         row["seconds"] = None
     del content["environment"]
     return content
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(*launch.two_processes(partial(in_process, *sys.argv[1:])))

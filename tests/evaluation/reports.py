@@ -1,8 +1,8 @@
 """Reports made by hand."""
 
 from sj_robust.attacks import ThreatModel
-from sj_robust.evaluation import Report, Row
-from sj_robust.evaluation.result import OVER_EPS
+from sj_robust.evaluation import Report
+from sj_robust.evaluation.result import OVER_EPS, Row
 
 LINF = ThreatModel("Linf", 0.1)
 DEAD = {"layer": "net.5", "neuron": "LIFNode", "rate": 0.0, "silent": 1.0, "saturated": 0.0}
@@ -36,7 +36,8 @@ def proof(verified, total=10, *, eps=0.1, variant="", **more):
 
 def over_eps(counts=((0.05, 6), (0.1, 4), (0.2, 0))):
     """Rows of accuracy over eps: so many images are left at each radius."""
-    rows, left = [clean(variant=OVER_EPS)], [7, 4, 6, 3, 5, 2, 1, 0]
+    rows = [clean(variant=OVER_EPS)]
+    left = [7, 4, 6, 3, 5, 2, 1, 0]
     for eps, right in counts:
         more = {"variant": OVER_EPS, "group": "over_eps"}
         rows.append(member(f"apgd20@{eps}", left[right:], seen=left, eps=eps, **more))

@@ -6,10 +6,11 @@ from functools import partial
 
 import pytest
 
+from sj_robust.attacks import flip_events, move_events
 from sj_robust.evaluation import EstimatorSearch, make_suite
 from sj_robust.evaluation import assess as whole
 
-_LIMITS = {"steps": 10, "tries": 20, "queries": 20}
+_LIMITS = {"steps": 10, "tries": 20, "queries": 20, "forwards": 100}
 
 
 @contextlib.contextmanager
@@ -18,11 +19,17 @@ def shortened(change=None):
     :func:`short_suite`.
     """
 
+    level = whole._level
+
     def changed(*arguments, **options):
         return (change or short_suite)(make_suite(*arguments, **options))
 
+    def short_level(*arguments):
+        return _short(level(*arguments))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(whole, "make_suite", changed)
+        patch.setattr(whole, "_level", short_level)
         yield
 
 
@@ -30,20 +37,15 @@ def short_suite(suite):
     """One that chooses estimators, with few steps, queries and candidates."""
     if suite.search is None:
         return suite
-    members, control = (
-        tuple(replace(member, attack=_short(member.attack)) for member in group)
-        for group in (suite.members, suite.control)
-    )
     few = EstimatorSearch(candidates=("pdsg", "atan:2"), images=8, steps=5, count=2)
+    members = tuple(map(_short, suite.members))
+    control = tuple(map(_short, suite.control))
     return replace(suite, members=members, control=control, search=few)
 
 
-def _short(attack):
-    given = {
-        name: min(attack.keywords[name], limit)
-        for name, limit in _LIMITS.items()
-        if name in attack.keywords
-    }
-    return partial(
-        attack, **given or {"queries": 20, "probes": 4}
-    )  # the latter for a search among events
+def _short(member):
+    given = member.attack.keywords
+    shorter = {name: min(given[name], limit) for name, limit in _LIMITS.items() if name in given}
+    if member.attack.func in (flip_events, move_events):
+        shorter = {"steps": 8, "queries": 10, "probes": 2}
+    return replace(member, attack=partial(member.attack, **shorter))

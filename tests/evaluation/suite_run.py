@@ -1,16 +1,11 @@
-"""An evaluation of a second on made-up images; as a script, killed after each of some steps or run
-by two processes.
-
-``suite_run.py FOLDER STEP ...`` runs into a folder per step, ``suite_run.py FOLDER two [STEP]`` one
-of two processes.
+"""An evaluation of a second on made-up images, also killed after some steps or run by two
+processes.
 """
 
 import json
 import os
 import signal
-import sys
 from functools import partial
-from pathlib import Path
 
 import launch
 import torch
@@ -119,21 +114,18 @@ def die_at(step):
     return watch
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder, first, *step = Path(sys.argv[1]), *sys.argv[2:]
+def killed_at(folder, steps):
+    """Exit codes of runs into a folder per step, each killed once it has done so many."""
+    runs = [partial(outcome_of, folder / str(n), on_step=die_at(n)) for n in steps]
+    return launch.forked(*runs)
+
+
+def in_two_processes(folder, *, killed_at=None):
+    """Exit codes of both; what they find is then in outcome.json."""
 
     def work():
-        outcome = outcome_of(folder, on_step=die_at(int(*step)) if step else None)
+        outcome = outcome_of(folder, on_step=None if killed_at is None else die_at(killed_at))
         if torch.distributed.get_rank() == 0:
             (folder / "outcome.json").write_text(json.dumps(without_times(outcome)))
 
-    if first == "two":
-        print(*launch.two_processes(work))
-    else:
-        steps = (first, *step)
-        print(
-            *launch.forked(
-                *(partial(outcome_of, folder / step, on_step=die_at(int(step))) for step in steps)
-            )
-        )
+    return launch.two_processes(work)

@@ -69,7 +69,8 @@ def by_hand(net, x):
     ids=["IF", "LIF", "PLIF", "DLIF", "subclass"],
 )
 def test_equals_counts_by_hand(make, step_mode):
-    net, x = network(make, step_mode), images()
+    net = network(make, step_mode)
+    x = images()
     found = firing(SpikingClassifier(net, T=T), x)
     expected = by_hand(net, x)
     assert [entry.layer for entry in found] == ["net.2", "net.5"]
@@ -85,24 +86,26 @@ def test_silent_and_saturated_are_told_apart():
     current = torch.tensor([0.0, 0.6, 5.0, 5.0]).expand(T, 2, 4).clone()
     current[:, 1, 3] = 0.0  # fires always, but for one image only
     (found,) = firing(net, current)
-    assert found == LayerActivity(
+    expected = LayerActivity(
         "1", "IFNode", rate=pytest.approx((2 + 6 + 3) / 24), silent=0.25, saturated=0.25
     )
+    assert found == expected
 
 
 def test_bare_wrapped_and_fused_networks_alike():
-    net, x = network(lambda: DLIFNode(T=T, tau=2.0)), images()
-    plain, bare = firing(SpikingClassifier(net, T=T), x), firing(net, x.expand(T, *x.shape))
-    assert [(entry.layer, entry.rate) for entry in plain] == [
-        (f"net.{entry.layer}", entry.rate) for entry in bare
-    ]
+    net = network(lambda: DLIFNode(T=T, tau=2.0))
+    x = images()
+    plain = firing(SpikingClassifier(net, T=T), x)
+    bare = firing(net, x.expand(T, *x.shape))
+    found = [(entry.layer, entry.rate) for entry in plain]
+    expected = [(f"net.{entry.layer}", entry.rate) for entry in bare]
+    assert found == expected
     names = fuse(net).stages
     assert type(net[1]) is Stage
     joined = firing(SpikingClassifier(net, T=T), x)
     nodes = {f"net.{old[1]}": f"net.{new}.node" for new, old in names.items()}
-    assert joined == tuple(
-        replace(entry, layer=nodes.get(entry.layer, entry.layer)) for entry in plain
-    )
+    expected = tuple(replace(entry, layer=nodes.get(entry.layer, entry.layer)) for entry in plain)
+    assert joined == expected
     assert not net[1].node._forward_hooks  # so the next forward runs in one pass again
 
 
@@ -126,13 +129,16 @@ def test_what_does_not_spike_or_run_is_left_out():
     class Unused(nn.Module):
         def __init__(self):
             super().__init__()
-            self.used, self.unused = neuron.IFNode(step_mode="m"), neuron.IFNode(step_mode="m")
+            self.used = neuron.IFNode(step_mode="m")
+            self.unused = neuron.IFNode(step_mode="m")
 
         def forward(self, x):
             return self.used(x)
 
-    assert [entry.layer for entry in firing(Unused(), torch.ones(T, 2, 3))] == ["used"]
-    assert firing(nn.Sequential(nn.Flatten(), nn.ReLU()), images()) == ()
+    found = [entry.layer for entry in firing(Unused(), torch.ones(T, 2, 3))]
+    assert found == ["used"]
+    found = firing(nn.Sequential(nn.Flatten(), nn.ReLU()), images())
+    assert found == ()
     if hasattr(neuron, "NonSpikingLIFNode"):
         net = nn.Sequential(nn.Identity(), neuron.NonSpikingLIFNode())
         functional.set_step_mode(net, "m")

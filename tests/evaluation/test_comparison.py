@@ -95,6 +95,13 @@ def test_what_cannot_be_compared_is_said():
     assert any(note.startswith("dead: DEAD NETWORK") for note in notes)
 
 
+def test_a_suite_that_has_got_a_search_over_spikes_is_another_one():
+    search = member("spike_search/training/r0", (4,))
+    notes = compare_reports(report(), report(members=(search,))).notes
+    assert "DIFFERENT search over spikes: no and yes; other attacks were run." in notes
+    assert not [note for note in compare_reports(report(), report()).notes if "DIFF" in note]
+
+
 def test_a_clear_difference_is_marked():
     broken = member("apgd", range(100), seen=range(200))
     made = [

@@ -74,7 +74,8 @@ def test_whatever_holds_the_images_gives_the_same_data():
         ([(x[:3], y[:3]), (x[3:], y[3:])], None),
         (iter([(x, y, "more")]), None),
     )
-    assert len({given_data(*form, 5).fingerprint for form in forms}) == 1
+    found = len({given_data(*form, 5).fingerprint for form in forms})
+    assert found == 1
     assert given_data(x, y, 5).sizes == given_data(TensorDataset(x, y), None, 5).sizes == (5, 5, 2)
 
 
@@ -129,7 +130,8 @@ def test_a_resumed_run_of_other_images_is_told_about_loaders(tmp_path):
         order = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
         return [(x[order], y[order])]
 
-    suite, net = suite_run.members()[:1], classifier()
+    suite = suite_run.members()[:1]
+    net = classifier()
     suite_run.suite_outcome(net, batches(0), suite, folder=tmp_path)
     with pytest.raises(ValueError, match=r"data changed.*shuffle=False"):
         suite_run.suite_outcome(net, batches(1), suite, folder=tmp_path)

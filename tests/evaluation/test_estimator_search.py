@@ -72,8 +72,24 @@ def test_only_the_first_correct_images_count_and_the_result_is_repeatable():
 def test_another_attack_and_l2():
     (trial,) = search(attack=partial(gaussian, std=0.0))
     assert (trial.robust_accuracy, trial.margin) == (1, pytest.approx(1))
-    (trial, *_) = search(alpha=2.0, threat=ThreatModel("L2", 0.5))
+    trial, *_ = search(alpha=2.0, threat=ThreatModel("L2", 0.5))
     assert trial.margin < 1
+
+
+def test_images_that_fall_with_one_of_two_estimators_alone_are_counted():
+    trials = {
+        trial.estimator: trial for trial in search(candidates=["atan:8", "hart:1.2"], images=30)
+    }
+    usual = trials["training"]
+    assert (usual.gained, usual.lost) == (0, 0)
+    assert trials["atan:8"].gained > 0
+    for trial in trials.values():
+        assert trial.images == 30
+        more = round(30 * (usual.robust_accuracy - trial.robust_accuracy))
+        assert trial.gained - trial.lost == more
+    untried = trials["hart:1.2"]
+    assert untried.note
+    assert untried.gained == 0
 
 
 def test_wrong_use():

@@ -10,11 +10,12 @@ from attacks.moving_bars import frames
 from evaluation.short_suite import shortened
 from torch import nn
 
-from sj_robust.attacks import SampleSeeds, count_flips, flip_events, random_flips
+from sj_robust.attacks import SampleSeeds, ThreatModel, count_flips, flip_events, random_flips
 from sj_robust.attacks.logits import margin
-from sj_robust.evaluation import Member, Report, ThreatModel, craft, make_suite
+from sj_robust.evaluation import Member, Report, make_suite
 from sj_robust.evaluation import assess as whole
 from sj_robust.evaluation.request import Request
+from sj_robust.evaluation.run.member import craft
 from sj_robust.evaluation.subject import Subject
 
 TEN = ThreatModel("L0", 10)
@@ -35,7 +36,7 @@ def report(bars, folder) -> Report:
 
 def evaluated(bars, batches=None, threat=TEN, folder=None):
     if batches is None:
-        batches = [(bars.x[:10], bars.y[:10]), (bars.x[10:16], bars.y[10:16])]
+        batches = [(bars.x[:6], bars.y[:6]), (bars.x[6:10], bars.y[6:10])]
     request = Request("events", threat, "bars", 4, folder=folder)
     return whole.assess(Subject("moving", bars.model, "three layers"), batches, request)
 
@@ -105,7 +106,7 @@ class TestSuite:
         assert max(targets) == (0 if classes == 2 else min(3, classes - 1))
 
     def test_events_are_counted_and_other_suites_move_values(self):
-        for name in ("paper", "fast", "standard", "autoattack", "gradients"):
+        for name in ("paper", "fast", "standard", "gradient", "autoattack", "gradients"):
             with pytest.raises(
                 ValueError,
                 match=f"suite '{name}' does not fit a threat in L0; use the suite 'events'",
@@ -125,9 +126,9 @@ class TestReport:
         suite = [row.member for row in report.attacks if row.group == "suite"]
         assert all(report.worst_case.correct <= report.under(name).correct for name in suite)
         assert report.everything.correct <= min(report.worst_case.correct, report.control.correct)
-        assert report.worst_case.correct < report.clean.correct - 6
+        assert report.worst_case.correct < report.clean.correct - 3
         assert all(report.within(row) and row.largest <= 10 for row in report.attacks)
-        assert report.under("random_both/training/r0").total == 16
+        assert report.under("random_both/training/r0").total == 10
 
     def test_estimators_were_chosen_by_attacks_on_events(self, report):
         rows = {row["estimator"]: row for row in report.estimators}
@@ -159,7 +160,7 @@ class TestReport:
         assert [row["layer"] for row in report.firing] == ["net.1", "net.3", "net.5"]
         assert all(0 < row["rate"] < 1 for row in report.firing)
         row = report.potential[0]
-        assert row["samples"] == 10  # the first batch, of which all were right
+        assert row["samples"] == 6  # the first batch, of which all were right
         assert [len(steps) for steps in row["layers"].values()] == [6, 6, 6]
         assert all(max(steps) > 0 for steps in row["layers"].values())
 

@@ -9,8 +9,8 @@ from unchanged import unchanged
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.classifier import SpikingEventClassifier
-from sj_robust.evaluation import FAULTS, Fault, faulty
-from sj_robust.evaluation.run.faults import default_faults
+from sj_robust.evaluation import Fault, faulty
+from sj_robust.evaluation.run.faults import FAULTS, default_faults
 
 T = 5
 NODES = {
@@ -59,7 +59,7 @@ def test_a_quantised_weight_takes_at_most_2_to_the_bits_values(bits):
     net = nn.Linear(50, 2)
     exact = faulty(net, Fault("weight_bits", bits)).weight
     step = net.weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
-    assert bool(((exact - net.weight).abs() <= step / 2 + 1e-6).all())
+    assert ((exact - net.weight).abs() <= step / 2 + 1e-6).all()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.013, 0.5, 1.0])
@@ -78,7 +78,7 @@ def test_the_share_of_stuck_weights_is_as_asked(share):
         faulty(net, Fault("stuck_at_zero", 0.1), seed=seed)[0].weight == 0 for seed in (3, 4)
     )
     severe = faulty(net, Fault("stuck_at_zero", 0.4), seed=3)[0].weight == 0
-    assert bool((severe | ~milder).all())
+    assert (severe | ~milder).all()
     assert not torch.equal(milder, other)
 
 
@@ -109,9 +109,9 @@ def test_thresholds_and_time_constants_are_those_of_each_neuron():
     ).float()
     node = faulty(neuron.IFNode(step_mode="m"), Fault("threshold_drift", 0.1), seed=0)
     x = torch.linspace(0.5, 1.5, 101)[None, :, None].expand(1, 101, 1000)
-    torch.testing.assert_close(
-        0.5 + (1 - node(x)[0]).sum(0) / 100, (0.1 * z).exp(), atol=0.0101, rtol=0
-    )
+    found = 0.5 + (1 - node(x)[0]).sum(0) / 100
+    expected = (0.1 * z).exp()
+    torch.testing.assert_close(found, expected, atol=0.0101, rtol=0)
     node = faulty(
         neuron.LIFNode(tau=4.0, decay_input=False, step_mode="m"), Fault("tau_drift", 0.1), seed=0
     )
@@ -119,7 +119,8 @@ def test_thresholds_and_time_constants_are_those_of_each_neuron():
     first = torch.full((101, 1000), 0.9)
     second = torch.linspace(0.1, 1.1, 101)[:, None].expand(101, 1000)
     spikes = node(torch.stack((first, second)))[1]
-    torch.testing.assert_close(0.1 + (1 - spikes).sum(0) / 100, 1 - 0.9 * kept, atol=0.0101, rtol=0)
+    found = 0.1 + (1 - spikes).sum(0) / 100
+    torch.testing.assert_close(found, 1 - 0.9 * kept, atol=0.0101, rtol=0)
 
 
 @pytest.mark.parametrize("lost", [1, 3])
@@ -128,19 +129,20 @@ def test_a_lost_step_is_seen_by_no_layer(lost):
     model = chain()
     damaged = faulty(model, Fault("lost_steps", lost), seed=1)
     damaged(x)
-    assert [len(module.seen) for module in damaged.modules() if isinstance(module, Steps)] == [
-        T - lost
-    ] * 3
+    found = [len(module.seen) for module in damaged.modules() if isinstance(module, Steps)]
+    assert found == ([T - lost] * 3)
     gains = damaged.net[3].input_gain.tolist()
     assert gains == sorted(set(gains))
-    assert set(gains) < set(model.net[3].input_gain.tolist())
+    expected = set(model.net[3].input_gain.tolist())
+    assert set(gains) < expected
 
     frames = torch.rand(6, T, 1, 4, 4).round()
     events = SpikingEventClassifier(model.net, T=T)
     damaged = faulty(events, Fault("lost_steps", lost), seed=1)
     damaged(frames)
     kept = [t for t in range(T) if model.net[3].input_gain[t].item() in gains]
-    assert torch.equal(damaged.net[1].seen, frames[:, kept].transpose(0, 1).flatten(2))
+    expected = frames[:, kept].transpose(0, 1).flatten(2)
+    assert torch.equal(damaged.net[1].seen, expected)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -148,9 +150,9 @@ def test_the_answer_after_the_first_steps(steps):
     x = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(4))
     model = chain()
     model(x)
-    torch.testing.assert_close(
-        faulty(model, Fault("first_steps", steps))(x), model.net[6].seen[:steps].mean(0)
-    )
+    found = faulty(model, Fault("first_steps", steps))(x)
+    expected = model.net[6].seen[:steps].mean(0)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(("kind", "was"), [("lost_spikes", 1.0), ("added_spikes", 0.0)])
@@ -162,7 +164,8 @@ def test_the_share_of_lost_and_added_spikes(kind, was):
         first = node(x)
         node.reset()
         assert not torch.equal(first, node(x))  # drawn anew
-    assert float((first != was).float().mean()) == pytest.approx(0.1, abs=0.005)
+    found = float((first != was).float().mean())
+    assert found == pytest.approx(0.1, abs=0.005)
     assert set(first.unique().tolist()) == {0.0, 1.0}
 
 
@@ -173,7 +176,8 @@ def test_jitter_of_images_and_frames():
     (grad,) = torch.autograd.grad(model(x).sum(), x)
     assert torch.equal(grad, torch.ones_like(x))
     noisy = model.net[0].seen[0]
-    assert float((noisy - 0.5).std()) == pytest.approx(0.1, abs=0.02)
+    found = float((noisy - 0.5).std())
+    assert found == pytest.approx(0.1, abs=0.02)
     strong = Fault("jitter", 0.5)
     model = faulty(SpikingClassifier(nn.Sequential(seen, nn.Flatten(2)), T=1), strong)
     model(x)

@@ -26,7 +26,8 @@ def test_paired_intervals_cover():
     """Of 20000 samples of a known difference 93 to 98 % lie in the interval."""
     total = 60
     draws = torch.rand(20000, total, generator=torch.Generator().manual_seed(0))
-    gained, lost = (draws < 0.05).sum(1).tolist(), (draws > 0.85).sum(1).tolist()
+    gained = (draws < 0.05).sum(1).tolist()
+    lost = (draws > 0.85).sum(1).tolist()
     pairs = (paired_difference_interval(b, c, total) for b, c in zip(gained, lost, strict=True))
     covered = [low <= 0.05 - 0.15 <= high for low, high in pairs]
     assert 0.93 < sum(covered) / len(covered) < 0.98

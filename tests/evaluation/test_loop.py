@@ -2,7 +2,6 @@ import json
 import signal
 from functools import partial
 
-import launch
 import pytest
 import torch
 from evaluation import masked, suite_run
@@ -16,7 +15,6 @@ from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.fingerprint import fingerprint
 from sj_robust.evaluation.run.progress import Progress, TimeLeft, computed_once
 
-script = partial(launch.script, suite_run.__file__)
 STEPS = 4 * 7  # batches times members, the clean images included
 
 
@@ -66,7 +64,8 @@ def test_one_batch_is_the_worst_case_function():
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 7, 20])
 def test_the_batch_size_does_not_matter(whole, size):
-    assert suite_run.without_times(suite_run.outcome_of(size=size))[0] == whole[0]
+    found = suite_run.without_times(suite_run.outcome_of(size=size))[0]
+    assert found == whole[0]
 
 
 def test_potential_under_each_attack(whole):
@@ -82,7 +81,7 @@ def test_potential_under_each_attack(whole):
 @pytest.mark.slow
 def test_killed_and_resumed(tmp_path, whole):
     steps = (1, 9, STEPS - 1)
-    assert script(tmp_path, *steps).stdout.split() == [str(-signal.SIGKILL)] * 3
+    assert suite_run.killed_at(tmp_path, steps) == [-signal.SIGKILL] * 3
     for step in steps:
         positions = []
         outcome = suite_run.outcome_of(tmp_path / str(step), on_step=positions.append)
@@ -111,7 +110,9 @@ def test_a_torn_end_is_cut_off_and_only_what_is_missing_is_computed(tmp_path, mo
         assert suite_run.without_times(suite_run.outcome_of(tmp_path)) == whole
         assert ran == [member.name for member in suite_run.members()[2:]]
         left = path.read_bytes().splitlines(keepends=True)
-        assert (left[:3], len(left)) == (lines[:3], len(lines))
+        found = (left[:3], len(left))
+        expected = (lines[:3], len(lines))
+        assert found == expected
 
 
 def changed_network():
@@ -144,16 +145,16 @@ def test_other_runs_are_never_mixed(tmp_path, options, what):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match=rf"another evaluation \({what} changed.*another folder"):
         suite_run.outcome_of(tmp_path, **options)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert found == before
 
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path, whole):
-    killed = script(tmp_path, "two", 9)  # both die in their second batch
-    assert killed.stdout.split() == [str(-signal.SIGKILL)] * 2, killed.stderr
+    codes = suite_run.in_two_processes(tmp_path, killed_at=9)  # both in their second batch
+    assert codes == [-signal.SIGKILL] * 2
     assert 2 <= len(list(tmp_path.glob("batch-*.jsonl"))) <= 4
-    result = script(tmp_path, "two")
-    assert result.stdout.split() == ["0", "0"], result.stderr
+    assert suite_run.in_two_processes(tmp_path) == [0, 0]
     assert json.loads((tmp_path / "outcome.json").read_text()) == whole
     assert (
         suite_run.without_times(suite_run.outcome_of(tmp_path)) == whole
@@ -172,8 +173,10 @@ def test_a_folder_is_written_by_one_run_at_a_time(tmp_path):
 
 def test_stages_are_kept(tmp_path):
     path = tmp_path / "progress" / "estimators.json"
-    assert computed_once(path, {"seed": "0"}, lambda: [1.5]) == [1.5]
-    assert computed_once(path, {"seed": "0"}, lambda: 1 / 0) == [1.5]
+    found = computed_once(path, {"seed": "0"}, lambda: [1.5])
+    assert found == [1.5]
+    found = computed_once(path, {"seed": "0"}, lambda: 1 / 0)
+    assert found == [1.5]
     with pytest.raises(ValueError, match="seed changed"):
         computed_once(path, {"seed": "1"}, lambda: [2.5])
     path.write_text("{")
@@ -194,7 +197,8 @@ def test_fingerprints():
     data = Data.of(batches).fingerprint
     assert data == Data.of(suite_run.batches(20)).fingerprint
     assert data != Data.of([(x, (y + 1) % 3) for x, y in batches]).fingerprint
-    net, other = suite_run.classifier(), suite_run.classifier()
+    net = suite_run.classifier()
+    other = suite_run.classifier()
     assert fingerprint(net) == fingerprint(suite_run.classifier().train())
     other.net.parts[1].tau = 4.5
     assert fingerprint(net) != fingerprint(other)
@@ -207,7 +211,8 @@ def test_half_precision(whole, dtype):
     flipped = {*clean["fell"]} ^ {*whole[0][0]["fell"]}
     assert len(flipped) <= 2  # spikes at the threshold may flip
     for row, single in zip(attacks, whole[0][1:], strict=True):
-        assert abs(len(row["fell"]) - len(single["fell"])) <= 4
+        found = abs(len(row["fell"]) - len(single["fell"]))
+        assert found <= 4
         assert row["member"] == "gaussian" or row["largest"] <= suite_run.EPS + 1e-6
     assert attacks[2]["fell"]
 

@@ -9,12 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from evaluation import masked
+from evaluation.short_suite import shortened
 from spikingjelly.activation_based import surrogate
 from torch import nn
 
-from sj_robust.evaluation import ThreatModel, diagnose
+from sj_robust.attacks import ThreatModel
+from sj_robust.evaluation import diagnose, evaluate
 from sj_robust.evaluation.diagnosis._probe import Probe
-from sj_robust.evaluation.diagnosis.masking import ESTIMATORS_COMPARED, THRESHOLDS, Finding
+from sj_robust.evaluation.diagnosis.masking import (
+    ESTIMATORS_COMPARED,
+    THRESHOLDS,
+    Finding,
+    estimators_searched,
+)
+from sj_robust.evaluation.run.estimator_search import EstimatorTrial
 
 torch.set_num_threads(1)
 
@@ -271,6 +279,47 @@ def test_wrong_use(linear, change, error, match):
     arguments |= change
     with pytest.raises(error, match=match):
         diagnose(arguments.pop("model"), arguments.pop("x"), arguments.pop("y"), **arguments)
+
+
+def trial(name, left, gained=0, lost=0, note=""):
+    return EstimatorTrial(name, left, left, 0.0, 40, gained, lost, note=note)
+
+
+def test_a_search_is_not_attacked_again_but_counted():
+    usual = trial("training", 0.5)
+    none = [trial("atan:4", 1.0, lost=20, note="ValueError: no spiking neuron")]
+    assert estimators_searched([usual]) == estimators_searched([usual, *none]) == []
+    (found,) = estimators_searched([trial("atan:4", 0.1, gained=18, lost=2), usual, *none])
+    assert (found.name, found.value) == ("other_estimator_stronger", 16 / 40)
+    assert not found.passed
+    assert "training 50%, atan:4 10%" in found.meaning
+    assert "atan:4 is a good start" in found.remedy
+    for gained, lost in ((4, 2), (2, 4)):  # chance, and a search that found nothing better
+        (found,) = estimators_searched([usual, trial("assg", 0.5, gained, lost)])
+        assert found.passed
+        assert found.value == max(0, gained - lost) / 40
+    weaker = [trial(f"atan:{number}", 0.6, lost=number) for number in range(1, 9)]
+    (found,) = estimators_searched([*weaker, usual])
+    assert "atan:4" in found.meaning
+    assert "atan:5" not in found.meaning  # the strongest ones alone are told
+
+
+@pytest.mark.slow
+def test_an_evaluation_takes_from_its_search_what_another_estimator_is_worth(
+    honest, batch, monkeypatch
+):
+    def attacked_again(probe, name):
+        raise AssertionError(name)
+
+    monkeypatch.setattr(Probe, "strong_attack", attacked_again)
+    model = masked.with_neurons(honest, "surrogate_function", surrogate.ATan(alpha=100.0))
+    with shortened():
+        report = evaluate(model, *batch, eps=0.1, suite="fast", progress=False)
+    assert [row["name"] for row in report.findings] == [*THRESHOLDS]
+    stronger = report.findings[-1]
+    trials = {row["estimator"]: row for row in report.estimators}
+    gained = max(row["gained"] - row["lost"] for row in trials.values())
+    assert stronger["value"] == gained / trials["training"]["images"] > 0
 
 
 def test_the_documentation_has_every_finding_with_its_threshold():

@@ -129,6 +129,25 @@ def test_wrong_use_says_what_to_do():
             sj_robust.evaluate(*arguments, **{"eps": 0.1, "progress": False} | options)
 
 
+def test_a_radius_and_numbers_per_channel_are_checked_once(asked, monkeypatch):
+    calls = []
+
+    def counted(name):
+        check = getattr(own_network, name)
+
+        def call(*arguments, **options):
+            calls.append(name)
+            return check(*arguments, **options)
+
+        monkeypatch.setattr(own_network, name, call)
+
+    counted("parse_eps")
+    counted("check_channels")
+    sj_robust.evaluate(lif("m"), *images(FEW), eps="8/255", T=T, progress=False, **NORMAL)
+    assert sorted(calls) == ["check_channels", "check_channels", "parse_eps"]
+    assert asked[-1][3].configuration == {"T": T, "mean": (0.3,), "std": (0.5,)}
+
+
 @pytest.mark.slow
 def test_a_stop_leaves_the_network_as_it_was_and_the_next_call_goes_on(tmp_path, monkeypatch):
     x, y = images(FEW)

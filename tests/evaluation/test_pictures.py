@@ -35,13 +35,15 @@ def shown(model, images):
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.1), ("L2", 0.8)])
 def test_images_lie_in_the_ball_and_are_read_as_shown(norm, eps, model, images):
     found = gallery(model, *images, eps=eps, norm=norm, estimator="atan:4", count=20)
-    assert bool(
-        (found.threat.distance(found.x, found.x_adv) <= eps + found.threat.tolerance(found.x)).all()
-    )
-    assert bool(((found.x_adv >= 0) & (found.x_adv <= 1)).all())
+    assert (
+        found.threat.distance(found.x, found.x_adv) <= eps + found.threat.tolerance(found.x)
+    ).all()
+    assert ((found.x_adv >= 0) & (found.x_adv <= 1)).all()
     with torch.no_grad():
-        assert torch.equal(model(found.x).argmax(1), found.predicted)
-        assert torch.equal(model(found.x_adv).argmax(1), found.predicted_adv)
+        seen = model(found.x).argmax(1)
+        assert torch.equal(seen, found.predicted)
+        seen = model(found.x_adv).argmax(1)
+        assert torch.equal(seen, found.predicted_adv)
     assert torch.equal(found.predicted, found.labels), "only what is right is attacked"
     fooled = found.predicted_adv != found.labels
     assert fooled.any()
@@ -59,8 +61,10 @@ def test_event_frames_stay_events():
         y = net(x).argmax(1)
     found = gallery(net, x, y, eps=10, count=2)
     assert found.threat.norm == "L0"
-    assert int((found.x_adv != found.x).flatten(1).sum(1).max()) <= 10
-    assert set(found.x_adv.unique().tolist()) <= {0.0, 1.0}
+    seen = int((found.x_adv != found.x).flatten(1).sum(1).max())
+    assert seen <= 10
+    seen = set(found.x_adv.unique().tolist())
+    assert seen <= {0.0, 1.0}
     assert len(found.plot().axes) == 6
 
 
@@ -91,13 +95,15 @@ def test_runs_part_at_the_first_spike_that_differs():
         [[0.5, 0.3], [0.2, 0.2], [0.4, 0.5]]
     )  # one neuron at 3 alone; as before; at 2
     found = spike_traces(two_layers(), x, x_adv, T=4)
-    assert [found.parting(sample) for sample in range(3)] == [("0", 1), None, ("0", 2)]
+    seen = [found.parting(sample) for sample in range(3)]
+    assert seen == [("0", 1), None, ("0", 2)]
     assert "part first in layer 0 at step 1 (1 of 3 pairs)" in repr(found)
     assert "| 0 | 0.0 | 16.7 | 16.7 | 16.7 |" in found.table()
     for which in ("spikes", "potential"):
         titles = [axes.get_title(loc="left") for axes in found.plot(which).axes]
         assert titles == ["0: parts at step 1", "2"]
-        assert [axes.get_title(loc="left") for axes in found.plot(which, sample=1).axes] == [
+        seen = [axes.get_title(loc="left") for axes in found.plot(which, sample=1).axes]
+        assert seen == [
             "0",
             "2",
         ]
@@ -122,14 +128,14 @@ def test_the_page_holds_the_pictures_folded(shown, tmp_path):
 @pytest.mark.slow
 def test_they_are_written_as_files_and_for_tensorboard(shown, tmp_path):
     names = report(curve=over_eps()).write(tmp_path, shown)
-    assert list(names[-6:]) == [
+    expected = [
         f"{name}.{kind}" for name in ("gallery", "spikes", "membrane") for kind in ("png", "pdf")
     ]
+    assert list(names[-6:]) == expected
     assert matplotlib.image.imread(tmp_path / "gallery.png").std() > 0.1
     Journal(tmp_path).show_gallery("mine", shown, 3)
     events = EventAccumulator(str(tmp_path / "tensorboard" / "mine")).Reload()
     assert events.Tags()["images"] == ["attack/gallery", "attack/spikes", "attack/membrane"]
-    assert events.Tags()["histograms"] == [
-        f"{kind}/{name}" for name in shown.traces for kind in ("potential", "mppd")
-    ]
+    expected = [f"{kind}/{name}" for name in shown.traces for kind in ("potential", "mppd")]
+    assert events.Tags()["histograms"] == expected
     assert events.Histograms("mppd/stages.0.node")[0].step == 3

@@ -57,7 +57,8 @@ def test_images_and_bounds_of_the_potential_are_those_of_verify_over_the_batches
     *measured, bound = proved.potential
     assert bound["layers"]["net.parts.1"] == pytest.approx(result.layers[0].potential)
     assert (bound["member"], bound["samples"]) == ("bound of all", 20)
-    assert {tuple(row["layers"]) for row in (*measured, bound)} == {("net.parts.1",)}
+    found = {tuple(row["layers"]) for row in (*measured, bound)}
+    assert found == {("net.parts.1",)}
 
 
 @slow
@@ -75,7 +76,8 @@ def test_attacks_leave_verified_images_out_and_come_to_the_same_result(proved):
     assert plain.verified is plain.bracket is None
     verified = proved.standing("verified")
     first, *others = proved.attacks
-    assert all(verified.isdisjoint(row.seen) for row in others)
+    for row in others:
+        assert verified.isdisjoint(row.seen)
     assert verified <= set(first.seen)  # a false proof would show there
     assert any(verified.intersection(row.seen) for row in plain.attacks)
     for one in plain.accuracies:
@@ -102,7 +104,8 @@ def test_members_beyond_the_threat_attack_verified_images_too():
 def test_the_bracket_and_what_is_undecided(proved):
     low, high = proved.bracket
     verified = proved.standing("verified")
-    assert (low.kind, low.correct, high) == ("verified", len(verified), proved.everything)
+    expected = ("verified", len(verified), proved.everything)
+    assert (low.kind, low.correct, high) == expected
     assert low.correct <= high.correct
     assert proved.undecided == proved.standing("everything") - verified
     assert proved.accuracies[-1] == low
@@ -110,7 +113,8 @@ def test_the_bracket_and_what_is_undecided(proved):
     points = {point.eps: point.verified.correct for point in proved.over_eps}
     assert points["0"] == proved.clean.correct
     assert points["0.01"] == low.correct
-    assert list(points.values()) == sorted(points.values(), reverse=True)
+    expected = sorted(points.values(), reverse=True)
+    assert list(points.values()) == expected
 
 
 @slow

@@ -88,7 +88,8 @@ def test_lower_ends_never_exceed_upper_ones_on_a_spiking_network_which_stays_as_
     radii = [0.0, 0.05, 0.5]
     found = smoothed_bracket(model, x, y, smoothing, radii, steps=3, n0=10)
     counts = [ends(found, radius) for radius in radii]
-    assert all(low <= high for low, high in counts)
+    for low, high in counts:
+        assert low <= high
     assert counts == sorted(counts, reverse=True)
     assert counts[0][0] > 0
     assert model.training
@@ -99,8 +100,10 @@ def test_a_certified_image_that_falls_is_named_and_does_not_count_as_certified()
     wrong = replace(smoothing, radius=(*smoothing.radius[:3], 0.6, *smoothing.radius[4:]))
     found = bracket(wrong)
     assert found.contradicted == (3,)
-    assert all(ends(found, radius)[0] <= ends(found, radius)[1] for radius in (0, 0.15, 0.25))
-    assert ends(found, 0.15)[0] == ends(bracket(smoothing), 0.15)[0]
+    for radius in (0, 0.15, 0.25):
+        assert ends(found, radius)[0] <= ends(found, radius)[1]
+    expected = ends(bracket(smoothing), 0.15)[0]
+    assert ends(found, 0.15)[0] == expected
     assert "Certified and yet broken: 3 of 6 images. With probability 0.001 each" in found.table()
 
 

@@ -10,8 +10,9 @@ from evaluation.suite_run import EPS, THREAT
 
 from sj_robust.attacks import ThreatModel, gaussian, pgd
 from sj_robust.core.randomness import SampleSeeds
-from sj_robust.evaluation import Member, craft
+from sj_robust.evaluation import Member
 from sj_robust.evaluation.run import loop
+from sj_robust.evaluation.run.member import craft
 
 
 class StopError(Exception):
@@ -44,12 +45,13 @@ def members(seen):
         Member("weak", step(EPS / 4), threat=ThreatModel("Linf", EPS / 4)),
         Member("far", step(2 * EPS), group="", threat=wider),
         Member("pgd", step(EPS), threat=THREAT),
+        Member("other", step(EPS), group="control", threat=THREAT),
         Member("search", begins, threat=THREAT, takes_starts=True),
         Member("last", step(EPS), threat=THREAT, seed=1),
     ]
 
 
-def test_it_gets_what_members_within_its_threat_made_and_clean_images_where_they_made_none():
+def test_it_gets_what_its_group_made_within_its_threat_and_clean_images_where_none_was_made():
     seen = Seen()
     x, y = suite_run.images()
     outcome = suite_run.outcome_of(size=20, suite=members(seen))
@@ -69,7 +71,7 @@ def test_it_gets_what_members_within_its_threat_made_and_clean_images_where_they
     assert 0 < len(left) < 20
 
 
-@pytest.mark.parametrize("step", range(1, 8 * 2 + 1))
+@pytest.mark.parametrize("step", range(1, 9 * 2 + 1))
 def test_stopped_anywhere_it_goes_on_with_the_same_starts(tmp_path, step):
     def stops(position):
         if position.done == step:
@@ -104,7 +106,7 @@ def test_images_are_written_before_the_step_and_only_where_somebody_takes_them(
     monkeypatch.setattr(loop.BatchLog, "keep", kept)
     monkeypatch.setattr(loop.BatchLog, "append", appended)
     suite_run.outcome_of(tmp_path, size=20, suite=members(Seen()))
-    names = ["early", "noise", "weak", "far", "pgd"]
+    names = ["early", "noise", "weak", "far", "pgd", "other"]
     wanted = ["clean"]
     for count, name in enumerate(names, 1):
         wanted += [count, name]

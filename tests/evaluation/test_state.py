@@ -13,9 +13,9 @@ from evaluation.test_activity import T, images, network
 from unchanged import unchanged
 
 from sj_robust import SpikingClassifier
-from sj_robust.attacks import SampleSeeds, fgsm, gaussian, pgd
+from sj_robust.attacks import SampleSeeds, ThreatModel, fgsm, gaussian, pgd
 from sj_robust.classifier import PoissonEncoder
-from sj_robust.evaluation import Member, ThreatModel, diagnose, firing, worst_case
+from sj_robust.evaluation import Member, diagnose, firing, worst_case
 from sj_robust.evaluation.run.loop import alone
 
 THREAT = ThreatModel("Linf", 0.1)
@@ -69,7 +69,8 @@ def labelled(n=40):
 @pytest.mark.parametrize("fail", [False, True], ids=["ends", "raises"])
 @pytest.mark.parametrize("name", MEASUREMENTS)
 def test_everything_stays_as_it_was(name, fail):
-    net, (x, y) = network(), labelled(8)
+    net = network()
+    x, y = labelled(8)
     own = [torch.Generator().manual_seed(3)] if name in PROBES else []
     model = SpikingClassifier(net, T=T, encoder=PoissonEncoder(*own)).train()
     net[1].eval()
@@ -87,7 +88,9 @@ def test_everything_stays_as_it_was(name, fail):
 def test_the_network_runs_in_evaluation_mode(measure):
     x, y = labelled()
     model = SpikingClassifier(network(), T=T)
-    assert measure(model.train(), x, y, 0) == measure(model.eval(), x, y, 0)
+    found = measure(model.train(), x, y, 0)
+    expected = measure(model.eval(), x, y, 0)
+    assert found == expected
 
 
 @pytest.mark.slow
@@ -95,7 +98,8 @@ def test_the_network_runs_in_evaluation_mode(measure):
     ("name", "own"), [*((name, False) for name in MEASUREMENTS), *((name, True) for name in PROBES)]
 )
 def test_the_seed_decides_what_a_stochastic_encoder_draws(name, own):
-    measure, (x, y) = MEASUREMENTS[name], labelled()
+    measure = MEASUREMENTS[name]
+    x, y = labelled()
     model = SpikingClassifier(
         network(), T=T, encoder=PoissonEncoder(torch.Generator() if own else None)
     )
@@ -108,7 +112,8 @@ def test_the_seed_decides_what_a_stochastic_encoder_draws(name, own):
 def test_an_attack_scores_the_same_beside_others_and_counts_are_those_of_the_loop(margins):
     x, y = labelled()
     model = SpikingClassifier(network(), T=T, encoder=PoissonEncoder())
-    attacks, noise = {"fgsm": partial(fgsm, eps=0.1)}, {"noise": partial(gaussian, std=0.1)}
+    attacks = {"fgsm": partial(fgsm, eps=0.1)}
+    noise = {"noise": partial(gaussian, std=0.1)}
     seeds = SampleSeeds(range(len(x)))
     counts, beside = (alone(model, x, y, more | attacks, seeds=seeds) for more in ({}, noise))
     assert counts["fgsm"] == beside["fgsm"]

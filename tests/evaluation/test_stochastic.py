@@ -14,8 +14,9 @@ from spikingjelly.activation_based import neuron
 from torch import nn
 
 from sj_robust import SpikingClassifier, evaluate
+from sj_robust.attacks import ThreatModel
 from sj_robust.classifier import PoissonEncoder
-from sj_robust.evaluation import Member, ThreatModel, make_suite, worst_case
+from sj_robust.evaluation import Member, make_suite, worst_case
 from sj_robust.evaluation.assess import assess
 from sj_robust.evaluation.request import Request
 from sj_robust.evaluation.run.data import Data
@@ -24,7 +25,7 @@ from sj_robust.evaluation.subject import Subject
 
 
 def test_gradient_attacks_average_and_go_on():
-    for name in ("fast", "standard", "gradients"):
+    for name in ("fast", "standard", "gradient", "gradients"):
         suite = make_suite(name, THREAT, classes=10, eot_samples=4)
         attacks = [
             member.attack

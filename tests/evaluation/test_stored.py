@@ -1,4 +1,4 @@
-"""Files of version 1: the same figures, from each of its four formats."""
+"""Files of version 1: the same figures, from each of its four formats; and of version 2."""
 
 import json
 from pathlib import Path
@@ -86,6 +86,24 @@ def test_of_a_suite_every_image_is_known_and_of_the_others_the_reader_is_told():
     training = Report.load(FOLDER / "training.json")
     assert training.curves["dlif at"][0]["validation"]["pgd"] == 0.1 + 0.2
     assert training.warnings[0] == "扰动"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(
+    ("named", "suite", "warned"),
+    [("standard", "gradient", False), ("fast", "fast", True), ("paper", "paper", False)],
+)
+def test_suites_of_before_the_search_over_spikes_are_told_apart(version, named, suite, warned):
+    content = json.loads(report().to_json())
+    if version == 1:
+        content = json.loads((FOLDER / "report.json").read_text())
+    content |= {"version": version, "suite": named, "configuration": {"suite": named}}
+    found = Report.from_json(json.dumps(content))
+    assert (found.suite, found.configuration["suite"]) == (suite, suite)
+    assert any("had no search over spikes" in text for text in found.remarks) == warned
+    assert Report.from_json(found.to_json()) == found
+    today = report(suite=named)
+    assert Report.from_json(today.to_json()) == today
 
 
 def test_old_and_new_reports_are_compared():

@@ -12,12 +12,14 @@ from torch import nn
 from unchanged import unchanged
 
 from sj_robust import SpikingClassifier
-from sj_robust.attacks import ThreatModel, check_images
-from sj_robust.evaluation import CORRUPTIONS, Corruption, Fault, Report, faulty, stress
+from sj_robust.attacks import ThreatModel
+from sj_robust.core.checks import check_images
+from sj_robust.evaluation import Corruption, Fault, Report, faulty, stress
 from sj_robust.evaluation.intervals import repeated_interval, wilson_interval
 from sj_robust.evaluation.report.levels import Level, intact, kinds, levels
 from sj_robust.evaluation.request import Request
 from sj_robust.evaluation.run import corruptions, loop
+from sj_robust.evaluation.run.corruptions import CORRUPTIONS
 from sj_robust.evaluation.run.progress import Watch
 from sj_robust.evaluation.stressing import stress_network
 from sj_robust.evaluation.subject import Subject
@@ -31,7 +33,8 @@ def test_counts_clean_and_attacked(margins):
     report = stress(*margins, eps=0.2, faults=faults, draws=2, progress=False)
     assert intact(report) == Level("none", 0, (4,), (2,), 5)  # of margins 0.5 and 0.7
     as_before, tied = levels(report)
-    assert as_before == Level("weight_bits", 4, (4,), (2,), 5)
+    expected = Level("weight_bits", 4, (4,), (2,), 5)
+    assert as_before == expected
     assert tied == Level("stuck_at_zero", 1.0, (5, 5), (5, 5), 5)  # a tie names the first class
 
 
@@ -56,7 +59,8 @@ def test_the_attack_sees_the_faulty_network(monkeypatch):
 
 
 def test_a_stopped_run_goes_on_and_the_network_is_as_it_was(tmp_path):
-    model, few = classifier(), [*FEW, Fault("first_steps", 1)]
+    model = classifier()
+    few = [*FEW, Fault("first_steps", 1)]
     asked = Request("stress", LINF, "made up", faults=few, draws=2, steps=2)
     subject = Subject("mine", model, "two layers")
 
@@ -66,7 +70,8 @@ def test_a_stopped_run_goes_on_and_the_network_is_as_it_was(tmp_path):
         return stress_network(subject, batches(), request)
 
     whole = run()
-    assert [len(level.clean) for level in levels(whole)] == [1, 2, 2, 1]
+    found = [len(level.clean) for level in levels(whole)]
+    assert found == [1, 2, 2, 1]
 
     def stops(position):
         if position.done == 21:
@@ -79,8 +84,11 @@ def test_a_stopped_run_goes_on_and_the_network_is_as_it_was(tmp_path):
     places = {path.parent.name for path in done}
     assert places == {"none", "weight_bits-3", "stuck_at_zero-0.3-draw0"}
     resumed = run(tmp_path)
-    assert [without_time(row) for row in resumed.rows] == [without_time(row) for row in whole.rows]
-    assert all(path.read_bytes().startswith(text) for path, text in done.items())
+    found = [without_time(row) for row in resumed.rows]
+    expected = [without_time(row) for row in whole.rows]
+    assert found == expected
+    for path, text in done.items():
+        assert path.read_bytes().startswith(text)
     with pytest.raises(ValueError, match="seed changed"):
         run(tmp_path, seed=1)
 
@@ -138,9 +146,11 @@ def test_its_files_and_figure(tmp_path):
     assert report.write(tmp_path) == ("card.json", "card.md", "card.png", "card.pdf")
     assert Report.load(tmp_path / "card.json") == report
     first, second = report.plot().axes[:2]
-    assert [axes.get_title() for axes in (first, second)] == ["lost_spikes", "weight_bits"]
+    found = [axes.get_title() for axes in (first, second)]
+    assert found == ["lost_spikes", "weight_bits"]
     assert first.lines[0].get_ydata() == pytest.approx([89.0, 83.0])
-    assert [label.get_text() for label in first.get_xticklabels()] == ["0.1", "0.2"]
+    found = [label.get_text() for label in first.get_xticklabels()]
+    assert found == ["0.1", "0.2"]
 
 
 def test_the_interval_covers_other_images_and_other_draws():
@@ -182,7 +192,8 @@ class TestCorruptions:
         assert f"mean of all |  | {100 * report.mean_accuracy('clean'):.1f} |" in report.table()
         assert "Mean over kinds and severities" in report.verdict
         dark = corruptions.corrupted(x, Corruption("fog", 3), seed=0)
-        torch.testing.assert_close(dark, (x * 255).round().div(4, rounding_mode="floor") / 255)
+        expected = (x * 255).round().div(4, rounding_mode="floor") / 255
+        torch.testing.assert_close(dark, expected)
 
     @pytest.mark.slow
     def test_the_library(self):

@@ -2,18 +2,28 @@
 is known.
 """
 
+import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
+import torch
 from attacks.oracle import linear_oracle
 from evaluation.suite_run import classifier, images
 from torch import nn
 
-from sj_robust.evaluation import CANDIDATES, Member, Suite, ThreatModel, make_suite, worst_case
+from sj_robust.attacks import SampleSeeds, ThreatModel
+from sj_robust.data import load_images
+from sj_robust.evaluation import Member, make_suite, search_estimators, worst_case
+from sj_robust.evaluation.run.estimator_search import CANDIDATES
+from sj_robust.evaluation.run.suites import Suite
+from sj_robust.models import NetworkSpec, build_classifier
+from sj_robust.models.checkpoint import load_checkpoint
 
 EIGHT = ThreatModel("Linf", 8 / 255)
 CHOSEN = ("atan:4", "triangle:0.5", "assg")
+KNOWN = Path(__file__).parents[1] / "attacks" / "ground_truth"
 
 
 def keywords(suite):
@@ -43,7 +53,7 @@ class Counted(nn.Module):
 
 def shortened(members, **few):
     """The same attacks with other numbers where they have them, such as steps=8."""
-    few = {"queries": 30} | few
+    few = {"queries": 30, "forwards": 100} | few
     return [
         replace(
             member,
@@ -86,8 +96,21 @@ class TestMakeUp:
         assert attacks["gaussian"]["std"] == 16 / 255
         assert attacks["pgd10@10/255"]["eps"] == pytest.approx(10 / 255)
 
-    def test_standard_begins_with_the_strongest_and_ends_without_gradients(self):
-        suite = make_suite("standard", EIGHT, chosen=CHOSEN, classes=10)
+    @pytest.mark.parametrize("name", ["fast", "standard"])
+    def test_gradients_come_first_and_a_search_over_spikes_goes_on_from_what_they_found(self, name):
+        suite = make_suite(name, EIGHT, chosen=CHOSEN, classes=10)
+        for members in (suite.members, suite.control):
+            kinds = [member.name.rsplit("/", 2)[0] for member in members]
+            assert kinds[-1].endswith("spike_search")
+            assert [member.takes_starts for member in members] == [False] * (len(kinds) - 1) + [
+                True
+            ]
+        assert {member.estimator for member in suite.members} >= {*CHOSEN[:2], "training"}
+        drawing = make_suite(name, EIGHT, chosen=CHOSEN, classes=10, eot_samples=2)
+        assert not any(member.takes_starts for member in drawing.members)
+
+    def test_gradient_begins_with_the_strongest_and_ends_without_gradients(self):
+        suite = make_suite("gradient", EIGHT, chosen=CHOSEN, classes=10)
         names = [member.name for member in suite.members]
         assert names[:3] == [f"apgd_ce/{name}/r0" for name in CHOSEN]
         assert names[-1].startswith("square")
@@ -97,7 +120,7 @@ class TestMakeUp:
         assert any(name.startswith("sapgd/assg") for name in names)
         assert suite.search is not None
 
-    @pytest.mark.parametrize("name", ["fast", "standard"])
+    @pytest.mark.parametrize("name", ["fast", "standard", "gradient"])
     @pytest.mark.parametrize(
         "chosen", [(), ("training",), ("atan:4", "atan:4"), ("training", "assg+detach"), CHOSEN]
     )
@@ -116,10 +139,15 @@ class TestMakeUp:
         assert ("dlr" in losses) == (classes > 2)
         assert "dlr_targeted" not in losses or classes > 3
 
-    @pytest.mark.parametrize("name", ["paper", "fast", "standard", "autoattack", "gradients"])
+    @pytest.mark.parametrize(
+        "name", ["paper", "fast", "standard", "gradient", "autoattack", "gradients"]
+    )
     def test_the_control_is_a_group_of_its_own_with_the_training_surrogate(self, name):
         suite = make_suite(
-            name, EIGHT, classes=10, chosen=CHOSEN if name in ("fast", "standard") else ()
+            name,
+            EIGHT,
+            classes=10,
+            chosen=CHOSEN if name in ("fast", "standard", "gradient") else (),
         )
         assert {(member.estimator, member.group) for member in suite.control} == {
             ("training", "control")
@@ -127,8 +155,9 @@ class TestMakeUp:
         starts = [(member.name, member.seed) for member in (*suite.members, *suite.control)]
         assert len(set(starts)) == len(starts)  # name and seed are what random starts follow
         if name == "fast":  # named by what it runs
-            ce = [f"control/apgd_ce/training/r{restart}" for restart in range(5)]
-            expected = [*ce[:2], "control/apgd_dlr/training/r0", *ce[2:]]
+            ce = [f"control/apgd_ce/training/r{restart}" for restart in range(3)]
+            search = "control/spike_search/training/r0"
+            expected = [*ce[:2], "control/apgd_dlr/training/r0", ce[2], search]
             assert [member.name for member in suite.control] == expected
 
     @pytest.mark.parametrize(
@@ -158,7 +187,7 @@ class TestMakeUp:
 
 
 class TestCost:
-    @pytest.mark.parametrize("name", ["paper", "fast", "standard"])
+    @pytest.mark.parametrize("name", ["paper", "fast", "standard", "gradient"])
     def test_the_control_costs_what_the_suite_costs(self, name):
         model = Counted(classifier())
         x, y = images(6)
@@ -186,7 +215,7 @@ class TestCost:
 
 class TestVerdict:
     @pytest.mark.slow
-    @pytest.mark.parametrize("name", ["fast", "standard"])
+    @pytest.mark.parametrize("name", ["fast", "standard", "gradient"])
     @pytest.mark.parametrize(("norm", "classes"), [("Linf", 6), ("L2", 6), ("Linf", 2)])
     def test_linear_network_gets_its_robust_accuracy(self, name, norm, classes):
         oracle = linear_oracle(classes, norm)
@@ -202,6 +231,40 @@ class TestVerdict:
         assert left >= known
         # A first impression may miss one at the very border.
         assert len(left - known) <= (name == "fast")
+
+
+def known():
+    """Networks and radii of which the program has said something of every image."""
+    found = []
+    for file in sorted(KNOWN.glob("*.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        del content["command"]
+        found += [(file.stem, eps) for eps, verdicts in content.items() if len(verdicts) == 128]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "eps"), known())
+def test_standard_overlooks_at_most_one_breakable_image_of_128(name, eps):
+    content = load_checkpoint(KNOWN / f"{name}.pt")
+    model = build_classifier(NetworkSpec(**content["description"]["network"]))
+    model.load_state_dict(content["model"])
+    model.eval()
+    verdicts = json.loads((KNOWN / f"{name}.json").read_text(encoding="utf-8"))[eps]
+    breakable = [number for number, verdict in enumerate(verdicts) if verdict == "b"]
+    asked = [*breakable, verdicts.index("w"), verdicts.index("v")]
+    test = load_images("digits", test_limit=128).test
+    x, y = (torch.stack(part) for part in zip(*test, strict=True))
+    threat, seeds = ThreatModel("Linf", float(eps)), SampleSeeds(range(128))
+    trials = search_estimators(model, x, y, threat=threat, seeds=seeds)
+    chosen = [trial.estimator for trial in trials if trial.chosen]
+    members = make_suite("standard", threat, chosen=chosen, classes=10).members
+    own = seeds.rows(torch.tensor(asked))
+    left = worst_case(model, x[asked], y[asked], members, threat=threat, seeds=own)
+    overlooked = left.standing("worst case") - {len(asked) - 1}
+    assert len(overlooked) <= 1
+    assert len(asked) - 1 in left.standing("worst case"), "a proof is wrong"
+    assert len(breakable) > 5
 
 
 def test_every_estimator_for_itself():

@@ -11,7 +11,8 @@ from attacks.table import linear_model
 from torch import nn
 
 from sj_robust.attacks import SampleSeeds, ThreatModel, fgsm, pgd
-from sj_robust.evaluation import Member, craft, fools, worst_case
+from sj_robust.evaluation import Member, worst_case
+from sj_robust.evaluation.run.member import craft, fools
 
 EPS = 0.1
 LINF = ThreatModel("Linf", EPS)
@@ -89,7 +90,8 @@ class TestWorstCase:
         order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
         for rows in order.split(7):
             part = worst_case(model, x[rows], y[rows], members, seeds=seeds(40).rows(rows))
-            assert part.outcome == tuple(together.outcome[row] for row in rows.tolist())
+            expected = tuple(together.outcome[row] for row in rows.tolist())
+            assert part.outcome == expected
             images = [
                 craft(model, x[few], y[few], members[0], seeds=seeds(40).rows(few))
                 for few in (rows, torch.arange(40))
@@ -99,7 +101,8 @@ class TestWorstCase:
     def test_no_members(self, digits):
         model, x, y = digits
         clean = worst_case(model, x, y, [])
-        assert clean.everything.accuracy == float((model(x).argmax(1) == y).double().mean())
+        expected = float((model(x).argmax(1) == y).double().mean())
+        assert clean.everything.accuracy == expected
 
 
 class TestCraft:
@@ -110,7 +113,8 @@ class TestCraft:
         images = [craft(model, x, y, member, seeds=seeds(40)) for member in members]
         assert not torch.equal(images[0], images[1])
         assert not torch.equal(images[0], images[2])
-        assert torch.equal(images[0], craft(model, x, y, members[0], seeds=seeds(40)))
+        expected = craft(model, x, y, members[0], seeds=seeds(40))
+        assert torch.equal(images[0], expected)
 
     @pytest.mark.parametrize(
         ("result", "threat", "error", "message"),
@@ -184,17 +188,20 @@ class TestFools:
             return torch.stack([heads.double(), (~heads).double()], 1)
 
     def test_a_stochastic_network_has_to_be_wrong_in_every_draw(self):
-        x, y = torch.full((4000, 1), 0.5), torch.zeros(4000, dtype=torch.int64)
+        x = torch.full((4000, 1), 0.5)
+        y = torch.zeros(4000, dtype=torch.int64)
         for draws in (1, 3):
             fooled, again, other = (
                 fools(self.Coin(), x, y, draws=draws, seeds=seeds(4000, s)) for s in (0, 0, 1)
             )
-            assert float(fooled.double().mean()) == pytest.approx(0.5**draws, abs=0.03)
+            found = float(fooled.double().mean())
+            assert found == pytest.approx(0.5**draws, abs=0.03)
             assert torch.equal(fooled, again)
             assert not torch.equal(fooled, other)
 
     def test_a_lucky_draw_of_the_attack_does_not_count(self):
-        x, y = torch.full((2000, 1), 0.9), torch.zeros(2000, dtype=torch.int64)
+        x = torch.full((2000, 1), 0.9)
+        y = torch.zeros(2000, dtype=torch.int64)
         member = Member("idle", lambda model, x, y, *, generator: x)
         hits = []
         for draws in (1, 4):
@@ -216,8 +223,10 @@ class TestFools:
     def test_agrees_with_argmax_of_the_network_in_evaluation_mode(self, model, batch):
         x, y = batch
         fooled = fools(model.train(), x, y, draws=2, seeds=seeds(7))
-        assert all(module.training for module in model.modules())
-        assert torch.equal(fooled, model.eval()(x).argmax(1) != y)
+        for module in model.modules():
+            assert module.training
+        expected = model.eval()(x).argmax(1) != y
+        assert torch.equal(fooled, expected)
 
 
 @pytest.mark.parametrize(

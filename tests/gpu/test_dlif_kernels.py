@@ -8,10 +8,12 @@ import torch
 from ops.calls import by_hand, check_slopes, random_call, run
 from ops.triton import cases
 from oracle import away_from_threshold
+from torch.testing import assert_close
 
-from sj_robust.ops import Surrogate, available_backends, choose_backend, dlif_multi_step
+from sj_robust.ops import Surrogate, available_backends, dlif_multi_step
 from sj_robust.ops.dlif import backends, cupy_launch
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
+from sj_robust.ops.dlif.dispatch import choose_backend
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 CHOICES = {
@@ -103,17 +105,19 @@ def test_spikes_equal_the_reference_bit_by_bit_and_gradients_repeat(backend):
         spikes, v, _ = dlif_multi_step(x, gain, decay=0.99, backend=name)
         (spikes.sum() + v.sum()).backward()
         results.append((spikes.detach(), v.detach(), gain.grad))
-    assert all(torch.equal(a, b) for a, b in zip(results[0], results[1], strict=True))
+    for a, b in zip(results[0], results[1], strict=True):
+        assert torch.equal(a, b)
     assert torch.equal(results[0][0], results[2][0])
     assert torch.equal(results[0][1], results[2][1])
-    torch.testing.assert_close(results[0][2], results[2][2], rtol=1e-4, atol=1e-2)
+    assert_close(results[0][2], results[2][2], rtol=1e-4, atol=1e-2)
 
 
 def test_auto_chooses_the_first_that_works():
     working = [
         name for name in ("cupy", "triton", "eager") if available_backends()[name] == "available"
     ]
-    assert choose_backend("auto", torch.zeros(2, 2, device="cuda"), Surrogate()) == working[0]
+    found = choose_backend("auto", torch.zeros(2, 2, device="cuda"), Surrogate())
+    assert found == working[0]
 
 
 def test_runs_on_torchs_current_stream(backend):
@@ -140,7 +144,7 @@ def test_block_sizes(threads):
     arguments = Inputs(x, gain, None, config), OutputGradients(torch.ones_like(x)), True
     found, wanted = (backends.backward(one, *arguments) for one in (launcher, cupy_launch))
     for got, expected in zip(found, wanted, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-3)
+        assert_close(got, expected, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -169,4 +173,4 @@ def test_surrogates_of_spikingjelly_with_a_cuda_text():
                 0
             ].sum().backward()
             grads.append(leaf.grad)
-        torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)
+        assert_close(*grads, rtol=1e-3, atol=1e-4)

@@ -14,6 +14,7 @@ from launch import ENVIRONMENT
 from ops.calls import laid_out
 from spikingjelly.activation_based import functional, layer
 from torch import nn
+from torch.testing import assert_close
 
 from sj_robust.neuron import DLIFNode, fuse
 from sj_robust.ops import dlif_multi_step
@@ -66,7 +67,7 @@ def node_on(place, backend=None, **kwargs):
 
 def assert_same(given, wanted):
     assert torch.equal(given[0], wanted[0])
-    torch.testing.assert_close(given[1:], wanted[1:], rtol=1e-5, atol=1e-5)
+    assert_close(given[1:], wanted[1:], rtol=1e-5, atol=1e-5)
 
 
 def network(place, fused):
@@ -106,7 +107,8 @@ def test_autocast_with_a_scaler_trains_as_float32_does(place, fused):
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            assert all(torch.isfinite(p.grad).all() for p in net.parameters())
+            for p in net.parameters():
+                assert torch.isfinite(p.grad).all()
             scaler.step(optimizer)
             scaler.update()
             of_run.append(loss.item())
@@ -159,7 +161,7 @@ def test_a_stage_that_runs_in_one_pass_is_compiled_whole(place):
     )
     x = currents(device)
     for given, wanted in zip(trained(net, x, compiled), trained(net, x), strict=True):
-        torch.testing.assert_close(given, wanted)
+        assert_close(given, wanted)
 
 
 @pytest.mark.parametrize(("device", "backend"), CUDA)
@@ -233,7 +235,7 @@ def check_few_spikes_among_many(device, backend, shape):
         assert torch.equal(whole[..., places], part)
         assert int(whole.count_nonzero()) == int(part.count_nonzero())
     assert int(few_spikes.sum()) == few.numel()
-    torch.testing.assert_close(grad_gain, few_gain)
+    assert_close(grad_gain, few_gain)
 
 
 PROCESS = """

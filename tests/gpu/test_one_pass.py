@@ -4,10 +4,12 @@ import pytest
 import torch
 from ops.triton import stage_cases
 from torch import nn
+from torch.testing import assert_close
 
 from sj_robust.core.host import functional, layer
 from sj_robust.neuron import DLIFNode, fuse
-from sj_robust.ops.bn_dlif import BatchNorm, batch_norm_dlif_multi_step
+from sj_robust.ops.bn_dlif.dispatch import batch_norm_dlif_multi_step
+from sj_robust.ops.bn_dlif.norm import BatchNorm
 from sj_robust.ops.dlif import backends
 
 pytestmark = [
@@ -76,16 +78,16 @@ def test_a_layer_equals_its_parts(channels_last):
     same = (found[0] == wanted[0]).all(0)  # windows that rounding did not flip
     assert same.float().mean() > 0.999
     neurons = same.repeat_interleave(2, -1).repeat_interleave(2, -2)
-    torch.testing.assert_close(found[1][neurons], wanted[1][neurons], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found[2][:, neurons], wanted[2][:, neurons], rtol=1e-2, atol=1e-3)
+    assert_close(found[1][neurons], wanted[1][neurons], rtol=1e-4, atol=1e-4)
+    assert_close(found[2][:, neurons], wanted[2][:, neurons], rtol=1e-2, atol=1e-3)
     for a, b in zip(found[3:], wanted[3:], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()) + 1e-6)
+        assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()) + 1e-6)
 
 
 def test_inputs_off_their_alignment():
     x = normal(4 * 2 * 3 * 8 * 8 + 1)[1:].view(4, 2, 3, 8, 8)
     for a, b in zip(stage(x, backend="triton"), stage(x.clone(), backend="triton"), strict=True):
-        torch.testing.assert_close(a, b)
+        assert_close(a, b)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -122,7 +124,7 @@ def test_a_cuda_graph_of_a_network_in_one_pass_gives_the_numbers_of_the_call(tra
     x.neg_()
     graph.replay()
     replayed = [output.clone() for output in outputs]
-    torch.testing.assert_close(replayed, call())
+    assert_close(replayed, call())
 
 
 def test_more_than_2_to_the_31_numbers():
@@ -133,4 +135,5 @@ def test_more_than_2_to_the_31_numbers():
     found = stage(x, training=False, backend="triton")
     wanted = stage(x[:, -1:].contiguous(), training=False, backend="triton")
     for i, dim in enumerate((1, 0, 1)):
-        assert torch.equal(found[i].narrow(dim, 63, 1), wanted[i])
+        seen = found[i].narrow(dim, 63, 1)
+        assert torch.equal(seen, wanted[i])

@@ -112,9 +112,9 @@ def test_options_from_the_command_line_and_from_a_file_of_them(words, expected, 
     assert yaml.safe_load((tmp_path / "mine.yaml").read_text()) == plain(read)
     file = ["--config", str(tmp_path / "mine.yaml")]
     assert read_options(Options, file) == read
-    assert read_options(Options, ["other", *file, "--name", "mine"]) == Options(
-        **expected | {"network": "other", "name": "mine"}
-    )
+    found = read_options(Options, ["other", *file, "--name", "mine"])
+    wanted = Options(**expected | {"network": "other", "name": "mine"})
+    assert found == wanted
 
 
 @pytest.mark.parametrize(
@@ -173,10 +173,12 @@ def test_wrong_use_is_a_value_error_that_is_told_apart():
 
 def test_what_an_option_decides_and_when_it_decides_nothing():
     result = deciding(Options(eps=EPS))
-    assert vars(Options()).keys() - result.keys() == {"eps", "output", "resume"}
+    found = vars(Options()).keys() - result.keys()
+    assert found == {"eps", "output", "resume"}
     assert [type(value) for value in deciding(Trained()).values()] == [float]  # weights_only
     assert idle(Options()) == {"beta"}  # of mode at, by the table of modes
-    assert idle(Options(mode="trades", rho=0.0)) == {"beta", "project", "norm"}
+    found = idle(Options(mode="trades", rho=0.0))
+    assert found == {"beta", "project", "norm"}
 
 
 def test_a_resumed_run_keeps_its_options_but_for_those_given_again(tmp_path, monkeypatch):
@@ -190,11 +192,13 @@ def test_a_resumed_run_keeps_its_options_but_for_those_given_again(tmp_path, mon
         if mark:
             (folder / "network" / "last.pt").touch()
     resumed = parse_options(Options, ["--resume"], stem)
-    assert resumed == Options(batch_size=6, name="kept", output="runs/digits-2", resume=True)
+    expected = Options(batch_size=6, name="kept", output="runs/digits-2", resume=True)
+    assert resumed == expected
     resumed = parse_options(
         Options, ["--resume", "--output", "runs/digits-1", "--batch-size", "9"], stem
     )
-    assert resumed == Options(batch_size=9, name="kept", output="runs/digits-1", resume=True)
+    expected = Options(batch_size=9, name="kept", output="runs/digits-1", resume=True)
+    assert resumed == expected
     with pytest.raises(FileNotFoundError, match="no run to resume"):
         parse_options(Options, ["--resume", "--name", "other"], stem)
 
@@ -203,7 +207,8 @@ def test_a_readme_keeps_the_commands_that_came_before(tmp_path):
     for words in (["--which", "neuron"], ["--which", "gains"], ["--which", "neuron"]):
         describe_folder(tmp_path, "figures", words)
     text = (tmp_path / "README.md").read_text()
-    assert [line for line in text.splitlines() if line.startswith("python ")] == [
+    found = [line for line in text.splitlines() if line.startswith("python ")]
+    assert found == [
         "python recipes/figures.py --which neuron",
         "python recipes/figures.py --which gains",
     ]

@@ -79,7 +79,8 @@ def test_a_changed_report_is_named(folder, capsys):
     (folder / "runs" / "b" / "report.json").unlink()
     capsys.readouterr()
     make_leaderboard(["runs"], folder / "one", USUAL)
-    assert capsys.readouterr().out.splitlines()[:-1] == [
+    found = capsys.readouterr().out.splitlines()[:-1]
+    assert found == [
         "gone since the last leaderboard: runs/b/report.json",
         "changed since the last leaderboard: runs/a/report.json",
     ]
@@ -109,9 +110,9 @@ def test_the_one_in_the_docs_is_that_of_the_reports_beside_it(tmp_path, monkeypa
     home = ROOT / "docs" / "results" / "leaderboard"
     make_leaderboard(["docs/results/leaderboard"], tmp_path, asdict(evaluate.Options()))
     for name in ("leaderboard.md", "leaderboard.html"):
-        assert (tmp_path / name).read_text(encoding="utf-8") == (home / name).read_text(
-            encoding="utf-8"
-        ), (
+        found = (tmp_path / name).read_text(encoding="utf-8")
+        expected = (home / name).read_text(encoding="utf-8")
+        assert found == expected, (
             "python recipes/evaluate.py --leaderboard docs/results/leaderboard --output "
             "docs/results/leaderboard"
         )

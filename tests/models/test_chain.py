@@ -5,15 +5,8 @@ import torch
 from spikingjelly.activation_based import layer
 
 from sj_robust import DLIFNode, SpikingClassifier
-from sj_robust.models import (
-    VGG,
-    VGG_FEATURES,
-    ConvChain,
-    FullyConnected,
-    NetworkSpec,
-    SmallConvNet,
-    build_network,
-)
+from sj_robust.models import VGG, ConvChain, FullyConnected, NetworkSpec, build_network
+from sj_robust.models.chain import VGG_FEATURES, SmallConvNet
 
 CONVOLUTIONS = {
     "vgg5": 3,

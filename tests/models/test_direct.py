@@ -7,7 +7,8 @@ from torch.testing import assert_close
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.classifier import PoissonEncoder
-from sj_robust.models import VGG, FullyConnected, SmallConvNet, WideResNet
+from sj_robust.models import VGG, FullyConnected, WideResNet
+from sj_robust.models.chain import SmallConvNet
 
 NEURONS = [
     DLIFNode,

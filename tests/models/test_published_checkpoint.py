@@ -180,8 +180,11 @@ def load(path, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [VGG5, WRN16], ids=lambda case: case.name)
-@pytest.mark.parametrize("gains", [True, False])
+@pytest.mark.parametrize(
+    ("case", "gains"),
+    [(VGG5, True), (VGG5, False), (WRN16, True)],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
 def test_the_logits_are_those_of_the_published_network(tmp_path, case, gains):
     theirs = case.network(gains=gains)
     torch.save(theirs.state_dict(), tmp_path / "net.pth")

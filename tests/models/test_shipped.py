@@ -51,7 +51,8 @@ def test_they_are_small_and_in_the_package():
     files = [pretrained_file(name) for name in CARDS]
     assert len(files) >= 4
     assert sum(file.stat().st_size for file in files) < 600_000
-    assert set(files) == set(files[0].parents[1].glob("*/*"))
+    expected = set(files[0].parents[1].glob("*/*"))
+    assert set(files) == expected
 
 
 def test_cards_tell_a_defended_network_from_an_undefended_one():

@@ -10,6 +10,7 @@ import torch
 from ops.calls import by_hand, random_call
 from spikingjelly.activation_based import base, functional, neuron, surrogate
 from torch import nn
+from torch.testing import assert_close
 
 from sj_robust.neuron import DLIFNode
 from sj_robust.neuron.dlif import describe_surrogate
@@ -29,7 +30,9 @@ needs_set_backend = pytest.mark.skipif(
 def run(node, x_seq):
     """Spikes of a fresh sequence in the node's own step mode."""
     node.reset()
-    return node(x_seq) if node.step_mode == "m" else torch.stack([node(x) for x in x_seq])
+    if node.step_mode == "m":
+        return node(x_seq)
+    return torch.stack([node(x) for x in x_seq])
 
 
 @pytest.mark.parametrize("step_mode", ["m", "s"])
@@ -90,7 +93,7 @@ def test_gains_of_one_are_lif_without_decay_input(v_reset, training):
     dlif = DLIFNode(T=T, **arguments).train(training)
     x = torch.randn(T, 3, 400, dtype=torch.float64) * 0.7 + 0.2
     assert torch.equal(run(dlif, x), run(lif, x))
-    torch.testing.assert_close(dlif.v_seq, lif.v_seq, rtol=0, atol=1e-12)
+    assert_close(dlif.v_seq, lif.v_seq, rtol=0, atol=1e-12)
 
 
 class TestState:
@@ -151,7 +154,8 @@ class TestState:
 
     def test_surrogates_are_not_shared_and_gains_begin_where_they_are_told(self):
         assert DLIFNode(1).surrogate_function is not DLIFNode(1).surrogate_function
-        assert DLIFNode(3, input_gain_init=0.25).input_gain.tolist() == [0.25] * 3
+        found = DLIFNode(3, input_gain_init=0.25).input_gain.tolist()
+        assert found == [0.25] * 3
 
     def test_smooth_mode_of_a_surrogate_is_honoured(self):
         node = DLIFNode(1, surrogate_function=surrogate.Sigmoid(spiking=False))
@@ -228,7 +232,7 @@ class TestBackends:
                 spikes = run(node, x)
                 grads = torch.autograd.grad((spikes * x.detach()).sum(), [x, node.input_gain])
                 results.append((spikes, node.v_seq, *grads))
-            torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+            assert_close(*results, rtol=1e-9, atol=1e-11)
         assert node.chosen_backend(x) == "spikingjelly"
 
 
@@ -262,8 +266,8 @@ class TestHost:
         spikes = wrapped(optimised[0](x))
         spikes.sum().backward()
         assert torch.equal(spikes, wanted)
-        torch.testing.assert_close(optimised[1].input_gain.grad, plain[1].input_gain.grad)
-        torch.testing.assert_close(optimised[0].weight.grad, plain[0].weight.grad)
+        assert_close(optimised[1].input_gain.grad, plain[1].input_gain.grad)
+        assert_close(optimised[0].weight.grad, plain[0].weight.grad)
 
     @pytest.mark.parametrize("use_reentrant", [True, False])
     def test_checkpointing_recomputes_from_a_reset_and_is_refused_elsewhere(self, use_reentrant):
@@ -278,7 +282,7 @@ class TestHost:
         wanted = torch.autograd.grad(from_reset(x).sum(), x)[0]
         found = torch.utils.checkpoint.checkpoint(from_reset, x, use_reentrant=use_reentrant)
         found.sum().backward()
-        torch.testing.assert_close(x.grad, wanted)
+        assert_close(x.grad, wanted)
         functional.reset_net(node)
         spikes = torch.utils.checkpoint.checkpoint(node, x, use_reentrant=use_reentrant)
         with pytest.raises(RuntimeError, match="activation checkpointing.*step 2"):
@@ -310,7 +314,7 @@ class TestHost:
             spikes = compiled(x)
             spikes.sum().backward()
             assert torch.equal(spikes, wanted)
-            torch.testing.assert_close([p.grad for p in net.parameters()], gradients)
+            assert_close([p.grad for p in net.parameters()], gradients)
 
     def test_data_parallel_is_refused(self):
         with pytest.raises(RuntimeError, match="DistributedDataParallel"):

@@ -64,7 +64,9 @@ def test_reset_finds_the_new_neurons():
     replace_neurons(net, T=2)
     net(torch.rand(2, 1, 4))
     functional.reset_net(net)
-    assert all(m.time_step == 0 for m in net.modules() if isinstance(m, DLIFNode))
+    for m in net.modules():
+        if isinstance(m, DLIFNode):
+            assert m.time_step == 0
 
 
 def test_mode_weights_and_surrogate_are_kept():
@@ -77,12 +79,14 @@ def test_mode_weights_and_surrogate_are_kept():
     }
     surrogate_function = net[1].surrogate_function
     replace_neurons(net, T=3)
-    assert not any(m.training for m in net.modules())
+    for m in net.modules():
+        assert not m.training
     assert net[1].surrogate_function.alpha == 7.0
     assert net[1].surrogate_function is not surrogate_function
     assert net[3].detach_reset
     assert net[3].tau == math.inf
-    assert all(torch.equal(net.get_parameter(name), value) for name, value in weights.items())
+    for name, value in weights.items():
+        assert torch.equal(net.get_parameter(name), value)
 
 
 def test_what_cannot_be_converted_is_said_and_left_alone():
@@ -112,7 +116,8 @@ def test_hooks_and_plain_lists_have_the_new_neurons():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.second = neuron.LIFNode(step_mode="m"), neuron.IFNode(step_mode="m")
+            self.first = neuron.LIFNode(step_mode="m")
+            self.second = neuron.IFNode(step_mode="m")
             self.listed = [self.first, {"deep": (self.second,)}]
 
         def forward(self, x):
@@ -146,7 +151,8 @@ def test_there_and_back_is_the_network_that_it_was():
     assert report.notes == {
         "3": "potentials are divided by the gain 0.4: v_threshold=1.75, v_reset=0"
     }
-    assert [type(node).__name__ for node in net[1::2]] == [
+    found = [type(node).__name__ for node in net[1::2]]
+    assert found == [
         "LIFNode",
         "IFNode",
         "LIFNode",

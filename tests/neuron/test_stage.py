@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
+from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
 from sj_robust.estimators import estimator
@@ -21,6 +22,7 @@ from sj_robust.models import NetworkSpec, build_network
 from sj_robust.neuron import DLIFNode, Stage, fuse, stage, unfuse
 from sj_robust.neuron.fusion import plain_names
 from sj_robust.neuron.watching import Wants, watch
+from sj_robust.ops.bn_dlif import one_pass
 from sj_robust.ops.dlif import cpp
 from sj_robust.perturbation import MPPDMonitor
 
@@ -75,21 +77,23 @@ def parts(net):
 
 def first_parts(net):
     """Batch norm and neuron of the first stage."""
-    return (net[1].norm, net[1].node) if isinstance(net[1], Stage) else (net[1], net[2])
+    if isinstance(net[1], Stage):
+        return (net[1].norm, net[1].node)
+    return (net[1], net[2])
 
 
 @pytest.fixture
 def passes(monkeypatch):
     """Counts the batch norms and the poolings that ran in one pass with their neuron."""
     count = SimpleNamespace(fused=0, pooled=0)
-    operator = stage.batch_norm_dlif_multi_step
+    operator = stage.in_one_pass
 
     def counting(x_seq, norm, *args, **kwargs):
         count.fused += norm is not None
         count.pooled += kwargs["average_pool"]
         return operator(x_seq, norm, *args, **kwargs)
 
-    monkeypatch.setattr(stage, "batch_norm_dlif_multi_step", counting)
+    monkeypatch.setattr(stage, "in_one_pass", counting)
     return count
 
 
@@ -126,7 +130,7 @@ def assert_same(actual, wanted):
     assert actual.keys() == wanted.keys()
     assert torch.equal(actual["out"], wanted["out"])
     for name, tensor in wanted.items():
-        torch.testing.assert_close(
+        assert_close(
             actual[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
         )
 
@@ -166,8 +170,8 @@ def test_float64_potentials_are_those_of_the_plain_network(passes):
         node.store_v_seq = True
     x = torch.randn(T, 3, 2, 8, 8, dtype=torch.float64)
     assert_same(step(fused, x), step(plain, x))
-    torch.testing.assert_close(nodes[0].v_seq, nodes[1].v_seq, rtol=0, atol=1e-12)
-    torch.testing.assert_close(nodes[0].v, nodes[1].v, rtol=0, atol=1e-12)
+    assert_close(nodes[0].v_seq, nodes[1].v_seq, rtol=0, atol=1e-12)
+    assert_close(nodes[0].v, nodes[1].v, rtol=0, atol=1e-12)
     assert nodes[0].time_step == nodes[1].time_step == T
     assert passes.fused == 2
 
@@ -178,11 +182,13 @@ def test_chunks_and_single_steps_go_on_where_the_last_stopped(passes):
     x = torch.randn(T, 3, 2, 8, 8)
     with torch.no_grad():
         expected = plain(x)
-        assert torch.equal(torch.cat([fused(x[:1]), fused(x[1:3]), fused(x[3:])]), expected)
+        found = torch.cat([fused(x[:1]), fused(x[1:3]), fused(x[3:])])
+        assert torch.equal(found, expected)
         assert passes.fused == 6
         functional.reset_net(fused)
         functional.set_step_mode(fused, "s")
-        assert torch.equal(torch.stack([fused(x_t) for x_t in x]), expected)
+        found = torch.stack([fused(x_t) for x_t in x])
+        assert torch.equal(found, expected)
     assert passes.fused == 6
 
 
@@ -202,13 +208,16 @@ def test_taken_out_again_everything_is_where_it_was(build):
     modules = dict(net.named_modules())
     names = list(dict(net.named_children()))
     report = fuse(net)
-    assert report.stages == {names[1]: tuple(names[1:4])}
+    expected = {names[1]: tuple(names[1:4])}
+    assert report.stages == expected
     found = net.get_submodule(names[1])
     assert type(found) is Stage
-    assert [part for _, part in found.parts()] == [norm, node, pool]
+    seen = [part for _, part in found.parts()]
+    assert seen == [norm, node, pool]
     assert list(dict(net.named_children())) == names  # whatever picks a module by its name finds it
     assert list(net)[4] is modules[names[4]]
-    assert [report.renamed.get(key, key) for key in keys] == list(net.state_dict())
+    seen = [report.renamed.get(key, key) for key in keys]
+    assert seen == list(net.state_dict())
     assert list(plain_names(net).values()) == keys
     assert fuse(net).stages == {}
     unfuse(net)
@@ -238,8 +247,9 @@ def test_stages_that_a_network_was_built_with_are_taken_out():
     assert plain[0] == "first.0.weight"
     assert plain[-3:] == ["rest.0.input_gain", "rest.3.weight", "rest.3.bias"]
     functional.reset_net(net)
-    torch.testing.assert_close(net(x), wanted)
-    assert not any(isinstance(module, Stage) for module in net.modules())
+    assert_close(net(x), wanted)
+    for module in net.modules():
+        assert not isinstance(module, Stage)
 
 
 @needs_kernel
@@ -255,7 +265,8 @@ def test_says_what_it_leaves_alone():
     class Residual(nn.Module):
         def __init__(self):
             super().__init__()
-            self.bn, self.sn = layer.BatchNorm2d(4), DLIFNode(T=T)
+            self.bn = layer.BatchNorm2d(4)
+            self.sn = DLIFNode(T=T)
 
     net = nn.Sequential(
         layer.BatchNorm2d(4),
@@ -274,7 +285,8 @@ def test_says_what_it_leaves_alone():
     report = fuse(net)
     assert report.stages == {}
     assert report.renamed == {}
-    assert not any(isinstance(module, Stage) for module in net.modules())
+    for module in net.modules():
+        assert not isinstance(module, Stage)
     for name, reason in {
         "0": "followed by ReLU",
         "2": "not a BatchNorm of SpikingJelly",
@@ -337,7 +349,8 @@ class Owner:
     """Whose method a hook is; its attributes mean nothing to a stage."""
 
     def __init__(self, log, label):
-        self.log, self.label = log, label
+        self.log = log
+        self.label = label
 
     def look(self, module, *values):
         flat = [v.detach() for v in tree_leaves(values) if isinstance(v, torch.Tensor)]
@@ -598,7 +611,9 @@ def test_a_subclass_runs_its_own_forward(passes, child):
     net = nn.Sequential(Noisy(T=1), layer.AvgPool2d(2))
     functional.set_step_mode(net, "m")
     fuse(net)
-    assert torch.equal(net(torch.full((1, 1, 1, 2, 2), 2.0)), torch.full((1, 1, 1, 1, 1), 0.5))
+    found = net(torch.full((1, 1, 1, 2, 2), 2.0))
+    expected = torch.full((1, 1, 1, 1, 1), 0.5)
+    assert torch.equal(found, expected)
 
 
 @needs_kernel
@@ -614,7 +629,7 @@ def test_a_batch_norm_without_a_counter_counts_nothing(passes, attribute, moment
         results.append([*forward_and_backward(net), norm.running_mean, norm.running_var])
         counted = norm.num_batches_tracked
         assert counted is None if attribute == "num_batches_tracked" else counted == 0
-    torch.testing.assert_close(*results)
+    assert_close(*results)
     assert passes.fused == 1
 
 
@@ -689,13 +704,14 @@ def test_autocast_runs_in_one_pass_with_halves_in_and_out(passes, channels_last)
     assert (passes.fused, passes.pooled) == (1, 1)
     if channels_last:
         assert pooled.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(pooled.float(), plain[1:](convolved.float()))
-    torch.testing.assert_close(net[1].norm.running_mean, plain[1].running_mean)
-    torch.testing.assert_close(net[1].norm.running_var, plain[1].running_var)
+    expected = plain[1:](convolved.float())
+    assert torch.equal(pooled.float(), expected)
+    assert_close(net[1].norm.running_mean, plain[1].running_mean)
+    assert_close(net[1].norm.running_var, plain[1].running_var)
     pooled.float().square().sum().backward()
-    assert all(
-        p.grad.dtype == torch.float32 and bool(p.grad.isfinite().all()) for p in net.parameters()
-    )
+    for p in net.parameters():
+        assert p.grad.dtype == torch.float32
+        assert p.grad.isfinite().all()
 
 
 @needs_kernel
@@ -720,7 +736,7 @@ def test_a_monitor_that_needs_the_current_alone_leaves_the_layer_in_one_pass(pas
             [loss.detach(), out.detach(), *gradients, *(b.clone() for b in net.buffers())]
         )
     assert (passes.fused, passes.pooled) == ((4, 2) if keep == "loss" else (2, 0))
-    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+    assert_close(*results, rtol=1e-9, atol=1e-12)
 
 
 def layers_of(net):
@@ -732,7 +748,8 @@ class Told:
     """A watcher that keeps what it is told."""
 
     def __init__(self, wants):
-        self.wanted, self.calls = wants, []
+        self.wanted = wants
+        self.calls = []
 
     def wants(self, name):
         return self.wanted
@@ -755,15 +772,18 @@ def test_a_watcher_is_told_of_every_call_what_it_wants(passes, wants, fused, tra
             net(x[:1])
             net(x[1:])
         told.append(watcher.calls)
-        assert not any(node._forward_hooks for node in net.modules())
+        for node in net.modules():
+            assert not node._forward_hooks
     assert passes.fused == 2 * fused
-    assert [call.name for call in told[1]] == ["1.node", "3.1.node", "6"] * 2
-    assert [call.time_step for call in told[1]] == [0, 0, 0, 1, 1, 1]
+    found = [call.name for call in told[1]]
+    assert found == ["1.node", "3.1.node", "6"] * 2
+    found = [call.time_step for call in told[1]]
+    assert found == [0, 0, 0, 1, 1, 1]
     for plain_call, call in zip(*told, strict=True):
         assert isinstance(call.node, DLIFNode)
-        torch.testing.assert_close(call.v_before, plain_call.v_before)
+        assert_close(call.v_before, plain_call.v_before)
         if call.input is not None or wants != "NOTHING":
-            torch.testing.assert_close(call.input, plain_call.input)
+            assert_close(call.input, plain_call.input)
         if call.spikes is not None or wants == "SPIKES":
             assert torch.equal(call.spikes, plain_call.spikes)
 
@@ -885,8 +905,34 @@ def test_a_mistake_gets_the_answer_of_the_plain_network(mistake):
             make(net)
         answers.append((caught.type, str(caught.value)))
         if mistake == "longer than T" and apply is fuse and cpp.unavailable_reason() is None:
-            assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
+            for name, buffer in net.named_buffers():
+                assert torch.equal(buffer, before[name])
     assert answers[0] == answers[1]
+
+
+@needs_kernel
+def test_whether_one_pass_can_run_is_asked_once_per_call(passes, monkeypatch):
+    asked = []
+    reason = one_pass.unsupported_reason
+
+    def counted(*arguments):
+        asked.append(arguments)
+        return reason(*arguments)
+
+    monkeypatch.setattr(one_pass, "unsupported_reason", counted)
+    _, net = both()
+    step(net, sequence(T, 3, 2, 8, 8))
+    assert len(asked) == passes.fused == 2
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", [(5,), (7,)])
+def test_a_parameter_of_another_shape_is_refused(shape):
+    _, net = both()
+    norm, _ = first_parts(net.eval())
+    norm.weight = nn.Parameter(torch.ones(shape))
+    with pytest.raises(ValueError, match=r"weight must be \[C\] = \[6\]"):
+        net(sequence(T, 3, 2, 8, 8))
 
 
 @needs_kernel
@@ -899,7 +945,7 @@ def test_not_a_number_goes_where_it_goes_in_the_plain_network(passes, train):
     wanted = step(plain, x, train)
     for name, tensor in wanted.items():
         # the bias in front of a batch norm has no gradient but rounding
-        torch.testing.assert_close(actual[name], tensor, rtol=1e-4, atol=5e-4, equal_nan=True)
+        assert_close(actual[name], tensor, rtol=1e-4, atol=5e-4, equal_nan=True)
     assert passes.fused == 2
     twice(fused, reset=True)  # and with a reset nothing is wrong
 
@@ -972,7 +1018,7 @@ def test_a_monitor_keeps_apart_only_the_pairs_it_looks_at(passes, layers, fused_
             assert passes.fused == (fused_passes if net is fused else 0)
             net(x)  # outside its contexts the monitor looks at nothing
             assert passes.fused == (fused_passes + 2 if net is fused else 0)
-    torch.testing.assert_close(*losses)
+    assert_close(*losses)
 
 
 @needs_kernel
@@ -985,7 +1031,9 @@ def test_a_monitor_of_the_last_layer_says_when_another_one_became_the_last():
             self.swapped = False
 
         def forward(self, x):
-            return self.a(self.b(x)) if self.swapped else self.b(self.a(x))
+            if self.swapped:
+                return self.a(self.b(x))
+            return self.b(self.a(x))
 
     net = Routed()
     functional.set_step_mode(net, "m")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
+from torch.testing import assert_close
 
 from sj_robust.neuron import DLIFNode, dlif_to_lif, fuse, replace_neurons
 from sj_robust.ops import available_backends
@@ -69,10 +70,8 @@ def test_counters_give_the_figures_of_lif(fused, train):
     x = inputs()
     net = with_dlif(fused).train(train)
     lif = plain().train(train)
-    (totals, states, scopes), (wanted, wanted_states, wanted_scopes) = (
-        counted(net, x, False),
-        counted(lif, x, False),
-    )
+    totals, states, scopes = counted(net, x, False)
+    wanted, wanted_states, wanted_scopes = counted(lif, x, False)
     assert states == wanted_states
     assert states["state_reads"] > 0
     currents = (
@@ -102,9 +101,8 @@ def test_the_kernel_runs_again_once_nothing_is_counted(mode):
     with getattr(counters, mode)([counters.FlopCounter()]):
         assert node.chosen_backend(x) == "spikingjelly"
         assert DLIFNode(T, backend="eager").chosen_backend(x) == "eager"
-    assert node.chosen_backend(x) == (
-        "cpp" if available_backends()["cpp"] == "available" else "eager"
-    )
+    expected = "cpp" if available_backends()["cpp"] == "available" else "eager"
+    assert node.chosen_backend(x) == expected
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -145,12 +143,10 @@ def test_memory_optimisation_keeps_outputs_and_gradients(targets):
     functional.reset_net(net)
     given = net(x)
     expected = wanted(x)
-    torch.testing.assert_close(given, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(given.sum(), list(net.parameters())),
-        torch.autograd.grad(expected.sum(), list(wanted.parameters())),
-        rtol=1e-4,
-        atol=1e-4,
+    assert_close(given, expected)
+    found = torch.autograd.grad(given.sum(), list(net.parameters()))
+    assert_close(
+        found, torch.autograd.grad(expected.sum(), list(wanted.parameters())), rtol=1e-4, atol=1e-4
     )
 
 
@@ -166,9 +162,8 @@ def test_precision_is_torchs_autocast():
         assert torch.equal(given, net(x))
     assert given.dtype == torch.bfloat16
     assert net[1].node.v.dtype == torch.float32
-    assert {"1.node", "5.node"} <= set(
-        prepared.describe()["conversion_report"]["high_precision_modules"]
-    )
+    expected = set(prepared.describe()["conversion_report"]["high_precision_modules"])
+    assert {"1.node", "5.node"} <= expected
     storage = precision.PrecisionConfig(mode="bf16", neuron_storage="bf16")
     with pytest.raises(RuntimeError, match="IF/LIF/PLIF"):
         precision.prepare_model_for_precision(with_dlif(False), "cpu", storage)
@@ -212,7 +207,7 @@ def test_an_onnx_model_holds_torchs_operators_alone(exporting, monkeypatch):
         monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: exporting)
         traced = torch.jit.trace(net, images, check_trace=False)
         assert ("sj_robust::" in str(traced.inlined_graph)) == (kernel and not exporting)
-        torch.testing.assert_close(traced(images), wanted, rtol=1e-4, atol=1e-4)
+        assert_close(traced(images), wanted, rtol=1e-4, atol=1e-4)
         net.net[1].node.backend = "cpp" if kernel else "eager"
         if exporting:
             with pytest.raises(ValueError, match="ONNX model holds torch's own operators"):
@@ -237,7 +232,7 @@ def test_onnx_gives_the_logits_of_the_network(dynamo, tmp_path):
         for count in (3, 2) if dynamo else (3,):
             wanted = net(images[:count])
             (given,) = session.run(None, {session.get_inputs()[0].name: images[:count].numpy()})
-            torch.testing.assert_close(torch.from_numpy(given), wanted, rtol=1e-4, atol=1e-4)
+            assert_close(torch.from_numpy(given), wanted, rtol=1e-4, atol=1e-4)
             assert wanted.abs().min() > 0
 
 
@@ -259,7 +254,7 @@ def test_nir_has_constant_gains_and_refuses_learned_ones():
     graph = exchange.export_to_nir(folded, x)
     loaded = exchange.import_from_nir(graph, step_mode="m")
     given, _ = loaded(x)
-    torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-4)
+    assert_close(given, wanted, rtol=1e-4, atol=1e-4)
     assert wanted.std() > 0.01
     learned = nn.Sequential(layer.Linear(2, 2), DLIFNode(T))
     nn.init.uniform_(learned[1].input_gain, 0.5, 1.5)

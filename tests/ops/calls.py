@@ -87,7 +87,10 @@ def not_finite():
     None.
     """
     x = torch.zeros(4, 70)
-    x[1, 3], x[1, 5], x[1, 7], x[1, 69] = float("nan"), float("inf"), -float("inf"), float("nan")
+    x[1, 3] = float("nan")
+    x[1, 5] = float("inf")
+    x[1, 7] = -float("inf")
+    x[1, 69] = float("nan")
     grads = torch.ones_like(x), torch.zeros(70), torch.zeros(4, 70)
     for kind, v_reset in itertools.product(("triangle", "atan", "sigmoid"), (0.0, None)):
         options = {"decay": 0.9, "v_threshold": 0.8, "v_reset": v_reset, "kind": kind}

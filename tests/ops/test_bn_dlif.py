@@ -15,16 +15,13 @@ from ops.triton.cases import pairwise
 from ops.triton.stage_cases import TRIANGLE, Call, Case
 from oracle import dlif_bptt
 from torch import nn
+from torch.testing import assert_close
 
 from sj_robust.ops import Surrogate
-from sj_robust.ops.bn_dlif import (
-    BatchNorm,
-    apart,
-    batch_norm_dlif_multi_step,
-    can_fuse,
-    reference,
-    repeat_step,
-)
+from sj_robust.ops.bn_dlif import apart, reference
+from sj_robust.ops.bn_dlif.dispatch import batch_norm_dlif_multi_step, can_fuse
+from sj_robust.ops.bn_dlif.norm import BatchNorm
+from sj_robust.ops.bn_dlif.repeated import repeat_step
 from sj_robust.ops.dlif import cpp
 from sj_robust.ops.surrogate import HOST_NAMES
 
@@ -129,7 +126,9 @@ def at_random(draw):
     """One call; only images are pooled and have two orders in memory."""
     case = OneCall(*(draw.choice(values) for values in CHOICES.values()))
     is_image = len(case.shape) == 5
-    return case if is_image else replace(case, average_pool=False, channels_last=False)
+    if is_image:
+        return case
+    return replace(case, average_pool=False, channels_last=False)
 
 
 @functools.cache
@@ -267,8 +266,8 @@ def test_running_statistics_are_those_of_torch(backend, momentum):
         layer(x.flatten(0, 1))
         norm = BatchNorm(None, None, *running, use_batch_statistics=True, momentum=momentum)
         batch_norm_dlif_multi_step(x, norm, torch.ones(4), decay=0.9, backend=backend)
-    torch.testing.assert_close(running[0], layer.running_mean, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(running[1], layer.running_var, rtol=1e-6, atol=1e-6)
+    assert_close(running[0], layer.running_mean, rtol=1e-6, atol=1e-6)
+    assert_close(running[1], layer.running_var, rtol=1e-6, atol=1e-6)
 
 
 @needs_kernel
@@ -284,7 +283,7 @@ def test_statistics_survive_a_large_mean(instruction_set):
         exact.var((0, 1, 3, 4), keepdim=True, unbiased=False) + 1e-5
     ).sqrt()
     # scale * x + offset, torch's own form, loses 1000 / 0.25 * 2^-24 here
-    torch.testing.assert_close(potentials[0].double(), y[0], rtol=0, atol=2e-3)
+    assert_close(potentials[0].double(), y[0], rtol=0, atol=2e-3)
 
 
 @needs_kernel
@@ -339,7 +338,9 @@ def test_nothing_of_the_scratch_gets_into_the_result(instruction_set, monkeypatc
 
     def full_of_nan(*args, **kwargs):
         tensor = empty(*args, **kwargs)
-        return tensor.fill_(255) if tensor.dtype == torch.uint8 else tensor
+        if tensor.dtype == torch.uint8:
+            return tensor.fill_(255)
+        return tensor
 
     # less than one block
     case = Case(
@@ -380,9 +381,9 @@ def test_large_tensors(instruction_set, shape):
         results.append((spikes, *torch.autograd.grad((spikes * weights).sum(), (*leaves, gain))))
     same = (results[0][0] == results[1][0]).all(0)  # neurons that rounding did not flip
     assert same.float().mean() > 0.9999
-    torch.testing.assert_close(results[0][1][:, same], results[1][1][:, same], rtol=1e-3, atol=1e-4)
+    assert_close(results[0][1][:, same], results[1][1][:, same], rtol=1e-3, atol=1e-4)
     # sums of a million terms of size one
-    torch.testing.assert_close(results[0][2:], results[1][2:], rtol=1e-3, atol=1.0)
+    assert_close(results[0][2:], results[1][2:], rtol=1e-3, atol=1.0)
 
 
 @needs_kernel
@@ -395,7 +396,8 @@ def test_of_an_image_repeated_over_time_one_step_is_saved(repeat):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         batch_norm_dlif_multi_step(x, norm, torch.ones(5), decay=0.9, backend="cpp")
     assert image.data_ptr() in [t.data_ptr() for t in saved]
-    assert sum(t.numel() for t in saved if t.data_ptr() != image.data_ptr()) <= 4 * 4 + 5
+    found = sum(t.numel() for t in saved if t.data_ptr() != image.data_ptr())
+    assert found <= 4 * 4 + 5
 
 
 def test_other_memory_formats_run_apart():
@@ -412,7 +414,7 @@ def test_other_memory_formats_run_apart():
         )
         spikes.square().sum().backward()
         gradients.append(leaf.grad)
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+    assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
 @needs_kernel
@@ -422,7 +424,8 @@ def test_nothing_but_the_input_is_saved():
     norm = BatchNorm(torch.ones(5), torch.zeros(5), None, None, use_batch_statistics=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         batch_norm_dlif_multi_step(x, norm, torch.ones(4), decay=0.9, backend="cpp")
-    assert sum(t.numel() for t in saved if t.data_ptr() != x.data_ptr()) <= 4 * 5 + 4
+    found = sum(t.numel() for t in saved if t.data_ptr() != x.data_ptr())
+    assert found <= 4 * 5 + 4
 
 
 def test_what_cannot_run_in_one_pass_runs_in_two():
@@ -459,8 +462,8 @@ def test_pooling_of_spikes_apart_equals_torchs(plane, dtype):
         gradients.append(gradient)
         seconds.append(torch.autograd.grad(gradient.square().sum(), leaf)[0])
     assert torch.equal(*means)
-    torch.testing.assert_close(*gradients)
-    torch.testing.assert_close(*seconds)
+    assert_close(*gradients)
+    assert_close(*seconds)
 
 
 def test_what_is_not_pooled_apart():
@@ -502,7 +505,7 @@ def test_running_statistics_apart_are_those_of_torch(affine, repeat, dtype):
             (y_seq, *torch.autograd.grad((y_seq * upstream).sum(), leaves[: 3 if affine else 1]))
         )
     assert found[0][0].dtype == dtype
-    torch.testing.assert_close(*found)
+    assert_close(*found)
 
 
 def test_wrong_arguments():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from ops.calls import assert_equal, needs_kernel, random_call
+from torch.testing import assert_close
 
 from sj_robust.ops import Surrogate, available_backends, dlif_multi_step
 from sj_robust.ops.dlif import backends, cpp, eager
@@ -55,10 +56,8 @@ def test_large_tensors(instruction_set, threads, M):
         backends.backward(one, inputs, OutputGradients(grads.spike_seq), False)
         for one in (cpp, eager)
     )
-    torch.testing.assert_close(actual[0], wanted[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        actual[1], wanted[1], rtol=1e-4, atol=1.0
-    )  # sums of a million terms of size one
+    assert_close(actual[0], wanted[0], rtol=1e-5, atol=1e-5)
+    assert_close(actual[1], wanted[1], rtol=1e-4, atol=1.0)  # sums of a million terms of size one
 
 
 @needs_kernel
@@ -77,7 +76,8 @@ def test_a_sum_of_a_million_terms_keeps_its_digits(instruction_set):
         )
         for n in (1, M)
     )
-    torch.testing.assert_close(many[1].double(), M * one[1].double(), rtol=2e-5, atol=0)
+    expected = M * one[1].double()
+    assert_close(many[1].double(), expected, rtol=2e-5, atol=0)
 
 
 @needs_kernel
@@ -90,7 +90,7 @@ def test_every_half_number_is_converted_as_torch_does(instruction_set, dtype):
     )  # nobody fires, so the potential is the input itself
     inputs = Inputs(x, torch.ones(1), torch.zeros(x.shape[1]), c)
     _, v, _ = backends.forward(cpp, inputs, False)
-    torch.testing.assert_close(v, patterns.float(), rtol=0, atol=0, equal_nan=True)
+    assert_close(v, patterns.float(), rtol=0, atol=0, equal_nan=True)
     # and back: with no spike and no spike gradient grad_x is grad_v
     exact = patterns.float()
     between = (exact + exact.roll(-1)) / 2  # ties of the rounding
@@ -108,7 +108,7 @@ def test_every_half_number_is_converted_as_torch_does(instruction_set, dtype):
         )
         grads = OutputGradients(torch.zeros_like(x), grad_v.contiguous())
         grad_x, _, _ = backends.backward(cpp, inputs, grads, False)
-        torch.testing.assert_close(grad_x[0], grad_v.to(dtype), rtol=0, atol=0, equal_nan=True)
+        assert_close(grad_x[0], grad_v.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 @needs_kernel

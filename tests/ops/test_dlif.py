@@ -23,16 +23,12 @@ from ops.calls import (
 from ops.triton import cases
 from oracle import away_from_threshold
 from torch import nn
+from torch.testing import assert_close
 
 from sj_robust.core.host import surrogate as host
-from sj_robust.ops import (
-    Surrogate,
-    available_backends,
-    check_backend,
-    choose_backend,
-    dlif_multi_step,
-)
+from sj_robust.ops import Surrogate, available_backends, dlif_multi_step
 from sj_robust.ops.dlif import cpp, eager
+from sj_robust.ops.dlif.dispatch import check_backend, choose_backend
 from sj_robust.ops.surrogate import HOST_NAMES
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -98,7 +94,8 @@ def test_float32_equals_bptt_by_hand_away_from_the_threshold(backend, case, deca
     sure = away_from_threshold(expected.h, 0.8, 1e-6)[-1]
     assert sure.mean() > 0.999
     outputs, gradients = run(backend, *call, decay=decay, **case.constants)
-    (spikes, _, potentials), (grad_x, grad_gain, grad_v_init) = outputs, gradients
+    spikes, _, potentials = outputs
+    grad_x, grad_gain, grad_v_init = gradients
     np.testing.assert_array_equal(spikes[:, sure], expected.spikes[:, sure])
     np.testing.assert_allclose(potentials[:, sure], expected.potentials[:, sure], atol=1e-5)
     tolerance = {"rtol": 1e-4, "atol": 2e-5}
@@ -154,12 +151,12 @@ SHAPES = [
     (3, 0),
     (5, 0, 4),
 ]
+SHAPES_AND_DTYPES = list(zip(SHAPES, itertools.cycle(DTYPES), strict=False))
 
 
 @pytest.mark.slow
 @not_the_reference
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), SHAPES_AND_DTYPES, ids=str)
 def test_outputs_equal_the_reference_bit_for_bit(backend, dtype, shape):
     state = torch.float64 if dtype == torch.float64 else torch.float32
     tolerance = {torch.float16: 1e-2, torch.bfloat16: 1e-1}.get(dtype, 1e-4)
@@ -169,19 +166,22 @@ def test_outputs_equal_the_reference_bit_for_bit(backend, dtype, shape):
         found, wanted = (
             run(name, *call, decay=0.9, v_reset=v_reset) for name in (backend, "reference")
         )
-        assert [a.dtype for a in found[0]] == [dtype, state, state]
+        seen = [a.dtype for a in found[0]]
+        assert seen == [dtype, state, state]
         assert found[0][0].shape == shape
         assert_equal(found[0], wanted[0])
-        torch.testing.assert_close(found[1], wanted[1], rtol=tolerance, atol=tolerance)
+        assert_close(found[1], wanted[1], rtol=tolerance, atol=tolerance)
 
 
 def test_half_inputs_are_widened_and_then_treated_as_float32(backend):
     for dtype in (torch.float16, torch.bfloat16):
         (x, gain, v_init), grads = random_call((6, 3, 11), dtype)
         half, whole = (run(backend, (a, gain, v_init), grads, decay=0.99) for a in (x, x.float()))
-        assert_equal([a.float() for a in half[0]], whole[0])
-        torch.testing.assert_close(half[1][0].float(), whole[1][0], rtol=1e-2, atol=1e-2)
-        torch.testing.assert_close(half[1][1], whole[1][1], rtol=1e-4, atol=1e-4)
+        found = [a.float() for a in half[0]]
+        assert_equal(found, whole[0])
+        found = half[1][0].float()
+        assert_close(found, whole[1][0], rtol=1e-2, atol=1e-2)
+        assert_close(half[1][1], whole[1][1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -233,8 +233,8 @@ def test_not_a_number_and_infinity(backend):
         assert outputs[1][[3, 69]].isnan().all()
         if backend == "cpp":
             wanted, wanted_gradients = run("eager", inputs, grads, **options)
-            torch.testing.assert_close(outputs, wanted, equal_nan=True)
-            torch.testing.assert_close(gradients, wanted_gradients, equal_nan=True)
+            assert_close(outputs, wanted, equal_nan=True)
+            assert_close(gradients, wanted_gradients, equal_nan=True)
 
 
 def test_memory_formats_are_not_mixed_up(backend):
@@ -256,7 +256,7 @@ def test_memory_formats_are_not_mixed_up(backend):
         assert_equal(*results)
         for outputs in results:
             torch.autograd.backward(outputs, grads)
-        torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+        assert_close(leaves[0].grad, leaves[1].grad)
 
 
 @pytest.mark.parametrize("v_reset", [0.0, None, -0.5])
@@ -276,7 +276,7 @@ def test_eager_in_several_blocks(monkeypatch, v_reset, detach_reset):
         assert_equal(outputs, wanted[0])
         for a, b in zip(gradients, wanted[1], strict=True):
             if b is not None:
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+                assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_eager_keeps_the_digits_of_long_sums():
@@ -295,7 +295,8 @@ def test_inputs_are_saved_and_nothing_else(backend):
     gain = torch.ones(4, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         dlif_multi_step(x, gain, decay=0.9, backend=backend)
-    assert {t.data_ptr() for t in saved} == {x.data_ptr(), gain.data_ptr()}
+    expected = {x.data_ptr(), gain.data_ptr()}
+    assert {t.data_ptr() for t in saved} == expected
 
 
 @pytest.mark.parametrize("v_reset", [0.0, None, -0.5])
@@ -340,7 +341,7 @@ def test_custom_surrogate_equals_the_compiled_in_one():
         )
         results.append((spikes, torch.autograd.grad((spikes * x.detach()).sum(), x)[0]))
     assert torch.equal(results[0][0], results[1][0])
-    torch.testing.assert_close(results[0][1], results[1][1])
+    assert_close(results[0][1], results[1][1])
 
 
 def test_second_derivative_is_refused_not_wrong(backend):

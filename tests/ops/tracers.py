@@ -15,6 +15,7 @@ from ops.calls import Seen
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing import assert_close
 
 from sj_robust.core.host import functional, layer
 from sj_robust.neuron import DLIFNode, fuse
@@ -61,13 +62,13 @@ def trained(net: nn.Module, call, x: Tensor) -> list[Tensor]:
 
 def compare(net: nn.Module, call, count: int = 4) -> None:
     for _ in range(2):
-        torch.testing.assert_close(
-            trained(net, call, images(count)), trained(net, net, images(count))
-        )
+        found = trained(net, call, images(count))
+        expected = trained(net, net, images(count))
+        assert_close(found, expected)
 
 
 def evaluated(net: nn.Module, call) -> None:
-    torch.testing.assert_close(call(images()), net(images()))
+    assert_close(call(images()), net(images()))
 
 
 def compile(net, **options):
@@ -92,7 +93,8 @@ def export(net, strict):
     program = torch.export.export(net, (images(),), dynamic_shapes=({0: batch},), strict=strict)
     for count in (4, 6):
         with torch.no_grad():
-            torch.testing.assert_close(program.module()(images(count)), net(images(count)))
+            found = program.module()(images(count))
+            assert_close(found, net(images(count)))
 
 
 def aot_inductor(net):
@@ -103,7 +105,7 @@ def aot_inductor(net):
         torch.save((images(), net(images())), f"{folder}/wanted.pt")
         code = (
             "import torch, sj_robust.ops; x, wanted = torch.load(f'{f}/wanted.pt')\n"
-            "torch.testing.assert_close(torch._inductor.aoti_load_package(p)(x), wanted)"
+            "assert_close(torch._inductor.aoti_load_package(p)(x), wanted)"
         )
         subprocess.run(
             [sys.executable, "-c", f"f, p = {folder!r}, {str(path)!r}\n{code}"], check=True
@@ -117,36 +119,38 @@ def fx(net, mode):
     other = images() * 0.7
     with torch.no_grad():  # the graph has its backward pass inside
         found = graph(other)
-    torch.testing.assert_close(found, trained(net, net, other))
+    assert_close(found, trained(net, net, other))
 
 
 def fake(net):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         found = trained(net, net, mode.from_tensor(images()))
     for ours, real in zip(found, trained(net, net, images()), strict=True):
-        assert (ours.shape, ours.dtype, ours.stride()) == (real.shape, real.dtype, real.stride())
+        seen = (ours.shape, ours.dtype, ours.stride())
+        expected = (real.shape, real.dtype, real.stride())
+        assert seen == expected
 
 
 def vmap(net):
     net.eval()
     several = torch.stack([images(), 2 * images(), images() - 0.5])
     found = torch.func.vmap(net)(several)
-    torch.testing.assert_close(found, torch.stack([net(x) for x in several]))
+    assert_close(found, torch.stack([net(x) for x in several]))
 
 
 def func_grad(net):
     net.eval()
     found = torch.func.grad(lambda x: net(x).square().sum())(images())
     x = images().requires_grad_()
-    torch.testing.assert_close(found, torch.autograd.grad(net(x).square().sum(), x)[0])
+    expected = torch.autograd.grad(net(x).square().sum(), x)[0]
+    assert_close(found, expected)
 
 
 def jacobian(net):
     net.eval()
     found = torch.func.jacrev(lambda x: net(x)[0, 0])(images(1))
-    torch.testing.assert_close(
-        found, torch.autograd.functional.jacobian(lambda x: net(x)[0, 0], images(1))
-    )
+    expected = torch.autograd.functional.jacobian(lambda x: net(x)[0, 0], images(1))
+    assert_close(found, expected)
 
 
 def twice(net):
@@ -176,7 +180,7 @@ def jit(net):
     net.eval()
     graph = torch.jit.trace(net, images(), check_trace=False)
     other = images() * 0.7
-    torch.testing.assert_close(graph(other), net(other))
+    assert_close(graph(other), net(other))
 
 
 TRACERS = {

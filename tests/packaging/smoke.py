@@ -47,7 +47,7 @@ def check_doctor(kernel):
     from sj_robust import DLIFNode, doctor
     from sj_robust.ops import available_backends
 
-    doctor.main()  # exits where the two differ
+    doctor._main()  # exits where the two differ
     state = available_backends()["cpp"]
     assert state in doctor.report()
     assert (state == "available") == kernel, f"backend cpp: {state}"
@@ -64,9 +64,9 @@ def check_robustness():
     from torch import nn
 
     from sj_robust import DLIFNode, MPPDMonitor, SpikingClassifier, replace_neurons
-    from sj_robust.attacks import pgd
+    from sj_robust.attacks import ThreatModel, pgd
     from sj_robust.estimators import estimator
-    from sj_robust.evaluation import Member, ThreatModel, worst_case
+    from sj_robust.evaluation import Member, worst_case
     from sj_robust.perturbation.gains import perturbation_gains
 
     torch.manual_seed(0)

@@ -154,10 +154,5 @@ def statistics_by_hand(pair, dynamics):
 
 def assert_stats(stats, expected, rtol=1e-4, atol=1e-6):
     for name, value in expected.items():
-        assert_allclose(
-            getattr(stats, name).numpy(),
-            value,
-            rtol=rtol,
-            atol=atol,
-            err_msg=f"{stats.name}: {name}",
-        )
+        found = getattr(stats, name).numpy()
+        assert_allclose(found, value, rtol=rtol, atol=atol, err_msg=f"{stats.name}: {name}")

@@ -34,7 +34,9 @@ class Kind:
     @property
     def gains(self):
         """The gain of every step."""
-        return list(self.gain) if isinstance(self.gain, tuple) else [self.gain] * T
+        if isinstance(self.gain, tuple):
+            return list(self.gain)
+        return [self.gain] * T
 
     def dynamics(self, **options):
         return Dynamics(

@@ -8,14 +8,8 @@ from spikingjelly.activation_based import neuron
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-from sj_robust.perturbation import (
-    full_perturbation,
-    membrane_potential,
-    ms_mppd,
-    simplified_perturbation,
-    spike_train_distance,
-    tasad,
-)
+from sj_robust.perturbation import membrane_potential, ms_mppd, simplified_perturbation, tasad
+from sj_robust.perturbation.dynamics import full_perturbation, spike_train_distance
 
 
 def test_distances_are_per_neuron_and_sample():

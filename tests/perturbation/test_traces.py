@@ -7,7 +7,8 @@ from torch import nn
 
 from sj_robust.perturbation import spike_traces
 
-LITTLE, ENOUGH = 44, 48
+LITTLE = 44
+ENOUGH = 48
 """Of 50 neurons those whose input is perturbed: too little to move a spike, and enough."""
 
 

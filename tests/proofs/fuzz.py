@@ -11,6 +11,9 @@ import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from functools import partial
 from importlib.metadata import version
 
@@ -19,25 +22,30 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
 from sj_robust import DLIFNode, SpikingClassifier
-from sj_robust.attacks import linf_bounds
+from sj_robust.attacks.projection import linf_bounds
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.core.preserved import full_precision
 from sj_robust.neuron import fuse
 from sj_robust.ops import available_backends
 from sj_robust.proofs import verify
 from sj_robust.proofs.bounds import BoundedRun
+from sj_robust.proofs.flips import Flips
 from sj_robust.proofs.joint import JointRun, OverTime
 from sj_robust.proofs.relaxation import Maps
+from sj_robust.proofs.rules import Bounds
 from sj_robust.proofs.spiking import Float32Spiking, LayerBounds
 from sj_robust.proofs.verification import bounded_logits, bounded_neurons
-from sj_robust.proofs.windows import WindowedSpiking
 
 METHODS = ["joint"] * 12 + ["ibp"] * 2 + ["crown"] * 4 + ["bab", "mip"]
-IMAGES, T = 2, 4
+IMAGES = 2
+T = 4
 STEPS = (4, 1, 2, 6, 4, 11)
 EVERY = 8
 """Networks of which one has ReLU."""
 RELEASE = version("spikingjelly")
+BACKENDS = [name for name, state in available_backends().items() if state == "available"]
+if RELEASE >= "2":
+    BACKENDS.append("spikingjelly")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,7 +57,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--points", type=int, default=8000, help="inputs per network (8000)")
     parser.add_argument("--seed", type=int, default=0, help="the first seed (0)")
     options = parser.parse_args(arguments)
-    totals, seed, began = Counter(), options.seed, time.monotonic()
+    totals = Counter()
+    seed = options.seed
+    began = time.monotonic()
     while totals["inputs"] < options.inputs:
         try:
             totals += check(seed, options.points)
@@ -69,19 +79,30 @@ def random_node(case: random.Random, grid: bool, T: int, relu: bool = False) -> 
         "v_reset": case.choice([0.0, None, -0.5, 0.2]),
         "v_threshold": case.choice([0.1, 0.3, 0.5, 0.7, 1.0]),
     }
-    tau, kind = 2.0 if grid else case.uniform(1.1, 20.0), case.choice(["IF", "LIF", "PLIF", "DLIF"])
+    tau = 2.0 if grid else case.uniform(1.1, 20.0)
+    kind = case.choice(["IF", "LIF", "PLIF", "DLIF"])
     if kind == "IF":
         return neuron.IFNode(**given)
     if kind == "DLIF":
-        backends = [name for name, state in available_backends().items() if state == "available"]
-        backend = case.choice([*backends, *["spikingjelly"] * (RELEASE >= "2")])
-        node = DLIFNode(T=T, tau=tau, backend=backend, **given)
-        node.input_gain.data = torch.tensor(
-            [round(case.gauss(0.7, 1.2), 1 if grid else 9) for _ in range(T)]
-        )
+        node = DLIFNode(T=T, tau=tau, backend=case.choice(BACKENDS), **given)
+        digits = 1 if grid else 9
+        gains = [round(case.gauss(0.7, 1.2), digits) for _ in range(T)]
+        node.input_gain.data = torch.tensor(gains)
         return node
     given["decay_input"] = case.random() < 0.5
-    return neuron.LIFNode(tau, **given) if kind == "LIF" else neuron.ParametricLIFNode(tau, **given)
+    if kind == "LIF":
+        return neuron.LIFNode(tau, **given)
+    return neuron.ParametricLIFNode(tau, **given)
+
+
+POOLING = [
+    None,
+    None,
+    partial(layer.AvgPool2d, 2, ceil_mode=True),
+    partial(layer.MaxPool2d, 2, ceil_mode=True),
+    partial(layer.MaxPool2d, 3, stride=2, padding=1),
+    partial(layer.AdaptiveAvgPool2d, 2),
+]
 
 
 class Residual(nn.Module):
@@ -97,41 +118,48 @@ def random_network(case: random.Random, grid: bool, T: int, relu: bool) -> nn.Se
     """One to three convolutions with what may stand around them, then linear layers."""
     parts: list[nn.Module] = []
     channels = 2
+
+    def normalised(channels: int) -> list[nn.Module]:
+        if grid or case.random() < 0.5:
+            return []
+        return [layer.BatchNorm2d(channels)]
+
+    def spiking(share: float) -> list[nn.Module]:
+        node = random_node(case, grid, T, relu)
+        return [node] if case.random() < share else []
+
+    def residual(channels: int) -> nn.Module:
+        groups = case.choice([1, channels])
+        convolution = layer.Conv2d(channels, channels, 3, padding=1, groups=groups)
+        return Residual(convolution, *normalised(channels), *spiking(0.7))
+
+    def block(channels: int, wide: int) -> list[nn.Module]:
+        size = case.choice([1, 3, 5])
+        convolution = layer.Conv2d(
+            channels,
+            wide,
+            size,
+            stride=case.choice([1, 2]),
+            padding=size // 2,
+            groups=case.choice([1, 2]),
+            bias=case.random() < 0.7,
+        )
+        return [convolution, *normalised(wide), *spiking(1.0)]
+
     for _ in range(case.randint(1, 3)):
         if parts and case.random() < 0.4:
-            inside = [
-                layer.Conv2d(channels, channels, 3, padding=1, groups=case.choice([1, channels]))
-            ]
-            inside += [layer.BatchNorm2d(channels)] * (not grid and case.random() < 0.5)
-            inside += [random_node(case, grid, T, relu)] * (case.random() < 0.7)
-            parts.append(Residual(*inside))
+            parts.append(residual(channels))
         else:
             wide = case.choice([2, 4, 6])
-            size, stride = case.choice([1, 3, 5]), case.choice([1, 2])
-            options = {
-                "padding": size // 2,
-                "groups": case.choice([1, 2]),
-                "bias": case.random() < 0.7,
-            }
-            parts.append(layer.Conv2d(channels, wide, size, stride, **options))
-            parts += [layer.BatchNorm2d(wide)] * (not grid and case.random() < 0.5)
-            parts.append(random_node(case, grid, T, relu))
+            parts += block(channels, wide)
             channels = wide
-        pooling = [
-            None,
-            None,
-            layer.AvgPool2d(2, ceil_mode=True),
-            layer.MaxPool2d(2, ceil_mode=True),
-        ]
-        pooling += [layer.MaxPool2d(3, 2, 1), layer.AdaptiveAvgPool2d(2)]
-        parts += [part for part in [case.choice(pooling)] if part is not None]
-    parts += [
-        layer.AdaptiveAvgPool2d(2),
-        layer.Flatten(),
-        layer.Linear(4 * channels, 3, bias=case.random() < 0.5),
-    ]
-    parts += [random_node(case, grid, T, relu)] * (case.random() < 0.3)
-    return nn.Sequential(*parts)
+        pool = case.choice(POOLING)
+        if pool is not None:
+            parts.append(pool())
+    bias = case.random() < 0.5
+    head = layer.Linear(4 * channels, 3, bias=bias)
+    parts += [layer.AdaptiveAvgPool2d(2), layer.Flatten(), head]
+    return nn.Sequential(*parts, *spiking(0.3))
 
 
 def random_classifier(
@@ -144,12 +172,15 @@ def random_classifier(
     net = random_network(case, grid, steps, relu)
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.running_mean.normal_(), module.running_var.uniform_(0.05, 2.0)
-            module.weight.data.normal_(1.0, 0.5), module.bias.data.normal_()
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.05, 2.0)
+            module.weight.data.normal_(1.0, 0.5)
+            module.bias.data.normal_()
         elif isinstance(module, nn.Conv2d | nn.Linear):
             for value in module.parameters():
                 value.data *= 3
-                value.data = value.data.mul(10).round() / 10 if grid else value.data
+                if grid:
+                    value.data = value.data.mul(10).round() / 10
     functional.set_step_mode(net, case.choice("ms"))
     if case.random() < 0.3:
         net.fused = fuse(net).stages
@@ -159,24 +190,70 @@ def random_classifier(
     return SpikingClassifier(net, steps, **statistics).eval()
 
 
+@dataclass
+class StepBounds:
+    """What bounds say of one step of a layer, or of all, [T, N, *], once they are stacked."""
+
+    h_low: torch.Tensor  # before firing
+    h_high: torch.Tensor
+    sure: torch.Tensor  # it fires
+    possible: torch.Tensor  # it may fire
+    v_low: torch.Tensor | None = None  # after the reset
+    v_high: torch.Tensor | None = None
+
+    @classmethod
+    def stacked(cls, steps: list["StepBounds"]) -> "StepBounds":
+        """Bounds of all steps in one."""
+        parts = {}
+        for field in fields(cls):
+            parts[field.name] = torch.stack([getattr(step, field.name) for step in steps])
+        return cls(**parts)
+
+    def for_points(self) -> "StepBounds":
+        """The same with an axis for the inputs of each image, [T, N, 1, *]."""
+        parts = {name: part.unsqueeze(2) for name, part in vars(self).items()}
+        return StepBounds(**parts)
+
+    def assert_hold(self, fired: torch.Tensor, v: torch.Tensor, layer: str) -> None:
+        """AssertionError unless spikes and potentials after the reset are inside."""
+        assert (fired >= self.sure).all(), f"a spike of {layer} is missing"
+        assert (fired <= self.possible).all(), f"a spike of {layer}"
+        assert (v >= self.v_low).all(), f"a potential of {layer} is too low"
+        assert (v <= self.v_high).all(), f"a potential of {layer} is too high"
+        # where nothing fires the potential is still the charged one
+        inside = (v >= self.h_low) & (v <= self.h_high)
+        assert (fired | inside).all(), f"a charged potential of {layer}"
+
+    def assert_within(self, wider: "StepBounds", what: str) -> None:
+        """AssertionError unless these bounds are nowhere looser than others."""
+        assert (wider.h_low <= self.h_low).all(), what
+        assert (self.h_high <= wider.h_high).all(), what
+        assert (wider.sure <= self.sure).all(), what
+        assert (self.possible <= wider.possible).all(), what
+        assert (wider.v_low <= self.v_low).all(), what
+        assert (self.v_high <= wider.v_high).all(), what
+
+
 class Keeps(Float32Spiking):
-    """A call of a layer that keeps the bounds of every step with the layer: of h, whether it fires
-    and can, of v.
-    """
+    """A call of a layer that keeps the bounds of every step with the layer."""
 
     def step(self, v, x):
         after, spikes = super().step(v, x)
-        kept(self.layer)[-1] += [after.low, after.high]
+        last = kept(self.layer)[-1]
+        last.v_low = after.low
+        last.v_high = after.high
         return after, spikes
 
     def decided(self, h, error, gain):
         h, spikes = super().decided(h, error, gain)
-        kept(self.layer).append([h.low, h.high, spikes.low.bool(), spikes.high.bool()])
+        found = StepBounds(
+            h_low=h.low,
+            h_high=h.high,
+            sure=spikes.low.bool(),
+            possible=spikes.high.bool(),
+        )
+        kept(self.layer).append(found)
         return h, spikes
-
-
-class KeepsWindows(Keeps, WindowedSpiking):
-    """The same of joint bounds."""
 
 
 class Recorded(BoundedRun):
@@ -189,20 +266,102 @@ class Recorded(BoundedRun):
 class RecordedJoint(JointRun):
     """A run of joint bounds that keeps them."""
 
-    windowed = KeepsWindows
+    def spikes(self, neuron, x_seq):
+        found = super().spikes(neuron, x_seq)
+        steps = []
+        for step in self.memories[neuron.name].steps:
+            bounds = StepBounds(
+                h_low=step.h.low,
+                h_high=step.h.high,
+                sure=step.spikes.low.bool(),
+                possible=step.spikes.high.bool(),
+                v_low=step.v.low,
+                v_high=step.v.high,
+            )
+            steps.append(bounds)
+        kept(self.layers[neuron.name])[:] = steps
+        return found
 
 
-def kept(layer: LayerBounds) -> list[list[torch.Tensor]]:
+def kept(layer: LayerBounds) -> list[StepBounds]:
     """What a layer has kept, step by step."""
     return vars(layer).setdefault("kept", [])
 
 
-def bounds_of(run: BoundedRun) -> dict[str, list[torch.Tensor]]:
-    """By layer what its steps have kept, each part [T, N, *]."""
-    return {
-        name: [torch.stack(parts) for parts in zip(*kept(layer), strict=True)]
-        for name, layer in run.layers.items()
-    }
+def bounds_of(run: BoundedRun) -> dict[str, StepBounds]:
+    """By layer what its steps have kept."""
+    return {name: StepBounds.stacked(kept(layer)) for name, layer in run.layers.items()}
+
+
+@dataclass
+class Proved:
+    """All that bounds say of a network on some images."""
+
+    margin: torch.Tensor  # [N, 1, 1]
+    logits: Bounds
+    layers: dict[str, StepBounds]
+    run: JointRun
+
+    @classmethod
+    def of(
+        cls, model: SpikingClassifier, x, y, eps: float, method: str, norm: str = "Linf"
+    ) -> "Proved":
+        """Joint bounds, held against those of intervals, and the margin of a method."""
+        result = verify(model, x, y, eps, norm=norm, method=method, time_limit=1.0)
+        ball = Flips(eps) if norm == "L0" else eps
+        margin = torch.tensor(result.margin, dtype=torch.float64)
+        neurons = bounded_neurons(model)
+        intervals = Recorded(neurons, len(x))
+        with full_precision(x.device):
+            maps = Maps(partial(bounded_logits, model), neurons, x[0])
+            run = RecordedJoint(neurons, len(x), over_time=OverTime(maps, model.T))
+            wider = bounded_logits(model, intervals, x, ball)
+            logits = bounded_logits(model, run, x, ball)
+            lead = run.lead(logits, y)
+            assert (lead <= intervals.lead(wider, y)).all(), "a looser margin"
+        layers = bounds_of(run)
+        for name, wide in bounds_of(intervals).items():
+            layers[name].assert_within(wide, f"looser bounds of {name}")
+        return cls(margin=margin.view(-1, 1, 1), logits=logits, layers=layers, run=run)
+
+    @property
+    def open_spikes(self) -> int:
+        """Spikes that may be and may not be."""
+        is_open = [layer.possible & ~layer.sure for layer in self.layers.values()]
+        return sum(int(spikes.sum()) for spikes in is_open)
+
+    def assert_logits(self, found: torch.Tensor, y: torch.Tensor) -> None:
+        """AssertionError unless logits of several inputs for each image are inside."""
+        rows = found.detach().double().unflatten(0, (len(y), -1))
+        assert (rows >= self.logits.lower.unsqueeze(1)).all(), "a logit is too low"
+        assert (rows <= self.logits.upper.unsqueeze(1)).all(), "a logit is too high"
+        label = y.view(-1, 1, 1).expand(-1, rows.shape[1], 1)
+        rival = rows.scatter(2, label, -torch.inf).amax(2, keepdim=True)
+        assert (rows.gather(2, label) - rival >= self.margin).all(), "a margin"
+
+    def assert_layers(self, seen: dict, case: random.Random) -> int:
+        """AssertionError unless spikes and potentials are inside; returns the number of spikes."""
+        total = 0
+        for name, (spikes, v) in seen.items():
+            by_image = (len(self.margin), -1)
+            fired = spikes.detach().bool().unflatten(1, by_image)
+            potential = v.detach().double().unflatten(1, by_image)
+            self.layers[name].for_points().assert_hold(fired, potential, name)
+            assert_sums(self.run, name, fired.double(), case)
+            total += fired.numel()
+        return total
+
+
+@contextmanager
+def float32_products(model: SpikingClassifier, *, climbs: bool, onednn: bool) -> Iterator[None]:
+    """Forwards with or without a gradient, by torch's own code or by oneDNN's."""
+    for module in model.modules():
+        if isinstance(module, neuron.BaseNode):
+            # in evaluation mode the older release has no gradient, and code of its own
+            module.train(climbs)
+    products = torch.backends.mkldnn.flags(onednn, allow_tf32=None)
+    with torch.backends.nnpack.flags(False), products, torch.set_grad_enabled(climbs):
+        yield
 
 
 def check(seed: int, points: int) -> Counter:
@@ -211,94 +370,51 @@ def check(seed: int, points: int) -> Counter:
     torch.manual_seed(seed)
     grid = case.random() < 0.4
     relu = seed % EVERY == 0
-    T = 1 if relu else STEPS[seed % len(STEPS)]
-    model = random_classifier(case, grid, T, relu)
+    steps = 1 if relu else STEPS[seed % len(STEPS)]
+    model = random_classifier(case, grid, steps, relu)
     method = case.choice(METHODS[:-1] if relu else METHODS)
     some = 10 ** case.uniform(-3.5, -1)
     eps = case.choice([0.0, 1e-7, some, 0.0 if grid else some])
-    events = isinstance(model, SpikingEventClassifier)
-    levels = 1 if events else case.choice([1, 2, 10])
-    x = torch.rand(IMAGES, *[model.T] * events, 2, 6, 6)
-    x = x.mul(levels).round() / levels if events or grid else x
+    x = random_images(case, model, grid)
     y = model(x).argmax(1)
-    margin = verify(model, x, y, eps, method=method, time_limit=1.0).margin
-    margin = torch.tensor(margin, dtype=torch.float64).view(-1, 1, 1)
-    neurons = bounded_neurons(model)
-    intervals = Recorded(neurons, IMAGES)
-    with full_precision(x.device):
-        maps = Maps(partial(bounded_logits, model), neurons, x[0])
-        run = RecordedJoint(neurons, IMAGES, over_time=OverTime(maps, model.T))
-        wider = bounded_logits(model, intervals, x, eps)
-        logits = bounded_logits(model, run, x, eps)
-        assert bool((run.lead(logits, y) <= intervals.lead(wider, y)).all()), "a looser margin"
-    bounds = bounds_of(run)
-    for name, parts in bounds_of(intervals).items():
-        assert_within(bounds[name], parts, f"looser bounds of {name}")
-    total = Counter(inputs=0, networks=1, verified=int((margin > 0).sum()), spikes=0)
+    proved = Proved.of(model, x, y, eps, method)
+    verified = int((proved.margin > 0).sum())
+    total = Counter(inputs=0, networks=1, verified=verified, spikes=0)
     if eps == 0:
-        total["spikes open at eps 0"] = sum(
-            int((can & ~sure).sum()) for _, _, sure, can, _, _ in bounds.values()
-        )
+        total["spikes open at eps 0"] = proved.open_spikes
     count = max(1, points // (4 * IMAGES))
-    ends = [end.repeat_interleave(count, 0) for end in linf_bounds(x, eps=eps)]
-    share = torch.rand_like(ends[0])
+    low, high = (end.repeat_interleave(count, 0) for end in linf_bounds(x, eps=eps))
+    share = torch.rand_like(low)
     share[::2] = share[::2].round()  # corners
-    z = (ends[0] + (ends[1] - ends[0]) * share).clamp(*ends)
+    z = (low + (high - low) * share).clamp(low, high)
     uphill = torch.zeros_like(z)
     for step, onednn in ((0.0, True), (2.0, True), (-2.0, False), (0.5, True)):
         climbs = step == 0.0
-        z = (z.detach() + step * eps * uphill).clamp(*ends)
-        for module in model.modules():
-            if isinstance(module, neuron.BaseNode):
-                module.train(
-                    climbs
-                )  # in evaluation mode the older release has no gradient, and code of its own
-        with (
-            torch.backends.nnpack.flags(False),
-            torch.backends.mkldnn.flags(onednn, allow_tf32=None),
-        ):
-            with torch.set_grad_enabled(climbs):
-                seen, found = run_of(model, z.requires_grad_(climbs))
-            alone = (
-                [model(z)] if hasattr(model.net, "fused") else []
-            )  # while hooks look, its parts run apart
-        for out in (found, *alone):
-            rows = out.detach().double().unflatten(0, (IMAGES, count))
-            assert bool(
-                ((rows >= logits.lower.unsqueeze(1)) & (rows <= logits.upper.unsqueeze(1))).all()
-            ), "a logit"
-            own = rows.gather(2, (right := y.view(-1, 1, 1).expand(-1, count, 1)))
-            lead = rows.scatter(2, right, -torch.inf).amax(2, keepdim=True)
-            assert bool((own - lead >= margin).all()), f"a margin of {method}"
-        for name, (spikes, v) in seen.items():
-            h_lower, h_upper, sure, can, v_lower, v_upper = (
-                part.unsqueeze(2) for part in bounds[name]
-            )
-            fired, v = (
-                part.detach().unflatten(1, (IMAGES, count)) for part in (spikes.bool(), v.double())
-            )
-            assert bool(((fired >= sure) & (fired <= can)).all()), f"a spike of {name}"
-            assert bool(((v >= v_lower) & (v <= v_upper)).all()), f"a potential of {name}"
-            assert bool((fired | ((v >= h_lower) & (v <= h_upper))).all()), (
-                f"a charged potential of {name}"
-            )
-            assert_sums(run, name, fired.double(), case)
-            total["spikes"] += fired.numel()
+        moved = z.detach() + step * eps * uphill
+        z = moved.clamp(low, high).requires_grad_(climbs)
+        with float32_products(model, climbs=climbs, onednn=onednn):
+            seen, found = run_of(model, z)
+            # while hooks look, the parts of a stage run apart
+            alone = [model(z)] if hasattr(model.net, "fused") else []
+        for logits in (found, *alone):
+            proved.assert_logits(logits, y)
+        total["spikes"] += proved.assert_layers(seen, case)
         total["inputs"] += len(z)
         if climbs:
-            uphill = signed_gradient(
-                case, z, [found, *(spikes.movedim(0, 1) for spikes, _ in seen.values())]
-            )
+            by_input = [spikes.movedim(0, 1) for spikes, _ in seen.values()]
+            uphill = signed_gradient(case, z, [found, *by_input])
     return total
 
 
-def assert_within(parts: list, wider: list, what: str) -> None:
-    """AssertionError unless bounds, as :func:`bounds_of` gives them, are nowhere looser."""
-    low, high, sure, can, v_low, v_high = parts
-    for less, more in ((wider[0], low), (high, wider[1]), (wider[4], v_low), (v_high, wider[5])):
-        assert bool((less <= more).all()), what
-    assert bool((wider[2] <= sure).all()), what
-    assert bool((can <= wider[3]).all()), what
+def random_images(case: random.Random, model: SpikingClassifier, grid: bool) -> torch.Tensor:
+    """Images or frames of events, on a grid where the network is on one."""
+    events = isinstance(model, SpikingEventClassifier)
+    levels = 1 if events else case.choice([1, 2, 10])
+    steps = [model.T] if events else []
+    x = torch.rand(IMAGES, *steps, 2, 6, 6)
+    if events or grid:
+        return x.mul(levels).round() / levels
+    return x
 
 
 def assert_sums(run: JointRun, name: str, spikes: torch.Tensor, case: random.Random) -> None:
@@ -313,8 +429,9 @@ def assert_sums(run: JointRun, name: str, spikes: torch.Tensor, case: random.Ran
     bounds = run.memories[name].trains.bounds(weights)
     sums = torch.einsum("ft,t...->f...", weights, spikes)
     rounding = 1e-9
-    low, high = bounds.low.unsqueeze(2) - rounding, bounds.high.unsqueeze(2) + rounding
-    assert bool(((sums >= low) & (sums <= high)).all()), f"a sum over time of {name}"
+    low = bounds.low.unsqueeze(2) - rounding
+    high = bounds.high.unsqueeze(2) + rounding
+    assert ((sums >= low) & (sums <= high)).all(), f"a sum over time of {name}"
 
 
 def without_graph(part, x):
@@ -360,7 +477,8 @@ class Cut(nn.Module):
 
     def __init__(self, part: nn.Module, way) -> None:
         super().__init__()
-        self.part, self.way = part, way
+        self.part = part
+        self.way = way
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.way(self.part, x)
@@ -394,26 +512,28 @@ def run_of(model: SpikingClassifier, z: torch.Tensor) -> tuple[dict, torch.Tenso
     """Spikes and potentials after the reset of every spiking layer, time steps first, and the
     logits.
     """
-    found, hooks = {}, []
+    calls = {}
+
+    def keep(name, module, args, out):
+        if module.step_mode == "m":
+            pair = (out, module.v_seq)
+        else:
+            pair = (out.unsqueeze(0), module.v.unsqueeze(0))
+        calls.setdefault(name, []).append(pair)
+
+    hooks = []
     for name, module in model.net.named_modules():
         if isinstance(module, neuron.BaseNode):
             module.store_v_seq = module.step_mode == "m"
-
-            def hook(module, args, out, name=name):
-                multi_step = module.step_mode == "m"
-                pair = (
-                    (out, module.v_seq) if multi_step else (out.unsqueeze(0), module.v.unsqueeze(0))
-                )
-                found.setdefault(name, []).append(pair)
-
-            hooks.append(module.register_forward_hook(hook))
+            hooks.append(module.register_forward_hook(partial(keep, name)))
     logits = model(z)
     for handle in hooks:
         handle.remove()
-    return {
-        name: [torch.cat(parts) for parts in zip(*calls, strict=True)]
-        for name, calls in found.items()
-    }, logits
+    seen = {}
+    for name, pairs in calls.items():
+        spikes, potentials = zip(*pairs, strict=True)
+        seen[name] = (torch.cat(spikes), torch.cat(potentials))
+    return seen, logits
 
 
 def signed_gradient(
@@ -423,9 +543,13 @@ def signed_gradient(
     rise or to fall.
     """
     values = case.choice(outputs).flatten(1)
-    chosen = values.gather(1, torch.randint(values.shape[1], (len(z), 1))).squeeze(1)
-    gradient = torch.autograd.grad((chosen * torch.randn(len(z))).sum(), z, allow_unused=True)[0]
-    return torch.zeros_like(z) if gradient is None else gradient.sign()
+    places = torch.randint(values.shape[1], (len(z), 1))
+    chosen = values.gather(1, places).squeeze(1)
+    total = (chosen * torch.randn(len(z))).sum()
+    gradient = torch.autograd.grad(total, z, allow_unused=True)[0]
+    if gradient is None:
+        return torch.zeros_like(z)
+    return gradient.sign()
 
 
 if __name__ == "__main__":

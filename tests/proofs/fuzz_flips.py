@@ -14,16 +14,11 @@ from collections import Counter
 
 import torch
 from proofs import fuzz
-from spikingjelly.activation_based import functional, layer, neuron
+from spikingjelly.activation_based import functional, layer
 from torch import nn
 
 from sj_robust.classifier import SpikingEventClassifier
-from sj_robust.core.preserved import full_precision
-from sj_robust.proofs import verify
 from sj_robust.proofs.flips import Flips
-from sj_robust.proofs.joint import OverTime
-from sj_robust.proofs.relaxation import Maps
-from sj_robust.proofs.verification import bounded_logits, bounded_neurons
 
 METHODS = ["joint"] * 12 + ["ibp"] * 2 + ["crown"] * 2
 
@@ -35,7 +30,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--points", type=int, default=8000, help="sets per network (8000)")
     parser.add_argument("--seed", type=int, default=0, help="the first seed (0)")
     options = parser.parse_args(arguments)
-    totals, seed, began = Counter(), options.seed, time.monotonic()
+    totals = Counter()
+    seed = options.seed
+    began = time.monotonic()
     while totals["inputs"] < options.inputs:
         try:
             totals += check(seed, options.points)
@@ -62,49 +59,20 @@ def check(seed: int, points: int) -> Counter:
     ball = Flips(case.choice([1, 1, 2, 3, 5, 10]))
     method = case.choice(METHODS)
     y = model(x).argmax(1)
-    margin = verify(model, x, y, ball.budget, norm="L0", method=method).margin
-    margin = torch.tensor(margin, dtype=torch.float64).view(-1, 1, 1)
-    neurons = bounded_neurons(model)
-    intervals = fuzz.Recorded(neurons, fuzz.IMAGES)
-    with full_precision(x.device):
-        maps = Maps(lambda *given: bounded_logits(model, *given), neurons, x[0])
-        run = fuzz.RecordedJoint(neurons, fuzz.IMAGES, over_time=OverTime(maps, T))
-        wider = bounded_logits(model, intervals, x, ball)
-        logits = bounded_logits(model, run, x, ball)
-        assert bool((run.lead(logits, y) <= intervals.lead(wider, y)).all()), "a looser margin"
-    bounds = fuzz.bounds_of(run)
-    for name, parts in fuzz.bounds_of(intervals).items():
-        fuzz.assert_within(bounds[name], parts, f"looser bounds of {name}")
-    total = Counter(inputs=0, networks=1, verified=int((margin > 0).sum()), spikes=0)
-    total["one budget"] = int(not run.apart)
+    proved = fuzz.Proved.of(model, x, y, ball.budget, method, norm="L0")
+    verified = int((proved.margin > 0).sum())
+    total = Counter(inputs=0, networks=1, verified=verified, spikes=0)
+    total["one budget"] = int(not proved.run.apart)
     count = max(1, points // (3 * fuzz.IMAGES))
     several = x.repeat_interleave(count, 0)
     scores = torch.rand_like(several)
     for way in ("random", "uphill", "one place"):
         z = changed(several, scores, ball)
         climbs = way == "random"
-        for module in model.modules():
-            if isinstance(module, neuron.BaseNode):
-                module.train(climbs)  # in evaluation mode the older release has no gradient
-        with torch.backends.nnpack.flags(False), torch.set_grad_enabled(climbs):
+        with fuzz.float32_products(model, climbs=climbs, onednn=True):
             seen, found = fuzz.run_of(model, z.requires_grad_(climbs))
-        rows = found.detach().double().unflatten(0, (fuzz.IMAGES, count))
-        low, high = logits.lower.unsqueeze(1), logits.upper.unsqueeze(1)
-        assert bool(((rows >= low) & (rows <= high)).all()), "a logit"
-        right = y.view(-1, 1, 1).expand(-1, count, 1)
-        rival = rows.scatter(2, right, -torch.inf).amax(2, keepdim=True)
-        assert bool((rows.gather(2, right) - rival >= margin).all()), f"a margin of {method}"
-        for name, (spikes, v) in seen.items():
-            parts = [part.unsqueeze(2) for part in bounds[name]]
-            h_low, h_high, sure, can, v_low, v_high = parts
-            fired = spikes.detach().bool().unflatten(1, (fuzz.IMAGES, count))
-            after = v.detach().double().unflatten(1, (fuzz.IMAGES, count))
-            assert bool(((fired >= sure) & (fired <= can)).all()), f"a spike of {name}"
-            assert bool(((after >= v_low) & (after <= v_high)).all()), f"a potential of {name}"
-            silent = (after >= h_low) & (after <= h_high)
-            assert bool((fired | silent).all()), f"a charged potential of {name}"
-            fuzz.assert_sums(run, name, fired.double(), case)
-            total["spikes"] += fired.numel()
+        proved.assert_logits(found, y)
+        total["spikes"] += proved.assert_layers(seen, case)
         total["inputs"] += len(z)
         if climbs:
             outputs = [found, *(spikes.movedim(0, 1) for spikes, _ in seen.values())]

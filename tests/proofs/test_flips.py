@@ -89,6 +89,30 @@ def test_the_first_map_is_bounded_exactly(name, budget):
     torch.testing.assert_close(found.most, high)
 
 
+@pytest.mark.parametrize("name", MAPS)
+def test_float32_sums_have_their_rounding_beside_changes(name):
+    run = BoundedRun({}, 1)
+    run.rounded = False
+    run.narrow = True
+    x = frames(1, T, 2, 3, 3)
+
+    def function(z):
+        source = weights()
+        z = z.flatten(0, 1) if z.ndim == 5 else z
+        return MAPS[name](z, lambda *shape: source(*shape).float().double()) * 0.3 + 0.7
+
+    wide = entering(x, 2)
+    narrow = Bounds(x.float(), wide.radius.float(), run=run, changes=wide.changes)
+    found = function(narrow)
+    low, high = extremes(function, x[0], 2)
+    assert found.radius.dtype == torch.float32
+    assert found.changes is None
+    assert (found.least.double() <= low).all()
+    assert (found.most.double() >= high).all()
+    rounded = function(Bounds(x.float(), torch.zeros_like(narrow.radius), run=run))
+    assert (rounded.radius > 0).all()
+
+
 def test_of_many_inputs_the_largest_weights_are_enough_or_all_are_looked_at(monkeypatch):
     x = frames(3, 1, 400, seed=4)
     kernel = weights()(5, 400)

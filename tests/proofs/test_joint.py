@@ -12,9 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 from proofs import fuzz
-from proofs.test_verification import NETWORKS, NEURONS, T, classifier, convolutional, perturbed
+from proofs.networks import (
+    NETWORKS,
+    NEURONS,
+    T,
+    assert_keep_their_class,
+    batch,
+    classifier,
+    convolutional,
+    in_steps,
+)
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
+from torch.testing import assert_close
 
 from sj_robust import SpikingClassifier
 from sj_robust.attacks import pgd
@@ -23,7 +33,7 @@ from sj_robust.core.preserved import full_precision
 from sj_robust.data import load_images
 from sj_robust.models import pretrained
 from sj_robust.neuron.charging import find_neurons
-from sj_robust.proofs import joint, trains, verify, windows
+from sj_robust.proofs import joint, rules, trains, verify, windows
 from sj_robust.proofs.joint import OverTime
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.spiking import Float32Spiking, Interval, LayerBounds
@@ -79,7 +89,7 @@ def check_chain(seed):
     for j, spikes in enumerate(table.spikes):
         possible = (single.first <= j) & (j <= single.last)
         inside |= possible & (seen == spikes.unsqueeze(1)).all(0)
-    assert bool(inside.all()), "a train outside its chain"
+    assert inside.all(), "a train outside its chain"
     starts = torch.randint(len(currents), (64,))
     ends = (starts + torch.randint(1, 400, (64,))).clamp(max=len(currents) - 1)
     chain = table.chain(Interval(currents[starts], currents[ends]))
@@ -88,19 +98,20 @@ def check_chain(seed):
     sums = weights @ seen
     for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
         some = sums[:, start : end + 1]
-        least, most = bounds.low[:, number], bounds.high[:, number]
-        assert bool((least <= some.amin(1) + 1e-9).all()), "a sum below its bound"
-        assert bool((most >= some.amax(1) - 1e-9).all()), "a sum above its bound"
+        least = bounds.low[:, number]
+        most = bounds.high[:, number]
+        assert (least <= some.amin(1) + 1e-9).all(), "a sum below its bound"
+        assert (most >= some.amax(1) - 1e-9).all(), "a sum above its bound"
     return table, grid, seen
 
 
-@pytest.mark.parametrize("seed", range(1, 11))
+@pytest.mark.parametrize("seed", range(1, 7))
 def test_every_train_of_a_constant_current_is_in_its_chain(seed):
     check_chain(seed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 130))
+@pytest.mark.parametrize("seed", range(100, 112))
 def test_every_train_of_many_neurons_is_in_its_chain(seed):
     check_chain(seed)
 
@@ -110,7 +121,8 @@ def test_a_chain_has_no_other_trains(seed):
     """Every train whose currents are wider than the grid is seen on it."""
     table, grid, seen = check_chain(seed)
     spacing = float(grid[1] - grid[0])
-    low, high = table.low.clamp(min=float(grid[0])), table.high.clamp(max=float(grid[-1]))
+    low = table.low.clamp(min=float(grid[0]))
+    high = table.high.clamp(max=float(grid[-1]))
     wide = high - low > 3 * spacing
     found = {tuple(train) for train in seen.T.tolist()}
     for train in table.spikes[wide].tolist():
@@ -132,7 +144,8 @@ class Small:
         case = random.Random(seed)
         torch.manual_seed(seed)
         T = case.choice([2, 3, 4, 5])
-        pixels, hidden = 4, 6
+        pixels = 4
+        hidden = 6
         first = nn.Linear(pixels, pixels)
         with torch.no_grad():
             first.weight.copy_(torch.diag(torch.empty(pixels).uniform_(0.5, 3.0)))
@@ -154,7 +167,8 @@ class Small:
         """All combinations of the first neurons' trains that a grid of currents gives, [T, C,
         pixels].
         """
-        net, T = self.model.net, self.model.T
+        net = self.model.net
+        T = self.model.T
         pixels = self.x.shape[1]
         steps = torch.linspace(-1, 1, 801).view(-1, 1)
         images = (self.x + self.eps * steps).clamp(0, 1)
@@ -180,30 +194,26 @@ def check_small(seed, *, soft=False):
     case = random.Random(seed)
     for name, seen in (("1", combinations), ("3", spikes)):
         fuzz.assert_sums(run, name, seen.unsqueeze(1).double(), case)
-    low, high, sure, can, v_low, v_high = fuzz.bounds_of(run)["3"]
-    fired = spikes.bool()
-    v = net[3].v_seq.double()
-    assert bool(((fired >= sure) & (fired <= can)).all()), "a spike"
-    assert bool(((v >= v_low) & (v <= v_high)).all()), "a potential"
-    assert bool((fired | ((v >= low) & (v <= high))).all()), "a charged potential"
+    bounds = fuzz.bounds_of(run)["3"]
+    bounds.assert_hold(spikes.bool(), net[3].v_seq.double(), "3")
     for label in range(3):
         lead = run.lead(logits, torch.tensor([label]))
         reached = outputs - outputs[:, label : label + 1]
-        assert bool((reached <= lead).all()), "a lead"
+        assert (reached <= lead).all(), "a lead"
     return combinations.shape[1]
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(10))
 def test_all_combinations_of_trains_are_inside_the_bounds(seed):
     check_small(seed, soft=seed % 4 == 0)
 
 
 @pytest.mark.slow
 def test_all_combinations_of_trains_of_many_networks_are_inside_the_bounds():
-    assert sum(map(check_small, range(1000, 1200))) > 1_000
+    assert sum(map(check_small, range(1000, 1060))) > 150
 
 
-@pytest.mark.parametrize("seed", range(1, 9))
+@pytest.mark.parametrize("seed", range(1, 5))
 def test_windows_may_be_few(seed, monkeypatch):
     monkeypatch.setattr(joint, "KEPT", 1)
     check_small(seed)
@@ -233,26 +243,30 @@ FAULTS = {
     ),
     "a soft reset taken for a hard one": (
         windows,
-        "high = high + kept * start.high",
-        "high = high + 0 * start.high",
+        "charge = charge.plus(start)",
+        "charge = charge.plus(Interval(start.low, 0 * start.high))",
     ),
     "an earlier spike that counts in full": (
         windows,
         "least = torch.where(possible, least + 1, 0.0)",
         "least = torch.where(possible, least + 2, 0.0)",
     ),
-    "a weight of the step before": (joint, "decay ** (t - k)", "decay ** (t - k + 1)"),
+    "a weight of the step before": (
+        joint,
+        "kept = decay ** age.clamp(min=0)",
+        "kept = decay ** (age.clamp(min=0) + 1)",
+    ),
     "a negative gain that swaps no ends": (
         joint,
-        "Interval(torch.minimum(first, second), torch.maximum(first, second))",
-        "Interval(first, second)",
+        "swapped = scales < 0",
+        "swapped = scales < -torch.inf",
     ),
     "a shift that counts once": (
         joint,
-        "column(more, shift) * shift",
-        "0 * column(more, shift) * shift",
+        "_multiples(weights.sum(1) - 1.0, shift)",
+        "_multiples(0.0 * weights.sum(1), shift)",
     ),
-    "half of the radius": (joint, "(sums.high - sums.low) / 2", "(sums.high - sums.low) / 4"),
+    "half of the radius": (joint, "radius = (high - low) / 2", "radius = (high - low) / 4"),
     "the potential kept after a spike": (
         trains,
         "replace(fired, slope=0.0, offset=0.0,",
@@ -289,7 +303,7 @@ PATCHED = {
 }
 FUNCTIONS = {
     windows: ["_over_paths"],
-    joint: ["_weights", "_multiples"],
+    joint: ["window_weights", "_multiples"],
     trains: ["_after_step", "possible_trains"],
 }
 
@@ -339,47 +353,44 @@ def test_a_fault_is_noticed(fault, monkeypatch):
 @pytest.mark.parametrize("node", ["LIF reset to -0.5", "PLIF", "DLIF soft"])
 def test_no_layer_and_no_margin_is_looser_than_intervals(build, node):
     model = classifier(build, NEURONS[node])
-    x = torch.rand(4, 2, 8, 8)
-    y = model(x).argmax(1)
+    x, y = batch(model, 4)
     for eps in (0.0, 0.01):
         run, logits = joint_run(model, x, eps)
         intervals = fuzz.Recorded(bounded_neurons(model), len(x))
         with full_precision(x.device):
             wider = bounded_logits(model, intervals, x, eps)
-        assert bool((run.lead(logits, y) <= intervals.lead(wider, y)).all())
+        assert (run.lead(logits, y) <= intervals.lead(wider, y)).all()
         found = fuzz.bounds_of(run)
-        for name, parts in fuzz.bounds_of(intervals).items():
-            fuzz.assert_within(found[name], parts, name)
+        for name, wide in fuzz.bounds_of(intervals).items():
+            found[name].assert_within(wide, name)
 
 
 def small_network(node, seed):
     torch.manual_seed(seed)
-    net = nn.Sequential(nn.Linear(4, 6), node(), nn.Linear(6, 5), node(), nn.Linear(5, 3))
-    functional.set_step_mode(net, "m")
-    for module in net:
-        if isinstance(module, nn.Linear):
-            module.weight.data *= 2
-    return SpikingClassifier(net, T).eval()
+    parts = (nn.Linear(4, 6), node(), nn.Linear(6, 5), node(), nn.Linear(5, 3))
+    for part in parts[::2]:
+        part.weight.data *= 2
+    return in_steps(*parts)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("node", NEURONS)
 def test_what_is_proved_lies_between_intervals_and_the_exact_answer(node):
     pytest.importorskip("scipy")
-    for seed in range(2):
-        model = small_network(NEURONS[node], seed)
-        x = torch.rand(4, 4)
-        y = model(x).argmax(1)
-        for eps in (0.01, 0.04):
-            proved = [verify(model, x, y, eps, method=method) for method in ("ibp", "joint")]
-            exact = verify(model, x, y, eps, method="mip", time_limit=2.0)
-            relaxed = verify(model, x, y, eps, method="crown")
-            fewer, more = (result.verified for result in proved)
-            for number in range(len(x)):
-                assert fewer[number] <= more[number] <= exact.verified[number]
-                assert more[number] <= relaxed.verified[number]
-                assert not (more[number] and exact.broken[number])
-            assert proved[0].margin <= proved[1].margin
+    model = small_network(NEURONS[node], seed=0)
+    x = torch.rand(4, 4)
+    y = model(x).argmax(1)
+    eps = 0.02
+    intervals = verify(model, x, y, eps, method="ibp")
+    joint = verify(model, x, y, eps, method="joint")
+    relaxed = verify(model, x, y, eps, method="crown")
+    exact = verify(model, x, y, eps, method="mip", time_limit=2.0)
+    assert intervals.margin <= joint.margin
+    for number in range(len(x)):
+        assert intervals.verified[number] <= joint.verified[number]
+        assert joint.verified[number] <= relaxed.verified[number]
+        assert joint.verified[number] <= exact.verified[number]
+        assert not (joint.verified[number] and exact.broken[number])
 
 
 @pytest.mark.parametrize("build", NETWORKS)
@@ -392,36 +403,31 @@ def test_step_mode_changes_nothing(build, node):
         y = model(x).argmax(1)
         margins.append(verify(model, x, y, 0.01).margin)
     if build is not NETWORKS[1]:  # of a max pooling in step mode s no call knows the others
-        torch.testing.assert_close(torch.tensor(margins[0]), torch.tensor(margins[1]))
+        found = torch.tensor(margins[0])
+        expected = torch.tensor(margins[1])
+        assert_close(found, expected)
 
 
 def test_chains_are_narrow_where_the_current_is_the_image_itself():
     torch.manual_seed(0)
-    net = nn.Sequential(
-        layer.Flatten(step_mode="m"),
-        neuron.LIFNode(tau=2.0, v_threshold=0.3, step_mode="m"),
-        layer.Linear(16, 3, step_mode="m"),
-    )
-    model = SpikingClassifier(net, 8).eval()
+    node = neuron.LIFNode(v_threshold=0.3)
+    model = in_steps(layer.Flatten(), node, layer.Linear(16, 3), T=8)
     x = torch.rand(40, 1, 4, 4)
     y = model(x).argmax(1)
     found = verify(model, x, y, 0.06)
-    assert found.accuracy > verify(model, x, y, 0.06, method="ibp").accuracy + 0.2
-    proved = torch.tensor(found.verified)
-    for z in perturbed(model, x, y, 0.06):
-        assert bool((model(z).argmax(1) == y)[proved].all())
+    intervals = verify(model, x, y, 0.06, method="ibp")
+    assert found.accuracy > intervals.accuracy + 0.2
+    assert_keep_their_class(model, x, y, 0.06, found.verified)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("node", NEURONS)
 def test_no_proved_image_is_broken(node):
     model = classifier(convolutional, NEURONS[node])
-    x = torch.rand(16, 2, 8, 8)
-    y = model(x).argmax(1)
+    x, y = batch(model, 16)
     for eps in (0.003, 0.01, 0.03):
-        proved = torch.tensor(verify(model, x, y, eps).verified)
-        for z in perturbed(model, x, y, eps):
-            assert bool((model(z).argmax(1) == y)[proved].all())
+        proved = verify(model, x, y, eps).verified
+        assert_keep_their_class(model, x, y, eps, proved)
 
 
 class Weighted(nn.Module):
@@ -441,7 +447,8 @@ class FromImage(nn.Module):
 
     def __init__(self, node, share=0.3):
         super().__init__()
-        self.node, self.last = node, neuron.IFNode(step_mode="m")
+        self.node = node
+        self.last = neuron.IFNode(step_mode="m")
         self.share = share
 
     def forward(self, x):
@@ -453,9 +460,12 @@ class Joined(nn.Module):
 
     def __init__(self, node):
         super().__init__()
-        self.first, self.one = nn.Linear(4, 4), node()
-        self.second, self.other = nn.Linear(4, 4), node()
-        self.third, self.last = nn.Linear(8, 3), node()
+        self.first = nn.Linear(4, 4)
+        self.one = node()
+        self.second = nn.Linear(4, 4)
+        self.other = node()
+        self.third = nn.Linear(8, 3)
+        self.last = node()
 
     def forward(self, x):
         before = self.one(self.first(x))
@@ -464,17 +474,13 @@ class Joined(nn.Module):
 
 
 def in_between(*parts):
-    net = nn.Sequential(
-        nn.Linear(4, 6), NEURONS["LIF"](), *parts, nn.Linear(6, 6), NEURONS["IF"](), nn.Linear(6, 3)
-    )
-    functional.set_step_mode(net, "m")
-    return SpikingClassifier(net, T).eval()
+    before = (nn.Linear(4, 6), neuron.LIFNode())
+    after = (nn.Linear(6, 6), neuron.IFNode(), nn.Linear(6, 3))
+    return in_steps(*before, *parts, *after)
 
 
 def at_the_end(part):
-    net = nn.Sequential(nn.Linear(4, 3), NEURONS["LIF"](), part)
-    functional.set_step_mode(net, "m")
-    return SpikingClassifier(net, T).eval()
+    return in_steps(nn.Linear(4, 3), neuron.LIFNode(), part)
 
 
 STEPWISE = {
@@ -525,11 +531,11 @@ def check_points(model, x, eps, count=500):
         fired = spikes.double().unflatten(1, (len(x), count))
         fuzz.assert_sums(run, name, fired, random.Random(0))
     rows = found.double().unflatten(0, (len(x), count))
-    assert bool((rows >= logits.lower.unsqueeze(1)).all())
-    assert bool((rows <= logits.upper.unsqueeze(1)).all())
+    assert (rows >= logits.lower.unsqueeze(1)).all()
+    assert (rows <= logits.upper.unsqueeze(1)).all()
     for label in range(3):
         lead = run.lead(logits, torch.full((len(x),), label)).unsqueeze(1)
-        assert bool((rows - rows[..., label : label + 1] <= lead).all())
+        assert (rows - rows[..., label : label + 1] <= lead).all()
 
 
 def test_a_max_pooling_is_bounded_step_by_step():
@@ -544,8 +550,10 @@ class Twice(nn.Module):
 
     def __init__(self, node):
         super().__init__()
-        self.first, self.second = layer.Linear(4, 4), layer.Linear(4, 4)
-        self.node, self.last = node, layer.Linear(4, 3)
+        self.first = layer.Linear(4, 4)
+        self.second = layer.Linear(4, 4)
+        self.node = node
+        self.last = layer.Linear(4, 3)
 
     def forward(self, x):
         return self.last(self.node(self.second(self.node(self.first(x)))))
@@ -568,31 +576,28 @@ def test_frames_have_windows_in_the_first_layer():
     reset.
     """
     torch.manual_seed(0)
-    net = nn.Sequential(
-        layer.Flatten(), layer.Linear(32, 12), NEURONS["LIF"](), layer.Linear(12, 3)
-    )
-    net[1].weight.data *= 4
-    functional.set_step_mode(net, "m")
-    model = SpikingEventClassifier(net, T).eval()
+    parts = (layer.Flatten(), layer.Linear(32, 12), neuron.LIFNode(), layer.Linear(12, 3))
+    model = in_steps(*parts, kind=SpikingEventClassifier)
+    model.net[1].weight.data *= 4
     x = torch.rand(8, T, 2, 4, 4)
     y = model(x).argmax(1)
-    alone, together = (verify(model, x, y, 0.02, method=method) for method in ("ibp", "joint"))
+    alone = verify(model, x, y, 0.02, method="ibp")
+    together = verify(model, x, y, 0.02, method="joint")
     assert together.stepwise == ()
     gains = torch.tensor(together.margin) - torch.tensor(alone.margin)
-    assert bool((gains >= 0).all())
+    assert (gains >= 0).all()
     assert float(gains.max()) > 0.01
 
 
 def test_images_that_do_not_fit_into_memory_go_one_after_the_other(monkeypatch):
     model = classifier(convolutional, NEURONS["LIF"])
-    x = torch.rand(5, 2, 8, 8)
-    y = model(x).argmax(1)
+    x, y = batch(model, 5)
     whole = verify(model, x, y, 0.01)
     done = []
     monkeypatch.setattr(joint, "_ELEMENTS", 1)
     parts = verify(model, x, y, 0.01, on_batch=done.append)
     assert done == [1, 2, 3, 4, 5]
-    torch.testing.assert_close(torch.tensor(parts.margin), torch.tensor(whole.margin))
+    assert_close(torch.tensor(parts.margin), torch.tensor(whole.margin))
     assert parts.correct == whole.correct
 
 
@@ -618,4 +623,53 @@ def test_shipped_networks_are_proved_as_documented(name, goals):
         assert 100 * result.accuracy >= least
         proved = torch.tensor(result.verified)
         z = pgd(model, x, y, eps=eps, step_size=eps / 4, steps=20)
-        assert bool((model(z).argmax(1) == y)[proved].all())
+        right = model(z).argmax(1) == y
+        assert right[proved].all()
+
+
+class InFloat64(joint.JointRun):
+    """A run whose sums over time are computed in float64, as if the network were."""
+
+    def _through(self, weights):
+        self.dtype = torch.float64
+        found = super()._through(weights)
+        self.dtype = torch.float32
+        return found
+
+
+def sums_of(kind, model, x):
+    """Bounds of random sums of the currents of every later layer, as a run computes them."""
+    found = []
+
+    class Noting(kind):
+        def _through(self, weights):
+            found.append(super()._through(weights))
+            return found[-1]
+
+    run = Noting(bounded_neurons(model), len(x), over_time=over_time(model, x))
+    with full_precision(x.device):
+        bounded_logits(model, run, x, 0.01)
+    return found
+
+
+@pytest.mark.parametrize("build", NETWORKS[:2])
+@pytest.mark.parametrize("node", ["IF", "DLIF"])
+def test_sums_in_float32_are_around_those_in_float64(build, node):
+    gaps = []
+    for seed in range(4):
+        model = classifier(build, NEURONS[node], seed=seed)
+        x = torch.rand(8, 2, 8, 8)
+        narrow = sums_of(joint.JointRun, model, x)
+        wide = sums_of(InFloat64, model, x)
+        for one, other in zip(narrow[:1], wide[:1], strict=True):
+            gaps += [other.low - one.low, one.high - other.high]
+    assert len(gaps) > 2
+    for gap in gaps:
+        assert float(gap.min()) >= 0
+        assert float(gap.max()) < 1e-3
+
+
+def test_sums_whose_rounding_is_forgotten_are_noticed(monkeypatch):
+    monkeypatch.setattr(rules, "gamma", lambda terms: 0.0)
+    with pytest.raises(AssertionError):
+        test_sums_in_float32_are_around_those_in_float64(NETWORKS[1], "IF")

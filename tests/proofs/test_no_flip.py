@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from proofs import fuzz, test_verification
+from proofs import fuzz, networks
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
@@ -14,7 +14,7 @@ from sj_robust.classifier import PoissonEncoder, SpikingClassifier, SpikingEvent
 from sj_robust.neuron.charging import read_charging
 from sj_robust.proofs import UnsoundBoundsError, no_flip_radius, rounding
 
-NEURONS = test_verification.NEURONS | {
+NEURONS = networks.NEURONS | {
     "IF soft": lambda: neuron.IFNode(v_reset=None),
     "PLIF without input decay": lambda: neuron.ParametricLIFNode(decay_input=False),
 }
@@ -42,13 +42,17 @@ def spikes(model, x):
     return fuzz.run_of(model, x)[0]["3"][0].detach()
 
 
+FORMS = [(name, False) for name in NEURONS] + [("LIF", True), ("DLIF soft", True)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("frames", [False, True], ids=["images", "frames"])
-@pytest.mark.parametrize("name", NEURONS)
+@pytest.mark.parametrize(("name", "frames"), FORMS)
 def test_no_spike_flips_below_the_radius_and_one_flips_just_above_it(name, frames, monkeypatch):
     model = network(NEURONS[name](), frames)
-    x = 0.3 + 0.4 * torch.rand((3, 4, 2, 6, 6) if frames else (3, 2, 6, 6))
-    exact, wide = copy.deepcopy(model).double(), x.double()
+    shape = (3, 4, 2, 6, 6) if frames else (3, 2, 6, 6)
+    x = 0.3 + 0.4 * torch.rand(shape)
+    exact = copy.deepcopy(model).double()
+    wide = x.double()
     in_float32 = no_flip_radius(model, x, batch_size=2)
     monkeypatch.setattr(rounding, "_UNIT", 0.0)
     radius = no_flip_radius(exact, wide, batch_size=2)  # without float32's rounding
@@ -56,28 +60,37 @@ def test_no_spike_flips_below_the_radius_and_one_flips_just_above_it(name, frame
     assert (in_float32 > 0).all()
     clean = spikes(exact, wide)
     for number in range(3):
-        image, usual = wide[number : number + 1], clean[:, number : number + 1]
-        at_random = torch.randn(200, *x.shape[1:], dtype=torch.float64)
-        at_random /= at_random.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
+        image = wide[number : number + 1]
+        usual = clean[:, number : number + 1]
         # Along the gradient of each potential; the closest neuron flips there, and nowhere below.
         worst = torch.cat(worst_direction(exact, image))
-        steps = torch.cat([at_random, worst, -worst])
-        assert (spikes(exact, image + 0.999 * radius[number] * steps) == usual).all()
-        assert (
-            spikes(exact, image + 1.001 * radius[number] * torch.cat([worst, -worst])) != usual
-        ).any()
+        both_ways = torch.cat([worst, -worst])
+        steps = torch.cat([unit_steps(200, shape[1:]), both_ways])
+        below = image + 0.999 * radius[number] * steps
+        above = image + 1.001 * radius[number] * both_ways
+        assert (spikes(exact, below) == usual).all()
+        assert (spikes(exact, above) != usual).any()
+
+
+def unit_steps(count, shape, dtype=torch.float64):
+    """Steps of length one in random directions."""
+    steps = torch.randn(count, *shape, dtype=dtype).flatten(1)
+    steps /= steps.norm(dim=1, keepdim=True)
+    return steps.view(count, *shape)
 
 
 def worst_direction(model, x):
     """Unit gradients of all potentials before firing, with spikes held, for one image."""
-    node, x = model.net[3], x.clone().requires_grad_()
+    node = model.net[3]
+    x = x.clone().requires_grad_()
     held = spikes(model, x)
     currents = []
     handle = node.register_forward_pre_hook(lambda module, args: currents.append(args[0]))
     model(x)
     handle.remove()
     charging = read_charging(node)
-    v, found = torch.full_like(currents[0][0], node.v_reset or 0.0), []
+    v = torch.full_like(currents[0][0], node.v_reset or 0.0)
+    found = []
     for t, current in enumerate(currents[0]):
         reset = 0.0 if node.v_reset is None else (1 - charging.decay) * node.v_reset
         h = charging.decay * v + charging.gain_at(t, input_gain=True) * current + reset
@@ -98,7 +111,8 @@ def test_what_float32_rounds_is_taken_from_the_distance_to_the_threshold():
     nn.init.uniform_(net[0].weight, 0.0, 0.01)
     model = SpikingClassifier(net, 1).eval()
     weight = net[0].weight.detach().double()
-    exact, norm = float(weight @ x[0].double()), float(weight.norm())
+    exact = float(weight @ x[0].double())
+    norm = float(weight.norm())
     for distance, rounded in ((1e-8, True), (1e-3, False)):
         net[1].v_threshold = exact + distance
         radius = float(no_flip_radius(model, x))
@@ -117,9 +131,8 @@ def test_no_float32_spike_flips_within_the_radius(name):
     radius = no_flip_radius(model, x)
     clean = spikes(model, x)
     for number in range(len(x)):
-        direction = torch.randn(200, 2, 6, 6)
-        direction /= direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-        z = x[number : number + 1] + 0.99 * float(radius[number]) * direction
+        step = 0.99 * float(radius[number]) * unit_steps(200, (2, 6, 6), torch.float32)
+        z = x[number : number + 1] + step
         assert (spikes(model, z) == clean[:, number : number + 1]).all()
 
 
@@ -128,7 +141,8 @@ class Past(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.node, self.head = neuron.IFNode(step_mode="m"), nn.Linear(4, 2)
+        self.node = neuron.IFNode(step_mode="m")
+        self.head = nn.Linear(4, 2)
 
     def forward(self, x):
         return self.head(self.node(x) + x)

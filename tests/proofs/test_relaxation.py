@@ -7,12 +7,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from proofs import fuzz
-from proofs.test_verification import NETWORKS, NEURONS, T, classifier, perturbed
+from proofs.networks import (
+    NETWORKS,
+    NEURONS,
+    SAMPLED,
+    T,
+    assert_keep_their_class,
+    batch,
+    classifier,
+    in_steps,
+    perturbed,
+)
 from scipy import sparse
-from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from spikingjelly.activation_based import layer, neuron, surrogate
 from torch import nn
 
 from sj_robust import SpikingClassifier
@@ -37,57 +45,52 @@ def relaxed(model, x, eps, *, tight=False):
 
 def bounds_of(maps, run, model, weights, *given, samples=None, **slopes):
     """Of one weighted sum for each sample, unless its sample is given for each sum."""
+    if samples is None:
+        samples = torch.arange(len(weights))
     with full_precision(weights.device), preserved(model):
-        return minimum(
-            maps,
-            run,
-            torch.arange(len(weights)) if samples is None else samples,
-            weights,
-            *given,
-            **slopes,
-        )
+        return minimum(maps, run, samples, weights, *given, **slopes)
+
+
+def normal(*size, generator=None):
+    return torch.randn(*size, generator=generator, dtype=torch.float64)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("node", NEURONS)
-@pytest.mark.parametrize("build", NETWORKS)
-def test_no_weighted_sum_of_logits_and_no_spike_leaves_its_bounds(build, node):
-    for step_mode in ("m", "s"):
-        model = classifier(
-            build, NEURONS[node], step_mode=step_mode, mean=[0.5, 0.4], std=[0.3, 0.2]
-        )
-        x = torch.rand(3, 2, 8, 8)
-        y = model(x).argmax(1)
-        for eps in (0.003, 0.03):
-            maps, run = relaxed(model, x, eps, tight=eps == 0.003)
-            weights = torch.randn(3, 3, dtype=torch.float64)
-            lower = bounds_of(maps, run, model, weights).value
-            for z in perturbed(model, x, y, eps):
-                seen, outputs = fuzz.run_of(model, z)
-                assert bool(((outputs.double() * weights).sum(1) >= lower).all()), (step_mode, eps)
-                counts = dict.fromkeys(seen, 0)
-                for stage in run.stages:
-                    if stage.neuron is None:
-                        continue
-                    for step in stage.steps:
-                        spikes = seen[stage.neuron.name][0][counts[stage.neuron.name]].bool()
-                        counts[stage.neuron.name] += 1
-                        assert bool(
-                            (spikes <= step.fires).all() and (~spikes <= step.quiet).all()
-                        ), eps
+@pytest.mark.parametrize(("build", "node", "step_mode"), SAMPLED)
+def test_no_weighted_sum_of_logits_and_no_spike_leaves_its_bounds(build, node, step_mode):
+    options = {"mean": [0.5, 0.4], "std": [0.3, 0.2]}
+    model = classifier(build, NEURONS[node], step_mode=step_mode, **options)
+    x, y = batch(model, 3)
+    for eps, tight in ((0.003, True), (0.03, False)):
+        maps, run = relaxed(model, x, eps, tight=tight)
+        weights = normal(3, 3)
+        lower = bounds_of(maps, run, model, weights).value
+        for z in perturbed(model, x, y, eps):
+            seen, logits = fuzz.run_of(model, z)
+            sums = (logits.double() * weights).sum(1)
+            assert (sums >= lower).all(), eps
+            steps_of = {name: iter(spikes.bool()) for name, (spikes, _) in seen.items()}
+            for stage in run.stages:
+                if stage.neuron is None:
+                    continue
+                for step in stage.steps:
+                    spikes = next(steps_of[stage.neuron.name])
+                    assert (spikes <= step.fires).all(), eps
+                    assert (~spikes <= step.quiet).all(), eps
 
 
 @pytest.mark.parametrize("slopes", [-3.0, 0.0, 2.0])
 def test_any_slopes_are_sound(slopes):
     model = classifier(NETWORKS[0], NEURONS["DLIF soft"])
-    x = torch.rand(4, 2, 8, 8)
+    x, y = batch(model, 4)
     maps, run = relaxed(model, x, 0.02)
-    weights = torch.randn(4, 3, dtype=torch.float64)
+    weights = normal(4, 3)
     first = bounds_of(maps, run, model, weights)
     moved = {key: slope + slopes * torch.rand_like(slope) for key, slope in first.slopes.items()}
     lower = bounds_of(maps, run, model, weights, slopes=moved).value
-    for z in perturbed(model, x, model(x).argmax(1), 0.02):
-        assert bool(((model(z).detach().double() * weights).sum(1) >= lower).all())
+    for z in perturbed(model, x, y, 0.02):
+        sums = (model(z).detach().double() * weights).sum(1)
+        assert (sums >= lower).all()
 
 
 def test_without_open_spikes_the_bound_is_that_of_the_affine_map():
@@ -96,10 +99,10 @@ def test_without_open_spikes_the_bound_is_that_of_the_affine_map():
         model = classifier(NETWORKS[1], NEURONS[node])
         x = torch.rand(2, 2, 8, 8)
         maps, run = relaxed(model, x, 0.0)
-        weights = torch.randn(2, 3, dtype=torch.float64)
+        weights = normal(2, 3)
         found = (model(x).detach().double() * weights).sum(1)
         lower = bounds_of(maps, run, model, weights).value
-        assert bool((lower <= found).all())
+        assert (lower <= found).all()
         torch.testing.assert_close(lower, found, atol=1e-3, rtol=0)
 
 
@@ -129,64 +132,68 @@ def test_a_jump_is_bounded_by_an_edge_of_its_hull(on_spike, on_potential, upper,
 
 def small(node, *, seed=0):
     torch.manual_seed(seed)
-    net = nn.Sequential(layer.Linear(3, 5), node(), layer.Linear(5, 4), node(), layer.Linear(4, 3))
-    for module in net:
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, 0.5, 2.0)  # so that neurons fire, each at some inputs
-    functional.set_step_mode(net, "m")
-    return SpikingClassifier(net, T).eval()
+    parts = (layer.Linear(3, 5), node(), layer.Linear(5, 4), node(), layer.Linear(4, 3))
+    for part in parts[::2]:
+        nn.init.normal_(part.weight, 0.5, 2.0)  # so that neurons fire, each at some inputs
+    return in_steps(*parts)
+
+
+def pixels(count, *, seed, dtype=torch.float32):
+    """Images for :func:`small`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, 3, generator=generator, dtype=dtype)
 
 
 def grid(x, eps, points):
     """All points of a lattice in the box of one image [1, features]."""
-    lower, upper = (x - eps).clamp(min=0)[0], (x + eps).clamp(max=1)[0]
+    lower = (x - eps).clamp(min=0)[0]
+    upper = (x + eps).clamp(max=1)[0]
     share = torch.linspace(0, 1, points)
     axes = [low + share * (high - low) for low, high in zip(lower, upper, strict=True)]
     return torch.cartesian_prod(*axes).clamp(lower, upper)
 
 
 @pytest.mark.slow
-@settings(max_examples=4, deadline=None)
-@given(
-    seed=st.integers(0, 10**6),
-    eps=st.sampled_from([0.02, 0.1, 0.3]),
-    node=st.sampled_from(["LIF", "LIF soft", "DLIF"]),
+@pytest.mark.parametrize(
+    ("seed", "eps", "node"),
+    [(1, 0.02, "LIF"), (2, 0.1, "DLIF"), (3, 0.3, "LIF soft")],
 )
 def test_exact_agrees_with_a_lattice_and_stands_between_the_bounds_and_attacks(seed, eps, node):
     model = small(NEURONS[node], seed=seed)
-    x = torch.rand(2, 3, generator=torch.Generator().manual_seed(seed))
+    x = pixels(2, seed=seed)
     y = model(x).argmax(1)
-    results = {
-        method: verify(model, x, y, eps, method=method, time_limit=20.0 if method == "mip" else 3.0)
-        for method in METHODS
-    }
-    for result in results.values():
-        for i in range(2):
-            fooled = bool((model(grid(x[i : i + 1], eps, 12)).argmax(1) != y[i]).any())
-            assert not (result.verified[i] and (fooled or result.broken[i]))
+    limits = dict.fromkeys(METHODS, 3.0) | {"mip": 5.0}
+    results = {}
+    for method, limit in limits.items():
+        results[method] = verify(model, x, y, eps, method=method, time_limit=limit)
+    for i in range(2):
+        lattice = grid(x[i : i + 1], eps, 12)
+        fooled = bool((model(lattice).argmax(1) != y[i]).any())
+        for result in results.values():
+            assert not (result.verified[i] and fooled)
+            assert not (result.verified[i] and result.broken[i])
             if result.broken[i]:
-                z = result.x_adv[i : i + 1]
-                assert int(model(z).argmax(1)) != int(y[i])
-                assert float((z.double() - x[i : i + 1].double()).abs().max()) <= eps
-                assert float(z.min()) >= 0
-                assert float(z.max()) <= 1
-            if fooled:
-                assert not results["mip"].verified[i]
-    for looser, tighter in (
-        ("ibp", "joint"),
-        ("joint", "crown"),
-        ("crown", "bab"),
-        ("joint", "mip"),
-    ):
-        verified = zip(results[looser].verified, results[tighter].verified, strict=True)
-        assert all(after or not before for before, after in verified)
-    assert sum(results["mip"].unknown) <= 1, results["mip"].table()
-    assert not any(
-        a and b for a, b in zip(results["bab"].broken, results["mip"].verified, strict=True)
-    )
-    assert not any(
-        a and b for a, b in zip(results["bab"].verified, results["mip"].broken, strict=True)
-    )
+                assert_broken(model, x[i], y[i], eps, result.x_adv[i])
+    for looser, tighter in STRONGER:
+        for before, after in zip(results[looser].verified, results[tighter].verified, strict=True):
+            assert after or not before
+    branched = results["bab"]
+    exact = results["mip"]
+    assert sum(exact.unknown) <= 1, exact.table()
+    for i in range(2):
+        assert not (branched.broken[i] and exact.verified[i])
+        assert not (branched.verified[i] and exact.broken[i])
+
+
+STRONGER = [("ibp", "joint"), ("joint", "crown"), ("crown", "bab"), ("joint", "mip")]
+
+
+def assert_broken(model, x, y, eps, z):
+    """An image within the ball and [0, 1] that gets another class."""
+    assert int(model(z.unsqueeze(0)).argmax(1)) != int(y)
+    assert float((z.double() - x.double()).abs().max()) <= eps
+    assert float(z.min()) >= 0
+    assert float(z.max()) <= 1
 
 
 def test_margins_are_never_below_those_of_intervals_and_the_networks_own_at_zero():
@@ -200,9 +207,9 @@ def test_margins_are_never_below_those_of_intervals_and_the_networks_own_at_zero
         )
         assert joint.layers == crown.layers == bab.layers
         for before, after in ((plain, joint), (joint, crown), (crown, bab)):
-            assert all(
-                a >= b for a, b in zip(after.margin, before.margin, strict=True) if a > -torch.inf
-            )
+            for a, b in zip(after.margin, before.margin, strict=True):
+                if a > -torch.inf:
+                    assert a >= b
         if eps == 0.0:
             assert bab.verified == tuple(correct.tolist()) == crown.verified
             assert bab.broken == tuple((~correct).tolist())
@@ -230,10 +237,9 @@ def test_exact_goes_through_pooling_residuals_and_single_steps(step_mode):
         for eps in (0.02, 0.4):
             result = verify(model, x, y, eps, method="mip", time_limit=20.0)
             assert not any(result.unknown)
-            held = torch.tensor(result.verified)
-            for z in perturbed(model, x, y, eps):
-                assert bool((model(z).argmax(1) == y)[held].all())
-            broken, verified = broken + sum(result.broken), verified + sum(result.verified)
+            assert_keep_their_class(model, x, y, eps, result.verified)
+            broken += sum(result.broken)
+            verified += sum(result.verified)
     assert broken > 0
     assert verified > 0
 
@@ -241,41 +247,51 @@ def test_exact_goes_through_pooling_residuals_and_single_steps(step_mode):
 @pytest.mark.slow
 def test_the_limit_of_time_ends_the_search():
     model = classifier(NETWORKS[1], NEURONS["LIF"])
-    x = torch.rand(2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
-    y = model(x).argmax(1)
+    x, y = batch(model, 1)
     for method in ("bab", "mip"):
         result = verify(model, x, y, 0.05, method=method, time_limit=1e-3)
-        assert all(
-            a + b + c == 1
-            for a, b, c in zip(result.verified, result.broken, result.unknown, strict=True)
-        )
+        for verdicts in zip(result.verified, result.broken, result.unknown, strict=True):
+            assert sum(verdicts) == 1
         assert any(result.unknown)
 
 
 def test_a_network_in_float64_is_broken_by_images_in_float64():
     model = small(neuron.IFNode, seed=3).double()
-    x = torch.rand(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))[1:]
+    x = pixels(2, seed=0, dtype=torch.float64)[1:]
     y = model(x).argmax(1)
     for method in ("bab", "mip"):
         result = verify(model, x, y, 0.5, method=method)
-        assert any(result.broken)
-        assert bool((model(result.x_adv).argmax(1) != y)[torch.tensor(result.broken)].all())
+        assert result.broken == (True,)
+        assert_broken(model, x[0], y[0], 0.5, result.x_adv[0])
 
 
 def one_neuron(v_reset):
     """Two neurons on one input in [0, 1], at threshold 0.5 and, in the second step, after the
     reset.
     """
-    net = nn.Sequential(
-        nn.Linear(1, 2), neuron.IFNode(v_threshold=0.5, v_reset=v_reset, step_mode="m")
-    )
-    net[0].weight.data, net[0].bias.data = torch.tensor([[0.5], [-0.5]]), torch.tensor([0.2, 0.7])
-    return SpikingClassifier(net, 2).eval()
+    linear = nn.Linear(1, 2)
+    linear.weight.data = torch.tensor([[0.5], [-0.5]])
+    linear.bias.data = torch.tensor([0.2, 0.7])
+    return in_steps(linear, neuron.IFNode(v_threshold=0.5, v_reset=v_reset), T=2)
+
+
+def pixel(value):
+    """An image for :func:`one_neuron`."""
+    return torch.full((1, 1), value)
+
+
+def verdict(model, x, eps, *, method="mip"):
+    """What is said of the class that a network gives one image."""
+    return verify(model, x, model(x).argmax(1), eps, method=method)
+
+
+def row(*values):
+    return torch.tensor([values], dtype=torch.float64)
 
 
 def lowest_with(model, slopes, weights, change=lambda run: None):
     """Bounds [R] of weighted logits over x in [0, 1], from slopes of every step."""
-    maps, run = relaxed(model, torch.full((1, 1), 0.5), 0.5)
+    maps, run = relaxed(model, pixel(0.5), 0.5)
     change(run)
     samples = torch.zeros(len(weights), dtype=torch.long)
     return bounds_of(maps, run, model, weights, samples=samples, slopes=slopes).value
@@ -285,39 +301,32 @@ def lowest_with(model, slopes, weights, change=lambda run: None):
 def test_every_end_of_both_pieces_holds_the_line_down(v_reset):
     model = one_neuron(v_reset)
     generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(512, 2, generator=generator, dtype=torch.float64)
+    weights = normal(512, 2, generator=generator)
     x = torch.linspace(0, 1, 4001).unsqueeze(1)
     seen = (model(x).detach().double() @ weights.T).amin(0)
     for scale in (0.2, 1.0, 4.0):
-        slopes = {
-            (0, t): scale * torch.randn(512, 2, generator=generator, dtype=torch.float64)
-            for t in (0, 1)
-        }
-        assert bool((lowest_with(model, slopes, weights) <= seen).all())
+        slopes = {}
+        for t in (0, 1):
+            slopes[0, t] = scale * normal(512, 2, generator=generator)
+        assert (lowest_with(model, slopes, weights) <= seen).all()
 
 
 def test_errors_of_charge_and_reset_widen_the_bound_by_the_weight_on_them(monkeypatch):
     model = one_neuron(0.0)
-    weights = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-    slopes = {
-        (0, 1): torch.tensor([[2.0, 0.0]]).double(),
-        (0, 0): torch.tensor([[3.0, 0.0]]).double(),
-    }
+    weights = row(1.0, 0.0)
 
     def wrong_charge(run):
-        run.stages[0].steps[0].error = run.stages[0].steps[0].error + 0.5
+        step = run.stages[0].steps[0]
+        step.error = step.error + 0.5
 
-    before = lowest_with(model, slopes, weights)
-    assert float(before - lowest_with(model, slopes, weights, wrong_charge)) == pytest.approx(
-        3.0 * 0.5
-    )
-    falling = slopes | {(0, 0): -slopes[0, 0]}
-    before = lowest_with(model, falling, weights)
-    assert float(before - lowest_with(model, falling, weights, wrong_charge)) == pytest.approx(
-        3.0 * 0.5
-    )
+    for slope in (3.0, -3.0):
+        slopes = {(0, 1): row(2.0, 0.0), (0, 0): row(slope, 0.0)}
+        before = lowest_with(model, slopes, weights)
+        after = lowest_with(model, slopes, weights, wrong_charge)
+        assert float(before - after) == pytest.approx(3.0 * 0.5)
     monkeypatch.setattr(relaxation, "reset_rounding", lambda size, rest, threshold: 0.25 * size)
-    assert float(before - lowest_with(model, slopes, weights)) > 2.0 * 0.25 * 0.5
+    after = lowest_with(model, slopes | {(0, 0): row(3.0, 0.0)}, weights)
+    assert float(before - after) > 2.0 * 0.25 * 0.5
 
 
 def test_the_largest_potential_is_that_of_the_input_just_below_the_threshold():
@@ -325,31 +334,30 @@ def test_the_largest_potential_is_that_of_the_input_just_below_the_threshold():
     just that.
     """
     model = one_neuron(0.0)
-    maps, run = relaxed(model, torch.full((1, 1), 0.5), 0.5)
-    weights = torch.tensor([[-1.0, 0.0]], dtype=torch.float64)
+    maps, run = relaxed(model, pixel(0.5), 0.5)
     for slope in (-2.0, 0.0, 1.0, 3.0):
-        slopes = {(0, 0): torch.tensor([[slope, 0.0]], dtype=torch.float64)}
-        largest = -float(bounds_of(maps, run, model, weights, (0, 1), slopes=slopes).value)
-        assert largest >= 1.0
+        slopes = {(0, 0): row(slope, 0.0)}
+        least = bounds_of(maps, run, model, row(-1.0, 0.0), (0, 1), slopes=slopes).value
+        assert float(least) <= -1.0
         if slope == 1.0:
-            assert largest == pytest.approx(1.0, abs=1e-4)
+            assert float(least) == pytest.approx(-1.0, abs=1e-4)
 
 
 def test_without_scipy_mip_says_what_to_install(monkeypatch):
-    model = one_neuron(0.0)
     monkeypatch.setitem(sys.modules, "scipy.sparse", None)
     without_shortcuts(monkeypatch)
-    x = torch.full((1, 1), 0.5)
     with pytest.raises(ModuleNotFoundError, match="scipy, which is not installed: pip install"):
-        verify(model, x, model(x).argmax(1), 0.5, method="mip")
+        verdict(one_neuron(0.0), pixel(0.5), 0.5)
 
 
 def without_shortcuts(monkeypatch):
     """Neither a first bound proves an image nor the corner of one breaks it."""
+
+    def no_bound(prover, images, labels):
+        return torch.full((len(images),), -1.0).double()
+
     monkeypatch.setattr(Prover, "broken", lambda *args, **kwargs: None)
-    monkeypatch.setattr(
-        Prover, "crown", lambda self, images, labels: torch.full((len(images),), -1.0).double()
-    )
+    monkeypatch.setattr(Prover, "crown", no_bound)
 
 
 @pytest.mark.parametrize("answers", ["2", "1", "x2"])
@@ -360,13 +368,12 @@ def test_no_word_of_the_solver_alone_is_a_proof(monkeypatch, answers):
 
     def milp(costs, **arguments):
         answer = next(said)
-        return SimpleNamespace(
-            x=costs + 0.5 if answer == "x" else None, status=0 if answer == "x" else int(answer)
-        )
+        if answer == "x":
+            return SimpleNamespace(x=costs + 0.5, status=0)
+        return SimpleNamespace(x=None, status=int(answer))
 
     monkeypatch.setattr("scipy.optimize.milp", milp)
-    model, x = one_neuron(0.0), torch.full((1, 1), 0.2)
-    assert verify(model, x, model(x).argmax(1), 0.8, method="mip").verified == (False,)
+    assert verdict(one_neuron(0.0), pixel(0.2), 0.8).verified == (False,)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -381,7 +388,7 @@ def test_a_tree_of_linear_programs_closes_what_is_robust(seed, monkeypatch):
 
     monkeypatch.setattr(Prover, "rivals", all_open)
     model = small(NEURONS["LIF"], seed=seed)
-    x = torch.rand(1, 3, generator=torch.Generator().manual_seed(seed))
+    x = pixels(1, seed=seed)
     y = model(x).argmax(1)
     monkeypatch.setattr(verification._Batch, "open_ones", lambda batch: [0])
     result = verify(model, x, y, 0.05, method="mip", time_limit=30.0)
@@ -393,8 +400,10 @@ def test_multipliers_of_any_kind_give_a_lower_bound():
     generator = np.random.default_rng(0)
     for _ in range(50):
         matrix = sparse.csr_matrix(generator.normal(size=(5, 4)))
-        costs, limits = generator.normal(size=4), generator.uniform(0.5, 1.0, size=5)
-        lower, upper = -np.ones(4), np.ones(4)
+        costs = generator.normal(size=4)
+        limits = generator.uniform(0.5, 1.0, size=5)
+        lower = -np.ones(4)
+        upper = np.ones(4)
         points = generator.uniform(-1.0, 1.0, size=(2000, 4))
         allowed = points[(points @ matrix.T <= limits).all(1)]
         for size in (0.0, 1.0, 100.0):
@@ -407,15 +416,14 @@ def test_multipliers_of_any_kind_give_a_lower_bound():
 def test_a_program_with_large_coefficients_is_not_solved(monkeypatch, factor):
     without_shortcuts(monkeypatch)
     monkeypatch.setattr("scipy.optimize.milp", lambda *args, **kwargs: pytest.fail("solved"))
-    model, x = one_neuron(0.0), torch.full((1, 1), 0.5)
+    model = one_neuron(0.0)
     model.net[0].weight.data *= 4 * factor
-    assert verify(model, x, model(x).argmax(1), 0.5, method="mip").unknown == (True,)
+    assert verdict(model, pixel(0.5), 0.5).unknown == (True,)
 
 
 def test_a_program_finds_the_spike_that_loses_the_lead(monkeypatch):
     without_shortcuts(monkeypatch)
-    model, x = one_neuron(0.0), torch.full((1, 1), 0.2)
-    assert verify(model, x, model(x).argmax(1), 0.8, method="mip").broken == (True,)
+    assert verdict(one_neuron(0.0), pixel(0.2), 0.8).broken == (True,)
 
 
 class Step(surrogate.ATan):
@@ -430,7 +438,8 @@ class Aside(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.node, self.head = neuron.IFNode(step_mode="m"), nn.Linear(3, 2)
+        self.node = neuron.IFNode(step_mode="m")
+        self.head = nn.Linear(3, 2)
 
     def forward(self, x):
         self.node(x)
@@ -440,57 +449,52 @@ class Aside(nn.Module):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_network_without_a_gradient_to_its_input_is_searched_as_any_other(method):
     torch.manual_seed(0)
-    steps = nn.Sequential(
-        nn.Linear(3, 5), neuron.IFNode(surrogate_function=Step(), step_mode="m"), nn.Linear(5, 2)
-    )
-    for net in (steps, Aside()):
-        model = SpikingClassifier(net, T).eval()
+    steps = neuron.IFNode(surrogate_function=Step())
+    without_slope = in_steps(nn.Linear(3, 5), steps, nn.Linear(5, 2))
+    beside = SpikingClassifier(Aside(), T).eval()
+    for model in (without_slope, beside):
         x = torch.rand(4, 3)
         y = model(x).argmax(1)
         result = verify(model, x, y, 0.3, method=method, time_limit=2.0)
         for number, verified in enumerate(result.verified):
             points = grid(x[number : number + 1], 0.3, 8)
-            assert not (verified and (model(points).argmax(1) != y[number]).any())
+            same = model(points).argmax(1) == y[number]
+            assert same.all() or not verified
 
 
 def test_a_bound_that_is_not_a_number_proves_nothing(monkeypatch):
-    model, x = small(neuron.IFNode), torch.full((1, 3), 0.5)
-    y = model(x).argmax(1)
+    model = small(neuron.IFNode)
+    x = torch.full((1, 3), 0.5)
+
+    def no_number(maps, run, samples, *rest):
+        nothing = torch.full((len(samples),), torch.nan, dtype=torch.float64)
+        return SimpleNamespace(value=nothing)
+
     nothing = SimpleNamespace(value=torch.full((2,), torch.nan))
     with monkeypatch.context() as patch:
         without_shortcuts(patch)
         patch.setattr(branching, "raised", lambda *args, **rounds: nothing)
         patch.setattr(Prover, "_branched", lambda *args: (torch.nan, None))
-        assert verify(model, x, y, 0.5, method="bab").verified == (False,)
+        assert verdict(model, x, 0.5, method="bab").verified == (False,)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            relaxation,
-            "minimum",
-            lambda maps, run, samples, *rest: SimpleNamespace(
-                value=torch.full((len(samples),), torch.nan, dtype=torch.float64)
-            ),
-        )
+        patch.setattr(relaxation, "minimum", no_number)
         _, run = relaxed(model, x, 0.3, tight=True)
     _, plain = relaxed(model, x, 0.3)
-    assert not bool(run.empty.any())
-    assert all(
-        torch.equal(step.lower, other.lower)
-        for stage, same in zip(run.stages, plain.stages, strict=True)
-        for step, other in zip(stage.steps, same.steps, strict=True)
-    )
+    assert not run.empty.any()
+    for stage, same in zip(run.stages, plain.stages, strict=True):
+        for step, other in zip(stage.steps, same.steps, strict=True):
+            assert torch.equal(step.lower, other.lower)
 
 
 def test_branch_and_bound_proves_every_rival(monkeypatch):
     without_shortcuts(monkeypatch)
     bounds = iter((1.0, -1.0))
-    monkeypatch.setattr(
-        branching,
-        "raised",
-        lambda *args, **rounds: SimpleNamespace(value=torch.tensor([-1.0, -1.0])),
-    )
+    open_ones = SimpleNamespace(value=torch.tensor([-1.0, -1.0]))
+    monkeypatch.setattr(branching, "raised", lambda *args, **rounds: open_ones)
     monkeypatch.setattr(Prover, "_branched", lambda *args: (next(bounds), None))
-    model, x = small(neuron.IFNode), torch.full((1, 3), 0.5)
-    assert verify(model, x, model(x).argmax(1), 0.5, method="bab").verified == (False,)
+    model = small(neuron.IFNode)
+    x = torch.full((1, 3), 0.5)
+    assert verdict(model, x, 0.5, method="bab").verified == (False,)
 
 
 class BesideItsMaximum(nn.Module):
@@ -500,44 +504,53 @@ class BesideItsMaximum(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.pool, self.node = nn.MaxPool2d((1, 2)), neuron.IFNode(step_mode="m", v_threshold=9.0)
+        self.pool = nn.MaxPool2d((1, 2))
+        self.node = neuron.IFNode(step_mode="m", v_threshold=9.0)
 
     def forward(self, x_seq):
         x = x_seq.flatten(0, 1) * torch.tensor([2.0, 1.0])
         greatest = self.pool(x)
-        other = x[..., 1:] - 0.1 + self.node(greatest[None])[0]
-        return torch.cat((greatest, other), 1).flatten(1).unflatten(0, (1, -1))
+        silent = self.node(greatest[None])[0]
+        other = x[..., 1:] - 0.1 + silent
+        logits = torch.cat((greatest, other), 1).flatten(1)
+        return logits.unsqueeze(0)
 
 
 def test_the_rounding_of_every_term_lowers_the_bound(monkeypatch):
-    weights, bounds = torch.eye(2, dtype=torch.float64), []
+    weights = torch.eye(2, dtype=torch.float64)
+    bounds = []
     for rounding in (0.0, 1.0):  # in place of 1e-10, which would be lost in the sum
         monkeypatch.setattr(relaxation, "_ROUNDING", rounding)
         bounds.append(lowest_with(one_neuron(0.0), None, weights))
-    assert bool(
-        (bounds[0] - bounds[1] > bounds[0].abs()).all()
-    )  # the terms' sizes are more than their sum's
+    # the terms' sizes are more than their sum's
+    assert (bounds[0] - bounds[1] > bounds[0].abs()).all()
 
 
 def test_back_substitution_moves_both_ends_of_potentials_inwards():
     model = small(neuron.IFNode)
-    x, ends = torch.rand(6, 3), {}
-    for tight in (False, True):
-        _, run = relaxed(model, x, 0.15, tight=tight)
-        steps = [step for stage in run.stages for step in stage.steps]
-        ends[tight] = [
-            torch.cat([getattr(step, end).flatten() for step in steps])
-            for end in ("lower", "upper")
-        ]
-    for inwards in (ends[True][0] - ends[False][0], ends[False][1] - ends[True][1]):
+    x = torch.rand(6, 3)
+    lower, upper = potentials(model, x, tight=False)
+    tight_lower, tight_upper = potentials(model, x, tight=True)
+    for inwards in (tight_lower - lower, upper - tight_upper):
         assert inwards.min() >= 0
         assert inwards.max() > 0.5
 
 
+def potentials(model, x, *, tight):
+    """Both ends of the potentials of all steps of all layers."""
+    _, run = relaxed(model, x, 0.15, tight=tight)
+    lower = []
+    upper = []
+    for stage in run.stages:
+        for step in stage.steps:
+            lower.append(step.lower.flatten())
+            upper.append(step.upper.flatten())
+    return torch.cat(lower), torch.cat(upper)
+
+
 def test_a_maximum_hangs_on_the_value_whose_lower_bound_is_the_largest():
     model = SpikingClassifier(BesideItsMaximum(), T=1).eval()
-    x, y = torch.tensor([[[[0.3, 0.5]]]]), torch.zeros(1, dtype=torch.long)
-    assert [verify(model, x, y, 0.2, method=method).verified for method in ("ibp", "crown")] == [
-        (False,),
-        (True,),
-    ]
+    x = torch.tensor([[[[0.3, 0.5]]]])
+    y = torch.tensor([0])
+    assert verify(model, x, y, 0.2, method="ibp").verified == (False,)
+    assert verify(model, x, y, 0.2, method="crown").verified == (True,)

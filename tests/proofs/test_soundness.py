@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from proofs import fuzz
-from proofs.test_verification import NETWORKS, NEURONS, T, classifier, convolutional
+from proofs.networks import NETWORKS, NEURONS, T, batch, classifier, convolutional
 from spikingjelly.activation_based import neuron, surrogate
 from torch import nn
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.core.preserved import full_precision
-from sj_robust.perturbation.gains import input_maps, perturbation_gains
+from sj_robust.perturbation.gains import perturbation_gains
+from sj_robust.perturbation.gains.operator import input_maps
 from sj_robust.proofs import UnsoundBoundsError, joint, rules, soundness, verify
 from sj_robust.proofs.differentiable import DifferentiableBounds
 from sj_robust.proofs.spiking import Interval
@@ -26,9 +27,12 @@ class Beside(nn.Module):
 
     def __init__(self, branch, *, whole=False):
         super().__init__()
-        self.first, self.node = nn.Linear(4, 6), neuron.LIFNode(step_mode="m")
-        self.last, self.beside = nn.Linear(6, 3), nn.Linear(4, 3)
-        self.branch, self.whole = branch, whole
+        self.first = nn.Linear(4, 6)
+        self.node = neuron.LIFNode(step_mode="m")
+        self.last = nn.Linear(6, 3)
+        self.beside = nn.Linear(4, 3)
+        self.branch = branch
+        self.whole = whole
 
     def forward(self, x):
         if self.whole:
@@ -79,7 +83,8 @@ def test_a_network_without_any_graph_is_refused_by_the_first_layer_that_shows_it
 
 def test_training_for_proofs_looks_at_the_first_batch_and_gains_leave_the_layer_out():
     model = beside(fuzz.without_graph, whole=True)
-    x, y = torch.rand(2, 4), torch.tensor([0, 1])
+    x = torch.rand(2, 4)
+    y = torch.tensor([0, 1])
     with pytest.raises(UnsoundBoundsError, match="autograd does not see"):
         DifferentiableBounds(model.train()).lead(x, y, 0.1)
     assert input_maps(model.net, x)["node"].not_covered is not None
@@ -93,7 +98,7 @@ def test_a_random_network_is_refused_when_one_of_its_maps_is_cut(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 160))
+@pytest.mark.parametrize("seed", range(100, 120))
 def test_many_random_networks_are_refused_when_one_of_their_maps_is_cut(seed):
     assert fuzz.check_cut(seed)
 
@@ -104,9 +109,9 @@ def test_what_is_proved_of_a_random_network_holds_at_many_points(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(300, 330))
+@pytest.mark.parametrize("seed", range(300, 312))
 def test_what_is_proved_of_many_random_networks_holds_at_thousands_of_points(seed):
-    assert fuzz.check(seed, 8000)["inputs"] == 8000
+    assert fuzz.check(seed, 4000)["inputs"] == 4000
 
 
 class TwoLevels(torch.autograd.Function):
@@ -193,7 +198,9 @@ class OtherInPlain(nn.Module):
     """Its input, which counts double in a plain call."""
 
     def forward(self, x):
-        return 2.0 * x if type(x) is torch.Tensor else 1.0 * x
+        if type(x) is torch.Tensor:
+            return 2.0 * x
+        return 1.0 * x
 
 
 class OtherWithoutGraph(nn.Module):
@@ -234,9 +241,9 @@ def test_every_bound_is_held_against_the_run(monkeypatch, part, end, what):
         return replace(made, **{part: moved})
 
     monkeypatch.setattr(soundness, "_Call", wrong)
-    x = torch.rand(2, 2, 8, 8)
+    x, y = batch(model, 2)
     with pytest.raises(UnsoundBoundsError, match=f"{what} of the layer 2 is outside its bounds"):
-        verify(model, x, model(x).argmax(1), 0.01)
+        verify(model, x, y, 0.01)
 
 
 def test_sums_over_time_are_held_against_the_run(monkeypatch):
@@ -246,12 +253,14 @@ def test_sums_over_time_are_held_against_the_run(monkeypatch):
 
     def wrong(trains, weights):
         found = bounds(trains, weights)
-        return Interval(found.low, found.low - 1) if len(weights) == sums else found
+        if len(weights) == sums:
+            return Interval(found.low, found.low - 1)
+        return found
 
     monkeypatch.setattr(SpikeTrains, "bounds", wrong)
-    x = torch.rand(2, 2, 8, 8)
+    x, y = batch(model, 2)
     with pytest.raises(UnsoundBoundsError, match="a sum over time of spikes of the layer 2 is out"):
-        verify(model, x, model(x).argmax(1), 0.01)
+        verify(model, x, y, 0.01)
 
 
 @pytest.mark.parametrize("build", NETWORKS)
@@ -264,9 +273,9 @@ def test_an_error_of_a_rule_is_found_at_a_point(build, monkeypatch):
 
     monkeypatch.setitem(rules.RULES, "linear", wrong)
     model = classifier(build, NEURONS["LIF"])
-    x = torch.rand(2, 2, 8, 8)
+    x, y = batch(model, 2)
     with pytest.raises(UnsoundBoundsError, match="is outside its bounds"):
-        verify(model, x, model(x).argmax(1), 0.001)
+        verify(model, x, y, 0.001)
 
 
 class Counts(nn.Module):
@@ -366,16 +375,17 @@ def test_the_network_runs_on_sums_of_products_in_float32():
     else:
         wanted |= {"matrix products": "highest", "matrix products on CUDA": False}
     assert noted
-    assert all(seen == wanted for seen in noted)
+    for seen in noted:
+        assert seen == wanted
     with full_precision(torch.device("cpu")):
         assert not precision()["cudnn TF32"]
 
 
 def test_checks_leave_the_callers_generators_alone():
     model = classifier(convolutional, NEURONS["LIF"])
-    x = torch.rand(2, 2, 8, 8)
-    y = model(x).argmax(1)
-    state, python = torch.get_rng_state(), random.getstate()
+    x, y = batch(model, 2)
+    state = torch.get_rng_state()
+    python = random.getstate()
     verify(model, x, y, 0.01)
     assert torch.equal(torch.get_rng_state(), state)
     assert random.getstate() == python

@@ -1,5 +1,6 @@
 import signal
 from dataclasses import asdict, replace
+from functools import partial
 from shlex import split
 
 import evaluate
@@ -7,7 +8,6 @@ import launch
 import pytest
 import torch
 from data.event_recordings import pack_n_mnist, trust
-from evaluation import recipe_run
 from evaluation.recipe_run import SMALL, TWO_BATCHES, in_process, start, without_times
 from launch import finish
 
@@ -51,11 +51,12 @@ def test_from_checkpoint_to_report(folder, capsys):
         files
         == {"README.md", "config.yaml", "log.txt", "progress", "report.html", "report.json"} | plots
     )
-    assert (report.name, report.dataset, report.threat) == (
+    expected = (
         "lif_none",
         "digits",
         ThreatModel("Linf", 0.1),
     )
+    assert (report.name, report.dataset, report.threat) == expected
     assert len(report.labels) == 12
     assert {row["neuron"] for row in report.network["layers"]} == {"LIFNode"}
     assert "PiecewiseQuadratic(alpha=1.0" in report.network["layers"][0]["surrogate"]
@@ -81,15 +82,18 @@ def test_from_checkpoint_to_report(folder, capsys):
 def test_the_papers_protocol(whole):
     names = [row.member for row in whole.attacks]
     assert names[:4] == ["gaussian", "fgsm", "pgd7", "pgd7/last"]
-    assert [point.eps for point in whole.over_eps] == [
+    expected = [
         "0",
         *(f"{level}/255" for level in range(10, 101, 10)),
     ]
+    assert [point.eps for point in whole.over_eps] == expected
     assert whole.estimators == ()
     assert {row.estimator for row in whole.attacks} == {"training"}
-    strong, weak = whole.under("pgd40"), whole.under("gaussian")
+    strong = whole.under("pgd40")
+    weak = whole.under("gaussian")
     assert strong.correct < weak.correct <= whole.clean.correct
-    assert "gaussian" not in {whole.attacks[index].member for index in whole.outcome if index >= 0}
+    known = {whole.attacks[index].member for index in whole.outcome if index >= 0}
+    assert "gaussian" not in known
 
 
 def test_killed_and_resumed(folder, tmp_path, whole):
@@ -115,13 +119,11 @@ def test_killed_and_resumed(folder, tmp_path, whole):
     )
 
 
-def test_two_processes(folder, tmp_path, whole):
+def test_two_processes(folder, tmp_path, whole, capfd):
     options = ("runs/one", *PAPER, "--output", str(tmp_path / "two"))
-    result = launch.script(
-        recipe_run.__file__, folder, *options
-    )  # torchrun itself is in the tests of adv_train
-    assert result.stdout.endswith("0 0\n"), result.stderr
-    assert result.stdout.count("At most ") == 1
+    work = partial(in_process, folder, *options)
+    assert launch.two_processes(work) == [0, 0]  # torchrun itself is in the tests of adv_train
+    assert capfd.readouterr().out.count("At most ") == 1
     report = Report.load(tmp_path / "two" / "report.json")
     assert report.environment["processes"] == "2"
     assert without_times(report) == without_times(whole)
@@ -143,11 +145,12 @@ def test_somebodys_own_network(folder, tmp_path, capsys, function, extra):
     assert (report.name, report.eps, report.network["T"]) == (function, "8/255", 3)
     assert report.network["layers"][0]["neuron"] == "LIFNode"
     assert report.footnote.startswith("DEAD NETWORK: 100.0% of layer")  # neither was ever trained
-    out, html = capsys.readouterr().out, (tmp_path / "own" / "report.html").read_text()
+    out = capsys.readouterr().out
+    html = (tmp_path / "own" / "report.html").read_text()
     assert "Doubts: DEAD NETWORK" in out
-    assert all(
-        "NOT ROBUST: clean accuracy" in text and "DEAD NETWORK" in text for text in (out, html)
-    )
+    for text in (out, html):
+        assert "NOT ROBUST: clean accuracy" in text
+        assert "DEAD NETWORK" in text
 
 
 def test_the_data_root_is_that_of_the_run(tmp_path):
@@ -157,7 +160,8 @@ def test_the_data_root_is_that_of_the_run(tmp_path):
     (tmp_path / "run" / "config.yaml").write_text("data_root: elsewhere\n")
     for given in (checkpoint, checkpoint.parent, tmp_path / "run"):
         assert evaluate.data_root(evaluate.Options(str(given))) == "elsewhere"
-    assert evaluate.data_root(evaluate.Options(str(checkpoint), data_root="mine")) == "mine"
+    found = evaluate.data_root(evaluate.Options(str(checkpoint), data_root="mine"))
+    assert found == "mine"
     assert evaluate.data_root(evaluate.Options(network="mynet.py:build")) == "data"
 
 
@@ -171,25 +175,31 @@ def test_l2_and_transfer(folder, tmp_path):
     assert report.threat == ThreatModel("L2", 0.5)
     transferred = report.under("transfer/apgd_ce")  # from the very same weights
     assert transferred.correct < report.clean.correct
-    assert all(row.largest <= 0.5 + 1e-5 for row in report.attacks)
+    for row in report.attacks:
+        assert row.largest <= 0.5 + 1e-5
     assert any(row.member == "control/transfer" for row in report.attacks)
 
 
 def test_a_smoothed_classifier_has_a_bracket_of_its_own(folder, tmp_path, capsys):
     vote = split("--smooth 0.1 --smooth-draws 100 --smooth-alpha 0.01")
-    in_process(folder, "runs/one", *vote, *SMALL, "--output", str(tmp_path / "vote"))
+    few = split("--test-limit 4 --output")
+    in_process(folder, "runs/one", *vote, *few, str(tmp_path / "vote"))
     found = Report.load(tmp_path / "vote" / "smoothed.json")
     radii = [row.eps for row in found.rows if row.kind == "proof"]
     assert radii == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
     assert found.network["vote"] == {"sigma": 0.1, "n": 100, "alpha": 0.01}
-    assert found.clean.total == 12
+    assert found.clean.total == 4
     assert found.bracket_at(0.0)[0].accuracy > 0.5
     drawn = {"smoothed.json", "smoothed.png", "smoothed.pdf"}
-    assert {path.name for path in (tmp_path / "vote").iterdir()} == {
-        "README.md",
-        "config.yaml",
-        "log.txt",
-    } | drawn
+    seen = {path.name for path in (tmp_path / "vote").iterdir()}
+    assert seen == (
+        {
+            "README.md",
+            "config.yaml",
+            "log.txt",
+        }
+        | drawn
+    )
     out = capsys.readouterr().out
     assert found.table() in out
     assert found.verdict in out
@@ -233,11 +243,12 @@ def test_event_data(folder, tmp_path, capsys, event_data):
     in_process(folder, *options)
     run = folder / "runs" / "evaluate-events-1"
     report = Report.load(run / "report.json")
-    assert (report.suite, report.threat, report.dataset) == (
+    expected = (
         "events",
         ThreatModel("L0", 3),
         "n_mnist",
     )
+    assert (report.suite, report.threat, report.dataset) == expected
     assert len(report.labels) == 6
     assert report.budget == "L0, at most 3 events added or removed"
     assert "At most " in capsys.readouterr().out
@@ -273,7 +284,8 @@ def test_stress(folder, tmp_path, capsys, monkeypatch):
     )
     in_process(folder, *options)
     card = Report.load(tmp_path / "card" / "card.json")
-    assert [len(level.clean) for level in levels(card)] == [1, 2, 1]
+    found = [len(level.clean) for level in levels(card)]
+    assert found == [1, 2, 1]
     assert (card.threat, card.configuration["fault_draws"]) == (ThreatModel("Linf", 0.1), 2)
     whole = intact(card)
     assert whole.images == 12

@@ -146,7 +146,8 @@ def test_code_that_a_folder_names_is_run_if_the_command_names_it_too(
     (tmp_path / "f" / "base.yaml").write_text("model: own.py:build")
     words = shlex.split(named)
     code, _, err = ended(name, "--output", "f", words[0])
-    assert (code, (tmp_path / "ran").exists()) == (2, False), err
+    found = (code, (tmp_path / "ran").exists())
+    assert found == (2, False), err
     assert f"if you trust it, name it here as well: {named.split(' ', 1)[1]}" in err
     code, _, err = ended(name, "--output", "f", *words)
     assert "if you trust it" not in err
@@ -217,7 +218,8 @@ def test_figures_refuses_radii_before_it_draws(ended, tmp_path, eps):
     (tmp_path / "run" / "net").mkdir(parents=True)
     (tmp_path / "run" / "net" / "best.pt").touch()
     code, _, err = ended(*split("figures run --eps 0.1"), eps)
-    assert (code, (tmp_path / "run" / "figures").exists()) == (2, False)
+    found = (code, (tmp_path / "run" / "figures").exists())
+    assert found == (2, False)
     assert re.match(rf"error: (--)?eps must be (<= 1|> 0).* got {eps}", err)
 
 
@@ -249,22 +251,53 @@ SLOW = {  # what would take hours, and what is shown when it has begun
 }
 
 
+def assert_stopped(code, err):
+    assert code == 130, err
+    assert "Traceback" not in err
+    assert "stopped" in err
+    assert err.count("\n") == 1, err
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
-def test_ctrl_c_is_130_without_a_traceback(folder, tmp_path, name):
+@pytest.mark.parametrize("name", ["adv_train", "sweep"])
+def test_ctrl_c_ends_a_process_and_its_children_without_a_traceback(tmp_path, name):
     arguments, begun = SLOW[name]
-    (tmp_path / "run").symlink_to(folder / "runs" / "one")
-    process = launch.start(name, tmp_path, *shlex.split(arguments), "--output", "f", launcher=())
+    process = launch.Forked(name, tmp_path, *shlex.split(arguments), "--output", "f")
     limit = threading.Timer(240, process.kill)
     limit.start()
     for line in process.stdout:
         if begun in line:
-            os.killpg(
-                process.pid, signal.SIGINT
-            )  # as a terminal does: all processes in the foreground get it
+            # as a terminal does: all processes in the foreground get it
+            os.killpg(process.pid, signal.SIGINT)
             break
     _, err = launch.finish(process, code=130)
     limit.cancel()
-    assert "Traceback" not in err
-    assert "stopped" in err
-    assert err.count("\n") == 1, err
+    assert_stopped(process.returncode, err)
+
+
+class Interrupts(io.StringIO):
+    """A terminal at which Ctrl-C is pressed as soon as a text is shown."""
+
+    def __init__(self, begun):
+        super().__init__()
+        self.begun = begun
+
+    def write(self, text):
+        super().write(text)
+        if self.begun in text:
+            signal.raise_signal(signal.SIGINT)
+        return len(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["evaluate", "benchmark"])
+def test_ctrl_c_is_130_without_a_traceback(ended, folder, tmp_path, monkeypatch, name):
+    arguments, begun = SLOW[name]
+    (tmp_path / "run").symlink_to(folder / "runs" / "one")
+    monkeypatch.setattr(sys, "stdout", Interrupts(begun))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code, _, err = ended(name, *shlex.split(arguments), "--output", "f")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert_stopped(code, err)

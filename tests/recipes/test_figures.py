@@ -22,13 +22,16 @@ from matplotlib.image import imread
 from oracle import dlif_forward
 from perturbation.by_hand import eps_by_hand
 
-from sj_robust.evaluation import Report, Row, ThreatModel
+from sj_robust.attacks import ThreatModel
+from sj_robust.evaluation import Report
+from sj_robust.evaluation.result import Row
 from sj_robust.evaluation.subject import Subject, from_checkpoint
 from sj_robust.models import NetworkSpec, build_classifier, build_network
 from sj_robust.perturbation.indicators import INDICATORS
 from sj_robust.perturbation.intensity import IntensityCorrelation
-from sj_robust.proofs import Verification
-from sj_robust.training import EpochRecord, save_checkpoint
+from sj_robust.proofs.verification import Verification
+from sj_robust.training import save_checkpoint
+from sj_robust.training.history import EpochRecord
 
 HISTORY = [
     EpochRecord(
@@ -116,8 +119,10 @@ def test_figure_1_is_the_recursion_by_hand(name):
 @pytest.mark.slow
 def test_one_command_draws_everything_as_pdf_and_png(drawn):
     names = ["curves", "gains", "intensity_dlif_at", "intensity_dlif_at_heat_maps", "neuron"]
-    assert {path.name for path in drawn.glob("*.pdf")} == {f"{name}.pdf" for name in names}
-    assert {path.name for path in drawn.glob("*.png")} == {f"{name}.png" for name in names}
+    found = {path.name for path in drawn.glob("*.pdf")}
+    assert found == {f"{name}.pdf" for name in names}
+    found = {path.name for path in drawn.glob("*.png")}
+    assert found == {f"{name}.png" for name in names}
     for path in drawn.glob("*.pdf"):
         content = path.read_bytes()
         assert content.startswith(b"%PDF")
@@ -144,10 +149,10 @@ def test_redraw_gives_the_same_pixels_from_the_files_alone(drawn, tmp_path, monk
 def test_numbers_are_those_of_the_run(run, drawn):
     gains = load_figure(drawn / "gains.json")
     assert list(gains.networks) == ["dlif_at"]
-    assert all(values == [1.0] * 3 for values in gains.networks["dlif_at"].values())
-    assert load_figure(drawn / "curves.json").networks == {
-        "dlif at": [asdict(record) for record in HISTORY]
-    }
+    for values in gains.networks["dlif_at"].values():
+        assert values == [1.0] * 3
+    expected = {"dlif at": [asdict(record) for record in HISTORY]}
+    assert load_figure(drawn / "curves.json").networks == expected
     result = load_figure(drawn / "intensity_dlif_at.json")
     assert isinstance(result, IntensityCorrelation)
     assert result.directions == ("gaussian", "adversarial")
@@ -203,7 +208,8 @@ def test_every_part_of_joint_bounds_proves_as_much_as_those_before_it():
     assert shares["eps"] == [0.0, 0.001, 0.01]
     parts = [shares[name] for name in ("intervals", "+ trains", "+ windows", "+ counts")]
     for fewer, more in pairwise(parts):
-        assert all(before <= after for before, after in zip(fewer, more, strict=True))
+        for before, after in zip(fewer, more, strict=True):
+            assert before <= after
     assert parts[0][0] == parts[-1][0] == 100.0
     fires_always = data.trains[-1]
     assert fires_always["spikes"] == [1.0] * 8
@@ -211,7 +217,8 @@ def test_every_part_of_joint_bounds_proves_as_much_as_those_before_it():
     counts = data.counts
     for end, sign in (("least", 1), ("most", -1)):
         rows = zip(counts[f"intervals {end}"], counts[f"chain {end}"], strict=True)
-        assert all(sign * alone <= sign * chain for alone, chain in rows)
+        for alone, chain in rows:
+            assert sign * alone <= sign * chain
 
 
 LOOKS = {
@@ -246,10 +253,11 @@ def test_figures_fit_print(data):
                 for text in labels
                 if text.get_text() and axes.axison
             ]
-            assert all(
-                box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 <= height
-                for box in boxes
-            )
+            for box in boxes:
+                assert box.x0 >= 0
+                assert box.x1 <= width
+                assert box.y0 >= 0
+                assert box.y1 <= height
 
 
 def test_effect_of_rho_is_drawn_from_the_records_of_a_sweep(tmp_path, capsys):
@@ -265,7 +273,8 @@ def test_effect_of_rho_is_drawn_from_the_records_of_a_sweep(tmp_path, capsys):
                 folder / RECORD_FILE
             )
     figures.main([str(tmp_path)])
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+    found = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert found == {
         "README.md",
         "rho.pdf",
         "rho.png",
@@ -301,7 +310,8 @@ def test_all_leaves_out_what_a_network_does_not_have(tmp_path, monkeypatch, caps
     monkeypatch.setattr(figures, "intensity", lambda options, folder: None)  # tried above
     checkpoint(tmp_path / "lif", neuron="lif", history=HISTORY)
     figures.main([str(tmp_path)])
-    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {
+    found = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert found == {
         "README",
         "neuron",
         "curves",
@@ -350,9 +360,10 @@ def test_truth_is_what_program_and_attacks_know_together():
     proofs, report = proofs_and_report(verified=3)
     truth, rows = beside(proofs, [report])
     assert truth == Truth(0.1, verified=1, broken=3, by_program_alone=1)
-    assert rows == [
+    expected = [
         AttackOnTruth(0.1, "fast", name, 2, 1) for name in ("apgd", "worst case", "everything")
     ]
+    assert rows == expected
     table = GroundTruth("mine", 4, 3, (truth,), tuple(rows)).table()
     assert "robust accuracy 25.0 %; 1 images broken by the program alone" in table
     assert "| fast | apgd | 50.0 | 25.0 |" in table

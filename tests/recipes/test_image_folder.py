@@ -25,7 +25,8 @@ def test_the_folder_is_what_the_page_says_and_goes_through_vgg5(tmp_path):
     pictures = tmp_path / "pictures"
     splits = load_images(f"image_folder:{pictures}")
     assert (splits.image_shape, splits.classes) == ((3, 32, 32), 3)
-    assert (len(splits.train) + len(splits.validation), len(splits.test)) == (606, 202)
+    found = (len(splits.train) + len(splits.validation), len(splits.test))
+    assert found == (606, 202)
     columns = {
         part: {path.parts[-2:] for path in pictures.glob(f"{part}/*/*.png")}
         for part in ("train", "test")

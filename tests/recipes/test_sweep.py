@@ -98,7 +98,8 @@ def test_a_sweep_goes_on_and_grows_and_is_reported_again(run, tmp_path):
         *split("--output runs/mine --evaluate paper fast")
     )
     for calls in folder.glob("runs/*/calls"):
-        assert [line.split()[0] for line in calls.read_text().splitlines()] == [
+        found = [line.split()[0] for line in calls.read_text().splitlines()]
+        assert found == [
             "train",
             "paper",
             "fast",
@@ -108,7 +109,8 @@ def test_a_sweep_goes_on_and_grows_and_is_reported_again(run, tmp_path):
         (folder / name).unlink()
     output = run(*split("--output runs/mine --report"))
     assert "runs in" not in output
-    assert {path.name: path.read_bytes() for path in folder.glob("[!R]*.*")} == before
+    found = {path.name: path.read_bytes() for path in folder.glob("[!R]*.*")}
+    assert found == before
     assert "pgd20" not in run(*split("--output runs/mine --report --columns clean"))
     with pytest.raises(
         ValueError, match=r"columns \['x/\*'\] fit none of the figures there are: clean, pgd20"
@@ -188,7 +190,8 @@ def test_null_and_its_value_are_one_run_of_the_real_recipe(tmp_path):
         )
         return [run.name for run in planned]
 
-    assert names({"rho": [None, 1, 0], "eps": ["0.1", 0.1]}) == [
+    found = names({"rho": [None, 1, 0], "eps": ["0.1", 0.1]})
+    assert found == [
         "rho1-eps0.1-seed0",
         "rho0-eps0.1-seed0",
     ]

@@ -37,7 +37,8 @@ def on_a_terminal(folder, name, *options, columns=80, **variables):
     """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    saved, parts = [os.dup(number) for number in range(3)], []
+    saved = [os.dup(number) for number in range(3)]
+    parts = []
 
     def read():
         with suppress(OSError):  # Linux's way of saying that nobody writes any more
@@ -78,9 +79,9 @@ def test_through_a_pipe_it_is_plain_with_a_line_per_epoch(folders, shown):
     assert "\r" not in out
     lines = out.splitlines()
     for network in ("dlif_at", "lif_undefended"):
-        assert [line.split(":")[0] for line in lines if line.startswith(network)] == [
-            f"{network} epoch {epoch}/2" for epoch in (1, 2)
-        ]
+        found = [line.split(":")[0] for line in lines if line.startswith(network)]
+        expected = [f"{network} epoch {epoch}/2" for epoch in (1, 2)]
+        assert found == expected
     for text in ("loading digits", "writing to run", "evaluating dlif at on 12 test images"):
         assert text in lines
     assert "options: train_limit 200, test_limit 12, T 2, channels [2, 2], epochs 2" in lines
@@ -196,7 +197,9 @@ def described(file, names):
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
 def test_every_file_of_a_finished_folder_is_named_in_its_readme(folders, template):
-    folder, name, names = folders[template.stem], template.stem, rows(template)
+    folder = folders[template.stem]
+    name = template.stem
+    names = rows(template)
     text = (folder / "README.md").read_text(encoding="utf-8")
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 3
@@ -206,7 +209,8 @@ def test_every_file_of_a_finished_folder_is_named_in_its_readme(folders, templat
     assert "FOLDER" not in text
     assert "COMMANDS" not in text
     always = [file for file in names if "*" not in file and not file.endswith("/")]
-    assert [file for file in always if not (folder / file).exists()] == []
+    found = [file for file in always if not (folder / file).exists()]
+    assert found == []
 
 
 def test_a_benchmark_leaves_numbers_table_and_chart_and_draws_it_again(folders, capsys):
@@ -251,4 +255,5 @@ def test_an_evaluation_on_a_terminal(folders, shown):
     lines = drawn(shown["evaluate"])
     assert not re.search(r"\x1b\[[0-9;]*[34][0-7]m", shown["evaluate"])
     assert any(re.match(r"[-\\|/] signs of gradient masking +━+ +0:0", line) for line in lines)
-    assert max(len(line.rstrip()) for line in lines if "━━━━" in line and "┃" not in line) <= 80
+    found = max(len(line.rstrip()) for line in lines if "━━━━" in line and "┃" not in line)
+    assert found <= 80

@@ -1,14 +1,10 @@
-"""A training run of a second on made-up images; as a script, small_run.py FOLDER, all SCENARIOS on
-two processes.
-"""
+"""A training run of a second on made-up images, and all SCENARIOS on two processes."""
 
 import signal
-import sys
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
-import launch
 import pytest
 import torch
 from accelerate import Accelerator
@@ -229,7 +225,7 @@ def terminate(*_):
 
 
 def main(folder):
-    torch.set_num_threads(1)
+    """All scenarios, in each of two processes."""
     validation._BATCH = 5
     for name, options in SCENARIOS.items():
         history, classifier = run(folder / name, **options)
@@ -242,7 +238,3 @@ def main(folder):
         run(folder / "nan", perturb=At(first_step, nan_images))
     with pytest.raises(TrainingInterrupted):
         run(folder / "signal", perturb=At(first_step, terminate))
-
-
-if __name__ == "__main__":
-    print(*launch.two_processes(partial(main, Path(sys.argv[1]))))

@@ -20,14 +20,15 @@ from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.proofs import differentiable, verify
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.training import (
-    CertifiedLoss,
     CertifiedOptions,
     Journal,
     Objective,
     TrainingPlan,
-    check_training,
     load_checkpoint,
+    validation,
 )
+from sj_robust.training.certified import CertifiedLoss
+from sj_robust.training.engine import check_training
 from sj_robust.training.validation import Validation
 
 EPS = 0.05
@@ -175,6 +176,7 @@ def test_the_ramp_is_as_long_as_its_share_of_the_training():
         ({"surrogate_width": 0.0}, "surrogate_width must be > 0 and finite, got 0.0; 0.5 is half"),
         ({"ramp": 0.96}, r"ramp must be in \(0, 0.95\], got 0.96; the first 0.05"),
         ({"box": 0.0}, r"box must be in \(0, 1\], got 0.0; SABR takes"),
+        ({"bounds": "crown"}, "bounds must be one of ibp, joint, got 'crown'"),
     ],
 )
 def test_numbers_out_of_range_are_refused(options, message):
@@ -232,3 +234,47 @@ def test_a_step_leaves_nothing_behind(monkeypatch):
     del value
     gc.collect()
     assert [run() for run in runs] == [None]
+
+
+@pytest.mark.parametrize(
+    ("options", "objective"),
+    [
+        ({}, {}),
+        ({"surrogate_width": 0.5}, {"kappa": 0.5}),
+        ({"box": 0.3}, {"rho": 1.0}),
+        ({"attacked": True}, {"kappa": 0.4}),
+        ({"box": 0.5, "attacked": True}, {"kappa": 0.2, "rho": 0.5}),
+    ],
+)
+def test_joint_bounds_take_every_option_of_the_loss(options, objective):
+    x = torch.rand(6, 1, 4, 4)
+    y = torch.arange(6) % 3
+    x_perturbed = x + 0.03 * torch.randn(x.shape)
+    losses = {}
+    for bounds in ("ibp", "joint"):
+        torch.manual_seed(0)
+        asked = CertifiedOptions(bounds=bounds, **options)
+        made = certified(small_run.batch_norm_net(), certified_options=asked, **objective).train()
+        made.certified.progress = 0.5
+        losses[bounds] = made(x, y, x_perturbed)
+        losses[bounds].total.backward()
+        for name, value in made.classifier.named_parameters():
+            assert bool(value.grad.isfinite().all()), name
+            assert bool(value.grad.any()) or name.endswith("0.bias"), name
+    assert losses["joint"].certified <= losses["ibp"].certified
+    assert losses["joint"].clean == losses["ibp"].clean
+
+
+@pytest.mark.parametrize("method", ["ibp", "joint"])
+def test_the_epoch_is_chosen_by_the_method_of_the_plan(method, tmp_path, monkeypatch):
+    methods = []
+
+    def noting(*args, **options):
+        methods.append(options["method"])
+        return verify(*args, **options)
+
+    monkeypatch.setattr(validation, "verify", noting)
+    small_run.run(tmp_path, **CERTIFIED, verified_method=method, epochs=2)
+    assert methods == [method, method]
+    with pytest.raises(ValueError, match="verified_method must be one of ibp, joint, got 'mip'"):
+        TrainingPlan(epochs=1, verified_method="mip")

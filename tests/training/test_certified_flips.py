@@ -5,7 +5,10 @@ import torch
 
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.proofs import verify
-from sj_robust.training import CertifiedLoss, CertifiedOptions, flip_attacks
+from sj_robust.proofs.differentiable import DifferentiableBounds
+from sj_robust.proofs.flips import Flips
+from sj_robust.training import CertifiedOptions, flip_attacks
+from sj_robust.training.certified import CertifiedLoss
 
 L0 = CertifiedOptions(norm="L0")
 
@@ -51,6 +54,32 @@ def test_training_proves_more():
         loss.value(x, y)[0].backward()
         optimizer.step()
     assert verify(model, x, y, 1, norm="L0").accuracy > before + 0.4
+
+
+@pytest.mark.parametrize("budget", [0.0, 1.0, 2.5])
+def test_joint_bounds_of_changed_events_are_tighter_hold_and_have_a_gradient(budget):
+    x, y = samples()
+    model = network()
+    model.net.first.weight.data *= 2
+    model.eval()
+    leads = {}
+    for method in ("ibp", "joint"):
+        bounds = DifferentiableBounds(model, method=method)
+        leads[method] = bounds.lead(x, y, Flips(budget))
+    rounding = 1e-4
+    assert (leads["joint"] <= leads["ibp"] + rounding).all()
+    if budget == 1.0:
+        assert leads["joint"].mean() < leads["ibp"].mean() - 0.01
+    ball = Flips(int(budget))
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(50):
+        steps = [ball.drawn(frame, generator) for frame in x.split(1, dim=1)]
+        changed = torch.cat(steps, 1)  # each time step has the budget
+        logits = model(changed)
+        lead = logits - logits.gather(1, y.unsqueeze(1))
+        assert (lead <= leads["joint"] + rounding).all()
+    leads["joint"].sum().backward()
+    assert model.net.first.weight.grad.any()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 small_run.SCENARIOS.
 """
 
+from functools import partial
+
 import launch
 import pytest
 import torch
@@ -28,9 +30,7 @@ def two(tmp_path_factory):
     attack = small_run.At(7, small_run.power_cut)
     with pytest.raises(small_run.PowerCutError):
         small_run.run(folder / "one_to_two", **small_run.CUT, perturb=attack)
-    result = launch.script(small_run.__file__, folder)
-    exit_codes = result.stdout.split()
-    assert exit_codes == ["0", "0"], result.stderr
+    assert launch.two_processes(partial(small_run.main, folder)) == [0, 0]
     return folder
 
 

@@ -175,9 +175,11 @@ def test_statistics_are_means_over_batches_with_the_last_weights(tmp_path):
         seen = measured.net[0](batch.unsqueeze(0))[0].detach()
         means.append(seen.mean((0, 2, 3)))
         variances.append(seen.var((0, 2, 3)))
-    assert_close(first.running_mean, torch.stack(means).mean(0), rtol=1e-5, atol=1e-6)
+    expected = torch.stack(means).mean(0)
+    assert_close(first.running_mean, expected, rtol=1e-5, atol=1e-6)
     # A batch norm counts its images T times, which divides by another number less one.
-    assert_close(first.running_var, torch.stack(variances).mean(0), rtol=1e-2, atol=1e-6)
+    expected = torch.stack(variances).mean(0)
+    assert_close(first.running_var, expected, rtol=1e-2, atol=1e-6)
     assert first.momentum == moving.net[1].momentum == 0.1
     assert not torch.allclose(first.running_mean, moving.net[1].running_mean)
 
@@ -640,7 +642,8 @@ def test_losses_and_gains_are_in_tensorboard(logged):
     assert SHOWN.issubset(events.Tags()["scalars"])
     moved = events.Scalars("ms_mppd/parts.1")
     assert [event.step for event in moved] == [1, 2]
-    assert all(event.value > 0 for event in moved)
+    for event in moved:
+        assert event.value > 0
     node = logged.classifier.net.parts[1]
     shown = {"l2_gain/parts.1": l2_gain, "peak_gain/parts.1": peak_gain}
     for name, gain in shown.items():

@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import signal
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,6 @@ from pathlib import Path
 import launch
 import pytest
 import torch
-from accelerate import Accelerator
 from torch.testing import assert_close
 from torch.utils.data import TensorDataset, get_worker_info
 from training import small_run
@@ -24,14 +22,7 @@ from sj_robust.attacks import pgd
 from sj_robust.data.files import UnreadableError
 from sj_robust.data.stored import FileImages
 from sj_robust.models import checkpoint
-from sj_robust.training import (
-    Journal,
-    NonFiniteLossError,
-    load_checkpoint,
-    open_run_folder,
-    run_to_resume,
-    save_checkpoint,
-)
+from sj_robust.training import Journal, NonFiniteLossError, load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -65,12 +56,14 @@ def assert_goes_on(folder, whole, *, position=(1, 0), **options):
     assert history == whole.history
     state = dict(classifier.state_dict())
     assert_close(state, whole.weights["last.pt"], rtol=0, atol=0)
-    assert sorted(path.name for path in folder.iterdir()) == ["best.pt", "last.pt"]
+    found = sorted(path.name for path in folder.iterdir())
+    assert found == ["best.pt", "last.pt"]
 
 
 def test_killed_in_a_step_and_while_a_checkpoint_is_written(tmp_path, whole):
-    killed = launch.script(__file__, tmp_path)
-    assert killed.stdout.split() == [str(-signal.SIGKILL)] * 2, killed.stderr
+    in_step = partial(run, tmp_path / "step", perturb=At(STEP, die))
+    in_write = partial(run, tmp_path / "write", perturb=At(STEP, write_no_more))
+    assert launch.forked(in_step, in_write) == [-signal.SIGKILL] * 2
     (half,) = (tmp_path / "write").glob("*.tmp")
     assert half.stat().st_size > 0
     assert_goes_on(tmp_path / "step", whole)
@@ -245,16 +238,6 @@ def test_the_log_cannot_be_written_any_more(tmp_path, whole):
     assert_goes_on(tmp_path / "run", whole, position=(2, 0))
 
 
-def test_no_configuration_and_no_room_for_a_folder(tmp_path):
-    message = r"config\.yaml is missing; give the run's folder with --output"
-    with pytest.raises(FileNotFoundError, match=message):
-        run_to_resume(str(tmp_path), "digits")
-    (tmp_path / "file").write_text("")
-    message = r"file/run cannot be written \(Not a directory\); give another --output"
-    with pytest.raises(OSError, match=message):
-        open_run_folder(str(tmp_path / "file" / "run"), "digits", {}, Accelerator(cpu=True))
-
-
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -267,11 +250,3 @@ def die_writing(content, file):
 
 def write_no_more(*_):
     checkpoint.torch.save = die_writing
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    killed_in_step = partial(run, folder / "step", perturb=At(STEP, die))
-    killed_in_write = partial(run, folder / "write", perturb=At(STEP, write_no_more))
-    print(*launch.forked(killed_in_step, killed_in_write))

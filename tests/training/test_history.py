@@ -2,7 +2,7 @@ from dataclasses import asdict, dataclass
 
 import pytest
 
-from sj_robust.training import EpochRecord, catastrophic_overfitting
+from sj_robust.training.history import EpochRecord, catastrophic_overfitting
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,8 @@ def test_parts_and_accuracy(problem):
         right = classifier(x).argmax(1) == y
     assert losses.accuracy == right.double().mean()
     assert losses.accuracy_perturbed == losses.accuracy
-    assert not any(part.requires_grad for part in losses[1:])
+    for part in losses[1:]:
+        assert not part.requires_grad
     trades = Objective(classifier, loss="trades", rho=0.0).eval()
     losses = trades(x, y, x)
     assert losses.total == losses.clean

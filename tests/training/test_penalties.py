@@ -220,7 +220,8 @@ def test_sparsity_tends_to_the_l1_norm_of_the_gradient():
     fine = GradientSparsity(1.0, h=1e-5).value(passes)
     assert_close(fine.detach(), l1.mean(), rtol=1e-4, atol=0)
     squared = GradientSparsity(1.0, h=1e-5, squared=True).value(passes)
-    assert_close(squared.detach(), l1.square().mean(), rtol=1e-4, atol=0)
+    expected = l1.square().mean()
+    assert_close(squared.detach(), expected, rtol=1e-4, atol=0)
 
 
 class Empty(Penalty):

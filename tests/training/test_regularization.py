@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from sj_robust.training import project_to_simplex_, retract_
+from sj_robust.training import retract_
+from sj_robust.training.regularization import project_to_simplex_
 
 
 def generator(seed=0):
@@ -154,7 +155,8 @@ def test_projection_is_the_nearest_point_of_the_simplex(size):
     for point in points[::50]:
         assert_close(projected(point), point, rtol=0, atol=1e-15)
     ties = torch.full((size,), 5.0)
-    assert_close(projected(ties), torch.full((size,), 1 / size))
+    expected = torch.full((size,), 1 / size)
+    assert_close(projected(ties), expected)
 
 
 def points_of_simplex(size, steps=60):

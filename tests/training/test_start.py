@@ -10,7 +10,7 @@ from torch import nn
 from training.small_run import splits
 
 from sj_robust import SpikingClassifier
-from sj_robust.training import check_start
+from sj_robust.training.validation import check_start
 
 
 class Brightest(nn.Module):
@@ -41,7 +41,7 @@ def test_a_lost_normalisation_is_told_with_the_options_that_bring_it_back(given,
     else:
         (text,) = said[1:]
         assert text.startswith("WARNING: with --mean 0.")
-        assert "100.0% are: the network expects normalised images" in text
+        assert "100.0% are right: the network expects normalised images" in text
 
 
 class Constant(Brightest):

@@ -1,5 +1,5 @@
-"""Training steps of whole networks, by the name of what stands in the neuron's place (ReLU and
-nothing included).
+"""Training steps of whole networks, by the name of the neuron, or of what stands in its place (ReLU
+or nothing).
 """
 
 from collections.abc import Callable
@@ -20,7 +20,8 @@ from lab.benchmarking.layers import (
 )
 from lab.benchmarking.task import Shape, Task
 from sj_robust.classifier import SpikingClassifier
-from sj_robust.models import VGG_FEATURES, ConvChain
+from sj_robust.models import ConvChain
+from sj_robust.models.chain import VGG_FEATURES
 from sj_robust.neuron import DLIFNode, unfuse
 
 FEATURES = VGG_FEATURES | {
@@ -50,8 +51,12 @@ NEURONS: dict[str, Callable[..., nn.Module]] = {
 
 @dataclass(frozen=True)
 class Precision:
-    """What a network runs in: its dtype, under autocast in bfloat16 if it is ``bf16``, images and
-    convolutions channels last or not.
+    """Precision and memory format of a network.
+
+    Attributes:
+        dtype: Dtype of its weights.
+        bf16: Whether it runs under autocast in bfloat16.
+        channels_last: Whether images and convolutions are channels last.
     """
 
     dtype: torch.dtype = torch.float32
@@ -60,17 +65,17 @@ class Precision:
 
 
 EXACT = Precision(torch.float64)
-"""Where no spike hangs on rounding."""
+"""Precision of checks: no spike depends on rounding."""
 PRECISIONS = {
     "": Precision(),
     ", bf16": Precision(bf16=True),
     ", bf16, channels last": Precision(bf16=True, channels_last=True),
 }
-"""By what they add to a method's name."""
+"""Precisions by what they add to the name of a method."""
 
 
 class TrainingTask(Task):
-    """What the kinds of training step share: network, images, labels, the step of the optimizer."""
+    """A training step: network, images, labels and optimizer; a subclass has the loss."""
 
     def __init__(
         self,
@@ -139,11 +144,12 @@ class NetworkTask(TrainingTask):
     def check(self) -> None:
         """Compare with the textbook loop in float64; raises ValueError.
 
-        SpikingJelly's kernels for a GPU have no float64.
+        Nothing is compared for what is no spiking neuron, and for SpikingJelly's kernels for a GPU,
+        which have no float64.
         """
         if self._neuron in ("ReLU", NOTHING, LIF_ON_GPU):
             return
-        side = 32 if self._architecture == "vgg11" else 8  # which has five poolings
+        side = 32 if self._architecture == "vgg11" else 8  # its five poolings need 32 pixels
         make = partial(
             NetworkTask,
             self._architecture,
@@ -154,12 +160,13 @@ class NetworkTask(TrainingTask):
 
 
 def check_same_steps(mine: TrainingTask, wanted: TrainingTask) -> None:
-    """Compare losses before and after a step, which the gradients decide.
+    """Compare the losses before and after a step; the one after it depends on all gradients.
 
     Raises:
         ValueError: If they differ, or the step changed nothing.
     """
-    found, right = _losses(mine), _losses(wanted)
+    found = _losses(mine)
+    right = _losses(wanted)
     changed = right[0] != right[1]
     if not changed or not torch.allclose(found, right, rtol=1e-6, atol=0.0):
         raise ValueError(
@@ -169,6 +176,7 @@ def check_same_steps(mine: TrainingTask, wanted: TrainingTask) -> None:
 
 
 def _losses(task: TrainingTask) -> Tensor:
+    """Losses before and after a step, [2]."""
     loss = task.forward()
     task.backward(loss)
     return torch.stack([loss, task.forward()]).detach()
@@ -177,7 +185,7 @@ def _losses(task: TrainingTask) -> Tensor:
 def convolutional_network(architecture: str, neuron: str, shape: Shape) -> nn.Module:
     """A network for images of shape [T, N, C, H, W], with the same weights for every neuron."""
     if neuron == FUSED_ON_GPU:
-        require("triton")  # without it DLIF would run apart, without a word
+        require("triton")  # without it batch norm and DLIF would run apart, with no warning
     torch.manual_seed(0)
     net = ConvChain(
         shape[2:],

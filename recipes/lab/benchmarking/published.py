@@ -21,19 +21,23 @@ if TYPE_CHECKING:
 
 TRADES_WEIGHT = 6.0
 Build = Callable[[Shape], nn.Module]
-"""Makes a network for images."""
+"""Makes a network for images of a shape."""
 Draw = Callable[[Tensor], Tensor]
 """Noise in the shape of the images."""
 Goal = Callable[[Tensor], Tensor]
-"""What an attack raises, of logits."""
+"""What an attack maximises, as a function of the logits."""
 
 
 @dataclass(frozen=True)
 class Step:
     """A training step of a mode on a network.
 
-    ``eps`` is the radius of the attack, and the standard deviation of the noise of ``"gaussian"``;
-    ``noise`` is that of the noise where ``"at"``, ``"rat"`` and ``"trades"`` start.
+    Attributes:
+        mode: Name of the mode.
+        build: Makes the network.
+        eps: Radius of the attack; for ``"gaussian"`` the standard deviation of the noise.
+        noise: Standard deviation of the noise with which ``"at"``, ``"rat"`` and ``"trades"``
+            start.
     """
 
     mode: "ModeName"
@@ -43,11 +47,10 @@ class Step:
 
 
 class PublishedTask(TrainingTask):
-    """A step as the code of its paper makes it, with a neuron and a batch norm that run one after
-    the other.
+    """A step as the code of its paper makes it; batch norm and neuron run one after the other.
 
-    Attacks run the network in evaluation mode, its neurons excepted, which have a gradient in
-    training mode only on SpikingJelly 0.0.0.0.14; the losses run all of it in training mode.
+    An attack runs the network in evaluation mode, except for its neurons: in SpikingJelly
+    0.0.0.0.14 they have a gradient in training mode only. The loss runs all of it in training mode.
 
     Source: Ding et al. (ICML 2024), Madry et al. (ICLR 2018), Zhang et al. (ICML 2019), Ding et
     al. (NeurIPS 2022).
@@ -61,7 +64,7 @@ class PublishedTask(TrainingTask):
         precision: Precision = Precision(),  # noqa: B008  # it is frozen
         draw: Draw | None = None,
     ) -> None:
-        """Build the network and draw the images; ``draw`` None takes torch's generator."""
+        """Build the network and draw the images; without ``draw`` the noise is torch's own."""
         from sj_robust.training import MODES  # brings Accelerate and more
 
         mode = MODES[step.mode]
@@ -74,14 +77,15 @@ class PublishedTask(TrainingTask):
         self._step = step
         self._mode = mode
         self._T = shape[0]
-        usual = torch.rand_like if step.mode == "pgd_at" else torch.randn_like
-        self._draw: Draw = draw or usual
+        self._draw: Draw = torch.rand_like if step.mode == "pgd_at" else torch.randn_like
+        if draw is not None:
+            self._draw = draw
         self._nodes = [
             module for module in self.net.modules() if isinstance(module, neuron.LIFNode | DLIFNode)
         ]
 
     def forward(self) -> Tensor:
-        """Crafts the perturbed images; the loss."""
+        """Craft the perturbed images and compute the loss."""
         self.net.eval()
         for node in self._nodes:
             node.train()
@@ -90,22 +94,20 @@ class PublishedTask(TrainingTask):
         return self.loss(x_perturbed)
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients, a step of the optimizer, the retraction."""
+        """Gradients, a step of the optimizer, and the retraction if the mode has one."""
         super().backward(loss)
         if self._mode.retraction > 0:
             self.retract(self._mode.retraction)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Mean over time of the outputs for images that are repeated before the first
-        convolution.
-        """
+        """Mean of the outputs over T time steps, in each of which the network sees the images."""
         functional.reset_net(self.net)
         frames = images.unsqueeze(0).repeat(self._T, 1, 1, 1, 1)
         outputs: Tensor = self.net(frames)
         return outputs.mean(0)
 
     def crafted(self) -> Tensor:
-        """The images that the loss compares with the clean ones, or takes in their place."""
+        """The perturbed images of the mode; the clean ones if it has none."""
         x = self.x
         eps = self._step.eps
         noise = self._step.noise
@@ -114,9 +116,9 @@ class PublishedTask(TrainingTask):
                 return x
             case "gaussian":
                 return x + eps * self._draw(x)
-            case "at" | "rat":  # one step, not projected, after a clean pass that nothing uses
+            case "at" | "rat":  # one step, not projected onto the ball
                 with torch.no_grad():
-                    self.logits(x)
+                    self.logits(x)  # the papers' code makes this pass and does not use it
                 start = x + noise * self._draw(x)
                 step = eps * self._sign(start, self._entropy)
                 return (start + step).clamp(0, 1)
@@ -132,37 +134,46 @@ class PublishedTask(TrainingTask):
         raise ValueError(f"there is no published loop of mode {self._step.mode}")
 
     def loss(self, x_perturbed: Tensor) -> Tensor:
-        """Cross entropy of one kind of images, TRADES, or both cross entropies and MS-MPPD of the
+        """The loss of the mode: TRADES, the objective with MS-MPPD, or plain cross entropy."""
+        if self._mode.loss == "trades":
+            return self._trades_loss(x_perturbed)
+        if self._mode.rho > 0:
+            return self._mppd_loss(x_perturbed)
+        return self._entropy(self.logits(x_perturbed))
+
+    def _trades_loss(self, x_perturbed: Tensor) -> Tensor:
+        """``CE(clean) + 6 * KL(clean || perturbed)``."""
+        logits = self.logits(self.x)
+        log_clean = logits.log_softmax(1)
+        divergence = _divergence(log_clean, self.logits(x_perturbed), reduction="batchmean")
+        return self._entropy(logits) + TRADES_WEIGHT * divergence
+
+    def _mppd_loss(self, x_perturbed: Tensor) -> Tensor:
+        """``kappa * CE(clean) + (1 - kappa) * CE(perturbed) + rho * MS-MPPD``, the last term of the
         last spiking layer.
         """
-        if self._mode.loss == "trades":
-            logits = self.logits(self.x)
-            log_clean = logits.log_softmax(1)
-            divergence = _divergence(log_clean, self.logits(x_perturbed), reduction="batchmean")
-            return self._entropy(logits) + TRADES_WEIGHT * divergence
-        if self._mode.rho == 0:
-            return self._entropy(self.logits(x_perturbed))
         last = self._nodes[-1]
         currents: list[Tensor] = []
         hook = last.register_forward_pre_hook(lambda _, inputs: currents.append(inputs[0]))
-        clean = self._entropy(self.logits(self.x))
-        perturbed = self._entropy(self.logits(x_perturbed))
+        clean_loss = self._entropy(self.logits(self.x))
+        perturbed_loss = self._entropy(self.logits(x_perturbed))
         hook.remove()
-        difference = currents[0].detach() - currents[1]
+        clean_current, perturbed_current = currents
+        difference = clean_current.detach() - perturbed_current
         decay = last.decay if isinstance(last, DLIFNode) else 1 - 1 / last.tau
-        potential = torch.zeros_like(difference[0])
-        square = torch.zeros_like(clean)
+        mppd = torch.zeros_like(difference[0])
+        ms_mppd = torch.zeros_like(clean_loss)
         for current in difference:
-            potential = decay * potential + current
-            square = square + potential.square().mean() / self._T
+            mppd = decay * mppd + current
+            ms_mppd = ms_mppd + mppd.square().mean() / self._T
         kappa = self._mode.kappa
-        return kappa * clean + (1 - kappa) * perturbed + self._mode.rho * square
+        return kappa * clean_loss + (1 - kappa) * perturbed_loss + self._mode.rho * ms_mppd
 
     @torch.no_grad()
     def retract(self, beta: float) -> None:
         """Step of every weight matrix W towards orthonormal rows: ``W + beta * (W - W W^T W)``.
 
-        The linear layers have fewer than 200 rows, of which SNN-RAT's code takes all.
+        SNN-RAT's code takes at most 200 rows of a linear layer; those here have fewer.
         """
         for module in self.net.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -170,7 +181,7 @@ class PublishedTask(TrainingTask):
                 matrix.add_(matrix - matrix @ matrix.t() @ matrix, alpha=beta)
 
     def _ascended(self, at: Tensor, goal: Goal) -> Tensor:
-        """Steps of eps / 4, each projected onto the ball and the box."""
+        """Take the mode's number of steps of eps / 4, each projected onto the ball and [0, 1]."""
         eps = self._step.eps
         for _ in range(self._mode.attack_steps):
             at = at + eps / 4 * self._sign(at, goal)
@@ -178,6 +189,7 @@ class PublishedTask(TrainingTask):
         return at
 
     def _sign(self, images: Tensor, goal: Goal) -> Tensor:
+        """Sign of the gradient of the goal with respect to the images."""
         images = images.detach().requires_grad_()
         value = goal(self.logits(images))
         (grad,) = torch.autograd.grad(value, images)

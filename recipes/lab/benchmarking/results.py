@@ -1,5 +1,5 @@
-"""Rows of a benchmark in a CSV file: tables and charts are made of them, and a run that was stopped
-goes on there.
+"""Rows of a benchmark in a CSV file, from which tables and charts are made; a run that was stopped
+measures only what is not in it.
 """
 
 import csv
@@ -25,14 +25,19 @@ class Row:
         allocator: Name in :data:`lab.benchmarking.race.ALLOCATORS`.
         shape: Shape of the input, as text.
         method: Name of the method, or of the tests.
-        median: Of forward plus backward, as quartiles and best are.
-        forward: Median of the forward pass alone, as that of the backward pass.
-        saved_mb: What the graph keeps beyond inputs and parameters; NaN where there are several.
-        peak_mb: Growth of the memory at its highest; NaN where the heap is reused, which hides it.
-        tensor_mb: The input of a layer, the frames of a network.
-        copy: Milliseconds of the fastest copy of that tensor in the same race; NaN for networks.
-        reason: Why there is no figure; what a test says that failed.
-        outcome: What tests gave.
+        median: Time of forward plus backward.
+        quartile1: First quartile of the same.
+        quartile3: Third quartile of the same.
+        best: Shortest of the same.
+        forward: Median of the forward pass alone.
+        backward: Median of the backward pass alone.
+        saved_mb: What the graph keeps beyond inputs and parameters; NaN if there are several
+            graphs.
+        peak_mb: Largest growth of the memory; NaN if the heap is reused, which hides it.
+        tensor_mb: Size of the input of a layer, or of the frames of a network.
+        copy: Time of the fastest copy of that tensor in the same race; NaN for networks.
+        reason: Why there is no figure, or the message of a failed test.
+        outcome: Result of a group of tests.
     """
 
     subject: str
@@ -54,28 +59,31 @@ class Row:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What the row is of."""
+        """What was measured: a file holds one row of each key."""
         return self.subject, self.allocator, self.shape, self.method
 
 
 _KINDS = {field.name: field.type for field in fields(Row)}
+"""Type of every column."""
 
 
 class Results:
-    """Rows and where they were measured; in a file, if there is a path.
+    """Rows, and the machine, code and versions they were measured with; kept in a file if there is
+    a path.
 
-    What an earlier call left in the file stays if it was measured there as well, with the same code
-    and versions; otherwise it is set aside, since one table cannot hold both.
+    Rows of an earlier call stay in the file if they were measured with the same; otherwise they are
+    moved to a file beside it, since one table cannot hold both.
     """
 
     def __init__(self, path: Path | None, where: Mapping[str, str]) -> None:
-        """Read what is there."""
-        self.path, self.where = path, dict(where)
+        """Read the rows in the file, if there is one."""
+        self.path = path
+        self.where = dict(where)
         self._known: dict[tuple[str, ...], Row] = {}
         if path is None or not path.is_file():
             return
         before, rows = load(path)
-        # tables are written into the repository, which changes its commit; the code has a digest
+        # The commit is not compared: it changes when tables are committed. The code has a digest.
         if before | {"commit": ""} == self.where | {"commit": ""}:
             self._known = {row.key: row for row in rows}
             return
@@ -83,17 +91,17 @@ class Results:
             earlier.write(path.read_text(encoding="utf-8"))
 
     def has(self, row: Row) -> bool:
-        """Whether this is known already, and is no failure."""
+        """Whether a row of the same key is known that is not a failure."""
         known = self._known.get(row.key)
         return known is not None and not known.reason
 
     @property
     def rows(self) -> list[Row]:
-        """All rows, the first known first."""
+        """All rows, in the order in which they were added."""
         return list(self._known.values())
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Keep rows, on disk as well; what failed before is replaced."""
+        """Add rows, each in place of an earlier one of its key, and write the file."""
         for row in rows:
             self._known[row.key] = row
         if self.path is None:
@@ -108,10 +116,10 @@ class Results:
 
 
 def load(path: Path) -> tuple[dict[str, str], list[Row]]:
-    """Where the rows of a file were measured, and the rows.
+    """What the rows of a file were measured with, and the rows.
 
     Raises:
-        ValueError: If it is a file of something else.
+        ValueError: If the file holds something else.
     """
     with path.open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
@@ -123,7 +131,7 @@ def load(path: Path) -> tuple[dict[str, str], list[Row]]:
 
 
 def _row(line: Mapping[str, str]) -> Row:
-    """A row, also of an earlier release, which had no reasons."""
+    """A row from a line; columns that an earlier release did not write have their defaults."""
     values: dict[str, Any] = {}
     for name, text in line.items():
         if name in _KINDS:

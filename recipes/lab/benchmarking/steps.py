@@ -25,7 +25,8 @@ from lab.benchmarking.task import Shape, Task
 from sj_robust.attacks import SampleSeeds, pgd
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.randomness import draw_seed, private_generator, rand, randn
-from sj_robust.models import NetworkSpec, SmallConvNet, build_classifier
+from sj_robust.models import NetworkSpec, build_classifier
+from sj_robust.models.chain import SmallConvNet
 from sj_robust.neuron import DLIFNode
 from sj_robust.proofs import verify
 

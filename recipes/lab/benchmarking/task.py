@@ -13,8 +13,8 @@ class Task:
     """One method at one shape, ready to run.
 
     Attributes:
-        has_one_graph: Whether the forward pass builds one graph, so that what it saves can be
-            weighed; an attack builds others.
+        has_one_graph: Whether the forward pass builds a single graph, so that the memory it saves
+            for the backward pass can be measured; an attack in it builds several.
         inputs: Tensors that are there before the forward pass.
     """
 
@@ -22,15 +22,15 @@ class Task:
     inputs: list[Tensor]
 
     def forward(self) -> Any:
-        """Forward pass; what it returns keeps the graph."""
+        """Forward pass; the result keeps the graph alive."""
         raise NotImplementedError
 
     def backward(self, result: Any) -> None:
-        """Backward pass of what :meth:`forward` returned, and the step of the optimizer, if there
-        are any.
+        """Backward pass from the result of :meth:`forward`, and the step of the optimizer; nothing
+        if the method has neither.
         """
 
     def check(self) -> None:
-        """Raise ValueError if the method is wrong; one that there is nothing to compare with is
-        right.
+        """Raise ValueError if the results differ from those of a reference; nothing if there is no
+        reference.
         """

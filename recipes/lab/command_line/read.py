@@ -30,43 +30,49 @@ OptionsT = TypeVar("OptionsT")
 
 
 class WrongUse(ValueError):  # noqa: N818  # the name of what was done, as SystemExit's
-    """A recipe was asked for what cannot be: nothing was done, and the exit code is 2."""
+    """A recipe was called wrongly: it has done nothing, and ends with the exit code 2."""
 
 
 def read_options(kind: type[OptionsT], arguments: Sequence[str]) -> OptionsT:
-    """Options from the words of a command line; files of ``--config`` come before them.
+    """Options from the words of a command line; those of the files of ``--config`` are read first,
+    and the words replace them.
 
     tyro answers ``--help`` and wrong options, and ends the process.
     """
-    own, words = _own_words(arguments)
-    if own.help or own.help_all:
-        _cli(kind, ["--help"], brief=not own.help_all)
+    common, words = _common_options(arguments)
+    if common.help or common.help_all:
+        _cli(kind, ["--help"], brief=not common.help_all)
     options = None
-    for path in own.config:
+    for path in common.config:
         options = from_values(kind, read_file(path), str(path), options)
-    # the words of YAML for None, True and False
+    # None, True and False may also be written as YAML has them
     as_python = {"null": "None", "true": "True", "false": "False"}
     options = _cli(kind, [as_python.get(word, word) for word in words], options)
-    if own.print_config:
+    if common.print_config:
         print(yaml.safe_dump(plain(options), sort_keys=False), end="")
         sys.exit(0)
     for name, needs in marked(kind, Needs).items():
         value = getattr(options, name)
-        for part in value if isinstance(value, tuple) else [value]:
+        parts = value if isinstance(value, tuple) else (value,)
+        for part in parts:
             needs.check(part)
     return options
 
 
 def config_files(arguments: Sequence[str]) -> list[Path]:
     """Files of ``--config`` in the words of a command line."""
-    own, _ = _own_words(arguments)
-    return list(own.config)
+    common, _ = _common_options(arguments)
+    return list(common.config)
 
 
 def from_values(
     kind: type[OptionsT], values: Mapping[str, Any], where: str, default: OptionsT | None = None
 ) -> OptionsT:
-    """Options from plain data, checked as typed words are; others have their defaults."""
+    """Options from plain data, checked like words of a command line.
+
+    Options that are not given are those of ``default``, or the recipe's defaults. A wrong one ends
+    the process, after a message that says ``where`` it stands.
+    """
     try:
         return _cli(kind, _as_words(kind, values), default)
     except SystemExit:
@@ -81,16 +87,16 @@ def parse_options(
     *,
     mark: str = "*/last.pt",
 ) -> OptionsT:
-    """Options of a recipe with ``output`` and ``resume``; those of a run that is resumed come from
-    its folder first.
+    """Options of a recipe with ``output`` and ``resume``; where a run is resumed, the file in its
+    folder is read first.
 
     ``stem`` names a run's folder up to its number, ``mark`` the files that tell a run with
-    something to go on with, as :func:`sj_robust.training.run_to_resume` takes them.
+    something to go on with, as :func:`lab.run_folder.run_to_resume` takes them.
     """
     options: Any = read_options(kind, arguments)
     if not options.resume:
         return options  # type: ignore[no-any-return]  # what read_options returned
-    from sj_robust.training.folder import CONFIGURATION_FILE, run_to_resume  # imports torch
+    from lab.run_folder import CONFIGURATION_FILE, run_to_resume  # imports torch
 
     folder = run_to_resume(options.output, stem(options), mark=mark)
     path = folder / CONFIGURATION_FILE
@@ -100,23 +106,33 @@ def parse_options(
 
 
 def check_code(options: Any, given: Any, path: Path) -> None:
-    """Raise WrongUse for code that the options of a folder's file name and those of the command
-    line do not.
+    """Raise WrongUse if a file names code to run that the command line does not name.
+
+    Args:
+        options: Options of the file and the command line together.
+        given: Options of the command line alone.
+        path: The file.
     """
     for name in marked(type(options), NamesCode):
         value = getattr(options, name)
-        if value == getattr(given, name) or not (value is True or _names_code(value)):
-            continue
-        flag = _flag(name)
-        if value is not True:
-            flag += f" {shlex.quote(value if isinstance(value, str) else json.dumps(value))}"
-        raise WrongUse(
-            f"{path} names code that would be run; if you trust it, name it here as well: {flag}"
-        )
+        runs_code = value is True or _names_code(value)
+        if runs_code and value != getattr(given, name):
+            raise WrongUse(
+                f"{path} names code that would be run; if you trust it, name it here as well: "
+                f"{_as_typed(name, value)}"
+            )
+
+
+def _as_typed(name: str, value: object) -> str:
+    """An option in the words of a command line."""
+    if value is True:
+        return _flag(name)
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"{_flag(name)} {shlex.quote(text)}"
 
 
 def _names_code(value: object) -> bool:
-    """Whether a value is a file of Python or a function of one's own, or holds such a value."""
+    """Whether a value is a Python file or ``module:function``, or holds such a value."""
     if isinstance(value, dict):
         return _names_code(list(value.values()))
     if isinstance(value, list | tuple):
@@ -125,8 +141,8 @@ def _names_code(value: object) -> bool:
     return text.endswith(".py") or (":" in text and not text.startswith(("zoo:", "image_folder:")))
 
 
-def _own_words(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """What every recipe takes, and the words that are left for tyro."""
+def _common_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options that every recipe has, and the words that are left for tyro."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", action="append", type=Path, default=[])
     parser.add_argument("--print-config", "--print_config", action="store_true")
@@ -142,27 +158,31 @@ def _cli(
     *,
     brief: bool = False,
 ) -> OptionsT:
-    """Options by tyro; a brief help leaves out those that people do not change."""
+    """Options parsed by tyro; a brief help shows only those that are marked ``Often``, if any
+    are.
+    """
     texts = texts_of(kind)  # type: ignore[arg-type]  # a class is hashable
     often = marked(kind, Often) if brief else {}
     usual = kind() if default is None else default
-    found = []
+    fields = []
     for name, hint in get_type_hints(kind, include_extras=True).items():
         shown = hint
         if often and name not in often:
             shown = tyro.conf.Suppress[hint]  # type: ignore[misc, valid-type]  # made at run time
-        value = getattr(usual, name)
-        found.append(StructFieldSpec(name, shown, value, helptext=texts.get(name, "")))
-    options = StructConstructorSpec(kind, tuple(found))
+        text = texts.get(name, "")
+        fields.append(StructFieldSpec(name, shown, getattr(usual, name), helptext=text))
+    options = StructConstructorSpec(kind, tuple(fields))
     registry = ConstructorRegistry()
     registry.struct_rule(lambda info: options if info.type is kind else None)
     registry.primitive_rule(lambda info: Word(Radius, "RADIUS") if info.type is Radius else None)
     module = sys.modules[kind.__module__]
+    script = Path(getattr(module, "__file__", None) or "recipe.py")
+    text_of_module = (module.__doc__ or "").strip()
     return tyro.cli(
         kind,
         args=words,
-        prog=f"recipes/{Path(getattr(module, '__file__', None) or 'recipe.py').name}",
-        description=f"{(module.__doc__ or '').strip()}\n\n{_COMMON}",
+        prog=f"recipes/{script.name}",
+        description=f"{text_of_module}\n\n{_COMMON}",
         registry=registry,
     )
 
@@ -174,7 +194,9 @@ _COMMON = (
 
 
 def _as_words(kind: type[Any], values: Mapping[str, Any]) -> list[str]:
-    """Plain data as words of a command line."""
+    """Plain data as words of a command line: switches, the positional option first, YAML in one
+    word, lists in several.
+    """
     switches = {name for name, hint in get_type_hints(kind).items() if hint is bool}
     positional = marked(kind, type(tyro.conf.Positional))
     trees = marked(kind, Yaml)
@@ -197,7 +219,7 @@ def _as_words(kind: type[Any], values: Mapping[str, Any]) -> list[str]:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Options in a file of YAML; WrongUse if it does not hold any."""
+    """Options in a YAML file; WrongUse if there is no such file or it holds something else."""
     if not path.is_file():
         raise WrongUse(f"{path} must be a file of options, such as epochs: 15; it is not there")
     try:

@@ -1,4 +1,4 @@
-"""What the figures show, as plain numbers."""
+"""Numbers of the figures of one neuron, input gains and training curves."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,10 +12,13 @@ from sj_robust.core.saved import SavedResult, plain
 from sj_robust.evaluation import Report
 from sj_robust.models.checkpoint import load_checkpoint
 from sj_robust.neuron import DLIFNode
-from sj_robust.perturbation import full_perturbation, membrane_potential, simplified_perturbation
+from sj_robust.perturbation import membrane_potential, simplified_perturbation
+from sj_robust.perturbation.dynamics import full_perturbation
 
-_DECAY, _THRESHOLD = 0.9, 1.0
-"""Of the neuron of figure 1."""
+_DECAY = 0.9
+"""Decay of the neuron of figure 1."""
+_THRESHOLD = 1.0
+"""Its threshold."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class TrainingCurves(
 def one_neuron(*, steps: int = 30, seed: int = 0) -> OneNeuron:
     """Perturb the constant input current of one LIF neuron by a constant and by Gaussian noise.
 
-    Equation, with ``s`` the spikes, ``u`` the potentials and ``eps`` the simplified perturbation::
+    Equation, with ``x`` the currents, ``u`` the potentials, ``s`` the spikes and ``~`` for those of
+    the perturbed run::
 
         full[t] = u[t] - u~[t],    simplified[t] = eps[t] = decay * eps[t-1] + x[t] - x~[t]
         std[t] = mean_{k <= t} |s[k] - s~[k]|
@@ -92,8 +96,8 @@ def one_neuron(*, steps: int = 30, seed: int = 0) -> OneNeuron:
 
 
 def input_gains(models: Mapping[str, nn.Module]) -> InputGains:
-    """The gain p[t] of every DLIF layer of networks, as in figure 4 of the paper; those without one
-    are left out.
+    """The gain p[t] of every DLIF layer of networks, as in figure 4 of the paper; networks without
+    a DLIF layer are left out.
 
     Raises:
         ValueError: If no network has a DLIF neuron.
@@ -102,8 +106,11 @@ def input_gains(models: Mapping[str, nn.Module]) -> InputGains:
         >>> input_gains({"mine": nn.Sequential(DLIFNode(T=2))}).networks
         {'mine': {'0': [1.0, 1.0]}}
     """
-    found = {name: _gains_of(model) for name, model in models.items()}
-    found = {name: layers for name, layers in found.items() if layers}
+    found = {}
+    for name, model in models.items():
+        layers = _gains_of(model)
+        if layers:
+            found[name] = layers
     if not found:
         raise ValueError(
             f"none of the networks {', '.join(models)} has a DLIF neuron, whose gain p[t] is "
@@ -113,22 +120,22 @@ def input_gains(models: Mapping[str, nn.Module]) -> InputGains:
 
 
 def training_curves(folder: Path) -> TrainingCurves:
-    """What a run of ``recipes/adv_train.py`` kept of every epoch: the curves in its
-    ``report.json``.
+    """The records of every epoch of a run of ``recipes/adv_train.py``.
 
-    For a run that is not finished, or a network's own folder, the histories in its ``last.pt`` are
-    taken.
+    They are the curves in its ``report.json``; of a run that is not finished, and in the folder of
+    a single network, the histories in the files ``last.pt``.
 
     Raises:
         ValueError: If the folder holds no history.
     """
+    networks: dict[str, list[dict[str, Any]]] = {}
     report = folder / "report.json"
-    networks: dict[str, list[dict[str, Any]]] = (
-        Report.load(report).curves if report.is_file() else {}
-    )
+    if report.is_file():
+        networks = Report.load(report).curves
     if not networks:
         for path in (*folder.glob("last.pt"), *sorted(folder.glob("*/last.pt"))):
-            networks[path.parent.name] = plain(load_checkpoint(path).get("history", []))
+            checkpoint = load_checkpoint(path)
+            networks[path.parent.name] = plain(checkpoint.get("history", []))
     networks = {name: records for name, records in networks.items() if records}
     if not networks:
         raise ValueError(
@@ -140,6 +147,7 @@ def training_curves(folder: Path) -> TrainingCurves:
 
 
 def _gains_of(model: nn.Module) -> dict[str, list[float]]:
+    """Gains of every DLIF layer, a number per step."""
     return {
         layer: module.input_gain.detach().double().tolist()
         for layer, module in model.named_modules()
@@ -148,11 +156,13 @@ def _gains_of(model: nn.Module) -> dict[str, list[float]]:
 
 
 def _case(x: Tensor, x_perturbed: Tensor) -> dict[str, list[float]]:
-    v, v_perturbed = (
-        membrane_potential(a, decay=_DECAY, v_threshold=_THRESHOLD) for a in (x, x_perturbed)
-    )
-    spike, spike_perturbed = _spikes(x, v), _spikes(x_perturbed, v_perturbed)
-    so_far = torch.arange(1, len(x) + 1)[:, None]
+    """Everything that figure 1 shows of two currents [T, 1], a number per step."""
+    v = membrane_potential(x, decay=_DECAY, v_threshold=_THRESHOLD)
+    v_perturbed = membrane_potential(x_perturbed, decay=_DECAY, v_threshold=_THRESHOLD)
+    spike = _spikes(x, v)
+    spike_perturbed = _spikes(x_perturbed, v_perturbed)
+    difference = spike - spike_perturbed
+    steps = torch.arange(1, len(x) + 1)[:, None]
     series = {
         "v": v,
         "v_perturbed": v_perturbed,
@@ -160,13 +170,14 @@ def _case(x: Tensor, x_perturbed: Tensor) -> dict[str, list[float]]:
         "spike_perturbed": spike_perturbed,
         "full": full_perturbation(v, v_perturbed),
         "simplified": simplified_perturbation(x, x_perturbed, decay=_DECAY),
-        "std": (spike - spike_perturbed).abs().cumsum(0) / so_far,
-        "tasad": (spike - spike_perturbed).cumsum(0).abs() / so_far,
+        "std": difference.abs().cumsum(0) / steps,
+        "tasad": difference.cumsum(0).abs() / steps,
     }
     return {name: values.flatten().tolist() for name, values in series.items()}
 
 
 def _spikes(x: Tensor, v: Tensor) -> Tensor:
-    """Spikes of the potentials ``v`` after the reset."""
+    """Spikes of a neuron whose potentials after the reset are ``v``."""
     before = torch.cat((torch.zeros_like(v[:1]), v[:-1]))
-    return (_DECAY * before + x >= _THRESHOLD).to(x.dtype)
+    charged = _DECAY * before + x
+    return (charged >= _THRESHOLD).to(x.dtype)

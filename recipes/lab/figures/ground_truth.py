@@ -1,5 +1,5 @@
-"""Exact robust accuracy of a small network beside what attacks leave: how far does each
-overstate?
+"""Exact robust accuracy of a small network beside that under attacks: how far does each attack
+overstate it?
 """
 
 from collections.abc import Callable, Sequence
@@ -8,25 +8,29 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from sj_robust.attacks import ThreatModel
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.saved import SavedResult, markdown_table
-from sj_robust.evaluation import Report, ThreatModel
+from sj_robust.evaluation import Report
 from sj_robust.evaluation.assess import assess
 from sj_robust.evaluation.request import Request
 from sj_robust.evaluation.run.progress import Watch
 from sj_robust.evaluation.subject import Subject
-from sj_robust.proofs import Verification, verify
+from sj_robust.proofs import verify
+from sj_robust.proofs.verification import Verification
 
 
 @dataclass(frozen=True)
 class AttackOnTruth:
-    """What one attack, or a suite as a whole, leaves of a network whose exact robust accuracy is
-    known.
+    """Images that one attack, or a suite as a whole, does not break.
 
     Attributes:
-        attack: Its name, or ``"worst case"``, ``"control"`` or ``"everything"`` of the suite.
-        left: Images that it leaves classified right.
-        missed: Those of them that are known to be broken.
+        eps: Radius.
+        suite: Name of the suite.
+        attack: Name of the attack, or ``"worst case"``, ``"control"`` or ``"everything"`` of the
+            suite.
+        left: Number of images that are classified right under it.
+        missed: Number of those that are known to be broken by something else.
     """
 
     eps: float
@@ -41,9 +45,11 @@ class Truth:
     """What is known of a network at one radius.
 
     Attributes:
-        verified: Images that are proved to be robust.
-        broken: Images that are wrong, or that the program or an attack breaks.
-        by_program_alone: Those of them that no attack broke.
+        eps: The radius.
+        verified: Number of images that are proved to be robust.
+        broken: Number of images that are classified wrongly, or that the mixed-integer program or
+            an attack breaks.
+        by_program_alone: Number of those that no attack breaks.
     """
 
     eps: float
@@ -59,8 +65,11 @@ class GroundTruth(
     """Exact robust accuracy beside every attack, estimator and suite.
 
     Attributes:
-        clean: Images that are classified right without a perturbation.
+        network: Name of the network.
+        images: Number of images.
+        clean: Number of images that are classified right without a perturbation.
         truths: What is known, per radius.
+        attacks: What each attack leaves, at every radius.
     """
 
     network: str
@@ -70,43 +79,40 @@ class GroundTruth(
     attacks: tuple[AttackOnTruth, ...]
 
     def __post_init__(self) -> None:
-        for name, kind in (("truths", Truth), ("attacks", AttackOnTruth)):
-            # rows that come from a file are dictionaries
-            rows = tuple(
-                kind(**row) if isinstance(row, dict) else row for row in getattr(self, name)
-            )
-            object.__setattr__(self, name, rows)
+        # rows that were read from a file are dictionaries
+        truths = [Truth(**row) if isinstance(row, dict) else row for row in self.truths]
+        attacks = [AttackOnTruth(**row) if isinstance(row, dict) else row for row in self.attacks]
+        object.__setattr__(self, "truths", tuple(truths))
+        object.__setattr__(self, "attacks", tuple(attacks))
 
     def table(self) -> str:
-        """Markdown: what is known per radius, then a row per attack in the order of what it
-        misses.
-        """
-        lines = [f"{self.network}: {self.images} images, {self.clean} classified right."]
+        """Markdown: per radius what is known, and a row per attack, those that miss least first."""
+        parts = [f"{self.network}: {self.images} images, {self.clean} classified right."]
         for truth in self.truths:
-            low, high = (
-                100 * count / self.images for count in (truth.verified, self.images - truth.broken)
-            )
-            exact = f"{low:.1f} %" if low == high else f"{low:.1f} to {high:.1f} %"
-            rows = [attack for attack in self.attacks if attack.eps == truth.eps]
-            rows.sort(key=lambda attack: (attack.missed, attack.suite))
-            cells = [
-                [row.suite, row.attack, self._share(row.left), self._share(row.missed)]
-                for row in rows
-            ]
-            lines += [
-                "",
-                f"Linf {truth.eps:.6g}: robust accuracy {exact}; {truth.by_program_alone} images "
-                "broken by the program alone.",
-                "",
-                markdown_table(
-                    ["suite", "attack", "left, %", "broken images that it leaves, %"],
-                    cells,
-                    words=2,
-                ),
-            ]
-        return "\n".join(lines)
+            parts += [self._sentence(truth), self._attacks_table(truth.eps)]
+        return "\n\n".join(parts)
 
-    def _share(self, count: int) -> str:
+    def _sentence(self, truth: Truth) -> str:
+        low = self._percent(truth.verified)
+        high = self._percent(self.images - truth.broken)
+        exact = f"{low} %" if truth.verified + truth.broken == self.images else f"{low} to {high} %"
+        return (
+            f"Linf {truth.eps:.6g}: robust accuracy {exact}; {truth.by_program_alone} images "
+            "broken by the program alone."
+        )
+
+    def _attacks_table(self, eps: float) -> str:
+        attacks = [attack for attack in self.attacks if attack.eps == eps]
+        attacks.sort(key=lambda attack: (attack.missed, attack.suite))
+        rows = []
+        for attack in attacks:
+            left = self._percent(attack.left)
+            missed = self._percent(attack.missed)
+            rows.append([attack.suite, attack.attack, left, missed])
+        heads = ["suite", "attack", "left, %", "broken images that it leaves, %"]
+        return markdown_table(heads, rows, words=2)
+
+    def _percent(self, count: int) -> str:
         return f"{100 * count / self.images:.1f}"
 
 
@@ -123,13 +129,16 @@ def ground_truth(
     seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
 ) -> GroundTruth:
-    """Solve the program of every image, run the suites, and set one beside the other.
+    """Solve the mixed-integer program of every image, run the suites, and compare the two.
 
     Raises:
-        RuntimeError: If an attack breaks an image that is verified, which is a fault of one of the
-            two.
+        RuntimeError: If an attack breaks an image that is verified, so that one of the two is
+            faulty.
+        TypeError: If the network is not a SpikingClassifier.
     """
-    truths, attacks, clean = [], [], 0
+    truths = []
+    attacks = []
+    clean = 0
     model = subject.model
     if not isinstance(model, SpikingClassifier):
         raise TypeError(
@@ -140,8 +149,8 @@ def ground_truth(
         clean = sum(proofs.correct)
         say(proofs.table().splitlines()[0])
         batches = DataLoader(TensorDataset(x, y), batch_size=128)
-        # Without proofs of its own, so that every attack tries the images that the program calls
-        # verified.
+        # An evaluation with proofs would spare the images that it verifies; here every attack is to
+        # try them.
         request = Request(
             "",
             ThreatModel("Linf", size),
@@ -159,29 +168,43 @@ def ground_truth(
 
 
 def beside(proofs: Verification, reports: Sequence[Report]) -> tuple[Truth, list[AttackOnTruth]]:
-    """What is known together, and what each attack leaves of it."""
-    images = range(len(proofs.margin))
-    verified = {i for i in images if proofs.verified[i]}
-    solved = {i for i in images if proofs.broken[i]}
-    fallen = {
-        i for i in images if any(i not in report.standing("everything") for report in reports)
-    }
-    if fooled := sorted(verified & fallen):
+    """What proofs and attacks together tell of the images, and what each attack leaves."""
+    images = set(range(len(proofs.margin)))
+    verified = {image for image in images if proofs.verified[image]}
+    broken_by_program = {image for image in images if proofs.broken[image]}
+    broken_by_attacks: set[int] = set()
+    for report in reports:
+        broken_by_attacks |= images - report.standing("everything")
+    contradicted = sorted(verified & broken_by_attacks)
+    if contradicted:
         raise RuntimeError(
-            f"image {fooled[0]} is verified at Linf {proofs.eps:.6g}, and an attack breaks it: "
-            "one of both is at fault; please report it with the network"
+            f"image {contradicted[0]} is verified at Linf {proofs.eps:.6g}, and an attack breaks "
+            "it: either the proof or the attack is faulty; please report it with the network"
         )
-    broken = solved | fallen
+    broken = broken_by_program | broken_by_attacks
+    truth = Truth(
+        eps=proofs.eps,
+        verified=len(verified),
+        broken=len(broken),
+        by_program_alone=len(broken_by_program - broken_by_attacks),
+    )
     rows = []
     for report in reports:
-        inside = {row.member for row in report.attacks if report.within(row)}
-        whole = {"clean", "control", "worst case", "everything"}
-        for accuracy in report.accuracies:
-            if accuracy.name != "clean" and (accuracy.name in inside or accuracy.name in whole):
-                left = report.standing(accuracy.name)
-                rows.append(
-                    AttackOnTruth(
-                        proofs.eps, report.suite, accuracy.name, len(left), len(left & broken)
-                    )
-                )
-    return Truth(proofs.eps, len(verified), len(broken), len(solved - fallen)), rows
+        for attack in _attacks_of(report):
+            left = report.standing(attack)
+            row = AttackOnTruth(
+                eps=proofs.eps,
+                suite=report.suite,
+                attack=attack,
+                left=len(left),
+                missed=len(left & broken),
+            )
+            rows.append(row)
+    return truth, rows
+
+
+def _attacks_of(report: Report) -> list[str]:
+    """Names of the attacks that keep the threat, then of what a suite does as a whole."""
+    counted = {"control", "worst case", "everything"}
+    counted |= {row.member for row in report.attacks if report.within(row)}
+    return [accuracy.name for accuracy in report.accuracies if accuracy.name in counted]

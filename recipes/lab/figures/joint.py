@@ -13,20 +13,23 @@ from sj_robust import SpikingClassifier
 from sj_robust.core.host import neuron
 from sj_robust.core.preserved import full_precision
 from sj_robust.core.saved import SavedResult
-from sj_robust.neuron.charging import find_neurons
+from sj_robust.neuron.charging import Neuron, find_neurons
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.joint import JointRun, OverTime
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.rules import Bounds
 from sj_robust.proofs.spiking import Float32Spiking, Interval, LayerBounds
-from sj_robust.proofs.trains import possible_trains
+from sj_robust.proofs.trains import Trains, possible_trains
 from sj_robust.proofs.verification import bounded_logits, bounded_neurons
 
 __all__ = ["JointBounds", "joint_bounds", "proved_by_parts"]
 
 _STEPS = 8
+"""Time steps of the neuron."""
 _CURRENT = 1.6
+"""Current around which spikes are counted."""
 _LARGEST = 4.0
+"""Largest current whose train is shown."""
 _BATCH = 60
 
 
@@ -71,36 +74,57 @@ def joint_bounds(
     eps: Mapping[str, Sequence[float]],
 ) -> JointBounds:
     """The numbers of the figure, with what is proved of each network at its radii."""
-    found = find_neurons(nn.Sequential(neuron.LIFNode(tau=2.0)), {}, {})[0]["0"]
-    spiking = Float32Spiking(found, LayerBounds())
+    neurons, _, _ = find_neurons(nn.Sequential(neuron.LIFNode(tau=2.0)), {}, {})
+    lif = neurons["0"]
+    spiking = Float32Spiking(lif, LayerBounds())
     table = possible_trains(
         spiking, _STEPS, largest=_LARGEST, error=1e-7, device=torch.device("cpu")
     )
-    assert table is not None
+    assert table is not None  # the trains of a LIF neuron can be listed
+    return JointBounds(
+        trains=_pieces(table),
+        counts=_counts(lif, table),
+        proved={name: _proved(model, x, y, eps[name]) for name, model in networks.items()},
+    )
+
+
+def _pieces(table: Trains) -> list[dict[str, list[float]]]:
+    """Pieces of the currents with one train each, but for pieces that are too short to see."""
     pieces = []
     for low, high, spikes in zip(table.low, table.high, table.spikes, strict=True):
         ends = [max(float(low), 0.0), min(float(high), _LARGEST)]
         if ends[1] - ends[0] > 1e-5:
             pieces.append({"current": ends, "spikes": spikes.tolist()})
+    return pieces
+
+
+def _counts(lif: Neuron, table: Trains) -> dict[str, list[float]]:
+    """Bounds of the number of spikes, by single spikes (intervals) and by possible trains
+    (chain).
+    """
     radius = torch.linspace(0.0, _CURRENT / 2, 81, dtype=torch.float64)
     current = Interval(_CURRENT - radius, _CURRENT + radius)
-    count = table.chain(current).bounds(torch.ones(1, _STEPS, dtype=torch.float64))
-    every = Interval(current.low.expand(_STEPS, -1), current.high.expand(_STEPS, -1))
-    alone = Float32Spiking(found, LayerBounds()).run(every)
-    counts = {
+    chain = table.chain(current).bounds(torch.ones(1, _STEPS, dtype=torch.float64))
+    per_step = Interval(current.low.expand(_STEPS, -1), current.high.expand(_STEPS, -1))
+    spikes = Float32Spiking(lif, LayerBounds()).run(per_step)
+    return {
         "radius": radius.tolist(),
-        "intervals least": alone.low.sum(0).tolist(),
-        "intervals most": alone.high.sum(0).tolist(),
-        "chain least": count.low[0].tolist(),
-        "chain most": count.high[0].tolist(),
+        "intervals least": spikes.low.sum(0).tolist(),
+        "intervals most": spikes.high.sum(0).tolist(),
+        "chain least": chain.low[0].tolist(),
+        "chain most": chain.high[0].tolist(),
     }
-    proved: dict[str, dict[str, list[float]]] = {}
-    for name, model in networks.items():
-        own = proved.setdefault(name, {"eps": list(eps[name])})
-        for size in eps[name]:
-            for part, share in proved_by_parts(model, x, y, size).items():
-                own.setdefault(part, []).append(share)
-    return JointBounds(pieces, counts, proved)
+
+
+def _proved(
+    model: SpikingClassifier, x: Tensor, y: Tensor, eps: Sequence[float]
+) -> dict[str, list[float]]:
+    """Radii, and by part the share that it proves at each of them."""
+    found: dict[str, list[float]] = {"eps": list(eps)}
+    for size in eps:
+        for part, share in proved_by_parts(model, x, y, size).items():
+            found.setdefault(part, []).append(share)
+    return found
 
 
 def proved_by_parts(model: SpikingClassifier, x: Tensor, y: Tensor, eps: float) -> dict[str, float]:

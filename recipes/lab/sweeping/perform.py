@@ -1,4 +1,6 @@
-"""One run of a sweep: train, evaluate, write down; whatever an earlier attempt finished is kept."""
+"""One run of a sweep: train, evaluate, write the record; parts that an earlier attempt finished are
+kept.
+"""
 
 import os
 import shutil
@@ -30,15 +32,15 @@ _REPORT = "report.json"
 
 @dataclass(frozen=True)
 class Attempt:
-    """What a job of submitit does: a run, in a process of its own.
+    """A job of submitit: performs a run, in a process of its own.
 
-    SIGTERM lets a training write a checkpoint and ends the job. So does SIGUSR2, with which
-    submitit and Slurm announce that its time is up, and the job is queued again.
+    SIGTERM stops it, after the training has written a checkpoint. So does SIGUSR2, by which
+    submitit and Slurm announce that the time of a job is up; then the job is queued again.
 
     Attributes:
         run: The run.
-        gpus: What it sees of this machine's GPUs, as in ``CUDA_VISIBLE_DEVICES``; None leaves that
-            to the cluster.
+        gpus: GPUs of this machine that it sees, as in ``CUDA_VISIBLE_DEVICES``; None leaves the
+            choice to the cluster.
     """
 
     run: PlannedRun
@@ -46,26 +48,23 @@ class Attempt:
 
     def __call__(self) -> str | None:
         """Perform the run; returns the error in a line, or None after success."""
-        queue_again: Any = signal.getsignal(signal.SIGUSR2)  # submitit's
-        out_of_time: list[int] = []
+        queue_again: Any = signal.getsignal(signal.SIGUSR2)  # the handler of submitit
+        time_is_up: list[int] = []
 
-        def announce(number: int, frame: object) -> None:
-            out_of_time.append(number)
+        def stop_in_time(number: int, frame: object) -> None:
+            time_is_up.append(number)
             signal.raise_signal(signal.SIGTERM)
 
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        signal.signal(signal.SIGUSR2, announce)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
+        signal.signal(signal.SIGUSR2, stop_in_time)
         if self.gpus is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus  # submitit hides them all
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus  # submitit sets it to none
         try:
-            self.run.folder.mkdir(parents=True, exist_ok=True)
-            with (self.run.folder / LOG_FILE).open("ab") as log:
-                os.dup2(log.fileno(), sys.stdout.fileno())
-                os.dup2(log.fileno(), sys.stderr.fileno())
+            self._print_to_file()
             with _alone(self.run.folder):
                 perform(self.run)
         except (KeyboardInterrupt, TrainingInterrupted):
-            if out_of_time:
+            if time_is_up:
                 queue_again(signal.SIGUSR2, None)
             sys.exit("stopped")
         except (Exception, SystemExit) as error:
@@ -74,14 +73,22 @@ class Attempt:
         return None
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit queues again when the time of the job is up: the same, which goes on."""
+        """What submitit queues when the time of the job is up: the same job, which resumes."""
         return DelayedSubmission(self)
+
+    def _print_to_file(self) -> None:
+        """Append all that this process prints to the run's log file."""
+        self.run.folder.mkdir(parents=True, exist_ok=True)
+        with (self.run.folder / LOG_FILE).open("ab") as log:
+            os.dup2(log.fileno(), sys.stdout.fileno())
+            os.dup2(log.fileno(), sys.stderr.fileno())
 
 
 def perform(run: PlannedRun) -> RunRecord:
-    """Do what is missing of a run; returns the record, which is on disk then.
+    """Do all parts of a run that are not done; returns the record, which is then in its file.
 
-    Training that was stopped goes on from its last checkpoint, an evaluation from its last record.
+    A training that was stopped is resumed from its last checkpoint, an evaluation from its last
+    finished step.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     if not (run.folder / OPTIONS_FILE).exists():
@@ -94,8 +101,9 @@ def perform(run: PlannedRun) -> RunRecord:
 
 
 def _train(run: PlannedRun) -> RunRecord:
+    """Train the network; returns the first record of the run."""
     folder = run.folder / "training"
-    seconds = _call(run.recipe, folder, run.folder / OPTIONS_FILE, "*/last.pt")
+    seconds = _call(run.recipe, folder, run.folder / OPTIONS_FILE, mark="*/last.pt")
     report = Report.load(folder / _REPORT)
     own = [row.member for row in report.of(report.main)]  # other networks are references
     record = RunRecord(
@@ -111,6 +119,7 @@ def _train(run: PlannedRun) -> RunRecord:
 
 
 def _evaluate(run: PlannedRun, record: RunRecord, suite: str) -> RunRecord:
+    """Evaluate the network by a suite; returns the record with the result."""
     folder = run.folder / suite
     path = run.folder / f"{suite}.yaml"
     options = run.evaluations[suite]
@@ -122,7 +131,7 @@ def _evaluate(run: PlannedRun, record: RunRecord, suite: str) -> RunRecord:
         "name": run.name,
     }
     write_whole(path, yaml.safe_dump(given, sort_keys=False))
-    seconds = _call(run.evaluator, folder, path, "progress/*")
+    seconds = _call(run.evaluator, folder, path, mark="progress/*")
     report = Report.load(folder / _REPORT)
     result = {
         "options": options,
@@ -144,26 +153,31 @@ def _counts(found: Iterable[Accuracy]) -> dict[str, dict[str, int]]:
     return {one.name: {"correct": one.correct, "total": one.total} for one in found}
 
 
-def _call(recipe: Path, folder: Path, options: Path, mark: str) -> float:
-    """Run a recipe into a folder, or go on there; returns seconds."""
+def _call(recipe: Path, folder: Path, options: Path, *, mark: str) -> float:
+    """Run a recipe with ``folder`` as output, and return the seconds it took.
+
+    It is resumed if the folder holds files of the pattern ``mark``.
+    """
     if (folder / _REPORT).is_file():  # killed between the report and the record
         return 0.0
     arguments = ["--config", str(options), "--output", str(folder)]
     if any(folder.glob(mark)):
         arguments.append("--resume")
     elif folder.exists():
-        shutil.rmtree(folder)  # killed before there was anything to go on with
+        shutil.rmtree(folder)  # killed before there was anything to resume
     start = time.monotonic()
     try:
         load_recipe(recipe).main(arguments)
     finally:
-        AcceleratorState._reset_state(True)  # precision and device would outlive the run
+        AcceleratorState._reset_state(True)  # else the next recipe has its precision and device
     return time.monotonic() - start
 
 
 def _alone(folder: Path) -> Any:
-    """The run's lock, which a kill lets go of; waits for a process that an earlier sweep left when
-    it was killed.
+    """Context in which this process holds the lock of a run, which the system frees if it is
+    killed.
+
+    It waits for a process of an earlier sweep that still performs the run.
     """
     lock = FileLock(folder / ".lock")
     try:

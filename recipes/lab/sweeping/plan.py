@@ -1,10 +1,10 @@
-"""Which runs a sweep consists of, and which of them its folder holds already."""
+"""The runs of a sweep, and which of them are in its folder already."""
 
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,15 @@ OPTIONS_FILE = "options.yaml"
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run that a sweep wants: all options of the training, and of the evaluation by suite."""
+    """A run of a sweep.
+
+    Attributes:
+        folder: Where it is, or will be.
+        options: All options of the training.
+        evaluations: By suite all options of the evaluation.
+        recipe: Script of the training.
+        evaluator: Script of the evaluation.
+    """
 
     folder: Path
     options: dict[str, Any]
@@ -34,7 +42,7 @@ class PlannedRun:
 
     @property
     def record(self) -> RunRecord | None:
-        """What is known of it already."""
+        """What came out of it so far; None if it has no record yet."""
         path = self.folder / RECORD_FILE
         return RunRecord.load(path) if path.is_file() else None
 
@@ -55,11 +63,11 @@ def plan_runs(
     fixed: Mapping[str, Any],
     evaluations: Mapping[str, Mapping[str, Any]],
 ) -> list[PlannedRun]:
-    """The runs of a sweep, seed by seed, each once: combinations that differ in an option without
-    effect are one run.
+    """The runs of a sweep, seed by seed, each only once.
 
-    So are those of which one has null and the other the value that null stands for, if the recipe
-    tells. A run of an earlier sweep in the folder is recognised by its options, whatever its name.
+    Combinations are the same run if they differ only in an option without effect, or if one has
+    null and the other the value that null stands for (see :meth:`Recipe.identity`). A run of an
+    earlier sweep in the folder is recognised by its options, whatever its name.
 
     Raises:
         SystemExit: If an option is unknown or wrong, after a message.
@@ -68,55 +76,63 @@ def plan_runs(
     suites = {}
     for suite, given in evaluations.items():
         suites[suite] = evaluator.resolve({**given, "suite": suite}).given
-    known = _known(folder, recipe)
-    identities = {path.name: identity for identity, path in known.items()}
     varied = values_in(combinations)
     cells = [recipe.resolve({**fixed, **combination}) for combination in combinations]
+    begun = _begun(folder, recipe)
+    owners = {path.name: identity for identity, path in begun.items()}
     planned: dict[str, PlannedRun] = {}
     for seed, cell in itertools.product(seeds, cells):
-        run = cell.with_seed(seed)
-        identity = recipe.identity(run)
+        resolved = cell.with_seed(seed)
+        identity = recipe.identity(resolved)
         if identity in planned:
             continue
-        options = _written_out(run, varied)
-        options |= {name: recipe.defaults[name] for name in run.idle}
-        name = _name({name: options[name] for name in varied if name not in run.idle}, seed)
-        before = identities.get(name, identity)
-        if before != identity and identity not in known:
-            if before not in planned:  # of an earlier sweep
-                _refuse_changes(folder / "runs" / name, json.loads(before), json.loads(identity))
-            name += f"-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-        path = known.get(identity, folder / "runs" / name)
-        identities[path.name] = identity
-        planned[identity] = PlannedRun(path, options, suites, recipe.path, evaluator.path)
-        _check_evaluations(planned[identity], evaluator)
+        options = _written_out(resolved, varied)
+        options |= {name: recipe.defaults[name] for name in resolved.idle}
+        path = begun.get(identity)
+        if path is None:
+            shown = {name: options[name] for name in varied if name not in resolved.idle}
+            path = folder / "runs" / _name(shown, seed)
+            owner = owners.get(path.name)
+            if owner is not None:
+                if owner not in planned:  # a run of an earlier sweep
+                    _refuse_changes(path, json.loads(owner), json.loads(identity))
+                digest = hashlib.sha256(identity.encode()).hexdigest()
+                path = path.with_name(f"{path.name}-{digest[:8]}")
+            owners[path.name] = identity
+        run = PlannedRun(
+            folder=path,
+            options=options,
+            evaluations=suites,
+            recipe=recipe.path,
+            evaluator=evaluator.path,
+        )
+        _check_evaluations(run, evaluator)
+        planned[identity] = run
     return list(planned.values())
 
 
 def load_records(folder: Path, recipe: Recipe) -> list[RunRecord]:
-    """Records of all runs in the folder of a sweep, by name, with those options that have an effect
-    in the recipe.
+    """Records of all runs in the folder of a sweep, sorted by name, with the options that had an
+    effect.
 
-    Where an option is null in one run and has a value in another, null is the value that it stands
-    for.
+    An option that is null in one run and has a value in another is written out in both.
     """
     paths = sorted((folder / "runs").glob(f"*/{RECORD_FILE}"))
     records = [RunRecord.load(path) for path in paths]
     runs = [recipe.resolve(record.options, record.name) for record in records]
-    everything = values_in(run.given for run in runs)
+    values = values_in(run.given for run in runs)
     found = []
     for record, run in zip(records, runs, strict=True):
-        shown = recipe.decisive(_written_out(run, everything))
-        found.append(replace(record, options=_without(shown, run.idle)))
+        options = recipe.decisive(_written_out(run, values))
+        effective = {name: value for name, value in options.items() if name not in run.idle}
+        found.append(replace(record, options=effective))
     return found
 
 
-def _without(options: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name not in names}
-
-
 def _written_out(run: Resolved, values: Mapping[str, list[Any]]) -> dict[str, Any]:
-    """Options with the value that None stands for, where one is among those values."""
+    """The given options of a run; None is replaced by the value that it stands for, unless all
+    ``values`` of the option are None.
+    """
     found = dict(run.given)
     for name, others in values.items():
         if found[name] is None and others != [None]:
@@ -124,19 +140,21 @@ def _written_out(run: Resolved, values: Mapping[str, list[Any]]) -> dict[str, An
     return found
 
 
-def _known(folder: Path, recipe: Recipe) -> dict[str, Path]:
-    """Folders of runs that were begun, by their options; what a newer recipe added has its
-    default.
+def _begun(folder: Path, recipe: Recipe) -> dict[str, Path]:
+    """Folders of the runs that earlier sweeps began, by identity; an option that a newer recipe
+    has added has its default.
     """
-    known = {}
+    found = {}
     for path in sorted((folder / "runs").glob(f"*/{OPTIONS_FILE}")):
         run = recipe.resolve(read_file(path), f"{path}, of another version: use another --output")
-        known[recipe.identity(run)] = path.parent
-    return known
+        found[recipe.identity(run)] = path.parent
+    return found
 
 
 def _name(values: Mapping[str, Any], seed: int) -> str:
-    """Words for themselves, numbers behind the name of their option."""
+    """Name of a run such as ``dlif-rho0.1-seed0``: words as they are, other values behind the name
+    of their option.
+    """
     parts = []
     for name, value in values.items():
         is_word = isinstance(value, str) and value[:1].isalpha()
@@ -145,7 +163,7 @@ def _name(values: Mapping[str, Any], seed: int) -> str:
 
 
 def _check_evaluations(run: PlannedRun, evaluator: Recipe) -> None:
-    """Raise ValueError if a suite was run with other options."""
+    """Raise ValueError if a suite of the run has been run with other options."""
     record = run.record
     if record is None:
         return
@@ -156,7 +174,7 @@ def _check_evaluations(run: PlannedRun, evaluator: Recipe) -> None:
 
 
 def _refuse_changes(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Raise ValueError, with the options that have changed, if any have."""
+    """Raise ValueError if an option has another value than before."""
     names = [name for name, value in new.items() if old.get(name, value) != value]
     if not names:
         return

@@ -21,8 +21,8 @@ Cluster = Literal["local", "slurm"]
 
 _PATIENCE = 120.0
 """Seconds that runs have to write their checkpoints when they are asked to stop."""
-_LONG = {"local": 10**6, "slurm": 24 * 60}
-"""Minutes that a job may take, if nothing else is asked for."""
+_TIMEOUT = {"local": 10**6, "slurm": 24 * 60}
+"""Minutes that a job may take, unless an option says otherwise."""
 
 
 def executor_for(
@@ -32,18 +32,18 @@ def executor_for(
     *,
     jobs: int = 1,
 ) -> Any:
-    """The executor of submitit for a sweep; its own files are in ``jobs/``, which a cluster has to
-    see too.
+    """The executor of submitit for a sweep.
 
-    The options are parameters of submitit, such as ``{"slurm_partition": "gpu", "timeout_min":
-    600}``. Slurm performs ``jobs`` of the runs at a time.
+    Its own files are in ``folder/jobs``, which the nodes of a cluster must see as well. The options
+    are parameters of submitit, such as ``{"slurm_partition": "gpu", "timeout_min": 600}``. Slurm
+    performs ``jobs`` of the runs at a time.
 
     Raises:
-        ValueError: If the cluster is not there or an option is unknown.
+        ValueError: If there is no such cluster, or an option is unknown.
     """
     parameters = {
         "name": "sweep",
-        "timeout_min": _LONG[cluster],
+        "timeout_min": _TIMEOUT[cluster],
         "stderr_to_stdout": True,
         "slurm_array_parallelism": jobs,
         **(options or {}),
@@ -69,24 +69,25 @@ def perform_all(
     """Perform runs, each in a process of its own, and yield each as it ends, with its error in a
     line or None.
 
-    On this machine there are at most ``jobs`` at a time, each with so many ``threads`` of torch,
-    and they take turns with its GPUs. On a cluster all are queued at once.
+    On this machine at most ``jobs`` run at a time, each with ``threads`` threads of torch; they
+    share its GPUs in turn. On a cluster all are queued at once.
 
-    When the iteration is left, by Ctrl-C for instance, runs are asked to stop, and what they leave
-    can be resumed. Runs whose sweep is killed go on, as on a cluster; a run that is planned again
-    meanwhile waits for them.
+    When the iteration is left, by Ctrl-C for instance, the runs are asked to stop, and can be
+    resumed later. When the process is killed, they go on, as on a cluster; another sweep with one
+    of these runs then waits until it has ended.
     """
     local = executor.cluster == "local"
-    slots = range(jobs if local else len(runs))
+    slots = jobs if local else len(runs)
     environment = paths_for_children() | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": str(threads)}
     waiting = deque(runs)
-    running: dict[int, tuple[PlannedRun, Any]] = {}
+    running: dict[int, tuple[PlannedRun, Any]] = {}  # by slot
     try:
         while waiting or running:
-            free = [slot for slot in slots if slot not in running][: len(waiting)]
-            if free:
+            free = [slot for slot in range(slots) if slot not in running]
+            starting = free[: len(waiting)]
+            if starting:
                 with _interrupts_held(), environment_variables(**environment), executor.batch():
-                    for slot in free:
+                    for slot in starting:
                         run = waiting.popleft()
                         attempt = Attempt(run, gpus_of(slot) if local else None)
                         running[slot] = run, executor.submit(attempt)
@@ -96,48 +97,53 @@ def perform_all(
                     yield run, _error(job)
             time.sleep(0.2)
     finally:
-        stop = _stop if local else _cancel
-        stop([job for _, job in running.values()])
+        left = [job for _, job in running.values()]
+        if local:
+            _stop(left)
+        else:
+            for job in left:
+                job.cancel(check=False)
 
 
 def _error(job: Any) -> str | None:
+    """The error of a job that has ended, in a line; None after success."""
     try:
         return job.result()  # type: ignore[no-any-return]  # what an Attempt returned
-    except RuntimeError:  # submitit's own, and they hold pages of its log
+    except RuntimeError:  # of submitit, whose message is pages of the log
         return f"its process died (state {job.state})"
 
 
 def _stop(jobs: Sequence[Any]) -> None:
-    """Ask jobs of this machine to stop, once more if they do not, and wait.
+    """Ask jobs on this machine to stop, and wait until they have; ask again after a while.
 
-    Their own ``cancel`` kills after a second, which is too short for a checkpoint.
+    submitit's ``cancel`` kills after a second, which is too short to write a checkpoint.
     """
-    asked = -_PATIENCE
+    ask_at = time.monotonic()
     while not all(job.done() for job in jobs):
-        if time.monotonic() > asked + _PATIENCE:
-            asked = time.monotonic()
+        if time.monotonic() >= ask_at:
+            ask_at = time.monotonic() + _PATIENCE
             for job in jobs:
                 if not job.done():
                     os.kill(int(job.job_id), signal.SIGTERM)
         time.sleep(0.2)
 
 
-def _cancel(jobs: Sequence[Any]) -> None:
-    for job in jobs:
-        job.cancel(check=False)
-
-
 def gpus_of(slot: int) -> str:
-    """``CUDA_VISIBLE_DEVICES`` for a slot: one of those that this process sees."""
+    """``CUDA_VISIBLE_DEVICES`` for a slot: one of the GPUs that this process sees, "" if none."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
+    if visible:
+        names = visible.split(",")
+    else:
+        names = [str(number) for number in range(torch.cuda.device_count())]
     return names[slot % len(names)] if names else ""
 
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits, in processes started meanwhile for ever: it reaches this one alone, which
-    passes it on once.
+    """Hold back Ctrl-C while processes are started.
+
+    They inherit that and ignore Ctrl-C, which the terminal sends to all of them; this process asks
+    each to stop, once.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

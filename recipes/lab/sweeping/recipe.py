@@ -1,6 +1,4 @@
-"""A recipe, which is a script and no module of the package, as something to check options against
-and to run.
-"""
+"""A recipe as a sweep uses it: options, defaults and ``main``, loaded from the file of a script."""
 
 import importlib.util
 import json
@@ -9,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from lab.command_line import from_values, idle, plain
@@ -20,9 +19,9 @@ class Resolved:
     """All options of a run as plain data.
 
     Attributes:
-        given: Those given, checked, and the recipe's defaults.
-        complete: The same with values where None leaves it to other options.
-        idle: Names of those that change nothing, see :func:`lab.command_line.idle`.
+        given: The options that were given, and the defaults of the others.
+        complete: The same, with the value that None stands for in its place.
+        idle: Names of the options without effect, see :func:`lab.command_line.idle`.
     """
 
     given: dict[str, Any]
@@ -40,8 +39,12 @@ class Resolved:
 class Recipe:
     """What a sweep knows of a recipe.
 
-    ``completed`` is its function of that name, if it has one: options with values where they were
-    None because others decide them.
+    Attributes:
+        path: Its file.
+        options_type: Its dataclass ``Options``.
+        main: Its function ``main``, which takes the words of a command line.
+        completed: Its function of that name, if it has one: replaces every None that stands for a
+            value which follows from the other options.
     """
 
     path: Path
@@ -58,22 +61,23 @@ class Recipe:
                 )
 
     def resolve(self, options: Mapping[str, Any], where: str = "") -> Resolved:
-        """Options of a run from those given; wrong ones end the process, after a message that says
-        ``where`` they stand.
+        """All options of a run from those given.
+
+        A wrong option ends the process, after a message that says ``where`` it stands.
         """
         given = from_values(self.options_type, options, where or self.path.name)
         complete = given if self.completed is None else self.completed(given)
         return Resolved(plain(given), plain(complete), idle(complete))
 
     def identity(self, run: Resolved) -> str:
-        """Text that is equal for two runs that are one: their options, idle ones at their defaults,
-        as JSON.
+        """A text that two sets of options share if they make the same run: the decisive options as
+        JSON, those without effect at their defaults.
         """
         idle_ones = {name: self.defaults[name] for name in run.idle}
         return json.dumps(self.decisive(run.complete | idle_ones), sort_keys=True)
 
     def decisive(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The options of which another value is another run."""
+        """The options of which another value makes another run."""
         marks = marked(self.options_type, Decides)
         without = {name for name, mark in marks.items() if mark.what == "nothing"}
         return {name: value for name, value in options.items() if name not in without}
@@ -85,9 +89,12 @@ class Recipe:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """The recipe in a file, which is run as a module, not as a script. 加载实验脚本。
+    """Load the recipe in a file, which is imported, so that its ``main`` is not run yet.
+    加载实验脚本。
 
-    FileNotFoundError if there is no such file, ValueError if it lacks ``Options`` or ``main``.
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it lacks ``Options`` or ``main``.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "mine.py"
@@ -97,20 +104,29 @@ def load_recipe(path: Path) -> Recipe:
     """
     path = path.resolve()
     name = f"_recipe_{path.stem}_{abs(hash(str(path)))}"
-    if name not in sys.modules:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; a sweep needs the recipe that it runs")
-        spec = importlib.util.spec_from_file_location(name, path)
-        if spec is None or spec.loader is None:
-            raise ValueError(f"a recipe must be a Python file, got {path}")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # the types of a dataclass are looked up there
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    module = sys.modules[name]
+    module = sys.modules.get(name) or _imported(path, name)
     if not hasattr(module, "Options") or not hasattr(module, "main"):
         raise ValueError(f"a recipe must have Options and main, {path} has not")
-    return Recipe(path, module.Options, module.main, getattr(module, "completed", None))
+    return Recipe(
+        path=path,
+        options_type=module.Options,
+        main=module.main,
+        completed=getattr(module, "completed", None),
+    )
+
+
+def _imported(path: Path, name: str) -> ModuleType:
+    """The module in a file, imported under a name."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; a sweep needs the recipe that it runs")
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"a recipe must be a Python file, got {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # while a dataclass is made, its types are looked up there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -1,5 +1,5 @@
-"""What the runs of a sweep say together: mean and spread over seeds, and differences between runs
-of one seed.
+"""Statistics over the runs of a sweep: mean and spread over seeds, and differences between runs of
+one seed.
 """
 
 import fnmatch
@@ -20,10 +20,10 @@ Axes = Mapping[str, Sequence[Any]]
 
 
 class Statistic:
-    """Mean of a share over seeds, and what needs more than one of them, otherwise None.
+    """Mean of a share over seeds, and its uncertainty, which is None for a single seed.
 
-    Those are the standard deviation of one value (``spread``, with n - 1), the standard error of
-    the mean and its 95 % interval after Student, from ``low`` to ``high``.
+    The uncertainty is the standard deviation of the values (``spread``, with n - 1), the standard
+    error of the mean (``error``), and its 95 % interval after Student, from ``low`` to ``high``.
 
     Examples:
         >>> found = Statistic([0.5, 0.7])
@@ -50,8 +50,11 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Cell:
-    """Runs that differ in their seed alone, by seed, and the value of each axis that changes
-    something here.
+    """Runs that differ only in their seed.
+
+    Attributes:
+        values: Value of each axis that has an effect on these runs.
+        records: The runs, by seed.
     """
 
     values: dict[str, Any]
@@ -210,14 +213,15 @@ def _differences(
     names: Sequence[str],
     columns: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """What the second cell has more than the first, over pairs of runs with the same seed; nothing
-    if other options differ too.
+    """Accuracy of the second cell minus that of the first, over pairs of runs with the same seed;
+    no row if an option other than ``names`` has another value in the two cells.
     """
     before = {name: first.values[name] for name in names}
     after = {name: second.values[name] for name in names}
-    both = first.values | second.values
-    if both | before != second.values | first.values:
+    shared = first.values.keys() & second.values.keys()
+    if any(first.values[name] != second.values[name] for name in shared.difference(names)):
         return []
+    both = first.values | second.values
     rows = []
     for column in columns:
         subtrahends = first.by_seed(column)

@@ -6,11 +6,11 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from sj_robust.attacks import linf_bounds, pgd, project_l2
+from sj_robust.attacks import pgd
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.call import Model
 from sj_robust.attacks.logits import margin
-from sj_robust.attacks.projection import l2_norm, per_sample
+from sj_robust.attacks.projection import l2_norm, linf_bounds, per_sample, project_l2
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import check_logits, taken_for_checked
 from sj_robust.core.randomness import SampleSeeds, seeded_globals
@@ -243,6 +243,7 @@ class Probe:
                 random_start=False,
                 eot_samples=self.eot_samples,
                 keep_best=own,
+                stop_early=own and not bool(self.random.any()),  # one draw may be lucky
                 generator=self._generator(),
             )
 

@@ -11,11 +11,11 @@ from sj_robust.core.checks import check_count, check_images, check_labels, check
 from sj_robust.core.host import from_reset
 from sj_robust.evaluation.diagnosis import _symptoms
 from sj_robust.evaluation.diagnosis._probe import Probe
-from sj_robust.evaluation.diagnosis._symptoms import THRESHOLDS, Finding
+from sj_robust.evaluation.diagnosis._symptoms import THRESHOLDS, Finding, estimators_searched
 from sj_robust.evaluation.diagnosis.activity import firing
 from sj_robust.evaluation.run.member import check_estimator
 
-__all__ = ["ESTIMATORS_COMPARED", "THRESHOLDS", "Finding", "diagnose"]
+__all__ = ["ESTIMATORS_COMPARED", "THRESHOLDS", "Finding", "diagnose", "estimators_searched"]
 
 ESTIMATORS_COMPARED = ("triangle:0.5", "triangle:1", "atan:4", "assg")
 """Gradient estimators that :func:`diagnose` compares with the training surrogate unless told
@@ -134,5 +134,5 @@ def diagnose(
             findings += _symptoms.attacks(probe)
             findings.append(_symptoms.transfer(probe, source))
             if activity and names and probe.gradients.connected:
-                findings.append(_symptoms.estimators_compared(probe, names))
+                findings.append(_symptoms.estimators_attacking(probe, names))
     return tuple(findings)

@@ -203,6 +203,7 @@ def _notes(first: Evaluation, second: Evaluation, *, paired: bool) -> tuple[str,
         ("eps", _eps(first), _eps(second), harm),
         ("data set", first.dataset, second.dataset, harm),
         ("suite", first.suite, second.suite, "other attacks were run"),
+        ("search over spikes", _search(first), _search(second), "other attacks were run"),
     ]
     for what, here, there, consequence in settings:
         if here != there:
@@ -226,6 +227,10 @@ def _notes(first: Evaluation, second: Evaluation, *, paired: bool) -> tuple[str,
         doubts = (*alarms(report), *masked(report))
         notes += [f"{report.name}: {text}" for text in doubts]
     return tuple(notes)
+
+
+def _search(report: Evaluation) -> str:
+    return "yes" if any("spike_search/" in row.member for row in report.attacks) else "no"
 
 
 def _norm(report: Evaluation) -> str:

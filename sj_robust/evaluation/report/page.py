@@ -89,7 +89,8 @@ def to_html(report: Evaluation, gallery: Gallery | None = None) -> str:
         gallery: Images under attack to show as well, folded.
 
     Examples:
-        >>> from sj_robust.evaluation import Report, Row
+        >>> from sj_robust.evaluation import Report
+        >>> from sj_robust.evaluation.result import Row
         >>> rows = [Row("clean", "clean", (0, 1), (1,))]
         >>> "http" in to_html(Report("mine", "digits", "fast", (0, 1), rows))
         False

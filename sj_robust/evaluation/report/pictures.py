@@ -18,7 +18,8 @@ from sj_robust.evaluation.result import Evaluation
 from sj_robust.evaluation.run.data import Batches
 from sj_robust.evaluation.run.estimator_search import short_attack
 from sj_robust.evaluation.run.member import Member, craft, scored
-from sj_robust.perturbation import Traces, spike_traces
+from sj_robust.perturbation import spike_traces
+from sj_robust.perturbation.traces import Traces
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -38,15 +38,15 @@ class Report(
     Evaluation,
     what="a report of sj_robust",
     format="sj_robust.report",
-    version=2,
+    version=3,
 ):
     """What an evaluation found, image by image, with all that a reader asks for. 评估报告。
 
     The report of a suite of attacks, of a stress test, of a vote and of a training is one class:
     rows of who attacked what and what fell, from which every figure is counted. The JSON of a suite
     also holds the accuracies under the names of RobustBench's model cards (``clean_acc``,
-    ``autoattack_acc``, ``external``, ``unreliable``, ``footnote``). Files of version 1, which had
-    four formats, load as well.
+    ``autoattack_acc``, ``external``, ``unreliable``, ``footnote``). Files of earlier versions
+    load as well; what they call ``standard`` is the suite ``gradient``.
 
     Examples:
         >>> clean, pgd = Row("clean", "clean", range(3), (2,)), Row("pgd", "attack", (0, 1), (1,))
@@ -198,7 +198,7 @@ class Report(
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The report that :meth:`to_json` wrote, or that version 1 of one of its formats holds.
+        """The report that :meth:`to_json` wrote, or that an earlier version of its formats holds.
 
         Raises:
             ValueError: If the text is not JSON, something else or of a later version, or

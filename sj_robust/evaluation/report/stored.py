@@ -1,4 +1,6 @@
-"""Files of version 1, which had four formats, as the rows of today."""
+"""Files of earlier versions as reports of today: version 1 had four formats, and before version 3
+no suite had a search over spikes.
+"""
 
 import json
 import math
@@ -17,30 +19,51 @@ _COUNTS = (
 )
 
 
-def translated(text: str) -> str:
-    """The text of a report of today: what version 1 of one of its formats says, anything else as it
-    is. 旧版报告转换为当前格式。
+_SEARCHLESS = (
+    "Measured by a release whose suite fast had no search over spikes at its end, as it has today."
+)
 
-    Files of suites held what happened to every image. Of accuracy over eps, of stress tests and of
-    trainings they held counts: the images of a row are then the first ones, as many as fell.
+
+def translated(text: str) -> str:
+    """The text of a report of today: what an earlier version of one of its formats says, anything
+    else as it is. 旧版报告转换为当前格式。
+
+    Files of suites of version 1 held what happened to every image. Of accuracy over eps, of stress
+    tests and of trainings they held counts: the images of a row are then the first ones, as many as
+    fell. Up to version 2 the suite ``standard`` ran what ``gradient`` runs now, and becomes that.
     """
     try:
         content = json.loads(text)
     except json.JSONDecodeError:
         return text
-    if not isinstance(content, dict) or content.get("version") != 1:
+    if not isinstance(content, dict) or content.get("version") not in (1, 2):
         return text
-    translate = _FORMATS.get(str(content.get("format")))
+    version = content["version"]
+    formats = _FORMATS if version == 1 else {"sj_robust.report": dict}
+    translate = formats.get(str(content.get("format")))
     if translate is None:
         return text
     del content["format"], content["version"]
     try:
-        found = translate(content)
+        found = _named_as_today(translate(content))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"a field of a report of version 1 is missing or unknown ({error}); the file is damaged"
+            f"a field of a report of version {version} is missing or unknown ({error}); the file "
+            "is damaged"
         ) from error
-    return json.dumps({"format": "sj_robust.report", "version": 2} | found)
+    return json.dumps({"format": "sj_robust.report", "version": 3} | found)
+
+
+def _named_as_today(old: _Content) -> _Content:
+    """A report of a time when no suite had a search over spikes."""
+    if old["suite"] == "standard":
+        configuration = old["configuration"]
+        if "suite" in configuration:  # for the command that would run it again
+            configuration = configuration | {"suite": "gradient"}
+        return old | {"suite": "gradient", "configuration": configuration}
+    if old["suite"] == "fast":
+        return old | {"warnings": [*old["warnings"], _SEARCHLESS]}
+    return old
 
 
 def _of_a_suite(old: _Content) -> _Content:

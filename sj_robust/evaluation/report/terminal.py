@@ -34,7 +34,8 @@ def show_report(
     Examples:
         >>> import io
         >>> from rich.console import Console
-        >>> from sj_robust.evaluation import Report, Row
+        >>> from sj_robust.evaluation import Report
+        >>> from sj_robust.evaluation.result import Row
         >>> console = Console(file=io.StringIO(), width=80)
         >>> rows = [Row("clean", "clean", (0, 1), (1,))]
         >>> show_report(Report("mine", "digits", "fast", (0, 1), rows, classes=2), console)
@@ -82,7 +83,8 @@ def show_comparison(comparison: Comparison, console: "Console") -> None:
     Examples:
         >>> import io
         >>> from rich.console import Console
-        >>> from sj_robust.evaluation import Report, Row, compare_reports
+        >>> from sj_robust.evaluation import Report, compare_reports
+        >>> from sj_robust.evaluation.result import Row
         >>> console = Console(file=io.StringIO(), width=80)
         >>> rows = [Row("clean", "clean", (0, 1), (1,))]
         >>> report = Report("mine", "digits", "fast", (0, 1), rows)

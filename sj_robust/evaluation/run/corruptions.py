@@ -44,7 +44,10 @@ class Corruption:
     """One common corruption at one severity. 一种常见图像损坏及其强度。
 
     Attributes:
-        kind: Name, one of ``CORRUPTIONS``.
+        kind: ``"gaussian_noise"``, ``"shot_noise"``, ``"impulse_noise"``, ``"defocus_blur"``,
+            ``"glass_blur"``, ``"motion_blur"``, ``"zoom_blur"``, ``"snow"``, ``"frost"``,
+            ``"fog"``, ``"brightness"``, ``"contrast"``, ``"elastic_transform"``, ``"pixelate"`` or
+            ``"jpeg_compression"``.
         level: Severity, 1 to 5.
 
     Raises:

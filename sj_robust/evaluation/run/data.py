@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sj_robust.attacks import check_images, check_labels
+from sj_robust.core.checks import check_images, check_labels
 from sj_robust.data import image_loader
 from sj_robust.evaluation.run.fingerprint import fingerprint
 

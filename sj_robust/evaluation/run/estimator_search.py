@@ -92,6 +92,9 @@ class EstimatorTrial:
         margin: Margin (logit of the label minus the largest other one, 0 where fooled) that is
             left, as a share of the margin on the clean images.
         seconds: Time of the attack.
+        images: Number of the images.
+        gained: Images that fall with it and stand with the estimator of the training.
+        lost: Images that stand with it and fall with the estimator of the training.
         chosen: Whether it is one of the estimators to go on with.
         note: Why it could not be tried; its figures are then those of no attack.
     """
@@ -100,6 +103,9 @@ class EstimatorTrial:
     robust_accuracy: float
     margin: float
     seconds: float
+    images: int
+    gained: int = 0
+    lost: int = 0
     chosen: bool = False
     note: str = ""
 
@@ -262,6 +268,7 @@ class _Trials:
     draws: int
     seeds: SampleSeeds
     found: dict[str, EstimatorTrial] = field(default_factory=dict)
+    standing: dict[str, Tensor] = field(default_factory=dict)
     left: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -285,9 +292,18 @@ class _Trials:
         seconds = clock(self.x.device) - start
         standing, margins = self._scores(x_adv)
         margins = margins / self.clean
-        self.left[name] = standing + margins
+        self.standing[name] = standing
+        self.left[name] = standing.double() + margins
+        usual = self.standing["training"]
         self.found[name] = EstimatorTrial(
-            name, float(standing.mean()), float(margins.mean()), seconds, note=note
+            name,
+            robust_accuracy=float(standing.double().mean()),
+            margin=float(margins.mean()),
+            seconds=seconds,
+            images=len(standing),
+            gained=int((usual & ~standing).sum()),
+            lost=int((standing & ~usual).sum()),
+            note=note,
         )
 
     def choice(self, count: int) -> list[str]:
@@ -316,8 +332,8 @@ class _Trials:
         return crafted(self.model, self.x[rows], self.y[rows], member, seeds=seeds).x_adv
 
     def _scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether a sample stands in any draw, and its largest margin over the draws, 0 where
-        fooled; [N] float64.
+        """Whether a sample stands in any draw, [N] bool, and its largest margin over the draws, 0
+        where fooled, [N] float64.
         """
         standing, margins = [], []
         for draw in range(self.draws):
@@ -327,4 +343,4 @@ class _Trials:
             margins.append(margin(logits, self.y))
         stands = torch.stack(standing).any(0)
         largest = torch.stack(margins).amax(0)
-        return stands.double(), largest.clamp(min=0)
+        return stands, largest.clamp(min=0)

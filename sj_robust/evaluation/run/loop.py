@@ -1,5 +1,6 @@
 """The one loop over the members of an evaluation: resumable after a kill, shared by processes."""
 
+import platform
 import re
 import time
 import warnings
@@ -12,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sj_robust._version import __version__
 from sj_robust.attacks.call import Attack, Model
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import check_images, check_labels
-from sj_robust.core.environment import device_of, environment
+from sj_robust.core.environment import device_of, version_of
 from sj_robust.core.preserved import evaluation_mode
 from sj_robust.core.randomness import SampleSeeds, seeded_globals
 from sj_robust.evaluation.result import Kind, Row
@@ -186,11 +188,16 @@ def run_batch(job: Job, log: BatchLog) -> Iterator[Step]:
 
 
 def _starts(job: Job, log: BatchLog, number: int, rows: Tensor) -> Tensor:
-    """What the members before one made of the images ``rows`` within its threat, [S, n, ...]."""
+    """What the members of its group before one made of the images ``rows`` within its threat,
+    [S, n, ...].
+    """
     members = job.variant.members
-    allowed = Asked(members[number - 1].threat)
+    taker = members[number - 1]
+    allowed = Asked(taker.threat)
     found = []
     for earlier, member in enumerate(members[: number - 1], 1):
+        if member.group != taker.group:
+            continue
         if allowed.threat is None or allowed.keeps(member):
             images = log.kept(earlier)
             whole = job.x.clone()
@@ -342,10 +349,14 @@ def rows_of(
 
 def releases() -> str:
     """Releases that a result depends on, as part of a key. 结果所依赖的版本。"""
-    found = environment()
-    names = ("sj_robust", "spikingjelly", "torch")
-    python = found["python"].rpartition(".")[0]
-    return ", ".join([*(f"{name} {found[name]}" for name in names), f"python {python}"])
+    python = platform.python_version().rpartition(".")[0]
+    found = {
+        "sj_robust": __version__,
+        "spikingjelly": version_of("spikingjelly") or "unknown",
+        "torch": torch.__version__,
+        "python": python,
+    }
+    return ", ".join(f"{name} {release}" for name, release in found.items())
 
 
 class _Networks:

@@ -54,8 +54,8 @@ class Member:
         threat: The ball that its images must keep; in L0 binary event frames must stay binary as
             well. None where there is none, as for Gaussian noise.
         takes_starts: Whether the attack is called with ``starts``, [S, N, ...]: per image what each
-            of the S members before it made of it within its threat, the clean image where a member
-            did not see it.
+            of the S members of its group before it made of it within its threat, the clean image
+            where a member did not see it.
 
     Raises:
         TypeError: If the attack cannot be called or the seed is not an integer.

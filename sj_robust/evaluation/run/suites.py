@@ -14,6 +14,7 @@ from sj_robust.attacks.call import Attack
 from sj_robust.attacks.gradient import fgsm, pgd
 from sj_robust.attacks.noise import gaussian
 from sj_robust.attacks.sapgd import sapgd
+from sj_robust.attacks.spike_search import spike_search
 from sj_robust.attacks.square import square
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import check_choice, check_count
@@ -39,13 +40,14 @@ __all__ = [
     "make_suite",
 ]
 
-SuiteName = Literal["paper", "fast", "standard", "autoattack", "gradients", "events"]
+SuiteName = Literal["paper", "fast", "standard", "gradient", "autoattack", "gradients", "events"]
 """Names of the suites."""
 
 GRADES: dict[str, str] = {
     "paper": "a protocol to compare with, weaker than standard",
     "fast": "a first impression",
     "standard": "the one to report",
+    "gradient": "many gradient attacks and no search over spikes, weaker than standard",
     "autoattack": "AutoAttack standard, which knows the training surrogate alone",
     "gradients": "estimators one by one",
     "events": "the one to report for event frames",
@@ -115,9 +117,12 @@ def make_suite(
     | --- | --- |
     | ``paper`` | Gaussian (sigma = eps), FGSM, PGD-7, 10, 20, 40 (best and last iterate), |
     | | APGD-CE 10, APGD-DLR 10; PGD-10 with step eps/4 at 10, 20 ... 100/255 |
-    | ``fast`` | APGD-CE c1, c2 (50 x 1), APGD-DLR c1 (50 x 1), APGD-CE c1 (50 x 2), |
-    | | training (50 x 1) |
-    | ``standard`` | APGD-CE c1, c2, c3 (100 x 1), APGD-DLR c1 (100 x 1), APGD-CE c1 (100 x 2), |
+    | ``fast`` | APGD-CE c1, c2 (50 x 1), APGD-DLR c1 (50 x 1), APGD-CE training (50 x 1), |
+    | | spike_search from what they found (2,000 forwards) |
+    | ``standard`` | APGD-CE c1, c2, c3 (100 x 1), APGD-DLR c1 (100 x 1), |
+    | | APGD-CE training (100 x 1), APGD-T c1, c2 (3 classes x 100), |
+    | | spike_search from what they found (36,000 forwards) |
+    | ``gradient`` | APGD-CE c1, c2, c3 (100 x 1), APGD-DLR c1 (100 x 1), APGD-CE c1 (100 x 2), |
     | | APGD-DLR c1 (100 x 1), APGD-CE training, c2, c3 (100 x 1), |
     | | APGD-T c1, c2, c3 (3 classes x 100), SA-PGD with ASSG (100 x 1), Square (1000 queries) |
     | ``autoattack`` | AutoAttack standard: APGD-CE (100), APGD-T (9 x 100), FAB-T (9 x 100), |
@@ -127,15 +132,20 @@ def make_suite(
     | | random changes of both kinds (200 tries), flip_events c1 (x 3); for a threat of moves |
     | | ``move_events`` and ``random_moves`` in their places |
 
+    The search has no surrogate to choose; what it begins from has. A network that draws random
+    numbers (``eot_samples`` > 1) has other spikes in every forward: ``standard`` then runs what
+    ``gradient`` runs, and ``fast`` APGD-CE c1 (50 x 2) in place of the search.
+
     The control is every attack in the ball of the threat once more, with the training surrogate and
-    another seed. Only that of ``autoattack`` spends the forwards and gradients of FAB-T (a forward
-    more per step) and Square on a second APGD-T and 20 more APGD-CE, a backward at the price of two
-    forwards; and that of ``gradients`` is APGD-CE with the training surrogate five times.
+    another seed; its search begins from what the control found. Only that of ``autoattack`` spends
+    the forwards and gradients of FAB-T (a forward more per step) and Square on a second APGD-T and
+    20 more APGD-CE, a backward at the price of two forwards; and that of ``gradients`` is APGD-CE
+    with the training surrogate five times.
 
     Args:
-        name: ``"paper"`` (the protocol of Ding et al., Linf), ``"fast"``, ``"standard"`` or
-            ``"autoattack"``; ``"events"`` for binary event frames, with a threat in L0 or of moves
-            and no other suite.
+        name: ``"paper"`` (the protocol of Ding et al., Linf), ``"fast"``, ``"standard"``,
+            ``"gradient"`` or ``"autoattack"``; ``"events"`` for binary event frames, with a threat
+            in L0 or of moves and no other suite.
         threat: The budget of every attack. The steps of ``paper`` grow with it, and are the printed
             ones at 8/255.
         chosen: Names of estimators, the strongest first; none means the training surrogate.
@@ -172,7 +182,12 @@ def make_suite(
     plan = _Plan(threat, classes, eot_samples)
     if name in fixed:
         return fixed[name](plan)
-    choosing = {"fast": _fast, "standard": _standard, "events": _events}
+    choosing = {
+        "fast": _fast,
+        "standard": _standard,
+        "gradient": _gradient,
+        "events": _events,
+    }
     return choosing[name](plan, tuple(dict.fromkeys(chosen)) or ("training",))
 
 
@@ -209,18 +224,19 @@ def check_radius(threat: ThreatModel) -> None:
         )
 
 
-def check_shape(name: SuiteName, images: Tensor) -> None:
+def check_shape(name: SuiteName, images: Tensor, *, draws: int = 1) -> None:
     """Raise ValueError for images that Square, which comes last in a suite, would not take.
 
     Examples:
         >>> import torch
-        >>> check_shape("standard", torch.rand(2, 36))
+        >>> check_shape("gradient", torch.rand(2, 36))
         Traceback (most recent call last):
             ...
-        ValueError: suite 'standard' needs images [N, C, H, W] for Square, got shape (2, 36); take
+        ValueError: suite 'gradient' needs images [N, C, H, W] for Square, got shape (2, 36); take
         'fast', or reshape inside the model
     """
-    if name in ("standard", "autoattack") and images.ndim != 4:
+    with_square = name in ("gradient", "autoattack") or (name == "standard" and draws > 1)
+    if with_square and images.ndim != 4:
         raise ValueError(
             f"suite {name!r} needs images [N, C, H, W] for Square, got shape "
             f"{tuple(images.shape)}; take 'fast', or reshape inside the model"
@@ -276,6 +292,17 @@ class _Plan:
             "square", partial(square, eps=self.threat.eps, norm=self.threat.ball, queries=queries)
         )
 
+    def spikes(self, forwards: int) -> list[Member]:
+        """The search over spikes, from what the members before it found; a network that draws
+        random numbers has other ones in every forward.
+        """
+        if self.eot_samples > 1:
+            return []
+        attack = partial(
+            spike_search, eps=self.threat.eps, norm=self.threat.ball, forwards=forwards
+        )
+        return [replace(self.member("spike_search", attack), takes_starts=True)]
+
     def _apgd(self, loss: Literal["ce", "dlr", "dlr_targeted"], steps: int) -> partial[Tensor]:
         noisy = expectation(self.eot_samples)
         return partial(
@@ -317,11 +344,13 @@ def _fast(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
     if second != best:
         members.append(ce(second))
     members += plan.dlr(best, steps=50)
-    members += [ce(best, 1), ce(best, 2)]
     if "training" not in (best, second):
         members.append(ce("training"))
+    search = plan.spikes(2_000)
+    members += search or [ce(best, 1), ce(best, 2)]
+    end = " and a short search over spikes" if search else ""
     description = (
-        f"APGD of 50 steps with {_listed(best, second)}: {GRADES['fast']}, not a final figure"
+        f"APGD of 50 steps with {_listed(best, second)}{end}: {GRADES['fast']}, not a final figure"
     )
     return Suite(
         "fast",
@@ -333,6 +362,24 @@ def _fast(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
 
 
 def _standard(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
+    search = plan.spikes(36_000)
+    if not search:
+        return replace(_gradient(plan, chosen), name="standard")
+    members = [plan.ce(name) for name in chosen]
+    members += plan.dlr(chosen[0])
+    if "training" not in chosen:
+        members.append(plan.ce("training"))
+    for name in chosen[:2]:
+        members += plan.targeted(name)
+    members += search
+    description = (
+        f"APGD-CE, APGD-DLR and APGD-T with {_listed(*chosen, 'training')}, then a search over "
+        "spikes from what they found"
+    )
+    return Suite("standard", tuple(members), _control(members), description, EstimatorSearch())
+
+
+def _gradient(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
     best, every = chosen[0], tuple(dict.fromkeys((*chosen, "training")))
     # A network that allows no other estimator than "training" may hold no spiking neuron at all.
     adaptive = next(
@@ -353,7 +400,7 @@ def _standard(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
     description = (
         f"worst case of APGD-CE, APGD-DLR, APGD-T, SA-PGD and Square with {_listed(*every)}"
     )
-    return Suite("standard", tuple(members), _control(members), description, EstimatorSearch())
+    return Suite("gradient", tuple(members), _control(members), description, EstimatorSearch())
 
 
 def _paper(plan: _Plan) -> Suite:

@@ -5,6 +5,7 @@ and several.
 from torch import Tensor
 
 from sj_robust.ops.bn_dlif import one_pass, operator, reference
+from sj_robust.ops.bn_dlif.layer import StageOutputs
 from sj_robust.ops.bn_dlif.norm import BatchNorm
 from sj_robust.ops.dlif.backends import failing_reason
 from sj_robust.ops.dlif.config import (
@@ -17,7 +18,13 @@ from sj_robust.ops.dlif.dispatch import check_backend, dlif_multi_step
 from sj_robust.ops.registration import in_onnx_export
 from sj_robust.ops.surrogate import Surrogate
 
-__all__ = ["batch_norm_dlif_multi_step", "can_fuse"]
+__all__ = [
+    "batch_norm_dlif_multi_step",
+    "can_fuse",
+    "check_call",
+    "fused_kernels",
+    "in_one_pass",
+]
 
 
 def batch_norm_dlif_multi_step(
@@ -60,9 +67,8 @@ def batch_norm_dlif_multi_step(
         store_current: Whether the neurons' currents, which are those behind the batch norm, are
             returned as well.
         backend: ``"cpp"`` is the compiled kernel and ``"triton"`` the one for CUDA; ``"auto"``
-            takes that of the device where :func:`can_fuse` says so. Any other name of
-            :data:`sj_robust.ops.BACKENDS` runs torch's batch norm, DLIF with that backend and
-            torch's pooling.
+            takes that of the device where :func:`can_fuse` says so. Any other name of ``BACKENDS``
+            runs torch's batch norm, DLIF with that backend and torch's pooling.
 
     Returns:
         Spikes [T, N, C, *] or their means [T, N, C, H // 2, W // 2], last potential [N, C, *] and
@@ -85,32 +91,31 @@ def batch_norm_dlif_multi_step(
         tensor([0., 1.])
     """
     surrogate = surrogate or Surrogate()
-    _check_arguments(x_seq, norm, input_gain, v_init)
+    check_call(x_seq, norm, input_gain, v_init)
     if average_pool and x_seq.ndim != 5:
         raise ValueError(
             f"average_pool needs x_seq [T, N, C, H, W], got shape {tuple(x_seq.shape)}"
         )
-    kernels = None
     if backend in one_pass.KERNELS:
-        kernels = check_backend(backend)
-        reason = one_pass.unsupported_reason(kernels, x_seq, norm, surrogate, average_pool)
+        kernels: str | None = check_backend(backend)
+        reason = one_pass.unsupported_reason(backend, x_seq, norm, surrogate, average_pool)
         if reason is not None:
             raise ValueError(
                 f"backend={backend!r} cannot run this call: {reason}; use backend='auto'"
             )
-    elif can_fuse(x_seq, norm, surrogate, average_pool, backend):
-        kernels = _ON[x_seq.device.type]
+    else:
+        kernels = fused_kernels(x_seq, norm, surrogate, average_pool, backend)
     if kernels is not None:
-        dtype = state_dtype(x_seq)
-        v_init = None if v_init is None else v_init.to(dtype)
-        config = DLIFConfig(decay, v_threshold, v_reset, surrogate, detach_reset)
-        outputs = operator.multi_step(
-            Inputs(x_seq, input_gain.to(dtype), v_init, config),
+        outputs = in_one_pass(
+            x_seq,
             norm,
+            input_gain,
+            v_init,
+            config=DLIFConfig(decay, v_threshold, v_reset, surrogate, detach_reset),
             average_pool=average_pool,
             store_v_seq=store_v_seq,
             store_current=store_current,
-            backend=kernels,
+            kernels=kernels,
         )
         found = outputs.spike_seq, outputs.v, outputs.v_seq
         return found if outputs.current is None else (*found, outputs.current)
@@ -148,7 +153,7 @@ def can_fuse(
         norm: The batch norm, or None for none.
         surrogate: Surrogate of the spike.
         average_pool: Whether a pooling belongs to the call.
-        backend: A name of :data:`sj_robust.ops.BACKENDS`.
+        backend: A name of ``BACKENDS``.
 
     Examples:
         >>> import torch
@@ -156,17 +161,55 @@ def can_fuse(
         >>> can_fuse(torch.zeros(2, 3, 4), norm, Surrogate("custom", function=torch.sigmoid))
         False
     """
+    return fused_kernels(x_seq, norm, surrogate, average_pool, backend) is not None
+
+
+def fused_kernels(
+    x_seq: Tensor,
+    norm: BatchNorm | None,
+    surrogate: Surrogate,
+    average_pool: bool,
+    backend: str,
+) -> str | None:
+    """The backend that runs this call in one pass, None for none; see :func:`can_fuse`."""
     name = _ON.get(x_seq.device.type) if backend == "auto" else backend
     if name is None or name not in one_pass.KERNELS:
-        return False
+        return None
     if in_onnx_export() or failing_reason(name) is not None:
-        return False
-    return one_pass.unsupported_reason(name, x_seq, norm, surrogate, average_pool) is None
+        return None
+    reason = one_pass.unsupported_reason(name, x_seq, norm, surrogate, average_pool)
+    return name if reason is None else None
 
 
-def _check_arguments(
+def in_one_pass(
+    x_seq: Tensor,
+    norm: BatchNorm | None,
+    input_gain: Tensor,
+    v_init: Tensor | None,
+    *,
+    config: DLIFConfig,
+    average_pool: bool,
+    store_v_seq: bool,
+    store_current: bool,
+    kernels: str,
+) -> StageOutputs:
+    """What the backend of :func:`fused_kernels` makes of a call that was checked."""
+    dtype = state_dtype(x_seq)
+    v_init = None if v_init is None else v_init.to(dtype)
+    return operator.multi_step(
+        Inputs(x_seq, input_gain.to(dtype), v_init, config),
+        norm,
+        average_pool=average_pool,
+        store_v_seq=store_v_seq,
+        store_current=store_current,
+        backend=kernels,
+    )
+
+
+def check_call(
     x_seq: Tensor, norm: BatchNorm | None, input_gain: Tensor, v_init: Tensor | None
 ) -> None:
+    """Tensors of a call have shapes that belong together."""
     if x_seq.ndim < 3 or x_seq.shape[0] == 0:
         raise ValueError(f"x_seq must be [T, N, C, *] with T >= 1, got shape {tuple(x_seq.shape)}")
     check_arguments(x_seq, input_gain, v_init)

@@ -1,5 +1,5 @@
-"""One call of batch norm, DLIF and pooling: its constants, how its tensors lie, and what a backend
-provides for it.
+"""One call of batch norm, DLIF and pooling: its constants, the layout of its tensors in memory, and
+the functions that a backend provides for it.
 """
 
 from dataclasses import dataclass
@@ -26,13 +26,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class StageConfig:
-    """Constants of a call beside those of its neurons.
+    """Constants of a call, except those of its neurons.
 
     Attributes:
-        statistics: Of the ``batch``, ``running`` ones, or None without batch norm.
+        statistics: ``"batch"`` if batch norm takes mean and variance of the batch, ``"running"`` if
+            it takes the running ones, None without batch norm.
         eps: Added to the variance.
         average_pool: Whether spikes are averaged over 2x2 neurons.
-        channels_last: Whether every step lies in memory in that order.
+        channels_last: Whether a time step is channels last in memory.
         backend: Name of the kernels.
     """
 
@@ -55,12 +56,16 @@ class StageConfig:
 
     @property
     def layout(self) -> torch.memory_format:
-        """The order in which every step lies in memory."""
+        """Memory format of a time step."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def planes(self, x_seq: Tensor) -> Planes:
-        """How a step of these currents lies in memory."""
-        height, width = x_seq.shape[3:] if x_seq.ndim == 5 else (x_seq.shape[3:].numel(), 1)
+        """Sizes and layout of a time step of the currents [T, N, C, *]."""
+        if x_seq.ndim == 5:
+            height, width = x_seq.shape[3:]
+        else:
+            height = x_seq.shape[3:].numel()
+            width = 1
         return Planes(
             channels=x_seq.shape[2],
             height=height,
@@ -70,12 +75,14 @@ class StageConfig:
         )
 
     def step(self, x_seq: Tensor, dtype: torch.dtype) -> Tensor:
-        """Room for one step of the shape of those of ``x_seq``."""
+        """Uninitialised tensor for one time step, in the shape of those of ``x_seq``."""
         shape, device = x_seq.shape[1:], x_seq.device
         return torch.empty(shape, dtype=dtype, device=device, memory_format=self.layout)
 
     def steps(self, x_seq: Tensor, T: int, dtype: torch.dtype, *, pooled: bool = False) -> Tensor:
-        """Room for T of them, or of the means of their 2x2 neurons."""
+        """Uninitialised tensor for T time steps; their planes are half as high and wide if
+        ``pooled``.
+        """
         N, C, *plane = x_seq.shape[1:]
         if pooled:
             plane = [size // 2 for size in plane]
@@ -86,7 +93,7 @@ class StageConfig:
     def room_for_outputs(
         self, x: Tensor, T: int, *, store_v_seq: bool, store_current: bool
     ) -> "StageOutputs":
-        """Outputs of T steps like those of ``x``, to be filled."""
+        """Uninitialised outputs of T steps in the shape of those of ``x``."""
         dtype = state_dtype(x)
         return StageOutputs(
             spike_seq=self.steps(x, T, x.dtype, pooled=self.average_pool),
@@ -98,7 +105,7 @@ class StageConfig:
     def room_for_gradients(
         self, x: Tensor, T: int, *, needs_x: bool, needs_v_init: bool
     ) -> "StageGradients":
-        """Gradients to be filled; without batch norm that of ``x`` is always there."""
+        """Uninitialised gradients; without batch norm that of ``x`` is always among them."""
         dtype = state_dtype(x)
         has_x = needs_x or self.statistics is None
         return StageGradients(
@@ -109,10 +116,14 @@ class StageConfig:
 
 
 class Layer(NamedTuple):
-    """What kernels run over; the steps may all be the same one in memory.
+    """Inputs of the kernels.
 
-    Moments are mean, variance, scale and offset per channel, [4, C] in float64, or None without
-    batch norm.
+    Attributes:
+        inputs: Currents, input gain, first potential and constants of the neurons; all time steps
+            may share the memory of one.
+        planes: Sizes and layout of a time step.
+        moments: Mean, variance, scale and offset per channel, [4, C] in float64; None without batch
+            norm.
     """
 
     inputs: Inputs
@@ -121,7 +132,10 @@ class Layer(NamedTuple):
 
 
 class NormTensors(NamedTuple):
-    """Tensors of a batch norm, each [C] or None; without running ones the batch has its own."""
+    """Tensors of a batch norm, each [C] or None.
+
+    Mean and variance are those of the batch if the running ones are None.
+    """
 
     weight: Tensor | None
     bias: Tensor | None
@@ -130,7 +144,14 @@ class NormTensors(NamedTuple):
 
 
 class StageOutputs(NamedTuple):
-    """Spikes or their means, last potential, potentials and currents if asked for."""
+    """Outputs of a call.
+
+    Attributes:
+        spike_seq: Spikes of all steps, averaged over 2x2 neurons with pooling.
+        v: Potential after the last step.
+        v_seq: Potentials after all steps; None if not asked for.
+        current: Output of the batch norm; None if not asked for.
+    """
 
     spike_seq: Tensor
     v: Tensor
@@ -139,7 +160,7 @@ class StageOutputs(NamedTuple):
 
 
 class StageOutputGradients(NamedTuple):
-    """Gradients of those; one that is None is zero."""
+    """Gradients with respect to the outputs; None stands for zero."""
 
     spike_seq: Tensor
     v: Tensor | None
@@ -148,11 +169,15 @@ class StageOutputGradients(NamedTuple):
 
 
 class StageGradients(NamedTuple):
-    """Gradients to be filled, where they are there.
+    """Gradients with respect to the inputs, to be filled by a kernel; None ones are left out.
 
-    With g the gradient of a current: ``x``, ``g * scale`` plus, where slopes [2, C] are given, ``(x
-    - mean) * slopes[0] + slopes[1]``; ``x_total``, the sum of ``g * scale`` over time;
-    ``channel_sums`` [2, C], those of g and g (x - mean).
+    Attributes:
+        x: ``g * scale``, with g the gradient with respect to the current (the output of the batch
+            norm); with slopes [2, C] plus ``(x - mean) * slopes[0] + slopes[1]``.
+        x_total: Sum of ``g * scale`` over time.
+        channel_sums: Sums of g and of ``g * (x - mean)`` per channel, [2, C].
+        input_gain: With respect to the input gain [T].
+        v_init: With respect to the first potential.
     """
 
     x: Tensor | None
@@ -163,16 +188,16 @@ class StageGradients(NamedTuple):
 
 
 class Kernels(Protocol):
-    """What a backend provides."""
+    """Functions that a backend provides."""
 
     def unsupported_reason(self, x_seq: Tensor, surrogate: Surrogate) -> str | None:
         """Why this call cannot run here, or None."""
 
     def moments(self, layer: Layer, norm: NormTensors, eps: float) -> Tensor:
-        """Those of a layer."""
+        """Mean, variance, scale and offset of the batch norm per channel, [4, C] in float64."""
 
     def forward(self, layer: Layer, outputs: StageOutputs) -> None:
-        """Fill the outputs."""
+        """Compute the outputs, in place."""
 
     def backward(
         self,
@@ -181,20 +206,21 @@ class Kernels(Protocol):
         found: StageGradients,
         slopes: Tensor | None = None,
     ) -> None:
-        """Fill the gradients."""
+        """Compute the gradients ``found`` from those of the outputs, in place."""
 
     def finish(
         self, sums: Tensor, moments: Tensor, eps: float, count: int | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of weight and bias [2, C], and for statistics of a batch of ``count`` values
-        the slopes [2, C].
+        """Gradients of weight and bias, [2, C], from the channel sums; and the slopes [2, C] by
+        which the statistics of a batch of ``count`` values per channel change the gradient of
+        ``x``.
+
+        ``count`` and the slopes are None for running statistics.
         """
 
 
 def memory_format(x_seq: Tensor) -> torch.memory_format | None:
-    """The order in which every step lies in memory without gaps, if it is one that a kernel
-    knows.
-    """
+    """Memory format of every time step; None if it has gaps or an order that no kernel knows."""
     if x_seq[0].is_contiguous():
         return torch.contiguous_format
     if x_seq.ndim == 5 and x_seq[0].is_contiguous(memory_format=torch.channels_last):
@@ -203,7 +229,7 @@ def memory_format(x_seq: Tensor) -> torch.memory_format | None:
 
 
 def dense(x_seq: Tensor, layout: torch.memory_format) -> Tensor:
-    """The sequence without gaps, every step in this order; the same tensor where it is that
+    """The sequence without gaps, every step in a memory format; the same tensor if it is so
     already.
     """
     if layout == torch.contiguous_format:

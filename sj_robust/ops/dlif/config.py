@@ -45,6 +45,16 @@ class DLIFConfig:
         return (1 - self.decay) * self.v_reset if self.v_reset else 0.0
 
     @property
+    def numbers(self) -> dict[str, float]:
+        """The constants that every kernel takes as numbers; a soft reset has a potential of 0."""
+        return {
+            "decay": float(self.decay),
+            "leak_current": float(self.leak_current),
+            "v_threshold": float(self.v_threshold),
+            "v_reset": float(self.v_reset or 0.0),
+        }
+
+    @property
     def reset(self) -> str:
         """What a spike does to the potential, in a kernel's word: ``zero``, ``value`` or
         ``subtraction``.

@@ -330,13 +330,9 @@ def _launch(variant: Variant, inputs: Inputs, **others: Tensor | None) -> None:
     is_forward = variant.surrogate is None
     tensors = {"x_seq": x_seq, "input_gain": input_gain, "v_init": v_init, **others}
     pointers = [_pointer(tensors[name]) for name in (_FORWARD if is_forward else _BACKWARD)]
-    constants = _floats(
-        config.decay,
-        config.leak_current,
-        config.v_threshold,
-        config.v_reset or 0.0,
-        *(() if is_forward else (config.surrogate.alpha,)),
-    )
+    constants = _floats(*config.numbers.values())
+    if not is_forward:
+        constants += _floats(config.surrogate.alpha)
     device, (of_device, of_stream) = x_seq.device, _contexts()
     stream = torch.cuda.current_stream(device).cuda_stream
     with of_device(device.index), of_stream(stream):  # CuPy restores its own

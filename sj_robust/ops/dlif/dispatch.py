@@ -71,7 +71,8 @@ def dlif_multi_step(
         surrogate: Surrogate of the spike; None is the triangle of width 1.
         detach_reset: Whether the reset is left out of the gradient.
         store_v_seq: Whether the potential after every reset is returned too.
-        backend: A name of :data:`BACKENDS`; ``"auto"`` takes the fastest that can run the call.
+        backend: A name that :func:`available_backends` gives, or ``"auto"``, which takes the
+            fastest that can run the call.
         threads_per_block: Block size of the CUDA kernel; None leaves it to the kernel. Only
             ``"cupy"`` reads it.
 

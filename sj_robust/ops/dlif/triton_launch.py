@@ -168,15 +168,11 @@ def backward(inputs: Inputs, grads: OutputGradients, found: InputGradients) -> N
 
 def given(inputs: Inputs) -> dict[str, Any]:
     """What every kernel of the neurons takes."""
-    config = inputs.config
     return {
         "x_seq": inputs.x_seq,
         "input_gain": inputs.input_gain,
         "v_init": inputs.v_init,
-        "decay": float(config.decay),
-        "leak_current": float(config.leak_current),
-        "v_threshold": float(config.v_threshold),
-        "v_reset": float(config.v_reset or 0.0),
+        **inputs.config.numbers,
     }
 
 

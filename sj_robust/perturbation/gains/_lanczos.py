@@ -10,13 +10,13 @@ __all__ = ["SingularValue", "largest_singular_value"]
 
 
 class SingularValue(NamedTuple):
-    """An estimate from below.
+    """An estimate that is never above the largest singular value.
 
     Attributes:
         value: The estimate.
         residual: ``||A^T u - value v||`` for the unit vectors with ``A v = value u``: some singular
-            value is this near.
-        iterations: Number of products with the map, and as many with its adjoint.
+            value is within this distance of the estimate.
+        iterations: Number of products with the map, and of products with its adjoint.
     """
 
     value: float
@@ -33,49 +33,91 @@ def largest_singular_value(
     max_iterations: int,
     basis: int = 48,
 ) -> SingularValue:
-    """Power iteration that keeps what it has seen: Golub-Kahan-Lanczos bidiagonalisation, restarted
-    when it is long.
+    """Golub-Kahan-Lanczos bidiagonalisation: a power iteration that uses all vectors of its steps.
 
-    Each step costs what a step of the power iteration costs, one product with the map and one with
-    its adjoint, and the estimate is the largest singular value of the map on the span of all steps:
-    never below the power iteration's, never above the norm.
+    A step costs what one of the power iteration costs: a product with the map and one with its
+    adjoint. The estimate is the largest singular value of the map on the span of all steps; it is
+    never below that of the power iteration, and never above the norm.
 
-    ``start`` [n] must not be orthogonal to what is sought, so it is a random one. ``tolerance`` is
-    the residual to stop at, relative to the value, and ``basis`` the number of vectors kept before
-    the iteration starts again from the best.
+    ``start`` [n] must not be orthogonal to the singular vector, so it should be random.
+    ``tolerance`` is the residual at which it stops, relative to the value. After ``basis`` vectors
+    it starts again from the best vector of their span.
 
     Source: Golub and Kahan, "Calculating the singular values and pseudo-inverse of a matrix"
         (1965).
     """
     iterations = 0
     while True:
-        rights = [start / start.norm()]
-        diagonal: list[float] = []
-        above: list[float] = []
-        left = torch.zeros(())
-        while True:
-            image = apply(rights[-1])
+        span = _Span(start)
+        for _ in range(basis):
+            span.extend(apply, adjoint)
             iterations += 1
-            if above:
-                image = image - above[-1] * left
-            diagonal.append(float(image.norm()))
-            if diagonal[-1] > 0:
-                left = image / diagonal[-1]
-                following = adjoint(left) - diagonal[-1] * rights[-1]
-                span = torch.stack(rights)
-                for _ in range(2):
-                    following = following - (span @ following) @ span
-                above.append(float(following.norm()))
-            else:
-                above.append(0.0)
-            small = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-            small += torch.diag(torch.tensor(above[:-1], dtype=torch.float64), 1)
-            lefts, values, right = torch.linalg.svd(small)
-            value = float(values[0])
-            residual = above[-1] * abs(float(lefts[-1, 0]))
-            if residual <= tolerance * value or iterations >= max_iterations:
-                return SingularValue(value, residual, iterations)
-            if len(rights) == basis:
-                break
-            rights.append(following / above[-1])
-        start = right[0].to(start) @ torch.stack(rights)
+            best = span.best()
+            if best.residual <= tolerance * best.value or iterations >= max_iterations:
+                return SingularValue(best.value, best.residual, iterations)
+        start = span.combined(best.weights)
+
+
+class _Best(NamedTuple):
+    """Largest singular value on a span, its residual, and the weights of the vectors that make its
+    right singular vector.
+    """
+
+    value: float
+    residual: float
+    weights: Tensor
+
+
+class _Span:
+    """The map A on orthonormal vectors V, where it is an upper bidiagonal matrix: ``A V = U B``.
+
+    Attributes:
+        rights: Vectors of V.
+        diagonal: Diagonal of B.
+        above: Entries of B above the diagonal, of which the last belongs to the next vector.
+    """
+
+    def __init__(self, start: Tensor) -> None:
+        self.rights = [start / start.norm()]
+        self.diagonal: list[float] = []
+        self.above: list[float] = []
+        self._left = torch.zeros(())  # last vector of U
+        self._following = start  # next vector of V, times the last entry above the diagonal
+
+    def extend(
+        self, apply: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Multiply one more vector by the map, and the result by the adjoint."""
+        if self.above:
+            self.rights.append(self._following / self.above[-1])
+        image = apply(self.rights[-1])
+        if self.above:
+            image = image - self.above[-1] * self._left
+        length = float(image.norm())
+        self.diagonal.append(length)
+        if not length > 0:
+            self.above.append(0.0)
+            return
+        self._left = image / length
+        following = adjoint(self._left) - length * self.rights[-1]
+        span = torch.stack(self.rights)
+        for _ in range(2):  # once is not enough to make it orthogonal with rounding
+            following = following - (span @ following) @ span
+        self._following = following
+        self.above.append(float(following.norm()))
+
+    def best(self) -> _Best:
+        """The largest singular value of B."""
+        matrix = torch.diag(torch.tensor(self.diagonal, dtype=torch.float64))
+        matrix += torch.diag(torch.tensor(self.above[:-1], dtype=torch.float64), 1)
+        lefts, values, rights = torch.linalg.svd(matrix)
+        return _Best(
+            value=float(values[0]),
+            residual=self.above[-1] * abs(float(lefts[-1, 0])),
+            weights=rights[0],
+        )
+
+    def combined(self, weights: Tensor) -> Tensor:
+        """Sum of the vectors with these weights."""
+        span = torch.stack(self.rights)
+        return weights.to(span) @ span

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from sj_robust.proofs.soundness import overridden
 __all__ = ["perturbation_gains"]
 
 _MOST_VALUES = 4096
-"""Of an input whose no-flip radius is measured; beyond, it would take longer than all else."""
+"""Largest number of values of an input whose no-flip radius is computed, one pass per value."""
 
 
 def perturbation_gains(
@@ -79,11 +80,11 @@ def perturbation_gains(
         x_perturbed: Perturbed inputs in the shape of ``x``; None gives bounds alone.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
-        margin: Relative margin for norms being approached from below; where the iteration stopped
-            at a larger residual, that counts.
-        tolerance: Residual at which the norms' iteration stops.
-        max_iterations: Iterations at which it stops anyway.
-        seed: Of the random values that it uses.
+        margin: Relative margin of a bound, since the iteration approaches norms from below; for a
+            layer where it stopped at a larger relative residual, this residual.
+        tolerance: Relative residual at which the iteration for a norm stops.
+        max_iterations: Number of iterations at which it stops in any case.
+        seed: Seed of the random values that it begins with.
 
     Raises:
         TypeError: If T is a tensor.
@@ -120,6 +121,7 @@ def perturbation_gains(
         method = overridden(neuron)
         if method:
             unknown[name] = f"{method} of this {neuron.type_name} was replaced"
+    moved: dict[str, Moved] | None = None
     with full_precision(x.device), preserved(classifier):
         maps = input_maps(
             classifier.net,
@@ -129,11 +131,11 @@ def perturbation_gains(
             max_iterations=max_iterations,
             seed=seed,
         )
-        moved: dict[str, Moved] | None = None
         if x_perturbed is not None:
-            covered: dict[str, NeuronGains | None] = {}
+            covered: dict[str, NeuronGains | None] = dict.fromkeys(maps)
             for name, layer in maps.items():
-                covered[name] = gains.get(name) if layer.not_covered is None else None
+                if layer.not_covered is None:
+                    covered[name] = gains.get(name)
             moved = measure(classifier, x, x_perturbed, covered)
     layers = []
     for name, layer in maps.items():
@@ -161,10 +163,8 @@ def _no_flip(classifier: SpikingClassifier, x: Tensor) -> tuple[tuple[float, ...
     """No-flip radii of the inputs, or why there are none."""
     values = x[0].numel()
     if values > _MOST_VALUES:
-        return (
-            (),
-            f"it takes a pass per value, of which there are {values}; call no_flip_radius for it",
-        )
+        reason = f"it takes a pass for each of the {values} values; call no_flip_radius for it"
+        return (), reason
     try:
         radii = no_flip_radius(classifier, x).tolist()
     except (NotImplementedError, ValueError) as error:
@@ -172,6 +172,60 @@ def _no_flip(classifier: SpikingClassifier, x: Tensor) -> tuple[tuple[float, ...
     if not all(math.isfinite(radius) for radius in radii):
         return (), "the input drives no spike"
     return tuple(radii), None
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """What the pairs of inputs did at one layer; each [N] in float64.
+
+    Attributes:
+        spikes: L2 norm of the spike differences of all layers that feed it, Ds.
+        l2: L2 norm of eps over time.
+        peak: Largest L2 norm of eps in one step.
+        rounding: L2 norm by which rounding may change the input current.
+    """
+
+    spikes: Tensor
+    l2: Tensor
+    peak: Tensor
+    rounding: Tensor
+
+    @property
+    def reached(self) -> Tensor:
+        """Pairs of which a spike difference reached the layer, [N] bool."""
+        return self.spikes > 0
+
+    def largest_ratio(self, eps: Tensor) -> float | None:
+        """Largest ratio of eps to the spike differences; None if none reached the layer."""
+        if not bool(self.reached.any()):
+            return None
+        ratios = eps / self.spikes
+        return float(ratios[self.reached].max())
+
+    def bound(self, eps: Tensor, *, gain: float, norm: float, margin: float) -> Bound:
+        """The bound ``gain * norm`` on the ratio of eps, and whether all pairs kept it."""
+        if not math.isfinite(gain):
+            return Bound(None, None)
+        value = gain * norm
+        if not bool(self.reached.any()):
+            return Bound(value, None)
+        most = value * (1.0 + margin) * self.spikes + gain * self.rounding
+        return Bound(value, bool((eps <= most).all()))
+
+
+def _pairs_at(layer: InputMap, moved: Mapping[str, Moved] | None) -> _Pairs:
+    """What the pairs did at a layer; without pairs, one that moved nothing."""
+    if moved is None:
+        nothing = torch.zeros(1, dtype=torch.float64)
+        return _Pairs(spikes=nothing, l2=nothing, peak=nothing, rounding=nothing)
+    own = moved[layer.name]
+    squared = torch.stack([moved[feed].spikes for feed in layer.feeds])
+    return _Pairs(
+        spikes=squared.sum(0).sqrt(),
+        l2=own.perturbation.sqrt(),
+        peak=own.peak.sqrt(),
+        rounding=1e-6 * own.current.sqrt(),
+    )
 
 
 def _layer(
@@ -192,38 +246,19 @@ def _layer(
     if norm:
         margin = max(margin, found.residual / norm)
     any_time = float(l2_gain_limit(gains.decay)) * float(gains.input_gain.abs().max())
-    # Nothing measured is nothing that moved.
-    spikes = torch.zeros(1, dtype=torch.float64)
-    l2 = peak = rounding = spikes
-    if moved is not None:
-        own = moved[found.name]
-        squared = torch.stack([moved[feed].spikes for feed in found.feeds])
-        spikes = squared.sum(0).sqrt()
-        l2 = own.perturbation.sqrt()
-        peak = own.peak.sqrt()
-        rounding = 1e-6 * own.current.sqrt()
-    reached = bool((spikes > 0).any())
-
-    def bound(gain: float, eps: Tensor) -> Bound:
-        value = gain * norm if math.isfinite(gain) else None
-        if value is None or not reached:
-            return Bound(value, None)
-        most = value * (1.0 + margin) * spikes + gain * rounding
-        return Bound(value, bool((eps <= most).all()))
-
-    def largest(eps: Tensor) -> float | None:
-        return float((eps / spikes)[spikes > 0].max()) if reached else None
-
+    pairs = _pairs_at(found, moved)
+    of_l2 = partial(pairs.bound, pairs.l2, norm=norm, margin=margin)
+    of_peak = partial(pairs.bound, pairs.peak, norm=norm, margin=margin)
     return replace(
         certificate,
         norm=norm,
         upper_bound=found.upper_bound,
         residual=found.residual,
-        l2=bound(gains.l2, l2),
-        any_time=bound(any_time, l2),
-        peak=bound(gains.peak, peak),
-        printed=bound(gains.printed, l2),
-        printed_peak=bound(gains.printed, peak),
-        measured_l2=largest(l2),
-        measured_peak=largest(peak),
+        l2=of_l2(gain=gains.l2),
+        any_time=of_l2(gain=any_time),
+        peak=of_peak(gain=gains.peak),
+        printed=of_l2(gain=gains.printed),
+        printed_peak=of_peak(gain=gains.printed),
+        measured_l2=pairs.largest_ratio(pairs.l2),
+        measured_peak=pairs.largest_ratio(pairs.peak),
     )

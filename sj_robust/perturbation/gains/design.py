@@ -1,5 +1,5 @@
-"""Input gains chosen for stability: the ones with the least gain, and the gain as a differentiable
-training term.
+"""Input gains chosen for stability: those that amplify least, and the amplification as a
+differentiable training term.
 """
 
 from dataclasses import dataclass
@@ -20,17 +20,17 @@ Held = Literal["mean", "response"]
 
 @dataclass(frozen=True)
 class GainDesign:
-    """Input gains of least gain beside constant ones.
+    """Optimal input gains, compared with constant ones.
 
     Attributes:
-        input_gain: The gains [T], float64.
+        input_gain: The optimal input gains [T], float64.
         gain: Exact L2 (or peak) gain with them.
-        lower_bound: What no gains under the same constraint can go below, by duality; ``gain``
-            within rounding.
-        constant_gain: The same gain with every input gain equal to the mean.
+        lower_bound: Lower bound of the gain with any input gains under the same constraint, by
+            duality; equal to ``gain`` up to rounding.
+        constant_gain: The gain with every input gain equal to the mean.
         response: Potential [T] that a constant input of 1 reaches without spikes: what the design
             costs.
-        constant_response: The same with constant gains.
+        constant_response: The same with constant input gains.
     """
 
     input_gain: Tensor
@@ -52,11 +52,11 @@ def optimal_input_gain(
     objectives are convex in p.
 
     ``"l2"``: with ``K = L^-1 L^-T`` (tridiagonal) the optimum is ``p`` in proportion to ``c w^-2``,
-    where w is the minimum over w > 0 of the strictly convex ``w' K w + sum_t c[t]^2 w[t]^-2``,
-    found by Newton's method. There ``K w = c^2 w^-3 = p^2 w``, so the positive w is the top
-    singular vector and ``p = c w^-2`` has gain exactly 1. The dual bound ``gain(p) >= c' p /
-    sqrt(sum_t c[t]^2 w[t]^-2)`` for every w with ``w' K w = 1`` shows that nothing is lower. All
-    gains are positive.
+    where w minimises the strictly convex ``w' K w + sum_t c[t]^2 w[t]^-2`` over w > 0, found by
+    Newton's method. There ``K w = c^2 w^-3 = p^2 w``, so the positive w is the top singular vector
+    and ``p = c w^-2`` has gain exactly 1. The dual bound ``gain(p) >= c' p / sqrt(sum_t c[t]^2
+    w[t]^-2)``, which holds for every w with ``w' K w = 1``, shows that no other p has a lower gain.
+    All entries of p are positive.
 
     ``"peak"``: in closed form, p falls by ``decay^2`` per step until the peak is reached at some
     step k, and stays at ``sqrt(1 - decay^2)`` times the peak from there on.
@@ -70,8 +70,8 @@ def optimal_input_gain(
         held: ``"mean"``, or ``"response"`` for the objective ``"l2"`` alone.
 
     Raises:
-        ValueError: If an argument is out of range or a name unknown, or the peak is to be minimised
-            at given response.
+        ValueError: If an argument is out of range or a name unknown, or ``held="response"`` is
+            given for the peak.
 
     Source: derived here.
 
@@ -116,18 +116,18 @@ def optimal_input_gain(
 
 def gain_penalty(net: nn.Module, *, normalized: bool = False) -> Tensor:
     """Sum over DLIF layers of the squared L2 gain over their T steps, differentiable in p.
-    可微的 L2
-    增益惩罚。
+    可微的 L2 增益惩罚。
 
-    Equation: ``sum over layers of ||L_decay diag(p)||_2^2``, with ``normalized`` over
-    ``mean(|p|)^2``. The first form is lowered by making p small, which a batch norm before the
-    neuron can undo; the second one by shape alone, and is least at :func:`optimal_input_gain`. ``2
-    p[t] * (L' u)[t]^2`` is the gradient of the first one for the top left singular vector u, which
-    is unique unless p is 0. Computed in float64 on the CPU: T numbers per layer.
+    Equation: ``sum over layers of ||L_decay diag(p)||_2^2``; with ``normalized`` each term is
+    divided by ``mean(|p|)^2``. A small p lowers the first form, but a batch norm before the neuron
+    can undo that; only the shape of p changes the second one, which is least at
+    :func:`optimal_input_gain`. The gradient of the first one is ``2 p[t] * (L' u)[t]^2`` with the
+    top left singular vector u, which is unique unless p is 0. It is computed in float64 on the CPU:
+    there are only T numbers per layer.
 
     Args:
         net: Network with DLIF neurons; others have no learnable gain and do not count.
-        normalized: Whether each gain is taken per mean of ``|p|``.
+        normalized: Whether each gain is divided by the mean of ``|p|``.
 
     Returns:
         A scalar in float64 on the CPU, with a graph to every ``input_gain``; NaN if one of them is
@@ -158,11 +158,12 @@ def gain_penalty(net: nn.Module, *, normalized: bool = False) -> Tensor:
             "turn its neurons into DLIF with replace_neurons"
         )
     T = max(len(gain) for gain in gains)
-    # Leading zeros leave the norm as it is: nothing has come in before the first step.
+    # Zeros in front bring all to one length; they do not change a norm, since without an input the
+    # potential is 0 before the first step.
     padded = [functional.pad(gain, (T - len(gain), 0)) for gain in gains]
     stacked = torch.stack(padded).cpu().double()
     if not bool(torch.isfinite(stacked).all()):
-        return stacked.sum() * torch.nan  # the training loop stops on it and says at which step
+        return stacked.sum() * torch.nan  # the training stops and tells at which step
     operators = time_operator(torch.stack(decays), T, stacked)
     squares: Tensor = torch.linalg.matrix_norm(operators, 2).square()
     if normalized:
@@ -208,11 +209,13 @@ def _chargings(net: nn.Module) -> dict[str, Charging]:
 
 
 def _least_l2(decay: float, c: Tensor) -> tuple[Tensor, float]:
-    """Optimal gains up to scale, and the dual bound on the gain per unit of ``c' p``; see the
-    caller.
+    """Optimal gains up to scale, and the dual bound on the gain per unit of ``c' p``, as
+    :func:`optimal_input_gain` says.
+
+    Newton's method; a step is halved until it descends.
     """
     T = len(c)
-    inverse = torch.eye(T, dtype=torch.float64)
+    inverse = torch.eye(T, dtype=torch.float64)  # of L
     inverse.diagonal(-1).fill_(-decay)
     K = inverse @ inverse.T
 
@@ -220,7 +223,7 @@ def _least_l2(decay: float, c: Tensor) -> tuple[Tensor, float]:
         return w @ K @ w + (c / w).square().sum()
 
     def descends(w: Tensor, step: Tensor, decrease: Tensor) -> bool:
-        """Whether a step goes down enough; near the minimum rounding hides it."""
+        """Whether a step decreases the value by at least ``decrease``, up to rounding."""
         after = w + step
         if bool(after.min() <= 0):
             return False
@@ -243,23 +246,27 @@ def _least_l2(decay: float, c: Tensor) -> tuple[Tensor, float]:
 
 
 def _least_peak(decay: float, T: int) -> tuple[Tensor, float]:
-    """As :func:`_least_l2`, for the peak; the bound comes from weighting the constraints by their
-    multipliers.
+    """As :func:`_least_l2` for the peak, with gains that sum to ``c' p``, c = 1.
+
+    With ``rate = decay^2`` the peak is the maximum over t of ``sum_{s <= t} rate^(t-s) p[s]^2``,
+    under the square root.
     """
     rate = decay**2
     steady = (1.0 - rate) ** 0.5
     steps = torch.arange(T, dtype=torch.float64)
-    for k in range(T):
+    for k in range(T):  # first step at which the peak, 1, is reached
         falling = rate ** steps[: k + 1]
-        at_peak = falling.square() * rate ** (k - steps[: k + 1])
+        squared_peak = falling.square() * rate ** (k - steps[: k + 1])
         p = torch.full((T,), steady, dtype=torch.float64)
-        p[: k + 1] = falling / at_peak.sum().sqrt()
+        p[: k + 1] = falling / squared_peak.sum().sqrt()
         if rate * p[k] <= steady:
             break
-    # Of p's constraints, summed over later steps with weights rate^(t-s).
-    multipliers = p.reciprocal()
-    later = torch.cat((multipliers[1:], multipliers.new_zeros(1)))
-    weights = (multipliers - rate * later).clamp(min=0.0)
-    # For weights >= 0 that sum to 1, peak^2 >= sum_s m[s] p[s]^2 >= (sum p)^2 / sum_s 1 / m[s].
-    bound = (weights.sum() * (1.0 / multipliers).sum()).rsqrt()
+    # Lower bound by duality. For any weights w[t] >= 0 of the steps,
+    #     peak^2 >= sum_s m[s] p[s]^2 / sum_t w[t]    with m[s] = sum_{t >= s} rate^(t-s) w[t],
+    # and sum_s m[s] p[s]^2 >= (sum_s p[s])^2 / sum_s 1 / m[s] by Cauchy and Schwarz.
+    # The optimal weights are those with m = 1 / p.
+    m = p.reciprocal()
+    following = torch.cat((m[1:], m.new_zeros(1)))
+    weights = (m - rate * following).clamp(min=0.0)
+    bound = (weights.sum() * (1.0 / m).sum()).rsqrt()
     return p, float(bound)

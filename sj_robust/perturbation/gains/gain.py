@@ -98,7 +98,7 @@ def l2_gain(
     (the pivots ``1 - r`` of a Cholesky factorisation of the tridiagonal ``L^-1 L^-T -
     diag(input_gain)^2 / gamma^2``; a sum of positive terms, so nothing cancels). gamma is found by
     section to a relative 1e-12, rounded up. O(T). The result [...] is float64 on the CPU, without a
-    graph; for one with a graph see :func:`time_operator`.
+    graph; for a differentiable term see :func:`gain_penalty`.
 
     Args:
         decay: Fraction of the potential kept per step, in (0, 1], a number or a tensor [...]; 1 for

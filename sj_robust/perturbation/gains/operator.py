@@ -30,7 +30,7 @@ class InputMap:
 
     Attributes:
         name: Name of the layer.
-        feeds: Layers whose spikes feed it, side by side in the map; :data:`INPUT` is the network's
+        feeds: Layers whose spikes feed it, side by side in the map; ``"input"`` is the network's
             input.
         norm: Spectral norm of the map, approached from below, or with ``upper_bound`` a bound on
             what the map does; None if the layer is not covered.
@@ -89,9 +89,9 @@ def input_maps(
         net: A SpikingJelly network, not the classifier around it.
         frame: Input of one time step, normalised as the network gets it: [N, C, H, W] or [N, F];
             its first sample counts, and only by its shape.
-        takes: What ``net`` is called with, see :class:`sj_robust.classifier.Convention`; None asks
-            its outermost step module. Where it takes images, the map from the input goes to the
-            currents of all time steps.
+        takes: What ``net`` is called with, see :class:`sj_robust.core.convention.Convention`; None
+            asks its outermost step module. Where it takes images, the map from the input goes to
+            the currents of all time steps.
         tolerance: Residual to stop at, relative to the norm.
         max_iterations: Iterations to stop at; the residual then tells what was reached.
         seed: Of the random values and start vectors.

@@ -66,7 +66,8 @@ def _worker(tmp_path, monkeypatch):
 def test_what_goes_wrong_is_a_row_and_the_others_are_timed():
     rows = {row.method: row for row in FAKE.run(METHODS, **OPTIONS)}
     assert list(rows) == list(METHODS)
-    assert {name: row.reason for name, row in rows.items() if row.reason} == FAILING
+    found = {name: row.reason for name, row in rows.items() if row.reason}
+    assert found == FAILING
     row = rows["DLIF triton"]
     assert (row.quartile1, row.median, row.quartile3, row.best) == (50.5, 51.0, 51.5, 50.0)
     assert (row.forward, row.backward) == (13.5, 37.5)
@@ -82,7 +83,8 @@ def test_a_process_that_hangs_is_a_row(monkeypatch):
 
 def test_a_heap_that_is_kept_hides_its_growth():
     (row,) = replace(FAKE, allocator="reuse").run(["textbook loop"], **OPTIONS)
-    assert (row.peak_mb, row.saved_mb) == (pytest.approx(float("nan"), nan_ok=True), 16.0)
+    expected = (pytest.approx(float("nan"), nan_ok=True), 16.0)
+    assert (row.peak_mb, row.saved_mb) == expected
 
 
 def test_a_stopped_run_goes_on_and_rows_of_other_code_are_set_aside(tmp_path):
@@ -94,7 +96,8 @@ def test_a_stopped_run_goes_on_and_rows_of_other_code_are_set_aside(tmp_path):
     again.add([replace(FAKE.row("a"), median=2.0)])
     network = replace(FAKE, benchmark=Benchmark({}, "", (SHAPE,)), methods=("textbook loop",))
     assert network.run(network.left(again), **OPTIONS) == []  # nothing is left
-    assert [row.method for row in load(path)[1]] == ["textbook loop", "a"]
+    found = [row.method for row in load(path)[1]]
+    assert found == ["textbook loop", "a"]
     for other in (WHERE | {"torch": "2.14"}, WHERE | {"code": "0"}):
         results = Results(path, other)
         assert results.rows == []
@@ -133,7 +136,8 @@ def test_every_mode_has_a_ratio_to_its_own_peer():
     empty = Race("training_step", BENCHMARKS["training_step"], (), SHAPE, "malloc")
     rows = [replace(empty.row(method), median=medians[method]) for method in medians]
     heads, lines = table(rows)
-    ratio, images = heads.index("textbook loop / this, median"), heads.index("images / s")
+    ratio = heads.index("textbook loop / this, median")
+    images = heads.index("images / s")
     assert [line[ratio] for line in lines] == ["2.00", "1.00", "4.00", "1.00"]
     assert lines[0][images] == "6400"
     assert not any("saved" in head for head in heads)  # an attack builds several graphs

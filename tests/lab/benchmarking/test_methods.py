@@ -62,7 +62,8 @@ def test_the_published_step_draws_the_noise_of_its_paper(mode, monkeypatch):
         noted = lambda x, kind=kind, draw=draw: drawn.add(kind) or draw(x)  # noqa: E731
         monkeypatch.setattr(torch, kind, noted)
     worker.made("training_step", f"{mode}, textbook loop", IMAGES).forward()
-    assert drawn == {"none": set(), "pgd_at": {"rand_like"}}.get(mode, {"randn_like"})
+    expected = {"none": set(), "pgd_at": {"rand_like"}}.get(mode, {"randn_like"})
+    assert drawn == expected
 
 
 class Late(torch.nn.Module):

@@ -6,16 +6,19 @@ def test_all_combinations_in_order():
     found = expand(
         {"neuron": ["lif", "dlif"], "norm,rho": [["l2", 1.0], ["l1", 3.0]], "seedless": [None]}
     )
-    assert [(one["neuron"], one["norm"], one["rho"]) for one in found] == [
+    seen = [(one["neuron"], one["norm"], one["rho"]) for one in found]
+    assert seen == [
         ("lif", "l2", 1.0),
         ("lif", "l1", 3.0),
         ("dlif", "l2", 1.0),
         ("dlif", "l1", 3.0),
     ]
-    assert all(one["seedless"] is None for one in found)
+    for one in found:
+        assert one["seedless"] is None
     assert expand({}) == [{}]
     each_once = {"mode": ["none", "at"], "eps": [1, 2]}
-    assert values_in(expand({"mode,eps": [["none", 1], ["at", 1], ["at", 2]]})) == each_once
+    seen = values_in(expand({"mode,eps": [["none", 1], ["at", 1], ["at", 2]]}))
+    assert seen == each_once
 
 
 def test_skip_names_options_beside_the_grid_and_lists_of_values():
@@ -25,14 +28,16 @@ def test_skip_names_options_beside_the_grid_and_lists_of_values():
         fixed={"neuron": "lif"},
         skip=[{"neuron": "lif", "mode": ["at", "rat"], "rho": [1.0, 2]}],
     )
-    assert [(one["mode"], one["rho"]) for one in left] == [
+    found = [(one["mode"], one["rho"]) for one in left]
+    assert found == [
         ("none", 0),
         ("none", 1),
         ("none", 2),
         ("at", 0),
         ("rat", 0),
     ]
-    assert len(expand(grid, fixed={"neuron": "dlif"}, skip=[{"neuron": "lif"}])) == 9
+    found = len(expand(grid, fixed={"neuron": "dlif"}, skip=[{"neuron": "lif"}]))
+    assert found == 9
     with pytest.raises(ValueError, match="would skip everything"):
         expand({"rho": [1]}, skip=[{}])
 

@@ -18,12 +18,12 @@ import torch
 from fake_recipes import write_fakes
 from lab import paths_for_children
 from lab.sweeping.grid import expand
-from lab.sweeping.perform import LOG_FILE, perform
+from lab.sweeping.perform import LOG_FILE, Attempt, perform
 from lab.sweeping.plan import load_records, plan_runs
 from lab.sweeping.pool import executor_for, gpus_of, perform_all
 from lab.sweeping.recipe import load_recipe
 from lab.sweeping.record import RECORD_FILE, RunRecord
-from launch import unboxed, wait_until
+from launch import forked, unboxed, wait_until
 
 from sj_robust.evaluation import Report
 
@@ -49,11 +49,9 @@ def names(runs):
 
 
 def calls(run):
-    return (
-        (run.folder / "calls").read_text().split("\n")[:-1]
-        if (run.folder / "calls").exists()
-        else []
-    )
+    if (run.folder / "calls").exists():
+        return (run.folder / "calls").read_text().split("\n")[:-1]
+    return []
 
 
 def stages(run):
@@ -86,14 +84,13 @@ def test_the_same_run_is_planned_once(planned):
     ]  # the default with none, whatever the grid says
     assert not (runs[0].folder).exists()
     # null is the value that it stands for
-    assert names(planned({"rho": [None, 1, 0]})) == ["rho1-seed0", "rho0-seed0"]
-    assert [
-        run.options["rho"] for run in planned({"mode": ["at", "pgd_at"], "rho": [0, None, 1]})
-    ] == [0, 1, 0, 1]
+    found = names(planned({"rho": [None, 1, 0]}))
+    assert found == ["rho1-seed0", "rho0-seed0"]
+    found = [run.options["rho"] for run in planned({"mode": ["at", "pgd_at"], "rho": [0, None, 1]})]
+    assert found == [0, 1, 0, 1]
     # where no other value is asked for, modes still differ in nothing but the mode
-    assert [
-        run.options["rho"] for run in planned({"mode": ["at", "pgd_at"]}, fixed={"rho": None})
-    ] == [None, None]
+    found = [run.options["rho"] for run in planned({"mode": ["at", "pgd_at"]}, fixed={"rho": None})]
+    assert found == [None, None]
     # two folders of images are the same run: the option is no part of what decides the accuracies
     assert len(planned({"data_root": ["a", "b"]})) == 1
     grid = {"eps": ["8/255", 0.1], "data_root": ["a/b"], "norm": ["l1"]}
@@ -106,10 +103,13 @@ def test_a_run_that_had_null_is_found_by_its_value_and_tabled_with_it(planned):
     assert run.record.options["rho"] is None
     known, other = planned({"rho": [1, 0]})
     assert (known.name, known.finished, other.finished) == ("at-seed0", True, False)
-    folder, recipe = run.folder.parents[1], load_recipe(run.recipe)
-    assert [record.options["rho"] for record in load_records(folder, recipe)] == [None]
+    folder = run.folder.parents[1]
+    recipe = load_recipe(run.recipe)
+    found = [record.options["rho"] for record in load_records(folder, recipe)]
+    assert found == [None]
     perform(other)
-    assert [record.options["rho"] for record in load_records(folder, recipe)] == [1.0, 0.0]
+    found = [record.options["rho"] for record in load_records(folder, recipe)]
+    assert found == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,8 @@ def test_a_run_leaves_one_record(planned):
         "paper/everything": 25 / 30,
         "paper/control": 28 / 30,
     }
-    assert {name: record.accuracies[name] for name in shares} == pytest.approx(shares)
+    found = {name: record.accuracies[name] for name in shares}
+    assert found == pytest.approx(shares)
     assert record.evaluations["paper"]["options"]["test_limit"] == 30
     assert record.evaluations["paper"]["eps"] == "8/255"
     assert set(record.seconds) == {"training", "paper", "fast"}
@@ -158,7 +159,8 @@ def test_what_is_finished_is_not_repeated_and_a_wider_grid_or_a_suite_adds(plann
     for run in planned():
         perform(run)
     runs = planned({"mode": ["none", "at"], "rho": [0, 1, 2], "norm": ["l2", "l1"]}, seeds=(0, 1))
-    assert names(run for run in runs if run.finished) == [
+    found = names(run for run in runs if run.finished)
+    assert found == [
         "none-seed0",
         "at-rho0-seed0",
         "at-rho1-seed0",
@@ -183,7 +185,8 @@ def test_changed_options_under_the_same_name_are_found(planned, tmp_path, capsys
         ValueError, match=r"paper was run with other options \(test_limit was None and is 5 now\)"
     ):
         planned(evaluations={"paper": {"test_limit": 5}})
-    assert names(planned({**GRID, "epochs": [1, 2]})) == [
+    found = names(planned({**GRID, "epochs": [1, 2]}))
+    assert found == [
         "none-seed0",
         "none-epochs2-seed0",
         "at-rho0-epochs1-seed0",
@@ -245,7 +248,8 @@ def comes_to_its_end(runs, seconds):
 
 
 def test_kills_at_any_moment_lose_and_repeat_nothing(planned):
-    runs, rng = planned(seeds=(0, 1)), random.Random(0)
+    runs = planned(seeds=(0, 1))
+    rng = random.Random(0)
     undisturbed = []
     seconds = 1.0
     for run in runs:
@@ -288,14 +292,30 @@ def ends_until_interrupted(runs, executor, *, last, jobs=1, meanwhile=lambda: No
     return ends
 
 
+@pytest.mark.parametrize(
+    ("behave", "said"),
+    [("fail", "ValueError: no such thing"), ("exit", "SystemExit: 2")],
+)
+def test_an_attempt_says_in_a_line_what_ended_it_and_logs_the_rest(planned, behave, said):
+    (run,) = planned({"behave": [behave]})
+
+    def work():
+        os._exit(0 if Attempt(run)() == said else 1)
+
+    assert forked(work) == [0]
+    log = (run.folder / LOG_FILE).read_text()
+    assert "training dlif" in log
+    assert "Traceback" in log
+
+
 @pytest.mark.slow
 def test_runs_survive_each_other_and_stop_when_asked(planned, tmp_path, monkeypatch):
-    """A run that fails, one that exits, one that kills its process, one that is well, one whose
-    time is up and that is queued again, and one that Ctrl-C stops.
+    """A run that kills its process, one that is well, one whose time is up and that is queued
+    again, and one that Ctrl-C stops.
     """
     monkeypatch.setattr(submitit.LocalJob, "_results_timeout_s", 1)
-    runs = planned({"behave": ["fail", "exit", "die", "well", "long", "wait"]})
-    fails, _, dies, well, long, waits = runs
+    runs = planned({"behave": ["die", "well", "long", "wait"]})
+    dies, well, long, waits = runs
 
     def end_of_time():
         wait_until((long.folder / "training" / "waiting").exists, "the long run's start")
@@ -307,17 +327,12 @@ def test_runs_survive_each_other_and_stop_when_asked(planned, tmp_path, monkeypa
     )
     assert found.pop("long-seed0", None) is None  # its end may come with Ctrl-C
     assert found == {
-        "fail-seed0": "ValueError: no such thing",
-        "exit-seed0": "SystemExit: 2",
         "die-seed0": "its process died (state FINISHED)",
         "well-seed0": None,
     }
     records = load_records(well.folder.parents[1], load_recipe(well.recipe))
     assert [record.name for record in records] == ["long-seed0", "well-seed0"]
     assert stages(long) == ["train resume=False", "train resume=True", "paper resume=False"]
-    output = (fails.folder / LOG_FILE).read_text()
-    assert "training dlif" in output
-    assert "Traceback" in output
     assert all(map(has_ended, runs))
     for run in (dies, waits):
         perform(run)
@@ -342,7 +357,8 @@ def test_a_run_whose_sweep_is_killed_goes_on_and_the_next_sweep_waits_for_it(pla
     with subprocess.Popen(command, cwd=tmp_path, env=os.environ | paths_for_children()) as sweep:
         wait_until((run.folder / "training" / "waiting").exists, "the run's start")
         sweep.kill()
-    assert list(perform_all([run], executor_for(tmp_path / "sweep"))) == [(run, None)]
+    found = list(perform_all([run], executor_for(tmp_path / "sweep")))
+    assert found == [(run, None)]
     output = (run.folder / LOG_FILE).read_text()
     assert "waiting: another process still performs linger-seed0" in output
     assert stages(run) == ["train resume=False", "paper resume=False"]

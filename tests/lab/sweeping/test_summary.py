@@ -116,7 +116,8 @@ def test_differences_are_of_pairs_and_those_of_an_independent_computation(record
         before = shares(records, **rest, rho=0.0)
         after = shares(records, **rest, rho=float(row["second"]), norm=row["norm"])
         pairs = sorted(before.keys() & after.keys())
-        one, other = [before[seed] for seed in pairs], [after[seed] for seed in pairs]
+        one = [before[seed] for seed in pairs]
+        other = [after[seed] for seed in pairs]
         assert row["pairs"] == len(pairs)
         assert row["difference"] == pytest.approx(np.mean(other) - np.mean(one))
         if len(pairs) > 1:
@@ -135,7 +136,8 @@ def test_an_option_without_effect_need_not_be_the_same_and_two_change_together()
     axes = axes_in(runs, {"mode": ["none", "at"], "norm": ["l2", "l1"], "rho": [1, 3]})
     cells = cells_of(runs, axes)
     rows = contrasts(cells, axes, "mode", ["pgd20"])
-    assert [(row["norm"], row["rho"]) for row in rows] == [("l2", 1.0), ("l1", 3.0)]
+    found = [(row["norm"], row["rho"]) for row in rows]
+    assert found == [("l2", 1.0), ("l1", 3.0)]
     (row,) = contrasts(cells, axes, "norm, rho", ["pgd20"])
     assert (row["first"], row["second"]) == ("l2 1", "l1 3")
     assert row["difference"] == pytest.approx(0.02)
@@ -172,7 +174,8 @@ def test_one_seed_has_no_spread():
 def test_axes_and_columns():
     runs = [record(5, T=8), record(5, ["paper", "fast"], T=16)]
     assert axes_in(runs) == {"T": [8, 16]}
-    assert axes_in(runs, {"T": [16, 8], "mode": ["at"]}) == {"T": [16, 8], "mode": ["at"]}
+    found = axes_in(runs, {"T": [16, 8], "mode": ["at"]})
+    assert found == {"T": [16, 8], "mode": ["at"]}
     assert columns_of(runs[:1]) == ["clean", "pgd20"]
     paper = ["paper/clean", "paper/pgd10/last", "paper/control", "paper/everything"]
     fast = ["fast/clean", "fast/control", "fast/everything"]
@@ -203,7 +206,8 @@ def test_published_accuracies(setting, column, percent):
 
 
 def test_every_published_accuracy_is_there_once():
-    assert all(known.source for known in PUBLISHED)
+    for known in PUBLISHED:
+        assert known.source
     keys = {(str(known.options), known.column, known.source) for known in PUBLISHED}
     assert len(keys) == len(PUBLISHED) == 29
 
@@ -223,8 +227,10 @@ def test_the_figure_tells_lines_and_values_apart(tmp_path, monkeypatch):
     plot_effect(cells, axes, "rho", ["clean", "pgd20"], tmp_path / "effect-rho")
     (figure,) = drawn
     assert figure.get_figwidth() == 6.75
-    assert [panel.get_title(loc="left") for panel in figure.axes] == ["at", "rat", "", ""]
-    assert [panel.get_ylabel() for panel in figure.axes] == ["clean, %", "", "pgd20, %", ""]
+    found = [panel.get_title(loc="left") for panel in figure.axes]
+    assert found == ["at", "rat", "", ""]
+    found = [panel.get_ylabel() for panel in figure.axes]
+    assert found == ["clean, %", "", "pgd20, %", ""]
     labels = {text.get_text() for text in figure.legends[0].get_texts()}
     assert labels == {"l1", "l2", "none"}
     figure.draw_without_rendering()
@@ -232,7 +238,8 @@ def test_the_figure_tells_lines_and_values_apart(tmp_path, monkeypatch):
     assert not box.overlaps(figure.axes[2].xaxis.label.get_window_extent())
     # equal steps, and rho 0, where the norm changes nothing, at the start of both lines
     for panel in figure.axes:
-        assert [label.get_text() for label in panel.get_xticklabels()] == ["0", "0.3", "10"]
+        found = [label.get_text() for label in panel.get_xticklabels()]
+        assert found == ["0", "0.3", "10"]
         for container in panel.containers:
             assert container.lines[0].get_xdata() == pytest.approx([0, 1, 2], abs=0.2)
     level = next(one for one in figure.axes[2].containers if one.get_label() == "none")

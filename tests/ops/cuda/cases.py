@@ -71,7 +71,8 @@ def check_bfloat16(library: shim.Library) -> None:
     up = (low > 0x8000) | ((low == 0x8000) & (high % 2 == 1))
     expected = (high + up).ravel()[number]
     np.testing.assert_array_equal(bits[number], expected)
-    np.testing.assert_array_equal(back[number], (expected << 16).astype(np.uint32).view(np.float32))
+    wanted = (expected << 16).astype(np.uint32).view(np.float32)
+    np.testing.assert_array_equal(back[number], wanted)
 
 
 def main(path: Path) -> None:

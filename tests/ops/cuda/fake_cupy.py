@@ -24,8 +24,12 @@ class FakeCuPy(ModuleType):
     def __init__(self, folder, *, library=None, collect=False, has_from_external=True):
         super().__init__("cupy")
         self.__version__ = "0"
-        self.folder, self.library, self.collect = folder, library, collect
-        self.log, self.lines, self.count = [], set(), 1
+        self.folder = folder
+        self.library = library
+        self.collect = collect
+        self.log = []
+        self.lines = set()
+        self.count = 1
 
         class Stream:
             pass
@@ -56,7 +60,9 @@ class Kernel:
     """``cupy.RawKernel``; its name in a library of many tells its variant."""
 
     def __init__(self, cupy, code, name):
-        self.cupy, self.code, self.name = cupy, code, name
+        self.cupy = cupy
+        self.code = code
+        self.name = name
         self.line = code.rstrip().rpartition("\n")[2]
         self.alone = f"{name}_{zlib.crc32(self.line.encode())}"
 
@@ -67,7 +73,8 @@ class Kernel:
         if self.library is None and not self.cupy.collect:
             folder = self.cupy.folder / str(len(self.cupy.log))
             folder.mkdir()
-            self.library, self.alone = shim.Library(shim.build(self.code, folder)), self.name
+            self.library = shim.Library(shim.build(self.code, folder))
+            self.alone = self.name
 
     def __call__(self, grid, block, arguments):
         self.cupy.log.append(("launch", self.name, grid, block))

@@ -107,7 +107,8 @@ def test_variant_of_a_call(monkeypatch, T, M, dtype, forward, of_backward):
     inputs = layer(T, M, dtype)
     backends.forward(cupy_launch, inputs, store_v_seq=False)
     backward(cupy_launch, inputs)
-    assert [(v.steps, v.is_long, v.vec) for v in launched] == [forward, of_backward]
+    found = [(v.steps, v.is_long, v.vec) for v in launched]
+    assert found == [forward, of_backward]
     assert [v.surrogate for v in launched] == [None, "PiecewiseQuadratic"]
 
 

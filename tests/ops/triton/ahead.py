@@ -98,11 +98,10 @@ def stage_code(
     """The same of ``bn_dlif_forward``, ``bn_dlif_backward`` and ``bn_statistics``."""
     layout, constants = stage_launch.cut(kernel, dtype, steps, config, planes)
     constants |= other_constants
-    warps = (
-        triton_launch.BACKWARD_WARPS
-        if kernel == "bn_dlif_backward"
-        else triton_launch.FORWARD_WARPS
-    )
+    if kernel == "bn_dlif_backward":
+        warps = triton_launch.BACKWARD_WARPS
+    else:
+        warps = triton_launch.FORWARD_WARPS
     members = (4 if layout.LAST else 2) if layout.POOL else 1
     neurons = members * layout.BLOCK * layout.CHANNELS
     if kernel == "bn_statistics":
@@ -133,11 +132,10 @@ def _compiled(
     from triton.compiler import ASTSource
 
     signature = {name: _type(name, constants, dtype) for name in function.arg_names}
-    divisible = (
-        [name for name in signature if signature[name][0] == "*" or name in SIZES]
-        if aligned
-        else []
-    )
+    if aligned:
+        divisible = [name for name in signature if signature[name][0] == "*" or name in SIZES]
+    else:
+        divisible = []
     attributes = {
         (function.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible
     }

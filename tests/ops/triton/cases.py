@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from ops.calls import assert_equal, check_slopes, laid_out, not_finite, quarters, random_call, run
+from torch.testing import assert_close
 
 from sj_robust.neuron import DLIFNode
-from sj_robust.ops import choose_backend, dlif_multi_step
+from sj_robust.ops import dlif_multi_step
 from sj_robust.ops.dlif import backends, triton_launch
+from sj_robust.ops.dlif.dispatch import choose_backend
 
 F32 = torch.float32
 F16 = torch.float16
@@ -133,7 +135,7 @@ def check(
             rounding = ROUNDING[case.dtype] if i == 0 else 0.0
             atol = 1e-5 * float(expected.abs().max())
             assert found.isfinite().all()
-            torch.testing.assert_close(found.float(), expected, rtol=rounding, atol=atol)
+            assert_close(found.float(), expected, rtol=rounding, atol=atol)
 
 
 def widened(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -186,7 +188,7 @@ def not_a_number(backend: str) -> None:
     for inputs, grads, options in not_finite():
         with np.errstate(invalid="ignore", over="ignore"):  # the interpreter computes with numpy
             found, wanted = (run(name, inputs, grads, **options) for name in (backend, "eager"))
-        torch.testing.assert_close(found, wanted, equal_nan=True)
+        assert_close(found, wanted, equal_nan=True)
 
 
 def shapes(backend: str) -> None:
@@ -224,7 +226,7 @@ def in_a_network(backend: str) -> None:
         neuron.reset()
         neuron.step_mode = "s"
         results.append(found + [neuron(step).detach() for step in x])
-    torch.testing.assert_close(*results)
+    assert_close(*results)
     assert choose_backend("auto", x, neuron._surrogate()) != backend  # which is there for tests
 
 

@@ -17,18 +17,16 @@ import torch
 from ops.calls import assert_equal, laid_out, quarters
 from ops.triton.cases import ROUNDING, pairwise, run_all
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from sj_robust.core.host import functional, layer
 from sj_robust.neuron import DLIFNode, fuse
 from sj_robust.ops import Surrogate, dlif_multi_step
-from sj_robust.ops.bn_dlif import (
-    BatchNorm,
-    batch_norm_dlif_multi_step,
-    can_fuse,
-    repeat_step,
-    triton_launch,
-)
 from sj_robust.ops.bn_dlif import layer as one_layer
+from sj_robust.ops.bn_dlif import triton_launch
+from sj_robust.ops.bn_dlif.dispatch import batch_norm_dlif_multi_step, can_fuse
+from sj_robust.ops.bn_dlif.norm import BatchNorm
+from sj_robust.ops.bn_dlif.repeated import repeat_step
 from sj_robust.ops.dlif import triton_launch as dlif
 
 CHOICES: dict[str, list[Any]] = {
@@ -83,7 +81,9 @@ FIRST = [  # small ones that notice most faults
 def at_random(draw: random.Random) -> Case:
     """One call; only images are pooled and have two orders in memory."""
     case = Case(*(draw.choice(values) for values in CHOICES.values()))
-    return case if len(case.shape) == 4 else replace(case, average_pool=False, channels_last=False)
+    if len(case.shape) == 4:
+        return case
+    return replace(case, average_pool=False, channels_last=False)
 
 
 def cases() -> list[Case]:
@@ -103,7 +103,8 @@ class Call:
 
     def __init__(self, backend: str, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(case.steps + len(case.shape))
-        T, (N, C, *plane) = case.steps, case.shape
+        T = case.steps
+        N, C, *plane = case.shape
         state = torch.promote_types(dtype, torch.float32)
 
         def normal(*size: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
@@ -129,7 +130,8 @@ class Call:
             "v_reset": v_reset,
             "surrogate": Surrogate(kind, alpha),
         }
-        self.x, self.inputs = x, (gain, v_init)
+        self.x = x
+        self.inputs = (gain, v_init)
         self.outputs: list[Any] = list(
             batch_norm_dlif_multi_step(
                 x_seq,
@@ -166,7 +168,8 @@ def check(case: Case, device: str = "cpu", *, backend: str = "triton") -> None:
     found = Call(backend, case, case.dtype, device)
     wanted = Call("reference", case, torch.float64, device)
     assert found.outputs[0].dtype == found.gradients[0].dtype == case.dtype
-    assert found.gradients[0].stride()[1:] == found.x.stride()[1:], "as x lies in memory"
+    seen = found.gradients[0].stride()[1:]
+    assert seen == found.x.stride()[1:], "as x lies in memory"
     assert torch.equal(found.outputs[0].double(), wanted.outputs[0]), "spikes differ"
     pairs = zip(
         (*found.outputs[1:], *found.running), (*wanted.outputs[1:], *wanted.running), strict=True
@@ -176,7 +179,7 @@ def check(case: Case, device: str = "cpu", *, backend: str = "triton") -> None:
             assert actual is None
         else:
             assert actual.dtype == torch.float32
-            torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+            assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
     # where there is no batch norm, torch adds up what has been rounded at every step
     rounding = ROUNDING[case.dtype] * (
         case.steps if case.repeated and case.statistics is None else 1
@@ -185,9 +188,7 @@ def check(case: Case, device: str = "cpu", *, backend: str = "triton") -> None:
         scale = float(expected.abs().max())
         assert actual.isfinite().all()
         atol = 1e-5 * scale if rounding == ROUNDING[case.dtype] else rounding * scale
-        torch.testing.assert_close(
-            actual.double(), expected, rtol=0.0 if i else rounding, atol=atol
-        )
+        assert_close(actual.double(), expected, rtol=0.0 if i else rounding, atol=atol)
     if case.stores:
         _, v, v_seq, currents = (output.detach() for output in found.outputs)
         _, *exact = dlif_multi_step(
@@ -216,8 +217,8 @@ def a_large_mean(backend: str) -> None:
     )
     batch_norm_dlif_multi_step(x, norm, torch.ones(3), decay=0.9, backend="triton")
     wanted = x.double().transpose(0, 2).flatten(1)
-    torch.testing.assert_close(mean.double(), wanted.mean(1), rtol=1e-7, atol=0)
-    torch.testing.assert_close(variance.double(), wanted.var(1), rtol=1e-5, atol=0)
+    assert_close(mean.double(), wanted.mean(1), rtol=1e-7, atol=0)
+    assert_close(variance.double(), wanted.var(1), rtol=1e-5, atol=0)
 
 
 @contextmanager
@@ -271,7 +272,7 @@ def in_a_network(backend: str) -> None:
         results.append(
             [spikes, evaluated, x.grad, *(p.grad for p in net.parameters()), *net.buffers()]
         )
-    torch.testing.assert_close(*results)
+    assert_close(*results)
 
 
 def what_runs_apart(backend: str) -> None:

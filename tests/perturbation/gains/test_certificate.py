@@ -17,15 +17,14 @@ from sj_robust.classifier import PoissonEncoder, SpikingEventClassifier
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.perturbation import MPPDMonitor
 from sj_robust.perturbation.gains import (
-    INPUT,
-    Bound,
     Certificate,
-    LayerCertificate,
     certificate,
     l2_gain,
     peak_gain,
     perturbation_gains,
 )
+from sj_robust.perturbation.gains.certificate import Bound, LayerCertificate
+from sj_robust.perturbation.gains.operator import INPUT
 from sj_robust.proofs import no_flip_radius
 
 
@@ -505,6 +504,8 @@ def test_plot_shows_every_value_of_every_layer(measured):
                     assert left < value < right
                     assert top < row < bottom
             assert expected, name
-            assert dict(zip(line.get_ydata(), line.get_xdata(), strict=True)) == expected
+            found = dict(zip(line.get_ydata(), line.get_xdata(), strict=True))
+            assert found == expected
     names = [one.name for one in measured.layers]
-    assert [label.get_text() for label in axes[0].get_yticklabels()] == names
+    found = [label.get_text() for label in axes[0].get_yticklabels()]
+    assert found == names

@@ -16,8 +16,9 @@ from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.neuron import fuse
-from sj_robust.perturbation.gains import INPUT, _affine, input_maps, perturbation_gains
+from sj_robust.perturbation.gains import _affine, perturbation_gains
 from sj_robust.perturbation.gains._lanczos import largest_singular_value
+from sj_robust.perturbation.gains.operator import INPUT, input_maps
 from sj_robust.proofs import no_flip_radius, smooth
 
 NODE = partial(neuron.LIFNode, step_mode="m")
@@ -265,13 +266,15 @@ def test_max_pooling_gives_a_labelled_upper_bound():
     found = input_maps(net, frame)
     conv = dense(net.conv, (1, 1, 2, 5, 5))
     assert list(found) == ["first", "second", "third"]
-    assert [layer.upper_bound for layer in found.values()] == [False, True, True]
+    seen = [layer.upper_bound for layer in found.values()]
+    assert seen == [False, True, True]
     assert found["second"].norm == pytest.approx(3 * conv**2, rel=1e-3)
     assert found["third"].norm == pytest.approx(3 + 1, rel=1e-3)  # ||[I, sqrt(3) I]|| sqrt(1 + 3)
     for _ in range(20):
         a, b = torch.rand(2, 1, 1, 2, 5, 5).double().round()
         moved = net.before_second(a) - net.before_second(b)
-        assert moved.norm() <= found["second"].norm * (a - b).norm()
+        expected = found["second"].norm * (a - b).norm()
+        assert moved.norm() <= expected
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The folder that a run leaves behind."""
+"""The folder that a run of a recipe leaves behind."""
 
 import shutil
 from collections.abc import Iterator, Mapping

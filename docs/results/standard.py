@@ -1,0 +1,105 @@
+"""What the suites gradient and standard leave of the networks that come with the package.
+
+python docs/results/standard.py                 # runs/standard keeps what is finished
+python docs/results/standard.py digits/lif      # only these
+
+Stopped at any time, the same command goes on where it was. It writes standard.csv, network by
+network, and prints it as a table. Networks for the digits take minutes each on one core, those for
+CIFAR-10 an hour or more, and pictures in data/cifar10_pictures.
+"""
+
+import csv
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from sj_robust.core.saved import markdown_table
+from sj_robust.evaluation import Report
+
+ROOT = Path(__file__).parents[2]
+RUNS = Path("runs", "standard")
+TABLE = Path(__file__).with_name("standard.csv")
+SUITES = ("gradient", "standard")
+CIFAR10 = "--dataset image_folder:data/cifar10_pictures --test-limit 500"
+NETWORKS = {
+    "digits/lif": "--eps 0.1",
+    "digits/lif-at": "--eps 0.1",
+    "digits/dlif-at": "--eps 0.1",
+    "digits/dlif-at-mppd": "--eps 0.1",
+    "digits/dlif-certified": "--eps 0.1",
+    "cifar10/dlif-at": f"--eps 8/255 {CIFAR10}",
+    "cifar10/dlif-at-mppd": f"--eps 8/255 {CIFAR10}",
+}
+"""The options of evaluate.py for each of them."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one suite found of a network, in per cent of the images."""
+
+    network: str
+    threat: str
+    images: str
+    suite: str
+    clean: str
+    proved: str
+    worst_case: str
+    control: str
+    at_most: str
+    seconds: str
+
+
+def main() -> None:
+    """Whatever is not there yet is evaluated."""
+    rows = []
+    names = sys.argv[1:] or list(NETWORKS)
+    for name, options in NETWORKS.items():
+        for suite in SUITES:
+            run = RUNS / name / suite
+            if name in names:
+                evaluate(name, suite, options, run)
+            if (ROOT / run / "report.json").exists():
+                rows.append(row(name, suite, Report.load(ROOT / run / "report.json")))
+                write(rows)
+    heads = [field.name for field in fields(Row)]
+    print(markdown_table(heads, [list(asdict(one).values()) for one in rows], words=4))
+
+
+def evaluate(name: str, suite: str, options: str, run: Path) -> None:
+    """Run the recipe from the root of the repository, or go on with it."""
+    if (ROOT / run / "report.json").exists():
+        return
+    words = ["recipes/evaluate.py", name, "--suite", suite, *options.split(), "--output", str(run)]
+    if (ROOT / run).exists():
+        words.append("--resume")
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+
+
+def row(name: str, suite: str, report: Report) -> Row:
+    """The figures of a report."""
+    verified, control = report.verified, report.control
+    return Row(
+        network=name,
+        threat=report.budget,
+        images=str(len(report.labels)),
+        suite=suite,
+        clean=report.clean.percent,
+        proved="" if verified is None else verified.percent,
+        worst_case=report.worst_case.percent,
+        control="" if control is None else control.percent,
+        at_most=report.everything.percent,
+        seconds=f"{report.everything.seconds:.0f}",
+    )
+
+
+def write(rows: list[Row]) -> None:
+    """All rows."""
+    with TABLE.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(map(asdict, rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The processes of a recipe: their device, and who goes first."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from rich.console import Console
+
+from sj_robust.core.console import working
+from sj_robust.ops import keep_heap
+
+__all__ = ["first_process_first", "make_accelerator"]
+
+
+def make_accelerator(
+    device: Literal["auto", "cpu"] = "auto", mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+) -> Accelerator:
+    """Accelerator of a recipe, whose processes wait for each other however long one takes. 创建
+    Accelerator。
+
+    On a CPU the process keeps freed memory for the next step, see :func:`sj_robust.ops.keep_heap`.
+
+    Args:
+        device: ``"auto"`` takes a GPU if there is one.
+        mixed_precision: Accelerate's precision.
+
+    Raises:
+        ValueError: If the device does not have the precision.
+
+    Examples:
+        >>> make_accelerator("cpu").device
+        device(type='cpu')
+    """
+    on_gpu = device == "auto" and torch.cuda.is_available()
+    if not on_gpu:
+        keep_heap()
+    # A process that is done waits for the slowest one, which may evaluate for hours.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
+    return Accelerator(cpu=not on_gpu, mixed_precision=mixed_precision, kwargs_handlers=[patience])
+
+
+@contextmanager
+def first_process_first(accelerator: Accelerator, text: str) -> Iterator[None]:
+    """What the first process does before the others do it too, with progress on its console.
+    主进程先执行。
+
+    Args:
+        accelerator: The processes.
+        text: What is done.
+
+    Examples:
+        >>> with first_process_first(make_accelerator("cpu"), "loading"):
+        ...     print("images")
+        loading
+        images
+    """
+    console = Console(quiet=not accelerator.is_main_process, highlight=False, soft_wrap=True)
+    with accelerator.main_process_first(), working(text, console):
+        yield

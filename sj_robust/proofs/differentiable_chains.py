@@ -1,0 +1,310 @@
+"""Chains of the trains that a constant current can cause, with surrogate gradients: the first layer
+of joint bounds in training.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sj_robust.proofs.joint import window_weights
+from sj_robust.proofs.spiking import Interval, RealSpiking
+from sj_robust.proofs.trains import Trains, possible_trains
+
+__all__ = ["ChainSums", "Chains", "DifferentiableChain", "Gates"]
+
+_GAP = 1e-9
+"""Relative difference that float64's rounding stays below."""
+
+_MOST = 128
+"""Trains of a layer in training; with more of them windows are used."""
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The currents I at which a train turns into another one, where ``scale I + shift = 0``.
+
+    Attributes:
+        scale: Slope of the potential that meets the threshold there, without its sign, [G].
+        shift: What is left of that potential above the threshold, with the slope's sign, [G].
+        before: Number of the last train below.
+        after: Number of the first train above; those between them need that very current.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    before: Tensor
+    after: Tensor
+
+    @classmethod
+    def between(cls, spikes: Tensor, spiking: RealSpiking) -> "Gates":
+        """Of neighbouring trains [J, T]: the first step in which they differ decides."""
+        steps = spikes.shape[1]
+        number = torch.arange(steps)
+        lower = spikes[:-1]
+        differ = (lower != spikes[1:]).long()
+        end = differ.argmax(1)
+        earlier = lower * (number < end.unsqueeze(1))
+        start = torch.zeros_like(end)
+        if not spiking.soft:
+            resets = earlier * (number + 1)
+            start = resets.amax(1).long()
+        windows = torch.stack([start, end], 1)
+        slope = window_weights(spiking, windows, steps).sum(1)
+        height = spiking.rest - spiking.threshold
+        left = slope.new_full(slope.shape, height)
+        if spiking.soft:
+            age = end.unsqueeze(1) - number
+            decay = torch.as_tensor(spiking.charging.decay)
+            kept = decay ** age.clamp(min=0)
+            fired = (kept * earlier).sum(1)
+            left = left - spiking.threshold * fired
+        sign = torch.where(slope < 0, -1.0, 1.0)
+        train = torch.arange(len(lower))
+        every = cls(sign * slope, sign * left, train, train + 1)
+        return every if slope.requires_grad else every._joined()
+
+    def _joined(self) -> "Gates":
+        """One gate for all that open at the same current."""
+        known = torch.stack([self.scale, self.shift], 1)
+        alike = torch.isclose(known[1:], known[:-1], rtol=_GAP, atol=0.0)
+        same = alike.all(1)
+        end = same.new_ones(1)
+        begins = torch.cat([end, ~same])
+        ends = torch.cat([~same, end])
+        return Gates(
+            scale=self.scale[begins],
+            shift=self.shift[begins],
+            before=self.before[begins],
+            after=self.after[ends],
+        )
+
+
+@dataclass(frozen=True)
+class Chains:
+    """Chains first..last of M neurons, the neurons in the order of their chains.
+
+    Attributes:
+        order: Numbers of the neurons, chain by chain, [M].
+        chain: ``first * J + last`` of each neuron, in the neurons' own order, [M].
+        first: Of every chain that occurs.
+        last: Likewise.
+        counts: Neurons that have it.
+    """
+
+    order: Tensor
+    chain: Tensor
+    first: Tensor
+    last: Tensor
+    counts: list[int]
+
+    @classmethod
+    def of(cls, trains: Trains, current: Interval) -> "Chains":
+        """Of currents [M]."""
+        exact = current.each(lambda end: end.detach().double())
+        found = trains.chain(exact)
+        number = len(trains.spikes)
+        last = torch.maximum(found.first, found.last)
+        chain = found.first * number + last
+        ordered, order = chain.sort()
+        present, counts = torch.unique_consecutive(ordered, return_counts=True)
+        return cls(
+            order=order,
+            chain=chain,
+            first=present // number,
+            last=present % number,
+            counts=counts.tolist(),
+        )
+
+
+class DifferentiableChain:
+    """The trains of a layer whose current is the same in every step.
+
+    Args:
+        spiking: The neuron.
+        steps: Time steps.
+        current: Of the neurons, [M].
+    """
+
+    def __init__(self, spiking: RealSpiking, trains: Trains, current: Interval) -> None:
+        """See :meth:`of`."""
+        like = current.low
+        gates = Gates.between(trains.spikes.cpu(), spiking)
+        self.current = current
+        self.spikes = trains.spikes.to(like)
+        self.chains = Chains.of(trains, current)
+        self.derivative = spiking.derivative
+        self.gates = Gates(
+            scale=gates.scale.to(like),
+            shift=gates.shift.to(like),
+            before=gates.before.to(like.device),
+            after=gates.after.to(like.device),
+        )
+
+    @classmethod
+    def of(
+        cls, spiking: RealSpiking, steps: int, current: Interval
+    ) -> "DifferentiableChain | None":
+        """The trains that currents [M] can cause in so many steps; None if they are too many."""
+        largest = float(current.size().detach().max())
+        device = current.low.device
+        trains = possible_trains(spiking, steps, largest=largest, error=0.0, device=device)
+        if trains is None or len(trains.spikes) > _MOST:
+            return None
+        return cls(spiking, trains, current)
+
+    def bounds(self, weights: Tensor) -> Interval:
+        """Least and largest ``sum_t weights[f, t] s[t]``, [F, M]."""
+        steps = weights.shape[1]
+        values = weights @ self.spikes[:, :steps].T
+        low, high = ChainSums.apply(  # type: ignore[no-untyped-call]  # torch's
+            self.current.low,
+            self.current.high,
+            self.gates.scale,
+            self.gates.shift,
+            values,
+            self,
+        )
+        return Interval(low, high)
+
+
+class ChainSums(torch.autograd.Function):
+    """Least and largest of the values of the trains first..last, [F, M] each.
+
+    Equation, with a and b the numbers of gates that are open at the lower and the upper current,
+    and f(a, b) the least value of the trains a..b, or that of a if a > b::
+
+        f(a, b) = f(0, b) + sum_j open[j] (f(after[j], b) - f(before[j], b))
+                = f(a, 0) + sum_j open[j] (f(a, after[j]) - f(a, before[j]))
+
+    in which the gradient takes the surrogate's derivative for that of a gate; the largest value
+    likewise, with that of b if a > b.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        low: Tensor,
+        high: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        values: Tensor,
+        of: DifferentiableChain,
+    ) -> tuple[Tensor, Tensor]:
+        """The bounds, for currents [M] and values [F, J]."""
+        least, most = ranges(values)
+        ctx.save_for_backward(low, high, scale, shift, values, least, most)
+        ctx.chains = of.chains
+        ctx.derivative = of.derivative
+        ctx.before = of.gates.before
+        ctx.after = of.gates.after
+        chain = of.chains.chain
+        low_sums = least.flatten(1).index_select(1, chain)
+        high_sums = most.flatten(1).index_select(1, chain)
+        return low_sums, high_sums
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Gradients of currents, gates and values."""
+        low, high, scale, shift, values, least, most = ctx.saved_tensors
+        chains: Chains = ctx.chains
+        ordered = torch.cat(grads).index_select(1, chains.order)
+        moves = _moves(torch.cat([least, most]), ctx.before, ctx.after, chains)
+        opened = _opened(moves, ordered, chains.counts)
+        below, above = opened.chunk(2)
+        at_low = _GateGradients.of(low, below, scale, shift, chains, ctx.derivative)
+        at_high = _GateGradients.of(high, above, scale, shift, chains, ctx.derivative)
+        d_values = None
+        if ctx.needs_input_grad[4]:
+            d_values = _to_values(values, chains, ordered)
+        return (
+            at_low.current,
+            at_high.current,
+            at_low.scale + at_high.scale,
+            at_low.shift + at_high.shift,
+            d_values,
+            None,
+        )
+
+
+def ranges(values: Tensor) -> tuple[Tensor, Tensor]:
+    """f(a, b) of least and largest values, [F, J, J]; see :class:`ChainSums`."""
+    least = []
+    most = []
+    for a in range(values.shape[1]):
+        before = values[:, :a]
+        behind = values[:, a:]
+        own = behind[:, :1].expand_as(before)
+        smallest = behind.cummin(1).values
+        largest = behind.cummax(1).values
+        least.append(torch.cat([own, smallest], 1))
+        most.append(torch.cat([before, largest], 1))
+    return torch.stack(least, 1), torch.stack(most, 1)
+
+
+def _moves(tables: Tensor, before: Tensor, after: Tensor, chains: Chains) -> Tensor:
+    """By chain, what a gate changes that opens at the lower current, and at the upper one, [chains,
+    2 G, 2 F].
+    """
+    to_last = tables[:, :, chains.last]
+    below = to_last[:, after] - to_last[:, before]
+    from_first = tables[:, chains.first].transpose(1, 2)
+    above = from_first[:, after] - from_first[:, before]
+    moves = torch.cat([below, above], 1)
+    return moves.permute(2, 1, 0).contiguous()
+
+
+def _opened(moves: Tensor, ordered: Tensor, counts: list[int]) -> Tensor:
+    """Gradients of all gates of all neurons, [2 G, M], from those of the sums."""
+    found = ordered.new_empty(moves.shape[1], ordered.shape[1])
+    start = 0
+    for move, count in zip(moves, counts, strict=True):
+        part = slice(start, start + count)
+        torch.mm(move, ordered[:, part], out=found[:, part])
+        start += count
+    return found
+
+
+@dataclass(frozen=True)
+class _GateGradients:
+    """Gradients that go through gates at one end of the currents."""
+
+    current: Tensor
+    scale: Tensor
+    shift: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        current: Tensor,
+        opened: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        chains: Chains,
+        derivative: Callable[[Tensor], Tensor],
+    ) -> "_GateGradients":
+        """For currents [M] and gradients of open gates [G, M], those in the order of chains."""
+        here = current[chains.order]
+        z = torch.addcmul(shift.unsqueeze(1), scale.unsqueeze(1), here)
+        slopes = opened * derivative(z)
+        d_current = torch.empty_like(current)
+        d_current[chains.order] = scale @ slopes
+        return cls(d_current, slopes @ here, slopes.sum(1))
+
+
+def _to_values(values: Tensor, chains: Chains, ordered: Tensor) -> Tensor:
+    """Gradients of the trains whose values are the least and the largest ones."""
+    found = torch.zeros_like(values)
+    first = chains.first.tolist()
+    last = chains.last.tolist()
+    parts = torch.split(ordered, chains.counts, 1)
+    for a, b, part in zip(first, last, parts, strict=True):
+        low, high = part.sum(1, keepdim=True).chunk(2)
+        some = values[:, a : b + 1]
+        smallest = some.argmin(1, keepdim=True)
+        largest = some.argmax(1, keepdim=True)
+        found.scatter_add_(1, a + smallest, low)
+        found.scatter_add_(1, a + largest, high)
+    return found

@@ -1,0 +1,373 @@
+"""Joint bounds for training: their values are those of ``verify``, their gradients those of the
+formulas written out in joint_by_hand, and no input leaves them.
+"""
+
+import gc
+import random
+import weakref
+from functools import partial
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from proofs import fuzz, joint_by_hand
+from proofs.test_verification import NETWORKS, NEURONS, T, classifier, convolutional
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from torch import nn
+from torch.testing import assert_close
+
+from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust.classifier import SpikingEventClassifier
+from sj_robust.core.preserved import full_precision
+from sj_robust.proofs import bounds, differentiable, differentiable_chains, joint, rounding
+from sj_robust.proofs.differentiable import DifferentiableBounds
+from sj_robust.proofs.differentiable_chains import Chains, ChainSums, Gates
+from sj_robust.proofs.joint import JointRun, OverTime
+from sj_robust.proofs.relaxation import Maps
+from sj_robust.proofs.spiking import Interval, RealSpiking
+from sj_robust.proofs.trains import Trains
+from sj_robust.proofs.verification import bounded_logits, bounded_neurons
+
+rand = partial(torch.rand, dtype=torch.float64)
+randn = partial(torch.randn, dtype=torch.float64)
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """Proofs without rounding."""
+    monkeypatch.setattr(rounding, "_UNIT", 0.0)
+    monkeypatch.setattr(bounds, "SLACK", 1.0)
+    monkeypatch.setattr(joint, "SLACK", 1.0)
+
+
+def trained_lead(model, x, y, eps, **options):
+    trained = DifferentiableBounds(model, method="joint", **options)
+    return trained.lead(x, y, eps)
+
+
+def proved_lead(model, x, y, eps):
+    """What the bounds of verify say, without its checks, which would notice missing rounding."""
+    neurons = bounded_neurons(model.eval())
+    bounded = partial(bounded_logits, model)
+    with full_precision(x.device):
+        maps = Maps(bounded, neurons, x[0])
+        over_time = OverTime(maps, model.T)
+        run = JointRun(neurons, len(x), over_time=over_time)
+        logits = bounded(run, x, eps)
+        return run.lead(logits, y)
+
+
+def assert_same_lead(model, x, y, eps):
+    """The leads for training, if they are those for proofs."""
+    lead = trained_lead(model, x, y, eps)
+    own = lead.gather(1, y.unsqueeze(1))
+    assert lead.dtype == torch.float64
+    assert not own.any()
+    expected = proved_lead(model, x, y, eps)
+    assert_close(lead.detach(), expected, atol=1e-9, rtol=1e-9)
+    return lead
+
+
+@pytest.mark.parametrize("node", NEURONS)
+@pytest.mark.parametrize("build", NETWORKS)
+def test_they_are_those_of_verify_without_rounding(build, node, exact):
+    statistics = {"mean": [0.5, 0.4], "std": [0.3, 0.2]}
+    model = classifier(build, NEURONS[node], **statistics)
+    model.double()
+    x = rand(4, 2, 8, 8)
+    y = torch.tensor([0, 1, 2, 0])
+    for eps in (0.0, 0.02, 0.3):
+        lead = assert_same_lead(model, x, y, eps)
+    lead.sum().backward()
+    for name, value in model.named_parameters():
+        assert value.grad is not None, name
+        finite = value.grad.isfinite()
+        assert finite.all(), name
+
+
+def of_linear_layers(node, T, sizes=(4, 6, 5, 3)):
+    """Linear layers with spiking neurons between them, in float64."""
+    torch.manual_seed(0)
+    parts = []
+    for before, after in pairwise(sizes):
+        linear = nn.Linear(before, after)
+        linear.weight.data *= 2
+        parts += [linear, node()]
+    net = nn.Sequential(*parts[:-1])
+    functional.set_step_mode(net, "m")
+    return SpikingClassifier(net, T).double().eval()
+
+
+def in_single_steps(node):
+    return classifier(convolutional, node, step_mode="s").double()
+
+
+CASES = {
+    "many steps, few windows": partial(of_linear_layers, NEURONS["LIF"], 11),
+    "many steps, soft": partial(of_linear_layers, NEURONS["LIF soft"], 10),
+    "three layers": partial(of_linear_layers, NEURONS["PLIF"], 5, (4, 6, 5, 5, 3)),
+    "one step": partial(of_linear_layers, neuron.IFNode, 1),
+    "step mode s": partial(in_single_steps, NEURONS["DLIF"]),
+    "soft, step mode s": partial(in_single_steps, NEURONS["LIF soft"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_they_are_those_of_verify_for_other_networks(case, exact):
+    model = CASES[case]()
+    x = rand(3, 2, 8, 8)
+    if isinstance(model.net[0], nn.Linear):
+        x = rand(3, 4)
+    y = torch.tensor([0, 1, 2])
+    for eps in (0.01, 0.1):
+        assert_same_lead(model, x, y, eps)
+
+
+def test_frames_have_windows(exact):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        layer.Flatten(),
+        layer.Linear(32, 6),
+        NEURONS["LIF"](),
+        layer.Linear(6, 3),
+    )
+    functional.set_step_mode(net, "m")
+    model = SpikingEventClassifier(net, T)
+    model.double().eval()
+    frames = rand(3, T, 2, 4, 4)
+    assert_same_lead(model, frames, torch.tensor([0, 1, 2]), 0.02)
+
+
+def test_a_layer_with_too_many_trains_has_windows(exact, monkeypatch):
+    model = of_linear_layers(NEURONS["LIF"], 4)
+    monkeypatch.setattr(OverTime, "trains", lambda *args, **kwargs: None)
+    monkeypatch.setattr(differentiable_chains, "_MOST", 0)
+    assert_same_lead(model, rand(3, 4), torch.tensor([0, 1, 2]), 0.05)
+
+
+@pytest.mark.parametrize("node", ["LIF", "LIF soft"])
+def test_a_chain_that_becomes_too_long_from_call_to_call_is_left_for_windows(node, monkeypatch):
+    model = of_linear_layers(NEURONS[node], 4)
+    functional.set_step_mode(model.net, "s")
+    monkeypatch.setattr(differentiable_chains, "_MOST", 3)
+    x = rand(3, 4)
+    y = torch.tensor([0, 1, 2])
+    lead = trained_lead(model, x, y, 0.1)
+    wider = DifferentiableBounds(model).lead(x, y, 0.1)
+    assert (lead <= wider + 1e-9).all()
+
+
+def dlif():
+    node = DLIFNode(T=3, tau=4.0)
+    gains = [1.5, -0.7, 2.0]
+    node.input_gain.data = torch.tensor(gains)
+    return node
+
+
+OPTIONS = {
+    "decay_input": False,
+    "surrogate_function": surrogate.PiecewiseQuadratic(alpha=1.0),
+}
+BY_HAND = {
+    "LIF": partial(neuron.LIFNode, tau=2.0, **OPTIONS),
+    "PLIF": partial(neuron.ParametricLIFNode, init_tau=2.0, **OPTIONS),
+    "DLIF": dlif,
+}
+
+
+def gradients(model, lead, y):
+    """Gradients of every parameter of the cross entropy of leads."""
+    named = dict(model.named_parameters())
+    loss = nn.functional.cross_entropy(lead, y)
+    found = torch.autograd.grad(loss, list(named.values()))
+    return dict(zip(named, found, strict=True))
+
+
+@pytest.mark.parametrize("width", [1.0, 0.5])
+@pytest.mark.parametrize("node", BY_HAND)
+def test_gradients_are_those_of_the_formulas(node, width):
+    model = of_linear_layers(BY_HAND[node], 3)
+    x = rand(3, 4)
+    y = torch.tensor([0, 1, 2])
+    for eps in (0.02, 0.15):
+        lead = trained_lead(model, x, y, eps, surrogate_width=width)
+        by_hand = joint_by_hand.Network(model.net, 3, width)
+        expected = by_hand.lead(x, y, eps)
+        assert_close(lead, expected, rtol=1e-9, atol=1e-12)
+        found = gradients(model, lead, y)
+        wanted = gradients(model, expected, y)
+        for name, value in found.items():
+            assert value.abs().max() > 1e-6, name
+            assert_close(value, wanted[name], rtol=1e-8, atol=1e-11)
+
+
+class SmoothSums:
+    """Sums over chains of four trains, whose gates open as tanh does."""
+
+    def __init__(self):
+        self.values = randn(5, 4)
+        scale = 0.5 + rand(3)
+        cuts = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+        low = rand(7)
+        high = low + 0.5 * rand(7)
+        self.given = [low, high, scale, -scale * cuts]
+        far = torch.tensor([1e9], dtype=torch.float64)
+        trains = Trains(
+            low=torch.cat([-far, cuts]),
+            high=torch.cat([cuts, far]),
+            spikes=torch.eye(4, dtype=torch.float64),
+        )
+        self.chains = Chains.of(trains, Interval(low, high))
+        self.weights = randn(2, 5, 7)
+
+    def total(self, least, most):
+        sums = torch.stack([least, most])
+        return (self.weights * sums).sum()
+
+    def gradients(self):
+        """By the operator."""
+        given = [part.clone().requires_grad_() for part in self.given]
+        number = torch.arange(3)
+        gates = Gates(given[2], given[3], number, number + 1)
+        chain = SimpleNamespace(
+            gates=gates,
+            chains=self.chains,
+            derivative=lambda z: 1 / z.cosh() ** 2,
+        )
+        ends = ChainSums.apply(*given, self.values, chain)
+        return torch.autograd.grad(self.total(*ends), given)
+
+    def smooth(self, low, high, scale, shift):
+        """What moves with the gates, while the other end of a chain stays."""
+        below = torch.tanh(scale * low.unsqueeze(1) + shift)
+        above = torch.tanh(scale * high.unsqueeze(1) + shift)
+        first = self.chains.chain // 4
+        last = self.chains.chain % 4
+        ends = []
+        for table in differentiable_chains.ranges(self.values):
+            to_last = table.diff(dim=1)[:, :, last]
+            from_first = table.diff(dim=2)[:, first]
+            moved = torch.einsum("fgm,mg->fm", to_last, below)
+            moved += torch.einsum("fmg,mg->fm", from_first, above)
+            ends.append(moved)
+        return self.total(*ends)
+
+    def difference(self, part, number, step=1e-6):
+        """Slope of the smooth form."""
+        ends = []
+        for sign in (1, -1):
+            moved = [one.clone() for one in self.given]
+            moved[part][number] += sign * step
+            ends.append(self.smooth(*moved))
+        return (ends[0] - ends[1]) / (2 * step)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_gradient_of_a_sum_is_the_slope_of_its_smooth_form(seed):
+    torch.manual_seed(seed)
+    sums = SmoothSums()
+    for part, grad in enumerate(sums.gradients()):
+        slopes = [sums.difference(part, number) for number in range(len(grad))]
+        assert_close(grad, torch.stack(slopes), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("step_mode", ["m", "s"])
+def test_batch_norm_has_the_statistics_of_the_clean_batch(step_mode):
+    model = classifier(convolutional, NEURONS["DLIF"], step_mode=step_mode)
+    model.double().train()
+    x = rand(5, 2, 8, 8)
+    y = torch.tensor([0, 1, 2, 0, 1])
+    found = {}
+    for method in ("ibp", "joint"):
+        trained = DifferentiableBounds(model, method=method)
+        with trained.watching():
+            logits = model(x)
+        own = logits.gather(1, y.unsqueeze(1))
+        lead = trained.lead(x, y, 0.0)
+        assert_close(lead, logits - own)
+        found[method] = trained.lead(x, y, 0.02)
+    wider = found["ibp"] + 1e-9
+    assert (found["joint"] <= wider).all()
+
+
+def check_points(seed, points=256):
+    """Random inputs of the ball are inside the bounds for training, in float64."""
+    case = random.Random(seed)
+    torch.manual_seed(seed)
+    steps = fuzz.STEPS[seed % len(fuzz.STEPS)]
+    model = fuzz.random_classifier(case, False, steps)
+    if isinstance(model, SpikingEventClassifier):
+        return 0
+    model = model.double()
+    x = rand(2, 2, 6, 6)
+    y = model(x).argmax(1)
+    eps = 10 ** case.uniform(-3.5, -1)
+    lead = trained_lead(model, x, y, eps).detach()
+    for image, label, most in zip(x, y, lead, strict=True):
+        share = 2 * rand(points, *image.shape) - 1
+        share[::2] = share[::2].sign()
+        moved = image + eps * share
+        with torch.no_grad():
+            logits = model(moved.clamp(0, 1))
+        reached = logits - logits[:, label, None]
+        assert (reached <= most + 1e-9).all()
+    return 2 * points
+
+
+@pytest.mark.parametrize("seed", range(20, 28))
+def test_no_point_leaves_the_bounds_for_training(seed):
+    check_points(seed)
+
+
+@pytest.mark.slow
+def test_no_point_leaves_the_bounds_of_many_networks_for_training():
+    tried = map(check_points, range(1000, 1150))
+    assert sum(tried) > 40_000
+
+
+def chains_without_their_last_trains(monkeypatch):
+    of = Chains.of
+
+    def shorter(trains, current):
+        lowest = Interval(current.low, current.low)
+        return of(trains, lowest)
+
+    monkeypatch.setattr(Chains, "of", shorter)
+
+
+def spikes_that_are_sure_too_early(monkeypatch):
+    spike = RealSpiking.spike
+
+    def early(self, z):
+        return spike(self, z + 0.3)
+
+    monkeypatch.setattr(RealSpiking, "spike", early)
+
+
+@pytest.mark.parametrize(
+    "plant", [chains_without_their_last_trains, spikes_that_are_sure_too_early]
+)
+def test_a_fault_is_noticed(plant, monkeypatch):
+    plant(monkeypatch)
+    tried = map(check_points, range(20, 120))
+    with pytest.raises(AssertionError):
+        sum(tried)
+
+
+def test_a_step_leaves_nothing_behind(monkeypatch):
+    runs = []
+
+    class Watched(differentiable.DifferentiableJointRun):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            runs.append(weakref.ref(self))
+
+    monkeypatch.setattr(differentiable, "DifferentiableJointRun", Watched)
+    model = of_linear_layers(NEURONS["LIF"], 3)
+    lead = trained_lead(model, rand(2, 4), torch.tensor([0, 1]), 0.1)
+    lead.sum().backward()
+    del lead
+    gc.collect()
+    (run,) = runs
+    assert run() is None
