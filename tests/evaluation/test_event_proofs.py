@@ -9,8 +9,9 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
 from sj_robust import evaluate
+from sj_robust.attacks import ThreatModel
 from sj_robust.classifier import SpikingEventClassifier
-from sj_robust.evaluation import Report, ThreatModel
+from sj_robust.evaluation import Report
 from sj_robust.evaluation import assess as whole
 from sj_robust.evaluation.run.proofs import Proofs, has_proofs
 from sj_robust.proofs import verify
