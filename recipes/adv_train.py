@@ -53,7 +53,7 @@ class Options:
     # data
     dataset: Annotated[DatasetName, Often()] = "digits"
     """digits, mnist, fashion_mnist, cifar10, cifar100, svhn, image_folder:PATH; event data:
-    cifar10_dvs, dvs128_gesture, n_mnist."""
+    cifar10_dvs, dvs128_gesture, n_mnist, saccade:digits (mnist, fashion_mnist)."""
     data_root: Annotated[str, Often(), Decides("nothing")] = "data"
     """Folder of the data set, and of downloads."""
     download: Annotated[bool, Often(), Decides("nothing")] = False
@@ -73,7 +73,7 @@ class Options:
 
     # network
     model: Annotated[str, Often(), NamesCode()] = "small"
-    """small, vgg5 (11, 13, 16, 19), wrn16_4, wrn28_10, zoo:FUNCTION of SpikingJelly,
+    """small, mlp, vgg5 (11, 13, 16, 19), wrn16_4, wrn28_10, zoo:FUNCTION of SpikingJelly,
     module:function of yours."""
     model_options: YamlDict = field(default_factory=dict)
     """Further keyword arguments of the network."""
@@ -86,7 +86,7 @@ class Options:
     tau: float = 100.0
     """Membrane time constant in time steps; the decay is 1 - 1 / tau."""
     channels: tuple[int, ...] = (16, 32)
-    """Output channels of the convolutions of small."""
+    """Output channels of the convolutions of small; widths of mlp."""
     hidden: tuple[int, ...] = (4096, 4096)
     """Widths of a VGG's hidden layers; small: in model_options."""
     mean: list[float] | None = None
@@ -108,6 +108,11 @@ class Options:
         Idle(lambda options: options.mode == "none" and options.eval_eps is not None),
     ] = Radius(0.1)
     """Linf radius of the training attack, as 8/255; for gaussian the standard deviation."""
+    flips: PositiveInt | None = None
+    """For event data, changed events per sample (L0) in validation, test and the proofs of
+    certified, in the place of eval_eps; None: Linf."""
+    certified_flips: float | None = None
+    """Changed events in each time step that the bounds of certified are over; None means flips."""
     certified_eps: Radius | None = None
     """Linf radius of the bounds of certified; None means eps."""
     bounds: Literal["ibp", "joint"] = "ibp"
@@ -187,9 +192,9 @@ class Options:
     """Momentum of SGD."""
     weight_decay: float | None = None
     """Weight decay on all parameters; None means 5e-4, 0 for rat, certified."""
-    select: Literal["clean", "fgsm", "pgd", "verified"] | None = None
-    """Validation accuracy that the epoch is chosen by; None means pgd, clean for none, verified for
-    certified."""
+    select: Literal["clean", "fgsm", "pgd", "flips", "verified"] | None = None
+    """Validation accuracy that the epoch is chosen by; None means pgd, or flips with the option
+    flips, clean for none, verified for certified."""
     reference: Annotated[bool, Often(), Decides("nothing")] = True
     """Train and measure an undefended LIF network beside it."""
     seed: Annotated[NonNegativeInt, Often()] = 0
@@ -229,7 +234,7 @@ from lab.processes import first_process_first, make_accelerator
 from lab.run_folder import open_run_folder
 
 from sj_robust import SpikingClassifier, training
-from sj_robust.attacks import ThreatModel
+from sj_robust.attacks import Attack, ThreatModel
 from sj_robust.data import ImageSplits, load_images
 from sj_robust.evaluation import Report
 from sj_robust.models import NetworkSpec, build_classifier, start_from
@@ -262,11 +267,12 @@ def main(arguments: list[str]) -> None:
     networks = {f"{options.neuron} {options.mode}": options}
     if options.reference:
         networks["lif undefended"] = undefended(options)
-    eps = evaluation_eps(options)
+    threat = evaluation_threat(options)
     with checked():  # before there is a folder
+        check_flips(options, splits)
         for choice in networks.values():
             objective, plan, attack = prepared(choice, splits)
-            attacks = [attack, *final_attacks(eps).values()]
+            attacks = [attack, *attacks_of_report(options).values()]
             check_training(objective, splits, plan, accelerator, attacks)
     configuration = plain(replace(options, output=None, resume=False))
     folder = open_run_folder(
@@ -290,12 +296,12 @@ def main(arguments: list[str]) -> None:
                 classifier,
                 history,
                 splits,
-                final_attacks(eps),
-                ThreatModel("Linf", eps),
+                attacks_of_report(options),
+                threat,
                 journal,
                 seed=options.seed,
-                single_step=training.MODES[choice.mode].single_step,
-                verified_eps=eps if mode_of(choice).select == "verified" else None,
+                single_step=is_single_step(choice),
+                verified_eps=threat.eps if mode_of(choice).select == "verified" else None,
                 verified_method=verified_method(choice),
                 dataset=options.dataset,
                 configuration=configuration,
@@ -339,7 +345,7 @@ def train_network(
         accelerator=accelerator,
         folder=network_folder,
         journal=journal,
-        validation_attacks=training.validation_attacks(evaluation_eps(options)),
+        validation_attacks=validation_attacks(options),
         description=description,
         resume=options.resume,
     )
@@ -364,7 +370,7 @@ def prepared(
         workers=options.workers,
         compile=options.compile,
         batch_size=options.batch_size,
-        single_step_attack=mode.single_step,
+        single_step_attack=is_single_step(options),
         channels_last=options.channels_last,
         accumulate=options.accumulate,
         lr=options.lr,
@@ -379,7 +385,8 @@ def prepared(
         retraction=mode.retraction,
         checkpoint_steps=options.checkpoint_steps,
         seed=options.seed,
-        verified_eps=evaluation_eps(options) if mode.select == "verified" else None,
+        verified_eps=evaluation_threat(options).eps if mode.select == "verified" else None,
+        verified_norm="Linf" if options.flips is None else "L0",
         verified_method=verified_method(options),
     )
     bounds = training.CertifiedOptions(
@@ -388,6 +395,7 @@ def prepared(
         ramp=options.ramp,
         box=options.box,
         attacked=options.attacked,
+        norm="Linf" if options.flips is None else "L0",
     )
     attack = None
     if not certified or mode.rho != 0 or bounds.needs_perturbed:
@@ -416,7 +424,7 @@ def prepared(
         loss=mode.loss,
         trades_weight=options.trades_weight,
         penalties=penalties,
-        certified_eps=certified_eps(options) if certified else None,
+        certified_eps=certified_radius(options) if certified else None,
         certified_options=bounds,
         indicator=options.indicator,
     )
@@ -463,6 +471,8 @@ def mode_of(options: Options) -> Mode:
     """The mode of a training, with the options' values where they are given."""
     mode = training.MODES[options.mode]
     retraction = given(options.beta, mode.retraction)
+    if options.flips is not None and mode.select == "pgd":
+        mode = replace(mode, select="flips")
     return replace(
         mode,
         kappa=given(options.kappa, mode.kappa),
@@ -484,7 +494,54 @@ def completed(options: Options) -> Options:
         select=mode.select,
         beta=given(options.beta, mode.retraction),
         certified_eps=certified_eps(options),
+        certified_flips=given(options.certified_flips, options.flips),
     )
+
+
+def check_flips(options: Options, splits: ImageSplits) -> None:
+    """Only event data have events to change."""
+    if options.flips is not None and not splits.frames:
+        raise ValueError(
+            f"flips counts changed events, got {options.flips} for {options.dataset}; take event "
+            "data, such as --dataset saccade:digits, or leave it out"
+        )
+    if options.certified_flips is not None and options.flips is None:
+        raise ValueError(
+            f"certified_flips goes with flips, got {options.certified_flips} alone; give --flips"
+        )
+
+
+def is_single_step(options: Options) -> bool:
+    """Whether catastrophic overfitting is looked for, which attacks by FGSM and PGD show."""
+    return training.MODES[options.mode].single_step and options.flips is None
+
+
+def evaluation_threat(options: Options) -> ThreatModel:
+    """What validation and test attack and prove."""
+    if options.flips is not None:
+        return ThreatModel("L0", options.flips)
+    return ThreatModel("Linf", evaluation_eps(options))
+
+
+def validation_attacks(options: Options) -> dict[str, Attack]:
+    """Attacks after every epoch."""
+    if options.flips is not None:
+        return training.flip_attacks(options.flips, final=False)
+    return training.validation_attacks(evaluation_eps(options))
+
+
+def attacks_of_report(options: Options) -> dict[str, Attack]:
+    """Attacks of the table at the end."""
+    if options.flips is not None:
+        return training.flip_attacks(options.flips, final=True)
+    return final_attacks(evaluation_eps(options))
+
+
+def certified_radius(options: Options) -> float:
+    """Radius of the bounds in training, of whichever norm."""
+    if options.flips is not None:
+        return given(options.certified_flips, options.flips)
+    return certified_eps(options)
 
 
 def certified_eps(options: Options) -> Radius:

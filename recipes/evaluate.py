@@ -105,8 +105,8 @@ class Options:
     """Fresh forwards in each of which a stochastic network must be wrong for an image to count as
     broken."""
     proofs: bool = True
-    """For Linf, prove by bounds of every spike which images no attack can break, and attack the
-    others; networks with parts that have no bounds are named in the report."""
+    """For Linf and L0, prove by bounds of every spike which images no attack can break, and attack
+    the others; networks with parts that have no bounds are named in the report."""
     control: bool = True
     """Run the suite's control, which shows what its estimators are worth."""
 
@@ -123,8 +123,8 @@ class Options:
     # data
     dataset: Annotated[DatasetName | None, Often()] = None
     """What to test on, digits, fashion_mnist, mnist, cifar10, cifar100, svhn, image_folder:PATH,
-    cifar10_dvs, dvs128_gesture or n_mnist; None takes what the checkpoint was trained on, or
-    digits."""
+    cifar10_dvs, dvs128_gesture, n_mnist or saccade:digits (mnist, fashion_mnist); None takes what
+    the checkpoint was trained on, or digits."""
     data_root: Annotated[str | None, Often(), Decides("nothing")] = None
     """Folder with the data set's files, or where they are downloaded to; None takes that of the
     checkpoint's run, or data."""
@@ -337,6 +337,8 @@ def radius(options: Options, norm: str, subject: Subject) -> float:
             )
         return 2 * parse_eps(options.smooth)
     trained = subject.options
+    if options.eps is None and norm == "L0" and trained.get("flips"):
+        return float(trained["flips"])
     eps = options.eps if options.eps is not None else trained.get("eval_eps") or trained.get("eps")
     if options.eps is None and norm in ("L0", "moves"):
         raise ValueError(

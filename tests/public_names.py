@@ -27,7 +27,7 @@ PUBLIC = {
         "worst_case"
     ),
     "sj_robust.models": (
-        "ConvChain NetworkSpec VGG WideResNet build_classifier build_network "
+        "ConvChain FullyConnected NetworkSpec VGG WideResNet build_classifier build_network "
         "load_published_checkpoint pretrained pretrained_networks set_time_steps start_from "
         "zoo_networks"
     ),
@@ -45,8 +45,8 @@ PUBLIC = {
     "sj_robust.training": (
         "CertifiedOptions ForwardPasses GradientSparsity Journal MODES NonFiniteLossError "
         "Objective Penalty StabilityGain ThresholdGuarding TrainingInterrupted TrainingPlan "
-        "WeightMagnitude load_checkpoint retract_ save_checkpoint train training_attack "
-        "validation_attacks"
+        "WeightMagnitude flip_attacks load_checkpoint retract_ save_checkpoint train "
+        "training_attack validation_attacks"
     ),
 }
 PUBLIC = {module: tuple(names.split()) for module, names in PUBLIC.items()}

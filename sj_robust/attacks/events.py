@@ -23,7 +23,7 @@ from sj_robust.attacks._event_search import (
     uniform,
 )
 from sj_robust.attacks.call import Loss, Model, Randomness
-from sj_robust.core.checks import check_count, check_labels, check_model, is_checked
+from sj_robust.core.checks import check_binary, check_count, check_labels, check_model, is_checked
 from sj_robust.core.randomness import Private, check_seeds
 
 __all__ = ["check_frames", "count_flips", "flip_events", "random_flips"]
@@ -245,13 +245,7 @@ def check_frames(x: Tensor) -> None:
             "x must be event frames [N, T, 2, H, W] of 2 polarities (1 if merged), got "
             f"{x.shape[2]} in shape {tuple(x.shape)}; move the polarity to dimension 2"
         )
-    if not bool(((x == 0) | (x == 1)).all()):
-        low, high = (float(bound) for bound in torch.aminmax(x.detach()))
-        raise ValueError(
-            f"x must be binary event frames (0 or 1), got values from {low:.6g} to {high:.6g}; "
-            "integrated counts become binary with (x > 0).to(x.dtype), and the network must be "
-            "trained on such frames"
-        )
+    check_binary(x)
 
 
 def checked_frames(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "Channels",
+    "check_binary",
     "check_channels",
     "check_choice",
     "check_classes",
@@ -99,6 +100,32 @@ def check_images(x: Tensor) -> None:
     if low < 0 or high > 1:
         remedy = _BINARY if x.ndim == 5 else "scale it and normalise inside the model"
         raise ValueError(f"x must lie in [0, 1], got values from {low:.6g} to {high:.6g}; {remedy}")
+
+
+def check_binary(x: Tensor) -> None:
+    """Event frames are all 0 or 1.
+
+    Args:
+        x: The frames.
+
+    Raises:
+        ValueError: If a value is neither.
+
+    Examples:
+        >>> check_binary(torch.tensor([0.0, 2.0]))
+        Traceback (most recent call last):
+        ...
+        ValueError: x must be binary event frames (0 or 1), got values from 0 to 2; integrated
+        counts become binary with (x > 0).to(x.dtype), and the network must be trained on such
+        frames
+    """
+    if not bool(((x == 0) | (x == 1)).all()):
+        low, high = (float(bound) for bound in torch.aminmax(x.detach()))
+        raise ValueError(
+            f"x must be binary event frames (0 or 1), got values from {low:.6g} to {high:.6g}; "
+            "integrated counts become binary with (x > 0).to(x.dtype), and the network must be "
+            "trained on such frames"
+        )
 
 
 def check_labels(y: Tensor, x: Tensor) -> None:

@@ -1,14 +1,29 @@
 """Names of the data sets, which options are checked against before torch is imported."""
 
-__all__ = ["DATASETS", "EVENT_DATASETS", "IMAGE_FOLDER", "check_dataset"]
+__all__ = [
+    "DATASETS",
+    "EVENT_DATASETS",
+    "IMAGE_FOLDER",
+    "RECORDINGS",
+    "SACCADES",
+    "check_dataset",
+]
 
 IMAGE_FOLDER = "image_folder:"
-EVENT_DATASETS = {
+RECORDINGS = {
     "cifar10_dvs": ("CIFAR10DVS", 10),
     "dvs128_gesture": ("DVS128Gesture", 11),
     "n_mnist": ("NMNIST", 10),
 }
-"""Names, each with SpikingJelly's class and the number of classes."""
+"""Recordings of event cameras, each with SpikingJelly's class and the number of classes."""
+SACCADES = {
+    "saccade:digits": "digits",
+    "saccade:mnist": "mnist",
+    "saccade:fashion_mnist": "fashion_mnist",
+}
+"""Events made from images, each with the name of the images."""
+EVENT_DATASETS = (*RECORDINGS, *SACCADES)
+"""Names of all event data, whose samples are binary frames [T, 2, H, W]."""
 DATASETS = (
     "digits",
     "fashion_mnist",

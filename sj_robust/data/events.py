@@ -16,7 +16,7 @@ import spikingjelly
 import torch
 from torch import Tensor
 
-from sj_robust.core.datasets import EVENT_DATASETS
+from sj_robust.core.datasets import RECORDINGS
 from sj_robust.data.files import OnUnreadable, UnreadableError, check_sum, one_line, readable
 from sj_robust.data.stored import FileImages, Source, shuffled
 
@@ -24,7 +24,7 @@ __all__ = ["event_frames"]
 
 
 def event_frames(
-    name: str, root: Path, T: int | None, *, download: bool, on_unreadable: OnUnreadable
+    name: str, root: Path, T: int, *, download: bool, on_unreadable: OnUnreadable
 ) -> Source:
     """Recordings of an event camera as T binary frames [T, 2, H, W] each. 事件数据的二值帧。
 
@@ -38,12 +38,7 @@ def event_frames(
     every class, by the number in the file's name, is the test set (0 to 99 of 1000). Test
     recordings come in a fixed shuffled order.
     """
-    if T is None or isinstance(T, bool) or T < 1:
-        raise ValueError(
-            "T must be an integer >= 1 for event data, the number of frames per recording, got "
-            f"{T!r}"
-        )
-    kind, classes = EVENT_DATASETS[name]
+    kind, classes = RECORDINGS[name]
     host = _host_class(name, kind)
     folder = root / kind
     if any((root / part).is_dir() for part in ("download", "extract", "events_np")):

@@ -10,11 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
-from sj_robust.core.datasets import EVENT_DATASETS, IMAGE_FOLDER, check_dataset
+from sj_robust.core.datasets import (
+    EVENT_DATASETS,
+    IMAGE_FOLDER,
+    SACCADES,
+    check_dataset,
+)
 from sj_robust.data.augmentation import Augmentation
 from sj_robust.data.events import event_frames
 from sj_robust.data.files import OnUnreadable
 from sj_robust.data.image_folder import image_folder
+from sj_robust.data.saccades import saccade_frames
 from sj_robust.data.stored import Images, Source, StoredImages
 from sj_robust.data.torchvision_sets import CIFAR_STATISTICS, cifar, mnist, svhn
 
@@ -73,7 +79,8 @@ def load_images(
             set), ``"fashion_mnist"``, ``"mnist"``, ``"cifar10"``, ``"cifar100"``, ``"svhn"``;
             ``"image_folder:PATH"`` for pictures of one's own in PATH/train/CLASS, PATH/test/CLASS
             and, if there are any, PATH/val/CLASS; ``"cifar10_dvs"``, ``"dvs128_gesture"`` or
-            ``"n_mnist"`` for event data.
+            ``"n_mnist"`` for event data; ``"saccade:digits"``, ``"saccade:mnist"`` or
+            ``"saccade:fashion_mnist"`` for events made from these images.
         root: Folder with the data, as torchvision or SpikingJelly lays it out. Not used by digits
             and image folders.
         validation_fraction: Share of the training images that is held out, unless there is a folder
@@ -137,7 +144,13 @@ def _source(
             Path(name.removeprefix(IMAGE_FOLDER)).expanduser(), on_unreadable=on_unreadable
         )
     if name in EVENT_DATASETS:
-        return event_frames(name, root, T, download=download, on_unreadable=on_unreadable)
+        T = _checked_frames(T)
+        if name not in SACCADES:
+            return event_frames(name, root, T, download=download, on_unreadable=on_unreadable)
+        images = SACCADES[name]
+        source = _source(images, root, download, None, on_unreadable)
+        cache = None if images == "digits" else images
+        return saccade_frames(source, T, cache=cache)
     match name:
         case "digits":
             return _digits()
@@ -147,6 +160,16 @@ def _source(
             return cifar(name, root, download=download)
         case _:
             return svhn(root, download=download)
+
+
+def _checked_frames(T: int | None) -> int:
+    """The number of frames per sample of event data."""
+    if T is None or isinstance(T, bool) or T < 1:
+        raise ValueError(
+            "T must be an integer >= 1 for event data, the number of frames per recording, got "
+            f"{T!r}"
+        )
+    return T
 
 
 def _held_out(source: Source, order: Tensor, fraction: float) -> tuple[Images, Images]:

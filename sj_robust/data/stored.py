@@ -1,14 +1,16 @@
-"""Images held in memory as bytes or left in their files."""
+"""Images held in memory as bytes, frames as bits, or left in their files."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-__all__ = ["FileImages", "Images", "Source", "StoredImages", "shuffled"]
+__all__ = ["FileImages", "Images", "Source", "StoredFrames", "StoredImages", "shuffled"]
 
 
 class StoredImages(Dataset[tuple[Tensor, ...]]):
@@ -49,6 +51,47 @@ class StoredImages(Dataset[tuple[Tensor, ...]]):
         )
 
 
+class StoredFrames(Dataset[tuple[Tensor, ...]]):
+    """Binary frames of events, eight values a byte. 内存中的二值事件帧。
+
+    Args:
+        bits: uint8 [N, bytes], as ``numpy.packbits`` packs the values of a sample.
+        labels: Classes, integers [N].
+        shape: (T, 2, H, W) of a sample.
+
+    Examples:
+        >>> bits = torch.tensor([[0b10100000]], dtype=torch.uint8)
+        >>> frames = StoredFrames(bits, torch.tensor([3]), (1, 2, 1, 2))
+        >>> frames[0]
+        (tensor([[[[1., 0.]],
+        <BLANKLINE>
+                 [[1., 0.]]]]), tensor(3))
+    """
+
+    def __init__(self, bits: Tensor, labels: Tensor, shape: tuple[int, int, int, int]) -> None:
+        """Keep the bits; see the class."""
+        self.bits = bits
+        self.labels = labels.long()
+        self.shape = shape
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.bits)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        """Frames float32 [T, 2, H, W] of zeros and ones, and their class, an int64 scalar."""
+        return self._frames(self.bits[index]), self.labels[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, ...]]:
+        """The samples of a batch; torch's loader asks for them so."""
+        return list(zip(self._frames(self.bits[indices]), self.labels[indices], strict=True))
+
+    def _frames(self, bits: Tensor) -> Tensor:
+        """Frames of one sample or of several."""
+        values = np.unpackbits(bits.numpy(), axis=-1, count=math.prod(self.shape))
+        return torch.from_numpy(values).view(*bits.shape[:-1], *self.shape).float()
+
+
 class FileImages(Dataset[tuple[Tensor, ...]]):
     """Images (or samples of event frames) that stay in their files until they are asked for.
     按需读取的图像。
@@ -78,7 +121,7 @@ class FileImages(Dataset[tuple[Tensor, ...]]):
         return self.read(Path(self.paths[index])), self.labels[index]
 
 
-Images = StoredImages | FileImages | Subset[tuple[Tensor, ...]]
+Images = StoredImages | StoredFrames | FileImages | Subset[tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)

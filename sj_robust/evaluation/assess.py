@@ -36,10 +36,11 @@ from sj_robust.evaluation.run.identity import identify, network_key
 from sj_robust.evaluation.run.loop import Asked, Outcome, releases, run
 from sj_robust.evaluation.run.member import Member, fooled
 from sj_robust.evaluation.run.progress import computed_once, gathered, rank_and_world_size
-from sj_robust.evaluation.run.proofs import prove
+from sj_robust.evaluation.run.proofs import has_proofs, prove
 from sj_robust.evaluation.run.suites import Suite, SuiteName, make_suite
 from sj_robust.evaluation.run.variant import Variant
 from sj_robust.evaluation.subject import Subject
+from sj_robust.proofs.verification import NormName
 
 __all__ = ["assess"]
 
@@ -66,8 +67,8 @@ _NOT_DIAGNOSED = (
 def assess(subject: Subject, batches: Batches | Data, request: Request) -> Report:
     """Evaluate a network and write the report. 完整评估并生成报告。
 
-    In order: firing of every layer, proofs for Linf (images that no attack can break, and none
-    needs to try), a search over gradient estimators (if the suite chooses), the suite and its
+    In order: firing of every layer, proofs for Linf and L0 (images that no attack can break, and
+    none needs to try), a search over gradient estimators (if the suite chooses), the suite and its
     control on all images, accuracy over eps, signs of gradient masking (not for event frames, as
     the report then says). Every part is kept in the folder of the request as it ends, and a call
     with the same request goes on where a killed one stopped. Several processes share the images,
@@ -108,7 +109,7 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
     say(f"firing of every layer on {len(parts.y)} images")
     layers = firing(model, parts.x, seed=request.seed)
     activity = list(map(asdict, layers))
-    proved = parts.proofs() if request.proofs and request.threat.norm == "Linf" else {}
+    proved = parts.proofs() if request.proofs and has_proofs(request.threat) else {}
     trials: list[dict[str, Any]] = []
     if plan.search is not None:
         trials = parts.search(plan.search)
@@ -161,6 +162,7 @@ class _Parts:
         self.x, self.y = self.few.tensors(device_of(model))
         self.threat = request.threat
         self.say = request.watch.say
+        self.proof_norm: NormName = "L0" if self.threat.norm == "L0" else "Linf"
 
     @cached_property
     def key(self) -> dict[str, str]:
@@ -205,12 +207,12 @@ class _Parts:
         """Images that are verified, how far the potential can move, seconds; or why nothing is
         proved.
         """
-        self.say(f"proofs at Linf {eps_text(self.threat.eps)}")
+        self.say(f"proofs at {self.threat.norm} {eps_text(self.threat.eps)}")
 
         def compute() -> dict[str, Any]:
             start = time.perf_counter()
             try:
-                found = prove(self.model, self.data, [self.threat.eps])
+                found = prove(self.model, self.data, [self.threat.eps], self.proof_norm)
             except (NotImplementedError, TypeError, ValueError) as error:
                 return {"reasons": [f"Nothing is proved: {error}."]}
             (verified,) = found.verified.values()
@@ -232,11 +234,14 @@ class _Parts:
         """Proofs at the radii of accuracy over eps, of the first images."""
         self.say("proofs over eps")
         levels = [row for row in rows if row.attacks and "@" in row.member]
-        radii = {0.0, *(row.eps or 0.0 for row in levels)}
+        radii = {row.eps or 0.0 for row in levels}
+        if not self.threat.of_events:  # whose threats change an event or more
+            radii.add(0.0)
         names = [eps_text(eps) for eps in sorted(radii)]
 
         def compute() -> dict[str, tuple[int, ...]]:
-            found = prove(self.model, self.few, list(map(parse_eps, names)))
+            radii = list(map(parse_eps, names))
+            found = prove(self.model, self.few, radii, self.proof_norm)
             return dict(found.verified)
 
         key = self.key | {"radii": ", ".join(names)}

@@ -1,7 +1,7 @@
 """Spiking networks for the recipes, on SpikingJelly's layers, with any spiking neuron."""
 
 from sj_robust.models.build import NetworkSpec, build_classifier, build_network
-from sj_robust.models.chain import VGG, ConvChain
+from sj_robust.models.chain import VGG, ConvChain, FullyConnected
 from sj_robust.models.published_checkpoint import load_published_checkpoint
 from sj_robust.models.shipped import pretrained, pretrained_networks
 from sj_robust.models.start import start_from
@@ -12,6 +12,7 @@ from sj_robust.models.zoo import zoo_networks
 __all__ = [
     "VGG",
     "ConvChain",
+    "FullyConnected",
     "NetworkSpec",
     "WideResNet",
     "build_classifier",

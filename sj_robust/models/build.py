@@ -10,7 +10,7 @@ from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import nn
 
 from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier
-from sj_robust.models.chain import VGG, VGG_FEATURES, SmallConvNet
+from sj_robust.models.chain import VGG, VGG_FEATURES, FullyConnected, SmallConvNet
 from sj_robust.models.foreign import call_with_known, find_function
 from sj_robust.models.wide_resnet import WIDE_RESNETS, WideResNet
 from sj_robust.models.zoo import build_zoo_network
@@ -18,7 +18,7 @@ from sj_robust.neuron import DLIFNode, Stage, fuse, replace_neurons
 
 __all__ = ["NETWORKS", "NetworkSpec", "build_classifier", "build_network"]
 
-NETWORKS = ("small", *VGG_FEATURES, *WIDE_RESNETS)
+NETWORKS = ("small", "mlp", *VGG_FEATURES, *WIDE_RESNETS)
 """Names of the architectures of this package."""
 
 
@@ -47,7 +47,7 @@ class NetworkSpec:
             with.
         learn_gain: Whether the gains of DLIF are trained; False leaves them at one, which is LIF
             (the same spikes) at the speed of DLIF's kernels.
-        channels: Output channels of the convolutions of ``"small"``.
+        channels: Output channels of the convolutions of ``"small"``, widths of ``"mlp"``.
         hidden: Widths of the hidden linear layers of a VGG; ``"small"`` takes its own from
             ``options``.
         fused: Whether batch norm and the DLIF neurons behind it run in one pass where they can.
@@ -217,6 +217,8 @@ def _packaged_network(spec: NetworkSpec, node: Callable[..., nn.Module]) -> nn.M
     kind: Callable[..., nn.Module]
     if spec.name == "small":
         kind = partial(SmallConvNet, channels=spec.channels)
+    elif spec.name == "mlp":
+        kind = partial(FullyConnected, widths=spec.channels)
     elif spec.name in VGG_FEATURES:
         kind = partial(VGG, spec.name, hidden=spec.hidden)
     else:

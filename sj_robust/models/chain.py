@@ -1,8 +1,10 @@
-"""Networks of convolution - batch norm - neuron stages in a row: the paper's VGG, and a small
-one.
+"""Networks of stages in a row: convolution - batch norm - neuron, as the paper's VGG and a small
+one, or linear layers and neurons.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 from spikingjelly.activation_based import functional, layer
@@ -11,7 +13,7 @@ from torch import nn
 from sj_robust.models.direct import DirectlyEncoded, initialise, neuron_builder
 from sj_robust.neuron import Stage
 
-__all__ = ["VGG", "VGG_FEATURES", "ConvChain", "SmallConvNet"]
+__all__ = ["VGG", "VGG_FEATURES", "ConvChain", "FullyConnected", "SmallConvNet"]
 
 VGG_FEATURES: dict[str, tuple[int | Literal["A"], ...]] = {
     "vgg5": (64, "A", 128, 128, "A"),
@@ -235,3 +237,66 @@ class SmallConvNet(ConvChain):
             else:
                 features += ["S", width] if strides[number] == 2 else [width]
         super().__init__(image_shape, classes, features=features, **arguments)
+
+
+class FullyConnected(DirectlyEncoded):
+    """Linear layer - neuron for every number in ``widths``, then a linear layer to the classes.
+    全连接脉冲网络。
+
+    The first linear layer is a convolution as large as the image. A neuron of it sees all pixels,
+    so that few changed events move its current little, which gives tight bounds. Weights in front
+    of neurons start with the deviation 2 / sqrt(inputs), so that sparse events make them fire.
+
+    Shapes and the time steps: see :class:`DirectlyEncoded`.
+
+    Args:
+        image_shape: (C, H, W) of one image.
+        classes: Number of classes.
+        T: Number of time steps an image is repeated for.
+        spiking_neuron: Class or function that builds a neuron, as in SpikingJelly's model zoo.
+        widths: Neurons of each layer.
+        step_mode: ``"m"`` or ``"s"``.
+        **neuron_kwargs: Passed on to ``spiking_neuron``; one that takes ``T`` gets the network's.
+
+    Raises:
+        ValueError: If there is no width, or one is not positive.
+
+    Source: fully connected spiking networks as in SpikingJelly's examples.
+
+    Examples:
+        >>> import torch
+        >>> from sj_robust.neuron import DLIFNode
+        >>> net = FullyConnected((2, 8, 8), 10, T=4, spiking_neuron=DLIFNode, widths=[32])
+        >>> net(torch.rand(4, 5, 2, 8, 8)).shape
+        torch.Size([4, 5, 10])
+    """
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        classes: int,
+        *,
+        T: int,
+        spiking_neuron: Callable[..., nn.Module],
+        widths: Sequence[int] = (256,),
+        step_mode: str = "m",
+        **neuron_kwargs: Any,
+    ) -> None:
+        """Build the network; see the class."""
+        super().__init__()
+        if not widths or min(widths) < 1:
+            raise ValueError(
+                f"widths must be one number >= 1 for each layer, got {list(widths)}; such as [256]"
+            )
+        channels, height, columns = image_shape
+        node = neuron_builder(spiking_neuron, T, neuron_kwargs)
+        self.T = T
+        self.first = layer.Conv2d(channels, widths[0], (height, columns))
+        stages: list[nn.Module] = [node(), layer.Flatten()]
+        for before, after in pairwise(widths):
+            stages += [layer.Linear(before, after), node()]
+        for module in (self.first, *stages):
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.normal_(module.weight, std=2.0 / math.sqrt(module.weight[0].numel()))
+        self.stages = nn.Sequential(*stages, layer.Linear(widths[-1], classes))
+        functional.set_step_mode(self, step_mode)

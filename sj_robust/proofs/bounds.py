@@ -13,7 +13,7 @@ from torch import Tensor
 from sj_robust.core.preserved import other_forward
 from sj_robust.neuron.charging import Neuron
 from sj_robust.proofs.rounding import SLACK, NoBoundsError
-from sj_robust.proofs.rules import Bounds, Origin, Pooling
+from sj_robust.proofs.rules import Bounds, Origin, Pooling, leaves_of
 from sj_robust.proofs.spiking import Float32Spiking, Interval, LayerBounds, RealSpiking, Spiking
 
 __all__ = ["BoundedRun", "Leaf", "by_row", "laid_out", "pulled_back"]
@@ -128,6 +128,10 @@ class BoundedRun:
         self.surrogate_width = surrogate_width
         self.cut = _Switch()
         self.leaves: list[Leaf] = []
+        self.changed: Bounds | None = None
+        """The frames, if at most some of their events change."""
+        self.apart: dict[str, str] = {}
+        """Layers that bound changed events as if some had budgets of their own, with the reason."""
         self.layers = {name: LayerBounds() for name in neurons}
 
     def leaf(self, values: Interval, batch_dim: int) -> Bounds:
@@ -241,6 +245,8 @@ class BoundedRun:
                     f"{tuple(x.shape)} for {self.samples} samples, which must be [T, N, *] in "
                     "mode 'm' and [N, *] in mode 's'"
                 )
+            if self.changed is not None and x.changes is None and 0 in leaves_of(x.origin):
+                self.apart[name] = "its current is more than one convolution or linear map"
             self._reached(x, batch_dim, neuron)
             if batch_dim:
                 spikes = self.spikes(neuron, Interval(x.lower, x.upper))
@@ -255,6 +261,8 @@ class BoundedRun:
     def pool(self, x: Bounds, pooling: Pooling) -> Bounds:
         """Bounds of a max pooling or a ReLU, which start here."""
         batch_dim = self._layout(x, pooling)
+        if self.changed is not None and 0 in leaves_of(x.origin):
+            self.apart["a max pooling or ReLU"] = "behind it every value has a budget of its own"
         self._reached(x, batch_dim, pooling)
         return self.leaf(Interval(pooling(x.lower), pooling(x.upper)), batch_dim)
 

@@ -1,7 +1,7 @@
 """Proofs by linear relaxation, and by branch and bound over undecided spikes."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sj_robust.proofs.flips import Flips
 from sj_robust.proofs.joint import JointRun, OverTime
 from sj_robust.proofs.relaxation import Decision, Lower, Maps, RelaxedRun, raised
 
@@ -32,13 +33,13 @@ class Prover:
     Attributes:
         logits: The network that runs, images to logits.
         maps: The affine maps between its leaves.
-        eps: Linf radius.
+        eps: Linf radius, or the changes of binary frames.
         over_time: How the network treats time, if joint bounds of the potentials are to be known.
     """
 
     logits: Callable[[Tensor], Tensor]
     maps: Maps
-    eps: float
+    eps: float | Flips
     over_time: OverTime | None = None
 
     def crown(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ class Prover:
 
         With ``descend`` the corners go down the network's own gradient of the lead for some steps.
         """
-        points = inside_ball(image, image.double() - self.eps * found.weights.sign(), self.eps)
+        points = self.lowest(image, found.weights)
         labels = label.expand(len(points))
         for _ in range(_STEPS if descend else 1):
             points.requires_grad_(descend)
@@ -131,9 +132,39 @@ class Prover:
             (slope,) = torch.autograd.grad((right - rival).sum(), points, allow_unused=True)
             if slope is None:
                 return None
-            down = points.detach().double() - self.eps / 4 * slope.nan_to_num().sign()
-            points = inside_ball(image, down, self.eps)
+            points = self.lower(image, points.detach(), slope.nan_to_num())
         return None
+
+    def points(self, images: Tensor) -> Iterator[Tensor]:
+        """A corner and a random point of the ball of each image, and the images themselves."""
+        generator = torch.Generator().manual_seed(0)
+        if isinstance(self.eps, Flips):
+            for _ in range(2):
+                yield self.eps.drawn(images, generator)
+            yield images
+            return
+        share = torch.rand(images.shape, generator=generator, dtype=torch.float64).to(images.device)
+        for direction in (2.0 * share.round() - 1.0, 2.0 * share - 1.0):
+            yield inside_ball(images, images.double() + self.eps * direction, self.eps)
+        yield images
+
+    def lowest(self, image: Tensor, weights: Tensor) -> Tensor:
+        """The points [R, *] of the ball of an image [1, *] whose sums with weights are least."""
+        if isinstance(self.eps, Flips):
+            return self.eps.lowest(image, weights).to(image.dtype)
+        return inside_ball(image, image.double() - self.eps * weights.sign(), self.eps)
+
+    def lower(self, image: Tensor, points: Tensor, slopes: Tensor) -> Tensor:
+        """Points of the ball a step down from these; of frames those that the slopes point to."""
+        if isinstance(self.eps, Flips):
+            return self.eps.lowest(image, slopes).to(image.dtype)
+        return inside_ball(image, points.double() - self.eps / 4 * slopes.sign(), self.eps)
+
+    def solution(self, image: Tensor, values: Tensor) -> Tensor:
+        """The point of the ball next to the values that a program has found."""
+        if isinstance(self.eps, Flips):
+            return values.round().to(image.dtype)
+        return inside_ball(image, values, self.eps)
 
     def _branched(
         self, root: RelaxedRun, image: Tensor, label: Tensor, weights: Tensor, end: float

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from sj_robust.proofs._scipy import scipy_module
 from sj_robust.proofs.bounds import by_row, laid_out
-from sj_robust.proofs.branching import Prover, inside_ball
+from sj_robust.proofs.branching import Prover
 from sj_robust.proofs.relaxation import Maps, RelaxedRun, Stage, Step
 from sj_robust.proofs.rounding import reset_rounding
+from sj_robust.proofs.rules import Bounds
 
 __all__ = ["Matrices", "mip"]
 
@@ -74,7 +75,7 @@ def mip(
             if status != "possible" or point is None:
                 return -torch.inf, None
             pixels = torch.as_tensor(point[: image.numel()], device=image.device)
-            candidate = inside_ball(image, pixels.view(image.shape), prover.eps)
+            candidate = prover.solution(image, pixels.view(image.shape))
             with torch.no_grad():
                 if bool(prover.logits(candidate).argmax(1) != label):
                     return -torch.inf, candidate
@@ -283,7 +284,10 @@ class _Program:
         self.potentials: dict[str, _Affine] = {}
         box = run.leaves[0]
         centre, radius = _flat(box.centre), _flat(box.radius)
-        self.leaves[0] = self.variables(centre - radius, centre + radius)
+        if run.changed is None:
+            self.leaves[0] = self.variables(centre - radius, centre + radius)
+        else:
+            self.leaves[0] = self._changed(run.changed, centre)
         self.later = _undecided_later(run)
         for number, stage in enumerate(run.stages):
             current = self.through(*matrices.of(run, number))
@@ -292,6 +296,16 @@ class _Program:
             else:
                 self._neurons(number, stage, current)
         self.logits = self.through(*matrices.of(run, -1))
+
+    def _changed(self, frames: Bounds, values: Any) -> _Affine:
+        """Binary frames, of which at most some values change."""
+        assert frames.changes is not None
+        found = self.variables(np.zeros(len(values)), np.ones(len(values)), integral=True)
+        changes = found.times(1.0 - 2.0 * values).moved(values)
+        every = _scipy("sparse").csr_matrix(np.ones((1, len(values))))
+        number = _Affine(every @ changes.matrix, every @ changes.shift, np.zeros(1))
+        self.at_most(number, frames.changes.budget)
+        return found
 
     def of_rival(self, weights: Tensor) -> _Inequalities:
         """The program whose costs are the lead that the weights give, with rows scaled."""

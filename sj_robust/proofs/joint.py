@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sj_robust.neuron.charging import Neuron
 from sj_robust.proofs.bounds import BoundedRun
+from sj_robust.proofs.changes import Changes, changed_sums, share_frames
 from sj_robust.proofs.relaxation import Maps, Stage, Step, Trace
 from sj_robust.proofs.rounding import SLACK
 from sj_robust.proofs.rules import Bounds, Pooling, leaves_of, replayed
@@ -253,6 +254,8 @@ class JointRun(BoundedRun):
         self.stages: list[Stage] = []
         """What a relaxation starts from."""
         self.memories = {name: Memory() for name in neurons}
+        self.changes: dict[str, list[Changes]] = {name: [] for name in neurons}
+        """What changed events can do to the current of each step so far."""
         self.sources: list[SpikeTrains | Steps | None] = []
         """What gives bounds of sums over time of each leaf; None for the images."""
         self._by: Neuron | Pooling | None = None
@@ -280,6 +283,7 @@ class JointRun(BoundedRun):
         current = self._current(stage)
         error = by_step(stage.current.error, self.samples, stage.batch_dim)
         memory.currents += current.steps()
+        self.changes[name] += self._changes(stage, len(error))
         largest = float(error.max())
         memory.error = max(memory.error, largest)
         known = None
@@ -384,7 +388,7 @@ class JointRun(BoundedRun):
     def _current(self, stage: Stage) -> Interval:
         """Bounds of a current in exact arithmetic, [steps, N, *]."""
         x = stage.current
-        exact = Interval(x.centre - x.radius, x.centre + x.radius)
+        exact = Interval(x.least, x.most)
         in_time = partial(by_step, samples=self.samples, batch_dim=stage.batch_dim)
         return exact.each(in_time)
 
@@ -423,10 +427,42 @@ class JointRun(BoundedRun):
             sums = all_of_them.each(lambda end: end.flatten(1)[:, some])
         else:
             sums = weighted_sums(weights, stacked(currents))
+            changes = [step.moved(chosen, apart=False) for step in self.changes[name]]
+            if len(changes) == steps:
+                sums = self._with_one_budget(weights, name, sums, currents, changes)
         for window, of_one in zip(longer, sums.steps(), strict=True):
             a, t = window
             found[a, t] = of_one
         return found
+
+    def _changes(self, stage: Stage, steps: int) -> list[Changes]:
+        """What changed events can do in the steps of a call; nothing where it is not known."""
+        changes = stage.current.changes
+        if changes is None:
+            return []
+        stepwise = partial(by_step, samples=self.samples, batch_dim=stage.batch_dim)
+
+        def step(part: Tensor, t: int) -> Tensor:
+            return stepwise(part)[t]
+
+        return [changes.moved(partial(step, t=t), apart=False) for t in range(steps)]
+
+    def _with_one_budget(
+        self,
+        weights: Tensor,
+        name: str,
+        sums: Interval,
+        currents: list[Interval],
+        changes: list[Changes],
+    ) -> Interval:
+        """Bounds of sums of a current's steps, if one budget of changed events is for all steps."""
+        if share_frames(changes):
+            self.apart[name] = "an event changes its current in several steps"
+            return sums
+        rises, falls = changed_sums(weights, changes)
+        centres = [x.low + step.lowered() for x, step in zip(currents, changes, strict=True)]
+        centre = torch.tensordot(weights, torch.stack(centres), 1)
+        return Interval(centre - falls, centre + rises)
 
     def _other_run(self) -> BoundedRun:
         """One in which the calls behind bounds run again."""

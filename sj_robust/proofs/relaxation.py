@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sj_robust.neuron.charging import Neuron
 from sj_robust.proofs.bounds import BoundedRun, by_row, laid_out, pulled_back
+from sj_robust.proofs.flips import Flips
 from sj_robust.proofs.rounding import reset_rounding
 from sj_robust.proofs.rules import Bounds, Pooling
 from sj_robust.proofs.spiking import Float32Spiking, Interval, LayerBounds
@@ -36,7 +37,7 @@ _ELEMENTS = 2**22
 other.
 """
 
-Bounded = Callable[[BoundedRun, Tensor, float], Bounds]
+Bounded = Callable[[BoundedRun, Tensor, float | Flips], Bounds]
 """Bounds of the logits that a run finds, for images [N, *] and eps."""
 
 LeafValue = Callable[[Tensor], Tensor]
@@ -507,7 +508,11 @@ class _Walk:
         centre, radius = box.centre.detach()[self.samples], box.radius[self.samples]
         weights = self.on_leaves.pop(0, torch.zeros_like(centre))
         self.add(weights * centre)
-        self.add(-weights.abs() * radius)
+        if self.run.changed is None:
+            self.add(-weights.abs() * radius)
+        else:
+            assert self.run.changed.changes is not None
+            self.add(-self.run.changed.changes.falls(self.samples, weights))
         value = self.value - _ROUNDING * self.size
         cut = [
             {key: part[:rows] for key, part in parts.items()} for parts in (self.slopes, self.gaps)

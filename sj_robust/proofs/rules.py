@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sj_robust.proofs.changes import Changes
 from sj_robust.proofs.rounding import SMALLEST, NoBoundsError, gamma, within_float32
 
 __all__ = ["RULES", "Bounds", "Origin", "Pooling", "Rule", "Run", "leaves_of", "replayed"]
@@ -86,12 +87,19 @@ class Bounds(Tensor):
     maps. Max pooling and ReLU are monotone: bounds of their results are the results of bounds.
     Anything else raises :class:`NoBoundsError`.
 
+    If at most some events of the input change, the input itself is ``centre``, and ``changes``
+    says how far one budget for all of them moves each value: a fall and a rise, where ``radius`` is
+    the larger of the two. It is known for the first convolution or linear map, and for what only
+    scales, shifts or moves elements; behind other operations it is None, and values are bounded as
+    if each had a budget of its own.
+
     Args:
         centre: Middle of the values.
         radius: How far the exact value can be from it; broadcast.
         error: How far float32 can be from the exact value; broadcast, None for values that are
             exact.
         run: The run whose leaves ``centre`` depends on.
+        changes: What changed events can do.
 
     Source: interval arithmetic; rounding as in Higham, "Accuracy and Stability of Numerical
         Algorithms" (2002), ch. 3.
@@ -108,6 +116,7 @@ class Bounds(Tensor):
     error: Tensor
     unrounded: bool
     run: Run | None
+    changes: Changes | None
     origin: Origin | None
     """Which leaf they are, or how they follow from leaves; see :func:`replayed`."""
 
@@ -123,6 +132,7 @@ class Bounds(Tensor):
         radius: Tensor,
         error: Tensor | None = None,
         run: Run | None = None,
+        changes: Changes | None = None,
     ) -> "Bounds":
         """Wrap the parts; see the class."""
         unrounded = run is not None and not run.rounded
@@ -134,6 +144,7 @@ class Bounds(Tensor):
         )
         self.centre, self.run, self.unrounded = centre, run, unrounded
         self.origin = None
+        self.changes = changes
         self.radius = radius.expand(centre.shape)
         self.family = [weakref.ref(self)]
         if unrounded:
@@ -147,16 +158,29 @@ class Bounds(Tensor):
     @property
     def lower(self) -> Tensor:
         """Smallest value that float32 can give."""
-        if self.unrounded:
-            return self.centre - self.radius
-        return self.centre.detach() - self.radius - self.error
+        return self.least if self.unrounded else self.least - self.error
 
     @property
     def upper(self) -> Tensor:
         """Largest value that float32 can give."""
-        if self.unrounded:
-            return self.centre + self.radius
-        return self.centre.detach() + self.radius + self.error
+        return self.most if self.unrounded else self.most + self.error
+
+    @property
+    def least(self) -> Tensor:
+        """Smallest value in exact arithmetic."""
+        fall = self.radius if self.changes is None else self.changes.lowered()
+        return self._middle - fall
+
+    @property
+    def most(self) -> Tensor:
+        """Largest value in exact arithmetic."""
+        rise = self.radius if self.changes is None else self.changes.raised()
+        return self._middle + rise
+
+    @property
+    def _middle(self) -> Tensor:
+        """The centre, without its graph where no gradient is asked for."""
+        return self.centre if self.unrounded else self.centre.detach()
 
     def has_views(self) -> bool:
         """Whether another tensor may share its memory."""
@@ -165,7 +189,7 @@ class Bounds(Tensor):
 
     def same(self) -> "Bounds":
         """These bounds as they are now, whatever is done in place to them later."""
-        found = Bounds(self.centre, self.radius, self.error, self.run)
+        found = Bounds(self.centre, self.radius, self.error, self.run, self.changes)
         found.origin = self.origin
         return found
 
@@ -215,7 +239,7 @@ def _written(x: Any, result: Bounds, name: str) -> Bounds:
             "+= y"
         )
     x.centre, x.radius, x.error = result.centre, result.radius, result.error
-    x.origin = result.origin
+    x.origin, x.changes = result.origin, result.changes
     return x
 
 
@@ -311,12 +335,36 @@ def _moved(func: Any, *args: Any, **kwargs: Any) -> Any:
     alone = isinstance(parts[0], Tensor)
     of_each = [parts] if alone else list(zip(*parts, strict=True))
     views = [Bounds(**dict(zip(names, of_one, strict=True)), run=run) for of_one in of_each]
+    _move_changes(views, func, args, kwargs)
     found = views[0] if alone else type(parts[0])(views)
     if not copies and isinstance(args[0], Bounds):
         for view in views:
             args[0].family += view.family
             view.family = args[0].family
     return found
+
+
+def _move_changes(views: list[Bounds], func: Any, args: Any, kwargs: Any) -> None:
+    """Give bounds that were moved the changes of where they were."""
+    x = args[0]
+    if not isinstance(x, Bounds) or x.changes is None:
+        return
+    name = func.__name__.strip("_")
+    apart = name in _ONCE or (name == "getitem" and _is_slice(args[1]))
+    for number, view in enumerate(views):
+
+        def move(part: Tensor, number: int = number) -> Tensor:
+            moved = func(part, *args[1:], **kwargs)
+            result: Tensor = moved if isinstance(moved, Tensor) else moved[number]
+            return result
+
+        view.changes = x.changes.moved(move, apart=apart)
+
+
+def _is_slice(index: Any) -> bool:
+    """Whether an index takes each element once at most, as numbers and slices do."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is None or isinstance(part, int | slice) for part in parts)
 
 
 def _part(value: Any, part: str, run: Run | None) -> Any:
@@ -361,24 +409,26 @@ def _affine(
     *,
     terms: int,
     shift: Tensor | None = None,
+    changes: Changes | None = None,
 ) -> Bounds:
     """Bounds of ``apply(x) + shift``; ``absolute`` is the map whose entries are the absolute values
-    of apply's.
+    of apply's, and ``changes`` what is known of changed events behind it.
     """
     shift = x.centre.new_zeros(()) if shift is None else shift.to(x.centre.dtype)
     centre = apply(x.centre) + shift
     growth = gamma(terms)
     if x.run is not None and x.run.narrow:
-        # what the sums of both, and of this, round is at most twice growth
+        # what the sums of both, and of this, round is at most twice growth; it is in the radius,
+        # which changes, unrounded, would stand in the place of
         radius = (1.0 + 4.0 * growth) * absolute(x.radius + growth * x.centre.abs())
         radius = radius + growth * (shift.abs() + centre.abs()) + terms * SMALLEST
         return Bounds(centre, radius, run=x.run)
-    radius = absolute(x.radius)
+    radius = absolute(x.radius) if changes is None else changes.radius()
     if x.unrounded:
-        return Bounds(centre, radius, run=x.run)
+        return Bounds(centre, radius, run=x.run, changes=changes)
     largest = x.centre.detach().abs() + x.radius + x.error
     error = absolute(x.error + growth * largest) + growth * shift.abs() + terms * SMALLEST
-    return Bounds(centre, radius, within_float32(error), x.run)
+    return Bounds(centre, radius, within_float32(error), x.run, changes)
 
 
 def _weighted(
@@ -395,7 +445,25 @@ def _weighted(
         lambda z: func(z, weight.abs(), None, *args, **kwargs),
         terms=weight[0].numel() + 2,
         shift=shift,
+        changes=_weighted_changes(func, x, weight, args, kwargs),
     )
+
+
+def _weighted_changes(
+    func: Any, x: Bounds, weight: Tensor, args: Any, kwargs: Any
+) -> Changes | None:
+    """What changed events can do behind a convolution or linear map."""
+    if x.changes is None:
+        return None
+    # On a device without memory only the shape is worked out.
+    shape = func(x.radius.to("meta"), weight.to("meta"), None, *args, **kwargs).shape
+    if func.__name__ == "linear":
+        return x.changes.linear(weight, shape)
+    if func.__name__ != "conv2d":
+        return None
+    names = ("stride", "padding", "dilation", "groups")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return x.changes.convolved(weight, shape, **given)
 
 
 def _batch_norm(
@@ -427,13 +495,20 @@ def _batch_norm(
     # Computed as (x - mean) * slope + bias or as x * slope + (bias - mean * slope): either is
     # covered.
     error = found.error + gamma(12) * (moved.abs() + bias.abs())
-    return Bounds(found.centre, found.radius, error, x.run)
+    return Bounds(found.centre, found.radius, error, x.run, found.changes)
 
 
 def _scaled(x: Bounds, factor: Tensor, *, terms: int, shift: Tensor | None = None) -> Bounds:
     """Bounds of ``factor * x + shift``."""
     factor = factor.to(x.centre.dtype)
-    return _affine(x, lambda z: z * factor, lambda z: z * factor.abs(), terms=terms, shift=shift)
+    return _affine(
+        x,
+        lambda z: z * factor,
+        lambda z: z * factor.abs(),
+        terms=terms,
+        shift=shift,
+        changes=None if x.changes is None else x.changes.scaled(factor),
+    )
 
 
 def _average(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
@@ -474,11 +549,25 @@ def _sum(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
     radius = first.radius + second.radius
     if run is not None and run.narrow:
         radius = radius + gamma(4) * (centre.abs() + radius) + SMALLEST
-    if first.unrounded:
         return Bounds(centre, radius, run=run)
+    changes = None
+    if not isinstance(b, Bounds):
+        changes = _shifted_changes(first, centre.shape)
+    elif not isinstance(a, Bounds):
+        changes = _shifted_changes(second, centre.shape)
+        if changes is not None and "sub" in name:
+            changes = changes.opposite()
+    if first.unrounded:
+        return Bounds(centre, radius, run=run, changes=changes)
     error = first.error + second.error
     size = centre.detach().abs() + radius + error
-    return Bounds(centre, radius, within_float32(error + gamma(2) * size + SMALLEST), run)
+    error = within_float32(error + gamma(2) * size + SMALLEST)
+    return Bounds(centre, radius, error, run, changes)
+
+
+def _shifted_changes(x: Bounds, shape: torch.Size) -> Changes | None:
+    """What changed events can do to bounds plus a constant, if that makes no more of them."""
+    return x.changes if x.shape == shape else None
 
 
 def _as_bounds(value: Any, run: Run | None, like: Tensor) -> Bounds:
@@ -502,7 +591,8 @@ def _product(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
 
 def _negative(func: Any, x: Any) -> Bounds:
     """The opposite."""
-    return Bounds(-x.centre, x.radius, x.error, x.run)
+    changes = None if x.changes is None else x.changes.opposite()
+    return Bounds(-x.centre, x.radius, x.error, x.run, changes)
 
 
 def _largest_of(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
@@ -546,6 +636,10 @@ def _converted(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 _IN_PLACE = ["iadd", "isub", "imul", "itruediv", "idiv"]
+_ONCE = ["clone", "contiguous", "flatten", "view", "reshape", "permute", "transpose", "unsqueeze"]
+_ONCE += ["squeeze", "movedim", "unflatten", "swapaxes", "flip", "narrow", "select", "chunk"]
+_ONCE += ["split", "unbind"]
+"""Functions in whose results each element stands once at most."""
 _COPIES = ["clone", "repeat", "cat", "concat", "concatenate", "stack", "tile", "flip"]
 
 _OPERATIONS: list[tuple[Rule, str]] = [

@@ -3,7 +3,7 @@ rounding.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sj_robust.classifier import SpikingClassifier, as_classifier, check_classifier
 from sj_robust.core.checks import (
     Channels,
+    check_binary,
     check_channels,
     check_choice,
     check_classes,
@@ -35,8 +36,9 @@ from sj_robust.core.shown import Shown, heat_map, new_figure
 from sj_robust.neuron.charging import Neuron, find_neurons, is_neuron
 from sj_robust.proofs._scipy import scipy_module
 from sj_robust.proofs.bounds import BoundedRun
-from sj_robust.proofs.branching import Prover, inside_ball
+from sj_robust.proofs.branching import Prover
 from sj_robust.proofs.exact import Matrices, mip
+from sj_robust.proofs.flips import Flips
 from sj_robust.proofs.joint import JointRun, OverTime
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.rounding import NoBoundsError
@@ -56,8 +58,16 @@ from sj_robust.proofs.spiking import Interval
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["BoundedLayer", "Verification", "bounded_logits", "bounded_neurons", "verify"]
+__all__ = [
+    "BoundedLayer",
+    "NormName",
+    "Verification",
+    "bounded_logits",
+    "bounded_neurons",
+    "verify",
+]
 
+NormName = Literal["Linf", "L0"]
 Method = Literal["ibp", "joint", "crown", "bab", "mip"]
 METHODS = get_args(Method)
 _Search = Callable[[Tensor, Tensor], tuple[float, Tensor | None]]
@@ -84,7 +94,7 @@ class Verification(Shown):
     """Result of :func:`verify`. 验证结果。
 
     Attributes:
-        eps: Linf radius.
+        eps: Linf radius, or for L0 the number of values that may change.
         correct: Whether each image is classified right without a perturbation.
         margin: Per image, what the logit of the right class is above every other one at least,
             whatever the perturbation; > 0 is a proof.
@@ -94,6 +104,9 @@ class Verification(Shown):
             wrong.
         broken: Whether such a one is known; the image itself if it is not classified right.
         stepwise: Where joint bounds are those of single steps, with the reason.
+        norm: ``"Linf"`` or ``"L0"``.
+        apart: For L0, layers whose bounds let single values or steps have budgets of their own,
+            with the reason.
     """
 
     eps: float
@@ -103,6 +116,8 @@ class Verification(Shown):
     x_adv: Tensor = field(repr=False, compare=False)
     broken: tuple[bool, ...]
     stepwise: tuple[str, ...] = ()
+    norm: NormName = "Linf"
+    apart: tuple[str, ...] = ()
 
     @property
     def verified(self) -> tuple[bool, ...]:
@@ -127,7 +142,7 @@ class Verification(Shown):
     def verdict(self) -> str:
         """How many images are verified, broken and unknown."""
         return (
-            f"Linf {eps_text(self.eps)}: {sum(self.verified)} of {len(self.margin)} images "
+            f"{self.norm} {eps_text(self.eps)}: {sum(self.verified)} of {len(self.margin)} images "
             f"verified, {sum(self.broken)} broken, {sum(self.unknown)} unknown; "
             f"{sum(self.correct)} classified right without a perturbation"
         )
@@ -144,7 +159,11 @@ class Verification(Shown):
             "undecided spikes, % per step",
             "bounded perturbation of h, mean square per step",
         ]
-        notes = [f"Bounded step by step: {', '.join(self.stepwise)}."] if self.stepwise else []
+        notes = []
+        if self.stepwise:
+            notes.append(f"Bounded step by step: {', '.join(self.stepwise)}.")
+        if self.apart:
+            notes.append(f"Not bounded by one budget for all changes: {', '.join(self.apart)}.")
         return "\n\n".join([f"{self.verdict}.", markdown_table(heads, rows, words=3), *notes])
 
     def plot(self) -> "Figure":
@@ -161,7 +180,7 @@ class Verification(Shown):
         images.set_xlabel("images, sorted")
         images.set_ylabel("margin of the right class; > 0 is proved")
         images.set_title(
-            f"Linf {eps_text(self.eps)}: {sum(self.verified)} of {len(self.margin)} proved",
+            f"{self.norm} {eps_text(self.eps)}: {sum(self.verified)} of {len(self.margin)} proved",
             fontsize=9,
         )
         mesh = heat_map(
@@ -182,6 +201,7 @@ def verify(
     T: int | None = None,
     mean: Channels = None,
     std: Channels = None,
+    norm: NormName = "Linf",
     method: Method = "joint",
     time_limit: float = 10.0,
     batch_size: int = 64,
@@ -189,6 +209,10 @@ def verify(
 ) -> Verification:
     """Prove, image by image, that no perturbation of at most ``eps`` changes the class.
     证明图像在扰动球内不被误分类。
+
+    With ``norm="L0"`` images are binary event frames, of which at most ``eps`` values change; see
+    :class:`sj_robust.proofs.changes.Changes` for what that can do to the currents of the first
+    layer, and ``docs/concepts/verified_events.md``.
 
     Equation: the input moves in ``[max(x - eps, 0), min(x + eps, 1)]``. Bounds go through the
     layers one by one; with l and u those of a neuron's current, p its input gain, lambda its decay
@@ -229,10 +253,12 @@ def verify(
         x: Images [N, C, H, W] or features [N, F] in [0, 1]; of a ``SpikingEventClassifier`` frames
             [N, T, C, H, W].
         y: Labels [N] int64.
-        eps: Linf radius, >= 0, a number or a text such as ``"8/255"``.
+        eps: Linf radius, >= 0, a number or a text such as ``"8/255"``; for L0 the number of values
+            of each sample that may change, an integer >= 0.
         T: Number of time steps, for a bare network; None if it brings its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
+        norm: ``"Linf"``, or ``"L0"`` for changed events of binary frames.
         method: "ibp", "joint", "crown", "bab" or "mip".
         time_limit: Seconds per image of bab and mip; an image that needs more is unknown.
         batch_size: Images at a time; memory grows with it, not with N.
@@ -245,7 +271,8 @@ def verify(
         TypeError: If ``model`` has no spiking neurons and is no ``SpikingClassifier``.
         ValueError: If a bare network comes without T, the model is in training mode, is not in
             float32, draws random numbers or changes a value that it holds in a forward, images or
-            labels do not fit, eps < 0, or the method is not known.
+            labels do not fit, eps < 0, or norm or method is not known; for L0, if eps is no integer
+            or the frames are not binary.
         UnsoundBoundsError: If the network does not do what the bounds say: what it computes is not
             in the graph, a neuron does not follow its charge equation, or a point of the ball lies
             outside the bounds.
@@ -272,7 +299,8 @@ def verify(
         (True,)
     """
     check_network(model, "model")
-    eps = check_size("eps", parse_eps(eps), at_most=1.0)
+    check_choice("norm", norm, get_args(NormName))
+    ball = _checked_ball(norm, parse_eps(eps))
     T = check_steps(T)
     mean, std = check_channels("mean", mean), check_channels("std", std, positive=True)
     batch_size = check_count("batch_size", batch_size)
@@ -282,7 +310,9 @@ def verify(
     time_limit = check_size("time_limit", time_limit, positive=True)
     check_function("on_batch", on_batch)
     classifier = check_classifier(as_classifier(model, T, mean=mean, std=std))
-    neurons = _checked(classifier, x, y, eps)
+    neurons = _checked(classifier, x, y)
+    if norm == "L0":
+        _check_changes(x, ball)
     check_number_of_channels(x, mean=mean, std=std)
     device = device_of(classifier)
     classifier.find_convention(x.to(device))
@@ -293,7 +323,7 @@ def verify(
     broken: list[bool] = []
     x_adv = x.detach().clone()
     maps = Maps(partial(bounded_logits, classifier), neurons, x[0].to(device))
-    prover = Prover(classifier, maps, eps)
+    prover = Prover(classifier, maps, ball)
     searches: dict[str, _Search] = {
         "bab": partial(prover.bab, time_limit=time_limit),
         "mip": partial(mip, prover, Matrices(maps), time_limit=time_limit),
@@ -317,7 +347,8 @@ def verify(
                 images, labels, logits = images[part], labels[part], logits[part]
             correct += (logits.argmax(1) == labels).tolist()
             run = _run(neurons, len(images), prover.over_time, watched=start == 0)
-            bounds = bounded_logits(classifier, run, images, eps)
+            bounds = bounded_logits(classifier, run, images, ball)
+            apart = run.apart
             lead = run.lead(bounds, labels)
             batch = _Batch(
                 images=images,
@@ -328,7 +359,7 @@ def verify(
             )
             if method not in ("ibp", "joint"):
                 batch = _tightened(batch, prover, searches.get(method))
-            for point in _points(images, eps):
+            for point in prover.points(images):
                 found = check_point(classifier, run, bounds, point)
                 _check_margins(found, labels, batch.margin, first=start)
                 if start:  # layers are looked at in the first batch
@@ -351,14 +382,36 @@ def verify(
         if counts[name]
     )
     return Verification(
-        eps=eps,
+        eps=parse_eps(eps),
+        norm=norm,
         correct=tuple(correct),
         margin=tuple(margins),
         layers=layers,
         x_adv=x_adv,
         broken=tuple(broken),
         stepwise=() if prover.over_time is None else prover.over_time.stepwise,
+        apart=tuple(f"{name}: {reason}" for name, reason in apart.items()),
     )
+
+
+def _checked_ball(norm: NormName, eps: float) -> float | Flips:
+    """The ball around an image, or around frames."""
+    if norm == "Linf":
+        return check_size("eps", eps, at_most=1.0)
+    if eps < 0 or eps % 1:
+        raise ValueError(
+            f"eps must be an integer >= 0 for L0, the number of values that may change, got {eps:g}"
+        )
+    return Flips(int(eps))
+
+
+def _check_changes(x: Tensor, ball: float | Flips) -> None:
+    """Frames are binary, and have as many values as may change."""
+    assert isinstance(ball, Flips)
+    check_binary(x)
+    elements = x[0].numel()
+    if ball.budget > elements:
+        raise ValueError(f"eps must be <= {elements}, the values of a sample, got {ball.budget}")
 
 
 def _run(
@@ -387,15 +440,6 @@ def _logits(model: SpikingClassifier, images: Tensor, labels: Tensor, *, runs: i
     if logits.shape[1] < 2:
         raise ValueError("model must tell 2 classes or more apart, got logits of 1")
     return logits
-
-
-def _points(images: Tensor, eps: float) -> Iterator[Tensor]:
-    """A corner and a random point of the ball of each image, and the images themselves."""
-    generator = torch.Generator().manual_seed(0)
-    share = torch.rand(images.shape, generator=generator, dtype=torch.float64).to(images.device)
-    for direction in (2.0 * share.round() - 1.0, 2.0 * share - 1.0):
-        yield inside_ball(images, images.double() + eps * direction, eps)
-    yield images
 
 
 def _check_margins(logits: Tensor, labels: Tensor, margin: Tensor, *, first: int) -> None:
@@ -458,7 +502,7 @@ def _tightened(batch: _Batch, prover: Prover, search: _Search | None) -> _Batch:
 
 
 def bounded_logits(
-    model: SpikingClassifier, run: BoundedRun, images: Tensor, eps: float | Tensor
+    model: SpikingClassifier, run: BoundedRun, images: Tensor, eps: float | Tensor | Flips
 ) -> Bounds:
     """Bounds of the logits over the ball, from one forward of the classifier on bounds of its
     images. 输出的上下界。
@@ -467,7 +511,7 @@ def bounded_logits(
         model: A classifier in evaluation mode.
         run: Where what is found is kept; made from :func:`bounded_neurons`.
         images: Images in [0, 1].
-        eps: Linf radius, or one of each image, broadcast.
+        eps: Linf radius, or one of each image, broadcast; or the changes of binary frames.
 
     Raises:
         NotImplementedError: If something in the network has no bounds; it is named.
@@ -475,7 +519,10 @@ def bounded_logits(
     model.find_convention(images)  # before anything is replaced
     run.dtype = images.dtype
     exact = images.detach() if run.differentiable else images.detach().double()
-    lower, upper = (exact - eps).clamp(min=0), (exact + eps).clamp(max=1)
+    if isinstance(eps, Flips):
+        box = eps.box(exact)
+    else:
+        box = Interval((exact - eps).clamp(min=0), (exact + eps).clamp(max=1))
     entered: list[str] = []
     hooks = [
         module.register_forward_pre_hook(lambda _, args, name=name: entered.append(name))
@@ -484,7 +531,11 @@ def bounded_logits(
     ]
     try:
         with torch.enable_grad(), run.replacing_neurons():
-            logits = model(run.leaf(Interval(lower, upper), 0))
+            leaf = run.leaf(box, 0)
+            if isinstance(eps, Flips):
+                leaf.changes = eps.changes(exact, summed=run.differentiable)
+                run.changed = leaf
+            logits = model(leaf)
             if not isinstance(logits, Bounds):
                 raise NoBoundsError(
                     "an output that does not depend on the input, or lost its bounds"
@@ -504,7 +555,7 @@ def bounded_logits(
     return logits
 
 
-def _checked(model: SpikingClassifier, x: Tensor, y: Tensor, eps: float) -> dict[str, Neuron]:
+def _checked(model: SpikingClassifier, x: Tensor, y: Tensor) -> dict[str, Neuron]:
     """The network's neurons by name, if all that is given fits."""
     check_images(x)
     check_labels(y, x)

@@ -135,6 +135,7 @@ class TrainingRun:
                 validation_attacks,
                 self.plan.verified_eps,
                 self.plan.verified_method,
+                self.plan.verified_norm,
             )
         losses = dict(zip(self.loss_names, (self.sums / self.batch).tolist(), strict=True))
         lr = float(self.scheduler.get_last_lr()[0])

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.checks import check_choice
 from sj_robust.core.preserved import preserved
 from sj_robust.proofs.differentiable import DifferentiableBounds, TrainedMethod
+from sj_robust.proofs.flips import Flips
 from sj_robust.training.batch_norm import batch_statistics
 
 __all__ = ["CertifiedLoss", "CertifiedOptions"]
@@ -36,6 +37,8 @@ class CertifiedOptions:
             ball; x~ is the perturbed image.
         attacked: Whether the first term of the loss is the cross entropy of perturbed images,
             clamped to the ball of the present radius, and not that of clean ones.
+        norm: ``"Linf"``, or ``"L0"`` for changed events of binary frames, whose number is the
+            radius. In each time step so many may change.
 
     Raises:
         ValueError: If a number is out of range.
@@ -55,6 +58,7 @@ class CertifiedOptions:
     ramp: float = 0.6
     box: float = 1.0
     attacked: bool = False
+    norm: Literal["Linf", "L0"] = "Linf"
 
     @property
     def needs_perturbed(self) -> bool:
@@ -73,6 +77,11 @@ class CertifiedOptions:
             raise ValueError(
                 f"box must be in (0, 1], got {self.box}; SABR takes 0.1 to 0.7, and 1 is the ball"
             )
+        if self.norm == "L0" and self.needs_perturbed:
+            raise ValueError(
+                "box and attacked belong to Linf, got them for L0, where events are there or not; "
+                "leave them out"
+            )
         if not 0.0 < self.surrogate_width < float("inf"):
             raise ValueError(
                 f"surrogate_width must be > 0 and finite, got {self.surrogate_width}; 0.5 is half "
@@ -81,7 +90,7 @@ class CertifiedOptions:
 
 
 class CertifiedLoss:
-    """Cross entropy of the worst logits that bounds over an Linf ball allow. 可验证训练的损失。
+    """Cross entropy of the worst logits that bounds over a ball allow. 可验证训练的损失。
 
     Equation, with ``progress`` the share of the training that is done::
 
@@ -97,8 +106,8 @@ class CertifiedLoss:
 
     Args:
         classifier: The network.
-        eps: Linf radius at the end, >= 0.
-        options: How they are trained.
+        eps: Radius at the end, >= 0.
+        options: How they are trained, and the norm of the radius.
 
     Attributes:
         progress: Share of the training that is done, in [0, 1]; whoever trains sets it.
@@ -128,7 +137,11 @@ class CertifiedLoss:
         options: CertifiedOptions = CertifiedOptions(),
     ) -> None:
         """Find the neurons; see the class."""
-        if not 0.0 <= eps <= 1.0:
+        if options.norm == "L0" and not eps >= 0.0:
+            raise ValueError(
+                f"certified_eps must be >= 0 for L0, the number of changed events, got {eps}"
+            )
+        if options.norm == "Linf" and not 0.0 <= eps <= 1.0:
             raise ValueError(
                 f"certified_eps must be in [0, 1], got {eps}; it is the Linf radius for images "
                 "in [0, 1], such as 8/255"
@@ -183,7 +196,9 @@ class CertifiedLoss:
                     f"box {box} needs perturbed images, around which it lies; give an attack"
                 )
             x = self.clamped(x, x_perturbed, 1.0 - box)
-        lead = self._bounds.lead(x, y, box * self.ramp * self.eps)
+        radius = box * self.ramp * self.eps
+        ball = Flips(radius) if self.options.norm == "L0" else radius
+        lead = self._bounds.lead(x, y, ball)
         rivals = lead.detach().scatter(1, y.unsqueeze(1), -torch.inf)
         return F.cross_entropy(lead, y), (rivals.amax(1) < 0).to(lead.dtype).mean()
 

@@ -98,7 +98,7 @@ def train(
             if accelerator.is_main_process:
                 journal.show_status("perturbation and gain of every layer")
                 scalars = run.validation.scalars(
-                    run.classifier, validation_attacks["fgsm"], bounds=plan.log_bounds
+                    run.classifier, next(iter(validation_attacks.values())), bounds=plan.log_bounds
                 )
                 warning = catastrophic_overfitting(run.history) if plan.single_step_attack else None
                 journal.on_epoch(record, scalars, warning)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sj_robust.attacks import Attack, fgsm, gaussian, pgd, rfgsm
+from sj_robust.attacks import Attack, fgsm, flip_events, gaussian, pgd, random_flips, rfgsm
 from sj_robust.attacks.call import Model, checked_copies, crafting
 from sj_robust.attacks.call import Objective as AttackObjective
 from sj_robust.attacks.projection import linf_bounds
@@ -24,6 +24,7 @@ __all__ = [
     "Mode",
     "ModeName",
     "final_attacks",
+    "flip_attacks",
     "trades",
     "training_attack",
     "validation_attacks",
@@ -76,7 +77,15 @@ class Mode:
         return self.attack_steps == 1 and self.loss != "certified"
 
 
-_OF_BOUNDS = ("certified_eps", "bounds", "surrogate_width", "ramp", "box", "attacked")
+_OF_BOUNDS = (
+    "certified_eps",
+    "certified_flips",
+    "bounds",
+    "surrogate_width",
+    "ramp",
+    "box",
+    "attacked",
+)
 """Options of the mode certified alone."""
 
 _OF_CRAFTING = (
@@ -242,6 +251,33 @@ def final_attacks(eps: float) -> dict[str, Attack]:
     """
     pgd20 = partial(pgd, eps=eps, step_size=eps / 8, steps=20)
     return {"gaussian": partial(gaussian, std=eps), "fgsm": partial(fgsm, eps=eps), "pgd20": pgd20}
+
+
+def flip_attacks(flips: int, *, final: bool) -> dict[str, Attack]:
+    """Attacks on event frames that change at most so many events, in validation and at the end.
+    事件帧训练的验证与最终攻击。
+
+    Args:
+        flips: Number of changes per sample.
+        final: Whether they are those of the table at the end, which take longer.
+
+    Returns:
+        ``"flips"`` by gradient, and at the end with probes and queries; then also the best of 20
+        random sets of removed events.
+
+    Source: see :func:`sj_robust.attacks.flip_events`.
+
+    Examples:
+        >>> list(flip_attacks(5, final=True))
+        ['flips', 'random']
+    """
+    if not final:
+        quick = partial(flip_events, flips=flips, steps=5, probes=0, queries=0, reduce=False)
+        return {"flips": quick}
+    return {
+        "flips": partial(flip_events, flips=flips, reduce=False),
+        "random": partial(random_flips, flips=flips, allow="remove", tries=20),
+    }
 
 
 def trades(

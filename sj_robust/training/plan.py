@@ -8,7 +8,7 @@ from sj_robust.proofs.differentiable import TrainedMethod
 
 __all__ = ["SelectName", "TrainingPlan"]
 
-SelectName = Literal["clean", "fgsm", "pgd", "verified"]
+SelectName = Literal["clean", "fgsm", "pgd", "flips", "verified"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ class TrainingPlan:
             optimizer's; 0 for none.
         seed: Decides the order of the images and the noise of every step.
         select: Validation figure that the best epoch is chosen by.
-        verified_eps: Linf radius at which validation proves images, the figure ``"verified"``; None
+        verified_eps: Radius at which validation proves images, the figure ``"verified"``; None
             proves none.
+        verified_norm: Its norm, ``"Linf"``, or ``"L0"`` for changed events.
         verified_method: Method of :func:`sj_robust.proofs.verify` that proves them.
         checkpoint_steps: Steps between checkpoints within an epoch; None writes one per epoch only.
         workers: Processes that load images in the background.
@@ -75,6 +76,7 @@ class TrainingPlan:
     seed: int = 0
     select: SelectName = "pgd"
     verified_eps: float | None = None
+    verified_norm: Literal["Linf", "L0"] = "Linf"
     verified_method: TrainedMethod = "joint"
     checkpoint_steps: int | None = None
     workers: int = 0

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -84,11 +84,13 @@ class Validation:
         attacks: Mapping[str, Attack],
         verified_eps: float | None = None,
         verified_method: TrainedMethod = "joint",
+        verified_norm: Literal["Linf", "L0"] = "Linf",
     ) -> dict[str, float]:
         """Accuracy in [0, 1] on clean images and under each attack; every process gets the same
         figures.
 
-        With ``verified_eps`` also the share of images that are ``"verified"`` at that radius.
+        With ``verified_eps`` also the share of images that are ``"verified"`` at that radius of
+        ``verified_norm``.
         """
         counts = dict.fromkeys(["clean", *attacks], 0)
         for number, (x, y) in zip(self._own_batches, self._batches(), strict=True):
@@ -97,12 +99,14 @@ class Validation:
             for name in counts:
                 counts[name] += right[name]
         if verified_eps is not None:
-            counts["verified"] = self._verified(model, verified_eps, verified_method)
+            counts["verified"] = self._verified(model, verified_eps, verified_method, verified_norm)
         own = torch.tensor(list(counts.values()), device=self._accelerator.device)
         totals = self._accelerator.reduce(own, "sum").tolist()
         return {name: total / self._size for name, total in zip(counts, totals, strict=True)}
 
-    def _verified(self, model: nn.Module, eps: float, method: TrainedMethod) -> int:
+    def _verified(
+        self, model: nn.Module, eps: float, method: TrainedMethod, norm: Literal["Linf", "L0"]
+    ) -> int:
         """Number of this process's images that are verified.
 
         All batches go into one call, so that the network is checked only once.
@@ -113,7 +117,7 @@ class Validation:
         x = torch.cat([images for images, _ in batches])
         y = torch.cat([labels for _, labels in batches])
         with evaluation_mode(model):
-            found = verify(model, x, y, eps, method=method, batch_size=_BATCH)
+            found = verify(model, x, y, eps, norm=norm, method=method, batch_size=_BATCH)
         return sum(found.verified)
 
     def scalars(
@@ -256,13 +260,14 @@ def final_report(
         seed: Seeds the attacks.
         single_step: Whether it was trained with a single-step attack, so that catastrophic
             overfitting is looked for.
-        verified_eps: Linf radius for which a warning says how many test images are verified; None
-            verifies none.
+        verified_eps: Radius of the threat's norm for which a warning says how many test images are
+            verified; None verifies none.
         verified_method: Method of :func:`sj_robust.proofs.verify` that proves them.
         dataset: Name of the data set.
         configuration: Options of the run.
         environment: Versions, device, commit.
     """
+    norm: Literal["Linf", "L0"] = "L0" if threat.norm == "L0" else "Linf"
     data = Data.of(_test_loader(splits))
     members = [Member(attack_name, attack, group="") for attack_name, attack in attacks.items()]
     variant = Variant(members, name, seed)
@@ -281,7 +286,7 @@ def final_report(
     if threat.eps > 0 and len(splits.validation):
         x, y = next(iter(image_loader(splits.validation, _BATCH)))
         with suppress(ValueError):  # no image is right
-            shown = gallery(classifier, x, y, eps=threat.eps, norm="Linf", seed=seed)
+            shown = gallery(classifier, x, y, eps=threat.eps, norm=norm, seed=seed)
             journal.show_gallery(name.replace(" ", "_"), shown, len(history))
     notes = []
     if single_step:
@@ -293,6 +298,7 @@ def final_report(
             splits,
             journal,
             eps=verified_eps,
+            norm=norm,
             method=verified_method,
         )
         notes.append(share)
@@ -335,6 +341,7 @@ def _share_verified(
     journal: Journal,
     *,
     eps: float,
+    norm: Literal["Linf", "L0"],
     method: TrainedMethod,
 ) -> str:
     """How many of the test images are verified, in words."""
@@ -346,11 +353,11 @@ def _share_verified(
     with journal.steps(text, len(loader)) as step, evaluation_mode(classifier):
         for x, y in loader:
             x, y = x.to(device), y.to(device)
-            found = verify(classifier, x, y, eps, method=method)
+            found = verify(classifier, x, y, eps, norm=norm, method=method)
             verified += sum(found.verified)
             step()
     share = f"{verified} of {images} test images ({verified / images:.1%})"
-    return f"{share} verified at Linf {eps_text(eps)}"
+    return f"{share} verified at {norm} {eps_text(eps)}"
 
 
 def _stepped(step: Callable[[], None], position: Position) -> None:

@@ -10,7 +10,7 @@ from zipfile import ZipFile
 
 import numpy as np
 
-from sj_robust.core.datasets import EVENT_DATASETS
+from sj_robust.core.datasets import RECORDINGS
 from sj_robust.data import events
 
 CIFAR_NAMES = (
@@ -166,7 +166,7 @@ def pack_gestures(folder):
 
 def trust(monkeypatch, name, folder):
     """Let SpikingJelly take the archives of a folder for the published ones."""
-    host = events._host_class(name, EVENT_DATASETS[name][0])
+    host = events._host_class(name, RECORDINGS[name][0])
     listed = []
     for file, url, _ in host.resource_url_md5():
         content = (folder / "download" / file).read_bytes()

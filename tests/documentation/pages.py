@@ -326,7 +326,7 @@ PAGES = Sybil(
     teardown=lambda namespace: namespace[PAGE].close(),
 )
 SLOW = {"README", "distributed", "event_attacks", "faq"}
-SLOW |= {"gradient_masking", "stability", "verified"}
+SLOW |= {"gradient_masking", "stability", "verified", "verified_events"}
 
 
 @cache

@@ -5,7 +5,7 @@ import torch
 from spikingjelly.activation_based import layer
 
 from sj_robust import DLIFNode, SpikingClassifier
-from sj_robust.models import VGG, ConvChain, NetworkSpec, build_network
+from sj_robust.models import VGG, ConvChain, FullyConnected, NetworkSpec, build_network
 from sj_robust.models.chain import VGG_FEATURES, SmallConvNet
 
 CONVOLUTIONS = {
@@ -159,3 +159,19 @@ def test_wrong_shapes_of_images():
         small()(torch.rand(3, 9, 12))
     with pytest.raises(ValueError, match="one frame"):
         small(step_mode="s")(torch.rand(4, 2, 3, 9, 12))
+
+
+@pytest.mark.parametrize("widths", [(), (4, 0)])
+def test_widths_that_are_none(widths):
+    with pytest.raises(ValueError, match="widths must be one number >= 1 for each layer"):
+        FullyConnected((1, 4, 4), 3, T=2, spiking_neuron=DLIFNode, widths=widths)
+
+
+def test_the_first_linear_layer_sees_all_pixels():
+    spec = NetworkSpec("mlp", image_shape=(2, 5, 7), classes=3, T=2, channels=(6, 4))
+    net = build_network(spec)
+    frames = torch.rand(2, 3, 2, 5, 7)
+    currents = net.first(frames)
+    expected = frames.flatten(2) @ net.first.weight.flatten(1).T + net.first.bias
+    torch.testing.assert_close(currents.flatten(2), expected)
+    assert net(frames).shape == (2, 3, 3)

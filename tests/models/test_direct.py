@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.classifier import PoissonEncoder
-from sj_robust.models import VGG, WideResNet
+from sj_robust.models import VGG, FullyConnected, WideResNet
 from sj_robust.models.chain import SmallConvNet
 
 NEURONS = [
@@ -18,6 +18,7 @@ NEURONS = [
 ]
 NETWORKS = {
     "small": partial(SmallConvNet, channels=(4, 6)),
+    "mlp": partial(FullyConnected, widths=(12, 9)),
     "vgg": partial(VGG, "vgg5", hidden=(30, 20)),
     "wide": partial(WideResNet, depth=10, widen_factor=1),
 }

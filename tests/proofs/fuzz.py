@@ -29,6 +29,7 @@ from sj_robust.neuron import fuse
 from sj_robust.ops import available_backends
 from sj_robust.proofs import verify
 from sj_robust.proofs.bounds import BoundedRun
+from sj_robust.proofs.flips import Flips
 from sj_robust.proofs.joint import JointRun, OverTime
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.rules import Bounds
@@ -302,17 +303,20 @@ class Proved:
     run: JointRun
 
     @classmethod
-    def of(cls, model: SpikingClassifier, x, y, eps: float, method: str) -> "Proved":
+    def of(
+        cls, model: SpikingClassifier, x, y, eps: float, method: str, norm: str = "Linf"
+    ) -> "Proved":
         """Joint bounds, held against those of intervals, and the margin of a method."""
-        result = verify(model, x, y, eps, method=method, time_limit=1.0)
+        result = verify(model, x, y, eps, norm=norm, method=method, time_limit=1.0)
+        ball = Flips(eps) if norm == "L0" else eps
         margin = torch.tensor(result.margin, dtype=torch.float64)
         neurons = bounded_neurons(model)
         intervals = Recorded(neurons, len(x))
         with full_precision(x.device):
             maps = Maps(partial(bounded_logits, model), neurons, x[0])
             run = RecordedJoint(neurons, len(x), over_time=OverTime(maps, model.T))
-            wider = bounded_logits(model, intervals, x, eps)
-            logits = bounded_logits(model, run, x, eps)
+            wider = bounded_logits(model, intervals, x, ball)
+            logits = bounded_logits(model, run, x, ball)
             lead = run.lead(logits, y)
             assert (lead <= intervals.lead(wider, y)).all(), "a looser margin"
         layers = bounds_of(run)

@@ -15,6 +15,7 @@ from lab.sweeping.recipe import load_recipe
 from launch import ROOT
 
 from sj_robust import training
+from sj_robust.core.datasets import EVENT_DATASETS
 from sj_robust.core.eps import parse_eps
 
 RECIPES = ROOT / "recipes"
@@ -23,6 +24,7 @@ CELLS = sorted((CONFIGS / "paper").glob("*.yaml"))
 PRESETS = [*sorted(CONFIGS.glob("*.yaml")), *sorted((CONFIGS / "certified").glob("*.yaml")), *CELLS]
 SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
 SHAPES = {"digits": ((1, 8, 8), 10)} | dict.fromkeys(("mnist", "fashion_mnist"), ((1, 28, 28), 10))
+SHAPES |= {"saccade:mnist": ((2, 34, 34), 10)}
 SHAPES |= {"cifar10": ((3, 32, 32), 10), "cifar100": ((3, 32, 32), 100)}
 
 
@@ -50,7 +52,13 @@ def test_a_preset_builds(recipe, path):
     options = from_values(adv_train.Options, options_in(path), path.name)
     options = replace(options, mean=None, std=None)  # values, which there are none of on meta
     shape, classes = SHAPES[options.dataset]
-    splits = SimpleNamespace(image_shape=shape, classes=classes, mean=None, std=None, frames=False)
+    splits = SimpleNamespace(
+        image_shape=shape,
+        classes=classes,
+        mean=None,
+        std=None,
+        frames=options.dataset in EVENT_DATASETS,
+    )
     with torch.device("meta"):
         objective, plan, attack = adv_train.prepared(options, splits)
     found = sum(parameter.numel() for parameter in objective.classifier.parameters())
@@ -63,6 +71,11 @@ def test_a_preset_builds(recipe, path):
     assert plan.weight_decay == (0.0 if certified or options.mode == "rat" else 5e-4)
     assert (plan.retraction > 0) == (options.mode == "rat")
     assert certified or objective.kappa == 0.5
+    if certified and splits.frames:
+        assert (plan.verified_eps, plan.verified_norm) == (options.flips, "L0")
+        assert objective.certified.eps == options.certified_flips  # in each time step
+        assert set(adv_train.validation_attacks(options)) == {"flips"}
+        return
     if certified:
         assert plan.verified_eps == parse_eps(options.eval_eps or options.eps)
         assert objective.certified.eps >= plan.verified_eps
@@ -87,7 +100,7 @@ def test_what_small_boxes_and_an_attacked_term_need_is_made_at_the_radius_of_the
     objective, plan, attack = adv_train.prepared(options, splits)
     assert attack.keywords["eps"] == 0.2
     wanted = {"bounds": "ibp", "surrogate_width": 0.5}
-    wanted |= {"ramp": 0.6, "box": 1.0, "attacked": False}
+    wanted |= {"ramp": 0.6, "box": 1.0, "attacked": False, "norm": "Linf"}
     assert asdict(objective.certified.options) == wanted | given
     assert plan.milestones == (0.5,)
     assert plan.gradient_clip == 10.0

@@ -68,7 +68,15 @@ def test_what_modes_leave_idle_are_options():
 
 
 INDICATOR = {"layers", "norm", "indicator", "input_gain"}
-BOUNDS = {"certified_eps", "bounds", "surrogate_width", "ramp", "box", "attacked"}
+BOUNDS = {
+    "certified_eps",
+    "certified_flips",
+    "bounds",
+    "surrogate_width",
+    "ramp",
+    "box",
+    "attacked",
+}
 
 
 def without_effect(**given):

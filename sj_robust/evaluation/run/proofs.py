@@ -2,20 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import nn
 
-from sj_robust.attacks.threat import eps_text
+from sj_robust.attacks.threat import ThreatModel, eps_text
 from sj_robust.evaluation.run.data import Batches, Data
 from sj_robust.proofs import verify
+from sj_robust.proofs.verification import NormName
 
-__all__ = ["Proofs", "prove"]
+__all__ = ["Proofs", "has_proofs", "prove"]
 
 
 @dataclass(frozen=True)
 class Proofs:
-    """What was proved at some radii of Linf. 若干半径下被证明的图像。
+    """What was proved at some radii. 若干半径下被证明的图像。
 
     Attributes:
         verified: By radius, as text, the numbers of the images that are verified.
@@ -30,7 +32,22 @@ class Proofs:
     potential: Mapping[str, tuple[float, ...]]
 
 
-def prove(model: nn.Module, batches: Batches | Data, radii: Sequence[float]) -> Proofs:
+def has_proofs(threat: ThreatModel) -> bool:
+    """Whether there are proofs for a threat. 是否可证明。
+
+    Examples:
+        >>> has_proofs(ThreatModel("L0", 5)), has_proofs(ThreatModel("L2", 0.5))
+        (True, False)
+    """
+    return threat.norm in get_args(NormName)
+
+
+def prove(
+    model: nn.Module,
+    batches: Batches | Data,
+    radii: Sequence[float],
+    norm: NormName = "Linf",
+) -> Proofs:
     """Verify images at several radii by :func:`sj_robust.proofs.verify`. 在多个半径下验证图像。
 
     Raises:
@@ -53,7 +70,7 @@ def prove(model: nn.Module, batches: Batches | Data, radii: Sequence[float]) -> 
     potential: dict[str, tuple[float, ...]] = {}
     for eps in sorted(radii):  # what is not proved at a radius is not proved at any larger one
         if standing:
-            result = verify(model, x[standing], y[standing], eps)
+            result = verify(model, x[standing], y[standing], eps, norm=norm)
             proved = zip(standing, result.verified, strict=True)
             standing = [number for number, holds in proved if holds]
             potential = {f"net.{layer.name}": layer.potential for layer in result.layers}

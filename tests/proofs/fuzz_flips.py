@@ -1,0 +1,117 @@
+"""Looks for changed events that leave the bounds of verify for L0, on random networks; run by hand.
+
+``python tests/proofs/fuzz_flips.py --inputs 1000000`` tries so many sets of changes: random ones,
+those of one place of the frames, and the largest by the gradient of a logit or a spike. It stops at
+the first spike, sum over time of spikes, potential, logit or margin outside its bounds, with the
+seed that makes the network again.
+"""
+
+import argparse
+import random
+import sys
+import time
+from collections import Counter
+
+import torch
+from proofs import fuzz
+from spikingjelly.activation_based import functional, layer
+from torch import nn
+
+from sj_robust.classifier import SpikingEventClassifier
+from sj_robust.proofs.flips import Flips
+
+METHODS = ["joint"] * 12 + ["ibp"] * 2 + ["crown"] * 2
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Networks in turn until enough sets of changes are tried."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--inputs", type=int, default=1_000_000, help="sets to try (1000000)")
+    parser.add_argument("--points", type=int, default=8000, help="sets per network (8000)")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed (0)")
+    options = parser.parse_args(arguments)
+    totals = Counter()
+    seed = options.seed
+    began = time.monotonic()
+    while totals["inputs"] < options.inputs:
+        try:
+            totals += check(seed, options.points)
+        except AssertionError as error:
+            sys.exit(f"--seed {seed}: {error}")
+        seed += 1
+        counts = ", ".join(f"{count} {name}" for name, count in totals.items())
+        print(f"{counts}; seed {seed}, {time.monotonic() - began:.0f} s", flush=True)
+    print(f"SpikingJelly {fuzz.RELEASE}: nothing left its bounds")
+
+
+def check(seed: int, points: int) -> Counter:
+    """Try so many sets of changes on a random network; AssertionError says what left its bounds."""
+    case = random.Random(seed)
+    torch.manual_seed(seed)
+    grid = case.random() < 0.4
+    T = fuzz.STEPS[seed % len(fuzz.STEPS)]
+    if case.random() < 0.3:
+        net = fully_connected(case, grid, T)
+    else:
+        net = fuzz.random_classifier(case, grid, T).net
+    model = SpikingEventClassifier(net, T).eval()
+    x = (torch.rand(fuzz.IMAGES, T, 2, 6, 6) < case.choice([0.1, 0.3, 0.5])).float()
+    ball = Flips(case.choice([1, 1, 2, 3, 5, 10]))
+    method = case.choice(METHODS)
+    y = model(x).argmax(1)
+    proved = fuzz.Proved.of(model, x, y, ball.budget, method, norm="L0")
+    verified = int((proved.margin > 0).sum())
+    total = Counter(inputs=0, networks=1, verified=verified, spikes=0)
+    total["one budget"] = int(not proved.run.apart)
+    count = max(1, points // (3 * fuzz.IMAGES))
+    several = x.repeat_interleave(count, 0)
+    scores = torch.rand_like(several)
+    for way in ("random", "uphill", "one place"):
+        z = changed(several, scores, ball)
+        climbs = way == "random"
+        with fuzz.float32_products(model, climbs=climbs, onednn=True):
+            seen, found = fuzz.run_of(model, z.requires_grad_(climbs))
+        proved.assert_logits(found, y)
+        total["spikes"] += proved.assert_layers(seen, case)
+        total["inputs"] += len(z)
+        if climbs:
+            outputs = [found, *(spikes.movedim(0, 1) for spikes, _ in seen.values())]
+            slope = fuzz.signed_gradient(case, z, outputs) * (1 - 2 * several)
+            scores = slope + 0.9 * torch.rand_like(slope)
+        else:
+            scores = near_a_place(several)
+    return total
+
+
+def fully_connected(case: random.Random, grid: bool, T: int) -> nn.Sequential:
+    """Two linear layers of spiking neurons."""
+    width = case.choice([3, 8])
+    parts = [layer.Flatten(), layer.Linear(72, width, bias=case.random() < 0.7)]
+    parts += [fuzz.random_node(case, grid, T), layer.Linear(width, 4)]
+    parts += [fuzz.random_node(case, grid, T), layer.Linear(4, 3)]
+    net = nn.Sequential(*parts)
+    for value in net.parameters():
+        value.data *= 2
+        value.data = value.data.mul(10).round() / 10 if grid else value.data
+    functional.set_step_mode(net, case.choice("ms"))
+    return net
+
+
+def changed(frames: torch.Tensor, scores: torch.Tensor, ball: Flips) -> torch.Tensor:
+    """Frames with the values changed that have the highest scores, as many as may, or fewer."""
+    z = ball.lowest(frames, scores.detach() * (2 * frames - 1))
+    return z.detach().clone()
+
+
+def near_a_place(frames: torch.Tensor) -> torch.Tensor:
+    """Scores that are highest around a random place, in all time steps and polarities."""
+    side = frames.shape[-1]
+    places = torch.randint(side, (len(frames), 2, 1, 1))
+    grid = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"))
+    distance = (grid - places).abs().sum(1)
+    near = 1.0 / (1.0 + distance)
+    return near[:, None, None] * (0.5 + torch.rand_like(frames))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Events made from images in the recipes: certified training, and the bracket of its network."""
+
+from shlex import split
+
+import launch
+import pytest
+from evaluation.short_suite import shortened
+
+from sj_robust.attacks import ThreatModel
+from sj_robust.evaluation import Report
+
+QUICK = split(
+    "--dataset saccade:digits --T 3 --channels 4 --flips 2 --train-limit 200 --test-limit 20 "
+    "--epochs 2 --optimizer adam --lr 0.01"
+)
+OPTIONS = ("--model-options", "{strides: [2], kernel_size: 4}")
+
+
+@pytest.mark.slow
+def test_a_certified_run_and_its_evaluation(tmp_path):
+    run = tmp_path / "run"
+    options = split(f"--mode certified --certified-flips 1.5 --output {run}")
+    launch.in_process("adv_train", tmp_path, *QUICK, *OPTIONS, *options)
+    report = Report.load(run / "report.json")
+    assert report.threat == ThreatModel("L0", 2)
+    assert report.dataset == "saccade:digits"
+    assert any("test images" in text and "verified at L0 2" in text for text in report.warnings)
+    assert {row.member for row in report.attacks} == {"flips", "random"}
+    with shortened():
+        options = split(f"{run}/dlif_certified --test-limit 10 --no-control --output found")
+        launch.in_process("evaluate", tmp_path, *options)
+    found = Report.load(tmp_path / "found" / "report.json")
+    assert found.suite == "events"
+    assert found.threat == ThreatModel("L0", 2)  # of the training
+    assert found.verified is not None
+    assert found.bracket[0].correct <= found.bracket[1].correct
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "at", "pgd_at"])
+def test_other_modes_are_selected_by_changed_events(mode, tmp_path):
+    options = split(f"--mode {mode} --no-reference --output {tmp_path / 'run'}")
+    launch.in_process("adv_train", tmp_path, *QUICK, *OPTIONS, *options)
+    report = Report.load(tmp_path / "run" / "report.json")
+    record = report.curves[f"dlif {mode}"][0]
+    assert set(record["validation"]) == {"clean", "flips"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--flips 2", "flips counts changed events, got 2 for digits; take event data"),
+        (
+            "--dataset saccade:digits --mode certified --certified-flips 1",
+            "certified_flips goes with flips, got 1.0 alone; give --flips",
+        ),
+    ],
+)
+def test_wrong_use(options, message, tmp_path):
+    with pytest.raises((SystemExit, ValueError), match=message):
+        launch.in_process("adv_train", tmp_path, *split(options))
