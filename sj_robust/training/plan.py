@@ -98,8 +98,7 @@ class TrainingPlan:
             raise ValueError(f"optimizer must be 'sgd' or 'adam', got {self.optimizer!r}")
         if self.select == "verified" and self.verified_eps is None:
             raise ValueError(
-                "select 'verified' needs verified_eps, the radius of the proofs, such as 8 "
-                "/ 255"
+                "select 'verified' needs verified_eps, the radius of the proofs, such as 8 / 255"
             )
         check_choice("verified_method", self.verified_method, get_args(TrainedMethod))
         if not 0.0 < self.lr < float("inf"):
