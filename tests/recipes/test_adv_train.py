@@ -208,7 +208,7 @@ def test_presets_train(tmp_path, path):
 
 
 def test_two_processes(tmp_path):
-    few = split("--epochs 1 --no-reference --train-limit 64 --test-limit 8")
+    few = split("--epochs 1 --no-reference --train-limit 64 --test-limit 8 --batch-size 16")
     options = (*QUICK, *few)
     out, _ = finish(start("adv_train", tmp_path, *options, launcher=launch.TWO_PROCESSES))
     found = [path.name for path in (tmp_path / "runs").iterdir()]

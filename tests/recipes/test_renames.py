@@ -15,7 +15,7 @@ RENAMED = {  # where it is declared, its name, and the recipe that wires it
     "sj_robust/training/plan.py": ("momentum", "recipes/adv_train.py"),
     "sj_robust/training/objective.py": ("rho", "recipes/adv_train.py"),
     "sj_robust/models/build.py": ("tau", "recipes/adv_train.py"),
-    "sj_robust/training/modes.py": ("guard_margin", "recipes/adv_train.py"),
+    "sj_robust/training/certified.py": ("surrogate_width", "recipes/adv_train.py"),
     "sj_robust/data/images.py": ("validation_fraction", "recipes/adv_train.py"),
     "sj_robust/evaluation/request.py": ("draws", "recipes/evaluate.py"),
     "recipes/adv_train.py": ("kappa", "recipes/adv_train.py"),
