@@ -267,8 +267,8 @@ def main(arguments: list[str]) -> None:
     networks = {f"{options.neuron} {options.mode}": options}
     if options.reference:
         networks["lif undefended"] = undefended(options)
-    threat = evaluation_threat(options)
     with checked():  # before there is a folder
+        threat = evaluation_threat(options)
         check_flips(options, splits)
         for choice in networks.values():
             objective, plan, attack = prepared(choice, splits)
