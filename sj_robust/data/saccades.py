@@ -108,10 +108,10 @@ def _kept(train: StoredImages, test: StoredImages, T: int, name: str) -> dict[st
     digest = hashlib.sha256()
     for part in (train, test):
         digest.update(part.pixels.numpy().tobytes())
-    folder = check_folder("XDG_CACHE_HOME", cache_folder())
-    assert folder is not None
+    folder = cache_folder()
     path = folder / f"saccade-{name}-T{T}-v{_VERSION}-{digest.hexdigest()[:12]}.pt"
     if not path.is_file():
+        check_folder("XDG_CACHE_HOME", folder)  # before a minute of work
         bits = {"train": _bits(train, T), "test": _bits(test, T)}
         folder.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:

@@ -1,6 +1,8 @@
 """Event frames made from images: the sensor written once more, and the file that keeps them."""
 
+import errno
 import math
+import tempfile
 
 import numpy as np
 import pytest
@@ -160,6 +162,19 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(ValueError, match="XDG_CACHE_HOME must be a folder"):
         load_images("saccade:mnist", root=tmp_path, T=2)
+
+
+def test_a_kept_file_is_read_where_nothing_can_be_written(tmp_path, monkeypatch):
+    write_mnist(tmp_path)
+    made = load_images("saccade:mnist", root=tmp_path, T=2)
+
+    def read_only(**arguments):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    assert checksums(load_images("saccade:mnist", root=tmp_path, T=2)) == checksums(made)
+    with pytest.raises(ValueError, match="XDG_CACHE_HOME must be a folder that can be written"):
+        load_images("saccade:mnist", root=tmp_path, T=3)
 
 
 @pytest.mark.parametrize(
