@@ -124,20 +124,22 @@ def _kept(train: StoredImages, test: StoredImages, T: int, name: str) -> dict[st
 
 def _bits(images: StoredImages, T: int) -> Tensor:
     """Frames of all images, 8 values a byte: uint8 [N, ceil(T * 2 * height * width / 8)]."""
+    logs = _log_intensities(round(images.white))
     parts = []
     for pixels in torch.split(images.pixels, _TOGETHER):
-        frames = _events(pixels[:, 0].int(), T, round(images.white))
+        frames = _events(pixels[:, 0].int(), T, logs)
         packed = np.packbits(frames.flatten(1).numpy(), axis=1)
         parts.append(torch.from_numpy(packed))
     return torch.cat(parts)
 
 
-def _events(pixels: Tensor, T: int, white: int) -> Tensor:
-    """Frames of events, bool [N, T, 2, height, width], of images [N, H, W] from 0 to ``white``."""
+def _events(pixels: Tensor, T: int, logs: Tensor) -> Tensor:
+    """Frames of events, bool [N, T, 2, height, width], of images [N, H, W] from 0 to white, whose
+    log intensities are those of :func:`_log_intensities`.
+    """
     amplitude = _amplitude(pixels.shape[1])
     ground = 2 * amplitude + 1
     padded = F.pad(pixels, (ground, ground, ground, ground))
-    logs = _log_intensities(white)
     first, *positions = _positions(amplitude)
     remembered = logs[_seen(padded, amplitude, first)]
     size = remembered.shape[1:]

@@ -65,7 +65,7 @@ def seen_by_a_pixel(image, row, column, threshold):
 def test_events_are_those_of_a_sensor_written_once_more(monkeypatch):
     monkeypatch.setattr(saccades, "_MISMATCH", 0.0)
     pixels = torch.tensor(np.random.default_rng(0).integers(0, 256, (1, 8, 8)), dtype=torch.int32)
-    frames = saccades._events(pixels, 48, 255)[0]
+    frames = saccades._events(pixels, 48, saccades._log_intensities(255))[0]
     assert frames.shape == (48, 2, 10, 10)
     image = (pixels[0].double() / 255).tolist()
     different = 0
@@ -109,7 +109,8 @@ def test_frames_of_a_coarser_division_hold_those_of_a_finer_one():
 
 
 def test_what_does_not_change_makes_no_events():
-    frames = saccades._events(torch.zeros(2, 28, 28, dtype=torch.int32), 4, 255)
+    pixels = torch.zeros(2, 28, 28, dtype=torch.int32)
+    frames = saccades._events(pixels, 4, saccades._log_intensities(255))
     assert frames.shape == (2, 4, 2, 34, 34)
     assert not frames.any()
 
