@@ -14,7 +14,7 @@ from sj_robust.core.folders import check_folder
 from sj_robust.core.saved import load_tensors, whole_file
 from sj_robust.data.stored import Source, StoredFrames, StoredImages
 
-__all__ = ["MOST_FRAMES", "cache_folder", "saccade_frames"]
+__all__ = ["saccade_frames"]
 
 _CORNERS = ((-1, 1), (0, -1), (1, 1), (-1, 1))
 """Where the saccades begin and end, (x, y) in units of their amplitude: an isosceles triangle."""
@@ -22,7 +22,7 @@ _CORNERS = ((-1, 1), (0, -1), (1, 1), (-1, 1))
 _STEPS = 16
 """Positions of the image in a saccade."""
 
-MOST_FRAMES = 3 * _STEPS
+_MOST_FRAMES = 3 * _STEPS
 """Frames of a sample at most: one for every position."""
 
 _DARK = 0.1
@@ -62,8 +62,8 @@ def saccade_frames(source: Source, T: int, *, cache: str | None) -> Source:
     Args:
         source: Images as bytes.
         T: Frames, 1 to 48.
-        cache: Name of the file in :func:`cache_folder` where they are kept; None for images that
-            are few, whose events are made anew.
+        cache: Name of the file where they are kept, in ``sj_robust`` in ``XDG_CACHE_HOME`` or
+            ``~/.cache``; None for images that are few, whose events are made anew.
 
     Raises:
         ValueError: If T is too large, or the file is damaged or cannot be written.
@@ -72,9 +72,9 @@ def saccade_frames(source: Source, T: int, *, cache: str | None) -> Source:
         Using Saccades" (Frontiers in Neuroscience 2015); events of a pixel as in ESIM (Rebecq et
         al., CoRL 2018).
     """
-    if T > MOST_FRAMES:
+    if T > _MOST_FRAMES:
         raise ValueError(
-            f"T must be <= {MOST_FRAMES} for saccades, which have as many steps, got {T}"
+            f"T must be <= {_MOST_FRAMES} for saccades, which have as many steps, got {T}"
         )
     train, test = source.train, source.test
     assert isinstance(train, StoredImages)
@@ -95,20 +95,13 @@ def saccade_frames(source: Source, T: int, *, cache: str | None) -> Source:
     )
 
 
-def cache_folder() -> Path:
-    """Where data that were made lie: ``sj_robust`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
-    缓存目录。
-    """
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "sj_robust"
-
-
 def _kept(train: StoredImages, test: StoredImages, T: int, name: str) -> dict[str, Tensor]:
     """Frames of a file of the cache folder, which is made if it is not there."""
     digest = hashlib.sha256()
     for part in (train, test):
         digest.update(part.pixels.numpy().tobytes())
-    folder = cache_folder()
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(home).expanduser() / "sj_robust"
     path = folder / f"saccade-{name}-T{T}-v{_VERSION}-{digest.hexdigest()[:12]}.pt"
     if not path.is_file():
         check_folder("XDG_CACHE_HOME", folder)  # before a minute of work
@@ -149,7 +142,7 @@ def _events(pixels: Tensor, T: int, logs: Tensor) -> Tensor:
         change = logs[_seen(padded, amplitude, position)] - remembered
         number = change.abs() // thresholds
         events = number > 0
-        frame = frames[:, step * T // MOST_FRAMES]
+        frame = frames[:, step * T // _MOST_FRAMES]
         frame[:, 0] |= events & (change < 0)
         frame[:, 1] |= events & (change > 0)
         remembered = remembered + change.sign() * number * thresholds
