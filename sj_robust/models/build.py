@@ -27,13 +27,13 @@ class NetworkSpec:
     """Everything :func:`build_network` needs, in plain types. 构建网络所需的全部参数。
 
     Attributes:
-        name: ``"small"``; ``"vgg5"``, ``"vgg11"``, ``"vgg13"``, ``"vgg16"`` or ``"vgg19"``;
-            ``"wrn16_4"`` or ``"wrn28_10"``; ``"zoo:NAME"`` for a network of SpikingJelly's model
-            zoo (:func:`sj_robust.models.zoo_networks`); ``"module:function"`` or
-            ``"file.py:function"`` for a function of your own that returns the network, bare or in
-            a ``SpikingClassifier``. It is called with those of ``image_shape``, ``classes``, ``T``
-            and ``spiking_neuron`` (builds one neuron) that its signature names, and with
-            ``options``.
+        name: ``"small"`` or ``"mlp"``; ``"vgg5"``, ``"vgg11"``, ``"vgg13"``, ``"vgg16"`` or
+            ``"vgg19"``; ``"wrn16_4"`` or ``"wrn28_10"``; ``"zoo:NAME"`` for a network of
+            SpikingJelly's model zoo (:func:`sj_robust.models.zoo_networks`);
+            ``"module:function"`` or ``"file.py:function"`` for a function of your own that returns
+            the network, bare or in a ``SpikingClassifier``. It is called with those of
+            ``image_shape``, ``classes``, ``T`` and ``spiking_neuron`` (builds one neuron) that its
+            signature names, and with ``options``.
         neuron: ``"dlif"``, or one of SpikingJelly's ``"lif"`` and ``"plif"``
             (``decay_input=False``, as DLIF with all gains 1) and ``"if"``; all with the triangle
             surrogate and a hard reset to 0. ``"relu"`` builds the ordinary network with ReLU in
