@@ -89,7 +89,7 @@ class Gallery(Shown):
 
         Args:
             which: ``"images"``; or ``"spikes"``, ``"potential"``, see
-                ``sj_robust.perturbation.Traces``.
+                :meth:`sj_robust.perturbation.traces.Traces.plot`.
             path: File to write as well; its ending says which format.
 
         Raises:
