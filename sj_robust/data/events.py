@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from sj_robust.core.datasets import RECORDINGS
-from sj_robust.data.files import OnUnreadable, UnreadableError, check_sum, one_line, readable
+from sj_robust.data.files import (
+    OnUnreadable,
+    UnreadableError,
+    check_sum,
+    first_few,
+    one_line,
+    readable,
+)
 from sj_robust.data.stored import FileImages, Source, shuffled
 
 __all__ = ["event_frames"]
@@ -136,12 +143,10 @@ def _check_complete(folder: Path, T: int) -> None:
     if not (folder / "extract" / "DvsGesture").is_dir():  # there a file holds many recordings
         lost += _without_result(folder / "extract", events)
     if lost:
-        named = [str(path) for path in lost[:5]]
-        if len(lost) > 5:
-            named.append("...")
         raise ValueError(
-            f"SpikingJelly made no frames of {len(lost)} recordings: {', '.join(named)}. They are "
-            f"damaged or were interrupted; in {folder}, {_AGAIN.format(T=T)}"
+            f"SpikingJelly made no frames of {len(lost)} recordings: "
+            f"{', '.join(first_few(lost))}. They are damaged or were interrupted; in {folder}, "
+            f"{_AGAIN.format(T=T)}"
         )
 
 

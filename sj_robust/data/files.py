@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["OnUnreadable", "UnreadableError", "check_sum", "one_line", "readable"]
+__all__ = ["OnUnreadable", "UnreadableError", "check_sum", "first_few", "one_line", "readable"]
 
 OnUnreadable = Literal["error", "skip"]
 """What becomes of a file that cannot be read: an error, or a warning and it is left out."""
@@ -31,6 +31,17 @@ def one_line(error: Exception, at_most: int = 200) -> str:
         'OSError: no room'
     """
     return f"{type(error).__name__}: {' '.join(str(error).split())[:at_most]}"
+
+
+def first_few(names: Sequence[object], most: int = 5) -> list[str]:
+    """The first names for a message, and ``"..."`` if there are more. 列出前几项。
+
+    Examples:
+        >>> first_few(["a", "b", "c"], most=2)
+        ['a', 'b', '...']
+    """
+    more = ["..."] if len(names) > most else []
+    return [*map(str, names[:most]), *more]
 
 
 def check_sum(path: Path, md5: str, source: str = "") -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sj_robust.data.files import OnUnreadable, UnreadableError, one_line, readable
+from sj_robust.data.files import OnUnreadable, UnreadableError, first_few, one_line, readable
 from sj_robust.data.stored import FileImages, Images, Source, StoredImages, shuffled
 
 __all__ = ["image_folder"]
@@ -70,13 +70,11 @@ def image_folder(folder: Path, *, on_unreadable: OnUnreadable) -> Source:
     first = parts["train"][0][0]
     others = [path for paths, _ in parts.values() for path in paths if sizes[path] != sizes[first]]
     if others:
-        named = [f"{path} is {_by(sizes[path])}" for path in others[:5]]
-        if len(others) > 5:
-            named.append("...")
+        named = [f"{path} is {_by(sizes[path])}" for path in others]
         raise ValueError(
             f"all pictures must have the size of the first one, {first}, {_by(sizes[first])} "
-            f"pixels, but {len(others)} have another: {'; '.join(named)}. Resize or crop them, or "
-            "leave them out"
+            f"pixels, but {len(others)} have another: {'; '.join(first_few(named))}. Resize or "
+            "crop them, or leave them out"
         )
     images: dict[str, Images] = {}
     for name, (paths, labels) in parts.items():
@@ -129,12 +127,9 @@ def _labelled(
         train = part.with_name("train")
         found = [f"{part / name} is none of the classes of {train}" for name in foreign[:5]]
         found += [f"{part / name} is missing" for name in lacking[:5]]
-        named = list(classes[:10])
-        if len(classes) > 10:
-            named.append("...")
         raise ValueError(
             f"{'; '.join(found)}. Every part must hold the same {len(classes)} classes, "
-            f"{', '.join(named)}"
+            f"{', '.join(first_few(classes, 10))}"
         )
     pictures = []
     for label, name in enumerate(classes):
