@@ -319,6 +319,8 @@ _BACKWARD = (
     "checkpoints",
 )
 """Pointers that a kernel takes, in the order of ``kernel.cu``."""
+_CONSTANTS = ("decay", "leak_current", "v_threshold", "v_reset")
+"""Its constants, in the same order; backward takes alpha as well."""
 
 
 def _launch(variant: Variant, inputs: Inputs, **others: Tensor | None) -> None:
@@ -330,7 +332,8 @@ def _launch(variant: Variant, inputs: Inputs, **others: Tensor | None) -> None:
     is_forward = variant.surrogate is None
     tensors = {"x_seq": x_seq, "input_gain": input_gain, "v_init": v_init, **others}
     pointers = [_pointer(tensors[name]) for name in (_FORWARD if is_forward else _BACKWARD)]
-    constants = _floats(*config.numbers.values())
+    numbers = config.numbers
+    constants = _floats(*(numbers[name] for name in _CONSTANTS))
     if not is_forward:
         constants += _floats(config.surrogate.alpha)
     device, (of_device, of_stream) = x_seq.device, _contexts()
