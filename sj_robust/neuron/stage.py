@@ -164,7 +164,12 @@ class Stage(nn.Module):
         told = [one for one in watched if not one.is_idle()]
         for one in told:
             one.enter(node, copies=False)
-        operator = _OnePass(norm, self.pool is not None, wants is Wants.INPUT, kernels)
+        operator = _OnePass(
+            norm,
+            average_pool=self.pool is not None,
+            store_current=wants is Wants.INPUT,
+            kernels=kernels,
+        )
         if node.gradient is None or not torch.is_grad_enabled():
             output: Tensor = node._advance(x_seq, operator)
         else:
@@ -185,7 +190,8 @@ class Stage(nn.Module):
             if norm.use_batch_statistics:
                 unmoved = replace(norm, running_mean=None, running_var=None)
             currents = apart.normalise(x_seq, unmoved)
-        forward = partial(self.node._advance, x_seq, _OnePass(norm, False, False, kernels))
+        operator = _OnePass(norm, average_pool=False, store_current=False, kernels=kernels)
+        forward = partial(self.node._advance, x_seq, operator)
         spike_seq: Tensor = self.node.gradient.multi_step(currents, forward)
         if self.pool is None:
             return spike_seq
