@@ -19,7 +19,7 @@ from torch.testing import assert_close
 
 from sj_robust.ops import Surrogate
 from sj_robust.ops.bn_dlif import apart, reference
-from sj_robust.ops.bn_dlif.dispatch import batch_norm_dlif_multi_step, can_fuse
+from sj_robust.ops.bn_dlif.dispatch import batch_norm_dlif_multi_step, fused_kernels
 from sj_robust.ops.bn_dlif.norm import BatchNorm
 from sj_robust.ops.bn_dlif.repeated import repeat_step
 from sj_robust.ops.dlif import cpp
@@ -405,7 +405,7 @@ def test_other_memory_formats_run_apart():
     x = torch.randn(3, 2, 4, 6, 6)
     norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
     turned = x.transpose(3, 4).contiguous().transpose(3, 4)
-    assert not can_fuse(turned, norm, Surrogate())
+    assert fused_kernels(turned, norm, Surrogate()) is None
     gradients = []
     for values in (x, turned):
         leaf = values.clone().requires_grad_()
@@ -433,15 +433,14 @@ def test_what_cannot_run_in_one_pass_runs_in_two():
     norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
     x = torch.randn(3, 4, 5, 6)
     custom = Surrogate("custom", function=torch.sigmoid)
-    assert not can_fuse(x, norm, custom)
+    assert fused_kernels(x, norm, custom) is None
     spikes, _, _ = batch_norm_dlif_multi_step(x, norm, torch.ones(3), decay=0.9, surrogate=custom)
     assert ((spikes > 0) & (spikes < 1)).all()
-    assert not can_fuse(
-        x.half(), BatchNorm(torch.ones(5).double(), None, None, None, True), Surrogate()
-    )
+    mixed = BatchNorm(torch.ones(5).double(), None, None, None, True)
+    assert fused_kernels(x.half(), mixed, Surrogate()) is None
     for thin in (torch.randn(3, 4, 5, 6, 1), torch.randn(3, 4, 5, 1, 6)):
-        assert can_fuse(thin, norm, Surrogate())
-        assert not can_fuse(thin, norm, Surrogate(), average_pool=True)
+        assert fused_kernels(thin, norm, Surrogate()) is not None
+        assert fused_kernels(thin, norm, Surrogate(), average_pool=True) is None
         with pytest.raises(RuntimeError, match="Output size is too small"):
             batch_norm_dlif_multi_step(thin, norm, torch.ones(3), decay=0.9, average_pool=True)
 

@@ -20,7 +20,6 @@ from sj_robust.ops.surrogate import Surrogate
 
 __all__ = [
     "batch_norm_dlif_multi_step",
-    "can_fuse",
     "check_call",
     "fused_kernels",
     "in_one_pass",
@@ -67,8 +66,8 @@ def batch_norm_dlif_multi_step(
         store_current: Whether the neurons' currents, which are those behind the batch norm, are
             returned as well.
         backend: ``"cpp"`` is the compiled kernel and ``"triton"`` the one for CUDA; ``"auto"``
-            takes that of the device where :func:`can_fuse` says so. Any other name of ``BACKENDS``
-            runs torch's batch norm, DLIF with that backend and torch's pooling.
+            takes the one that :func:`fused_kernels` names. Any other name of ``BACKENDS`` runs
+            torch's batch norm, DLIF with that backend and torch's pooling.
 
     Returns:
         Spikes [T, N, C, *] or their means [T, N, C, H // 2, W // 2], last potential [N, C, *] and
@@ -139,14 +138,14 @@ def batch_norm_dlif_multi_step(
 _ON = {"cpu": "cpp", "cuda": "triton"}  # what ``"auto"`` runs in one pass
 
 
-def can_fuse(
+def fused_kernels(
     x_seq: Tensor,
     norm: BatchNorm | None,
     surrogate: Surrogate,
     average_pool: bool = False,
     backend: str = "auto",
-) -> bool:
-    """Whether a backend runs this call in one pass.
+) -> str | None:
+    """The backend that runs this call in one pass, None for none.
 
     Args:
         x_seq: Input, [T, N, C, *].
@@ -158,20 +157,10 @@ def can_fuse(
     Examples:
         >>> import torch
         >>> norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
-        >>> can_fuse(torch.zeros(2, 3, 4), norm, Surrogate("custom", function=torch.sigmoid))
-        False
+        >>> custom = Surrogate("custom", function=torch.sigmoid)
+        >>> fused_kernels(torch.zeros(2, 3, 4), norm, custom) is None
+        True
     """
-    return fused_kernels(x_seq, norm, surrogate, average_pool, backend) is not None
-
-
-def fused_kernels(
-    x_seq: Tensor,
-    norm: BatchNorm | None,
-    surrogate: Surrogate,
-    average_pool: bool,
-    backend: str,
-) -> str | None:
-    """The backend that runs this call in one pass, None for none; see :func:`can_fuse`."""
     name = _ON.get(x_seq.device.type) if backend == "auto" else backend
     if name is None or name not in one_pass.KERNELS:
         return None

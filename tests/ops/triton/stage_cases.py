@@ -24,7 +24,7 @@ from sj_robust.neuron import DLIFNode, fuse
 from sj_robust.ops import Surrogate, dlif_multi_step
 from sj_robust.ops.bn_dlif import layer as one_layer
 from sj_robust.ops.bn_dlif import triton_launch
-from sj_robust.ops.bn_dlif.dispatch import batch_norm_dlif_multi_step, can_fuse
+from sj_robust.ops.bn_dlif.dispatch import batch_norm_dlif_multi_step, fused_kernels
 from sj_robust.ops.bn_dlif.norm import BatchNorm
 from sj_robust.ops.bn_dlif.repeated import repeat_step
 from sj_robust.ops.dlif import triton_launch as dlif
@@ -285,7 +285,7 @@ def what_runs_apart(backend: str) -> None:
         (torch.zeros(2, 2, 3, 4, 4).transpose(3, 4), "contiguous or channels last"),
         (torch.zeros(2, 2, 3, 4, 4).double(), "must be float32, float16 or bfloat16"),
     ):
-        assert not can_fuse(x, norm, Surrogate(), backend="triton")
+        assert fused_kernels(x, norm, Surrogate(), backend="triton") is None
         with pytest.raises(ValueError, match=f"backend='triton' cannot run this call: .*{reason}"):
             batch_norm_dlif_multi_step(x, norm, torch.ones(2), decay=0.5, backend="triton")
 

@@ -13,7 +13,7 @@ from sj_robust.neuron import DLIFNode
 from sj_robust.ops import Surrogate, available_backends
 from sj_robust.ops.bn_dlif import one_pass
 from sj_robust.ops.bn_dlif import triton_launch as stage_launch
-from sj_robust.ops.bn_dlif.dispatch import can_fuse
+from sj_robust.ops.bn_dlif.dispatch import fused_kernels
 from sj_robust.ops.bn_dlif.norm import BatchNorm
 from sj_robust.ops.dlif import backends, cupy_launch, triton_launch
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Planes
@@ -193,24 +193,25 @@ def test_what_one_pass_does_not_take():
         patch.setattr(triton_launch, "unsupported_reason", lambda x_seq, surrogate: None)
         assert "less than 2**30 numbers" in stage_launch.unsupported_reason(huge, Surrogate())
         assert stage_launch.unsupported_reason(huge[..., :8], Surrogate()) is None
-    assert not can_fuse(torch.zeros(2, 2, 3, 4, 4), norm, Surrogate(), backend="triton")  # on a CPU
-    assert not can_fuse(torch.zeros(2, 2, 3, 4, 4), norm, Surrogate(), backend="eager")
+    on_cpu = torch.zeros(2, 2, 3, 4, 4)
+    assert fused_kernels(on_cpu, norm, Surrogate(), backend="triton") is None
+    assert fused_kernels(on_cpu, norm, Surrogate(), backend="eager") is None
 
 
 def test_a_gpu_takes_one_pass_by_triton_if_it_works(kernels, monkeypatch):
     monkeypatch.setattr(one_pass, "unsupported_reason", lambda *call: None)
     for cupy, triton, wanted in (
-        (RIGHT, RIGHT, True),
-        ("none", RIGHT, True),
-        (RIGHT, WRONG, False),
+        (RIGHT, RIGHT, "triton"),
+        ("none", RIGHT, "triton"),
+        (RIGHT, WRONG, None),
     ):
         kernels(cupy, triton)
         assert (
-            can_fuse(X, None, Surrogate())
-            == can_fuse(X, None, Surrogate(), backend="triton")
+            fused_kernels(X, None, Surrogate())
+            == fused_kernels(X, None, Surrogate(), backend="triton")
             == wanted
         )
-        assert not can_fuse(X, None, Surrogate(), backend="cupy")
+        assert fused_kernels(X, None, Surrogate(), backend="cupy") is None
 
 
 @pytest.mark.parametrize("launcher", [triton_launch, cupy_launch])
