@@ -199,7 +199,8 @@ def test_the_search_goes_on_at_a_tie_that_the_label_wins(norm, generator):
     )
     standing = predicted(counts, x_adv) == y
     last = counts.sizes[-2]
-    assert last == int(standing.sum())  # the last query was about every image that is not fooled
+    # the last query was about every image that is not fooled, and may itself have fooled some
+    assert last >= int(standing.sum())
     top = counts(x_adv).topk(2).values
     found = int((standing & (top[:, 0] == top[:, 1])).sum())
     assert found > 0
