@@ -119,8 +119,8 @@ class Options:
     """Bounds of certified, in training, selection and the final proofs: ibp, or joint over time,
     which gains at T 8 and takes longer."""
     surrogate_width: float = 1.0
-    """Width of the surrogate in the bounds of certified, in units of the neuron's; 0.5 proves about
-    a point more."""
+    """Width of the surrogate in the bounds of certified, in units of the neuron's; 0.5 proved more
+    in short runs."""
     ramp: float = 0.6
     """Share of a certified training in which radius and weight of the bounds rise."""
     box: float = 1.0
