@@ -40,6 +40,7 @@ from sj_robust.evaluation.run.proofs import has_proofs, prove
 from sj_robust.evaluation.run.suites import Suite, SuiteName, make_suite
 from sj_robust.evaluation.run.variant import Variant
 from sj_robust.evaluation.subject import Subject
+from sj_robust.proofs.soundness import UnprovableError
 from sj_robust.proofs.verification import NormName
 
 __all__ = ["assess"]
@@ -213,7 +214,7 @@ class _Parts:
             start = time.perf_counter()
             try:
                 found = prove(self.model, self.data, [self.threat.eps], self.proof_norm)
-            except (NotImplementedError, TypeError, ValueError) as error:
+            except (NotImplementedError, UnprovableError) as error:
                 return {"reasons": [f"Nothing is proved: {error}."]}
             (verified,) = found.verified.values()
             bound = {"member": _BOUND, "samples": found.total, "layers": found.potential}
