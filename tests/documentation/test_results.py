@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from sj_robust.models.checkpoint import load_checkpoint, save_checkpoint
+
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 
@@ -46,3 +48,25 @@ def test_suites_on_one_network_leave_the_rows_of_the_others(tmp_path, monkeypatc
         assert ("made up" in new) == old.startswith("digits/lif-at,")
         assert new == old or "made up" in new
     assert "digits/lif-at | made up" in capsys.readouterr().out
+
+
+def test_an_evaluation_is_kept_until_training_changes_the_weights(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS)
+    script = importlib.import_module("pretrained")
+    trained = script.ROOT / script.SHIPPED / "digits" / "lif.pt"
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    best = tmp_path / script.RUNS / "digits" / "lif" / "lif" / "best.pt"
+    best.parent.mkdir(parents=True)
+    best.write_bytes(trained.read_bytes())
+    (best.parents[1] / "report.json").touch()
+    report = tmp_path / script.EVALUATIONS / "digits" / "lif" / "standard" / "report.json"
+    script.train("digits/lif")
+    report.parent.mkdir(parents=True)
+    report.touch()
+    script.train("digits/lif")
+    assert report.exists()
+    content = load_checkpoint(best)
+    next(iter(content["model"].values())).add_(1)
+    save_checkpoint(best, {key: content[key] for key in ("description", "model")})
+    script.train("digits/lif")
+    assert not report.exists()
