@@ -236,7 +236,7 @@ class _Parts:
         self.say("proofs over eps")
         levels = [row for row in rows if row.attacks and "@" in row.member]
         radii = {row.eps or 0.0 for row in levels}
-        if not self.threat.of_events:  # whose threats change an event or more
+        if not self.threat.of_events:  # a threat of events changes one or more
             radii.add(0.0)
         names = [eps_text(eps) for eps in sorted(radii)]
 

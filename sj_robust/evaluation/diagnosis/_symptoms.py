@@ -100,7 +100,7 @@ class Finding:
 
 _FLAT = 0.1  # of the way to the decision boundary, which the gradient has to promise within [0, 1]
 _RESOLUTION = 2.0**-23  # of float32, relative to the logits
-_NAMED = 4  # estimators of a search that are told, the strongest ones
+_NAMED = 4  # of the estimators of a search, how many a finding names
 
 
 def clean_errors(probe: Probe) -> Finding:
@@ -345,7 +345,9 @@ def estimators_attacking(probe: Probe, names: Sequence[str]) -> Finding:
 
 
 def estimators_searched(trials: Sequence[EstimatorTrial]) -> list[Finding]:
-    """The same of a search that has run these attacks; nothing where it could try no other one."""
+    """The same from a search, which has run these attacks; nothing if it could try no other
+    estimator.
+    """
     tried = [trial for trial in trials if not trial.note]
     others = [trial for trial in tried if trial.estimator != "training"]
     if not others:
