@@ -219,3 +219,18 @@ def test_a_mistake_of_ours_is_not_taken_for_a_network_without_bounds(monkeypatch
     monkeypatch.setattr(assessment, "prove", stand_in)
     with pytest.raises(error):
         assess(change=first_attack)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3)), "a SpikingClassifier"),
+        (SpikingClassifier(Drawing(), T=3), "the same logits in every forward"),
+    ],
+)
+def test_what_is_not_proved_is_attacked_alone_and_the_report_says_why(model, reason):
+    made = assess(model, draws=2, change=first_attack)
+    assert made.verified is None
+    (text,) = [text for text in made.warnings if text.startswith("Nothing is proved: ")]
+    assert reason in text
