@@ -188,10 +188,11 @@ class SpikingClassifier(nn.Module):
             raise
 
     def quicker(self) -> "SpikingClassifier | None":
-        """A copy whose IF, LIF and PLIF neurons run on DLIF's kernels; None where there are none,
-        or they run step by step. 更快的等价副本。
+        """A copy whose IF, LIF and PLIF neurons run on DLIF's kernels; None if the network has no
+        such neurons, runs them step by step or is one itself. 更快的等价副本。
 
-        It spikes as the network does, up to rounding, and is for attacks that only ask for logits.
+        Its logits are those of the network up to rounding, which can change a spike. It is for
+        attacks that need no gradient.
 
         Examples:
             >>> net = nn.Sequential(nn.Flatten(2), nn.Linear(4, 3), neuron.LIFNode(step_mode="m"))
@@ -199,8 +200,8 @@ class SpikingClassifier(nn.Module):
             2
         """
         neurons = [module for module in self.net.modules() if is_neuron(module)]
-        in_a_row = all(node.step_mode == "m" for node in neurons)
-        if not neurons or self.net in neurons or not in_a_row or "T" not in vars(self):
+        multi_step = all(node.step_mode == "m" for node in neurons)
+        if not neurons or self.net in neurons or not multi_step or "T" not in vars(self):
             return None
         duplicate = copy.deepcopy(self)
         return duplicate if replace_neurons(duplicate.net, self.T).replaced else None

@@ -20,7 +20,7 @@ import torch
 
 from sj_robust.attacks import SampleSeeds, spike_search
 from sj_robust.data import load_images
-from sj_robust.models import NetworkSpec, build_classifier
+from sj_robust.evaluation import from_checkpoint
 from sj_robust.proofs import verify
 from sj_robust.training import load_checkpoint, save_checkpoint
 
@@ -74,10 +74,7 @@ def asked(weights: Path, eps: float, *, known: str) -> Iterator[str]:
     """A letter for every image after the known ones: v verified, b broken, w wrong without a
     perturbation, u unknown. The program is asked about what an attack leaves.
     """
-    content = load_checkpoint(weights)
-    model = build_classifier(NetworkSpec(**content["description"]["network"]))
-    model.load_state_dict(content["model"])
-    model.eval()
+    model = from_checkpoint(weights).model
     test = load_images("digits", test_limit=IMAGES).test
     rest = range(len(known), IMAGES)
     if not rest:

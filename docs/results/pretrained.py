@@ -71,8 +71,10 @@ def train(name: str) -> None:
     kept = {key: content[key] for key in ("description", "model")}
     file = ROOT / SHIPPED / f"{name}.pt"
     file.parent.mkdir(parents=True, exist_ok=True)
+    before = file.read_bytes() if file.exists() else b""
     save_checkpoint(file, kept)
-    shutil.rmtree(ROOT / EVALUATIONS / name, ignore_errors=True)  # it was of the weights before
+    if file.read_bytes() != before:  # which an evaluation that is there was of
+        shutil.rmtree(ROOT / EVALUATIONS / name, ignore_errors=True)
 
 
 def card(name: str) -> dict[str, object]:

@@ -8,27 +8,26 @@ Every row begins with the images of the same four APGD runs, and is counted in s
 of the CPU. It writes spike_search.csv, row by row; what is there is not run again.
 """
 
-import csv
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from rows import read_rows, write_rows
+from torch import Tensor, nn
 
 from sj_robust.attacks import SampleSeeds, ThreatModel, apgd, square
 from sj_robust.attacks._spike_walk import STAGES, Plan
 from sj_robust.attacks.spike_search import searched
-from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.checks import check_images
 from sj_robust.data import load_images
 from sj_robust.estimators import estimator
-from sj_robust.models import NetworkSpec, build_classifier, pretrained
-from sj_robust.models.checkpoint import load_checkpoint
+from sj_robust.evaluation import from_checkpoint
+from sj_robust.models import pretrained
 from sj_robust.ops import keep_heap
 
 HERE = Path(__file__).parent
@@ -183,25 +182,27 @@ class Measured:
         began = time.process_time()
         images = run()
         seconds = time.process_time() - began
-        left = self.standing & self.right(images)
-        return Row(self.name, attack, self.seed, 100 * float(left.double().mean()), seconds)
+        standing = self.standing & self.right(images)
+        return self.row_of(attack, standing, seconds)
+
+    def row_of(self, attack: str, standing: Tensor, seconds: float) -> Row:
+        """The images [N] that stand, in per cent, and the seconds, both rounded."""
+        left = 100 * float(standing.double().mean())
+        return Row(self.name, attack, self.seed, round(left, 2), round(seconds, 2))
 
 
-def network(name: str) -> SpikingClassifier:
+def network(name: str) -> nn.Module:
     """A network that ships, or one of those whose exact robust accuracy is known."""
     if not name.endswith(".pt"):
         return pretrained(name)
-    content = load_checkpoint(KNOWN / name)
-    model = build_classifier(NetworkSpec(**content["description"]["network"]))
-    model.load_state_dict(content["model"])
-    return model.eval()
+    return from_checkpoint(KNOWN / name).model
 
 
 def main() -> None:
     """Every case and seed; rows that are there are kept."""
     torch.set_num_threads(1)
     keep_heap()
-    rows = read()
+    rows = read_rows(TABLE, Row)
     for name in sys.argv[1:] or CASES:
         for seed in SEEDS:
             measure(name, seed, rows)
@@ -218,9 +219,8 @@ def measure(name: str, seed: int, rows: list[Row]) -> None:
     if set(attacks) <= set(have):
         return
     measured = Measured(name, seed)
-    left = 100 * float(measured.standing.double().mean())
     if "starts" not in have:
-        rows.append(Row(name, "starts", seed, left, measured.seconds))
+        rows.append(measured.row_of("starts", measured.standing, measured.seconds))
     for attack in attacks:
         if attack in have:
             continue
@@ -235,7 +235,7 @@ def measure(name: str, seed: int, rows: list[Row]) -> None:
         have[attack] = measured.row(attack, run)
         rows.append(have[attack])
         print(have[attack], flush=True)
-        write(rows)
+        write_rows(TABLE, rows)
 
 
 def table(rows: list[Row]) -> str:
@@ -247,34 +247,6 @@ def table(rows: list[Row]) -> str:
         seconds = sum(row.seconds for row in found) / len(found)
         lines.append(f"| {case.replace('_', ' ')} | {attack} | {left} | {seconds:.1f} |")
     return "\n".join(lines)
-
-
-def read() -> list[Row]:
-    """Rows of earlier runs."""
-    if not TABLE.exists():
-        return []
-    with TABLE.open(encoding="utf-8") as file:
-        return [
-            Row(
-                row["case"],
-                row["attack"],
-                int(row["seed"]),
-                float(row["left"]),
-                float(row["seconds"]),
-            )
-            for row in csv.DictReader(file)
-        ]
-
-
-def write(rows: list[Row]) -> None:
-    """All rows."""
-    with TABLE.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(rows[0])), lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow(
-                asdict(row) | {"seconds": round(row.seconds, 2), "left": round(row.left, 2)}
-            )
 
 
 if __name__ == "__main__":

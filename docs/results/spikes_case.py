@@ -6,23 +6,27 @@ It writes spikes_case.csv, row by row (what is there is not run again), and draw
 ../concepts/figures/spikes_case.png from it.
 """
 
-import csv
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from rows import read_rows, write_rows
 from torch import Tensor, nn
 
 from sj_robust.attacks import SampleSeeds, ThreatModel, pgd
 from sj_robust.core.shown import COLOURS, new_figure, write_figure
 from sj_robust.data import load_images
-from sj_robust.evaluation import Member, make_suite, search_estimators, worst_case
-from sj_robust.models import NetworkSpec, build_classifier
-from sj_robust.models.checkpoint import load_checkpoint
+from sj_robust.evaluation import (
+    Member,
+    from_checkpoint,
+    make_suite,
+    search_estimators,
+    worst_case,
+)
 from sj_robust.ops import keep_heap
 
 HERE = Path(__file__).parent
@@ -55,29 +59,27 @@ def main() -> None:
     """Run what is missing, and draw."""
     torch.set_num_threads(1)
     keep_heap()
-    rows = read()
+    rows = read_rows(TABLE, Row)
     done = {(row.eps, row.attack) for row in rows}
     for eps in RADII:
         for attack in ATTACKS:
             if (eps, attack) not in done:
                 rows.append(measured(eps, attack))
                 print(rows[-1], flush=True)
-                write(rows)
+                write_rows(TABLE, rows)
     draw(rows)
 
 
 def measured(eps: float, attack: str) -> Row:
     """An attack on all images; those that fell are asked again by the evaluation."""
-    content = load_checkpoint(KNOWN / f"{NETWORK}.pt")
-    model = build_classifier(NetworkSpec(**content["description"]["network"]))
-    model.load_state_dict(content["model"])
-    model.eval()
+    model = from_checkpoint(KNOWN / f"{NETWORK}.pt").model
     test = load_images("digits", test_limit=IMAGES).test
     x, y = (torch.stack(part) for part in zip(*(test[i] for i in range(IMAGES)), strict=True))
     threat = ThreatModel("Linf", eps)
     began = time.process_time()
     report = worst_case(model, x, y, members(model, x, y, attack, threat), threat=threat)
-    return Row(eps, attack, 100 * report.worst_case.accuracy, time.process_time() - began)
+    seconds = time.process_time() - began
+    return Row(eps, attack, round(100 * report.worst_case.accuracy, 2), round(seconds, 1))
 
 
 def members(
@@ -124,28 +126,6 @@ def draw(rows: list[Row]) -> None:
     axes.set_ylabel("robust accuracy, %")
     axes.legend(fontsize=7, ncols=3, loc="upper center")
     write_figure(figure, FIGURE)
-
-
-def read() -> list[Row]:
-    """Rows of earlier runs."""
-    if not TABLE.exists():
-        return []
-    with TABLE.open(encoding="utf-8") as file:
-        return [
-            Row(float(row["eps"]), row["attack"], float(row["left"]), float(row["seconds"]))
-            for row in csv.DictReader(file)
-        ]
-
-
-def write(rows: list[Row]) -> None:
-    """All rows."""
-    with TABLE.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(rows[0])), lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow(
-                asdict(row) | {"left": round(row.left, 2), "seconds": round(row.seconds, 1)}
-            )
 
 
 if __name__ == "__main__":

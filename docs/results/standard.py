@@ -8,11 +8,13 @@ network, and prints it as a table. Networks for the digits take minutes each on 
 CIFAR-10 an hour or more, and pictures in data/cifar10_pictures.
 """
 
-import csv
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, fields
+from itertools import product
 from pathlib import Path
+
+from rows import read_rows, write_rows
 
 from sj_robust.core.saved import markdown_table
 from sj_robust.evaluation import Report
@@ -51,19 +53,20 @@ class Row:
 
 
 def main() -> None:
-    """Whatever is not there yet is evaluated."""
-    rows = []
+    """Whatever is not there yet is evaluated; a row without a report in runs/standard is kept."""
     names = sys.argv[1:] or list(NETWORKS)
-    for name, options in NETWORKS.items():
-        for suite in SUITES:
-            run = RUNS / name / suite
-            if name in names:
-                evaluate(name, suite, options, run)
-            if (ROOT / run / "report.json").exists():
-                rows.append(row(name, suite, Report.load(ROOT / run / "report.json")))
-                write(rows)
+    order = list(product(NETWORKS, SUITES))
+    rows = {(one.network, one.suite): one for one in read_rows(TABLE, Row)}
+    for name, suite in order:
+        run = RUNS / name / suite
+        if name in names:
+            evaluate(name, suite, NETWORKS[name], run)
+        if (ROOT / run / "report.json").exists():
+            rows[name, suite] = row(name, suite, Report.load(ROOT / run / "report.json"))
+            write_rows(TABLE, [rows[key] for key in order if key in rows])
     heads = [field.name for field in fields(Row)]
-    print(markdown_table(heads, [list(asdict(one).values()) for one in rows], words=4))
+    cells = [list(asdict(rows[key]).values()) for key in order if key in rows]
+    print(markdown_table(heads, cells, words=4))
 
 
 def evaluate(name: str, suite: str, options: str, run: Path) -> None:
@@ -91,14 +94,6 @@ def row(name: str, suite: str, report: Report) -> Row:
         at_most=report.everything.percent,
         seconds=f"{report.everything.seconds:.0f}",
     )
-
-
-def write(rows: list[Row]) -> None:
-    """All rows."""
-    with TABLE.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(map(asdict, rows))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ def quicker(model: Model, x: Tensor, logits: Tensor) -> Model:
     """A faster copy of the model, if it has one that gives the logits of ``x`` as well; else the
     model itself.
 
-    What rounds otherwise may spike otherwise, so whoever breaks the copy has to ask the model.
+    The copy may round differently and then spike differently, so an image that fools it has to be
+    tried on the model.
     """
     copy = model.quicker() if isinstance(model, _HasQuicker) else None
     if copy is None:

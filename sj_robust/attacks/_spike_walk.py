@@ -83,8 +83,8 @@ class SpikeSearch:
 
     Attributes:
         network: Images to logits.
-        quicker: The same in less time, up to rounding; what breaks it counts if the network says
-            so.
+        quicker: A faster copy, the same up to rounding, or the network itself; an image that fools
+            the copy counts only if it fools the network.
         moves: What may be proposed.
         plan: How forwards are spent.
         ball: The threat.
@@ -219,7 +219,7 @@ class _Walk:
         return fell
 
     def confirmed(self, images: Tensor, wrong: Tensor) -> Tensor:
-        """Those of the images that are ``wrong`` [n] on the network itself."""
+        """Which of the images that the copy gets ``wrong`` [n] the network gets wrong as well."""
         search = self.search
         if search.quicker is search.network or not bool(wrong.any()):
             return wrong

@@ -40,6 +40,7 @@ from sj_robust.evaluation.run.proofs import has_proofs, prove
 from sj_robust.evaluation.run.suites import Suite, SuiteName, make_suite
 from sj_robust.evaluation.run.variant import Variant
 from sj_robust.evaluation.subject import Subject
+from sj_robust.proofs.soundness import UnprovableError
 from sj_robust.proofs.verification import NormName
 
 __all__ = ["assess"]
@@ -213,7 +214,7 @@ class _Parts:
             start = time.perf_counter()
             try:
                 found = prove(self.model, self.data, [self.threat.eps], self.proof_norm)
-            except (NotImplementedError, TypeError, ValueError) as error:
+            except (NotImplementedError, UnprovableError) as error:
                 return {"reasons": [f"Nothing is proved: {error}."]}
             (verified,) = found.verified.values()
             bound = {"member": _BOUND, "samples": found.total, "layers": found.potential}
@@ -235,7 +236,7 @@ class _Parts:
         self.say("proofs over eps")
         levels = [row for row in rows if row.attacks and "@" in row.member]
         radii = {row.eps or 0.0 for row in levels}
-        if not self.threat.of_events:  # whose threats change an event or more
+        if not self.threat.of_events:  # a threat of events changes one or more
             radii.add(0.0)
         names = [eps_text(eps) for eps in sorted(radii)]
 

@@ -19,6 +19,7 @@ from sj_robust.proofs.spiking import Interval
 
 __all__ = [
     "KeptValues",
+    "UnprovableError",
     "UnsoundBoundsError",
     "WatchedJointRun",
     "WatchedRun",
@@ -44,6 +45,12 @@ _DYNAMICS = ("neuronal_charge", "neuronal_fire", "neuronal_reset")
 class UnsoundBoundsError(NotImplementedError):
     """A network that does not do what its bounds say, so that nothing is proved of it.
     网络的行为与上下界不符，不给出证明。
+    """
+
+
+class UnprovableError(ValueError):
+    """A network of which nothing is proved as it is: it changes or draws numbers in a forward, is
+    not in evaluation mode, or has values whose rounding is not covered. 网络当前状态下无法证明。
     """
 
 
@@ -107,7 +114,8 @@ class KeptValues:
         >>> kept.check()  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        ValueError: model must not change in a forward in evaluation mode, got one that ...
+        sj_robust.proofs.soundness.UnprovableError: model must not change in a forward in evaluation
+        mode, got one that ...
     """
 
     def __init__(self, model: object) -> None:
@@ -116,12 +124,12 @@ class KeptValues:
         self._before = _held_values(model)
 
     def check(self) -> None:
-        """Raise ValueError, with the names, if values have changed."""
+        """Raise UnprovableError, with the names, if values have changed."""
         now = _held_values(self._model)
         names = self._before.keys() | now.keys()
         changed = [name for name in names if not _equal(self._before.get(name), now.get(name))]
         if changed:
-            raise ValueError(
+            raise UnprovableError(
                 "model must not change in a forward in evaluation mode, got one that changes "
                 f"{', '.join(sorted(changed))}; let forward write to local variables, or register "
                 "the state with register_memory of SpikingJelly's base.MemoryModule, so that it is "
@@ -134,7 +142,7 @@ def check_kept(model: Callable[[Tensor], Tensor], images: Tensor) -> KeptValues:
     前向不改变网络。
 
     Raises:
-        ValueError: If the forward changes a value; it is named.
+        UnprovableError: If the forward changes a value; it is named.
     """
     with torch.no_grad():
         model(images.clone())

@@ -44,6 +44,7 @@ from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.rounding import NoBoundsError
 from sj_robust.proofs.rules import Bounds
 from sj_robust.proofs.soundness import (
+    UnprovableError,
     UnsoundBoundsError,
     WatchedJointRun,
     WatchedRun,
@@ -433,12 +434,12 @@ def _logits(model: SpikingClassifier, images: Tensor, labels: Tensor, *, runs: i
         not torch.equal(g.get_state(), state) for g, state in zip(generators, states, strict=True)
     )
     if drawn or any(not torch.equal(logits, other) for other in again):
-        raise ValueError(
+        raise UnprovableError(
             "model must give the same logits in every forward, got one that draws random numbers "
             "inside"
         )
     if logits.shape[1] < 2:
-        raise ValueError("model must tell 2 classes or more apart, got logits of 1")
+        raise UnprovableError("model must tell 2 classes or more apart, got logits of 1")
     return logits
 
 
@@ -566,7 +567,7 @@ def _checked(model: SpikingClassifier, x: Tensor, y: Tensor) -> dict[str, Neuron
     }  # shared
     for name, module in model.named_modules():
         if module.training and id(module) not in surrogates:
-            raise ValueError(
+            raise UnprovableError(
                 f"model must be in evaluation mode, got {name or 'it'} in training mode; call "
                 "model.eval()"
             )
@@ -574,14 +575,14 @@ def _checked(model: SpikingClassifier, x: Tensor, y: Tensor) -> dict[str, Neuron
         x.dtype
     }
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
-        raise ValueError(
+        raise UnprovableError(
             "model and images must be in float32, whose rounding is covered, or both in float64, "
             f"which rounds less; got {', '.join(sorted(map(str, dtypes)))}; use .float()"
         )
     if odd := [
         name for name, value in model.state_dict().items() if not bool(value.isfinite().all())
     ]:
-        raise ValueError(
+        raise UnprovableError(
             f"weights must be finite, got NaN or infinity in {odd[0]}; load an undamaged checkpoint"
         )
     return bounded_neurons(model)

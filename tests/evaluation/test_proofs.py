@@ -24,6 +24,7 @@ from sj_robust.evaluation.result import OVER_EPS
 from sj_robust.evaluation.run.proofs import prove
 from sj_robust.evaluation.subject import Subject
 from sj_robust.proofs import verify
+from sj_robust.proofs.soundness import UnprovableError
 
 SMALL = 0.01
 slow = pytest.mark.slow
@@ -187,3 +188,49 @@ def test_a_stopped_evaluation_goes_on_with_its_proofs(tmp_path, monkeypatch):
     again = assess(folder=tmp_path, suite="paper")
     assert again.rows == whole.rows
     assert whole.over_eps[0].verified.total == 20
+
+
+class Drawing(Net):
+    """One whose current holds noise."""
+
+    def forward(self, x_seq):
+        return super().forward(x_seq + 0.5 * torch.rand_like(x_seq))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (torch.nn.Linear(4, 3), "model must be a SpikingClassifier, got Linear"),
+        (classifier().train(), "model must be in evaluation mode"),
+        (classifier().eval().double(), "model and images must be in float32"),
+        (SpikingClassifier(Drawing(), T=3).eval(), "the same logits in every forward"),
+    ],
+)
+def test_a_network_of_which_nothing_can_be_proved_has_an_error_of_its_own(model, reason):
+    with pytest.raises(UnprovableError, match=reason):
+        prove(model, batches(), [SMALL])
+
+
+@pytest.mark.parametrize(
+    ("stand_in", "error"),
+    [(lambda model: None, TypeError), (lambda *_: int("no number"), ValueError)],
+)
+def test_a_mistake_of_ours_is_not_taken_for_a_network_without_bounds(monkeypatch, stand_in, error):
+    monkeypatch.setattr(assessment, "prove", stand_in)
+    with pytest.raises(error):
+        assess(change=first_attack)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3)), "a SpikingClassifier"),
+        (SpikingClassifier(Drawing(), T=3), "the same logits in every forward"),
+    ],
+)
+def test_what_is_not_proved_is_attacked_alone_and_the_report_says_why(model, reason):
+    made = assess(model, draws=2, change=first_attack)
+    assert made.verified is None
+    (text,) = [text for text in made.warnings if text.startswith("Nothing is proved: ")]
+    assert reason in text

@@ -106,6 +106,19 @@ def test_suites_of_before_the_search_over_spikes_are_told_apart(version, named, 
     assert Report.from_json(today.to_json()) == today
 
 
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("suite", ["standard", "fast"])
+def test_an_old_suite_may_lack_what_has_a_default(version, suite):
+    content = json.loads(report().to_json())
+    if version == 1:
+        content = json.loads((FOLDER / "report.json").read_text())
+    content |= {"version": version, "suite": suite}
+    del content["warnings"], content["configuration"]
+    found = Report.from_json(json.dumps(content))
+    assert found.attacks == report().attacks
+    assert found.configuration == {}
+
+
 def test_old_and_new_reports_are_compared():
     old = Report.load(FOLDER / "report.json")
     new = report(name="other", members=(member("apgd_ce/atan:4/r0", (0,)),))

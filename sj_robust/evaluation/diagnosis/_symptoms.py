@@ -21,12 +21,10 @@ from sj_robust.evaluation.run.estimator_search import EstimatorTrial
 
 __all__ = [
     "THRESHOLDS",
-    "Compared",
     "Finding",
     "attacks",
     "clean_errors",
     "estimators_attacking",
-    "estimators_compared",
     "estimators_searched",
     "gradients",
     "layers",
@@ -102,7 +100,7 @@ class Finding:
 
 _FLAT = 0.1  # of the way to the decision boundary, which the gradient has to promise within [0, 1]
 _RESOLUTION = 2.0**-23  # of float32, relative to the logits
-_NAMED = 4  # estimators of a search that are told, the strongest ones
+_NAMED = 4  # of the estimators of a search, how many a finding names
 
 
 def clean_errors(probe: Probe) -> Finding:
@@ -314,7 +312,7 @@ def transfer(probe: Probe, source: nn.Module | None) -> Finding:
 
 
 @dataclass(frozen=True)
-class Compared:
+class _Compared:
     """What an attack with one gradient estimator leaves, beside the same with that of the training.
 
     Attributes:
@@ -333,7 +331,7 @@ class Compared:
 def estimators_attacking(probe: Probe, names: Sequence[str]) -> Finding:
     """The same attack with the training surrogate and with other gradient estimators."""
     usual = probe.fooled(probe.strong_attack("training"))
-    found = [Compared("training", 1 - probe.rate(usual))]
+    found = [_Compared("training", 1 - probe.rate(usual))]
     skipped = ""
     for name in names:
         try:
@@ -342,12 +340,14 @@ def estimators_attacking(probe: Probe, names: Sequence[str]) -> Finding:
             skipped += f" {name} could not be tried: {error}."
             continue
         gained, lost = int((fooled & ~usual).sum()), int((usual & ~fooled).sum())
-        found.append(Compared(name, 1 - probe.rate(fooled), gained, lost))
-    return estimators_compared(found, int(probe.right.sum()), skipped)
+        found.append(_Compared(name, 1 - probe.rate(fooled), gained, lost))
+    return _estimators_compared(found, int(probe.right.sum()), skipped)
 
 
 def estimators_searched(trials: Sequence[EstimatorTrial]) -> list[Finding]:
-    """The same of a search that has run these attacks; nothing where it could try no other one."""
+    """The same from a search, which has run these attacks; nothing if it could try no other
+    estimator.
+    """
     tried = [trial for trial in trials if not trial.note]
     others = [trial for trial in tried if trial.estimator != "training"]
     if not others:
@@ -357,11 +357,11 @@ def estimators_searched(trials: Sequence[EstimatorTrial]) -> list[Finding]:
     found = []
     for trial in (usual, *others[:_NAMED]):
         left = trial.robust_accuracy
-        found.append(Compared(trial.estimator, left, trial.gained, trial.lost))
-    return [estimators_compared(found, usual.images)]
+        found.append(_Compared(trial.estimator, left, trial.gained, trial.lost))
+    return [_estimators_compared(found, usual.images)]
 
 
-def estimators_compared(found: Sequence[Compared], total: int, skipped: str = "") -> Finding:
+def _estimators_compared(found: Sequence[_Compared], total: int, skipped: str = "") -> Finding:
     """What is left of ``total`` images with each estimator, that of the training among them."""
     best = max(found, key=lambda one: one.gained - one.lost)
     listed = ", ".join(f"{one.estimator} {one.left:.0%}" for one in found)

@@ -17,8 +17,6 @@ _COUNTS = (
     "Read from a file of version 1, which holds counts: which images fell is not known, and their "
     "numbers are made up to fit."
 )
-
-
 _SEARCHLESS = (
     "Measured by a release whose suite fast had no search over spikes at its end, as it has today."
 )
@@ -57,12 +55,12 @@ def translated(text: str) -> str:
 def _named_as_today(old: _Content) -> _Content:
     """A report of a time when no suite had a search over spikes."""
     if old["suite"] == "standard":
-        configuration = old["configuration"]
+        configuration = old.get("configuration", {})
         if "suite" in configuration:  # for the command that would run it again
             configuration = configuration | {"suite": "gradient"}
         return old | {"suite": "gradient", "configuration": configuration}
     if old["suite"] == "fast":
-        return old | {"warnings": [*old["warnings"], _SEARCHLESS]}
+        return old | {"warnings": [*old.get("warnings", ()), _SEARCHLESS]}
     return old
 
 

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from sj_robust.attacks.threat import ThreatModel, eps_text
+from sj_robust.classifier import check_classifier
 from sj_robust.evaluation.run.data import Batches, Data
 from sj_robust.proofs import verify
+from sj_robust.proofs.soundness import UnprovableError
 from sj_robust.proofs.verification import NormName
 
 __all__ = ["Proofs", "has_proofs", "prove"]
@@ -51,8 +53,8 @@ def prove(
     """Verify images at several radii by :func:`sj_robust.proofs.verify`. 在多个半径下验证图像。
 
     Raises:
-        TypeError: If the model is no ``SpikingClassifier``.
-        ValueError: If it is not in float32.
+        UnprovableError: If nothing is proved of the model as it is, such as one that is no
+            ``SpikingClassifier``.
         NotImplementedError: If something in it has no bounds.
 
     Examples:
@@ -64,6 +66,10 @@ def prove(
         >>> prove(SpikingClassifier(net, T=4).eval(), batches, [0.01, 0.05]).verified
         {'0.01': (0, 1), '0.05': (0,)}
     """
+    try:
+        check_classifier(model)
+    except TypeError as error:
+        raise UnprovableError(str(error)) from error
     x, y = Data.of(batches).tensors(torch.device("cpu"))
     standing = list(range(len(y)))
     verified: dict[str, tuple[int, ...]] = {}

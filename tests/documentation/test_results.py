@@ -1,0 +1,72 @@
+"""Scripts in docs/results: what earlier runs have found stays in their tables."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from sj_robust.models.checkpoint import load_checkpoint, save_checkpoint
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+
+
+@pytest.mark.parametrize("name", ["standard", "spikes_case", "spike_search"])
+def test_a_table_is_read_and_written_as_it_is(name, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS)
+    rows = importlib.import_module("rows")
+    script = importlib.import_module(name)
+    again = tmp_path / "again.csv"
+    rows.write_rows(again, rows.read_rows(script.TABLE, script.Row))
+    assert again.read_bytes() == script.TABLE.read_bytes()
+
+
+def test_suites_on_one_network_leave_the_rows_of_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(RESULTS)
+    script = importlib.import_module("standard")
+    table = tmp_path / "standard.csv"
+    before = script.TABLE.read_text(encoding="utf-8").splitlines()
+    table.write_bytes(script.TABLE.read_bytes())
+    found = {field: "made up" for field in script.Row.__dataclass_fields__ if field != "network"}
+
+    def evaluated(name, suite, options, run):
+        (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / "report.json").touch()
+
+    def row(name, suite, report):
+        return script.Row(**found | {"network": name, "suite": suite})
+
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    monkeypatch.setattr(script, "TABLE", table)
+    monkeypatch.setattr(script, "evaluate", evaluated)
+    monkeypatch.setattr(script, "row", row)
+    monkeypatch.setattr(script.Report, "load", lambda path: None)
+    monkeypatch.setattr("sys.argv", ["standard.py", "digits/lif-at"])
+    script.main()
+    after = table.read_text(encoding="utf-8").splitlines()
+    assert len(after) == len(before)
+    for old, new in zip(before, after, strict=True):
+        assert ("made up" in new) == old.startswith("digits/lif-at,")
+        assert new == old or "made up" in new
+    assert "digits/lif-at | made up" in capsys.readouterr().out
+
+
+def test_an_evaluation_is_kept_until_training_changes_the_weights(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS)
+    script = importlib.import_module("pretrained")
+    trained = script.ROOT / script.SHIPPED / "digits" / "lif.pt"
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    best = tmp_path / script.RUNS / "digits" / "lif" / "lif" / "best.pt"
+    best.parent.mkdir(parents=True)
+    best.write_bytes(trained.read_bytes())
+    (best.parents[1] / "report.json").touch()
+    report = tmp_path / script.EVALUATIONS / "digits" / "lif" / "standard" / "report.json"
+    script.train("digits/lif")
+    report.parent.mkdir(parents=True)
+    report.touch()
+    script.train("digits/lif")
+    assert report.exists()
+    content = load_checkpoint(best)
+    next(iter(content["model"].values())).add_(1)
+    save_checkpoint(best, {key: content[key] for key in ("description", "model")})
+    script.train("digits/lif")
+    assert not report.exists()
