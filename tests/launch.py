@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -94,6 +95,9 @@ def fork(function):
         code = 0
     except SystemExit as stop:
         code = stop.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:
         traceback.print_exc()
     finally:
@@ -127,9 +131,9 @@ class Forked:
         recipe = importlib.import_module(self.command[0].removesuffix(".py"))
         importlib.import_module("lab.command_line").run_recipe(recipe.main)
 
-    def poll(self):
+    def poll(self, flags=os.WNOHANG):
         if self.returncode is None:
-            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            ended, status = os.waitpid(self.pid, flags)
             if ended:
                 self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
@@ -137,11 +141,13 @@ class Forked:
     def kill(self):
         os.kill(self.pid, signal.SIGKILL)
 
-    def communicate(self, timeout=None):
+    def communicate(self, timeout=600):
+        """What it says until it ends; after so many seconds it is killed with its children."""
+        limit = threading.Timer(timeout, os.killpg, (self.pid, signal.SIGKILL))
+        limit.start()
         out = self.stdout.read()
-        if self.returncode is None:
-            _, status = os.waitpid(self.pid, 0)
-            self.returncode = os.waitstatus_to_exitcode(status)
+        self.poll(0)
+        limit.cancel()
         self.stdout.close()
         with self.errors as errors:
             errors.seek(0)

@@ -87,10 +87,18 @@ WRONG_MODELS = [
     (None, TypeError, "model must be a callable from images to logits, got NoneType"),
     (lambda x: (x.flatten(1), None), TypeError, "must return a tensor of logits, got tuple"),
     (lambda x: x.argmax(1), TypeError, "logits must be floating point, got torch.int64"),
-    (lambda x: x.flatten(2), ValueError, r"N = 3, got shape \(3, 1, 36\)"),
+    (
+        lambda x: x.flatten(2),
+        ValueError,
+        r"logits must be \[N, classes\] with N = 3, got shape \(3, 1, 36\)",
+    ),
     (lambda x: x.flatten(1)[:2], ValueError, r"with N = 3, got shape \(2, 36\)"),
     (lambda x: x.flatten(1) / 0.0, ValueError, "logits must be finite"),
-    (lambda x: x.detach().flatten(1), RuntimeError, "reaches the images.*SpikingClassifier"),
+    (
+        lambda x: x.detach().flatten(1),
+        RuntimeError,
+        r"no gradient reaches the images.*0.0.0.0.14.*SpikingClassifier",
+    ),
     (lambda x: linear_model(36)(x.detach()), RuntimeError, "no gradient reaches the images"),
     (
         lambda x: (x.flatten(1) - x.flatten(1).detach()).sqrt(),

@@ -41,12 +41,14 @@ def report_of(model, x, y, **options):
     return evaluate(model, x, y, eps=1, suite="events", progress=False, **options)
 
 
+def two_members(suite):
+    return replace(suite, members=suite.members[:2], control=(), search=None)
+
+
 @pytest.fixture(scope="module")
 def proved():
     model = network()
-    with shortened(
-        lambda suite: replace(suite, members=suite.members[:2], control=(), search=None)
-    ):
+    with shortened(two_members):
         return report_of(model, *samples(model))
 
 
@@ -82,7 +84,7 @@ def test_a_false_proof_is_noticed(monkeypatch):
 
     monkeypatch.setattr(whole, "prove", false)
     with (
-        shortened(lambda suite: replace(suite, members=suite.members[:2], control=(), search=None)),
+        shortened(two_members),
         pytest.raises(ValueError, match="proof or attack has a bug"),
     ):
         report_of(model, x, y)

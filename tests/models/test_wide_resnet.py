@@ -36,10 +36,6 @@ def test_a_gradient_reaches_every_parameter():
         assert value.grad.any()
 
 
-def of_kind(net, kind):
-    return [module for module in net.modules() if isinstance(module, kind)]
-
-
 @pytest.mark.parametrize("name", WIDE_RESNETS)
 def test_number_of_parameters(name):
     depth, k = WIDE_RESNETS[name]

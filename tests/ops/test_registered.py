@@ -151,6 +151,12 @@ def test_a_network_under_a_tracer_gives_the_numbers_of_the_plain_call(tracer, ba
         tracers.run(tracer, backend)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec:FutureWarning")  # of torch, by itself
+def test_a_compiled_package_runs_in_a_process_that_has_the_operators():
+    tracers.run("AOTInductor, loaded by a new process", "cpp")
+
+
 def test_a_mode_sees_the_operators_with_every_output():
     (x, gain, v_init), _ = random_call((3, 2, 2, 4, 4), torch.float32)
     norm = BatchNorm(torch.ones(2), torch.zeros(2), None, None, use_batch_statistics=True)

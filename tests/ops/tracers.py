@@ -105,7 +105,7 @@ def aot_inductor(net):
         torch.save((images(), net(images())), f"{folder}/wanted.pt")
         code = (
             "import torch, sj_robust.ops; x, wanted = torch.load(f'{f}/wanted.pt')\n"
-            "assert_close(torch._inductor.aoti_load_package(p)(x), wanted)"
+            "torch.testing.assert_close(torch._inductor.aoti_load_package(p)(x), wanted)"
         )
         subprocess.run(
             [sys.executable, "-c", f"f, p = {folder!r}, {str(path)!r}\n{code}"], check=True

@@ -1,6 +1,6 @@
 """Looks for an input that leaves the bounds of verify, on random networks; run by hand.
 
-``python tests/proofs/fuzz.py --inputs 1000000`` tries so many perturbed inputs: random ones,
+``python -m proofs.fuzz --inputs 1000000``, in tests/, tries so many perturbed inputs: random ones,
 corners of the ball and steps along the gradient of a logit or of a spike of one neuron. It stops at
 the first spike, sum over time of spikes, potential, logit or margin outside its bounds, with the
 seed that makes the network again.
@@ -11,7 +11,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
@@ -48,15 +48,13 @@ if RELEASE >= "2":
     BACKENDS.append("spikingjelly")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Networks in turn until enough inputs are tried."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--inputs", type=int, default=1_000_000, help="perturbed inputs to try (1000000)"
-    )
+def main(check: Callable[[int, int], Counter], about: str) -> None:
+    """Check networks in turn until enough inputs are tried."""
+    parser = argparse.ArgumentParser(description=about.split("\n")[0])
+    parser.add_argument("--inputs", type=int, default=1_000_000, help="inputs to try (1000000)")
     parser.add_argument("--points", type=int, default=8000, help="inputs per network (8000)")
     parser.add_argument("--seed", type=int, default=0, help="the first seed (0)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     totals = Counter()
     seed = options.seed
     began = time.monotonic()
@@ -170,13 +168,9 @@ def random_classifier(
     """
     steps = 1 if relu else T
     net = random_network(case, grid, steps, relu)
+    fill_batch_norms(net, least_variance=0.05)
     for module in net.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.05, 2.0)
-            module.weight.data.normal_(1.0, 0.5)
-            module.bias.data.normal_()
-        elif isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, nn.Conv2d | nn.Linear):
             for value in module.parameters():
                 value.data *= 3
                 if grid:
@@ -188,6 +182,16 @@ def random_classifier(
         return SpikingEventClassifier(net, steps).eval()
     statistics = {} if grid else {"mean": [0.5, 0.4], "std": [0.3, 0.2]}
     return SpikingClassifier(net, steps, **statistics).eval()
+
+
+def fill_batch_norms(net: nn.Module, *, least_variance: float) -> None:
+    """Random statistics and weights, as if a batch norm had seen data and learned."""
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_()
+            module.running_var.uniform_(least_variance, 2.0)
+            module.weight.data.normal_(1.0, 0.5)
+            module.bias.data.normal_()
 
 
 @dataclass
@@ -553,4 +557,4 @@ def signed_gradient(
 
 
 if __name__ == "__main__":
-    main()
+    main(check, __doc__)

@@ -1,15 +1,12 @@
 """Looks for changed events that leave the bounds of verify for L0, on random networks; run by hand.
 
-``python tests/proofs/fuzz_flips.py --inputs 1000000`` tries so many sets of changes: random ones,
-those of one place of the frames, and the largest by the gradient of a logit or a spike. It stops at
-the first spike, sum over time of spikes, potential, logit or margin outside its bounds, with the
-seed that makes the network again.
+``python -m proofs.fuzz_flips --inputs 1000000``, in tests/, tries so many sets of changes: random
+ones, those of one place of the frames, and the largest by the gradient of a logit or a spike. It
+stops at the first spike, sum over time of spikes, potential, logit or margin outside its bounds,
+with the seed that makes the network again.
 """
 
-import argparse
 import random
-import sys
-import time
 from collections import Counter
 
 import torch
@@ -21,27 +18,6 @@ from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.proofs.flips import Flips
 
 METHODS = ["joint"] * 12 + ["ibp"] * 2 + ["crown"] * 2
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Networks in turn until enough sets of changes are tried."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--inputs", type=int, default=1_000_000, help="sets to try (1000000)")
-    parser.add_argument("--points", type=int, default=8000, help="sets per network (8000)")
-    parser.add_argument("--seed", type=int, default=0, help="the first seed (0)")
-    options = parser.parse_args(arguments)
-    totals = Counter()
-    seed = options.seed
-    began = time.monotonic()
-    while totals["inputs"] < options.inputs:
-        try:
-            totals += check(seed, options.points)
-        except AssertionError as error:
-            sys.exit(f"--seed {seed}: {error}")
-        seed += 1
-        counts = ", ".join(f"{count} {name}" for name, count in totals.items())
-        print(f"{counts}; seed {seed}, {time.monotonic() - began:.0f} s", flush=True)
-    print(f"SpikingJelly {fuzz.RELEASE}: nothing left its bounds")
 
 
 def check(seed: int, points: int) -> Counter:
@@ -92,7 +68,8 @@ def fully_connected(case: random.Random, grid: bool, T: int) -> nn.Sequential:
     net = nn.Sequential(*parts)
     for value in net.parameters():
         value.data *= 2
-        value.data = value.data.mul(10).round() / 10 if grid else value.data
+        if grid:
+            value.data = value.data.mul(10).round() / 10
     functional.set_step_mode(net, case.choice("ms"))
     return net
 
@@ -114,4 +91,4 @@ def near_a_place(frames: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    main()
+    fuzz.main(check, __doc__)

@@ -89,13 +89,9 @@ def classifier(build, node, *, seed=0, step_mode="m", **options):
     """A network in evaluation mode whose neurons fire and whose batch norms have seen data."""
     torch.manual_seed(seed)
     net = build(node)
+    fuzz.fill_batch_norms(net, least_variance=0.5)
     for module in net.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2.0)
-            module.weight.data.normal_(1.0, 0.5)
-            module.bias.data.normal_()
-        elif isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, nn.Conv2d | nn.Linear):
             module.weight.data *= 3  # so that neurons fire
     functional.set_step_mode(net, step_mode)
     return SpikingClassifier(net, T, **options).eval()

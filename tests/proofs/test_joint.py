@@ -638,7 +638,7 @@ class InFloat64(joint.JointRun):
 
 
 def sums_of(kind, model, x):
-    """Bounds of random sums of the currents of every later layer, as a run computes them."""
+    """Bounds of the sums over time of the currents of later layers, as a run computes them."""
     found = []
 
     class Noting(kind):
@@ -661,6 +661,7 @@ def test_sums_in_float32_are_around_those_in_float64(build, node):
         x = torch.rand(8, 2, 8, 8)
         narrow = sums_of(joint.JointRun, model, x)
         wide = sums_of(InFloat64, model, x)
+        # the next ones begin with other bounds
         for one, other in zip(narrow[:1], wide[:1], strict=True):
             gaps += [other.low - one.low, one.high - other.high]
     assert len(gaps) > 2

@@ -495,13 +495,15 @@ WRONG_NETWORKS = {
     "call model.eval()": lambda: changed().train(),
     "got net.0 in training mode": trains_inside,
     "the encoder PoissonEncoder": encoded,
-    "matmul in or behind 0 .Attention.": lambda: in_steps(Attention(), neuron.IFNode()),
+    "the operation matmul in or behind 0 .Attention.": lambda: in_steps(
+        Attention(), neuron.IFNode()
+    ),
     "whose surrogate does not spike": lambda: changed(neuron.IFNode(surrogate_function=SMOOTH)),
     "the decay of QIFNode is not known": lambda: changed(neuron.QIFNode()),
     "whose v_reset was changed": lambda: changed(v_reset=0.8),
     "whose decay is negative: give it a tau": lambda: changed(neuron.LIFNode(), tau=0.5),
     "v_threshold is not one finite number": lambda: changed(v_threshold=torch.ones(2)),
-    "got NaN or infinity in net.0.weight": lambda: weights_of(torch.nan),
+    "weights must be finite, got NaN or infinity in net.0.weight": lambda: weights_of(torch.nan),
     "may be beyond 1e30": lambda: weights_of(3e38),
 }
 
