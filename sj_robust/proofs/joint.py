@@ -414,7 +414,7 @@ class JointRun(BoundedRun):
                 continue
             gain = torch.as_tensor(dynamics.tensor_gain_at(t)).to(like)
             charge = _multiples(gain.view(1), currents[t])
-            found[a, t] = charge.each(torch.squeeze)
+            found[a, t] = charge.each(lambda end: end[0])
         if not longer:
             return found
         weights = window_weights(dynamics, torch.tensor(longer), steps)
