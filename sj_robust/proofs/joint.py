@@ -551,11 +551,12 @@ class JointRun(BoundedRun):
             for leaf, sums in leaves.items():
                 taken[leaf] = self._weighted_leaf(leaf, sums, some, exact)
             found = replayed(origin, taken)
-            sums = self._current(Stage(stage.leaf, found, stage.batch_dim))
+            # in float32 the ends would be rounded once more
+            wide = Bounds(found.centre.to(weights), found.radius.to(weights), run=exact)
+            sums = self._current(Stage(stage.leaf, wide, stage.batch_dim))
             low.append(sums.low)
             high.append(sums.high)
         every = Interval(torch.cat(low), torch.cat(high))
-        every = every.each(lambda end: end.to(weights))
         asked = every.each(lambda end: end[:number])
         shift = every.each(lambda end: end[-1])
         moved = _multiples(weights.sum(1) - 1.0, shift)
