@@ -70,7 +70,7 @@ class DifferentiableJointRun(JointRun):
             trains.chain_of_all = DifferentiableChain.of(spiking, steps, constant)
         if trains.chain_of_all is None:
             known = len(trains.windows)  # fewer than there are steps if there was a chain so far
-            sums = self._sums(spiking, memory, slice(None), first=known)
+            sums = self._sums(spiking, slice(None), first=known)
             windows = _Windows(spiking, trains, sums)
             for t in range(known, steps):
                 windows.step(t)
