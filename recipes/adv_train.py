@@ -274,6 +274,7 @@ def main(arguments: list[str]) -> None:
             objective, plan, attack = prepared(choice, splits)
             attacks = [attack, *attacks_of_report(options).values()]
             check_training(objective, splits, plan, accelerator, attacks)
+            plan.check_select(validation_attacks(choice))
     configuration = plain(replace(options, output=None, resume=False))
     folder = open_run_folder(
         options.output, stem(options), configuration, accelerator, resume=options.resume

@@ -1,5 +1,6 @@
 """The numbers of a training run."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -123,6 +124,15 @@ class TrainingPlan:
         for name, size in (("weight_decay", self.weight_decay), ("retraction", self.retraction)):
             if not 0.0 <= size < float("inf"):
                 raise ValueError(f"{name} must be >= 0 and finite, got {size}")
+
+    def check_select(self, attacks: Iterable[str]) -> None:
+        """Raise ValueError unless the best epoch is chosen by a figure of a validation under these
+        attacks.
+        """
+        figures = ["clean", *attacks]
+        if self.verified_eps is not None:
+            figures.append("verified")
+        check_choice("select", self.select, figures)
 
     def check_processes(self, processes: int) -> None:
         """Raise ValueError unless a batch can be cut into equal parts for so many processes."""
