@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from sj_robust.core.checks import check_choice
 from sj_robust.proofs.differentiable import TrainedMethod
+from sj_robust.proofs.verification import NormName
 
 __all__ = ["SelectName", "TrainingPlan"]
 
@@ -77,7 +78,7 @@ class TrainingPlan:
     seed: int = 0
     select: SelectName = "pgd"
     verified_eps: float | None = None
-    verified_norm: Literal["Linf", "L0"] = "Linf"
+    verified_norm: NormName = "Linf"
     verified_method: TrainedMethod = "joint"
     checkpoint_steps: int | None = None
     workers: int = 0
@@ -101,6 +102,7 @@ class TrainingPlan:
             raise ValueError(
                 "select 'verified' needs verified_eps, the radius of the proofs, such as 8 / 255"
             )
+        check_choice("verified_norm", self.verified_norm, get_args(NormName))
         check_choice("verified_method", self.verified_method, get_args(TrainedMethod))
         if not 0.0 < self.lr < float("inf"):
             raise ValueError(f"lr must be > 0 and finite, got {self.lr}")
