@@ -37,6 +37,7 @@ from lab.command_line.declared import (
 )
 
 WITHOUT_PERTURBATION_TERM = Idle(lambda options: options.rho == 0)
+BESIDE_FLIPS = Idle(lambda options: options.flips is not None)
 
 
 def is_augmented(options: "Options") -> bool:
@@ -44,6 +45,12 @@ def is_augmented(options: "Options") -> bool:
     if options.augment is None:
         return options.dataset in ("cifar10", "cifar100")
     return options.augment
+
+
+def is_eps_idle(options: "Options") -> bool:
+    """Whether no images are attacked at eps, neither in training nor in validation and test."""
+    evaluated = options.eval_eps is None and options.flips is None
+    return options.mode == "none" and not evaluated
 
 
 @dataclass(frozen=True)
@@ -102,18 +109,14 @@ class Options:
     ] = "at"
     """none, gaussian, at (single step), rat (at and retraction of the weights), pgd_at, trades,
     certified."""
-    eps: Annotated[
-        Radius,
-        Often(),
-        Idle(lambda options: options.mode == "none" and options.eval_eps is not None),
-    ] = Radius(0.1)
+    eps: Annotated[Radius, Often(), Idle(is_eps_idle)] = Radius(0.1)
     """Linf radius of the training attack, as 8/255; for gaussian the standard deviation."""
     flips: PositiveInt | None = None
     """For event data, changed events per sample (L0) in validation, test and the proofs of
     certified, in the place of eval_eps; None: Linf."""
     certified_flips: float | None = None
     """Changed events in each time step that the bounds of certified are over; None means flips."""
-    certified_eps: Radius | None = None
+    certified_eps: Annotated[Radius | None, BESIDE_FLIPS] = None
     """Linf radius of the bounds of certified; None means eps."""
     bounds: Literal["ibp", "joint"] = "ibp"
     """Bounds of certified, in training, selection and the final proofs: ibp, or joint over time,
@@ -136,7 +139,7 @@ class Options:
     """Standard deviation of the noise at the start of at, rat and trades."""
     project: bool = True
     """Project the training attack onto the ball (the published code does not)."""
-    eval_eps: Radius | None = None
+    eval_eps: Annotated[Radius | None, BESIDE_FLIPS] = None
     """Radius of the attacks in validation and test; None means eps."""
 
     # loss
@@ -238,6 +241,7 @@ from sj_robust.attacks import Attack, ThreatModel
 from sj_robust.data import ImageSplits, load_images
 from sj_robust.evaluation import Report
 from sj_robust.models import NetworkSpec, build_classifier, start_from
+from sj_robust.proofs.differentiable import TrainedMethod
 from sj_robust.training.engine import check_training
 from sj_robust.training.history import EpochRecord
 from sj_robust.training.modes import Mode, final_attacks
@@ -274,6 +278,7 @@ def main(arguments: list[str]) -> None:
             objective, plan, attack = prepared(choice, splits)
             attacks = [attack, *attacks_of_report(options).values()]
             check_training(objective, splits, plan, accelerator, attacks)
+            plan.check_select(validation_attacks(choice))
     configuration = plain(replace(options, output=None, resume=False))
     folder = open_run_folder(
         options.output, stem(options), configuration, accelerator, resume=options.resume
@@ -554,7 +559,7 @@ def evaluation_eps(options: Options) -> Radius:
     return given(options.eval_eps, options.eps)
 
 
-def verified_method(options: Options) -> Literal["ibp", "joint"]:
+def verified_method(options: Options) -> TrainedMethod:
     """Method of the proofs in validation and test: that of the bounds that are trained."""
     return options.bounds if options.mode == "certified" else "joint"
 

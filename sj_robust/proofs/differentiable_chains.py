@@ -124,12 +124,12 @@ class DifferentiableChain:
 
     Args:
         spiking: The neuron.
-        steps: Time steps.
+        trains: Those that its currents can cause, in all time steps so far.
         current: Of the neurons, [M].
     """
 
     def __init__(self, spiking: RealSpiking, trains: Trains, current: Interval) -> None:
-        """See :meth:`of`."""
+        """See the class."""
         like = current.low
         gates = Gates.between(trains.spikes.cpu(), spiking)
         self.current = current

@@ -12,7 +12,7 @@ from sj_robust.proofs.differentiable_chains import DifferentiableChain
 from sj_robust.proofs.joint import JointRun, OverTime
 from sj_robust.proofs.rules import Bounds
 from sj_robust.proofs.spiking import Interval, RealSpiking
-from sj_robust.proofs.windows import Memory, SpikeTrains
+from sj_robust.proofs.windows import Memory, SpikeTrains, stacked
 
 __all__ = ["DifferentiableJointRun"]
 
@@ -70,8 +70,8 @@ class DifferentiableJointRun(JointRun):
             trains.chain_of_all = DifferentiableChain.of(spiking, steps, constant)
         if trains.chain_of_all is None:
             known = len(trains.windows)  # fewer than there are steps if there was a chain so far
-            sums = self._sums(spiking, memory, slice(None), first=known)
-            windows = _Windows(spiking, trains, sums)
+            sums = self._sums(spiking, slice(None), first=known)
+            windows = _Windows(spiking, trains, memory, sums)
             for t in range(known, steps):
                 windows.step(t)
         trains.total = steps
@@ -111,7 +111,6 @@ class DifferentiableTrains(SpikeTrains):
 
     Attributes:
         windows: Cases by step; none if there is a chain.
-        spiked: What spikes leave, where the reset is soft.
         shape: Of a step, [N, *].
         chain_of_all: Of a constant current.
         total: Time steps so far.
@@ -121,7 +120,6 @@ class DifferentiableTrains(SpikeTrains):
         """No step yet."""
         super().__init__()
         self.windows: list[_Cases] = []
-        self.spiked = _Spiked()
         self.shape = torch.Size()
         self.chain_of_all: DifferentiableChain | None = None
         self.total = 0
@@ -159,54 +157,6 @@ class DifferentiableTrains(SpikeTrains):
         return rest[0]
 
 
-class _Spiked:
-    """What spikes leave where the reset is soft.
-
-    Attributes:
-        reached: By first step a of the window, whether the last reset can have been before a, [M].
-        starts: By a, bounds of the potential above rest that a spike at a - 1 left.
-        counts: By a, bounds of the discounted number of spikes before a.
-    """
-
-    def __init__(self) -> None:
-        """Nothing has happened."""
-        self.reached: list[Tensor] = []
-        self.starts: list[Interval] = []
-        self.counts: list[Interval] = []
-
-    def begin(self, like: Tensor) -> None:
-        """Before the first step."""
-        nothing = torch.zeros_like(like)
-        zero = Interval(nothing, nothing)
-        self.reached.append(torch.ones_like(like, dtype=torch.bool))
-        self.starts.append(zero)
-        self.counts.append(zero)
-
-    def step(self, cases: _Cases, threshold: float, decay: float) -> None:
-        """After a step; the number of spikes has no graph."""
-        sure = cases.sure.detach() > 0
-        possible = cases.possible.detach() > 0
-        reached = torch.stack(self.reached)
-        low = torch.where(reached, cases.low, torch.inf)
-        high = torch.where(reached, cases.high, -torch.inf)
-        least = low.amin(0)
-        most = high.amax(0)
-        fired = Interval(least.clamp(min=threshold), most)
-        self.starts.append(fired.each(lambda end: end - threshold))
-        fires = reached & possible
-        some = fires.any(0)
-        lows = torch.stack([count.low for count in self.counts])
-        highs = torch.stack([count.high for count in self.counts])
-        lows = torch.where(fires, lows, torch.inf)
-        highs = torch.where(fires, highs, -torch.inf)
-        fewer = lows.amin(0) + 1
-        more = highs.amax(0) + 1
-        counted = Interval(fewer, more)
-        self.counts.append(counted.each(lambda end: torch.where(some, end, 0.0)))
-        self.counts = [count.times(decay) for count in self.counts]
-        self.reached = [*(reached & ~sure), some]
-
-
 class _Windows:
     """The cases of a layer's steps, from bounds of its sums; see :class:`WindowedSpiking`."""
 
@@ -214,10 +164,12 @@ class _Windows:
         self,
         spiking: RealSpiking,
         trains: DifferentiableTrains,
+        memory: Memory,
         sums: dict[tuple[int, int], Interval],
     ) -> None:
         self.spiking = spiking
         self.trains = trains
+        self.memory = memory
         self.sums = sums
         self.decay = spiking.charging.decay
         self.threshold = spiking.threshold - spiking.rest
@@ -226,20 +178,17 @@ class _Windows:
         """Whether there is a spike at t, for every window that ends there."""
         trains = self.trains
         if t == 0:
-            trains.spiked.begin(self.sums[0, 0].low)
-        charged = [self._charged(t, a) for a in range(t + 1)]
-        low = torch.stack([window.low for window in charged])
-        high = torch.stack([window.high for window in charged])
+            self.memory.begin(self.sums[0, 0].low)
+        charged = stacked([self._charged(t, a) for a in range(t + 1)])
         cases = _Cases(
-            sure=self.spiking.spike(low - self.threshold),
-            possible=self.spiking.spike(high - self.threshold),
-            low=low,
-            high=high,
+            sure=self.spiking.spike(charged.low - self.threshold),
+            possible=self.spiking.spike(charged.high - self.threshold),
+            low=charged.low,
+            high=charged.high,
         )
         trains.windows.append(cases)
         if self.spiking.soft:
-            decay = self.spiking.charging.decay_value
-            trains.spiked.step(cases, self.threshold, decay)
+            self._remember_soft(cases)
 
     def _charged(self, t: int, a: int) -> Interval:
         """Bounds of the potential at t above rest if the last reset was before a."""
@@ -250,7 +199,7 @@ class _Windows:
         low = sums.low
         high = sums.high
         if soft:
-            start = self.trains.spiked.starts[a]
+            start = self.memory.starts[a]
             kept = self.decay ** (t - a + 1)
             low = low + kept * start.low
             high = high + kept * start.high
@@ -261,7 +210,7 @@ class _Windows:
                 high = torch.minimum(high, window.high)
         whole = self.sums.get((0, t))
         if soft and whole is not None:
-            count = self.trains.spiked.counts[a]
+            count = self.memory.discounts[a]
             first = self.threshold * count.low
             second = self.threshold * count.high
             least = whole.low - torch.maximum(first, second)
@@ -279,3 +228,28 @@ class _Windows:
         low = kept * before.low[a] + since.low
         high = kept * silent + since.high
         return Interval(low, high)
+
+    def _remember_soft(self, cases: _Cases) -> None:
+        """Potential and number of spikes after a spike at this step; the number has no graph."""
+        memory = self.memory
+        sure = cases.sure.detach() > 0
+        possible = cases.possible.detach() > 0
+        reached = torch.stack(memory.reached)
+        low = torch.where(reached, cases.low, torch.inf)
+        high = torch.where(reached, cases.high, -torch.inf)
+        least = low.amin(0)
+        most = high.amax(0)
+        fired = Interval(least.clamp(min=self.threshold), most)
+        memory.starts.append(fired.each(lambda end: end - self.threshold))
+        fires = reached & possible
+        some = fires.any(0)
+        counts = stacked(memory.discounts)
+        lows = torch.where(fires, counts.low, torch.inf)
+        highs = torch.where(fires, counts.high, -torch.inf)
+        fewer = lows.amin(0) + 1
+        more = highs.amax(0) + 1
+        counted = Interval(fewer, more)
+        memory.discounts.append(counted.each(lambda end: torch.where(some, end, 0.0)))
+        decay = self.spiking.charging.decay_value
+        memory.discounts = [count.times(decay) for count in memory.discounts]
+        memory.reached = [*(reached & ~sure), some]

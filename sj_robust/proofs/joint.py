@@ -335,7 +335,7 @@ class JointRun(BoundedRun):
         spiking = WindowedSpiking(
             alone.neuron,
             memory=memory,
-            sums=self._sums(alone, memory, some, first=memory.trains.steps),
+            sums=self._sums(alone, some, first=memory.trains.steps),
             error=open_ones(error),
             known=None if known is None else known.each(open_ones),
         )
@@ -393,7 +393,7 @@ class JointRun(BoundedRun):
         return exact.each(in_time)
 
     def _sums(
-        self, dynamics: Spiking, memory: Memory, some: Tensor | slice, *, first: int
+        self, dynamics: Spiking, some: Tensor | slice, *, first: int
     ) -> dict[tuple[int, int], Interval]:
         """Bounds [O] of the sums of every window that ends in a step from the first one on, for
         some of the neurons; one step alone has those of its current.
@@ -403,7 +403,7 @@ class JointRun(BoundedRun):
         def chosen(end: Tensor) -> Tensor:
             return end.flatten()[some]
 
-        currents = [current.each(chosen) for current in memory.currents]
+        currents = [current.each(chosen) for current in self.memories[name].currents]
         steps = len(currents)
         like = currents[0].low
         found = {}
@@ -414,7 +414,7 @@ class JointRun(BoundedRun):
                 continue
             gain = torch.as_tensor(dynamics.tensor_gain_at(t)).to(like)
             charge = _multiples(gain.view(1), currents[t])
-            found[a, t] = charge.each(torch.squeeze)
+            found[a, t] = charge.each(lambda end: end[0])
         if not longer:
             return found
         weights = window_weights(dynamics, torch.tensor(longer), steps)
@@ -426,10 +426,11 @@ class JointRun(BoundedRun):
             all_of_them = self._through(weights)
             sums = all_of_them.each(lambda end: end.flatten(1)[:, some])
         else:
-            sums = weighted_sums(weights, stacked(currents))
             changes = [step.moved(chosen, apart=False) for step in self.changes[name]]
-            if len(changes) == steps:
-                sums = self._with_one_budget(weights, name, sums, currents, changes)
+            if len(changes) == steps and self._have_one_budget(name, changes):
+                sums = _with_one_budget(weights, currents, changes)
+            else:
+                sums = weighted_sums(weights, stacked(currents))
         for window, of_one in zip(longer, sums.steps(), strict=True):
             a, t = window
             found[a, t] = of_one
@@ -447,22 +448,14 @@ class JointRun(BoundedRun):
 
         return [changes.moved(partial(step, t=t), apart=False) for t in range(steps)]
 
-    def _with_one_budget(
-        self,
-        weights: Tensor,
-        name: str,
-        sums: Interval,
-        currents: list[Interval],
-        changes: list[Changes],
-    ) -> Interval:
-        """Bounds of sums of a current's steps, if one budget of changed events is for all steps."""
-        if share_frames(changes):
+    def _have_one_budget(self, name: str, changes: list[Changes]) -> bool:
+        """Whether the steps of a layer's current can have one budget of changed events; if not,
+        the result says so.
+        """
+        shared = share_frames(changes)
+        if shared:
             self.apart[name] = "an event changes its current in several steps"
-            return sums
-        rises, falls = changed_sums(weights, changes)
-        centres = [x.low + step.lowered() for x, step in zip(currents, changes, strict=True)]
-        centre = torch.tensordot(weights, torch.stack(centres), 1)
-        return Interval(centre - falls, centre + rises)
+        return not shared
 
     def _other_run(self) -> BoundedRun:
         """One in which the calls behind bounds run again."""
@@ -532,7 +525,7 @@ class JointRun(BoundedRun):
         stage = self.stages[-1]
         origin = stage.current.origin
         assert origin is not None
-        steps = len(self._current(stage).low)
+        steps = len(by_step(stage.current.radius, self.samples, stage.batch_dim))
         number = len(weights)
         places = steps * (number // steps + 1)
         without = weights.new_zeros(places - number, weights.shape[1])
@@ -551,11 +544,12 @@ class JointRun(BoundedRun):
             for leaf, sums in leaves.items():
                 taken[leaf] = self._weighted_leaf(leaf, sums, some, exact)
             found = replayed(origin, taken)
-            sums = self._current(Stage(stage.leaf, found, stage.batch_dim))
+            # in float32 the ends would be rounded once more
+            wide = Bounds(found.centre.to(weights), found.radius.to(weights), run=exact)
+            sums = self._current(Stage(stage.leaf, wide, stage.batch_dim))
             low.append(sums.low)
             high.append(sums.high)
         every = Interval(torch.cat(low), torch.cat(high))
-        every = every.each(lambda end: end.to(weights))
         asked = every.each(lambda end: end[:number])
         shift = every.each(lambda end: end[-1])
         moved = _multiples(weights.sum(1) - 1.0, shift)
@@ -648,6 +642,14 @@ def window_weights(dynamics: Spiking, windows: Tensor, steps: int) -> Tensor:
     inside = (age >= 0) & (number >= first)
     kept = decay ** age.clamp(min=0)
     return inside * kept * torch.stack(gains)
+
+
+def _with_one_budget(weights: Tensor, currents: list[Interval], changes: list[Changes]) -> Interval:
+    """Bounds of sums of a current's steps, if one budget of changed events is for all steps."""
+    rises, falls = changed_sums(weights, changes)
+    centres = [x.low + step.lowered() for x, step in zip(currents, changes, strict=True)]
+    centre = torch.tensordot(weights, torch.stack(centres), 1)
+    return Interval(centre - falls, centre + rises)
 
 
 def _as_double(value: float | Tensor) -> Tensor:

@@ -399,6 +399,8 @@ def _constant(value: Any, run: Run | None) -> Tensor:
     found: Tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=number)
     if run is not None and run.differentiable:
         return found
+    if found.ndim == 0:
+        found = found.to(number)  # as torch does beside a tensor of the network
     return found.detach().double()
 
 

@@ -145,7 +145,7 @@ class SpikeTrains:
         return sums.each(lambda end: end.view(-1, *shape))
 
     def _packed_steps(self, steps: int) -> _Packed:
-        if self._packed is None or len(self._packed.sure) != steps:
+        if self._packed is None or len(self._packed.spikes.low) != steps:
             spikes = stacked(self.spikes[:steps])
             spikes = spikes.each(lambda end: end.flatten(1))
             undecided = spikes.width().any(0)

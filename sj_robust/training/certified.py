@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from sj_robust.core.checks import check_choice
 from sj_robust.core.preserved import preserved
 from sj_robust.proofs.differentiable import DifferentiableBounds, TrainedMethod
 from sj_robust.proofs.flips import Flips
+from sj_robust.proofs.verification import NormName
 from sj_robust.training.batch_norm import batch_statistics
 
 __all__ = ["CertifiedLoss", "CertifiedOptions"]
@@ -58,7 +59,7 @@ class CertifiedOptions:
     ramp: float = 0.6
     box: float = 1.0
     attacked: bool = False
-    norm: Literal["Linf", "L0"] = "Linf"
+    norm: NormName = "Linf"
 
     @property
     def needs_perturbed(self) -> bool:
@@ -68,6 +69,7 @@ class CertifiedOptions:
     def __post_init__(self) -> None:
         """Check the options."""
         check_choice("bounds", self.bounds, get_args(TrainedMethod))
+        check_choice("norm", self.norm, get_args(NormName))
         if not 0.0 < self.ramp <= 1.0 - _START:
             raise ValueError(
                 f"ramp must be in (0, {1.0 - _START}], got {self.ramp}; the first {_START} of the "

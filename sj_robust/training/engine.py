@@ -54,8 +54,9 @@ def train(
         splits: Training and validation images; the test images are not touched.
         plan: Numbers of the run.
         perturb: Makes the perturbed training images; None trains on clean images alone.
-        validation_attacks: ``"fgsm"`` and ``"pgd"``, for selection and for detecting catastrophic
-            overfitting.
+        validation_attacks: One or more, of which ``plan.select`` may name one; the first is that
+            of the scalars in TensorBoard. Catastrophic overfitting is looked for under ``"fgsm"``
+            and ``"pgd"``.
         accelerator: Device, processes and precision.
         folder: Where the checkpoints go; it exists.
         journal: Is told of every step and epoch.
@@ -72,11 +73,13 @@ def train(
         OSError: If a checkpoint cannot be written; the one before is then intact.
         ValueError: If a checkpoint is damaged, foreign or of a run with other options, a label is
             none of the classes, the batch cannot be shared equally, the network is wrapped in
-            ``nn.DataParallel``, or cannot be compiled.
+            ``nn.DataParallel`` or cannot be compiled, or ``plan.select`` is no figure of the
+            validation.
 
     Source: training of Ding et al. (ICML 2024), section 5, with selection on validation images.
     """
     _check_use(objective, plan, accelerator)
+    plan.check_select(validation_attacks)
     net = objective.classifier.net
     with ExitStack() as stack:
         if plan.sync_batch_norm and accelerator.num_processes > 1:

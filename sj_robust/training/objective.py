@@ -88,9 +88,8 @@ class Objective(nn.Module):
         trades_weight: Weight of the divergence, >= 0 (the 1/lambda of TRADES).
         indicator: ``"mppd"``, ``"tasad"`` or ``"std"``.
         penalties: Further terms, each with its weight; those of weight 0 are left out.
-        certified_eps: Linf radius of the bounds at the end of the training; for ``"certified"``
-            alone.
-        certified_options: How these bounds are trained.
+        certified_eps: Radius of the bounds at the end of the training; for ``"certified"`` alone.
+        certified_options: How these bounds are trained, and the norm of the radius.
 
     Attributes:
         certified: The part with the bounds, whose ``progress`` the training sets; None for another

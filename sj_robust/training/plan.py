@@ -1,10 +1,12 @@
 """The numbers of a training run."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from sj_robust.core.checks import check_choice
 from sj_robust.proofs.differentiable import TrainedMethod
+from sj_robust.proofs.verification import NormName
 
 __all__ = ["SelectName", "TrainingPlan"]
 
@@ -76,7 +78,7 @@ class TrainingPlan:
     seed: int = 0
     select: SelectName = "pgd"
     verified_eps: float | None = None
-    verified_norm: Literal["Linf", "L0"] = "Linf"
+    verified_norm: NormName = "Linf"
     verified_method: TrainedMethod = "joint"
     checkpoint_steps: int | None = None
     workers: int = 0
@@ -100,6 +102,7 @@ class TrainingPlan:
             raise ValueError(
                 "select 'verified' needs verified_eps, the radius of the proofs, such as 8 / 255"
             )
+        check_choice("verified_norm", self.verified_norm, get_args(NormName))
         check_choice("verified_method", self.verified_method, get_args(TrainedMethod))
         if not 0.0 < self.lr < float("inf"):
             raise ValueError(f"lr must be > 0 and finite, got {self.lr}")
@@ -123,6 +126,15 @@ class TrainingPlan:
         for name, size in (("weight_decay", self.weight_decay), ("retraction", self.retraction)):
             if not 0.0 <= size < float("inf"):
                 raise ValueError(f"{name} must be >= 0 and finite, got {size}")
+
+    def check_select(self, attacks: Iterable[str]) -> None:
+        """Raise ValueError unless the best epoch is chosen by a figure of a validation under these
+        attacks.
+        """
+        figures = ["clean", *attacks]
+        if self.verified_eps is not None:
+            figures.append("verified")
+        check_choice("select", self.select, figures)
 
     def check_processes(self, processes: int) -> None:
         """Raise ValueError unless a batch can be cut into equal parts for so many processes."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -31,6 +31,7 @@ from sj_robust.perturbation.gains import perturbation_gains
 from sj_robust.perturbation.gains.design import gain_scalars
 from sj_robust.proofs import verify
 from sj_robust.proofs.differentiable import TrainedMethod
+from sj_robust.proofs.verification import NormName
 from sj_robust.training.history import EpochRecord, catastrophic_overfitting
 from sj_robust.training.journal import Journal
 from sj_robust.training.processes import mixed
@@ -84,7 +85,7 @@ class Validation:
         attacks: Mapping[str, Attack],
         verified_eps: float | None = None,
         verified_method: TrainedMethod = "joint",
-        verified_norm: Literal["Linf", "L0"] = "Linf",
+        verified_norm: NormName = "Linf",
     ) -> dict[str, float]:
         """Accuracy in [0, 1] on clean images and under each attack; every process gets the same
         figures.
@@ -104,9 +105,7 @@ class Validation:
         totals = self._accelerator.reduce(own, "sum").tolist()
         return {name: total / self._size for name, total in zip(counts, totals, strict=True)}
 
-    def _verified(
-        self, model: nn.Module, eps: float, method: TrainedMethod, norm: Literal["Linf", "L0"]
-    ) -> int:
+    def _verified(self, model: nn.Module, eps: float, method: TrainedMethod, norm: NormName) -> int:
         """Number of this process's images that are verified.
 
         All batches go into one call, so that the network is checked only once.
@@ -267,7 +266,7 @@ def final_report(
         configuration: Options of the run.
         environment: Versions, device, commit.
     """
-    norm: Literal["Linf", "L0"] = "L0" if threat.norm == "L0" else "Linf"
+    norm: NormName = "L0" if threat.norm == "L0" else "Linf"
     data = Data.of(_test_loader(splits))
     members = [Member(attack_name, attack, group="") for attack_name, attack in attacks.items()]
     variant = Variant(members, name, seed)
@@ -341,7 +340,7 @@ def _share_verified(
     journal: Journal,
     *,
     eps: float,
-    norm: Literal["Linf", "L0"],
+    norm: NormName,
     method: TrainedMethod,
 ) -> str:
     """How many of the test images are verified, in words."""

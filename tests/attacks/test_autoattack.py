@@ -177,7 +177,6 @@ class TestStrength:
         )
         ours = int((predicted(model, x_adv) == y).sum())
         library_left = int((predicted(model, peer_adv) == y).sum())
-        print("VALUES", ours, library_left)
         assert ours <= library_left + 1  # luck of the random starts
         assert ours < int((predicted(model, x) == y).sum())
 

@@ -126,7 +126,6 @@ class TestReport:
         suite = [row.member for row in report.attacks if row.group == "suite"]
         assert all(report.worst_case.correct <= report.under(name).correct for name in suite)
         assert report.everything.correct <= min(report.worst_case.correct, report.control.correct)
-        print("VALUES", report.worst_case.correct, report.clean.correct)
         assert report.worst_case.correct < report.clean.correct - 3
         assert all(report.within(row) and row.largest <= 10 for row in report.attacks)
         assert report.under("random_both/training/r0").total == 10

@@ -130,6 +130,11 @@ def test_frames_have_windows(exact):
     assert_same_lead(model, frames, torch.tensor([0, 1, 2]), 0.02)
 
 
+def test_a_layer_of_one_neuron_is_bounded_for_a_single_image(exact):
+    model = of_linear_layers(NEURONS["LIF"], 3, (4, 6, 1, 3))
+    assert_same_lead(model, rand(1, 4), torch.tensor([2]), 0.05)
+
+
 def test_a_layer_with_too_many_trains_has_windows(exact, monkeypatch):
     model = of_linear_layers(NEURONS["LIF"], 4)
     monkeypatch.setattr(OverTime, "trains", lambda *args, **kwargs: None)

@@ -652,22 +652,41 @@ def sums_of(kind, model, x):
     return found
 
 
+def gaps_of(model, x):
+    """How far the first sums in float32 are around those in float64, at both ends."""
+    narrow = sums_of(joint.JointRun, model, x)
+    wide = sums_of(InFloat64, model, x)
+    gaps = []
+    for one, other in zip(narrow[:1], wide[:1], strict=True):
+        gaps += [other.low - one.low, one.high - other.high]
+    return gaps
+
+
 @pytest.mark.parametrize("build", NETWORKS[:2])
 @pytest.mark.parametrize("node", ["IF", "DLIF"])
 def test_sums_in_float32_are_around_those_in_float64(build, node):
     gaps = []
     for seed in range(4):
         model = classifier(build, NEURONS[node], seed=seed)
-        x = torch.rand(8, 2, 8, 8)
-        narrow = sums_of(joint.JointRun, model, x)
-        wide = sums_of(InFloat64, model, x)
-        # the next ones begin with other bounds
-        for one, other in zip(narrow[:1], wide[:1], strict=True):
-            gaps += [other.low - one.low, one.high - other.high]
+        gaps += gaps_of(model, torch.rand(8, 2, 8, 8))
     assert len(gaps) > 2
     for gap in gaps:
         assert float(gap.min()) >= 0
         assert float(gap.max()) < 1e-3
+
+
+def test_sums_in_float32_are_around_those_in_float64_without_a_map():
+    torch.manual_seed(0)
+    first = layer.Linear(8, 256)
+    first.weight.data *= 4
+    spiking = neuron.LIFNode(tau=3.0)
+    again = neuron.LIFNode(tau=3.0, decay_input=False, v_threshold=1.2)
+    model = in_steps(first, spiking, again, layer.Linear(256, 3))
+    gaps = gaps_of(model, torch.rand(4, 8))
+    assert len(gaps) == 2
+    for gap in gaps:
+        assert float(gap.min()) >= 0
+        assert float(gap.max()) < 1e-5
 
 
 def test_sums_whose_rounding_is_forgotten_are_noticed(monkeypatch):

@@ -97,6 +97,14 @@ def test_an_affine_map_spreads_a_box_by_its_absolute_values(name):
     assert_close(found.radius, expected)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_number_in_float64_is_one_of_float32_beside_values_of_the_network(sign):
+    x = torch.full((1,), -sign * 0.1)
+    number = torch.tensor(sign * 0.1, dtype=torch.float64)
+    found = rules.Bounds(x.double(), torch.zeros(1).double()) + number
+    assert found.lower <= x + number <= found.upper
+
+
 def test_a_potential_on_the_threshold_needs_the_margin_for_rounding(monkeypatch):
     """The exact sum is below the threshold; float32 rounds it up to the threshold, and there is a
     spike.

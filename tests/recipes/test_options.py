@@ -130,3 +130,10 @@ def test_eps_has_an_effect_without_a_defence_where_eval_eps_is_it():
     assert not {"eps", "lr", "seed"} & without
     known = without_effect(mode="none", rho=1.0, eval_eps=adv_train.Radius("8/255"))
     assert "eps" in known
+
+
+def test_radii_of_images_have_no_effect_beside_changed_events():
+    assert not {"eval_eps", "certified_eps"} & without_effect(mode="certified")
+    assert without_effect(mode="certified", flips=2) >= {"eval_eps", "certified_eps"}
+    assert "eps" in without_effect(mode="none", flips=2)
+    assert "eps" not in without_effect(mode="at", flips=2)

@@ -54,6 +54,11 @@ def test_other_modes_are_selected_by_changed_events(mode, tmp_path):
             "--dataset saccade:digits --mode certified --certified-flips 1",
             "certified_flips goes with flips, got 1.0 alone; give --flips",
         ),
+        ("--select flips", "select must be one of clean, fgsm, pgd, got 'flips'"),
+        (
+            "--dataset saccade:digits --flips 2 --select pgd",
+            "select must be one of clean, flips, got 'pgd'",
+        ),
     ],
 )
 def test_wrong_use(options, message, tmp_path):
