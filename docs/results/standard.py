@@ -1,7 +1,9 @@
-"""What the suites gradient and standard leave of the networks that come with the package.
+"""What the suites gradient and standard leave of the networks that come with the package, and of
+those of the study on CIFAR-10.
 
 python docs/results/standard.py                 # runs/standard keeps what is finished
 python docs/results/standard.py digits/lif      # only these
+python docs/results/standard.py cifar10-4/lif-at  # a network of the study on CIFAR-10, at 4/255
 
 Stopped at any time, the same command goes on where it was. It writes standard.csv, network by
 network, and prints it as a table. Networks for the digits take minutes each on one core, those for
@@ -24,16 +26,21 @@ RUNS = Path("runs", "standard")
 TABLE = Path(__file__).with_name("standard.csv")
 SUITES = ("gradient", "standard")
 CIFAR10 = "--dataset image_folder:data/cifar10_pictures --test-limit 500"
+STUDY = "docs/results/cifar10/networks"
 NETWORKS = {
-    "digits/lif": "--eps 0.1",
-    "digits/lif-at": "--eps 0.1",
-    "digits/dlif-at": "--eps 0.1",
-    "digits/dlif-at-mppd": "--eps 0.1",
-    "digits/dlif-certified": "--eps 0.1",
-    "cifar10/dlif-at": f"--eps 8/255 {CIFAR10}",
-    "cifar10/dlif-at-mppd": f"--eps 8/255 {CIFAR10}",
+    "digits/lif": ("digits/lif", "--eps 0.1"),
+    "digits/lif-at": ("digits/lif-at", "--eps 0.1"),
+    "digits/dlif-at": ("digits/dlif-at", "--eps 0.1"),
+    "digits/dlif-at-mppd": ("digits/dlif-at-mppd", "--eps 0.1"),
+    "digits/dlif-certified": ("digits/dlif-certified", "--eps 0.1"),
+    "cifar10/dlif-at": ("cifar10/dlif-at", f"--eps 8/255 {CIFAR10}"),
+    "cifar10/dlif-at-mppd": ("cifar10/dlif-at-mppd", f"--eps 8/255 {CIFAR10}"),
+    "cifar10-4/lif-at": (f"{STUDY}/lif-at.pt", f"--eps 4/255 {CIFAR10}"),
+    "cifar10-4/lif-at-mppd": (f"{STUDY}/lif-at-mppd.pt", f"--eps 4/255 {CIFAR10}"),
+    "cifar10-4/dlif-at": ("cifar10/dlif-at", f"--eps 4/255 {CIFAR10}"),
+    "cifar10-4/dlif-at-mppd": ("cifar10/dlif-at-mppd", f"--eps 4/255 {CIFAR10}"),
 }
-"""The options of evaluate.py for each of them."""
+"""The network and the options of evaluate.py for each evaluation."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,8 @@ def main() -> None:
     for name, suite in order:
         run = RUNS / name / suite
         if name in names:
-            evaluate(name, suite, NETWORKS[name], run)
+            network, options = NETWORKS[name]
+            evaluate(network, suite, options, run)
         if (ROOT / run / "report.json").exists():
             rows[name, suite] = row(name, suite, Report.load(ROOT / run / "report.json"))
             write_rows(TABLE, [rows[key] for key in order if key in rows])
@@ -69,11 +77,19 @@ def main() -> None:
     print(markdown_table(heads, cells, words=4))
 
 
-def evaluate(name: str, suite: str, options: str, run: Path) -> None:
+def evaluate(network: str, suite: str, options: str, run: Path) -> None:
     """Run the recipe from the root of the repository, or go on with it."""
     if (ROOT / run / "report.json").exists():
         return
-    words = ["recipes/evaluate.py", name, "--suite", suite, *options.split(), "--output", str(run)]
+    words = [
+        "recipes/evaluate.py",
+        network,
+        "--suite",
+        suite,
+        *options.split(),
+        "--output",
+        str(run),
+    ]
     if (ROOT / run).exists():
         words.append("--resume")
     subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
