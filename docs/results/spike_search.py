@@ -5,7 +5,8 @@ python docs/results/spike_search.py                 # every network and seed, mi
 python docs/results/spike_search.py ablation        # only this part
 
 Every row begins with the images of the same four APGD runs, and is counted in seconds of one thread
-of the CPU. AutoAttack of its authors (extra `attacks`) begins at the images themselves. It writes spike_search.csv, row by row; what is there is not run again.
+of the CPU. AutoAttack of its authors (extra `attacks`) begins at the images
+themselves. It writes spike_search.csv, row by row; what is there is not run again.
 """
 
 import sys
