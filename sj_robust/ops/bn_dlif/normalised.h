@@ -1,53 +1,85 @@
-// Batch norm in front of DLIF, for one instruction set: the per-channel numbers of a block are laid out beside its
-// neurons, so that planes of any size, down to one element, run through the same code.
+// Batch norm in front of DLIF, for one instruction set: the per-channel numbers of a block are laid
+// out beside its neurons, so that planes of any size, down to one element, run through the same
+// code.
 #include "../dlif/blocks.h"
 
 namespace sjr {
 namespace SJR_SET {
 namespace {
 
-// GRADIENT: writes the gradient of x. TOTALS: adds up the sums per channel that the other gradients are made of.
-template <class C, bool GRADIENT, bool TOTALS> struct Normalised {
+// GRADIENT: writes the gradient of x. TOTALS: adds up the sums per channel that the other gradients
+// are made of.
+template <class C, bool GRADIENT, bool TOTALS>
+struct Normalised {
   static constexpr bool WRITES = GRADIENT, SUMS = TOTALS;
   static constexpr int B = BLOCK<C>, W = LANES<C>;
   const Job& job;
   double* const channel_sums;  // [2, channels]
-  C *const scale, *const offset, *const mean, *const slope, *const constant, *const g_sum, *const gx_sum;
+  C *const scale, *const offset, *const mean, *const slope, *const constant, *const g_sum,
+                                                                                 *const gx_sum;
   int64_t pattern = -1;  // of the block that filled the tables
 
   Normalised(const Job& j, void* memory, double* sums)
-      : job(j), channel_sums(sums), scale(static_cast<C*>(memory)), offset(scale + B), mean(offset + B), slope(mean + B),
-        constant(slope + B), g_sum(constant + B), gx_sum(g_sum + B) {}
+      : job(j),
+        channel_sums(sums),
+        scale(static_cast<C*>(memory)),
+        offset(scale + B),
+        mean(offset + B),
+        slope(mean + B),
+        constant(slope + B),
+        g_sum(constant + B),
+        gx_sum(g_sum + B) {}
 
   void put_span(const void* table, const Span& span, C* to) const {
-    if (!table) return;
+    if (!table) {
+      return;
+    }
     const C* const values = static_cast<const C*>(table) + span.channel;
-    if (job.channels_last) return read_run(values, span.length, to + span.position);
+    if (job.channels_last) {
+      return read_run(values, span.length, to + span.position);
+    }
     to += span.position;
     int32_t i = 0;
-    for (; i + W <= span.length; i += W) store(to + i, fill(*values));
-    for (; i < span.length; ++i) to[i] = *values;
+    for (; i + W <= span.length; i += W) {
+      store(to + i, fill(*values));
+    }
+    for (; i < span.length; ++i) {
+      to[i] = *values;
+    }
   }
 
   void add_span(const C* from, const Span& span, double* sums) const {
     from += span.position, sums += span.channel;
     int32_t i = 0;
     if (job.channels_last) {
-      for (; i < span.length; ++i) sums[i] += double(from[i]);
+      for (; i < span.length; ++i) {
+        sums[i] += double(from[i]);
+      }
       return;
     }
     Vec<C> vectors = {};
-    for (; i + W <= span.length; i += W) vectors += load(from + i);
+    for (; i + W <= span.length; i += W) {
+      vectors += load(from + i);
+    }
     double total = sum_vector<C>(vectors);
-    for (; i < span.length; ++i) total += double(from[i]);
+    for (; i < span.length; ++i) {
+      total += double(from[i]);
+    }
     *sums += total;
   }
 
   void enter(const Block<B>& block) {
-    if constexpr (TOTALS) std::memset(g_sum, 0, 2 * B * sizeof(C));
-    if (block.pattern >= 0 && block.pattern == pattern) return;
+    if constexpr (TOTALS) {
+      std::memset(g_sum, 0, 2 * B * sizeof(C));
+    }
+    if (block.pattern >= 0 && block.pattern == pattern) {
+      return;
+    }
     pattern = block.pattern;
-    if (block.size < B) std::memset(scale, 0, 5 * B * sizeof(C));  // all five: lanes beyond the tensor must not become NaN
+    if (block.size < B) {
+      std::memset(
+          scale, 0, 5 * B * sizeof(C));  // all five: lanes beyond the tensor must not become NaN
+    }
     for (int i = 0; i < block.n_spans; ++i) {
       const Span& span = block.spans[i];
       put_span(job.scale, span, scale);
@@ -64,60 +96,100 @@ template <class C, bool GRADIENT, bool TOTALS> struct Normalised {
         add_span(g_sum, block.spans[i], channel_sums);
         add_span(gx_sum, block.spans[i], channel_sums + job.channels);
       }
-      if (!job.g_total) return;
-      for (int k = 0; k < B; k += W) store(g_sum + k, load(g_sum + k) * load(scale + k));
+      if (!job.g_total) {
+        return;
+      }
+      for (int k = 0; k < B; k += W) {
+        store(g_sum + k, load(g_sum + k) * load(scale + k));
+      }
       write_runs(block.runs, block.n_runs, g_sum, B, 1, static_cast<C*>(job.g_total), 0, false);
     }
   }
 
-  SJR_TARGET_INLINE Vec<C> input(Vec<C> x, int k) const { return x * load(scale + k) + load(offset + k); }
+  SJR_TARGET_INLINE Vec<C> input(Vec<C> x, int k) const {
+    return x * load(scale + k) + load(offset + k);
+  }
 
-  template <bool STREAM> SJR_TARGET_INLINE void emit(C* gx, Vec<C> g, Vec<C> x, int k) {
+  template <bool STREAM>
+  SJR_TARGET_INLINE void emit(C* gx, Vec<C> g, Vec<C> x, int k) {
     const Vec<C> centred = x - load(mean + k);
     if constexpr (TOTALS) {
       store(g_sum + k, load(g_sum + k) + g);
       store(gx_sum + k, load(gx_sum + k) + g * centred);
     }
-    if constexpr (GRADIENT) put<STREAM>(gx, g * load(scale + k) + centred * load(slope + k) + load(constant + k));
+    if constexpr (GRADIENT) {
+      put<STREAM>(gx, g * load(scale + k) + centred * load(slope + k) + load(constant + k));
+    }
   }
 };
 
 // The tables lie behind the scratch of the blocks.
-template <class C> void* tables(const Job& job, void* memory) { return static_cast<char*>(memory) + blocks_bytes(job); }
+template <class C>
+void* tables(const Job& job, void* memory) {
+  return static_cast<char*>(memory) + blocks_bytes(job);
+}
 
-int64_t scratch_bytes(const Job& job) { return blocks_bytes(job) + 7 * ROWS * SJR_VECTOR_BYTES; }
+int64_t scratch_bytes(const Job& job) {
+  return blocks_bytes(job) + 7 * ROWS * SJR_VECTOR_BYTES;
+}
 
-template <class S, class C> void normalised_forward(const Job& job, int64_t first, int64_t last, void* memory) {
+template <class S, class C>
+void normalised_forward(const Job& job, int64_t first, int64_t last, void* memory) {
   Normalised<C, true, false> norm(job, tables<C>(job, memory), nullptr);
   forward_range<S, C>(job, first, last, memory, norm);
 }
 
 template <class S, class C, bool GRADIENT, bool TOTALS>
-void normalised_backward(const Job& job, int64_t first, int64_t last, void* memory, double* gain_sums, double* channel_sums) {
+void normalised_backward(const Job& job,
+                         int64_t first,
+                         int64_t last,
+                         void* memory,
+                         double* gain_sums,
+                         double* channel_sums) {
   Normalised<C, GRADIENT, TOTALS> norm(job, tables<C>(job, memory), channel_sums);
   backward_range<S, C>(job, first, last, memory, gain_sums, norm);
 }
 
 // Writes the gradient of x where there is room for it, and the sums where they are asked for.
 template <class S, class C>
-void normalised_backward(const Job& job, int64_t first, int64_t last, void* memory, double* gain_sums, double* channel_sums) {
-  if (!job.gx) return normalised_backward<S, C, false, true>(job, first, last, memory, gain_sums, channel_sums);
-  if (job.channel_sums) return normalised_backward<S, C, true, true>(job, first, last, memory, gain_sums, channel_sums);
+void normalised_backward(const Job& job,
+                         int64_t first,
+                         int64_t last,
+                         void* memory,
+                         double* gain_sums,
+                         double* channel_sums) {
+  if (!job.gx) {
+    return normalised_backward<S, C, false, true>(
+        job, first, last, memory, gain_sums, channel_sums);
+  }
+  if (job.channel_sums) {
+    return normalised_backward<S, C, true, true>(job, first, last, memory, gain_sums, channel_sums);
+  }
   return normalised_backward<S, C, true, false>(job, first, last, memory, gain_sums, channel_sums);
 }
 
 void forward(const Job& job, int64_t first, int64_t last, void* memory) {
-  with_types(job, [&](auto s, auto c) { normalised_forward<decltype(s), decltype(c)>(job, first, last, memory); });
-}
-
-void backward(const Job& job, int64_t first, int64_t last, void* memory, double* gain_sums, double* channel_sums) {
   with_types(job, [&](auto s, auto c) {
-    normalised_backward<decltype(s), decltype(c)>(job, first, last, memory, gain_sums, channel_sums);
+    normalised_forward<decltype(s), decltype(c)>(job, first, last, memory);
   });
 }
 
-// Adds, for every channel of one sample, the sums of d and d^2, d = x - shift, to sums [2, channels]. Short sums are in C.
-template <class S, class C> void add_planes(const S* x, const C* shift, int64_t channels, int64_t plane, double* sums) {
+void backward(const Job& job,
+              int64_t first,
+              int64_t last,
+              void* memory,
+              double* gain_sums,
+              double* channel_sums) {
+  with_types(job, [&](auto s, auto c) {
+    normalised_backward<decltype(s), decltype(c)>(
+        job, first, last, memory, gain_sums, channel_sums);
+  });
+}
+
+// Adds, for every channel of one sample, the sums of d and d^2, d = x - shift, to sums [2,
+// channels]. Short sums are in C.
+template <class S, class C>
+void add_planes(const S* x, const C* shift, int64_t channels, int64_t plane, double* sums) {
   constexpr int W = LANES<C>, PART = 2048 / sizeof(C);
   C widened[PART];
   for (int64_t c = 0; c < channels; ++c, x += plane) {
@@ -125,10 +197,11 @@ template <class S, class C> void add_planes(const S* x, const C* shift, int64_t 
     for (int64_t begin = 0; begin < plane; begin += PART) {
       const int64_t n = std::min<int64_t>(PART, plane - begin);
       const C* part = widened;
-      if constexpr (std::is_same_v<S, C>)
+      if constexpr (std::is_same_v<S, C>) {
         part = x + begin;
-      else
+      } else {
         read_run(x + begin, n, widened);
+      }
       Vec<C> first[2] = {}, second[2] = {};
       int64_t i = 0;
       for (; i + 2 * W <= n; i += 2 * W) {
@@ -153,7 +226,8 @@ template <class S, class C> void add_planes(const S* x, const C* shift, int64_t 
   }
 }
 
-template <class S, class C> void add_pixels(const S* x, const C* shift, int64_t channels, int64_t plane, double* sums) {
+template <class S, class C>
+void add_pixels(const S* x, const C* shift, int64_t channels, int64_t plane, double* sums) {
   constexpr int PART = 512 / sizeof(C), PIXELS = 64;
   C widened[PART], first[PART], second[PART];
   for (int64_t p = 0; p < plane; p += PIXELS) {
@@ -170,21 +244,33 @@ template <class S, class C> void add_pixels(const S* x, const C* shift, int64_t 
           second[i] += d * d;
         }
       }
-      for (int64_t i = 0; i < n; ++i) sums[c + i] += double(first[i]);
-      for (int64_t i = 0; i < n; ++i) sums[channels + c + i] += double(second[i]);
+      for (int64_t i = 0; i < n; ++i) {
+        sums[c + i] += double(first[i]);
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        sums[channels + c + i] += double(second[i]);
+      }
     }
   }
 }
 
-template <class S, class C> void add_each_sample(const Job& job, int64_t first, int64_t last, double* sums) {
+template <class S, class C>
+void add_each_sample(const Job& job, int64_t first, int64_t last, double* sums) {
   const int64_t size = job.channels * job.plane;
   const auto add = job.channels_last ? add_pixels<S, C> : add_planes<S, C>;
-  for (int64_t i = first; i < last; ++i)
-    add(static_cast<const S*>(job.x) + i * size, static_cast<const C*>(job.mean), job.channels, job.plane, sums);
+  for (int64_t i = first; i < last; ++i) {
+    add(static_cast<const S*>(job.x) + i * size,
+        static_cast<const C*>(job.mean),
+        job.channels,
+        job.plane,
+        sums);
+  }
 }
 
 void add_samples(const Job& job, int64_t first, int64_t last, double* sums) {
-  with_types(job, [&](auto s, auto c) { add_each_sample<decltype(s), decltype(c)>(job, first, last, sums); });
+  with_types(job, [&](auto s, auto c) {
+    add_each_sample<decltype(s), decltype(c)>(job, first, last, sums);
+  });
 }
 
 }  // namespace

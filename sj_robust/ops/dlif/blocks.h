@@ -1,10 +1,11 @@
-// DLIF on blocks of neurons, for one instruction set. A block walks through all T steps with its potentials in the
-// first-level cache; the backward pass first computes h again into a scratch that stays there too.
-// What happens to x before the neuron, and to its gradient behind it, is a Coupling: Plain in plain.h (nothing),
-// Normalised in bn_dlif. Its functions:
+// DLIF on blocks of neurons, for one instruction set. A block walks through all T steps with its
+// potentials in the first-level cache; the backward pass first computes h again into a scratch that
+// stays there too. What happens to x before the neuron, and to its gradient behind it, is a
+// Coupling: Plain in plain.h (nothing), Normalised in bn_dlif. Its functions:
 //   enter(block), leave(block)               before and after a block
-//   input(x, k)                              current of the neuron for the vector k elements into the block
-//   emit<STREAM>(gx, g, x, k)                gradient g of that current turned into one of x
+//   input(x, k)                              current of the neuron for the vector k elements into
+//   the block emit<STREAM>(gx, g, x, k)                gradient g of that current turned into one
+//   of x
 // and its constants: WRITES (emit writes gx), SUMS (the gradient of the gain is wanted).
 #include "simd.h"
 #include "walk.h"
@@ -13,15 +14,19 @@ namespace sjr {
 namespace SJR_SET {
 namespace {
 
-// What a spike does to the potential. TO_ZERO is TO_VALUE with v_reset = 0, nearly every network's, in fewer instructions.
+// What a spike does to the potential. TO_ZERO is TO_VALUE with v_reset = 0, nearly every network's,
+// in fewer instructions.
 enum Reset { TO_VALUE, TO_ZERO, SOFT };
 
-// Neuron constants in the arithmetic type. The surrogate's are its `height` at 0 (of the sigmoid four times that) and its
-// `slope`, by which z is scaled.
-template <class C> struct Neuron;
-template <int SURROGATE, class C> void row_of_slopes(const C* h, const Neuron<C>& n, C* g);
+// Neuron constants in the arithmetic type. The surrogate's are its `height` at 0 (of the sigmoid
+// four times that) and its `slope`, by which z is scaled.
+template <class C>
+struct Neuron;
+template <int SURROGATE, class C>
+void row_of_slopes(const C* h, const Neuron<C>& n, C* g);
 
-template <class C> struct Neuron {
+template <class C>
+struct Neuron {
   C decay, leak_current, v_threshold, v_reset, v_start, height, slope;
   void (*slopes)(const C* h, const Neuron& n, C* g);  // of a row
   explicit Neuron(const Job& job)
@@ -34,18 +39,31 @@ template <class C> struct Neuron {
         slope(C(job.alpha)),
         slopes(nullptr) {
     switch (job.surrogate) {
-      case TRIANGLE: slope = C(job.alpha * job.alpha); break;
-      case ATAN: height = C(job.alpha / 2), slope = C(1.57079632679489662 * job.alpha); break;
-      case SIGMOID: break;
-      case EXPONENTIAL: height = C(job.alpha / 2), slopes = row_of_slopes<EXPONENTIAL, C>; break;
-      case SOFT_SIGN: height = C(job.alpha / 2), slopes = row_of_slopes<SOFT_SIGN, C>; break;
-      case SUPER_SPIKE: slope = C(1), slopes = row_of_slopes<SOFT_SIGN, C>; break;
-      default: height = C(job.alpha * 0.56418958354775629), slopes = row_of_slopes<ERF, C>;
+      case TRIANGLE:
+        slope = C(job.alpha * job.alpha);
+        break;
+      case ATAN:
+        height = C(job.alpha / 2), slope = C(1.57079632679489662 * job.alpha);
+        break;
+      case SIGMOID:
+        break;
+      case EXPONENTIAL:
+        height = C(job.alpha / 2), slopes = row_of_slopes<EXPONENTIAL, C>;
+        break;
+      case SOFT_SIGN:
+        height = C(job.alpha / 2), slopes = row_of_slopes<SOFT_SIGN, C>;
+        break;
+      case SUPER_SPIKE:
+        slope = C(1), slopes = row_of_slopes<SOFT_SIGN, C>;
+        break;
+      default:
+        height = C(job.alpha * 0.56418958354775629), slopes = row_of_slopes<ERF, C>;
     }
   }
 };
 
-template <int SURROGATE, class C> SJR_INLINE Vec<C> derivative(Vec<C> z, const Neuron<C>& n) {
+template <int SURROGATE, class C>
+SJR_INLINE Vec<C> derivative(Vec<C> z, const Neuron<C>& n) {
   if constexpr (SURROGATE == TRIANGLE) {
     return positive_part<C>(n.height - n.slope * magnitude<C>(z));
   } else if constexpr (SURROGATE == ATAN) {
@@ -65,42 +83,59 @@ template <int SURROGATE, class C> SJR_INLINE Vec<C> derivative(Vec<C> z, const N
   }
 }
 
-// The first three are compiled into backward_block, the others into a row of slopes that it reads: a loop of their own for
-// each instead of every variant of a block, which would be twice the code of the whole library.
+// The first three are compiled into backward_block, the others into a row of slopes that it reads:
+// a loop of their own for each instead of every variant of a block, which would be twice the code
+// of the whole library.
 constexpr int BY_ROWS = EXPONENTIAL;
-template <int SURROGATE, class C> __attribute__((noinline)) void row_of_slopes(const C* h, const Neuron<C>& n, C* g) {
-  for (int k = 0; k < BLOCK<C>; k += LANES<C>) store(g + k, derivative<SURROGATE>(load(h + k) - n.v_threshold, n));
+template <int SURROGATE, class C>
+__attribute__((noinline)) void row_of_slopes(const C* h, const Neuron<C>& n, C* g) {
+  for (int k = 0; k < BLOCK<C>; k += LANES<C>) {
+    store(g + k, derivative<SURROGATE>(load(h + k) - n.v_threshold, n));
+  }
 }
 
-template <Reset RESET, class C> SJR_INLINE Vec<C> after_reset(Vec<C> h, const Neuron<C>& n) {
-  return h >= n.v_threshold ? (RESET == SOFT ? h - n.v_threshold : RESET == TO_ZERO ? Vec<C>{} : fill(n.v_reset)) : h;
+template <Reset RESET, class C>
+SJR_INLINE Vec<C> after_reset(Vec<C> h, const Neuron<C>& n) {
+  return h >= n.v_threshold ? (RESET == SOFT      ? h - n.v_threshold
+                               : RESET == TO_ZERO ? Vec<C>{}
+                                                  : fill(n.v_reset))
+                            : h;
 }
 
-template <Reset RESET, class C> SJR_INLINE Vec<C> charge(Vec<C> v, Vec<C> x, C gain, const Neuron<C>& n) {
+template <Reset RESET, class C>
+SJR_INLINE Vec<C> charge(Vec<C> v, Vec<C> x, C gain, const Neuron<C>& n) {
   const Vec<C> h = v * n.decay + x * gain;
   return RESET == TO_VALUE ? h + n.leak_current : h;
 }
 
-// Asks for what the next block will read in this row: T short rows defeat the processor's own prefetching, and
-// arithmetic and memory would take turns. Beyond the tensor it has no effect.
-template <class C> SJR_INLINE void fetch_ahead(const C* row, int k) {
-  if (k * SJR_VECTOR_BYTES % 64 == 0) __builtin_prefetch(row + BLOCK<C> + k * LANES<C>);
+// Asks for what the next block will read in this row: T short rows defeat the processor's own
+// prefetching, and arithmetic and memory would take turns. Beyond the tensor it has no effect.
+template <class C>
+SJR_INLINE void fetch_ahead(const C* row, int k) {
+  if (k * SJR_VECTOR_BYTES % 64 == 0) {
+    __builtin_prefetch(row + BLOCK<C> + k * LANES<C>);
+  }
 }
 
-// One block; consecutive steps lie `stride` apart, those of x and s x_stride and s_stride; v_init, v_seq and current may be
-// null.
-template <class C> struct ForwardBlock {
+// One block; consecutive steps lie `stride` apart, those of x and s x_stride and s_stride; v_init,
+// v_seq and current may be null.
+template <class C>
+struct ForwardBlock {
   const C *x, *gain, *v_init;
   C *s, *v, *v_seq, *current;
   int64_t T, stride, x_stride, s_stride;
 };
 
 template <class C, class Coupling, Reset RESET, bool STREAM>
-__attribute__((noinline)) void forward_block(const ForwardBlock<C>& b, const Neuron<C> n, Coupling& coupling) {
+__attribute__((noinline)) void forward_block(const ForwardBlock<C>& b,
+                                             const Neuron<C> n,
+                                             Coupling& coupling) {
   constexpr int W = LANES<C>;
   Vec<C> v[ROWS];
-  for (int k = 0; k < ROWS; ++k) v[k] = b.v_init ? load(b.v_init + k * W) : fill(n.v_start);
-  const C *x = b.x;
+  for (int k = 0; k < ROWS; ++k) {
+    v[k] = b.v_init ? load(b.v_init + k * W) : fill(n.v_start);
+  }
+  const C* x = b.x;
   C *s = b.s, *v_seq = b.v_seq, *current = b.current;
   for (int64_t t = 0; t < b.T; ++t, x += b.x_stride, s += b.s_stride) {
     const C gain = b.gain[t];
@@ -112,29 +147,41 @@ __attribute__((noinline)) void forward_block(const ForwardBlock<C>& b, const Neu
       v[k] = after_reset<RESET>(h, n);
     }
     if (v_seq) {
-      for (int k = 0; k < ROWS; ++k) put<STREAM>(v_seq + k * W, v[k]);
+      for (int k = 0; k < ROWS; ++k) {
+        put<STREAM>(v_seq + k * W, v[k]);
+      }
       v_seq += b.stride;
     }
     if (current) {
-      for (int k = 0; k < ROWS; ++k) put<STREAM>(current + k * W, coupling.input(load(x + k * W), k * W));
+      for (int k = 0; k < ROWS; ++k) {
+        put<STREAM>(current + k * W, coupling.input(load(x + k * W), k * W));
+      }
       current += b.stride;
     }
   }
-  for (int k = 0; k < ROWS; ++k) put<STREAM>(b.v + k * W, v[k]);
+  for (int k = 0; k < ROWS; ++k) {
+    put<STREAM>(b.v + k * W, v[k]);
+  }
 }
 
-// One block; v_init, gv, gvs, g_current and gv_init may be null. h is a scratch [T, BLOCK]; gain_sums [T, LANES] is added to.
-template <class C> struct BackwardBlock {
+// One block; v_init, gv, gvs, g_current and gv_init may be null. h is a scratch [T, BLOCK];
+// gain_sums [T, LANES] is added to.
+template <class C>
+struct BackwardBlock {
   const C *x, *gain, *v_init, *gs, *gv, *gvs, *g_current;
   C *gx, *gv_init, *h, *gain_sums;
   int64_t T, stride, x_stride, gs_stride;
 };
 
 template <class C, class Coupling, Reset RESET, int SURROGATE, bool DETACH, bool STREAM>
-__attribute__((noinline)) void backward_block(const BackwardBlock<C>& b, const Neuron<C> n, Coupling& coupling) {
+__attribute__((noinline)) void backward_block(const BackwardBlock<C>& b,
+                                              const Neuron<C> n,
+                                              Coupling& coupling) {
   constexpr int W = LANES<C>;
   Vec<C> v[ROWS];
-  for (int k = 0; k < ROWS; ++k) v[k] = b.v_init ? load(b.v_init + k * W) : fill(n.v_start);
+  for (int k = 0; k < ROWS; ++k) {
+    v[k] = b.v_init ? load(b.v_init + k * W) : fill(n.v_start);
+  }
   for (int64_t t = 0; t < b.T; ++t) {
     const C gain = b.gain[t];
     const C* x = b.x + t * b.x_stride;
@@ -147,105 +194,166 @@ __attribute__((noinline)) void backward_block(const BackwardBlock<C>& b, const N
       v[k] = after_reset<RESET>(h, n);
     }
   }
-  for (int k = 0; k < ROWS; ++k) v[k] = b.gv ? load(b.gv + k * W) : Vec<C>{};  // from here on the gradient of v
+  for (int k = 0; k < ROWS; ++k) {
+    v[k] = b.gv ? load(b.gv + k * W) : Vec<C>{};  // from here on the gradient of v
+  }
   for (int64_t t = b.T - 1; t >= 0; --t) {
     const C gain = b.gain[t];
     const C *x = b.x + t * b.x_stride, *gs = b.gs + t * b.gs_stride, *h_row = b.h + t * BLOCK<C>;
     C* gx = b.gx + t * b.stride;
-    if (b.gvs)
-      for (int k = 0; k < ROWS; ++k) v[k] += load(b.gvs + t * b.stride + k * W);
+    if (b.gvs) {
+      for (int k = 0; k < ROWS; ++k) {
+        v[k] += load(b.gvs + t * b.stride + k * W);
+      }
+    }
     [[maybe_unused]] Vec<C> sums = load(b.gain_sums + t * W);
     alignas(SJR_VECTOR_BYTES) C slopes[SURROGATE == BY_ROWS ? BLOCK<C> : W];
-    if constexpr (SURROGATE == BY_ROWS) n.slopes(h_row, n, slopes);
+    if constexpr (SURROGATE == BY_ROWS) {
+      n.slopes(h_row, n, slopes);
+    }
     SJR_UNROLL
     for (int k = 0; k < ROWS; ++k) {
       const Vec<C> h = load(h_row + k * W);
       Vec<C> g;
-      if constexpr (SURROGATE == BY_ROWS)
+      if constexpr (SURROGATE == BY_ROWS) {
         g = load(slopes + k * W);
-      else
+      } else {
         g = derivative<SURROGATE>(h - n.v_threshold, n);
+      }
       Vec<C> through_spike = load(gs + k * W);
       Vec<C> gh;
       if constexpr (RESET == SOFT) {
-        if constexpr (!DETACH) through_spike -= v[k] * n.v_threshold;
+        if constexpr (!DETACH) {
+          through_spike -= v[k] * n.v_threshold;
+        }
         gh = through_spike * g + v[k];
       } else {
-        if constexpr (!DETACH) through_spike = RESET == TO_ZERO ? through_spike - v[k] * h : through_spike + v[k] * (n.v_reset - h);
+        if constexpr (!DETACH) {
+          through_spike =
+              RESET == TO_ZERO ? through_spike - v[k] * h : through_spike + v[k] * (n.v_reset - h);
+        }
         gh = through_spike * g + (h >= n.v_threshold ? Vec<C>{} : v[k]);
       }
       fetch_ahead<C>(gs, k);
       const Vec<C> xk = load(x + k * W);
       Vec<C> gc = gh * gain;
-      if (b.g_current) gc += load(b.g_current + t * b.stride + k * W);
+      if (b.g_current) {
+        gc += load(b.g_current + t * b.stride + k * W);
+      }
       coupling.template emit<STREAM>(gx + k * W, gc, xk, k * W);
-      if constexpr (Coupling::SUMS) sums += gh * coupling.input(xk, k * W);
+      if constexpr (Coupling::SUMS) {
+        sums += gh * coupling.input(xk, k * W);
+      }
       v[k] = gh * n.decay;
     }
-    if constexpr (Coupling::SUMS) store(b.gain_sums + t * W, sums);
+    if constexpr (Coupling::SUMS) {
+      store(b.gain_sums + t * W, sums);
+    }
   }
-  if (b.gv_init)
-    for (int k = 0; k < ROWS; ++k) store(b.gv_init + k * W, v[k]);
+  if (b.gv_init) {
+    for (int k = 0; k < ROWS; ++k) {
+      store(b.gv_init + k * W, v[k]);
+    }
+  }
 }
 
-template <class C, class K> using ForwardFn = void (*)(const ForwardBlock<C>&, const Neuron<C>, K&);
-template <class C, class K> using BackwardFn = void (*)(const BackwardBlock<C>&, const Neuron<C>, K&);
+template <class C, class K>
+using ForwardFn = void (*)(const ForwardBlock<C>&, const Neuron<C>, K&);
+template <class C, class K>
+using BackwardFn = void (*)(const BackwardBlock<C>&, const Neuron<C>, K&);
 
-// Only float is worth further copies of the code: large tensors with streaming stores, and a reset to zero.
-template <class C> constexpr bool FAST_PATHS = std::is_same_v<C, float>;
+// Only float is worth further copies of the code: large tensors with streaming stores, and a reset
+// to zero.
+template <class C>
+constexpr bool FAST_PATHS = std::is_same_v<C, float>;
 
-template <class C, class K, Reset RESET> ForwardFn<C, K> choose_forward(bool stream) {
+template <class C, class K, Reset RESET>
+ForwardFn<C, K> choose_forward(bool stream) {
   return stream ? forward_block<C, K, RESET, FAST_PATHS<C>> : forward_block<C, K, RESET, false>;
 }
 
-template <class C, class K> ForwardFn<C, K> choose_forward(const Job& job, bool stream) {
-  if (job.soft_reset) return choose_forward<C, K, SOFT>(stream);
-  if constexpr (FAST_PATHS<C>)
-    if (job.v_reset == 0) return choose_forward<C, K, TO_ZERO>(stream);
+template <class C, class K>
+ForwardFn<C, K> choose_forward(const Job& job, bool stream) {
+  if (job.soft_reset) {
+    return choose_forward<C, K, SOFT>(stream);
+  }
+  if constexpr (FAST_PATHS<C>) {
+    if (job.v_reset == 0) {
+      return choose_forward<C, K, TO_ZERO>(stream);
+    }
+  }
   return choose_forward<C, K, TO_VALUE>(stream);
 }
 
-template <class C, class K, Reset RESET, int SURROGATE> BackwardFn<C, K> choose_backward(const Job& job, bool stream) {
+template <class C, class K, Reset RESET, int SURROGATE>
+BackwardFn<C, K> choose_backward(const Job& job, bool stream) {
   constexpr bool S = FAST_PATHS<C> && K::WRITES;
-  if (stream) return job.detach_reset ? backward_block<C, K, RESET, SURROGATE, true, S> : backward_block<C, K, RESET, SURROGATE, false, S>;
-  return job.detach_reset ? backward_block<C, K, RESET, SURROGATE, true, false> : backward_block<C, K, RESET, SURROGATE, false, false>;
+  if (stream) {
+    return job.detach_reset ? backward_block<C, K, RESET, SURROGATE, true, S>
+                            : backward_block<C, K, RESET, SURROGATE, false, S>;
+  }
+  return job.detach_reset ? backward_block<C, K, RESET, SURROGATE, true, false>
+                          : backward_block<C, K, RESET, SURROGATE, false, false>;
 }
 
-template <class C, class K, Reset RESET> BackwardFn<C, K> choose_backward(const Job& job, bool stream) {
+template <class C, class K, Reset RESET>
+BackwardFn<C, K> choose_backward(const Job& job, bool stream) {
   switch (job.surrogate) {
-    case TRIANGLE: return choose_backward<C, K, RESET, TRIANGLE>(job, stream);
-    case ATAN: return choose_backward<C, K, RESET, ATAN>(job, stream);
-    case SIGMOID: return choose_backward<C, K, RESET, SIGMOID>(job, stream);
-    default: return choose_backward<C, K, RESET, BY_ROWS>(job, stream);
+    case TRIANGLE:
+      return choose_backward<C, K, RESET, TRIANGLE>(job, stream);
+    case ATAN:
+      return choose_backward<C, K, RESET, ATAN>(job, stream);
+    case SIGMOID:
+      return choose_backward<C, K, RESET, SIGMOID>(job, stream);
+    default:
+      return choose_backward<C, K, RESET, BY_ROWS>(job, stream);
   }
 }
 
-template <class C, class K> BackwardFn<C, K> choose_backward(const Job& job, bool stream) {
-  if (job.soft_reset) return choose_backward<C, K, SOFT>(job, stream);
-  if constexpr (FAST_PATHS<C>)
-    if (job.v_reset == 0) return choose_backward<C, K, TO_ZERO>(job, stream);
+template <class C, class K>
+BackwardFn<C, K> choose_backward(const Job& job, bool stream) {
+  if (job.soft_reset) {
+    return choose_backward<C, K, SOFT>(job, stream);
+  }
+  if constexpr (FAST_PATHS<C>) {
+    if (job.v_reset == 0) {
+      return choose_backward<C, K, TO_ZERO>(job, stream);
+    }
+  }
   return choose_backward<C, K, TO_VALUE>(job, stream);
 }
 
-template <class C> C* at(void* base, int64_t offset) { return base ? static_cast<C*>(base) + offset : nullptr; }
-template <class C> const C* at(const void* base, int64_t offset) { return base ? static_cast<const C*>(base) + offset : nullptr; }
+template <class C>
+C* at(void* base, int64_t offset) {
+  return base ? static_cast<C*>(base) + offset : nullptr;
+}
+template <class C>
+const C* at(const void* base, int64_t offset) {
+  return base ? static_cast<const C*>(base) + offset : nullptr;
+}
 
 // Streaming stores need every row aligned to the vector.
 inline bool can_stream(const Job& job, const void* out, int64_t element) {
-  return job.stream && reinterpret_cast<uintptr_t>(out) % SJR_VECTOR_BYTES == 0 && job.M * element % SJR_VECTOR_BYTES == 0;
+  return job.stream && reinterpret_cast<uintptr_t>(out) % SJR_VECTOR_BYTES == 0 &&
+         job.M * element % SJR_VECTOR_BYTES == 0;
 }
 
-// Items first..last of one unit. Whole blocks stored in the arithmetic type run in place, the rest passes through a
-// scratch: conversions, pieces of several rows, the last, partial block. Spikes that are pooled do so in any case.
+// Items first..last of one unit. Whole blocks stored in the arithmetic type run in place, the rest
+// passes through a scratch: conversions, pieces of several rows, the last, partial block. Spikes
+// that are pooled do so in any case.
 template <class S, class C, class K>
 void forward_range(const Job& job, int64_t first, int64_t last, void* memory, K& coupling) {
   constexpr int B = BLOCK<C>;
   const int64_t T = job.T, M = job.M, pooled_M = Shape(job).pooled_M;
   const Neuron<C> n(job);
   const ForwardFn<C, K> staged = choose_forward<C, K>(job, false);
-  const ForwardFn<C, K> direct = choose_forward<C, K>(job, !job.pool && can_stream(job, job.s, sizeof(C)) && can_stream(job, job.v_seq, sizeof(C)) && can_stream(job, job.current, sizeof(C)) && can_stream(job, job.v, sizeof(C)));
+  const ForwardFn<C, K> direct = choose_forward<C, K>(
+      job,
+      !job.pool && can_stream(job, job.s, sizeof(C)) && can_stream(job, job.v_seq, sizeof(C)) &&
+          can_stream(job, job.current, sizeof(C)) && can_stream(job, job.v, sizeof(C)));
   C* const xb = static_cast<C*>(memory);
-  C *const sb = xb + T * B, *const vsb = sb + T * B, *const cb = vsb + T * B, *const pb = cb + T * B, *const ib = pb + T * B / 4, *const vb = ib + B;
+  C *const sb = xb + T * B, *const vsb = sb + T * B, *const cb = vsb + T * B,
+           *const pb = cb + T * B, *const ib = pb + T * B / 4, *const vb = ib + B;
   const C* const gain = at<C>(job.gain, 0);
   Walk<B> walk(job, first, last);
   while (walk.next()) {
@@ -256,19 +364,53 @@ void forward_range(const Job& job, int64_t first, int64_t last, void* memory, K&
     coupling.enter(block);
     if (std::is_same_v<S, C> && block.is_row()) {
       C* const s = job.pool ? sb : at<C>(job.s, i);
-      direct({at<C>(job.x, i), gain, at<C>(job.v_init, i), s, at<C>(job.v, i), at<C>(job.v_seq, i), at<C>(job.current, i), T,
-              M, job.x_stride, job.pool ? B : M}, n, coupling);
-    } else {
-      if (!block.is_full()) std::memset(xb, 0, size_t(T * B) * sizeof(C));  // lanes beyond the tensor are zero
-      if (!block.is_full()) std::memset(ib, 0, B * sizeof(C));
-      read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.x, 0), job.x_stride, T, xb, B);
-      if (job.v_init) read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.v_init, 0), 0, 1, ib, B);
-      staged({xb, gain, job.v_init ? ib : nullptr, sb, vb, job.v_seq ? vsb : nullptr, job.current ? cb : nullptr, T, B, B, B}, n,
+      direct({at<C>(job.x, i),
+              gain,
+              at<C>(job.v_init, i),
+              s,
+              at<C>(job.v, i),
+              at<C>(job.v_seq, i),
+              at<C>(job.current, i),
+              T,
+              M,
+              job.x_stride,
+              job.pool ? B : M},
+             n,
              coupling);
-      if (!job.pool) write_runs(runs, n_runs, sb, B, T, at<S>(job.s, 0), M, job.stream);
+    } else {
+      if (!block.is_full()) {
+        std::memset(xb, 0, size_t(T * B) * sizeof(C));  // lanes beyond the tensor are zero
+      }
+      if (!block.is_full()) {
+        std::memset(ib, 0, B * sizeof(C));
+      }
+      read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.x, 0), job.x_stride, T, xb, B);
+      if (job.v_init) {
+        read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.v_init, 0), 0, 1, ib, B);
+      }
+      staged({xb,
+              gain,
+              job.v_init ? ib : nullptr,
+              sb,
+              vb,
+              job.v_seq ? vsb : nullptr,
+              job.current ? cb : nullptr,
+              T,
+              B,
+              B,
+              B},
+             n,
+             coupling);
+      if (!job.pool) {
+        write_runs(runs, n_runs, sb, B, T, at<S>(job.s, 0), M, job.stream);
+      }
       write_runs(runs, n_runs, vb, B, 1, at<C>(job.v, 0), 0, job.stream);
-      if (job.v_seq) write_runs(runs, n_runs, vsb, B, T, at<C>(job.v_seq, 0), M, job.stream);
-      if (job.current) write_runs(runs, n_runs, cb, B, T, at<C>(job.current, 0), M, job.stream);
+      if (job.v_seq) {
+        write_runs(runs, n_runs, vsb, B, T, at<C>(job.v_seq, 0), M, job.stream);
+      }
+      if (job.current) {
+        write_runs(runs, n_runs, cb, B, T, at<C>(job.current, 0), M, job.stream);
+      }
     }
     if (job.pool) {
       pool_block<C>(job, block, sb, pb);
@@ -278,20 +420,25 @@ void forward_range(const Job& job, int64_t first, int64_t last, void* memory, K&
 }
 
 template <class S, class C, class K>
-void backward_range(const Job& job, int64_t first, int64_t last, void* memory, double* gain_sums, K& coupling) {
+void backward_range(
+    const Job& job, int64_t first, int64_t last, void* memory, double* gain_sums, K& coupling) {
   constexpr int B = BLOCK<C>, W = LANES<C>;
   const int64_t T = job.T, M = job.M, pooled_M = Shape(job).pooled_M;
   const Neuron<C> n(job);
   const BackwardFn<C, K> staged = choose_backward<C, K>(job, false);
   const BackwardFn<C, K> direct = choose_backward<C, K>(job, can_stream(job, job.gx, sizeof(C)));
   C* const h = static_cast<C*>(memory);
-  C *const xb = h + T * B, *const gsb = xb + T * B, *const gvsb = gsb + T * B, *const gxb = gvsb + T * B, *const gcb = gxb + T * B, *const pb = gcb + T * B;
-  C *const sums = pb + T * B / 4, *const ib = sums + T * W, *const gvb = ib + B, *const gib = gvb + B;
+  C *const xb = h + T * B, *const gsb = xb + T * B, *const gvsb = gsb + T * B,
+           *const gxb = gvsb + T * B, *const gcb = gxb + T * B, *const pb = gcb + T * B;
+  C *const sums = pb + T * B / 4, *const ib = sums + T * W, *const gvb = ib + B,
+           *const gib = gvb + B;
   const C* const gain = at<C>(job.gain, 0);
   std::memset(sums, 0, size_t(T * W) * sizeof(C));
   int64_t summed = 0;
   const auto flush = [&] {  // short sums in C, long ones in double
-    for (int64_t t = 0; t < T; ++t) gain_sums[t] += sum_lanes(sums + t * W);
+    for (int64_t t = 0; t < T; ++t) {
+      gain_sums[t] += sum_lanes(sums + t * W);
+    }
     std::memset(sums, 0, size_t(T * W) * sizeof(C));
     summed = 0;
   };
@@ -303,33 +450,97 @@ void backward_range(const Job& job, int64_t first, int64_t last, void* memory, d
     const int64_t i = runs[0].offset;
     coupling.enter(block);
     if (job.pool) {
-      read_runs(block.pooled, block.n_pooled, ahead.pooled, ahead.n_pooled, at<S>(job.gs, 0), pooled_M, T, pb, B / 4);
+      read_runs(block.pooled,
+                block.n_pooled,
+                ahead.pooled,
+                ahead.n_pooled,
+                at<S>(job.gs, 0),
+                pooled_M,
+                T,
+                pb,
+                B / 4);
       share_block<C>(job, block, pb, gsb);
     }
     if (std::is_same_v<S, C> && block.is_row()) {
       const C* const gs = job.pool ? gsb : at<C>(job.gs, i);
-      direct({at<C>(job.x, i), gain, at<C>(job.v_init, i), gs, at<C>(job.gv, i), at<C>(job.gvs, i),
-              at<C>(job.g_current, i), at<C>(job.gx, i), at<C>(job.gv_init, i), h, sums, T, M, job.x_stride, job.pool ? B : M}, n, coupling);
+      direct({at<C>(job.x, i),
+              gain,
+              at<C>(job.v_init, i),
+              gs,
+              at<C>(job.gv, i),
+              at<C>(job.gvs, i),
+              at<C>(job.g_current, i),
+              at<C>(job.gx, i),
+              at<C>(job.gv_init, i),
+              h,
+              sums,
+              T,
+              M,
+              job.x_stride,
+              job.pool ? B : M},
+             n,
+             coupling);
     } else {
       const bool full = block.is_full();
-      if (!full) std::memset(xb, 0, size_t(T * B) * sizeof(C));
-      if (!full && !job.pool) std::memset(gsb, 0, size_t(T * B) * sizeof(C));
-      if (!full && job.gvs) std::memset(gvsb, 0, size_t(T * B) * sizeof(C));
-      if (!full && job.g_current) std::memset(gcb, 0, size_t(T * B) * sizeof(C));
-      if (!full) std::memset(ib, 0, 2 * B * sizeof(C));
+      if (!full) {
+        std::memset(xb, 0, size_t(T * B) * sizeof(C));
+      }
+      if (!full && !job.pool) {
+        std::memset(gsb, 0, size_t(T * B) * sizeof(C));
+      }
+      if (!full && job.gvs) {
+        std::memset(gvsb, 0, size_t(T * B) * sizeof(C));
+      }
+      if (!full && job.g_current) {
+        std::memset(gcb, 0, size_t(T * B) * sizeof(C));
+      }
+      if (!full) {
+        std::memset(ib, 0, 2 * B * sizeof(C));
+      }
       read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.x, 0), job.x_stride, T, xb, B);
-      if (!job.pool) read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.gs, 0), M, T, gsb, B);
-      if (job.v_init) read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.v_init, 0), 0, 1, ib, B);
-      if (job.gv) read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.gv, 0), 0, 1, gvb, B);
-      if (job.gvs) read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.gvs, 0), M, T, gvsb, B);
-      if (job.g_current) read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.g_current, 0), M, T, gcb, B);
-      staged({xb, gain, job.v_init ? ib : nullptr, gsb, job.gv ? gvb : nullptr, job.gvs ? gvsb : nullptr,
-              job.g_current ? gcb : nullptr, gxb, job.gv_init ? gib : nullptr, h, sums, T, B, B, B}, n, coupling);
-      if constexpr (K::WRITES) write_runs(runs, n_runs, gxb, B, T, at<S>(job.gx, 0), M, job.stream);
-      if (job.gv_init) write_runs(runs, n_runs, gib, B, 1, at<C>(job.gv_init, 0), 0, job.stream);
+      if (!job.pool) {
+        read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.gs, 0), M, T, gsb, B);
+      }
+      if (job.v_init) {
+        read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.v_init, 0), 0, 1, ib, B);
+      }
+      if (job.gv) {
+        read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.gv, 0), 0, 1, gvb, B);
+      }
+      if (job.gvs) {
+        read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.gvs, 0), M, T, gvsb, B);
+      }
+      if (job.g_current) {
+        read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.g_current, 0), M, T, gcb, B);
+      }
+      staged({xb,
+              gain,
+              job.v_init ? ib : nullptr,
+              gsb,
+              job.gv ? gvb : nullptr,
+              job.gvs ? gvsb : nullptr,
+              job.g_current ? gcb : nullptr,
+              gxb,
+              job.gv_init ? gib : nullptr,
+              h,
+              sums,
+              T,
+              B,
+              B,
+              B},
+             n,
+             coupling);
+      if constexpr (K::WRITES) {
+        write_runs(runs, n_runs, gxb, B, T, at<S>(job.gx, 0), M, job.stream);
+      }
+      if (job.gv_init) {
+        write_runs(runs, n_runs, gib, B, 1, at<C>(job.gv_init, 0), 0, job.stream);
+      }
     }
     coupling.leave(block);
-    if ((summed += block.size) >= FLUSH) flush();
+    if ((summed += block.size) >= FLUSH) {
+      flush();
+    }
   }
   flush();
 }

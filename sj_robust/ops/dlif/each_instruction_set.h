@@ -1,9 +1,11 @@
-// Includes SJR_BODY once per instruction set, inside namespace sjr::<set>, with SJR_VECTOR_BYTES set to its vector width
-// and SJR_LEVEL to 0, 1 or 2: a compiler need not define __AVX2__ and the like inside a region with that target.
-// One source, one object, no per-file compiler flags; no header of the standard library may be included by the body,
-// so that no function compiled for a newer processor can replace a shared one.
+// Includes SJR_BODY once per instruction set, inside namespace sjr::<set>, with SJR_VECTOR_BYTES
+// set to its vector width and SJR_LEVEL to 0, 1 or 2: a compiler need not define __AVX2__ and the
+// like inside a region with that target. One source, one object, no per-file compiler flags; no
+// header of the standard library may be included by the body, so that no function compiled for a
+// newer processor can replace a shared one.
 #if !defined(SJR_BASELINE_BYTES)
-#define SJR_BASELINE_BYTES 16  // SSE2, NEON; tests may widen it to run the code path of another width
+#define SJR_BASELINE_BYTES \
+  16  // SSE2, NEON; tests may widen it to run the code path of another width
 #endif
 
 #define SJR_TARGET_INLINE inline __attribute__((always_inline))
@@ -42,7 +44,8 @@
 #undef SJR_VECTOR_BYTES
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), \
+                             apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options

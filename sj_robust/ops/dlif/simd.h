@@ -3,33 +3,45 @@ namespace sjr {
 namespace SJR_SET {
 namespace {
 
-template <class C> struct Simd;
-template <> struct Simd<float> {
+template <class C>
+struct Simd;
+template <>
+struct Simd<float> {
   typedef float V __attribute__((vector_size(SJR_VECTOR_BYTES)));
   typedef int32_t I __attribute__((vector_size(SJR_VECTOR_BYTES)));
   typedef uint32_t U __attribute__((vector_size(SJR_VECTOR_BYTES)));
 };
-template <> struct Simd<double> {
+template <>
+struct Simd<double> {
   typedef double V __attribute__((vector_size(SJR_VECTOR_BYTES)));
   typedef int64_t I __attribute__((vector_size(SJR_VECTOR_BYTES)));
   typedef uint64_t U __attribute__((vector_size(SJR_VECTOR_BYTES)));
 };
-template <class C> using Vec = typename Simd<C>::V;
+template <class C>
+using Vec = typename Simd<C>::V;
 
-template <class C> constexpr int LANES = SJR_VECTOR_BYTES / int(sizeof(C));
-constexpr int ROWS = 512 / SJR_VECTOR_BYTES;               // vectors of a block: T short rows are slower to fetch than long ones
-template <class C> constexpr int BLOCK = ROWS * LANES<C>;  // neurons that walk through all steps together
+template <class C>
+constexpr int LANES = SJR_VECTOR_BYTES / int(sizeof(C));
+constexpr int ROWS =
+    512 / SJR_VECTOR_BYTES;  // vectors of a block: T short rows are slower to fetch than long ones
+template <class C>
+constexpr int BLOCK = ROWS * LANES<C>;  // neurons that walk through all steps together
 
-template <class C> SJR_INLINE Vec<C> load(const C* p) {
+template <class C>
+SJR_INLINE Vec<C> load(const C* p) {
   Vec<C> v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
-template <class C> SJR_INLINE void store(C* p, Vec<C> v) { std::memcpy(p, &v, sizeof v); }
+template <class C>
+SJR_INLINE void store(C* p, Vec<C> v) {
+  std::memcpy(p, &v, sizeof v);
+}
 
 // Past the cache where STREAM is set; p must then be aligned to the vector.
-template <bool STREAM, class C> SJR_INLINE void put(C* p, Vec<C> v) {
+template <bool STREAM, class C>
+SJR_INLINE void put(C* p, Vec<C> v) {
   if constexpr (STREAM) {
 #if defined(__clang__)
     __builtin_nontemporal_store(v, reinterpret_cast<Vec<C>*>(p));
@@ -50,15 +62,21 @@ template <bool STREAM, class C> SJR_INLINE void put(C* p, Vec<C> v) {
   store(p, v);
 }
 
-template <class C> SJR_INLINE Vec<C> fill(C a) { return a - Vec<C>{}; }  // keeps the sign of -0.0, unlike a + 0
+template <class C>
+SJR_INLINE Vec<C> fill(C a) {
+  return a - Vec<C>{};
+}  // keeps the sign of -0.0, unlike a + 0
 
-template <class C> SJR_INLINE Vec<C> magnitude(Vec<C> v) {
+template <class C>
+SJR_INLINE Vec<C> magnitude(Vec<C> v) {
   using U = typename Simd<C>::U;
   return (Vec<C>)((U)v & (~U{} >> 1));
 }
 
-// max(v, 0), with NaN staying NaN: of two operands that cannot be ordered the instruction takes the second.
-template <class C> SJR_INLINE Vec<C> positive_part(Vec<C> v) {
+// max(v, 0), with NaN staying NaN: of two operands that cannot be ordered the instruction takes the
+// second.
+template <class C>
+SJR_INLINE Vec<C> positive_part(Vec<C> v) {
 #if defined(__x86_64__)
   if constexpr (std::is_same_v<C, float>) {
 #if SJR_LEVEL == 2
@@ -74,7 +92,8 @@ template <class C> SJR_INLINE Vec<C> positive_part(Vec<C> v) {
 }
 
 // Sum of N numbers, halves on halves.
-template <class C, int N = LANES<C>> SJR_INLINE C sum_lanes(const C* p) {
+template <class C, int N = LANES<C>>
+SJR_INLINE C sum_lanes(const C* p) {
   if constexpr (N == 1) {
     return *p;
   } else {
@@ -89,18 +108,20 @@ template <class C, int N = LANES<C>> SJR_INLINE C sum_lanes(const C* p) {
   }
 }
 
-template <class C> SJR_INLINE C sum_vector(Vec<C> v) {
+template <class C>
+SJR_INLINE C sum_vector(Vec<C> v) {
   alignas(SJR_VECTOR_BYTES) C lanes[LANES<C>];
   store(lanes, v);
   return sum_lanes(lanes);
 }
 
-// e^x. In float a polynomial, relative error < 2e-7, x at most 88, and 0 where the result is hardly a normal number; NaN
-// stays NaN.
+// e^x. In float a polynomial, relative error < 2e-7, x at most 88, and 0 where the result is hardly
+// a normal number; NaN stays NaN.
 SJR_INLINE Vec<float> exponential(Vec<float> x) {
   using U = Simd<float>::U;
   x = x > 88.0f ? fill(88.0f) : x;
-  const Vec<float> shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the integer part sits in the low bits
+  const Vec<float> shifted =
+      x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the integer part sits in the low bits
   const Vec<float> n = shifted - 12582912.0f;
   const Vec<float> r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   Vec<float> y = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -114,40 +135,54 @@ SJR_INLINE Vec<float> exponential(Vec<float> x) {
 }
 
 SJR_INLINE Vec<double> exponential(Vec<double> x) {
-  for (int i = 0; i < LANES<double>; ++i) x[i] = __builtin_exp(x[i]);
+  for (int i = 0; i < LANES<double>; ++i) {
+    x[i] = __builtin_exp(x[i]);
+  }
   return x;
 }
 
-// Numbers as stored and as computed with. Branch-free, so that a loop over a row becomes vector code; conversions to
-// half and bfloat16 round to nearest even, as torch's do.
-template <class To, class From> SJR_INLINE To bits_as(From from) {
+// Numbers as stored and as computed with. Branch-free, so that a loop over a row becomes vector
+// code; conversions to half and bfloat16 round to nearest even, as torch's do.
+template <class To, class From>
+SJR_INLINE To bits_as(From from) {
   To to;
   static_assert(sizeof to == sizeof from, "same size");
   std::memcpy(&to, &from, sizeof to);
   return to;
 }
 
-template <class C> SJR_INLINE C widen(C a) { return a; }
+template <class C>
+SJR_INLINE C widen(C a) {
+  return a;
+}
 
-template <class C> SJR_INLINE C widen(BFloat16 a) { return C(bits_as<float>(uint32_t(a.bits) << 16)); }
+template <class C>
+SJR_INLINE C widen(BFloat16 a) {
+  return C(bits_as<float>(uint32_t(a.bits) << 16));
+}
 
-template <class C> SJR_INLINE C widen(Half a) {
+template <class C>
+SJR_INLINE C widen(Half a) {
   const uint32_t sign = uint32_t(a.bits & 0x8000u) << 16, m = uint32_t(a.bits & 0x7fffu) << 13;
-  const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(m + (113u << 23)) - bits_as<float>(113u << 23));
+  const uint32_t subnormal =
+      bits_as<uint32_t>(bits_as<float>(m + (113u << 23)) - bits_as<float>(113u << 23));
   const uint32_t finite = m < (1u << 23) ? subnormal : m + (112u << 23);
   return C(bits_as<float>(sign | (m >= (31u << 23) ? m + (224u << 23) : finite)));
 }
 
-template <class S, class C> struct Narrow {
+template <class S, class C>
+struct Narrow {
   static SJR_TARGET_INLINE S from(C a) { return a; }
 };
-template <class C> struct Narrow<BFloat16, C> {
+template <class C>
+struct Narrow<BFloat16, C> {
   static SJR_TARGET_INLINE BFloat16 from(C a) {
     const uint32_t u = bits_as<uint32_t>(a), rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     return {uint16_t((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded)};
   }
 };
-template <class C> struct Narrow<Half, C> {
+template <class C>
+struct Narrow<Half, C> {
   static SJR_TARGET_INLINE Half from(C a) {
     const uint32_t u = bits_as<uint32_t>(a), sign = (u >> 16) & 0x8000u, m = u & 0x7fffffffu;
     const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(m) + 0.5f) - (126u << 23);
