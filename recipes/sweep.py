@@ -44,8 +44,8 @@ class Options:
 
     # runs
     base: str | None = None
-    """Options of adv_train.py that all runs start from, a YAML file or the name of one in
-    recipes/configs; None for its defaults."""
+    """Options of adv_train.py that all runs start from, a YAML file or the name of a preset such
+    as digits; None for its defaults."""
     options: Annotated[YamlDict, NamesCode()] = field(default_factory=dict)
     """Further options of adv_train.py, the same for all runs; they override base,
     and those of the command line are added to those of a file."""
@@ -220,14 +220,7 @@ def plan(options: Options, folder: Path) -> list[PlannedRun]:
 
 def base_options(base: str | None) -> dict[str, Any]:
     """Options in a file, or in the preset of that name."""
-    if base is None:
-        return {}
-    places = [Path(base), RECIPES / "configs" / f"{base}.yaml"]
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        known = f"it is a YAML file, or the name of one in {places[1].parent}"
-        raise FileNotFoundError(f"base {base} does not exist; {known}")
-    return read_file(path)
+    return {} if base is None else read_file(Path(base))
 
 
 @contextmanager

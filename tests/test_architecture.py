@@ -32,6 +32,7 @@ LIBRARY = [
     {"evaluation"},
     {"training"},
     {"doctor"},
+    {"__main__"},
 ]
 LAYERS = [*LIBRARY, {"lab"}, {"recipes"}]
 HOST_FILES = {

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from sj_robust.core.commands import as_called
 from sj_robust.core.saved import markdown_table, saved_format, write_whole
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.run.suites import GRADES
@@ -176,7 +177,7 @@ def _command(configuration: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
                 words.append(f"--{flag}" if value else f"--no-{flag}")
             else:
                 words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words)
+    return as_called(shlex.join(words))
 
 
 def _changes(now: Mapping[str, str], table: Path) -> list[str]:

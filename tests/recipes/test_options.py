@@ -34,15 +34,28 @@ def test_the_page_of_the_options_has_all_of_them(recipe):
         assert text in told, f"{name}: run python docs/options/generate.py"
 
 
-@pytest.mark.parametrize(
+HELP_AND_WRONG_OPTIONS = pytest.mark.parametrize(
     ("words", "code", "told"),
     [
         (["--help-all"], 0, "--output"),
         (["--output", "/proc/eps"], 2, "output must be a folder that can be written"),
     ],
 )
+
+
+@HELP_AND_WRONG_OPTIONS
 def test_help_and_wrong_options_do_not_wait_for_torch(recipe, words, code, told):
-    command = [sys.executable, "-X", "importtime", recipe.__file__, *words]
+    check_light([recipe.__file__, *words], code, told)
+
+
+@HELP_AND_WRONG_OPTIONS
+def test_nor_does_the_command(words, code, told):
+    check_light(["-m", "sj_robust", "train", *words], code, told)
+
+
+def check_light(words, code, told):
+    """Python with these words ends with the code, says the text, and is quick."""
+    command = [sys.executable, "-X", "importtime", *words]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
