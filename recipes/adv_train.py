@@ -84,8 +84,14 @@ class Options:
     module:function of yours."""
     model_options: YamlDict = field(default_factory=dict)
     """Further keyword arguments of the network."""
-    neuron: Annotated[Literal["dlif", "lif", "plif", "if", "relu"], Often()] = "dlif"
-    """Spiking neuron of the trained network; relu: the ordinary network (T 1)."""
+    neuron: Annotated[
+        Literal["dlif", "lif", "plif", "if", "relu", "tgo", "feel", "hosnn", "stog"], Often()
+    ] = "dlif"
+    """Spiking neuron of the trained network; relu: the ordinary network (T 1); tgo, feel, hosnn,
+    stog: neurons of defences."""
+    encoder: Literal["direct", "poisson", "feel"] = "direct"
+    """Frames of an image: direct repeats it, poisson draws spikes, feel takes away high
+    frequencies."""
     learn_gain: Annotated[bool, Idle(lambda options: options.neuron != "dlif")] = True
     """False leaves DLIF's gain at 1, as LIF."""
     T: Annotated[PositiveInt, Often()] = 4
@@ -168,6 +174,12 @@ class Options:
     """Weight of the penalty on potentials near the threshold; 0 leaves it out."""
     guard_margin: Annotated[float, Idle(lambda options: options.threshold_guard == 0)] = 0.5
     """How near; threshold: 1."""
+    guard_rising: Annotated[bool, Idle(lambda options: options.threshold_guard == 0)] = False
+    """Let this weight rise from 0 over the training (TGO)."""
+    mpd_sgr: float = 0.0
+    """Weight of the penalty on potentials within reach of the surrogate; 0 leaves it out."""
+    gate_rates: float = 0.0
+    """Weight of the squared rates of the gates of stog (its paper: 5e-6); 0 leaves it out."""
     gain_penalty: float = 0.0
     """Weight of the penalty on the gain of DLIF layers over time; 0 leaves it out."""
     l1: float = 0.0
@@ -239,6 +251,8 @@ from lab.run_folder import open_run_folder
 from sj_robust import SpikingClassifier, training
 from sj_robust.attacks import Attack, ThreatModel
 from sj_robust.data import ImageSplits, load_images
+from sj_robust.defences import SurrogateOverlap
+from sj_robust.defences.stog import GateRates
 from sj_robust.evaluation import Report
 from sj_robust.models import NetworkSpec, build_classifier, start_from
 from sj_robust.proofs.differentiable import TrainedMethod
@@ -415,7 +429,11 @@ def prepared(
         )
     penalties = (
         training.GradientSparsity(options.gradient_sparsity),
-        training.ThresholdGuarding(options.threshold_guard, margin=options.guard_margin),
+        training.ThresholdGuarding(
+            options.threshold_guard, margin=options.guard_margin, rising=options.guard_rising
+        ),
+        SurrogateOverlap(options.mpd_sgr),
+        GateRates(options.gate_rates),
         training.StabilityGain(options.gain_penalty),
         training.WeightMagnitude(options.l1),
     )
@@ -449,6 +467,7 @@ def network_spec(options: Options, splits: ImageSplits) -> NetworkSpec:
         hidden=options.hidden,
         options=options.model_options,
         frames=splits.frames,
+        encoder=options.encoder,
         mean=splits.mean if options.mean is None else tuple(options.mean),
         std=splits.std if options.std is None else tuple(options.std),
         learn_gain=options.learn_gain,
@@ -460,6 +479,7 @@ def undefended(options: Options) -> Options:
     return replace(
         options,
         neuron="lif",
+        encoder="direct",
         mode="none",
         select="clean",
         attack_steps=None,
@@ -467,6 +487,8 @@ def undefended(options: Options) -> Options:
         pretrained=None,
         gradient_sparsity=0.0,
         threshold_guard=0.0,
+        mpd_sgr=0.0,
+        gate_rates=0.0,
         gain_penalty=0.0,
         l1=0.0,
     )

@@ -26,6 +26,7 @@ LIBRARY = [
     {"_version", "core", "ops"},
     {"neuron"},
     {"classifier"},
+    {"defences"},
     {"attacks", "estimators", "proofs"},
     {"perturbation"},
     {"data", "models"},

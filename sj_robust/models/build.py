@@ -1,15 +1,25 @@
 """Networks by name: what a checkpoint needs to build its network again."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier
+from sj_robust.classifier import PoissonEncoder, SpikingClassifier, SpikingEventClassifier
+from sj_robust.defences import (
+    EvolvingLeakNode,
+    FrequencyEncoder,
+    HomeostaticNode,
+    NoisyLIFNode,
+    StochasticGate,
+)
 from sj_robust.models.chain import VGG, VGG_FEATURES, FullyConnected, SmallConvNet
 from sj_robust.models.foreign import call_with_known, find_function
 from sj_robust.models.wide_resnet import WIDE_RESNETS, WideResNet
@@ -20,6 +30,13 @@ __all__ = ["NETWORKS", "NetworkSpec", "build_classifier", "build_network"]
 
 NETWORKS = ("small", "mlp", *VGG_FEATURES, *WIDE_RESNETS)
 """Names of the architectures of this package."""
+
+NeuronName = Literal["dlif", "lif", "if", "plif", "relu", "tgo", "feel", "hosnn", "stog"]
+EncoderName = Literal["direct", "poisson", "feel"]
+_ENCODERS: dict[EncoderName, Callable[[], nn.Module]] = {
+    "poisson": PoissonEncoder,
+    "feel": FrequencyEncoder,
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +53,10 @@ class NetworkSpec:
             signature names, and with ``options``.
         neuron: ``"dlif"``, or one of SpikingJelly's ``"lif"`` and ``"plif"``
             (``decay_input=False``, as DLIF with all gains 1) and ``"if"``; all with the triangle
-            surrogate and a hard reset to 0. ``"relu"`` builds the ordinary network with ReLU in
+            surrogate and a hard reset to 0; or the neuron of a defence of
+            :mod:`sj_robust.defences`: ``"tgo"`` (``NoisyLIFNode``), ``"feel"``
+            (``EvolvingLeakNode``), ``"hosnn"`` (``HomeostaticNode``), ``"stog"`` (LIF with a
+            ``StochasticGate`` behind it). ``"relu"`` builds the ordinary network with ReLU in
             their place, for T = 1, which shows what spikes cost. With ``"dlif"`` the IF, LIF and
             PLIF neurons that a network from elsewhere brings are converted by
             ``replace_neurons``, which keeps their own tau.
@@ -55,6 +75,9 @@ class NetworkSpec:
             none.
         std: Standard deviation per channel that they are divided by; None for none.
         frames: Whether samples are event frames [T, C, H, W] instead of images.
+        encoder: What turns an image into the frame of a step: ``"direct"`` repeats it,
+            ``"poisson"`` draws spikes (``PoissonEncoder``), ``"feel"`` takes high frequencies away
+            (``FrequencyEncoder``).
         options: Further keyword arguments of the architecture, plain data.
 
     Examples:
@@ -63,7 +86,7 @@ class NetworkSpec:
     """
 
     name: str = "small"
-    neuron: Literal["dlif", "lif", "if", "plif", "relu"] = "dlif"
+    neuron: NeuronName = "dlif"
     image_shape: tuple[int, int, int] = (1, 8, 8)
     classes: int = 10
     T: int = 4
@@ -75,6 +98,7 @@ class NetworkSpec:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     frames: bool = False
+    encoder: EncoderName = "direct"
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -138,7 +162,25 @@ def _built(spec: NetworkSpec) -> nn.Module:
     for module in net.modules():
         if isinstance(module, Stage) and not spec.fused:
             module.one_pass = False
+    if any(map(is_lazy, net.parameters())):
+        _find_shapes(built, spec)
     return built
+
+
+@torch.no_grad()
+def _find_shapes(built: nn.Module, spec: NetworkSpec) -> None:
+    """Run the network once, so that what has one value per neuron finds its shape."""
+    images = torch.zeros(1, *spec.image_shape)
+    run = built
+    if not isinstance(built, SpikingClassifier) and spec.name not in NETWORKS:
+        kind = SpikingEventClassifier if spec.frames else SpikingClassifier
+        if spec.frames:
+            images = torch.zeros(1, spec.T, *spec.image_shape)
+        trial = kind(copy.deepcopy(built), spec.T).find_convention(images)
+        run = kind(built, spec.T, takes=trial.takes)
+    run.eval()(images)
+    built.train()
+    functional.reset_net(built)
 
 
 def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
@@ -170,12 +212,28 @@ def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
             raise ValueError(
                 f"{name} must have one value per channel ({spec.image_shape[0]}), got {values}"
             )
+    if spec.encoder not in get_args(EncoderName):
+        raise ValueError(
+            f"encoder must be one of {', '.join(get_args(EncoderName))}, got {spec.encoder!r}"
+        )
+    encodes = spec.encoder != "direct"
+    if encodes and spec.frames:
+        raise ValueError(
+            f"encoder is for images, event frames stay as they are, got {spec.encoder}; leave it "
+            "out"
+        )
     net = _built(spec)
     if isinstance(net, SpikingClassifier):
+        if encodes:
+            raise ValueError(
+                f"{spec.name} returns a classifier, which has its own encoder, got "
+                f"{spec.encoder}; leave it out, or return the bare network"
+            )
         return net
     if spec.frames:
         return SpikingEventClassifier(net, spec.T)
-    return SpikingClassifier(net, spec.T, mean=spec.mean, std=spec.std)
+    encoder = _ENCODERS[spec.encoder]() if encodes else None
+    return SpikingClassifier(net, spec.T, encoder, mean=spec.mean, std=spec.std)
 
 
 def _neuron(spec: NetworkSpec) -> Callable[..., nn.Module]:
@@ -190,6 +248,10 @@ def _neuron(spec: NetworkSpec) -> Callable[..., nn.Module]:
         "lif": partial(neuron.LIFNode, tau=tau, decay_input=False),
         "plif": partial(neuron.ParametricLIFNode, init_tau=tau, decay_input=False),
         "if": neuron.IFNode,
+        "tgo": partial(NoisyLIFNode, tau=tau),
+        "feel": partial(EvolvingLeakNode, T=spec.T, tau=tau),
+        "hosnn": partial(HomeostaticNode, T=spec.T, tau=tau),
+        "stog": partial(_gated, tau=tau),
     }
     if spec.neuron == "relu":
         if spec.T != 1:
@@ -197,7 +259,7 @@ def _neuron(spec: NetworkSpec) -> Callable[..., nn.Module]:
         return nn.ReLU
     if spec.neuron not in kinds:
         raise ValueError(
-            f"neuron must be 'dlif', 'lif', 'plif', 'if' or 'relu', got {spec.neuron!r}"
+            f"neuron must be one of {', '.join(get_args(NeuronName))}, got {spec.neuron!r}"
         )
     kind = kinds[spec.neuron]
 
@@ -210,6 +272,20 @@ def _neuron(spec: NetworkSpec) -> Callable[..., nn.Module]:
         return kind(**settings | arguments)
 
     return spiking_neuron
+
+
+def _gated(
+    *,
+    tau: float,
+    step_mode: str,
+    temperature: float = 0.5,
+    generator: torch.Generator | None = None,
+    **arguments: Any,
+) -> nn.Module:
+    """A LIF neuron with gates behind it."""
+    node = neuron.LIFNode(tau=tau, decay_input=False, step_mode=step_mode, **arguments)
+    gate = StochasticGate(temperature=temperature, generator=generator, step_mode=step_mode)
+    return nn.Sequential(node, gate)
 
 
 def _packaged_network(spec: NetworkSpec, node: Callable[..., nn.Module]) -> nn.Module:
