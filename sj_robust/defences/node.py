@@ -42,6 +42,7 @@ class SteppedNode(neuron.BaseNode):
     v_threshold: float
     v_reset: float | None
     surrogate_function: Callable[[Tensor], Tensor]
+    register_memory: Callable[[str, Any], None]
 
     def __init__(
         self,
