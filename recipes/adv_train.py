@@ -89,9 +89,6 @@ class Options:
     ] = "dlif"
     """Spiking neuron of the trained network; relu: the ordinary network (T 1); tgo, feel, hosnn,
     stog: neurons of defences."""
-    encoder: Literal["direct", "poisson", "feel"] = "direct"
-    """Frames of an image: direct repeats it, poisson draws spikes, feel takes away high
-    frequencies."""
     learn_gain: Annotated[bool, Idle(lambda options: options.neuron != "dlif")] = True
     """False leaves DLIF's gain at 1, as LIF."""
     T: Annotated[PositiveInt, Often()] = 4
@@ -102,6 +99,13 @@ class Options:
     """Output channels of the convolutions of small; widths of mlp."""
     hidden: tuple[int, ...] = (4096, 4096)
     """Widths of a VGG's hidden layers; small: in model_options."""
+    encoder: Literal["direct", "poisson", "feel"] = "direct"
+    """How an image becomes T frames: direct repeats it, poisson draws spikes, feel takes away high
+    frequencies, more in every step."""
+    encoder_options: Annotated[YamlDict, Idle(lambda options: options.encoder == "direct")] = field(
+        default_factory=dict
+    )
+    """Keyword arguments of the encoder."""
     mean: list[float] | None = None
     """Mean per channel that the network subtracts; None: the data set's."""
     std: list[float] | None = None
@@ -176,14 +180,14 @@ class Options:
     """How near; threshold: 1."""
     guard_rising: Annotated[bool, Idle(lambda options: options.threshold_guard == 0)] = False
     """Let this weight rise from 0 over the training (TGO)."""
-    mpd_sgr: float = 0.0
-    """Weight of the penalty on potentials within reach of the surrogate; 0 leaves it out."""
-    gate_rates: float = 0.0
-    """Weight of the squared rates of the gates of stog (its paper: 5e-6); 0 leaves it out."""
     gain_penalty: float = 0.0
     """Weight of the penalty on the gain of DLIF layers over time; 0 leaves it out."""
     l1: float = 0.0
     """Weight of the sum of absolute weights; 0 leaves it out."""
+    mpd_sgr: float = 0.0
+    """Weight of the penalty on potentials within reach of the surrogate; 0 leaves it out."""
+    gate_rates: float = 0.0
+    """Weight of the squared rates of the gates of stog (its paper: 5e-6); 0 leaves it out."""
 
     # training
     epochs: Annotated[PositiveInt, Often()] = 15
@@ -432,10 +436,10 @@ def prepared(
         training.ThresholdGuarding(
             options.threshold_guard, margin=options.guard_margin, rising=options.guard_rising
         ),
-        SurrogateOverlap(options.mpd_sgr),
-        GateRates(options.gate_rates),
         training.StabilityGain(options.gain_penalty),
         training.WeightMagnitude(options.l1),
+        SurrogateOverlap(options.mpd_sgr),
+        GateRates(options.gate_rates),
     )
     objective = training.Objective(
         classifier,
@@ -467,10 +471,11 @@ def network_spec(options: Options, splits: ImageSplits) -> NetworkSpec:
         hidden=options.hidden,
         options=options.model_options,
         frames=splits.frames,
-        encoder=options.encoder,
         mean=splits.mean if options.mean is None else tuple(options.mean),
         std=splits.std if options.std is None else tuple(options.std),
         learn_gain=options.learn_gain,
+        encoder=options.encoder,
+        encoder_options=options.encoder_options,
     )
 
 
@@ -479,7 +484,6 @@ def undefended(options: Options) -> Options:
     return replace(
         options,
         neuron="lif",
-        encoder="direct",
         mode="none",
         select="clean",
         attack_steps=None,
@@ -487,10 +491,12 @@ def undefended(options: Options) -> Options:
         pretrained=None,
         gradient_sparsity=0.0,
         threshold_guard=0.0,
-        mpd_sgr=0.0,
-        gate_rates=0.0,
         gain_penalty=0.0,
         l1=0.0,
+        mpd_sgr=0.0,
+        gate_rates=0.0,
+        encoder="direct",
+        encoder_options={},
     )
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import UninitializedParameter
 
 from sj_robust.defences.node import PerNeuron, SteppedNode, check_decay
 from sj_robust.ops.recurrence import charge, reset
@@ -130,7 +130,7 @@ class _Signature(PerNeuron):
         super().__init__()
         self.T = T
         self.momentum = momentum
-        self.register_buffer("mean", UninitializedBuffer())
+        self.register_buffer("mean", None)
         self.register_buffer("batches", torch.zeros(T, dtype=torch.int64))
 
     def forward(self, h: Tensor, t: int) -> Tensor:

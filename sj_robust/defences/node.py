@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
+from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from sj_robust.core.host import neuron, surrogate
 from sj_robust.ops.dlif.config import state_dtype
@@ -140,9 +140,9 @@ class PerNeuron(nn.Module):
     """A module that has parameters or buffers with one value per neuron.
     每个神经元一个取值的参数。
 
-    Their shapes are those of the first input, or of the weights that are loaded; until then they
-    are torch's ``UninitializedParameter`` and ``UninitializedBuffer``, which an optimizer may hold
-    already.
+    Their shapes are those of the first input, or of the weights that are loaded. Until then a
+    parameter is torch's ``UninitializedParameter``, which an optimizer may hold already, and a
+    buffer is None.
     """
 
     def materialize(self, name: str, shape: tuple[int, ...], value: float, x: Tensor) -> None:
@@ -152,8 +152,11 @@ class PerNeuron(nn.Module):
             RuntimeError: If it has another shape.
         """
         held: Any = getattr(self, name)
-        if is_lazy(held):
-            held.materialize(shape, device=x.device, dtype=state_dtype(x))
+        dtype = state_dtype(x)
+        if held is None:
+            self._buffers[name] = torch.full(shape, value, device=x.device, dtype=dtype)
+        elif is_lazy(held):
+            held.materialize(shape, device=x.device, dtype=dtype)
             with torch.no_grad():
                 held.fill_(value)
         elif held.shape != shape:
@@ -163,10 +166,21 @@ class PerNeuron(nn.Module):
                 "size"
             )
 
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        for name, held in (*self._parameters.items(), *self._buffers.items()):
+            if held is not None and not is_lazy(held):  # those without a shape have no value
+                destination[f"{prefix}{name}"] = held if keep_vars else held.detach()
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name, held in (*self._parameters.items(), *self._buffers.items()):
             saved = state_dict.get(f"{prefix}{name}")
-            if saved is not None and isinstance(held, UninitializedParameter | UninitializedBuffer):
+            if saved is None:
+                continue
+            if held is None:
+                self._buffers[name] = torch.empty_like(saved)
+            elif isinstance(held, UninitializedParameter):
                 held.materialize(saved.shape, dtype=saved.dtype)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 

@@ -83,7 +83,8 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
 
     Raises:
         ValueError: If the network draws random numbers though one draw was asked for, or carries
-            state from one forward into the next, or the folder holds the progress of another evaluation.
+            state from one forward into the next, or the folder holds the progress of another
+            evaluation.
 
     Source: evaluation as asked for by Carlini et al., "On evaluating adversarial robustness" (arXiv
         1902.06705).

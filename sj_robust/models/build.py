@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from sj_robust.classifier import PoissonEncoder, SpikingClassifier, SpikingEventClassifier
+from sj_robust.core.checks import check_choice
 from sj_robust.defences import (
     EvolvingLeakNode,
     FrequencyEncoder,
@@ -26,17 +27,16 @@ from sj_robust.models.wide_resnet import WIDE_RESNETS, WideResNet
 from sj_robust.models.zoo import build_zoo_network
 from sj_robust.neuron import DLIFNode, Stage, fuse, replace_neurons
 
-__all__ = ["NETWORKS", "NetworkSpec", "build_classifier", "build_network"]
+__all__ = ["NETWORKS", "EncoderName", "NetworkSpec", "build_classifier", "build_network"]
+
+EncoderName = Literal["direct", "poisson", "feel"]
+"""Names of the encoders of images."""
+
+NeuronName = Literal["dlif", "lif", "if", "plif", "relu", "tgo", "feel", "hosnn", "stog"]
+"""Names of the neurons."""
 
 NETWORKS = ("small", "mlp", *VGG_FEATURES, *WIDE_RESNETS)
 """Names of the architectures of this package."""
-
-NeuronName = Literal["dlif", "lif", "if", "plif", "relu", "tgo", "feel", "hosnn", "stog"]
-EncoderName = Literal["direct", "poisson", "feel"]
-_ENCODERS: dict[EncoderName, Callable[[], nn.Module]] = {
-    "poisson": PoissonEncoder,
-    "feel": FrequencyEncoder,
-}
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,11 @@ class NetworkSpec:
             none.
         std: Standard deviation per channel that they are divided by; None for none.
         frames: Whether samples are event frames [T, C, H, W] instead of images.
-        encoder: What turns an image into the frame of a step: ``"direct"`` repeats it,
-            ``"poisson"`` draws spikes (``PoissonEncoder``), ``"feel"`` takes high frequencies away
-            (``FrequencyEncoder``).
         options: Further keyword arguments of the architecture, plain data.
+        encoder: How an image becomes the frames of the time steps: ``"direct"`` repeats it,
+            ``"poisson"`` is :class:`sj_robust.classifier.PoissonEncoder`, ``"feel"`` is
+            :class:`sj_robust.defences.FrequencyEncoder`.
+        encoder_options: Keyword arguments of the encoder, plain data.
 
     Examples:
         >>> NetworkSpec(neuron="lif", T=8).tau
@@ -98,8 +99,9 @@ class NetworkSpec:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     frames: bool = False
-    encoder: EncoderName = "direct"
     options: dict[str, Any] = field(default_factory=dict)
+    encoder: EncoderName = "direct"
+    encoder_options: dict[str, Any] = field(default_factory=dict)
 
 
 def build_network(spec: NetworkSpec) -> nn.Module:
@@ -196,7 +198,8 @@ def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
 
     Raises:
         ValueError: As :func:`build_network`; or if the number of means or deviations is not that of
-            the channels, or there are any for frames.
+            the channels, there are any for frames, or the encoder is unknown, does not take its
+            options, or stands beside frames or a network that has its own.
 
     Examples:
         >>> import torch
@@ -212,28 +215,40 @@ def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
             raise ValueError(
                 f"{name} must have one value per channel ({spec.image_shape[0]}), got {values}"
             )
-    if spec.encoder not in get_args(EncoderName):
-        raise ValueError(
-            f"encoder must be one of {', '.join(get_args(EncoderName))}, got {spec.encoder!r}"
-        )
-    encodes = spec.encoder != "direct"
-    if encodes and spec.frames:
-        raise ValueError(
-            f"encoder is for images, event frames stay as they are, got {spec.encoder}; leave it "
-            "out"
-        )
+    encoder = _encoder(spec)
     net = _built(spec)
+    if encoder is not None and (spec.frames or isinstance(net, SpikingClassifier)):
+        raise ValueError(
+            f"encoder {spec.encoder!r} is for images of a bare network, got event frames or a "
+            "network in a classifier of its own; leave it out"
+        )
     if isinstance(net, SpikingClassifier):
-        if encodes:
-            raise ValueError(
-                f"{spec.name} returns a classifier, which has its own encoder, got "
-                f"{spec.encoder}; leave it out, or return the bare network"
-            )
         return net
     if spec.frames:
         return SpikingEventClassifier(net, spec.T)
-    encoder = _ENCODERS[spec.encoder]() if encodes else None
     return SpikingClassifier(net, spec.T, encoder, mean=spec.mean, std=spec.std)
+
+
+def _encoder(spec: NetworkSpec) -> nn.Module | None:
+    """The encoder of a specification; None repeats the image."""
+    kinds: dict[str, Callable[..., nn.Module]] = {
+        "poisson": PoissonEncoder,
+        "feel": FrequencyEncoder,
+    }
+    check_choice("encoder", spec.encoder, get_args(EncoderName))
+    if spec.encoder == "direct":
+        if spec.encoder_options:
+            raise ValueError(
+                f"encoder_options belong to an encoder, got {spec.encoder_options} for 'direct'; "
+                "leave them out"
+            )
+        return None
+    try:
+        return kinds[spec.encoder](**spec.encoder_options)
+    except TypeError as error:
+        raise ValueError(
+            f"encoder {spec.encoder!r} cannot be built with {spec.encoder_options} ({error})"
+        ) from error
 
 
 def _neuron(spec: NetworkSpec) -> Callable[..., nn.Module]:
