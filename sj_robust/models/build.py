@@ -297,8 +297,10 @@ def _gated(
     generator: torch.Generator | None = None,
     **arguments: Any,
 ) -> nn.Module:
-    """A LIF neuron with gates behind it."""
-    node = neuron.LIFNode(tau=tau, decay_input=False, step_mode=step_mode, **arguments)
+    """A LIF neuron, or IF without a leak, with gates behind it."""
+    node = neuron.IFNode(step_mode=step_mode, **arguments)
+    if not math.isinf(tau):
+        node = neuron.LIFNode(tau=tau, decay_input=False, step_mode=step_mode, **arguments)
     gate = StochasticGate(temperature=temperature, generator=generator, step_mode=step_mode)
     return nn.Sequential(node, gate)
 
