@@ -84,8 +84,11 @@ class Options:
     module:function of yours."""
     model_options: YamlDict = field(default_factory=dict)
     """Further keyword arguments of the network."""
-    neuron: Annotated[Literal["dlif", "lif", "plif", "if", "relu"], Often()] = "dlif"
-    """Spiking neuron of the trained network; relu: the ordinary network (T 1)."""
+    neuron: Annotated[
+        Literal["dlif", "lif", "plif", "if", "relu", "tgo", "feel", "hosnn", "stog"], Often()
+    ] = "dlif"
+    """Spiking neuron of the trained network; relu: the ordinary network (T 1); tgo, feel, hosnn,
+    stog: neurons of defences."""
     learn_gain: Annotated[bool, Idle(lambda options: options.neuron != "dlif")] = True
     """False leaves DLIF's gain at 1, as LIF."""
     T: Annotated[PositiveInt, Often()] = 4
@@ -96,6 +99,13 @@ class Options:
     """Output channels of the convolutions of small; widths of mlp."""
     hidden: tuple[int, ...] = (4096, 4096)
     """Widths of a VGG's hidden layers; small: in model_options."""
+    encoder: Literal["direct", "poisson", "feel"] = "direct"
+    """How an image becomes T frames: direct repeats it, poisson draws spikes, feel takes away high
+    frequencies, more in every step."""
+    encoder_options: Annotated[YamlDict, Idle(lambda options: options.encoder == "direct")] = field(
+        default_factory=dict
+    )
+    """Keyword arguments of the encoder."""
     mean: list[float] | None = None
     """Mean per channel that the network subtracts; None: the data set's."""
     std: list[float] | None = None
@@ -168,10 +178,16 @@ class Options:
     """Weight of the penalty on potentials near the threshold; 0 leaves it out."""
     guard_margin: Annotated[float, Idle(lambda options: options.threshold_guard == 0)] = 0.5
     """How near; threshold: 1."""
+    guard_rising: Annotated[bool, Idle(lambda options: options.threshold_guard == 0)] = False
+    """Let this weight rise from 0 over the training (TGO)."""
     gain_penalty: float = 0.0
     """Weight of the penalty on the gain of DLIF layers over time; 0 leaves it out."""
     l1: float = 0.0
     """Weight of the sum of absolute weights; 0 leaves it out."""
+    mpd_sgr: float = 0.0
+    """Weight of the penalty on potentials within reach of the surrogate; 0 leaves it out."""
+    gate_rates: float = 0.0
+    """Weight of the squared rates of the gates of stog (its paper: 5e-6); 0 leaves it out."""
 
     # training
     epochs: Annotated[PositiveInt, Often()] = 15
@@ -239,6 +255,8 @@ from lab.run_folder import open_run_folder
 from sj_robust import SpikingClassifier, training
 from sj_robust.attacks import Attack, ThreatModel
 from sj_robust.data import ImageSplits, load_images
+from sj_robust.defences import SurrogateOverlap
+from sj_robust.defences.stog import GateRates
 from sj_robust.evaluation import Report
 from sj_robust.models import NetworkSpec, build_classifier, start_from
 from sj_robust.proofs.differentiable import TrainedMethod
@@ -415,9 +433,13 @@ def prepared(
         )
     penalties = (
         training.GradientSparsity(options.gradient_sparsity),
-        training.ThresholdGuarding(options.threshold_guard, margin=options.guard_margin),
+        training.ThresholdGuarding(
+            options.threshold_guard, margin=options.guard_margin, rising=options.guard_rising
+        ),
         training.StabilityGain(options.gain_penalty),
         training.WeightMagnitude(options.l1),
+        SurrogateOverlap(options.mpd_sgr),
+        GateRates(options.gate_rates),
     )
     objective = training.Objective(
         classifier,
@@ -452,6 +474,8 @@ def network_spec(options: Options, splits: ImageSplits) -> NetworkSpec:
         mean=splits.mean if options.mean is None else tuple(options.mean),
         std=splits.std if options.std is None else tuple(options.std),
         learn_gain=options.learn_gain,
+        encoder=options.encoder,
+        encoder_options=options.encoder_options,
     )
 
 
@@ -469,6 +493,10 @@ def undefended(options: Options) -> Options:
         threshold_guard=0.0,
         gain_penalty=0.0,
         l1=0.0,
+        mpd_sgr=0.0,
+        gate_rates=0.0,
+        encoder="direct",
+        encoder_options={},
     )
 
 

@@ -188,7 +188,17 @@ def test_print_config_and_config(tmp_path, monkeypatch, capsys):
 
 
 CONFIGS = ROOT / "recipes" / "configs"
-OF_SMALL_IMAGES = ("digits", "fashion_mnist", "certified/digits_0.1", "certified/fashion_mnist_8")
+OF_SMALL_IMAGES = (
+    "digits",
+    "fashion_mnist",
+    "certified/digits_0.1",
+    "certified/fashion_mnist_8",
+    "defences/feel",
+    "defences/hosnn",
+    "defences/mpd_sgr",
+    "defences/stog",
+    "defences/tgo",
+)
 PRESETS = [CONFIGS / f"{name}.yaml" for name in OF_SMALL_IMAGES]
 
 

@@ -116,9 +116,11 @@ def without_effect(**given):
 )
 def test_options_without_effect(given, expected):
     found = without_effect(augment=True, **given)
-    wanted = expected | {"guard_margin"} | (BOUNDS if given.get("mode") != "certified" else set())
+    always = {"guard_margin", "guard_rising", "encoder_options"}
+    wanted = expected | always | (BOUNDS if given.get("mode") != "certified" else set())
     assert found == wanted
-    assert "guard_margin" not in without_effect(threshold_guard=0.1, **given)
+    assert not {"guard_margin", "guard_rising"} & without_effect(threshold_guard=0.1, **given)
+    assert "encoder_options" not in without_effect(encoder="feel", **given)
 
 
 def test_cutout_has_an_effect_where_images_are_augmented():
