@@ -1,6 +1,4 @@
-"""Stored robustness reports as one table, in Markdown and as a page that sorts; rebuilt from them
-alone.
-"""
+"""Leaderboard of stored robustness reports, in Markdown and as a sortable page."""
 
 import hashlib
 import re
@@ -27,8 +25,8 @@ _HEADS = (
     "worst case, %",
     "control, %",
     "at most, %",
-    "95 % interval",
-    "doubts",
+    "95 % CI",
+    "caveats",
     "attack seconds",
     "fingerprint",
     "command",
@@ -37,9 +35,8 @@ _FORMATS = (Report.saved_as, "sj_robust.robustness_report")
 """Formats of reports, of today and of version 1."""
 _STORED = re.compile(r"^\| `([^`]+)` \| `([0-9a-f]{16})` \|$", flags=re.MULTILINE)
 _NOTE = (
-    "At most: right after every attack of suite and control; the true robust accuracy lies "
-    "between verified and this. Figures of different data sets, threats or images cannot be "
-    "compared."
+    'Robust accuracy lies between "verified" and "at most", the worst case of suite and '
+    "control. Rows of different data sets, threats or images are not comparable."
 )
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Leaderboard</title><style>
@@ -49,7 +46,7 @@ th, td {{ border: 1px solid #8888; padding: .2rem .5rem; text-align: left; }}
 th button {{ all: unset; cursor: pointer; font-weight: 600; }}
 td:last-child {{ font-family: monospace; }}
 th button:focus-visible {{ outline: 2px solid; }}
-</style></head><body><h1>Leaderboard</h1><p>{note} A click on a head sorts by it.</p>
+</style></head><body><h1>Leaderboard</h1><p>{note} Click a column heading to sort.</p>
 <table><thead><tr>{heads}</tr></thead><tbody>
 {rows}
 </tbody></table>
@@ -74,7 +71,7 @@ document.querySelectorAll("th button").forEach((button) => button.addEventListen
 
 @dataclass(frozen=True)
 class _Stored:
-    """A report with where it lies and what its file holds."""
+    """A report, its path and the digest of its file."""
 
     path: str
     digest: str
@@ -99,7 +96,7 @@ class _Stored:
             report.suite,
             *("" if share is None else share.percent for share in shares),
             report.everything.interval_text,
-            report.doubts,
+            report.caveats,
             f"{report.everything.seconds:.0f}",
             str(report.network.get("fingerprint", "")),
             self.command,
@@ -128,7 +125,7 @@ def make_leaderboard(folders: Sequence[str], output: Path, usual: Mapping[str, A
 
 def read_reports(folders: Sequence[str], usual: Mapping[str, Any]) -> list[_Stored]:
     """Every robustness report in folders and those below, or at a path itself, by data set, threat
-    and what is left.
+    and robust accuracy.
 
     Raises:
         FileNotFoundError: If a folder is missing, or there is no report in any.

@@ -57,11 +57,11 @@ _FAR = 1e6
 _FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Radii of accuracy over eps, in units of the threat's."""
 _BOUND = "bound of all"
-"""What stands among the attacks that moved the potential for the bounds of every perturbation."""
+"""Name of the row of proved bounds among the attacks that moved the potential."""
 _NOT_DIAGNOSED = (
-    "Signs of gradient masking were not looked for: the diagnosis moves values a little, and "
-    "events cannot. The random changes of the suite, which need no gradient, and its choice of "
-    "estimators stand in for it."
+    "Gradient masking was not checked: the diagnosis needs small changes of values, which binary "
+    "events do not allow. The suite covers it with random changes, which need no gradient, and "
+    "with its choice of estimators."
 )
 
 
@@ -111,7 +111,7 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
     plan = _suite(request)
     parts = _Parts(model, data, request, network_key(model, data, request.folder))
     say = request.watch.say
-    say(f"firing of every layer on {len(parts.y)} images")
+    say(f"firing rates on {len(parts.y)} images")
     layers = firing(model, parts.x, seed=request.seed)
     activity = list(map(asdict, layers))
     proved = parts.proofs() if request.proofs and has_proofs(request.threat) else {}
@@ -123,7 +123,7 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
         plan = _with_transfer(plan, request.source, request.threat)
     control = plan.control if request.control else ()
     say(
-        f"suite {plan.name}: {plan.description}; {len(plan.members)} attacks, {len(control)} of "
+        f"suite {plan.name}: {plan.description}; {len(plan.members)} attacks and {len(control)} of "
         "the control"
     )
     verified = proved.get("verified", ())
@@ -209,8 +209,8 @@ class _Parts:
         return self._computed_once("estimators.json", key, compute)
 
     def proofs(self) -> dict[str, Any]:
-        """Images that are verified, how far the potential can move, seconds; or why nothing is
-        proved.
+        """Images that are verified, how far the potential can move, and seconds; or why nothing
+        could be proved.
         """
         self.say(f"proofs at {self.threat.norm} {eps_text(self.threat.eps)}")
 
@@ -219,7 +219,7 @@ class _Parts:
             try:
                 found = prove(self.model, self.data, [self.threat.eps], self.proof_norm)
             except (NotImplementedError, UnprovableError) as error:
-                return {"reasons": [f"Nothing is proved: {error}."]}
+                return {"reasons": [f"Nothing could be proved: {error}."]}
             (verified,) = found.verified.values()
             bound = {"member": _BOUND, "samples": found.total, "layers": found.potential}
             potential = [bound] if found.potential else []
@@ -280,8 +280,8 @@ class _Parts:
         return self._run("over_eps", self.few, variant, widest).rows
 
     def findings(self, trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Signs of gradient masking; what a search has tried is not attacked again."""
-        self.say("signs of gradient masking")
+        """Checks for gradient masking; what a search has tried is not attacked again."""
+        self.say("checks for gradient masking")
         source = self.request.source
         searched = estimators_searched([EstimatorTrial(**trial) for trial in trials])
 

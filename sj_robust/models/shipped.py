@@ -29,11 +29,11 @@ class PretrainedCard(Shown):
         name: Name that :func:`pretrained` takes.
         summary: Neuron and training in a few words.
         command: Command of this repository that trained it.
-        clean: Test images that are right without an attack, in per cent.
+        clean: Clean accuracy in per cent.
         at_most: Robust accuracy at most, after every attack of the suite and its control, in per
             cent.
         at_least: Robust accuracy at least, the images that are proved, in per cent.
-        found: Verdict of the evaluation: threat, number of images, suite, doubts.
+        found: Verdict of the evaluation: bounds, threat, images, suite and caveats.
         made_with: Versions and commit.
     """
 

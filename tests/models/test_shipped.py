@@ -61,7 +61,7 @@ def test_cards_tell_a_defended_network_from_an_undefended_one():
     certified = CARDS["digits/dlif-certified"]
     assert lif.at_most < defended.at_most < certified.at_least
     assert certified.at_least <= certified.at_most <= certified.clean
-    assert "suite standard (the one to report)" in lif.verdict
+    assert "of suite `standard`." in lif.verdict
     assert len(repr(lif)) < 1500
     assert "| command | python recipes/adv_train.py" in lif.table()
 

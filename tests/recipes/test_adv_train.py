@@ -157,7 +157,7 @@ def test_bounds_and_options_without_effect_are_in_the_log(tmp_path, capsys):
         *split("--epochs 1 --no-reference --log-bounds --mode none --rho 1"),
     )
     in_process(tmp_path, *options, "--norm", "l1")
-    assert "without effect beside the other options: norm, rho\n" in capsys.readouterr().out
+    assert "ignored with the other options given: norm, rho\n" in capsys.readouterr().out
     events = EventAccumulator(
         str(tmp_path / "runs" / "digits-dlif-none-1" / "tensorboard" / "dlif_none")
     ).Reload()

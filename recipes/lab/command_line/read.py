@@ -189,9 +189,8 @@ def _cli(
 
 
 _COMMON = (
-    "--config FILE reads options from a YAML file or the preset of that name, and those of the "
-    "command line win; "
-    "--print-config prints all of them as such a file; --help-all shows every option."
+    "--config FILE reads options from a YAML file or the preset of that name; the command line "
+    "overrides them. --print-config prints all options as YAML; --help-all shows every option."
 )
 
 
