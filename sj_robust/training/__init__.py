@@ -5,6 +5,7 @@ import sj_robust.core.recipes_installed  # noqa: F401
 from sj_robust.models.checkpoint import load_checkpoint, save_checkpoint
 from sj_robust.training.certified import CertifiedOptions
 from sj_robust.training.engine import NonFiniteLossError, TrainingInterrupted, TrainingPlan, train
+from sj_robust.training.finetuning import finetune
 from sj_robust.training.journal import Journal
 from sj_robust.training.modes import MODES, flip_attacks, training_attack, validation_attacks
 from sj_robust.training.objective import Objective
@@ -32,6 +33,7 @@ __all__ = [
     "TrainingInterrupted",
     "TrainingPlan",
     "WeightMagnitude",
+    "finetune",
     "flip_attacks",
     "load_checkpoint",
     "retract_",

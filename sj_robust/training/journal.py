@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
-from sj_robust.core.console import moving, working
+from sj_robust.core.console import moving, working, write_over
 from sj_robust.core.environment import bfloat16_units, environment
 from sj_robust.evaluation.report.pictures import Gallery
 from sj_robust.training.history import EpochRecord
@@ -38,8 +38,8 @@ class Journal:
     训练日志。
 
     On a terminal a bar shows the loss parts, accuracy, images per second and time left at every
-    step; elsewhere a line per epoch does. Images per second include the making of perturbed images,
-    and leave validation out.
+    step; in a notebook one line that is written over, and elsewhere a line per epoch, does. Images
+    per second include the making of perturbed images, and leave validation out.
 
     Args:
         folder: Where to write; None makes a journal that says nothing, for all processes but the
@@ -71,13 +71,21 @@ class Journal:
         self._task = TaskID(0)
         self._times: list[float] = []  # when the epoch began and every step of it ended
 
+    @property
+    def writes(self) -> bool:
+        """Whether it has a folder, so that pictures are worth their time."""
+        return self._folder is not None
+
     def say(self, text: str) -> None:
         """Print a line and log it.
 
         Raises:
             OSError: If the log cannot be written.
         """
-        self.console.print(text, markup=False)
+        if self.console.is_jupyter:
+            write_over(text, self.console)
+        else:
+            self.console.print(text, markup=False)
         self._log(text)
 
     def _log(self, text: str) -> None:
