@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 from sj_robust.attacks.threat import ThreatModel, eps_text
 from sj_robust.core.saved import SavedResult, write_whole
 from sj_robust.core.shown import Shown, shown_html, write_figure
-from sj_robust.evaluation.report import figures, verdict
+from sj_robust.evaluation.report import export, figures, verdict
 from sj_robust.evaluation.report.levels import What, fall, mean_accuracy
 from sj_robust.evaluation.report.model_card import COUNTED, DERIVED, derived, footnote
 from sj_robust.evaluation.report.stored import translated
@@ -17,6 +17,7 @@ from sj_robust.evaluation.result import Evaluation, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from pandas import DataFrame
     from rich.console import Console
 
     from sj_robust.evaluation.report.pictures import Gallery
@@ -160,10 +161,46 @@ class Report(
         """
         from sj_robust.evaluation.report.page import to_html  # imports jinja2
 
-        text = to_html(self, gallery)
-        if path is not None:
-            write_whole(Path(path), text)
-        return text
+        return _written(to_html(self, gallery), path)
+
+    def to_latex(self, path: str | Path | None = None) -> str:
+        """The table for a paper: LaTeX with the package booktabs, special letters escaped.
+        LaTeX 表格。
+
+        Args:
+            path: File to write as well.
+
+        Examples:
+            >>> rows = [Row("clean", "clean", (0, 1), ())]
+            >>> report = Report("my_net", "digits", "fast", (0, 1), rows)
+            >>> "clean & 100.0" in report.to_latex()
+            True
+        """
+        return _written(export.to_latex(self), path)
+
+    def to_csv(self, path: str | Path | None = None) -> str:
+        """Every figure as CSV, a line each; numbers are read back equal. CSV 文本。
+
+        Args:
+            path: File to write as well.
+
+        Examples:
+            >>> rows = [Row("clean", "clean", (0, 1), ())]
+            >>> report = Report("mine", "digits", "fast", (0, 1), rows)
+            >>> report.to_csv().splitlines()[1].startswith(
+            ...     "mine,digits,fast,,,,clean,clean,2,2,1.0"
+            ... )
+            True
+        """
+        return _written(export.to_csv(self), path)
+
+    def to_dataframe(self) -> "DataFrame":
+        """Every figure in a data frame of pandas (extra ``pandas``), a row each. pandas 数据表。
+
+        Raises:
+            ModuleNotFoundError: If pandas is not installed.
+        """
+        return export.to_dataframe(self)
 
     def show(self, console: "Console") -> None:
         """Print the verdict, all accuracies, and what else to know. 在终端显示报告。"""
@@ -230,6 +267,13 @@ class Report(
                     f"{name} of the report does not follow from its rows; the file was changed"
                 )
         return report
+
+
+def _written(text: str, path: str | Path | None) -> str:
+    """A text, which is written to a file if one is named."""
+    if path is not None:
+        write_whole(Path(path), text)
+    return text
 
 
 def _row(content: dict[str, Any]) -> Row:
