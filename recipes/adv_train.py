@@ -27,6 +27,7 @@ from lab.command_line.declared import (
     Decides,
     Idle,
     NamesCode,
+    Needs,
     NonNegativeInt,
     Often,
     OpenUnitInterval,
@@ -35,6 +36,8 @@ from lab.command_line.declared import (
     Radius,
     YamlDict,
 )
+
+from sj_robust.core.extras import check_tracker
 
 WITHOUT_PERTURBATION_TERM = Idle(lambda options: options.rho == 0)
 BESIDE_FLIPS = Idle(lambda options: options.flips is not None)
@@ -222,6 +225,14 @@ class Options:
     """Steps between checkpoints within an epoch; None for one per epoch."""
     log_bounds: Annotated[bool, Decides("nothing")] = False
     """L2 bound of all layers in TensorBoard (VGG-11: 9 s an epoch)."""
+    trackers: Annotated[
+        tuple[Literal["wandb", "mlflow", "trackio"], ...],
+        Often(),
+        Decides("nothing"),
+        Needs(check_tracker),
+    ] = ()
+    """Trackers of Accelerate that get every epoch, such as wandb; TensorBoard's files are always
+    written."""
     output: Annotated[OutputFolder | None, Often(), Decides("nothing")] = None
     """Folder of the run; None makes runs/DATASET-NEURON-MODE-NUMBER."""
     resume: Annotated[bool, Often(), Decides("nothing")] = False
@@ -235,6 +246,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from lab.processes import first_process_first, make_accelerator
 from lab.run_folder import open_run_folder
+from lab.tracking import tracked
 
 from sj_robust import SpikingClassifier, training
 from sj_robust.attacks import Attack, ThreatModel
@@ -253,7 +265,7 @@ ValueT = TypeVar("ValueT")
 def main(arguments: list[str]) -> None:
     """Train, evaluate, report."""
     options = parse_options(Options, arguments, stem)
-    accelerator = make_accelerator(options.device, options.mixed_precision)
+    accelerator = make_accelerator(options.device, options.mixed_precision, options.trackers)
     with first_process_first(accelerator, f"loading {options.dataset}"):  # which downloads
         splits = load_images(
             options.dataset,
@@ -285,7 +297,9 @@ def main(arguments: list[str]) -> None:
     )
     if accelerator.is_main_process:
         describe_folder(folder, "adv_train", arguments)
-    journal = training.Journal(folder if accelerator.is_main_process else None)
+    journal = training.Journal(
+        folder if accelerator.is_main_process else None, track=accelerator.log
+    )
     defaults = plain(Options())
     where = journal.begin(configuration, defaults, accelerator)
     without_effect = idle(completed(options))
@@ -342,18 +356,19 @@ def train_network(
         "network": asdict(network_spec(options, splits)),
         "options": deciding(completed(options)),
     }
-    history = training.train(
-        objective,
-        splits,
-        plan,
-        perturb=perturb,
-        accelerator=accelerator,
-        folder=network_folder,
-        journal=journal,
-        validation_attacks=validation_attacks(options),
-        description=description,
-        resume=options.resume,
-    )
+    with tracked(accelerator, folder, network_folder.name, plain(options)):
+        history = training.train(
+            objective,
+            splits,
+            plan,
+            perturb=perturb,
+            accelerator=accelerator,
+            folder=network_folder,
+            journal=journal,
+            validation_attacks=validation_attacks(options),
+            description=description,
+            resume=options.resume,
+        )
     best = training.load_checkpoint(network_folder / "best.pt")
     objective.classifier.load_state_dict(best["model"])
     return objective.classifier, history

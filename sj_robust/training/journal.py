@@ -26,6 +26,9 @@ from sj_robust.training.history import EpochRecord
 
 __all__ = ["Journal"]
 
+Track = Callable[[dict[str, float], int], None]
+"""What is told the figures of an epoch, and its number."""
+
 _BAR = 12
 _AROUND_STATUS = _BAR + 14
 """Columns of a line of progress that are taken by the bar, the time left and what is between
@@ -44,6 +47,8 @@ class Journal:
     Args:
         folder: Where to write; None makes a journal that says nothing, for all processes but the
             first.
+        track: Is called with the figures of every epoch by name, and its number, such as
+            ``accelerator.log``.
 
     Attributes:
         console: Where it prints; a bar shown there is not torn by what is said meanwhile.
@@ -52,9 +57,10 @@ class Journal:
         >>> Journal(None).say("nobody hears this")
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, track: Track | None = None) -> None:
         """Nothing is written yet; a resumed run continues the log that is there."""
         self._folder = folder
+        self._track = track
         self.console = Console(quiet=folder is None, highlight=False, soft_wrap=True)
         self._writer: SummaryWriter | None = None
         self._progress = Progress(
@@ -198,12 +204,15 @@ class Journal:
         )
         if warning is not None:
             self.say(f"WARNING: {warning}")
+        values = {f"train/{name}": value for name, value in record.losses.items()}
+        values |= {f"validation/{name}": value for name, value in record.validation.items()}
+        values |= {"train/images_per_second": rate} if rate else {}
+        values |= {"train/lr": record.lr} | dict(scalars)
         if self._writer is not None:
-            values = {f"train/{name}": value for name, value in record.losses.items()}
-            values |= {f"validation/{name}": value for name, value in record.validation.items()}
-            values |= {"train/images_per_second": rate} if rate else {}
-            for name, value in (values | {"train/lr": record.lr} | dict(scalars)).items():
+            for name, value in values.items():
                 self._writer.add_scalar(name, value, record.epoch)
+        if self._track is not None:
+            self._track(values, record.epoch)
         self._times = [time.monotonic()]
 
     def show_gallery(self, name: str, gallery: Gallery, epoch: int) -> None:
