@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 from sj_robust.attacks.threat import ThreatModel, eps_text
 from sj_robust.core.saved import SavedResult, write_whole
 from sj_robust.core.shown import Shown, shown_html, write_figure
-from sj_robust.evaluation.report import export, figures, verdict
+from sj_robust.evaluation.report import export, figures, hub, verdict
 from sj_robust.evaluation.report.levels import What, fall, mean_accuracy
 from sj_robust.evaluation.report.model_card import COUNTED, DERIVED, derived, footnote
 from sj_robust.evaluation.report.stored import translated
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
     from rich.console import Console
+    from torch import nn
 
     from sj_robust.evaluation.report.pictures import Gallery
 
@@ -201,6 +202,52 @@ class Report(
             ModuleNotFoundError: If pandas is not installed.
         """
         return export.to_dataframe(self)
+
+    def model_card(self) -> str:
+        """README.md of a model on the Hugging Face Hub (extra ``hub``). Hub 模型卡。
+
+        Raises:
+            ModuleNotFoundError: If huggingface_hub is not installed.
+        """
+        return hub.hub_card(self)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        network: "nn.Module | str | Path | None" = None,
+        *,
+        token: str | None = None,
+        private: bool = False,
+        endpoint: str | None = None,
+    ) -> str:
+        """Upload model card, report and network to the Hugging Face Hub (extra ``hub``).
+        上传到 Hub。
+
+        Args:
+            repo_id: ``"OWNER/NAME"`` of the model, which is made if it is not there.
+            network: The network, whose state dict is uploaded, or a file such as ``best.pt``; None
+                for none.
+            token: Token of the Hub; None takes that of ``hf auth login``.
+            private: Whether a new model is private.
+            endpoint: Address of another Hub; None for the public one.
+
+        Returns:
+            The address of the model.
+
+        Raises:
+            ModuleNotFoundError: If huggingface_hub is not installed.
+            TypeError: If ``network`` is neither a network nor a path.
+            FileNotFoundError: If there is no such file.
+        """
+        return hub.push_to_hub(
+            self,
+            self.to_json(),
+            repo_id,
+            network=network,
+            token=token,
+            private=private,
+            endpoint=endpoint,
+        )
 
     def show(self, console: "Console") -> None:
         """Print the verdict, all accuracies, and what else to know. 在终端显示报告。"""
