@@ -27,6 +27,7 @@ from lab.command_line.declared import (
     Decides,
     Idle,
     NamesCode,
+    Needs,
     NonNegativeInt,
     Often,
     OpenUnitInterval,
@@ -35,6 +36,8 @@ from lab.command_line.declared import (
     Radius,
     YamlDict,
 )
+
+from sj_robust.core.extras import check_tracker
 
 WITHOUT_PERTURBATION_TERM = Idle(lambda options: options.rho == 0)
 BESIDE_FLIPS = Idle(lambda options: options.flips is not None)
@@ -238,6 +241,14 @@ class Options:
     """Steps between checkpoints; None: one checkpoint per epoch."""
     log_bounds: Annotated[bool, Decides("nothing")] = False
     """Log the exact L2 bound of every layer (VGG-11: 9 s per epoch)."""
+    trackers: Annotated[
+        tuple[Literal["wandb", "mlflow", "trackio"], ...],
+        Often(),
+        Decides("nothing"),
+        Needs(check_tracker),
+    ] = ()
+    """Experiment trackers, through Accelerate, to which every epoch is logged; TensorBoard files
+    are always written."""
     output: Annotated[OutputFolder | None, Often(), Decides("nothing")] = None
     """Output folder; None: a new folder runs/DATASET-NEURON-MODE-NUMBER."""
     resume: Annotated[bool, Often(), Decides("nothing")] = False
@@ -251,6 +262,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from lab.processes import first_process_first, make_accelerator
 from lab.run_folder import open_run_folder
+from lab.tracking import tracked
 
 from sj_robust import SpikingClassifier, training
 from sj_robust.attacks import Attack, ThreatModel
@@ -271,7 +283,7 @@ ValueT = TypeVar("ValueT")
 def main(arguments: list[str]) -> None:
     """Train, evaluate, report."""
     options = parse_options(Options, arguments, stem)
-    accelerator = make_accelerator(options.device, options.mixed_precision)
+    accelerator = make_accelerator(options.device, options.mixed_precision, options.trackers)
     with first_process_first(accelerator, f"loading {options.dataset}"):  # which downloads
         splits = load_images(
             options.dataset,
@@ -303,7 +315,9 @@ def main(arguments: list[str]) -> None:
     )
     if accelerator.is_main_process:
         describe_folder(folder, "adv_train", arguments)
-    journal = training.Journal(folder if accelerator.is_main_process else None)
+    journal = training.Journal(
+        folder if accelerator.is_main_process else None, track=accelerator.log
+    )
     defaults = plain(Options())
     where = journal.begin(configuration, defaults, accelerator)
     without_effect = idle(completed(options))
@@ -360,18 +374,19 @@ def train_network(
         "network": asdict(network_spec(options, splits)),
         "options": deciding(completed(options)),
     }
-    history = training.train(
-        objective,
-        splits,
-        plan,
-        perturb=perturb,
-        accelerator=accelerator,
-        folder=network_folder,
-        journal=journal,
-        validation_attacks=validation_attacks(options),
-        description=description,
-        resume=options.resume,
-    )
+    with tracked(accelerator, folder, network_folder.name, plain(options)):
+        history = training.train(
+            objective,
+            splits,
+            plan,
+            perturb=perturb,
+            accelerator=accelerator,
+            folder=network_folder,
+            journal=journal,
+            validation_attacks=validation_attacks(options),
+            description=description,
+            resume=options.resume,
+        )
     best = training.load_checkpoint(network_folder / "best.pt")
     objective.classifier.load_state_dict(best["model"])
     return objective.classifier, history

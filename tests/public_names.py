@@ -8,7 +8,7 @@ the distributions compare this table with the package.
 PUBLIC = {
     "sj_robust": (
         "DLIFNode MPPDMonitor SpikingClassifier __version__ compare_potentials evaluate "
-        "perturbation_gains replace_neurons verify"
+        "finetune perturbation_gains replace_neurons verify"
     ),
     "sj_robust.attacks": (
         "Attack AutoAttackWarning SampleSeeds ThreatModel apgd autoattack count_flips count_moves "
@@ -49,7 +49,7 @@ PUBLIC = {
     "sj_robust.training": (
         "CertifiedOptions ForwardPasses GradientSparsity Journal MODES NonFiniteLossError "
         "Objective Penalty StabilityGain ThresholdGuarding TrainingInterrupted TrainingPlan "
-        "WeightMagnitude flip_attacks load_checkpoint retract_ save_checkpoint train "
+        "WeightMagnitude finetune flip_attacks load_checkpoint retract_ save_checkpoint train "
         "training_attack validation_attacks"
     ),
 }

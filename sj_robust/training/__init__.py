@@ -7,6 +7,7 @@ from sj_robust.defences.tgo import ThresholdGuarding
 from sj_robust.models.checkpoint import load_checkpoint, save_checkpoint
 from sj_robust.training.certified import CertifiedOptions
 from sj_robust.training.engine import NonFiniteLossError, TrainingInterrupted, TrainingPlan, train
+from sj_robust.training.finetuning import finetune
 from sj_robust.training.journal import Journal
 from sj_robust.training.modes import MODES, flip_attacks, training_attack, validation_attacks
 from sj_robust.training.objective import Objective
@@ -27,6 +28,7 @@ __all__ = [
     "TrainingInterrupted",
     "TrainingPlan",
     "WeightMagnitude",
+    "finetune",
     "flip_attacks",
     "load_checkpoint",
     "retract_",

@@ -283,7 +283,7 @@ def final_report(
             watch=watch,
             shared=False,  # the first process reports alone
         )
-    if threat.eps > 0 and len(splits.validation):
+    if journal.writes and threat.eps > 0 and len(splits.validation):
         x, y = next(iter(image_loader(splits.validation, _BATCH)))
         with suppress(ValueError):  # no image is right
             shown = gallery(classifier, x, y, eps=threat.eps, norm=norm, seed=seed)

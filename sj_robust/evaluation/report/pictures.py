@@ -1,8 +1,11 @@
 """Adversarial images, and the spikes of the clean and the attacked run."""
 
 import warnings
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,7 +16,7 @@ from sj_robust.classifier import as_classifier
 from sj_robust.core.environment import device_of
 from sj_robust.core.randomness import SampleSeeds, seeded_globals
 from sj_robust.core.saved import markdown_table
-from sj_robust.core.shown import ORANGE, Shown, new_figure, print_style, write_figure
+from sj_robust.core.shown import ORANGE, Shown, new_figure, png, print_style, write_figure
 from sj_robust.evaluation.result import Evaluation
 from sj_robust.evaluation.run.data import Batches
 from sj_robust.evaluation.run.estimator_search import short_attack
@@ -103,6 +106,14 @@ class Gallery(Shown):
         if path is not None:
             write_figure(figure, path)
         return figure
+
+    def _repr_html_(self) -> str:
+        """The images and the table, where a notebook shows the gallery."""
+        table = super()._repr_html_()
+        if find_spec("matplotlib") is None:
+            return table
+        image = b64encode(png(self.plot())).decode()
+        return f'<img alt="{escape(self.verdict)}" src="data:image/png;base64,{image}">{table}'
 
     def figures(self) -> dict[str, "Figure"]:
         """All of them by the names of their files: gallery, spikes and membrane. 全部图。"""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 from sj_robust.attacks.threat import ThreatModel, eps_text
 from sj_robust.core.saved import SavedResult, write_whole
 from sj_robust.core.shown import Shown, shown_html, write_figure
-from sj_robust.evaluation.report import figures, verdict
+from sj_robust.evaluation.report import export, figures, hub, verdict
 from sj_robust.evaluation.report.levels import What, fall, mean_accuracy
 from sj_robust.evaluation.report.model_card import COUNTED, DERIVED, derived, footnote
 from sj_robust.evaluation.report.stored import translated
@@ -17,7 +17,9 @@ from sj_robust.evaluation.result import Evaluation, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from pandas import DataFrame
     from rich.console import Console
+    from torch import nn
 
     from sj_robust.evaluation.report.pictures import Gallery
 
@@ -160,10 +162,92 @@ class Report(
         """
         from sj_robust.evaluation.report.page import to_html  # imports jinja2
 
-        text = to_html(self, gallery)
-        if path is not None:
-            write_whole(Path(path), text)
-        return text
+        return _written(to_html(self, gallery), path)
+
+    def to_latex(self, path: str | Path | None = None) -> str:
+        """The table for a paper: LaTeX with the package booktabs, special letters escaped.
+        LaTeX 表格。
+
+        Args:
+            path: File to write as well.
+
+        Examples:
+            >>> rows = [Row("clean", "clean", (0, 1), ())]
+            >>> report = Report("my_net", "digits", "fast", (0, 1), rows)
+            >>> "clean & 100.0" in report.to_latex()
+            True
+        """
+        return _written(export.to_latex(self), path)
+
+    def to_csv(self, path: str | Path | None = None) -> str:
+        """Every figure as CSV, a line each; numbers are read back equal. CSV 文本。
+
+        Args:
+            path: File to write as well.
+
+        Examples:
+            >>> rows = [Row("clean", "clean", (0, 1), ())]
+            >>> report = Report("mine", "digits", "fast", (0, 1), rows)
+            >>> report.to_csv().splitlines()[1].startswith(
+            ...     "mine,digits,fast,,,,clean,clean,2,2,1.0"
+            ... )
+            True
+        """
+        return _written(export.to_csv(self), path)
+
+    def to_dataframe(self) -> "DataFrame":
+        """Every figure in a data frame of pandas (extra ``pandas``), a row each. pandas 数据表。
+
+        Raises:
+            ModuleNotFoundError: If pandas is not installed.
+        """
+        return export.to_dataframe(self)
+
+    def model_card(self) -> str:
+        """README.md of a model on the Hugging Face Hub (extra ``hub``). Hub 模型卡。
+
+        Raises:
+            ModuleNotFoundError: If huggingface_hub is not installed.
+        """
+        return hub.hub_card(self)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        network: "nn.Module | str | Path | None" = None,
+        *,
+        token: str | None = None,
+        private: bool = False,
+        endpoint: str | None = None,
+    ) -> str:
+        """Upload model card, report and network to the Hugging Face Hub (extra ``hub``).
+        上传到 Hub。
+
+        Args:
+            repo_id: ``"OWNER/NAME"`` of the model, which is made if it is not there.
+            network: The network, whose state dict is uploaded, or a file such as ``best.pt``; None
+                for none.
+            token: Token of the Hub; None takes that of ``hf auth login``.
+            private: Whether a new model is private.
+            endpoint: Address of another Hub; None for the public one.
+
+        Returns:
+            The address of the model.
+
+        Raises:
+            ModuleNotFoundError: If huggingface_hub is not installed.
+            TypeError: If ``network`` is neither a network nor a path.
+            FileNotFoundError: If there is no such file.
+        """
+        return hub.push_to_hub(
+            self,
+            self.to_json(),
+            repo_id,
+            network=network,
+            token=token,
+            private=private,
+            endpoint=endpoint,
+        )
 
     def show(self, console: "Console") -> None:
         """Print verdict, accuracies and remarks. 在终端显示报告。"""
@@ -230,6 +314,13 @@ class Report(
                     f"{name} of the report does not follow from its rows; the file was changed"
                 )
         return report
+
+
+def _written(text: str, path: str | Path | None) -> str:
+    """A text, which is written to a file if one is named."""
+    if path is not None:
+        write_whole(Path(path), text)
+    return text
 
 
 def _row(content: dict[str, Any]) -> Row:
