@@ -46,8 +46,16 @@ def filtered(x, keep):
 
 
 def test_masks_of_the_papers_size_are_32_28_24_and_20_wide():
-    widths = [kept(32, 1 - t / 8).sum() for t in range(T)]
-    assert widths == [32, 28, 24, 20]
+    places = torch.arange(32, dtype=torch.float64)
+    encoder = FrequencyEncoder()
+    for reach in (16, 14, 12, 10):
+        inside = 0.5 + 0.4 * torch.cos(2 * torch.pi * (reach - 1) * places / 32)
+        outside = 0.5 + 0.4 * torch.cos(2 * torch.pi * (reach + 1) * places / 32)
+        rows = torch.stack((inside, outside)).view(2, 1, 1, 32).expand(2, 1, 32, 32)
+        frame = encoder(rows)
+        assert_close(frame[0], rows[0])
+        if reach < 15:  # beyond, a wave is one of a lower frequency
+            assert_close(frame[1], torch.full_like(frame[1], 0.5))
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (28, 28), (8, 8), (7, 10)])
