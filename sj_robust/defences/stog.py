@@ -84,8 +84,15 @@ class StochasticGate(PerNeuron, base.StepModule):
     def _passed(self, spikes: Tensor) -> Tensor:
         self.materialize("rate", tuple(spikes.shape[1:]), _MOST, spikes)
         p = self.rate.clamp(_LEAST, _MOST)
-        u = torch.rand(spikes.shape, generator=self.generator, dtype=p.dtype, device=p.device)
-        relaxed = ((p.logit() + (1 - u).logit(eps=1e-6)) / self.temperature).sigmoid()
+        u = torch.rand(
+            spikes.shape,
+            generator=self.generator,
+            dtype=p.dtype,
+            device=p.device,
+        )
+        logistic = (1 - u).logit(eps=1e-6)
+        scaled = (p.logit() + logistic) / self.temperature
+        relaxed = scaled.sigmoid()
         opened = (u <= p).to(p.dtype)
         gate = opened + (relaxed - relaxed.detach())
         return spikes * gate.to(spikes.dtype)

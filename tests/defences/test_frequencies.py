@@ -19,22 +19,43 @@ def images(height, width, *, low=0.0):
     return low + (1 - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
 
 
+def kept(size, keep):
+    """Whether each frequency stays, from the lowest negative one on."""
+    reach = round(keep * (size // 2), 6)
+    stays = []
+    for place in range(size):
+        k = place - size // 2
+        above = k <= reach if size % 2 else k < reach
+        stays.append(above and k >= -reach)
+    return np.array(stays)
+
+
 def filtered(x, keep):
     """The filtered image, complex, by shifting zero frequency to the middle as the code of the
     paper does.
     """
-    height, width = x.shape[-2:]
-    spectrum = np.fft.fftshift(np.fft.fft2(x), axes=(-2, -1))
-    for axis, size in ((-2, height), (-1, width)):
-        for place in range(size):
-            k = place - size // 2
-            below = -keep * (size // 2) <= k
-            above = k <= keep * (size // 2) if size % 2 else k < keep * (size // 2)
-            if not (below and above):
-                index = [slice(None)] * 4
-                index[axis] = place
-                spectrum[tuple(index)] = 0
-    return np.fft.ifft2(np.fft.ifftshift(spectrum, axes=(-2, -1)))
+    axes = (-2, -1)
+    transform = np.fft.fft2(x)
+    spectrum = np.fft.fftshift(transform, axes=axes)
+    rows = kept(x.shape[-2], keep)
+    columns = kept(x.shape[-1], keep)
+    spectrum[:, :, ~rows] = 0
+    spectrum[:, :, :, ~columns] = 0
+    shifted = np.fft.ifftshift(spectrum, axes=axes)
+    return np.fft.ifft2(shifted)
+
+
+def test_masks_of_the_papers_size_are_32_28_24_and_20_wide():
+    places = torch.arange(32, dtype=torch.float64)
+    encoder = FrequencyEncoder()
+    for reach in (16, 14, 12, 10):
+        inside = 0.5 + 0.4 * torch.cos(2 * torch.pi * (reach - 1) * places / 32)
+        outside = 0.5 + 0.4 * torch.cos(2 * torch.pi * (reach + 1) * places / 32)
+        rows = torch.stack((inside, outside)).view(2, 1, 1, 32).expand(2, 1, 32, 32)
+        frame = encoder(rows)
+        assert_close(frame[0], rows[0])
+        if reach < 15:  # beyond, a wave is one of a lower frequency
+            assert_close(frame[1], torch.full_like(frame[1], 0.5))
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (28, 28), (8, 8), (7, 10)])

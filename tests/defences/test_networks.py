@@ -216,10 +216,10 @@ def stochastic(kind):
 @pytest.mark.parametrize("kind", ["noise", "gates"])
 def test_an_evaluation_notices_the_draws_and_takes_the_expectation(kind):
     model = stochastic(kind)
-    report = evaluate(model, batches(12, 12), eps=THREAT.eps, suite="fast", progress=False)
+    report = evaluate(model, batches(6, 6), eps=THREAT.eps, suite="fast", progress=False)
     assert report.draws == 10
     names = {row.member for row in report.rows if row.group != "proof"}
     assert not [name for name in names if "spike_search" in name]  # other spikes in every forward
     assert not [row for row in report.rows if row.group == "proof" and row.verified]
     with pytest.raises(ValueError, match=r"draws random numbers.*--draws 10"):
-        evaluate(model, batches(12, 12), eps=0.1, suite="fast", draws=1, progress=False)
+        evaluate(model, batches(6, 6), eps=0.1, suite="fast", draws=1, progress=False)
