@@ -96,6 +96,13 @@ class Options:
     """Output channels of the convolutions of small; widths of mlp."""
     hidden: tuple[int, ...] = (4096, 4096)
     """Widths of a VGG's hidden layers; small: in model_options."""
+    encoder: Literal["direct", "poisson", "rsc", "stod"] = "direct"
+    """How an image becomes T frames: direct repeats it, poisson draws spikes, rsc adds noise, stod
+    turns patches by an orthogonal kernel per step."""
+    encoder_options: Annotated[YamlDict, Idle(lambda options: options.encoder == "direct")] = field(
+        default_factory=dict
+    )
+    """Keyword arguments of the encoder."""
     mean: list[float] | None = None
     """Mean per channel that the network subtracts; None: the data set's."""
     std: list[float] | None = None
@@ -172,6 +179,10 @@ class Options:
     """Weight of the penalty on the gain of DLIF layers over time; 0 leaves it out."""
     l1: float = 0.0
     """Weight of the sum of absolute weights; 0 leaves it out."""
+    temporal_orthogonality: Annotated[float, Idle(lambda options: options.encoder != "stod")] = 0.0
+    """Weight of the penalty on frames that are alike, for encoder stod; 0 leaves it out."""
+    deflation: bool = False
+    """Take the largest singular component out of every gradient (DSD)."""
 
     # training
     epochs: Annotated[PositiveInt, Often()] = 15
@@ -388,6 +399,7 @@ def prepared(
         select=mode.select,
         sync_batch_norm=options.sync_batch_norm,
         retraction=mode.retraction,
+        deflation=options.deflation,
         checkpoint_steps=options.checkpoint_steps,
         seed=options.seed,
         verified_eps=evaluation_threat(options).eps if mode.select == "verified" else None,
@@ -418,6 +430,9 @@ def prepared(
         training.ThresholdGuarding(options.threshold_guard, margin=options.guard_margin),
         training.StabilityGain(options.gain_penalty),
         training.WeightMagnitude(options.l1),
+        training.TemporalOrthogonality(
+            options.temporal_orthogonality if options.encoder == "stod" else 0.0
+        ),
     )
     objective = training.Objective(
         classifier,
@@ -452,6 +467,8 @@ def network_spec(options: Options, splits: ImageSplits) -> NetworkSpec:
         mean=splits.mean if options.mean is None else tuple(options.mean),
         std=splits.std if options.std is None else tuple(options.std),
         learn_gain=options.learn_gain,
+        encoder=options.encoder,
+        encoder_options=options.encoder_options,
     )
 
 
@@ -469,6 +486,10 @@ def undefended(options: Options) -> Options:
         threshold_guard=0.0,
         gain_penalty=0.0,
         l1=0.0,
+        encoder="direct",
+        encoder_options={},
+        temporal_orthogonality=0.0,
+        deflation=False,
     )
 
 

@@ -20,6 +20,7 @@ PUBLIC = {
     "sj_robust.data": (
         "Augmentation CIFAR_STATISTICS ImageSplits ShuffledBatches image_loader load_images"
     ),
+    "sj_robust.defences": "OrthogonalEncoder SmoothingEncoder deflate_",
     "sj_robust.doctor": "report",
     "sj_robust.evaluation": (
         "Corruption EstimatorSearch Fault Member Report compare_reports diagnose evaluate faulty "
@@ -44,9 +45,9 @@ PUBLIC = {
     "sj_robust.proofs": "SmoothedClassifier UnsoundBoundsError no_flip_radius smooth verify",
     "sj_robust.training": (
         "CertifiedOptions ForwardPasses GradientSparsity Journal MODES NonFiniteLossError "
-        "Objective Penalty StabilityGain ThresholdGuarding TrainingInterrupted TrainingPlan "
-        "WeightMagnitude flip_attacks load_checkpoint retract_ save_checkpoint train "
-        "training_attack validation_attacks"
+        "Objective Penalty StabilityGain TemporalOrthogonality ThresholdGuarding "
+        "TrainingInterrupted TrainingPlan WeightMagnitude flip_attacks load_checkpoint retract_ "
+        "save_checkpoint train training_attack validation_attacks"
     ),
 }
 PUBLIC = {module: tuple(names.split()) for module, names in PUBLIC.items()}

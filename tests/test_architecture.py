@@ -26,7 +26,7 @@ LIBRARY = [
     {"_version", "core", "ops"},
     {"neuron"},
     {"classifier"},
-    {"attacks", "estimators", "proofs"},
+    {"attacks", "defences", "estimators", "proofs"},
     {"perturbation"},
     {"data", "models"},
     {"evaluation"},

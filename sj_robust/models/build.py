@@ -4,19 +4,24 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import nn
 
-from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier
+from sj_robust.classifier import PoissonEncoder, SpikingClassifier, SpikingEventClassifier
+from sj_robust.core.checks import check_choice
+from sj_robust.defences import OrthogonalEncoder, SmoothingEncoder
 from sj_robust.models.chain import VGG, VGG_FEATURES, FullyConnected, SmallConvNet
 from sj_robust.models.foreign import call_with_known, find_function
 from sj_robust.models.wide_resnet import WIDE_RESNETS, WideResNet
 from sj_robust.models.zoo import build_zoo_network
 from sj_robust.neuron import DLIFNode, Stage, fuse, replace_neurons
 
-__all__ = ["NETWORKS", "NetworkSpec", "build_classifier", "build_network"]
+__all__ = ["NETWORKS", "EncoderName", "NetworkSpec", "build_classifier", "build_network"]
+
+EncoderName = Literal["direct", "poisson", "rsc", "stod"]
+"""Names of the encoders of images."""
 
 NETWORKS = ("small", "mlp", *VGG_FEATURES, *WIDE_RESNETS)
 """Names of the architectures of this package."""
@@ -56,6 +61,11 @@ class NetworkSpec:
         std: Standard deviation per channel that they are divided by; None for none.
         frames: Whether samples are event frames [T, C, H, W] instead of images.
         options: Further keyword arguments of the architecture, plain data.
+        encoder: How an image becomes the frames of the time steps: ``"direct"`` repeats it,
+            ``"poisson"`` is :class:`sj_robust.classifier.PoissonEncoder`, ``"rsc"`` and ``"stod"``
+            are :class:`sj_robust.defences.SmoothingEncoder` and
+            :class:`sj_robust.defences.OrthogonalEncoder`.
+        encoder_options: Keyword arguments of the encoder, plain data.
 
     Examples:
         >>> NetworkSpec(neuron="lif", T=8).tau
@@ -76,6 +86,8 @@ class NetworkSpec:
     std: tuple[float, ...] | None = None
     frames: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    encoder: EncoderName = "direct"
+    encoder_options: dict[str, Any] = field(default_factory=dict)
 
 
 def build_network(spec: NetworkSpec) -> nn.Module:
@@ -154,7 +166,8 @@ def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
 
     Raises:
         ValueError: As :func:`build_network`; or if the number of means or deviations is not that of
-            the channels, or there are any for frames.
+            the channels, there are any for frames, or the encoder is unknown, does not take its
+            options, or stands beside frames or a network that has its own.
 
     Examples:
         >>> import torch
@@ -170,12 +183,41 @@ def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
             raise ValueError(
                 f"{name} must have one value per channel ({spec.image_shape[0]}), got {values}"
             )
+    encoder = _encoder(spec)
     net = _built(spec)
+    if encoder is not None and (spec.frames or isinstance(net, SpikingClassifier)):
+        raise ValueError(
+            f"encoder {spec.encoder!r} is for images of a bare network, got event frames or a "
+            "network in a classifier of its own; leave it out"
+        )
     if isinstance(net, SpikingClassifier):
         return net
     if spec.frames:
         return SpikingEventClassifier(net, spec.T)
-    return SpikingClassifier(net, spec.T, mean=spec.mean, std=spec.std)
+    return SpikingClassifier(net, spec.T, encoder, mean=spec.mean, std=spec.std)
+
+
+def _encoder(spec: NetworkSpec) -> nn.Module | None:
+    """The encoder of a specification; None repeats the image."""
+    kinds: dict[str, Callable[..., nn.Module]] = {
+        "poisson": PoissonEncoder,
+        "rsc": SmoothingEncoder,
+        "stod": partial(OrthogonalEncoder, spec.image_shape, spec.T),
+    }
+    check_choice("encoder", spec.encoder, get_args(EncoderName))
+    if spec.encoder == "direct":
+        if spec.encoder_options:
+            raise ValueError(
+                f"encoder_options belong to an encoder, got {spec.encoder_options} for 'direct'; "
+                "leave them out"
+            )
+        return None
+    try:
+        return kinds[spec.encoder](**spec.encoder_options)
+    except TypeError as error:
+        raise ValueError(
+            f"encoder {spec.encoder!r} cannot be built with {spec.encoder_options} ({error})"
+        ) from error
 
 
 def _neuron(spec: NetworkSpec) -> Callable[..., nn.Module]:

@@ -13,6 +13,7 @@ from sj_robust.training.penalties import (
     GradientSparsity,
     Penalty,
     StabilityGain,
+    TemporalOrthogonality,
     ThresholdGuarding,
     WeightMagnitude,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "Objective",
     "Penalty",
     "StabilityGain",
+    "TemporalOrthogonality",
     "ThresholdGuarding",
     "TrainingInterrupted",
     "TrainingPlan",

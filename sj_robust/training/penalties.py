@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from sj_robust.attacks.logits import without
 from sj_robust.classifier import SpikingClassifier
+from sj_robust.defences import OrthogonalEncoder
+from sj_robust.defences.stod import temporal_similarity
 from sj_robust.neuron.charging import Neuron, find_neurons
 from sj_robust.neuron.watching import SpikingCall, Wants, watch
 from sj_robust.ops.recurrence import charge, reset
@@ -21,6 +23,7 @@ __all__ = [
     "GradientSparsity",
     "Penalty",
     "StabilityGain",
+    "TemporalOrthogonality",
     "ThresholdGuarding",
     "WeightMagnitude",
 ]
@@ -326,6 +329,46 @@ class StabilityGain(Penalty):
     def value(self, passes: ForwardPasses) -> Tensor:
         """Sum over layers; see the class."""
         return gain_penalty(passes.classifier.net, normalized=self.normalized).to(passes.first[1])
+
+
+class TemporalOrthogonality(Penalty):
+    """Keeps the frames of the time steps apart that an orthogonal encoder makes of an image.
+    时间步编码的正交正则。
+
+    Equation, with f[t] the distance of the frame of step t from grey::
+
+        value = mean over the images of the sum over i < j of cos(f[i], f[j])^2
+
+    It moves the kernels of :class:`sj_robust.defences.OrthogonalEncoder` alone.
+
+    Args:
+        weight: Weight in the objective.
+
+    Raises:
+        ValueError: If the weight is out of range.
+        TypeError: When evaluated, if the classifier has another encoder.
+
+    Source: global orthogonal regularisation of "Breaking Gradient Temporal Collinearity for Robust
+        Spiking Neural Networks" (ICLR 2026); its weight is not in the text that was at hand.
+
+    Examples:
+        >>> TemporalOrthogonality(weight=0.1).name
+        'temporal_orthogonality'
+    """
+
+    name = "temporal_orthogonality"
+
+    def value(self, passes: ForwardPasses) -> Tensor:
+        """Mean over the batch; see the class."""
+        encoder = passes.classifier.encoder
+        if not isinstance(encoder, OrthogonalEncoder):
+            raise TypeError(
+                "temporal_orthogonality needs an OrthogonalEncoder, got "
+                f"{type(encoder).__name__}; take the encoder stod"
+            )
+        images = passes.first[0].detach()
+        steps = range(len(encoder.skew))
+        return temporal_similarity(torch.stack([encoder.turned(images, t) for t in steps]))
 
 
 def _pair_probability(logits: Tensor, y: Tensor, wrong: Tensor) -> Tensor:

@@ -188,7 +188,15 @@ def test_print_config_and_config(tmp_path, monkeypatch, capsys):
 
 
 CONFIGS = ROOT / "recipes" / "configs"
-OF_SMALL_IMAGES = ("digits", "fashion_mnist", "certified/digits_0.1", "certified/fashion_mnist_8")
+OF_SMALL_IMAGES = (
+    "digits",
+    "fashion_mnist",
+    "certified/digits_0.1",
+    "certified/fashion_mnist_8",
+    "defences/dsd",
+    "defences/rsc",
+    "defences/stod",
+)
 PRESETS = [CONFIGS / f"{name}.yaml" for name in OF_SMALL_IMAGES]
 
 

@@ -21,7 +21,9 @@ from sj_robust.core.eps import parse_eps
 RECIPES = ROOT / "recipes"
 CONFIGS = RECIPES / "configs"
 CELLS = sorted((CONFIGS / "paper").glob("*.yaml"))
-PRESETS = [*sorted(CONFIGS.glob("*.yaml")), *sorted((CONFIGS / "certified").glob("*.yaml")), *CELLS]
+DEFENCES = sorted((CONFIGS / "defences").glob("*.yaml"))
+PRESETS = [*sorted(CONFIGS.glob("*.yaml")), *sorted((CONFIGS / "certified").glob("*.yaml"))]
+PRESETS += [*DEFENCES, *CELLS]
 SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
 SHAPES = {"digits": ((1, 8, 8), 10)} | dict.fromkeys(("mnist", "fashion_mnist"), ((1, 28, 28), 10))
 SHAPES |= {"saccade:mnist": ((2, 34, 34), 10)}
@@ -107,6 +109,21 @@ def test_what_small_boxes_and_an_attacked_term_need_is_made_at_the_radius_of_the
     assert plan.precise_statistics == 3
     (penalty,) = objective.penalties
     assert penalty.name == "l1"
+
+
+@pytest.mark.parametrize("path", DEFENCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("dataset", ["digits", "fashion_mnist", "cifar10"])
+def test_a_defence_builds_for_every_data_set_and_its_reference_has_none(path, dataset):
+    options = from_values(adv_train.Options, options_in(path), path.name)
+    options = replace(options, dataset=dataset)
+    shape, classes = SHAPES[dataset]
+    splits = SimpleNamespace(image_shape=shape, classes=classes, mean=None, std=None, frames=False)
+    objective, _, _ = adv_train.prepared(options, splits)
+    x = torch.rand(2, *shape)
+    assert objective.classifier(x).shape == (2, classes)
+    plain, plan, attack = adv_train.prepared(adv_train.undefended(options), splits)
+    assert plain.classifier.encoder is None
+    assert (plain.penalties, plan.deflation, attack) == ((), False, None)
 
 
 PAPER = {  # hyperparameters of every cell
