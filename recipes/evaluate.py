@@ -101,9 +101,10 @@ class Options:
     """For moves, frames by which all events of a sample may be moved together; None: any."""
     fault_draws: PositiveInt = 5
     """For stress, draws of every fault that is random."""
-    draws: PositiveInt = 1
-    """Fresh forwards in each of which a stochastic network must be wrong for an image to count as
-    broken."""
+    draws: PositiveInt | None = None
+    """Fresh forwards in more than half of which a stochastic network must be wrong for an image to
+    count as broken, and over which attacks average; None takes 10 if the network draws random
+    numbers."""
     proofs: bool = True
     """For Linf and L0, prove by bounds of every spike which images no attack can break, and attack
     the others; networks with parts that have no bounds are named in the report."""

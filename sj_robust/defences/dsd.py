@@ -60,4 +60,5 @@ def _largest_component(matrix: Tensor) -> Tensor:
     """The best approximation of rank one of a matrix."""
     wide = matrix if matrix.dtype == torch.float64 else matrix.float()
     u, s, vh = torch.linalg.svd(wide, full_matrices=False)
-    return (s[0] * torch.outer(u[:, 0], vh[0])).to(matrix.dtype)
+    largest: Tensor = s[0] * torch.outer(u[:, 0], vh[0])
+    return largest.to(matrix.dtype)

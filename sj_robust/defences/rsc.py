@@ -9,7 +9,7 @@ from sj_robust.core.host import base
 __all__ = ["SmoothingEncoder"]
 
 
-class SmoothingEncoder(base.MemoryModule):  # type: ignore[misc]  # untyped in SpikingJelly
+class SmoothingEncoder(base.MemoryModule):
     """Randomised smoothing coding: every time step sees the image under fresh Gaussian noise.
     随机平滑编码。
 

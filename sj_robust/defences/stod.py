@@ -16,7 +16,7 @@ __all__ = ["OrthogonalEncoder", "temporal_similarity"]
 _CENTRE = 0.5
 
 
-class OrthogonalEncoder(base.MemoryModule):  # type: ignore[misc]  # untyped in SpikingJelly
+class OrthogonalEncoder(base.MemoryModule):
     """Structured temporal orthogonal decorrelation: patches of the image, turned by an orthogonal
     kernel of their time step. 逐时间步的正交核编码。
 
@@ -89,7 +89,7 @@ class OrthogonalEncoder(base.MemoryModule):  # type: ignore[misc]  # untyped in 
         """O[t], [d, d]."""
         skew = self.skew[t] - self.skew[t].T
         one = torch.eye(len(skew), dtype=skew.dtype, device=skew.device)
-        turned = torch.linalg.solve(one + skew, one - skew)  # the factors commute
+        turned: Tensor = torch.linalg.solve(one + skew, one - skew)  # the factors commute
         return self.start[t].to(skew.dtype).unsqueeze(1) * turned
 
     def turned(self, images: Tensor, t: int) -> Tensor:

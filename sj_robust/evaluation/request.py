@@ -29,9 +29,9 @@ class Request:
         dataset: Name of the data set.
         classes: Number of classes.
         seed: Seeds everything.
-        draws: Fresh forwards in each of which a stochastic network must be wrong, and which its
-            gradients are averaged over; 1 for a network that draws no random numbers, as every
-            image is asked twice to check. Of a stress test, draws of a fault that is random.
+        draws: Fresh forwards, in more than half of which a stochastic network must be wrong, and
+            over which its gradients are averaged; None finds out whether it needs several, for
+            which every image is asked twice. Of a stress test, draws of a fault that is random.
         source: Another network for the same images; transfer attacks from it join the suite.
         proofs: Whether images are verified, where threat and network have bounds.
         control: Whether the control of the suite runs too.
@@ -47,7 +47,7 @@ class Request:
     dataset: str
     classes: int = 0
     seed: int = 0
-    draws: int = 1
+    draws: int | None = None
     source: nn.Module | None = None
     proofs: bool = True
     control: bool = True

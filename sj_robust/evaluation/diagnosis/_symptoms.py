@@ -130,7 +130,7 @@ def randomness(probe: Probe) -> Finding:
         f"{value:.0%} of the images get other logits in another forward. A gradient of one draw "
         "points where another draw does not, so a plain attack is weaker than it seems.",
         "Attack the average: eot_samples >= 10 here and in every attack, and count an image as "
-        "fooled only if several fresh draws are wrong (draws of the suites).",
+        "fooled if most of several fresh draws are wrong (draws of the suites).",
     )
 
 
