@@ -102,9 +102,10 @@ class Options:
     """Output channels of the convolutions of small; widths of mlp."""
     hidden: tuple[int, ...] = (4096, 4096)
     """Widths of the hidden layers of VGG; for small, use model_options."""
-    encoder: Literal["direct", "poisson", "feel"] = "direct"
+    encoder: Literal["direct", "poisson", "feel", "rsc", "stod"] = "direct"
     """How an image becomes T frames: direct repeats it, poisson draws spikes, feel removes more
-    high frequencies in every step."""
+    high frequencies in every step, rsc adds noise, stod multiplies patches by an orthogonal kernel
+    per step."""
     encoder_options: Annotated[YamlDict, Idle(lambda options: options.encoder == "direct")] = field(
         default_factory=dict
     )
@@ -191,6 +192,10 @@ class Options:
     """Weight of the penalty on potentials within reach of the surrogate; 0: none."""
     gate_rates: float = 0.0
     """Weight of the squared rates of the gates of stog (5e-6 in its paper); 0: none."""
+    temporal_orthogonality: Annotated[float, Idle(lambda options: options.encoder != "stod")] = 0.0
+    """Weight of the penalty on similar frames, for encoder stod; 0: none."""
+    deflation: bool = False
+    """Remove the largest singular component from every gradient (DSD)."""
 
     # training
     epochs: Annotated[PositiveInt, Often()] = 15
@@ -421,6 +426,7 @@ def prepared(
         select=mode.select,
         sync_batch_norm=options.sync_batch_norm,
         retraction=mode.retraction,
+        deflation=options.deflation,
         checkpoint_steps=options.checkpoint_steps,
         seed=options.seed,
         verified_eps=evaluation_threat(options).eps if mode.select == "verified" else None,
@@ -455,6 +461,9 @@ def prepared(
         training.WeightMagnitude(options.l1),
         SurrogateOverlap(options.mpd_sgr),
         GateRates(options.gate_rates),
+        training.TemporalOrthogonality(
+            options.temporal_orthogonality if options.encoder == "stod" else 0.0
+        ),
     )
     objective = training.Objective(
         classifier,
@@ -512,6 +521,8 @@ def undefended(options: Options) -> Options:
         gate_rates=0.0,
         encoder="direct",
         encoder_options={},
+        temporal_orthogonality=0.0,
+        deflation=False,
     )
 
 

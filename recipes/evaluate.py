@@ -105,9 +105,9 @@ class Options:
     fault_draws: PositiveInt = 5
     """For stress: number of draws of each random fault."""
     draws: PositiveInt | None = None
-    """For stochastic networks: forward passes in all of which an image must be misclassified to
-    count as broken, and over which gradients are averaged; None: 10 if the network is stochastic.
-    """
+    """For stochastic networks: forward passes in more than half of which an image must be
+    misclassified to count as broken, and over which gradients are averaged; None: 10 if the
+    network is stochastic."""
     proofs: bool = True
     """For Linf and L0: prove robustness by bounds of every spike, and attack only the images that
     are not proved."""

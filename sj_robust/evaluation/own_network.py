@@ -90,18 +90,18 @@ def evaluate(
         suite: Name of the suite, see :func:`make_suite`; None: ``"standard"``, or
             ``"events"`` for event frames.
         T: Number of time steps, for a bare network; None if it brings its own.
-        mean: Mean per channel to subtract from the images of a bare network, as numbers, a tensor
-            or an array.
-        std: Standard deviation per channel to divide them by, likewise.
-        draws: Fresh forwards in each of which a stochastic network must be wrong for an image to
-            count as broken, and which gradients are averaged over; None takes 10 if the network
-            draws random numbers.
-        seed: Random seed.
-        batch_size: Images per batch; results do not depend on it.
-        folder: Folder for the progress, for one batch size; None: none is saved.
-        name: Name of the network in the report; None: its class.
-        dataset: Name of the images in the report.
-        progress: Show progress and remaining time.
+        mean: Mean per channel that a bare network expects to be subtracted, as numbers, a tensor or
+            an array.
+        std: Standard deviation per channel that it expects to be divided by, likewise.
+        draws: Fresh forwards in more than half of which a stochastic network must be wrong for an
+            image to count as broken, and over which attacks average its gradients; None takes 10
+            for a network that draws random numbers, and 1 for another.
+        seed: Seeds everything.
+        batch_size: Images at a time; results do not depend on it.
+        folder: Where progress is kept, for one batch size; None keeps none.
+        name: What the report calls the network; None takes its class.
+        dataset: What the report calls the images.
+        progress: Whether what is being done and the time left are shown.
 
     Raises:
         TypeError: If an argument has the wrong type, such as images of bytes.

@@ -173,8 +173,8 @@ class Evaluation:
         classes: Number of classes; 0 where it is not known.
         description: What was run, in a few words.
         seed: Seed of the run.
-        draws: Fresh forwards in each of which a stochastic network must be wrong to count as
-            broken.
+        draws: Fresh forwards in more than half of which a stochastic network must be wrong to
+            count as broken.
         network: Architecture, ``T``, number of parameters, ``fingerprint``, and per spiking layer
             the ``neuron`` and the ``surrogate`` it was trained with.
         data: Fingerprint of images and labels.
@@ -311,8 +311,7 @@ class Evaluation:
 
     @property
     def everything(self) -> Accuracy:
-        """Worst case per image over suite and control together.
-        """
+        """Worst case per image over suite and control together."""
         return self.under("everything")
 
     @property

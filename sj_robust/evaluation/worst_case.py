@@ -41,7 +41,7 @@ def worst_case(
         y: Labels [N] int64.
         members: What is run, in this order.
         threat: What counts as broken; None counts whatever a member makes.
-        draws: Forwards in every one of which a stochastic network has to be wrong.
+        draws: Forwards in more than half of which a stochastic network has to be wrong.
         seeds: One seed per sample; the result of a sample then depends on neither its neighbours
             nor the batch size (unless the network itself draws random numbers, or the estimator is
             ``pdsg``). None takes the numbers of the images.

@@ -3,6 +3,7 @@
 # says what to install if one of its packages is missing
 import sj_robust.core.recipes_installed  # noqa: F401
 from sj_robust.defences.penalty import ForwardPasses, Penalty
+from sj_robust.defences.stod import TemporalOrthogonality
 from sj_robust.defences.tgo import ThresholdGuarding
 from sj_robust.models.checkpoint import load_checkpoint, save_checkpoint
 from sj_robust.training.certified import CertifiedOptions
@@ -24,6 +25,7 @@ __all__ = [
     "Objective",
     "Penalty",
     "StabilityGain",
+    "TemporalOrthogonality",
     "ThresholdGuarding",
     "TrainingInterrupted",
     "TrainingPlan",

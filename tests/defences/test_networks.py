@@ -14,7 +14,7 @@ from sj_robust.defences import EvolvingLeakNode, NoisyLIFNode, StochasticGate
 from sj_robust.estimators import estimator
 from sj_robust.evaluation import from_checkpoint
 from sj_robust.evaluation.run.data import Data
-from sj_robust.evaluation.run.draws import draws_needed
+from sj_robust.evaluation.run.draws import settled_draws
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.training import save_checkpoint, training_attack
 from sj_robust.training._run import _groups
@@ -97,7 +97,7 @@ def test_a_network_draws_only_where_its_defence_does(kind):
     assert torch.equal(seeded(model, images()), first)
     assert torch.equal(seeded(model, images(), seed=1), first) == (kind not in RANDOM)
     data = Data.of([(images(), torch.arange(4))])
-    assert draws_needed(model, data) == (10 if kind in RANDOM else 1)
+    assert settled_draws(model, data, None) == (10 if kind in RANDOM else 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -95,9 +95,9 @@ def test_a_defence_builds_for_every_data_set_and_its_reference_has_none(path, da
     objective, _, _ = adv_train.prepared(options, splits)
     x = torch.rand(2, *shape)
     assert objective.classifier(x).shape == (2, classes)
-    plain, _, attack = adv_train.prepared(adv_train.undefended(options), splits)
+    plain, plan, attack = adv_train.prepared(adv_train.undefended(options), splits)
     assert plain.classifier.encoder is None
-    assert (plain.penalties, attack) == ((), None)
+    assert (plain.penalties, plan.deflation, attack) == ((), False, None)
     assert not any(type(m).__module__.startswith("sj_robust.defences") for m in plain.modules())
 
 

@@ -116,11 +116,11 @@ def without_effect(**given):
 )
 def test_options_without_effect(given, expected):
     found = without_effect(augment=True, **given)
-    always = {"guard_margin", "guard_rising", "encoder_options"}
-    wanted = expected | always | (BOUNDS if given.get("mode") != "certified" else set())
+    unused = {"guard_margin", "guard_rising", "encoder_options", "temporal_orthogonality"}
+    wanted = expected | unused | (BOUNDS if given.get("mode") != "certified" else set())
     assert found == wanted
-    assert not {"guard_margin", "guard_rising"} & without_effect(threshold_guard=0.1, **given)
-    assert "encoder_options" not in without_effect(encoder="feel", **given)
+    used = {"threshold_guard": 0.1, "encoder": "stod"}
+    assert not unused & without_effect(**used, **given)
 
 
 def test_cutout_has_an_effect_where_images_are_augmented():

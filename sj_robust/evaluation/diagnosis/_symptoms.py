@@ -130,7 +130,7 @@ def randomness(probe: Probe) -> Finding:
         f"The logits of {value:.0%} of the images differ between forward passes. The gradient "
         "of one pass is wrong for the next, so an attack that does not average is too weak.",
         "Average gradients: use eot_samples >= 10 here and in every attack, and count an image as "
-        "fooled only if it is misclassified in several passes (draws of the suites).",
+        "fooled only if most of several passes misclassify it (draws of the suites).",
     )
 
 
