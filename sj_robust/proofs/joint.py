@@ -13,7 +13,7 @@ from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.changes import Changes, changed_sums, share_frames
 from sj_robust.proofs.relaxation import Maps, Stage, Step, Trace
 from sj_robust.proofs.rounding import SLACK
-from sj_robust.proofs.rules import Bounds, Pooling, leaves_of, replayed
+from sj_robust.proofs.rules import Bounds, Function, leaves_of, replayed
 from sj_robust.proofs.spiking import Float32Spiking, Interval, Spiking
 from sj_robust.proofs.trains import Trains, possible_trains
 from sj_robust.proofs.windows import (
@@ -75,6 +75,7 @@ class _Call:
         batch_dim: Of what reaches it.
         current: What reaches it, [steps, 1, *].
         leaves: Numbers of the leaves that it depends on.
+        leaf: Number of the leaf that begins.
     """
 
     by: str | None
@@ -82,6 +83,7 @@ class _Call:
     batch_dim: int
     current: Tensor
     leaves: set[int]
+    leaf: int
 
 
 class _TimedTrace(Trace):
@@ -99,7 +101,7 @@ class _TimedTrace(Trace):
         self._values: dict[str, Tensor] = {}
         self._generator = torch.Generator().manual_seed(0)
 
-    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Pooling) -> None:
+    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
         name = by.name if isinstance(by, Neuron) else None
         first = 0 if name is None else self.steps[name]
         centre = x.centre.detach()
@@ -109,6 +111,7 @@ class _TimedTrace(Trace):
             batch_dim=batch_dim,
             current=by_step(centre, 1, batch_dim),
             leaves=leaves_of(x.origin),
+            leaf=len(self.leaves),
         )
         self.calls.append(call)
         if name is None:
@@ -207,8 +210,8 @@ class OverTime:
         for call in trace.calls:
             asked |= call.leaves
         self.counted = set(maps.neurons) if self.counts else set()
-        for number, call in enumerate(trace.calls, 1):
-            if number in asked:
+        for call in trace.calls:
+            if call.leaf in asked:
                 self.counted.discard(str(call.by))
         size = sum(leaf.centre.numel() for leaf in trace.leaves)
         windows = min(T, KEPT) + 1
@@ -258,7 +261,7 @@ class JointRun(BoundedRun):
         """What changed events can do to the current of each step so far."""
         self.sources: list[SpikeTrains | Steps | None] = []
         """What gives bounds of sums over time of each leaf; None for the images."""
-        self._by: Neuron | Pooling | None = None
+        self._by: Neuron | Function | None = None
 
     def leaf(self, values: Interval, batch_dim: int) -> Bounds:
         """See :class:`BoundedRun`."""
@@ -380,7 +383,7 @@ class JointRun(BoundedRun):
         wider = bounds.widened(_GAP * len(spikes))
         return wider.holds(sums.view(bounds.low.shape))
 
-    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Pooling) -> None:
+    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
         stage = Stage(len(self.leaves), x.same(), batch_dim)
         self.stages.append(stage)
         self._by = by
