@@ -8,13 +8,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sj_robust.core.preserved import other_forward
 from sj_robust.neuron.charging import Neuron
+from sj_robust.proofs.opened import counts, on_bounds, spiking_surrogates
 from sj_robust.proofs.rounding import SLACK, NoBoundsError
 from sj_robust.proofs.rules import Bounds, Function, Origin, leaves_of, reshaped, rows_of
-from sj_robust.proofs.spiking import Float32Spiking, Interval, LayerBounds, RealSpiking, Spiking
+from sj_robust.proofs.spiking import (
+    Float32Counting,
+    Float32Spiking,
+    Interval,
+    LayerBounds,
+    RealSpiking,
+    Spiking,
+)
 
 __all__ = ["BoundedRun", "Leaf", "by_row", "laid_out", "pulled_back"]
 
@@ -167,11 +175,16 @@ class BoundedRun:
         return found
 
     @contextmanager
-    def replacing_neurons(self) -> Iterator[None]:
-        """Context in which the neurons give bounds of their spikes for bounds of their currents."""
+    def replacing_neurons(self, net: nn.Module) -> Iterator[None]:
+        """Context in which the neurons of a network give bounds of their spikes for bounds of their
+        currents, and surrogates of others bounds of a step.
+        """
         with ExitStack() as stack:
             for neuron in self.neurons.values():
                 stack.enter_context(other_forward(neuron.module, self._spikes_of(neuron)))
+            for surrogate in spiking_surrogates(net):
+                stepped = on_bounds(surrogate.forward)
+                stack.enter_context(other_forward(surrogate, stepped))
             yield
 
     def lead(self, logits: Bounds, y: Tensor) -> Tensor:
@@ -329,6 +342,8 @@ class BoundedRun:
         shapes = [(batch_dim, rows.shape) for batch_dim in (1, 0, -1)]
         if rows.ndim == 2 and rows.shape[1] % self.samples == 0:  # [T, N * values]
             shapes.append((1, rows.view(len(rows), self.samples, -1).shape))
+        if rows.ndim == 1 and len(rows) % self.samples == 0:  # [N * values]
+            shapes.append((0, rows.view(self.samples, -1).shape))
         numbers = torch.arange(self.samples, device=rows.device)
         for batch_dim, shape in shapes:
             if _fits(shape, batch_dim, self.samples):
@@ -347,6 +362,11 @@ class BoundedRun:
     def _spiking(self, neuron: Neuron) -> Spiking:
         """A call of a layer."""
         layer = self.layers[neuron.name]
+        most = counts(neuron)
+        if most is not None:
+            if self.differentiable:
+                raise NoBoundsError(f"training with {neuron.type_name}, which emits integers")
+            return Float32Counting(neuron, layer, most)
         if self.differentiable:
             return RealSpiking(neuron, layer, self.surrogate_width)
         return Float32Spiking(neuron, layer)

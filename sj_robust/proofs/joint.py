@@ -11,6 +11,7 @@ from torch import Tensor
 from sj_robust.neuron.charging import Neuron
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.changes import Changes, changed_sums, share_frames
+from sj_robust.proofs.opened import counts
 from sj_robust.proofs.relaxation import Maps, Stage, Step, Trace
 from sj_robust.proofs.rounding import SLACK
 from sj_robust.proofs.rules import Bounds, Function, leaves_of, replayed
@@ -102,7 +103,7 @@ class _TimedTrace(Trace):
         self._generator = torch.Generator().manual_seed(0)
 
     def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
-        name = by.name if isinstance(by, Neuron) else None
+        name = by.name if isinstance(by, Neuron) and counts(by) is None else None
         first = 0 if name is None else self.steps[name]
         centre = x.centre.detach()
         call = _Call(
@@ -200,7 +201,7 @@ class OverTime:
                 continue
             self.kinds[name] = _kind(calls, shifts, factors)
             if before & trace.pooled:
-                reasons[name] = "behind a max pooling or ReLU"
+                reasons[name] = "behind a maximum, a product or another function"
             elif self.kinds[name] is None and before != {0}:
                 reasons[name] = "its current is no map of spikes of one step"
         if not self.counts:
@@ -267,7 +268,7 @@ class JointRun(BoundedRun):
         """See :class:`BoundedRun`."""
         if self._by is None:
             self.sources.append(None)
-        elif isinstance(self._by, Neuron):
+        elif isinstance(self._by, Neuron) and counts(self._by) is None:
             memory = self.memories[self._by.name]
             self.sources.append(memory.trains)
         else:
@@ -278,6 +279,8 @@ class JointRun(BoundedRun):
     @torch.no_grad()
     def spikes(self, neuron: Neuron, x_seq: Interval) -> Interval:
         """See :class:`BoundedRun`."""
+        if counts(neuron) is not None:  # integers are bounded step by step
+            return super().spikes(neuron, x_seq)
         name = neuron.name
         memory = self.memories[name]
         layer = self.layers[name]
@@ -368,6 +371,8 @@ class JointRun(BoundedRun):
         """Whether counts and random sums over time of a layer's spikes [T, N, *] are within their
         bounds.
         """
+        if counts(self.neurons[name]) is not None:
+            return True
         generator = torch.Generator().manual_seed(len(spikes))
         random = torch.randn(
             _SUMS,

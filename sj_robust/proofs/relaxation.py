@@ -12,9 +12,10 @@ from torch import Tensor
 from sj_robust.neuron.charging import Neuron
 from sj_robust.proofs.bounds import BoundedRun, by_row, laid_out, pulled_back
 from sj_robust.proofs.flips import Flips
+from sj_robust.proofs.opened import counts
 from sj_robust.proofs.rounding import reset_rounding
 from sj_robust.proofs.rules import Bounds, Function, Pooling
-from sj_robust.proofs.spiking import Float32Spiking, Interval, LayerBounds
+from sj_robust.proofs.spiking import Float32Spiking, Interval, LayerBounds, Spiking
 
 __all__ = [
     "Bounded",
@@ -94,14 +95,14 @@ class Step:
 
 @dataclass
 class Stage:
-    """A call of a spiking layer or of another function: an affine map of earlier leaves ends here, and
-    a leaf begins.
+    """A call of a spiking layer or of another function: an affine map of earlier leaves ends here,
+    and a leaf begins.
 
     Attributes:
         leaf: Number of the leaf.
         current: What reaches it.
         batch_dim: Where the current has its samples, as a leaf.
-        neuron: The spiking layer; None for another function.
+        neuron: The spiking layer; None for what is no step of a potential.
         pooling: The max pooling or ReLU; None for a spiking layer and for what has no line.
         around: What h must be at least to be able to fire, and to fire for sure.
         steps: Time steps of the call.
@@ -301,13 +302,15 @@ class RelaxedRun(BoundedRun):
 
     def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
         stage = Stage(len(self.leaves), x.same(), batch_dim)
-        if isinstance(by, Neuron):
-            stage.neuron = by
-        else:
+        if isinstance(by, Function):
             stage.pooling = by.pooling
+        elif counts(by) is None:
+            stage.neuron = by
         self.stages.append(stage)
 
-    def _spiking(self, neuron: Neuron) -> "_RelaxedSpiking":
+    def _spiking(self, neuron: Neuron) -> Spiking:
+        if counts(neuron) is not None:
+            return super()._spiking(neuron)
         return _RelaxedSpiking(neuron, self.layers[neuron.name], self)
 
     def know(self, step: Step) -> None:

@@ -16,6 +16,7 @@ from sj_robust.proofs.rounding import SMALLEST, NoBoundsError, gamma, within_flo
 from sj_robust.proofs.spiking import Interval
 
 __all__ = [
+    "NONLINEAR",
     "RULES",
     "Bounds",
     "Function",
@@ -1014,8 +1015,14 @@ _OPERATIONS: list[tuple[Rule, str]] = [
     (_asked, "is_floating_point is_contiguous is_complex"),
 ]
 
+_NONLINEAR = [_matmul, _matmul_and_sum, _product, _largest_of, _rectified, _function, _extremum]
+_NONLINEAR += [_compared, _chosen, _softmax, _layer_norm, _group_norm]
+
 RULES: dict[str, Rule] = {}
 """The rule of every operation of which bounds are known, by torch's name without underscores."""
 
 for _rule, _names in _OPERATIONS:
     RULES |= dict.fromkeys(_names.split(), _rule)
+
+NONLINEAR = [name for name, rule in RULES.items() if rule in _NONLINEAR]
+"""Operations whose results may begin a leaf: no affine maps of the input."""
