@@ -137,7 +137,7 @@ def extremum(x: Interval, function: Function) -> Interval:
 def chosen(where: Interval, a: Interval, b: Interval) -> Interval:
     """Of ``a`` where the first value is 1, and of ``b`` where it is 0."""
     both = Interval(torch.minimum(a.low, b.low), torch.maximum(a.high, b.high))
-    sure, never = where.low.bool(), ~where.high.bool()
+    sure, never = where.low > 0.5, where.high < 0.5
     low = torch.where(sure, a.low, torch.where(never, b.low, both.low))
     high = torch.where(sure, a.high, torch.where(never, b.high, both.high))
     return Interval(low, high)

@@ -612,7 +612,8 @@ def _matmul_and_sum(
     """A matrix product and what is added to it."""
     if beta != 1 or alpha != 1:
         raise NoBoundsError("a matrix product with alpha or beta")
-    return _dispatched(torch.add, _dispatched(torch.matmul, a, b), shift)
+    found: Bounds = _dispatched(torch.add, _dispatched(torch.matmul, a, b), shift)
+    return found
 
 
 def _batch_norm(
@@ -804,6 +805,8 @@ def _function(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
         raise NoBoundsError(f"{name} that writes into its input, or has several bounds")
     if name == "gelu" and kwargs.pop("approximate", "none") != "none":
         raise NoBoundsError("gelu with approximate='tanh'")
+    args = tuple(_rounded_number(part, x) for part in args)
+    kwargs = {key: _rounded_number(part, x) for key, part in kwargs.items()}
     of_one = nonlinear.valley if name in nonlinear.VALLEYS else nonlinear.monotone
 
     def function(z: Tensor) -> Tensor:
@@ -812,6 +815,13 @@ def _function(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
 
     values = of_one(_interval(x), function, name, rounded=_is_rounded(x.run))
     return _begin(x.run, Function(name), [x], values)
+
+
+def _rounded_number(value: Any, x: Bounds) -> Any:
+    """A number beside a tensor of the network, as that holds it."""
+    if not isinstance(value, float):
+        return value
+    return float(torch.as_tensor(value, dtype=x.dtype))
 
 
 def _extremum(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:

@@ -378,15 +378,14 @@ class _Functions(TorchFunctionMode):
 
     def told(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A forward whose result is told as one."""
-        silent = self.silent(forward)
 
         def noted(*args: Any, **kwargs: Any) -> Any:
-            found = silent(*args, **kwargs)
-            if not self.paused:
+            found = forward(*args, **kwargs)
+            if self.paused == 1:
                 self.note("a surrogate", found)
             return found
 
-        return noted
+        return self.silent(noted)
 
 
 @contextmanager
