@@ -106,7 +106,7 @@ def on_bounds(original: Any) -> Any:
     """The forward of a surrogate on bounds, and on anything else what it was."""
 
     def forward(x: Any) -> Any:
-        return step(x) if isinstance(x, Bounds) else original(x)
+        return step(x, original) if isinstance(x, Bounds) else original(x)
 
     return forward
 

@@ -588,6 +588,8 @@ def _transposed(
 
 def _matmul(func: Any, a: Any, b: Any) -> Bounds:
     """Matrix products with a constant, or of two values that depend on the input."""
+    if func.__name__ == "__rmatmul__":
+        a, b = b, a
     run = _run_of((a, b))
     if isinstance(a, Bounds) and isinstance(b, Bounds):
         if a.ndim < 2 or b.ndim < 2:
@@ -801,10 +803,13 @@ def _rectified(func: Any, x: Any, inplace: bool = False) -> Bounds:
 def _function(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
     """A function of one value that never falls, or that falls up to a point and rises then."""
     name = func.__name__.strip("_")
-    if kwargs.pop("inplace", False) or any(isinstance(part, Bounds) for part in args):
+    given = (*args, *kwargs.values())
+    if kwargs.pop("inplace", False) or any(isinstance(part, Bounds) for part in given):
         raise NoBoundsError(f"{name} that writes into its input, or has several bounds")
     if name == "gelu" and kwargs.pop("approximate", "none") != "none":
         raise NoBoundsError("gelu with approximate='tanh'")
+    if name in ("leaky_relu", "elu") and any(part < 0 for part in given):
+        raise NoBoundsError(f"{name} with a negative slope, which falls and rises")
     args = tuple(_rounded_number(part, x) for part in args)
     kwargs = {key: _rounded_number(part, x) for key, part in kwargs.items()}
     of_one = nonlinear.valley if name in nonlinear.VALLEYS else nonlinear.monotone
@@ -942,9 +947,15 @@ def _normalised(group: Any, name: str, eps: float, factor: Any, shift: Any) -> B
     return _begin(group.run, Function(name, along=(-1,)), [group], values)
 
 
-def step(x: Bounds) -> Bounds:
-    """Of a surrogate's forward: 1 where the value is >= 0. 阶跃函数的上下界。"""
-    return _begin(x.run, Function("a surrogate"), [x], nonlinear.steps(_interval(x)))
+def step(x: Bounds, function: Callable[[Tensor], Tensor]) -> Bounds:
+    """Of a surrogate's forward: 1 where the value is >= 0. 阶跃函数的上下界。
+
+    Args:
+        x: The values.
+        function: The forward, whose gradient a differentiable run takes.
+    """
+    ends = nonlinear.steps(_interval(x)) if _is_rounded(x.run) else _interval(x).each(function)
+    return _begin(x.run, Function("a surrogate"), [x], ends)
 
 
 def _filled(func: Any, x: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -29,6 +29,7 @@ __all__ = [
     "check_maps",
     "check_neurons",
     "check_point",
+    "check_surrogates",
     "overridden",
 ]
 
@@ -252,6 +253,34 @@ def check_neurons(neurons: dict[str, Neuron], T: int, like: Tensor) -> None:
                 whole &= spikes <= (counts(neuron) or 1)
                 if not bool(whole.all()) or not bounds.holds(spikes):
                     raise _other_dynamics(name, neuron)
+
+
+def check_surrogates(net: nn.Module, neurons: dict[str, Neuron], like: Tensor) -> None:
+    """Raise :class:`UnsoundBoundsError` unless surrogates outside of these neurons are steps.
+
+    They get random values of all sizes, both signs, and 0::
+
+        s(z) = 1 if z >= 0 else 0
+
+    Args:
+        net: The network.
+        neurons: Neurons of known dynamics, whose surrogates are looked at with them.
+        like: A tensor of the network's device and precision.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = 10.0 ** (12.0 * torch.rand(2 * _NEURONS, generator=generator) - 8.0)
+    values = torch.cat([size, -size, torch.zeros(1)]).to(like)
+    owned = {id(neuron.module.surrogate_function) for neuron in neurons.values()}
+    for function in spiking_surrogates(net):
+        if id(function) in owned:
+            continue
+        with torch.no_grad():
+            spikes = function(values)
+        if not torch.equal(spikes, (values >= 0).to(values)):
+            raise UnsoundBoundsError(
+                f"the surrogate {type(function).__name__} is not a step at 0 in its forward, as "
+                "its bounds say; use one of SpikingJelly's that spikes"
+            )
 
 
 def check_point(model: nn.Module, run: BoundedRun, logits: Bounds, point: Tensor) -> Tensor:

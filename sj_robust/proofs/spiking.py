@@ -287,6 +287,8 @@ class Float32Counting(Float32Spiking):
     def __init__(self, neuron: Neuron, layer: LayerBounds, most: int) -> None:
         """See the class."""
         super().__init__(neuron, layer)
+        if not self.threshold > 0:
+            raise NoBoundsError(f"the layer {neuron.name}, whose v_threshold must be > 0")
         self.most = most
 
     def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:

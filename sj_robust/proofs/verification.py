@@ -53,6 +53,7 @@ from sj_robust.proofs.soundness import (
     check_maps,
     check_neurons,
     check_point,
+    check_surrogates,
     overridden,
 )
 from sj_robust.proofs.spiking import Interval
@@ -342,6 +343,7 @@ def verify(
                 maps.check_samples()
                 check_maps(maps)
                 check_neurons(neurons, classifier.T, images)
+                check_surrogates(classifier.net, neurons, images)
                 if method != "ibp":
                     prover.over_time = OverTime(maps, classifier.T)
                     batch_size = min(batch_size, prover.over_time.images)

@@ -53,14 +53,15 @@ class Attention(nn.Module):
         self.way = case.choice(["softmax", "linear", "gate", "mask"])
         self.spikes = case.random() < 0.7
         self.maps = nn.ModuleList(InTime(nn.Conv2d(CHANNELS, CHANNELS, 1)) for _ in range(3))
-        self.nodes = nn.ModuleList(random_node(case, False, T) for _ in range(4))
+        number = 4 if self.spikes else 1
+        self.nodes = nn.ModuleList(random_node(case, False, T) for _ in range(number))
         self.factor = case.choice([0.125, -0.5, 1.0])
 
     def forward(self, x):
         shape = x.shape
         parts = [part(x) for part in self.maps]
         if self.spikes:
-            parts = [node(part) for node, part in zip(self.nodes, parts, strict=False)]
+            parts = [node(part) for node, part in zip(self.nodes[1:], parts, strict=True)]
         q, k, v = (part.flatten(3) for part in parts)
         if self.way == "softmax":
             found = torch.softmax(q @ k.transpose(-1, -2), -1) @ v
@@ -70,7 +71,7 @@ class Attention(nn.Module):
             found = q * (k * v).sum(-1, keepdim=True) * self.factor
         else:
             found = torch.where(k >= 0.5, v, q * self.factor)
-        return x + self.nodes[3](found.reshape(shape))
+        return x + self.nodes[0](found.reshape(shape))
 
 
 class Gated(nn.Module):
