@@ -10,6 +10,7 @@ from sj_robust.neuron.charging import Neuron
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.differentiable_chains import DifferentiableChain
 from sj_robust.proofs.joint import JointRun, OverTime
+from sj_robust.proofs.opened import counts
 from sj_robust.proofs.rules import Bounds
 from sj_robust.proofs.spiking import Interval, RealSpiking
 from sj_robust.proofs.windows import Memory, SpikeTrains, stacked
@@ -55,6 +56,8 @@ class DifferentiableJointRun(JointRun):
 
     def spikes(self, neuron: Neuron, x_seq: Interval) -> Interval:
         """See :class:`BoundedRun`."""
+        if counts(neuron) is not None:
+            return super().spikes(neuron, x_seq)
         name = neuron.name
         memory = self.memories[name]
         trains = self.trains[name]

@@ -11,9 +11,10 @@ from torch import Tensor
 from sj_robust.neuron.charging import Neuron
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.changes import Changes, changed_sums, share_frames
+from sj_robust.proofs.opened import counts
 from sj_robust.proofs.relaxation import Maps, Stage, Step, Trace
 from sj_robust.proofs.rounding import SLACK
-from sj_robust.proofs.rules import Bounds, Pooling, leaves_of, replayed
+from sj_robust.proofs.rules import Bounds, Function, leaves_of, replayed
 from sj_robust.proofs.spiking import Float32Spiking, Interval, Spiking
 from sj_robust.proofs.trains import Trains, possible_trains
 from sj_robust.proofs.windows import (
@@ -75,6 +76,7 @@ class _Call:
         batch_dim: Of what reaches it.
         current: What reaches it, [steps, 1, *].
         leaves: Numbers of the leaves that it depends on.
+        leaf: Number of the leaf that begins.
     """
 
     by: str | None
@@ -82,6 +84,7 @@ class _Call:
     batch_dim: int
     current: Tensor
     leaves: set[int]
+    leaf: int
 
 
 class _TimedTrace(Trace):
@@ -99,8 +102,8 @@ class _TimedTrace(Trace):
         self._values: dict[str, Tensor] = {}
         self._generator = torch.Generator().manual_seed(0)
 
-    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Pooling) -> None:
-        name = by.name if isinstance(by, Neuron) else None
+    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
+        name = by.name if isinstance(by, Neuron) and counts(by) is None else None
         first = 0 if name is None else self.steps[name]
         centre = x.centre.detach()
         call = _Call(
@@ -109,6 +112,7 @@ class _TimedTrace(Trace):
             batch_dim=batch_dim,
             current=by_step(centre, 1, batch_dim),
             leaves=leaves_of(x.origin),
+            leaf=len(self.leaves),
         )
         self.calls.append(call)
         if name is None:
@@ -197,7 +201,7 @@ class OverTime:
                 continue
             self.kinds[name] = _kind(calls, shifts, factors)
             if before & trace.pooled:
-                reasons[name] = "behind a max pooling or ReLU"
+                reasons[name] = "behind a maximum, a product or another function"
             elif self.kinds[name] is None and before != {0}:
                 reasons[name] = "its current is no map of spikes of one step"
         if not self.counts:
@@ -207,8 +211,8 @@ class OverTime:
         for call in trace.calls:
             asked |= call.leaves
         self.counted = set(maps.neurons) if self.counts else set()
-        for number, call in enumerate(trace.calls, 1):
-            if number in asked:
+        for call in trace.calls:
+            if call.leaf in asked:
                 self.counted.discard(str(call.by))
         size = sum(leaf.centre.numel() for leaf in trace.leaves)
         windows = min(T, KEPT) + 1
@@ -258,13 +262,13 @@ class JointRun(BoundedRun):
         """What changed events can do to the current of each step so far."""
         self.sources: list[SpikeTrains | Steps | None] = []
         """What gives bounds of sums over time of each leaf; None for the images."""
-        self._by: Neuron | Pooling | None = None
+        self._by: Neuron | Function | None = None
 
     def leaf(self, values: Interval, batch_dim: int) -> Bounds:
         """See :class:`BoundedRun`."""
         if self._by is None:
             self.sources.append(None)
-        elif isinstance(self._by, Neuron):
+        elif isinstance(self._by, Neuron) and counts(self._by) is None:
             memory = self.memories[self._by.name]
             self.sources.append(memory.trains)
         else:
@@ -275,6 +279,8 @@ class JointRun(BoundedRun):
     @torch.no_grad()
     def spikes(self, neuron: Neuron, x_seq: Interval) -> Interval:
         """See :class:`BoundedRun`."""
+        if counts(neuron) is not None:  # integers are bounded step by step
+            return super().spikes(neuron, x_seq)
         name = neuron.name
         memory = self.memories[name]
         layer = self.layers[name]
@@ -365,6 +371,8 @@ class JointRun(BoundedRun):
         """Whether counts and random sums over time of a layer's spikes [T, N, *] are within their
         bounds.
         """
+        if counts(self.neurons[name]) is not None:
+            return True
         generator = torch.Generator().manual_seed(len(spikes))
         random = torch.randn(
             _SUMS,
@@ -380,7 +388,7 @@ class JointRun(BoundedRun):
         wider = bounds.widened(_GAP * len(spikes))
         return wider.holds(sums.view(bounds.low.shape))
 
-    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Pooling) -> None:
+    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
         stage = Stage(len(self.leaves), x.same(), batch_dim)
         self.stages.append(stage)
         self._by = by

@@ -40,6 +40,7 @@ from sj_robust.proofs.branching import Prover
 from sj_robust.proofs.exact import Matrices, mip
 from sj_robust.proofs.flips import Flips
 from sj_robust.proofs.joint import JointRun, OverTime
+from sj_robust.proofs.opened import as_lif, has_steps, no_bounds, stepped
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.rounding import NoBoundsError
 from sj_robust.proofs.rules import Bounds
@@ -52,6 +53,7 @@ from sj_robust.proofs.soundness import (
     check_maps,
     check_neurons,
     check_point,
+    check_surrogates,
     overridden,
 )
 from sj_robust.proofs.spiking import Interval
@@ -341,6 +343,7 @@ def verify(
                 maps.check_samples()
                 check_maps(maps)
                 check_neurons(neurons, classifier.T, images)
+                check_surrogates(classifier.net, neurons, images)
                 if method != "ibp":
                     prover.over_time = OverTime(maps, classifier.T)
                     batch_size = min(batch_size, prover.over_time.images)
@@ -531,12 +534,13 @@ def bounded_logits(
         if name and not list(module.children())
     ]
     try:
-        with torch.enable_grad(), run.replacing_neurons():
+        with torch.enable_grad():
             leaf = run.leaf(box, 0)
             if isinstance(eps, Flips):
                 leaf.changes = eps.changes(exact, summed=run.differentiable)
                 run.changed = leaf
-            logits = model(leaf)
+            with run.replacing_neurons(model.net):
+                logits = model(leaf)
             if not isinstance(logits, Bounds):
                 raise NoBoundsError(
                     "an output that does not depend on the input, or lost its bounds"
@@ -594,12 +598,19 @@ def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
     Raises:
         NotImplementedError: If there are no bounds of one of them, or of the encoder; it is named.
     """
-    parts = list(model.net.modules())
     neurons: dict[str, Neuron] = {}
     others: dict[str, str] = {}
-    if any(map(is_neuron, parts)) or not any(isinstance(part, nn.ReLU) for part in parts):
+    parts = list(model.net.modules())
+    if any(map(is_neuron, parts)) or not has_steps(model.net):
         neurons, others, _ = find_neurons(model.net, {}, {})
-    unbounded = {name: f"{name}: {reason}" for name, reason in others.items()}
+    unbounded: dict[str, str] = {}
+    for name, reason in others.items():
+        module = model.net.get_submodule(name)
+        lif = as_lif(name, module)
+        if lif is not None:
+            neurons[name] = lif
+        elif not stepped(module):
+            unbounded[name] = f"{name} ({type(module).__name__}): {no_bounds(module) or reason}"
     for name, n in neurons.items():
         if not n.known:
             unbounded[name] = f"{name}, a {n.type_name}, which fires in a way of its own"
@@ -625,6 +636,7 @@ def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
 
 
 _COVERED = (
-    "direct encoding or given frames, convolution, linear, batch norm, pooling, sums, ReLU in one "
-    "time step, and IF, LIF, PLIF or DLIF neurons that spike"
+    "direct encoding or given frames, convolution, linear, batch, layer and group norm, pooling, "
+    "sums, products, ReLU and other monotone functions, softmax, and IF, LIF, PLIF, DLIF, I-LIF or "
+    "PSN neurons that spike"
 )
