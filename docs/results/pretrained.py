@@ -91,8 +91,8 @@ NETWORKS = {
         in_wheel=False,
     ),
 }
-EVALUATION = "--suite fast --no-control --batch-size 2500"
-"""Options of evaluate.py for networks with an evaluation of their own, on all test images."""
+EVALUATION = "--suite fast --no-control --test-limit 1000 --batch-size 1000"
+"""Options of evaluate.py for networks with an evaluation of their own."""
 MADE_WITH = ("sj_robust", "spikingjelly", "torch", "commit")
 
 
@@ -170,7 +170,7 @@ def add_asset(name: str, new: Path) -> None:
 
 
 def evaluate(name: str) -> None:
-    """Prove and attack all test images, or go on with it."""
+    """Proofs and attacks, or go on with them."""
     folder = EVALUATIONS / name / "fast"
     if (ROOT / folder / "report.json").exists():
         return

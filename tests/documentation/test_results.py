@@ -10,6 +10,19 @@ from sj_robust.models.checkpoint import load_checkpoint, save_checkpoint
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 
+def test_the_page_shows_the_record_as_the_table_of_figures_has_it(monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS)
+    record = importlib.import_module("record")
+    rows = record.read_rows(record.FOLDER / "record.csv", record.Row)
+    page = record.PAGE.read_text(encoding="utf-8")
+    shown = page.split(record.BEGINS)[1].split(record.ENDS)[0]
+    assert shown == record.table(rows), "write it anew: python docs/results/record.py"
+    for row in rows:
+        figures = [float(text) for text in (row.proved, row.attacked, row.clean) if text]
+        assert figures == sorted(figures), row
+        assert row.source
+
+
 @pytest.mark.parametrize("name", ["standard", "spikes_case", "spike_search"])
 def test_a_table_is_read_and_written_as_it_is(name, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(RESULTS)
