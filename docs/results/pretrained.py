@@ -34,6 +34,7 @@ SHIPPED = Path("sj_robust", "models", "trained")
 CERTIFIED = "--config recipes/configs/certified"
 CIFAR10_DATA = "--dataset image_folder:data/cifar10_pictures"
 CIFAR10 = f"--config recipes/configs/cifar10.yaml {CIFAR10_DATA}"
+CIFAR10_STATISTICS = "--mean 0.4914 0.4822 0.4465 --std 0.2023 0.1994 0.2010"
 FASHION_DATA = "--data-root data/fashion_mnist"
 
 
@@ -81,13 +82,13 @@ NETWORKS = {
     "cifar10/dlif-at-mppd": Network("DLIF, adversarial training with MS-MPPD", CIFAR10),
     "cifar10/certified-2": Network(
         "DLIF, trained for proofs at 2/255",
-        f"{CERTIFIED}/cifar10_2.yaml {CIFAR10_DATA}",
-        "--eps 2/255",
+        f"{CERTIFIED}/cifar10_2.yaml {CIFAR10_DATA} {CIFAR10_STATISTICS}",
+        f"--eps 2/255 {CIFAR10_DATA}",
     ),
     "cifar10/certified-8": Network(
         "DLIF, trained for proofs at 8/255",
-        f"{CERTIFIED}/cifar10_8.yaml {CIFAR10_DATA}",
-        "--eps 8/255",
+        f"{CERTIFIED}/cifar10_8.yaml {CIFAR10_DATA} {CIFAR10_STATISTICS}",
+        f"--eps 8/255 {CIFAR10_DATA}",
         in_wheel=False,
     ),
 }

@@ -1,9 +1,11 @@
 """Scripts in docs/results: what earlier runs have found stays in their tables."""
 
 import importlib
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import torch
 
 from sj_robust.models.checkpoint import load_checkpoint, save_checkpoint
 
@@ -83,3 +85,36 @@ def test_an_evaluation_is_kept_until_training_changes_the_weights(tmp_path, monk
     save_checkpoint(best, {key: content[key] for key in ("description", "model")})
     script.train("digits/lif")
     assert not report.exists()
+
+
+@pytest.mark.parametrize("name", ["mnist/certified-0.1", "cifar10/certified-8"])
+def test_weights_are_rounded_and_put_into_the_package_or_with_the_assets(
+    name, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(RESULTS)
+    script = importlib.import_module("pretrained")
+    content = load_checkpoint(script.ROOT / script.SHIPPED / "digits" / "lif.pt")
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    best = tmp_path / script.RUNS / name / "lif" / "best.pt"
+    best.parent.mkdir(parents=True)
+    (best.parents[1] / "report.json").touch()
+    for change in (0, 1):  # trained, and trained anew
+        next(iter(content["model"].values())).add_(change)
+        save_checkpoint(best, {key: content[key] for key in ("description", "model")})
+        script.train(name)
+        (file,) = script.files(name)
+        stored = load_checkpoint(file)["model"]
+        for key, value in content["model"].items():
+            assert stored[key].dtype == (
+                torch.float16 if value.is_floating_point() else value.dtype
+            )
+            assert torch.equal(stored[key], value.to(stored[key].dtype))
+    assets = tmp_path / script.ASSETS
+    if script.NETWORKS[name].in_wheel:
+        assert file == tmp_path / script.SHIPPED / f"{name}.pt"
+        assert not assets.exists()
+    else:
+        digest = sha256(file.read_bytes()).hexdigest()
+        assert file == assets / f"cifar10-certified-8-{digest[:8]}.pt"
+        assert {path.name for path in assets.iterdir()} == {file.name, "SHA256SUMS"}
+        assert (assets / "SHA256SUMS").read_text() == f"{digest}  {file.name}\n"
