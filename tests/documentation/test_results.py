@@ -4,8 +4,10 @@ import importlib
 from hashlib import sha256
 from pathlib import Path
 
+import adv_train
 import pytest
 import torch
+from lab.command_line import read_options
 
 from sj_robust.models.checkpoint import load_checkpoint, save_checkpoint
 
@@ -118,3 +120,13 @@ def test_weights_are_rounded_and_put_into_the_package_or_with_the_assets(
         assert file == assets / f"cifar10-certified-8-{digest[:8]}.pt"
         assert {path.name for path in assets.iterdir()} == {file.name, "SHA256SUMS"}
         assert (assets / "SHA256SUMS").read_text() == f"{digest}  {file.name}\n"
+
+
+def test_every_command_that_trains_a_network_has_options_of_the_recipe(monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS)
+    script = importlib.import_module("pretrained")
+    monkeypatch.chdir(script.ROOT)
+    for name in script.NETWORKS:
+        recipe, *words = script.training_command(name)
+        assert Path(recipe).exists()
+        adv_train.completed(read_options(adv_train.Options, words))
