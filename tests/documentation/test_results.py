@@ -89,37 +89,49 @@ def test_an_evaluation_is_kept_until_training_changes_the_weights(tmp_path, monk
     assert not report.exists()
 
 
-@pytest.mark.parametrize("name", ["mnist/certified-0.1", "cifar10/certified-8"])
-def test_weights_are_rounded_and_put_into_the_package_or_with_the_assets(
-    name, tmp_path, monkeypatch
-):
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """The script, with a folder of its own, and a network that it takes for trained."""
     monkeypatch.syspath_prepend(RESULTS)
     script = importlib.import_module("pretrained")
-    content = load_checkpoint(script.ROOT / script.SHIPPED / "digits" / "lif.pt")
+    read = load_checkpoint(script.ROOT / script.SHIPPED / "digits" / "lif.pt")
+    content = {key: read[key] for key in ("description", "model")}
     monkeypatch.setattr(script, "ROOT", tmp_path)
-    best = tmp_path / script.RUNS / name / "lif" / "best.pt"
-    best.parent.mkdir(parents=True)
-    (best.parents[1] / "report.json").touch()
-    for change in (0, 1):  # trained, and trained anew
-        next(iter(content["model"].values())).add_(change)
-        save_checkpoint(best, {key: content[key] for key in ("description", "model")})
+
+    def train(name):
+        run = tmp_path / script.RUNS / name
+        (run / "lif").mkdir(parents=True, exist_ok=True)
+        (run / "report.json").touch()
+        save_checkpoint(run / "lif" / "best.pt", content)
         script.train(name)
         (file,) = script.files(name)
-        stored = load_checkpoint(file)["model"]
-        for key, value in content["model"].items():
-            assert stored[key].dtype == (
-                torch.float16 if value.is_floating_point() else value.dtype
-            )
-            assert torch.equal(stored[key], value.to(stored[key].dtype))
-    assets = tmp_path / script.ASSETS
-    if script.NETWORKS[name].in_wheel:
-        assert file == tmp_path / script.SHIPPED / f"{name}.pt"
-        assert not assets.exists()
-    else:
-        digest = sha256(file.read_bytes()).hexdigest()
-        assert file == assets / f"cifar10-certified-8-{digest[:8]}.pt"
-        assert {path.name for path in assets.iterdir()} == {file.name, "SHA256SUMS"}
-        assert (assets / "SHA256SUMS").read_text() == f"{digest}  {file.name}\n"
+        return file
+
+    return script, content["model"], train
+
+
+def test_weights_are_rounded_and_put_into_the_package(trained):
+    script, weights, train = trained
+    file = train("mnist/certified-0.1")
+    assert file == script.ROOT / script.SHIPPED / "mnist" / "certified-0.1.pt"
+    assert not (script.ROOT / script.ASSETS).exists()
+    stored = load_checkpoint(file)["model"]
+    assert stored.keys() == weights.keys()
+    for name, value in weights.items():
+        expected = value.half() if value.is_floating_point() else value
+        assert torch.equal(stored[name], expected)
+
+
+def test_large_files_are_put_with_their_digests_under_names_of_their_own(trained):
+    script, weights, train = trained
+    other = train("cifar10/certified-8")
+    weights["net.first.weight"].add_(1)
+    file = train("cifar10/certified-8")
+    digest = sha256(file.read_bytes()).hexdigest()
+    assets = script.ROOT / script.ASSETS
+    assert other != file == assets / f"cifar10-certified-8-{digest[:8]}.pt"
+    assert sorted(assets.iterdir()) == [assets / "SHA256SUMS", file]
+    assert (assets / "SHA256SUMS").read_text() == f"{digest}  {file.name}\n"
 
 
 def test_every_command_that_trains_a_network_has_options_of_the_recipe(monkeypatch):
