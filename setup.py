@@ -1,5 +1,5 @@
-"""Builds the compiled CPU kernels when there is a compiler, and installs without them when there is
-none.
+"""Packages recipes/ as ``sj_robust.recipes``, builds the compiled CPU kernels when there is a
+compiler, and installs without them when there is none.
 
 The library has a plain C interface and is loaded with ctypes: it depends on no Python and no torch
 version, so the wheel is tagged ``py3-none-PLATFORM``. All other metadata stands in pyproject.toml.
@@ -8,7 +8,7 @@ version, so the wheel is tagged ``py3-none-PLATFORM``. All other metadata stands
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -55,7 +55,11 @@ class KernelWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2] if built else "any"
 
 
+_LAB = [f"sj_robust.recipes.{name}" for name in find_packages("recipes")]
+
 setup(
+    packages=[*find_packages(include=["sj_robust*"]), "sj_robust.recipes", *_LAB],
+    package_dir={"sj_robust.recipes": "recipes"},
     ext_modules=[
         Extension(
             "sj_robust.ops.dlif._kernel",

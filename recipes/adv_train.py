@@ -1,9 +1,9 @@
-"""Train a robust spiking network, and measure it beside an undefended one.
+"""Train a robust spiking network and compare it with an undefended one.
 
 Examples:
     python recipes/adv_train.py  # digits, under a minute
     python recipes/adv_train.py --dataset image_folder:PATH --model vgg5 --T 8
-    python recipes/adv_train.py --output runs/mine --resume  # continue a stopped run
+    python recipes/adv_train.py --output runs/mine --resume  # resume an interrupted run
     torchrun --nproc-per-node 2 recipes/adv_train.py  # or accelerate launch
 """
 
@@ -62,32 +62,35 @@ class Options:
     """digits, mnist, fashion_mnist, cifar10, cifar100, svhn, image_folder:PATH; event data:
     cifar10_dvs, dvs128_gesture, n_mnist, saccade:digits (mnist, fashion_mnist)."""
     data_root: Annotated[str, Often(), Decides("nothing")] = "data"
-    """Folder of the data set, and of downloads."""
+    """Folder of the data set and of downloads."""
     download: Annotated[bool, Often(), Decides("nothing")] = False
-    """Download what is missing."""
+    """Download missing files."""
     augment: bool | None = None
-    """Crop, flip and Cutout of training images; None does so for CIFAR only."""
+    """Crop, flip and cut out training images; None: only for CIFAR."""
     cutout: Annotated[NonNegativeInt, Idle(lambda options: not is_augmented(options))] = 16
-    """Side in pixels of the square that Cutout sets to zero; 0 for none."""
+    """Side of the square that Cutout sets to zero, in pixels; 0: no Cutout."""
     on_unreadable: Literal["error", "skip"] = "error"
-    """Unreadable pictures: error stops, skip leaves them out."""
+    """What to do with unreadable pictures."""
     train_limit: PositiveInt | None = None
-    """Training images at most, validation included; None for all."""
+    """Largest number of training images, including validation; None: all."""
     test_limit: Annotated[PositiveInt | None, Decides("figures")] = None
-    """Test images to use at most; None for all."""
+    """Largest number of test images; None: all."""
     validation_fraction: OpenUnitInterval = 0.1
-    """Share of the training images to select the epoch by."""
+    """Share of the training images held out to select the epoch."""
 
     # network
     model: Annotated[str, Often(), NamesCode()] = "small"
-    """small, mlp, vgg5 (11, 13, 16, 19), wrn16_4, wrn28_10, zoo:FUNCTION of SpikingJelly,
-    module:function of yours."""
+    """small, mlp, vgg5 (11, 13, 16, 19), wrn16_4, wrn28_10, zoo:FUNCTION of SpikingJelly, or your
+    own module:function."""
     model_options: YamlDict = field(default_factory=dict)
-    """Further keyword arguments of the network."""
-    neuron: Annotated[Literal["dlif", "lif", "plif", "if", "relu"], Often()] = "dlif"
-    """Spiking neuron of the trained network; relu: the ordinary network (T 1)."""
+    """Additional keyword arguments of the network."""
+    neuron: Annotated[
+        Literal["dlif", "lif", "plif", "if", "relu", "tgo", "feel", "hosnn", "stog"], Often()
+    ] = "dlif"
+    """Spiking neuron of the trained network; relu: no spikes (T 1); tgo, feel, hosnn, stog: neurons
+    of defences."""
     learn_gain: Annotated[bool, Idle(lambda options: options.neuron != "dlif")] = True
-    """False leaves DLIF's gain at 1, as LIF."""
+    """Learn the input gain of DLIF; False: fix it at 1, as in LIF."""
     T: Annotated[PositiveInt, Often()] = 4
     """Time steps per image; frames per sample of event data."""
     tau: float = 100.0
@@ -95,137 +98,150 @@ class Options:
     channels: tuple[int, ...] = (16, 32)
     """Output channels of the convolutions of small; widths of mlp."""
     hidden: tuple[int, ...] = (4096, 4096)
-    """Widths of a VGG's hidden layers; small: in model_options."""
+    """Widths of the hidden layers of VGG; for small, use model_options."""
+    encoder: Literal["direct", "poisson", "feel"] = "direct"
+    """How an image becomes T frames: direct repeats it, poisson draws spikes, feel removes more
+    high frequencies in every step."""
+    encoder_options: Annotated[YamlDict, Idle(lambda options: options.encoder == "direct")] = field(
+        default_factory=dict
+    )
+    """Keyword arguments of the encoder."""
     mean: list[float] | None = None
-    """Mean per channel that the network subtracts; None: the data set's."""
+    """Mean per channel to subtract from the images; None: that of the data set."""
     std: list[float] | None = None
-    """Standard deviation per channel that it divides by; None likewise."""
+    """Standard deviation per channel to divide the images by; None: that of the data set."""
     pretrained: Annotated[str | None, Often()] = None
-    """Checkpoint to start from; None for random weights."""
+    """Checkpoint to start from; None: random weights."""
 
     # training attack
     mode: Annotated[
         Literal["none", "gaussian", "at", "rat", "pgd_at", "trades", "certified"], Often()
     ] = "at"
-    """none, gaussian, at (single step), rat (at and retraction of the weights), pgd_at, trades,
-    certified."""
+    """Training mode: none, gaussian, at (single step), rat (at with weight retraction), pgd_at,
+    trades, certified."""
     eps: Annotated[Radius, Often(), Idle(is_eps_idle)] = Radius(0.1)
-    """Linf radius of the training attack, as 8/255; for gaussian the standard deviation."""
+    """Linf radius of the training attack, such as 8/255; for gaussian, the standard deviation."""
     flips: PositiveInt | None = None
-    """For event data, changed events per sample (L0) in validation, test and the proofs of
-    certified, in the place of eval_eps; None: Linf."""
+    """For event data: changed events per sample (L0) in validation, test and proofs, instead of
+    eval_eps; None: Linf."""
     certified_flips: float | None = None
-    """Changed events in each time step that the bounds of certified are over; None means flips."""
+    """For certified: changed events per time step in the bounds; None: flips."""
     certified_eps: Annotated[Radius | None, BESIDE_FLIPS] = None
-    """Linf radius of the bounds of certified; None means eps."""
+    """For certified: Linf radius of the bounds; None: eps."""
     bounds: Literal["ibp", "joint"] = "ibp"
-    """Bounds of certified, in training, selection and the final proofs: ibp, or joint over time,
-    which gains at T 8 and takes longer."""
+    """For certified: bounds in training, selection and final proofs. ibp, or joint over time, which
+    is tighter at T 8 but slower."""
     surrogate_width: float = 1.0
-    """Width of the surrogate in the bounds of certified, in units of the neuron's; 0.5 proved more
-    in short runs."""
+    """For certified: surrogate width in the bounds, relative to the neuron's; 0.5 was better in
+    short runs."""
     ramp: float = 0.6
-    """Share of a certified training in which radius and weight of the bounds rise."""
+    """For certified: share of the training over which radius and weight of the bounds increase."""
     box: float = 1.0
-    """Share of the radius that the bounds of certified are over, around an attacked image; 1 is the
-    whole ball (SABR: 0.1 to 0.7)."""
+    """For certified: box around an attacked image, as a share of the radius; 1: the whole ball
+    (SABR: 0.1 to 0.7)."""
     attacked: bool = False
-    """Whether kappa weighs the attacked images in certified, not the clean ones (MTL-IBP)."""
+    """For certified: apply kappa to the attacked images instead of the clean ones (MTL-IBP)."""
     step_size: Radius | None = None
-    """Step of the attack; None is eps for one step, eps / 4 for several."""
+    """Step size of the attack; None: eps for one step, eps / 4 for several."""
     attack_steps: PositiveInt | None = None
-    """Steps of pgd_at and trades; None means 7 and 10."""
+    """Attack steps of pgd_at and trades; None: 7 and 10."""
     noise_std: float = 0.001
-    """Standard deviation of the noise at the start of at, rat and trades."""
+    """Standard deviation of the initial noise of at, rat and trades."""
     project: bool = True
     """Project the training attack onto the ball (the published code does not)."""
     eval_eps: Annotated[Radius | None, BESIDE_FLIPS] = None
-    """Radius of the attacks in validation and test; None means eps."""
+    """Radius of the attacks in validation and test; None: eps."""
 
     # loss
     kappa: float | None = None
-    """Weight of the clean cross entropy (certified: at the end), 1 - kappa is that of the perturbed
-    one or the bounds; None means 0.5, and 0 for pgd_at and certified."""
+    """Weight of the clean cross entropy (certified: at the end); 1 - kappa is the weight of the
+    perturbed one or of the bounds. None: 0.5, or 0 for pgd_at and certified."""
     rho: Annotated[float | None, Often()] = None
-    """Weight of MS-MPPD or the indicator; None means 1 for gaussian, at, rat, else 0."""
+    """Weight of MS-MPPD (or another indicator); None: 1 for gaussian, at and rat, else 0."""
     layers: Annotated[Literal["last", "all"] | list[str], WITHOUT_PERTURBATION_TERM] = "last"
     """Spiking layers of MS-MPPD: last, all, or names such as stages.0.node stages.2.node."""
     norm: Annotated[Literal["l2", "l1"], WITHOUT_PERTURBATION_TERM] = "l2"
-    """l2: mean square, l1: mean absolute value."""
+    """Norm of the perturbation: l2 (mean square) or l1 (mean absolute value)."""
     indicator: Annotated[Literal["mppd", "tasad", "std"], WITHOUT_PERTURBATION_TERM] = "mppd"
-    """Perturbation kept small."""
+    """Perturbation measure in the loss."""
     input_gain: Annotated[
         bool, Idle(lambda options: options.rho == 0 or options.indicator != "mppd")
     ] = False
-    """Make DLIF's learnable gain part of the perturbation in the loss (the paper leaves it out)."""
+    """Include DLIF's learnable gain in the perturbation (the paper does not)."""
     beta: float | None = None
-    """Length of rat's step of retraction; None means 1e-3."""
+    """Step size of the weight retraction of rat; None: 1e-3."""
     trades_weight: float = 6.0
-    """Weight of the divergence of trades."""
+    """Weight of the divergence in trades."""
     gradient_sparsity: float = 0.0
-    """Weight of the penalty on the input gradient; 0 leaves it out."""
+    """Weight of the penalty on the input gradient; 0: none."""
     threshold_guard: float = 0.0
-    """Weight of the penalty on potentials near the threshold; 0 leaves it out."""
+    """Weight of the penalty on potentials near the threshold; 0: none."""
     guard_margin: Annotated[float, Idle(lambda options: options.threshold_guard == 0)] = 0.5
-    """How near; threshold: 1."""
+    """Distance from the threshold at which that penalty starts, in units of the threshold."""
+    guard_rising: Annotated[bool, Idle(lambda options: options.threshold_guard == 0)] = False
+    """Increase that weight from 0 during training (TGO)."""
     gain_penalty: float = 0.0
-    """Weight of the penalty on the gain of DLIF layers over time; 0 leaves it out."""
+    """Weight of the penalty on the gain of DLIF layers over time; 0: none."""
     l1: float = 0.0
-    """Weight of the sum of absolute weights; 0 leaves it out."""
+    """Weight of the L1 norm of the weights; 0: none."""
+    mpd_sgr: float = 0.0
+    """Weight of the penalty on potentials within reach of the surrogate; 0: none."""
+    gate_rates: float = 0.0
+    """Weight of the squared rates of the gates of stog (5e-6 in its paper); 0: none."""
 
     # training
     epochs: Annotated[PositiveInt, Often()] = 15
-    """Passes over the training images."""
+    """Number of epochs."""
     batch_size: Annotated[PositiveInt, Often()] = 64
-    """Images per step, over all processes together."""
+    """Images per step, over all processes."""
     accumulate: PositiveInt = 1
-    """Parts that each process computes its share of a step in, one after the other."""
+    """Gradient accumulation steps."""
     optimizer: Literal["sgd", "adam"] = "sgd"
-    """sgd or adam."""
+    """Optimizer."""
     lr: Annotated[float, Often()] = 0.1
-    """Learning rate at the start; it falls to 0 (cosine)."""
+    """Initial learning rate; it decays to 0 (cosine)."""
     milestones: tuple[float, ...] = ()
-    """Shares of the epochs after which the learning rate falls to a fifth; none for the cosine."""
+    """Shares of the epochs after which the learning rate drops to a fifth; empty: cosine."""
     precise_statistics: NonNegativeInt = 0
-    """Training batches over which batch norm's statistics are taken anew before a validation; 0
-    keeps the moving average."""
+    """Training batches used to recompute batch-norm statistics before validation; 0: use the moving
+    average."""
     gradient_clip: float | None = None
-    """Largest L2 norm of the gradient; None for any."""
+    """Largest L2 norm of the gradient; None: no clipping."""
     momentum: Annotated[float, Idle(lambda options: options.optimizer == "adam")] = 0.9
     """Momentum of SGD."""
     weight_decay: float | None = None
-    """Weight decay on all parameters; None means 5e-4, 0 for rat, certified."""
+    """Weight decay of all parameters; None: 5e-4, or 0 for rat and certified."""
     select: Literal["clean", "fgsm", "pgd", "flips", "verified"] | None = None
-    """Validation accuracy that the epoch is chosen by; None means pgd, or flips with the option
-    flips, clean for none, verified for certified."""
+    """Validation accuracy that selects the epoch; None: pgd, or flips with the option flips, clean
+    for none, verified for certified."""
     reference: Annotated[bool, Often(), Decides("nothing")] = True
-    """Train and measure an undefended LIF network beside it."""
+    """Also train and evaluate an undefended LIF network."""
     seed: Annotated[NonNegativeInt, Often()] = 0
-    """Seed of everything."""
+    """Random seed."""
 
     # machine
     device: Annotated[Literal["auto", "cpu"], Decides("nothing")] = "auto"
-    """auto: a GPU if there is one."""
+    """auto: a GPU if available."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Accelerate's precision; fp16 needs a GPU."""
+    """Mixed precision of Accelerate; fp16 needs a GPU."""
     compile: Annotated[bool, Decides("figures")] = False
     """Compile the network with torch.compile."""
     channels_last: Annotated[bool | None, Decides("figures")] = None
-    """Channels last; None: on a GPU, in bf16 if faster."""
+    """Use the channels-last format; None: on a GPU, with bf16 if faster."""
     sync_batch_norm: bool = False
-    """Let batch norm see the images of all processes."""
+    """Synchronise batch norm over all processes."""
     workers: Annotated[NonNegativeInt, Decides("nothing")] = 0
-    """Processes that load images in the background."""
+    """Worker processes that load images."""
 
     # output
     checkpoint_steps: Annotated[PositiveInt | None, Decides("nothing")] = None
-    """Steps between checkpoints within an epoch; None for one per epoch."""
+    """Steps between checkpoints; None: one checkpoint per epoch."""
     log_bounds: Annotated[bool, Decides("nothing")] = False
-    """L2 bound of all layers in TensorBoard (VGG-11: 9 s an epoch)."""
+    """Log the exact L2 bound of every layer (VGG-11: 9 s per epoch)."""
     output: Annotated[OutputFolder | None, Often(), Decides("nothing")] = None
-    """Folder of the run; None makes runs/DATASET-NEURON-MODE-NUMBER."""
+    """Output folder; None: a new folder runs/DATASET-NEURON-MODE-NUMBER."""
     resume: Annotated[bool, Often(), Decides("nothing")] = False
-    """Go on with the run in output (None: the newest of its kind)."""
+    """Resume the run in the folder output; None: the newest run."""
 
 
 if __name__ == "__main__":
@@ -239,6 +255,8 @@ from lab.run_folder import open_run_folder
 from sj_robust import SpikingClassifier, training
 from sj_robust.attacks import Attack, ThreatModel
 from sj_robust.data import ImageSplits, load_images
+from sj_robust.defences import SurrogateOverlap
+from sj_robust.defences.stog import GateRates
 from sj_robust.evaluation import Report
 from sj_robust.models import NetworkSpec, build_classifier, start_from
 from sj_robust.proofs.differentiable import TrainedMethod
@@ -291,7 +309,7 @@ def main(arguments: list[str]) -> None:
     without_effect = idle(completed(options))
     unused = [name for name in without_effect if configuration[name] != defaults[name]]
     if unused:
-        journal.say(f"without effect beside the other options: {', '.join(sorted(unused))}")
+        journal.say(f"ignored with the other options given: {', '.join(sorted(unused))}")
     reports = []
     for name, choice in networks.items():
         classifier, history = train_network(name, choice, splits, accelerator, folder, journal)
@@ -415,9 +433,13 @@ def prepared(
         )
     penalties = (
         training.GradientSparsity(options.gradient_sparsity),
-        training.ThresholdGuarding(options.threshold_guard, margin=options.guard_margin),
+        training.ThresholdGuarding(
+            options.threshold_guard, margin=options.guard_margin, rising=options.guard_rising
+        ),
         training.StabilityGain(options.gain_penalty),
         training.WeightMagnitude(options.l1),
+        SurrogateOverlap(options.mpd_sgr),
+        GateRates(options.gate_rates),
     )
     objective = training.Objective(
         classifier,
@@ -452,6 +474,8 @@ def network_spec(options: Options, splits: ImageSplits) -> NetworkSpec:
         mean=splits.mean if options.mean is None else tuple(options.mean),
         std=splits.std if options.std is None else tuple(options.std),
         learn_gain=options.learn_gain,
+        encoder=options.encoder,
+        encoder_options=options.encoder_options,
     )
 
 
@@ -469,6 +493,10 @@ def undefended(options: Options) -> Options:
         threshold_guard=0.0,
         gain_penalty=0.0,
         l1=0.0,
+        mpd_sgr=0.0,
+        gate_rates=0.0,
+        encoder="direct",
+        encoder_options={},
     )
 
 

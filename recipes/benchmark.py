@@ -1,24 +1,23 @@
-"""Measure what DLIF costs beside its peers: layers beside the memory's speed, networks beside ReLU.
+"""Compare the speed of DLIF layers and networks with other neurons, libraries and ReLU.
 
 Examples:
     python recipes/benchmark.py                         # the neuron: three shapes, both allocators
-    python recipes/benchmark.py --shapes '[[4,8,32,8,8]]' --rounds 3  # a quick look
-    python recipes/benchmark.py --what batch_norm       # behind a batch norm
-    python recipes/benchmark.py --what stage            # and before a pooling; bf16, channels last
-    python recipes/benchmark.py --what conv4            # a training step; vgg5 likewise
+    python recipes/benchmark.py --shapes '[[4,8,32,8,8]]' --rounds 3  # a quick check
+    python recipes/benchmark.py --what batch_norm       # after batch norm
+    python recipes/benchmark.py --what stage            # with pooling; bf16, channels last
+    python recipes/benchmark.py --what conv4            # a training step; also vgg5
     python recipes/benchmark.py --what conv4_adversarial  # adversarial step; also vgg5_, small_
-    python recipes/benchmark.py --what training_step    # the step of every training mode
-    python recipes/benchmark.py --what verify           # proofs of images beside PGD on them
-    python recipes/benchmark.py --what instruction_sets  # the compiled kernel on each of them
+    python recipes/benchmark.py --what training_step    # every training mode
+    python recipes/benchmark.py --what verify           # proofs, compared with PGD
+    python recipes/benchmark.py --what instruction_sets  # each instruction set
     python recipes/benchmark.py --what scaling          # time over T and over N
-    python recipes/benchmark.py --output docs/benchmarks  # leaves neuron.csv, neuron.md, neuron.png
-    python recipes/benchmark.py --device cuda --output docs/benchmarks  # all for a GPU, in an hour
+    python recipes/benchmark.py --output docs/benchmarks  # writes neuron.csv, .md, .png
+    python recipes/benchmark.py --device cuda --output docs/benchmarks  # GPU, one hour
 
-Every method runs in a process of its own, those of one shape take turns, and nothing is timed
-before the operator's tests and a comparison with the textbook loop have passed. Peers that are not
-installed are named and left out; to have them: pip install snntorch norse nir nirtorch. A method
-that fails is a row with the reason, what is known is on disk, and the same command goes on where a
-run was stopped. On a GPU the tests are rows likewise.
+Each method runs in its own process, and methods of one shape alternate. Timing starts only after
+the operator's tests and a comparison with the reference loop have passed. Other libraries are
+optional (pip install snntorch norse nir nirtorch). Failures are listed with their reason. Results
+are saved as they arrive, and the same command resumes an interrupted run.
 """
 
 from dataclasses import dataclass
@@ -55,36 +54,32 @@ class Options:
         "training_step",
         "verify",
     ] = "neuron"
-    """What to measure, see the examples."""
+    """What to measure; see the examples."""
     shapes: Annotated[list[list[int]] | None, Yaml(list, type(None))] = None
-    """Shapes [T, N, C, H, W] of the input, such as [[4,8,32,8,8]]; None for those of the
-    documentation."""
+    """Input shapes [T, N, C, H, W], such as [[4,8,32,8,8]]; None: those of the documentation."""
     methods: list[str] | None = None
-    """Methods to measure, such as "DLIF cpp"; None for all. A wrong name is answered with those
-    there are."""
+    """Methods to measure, such as "DLIF cpp"; None: all. A wrong name lists the known ones."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """cuda runs tests/gpu and then measures layer, batch norm with layer and a training step of
-    VGG-11 on the GPU; of the other options it takes rounds, check and output."""
+    """cuda: run tests/gpu, then measure a layer, batch norm with a layer, and a training step of
+    VGG-11 on the GPU; only rounds, check and output apply."""
     rounds: AtLeastTwo = 15
-    """Timed passes per method; the tables show milliseconds."""
+    """Timed passes per method."""
     check: bool = True
-    """Whether the tests of what is timed run first; they need a clone of the repository and the
-    extra test."""
+    """Run the tests of the timed code first; needs a clone of the repository and the extra test."""
 
     # machine
     threads: PositiveInt = 2
     """Threads of torch."""
     allocators: tuple[Literal["malloc", "reuse"], ...] = ("malloc", "reuse")
-    """malloc maps every large tensor afresh, reuse keeps the heap."""
+    """malloc: map every large tensor anew. reuse: keep the heap."""
     instruction_set: str | None = None
-    """Instruction set of the compiled kernel, baseline, avx2 or avx512; None for the best."""
+    """Instruction set of the compiled kernel: baseline, avx2 or avx512; None: the best one."""
 
     # output
     output: OutputFolder | None = None
-    """Folder for the CSV, the table and the chart; None only prints."""
+    """Folder for CSV, table and chart; None: only print."""
     redraw: str | None = None
-    """Folder of an earlier call, whose charts are drawn again, and nothing is measured; None to
-    measure."""
+    """Redraw the charts in this folder without measuring anything."""
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Measure how robust a spiking network is, with everything a sceptical reader asks for.
+"""Measure the robustness of a spiking network: attacks, control, proofs and diagnosis.
 
 Examples:
-    python recipes/evaluate.py runs/digits-dlif-at-1/dlif_at  # suite standard, eps of its training
+    python recipes/evaluate.py runs/digits-dlif-at-1/dlif_at  # suite standard, eps of the training
     python recipes/evaluate.py CHECKPOINT --suite fast --test-limit 200 --eps 8/255
-    python recipes/evaluate.py --network mynet.py:build --T 8 --eps 8/255  # a network of your own
-    python recipes/evaluate.py CHECKPOINT --output runs/mine --resume  # continue after a stop
+    python recipes/evaluate.py --network mynet.py:build --T 8 --eps 8/255  # your own network
+    python recipes/evaluate.py CHECKPOINT --output runs/mine --resume  # resume after a stop
     python recipes/evaluate.py --compare A/report.json B/report.json
-    python recipes/evaluate.py CHECKPOINT --smooth 0.25  # a vote over Gaussian noise, in L2
-    python recipes/evaluate.py CHECKPOINT_OF_EVENT_NETWORK --eps 20  # at most 20 events changed
-    python recipes/evaluate.py CHECKPOINT --suite stress  # faults of deployment, clean and attacked
-    python recipes/evaluate.py --leaderboard runs --output runs/leaderboard  # one table of all
+    python recipes/evaluate.py CHECKPOINT --smooth 0.25  # randomised smoothing, L2
+    python recipes/evaluate.py CHECKPOINT_OF_EVENT_NETWORK --eps 20  # up to 20 changed events
+    python recipes/evaluate.py CHECKPOINT --suite stress  # hardware faults, clean and attacked
+    python recipes/evaluate.py --leaderboard runs --output runs/leaderboard  # table of all reports
     torchrun --nproc-per-node 2 recipes/evaluate.py CHECKPOINT  # or accelerate launch
 """
 
@@ -49,23 +49,21 @@ class Options:
 
     # what is evaluated
     checkpoint: Annotated[str | None, Often(), Decides("nothing"), Positional] = None
-    """A checkpoint of adv_train, a network's or a run's folder, or a network that ships, as
-    digits/dlif-at-mppd; None for a network of your own."""
+    """Checkpoint of adv_train, folder of a network or run, or a shipped network such as
+    digits/dlif-at-mppd; omit it for your own network."""
     network: Annotated[str | None, Often(), NamesCode()] = None
-    """Instead of a checkpoint, module:function or file.py:function that returns a SpikingJelly
-    network with its weights, bare or in a SpikingClassifier; None for a checkpoint."""
+    """Your own network: module:function or file.py:function that returns a SpikingJelly network
+    with its weights loaded, bare or in a SpikingClassifier."""
     name: Annotated[str | None, Decides("nothing")] = None
-    """What the report calls the network; None takes the name of checkpoint or function."""
+    """Name of the network in the report; None: that of the checkpoint or function."""
     transfer: str | None = None
-    """Checkpoint of another network for the same images; attacks crafted on it join the suite;
-    None: none."""
+    """Checkpoint of another network for the same images, as the source of transfer attacks."""
     trust_code: Annotated[bool, NamesCode()] = False
-    """Allow a function of your own code that a checkpoint names to be run."""
+    """Run the function of your own code that a checkpoint names."""
     compare: Annotated[list[str] | None, Often()] = None
-    """Two saved reports to compare, instead of an evaluation; None to evaluate."""
+    """Compare two saved reports instead of evaluating a network."""
     leaderboard: Annotated[list[str] | None, Decides("nothing")] = None
-    """Folders with saved reports, which become one table, instead of an evaluation; None to
-    evaluate."""
+    """Make one table of all reports in these folders instead of evaluating a network."""
 
     # attacks
     suite: Annotated[
@@ -84,79 +82,82 @@ class Options:
         Often(),
         Needs(check_extra),
     ] = None
-    """paper is the protocol of Ding et al., fast a first impression, standard the figure to report,
-    gradient many gradient attacks without its search over spikes, autoattack AutoAttack standard,
-    gradients every estimator for itself, events the one for event data; all with their control.
-    stress is faults of deployment, corruptions the common corruptions at five severities, both
-    clean and under a short attack. None means standard, and events for event data."""
+    """What to run (None: standard, or events for event data):
+    - fast: quick check.
+    - standard: full evaluation; use this in papers.
+    - gradient: gradient attacks and Square, without the search over spikes.
+    - paper: protocol of Ding et al.
+    - autoattack: standard AutoAttack.
+    - gradients: comparison of gradient estimators.
+    - events: full evaluation on event frames.
+    - stress: hardware faults, clean and attacked.
+    - corruptions: common corruptions at five severities, clean and attacked."""
     eps: Annotated[Radius | None, Often()] = None
-    """Radius for images in [0, 1], a number or a fraction such as 8/255; None takes that of the
-    checkpoint. For L0 the number of changed elements per sample, for moves that of moved events."""
+    """Radius for images in [0, 1], such as 0.1 or 8/255; None: that of the checkpoint. For L0, the
+    number of changed elements per sample; for moves, the number of moved events."""
     norm: Annotated[Literal["Linf", "L2", "L0", "moves"] | None, Often()] = None
-    """Norm of the adversary; None means Linf, and L0 for event data; moves is events moved in
-    time."""
+    """Norm of the perturbation; None: Linf, or L0 for event data. moves: events moved in time."""
     largest_shift: PositiveInt | None = None
-    """For moves, frames by which an event may be moved; None: any."""
+    """For moves: most frames that an event may be moved by; None: no limit."""
     total_shift: PositiveInt | None = None
-    """For moves, frames by which all events of a sample may be moved together; None: any."""
+    """For moves: most frames that the events of a sample may be moved by in total; None: no
+    limit."""
     fault_draws: PositiveInt = 5
-    """For stress, draws of every fault that is random."""
-    draws: PositiveInt = 1
-    """Fresh forwards in each of which a stochastic network must be wrong for an image to count as
-    broken."""
+    """For stress: number of draws of each random fault."""
+    draws: PositiveInt | None = None
+    """For stochastic networks: forward passes in all of which an image must be misclassified to
+    count as broken, and over which gradients are averaged; None: 10 if the network is stochastic.
+    """
     proofs: bool = True
-    """For Linf and L0, prove by bounds of every spike which images no attack can break, and attack
-    the others; networks with parts that have no bounds are named in the report."""
+    """For Linf and L0: prove robustness by bounds of every spike, and attack only the images that
+    are not proved."""
     control: bool = True
-    """Run the suite's control, which shows what its estimators are worth."""
+    """Run the control: as many attacks with the training gradient only."""
 
     # randomised smoothing
     smooth: Radius | None = None
-    """Evaluate a smoothed classifier instead of the network (None): the vote over Gaussian noise of
-    this standard deviation; what it certifies up to an L2 radius of 2 SIGMA, beside what an attack
-    on it leaves."""
+    """Evaluate the smoothed classifier with this noise standard deviation instead of the network:
+    certified accuracy and accuracy under attack up to an L2 radius of twice this value."""
     smooth_draws: PositiveInt = 1000
-    """Noisy copies of an image in a vote."""
+    """Noisy copies per image."""
     smooth_alpha: OpenUnitInterval = 0.001
-    """Probability of error of a vote."""
+    """Error probability of a certificate."""
 
     # data
     dataset: Annotated[DatasetName | None, Often()] = None
-    """What to test on, digits, fashion_mnist, mnist, cifar10, cifar100, svhn, image_folder:PATH,
-    cifar10_dvs, dvs128_gesture, n_mnist or saccade:digits (mnist, fashion_mnist); None takes what
-    the checkpoint was trained on, or digits."""
+    """Data set: digits, fashion_mnist, mnist, cifar10, cifar100, svhn, image_folder:PATH,
+    cifar10_dvs, dvs128_gesture, n_mnist or saccade:digits (mnist, fashion_mnist); None: that of
+    the checkpoint, or digits."""
     data_root: Annotated[str | None, Often(), Decides("nothing")] = None
-    """Folder with the data set's files, or where they are downloaded to; None takes that of the
-    checkpoint's run, or data."""
+    """Folder of the data set and of downloads; None: that of the checkpoint's run, or data."""
     download: Annotated[bool, Often(), Decides("nothing")] = False
-    """Download what is missing."""
+    """Download missing files."""
     on_unreadable: Literal["error", "skip"] = "error"
-    """Stop at files that cannot be read, or skip them."""
+    """What to do with unreadable files."""
     test_limit: Annotated[PositiveInt | None, Often()] = None
-    """Test images to use at most; None for all."""
+    """Largest number of test images; None: all."""
     batch_size: Annotated[PositiveInt, Decides("nothing")] = 256
-    """Images per batch; only random networks and the estimator pdsg depend on it."""
+    """Images per batch; it affects only stochastic networks and the estimator pdsg."""
 
     # network of your own
     T: Annotated[PositiveInt | None, Often()] = None
-    """Time steps of a bare network of your own; for a checkpoint, others than those it was trained
-    with; None takes those."""
+    """Time steps of your own bare network; for a checkpoint, None: those of the training."""
     mean: Annotated[list[float] | None, Often()] = None
-    """Mean per channel that a bare network expects to be subtracted; None: none."""
+    """Mean per channel to subtract from the images of a bare network."""
     std: Annotated[list[float] | None, Often()] = None
-    """Deviation per channel that it expects to be divided by; None: none."""
+    """Standard deviation per channel to divide the images of a bare network by."""
 
     # machine
     seed: NonNegativeInt = 0
-    """Seed of everything."""
+    """Random seed."""
     device: Annotated[Literal["auto", "cpu"], Decides("nothing")] = "auto"
-    """auto: a GPU if there is one."""
+    """auto: a GPU if available."""
 
     # output
     output: Annotated[OutputFolder | None, Often(), Decides("nothing")] = None
-    """Folder of the results; None makes runs/evaluate-NETWORK-SUITE-NUMBER."""
+    """Output folder; None: a new folder runs/evaluate-NETWORK-SUITE-NUMBER."""
     resume: Annotated[bool, Often(), Decides("nothing")] = False
-    """Go on with the evaluation in output (None: the newest one)."""
+    """Resume the evaluation in the folder output; None: the newest one."""
 
 
 if __name__ == "__main__":
@@ -190,7 +191,7 @@ from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint, f
 
 
 def main(arguments: list[str]) -> None:
-    """Evaluate a network, compare two reports, or put all into one table."""
+    """Evaluate a network, compare two reports, or make a table of all reports."""
     options = parse_options(Options, arguments, stem, mark="progress")
     if options.compare is not None:
         show_comparison(compare_reports(*two_reports(options.compare)), Console())

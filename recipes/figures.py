@@ -1,4 +1,4 @@
-"""The figures of the paper from one's own networks, as vector PDF and PNG for print.
+"""Draw the figures of the paper for your own networks, as PDF and PNG.
 
 Examples:
     python recipes/figures.py runs/digits-dlif-at-1           # every figure of a run of adv_train
@@ -9,7 +9,7 @@ Examples:
     python recipes/figures.py runs/sweep-1 --which rho        # effect of rho, from a sweep over it
     python recipes/figures.py --redraw runs/digits-dlif-at-1/figures  # from the saved numbers alone
 
-Every figure's numbers are saved as NAME.json, and it is drawn from that file.
+The numbers of every figure are saved as NAME.json, and the figure is drawn from that file.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,53 +46,56 @@ class Options:
 
     # figures
     run: Annotated[str | None, Positional] = None
-    """Folder of a run of adv_train, of one network in it, or of a sweep; None for the
-    figures neuron and joint, which need none."""
+    """Folder of a run of adv_train, of one of its networks, or of a sweep; neuron and joint need
+    none."""
     which: tuple[_Figure, ...] = ("all",)
-    """neuron (figure 1 of the paper), rho (3, needs a sweep), gains (4), curves (5), intensity
-    (indicators and heat maps under growing eps), ground_truth (exact robust accuracy of a small
-    network and that under attacks), joint (what bounds that hold together over time prove), or
-    all that the folder has numbers for, without the last two."""
+    """Figures to draw:
+    - neuron: one LIF neuron (figure 1 of the paper).
+    - rho: accuracy over rho (figure 3); needs a sweep.
+    - gains: learned input gains (figure 4).
+    - curves: training curves (figure 5).
+    - intensity: indicators and heat maps over eps.
+    - ground_truth: exact robust accuracy of a small network.
+    - joint: proofs by joint bounds.
+    - all: all except the last two, as far as the folder has numbers for them."""
     columns: list[str] | None = None
-    """Figures that rho shows, as shell patterns such as pgd20 or paper/*; None for the usual
-    ones."""
+    """Columns that rho shows, as shell patterns such as pgd20 or paper/*; None: the usual ones."""
 
     # intensity and ground truth
     eps: tuple[Radius, ...] = tuple(map(Radius, (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)))
-    """Sizes of the perturbations of intensity and ground_truth, growing, for images in [0, 1];
-    numbers or fractions such as 8/255."""
+    """Increasing perturbation sizes of intensity and ground_truth for images in [0, 1], such as 0.1
+    or 8/255."""
     suites: Annotated[
         tuple[Literal["paper", "fast", "standard", "gradient", "autoattack", "gradients"], ...],
         Needs(check_extra),
     ] = ("gradients", "paper", "fast", "standard")
     """Suites of evaluate.py that ground_truth measures."""
     time_limit: float = 30.0
-    """Seconds per image that ground_truth gives to the mixed-integer program."""
+    """Time limit of the mixed-integer program in ground_truth, in seconds per image."""
     steps: PositiveInt = 10
-    """Steps of the adversarial direction of intensity."""
+    """Attack steps of intensity."""
     images: PositiveInt = 360
-    """Test images of intensity and ground_truth to use at most."""
+    """Largest number of test images for intensity and ground_truth."""
     resamples: PositiveInt = 200
-    """Bootstrap samples behind the intervals of intensity."""
+    """Bootstrap samples for the confidence intervals of intensity."""
     dataset: DatasetName | None = None
-    """Images to test on, as in adv_train.py; None takes those of the checkpoint."""
+    """Data set, as in adv_train.py; None: that of the checkpoint."""
     data_root: str = "data"
-    """Folder with the data set's files."""
+    """Folder of the data set."""
 
     # machine
     batch_size: PositiveInt = 64
-    """Images at a time."""
+    """Images per batch."""
     seed: NonNegativeInt = 0
-    """Seed of everything."""
+    """Random seed."""
     device: Literal["auto", "cpu"] = "auto"
-    """auto takes a GPU if there is one, cpu does not."""
+    """auto: a GPU if available."""
 
     # output
     output: OutputFolder | None = None
-    """Where everything is written; None means the folder figures in the run."""
+    """Output folder; None: the folder figures in the run."""
     redraw: str | None = None
-    """Folder of an earlier call, whose saved numbers are drawn again and nothing is computed; None
-    to compute."""
+    """Redraw the saved numbers in this folder without computing anything."""
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""A grid over any options of adv_train.py and seeds: trained, evaluated, and tabled beside the
-paper's figures.
+"""Run a grid over options of adv_train.py and seeds, and compare the results with the paper.
 
 Examples:
     python recipes/sweep.py --sweep recipes/configs/sweeps/digits_sweep.yaml --jobs 2
     python recipes/sweep.py --base recipes/configs/digits.yaml --grid '{neuron: [lif, dlif]}'
     python recipes/sweep.py --base digits --grid '{"norm,rho": [[l2, 1], [l1, 3]]}' --seeds 5
     python recipes/sweep.py --base digits --grid '{mode: [none, at]}' --evaluate paper standard
-    python recipes/sweep.py --output runs/digits_sweep      # go on with a stopped one
-    python recipes/sweep.py --output runs/digits_sweep --report --contrast rho  # tables, figure
+    python recipes/sweep.py --output runs/digits_sweep      # resume
+    python recipes/sweep.py --output runs/digits_sweep --report --contrast rho  # tables and figure
 
 --sweep FILE reads these options from a YAML file, as --config does.
 """
@@ -44,54 +43,54 @@ class Options:
 
     # runs
     base: str | None = None
-    """Options of adv_train.py that all runs start from, a YAML file or the name of one in
-    recipes/configs; None for its defaults."""
+    """Base options of adv_train.py: a YAML file, or the name of a preset such as digits; None: the
+    defaults."""
     options: Annotated[YamlDict, NamesCode()] = field(default_factory=dict)
-    """Further options of adv_train.py, the same for all runs; they override base,
-    and those of the command line are added to those of a file."""
+    """Options of adv_train.py for all runs; they override base. Those of the command line are added
+    to those of a file."""
     grid: Annotated[dict[str, list[Any]], Yaml(dict), NamesCode()] = field(default_factory=dict)
-    """Values by option of adv_train.py; every combination is run. "norm,rho" with values such as
-    [l1, 3] varies two options together."""
+    """Values of each option of adv_train.py; every combination is run. "norm,rho" with values such
+    as [l1, 3] varies two options together."""
     seeds: Annotated[int | list[int], Yaml(int, list)] = 1
-    """Number of seeds, 0, 1, ..., or a list of them."""
+    """Number of seeds (0, 1, ...), or a list of seeds."""
     skip: Annotated[list[dict[str, Any]], Yaml(list)] = field(default_factory=list)
-    """Combinations to leave out, such as {neuron: lif, rho: [1, 2]}; those that differ in an option
-    without effect (rho with mode none) are one run anyway."""
+    """Combinations to skip, such as {neuron: lif, rho: [1, 2]}. Combinations that differ only in
+    ignored options (rho with mode none) are run once."""
 
     # evaluation
     evaluate: tuple[str, ...] = ()
-    """Suites of evaluate.py that every network goes through, such as paper standard."""
+    """Suites of evaluate.py to run on every network, such as paper standard."""
     evaluation_options: YamlDict = field(default_factory=dict)
     """Options of evaluate.py, such as {test_limit: 256}."""
 
     # recipes
     recipe: Annotated[str | None, NamesCode()] = None
-    """The recipe that trains; None for adv_train.py beside this one."""
+    """Training recipe; None: adv_train.py in the same folder."""
     evaluator: Annotated[str | None, NamesCode()] = None
-    """The recipe that evaluates; None for evaluate.py beside this one."""
+    """Evaluation recipe; None: evaluate.py in the same folder."""
 
     # machine
     jobs: PositiveInt = 1
-    """Runs side by side, each in a process of its own; GPUs are shared out among them."""
+    """Parallel runs, one process each; GPUs are distributed among them."""
     threads: PositiveInt = 1
-    """Threads of torch in each."""
+    """Threads of torch per run."""
     cluster: Literal["local", "slurm"] = "local"
-    """Where runs are performed: on this machine, or as jobs of a Slurm cluster."""
+    """Run on this machine, or as jobs of a Slurm cluster."""
     cluster_options: YamlDict = field(default_factory=dict)
-    """Options of submitit for these jobs, such as {slurm_partition: gpu, timeout_min: 600}."""
+    """Options of submitit for Slurm jobs, such as {slurm_partition: gpu, timeout_min: 600}."""
 
     # output
     output: OutputFolder | None = None
-    """Folder of the sweep; None means runs/ and the name of the sweep file, or runs/sweep."""
+    """Output folder; None: runs/ and the name of the sweep file, or runs/sweep."""
     report: bool = False
-    """Only make tables and figure from the runs there are."""
+    """Only make the tables and the figure from finished runs."""
     columns: list[str] | None = None
-    """Figures in the tables, as shell patterns such as paper/*; None for the usual ones. The CSV
-    has all."""
+    """Columns of the tables, as shell patterns such as paper/*; None: the usual ones. The CSV has
+    all."""
     contrast: tuple[str, ...] = ()
-    """Options whose effect is tabled over pairs of runs with the same seed."""
+    """Options whose effect to tabulate, over pairs of runs with the same seed."""
     plot: str = "rho"
-    """Option of numbers that the figure is drawn over."""
+    """Numeric option on the x axis of the figure."""
 
 
 def as_config(arguments: list[str]) -> list[str]:
@@ -220,14 +219,7 @@ def plan(options: Options, folder: Path) -> list[PlannedRun]:
 
 def base_options(base: str | None) -> dict[str, Any]:
     """Options in a file, or in the preset of that name."""
-    if base is None:
-        return {}
-    places = [Path(base), RECIPES / "configs" / f"{base}.yaml"]
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        known = f"it is a YAML file, or the name of one in {places[1].parent}"
-        raise FileNotFoundError(f"base {base} does not exist; {known}")
-    return read_file(path)
+    return {} if base is None else read_file(Path(base))
 
 
 @contextmanager

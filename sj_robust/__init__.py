@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
     from sj_robust import attacks as attacks
     from sj_robust import classifier as classifier
     from sj_robust import data as data
+    from sj_robust import defences as defences
     from sj_robust import doctor as doctor
     from sj_robust import estimators as estimators
     from sj_robust import evaluation as evaluation
@@ -58,6 +59,7 @@ _PARTS = frozenset(
         "attacks",
         "classifier",
         "data",
+        "defences",
         "doctor",
         "estimators",
         "evaluation",

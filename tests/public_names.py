@@ -20,6 +20,10 @@ PUBLIC = {
     "sj_robust.data": (
         "Augmentation CIFAR_STATISTICS ImageSplits ShuffledBatches image_loader load_images"
     ),
+    "sj_robust.defences": (
+        "EvolvingLeakNode FrequencyEncoder HomeostaticNode NoisyLIFNode StochasticGate "
+        "SurrogateOverlap"
+    ),
     "sj_robust.doctor": "report",
     "sj_robust.evaluation": (
         "Corruption EstimatorSearch Fault Member Report compare_reports diagnose evaluate faulty "

@@ -26,12 +26,13 @@ LIBRARY = [
     {"_version", "core", "ops"},
     {"neuron"},
     {"classifier"},
-    {"attacks", "estimators", "proofs"},
+    {"attacks", "defences", "estimators", "proofs"},
     {"perturbation"},
     {"data", "models"},
     {"evaluation"},
     {"training"},
     {"doctor"},
+    {"__main__"},
 ]
 LAYERS = [*LIBRARY, {"lab"}, {"recipes"}]
 HOST_FILES = {

@@ -54,21 +54,19 @@ def test_short_where_printed_and_a_table_in_a_notebook(results, name):
     assert "| ---" not in html
 
 
-def test_the_verdict_of_a_report_has_a_bracket_what_was_tried_and_the_doubts(results):
+def test_the_verdict_of_a_report_has_a_bracket_the_attacks_and_caveats(results):
     assert results["report"].verdict == (
-        "At most 30.0 % (95 % interval 10.8 to 60.3) of 10 images withstand Linf, eps 0.1; at "
-        "least 10.0 % is proved. Tried: suite fast (a first impression), 5 attacks. Doubts: none "
-        "of 2 signs of gradient masking."
+        "Robust accuracy is between 10.0 % (proved) and 30.0 % (95 % CI 10.8 to 60.3; 10 images, "
+        "Linf 0.1). Quick check: 5 attacks of suite `fast`. No sign of gradient masking (2 checks)."
     )
     findings = (finding("flat_loss", passed=False), finding("zero_gradients"))
     failed = report(findings=findings, suite="mine")
-    doubts = "suite mine, 5 attacks. Doubts: 1 of 2 signs of gradient masking, flat_loss."
-    assert failed.verdict.endswith(doubts)
+    end = "of suite `mine`. Signs of gradient masking: flat_loss (1 of 2 checks)."
+    assert failed.verdict.endswith(end)
     dead = report(firing=(DEAD,))
-    assert "Doubts: DEAD LAYER; none of 2 signs" in dead.verdict
+    assert "DEAD LAYER; no sign of gradient masking" in dead.verdict
     not_looked_for = report(findings=())
-    doubts = "Doubts: signs of gradient masking were not looked for."
-    assert not_looked_for.verdict.endswith(doubts)
+    assert not_looked_for.verdict.endswith("`fast`. Gradient masking was not checked.")
 
 
 def test_the_verdict_of_statistics_says_where_the_potential_moved_least_and_most():

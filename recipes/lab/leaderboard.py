@@ -1,6 +1,4 @@
-"""Stored robustness reports as one table, in Markdown and as a page that sorts; rebuilt from them
-alone.
-"""
+"""Leaderboard of stored robustness reports, in Markdown and as a sortable page."""
 
 import hashlib
 import re
@@ -11,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from sj_robust.core.commands import as_called
 from sj_robust.core.saved import markdown_table, saved_format, write_whole
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.run.suites import GRADES
@@ -26,8 +25,8 @@ _HEADS = (
     "worst case, %",
     "control, %",
     "at most, %",
-    "95 % interval",
-    "doubts",
+    "95 % CI",
+    "caveats",
     "attack seconds",
     "fingerprint",
     "command",
@@ -36,9 +35,8 @@ _FORMATS = (Report.saved_as, "sj_robust.robustness_report")
 """Formats of reports, of today and of version 1."""
 _STORED = re.compile(r"^\| `([^`]+)` \| `([0-9a-f]{16})` \|$", flags=re.MULTILINE)
 _NOTE = (
-    "At most: right after every attack of suite and control; the true robust accuracy lies "
-    "between verified and this. Figures of different data sets, threats or images cannot be "
-    "compared."
+    'Robust accuracy lies between "verified" and "at most", the worst case of suite and '
+    "control. Rows of different data sets, threats or images are not comparable."
 )
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Leaderboard</title><style>
@@ -48,7 +46,7 @@ th, td {{ border: 1px solid #8888; padding: .2rem .5rem; text-align: left; }}
 th button {{ all: unset; cursor: pointer; font-weight: 600; }}
 td:last-child {{ font-family: monospace; }}
 th button:focus-visible {{ outline: 2px solid; }}
-</style></head><body><h1>Leaderboard</h1><p>{note} A click on a head sorts by it.</p>
+</style></head><body><h1>Leaderboard</h1><p>{note} Click a column heading to sort.</p>
 <table><thead><tr>{heads}</tr></thead><tbody>
 {rows}
 </tbody></table>
@@ -73,7 +71,7 @@ document.querySelectorAll("th button").forEach((button) => button.addEventListen
 
 @dataclass(frozen=True)
 class _Stored:
-    """A report with where it lies and what its file holds."""
+    """A report, its path and the digest of its file."""
 
     path: str
     digest: str
@@ -98,7 +96,7 @@ class _Stored:
             report.suite,
             *("" if share is None else share.percent for share in shares),
             report.everything.interval_text,
-            report.doubts,
+            report.caveats,
             f"{report.everything.seconds:.0f}",
             str(report.network.get("fingerprint", "")),
             self.command,
@@ -127,7 +125,7 @@ def make_leaderboard(folders: Sequence[str], output: Path, usual: Mapping[str, A
 
 def read_reports(folders: Sequence[str], usual: Mapping[str, Any]) -> list[_Stored]:
     """Every robustness report in folders and those below, or at a path itself, by data set, threat
-    and what is left.
+    and robust accuracy.
 
     Raises:
         FileNotFoundError: If a folder is missing, or there is no report in any.
@@ -176,7 +174,7 @@ def _command(configuration: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
                 words.append(f"--{flag}" if value else f"--no-{flag}")
             else:
                 words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words)
+    return as_called(shlex.join(words))
 
 
 def _changes(now: Mapping[str, str], table: Path) -> list[str]:

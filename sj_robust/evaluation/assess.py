@@ -23,7 +23,7 @@ from sj_robust.evaluation.report.report import Report
 from sj_robust.evaluation.request import Request, described
 from sj_robust.evaluation.result import OVER_EPS, Row
 from sj_robust.evaluation.run.data import Batches, Data
-from sj_robust.evaluation.run.draws import check_draws
+from sj_robust.evaluation.run.draws import check_draws, draws_needed
 from sj_robust.evaluation.run.estimator_search import (
     CHANGES,
     EstimatorSearch,
@@ -37,7 +37,7 @@ from sj_robust.evaluation.run.loop import Asked, Outcome, releases, run
 from sj_robust.evaluation.run.member import Member, fooled
 from sj_robust.evaluation.run.progress import computed_once, gathered, rank_and_world_size
 from sj_robust.evaluation.run.proofs import has_proofs, prove
-from sj_robust.evaluation.run.suites import Suite, SuiteName, make_suite
+from sj_robust.evaluation.run.suites import Suite, SuiteName, check_shape, make_suite
 from sj_robust.evaluation.run.variant import Variant
 from sj_robust.evaluation.subject import Subject
 from sj_robust.proofs.soundness import UnprovableError
@@ -57,11 +57,11 @@ _FAR = 1e6
 _FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Radii of accuracy over eps, in units of the threat's."""
 _BOUND = "bound of all"
-"""What stands among the attacks that moved the potential for the bounds of every perturbation."""
+"""Name of the row of proved bounds among the attacks that moved the potential."""
 _NOT_DIAGNOSED = (
-    "Signs of gradient masking were not looked for: the diagnosis moves values a little, and "
-    "events cannot. The random changes of the suite, which need no gradient, and its choice of "
-    "estimators stand in for it."
+    "Gradient masking was not checked: the diagnosis needs small changes of values, which binary "
+    "events do not allow. The suite covers it with random changes, which need no gradient, and "
+    "with its choice of estimators."
 )
 
 
@@ -82,8 +82,9 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
         request: What is asked.
 
     Raises:
-        ValueError: If the network draws random numbers without ``draws`` or carries state from one
-            forward into the next, or the folder holds the progress of another evaluation.
+        ValueError: If the network draws random numbers though one draw was asked for, or carries
+            state from one forward into the next, or the folder holds the progress of another
+            evaluation.
 
     Source: evaluation as asked for by Carlini et al., "On evaluating adversarial robustness" (arXiv
         1902.06705).
@@ -98,16 +99,19 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
         >>> assess(mine, batches, Request("fast", threat, "noise", 3)).worst_case.total
         6
     """
-    plan = _suite(request)
     model = subject.model
     data = Data.of(batches)
     if request.threat.of_events:
         check_frames(data.first(_FIRST).tensors(device_of(model))[0])
-    if request.draws == 1:
+    if request.draws is None:
+        request = replace(request, draws=draws_needed(model, data))
+        check_shape(cast("SuiteName", request.suite), data[0][0], draws=request.forwards)
+    elif request.draws == 1:
         check_draws(model, data)
+    plan = _suite(request)
     parts = _Parts(model, data, request, network_key(model, data, request.folder))
     say = request.watch.say
-    say(f"firing of every layer on {len(parts.y)} images")
+    say(f"firing rates on {len(parts.y)} images")
     layers = firing(model, parts.x, seed=request.seed)
     activity = list(map(asdict, layers))
     proved = parts.proofs() if request.proofs and has_proofs(request.threat) else {}
@@ -119,7 +123,7 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
         plan = _with_transfer(plan, request.source, request.threat)
     control = plan.control if request.control else ()
     say(
-        f"suite {plan.name}: {plan.description}; {len(plan.members)} attacks, {len(control)} of "
+        f"suite {plan.name}: {plan.description}; {len(plan.members)} attacks and {len(control)} of "
         "the control"
     )
     verified = proved.get("verified", ())
@@ -138,7 +142,7 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
         **described(subject, data, request, parts.network),
         rows=tuple(rows),
         description=plan.description,
-        draws=request.draws,
+        draws=request.forwards,
         estimators=tuple(trials),
         firing=tuple(activity),
         findings=tuple(findings),
@@ -174,7 +178,7 @@ class _Parts:
             "threat": repr(self.threat),
             "seed": str(self.request.seed),
             "releases": releases(),
-            "draws": str(self.request.draws),
+            "draws": str(self.request.forwards),
         }
 
     def search(self, settings: EstimatorSearch) -> list[dict[str, Any]]:
@@ -182,7 +186,7 @@ class _Parts:
         right.
         """
         self.say(f"choosing among {len(settings.candidates)} gradient estimators")
-        draws = self.request.draws
+        draws = self.request.forwards
 
         def compute() -> list[dict[str, Any]]:
             seeds = SampleSeeds(range(len(self.y))).derived("sweep", self.request.seed)
@@ -205,8 +209,8 @@ class _Parts:
         return self._computed_once("estimators.json", key, compute)
 
     def proofs(self) -> dict[str, Any]:
-        """Images that are verified, how far the potential can move, seconds; or why nothing is
-        proved.
+        """Images that are verified, how far the potential can move, and seconds; or why nothing
+        could be proved.
         """
         self.say(f"proofs at {self.threat.norm} {eps_text(self.threat.eps)}")
 
@@ -215,7 +219,7 @@ class _Parts:
             try:
                 found = prove(self.model, self.data, [self.threat.eps], self.proof_norm)
             except (NotImplementedError, UnprovableError) as error:
-                return {"reasons": [f"Nothing is proved: {error}."]}
+                return {"reasons": [f"Nothing could be proved: {error}."]}
             (verified,) = found.verified.values()
             bound = {"member": _BOUND, "samples": found.total, "layers": found.potential}
             potential = [bound] if found.potential else []
@@ -260,7 +264,7 @@ class _Parts:
         self, name: str, data: Data, members: Sequence[Member], verified: Sequence[int]
     ) -> Outcome:
         """Run members on images."""
-        asked = Asked(self.threat, self.request.draws, frozenset(verified))
+        asked = Asked(self.threat, self.request.forwards, frozenset(verified))
         return self._run(name, data, Variant(members, seed=self.request.seed), asked)
 
     def over_eps(self, estimator: str) -> tuple[Row, ...]:
@@ -268,7 +272,7 @@ class _Parts:
         of_events = self.threat.of_events
         self.say("accuracy over the number of changes" if of_events else "accuracy over eps")
         radii = _radii(self.threat, elements=self.x[0].numel())
-        draws = self.request.draws
+        draws = self.request.forwards
         threats = [replace(self.threat, eps=eps) for eps in radii]
         levels = [_level(threat, estimator, draws) for threat in threats]
         variant = Variant(levels, OVER_EPS, seed=self.request.seed)
@@ -276,8 +280,8 @@ class _Parts:
         return self._run("over_eps", self.few, variant, widest).rows
 
     def findings(self, trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Signs of gradient masking; what a search has tried is not attacked again."""
-        self.say("signs of gradient masking")
+        """Checks for gradient masking; what a search has tried is not attacked again."""
+        self.say("checks for gradient masking")
         source = self.request.source
         searched = estimators_searched([EstimatorTrial(**trial) for trial in trials])
 
@@ -290,7 +294,7 @@ class _Parts:
                 seed=self.request.seed,
                 estimators=None if searched else (),
                 source=source,
-                eot_samples=10 if self.request.draws > 1 else 1,
+                eot_samples=10 if self.request.forwards > 1 else 1,
             )
             return [asdict(finding) for finding in (*found, *searched)]
 
@@ -328,7 +332,7 @@ def _suite(request: Request, chosen: Sequence[str] = ()) -> Suite:
         request.threat,
         chosen=chosen,
         classes=request.classes,
-        eot_samples=request.draws,
+        eot_samples=request.forwards,
     )
 
 

@@ -132,13 +132,13 @@ def repeated_interval(counts: Sequence[int], total: int) -> tuple[float, float]:
 
 
 def extent(value: float, count: int | None, total: int | None) -> str:
-    """A value as tables show it, such as ``0.125, 3 of 24 images, 95 % 0.0434 to 0.31``.
+    """A value as tables show it, such as ``0.125, 3 of 24 images, 95 % CI 0.0434 to 0.31``.
     数值的文本形式。
     """
     if count is None or total is None:
         return f"{value:.3g}"
     low, high = wilson_interval(count, total)
-    return f"{value:.3g}, {count} of {total} images, 95 % {low:.3g} to {high:.3g}"
+    return f"{value:.3g}, {count} of {total} images, 95 % CI {low:.3g} to {high:.3g}"
 
 
 def _check(count: float, total: int) -> None:

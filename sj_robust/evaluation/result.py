@@ -116,7 +116,7 @@ class Accuracy:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the share."""
+        """Wilson's 95 % CI of the share."""
         return wilson_interval(self.correct, self.total)
 
     @property

@@ -254,7 +254,9 @@ def _in_words(spec: NetworkSpec) -> str:
         "zoo:"
     )  # its neurons have a tau of their own
     tau = "" if foreign else f", tau {spec.tau:g}"
-    return f"{spec.name}, {spec.neuron}, T {spec.T}{tau}{size}{options}"
+    encoder = "" if spec.encoder == "direct" else f", encoder {spec.encoder}"
+    encoder += "".join(f", {key} {value}" for key, value in spec.encoder_options.items())
+    return f"{spec.name}, {spec.neuron}, T {spec.T}{tau}{size}{options}{encoder}"
 
 
 def _checkpoint_file(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Files of networks that are too large for the wheel: fetched from a release, checked, kept."""
+"""Files of networks that are too large for the wheel: downloaded from a release, checked, kept."""
 
 import hashlib
 import os
@@ -57,7 +57,7 @@ def fetch(asset: Asset) -> Path:
     in the next call. (``torch.hub`` and pooch begin anew, so the transfer is written out here.)
 
     Raises:
-        OSError: If the file is not in the cache and cannot be fetched.
+        OSError: If the file is not in the cache and cannot be downloaded.
         ValueError: If it has another digest; it is then removed.
     """
     folder = Path(torch.hub.get_dir(), "sj_robust")
@@ -91,7 +91,7 @@ def _download(asset: Asset, file: Path) -> None:
             reason = str(error)
         if _size(part) <= before:
             raise OSError(
-                f"{asset.name} is not in the package and cannot be fetched from {address} "
+                f"{asset.name} is not in the package and cannot be downloaded from {address} "
                 f"({reason}); try again online, set {ADDRESS_VARIABLE} to the address of another "
                 f"folder, or put the file there by hand: {file}"
             )
@@ -109,7 +109,7 @@ def _continue(asset: Asset, address: str, part: Path) -> None:
         if begun + coming != asset.size:
             raise OSError(f"the file there has {begun + coming} bytes instead of {asset.size}")
         bar = tqdm(
-            desc=f"fetching {asset.name}",
+            desc=f"downloading {asset.name}",
             total=asset.size,
             initial=begun,
             unit="B",

@@ -1,22 +1,39 @@
 """Networks by name: what a checkpoint needs to build its network again."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier
+from sj_robust.classifier import PoissonEncoder, SpikingClassifier, SpikingEventClassifier
+from sj_robust.core.checks import check_choice
+from sj_robust.defences import (
+    EvolvingLeakNode,
+    FrequencyEncoder,
+    HomeostaticNode,
+    NoisyLIFNode,
+    StochasticGate,
+)
 from sj_robust.models.chain import VGG, VGG_FEATURES, FullyConnected, SmallConvNet
 from sj_robust.models.foreign import call_with_known, find_function
 from sj_robust.models.wide_resnet import WIDE_RESNETS, WideResNet
 from sj_robust.models.zoo import build_zoo_network
 from sj_robust.neuron import DLIFNode, Stage, fuse, replace_neurons
 
-__all__ = ["NETWORKS", "NetworkSpec", "build_classifier", "build_network"]
+__all__ = ["NETWORKS", "EncoderName", "NetworkSpec", "build_classifier", "build_network"]
+
+EncoderName = Literal["direct", "poisson", "feel"]
+"""Names of the encoders of images."""
+
+NeuronName = Literal["dlif", "lif", "if", "plif", "relu", "tgo", "feel", "hosnn", "stog"]
+"""Names of the neurons."""
 
 NETWORKS = ("small", "mlp", *VGG_FEATURES, *WIDE_RESNETS)
 """Names of the architectures of this package."""
@@ -36,7 +53,10 @@ class NetworkSpec:
             signature names, and with ``options``.
         neuron: ``"dlif"``, or one of SpikingJelly's ``"lif"`` and ``"plif"``
             (``decay_input=False``, as DLIF with all gains 1) and ``"if"``; all with the triangle
-            surrogate and a hard reset to 0. ``"relu"`` builds the ordinary network with ReLU in
+            surrogate and a hard reset to 0; or the neuron of a defence of
+            :mod:`sj_robust.defences`: ``"tgo"`` (``NoisyLIFNode``), ``"feel"``
+            (``EvolvingLeakNode``), ``"hosnn"`` (``HomeostaticNode``), ``"stog"`` (LIF with a
+            ``StochasticGate`` behind it). ``"relu"`` builds the ordinary network with ReLU in
             their place, for T = 1, which shows what spikes cost. With ``"dlif"`` the IF, LIF and
             PLIF neurons that a network from elsewhere brings are converted by
             ``replace_neurons``, which keeps their own tau.
@@ -56,6 +76,10 @@ class NetworkSpec:
         std: Standard deviation per channel that they are divided by; None for none.
         frames: Whether samples are event frames [T, C, H, W] instead of images.
         options: Further keyword arguments of the architecture, plain data.
+        encoder: How an image becomes the frames of the time steps: ``"direct"`` repeats it,
+            ``"poisson"`` is :class:`sj_robust.classifier.PoissonEncoder`, ``"feel"`` is
+            :class:`sj_robust.defences.FrequencyEncoder`.
+        encoder_options: Keyword arguments of the encoder, plain data.
 
     Examples:
         >>> NetworkSpec(neuron="lif", T=8).tau
@@ -63,7 +87,7 @@ class NetworkSpec:
     """
 
     name: str = "small"
-    neuron: Literal["dlif", "lif", "if", "plif", "relu"] = "dlif"
+    neuron: NeuronName = "dlif"
     image_shape: tuple[int, int, int] = (1, 8, 8)
     classes: int = 10
     T: int = 4
@@ -76,6 +100,8 @@ class NetworkSpec:
     std: tuple[float, ...] | None = None
     frames: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    encoder: EncoderName = "direct"
+    encoder_options: dict[str, Any] = field(default_factory=dict)
 
 
 def build_network(spec: NetworkSpec) -> nn.Module:
@@ -138,7 +164,25 @@ def _built(spec: NetworkSpec) -> nn.Module:
     for module in net.modules():
         if isinstance(module, Stage) and not spec.fused:
             module.one_pass = False
+    if any(map(is_lazy, net.parameters())):
+        _find_shapes(built, spec)
     return built
+
+
+@torch.no_grad()
+def _find_shapes(built: nn.Module, spec: NetworkSpec) -> None:
+    """Run the network once, so that what has one value per neuron finds its shape."""
+    images = torch.zeros(1, *spec.image_shape)
+    run = built
+    if not isinstance(built, SpikingClassifier) and spec.name not in NETWORKS:
+        kind = SpikingEventClassifier if spec.frames else SpikingClassifier
+        if spec.frames:
+            images = torch.zeros(1, spec.T, *spec.image_shape)
+        trial = kind(copy.deepcopy(built), spec.T).find_convention(images)
+        run = kind(built, spec.T, takes=trial.takes)
+    run.eval()(images)
+    built.train()
+    functional.reset_net(built)
 
 
 def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
@@ -154,7 +198,8 @@ def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
 
     Raises:
         ValueError: As :func:`build_network`; or if the number of means or deviations is not that of
-            the channels, or there are any for frames.
+            the channels, there are any for frames, or the encoder is unknown, does not take its
+            options, or stands beside frames or a network that has its own.
 
     Examples:
         >>> import torch
@@ -170,12 +215,40 @@ def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
             raise ValueError(
                 f"{name} must have one value per channel ({spec.image_shape[0]}), got {values}"
             )
+    encoder = _encoder(spec)
     net = _built(spec)
+    if encoder is not None and (spec.frames or isinstance(net, SpikingClassifier)):
+        raise ValueError(
+            f"encoder {spec.encoder!r} is for images of a bare network, got event frames or a "
+            "network in a classifier of its own; leave it out"
+        )
     if isinstance(net, SpikingClassifier):
         return net
     if spec.frames:
         return SpikingEventClassifier(net, spec.T)
-    return SpikingClassifier(net, spec.T, mean=spec.mean, std=spec.std)
+    return SpikingClassifier(net, spec.T, encoder, mean=spec.mean, std=spec.std)
+
+
+def _encoder(spec: NetworkSpec) -> nn.Module | None:
+    """The encoder of a specification; None repeats the image."""
+    kinds: dict[str, Callable[..., nn.Module]] = {
+        "poisson": PoissonEncoder,
+        "feel": FrequencyEncoder,
+    }
+    check_choice("encoder", spec.encoder, get_args(EncoderName))
+    if spec.encoder == "direct":
+        if spec.encoder_options:
+            raise ValueError(
+                f"encoder_options belong to an encoder, got {spec.encoder_options} for 'direct'; "
+                "leave them out"
+            )
+        return None
+    try:
+        return kinds[spec.encoder](**spec.encoder_options)
+    except TypeError as error:
+        raise ValueError(
+            f"encoder {spec.encoder!r} cannot be built with {spec.encoder_options} ({error})"
+        ) from error
 
 
 def _neuron(spec: NetworkSpec) -> Callable[..., nn.Module]:
@@ -190,6 +263,10 @@ def _neuron(spec: NetworkSpec) -> Callable[..., nn.Module]:
         "lif": partial(neuron.LIFNode, tau=tau, decay_input=False),
         "plif": partial(neuron.ParametricLIFNode, init_tau=tau, decay_input=False),
         "if": neuron.IFNode,
+        "tgo": partial(NoisyLIFNode, tau=tau),
+        "feel": partial(EvolvingLeakNode, T=spec.T, tau=tau),
+        "hosnn": partial(HomeostaticNode, T=spec.T, tau=tau),
+        "stog": partial(_gated, tau=tau),
     }
     if spec.neuron == "relu":
         if spec.T != 1:
@@ -197,7 +274,7 @@ def _neuron(spec: NetworkSpec) -> Callable[..., nn.Module]:
         return nn.ReLU
     if spec.neuron not in kinds:
         raise ValueError(
-            f"neuron must be 'dlif', 'lif', 'plif', 'if' or 'relu', got {spec.neuron!r}"
+            f"neuron must be one of {', '.join(get_args(NeuronName))}, got {spec.neuron!r}"
         )
     kind = kinds[spec.neuron]
 
@@ -210,6 +287,22 @@ def _neuron(spec: NetworkSpec) -> Callable[..., nn.Module]:
         return kind(**settings | arguments)
 
     return spiking_neuron
+
+
+def _gated(
+    *,
+    tau: float,
+    step_mode: str,
+    temperature: float = 0.5,
+    generator: torch.Generator | None = None,
+    **arguments: Any,
+) -> nn.Module:
+    """A LIF neuron, or IF without a leak, with gates behind it."""
+    node = neuron.IFNode(step_mode=step_mode, **arguments)
+    if not math.isinf(tau):
+        node = neuron.LIFNode(tau=tau, decay_input=False, step_mode=step_mode, **arguments)
+    gate = StochasticGate(temperature=temperature, generator=generator, step_mode=step_mode)
+    return nn.Sequential(node, gate)
 
 
 def _packaged_network(spec: NetworkSpec, node: Callable[..., nn.Module]) -> nn.Module:

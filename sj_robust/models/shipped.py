@@ -1,4 +1,4 @@
-"""Trained networks by name, in the package or fetched when one is asked for, each with a card that
+"""Trained networks by name, in the package or downloaded when one is asked for, each with a card that
 says how robust it was found to be.
 """
 
@@ -30,11 +30,11 @@ class PretrainedCard(Shown):
         name: Name that :func:`pretrained` takes.
         summary: Neuron and training in a few words.
         command: Command of this repository that trained it.
-        clean: Test images that are right without an attack, in per cent.
+        clean: Clean accuracy in per cent.
         at_most: Robust accuracy at most, after every attack of the suite and its control, in per
             cent.
         at_least: Robust accuracy at least, the images that are proved, in per cent.
-        found: Verdict of the evaluation: threat, number of images, suite, doubts.
+        found: Verdict of the evaluation: bounds, threat, images, suite and caveats.
         size: Bytes of the file.
         sha256: SHA-256 of the file.
         made_with: Versions and commit.
@@ -67,7 +67,7 @@ class PretrainedCard(Shown):
 def pretrained(name: str) -> SpikingClassifier:
     """A trained network, with which every example shows something true. 加载预训练网络。
 
-    What is not in the package is fetched once and kept in ``sj_robust`` below
+    What is not in the package is downloaded once and kept in ``sj_robust`` below
     ``torch.hub.get_dir()``; ``SJ_ROBUST_ASSETS`` names the address of a mirror.
 
     Shapes: images in [0, 1] to logits [N, 10]; [N, 1, 8, 8] of the digits of scikit-learn, [N, 1,
@@ -81,8 +81,8 @@ def pretrained(name: str) -> SpikingClassifier:
 
     Raises:
         ValueError: If there is no such network; the message lists those that there are. Also if a
-            fetched file is not that of the card.
-        OSError: If a file cannot be fetched.
+            downloaded file is not that of the card.
+        OSError: If a file cannot be downloaded.
 
     Source: trained by ``python docs/results/pretrained.py``, after Ding et al. (ICML 2024).
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ __all__ = [
     "Charging",
     "Neuron",
     "NeuronKey",
+    "StatesCharging",
     "emits_spikes",
     "find_neurons",
     "has_known_dynamics",
@@ -55,15 +56,23 @@ class Charging:
         )
 
 
+@runtime_checkable
+class StatesCharging(Protocol):
+    """A neuron that says itself how it charges, though it may fire in a way of its own."""
+
+    def charging(self) -> Charging:
+        """How it charges at present."""
+
+
 @dataclass(frozen=True)
 class Neuron:
-    """A spiking layer whose charge equation is known, or was stated by the user.
+    """A spiking layer whose charge equation is known, or was stated by the user or its class.
 
     Attributes:
         name: Name of the module in the network.
         module: The neuron.
         charging: Reads the charge parameters as they are now.
-        known: Whether the dynamics are SpikingJelly's or ours, not stated by the user.
+        known: Whether the dynamics are SpikingJelly's or ours, not stated by the user or the class.
     """
 
     name: str
@@ -117,6 +126,8 @@ def find_neurons(
         given = _lookup(decay, name, module)
         if has_known_dynamics(module):
             followed[name] = Neuron(name, module, partial(read_charging, module), known=True)
+        elif isinstance(module, StatesCharging):
+            followed[name] = Neuron(name, module, module.charging, known=False)
         elif given is not None:
             fixed_gain = _lookup(gain, name, module)
             stated = partial(

@@ -318,7 +318,7 @@ def _drawn_again(count: int, resamples: int, seed: int) -> Tensor:
 
 
 def _ends(dtype: torch.dtype) -> Tensor:
-    """Quantiles that end a 95 % interval."""
+    """Quantiles that end a 95 % CI."""
     return torch.tensor([0.025, 0.975], dtype=dtype)
 
 

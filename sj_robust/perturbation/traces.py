@@ -39,7 +39,7 @@ class Traces(Shown, dict[str, LayerTrace]):
         >>> from spikingjelly.activation_based import neuron
         >>> x = torch.full((2, 1, 1), 0.9)
         >>> spike_traces(nn.Sequential(neuron.IFNode(step_mode="m")), x, x + 0.2)
-        <Traces: 1 spiking layer, T = 2, 1 pair of inputs; spikes part first in layer 0
+        <Traces: 1 spiking layer, T = 2, 1 pair of inputs; spikes first diverge in layer 0
         at step 0 (1 of 1 pair)>
     """
 
@@ -68,7 +68,7 @@ class Traces(Shown, dict[str, LayerTrace]):
         place, times = partings.most_common(1)[0]
         where = "no spike differs"
         if place is not None:
-            where = f"spikes part first in layer {place[0]} at step {place[1]}"
+            where = f"spikes first diverge in layer {place[0]} at step {place[1]}"
         return f"{layers}, T = {steps}, {pairs} of inputs; {where} ({times} of {pairs})"
 
     def table(self) -> str:
@@ -128,7 +128,7 @@ class Traces(Shown, dict[str, LayerTrace]):
             draw(axes, self[name], sample)
             title = name
             if parting is not None and parting[0] == name:
-                title += f": parts at step {parting[1]}"
+                title += f": diverges at step {parting[1]}"
                 axes.axvline(parting[1], color=GREY, linestyle=":", linewidth=1.2)
             axes.set_title(title, loc="left")
             axes.set_xlabel("time step")

@@ -135,7 +135,8 @@ def _row_norms(model: SpikingClassifier, image: Tensor, batch_size: int) -> dict
         if name in neurons and (method := overridden(neurons[name])):
             others[name] = f"its {method} was replaced"
         if name in others or not neurons[name].binary:
-            reason = others.get(name, "its surrogate does not spike")
+            reason = "its surrogate does not spike, or not by the potential alone"
+            reason = others.get(name, reason)
             raise NotImplementedError(
                 f"{name}, which the input drives, cannot be followed: {reason}"
             )

@@ -600,12 +600,11 @@ def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
     if any(map(is_neuron, parts)) or not any(isinstance(part, nn.ReLU) for part in parts):
         neurons, others, _ = find_neurons(model.net, {}, {})
     unbounded = {name: f"{name}: {reason}" for name, reason in others.items()}
-    unbounded |= {
-        name: f"{name}, whose surrogate does not spike"
-        for name, n in neurons.items()
-        if not n.binary
-    }
     for name, n in neurons.items():
+        if not n.known:
+            unbounded[name] = f"{name}, a {n.type_name}, which fires in a way of its own"
+        elif not n.binary:
+            unbounded[name] = f"{name}, whose surrogate does not spike"
         if method := overridden(n):
             unbounded[name] = f"{name}, whose {method} was replaced: take it away"
         if not n.charging().decay_value >= 0:

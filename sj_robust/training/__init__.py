@@ -2,20 +2,15 @@
 
 # says what to install if one of its packages is missing
 import sj_robust.core.recipes_installed  # noqa: F401
+from sj_robust.defences.penalty import ForwardPasses, Penalty
+from sj_robust.defences.tgo import ThresholdGuarding
 from sj_robust.models.checkpoint import load_checkpoint, save_checkpoint
 from sj_robust.training.certified import CertifiedOptions
 from sj_robust.training.engine import NonFiniteLossError, TrainingInterrupted, TrainingPlan, train
 from sj_robust.training.journal import Journal
 from sj_robust.training.modes import MODES, flip_attacks, training_attack, validation_attacks
 from sj_robust.training.objective import Objective
-from sj_robust.training.penalties import (
-    ForwardPasses,
-    GradientSparsity,
-    Penalty,
-    StabilityGain,
-    ThresholdGuarding,
-    WeightMagnitude,
-)
+from sj_robust.training.penalties import GradientSparsity, StabilityGain, WeightMagnitude
 from sj_robust.training.regularization import retract_
 
 __all__ = [

@@ -20,6 +20,7 @@ from sj_robust.attacks import Attack
 from sj_robust.core.host import from_reset
 from sj_robust.core.randomness import SampleSeeds, seeded_globals
 from sj_robust.data import ImageSplits, ShuffledBatches, image_loader
+from sj_robust.defences.stog import StochasticGate
 from sj_robust.models.checkpoint import check_same_run, save_checkpoint
 from sj_robust.models.weights import as_named_in
 from sj_robust.training.batch_norm import measure_statistics, share_buffers
@@ -88,10 +89,11 @@ class TrainingRun:
         )  # the same step in one pass over the weights
         common: dict[str, Any] = {"lr": plan.lr, "weight_decay": plan.weight_decay, "fused": fused}
         optimizer: torch.optim.Optimizer
+        groups = _groups(objective)
         if plan.optimizer == "adam":
-            optimizer = torch.optim.Adam(objective.parameters(), **common)
+            optimizer = torch.optim.Adam(groups, **common)
         else:
-            optimizer = torch.optim.SGD(objective.parameters(), momentum=plan.momentum, **common)
+            optimizer = torch.optim.SGD(groups, momentum=plan.momentum, **common)
         self.scheduler = _schedule(optimizer, plan)
         self.step_module, self.optimizer = accelerator.prepare(objective, optimizer)
         if isinstance(self.step_module, DistributedDataParallel):
@@ -221,9 +223,11 @@ class TrainingRun:
         if self.augmentation is not None:
             x = self.augmentation(x, seeds.derived("augmentation").seeds)
         self.optimizer.zero_grad()
+        progress = (self.epoch + self.batch / len(self.batches)) / self.plan.epochs
         if self.objective.certified is not None:
-            done = self.epoch + self.batch / len(self.batches)
-            self.objective.certified.progress = done / self.plan.epochs
+            self.objective.certified.progress = progress
+        for penalty in self.objective.penalties:
+            penalty.progress = progress
         size = len(x) // self.plan.accumulate
         values = []
         with seeded_globals(
@@ -342,6 +346,17 @@ class TrainingRun:
             f"{what} at epoch {self.epoch + 1}, step {self.batch + 1}; {intact}. Lower lr, or "
             "check rho and the data"
         )
+
+
+def _groups(objective: Objective) -> list[dict[str, Any]]:
+    """Parameters of the optimizer; weight decay leaves the rates of gates alone."""
+    gates = [module for module in objective.modules() if isinstance(module, StochasticGate)]
+    if not gates:
+        return [{"params": list(objective.parameters())}]
+    rates = [gate.rate for gate in gates]
+    known = set(map(id, rates))
+    others = [one for one in objective.parameters() if id(one) not in known]
+    return [{"params": others}, {"params": rates, "weight_decay": 0.0}]
 
 
 def _schedule(

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.randomness import seeded_globals
+from sj_robust.defences.penalty import ForwardPasses, Penalty
 from sj_robust.perturbation import MPPDMonitor
 from sj_robust.perturbation.pair import Indicator
 from sj_robust.training.certified import CertifiedLoss, CertifiedOptions
-from sj_robust.training.penalties import ForwardPasses, Penalty
 
 __all__ = ["LossName", "Losses", "Objective"]
 
@@ -242,7 +242,7 @@ class Objective(nn.Module):
         for term in self.penalties:
             value = term.value(passes)
             self.penalty_values[term.name] = value.detach()
-            penalty = penalty + term.weight * value
+            penalty = penalty + term.present_weight * value
         return Losses(
             total + penalty if self.penalties else total,
             clean.detach(),

@@ -26,6 +26,7 @@ from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.loop import Asked, alone, run
 from sj_robust.evaluation.run.progress import Position, Watch
 from sj_robust.evaluation.run.variant import Variant
+from sj_robust.neuron.charging import find_neurons
 from sj_robust.perturbation import MPPDMonitor
 from sj_robust.perturbation.gains import perturbation_gains
 from sj_robust.perturbation.gains.design import gain_scalars
@@ -123,14 +124,14 @@ class Validation:
         self, classifier: SpikingClassifier, attack: Attack, *, bounds: bool = False
     ) -> dict[str, float]:
         """Scalars for the log: MS-MPPD per layer under ``attack`` on this process's first images,
-        and every gain; none for a network without spiking neurons.
+        and every gain; none for a network without spiking neurons that can be followed.
 
         With ``bounds`` also the exact L2 bound of every layer that has one: its gain times the norm
         of the linear map before it.
         """
         net = classifier.net
         x, y = next(self._batches())
-        if not any(map(is_neuron, net.modules())):
+        if not any(map(is_neuron, net.modules())) or not find_neurons(net, {}, {})[0]:
             return {}
         x_adv = attack(classifier, x, y, generator=torch.Generator().manual_seed(self._seed))
         with MPPDMonitor(net) as monitor:

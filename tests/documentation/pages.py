@@ -334,5 +334,5 @@ def is_slow(document: Document) -> bool:
     """Whether the page takes more than seconds, since it runs recipes or for its own sake."""
     blocks = [block for block in blocks_of(document) if block.how == "shell"]
     run = [block.code for block in blocks if not block.kinds & {"options only", "not run"}]
-    recipes = re.search(r"\brecipes/\w+\.py\b", "\n".join(run))
+    recipes = re.search(r"\brecipes/\w+\.py\b|\bsj-robust [a-z]", "\n".join(run))
     return Path(document.path).stem in SLOW or recipes is not None

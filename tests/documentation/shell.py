@@ -15,6 +15,8 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+from sj_robust.core.commands import COMMANDS
+
 ROOT = Path(__file__).parents[2]
 LIMIT = 600
 """Seconds that a command may take."""
@@ -22,8 +24,11 @@ STARTS = """
 import json, os, pathlib, re, shlex, sys
 
 state, program, *words = sys.argv[1:]
-added, only_options, modules = json.loads(pathlib.Path(state, "asked").read_text())
+asked = json.loads(pathlib.Path(state, "asked").read_text())
+added, only_options, modules, commands = asked
 recipe = next((word for word in words if re.fullmatch(r"(\\./)?recipes/\\w+\\.py", word)), None)
+if program == "sj-robust":
+    recipe = commands.get(words[0])
 name = recipe and pathlib.Path(recipe).stem
 print(json.dumps([name, os.getcwd(), program, words]), file=open(pathlib.Path(state, "calls"), "a"))
 if recipe:
@@ -59,11 +64,12 @@ LAUNCHERS = {
         first=["launch"],
     ),
 }
-MODULES = {"python": [], "python3": []}
+MODULES = {"python": [], "python3": [], "sj-robust": ["-m", "sj_robust"]}
 MODULES |= {name: ["-m", launcher.module] for name, launcher in LAUNCHERS.items()}
 
 ALONE = re.compile(
-    r"""python3? (\./)?recipes/\w+\.py( +([\w./:=,+-]+|'[^'#\n]*'|"[^"#$`\\\n]*"))*( +#.*)?"""
+    r"""(python3? (\./)?recipes/\w+\.py|sj-robust \w+)"""
+    r"""( +([\w./:=,+-]+|'[^'#\n]*'|"[^"#$`\\\n]*"))*( +#.*)?"""
 )
 """A recipe with its options in one line, all of them words that bash and shlex read alike."""
 
@@ -150,7 +156,8 @@ class Shell:
             words = shlex.split(command, comments=True)
             self.said, recipe = run_here(self.where, words, added)
             return [recipe]
-        asked = json.dumps([added, only_options, MODULES])
+        commands = {name: command.recipe for name, command in COMMANDS.items()}
+        asked = json.dumps([added, only_options, MODULES, commands])
         (self.state / "asked").write_text(asked, encoding="utf-8")
         (self.state / "calls").write_text("")
         self.run_in_bash(f"set -e\n{command}" if only_options else command)
@@ -230,6 +237,9 @@ def run_here(
 def without_launcher(command: list[str]) -> list[str]:
     """A script and its options, without python or what starts several of them."""
     program, *words = command
+    if program == "sj-robust" and words[:1] and words[0] in COMMANDS:
+        meant = COMMANDS[words[0]]
+        return [f"recipes/{meant.recipe}.py", *meant.words, *words[1:]]
     launcher = LAUNCHERS.get(program)
     if launcher is None or words[: len(launcher.first)] != launcher.first:
         return words

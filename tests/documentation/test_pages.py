@@ -57,6 +57,8 @@ RIGHT = [
     fence("text", "...\n2"),
     fence("bash", f"{TRAIN} --print_config | grep 'epochs: 7'", "add to adv_train.py: --epochs 7"),
     fence("bash", "torchrun recipes/adv_train.py --seed 3", "options only: needs GPUs"),
+    fence("bash", "sj-robust train --seed 3\nsj-robust compare a b", "options only: slow"),
+    fence("bash", "sj-robust train --print_config | grep 'epochs: 7'", "add --epochs 7"),
     fence("bash", f"for s in 0 1; do {TRAIN} --seed $s; done", "options only: slow"),
 ]
 
@@ -91,6 +93,10 @@ WRONG = [
     (fence("python", "from sj_robust.data import cats", "not run: x"), "cannot import name 'cats'"),
     (fence("bash", "pip install '.[tests]'", "not run: x"), "no extra .*tests"),
     (fence("bash", "python recipes/train.py", "not run: x"), "recipes/train.py does not exist"),
+    (
+        fence("bash", "sj-robust train --epoch 3", "options only: x"),
+        "Unrecognized options: --epoch",
+    ),
     (fence("bash", f"{TRAIN} --epochz 1", "options only: x"), "epochz"),
     (fence("bash", f"for s in x; do {TRAIN} --seed $s; done", "options only: x"), "seed"),
     (fence("bash", "torchrun --nprocs 2 recipes/adv_train.py", "options only: x"), "--nprocs"),

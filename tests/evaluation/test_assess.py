@@ -45,6 +45,6 @@ def test_accuracy_over_eps_goes_from_a_quarter_of_the_radius_to_four_times_it(no
 
 def test_firing_and_accuracy_over_eps_are_of_the_first_256_images_and_attacks_of_all():
     report, said = assessed(ThreatModel("L2", 0.1), sizes=(200, 100))
-    assert said[0] == "firing of every layer on 256 images"
+    assert said[0] == "firing rates on 256 images"
     assert {point.total for point in report.over_eps} == {256}
     assert len(report.labels) == 300

@@ -69,7 +69,7 @@ def test_attacks_that_met_no_image_in_both_reports_are_left_out_and_named():
         comparison = compare_reports(one, other)
         names = [row.first.name for row in comparison.differences]
         assert not {"a", "b"}.intersection(names)
-        assert any("met in both reports, and left out" in note for note in comparison.notes)
+        assert any("no image was attacked in both" in note for note in comparison.notes)
     proved = in_order("ab", verified=(5, 6, 7))
     alone = report(members=(member("b", (1, 2), seen=range(5)),), verified=(5, 6, 7))
     row = differences(alone, alone)["b"]
@@ -98,7 +98,7 @@ def test_what_cannot_be_compared_is_said():
 def test_a_suite_that_has_got_a_search_over_spikes_is_another_one():
     search = member("spike_search/training/r0", (4,))
     notes = compare_reports(report(), report(members=(search,))).notes
-    assert "DIFFERENT search over spikes: no and yes; other attacks were run." in notes
+    assert "DIFFERENT search over spikes: no and yes; the attacks differ." in notes
     assert not [note for note in compare_reports(report(), report()).notes if "DIFF" in note]
 
 

@@ -68,7 +68,7 @@ def test_the_bracket_of_changed_events_is_that_of_verify(proved):
     counts = [point.verified.correct for point in points]
     assert counts[0] == low.correct
     assert counts == sorted(counts, reverse=True)
-    assert "is proved" in proved.verdict
+    assert "(proved)" in proved.verdict
     assert Report.from_json(proved.to_json()) == proved
 
 

@@ -211,12 +211,12 @@ def test_certify_verify_and_compare_take_the_bare_network():
 def test_progress_in_a_notebook_is_one_line_written_over():
     file = io.StringIO()
     with Display(Console(file=file, force_jupyter=True)) as display:
-        display.say("signs of gradient masking")
+        display.say("checks for gradient masking")
         display.on_step(Position(0, 4, "apgd_ce", 3, 12, 83.0))
     lines = file.getvalue().split("\r")
     assert "\n" not in file.getvalue()
     assert [line.strip() for line in lines if line.strip()] == [
-        "signs of gradient masking",
+        "checks for gradient masking",
         "25 % done, 1 min 23 s left, batch 1/4, apgd_ce",
     ]
     assert lines[-2].strip() == ""

@@ -50,7 +50,7 @@ def test_images_lie_in_the_ball_and_are_read_as_shown(norm, eps, model, images):
     assert torch.equal(fooled, fooled.sort(descending=True, stable=True).values), (
         "what fools comes first"
     )
-    assert f"{int(fooled.sum())} of these {len(fooled)} images" in repr(found)
+    assert f"{int(fooled.sum())} of {len(fooled)} images" in repr(found)
 
 
 def test_event_frames_stay_events():
@@ -97,11 +97,11 @@ def test_runs_part_at_the_first_spike_that_differs():
     found = spike_traces(two_layers(), x, x_adv, T=4)
     seen = [found.parting(sample) for sample in range(3)]
     assert seen == [("0", 1), None, ("0", 2)]
-    assert "part first in layer 0 at step 1 (1 of 3 pairs)" in repr(found)
+    assert "first diverge in layer 0 at step 1 (1 of 3 pairs)" in repr(found)
     assert "| 0 | 0.0 | 16.7 | 16.7 | 16.7 |" in found.table()
     for which in ("spikes", "potential"):
         titles = [axes.get_title(loc="left") for axes in found.plot(which).axes]
-        assert titles == ["0: parts at step 1", "2"]
+        assert titles == ["0: diverges at step 1", "2"]
         seen = [axes.get_title(loc="left") for axes in found.plot(which, sample=1).axes]
         assert seen == [
             "0",
@@ -121,7 +121,7 @@ def test_the_page_holds_the_pictures_folded(shown, tmp_path):
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     Page(text)
     assert text.count('<svg role="img"') == 6
-    assert "<details><summary>Pictures of the attack</summary><figure>" in text
+    assert "<details><summary>Images under attack</summary><figure>" in text
     assert len(text) < 600_000
 
 

@@ -134,7 +134,7 @@ def test_it_is_saved_shown_compared_and_drawn(proved, tmp_path):
     console = Console(file=io.StringIO(), width=120)
     proved.show(console)
     assert "verified" in console.file.getvalue()
-    assert "proved: robust accuracy at least (verified)" in proved.page()
+    assert "proved correct: lower bound of robust accuracy" in proved.page()
     assert "| verified |" in compare_reports(proved, proved).table()
     labels = proved.figures()["accuracy_over_eps"].axes[0].get_legend_handles_labels()[1]
     assert "verified" in labels
@@ -176,7 +176,7 @@ def test_a_network_or_norm_without_bounds_is_attacked_alone_and_the_report_says_
     made = assess(noisy, draws=2, change=first_attack)
     assert made.verified is None
     assert {point.verified for point in made.over_eps} == {None}
-    (text,) = [text for text in made.warnings if text.startswith("Nothing is proved: ")]
+    (text,) = [text for text in made.warnings if text.startswith("Nothing could be proved: ")]
     assert "PoissonEncoder" in text
     assert assess(norm="L2", change=first_attack).verified is None
 
@@ -232,5 +232,5 @@ def test_a_mistake_of_ours_is_not_taken_for_a_network_without_bounds(monkeypatch
 def test_what_is_not_proved_is_attacked_alone_and_the_report_says_why(model, reason):
     made = assess(model, draws=2, change=first_attack)
     assert made.verified is None
-    (text,) = [text for text in made.warnings if text.startswith("Nothing is proved: ")]
+    (text,) = [text for text in made.warnings if text.startswith("Nothing could be proved: ")]
     assert reason in text

@@ -188,17 +188,21 @@ def test_damaged_and_foreign_files(tmp_path, text, message):
 def test_a_dead_network_is_not_called_robust():
     dead = report(firing=(*report().firing, DEAD), right=(0, 5), members=())
     alarm, guessing = dead.alarms
-    assert alarm.startswith("DEAD NETWORK: 100.0% of layer net.5 (LIFNode) never fires")
+    assert alarm.startswith(
+        "DEAD NETWORK: 100.0% of the neurons in layer net.5 (LIFNode) never fire"
+    )
     assert guessing.startswith("NOT ROBUST")
     assert dead.footnote == alarm
     assert json.loads(dead.to_json())["unreliable"]
     (alarm,) = report(firing=(DEAD,)).alarms  # a layer that others lead around
-    assert alarm.startswith("DEAD LAYER: 100.0% of layer net.5 (LIFNode) never fires")
+    assert alarm.startswith(
+        "DEAD LAYER: 100.0% of the neurons in layer net.5 (LIFNode) never fire."
+    )
     (alarm,) = report(firing=({**DEAD, "silent": 0.0, "saturated": 1.0},)).alarms
-    assert "fires in every step" in alarm
+    assert "fire in every step" in alarm
     shown = terminal(dead)
-    assert shown.index("DEAD NETWORK") < shown.index("95 % interval ┃")
-    assert "before reporting any." in " ".join(shown.replace("│", " ").split())  # to the end
+    assert shown.index("DEAD NETWORK") < shown.index("95 % CI ┃")
+    assert "before reporting it." in " ".join(shown.replace("│", " ").split())  # to the end
     assert "DEAD" not in terminal(report())
 
 
@@ -216,11 +220,13 @@ def test_guessing_is_not_called_robust():
 def test_masking_findings():
     failed = report(findings=(finding("zero_gradients", passed=False), finding("flat_loss")))
     (text,) = failed.masked
-    assert text == "CHECK zero_gradients: 0.9; at most 0.5 passes. It was measured. Do something."
+    assert text == (
+        "CHECK zero_gradients: 0.9, above the limit of 0.5. It was measured. Do something."
+    )
     counted = finding("flat_loss", passed=False) | {"count": 9, "total": 10}
     (text,) = report(findings=(counted,)).masked
     assert text.startswith(
-        "CHECK flat_loss: 0.9, 9 of 10 images, 95 % 0.596 to 0.982; at most 0.5 passes."
+        "CHECK flat_loss: 0.9, 9 of 10 images, 95 % CI 0.596 to 0.982, above the limit of 0.5."
     )
     assert failed.footnote
     assert "CHECK zero_gradients" in terminal(failed)
@@ -232,8 +238,8 @@ def test_masking_findings():
 def test_a_control_that_wins_is_named():
     weak = report(members=MEMBERS[3:])
     assert weak.worst_case.correct == 8
-    assert "The control leaves 50.0 %, less than the suite's 80.0 %" in weak.remarks[0]
-    assert not any("control leaves" in text for text in report().remarks)
+    assert "lower under the control (50.0 %) than under the suite (80.0 %)" in weak.remarks[0]
+    assert not any("under the control" in text for text in report().remarks)
 
 
 def terminal(made):
@@ -245,10 +251,10 @@ def terminal(made):
 def test_terminal_and_markdown_tables():
     shown = terminal(report())
     assert shown.startswith(
-        "At most 30.0 % (95 % interval 10.8 to 60.3) of 10 images withstand Linf, eps 0.1. Tried: "
+        "Robust accuracy is at most 30.0 % (95 % CI 10.8 to 60.3; 10 images, Linf 0.1). Quick "
     )
     assert shown.count("30.0") == 2, "the sentence and the table"
-    assert "dlif_at on digits: Linf, eps 0.1, suite fast" in shown
+    assert "dlif_at on digits: Linf 0.1, suite fast" in shown
     row = next(line for line in shown.splitlines() if "worst case" in line)
     cells = [cell.strip() for cell in row.split("│")[1:-1]]
     assert cells == ["worst case", "40.0", "16.8 to 68.7", "4/10", "3.0"]
@@ -259,11 +265,11 @@ def test_terminal_and_markdown_tables():
 
 def test_budgets_in_words():
     for threat, words in (
-        (ThreatModel("L0", 1), "L0, at most 1 event added or removed"),
-        (ThreatModel("moves", 3, 1), "at most 3 events moved in time, by 1 frames at most"),
-        (ThreatModel("moves", 3, None, 9), "at most 3 events moved in time, by 9 together"),
-        (ThreatModel("Linf", 8 / 255), "Linf, eps 8/255"),
-        (None, "every attack"),
+        (ThreatModel("L0", 1), "at most 1 event added or removed"),
+        (ThreatModel("moves", 3, 1), "at most 3 events moved in time, each by at most 1 frame"),
+        (ThreatModel("moves", 3, None, 9), "at most 3 events moved in time, by 9 frames in total"),
+        (ThreatModel("Linf", 8 / 255), "Linf 8/255"),
+        (None, "no threat model"),
     ):
         assert report(threat=threat, members=()).budget == words
 

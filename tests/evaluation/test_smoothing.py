@@ -57,10 +57,10 @@ def test_the_true_accuracy_of_a_half_space_lies_in_the_bracket():
     assert left(found) == [{1, 2, 3, 4, 5}, {4, 5}, {5}]
     assert ends(found, 0.15) == (2, 2)
     assert found.table().splitlines()[-1] == "| 0.25 | 16.7 | 16.7 |"
-    said = (
-        "the vote of 4000 draws with sigma 0.25 withstands L2 0.15 on 33.3 % (certified) to 33.3 %"
+    assert found.verdict == (
+        "Robust accuracy of the smoothed classifier at L2 0.15 is between 33.3 % (certified) and "
+        "33.3 % (under attack); 6 images, sigma 0.25, votes of 4000 samples."
     )
-    assert found.verdict == f"{said} (left by the attack) of 6 images"
     assert Report.from_json(found.to_json()) == found
     with pytest.raises(KeyError, match=r"nothing is proved at 0\.2"):
         found.bracket_at(0.2)
@@ -104,7 +104,7 @@ def test_a_certified_image_that_falls_is_named_and_does_not_count_as_certified()
         assert ends(found, radius)[0] <= ends(found, radius)[1]
     expected = ends(bracket(smoothing), 0.15)[0]
     assert ends(found, 0.15)[0] == expected
-    assert "Certified and yet broken: 3 of 6 images. With probability 0.001 each" in found.table()
+    assert "Certified, but broken by an attack: image 3 (of 6). Each" in found.table()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from sj_robust.evaluation.result import Point
 FOLDER = Path(__file__).with_name("version_1")
 LEADERBOARD = Path(__file__).parents[2] / "docs" / "results" / "leaderboard"
 CARD = """\
-| fault | level | clean, % | 95 % interval | attacked, % | 95 % interval | draws |
+| fault | level | clean, % | 95 % CI | attacked, % | 95 % CI | draws |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
 | none |  | 91.0 | 83.8 to 95.2 | 49.0 | 39.4 to 58.7 | 1 |
 | lost_spikes | 0.1 | 89.0 | 74.2 to 100.0 | 48.0 | 20.9 to 75.2 | 2 |
@@ -26,15 +26,15 @@ TRAINING = """\
 | pgd20 | 50.0 |  |
 """
 VOTE = """\
-| L2 | certified, % | left by the attack, % |
+| L2 | certified, % | under attack, % |
 | --- | ---: | ---: |
 | 0 | 66.7 | 83.3 |
 | 0.15 | 33.3 | 50.0 |
 | 0.25 | 16.7 | 16.7 |
 
-Certified and yet broken: 3 of 6 images."""
+Certified, but broken by an attack: image 3 (of 6)."""
 SUITE = """\
-| accuracy | % | 95 % interval | images | seconds |
+| accuracy | % | 95 % CI | images | seconds |
 | --- | ---: | ---: | ---: | ---: |
 | clean | 80.0 | 49.0 to 94.3 | 10 | 0.0 |
 | gaussian | 70.0 | 39.7 to 89.2 | 10 | 1.0 |
@@ -47,14 +47,14 @@ SUITE = """\
 | everything | 30.0 | 10.8 to 60.3 | 10 | 5.0 |
 | verified | 20.0 | 5.7 to 51.0 | 10 | 0.5 |"""
 VERDICTS = {
-    "report": "At most 30.0 % (95 % interval 10.8 to 60.3) of 10 images withstand Linf, eps 0.1; "
-    "at least 20.0 % is proved. Tried: suite fast (a first impression), 5 attacks. Doubts: none of "
-    "2 signs of gradient masking.",
-    "card": "100 images, APGD-CE 20 at Linf 0.2. clean: 91.0 % intact, 5 points lower from "
-    "lost_spikes 0.2 on, nowhere so under weight_bits; attacked: 49.0 % intact, 5 points lower "
-    "from weight_bits 4 on, nowhere so under lost_spikes.",
-    "smoothed": "the vote of 4000 draws with sigma 0.25 withstands L2 0.15 on 33.3 % (certified) "
-    "to 50.0 % (left by the attack) of 6 images",
+    "report": "Robust accuracy is between 20.0 % (proved) and 30.0 % (95 % CI 10.8 to 60.3; 10 "
+    "images, Linf 0.1). Quick check: 5 attacks of suite `fast`. No sign of gradient masking (2 "
+    "checks).",
+    "card": "100 images, APGD-CE 20 at Linf 0.2. clean: 91.0 % without faults, down 5 points from "
+    "lost_spikes 0.2, never down 5 points under weight_bits; attacked: 49.0 % without faults, down "
+    "5 points from weight_bits 4, never down 5 points under lost_spikes.",
+    "smoothed": "Robust accuracy of the smoothed classifier at L2 0.15 is between 33.3 % "
+    "(certified) and 50.0 % (under attack); 6 images, sigma 0.25, votes of 4000 samples.",
 }
 
 

@@ -130,8 +130,8 @@ def test_the_first_level_that_is_5_points_lower():
     assert report.fall("clean") == {"lost_spikes": 0.2, "weight_bits": None}
     assert report.fall("attacked", points=1.0) == {"lost_spikes": 0.1, "weight_bits": 4}
     assert (
-        "clean: 91.0 % intact, 5 points lower from lost_spikes 0.2 on, nowhere so under weight_bits"
-        in report.verdict
+        "clean: 91.0 % without faults, down 5 points from lost_spikes 0.2, never down 5 points "
+        "under weight_bits; " in report.verdict
     )
     table = report.table().splitlines()
     assert table[2].startswith("| none |  | 91.0 |")

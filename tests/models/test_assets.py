@@ -173,7 +173,7 @@ def test_without_a_server_the_file_can_be_put_there_by_hand(address, kept, monke
 
 def says_what_to_do(caught, address, kept):
     said = str(caught.value)
-    assert f"{NAME} is not in the package and cannot be fetched from {address}" in said
+    assert f"{NAME} is not in the package and cannot be downloaded from {address}" in said
     assert f"set {ADDRESS_VARIABLE} to the address of another folder" in said
     assert said.endswith(f"put the file there by hand: {kept / FILE}")
     assert "\n" not in said
@@ -211,7 +211,7 @@ def test_a_terminal_shows_a_bar(kept, monkeypatch):
     with Release(cuts=[HALF]).online() as address:
         monkeypatch.setenv(ADDRESS_VARIABLE, address)
         pretrained(NAME)
-    assert f"fetching {NAME}:  50%" in terminal.getvalue()
+    assert f"downloading {NAME}:  50%" in terminal.getvalue()
     assert "100%" in terminal.getvalue()
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 CARDS = pretrained_networks()
 FOLDER = Path(shipped.__file__).with_name("trained")
 INSIDE = [name for name in CARDS if (FOLDER / f"{name}.pt").exists()]
-"""The others are fetched."""
+"""The others are downloaded."""
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_they_are_small_and_in_the_package():
     files = [pretrained_file(name) for name in INSIDE]
     assert len(files) >= 4
     assert sum(file.stat().st_size for file in files) < 1_000_000
-    assert len(files) == len(CARDS) or assets.RELEASE, "where the others are fetched from"
+    assert len(files) == len(CARDS) or assets.RELEASE, "where the others are downloaded from"
     expected = set(files[0].parents[1].glob("*/*"))
     assert set(files) == expected
 
@@ -91,7 +91,7 @@ def test_cards_tell_a_defended_network_from_an_undefended_one():
     certified = CARDS["digits/dlif-certified"]
     assert lif.at_most < defended.at_most < certified.at_least
     assert certified.at_least <= certified.at_most <= certified.clean
-    assert "suite standard (the one to report)" in lif.verdict
+    assert "of suite `standard`." in lif.verdict
     assert len(repr(lif)) < 1500
     assert "| command | python recipes/adv_train.py" in lif.table()
 

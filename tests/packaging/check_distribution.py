@@ -3,7 +3,8 @@ uses them.
 
 Needs git, the extra ``release`` and a package registry. Two wheels are built from the source
 distribution, with and without a C++ compiler; both pass ``smoke.py`` in an environment that holds
-nothing else, the compiled one on both SpikingJelly releases.
+nothing else, the compiled one on both SpikingJelly releases. Then the extra ``recipes`` joins it,
+and ``sj-robust`` trains, evaluates and compares in a folder that holds nothing.
 """
 
 import json
@@ -77,6 +78,11 @@ def check_all(work):
     say("the wheel without kernel")
     run(*pip, "--no-deps", "--force-reinstall", pure)
     smoke(python, work, kernel=False)
+    say("the recipes from the wheel")
+    run(*pip, "--force-reinstall", "--no-deps", wheel)
+    run(*pip, f"{wheel}[recipes]")
+    run(python, "-m", "pip", "check")
+    use_recipes(python.parent / "sj-robust")
     say(f"distributions are whole: {sdist.name}, {wheel.name}, {pure.name}")
 
 
@@ -102,6 +108,7 @@ def check_wheel(wheel, files, *, kernel):
     names = {name for name in listed if not name.endswith("/")}
     installed = {name for name in names if ".dist-info/" not in name}
     wanted = {name for name in files if PurePosixPath(name).parts[0] == "sj_robust"}
+    wanted |= {f"sj_robust/{name}" for name in files if name.startswith("recipes/")}
     if kernel:
         wanted.add(KERNEL)
     compare(wheel.name, installed, wanted)
@@ -129,6 +136,27 @@ def smoke(python, work, *, kernel):
         script = shutil.copy2(Path(__file__).with_name("smoke.py"), elsewhere)
         no_compiler = {"PATH": str(Path(python).parent)}
         run(python, "-I", script, expected, cwd=elsewhere, OMP_NUM_THREADS="1", **no_compiler)
+
+
+def use_recipes(command):
+    """Train, evaluate and compare with the command alone, in an empty folder."""
+    with tempfile.TemporaryDirectory() as elsewhere:
+        few = ("--epochs", "1", "--train-limit", "320", "--test-limit", "64")
+        measured = ("--suite", "fast", "--test-limit", "16", "--output", "measured")
+        reports = ("measured/report.json", "measured/report.json")
+        for words in (
+            ("train", *few),
+            ("evaluate", "runs/digits-dlif-at-1/dlif_at", *measured),
+            ("compare", *reports),
+            ("leaderboard", "measured", "--output", "board"),
+            ("sweep", "--sweep", "sweeps/digits_sweep", "--print-config"),
+            ("doctor",),
+        ):
+            run(command, *words, cwd=elsewhere, OMP_NUM_THREADS="1", PATH=str(command.parent))
+        folder = Path(elsewhere, "runs", "digits-dlif-at-1")
+        check((folder / "report.json").is_file(), "sj-robust train leaves no report")
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        check("sj-robust train --epochs 1" in text, "the folder of a run does not name its command")
 
 
 def compare(what, found, wanted):

@@ -7,6 +7,7 @@ kernel came along, and the public names by module, with those modules that need 
 
 import importlib
 import json
+import subprocess
 import sys
 from importlib import metadata, resources
 from pathlib import Path
@@ -35,7 +36,13 @@ def check_extra():
         said = "nothing, since this environment holds more than the package needs"
     except ModuleNotFoundError as error:
         said = str(error)
-    assert "pip install 'sj_robust[recipes]'" in said, f"without its extra, training says {said}"
+    remedy = "pip install 'sj_robust[recipes]'"
+    assert remedy in said, f"without its extra, training says {said}"
+    command = [sys.executable, "-I", "-m", "sj_robust"]
+    done = subprocess.run([*command, "train"], capture_output=True, text=True, check=False)
+    assert remedy in done.stderr, f"without its extra, sj-robust train says {done.stderr}"
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
+    assert "sj-robust COMMAND" in done.stdout
 
 
 def check_doctor(kernel):

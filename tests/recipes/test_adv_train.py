@@ -157,7 +157,7 @@ def test_bounds_and_options_without_effect_are_in_the_log(tmp_path, capsys):
         *split("--epochs 1 --no-reference --log-bounds --mode none --rho 1"),
     )
     in_process(tmp_path, *options, "--norm", "l1")
-    assert "without effect beside the other options: norm, rho\n" in capsys.readouterr().out
+    assert "ignored with the other options given: norm, rho\n" in capsys.readouterr().out
     events = EventAccumulator(
         str(tmp_path / "runs" / "digits-dlif-none-1" / "tensorboard" / "dlif_none")
     ).Reload()
@@ -188,7 +188,17 @@ def test_print_config_and_config(tmp_path, monkeypatch, capsys):
 
 
 CONFIGS = ROOT / "recipes" / "configs"
-OF_SMALL_IMAGES = ("digits", "fashion_mnist", "certified/digits_0.1", "certified/fashion_mnist_8")
+OF_SMALL_IMAGES = (
+    "digits",
+    "fashion_mnist",
+    "certified/digits_0.1",
+    "certified/fashion_mnist_8",
+    "defences/feel",
+    "defences/hosnn",
+    "defences/mpd_sgr",
+    "defences/stog",
+    "defences/tgo",
+)
 PRESETS = [CONFIGS / f"{name}.yaml" for name in OF_SMALL_IMAGES]
 
 

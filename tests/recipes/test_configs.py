@@ -21,7 +21,9 @@ from sj_robust.core.eps import parse_eps
 RECIPES = ROOT / "recipes"
 CONFIGS = RECIPES / "configs"
 CELLS = sorted((CONFIGS / "paper").glob("*.yaml"))
-PRESETS = [*sorted(CONFIGS.glob("*.yaml")), *sorted((CONFIGS / "certified").glob("*.yaml")), *CELLS]
+DEFENCES = sorted((CONFIGS / "defences").glob("*.yaml"))
+PRESETS = [*sorted(CONFIGS.glob("*.yaml")), *sorted((CONFIGS / "certified").glob("*.yaml"))]
+PRESETS += [*DEFENCES, *CELLS]
 SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
 SHAPES = {"digits": ((1, 8, 8), 10)} | dict.fromkeys(("mnist", "fashion_mnist"), ((1, 28, 28), 10))
 SHAPES |= {"saccade:mnist": ((2, 34, 34), 10)}
@@ -81,6 +83,37 @@ def test_a_preset_builds(recipe, path):
         assert objective.certified.eps >= plan.verified_eps
     found = set(training.validation_attacks(options.eval_eps or options.eps))
     assert found == {"fgsm", "pgd"}
+
+
+@pytest.mark.parametrize("path", DEFENCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("dataset", ["digits", "fashion_mnist", "cifar10"])
+def test_a_defence_builds_for_every_data_set_and_its_reference_has_none(path, dataset):
+    options = from_values(adv_train.Options, options_in(path), path.name)
+    options = replace(options, dataset=dataset)
+    shape, classes = SHAPES[dataset]
+    splits = SimpleNamespace(image_shape=shape, classes=classes, mean=None, std=None, frames=False)
+    objective, _, _ = adv_train.prepared(options, splits)
+    x = torch.rand(2, *shape)
+    assert objective.classifier(x).shape == (2, classes)
+    plain, _, attack = adv_train.prepared(adv_train.undefended(options), splits)
+    assert plain.classifier.encoder is None
+    assert (plain.penalties, attack) == ((), None)
+    assert not any(type(m).__module__.startswith("sj_robust.defences") for m in plain.modules())
+
+
+def test_the_presets_of_defences_have_what_their_papers_have():
+    found = {}
+    for path in DEFENCES:
+        options = from_values(adv_train.Options, options_in(path), path.name)
+        splits = SimpleNamespace(
+            image_shape=(1, 8, 8), classes=10, mean=None, std=None, frames=False
+        )
+        objective, _, _ = adv_train.prepared(options, splits)
+        found[path.stem] = {penalty.name: penalty for penalty in objective.penalties}
+    assert found["tgo"]["threshold_guarding"].rising
+    assert found["mpd_sgr"]["mpd_sgr"].half_width == 1.0
+    assert found["stog"]["gate_rates"].weight == 5e-6
+    assert found["feel"] == found["hosnn"] == {}
 
 
 @pytest.mark.parametrize("given", [{"box": 0.3}, {"attacked": True}])

@@ -144,10 +144,12 @@ def test_somebodys_own_network(folder, tmp_path, capsys, function, extra):
     report = Report.load(tmp_path / "own" / "report.json")
     assert (report.name, report.eps, report.network["T"]) == (function, "8/255", 3)
     assert report.network["layers"][0]["neuron"] == "LIFNode"
-    assert report.footnote.startswith("DEAD NETWORK: 100.0% of layer")  # neither was ever trained
+    assert report.footnote.startswith(
+        "DEAD NETWORK: 100.0% of the neurons"
+    )  # neither was ever trained
     out = capsys.readouterr().out
     html = (tmp_path / "own" / "report.html").read_text()
-    assert "Doubts: DEAD NETWORK" in out
+    assert "`. DEAD NETWORK" in out
     for text in (out, html):
         assert "NOT ROBUST: clean accuracy" in text
         assert "DEAD NETWORK" in text
@@ -300,9 +302,7 @@ def test_leaderboard(folder, tmp_path, capsys, whole):
     in_process(folder, *split("--leaderboard whole --output"), str(tmp_path / "board"))
     assert "of 1 reports are in" in capsys.readouterr().out
     row = (tmp_path / "board" / "leaderboard.md").read_text().splitlines()[6]
-    assert row.startswith(
-        f"| lif_none | digits | 12 | Linf, eps 0.1 | paper | {whole.clean.percent} |"
-    )
+    assert row.startswith(f"| lif_none | digits | 12 | Linf 0.1 | paper | {whole.clean.percent} |")
     assert row.endswith(
         "python recipes/evaluate.py runs/one --suite paper --no-control --test-limit 12 |"
     )

@@ -81,7 +81,7 @@ def ended(tmp_path, monkeypatch, capsys):
         ("evaluate", "--compare a b", 1, "a does not exist; --compare takes two"),
         ("evaluate", "--suite slow", 2, "slow"),
         ("sweep", "--grid '{roh: [1]}'", 2, "Unrecognized options: --roh, 1 .*adv_train.py"),
-        ("sweep", "--base nowhere", 1, "base nowhere does not exist"),
+        ("sweep", "--base nowhere", 2, "nowhere must be a file of options, .* or a preset"),
         ("sweep", "--report --output nowhere", 1, "nowhere holds no finished run"),
         ("figures", "", 2, "give the folder of a run"),
         ("figures", "--which neuron", 2, "give --output"),

@@ -4,7 +4,9 @@ tyro reads its name, type, default and the text below it. The marks here, in ``A
 rest.
 """
 
+import inspect
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache, partial
@@ -165,10 +167,11 @@ def marked(kind: type[Any], mark: type[MarkT]) -> dict[str, MarkT]:
 
 @cache
 def texts_of(kind: type[Any]) -> dict[str, str]:
-    """What stands below each option, by name."""
+    """Help text of each option by name; lines that begin with a dash stay lines."""
     found = {}
     for one in docstring_parser.parse_from_object(kind).params:
-        found[one.arg_name] = " ".join((one.description or "").split())
+        text = inspect.cleandoc(one.description or "")
+        found[one.arg_name] = re.sub(r"\n(?!- )", " ", text)
     return found
 
 

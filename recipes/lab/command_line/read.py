@@ -24,6 +24,7 @@ from lab.command_line.declared import (
     plain,
     texts_of,
 )
+from sj_robust.core.commands import CONFIGS, as_called
 from sj_robust.core.folders import read_text
 
 OptionsT = TypeVar("OptionsT")
@@ -181,15 +182,15 @@ def _cli(
     return tyro.cli(
         kind,
         args=words,
-        prog=f"recipes/{script.name}",
-        description=f"{text_of_module}\n\n{_COMMON}",
+        prog=as_called(f"recipes/{script.name}"),
+        description=as_called(f"{text_of_module}\n\n{_COMMON}"),
         registry=registry,
     )
 
 
 _COMMON = (
-    "--config FILE reads options from a YAML file, and those of the command line win; "
-    "--print-config prints all of them as such a file; --help-all shows every option."
+    "--config FILE reads options from a YAML file or the preset of that name; the command line "
+    "overrides them. --print-config prints all options as YAML; --help-all shows every option."
 )
 
 
@@ -219,9 +220,17 @@ def _as_words(kind: type[Any], values: Mapping[str, Any]) -> list[str]:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Options in a YAML file; WrongUse if there is no such file or it holds something else."""
+    """Options in a YAML file, or in the preset of that name; WrongUse if there is none or it holds
+    something else.
+    """
+    preset = CONFIGS / f"{path}.yaml"
+    if not path.is_file() and not preset.is_file():
+        raise WrongUse(
+            f"{path} must be a file of options, such as epochs: 15, or a preset, such as digits; "
+            "it is not there"
+        )
     if not path.is_file():
-        raise WrongUse(f"{path} must be a file of options, such as epochs: 15; it is not there")
+        path = preset
     try:
         content = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:

@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from sj_robust.core.commands import as_called
+
 _TEMPLATES = Path(__file__).with_name("readmes")
 
 
@@ -26,4 +28,5 @@ def describe_folder(folder: Path, recipe: str, arguments: Sequence[str]) -> None
         .read_text(encoding="utf-8")
         .replace("FOLDER", shlex.quote(str(folder)))
     )
-    write_whole(path, text.replace("COMMANDS", "\n".join(dict.fromkeys(commands)), 1))
+    text = text.replace("COMMANDS", "\n".join(dict.fromkeys(commands)), 1)
+    write_whole(path, as_called(text))

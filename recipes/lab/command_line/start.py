@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from lab.command_line.read import WrongUse, read_options
+from sj_robust.core.commands import as_called
 
 
 @contextmanager
@@ -71,9 +72,10 @@ def run_recipe(
             errno.EDQUOT,
             errno.EFBIG,
         )
-        sys.exit(f"error: {error}{f'; free some space there: {stopped}' if full else ''}")
+        remedy = f"; free some space there: {stopped}" if full else ""
+        sys.exit(as_called(f"error: {error}{remedy}"))
 
 
 def _refuse(error: WrongUse) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
+    print(as_called(f"error: {error}"), file=sys.stderr)
     sys.exit(2)

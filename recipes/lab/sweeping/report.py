@@ -181,7 +181,7 @@ def contrast_table(
         "figure",
         "difference",
         "standard error",
-        "95 % interval",
+        "95 % CI",
         "pairs",
     ]
     table = markdown_table(heads, texts, words=len(others) + 2)

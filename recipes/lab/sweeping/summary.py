@@ -23,7 +23,7 @@ class Statistic:
     """Mean of a share over seeds, and its uncertainty, which is None for a single seed.
 
     The uncertainty is the standard deviation of the values (``spread``, with n - 1), the standard
-    error of the mean (``error``), and its 95 % interval after Student, from ``low`` to ``high``.
+    error of the mean (``error``), and its 95 % CI after Student, from ``low`` to ``high``.
 
     Examples:
         >>> found = Statistic([0.5, 0.7])

@@ -88,7 +88,7 @@ class Finding:
     def __str__(self) -> str:
         state, remedy = ("passed", "") if self.passed else ("FAILED", f" {self.remedy}")
         return (
-            f"{state} {self.name}: {self.extent} (at most {self.threshold:.3g}). "
+            f"{state} {self.name}: {self.extent} (limit {self.threshold:.3g}). "
             f"{self.meaning}{remedy}"
         )
 
@@ -104,7 +104,7 @@ _NAMED = 4  # of the estimators of a search, how many a finding names
 
 
 def clean_errors(probe: Probe) -> Finding:
-    """What the network gets wrong without any attack."""
+    """Errors on clean images."""
     guessing = 1 - 1 / probe.repeated.shape[2]
     errors = 1 - float(probe.right.double().mean())
     threshold = THRESHOLDS["clean_errors"] * guessing
@@ -113,8 +113,8 @@ def clean_errors(probe: Probe) -> Finding:
         errors,
         threshold,
         errors <= threshold,
-        f"The network gets {errors:.0%} of the images wrong without any attack; guessing gets "
-        f"{guessing:.0%} wrong. A network that is wrong anyway cannot be robust.",
+        f"The network misclassifies {errors:.0%} of the clean images; guessing misclassifies "
+        f"{guessing:.0%}. A network that is wrong without an attack cannot be robust.",
         "Check the weights, the normalisation and the labels before attacking.",
         count=int((~probe.right).sum()),
         total=len(probe.right),
@@ -122,15 +122,15 @@ def clean_errors(probe: Probe) -> Finding:
 
 
 def randomness(probe: Probe) -> Finding:
-    """Images whose logits are others in another forward."""
+    """Images whose logits differ between forward passes."""
     value = float(probe.random.double().mean())
     return _share(
         "random_outputs",
         probe.random,
-        f"{value:.0%} of the images get other logits in another forward. A gradient of one draw "
-        "points where another draw does not, so a plain attack is weaker than it seems.",
-        "Attack the average: eot_samples >= 10 here and in every attack, and count an image as "
-        "fooled only if several fresh draws are wrong (draws of the suites).",
+        f"The logits of {value:.0%} of the images differ between forward passes. The gradient "
+        "of one pass is wrong for the next, so an attack that does not average is too weak.",
+        "Average gradients: use eot_samples >= 10 here and in every attack, and count an image as "
+        "fooled only if it is misclassified in several passes (draws of the suites).",
     )
 
 
@@ -143,19 +143,19 @@ def layers(activity: Sequence[LayerActivity]) -> list[Finding]:
             "silent_layers",
             quiet.silent,
             f"In layer {quiet.layer!r} ({quiet.neuron}) {quiet.silent:.0%} of the neurons never "
-            "fire on these images, the most of all layers. What never fires passes nothing on, "
+            "fire on these images, the most of all layers. A silent neuron transmits nothing, "
             "neither images nor attacks.",
-            "Lower v_threshold, scale the input or the weights up or put batch norm before the "
-            "layer, and train again; do not report the robustness of a network with a dead layer.",
+            "Lower v_threshold, scale up the input or the weights, or add batch norm before the "
+            "layer, then retrain; do not report the robustness of a network with a dead layer.",
         ),
         _finding(
             "saturated_layers",
             loud.saturated,
             f"In layer {loud.layer!r} ({loud.neuron}) {loud.saturated:.0%} of the neurons fire "
-            "in every step of every image, the most of all layers. Such a neuron tells nothing "
-            "of the image.",
-            "Raise v_threshold, scale the input or the weights down or put batch norm before the "
-            "layer, and train again.",
+            "in every step of every image, the most of all layers. Such a neuron carries no "
+            "information about the image.",
+            "Raise v_threshold, scale down the input or the weights, or add batch norm before the "
+            "layer, then retrain.",
         ),
     ]
 
@@ -173,8 +173,8 @@ def gradients(probe: Probe) -> list[Finding]:
         _finding(
             "zero_gradients",
             zero,
-            f"{zero:.0%} of the gradient's elements are exactly zero. A gradient attack does not "
-            "move these pixels, whatever they could do.",
+            f"{zero:.0%} of the gradient's elements are exactly zero. A gradient attack "
+            "cannot move these pixels.",
             "Look for a clamp, a rounding or a saturated activation before the network, and for "
             "neurons without a gradient (wrap the network in SpikingClassifier); attack with "
             "wider surrogates (estimators atan:4, triangle:1), with the masking layer replaced "
@@ -185,26 +185,26 @@ def gradients(probe: Probe) -> list[Finding]:
             tiny,
             f"{tiny:.0%} of the gradient's elements are not zero but so small that moving the "
             "pixel over its whole range would not change the logits by one float32 rounding. The "
-            "sign of such an element is chance.",
-            "The surrogate is too narrow or an input layer saturated: attack with wider "
+            "sign of such an element is random.",
+            "The surrogate is too narrow or an input layer is saturated: attack with wider "
             "surrogates (estimators atan:4, triangle:1), in float64, and with Square, which "
             "needs no gradient.",
         ),
         _share(
             "flat_loss",
             flat,
-            f"For {_percent(flat)} of the images the gradient promises, all the way to black or "
-            "white, less than a tenth of the way to another class. Other classes lie within that "
-            "range: the slope is not to be believed.",
-            "The surrogate is too narrow or an input layer saturated: try other surrogate shapes "
-            "and widths, and transfer attacks from an undefended network.",
+            f"For {_percent(flat)} of the images, the gradient predicts that even fully black or "
+            "white pixels would cover less than a tenth of the distance to another class. Other "
+            "classes do lie in that range, so the gradient is misleading.",
+            "The surrogate is too narrow or an input layer is saturated: try other surrogates "
+            "(shapes, widths), and transfer attacks from an undefended network.",
         ),
         _share(
             "saturated_loss",
             saturated,
-            f"For {_percent(saturated)} of the images the probability of the label is 1 in "
-            "float32, where cross entropy has lost its gradient although the logits have one.",
-            "Attack with APGD-DLR (loss='dlr'), which no scale of the logits can flatten.",
+            f"For {_percent(saturated)} of the images, the probability of the label rounds to 1 "
+            "in float32, so the gradient of the cross entropy vanishes.",
+            "Attack with APGD-DLR (loss='dlr'), which does not depend on the scale of the logits.",
         ),
         _rise(probe),
     ]
@@ -218,10 +218,10 @@ def _rise(probe: Probe) -> Finding:
     return _share(
         "loss_does_not_rise",
         still,
-        f"For {_percent(still)} of the images the true loss rises neither half a radius, nor "
-        "one, nor two along the direction that the gradient calls the steepest.",
-        "The gradient points astray: attack with other estimators and with EoT if the outputs "
-        "are random, and check the direction by finite differences on single images.",
+        f"For {_percent(still)} of the images, the loss does not rise along the gradient, neither "
+        "at half the radius nor at one or two radii.",
+        "The gradient points in a wrong direction: attack with other estimators, with EoT if the "
+        "outputs are random, and check the direction by finite differences on single images.",
     )
 
 
@@ -237,9 +237,9 @@ def attacks(probe: Probe) -> list[Finding]:
             probe,
             "noise_beats_attack",
             noise & ~attack,
-            f"The best of ten draws of random noise of the full radius fools {rate(noise):.0%} "
+            f"The best of ten draws of random noise at the full radius fools {rate(noise):.0%} "
             f"of the images, the attack {rate(attack):.0%}.",
-            "The attack searches worse than chance: attack with other estimators, with restarts "
+            "The attack is weaker than random search: attack with other estimators, with restarts "
             "from random starts, and with Square.",
         ),
         _comparison(
@@ -248,8 +248,8 @@ def attacks(probe: Probe) -> list[Finding]:
             single & ~attack,
             f"A single step of the full radius fools {rate(single):.0%} of the images, "
             f"{probe.steps} steps {rate(attack):.0%}.",
-            "Gradients near the image lead iterations into a dead end: attack with random starts "
-            "and restarts, larger steps and wider surrogates.",
+            "Iterations get stuck near the image: attack with random starts and restarts, larger "
+            "steps and wider surrogates.",
         ),
         _comparison(
             probe,
@@ -257,8 +257,8 @@ def attacks(probe: Probe) -> list[Finding]:
             attack & ~long,
             f"{probe.steps} steps fool {rate(attack):.0%} of the images, {4 * probe.steps} steps "
             f"{rate(long):.0%}.",
-            "The attack does not converge: use APGD, which chooses its step size, with restarts, "
-            "and keep every iterate that fools.",
+            "The attack does not converge: use APGD with restarts, which adapts its step size, "
+            "and keep every iterate that fools the network.",
         ),
         *_budgets(probe, attack),
     ]
@@ -279,18 +279,18 @@ def _budgets(probe: Probe, attack: Tensor) -> Iterator[Finding]:
         max(drops, key=lambda drop: int(drop.sum())),
         "The attack fools "
         f"{', '.join([f'{probe.rate(attack):.0%} of the images at eps {eps:.3g}', *rates])}.",
-        "A larger ball holds the smaller one, so the attack is lost in it: use APGD with "
-        "restarts and other estimators.",
+        "A larger ball contains the smaller one, so the attack fails to search it: use APGD "
+        "with restarts and other estimators.",
     )
     left = (~probe.fooled(probe.unbounded()))[probe.right]
     yield _share(
         "unbounded_attack_fails",
         left,
-        f"An attack that may change every pixel at will leaves {_percent(left)} of the images "
-        "right, although it could paint another class.",
-        "The gradient does not lead to what surely exists: attack with wider surrogates, with "
-        "the masking layer replaced by the identity in the backward pass, by transfer and with "
-        "Square.",
+        f"{_percent(left)} of the images are still correct under an attack that may change every "
+        "pixel arbitrarily, although it could draw an image of another class.",
+        "The gradient does not lead to adversarial images that do exist: attack with wider "
+        "surrogates, with the masking layer replaced by the identity in the backward pass, by "
+        "transfer and with Square.",
     )
 
 
@@ -298,22 +298,26 @@ def transfer(probe: Probe, source: nn.Module | None) -> Finding:
     """Images crafted on another network beside those crafted with the own gradient."""
     crafting = probe.substitute() if source is None else source
     attack, transferred = probe.white_box, probe.fooled(probe.attack(source=crafting))
-    origin = "a stand-in fitted to the model's answers" if source is None else "the source network"
+    origin = (
+        "a substitute network fitted to the model's outputs"
+        if source is None
+        else "the source network"
+    )
     return _comparison(
         probe,
         "transfer_beats_white_box",
         transferred & ~attack,
         f"Images crafted on {origin} fool {probe.rate(transferred):.0%}, those crafted with the "
         f"model's own gradient {probe.rate(attack):.0%}.",
-        "The model's own gradient knows less than a stranger's: attack with other estimators, by "
-        "transfer from several undefended networks and with Square, and report the worst case "
-        "per image.",
+        "The gradient of another network is more useful than the model's own: attack with other "
+        "estimators, by transfer from several undefended networks and with Square, and report the "
+        "worst case per image.",
     )
 
 
 @dataclass(frozen=True)
 class _Compared:
-    """What an attack with one gradient estimator leaves, beside the same with that of the training.
+    """Accuracy under an attack with one gradient estimator, compared with the training surrogate.
 
     Attributes:
         estimator: Its name.
@@ -368,11 +372,11 @@ def _estimators_compared(found: Sequence[_Compared], total: int, skipped: str = 
     return _finding(
         "other_estimator_stronger",
         (best.gained - best.lost) / total,
-        "Of the images classified right the same attack leaves, by gradient estimator: "
-        f"{listed}. The surrogate of the training overstates robustness by the difference to the "
-        f"best.{skipped}",
+        f"Accuracy under the same attack by gradient estimator, on correctly classified images: "
+        f"{listed}. The training surrogate overstates robustness by the difference to the "
+        f"lowest.{skipped}",
         "Report the worst case over estimators (suites fast and standard), not the attack with "
-        f"the training surrogate alone; {best.estimator} is a good start.",
+        f"the training surrogate alone; start with {best.estimator}.",
         lowest=paired_difference_interval(best.gained, best.lost, total)[0],
     )
 
@@ -400,7 +404,7 @@ def _comparison(probe: Probe, name: str, weaker: Tensor, meaning: str, remedy: s
     """A finding on the images that fall to the weaker attack alone, of those classified right."""
     alone = weaker[probe.right]
     return _share(
-        name, alone, f"{meaning} {_percent(alone)} fall to the weaker attack alone.", remedy
+        name, alone, f"{meaning} {_percent(alone)} are fooled by the weaker attack only.", remedy
     )
 
 

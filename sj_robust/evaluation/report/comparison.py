@@ -1,4 +1,4 @@
-"""Two robustness reports side by side."""
+"""Comparison of two robustness reports."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Difference:
     Attributes:
         first: The accuracy in the first report.
         second: The same in the second.
-        interval: 95 % interval of second minus first.
+        interval: 95 % CI of second minus first.
         partial: Whether it is of some of the images only, those that an attack met in both.
 
     Examples:
@@ -73,12 +73,12 @@ class Comparison:
 
     def table(self) -> str:
         """Markdown table; a star marks intervals that leave out 0."""
-        heads = ["accuracy, %", *self.names, "difference", "95 % interval"]
+        heads = ["accuracy, %", *self.names, "difference", "95 % CI"]
         return markdown_table(heads, [row.cells() for row in self.differences])
 
 
 def compare_reports(first: Evaluation, second: Evaluation) -> Comparison:
-    """What differs between two reports, with intervals, and whether they can be compared at all.
+    """What differs between two reports, with intervals, and whether they are comparable.
     比较两份报告。
 
     On the same images the interval is that of paired shares, which is far narrower; otherwise that
@@ -94,7 +94,7 @@ def compare_reports(first: Evaluation, second: Evaluation) -> Comparison:
         >>> rows = [Row("clean", "clean", (0, 1), (1,))]
         >>> report = Evaluation("mine", "digits", "fast", (0, 1), rows)
         >>> print(compare_reports(report, report).table())
-        | accuracy, % | mine (first) | mine (second) | difference | 95 % interval |
+        | accuracy, % | mine (first) | mine (second) | difference | 95 % CI |
         | --- | ---: | ---: | ---: | ---: |
         | clean | 50.0 | 50.0 | +0.0 | -49.0 to +49.0 |
         | worst case | 50.0 | 50.0 | +0.0 | -49.0 to +49.0 |
@@ -185,33 +185,33 @@ def _notes_on_attacks(rows: Sequence[Difference], left_out: Sequence[str]) -> li
     notes = []
     if any(row.partial for row in rows):
         notes.append(
-            "An attack meets what those before it left: rows with a number of images compare it "
-            "on those that it met in both reports."
+            "An attack runs only on images that earlier attacks did not break. Rows with a number "
+            "of images compare it on the images that it was run on in both reports."
         )
     if left_out:
         notes.append(
-            f"{', '.join(left_out)}: no images that the attack met in both reports, and left out."
+            f"Omitted, since no image was attacked in both reports: {', '.join(left_out)}."
         )
     return notes
 
 
 def _notes(first: Evaluation, second: Evaluation, *, paired: bool) -> tuple[str, ...]:
     notes = []
-    harm = "robust accuracies cannot be compared"
+    harm = "robust accuracies are not comparable"
     settings = [
         ("norm", _norm(first), _norm(second), harm),
         ("eps", _eps(first), _eps(second), harm),
         ("data set", first.dataset, second.dataset, harm),
-        ("suite", first.suite, second.suite, "other attacks were run"),
-        ("search over spikes", _search(first), _search(second), "other attacks were run"),
+        ("suite", first.suite, second.suite, "the attacks differ"),
+        ("search over spikes", _search(first), _search(second), "the attacks differ"),
     ]
     for what, here, there, consequence in settings:
         if here != there:
             notes.append(f"DIFFERENT {what}: {here} and {there}; {consequence}.")
     if not paired:
         notes.append(
-            f"The images differ ({len(first.labels)} and {len(second.labels)}): intervals are "
-            "those of independent samples."
+            f"The images differ ({len(first.labels)} and {len(second.labels)}): intervals "
+            "assume independent samples."
         )
     mine = first.network.get("fingerprint")
     if mine and mine == second.network.get("fingerprint"):
@@ -221,7 +221,7 @@ def _notes(first: Evaluation, second: Evaluation, *, paired: bool) -> tuple[str,
         missing = [one for one in other.accuracies if one.name not in names]
         if missing:
             notes.append(
-                f"{len(missing)} attacks are not in the report of {report.name}, and left out."
+                f"Omitted: {len(missing)} attacks that the report of {report.name} does not have."
             )
     for report in (first, second):
         doubts = (*alarms(report), *masked(report))

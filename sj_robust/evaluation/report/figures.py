@@ -104,7 +104,7 @@ def _accuracy_over_eps(report: Evaluation) -> "Figure":
             _hatched(axes, places, lowest, shares)
     if report.control is not None:
         _summary(axes, unit * here, report.control, "control", "s", GREY)
-    _summary(axes, unit * here, report.everything, "worst case of everything", "D", ORANGE)
+    _summary(axes, unit * here, report.everything, "worst case of suite and control", "D", ORANGE)
     in_units = ", in 1/255" if unit == 255 else ""
     axes.set_xlabel(_OF_EVENTS.get(norm, f"eps, {norm}{in_units}"))
     axes.set_ylabel("accuracy, %")
@@ -139,9 +139,7 @@ def _summary(
 
 
 def _attacks(report: Evaluation) -> "Figure":
-    """Bars from the first attack to the last, hollow beyond the threat; control and worst case
-    below, hatched.
-    """
+    """Bars of the attacks, hollow outside the threat model; totals below, hatched."""
     beyond = {row.member for row in report.attacks if not report.within(row)}
     shown = [
         one
@@ -157,7 +155,7 @@ def _attacks(report: Evaluation) -> "Figure":
     axes.set_xlim(0, 112)
     axes.set_xticks(range(0, 101, 25))
     axes.grid(visible=False)
-    axes.set_xlabel(f"accuracy left, % ({budget(report.threat)}; whiskers 95 %)")
+    axes.set_xlabel(f"accuracy, % ({budget(report.threat)}; whiskers: 95 % CI)")
     return figure
 
 
@@ -242,7 +240,7 @@ def _levels(report: Evaluation) -> "Figure":
     for axes in panels[:, 0]:
         axes.set_ylabel("accuracy, %", fontsize=8)
     attack = f"{report.description} at {levels_budget(report.threat)}"
-    title = f"{report.name}: clean (circles), {attack} (squares); dots: intact"
+    title = f"{report.name}: clean (circles), {attack} (squares), no fault (dotted)"
     figure.suptitle(title, size=8)
     return figure
 
@@ -276,12 +274,12 @@ def _vote(report: Evaluation) -> "Figure":
     high = [100 * bracket[1].accuracy for bracket in brackets]
     figure = new_figure(4.6, 3.4)
     axes = figure.subplots()
-    label = "left by the attack on the vote"
+    label = "under attack"
     axes.plot(radii, high, "o-", color=BLUE, markersize=4, label=label)
     axes.plot(radii, low, "v--", color=GREY, markersize=4, label="certified")
     _hatched(axes, radii, low, high)
     axes.set_xlabel("eps, L2")
-    axes.set_ylabel(f"accuracy of the vote, sigma {report.network['vote']['sigma']:.6g}, %")
+    axes.set_ylabel(f"accuracy, smoothing sigma {report.network['vote']['sigma']:.6g}, %")
     axes.set_xlim(left=0)
     axes.set_ylim(-2, 102)
     axes.grid(alpha=0.3)
@@ -317,7 +315,7 @@ def _bars(axes: "Axes", report: Evaluation) -> None:
     axes.set_ylim(0, 112)
     axes.set_ylabel("test accuracy, %")
     if report.threat is not None:
-        axes.set_title(f"{report.threat.norm}, eps = {report.threat.eps:.4g}")
+        axes.set_title(f"{report.threat.norm} {report.threat.eps:.4g}")
     axes.grid(visible=False, axis="x")
     axes.legend(loc="upper right")
 

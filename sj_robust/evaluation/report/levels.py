@@ -1,4 +1,4 @@
-"""What faults or corruptions leave at every level: a report whose variants are levels."""
+"""Accuracy under faults or corruptions of every level: a report whose variants are levels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ class Level:
         return f"{100 * self.mean(what) / self.images:.1f}"
 
     def interval(self, what: What) -> tuple[float, float]:
-        """95 % interval of the share in per cent, which covers other images and other draws."""
+        """95 % CI of the share in per cent, over images and draws."""
         low, high = repeated_interval(self.counts(what), self.images)
         return 100 * low, 100 * high
 
@@ -107,15 +107,15 @@ def mean_accuracy(report: Evaluation, what: What, kind: str | None = None) -> fl
 
 
 def levels_verdict(report: Evaluation) -> str:
-    """What is right intact, and where it falls."""
+    """Accuracy without faults, and the levels at which it drops."""
     parts = []
     for what in WHATS:
         found = fall(report, what)
         fallen = [f"{kind} {level:g}" for kind, level in found.items() if level is not None]
         never = [kind for kind, level in found.items() if level is None]
-        text = f"{what}: {intact(report).percent(what)} % intact"
-        text += f", 5 points lower from {', '.join(fallen)} on" if fallen else ""
-        text += f", nowhere so under {', '.join(never)}" if never else ""
+        text = f"{what}: {intact(report).percent(what)} % without faults"
+        text += f", down 5 points from {', '.join(fallen)}" if fallen else ""
+        text += f", never down 5 points under {', '.join(never)}" if never else ""
         parts.append(text)
     total = len(report.labels)
     said = f"{total} images, {report.description} at {levels_budget(report.threat)}."
@@ -138,7 +138,7 @@ def levels_table(report: Evaluation) -> str:
     """Markdown table of every level; a star marks the first level that is 5 points lower."""
     heads = ["fault" if report.suite == "stress" else "corruption", "level"]
     for what in WHATS:
-        heads += [f"{what}, %", "95 % interval"]
+        heads += [f"{what}, %", "95 % CI"]
     rows = [_cells(intact(report), "", {})]
     first = {what: fall(report, what) for what in WHATS}
     means = report.suite == "corruptions"

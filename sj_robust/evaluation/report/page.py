@@ -36,42 +36,39 @@ _THEME = {
 _CAPTIONS = {
     "accuracy_over_eps": (
         "Accuracy over eps",
-        "The band is the 95 % interval. Square: the control (training surrogate, restarts, same "
-        "cost). Diamond: the worst case of suite and control. Dashed, where the network has "
-        "bounds: what is verified at least; the true robust accuracy lies in the hatched band up "
-        "to the attack.",
+        "Band: 95 % CI. Square: control (training surrogate, restarts, same cost). Diamond: worst "
+        "case of suite and control. Dashed: verified accuracy, if the network has bounds; the "
+        "true robust accuracy lies in the hatched band.",
     ),
     "attacks": (
-        "Accuracy left by each attack",
-        "Attacks of one group work on what the earlier ones left, so bars fall from top to "
-        "bottom. Hollow: beyond the threat. Hatched: the control, the suite's worst case per "
-        "image, both together, and what is verified whatever the attack.",
+        "Accuracy under each attack",
+        "Attacks of a group run only on images that the earlier ones did not break, so the bars "
+        "get shorter from top to bottom. Hollow bars exceed the threat model. Hatched bars are "
+        "totals.",
     ),
     "potential": (
         "Perturbation of the membrane potential",
-        "How far an attack moves the potential of every spiking layer and time step: MS-MPPD, "
-        "its mean square, between clean images and those of the attack, on the first batch.",
+        "How far an attack moves the potential in every spiking layer and time step: MS-MPPD, the "
+        "mean-square difference between clean and attacked images, on the first batch.",
     ),
     "potential_more": (
         "Perturbation of the membrane potential under the other attacks",
-        "Bound of all: between the bounds of the potential, resets included, over all images; "
-        "from the proofs.",
+        "Bound of all: the distance between the proved bounds of the potential, over all images.",
     ),
     "gallery": (
-        "What the attack does to images",
-        "Above clean, below attacked within the ball, with what the network takes each for; last "
-        "their difference, made larger, grey for none.",
+        "Images under attack",
+        "Top: clean images. Middle: attacked images, with the class that the network predicts. "
+        "Bottom: their difference, magnified; grey is no change.",
     ),
     "spikes": (
-        "Spikes of both runs",
-        "The first image above, clean and attacked: neurons of every layer whose spikes differ "
-        "most, over the time steps. The dotted line marks the layer and the step at which the "
-        "runs part.",
+        "Spikes of the clean and the attacked run",
+        "The first image above: in each layer, the neurons whose spikes differ most, over time. "
+        "The dotted line marks the layer and the step at which the runs diverge.",
     ),
     "membrane": (
-        "Membrane potentials of both runs",
-        "Of the same image, after the reset: per layer the neuron whose spikes differ most; "
-        "filled where it fires.",
+        "Membrane potentials of the clean and the attacked run",
+        "The same image, after the reset: in each layer, the neuron whose spikes differ most; "
+        "filled markers are spikes.",
     ),
 }
 
@@ -109,18 +106,20 @@ def to_html(report: Evaluation, gallery: Gallery | None = None) -> str:
         remarks=remarks(report),
         surrogates=_surrogates(report),
         cards={
-            "right without an attack": report.clean,
-            "right after the suite's attacks (worst case)": report.worst_case,
-            "right after as many attacks with the training gradient (control)": report.control,
-            "right after all of them: robust accuracy at most": report.everything,
-            "proved: robust accuracy at least (verified)": report.verified,
+            "correct without attack": report.clean,
+            "still correct under the suite (worst case per image)": report.worst_case,
+            "still correct under the control: as many attacks, training gradient only": (
+                report.control
+            ),
+            "still correct under all attacks: upper bound of robust accuracy": report.everything,
+            "proved correct: lower bound of robust accuracy": report.verified,
         },
         figures=_figures(report, gallery),
         pictures=("gallery", "spikes", "membrane"),
         members={row.member: row for row in report.attacks},
         tables={
             "Gradient estimators tried": report.estimators,
-            "Firing of every layer": report.firing,
+            "Firing rates by layer": report.firing,
             _caption("accuracy_over_eps", report)[0]: _over_eps(report),
         },
         passed=(sum(row["passed"] for row in report.findings), len(report.findings)),

@@ -1,4 +1,4 @@
-"""Adversarial images to look at, beside what both runs of the network do with them."""
+"""Adversarial images, and the spikes of the clean and the attacked run."""
 
 import warnings
 from collections.abc import Sequence
@@ -57,11 +57,11 @@ class Gallery(Shown):
 
     @property
     def verdict(self) -> str:
-        """How many are misread, and where their runs part."""
+        """How many are misclassified, and where their spikes diverge."""
         wrong = int((self.predicted_adv != self.labels).sum())
         where = f"; {self.traces.verdict}" if self.traces else ""
-        radius = f"{self.threat.norm}, eps {eps_text(self.threat.eps)}"
-        return f"{wrong} of these {len(self.labels)} images are misread within {radius}{where}"
+        radius = f"{self.threat.norm} {eps_text(self.threat.eps)}"
+        return f"{wrong} of {len(self.labels)} images are misclassified within {radius}{where}"
 
     def table(self) -> str:
         """Markdown: the verdict, then a row per image."""
@@ -73,7 +73,7 @@ class Gallery(Shown):
             parting = self.traces.parting(number) if self.traces else None
             where = "nowhere" if parting is None else f"{parting[0]}, step {parting[1]}"
             rows.append([where, *(str(int(value)) for value in values), f"{distance[number]:.4g}"])
-        heads = ["runs part in", "class", "taken for", "attacked", "distance"]
+        heads = ["spikes diverge in", "class", "prediction", "under attack", "distance"]
         return f"{self.verdict}.\n\n{markdown_table(heads, rows)}"
 
     @print_style()
@@ -123,7 +123,7 @@ class Gallery(Shown):
         rows = {
             "clean": self.x,
             "attacked": self.x_adv,
-            f"difference,\n{factor:.3g} times": 0.5 + factor * difference,
+            f"difference\n(x {factor:.3g})": 0.5 + factor * difference,
         }
         for (name, images), axes_row in zip(rows.items(), panels, strict=True):
             axes_row[0].set_ylabel(name)

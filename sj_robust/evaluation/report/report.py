@@ -76,27 +76,27 @@ class Report(
 
     @property
     def verdict(self) -> str:
-        """What it comes to, in a sentence."""
+        """Bounds of the robust accuracy, the attacks that were run, and caveats."""
         return verdict.verdict(self)
 
     @property
-    def doubts(self) -> str:
-        """What speaks against the figures, in a few words."""
-        return verdict.doubts(self)
+    def caveats(self) -> str:
+        """Reasons to distrust the figures, in a few words."""
+        return verdict.caveats(self)
 
     @property
     def alarms(self) -> tuple[str, ...]:
-        """Why the network must not be called robust at all; none for one that works."""
+        """Reasons why the network must not be called robust: dead layers, or accuracy at chance."""
         return verdict.alarms(self)
 
     @property
     def masked(self) -> tuple[str, ...]:
-        """Symptoms of masked gradients, which make robust accuracies too high."""
+        """Signs of gradient masking, which inflates robust accuracy."""
         return verdict.masked(self)
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What else a reader should know."""
+        """Further remarks."""
         return verdict.remarks(self)
 
     @property
@@ -105,8 +105,8 @@ class Report(
         return footnote(self)
 
     def fall(self, what: What, *, points: float = 5.0) -> dict[str, float | None]:
-        """By kind of fault, the first level at which accuracy is so many points below the intact
-        network's; None at no level.
+        """By kind of fault, the first level at which accuracy is ``points`` lower than without
+        faults; None if it never is.
         """
         return fall(self, what, points)
 

@@ -14,12 +14,10 @@ __all__ = ["translated"]
 
 _Content = dict[str, Any]
 _COUNTS = (
-    "Read from a file of version 1, which holds counts: which images fell is not known, and their "
-    "numbers are made up to fit."
+    "Read from a file of version 1, which holds counts only: the indices of the broken images are "
+    "placeholders."
 )
-_SEARCHLESS = (
-    "Measured by a release whose suite fast had no search over spikes at its end, as it has today."
-)
+_SEARCHLESS = "Measured by an earlier release, whose suite `fast` had no search over spikes."
 
 
 def translated(text: str) -> str:
@@ -198,8 +196,8 @@ def _of_a_training(old: _Content) -> _Content:
                 continue
             if score["correct"] > right:
                 warnings.append(
-                    f"{network}: {score['correct']} images right under {score['attack']}, of which "
-                    f"the {right} that are right without it count."
+                    f"{network}: {score['correct']} images are correct under {score['attack']}; "
+                    f"counted are the {right} that are also correct without it."
                 )
             left = min(score["correct"], right)
             rows.append(_counted(score["attack"], "attack", right, left, network))

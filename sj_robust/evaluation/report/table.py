@@ -27,7 +27,7 @@ def accuracies_table(accuracies: Sequence[Accuracy]) -> str:
         [one.name, one.percent, one.interval_text, str(one.total), f"{one.seconds:.1f}"]
         for one in accuracies
     ]
-    return markdown_table(["accuracy", "%", "95 % interval", "images", "seconds"], rows)
+    return markdown_table(["accuracy", "%", "95 % CI", "images", "seconds"], rows)
 
 
 def _of_the_vote(report: Evaluation) -> str:
@@ -37,7 +37,7 @@ def _of_the_vote(report: Evaluation) -> str:
         if row.kind == "proof":
             low, high = report.bracket_at(row.eps or 0.0)
             rows.append([f"{row.eps:.6g}", low.percent, high.percent])
-    found = markdown_table(["L2", "certified, %", "left by the attack, %"], rows)
+    found = markdown_table(["L2", "certified, %", "under attack, %"], rows)
     return "\n\n".join([found, *remarks(report)])
 
 

@@ -54,14 +54,14 @@ def show_report(
         console.print(Panel(Text(text, style="bold red"), border_style="red"), soft_wrap=False)
     title = f"{report.name} on {report.dataset}: {budget(report.threat)}, suite {report.suite}"
     numbers = (
-        Column(heading, justify="right") for heading in ("%", "95 % interval", "images", "seconds")
+        Column(heading, justify="right") for heading in ("%", "95 % CI", "correct", "seconds")
     )
     table = Table(Column("accuracy", overflow="fold"), *numbers, title=title)
     for one in report.accuracies:
         if one.kind in ("control", "verified"):
             table.add_section()
         both = one.kind == "everything" and report.control is not None
-        name = f"{one.name}, of suite and control" if both else one.name
+        name = f"{one.name} (suite and control)" if both else one.name
         counts = f"{one.correct}/{one.total}", f"{one.seconds:.1f}"
         last = one.kind in ("worst case", "everything", "verified")
         style = "bold" if last else "dim" if one.name.startswith("control/") else ""
@@ -98,15 +98,14 @@ def show_comparison(comparison: Comparison, console: "Console") -> None:
     for text in comparison.notes:
         console.print(Text(text, style="bold red" if text.startswith("DIFFERENT") else ""))
     numbers = (
-        Column(heading, justify="right")
-        for heading in (*comparison.names, "difference", "95 % interval")
+        Column(heading, justify="right") for heading in (*comparison.names, "difference", "95 % CI")
     )
     title = f"{comparison.names[1]} minus {comparison.names[0]}"
     table = Table(Column("accuracy, %", overflow="fold"), *numbers, title=title)
     for row in comparison.differences:
         table.add_row(*row.cells(), style="bold" if row.clear else "")
     console.print(table, soft_wrap=False)
-    console.print("* the interval leaves out 0", style="dim")
+    console.print("* the interval excludes 0", style="dim")
 
 
 class Display(MovingLine):
@@ -133,7 +132,7 @@ class Display(MovingLine):
         left = TextColumn("{task.fields[left]}", markup=False)
         name = TextColumn("{task.description}", markup=False)
         self._progress = moving_line(console, name, BarColumn(bar_width=12), left)
-        self._task = self._progress.add_task("getting ready", total=None, left="")
+        self._task = self._progress.add_task("preparing", total=None, left="")
         self._last = time.monotonic()
 
     def __exit__(self, *exception: object) -> None:

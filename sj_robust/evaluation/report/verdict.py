@@ -1,6 +1,4 @@
-"""What a report says in words: its verdict, what speaks against its figures, and what else to
-know.
-"""
+"""What a report says in words: its verdict, caveats and remarks."""
 
 from collections import Counter
 
@@ -10,16 +8,14 @@ from sj_robust.evaluation.report.levels import levels_verdict
 from sj_robust.evaluation.result import Accuracy, Evaluation
 from sj_robust.evaluation.run.suites import GRADES
 
-__all__ = ["alarms", "budget", "doubts", "masked", "remarks", "verdict"]
+__all__ = ["alarms", "budget", "caveats", "masked", "remarks", "verdict"]
 
 _DEAD = 0.99
 """Share of a layer's neurons that never fire, or always, from which the layer is dead."""
 
 
 def verdict(report: Evaluation) -> str:
-    """In one breath: what share withstands the threat at most and at least, what was tried, what to
-    doubt.
-    """
+    """Bounds of the robust accuracy, the attacks that were run, and caveats."""
     if report.suite in ("stress", "corruptions"):
         return levels_verdict(report)
     if report.suite == "vote":
@@ -27,53 +23,54 @@ def verdict(report: Evaluation) -> str:
     if report.suite == "training":
         return _of_a_training(report)
     most = report.everything
-    proved = "" if report.verified is None else f"; at least {report.verified.percent} % is proved"
+    proved = report.verified
+    known = "at most" if proved is None else f"between {proved.percent} % (proved) and"
     count = len(report.attacks)
-    grade = f" ({GRADES[report.suite]})" if report.suite in GRADES else ""
+    attacks = "1 attack" if count == 1 else f"{count} attacks"
+    found = caveats(report)
     return (
-        f"At most {most.percent} % (95 % interval {most.interval_text}) of {most.total} images "
-        f"withstand {budget(report.threat)}{proved}. Tried: suite {report.suite}{grade}, {count} "
-        f"attack{'' if count == 1 else 's'}. Doubts: {doubts(report)}."
+        f"Robust accuracy is {known} {most.percent} % (95 % CI {most.interval_text}; {most.total} "
+        f"images, {budget(report.threat)}). {GRADES.get(report.suite, 'Evaluation')}: {attacks} of "
+        f"suite `{report.suite}`. {found[0].upper()}{found[1:]}."
     )
 
 
 def budget(threat: ThreatModel | None) -> str:
     """Norm and radius, or the number of changes, as a reader sees them."""
     if threat is None:
-        return "every attack"
+        return "no threat model"
     eps = eps_text(threat.eps)
     plural = "" if eps == "1" else "s"
     if threat.norm == "L0":
-        return f"L0, at most {eps} event{plural} added or removed"
+        return f"at most {eps} event{plural} added or removed"
     if threat.norm != "moves":
-        return f"{threat.norm}, eps {eps}"
+        return f"{threat.norm} {eps}"
     parts = [f"at most {eps} event{plural} moved in time"]
     if threat.largest_shift is not None:
-        parts.append(f"by {threat.largest_shift} frames at most")
+        frames = "frame" if threat.largest_shift == 1 else "frames"
+        parts.append(f"each by at most {threat.largest_shift} {frames}")
     if threat.total_shift is not None:
-        parts.append(f"by {threat.total_shift} together")
+        parts.append(f"by {threat.total_shift} frames in total")
     return ", ".join(parts)
 
 
-def doubts(report: Evaluation) -> str:
-    """What speaks against the figures, in a few words."""
+def caveats(report: Evaluation) -> str:
+    """Reasons to distrust the figures, in a few words."""
     signs = len(report.findings)
     found = [text.partition(":")[0] for text in alarms(report)]
     failed = [text.removeprefix("CHECK ").partition(":")[0] for text in masked(report)]
     if failed:
         names = ", ".join(failed)
-        found.append(f"{len(failed)} of {signs} signs of gradient masking, {names}")
+        found.append(f"signs of gradient masking: {names} ({len(failed)} of {signs} checks)")
     elif signs:
-        found.append(f"none of {signs} signs of gradient masking")
+        found.append(f"no sign of gradient masking ({signs} checks)")
     else:
-        found.append("signs of gradient masking were not looked for")
+        found.append("gradient masking was not checked")
     return "; ".join(found)
 
 
 def alarms(report: Evaluation) -> tuple[str, ...]:
-    """Why the network must not be called robust at all: it is dead, or it guesses; none for one
-    that works.
-    """
+    """Reasons why the network must not be called robust: dead layers, or accuracy at chance."""
     clean = report.clean
     commonest = max(Counter(report.labels).values()) / len(report.labels)
     chance = max(1 / max(report.classes, 1), commonest)
@@ -84,27 +81,25 @@ def alarms(report: Evaluation) -> tuple[str, ...]:
             continue
         never = row["silent"] >= _DEAD
         share = row["silent"] if never else row["saturated"]
-        how = "never fires" if never else "fires in every step of every image"
+        how = "never fire" if never else "fire in every step of every image"
         found.append(
-            f"DEAD {'NETWORK' if guesses else 'LAYER'}: {share:.1%} of layer {row['layer']} "
-            f"({row['neuron']}) {how}. What does not depend on the image cannot be attacked; that "
-            "is not robustness. Train it again before reporting any."
+            f"DEAD {'NETWORK' if guesses else 'LAYER'}: {share:.1%} of the neurons in layer "
+            f"{row['layer']} ({row['neuron']}) {how}. Output that does not depend on the image "
+            "cannot be attacked; that is not robustness. Retrain the network before reporting it."
         )
     if guesses:
         found.append(
-            f"NOT ROBUST: clean accuracy is {clean.percent} % (95 % interval "
-            f"{clean.interval_text}), which cannot be told from always naming one class "
-            f"({100 * chance:.1f} %). What a network does not know, no attack can take from it."
+            f"NOT ROBUST: clean accuracy is {clean.percent} % (95 % CI {clean.interval_text}), "
+            f"no better than always predicting one class ({100 * chance:.1f} %). A network that "
+            "guesses has no accuracy to lose."
         )
     return tuple(found)
 
 
 def masked(report: Evaluation) -> tuple[str, ...]:
-    """Symptoms of masked gradients, which make robust accuracies too high, with number, threshold
-    and remedy.
+    """Signs of gradient masking, which inflates robust accuracy: value, limit and remedy of each.
 
-    That another estimator beats the training surrogate is none where the suite has chosen among
-    estimators.
+    A stronger estimator is not reported if the suite has already chosen among estimators.
     """
     answered = {"other_estimator_stronger"} if report.estimators else set()
     found = []
@@ -113,7 +108,7 @@ def masked(report: Evaluation) -> tuple[str, ...]:
             continue
         value = extent(row["value"], row.get("count"), row.get("total"))
         found.append(
-            f"CHECK {row['name']}: {value}; at most {row['threshold']:.3g} passes. "
+            f"CHECK {row['name']}: {value}, above the limit of {row['threshold']:.3g}. "
             f"{row['meaning']} {row['remedy']}"
         )
     return tuple(found)
@@ -129,12 +124,13 @@ def remarks(report: Evaluation) -> tuple[str, ...]:
     control, worst = report.control, report.worst_case
     if control is not None and control.correct < worst.correct:
         found.append(
-            f"The control leaves {control.percent} %, less than the suite's {worst.percent} %: the "
-            "choice of estimators did not pay here. Report the lowest figure."
+            f"Accuracy is lower under the control ({control.percent} %) than under the suite "
+            f"({worst.percent} %): choosing estimators did not help here. Report the lower figure."
         )
     beyond = [row.member for row in report.attacks if not report.within(row)]
     if beyond:
-        found.append(f"Beyond the threat, and so no part of the worst case: {', '.join(beyond)}.")
+        names = ", ".join(beyond)
+        found.append(f"Outside the threat model, so not part of the worst case: {names}.")
     return tuple(found)
 
 
@@ -145,8 +141,9 @@ def _of_the_vote(report: Evaluation) -> str:
     radius = radii[len(radii) // 2] or 0.0
     low, high = (f"{end.percent} %" for end in report.bracket_at(radius))
     return (
-        f"the vote of {vote['n']} draws with sigma {vote['sigma']:.6g} withstands L2 {radius:.6g} "
-        f"on {low} (certified) to {high} (left by the attack) of {len(report.labels)} images"
+        f"Robust accuracy of the smoothed classifier at L2 {radius:.6g} is between {low} "
+        f"(certified) and {high} (under attack); {len(report.labels)} images, sigma "
+        f"{vote['sigma']:.6g}, votes of {vote['n']} samples."
     )
 
 
@@ -168,7 +165,7 @@ def _contradictions(report: Evaluation) -> str:
     numbers = ", ".join(map(str, report.contradicted))
     alpha = max(row.alpha for row in report.rows)
     return (
-        f"Certified and yet broken: {numbers} of {len(report.labels)} images. With probability "
-        f"{alpha:.6g} each a certificate or the vote at the perturbed image is wrong; more than "
-        "that is a bug."
+        f"Certified, but broken by an attack: image {numbers} (of {len(report.labels)}). Each "
+        f"certificate, and each vote on a perturbed image, is wrong with probability {alpha:.6g}; "
+        "more errors than that indicate a bug."
     )

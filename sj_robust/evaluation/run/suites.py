@@ -44,15 +44,15 @@ SuiteName = Literal["paper", "fast", "standard", "gradient", "autoattack", "grad
 """Names of the suites."""
 
 GRADES: dict[str, str] = {
-    "paper": "a protocol to compare with, weaker than standard",
-    "fast": "a first impression",
-    "standard": "the one to report",
-    "gradient": "many gradient attacks and no search over spikes, weaker than standard",
-    "autoattack": "AutoAttack standard, which knows the training surrogate alone",
-    "gradients": "estimators one by one",
-    "events": "the one to report for event frames",
+    "paper": "Published protocol, weaker than `standard`",
+    "fast": "Quick check",
+    "standard": "Full evaluation",
+    "gradient": "Gradient attacks and Square only, weaker than `standard`",
+    "autoattack": "AutoAttack with the training surrogate only",
+    "gradients": "Comparison of gradient estimators",
+    "events": "Full evaluation on event frames",
 }
-"""How far the figures of each suite can be trusted."""
+"""How far to trust the figures of each suite."""
 
 _PAPER_EPS = 8 / 255
 _PAPER_STEPS = {
@@ -350,7 +350,7 @@ def _fast(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
     members += search or [ce(best, 1), ce(best, 2)]
     end = " and a short search over spikes" if search else ""
     description = (
-        f"APGD of 50 steps with {_listed(best, second)}{end}: {GRADES['fast']}, not a final figure"
+        f"50 steps of APGD with {_listed(best, second)}{end}; a quick check, not a final figure"
     )
     return Suite(
         "fast",
@@ -374,7 +374,7 @@ def _standard(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
     members += search
     description = (
         f"APGD-CE, APGD-DLR and APGD-T with {_listed(*chosen, 'training')}, then a search over "
-        "spikes from what they found"
+        "spikes that starts from their results"
     )
     return Suite("standard", tuple(members), _control(members), description, EstimatorSearch())
 
@@ -427,8 +427,8 @@ def _paper(plan: _Plan) -> Suite:
             Member(f"pgd10@{level}/255", attack, group="", threat=ThreatModel("Linf", radius))
         )
     description = (
-        "the protocol of Ding et al. (ICML 2024): every attack for itself, with the training "
-        "surrogate"
+        "the protocol of Ding et al. (ICML 2024): every attack on its own, with the "
+        "training surrogate"
     )
     return Suite("paper", tuple(members), control, description)
 
@@ -461,7 +461,7 @@ def _events(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
     members.append(plan.flips(best, 2, runs=3))
     done = "added or removed" if plan.threat.norm == "L0" else "moved in time"
     description = (
-        f"worst case of few events {done} with {_listed(*chosen, 'training')}, and at random"
+        f"worst case over events {done}, at random and with {_listed(*chosen, 'training')}"
     )
     return Suite(
         "events", tuple(members), _control(members), description, EstimatorSearch(images=32)
@@ -483,9 +483,7 @@ def _gradients(plan: _Plan) -> Suite:
     ]
     alone = tuple(replace(member, group="") for member in members)
     control = _control([plan.ce("training", restart) for restart in range(5)])
-    description = (
-        "what every gradient estimator is worth for itself, at an equal number of gradients"
-    )
+    description = "every gradient estimator on its own, at an equal number of gradients"
     return Suite("gradients", alone, control, description)
 
 

@@ -1,0 +1,16 @@
+"""Published defences of spiking networks: neurons, encoders, gates and penalties, one file each."""
+
+from sj_robust.defences.feel import EvolvingLeakNode, FrequencyEncoder
+from sj_robust.defences.hosnn import HomeostaticNode
+from sj_robust.defences.mpd_sgr import SurrogateOverlap
+from sj_robust.defences.stog import StochasticGate
+from sj_robust.defences.tgo import NoisyLIFNode
+
+__all__ = [
+    "EvolvingLeakNode",
+    "FrequencyEncoder",
+    "HomeostaticNode",
+    "NoisyLIFNode",
+    "StochasticGate",
+    "SurrogateOverlap",
+]

@@ -1,0 +1,163 @@
+"""FEEL-SNN: images that lose their high frequencies over time, and leaks that are learned."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
+
+from sj_robust.core.host import base
+from sj_robust.defences.node import PerNeuron, SteppedNode, check_decay
+from sj_robust.ops.recurrence import reset
+
+__all__ = ["EvolvingLeakNode", "FrequencyEncoder"]
+
+
+class FrequencyEncoder(base.MemoryModule):
+    """Frames that lose high frequencies from step to step (the FE of FEEL-SNN).
+    逐步滤除高频的频率编码。
+
+    Equation, with F the two-dimensional Fourier transform of each channel, k and l its frequencies
+    from -H/2 and -W/2 on, and t = 0, 1, ... the step::
+
+        keep[t] = 1 - narrowing * t
+        M[t](k, l) = 1 where -keep[t] * H/2 <= k < keep[t] * H/2, and l likewise with W, else 0
+        frame[t] = |F^-1(M[t] * F(x))|
+
+    The backward pass is that of the real part. The magnitude has no derivative at 0, where black
+    pixels are, and its sign there is one of rounding errors, which would hide the gradient from an
+    attack. The two differ where the filtered image is far from real and positive.
+
+    It is called once per step, as ``SpikingClassifier`` does; ``functional.reset_net`` returns to
+    the first step.
+
+    Left open by the paper: sizes other than 32x32. There its masks are 32, 28, 24, ... wide, which
+    is ``narrowing`` 1/8.
+
+    Args:
+        narrowing: Share of the width of the mask that is lost per step, in [0, 1]; at ``t *
+            narrowing >= 1`` nothing would be left, which is refused.
+
+    Raises:
+        ValueError: If ``narrowing`` is out of range.
+        RuntimeError: If no frequency is left.
+
+    Source: Xu et al., "FEEL-SNN: Robust Spiking Neural Networks with Frequency Encoding and
+        Evolutionary Leak Factor" (NeurIPS 2024), and its code (shape of the masks, magnitude).
+
+    Examples:
+        >>> encoder = FrequencyEncoder()
+        >>> x = torch.rand(2, 1, 8, 8)
+        >>> bool(torch.allclose(encoder(x), x, atol=1e-6)), bool(torch.allclose(encoder(x), x))
+        (True, False)
+    """
+
+    time_step: int
+
+    def __init__(self, narrowing: float = 0.125) -> None:
+        """Keep the option; see the class."""
+        super().__init__()
+        if not 0.0 <= narrowing <= 1.0:
+            raise ValueError(
+                f"narrowing must be in [0, 1], got {narrowing}; the paper takes 1/8 per step"
+            )
+        self.narrowing = narrowing
+        self.register_memory("time_step", 0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The frame of the next step, in the shape and dtype of ``images`` [N, C, H, W]."""
+        keep = 1.0 - self.narrowing * self.time_step
+        if keep <= 0:
+            raise RuntimeError(
+                f"narrowing={self.narrowing} leaves no frequency at step {self.time_step}; take a "
+                "smaller one, or fewer time steps"
+            )
+        self.time_step += 1
+        wide = images if images.dtype == torch.float64 else images.float()
+        spectrum = torch.fft.fft2(wide) * self._mask(wide, keep)
+        filtered = torch.fft.ifft2(spectrum)
+        frame: Tensor = filtered.real + (filtered.abs() - filtered.real).detach()
+        return frame.to(images.dtype)
+
+    def extra_repr(self) -> str:
+        """Parameters shown by ``print``."""
+        return f"narrowing={self.narrowing}"
+
+    @staticmethod
+    def _mask(images: Tensor, keep: float) -> Tensor:
+        """1 for the frequencies that stay, [H, W] in the order of the transform."""
+        sides = []
+        for size in images.shape[-2:]:
+            half = size // 2
+            k = torch.arange(size, device=images.device, dtype=images.dtype) - half
+            inside = (k >= -keep * half) & (k < keep * half)
+            if size % 2:  # there are as many frequencies above 0 as below
+                inside = k.abs() <= keep * half
+            sides.append(torch.fft.ifftshift(inside.to(images.dtype)))
+        return torch.outer(*sides)
+
+
+class EvolvingLeakNode(SteppedNode, PerNeuron):
+    """LIF neuron whose leak is learned for every neuron and time step (the EL of FEEL-SNN).
+    泄漏因子可学习的 LIF 神经元。
+
+    Equation::
+
+        h[t] = leak[t] * v[t-1] + x[t]
+        s[t] = 1 if h[t] >= v_threshold else 0
+        v[t] = (1 - s[t]) * h[t] + s[t] * v_reset      (v_reset None: h[t] - s[t] * v_threshold)
+
+    ``leak`` [T, *] is a parameter with the shape of one sample, found by the first forward, and not
+    bounded; ``leak[0]`` has no effect from a reset, where v is 0. The leak follows the sequence,
+    not the call, as DLIF's gain does.
+
+    Left open by the paper: a bound on the leak, of which its code has none, and its start, where
+    its code takes 1 (``tau=math.inf``).
+
+    Shapes and states: see :class:`SteppedNode`.
+
+    Args:
+        T: Number of time steps of a sequence.
+        tau: Membrane time constant to start with, ``leak = 1 - 1 / tau``, > 1.
+        **arguments: Those of :class:`SteppedNode`.
+
+    Raises:
+        ValueError: If ``T`` or ``tau`` is out of range.
+        RuntimeError: If a sequence is longer than T, or samples have another shape than the leaks.
+
+    Source: Xu et al. (NeurIPS 2024), as :class:`FrequencyEncoder`, and its code.
+
+    Examples:
+        >>> node = EvolvingLeakNode(T=4, tau=2.0)
+        >>> node(torch.full((4, 3, 5), 0.6)).sum(), node.leak.shape
+        (tensor(15., grad_fn=<SumBackward0>), torch.Size([4, 5]))
+    """
+
+    def __init__(self, T: int, tau: float = float("inf"), **arguments: Any) -> None:
+        """Build the neuron; see the class."""
+        super().__init__(**arguments)
+        if T < 1:
+            raise ValueError(f"T must be >= 1, the number of time steps of a sequence, got {T}")
+        self.T = T
+        self.first_leak = check_decay(tau)
+        self.leak = UninitializedParameter()
+
+    def step(self, x: Tensor, states: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+        """See the class."""
+        v, time_step = states
+        if time_step >= self.T:
+            raise RuntimeError(
+                f"EvolvingLeakNode has T={self.T} time steps, but step {time_step + 1} was asked "
+                "for: call functional.reset_net(net) before every new sequence, or build the "
+                "neuron with a larger T"
+            )
+        self.materialize("leak", (self.T, *x.shape[1:]), self.first_leak, x)
+        h = self.leak[time_step].to(x.dtype) * v + x
+        spike = self.surrogate_function(h - self.v_threshold)
+        fired = spike.detach() if self.detach_reset else spike
+        v = reset(h, fired, v_threshold=self.v_threshold, v_reset=self.v_reset)
+        return spike, (v, time_step + 1)
+
+    def extra_repr(self) -> str:
+        """Parameters shown by ``print``."""
+        return f"T={self.T}, {super().extra_repr()}"

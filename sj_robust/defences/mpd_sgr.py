@@ -1,0 +1,78 @@
+"""MPD-SGR: fewer potentials where the surrogate has a gradient."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sj_robust.defences.penalty import PotentialPenalty, check_weight
+
+__all__ = ["SurrogateOverlap"]
+
+_SMALLEST_VARIANCE = 1e-6
+"""Added to the variance, so that a channel whose potentials are all the same has a gradient."""
+
+
+class SurrogateOverlap(PotentialPenalty):
+    """Share of the potentials within reach of the surrogate, if they were normal (MPD-SGR).
+    膜电位分布与替代梯度区间重叠率的惩罚项。
+
+    Equation, with mu and sigma the mean and the deviation of ``z = h - v_threshold`` over batch and
+    space, for every layer, channel and time step, and Phi the normal distribution function::
+
+        Omega = Phi((half_width - mu) / sigma) - Phi((-half_width - mu) / sigma)
+        value = mean over layers of mean over channels, steps and passes of Omega
+
+    A surrogate has no gradient where ``|z| > half_width``, so that fewer potentials there make the
+    gradient of the whole network, and what follows it, smaller. That is also how gradients get
+    masked: judge it with other estimators and without gradients.
+
+    Left open by the paper, as far as it could be read: its weight, which it tunes for each network.
+    It derives mu and sigma from the parameters of batch norm (tdBN); here they are those of the
+    batch, which other norms and the reset do not change.
+
+    Args:
+        weight: Weight in the objective, the paper's eta.
+        half_width: Half width of the surrogate in potential, the paper's gamma; 1 for the triangle
+            of alpha 1.
+        layers: ``"all"``, or names of spiking layers.
+        rising: Whether the weight rises from 0 over the training.
+
+    Raises:
+        ValueError: If a number is out of range, a layer is unknown, or the dynamics of one are not
+            known.
+        RuntimeError: If no chosen layer ran in a pass.
+
+    Source: Jiang et al., "MPD-SGR: Robust Spiking Neural Networks with Membrane Potential
+        Distribution-Driven Surrogate Gradient Regularization" (AAAI 2026, arXiv 2511.12199).
+
+    Examples:
+        >>> penalty = SurrogateOverlap(weight=0.1)
+        >>> penalty.cost(torch.tensor([[-1.0], [1.0]]), None)  # one deviation to each side
+        tensor([0.6827])
+    """
+
+    name = "mpd_sgr"
+
+    def __init__(
+        self,
+        weight: float,
+        *,
+        half_width: float = 1.0,
+        layers: Literal["all"] | Sequence[str] = "all",
+        rising: bool = False,
+    ) -> None:
+        """Keep the options; see the class."""
+        super().__init__(weight, layers=layers, rising=rising)
+        self.half_width = check_weight("half_width", half_width, positive=True)
+
+    def cost(self, z: Tensor, node: Any) -> Tensor:
+        """Omega of every channel, [C]."""
+        per_channel = z.transpose(0, 1).flatten(1)
+        mu = per_channel.mean(1)
+        variance = per_channel.var(1, correction=0)
+        sigma = (variance + _SMALLEST_VARIANCE).sqrt()
+        upper: Tensor = torch.special.ndtr((self.half_width - mu) / sigma)
+        lower: Tensor = torch.special.ndtr((-self.half_width - mu) / sigma)
+        return upper - lower

@@ -1,0 +1,127 @@
+"""StoG: gates that let spikes through at random."""
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
+
+from sj_robust.core.host import base
+from sj_robust.defences.node import PerNeuron
+from sj_robust.defences.penalty import ForwardPasses, Penalty
+
+__all__ = ["GateRates", "StochasticGate"]
+
+_LEAST = 0.1
+_MOST = 0.999
+
+
+class StochasticGate(PerNeuron, base.StepModule):
+    """A gate behind each neuron that lets its spikes through with a learned probability (StoG).
+    随机门控：以可学习概率传递脉冲。
+
+    Equation, with u uniform in [0, 1), new for every neuron, step and sample, and ``logit(p) =
+    log(p / (1 - p))``::
+
+        p = rate within [0.1, 0.999]
+        m[t] = 1 if u <= p else 0
+        out[t] = m[t] * s[t]
+        dm[t]/dp = that of sigmoid((logit(p) + logit(1 - u)) / temperature)
+
+    the derivative of the binary concrete relaxation (u and 1 - u are alike). ``rate`` [*] is a
+    parameter with one value per neuron, with a shape that the first forward finds; it starts at
+    0.999. The gates are in force in evaluation mode too, so that attacks on the network need the
+    expectation (``eot_samples``, 10 in the paper) and its evaluation several draws.
+
+    Different from the published code: its upper end is 1, where the relaxation has no derivative;
+    the derivative there has the opposite sign of the relaxation's and is a mean over the batch,
+    here it is the derivative itself; and its rates stop learning half way. Weight decay leaves the
+    rates alone, as there.
+
+    Shapes: spikes [T, N, *] in step mode ``"m"``, [N, *] in ``"s"``; the same out. It has no state.
+
+    Args:
+        temperature: Temperature of the relaxation, > 0.
+        generator: Source of u; None is torch's global one, which attacks and evaluations seed.
+        step_mode: ``"m"`` or ``"s"``.
+
+    Raises:
+        ValueError: If ``temperature`` is out of range.
+        RuntimeError: If samples have another shape than the rates.
+
+    Source: Ding et al., "Enhancing the Robustness of Spiking Neural Networks with Stochastic Gating
+        Mechanisms" (AAAI 2024), and its code.
+
+    Examples:
+        >>> gate = StochasticGate(generator=torch.Generator().manual_seed(0))
+        >>> gate(torch.ones(4, 2, 5)).mean()
+        tensor(1., grad_fn=<MeanBackward0>)
+        >>> _ = gate.rate.data.fill_(0.5)
+        >>> gate(torch.ones(400, 2, 5)).mean().item() < 0.55
+        True
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.5,
+        generator: torch.Generator | None = None,
+        step_mode: str = "m",
+    ) -> None:
+        """Keep the options; see the class."""
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature must be > 0, got {temperature}; the paper takes 0.5")
+        self.temperature = temperature
+        self.generator = generator
+        self.step_mode = step_mode
+        self.rate = UninitializedParameter()
+
+    def forward(self, spikes: Tensor) -> Tensor:
+        """The spikes that get through."""
+        if self.step_mode == "s":
+            return self._passed(spikes)
+        return torch.stack([self._passed(step) for step in spikes])
+
+    def _passed(self, spikes: Tensor) -> Tensor:
+        self.materialize("rate", tuple(spikes.shape[1:]), _MOST, spikes)
+        p = self.rate.clamp(_LEAST, _MOST)
+        u = torch.rand(spikes.shape, generator=self.generator, dtype=p.dtype, device=p.device)
+        relaxed = ((p.logit() + (1 - u).logit(eps=1e-6)) / self.temperature).sigmoid()
+        opened = (u <= p).to(p.dtype)
+        gate = opened + (relaxed - relaxed.detach())
+        return spikes * gate.to(spikes.dtype)
+
+    def extra_repr(self) -> str:
+        """Parameters shown by ``print``."""
+        return f"temperature={self.temperature}, step_mode={self.step_mode}"
+
+
+class GateRates(Penalty):
+    """Sum of the squared rates of all gates, which closes them as far as the task allows (StoG).
+    门控概率的平方惩罚项。
+
+    Equation: ``value = sum over neurons of rate ** 2 / 2``.
+
+    Args:
+        weight: Weight in the objective; the paper takes 5e-6.
+
+    Raises:
+        ValueError: If the weight is out of range; when evaluated, if the network has no gate.
+
+    Source: Ding et al. (AAAI 2024), as :class:`StochasticGate`.
+
+    Examples:
+        >>> GateRates(weight=5e-6).name
+        'gate_rates'
+    """
+
+    name = "gate_rates"
+
+    def value(self, passes: ForwardPasses) -> Tensor:
+        """Sum over all gates; see the class."""
+        gates = [m for m in passes.classifier.modules() if isinstance(m, StochasticGate)]
+        if not gates:
+            raise ValueError(
+                "gate_rates needs a network with StochasticGate; take --neuron stog, or leave it "
+                "out"
+            )
+        return torch.stack([gate.rate.square().sum() / 2 for gate in gates]).sum()

@@ -1,0 +1,116 @@
+"""Gates that let spikes through at random, and the penalty on their rates."""
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, neuron
+from torch import nn
+from torch.testing import assert_close
+
+from sj_robust import SpikingClassifier
+from sj_robust.defences import StochasticGate
+from sj_robust.defences.stog import GateRates
+from sj_robust.training import ForwardPasses
+
+T = 3
+SHAPE = (4, 5)
+
+
+def spikes_of(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, (T, 6, *SHAPE), generator=generator).double()
+
+
+def gate_with(rates, **options):
+    gate = StochasticGate(generator=torch.Generator().manual_seed(3), **options)
+    gate(spikes_of()[0] if gate.step_mode == "s" else spikes_of())
+    gate.rate.data = rates.clone()
+    gate.generator.manual_seed(3)
+    return gate
+
+
+def rates():
+    generator = torch.Generator().manual_seed(1)
+    return 0.15 + 0.8 * torch.rand(SHAPE, generator=generator, dtype=torch.float64)
+
+
+def by_hand(spikes, p, temperature):
+    """What gets through, and the relaxation whose derivative stands for that of the gate."""
+    generator = torch.Generator().manual_seed(3)
+    out = []
+    soft = []
+    for step in spikes:
+        u = torch.rand(step.shape, generator=generator, dtype=torch.float64)
+        logistic = torch.log((1 - u) / u)
+        relaxed = 1 / (1 + torch.exp(-(torch.log(p / (1 - p)) + logistic) / temperature))
+        out.append(torch.where(relaxed > 0.5, step, torch.zeros_like(step)))
+        soft.append(relaxed)
+    return torch.stack(out), torch.stack(soft)
+
+
+@pytest.mark.parametrize("step_mode", ["m", "s"])
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_a_gate_is_its_equation_in_both_step_modes(step_mode, temperature):
+    gate = gate_with(rates(), step_mode=step_mode, temperature=temperature)
+    spikes = spikes_of().requires_grad_()
+    out = gate(spikes) if step_mode == "m" else torch.stack([gate(step) for step in spikes])
+    p = rates().requires_grad_()
+    wanted, relaxed = by_hand(spikes.detach(), p, temperature)
+    assert 0.1 < wanted.mean() < 0.4
+    assert torch.equal(out, wanted)
+    weights = torch.rand(out.shape, generator=torch.Generator().manual_seed(4)).double()
+    found = torch.autograd.grad((out * weights).sum(), (spikes, gate.rate))
+    opened = (relaxed > 0.5).double()
+    assert_close(found[0], opened * weights)
+    (slope,) = torch.autograd.grad((relaxed * spikes.detach() * weights).sum(), p)
+    assert slope.abs().min() > 1e-3
+    assert_close(found[1], slope, rtol=1e-6, atol=1e-9)
+
+
+def test_the_rate_is_the_share_that_gets_through():
+    gate = StochasticGate(generator=torch.Generator().manual_seed(0))
+    ones = torch.ones(1, 20000, 4)
+    assert gate(ones).mean() > 0.998  # as it starts
+    gate.rate.data = torch.tensor([-1.0, 0.3, 0.7, 2.0])
+    wanted = torch.tensor([0.1, 0.3, 0.7, 0.999])
+    assert_close(gate(ones).mean((0, 1)).detach(), wanted, rtol=0, atol=0.014)
+    (grad,) = torch.autograd.grad(gate(ones).sum(), gate.rate)
+    assert grad[0] == 0  # beyond the ends
+    assert grad[3] == 0
+
+
+def test_gates_are_in_force_in_evaluation_and_repeat_with_the_seed():
+    net = nn.Sequential(nn.Flatten(2), neuron.IFNode(step_mode="m"), StochasticGate())
+    model = SpikingClassifier(net, T).eval()
+    x = torch.full((2, 1, 4, 4), 0.6)
+    model(x)
+    net[2].rate.data.fill_(0.5)
+    found = []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        found.append(model(x))
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
+
+
+def test_the_penalty_is_half_the_sum_of_the_squares():
+    net = nn.Sequential(StochasticGate(), StochasticGate())
+    functional.set_step_mode(net, "m")
+    model = SpikingClassifier(net, T, takes="sequence")
+    x = torch.rand(2, 6)
+    logits = model(x)
+    for number, gate in enumerate(net):
+        gate.rate.data.fill_(0.5 + number)
+    passes = ForwardPasses(model, torch.tensor([0, 1]), x, None, logits, None)
+    value = GateRates(5e-6).value(passes)
+    assert value == 6 * (0.25 + 2.25) / 2
+    value.backward()
+    assert torch.equal(net[1].rate.grad, torch.full((6,), 1.5))
+
+
+def test_wrong_use():
+    with pytest.raises(ValueError, match="temperature must be > 0"):
+        StochasticGate(temperature=0.0)
+    model = SpikingClassifier(nn.Sequential(nn.Linear(6, 4)), T)
+    passes = ForwardPasses(model, torch.tensor([0]), torch.rand(1, 6), None, torch.rand(1, 4), None)
+    with pytest.raises(ValueError, match="needs a network with StochasticGate"):
+        GateRates(1.0).value(passes)

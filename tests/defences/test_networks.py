@@ -1,0 +1,225 @@
+"""Networks with the neurons of defences: by name, from checkpoints, in training, and judged."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from evaluation.suite_run import THREAT, Net, batches
+from spikingjelly.activation_based import functional, layer
+from torch import nn
+
+from sj_robust import DLIFNode, SpikingClassifier, evaluate, verify
+from sj_robust.core.randomness import SampleSeeds, seeded_globals
+from sj_robust.defences import EvolvingLeakNode, NoisyLIFNode, StochasticGate
+from sj_robust.estimators import estimator
+from sj_robust.evaluation import from_checkpoint
+from sj_robust.evaluation.run.data import Data
+from sj_robust.evaluation.run.draws import draws_needed
+from sj_robust.models import NetworkSpec, build_classifier
+from sj_robust.training import save_checkpoint, training_attack
+from sj_robust.training._run import _groups
+
+KINDS = {
+    "tgo": {"neuron": "tgo"},
+    "feel": {"neuron": "feel", "encoder": "feel", "encoder_options": {"narrowing": 0.2}},
+    "hosnn": {"neuron": "hosnn"},
+    "stog": {"neuron": "stog"},
+}
+RANDOM = {"tgo", "stog"}
+T = 3
+
+
+def spec_of(kind, **options):
+    return NetworkSpec(channels=(4, 8), tau=4.0, T=T, **KINDS[kind] | options)
+
+
+def build(kind, **options):
+    torch.manual_seed(0)
+    model = build_classifier(spec_of(kind, **options))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # so that untrained neurons fire
+            module.weight.data.fill_(2.0)
+            module.bias.data.fill_(0.5)
+    return model
+
+
+def images(n=4):
+    return torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def seeded(model, x, seed=0):
+    with seeded_globals(seed, x.device):
+        return model(x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_by_name_has_all_its_shapes_and_trains(kind):
+    model = build(kind)
+    assert model.training
+    assert all(parameter.numel() for parameter in model.parameters())
+    for _ in range(2):  # the first batch shows HoSNN what is usual
+        model.zero_grad()
+        nn.functional.cross_entropy(model(images()), torch.arange(4)).backward()
+    unmoved = [name for name, p in model.named_parameters() if p.grad is None]
+    assert unmoved == []
+    expected = {"tgo": "NoisyLIFNode", "feel": "EvolvingLeakNode", "hosnn": "HomeostaticNode"}
+    found = {type(module).__name__ for module in model.modules()}
+    assert expected.get(kind, "StochasticGate") in found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_brings_the_network_back(kind, tmp_path):
+    model = build(kind)
+    for _ in range(2):
+        model(images())
+    model.eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.rand_like(parameter))
+    description = {"network": vars(spec_of(kind)), "options": {}}
+    content = {"description": description, "model": model.state_dict()}
+    save_checkpoint(tmp_path / "best.pt", content)
+    other = from_checkpoint(tmp_path / "best.pt")
+    assert torch.equal(seeded(other.model, images()), seeded(model, images()))
+    assert ("encoder feel, narrowing 0.2" in other.architecture) == (kind == "feel")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_draws_only_where_its_defence_does(kind):
+    model = build(kind)
+    model(images())
+    model.eval()
+    if kind == "stog":
+        for module in model.modules():
+            if isinstance(module, StochasticGate):
+                module.rate.data.fill_(0.6)
+    first = seeded(model, images())
+    assert torch.equal(seeded(model, images()), first)
+    assert torch.equal(seeded(model, images(), seed=1), first) == (kind not in RANDOM)
+    data = Data.of([(images(), torch.arange(4))])
+    assert draws_needed(model, data) == (10 if kind in RANDOM else 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attacks_repeat_and_estimators_take_hold(kind):
+    model = build(kind)
+    model(images())
+    model.eval()
+    attack = training_attack("pgd_at", eps=0.1, steps=2)
+    y = torch.arange(4)
+    seeds = SampleSeeds(range(4))
+    found = attack(model, images(), y, generator=seeds)
+    assert torch.equal(attack(model, images(), y, generator=seeds), found)
+    assert (found - images()).abs().max() <= 0.1 + 1e-6
+    gradients = []
+    for name in ("training", "atan:4"):
+        with estimator(name)(model) as crafting:
+            x = images().requires_grad_()
+            logits = seeded(crafting, x)
+            (gradient,) = torch.autograd.grad(logits.square().sum(), x)
+        gradients.append(gradient)
+    assert torch.equal(logits, seeded(model, images()))
+    assert not torch.allclose(gradients[0], gradients[1])
+    if kind != "stog":  # whose neurons are LIF
+        message = "needs the dynamics of every neuron"
+        with pytest.raises(ValueError, match=message), estimator("rga")(model):
+            pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_proved_of_them(kind):
+    model = build(kind).eval()
+    with pytest.raises((NotImplementedError, ValueError)) as refused:
+        verify(model, images(), torch.arange(4), 0.001)
+    wanted = {"tgo": "NoisyLIFNode", "feel": "FrequencyEncoder", "hosnn": "HomeostaticNode"}
+    assert wanted.get(kind, "draws random numbers inside") in str(refused.value)
+
+
+def test_a_network_of_ones_own_gets_its_shapes_too(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from spikingjelly.activation_based import functional, layer\n"
+        "from torch import nn\n"
+        "def build(classes, spiking_neuron):\n"
+        "    first = layer.Conv2d(1, 4, 3, stride=2)\n"
+        "    last = layer.Linear(36, classes)\n"
+        "    net = nn.Sequential(first, spiking_neuron(), layer.Flatten(), last)\n"
+        "    functional.set_step_mode(net, 'm')\n"
+        "    return net\n"
+    )
+    for kind in ("feel", "stog"):
+        model = build_classifier(NetworkSpec(f"{file}:build", T=T, **KINDS[kind]))
+        shapes = {tuple(p.shape) for p in model.parameters()}
+        assert ((T, 4, 3, 3) if kind == "feel" else (4, 3, 3)) in shapes
+        assert model(images()).shape == (4, 10)
+
+
+def test_a_network_of_ones_own_finds_its_shapes_in_the_first_forward():
+    net = nn.Sequential(layer.Flatten(), layer.Linear(64, 6), EvolvingLeakNode(T))
+    net += nn.Sequential(StochasticGate(), layer.Linear(6, 3))
+    functional.set_step_mode(net, "m")
+    model = SpikingClassifier(net, T)
+    assert model(images()).shape == (4, 3)
+    assert net[2].leak.shape == (T, 6)
+    assert net[3].rate.shape == (6,)
+
+
+def test_weight_decay_leaves_the_rates_of_gates_alone():
+    model = build("stog")
+    rates = [m.rate for m in model.modules() if isinstance(m, StochasticGate)]
+    groups = _groups(SimpleNamespace(modules=model.modules, parameters=model.parameters))
+    optimizer = torch.optim.SGD(groups, lr=1.0, weight_decay=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer.step()
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        decays = not any(parameter is rate for rate in rates)
+        torch.testing.assert_close(parameter, 0.9 * old if decays else old)
+        assert decays or torch.equal(parameter, old)
+    plain = build("feel")
+    (group,) = _groups(SimpleNamespace(modules=plain.modules, parameters=plain.parameters))
+    assert len(group["params"]) == len(list(plain.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"neuron": "tag"}, "neuron must be one of dlif, lif, .* stog, got 'tag'"),
+        ({"encoder": "wavelet"}, "encoder must be one of .*wavelet"),
+        ({"encoder_options": {"narrowing": 0.1}}, "belong to an encoder"),
+        ({"encoder": "feel", "encoder_options": {"width": 1}}, "'feel' cannot be built with"),
+        ({"encoder": "feel", "frames": True}, "'feel' is for images of a bare network"),
+        ({"neuron": "stog", "options": {"sharpness": 1}}, "small cannot be built with the options"),
+    ],
+)
+def test_wrong_names_and_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_classifier(NetworkSpec(**options))
+
+
+def stochastic(kind):
+    """A network that tells three classes apart, with noise or gates."""
+    net = Net()
+    if kind == "noise":
+        net.parts[1] = NoisyLIFNode(4.0)
+        return SpikingClassifier(net, 3)
+    gate = StochasticGate()
+    net.parts[1] = nn.Sequential(DLIFNode(T=3, tau=4.0), gate)
+    model = SpikingClassifier(net, 3)
+    model(batches(12, 12)[0][0])
+    gate.rate.data.fill_(0.8)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["noise", "gates"])
+def test_an_evaluation_notices_the_draws_and_takes_the_expectation(kind):
+    model = stochastic(kind)
+    report = evaluate(model, batches(12, 12), eps=THREAT.eps, suite="fast", progress=False)
+    assert report.draws == 10
+    names = {row.member for row in report.rows if row.group != "proof"}
+    assert not [name for name in names if "spike_search" in name]  # other spikes in every forward
+    assert not [row for row in report.rows if row.group == "proof" and row.verified]
+    with pytest.raises(ValueError, match=r"draws random numbers.*--draws 10"):
+        evaluate(model, batches(12, 12), eps=0.1, suite="fast", draws=1, progress=False)

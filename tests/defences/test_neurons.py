@@ -1,0 +1,297 @@
+"""The neurons of the defences against plain loops, and as citizens of SpikingJelly."""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from defences.neurons_by_hand import Rules, T, evolving, homeostatic, noisy
+from spikingjelly.activation_based import base, functional
+from torch import nn
+from torch.testing import assert_close
+
+from sj_robust import SpikingClassifier
+from sj_robust.defences import EvolvingLeakNode, HomeostaticNode, NoisyLIFNode
+
+SHAPE = (3, 5)
+TAU = 2.5
+NOISE_STD = 0.3
+HOST_HAS_EXPLICIT_STATES = hasattr(base.MemoryModule, "functional_forward")
+
+
+@dataclass
+class Case:
+    """A neuron with values that are not those it starts with, and its equation."""
+
+    node: nn.Module
+    parameters: list
+    by_hand: object
+
+
+def run(node, x_seq):
+    """Spikes of a fresh sequence in the node's own step mode."""
+    functional.reset_net(node)
+    if node.step_mode == "m":
+        return node(x_seq)
+    return torch.stack([node(x) for x in x_seq])
+
+
+def numbers(*shape, low=0.0, high=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+def currents():
+    return numbers(T, 2, *SHAPE, low=-0.5, high=1.6).requires_grad_()
+
+
+def drawn():
+    """The noise that a generator with seed 3 gives, one step after the other."""
+    generator = torch.Generator().manual_seed(3)
+    steps = [torch.randn(2, *SHAPE, generator=generator, dtype=torch.float64) for _ in range(T)]
+    return NOISE_STD * torch.stack(steps)
+
+
+def noisy_case(**options):
+    generator = torch.Generator().manual_seed(3)
+    node = NoisyLIFNode(TAU, noise_std=NOISE_STD, generator=generator, **options)
+    return Case(node, [], lambda x, rules: noisy(x, rules, tau=TAU, noise_seq=drawn()))
+
+
+def evolving_case(**options):
+    node = EvolvingLeakNode(T, **options).double()
+    run(node, torch.zeros(T, 1, *SHAPE, dtype=torch.float64))
+    node.leak.data = numbers(T, *SHAPE, low=0.3, high=1.2, seed=1)
+    leak = node.leak.detach().clone().requires_grad_()
+
+    def by_hand(x, rules):
+        return evolving(x, rules, leak=leak)
+
+    return Case(node, [(node.leak, leak)], by_hand)
+
+
+def homeostatic_case(**options):
+    node = HomeostaticNode(T, TAU, **options).double()
+    run(node, torch.zeros(T, 1, *SHAPE, dtype=torch.float64))
+    node.eval()
+    node.rate.data = numbers(*SHAPE, low=0.1, high=0.6, seed=1)
+    node.signature.copy_(numbers(T, *SHAPE, low=0.2, high=0.8, seed=2))
+    rate = node.rate.detach().clone().requires_grad_()
+
+    def by_hand(x, rules):
+        signature = numbers(T, *SHAPE, low=0.2, high=0.8, seed=2)
+        return homeostatic(x, rules, tau=TAU, rate=rate, signature=signature)
+
+    return Case(node, [(node.rate, rate)], by_hand)
+
+
+CASES = {"noisy": noisy_case, "evolving": evolving_case, "homeostatic": homeostatic_case}
+
+
+@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("step_mode", ["m", "s"])
+@pytest.mark.parametrize("v_reset", [0.0, None, -0.25])
+@pytest.mark.parametrize("detach_reset", [False, True])
+def test_a_neuron_is_its_equation_in_both_step_modes(kind, step_mode, v_reset, detach_reset):
+    rules = Rules(v_reset, detach_reset)
+    options = {"step_mode": step_mode, "v_reset": v_reset, "detach_reset": detach_reset}
+    case = CASES[kind](store_v_seq=True, **options)
+    x_seq = currents()
+    weights = numbers(T, 2, *SHAPE, low=-1.0, seed=5)
+    spikes = run(case.node, x_seq)
+    potentials = case.node.v_seq
+    loss = (spikes * weights).sum() + (potentials * weights).sum()
+    by_hand_x = currents()
+    wanted, wanted_potentials = case.by_hand(by_hand_x, rules)
+    wanted_loss = (wanted * weights).sum() + (wanted_potentials * weights).sum()
+    assert 0.1 < wanted.mean() < 0.9
+    assert torch.equal(spikes, wanted)
+    assert_close(potentials, wanted_potentials, rtol=0, atol=1e-12)
+    loss.backward()
+    wanted_loss.backward()
+    assert_close(x_seq.grad, by_hand_x.grad, rtol=1e-9, atol=1e-11)
+    for parameter, plain in case.parameters:
+        assert plain.grad.abs().max() > 1e-2
+        assert_close(parameter.grad, plain.grad, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_the_state_goes_on_over_calls_until_the_reset(kind):
+    case = CASES[kind]()
+    x_seq = currents().detach()
+    wanted, _ = case.by_hand(x_seq, Rules())
+    functional.reset_net(case.node)
+    chunks = [case.node(x_seq[:1]), case.node(x_seq[1:])]
+    assert torch.equal(torch.cat(chunks), wanted)
+    assert case.node.time_step == T
+    functional.reset_net(nn.Sequential(case.node))
+    assert case.node.time_step == 0
+    assert case.node.v == 0.0
+    if kind == "noisy":  # which has as many steps as asked for
+        return
+    assert torch.equal(case.node(x_seq), wanted)
+    with pytest.raises(RuntimeError, match=r"has T=4 time steps.*reset_net"):
+        case.node(x_seq[:1])
+
+
+@pytest.mark.skipif(not HOST_HAS_EXPLICIT_STATES, reason="0.0.0.0.14 has no explicit states")
+@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("step_mode", ["m", "s"])
+def test_explicit_states_give_the_same_and_leave_the_module_alone(kind, step_mode):
+    case = CASES[kind](step_mode=step_mode)
+    x_seq = currents().detach()
+    wanted, _ = case.by_hand(x_seq, Rules())
+    functional.reset_net(case.node)
+    states = tuple(case.node._memories.values())
+    if step_mode == "m":
+        (spikes,), states = case.node.functional_forward((x_seq,), states)
+    else:
+        steps = []
+        for x in x_seq:
+            (spike,), states = case.node.functional_forward((x,), states)
+            steps.append(spike)
+        spikes = torch.stack(steps)
+    assert torch.equal(spikes, wanted)
+    assert states[1] == T
+    assert case.node.v == 0.0
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_states_are_float32_for_half_inputs_and_never_stored(kind):
+    case = CASES[kind]()
+    node = case.node.float()
+    spikes = run(node, currents().detach().bfloat16())
+    assert spikes.dtype == torch.bfloat16
+    assert node.v.dtype == torch.float32
+    assert not [key for key in node.state_dict() if key in ("v", "time_step", "th", "v_seq")]
+    with pytest.raises(RuntimeError, match="before a batch of another size"):
+        node(torch.zeros(T, 7, *SHAPE))
+
+
+PER_NEURON = {"leak": lambda: EvolvingLeakNode(T), "rate": lambda: HomeostaticNode(T)}
+
+
+@pytest.mark.parametrize("name", PER_NEURON)
+def test_values_per_neuron_get_their_shape_from_the_first_input_or_from_weights(name):
+    node = PER_NEURON[name]()
+    optimizer = torch.optim.SGD(node.parameters(), lr=1.0)  # before there is a shape
+    assert node.state_dict().keys() <= {"usual.batches"}
+    for shift in (0.0, 0.1):  # the first batch shows what is usual
+        spikes = run(node, currents().detach().float() + shift)
+    spikes.sum().backward()
+    before = getattr(node, name).detach().clone()
+    assert before.shape[-2:] == SHAPE
+    optimizer.step()
+    assert not torch.equal(getattr(node, name), before)
+    other = PER_NEURON[name]()
+    other.load_state_dict(node.state_dict())
+    for key, value in other.state_dict().items():
+        assert torch.equal(value, node.state_dict()[key]), key
+    node.eval()
+    other.eval()
+    x_seq = currents().detach().float()
+    assert torch.equal(run(other, x_seq), run(node, x_seq))
+    functional.reset_net(node)
+    with pytest.raises(RuntimeError, match="one value for each neuron"):
+        node(torch.zeros(T, 2, 9))
+
+
+def test_noise_makes_the_normal_probability_of_a_spike():
+    node = NoisyLIFNode(noise_std=0.5, generator=torch.Generator().manual_seed(0))
+    h = torch.tensor([0.3, 0.9, 1.0, 1.4])
+    fired = node(h.expand(1, 40000, 4)).mean((0, 1))
+    wanted = [0.5 * (1 + math.erf((value - 1) / 0.5 / math.sqrt(2))) for value in h.tolist()]
+    assert_close(fired, torch.tensor(wanted), rtol=0, atol=0.01)  # four deviations
+
+
+def test_noise_is_private_with_a_generator_and_follows_torchs_without():
+    x_seq = torch.full((T, 1, 50), 0.9)
+    before = torch.get_rng_state()
+    run(NoisyLIFNode(generator=torch.Generator().manual_seed(0)), x_seq)
+    assert torch.equal(torch.get_rng_state(), before)
+    node = NoisyLIFNode()
+    found = []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        found.append(run(node, x_seq))
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
+
+
+def test_noise_at_test_is_in_force_where_it_was_asked_for_also_while_attacked():
+    """A classifier puts the neurons of 0.0.0.0.14 in training mode where it needs a gradient."""
+    for at_test in (True, False):
+        node = NoisyLIFNode(noise_at_test=at_test)
+        net = nn.Sequential(nn.Flatten(2), node)
+        model = SpikingClassifier(net, T)
+        x = torch.rand(3, 1, 4, 4, requires_grad=True)
+        assert not torch.equal(model(x), model(x))
+        model.eval()
+        assert torch.equal(model(x), model(x)) == (not at_test)
+
+
+def test_the_signature_is_a_running_mean_of_what_was_there_in_training():
+    node = HomeostaticNode(T, TAU, tau_v=math.inf, momentum=0.25).double()
+    first = currents().detach()
+    second = first + 0.1
+    wanted = []
+    for x_seq in (first, second):
+        v = torch.zeros_like(x_seq[0])
+        h_seq = []
+        for x in x_seq:
+            h = (1 - 1 / TAU) * v + x
+            v = torch.where(h >= 1, torch.zeros_like(h), h)
+            h_seq.append(h)
+        wanted.append(torch.stack(h_seq).mean(1))
+    run(node, first)
+    assert_close(node.signature, wanted[0])
+    run(node, second)
+    expected = 0.75 * wanted[0] + 0.25 * wanted[1]
+    assert_close(node.signature, expected)
+    node.eval()
+    run(node, first)
+    assert_close(node.signature, expected)
+    kept = HomeostaticNode(T, TAU, momentum=0.0)
+    kept.load_state_dict(node.state_dict())
+    run(kept.double(), second)
+    assert_close(kept.signature, expected)
+
+
+def test_an_attack_does_not_move_the_signature():
+    node = HomeostaticNode(T)
+    model = SpikingClassifier(nn.Sequential(nn.Flatten(2), node), T)
+    model(torch.rand(3, 1, 4, 4))
+    before = copy.deepcopy(node.state_dict())
+    model.eval()
+    model(torch.rand(3, 1, 4, 4, requires_grad=True)).sum().backward()
+    for key, value in node.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_a_raised_potential_raises_the_threshold():
+    node = HomeostaticNode(1, tau_v=2.0)
+    usual = torch.full((1, 4, 1), 0.9)
+    run(node, usual)
+    node.eval()
+    assert run(node, usual + 0.15).sum() == 0  # the threshold is 1.075
+    plain = HomeostaticNode(1, tau_v=math.inf)
+    run(plain, usual)
+    assert run(plain.eval(), usual + 0.15).sum() == 4
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: NoisyLIFNode(1.0), "tau must be > 1"),
+        (lambda: NoisyLIFNode(noise_std=-1.0), "noise_std must be >= 0"),
+        (lambda: EvolvingLeakNode(0), "T must be >= 1"),
+        (lambda: EvolvingLeakNode(2, tau=0.5), "tau must be > 1"),
+        (lambda: HomeostaticNode(0), "T must be >= 1"),
+        (lambda: HomeostaticNode(2, tau_v=0.0), "tau_v must be > 0"),
+        (lambda: HomeostaticNode(2, momentum=2.0), "momentum must be in"),
+    ],
+)
+def test_wrong_arguments(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
