@@ -1,5 +1,5 @@
-"""Trained networks by name, in the package or downloaded when one is asked for, each with a card that
-says how robust it was found to be.
+"""Trained networks by name, in the package or downloaded when one is asked for, each with a card
+that says how robust it was found to be.
 """
 
 import json
