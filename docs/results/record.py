@@ -1,45 +1,117 @@
-"""Draws what is proved of networks over their clean accuracy, from certified/record.csv.
+"""Writes the record of proofs into certified.md and draws it, both from certified/record.csv.
 
-python docs/results/record.py                     # writes certified/record.png
+python docs/results/record.py        # the table of the page, and certified/record.png
 """
 
-import csv
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
+from rows import read_rows
+
+from sj_robust.core.saved import markdown_table
 from sj_robust.core.shown import COLOURS, new_figure, write_figure
 
+PAGE = Path(__file__).with_name("certified.md")
 FOLDER = Path(__file__).with_name("certified")
+BEGINS = "<!-- record: begin -->\n\n"
+ENDS = "\n\n<!-- record: end -->"
 HUES = (*COLOURS, "#8c510a")
-KINDS = {"spiking": "o", "ReLU": "s"}
-"""Marker of each kind of network of which both figures are published."""
+MARKERS = {"spiking": "o", "ReLU": "s", "1-Lipschitz": "^"}
+LINKS = {
+    r"arXiv ([\d.]+)": r"[arXiv \1](https://arxiv.org/abs/\1)",
+    r"github\.com/(\S+)": r"[\1](https://github.com/\1)",
+    r"(certified/|\.\./concepts/)(\S+)": r"[\2](\1\2)",
+}
+"""Sources as the table of figures has them, and as links."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published figure: one network on one data set at one radius.
+
+    ``clean``, ``proved`` and ``attacked`` (what the attacks of the source leave) are per cent of
+    all test images, empty where the source was not found to have them.
+    """
+
+    data: str
+    radius: str
+    network: str
+    kind: str
+    clean: str
+    proved: str
+    attacked: str
+    source: str
+
+    @property
+    def task(self) -> str:
+        """Data set and radius."""
+        return f"{self.data.removesuffix(' (JPEG)')}, {self.radius}"
+
+    @property
+    def here(self) -> bool:
+        """Whether it is a network of this repository."""
+        return self.network.startswith("here")
 
 
 def main() -> None:
-    """A point for each network, a colour for each task."""
-    with (FOLDER / "record.csv").open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["clean"]]
-    tasks = {f"{row['data'].removesuffix(' (JPEG)')}, {row['radius']}": None for row in rows}
+    """Table and figure."""
+    rows = read_rows(FOLDER / "record.csv", Row)
+    text = PAGE.read_text(encoding="utf-8")
+    before, after = text.split(BEGINS)[0], text.split(ENDS)[1]
+    PAGE.write_text(f"{before}{BEGINS}{table(rows)}{ENDS}{after}", encoding="utf-8")
+    draw(rows)
+
+
+def table(rows: list[Row]) -> str:
+    """All figures as Markdown, our own in bold."""
+    heads = [
+        "data, radius",
+        "kind",
+        "network",
+        "clean, %",
+        "proved, %",
+        "attacks leave, %",
+        "source",
+    ]
+    cells = []
+    for row in rows:
+        proved = f"**{row.proved}**" if row.here else row.proved
+        source = row.source
+        for pattern, link in LINKS.items():
+            source = re.sub(pattern, link, source)
+        task = f"{row.data}, {row.radius}"
+        cells.append([task, row.kind, row.network, source, row.clean, proved, row.attacked])
+    return markdown_table(heads, cells, words=4)
+
+
+def draw(rows: list[Row]) -> None:
+    """A point for each network of which clean accuracy is known, a colour for each task."""
+    known = [row for row in rows if row.clean]
+    tasks = dict.fromkeys(row.task for row in known)
     colours = dict(zip(tasks, HUES, strict=True))
     figure = new_figure(5.2, 5.0)
     axes = figure.subplots()
     axes.set_aspect("equal")
     axes.plot([20, 100], [20, 100], color="#bbbbbb", linewidth=1)
     axes.annotate("all that is right is proved", (28, 30), rotation=45, fontsize=7)
-    for row in rows:
-        task = f"{row['data'].removesuffix(' (JPEG)')}, {row['radius']}"
-        colour = colours[task]
-        marker = KINDS[row["kind"]]
-        filled = colour if row["network"].startswith("here") else "none"
-        x, y = float(row["clean"]), float(row["proved"])
-        axes.plot(x, y, marker, color=colour, markerfacecolor=filled)
+    for row in known:
+        colour = colours[row.task]
+        filled = colour if row.here else "none"
+        marker = MARKERS[row.kind] if row.proved else "v"
+        height = float(row.proved or row.attacked)
+        axes.plot(float(row.clean), height, marker, color=colour, markerfacecolor=filled)
     for task, colour in colours.items():
         axes.plot([], [], "o", color=colour, label=task)
     axes.plot([], [], "o", color="#767676", label="spiking, here")
-    axes.plot([], [], "o", color="#767676", markerfacecolor="none", label="spiking, published")
-    axes.plot([], [], "s", color="#767676", markerfacecolor="none", label="ReLU, published")
+    for kind, marker in MARKERS.items():
+        label = f"{kind}, published"
+        axes.plot([], [], marker, color="#767676", markerfacecolor="none", label=label)
+    label = "spiking, published, not proved: left by attacks"
+    axes.plot([], [], "v", color="#767676", markerfacecolor="none", label=label)
     axes.set_xlabel("clean accuracy, %")
     axes.set_ylabel("proved, %")
-    axes.legend(fontsize=7, loc="upper left")
+    axes.legend(fontsize=6, loc="upper left")
     write_figure(figure, FOLDER / "record.png")
 
 

@@ -1,5 +1,5 @@
-"""Trained networks that come with the package, each with a card that says how robust it was found
-to be.
+"""Trained networks by name, in the package or downloaded when one is asked for, each with a card
+that says how robust it was found to be.
 """
 
 import json
@@ -12,6 +12,7 @@ from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.checks import did_you_mean
 from sj_robust.core.saved import markdown_table
 from sj_robust.core.shown import Shown
+from sj_robust.models.assets import Asset, fetch
 from sj_robust.models.build import NetworkSpec, build_classifier
 from sj_robust.models.checkpoint import load_checkpoint
 from sj_robust.models.weights import as_named_in
@@ -23,7 +24,7 @@ _FOLDER = Path(__file__).with_name("trained")
 
 @dataclass(frozen=True, repr=False)
 class PretrainedCard(Shown):
-    """What is known of a network that comes with the package. 预训练网络的说明卡。
+    """What is known of a trained network. 预训练网络的说明卡。
 
     Attributes:
         name: Name that :func:`pretrained` takes.
@@ -34,6 +35,8 @@ class PretrainedCard(Shown):
             cent.
         at_least: Robust accuracy at least, the images that are proved, in per cent.
         found: Verdict of the evaluation: bounds, threat, images, suite and caveats.
+        size: Bytes of the file.
+        sha256: SHA-256 of the file.
         made_with: Versions and commit.
     """
 
@@ -44,6 +47,8 @@ class PretrainedCard(Shown):
     at_most: float
     at_least: float
     found: str
+    size: int
+    sha256: str
     made_with: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -60,10 +65,13 @@ class PretrainedCard(Shown):
 
 
 def pretrained(name: str) -> SpikingClassifier:
-    """A trained network, with which every example shows something true. 加载随包发布的预训练网络。
+    """A trained network, with which every example shows something true. 加载预训练网络。
 
-    Shapes: images in [0, 1] to logits [N, 10]; [N, 1, 8, 8] of the digits of scikit-learn, [N, 3,
-        32, 32] of CIFAR-10.
+    What is not in the package is downloaded once and kept in ``sj_robust`` below
+    ``torch.hub.get_dir()``; ``SJ_ROBUST_ASSETS`` names the address of a mirror.
+
+    Shapes: images in [0, 1] to logits [N, 10]; [N, 1, 8, 8] of the digits of scikit-learn, [N, 1,
+        28, 28] of MNIST and Fashion-MNIST, [N, 3, 32, 32] of CIFAR-10.
 
     Args:
         name: One of :func:`pretrained_networks`, such as ``"digits/dlif-at-mppd"``.
@@ -72,7 +80,9 @@ def pretrained(name: str) -> SpikingClassifier:
         The classifier in evaluation mode, on the CPU.
 
     Raises:
-        ValueError: If there is no such network; the message lists those that there are.
+        ValueError: If there is no such network; the message lists those that there are. Also if a
+            downloaded file is not that of the card.
+        OSError: If a file cannot be downloaded.
 
     Source: trained by ``python docs/results/pretrained.py``, after Ding et al. (ICML 2024).
 
@@ -88,7 +98,7 @@ def pretrained(name: str) -> SpikingClassifier:
 
 
 def pretrained_networks() -> dict[str, PretrainedCard]:
-    """Card of every network that comes with the package, by its name. 随包发布的网络。
+    """Card of every trained network, by its name. 预训练网络列表。
 
     Examples:
         >>> pretrained_networks()["digits/lif"].at_least
@@ -101,11 +111,13 @@ def pretrained_networks() -> dict[str, PretrainedCard]:
 
 
 def pretrained_file(name: str) -> Path:
-    """Checkpoint of a network that comes with the package; raises as :func:`pretrained`."""
+    """Checkpoint of a trained network; raises as :func:`pretrained`."""
     known = pretrained_networks()
     if name not in known:
         raise ValueError(
             f"there is no pretrained network {name!r}; take one of {', '.join(known)}"
             f"{did_you_mean(name, known)}"
         )
-    return _FOLDER / f"{name}.pt"
+    inside = _FOLDER / f"{name}.pt"
+    card = known[name]
+    return inside if inside.exists() else fetch(Asset(name, card.size, card.sha256))

@@ -1,13 +1,30 @@
 """Scripts in docs/results: what earlier runs have found stays in their tables."""
 
 import importlib
+from hashlib import sha256
 from pathlib import Path
 
+import adv_train
 import pytest
+import torch
+from lab.command_line import read_options
 
 from sj_robust.models.checkpoint import load_checkpoint, save_checkpoint
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
+
+
+def test_the_page_shows_the_record_as_the_table_of_figures_has_it(monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS)
+    record = importlib.import_module("record")
+    rows = record.read_rows(record.FOLDER / "record.csv", record.Row)
+    page = record.PAGE.read_text(encoding="utf-8")
+    shown = page.split(record.BEGINS)[1].split(record.ENDS)[0]
+    assert shown == record.table(rows), "write it anew: python docs/results/record.py"
+    for row in rows:
+        figures = [float(text) for text in (row.proved, row.attacked, row.clean) if text]
+        assert figures == sorted(figures), row
+        assert row.source
 
 
 @pytest.mark.parametrize("name", ["standard", "spikes_case", "spike_search"])
@@ -70,3 +87,58 @@ def test_an_evaluation_is_kept_until_training_changes_the_weights(tmp_path, monk
     save_checkpoint(best, {key: content[key] for key in ("description", "model")})
     script.train("digits/lif")
     assert not report.exists()
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """The script, with a folder of its own, and a network that it takes for trained."""
+    monkeypatch.syspath_prepend(RESULTS)
+    script = importlib.import_module("pretrained")
+    read = load_checkpoint(script.ROOT / script.SHIPPED / "digits" / "lif.pt")
+    content = {key: read[key] for key in ("description", "model")}
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+
+    def train(name):
+        run = tmp_path / script.RUNS / name
+        (run / "lif").mkdir(parents=True, exist_ok=True)
+        (run / "report.json").touch()
+        save_checkpoint(run / "lif" / "best.pt", content)
+        script.train(name)
+        (file,) = script.files(name)
+        return file
+
+    return script, content["model"], train
+
+
+def test_weights_are_rounded_and_put_into_the_package(trained):
+    script, weights, train = trained
+    file = train("mnist/certified-0.1")
+    assert file == script.ROOT / script.SHIPPED / "mnist" / "certified-0.1.pt"
+    assert not (script.ROOT / script.ASSETS).exists()
+    stored = load_checkpoint(file)["model"]
+    assert stored.keys() == weights.keys()
+    for name, value in weights.items():
+        expected = value.half() if value.is_floating_point() else value
+        assert torch.equal(stored[name], expected)
+
+
+def test_large_files_are_put_with_their_digests_under_names_of_their_own(trained):
+    script, weights, train = trained
+    other = train("cifar10/certified-8")
+    weights["net.first.weight"].add_(1)
+    file = train("cifar10/certified-8")
+    digest = sha256(file.read_bytes()).hexdigest()
+    assets = script.ROOT / script.ASSETS
+    assert other != file == assets / f"cifar10-certified-8-{digest[:8]}.pt"
+    assert sorted(assets.iterdir()) == [assets / "SHA256SUMS", file]
+    assert (assets / "SHA256SUMS").read_text() == f"{digest}  {file.name}\n"
+
+
+def test_every_command_that_trains_a_network_has_options_of_the_recipe(monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS)
+    script = importlib.import_module("pretrained")
+    monkeypatch.chdir(script.ROOT)
+    for name in script.NETWORKS:
+        recipe, *words = script.training_command(name)
+        assert Path(recipe).exists()
+        adv_train.completed(read_options(adv_train.Options, words))
