@@ -8,6 +8,7 @@ import sys
 
 import adv_train
 import pytest
+from covering import each_in_turn
 from lab.command_line import idle
 from lab.command_line.declared import Idle, marked, texts_of
 from launch import RECIPES, ROOT, unboxed
@@ -34,15 +35,15 @@ def test_the_page_of_the_options_has_all_of_them(recipe):
         assert text in told, f"{name}: run python docs/options/generate.py"
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "told"),
-    [
-        (["--help-all"], 0, "--output"),
-        (["--output", "/proc/eps"], 2, "output must be a folder that can be written"),
-    ],
-)
-def test_help_and_wrong_options_do_not_wait_for_torch(recipe, words, code, told):
-    command = [sys.executable, "-X", "importtime", recipe.__file__, *words]
+HELP = (["--help-all"], 0, "--output")
+WRONG = (["--output", "/proc/eps"], 2, "output must be a folder that can be written")
+
+
+@pytest.mark.parametrize(("name", "given"), each_in_turn(RECIPES, [HELP, WRONG]))
+def test_help_and_wrong_options_do_not_wait_for_torch(name, given):
+    words, code, told = given
+    script = ROOT / "recipes" / f"{name}.py"
+    command = [sys.executable, "-X", "importtime", str(script), *words]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
