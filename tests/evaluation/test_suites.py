@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from attacks.oracle import linear_oracle
+from covering import every_pair
 from evaluation.suite_run import classifier, images
 from torch import nn
 
@@ -23,6 +24,13 @@ from sj_robust.models.checkpoint import load_checkpoint
 
 EIGHT = ThreatModel("Linf", 8 / 255)
 CHOSEN = ("atan:4", "triangle:0.5", "assg")
+SEARCHING = ["fast", "standard", "gradient"]
+CHOICES = {
+    "name": SEARCHING,
+    "chosen": [(), ("training",), ("atan:4", "atan:4"), ("training", "assg+detach"), CHOSEN],
+    "classes": [2, 3, 10],
+    "norm": ["Linf", "L2"],
+}
 KNOWN = Path(__file__).parents[1] / "attacks" / "ground_truth"
 
 
@@ -120,12 +128,7 @@ class TestMakeUp:
         assert any(name.startswith("sapgd/assg") for name in names)
         assert suite.search is not None
 
-    @pytest.mark.parametrize("name", ["fast", "standard", "gradient"])
-    @pytest.mark.parametrize(
-        "chosen", [(), ("training",), ("atan:4", "atan:4"), ("training", "assg+detach"), CHOSEN]
-    )
-    @pytest.mark.parametrize("classes", [2, 3, 10])
-    @pytest.mark.parametrize("norm", ["Linf", "L2"])
+    @pytest.mark.parametrize(tuple(CHOICES), every_pair(CHOICES))
     def test_any_choice_any_number_of_classes_both_norms(self, name, chosen, classes, norm):
         suite = make_suite(name, ThreatModel(norm, 0.1), chosen=chosen, classes=classes)
         attacks = [member.attack for member in suite.members]
@@ -215,8 +218,16 @@ class TestCost:
 
 class TestVerdict:
     @pytest.mark.slow
-    @pytest.mark.parametrize("name", ["fast", "standard", "gradient"])
-    @pytest.mark.parametrize(("norm", "classes"), [("Linf", 6), ("L2", 6), ("Linf", 2)])
+    @pytest.mark.parametrize(
+        ("name", "norm", "classes"),
+        [
+            ("fast", "Linf", 2),
+            ("fast", "L2", 6),
+            ("standard", "Linf", 6),
+            ("standard", "L2", 6),
+            ("gradient", "Linf", 6),
+        ],
+    )
     def test_linear_network_gets_its_robust_accuracy(self, name, norm, classes):
         oracle = linear_oracle(classes, norm)
         y = oracle.y.clone()

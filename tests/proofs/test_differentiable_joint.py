@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from proofs import fuzz, joint_by_hand
-from proofs.networks import NETWORKS, NEURONS, T, classifier, convolutional, in_steps
+from proofs.networks import NEURONS, SAMPLED, T, classifier, convolutional, in_steps
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 from torch.testing import assert_close
@@ -69,11 +69,10 @@ def assert_same_lead(model, x, y, eps):
     return lead
 
 
-@pytest.mark.parametrize("node", NEURONS)
-@pytest.mark.parametrize("build", NETWORKS)
-def test_they_are_those_of_verify_without_rounding(build, node, exact):
+@pytest.mark.parametrize(("build", "node", "step_mode"), SAMPLED)
+def test_they_are_those_of_verify_without_rounding(build, node, step_mode, exact):
     statistics = {"mean": [0.5, 0.4], "std": [0.3, 0.2]}
-    model = classifier(build, NEURONS[node], **statistics)
+    model = classifier(build, NEURONS[node], step_mode=step_mode, **statistics)
     model.double()
     x = rand(4, 2, 8, 8)
     y = torch.tensor([0, 1, 2, 0])
@@ -309,7 +308,7 @@ def check_points(seed, points=256):
     return 2 * points
 
 
-@pytest.mark.parametrize("seed", range(20, 28))
+@pytest.mark.parametrize("seed", range(20, 24))
 def test_no_point_leaves_the_bounds_for_training(seed):
     check_points(seed)
 
@@ -339,6 +338,7 @@ def spikes_that_are_sure_too_early(monkeypatch):
     monkeypatch.setattr(RealSpiking, "spike", early)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "plant", [chains_without_their_last_trains, spikes_that_are_sure_too_early]
 )

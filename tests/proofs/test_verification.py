@@ -426,28 +426,14 @@ RIGHT = {
     "y": torch.zeros(2, dtype=torch.int64),
     "eps": 0.1,
 }
-WRONG_ARGUMENTS = [
+WRONG_ARGUMENTS = [  # others are in test_arguments
     ({"x": torch.rand(2, 2).double()}, "in float32.*got torch.float32, torch.float64; use"),
-    ({"x": torch.rand(2, 2) + 1}, "must lie in .0, 1."),
-    ({"x": [[0.1, 0.2]]}, "x must be a tensor of images, got list"),
     ({"x": torch.rand(0, 2), "y": torch.zeros(0, dtype=torch.int64)}, "an image or more"),
-    ({"y": torch.tensor([0, 2])}, "y must hold labels < 2"),
-    ({"y": torch.tensor([0])}, "shape .N. = .2."),
-    ({"y": torch.zeros(2)}, "y must be int64"),
-    ({"y": [0, 1]}, "y must be a tensor of labels, got list"),
-    ({"eps": -0.1}, "eps must be >= 0 and finite, got -0.1"),
-    ({"eps": float("nan")}, "eps must be >= 0 and finite, got nan"),
-    ({"eps": "8/x"}, "eps must be a number or a fraction"),
-    ({"method": "exact"}, "method must be one of ibp, joint, crown, bab, mip, got 'exact'"),
-    ({"method": "bab", "time_limit": 0}, "time_limit must be finite and > 0, got 0"),
-    ({"method": "bab", "time_limit": "1"}, "time_limit must be a number, got str"),
-    ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
-    ({"batch_size": 1.5}, "batch_size must be an integer"),
 ]
 
 
 @pytest.mark.parametrize(("given", "message"), WRONG_ARGUMENTS)
-def test_wrong_arguments_are_named(given, message):
+def test_wrong_images_are_named(given, message):
     with pytest.raises((TypeError, ValueError), match=message):
         verify(changed(), **RIGHT | given)
 
