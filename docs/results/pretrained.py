@@ -5,7 +5,7 @@ python docs/results/pretrained.py digits/lif            # only this one; the oth
 python docs/results/pretrained.py --train digits/lif    # trained anew first
 
 Evaluations are those of docs/results/standard.py, in runs/standard; runs/pretrained keeps the
-trainings. Stopped at any time, the same command goes on where it was. Training takes minutes on
+trainings. After a stop, run the same command to continue. Training takes minutes on
 one core for digits, half an hour for CIFAR-10, which needs pictures in data/cifar10_pictures.
 """
 

@@ -3,7 +3,7 @@
 python docs/results/standard.py                 # runs/standard keeps what is finished
 python docs/results/standard.py digits/lif      # only these
 
-Stopped at any time, the same command goes on where it was. It writes standard.csv, network by
+After a stop, run the same command to continue. It writes standard.csv, network by
 network, and prints it as a table. Networks for the digits take minutes each on one core, those for
 CIFAR-10 an hour or more, and pictures in data/cifar10_pictures.
 """
