@@ -71,8 +71,8 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
     In order: firing of every layer, proofs for Linf and L0 (images that no attack can break, and
     none needs to try), a search over gradient estimators (if the suite chooses), the suite and its
     control on all images, accuracy over eps, signs of gradient masking (not for event frames, as
-    the report then says). Every part is kept in the folder of the request as it ends, and a call
-    with the same request goes on where a killed one stopped. Several processes share the images,
+    the report then says). Every part is saved in the folder of the request when it ends, and a
+    call with the same request resumes a stopped one. Several processes share the images,
     and each gets the report.
 
     Args:
@@ -85,7 +85,7 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
         ValueError: If the network draws random numbers without ``draws`` or carries state from one
             forward into the next, or the folder holds the progress of another evaluation.
 
-    Source: evaluation as asked for by Carlini et al., "On evaluating adversarial robustness" (arXiv
+    Source: recommendations of Carlini et al., "On evaluating adversarial robustness" (arXiv
         1902.06705).
 
     Examples:

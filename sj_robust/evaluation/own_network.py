@@ -69,10 +69,9 @@ def evaluate(
     dataset: str = "images",
     progress: bool = True,
 ) -> Report:
-    """How robust a network of your own is. 一次调用评估自己的网络。
+    """Evaluate the robustness of your own network. 一次调用评估自己的网络。
 
-    The network stays as it was, also when Ctrl-C stops the evaluation; with a ``folder`` the same
-    call goes on from there.
+    The network is not changed. With a ``folder``, the same call resumes an interrupted evaluation.
 
     Args:
         model: A classifier of images in [0, 1], spiking or not; or a bare SpikingJelly network,
@@ -83,23 +82,23 @@ def evaluate(
         y: Labels [N] int64.
         eps: Radius, a number or a text such as ``"8/255"``; for L0 the number of changed elements,
             for moves that of moved events.
-        norm: Norm of the adversary; None takes Linf, and L0 for event frames.
-        largest_shift: For moves, the frames by which an event may be moved; None for any number.
-        total_shift: For moves, the frames by which all events of a sample may be moved together.
-        suite: Name of the suite, see :func:`make_suite`; None takes ``"standard"``, and
+        norm: Norm of the perturbation; None: Linf, or L0 for event frames.
+        largest_shift: For moves, most frames that an event may be moved by; None: no limit.
+        total_shift: For moves, most frames that the events of a sample may be moved by in total.
+        suite: Name of the suite, see :func:`make_suite`; None: ``"standard"``, or
             ``"events"`` for event frames.
         T: Number of time steps, for a bare network; None if it brings its own.
-        mean: Mean per channel that a bare network expects to be subtracted, as numbers, a tensor or
-            an array.
-        std: Standard deviation per channel that it expects to be divided by, likewise.
-        draws: Fresh forwards in each of which a stochastic network must be wrong for an image to
-            count as broken.
-        seed: Seeds everything.
-        batch_size: Images at a time; results do not depend on it.
-        folder: Where progress is kept, for one batch size; None keeps none.
-        name: What the report calls the network; None takes its class.
-        dataset: What the report calls the images.
-        progress: Whether what is being done and the time left are shown.
+        mean: Mean per channel to subtract from the images of a bare network, as numbers, a tensor
+            or an array.
+        std: Standard deviation per channel to divide them by, likewise.
+        draws: For stochastic networks, forward passes in all of which an image must be
+            misclassified to count as broken.
+        seed: Random seed.
+        batch_size: Images per batch; results do not depend on it.
+        folder: Folder for the progress, for one batch size; None: none is saved.
+        name: Name of the network in the report; None: its class.
+        dataset: Name of the images in the report.
+        progress: Show progress and remaining time.
 
     Raises:
         TypeError: If an argument has the wrong type, such as images of bytes.
@@ -107,7 +106,7 @@ def evaluate(
             images do not belong together, or the folder holds another evaluation.
         ModuleNotFoundError: If the suite needs an extra that is not installed.
 
-    Source: evaluation as asked for by Carlini et al., "On evaluating adversarial robustness" (arXiv
+    Source: recommendations of Carlini et al., "On evaluating adversarial robustness" (arXiv
         1902.06705).
 
     Examples:
@@ -158,11 +157,10 @@ def stress(
     dataset: str = "images",
     progress: bool = True,
 ) -> Report:
-    """What faults of deployment, or common corruptions, leave of a network, clean and attacked.
-    部署故障压力测试。
+    """Accuracy under hardware faults or common corruptions, clean and attacked. 部署故障压力测试。
 
-    Every fault is one of a copy, so the network stays as it was, and at every level the attack is
-    crafted on the faulty copy. Random faults are drawn several times.
+    Faults are injected into a copy of the network, and the attack is crafted on the faulty copy.
+    Random faults are drawn several times.
 
     Other arguments and errors are those of :func:`evaluate`.
 
@@ -176,18 +174,18 @@ def stress(
         total_shift: Budget of a threat of moves.
         suite: ``"stress"`` for faults, ``"corruptions"`` for the fifteen common corruptions at five
             severities.
-        faults: What is measured, from mild to severe; None takes every kind at its usual levels.
-        draws: Draws of a fault that is random.
+        faults: Faults to measure, from mild to severe; None: every kind at its usual levels.
+        draws: Number of draws of each random fault.
         steps: Steps of the attack.
         T: Number of time steps, for a bare network; None if it brings its own.
-        mean: Mean per channel that a bare network expects to be subtracted.
-        std: Standard deviation per channel that it expects to be divided by.
-        seed: Seeds everything.
-        batch_size: Images at a time.
-        folder: Where progress is kept.
-        name: What the card calls the network.
-        dataset: What the card calls the images.
-        progress: Whether what is being done is shown.
+        mean: Mean per channel to subtract from the images of a bare network.
+        std: Standard deviation per channel to divide them by.
+        seed: Random seed.
+        batch_size: Images per batch.
+        folder: Folder for the progress.
+        name: Name of the network in the card.
+        dataset: Name of the images in the card.
+        progress: Show progress.
 
     Source: quantised and stuck weights, mismatch and lost spikes as in the literature on
         neuromorphic hardware; corruptions of Hendrycks and Dietterich (ICLR 2019).

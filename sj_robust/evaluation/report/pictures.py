@@ -33,7 +33,7 @@ _ATTACKED = 32
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Gallery(Shown):
-    """Images before and after an attack, with what the network takes them for. 对抗样本图集。
+    """Images before and after an attack, with the predicted classes. 对抗样本图集。
 
     Attributes:
         threat: Ball in which every attacked image lies.
@@ -41,8 +41,8 @@ class Gallery(Shown):
         x: Clean images [N, C, H, W], or event frames [N, T, C, H, W].
         x_adv: Attacked ones; those that fool the network come first.
         labels: Their classes [N].
-        predicted: What the network takes the clean ones for.
-        predicted_adv: What it takes the attacked ones for.
+        predicted: Predicted classes of the clean ones.
+        predicted_adv: Predicted classes of the attacked ones.
         traces: Both runs of every pair; empty where no neuron can be followed.
     """
 
@@ -90,7 +90,7 @@ class Gallery(Shown):
         Args:
             which: ``"images"``; or ``"spikes"``, ``"potential"``, see
                 :meth:`sj_robust.perturbation.traces.Traces.plot`.
-            path: File to write as well; its ending says which format.
+            path: File to write to, in the format of its suffix.
 
         Raises:
             ValueError: If there is no such drawing, or no neuron of the network can be followed.
@@ -157,7 +157,7 @@ def gallery(
     draws: int = 1,
     seed: int = 0,
 ) -> Gallery:
-    """Attack a few images, and show them with what the network makes of them. 生成对抗样本图集。
+    """Attack a few images, and show them with the predicted classes. 生成对抗样本图集。
 
     Equation: ``x_adv = argmax CE(model(x'), y)`` over the ball around ``x`` and [0, 1], by 50 steps
     of APGD (for L0 of ``flip_events``), as in the suites of :func:`sj_robust.evaluate`.
@@ -199,8 +199,8 @@ def gallery(
 
 
 def gallery_of(report: Evaluation, model: nn.Module, batches: Batches) -> Gallery | None:
-    """Images under the attack with the strongest gradient of a report, to show beside it; None if
-    the network gets none of the first batch right. 报告附带的对抗样本图集。
+    """Images under the attack with the strongest gradient of a report; None if the network
+    misclassifies the whole first batch. 报告附带的对抗样本图集。
     """
     x, y = next(iter(batches))[:2]
     right = report.standing("clean")

@@ -40,11 +40,11 @@ class Report(
     format="sj_robust.report",
     version=3,
 ):
-    """What an evaluation found, image by image, with all that a reader asks for. 评估报告。
+    """Result of an evaluation, image by image. 评估报告。
 
-    The report of a suite of attacks, of a stress test, of a vote and of a training is one class:
-    rows of who attacked what and what fell, from which every figure is counted. The JSON of a suite
-    also holds the accuracies under the names of RobustBench's model cards (``clean_acc``,
+    Suites of attacks, stress tests, smoothed classifiers and trainings have the same report: rows
+    of attacks and the images that they broke, from which every figure is computed. The JSON of a
+    suite also holds the accuracies under the names of RobustBench's model cards (``clean_acc``,
     ``autoattack_acc``, ``external``, ``unreliable``, ``footnote``). Files of earlier versions
     load as well; what they call ``standard`` is the suite ``gradient``.
 
@@ -135,10 +135,10 @@ class Report(
         """One of the figures. 绘制报告的一张图。
 
         Args:
-            which: Such as ``"accuracy_over_eps"``, ``"attacks"`` (what each left) or
-                ``"potential"`` (MS-MPPD of every layer and step); None takes the first that the
-                report has numbers for.
-            path: File to write as well; its ending says which format.
+            which: Such as ``"accuracy_over_eps"``, ``"attacks"`` (accuracy under each) or
+                ``"potential"`` (MS-MPPD of every layer and step); None: the first one that
+                the report has numbers for.
+            path: File to write to, in the format of its suffix.
 
         Raises:
             ValueError: If the report has no numbers for it.
@@ -152,11 +152,11 @@ class Report(
         return found[name]
 
     def page(self, path: str | Path | None = None, gallery: "Gallery | None" = None) -> str:
-        """The report as one HTML page that needs nothing else. 自包含的 HTML 报告。
+        """The report as a self-contained HTML page. 自包含的 HTML 报告。
 
         Args:
-            path: File to write as well.
-            gallery: Images under attack to show as well, folded.
+            path: File to write to.
+            gallery: Images under attack to include.
         """
         from sj_robust.evaluation.report.page import to_html  # imports jinja2
 
@@ -166,7 +166,7 @@ class Report(
         return text
 
     def show(self, console: "Console") -> None:
-        """Print the verdict, all accuracies, and what else to know. 在终端显示报告。"""
+        """Print verdict, accuracies and remarks. 在终端显示报告。"""
         from sj_robust.evaluation.report.terminal import show_report  # imports rich
 
         show_report(self, console)

@@ -88,15 +88,15 @@ class EstimatorTrial:
 
     Attributes:
         estimator: Name of the estimator.
-        robust_accuracy: Share of the images, all classified correctly before, that stand.
-        margin: Margin (logit of the label minus the largest other one, 0 where fooled) that is
-            left, as a share of the margin on the clean images.
+        robust_accuracy: Share of the correctly classified images that are not broken.
+        margin: Margin under attack (logit of the label minus the largest other one, 0 if broken),
+            as a share of the margin on the clean images.
         seconds: Time of the attack.
         images: Number of the images.
-        gained: Images that fall with it and stand with the estimator of the training.
-        lost: Images that stand with it and fall with the estimator of the training.
-        chosen: Whether it is one of the estimators to go on with.
-        note: Why it could not be tried; its figures are then those of no attack.
+        gained: Images that it breaks and the training surrogate does not.
+        lost: Images that the training surrogate breaks and it does not.
+        chosen: Whether it is one of the chosen estimators.
+        note: Why it could not be tried; its figures are then those without an attack.
     """
 
     estimator: str
