@@ -43,7 +43,7 @@ TITLES = {
     "replace": "`replace_neurons`",
     "tune": "fine-tuning",
 }
-HEAD = """# Which networks work
+HEAD = """# Supported networks
 
 The networks of `spikingjelly.activation_based.model` and of SpikingJelly's tutorials, in small
 versions with untrained weights. The first forward pass detects how a network is called ([Your

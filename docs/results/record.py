@@ -1,4 +1,4 @@
-"""Draws what is proved of networks over their clean accuracy, from certified/record.csv.
+"""Draws proved over clean accuracy of networks, from certified/record.csv.
 
 python docs/results/record.py                     # writes certified/record.png
 """
@@ -15,7 +15,7 @@ KINDS = {"spiking": "o", "ReLU": "s"}
 
 
 def main() -> None:
-    """A point for each network, a colour for each task."""
+    """One point per network, one colour per task."""
     with (FOLDER / "record.csv").open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["clean"]]
     tasks = {f"{row['data'].removesuffix(' (JPEG)')}, {row['radius']}": None for row in rows}
@@ -24,7 +24,7 @@ def main() -> None:
     axes = figure.subplots()
     axes.set_aspect("equal")
     axes.plot([20, 100], [20, 100], color="#bbbbbb", linewidth=1)
-    axes.annotate("all that is right is proved", (28, 30), rotation=45, fontsize=7)
+    axes.annotate("proved = clean", (28, 30), rotation=45, fontsize=7)
     for row in rows:
         task = f"{row['data'].removesuffix(' (JPEG)')}, {row['radius']}"
         colour = colours[task]
@@ -38,7 +38,7 @@ def main() -> None:
     axes.plot([], [], "o", color="#767676", markerfacecolor="none", label="spiking, published")
     axes.plot([], [], "s", color="#767676", markerfacecolor="none", label="ReLU, published")
     axes.set_xlabel("clean accuracy, %")
-    axes.set_ylabel("proved, %")
+    axes.set_ylabel("proved accuracy, %")
     axes.legend(fontsize=7, loc="upper left")
     write_figure(figure, FOLDER / "record.png")
 

@@ -179,7 +179,7 @@ class Verification(Shown):
         images.plot(sorted(self.margin, reverse=True), ".", color="#0072b2")
         images.axhline(0, color="#767676", linewidth=1)
         images.set_xlabel("images, sorted")
-        images.set_ylabel("margin of the right class; > 0 is proved")
+        images.set_ylabel("margin of the true class (> 0: proved)")
         images.set_title(
             f"{self.norm} {eps_text(self.eps)}: {sum(self.verified)} of {len(self.margin)} proved",
             fontsize=9,
