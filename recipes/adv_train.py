@@ -562,7 +562,7 @@ def check_flips(options: Options, splits: ImageSplits) -> None:
     if options.flips is not None and not splits.frames:
         raise ValueError(
             f"flips counts changed events, got {options.flips} for {options.dataset}; take event "
-            "data, such as --dataset saccade:digits, or leave it out"
+            "data, such as --dataset saccade:digits, or omit it"
         )
     if options.certified_flips is not None and options.flips is None:
         raise ValueError(

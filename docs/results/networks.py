@@ -45,22 +45,16 @@ TITLES = {
     "replace": "`replace_neurons`",
     "tune": "fine-tuning",
 }
-HEAD = """# Which networks work
+HEAD = """# Supported networks
 
-The networks of `spikingjelly.activation_based.model` and of SpikingJelly's tutorials, as people
-write them, in small versions (few channels, blocks and classes, small images) with untrained
-weights. Only the number of steps is given, and only if the network does not define it: the first
-forward finds out how the network is called ([Your
-network](../your_network.md#make-it-a-function-of-images)), and its logits are those of the plain
-call, bit for bit (`tests/test_convention.py`). Functions such as `spiking_vgg16_bn` or
-`sew_resnet50` build these classes in other sizes.
+The networks of `spikingjelly.activation_based.model` and of SpikingJelly's tutorials, in small
+versions with untrained weights. The first forward pass detects how a network is called ([Your
+network](../your_network.md#make-it-a-function-of-images)).
 
-`python docs/results/networks.py` tries each of them and writes this page; run it once for every
-release. In the columns, `evaluate` means its initial checks and a suite of one short attack; gains,
-`perturbation_gains` on perturbed images; `verify`, bounds by intervals; fine-tuning, a step of
-`adv_train.py` (DLIF neurons, FGSM, the loss with MS-MPPD, backward, SGD). Where the releases
-differ, both are shown. SNASNet and SpikeDHS, whose width is fixed, take minutes each and are tried
-only if named. The reasons for failures are below.
+`python docs/results/networks.py` tries each of them and writes this page. `evaluate` means its
+initial checks and a short attack; gains, `perturbation_gains`; `verify`, bounds by intervals;
+fine-tuning, a step of `adv_train.py`. Where the releases differ, both are shown. Reasons for
+failures are below.
 """
 MEASURED = """
 ## Proofs and evaluations of the zoo
@@ -106,7 +100,7 @@ def measure(path: Path, words: list[str]) -> None:
         for name, row in rows.items():
             chosen = any(word in name for word in names)
             done = column in found.get(name, {})
-            if done or not chosen and (names or name.startswith(LARGE)):
+            if done or (not chosen and (names or name.startswith(LARGE))):
                 continue
             began = time.monotonic()
             cells = found.setdefault(name, {})
@@ -288,7 +282,7 @@ def page() -> str:
     names = list(dict.fromkeys(name for rows in reversed(found.values()) for name in rows))
     heads = ["network", "SpikingJelly", "how it is called", *TITLES.values()]
     lines = [HEAD, f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
-    reasons = []
+    reasons: dict[str, list[str]] = {}
     for name in names:
         cells = [{release: rows[name] for release, rows in found.items() if name in rows}]
         of_releases = cells[0]
@@ -326,7 +320,8 @@ def each(of_releases: dict[str, dict[str, str]], column: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """A reason that holds no marks of Markdown."""
+    """A reason without marks of Markdown, and without the list of what has bounds."""
+    text = text.partition("; there are for ")[0]
     return text.replace("|", "\\|").replace("*", "\\*").replace("<", "\\<")[:300]
 
 

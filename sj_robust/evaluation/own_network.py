@@ -1,6 +1,4 @@
-"""A network and its images in one call: the evaluation of a network of one's own, and its stress
-test.
-"""
+"""Evaluate or stress-test a network in one call."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -329,7 +327,7 @@ def _checked_faults(
             f"faults=[{wanted.__name__}(kind, level)]"
         )
     if not faults:
-        raise ValueError("faults must hold one or more, got none; leave it out for the usual ones")
+        raise ValueError("faults must hold one or more, got none; omit it for the usual ones")
     for fault in faults:
         if not isinstance(fault, wanted):
             other = "corruptions" if isinstance(fault, Corruption) else "stress"
@@ -385,9 +383,9 @@ def _prepared(given: _Given, data: Data, settings: _Settings) -> Iterator[_Prepa
             yield _Prepared(subject, classes, settings, configuration, watch)
         except KeyboardInterrupt as stopped:
             if settings.folder is None:
-                remedy = "with folder=... the next evaluation could be continued"
+                remedy = "with folder=..., the evaluation could be resumed"
             else:
-                remedy = f"the same call goes on with what is in {settings.folder}"
+                remedy = f"the same call resumes from {settings.folder}"
             stopped.add_note(f"the network is as it was; {remedy}")
             raise
 

@@ -1,5 +1,5 @@
-"""The one result of an evaluation: who attacked which images and which of them fell; every figure
-is counted from these rows.
+"""The result of an evaluation: which attacks broke which images; every figure is computed from
+these rows.
 """
 
 from collections.abc import Iterable, Sequence
@@ -92,7 +92,7 @@ class Accuracy:
     Attributes:
         name: What it is the accuracy under.
         kind: ``"member"`` for one attack, else the name of a summary.
-        correct: Images still classified right.
+        correct: Images classified correctly.
         total: Images.
         seconds: Total time.
 
@@ -137,7 +137,7 @@ class Point:
     Attributes:
         eps: The radius as text.
         attack: What attacked.
-        correct: Images still classified right.
+        correct: Images classified correctly.
         total: Images.
         verified: Of the images that proofs were tried on, those that are proved; None without
             proofs.
@@ -257,7 +257,7 @@ class Evaluation:
         return self.threat is None or row.eps <= self.threat.eps
 
     def standing(self, name: str, *, variant: str | None = None) -> frozenset[int]:
-        """Numbers of the images that are classified right under what a figure is called after.
+        """Numbers of the images that are classified correctly under what a figure is called after.
 
         Under a member of a group, these are the images that neither it nor the earlier ones broke.
 
@@ -479,10 +479,10 @@ class Evaluation:
         right = self._clean(row.variant).stood
         if row.attacks and not frozenset(row.seen) <= right:
             raise ValueError(
-                f"{row.member!r} must fool images that it attacked, of those classified right"
+                f"{row.member!r} must fool images that it attacked, of those classified correctly"
             )
         if row.kind == "proof" and not row.alpha and not row.stood <= right:
-            raise ValueError("verified images must be among those classified right")
+            raise ValueError("verified images must be among those classified correctly")
 
     def _check_proofs(self, variant: str) -> None:
         for proof in self.of(variant):

@@ -31,8 +31,8 @@ def worst_case(
     network. 逐样本取多种攻击与梯度估计的最坏情况。
 
     Equation: ``robust accuracy = mean_n [right on x_n and on a_m(x_n) for every member m]``. A
-    member attacks what is classified right and still stands in its group. Every success is scored
-    again.
+    member attacks the images that are correct and not yet broken in its group. Every success is
+    scored again.
 
     Args:
         model: Images [N, ...] in [0, 1] to logits [N, classes]; an ``nn.Module`` where a member has

@@ -213,7 +213,7 @@ def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
     for name, values in (("mean", spec.mean), ("std", spec.std)):
         if values is not None and spec.frames:
             raise ValueError(
-                f"{name} is for images, event frames stay as they are, got {values}; leave it out"
+                f"{name} is for images, event frames stay as they are, got {values}; omit it"
             )
         if values is not None and len(values) != spec.image_shape[0]:
             raise ValueError(

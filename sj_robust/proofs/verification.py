@@ -82,7 +82,7 @@ class BoundedLayer:
 
     Attributes:
         name: Name of the layer in the network.
-        undecided: Share of spikes, per time step, that the bounds leave open.
+        undecided: Share of spikes, per time step, that the bounds do not decide.
         potential: Mean square, per time step, of the distance between the bounds of the charged
             potential h: no perturbation in the ball moves it by more, resets and rounding included.
     """
@@ -98,14 +98,14 @@ class Verification(Shown):
 
     Attributes:
         eps: Linf radius, or for L0 the number of values that may change.
-        correct: Whether each image is classified right without a perturbation.
+        correct: Whether each image is classified correctly without a perturbation.
         margin: Per image, what the logit of the right class is above every other one at least,
             whatever the perturbation; > 0 is a proof.
         layers: Spiking layers in order of execution, as intervals bound them, or joint bounds where
             the method has them.
         x_adv: The images, but for each that is ``broken`` one of its ball that the network gets
             wrong.
-        broken: Whether such a one is known; the image itself if it is not classified right.
+        broken: Whether such a one is known; the image itself if it is not classified correctly.
         stepwise: Where joint bounds are those of single steps, with the reason.
         norm: ``"Linf"`` or ``"L0"``.
         apart: For L0, layers whose bounds let single values or steps have budgets of their own,
@@ -124,7 +124,7 @@ class Verification(Shown):
 
     @property
     def verified(self) -> tuple[bool, ...]:
-        """Whether each image is proved to be classified right everywhere in the ball."""
+        """Whether each image is proved to be classified correctly everywhere in the ball."""
         return tuple(margin > 0 for margin in self.margin)
 
     @property
@@ -147,7 +147,7 @@ class Verification(Shown):
         return (
             f"{self.norm} {eps_text(self.eps)}: {sum(self.verified)} of {len(self.margin)} images "
             f"verified, {sum(self.broken)} broken, {sum(self.unknown)} unknown; "
-            f"{sum(self.correct)} classified right without a perturbation"
+            f"{sum(self.correct)} classified correctly without a perturbation"
         )
 
     def table(self) -> str:
@@ -181,7 +181,7 @@ class Verification(Shown):
         images.plot(sorted(self.margin, reverse=True), ".", color="#0072b2")
         images.axhline(0, color="#767676", linewidth=1)
         images.set_xlabel("images, sorted")
-        images.set_ylabel("margin of the right class; > 0 is proved")
+        images.set_ylabel("margin of the true class (> 0: proved)")
         images.set_title(
             f"{self.norm} {eps_text(self.eps)}: {sum(self.verified)} of {len(self.margin)} proved",
             fontsize=9,
@@ -190,7 +190,7 @@ class Verification(Shown):
             spikes, {layer.name: layer.undecided for layer in self.layers}, Normalize(0, 1)
         )
         spikes.set_xlabel("time step")
-        spikes.set_title("share of spikes that the bounds leave open", fontsize=9)
+        spikes.set_title("share of undecided spikes", fontsize=9)
         figure.colorbar(mesh, ax=spikes)
         return figure
 

@@ -180,7 +180,9 @@ def check_start(
     x, y = next(iter(image_loader(splits.validation, _START)))
     x, y = x.to(device), y.to(device)
     right = _count_right(classifier, x, y)
-    journal.say(f"starting from {origin}: {right / len(y):.1%} of {len(y)} validation images right")
+    journal.say(
+        f"starting from {origin}: {right / len(y):.1%} of {len(y)} validation images correct"
+    )
     low, high = wilson_interval(right, len(y))
     warning = None
     if not splits.frames:

@@ -214,7 +214,7 @@ class TestThreat:
         for arguments, match in (
             (("moves", 0), "integer >= 1 for moves, the number of moved events, got 0"),
             (("moves", 3, -1), "largest_shift must be >= 1, got -1"),
-            (("L0", 3, 1), "largest_shift limits moves of events, got 1 for L0; leave it out"),
+            (("L0", 3, 1), "largest_shift limits moves of events, got 1 for L0; omit it"),
         ):
             with pytest.raises(ValueError, match=match):
                 ThreatModel(*arguments)

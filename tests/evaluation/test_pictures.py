@@ -73,7 +73,7 @@ def test_event_frames_stay_events():
 
 def test_what_cannot_be_shown(model, images):
     x, _ = images
-    with pytest.raises(ValueError, match="gets none of these 40 images right"):
+    with pytest.raises(ValueError, match="misclassifies all of these 40 images"):
         gallery(model, x, (model(x).argmax(1) + 1) % 10, eps=0.1)
     plain = gallery(
         nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), x, torch.arange(40) % 10, eps=0.1

@@ -318,7 +318,7 @@ def test_all_leaves_out_what_a_network_does_not_have(tmp_path, monkeypatch, caps
         "neuron",
         "curves",
     }
-    assert "gains left out: no network has a DLIF neuron" in capsys.readouterr().out
+    assert "gains skipped: no network has a DLIF neuron" in capsys.readouterr().out
 
 
 def test_event_frames_are_not_perturbed():

@@ -83,7 +83,7 @@ class Probe:
 
     @cached_property
     def right(self) -> Tensor:
-        """Images classified right in every forward, [N] bool."""
+        """Images classified correctly in every forward, [N] bool."""
         return (self.repeated.argmax(2) == self.y).all(0)
 
     @property
@@ -92,7 +92,7 @@ class Probe:
         return 1.0 if self.threat.norm == "Linf" else self.x[0].numel() ** 0.5
 
     def rate(self, fooled: Tensor) -> float:
-        """Share of the images classified right."""
+        """Share of the images classified correctly."""
         return int(fooled.sum()) / int(self.right.sum())
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Gradient masking: is a network robust, or do its gradients merely lead attacks astray?"""
+"""Diagnosis of gradient masking."""
 
 from collections.abc import Sequence
 
@@ -41,7 +41,7 @@ def diagnose(
     proves nothing; if one fails, do not report accuracies under gradient attacks.
 
     Equation: comparisons are per image, ``value = mean_n [weaker attack fools n and stronger attack
-    does not]`` over the images that are classified right. Attacks are PGD from the clean image with
+    does not]`` over correctly classified images. Attacks are PGD from the clean image with
     ``step_size = 2.5 * eps / steps``, those of the estimators APGD on cross entropy.
 
     Args:
@@ -62,7 +62,7 @@ def diagnose(
 
     Returns:
         The findings in a fixed order. Those of spiking layers and estimators are there for spiking
-        networks alone, and without any image classified right there is no attack to be compared.
+        networks only, and without correctly classified images no attacks are compared.
 
     Raises:
         TypeError: If an argument has the wrong type.

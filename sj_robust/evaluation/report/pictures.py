@@ -247,7 +247,7 @@ def gallery_within(
     right = (logits.argmax(1) == y).nonzero()[:_ATTACKED, 0]
     if not len(right):
         raise ValueError(
-            f"the network gets none of these {len(y)} images right; there is nothing to attack"
+            f"the network misclassifies all of these {len(y)} images; there is nothing to attack"
         )
     x, y = x[right], y[right]
     member = Member("gallery", short_attack(threat, _STEPS, draws=draws), estimator, threat=threat)

@@ -88,7 +88,7 @@ class EstimatorTrial:
 
     Attributes:
         estimator: Name of the estimator.
-        robust_accuracy: Share of the images, all classified right before, that stand.
+        robust_accuracy: Share of the correctly classified images that are not broken.
         margin: Margin under attack (logit of the label minus the largest other one, 0 if broken),
             as a share of the margin on the clean images.
         seconds: Time of the attack.
@@ -138,7 +138,7 @@ def search_estimators(
     Args:
         model: Images [N, ...] in [0, 1] to logits; an ``nn.Module`` unless ``"training"`` is the
             only candidate.
-        x: Images; the first ones that are classified right are used.
+        x: Images; the first ones that are classified correctly are used.
         y: Labels [N] int64.
         threat: The budget.
         settings: Candidates, length of the attack and number of images; None takes the defaults.
@@ -153,7 +153,7 @@ def search_estimators(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If no image is classified right or an estimator is unknown.
+        ValueError: If no image is classified correctly or an estimator is unknown.
 
     Source: hyperparameter search over surrogate widths as in HART (Hao et al., ICLR 2024), here
         over shapes as well.
@@ -178,7 +178,8 @@ def search_estimators(
     rows = rows[: settings.images]
     if len(rows) == 0:
         raise ValueError(
-            f"a search needs images that are classified right, got none among {len(x)}; give others"
+            f"a search needs images that are classified correctly, got none among {len(x)}; use "
+            "other images"
         )
     short = short_attack(threat, settings.steps) if attack is None else attack
     trials = _Trials(model, x[rows], y[rows], short, draws, seeds.rows(rows))

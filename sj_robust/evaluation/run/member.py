@@ -49,7 +49,7 @@ class Member:
         estimator: Gradient estimator it crafts with, a name that ``estimator`` knows;
             ``"training"`` changes nothing.
         group: Members of one group attack only what the earlier ones left standing; each member of
-            group ``""`` attacks every image that is classified right.
+            group ``""`` attacks every image that is classified correctly.
         seed: Number of the restart, part of the seed of its randomness.
         threat: The ball that its images must keep; in L0 binary event frames must stay binary as
             well. None where there is none, as for Gaussian noise.

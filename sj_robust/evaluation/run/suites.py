@@ -1,4 +1,4 @@
-"""Sets of attacks by name: what is run, in which order, and the control of equal cost beside it."""
+"""Suites of attacks by name, with their order and the control of equal cost."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -110,7 +110,7 @@ def make_suite(
 
     c1, c2, c3 are the chosen estimators, the strongest first; where fewer are chosen, what would be
     the same attack twice is left out. APGD-T is APGD with the targeted DLR loss. Except in
-    ``paper`` and ``gradients``, where every attack sees all images that are classified right, an
+    ``paper`` and ``gradients``, where every attack sees all correctly classified images, an
     attack sees only what no earlier one of the suite fooled.
 
     | suite | members in their order (steps x restarts) |
