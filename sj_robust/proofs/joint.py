@@ -93,7 +93,6 @@ class _TimedTrace(Trace):
 
     def __init__(self, neurons: dict[str, Neuron], factors: Tensor) -> None:
         super().__init__(neurons, 1, torch.zeros_like)
-        self.rounded = False
         self.factors = factors
         self.calls: list[_Call] = []
         self.pooled: set[int] = set()

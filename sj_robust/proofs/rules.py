@@ -2,17 +2,30 @@
 
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sj_robust.proofs.changes import Changes
 from sj_robust.proofs.rounding import SMALLEST, NoBoundsError, gamma, within_float32
 
-__all__ = ["RULES", "Bounds", "Origin", "Pooling", "Rule", "Run", "leaves_of", "replayed"]
+__all__ = [
+    "RULES",
+    "Bounds",
+    "Origin",
+    "Pooling",
+    "Rule",
+    "Run",
+    "leaves_of",
+    "parameters_kept_in_float64",
+    "replayed",
+]
 
 Pooling = Callable[[Tensor], Tensor]
 """A max pooling; or a ReLU, which is the maximum of a value and zero."""
@@ -34,6 +47,9 @@ class Run(Protocol):
 
     narrow: bool
     """Whether bounds are computed in float32, and what that rounds is part of their radius."""
+
+    points: bool
+    """Whether leaves are single values, so that radii are zero and nobody asks for errors."""
 
     dtype: torch.dtype
     """Of the network."""
@@ -401,7 +417,33 @@ def _constant(value: Any, run: Run | None) -> Tensor:
         return found
     if found.ndim == 0:
         found = found.to(number)  # as torch does beside a tensor of the network
-    return found.detach().double()
+    return _in_float64(found)
+
+
+_DOUBLES: ContextVar[dict[int, tuple[Tensor, int, Tensor]] | None] = ContextVar(
+    "_DOUBLES", default=None
+)
+
+
+@contextmanager
+def parameters_kept_in_float64() -> Iterator[None]:
+    """Context in which every parameter is converted once, for all runs; also a decorator."""
+    token = _DOUBLES.set({})
+    try:
+        yield
+    finally:
+        _DOUBLES.reset(token)
+
+
+def _in_float64(value: Tensor) -> Tensor:
+    known = _DOUBLES.get()
+    if known is None or not isinstance(value, nn.Parameter):
+        return value.detach().double()
+    parameter, version, found = known.get(id(value), (None, -1, value))
+    if parameter is not value or version != value._version:
+        found = value.detach().double()
+        known[id(value)] = value, value._version, found
+    return found
 
 
 def _affine(
@@ -418,6 +460,8 @@ def _affine(
     """
     shift = x.centre.new_zeros(()) if shift is None else shift.to(x.centre.dtype)
     centre = apply(x.centre) + shift
+    if x.run is not None and x.run.points:
+        return Bounds(centre, centre.detach().new_zeros(()), run=x.run)
     growth = gamma(terms)
     if x.run is not None and x.run.narrow:
         # what the sums of both, and of this, round is at most twice growth; it is in the radius,
@@ -438,13 +482,14 @@ def _weighted(
 ) -> Bounds:
     """Convolution and linear."""
     weight = _constant(weight, x.run).to(x.centre.dtype)
+    magnitude = cache(weight.abs)
     shift = None if bias is None else _constant(bias, x.run)
     if shift is not None and weight.ndim > 2:
         shift = shift.view(-1, *[1] * (weight.ndim - 2))
     return _affine(
         x,
         lambda z: func(z, weight, None, *args, **kwargs),
-        lambda z: func(z, weight.abs(), None, *args, **kwargs),
+        lambda z: func(z, magnitude(), None, *args, **kwargs),
         terms=weight[0].numel() + 2,
         shift=shift,
         changes=_weighted_changes(func, x, weight, args, kwargs),
