@@ -589,8 +589,8 @@ def _checked(model: SpikingClassifier, x: Tensor, y: Tensor) -> dict[str, Neuron
 
 def _is_finite(value: Tensor) -> bool:
     """Whether all elements are finite; without a copy, as weights may be large."""
-    if not value.numel():
-        return True
+    if not value.is_floating_point() or not value.numel():
+        return bool(value.isfinite().all())
     return all(bool(end.isfinite()) for end in value.aminmax())
 
 
