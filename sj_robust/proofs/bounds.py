@@ -132,6 +132,9 @@ class BoundedRun:
     dtype = torch.float32
     """Of the network; what float32 rounds covers float64 as well."""
 
+    points = False
+    """See :class:`sj_robust.proofs.rules.Run`."""
+
     narrow = False
     """See :class:`sj_robust.proofs.rules.Run`."""
 

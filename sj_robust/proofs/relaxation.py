@@ -150,9 +150,12 @@ class Trace(BoundedRun):
     there. With leaves of zero, these are what the maps shift by.
     """
 
+    points = True
+
     def __init__(self, neurons: dict[str, Neuron], samples: int, value: LeafValue) -> None:
         """Nothing has run yet."""
         super().__init__(neurons, samples)
+        self.rounded = False
         self.value = value
         self.currents: list[Tensor] = []
         self.names: list[str] = []

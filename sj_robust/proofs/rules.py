@@ -2,13 +2,16 @@
 
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sj_robust.proofs import nonlinear
 from sj_robust.proofs.changes import Changes
@@ -25,6 +28,7 @@ __all__ = [
     "Rule",
     "Run",
     "leaves_of",
+    "parameters_kept_in_float64",
     "replayed",
     "reshaped",
     "rows_of",
@@ -67,6 +71,9 @@ class Run(Protocol):
 
     narrow: bool
     """Whether bounds are computed in float32, and what that rounds is part of their radius."""
+
+    points: bool
+    """Whether leaves are single values, so that radii are zero and nobody asks for errors."""
 
     dtype: torch.dtype
     """Of the network."""
@@ -502,7 +509,33 @@ def _constant(value: Any, run: Run | None) -> Tensor:
         return found
     if found.ndim == 0:
         found = found.to(number)  # as torch does beside a tensor of the network
-    return found.detach().double()
+    return _in_float64(found)
+
+
+_DOUBLES: ContextVar[dict[int, tuple[Tensor, int, Tensor]] | None] = ContextVar(
+    "_DOUBLES", default=None
+)
+
+
+@contextmanager
+def parameters_kept_in_float64() -> Iterator[None]:
+    """Context in which every parameter is converted once, for all runs; also a decorator."""
+    token = _DOUBLES.set({})
+    try:
+        yield
+    finally:
+        _DOUBLES.reset(token)
+
+
+def _in_float64(value: Tensor) -> Tensor:
+    known = _DOUBLES.get()
+    if known is None or not isinstance(value, nn.Parameter):
+        return value.detach().double()
+    parameter, version, found = known.get(id(value), (None, -1, value))
+    if parameter is not value or version != value._version:
+        found = value.detach().double()
+        known[id(value)] = value, value._version, found
+    return found
 
 
 def _affine(
@@ -519,6 +552,8 @@ def _affine(
     """
     shift = x.centre.new_zeros(()) if shift is None else shift.to(x.centre.dtype)
     centre = apply(x.centre) + shift
+    if x.run is not None and x.run.points:
+        return Bounds(centre, centre.detach().new_zeros(()), run=x.run)
     growth = gamma(terms)
     if x.run is not None and x.run.narrow:
         # what the sums of both, and of this, round is at most twice growth; it is in the radius,
@@ -539,13 +574,14 @@ def _weighted(
 ) -> Bounds:
     """Convolution and linear."""
     weight = _constant(weight, x.run).to(x.centre.dtype)
+    magnitude = cache(weight.abs)
     shift = None if bias is None else _constant(bias, x.run)
     if shift is not None and weight.ndim > 2:
         shift = shift.view(-1, *[1] * (weight.ndim - 2))
     return _affine(
         x,
         lambda z: func(z, weight, None, *args, **kwargs),
-        lambda z: func(z, weight.abs(), None, *args, **kwargs),
+        lambda z: func(z, magnitude(), None, *args, **kwargs),
         terms=weight[0].numel() + 2,
         shift=shift,
         changes=_weighted_changes(func, x, weight, args, kwargs),

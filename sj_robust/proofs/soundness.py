@@ -514,5 +514,7 @@ def _equal(a: Tensor | str | None, b: Tensor | str | None) -> bool:
     """Whether two values are the same; NaN equals NaN."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         alike = type(a) is type(b) and a.shape == b.shape and a.dtype == b.dtype
+        if alike and torch.equal(a, b):
+            return True
         return alike and bool(torch.isclose(a, b, 0.0, 0.0, equal_nan=True).all())
     return type(a) is type(b) and a == b

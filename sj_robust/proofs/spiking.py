@@ -139,7 +139,7 @@ class Spiking(ABC):
     def run(self, x_seq: Interval) -> Interval:
         """Spikes for currents, both [T, N, *]."""
         layer = self.layer
-        v = layer.v or self._start(x_seq.low[0])
+        v = layer.v or self.start(x_seq.low[0])
         layer.neurons = x_seq.low[0].numel()
         sure = []
         possible = []
@@ -151,7 +151,7 @@ class Spiking(ABC):
         layer.v = v
         return Interval(torch.stack(sure), torch.stack(possible))
 
-    def _start(self, like: Tensor) -> Interval:
+    def start(self, like: Tensor) -> Interval:
         """The potential before the first step."""
         if bool((torch.as_tensor(self.neuron.module.v) != self.rest).any()):
             raise NoBoundsError(

@@ -43,7 +43,7 @@ from sj_robust.proofs.joint import JointRun, OverTime
 from sj_robust.proofs.opened import as_lif, has_steps, no_bounds, stepped
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.rounding import NoBoundsError
-from sj_robust.proofs.rules import Bounds
+from sj_robust.proofs.rules import Bounds, parameters_kept_in_float64
 from sj_robust.proofs.soundness import (
     UnprovableError,
     UnsoundBoundsError,
@@ -195,6 +195,7 @@ class Verification(Shown):
         return figure
 
 
+@parameters_kept_in_float64()
 def verify(
     model: nn.Module,
     x: Tensor,
@@ -583,13 +584,18 @@ def _checked(model: SpikingClassifier, x: Tensor, y: Tensor) -> dict[str, Neuron
             "model and images must be in float32, whose rounding is covered, or both in float64, "
             f"which rounds less; got {', '.join(sorted(map(str, dtypes)))}; use .float()"
         )
-    if odd := [
-        name for name, value in model.state_dict().items() if not bool(value.isfinite().all())
-    ]:
+    if odd := [name for name, value in model.state_dict().items() if not _is_finite(value)]:
         raise UnprovableError(
             f"weights must be finite, got NaN or infinity in {odd[0]}; load an undamaged checkpoint"
         )
     return bounded_neurons(model)
+
+
+def _is_finite(value: Tensor) -> bool:
+    """Whether all elements are finite; without a copy, as weights may be large."""
+    if not value.is_floating_point() or not value.numel():
+        return bool(value.isfinite().all())
+    return all(bool(end.isfinite()) for end in value.aminmax())
 
 
 def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
