@@ -106,7 +106,7 @@ def measure(path: Path, words: list[str]) -> None:
         for name, row in rows.items():
             chosen = any(word in name for word in names)
             done = column in found.get(name, {})
-            if done or not chosen and (names or name.startswith(LARGE)):
+            if done or (not chosen and (names or name.startswith(LARGE))):
                 continue
             began = time.monotonic()
             cells = found.setdefault(name, {})
