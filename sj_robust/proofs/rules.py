@@ -125,8 +125,9 @@ class Bounds(Tensor):
         error'  = |A| (error + gamma (|centre| + radius + error)) + gamma |b|
 
     Convolution, linear, batch norm in evaluation mode, average pooling, sums and reshapes are such
-    maps. Max pooling and ReLU are monotone: bounds of their results are the results of bounds.
-    Anything else raises :class:`NoBoundsError`.
+    maps. Products of bounds, ReLU and the other functions of
+    :mod:`sj_robust.proofs.nonlinear` give an interval, with which a leaf begins. Anything else
+    raises :class:`NoBoundsError`.
 
     If at most some events of the input change, the input itself is ``centre``, and ``changes``
     says how far one budget for all of them moves each value: a fall and a rise, where ``radius`` is
