@@ -69,7 +69,9 @@ class StochasticGate(PerNeuron, base.StepModule):
         """Keep the options; see the class."""
         super().__init__()
         if not temperature > 0:
-            raise ValueError(f"temperature must be > 0, got {temperature}; the paper takes 0.5")
+            raise ValueError(
+                f"temperature must be > 0, got {temperature}; the published code takes 0.5"
+            )
         self.temperature = temperature
         self.generator = generator
         self.step_mode = step_mode

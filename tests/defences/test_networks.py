@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from defences.neurons_by_hand import numbers
 from evaluation.suite_run import THREAT, Net, batches
 from spikingjelly.activation_based import functional, layer
 from torch import nn
@@ -44,7 +45,7 @@ def build(kind, **options):
 
 
 def images(n=4):
-    return torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    return numbers(n, 1, 8, 8, seed=1).float()
 
 
 def seeded(model, x, seed=0):
@@ -59,7 +60,9 @@ def test_a_network_by_name_has_all_its_shapes_and_trains(kind):
     assert all(parameter.numel() for parameter in model.parameters())
     for _ in range(2):  # the first batch shows HoSNN what is usual
         model.zero_grad()
-        nn.functional.cross_entropy(model(images()), torch.arange(4)).backward()
+        logits = model(images())
+        loss = nn.functional.cross_entropy(logits, torch.arange(4))
+        loss.backward()
     unmoved = [name for name, p in model.named_parameters() if p.grad is None]
     assert unmoved == []
     expected = {"tgo": "NoisyLIFNode", "feel": "EvolvingLeakNode", "hosnn": "HomeostaticNode"}
@@ -155,8 +158,9 @@ def test_a_network_of_ones_own_gets_its_shapes_too(tmp_path):
 
 
 def test_a_network_of_ones_own_finds_its_shapes_in_the_first_forward():
-    net = nn.Sequential(layer.Flatten(), layer.Linear(64, 6), EvolvingLeakNode(T))
-    net += nn.Sequential(StochasticGate(), layer.Linear(6, 3))
+    first = layer.Linear(64, 6)
+    last = layer.Linear(6, 3)
+    net = nn.Sequential(layer.Flatten(), first, EvolvingLeakNode(T), StochasticGate(), last)
     functional.set_step_mode(net, "m")
     model = SpikingClassifier(net, T)
     assert model(images()).shape == (4, 3)
