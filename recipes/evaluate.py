@@ -74,6 +74,7 @@ class Options:
             "fast",
             "standard",
             "gradient",
+            "long",
             "autoattack",
             "gradients",
             "events",
@@ -85,7 +86,8 @@ class Options:
         Needs(check_extra),
     ] = None
     """paper is the protocol of Ding et al., fast a first impression, standard the figure to report,
-    gradient many gradient attacks without its search over spikes, autoattack AutoAttack standard,
+    gradient many gradient attacks without its search over spikes, long SA-PGD of 1,000 steps with
+    the share of its estimator searched, autoattack AutoAttack standard,
     gradients every estimator for itself, events the one for event data; all with their control.
     stress is faults of deployment, corruptions the common corruptions at five severities, both
     clean and under a short attack. None means standard, and events for event data."""
