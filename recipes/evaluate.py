@@ -86,11 +86,11 @@ class Options:
         Needs(check_extra),
     ] = None
     """paper is the protocol of Ding et al., fast a first impression, standard the figure to report,
-    gradient many gradient attacks without its search over spikes, long SA-PGD of 1,000 steps with
-    the share of its estimator searched, autoattack AutoAttack standard,
-    gradients every estimator for itself, events the one for event data; all with their control.
-    stress is faults of deployment, corruptions the common corruptions at five severities, both
-    clean and under a short attack. None means standard, and events for event data."""
+    gradient many gradient attacks without its search over spikes, long runs of 1,000 steps with the
+    share of their estimator searched, autoattack AutoAttack standard, gradients every estimator for
+    itself, events the one for event data; all with their control. stress is faults of deployment,
+    corruptions the common corruptions at five severities, both clean and under a short attack. None
+    means standard, and events for event data."""
     eps: Annotated[Radius | None, Often()] = None
     """Radius for images in [0, 1], a number or a fraction such as 8/255; None takes that of the
     checkpoint. For L0 the number of changed elements per sample, for moves that of moved events."""
