@@ -72,6 +72,7 @@ class Options:
             "fast",
             "standard",
             "gradient",
+            "long",
             "autoattack",
             "gradients",
             "events",
@@ -86,6 +87,7 @@ class Options:
     - fast: quick check.
     - standard: full evaluation; use this in papers.
     - gradient: gradient attacks and Square, without the search over spikes.
+    - long: SA-PGD for 1,000 steps with ASSG, whose share is searched.
     - paper: protocol of Ding et al.
     - autoattack: standard AutoAttack.
     - gradients: comparison of gradient estimators.

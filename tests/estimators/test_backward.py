@@ -296,3 +296,21 @@ def test_potentials_carry_the_gradient_too():
         node.surrogate_function = KeepingValues(surrogate.ATan(), rectangle)
     expected = gradient_of_potentials(net, x)
     assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_mixed_takes_another_shape_in_every_forward_that_has_a_gradient():
+    """By the estimators of its shapes, which the tests above compare with gradients by hand."""
+    shapes = ["triangle:0.5", "atan:4", "sigmoid:4", "rectangle:1", "exponential:2"]
+    for kind in ("LIF", "DLIF"):
+        net = network(kind)
+        x, weights = inputs()
+        wanted = []
+        for name in shapes:
+            with estimator(name)(net) as crafting:
+                wanted.append(gradient(crafting, x, weights))
+        with estimator("mixed")(net) as crafting:
+            for expected in [*wanted, *wanted[:2]]:
+                with torch.no_grad():
+                    crafting(x)
+                assert_allclose(gradient(crafting, x, weights), expected, atol=1e-12)
+        assert not np.allclose(wanted[0], wanted[1])

@@ -143,14 +143,14 @@ class TestMakeUp:
         assert "dlr_targeted" not in losses or classes > 3
 
     @pytest.mark.parametrize(
-        "name", ["paper", "fast", "standard", "gradient", "autoattack", "gradients"]
+        "name", ["paper", "fast", "standard", "gradient", "long", "autoattack", "gradients"]
     )
     def test_the_control_is_a_group_of_its_own_with_the_training_surrogate(self, name):
         suite = make_suite(
             name,
             EIGHT,
             classes=10,
-            chosen=CHOSEN if name in ("fast", "standard", "gradient") else (),
+            chosen=CHOSEN if name in ("fast", "standard", "gradient", "long") else (),
         )
         assert {(member.estimator, member.group) for member in suite.control} == {
             ("training", "control")
@@ -173,6 +173,10 @@ class TestMakeUp:
             (
                 {"name": "paper", "threat": ThreatModel("L2", 1.0)},
                 "suite 'paper' is defined for Linf, got 'L2'",
+            ),
+            (
+                {"name": "long", "threat": ThreatModel("L2", 1.0)},
+                "suite 'long' is defined for Linf, got 'L2'",
             ),
             ({"threat": ThreatModel("L2", 0.0)}, "eps must be > 0 to attack at all, got 0.0"),
             ({"name": "events"}, "'events' does not fit a threat in Linf; count changes"),
@@ -278,6 +282,17 @@ def test_standard_overlooks_at_most_one_breakable_image_of_128(name, eps):
     assert len(stands - {verified}) <= 1
     assert verified in stands, "a proof is wrong"
     assert len(breakable) > 5
+
+
+def test_the_long_suite_searches_for_the_share_of_its_estimator():
+    suite = make_suite("long", ThreatModel("Linf", 0.1), classes=10, chosen=["assg:0.9"])
+    found = [(member.estimator, member.attack.keywords["steps"]) for member in suite.members]
+    assert found == [("assg:0.9", 1000), ("mixed", 1000)]
+    assert suite.search.count == 1
+    assert {name.partition(":")[0] for name in suite.search.candidates} == {"assg"}
+    assert len(suite.search.candidates) > 4
+    (alone,) = make_suite("long", ThreatModel("Linf", 0.1), classes=10).members
+    assert alone.estimator == "training"
 
 
 def test_every_estimator_for_itself():
