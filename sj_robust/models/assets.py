@@ -11,6 +11,8 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
+from sj_robust.core.folders import check_folder
+
 __all__ = ["Asset", "fetch"]
 
 RELEASE = ""
@@ -58,11 +60,13 @@ def fetch(asset: Asset) -> Path:
 
     Raises:
         OSError: If the file is not in the cache and cannot be downloaded.
-        ValueError: If it has another digest; it is then removed.
+        ValueError: If it has another digest, and it is then removed; or if the cache cannot be
+            written.
     """
     folder = Path(torch.hub.get_dir(), "sj_robust")
     file = folder / asset.file_name
     if not file.exists():
+        check_folder("TORCH_HOME", folder)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):
             if not file.exists():  # no other process has fetched it meanwhile

@@ -185,19 +185,33 @@ def test_a_folder_can_be_a_mirror(kept, monkeypatch, tmp_path):
     same_as_the_card(pretrained(NAME))
 
 
-def test_a_file_that_is_not_that_of_the_card_is_refused_and_removed(kept, monkeypatch):
-    wrong = bytes(len(WHOLE))
-    with Release(content=wrong).online() as address:
+WRONG = bytes(len(WHOLE))
+
+
+@pytest.mark.parametrize(("content", "part"), [(WRONG, b""), (WHOLE, WRONG[:HALF])])
+def test_a_file_that_is_not_that_of_the_card_is_refused_and_removed(
+    content, part, kept, monkeypatch
+):
+    kept.mkdir(parents=True)
+    (kept / FILE).with_suffix(".part").write_bytes(part)
+    found = sha256(part + content[len(part) :]).hexdigest()
+    message = f"must have the SHA-256 {CARD['sha256']} of the card, got {found}; it was removed"
+    with Release(content=content).online() as address:
         monkeypatch.setenv(ADDRESS_VARIABLE, address)
-        message = (
-            f"must have the SHA-256 {CARD['sha256']} of the card, got {sha256(wrong).hexdigest()}"
-        )
         with pytest.raises(ValueError, match=message):
             pretrained(NAME)
-    assert [file.name for file in kept.iterdir() if file.suffix != ".lock"] == []
+    assert [file.suffix for file in kept.iterdir()] == [".lock"]
     with Release().online() as address:
         monkeypatch.setenv(ADDRESS_VARIABLE, address)
         same_as_the_card(pretrained(NAME))
+
+
+def test_a_cache_that_cannot_be_is_named(kept, monkeypatch):
+    kept.parents[1].write_text("in the way")
+    with pytest.raises(
+        ValueError, match="TORCH_HOME must be a folder, got .*, where home is a file"
+    ):
+        pretrained(NAME)
 
 
 class Terminal(io.StringIO):
