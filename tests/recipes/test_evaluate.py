@@ -70,7 +70,7 @@ def test_from_checkpoint_to_report(folder, capsys):
     output = capsys.readouterr().out
     assert "worst case" in output
     log = (run / "log.txt").read_text()
-    assert log.index("environment:") < log.index("configuration:") < log.index("At most ")
+    assert log.index("environment:") < log.index("configuration:") < log.index("Robust accuracy is ")
     html = (run / "report.html").read_text()
     assert "http" not in html
     before = (run / "report.json").read_bytes()
@@ -123,7 +123,7 @@ def test_two_processes(folder, tmp_path, whole, capfd):
     options = ("runs/one", *PAPER, "--output", str(tmp_path / "two"))
     work = partial(in_process, folder, *options)
     assert launch.two_processes(work) == [0, 0]  # torchrun itself is in the tests of adv_train
-    assert capfd.readouterr().out.count("At most ") == 1
+    assert capfd.readouterr().out.count("Robust accuracy is ") == 1
     report = Report.load(tmp_path / "two" / "report.json")
     assert report.environment["processes"] == "2"
     assert without_times(report) == without_times(whole)
