@@ -252,7 +252,7 @@ def test_event_data(folder, tmp_path, capsys, event_data):
     )
     assert (report.suite, report.threat, report.dataset) == expected
     assert len(report.labels) == 6
-    assert report.budget == "L0, at most 3 events added or removed"
+    assert report.budget == "at most 3 events added or removed"
     assert "Robust accuracy is " in capsys.readouterr().out
     # At another T the recordings are integrated anew.
     in_process(folder, *options, *split("--T 3 --output"), str(tmp_path / "three"))
