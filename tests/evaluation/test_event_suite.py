@@ -167,7 +167,7 @@ class TestReport:
     def test_page_and_figures_speak_of_events(self, report):
         pytest.importorskip("matplotlib", reason="figures need the extra `recipes`")
         page = report.page()
-        assert "L0, at most 10 events added or removed" in page
+        assert "at most 10 events added or removed" in page
         assert "Accuracy over the number of changed events" in page
         assert "eps 10" not in page
         assert "over eps" not in page
