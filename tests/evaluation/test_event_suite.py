@@ -153,7 +153,7 @@ class TestReport:
         assert (again.threat, again.eps, again.suite) == (TEN, "10", "events")
         assert report.findings == ()
         assert any(
-            "Signs of gradient masking were not looked for" in text for text in report.warnings
+            "Gradient masking was not checked" in text for text in report.warnings
         )
 
     def test_firing_and_potential_of_every_spiking_layer(self, report):
