@@ -255,7 +255,7 @@ def test_a_whole_evaluation_and_its_report(bars):
     few = [(bars.x[:6], bars.y[:6])]
     with shortened():
         report = whole.assess(subject, few, Request("events", threat, "bars", 4, control=False))
-    assert report.budget == "at most 15 events moved in time, by 2 frames at most"
+    assert report.budget == "at most 15 events moved in time, each by at most 2 frames"
     assert report.worst_case.correct < report.clean.correct
     assert all(map(report.within, report.attacks))
     again = Report.from_json(report.to_json())

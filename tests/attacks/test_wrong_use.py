@@ -186,7 +186,7 @@ WRONG = [
         [pgd],
         {"stop_early": True, "keep_best": False},
         ValueError,
-        r"stop_early=True keeps the image that fools, got keep_best=False; leave one",
+        r"stop_early=True keeps the image that fools, got keep_best=False; omit one",
     ),
     ([apgd], {"target_classes": 0}, ValueError, r"target_classes must be >= 1"),
     (

@@ -99,7 +99,7 @@ MASKS = {
         with_neurons("surrogate_function", masked.NARROW),
         {
             "tiny_gradients": "wider surrogates",
-            "flat_loss": "other surrogate shapes",
+            "flat_loss": "other surrogates",
             "other_estimator_stronger": "worst case",
         },
     ),
@@ -131,7 +131,7 @@ MASKS = {
         before(masked.stepped),
         {"zero_gradients": "rounding", "unbounded_attack_fails": "identity in the backward pass"},
     ),
-    "steep input": (before(masked.steep), {"tiny_gradients": "input layer saturated"}),
+    "steep input": (before(masked.steep), {"tiny_gradients": "input layer is saturated"}),
     "random input": (before(masked.shaken), {"random_outputs": "eot_samples"}),
     "dead network": (
         with_neurons("v_threshold", 1e4),

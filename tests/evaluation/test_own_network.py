@@ -169,7 +169,7 @@ def test_a_stop_leaves_the_network_as_it_was_and_the_next_call_goes_on(tmp_path,
         patch.setattr(own_network, "_shown", stopping)
         with pytest.raises(KeyboardInterrupt) as stopped:
             sj_robust.evaluate(net, x, y, folder=tmp_path / "kept", **arguments)
-    assert "goes on with what is in" in stopped.value.__notes__[0]
+    assert "resumes from" in stopped.value.__notes__[0]
     done = (tmp_path / "kept" / "suite" / "batch-000000.jsonl").read_bytes()
     report = sj_robust.evaluate(net, x, y, folder=tmp_path / "kept", progress=False, **arguments)
     assert (tmp_path / "kept" / "suite" / "batch-000000.jsonl").read_bytes().startswith(done)

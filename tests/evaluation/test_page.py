@@ -180,9 +180,9 @@ def test_a_bare_report():
     text = to_html(report(network={}, **empty))
     assert text.count("<svg") == 1
     for absent in (
-        "Signs of gradient masking",
+        "Checks for gradient masking",
         "Gradient estimators tried",
-        "Firing of every layer",
+        "Firing rates by layer",
         "MS-MPPD",
     ):
         assert absent not in text

@@ -48,7 +48,7 @@ def test_panels_beyond_the_layers_are_empty(found):
     labels = [axes.get_ylabel() for axes in figure.axes]
     row = ["neuron", "", "", ""]
     assert labels == row + row
-    assert titles(figure)[:2] == ["0: parts at step 1", "1"]
+    assert titles(figure)[:2] == ["0: diverges at step 1", "1"]
     assert figure.get_figheight() > found.plot("potential").get_figheight() > 2
     with pytest.raises(ValueError, match="sample must be from 0 to 0, got 1"):
         found.plot(sample=1)

@@ -205,7 +205,7 @@ def test_every_file_of_a_finished_folder_is_named_in_its_readme(folders, templat
     assert len(files) > 3
     assert [file for file in files if not described(file, names)] == []
     assert f"python recipes/{name}.py " in text
-    assert "**Draw again" in text
+    assert "**Redraw" in text
     assert "FOLDER" not in text
     assert "COMMANDS" not in text
     always = [file for file in names if "*" not in file and not file.endswith("/")]
