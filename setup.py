@@ -63,7 +63,7 @@ setup(
     ext_modules=[
         Extension(
             "sj_robust.ops.dlif._kernel",
-            sources=[str(_OPS / "dlif" / "kernel.cpp"), str(_OPS / "bn_dlif" / "kernel.cpp")],
+            sources=[str(_OPS / name / "kernel.cpp") for name in ("dlif", "bn_dlif", "trains")],
             depends=sorted(str(path) for path in _OPS.glob("*/*.h")),
             language="c++",
             extra_compile_args=_FLAGS,

@@ -27,6 +27,7 @@ from lab.command_line.declared import (
     Decides,
     Idle,
     NamesCode,
+    Needs,
     NonNegativeInt,
     Often,
     OpenUnitInterval,
@@ -35,6 +36,8 @@ from lab.command_line.declared import (
     Radius,
     YamlDict,
 )
+
+from sj_robust.core.extras import check_tracker
 
 WITHOUT_PERTURBATION_TERM = Idle(lambda options: options.rho == 0)
 BESIDE_FLIPS = Idle(lambda options: options.flips is not None)
@@ -99,9 +102,10 @@ class Options:
     """Output channels of the convolutions of small; widths of mlp."""
     hidden: tuple[int, ...] = (4096, 4096)
     """Widths of the hidden layers of VGG; for small, use model_options."""
-    encoder: Literal["direct", "poisson", "feel"] = "direct"
+    encoder: Literal["direct", "poisson", "feel", "rsc", "stod"] = "direct"
     """How an image becomes T frames: direct repeats it, poisson draws spikes, feel removes more
-    high frequencies in every step."""
+    high frequencies in every step, rsc adds noise, stod multiplies patches by an orthogonal kernel
+    per step."""
     encoder_options: Annotated[YamlDict, Idle(lambda options: options.encoder == "direct")] = field(
         default_factory=dict
     )
@@ -188,6 +192,10 @@ class Options:
     """Weight of the penalty on potentials within reach of the surrogate; 0: none."""
     gate_rates: float = 0.0
     """Weight of the squared rates of the gates of stog (5e-6 in its paper); 0: none."""
+    temporal_orthogonality: Annotated[float, Idle(lambda options: options.encoder != "stod")] = 0.0
+    """Weight of the penalty on similar frames, for encoder stod; 0: none."""
+    deflation: bool = False
+    """Remove the largest singular component from every gradient (DSD)."""
 
     # training
     epochs: Annotated[PositiveInt, Often()] = 15
@@ -238,6 +246,14 @@ class Options:
     """Steps between checkpoints; None: one checkpoint per epoch."""
     log_bounds: Annotated[bool, Decides("nothing")] = False
     """Log the exact L2 bound of every layer (VGG-11: 9 s per epoch)."""
+    trackers: Annotated[
+        tuple[Literal["wandb", "mlflow", "trackio"], ...],
+        Often(),
+        Decides("nothing"),
+        Needs(check_tracker),
+    ] = ()
+    """Experiment trackers, through Accelerate, to which every epoch is logged; TensorBoard files
+    are always written."""
     output: Annotated[OutputFolder | None, Often(), Decides("nothing")] = None
     """Output folder; None: a new folder runs/DATASET-NEURON-MODE-NUMBER."""
     resume: Annotated[bool, Often(), Decides("nothing")] = False
@@ -251,6 +267,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from lab.processes import first_process_first, make_accelerator
 from lab.run_folder import open_run_folder
+from lab.tracking import tracked
 
 from sj_robust import SpikingClassifier, training
 from sj_robust.attacks import Attack, ThreatModel
@@ -271,7 +288,7 @@ ValueT = TypeVar("ValueT")
 def main(arguments: list[str]) -> None:
     """Train, evaluate, report."""
     options = parse_options(Options, arguments, stem)
-    accelerator = make_accelerator(options.device, options.mixed_precision)
+    accelerator = make_accelerator(options.device, options.mixed_precision, options.trackers)
     with first_process_first(accelerator, f"loading {options.dataset}"):  # which downloads
         splits = load_images(
             options.dataset,
@@ -303,7 +320,9 @@ def main(arguments: list[str]) -> None:
     )
     if accelerator.is_main_process:
         describe_folder(folder, "adv_train", arguments)
-    journal = training.Journal(folder if accelerator.is_main_process else None)
+    journal = training.Journal(
+        folder if accelerator.is_main_process else None, track=accelerator.log
+    )
     defaults = plain(Options())
     where = journal.begin(configuration, defaults, accelerator)
     without_effect = idle(completed(options))
@@ -360,18 +379,19 @@ def train_network(
         "network": asdict(network_spec(options, splits)),
         "options": deciding(completed(options)),
     }
-    history = training.train(
-        objective,
-        splits,
-        plan,
-        perturb=perturb,
-        accelerator=accelerator,
-        folder=network_folder,
-        journal=journal,
-        validation_attacks=validation_attacks(options),
-        description=description,
-        resume=options.resume,
-    )
+    with tracked(accelerator, folder, network_folder.name, plain(options)):
+        history = training.train(
+            objective,
+            splits,
+            plan,
+            perturb=perturb,
+            accelerator=accelerator,
+            folder=network_folder,
+            journal=journal,
+            validation_attacks=validation_attacks(options),
+            description=description,
+            resume=options.resume,
+        )
     best = training.load_checkpoint(network_folder / "best.pt")
     objective.classifier.load_state_dict(best["model"])
     return objective.classifier, history
@@ -406,6 +426,7 @@ def prepared(
         select=mode.select,
         sync_batch_norm=options.sync_batch_norm,
         retraction=mode.retraction,
+        deflation=options.deflation,
         checkpoint_steps=options.checkpoint_steps,
         seed=options.seed,
         verified_eps=evaluation_threat(options).eps if mode.select == "verified" else None,
@@ -440,6 +461,9 @@ def prepared(
         training.WeightMagnitude(options.l1),
         SurrogateOverlap(options.mpd_sgr),
         GateRates(options.gate_rates),
+        training.TemporalOrthogonality(
+            options.temporal_orthogonality if options.encoder == "stod" else 0.0
+        ),
     )
     objective = training.Objective(
         classifier,
@@ -497,6 +521,8 @@ def undefended(options: Options) -> Options:
         gate_rates=0.0,
         encoder="direct",
         encoder_options={},
+        temporal_orthogonality=0.0,
+        deflation=False,
     )
 
 
@@ -536,7 +562,7 @@ def check_flips(options: Options, splits: ImageSplits) -> None:
     if options.flips is not None and not splits.frames:
         raise ValueError(
             f"flips counts changed events, got {options.flips} for {options.dataset}; take event "
-            "data, such as --dataset saccade:digits, or leave it out"
+            "data, such as --dataset saccade:digits, or omit it"
         )
     if options.certified_flips is not None and options.flips is None:
         raise ValueError(

@@ -159,7 +159,7 @@ def main(arguments: list[str]) -> None:
             console.print(f"{names} are in {options.output}")
     failed = [row for row in rows if row.reason and not row.reason.startswith(NOT_HERE)]
     if failed:
-        raise SystemExit(f"error: {len(failed)} rows have no figure, the reasons stand above")
+        raise SystemExit(f"error: {len(failed)} rows have no figure, see the reasons above")
 
 
 def races_on_gpu() -> list[Race]:
@@ -244,7 +244,7 @@ def show(rows: list[Row], console: Console) -> None:
     """One race on the terminal."""
     for row in rows:
         if row.reason:
-            console.print(f"{row.method} is left out: {row.reason}")
+            console.print(f"{row.method} is skipped: {row.reason}")
     timed = [row for row in rows if not row.reason]
     if not timed:
         return
@@ -299,4 +299,4 @@ def redraw(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, stopped="and the same command goes on")
+    run_recipe(main, stopped="and run the same command to continue")

@@ -72,6 +72,7 @@ class Options:
             "fast",
             "standard",
             "gradient",
+            "long",
             "autoattack",
             "gradients",
             "events",
@@ -86,6 +87,7 @@ class Options:
     - fast: quick check.
     - standard: full evaluation; use this in papers.
     - gradient: gradient attacks and Square, without the search over spikes.
+    - long: SA-PGD for 1,000 steps with ASSG, whose share is searched.
     - paper: protocol of Ding et al.
     - autoattack: standard AutoAttack.
     - gradients: comparison of gradient estimators.
@@ -105,9 +107,9 @@ class Options:
     fault_draws: PositiveInt = 5
     """For stress: number of draws of each random fault."""
     draws: PositiveInt | None = None
-    """For stochastic networks: forward passes in all of which an image must be misclassified to
-    count as broken, and over which gradients are averaged; None: 10 if the network is stochastic.
-    """
+    """For stochastic networks: forward passes in more than half of which an image must be
+    misclassified to count as broken, and over which gradients are averaged; None: 10 if the
+    network is stochastic."""
     proofs: bool = True
     """For Linf and L0: prove robustness by bounds of every spike, and attack only the images that
     are not proved."""

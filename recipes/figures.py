@@ -217,7 +217,7 @@ def gains(options: Options, folder: Path) -> None:
     """Figure 4: p[t] of every DLIF layer."""
     models = {subject.name: subject.model for subject in subjects(options)}
     if "all" in options.which and not any(map(has_dlif, models.values())):
-        print("gains left out: no network has a DLIF neuron")
+        print("gains skipped: no network has a DLIF neuron")
         return
     finish(input_gains(models), folder / "gains.json")
 

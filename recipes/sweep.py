@@ -195,7 +195,7 @@ def plan(options: Options, folder: Path) -> list[PlannedRun]:
     owned = sorted({"output", "resume", "seed"} & {*given, *values_in(expand(options.grid))})
     if owned:
         raise ValueError(
-            f"{owned[0]} is set by the sweep itself; leave it out, and give seeds with --seeds"
+            f"{owned[0]} is set by the sweep itself; omit it, and give seeds with --seeds"
         )
     fixed = dict(given)
     if "reference" in recipe.defaults:
@@ -257,4 +257,4 @@ def parse(arguments: list[str]) -> Options:
 
 
 if __name__ == "__main__":
-    run_recipe(main, stopped="the same command goes on")
+    run_recipe(main, stopped="run the same command to continue")

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
     from sj_robust.perturbation import MPPDMonitor, compare_potentials
     from sj_robust.perturbation.gains import perturbation_gains
     from sj_robust.proofs import verify
+    from sj_robust.training import finetune
 
 __all__ = [
     "DLIFNode",
@@ -39,6 +40,7 @@ __all__ = [
     "__version__",
     "compare_potentials",
     "evaluate",
+    "finetune",
     "perturbation_gains",
     "replace_neurons",
     "verify",
@@ -50,6 +52,7 @@ _HOMES = {
     "SpikingClassifier": "classifier",
     "compare_potentials": "perturbation",
     "evaluate": "evaluation",
+    "finetune": "training",
     "perturbation_gains": "perturbation.gains",
     "replace_neurons": "neuron",
     "verify": "proofs",

@@ -30,6 +30,7 @@ class Row:
         frames: Whether it takes event frames.
         classes: Number of classes.
         module: Module of SpikingJelly's zoo that it is from; "" for a pattern.
+        neuron: A neuron that it needs, which a release may not have.
     """
 
     build: str
@@ -39,6 +40,7 @@ class Row:
     frames: bool = False
     classes: int = CLASSES
     module: str = ""
+    neuron: str = "IFNode"
 
     def network(self):
         """The network with weights that are always the same, in evaluation mode."""
@@ -57,7 +59,8 @@ class Row:
     def is_there(self):
         """Whether the installed release has it."""
         name = f"spikingjelly.activation_based.model.{self.module}"
-        return not self.module or importlib.util.find_spec(name) is not None
+        in_zoo = not self.module or importlib.util.find_spec(name) is not None
+        return in_zoo and hasattr(neuron, self.neuron)
 
 
 # ---------------------------------------------------------------- the model zoo
@@ -121,16 +124,48 @@ def spiking_resnet(T):
     return multi_step(net)
 
 
-def sew_resnet(T):
+def sew_resnet(T, spiking_neuron=lif, connection="ADD"):
     module = zoo("sew_resnet")
     net = module.SEWResNet(
         module.BasicBlock,
         [1, 1, 1, 1],
         num_classes=CLASSES,
-        spiking_neuron=lif,
-        cnf="ADD",
+        spiking_neuron=spiking_neuron,
+        cnf=connection,
     )
     return multi_step(net)
+
+
+def sew_resnet_and(T):
+    return sew_resnet(T, connection="AND")
+
+
+def sew_resnet_iand(T):
+    return sew_resnet(T, connection="IAND")
+
+
+def sew_resnet_psn(T):
+    return sew_resnet(T, lambda **_: neuron.PSN(T))
+
+
+def sew_resnet_masked_psn(T):
+    return sew_resnet(T, lambda **_: neuron.MaskedPSN(2, T, lambda_init=1.0))
+
+
+def sew_resnet_sliding_psn(T):
+    return sew_resnet(T, lambda **_: neuron.SlidingPSN(2))
+
+
+def sew_resnet_ilif(T):
+    return sew_resnet(T, lambda **_: neuron.ILIFNode())
+
+
+def sew_resnet_klif(T):
+    return sew_resnet(T, lambda **_: neuron.KLIFNode())
+
+
+def sew_resnet_qif(T):
+    return sew_resnet(T, lambda **_: neuron.QIFNode())
 
 
 def spiking_vgg(T):
@@ -831,4 +866,19 @@ PATTERNS = {
     "neurons written by hand, in a loop": Row("own_neurons", given=False),
 }
 
+SEW = {"shape": (3, 32, 32), "T": 2, "module": "sew_resnet"}
+VARIANTS = {
+    "SEWResNet, AND": Row("sew_resnet_and", **SEW),
+    "SEWResNet, IAND": Row("sew_resnet_iand", **SEW),
+    "SEWResNet, PSN": Row("sew_resnet_psn", neuron="PSN", **SEW),
+    "SEWResNet, masked PSN": Row("sew_resnet_masked_psn", neuron="MaskedPSN", **SEW),
+    "SEWResNet, sliding PSN": Row("sew_resnet_sliding_psn", neuron="SlidingPSN", **SEW),
+    "SEWResNet, I-LIF": Row("sew_resnet_ilif", neuron="ILIFNode", **SEW),
+    "SEWResNet, KLIF": Row("sew_resnet_klif", **SEW),
+    "SEWResNet, QIF": Row("sew_resnet_qif", **SEW),
+}
+"""Networks of the zoo with other neurons and connections."""
+
 ROWS = {name: row for name, row in {**PATTERNS, **ZOO}.items() if row.is_there}
+BOUNDED = {name: row for name, row in {**ZOO, **VARIANTS}.items() if row.is_there}
+"""Those of which proofs and evaluations are measured."""

@@ -8,7 +8,7 @@ the distributions compare this table with the package.
 PUBLIC = {
     "sj_robust": (
         "DLIFNode MPPDMonitor SpikingClassifier __version__ compare_potentials evaluate "
-        "perturbation_gains replace_neurons verify"
+        "finetune perturbation_gains replace_neurons verify"
     ),
     "sj_robust.attacks": (
         "Attack AutoAttackWarning SampleSeeds ThreatModel apgd autoattack count_flips count_moves "
@@ -21,8 +21,8 @@ PUBLIC = {
         "Augmentation CIFAR_STATISTICS ImageSplits ShuffledBatches image_loader load_images"
     ),
     "sj_robust.defences": (
-        "EvolvingLeakNode FrequencyEncoder HomeostaticNode NoisyLIFNode StochasticGate "
-        "SurrogateOverlap"
+        "EvolvingLeakNode FrequencyEncoder HomeostaticNode NoisyLIFNode OrthogonalEncoder "
+        "SmoothingEncoder StochasticGate SurrogateOverlap deflate_"
     ),
     "sj_robust.doctor": "report",
     "sj_robust.evaluation": (
@@ -48,9 +48,9 @@ PUBLIC = {
     "sj_robust.proofs": "SmoothedClassifier UnsoundBoundsError no_flip_radius smooth verify",
     "sj_robust.training": (
         "CertifiedOptions ForwardPasses GradientSparsity Journal MODES NonFiniteLossError "
-        "Objective Penalty StabilityGain ThresholdGuarding TrainingInterrupted TrainingPlan "
-        "WeightMagnitude flip_attacks load_checkpoint retract_ save_checkpoint train "
-        "training_attack validation_attacks"
+        "Objective Penalty StabilityGain TemporalOrthogonality ThresholdGuarding "
+        "TrainingInterrupted TrainingPlan WeightMagnitude finetune flip_attacks load_checkpoint "
+        "retract_ save_checkpoint train training_attack validation_attacks"
     ),
 }
 PUBLIC = {module: tuple(names.split()) for module, names in PUBLIC.items()}

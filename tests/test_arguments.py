@@ -148,8 +148,8 @@ WRONG = [
             "": "''",
         }.items()
     ),
-    Wrong(CARDS, {"largest_shift": 2}, r"largest_shift limits moves of events, .* leave it out"),
-    Wrong(CARDS, {"total_shift": 2}, r"total_shift limits moves of events, .* leave it out"),
+    Wrong(CARDS, {"largest_shift": 2}, r"largest_shift limits moves of events, .* omit it"),
+    Wrong(CARDS, {"total_shift": 2}, r"total_shift limits moves of events, .* omit it"),
     Wrong(
         (evaluate,), {"norm": "L0", "eps": 3}, r"suite 'standard' does not fit a threat in L0; use"
     ),
@@ -179,7 +179,7 @@ WRONG = [
         }.items()
     ),
     # faults
-    Wrong((stress,), {"faults": []}, r"faults must hold one or more, got none; leave it out"),
+    Wrong((stress,), {"faults": []}, r"faults must hold one or more, got none; omit it"),
     Wrong((stress,), {"faults": "weight_bits"}, r"faults must be a list, got str; write faults="),
     Wrong((stress,), {"faults": Fault("weight_bits", 4)}, r"faults must be a list, got Fault; w"),
     Wrong((stress,), {"faults": ["weight_bits"]}, r"must be Fault, got 'weight_bits'; write Fault"),
@@ -368,7 +368,7 @@ WRONG = [
             ("x", None, r"x must be a tensor, got NoneType; use"),
             ("x_perturbed", X.tolist(), r"x_perturbed must be a tensor, got list; use torch.as_"),
             ("x_perturbed", X[:3], r"x and x_perturbed must have the same shape, got .*; perturb"),
-            ("x_perturbed", X / 0, r"x_perturbed must be finite, got .*; leave those samples out"),
+            ("x_perturbed", X / 0, r"x_perturbed must be finite, got .*; omit those samples"),
         )
     ),
     Wrong(

@@ -257,7 +257,7 @@ def measure(name: str, seed: int, rows: list[Row]) -> None:
 
 def table(rows: list[Row]) -> str:
     """Markdown: what is left after each attack with each seed, and its mean seconds."""
-    lines = ["| network | attack | left, % | seconds |", "| --- | --- | ---: | ---: |"]
+    lines = ["| network | attack | accuracy, % | seconds |", "| --- | --- | ---: | ---: |"]
     for case, attack in dict.fromkeys((row.case, row.attack) for row in rows):
         found = [row for row in rows if (row.case, row.attack) == (case, attack)]
         left = " / ".join(f"{row.left:.1f}" for row in found)

@@ -5,7 +5,7 @@ python docs/results/standard.py                 # runs/standard keeps what is fi
 python docs/results/standard.py digits/lif      # only these
 python docs/results/standard.py cifar10-4/lif-at  # a network of the study on CIFAR-10, at 4/255
 
-Stopped at any time, the same command goes on where it was. It writes standard.csv, network by
+After a stop, run the same command to continue. It writes standard.csv, network by
 network, and prints it as a table. Networks for the digits take minutes each on one core, those for
 CIFAR-10 half an hour without a control, and pictures in data/cifar10_pictures.
 """

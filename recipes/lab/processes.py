@@ -1,6 +1,6 @@
 """The processes of a recipe: their device, and who goes first."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Literal
@@ -17,7 +17,9 @@ __all__ = ["first_process_first", "make_accelerator"]
 
 
 def make_accelerator(
-    device: Literal["auto", "cpu"] = "auto", mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    device: Literal["auto", "cpu"] = "auto",
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no",
+    trackers: Sequence[str] = (),
 ) -> Accelerator:
     """Accelerator of a recipe, whose processes wait for each other however long one takes. 创建
     Accelerator。
@@ -27,6 +29,7 @@ def make_accelerator(
     Args:
         device: ``"auto"`` takes a GPU if there is one.
         mixed_precision: Accelerate's precision.
+        trackers: Accelerate's trackers by name, see :func:`lab.tracking.tracked`.
 
     Raises:
         ValueError: If the device does not have the precision.
@@ -40,7 +43,12 @@ def make_accelerator(
         keep_heap()
     # A process that is done waits for the slowest one, which may evaluate for hours.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
-    return Accelerator(cpu=not on_gpu, mixed_precision=mixed_precision, kwargs_handlers=[patience])
+    return Accelerator(
+        cpu=not on_gpu,
+        mixed_precision=mixed_precision,
+        log_with=list(trackers),
+        kwargs_handlers=[patience],
+    )
 
 
 @contextmanager

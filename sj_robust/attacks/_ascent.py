@@ -1,5 +1,5 @@
-"""Gradient ascent in many steps on the samples that still stand, with the state of each of them in
-tensors.
+"""Multi-step gradient ascent on the samples that are not fooled yet, with the state of each sample
+in tensors.
 """
 
 from collections.abc import Callable, Iterator

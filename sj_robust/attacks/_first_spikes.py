@@ -190,7 +190,10 @@ def _thresholds(seen: _Seen, lowest: float, highest: float) -> Tensor | None:
     like = seen.inputs[0]
     current = torch.linspace(lowest, highest, _GRID, dtype=like.dtype, device=like.device)
     with preserved(seen.layer):
-        train = _trains(seen, current)
+        try:
+            train = _trains(seen, current)
+        except RuntimeError:  # neurons with values of their own refuse another number of neurons
+            return None
         if train.shape[1:] != current.shape:
             return None
         return _bisected(current, train, lambda values: _trains(seen, values))

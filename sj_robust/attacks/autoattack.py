@@ -122,8 +122,7 @@ def autoattack(
         classes = logits.shape[1]
         left_out = [name for name in names if classes < _FEWEST.get(name, 2)]
         messages = [
-            f"{name} is left out: it needs at least {_FEWEST[name]} classes, the model has "
-            f"{classes}"
+            f"{name} is skipped: it needs at least {_FEWEST[name]} classes, the model has {classes}"
             for name in left_out
         ]
         names = _without(names, left_out, classes)
@@ -212,7 +211,7 @@ def _without(
 def _doubts(
     model: Model, x: Tensor, y: Tensor, names: tuple[str, ...], settings: _Version
 ) -> Iterator[str]:
-    """What makes the result unreliable, seen at some images that are classified right."""
+    """What makes the result unreliable, seen at some images that are classified correctly."""
     x = x[:_CHECKED_IMAGES]
     y = y[:_CHECKED_IMAGES]
     with torch.no_grad():

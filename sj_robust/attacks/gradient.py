@@ -179,7 +179,7 @@ def pgd(
         )
     if stop_early and not keep_best:
         raise ValueError(
-            "stop_early=True keeps the image that fools, got keep_best=False; leave one of them out"
+            "stop_early=True keeps the image that fools, got keep_best=False; omit one of them"
         )
     x, y = checked_copies(model, x, y, generator)
     if x.numel() == 0:

@@ -60,7 +60,7 @@ def spike_search(
     - ``"flip"``, ``"guided_flip"``: the current of a neuron of the first spiking layer is carried
       just across its next threshold. They need a current that is affine in the image and the same
       in every step (direct encoding; convolution, linear layer, batch norm, mean and std), images
-      of at most 16384 elements and a model that is an ``nn.Module``; elsewhere they are left out,
+      of at most 16384 elements and a model that is an ``nn.Module``; elsewhere they are skipped,
       and a warning says so of a network with spiking neurons.
 
     Out of four proposals one is tried, the one that promises most by what the moves of the sample
@@ -189,7 +189,7 @@ def _checked_moves(moves: Sequence[str]) -> tuple[str, ...]:
     for kind in moves:
         check_choice("moves", kind, MOVES)
     if isinstance(moves, str) or not moves:
-        raise ValueError(f"moves must name at least one kind, got {moves!r}; leave it out for all")
+        raise ValueError(f"moves must name at least one kind, got {moves!r}; omit it for all")
     return tuple(moves)
 
 

@@ -74,7 +74,7 @@ class ThreatModel:
             return
         if self.norm != "moves":
             raise ValueError(
-                f"{name} limits moves of events, got {shift!r} for {self.norm}; leave it out"
+                f"{name} limits moves of events, got {shift!r} for {self.norm}; omit it"
             )
         check_count(name, shift)
 

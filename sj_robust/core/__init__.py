@@ -1,3 +1,3 @@
-"""What every part of the package stands on: the host, checks, files, devices, random numbers."""
+"""Shared basis of the package: the host, checks, files, devices, random numbers."""
 
 __all__: list[str] = []

@@ -403,7 +403,7 @@ def check_inputs(x: Tensor, x_perturbed: Tensor | None = None) -> None:
                 f"{tuple(values.shape)}; perturb every sample"
             )
         if not bool(values.isfinite().all()):
-            raise ValueError(f"{name} must be finite, got nan or inf; leave those samples out")
+            raise ValueError(f"{name} must be finite, got nan or inf; omit those samples")
 
 
 def check_classes(y: Tensor, classes: int) -> None:

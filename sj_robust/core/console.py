@@ -9,10 +9,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, ProgressColumn
 
-__all__ = ["PAUSE", "MovingLine", "duration", "moving", "moving_line", "working"]
+__all__ = ["PAUSE", "MovingLine", "duration", "moving", "moving_line", "working", "write_over"]
 
 PAUSE = 20.0
 """Seconds between lines of progress where there is no terminal."""
+_NOTEBOOK = 100
+"""Letters in a line of a notebook."""
 
 
 @contextmanager
@@ -23,8 +25,9 @@ def working(
     显示正在进行的工作。
 
     On a terminal that can move its cursor a line with a spinner, which disappears in the end;
-    elsewhere the text once, and where the number of steps (``total``) is known, a line now and then
-    with the time left. A quiet console shows nothing. The context gives a function to call after
+    in a notebook a line that is written over; elsewhere the text once, and where the number of
+    steps (``total``) is known, a line now and then with the time left. A quiet console shows
+    nothing. The context gives a function to call after
     every step.
 
     Examples:
@@ -40,7 +43,9 @@ def working(
     from rich.progress import BarColumn, TextColumn
 
     console = console or Console(highlight=False, soft_wrap=True)
-    if not console.is_interactive:
+    if console.is_jupyter:
+        write_over(text, console)
+    elif not console.is_interactive:
         console.print(text, markup=False)
     bar = (
         ()
@@ -60,9 +65,23 @@ def working(
             if progress.disable and total is not None and done < total and now - said > PAUSE:
                 said = now
                 left = duration((now - started) / done * (total - done))
-                console.print(f"{text}: {done}/{total}, {left} left", markup=False)
+                line = f"{text}: {done}/{total}, {left} left"
+                if console.is_jupyter:
+                    write_over(line, console)
+                else:
+                    console.print(line, markup=False)
 
         yield step
+    if console.is_jupyter:
+        write_over("", console)
+
+
+def write_over(text: str, console: "Console") -> None:
+    """Put text in the place of the last one; a notebook understands a carriage return, and no
+    cursor that moves.
+    """
+    if not console.quiet:
+        print(f"\r{text[:_NOTEBOOK]:<{_NOTEBOOK}}", end="\r", file=console.file, flush=True)
 
 
 def moving_line(console: "Console", *columns: "ProgressColumn") -> "Progress":

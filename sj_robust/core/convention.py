@@ -492,8 +492,8 @@ class _Watch:
     def __enter__(self) -> "_Watch":
         for module in self.net.modules():
             if is_neuron(module):
-                reset: Any = module.reset
-                vars(module)["reset"] = partial(self._reset, reset)
+                if isinstance(module, base.MemoryModule):
+                    vars(module)["reset"] = partial(self._reset, module.reset)
                 self._handles.append(module.register_forward_pre_hook(self._neuron))
             elif any(True for _ in module.parameters(recurse=False)):
                 self._handles.append(module.register_forward_pre_hook(self._layer))

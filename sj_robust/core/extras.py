@@ -1,10 +1,10 @@
-"""Packages that a suite runs on and that come with an extra: asked for before any work, and before
-torch is imported.
+"""Packages that a suite or a tracker needs and that come with an extra: asked for before any work,
+and before torch is imported.
 """
 
 from importlib.util import find_spec
 
-__all__ = ["check_extra"]
+__all__ = ["check_extra", "check_tracker"]
 
 _PACKAGES = {
     "corruptions": ("imagecorruptions", "corruptions"),
@@ -28,4 +28,20 @@ def check_extra(suite: str) -> None:
             f"the suite {suite} needs {package}, which is not installed: pip install "
             f"'sj_robust[{extra}]'",
             name=package,
+        )
+
+
+def check_tracker(tracker: str) -> None:
+    """Raise ModuleNotFoundError, with the command to install it, if the package of a tracker is
+    missing. 检查实验跟踪器是否已安装。
+
+    Args:
+        tracker: Name of a tracker, which is that of its package.
+
+    Examples:
+        >>> check_tracker("tensorboard")
+    """
+    if find_spec(tracker) is None:
+        raise ModuleNotFoundError(
+            f"the tracker {tracker} is not installed: pip install {tracker}", name=tracker
         )

@@ -27,6 +27,7 @@ __all__ = [
     "common_scale",
     "heat_map",
     "new_figure",
+    "png",
     "print_style",
     "shown_html",
     "write_figure",
@@ -126,11 +127,12 @@ def new_figure(width: float, height: float) -> "Figure":
     figure = Figure(figsize=(width, height), layout="constrained")
     # IPython learns how to show figures from pyplot once that has drawn one itself, which nothing
     # here does
-    figure._repr_png_ = partial(_png, figure)  # type: ignore[attr-defined]
+    figure._repr_png_ = partial(png, figure)  # type: ignore[attr-defined]
     return figure
 
 
-def _png(figure: "Figure") -> bytes:
+def png(figure: "Figure") -> bytes:
+    """A figure as a notebook shows it. 笔记本中的图。"""
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()

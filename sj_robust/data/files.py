@@ -83,11 +83,9 @@ def readable(
         names = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
         found = f"{len(bad)} of {len(samples)} files in {folder} cannot be used: {names}"
         if on_unreadable == "error":
-            raise UnreadableError(
-                f"{found}. Replace them, or leave them out with on_unreadable='skip'"
-            )
+            raise UnreadableError(f"{found}. Replace them, or omit them with on_unreadable='skip'")
         if len(bad) == len(samples):
-            raise UnreadableError(f"{found}. None is left")
-        warnings.warn(f"{found}. They are left out", stacklevel=2)
+            raise UnreadableError(f"{found}. None remains")
+        warnings.warn(f"{found}. They are skipped", stacklevel=2)
     good = [sample for sample, text in zip(samples, problems, strict=True) if text is None]
     return [path for path, _ in good], torch.tensor([label for _, label in good], dtype=torch.int64)

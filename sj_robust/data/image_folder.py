@@ -74,7 +74,7 @@ def image_folder(folder: Path, *, on_unreadable: OnUnreadable) -> Source:
         raise ValueError(
             f"all pictures must have the size of the first one, {first}, {_by(sizes[first])} "
             f"pixels, but {len(others)} have another: {'; '.join(first_few(named))}. Resize or "
-            "crop them, or leave them out"
+            "crop them, or omit them"
         )
     images: dict[str, Images] = {}
     for name, (paths, labels) in parts.items():

@@ -89,11 +89,13 @@ class FrequencyEncoder(base.MemoryModule):
         sides = []
         for size in images.shape[-2:]:
             half = size // 2
-            k = torch.arange(size, device=images.device, dtype=images.dtype) - half
-            inside = (k >= -keep * half) & (k < keep * half)
+            reach = round(keep * half, 6)  # 0.4 * 5 is 2, whatever it rounds to
+            k = torch.arange(size, device=images.device) - half
+            inside = (k >= -reach) & (k < reach)
             if size % 2:  # there are as many frequencies above 0 as below
-                inside = k.abs() <= keep * half
-            sides.append(torch.fft.ifftshift(inside.to(images.dtype)))
+                inside = k.abs() <= reach
+            side = inside.to(images.dtype)
+            sides.append(torch.fft.ifftshift(side))
         return torch.outer(*sides)
 
 

@@ -105,7 +105,9 @@ class HomeostaticNode(SteppedNode, PerNeuron):
             )
         self.materialize("rate", tuple(x.shape[1:]), 1.0 / self.tau_v, x)
         h = charge(v, x, decay=self.decay, gain=1.0, v_reset=self.v_reset)
-        th = th + self.rate.abs().to(h.dtype) * self.usual(h, time_step)
+        error = self.usual(h, time_step)
+        rate = self.rate.abs().to(h.dtype)
+        th = th + rate * error
         spike = self.surrogate_function(h - th)
         fired = spike.detach() if self.detach_reset else spike
         v = reset(h, fired, v_threshold=th, v_reset=self.v_reset)
@@ -137,16 +139,18 @@ class _Signature(PerNeuron):
         """``h - u[t]``, 0 where nothing was noted before."""
         self.materialize("mean", (self.T, *h.shape[1:]), 0.0, h)
         known = self.batches[t] > 0
-        error = torch.where(known, h - self.mean[t].to(h.dtype), torch.zeros_like(h))
+        usual = self.mean[t].to(h.dtype)
+        error = torch.where(known, h - usual, 0.0)
         if self.training and self.momentum > 0:
-            self._note(h.detach().mean(0), t, known)
+            batch = h.detach().mean(0)
+            self._note(batch, t, known)
         return error
 
     @torch.no_grad()
     def _note(self, h: Tensor, t: int, known: Tensor) -> None:
         share = torch.where(known, self.momentum, 1.0)
-        noted = self.mean[t].lerp(h.to(self.mean.dtype), share.to(self.mean.dtype))
-        self.mean[t] = noted
+        change = h - self.mean[t]
+        self.mean[t] += share * change
         self.batches[t] += 1
 
     def extra_repr(self) -> str:

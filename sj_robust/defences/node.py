@@ -55,11 +55,13 @@ class SteppedNode(neuron.BaseNode):
         store_v_seq: bool = False,
     ) -> None:
         """Build the neuron; see the class."""
+        if surrogate_function is None:
+            surrogate_function = surrogate.PiecewiseQuadratic(alpha=1.0)
         super().__init__(
             v_threshold=float(v_threshold),
             v_reset=None if v_reset is None else float(v_reset),
-            surrogate_function=surrogate_function or surrogate.PiecewiseQuadratic(alpha=1.0),
-            detach_reset=bool(detach_reset),
+            surrogate_function=surrogate_function,
+            detach_reset=detach_reset,
             step_mode=step_mode,
             store_v_seq=store_v_seq,
         )
@@ -75,8 +77,8 @@ class SteppedNode(neuron.BaseNode):
         spikes = []
         potentials = []
         for x in x_seq:
-            spike, states = self.step(x.to(state_dtype(x)), states)
-            spikes.append(spike.to(x_seq.dtype))
+            spike, states = self._stepped(x, states)
+            spikes.append(spike)
             potentials.append(states[0])
         self._keep(states)
         if self.store_v_seq:
@@ -85,12 +87,14 @@ class SteppedNode(neuron.BaseNode):
 
     def single_step_forward(self, x: Tensor) -> Tensor:
         """Spikes [N, *] for the input current [N, *] of the next step; moves the state on."""
-        spike, states = self.step(x.to(state_dtype(x)), self._present(x))
+        states = self._present(x)
+        spike, states = self._stepped(x, states)
         self._keep(states)
         if self.store_v_seq:
             v_step = states[0].unsqueeze(0)
-            self.v_seq = v_step if self.v_seq is None else torch.cat((self.v_seq, v_step))
-        return spike.to(x.dtype)
+            before = () if self.v_seq is None else (self.v_seq,)
+            self.v_seq = torch.cat((*before, v_step))
+        return spike
 
     def materialize_states(
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], step_mode: str
@@ -103,9 +107,14 @@ class SteppedNode(neuron.BaseNode):
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...]
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """One step that leaves the module's own states alone, for SpikingJelly 2.x."""
-        x = inputs[0]
-        spike, states = self.step(x.to(state_dtype(x)), states)
-        return (spike.to(x.dtype),), states
+        spike, states = self._stepped(inputs[0], states)
+        return (spike,), states
+
+    def _stepped(self, x: Tensor, states: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+        """:meth:`step` in the precision of the states, spikes in that of the currents."""
+        wide = x.to(state_dtype(x))
+        spike, states = self.step(wide, states)
+        return spike.to(x.dtype), states
 
     def _present(self, x: Tensor) -> tuple[Any, ...]:
         return tuple(self._shaped(self._memories[name], x) for name in self._state_names)

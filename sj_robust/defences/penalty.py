@@ -203,7 +203,7 @@ class PotentialPenalty(Penalty):
                     name, f"no spiking layer has that name; known are {', '.join(followed)}"
                 )
                 raise ValueError(
-                    f"layer {name!r} cannot be guarded: {reason}; name others in layers=[...]"
+                    f"layer {name!r} cannot be penalised: {reason}; name others in layers=[...]"
                 )
         return {name: followed[name] for name in names}
 

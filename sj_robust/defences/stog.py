@@ -69,7 +69,9 @@ class StochasticGate(PerNeuron, base.StepModule):
         """Keep the options; see the class."""
         super().__init__()
         if not temperature > 0:
-            raise ValueError(f"temperature must be > 0, got {temperature}; the paper takes 0.5")
+            raise ValueError(
+                f"temperature must be > 0, got {temperature}; the published code takes 0.5"
+            )
         self.temperature = temperature
         self.generator = generator
         self.step_mode = step_mode
@@ -84,8 +86,15 @@ class StochasticGate(PerNeuron, base.StepModule):
     def _passed(self, spikes: Tensor) -> Tensor:
         self.materialize("rate", tuple(spikes.shape[1:]), _MOST, spikes)
         p = self.rate.clamp(_LEAST, _MOST)
-        u = torch.rand(spikes.shape, generator=self.generator, dtype=p.dtype, device=p.device)
-        relaxed = ((p.logit() + (1 - u).logit(eps=1e-6)) / self.temperature).sigmoid()
+        u = torch.rand(
+            spikes.shape,
+            generator=self.generator,
+            dtype=p.dtype,
+            device=p.device,
+        )
+        logistic = (1 - u).logit(eps=1e-6)
+        scaled = (p.logit() + logistic) / self.temperature
+        relaxed = scaled.sigmoid()
         opened = (u <= p).to(p.dtype)
         gate = opened + (relaxed - relaxed.detach())
         return spikes * gate.to(spikes.dtype)

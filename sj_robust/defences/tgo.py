@@ -108,7 +108,12 @@ class _Noise(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         if self.std == 0 or not (self.training or self.at_test):
             return h
-        noise = torch.randn(h.shape, generator=self.generator, dtype=h.dtype, device=h.device)
+        noise = torch.randn(
+            h.shape,
+            generator=self.generator,
+            dtype=h.dtype,
+            device=h.device,
+        )
         return h + self.std * noise
 
     def extra_repr(self) -> str:

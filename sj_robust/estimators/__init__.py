@@ -25,6 +25,8 @@ name                 what stands for ds/dz of the spike, or for the gradient of 
 ``hart:w``           triangle times the gradient averaged over time, previous potential detached
 ``hart_mixed:w``     mean of ``hart:w`` and the network's own gradient, neuron by neuron
 ``cba``              a separate crafting network: ReLU in place of every neuron, same weights
+``mixed``            another shape in every forward: ``triangle:0.5``, ``atan:4``, ``sigmoid:4``,
+                     ``rectangle:1``, ``exponential:2``, and again from the first
 ==================== ===========================================================================
 
 The suffix ``+detach`` leaves the reset out of the gradient: ``atan:4+detach``. An estimator that

@@ -13,7 +13,7 @@ from sj_robust.core.host import runs_on_torch, step_mode
 from sj_robust.estimators import backward
 from sj_robust.estimators.crafting import crafting_network
 from sj_robust.estimators.dynamics import Sequence, next_charging, spiking_neurons
-from sj_robust.estimators.memory import ImageTracker, Sharpness, Spread
+from sj_robust.estimators.memory import ImageTracker, Rotation, Sharpness, Spread
 from sj_robust.estimators.naming import EstimatorName
 from sj_robust.estimators.shapes import (
     SHAPES,
@@ -32,6 +32,14 @@ _MARK = "_gradient_estimator"
 _WHOLE_SEQUENCE = ("bptr", "rga", "hart", "hart_mixed")
 _IN_THRESHOLDS = ("triangle", "rectangle", "hart", "hart_mixed")
 """Their number is a width in units of the threshold."""
+_MIXED = (
+    EstimatorName("triangle", 0.5),
+    EstimatorName("atan", 4.0),
+    EstimatorName("sigmoid", 4.0),
+    EstimatorName("rectangle", 1.0),
+    EstimatorName("exponential", 2.0),
+)
+"""What ``mixed`` takes in its forwards, one after the other."""
 
 
 class Estimator(EstimatorName):
@@ -57,7 +65,8 @@ class Estimator(EstimatorName):
     Source: straight-through: Bengio et al. (2013); BPTR: Ding et al., "SNN-RAT" (NeurIPS 2022);
         CBA: Sharmin et al. (ECCV 2020); RGA: Bu et al., "Rate Gradient Approximation Attack" (CVPR
         2023); HART: Hao et al. (ICLR 2024); PDSG: Lun et al. (CVPR 2025); ASSG: Wang et al. (arXiv
-        2512.22522).
+        2512.22522); mixed: the idea of MDSE in "Attacking the Spike" (arXiv 2209.03358), whose
+        attack learns how much to take of each surrogate, where these alternate.
 
     Examples:
         >>> from sj_robust.neuron import DLIFNode
@@ -181,13 +190,17 @@ class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
             stack.close()
 
     def _change(self, model: nn.Module, neurons: dict[str, Any], stack: ExitStack) -> None:
-        images = ImageTracker()
-        plans = {name: _plan(self.estimator, name, node, images) for name, node in neurons.items()}
+        images, rotation = ImageTracker(), Rotation()
+        plans = {}
+        for name, node in neurons.items():
+            plans[name] = _plan(self.estimator, name, node, images, rotation)
         for name, node in neurons.items():
             undo = _put(node, {_MARK: self.estimator.name, **plans[name]})
             stack.callback(undo)
         if self.estimator.family == "assg":
             stack.callback(model.register_forward_pre_hook(images.see).remove)
+        if self.estimator.family == "mixed":
+            stack.callback(model.register_forward_pre_hook(rotation.turn).remove)
         self.moved = {name: "torch" for name, plan in plans.items() if _moves(plan)}
 
 
@@ -220,7 +233,9 @@ def _check(estimator: EstimatorName, model: nn.Module, neurons: dict[str, Any]) 
             )
 
 
-def _plan(estimator: EstimatorName, name: str, node: Any, images: ImageTracker) -> dict[str, Any]:
+def _plan(
+    estimator: EstimatorName, name: str, node: Any, images: ImageTracker, rotation: Rotation
+) -> dict[str, Any]:
     """Attributes that put the estimator in force on one neuron."""
     plan: dict[str, Any] = {}
     if estimator.detach_reset:
@@ -239,7 +254,7 @@ def _plan(estimator: EstimatorName, name: str, node: Any, images: ImageTracker) 
                 f"{estimator.name} needs the dynamics of every neuron, which are not known for "
                 f"{name!r} ({type(node).__name__}); use a surrogate such as 'atan:4'"
             )
-        gradient = _gradient(estimator, name, node, images)
+        gradient = _gradient(estimator, name, node, images, rotation)
         plan.update(_Override(node, gradient, estimator).entries())
     return plan
 
@@ -271,7 +286,9 @@ def _surrogate_plan(estimator: EstimatorName, name: str, node: Any) -> dict[str,
     return _Override(node, gradient, estimator).entries()
 
 
-def _gradient(estimator: EstimatorName, name: str, node: Any, images: ImageTracker) -> Backward:
+def _gradient(
+    estimator: EstimatorName, name: str, node: Any, images: ImageTracker, rotation: Rotation
+) -> Backward:
     family = estimator.family
     if family == "bptr":
         return lambda run, first: backward.bptr(run)
@@ -287,6 +304,11 @@ def _gradient(estimator: EstimatorName, name: str, node: Any, images: ImageTrack
         if family == "assg":
             memory = Sharpness(images, str(estimator.shape), float(estimator.number or 0))
         return lambda run, first: backward.through_time(run, partial(memory, first=first))
+    if family == "mixed":
+        alphas = [_sharpness(part, name, node) for part in _MIXED]
+        families = [SHAPES[part.family] for part in _MIXED]
+        shapes = [partial(f, alpha=a) for f, a in zip(families, alphas, strict=True)]
+        return lambda run, first: backward.through_time(run, rotation.of(shapes))
     derivative = partial(SHAPES["triangle"], alpha=_sharpness(estimator, name, node))
     if family == "hart":
         return lambda run, first: backward.hart(run, derivative)

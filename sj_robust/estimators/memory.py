@@ -3,19 +3,38 @@ of |z|.
 """
 
 import weakref
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sj_robust.estimators.shapes import SHAPES, SHARPNESS
 
-__all__ = ["ImageTracker", "Sharpness", "Spread"]
+__all__ = ["ImageTracker", "Rotation", "Sharpness", "Spread"]
 
+_Choice = TypeVar("_Choice")
 _MEMORY = 0.9  # of both moving averages of ASSG
 _SPREAD_WEIGHT = 1.5
 _OFFSET = 1e-4
 _SMALLEST_SPREAD = 1e-30  # what is less has no finite reciprocal in float32, and stands for 0
+
+
+class Rotation:
+    """Which of several things is taken, another one in every forward that has a gradient."""
+
+    def __init__(self) -> None:
+        """Begin with the first of them."""
+        self._forwards = 0
+
+    def turn(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Go on to the next; a hook in front of the network's forward."""
+        if torch.is_grad_enabled():
+            self._forwards += 1
+
+    def of(self, choices: Sequence[_Choice]) -> _Choice:
+        """The one of this forward."""
+        return choices[(self._forwards - 1) % len(choices)]
 
 
 class Spread:

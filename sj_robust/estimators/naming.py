@@ -21,6 +21,7 @@ _DEFAULT_NUMBER: dict[str, float | None] = {
     "hart": 1.2,
     "hart_mixed": 1.2,
     "cba": None,
+    "mixed": None,
 }
 _WITHOUT_RESET = ("bptr", "rga", "hart", "cba")
 _ASSG_SHAPES = ("atan", "triangle", "sigmoid", "gaussian", "rectangle")
@@ -42,6 +43,7 @@ ESTIMATORS: tuple[str, ...] = (
     "hart:1.2",
     "hart_mixed:1.2",
     "cba",
+    "mixed",
     "atan:4+detach",
 )
 """Example names, one per family and one with the reset detached."""

@@ -1,4 +1,4 @@
-"""Shapes that stand for the derivative of a spike, and surrogates that have them."""
+"""Shapes that replace the derivative of a spike, and the surrogates that have them."""
 
 import math
 from collections.abc import Callable

@@ -23,7 +23,7 @@ from sj_robust.evaluation.report.report import Report
 from sj_robust.evaluation.request import Request, described
 from sj_robust.evaluation.result import OVER_EPS, Row
 from sj_robust.evaluation.run.data import Batches, Data
-from sj_robust.evaluation.run.draws import check_draws, draws_needed
+from sj_robust.evaluation.run.draws import settled_draws
 from sj_robust.evaluation.run.estimator_search import (
     CHANGES,
     EstimatorSearch,
@@ -71,8 +71,8 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
     In order: firing of every layer, proofs for Linf and L0 (images that no attack can break, and
     none needs to try), a search over gradient estimators (if the suite chooses), the suite and its
     control on all images, accuracy over eps, signs of gradient masking (not for event frames, as
-    the report then says). Every part is kept in the folder of the request as it ends, and a call
-    with the same request goes on where a killed one stopped. Several processes share the images,
+    the report then says). Every part is saved in the folder of the request when it ends, and a
+    call with the same request resumes a stopped one. Several processes share the images,
     and each gets the report.
 
     Args:
@@ -82,11 +82,11 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
         request: What is asked.
 
     Raises:
-        ValueError: If the network draws random numbers though one draw was asked for, or carries
+        ValueError: If the network draws random numbers though one draw is asked for, or carries
             state from one forward into the next, or the folder holds the progress of another
             evaluation.
 
-    Source: evaluation as asked for by Carlini et al., "On evaluating adversarial robustness" (arXiv
+    Source: recommendations of Carlini et al., "On evaluating adversarial robustness" (arXiv
         1902.06705).
 
     Examples:
@@ -103,22 +103,21 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
     data = Data.of(batches)
     if request.threat.of_events:
         check_frames(data.first(_FIRST).tensors(device_of(model))[0])
-    if request.draws is None:
-        request = replace(request, draws=draws_needed(model, data))
-        check_shape(cast("SuiteName", request.suite), data[0][0], draws=request.forwards)
-    elif request.draws == 1:
-        check_draws(model, data)
-    plan = _suite(request)
-    parts = _Parts(model, data, request, network_key(model, data, request.folder))
     say = request.watch.say
-    say(f"firing rates on {len(parts.y)} images")
+    draws = settled_draws(model, data, request.draws)
+    if request.draws is None and draws > 1:
+        check_shape(cast("SuiteName", request.suite), data[0][0], draws=draws)
+        say(f"the network draws random numbers: {draws} forwards judge an image")
+    plan = _suite(request, draws)
+    parts = _Parts(model, data, request, draws, network_key(model, data, request.folder))
+    say(f"firing of every layer on {len(parts.y)} images")
     layers = firing(model, parts.x, seed=request.seed)
     activity = list(map(asdict, layers))
     proved = parts.proofs() if request.proofs and has_proofs(request.threat) else {}
     trials: list[dict[str, Any]] = []
     if plan.search is not None:
         trials = parts.search(plan.search)
-        plan = _suite(request, [row["estimator"] for row in trials if row["chosen"]])
+        plan = _suite(request, draws, [row["estimator"] for row in trials if row["chosen"]])
     if request.source is not None:
         plan = _with_transfer(plan, request.source, request.threat)
     control = plan.control if request.control else ()
@@ -142,7 +141,7 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
         **described(subject, data, request, parts.network),
         rows=tuple(rows),
         description=plan.description,
-        draws=request.forwards,
+        draws=draws,
         estimators=tuple(trials),
         firing=tuple(activity),
         findings=tuple(findings),
@@ -158,10 +157,13 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
 class _Parts:
     """Parts of an evaluation that take long; what one has found is kept in a file."""
 
-    def __init__(self, model: nn.Module, data: Data, request: Request, network: str) -> None:
+    def __init__(
+        self, model: nn.Module, data: Data, request: Request, draws: int, network: str
+    ) -> None:
         self.model = model
         self.data = data
         self.request = request
+        self.draws = draws
         self.network = network
         self.few = data.first(_FIRST)
         self.x, self.y = self.few.tensors(device_of(model))
@@ -178,7 +180,7 @@ class _Parts:
             "threat": repr(self.threat),
             "seed": str(self.request.seed),
             "releases": releases(),
-            "draws": str(self.request.forwards),
+            "draws": str(self.draws),
         }
 
     def search(self, settings: EstimatorSearch) -> list[dict[str, Any]]:
@@ -186,7 +188,7 @@ class _Parts:
         right.
         """
         self.say(f"choosing among {len(settings.candidates)} gradient estimators")
-        draws = self.request.forwards
+        draws = self.draws
 
         def compute() -> list[dict[str, Any]]:
             seeds = SampleSeeds(range(len(self.y))).derived("sweep", self.request.seed)
@@ -264,7 +266,7 @@ class _Parts:
         self, name: str, data: Data, members: Sequence[Member], verified: Sequence[int]
     ) -> Outcome:
         """Run members on images."""
-        asked = Asked(self.threat, self.request.forwards, frozenset(verified))
+        asked = Asked(self.threat, self.draws, frozenset(verified))
         return self._run(name, data, Variant(members, seed=self.request.seed), asked)
 
     def over_eps(self, estimator: str) -> tuple[Row, ...]:
@@ -272,11 +274,10 @@ class _Parts:
         of_events = self.threat.of_events
         self.say("accuracy over the number of changes" if of_events else "accuracy over eps")
         radii = _radii(self.threat, elements=self.x[0].numel())
-        draws = self.request.forwards
         threats = [replace(self.threat, eps=eps) for eps in radii]
-        levels = [_level(threat, estimator, draws) for threat in threats]
+        levels = [_level(threat, estimator, self.draws) for threat in threats]
         variant = Variant(levels, OVER_EPS, seed=self.request.seed)
-        widest = Asked(replace(self.threat, eps=max(radii)), draws)
+        widest = Asked(replace(self.threat, eps=max(radii)), self.draws)
         return self._run("over_eps", self.few, variant, widest).rows
 
     def findings(self, trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -294,7 +295,7 @@ class _Parts:
                 seed=self.request.seed,
                 estimators=None if searched else (),
                 source=source,
-                eot_samples=10 if self.request.forwards > 1 else 1,
+                eot_samples=10 if self.draws > 1 else 1,
             )
             return [asdict(finding) for finding in (*found, *searched)]
 
@@ -326,13 +327,13 @@ class _Parts:
         return gathered(found)[0]
 
 
-def _suite(request: Request, chosen: Sequence[str] = ()) -> Suite:
+def _suite(request: Request, draws: int, chosen: Sequence[str] = ()) -> Suite:
     return make_suite(
         cast("SuiteName", request.suite),
         request.threat,
         chosen=chosen,
         classes=request.classes,
-        eot_samples=request.forwards,
+        eot_samples=draws,
     )
 
 

@@ -1,4 +1,4 @@
-"""How sure a measured accuracy is: 95 % intervals of shares and of their differences."""
+"""Confidence intervals of accuracies and of their differences."""
 
 import math
 from collections.abc import Sequence

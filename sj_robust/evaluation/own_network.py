@@ -1,6 +1,4 @@
-"""A network and its images in one call: the evaluation of a network of one's own, and its stress
-test.
-"""
+"""Evaluate or stress-test a network in one call."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -71,10 +69,9 @@ def evaluate(
     dataset: str = "images",
     progress: bool = True,
 ) -> Report:
-    """How robust a network of your own is. 一次调用评估自己的网络。
+    """Evaluate the robustness of your own network. 一次调用评估自己的网络。
 
-    The network stays as it was, also when Ctrl-C stops the evaluation; with a ``folder`` the same
-    call goes on from there.
+    The network is not changed. With a ``folder``, the same call resumes an interrupted evaluation.
 
     Args:
         model: A classifier of images in [0, 1], spiking or not; or a bare SpikingJelly network,
@@ -85,18 +82,18 @@ def evaluate(
         y: Labels [N] int64.
         eps: Radius, a number or a text such as ``"8/255"``; for L0 the number of changed elements,
             for moves that of moved events.
-        norm: Norm of the adversary; None takes Linf, and L0 for event frames.
-        largest_shift: For moves, the frames by which an event may be moved; None for any number.
-        total_shift: For moves, the frames by which all events of a sample may be moved together.
-        suite: Name of the suite, see :func:`make_suite`; None takes ``"standard"``, and
+        norm: Norm of the perturbation; None: Linf, or L0 for event frames.
+        largest_shift: For moves, most frames that an event may be moved by; None: no limit.
+        total_shift: For moves, most frames that the events of a sample may be moved by in total.
+        suite: Name of the suite, see :func:`make_suite`; None: ``"standard"``, or
             ``"events"`` for event frames.
         T: Number of time steps, for a bare network; None if it brings its own.
         mean: Mean per channel that a bare network expects to be subtracted, as numbers, a tensor or
             an array.
         std: Standard deviation per channel that it expects to be divided by, likewise.
-        draws: Fresh forwards in each of which a stochastic network must be wrong for an image to
-            count as broken, and which gradients are averaged over; None takes 10 if the network
-            draws random numbers.
+        draws: Fresh forwards in more than half of which a stochastic network must be wrong for an
+            image to count as broken, and over which attacks average its gradients; None takes 10
+            for a network that draws random numbers, and 1 for another.
         seed: Seeds everything.
         batch_size: Images at a time; results do not depend on it.
         folder: Where progress is kept, for one batch size; None keeps none.
@@ -110,7 +107,7 @@ def evaluate(
             images do not belong together, or the folder holds another evaluation.
         ModuleNotFoundError: If the suite needs an extra that is not installed.
 
-    Source: evaluation as asked for by Carlini et al., "On evaluating adversarial robustness" (arXiv
+    Source: recommendations of Carlini et al., "On evaluating adversarial robustness" (arXiv
         1902.06705).
 
     Examples:
@@ -161,11 +158,10 @@ def stress(
     dataset: str = "images",
     progress: bool = True,
 ) -> Report:
-    """What faults of deployment, or common corruptions, leave of a network, clean and attacked.
-    部署故障压力测试。
+    """Accuracy under hardware faults or common corruptions, clean and attacked. 部署故障压力测试。
 
-    Every fault is one of a copy, so the network stays as it was, and at every level the attack is
-    crafted on the faulty copy. Random faults are drawn several times.
+    Faults are injected into a copy of the network, and the attack is crafted on the faulty copy.
+    Random faults are drawn several times.
 
     Other arguments and errors are those of :func:`evaluate`.
 
@@ -179,18 +175,18 @@ def stress(
         total_shift: Budget of a threat of moves.
         suite: ``"stress"`` for faults, ``"corruptions"`` for the fifteen common corruptions at five
             severities.
-        faults: What is measured, from mild to severe; None takes every kind at its usual levels.
-        draws: Draws of a fault that is random.
+        faults: Faults to measure, from mild to severe; None: every kind at its usual levels.
+        draws: Number of draws of each random fault.
         steps: Steps of the attack.
         T: Number of time steps, for a bare network; None if it brings its own.
-        mean: Mean per channel that a bare network expects to be subtracted.
-        std: Standard deviation per channel that it expects to be divided by.
-        seed: Seeds everything.
-        batch_size: Images at a time.
-        folder: Where progress is kept.
-        name: What the card calls the network.
-        dataset: What the card calls the images.
-        progress: Whether what is being done is shown.
+        mean: Mean per channel to subtract from the images of a bare network.
+        std: Standard deviation per channel to divide them by.
+        seed: Random seed.
+        batch_size: Images per batch.
+        folder: Folder for the progress.
+        name: Name of the network in the card.
+        dataset: Name of the images in the card.
+        progress: Show progress.
 
     Source: quantised and stuck weights, mismatch and lost spikes as in the literature on
         neuromorphic hardware; corruptions of Hendrycks and Dietterich (ICLR 2019).
@@ -331,7 +327,7 @@ def _checked_faults(
             f"faults=[{wanted.__name__}(kind, level)]"
         )
     if not faults:
-        raise ValueError("faults must hold one or more, got none; leave it out for the usual ones")
+        raise ValueError("faults must hold one or more, got none; omit it for the usual ones")
     for fault in faults:
         if not isinstance(fault, wanted):
             other = "corruptions" if isinstance(fault, Corruption) else "stress"
@@ -387,9 +383,9 @@ def _prepared(given: _Given, data: Data, settings: _Settings) -> Iterator[_Prepa
             yield _Prepared(subject, classes, settings, configuration, watch)
         except KeyboardInterrupt as stopped:
             if settings.folder is None:
-                remedy = "with folder=... the next evaluation could be continued"
+                remedy = "with folder=..., the evaluation could be resumed"
             else:
-                remedy = f"the same call goes on with what is in {settings.folder}"
+                remedy = f"the same call resumes from {settings.folder}"
             stopped.add_note(f"the network is as it was; {remedy}")
             raise
 

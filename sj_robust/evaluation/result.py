@@ -1,5 +1,5 @@
-"""The one result of an evaluation: who attacked which images and which of them fell; every figure
-is counted from these rows.
+"""The result of an evaluation: which attacks broke which images; every figure is computed from
+these rows.
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,14 +29,13 @@ class Row:
         member: Its name, such as ``"clean"``, ``"apgd_ce/atan:4/r0"`` or ``"verify"``.
         kind: ``"clean"`` without an attack, ``"attack"``, ``"control"`` for the training surrogate
             at the same cost, ``"proof"``.
-        seen: Numbers of the images that it looked at.
-        fell: Numbers of those that are wrong afterwards, or (proof) not proved.
-        outside: Numbers of those of ``fell`` whose image is further from the clean one than the
-            threat of the evaluation allows.
+        seen: Indices of the images that it was run on.
+        fell: Indices of those that are misclassified afterwards, or (proof) not proved.
+        outside: Indices of those of ``fell`` whose image exceeds the threat of the evaluation.
         variant: Which variant of network or images it met.
         threat: What it may do; None where there is no ball, as for Gaussian noise.
-        group: Members of one group attack what the earlier ones left; each of group ``""`` all
-            images.
+        group: Members of one group attack only images that the earlier ones did not break; those
+            of group ``""`` attack all images.
         estimator: Gradient estimator that it crafted with.
         largest: Largest distance of an image from its clean one, in the norm of the evaluation.
         alpha: Probability with which the proof of an image is wrong; 0 for bounds.
@@ -71,13 +70,13 @@ class Row:
 
     @property
     def broken(self) -> tuple[int, ...]:
-        """Images that fell within the threat of the evaluation."""
+        """Images that were broken within the threat of the evaluation."""
         outside = frozenset(self.outside)
         return tuple(number for number in self.fell if number not in outside)
 
     @property
     def stood(self) -> frozenset[int]:
-        """Images that it looked at and that did not fall."""
+        """Images that it was run on and did not break."""
         return frozenset(self.seen).difference(self.fell)
 
     @property
@@ -93,9 +92,9 @@ class Accuracy:
     Attributes:
         name: What it is the accuracy under.
         kind: ``"member"`` for one attack, else the name of a summary.
-        correct: Images still classified right.
+        correct: Images classified correctly.
         total: Images.
-        seconds: Time of all that it took.
+        seconds: Total time.
 
     Examples:
         >>> clean = Accuracy("clean", "clean", 9, 10, 0.1)
@@ -138,7 +137,7 @@ class Point:
     Attributes:
         eps: The radius as text.
         attack: What attacked.
-        correct: Images still classified right.
+        correct: Images classified correctly.
         total: Images.
         verified: Of the images that proofs were tried on, those that are proved; None without
             proofs.
@@ -155,10 +154,9 @@ class Point:
 class Evaluation:
     """A network under a suite of attacks, image by image. 逐图像的评估结果。
 
-    The rows are the truth; every accuracy is counted from them. With proofs the true robust
-    accuracy lies in a bracket, between what is verified and what everything leaves. An image that
-    a proof without an error of its own says stands, and that an attack within the threat of the
-    proof breaks, is an error.
+    Every accuracy is computed from the rows. With proofs, the true robust accuracy lies in a
+    bracket between the verified accuracy and that under all attacks. An attack that breaks an
+    image which a proof (without error probability) covers is an error.
 
     An image counts as broken if an attack fools the network with a change that the threat allows.
     Members beyond it (other radii, Gaussian noise) have figures of their own, and no part in the
@@ -175,8 +173,8 @@ class Evaluation:
         classes: Number of classes; 0 where it is not known.
         description: What was run, in a few words.
         seed: Seed of the run.
-        draws: Fresh forwards in each of which a stochastic network must be wrong to count as
-            broken.
+        draws: Fresh forwards in more than half of which a stochastic network must be wrong to
+            count as broken.
         network: Architecture, ``T``, number of parameters, ``fingerprint``, and per spiking layer
             the ``neuron`` and the ``surrogate`` it was trained with.
         data: Fingerprint of images and labels.
@@ -240,7 +238,7 @@ class Evaluation:
 
     @property
     def main(self) -> str:
-        """The first variant, which figures are of unless told otherwise."""
+        """The first variant, which figures refer to by default."""
         return self.rows[0].variant if self.rows else ""
 
     def of(self, variant: str) -> tuple[Row, ...]:
@@ -259,10 +257,9 @@ class Evaluation:
         return self.threat is None or row.eps <= self.threat.eps
 
     def standing(self, name: str, *, variant: str | None = None) -> frozenset[int]:
-        """Numbers of the images that are classified right under what a figure is called after.
+        """Numbers of the images that are classified correctly under what a figure is called after.
 
-        Under a member of a group that attacks what is left, these are the images left by it and
-        those before it.
+        Under a member of a group, these are the images that neither it nor the earlier ones broke.
 
         Raises:
             KeyError: If there is no such figure.
@@ -302,7 +299,7 @@ class Evaluation:
 
     @property
     def worst_case(self) -> Accuracy:
-        """Per image over all members of the suite, the control left out."""
+        """Worst case per image over all members of the suite, without the control."""
         return self.under("worst case")
 
     @property
@@ -314,14 +311,12 @@ class Evaluation:
 
     @property
     def everything(self) -> Accuracy:
-        """Per image over suite and control together: no image left counts that anything here
-        breaks.
-        """
+        """Worst case per image over suite and control together."""
         return self.under("everything")
 
     @property
     def verified(self) -> Accuracy | None:
-        """Proved to withstand the threat, whatever the attack; None without proofs."""
+        """Proved robust; None without proofs."""
         if any(row.kind == "proof" for row in self.of(self.main)):
             return self.under("verified")
         return None
@@ -484,10 +479,10 @@ class Evaluation:
         right = self._clean(row.variant).stood
         if row.attacks and not frozenset(row.seen) <= right:
             raise ValueError(
-                f"{row.member!r} must fool images that it attacked, of those classified right"
+                f"{row.member!r} must fool images that it attacked, of those classified correctly"
             )
         if row.kind == "proof" and not row.alpha and not row.stood <= right:
-            raise ValueError("verified images must be among those classified right")
+            raise ValueError("verified images must be among those classified correctly")
 
     def _check_proofs(self, variant: str) -> None:
         for proof in self.of(variant):

@@ -1,6 +1,4 @@
-"""The bracket of a smoothed classifier: what its vote certifies in L2, and what attacks on the vote
-itself leave.
-"""
+"""The bracket of a smoothed classifier: certified accuracy in L2, and accuracy under attack."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The network that is evaluated: from a checkpoint, or from a function of one's own."""
+"""The network that is evaluated: from a checkpoint, or from a user's function."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -206,7 +206,7 @@ def check_fits(subject: Subject, images: Tensor, classes: int | None, dataset: s
         if taken != shape:
             raise ValueError(
                 f"{subject.name} takes {'frames' if spec.frames else 'images'} {taken}, those of "
-                f"{dataset} are {shape}; leave --dataset out to take the one it was trained on"
+                f"{dataset} are {shape}; omit --dataset to use the one it was trained on"
             )
     once = [1] * (images.ndim - 1)
     image = images[:1].repeat(_COPIES, *once).requires_grad_()

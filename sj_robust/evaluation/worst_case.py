@@ -31,8 +31,8 @@ def worst_case(
     network. 逐样本取多种攻击与梯度估计的最坏情况。
 
     Equation: ``robust accuracy = mean_n [right on x_n and on a_m(x_n) for every member m]``. A
-    member attacks what is classified right and still stands in its group. Every success is scored
-    again.
+    member attacks the images that are correct and not yet broken in its group. Every success is
+    scored again.
 
     Args:
         model: Images [N, ...] in [0, 1] to logits [N, classes]; an ``nn.Module`` where a member has
@@ -41,7 +41,7 @@ def worst_case(
         y: Labels [N] int64.
         members: What is run, in this order.
         threat: What counts as broken; None counts whatever a member makes.
-        draws: Forwards in every one of which a stochastic network has to be wrong.
+        draws: Forwards in more than half of which a stochastic network has to be wrong.
         seeds: One seed per sample; the result of a sample then depends on neither its neighbours
             nor the batch size (unless the network itself draws random numbers, or the estimator is
             ``pdsg``). None takes the numbers of the images.

@@ -19,6 +19,8 @@ from sj_robust.defences import (
     FrequencyEncoder,
     HomeostaticNode,
     NoisyLIFNode,
+    OrthogonalEncoder,
+    SmoothingEncoder,
     StochasticGate,
 )
 from sj_robust.models.chain import VGG, VGG_FEATURES, FullyConnected, SmallConvNet
@@ -29,7 +31,7 @@ from sj_robust.neuron import DLIFNode, Stage, fuse, replace_neurons
 
 __all__ = ["NETWORKS", "EncoderName", "NetworkSpec", "build_classifier", "build_network"]
 
-EncoderName = Literal["direct", "poisson", "feel"]
+EncoderName = Literal["direct", "poisson", "feel", "rsc", "stod"]
 """Names of the encoders of images."""
 
 NeuronName = Literal["dlif", "lif", "if", "plif", "relu", "tgo", "feel", "hosnn", "stog"]
@@ -77,8 +79,10 @@ class NetworkSpec:
         frames: Whether samples are event frames [T, C, H, W] instead of images.
         options: Further keyword arguments of the architecture, plain data.
         encoder: How an image becomes the frames of the time steps: ``"direct"`` repeats it,
-            ``"poisson"`` is :class:`sj_robust.classifier.PoissonEncoder`, ``"feel"`` is
-            :class:`sj_robust.defences.FrequencyEncoder`.
+            ``"poisson"`` is :class:`sj_robust.classifier.PoissonEncoder`, ``"feel"``, ``"rsc"``
+            and ``"stod"`` are :class:`sj_robust.defences.FrequencyEncoder`,
+            :class:`sj_robust.defences.SmoothingEncoder` and
+            :class:`sj_robust.defences.OrthogonalEncoder`.
         encoder_options: Keyword arguments of the encoder, plain data.
 
     Examples:
@@ -209,7 +213,7 @@ def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
     for name, values in (("mean", spec.mean), ("std", spec.std)):
         if values is not None and spec.frames:
             raise ValueError(
-                f"{name} is for images, event frames stay as they are, got {values}; leave it out"
+                f"{name} is for images, event frames stay as they are, got {values}; omit it"
             )
         if values is not None and len(values) != spec.image_shape[0]:
             raise ValueError(
@@ -234,6 +238,8 @@ def _encoder(spec: NetworkSpec) -> nn.Module | None:
     kinds: dict[str, Callable[..., nn.Module]] = {
         "poisson": PoissonEncoder,
         "feel": FrequencyEncoder,
+        "rsc": SmoothingEncoder,
+        "stod": partial(OrthogonalEncoder, spec.image_shape, spec.T),
     }
     check_choice("encoder", spec.encoder, get_args(EncoderName))
     if spec.encoder == "direct":

@@ -119,7 +119,7 @@ def _check_neurons(
         return
     if decay_input:
         raise ValueError(
-            f"{path} is a checkpoint of this package, whose LIF has decay_input=False; leave it out"
+            f"{path} is a checkpoint of this package, whose LIF has decay_input=False; omit it"
         )
     spec = NetworkSpec(**weights.network)
     if ":" in spec.name:

@@ -212,7 +212,7 @@ def _check_given(
         if any(has_known_dynamics(module) for module in fitting):
             kind = type(fitting[0]).__name__
             raise ValueError(
-                f"decay: {key!r} names a {kind}, whose decay is read from the neuron; leave it out"
+                f"decay: {key!r} names a {kind}, whose decay is read from the neuron; omit it"
             )
         if any(
             not isinstance(module, neuron.BaseNode) or not emits_spikes(module)

@@ -32,10 +32,10 @@ class IntensityCorrelation(
 
     Attributes:
         eps: Sizes, growing.
-        samples: Images that count, those the network classifies right unperturbed.
+        samples: Images that count, those the network classifies correctly unperturbed.
         left_out: Images that it gets wrong already.
         resamples: Bootstrap samples behind every interval.
-        accuracy: Per direction, the share of the images still classified right at each size.
+        accuracy: Per direction, the share of the images still classified correctly at each size.
         means: Per direction, layer and indicator, its mean over the images at each size.
         per_step: Per direction and layer, MS-MPPD at each size and time step.
         associations: Per direction, layer, indicator and measure, one :class:`Association`.
@@ -110,7 +110,7 @@ def intensity_correlation(
     - ``per_neuron``: as ``spearman`` for the indicator of one neuron, averaged over 64 neurons of
       the layer; 0 for a neuron that does not move it at all.
 
-    Only images that the network classifies right unperturbed count. Intervals come from drawing
+    Only images that the network classifies correctly unperturbed count. Intervals come from drawing
     whole images, with all their sizes, again, or the neurons of ``per_neuron`` (percentile
     bootstrap). A network with randomness of its own blurs every indicator.
 
@@ -168,7 +168,7 @@ def intensity_correlation(
     right = torch.cat(predicted) == y
     if not bool(right.any()):
         raise ValueError(
-            f"the network classifies none of the {len(x)} images right: give it a trained network"
+            f"the network misclassifies all of the {len(x)} images: use a trained network"
         )
     x = x[right]
     y = y[right]

@@ -85,9 +85,8 @@ def compare_potentials(
         stats = monitor.compare(x, x_perturbed, forward=forward)
     if stats.silent:
         warnings.warn(
-            f"{', '.join(stats.silent)} never fired: nothing goes through, so that the network is "
-            "blind there and no perturbation moves it; check the weights, mean and std, or train "
-            "it",
+            f"{', '.join(stats.silent)} never fired, so neither images nor perturbations pass "
+            "through; check the weights, mean and std, or train the network",
             stacklevel=2,
         )
     return stats

@@ -1,6 +1,4 @@
-"""Two runs of a network side by side, spike by spike: in which layer and at which step they
-part.
-"""
+"""Two runs of a network, spike by spike: in which layer and at which step they diverge."""
 
 from collections import Counter
 from collections.abc import Sequence

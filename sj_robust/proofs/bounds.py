@@ -8,13 +8,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sj_robust.core.preserved import other_forward
 from sj_robust.neuron.charging import Neuron
+from sj_robust.proofs.opened import counts, on_bounds, spiking_surrogates
 from sj_robust.proofs.rounding import SLACK, NoBoundsError
-from sj_robust.proofs.rules import Bounds, Origin, Pooling, leaves_of
-from sj_robust.proofs.spiking import Float32Spiking, Interval, LayerBounds, RealSpiking, Spiking
+from sj_robust.proofs.rules import Bounds, Function, Origin, leaves_of, reshaped, rows_of
+from sj_robust.proofs.spiking import (
+    Float32Counting,
+    Float32Spiking,
+    Interval,
+    LayerBounds,
+    RealSpiking,
+    Spiking,
+)
 
 __all__ = ["BoundedRun", "Leaf", "by_row", "laid_out", "pulled_back"]
 
@@ -77,6 +85,21 @@ class _Switch:
     on: bool = False
 
 
+def _fits(shape: torch.Size, batch_dim: int, samples: int) -> bool:
+    """Whether samples can be laid out so."""
+    if batch_dim == -1:
+        return len(shape) > 0 and shape[0] % samples == 0
+    return len(shape) > batch_dim and shape[batch_dim] == samples
+
+
+def _alone(by: Function, rows: Tensor, dim: int) -> Tensor:
+    """Samples along a dimension whose values meet, which must be of one sample."""
+    first = rows.narrow(dim, 0, 1)
+    if bool((rows != first).any()):
+        raise NoBoundsError(f"{by.name} of values of several samples of a batch")
+    return first
+
+
 class _Cut(torch.autograd.Function):
     """A leaf's centre: it passes its gradient on, unless its run asks for the map behind the leaves
     alone.
@@ -108,6 +131,9 @@ class BoundedRun:
 
     dtype = torch.float32
     """Of the network; what float32 rounds covers float64 as well."""
+
+    points = False
+    """See :class:`sj_robust.proofs.rules.Run`."""
 
     narrow = False
     """See :class:`sj_robust.proofs.rules.Run`."""
@@ -147,16 +173,21 @@ class BoundedRun:
             radius = SLACK * torch.maximum(high - centre, centre - low)
             centre.requires_grad_()
         found = Bounds(centre, radius, run=self)
-        found.origin = Origin(leaf=len(self.leaves))
+        found.origin = Origin(leaf=len(self.leaves), shape=found.shape)
         self.leaves.append(Leaf(centre, radius, batch_dim))
         return found
 
     @contextmanager
-    def replacing_neurons(self) -> Iterator[None]:
-        """Context in which the neurons give bounds of their spikes for bounds of their currents."""
+    def replacing_neurons(self, net: nn.Module) -> Iterator[None]:
+        """Context in which the neurons of a network give bounds of their spikes for bounds of their
+        currents, and surrogates of others bounds of a step.
+        """
         with ExitStack() as stack:
             for neuron in self.neurons.values():
                 stack.enter_context(other_forward(neuron.module, self._spikes_of(neuron)))
+            for surrogate in spiking_surrogates(net):
+                stepped = on_bounds(surrogate.forward)
+                stack.enter_context(other_forward(surrogate, stepped))
             yield
 
     def lead(self, logits: Bounds, y: Tensor) -> Tensor:
@@ -258,31 +289,73 @@ class BoundedRun:
 
         return forward
 
-    def pool(self, x: Bounds, pooling: Pooling) -> Bounds:
-        """Bounds of a max pooling or a ReLU, which start here."""
-        batch_dim = self._layout(x, pooling)
-        if self.changed is not None and 0 in leaves_of(x.origin):
-            self.apart["a max pooling or ReLU"] = "behind it every value has a budget of its own"
-        self._reached(x, batch_dim, pooling)
-        return self.leaf(Interval(pooling(x.lower), pooling(x.upper)), batch_dim)
+    def begin(self, by: Function, arguments: list[Bounds], values: Interval) -> Bounds:
+        """A leaf with these values, which an operation gives for arguments.
 
-    def _layout(self, x: Bounds, pooling: Pooling) -> int:
-        """Where the samples are, see :class:`Leaf`.
-
-        Of [T, N, *] and [T * N, *] ReLU may get either, so that with T > 1 it has no bounds. A
-        network of T > 1 is refused even for T images, since proofs also run 2 and 3 of them.
+        Where the samples are follows from what was done to the leaves before: of [T, N, *], [T * N,
+        *] and [N, T, *] a function may get any.
         """
-        if pooling is not torch.relu:
-            if len(x) % self.samples:
-                raise NoBoundsError(f"a max pooling of {tuple(x.shape)} for {self.samples} samples")
-            return 0 if len(x) == self.samples else -1
-        in_time = x.ndim % 2 == 1  # [T, N, features] or [T, N, C, H, W]
-        if in_time and len(x) == 1 and x.shape[1] == self.samples:
-            return 1
-        if len(x) == self.samples:
-            return 0
+        if self.changed is not None and any(0 in leaves_of(x.origin) for x in arguments):
+            self.apart["a max pooling or ReLU"] = "behind it every value has a budget of its own"
+        rows = self._rows(by, arguments, values.low.shape)
+        laid = [self._in_layout(x) for x in arguments]
+        for x, batch_dim in laid:
+            self._reached(x, batch_dim, by)
+        batch_dim, shape = self._layout(rows)
+        found = self.leaf(values.each(lambda end: end.reshape(shape)), batch_dim)
+        self._began(by, values)
+        return reshaped(found, values.low.shape)
+
+    def _rows(self, by: Function, arguments: list[Bounds], shape: torch.Size) -> Tensor:
+        """Samples of the elements of a result, each of which is one of a single sample."""
+        found: list[Tensor] = []
+        for number, x in enumerate(arguments):
+            rows = self._samples_of(x)
+            if by.along:
+                dim = by.along[number]
+                rows = _alone(by, rows, dim)
+            for dim in range(rows.ndim if rows.ndim == len(shape) else 0):
+                if rows.shape[dim] != shape[dim]:
+                    rows = _alone(by, rows, dim)
+            found.append(rows.expand(shape))
+        if any(not torch.equal(rows, found[0]) for rows in found):
+            raise NoBoundsError(f"{by.name} of values of several samples of a batch")
+        return found[0]
+
+    def _samples_of(self, x: Bounds) -> Tensor:
+        """The number of the sample of each element of bounds."""
+
+        def of_leaf(number: int) -> Tensor:
+            leaf = self.leaves[number]
+            like = by_row(leaf.radius, self.samples, leaf.batch_dim)
+            numbers = torch.arange(self.samples, device=like.device)
+            rows = numbers.view(-1, *[1] * (like.ndim - 1)).expand(like.shape)
+            return laid_out(rows, leaf.batch_dim)
+
+        return rows_of(x.origin, of_leaf)
+
+    def _in_layout(self, x: Bounds) -> tuple[Bounds, int]:
+        """Bounds in a shape in which the samples have a dimension, and which one."""
+        batch_dim, shape = self._layout(self._samples_of(x))
+        return reshaped(x, shape), batch_dim
+
+    def _layout(self, rows: Tensor) -> tuple[int, torch.Size]:
+        """Where the samples are, see :class:`Leaf`, in which shape, for those of all elements."""
+        rows = rows.contiguous()
+        shapes = [(batch_dim, rows.shape) for batch_dim in (1, 0, -1)]
+        if rows.ndim == 2 and rows.shape[1] % self.samples == 0:  # [T, N * values]
+            shapes.append((1, rows.view(len(rows), self.samples, -1).shape))
+        if rows.ndim == 1 and len(rows) % self.samples == 0:  # [N * values]
+            shapes.append((0, rows.view(self.samples, -1).shape))
+        numbers = torch.arange(self.samples, device=rows.device)
+        for batch_dim, shape in shapes:
+            if _fits(shape, batch_dim, self.samples):
+                own = by_row(rows.reshape(shape), self.samples, batch_dim)
+                if bool((own == numbers.view(-1, *[1] * (own.ndim - 1))).all()):
+                    return batch_dim, shape
         raise NoBoundsError(
-            f"a ReLU of {tuple(x.shape)} for {self.samples} samples: there are for one time step"
+            f"an operation on {tuple(rows.shape)} for {self.samples} samples, which must be [T, N, "
+            "*], [T * N, *] or [N, *]"
         )
 
     def spikes(self, neuron: Neuron, x_seq: Interval) -> Interval:
@@ -292,14 +365,22 @@ class BoundedRun:
     def _spiking(self, neuron: Neuron) -> Spiking:
         """A call of a layer."""
         layer = self.layers[neuron.name]
+        most = counts(neuron)
+        if most is not None:
+            if self.differentiable:
+                raise NoBoundsError(f"training with {neuron.type_name}, which emits integers")
+            return Float32Counting(neuron, layer, most)
         if self.differentiable:
             return RealSpiking(neuron, layer, self.surrogate_width)
         return Float32Spiking(neuron, layer)
 
-    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Pooling) -> None:
-        """An affine map ends here, at a spiking layer or a max pooling, from which the next leaf
-        comes.
+    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
+        """An affine map ends here, at a spiking layer or an argument of another function, from
+        which the next leaf comes.
         """
+
+    def _began(self, by: Function, values: Interval) -> None:
+        """A function that is no spiking layer has been called: bounds of what comes out."""
 
     def _passed(self, name: str, current: Bounds, spikes: Interval) -> None:
         """A spiking layer has been called: bounds of what came in and of what goes out."""

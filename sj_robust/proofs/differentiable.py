@@ -19,7 +19,7 @@ from sj_robust.proofs.differentiable_joint import DifferentiableJointRun
 from sj_robust.proofs.flips import Flips
 from sj_robust.proofs.joint import OverTime
 from sj_robust.proofs.relaxation import Maps
-from sj_robust.proofs.soundness import check_kept, check_maps, check_neurons
+from sj_robust.proofs.soundness import check_kept, check_maps, check_neurons, check_surrogates
 from sj_robust.proofs.verification import bounded_logits, bounded_neurons
 
 __all__ = ["BatchStatistics", "DifferentiableBounds", "TrainedMethod", "batch_statistics"]
@@ -127,6 +127,7 @@ class DifferentiableBounds:
                     maps.check_samples()
                     check_maps(maps)
                     check_neurons(self._neurons, self.classifier.T, x)
+                    check_surrogates(self.classifier.net, self._neurons, x)
                     if self._method == "joint":
                         self._over_time = OverTime(maps, self.classifier.T)
                 self._checked = True

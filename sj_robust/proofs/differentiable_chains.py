@@ -4,11 +4,15 @@ of joint bounds in training.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sj_robust.ops.trains import cpp
+from sj_robust.ops.trains.config import ChainGates, Trained, Windows
+from sj_robust.ops.trains.operator import BoundsBackend, trained_reason
 from sj_robust.proofs.joint import window_weights
 from sj_robust.proofs.spiking import Interval, RealSpiking
 from sj_robust.proofs.trains import Trains, possible_trains
@@ -103,11 +107,9 @@ class Chains:
     @classmethod
     def of(cls, trains: Trains, current: Interval) -> "Chains":
         """Of currents [M]."""
-        exact = current.each(lambda end: end.detach().double())
-        found = trains.chain(exact)
+        first, last = ends_of(trains, current)
         number = len(trains.spikes)
-        last = torch.maximum(found.first, found.last)
-        chain = found.first * number + last
+        chain = first * number + last
         ordered, order = chain.sort()
         present, counts = torch.unique_consecutive(ordered, return_counts=True)
         return cls(
@@ -117,6 +119,13 @@ class Chains:
             last=present % number,
             counts=counts.tolist(),
         )
+
+
+def ends_of(trains: Trains, current: Interval) -> tuple[Tensor, Tensor]:
+    """Numbers of the first and the last train that currents [M] can cause."""
+    exact = current.each(lambda end: end.detach().double())
+    found = trains.chain(exact)
+    return found.first, torch.maximum(found.first, found.last)
 
 
 class DifferentiableChain:
@@ -132,9 +141,10 @@ class DifferentiableChain:
         """See the class."""
         like = current.low
         gates = Gates.between(trains.spikes.cpu(), spiking)
+        self.spiking = spiking
+        self.trains = trains
         self.current = current
         self.spikes = trains.spikes.to(like)
-        self.chains = Chains.of(trains, current)
         self.derivative = spiking.derivative
         self.gates = Gates(
             scale=gates.scale.to(like),
@@ -142,6 +152,16 @@ class DifferentiableChain:
             before=gates.before.to(like.device),
             after=gates.after.to(like.device),
         )
+
+    @cached_property
+    def chains(self) -> "Chains":
+        """The neurons in the order of their chains."""
+        return Chains.of(self.trains, self.current)
+
+    @cached_property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Numbers of the first and the last train of every neuron."""
+        return ends_of(self.trains, self.current)
 
     @classmethod
     def of(
@@ -155,19 +175,22 @@ class DifferentiableChain:
             return None
         return cls(spiking, trains, current)
 
-    def bounds(self, weights: Tensor) -> Interval:
-        """Least and largest ``sum_t weights[f, t] s[t]``, [F, M]."""
+    def bounds(
+        self, weights: Tensor, backend: BoundsBackend = "auto", *, centred: bool = False
+    ) -> Interval:
+        """Least and largest ``sum_t weights[f, t] s[t]``, [F, M]; or, if ``centred``, the middle
+        between them and half of their distance.
+        """
         steps = weights.shape[1]
         values = weights @ self.spikes[:, :steps].T
-        low, high = ChainSums.apply(  # type: ignore[no-untyped-call]  # torch's
-            self.current.low,
-            self.current.high,
-            self.gates.scale,
-            self.gates.shift,
-            values,
-            self,
-        )
-        return Interval(low, high)
+        surrogate = self.spiking.neuron.surrogate
+        reason = trained_reason(weights, surrogate, Windows(0))
+        compiled = reason is None and backend != "reference"
+        apply: Any = CompiledChainSums.apply if compiled else ChainSums.apply
+        gates = self.gates
+        low, high = self.current.low, self.current.high
+        ends = apply(low, high, gates.scale, gates.shift, values, self, centred)
+        return Interval(*ends)
 
 
 class ChainSums(torch.autograd.Function):
@@ -192,9 +215,13 @@ class ChainSums(torch.autograd.Function):
         shift: Tensor,
         values: Tensor,
         of: DifferentiableChain,
+        centred: bool,
     ) -> tuple[Tensor, Tensor]:
         """The bounds, for currents [M] and values [F, J]."""
         least, most = ranges(values)
+        if centred:
+            least, most = (least + most) / 2, (most - least) / 2
+        ctx.centred = centred
         ctx.save_for_backward(low, high, scale, shift, values, least, most)
         ctx.chains = of.chains
         ctx.derivative = of.derivative
@@ -218,6 +245,7 @@ class ChainSums(torch.autograd.Function):
         at_high = _GateGradients.of(high, above, scale, shift, chains, ctx.derivative)
         d_values = None
         if ctx.needs_input_grad[4]:
+            ordered = _of_ends(ctx, grads).index_select(1, chains.order)
             d_values = _to_values(values, chains, ordered)
         return (
             at_low.current,
@@ -226,7 +254,80 @@ class ChainSums(torch.autograd.Function):
             at_low.shift + at_high.shift,
             d_values,
             None,
+            None,
         )
+
+
+def _of_ends(ctx: Any, grads: tuple[Tensor, ...]) -> Tensor:
+    """Gradients of both ends, [2 F, M], from those of what was given."""
+    first, second = grads
+    if ctx.centred:
+        first, second = (first - second) / 2, (first + second) / 2
+    return torch.cat([first, second])
+
+
+class CompiledChainSums(torch.autograd.Function):
+    """The same by the compiled kernel, neuron by neuron."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        low: Tensor,
+        high: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        values: Tensor,
+        of: DifferentiableChain,
+        centred: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The bounds, for currents [M] and values [F, J]."""
+        least, most = ranges(values)
+        if centred:
+            least, most = (least + most) / 2, (most - least) / 2
+        ctx.centred = centred
+        ctx.save_for_backward(low, high, scale, shift, values, least, most)
+        ctx.of = of
+        first, last = of.ends
+        by_chain = [table.movedim(0, 2).contiguous() for table in (least, most)]
+        return cpp.chain_sums(first, last, (by_chain[0], by_chain[1]))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Gradients of currents, gates and values."""
+        low, high, scale, shift, values, least, most = ctx.saved_tensors
+        of: DifferentiableChain = ctx.of
+        before = of.gates.before
+        after = of.gates.after
+        tables = torch.cat([least, most])
+        first, last = of.ends
+        gates = ChainGates(
+            low=low.contiguous(),
+            high=high.contiguous(),
+            first=first,
+            last=last,
+            scale=scale,
+            shift=shift,
+            to_last=(tables[:, after] - tables[:, before]).permute(2, 0, 1),
+            from_first=(tables[:, :, after] - tables[:, :, before]).permute(1, 0, 2),
+        )
+        given = grads[0].contiguous(), grads[1].contiguous()
+        found = cpp.chain_sums_backward(given, gates, trained(of.spiking))
+        d_values = None
+        if ctx.needs_input_grad[4]:
+            ordered = _of_ends(ctx, grads).index_select(1, of.chains.order)
+            d_values = _to_values(values, of.chains, ordered)
+        return *found, d_values, None, None
+
+
+def trained(spiking: RealSpiking) -> Trained:
+    """What a kernel has to know of a neuron."""
+    surrogate = spiking.neuron.surrogate
+    return Trained(
+        threshold=spiking.threshold - spiking.rest,
+        surrogate=surrogate.kind,
+        alpha=surrogate.alpha,
+        width=spiking.surrogate_width,
+    )
 
 
 def ranges(values: Tensor) -> tuple[Tensor, Tensor]:

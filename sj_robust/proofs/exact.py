@@ -291,6 +291,11 @@ class _Program:
         self.later = _undecided_later(run)
         for number, stage in enumerate(run.stages):
             current = self.through(*matrices.of(run, number))
+            if stage.neuron is None and stage.pooling in (None, torch.relu):
+                raise NotImplementedError(
+                    "no program is known for a network with ReLU, products or other functions; "
+                    "take the method ibp, joint, crown or bab"
+                )
             if stage.neuron is None:
                 self._pooling(stage, current, matrices.windows(run, number))
             else:
@@ -445,10 +450,6 @@ class _Program:
 
     def _pooling(self, stage: Stage, current: _Affine, windows: Any) -> None:
         assert stage.pooling is not None
-        if stage.pooling is torch.relu:
-            raise NotImplementedError(
-                "no program is known for a network with ReLU; take the method ibp, crown or bab"
-            )
         bounds = stage.current.lower, stage.current.upper
         low, error = _flat(bounds[0]), _flat(stage.current.error)
         values = current.moved(0.0, _TOLERANCE + (0.0 if self.clear else error))

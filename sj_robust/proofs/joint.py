@@ -1,7 +1,7 @@
 """Bounds that hold together over time: of spike trains and counts, not of single spikes."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -9,21 +9,24 @@ import torch
 from torch import Tensor
 
 from sj_robust.neuron.charging import Neuron
+from sj_robust.ops.trains.config import Currents, StepBounds, Windows
+from sj_robust.ops.trains.operator import bounded_steps
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.changes import Changes, changed_sums, share_frames
+from sj_robust.proofs.opened import counts
 from sj_robust.proofs.relaxation import Maps, Stage, Step, Trace
 from sj_robust.proofs.rounding import SLACK
-from sj_robust.proofs.rules import Bounds, Pooling, leaves_of, replayed
+from sj_robust.proofs.rules import Bounds, Function, leaves_of, replayed
 from sj_robust.proofs.spiking import Float32Spiking, Interval, Spiking
 from sj_robust.proofs.trains import Trains, possible_trains
 from sj_robust.proofs.windows import (
     KEPT,
-    KeptSpiking,
-    KeptStep,
     Memory,
     SpikeTrains,
     Steps,
-    WindowedSpiking,
+    check_finite,
+    constants_of,
+    kept_steps,
     stacked,
     weighted_sums,
 )
@@ -75,6 +78,7 @@ class _Call:
         batch_dim: Of what reaches it.
         current: What reaches it, [steps, 1, *].
         leaves: Numbers of the leaves that it depends on.
+        leaf: Number of the leaf that begins.
     """
 
     by: str | None
@@ -82,6 +86,7 @@ class _Call:
     batch_dim: int
     current: Tensor
     leaves: set[int]
+    leaf: int
 
 
 class _TimedTrace(Trace):
@@ -91,7 +96,6 @@ class _TimedTrace(Trace):
 
     def __init__(self, neurons: dict[str, Neuron], factors: Tensor) -> None:
         super().__init__(neurons, 1, torch.zeros_like)
-        self.rounded = False
         self.factors = factors
         self.calls: list[_Call] = []
         self.pooled: set[int] = set()
@@ -99,8 +103,8 @@ class _TimedTrace(Trace):
         self._values: dict[str, Tensor] = {}
         self._generator = torch.Generator().manual_seed(0)
 
-    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Pooling) -> None:
-        name = by.name if isinstance(by, Neuron) else None
+    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
+        name = by.name if isinstance(by, Neuron) and counts(by) is None else None
         first = 0 if name is None else self.steps[name]
         centre = x.centre.detach()
         call = _Call(
@@ -109,6 +113,7 @@ class _TimedTrace(Trace):
             batch_dim=batch_dim,
             current=by_step(centre, 1, batch_dim),
             leaves=leaves_of(x.origin),
+            leaf=len(self.leaves),
         )
         self.calls.append(call)
         if name is None:
@@ -197,7 +202,7 @@ class OverTime:
                 continue
             self.kinds[name] = _kind(calls, shifts, factors)
             if before & trace.pooled:
-                reasons[name] = "behind a max pooling or ReLU"
+                reasons[name] = "behind a maximum, a product or another function"
             elif self.kinds[name] is None and before != {0}:
                 reasons[name] = "its current is no map of spikes of one step"
         if not self.counts:
@@ -207,8 +212,8 @@ class OverTime:
         for call in trace.calls:
             asked |= call.leaves
         self.counted = set(maps.neurons) if self.counts else set()
-        for number, call in enumerate(trace.calls, 1):
-            if number in asked:
+        for call in trace.calls:
+            if call.leaf in asked:
                 self.counted.discard(str(call.by))
         size = sum(leaf.centre.numel() for leaf in trace.leaves)
         windows = min(T, KEPT) + 1
@@ -253,18 +258,18 @@ class JointRun(BoundedRun):
         self.over_time = over_time
         self.stages: list[Stage] = []
         """What a relaxation starts from."""
-        self.memories = {name: Memory() for name in neurons}
+        self.memories = {name: Memory(SpikeTrains(Windows(KEPT))) for name in neurons}
         self.changes: dict[str, list[Changes]] = {name: [] for name in neurons}
         """What changed events can do to the current of each step so far."""
         self.sources: list[SpikeTrains | Steps | None] = []
         """What gives bounds of sums over time of each leaf; None for the images."""
-        self._by: Neuron | Pooling | None = None
+        self._by: Neuron | Function | None = None
 
     def leaf(self, values: Interval, batch_dim: int) -> Bounds:
         """See :class:`BoundedRun`."""
         if self._by is None:
             self.sources.append(None)
-        elif isinstance(self._by, Neuron):
+        elif isinstance(self._by, Neuron) and counts(self._by) is None:
             memory = self.memories[self._by.name]
             self.sources.append(memory.trains)
         else:
@@ -275,82 +280,92 @@ class JointRun(BoundedRun):
     @torch.no_grad()
     def spikes(self, neuron: Neuron, x_seq: Interval) -> Interval:
         """See :class:`BoundedRun`."""
+        if counts(neuron) is not None:  # integers are bounded step by step
+            return super().spikes(neuron, x_seq)
         name = neuron.name
         memory = self.memories[name]
         layer = self.layers[name]
         stage = self.stages[-1]
-        first = layer.steps
+        first = memory.trains.steps
+        spiking = Float32Spiking(neuron, layer)
         current = self._current(stage)
         error = by_step(stage.current.error, self.samples, stage.batch_dim)
         memory.currents += current.steps()
+        memory.rounded += x_seq.steps()
+        memory.errors += error
         self.changes[name] += self._changes(stage, len(error))
         largest = float(error.max())
         memory.error = max(memory.error, largest)
-        known = None
         if self.over_time.kinds[name] == "constant":
-            known = self._chain(Float32Spiking(neuron, layer), memory)
-        alone = KeptSpiking(neuron, layer, known=known)
-        alone.run(x_seq)
+            memory.known += self._chain(spiking, memory).steps()
         if first == 0:
-            memory.trains.open = self._open(name, alone.steps)
-        steps = alone.steps
-        if memory.trains.open.numel():
-            steps = self._with_windows(alone, x_seq, error)
+            spiking.start(x_seq.low[0])
+        found = self._bounded(spiking, memory)
+        shape = current.low.shape[1:]
+        steps = kept_steps(found, shape)[first:]
         for t, step in enumerate(steps, first):
             memory.steps.append(step)
             memory.trains.spikes.append(step.spikes)
-            undecided = step.spikes.width().sum()
-            width = step.h.width().square().sum()
-            layer.undecided[t] = float(undecided)
-            layer.width[t] = float(width)
+            layer.undecided.append(float(step.spikes.width().sum()))
+            layer.width.append(float(step.h.width().square().sum()))
             relaxed = Step(
-                gain=alone.gain_at(t),
+                gain=spiking.gain_at(t),
                 lower=step.h.low,
                 upper=step.h.high,
                 error=error[t - first],
             )
             stage.steps.append(relaxed)
         layer.v = steps[-1].v
+        layer.neurons = shape.numel()
+        layer.steps += len(steps)
         return stacked([step.spikes for step in steps])
 
-    def _open(self, name: str, steps: list[KeptStep]) -> Tensor:
+    def _bounded(self, spiking: Float32Spiking, memory: Memory) -> StepBounds:
+        """Bounds of all steps so far, [T, M], from the start on."""
+        trains = memory.trains
+        constants = constants_of(spiking, len(memory.currents))
+        x = _rows(memory.rounded)
+        check_finite(x, constants)
+        currents = Currents(low=x.low, high=x.high)
+        if memory.known:
+            known = _rows(memory.known)
+            currents = replace(currents, known_low=known.low, known_high=known.high)
+        run = partial(bounded_steps, constants=constants, windows=trains.windows)
+        found = run(currents, backend=trains.backend)
+        if trains.steps == 0:
+            trains.open = self._open(spiking.neuron.name, found)
+        if not trains.open.numel():
+            return found
+        some = trains.open
+        sums = self._all_sums(spiking, some, first=trains.steps)
+        chosen = {}
+        for name, part in vars(currents).items():
+            if part is not None:
+                chosen[name] = part.index_select(1, some)
+        tighter = run(
+            Currents(
+                **chosen,
+                error=torch.stack([error.flatten()[some] for error in memory.errors]),
+                sums_low=sums.low,
+                sums_high=sums.high,
+            ),
+            backend=trains.backend,
+        )
+        trains.sure_cases = tighter.sure_cases
+        trains.possible_cases = tighter.possible_cases
+        for name, part in vars(found).items():
+            if part.numel():
+                part.index_copy_(1, some, getattr(tighter, name))
+        return found
+
+    def _open(self, name: str, found: StepBounds) -> Tensor:
         """Numbers of the neurons that get windows: those with an undecided spike, or all of them
         if more calls follow.
         """
-        spikes = stacked([step.spikes for step in steps])
-        undecided = spikes.width().any(0).flatten()
-        if len(steps) < self.over_time.steps[name]:
+        undecided = (found.sure != found.possible).any(0)
+        if len(found.sure) < self.over_time.steps[name]:
             undecided = torch.ones_like(undecided)
         return undecided.nonzero().squeeze(1)
-
-    def _with_windows(self, alone: KeptSpiking, x_seq: Interval, error: Tensor) -> list[KeptStep]:
-        """The steps of a call in which the open neurons have the bounds of windows."""
-        memory = self.memories[alone.neuron.name]
-        some = memory.trains.open
-        known = alone.known
-
-        def open_ones(part: Tensor) -> Tensor:
-            return part.flatten(1)[:, some]
-
-        spiking = WindowedSpiking(
-            alone.neuron,
-            memory=memory,
-            sums=self._sums(alone, some, first=memory.trains.steps),
-            error=open_ones(error),
-            known=None if known is None else known.each(open_ones),
-        )
-        spiking.run(x_seq.each(open_ones))
-        pairs = zip(alone.steps, spiking.steps, strict=True)
-        return [step.with_others(some, tighter) for step, tighter in pairs]
-
-    def windows(self, first: int, total: int) -> list[tuple[int, int]]:
-        """Windows (a, t) of the steps first..total - 1 that are bounded by sums."""
-        found = []
-        for t in range(first, total):
-            latest = max(1, t - KEPT + 1)
-            found.append((0, t))
-            found += [(a, t) for a in range(latest, t + 1)]
-        return found
 
     def lead(self, logits: Bounds, y: Tensor) -> Tensor:
         """See :class:`BoundedRun`; the smaller of it and of what spike counts give, for each
@@ -365,6 +380,8 @@ class JointRun(BoundedRun):
         """Whether counts and random sums over time of a layer's spikes [T, N, *] are within their
         bounds.
         """
+        if counts(self.neurons[name]) is not None:
+            return True
         generator = torch.Generator().manual_seed(len(spikes))
         random = torch.randn(
             _SUMS,
@@ -380,7 +397,7 @@ class JointRun(BoundedRun):
         wider = bounds.widened(_GAP * len(spikes))
         return wider.holds(sums.view(bounds.low.shape))
 
-    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Pooling) -> None:
+    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
         stage = Stage(len(self.leaves), x.same(), batch_dim)
         self.stages.append(stage)
         self._by = by
@@ -392,49 +409,55 @@ class JointRun(BoundedRun):
         in_time = partial(by_step, samples=self.samples, batch_dim=stage.batch_dim)
         return exact.each(in_time)
 
-    def _sums(
-        self, dynamics: Spiking, some: Tensor | slice, *, first: int
-    ) -> dict[tuple[int, int], Interval]:
-        """Bounds [O] of the sums of every window that ends in a step from the first one on, for
-        some of the neurons; one step alone has those of its current.
+    def _sums(self, dynamics: Spiking, some: Tensor | slice, *, first: int) -> Interval:
+        """Bounds of the sums of every window that ends in a step from the first one on, for some
+        of the neurons, [W, O]: as :meth:`Windows.listed` has them. One step alone has those of its
+        current.
         """
         name = dynamics.neuron.name
+        memory = self.memories[name]
+        steps = len(memory.currents)
 
         def chosen(end: Tensor) -> Tensor:
             return end.flatten()[some]
 
-        currents = [current.each(chosen) for current in self.memories[name].currents]
-        steps = len(currents)
+        currents = [current.each(chosen) for current in memory.currents]
         like = currents[0].low
-        found = {}
-        longer = []
-        for a, t in self.windows(first, steps):
-            if a < t:
-                longer.append([a, t])
-                continue
-            gain = torch.as_tensor(dynamics.tensor_gain_at(t)).to(like)
-            charge = _multiples(gain.view(1), currents[t])
-            found[a, t] = charge.each(lambda end: end[0])
+        gains = [_as_double(dynamics.tensor_gain_at(t)) for t in range(first, steps)]
+        single = _multiples(torch.stack(gains).to(like), stacked(currents[first:]))
+        listed = memory.trains.windows.listed(steps)
+        longer = [[a, t] for a, t in listed if a < t and t >= first]
         if not longer:
-            return found
+            return single
         weights = window_weights(dynamics, torch.tensor(longer), steps)
         weights = weights.to(like)
         kind = self.over_time.kinds[name]
         if kind == "constant":
-            sums = _multiples(weights.sum(1), currents[-1])
+            factors = weights.sum(1)
+            sums = _multiples(factors, currents[-1].each(lambda end: end.expand(len(factors), -1)))
         elif kind == "steps":
-            all_of_them = self._through(weights)
-            sums = all_of_them.each(lambda end: end.flatten(1)[:, some])
+            sums = self._through(weights, some)
         else:
             changes = [step.moved(chosen, apart=False) for step in self.changes[name]]
             if len(changes) == steps and self._have_one_budget(name, changes):
                 sums = _with_one_budget(weights, currents, changes)
             else:
                 sums = weighted_sums(weights, stacked(currents))
-        for window, of_one in zip(longer, sums.steps(), strict=True):
-            a, t = window
-            found[a, t] = of_one
-        return found
+        return Interval(torch.cat([single.low, sums.low]), torch.cat([single.high, sums.high]))
+
+    def _all_sums(self, dynamics: Spiking, some: Tensor | slice, *, first: int) -> Interval:
+        """The same of all windows so far, those of earlier calls among them."""
+        memory = self.memories[dynamics.neuron.name]
+        listed = memory.trains.windows.listed(len(memory.currents))
+        memory.sums.append(self._sums(dynamics, some, first=first))
+        memory.summed += [window for window in listed if window[1] >= first]
+        if len(memory.sums) == 1:
+            return memory.sums[0]
+        low = torch.cat([part.low for part in memory.sums])
+        high = torch.cat([part.high for part in memory.sums])
+        row = {window: number for number, window in enumerate(memory.summed)}
+        order = torch.tensor([row[window] for window in listed], device=low.device)
+        return Interval(low, high).each(lambda end: end[order])
 
     def _changes(self, stage: Stage, steps: int) -> list[Changes]:
         """What changed events can do in the steps of a call; nothing where it is not known."""
@@ -515,8 +538,9 @@ class JointRun(BoundedRun):
         spikes = chain.bounds(every[first:])
         return spikes.each(lambda end: end.view(shape))
 
-    def _through(self, weights: Tensor) -> Interval:
-        """Bounds of weighted sums of the current's steps, [F, N, *], from those of earlier spikes.
+    def _through(self, weights: Tensor, some: Tensor | slice = slice(None)) -> Interval:
+        """Bounds of weighted sums of the current's steps, from those of earlier spikes, of some of
+        the neurons: [F, O].
 
         The map of a step is the same for sums of steps, but for its shift, which counts
         ``sum_t weights[f, t]`` times. As many sums as the call has steps take the steps' places; a
@@ -535,32 +559,41 @@ class JointRun(BoundedRun):
         exact.narrow = self.rounded and self.dtype == torch.float32
         leaves = {}
         for number_of_leaf in leaves_of(origin):
-            leaves[number_of_leaf] = self._weighted(number_of_leaf, padded)
-        low = []
-        high = []
+            leaves[number_of_leaf] = self._weighted(number_of_leaf, padded, exact)
+
+        def chosen(part: Tensor) -> Tensor:
+            # in float32 the ends would be rounded once more
+            return by_step(part, self.samples, stage.batch_dim).flatten(1)[:, some].to(weights)
+
+        centres = []
+        radii = []
         for start in range(0, places, steps):
-            some = slice(start, start + steps)
             taken = {}
             for leaf, sums in leaves.items():
-                taken[leaf] = self._weighted_leaf(leaf, sums, some, exact)
+                taken[leaf] = self._weighted_leaf(leaf, sums, slice(start, start + steps), exact)
             found = replayed(origin, taken)
-            # in float32 the ends would be rounded once more
-            wide = Bounds(found.centre.to(weights), found.radius.to(weights), run=exact)
-            sums = self._current(Stage(stage.leaf, wide, stage.batch_dim))
-            low.append(sums.low)
-            high.append(sums.high)
-        every = Interval(torch.cat(low), torch.cat(high))
-        asked = every.each(lambda end: end[:number])
-        shift = every.each(lambda end: end[-1])
-        moved = _multiples(weights.sum(1) - 1.0, shift)
-        return asked.plus(moved)
+            centres.append(chosen(found.centre))
+            radii.append(chosen(found.radius))
+        centre = torch.cat(centres)
+        radius = torch.cat(radii)
+        factors = (weights.sum(1) - 1.0).unsqueeze(1)
+        middle = torch.addcmul(centre[:number], factors, centre[-1:])
+        width = radius[:number]
+        if self.rounded:
+            width = torch.addcmul(width, factors.abs(), radius[-1:])
+        return Interval(middle - width, middle + width)
 
-    def _weighted(self, number: int, weights: Tensor) -> Interval | None:
-        """Bounds of weighted sums of a leaf's steps, [F, N, *]; None for images, which have no
-        weight in this map.
+    def _weighted(self, number: int, weights: Tensor, run: BoundedRun) -> Interval | None:
+        """Centres and radii of weighted sums of a leaf's steps, [F, N, *]; None for images, which
+        have no weight in this map.
         """
         source = self.sources[number]
-        return None if source is None else source.bounds(weights)
+        if source is None:
+            return None
+        if run.narrow:
+            return source.in_float32(weights, SLACK)
+        found = source.centred(weights)
+        return Interval(found.low, SLACK * found.high) if self.rounded else found
 
     def _weighted_leaf(
         self, number: int, sums: Interval | None, some: slice, run: BoundedRun
@@ -572,19 +605,14 @@ class JointRun(BoundedRun):
             if run.narrow:
                 nothing = nothing.float()
             return Bounds(nothing, nothing, run=run)
-        low = in_layout(sums.low[some], leaf.batch_dim)
-        high = in_layout(sums.high[some], leaf.batch_dim)
-        centre = (low + high) / 2
-        radius = (high - low) / 2
-        if self.rounded:
-            radius = SLACK * radius
-        if run.narrow:
-            rounded = centre.float()
-            lost = (centre - rounded).abs()
-            wider = SLACK * (radius + lost)
-            centre = rounded
-            radius = wider.float()
+        centre = in_layout(sums.low[some], leaf.batch_dim)
+        radius = in_layout(sums.high[some], leaf.batch_dim)
         return Bounds(centre, radius, run=run)
+
+
+def _rows(steps: list[Interval]) -> Interval:
+    """Steps [N, *] as [T, M]."""
+    return stacked(steps).each(lambda end: end.flatten(1))
 
 
 def _traced(maps: Maps, factors: Tensor) -> tuple[_TimedTrace, Tensor]:
@@ -657,9 +685,12 @@ def _as_double(value: float | Tensor) -> Tensor:
 
 
 def _multiples(factors: Tensor, values: Interval) -> Interval:
-    """Bounds of every factor times the values, [F, *]; a negative one swaps the ends."""
-    scales = column(factors, values.low)
+    """Bounds of every factor times its values, [F, O] each; a negative one swaps the ends."""
+    scales = factors.unsqueeze(1)
     swapped = scales < 0
-    low = torch.where(swapped, values.high, values.low)
-    high = torch.where(swapped, values.low, values.high)
+    low = values.low
+    high = values.high
+    if swapped.any():
+        low = torch.where(swapped, values.high, values.low)
+        high = torch.where(swapped, values.low, values.high)
     return Interval(scales * low, scales * high)

@@ -23,7 +23,7 @@ from sj_robust.proofs.rounding import (
     reset_rounding,
     threshold_rounding,
 )
-from sj_robust.proofs.rules import Bounds, Pooling
+from sj_robust.proofs.rules import Bounds, Function
 from sj_robust.proofs.soundness import check_neurons, overridden
 from sj_robust.proofs.spiking import Interval
 from sj_robust.proofs.verification import bounded_logits
@@ -284,7 +284,7 @@ class _CurrentsRun(BoundedRun):
         self.currents: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
         self.T = T
 
-    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Pooling) -> None:
+    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
         if not isinstance(by, Neuron) or by.name not in self.currents:
             return
         size = Interval(x.lower, x.upper).size()

@@ -12,9 +12,10 @@ from torch import Tensor
 from sj_robust.neuron.charging import Neuron
 from sj_robust.proofs.bounds import BoundedRun, by_row, laid_out, pulled_back
 from sj_robust.proofs.flips import Flips
+from sj_robust.proofs.opened import counts
 from sj_robust.proofs.rounding import reset_rounding
-from sj_robust.proofs.rules import Bounds, Pooling
-from sj_robust.proofs.spiking import Float32Spiking, Interval, LayerBounds
+from sj_robust.proofs.rules import Bounds, Function, Pooling
+from sj_robust.proofs.spiking import Float32Spiking, Interval, LayerBounds, Spiking
 
 __all__ = [
     "Bounded",
@@ -94,15 +95,15 @@ class Step:
 
 @dataclass
 class Stage:
-    """A call of a spiking layer or of a max pooling: an affine map of earlier leaves ends here, and
-    a leaf begins.
+    """A call of a spiking layer or of another function: an affine map of earlier leaves ends here,
+    and a leaf begins.
 
     Attributes:
         leaf: Number of the leaf.
         current: What reaches it.
         batch_dim: Where the current has its samples, as a leaf.
-        neuron: The spiking layer; None for a max pooling.
-        pooling: The max pooling; None for a spiking layer.
+        neuron: The spiking layer; None for what is no step of a potential.
+        pooling: The max pooling or ReLU; None for a spiking layer and for what has no line.
         around: What h must be at least to be able to fire, and to fire for sure.
         steps: Time steps of the call.
     """
@@ -149,16 +150,21 @@ class Trace(BoundedRun):
     there. With leaves of zero, these are what the maps shift by.
     """
 
+    points = True
+
     def __init__(self, neurons: dict[str, Neuron], samples: int, value: LeafValue) -> None:
         """Nothing has run yet."""
         super().__init__(neurons, samples)
+        self.rounded = False
         self.value = value
         self.currents: list[Tensor] = []
         self.names: list[str] = []
+        self.layouts: list[int] = []
 
-    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Pooling) -> None:
+    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
         self.currents.append(x.centre)
-        self.names.append(f"the layer {by.name}" if isinstance(by, Neuron) else "a max pooling")
+        self.names.append(f"the layer {by.name}" if isinstance(by, Neuron) else by.name)
+        self.layouts.append(batch_dim)
 
     def spikes(self, neuron: Neuron, x_seq: Interval) -> Interval:
         return x_seq
@@ -192,7 +198,7 @@ class Maps:
         """
         samples, fewer = 3, 2
         trace, other = self._trace(samples), self._trace(fewer)
-        layouts = [*(leaf.batch_dim for leaf in trace.leaves[1:]), 0]
+        layouts = [*trace.layouts, 0]
         for number, (current, dim) in enumerate(zip(trace.currents, layouts, strict=True)):
             rows = by_row(current.detach(), samples, dim)
             own = torch.arange(1.0, samples + 1, dtype=rows.dtype, device=rows.device)
@@ -297,15 +303,17 @@ class RelaxedRun(BoundedRun):
             for stage, step, neuron, fires in own:
                 self._decisions.setdefault((stage, step), []).append((sample, neuron, fires))
 
-    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Pooling) -> None:
+    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
         stage = Stage(len(self.leaves), x.same(), batch_dim)
-        if isinstance(by, Neuron):
+        if isinstance(by, Function):
+            stage.pooling = by.pooling
+        elif counts(by) is None:
             stage.neuron = by
-        else:
-            stage.pooling = by
         self.stages.append(stage)
 
-    def _spiking(self, neuron: Neuron) -> "_RelaxedSpiking":
+    def _spiking(self, neuron: Neuron) -> Spiking:
+        if counts(neuron) is not None:
+            return super()._spiking(neuron)
         return _RelaxedSpiking(neuron, self.layers[neuron.name], self)
 
     def know(self, step: Step) -> None:
@@ -471,8 +479,10 @@ class _Walk:
         stage = self.run.stages[number]
         weights = self.on_leaves.pop(stage.leaf, None)
         if stage.neuron is None:
-            if weights is not None:
+            if weights is not None and stage.pooling is not None:
                 self._pooled(number, stage, weights)
+            elif weights is not None:
+                self._boxed(stage, weights)
             return
         name = stage.neuron.name
         spikes = None if weights is None else stage.rows_first(weights)
@@ -576,6 +586,14 @@ class _Walk:
         total = (above * pooled).sum()
         chosen = torch.autograd.grad(total, lower, create_graph=weights.requires_grad)[0]
         self.through(number, chosen, error)
+
+    def _boxed(self, stage: Stage, weights: Tensor) -> None:
+        """A product or another function of which no line is known is bounded by its interval."""
+        leaf = self.run.leaves[stage.leaf]
+        rows = by_row(weights, len(self.samples), leaf.batch_dim)
+        centre = by_row(leaf.centre.detach(), self.run.samples, leaf.batch_dim)[self.samples]
+        radius = by_row(leaf.radius, self.run.samples, leaf.batch_dim)[self.samples]
+        self.add(rows * centre - rows.abs() * radius)
 
     def _rectified(self, number: int, weights: Tensor, x: Interval, error: Tensor) -> None:
         """ReLU is at least ``a x`` for any a in [0, 1], and at most the line through both ends."""

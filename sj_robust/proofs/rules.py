@@ -2,20 +2,57 @@
 
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cache
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from sj_robust.proofs import nonlinear
 from sj_robust.proofs.changes import Changes
 from sj_robust.proofs.rounding import SMALLEST, NoBoundsError, gamma, within_float32
+from sj_robust.proofs.spiking import Interval
 
-__all__ = ["RULES", "Bounds", "Origin", "Pooling", "Rule", "Run", "leaves_of", "replayed"]
+__all__ = [
+    "NONLINEAR",
+    "RULES",
+    "Bounds",
+    "Function",
+    "Origin",
+    "Pooling",
+    "Rule",
+    "Run",
+    "leaves_of",
+    "parameters_kept_in_float64",
+    "replayed",
+    "reshaped",
+    "rows_of",
+    "step",
+]
 
 Pooling = Callable[[Tensor], Tensor]
 """A max pooling; or a ReLU, which is the maximum of a value and zero."""
+
+
+@dataclass(frozen=True)
+class Function:
+    """An operation that is no affine map, so that its result is a leaf.
+
+    Attributes:
+        name: What a message calls it.
+        pooling: What it does, if that is a max pooling or a ReLU of one value.
+        along: For each argument the dimension whose values meet.
+    """
+
+    name: str
+    pooling: Pooling | None = None
+    along: tuple[int, ...] = ()
+
 
 Rule = Callable[..., Any]
 """Bounds of an operation: called with torch's function and its arguments, of which one or more are
@@ -35,11 +72,14 @@ class Run(Protocol):
     narrow: bool
     """Whether bounds are computed in float32, and what that rounds is part of their radius."""
 
+    points: bool
+    """Whether leaves are single values, so that radii are zero and nobody asks for errors."""
+
     dtype: torch.dtype
     """Of the network."""
 
-    def pool(self, x: "Bounds", pooling: Pooling) -> "Bounds":
-        """Bounds of a max pooling or a ReLU."""
+    def begin(self, by: Function, arguments: "list[Bounds]", values: Interval) -> "Bounds":
+        """A leaf with these values, which an operation gives for arguments."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +101,7 @@ class Origin:
     leaf: int | None = None
     call: _Call | None = None
     part: int | None = None
+    shape: torch.Size | None = None
 
 
 class Bounds(Tensor):
@@ -84,8 +125,9 @@ class Bounds(Tensor):
         error'  = |A| (error + gamma (|centre| + radius + error)) + gamma |b|
 
     Convolution, linear, batch norm in evaluation mode, average pooling, sums and reshapes are such
-    maps. Max pooling and ReLU are monotone: bounds of their results are the results of bounds.
-    Anything else raises :class:`NoBoundsError`.
+    maps. Products of bounds, ReLU and the other functions of
+    :mod:`sj_robust.proofs.nonlinear` give an interval, with which a leaf begins. Anything else
+    raises :class:`NoBoundsError`.
 
     If at most some events of the input change, the input itself is ``centre``, and ``changes``
     says how far one budget for all of them moves each value: a fall and a rise, where ``radius`` is
@@ -255,11 +297,11 @@ def _origins(value: Any) -> Any:
 def _note(found: Any, call: _Call) -> None:
     """Say of new bounds which call they come from."""
     if isinstance(found, Bounds):
-        found.origin = found.origin or Origin(call=call)
+        found.origin = found.origin or Origin(call=call, shape=found.shape)
     elif isinstance(found, tuple | list):
         for part, one in enumerate(found):
             if isinstance(one, Bounds):
-                one.origin = one.origin or Origin(call=call, part=part)
+                one.origin = one.origin or Origin(call=call, part=part, shape=one.shape)
 
 
 def replayed(origin: Origin, leaves: Mapping[int, Bounds]) -> Bounds:
@@ -296,6 +338,73 @@ def replayed(origin: Origin, leaves: Mapping[int, Bounds]) -> Bounds:
     with torch._C.DisableTorchFunctionSubclass():
         found: Bounds = value_of(origin)
     return found
+
+
+def rows_of(origin: Origin | None, leaves: Callable[[int], Tensor]) -> Tensor:
+    """The number of the sample to which each element of bounds belongs. 每个元素所属的样本。
+
+    Args:
+        origin: Where the bounds come from.
+        leaves: The same for a leaf, by its number.
+
+    Examples:
+        >>> x = Bounds(torch.ones(2, 3).double(), torch.zeros(2, 3).double())
+        >>> x.origin = Origin(leaf=0)
+        >>> rows_of((3 * x.transpose(0, 1)).origin, lambda _: torch.tensor([[0] * 3, [1] * 3]))
+        tensor([[0, 1],
+                [0, 1],
+                [0, 1]])
+    """
+    made: dict[_Call, Any] = {}
+
+    def rows(value: Any) -> Any:
+        if type(value) in (tuple, list):
+            return type(value)(map(rows, value))
+        if not isinstance(value, Origin):
+            return value
+        if value.leaf is not None:
+            return leaves(value.leaf)
+        call = value.call
+        assert call is not None
+        if call not in made:
+            made[call] = _rows_behind(call, rows(call.args))
+        found = made[call] if value.part is None else made[call][value.part]
+        return _spread(found, value.shape)
+
+    found: Tensor = rows(origin)
+    return found
+
+
+def _rows_behind(call: _Call, args: Any) -> Any:
+    """Samples of the results of a call, for those of its arguments."""
+    name = call.func.__name__.strip("_")
+    if call.rule is _moved:
+        func = torch.Tensor.reshape if name == "view" else call.func
+        return func(*args, **call.kwargs)
+    first = _first_rows(args, call.args)
+    if name in ("mean", "sum"):
+        dim = [*args[1:], call.kwargs.get("dim")][0]
+        keepdim = call.kwargs.get("keepdim", args[2] if len(args) > 2 else False)
+        dims = tuple(range(first.ndim)) if dim is None else dim
+        return first.amax(dims, keepdim)
+    return first
+
+
+def _first_rows(args: Any, origins: Any) -> Tensor:
+    """Of the first argument that is bounds and has most dimensions."""
+    some = [one for one, origin in zip(args, origins, strict=True) if isinstance(origin, Origin)]
+    found: Tensor = max(some, key=lambda one: one.ndim)
+    return found
+
+
+def _spread(rows: Tensor, shape: torch.Size | None) -> Tensor:
+    """Samples of the elements of a result, in which a dimension may have another size."""
+    assert shape is not None
+    if rows.ndim == len(shape):
+        for dim, size in enumerate(shape):
+            if rows.shape[dim] != size:
+                rows = rows.narrow(dim, 0, 1)
+    return rows.expand(shape)
 
 
 def leaves_of(origin: Origin | None) -> set[int]:
@@ -394,14 +503,40 @@ def _run_of(value: Any) -> Run | None:
 def _constant(value: Any, run: Run | None) -> Tensor:
     """A weight: in float64 and without a graph, or as it is in a differentiable run."""
     if isinstance(value, Bounds):
-        raise NoBoundsError("a product of two values that depend on the input")
+        raise NoBoundsError("a weight or a divisor that depends on the input")
     number = torch.float32 if run is None else run.dtype
     found: Tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=number)
     if run is not None and run.differentiable:
         return found
     if found.ndim == 0:
         found = found.to(number)  # as torch does beside a tensor of the network
-    return found.detach().double()
+    return _in_float64(found)
+
+
+_DOUBLES: ContextVar[dict[int, tuple[Tensor, int, Tensor]] | None] = ContextVar(
+    "_DOUBLES", default=None
+)
+
+
+@contextmanager
+def parameters_kept_in_float64() -> Iterator[None]:
+    """Context in which every parameter is converted once, for all runs; also a decorator."""
+    token = _DOUBLES.set({})
+    try:
+        yield
+    finally:
+        _DOUBLES.reset(token)
+
+
+def _in_float64(value: Tensor) -> Tensor:
+    known = _DOUBLES.get()
+    if known is None or not isinstance(value, nn.Parameter):
+        return value.detach().double()
+    parameter, version, found = known.get(id(value), (None, -1, value))
+    if parameter is not value or version != value._version:
+        found = value.detach().double()
+        known[id(value)] = value, value._version, found
+    return found
 
 
 def _affine(
@@ -418,6 +553,8 @@ def _affine(
     """
     shift = x.centre.new_zeros(()) if shift is None else shift.to(x.centre.dtype)
     centre = apply(x.centre) + shift
+    if x.run is not None and x.run.points:
+        return Bounds(centre, centre.detach().new_zeros(()), run=x.run)
     growth = gamma(terms)
     if x.run is not None and x.run.narrow:
         # what the sums of both, and of this, round is at most twice growth; it is in the radius,
@@ -438,13 +575,14 @@ def _weighted(
 ) -> Bounds:
     """Convolution and linear."""
     weight = _constant(weight, x.run).to(x.centre.dtype)
+    magnitude = cache(weight.abs)
     shift = None if bias is None else _constant(bias, x.run)
     if shift is not None and weight.ndim > 2:
         shift = shift.view(-1, *[1] * (weight.ndim - 2))
     return _affine(
         x,
         lambda z: func(z, weight, None, *args, **kwargs),
-        lambda z: func(z, weight.abs(), None, *args, **kwargs),
+        lambda z: func(z, magnitude(), None, *args, **kwargs),
         terms=weight[0].numel() + 2,
         shift=shift,
         changes=_weighted_changes(func, x, weight, args, kwargs),
@@ -466,6 +604,55 @@ def _weighted_changes(
     names = ("stride", "padding", "dilation", "groups")
     given = dict(zip(names, args, strict=False)) | kwargs
     return x.changes.convolved(weight, shape, **given)
+
+
+def _transposed(
+    func: Any, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any
+) -> Bounds:
+    """Transposed convolution."""
+    weight = _constant(weight, x.run).to(x.centre.dtype)
+    shift = None if bias is None else _constant(bias, x.run)
+    if shift is not None:
+        shift = shift.view(-1, *[1] * (weight.ndim - 2))
+    return _affine(
+        x,
+        lambda z: func(z, weight, None, *args, **kwargs),
+        lambda z: func(z, weight.abs(), None, *args, **kwargs),
+        terms=weight[:, 0].numel() + 2,
+        shift=shift,
+    )
+
+
+def _matmul(func: Any, a: Any, b: Any) -> Bounds:
+    """Matrix products with a constant, or of two values that depend on the input."""
+    if func.__name__ == "__rmatmul__":
+        a, b = b, a
+    run = _run_of((a, b))
+    if isinstance(a, Bounds) and isinstance(b, Bounds):
+        if a.ndim < 2 or b.ndim < 2:
+            raise NoBoundsError("a product of vectors that depend on the input")
+        values = nonlinear.matmul(_interval(a), _interval(b), rounded=_is_rounded(run))
+        return _begin(run, Function("a matrix product", along=(-1, -2)), [a, b], values)
+    x, other = (a, b) if isinstance(a, Bounds) else (b, a)
+    weight = _constant(other, run).to(x.centre.dtype)
+    first = x is a
+
+    def apply(z: Tensor, weight: Tensor = weight) -> Tensor:
+        found: Tensor = torch.matmul(z, weight) if first else torch.matmul(weight, z)
+        return found
+
+    terms = weight.shape[0 if weight.ndim == 1 else (-2 if first else -1)] + 2
+    return _affine(x, apply, lambda z: apply(z, weight.abs()), terms=terms)
+
+
+def _matmul_and_sum(
+    func: Any, shift: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1
+) -> Bounds:
+    """A matrix product and what is added to it."""
+    if beta != 1 or alpha != 1:
+        raise NoBoundsError("a matrix product with alpha or beta")
+    found: Bounds = _dispatched(torch.add, _dispatched(torch.matmul, a, b), shift)
+    return found
 
 
 def _batch_norm(
@@ -583,6 +770,9 @@ def _as_bounds(value: Any, run: Run | None, like: Tensor) -> Bounds:
 def _product(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
     """Products with a constant, and divisions by one."""
     name = func.__name__.strip("_")
+    if isinstance(a, Bounds) and isinstance(b, Bounds) and "mul" in name:
+        values = nonlinear.product(_interval(a), _interval(b), rounded=_is_rounded(a.run))
+        return _begin(a.run, Function("a product"), [a, b], values)
     x, other = (a, b) if isinstance(a, Bounds) else (b, a)
     divides = "div" in name
     if divides and (kwargs or x is not a or name.startswith("r")):
@@ -597,24 +787,231 @@ def _negative(func: Any, x: Any) -> Bounds:
     return Bounds(-x.centre, x.radius, x.error, x.run, changes)
 
 
+def _interval(x: Bounds) -> Interval:
+    """What float32 can give."""
+    return Interval(x.lower, x.upper)
+
+
+def _is_rounded(run: Run | None) -> bool:
+    return run is None or run.rounded
+
+
+def _begin(run: Run | None, by: Function, arguments: list[Bounds], values: Interval) -> Bounds:
+    """A leaf in the run of its arguments."""
+    if run is None:
+        raise NoBoundsError(f"{by.name} outside a run")
+    return run.begin(by, arguments, values)
+
+
+def _dispatched(func: Any, *args: Any) -> Any:
+    """What a function of bounds gives, as if the network had called it."""
+    # torch lacks the type
+    return Bounds.__torch_function__(func, (), args)
+
+
+def reshaped(x: Bounds, shape: torch.Size) -> Bounds:
+    """Bounds in another shape. 改变形状。"""
+    if x.shape == shape:
+        return x
+    found: Bounds = _dispatched(torch.Tensor.reshape, x, shape)
+    return found
+
+
 def _largest_of(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
     """Max pooling."""
     if kwargs.pop("return_indices", False):
         raise NoBoundsError("a max pooling that returns indices")
-    if x.run is None:
-        raise NoBoundsError("a max pooling outside a run")
-    run: Run = x.run
-    return run.pool(x, lambda z: func(z, *args, **kwargs))
+
+    def pooling(z: Tensor) -> Tensor:
+        found: Tensor = func(z, *args, **kwargs)
+        return found
+
+    by = Function("a max pooling", pooling)
+    return _begin(x.run, by, [x], _interval(x).each(pooling))
 
 
 def _rectified(func: Any, x: Any, inplace: bool = False) -> Bounds:
     """ReLU."""
     if inplace:
         raise NoBoundsError("a ReLU that writes into its input: take inplace=False")
-    if x.run is None:
-        raise NoBoundsError("a ReLU outside a run")
-    run: Run = x.run
-    return run.pool(x, torch.relu)
+    return _begin(x.run, Function("a ReLU", torch.relu), [x], _interval(x).each(torch.relu))
+
+
+def _function(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
+    """A function of one value that never falls, or that falls up to a point and rises then."""
+    name = func.__name__.strip("_")
+    given = (*args, *kwargs.values())
+    if kwargs.pop("inplace", False) or any(isinstance(part, Bounds) for part in given):
+        raise NoBoundsError(f"{name} that writes into its input, or has several bounds")
+    if name == "gelu" and kwargs.pop("approximate", "none") != "none":
+        raise NoBoundsError("gelu with approximate='tanh'")
+    if name in ("leaky_relu", "elu") and any(part < 0 for part in given):
+        raise NoBoundsError(f"{name} with a negative slope, which falls and rises")
+    args = tuple(_rounded_number(part, x) for part in args)
+    kwargs = {key: _rounded_number(part, x) for key, part in kwargs.items()}
+    of_one = nonlinear.valley if name in nonlinear.VALLEYS else nonlinear.monotone
+
+    def function(z: Tensor) -> Tensor:
+        found: Tensor = func(z, *args, **kwargs)
+        return found
+
+    values = of_one(_interval(x), function, name, rounded=_is_rounded(x.run))
+    return _begin(x.run, Function(name), [x], values)
+
+
+def _rounded_number(value: Any, x: Bounds) -> Any:
+    """A number beside a tensor of the network, as that holds it."""
+    if not isinstance(value, float):
+        return value
+    return float(torch.as_tensor(value, dtype=x.dtype))
+
+
+def _extremum(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """The largest or smallest value along a dimension, or of two values."""
+    name = func.__name__.strip("_")
+    run = _run_of((x, *args))
+    if name in ("maximum", "minimum"):
+        low, high = (_as_bounds(part, run, _like(x, args[0])) for part in (x, args[0]))
+        ends = Interval(func(low.lower, high.lower), func(low.upper, high.upper))
+        bounded = [part for part in (x, args[0]) if isinstance(part, Bounds)]
+        return _begin(run, Function(f"a {name}"), bounded, ends)
+    if args and isinstance(args[0], Tensor):
+        same = torch.maximum if name == "max" else torch.minimum
+        return _extremum(same, x, args[0])
+    alone = torch.amax if name.endswith("max") else torch.amin
+    dim = args[0] if args else kwargs.get("dim")
+    if not isinstance(dim, int):
+        raise NoBoundsError(f"{name} over several dimensions")
+    keepdim = args[1] if len(args) > 1 else kwargs.get("keepdim", False)
+    values = _interval(x).each(lambda end: alone(end, dim, keepdim=True))
+    found = _begin(run, Function(f"a {name}", along=(dim,)), [x], values)
+    if not keepdim:
+        found = _dispatched(torch.Tensor.squeeze, found, dim)
+    return found if name.startswith("a") else _Largest(found, None)
+
+
+class _Largest(NamedTuple):
+    """What ``max`` along a dimension gives, without the places."""
+
+    values: Any
+    indices: Any
+
+
+def _like(a: Any, b: Any) -> Tensor:
+    """The centre of the one of two that is bounds."""
+    centre: Tensor = (a if isinstance(a, Bounds) else b).centre
+    return centre
+
+
+def _compared(func: Any, a: Any, b: Any) -> Bounds:
+    """Whether a value is at least, or above, another one: 1 or 0."""
+    run = _run_of((a, b))
+    like = _like(a, b)
+    name = func.__name__.strip("_")
+    first, second = (_as_bounds(part, run, like) for part in (a, b))
+    if name in ("le", "lt"):
+        first, second = second, first
+    reached = torch.ge if name in ("ge", "le") else torch.gt
+    low = reached(first.lower, second.upper).to(like.dtype)
+    high = reached(first.upper, second.lower).to(like.dtype)
+    bounded = [part for part in (a, b) if isinstance(part, Bounds)]
+    return _begin(run, Function("a comparison"), bounded, Interval(low, high))
+
+
+def _chosen(func: Any, where: Any, a: Any, b: Any) -> Bounds:
+    """One of two values, as a third one says."""
+    run = _run_of((where, a, b))
+    bounded = [part for part in (where, a, b) if isinstance(part, Bounds)]
+    like = bounded[0].centre
+    first, second = (_as_bounds(part, run, like) for part in (a, b))
+    if isinstance(where, Bounds):
+        decided = _interval(where)
+    else:
+        given = where.to(like.dtype)
+        decided = Interval(given, given)
+    values = nonlinear.chosen(decided, _interval(first), _interval(second))
+    return _begin(run, Function("a choice"), bounded, values)
+
+
+def _softmax(func: Any, x: Any, dim: int, *args: Any, **kwargs: Any) -> Bounds:
+    """Softmax along a dimension."""
+    values = nonlinear.softmax(_interval(x), dim, rounded=_is_rounded(x.run))
+    return _begin(x.run, Function("a softmax", along=(dim,)), [x], values)
+
+
+def _layer_norm(
+    func: Any, x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Bounds:
+    """Layer norm: the values of the last dimensions are a group."""
+    group = _dispatched(torch.Tensor.flatten, x, -len(shape))
+    found = _normalised(group, "a layer norm", eps, _flat(weight, x), _flat(bias, x))
+    return reshaped(found, x.shape)
+
+
+def _group_norm(
+    func: Any, x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Bounds:
+    """Group norm: the values of some channels of a sample are a group."""
+    group = reshaped(x, torch.Size((len(x), groups, x.radius[0].numel() // groups)))
+    elements = x.radius[0, 0].numel()
+
+    def of_groups(value: Any) -> Any:
+        if value is None:
+            return None
+        return _constant(value, x.run).repeat_interleave(elements).view(groups, -1)
+
+    found = _normalised(group, "a group norm", eps, of_groups(weight), of_groups(bias))
+    return reshaped(found, x.shape)
+
+
+def _flat(value: Any, x: Bounds) -> Any:
+    return None if value is None else _constant(value, x.run).flatten()
+
+
+def _normalised(group: Any, name: str, eps: float, factor: Any, shift: Any) -> Bounds:
+    """Groups [*, n] of values, less their mean and divided by their deviation."""
+    like = group.radius
+    mean = _average(torch.mean, group, -1, keepdim=True)
+    deviation = _sum(torch.sub, group, mean)
+    values = nonlinear.normalised(
+        _interval(group),
+        _interval(deviation),
+        eps,
+        like.new_ones(()) if factor is None else factor.to(like),
+        like.new_zeros(()) if shift is None else shift.to(like),
+        rounded=_is_rounded(group.run),
+    )
+    return _begin(group.run, Function(name, along=(-1,)), [group], values)
+
+
+def step(x: Bounds, function: Callable[[Tensor], Tensor]) -> Bounds:
+    """Of a surrogate's forward: 1 where the value is >= 0. 阶跃函数的上下界。
+
+    Args:
+        x: The values.
+        function: The forward, whose gradient a differentiable run takes.
+    """
+    ends = nonlinear.steps(_interval(x)) if _is_rounded(x.run) else _interval(x).each(function)
+    return _begin(x.run, Function("a surrogate"), [x], ends)
+
+
+def _filled(func: Any, x: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """A new tensor of the shape of a value, which does not depend on it."""
+    kwargs.setdefault("dtype", x.dtype)
+    kwargs.setdefault("device", x.device)
+    kwargs.pop("memory_format", None)
+    name = func.__name__
+    fill: Any = getattr(torch, name.removeprefix("new_").removesuffix("_like"))
+    shape = [x.shape] if name.endswith("_like") else []
+    found: Tensor = fill(*shape, *args, **kwargs)
+    return found
+
+
+def _padded(func: Any, x: Any, pad: Any, mode: str = "constant", value: Any = None) -> Any:
+    """Padding with zeros or with values of its own."""
+    if mode == "constant" and value:
+        raise NoBoundsError("a padding with another constant than 0")
+    return _moved(F.pad, x, pad, mode)
 
 
 def _dropout(
@@ -647,11 +1044,23 @@ _COPIES = ["clone", "repeat", "cat", "concat", "concatenate", "stack", "tile", "
 _OPERATIONS: list[tuple[Rule, str]] = [
     (_weighted, "conv1d conv2d conv3d linear"),
     (_batch_norm, "batch_norm"),
+    (_transposed, "conv_transpose1d conv_transpose2d conv_transpose3d"),
+    (_matmul, "matmul rmatmul bmm mm"),
+    (_matmul_and_sum, "addmm baddbmm"),
     (_average, "avg_pool1d avg_pool2d avg_pool3d mean sum"),
     (_average, "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"),
     (_largest_of, "max_pool1d max_pool2d max_pool3d"),
     (_largest_of, "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d"),
     (_rectified, "relu"),
+    (_function, " ".join((*nonlinear.MONOTONE[1:], *nonlinear.VALLEYS))),
+    (_extremum, "max min amax amin maximum minimum"),
+    (_compared, "ge gt le lt"),
+    (_chosen, "where"),
+    (_softmax, "softmax"),
+    (_layer_norm, "layer_norm"),
+    (_group_norm, "group_norm"),
+    (_filled, "full_like zeros_like ones_like new_full new_zeros new_ones"),
+    (_padded, "pad"),
     (_sum, "add radd iadd sub rsub isub"),
     (_product, "mul rmul imul div truediv rdiv rtruediv itruediv idiv"),
     (_negative, "neg"),
@@ -664,8 +1073,14 @@ _OPERATIONS: list[tuple[Rule, str]] = [
     (_asked, "is_floating_point is_contiguous is_complex"),
 ]
 
+_NONLINEAR = [_matmul, _matmul_and_sum, _product, _largest_of, _rectified, _function, _extremum]
+_NONLINEAR += [_compared, _chosen, _softmax, _layer_norm, _group_norm]
+
 RULES: dict[str, Rule] = {}
 """The rule of every operation of which bounds are known, by torch's name without underscores."""
 
 for _rule, _names in _OPERATIONS:
     RULES |= dict.fromkeys(_names.split(), _rule)
+
+NONLINEAR = [name for name, rule in RULES.items() if rule in _NONLINEAR]
+"""Operations whose results may begin a leaf: no affine maps of the input."""

@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sj_robust.core.host import functional
 from sj_robust.core.preserved import other_forward, preserved
-from sj_robust.neuron.charging import Charging, Neuron
+from sj_robust.neuron.charging import Charging, Neuron, has_known_dynamics
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.joint import JointRun
+from sj_robust.proofs.opened import counts, spiking_surrogates
 from sj_robust.proofs.relaxation import Maps
-from sj_robust.proofs.rules import Bounds
+from sj_robust.proofs.rules import NONLINEAR, Bounds
 from sj_robust.proofs.spiking import Interval
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "check_maps",
     "check_neurons",
     "check_point",
+    "check_surrogates",
     "overridden",
 ]
 
@@ -38,6 +41,8 @@ _MAP_GAP = 1e-9
 
 _NEURONS = 512
 """Neurons of a layer that get random currents."""
+
+_MODES = (False, True)
 
 _DYNAMICS = ("neuronal_charge", "neuronal_fire", "neuronal_reset")
 
@@ -63,6 +68,27 @@ class WatchedRun(BoundedRun):
         """Nothing has run yet; ``given`` is what the run beside it may be told."""
         super().__init__(neurons, samples, **given)
         self.calls: dict[str, list[_Call]] = {name: [] for name in neurons}
+        self.functions: list[tuple[str, Interval | None]] = []
+        """Products, functions and steps outside of neurons, in the order in which they ran, with
+        bounds of what came out if that depends on the input.
+        """
+        self.surrogates: list[Any] = []
+
+    @contextmanager
+    def replacing_neurons(self, net: nn.Module) -> Iterator[None]:
+        """See :class:`BoundedRun`; functions are noted."""
+        self.surrogates = spiking_surrogates(net)
+        modules = [neuron.module for neuron in self.neurons.values()]
+        with ExitStack() as stack:
+            stack.enter_context(super().replacing_neurons(net))
+            noting = _noting_functions(self._function, modules, self.surrogates)
+            stack.enter_context(noting)
+            yield
+
+    def _function(self, name: str, found: Any) -> None:
+        value = found[0] if isinstance(found, tuple) else found
+        bounds = Interval(value.lower, value.upper) if isinstance(value, Bounds) else None
+        self.functions.append((name, bounds))
 
     def _passed(self, name: str, current: Bounds, spikes: Interval) -> None:
         v = self.layers[name].v
@@ -218,13 +244,43 @@ def check_neurons(neurons: dict[str, Neuron], T: int, like: Tensor) -> None:
             functional.reset_net(neuron.module)
             exact = Interval(currents.double(), currents.double())
             bounds = BoundedRun({name: neuron}, 1).spikes(neuron, exact)
-            for training in (False, True):
+            modes = (False,) if counts(neuron) or not has_known_dynamics(neuron.module) else _MODES
+            for training in modes:
                 functional.reset_net(neuron.module)
                 neuron.module.training = training
                 spikes = _run_alone(neuron.module, currents)
-                binary = (spikes == 0) | (spikes == 1)
-                if not bool(binary.all()) or not bounds.holds(spikes):
+                whole = (spikes == spikes.round()) & (spikes >= 0)
+                whole &= spikes <= (counts(neuron) or 1)
+                if not bool(whole.all()) or not bounds.holds(spikes):
                     raise _other_dynamics(name, neuron)
+
+
+def check_surrogates(net: nn.Module, neurons: dict[str, Neuron], like: Tensor) -> None:
+    """Raise :class:`UnsoundBoundsError` unless surrogates outside of these neurons are steps.
+
+    They get random values of all sizes, both signs, and 0::
+
+        s(z) = 1 if z >= 0 else 0
+
+    Args:
+        net: The network.
+        neurons: Neurons of known dynamics, whose surrogates are looked at with them.
+        like: A tensor of the network's device and precision.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = 10.0 ** (12.0 * torch.rand(2 * _NEURONS, generator=generator) - 8.0)
+    values = torch.cat([size, -size, torch.zeros(1)]).to(like)
+    owned = {id(neuron.module.surrogate_function) for neuron in neurons.values()}
+    for function in spiking_surrogates(net):
+        if id(function) in owned:
+            continue
+        with torch.no_grad():
+            spikes = function(values)
+        if not torch.equal(spikes, (values >= 0).to(values)):
+            raise UnsoundBoundsError(
+                f"the surrogate {type(function).__name__} is not a step at 0 in its forward, as "
+                "its bounds say; use one of SpikingJelly's that spikes"
+            )
 
 
 def check_point(model: nn.Module, run: BoundedRun, logits: Bounds, point: Tensor) -> Tensor:
@@ -237,7 +293,8 @@ def check_point(model: nn.Module, run: BoundedRun, logits: Bounds, point: Tensor
         point: Images [N, *], each of the ball of the image in its place.
 
     Raises:
-        UnsoundBoundsError: If a current, a spike, a potential or a logit is outside its bounds.
+        UnsoundBoundsError: If a current, a spike, a potential, a product, another function's result
+            or a logit is outside its bounds.
     """
     with torch.no_grad(), _watching(run):
         found: Tensor = model(point.clone())
@@ -267,9 +324,13 @@ def _watching(run: BoundedRun) -> Iterator[None]:
     fired: dict[str, list[Tensor]] = {name: [] for name in run.neurons}
     with ExitStack() as stack:
         if isinstance(run, WatchedRun):
+            compared_functions = _compared_functions(iter(run.functions))
+            modules = [neuron.module for neuron in run.neurons.values()]
+            noting = _noting_functions(compared_functions, modules, run.surrogates)
             for name, neuron in run.neurons.items():
                 compared = _compared(name, neuron.module, iter(run.calls[name]), fired[name])
                 stack.enter_context(other_forward(neuron.module, compared))
+            stack.enter_context(noting)
         yield
     if isinstance(run, WatchedJointRun):
         for name, parts in fired.items():
@@ -296,6 +357,79 @@ def _compared(
         return spikes
 
     return forward
+
+
+def _compared_functions(
+    expected: Iterator[tuple[str, Interval | None]],
+) -> Callable[[str, Any], None]:
+    """What holds every product, function and step that runs against its bounds."""
+
+    def compare(name: str, found: Any) -> None:
+        other, bounds = next(expected, ("nothing more", None))
+        if other != name:
+            raise UnsoundBoundsError(
+                f"the network calls {name} at a point of the ball where it called {other} on its "
+                "bounds, so nothing is proved: let forward call the same functions for every input"
+            )
+        value = found[0] if isinstance(found, tuple) else found
+        if bounds is not None and not bounds.holds(value):
+            raise _outside(f"a result of {name}", "the network")
+
+    return compare
+
+
+class _Functions(TorchFunctionMode):
+    """Tells of the calls of functions that are no affine maps, unless it is paused."""
+
+    def __init__(self, note: Callable[[str, Any], None]) -> None:
+        super().__init__()
+        self.note = note
+        self.paused = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "").strip("_")
+        if not self.paused and name in NONLINEAR:
+            self.note(name, found)
+        return found
+
+    def silent(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A forward of which nothing is told."""
+
+        def paused(*args: Any, **kwargs: Any) -> Any:
+            self.paused += 1
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.paused -= 1
+
+        return paused
+
+    def told(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A forward whose result is told as one."""
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            found = forward(*args, **kwargs)
+            if self.paused == 1:
+                self.note("a surrogate", found)
+            return found
+
+        return self.silent(noted)
+
+
+@contextmanager
+def _noting_functions(
+    note: Callable[[str, Any], None], neurons: list[Any], surrogates: list[Any]
+) -> Iterator[None]:
+    """Context in which functions outside of these neurons, and surrogates, are told of."""
+    mode = _Functions(note)
+    with ExitStack() as stack:
+        for module in neurons:
+            stack.enter_context(other_forward(module, mode.silent(module.forward)))
+        for module in surrogates:
+            stack.enter_context(other_forward(module, mode.told(module.forward)))
+        stack.enter_context(mode)
+        yield
 
 
 def _other_dynamics(name: str, neuron: Neuron) -> UnsoundBoundsError:
@@ -380,5 +514,7 @@ def _equal(a: Tensor | str | None, b: Tensor | str | None) -> bool:
     """Whether two values are the same; NaN equals NaN."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         alike = type(a) is type(b) and a.shape == b.shape and a.dtype == b.dtype
+        if alike and torch.equal(a, b):
+            return True
         return alike and bool(torch.isclose(a, b, 0.0, 0.0, equal_nan=True).all())
     return type(a) is type(b) and a == b

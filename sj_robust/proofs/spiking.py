@@ -20,7 +20,7 @@ from sj_robust.proofs.rounding import (
     within_float32,
 )
 
-__all__ = ["Float32Spiking", "Interval", "LayerBounds", "RealSpiking", "Spiking"]
+__all__ = ["Float32Counting", "Float32Spiking", "Interval", "LayerBounds", "RealSpiking", "Spiking"]
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Spiking(ABC):
     def run(self, x_seq: Interval) -> Interval:
         """Spikes for currents, both [T, N, *]."""
         layer = self.layer
-        v = layer.v or self._start(x_seq.low[0])
+        v = layer.v or self.start(x_seq.low[0])
         layer.neurons = x_seq.low[0].numel()
         sure = []
         possible = []
@@ -151,7 +151,7 @@ class Spiking(ABC):
         layer.v = v
         return Interval(torch.stack(sure), torch.stack(possible))
 
-    def _start(self, like: Tensor) -> Interval:
+    def start(self, like: Tensor) -> Interval:
         """The potential before the first step."""
         if bool((torch.as_tensor(self.neuron.module.v) != self.rest).any()):
             raise NoBoundsError(
@@ -243,13 +243,18 @@ class Float32Spiking(Spiking):
         self.above += unit
         self.below -= unit
 
-    def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:
-        """See :class:`Spiking`."""
+    def charged_in_float32(self, v: Interval, x: Interval) -> tuple[Interval, Tensor, float]:
+        """Charged potential, what float32 rounds of it, and the gain of the current."""
         gain = self.gain_at(self.layer.steps)
         h = self.charged(v, x, decay=self.charging.decay_value, gain=gain)
         size = v.size() + abs(gain) * x.size() + abs(self.rest)
         error = within_float32(charge_rounding(size))
-        h, spikes = self.decided(h.widened(error), error, gain)
+        return h.widened(error), error, gain
+
+    def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:
+        """See :class:`Spiking`."""
+        h, error, gain = self.charged_in_float32(v, x)
+        h, spikes = self.decided(h, error, gain)
         undecided = spikes.width().sum()
         width = h.width().square().sum()
         self.layer.undecided.append(float(undecided))
@@ -269,6 +274,39 @@ class Float32Spiking(Spiking):
         sure = fire(h.low, self.above)
         possible = fire(h.high, self.below)
         return h, Interval(sure, possible)
+
+
+class Float32Counting(Float32Spiking):
+    """Of a neuron with a soft reset that emits ``s = round(clamp(h / v_threshold, 0, most))``.
+
+    Equation: where both ends give the same spike the potential after it is ``h - s v_threshold``;
+    where they do not, it is at least what is left just above a half, ``-v_threshold / 2``, and at
+    most ``v_threshold / 2``, or what the ends give if that is further.
+    """
+
+    def __init__(self, neuron: Neuron, layer: LayerBounds, most: int) -> None:
+        """See the class."""
+        super().__init__(neuron, layer)
+        if not self.threshold > 0:
+            raise NoBoundsError(f"the layer {neuron.name}, whose v_threshold must be > 0")
+        self.most = most
+
+    def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:
+        """See :class:`Spiking`."""
+        h, _, _ = self.charged_in_float32(v, x)
+        threshold = self.threshold
+        scaled = h.times(1.0 / threshold)
+        scaled = scaled.widened(reset_rounding(scaled.size(), 0.0, 0.0))
+        spikes = scaled.each(lambda end: end.clamp(0.0, self.most).round())
+        same = spikes.low == spikes.high
+        low, high = h.low - threshold * spikes.low, h.high - threshold * spikes.high
+        half = torch.full_like(low, threshold / 2)
+        either = Interval(torch.minimum(low, -half), torch.maximum(high, half))
+        after = Interval(torch.where(same, low, either.low), torch.where(same, high, either.high))
+        self.layer.undecided.append(float((~same).sum()))
+        self.layer.width.append(float(h.width().square().sum()))
+        rounded = reset_rounding(h.size() + self.most * threshold, 0.0, threshold)
+        return after.widened(rounded), spikes
 
 
 def _number(value: float | Tensor) -> float:

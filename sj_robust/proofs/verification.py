@@ -40,9 +40,10 @@ from sj_robust.proofs.branching import Prover
 from sj_robust.proofs.exact import Matrices, mip
 from sj_robust.proofs.flips import Flips
 from sj_robust.proofs.joint import JointRun, OverTime
+from sj_robust.proofs.opened import as_lif, has_steps, no_bounds, stepped
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.rounding import NoBoundsError
-from sj_robust.proofs.rules import Bounds
+from sj_robust.proofs.rules import Bounds, parameters_kept_in_float64
 from sj_robust.proofs.soundness import (
     UnprovableError,
     UnsoundBoundsError,
@@ -52,6 +53,7 @@ from sj_robust.proofs.soundness import (
     check_maps,
     check_neurons,
     check_point,
+    check_surrogates,
     overridden,
 )
 from sj_robust.proofs.spiking import Interval
@@ -80,7 +82,7 @@ class BoundedLayer:
 
     Attributes:
         name: Name of the layer in the network.
-        undecided: Share of spikes, per time step, that the bounds leave open.
+        undecided: Share of spikes, per time step, that the bounds do not decide.
         potential: Mean square, per time step, of the distance between the bounds of the charged
             potential h: no perturbation in the ball moves it by more, resets and rounding included.
     """
@@ -96,14 +98,14 @@ class Verification(Shown):
 
     Attributes:
         eps: Linf radius, or for L0 the number of values that may change.
-        correct: Whether each image is classified right without a perturbation.
+        correct: Whether each image is classified correctly without a perturbation.
         margin: Per image, what the logit of the right class is above every other one at least,
             whatever the perturbation; > 0 is a proof.
         layers: Spiking layers in order of execution, as intervals bound them, or joint bounds where
             the method has them.
         x_adv: The images, but for each that is ``broken`` one of its ball that the network gets
             wrong.
-        broken: Whether such a one is known; the image itself if it is not classified right.
+        broken: Whether such a one is known; the image itself if it is not classified correctly.
         stepwise: Where joint bounds are those of single steps, with the reason.
         norm: ``"Linf"`` or ``"L0"``.
         apart: For L0, layers whose bounds let single values or steps have budgets of their own,
@@ -122,7 +124,7 @@ class Verification(Shown):
 
     @property
     def verified(self) -> tuple[bool, ...]:
-        """Whether each image is proved to be classified right everywhere in the ball."""
+        """Whether each image is proved to be classified correctly everywhere in the ball."""
         return tuple(margin > 0 for margin in self.margin)
 
     @property
@@ -145,7 +147,7 @@ class Verification(Shown):
         return (
             f"{self.norm} {eps_text(self.eps)}: {sum(self.verified)} of {len(self.margin)} images "
             f"verified, {sum(self.broken)} broken, {sum(self.unknown)} unknown; "
-            f"{sum(self.correct)} classified right without a perturbation"
+            f"{sum(self.correct)} classified correctly without a perturbation"
         )
 
     def table(self) -> str:
@@ -179,7 +181,7 @@ class Verification(Shown):
         images.plot(sorted(self.margin, reverse=True), ".", color="#0072b2")
         images.axhline(0, color="#767676", linewidth=1)
         images.set_xlabel("images, sorted")
-        images.set_ylabel("margin of the right class; > 0 is proved")
+        images.set_ylabel("margin of the true class (> 0: proved)")
         images.set_title(
             f"{self.norm} {eps_text(self.eps)}: {sum(self.verified)} of {len(self.margin)} proved",
             fontsize=9,
@@ -188,11 +190,12 @@ class Verification(Shown):
             spikes, {layer.name: layer.undecided for layer in self.layers}, Normalize(0, 1)
         )
         spikes.set_xlabel("time step")
-        spikes.set_title("share of spikes that the bounds leave open", fontsize=9)
+        spikes.set_title("share of undecided spikes", fontsize=9)
         figure.colorbar(mesh, ax=spikes)
         return figure
 
 
+@parameters_kept_in_float64()
 def verify(
     model: nn.Module,
     x: Tensor,
@@ -278,8 +281,8 @@ def verify(
             in the graph, a neuron does not follow its charge equation, or a point of the ball lies
             outside the bounds.
         ModuleNotFoundError: If mip has no scipy.
-        NotImplementedError: If something in the network has no bounds (attention, a stochastic
-            encoder, a neuron of unknown dynamics); it is named.
+        NotImplementedError: If something in the network has no bounds (a stochastic encoder, a neuron
+            of unknown dynamics, an operation); it is named.
 
     Source: interval bounds of spiking networks as in Liang et al. (NeurIPS 2022), here with input
         gains, resets in time and rounding; Gowal et al., arXiv 1810.12715, for the last layer.
@@ -341,6 +344,7 @@ def verify(
                 maps.check_samples()
                 check_maps(maps)
                 check_neurons(neurons, classifier.T, images)
+                check_surrogates(classifier.net, neurons, images)
                 if method != "ibp":
                     prover.over_time = OverTime(maps, classifier.T)
                     batch_size = min(batch_size, prover.over_time.images)
@@ -531,12 +535,13 @@ def bounded_logits(
         if name and not list(module.children())
     ]
     try:
-        with torch.enable_grad(), run.replacing_neurons():
+        with torch.enable_grad():
             leaf = run.leaf(box, 0)
             if isinstance(eps, Flips):
                 leaf.changes = eps.changes(exact, summed=run.differentiable)
                 run.changed = leaf
-            logits = model(leaf)
+            with run.replacing_neurons(model.net):
+                logits = model(leaf)
             if not isinstance(logits, Bounds):
                 raise NoBoundsError(
                     "an output that does not depend on the input, or lost its bounds"
@@ -579,13 +584,18 @@ def _checked(model: SpikingClassifier, x: Tensor, y: Tensor) -> dict[str, Neuron
             "model and images must be in float32, whose rounding is covered, or both in float64, "
             f"which rounds less; got {', '.join(sorted(map(str, dtypes)))}; use .float()"
         )
-    if odd := [
-        name for name, value in model.state_dict().items() if not bool(value.isfinite().all())
-    ]:
+    if odd := [name for name, value in model.state_dict().items() if not _is_finite(value)]:
         raise UnprovableError(
             f"weights must be finite, got NaN or infinity in {odd[0]}; load an undamaged checkpoint"
         )
     return bounded_neurons(model)
+
+
+def _is_finite(value: Tensor) -> bool:
+    """Whether all elements are finite; without a copy, as weights may be large."""
+    if not value.is_floating_point() or not value.numel():
+        return bool(value.isfinite().all())
+    return all(bool(end.isfinite()) for end in value.aminmax())
 
 
 def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
@@ -594,12 +604,19 @@ def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
     Raises:
         NotImplementedError: If there are no bounds of one of them, or of the encoder; it is named.
     """
-    parts = list(model.net.modules())
     neurons: dict[str, Neuron] = {}
     others: dict[str, str] = {}
-    if any(map(is_neuron, parts)) or not any(isinstance(part, nn.ReLU) for part in parts):
+    parts = list(model.net.modules())
+    if any(map(is_neuron, parts)) or not has_steps(model.net):
         neurons, others, _ = find_neurons(model.net, {}, {})
-    unbounded = {name: f"{name}: {reason}" for name, reason in others.items()}
+    unbounded: dict[str, str] = {}
+    for name, reason in others.items():
+        module = model.net.get_submodule(name)
+        lif = as_lif(name, module)
+        if lif is not None:
+            neurons[name] = lif
+        elif not stepped(module):
+            unbounded[name] = f"{name} ({type(module).__name__}): {no_bounds(module) or reason}"
     for name, n in neurons.items():
         if not n.known:
             unbounded[name] = f"{name}, a {n.type_name}, which fires in a way of its own"
@@ -625,6 +642,7 @@ def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
 
 
 _COVERED = (
-    "direct encoding or given frames, convolution, linear, batch norm, pooling, sums, ReLU in one "
-    "time step, and IF, LIF, PLIF or DLIF neurons that spike"
+    "direct encoding or given frames, convolution, linear, batch, layer and group norm, pooling, "
+    "sums, products, ReLU and other monotone functions, softmax, and IF, LIF, PLIF, DLIF, I-LIF or "
+    "PSN neurons that spike"
 )

@@ -3,10 +3,12 @@
 # says what to install if one of its packages is missing
 import sj_robust.core.recipes_installed  # noqa: F401
 from sj_robust.defences.penalty import ForwardPasses, Penalty
+from sj_robust.defences.stod import TemporalOrthogonality
 from sj_robust.defences.tgo import ThresholdGuarding
 from sj_robust.models.checkpoint import load_checkpoint, save_checkpoint
 from sj_robust.training.certified import CertifiedOptions
 from sj_robust.training.engine import NonFiniteLossError, TrainingInterrupted, TrainingPlan, train
+from sj_robust.training.finetuning import finetune
 from sj_robust.training.journal import Journal
 from sj_robust.training.modes import MODES, flip_attacks, training_attack, validation_attacks
 from sj_robust.training.objective import Objective
@@ -23,10 +25,12 @@ __all__ = [
     "Objective",
     "Penalty",
     "StabilityGain",
+    "TemporalOrthogonality",
     "ThresholdGuarding",
     "TrainingInterrupted",
     "TrainingPlan",
     "WeightMagnitude",
+    "finetune",
     "flip_attacks",
     "load_checkpoint",
     "retract_",

@@ -20,6 +20,7 @@ from sj_robust.attacks import Attack
 from sj_robust.core.host import from_reset
 from sj_robust.core.randomness import SampleSeeds, seeded_globals
 from sj_robust.data import ImageSplits, ShuffledBatches, image_loader
+from sj_robust.defences import deflate_
 from sj_robust.defences.stog import StochasticGate
 from sj_robust.models.checkpoint import check_same_run, save_checkpoint
 from sj_robust.models.weights import as_named_in
@@ -241,6 +242,8 @@ class TrainingRun:
                         self._part(x[rows], y[rows], SampleSeeds(seeds.seeds[rows]), perturb)
                     )
         losses, signal_number = self._agreed(received, torch.stack(values).mean(0))
+        if self.plan.deflation:
+            deflate_(self.objective.parameters())
         if self.plan.gradient_clip is not None:
             parameters = self.objective.parameters()
             self.accelerator.clip_grad_norm_(parameters, self.plan.gradient_clip)

@@ -82,7 +82,7 @@ class CertifiedOptions:
         if self.norm == "L0" and self.needs_perturbed:
             raise ValueError(
                 "box and attacked belong to Linf, got them for L0, where events are there or not; "
-                "leave them out"
+                "omit them"
             )
         if not 0.0 < self.surrogate_width < float("inf"):
             raise ValueError(

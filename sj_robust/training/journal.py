@@ -19,12 +19,15 @@ from rich.progress import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
-from sj_robust.core.console import moving, working
+from sj_robust.core.console import moving, working, write_over
 from sj_robust.core.environment import bfloat16_units, environment
 from sj_robust.evaluation.report.pictures import Gallery
 from sj_robust.training.history import EpochRecord
 
 __all__ = ["Journal"]
+
+Track = Callable[[dict[str, float], int], None]
+"""What is told the figures of an epoch, and its number."""
 
 _BAR = 12
 _AROUND_STATUS = _BAR + 14
@@ -38,12 +41,14 @@ class Journal:
     训练日志。
 
     On a terminal a bar shows the loss parts, accuracy, images per second and time left at every
-    step; elsewhere a line per epoch does. Images per second include the making of perturbed images,
-    and leave validation out.
+    step; in a notebook one line that is written over, and elsewhere a line per epoch, does. Images
+    per second include the making of perturbed images, and leave validation out.
 
     Args:
         folder: Where to write; None makes a journal that says nothing, for all processes but the
             first.
+        track: Is called with the figures of every epoch by name, and its number, such as
+            ``accelerator.log``.
 
     Attributes:
         console: Where it prints; a bar shown there is not torn by what is said meanwhile.
@@ -52,9 +57,10 @@ class Journal:
         >>> Journal(None).say("nobody hears this")
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, track: Track | None = None) -> None:
         """Nothing is written yet; a resumed run continues the log that is there."""
         self._folder = folder
+        self._track = track
         self.console = Console(quiet=folder is None, highlight=False, soft_wrap=True)
         self._writer: SummaryWriter | None = None
         self._progress = Progress(
@@ -71,13 +77,21 @@ class Journal:
         self._task = TaskID(0)
         self._times: list[float] = []  # when the epoch began and every step of it ended
 
+    @property
+    def writes(self) -> bool:
+        """Whether it has a folder, so that pictures are worth their time."""
+        return self._folder is not None
+
     def say(self, text: str) -> None:
         """Print a line and log it.
 
         Raises:
             OSError: If the log cannot be written.
         """
-        self.console.print(text, markup=False)
+        if self.console.is_jupyter:
+            write_over(text, self.console)
+        else:
+            self.console.print(text, markup=False)
         self._log(text)
 
     def _log(self, text: str) -> None:
@@ -190,12 +204,15 @@ class Journal:
         )
         if warning is not None:
             self.say(f"WARNING: {warning}")
+        values = {f"train/{name}": value for name, value in record.losses.items()}
+        values |= {f"validation/{name}": value for name, value in record.validation.items()}
+        values |= {"train/images_per_second": rate} if rate else {}
+        values |= {"train/lr": record.lr} | dict(scalars)
         if self._writer is not None:
-            values = {f"train/{name}": value for name, value in record.losses.items()}
-            values |= {f"validation/{name}": value for name, value in record.validation.items()}
-            values |= {"train/images_per_second": rate} if rate else {}
-            for name, value in (values | {"train/lr": record.lr} | dict(scalars)).items():
+            for name, value in values.items():
                 self._writer.add_scalar(name, value, record.epoch)
+        if self._track is not None:
+            self._track(values, record.epoch)
         self._times = [time.monotonic()]
 
     def show_gallery(self, name: str, gallery: Gallery, epoch: int) -> None:

@@ -193,11 +193,11 @@ def training_attack(
     several = MODES[mode].attack_steps > 1
     if several and not project:
         raise ValueError(
-            f"project=False belongs to modes at and rat; {mode} projects every step, leave it out"
+            f"project=False belongs to modes at and rat; {mode} projects every step, omit it"
         )
     if steps is not None and not several:
         raise ValueError(
-            f"steps belongs to modes pgd_at and trades, got steps={steps} for {mode}; leave it out"
+            f"steps belongs to modes pgd_at and trades, got steps={steps} for {mode}; omit it"
         )
     if mode == "none":
         return None

@@ -32,7 +32,7 @@ class Losses(NamedTuple):
             not run them.
         mppd: MS-MPPD, or the indicator in its place, before its weight; 0 if it has none.
         certified: Cross entropy of the worst logits that bounds allow; 0 without them.
-        accuracy: Share of the clean images that are classified right; 0 if they do not run.
+        accuracy: Share of the clean images that are classified correctly; 0 if they do not run.
         accuracy_perturbed: The same of the perturbed images.
         accuracy_certified: Share of the images that keep their class whatever the perturbation, by
             these bounds.
@@ -70,7 +70,7 @@ class Objective(nn.Module):
     for ``"tasad"``, both through the surrogate. The clean pass is a constant in all three.
 
     Both passes run in the module's own mode, the clean one first, so in training mode batch norm
-    sees one after the other. A pass that no term needs is left out: the clean one at kappa 0 and
+    sees one after the other. A pass that no term needs is skipped: the clean one at kappa 0 and
     rho 0, the perturbed one at kappa 1 and rho 0.
 
     Shapes: images [N, C, H, W] or frames [N, T, C, H, W], labels [N]; the parts are scalars. Both

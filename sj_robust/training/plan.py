@@ -34,6 +34,8 @@ class TrainingPlan:
         weight_decay: On all parameters, DLIF's input gains included.
         retraction: Length beta of the step of every weight towards orthonormal rows after the
             optimizer's; 0 for none.
+        deflation: Whether every gradient loses its largest singular component before the
+            optimizer's step, see :func:`sj_robust.defences.deflate_`.
         seed: Decides the order of the images and the noise of every step.
         select: Validation figure that the best epoch is chosen by.
         verified_eps: Radius at which validation proves images, the figure ``"verified"``; None
@@ -75,6 +77,7 @@ class TrainingPlan:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     retraction: float = 0.0
+    deflation: bool = False
     seed: int = 0
     select: SelectName = "pgd"
     verified_eps: float | None = None

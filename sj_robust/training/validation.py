@@ -180,7 +180,9 @@ def check_start(
     x, y = next(iter(image_loader(splits.validation, _START)))
     x, y = x.to(device), y.to(device)
     right = _count_right(classifier, x, y)
-    journal.say(f"starting from {origin}: {right / len(y):.1%} of {len(y)} validation images right")
+    journal.say(
+        f"starting from {origin}: {right / len(y):.1%} of {len(y)} validation images correct"
+    )
     low, high = wilson_interval(right, len(y))
     warning = None
     if not splits.frames:
@@ -283,7 +285,7 @@ def final_report(
             watch=watch,
             shared=False,  # the first process reports alone
         )
-    if threat.eps > 0 and len(splits.validation):
+    if journal.writes and threat.eps > 0 and len(splits.validation):
         x, y = next(iter(image_loader(splits.validation, _BATCH)))
         with suppress(ValueError):  # no image is right
             shown = gallery(classifier, x, y, eps=threat.eps, norm=norm, seed=seed)

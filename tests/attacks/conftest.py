@@ -1,7 +1,6 @@
 """The attacks and models of the table as fixtures, and a trained network."""
 
 import importlib
-import itertools
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -19,6 +18,7 @@ from attacks.table import (
     seeded,
     train,
 )
+from covering import each_in_turn
 from torch import Tensor, nn
 
 from sj_robust import DLIFNode, SpikingClassifier
@@ -27,14 +27,20 @@ from sj_robust.attacks import autoattack, spike_search
 SEARCHES = {name: attack for name, attack in ATTACKS.items() if name not in NOISES}
 NEAREST = [name for name in SEARCHES if name.startswith("fab")]
 OTHERS = [name for name in SEARCHES if name not in NEAREST]
-PAIRS = dict.fromkeys(
-    [
-        *itertools.product([*NOISES, *ON_IMAGES, *NEAREST], ["linear"]),
-        *zip(OTHERS, itertools.cycle(MODELS), strict=False),
-        *itertools.product(["pgd", "apgd"], MODELS),
-    ]
-)
-"""Every attack on some model, and two of them on every one."""
+PAIRS = [
+    *each_in_turn([*NOISES, *ON_IMAGES, *NEAREST], ["linear"]),
+    *each_in_turn(OTHERS, MODELS),
+    *each_in_turn(["sapgd"], MODELS),
+]
+"""Every attack on some model, and one of them on every one."""
+
+
+def _of_each_kind(attacks: dict[str, Attack]) -> list[str]:
+    """One attack of every function, and one more where it may also draw nothing."""
+    kinds = {}
+    for name, attack in attacks.items():
+        kinds.setdefault((attack.function, attack.draws), name)
+    return list(kinds.values())
 
 
 def _one_of(names: Iterable[str]):
@@ -48,9 +54,10 @@ def _one_of(names: Iterable[str]):
 attack = _one_of(ATTACKS)
 gradient_attack = _one_of(SEARCHES)
 image_attack = _one_of(ON_IMAGES)
-search = _one_of(SEARCHES | ON_IMAGES)  # a search asks the model
 every_attack = _one_of(ATTACKS | ON_IMAGES)
-drawing = _one_of([*ATTACKS, "square", "autoattack"])
+any_attack = _one_of(_of_each_kind(ATTACKS | ON_IMAGES))
+search = _one_of(_of_each_kind(SEARCHES | ON_IMAGES))  # a search asks the model
+gradient_search = _one_of(_of_each_kind(SEARCHES))
 
 
 @pytest.fixture(params=MODELS)
@@ -140,7 +147,7 @@ def trained() -> Trained:
             epochs=4,
             size=64,
         )
-    return Trained(model, x[1280:], y[1280:])
+    return Trained(model, x[1280:1580], y[1280:1580])
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from attacks.oracle import linear_oracle
 from attacks.table import Recorder, predicted, seeded
+from covering import every_pair
 from torch import Tensor
 
 from sj_robust.attacks import SampleSeeds, ThreatModel, _ascent, apgd, pgd, sapgd
@@ -255,19 +256,18 @@ def test_the_ratio_does_not_see_the_scale_of_the_logits(scale):
     torch.testing.assert_close(found, targeted)
 
 
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize(
-    "model",
-    [
-        lambda x: x * 0,
-        lambda x: (x > 0.5).double() + 0 * x,
-        lambda x: (4 * x).round().detach() * torch.tensor([1.0, 0, 0, 0, 0]) + 0 * x,
-        lambda x: x.mean(1, keepdim=True).expand(-1, 5) * torch.tensor([1e-30, 1, 1, 1, 1]),
-    ],
-    ids=["all tie", "steps", "counts", "nearly all tie"],
-)
-def test_ties_and_zero_gradients_give_no_nan(norm, loss, model):
+TIED = {
+    "all": lambda x: x * 0,
+    "steps": lambda x: (x > 0.5).double() + 0 * x,
+    "counts": lambda x: (4 * x).round().detach() * torch.tensor([1.0, 0, 0, 0, 0]) + 0 * x,
+    "nearly all": lambda x: x.mean(1, keepdim=True) * torch.tensor([1e-30, 1, 1, 1, 1]),
+}
+TIES = {"norm": ["Linf", "L2"], "loss": LOSSES, "tied": TIED}
+
+
+@pytest.mark.parametrize(tuple(TIES), every_pair(TIES))
+def test_ties_and_zero_gradients_give_no_nan(norm, loss, tied):
+    model = TIED[tied]
     x = torch.rand(6, 5, generator=seeded(), dtype=torch.float64)
     for keep_best in (True, False):
         y = model(x).argmax(1)
@@ -418,7 +418,7 @@ def test_sample_seeds_on_a_spiking_network(trained):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("norm", "eps", "loss"),
-    [("Linf", 0.1, "ce"), ("Linf", 0.1, "dlr"), ("L2", 0.6, "ce"), ("Linf", 0.1, "dlr_targeted")],
+    [("Linf", 0.1, "dlr"), ("L2", 0.6, "ce"), ("Linf", 0.1, "dlr_targeted")],
 )
 def test_as_strong_as_the_authors_implementation(trained, norm, eps, loss, monkeypatch):
     """Over seeds, from the authors' starts: then differences are not those of luck."""

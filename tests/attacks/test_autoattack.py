@@ -8,6 +8,7 @@ import pytest
 import torch
 from attacks.conftest import shorten
 from attacks.table import Recorder, assert_within, linear_model, predicted, seeded
+from covering import every_pair
 from torch import nn
 
 from sj_robust import SpikingClassifier
@@ -147,10 +148,10 @@ class TestStrength:
         library = pytest.importorskip(
             "pyautoattack", reason="extra `attacks` holds the authors' implementation"
         )
-        shorten(monkeypatch, iterations=40)
+        shorten(monkeypatch, iterations=20)
         model = trained.model
-        x = trained.x[:20]
-        y = trained.y[:20]
+        x = trained.x[:12]
+        y = trained.y[:12]
         names = ["apgd-ce", "apgd-t", "fab-t"]
         theirs = library.AutoAttack(
             model,
@@ -162,10 +163,10 @@ class TestStrength:
         )
         theirs.apgd.n_restarts = 1
         for attack in (theirs.apgd, theirs.apgd_targeted, theirs.fab):
-            attack.n_iter = 40
+            attack.n_iter = 20
         with torch.random.fork_rng():
             peer_adv, _ = theirs.run_standard_evaluation(x, y)
-        seeds = SampleSeeds(range(20))
+        seeds = SampleSeeds(range(12))
         x_adv = autoattack(
             model,
             x,
@@ -210,9 +211,10 @@ class TestStrength:
         assert_within(first, x, "Linf", 0.2)
 
 
-@pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("version", ["standard", "plus"])
-@pytest.mark.parametrize("norm", NORMS)
+RUNS = {"name": ALL, "version": ["standard", "plus"], "norm": NORMS}
+
+
+@pytest.mark.parametrize(tuple(RUNS), every_pair(RUNS))
 def test_with_sample_seeds_a_result_depends_on_no_other_sample(name, version, norm, monkeypatch):
     shorten(monkeypatch, queries=60)
     model = linear_model(36, torch.float64, seed=3)

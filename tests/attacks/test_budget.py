@@ -2,15 +2,22 @@
 
 import math
 from copy import deepcopy
+from itertools import product
 
 import pytest
 import torch
-from attacks.table import ATTACKS, assert_within, linear_model, predicted, seeded
+from attacks.table import ATTACKS, ON_IMAGES, assert_within, linear_model, predicted, seeded
+from covering import each_in_turn
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sj_robust.attacks import rfgsm
 from sj_robust.attacks._fab import fab
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SQUARES = [name for name in ON_IMAGES if "square" in name]
+OTHERS = [name for name in ON_IMAGES if name not in SQUARES]
+IN_A_DTYPE = [*product(SQUARES, DTYPES), *each_in_turn(OTHERS, DTYPES)]
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -28,7 +35,7 @@ from sj_robust.attacks._fab import fab
             ]
         ),
     ),
-    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 10**6),
 )
 def test_inside_ball_and_box_for_any_shape_radius_and_dtype(name, shape, eps, dtype, seed):
@@ -59,7 +66,7 @@ def test_inside_ball_and_box_on_every_model(attack_and_model, batch):
     assert not torch.equal(x_adv, x)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("image_attack", "dtype"), IN_A_DTYPE, indirect=["image_attack"])
 def test_inside_ball_and_box_in_every_dtype_of_network(image_attack, batch, dtype):
     model = linear_model(36, dtype)
     x = batch[0].to(dtype)
@@ -72,6 +79,7 @@ def test_inside_ball_and_box_in_every_dtype_of_network(image_attack, batch, dtyp
     assert int((predicted(model, x_adv) != y).sum()) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["dlif"], indirect=True)
 @pytest.mark.filterwarnings("ignore::sj_robust.attacks.AutoAttackWarning")  # zero gradients
 def test_inside_ball_and_box_on_a_spiking_network(image_attack, batch, model):

@@ -4,6 +4,7 @@ case.
 
 import itertools
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from attacks.table import (
     seeded,
     two_classes,
 )
+from covering import every_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -98,17 +100,18 @@ class TestLinearOptimum:
         rows = slice(row, row + 1)
         return self.model(row), self.x[rows], self.y[rows]
 
-    @pytest.mark.parametrize(
-        "options",
-        [
+    CHOICES: ClassVar = {
+        "row": range(6),
+        "allow": ["both", "add", "remove"],
+        "options": [
             {},
             {"probes": 0, "queries": 0},
             {"steps": 1},
             {"steps": 40, "probes": 3},
         ],
-    )
-    @pytest.mark.parametrize("allow", ["both", "add", "remove"])
-    @pytest.mark.parametrize("row", range(6))
+    }
+
+    @pytest.mark.parametrize(tuple(CHOICES), every_pair(CHOICES))
     def test_the_smallest_set_that_fools(self, row, allow, options):
         gains = [gain for gain in self.gains(row, allow) if gain > 0]
         sums = list(itertools.accumulate(gains))
@@ -227,8 +230,8 @@ class TestReduction:
 
     @pytest.mark.slow
     def test_further_runs_never_need_more(self, bars):
-        x = bars.x[:24]
-        y = bars.y[:24]
+        x = bars.x[:12]
+        y = bars.y[:12]
         run = partial(
             flip_events,
             bars.model,
@@ -252,7 +255,7 @@ class TestTrainedNetwork:
     def test_accuracy_falls_with_the_budget_far_below_random_changes(self, bars):
         attacked = []
         control = []
-        for flips in (0, 5, 10, 20, 40):
+        for flips in (0, 5, 20, 40):
             run = {"flips": flips, "generator": seeded()}
             searched = flip_events(bars.model, bars.x, bars.y, **run, reduce=False)
             attacked.append(bars.accuracy(searched))
@@ -262,9 +265,8 @@ class TestTrainedNetwork:
         assert attacked[0] == control[0] == bars.accuracy(bars.x) > 0.9
         assert attacked == sorted(attacked, reverse=True)
         assert attacked[1] < control[1]
-        assert attacked[2] < control[2] - 0.2
-        assert attacked[3] < control[3] - 0.5
-        assert attacked[4] < 0.1
+        assert attacked[2] < control[2] - 0.5
+        assert attacked[3] < 0.1
 
     @pytest.mark.slow
     def test_probes_and_queries_add_to_the_gradient(self, bars):

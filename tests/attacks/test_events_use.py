@@ -29,28 +29,28 @@ def bars_and_labels(count: int) -> tuple[Tensor, Tensor]:
     return x.double(), y
 
 
+OF_EACH_KIND = ["last", "targets_and_restarts", "eot", "moves", "random", "random_moves"]
+
+
 class TestState:
     @pytest.mark.slow
-    def test_same_seed_same_result_and_another_seed_another(self, event_attack, bars):
+    @pytest.mark.parametrize("name", OF_EACH_KIND)
+    def test_same_seed_same_result_and_another_seed_another(self, name, bars):
         x = bars.x[:3]
         y = bars.y[:3]
-        first = event_attack(bars.model, x, y, flips=6, generator=seeded(5))
-        other = event_attack(bars.model, x, y, flips=6, generator=seeded(6))
+        run = partial(EVENT_ATTACKS[name], bars.model, flips=6)
+        first = run(x, y, generator=seeded(5))
+        other = run(x, y, generator=seeded(6))
         with torch.inference_mode():  # of the caller
-            again = event_attack(bars.model, x.clone(), y, flips=6, generator=seeded(5))
+            again = run(x.clone(), y, generator=seeded(5))
         assert torch.equal(again, first)
-        if event_attack not in (
-            EVENT_ATTACKS["gradient_only"],
-            EVENT_ATTACKS["eot"],
-        ):  # which draw next to nothing
+        if name != "eot":  # which draws next to nothing
             assert not torch.equal(first, other)
         assert ((first == 0) | (first == 1)).all()
         assert 0 < int(count_flips(first, x).max()) <= 6
 
     @pytest.mark.slow
-    @pytest.mark.parametrize(
-        "name", ["default", "remove", "last", "targets_and_restarts", "moves", "random_moves"]
-    )
+    @pytest.mark.parametrize("name", OF_EACH_KIND)
     def test_a_result_depends_on_neither_neighbours_nor_batch_size(self, name, double):
         x, y = bars_and_labels(5)
         seeds = SampleSeeds(range(5))
@@ -62,25 +62,11 @@ class TestState:
 
     @pytest.mark.slow
     def test_neighbours_do_not_count_with_a_generator_either(self, double):
-        x, y = bars_and_labels(6)
+        x, y = bars_and_labels(3)
         others = torch.cat([x[:1], 1 - x[1:]]), torch.cat([y[:1], (y[1:] + 1) % 4])
-        first = flip_events(
-            double,
-            x,
-            y,
-            flips=12,
-            restarts=2,
-            queries=20,
-            generator=seeded(),
-        )
-        second = flip_events(
-            double,
-            *others,
-            flips=12,
-            restarts=2,
-            queries=20,
-            generator=seeded(),
-        )
+        run = partial(flip_events, double, flips=12, restarts=2, queries=20)
+        first = run(x, y, generator=seeded())
+        second = run(*others, generator=seeded())
         assert torch.equal(first[0], second[0])
 
     @pytest.mark.parametrize("fail_at", [None, 1])
@@ -100,21 +86,11 @@ class TestStochasticNetwork:
         seeds = SampleSeeds(range(20))
         x = bars.x[:20]
         y = bars.y[:20]
-        held = [
-            int(
-                fools(
-                    Noisy(),
-                    attack(Noisy(), x, y, flips=30, generator=seeds),
-                    y,
-                    draws=5,
-                    seeds=seeds,
-                ).sum()
-            )
-            for attack in (
-                partial(flip_events, queries=0, probes=3),
-                partial(flip_events, queries=0, probes=3, confidence=2, eot_samples=4),
-            )
-        ]
+        run = partial(flip_events, Noisy(), x, y, flips=30, queries=0, probes=3, generator=seeds)
+        held = []
+        for options in ({}, {"confidence": 2, "eot_samples": 4}):
+            fell = fools(Noisy(), run(**options), y, draws=5, seeds=seeds)
+            held.append(int(fell.sum()))
         assert held[1] > held[0] + 5
 
 

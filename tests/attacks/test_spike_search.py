@@ -28,6 +28,7 @@ from sj_robust.attacks._quicker import quicker
 from sj_robust.classifier import PoissonEncoder, SpikingEventClassifier
 from sj_robust.core.host import functional
 from sj_robust.data import load_images
+from sj_robust.defences import HomeostaticNode
 from sj_robust.models import NetworkSpec, build_classifier, pretrained
 from sj_robust.proofs import verify
 
@@ -126,6 +127,10 @@ NOT_AFFINE = {
             layer.Linear(5, 3),
             encoder=encoding.LatencyEncoder(4),
         ),
+        torch.rand(2, 1, 4, 4),
+    ),
+    "values of their own": (
+        spiking(layer.Flatten(), layer.Linear(16, 5), HomeostaticNode(4), layer.Linear(5, 3)),
         torch.rand(2, 1, 4, 4),
     ),
     "event frames": (

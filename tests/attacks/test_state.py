@@ -15,6 +15,7 @@ import torch
 from attacks.conftest import untrained
 from attacks.table import (
     ATTACKS,
+    MODELS,
     Recorder,
     all_generators,
     left_as_it_was,
@@ -22,6 +23,7 @@ from attacks.table import (
     predicted,
     seeded,
 )
+from covering import each_in_turn
 from launch import ENVIRONMENT
 from packaging.version import Version
 from spikingjelly.activation_based import functional, layer, neuron
@@ -35,10 +37,10 @@ from sj_robust.neuron import DLIFNode
 
 
 @pytest.mark.parametrize("fail_at", [None, 1])
-def test_network_and_generators_are_left_as_they_were(gradient_attack, batch, fail_at):
+def test_network_and_generators_are_left_as_they_were(gradient_search, batch, fail_at):
     model = untrained("dlif")
     with left_as_it_was(model, fail_at):
-        gradient_attack.run(model, *batch, 0.1, seeded() if fail_at else None)
+        gradient_search.run(model, *batch, 0.1, seeded() if fail_at else None)
 
 
 @pytest.mark.parametrize("name", ["pgd_restarts", "apgd_targeted", "fab"])
@@ -326,13 +328,13 @@ def test_the_attack_does_not_see_the_numbers_of_the_callers_next_forward(batch):
     assert not torch.equal(drawn[0], torch.rand(3))
 
 
-def test_other_seeds_and_no_generator_give_other_numbers(drawing, batch):
+def test_other_seeds_and_no_generator_give_other_numbers(any_attack, batch):
     def everything_seen(generator) -> list[list[float]]:
         model = Recorder(linear_model(36))
         torch.manual_seed(
             0
         )  # does not govern the attack: without a generator the numbers are fresh each time
-        result = drawing.run(model, *batch, 0.1, generator)
+        result = any_attack.run(model, *batch, 0.1, generator)
         return [images.tolist() for images in (*model.seen, result)]
 
     seeds = SampleSeeds(range(7))
@@ -350,7 +352,7 @@ def test_other_seeds_and_no_generator_give_other_numbers(drawing, batch):
         ]
         assert everything_seen(seeds) == runs[2]
     equal = [first == second for i, first in enumerate(runs) for second in runs[:i]]
-    assert not any(equal) if drawing.draws else all(equal)
+    assert not any(equal) if any_attack.draws else all(equal)
 
 
 def test_a_call_draws_one_number_whatever_its_options(batch):
@@ -392,6 +394,11 @@ def test_a_result_does_not_depend_on_the_other_samples(attack, batch):
     )
 
 
+KINDS = each_in_turn(["pgd", "apgd", "spike_search", "fab", "square"], MODELS)
+KINDS += [("pgd", "lif"), ("autoattack", "linear")]
+
+
+@pytest.mark.parametrize("attack_and_model", KINDS, indirect=True, ids="-".join)
 def test_same_seed_same_result_in_any_grad_mode_of_the_caller(attack_and_model, batch):
     attack, model = attack_and_model
     x, y = batch
@@ -410,10 +417,10 @@ def test_same_seed_same_result_in_any_grad_mode_of_the_caller(attack_and_model, 
         assert torch.equal(x_adv, expected), context.__name__
 
 
-def test_images_that_require_a_gradient_get_none_and_stay(every_attack, batch):
+def test_images_that_require_a_gradient_get_none_and_stay(any_attack, batch):
     x = batch[0].requires_grad_()
     y = batch[1]
-    x_adv = every_attack.run(linear_model(36), x, y, 0.1)
+    x_adv = any_attack.run(linear_model(36), x, y, 0.1)
     assert x.grad is None
     assert x.requires_grad
     assert not x_adv.requires_grad

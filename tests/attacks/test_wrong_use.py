@@ -69,11 +69,11 @@ WRONG_INPUTS = {
 }
 
 
-def test_images_and_labels(every_attack):
+def test_images_and_labels(any_attack):
     model = linear_model(36)
     for x, y, error, match in WRONG_INPUTS.values():
         with pytest.raises(error, match=match):
-            every_attack.run(model, x, y, 0.1)
+            any_attack.run(model, x, y, 0.1)
 
 
 def test_labels_beyond_the_classes(search):

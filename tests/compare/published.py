@@ -477,7 +477,7 @@ def apgd_beside(code, checkpoint):
 
 
 def left(model, x, y):
-    """Images still classified right, in per cent."""
+    """Images still classified correctly, in per cent."""
     right = model(x).argmax(1) == y
     return 100 * float(right.double().mean())
 

@@ -166,7 +166,7 @@ def test_damaged_frames(tmp_path, monkeypatch):
     message = r"1 of 20 files in .*00003.npz .BadZipFile.*on_unreadable='skip'"
     with pytest.raises(UnreadableError, match=message):
         load_n_mnist(tmp_path)
-    with pytest.warns(UserWarning, match=r"1 of 20 files .*00003.npz.*left out"):
+    with pytest.warns(UserWarning, match=r"1 of 20 files .*00003.npz.*skipped"):
         splits = load_n_mnist(tmp_path, on_unreadable="skip")
     assert len(splits.train) + len(splits.validation) == 19
 

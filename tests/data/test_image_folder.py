@@ -163,7 +163,7 @@ def test_pictures_that_cannot_be_read(folder, damage):
     with pytest.raises(UnreadableError, match=message) as error:
         load(folder)
     assert "\n" not in str(error.value)
-    with pytest.warns(UserWarning, match=r"1 of 12 files .*dog/2.png.*left out"):
+    with pytest.warns(UserWarning, match=r"1 of 12 files .*dog/2.png.*skipped"):
         splits = load(folder, on_unreadable="skip")
     assert len(splits.train) + len(splits.validation) == 11
     assert found(not_for_tests(splits)) < made(TRAIN)
@@ -177,7 +177,7 @@ def test_no_picture_left(folder):
         load(folder, on_unreadable="skip")
     for path in (folder / "test").rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(UnreadableError, match=r"6 of 6 files .*None is left"):
+    with pytest.raises(UnreadableError, match=r"6 of 6 files .*None remains"):
         load(folder, on_unreadable="skip")
 
 

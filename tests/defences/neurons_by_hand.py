@@ -5,10 +5,26 @@ import torch
 T = 4
 
 
+def numbers(*shape, low=0.0, high=1.0, seed=0):
+    """Uniform numbers in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.rand(shape, generator=generator, dtype=torch.float64)
+    return low + (high - low) * drawn
+
+
+def normals(shape, generator):
+    """Normal numbers in float64."""
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
 def spike_of(z):
     """1 where z >= 0, with the triangle of width 1 as derivative."""
-    slope = (1 - z.detach().abs()).clamp(min=0)
-    return (z.detach() >= 0).to(z.dtype) + (z - z.detach()) * slope
+    value = z.detach()
+    distance = value.abs()
+    slope = (1 - distance).clamp(min=0)
+    step = (value >= 0).to(z.dtype)
+    nothing = z - value
+    return step + nothing * slope
 
 
 class Rules:
@@ -31,9 +47,8 @@ class Rules:
             s = s.detach()
         if self.v_reset is None:
             return h - s * threshold
-        return torch.where(
-            s.detach() > 0, h * (1 - s) + s * self.v_reset, h + s * (self.v_reset - h)
-        )
+        above = h - self.v_reset
+        return h - s * above
 
 
 def noisy(x_seq, rules, *, tau, noise_seq):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from defences.neurons_by_hand import numbers
 from spikingjelly.activation_based import functional
 from torch import nn
 from torch.testing import assert_close
@@ -14,27 +15,60 @@ T = 4
 
 
 def images(height, width, *, low=0.0):
-    generator = torch.Generator().manual_seed(0)
-    shape = (2, 3, height, width)
-    return low + (1 - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
+    return numbers(2, 3, height, width, low=low)
+
+
+def wave(k):
+    """An image with one frequency, along the columns."""
+    places = torch.arange(32, dtype=torch.float64)
+    angles = 2 * torch.pi * k * places / 32
+    row = 0.5 + 0.4 * torch.cos(angles)
+    return row.expand(1, 1, 32, 32)
+
+
+def gradient(frame, weights, x):
+    loss = (frame * weights).sum()
+    (found,) = torch.autograd.grad(loss, x)
+    return found
+
+
+def kept(size, keep):
+    """Whether each frequency stays, from the lowest negative one on."""
+    reach = round(keep * (size // 2), 6)
+    stays = []
+    for place in range(size):
+        k = place - size // 2
+        above = k <= reach if size % 2 else k < reach
+        stays.append(above and k >= -reach)
+    return np.array(stays)
 
 
 def filtered(x, keep):
     """The filtered image, complex, by shifting zero frequency to the middle as the code of the
     paper does.
     """
-    height, width = x.shape[-2:]
-    spectrum = np.fft.fftshift(np.fft.fft2(x), axes=(-2, -1))
-    for axis, size in ((-2, height), (-1, width)):
-        for place in range(size):
-            k = place - size // 2
-            below = -keep * (size // 2) <= k
-            above = k <= keep * (size // 2) if size % 2 else k < keep * (size // 2)
-            if not (below and above):
-                index = [slice(None)] * 4
-                index[axis] = place
-                spectrum[tuple(index)] = 0
-    return np.fft.ifft2(np.fft.ifftshift(spectrum, axes=(-2, -1)))
+    axes = (-2, -1)
+    transform = np.fft.fft2(x)
+    spectrum = np.fft.fftshift(transform, axes=axes)
+    rows = kept(x.shape[-2], keep)
+    columns = kept(x.shape[-1], keep)
+    spectrum[:, :, ~rows] = 0
+    spectrum[:, :, :, ~columns] = 0
+    shifted = np.fft.ifftshift(spectrum, axes=axes)
+    return np.fft.ifft2(shifted)
+
+
+def test_masks_of_the_papers_size_are_32_28_24_and_20_wide():
+    encoder = FrequencyEncoder()
+    for reach in (16, 14, 12, 10):
+        inside = wave(reach - 1)
+        outside = wave(reach + 1)
+        x = torch.cat((inside, outside))
+        frame = encoder(x)
+        assert_close(frame[0], inside[0])
+        if reach < 15:  # beyond, a wave is one of a lower frequency
+            grey = torch.full_like(frame[1], 0.5)
+            assert_close(frame[1], grey)
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (28, 28), (8, 8), (7, 10)])
@@ -43,7 +77,8 @@ def test_frames_are_filtered_as_by_numpy(height, width, narrowing):
     x = images(height, width)
     encoder = FrequencyEncoder(narrowing)
     for t in range(T):
-        wanted = np.abs(filtered(x.numpy(), 1 - narrowing * t))
+        plain = filtered(x.numpy(), 1 - narrowing * t)
+        wanted = np.abs(plain)
         frame = encoder(x)
         np.testing.assert_allclose(frame, wanted, rtol=0, atol=1e-12)
         assert t == 0 or not torch.allclose(frame, x, atol=1e-3)
@@ -54,14 +89,13 @@ def test_the_gradient_is_that_of_the_real_part():
     weights = images(8, 8).flip(0)
     encoder = FrequencyEncoder()
     for t in range(T):
-        (found,) = torch.autograd.grad((encoder(x) * weights).sum(), x)
-        shifted = torch.zeros(8, 8, dtype=torch.float64)
-        inside = [k for k in range(-4, 4) if -(1 - t / 8) * 4 <= k < (1 - t / 8) * 4]
-        for k in inside:
-            for m in inside:
-                shifted[k, m] = 1
-        plain = torch.fft.ifft2(torch.fft.fft2(x) * shifted).real
-        (wanted,) = torch.autograd.grad((plain * weights).sum(), x)
+        found = gradient(encoder(x), weights, x)
+        stays = kept(8, 1 - t / 8)
+        inside = torch.from_numpy(np.fft.ifftshift(stays))
+        mask = inside[:, None] & inside
+        spectrum = torch.fft.fft2(x) * mask
+        plain = torch.fft.ifft2(spectrum).real
+        wanted = gradient(plain, weights, x)
         assert_close(found, wanted)
 
 
@@ -71,28 +105,33 @@ def test_where_the_filtered_image_is_positive_it_is_the_gradient_of_the_magnitud
     encoder = FrequencyEncoder(0.3)  # whose masks are symmetric from the second step on
     encoder(x)
     frame = encoder(x.requires_grad_())
-    (found,) = torch.autograd.grad((frame * direction).sum(), x)
+    found = gradient(frame, direction, x)
     slope = (found * direction).sum()
     ends = []
     for sign in (1, -1):
         functional.reset_net(encoder)
         encoder(x)
         moved = x.detach() + sign * 1e-5 * direction
-        ends.append((encoder(moved) * direction).sum())
-    assert_close(slope, (ends[0] - ends[1]) / 2e-5, rtol=1e-7, atol=0)
+        frame = encoder(moved)
+        end = (frame * direction).sum()
+        ends.append(end)
+    wanted = (ends[0] - ends[1]) / 2e-5
+    assert_close(slope, wanted, rtol=1e-7, atol=0)
 
 
 def test_black_pixels_have_the_gradient_of_others():
     x = torch.zeros(1, 1, 8, 8, requires_grad=True)
-    (found,) = torch.autograd.grad(FrequencyEncoder()(x).sum(), x)
-    assert_close(found, torch.ones_like(x))
+    encoder = FrequencyEncoder()
+    encoder(x).sum().backward()
+    assert_close(x.grad, torch.ones_like(x))
 
 
 def test_a_classifier_begins_every_forward_with_the_whole_image():
     model = SpikingClassifier(nn.Flatten(2), T, FrequencyEncoder())
     x = images(8, 8)
     encoder = FrequencyEncoder()
-    wanted = torch.stack([encoder(x) for _ in range(T)]).flatten(2).mean(0)
+    frames = torch.stack([encoder(x) for _ in range(T)])
+    wanted = frames.flatten(2).mean(0)
     for _ in range(2):
         assert_close(model(x), wanted)
     assert functional.reset_net(model.encoder) is None

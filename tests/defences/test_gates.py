@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from defences.neurons_by_hand import numbers
 from spikingjelly.activation_based import functional, neuron
 from torch import nn
 from torch.testing import assert_close
@@ -15,9 +16,9 @@ T = 3
 SHAPE = (4, 5)
 
 
-def spikes_of(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, (T, 6, *SHAPE), generator=generator).double()
+def spikes_of():
+    drawn = numbers(T, 6, *SHAPE)
+    return (drawn > 0.5).double()
 
 
 def gate_with(rates, **options):
@@ -29,8 +30,13 @@ def gate_with(rates, **options):
 
 
 def rates():
-    generator = torch.Generator().manual_seed(1)
-    return 0.15 + 0.8 * torch.rand(SHAPE, generator=generator, dtype=torch.float64)
+    return numbers(*SHAPE, low=0.15, high=0.95, seed=1)
+
+
+def run(gate, spikes):
+    if gate.step_mode == "m":
+        return gate(spikes)
+    return torch.stack([gate(step) for step in spikes])
 
 
 def by_hand(spikes, p, temperature):
@@ -40,9 +46,12 @@ def by_hand(spikes, p, temperature):
     soft = []
     for step in spikes:
         u = torch.rand(step.shape, generator=generator, dtype=torch.float64)
-        logistic = torch.log((1 - u) / u)
-        relaxed = 1 / (1 + torch.exp(-(torch.log(p / (1 - p)) + logistic) / temperature))
-        out.append(torch.where(relaxed > 0.5, step, torch.zeros_like(step)))
+        odds = p / (1 - p)
+        drawn_odds = (1 - u) / u
+        scaled = torch.log(odds * drawn_odds) / temperature
+        relaxed = 1 / (1 + torch.exp(-scaled))
+        opened = (relaxed > 0.5).double()
+        out.append(opened * step)
         soft.append(relaxed)
     return torch.stack(out), torch.stack(soft)
 
@@ -52,18 +61,21 @@ def by_hand(spikes, p, temperature):
 def test_a_gate_is_its_equation_in_both_step_modes(step_mode, temperature):
     gate = gate_with(rates(), step_mode=step_mode, temperature=temperature)
     spikes = spikes_of().requires_grad_()
-    out = gate(spikes) if step_mode == "m" else torch.stack([gate(step) for step in spikes])
+    out = run(gate, spikes)
     p = rates().requires_grad_()
     wanted, relaxed = by_hand(spikes.detach(), p, temperature)
     assert 0.1 < wanted.mean() < 0.4
     assert torch.equal(out, wanted)
-    weights = torch.rand(out.shape, generator=torch.Generator().manual_seed(4)).double()
-    found = torch.autograd.grad((out * weights).sum(), (spikes, gate.rate))
+    weights = numbers(*out.shape, seed=4)
+    loss = (out * weights).sum()
+    loss.backward()
     opened = (relaxed > 0.5).double()
-    assert_close(found[0], opened * weights)
-    (slope,) = torch.autograd.grad((relaxed * spikes.detach() * weights).sum(), p)
-    assert slope.abs().min() > 1e-3
-    assert_close(found[1], slope, rtol=1e-6, atol=1e-9)
+    assert_close(spikes.grad, opened * weights)
+    sent = spikes.detach() * weights
+    relaxed_loss = (relaxed * sent).sum()
+    relaxed_loss.backward()
+    assert p.grad.abs().min() > 1e-3
+    assert_close(gate.rate.grad, p.grad, rtol=1e-6, atol=1e-9)
 
 
 def test_the_rate_is_the_share_that_gets_through():
@@ -72,14 +84,17 @@ def test_the_rate_is_the_share_that_gets_through():
     assert gate(ones).mean() > 0.998  # as it starts
     gate.rate.data = torch.tensor([-1.0, 0.3, 0.7, 2.0])
     wanted = torch.tensor([0.1, 0.3, 0.7, 0.999])
-    assert_close(gate(ones).mean((0, 1)).detach(), wanted, rtol=0, atol=0.014)
-    (grad,) = torch.autograd.grad(gate(ones).sum(), gate.rate)
-    assert grad[0] == 0  # beyond the ends
-    assert grad[3] == 0
+    passed = gate(ones)
+    share = passed.mean((0, 1)).detach()
+    assert_close(share, wanted, rtol=0, atol=0.014)
+    passed.sum().backward()
+    beyond = gate.rate.grad[[0, 3]]
+    assert not beyond.any()
 
 
 def test_gates_are_in_force_in_evaluation_and_repeat_with_the_seed():
-    net = nn.Sequential(nn.Flatten(2), neuron.IFNode(step_mode="m"), StochasticGate())
+    node = neuron.IFNode(step_mode="m")
+    net = nn.Sequential(nn.Flatten(2), node, StochasticGate())
     model = SpikingClassifier(net, T).eval()
     x = torch.full((2, 1, 4, 4), 0.6)
     model(x)
@@ -92,6 +107,18 @@ def test_gates_are_in_force_in_evaluation_and_repeat_with_the_seed():
     assert not torch.equal(found[0], found[1])
 
 
+def passes_of(model, x, logits):
+    """What penalties are told of a step without perturbed images."""
+    return ForwardPasses(
+        classifier=model,
+        y=torch.zeros(len(x), dtype=torch.int64),
+        x=x,
+        x_perturbed=None,
+        logits=logits,
+        logits_perturbed=None,
+    )
+
+
 def test_the_penalty_is_half_the_sum_of_the_squares():
     net = nn.Sequential(StochasticGate(), StochasticGate())
     functional.set_step_mode(net, "m")
@@ -100,17 +127,17 @@ def test_the_penalty_is_half_the_sum_of_the_squares():
     logits = model(x)
     for number, gate in enumerate(net):
         gate.rate.data.fill_(0.5 + number)
-    passes = ForwardPasses(model, torch.tensor([0, 1]), x, None, logits, None)
+    passes = passes_of(model, x, logits)
     value = GateRates(5e-6).value(passes)
     assert value == 6 * (0.25 + 2.25) / 2
     value.backward()
-    assert torch.equal(net[1].rate.grad, torch.full((6,), 1.5))
+    assert torch.equal(net[1].rate.grad, net[1].rate.detach())
 
 
 def test_wrong_use():
     with pytest.raises(ValueError, match="temperature must be > 0"):
         StochasticGate(temperature=0.0)
     model = SpikingClassifier(nn.Sequential(nn.Linear(6, 4)), T)
-    passes = ForwardPasses(model, torch.tensor([0]), torch.rand(1, 6), None, torch.rand(1, 4), None)
+    passes = passes_of(model, torch.rand(1, 6), torch.rand(1, 4))
     with pytest.raises(ValueError, match="needs a network with StochasticGate"):
         GateRates(1.0).value(passes)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from defences.neurons_by_hand import numbers
 from evaluation.suite_run import THREAT, Net, batches
 from spikingjelly.activation_based import functional, layer
 from torch import nn
@@ -14,7 +15,7 @@ from sj_robust.defences import EvolvingLeakNode, NoisyLIFNode, StochasticGate
 from sj_robust.estimators import estimator
 from sj_robust.evaluation import from_checkpoint
 from sj_robust.evaluation.run.data import Data
-from sj_robust.evaluation.run.draws import draws_needed
+from sj_robust.evaluation.run.draws import settled_draws
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.training import save_checkpoint, training_attack
 from sj_robust.training._run import _groups
@@ -44,7 +45,7 @@ def build(kind, **options):
 
 
 def images(n=4):
-    return torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    return numbers(n, 1, 8, 8, seed=1).float()
 
 
 def seeded(model, x, seed=0):
@@ -59,7 +60,9 @@ def test_a_network_by_name_has_all_its_shapes_and_trains(kind):
     assert all(parameter.numel() for parameter in model.parameters())
     for _ in range(2):  # the first batch shows HoSNN what is usual
         model.zero_grad()
-        nn.functional.cross_entropy(model(images()), torch.arange(4)).backward()
+        logits = model(images())
+        loss = nn.functional.cross_entropy(logits, torch.arange(4))
+        loss.backward()
     unmoved = [name for name, p in model.named_parameters() if p.grad is None]
     assert unmoved == []
     expected = {"tgo": "NoisyLIFNode", "feel": "EvolvingLeakNode", "hosnn": "HomeostaticNode"}
@@ -97,7 +100,7 @@ def test_a_network_draws_only_where_its_defence_does(kind):
     assert torch.equal(seeded(model, images()), first)
     assert torch.equal(seeded(model, images(), seed=1), first) == (kind not in RANDOM)
     data = Data.of([(images(), torch.arange(4))])
-    assert draws_needed(model, data) == (10 if kind in RANDOM else 1)
+    assert settled_draws(model, data, None) == (10 if kind in RANDOM else 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -155,8 +158,9 @@ def test_a_network_of_ones_own_gets_its_shapes_too(tmp_path):
 
 
 def test_a_network_of_ones_own_finds_its_shapes_in_the_first_forward():
-    net = nn.Sequential(layer.Flatten(), layer.Linear(64, 6), EvolvingLeakNode(T))
-    net += nn.Sequential(StochasticGate(), layer.Linear(6, 3))
+    first = layer.Linear(64, 6)
+    last = layer.Linear(6, 3)
+    net = nn.Sequential(layer.Flatten(), first, EvolvingLeakNode(T), StochasticGate(), last)
     functional.set_step_mode(net, "m")
     model = SpikingClassifier(net, T)
     assert model(images()).shape == (4, 3)
@@ -216,10 +220,10 @@ def stochastic(kind):
 @pytest.mark.parametrize("kind", ["noise", "gates"])
 def test_an_evaluation_notices_the_draws_and_takes_the_expectation(kind):
     model = stochastic(kind)
-    report = evaluate(model, batches(12, 12), eps=THREAT.eps, suite="fast", progress=False)
+    report = evaluate(model, batches(6, 6), eps=THREAT.eps, suite="fast", progress=False)
     assert report.draws == 10
     names = {row.member for row in report.rows if row.group != "proof"}
     assert not [name for name in names if "spike_search" in name]  # other spikes in every forward
     assert not [row for row in report.rows if row.group == "proof" and row.verified]
     with pytest.raises(ValueError, match=r"draws random numbers.*--draws 10"):
-        evaluate(model, batches(12, 12), eps=0.1, suite="fast", draws=1, progress=False)
+        evaluate(model, batches(6, 6), eps=0.1, suite="fast", draws=1, progress=False)

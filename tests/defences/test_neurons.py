@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from defences.neurons_by_hand import Rules, T, evolving, homeostatic, noisy
+from defences.neurons_by_hand import Rules, T, evolving, homeostatic, noisy, normals, numbers
 from spikingjelly.activation_based import base, functional
 from torch import nn
+from torch.distributions import Normal
 from torch.testing import assert_close
 
 from sj_robust import SpikingClassifier
@@ -37,33 +38,49 @@ def run(node, x_seq):
     return torch.stack([node(x) for x in x_seq])
 
 
-def numbers(*shape, low=0.0, high=1.0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
-
-
 def currents():
-    return numbers(T, 2, *SHAPE, low=-0.5, high=1.6).requires_grad_()
+    x_seq = numbers(T, 2, *SHAPE, low=-0.5, high=1.6)
+    return x_seq.requires_grad_()
+
+
+def silence():
+    return torch.zeros(T, 1, *SHAPE, dtype=torch.float64)
+
+
+def leaks():
+    return numbers(T, *SHAPE, low=0.3, high=1.2, seed=1)
+
+
+def rates():
+    return numbers(*SHAPE, low=0.1, high=0.6, seed=1)
+
+
+def usual():
+    return numbers(T, *SHAPE, low=0.2, high=0.8, seed=2)
 
 
 def drawn():
     """The noise that a generator with seed 3 gives, one step after the other."""
     generator = torch.Generator().manual_seed(3)
-    steps = [torch.randn(2, *SHAPE, generator=generator, dtype=torch.float64) for _ in range(T)]
+    steps = [normals((2, *SHAPE), generator) for _ in range(T)]
     return NOISE_STD * torch.stack(steps)
 
 
 def noisy_case(**options):
     generator = torch.Generator().manual_seed(3)
     node = NoisyLIFNode(TAU, noise_std=NOISE_STD, generator=generator, **options)
-    return Case(node, [], lambda x, rules: noisy(x, rules, tau=TAU, noise_seq=drawn()))
+
+    def by_hand(x, rules):
+        return noisy(x, rules, tau=TAU, noise_seq=drawn())
+
+    return Case(node, [], by_hand)
 
 
 def evolving_case(**options):
     node = EvolvingLeakNode(T, **options).double()
-    run(node, torch.zeros(T, 1, *SHAPE, dtype=torch.float64))
-    node.leak.data = numbers(T, *SHAPE, low=0.3, high=1.2, seed=1)
-    leak = node.leak.detach().clone().requires_grad_()
+    run(node, silence())
+    node.leak.data = leaks()
+    leak = leaks().requires_grad_()
 
     def by_hand(x, rules):
         return evolving(x, rules, leak=leak)
@@ -73,17 +90,20 @@ def evolving_case(**options):
 
 def homeostatic_case(**options):
     node = HomeostaticNode(T, TAU, **options).double()
-    run(node, torch.zeros(T, 1, *SHAPE, dtype=torch.float64))
+    run(node, silence())
     node.eval()
-    node.rate.data = numbers(*SHAPE, low=0.1, high=0.6, seed=1)
-    node.signature.copy_(numbers(T, *SHAPE, low=0.2, high=0.8, seed=2))
-    rate = node.rate.detach().clone().requires_grad_()
+    node.rate.data = rates()
+    node.signature.copy_(usual())
+    rate = rates().requires_grad_()
 
     def by_hand(x, rules):
-        signature = numbers(T, *SHAPE, low=0.2, high=0.8, seed=2)
-        return homeostatic(x, rules, tau=TAU, rate=rate, signature=signature)
+        return homeostatic(x, rules, tau=TAU, rate=rate, signature=usual())
 
     return Case(node, [(node.rate, rate)], by_hand)
+
+
+def weighted(values, weights):
+    return (values * weights).sum()
 
 
 CASES = {"noisy": noisy_case, "evolving": evolving_case, "homeostatic": homeostatic_case}
@@ -101,10 +121,10 @@ def test_a_neuron_is_its_equation_in_both_step_modes(kind, step_mode, v_reset, d
     weights = numbers(T, 2, *SHAPE, low=-1.0, seed=5)
     spikes = run(case.node, x_seq)
     potentials = case.node.v_seq
-    loss = (spikes * weights).sum() + (potentials * weights).sum()
+    loss = weighted(spikes, weights) + weighted(potentials, weights)
     by_hand_x = currents()
     wanted, wanted_potentials = case.by_hand(by_hand_x, rules)
-    wanted_loss = (wanted * weights).sum() + (wanted_potentials * weights).sum()
+    wanted_loss = weighted(wanted, weights) + weighted(wanted_potentials, weights)
     assert 0.1 < wanted.mean() < 0.9
     assert torch.equal(spikes, wanted)
     assert_close(potentials, wanted_potentials, rtol=0, atol=1e-12)
@@ -122,8 +142,10 @@ def test_the_state_goes_on_over_calls_until_the_reset(kind):
     x_seq = currents().detach()
     wanted, _ = case.by_hand(x_seq, Rules())
     functional.reset_net(case.node)
-    chunks = [case.node(x_seq[:1]), case.node(x_seq[1:])]
-    assert torch.equal(torch.cat(chunks), wanted)
+    first = case.node(x_seq[:1])
+    others = case.node(x_seq[1:])
+    found = torch.cat((first, others))
+    assert torch.equal(found, wanted)
     assert case.node.time_step == T
     functional.reset_net(nn.Sequential(case.node))
     assert case.node.time_step == 0
@@ -164,7 +186,8 @@ def test_states_are_float32_for_half_inputs_and_never_stored(kind):
     spikes = run(node, currents().detach().bfloat16())
     assert spikes.dtype == torch.bfloat16
     assert node.v.dtype == torch.float32
-    assert not [key for key in node.state_dict() if key in ("v", "time_step", "th", "v_seq")]
+    stored = node.state_dict().keys()
+    assert not stored & {"v", "time_step", "th", "v_seq"}
     with pytest.raises(RuntimeError, match="before a batch of another size"):
         node(torch.zeros(T, 7, *SHAPE))
 
@@ -200,9 +223,11 @@ def test_values_per_neuron_get_their_shape_from_the_first_input_or_from_weights(
 def test_noise_makes_the_normal_probability_of_a_spike():
     node = NoisyLIFNode(noise_std=0.5, generator=torch.Generator().manual_seed(0))
     h = torch.tensor([0.3, 0.9, 1.0, 1.4])
-    fired = node(h.expand(1, 40000, 4)).mean((0, 1))
-    wanted = [0.5 * (1 + math.erf((value - 1) / 0.5 / math.sqrt(2))) for value in h.tolist()]
-    assert_close(fired, torch.tensor(wanted), rtol=0, atol=0.01)  # four deviations
+    spikes = node(h.expand(1, 40000, 4))
+    fired = spikes.mean((0, 1))
+    deviations = (h - 1.0) / 0.5
+    wanted = Normal(0.0, 1.0).cdf(deviations)
+    assert_close(fired, wanted, rtol=0, atol=0.01)  # four deviations
 
 
 def test_noise_is_private_with_a_generator_and_follows_torchs_without():
@@ -264,7 +289,8 @@ def test_an_attack_does_not_move_the_signature():
     model(torch.rand(3, 1, 4, 4))
     before = copy.deepcopy(node.state_dict())
     model.eval()
-    model(torch.rand(3, 1, 4, 4, requires_grad=True)).sum().backward()
+    x = torch.rand(3, 1, 4, 4, requires_grad=True)
+    model(x).sum().backward()
     for key, value in node.state_dict().items():
         assert torch.equal(value, before[key]), key
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from defences.neurons_by_hand import Rules, T, spike_of
+from defences.neurons_by_hand import Rules, T, normals, numbers, spike_of
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 from torch.testing import assert_close
@@ -24,30 +24,32 @@ def normal(z):
 
 def classifier_of(node, *, convolution):
     torch.manual_seed(0)
-    first = layer.Conv2d(1, 3, 3) if convolution else layer.Linear(16, 6)
-    net = nn.Sequential(first, node, layer.Flatten(), layer.Linear(12 if convolution else 6, 4))
-    if not convolution:
-        net.insert(0, layer.Flatten())
+    flat = layer.Flatten()
+    if convolution:
+        first = layer.Conv2d(1, 3, 3)
+        last = layer.Linear(12, 4)
+        net = nn.Sequential(first, node, flat, last)
+    else:
+        first = layer.Linear(16, 6)
+        last = layer.Linear(6, 4)
+        net = nn.Sequential(flat, first, node, last)
     functional.set_step_mode(net.double(), "m")
     first.weight.data.mul_(4)
     return SpikingClassifier(net, T), first
 
 
 def problem():
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(5, 1, 4, 4, generator=generator, dtype=torch.float64)
+    return numbers(5, 1, 4, 4)
 
 
-def charged(current, spikes=None):
-    """Potentials before the reset under a constant current, with the spikes that fired if they are
-    given.
-    """
+def charged(current):
+    """Potentials before the reset under a constant current."""
     rules = Rules()
     v = torch.zeros_like(current)
     h_seq = []
-    for t in range(T):
+    for _ in range(T):
         h = (1 - 1 / TAU) * v + current
-        s = spike_of(h - 1.0) if spikes is None else spikes[t]
+        s = spike_of(h - 1.0)
         v = rules.after(h, s, 1.0)
         h_seq.append(h)
     return torch.stack(h_seq)
@@ -75,8 +77,10 @@ def test_the_overlap_is_that_of_a_normal_distribution_per_channel_and_step(convo
     for h in charged(current):
         for channel in range(h.shape[1]):
             z = h[:, channel].flatten() - 1.0
-            mu = z.sum() / z.numel()
-            sigma = (((z - mu) ** 2).sum() / z.numel() + 1e-6).sqrt()
+            mu = z.mean()
+            squares = (z - mu) ** 2
+            variance = squares.mean() + 1e-6
+            sigma = variance.sqrt()
             upper = normal((mu + half_width) / sigma)
             shares.append(upper - normal((mu - half_width) / sigma))
     wanted = torch.stack(shares).mean()
@@ -112,18 +116,16 @@ def test_guarding_knows_the_potential_of_noisy_neurons_without_the_noise():
     value = value_of(ThresholdGuarding(1.0, margin=0.7), classifier, x)
     current = nn.functional.conv2d(x, first.weight, first.bias)
     noise.manual_seed(2)
-    drawn = [0.4 * torch.randn(current.shape, generator=noise).double() for _ in range(T)]
-    noise.manual_seed(2)
-    drawn = [
-        0.4 * torch.randn(current.shape, generator=noise, dtype=torch.float64) for _ in range(T)
-    ]
     v = torch.zeros_like(current)
     costs = []
-    for t in range(T):
+    for _ in range(T):
         h = (1 - 1 / TAU) * v + current
-        s = spike_of(h + drawn[t] - 1.0)
+        z = h - 1.0
+        drawn = 0.4 * normals(current.shape, noise)
+        s = spike_of(z + drawn)
         v = Rules().after(h, s, 1.0)
-        costs.append((0.7 - (h - 1.0).abs()).clamp(min=0))
+        cost = (0.7 - z.abs()).clamp(min=0)
+        costs.append(cost)
     wanted = torch.stack(costs).mean()
     assert wanted > 0.05
     assert_close(value, wanted)
@@ -140,13 +142,14 @@ def test_the_monitor_follows_noisy_neurons_and_penalties_refuse_those_whose_leak
         stats = monitor.compare(x, x + 0.1, forward=classifier)
     assert stats["1"].ms_mppd.mean() > 0
     classifier, _ = classifier_of(EvolvingLeakNode(T), convolution=True)
-    message = "'1' cannot be guarded: the decay of EvolvingLeakNode is not known"
+    message = "'1' cannot be penalised: the decay of EvolvingLeakNode is not known"
     with pytest.raises(ValueError, match=message), SurrogateOverlap(1.0).observe(classifier):
         pass
 
 
 def test_a_rising_weight_follows_half_a_cosine_and_reaches_the_objective():
-    net = nn.Sequential(layer.Flatten(), layer.Linear(16, 4), DLIFNode(T=T))
+    linear = layer.Linear(16, 4)
+    net = nn.Sequential(layer.Flatten(), linear, DLIFNode(T=T))
     functional.set_step_mode(net, "m")
     penalty = ThresholdGuarding(2.0, rising=True)
     objective = Objective(SpikingClassifier(net, T), rho=0.0, penalties=[penalty])

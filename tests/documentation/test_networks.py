@@ -15,9 +15,7 @@ _specification.loader.exec_module(generate)
 FOUND = json.loads(PAGE.with_name(f"networks_{version('spikingjelly')}.json").read_text("utf-8"))
 TRIED_AGAIN = [
     "loop over steps, mean",
-    "functions of SpikingJelly",
     "potential of the last neuron returned",
-    "MSResNet",
     "Spikformer",
 ]
 

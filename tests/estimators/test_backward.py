@@ -7,6 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from covering import each_in_turn
 from estimators.by_hand import (
     CLASSES,
     FEATURES,
@@ -77,17 +78,20 @@ OTHER_LAYERS = (
     Layer("LIF", v_reset=None, v_threshold=0.8),
     Layer("LIF", v_reset=-0.2, v_threshold=0.9),
     Layer("LIF", v_reset=0.3, v_threshold=1.2),
+)
+OTHER_DLIF_LAYERS = (
+    Layer("DLIF", v_reset=0.3, v_threshold=1.2),
     Layer("DLIF", v_reset=None, v_threshold=0.8),
     Layer("DLIF", v_reset=-0.2, v_threshold=0.9),
-    Layer("DLIF", v_reset=0.3, v_threshold=1.2),
 )
 LAYERS = [Layer(kind) for kind in KINDS]
 # RGA is stated for a reset to 0; test_rga_counts_from_the_reset_potential has the others.
 OF_OTHER_LAYERS = [name for name in NAMES if name != "rga"]
 OF_OTHER_LAYERS += [f"{name}+detach" for name in DETACHED]
 CASES = [Case(name, layer) for name, layer in product(NAMES, LAYERS)]
-CASES += [Case(name, layer) for name, layer in product(OF_OTHER_LAYERS, OTHER_LAYERS)]
-CASES += [Case("rga", layer) for layer in OTHER_LAYERS if layer.v_reset is None]
+for layers in (OTHER_LAYERS, OTHER_DLIF_LAYERS):
+    CASES += [Case(name, layer) for name, layer in each_in_turn(OF_OTHER_LAYERS, layers)]
+    CASES += [Case("rga", layer) for layer in layers if layer.v_reset is None]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -292,3 +296,21 @@ def test_potentials_carry_the_gradient_too():
         node.surrogate_function = KeepingValues(surrogate.ATan(), rectangle)
     expected = gradient_of_potentials(net, x)
     assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_mixed_takes_another_shape_in_every_forward_that_has_a_gradient():
+    """By the estimators of its shapes, which the tests above compare with gradients by hand."""
+    shapes = ["triangle:0.5", "atan:4", "sigmoid:4", "rectangle:1", "exponential:2"]
+    for kind in ("LIF", "DLIF"):
+        net = network(kind)
+        x, weights = inputs()
+        wanted = []
+        for name in shapes:
+            with estimator(name)(net) as crafting:
+                wanted.append(gradient(crafting, x, weights))
+        with estimator("mixed")(net) as crafting:
+            for expected in [*wanted, *wanted[:2]]:
+                with torch.no_grad():
+                    crafting(x)
+                assert_allclose(gradient(crafting, x, weights), expected, atol=1e-12)
+        assert not np.allclose(wanted[0], wanted[1])

@@ -6,10 +6,12 @@ import copy
 import io
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
 from attacks.table import PerStep
+from covering import each_in_turn, every_pair
 from spikingjelly.activation_based import layer
 from spikingjelly.activation_based.model import sew_resnet, spiking_vgg
 from torch import nn
@@ -126,8 +128,12 @@ def own_spike(z):
 ATAN = {"surrogate_function": surrogate.ATan()}
 
 
-@pytest.mark.parametrize("kind", NEURONS)
-@pytest.mark.parametrize("name", SAME_VALUES)
+WAYS = ["atan:4", "rectangle:1", "bptr", "hart_mixed:1.2", "assg"]
+"""One name of every way in which an estimator puts its gradient in place of another."""
+PAIRS = [*product(WAYS, NEURONS), *each_in_turn(SAME_VALUES, NEURONS)]
+
+
+@pytest.mark.parametrize(("name", "kind"), dict.fromkeys(PAIRS))
 def test_values_are_the_same_bits(name, kind):
     model = classifier(NEURONS[kind], **ATAN)
     assert_same_values(model, images(), name)
@@ -141,9 +147,10 @@ RESETS = [
 
 
 @pytest.mark.parametrize(
-    ("reset", "kind"), list(zip(RESETS, ["LIF", "LIF_decay", "DLIF"], strict=True)), ids=str
+    ("name", "reset", "kind"),
+    each_in_turn(SAME_VALUES, RESETS, ["LIF", "LIF_decay", "DLIF"]),
+    ids=str,
 )
-@pytest.mark.parametrize("name", SAME_VALUES)
 def test_resets(name, kind, reset):
     model = classifier(NEURONS[kind], store_v_seq=True, **ATAN, **reset)
     differs = "detach_reset" not in reset or "+detach" not in name
@@ -151,34 +158,45 @@ def test_resets(name, kind, reset):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kind"),
-    [(torch.float64, "LIF"), (torch.float16, "DLIF"), (torch.bfloat16, "DLIF")],
+    ("name", "dtype", "kind"),
+    each_in_turn(
+        SAME_VALUES,
+        [torch.float64, torch.float16, torch.bfloat16],
+        ["LIF", "DLIF", "DLIF"],
+    ),
 )
-@pytest.mark.parametrize("name", SAME_VALUES)
 def test_other_dtypes(name, kind, dtype):
     model = classifier(NEURONS[kind]).to(dtype)
     assert_same_values(model, images(dtype=dtype), name, differs=False)
 
 
-@pytest.mark.parametrize("kind", NEURONS)
-@pytest.mark.parametrize(
-    "name", ["triangle:0.5", "rectangle:1", "assg", "pdsg", "straight_through+detach"]
-)
+STEPWISE = ["triangle:0.5", "rectangle:1", "assg", "pdsg", "straight_through+detach"]
+
+
+@pytest.mark.parametrize(("name", "kind"), each_in_turn(STEPWISE, NEURONS))
 def test_step_by_step(name, kind):
     model = classifier(NEURONS[kind], step_mode="s", store_v_seq=kind == "DLIF")
     assert_same_values(model, images(), name)
 
 
-@pytest.mark.parametrize("function", [surrogate.ATan(spiking=False), own_spike])
-@pytest.mark.parametrize("kind", ["LIF", "DLIF"])
-@pytest.mark.parametrize("name", ["atan:4", "rectangle:1", "assg", "hart_mixed:1.2"])
+OWN = {
+    "name": WAYS,
+    "kind": ["LIF", "DLIF"],
+    "function": [surrogate.ATan(spiking=False), own_spike],
+}
+
+
+@pytest.mark.parametrize(tuple(OWN), every_pair(OWN))
 def test_surrogates_of_a_users_own(name, kind, function):
     model = classifier(NEURONS[kind], surrogate_function=function)
     assert_same_values(model, images(), name)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "eager", "cpp", "spikingjelly"])
-@pytest.mark.parametrize("name", ["atan:4", "rectangle:1", "bptr", "hart_mixed:1.2", "assg"])
+BACKENDS = ["auto", "reference", "eager", "cpp", "spikingjelly"]
+MOVED = [*each_in_turn(WAYS, BACKENDS), *each_in_turn(["atan:4"], BACKENDS[1:])]
+
+
+@pytest.mark.parametrize(("name", "backend"), MOVED)
 def test_backends_of_dlif(name, backend):
     if backend == "spikingjelly" and EVAL_MODE_HAS_NO_GRADIENT:
         pytest.skip("SpikingJelly 0.0.0.0.14 has no LIF operator")
@@ -229,8 +247,7 @@ class FusedRun:
         )
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", SAME_VALUES)
+@pytest.mark.parametrize(("name", "training"), each_in_turn(SAME_VALUES, [False, True]))
 def test_fused_batch_norm(name, training):
     net = classifier(NEURONS["DLIF"]).net[:-1].train(training)
     plain = FusedRun.of(copy.deepcopy(net), name)
@@ -245,7 +262,7 @@ def test_fused_batch_norm(name, training):
     assert plain.batches == fused.batches == int(training)
 
 
-@pytest.mark.parametrize("name", ["atan:4", "rectangle:1", "bptr", "assg"])
+@pytest.mark.parametrize("name", ["atan:4", "bptr"])
 def test_model_zoo(name):
     torch.manual_seed(0)
     net = sew_resnet.sew_resnet18(
@@ -307,11 +324,10 @@ UNKNOWN = {
 }
 
 
-@pytest.mark.parametrize("kind", UNKNOWN)
-@pytest.mark.parametrize(
-    "name",
-    ["triangle:0.5", "atan:3", "rectangle:1", "exponential:2", "straight_through", "training"],
-)
+OTHER = ["triangle:0.5", "atan:3", "rectangle:1", "exponential:2", "straight_through", "training"]
+
+
+@pytest.mark.parametrize(("name", "kind"), each_in_turn(OTHER, UNKNOWN))
 def test_neurons_of_unknown_dynamics_take_other_surrogates(name, kind):
     torch.manual_seed(0)
     net = nn.Sequential(
@@ -324,8 +340,10 @@ def test_neurons_of_unknown_dynamics_take_other_surrogates(name, kind):
     assert_same_values(model, images(), name)
 
 
-@pytest.mark.parametrize("name", ["bptr", "rga", "pdsg", "assg", "hart", "hart_mixed"])
-@pytest.mark.parametrize("kind", ["EIF", "subclass"])
+NEEDING = ["bptr", "rga", "pdsg", "assg", "hart", "hart_mixed"]
+
+
+@pytest.mark.parametrize(("name", "kind"), each_in_turn(NEEDING, ["EIF", "subclass"]))
 def test_neurons_of_unknown_dynamics_are_named(name, kind):
     net = nn.Sequential(nn.Linear(3, 2), UNKNOWN[kind]())
     message = r"dynamics .* '1' \((EIFNode|Subclass)\); use a surrogate"
@@ -334,8 +352,7 @@ def test_neurons_of_unknown_dynamics_are_named(name, kind):
     assert "multi_step_forward" not in vars(net[1])
 
 
-@pytest.mark.parametrize("kind", NEURONS)
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize(("name", "kind"), each_in_turn(ESTIMATORS, NEURONS))
 def test_silent_layers_and_zero_gradients_give_no_nan(name, kind):
     model = classifier(NEURONS[kind])
     with torch.no_grad():

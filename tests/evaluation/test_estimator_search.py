@@ -93,7 +93,7 @@ def test_images_that_fall_with_one_of_two_estimators_alone_are_counted():
 
 
 def test_wrong_use():
-    with pytest.raises(ValueError, match="images that are classified right, got none among 5"):
+    with pytest.raises(ValueError, match="images that are classified correctly, got none among 5"):
         search(slice(0, 40, 8))
     with pytest.raises(ValueError, match="an estimator must begin with one of .*, got 'atna'"):
         search(candidates=["atan:4", "atna:4"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from covering import every_pair
 from evaluation.suite_run import classifier, images
 from spikingjelly.activation_based import neuron
 from torch import nn
@@ -82,9 +83,10 @@ def test_the_share_of_stuck_weights_is_as_asked(share):
     assert not torch.equal(milder, other)
 
 
-@pytest.mark.parametrize("mode", ["m", "s"])
-@pytest.mark.parametrize("reset", [0.0, None, 0.1])
-@pytest.mark.parametrize("name", NODES)
+NEURONS = {"name": NODES, "reset": [0.0, None, 0.1], "mode": ["m", "s"]}
+
+
+@pytest.mark.parametrize(tuple(NEURONS), every_pair(NEURONS))
 def test_without_a_drift_a_neuron_spikes_as_before(name, reset, mode):
     x = 1.5 * torch.rand(T, 4, 3, 7, generator=torch.Generator().manual_seed(1))
     node = NODES[name](v_reset=reset, step_mode=mode).eval()

@@ -231,7 +231,7 @@ def test_one_image_alone_is_no_evidence_and_none_is_no_attack(honest, batch):
     found = findings(honest, (x[:5], y[:5]), estimators=None)
     assert found["noise_beats_attack"].total == 5
     assert found["zero_gradients"].threshold == THRESHOLDS["zero_gradients"]
-    found = findings(honest, (x, (y + 1) % 10))  # nothing is classified right
+    found = findings(honest, (x, (y + 1) % 10))  # nothing is classified correctly
     assert found["clean_errors"].value > 0.9
     assert failed(found) == {"clean_errors"}
     assert "unbounded_attack_fails" not in found

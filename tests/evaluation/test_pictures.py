@@ -1,5 +1,7 @@
 """What a gallery shows is true: images in their ball, predictions, and where both runs part."""
 
+import base64
+
 import matplotlib.image
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 
 from sj_robust.data import image_loader, load_images
 from sj_robust.evaluation import gallery
+from sj_robust.evaluation.report import pictures
 from sj_robust.models import pretrained
 from sj_robust.perturbation import spike_traces
 from sj_robust.training import Journal
@@ -70,7 +73,7 @@ def test_event_frames_stay_events():
 
 def test_what_cannot_be_shown(model, images):
     x, _ = images
-    with pytest.raises(ValueError, match="gets none of these 40 images right"):
+    with pytest.raises(ValueError, match="misclassifies all of these 40 images"):
         gallery(model, x, (model(x).argmax(1) + 1) % 10, eps=0.1)
     plain = gallery(
         nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), x, torch.arange(40) % 10, eps=0.1
@@ -114,6 +117,15 @@ def test_runs_part_at_the_first_spike_that_differs():
     for wrong in ({"which": "all"}, {"sample": 3}):
         with pytest.raises(ValueError, match="must be"):
             found.plot(**wrong)
+
+
+def test_a_notebook_shows_the_images_and_their_table(shown, monkeypatch):
+    text = shown._repr_html_()
+    _, _, picture = text.partition('src="data:image/png;base64,')
+    assert base64.b64decode(picture.partition('"')[0]).startswith(b"\x89PNG")
+    assert "<table><tr><th>runs part in</th>" in text
+    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
+    assert "<img" not in shown._repr_html_()
 
 
 def test_the_page_holds_the_pictures_folded(shown, tmp_path):

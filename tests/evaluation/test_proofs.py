@@ -149,7 +149,7 @@ def test_a_verified_image_that_an_attack_breaks_stops_the_report():
     with pytest.raises(ValueError, match=message):
         report(verified=(2, 5))
     assert report(verified=(7,)).standing("verified") == {7}  # only noise beyond the threat
-    with pytest.raises(ValueError, match="among those classified right"):
+    with pytest.raises(ValueError, match="among those classified correctly"):
         report(verified=(9,))
     curve = over_eps()  # leaves image 5 at 0.05, and not at 0.1
     at_level = partial(proof, (5,), variant=OVER_EPS)

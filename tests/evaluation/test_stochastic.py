@@ -4,7 +4,9 @@ decides.
 
 import random
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -20,7 +22,8 @@ from sj_robust.evaluation import Member, make_suite, worst_case
 from sj_robust.evaluation.assess import assess
 from sj_robust.evaluation.request import Request
 from sj_robust.evaluation.run.data import Data
-from sj_robust.evaluation.run.draws import check_draws
+from sj_robust.evaluation.run.draws import DRAWS, settled_draws
+from sj_robust.evaluation.run.progress import Watch
 from sj_robust.evaluation.subject import Subject
 
 
@@ -50,12 +53,31 @@ def test_gradient_attacks_average_and_go_on():
 
 
 @pytest.mark.slow
-def test_a_network_that_draws_needs_several_draws():
+def test_a_network_that_draws_gets_several_draws_and_averaged_gradients():
     subject = Subject("mine", SpikingClassifier(Net(), 3, PoissonEncoder()), "one layer")
-    asked = Request("fast", THREAT, "noise", 3, control=False)
-    with pytest.raises(ValueError, match=r"draws random numbers.*--draws 10"):
-        assess(subject, batches(12, 12), asked)
+    said = []
+    asked = Request("fast", THREAT, "noise", 3, control=False, watch=Watch(said.append))
     assert assess(subject, batches(12, 12), replace(asked, draws=3)).draws == 3
+    with pytest.raises(ValueError, match=r"draws random numbers.*leave draws out.*--draws 10"):
+        assess(subject, batches(12, 12), replace(asked, draws=1))
+    with patch_suites() as made:
+        found = assess(subject, batches(12, 12), asked)
+    assert found.draws == DRAWS
+    assert made == [DRAWS, DRAWS]
+    assert any("draws random numbers: 10 forwards judge an image" in text for text in said)
+
+
+@contextmanager
+def patch_suites():
+    """What every suite that is made averages over."""
+    averaged = []
+
+    def noted(*arguments, eot_samples, **options):
+        averaged.append(eot_samples)
+        return make_suite(*arguments, eot_samples=eot_samples, **options)
+
+    with patch("sj_robust.evaluation.assess.make_suite", noted):
+        yield averaged
 
 
 class OnSome(nn.Module):
@@ -94,9 +116,15 @@ def test_noise_and_state_on_later_images_are_found_and_told_apart(what, message)
     marked = batches(6, 36)
     marked[4][0][:, 0, 3, 3] = 1
     with pytest.raises(ValueError, match=message):
-        evaluate(OnSome(what), marked, eps=0.1, suite="fast", progress=False)
-    check_draws(OnSome("nothing"), Data.of(marked))
-    check_draws(OnSome(what), Data.of(marked[:4]))
+        evaluate(OnSome(what), marked, eps=0.1, suite="fast", draws=1, progress=False)
+    assert settled_draws(OnSome("nothing"), Data.of(marked), None) == 1
+    assert settled_draws(OnSome(what), Data.of(marked[:4]), None) == 1
+    assert settled_draws(OnSome(what), Data.of(marked), 4) == 4
+    if what == "state":
+        with pytest.raises(ValueError, match=message):
+            settled_draws(OnSome(what), Data.of(marked), None)
+    else:
+        assert settled_draws(OnSome(what), Data.of(marked), None) == DRAWS
 
 
 def test_neurons_that_are_never_reset_are_told_to_carry_state():
@@ -104,7 +132,7 @@ def test_neurons_that_are_never_reset_are_told_to_carry_state():
     net.append(nn.Linear(3, 3))
     net[1].weight.data.fill_(1.0)
     with pytest.raises(ValueError, match="carries state from one forward into the next"):
-        check_draws(net, Data.of(batches(6, 12)))
+        settled_draws(net, Data.of(batches(6, 12)), None)
     assert net[2].v == 0.0
 
 

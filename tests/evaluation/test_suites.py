@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from attacks.oracle import linear_oracle
+from covering import every_pair
 from evaluation.suite_run import classifier, images
 from torch import nn
 
@@ -23,6 +24,13 @@ from sj_robust.models.checkpoint import load_checkpoint
 
 EIGHT = ThreatModel("Linf", 8 / 255)
 CHOSEN = ("atan:4", "triangle:0.5", "assg")
+SEARCHING = ["fast", "standard", "gradient"]
+CHOICES = {
+    "name": SEARCHING,
+    "chosen": [(), ("training",), ("atan:4", "atan:4"), ("training", "assg+detach"), CHOSEN],
+    "classes": [2, 3, 10],
+    "norm": ["Linf", "L2"],
+}
 KNOWN = Path(__file__).parents[1] / "attacks" / "ground_truth"
 
 
@@ -120,12 +128,7 @@ class TestMakeUp:
         assert any(name.startswith("sapgd/assg") for name in names)
         assert suite.search is not None
 
-    @pytest.mark.parametrize("name", ["fast", "standard", "gradient"])
-    @pytest.mark.parametrize(
-        "chosen", [(), ("training",), ("atan:4", "atan:4"), ("training", "assg+detach"), CHOSEN]
-    )
-    @pytest.mark.parametrize("classes", [2, 3, 10])
-    @pytest.mark.parametrize("norm", ["Linf", "L2"])
+    @pytest.mark.parametrize(tuple(CHOICES), every_pair(CHOICES))
     def test_any_choice_any_number_of_classes_both_norms(self, name, chosen, classes, norm):
         suite = make_suite(name, ThreatModel(norm, 0.1), chosen=chosen, classes=classes)
         attacks = [member.attack for member in suite.members]
@@ -140,14 +143,14 @@ class TestMakeUp:
         assert "dlr_targeted" not in losses or classes > 3
 
     @pytest.mark.parametrize(
-        "name", ["paper", "fast", "standard", "gradient", "autoattack", "gradients"]
+        "name", ["paper", "fast", "standard", "gradient", "long", "autoattack", "gradients"]
     )
     def test_the_control_is_a_group_of_its_own_with_the_training_surrogate(self, name):
         suite = make_suite(
             name,
             EIGHT,
             classes=10,
-            chosen=CHOSEN if name in ("fast", "standard", "gradient") else (),
+            chosen=CHOSEN if name in ("fast", "standard", "gradient", "long") else (),
         )
         assert {(member.estimator, member.group) for member in suite.control} == {
             ("training", "control")
@@ -170,6 +173,10 @@ class TestMakeUp:
             (
                 {"name": "paper", "threat": ThreatModel("L2", 1.0)},
                 "suite 'paper' is defined for Linf, got 'L2'",
+            ),
+            (
+                {"name": "long", "threat": ThreatModel("L2", 1.0)},
+                "suite 'long' is defined for Linf, got 'L2'",
             ),
             ({"threat": ThreatModel("L2", 0.0)}, "eps must be > 0 to attack at all, got 0.0"),
             ({"name": "events"}, "'events' does not fit a threat in Linf; count changes"),
@@ -215,8 +222,16 @@ class TestCost:
 
 class TestVerdict:
     @pytest.mark.slow
-    @pytest.mark.parametrize("name", ["fast", "standard", "gradient"])
-    @pytest.mark.parametrize(("norm", "classes"), [("Linf", 6), ("L2", 6), ("Linf", 2)])
+    @pytest.mark.parametrize(
+        ("name", "norm", "classes"),
+        [
+            ("fast", "Linf", 2),
+            ("fast", "L2", 6),
+            ("standard", "Linf", 6),
+            ("standard", "L2", 6),
+            ("gradient", "Linf", 6),
+        ],
+    )
     def test_linear_network_gets_its_robust_accuracy(self, name, norm, classes):
         oracle = linear_oracle(classes, norm)
         y = oracle.y.clone()
@@ -267,6 +282,17 @@ def test_standard_overlooks_at_most_one_breakable_image_of_128(name, eps):
     assert len(stands - {verified}) <= 1
     assert verified in stands, "a proof is wrong"
     assert len(breakable) > 5
+
+
+def test_the_long_suite_searches_for_the_share_of_its_estimator():
+    suite = make_suite("long", ThreatModel("Linf", 0.1), classes=10, chosen=["assg:0.9"])
+    found = [(member.estimator, member.attack.keywords["steps"]) for member in suite.members]
+    assert found == [("assg:0.9", 1000), ("mixed", 1000)]
+    assert suite.search.count == 1
+    assert {name.partition(":")[0] for name in suite.search.candidates} == {"assg"}
+    assert len(suite.search.candidates) > 4
+    (alone,) = make_suite("long", ThreatModel("Linf", 0.1), classes=10).members
+    assert alone.estimator == "training"
 
 
 def test_every_estimator_for_itself():

@@ -5,6 +5,7 @@ other backends.
 import numpy as np
 import pytest
 import torch
+from covering import every_pair
 from ops.calls import by_hand, check_slopes, random_call, run
 from ops.triton import cases
 from oracle import away_from_threshold
@@ -47,11 +48,7 @@ def backend(request):
     return needs(request.param)
 
 
-def at_random(draw):
-    return tuple(draw.choice(values) for values in CHOICES.values())
-
-
-@pytest.mark.parametrize(tuple(CHOICES), cases.pairwise([], at_random, 500))
+@pytest.mark.parametrize(tuple(CHOICES), every_pair(CHOICES))
 def test_equals_bptt_by_hand(v_reset, detach_reset, surrogate, shape, dtype):
     needs("cupy")
     kind, alpha = surrogate

@@ -136,6 +136,7 @@ def test_channels_last_and_offset_currents(place, dtype):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_compiled_is_what_it_is_uncompiled(place, fullgraph):
     device, _ = place
@@ -151,6 +152,7 @@ def test_compiled_is_what_it_is_uncompiled(place, fullgraph):
     assert_same(trained(node, x, compiled), trained(node, x, lambda x_seq: node(2 * x_seq) / 2))
 
 
+@pytest.mark.slow
 def test_a_stage_that_runs_in_one_pass_is_compiled_whole(place):
     device, _ = place
     net = nn.Sequential(*list(network(place, fused=False))[1:4])  # batch norm, neurons, pooling

@@ -161,7 +161,7 @@ SPIKFORMER = pytest.mark.skipif(
     [
         ("spiking_resnet18", 16),
         ("sew_resnet18", 16),
-        pytest.param("spikformer_cifar10", 32, marks=SPIKFORMER),
+        pytest.param("spikformer_cifar10", 32, marks=[SPIKFORMER, pytest.mark.slow]),
     ],
 )
 def test_zoo(name, size):

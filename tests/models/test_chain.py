@@ -53,18 +53,16 @@ def test_layers_of_vgg_as_in_the_paper(name):
         T=2,
         hidden=(24, 20),
     )
-    net = build_network(spec)
+    with torch.device("meta"):
+        net = build_network(spec)
     convolutions = of_kind(net, layer.Conv2d)
     assert len(convolutions) == CONVOLUTIONS[name]
     assert len(of_kind(net, layer.BatchNorm2d)) == CONVOLUTIONS[name]
     assert len(of_kind(net, DLIFNode)) == CONVOLUTIONS[name] + 2
-    first, _, _ = of_kind(net, layer.Linear)
+    first, _, last = of_kind(net, layer.Linear)
+    assert last.out_features == 10
     size = 32 // 2 ** VGG_FEATURES[name].count("A")
     assert first.in_features == convolutions[-1].out_channels * size**2
-    model = SpikingClassifier(net, T=2)
-    with torch.no_grad():
-        logits = model(torch.rand(2, 3, 32, 32))
-    assert logits.shape == (2, 10)
 
 
 def test_vgg11_has_the_sizes_of_the_paper():

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from covering import every_pair
 from ops.calls import by_hand, random_call
 from spikingjelly.activation_based import base, functional, neuron, surrogate
 from torch import nn
@@ -35,20 +36,21 @@ def run(node, x_seq):
     return torch.stack([node(x) for x in x_seq])
 
 
-@pytest.mark.parametrize("step_mode", ["m", "s"])
-@pytest.mark.parametrize("v_reset", [0.0, None, -0.25])
-@pytest.mark.parametrize("detach_reset", [False, True])
-@pytest.mark.parametrize(
-    ("kind", "alpha", "surrogate_class"),
-    [
+NEURONS = {
+    "step_mode": ["m", "s"],
+    "v_reset": [0.0, None, -0.25],
+    "detach_reset": [False, True],
+    "spike": [
         ("triangle", 1.0, surrogate.PiecewiseQuadratic),
         ("atan", 2.0, surrogate.ATan),
         ("sigmoid", 4.0, surrogate.Sigmoid),
     ],
-)
-def test_equals_bptt_by_hand_in_both_step_modes(
-    step_mode, v_reset, detach_reset, kind, alpha, surrogate_class
-):
+}
+
+
+@pytest.mark.parametrize(tuple(NEURONS), every_pair(NEURONS))
+def test_equals_bptt_by_hand_in_both_step_modes(step_mode, v_reset, detach_reset, spike):
+    kind, alpha, surrogate_class = spike
     (x_seq, gain, v_init), (weights, grad_v, grad_v_seq) = random_call((6, 2, 3, 5))
     inputs = (x_seq, gain, v_init.fill_(v_reset or 0.0))
     grads = (weights, grad_v.zero_(), grad_v_seq.zero_())

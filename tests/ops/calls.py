@@ -17,6 +17,8 @@ from sj_robust.ops.surrogate import HOST_NAMES
 needs_kernel = pytest.mark.skipif(
     cpp.unavailable_reason() is not None, reason=str(cpp.unavailable_reason())
 )
+KERNELS = [f"cpp {name}" for name in cpp.instruction_sets()]
+"""The compiled kernel with every instruction set of this processor."""
 assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 """That two tensors, or sequences of tensors and None, are the same numbers in the same dtype."""
 
@@ -40,6 +42,14 @@ def laid_out(x_seq, channels_last):
     """The same numbers with every step in this order in memory."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return x_seq.flatten(0, 1).contiguous(memory_format=layout).unflatten(0, x_seq.shape[:2])
+
+
+def choose(monkeypatch, name):
+    """The backend of a name, which may say an instruction set behind it."""
+    backend, _, instruction_set = name.partition(" ")
+    if instruction_set:
+        monkeypatch.setenv(cpp.INSTRUCTION_SET_VARIABLE, instruction_set)
+    return backend
 
 
 class Seen(TorchDispatchMode):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ops.calls import KERNELS, choose
 
 from sj_robust.ops.dlif import backends, cpp, cupy_launch, dispatch, triton_launch
 
@@ -14,15 +15,12 @@ def instruction_set(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=["reference", "eager", *(f"cpp {name}" for name in cpp.instruction_sets())])
+@pytest.fixture(params=["reference", "eager", *KERNELS])
 def backend(request, monkeypatch):
     """Name of a backend; the compiled one counts once for every instruction set of this
     processor.
     """
-    name, _, instruction_set = request.param.partition(" ")
-    if instruction_set:
-        monkeypatch.setenv(cpp.INSTRUCTION_SET_VARIABLE, instruction_set)
-    return name
+    return choose(monkeypatch, request.param)
 
 
 @pytest.fixture

@@ -2,16 +2,15 @@
 norm.
 """
 
-import functools
 from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from ops.calls import assert_equal, laid_out, needs_kernel
+from covering import every_pair, pairwise
+from ops.calls import KERNELS, assert_equal, laid_out, needs_kernel
 from ops.triton import stage_cases
-from ops.triton.cases import pairwise
 from ops.triton.stage_cases import TRIANGLE, Call, Case
 from oracle import dlif_bptt
 from torch import nn
@@ -78,6 +77,7 @@ def random_call(shape, seed=0):
 
 
 CHOICES = {
+    "backend": ["reference", *KERNELS],
     # planes of odd sizes, rows longer than a block of neurons, more channels than a block has,
     # fewer than two, and none
     "shape": [
@@ -104,6 +104,7 @@ CHOICES = {
 class OneCall:
     """A call that is compared with one by hand, by the names of CHOICES."""
 
+    backend: str
     shape: tuple[int, ...]
     statistics: str | None
     average_pool: bool
@@ -131,9 +132,11 @@ def at_random(draw):
     return replace(case, average_pool=False, channels_last=False)
 
 
-@functools.cache
+CALLS = [(case.backend, case) for case in pairwise([], at_random, 300)]
+
+
 def expected_call(case):
-    """A call, and what comes out of it by hand; every instruction set gets the same."""
+    """A call, and what comes out of it by hand."""
     x, weight, bias, gain, v_init, grads, running = random_call(case.shape)
     if case.average_pool:
         grads = (means(grads[0]), *grads[1:])
@@ -160,10 +163,7 @@ def expected_call(case):
     return given, expected
 
 
-@pytest.mark.parametrize(
-    "backend", ["reference", *(f"cpp {name}" for name in cpp.instruction_sets())], indirect=True
-)
-@pytest.mark.parametrize("case", pairwise([], at_random, 300), ids=str)
+@pytest.mark.parametrize(("backend", "case"), CALLS, indirect=["backend"], ids=str)
 def test_equals_all_written_by_hand(backend, case):
     (*values, grads, running), expected = expected_call(case)
     x, weight, bias, gain, v_init = (torch.tensor(a, requires_grad=True) for a in values)
@@ -215,39 +215,40 @@ def test_equals_the_reference_on_the_table_of_the_kernels_for_gpus(case):
     stage_cases.check(case, backend="cpp")
 
 
-@needs_kernel
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize(
-    ("statistics", "average_pool", "repeated"),
-    [
+HALVES = {
+    "instruction_set": cpp.instruction_sets(),
+    "dtype": [torch.bfloat16, torch.float16],
+    "channels_last": [False, True],
+    "kind": [
         ("batch", False, False),
         (None, True, False),
         ("batch", True, False),
         ("batch", False, True),
         ("running", False, True),
     ],
-)
-def test_halves_are_a_float32_run_of_the_same_numbers(
-    instruction_set, dtype, channels_last, statistics, average_pool, repeated
-):
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize(tuple(HALVES), every_pair(HALVES), indirect=["instruction_set"], ids=str)
+def test_halves_are_a_float32_run_of_the_same_numbers(instruction_set, dtype, channels_last, kind):
     """Arithmetic and state are float32's: only what is stored is rounded, once, and a repeated
     image's gradient too.
     """
+    statistics, average_pool, repeated = kind
     shapes = [(4, 3, 33, 8, 8), (3, 2, 5, 7, 9)]
-    for T, *step in (
-        shapes if repeated else [*shapes, (2, 16, 64, 32, 32)]
-    ):  # the last is written past the cache
+    if not repeated:
+        shapes.append((2, 16, 64, 32, 32))  # written past the cache
+    for T, *step in shapes:
         case = Case(
             T, tuple(step), dtype, statistics, average_pool, channels_last, repeated, TRIANGLE
         )
         half, whole = (Call("cpp", case, storage) for storage in (dtype, torch.float32))
         assert [a.dtype for a in half.outputs] == [dtype, *[torch.float32] * 3]
         spikes = half.outputs[0]
-        x = half.x
         grad_x = half.gradients[0]
         assert spikes.stride() == laid_out(spikes, channels_last).stride()
-        assert grad_x.stride() == x.stride() == laid_out(x, channels_last).stride()
+        assert grad_x.stride() == half.x.stride() == laid_out(half.x, channels_last).stride()
         rounded = [a.to(b.dtype) for a, b in zip(whole.results, half.results, strict=True)]
         assert_equal(half.results, rounded, msg=f"{case}: {{}}".format)
 

@@ -2,18 +2,20 @@
 reference.
 """
 
-import functools
 import itertools
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+from covering import each_in_turn, every_pair
 from ops import slopes
 from ops.calls import (
+    KERNELS,
     assert_equal,
     by_hand,
     check_slopes,
+    choose,
     laid_out,
     not_finite,
     quarters,
@@ -27,21 +29,27 @@ from torch.testing import assert_close
 
 from sj_robust.core.host import surrogate as host
 from sj_robust.ops import Surrogate, available_backends, dlif_multi_step
-from sj_robust.ops.dlif import cpp, eager
+from sj_robust.ops.dlif import eager
 from sj_robust.ops.dlif.dispatch import check_backend, choose_backend
 from sj_robust.ops.surrogate import HOST_NAMES
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+FAST = ["eager", *KERNELS]
+BACKENDS = ["reference", *FAST]
 CHOICES = {
+    "backend": BACKENDS,
     "shape": [(1, 1), (2, 31), (3, 4099), (4, 3, 7, 5), (5, 64), (8, 3, 7, 5), (13, 105), (16, 65)],
     "v_reset": [0.0, None, -0.25],
     "detach_reset": [False, True],
     "kind": list(HOST_NAMES),
     "alpha": [0.6, 2.0],
 }
-not_the_reference = pytest.mark.parametrize(
-    "backend", ["eager", *(f"cpp {name}" for name in cpp.instruction_sets())], indirect=True
-)
+not_the_reference = pytest.mark.parametrize("backend", FAST, indirect=True)
+
+
+def backend_and(name, rows):
+    """Parameters of a test: a backend, and what is called, in every row."""
+    return pytest.mark.parametrize(("backend", name), rows, indirect=["backend"], ids=str)
 
 
 @dataclass(frozen=True)
@@ -59,20 +67,14 @@ class OneCall:
         return {"v_threshold": 0.8, **{k: v for k, v in vars(self).items() if k != "shape"}}
 
 
-def at_random(draw):
-    return OneCall(*(draw.choice(values) for values in CHOICES.values()))
+CALLS = [(backend, OneCall(*values)) for backend, *values in every_pair(CHOICES)]
+FEW_CALLS = each_in_turn(BACKENDS, [case for _, case in CALLS[:12]])
 
 
-@functools.cache
-def expected_call(case, shape, dtype, decay):
-    """A call and what comes out of it by hand; every backend is compared with the same."""
-    call = random_call(shape, dtype)
-    return call, by_hand(*call, decay=decay, **case.constants)
-
-
-@pytest.mark.parametrize("case", cases.pairwise([], at_random, 300), ids=str)
+@backend_and("case", CALLS)
 def test_equals_bptt_by_hand(backend, case):
-    call, expected = expected_call(case, case.shape, torch.float64, 0.9)
+    call = random_call(case.shape)
+    expected = by_hand(*call, decay=0.9, **case.constants)
     assert expected.h.size < 100 or 0.05 < expected.spikes.mean() < 0.95
     outputs, gradients = run(backend, *call, decay=0.9, **case.constants)
     spikes, v, potentials = outputs
@@ -84,13 +86,14 @@ def test_equals_bptt_by_hand(backend, case):
         np.testing.assert_allclose(found, exact, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("case", cases.pairwise([], at_random, 300)[:12], ids=str)
+@backend_and("case", FEW_CALLS)
 @pytest.mark.parametrize("decay", [0.9, 0.99])
 def test_float32_equals_bptt_by_hand_away_from_the_threshold(backend, case, decay):
     """A gradient looks at the whole sequence of its neuron, so only neurons certain to the last
     step count.
     """
-    call, expected = expected_call(case, (8, 4099), torch.float32, decay)
+    call = random_call((8, 4099), torch.float32)
+    expected = by_hand(*call, decay=decay, **case.constants)
     sure = away_from_threshold(expected.h, 0.8, 1e-6)[-1]
     assert sure.mean() > 0.999
     outputs, gradients = run(backend, *call, decay=decay, **case.constants)
@@ -105,8 +108,12 @@ def test_float32_equals_bptt_by_hand_away_from_the_threshold(backend, case, deca
     np.testing.assert_allclose(grad_gain, expected.grad_gain, rtol=1e-4, atol=1e-5 * scale)
 
 
-@not_the_reference
-@pytest.mark.parametrize("case", cases.cases(), ids=str)
+OF_GPUS = [(FAST[0], cases.LAST)]
+for backend, *values in every_pair({"backend": FAST, **cases.CHOICES}):
+    OF_GPUS.append((backend, cases.Case(*values)))
+
+
+@backend_and("case", OF_GPUS)
 def test_equals_the_reference_on_the_table_of_the_kernels_for_gpus(backend, case):
     cases.check(case, backend=backend)
 
@@ -151,26 +158,24 @@ SHAPES = [
     (3, 0),
     (5, 0, 4),
 ]
-SHAPES_AND_DTYPES = list(zip(SHAPES, itertools.cycle(DTYPES), strict=False))
+SHAPES_AND_DTYPES = each_in_turn(SHAPES, DTYPES)
 
 
-@pytest.mark.slow
-@not_the_reference
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES_AND_DTYPES, ids=str)
-def test_outputs_equal_the_reference_bit_for_bit(backend, dtype, shape):
+def test_outputs_equal_the_reference_bit_for_bit(monkeypatch, dtype, shape):
     state = torch.float64 if dtype == torch.float64 else torch.float32
     tolerance = {torch.float16: 1e-2, torch.bfloat16: 1e-1}.get(dtype, 1e-4)
     (x, gain, v_init), grads = random_call(shape, dtype)
     for v_reset, first in ((0.0, v_init), (None, None), (-0.25, None)):
         call = (x, gain, first), grads
-        found, wanted = (
-            run(name, *call, decay=0.9, v_reset=v_reset) for name in (backend, "reference")
-        )
-        seen = [a.dtype for a in found[0]]
-        assert seen == [dtype, state, state]
-        assert found[0][0].shape == shape
-        assert_equal(found[0], wanted[0])
-        assert_close(found[1], wanted[1], rtol=tolerance, atol=tolerance)
+        wanted = run("reference", *call, decay=0.9, v_reset=v_reset)
+        for name in FAST:
+            backend = choose(monkeypatch, name)
+            outputs, gradients = run(backend, *call, decay=0.9, v_reset=v_reset)
+            assert [a.dtype for a in outputs] == [dtype, state, state]
+            assert outputs[0].shape == shape
+            assert_equal(outputs, wanted[0])
+            assert_close(gradients, wanted[1], rtol=tolerance, atol=tolerance)
 
 
 def test_half_inputs_are_widened_and_then_treated_as_float32(backend):
@@ -185,7 +190,7 @@ def test_half_inputs_are_widened_and_then_treated_as_float32(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("v_reset", [0.0, None])
+@backend_and("v_reset", each_in_turn(BACKENDS, [0.0, None]))
 def test_spikes_exactly_at_the_threshold(backend, dtype, v_reset):
     x = quarters(dtype)
     state = torch.float64 if dtype == torch.float64 else torch.float32

@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+from covering import each_in_turn
 from ops import tracers
 from ops.calls import Seen, assert_equal, laid_out, needs_kernel, random_call, run
 from spikingjelly.activation_based import surrogate
@@ -43,6 +44,7 @@ def call_of(backend):
     return {**NEURON, "backend": backend, "threads_per_block": None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", [False, True])
 @pytest.mark.parametrize("backend", ["cpp", "eager"])
 def test_torch_finds_no_fault_in_dlif(backend, store):
@@ -204,8 +206,7 @@ class FromReset(torch.nn.Module):
         return spikes
 
 
-@pytest.mark.parametrize("v_reset", [0.0, 0.3, None])
-@pytest.mark.parametrize("how", RECORDED)
+@pytest.mark.parametrize(("how", "v_reset"), each_in_turn(RECORDED, [0.0, 0.3, None]))
 def test_a_recorded_neuron_runs_with_gradients_and_without(how, v_reset):
     torch.manual_seed(0)
     net = FromReset(v_reset=v_reset)

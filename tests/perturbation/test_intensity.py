@@ -351,7 +351,7 @@ def test_untrained_and_unequal_are_refused():
     x, y = classified(model, 4)
     options = {"perturb": {"noise": noise}, "eps": SIZES}
     wrong = (y + 1) % 3
-    with pytest.raises(ValueError, match="none of the 4 images right"):
+    with pytest.raises(ValueError, match="misclassifies all of the 4 images"):
         intensity_correlation(model, x, wrong, **options)
     with pytest.raises(ValueError, match="as many images as classes, at least one, got 4 and 3"):
         intensity_correlation(model, x, y[:3], **options)

@@ -1,10 +1,11 @@
 """Proofs for at most k changed events: against all sets of changes, and against attacks."""
 
-from itertools import combinations
+from itertools import combinations, product
 
 import pytest
 import torch
 import torch.nn.functional as F
+from covering import each_in_turn
 from proofs import fuzz_flips
 from proofs.networks import in_steps, lead
 from spikingjelly.activation_based import layer, neuron
@@ -198,8 +199,10 @@ NODES = {
 }
 
 
-@pytest.mark.parametrize("method", ["ibp", "joint", "crown", "mip"])
-@pytest.mark.parametrize("node", NODES)
+@pytest.mark.parametrize(
+    ("node", "method"),
+    [*product(NODES, ["joint"]), *each_in_turn(NODES, ["ibp", "crown", "mip", "ibp"])],
+)
 def test_no_set_of_changes_breaks_what_is_proved(method, node):
     model = tiny(node=NODES[node]())
     x = frames(6, T, 2, 3, 3, seed=2).float()
@@ -338,7 +341,7 @@ def test_bounds_in_training_are_those_of_proofs():
 
 
 @pytest.mark.parametrize(
-    ("seeds", "points"), [(range(1), 300), pytest.param(range(1, 13), 800, marks=pytest.mark.slow)]
+    ("seeds", "points"), [(range(1), 300), pytest.param(range(1, 9), 800, marks=pytest.mark.slow)]
 )
 def test_random_networks_stay_within_their_bounds(seeds, points):
     fuzzed(seeds, points)

@@ -4,7 +4,6 @@ their definitions.
 
 import math
 import random
-import sys
 
 import numpy as np
 import pytest
@@ -330,29 +329,16 @@ def test_attacks_go_through_the_noise_of_one_draw():
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "message"),
+    ("changes", "message"),
     [
-        ({"sigma": 0.0}, ValueError, "sigma must be finite and > 0"),
-        ({"sigma": float("nan")}, ValueError, "sigma must be finite"),
-        ({"n": 0}, ValueError, "n must be >= 1"),
-        ({"n0": 1.5}, TypeError, "n0 must be an integer"),
-        ({"alpha": 1.0}, ValueError, r"alpha must be in \(0, 1\)"),
-        ({"x": torch.full((2, 2), 2.0)}, ValueError, r"x must lie in \[0, 1\]"),
-        ({"model": 3}, TypeError, "model must be a callable"),
-        ({"generator": SampleSeeds([1])}, ValueError, "one seed per image"),
-        ({"model": lambda x: x[:, :, None]}, ValueError, "logits must be"),
+        ({"generator": SampleSeeds([1])}, "one seed per image"),
+        ({"model": lambda x: x[:, :, None]}, "logits must be"),
     ],
 )
-def test_wrong_use_is_named(changes, error, message):
+def test_wrong_use_is_named(changes, message):  # other arguments are in test_arguments
     given = {"model": HALF_SPACE, "x": torch.rand(2, 2), "sigma": 0.25} | changes
-    with pytest.raises(error, match=message):
+    with pytest.raises(ValueError, match=message):
         smooth(given.pop("model"), given.pop("x"), given.pop("sigma"), **given)
-
-
-def test_without_scipy_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy.stats", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install scipy"):
-        smooth(HALF_SPACE, torch.rand(2, 2), 0.25)
 
 
 def test_labels_of_another_length_are_refused():

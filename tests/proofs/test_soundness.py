@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from covering import each_in_turn
 from proofs import fuzz
 from proofs.networks import NETWORKS, NEURONS, T, batch, classifier, convolutional
 from spikingjelly.activation_based import neuron, surrogate
@@ -56,8 +57,7 @@ NAMED = {
 REFUSED = {"detach": fuzz.detached, "data": fuzz.by_data, "numpy": fuzz.through_numpy}
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("branch", NAMED)
+@pytest.mark.parametrize(("method", "branch"), each_in_turn(METHODS, NAMED))
 def test_a_branch_that_autograd_does_not_see_is_no_constant(branch, method):
     model = beside(NAMED[branch])
     x = torch.rand(8, 4)
@@ -92,24 +92,24 @@ def test_training_for_proofs_looks_at_the_first_batch_and_gains_leave_the_layer_
     assert "neuronal_charge" in perturbation_gains(net, x, T=T)["1"].not_covered
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_a_random_network_is_refused_when_one_of_its_maps_is_cut(seed):
     assert fuzz.check_cut(seed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 120))
+@pytest.mark.parametrize("seed", range(100, 112))
 def test_many_random_networks_are_refused_when_one_of_their_maps_is_cut(seed):
     assert fuzz.check_cut(seed)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 6, 8])
+@pytest.mark.parametrize("seed", [1, 8])
 def test_what_is_proved_of_a_random_network_holds_at_many_points(seed):
     assert fuzz.check(seed, 1024)["inputs"] == 1024
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(300, 312))
+@pytest.mark.parametrize("seed", range(300, 308))
 def test_what_is_proved_of_many_random_networks_holds_at_thousands_of_points(seed):
     assert fuzz.check(seed, 4000)["inputs"] == 4000
 
@@ -157,8 +157,7 @@ def changed(kind, method, value):
     return single(node)
 
 
-@pytest.mark.parametrize("function", [TwoLevelATan, Early])
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize(("kind", "function"), each_in_turn(TYPES, [TwoLevelATan, Early]))
 def test_a_surrogate_whose_forward_is_no_step_is_refused(kind, function):
     model = single(TYPES[kind](surrogate_function=function(), step_mode="m"))
     with pytest.raises(
@@ -185,8 +184,7 @@ def test_a_neuron_with_methods_of_its_own_is_refused(kind):
         verify(single(node), torch.rand(2, 4), torch.tensor([0, 1]), 0.01)
 
 
-@pytest.mark.parametrize("node", NEURONS)
-@pytest.mark.parametrize("step_mode", ["m", "s"])
+@pytest.mark.parametrize(("node", "step_mode"), each_in_turn(NEURONS, ["m", "s"]))
 def test_neurons_as_they_come_pass(node, step_mode):
     model = classifier(convolutional, NEURONS[node], step_mode=step_mode)
     x = torch.rand(2, 2, 8, 8)
@@ -199,13 +197,13 @@ class OtherInPlain(nn.Module):
 
     def forward(self, x):
         if type(x) is torch.Tensor:
-            return 2.0 * x
-        return 1.0 * x
+            return x + x
+        return x + 0.0
 
 
 class OtherWithoutGraph(nn.Module):
     def forward(self, x):
-        return 1.0 * x if torch.is_grad_enabled() else 2.0 * x
+        return x + 0.0 if torch.is_grad_enabled() else x + x
 
 
 @pytest.mark.parametrize("part", [OtherInPlain, OtherWithoutGraph])

@@ -193,9 +193,12 @@ OF_SMALL_IMAGES = (
     "fashion_mnist",
     "certified/digits_0.1",
     "certified/fashion_mnist_8",
+    "defences/dsd",
     "defences/feel",
     "defences/hosnn",
     "defences/mpd_sgr",
+    "defences/rsc",
+    "defences/stod",
     "defences/stog",
     "defences/tgo",
 )

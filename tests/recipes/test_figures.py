@@ -221,21 +221,23 @@ def test_every_part_of_joint_bounds_proves_as_much_as_those_before_it():
             assert sign * alone <= sign * chain
 
 
-LOOKS = {
-    "one neuron": one_neuron(),
-    "joint bounds": joint(),
-    "few layers": InputGains({"mine": {"net.0": [1.0, 1.2], "net.1": [0.4, 2.0]}}),
-    "many layers": InputGains(
-        {name: {f"net.{i}": [1.0 + i / 9] * 8 for i in range(13)} for name in ("a", "b")}
-    ),
-    "deep": study(13, 8),
-}
+def few_layers():
+    return InputGains({"mine": {"net.0": [1.0, 1.2], "net.1": [0.4, 2.0]}})
+
+
+def many_layers():
+    gains = {f"net.{i}": [1.0 + i / 9] * 8 for i in range(13)}
+    return InputGains({"a": gains, "b": gains})
+
+
+def deep():
+    return study(13, 8)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data", LOOKS.values(), ids=LOOKS)
+@pytest.mark.parametrize("data", [one_neuron, joint, few_layers, many_layers, deep])
 def test_figures_fit_print(data):
-    for figure in draw(data).values():
+    for figure in draw(data()).values():
         assert figure.get_figwidth() in (3.25, 6.75)  # a column, or both
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
@@ -316,7 +318,7 @@ def test_all_leaves_out_what_a_network_does_not_have(tmp_path, monkeypatch, caps
         "neuron",
         "curves",
     }
-    assert "gains left out: no network has a DLIF neuron" in capsys.readouterr().out
+    assert "gains skipped: no network has a DLIF neuron" in capsys.readouterr().out
 
 
 def test_event_frames_are_not_perturbed():

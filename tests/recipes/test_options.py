@@ -8,6 +8,7 @@ import sys
 
 import adv_train
 import pytest
+from covering import each_in_turn
 from lab.command_line import idle
 from lab.command_line.declared import Idle, marked, texts_of
 from launch import RECIPES, ROOT, unboxed
@@ -34,28 +35,23 @@ def test_the_page_of_the_options_has_all_of_them(recipe):
         assert " ".join(text.split()) in told, f"{name}: run python docs/options/generate.py"
 
 
-HELP_AND_WRONG_OPTIONS = pytest.mark.parametrize(
-    ("words", "code", "told"),
-    [
-        (["--help-all"], 0, "--output"),
-        (["--output", "/proc/eps"], 2, "output must be a folder that can be written"),
-    ],
-)
+HELP = (["--help-all"], 0, "--output")
+WRONG = (["--output", "/proc/eps"], 2, "output must be a folder that can be written")
 
 
-@HELP_AND_WRONG_OPTIONS
-def test_help_and_wrong_options_do_not_wait_for_torch(recipe, words, code, told):
-    check_light([recipe.__file__, *words], code, told)
+@pytest.mark.parametrize(("name", "given"), each_in_turn(RECIPES, [HELP, WRONG]))
+def test_help_and_wrong_options_do_not_wait_for_torch(name, given):
+    check_light([str(ROOT / "recipes" / f"{name}.py")], *given)
 
 
-@HELP_AND_WRONG_OPTIONS
-def test_nor_does_the_command(words, code, told):
-    check_light(["-m", "sj_robust", "train", *words], code, told)
+@pytest.mark.parametrize("given", [HELP, WRONG], ids=["help", "wrong"])
+def test_nor_does_the_command(given):
+    check_light(["-m", "sj_robust", "train"], *given)
 
 
-def check_light(words, code, told):
+def check_light(start, words, code, told):
     """Python with these words ends with the code, says the text, and is quick."""
-    command = [sys.executable, "-X", "importtime", *words]
+    command = [sys.executable, "-X", "importtime", *start, *words]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -116,11 +112,11 @@ def without_effect(**given):
 )
 def test_options_without_effect(given, expected):
     found = without_effect(augment=True, **given)
-    always = {"guard_margin", "guard_rising", "encoder_options"}
-    wanted = expected | always | (BOUNDS if given.get("mode") != "certified" else set())
+    unused = {"guard_margin", "guard_rising", "encoder_options", "temporal_orthogonality"}
+    wanted = expected | unused | (BOUNDS if given.get("mode") != "certified" else set())
     assert found == wanted
-    assert not {"guard_margin", "guard_rising"} & without_effect(threshold_guard=0.1, **given)
-    assert "encoder_options" not in without_effect(encoder="feel", **given)
+    used = {"threshold_guard": 0.1, "encoder": "stod"}
+    assert not unused & without_effect(**used, **given)
 
 
 def test_cutout_has_an_effect_where_images_are_augmented():

@@ -183,11 +183,11 @@ def test_guarding_sees_neurons_that_run_fused_with_batch_norm_otherwise():
 def test_guarding_refuses_what_it_cannot_see(problem):
     x, y = problem
     classifier = classifier_of(lif(), neuron.QIFNode())
-    message = "'3' cannot be guarded: the decay of QIFNode"
+    message = "'3' cannot be penalised: the decay of QIFNode"
     with pytest.raises(ValueError, match=message), ThresholdGuarding(1.0).observe(classifier):
         pass
     elsewhere = ThresholdGuarding(1.0, layers=["9"])
-    message = "'9' cannot be guarded: no spiking layer has that name; known are 1"
+    message = "'9' cannot be penalised: no spiking layer has that name; known are 1"
     with pytest.raises(ValueError, match=message), elsewhere.observe(classifier):
         pass
     penalty = ThresholdGuarding(1.0, layers=["1"])

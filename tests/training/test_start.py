@@ -35,7 +35,7 @@ def test_a_lost_normalisation_is_told_with_the_options_that_bring_it_back(given,
     classifier = SpikingClassifier(Brightest(), 2, takes="sequence", **options)
     check_start(classifier, splits(), SimpleNamespace(say=said.append), "mine.pt")
     right = "100.0" if given else "0.0"
-    assert said[0] == f"starting from mine.pt: {right}% of 12 validation images right"
+    assert said[0] == f"starting from mine.pt: {right}% of 12 validation images correct"
     if given:
         assert len(said) == 1
     else:

@@ -319,9 +319,21 @@ def after_a_step(network, mode):
 assert_near = partial(assert_close, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("node", [dlif, pytest.param(lif, marks=pytest.mark.slow)])
+OF_EACH_MODE = {case.mode: case for case in CASES}.values()
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_step_equals_the_formulas(case, node):
+def test_a_step_equals_the_formulas(case):
+    check_step(case, dlif)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OF_EACH_MODE, ids=str)
+def test_a_step_of_lif_equals_the_formulas(case):
+    check_step(case, lif)
+
+
+def check_step(case, node):
     classifier, x, y = build(node)
     by_hand = step_by_hand.Network(classifier.net.state_dict())
     mode = MODES[case.mode]

@@ -223,7 +223,7 @@ class LayerTask(Task):
         weights = torch.randn_like(spikes)
         (grad,) = torch.autograd.grad(spikes, x_seq, weights)
         (wanted,) = torch.autograd.grad(wanted_spikes, exact, weights.to(exact.dtype))
-        # a neuron whose spikes differ by rounding at the threshold is left out: one in a thousand
+        # a neuron whose spikes differ by rounding at the threshold is skipped: one in a thousand
         same = (spikes == wanted_spikes).all(0)
         if layer.pools:
             same = same.repeat_interleave(2, -1).repeat_interleave(2, -2)

@@ -110,7 +110,7 @@ def draw_ground_truth(data: GroundTruth) -> Figure:
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.set_xlim(max(0.0, low - 10), min(100.0, max(share) + 3))
-        axes.set_xlabel(f"left at Linf {truth.eps:g}, %; line: exact")
+        axes.set_xlabel(f"accuracy at Linf {truth.eps:g}, %; line: exact")
     return figure
 
 

@@ -29,7 +29,7 @@ class AttackOnTruth:
         suite: Name of the suite.
         attack: Name of the attack, or ``"worst case"``, ``"control"`` or ``"everything"`` of the
             suite.
-        left: Number of images that are classified right under it.
+        left: Number of images that are classified correctly under it.
         missed: Number of those that are known to be broken by something else.
     """
 
@@ -67,7 +67,7 @@ class GroundTruth(
     Attributes:
         network: Name of the network.
         images: Number of images.
-        clean: Number of images that are classified right without a perturbation.
+        clean: Number of images that are classified correctly without a perturbation.
         truths: What is known, per radius.
         attacks: What each attack leaves, at every radius.
     """
@@ -87,7 +87,7 @@ class GroundTruth(
 
     def table(self) -> str:
         """Markdown: per radius what is known, and a row per attack, those that miss least first."""
-        parts = [f"{self.network}: {self.images} images, {self.clean} classified right."]
+        parts = [f"{self.network}: {self.images} images, {self.clean} classified correctly."]
         for truth in self.truths:
             parts += [self._sentence(truth), self._attacks_table(truth.eps)]
         return "\n\n".join(parts)
@@ -109,7 +109,7 @@ class GroundTruth(
             left = self._percent(attack.left)
             missed = self._percent(attack.missed)
             rows.append([attack.suite, attack.attack, left, missed])
-        heads = ["suite", "attack", "left, %", "broken images that it leaves, %"]
+        heads = ["suite", "attack", "accuracy, %", "broken images that it misses, %"]
         return markdown_table(heads, rows, words=2)
 
     def _percent(self, count: int) -> str:

@@ -114,7 +114,7 @@ def _results_table(
         rows.append(texts)
     heads = [*axes, "seeds", *(column.removeprefix(f"{suite}/") for column in columns)]
     table = markdown_table(heads, rows, words=len(axes))
-    note = "mean ± standard deviation over the seeds, accuracy left in per cent"
+    note = "mean ± standard deviation over the seeds, accuracy in per cent"
     if sources:
         note += f"; in brackets the published figure ({', '.join(sorted(sources))})"
     title = f"suite {suite}" if suite else "report of the training recipe"
@@ -186,9 +186,8 @@ def contrast_table(
     ]
     table = markdown_table(heads, texts, words=len(others) + 2)
     note = (
-        "difference of the accuracy left in percentage points between runs of the same seed; * "
-        "the interval (Student's t) leaves out 0. Many rows are compared: one in twenty does so "
-        "by chance"
+        "difference in accuracy in percentage points between runs of the same seed; * the "
+        "interval (Student's t) excludes 0, as one row in twenty does by chance"
     )
     return f"**what {option} changes**\n\n{table}\n\n{note}"
 

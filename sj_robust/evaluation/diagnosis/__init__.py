@@ -1,1 +1,1 @@
-"""Signs that gradients, not the network, withstand attacks."""
+"""Checks for gradient masking."""

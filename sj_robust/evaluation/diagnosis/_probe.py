@@ -83,7 +83,7 @@ class Probe:
 
     @cached_property
     def right(self) -> Tensor:
-        """Images classified right in every forward, [N] bool."""
+        """Images classified correctly in every forward, [N] bool."""
         return (self.repeated.argmax(2) == self.y).all(0)
 
     @property
@@ -92,7 +92,7 @@ class Probe:
         return 1.0 if self.threat.norm == "Linf" else self.x[0].numel() ** 0.5
 
     def rate(self, fooled: Tensor) -> float:
-        """Share of the images classified right."""
+        """Share of the images classified correctly."""
         return int(fooled.sum()) / int(self.right.sum())
 
     @torch.no_grad()
@@ -102,14 +102,14 @@ class Probe:
             return check_logits(self.model(x), self.y).double()
 
     def fooled(self, x_adv: Tensor) -> Tensor:
-        """Images classified right that ``x_adv`` turns wrong, in each of three forwards if outputs
+        """Images classified right that ``x_adv`` turns wrong, in two of three forwards if outputs
         are random.
         """
         draws = range(3, 6) if bool(self.random.any()) else range(1)
-        wrong = self.right
+        wrong = torch.zeros_like(self.y)
         for draw in draws:
-            wrong = wrong & (self.logits(x_adv, draw=draw).argmax(1) != self.y)
-        return wrong
+            wrong += self.logits(x_adv, draw=draw).argmax(1) != self.y
+        return self.right & (2 * wrong > len(draws))
 
     @cached_property
     def white_box(self) -> Tensor:

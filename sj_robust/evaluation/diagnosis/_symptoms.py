@@ -1,6 +1,4 @@
-"""Each symptom of gradient masking, measured by a probe and told in plain words with its
-numbers.
-"""
+"""The checks for gradient masking: what each one measures, and its text."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -130,7 +128,7 @@ def randomness(probe: Probe) -> Finding:
         f"The logits of {value:.0%} of the images differ between forward passes. The gradient "
         "of one pass is wrong for the next, so an attack that does not average is too weak.",
         "Average gradients: use eot_samples >= 10 here and in every attack, and count an image as "
-        "fooled only if it is misclassified in several passes (draws of the suites).",
+        "fooled only if most of several passes misclassify it (draws of the suites).",
     )
 
 
@@ -226,7 +224,7 @@ def _rise(probe: Probe) -> Finding:
 
 
 def attacks(probe: Probe) -> list[Finding]:
-    """Findings that compare attacks on the images that are classified right."""
+    """Findings that compare attacks on the images that are classified correctly."""
     attack, single = probe.white_box, probe.fooled(probe.single_step())
     draws = [probe.fooled(probe.noise(draw)) for draw in range(10)]
     noise = torch.stack(draws).any(0)
@@ -321,7 +319,7 @@ class _Compared:
 
     Attributes:
         estimator: Its name.
-        left: Share of the images, all classified right before, that stand.
+        left: Share of the images, all classified correctly before, that stand.
         gained: Images that fall with it and stand with the estimator of the training.
         lost: Images that stand with it and fall with the estimator of the training.
     """
@@ -401,7 +399,7 @@ def _share(name: str, shown: Tensor, meaning: str, remedy: str) -> Finding:
 
 
 def _comparison(probe: Probe, name: str, weaker: Tensor, meaning: str, remedy: str) -> Finding:
-    """A finding on the images that fall to the weaker attack alone, of those classified right."""
+    """A finding on the correctly classified images that only the weaker attack breaks."""
     alone = weaker[probe.right]
     return _share(
         name, alone, f"{meaning} {_percent(alone)} are fooled by the weaker attack only.", remedy

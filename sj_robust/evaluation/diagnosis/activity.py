@@ -1,4 +1,4 @@
-"""How much every spiking layer fires, so that a dead network is not called robust."""
+"""Firing rates of every spiking layer, to detect dead networks."""
 
 from collections import Counter
 from contextlib import ExitStack

@@ -1,4 +1,4 @@
-"""Gradient masking: is a network robust, or do its gradients merely lead attacks astray?"""
+"""Diagnosis of gradient masking."""
 
 from collections.abc import Sequence
 
@@ -35,36 +35,34 @@ def diagnose(
     steps: int = 20,
     eot_samples: int = 1,
 ) -> tuple[Finding, ...]:
-    """Look for signs that the gradients, not the network, withstand attacks. 梯度掩蔽诊断。
+    """Check for gradient masking. 梯度掩蔽诊断。
 
-    Every finding is a symptom with its extent in [0, 1] and passes while ``value <= threshold``. A
-    finding that passes proves nothing; one that fails says that accuracies under gradient attacks
-    are too high to be reported.
+    Every finding has a value in [0, 1] and passes if ``value <= threshold``. A finding that passes
+    proves nothing; if one fails, do not report accuracies under gradient attacks.
 
     Equation: comparisons are per image, ``value = mean_n [weaker attack fools n and stronger attack
-    does not]`` over the images that are classified right. Attacks are PGD from the clean image with
+    does not]`` over correctly classified images. Attacks are PGD from the clean image with
     ``step_size = 2.5 * eps / steps``, those of the estimators APGD on cross entropy.
 
     Args:
         model: Images [N, ...] in [0, 1] to logits; any network, spiking ones inside a
             ``SpikingClassifier``.
-        x: Some tens of images; 40 serve well.
+        x: A few dozen images, such as 40.
         y: Their labels [N] int64.
         threat: Norm and radius, > 0.
         seed: Seeds all randomness, a stochastic network's included; same seed, same findings.
         estimators: Names of gradient estimators to compare with the training surrogate; the empty
             tuple takes ``ESTIMATORS_COMPARED``, None skips the comparison, as do networks without
             spiking neurons.
-        source: Another network for the same images, on which the transfer attack is crafted, best
-            one trained without a defence. Without one a small stand-in is fitted to the model's
-            answers on noisy copies of ``x``: it sees no gradient of the model, but few images, so
-            its attack is weak and misses more than a real ``source``.
+        source: Network for the transfer attack, ideally trained without a defence. Without one, a
+            small network is fitted to the model's outputs on noisy copies of ``x``, which gives a
+            weak attack.
         steps: Steps of the attacks.
         eot_samples: Forwards averaged per step, for a stochastic network.
 
     Returns:
         The findings in a fixed order. Those of spiking layers and estimators are there for spiking
-        networks alone, and without any image classified right there is no attack to be compared.
+        networks only, and without correctly classified images no attacks are compared.
 
     Raises:
         TypeError: If an argument has the wrong type.

@@ -1,1 +1,1 @@
-"""What is made of a result: verdict, table, figures, page, comparison."""
+"""Views of a result: verdict, table, figures, page, comparison."""

@@ -20,7 +20,7 @@ class Difference:
         first: The accuracy in the first report.
         second: The same in the second.
         interval: 95 % CI of second minus first.
-        partial: Whether it is of some of the images only, those that an attack met in both.
+        partial: Whether it covers only the images that the attack was run on in both.
 
     Examples:
         >>> clean = Accuracy("clean", "clean", 8, 10, 0.0), Accuracy("clean", "clean", 9, 10, 0.0)
@@ -40,11 +40,11 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether the interval excludes 0."""
         return self.interval[0] > 0 or self.interval[1] < 0
 
     def cells(self) -> list[str]:
-        """A row of a table in per cent; a star marks an interval that leaves out 0."""
+        """A row of a table in per cent; a star marks an interval that excludes 0."""
         low, high = (100 * end for end in self.interval)
         images = f" ({self.first.total} images)" if self.partial else ""
         value = f"{100 * self.value:+.1f}{' *' if self.clear else ''}"
@@ -72,7 +72,7 @@ class Comparison:
     notes: tuple[str, ...]
 
     def table(self) -> str:
-        """Markdown table; a star marks intervals that leave out 0."""
+        """Markdown table; a star marks intervals that exclude 0."""
         heads = ["accuracy, %", *self.names, "difference", "95 % CI"]
         return markdown_table(heads, [row.cells() for row in self.differences])
 
@@ -81,10 +81,10 @@ def compare_reports(first: Evaluation, second: Evaluation) -> Comparison:
     """What differs between two reports, with intervals, and whether they are comparable.
     比较两份报告。
 
-    On the same images the interval is that of paired shares, which is far narrower; otherwise that
-    of independent ones. An attack of a suite meets what those before it left, so a single attack is
-    compared by what it does alone: on all images where it met all of them in both reports, else on
-    those that it met in both. Where there are none, or the images differ, its row is left out.
+    On the same images, the interval is that of paired shares, which is far narrower; otherwise that
+    of independent ones. An attack of a suite runs only on images that are not broken yet, so an
+    attack is compared on the images that it was run on in both reports. Where there are none, or
+    the images differ, its row is omitted.
 
     Args:
         first: The one to start from.

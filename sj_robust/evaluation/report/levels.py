@@ -32,7 +32,7 @@ _POINTS = 5.0
 
 @dataclass(frozen=True)
 class Level:
-    """Images still classified right under one fault or corruption at one level. 单项故障的结果。
+    """Images still correct under one fault or corruption at one level. 单项故障的结果。
 
     Attributes:
         kind: The fault or corruption; ``"none"`` for the network as it is.

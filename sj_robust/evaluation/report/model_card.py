@@ -1,6 +1,4 @@
-"""What RobustBench's model cards hold, counted from a report: names and percentages as text, for
-programs that do not count themselves.
-"""
+"""Fields of RobustBench's model cards, computed from a report."""
 
 from dataclasses import asdict
 from typing import Any

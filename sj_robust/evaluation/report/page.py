@@ -1,4 +1,4 @@
-"""A robustness report as one HTML page that needs nothing else; its figures need matplotlib (extra
+"""A robustness report as a self-contained HTML page; its figures need matplotlib (extra
 ``recipes``).
 """
 

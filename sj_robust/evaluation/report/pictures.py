@@ -1,8 +1,11 @@
 """Adversarial images, and the spikes of the clean and the attacked run."""
 
 import warnings
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,7 +16,7 @@ from sj_robust.classifier import as_classifier
 from sj_robust.core.environment import device_of
 from sj_robust.core.randomness import SampleSeeds, seeded_globals
 from sj_robust.core.saved import markdown_table
-from sj_robust.core.shown import ORANGE, Shown, new_figure, print_style, write_figure
+from sj_robust.core.shown import ORANGE, Shown, new_figure, png, print_style, write_figure
 from sj_robust.evaluation.result import Evaluation
 from sj_robust.evaluation.run.data import Batches
 from sj_robust.evaluation.run.estimator_search import short_attack
@@ -33,7 +36,7 @@ _ATTACKED = 32
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Gallery(Shown):
-    """Images before and after an attack, with what the network takes them for. 对抗样本图集。
+    """Images before and after an attack, with the predicted classes. 对抗样本图集。
 
     Attributes:
         threat: Ball in which every attacked image lies.
@@ -41,8 +44,8 @@ class Gallery(Shown):
         x: Clean images [N, C, H, W], or event frames [N, T, C, H, W].
         x_adv: Attacked ones; those that fool the network come first.
         labels: Their classes [N].
-        predicted: What the network takes the clean ones for.
-        predicted_adv: What it takes the attacked ones for.
+        predicted: Predicted classes of the clean ones.
+        predicted_adv: Predicted classes of the attacked ones.
         traces: Both runs of every pair; empty where no neuron can be followed.
     """
 
@@ -90,7 +93,7 @@ class Gallery(Shown):
         Args:
             which: ``"images"``; or ``"spikes"``, ``"potential"``, see
                 :meth:`sj_robust.perturbation.traces.Traces.plot`.
-            path: File to write as well; its ending says which format.
+            path: File to write to, in the format of its suffix.
 
         Raises:
             ValueError: If there is no such drawing, or no neuron of the network can be followed.
@@ -103,6 +106,14 @@ class Gallery(Shown):
         if path is not None:
             write_figure(figure, path)
         return figure
+
+    def _repr_html_(self) -> str:
+        """The images and the table, where a notebook shows the gallery."""
+        table = super()._repr_html_()
+        if find_spec("matplotlib") is None:
+            return table
+        image = b64encode(png(self.plot())).decode()
+        return f'<img alt="{escape(self.verdict)}" src="data:image/png;base64,{image}">{table}'
 
     def figures(self) -> dict[str, "Figure"]:
         """All of them by the names of their files: gallery, spikes and membrane. 全部图。"""
@@ -157,7 +168,7 @@ def gallery(
     draws: int = 1,
     seed: int = 0,
 ) -> Gallery:
-    """Attack a few images, and show them with what the network makes of them. 生成对抗样本图集。
+    """Attack a few images, and show them with the predicted classes. 生成对抗样本图集。
 
     Equation: ``x_adv = argmax CE(model(x'), y)`` over the ball around ``x`` and [0, 1], by 50 steps
     of APGD (for L0 of ``flip_events``), as in the suites of :func:`sj_robust.evaluate`.
@@ -199,8 +210,8 @@ def gallery(
 
 
 def gallery_of(report: Evaluation, model: nn.Module, batches: Batches) -> Gallery | None:
-    """Images under the attack with the strongest gradient of a report, to show beside it; None if
-    the network gets none of the first batch right. 报告附带的对抗样本图集。
+    """Images under the attack with the strongest gradient of a report; None if the network
+    misclassifies the whole first batch. 报告附带的对抗样本图集。
     """
     x, y = next(iter(batches))[:2]
     right = report.standing("clean")
@@ -236,7 +247,7 @@ def gallery_within(
     right = (logits.argmax(1) == y).nonzero()[:_ATTACKED, 0]
     if not len(right):
         raise ValueError(
-            f"the network gets none of these {len(y)} images right; there is nothing to attack"
+            f"the network misclassifies all of these {len(y)} images; there is nothing to attack"
         )
     x, y = x[right], y[right]
     member = Member("gallery", short_attack(threat, _STEPS, draws=draws), estimator, threat=threat)

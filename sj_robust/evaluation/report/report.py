@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 from sj_robust.attacks.threat import ThreatModel, eps_text
 from sj_robust.core.saved import SavedResult, write_whole
 from sj_robust.core.shown import Shown, shown_html, write_figure
-from sj_robust.evaluation.report import figures, verdict
+from sj_robust.evaluation.report import export, figures, hub, verdict
 from sj_robust.evaluation.report.levels import What, fall, mean_accuracy
 from sj_robust.evaluation.report.model_card import COUNTED, DERIVED, derived, footnote
 from sj_robust.evaluation.report.stored import translated
@@ -17,7 +17,9 @@ from sj_robust.evaluation.result import Evaluation, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from pandas import DataFrame
     from rich.console import Console
+    from torch import nn
 
     from sj_robust.evaluation.report.pictures import Gallery
 
@@ -40,11 +42,11 @@ class Report(
     format="sj_robust.report",
     version=3,
 ):
-    """What an evaluation found, image by image, with all that a reader asks for. 评估报告。
+    """Result of an evaluation, image by image. 评估报告。
 
-    The report of a suite of attacks, of a stress test, of a vote and of a training is one class:
-    rows of who attacked what and what fell, from which every figure is counted. The JSON of a suite
-    also holds the accuracies under the names of RobustBench's model cards (``clean_acc``,
+    Suites of attacks, stress tests, smoothed classifiers and trainings have the same report: rows
+    of attacks and the images that they broke, from which every figure is computed. The JSON of a
+    suite also holds the accuracies under the names of RobustBench's model cards (``clean_acc``,
     ``autoattack_acc``, ``external``, ``unreliable``, ``footnote``). Files of earlier versions
     load as well; what they call ``standard`` is the suite ``gradient``.
 
@@ -135,10 +137,10 @@ class Report(
         """One of the figures. 绘制报告的一张图。
 
         Args:
-            which: Such as ``"accuracy_over_eps"``, ``"attacks"`` (what each left) or
-                ``"potential"`` (MS-MPPD of every layer and step); None takes the first that the
-                report has numbers for.
-            path: File to write as well; its ending says which format.
+            which: Such as ``"accuracy_over_eps"``, ``"attacks"`` (accuracy under each) or
+                ``"potential"`` (MS-MPPD of every layer and step); None: the first one that
+                the report has numbers for.
+            path: File to write to, in the format of its suffix.
 
         Raises:
             ValueError: If the report has no numbers for it.
@@ -152,21 +154,103 @@ class Report(
         return found[name]
 
     def page(self, path: str | Path | None = None, gallery: "Gallery | None" = None) -> str:
-        """The report as one HTML page that needs nothing else. 自包含的 HTML 报告。
+        """The report as a self-contained HTML page. 自包含的 HTML 报告。
 
         Args:
-            path: File to write as well.
-            gallery: Images under attack to show as well, folded.
+            path: File to write to.
+            gallery: Images under attack to include.
         """
         from sj_robust.evaluation.report.page import to_html  # imports jinja2
 
-        text = to_html(self, gallery)
-        if path is not None:
-            write_whole(Path(path), text)
-        return text
+        return _written(to_html(self, gallery), path)
+
+    def to_latex(self, path: str | Path | None = None) -> str:
+        """The table for a paper: LaTeX with the package booktabs, special letters escaped.
+        LaTeX 表格。
+
+        Args:
+            path: File to write as well.
+
+        Examples:
+            >>> rows = [Row("clean", "clean", (0, 1), ())]
+            >>> report = Report("my_net", "digits", "fast", (0, 1), rows)
+            >>> "clean & 100.0" in report.to_latex()
+            True
+        """
+        return _written(export.to_latex(self), path)
+
+    def to_csv(self, path: str | Path | None = None) -> str:
+        """Every figure as CSV, a line each; numbers are read back equal. CSV 文本。
+
+        Args:
+            path: File to write as well.
+
+        Examples:
+            >>> rows = [Row("clean", "clean", (0, 1), ())]
+            >>> report = Report("mine", "digits", "fast", (0, 1), rows)
+            >>> report.to_csv().splitlines()[1].startswith(
+            ...     "mine,digits,fast,,,,clean,clean,2,2,1.0"
+            ... )
+            True
+        """
+        return _written(export.to_csv(self), path)
+
+    def to_dataframe(self) -> "DataFrame":
+        """Every figure in a data frame of pandas (extra ``pandas``), a row each. pandas 数据表。
+
+        Raises:
+            ModuleNotFoundError: If pandas is not installed.
+        """
+        return export.to_dataframe(self)
+
+    def model_card(self) -> str:
+        """README.md of a model on the Hugging Face Hub (extra ``hub``). Hub 模型卡。
+
+        Raises:
+            ModuleNotFoundError: If huggingface_hub is not installed.
+        """
+        return hub.hub_card(self)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        network: "nn.Module | str | Path | None" = None,
+        *,
+        token: str | None = None,
+        private: bool = False,
+        endpoint: str | None = None,
+    ) -> str:
+        """Upload model card, report and network to the Hugging Face Hub (extra ``hub``).
+        上传到 Hub。
+
+        Args:
+            repo_id: ``"OWNER/NAME"`` of the model, which is made if it is not there.
+            network: The network, whose state dict is uploaded, or a file such as ``best.pt``; None
+                for none.
+            token: Token of the Hub; None takes that of ``hf auth login``.
+            private: Whether a new model is private.
+            endpoint: Address of another Hub; None for the public one.
+
+        Returns:
+            The address of the model.
+
+        Raises:
+            ModuleNotFoundError: If huggingface_hub is not installed.
+            TypeError: If ``network`` is neither a network nor a path.
+            FileNotFoundError: If there is no such file.
+        """
+        return hub.push_to_hub(
+            self,
+            self.to_json(),
+            repo_id,
+            network=network,
+            token=token,
+            private=private,
+            endpoint=endpoint,
+        )
 
     def show(self, console: "Console") -> None:
-        """Print the verdict, all accuracies, and what else to know. 在终端显示报告。"""
+        """Print verdict, accuracies and remarks. 在终端显示报告。"""
         from sj_robust.evaluation.report.terminal import show_report  # imports rich
 
         show_report(self, console)
@@ -230,6 +314,13 @@ class Report(
                     f"{name} of the report does not follow from its rows; the file was changed"
                 )
         return report
+
+
+def _written(text: str, path: str | Path | None) -> str:
+    """A text, which is written to a file if one is named."""
+    if path is not None:
+        write_whole(Path(path), text)
+    return text
 
 
 def _row(content: dict[str, Any]) -> Row:

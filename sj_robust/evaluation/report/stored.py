@@ -122,7 +122,7 @@ def _most_robust_first(correct: Sequence[int], rows: Sequence[_Content]) -> list
 def _over_eps(
     curve: Sequence[_Content], proved: Sequence[_Content], threat: _Content, order: Sequence[int]
 ) -> list[_Content]:
-    """Rows of accuracy over eps, of which counts are known: those of the images classified right
+    """Rows of accuracy over eps, of which counts are known: those of the correct images
     that come last in the order fall.
     """
     if not curve and not proved:

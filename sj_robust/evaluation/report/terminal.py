@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from sj_robust.core.console import PAUSE, MovingLine, duration, moving_line
+from sj_robust.core.console import PAUSE, MovingLine, duration, moving_line, write_over
 from sj_robust.evaluation.report.comparison import Comparison
 from sj_robust.evaluation.report.verdict import alarms, budget, masked, remarks, verdict
 from sj_robust.evaluation.result import Evaluation
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = ["Display", "show_comparison", "show_report"]
-
-_NOTEBOOK = 100
-"""Letters in a line of a notebook."""
 
 
 def show_report(
@@ -139,12 +136,12 @@ class Display(MovingLine):
         """Take the line away."""
         super().__exit__(*exception)
         if self._console.is_jupyter:
-            self._write_over("")
+            write_over("", self._console)
 
     def say(self, text: str) -> None:
         """Say what begins; the bar shows it, without an end, until a step is done."""
         if self._console.is_jupyter:
-            self._write_over(text)
+            write_over(text, self._console)
         elif self._say is None:
             self._console.print(text, markup=False)
         else:
@@ -171,13 +168,7 @@ class Display(MovingLine):
             f"{position.member}"
         )
         if self._console.is_jupyter:
-            self._write_over(text)
+            write_over(text, self._console)
         elif time.monotonic() - self._last > PAUSE:
             self._last = time.monotonic()
             self._console.print(text, markup=False)
-
-    def _write_over(self, text: str) -> None:
-        """Put text in the place of the last one; a notebook understands a carriage return, and no
-        cursor that moves.
-        """
-        print(f"\r{text[:_NOTEBOOK]:<{_NOTEBOOK}}", end="\r", file=self._console.file, flush=True)

@@ -1,6 +1,6 @@
-"""Whether a network gives the same logits again: it draws no numbers, and carries no state."""
-
-from dataclasses import dataclass
+"""In how many forwards a network is judged: one, if it gives the same logits again and carries no
+state, or several.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -12,88 +12,62 @@ from sj_robust.evaluation.run.identity import seeded_sources
 from sj_robust.evaluation.run.member import scored
 from sj_robust.evaluation.run.progress import gathered, rank_and_world_size
 
-__all__ = ["check_draws", "draws_needed"]
+__all__ = ["DRAWS", "settled_draws"]
 
 DRAWS = 10
-"""Forwards that an evaluation takes of a network that draws, if it is not told how many."""
+"""Forwards that a network which draws random numbers is judged in if nobody says how many."""
 
 _REMEDIES = {
     "state": "the network carries state from one forward into the next: on {images} its logits "
     "differ though all random numbers were the same. Reset it before every forward, as "
     "SpikingClassifier(net, T=...) does",
     "numbers": "the network draws random numbers: on {images} its logits differ. One lucky draw "
-    "breaks nothing, so say in how many fresh draws an image must be wrong, such as draws=10 "
-    "(--draws 10)",
+    "breaks nothing, so leave draws out, or say by how many fresh draws an image is judged, such "
+    "as draws=10 (--draws 10)",
 }
 
 
-def check_draws(model: nn.Module, data: Data) -> None:
-    """Every image is asked twice, with other random numbers; the logits must be the same.
-    检查网络是否含随机性或残留状态。
+def settled_draws(model: nn.Module, data: Data, draws: int | None) -> int:
+    """In how many forwards a network is judged, and over how many its attacks average.
+    确定随机网络的判定次数。
 
-    Two forwards of every image, so a small share of what its attacks cost. Several processes share
+    Unless there are several draws already, every image is asked twice, with other random numbers:
+    two forwards of every image, so a small share of what its attacks cost. Several processes share
     the images.
 
     Args:
         model: The network; its states stay as they were.
         data: The images that will be evaluated.
+        draws: How many; None finds out: 1 for a network that gives the same logits again,
+            :data:`DRAWS` for one that draws random numbers.
 
     Raises:
-        ValueError: If logits differ, with the reason: with the same random numbers once more,
-            a network that draws repeats itself, and one that carries state does not.
+        ValueError: If logits differ because the network carries state from one forward into the
+            next, or though one draw was asked for. With the same random numbers once more, a
+            network that draws repeats itself, and one that carries state does not.
 
     Examples:
         >>> data = Data.of([(torch.rand(2, 4), torch.tensor([0, 1]))])
-        >>> check_draws(nn.Dropout(), data)  # which is not in force in evaluation mode
+        >>> settled_draws(nn.Dropout(), data, None)  # which is not in force in evaluation mode
+        1
     """
-    if found := _found(model, data):
-        raise ValueError(found.message)
-
-
-def draws_needed(model: nn.Module, data: Data) -> int:
-    """Draws of an evaluation: 10 for a network that draws random numbers, 1 for any other.
-    评估所需的前向次数。
-
-    Args:
-        model: The network; its states stay as they were.
-        data: The images that will be evaluated.
-
-    Raises:
-        ValueError: If the network carries state from one forward into the next.
-
-    Examples:
-        >>> data = Data.of([(torch.rand(2, 4), torch.tensor([0, 1]))])
-        >>> draws_needed(nn.Dropout(), data), draws_needed(nn.RReLU(-1.0, 1.0), data)
-        (1, 1)
-    """
-    found = _found(model, data)
-    if found is None:
-        return 1
-    if found.reason == "numbers":
-        return DRAWS
-    raise ValueError(found.message)
-
-
-@dataclass(frozen=True)
-class _Difference:
-    """Why logits of some images differ from one forward to the next."""
-
-    reason: str
-    message: str
-
-
-def _found(model: nn.Module, data: Data) -> _Difference | None:
+    if draws is not None and draws > 1:
+        return draws
     rank, processes = rank_and_world_size()
-    found: dict[int, _Difference] = {}
+    found: dict[int, tuple[str, str]] = {}
     with preserved(model):
         for number in range(rank, len(data), processes):
             x, y = (part.to(device_of(model)) for part in data[number])
             if reason := _reason(model, x, y):
                 start = sum(data.sizes[:number])
                 images = f"images {start} to {start + len(y) - 1}"
-                found[number] = _Difference(reason, _REMEDIES[reason].format(images=images))
+                found[number] = reason, _REMEDIES[reason].format(images=images)
                 break
-    return next(iter(gathered(found).values()), None)
+    differing = gathered(found).values()
+    for reason, message in differing:
+        if reason == "state" or draws == 1:
+            raise ValueError(message)
+    return DRAWS if differing else 1
 
 
 def _reason(model: nn.Module, x: Tensor, y: Tensor) -> str:

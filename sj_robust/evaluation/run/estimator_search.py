@@ -88,15 +88,15 @@ class EstimatorTrial:
 
     Attributes:
         estimator: Name of the estimator.
-        robust_accuracy: Share of the images, all classified right before, that stand.
-        margin: Margin (logit of the label minus the largest other one, 0 where fooled) that is
-            left, as a share of the margin on the clean images.
+        robust_accuracy: Share of the correctly classified images that are not broken.
+        margin: Margin under attack (logit of the label minus the largest other one, 0 if broken),
+            as a share of the margin on the clean images.
         seconds: Time of the attack.
         images: Number of the images.
-        gained: Images that fall with it and stand with the estimator of the training.
-        lost: Images that stand with it and fall with the estimator of the training.
-        chosen: Whether it is one of the estimators to go on with.
-        note: Why it could not be tried; its figures are then those of no attack.
+        gained: Images that it breaks and the training surrogate does not.
+        lost: Images that the training surrogate breaks and it does not.
+        chosen: Whether it is one of the chosen estimators.
+        note: Why it could not be tried; its figures are then those without an attack.
     """
 
     estimator: str
@@ -138,13 +138,13 @@ def search_estimators(
     Args:
         model: Images [N, ...] in [0, 1] to logits; an ``nn.Module`` unless ``"training"`` is the
             only candidate.
-        x: Images; the first ones that are classified right are used.
+        x: Images; the first ones that are classified correctly are used.
         y: Labels [N] int64.
         threat: The budget.
         settings: Candidates, length of the attack and number of images; None takes the defaults.
         attack: Another attack than that of :func:`short_attack` of ``settings.steps`` steps, its
             budget bound.
-        draws: Forwards in every one of which a stochastic network has to be wrong.
+        draws: Forwards in more than half of which a stochastic network has to be wrong.
         seeds: One seed per sample.
 
     Returns:
@@ -153,7 +153,7 @@ def search_estimators(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If no image is classified right or an estimator is unknown.
+        ValueError: If no image is classified correctly or an estimator is unknown.
 
     Source: hyperparameter search over surrogate widths as in HART (Hao et al., ICLR 2024), here
         over shapes as well.
@@ -178,7 +178,8 @@ def search_estimators(
     rows = rows[: settings.images]
     if len(rows) == 0:
         raise ValueError(
-            f"a search needs images that are classified right, got none among {len(x)}; give others"
+            f"a search needs images that are classified correctly, got none among {len(x)}; use "
+            "other images"
         )
     short = short_attack(threat, settings.steps) if attack is None else attack
     trials = _Trials(model, x[rows], y[rows], short, draws, seeds.rows(rows))
@@ -332,15 +333,14 @@ class _Trials:
         return crafted(self.model, self.x[rows], self.y[rows], member, seeds=seeds).x_adv
 
     def _scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether a sample stands in any draw, [N] bool, and its largest margin over the draws, 0
-        where fooled, [N] float64.
+        """Whether a sample stands in half of the draws or more, [N] bool, and its mean margin over
+        them, 0 where the network is fooled, [N] float64.
         """
         standing, margins = [], []
         for draw in range(self.draws):
             seed = self.seeds.derived("draw", draw).single()
             logits = scored(self.model, x, self.y, seed=seed).double()
             standing.append(logits.argmax(1) == self.y)
-            margins.append(margin(logits, self.y))
-        stands = torch.stack(standing).any(0)
-        largest = torch.stack(margins).amax(0)
-        return stands, largest.clamp(min=0)
+            margins.append(margin(logits, self.y).clamp(min=0))
+        stands = 2 * torch.stack(standing).sum(0) >= self.draws
+        return stands, torch.stack(margins).mean(0)

@@ -225,7 +225,8 @@ def _fewer_steps(model: nn.Module, count: float, seed: int, *, lost: bool) -> No
         )
     if count >= model.T:
         raise ValueError(
-            f"steps must be < T = {model.T}, got {count:g}: one has to be left, and one lost"
+            f"steps must be < T = {model.T}, got {count:g}: at least one step must remain, "
+            "and one must be lost"
         )
     kept = list(range(int(count)))
     if lost:

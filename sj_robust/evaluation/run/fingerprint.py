@@ -1,4 +1,4 @@
-"""Short texts that differ when what they stand for differs: a network, an attack, a data set."""
+"""Fingerprints of networks, attacks and data sets."""
 
 import dis
 import functools

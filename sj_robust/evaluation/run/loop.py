@@ -47,9 +47,9 @@ class Asked:
 
     Attributes:
         threat: Norm and size of what counts; None counts everything.
-        draws: Fresh forwards in each of which a stochastic network must be wrong.
+        draws: Fresh forwards in more than half of which a stochastic network must be wrong.
         verified: Numbers of images that are proved to withstand the threat; members that keep the
-            threat leave them out, but for the first, so that a false proof is noticed.
+            threat omit them, but for the first, so that a false proof is noticed.
     """
 
     threat: ThreatModel | None = None

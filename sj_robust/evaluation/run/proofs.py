@@ -1,4 +1,4 @@
-"""Proofs beside attacks: which images of an evaluation no perturbation in the ball can turn."""
+"""Proofs in an evaluation: images that no perturbation in the ball can break."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Sets of attacks by name: what is run, in which order, and the control of equal cost beside it."""
+"""Suites of attacks by name, with their order and the control of equal cost."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -40,7 +40,9 @@ __all__ = [
     "make_suite",
 ]
 
-SuiteName = Literal["paper", "fast", "standard", "gradient", "autoattack", "gradients", "events"]
+SuiteName = Literal[
+    "paper", "fast", "standard", "gradient", "long", "autoattack", "gradients", "events"
+]
 """Names of the suites."""
 
 GRADES: dict[str, str] = {
@@ -48,12 +50,15 @@ GRADES: dict[str, str] = {
     "fast": "Quick check",
     "standard": "Full evaluation",
     "gradient": "Gradient attacks and Square only, weaker than `standard`",
+    "long": "Long runs of one gradient attack, in addition to `standard`",
     "autoattack": "AutoAttack with the training surrogate only",
     "gradients": "Comparison of gradient estimators",
     "events": "Full evaluation on event frames",
 }
 """How far to trust the figures of each suite."""
 
+_SHARES = tuple(f"assg:{share}" for share in ("0.5", "0.7", "0.8", "0.85", "0.9", "0.95"))
+"""Shares of ASSG's area that the suite ``long`` chooses from."""
 _PAPER_EPS = 8 / 255
 _PAPER_STEPS = {
     7: 2.55 / 255,
@@ -110,7 +115,7 @@ def make_suite(
 
     c1, c2, c3 are the chosen estimators, the strongest first; where fewer are chosen, what would be
     the same attack twice is left out. APGD-T is APGD with the targeted DLR loss. Except in
-    ``paper`` and ``gradients``, where every attack sees all images that are classified right, an
+    ``paper`` and ``gradients``, where every attack sees all correctly classified images, an
     attack sees only what no earlier one of the suite fooled.
 
     | suite | members in their order (steps x restarts) |
@@ -125,6 +130,7 @@ def make_suite(
     | ``gradient`` | APGD-CE c1, c2, c3 (100 x 1), APGD-DLR c1 (100 x 1), APGD-CE c1 (100 x 2), |
     | | APGD-DLR c1 (100 x 1), APGD-CE training, c2, c3 (100 x 1), |
     | | APGD-T c1, c2, c3 (3 classes x 100), SA-PGD with ASSG (100 x 1), Square (1000 queries) |
+    | ``long`` | SA-PGD c1, mixed (1,000 x 1), with c1 among shares of ASSG |
     | ``autoattack`` | AutoAttack standard: APGD-CE (100), APGD-T (9 x 100), FAB-T (9 x 100), |
     | | Square (5000 queries) |
     | ``events`` | flip_events c1, c2, c3 (x 1), random removals (200 tries), |
@@ -144,8 +150,8 @@ def make_suite(
 
     Args:
         name: ``"paper"`` (the protocol of Ding et al., Linf), ``"fast"``, ``"standard"``,
-            ``"gradient"`` or ``"autoattack"``; ``"events"`` for binary event frames, with a threat
-            in L0 or of moves and no other suite.
+            ``"gradient"``, ``"long"`` (Linf) or ``"autoattack"``; ``"events"`` for binary event
+            frames, with a threat in L0 or of moves and no other suite.
         threat: The budget of every attack. The steps of ``paper`` grow with it, and are the printed
             ones at 8/255.
         chosen: Names of estimators, the strongest first; none means the training surrogate.
@@ -159,7 +165,8 @@ def make_suite(
         ValueError: If the suite is unknown or does not fit the threat, the radius is 0, estimators
             are given to a suite without a choice, or there are fewer than two classes.
 
-    Source: Ding et al. (ICML 2024), section 5; AutoAttack of Croce and Hein (ICML 2020).
+    Source: Ding et al. (ICML 2024), section 5; AutoAttack of Croce and Hein (ICML 2020); ``long``:
+        Wang et al. (arXiv 2512.22522), who recommend 1,000 steps and to search for the share.
 
     Examples:
         >>> suite = make_suite(
@@ -186,6 +193,7 @@ def make_suite(
         "fast": _fast,
         "standard": _standard,
         "gradient": _gradient,
+        "long": _long,
         "events": _events,
     }
     return choosing[name](plan, tuple(dict.fromkeys(chosen)) or ("training",))
@@ -212,8 +220,8 @@ def check_suite(name: SuiteName, threat: ThreatModel) -> None:
         raise ValueError(
             f"suite {name!r} does not fit a threat in {threat.norm}; use the suite 'events'"
         )
-    if name == "paper" and threat.norm != "Linf":
-        raise ValueError(f"suite 'paper' is defined for Linf, got {threat.norm!r}; use 'standard'")
+    if name in ("paper", "long") and threat.norm != "Linf":
+        raise ValueError(f"suite {name!r} is defined for Linf, got {threat.norm!r}; use 'standard'")
 
 
 def check_radius(threat: ThreatModel) -> None:
@@ -280,11 +288,11 @@ class _Plan:
         )
         return [self.member("apgd_t", attack, estimator, restart)]
 
-    def sapgd(self, estimator: str) -> list[Member]:
+    def sapgd(self, estimator: str, *, steps: int = 100) -> list[Member]:
         """SA-PGD, which knows the Linf ball alone."""
         if self.threat.norm != "Linf":
             return []
-        attack = partial(sapgd, eps=self.threat.eps, steps=100, **expectation(self.eot_samples))
+        attack = partial(sapgd, eps=self.threat.eps, steps=steps, **expectation(self.eot_samples))
         return [self.member("sapgd", attack, estimator)]
 
     def square(self, queries: int) -> Member:
@@ -401,6 +409,17 @@ def _gradient(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
         f"worst case of APGD-CE, APGD-DLR, APGD-T, SA-PGD and Square with {_listed(*every)}"
     )
     return Suite("gradient", tuple(members), _control(members), description, EstimatorSearch())
+
+
+def _long(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
+    best = chosen[0]
+    members = plan.sapgd(best, steps=1000)
+    if best != "training":  # or no other estimator may work for the network
+        members += plan.sapgd("mixed", steps=1000)
+    names = [member.estimator for member in members]
+    description = f"SA-PGD of 1,000 steps with {_listed(*names)}"
+    search = EstimatorSearch(candidates=_SHARES, count=1)
+    return Suite("long", tuple(members), _control(members), description, search)
 
 
 def _paper(plan: _Plan) -> Suite:

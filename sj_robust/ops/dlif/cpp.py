@@ -27,9 +27,13 @@ from sj_robust.ops.surrogate import HOST_NAMES, Surrogate
 __all__ = [
     "INSTRUCTION_SETS",
     "INSTRUCTION_SET_VARIABLE",
+    "SURROGATES",
     "backward",
+    "chosen_instruction_set",
     "forward",
     "instruction_sets",
+    "is_forked",
+    "load_library",
     "run",
     "unavailable_reason",
     "unsupported_reason",
@@ -40,10 +44,9 @@ INSTRUCTION_SET_VARIABLE = "SJ_ROBUST_INSTRUCTION_SET"
 
 _LIBRARY_NAME = "_kernel.so"  # setup.py gives it this name on every system
 _INTERFACE = 8  # sjr_interface() of kernel.cpp
-# a forked child has another, and none of the threads of torch's OpenMP library
 _PROCESS = os.getpid()
 _STORAGE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-_SURROGATES = {kind: number for number, kind in enumerate(HOST_NAMES)}
+SURROGATES = {kind: number for number, kind in enumerate(HOST_NAMES)}
 
 
 def unavailable_reason() -> str | None:
@@ -60,9 +63,9 @@ def unsupported_reason(x_seq: Tensor, surrogate: Surrogate) -> str | None:
         return (
             f"the compiled kernel knows float32, float64, float16 and bfloat16, got {x_seq.dtype}"
         )
-    if surrogate.kind not in _SURROGATES:
+    if surrogate.kind not in SURROGATES:
         return (
-            f"the compiled kernel knows the surrogates {tuple(_SURROGATES)}, got {surrogate.kind!r}"
+            f"the compiled kernel knows the surrogates {tuple(SURROGATES)}, got {surrogate.kind!r}"
         )
     return None
 
@@ -126,11 +129,11 @@ def run(
         alpha=config.surrogate.alpha,
         soft_reset=config.v_reset is None,
         detach_reset=config.detach_reset,
-        surrogate=_SURROGATES[config.surrogate.kind],
+        surrogate=SURROGATES[config.surrogate.kind],
         storage=_STORAGE[x.dtype],
-        instruction_set=_instruction_set(),
+        instruction_set=chosen_instruction_set(),
         threads=torch.get_num_threads(),
-        own_threads=os.getpid() != _PROCESS,
+        own_threads=is_forked(),
         **{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None},
     )
     if planes is not None:
@@ -142,6 +145,16 @@ def run(
     scratch = torch.empty(scratch_bytes(ctypes.byref(job)), dtype=torch.uint8)
     job.scratch = scratch.data_ptr()
     getattr(library, f"sjr_{function}")(ctypes.byref(job))
+
+
+def load_library() -> ctypes.CDLL | str:
+    """The library of all compiled kernels, or the reason why there is none."""
+    return _load()
+
+
+def is_forked() -> bool:
+    """Whether this process is a forked child, which has none of the threads of torch's OpenMP."""
+    return os.getpid() != _PROCESS
 
 
 def _fields(kind: type, names: str) -> list[tuple[str, type]]:
@@ -164,7 +177,12 @@ class _Job(ctypes.Structure):
     )
 
 
-def _instruction_set() -> int:
+def chosen_instruction_set() -> int:
+    """Number of the instruction set that kernels take.
+
+    Raises:
+        ValueError: If the environment names one that this processor does not have.
+    """
     available = instruction_sets()
     name = os.environ.get(INSTRUCTION_SET_VARIABLE, available[-1])
     if name not in available:

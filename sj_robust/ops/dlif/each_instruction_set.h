@@ -19,6 +19,13 @@
 #define SJR_UNROLL SJR_PRAGMA(GCC unroll 128 / SJR_VECTOR_BYTES)
 #endif
 
+// Iterations of the loop that follows do not depend on each other.
+#if defined(__clang__)
+#define SJR_APART SJR_PRAGMA(clang loop vectorize(assume_safety))
+#else
+#define SJR_APART SJR_PRAGMA(GCC ivdep)
+#endif
+
 #define SJR_SET baseline
 #define SJR_LEVEL 0
 #define SJR_VECTOR_BYTES SJR_BASELINE_BYTES

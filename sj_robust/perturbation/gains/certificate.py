@@ -1,6 +1,4 @@
-"""Per layer, every bound on the membrane potential perturbation beside what was measured: a table,
-and a file.
-"""
+"""Bounds on the membrane potential perturbation of every layer, compared with measurements."""
 
 import statistics
 from dataclasses import asdict, dataclass

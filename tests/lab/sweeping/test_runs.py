@@ -247,6 +247,7 @@ def comes_to_its_end(runs, seconds):
     return os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.slow
 def test_kills_at_any_moment_lose_and_repeat_nothing(planned):
     runs = planned(seeds=(0, 1))
     rng = random.Random(0)

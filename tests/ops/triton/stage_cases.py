@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from covering import pairwise
 from ops.calls import assert_equal, laid_out, quarters
-from ops.triton.cases import ROUNDING, pairwise, run_all
+from ops.triton.cases import ROUNDING, run_all
 from torch import Tensor, nn
 from torch.testing import assert_close
 

@@ -4,6 +4,7 @@ training objective.
 
 import pytest
 import torch
+from covering import every_pair
 from spikingjelly.activation_based import neuron
 from torch import nn
 from torch.testing import assert_close
@@ -17,10 +18,12 @@ from sj_robust.training import Objective, StabilityGain
 CASES = [("l2", "mean"), ("l2", "response"), ("peak", "mean")]
 
 
-@pytest.mark.parametrize("T", [1, 2, 3, 8, 60, 400])
-@pytest.mark.parametrize("decay", [0.001, 0.5, 0.9, 0.99, 1.0])
-@pytest.mark.parametrize(("objective", "held"), CASES)
-def test_optimal_gains_meet_their_dual_bound(objective, held, decay, T):
+CHOICES = {"case": CASES, "decay": [0.001, 0.5, 0.9, 0.99, 1.0], "T": [1, 2, 3, 8, 60, 400]}
+
+
+@pytest.mark.parametrize(tuple(CHOICES), every_pair(CHOICES))
+def test_optimal_gains_meet_their_dual_bound(case, decay, T):
+    objective, held = case
     design = optimal_input_gain(decay, T, mean=0.7, objective=objective, held=held)
     assert design.gain == pytest.approx(design.lower_bound, rel=1e-9)
     assert (design.input_gain > 0).all()

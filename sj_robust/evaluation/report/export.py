@@ -1,0 +1,241 @@
+"""The figures of a report for papers and programs: LaTeX, CSV, a data frame of pandas."""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from sj_robust.attacks.threat import eps_text
+from sj_robust.evaluation.report.levels import WHATS, intact, levels
+from sj_robust.evaluation.report.table import table
+from sj_robust.evaluation.report.verdict import budget
+from sj_robust.evaluation.result import OVER_EPS, Accuracy, Evaluation
+
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = ["Exported", "exported", "to_csv", "to_dataframe", "to_latex"]
+
+_ESCAPED = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    **{letter: f"\\{letter}" for letter in "&%$#_{}"},
+}
+_ESCAPES = str.maketrans(_ESCAPED)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A figure of a report with all that it is a figure of: a line of the CSV. 导出的一行。
+
+    Attributes:
+        network: Name of the network.
+        dataset: Name of the data set.
+        suite: Name of the suite.
+        norm: Norm of the threat; empty where there is none.
+        eps: Radius as text, such as ``"8/255"``.
+        variant: Variant of the network or the images, such as a fault.
+        name: What it is the accuracy under.
+        kind: ``"member"`` for one attack, else the name of a summary.
+        correct: Images classified right, or proved; a mean where there are several draws.
+        total: Images.
+        accuracy: Share in [0, 1].
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+        seconds: Time that it took.
+    """
+
+    network: str
+    dataset: str
+    suite: str
+    norm: str
+    eps: str
+    variant: str
+    name: str
+    kind: str
+    correct: float
+    total: int
+    accuracy: float
+    low: float
+    high: float
+    seconds: float
+
+
+def exported(report: Evaluation) -> list[Exported]:
+    """Every figure of a report, one after the other. 报告的全部数值。"""
+    if report.suite in ("stress", "corruptions"):
+        found = _of_levels(report)
+    elif report.suite == "vote":
+        found = _of_the_vote(report)
+    elif report.suite == "training":
+        found = _of_a_training(report)
+    else:
+        found = _of_a_suite(report)
+    return list(found)
+
+
+def to_csv(report: Evaluation) -> str:
+    """The figures as CSV with a head; numbers are written so that they are read back equal.
+    CSV 文本。
+    """
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(field.name for field in fields(Exported))
+    writer.writerows(asdict(row).values() for row in exported(report))
+    return file.getvalue()
+
+
+def to_dataframe(report: Evaluation) -> "pandas.DataFrame":
+    """The figures as a data frame of pandas, a row each. pandas 数据表。
+
+    Raises:
+        ModuleNotFoundError: If pandas is not installed.
+    """
+    if find_spec("pandas") is None:
+        raise ModuleNotFoundError(
+            "to_dataframe needs pandas, which is not installed: pip install 'sj_robust[pandas]'",
+            name="pandas",
+        )
+    from pandas import DataFrame
+
+    return DataFrame(map(asdict, exported(report)), columns=[one.name for one in fields(Exported)])
+
+
+def to_latex(report: Evaluation) -> str:
+    """The table of the report for LaTeX, which needs the package booktabs. LaTeX 表格。"""
+    heads, marks, *rows = _cells(table(report))
+    columns = "".join("r" if mark.endswith(":") else "l" for mark in marks)
+    caption = f"{report.name} on {report.dataset}: suite {report.suite}"
+    if report.threat is not None:
+        caption = f"{caption}, {budget(report.threat)}"
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{_escaped(caption)}}}",
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        _line(heads),
+        r"\midrule",
+        *map(_line, rows),
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(markdown: str) -> list[list[str]]:
+    """Cells of the table in a text: heads, marks of the columns, rows."""
+    lines = [line for line in markdown.splitlines() if line.startswith("| ")]
+    return [line[2:-2].split(" | ") for line in lines]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return rf"{' & '.join(map(_escaped, cells))} \\"
+
+
+def _escaped(text: str) -> str:
+    """A text without what means something to LaTeX."""
+    return text.translate(_ESCAPES)
+
+
+def _of_a_suite(report: Evaluation) -> Iterator[Exported]:
+    """All accuracies, and those over the radius."""
+    radii = {row.member: "" if row.eps is None else eps_text(row.eps) for row in report.attacks}
+    usual = "" if report.threat is None else eps_text(report.threat.eps)
+    for one in report.accuracies:
+        yield _row(report, one, eps=radii.get(one.name, usual), variant=report.main)
+    for point in report.over_eps:
+        left = Accuracy(point.attack, "member", point.correct, point.total)
+        yield _row(report, left, eps=point.eps, variant=OVER_EPS)
+        if point.verified is not None:
+            yield _row(report, point.verified, eps=point.eps, variant=OVER_EPS)
+
+
+def _of_a_training(report: Evaluation) -> Iterator[Exported]:
+    """The accuracies of every network."""
+    eps = "" if report.threat is None else eps_text(report.threat.eps)
+    for network in report.variants:
+        for row in report.of(network):
+            yield _row(report, report.under(row.member, variant=network), eps=eps, variant=network)
+
+
+def _of_the_vote(report: Evaluation) -> Iterator[Exported]:
+    """What is certified and what is left, by radius."""
+    for row in report.rows:
+        if row.kind == "proof":
+            eps = eps_text(row.eps or 0.0)
+            for one in report.bracket_at(row.eps or 0.0):
+                yield _row(report, one, eps=eps, variant=report.main)
+
+
+def _of_levels(report: Evaluation) -> Iterator[Exported]:
+    """Clean and attacked, by level of every fault."""
+    radius = "" if report.threat is None else eps_text(report.threat.eps)
+    for one in (intact(report), *levels(report)):
+        for what in WHATS:
+            low, high = one.interval(what)
+            yield _made(
+                report,
+                eps="" if what == "clean" else radius,
+                variant="none" if one.kind == "none" else f"{one.kind}:{one.level:g}",
+                name=what,
+                kind="member",
+                correct=one.mean(what),
+                total=one.images,
+                low=low / 100,
+                high=high / 100,
+            )
+
+
+def _row(report: Evaluation, one: Accuracy, *, eps: str, variant: str) -> Exported:
+    low, high = one.interval
+    return _made(
+        report,
+        eps="" if one.kind == "clean" or one.name == "clean" else eps,
+        variant=variant,
+        name=one.name,
+        kind=one.kind,
+        correct=one.correct,
+        total=one.total,
+        low=low,
+        high=high,
+        seconds=one.seconds,
+    )
+
+
+def _made(
+    report: Evaluation,
+    *,
+    eps: str,
+    variant: str,
+    name: str,
+    kind: str,
+    correct: float,
+    total: int,
+    low: float,
+    high: float,
+    seconds: float = 0.0,
+) -> Exported:
+    return Exported(
+        network=report.name,
+        dataset=report.dataset,
+        suite=report.suite,
+        norm="" if report.threat is None else report.threat.norm,
+        eps=eps,
+        variant=variant,
+        name=name,
+        kind=kind,
+        correct=correct,
+        total=total,
+        accuracy=correct / total,
+        low=low,
+        high=high,
+        seconds=seconds,
+    )

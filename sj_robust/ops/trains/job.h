@@ -1,0 +1,104 @@
+// What the calls of this operator are about; mirrored by cpp.py. Sequences are [T, M], rows of
+// consecutive neurons.
+#pragma once
+#include "../dlif/runtime.h"
+
+namespace sjr {
+
+// Slots of a step, see Windows in config.py.
+struct Slots {
+  int64_t kept;
+  int64_t count(int64_t t) const { return std::min(t, kept + 1) + 1; }
+  int64_t start(int64_t t, int64_t slot) const {  // -1 for the slot that holds several
+    if (slot == 0 || t <= kept) {
+      return slot;
+    }
+    return slot == 1 ? -1 : t - kept - 1 + slot;
+  }
+  int64_t slot(int64_t t, int64_t start) const {
+    if (start == 0 || t <= kept) {
+      return start;
+    }
+    return std::max<int64_t>(1, start - t + kept + 1);
+  }
+  int64_t after(int64_t t, int64_t slot) const { return t <= kept || slot < 2 ? slot : slot - 1; }
+  int64_t earliest(int64_t t) const {
+    return std::max<int64_t>(1, t - kept + 1);
+  }  // of the latest windows
+  int64_t row(int64_t T,
+              int64_t t,
+              int64_t start) const {  // of the sums of a window, in all T steps
+    if (start == t) {
+      return t;
+    }
+    const int64_t few = std::min(t, kept + 1);  // steps of which every window has sums
+    const int64_t before = few * (few - 1) / 2 + (t - few) * kept;
+    return T + before + (start == 0 ? 0 : start - earliest(t) + 1);
+  }
+};
+
+constexpr int64_t MAX_SLOTS = 16;  // bits of a case
+
+struct StepsJob {
+  int64_t T, M, kept;
+  double decay, rest, threshold, above, below;
+  double charge_unit, charge_least, reset_unit, reset_least;
+  int32_t instruction_set, threads, own_threads, windowed;
+  const double *gains, *powers;  // [T] and [T + 1], powers of the decay
+  const double *low, *high, *known_low, *known_high, *error;  // [T, M]; the last three may be null
+  const double *sums_low, *sums_high;                         // [W, M], if windowed
+  double *h_low, *h_high, *sure, *possible, *v_low, *v_high;  // [T, M]
+  int16_t *sure_cases, *possible_cases;                       // [T, M], if windowed
+  void* scratch;
+};
+
+struct SumsJob {
+  int64_t T, F, M, O, kept,
+      trains;  // F is a multiple of 8; of weights and tables, rows beyond `asked` are padding
+  int64_t asked, chained, narrow;
+  double slack;
+  int32_t instruction_set, threads, own_threads, unused;
+  const double* weights;                       // [T, F]
+  const double *sure, *possible;               // [T, M]
+  const int32_t* place;                        // [M], -1 where all spikes are decided
+  const int16_t *sure_cases, *possible_cases;  // [T, O]
+  const int64_t *first, *last;                 // [M], if chained
+  const double *least, *most;                  // [levels, trains, F], if chained
+  void *low, *high;  // [asked, M]: float64, or centre and radius in float32 if narrow
+  void* scratch;
+};
+
+// Sums over trains for training, in the type of `doubles`; M neurons, rows of M.
+struct JointJob {
+  int64_t T, F, M, kept, W;
+  double threshold, alpha, width;
+  int32_t instruction_set, threads, own_threads, surrogate, doubles, unused;
+  const void *sums_low, *sums_high;    // [W, M]
+  const void *weights, *powers;        // [F, T], [T + 1]
+  void *least, *most;                  // [F, M], written by the forward pass
+  const void *grad_least, *grad_most;  // [F, M], read by the backward pass
+  void *grad_low, *grad_high;          // [W, M], written by it
+  double* totals;                      // [F * T + T + 1]: gradients of weights and powers
+  void* scratch;
+};
+
+// The same over the trains first..last of a constant current, and the gates between them; see
+// ChainSums.
+struct ChainJob {
+  int64_t F, M, J, G;  // G is padded to 16 with zeros
+  double alpha, width;
+  int32_t instruction_set, threads, own_threads, surrogate, doubles, unused;
+  const int64_t *first, *last;         // [M]
+  const void *least, *most;            // [J, J, F]: of trains a..b
+  void *least_sums, *most_sums;        // [F, M], written by the forward pass
+  const void *low, *high;              // [M], currents
+  const void *grad_least, *grad_most;  // [F, M], read by the backward pass
+  const void *to_last, *from_first;    // [J, 2 F, G]: what a gate at the lower end changes, by last
+                                       // train; and the other one
+  const void *scale, *shift;           // [G]
+  void *grad_low, *grad_high;          // [M]
+  double* totals;                      // [2 G]: gradients of scale and shift
+  void* scratch;
+};
+
+}  // namespace sjr

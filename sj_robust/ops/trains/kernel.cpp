@@ -1,0 +1,109 @@
+// Compiled bounds of spiking layers for the CPU, beside dlif/kernel.cpp in the same library.
+#include "../dlif/job.h"
+#include "job.h"
+
+#define SJR_BODY "../trains/proving.h"
+#include "../dlif/each_instruction_set.h"
+#define SJR_BODY "../trains/training.h"
+#include "../dlif/each_instruction_set.h"
+
+namespace sjr {
+namespace {
+
+constexpr int64_t UNIT_OF_NEURONS = 1024;
+
+// A call, unit by unit: units depend on the shape alone, so that sums over them do not depend on
+// the number of threads.
+template <class AnyJob>
+struct Work {
+  const AnyJob& job;
+  void (*run)(const AnyJob& job, int64_t first, int64_t last, double* memory, double* totals);
+  int64_t doubles;  // of memory, by thread
+  int64_t totals;   // sums over all neurons
+
+  int64_t units() const { return (job.M + UNIT_OF_NEURONS - 1) / UNIT_OF_NEURONS; }
+  int threads() const { return thread_count(job.threads, units(), job.M * doubles); }
+  int64_t scratch_bytes() const {
+    return (threads() * doubles + units() * totals) * int64_t(sizeof(double));
+  }
+  double* memory() const { return static_cast<double*>(job.scratch); }
+  double* totals_of(int64_t unit) const { return memory() + threads() * doubles + unit * totals; }
+
+  static void unit(void* context, int thread, int64_t i) {
+    const Work& me = *static_cast<Work*>(context);
+    const int64_t first = i * UNIT_OF_NEURONS, last = std::min(me.job.M, first + UNIT_OF_NEURONS);
+    me.run(me.job, first, last, me.memory() + thread * me.doubles, me.totals_of(i));
+  }
+
+  void start(double* to = nullptr) {
+    std::memset(totals_of(0), 0, size_t(units() * totals) * sizeof(double));
+    parallel(units(), threads(), job.threads, job.own_threads, unit, this);
+    for (int64_t i = 0; to && i < totals; ++i) {
+      to[i] = 0;
+      for (int64_t unit = 0; unit < units(); ++unit) {
+        to[i] += totals_of(unit)[i];
+      }
+    }
+  }
+};
+
+#if defined(__x86_64__)
+#define SJR_OF_SET(job, name)                               \
+  ((job).instruction_set == sjr::AVX512 ? sjr::avx512::name \
+   : (job).instruction_set == sjr::AVX2 ? sjr::avx2::name   \
+                                        : sjr::baseline::name)
+#else
+#define SJR_OF_SET(job, name) (sjr::baseline::name)
+#endif
+
+int64_t rounded_up(int64_t doubles) {
+  return (doubles + 7) / 8 * 8;
+}
+
+Work<StepsJob> work(const StepsJob& job) {
+  return {job,
+          SJR_OF_SET(job, bounded_steps),
+          job.windowed ? job.T * MAX_SLOTS * 2 * baseline::BLOCK_OF_STEPS : 8,
+          0};
+}
+
+Work<SumsJob> work(const SumsJob& job) {
+  return {job,
+          SJR_OF_SET(job, train_sums),
+          job.F * (2 * baseline::BLOCK_OF_STEPS + 2 * MAX_SLOTS + 2),
+          0};
+}
+
+Work<JointJob> work(const JointJob& job) {
+  return {job,
+          SJR_OF_SET(job, joint_sums),
+          rounded_up(baseline::joint_scratch(job)),
+          job.F * job.T + job.T + 1};
+}
+
+Work<ChainJob> work(const ChainJob& job) {
+  return {
+      job, SJR_OF_SET(job, chain_sums), rounded_up(2 * job.F * baseline::N + 5 * job.G), 2 * job.G};
+}
+
+}  // namespace
+}  // namespace sjr
+
+// Changes whenever a job or the meaning of a field does; cpp.py refuses any other.
+SJR_EXPORT int sjr_trains_interface() {
+  return 1;
+}
+
+// Bytes that `scratch` of a job must hold, and the call itself.
+#define SJR_CALL(name, Job, totals)                               \
+  SJR_EXPORT int64_t sjr_##name##_scratch_bytes(const Job* job) { \
+    return sjr::work(*job).scratch_bytes();                       \
+  }                                                               \
+  SJR_EXPORT void sjr_##name(const Job* job) {                    \
+    sjr::work(*job).start(totals);                                \
+  }
+
+SJR_CALL(bounded_steps, sjr::StepsJob, nullptr)
+SJR_CALL(train_sums, sjr::SumsJob, nullptr)
+SJR_CALL(joint_sums, sjr::JointJob, job->totals)
+SJR_CALL(chain_sums, sjr::ChainJob, job->totals)

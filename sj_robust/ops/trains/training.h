@@ -1,0 +1,547 @@
+// Sums over trains for training, forward and backward, for one instruction set. What is computed
+// stands in reference.py.
+#include "../dlif/blocks.h"
+
+namespace sjr {
+namespace SJR_SET {
+namespace {
+
+constexpr int N = 64;  // neurons of a block
+
+// Derivative of a spike by its potential above the threshold, of a block.
+template <class C>
+struct Slopes {
+  Neuron<C> neuron;
+  const C inverse;  // of the width
+  const int kind;
+
+  template <class AnyJob>
+  static Job of(const AnyJob& from) {
+    Job job{};
+    job.alpha = from.alpha, job.surrogate = from.surrogate;
+    return job;
+  }
+
+  template <class AnyJob>
+  explicit Slopes(const AnyJob& job)
+      : neuron(of(job)), inverse(C(1.0 / job.width)), kind(job.surrogate) {}
+
+  template <int KIND>
+  void run(const C* z, C* to, int n) const {
+    for (int k = 0; k < n; k += LANES<C>) {
+      store(to + k, derivative<KIND>(load(z + k) * inverse, neuron) * inverse);
+    }
+  }
+
+  // z has room for whole vectors.
+  void operator()(const C* z, C* to, int n) const {
+    switch (kind) {
+      case TRIANGLE:
+        return run<TRIANGLE>(z, to, n);
+      case ATAN:
+        return run<ATAN>(z, to, n);
+      case SIGMOID:
+        return run<SIGMOID>(z, to, n);
+      case EXPONENTIAL:
+        return run<EXPONENTIAL>(z, to, n);
+      case SOFT_SIGN:
+      case SUPER_SPIKE:
+        return run<SOFT_SIGN>(z, to, n);
+      default:
+        return run<ERF>(z, to, n);
+    }
+  }
+};
+
+// Sum in double, in eight parts.
+template <class C>
+SJR_INLINE double sum_of(const C* p, int n) {
+  double parts[8] = {};
+  int i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (int k = 0; k < 8; ++k) {
+      parts[k] += double(p[i + k]);
+    }
+  }
+  for (; i < n; ++i) {
+    parts[0] += double(p[i]);
+  }
+  return ((parts[0] + parts[1]) + (parts[2] + parts[3])) +
+         ((parts[4] + parts[5]) + (parts[6] + parts[7]));
+}
+
+template <class C>
+SJR_INLINE C least_of(C a, C b) {
+  return b < a ? b : a;
+}
+template <class C>
+SJR_INLINE C most_of(C a, C b) {
+  return a < b ? b : a;
+}
+
+// A block of neurons; `memory` holds parts [T + 1, MAX_SLOTS, N].
+template <class C>
+struct JointBlock {
+  const JointJob& job;
+  const Slots slots;
+  const Slopes<C>& slopes;
+  const int64_t first;
+  const int n;
+  C* const memory;
+  const C theta;
+  const C* const powers;
+
+  static constexpr int PARTS = 7;
+  static int64_t part_size(const JointJob& job) { return (job.T + 1) * MAX_SLOTS * N; }
+  static int64_t scratch_elements(const JointJob& job) {
+    return PARTS * part_size(job) + (2 * job.W + MAX_SLOTS + 4) * N;
+  }
+
+  C* part(int number, int64_t t, int64_t slot) const {
+    return memory + number * part_size(job) + (t * MAX_SLOTS + slot) * N;
+  }
+  C* low(int64_t t, int64_t slot) const { return part(0, t, slot); }
+  C* high(int64_t t, int64_t slot) const { return part(1, t, slot); }
+  C* sure(int64_t t, int64_t slot) const { return part(2, t, slot); }
+  C* possible(int64_t t, int64_t slot) const { return part(3, t, slot); }
+  C* rest(int64_t t, int64_t slot) const { return part(4, t, slot); }
+  C* grad_low(int64_t t, int64_t slot) const { return part(5, t, slot); }
+  C* grad_high(int64_t t, int64_t slot) const { return part(6, t, slot); }
+  C* extra(int64_t number) const { return memory + PARTS * part_size(job) + number * N; }
+  C* grad_sum_low(int64_t row) const { return extra(row); }
+  C* grad_sum_high(int64_t row) const { return extra(job.W + row); }
+  C* sequence(int64_t number) const { return extra(2 * job.W + number); }
+  const C* sum_low(int64_t t, int64_t start) const {
+    return static_cast<const C*>(job.sums_low) + slots.row(job.T, t, start) * job.M + first;
+  }
+  const C* sum_high(int64_t t, int64_t start) const {
+    return static_cast<const C*>(job.sums_high) + slots.row(job.T, t, start) * job.M + first;
+  }
+  C weight(int64_t f, int64_t t) const { return static_cast<const C*>(job.weights)[f * job.T + t]; }
+  int64_t members(int64_t t) const { return slots.slot(t - 1, t - job.kept); }
+
+  // What the potential at k - 1, where there is no spike, leaves at t.
+  SJR_TARGET_INLINE void since(int64_t t, int64_t k, const C* before, C* to) const {
+    const C kept = powers[t - k + 1];
+    const C* charge = sum_high(t, k);
+    SJR_APART
+    for (int i = 0; i < n; ++i) {
+      to[i] = kept * least_of(before[i], theta) + charge[i];
+    }
+  }
+
+  void charge_group(int64_t t) const {
+    C *to_low = low(t, 1), *to_high = high(t, 1);
+    const C kept = powers[1];
+    const C* charge = sum_low(t, t);
+    C* before = sequence(0);
+    SJR_APART
+    for (int i = 0; i < n; ++i) {
+      to_low[i] = low(t - 1, 1)[i], before[i] = high(t - 1, 1)[i];
+    }
+    if (members(t) > 1) {
+      SJR_APART
+    }
+    for (int i = 0; i < n; ++i) {
+      to_low[i] = least_of(to_low[i], low(t - 1, 2)[i]);
+      before[i] = most_of(before[i], high(t - 1, 2)[i]);
+    }
+    SJR_APART
+    for (int i = 0; i < n; ++i) {
+      to_low[i] = kept * to_low[i] + charge[i];
+    }
+    since(t, t, before, to_high);
+  }
+
+  void charge() const {
+    for (int64_t t = 0; t < job.T; ++t) {
+      for (int64_t slot = 0; slot < slots.count(t); ++slot) {
+        const int64_t start = slots.start(t, slot);
+        C *to_low = low(t, slot), *to_high = high(t, slot), *one = sequence(0);
+        if (start < 0) {
+          charge_group(t);
+        } else {
+          const C *from_low = sum_low(t, start), *from_high = sum_high(t, start);
+          SJR_APART
+          for (int i = 0; i < n; ++i) {
+            to_low[i] = from_low[i], to_high[i] = from_high[i];
+          }
+          for (int64_t k = std::max(slots.earliest(t), start + 1); k <= t; ++k) {
+            since(t, k, high(k - 1, slots.slot(k - 1, start)), one);
+            SJR_APART
+            for (int i = 0; i < n; ++i) {
+              to_high[i] = least_of(to_high[i], one[i]);
+            }
+          }
+        }
+        C *is_sure = sure(t, slot), *is_possible = possible(t, slot);
+        SJR_APART
+        for (int i = 0; i < n; ++i) {
+          is_sure[i] = to_low[i] - theta >= 0 ? C(1) : C(0);
+          is_possible[i] = to_high[i] - theta >= 0 ? C(1) : C(0);
+        }
+      }
+    }
+  }
+
+  template <bool LEAST>
+  SJR_TARGET_INLINE static C better(C a, C b) {
+    return LEAST ? least_of(a, b) : most_of(a, b);
+  }
+
+  // rest(t, slot) of all steps for one row of weights.
+  template <bool LEAST>
+  SJR_TARGET_INLINE void over_paths(int64_t f) const {
+    for (int64_t slot = 0; slot < slots.count(job.T); ++slot) {
+      std::memset(rest(job.T, slot), 0, N * sizeof(C));
+    }
+    for (int64_t t = job.T - 1; t >= 0; --t) {
+      const C w = weight(f, t);
+      const C* fresh = rest(t + 1, slots.count(t + 1) - 1);
+      for (int64_t slot = 0; slot < slots.count(t); ++slot) {
+        const C *stay = rest(t + 1, slots.after(t, slot)), *is_sure = sure(t, slot),
+                *is_possible = possible(t, slot);
+        C* to = rest(t, slot);
+        SJR_APART
+        for (int i = 0; i < n; ++i) {
+          const C fire = w + fresh[i], best = better<LEAST>(fire, stay[i]);
+          const C gained = is_possible[i] * (best - stay[i]), forced = is_sure[i] * (fire - best);
+          to[i] = (stay[i] + gained) + forced;
+        }
+      }
+    }
+  }
+
+  void forward() const {
+    charge();
+    for (int64_t f = 0; f < job.F; ++f) {
+      C* least = static_cast<C*>(job.least) + f * job.M + first;
+      C* most = static_cast<C*>(job.most) + f * job.M + first;
+      over_paths<true>(f);
+      SJR_APART
+      for (int i = 0; i < n; ++i) {
+        least[i] = rest(0, 0)[i];
+      }
+      over_paths<false>(f);
+      SJR_APART
+      for (int i = 0; i < n; ++i) {
+        most[i] = rest(0, 0)[i];
+      }
+    }
+  }
+
+  // Adds the gradients of one row of sums to those of sure and possible, and of the weights.
+  template <bool LEAST>
+  void back_over_paths(int64_t f, const C* grad, double* totals) const {
+    over_paths<LEAST>(f);
+    alignas(64) C parts[2][MAX_SLOTS * N];
+    C *here = parts[0], *next = parts[1];
+    SJR_APART
+    for (int i = 0; i < n; ++i) {
+      here[i] = grad[i];
+    }
+    for (int64_t t = 0; t < job.T; ++t) {
+      const int64_t fresh = slots.count(t + 1) - 1;
+      std::memset(next, 0, size_t((fresh + 1) * N) * sizeof(C));
+      const C w = weight(f, t);
+      const C* of_fresh = rest(t + 1, fresh);
+      C* next_fresh = next + fresh * N;
+      for (int64_t slot = 0; slot < slots.count(t); ++slot) {
+        const int64_t after = slots.after(t, slot);
+        const C *stay = rest(t + 1, after), *is_sure = sure(t, slot),
+                *is_possible = possible(t, slot), *g = here + slot * N;
+        C *d_sure = grad_low(t, slot), *d_possible = grad_high(t, slot),
+          *next_stay = next + after * N;
+        SJR_APART
+        for (int i = 0; i < n; ++i) {
+          const C fire = w + of_fresh[i], best = better<LEAST>(fire, stay[i]);
+          d_possible[i] += g[i] * (best - stay[i]);
+          d_sure[i] += g[i] * (fire - best);
+          const C through_best = g[i] * is_possible[i] - g[i] * is_sure[i];
+          const C share = fire == stay[i] ? C(0.5) : best == fire ? C(1) : C(0);
+          next_stay[i] += (g[i] - g[i] * is_possible[i]) + (C(1) - share) * through_best;
+          next_fresh[i] += g[i] * is_sure[i] + share * through_best;
+        }
+      }
+      totals[f * job.T + t] += sum_of(next_fresh, n);
+      std::swap(here, next);
+    }
+  }
+
+  // Gradient of a potential bounded by earlier steps, which is that of its sums and of these.
+  void back_over_charges(double* totals) const {
+    double* const of_powers = totals + job.F * job.T;
+    alignas(64) C before[N], d_before[N];
+    for (int64_t t = job.T - 1; t >= 0; --t) {
+      for (int64_t slot = slots.count(t) - 1; slot >= 0; --slot) {
+        const int64_t start = slots.start(t, slot);
+        C *d_low = grad_low(t, slot), *d_high = grad_high(t, slot);
+        if (start < 0) {
+          back_over_group(t, of_powers);
+          continue;
+        }
+        C* to_low = grad_sum_low(slots.row(job.T, t, start));
+        SJR_APART
+        for (int i = 0; i < n; ++i) {
+          to_low[i] += d_low[i];
+        }
+        const int64_t earliest = std::max(slots.earliest(t), start + 1);
+        const C* whole = sum_high(t, start);
+        SJR_APART
+        for (int i = 0; i < n; ++i) {
+          sequence(0)[i] = whole[i];
+        }
+        for (int64_t k = earliest; k <= t; ++k) {
+          const C* so_far = sequence(k - earliest);
+          C* to = sequence(k - earliest + 1);
+          since(t, k, high(k - 1, slots.slot(k - 1, start)), to);
+          SJR_APART
+          for (int i = 0; i < n; ++i) {
+            to[i] = least_of(so_far[i], to[i]);
+          }
+        }
+        for (int64_t k = t; k >= earliest; --k) {
+          const int64_t earlier = slots.slot(k - 1, start);
+          const C* so_far = sequence(k - earliest);
+          const C* source = high(k - 1, earlier);
+          const C kept = powers[t - k + 1];
+          const C* charge = sum_high(t, k);
+          C *to = grad_sum_high(slots.row(job.T, t, k)), *further = grad_high(k - 1, earlier);
+          SJR_APART
+          for (int i = 0; i < n; ++i) {
+            const C silent = least_of(source[i], theta), found = kept * silent + charge[i];
+            const C share = found < so_far[i] ? C(1) : found == so_far[i] ? C(0.5) : C(0);
+            const C d = share * d_high[i];
+            d_high[i] = d_high[i] - d;
+            to[i] += d;
+            before[i] = d * silent;
+            d_before[i] = source[i] <= theta ? d * kept : C(0);
+          }
+          SJR_APART
+          for (int i = 0; i < n; ++i) {
+            further[i] += d_before[i];
+          }
+          of_powers[t - k + 1] += sum_of(before, n);
+        }
+        C* to_high = grad_sum_high(slots.row(job.T, t, start));
+        SJR_APART
+        for (int i = 0; i < n; ++i) {
+          to_high[i] += d_high[i];
+        }
+      }
+    }
+  }
+
+  void back_over_group(int64_t t, double* of_powers) const {
+    const C kept = powers[1];
+    const bool two = members(t) > 1;
+    C *d_low = grad_low(t, 1), *d_high = grad_high(t, 1);
+    C *to_low = grad_sum_low(t), *to_high = grad_sum_high(t);
+    const C *low_1 = low(t - 1, 1), *low_2 = low(t - 1, two ? 2 : 1), *high_1 = high(t - 1, 1),
+            *high_2 = high(t - 1, two ? 2 : 1);
+    C *d_low_1 = grad_low(t - 1, 1), *d_low_2 = grad_low(t - 1, 2), *d_high_1 = grad_high(t - 1, 1),
+      *d_high_2 = grad_high(t - 1, 2);
+    double total = 0;
+    SJR_APART
+    for (int i = 0; i < n; ++i) {
+      to_low[i] += d_low[i], to_high[i] += d_high[i];
+      const C least = least_of(low_1[i], low_2[i]), most = most_of(high_1[i], high_2[i]);
+      total += double(d_low[i] * least) + double(d_high[i] * least_of(most, theta));
+      const C below = kept * d_low[i], above = most <= theta ? kept * d_high[i] : C(0);
+      const C of_low = !two || low_1[i] < low_2[i] ? C(1) : low_1[i] == low_2[i] ? C(0.5) : C(0);
+      const C of_high = !two || high_1[i] > high_2[i] ? C(1)
+                        : high_1[i] == high_2[i]      ? C(0.5)
+                                                      : C(0);
+      d_low_1[i] += of_low * below, d_high_1[i] += of_high * above;
+      if (two) {
+        d_low_2[i] += (C(1) - of_low) * below, d_high_2[i] += (C(1) - of_high) * above;
+      }
+    }
+    of_powers[1] += total;
+  }
+
+  void backward(double* totals) const {
+    charge();
+    std::memset(grad_low(0, 0), 0, size_t(2 * part_size(job)) * sizeof(C));
+    std::memset(extra(0), 0, size_t(2 * job.W * N) * sizeof(C));
+    for (int64_t f = 0; f < job.F; ++f) {
+      back_over_paths<true>(f, static_cast<const C*>(job.grad_least) + f * job.M + first, totals);
+      back_over_paths<false>(f, static_cast<const C*>(job.grad_most) + f * job.M + first, totals);
+    }
+    alignas(64) C z[N] = {}, slope[N];
+    for (int64_t t = 0; t < job.T; ++t) {
+      for (int64_t slot = 0; slot < slots.count(t); ++slot) {
+        const C* const ends[2] = {low(t, slot), high(t, slot)};
+        C* const grads[2] = {grad_low(t, slot), grad_high(t, slot)};
+        for (int end = 0; end < 2; ++end) {
+          SJR_APART
+          for (int i = 0; i < n; ++i) {
+            z[i] = ends[end][i] - theta;
+          }
+          slopes(z, slope, n);
+          SJR_APART
+          for (int i = 0; i < n; ++i) {
+            grads[end][i] *= slope[i];
+          }
+        }
+      }
+    }
+    back_over_charges(totals);
+    for (int64_t row = 0; row < job.W; ++row) {
+      C* to_low = static_cast<C*>(job.grad_low) + row * job.M + first;
+      C* to_high = static_cast<C*>(job.grad_high) + row * job.M + first;
+      SJR_APART
+      for (int i = 0; i < n; ++i) {
+        to_low[i] = grad_sum_low(row)[i], to_high[i] = grad_sum_high(row)[i];
+      }
+    }
+  }
+};
+
+template <class C>
+void joint_range(const JointJob& job, int64_t first, int64_t last, double* memory, double* totals) {
+  const Slopes<C> slopes(job);
+  for (; first < last; first += N) {
+    const JointBlock<C> block{job,
+                              Slots{job.kept},
+                              slopes,
+                              first,
+                              int(std::min<int64_t>(N, last - first)),
+                              reinterpret_cast<C*>(memory),
+                              C(job.threshold),
+                              static_cast<const C*>(job.powers)};
+    if (job.grad_low) {
+      block.backward(totals);
+    } else {
+      block.forward();
+    }
+  }
+}
+
+void joint_sums(const JointJob& job, int64_t first, int64_t last, double* memory, double* totals) {
+  if (job.doubles) {
+    joint_range<double>(job, first, last, memory, totals);
+  } else {
+    joint_range<float>(job, first, last, memory, totals);
+  }
+}
+
+int64_t joint_scratch(const JointJob& job) {
+  return JointBlock<double>::scratch_elements(job);
+}
+
+template <class C>
+void chain_forward(const ChainJob& job, int64_t first, int64_t last, C* memory) {
+  const int64_t F = job.F;
+  const C* const tables[2] = {static_cast<const C*>(job.least), static_cast<const C*>(job.most)};
+  C* const outputs[2] = {static_cast<C*>(job.least_sums), static_cast<C*>(job.most_sums)};
+  for (; first < last; first += N) {
+    const int n = int(std::min<int64_t>(N, last - first));
+    for (int end = 0; end < 2; ++end) {
+      SJR_APART
+      for (int i = 0; i < n; ++i) {
+        const C* from = tables[end] + (job.first[first + i] * job.J + job.last[first + i]) * F;
+        SJR_APART
+        for (int64_t f = 0; f < F; ++f) {
+          memory[f * N + i] = from[f];
+        }
+      }
+      SJR_APART
+      for (int64_t f = 0; f < F; ++f) {
+        std::memcpy(outputs[end] + f * job.M + first, memory + f * N, size_t(n) * sizeof(C));
+      }
+    }
+  }
+}
+
+// Gradient through the gates at one end of a current; `opened` are those of the gates.
+template <class C>
+SJR_INLINE C through_gates(const ChainJob& job,
+                           const Slopes<C>& slopes,
+                           const C* opened,
+                           C current,
+                           C* z,
+                           C* slope,
+                           C* totals) {
+  const int64_t G = job.G;
+  const C *scale = static_cast<const C*>(job.scale), *shift = static_cast<const C*>(job.shift);
+  SJR_APART
+  for (int64_t g = 0; g < G; ++g) {
+    z[g] = shift[g] + scale[g] * current;
+  }
+  slopes(z, slope, int(G));
+  SJR_APART
+  for (int64_t g = 0; g < G; ++g) {
+    const C change = opened[g] * slope[g];
+    z[g] = scale[g] * change;
+    totals[g] += change * current;
+    totals[G + g] += change;
+  }
+  return C(sum_of(z, int(G)));
+}
+
+template <class C>
+void chain_backward(const ChainJob& job, int64_t first, int64_t last, C* memory, double* totals) {
+  const Slopes<C> slopes(job);
+  const int64_t G = job.G, sums = 2 * job.F;
+  C *const grads = memory, *const opened = grads + sums * N, *const z = opened + G,
+           *const slope = z + G;
+  C* const of_block = slope + G;
+  for (; first < last; first += N) {
+    const int n = int(std::min<int64_t>(N, last - first));
+    for (int64_t f = 0; f < job.F; ++f) {
+      const C* least = static_cast<const C*>(job.grad_least) + f * job.M + first;
+      const C* most = static_cast<const C*>(job.grad_most) + f * job.M + first;
+      SJR_APART
+      for (int i = 0; i < n; ++i) {
+        grads[i * sums + f] = least[i], grads[i * sums + job.F + f] = most[i];
+      }
+    }
+    std::memset(of_block, 0, size_t(2 * G) * sizeof(C));
+    for (int i = 0; i < n; ++i) {
+      const int64_t a = job.first[first + i], b = job.last[first + i];
+      const C* const tables[2] = {static_cast<const C*>(job.to_last) + b * sums * G,
+                                  static_cast<const C*>(job.from_first) + a * sums * G};
+      const C currents[2] = {static_cast<const C*>(job.low)[first + i],
+                             static_cast<const C*>(job.high)[first + i]};
+      C* const found[2] = {static_cast<C*>(job.grad_low), static_cast<C*>(job.grad_high)};
+      for (int end = 0; end < 2; ++end) {
+        SJR_APART
+        for (int64_t g = 0; g < G; ++g) {
+          opened[g] = 0;
+        }
+        for (int64_t s = 0; s < sums; ++s) {
+          const C grad = grads[i * sums + s];
+          const C* row = tables[end] + s * G;
+          SJR_APART
+          for (int64_t g = 0; g < G; ++g) {
+            opened[g] += grad * row[g];
+          }
+        }
+        found[end][first + i] =
+            through_gates<C>(job, slopes, opened, currents[end], z, slope, of_block);
+      }
+    }
+    for (int64_t g = 0; g < 2 * G; ++g) {
+      totals[g] += double(of_block[g]);
+    }
+  }
+}
+
+void chain_sums(const ChainJob& job, int64_t first, int64_t last, double* memory, double* totals) {
+  if (job.doubles) {
+    if (job.grad_low) {
+      chain_backward<double>(job, first, last, memory, totals);
+    } else {
+      chain_forward<double>(job, first, last, memory);
+    }
+  } else if (job.grad_low) {
+    chain_backward<float>(job, first, last, reinterpret_cast<float*>(memory), totals);
+  } else {
+    chain_forward<float>(job, first, last, reinterpret_cast<float*>(memory));
+  }
+}
+
+}  // namespace
+}  // namespace SJR_SET
+}  // namespace sjr

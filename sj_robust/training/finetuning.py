@@ -1,0 +1,351 @@
+"""Makes a network of one's own robust in one call, by the engine and the modes of this package."""
+
+import tempfile
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+from sj_robust.attacks import ThreatModel
+from sj_robust.attacks.threat import parse_eps
+from sj_robust.classifier import SpikingClassifier, as_classifier
+from sj_robust.core.checks import (
+    Channels,
+    check_channels,
+    check_choice,
+    check_count,
+    check_images,
+    check_labels,
+    check_network,
+    check_number_of_channels,
+    check_seed,
+    check_steps,
+    check_switch,
+)
+from sj_robust.core.environment import device_of, environment
+from sj_robust.core.folders import check_folder
+from sj_robust.core.preserved import evaluation_mode
+from sj_robust.data import ImageSplits
+from sj_robust.evaluation import Report
+from sj_robust.evaluation.subject import Subject, check_fits
+from sj_robust.models.checkpoint import load_checkpoint
+from sj_robust.training.engine import check_training, train
+from sj_robust.training.history import EpochRecord
+from sj_robust.training.journal import Journal
+from sj_robust.training.modes import (
+    MODES,
+    Mode,
+    ModeName,
+    final_attacks,
+    training_attack,
+    validation_attacks,
+)
+from sj_robust.training.objective import Objective
+from sj_robust.training.plan import TrainingPlan
+from sj_robust.training.processes import TrainingInterrupted
+from sj_robust.training.validation import final_report
+
+__all__ = ["finetune"]
+
+Images = Dataset[Any] | DataLoader[Any] | tuple[Tensor, Tensor]
+"""Images with labels: a data set, its loader, or two tensors."""
+
+
+def finetune(
+    net: nn.Module,
+    data: ImageSplits | Images,
+    *,
+    eps: float | str,
+    test: Images | None = None,
+    mode: ModeName = "at",
+    rho: float | None = None,
+    epochs: int = 10,
+    lr: float = 0.01,
+    batch_size: int = 64,
+    validation_fraction: float = 0.1,
+    T: int | None = None,
+    mean: Channels = None,
+    std: Channels = None,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> Report:
+    """Make a network of your own robust: adversarial training, by default with MS-MPPD.
+    对自己的网络做鲁棒微调。
+
+    Equation of mode ``"at"``, with x~ the image after one step of attack::
+
+        L = 0.5 * CE(f(x), y) + 0.5 * CE(f(x~), y) + rho * MS-MPPD(x, x~)
+
+    The network is trained in place. A part of the training images is held out, and the network gets
+    the weights of the epoch that is best on them under attack. With a ``folder`` the same call goes
+    on after Ctrl-C.
+
+    Args:
+        net: A bare SpikingJelly network, with ``T`` and, if it expects normalised images, ``mean``
+            and ``std``; or a :class:`SpikingClassifier`. With random weights it is trained anew.
+        data: Images of :func:`sj_robust.data.load_images`; or training images in [0, 1] as a data
+            set of pairs (image [C, H, W], class), a ``DataLoader``, of which the data set is
+            taken, or two tensors (x [N, C, H, W], y [N]).
+        eps: Linf radius of the attack, a number or a text such as ``"8/255"``.
+        test: Images that the report is about, as ``data``; None takes the test images of
+            ``ImageSplits``, and the held out ones of other data.
+        mode: How the network is trained, a name of :data:`MODES`.
+        rho: Weight of MS-MPPD; None takes that of the mode.
+        epochs: Passes over the training images.
+        lr: Learning rate of SGD at the start; it falls to 0. About 0.1 for random weights.
+        batch_size: Images in a step.
+        validation_fraction: Share of the training images that is held out, for other data than
+            ``ImageSplits``.
+        T: Number of time steps, for a bare network; None if it brings its own.
+        mean: Mean per channel that a bare network expects to be subtracted.
+        std: Standard deviation per channel that it expects to be divided by.
+        seed: Seeds everything.
+        folder: Where checkpoints and log are kept; None keeps none.
+        progress: Whether what is being done is shown.
+
+    Returns:
+        Accuracies on the test images, clean, under Gaussian noise, FGSM and PGD, in the variants
+        ``"before"`` and ``"after"``, with the curves of the training. It is a quick look:
+        :func:`sj_robust.evaluate` measures the network.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is wrong, network and images do not belong together, the network
+            has no spiking layers, the images are event frames, or the folder holds another
+            training.
+        NonFiniteLossError: If the loss becomes NaN or infinite.
+        TrainingInterrupted: After Ctrl-C; the network then holds the weights of the last step.
+
+    Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), section 4.
+
+    Examples:
+        >>> from spikingjelly.activation_based import neuron
+        >>> net = nn.Sequential(nn.Flatten(2), nn.Linear(4, 3), neuron.LIFNode(step_mode="m"))
+        >>> x, y = torch.rand(40, 1, 2, 2), torch.arange(40) % 3
+        >>> report = finetune(net, (x, y), eps="8/255", T=4, epochs=1, batch_size=8, progress=False)
+        >>> report.variants
+        ('before', 'after')
+    """
+    check_network(net, "net")
+    check_choice("mode", mode, get_args(ModeName))
+    check_switch("progress", progress)
+    threat = ThreatModel("Linf", parse_eps(eps))
+    kept = check_folder("folder", folder)
+    splits = _splits(
+        data, test, fraction=validation_fraction, seed=check_seed("seed", seed), mean=mean, std=std
+    )
+    classifier = _classifier(net, splits, T=T, mean=mean, std=std)
+    splits = _with_classes(splits, classifier)
+    chosen = MODES[mode]
+    if rho is None:
+        rho = chosen.rho
+    certified = chosen.loss == "certified"
+    plan = TrainingPlan(
+        check_count("epochs", epochs),
+        batch_size=check_count("batch_size", batch_size),
+        lr=lr,
+        weight_decay=chosen.weight_decay,
+        retraction=chosen.retraction,
+        select=chosen.select,
+        single_step_attack=chosen.single_step,
+        verified_eps=threat.eps if certified else None,
+        verified_method="ibp" if certified else "joint",
+        seed=seed,
+    )
+    objective = Objective(
+        classifier,
+        kappa=chosen.kappa,
+        rho=rho,
+        loss=chosen.loss,
+        certified_eps=threat.eps if certified else None,
+    )
+    configuration = {
+        "mode": mode,
+        "eps": threat.eps,
+        "rho": rho,
+        "epochs": epochs,
+        "lr": lr,
+        "batch_size": batch_size,
+        "images": len(splits.train),
+        "seed": seed,
+    }
+    run = _Run(objective, splits, plan, chosen, threat, configuration)
+    with evaluation_mode(net), _folder(kept, type(net).__name__) as place:
+        journal = Journal(place if progress else None)
+        return run.performed(journal, place, is_kept=kept is not None)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A training with a report before and after it."""
+
+    objective: Objective
+    splits: ImageSplits
+    plan: TrainingPlan
+    mode: Mode
+    threat: ThreatModel
+    configuration: dict[str, Any]
+
+    def performed(self, journal: Journal, folder: Path, *, is_kept: bool) -> Report:
+        """Measure, train, measure."""
+        classifier = self.objective.classifier
+        eps = self.threat.eps
+        accelerator = Accelerator(cpu=device_of(classifier).type == "cpu")
+        perturb = None
+        if self.mode.loss != "certified" or self.objective.rho != 0:
+            perturb = training_attack(self.mode.name, eps=eps)
+        attacks = [perturb, *final_attacks(eps).values()]
+        classifier.cpu()  # where the images are; the engine moves it back
+        check_training(self.objective, self.splits, self.plan, accelerator, attacks)
+        classifier.to(accelerator.device)
+        before = self._measured("before", [], journal)
+        try:
+            history = train(
+                self.objective,
+                self.splits,
+                self.plan,
+                perturb=perturb,
+                validation_attacks=validation_attacks(eps),
+                accelerator=accelerator,
+                folder=folder,
+                journal=journal,
+                description={"finetune": self.configuration},
+                resume=True,
+            )
+        except TrainingInterrupted as stopped:
+            remedy = "with folder=... the next training could be continued"
+            if is_kept:
+                remedy = f"the same call goes on with what is in {folder}"
+            stopped.add_note(f"the network holds the weights of the last step; {remedy}")
+            raise
+        best = load_checkpoint(folder / "best.pt")
+        classifier.load_state_dict(best["model"])
+        after = self._measured("after", history, journal)
+        return reduce(Report.merged, [before, after])
+
+    def _measured(self, name: str, history: list[EpochRecord], journal: Journal) -> Report:
+        classifier = self.objective.classifier
+        return final_report(
+            name,
+            classifier,
+            history,
+            self.splits,
+            final_attacks(self.threat.eps),
+            self.threat,
+            journal,
+            seed=self.plan.seed,
+            single_step=self.mode.single_step,
+            verified_eps=self.plan.verified_eps,
+            verified_method=self.plan.verified_method,
+            dataset=self.splits.name,
+            configuration=self.configuration,
+            environment=environment(device_of(classifier)),
+        )
+
+
+def _with_classes(splits: ImageSplits, classifier: SpikingClassifier) -> ImageSplits:
+    """The images, with the number of classes that the network tells apart."""
+    subject = Subject(type(classifier.net).__name__, classifier, "")
+    image = splits.train[0][0].unsqueeze(0).to(device_of(classifier))
+    with evaluation_mode(classifier):
+        classes = check_fits(subject, image, splits.classes or None, splits.name)
+    return replace(splits, classes=classes)
+
+
+def _splits(
+    data: ImageSplits | Images,
+    test: Images | None,
+    *,
+    fraction: float,
+    seed: int,
+    mean: Channels,
+    std: Channels,
+) -> ImageSplits:
+    """Images to train on, to select by and to report on."""
+    splits = data if isinstance(data, ImageSplits) else _held_out(data, fraction, seed)
+    if test is not None:
+        splits = replace(splits, test=_images("test", test))
+    image = splits.train[0][0].unsqueeze(0)
+    if image.ndim == 5:
+        raise ValueError(
+            f"data must be images [C, H, W], got event frames {list(image.shape[1:])}; train on "
+            "events with sj-robust train --dataset saccade:digits --flips 5"
+        )
+    check_images(image)
+    check_number_of_channels(
+        image, mean=check_channels("mean", mean), std=check_channels("std", std, positive=True)
+    )
+    return splits
+
+
+def _held_out(data: Images, fraction: float, seed: int) -> ImageSplits:
+    """Splits of images that have none; the number of classes is left to the network."""
+    images = _images("data", data)
+    count = int(fraction * len(images))
+    if not 0 < count < len(images):
+        raise ValueError(
+            f"validation_fraction must leave images on both sides, got {fraction} of "
+            f"{len(images)} images"
+        )
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = Subset(images, order[:count])
+    height, width = images[0][0].shape[-2:]
+    return ImageSplits(
+        name="images",
+        train=Subset(images, order[count:]),
+        validation=held_out,
+        test=held_out,
+        image_shape=(len(images[0][0]), height, width),
+        classes=0,
+    )
+
+
+def _images(name: str, given: Images) -> Subset[tuple[Tensor, ...]]:
+    """The data set of what was given."""
+    if isinstance(given, tuple):
+        x, y = given
+        check_images(x)
+        check_labels(y, x)
+        return Subset(TensorDataset(x, y), range(len(x)))
+    found = given.dataset if isinstance(given, DataLoader) else given
+    if not isinstance(found, Dataset) or not isinstance(found, Sized):
+        raise TypeError(
+            f"{name} must be a data set with a length, its DataLoader or two tensors (x, y), got "
+            f"{type(given).__name__}; give torch.utils.data.TensorDataset(x, y)"
+        )
+    return Subset(found, range(len(found)))
+
+
+def _classifier(
+    net: nn.Module, splits: ImageSplits, *, T: int | None, mean: Channels, std: Channels
+) -> SpikingClassifier:
+    """The network as a function of images, which shares its weights."""
+    image = splits.train[0][0].unsqueeze(0)
+    classifier = as_classifier(net, check_steps(T), mean=mean, std=std, images=image)
+    if not isinstance(classifier, SpikingClassifier):
+        raise ValueError(
+            f"net must be a spiking network, got {type(net).__name__} without spiking neurons; "
+            "give a network of SpikingJelly's neurons"
+        )
+    return classifier
+
+
+@contextmanager
+def _folder(kept: Path | None, name: str) -> Iterator[Path]:
+    """The folder, or one that is gone afterwards, by whose name progress calls the network."""
+    if kept is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            place = Path(temporary, name)
+            place.mkdir()
+            yield place
+    else:
+        kept.mkdir(parents=True, exist_ok=True)
+        yield kept

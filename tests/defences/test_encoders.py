@@ -1,0 +1,184 @@
+"""Encoders of published defences against their equations written out."""
+
+from copy import deepcopy
+from dataclasses import asdict
+from itertools import product
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional
+from torch.testing import assert_close
+
+from sj_robust.defences import OrthogonalEncoder, SmoothingEncoder
+from sj_robust.defences.stod import temporal_similarity
+from sj_robust.evaluation.subject import from_checkpoint
+from sj_robust.models import NetworkSpec, build_classifier
+from sj_robust.models.checkpoint import save_checkpoint
+from sj_robust.training import ForwardPasses, TemporalOrthogonality
+
+
+def images(n=3, channels=2, size=4):
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(n, channels, size, size, generator=generator, dtype=torch.float64)
+
+
+def random_kernels(T=4, patch=2, **options):
+    """An encoder whose kernels have left where they began."""
+    torch.manual_seed(0)
+    encoder = OrthogonalEncoder((2, 4, 4), T, patch=patch, **options).double()
+    encoder.skew.data.normal_(std=0.3)
+    return encoder
+
+
+def frames(encoder, x, steps):
+    functional.reset_net(encoder)
+    return torch.stack([encoder(x) for _ in range(steps)])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_noise_is_added_as_the_equation_says_and_begins_anew_behind_a_reset(shared):
+    x = images()
+    torch.manual_seed(5)
+    found = frames(SmoothingEncoder(0.3, shared=shared), x, 3)
+    torch.manual_seed(5)
+    noise = [torch.randn(x.shape, dtype=x.dtype) for _ in range(1 if shared else 3)]
+    for t in range(3):
+        assert_close(found[t], x + 0.3 * noise[0 if shared else t])
+    encoder = SmoothingEncoder(0.3, shared=shared)
+    first = frames(encoder, x, 1)
+    again = frames(encoder, x, 1)
+    assert not torch.equal(first, again)
+
+
+def by_hand(encoder, x, t):
+    """Patch by patch, pixel by pixel."""
+    p = encoder.patch
+    skew = (encoder.skew[t] - encoder.skew[t].T).detach()
+    one = torch.eye(len(skew), dtype=x.dtype)
+    turn = (one - skew) @ torch.linalg.inv(one + skew)
+    kernel = torch.diag(encoder.start[t].to(x.dtype)) @ turn
+    found = torch.empty_like(x)
+    for n, top, left in product(range(len(x)), range(0, 4, p), range(0, 4, p)):
+        window = (n, slice(None), slice(top, top + p), slice(left, left + p))
+        row = x[window].flatten() - 0.5
+        found[window] = ((row @ kernel) + 0.5).view(x[window].shape)
+    return found
+
+
+def test_kernels_turn_patches_as_the_equation_says():
+    encoder, x = random_kernels(), images()
+    found = frames(encoder, x, 5)
+    for t in range(4):
+        assert_close(found[t], by_hand(encoder, x, t))
+        one = torch.eye(8, dtype=torch.float64)
+        assert_close(encoder.kernel(t) @ encoder.kernel(t).T, one)
+        assert_close((found[t] - 0.5).flatten(1).norm(dim=1), (x - 0.5).flatten(1).norm(dim=1))
+    assert torch.equal(found[4], found[0])  # the kernels begin again
+
+
+def test_kernels_begin_mutually_orthogonal_and_with_the_identity():
+    encoder = OrthogonalEncoder((2, 4, 4), T=4, patch=2)
+    kernels = torch.stack([encoder.kernel(t) for t in range(4)])
+    products = torch.einsum("iab,jab->ij", kernels, kernels)
+    assert_close(products, 8 * torch.eye(4))
+    assert_close(kernels[0], torch.eye(8))
+
+
+def test_gradients_of_kernels_images_and_similarity_are_those_of_finite_differences():
+    encoder, x = random_kernels(T=2), images(n=1).requires_grad_()
+
+    def second_frame(skew, x):
+        functional.reset_net(encoder)
+        for _ in range(2):
+            frame = torch.func.functional_call(encoder, {"skew": skew}, (x,))
+        return frame
+
+    skew = encoder.skew.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(second_frame, (skew, x))
+    some = torch.rand(3, 2, 5, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(temporal_similarity, (some,))
+
+
+def test_similarity_is_the_sum_over_pairs_of_squared_cosines():
+    frames_ = torch.rand(4, 3, 2, 5, generator=torch.Generator().manual_seed(0))
+    total = 0.0
+    for n in range(3):
+        for i in range(4):
+            for j in range(i + 1, 4):
+                one, other = frames_[i, n].flatten(), frames_[j, n].flatten()
+                total += float(one @ other / one.norm() / other.norm()) ** 2
+    assert float(temporal_similarity(frames_)) == pytest.approx(total / 3, rel=1e-5)
+    assert float(temporal_similarity(frames_[:1])) == 0.0
+
+
+def test_the_penalty_reaches_the_kernels_and_wants_an_orthogonal_encoder():
+    classifier = build_classifier(NetworkSpec(encoder="stod", channels=(4, 4)))
+    classifier.encoder.skew.data.normal_(std=0.1)
+    x, y = torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2])
+    passes = ForwardPasses(classifier, y, x, None, classifier(x), None)
+    value = TemporalOrthogonality(1.0).value(passes)
+    centred = torch.stack([classifier.encoder.turned(x, t) for t in range(4)])
+    assert_close(value, temporal_similarity(centred))
+    value.backward()
+    assert classifier.encoder.skew.grad.abs().max() > 0
+    plain = build_classifier(NetworkSpec(channels=(4, 4)))
+    with pytest.raises(TypeError, match="needs an OrthogonalEncoder, got NoneType; take .* stod"):
+        TemporalOrthogonality(1.0).value(ForwardPasses(plain, y, x, None, plain(x), None))
+
+
+def test_kernels_that_are_not_kept_are_gone_in_evaluation():
+    encoder, x = random_kernels(kept=False), images()
+    assert not torch.equal(frames(encoder, x, 2)[1], x)
+    assert torch.equal(frames(encoder.eval(), x, 2)[1], x)
+
+
+OPTIONS = {
+    "poisson": {},
+    "rsc": {"std": 0.2},
+    "stod": {"patch": 2},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_network_with_an_encoder_repeats_its_draws_and_lives_in_a_checkpoint(name, tmp_path):
+    spec = NetworkSpec(encoder=name, encoder_options=OPTIONS[name], mean=(0.3,), std=(0.2,))
+    classifier = build_classifier(spec).eval()
+    if name == "stod":
+        classifier.encoder.skew.data.normal_(std=0.1)
+    content = {"description": {"network": asdict(spec), "options": {}}}
+    save_checkpoint(tmp_path / "best.pt", content | {"model": classifier.state_dict()})
+    subject = from_checkpoint(tmp_path / "best.pt")
+    assert f"encoder {name}" in subject.architecture
+    x = torch.rand(3, 1, 8, 8)
+    logits = []
+    for model in (classifier, subject.model, deepcopy(classifier)):
+        torch.manual_seed(3)
+        logits += [model(x), model(x)]
+    for first in (2, 4):
+        assert torch.equal(logits[0], logits[first])
+        assert torch.equal(logits[1], logits[first + 1])
+    assert torch.equal(logits[0], logits[1]) == (name == "stod")
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_images_get_a_gradient_through_an_encoder(name):
+    classifier = build_classifier(NetworkSpec(encoder=name, channels=(8, 8)))
+    x = torch.rand(4, 1, 8, 8).requires_grad_()
+    (grad,) = torch.autograd.grad(classifier(x).square().sum(), x)
+    assert grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"encoder": "rate"}, "encoder must be one of .*stod"),
+        ({"encoder_options": {"std": 0.1}}, "belong to an encoder, got .* for 'direct'"),
+        ({"encoder": "rsc", "encoder_options": {"sigma": 0.1}}, "'rsc' cannot be built with"),
+        ({"encoder": "rsc", "encoder_options": {"std": -1.0}}, "std must be .*got -1"),
+        ({"encoder": "stod", "encoder_options": {"patch": 3}}, "divide .* 8x8, got 3; take 4"),
+        ({"encoder": "rsc", "frames": True}, "'rsc' is for images of a bare network"),
+    ],
+)
+def test_wrong_encoders(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_classifier(NetworkSpec(**options))

@@ -1,0 +1,77 @@
+"""Trainings of networks with defences: stopped and resumed, and with a weight that rises."""
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, layer
+from torch import nn
+from training import small_run
+from training.small_run import At, PowerCutError, power_cut
+
+from sj_robust import DLIFNode
+from sj_robust.defences import (
+    EvolvingLeakNode,
+    HomeostaticNode,
+    NoisyLIFNode,
+    StochasticGate,
+    SurrogateOverlap,
+)
+from sj_robust.defences.stog import GateRates
+from sj_robust.training import ThresholdGuarding, load_checkpoint
+
+NODES = {
+    "noise": lambda: [NoisyLIFNode(4.0)],
+    "leak": lambda: [EvolvingLeakNode(3)],
+    "homeostasis": lambda: [HomeostaticNode(3, 4.0)],
+    "gates": lambda: [DLIFNode(T=3, tau=4.0), StochasticGate()],
+}
+
+
+def build(kind):
+    first = layer.Linear(16, 24)
+    last = layer.Linear(24, 3)
+    net = nn.Sequential(layer.Flatten(), first, *NODES[kind](), last)
+    functional.set_step_mode(net, "m")
+    net[1].weight.data.mul_(3)
+    return net
+
+
+def options_of(kind):
+    penalties = [GateRates(1e-3)] if kind == "gates" else []
+    return {"build": lambda: build(kind), "objective": {"rho": 0.0, "penalties": penalties}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", NODES)
+def test_a_run_that_was_cut_off_ends_at_the_same_weights(tmp_path, kind):
+    options = options_of(kind)
+    history, whole = small_run.run(tmp_path / "whole", **options)
+    options["checkpoint_steps"] = 1
+    cut = At(6, power_cut)
+    with pytest.raises(PowerCutError):
+        small_run.run(tmp_path / "cut", **options, perturb=cut)
+    torch.manual_seed(99)  # whatever ran in between
+    resumed, classifier = small_run.run(tmp_path / "cut", **options, resume=True)
+    assert resumed == history
+    for name, value in whole.state_dict().items():
+        assert torch.equal(classifier.state_dict()[name], value), name
+    first = load_checkpoint(tmp_path / "whole" / "last.pt")["model"]
+    moved = {"leak": "leak", "homeostasis": "rate", "gates": "rate"}
+    if kind in moved:
+        (name,) = [name for name in first if name.endswith(moved[kind])]
+        assert len(first[name].unique()) > 1  # it was learned, though it had no shape at first
+
+
+def test_a_weight_rises_with_the_batches(tmp_path):
+    penalties = [ThresholdGuarding(2.0, rising=True), SurrogateOverlap(0.5)]
+    options = {"objective": {"rho": 0.0, "penalties": penalties}, "epochs": 2}
+    history, _ = small_run.run(tmp_path, **options)
+    assert penalties[0].progress == 7 / 8  # before the last of two times four batches
+    assert penalties[1].progress == 7 / 8
+    for number, record in enumerate(history):
+        losses = record.losses
+        overlap = 0.5 * losses["penalty/mpd_sgr"]
+        guarding = losses["penalty"] - overlap
+        largest = 2.0 * losses["penalty/threshold_guarding"]
+        assert largest > 0.01
+        share = guarding / largest
+        assert (0.1 < share < 0.35) if number == 0 else (0.6 < share < 0.9)

@@ -1,0 +1,165 @@
+"""What leaves a report for papers and programs is what the report says."""
+
+import csv
+import io
+import re
+import shutil
+import subprocess
+from importlib.util import find_spec
+
+import pytest
+from evaluation.reports import over_eps, proof, report, stress_report
+
+from sj_robust.attacks import ThreatModel
+from sj_robust.evaluation import Report
+from sj_robust.evaluation.report import export
+from sj_robust.evaluation.report.levels import WHATS, levels
+from sj_robust.evaluation.result import Row
+
+
+def of_a_suite():
+    return report(verified=(4, 7), curve=over_eps())
+
+
+def of_a_training():
+    rows = []
+    for variant, fallen in (("before", (0, 1)), ("after", (0,))):
+        rows.append(Row("clean", "clean", (0, 1, 2), fallen[:1], variant=variant))
+        rows.append(Row("pgd20", "attack", (1, 2), fallen[1:], variant=variant, seconds=0.1))
+    return Report("a_net", "digits", "training", (0, 1, 2), rows, threat=ThreatModel("Linf", 0.1))
+
+
+def of_a_vote():
+    rows = [Row("clean", "clean", (0, 1, 2), (0,))]
+    for eps, left in ((0.0, (0,)), (0.25, (0, 1))):
+        threat = ThreatModel("L2", eps)
+        rows.append(Row("smooth", "proof", (0, 1, 2), left, threat=threat, alpha=0.001))
+    return Report("votes", "digits", "vote", (0, 1, 2), rows, threat=ThreatModel("L2", 0.25))
+
+
+KINDS = {
+    "suite": of_a_suite,
+    "stress": stress_report,
+    "training": of_a_training,
+    "vote": of_a_vote,
+}
+
+
+@pytest.fixture(params=KINDS)
+def one(request):
+    return KINDS[request.param]()
+
+
+def lines_of(one):
+    return list(csv.DictReader(io.StringIO(one.to_csv())))
+
+
+def test_a_csv_gives_every_number_back_as_it_was(one, tmp_path):
+    lines = lines_of(one)
+    rows = export.exported(one)
+    assert len(lines) == len(rows) > 1
+    for line, row in zip(lines, rows, strict=True):
+        read = {name: type(value)(line[name]) for name, value in vars(row).items()}
+        assert read == vars(row)
+        assert row.accuracy == row.correct / row.total
+        assert 0 <= row.low <= row.accuracy <= row.high <= 1
+    assert one.to_csv(tmp_path / "figures.csv") == (tmp_path / "figures.csv").read_text()
+
+
+def test_a_csv_holds_every_figure_of_a_suite():
+    suite = of_a_suite()
+    rows = export.exported(suite)
+    said = {(row.name, row.correct, row.total) for row in rows if row.variant == ""}
+    assert said == {(found.name, found.correct, found.total) for found in suite.accuracies}
+    curve = [row for row in rows if row.variant == "over eps"]
+    assert [(row.eps, row.correct) for row in curve if row.kind == "member"] == [
+        ("" if point.eps == "0" else point.eps, point.correct) for point in suite.over_eps
+    ]
+
+
+def test_a_csv_holds_every_figure_of_the_others():
+    found = {(row.variant, row.name): row for row in export.exported(of_a_training())}
+    assert found["before", "pgd20"].correct == 1
+    assert found["after", "pgd20"].correct == 2
+    votes = [(row.eps, row.kind, row.correct) for row in export.exported(of_a_vote())]
+    expected = [("0", "verified", 2), ("0", "everything", 2), ("0.25", "verified", 1)]
+    assert votes[:3] == expected
+    stressed = stress_report()
+    found = {(row.variant, row.name): row.correct for row in export.exported(stressed)}
+    for level in levels(stressed):
+        for what in WHATS:
+            assert found[f"{level.kind}:{level.level:g}", what] == level.mean(what)
+
+
+NASTY = "a_b & 50% of #1 $x$ {y} ~z^2 \\cite <c> |d|"
+
+
+def test_latex_is_a_table_that_any_paper_can_take(one, tmp_path):
+    text = one.to_latex(tmp_path / "table.tex")
+    assert (tmp_path / "table.tex").read_text() == text
+    begun = re.findall(r"\\begin\{(\w+)\}", text)
+    assert begun == re.findall(r"\\end\{(\w+)\}", text)[::-1] == ["table", "tabular"]
+    for rule in (r"\toprule", r"\midrule", r"\bottomrule"):
+        assert text.count(rule) == 1
+    columns = len(re.search(r"\\begin\{tabular\}\{([lr]+)\}", text)[1])
+    body = [line for line in text.splitlines() if line.endswith(r" \\")]
+    assert len(body) > 1
+    for line in body:
+        assert len(re.findall(r"(?<!\\)&", line)) == columns - 1
+    shown = [line for line in one.table().splitlines() if line.startswith("| ")]
+    assert len(body) == len(shown) - 1  # without the marks of the columns
+
+
+def test_latex_escapes_what_it_would_read_as_a_command():
+    named = of_a_training()
+    text = Report(NASTY, *(named.dataset, named.suite, named.labels), named.rows).to_latex()
+    caption = re.search(r"\\caption\{(.*)\}", text)[1]
+    assert read_back(caption) == f"{NASTY} on digits: suite training"
+
+
+def read_back(text):
+    """What LaTeX sets."""
+    commands = {"textbackslash": "\\", "textasciitilde": "~", "textasciicircum": "^"}
+    commands |= {"textless": "<", "textgreater": ">", "textbar": "|"}
+    pattern = r"\\([a-z]+)\{\}|\\([&%$#_{}])|([\\&%$#_{}~^<>|])"
+
+    def letter(match):
+        assert match[3] is None, f"{match[3]} is not escaped in {text}"
+        return commands[match[1]] if match[1] else match[2]
+
+    return re.sub(pattern, letter, text)
+
+
+COMPILER = shutil.which("tectonic") or shutil.which("pdflatex")
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs pdflatex or tectonic")
+def test_latex_compiles(one, tmp_path):
+    table = one.to_latex()
+    head = r"\documentclass{article}\usepackage{booktabs}\begin{document}"
+    (tmp_path / "paper.tex").write_text(f"{head}\n{table}\n\\end{{document}}\n")
+    command = [COMPILER, "paper.tex"]
+    if "pdflatex" in COMPILER:
+        command.insert(1, "-halt-on-error")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (tmp_path / "paper.pdf").is_file()
+
+
+@pytest.mark.skipif(find_spec("pandas") is None, reason="needs pandas, of the extra test")
+def test_a_data_frame_holds_the_same(one):
+    frame = one.to_dataframe()
+    rows = export.exported(one)
+    assert frame.to_dict("records") == [vars(row) for row in rows]
+
+
+def test_without_pandas_the_remedy_is_named(one, monkeypatch):
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'sj_robust\[pandas\]'"):
+        one.to_dataframe()
+
+
+def test_a_proof_is_exported_with_its_radius():
+    proved = report(verified=(4, 7))
+    (row,) = [row for row in export.exported(proved) if row.kind == "verified"]
+    assert (row.eps, row.correct) == ("0.1", len(proof((4, 7)).stood))

@@ -1,0 +1,223 @@
+import io
+import signal
+from functools import partial
+
+import pytest
+import torch
+from rich.console import Console
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from training.small_run import splits
+
+import sj_robust
+from sj_robust.attacks import fgsm
+from sj_robust.training import Journal, TrainingInterrupted, finetune, finetuning, load_checkpoint
+
+STRIPES = splits()
+QUICK = {"eps": 0.05, "T": 3, "epochs": 1, "batch_size": 16, "progress": False}
+
+
+class ResidualNet(nn.Module):
+    """LIF neurons and a sum, as somebody writes them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = self.part(1)
+        self.branch = self.part(8)
+        self.head = nn.Sequential(layer.Flatten(), layer.Linear(128, 3))
+
+    def part(self, channels):
+        return nn.Sequential(
+            layer.Conv2d(channels, 8, 3, padding=1, bias=False),
+            layer.BatchNorm2d(8),
+            neuron.LIFNode(tau=2.0, surrogate_function=surrogate.ATan(), detach_reset=True),
+        )
+
+    def forward(self, x_seq):
+        y_seq = self.stem(x_seq)
+        return self.head(y_seq + self.branch(y_seq))
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    net = ResidualNet()
+    functional.set_step_mode(net, "m")
+    return net
+
+
+def weights(net):
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+def same(first, second):
+    return all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.slow
+def test_a_network_of_ones_own_becomes_robust_in_place():
+    net = network().train()
+    net.branch.eval()
+    modes = [module.training for module in net.modules()]
+    options = QUICK | {"eps": 0.1, "epochs": 15, "lr": 0.1}
+    report = sj_robust.finetune(net, STRIPES, **options)
+    assert [module.training for module in net.modules()] == modes
+    assert report.variants == ("before", "after")
+    assert report.dataset == "stripes"
+    assert len(report.labels) == len(STRIPES.test)
+    before = report.under("pgd20", variant="before")
+    after = report.under("pgd20", variant="after")
+    assert after.correct > before.correct
+    assert len(report.curves["after"]) == 15
+    assert report.configuration["rho"] == 1.0  # MS-MPPD is in the loss
+    x, y = STRIPES.test.tensors
+    model = sj_robust.SpikingClassifier(net, T=3).eval()
+    right = int((model(x).argmax(1) == y).sum())
+    assert right == report.under("clean", variant="after").correct
+
+
+@pytest.mark.parametrize("kind", ["tensors", "data set", "loader", "classes as numbers"])
+def test_images_may_come_in_every_usual_form(kind):
+    x, y = STRIPES.train.tensors
+    numbers = [(image, int(label)) for image, label in zip(x, y, strict=True)]
+    given = {
+        "tensors": (x, y),
+        "data set": STRIPES.train,
+        "loader": DataLoader(STRIPES.train, 4),
+        "classes as numbers": OfPairs(numbers),
+    }
+    report = finetune(network(), given[kind], **QUICK)
+    assert report.dataset == "images"
+    held_out = len(x) // 10
+    assert len(report.labels) == held_out
+    assert report.configuration["images"] == len(x) - held_out
+
+
+def test_the_report_is_about_test_images_if_there_are_any():
+    given = STRIPES.train
+    report = finetune(network(), given, test=STRIPES.test.tensors, **QUICK)
+    assert len(report.labels) == len(STRIPES.test)
+
+
+class OfPairs(torch.utils.data.Dataset):
+    """As torchvision gives images with numbers for classes."""
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        return self.pairs[index]
+
+
+SLOW = [pytest.param(mode, marks=pytest.mark.slow) for mode in ("gaussian", "rat", "trades")]
+
+
+@pytest.mark.parametrize("mode", ["none", "pgd_at", *SLOW])
+def test_every_mode_trains(mode):
+    net = network()
+    before = weights(net)
+    report = finetune(net, STRIPES, mode=mode, **QUICK)
+    assert not same(before, weights(net))
+    assert report.configuration["mode"] == mode
+
+
+@pytest.mark.slow
+def test_certified_training_proves_images():
+    torch.manual_seed(0)
+    net = nn.Sequential(layer.Flatten(), layer.Linear(16, 24), neuron.LIFNode())
+    net.append(layer.Linear(24, 3))
+    functional.set_step_mode(net, "m")
+    options = QUICK | {"eps": 0.01, "epochs": 8, "lr": 0.1, "mode": "certified"}
+    report = finetune(net, STRIPES, **options)
+    assert "verified at Linf 0.01" in report.warnings[-1]
+    assert report.curves["after"][-1]["validation"]["verified"] > 0
+
+
+@pytest.mark.slow
+def test_a_training_that_was_stopped_goes_on_to_the_same_network(tmp_path, monkeypatch):
+    whole = network()
+    options = QUICK | {"epochs": 3}
+    report = finetune(whole, STRIPES, **options)
+    calls = []
+
+    def interrupted(model, x, y, *, generator=None):
+        calls.append(len(x))
+        if len(calls) == 7:  # one of them is a trial before the training
+            signal.raise_signal(signal.SIGINT)
+        return attack(model, x, y, generator=generator)
+
+    attack = finetuning.training_attack("at", eps=0.05)
+    with monkeypatch.context() as patched:
+        patched.setattr(finetuning, "training_attack", lambda *_, **__: interrupted)
+        with pytest.raises(TrainingInterrupted) as stopped:
+            finetune(network(), STRIPES, folder=tmp_path / "kept", **options)
+    assert f"goes on with what is in {tmp_path / 'kept'}" in stopped.value.__notes__[0]
+    net = network()
+    again = finetune(net, STRIPES, folder=tmp_path / "kept", **options)
+    assert same(weights(whole), weights(net))
+    assert (again.table(), again.curves) == (report.table(), report.curves)
+    assert load_checkpoint(tmp_path / "kept" / "best.pt")["epoch"] <= 3
+    with pytest.raises(ValueError, match="other options"):
+        finetune(network(), STRIPES, folder=tmp_path / "kept", **options | {"rho": 0.5})
+
+
+FRAMES = TensorDataset(torch.zeros(20, 3, 2, 4, 4), torch.zeros(20, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"mode": "fgsm"}, "mode must be one of .*certified"),
+        ({"eps": -1}, "eps must be >= 0"),
+        ({"T": None}, "T must be"),
+        ({"data": [1, 2]}, "data must be a data set with a length, .* got list"),
+        ({"data": FRAMES}, "data must be images .* got event frames .* sj-robust train"),
+        ({"data": (2 * torch.ones(20, 1, 4, 4), torch.arange(20) % 3)}, r"\[0, 1\]"),
+        ({"net": nn.Flatten()}, "net must be a spiking network, got Flatten"),
+        ({"net": "net"}, "net must be"),
+        ({"validation_fraction": 0.0, "data": STRIPES.train}, "must leave images on both sides"),
+        ({"batch_size": 500}, "batch_size must be from 1 to"),
+        ({"epochs": 0}, "epochs must be"),
+        ({"rho": -1.0}, "rho must be"),
+        ({"mean": [0.5, 0.5]}, "mean"),
+        ({"progress": "yes"}, "progress must be"),
+    ],
+)
+def test_wrong_use_is_told_before_anything_is_trained(options, reason):
+    usual = {"net": network(), "data": STRIPES} | QUICK
+    if isinstance(options.get("net"), nn.Flatten):
+        usual["T"] = None
+    given = usual | options
+    before = weights(usual["net"])
+    with pytest.raises((TypeError, ValueError), match=reason):
+        finetune(given.pop("net"), given.pop("data"), **given)
+    assert same(before, weights(usual["net"]))
+
+
+def test_progress_in_a_notebook_is_one_line(tmp_path, monkeypatch):
+    file = io.StringIO()
+    journal = Journal(tmp_path)
+    monkeypatch.setattr(journal, "console", Console(file=file, force_jupyter=True))
+    monkeypatch.setattr(finetuning, "Journal", lambda folder: journal)
+    finetune(network(), STRIPES, **QUICK | {"progress": True})
+    assert "\n" not in file.getvalue()
+    shown = [text.strip() for text in file.getvalue().split("\r")]
+    assert "evaluating after on 12 test images" in shown
+    assert shown[-2] == ""
+    assert any("epoch 1/1" in text for text in shown)
+
+
+def test_a_threat_of_validation_is_that_of_training(monkeypatch):
+    """No radius but the one that was asked for."""
+    asked = []
+
+    def recorded(eps):
+        asked.append(eps)
+        return {"fgsm": partial(fgsm, eps=eps), "pgd": partial(fgsm, eps=eps)}
+
+    monkeypatch.setattr(finetuning, "validation_attacks", recorded)
+    finetune(network(), STRIPES, **QUICK | {"eps": "8/255"})
+    assert asked == [8 / 255]
