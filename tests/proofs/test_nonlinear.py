@@ -236,18 +236,19 @@ def with_neuron(name, step_mode):
 
 
 MODES = [(name, "m") for name in THERE]
-MODES += [(name, "s") for name in STEP_BY_STEP if name in THERE]
+SINGLE = [(name, "s") for name in STEP_BY_STEP if name in THERE]
+MODES += [pytest.param(*case, marks=pytest.mark.slow) for case in SINGLE]
 
 
 @pytest.mark.parametrize(("name", "step_mode"), MODES)
 def test_neurons_beside_lif_stay_inside_their_bounds(name, step_mode):
     model = with_neuron(name, step_mode)
-    x = torch.rand(4, 1, 4, 4)
+    x = torch.rand(8, 1, 4, 4)
     with torch.no_grad():
         y = model(x).argmax(1)
     for method in ("ibp", "joint"):
         result = verify(model, x, y, 0.003, method=method)
-        drawn = 0.003 * (2 * torch.rand(200, *x.shape) - 1).sign()
+        drawn = 0.003 * (2 * torch.rand(40, *x.shape) - 1).sign()
         with torch.no_grad():
             for z in (x + drawn).clamp(0, 1):
                 lead = leads(model(z), y)
@@ -289,6 +290,32 @@ class TwoLevels(surrogate.ATan):
 
     def forward(self, x):
         return (x >= 0).to(x) + (x >= 0.5).to(x)
+
+
+class Other(nn.Module):
+    """Another function in a plain call."""
+
+    def forward(self, x):
+        return torch.tanh(x) if type(x) is torch.Tensor else torch.sigmoid(x)
+
+
+def test_a_network_that_calls_another_function_in_a_plain_call_is_refused():
+    parts = (layer.Linear(4, 4), Other(), layer.Linear(4, 2), neuron.IFNode())
+    model = in_steps(*parts, T=T)
+    with pytest.raises(UnsoundBoundsError, match="calls tanh at .* where it called sigmoid"):
+        verify(model, torch.rand(2, 4), torch.tensor([0, 1]), 0.01)
+
+
+def test_bounds_of_a_step_that_are_too_narrow_are_noticed(monkeypatch):
+    torch.manual_seed(0)
+    parts = (layer.Linear(4, 64), ByHand(surrogate.ATan()), layer.Linear(64, 2))
+    model = in_steps(*parts, T=T)
+    x = torch.rand(2, 4)
+    y = model(x).argmax(1)
+    verify(model, x, y, 0.3, method="ibp")
+    monkeypatch.setattr(nonlinear, "steps", Narrow(nonlinear.steps))
+    with pytest.raises(UnsoundBoundsError, match="a result of a surrogate"):
+        verify(model, x, y, 0.3, method="ibp")
 
 
 class ByHand(nn.Module):
