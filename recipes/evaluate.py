@@ -101,9 +101,9 @@ class Options:
     """For moves, frames by which all events of a sample may be moved together; None: any."""
     fault_draws: PositiveInt = 5
     """For stress, draws of every fault that is random."""
-    draws: PositiveInt | None = None
+    draws: PositiveInt = 1
     """Fresh forwards in each of which a stochastic network must be wrong for an image to count as
-    broken, and which gradients are averaged over; None means 10 for a network that draws."""
+    broken."""
     proofs: bool = True
     """For Linf and L0, prove by bounds of every spike which images no attack can break, and attack
     the others; networks with parts that have no bounds are named in the report."""

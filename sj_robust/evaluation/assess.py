@@ -23,7 +23,7 @@ from sj_robust.evaluation.report.report import Report
 from sj_robust.evaluation.request import Request, described
 from sj_robust.evaluation.result import OVER_EPS, Row
 from sj_robust.evaluation.run.data import Batches, Data
-from sj_robust.evaluation.run.draws import check_draws, draws_needed
+from sj_robust.evaluation.run.draws import check_draws
 from sj_robust.evaluation.run.estimator_search import (
     CHANGES,
     EstimatorSearch,
@@ -37,7 +37,7 @@ from sj_robust.evaluation.run.loop import Asked, Outcome, releases, run
 from sj_robust.evaluation.run.member import Member, fooled
 from sj_robust.evaluation.run.progress import computed_once, gathered, rank_and_world_size
 from sj_robust.evaluation.run.proofs import has_proofs, prove
-from sj_robust.evaluation.run.suites import Suite, SuiteName, check_shape, make_suite
+from sj_robust.evaluation.run.suites import Suite, SuiteName, make_suite
 from sj_robust.evaluation.run.variant import Variant
 from sj_robust.evaluation.subject import Subject
 from sj_robust.proofs.soundness import UnprovableError
@@ -82,9 +82,8 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
         request: What is asked.
 
     Raises:
-        ValueError: If the network draws random numbers though one draw was asked for, or carries
-            state from one forward into the next, or the folder holds the progress of another
-            evaluation.
+        ValueError: If the network draws random numbers without ``draws`` or carries state from one
+            forward into the next, or the folder holds the progress of another evaluation.
 
     Source: evaluation as asked for by Carlini et al., "On evaluating adversarial robustness" (arXiv
         1902.06705).
@@ -99,16 +98,13 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
         >>> assess(mine, batches, Request("fast", threat, "noise", 3)).worst_case.total
         6
     """
+    plan = _suite(request)
     model = subject.model
     data = Data.of(batches)
     if request.threat.of_events:
         check_frames(data.first(_FIRST).tensors(device_of(model))[0])
-    if request.draws is None:
-        request = replace(request, draws=draws_needed(model, data))
-        check_shape(cast("SuiteName", request.suite), data[0][0], draws=request.forwards)
-    elif request.draws == 1:
+    if request.draws == 1:
         check_draws(model, data)
-    plan = _suite(request)
     parts = _Parts(model, data, request, network_key(model, data, request.folder))
     say = request.watch.say
     say(f"firing of every layer on {len(parts.y)} images")
@@ -142,7 +138,7 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
         **described(subject, data, request, parts.network),
         rows=tuple(rows),
         description=plan.description,
-        draws=request.forwards,
+        draws=request.draws,
         estimators=tuple(trials),
         firing=tuple(activity),
         findings=tuple(findings),
@@ -178,7 +174,7 @@ class _Parts:
             "threat": repr(self.threat),
             "seed": str(self.request.seed),
             "releases": releases(),
-            "draws": str(self.request.forwards),
+            "draws": str(self.request.draws),
         }
 
     def search(self, settings: EstimatorSearch) -> list[dict[str, Any]]:
@@ -186,7 +182,7 @@ class _Parts:
         right.
         """
         self.say(f"choosing among {len(settings.candidates)} gradient estimators")
-        draws = self.request.forwards
+        draws = self.request.draws
 
         def compute() -> list[dict[str, Any]]:
             seeds = SampleSeeds(range(len(self.y))).derived("sweep", self.request.seed)
@@ -264,7 +260,7 @@ class _Parts:
         self, name: str, data: Data, members: Sequence[Member], verified: Sequence[int]
     ) -> Outcome:
         """Run members on images."""
-        asked = Asked(self.threat, self.request.forwards, frozenset(verified))
+        asked = Asked(self.threat, self.request.draws, frozenset(verified))
         return self._run(name, data, Variant(members, seed=self.request.seed), asked)
 
     def over_eps(self, estimator: str) -> tuple[Row, ...]:
@@ -272,7 +268,7 @@ class _Parts:
         of_events = self.threat.of_events
         self.say("accuracy over the number of changes" if of_events else "accuracy over eps")
         radii = _radii(self.threat, elements=self.x[0].numel())
-        draws = self.request.forwards
+        draws = self.request.draws
         threats = [replace(self.threat, eps=eps) for eps in radii]
         levels = [_level(threat, estimator, draws) for threat in threats]
         variant = Variant(levels, OVER_EPS, seed=self.request.seed)
@@ -294,7 +290,7 @@ class _Parts:
                 seed=self.request.seed,
                 estimators=None if searched else (),
                 source=source,
-                eot_samples=10 if self.request.forwards > 1 else 1,
+                eot_samples=10 if self.request.draws > 1 else 1,
             )
             return [asdict(finding) for finding in (*found, *searched)]
 
@@ -332,7 +328,7 @@ def _suite(request: Request, chosen: Sequence[str] = ()) -> Suite:
         request.threat,
         chosen=chosen,
         classes=request.classes,
-        eot_samples=request.forwards,
+        eot_samples=request.draws,
     )
 
 

@@ -63,7 +63,7 @@ def evaluate(
     T: int | None = None,
     mean: Channels = None,
     std: Channels = None,
-    draws: int | None = None,
+    draws: int = 1,
     seed: int = 0,
     batch_size: int = 256,
     folder: str | Path | None = None,
@@ -95,8 +95,7 @@ def evaluate(
             an array.
         std: Standard deviation per channel that it expects to be divided by, likewise.
         draws: Fresh forwards in each of which a stochastic network must be wrong for an image to
-            count as broken, and which gradients are averaged over; None takes 10 if the network
-            draws random numbers.
+            count as broken.
         seed: Seeds everything.
         batch_size: Images at a time; results do not depend on it.
         folder: Where progress is kept, for one batch size; None keeps none.
@@ -133,7 +132,7 @@ def evaluate(
     threat = budget.threat(data)
     chosen: SuiteName = suite or ("events" if _holds_frames(data) else "standard")
     check_suite(chosen, threat)
-    check_shape(chosen, data[0][0], draws=draws or 1)
+    check_shape(chosen, data[0][0], draws=draws)
     with _prepared(given, data, settings) as prepared:
         return assess(prepared.subject, data, prepared.request(chosen, threat))
 
@@ -274,7 +273,7 @@ def _given(model: nn.Module, *, T: int | None, mean: Channels, std: Channels) ->
 class _Settings:
     """How a network is measured, and what the report calls it."""
 
-    draws: int | None
+    draws: int
     seed: int
     folder: Path | None
     name: str | None
@@ -284,7 +283,7 @@ class _Settings:
 
 def _settings(
     *,
-    draws: int | None,
+    draws: int,
     seed: int,
     folder: str | Path | None,
     name: str | None,
@@ -296,7 +295,7 @@ def _settings(
     check_text("dataset", dataset)
     check_switch("progress", progress)
     return _Settings(
-        draws=None if draws is None else check_count("draws", draws),
+        draws=check_count("draws", draws),
         seed=check_seed("seed", seed),
         folder=check_folder("folder", folder),
         name=name,

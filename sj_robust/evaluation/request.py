@@ -30,9 +30,8 @@ class Request:
         classes: Number of classes.
         seed: Seeds everything.
         draws: Fresh forwards in each of which a stochastic network must be wrong, and which its
-            gradients are averaged over. None takes 10 for a network that draws random numbers, as
-            every image is asked twice to see; 1 refuses such a network. Of a stress test, draws of
-            a fault that is random.
+            gradients are averaged over; 1 for a network that draws no random numbers, as every
+            image is asked twice to check. Of a stress test, draws of a fault that is random.
         source: Another network for the same images; transfer attacks from it join the suite.
         proofs: Whether images are verified, where threat and network have bounds.
         control: Whether the control of the suite runs too.
@@ -48,7 +47,7 @@ class Request:
     dataset: str
     classes: int = 0
     seed: int = 0
-    draws: int | None = None
+    draws: int = 1
     source: nn.Module | None = None
     proofs: bool = True
     control: bool = True
@@ -57,11 +56,6 @@ class Request:
     folder: Path | None = None
     configuration: Mapping[str, Any] = field(default_factory=dict)
     watch: Watch = field(default_factory=Watch)
-
-    @property
-    def forwards(self) -> int:
-        """Draws, once they are known."""
-        return 1 if self.draws is None else self.draws
 
 
 def described(subject: Subject, data: Data, request: Request, fingerprint: str) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def stress_network(subject: Subject, batches: Batches | Data, request: Request) 
         **described(subject, data, request, network),
         rows=outcome.rows,
         description=f"{short_attack_name(request.threat)} {request.steps}",
-        draws=request.forwards,
+        draws=request.draws,
         warnings=outcome.warnings,
     )
 
@@ -99,7 +99,7 @@ def _variants(faults: Sequence[Fault | Corruption], request: Request) -> list[Va
             images = _Corrupted(fault, request.seed)
             found.append(Variant(attack, name, first, images=images))
             continue
-        draws = request.forwards if fault.random else 1
+        draws = request.draws if fault.random else 1
         members = [_attack(request, noisy=fault.noisy)]
         for draw in range(draws):
             seed = first + draw

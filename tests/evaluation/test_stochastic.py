@@ -20,7 +20,7 @@ from sj_robust.evaluation import Member, make_suite, worst_case
 from sj_robust.evaluation.assess import assess
 from sj_robust.evaluation.request import Request
 from sj_robust.evaluation.run.data import Data
-from sj_robust.evaluation.run.draws import check_draws, draws_needed
+from sj_robust.evaluation.run.draws import check_draws
 from sj_robust.evaluation.subject import Subject
 
 
@@ -52,12 +52,10 @@ def test_gradient_attacks_average_and_go_on():
 @pytest.mark.slow
 def test_a_network_that_draws_needs_several_draws():
     subject = Subject("mine", SpikingClassifier(Net(), 3, PoissonEncoder()), "one layer")
-    asked = Request("fast", THREAT, "noise", 3, draws=1, control=False)
+    asked = Request("fast", THREAT, "noise", 3, control=False)
     with pytest.raises(ValueError, match=r"draws random numbers.*--draws 10"):
         assess(subject, batches(12, 12), asked)
     assert assess(subject, batches(12, 12), replace(asked, draws=3)).draws == 3
-    plain = Subject("mine", classifier(), "one layer")
-    assert assess(plain, batches(12, 12), replace(asked, draws=None)).draws == 1
 
 
 class OnSome(nn.Module):
@@ -96,14 +94,7 @@ def test_noise_and_state_on_later_images_are_found_and_told_apart(what, message)
     marked = batches(6, 36)
     marked[4][0][:, 0, 3, 3] = 1
     with pytest.raises(ValueError, match=message):
-        evaluate(OnSome(what), marked, eps=0.1, suite="fast", draws=1, progress=False)
-    data = Data.of(marked)
-    if what == "state":
-        with pytest.raises(ValueError, match=message):
-            draws_needed(OnSome(what), data)
-    else:
-        assert draws_needed(OnSome(what), data) == 10
-    assert draws_needed(OnSome("nothing"), data) == 1
+        evaluate(OnSome(what), marked, eps=0.1, suite="fast", progress=False)
     check_draws(OnSome("nothing"), Data.of(marked))
     check_draws(OnSome(what), Data.of(marked[:4]))
 

@@ -1,7 +1,5 @@
 """Whether a network gives the same logits again: it draws no numbers, and carries no state."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
@@ -12,10 +10,7 @@ from sj_robust.evaluation.run.identity import seeded_sources
 from sj_robust.evaluation.run.member import scored
 from sj_robust.evaluation.run.progress import gathered, rank_and_world_size
 
-__all__ = ["check_draws", "draws_needed"]
-
-DRAWS = 10
-"""Forwards that an evaluation takes of a network that draws, if it is not told how many."""
+__all__ = ["check_draws"]
 
 _REMEDIES = {
     "state": "the network carries state from one forward into the next: on {images} its logits "
@@ -46,54 +41,18 @@ def check_draws(model: nn.Module, data: Data) -> None:
         >>> data = Data.of([(torch.rand(2, 4), torch.tensor([0, 1]))])
         >>> check_draws(nn.Dropout(), data)  # which is not in force in evaluation mode
     """
-    if found := _found(model, data):
-        raise ValueError(found.message)
-
-
-def draws_needed(model: nn.Module, data: Data) -> int:
-    """Draws of an evaluation: 10 for a network that draws random numbers, 1 for any other.
-    评估所需的前向次数。
-
-    Args:
-        model: The network; its states stay as they were.
-        data: The images that will be evaluated.
-
-    Raises:
-        ValueError: If the network carries state from one forward into the next.
-
-    Examples:
-        >>> data = Data.of([(torch.rand(2, 4), torch.tensor([0, 1]))])
-        >>> draws_needed(nn.Dropout(), data), draws_needed(nn.RReLU(-1.0, 1.0), data)
-        (1, 1)
-    """
-    found = _found(model, data)
-    if found is None:
-        return 1
-    if found.reason == "numbers":
-        return DRAWS
-    raise ValueError(found.message)
-
-
-@dataclass(frozen=True)
-class _Difference:
-    """Why logits of some images differ from one forward to the next."""
-
-    reason: str
-    message: str
-
-
-def _found(model: nn.Module, data: Data) -> _Difference | None:
     rank, processes = rank_and_world_size()
-    found: dict[int, _Difference] = {}
+    found: dict[int, str] = {}
     with preserved(model):
         for number in range(rank, len(data), processes):
             x, y = (part.to(device_of(model)) for part in data[number])
             if reason := _reason(model, x, y):
                 start = sum(data.sizes[:number])
                 images = f"images {start} to {start + len(y) - 1}"
-                found[number] = _Difference(reason, _REMEDIES[reason].format(images=images))
+                found[number] = _REMEDIES[reason].format(images=images)
                 break
-    return next(iter(gathered(found).values()), None)
+    for message in gathered(found).values():
+        raise ValueError(message)
 
 
 def _reason(model: nn.Module, x: Tensor, y: Tensor) -> str:
