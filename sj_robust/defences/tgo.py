@@ -31,8 +31,8 @@ class NoisyLIFNode(SteppedNode):
     on it need the expectation (``eot_samples``) and its evaluation several draws.
 
     Left open by the paper, and chosen here: the noise decides over the spike and does not stay in
-    the potential; its deviation (0.2 is that of earlier noisy LIF neurons); and whether it is in
-    force outside training, which summaries deny and reviewers read (``noise_at_test``).
+    the potential; its deviation; and whether it is in force outside training, which summaries deny
+    and reviewers read (``noise_at_test``).
 
     Shapes and states: see :class:`SteppedNode`.
 

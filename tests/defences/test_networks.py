@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from defences.neurons_by_hand import numbers
+from evaluation.short_suite import short_suite, shortened
 from evaluation.suite_run import THREAT, Net, batches
 from spikingjelly.activation_based import functional, layer
 from torch import nn
@@ -14,8 +15,6 @@ from sj_robust.core.randomness import SampleSeeds, seeded_globals
 from sj_robust.defences import EvolvingLeakNode, NoisyLIFNode, StochasticGate
 from sj_robust.estimators import estimator
 from sj_robust.evaluation import from_checkpoint
-from sj_robust.evaluation.run.data import Data
-from sj_robust.evaluation.run.draws import settled_draws
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.training import save_checkpoint, training_attack
 from sj_robust.training._run import _groups
@@ -99,8 +98,9 @@ def test_a_network_draws_only_where_its_defence_does(kind):
     first = seeded(model, images())
     assert torch.equal(seeded(model, images()), first)
     assert torch.equal(seeded(model, images(), seed=1), first) == (kind not in RANDOM)
-    data = Data.of([(images(), torch.arange(4))])
-    assert settled_draws(model, data, None) == (10 if kind in RANDOM else 1)
+    if kind in RANDOM:
+        with pytest.raises(ValueError, match=r"draws random numbers.*--draws 10"):
+            evaluate(model, images(), torch.arange(4), eps=0.1, suite="fast", draws=1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,7 +139,7 @@ def test_nothing_is_proved_of_them(kind):
 
 
 def test_a_network_of_ones_own_gets_its_shapes_too(tmp_path):
-    file = tmp_path / "mine.py"
+    file = tmp_path / "with_neurons_of_defences.py"
     file.write_text(
         "from spikingjelly.activation_based import functional, layer\n"
         "from torch import nn\n"
@@ -218,12 +218,21 @@ def stochastic(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["noise", "gates"])
-def test_an_evaluation_notices_the_draws_and_takes_the_expectation(kind):
+def test_an_evaluation_takes_the_expectation_over_draws_and_proves_nothing(kind):
     model = stochastic(kind)
-    report = evaluate(model, batches(6, 6), eps=THREAT.eps, suite="fast", progress=False)
+    members = []
+
+    def noted(suite):
+        members.extend(suite.members)
+        return short_suite(suite)
+
+    settings = {"eps": THREAT.eps, "suite": "fast", "draws": 10, "progress": False}
+    with shortened(noted):
+        report = evaluate(model, batches(6, 6), **settings)
     assert report.draws == 10
-    names = {row.member for row in report.rows if row.group != "proof"}
-    assert not [name for name in names if "spike_search" in name]  # other spikes in every forward
-    assert not [row for row in report.rows if row.group == "proof" and row.verified]
-    with pytest.raises(ValueError, match=r"draws random numbers.*--draws 10"):
-        evaluate(model, batches(6, 6), eps=0.1, suite="fast", draws=1, progress=False)
+    samples = [m.attack.keywords["eot_samples"] for m in members if "apgd" in m.name]
+    assert set(samples) == {10}
+    names = [row.member for row in report.rows]
+    assert any("apgd" in name for name in names)
+    assert not any("spike_search" in name for name in names)  # other spikes in every forward
+    assert not any(row.kind == "proof" for row in report.rows)
