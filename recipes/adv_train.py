@@ -226,7 +226,7 @@ class Options:
     log_bounds: Annotated[bool, Decides("nothing")] = False
     """L2 bound of all layers in TensorBoard (VGG-11: 9 s an epoch)."""
     trackers: Annotated[
-        tuple[Literal["wandb", "mlflow", "trackio"], ...],
+        tuple[Literal["wandb", "mlflow"], ...],
         Often(),
         Decides("nothing"),
         Needs(check_tracker),
