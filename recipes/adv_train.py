@@ -247,7 +247,7 @@ class Options:
     log_bounds: Annotated[bool, Decides("nothing")] = False
     """Log the exact L2 bound of every layer (VGG-11: 9 s per epoch)."""
     trackers: Annotated[
-        tuple[Literal["wandb", "mlflow", "trackio"], ...],
+        tuple[Literal["wandb", "mlflow"], ...],
         Often(),
         Decides("nothing"),
         Needs(check_tracker),

@@ -46,7 +46,7 @@ def make_accelerator(
     return Accelerator(
         cpu=not on_gpu,
         mixed_precision=mixed_precision,
-        log_with=list(trackers),
+        log_with=list(trackers) or None,
         kwargs_handlers=[patience],
     )
 
