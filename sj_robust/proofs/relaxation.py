@@ -612,8 +612,8 @@ class _Walk:
 
 
 def raised(maps: Maps, run: RelaxedRun, samples: Tensor, weights: Tensor, *, rounds: int) -> Lower:
-    """:func:`minimum` with slopes that gradient ascent has chosen; it ends when all bounds are
-    above 0.
+    """:func:`minimum` with slopes that gradient ascent has chosen. It ends for a row when its bound
+    is above 0, so that no row depends on the others.
 
     Slopes of spikes that were assumed or ruled out are free as well, which puts a multiplier on the
     assumption.
@@ -651,8 +651,8 @@ def raised(maps: Maps, run: RelaxedRun, samples: Tensor, weights: Tensor, *, rou
 
 
 def _better(first: Lower, second: Lower) -> Lower:
-    """Row by row the larger bound."""
-    take = second.value.detach() > first.value
+    """Row by row the larger bound; one above 0 stays as it is."""
+    take = (second.value.detach() > first.value) & ~(first.value > 0)
 
     def chosen(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(take.view(-1, *[1] * (a.ndim - 1)), b.detach(), a)

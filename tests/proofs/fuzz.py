@@ -229,13 +229,16 @@ class StepBounds:
         assert (fired | inside).all(), f"a charged potential of {layer}"
 
     def assert_within(self, wider: "StepBounds", what: str) -> None:
-        """AssertionError unless these bounds are nowhere looser than others."""
-        assert (wider.h_low <= self.h_low).all(), what
-        assert (self.h_high <= wider.h_high).all(), what
+        """AssertionError unless these bounds are nowhere looser than others, but for what float64
+        rounds.
+        """
+        rounding = 1e-12
+        assert (wider.h_low - rounding <= self.h_low).all(), what
+        assert (self.h_high <= wider.h_high + rounding).all(), what
         assert (wider.sure <= self.sure).all(), what
         assert (self.possible <= wider.possible).all(), what
-        assert (wider.v_low <= self.v_low).all(), what
-        assert (self.v_high <= wider.v_high).all(), what
+        assert (wider.v_low - rounding <= self.v_low).all(), what
+        assert (self.v_high <= wider.v_high + rounding).all(), what
 
 
 class Keeps(Float32Spiking):

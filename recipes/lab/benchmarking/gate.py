@@ -18,7 +18,7 @@ _OF = {
     "instruction_sets": _OPERATOR,
     "scaling": _OPERATOR,
     "training_step": (*_OPERATOR, *_ONE_PASS, "training/test_training_step.py"),
-    "verify": (*_OPERATOR, *_ONE_PASS, "proofs/test_verification.py"),
+    "verify": (*_OPERATOR, *_ONE_PASS, "ops/test_trains.py", "proofs/test_verification.py"),
 }
 """Tests of what is timed; of what is not named, those of operator and one pass."""
 _ON_GPU = ("cupy", "triton", "not cupy and not triton")

@@ -28,7 +28,9 @@ from sj_robust.core.randomness import draw_seed, private_generator, rand, randn
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.models.chain import SmallConvNet
 from sj_robust.neuron import DLIFNode
+from sj_robust.ops.trains.operator import BoundsBackend
 from sj_robust.proofs import verify
+from sj_robust.proofs.windows import SpikeTrains
 
 if TYPE_CHECKING:
     from sj_robust.training.modes import ModeName
@@ -49,8 +51,10 @@ class ModeTask(TrainingTask):
         peer: Build,
         precision: Precision,
         shape: Shape,
+        *,
+        joint: BoundsBackend | None = None,
     ) -> None:
-        """Build the network and draw the images."""
+        """Build the network and draw the images; with ``joint`` bounds hold together over time."""
         from sj_robust import training  # brings Accelerate and more, which layers do not need
 
         mode = training.MODES[step.mode]
@@ -73,6 +77,10 @@ class ModeTask(TrainingTask):
                 noise_std=step.noise,
                 project=step.mode not in ("at", "rat"),  # as published
             )
+        options = training.CertifiedOptions()
+        if joint is not None:
+            options = training.CertifiedOptions(bounds="joint")
+            SpikeTrains.backend = joint  # every task has a process of its own
         self._objective = training.Objective(
             SpikingClassifier(self.net, shape[0]),
             kappa=mode.kappa,
@@ -80,6 +88,7 @@ class ModeTask(TrainingTask):
             loss=mode.loss,
             trades_weight=TRADES_WEIGHT,
             certified_eps=step.eps if self._certifies else None,
+            certified_options=options,
         )
         self._retract = training.retract_
         self.seeds = SampleSeeds(range(shape[1]))
@@ -202,8 +211,9 @@ class ProvingTask(Task):
     PGD's time does not depend on its outcome; that of the bounds does on what is undecided.
     """
 
-    def __init__(self, proves: bool, shape: Shape) -> None:
-        """Build the network and draw the images."""
+    def __init__(self, proves: bool, shape: Shape, *, backend: BoundsBackend = "auto") -> None:
+        """Build the network and draw the images; every task has a process of its own."""
+        SpikeTrains.backend = backend
         T, N, C, H, W = shape
         torch.manual_seed(0)
         spec = NetworkSpec(T=T, image_shape=(C, H, W))
@@ -261,6 +271,11 @@ def mode_steps() -> Methods:
         steps[mode] = partial(ModeTask, Step(mode, partial(_small, DLIFNode)), peer, Precision())
         if mode != "certified":
             steps[f"{mode}, textbook loop"] = partial(PublishedTask, Step(mode, peer))
+    joint: dict[str, BoundsBackend] = {"": "auto", ", plain torch": "reference"}
+    for added, backend in joint.items():
+        step = Step("certified", partial(_small, DLIFNode))
+        make = partial(ModeTask, step, peer, Precision(), joint=backend)
+        steps[f"certified, joint bounds{added}"] = make
     return steps
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from sj_robust.ops.surrogate import SurrogateKind
 
 __all__ = [
+    "STEP_PARTS",
     "ChainGates",
     "Constants",
     "Currents",
@@ -107,6 +108,10 @@ class StepBounds:
     v_high: Tensor
     sure_cases: Tensor
     possible_cases: Tensor
+
+
+STEP_PARTS = ("h_low", "h_high", "sure", "possible", "v_low", "v_high")
+"""Fields of :class:`StepBounds` that are there without windows."""
 
 
 @dataclass(frozen=True)

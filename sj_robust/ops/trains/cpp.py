@@ -8,6 +8,7 @@ from torch import Tensor
 from sj_robust.ops.dlif import cpp
 from sj_robust.ops.dlif.cpp import load_library
 from sj_robust.ops.trains.config import (
+    STEP_PARTS,
     ChainGates,
     Constants,
     Currents,
@@ -66,7 +67,7 @@ def bounded_steps(currents: Currents, constants: Constants, windows: Windows) ->
     """See :func:`sj_robust.ops.trains.reference.bounded_steps`; hard resets alone."""
     low = currents.low.contiguous()
     T, M = low.shape
-    found = [torch.empty_like(low) for _ in _STEP_BOUNDS]
+    found = [torch.empty_like(low) for _ in STEP_PARTS]
     windowed = currents.sums_low is not None
     cases = [empty_cases(low), empty_cases(low)]
     if windowed:
@@ -102,7 +103,7 @@ def bounded_steps(currents: Currents, constants: Constants, windows: Windows) ->
         **_machine(),
         **_pointers(gains=gains, powers=powers, low=low),
         **_pointers(**dict(zip(names, kept, strict=True))),
-        **_pointers(**dict(zip(_STEP_BOUNDS, found, strict=True))),
+        **_pointers(**dict(zip(STEP_PARTS, found, strict=True))),
     )
     if windowed:
         job.sure_cases = cases[0].data_ptr()
@@ -188,8 +189,8 @@ def joint_sums_backward(
     job.grad_high = high.data_ptr()
     job.totals = totals.data_ptr()
     _run("joint_sums", job)
-    of_weights, of_powers = totals.to(low.dtype).split([F * T, T + 1])
-    return low, high, of_weights.view(F, T), of_powers
+    found = totals.to(low.dtype)
+    return low, high, found[: F * T].view(F, T), found[F * T :].clone()
 
 
 def _joint_job(
@@ -297,7 +298,6 @@ def _fields(kind: type, names: str) -> list[tuple[str, type]]:
     return [(name, kind) for name in names.split()]
 
 
-_STEP_BOUNDS = ("h_low", "h_high", "sure", "possible", "v_low", "v_high")
 _MACHINE = "instruction_set threads own_threads"
 
 
@@ -311,7 +311,7 @@ class _StepsJob(ctypes.Structure):
         *_fields(ctypes.c_int32, f"{_MACHINE} windowed"),
         *_fields(ctypes.c_void_p, "gains powers low high known_low known_high error"),
         *_fields(ctypes.c_void_p, "sums_low sums_high"),
-        *_fields(ctypes.c_void_p, " ".join(_STEP_BOUNDS)),
+        *_fields(ctypes.c_void_p, " ".join(STEP_PARTS)),
         *_fields(ctypes.c_void_p, "sure_cases possible_cases scratch"),
     )
 

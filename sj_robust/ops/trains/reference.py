@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sj_robust.ops.recurrence import charge
 from sj_robust.ops.trains.config import (
+    STEP_PARTS,
     Constants,
     Currents,
     StepBounds,
@@ -78,10 +79,16 @@ def bounded_steps(currents: Currents, constants: Constants, windows: Windows) ->
         spikes = _Ends(sure.to(h.low.dtype), possible.to(h.low.dtype))
         v = _reset(h, spikes, constants).widened(constants.of_reset(h.size()))
         rows.append([h.low, h.high, spikes.low, spikes.high, v.low, v.high])
-    parts = [torch.stack(part) for part in zip(*rows, strict=True)]
+    parts = map(torch.stack, zip(*rows, strict=True))
+    found = dict(zip(STEP_PARTS, parts, strict=True))
     if past is None:
-        return StepBounds(*parts, empty_cases(v.low), empty_cases(v.low))
-    return StepBounds(*parts, torch.stack(past.sure_cases), torch.stack(past.possible_cases))
+        none = (empty_cases(v.low), empty_cases(v.low))
+        return StepBounds(**found, sure_cases=none[0], possible_cases=none[1])
+    return StepBounds(
+        **found,
+        sure_cases=torch.stack(past.sure_cases),
+        possible_cases=torch.stack(past.possible_cases),
+    )
 
 
 def _start(like: Tensor, constants: Constants) -> _Ends:
