@@ -317,8 +317,8 @@ def images_for(options: Options, subject: Subject) -> NetworkImages:
     """Test images for a network, both moved to the device."""
     if subject.spec is not None and subject.spec.frames:
         raise ValueError(
-            f"{subject.name} takes event frames, which noise and PGD do not leave binary; leave "
-            "intensity and ground_truth out"
+            f"{subject.name} takes event frames, which noise and PGD do not keep binary; omit "
+            "intensity and ground_truth"
         )
     on_gpu = options.device == "auto" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")

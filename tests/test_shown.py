@@ -78,7 +78,7 @@ def test_the_verdict_of_statistics_says_where_the_potential_moved_least_and_most
 
 
 def test_a_layer_that_never_fires_is_named_and_long_tables_are_cut():
-    with pytest.warns(UserWarning, match="1, 3, 5.* never fired: .* check the weights") as caught:
+    with pytest.warns(UserWarning, match="1, 3, 5.* never fired, .* check the weights") as caught:
         stats = compare_potentials(deep(), 0 * X, 0 * X, T=12)
     assert caught[0].filename == __file__
     assert "NEVER FIRED" in stats.verdict

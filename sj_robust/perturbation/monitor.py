@@ -250,8 +250,8 @@ class MPPDMonitor(BaseMonitor):
         bad = int((~torch.isfinite(x)).sum()) + int((~torch.isfinite(x_perturbed)).sum())
         if bad:
             raise ValueError(
-                f"x and x_perturbed must be finite, got {bad} NaN or infinite values; leave "
-                "those samples out"
+                f"x and x_perturbed must be finite, got {bad} NaN or infinite values; omit "
+                "those samples"
             )
         if self._recording.run is not None:
             raise RuntimeError(

@@ -281,8 +281,8 @@ def verify(
             in the graph, a neuron does not follow its charge equation, or a point of the ball lies
             outside the bounds.
         ModuleNotFoundError: If mip has no scipy.
-        NotImplementedError: If something in the network has no bounds (a stochastic encoder, a neuron
-            of unknown dynamics, an operation); it is named.
+        NotImplementedError: If something in the network has no bounds (a stochastic encoder, a
+            neuron of unknown dynamics, an operation); it is named.
 
     Source: interval bounds of spiking networks as in Liang et al. (NeurIPS 2022), here with input
         gains, resets in time and rounding; Gowal et al., arXiv 1810.12715, for the last layer.

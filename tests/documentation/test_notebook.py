@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from collections import defaultdict
 
 import pytest
@@ -15,6 +16,20 @@ def cells_of(notebook):
     content = json.loads(notebook.read_text(encoding="utf-8"))
     code = [cell["source"] for cell in content["cells"] if cell["cell_type"] == "code"]
     return ["".join(lines) for lines in code]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_a_badge_on_top_opens_the_notebook_on_colab_which_installs_the_package(notebook):
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    path = notebook.relative_to(ROOT).as_posix()
+    badge = re.search(r"\[!\[Open in Colab\]\(.*?\)\]\((.*?)\)", "".join(top_of(content)))
+    address = r"https://colab\.research\.google\.com/github/sj-robust/sj_robust/blob/main/"
+    assert re.fullmatch(address + re.escape(path), badge[1])
+    assert "sj_robust[recipes]" in cells_of(notebook)[0]
+
+
+def top_of(content):
+    return content["cells"][0]["source"][:4]
 
 
 def value_of(code, namespace):

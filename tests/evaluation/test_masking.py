@@ -293,7 +293,7 @@ def test_a_search_is_not_attacked_again_but_counted():
     assert (found.name, found.value) == ("other_estimator_stronger", 16 / 40)
     assert not found.passed
     assert "training 50%, atan:4 10%" in found.meaning
-    assert "atan:4 is a good start" in found.remedy
+    assert "start with atan:4." in found.remedy
     for gained, lost in ((4, 2), (2, 4)):  # chance, and a search that found nothing better
         (found,) = estimators_searched([usual, trial("assg", 0.5, gained, lost)])
         assert found.passed
