@@ -290,10 +290,12 @@ def page() -> str:
         lines.append(f"| {name} | {', '.join(of_releases)} | {' | '.join(shown)} |")
         for column, title in TITLES.items():
             why = {cell[column].partition(": ")[2] for cell in of_releases.values()} - {""}
-            reasons += [f"- {name}, {title}: {escaped(reason)}" for reason in sorted(why)]
-    measured = MEASURED.strip("\n").split("\n") + measured_rows()
-    parts = [*lines, "", *measured, "", "## What does not work, and why", "", *reasons]
-    return "\n".join(parts) + "\n"
+            for reason in sorted(why):
+                reasons.setdefault(escaped(reason), []).append(f"{name} ({title})")
+    lines += ["", *MEASURED.strip("\n").split("\n"), *measured_rows()]
+    lines += ["", "## What does not work, and why", ""]
+    lines += [f"- {', '.join(places)}: {reason}" for reason, places in reasons.items()]
+    return "\n".join(lines) + "\n"
 
 
 def measured_rows() -> list[str]:

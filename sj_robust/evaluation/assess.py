@@ -110,7 +110,7 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
         say(f"the network draws random numbers: {draws} forwards judge an image")
     plan = _suite(request, draws)
     parts = _Parts(model, data, request, draws, network_key(model, data, request.folder))
-    say(f"firing of every layer on {len(parts.y)} images")
+    say(f"firing rates on {len(parts.y)} images")
     layers = firing(model, parts.x, seed=request.seed)
     activity = list(map(asdict, layers))
     proved = parts.proofs() if request.proofs and has_proofs(request.threat) else {}

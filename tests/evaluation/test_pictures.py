@@ -123,7 +123,7 @@ def test_a_notebook_shows_the_images_and_their_table(shown, monkeypatch):
     text = shown._repr_html_()
     _, _, picture = text.partition('src="data:image/png;base64,')
     assert base64.b64decode(picture.partition('"')[0]).startswith(b"\x89PNG")
-    assert "<table><tr><th>runs part in</th>" in text
+    assert "<table><tr><th>spikes diverge in</th>" in text
     monkeypatch.setattr(pictures, "find_spec", lambda name: None)
     assert "<img" not in shown._repr_html_()
 

@@ -71,7 +71,7 @@ class Finding:
 
     Examples:
         >>> print(Finding("zero_gradients", 0.75, 0.5, False, "75 % are zero.", "Try others."))
-        FAILED zero_gradients: 0.75 (at most 0.5). 75 % are zero. Try others.
+        FAILED zero_gradients: 0.75 (limit 0.5). 75 % are zero. Try others.
     """
 
     name: str
