@@ -28,15 +28,16 @@ def chosen_for(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> l
 
 
 def test_the_fast_suite_breaks_a_narrow_surrogate(trained):
-    honest, x, y = trained.model, trained.x[:24], trained.y[:24]
-    model, threat = (
-        masked.with_neurons(honest, "surrogate_function", masked.NARROW),
-        ThreatModel("Linf", 0.12),
-    )
+    honest = trained.model
+    x = trained.x[:24]
+    y = trained.y[:24]
+    model = masked.with_neurons(honest, "surrogate_function", masked.NARROW)
+    threat = ThreatModel("Linf", 0.12)
     chosen = chosen_for(model, x, y, threat)
     assert "training" not in chosen
     suite = make_suite("fast", threat, chosen=chosen, classes=10)
-    worst, control = left(model, suite.members, x, y), left(model, suite.control, x, y)
+    worst = left(model, suite.members, x, y)
+    control = left(model, suite.control, x, y)
     alone = left(model, suite.control[:1], x, y)
     assert round(24 * (control - worst)) >= 4  # images, though the control searches spikes too
     assert round(24 * (alone - worst)) >= 8
@@ -45,10 +46,14 @@ def test_the_fast_suite_breaks_a_narrow_surrogate(trained):
 
 
 def test_the_standard_suite_breaks_a_saturated_input(trained):
-    x, y = trained.x[:12], trained.y[:12]
-    model, threat = masked.Before(masked.clamped, trained.model), ThreatModel("Linf", 0.2)
-    suite = make_suite("standard", threat, chosen=chosen_for(model, x, y, threat), classes=10)
+    x = trained.x[:12]
+    y = trained.y[:12]
+    model = masked.Before(masked.clamped, trained.model)
+    threat = ThreatModel("Linf", 0.2)
+    chosen = chosen_for(model, x, y, threat)
+    suite = make_suite("standard", threat, chosen=chosen, classes=10)
     clean = left(model, (), x, y)
-    alone = left(model, make_suite("standard", threat, classes=10).control[:1], x, y)
+    control = make_suite("standard", threat, classes=10).control
+    alone = left(model, control[:1], x, y)
     assert alone >= clean - 0.1
     assert left(model, suite.members, x, y) <= alone - 0.4
