@@ -699,3 +699,52 @@ def test_sums_whose_rounding_is_forgotten_are_noticed(monkeypatch):
     monkeypatch.setattr(rules, "gamma", lambda terms: 0.0)
     with pytest.raises(AssertionError):
         test_sums_in_float32_are_around_those_in_float64(NETWORKS[1], "IF")
+
+
+@pytest.mark.parametrize("kept", [1, 2, 8])
+def test_every_last_reset_has_one_slot_and_keeps_it_while_nothing_fires(kept):
+    plan = windows.Windows(kept)
+    for t in range(30):
+        slots = [plan.slot(t, a) for a in range(t + 1)]
+        assert sorted(set(slots)) == list(range(plan.slots(t)))
+        for a, slot in enumerate(slots):
+            assert plan.start(t, slot) in (a, None)
+            assert plan.after(t, slot) == plan.slot(t + 1, a)
+        if t > kept + 1:
+            inside = {plan.slot(t - 1, a) for a in range(1, t - kept + 1)}
+            assert inside == set(plan.members(t))
+    counts = [len(plan.listed(T)) for T in (20, 40, 60)]
+    assert counts[2] - counts[1] == counts[1] - counts[0]
+
+
+@pytest.mark.parametrize("kind", ["LIF", "LIF soft"])
+def test_many_steps_stay_inside_and_are_never_looser_than_intervals(kind):
+    torch.manual_seed(0)
+    node = NEURONS[kind]
+    parts = (nn.Linear(4, 6), node(), nn.Linear(6, 5), node(), nn.Linear(5, 3))
+    model = in_steps(*parts, T=24)
+    x = torch.rand(3, 4)
+    y = model(x).argmax(1)
+    check_points(model, x, 0.03, count=200)
+    intervals = verify(model, x, y, 0.03, method="ibp")
+    together = verify(model, x, y, 0.03)
+    assert torch.tensor(together.margin).ge(torch.tensor(intervals.margin)).all()
+
+
+@pytest.mark.parametrize("node", ["IF", "LIF reset to -0.5", "DLIF"])
+@pytest.mark.parametrize("build", NETWORKS[:2])
+def test_the_compiled_kernel_gives_the_potentials_and_spikes_of_the_reference(
+    build, node, monkeypatch
+):
+    model = classifier(build, NEURONS[node])
+    x, y = batch(model, 5)
+    found = {}
+    for backend in ("auto", "reference"):
+        monkeypatch.setattr(windows.SpikeTrains, "backend", backend)
+        run, logits = joint_run(model, x, 0.02)
+        found[backend] = (fuzz.bounds_of(run), run.lead(logits, y))
+    for name, one in found["auto"][0].items():
+        other = found["reference"][0][name]
+        for part, value in vars(one).items():
+            assert_close(value.double(), vars(other)[part].double(), rtol=1e-9, atol=1e-12)
+    assert_close(found["auto"][1], found["reference"][1], rtol=1e-9, atol=1e-9)

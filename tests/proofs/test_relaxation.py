@@ -16,12 +16,14 @@ from proofs.networks import (
     assert_keep_their_class,
     batch,
     classifier,
+    convolutional,
     in_steps,
     perturbed,
 )
 from scipy import sparse
 from spikingjelly.activation_based import layer, neuron, surrogate
 from torch import nn
+from torch.testing import assert_close
 
 from sj_robust import SpikingClassifier
 from sj_robust.core.preserved import full_precision, preserved
@@ -554,3 +556,32 @@ def test_a_maximum_hangs_on_the_value_whose_lower_bound_is_the_largest():
     y = torch.tensor([0])
     assert verify(model, x, y, 0.2, method="ibp").verified == (False,)
     assert verify(model, x, y, 0.2, method="crown").verified == (True,)
+
+
+def test_what_is_found_of_an_image_does_not_depend_on_the_others():
+    model = classifier(convolutional, NEURONS["LIF"])
+    x = torch.rand(6, 2, 8, 8)
+    y = model(x).argmax(1)
+    for eps in (0.01, 0.02):
+        together = verify(model, x, y, eps, method="crown").margin
+        alone = []
+        for image, label in zip(x.split(1), y.split(1), strict=True):
+            alone += verify(model, image, label, eps, method="crown").margin
+        assert_close(torch.tensor(together), torch.tensor(alone), rtol=1e-7, atol=1e-9)
+
+
+def test_parameters_are_converted_once_for_all_runs(monkeypatch):
+    model = classifier(convolutional, NEURONS["LIF"])
+    x = torch.rand(2, 2, 8, 8)
+    y = model(x).argmax(1)
+    converted = []
+    double = torch.Tensor.double
+
+    def counting(value):
+        converted.append(value.data_ptr())
+        return double(value)
+
+    monkeypatch.setattr(torch.Tensor, "double", counting)
+    verify(model, x, y, 0.01, method="ibp")
+    for name, value in model.named_parameters():
+        assert converted.count(value.data_ptr()) == 1, name
