@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sj_robust.proofs.rounding import SMALLEST, gamma, within_float32
@@ -14,12 +13,12 @@ __all__ = [
     "MONOTONE",
     "VALLEYS",
     "chosen",
-    "extremum",
     "matmul",
     "monotone",
     "normalised",
     "product",
     "softmax",
+    "steps",
     "valley",
 ]
 
@@ -129,11 +128,6 @@ def matmul(a: Interval, b: Interval, *, rounded: bool) -> Interval:
     return found.widened(within_float32(gamma(terms) * size + terms * SMALLEST))
 
 
-def extremum(x: Interval, function: Function) -> Interval:
-    """Of a maximum or minimum of several values, which rounds nothing."""
-    return x.each(function)
-
-
 def chosen(where: Interval, a: Interval, b: Interval) -> Interval:
     """Of ``a`` where the first value is 1, and of ``b`` where it is 0."""
     both = Interval(torch.minimum(a.low, b.low), torch.maximum(a.high, b.high))
@@ -226,8 +220,3 @@ def _not_negative(x: Interval) -> bool:
 def steps(x: Interval) -> Interval:
     """Of a step, 1 where the value is >= 0."""
     return x.each(lambda end: (end >= 0).to(end.dtype))
-
-
-def softplus(x: Tensor) -> Tensor:
-    """Of float64 values, without the line that float32 takes above 20."""
-    return F.softplus(x, threshold=700.0)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from sj_robust.core.host import surrogate
+from sj_robust.core.host import lif_multi_step, surrogate
 from sj_robust.neuron.charging import Charging, Neuron, emits_spikes, is_neuron
 from sj_robust.proofs.rules import Bounds, step
 
@@ -35,6 +35,7 @@ NO_BOUNDS = {
     "AdaptBaseNode": "its spikes change a second state, which adapts its later current",
     "NoisyBaseNode": "it draws noise in every time step",
     "NoisyNonSpikingBaseNode": "it draws noise in every time step",
+    "KLIFNode": "it resets by a script of torch, which takes no bounds",
     "QIFNode": "its potential charges by its own square",
     "EIFNode": "its potential charges by its own exponential",
     "ComplementaryLIFNode": "its second state is driven by its spikes, and resets the first one",
@@ -92,7 +93,8 @@ def stepped(module: nn.Module) -> bool:
     """Whether a neuron's own code runs on bounds. 神经元代码可直接在上下界上运行。"""
     function = getattr(module, "surrogate_function", None)
     spikes = isinstance(function, _Surrogate) and function.spiking
-    return type(module).__name__ in OPEN and emits_spikes(module) and spikes
+    plain = lif_multi_step is not None  # the older release's neurons run scripts of torch
+    return plain and type(module).__name__ in OPEN and emits_spikes(module) and spikes
 
 
 def has_steps(net: nn.Module) -> bool:

@@ -260,7 +260,8 @@ def leads(logits, y):
     return right - logits.double().scatter(1, y.unsqueeze(1), -torch.inf).amax(1)
 
 
-REFUSED = {
+REFUSED = {} if THERE else {"KLIFNode": "script of torch"}
+REFUSED |= {
     "QIFNode": "charges by its own square",
     "EIFNode": "charges by its own exponential",
     "TernaryLIFNode": "its spikes have signs",
