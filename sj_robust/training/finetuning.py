@@ -198,14 +198,17 @@ class _Run:
         """Measure, train, measure."""
         classifier = self.objective.classifier
         eps = self.threat.eps
-        accelerator = Accelerator(cpu=device_of(classifier).type == "cpu")
+        device = device_of(classifier)
+        accelerator = Accelerator(cpu=device.type == "cpu")
         perturb = None
         if self.mode.loss != "certified" or self.objective.rho != 0:
             perturb = training_attack(self.mode.name, eps=eps)
         attacks = [perturb, *final_attacks(eps).values()]
-        classifier.cpu()  # where the images are; the engine moves it back
-        check_training(self.objective, self.splits, self.plan, accelerator, attacks)
-        classifier.to(accelerator.device)
+        classifier.cpu()  # where the images are
+        try:
+            check_training(self.objective, self.splits, self.plan, accelerator, attacks)
+        finally:
+            classifier.to(device)
         before = self._measured("before", [], journal)
         try:
             history = train(
