@@ -152,9 +152,7 @@ class TestReport:
         assert again == report
         assert (again.threat, again.eps, again.suite) == (TEN, "10", "events")
         assert report.findings == ()
-        assert any(
-            "Gradient masking was not checked" in text for text in report.warnings
-        )
+        assert any("Gradient masking was not checked" in text for text in report.warnings)
 
     def test_firing_and_potential_of_every_spiking_layer(self, report):
         assert [row["layer"] for row in report.firing] == ["net.1", "net.3", "net.5"]

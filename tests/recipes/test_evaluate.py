@@ -70,7 +70,9 @@ def test_from_checkpoint_to_report(folder, capsys):
     output = capsys.readouterr().out
     assert "worst case" in output
     log = (run / "log.txt").read_text()
-    assert log.index("environment:") < log.index("configuration:") < log.index("Robust accuracy is ")
+    assert (
+        log.index("environment:") < log.index("configuration:") < log.index("Robust accuracy is ")
+    )
     html = (run / "report.html").read_text()
     assert "http" not in html
     before = (run / "report.json").read_bytes()
