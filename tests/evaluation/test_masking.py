@@ -222,7 +222,7 @@ def test_a_source_network_is_a_better_witness_than_the_stand_in(honest, batch):
         source["transfer_beats_white_box"].value >= stand_in["transfer_beats_white_box"].value > 0
     )
     assert "the source network" in source["transfer_beats_white_box"].meaning
-    assert "stand-in" in stand_in["transfer_beats_white_box"].meaning
+    assert "substitute network" in stand_in["transfer_beats_white_box"].meaning
 
 
 @pytest.mark.slow

@@ -147,7 +147,7 @@ def test_alarms_stand_first():
     assert body.count('class="card doubtful"') == 3
     assert "<details open>" in body
     assert body.index('class="verdict"') < body.index('role="alert"')
-    assert "Signs of gradient masking: 0 of 1 passed" in body
+    assert "Checks for gradient masking: 0 of 1 passed" in body
     assert "DEAD NETWORK" not in to_html(report())
 
 
@@ -159,7 +159,7 @@ def test_the_page_opens_with_the_verdict_and_one_heat_map():
     )
     text = to_html(report(potential=rows, curve=over_eps()))
     assert text.count(report().verdict) == 1
-    assert "Signs of gradient masking: 2 of 2 passed" in text
+    assert "Checks for gradient masking: 2 of 2 passed" in text
     shown, folded = text.split("<h2>Accuracies</h2>")
     found = (shown.count("<svg"), folded.count("<svg"))
     assert found == (3, 1)
