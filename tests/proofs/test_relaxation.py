@@ -23,7 +23,6 @@ from proofs.networks import (
 from scipy import sparse
 from spikingjelly.activation_based import layer, neuron, surrogate
 from torch import nn
-from torch.testing import assert_close
 
 from sj_robust import SpikingClassifier
 from sj_robust.core.preserved import full_precision, preserved
@@ -558,16 +557,13 @@ def test_a_maximum_hangs_on_the_value_whose_lower_bound_is_the_largest():
     assert verify(model, x, y, 0.2, method="crown").verified == (True,)
 
 
-def test_what_is_found_of_an_image_does_not_depend_on_the_others():
-    model = classifier(convolutional, NEURONS["LIF"])
-    x = torch.rand(6, 2, 8, 8)
-    y = model(x).argmax(1)
-    for eps in (0.01, 0.02):
-        together = verify(model, x, y, eps, method="crown").margin
-        alone = []
-        for image, label in zip(x.split(1), y.split(1), strict=True):
-            alone += verify(model, image, label, eps, method="crown").margin
-        assert_close(torch.tensor(together), torch.tensor(alone), rtol=1e-7, atol=1e-9)
+def test_a_row_that_is_proved_stays_as_it_is_however_long_others_take():
+    nothing = torch.zeros(3, 2)
+    first = relaxation.Lower(torch.tensor([0.5, -1.0, -1.0]), {}, {}, nothing)
+    second = relaxation.Lower(torch.tensor([0.9, 0.3, -2.0]), {}, {}, nothing + 1)
+    found = relaxation._better(first, second)
+    assert found.value.tolist() == pytest.approx([0.5, 0.3, -1.0])
+    assert found.weights[:, 0].tolist() == [0.0, 1.0, 0.0]
 
 
 def test_parameters_are_converted_once_for_all_runs(monkeypatch):

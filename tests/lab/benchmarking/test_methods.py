@@ -51,7 +51,8 @@ def test_every_mode_is_compared_with_a_published_loop_of_its_own():
     peers = {mode: benchmark.peer_of(mode) for mode in MODES}
     assert peers.pop("certified") == "certified"  # no published loop trains a spiking network so
     assert peers == {mode: f"{mode}, textbook loop" for mode in peers}
-    assert set(benchmark.methods) == {*MODES, *peers.values()}
+    joint = {"certified, joint bounds", "certified, joint bounds, plain torch"}
+    assert set(benchmark.methods) == {*MODES, *peers.values(), *joint}
 
 
 @pytest.mark.parametrize("mode", sorted(set(MODES) - {"certified"}))
