@@ -29,6 +29,7 @@ from sj_robust.core.host import (
     functional,
     is_neuron,
     neuron,
+    step_mode,
 )
 from sj_robust.core.preserved import one_thread_at_a_time
 from sj_robust.neuron import DLIFNode, replace_neurons
@@ -200,7 +201,7 @@ class SpikingClassifier(nn.Module):
             2
         """
         neurons = [module for module in self.net.modules() if is_neuron(module)]
-        multi_step = all(node.step_mode == "m" for node in neurons)
+        multi_step = all(step_mode(node) == "m" for node in neurons)
         if not neurons or self.net in neurons or not multi_step or "T" not in vars(self):
             return None
         duplicate = copy.deepcopy(self)

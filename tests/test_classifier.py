@@ -13,6 +13,7 @@ from sj_robust.classifier import (
     SpikingEventClassifier,
     as_classifier,
 )
+from sj_robust.estimators import estimator
 from sj_robust.neuron import DLIFNode
 
 
@@ -351,3 +352,16 @@ def test_a_step_module_without_a_mode_of_its_own_is_passed_over():
     assert SpikingClassifier(net, T=4)(x).shape == (5, 2)
     plain = Container(nn.Linear(3, 2))
     assert SpikingClassifier(plain, T=4)(x).shape == (5, 2)
+
+
+@pytest.mark.skipif(not hasattr(neuron, "PSN"), reason="this release of SpikingJelly has no PSN")
+def test_a_neuron_without_a_reset_or_a_step_mode_is_one_of_sequences():
+    net = nn.Sequential(nn.Flatten(2), nn.Linear(4, 3), neuron.PSN(2))
+    model = SpikingClassifier(net, T=2).eval()
+    x = torch.rand(2, 1, 2, 2)
+    assert model.find_convention(x).takes == "sequence"
+    expected = net(x.expand(2, *x.shape)).mean(0)
+    assert_close(model(x), expected)
+    model.quicker()
+    with estimator("atan:4")(model) as crafted_on:
+        assert_close(crafted_on(x), expected)

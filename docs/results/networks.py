@@ -305,9 +305,14 @@ def measured_rows() -> list[str]:
         release = path.stem.removeprefix("measured_")
         for name, cells in json.loads(path.read_text(encoding="utf-8")).items():
             columns = ("verify", "verify seconds", "fast", "fast seconds")
-            shown = [escaped(str(cells.get(column, "not yet"))) for column in columns]
+            shown = [measured_cell(cells.get(column, "not measured")) for column in columns]
             rows.append(f"| {name} | {release} | {' | '.join(shown)} |")
     return rows
+
+
+def measured_cell(value: Any) -> str:
+    """A figure, or the part that has no bounds without the list of those that have some."""
+    return escaped(str(value).partition("; there are for")[0])
 
 
 def each(of_releases: dict[str, dict[str, str]], column: str) -> str:

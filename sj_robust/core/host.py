@@ -123,6 +123,8 @@ def is_neuron(module: nn.Module) -> bool:
 
 def step_mode(module: nn.Module, otherwise: str = "m") -> str:
     """Step mode of a module of SpikingJelly; of another one the given one."""
+    if isinstance(module, base.MultiStepModule):  # such as PSN, which has no attribute of it
+        return "m"
     return str(module.step_mode) if isinstance(module, base.StepModule) else otherwise
 
 
