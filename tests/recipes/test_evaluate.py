@@ -268,7 +268,7 @@ def test_event_data(folder, tmp_path, capsys, event_data):
     report = Report.load(tmp_path / "moves" / "report.json")
     assert report.threat == ThreatModel("moves", 3, largest_shift=1)
     assert (
-        "3 events moved in time, by 1 frames at most"
+        "3 events moved in time, each by at most 1 frame"
         in (tmp_path / "moves" / "report.html").read_text()
     )
     with pytest.raises(

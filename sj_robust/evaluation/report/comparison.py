@@ -224,8 +224,8 @@ def _notes(first: Evaluation, second: Evaluation, *, paired: bool) -> tuple[str,
                 f"Omitted: {len(missing)} attacks that the report of {report.name} does not have."
             )
     for report in (first, second):
-        doubts = (*alarms(report), *masked(report))
-        notes += [f"{report.name}: {text}" for text in doubts]
+        texts = (*alarms(report), *masked(report))
+        notes += [f"{report.name}: {text}" for text in texts]
     return tuple(notes)
 
 
