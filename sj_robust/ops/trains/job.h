@@ -10,15 +10,13 @@ struct Slots {
   int64_t kept;
   int64_t count(int64_t t) const { return std::min(t, kept + 1) + 1; }
   int64_t start(int64_t t, int64_t slot) const {  // -1 for the slot that holds several
-    if (slot == 0 || t <= kept) {
+    if (slot == 0 || t <= kept)
       return slot;
-    }
     return slot == 1 ? -1 : t - kept - 1 + slot;
   }
   int64_t slot(int64_t t, int64_t start) const {
-    if (start == 0 || t <= kept) {
+    if (start == 0 || t <= kept)
       return start;
-    }
     return std::max<int64_t>(1, start - t + kept + 1);
   }
   int64_t after(int64_t t, int64_t slot) const { return t <= kept || slot < 2 ? slot : slot - 1; }
@@ -28,9 +26,8 @@ struct Slots {
   int64_t row(int64_t T,
               int64_t t,
               int64_t start) const {  // of the sums of a window, in all T steps
-    if (start == t) {
+    if (start == t)
       return t;
-    }
     const int64_t few = std::min(t, kept + 1);  // steps of which every window has sums
     const int64_t before = few * (few - 1) / 2 + (t - few) * kept;
     return T + before + (start == 0 ? 0 : start - earliest(t) + 1);

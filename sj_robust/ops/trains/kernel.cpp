@@ -40,9 +40,8 @@ struct Work {
     parallel(units(), threads(), job.threads, job.own_threads, unit, this);
     for (int64_t i = 0; to && i < totals; ++i) {
       to[i] = 0;
-      for (int64_t unit = 0; unit < units(); ++unit) {
+      for (int64_t unit = 0; unit < units(); ++unit)
         to[i] += totals_of(unit)[i];
-      }
     }
   }
 };

@@ -55,9 +55,8 @@ struct StepsBlock {
     for (int i = 0; i < n; ++i) {
       double below = decay * v_low[i] + gain * small[i];
       double above = decay * v_high[i] + gain * large[i];
-      if (rest != 0) {
+      if (rest != 0)
         below = below + leak, above = above + leak;
-      }
       const double v = larger(magnitude_of(v_low[i]), magnitude_of(v_high[i]));
       const double x = larger(magnitude_of(x_low[i]), magnitude_of(x_high[i]));
       const double size = (v + size_of_gain * x) + size_of_rest;
@@ -74,9 +73,8 @@ struct StepsBlock {
       sure[i] = from[i] >= job.above;
       possible[i] = to[i] >= job.below;
     }
-    if (!job.known_low) {
+    if (!job.known_low)
       return;
-    }
     const double* known_low = row(job.known_low, t);
     const double* known_high = row(job.known_high, t);
     SJR_APART
@@ -109,9 +107,8 @@ struct StepsBlock {
       const double most = ((kept * silent + sums_high[i]) + rest) + drift[i];
       high[i] = smaller(high[i], most);
     }
-    if (!before_low) {
+    if (!before_low)
       return;
-    }
     SJR_APART
     for (int i = 0; i < n; ++i) {
       const double least = ((kept * (before_low[i] - rest) + sums_low[i]) + rest) - drift[i];
@@ -122,9 +119,8 @@ struct StepsBlock {
   SJR_TARGET_INLINE void charge_slot(int64_t t, int64_t slot) {
     const int64_t start = slots.start(t, slot);
     SJR_APART
-    for (int i = 0; i < n; ++i) {
+    for (int i = 0; i < n; ++i)
       low[i] = h_low[i], high[i] = h_high[i];
-    }
     if (start >= 0) {
       const double* sums_low = row(job.sums_low, slots.row(job.T, t, start));
       const double* sums_high = row(job.sums_high, slots.row(job.T, t, start));
@@ -137,9 +133,8 @@ struct StepsBlock {
       }
     }
     for (int64_t k = slots.earliest(t); k <= t; ++k) {
-      if (start >= 0 ? k <= start : k < t) {
+      if (start >= 0 ? k <= start : k < t)
         continue;
-      }
       if (start >= 0) {
         since(t, k, nullptr, past_high(k - 1, slots.slot(k - 1, start)));
         continue;
@@ -147,12 +142,10 @@ struct StepsBlock {
       alignas(64) double before_low[B], before_high[B];
       const int64_t members = slots.slot(t - 1, t - job.kept);
       SJR_APART
-      for (int i = 0; i < n; ++i) {
+      for (int i = 0; i < n; ++i)
         before_low[i] = past_low(t - 1, 1)[i], before_high[i] = past_high(t - 1, 1)[i];
-      }
-      for (int64_t member = 2; member <= members; ++member) {
+      for (int64_t member = 2; member <= members; ++member)
         SJR_APART
-      }
       for (int i = 0; i < n; ++i) {
         before_low[i] = smaller(before_low[i], past_low(t - 1, member)[i]);
         before_high[i] = larger(before_high[i], past_high(t - 1, member)[i]);
@@ -162,9 +155,8 @@ struct StepsBlock {
     double* const kept_low = past_low(t, slot);
     double* const kept_high = past_high(t, slot);
     SJR_APART
-    for (int i = 0; i < n; ++i) {
+    for (int i = 0; i < n; ++i)
       kept_low[i] = low[i], kept_high[i] = high[i];
-    }
   }
 
   SJR_TARGET_INLINE void decide(int64_t t) {
@@ -227,9 +219,8 @@ struct StepsBlock {
       const double lowered = larger(is_sure, raised);
       double least = h_low[i] * (1 - lowered);
       double most = h_high[i] * (1 - is_possible) + top * (is_possible - is_sure);
-      if (rest != 0) {
+      if (rest != 0)
         least = least + rest * lowered, most = most + rest * is_sure;
-      }
       const double size = larger(magnitude_of(h_low[i]), magnitude_of(h_high[i]));
       const double rounded = job.reset_unit * ((size + size_of_rest) + threshold) + job.reset_least;
       drift[i] = drift[i] + rounded;
@@ -242,9 +233,8 @@ struct StepsBlock {
 
   SJR_TARGET_INLINE void run() {
     SJR_APART
-    for (int i = 0; i < n; ++i) {
+    for (int i = 0; i < n; ++i)
       v_low[i] = v_high[i] = job.rest, drift[i] = 0, reached[i] = 1;
-    }
     for (int64_t t = 0; t < job.T; ++t) {
       charge(t);
       if (job.windowed) {
@@ -292,9 +282,8 @@ SJR_INLINE void over_paths(
       const double *stay_low = low + after * F, *stay_high = high + after * F;
       double *here_low = low + slot * F, *here_high = high + slot * F;
       if (!(possible >> slot & 1)) {
-        if (after == slot) {
+        if (after == slot)
           continue;
-        }
         std::memcpy(here_low, stay_low, size_t(F) * sizeof(double));
         std::memcpy(here_high, stay_high, size_t(F) * sizeof(double));
       } else if (sure >> slot & 1) {
@@ -310,9 +299,8 @@ SJR_INLINE void over_paths(
     }
   }
   SJR_APART
-  for (int64_t f = 0; f < job.asked; ++f) {
+  for (int64_t f = 0; f < job.asked; ++f)
     least[f * B] = low[f], most[f * B] = high[f];
-  }
 }
 
 // The same over the trains first..last of a constant current, cut off by the spikes of single
@@ -323,26 +311,22 @@ SJR_INLINE void over_chain(
   double* const apart_low = memory;
   double* const apart_high = memory + F;
   SJR_APART
-  for (int64_t f = 0; f < F; ++f) {
+  for (int64_t f = 0; f < F; ++f)
     apart_low[f] = apart_high[f] = 0;
-  }
   for (int64_t t = 0; t < job.T; ++t) {
     const double* w = job.weights + t * F;
     const bool sure = job.sure[t * job.M + neuron] > 0,
                possible = job.possible[t * job.M + neuron] > 0;
-    if (sure) {
+    if (sure)
       SJR_APART
-    }
-    for (int64_t f = 0; f < F; ++f) {
+    for (int64_t f = 0; f < F; ++f)
       apart_low[f] += w[f], apart_high[f] += w[f];
-    }
     else if (possible) SJR_APART for (int64_t f = 0; f < F; ++f) apart_low[f] += smaller(w[f], 0),
         apart_high[f] += larger(w[f], 0);
   }
   int64_t level = 0;
-  while (last - first + 1 >= int64_t(2) << level) {
+  while (last - first + 1 >= int64_t(2) << level)
     ++level;
-  }
   const int64_t second = last + 1 - (int64_t(1) << level), start = level * job.trains;
   const double *least_of_one = job.least + (start + first) * F,
                *least_of_other = job.least + (start + second) * F;
@@ -364,36 +348,30 @@ void train_sums(const SumsJob& job, int64_t first, int64_t last, double* memory,
     for (int64_t f = 0; f < job.asked; ++f) {
       double *to = low + f * B, *also = high + f * B;
       SJR_APART
-      for (int i = 0; i < B; ++i) {
+      for (int i = 0; i < B; ++i)
         to[i] = 0;
-      }
       for (int64_t t = 0; t < job.T; ++t) {
         const double w = job.weights[t * job.F + f];
         const double* sure = job.sure + t * job.M + first;
-        if (w == 0) {
+        if (w == 0)
           continue;
-        }
         SJR_APART
-        for (int i = 0; i < n; ++i) {
+        for (int i = 0; i < n; ++i)
           to[i] += w * sure[i];
-        }
       }
       SJR_APART
-      for (int i = 0; i < B; ++i) {
+      for (int i = 0; i < B; ++i)
         also[i] = to[i];
-      }
     }
     SJR_APART
     for (int i = 0; i < n; ++i) {
       const int64_t place = job.place[first + i];
-      if (place < 0) {
+      if (place < 0)
         continue;
-      }
-      if (job.chained) {
+      if (job.chained)
         over_chain(job, first + i, rest, low + i, high + i);
-      } else {
+      else
         over_paths(job, place, rest, low + i, high + i);
-      }
     }
     for (int64_t f = 0; f < job.asked; ++f) {
       const double *from = low + f * B, *to = high + f * B;
@@ -401,9 +379,8 @@ void train_sums(const SumsJob& job, int64_t first, int64_t last, double* memory,
         double* out_low = static_cast<double*>(job.low) + f * job.M + first;
         double* out_high = static_cast<double*>(job.high) + f * job.M + first;
         SJR_APART
-        for (int i = 0; i < n; ++i) {
+        for (int i = 0; i < n; ++i)
           out_low[i] = from[i], out_high[i] = to[i];
-        }
         continue;
       }
       float* centre = static_cast<float*>(job.low) + f * job.M + first;

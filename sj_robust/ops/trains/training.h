@@ -28,9 +28,8 @@ struct Slopes {
 
   template <int KIND>
   void run(const C* z, C* to, int n) const {
-    for (int k = 0; k < n; k += LANES<C>) {
+    for (int k = 0; k < n; k += LANES<C>)
       store(to + k, derivative<KIND>(load(z + k) * inverse, neuron) * inverse);
-    }
   }
 
   // z has room for whole vectors.
@@ -58,14 +57,11 @@ template <class C>
 SJR_INLINE double sum_of(const C* p, int n) {
   double parts[8] = {};
   int i = 0;
-  for (; i + 8 <= n; i += 8) {
-    for (int k = 0; k < 8; ++k) {
+  for (; i + 8 <= n; i += 8)
+    for (int k = 0; k < 8; ++k)
       parts[k] += double(p[i + k]);
-    }
-  }
-  for (; i < n; ++i) {
+  for (; i < n; ++i)
     parts[0] += double(p[i]);
-  }
   return ((parts[0] + parts[1]) + (parts[2] + parts[3])) +
          ((parts[4] + parts[5]) + (parts[6] + parts[7]));
 }
@@ -125,9 +121,8 @@ struct JointBlock {
     const C kept = powers[t - k + 1];
     const C* charge = sum_high(t, k);
     SJR_APART
-    for (int i = 0; i < n; ++i) {
+    for (int i = 0; i < n; ++i)
       to[i] = kept * least_of(before[i], theta) + charge[i];
-    }
   }
 
   void charge_group(int64_t t) const {
@@ -136,25 +131,22 @@ struct JointBlock {
     const C* charge = sum_low(t, t);
     C* before = sequence(0);
     SJR_APART
-    for (int i = 0; i < n; ++i) {
+    for (int i = 0; i < n; ++i)
       to_low[i] = low(t - 1, 1)[i], before[i] = high(t - 1, 1)[i];
-    }
-    if (members(t) > 1) {
+    if (members(t) > 1)
       SJR_APART
-    }
     for (int i = 0; i < n; ++i) {
       to_low[i] = least_of(to_low[i], low(t - 1, 2)[i]);
       before[i] = most_of(before[i], high(t - 1, 2)[i]);
     }
     SJR_APART
-    for (int i = 0; i < n; ++i) {
+    for (int i = 0; i < n; ++i)
       to_low[i] = kept * to_low[i] + charge[i];
-    }
     since(t, t, before, to_high);
   }
 
   void charge() const {
-    for (int64_t t = 0; t < job.T; ++t) {
+    for (int64_t t = 0; t < job.T; ++t)
       for (int64_t slot = 0; slot < slots.count(t); ++slot) {
         const int64_t start = slots.start(t, slot);
         C *to_low = low(t, slot), *to_high = high(t, slot), *one = sequence(0);
@@ -163,15 +155,13 @@ struct JointBlock {
         } else {
           const C *from_low = sum_low(t, start), *from_high = sum_high(t, start);
           SJR_APART
-          for (int i = 0; i < n; ++i) {
+          for (int i = 0; i < n; ++i)
             to_low[i] = from_low[i], to_high[i] = from_high[i];
-          }
           for (int64_t k = std::max(slots.earliest(t), start + 1); k <= t; ++k) {
             since(t, k, high(k - 1, slots.slot(k - 1, start)), one);
             SJR_APART
-            for (int i = 0; i < n; ++i) {
+            for (int i = 0; i < n; ++i)
               to_high[i] = least_of(to_high[i], one[i]);
-            }
           }
         }
         C *is_sure = sure(t, slot), *is_possible = possible(t, slot);
@@ -181,7 +171,6 @@ struct JointBlock {
           is_possible[i] = to_high[i] - theta >= 0 ? C(1) : C(0);
         }
       }
-    }
   }
 
   template <bool LEAST>
@@ -192,9 +181,8 @@ struct JointBlock {
   // rest(t, slot) of all steps for one row of weights.
   template <bool LEAST>
   SJR_TARGET_INLINE void over_paths(int64_t f) const {
-    for (int64_t slot = 0; slot < slots.count(job.T); ++slot) {
+    for (int64_t slot = 0; slot < slots.count(job.T); ++slot)
       std::memset(rest(job.T, slot), 0, N * sizeof(C));
-    }
     for (int64_t t = job.T - 1; t >= 0; --t) {
       const C w = weight(f, t);
       const C* fresh = rest(t + 1, slots.count(t + 1) - 1);
@@ -219,14 +207,12 @@ struct JointBlock {
       C* most = static_cast<C*>(job.most) + f * job.M + first;
       over_paths<true>(f);
       SJR_APART
-      for (int i = 0; i < n; ++i) {
+      for (int i = 0; i < n; ++i)
         least[i] = rest(0, 0)[i];
-      }
       over_paths<false>(f);
       SJR_APART
-      for (int i = 0; i < n; ++i) {
+      for (int i = 0; i < n; ++i)
         most[i] = rest(0, 0)[i];
-      }
     }
   }
 
@@ -237,9 +223,8 @@ struct JointBlock {
     alignas(64) C parts[2][MAX_SLOTS * N];
     C *here = parts[0], *next = parts[1];
     SJR_APART
-    for (int i = 0; i < n; ++i) {
+    for (int i = 0; i < n; ++i)
       here[i] = grad[i];
-    }
     for (int64_t t = 0; t < job.T; ++t) {
       const int64_t fresh = slots.count(t + 1) - 1;
       std::memset(next, 0, size_t((fresh + 1) * N) * sizeof(C));
@@ -272,7 +257,7 @@ struct JointBlock {
   void back_over_charges(double* totals) const {
     double* const of_powers = totals + job.F * job.T;
     alignas(64) C before[N], d_before[N];
-    for (int64_t t = job.T - 1; t >= 0; --t) {
+    for (int64_t t = job.T - 1; t >= 0; --t)
       for (int64_t slot = slots.count(t) - 1; slot >= 0; --slot) {
         const int64_t start = slots.start(t, slot);
         C *d_low = grad_low(t, slot), *d_high = grad_high(t, slot);
@@ -282,23 +267,20 @@ struct JointBlock {
         }
         C* to_low = grad_sum_low(slots.row(job.T, t, start));
         SJR_APART
-        for (int i = 0; i < n; ++i) {
+        for (int i = 0; i < n; ++i)
           to_low[i] += d_low[i];
-        }
         const int64_t earliest = std::max(slots.earliest(t), start + 1);
         const C* whole = sum_high(t, start);
         SJR_APART
-        for (int i = 0; i < n; ++i) {
+        for (int i = 0; i < n; ++i)
           sequence(0)[i] = whole[i];
-        }
         for (int64_t k = earliest; k <= t; ++k) {
           const C* so_far = sequence(k - earliest);
           C* to = sequence(k - earliest + 1);
           since(t, k, high(k - 1, slots.slot(k - 1, start)), to);
           SJR_APART
-          for (int i = 0; i < n; ++i) {
+          for (int i = 0; i < n; ++i)
             to[i] = least_of(so_far[i], to[i]);
-          }
         }
         for (int64_t k = t; k >= earliest; --k) {
           const int64_t earlier = slots.slot(k - 1, start);
@@ -318,18 +300,15 @@ struct JointBlock {
             d_before[i] = source[i] <= theta ? d * kept : C(0);
           }
           SJR_APART
-          for (int i = 0; i < n; ++i) {
+          for (int i = 0; i < n; ++i)
             further[i] += d_before[i];
-          }
           of_powers[t - k + 1] += sum_of(before, n);
         }
         C* to_high = grad_sum_high(slots.row(job.T, t, start));
         SJR_APART
-        for (int i = 0; i < n; ++i) {
+        for (int i = 0; i < n; ++i)
           to_high[i] += d_high[i];
-        }
       }
-    }
   }
 
   void back_over_group(int64_t t, double* of_powers) const {
@@ -353,9 +332,8 @@ struct JointBlock {
                         : high_1[i] == high_2[i]      ? C(0.5)
                                                       : C(0);
       d_low_1[i] += of_low * below, d_high_1[i] += of_high * above;
-      if (two) {
+      if (two)
         d_low_2[i] += (C(1) - of_low) * below, d_high_2[i] += (C(1) - of_high) * above;
-      }
     }
     of_powers[1] += total;
   }
@@ -369,31 +347,27 @@ struct JointBlock {
       back_over_paths<false>(f, static_cast<const C*>(job.grad_most) + f * job.M + first, totals);
     }
     alignas(64) C z[N] = {}, slope[N];
-    for (int64_t t = 0; t < job.T; ++t) {
+    for (int64_t t = 0; t < job.T; ++t)
       for (int64_t slot = 0; slot < slots.count(t); ++slot) {
         const C* const ends[2] = {low(t, slot), high(t, slot)};
         C* const grads[2] = {grad_low(t, slot), grad_high(t, slot)};
         for (int end = 0; end < 2; ++end) {
           SJR_APART
-          for (int i = 0; i < n; ++i) {
+          for (int i = 0; i < n; ++i)
             z[i] = ends[end][i] - theta;
-          }
           slopes(z, slope, n);
           SJR_APART
-          for (int i = 0; i < n; ++i) {
+          for (int i = 0; i < n; ++i)
             grads[end][i] *= slope[i];
-          }
         }
       }
-    }
     back_over_charges(totals);
     for (int64_t row = 0; row < job.W; ++row) {
       C* to_low = static_cast<C*>(job.grad_low) + row * job.M + first;
       C* to_high = static_cast<C*>(job.grad_high) + row * job.M + first;
       SJR_APART
-      for (int i = 0; i < n; ++i) {
+      for (int i = 0; i < n; ++i)
         to_low[i] = grad_sum_low(row)[i], to_high[i] = grad_sum_high(row)[i];
-      }
     }
   }
 };
@@ -410,20 +384,18 @@ void joint_range(const JointJob& job, int64_t first, int64_t last, double* memor
                               reinterpret_cast<C*>(memory),
                               C(job.threshold),
                               static_cast<const C*>(job.powers)};
-    if (job.grad_low) {
+    if (job.grad_low)
       block.backward(totals);
-    } else {
+    else
       block.forward();
-    }
   }
 }
 
 void joint_sums(const JointJob& job, int64_t first, int64_t last, double* memory, double* totals) {
-  if (job.doubles) {
+  if (job.doubles)
     joint_range<double>(job, first, last, memory, totals);
-  } else {
+  else
     joint_range<float>(job, first, last, memory, totals);
-  }
 }
 
 int64_t joint_scratch(const JointJob& job) {
@@ -442,14 +414,12 @@ void chain_forward(const ChainJob& job, int64_t first, int64_t last, C* memory) 
       for (int i = 0; i < n; ++i) {
         const C* from = tables[end] + (job.first[first + i] * job.J + job.last[first + i]) * F;
         SJR_APART
-        for (int64_t f = 0; f < F; ++f) {
+        for (int64_t f = 0; f < F; ++f)
           memory[f * N + i] = from[f];
-        }
       }
       SJR_APART
-      for (int64_t f = 0; f < F; ++f) {
+      for (int64_t f = 0; f < F; ++f)
         std::memcpy(outputs[end] + f * job.M + first, memory + f * N, size_t(n) * sizeof(C));
-      }
     }
   }
 }
@@ -466,9 +436,8 @@ SJR_INLINE C through_gates(const ChainJob& job,
   const int64_t G = job.G;
   const C *scale = static_cast<const C*>(job.scale), *shift = static_cast<const C*>(job.shift);
   SJR_APART
-  for (int64_t g = 0; g < G; ++g) {
+  for (int64_t g = 0; g < G; ++g)
     z[g] = shift[g] + scale[g] * current;
-  }
   slopes(z, slope, int(G));
   SJR_APART
   for (int64_t g = 0; g < G; ++g) {
@@ -493,9 +462,8 @@ void chain_backward(const ChainJob& job, int64_t first, int64_t last, C* memory,
       const C* least = static_cast<const C*>(job.grad_least) + f * job.M + first;
       const C* most = static_cast<const C*>(job.grad_most) + f * job.M + first;
       SJR_APART
-      for (int i = 0; i < n; ++i) {
+      for (int i = 0; i < n; ++i)
         grads[i * sums + f] = least[i], grads[i * sums + job.F + f] = most[i];
-      }
     }
     std::memset(of_block, 0, size_t(2 * G) * sizeof(C));
     for (int i = 0; i < n; ++i) {
@@ -507,34 +475,30 @@ void chain_backward(const ChainJob& job, int64_t first, int64_t last, C* memory,
       C* const found[2] = {static_cast<C*>(job.grad_low), static_cast<C*>(job.grad_high)};
       for (int end = 0; end < 2; ++end) {
         SJR_APART
-        for (int64_t g = 0; g < G; ++g) {
+        for (int64_t g = 0; g < G; ++g)
           opened[g] = 0;
-        }
         for (int64_t s = 0; s < sums; ++s) {
           const C grad = grads[i * sums + s];
           const C* row = tables[end] + s * G;
           SJR_APART
-          for (int64_t g = 0; g < G; ++g) {
+          for (int64_t g = 0; g < G; ++g)
             opened[g] += grad * row[g];
-          }
         }
         found[end][first + i] =
             through_gates<C>(job, slopes, opened, currents[end], z, slope, of_block);
       }
     }
-    for (int64_t g = 0; g < 2 * G; ++g) {
+    for (int64_t g = 0; g < 2 * G; ++g)
       totals[g] += double(of_block[g]);
-    }
   }
 }
 
 void chain_sums(const ChainJob& job, int64_t first, int64_t last, double* memory, double* totals) {
   if (job.doubles) {
-    if (job.grad_low) {
+    if (job.grad_low)
       chain_backward<double>(job, first, last, memory, totals);
-    } else {
+    else
       chain_forward<double>(job, first, last, memory);
-    }
   } else if (job.grad_low) {
     chain_backward<float>(job, first, last, reinterpret_cast<float*>(memory), totals);
   } else {
