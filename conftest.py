@@ -18,6 +18,8 @@ pytest_collect_file = PAGES.pytest()
 collect_ignore_glob = ["docs/*.py", "docs/*/*.py"]
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob.append("sj_robust/ops/dlif/triton_kernel.py")
+if importlib.util.find_spec("spikingjelly.activation_based.model.spikformer") is None:
+    collect_ignore_glob.append("recipes/configs/certified/spikformer.py")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -216,6 +216,6 @@ def test_wrong_use(bars):
     ):
         evaluated(bars, batches=[(bars.x * 3, bars.y)])  # counts per frame
     with pytest.raises(
-        ValueError, match="flips must be <= 1200, the elements of a sample, got 1201"
+        ValueError, match="eps must be <= 1200, the values of a sample, got 1201"
     ):
         evaluated(bars, threat=ThreatModel("L0", 1201))

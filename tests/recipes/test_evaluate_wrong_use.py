@@ -112,7 +112,7 @@ NETWORKS = {
             SystemExit,
             "Unrecognized options: runs/two/a",
         ),
-        ("runs/one --draws 0", SystemExit, "--draws: must be an integer >= 1, got 0"),
+        ("runs/one --draws 0", SystemExit, "--draws: no type .* must be an integer >= 1, got 0"),
         (
             "runs/one --transfer wide.pt",
             ValueError,

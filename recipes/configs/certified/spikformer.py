@@ -7,8 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 from spikingjelly.activation_based import functional, layer
-from spikingjelly.activation_based.model.spikformer import SpikformerBlock
 from torch import Tensor, nn
+
+try:
+    from spikingjelly.activation_based.model.spikformer import SpikformerBlock
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "Spikformer comes with SpikingJelly 2.0 or newer: pip install 'spikingjelly>=2.0'"
+    ) from error
 
 __all__ = ["SmallSpikformer", "build"]
 
