@@ -215,7 +215,5 @@ def test_wrong_use(bars):
         ValueError, match=r"got values from 0 to 3; event frames of counts become binary"
     ):
         evaluated(bars, batches=[(bars.x * 3, bars.y)])  # counts per frame
-    with pytest.raises(
-        ValueError, match="eps must be <= 1200, the values of a sample, got 1201"
-    ):
+    with pytest.raises(ValueError, match="eps must be <= 1200, the values of a sample, got 1201"):
         evaluated(bars, threat=ThreatModel("L0", 1201))

@@ -31,13 +31,16 @@ def check_names(expected):
 
 def check_extra():
     """What needs the extra says so, with the command that installs it."""
-    try:
-        importlib.import_module("sj_robust.training")
-        said = "nothing, since this environment holds more than the package needs"
-    except ModuleNotFoundError as error:
-        said = str(error)
+    import sj_robust
+
     remedy = "pip install 'sj_robust[recipes]'"
-    assert remedy in said, f"without its extra, training says {said}"
+    for name in ("training", "finetune"):
+        try:
+            getattr(sj_robust, name)
+            said = "nothing, since this environment holds more than the package needs"
+        except ModuleNotFoundError as error:
+            said = str(error)
+        assert remedy in said, f"without its extra, {name} says {said}"
     command = [sys.executable, "-I", "-m", "sj_robust"]
     done = subprocess.run([*command, "train"], capture_output=True, text=True, check=False)
     assert remedy in done.stderr, f"without its extra, sj-robust train says {done.stderr}"
