@@ -4,7 +4,8 @@ max pooling.
 python recipes/sweep.py --base digits --options '{mode: at, reference: false}' --grid \
     '{"model,T": [[small, 8], ["docs/results/architectures.py:residual", 4],
     ["docs/results/architectures.py:max_pooling", 4]], rho: [0.0, 1.0]}' \
-    --evaluate gradient standard --evaluation-options '{test_limit: 128, control: false}' \
+    --evaluate gradient standard --evaluation-options \
+    '{test_limit: 128, control: false, trust_code: true}' \
     --output runs/digits_architectures_sweep
 
 trains them, with and without MS-MPPD, and attacks them.
