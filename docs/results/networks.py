@@ -62,10 +62,9 @@ MEASURED = """
 `python docs/results/networks.py --measure` proves each network of the zoo by intervals (`verify`,
 two images or event samples, eps 0.001 or one event), and evaluates it by `evaluate(...,
 suite="fast")` on one image (eps 0.03, or two events); the label is what the untrained network sees.
-It says how many images the worst case leaves, or the one part that has no bounds; a cell that is
-there is not measured again. Seconds are those
-of one thread of a shared machine. The zoo's networks also stand here with other neurons and
-connections.
+A cell says how many images are proved or withstand all attacks, or names the one part that has no
+bounds; a cell that is there is not measured again. Seconds are those of one thread of a shared
+machine. Some networks of the zoo are listed with other neurons and connections, too.
 
 | network | SpikingJelly | proved by intervals | s | left by `fast` | s |
 | --- | --- | --- | ---: | --- | ---: |

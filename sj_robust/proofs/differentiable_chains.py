@@ -218,11 +218,7 @@ class ChainSums(torch.autograd.Function):
         centred: bool,
     ) -> tuple[Tensor, Tensor]:
         """The bounds, for currents [M] and values [F, J]."""
-        least, most = ranges(values)
-        if centred:
-            least, most = (least + most) / 2, (most - least) / 2
-        ctx.centred = centred
-        ctx.save_for_backward(low, high, scale, shift, values, least, most)
+        least, most = _begun(ctx, (low, high, scale, shift, values), centred)
         ctx.chains = of.chains
         ctx.derivative = of.derivative
         ctx.before = of.gates.before
@@ -243,10 +239,7 @@ class ChainSums(torch.autograd.Function):
         below, above = opened.chunk(2)
         at_low = _GateGradients.of(low, below, scale, shift, chains, ctx.derivative)
         at_high = _GateGradients.of(high, above, scale, shift, chains, ctx.derivative)
-        d_values = None
-        if ctx.needs_input_grad[4]:
-            ordered = _of_ends(ctx, grads).index_select(1, chains.order)
-            d_values = _to_values(values, chains, ordered)
+        d_values = _of_values(ctx, grads, values, chains)
         return (
             at_low.current,
             at_high.current,
@@ -258,12 +251,30 @@ class ChainSums(torch.autograd.Function):
         )
 
 
-def _of_ends(ctx: Any, grads: tuple[Tensor, ...]) -> Tensor:
-    """Gradients of both ends, [2 F, M], from those of what was given."""
+def _begun(ctx: Any, given: tuple[Tensor, ...], centred: bool) -> tuple[Tensor, Tensor]:
+    """Ranges of all trains, or their centres and radii; what the backward pass needs is kept.
+
+    ``given`` are the currents at both ends, scale and shift of the gates, and the values.
+    """
+    least, most = ranges(given[-1])
+    if centred:
+        least, most = (least + most) / 2, (most - least) / 2
+    ctx.centred = centred
+    ctx.save_for_backward(*given, least, most)
+    return least, most
+
+
+def _of_values(
+    ctx: Any, grads: tuple[Tensor, ...], values: Tensor, chains: Chains
+) -> Tensor | None:
+    """Gradient of the values [F, J], if it is asked for."""
+    if not ctx.needs_input_grad[4]:
+        return None
     first, second = grads
     if ctx.centred:
         first, second = (first - second) / 2, (first + second) / 2
-    return torch.cat([first, second])
+    ordered = torch.cat([first, second]).index_select(1, chains.order)
+    return _to_values(values, chains, ordered)
 
 
 class CompiledChainSums(torch.autograd.Function):
@@ -281,11 +292,7 @@ class CompiledChainSums(torch.autograd.Function):
         centred: bool,
     ) -> tuple[Tensor, Tensor]:
         """The bounds, for currents [M] and values [F, J]."""
-        least, most = ranges(values)
-        if centred:
-            least, most = (least + most) / 2, (most - least) / 2
-        ctx.centred = centred
-        ctx.save_for_backward(low, high, scale, shift, values, least, most)
+        least, most = _begun(ctx, (low, high, scale, shift, values), centred)
         ctx.of = of
         first, last = of.ends
         by_chain = [table.movedim(0, 2).contiguous() for table in (least, most)]
@@ -312,10 +319,7 @@ class CompiledChainSums(torch.autograd.Function):
         )
         given = grads[0].contiguous(), grads[1].contiguous()
         found = cpp.chain_sums_backward(given, gates, trained(of.spiking))
-        d_values = None
-        if ctx.needs_input_grad[4]:
-            ordered = _of_ends(ctx, grads).index_select(1, of.chains.order)
-            d_values = _to_values(values, of.chains, ordered)
+        d_values = _of_values(ctx, grads, values, of.chains)
         return *found, d_values, None, None
 
 
