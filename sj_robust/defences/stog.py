@@ -59,6 +59,9 @@ class StochasticGate(PerNeuron, base.StepModule):
         True
     """
 
+    undecayed = ("rate",)
+    """Parameters that weight decay leaves alone; a training asks every module for them."""
+
     def __init__(
         self,
         *,

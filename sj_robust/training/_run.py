@@ -21,7 +21,6 @@ from sj_robust.core.host import from_reset
 from sj_robust.core.randomness import SampleSeeds, seeded_globals
 from sj_robust.data import ImageSplits, ShuffledBatches, image_loader
 from sj_robust.defences import deflate_
-from sj_robust.defences.stog import StochasticGate
 from sj_robust.models.checkpoint import check_same_run, save_checkpoint
 from sj_robust.models.weights import as_named_in
 from sj_robust.training.batch_norm import measure_statistics, share_buffers
@@ -352,14 +351,17 @@ class TrainingRun:
 
 
 def _groups(objective: Objective) -> list[dict[str, Any]]:
-    """Parameters of the optimizer; weight decay leaves the rates of gates alone."""
-    gates = [module for module in objective.modules() if isinstance(module, StochasticGate)]
-    if not gates:
+    """Parameters of the optimizer; weight decay leaves those alone that a module names in
+    ``undecayed``.
+    """
+    kept = []
+    for module in objective.modules():
+        kept += [getattr(module, name) for name in getattr(module, "undecayed", ())]
+    if not kept:
         return [{"params": list(objective.parameters())}]
-    rates = [gate.rate for gate in gates]
-    known = set(map(id, rates))
+    known = set(map(id, kept))
     others = [one for one in objective.parameters() if id(one) not in known]
-    return [{"params": others}, {"params": rates, "weight_decay": 0.0}]
+    return [{"params": others}, {"params": kept, "weight_decay": 0.0}]
 
 
 def _schedule(
