@@ -3,6 +3,7 @@ image.
 
 python docs/results/ground_truth.py             # all of them
 python docs/results/ground_truth.py dlif-T2     # only this one
+python docs/results/ground_truth.py --again     # ask again about undecided images, with more time
 
 It writes weights and verdicts into tests/attacks/ground_truth, which tests of attacks and suites
 read. A network takes half a minute of training and up to an hour of the program on one core;
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from sj_robust.attacks import SampleSeeds, spike_search
 from sj_robust.data import load_images
@@ -37,12 +39,14 @@ NETWORKS = {
 RADII = (0.05, 0.1)
 IMAGES = 128
 SECONDS = 30.0  # of the program, per image
+SECONDS_AGAIN = 300.0  # when it is asked again
 
 
 def main() -> None:
     """Whatever is not there yet is trained and asked."""
     KEPT.mkdir(parents=True, exist_ok=True)
-    names = sys.argv[1:] or list(NETWORKS)
+    once_more = "--again" in sys.argv
+    names = [word for word in sys.argv[1:] if word != "--again"] or list(NETWORKS)
     for eps in RADII:
         for name in names:
             weights = KEPT / f"{name}.pt"
@@ -53,9 +57,10 @@ def main() -> None:
             content: dict[str, Any] = {"command": f"python recipes/adv_train.py {options}"}
             if verdicts.exists():
                 content = json.loads(verdicts.read_text(encoding="utf-8"))
-            letters = content.get(str(eps), "")
-            for letter in asked(weights, eps, known=letters):
-                content[str(eps)] = letters = letters + letter
+            known = letters = content.get(str(eps), "")
+            rounds = asked_again if once_more else asked
+            for letters in rounds(weights, eps, known):
+                content[str(eps)] = letters
                 verdicts.write_text(f"{json.dumps(content, indent=1)}\n", encoding="utf-8")
             print(name, eps, letters, flush=True)
 
@@ -70,32 +75,54 @@ def train(name: str, options: str, weights: Path) -> None:
     save_checkpoint(weights, {key: content[key] for key in ("description", "model")})
 
 
-def asked(weights: Path, eps: float, *, known: str) -> Iterator[str]:
-    """A letter for every image after the known ones: v verified, b broken, w wrong without a
-    perturbation, u unknown. The program is asked about what an attack leaves.
+def asked(weights: Path, eps: float, letters: str) -> Iterator[str]:
+    """The letters of the images, one more each time, after those that are known: v verified,
+    b broken, w wrong without a perturbation, u unknown. The program is asked about what an attack
+    leaves.
     """
-    model = from_checkpoint(weights).model
-    test = load_images("digits", test_limit=IMAGES).test
-    rest = range(len(known), IMAGES)
+    model, x, y = network_and_images(weights)
+    rest = range(len(letters), IMAGES)
     if not rest:
         return
-    x, y = (torch.stack(part) for part in zip(*(test[i] for i in rest), strict=True))
+    x, y = x[rest.start :], y[rest.start :]
     x_adv = spike_search(model, x, y, eps=eps, forwards=10_000, generator=SampleSeeds(rest))
     with torch.no_grad():
         right = model(x).argmax(1) == y
         broken = model(x_adv).argmax(1) != y
     for number in range(len(rest)):
         if not right[number]:
-            yield "w"
+            letters += "w"
         elif broken[number]:
-            yield "b"
+            letters += "b"
         else:
             one = slice(number, number + 1)
-            found = verify(model, x[one], y[one], eps, method="mip", time_limit=SECONDS)
-            if found.verified[0]:
-                yield "v"
-            else:
-                yield "b" if found.broken[0] else "u"
+            letters += verdict(model, x[one], y[one], eps, SECONDS)
+        yield letters
+
+
+def asked_again(weights: Path, eps: float, letters: str) -> Iterator[str]:
+    """The letters after every image that was unknown and is asked about with more time."""
+    model, x, y = network_and_images(weights)
+    for number in [number for number, letter in enumerate(letters) if letter == "u"]:
+        one = slice(number, number + 1)
+        letter = verdict(model, x[one], y[one], eps, SECONDS_AGAIN)
+        letters = letters[:number] + letter + letters[number + 1 :]
+        yield letters
+
+
+def network_and_images(weights: Path) -> tuple[nn.Module, Tensor, Tensor]:
+    """The network of a file, and the test images [N, 1, 8, 8] with labels [N]."""
+    test = load_images("digits", test_limit=IMAGES).test
+    x, y = (torch.stack(part) for part in zip(*(test[i] for i in range(IMAGES)), strict=True))
+    return from_checkpoint(weights).model, x, y
+
+
+def verdict(model: nn.Module, x: Tensor, y: Tensor, eps: float, seconds: float) -> str:
+    """The program's letter for one image [1, 1, 8, 8]."""
+    found = verify(model, x, y, eps, method="mip", time_limit=seconds)
+    if found.verified[0]:
+        return "v"
+    return "b" if found.broken[0] else "u"
 
 
 if __name__ == "__main__":

@@ -61,18 +61,18 @@ class Case:
     eps: float
     images: int
     variants: tuple[str, ...]
-    long: int = 0  # forwards of one more search with more time, with the first seed
+    long: tuple[int, ...] = ()  # forwards of more searches with more time, with the first seed
     autoattack: bool = False  # whether the authors' AutoAttack runs as well, with the first seed
 
 
 SHORT = ("spike_search",)
 CASES = {
     "ablation": Case("digits/dlif-at", 0.1, 128, tuple(VARIANTS)),
-    "ground_truth_0.05": Case("dlif-T2.pt", 0.05, 128, SHORT, 50_000),
-    "ground_truth_0.1": Case("dlif-T2.pt", 0.1, 128, SHORT, 50_000),
-    "digits_dlif-at-mppd": Case("digits/dlif-at-mppd", 0.1, 360, SHORT, 50_000, True),
-    "digits_dlif-at": Case("digits/dlif-at", 0.1, 360, SHORT, 50_000, True),
-    "digits_lif-at": Case("digits/lif-at", 0.1, 360, SHORT, 50_000, True),
+    "ground_truth_0.05": Case("dlif-T2.pt", 0.05, 128, SHORT, (50_000,)),
+    "ground_truth_0.1": Case("dlif-T2.pt", 0.1, 128, SHORT, (50_000,)),
+    "digits_dlif-at-mppd": Case("digits/dlif-at-mppd", 0.1, 360, SHORT, (50_000, 100_000), True),
+    "digits_dlif-at": Case("digits/dlif-at", 0.1, 360, SHORT, (50_000, 100_000), True),
+    "digits_lif-at": Case("digits/lif-at", 0.1, 360, SHORT, (50_000, 100_000), True),
 }
 
 
@@ -226,10 +226,9 @@ def measure(name: str, seed: int, rows: list[Row]) -> None:
     """What is missing of one network and seed."""
     case = CASES[name]
     attacks = [*case.variants, "more APGD", "Square"]
-    if case.long and seed == SEEDS[0]:
-        attacks.append(f"spike_search, {case.long} forwards")
-    if case.autoattack and seed == SEEDS[0]:
-        attacks.append("AutoAttack")
+    longer = {f"spike_search, {forwards} forwards": forwards for forwards in case.long}
+    if seed == SEEDS[0]:
+        attacks += [*longer, *(["AutoAttack"] if case.autoattack else [])]
     have = {row.attack: row for row in rows if (row.case, row.seed) == (name, seed)}
     if set(attacks) <= set(have):
         return
@@ -248,7 +247,7 @@ def measure(name: str, seed: int, rows: list[Row]) -> None:
         elif attack == "AutoAttack":
             run = measured.autoattack
         else:
-            run = partial(measured.search, replace(STANDARD, forwards=case.long))
+            run = partial(measured.search, replace(STANDARD, forwards=longer[attack]))
         have[attack] = measured.row(attack, run)
         rows.append(have[attack])
         print(have[attack], flush=True)

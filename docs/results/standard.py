@@ -27,18 +27,30 @@ TABLE = Path(__file__).with_name("standard.csv")
 SUITES = ("gradient", "standard")
 CIFAR10 = "--dataset image_folder:data/cifar10_pictures --test-limit 500 --no-control"
 STUDY = "docs/results/cifar10/networks"
+DIGITS = ("lif", "lif-at", "dlif-at", "dlif-at-mppd", "dlif-certified")
+OF_STUDY = {
+    "lif-at": f"{STUDY}/lif-at.pt",
+    "lif-at-mppd": f"{STUDY}/lif-at-mppd.pt",
+    "dlif-at": "cifar10/dlif-at",
+    "dlif-at-mppd": "cifar10/dlif-at-mppd",
+    "dlif-at-l1": f"{STUDY}/dlif-at-l1.pt",
+    "dlif-gaussian": f"{STUDY}/dlif-gaussian.pt",
+    "dlif": f"{STUDY}/dlif.pt",
+}
+"""The networks of docs/results/cifar10.md, of which two come with the package."""
 NETWORKS = {
-    "digits/lif": ("digits/lif", "--eps 0.1"),
-    "digits/lif-at": ("digits/lif-at", "--eps 0.1"),
-    "digits/dlif-at": ("digits/dlif-at", "--eps 0.1"),
-    "digits/dlif-at-mppd": ("digits/dlif-at-mppd", "--eps 0.1"),
-    "digits/dlif-certified": ("digits/dlif-certified", "--eps 0.1"),
-    "cifar10/dlif-at": ("cifar10/dlif-at", f"--eps 8/255 {CIFAR10}"),
-    "cifar10/dlif-at-mppd": ("cifar10/dlif-at-mppd", f"--eps 8/255 {CIFAR10}"),
-    "cifar10-4/lif-at": (f"{STUDY}/lif-at.pt", f"--eps 4/255 {CIFAR10}"),
-    "cifar10-4/lif-at-mppd": (f"{STUDY}/lif-at-mppd.pt", f"--eps 4/255 {CIFAR10}"),
-    "cifar10-4/dlif-at": ("cifar10/dlif-at", f"--eps 4/255 {CIFAR10}"),
-    "cifar10-4/dlif-at-mppd": ("cifar10/dlif-at-mppd", f"--eps 4/255 {CIFAR10}"),
+    **{f"digits/{name}": (f"digits/{name}", "--eps 0.1") for name in DIGITS},
+    "digits-l2/lif-at": ("digits/lif-at", "--norm L2 --eps 0.4 --no-control"),
+    "digits-l2/dlif-at": ("digits/dlif-at", "--norm L2 --eps 0.4 --no-control"),
+    "digits-l2/dlif-at-mppd": ("digits/dlif-at-mppd", "--norm L2 --eps 0.4 --no-control"),
+    **{
+        f"{data}/{name}": (
+            network,
+            f"--eps {pixels}/255 {CIFAR10} --name cifar10/{name}",
+        )
+        for data, pixels in (("cifar10", 8), ("cifar10-4", 4))
+        for name, network in OF_STUDY.items()
+    },
 }
 """The network and the options of evaluate.py for each evaluation."""
 
