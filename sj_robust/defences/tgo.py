@@ -1,13 +1,12 @@
 """TGO: potentials kept away from the threshold, and neurons that fire with noise."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from sj_robust.defences.node import SteppedNode, check_decay
-from sj_robust.defences.penalty import PotentialPenalty, check_weight
+from sj_robust.defences.penalty import PotentialOptions, PotentialPenalty, check_weight
 from sj_robust.neuron.charging import Charging
 from sj_robust.ops.recurrence import charge, reset
 
@@ -141,13 +140,8 @@ class ThresholdGuarding(PotentialPenalty):
         weight: Weight in the objective.
         margin: Distance from the threshold within which a potential is penalised, in units of the
             potential, > 0.
-        layers: ``"all"``, or names of spiking layers.
-        rising: Whether the weight rises from 0 over the training, as in the paper.
-
-    Raises:
-        ValueError: If a number is out of range, a layer is unknown, or the dynamics of one are not
-            known.
-        RuntimeError: If no chosen layer ran in a pass.
+        **options: Layers, and whether the weight rises, as of every
+            :class:`~sj_robust.defences.penalty.PotentialPenalty`; so are the errors.
 
     Source: threshold-guarding constraint of Wang et al., "Robust Spiking Neural Networks Against
         Adversarial Attacks" (ICLR 2026).
@@ -160,15 +154,10 @@ class ThresholdGuarding(PotentialPenalty):
     name = "threshold_guarding"
 
     def __init__(
-        self,
-        weight: float,
-        *,
-        margin: float = 0.5,
-        layers: Literal["all"] | Sequence[str] = "all",
-        rising: bool = False,
+        self, weight: float, *, margin: float = 0.5, **options: Unpack[PotentialOptions]
     ) -> None:
         """Keep the options; see the class."""
-        super().__init__(weight, layers=layers, rising=rising)
+        super().__init__(weight, **options)
         self.margin = check_weight("margin", margin, positive=True)
 
     def cost(self, z: Tensor, node: Any) -> Tensor:

@@ -48,23 +48,30 @@ def _rectified(func: Any, x: Any, inplace: bool = False) -> Bounds:
 def _function(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
     """A function of one value that never falls, or that falls up to a point and rises then."""
     name = func.__name__.strip("_")
-    given = (*args, *kwargs.values())
-    if kwargs.pop("inplace", False) or any(isinstance(part, Bounds) for part in given):
-        raise NoBoundsError(f"{name} that writes into its input, or has several bounds")
-    if name == "gelu" and kwargs.pop("approximate", "none") != "none":
-        raise NoBoundsError("gelu with approximate='tanh'")
-    if name in ("leaky_relu", "elu") and any(part < 0 for part in given):
-        raise NoBoundsError(f"{name} with a negative slope, which falls and rises")
+    _check_function(name, args, kwargs)
+    kwargs = {key: part for key, part in kwargs.items() if key not in ("inplace", "approximate")}
     args = tuple(_rounded_number(part, x) for part in args)
     kwargs = {key: _rounded_number(part, x) for key, part in kwargs.items()}
-    of_one = nonlinear.valley if name in nonlinear.VALLEYS else nonlinear.monotone
 
     def function(z: Tensor) -> Tensor:
         found: Tensor = func(z, *args, **kwargs)
         return found
 
+    of_one = nonlinear.valley if name in nonlinear.VALLEYS else nonlinear.monotone
     values = of_one(interval(x), function, name, rounded=is_rounded(x.run))
     return new_leaf(x.run, Function(name), [x], values)
+
+
+def _check_function(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """What a function of one value is called with beside it leaves it one that has bounds."""
+    given = (*args, *kwargs.values())
+    has_other_bounds = any(isinstance(part, Bounds) for part in given)
+    if has_other_bounds or kwargs.get("inplace", False):
+        raise NoBoundsError(f"{name} that writes into its input, or has several bounds")
+    if name == "gelu" and kwargs.get("approximate", "none") != "none":
+        raise NoBoundsError("gelu with approximate='tanh'")
+    if name in ("leaky_relu", "elu") and any(part < 0 for part in given):
+        raise NoBoundsError(f"{name} with a negative slope, which falls and rises")
 
 
 def _rounded_number(value: Any, x: Bounds) -> Any:
@@ -77,25 +84,32 @@ def _rounded_number(value: Any, x: Bounds) -> Any:
 def _extremum(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """The largest or smallest value along a dimension, or of two values."""
     name = func.__name__.strip("_")
-    run = run_of((x, *args))
     if name in ("maximum", "minimum"):
-        low, high = (as_bounds(part, run, centre_of_either(x, args[0])) for part in (x, args[0]))
-        ends = Interval(func(low.lower, high.lower), func(low.upper, high.upper))
-        bounded = [part for part in (x, args[0]) if isinstance(part, Bounds)]
-        return new_leaf(run, Function(f"a {name}"), bounded, ends)
+        return _extremum_of_two(func, x, args[0])
     if args and isinstance(args[0], Tensor):
-        same = torch.maximum if name == "max" else torch.minimum
-        return _extremum(same, x, args[0])
-    alone = torch.amax if name.endswith("max") else torch.amin
+        return _extremum_of_two(torch.maximum if name == "max" else torch.minimum, x, args[0])
     dim = args[0] if args else kwargs.get("dim")
     if not isinstance(dim, int):
         raise NoBoundsError(f"{name} over several dimensions")
     keepdim = args[1] if len(args) > 1 else kwargs.get("keepdim", False)
-    values = interval(x).each(lambda end: alone(end, dim, keepdim=True))
-    found = new_leaf(run, Function(f"a {name}", along=(dim,)), [x], values)
+    along_dim = torch.amax if name.endswith("max") else torch.amin
+    values = interval(x).each(lambda end: along_dim(end, dim, keepdim=True))
+    found = new_leaf(x.run, Function(f"a {name}", along=(dim,)), [x], values)
     if not keepdim:
         found = dispatched(torch.Tensor.squeeze, found, dim)
-    return found if name.startswith("a") else _Largest(found, None)
+    without_places = name in ("amax", "amin")
+    return found if without_places else _Largest(found, None)
+
+
+def _extremum_of_two(func: Any, a: Any, b: Any) -> Bounds:
+    """The larger or the smaller of two values."""
+    run = run_of((a, b))
+    like = centre_of_either(a, b)
+    first = as_bounds(a, run, like)
+    second = as_bounds(b, run, like)
+    ends = Interval(func(first.lower, second.lower), func(first.upper, second.upper))
+    name = func.__name__.strip("_")
+    return new_leaf(run, Function(f"a {name}"), _bounds_among(a, b), ends)
 
 
 class _Largest(NamedTuple):
@@ -108,31 +122,38 @@ class _Largest(NamedTuple):
 def _compared(func: Any, a: Any, b: Any) -> Bounds:
     """Whether a value is at least, or above, another one: 1 or 0."""
     run = run_of((a, b))
-    beside = centre_of_either(a, b)
+    like = centre_of_either(a, b)
+    larger = as_bounds(a, run, like)
+    smaller = as_bounds(b, run, like)
     name = func.__name__.strip("_")
-    first, second = (as_bounds(part, run, beside) for part in (a, b))
     if name in ("le", "lt"):
-        first, second = second, first
+        larger, smaller = smaller, larger
     reached = torch.ge if name in ("ge", "le") else torch.gt
-    low = reached(first.lower, second.upper).to(beside.dtype)
-    high = reached(first.upper, second.lower).to(beside.dtype)
-    bounded = [part for part in (a, b) if isinstance(part, Bounds)]
-    return new_leaf(run, Function("a comparison"), bounded, Interval(low, high))
+    surely = reached(larger.lower, smaller.upper).to(like.dtype)
+    possibly = reached(larger.upper, smaller.lower).to(like.dtype)
+    ends = Interval(surely, possibly)
+    return new_leaf(run, Function("a comparison"), _bounds_among(a, b), ends)
 
 
 def _chosen(func: Any, where: Any, a: Any, b: Any) -> Bounds:
     """One of two values, as a third one says."""
     run = run_of((where, a, b))
-    bounded = [part for part in (where, a, b) if isinstance(part, Bounds)]
-    beside = bounded[0].centre
-    first, second = (as_bounds(part, run, beside) for part in (a, b))
+    bounded = _bounds_among(where, a, b)
+    like = bounded[0].centre
     if isinstance(where, Bounds):
         decided = interval(where)
     else:
-        given = where.to(beside.dtype)
+        given = where.to(like.dtype)
         decided = Interval(given, given)
-    values = nonlinear.chosen(decided, interval(first), interval(second))
+    if_true = interval(as_bounds(a, run, like))
+    if_false = interval(as_bounds(b, run, like))
+    values = nonlinear.chosen(decided, if_true, if_false)
     return new_leaf(run, Function("a choice"), bounded, values)
+
+
+def _bounds_among(*values: Any) -> list[Bounds]:
+    """Those of the values that are bounds."""
+    return [value for value in values if isinstance(value, Bounds)]
 
 
 def _softmax(func: Any, x: Any, dim: int, *args: Any, **kwargs: Any) -> Bounds:
@@ -154,33 +175,39 @@ def _group_norm(
     func: Any, x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Bounds:
     """Group norm: the values of some channels of a sample are a group."""
-    group = reshaped(x, torch.Size((len(x), groups, x.radius[0].numel() // groups)))
-    elements = x.radius[0, 0].numel()
+    values_of_a_group = x.radius[0].numel() // groups
+    group = reshaped(x, torch.Size((len(x), groups, values_of_a_group)))
+    values_of_a_channel = x.radius[0, 0].numel()
 
-    def of_groups(value: Any) -> Any:
-        if value is None:
+    def by_group(of_channels: Any) -> Any:
+        if of_channels is None:
             return None
-        return constant(value, x.run).repeat_interleave(elements).view(groups, -1)
+        of_values = constant(of_channels, x.run).repeat_interleave(values_of_a_channel)
+        return of_values.view(groups, -1)
 
-    found = _normalised(group, "a group norm", eps, of_groups(weight), of_groups(bias))
+    found = _normalised(group, "a group norm", eps, by_group(weight), by_group(bias))
     return reshaped(found, x.shape)
 
 
 def _flat(value: Any, x: Bounds) -> Any:
+    """A weight or bias of the last dimensions as one row; None for none."""
     return None if value is None else constant(value, x.run).flatten()
 
 
 def _normalised(group: Any, name: str, eps: float, factor: Any, shift: Any) -> Bounds:
     """Groups [*, n] of values, less their mean and divided by their deviation."""
-    beside = group.radius
-    mean = dispatched(torch.mean, group, -1, True)
+    like = group.radius
+    keepdim = True
+    mean = dispatched(torch.mean, group, -1, keepdim)
     deviation = dispatched(torch.sub, group, mean)
+    factor = like.new_ones(()) if factor is None else factor.to(like)
+    shift = like.new_zeros(()) if shift is None else shift.to(like)
     values = nonlinear.normalised(
         interval(group),
         interval(deviation),
         eps,
-        beside.new_ones(()) if factor is None else factor.to(beside),
-        beside.new_zeros(()) if shift is None else shift.to(beside),
+        factor,
+        shift,
         rounded=is_rounded(group.run),
     )
     return new_leaf(group.run, Function(name, along=(-1,)), [group], values)

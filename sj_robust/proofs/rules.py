@@ -20,6 +20,7 @@ from sj_robust.proofs.function_rules import step
 from sj_robust.proofs.rounding import SMALLEST, NoBoundsError, gamma, within_float32
 from sj_robust.proofs.rule_arguments import (
     as_bounds,
+    centre_of_either,
     constant,
     dispatched,
     interval,
@@ -125,16 +126,25 @@ def _matmul(func: Any, a: Any, b: Any) -> Bounds:
             raise NoBoundsError("a product of vectors that depend on the input")
         values = nonlinear.matmul(interval(a), interval(b), rounded=is_rounded(run))
         return new_leaf(run, Function("a matrix product", along=(-1, -2)), [a, b], values)
-    x, other = (a, b) if isinstance(a, Bounds) else (b, a)
-    weight = constant(other, run).to(x.centre.dtype)
-    first = x is a
+    if isinstance(a, Bounds):
+        return _matmul_with(a, constant(b, run), from_left=False)
+    return _matmul_with(b, constant(a, run), from_left=True)
 
-    def apply(z: Tensor, weight: Tensor = weight) -> Tensor:
-        found: Tensor = torch.matmul(z, weight) if first else torch.matmul(weight, z)
-        return found
 
-    terms = weight.shape[0 if weight.ndim == 1 else (-2 if first else -1)] + 2
-    return _affine(x, apply, lambda z: apply(z, weight.abs()), terms=terms)
+def _matmul_with(x: Bounds, weight: Tensor, *, from_left: bool) -> Bounds:
+    """``x @ weight``, or ``weight @ x`` if the constant stands on the left."""
+    weight = weight.to(x.centre.dtype)
+
+    def times(z: Tensor, weight: Tensor) -> Tensor:
+        return torch.matmul(weight, z) if from_left else torch.matmul(z, weight)
+
+    summed_over = -1 if from_left or weight.ndim == 1 else -2
+    return _affine(
+        x,
+        lambda z: times(z, weight),
+        lambda z: times(z, weight.abs()),
+        terms=weight.shape[summed_over] + 2,
+    )
 
 
 def _matmul_and_sum(
@@ -163,19 +173,22 @@ def _batch_norm(
         raise NoBoundsError(
             "batch norm with the statistics of the batch, which one image alone does not decide"
         )
-    shape = (-1, *[1] * (x.ndim - 2))
+    per_channel = (-1, *[1] * (x.ndim - 2))
     slope = (constant(running_var, x.run) + eps).rsqrt()
     if weight is not None:
         slope = slope * constant(weight, x.run)
-    slope = slope.view(shape)
-    moved = constant(running_mean, x.run).view(shape) * slope
-    bias = torch.zeros_like(moved) if bias is None else constant(bias, x.run).view(shape)
-    found = _scaled(x, slope, terms=12, shift=bias - moved)
+    slope = slope.view(per_channel)
+    shift_of_mean = constant(running_mean, x.run).view(per_channel) * slope
+    if bias is None:
+        bias = torch.zeros_like(shift_of_mean)
+    else:
+        bias = constant(bias, x.run).view(per_channel)
+    found = _scaled(x, slope, terms=12, shift=bias - shift_of_mean)
     if found.unrounded:
         return found
     # Computed as (x - mean) * slope + bias or as x * slope + (bias - mean * slope): either is
     # covered.
-    error = found.error + gamma(12) * (moved.abs() + bias.abs())
+    error = found.error + gamma(12) * (shift_of_mean.abs() + bias.abs())
     return Bounds(found.centre, found.radius, error, x.run, found.changes)
 
 
@@ -195,38 +208,36 @@ def _scaled(x: Bounds, factor: Tensor, *, terms: int, shift: Tensor | None = Non
 def _average(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
     """Sums with weights >= 0: average pooling, ``mean``, ``sum``."""
     _converted(func, x, kwargs.pop("dtype", None))
-    size = args[0] if args else kwargs.get("kernel_size", 1)
-    if not func.__name__.startswith("avg_pool"):
-        pooled = "pool" in func.__name__
-        terms = math.prod(x.shape[2:]) if pooled else _terms_of_sum(func, x, *args, **kwargs)
-    elif isinstance(size, tuple | list):
-        terms = math.prod(size)
-    else:
-        terms = int(size) ** (x.ndim - 2)
 
     def apply(z: Tensor) -> Any:
         return func(z, *args, **kwargs)
 
+    name = func.__name__
+    if name.startswith("avg_pool"):
+        size = args[0] if args else kwargs.get("kernel_size", 1)
+        each_side = size if isinstance(size, tuple | list) else [int(size)] * (x.ndim - 2)
+        terms = math.prod(each_side)
+    elif name.startswith("adaptive_avg_pool"):
+        terms = math.prod(x.shape[2:])
+    else:
+        results = apply(x.radius).numel()
+        terms = x.numel() // max(1, results)
     return _affine(x, apply, apply, terms=terms + 2)
-
-
-def _terms_of_sum(func: Any, x: Bounds, *args: Any, **kwargs: Any) -> int:
-    """How many values each value of a sum or mean is made of."""
-    results: int = func(x.radius, *args, **kwargs).numel()
-    return x.numel() // max(1, results)
 
 
 def _sum(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
     """Sums and differences."""
     if kwargs:
         raise NoBoundsError("a sum with alpha or out")
-    name, run = func.__name__.strip("_"), run_of((a, b))
+    name = func.__name__.strip("_")
+    run = run_of((a, b))
     if name == "rsub":
         a, b = b, a
-    like = (a if isinstance(a, Bounds) else b).centre
+    is_difference = "sub" in name
+    like = centre_of_either(a, b)
     first = as_bounds(a, run, like)
     second = as_bounds(b, run, like)
-    centre = first.centre - second.centre if "sub" in name else first.centre + second.centre
+    centre = first.centre - second.centre if is_difference else first.centre + second.centre
     radius = first.radius + second.radius
     if run is not None and run.narrow:
         radius = radius + gamma(4) * (centre.abs() + radius) + SMALLEST
@@ -236,14 +247,14 @@ def _sum(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
         changes = _shifted_changes(first, centre.shape)
     elif not isinstance(a, Bounds):
         changes = _shifted_changes(second, centre.shape)
-        if changes is not None and "sub" in name:
+        if changes is not None and is_difference:
             changes = changes.opposite()
     if first.unrounded:
         return Bounds(centre, radius, run=run, changes=changes)
     error = first.error + second.error
     size = centre.detach().abs() + radius + error
-    error = within_float32(error + gamma(2) * size + SMALLEST)
-    return Bounds(centre, radius, error, run, changes)
+    error = error + gamma(2) * size + SMALLEST
+    return Bounds(centre, radius, within_float32(error), run, changes)
 
 
 def _shifted_changes(x: Bounds, shape: torch.Size) -> Changes | None:
@@ -254,15 +265,17 @@ def _shifted_changes(x: Bounds, shape: torch.Size) -> Changes | None:
 def _product(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
     """Products with a constant, and divisions by one."""
     name = func.__name__.strip("_")
-    if isinstance(a, Bounds) and isinstance(b, Bounds) and "mul" in name:
+    is_division = "div" in name
+    if isinstance(a, Bounds) and isinstance(b, Bounds) and not is_division:
         values = nonlinear.product(interval(a), interval(b), rounded=is_rounded(a.run))
         return new_leaf(a.run, Function("a product"), [a, b], values)
     x, other = (a, b) if isinstance(a, Bounds) else (b, a)
-    divides = "div" in name
-    if divides and (kwargs or x is not a or name.startswith("r")):
+    if is_division and (kwargs or x is not a or name.startswith("r")):
         raise NoBoundsError("a division by a value that depends on the input, or one that rounds")
     factor = constant(other, x.run).to(x.centre.device)
-    return _scaled(x, 1.0 / factor if divides else factor, terms=4)
+    if is_division:
+        factor = 1.0 / factor
+    return _scaled(x, factor, terms=4)
 
 
 def _negative(func: Any, x: Any) -> Bounds:
@@ -282,8 +295,11 @@ def moved(func: Any, *args: Any, **kwargs: Any) -> Any:
         names.append("error")
     parts = [func(*_part(args, name, run), **kwargs) for name in names]
     alone = isinstance(parts[0], Tensor)
-    of_each = [parts] if alone else list(zip(*parts, strict=True))
-    views = [Bounds(**dict(zip(names, of_one, strict=True)), run=run) for of_one in of_each]
+    parts_of_each = [parts] if alone else zip(*parts, strict=True)
+    views = []
+    for parts_of_one in parts_of_each:
+        by_name = dict(zip(names, parts_of_one, strict=True))
+        views.append(Bounds(**by_name, run=run))
     _move_changes(views, func, args, kwargs)
     found = views[0] if alone else type(parts[0])(views)
     if not copies and isinstance(args[0], Bounds):
