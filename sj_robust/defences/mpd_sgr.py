@@ -1,11 +1,11 @@
 """MPD-SGR: fewer potentials where the surrogate has a gradient."""
 
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sj_robust.defences.penalty import PotentialOptions, PotentialPenalty, check_weight
+from sj_robust.defences.penalty import PotentialPenalty, check_weight
 
 __all__ = ["SurrogateOverlap"]
 
@@ -35,7 +35,7 @@ class SurrogateOverlap(PotentialPenalty):
         weight: Weight in the objective, the paper's eta.
         half_width: Half width of the surrogate in potential, the paper's gamma; 1 for the triangle
             of alpha 1.
-        **options: Layers, and whether the weight rises, as of every
+        **options: ``layers`` and ``rising``, see
             :class:`~sj_robust.defences.penalty.PotentialPenalty`; so are the errors.
 
     Source: Jiang et al., "MPD-SGR: Robust Spiking Neural Networks with Membrane Potential
@@ -49,9 +49,7 @@ class SurrogateOverlap(PotentialPenalty):
 
     name = "mpd_sgr"
 
-    def __init__(
-        self, weight: float, *, half_width: float = 1.0, **options: Unpack[PotentialOptions]
-    ) -> None:
+    def __init__(self, weight: float, *, half_width: float = 1.0, **options: Any) -> None:
         """Keep the options; see the class."""
         super().__init__(weight, **options)
         self.half_width = check_weight("half_width", half_width, positive=True)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from sj_robust.neuron.charging import Neuron, find_neurons
 from sj_robust.neuron.watching import SpikingCall, Wants, watch
 from sj_robust.ops.recurrence import charge, reset
 
-__all__ = ["ForwardPasses", "Penalty", "PotentialOptions", "PotentialPenalty", "check_weight"]
+__all__ = ["ForwardPasses", "Penalty", "PotentialPenalty", "check_weight"]
 
 
 @dataclass(frozen=True)
@@ -111,19 +111,6 @@ class Penalty(ABC):
         """The penalty before its weight: a scalar with a graph to the parameters it acts on."""
 
 
-class PotentialOptions(TypedDict, total=False):
-    """What every penalty on membrane potentials takes beside its weight.
-
-    Attributes:
-        layers: ``"all"``, which it is unless told otherwise, or names of spiking layers.
-        rising: Whether the weight rises from 0 over the training; unless told otherwise it does
-            not.
-    """
-
-    layers: Literal["all"] | Sequence[str]
-    rising: bool
-
-
 class PotentialPenalty(Penalty):
     """A penalty on the membrane potentials before the reset, of all passes of a step.
     作用于重置前膜电位的惩罚项。
@@ -134,19 +121,24 @@ class PotentialPenalty(Penalty):
 
     Args:
         weight: Weight in the objective.
-        **options: Those of :class:`PotentialOptions`.
+        layers: ``"all"``, or names of spiking layers.
+        rising: Whether the weight rises from 0 over the training.
 
     Raises:
-        TypeError: If an option is unknown.
         ValueError: If a number is out of range, a layer is unknown, or the dynamics of one are not
             known.
         RuntimeError: If no chosen layer ran in a pass.
     """
 
-    def __init__(self, weight: float, **options: Unpack[PotentialOptions]) -> None:
+    def __init__(
+        self,
+        weight: float,
+        *,
+        layers: Literal["all"] | Sequence[str] = "all",
+        rising: bool = False,
+    ) -> None:
         """Keep the options; see the class."""
-        layers = options.pop("layers", "all")
-        super().__init__(weight, **options)
+        super().__init__(weight, rising=rising)
         self.layers = layers if isinstance(layers, str) else list(layers)
         self._chosen: dict[str, Neuron] = {}
         self._sums: dict[str, Tensor] = {}

@@ -1,12 +1,12 @@
 """TGO: potentials kept away from the threshold, and neurons that fire with noise."""
 
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sj_robust.defences.node import SteppedNode, check_decay
-from sj_robust.defences.penalty import PotentialOptions, PotentialPenalty, check_weight
+from sj_robust.defences.penalty import PotentialPenalty, check_weight
 from sj_robust.neuron.charging import Charging
 from sj_robust.ops.recurrence import charge, reset
 
@@ -140,7 +140,7 @@ class ThresholdGuarding(PotentialPenalty):
         weight: Weight in the objective.
         margin: Distance from the threshold within which a potential is penalised, in units of the
             potential, > 0.
-        **options: Layers, and whether the weight rises, as of every
+        **options: ``layers`` and ``rising``, see
             :class:`~sj_robust.defences.penalty.PotentialPenalty`; so are the errors.
 
     Source: threshold-guarding constraint of Wang et al., "Robust Spiking Neural Networks Against
@@ -153,9 +153,7 @@ class ThresholdGuarding(PotentialPenalty):
 
     name = "threshold_guarding"
 
-    def __init__(
-        self, weight: float, *, margin: float = 0.5, **options: Unpack[PotentialOptions]
-    ) -> None:
+    def __init__(self, weight: float, *, margin: float = 0.5, **options: Any) -> None:
         """Keep the options; see the class."""
         super().__init__(weight, **options)
         self.margin = check_weight("margin", margin, positive=True)
