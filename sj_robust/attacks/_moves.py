@@ -92,21 +92,25 @@ class Moves:
         side, corner, every, extreme, share, taken = torch.split(
             numbers, [1, 2, 1, 1, channels, channels], dim=1
         )
-        side = min(height, width) ** (side.squeeze(1) ** 3 * _LARGEST_SIDE)
-        inside = self._square(side.long(), corner)
+        power = side.squeeze(1) ** 3 * _LARGEST_SIDE
+        pixels = (min(height, width) ** power).long()
+        inside = self._square(pixels, corner)
         painted = (taken < 0.5) | (every < 0.5)
         mask = (inside & painted[:, :, None, None]).flatten(1)
-        share = _rounded(share, extreme).repeat_interleave(height * width, 1).to(place.x.dtype)
-        return torch.where(mask, place.low + share * (place.high - place.low), place.x)
+        per_channel = _rounded(share, extreme)
+        share = per_channel.repeat_interleave(height * width, 1).to(place.x.dtype)
+        value = place.low + share * (place.high - place.low)
+        return torch.where(mask, value, place.x)
 
     def cross(self, place: Place, numbers: Tensor) -> Tensor:
         """A square of another image that was found for the sample."""
         _, height, width = self.shape
         side, corner, which = torch.split(numbers, [1, 2, 1], dim=1)
         longest = max(min(height, width) - 1, 1)
-        inside = self._square(1 + _integers(side.squeeze(1), longest), corner)
-        mask = inside.expand(-1, *self.shape).flatten(1)
-        other = place.pool[place.rows, _integers(which.squeeze(1), place.pool.shape[1])]
+        pixels = 1 + _integers(side.squeeze(1), longest)
+        mask = self._square(pixels, corner).expand(-1, *self.shape).flatten(1)
+        found = _integers(which.squeeze(1), place.pool.shape[1])
+        other = place.pool[place.rows, found]
         return torch.where(mask, other, place.x)
 
     def flip(self, place: Place, numbers: Tensor) -> Tensor:
@@ -128,25 +132,26 @@ class Moves:
         weight = spikes.weight[neuron]
         bias = spikes.bias[neuron]
         current = (_at(place.x, index) * weight).sum(2) + bias
-        above = torch.bucketize(current, spikes.thresholds, right=True)
-        up = spikes.thresholds[above] + _ACROSS
-        down = spikes.thresholds[above - 1] - _ACROSS
+        next_above = torch.bucketize(current, spikes.thresholds, right=True)
+        up = spikes.thresholds[next_above] + _ACROSS
+        down = spikes.thresholds[next_above - 1] - _ACROSS
         if believed:
             slope = (_at(place.slope, index) * weight).sum(2) / weight.square().sum(2)
             goal = torch.where(slope < 0, up, down)
-            cost = (goal - current).abs() / (slope.abs() + 1e-9)
+            distance = (goal - current).abs()
+            cost = distance / (slope.abs() + 1e-9)
         else:
             goal = torch.where(side < 0.5, up, down)
-            cost = (goal - current).abs()
-        way = goal - current
-        goal = torch.where(way.isinf(), current, goal)
-        one = cost.argmin(1, keepdim=True)
-        row = one.unsqueeze(2).expand(-1, 1, index.shape[2])
+            distance = (goal - current).abs()
+            cost = distance
+        goal = torch.where(distance.isinf(), current, goal)
+        cheapest = cost.argmin(1, keepdim=True)
+        row = cheapest.unsqueeze(2).expand(-1, 1, index.shape[2])
         return _carried(
             place,
-            index.gather(1, row).squeeze(1),
-            weight.gather(1, row).squeeze(1),
-            (goal - bias).gather(1, one),
+            index=index.gather(1, row).squeeze(1),
+            weight=weight.gather(1, row).squeeze(1),
+            goal=(goal - bias).gather(1, cheapest),
         )
 
     def _square(self, side: Tensor, corner: Tensor) -> Tensor:

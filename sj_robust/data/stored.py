@@ -46,9 +46,8 @@ class StoredImages(Dataset[tuple[Tensor, ...]]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, ...]]:
         """The images of a batch, converted all at once; torch's loader asks for them so."""
-        return list(
-            zip(self.pixels[indices].float().div_(self.white), self.labels[indices], strict=True)
-        )
+        images = self.pixels[indices].float().div_(self.white)
+        return list(zip(images, self.labels[indices], strict=True))
 
 
 class StoredFrames(Dataset[tuple[Tensor, ...]]):
@@ -84,12 +83,15 @@ class StoredFrames(Dataset[tuple[Tensor, ...]]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, ...]]:
         """The samples of a batch; torch's loader asks for them so."""
-        return list(zip(self._frames(self.bits[indices]), self.labels[indices], strict=True))
+        frames = self._frames(self.bits[indices])
+        return list(zip(frames, self.labels[indices], strict=True))
 
     def _frames(self, bits: Tensor) -> Tensor:
         """Frames of one sample or of several."""
-        values = np.unpackbits(bits.numpy(), axis=-1, count=math.prod(self.shape))
-        return torch.from_numpy(values).view(*bits.shape[:-1], *self.shape).float()
+        per_sample = math.prod(self.shape)
+        values = np.unpackbits(bits.numpy(), axis=-1, count=per_sample)
+        frames = torch.from_numpy(values).view(*bits.shape[:-1], *self.shape)
+        return frames.float()
 
 
 class FileImages(Dataset[tuple[Tensor, ...]]):
@@ -142,5 +144,6 @@ def shuffled(images: Images) -> Subset[tuple[Tensor, ...]]:
     """The same images in an order that never changes and does not follow their classes.
     固定乱序。
     """
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(20240521))
+    generator = torch.Generator().manual_seed(20240521)
+    order = torch.randperm(len(images), generator=generator)
     return Subset(images, order.tolist())

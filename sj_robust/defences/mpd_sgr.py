@@ -1,7 +1,6 @@
 """MPD-SGR: fewer potentials where the surrogate has a gradient."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,13 +35,8 @@ class SurrogateOverlap(PotentialPenalty):
         weight: Weight in the objective, the paper's eta.
         half_width: Half width of the surrogate in potential, the paper's gamma; 1 for the triangle
             of alpha 1.
-        layers: ``"all"``, or names of spiking layers.
-        rising: Whether the weight rises from 0 over the training.
-
-    Raises:
-        ValueError: If a number is out of range, a layer is unknown, or the dynamics of one are not
-            known.
-        RuntimeError: If no chosen layer ran in a pass.
+        **options: ``layers`` and ``rising``, see
+            :class:`~sj_robust.defences.penalty.PotentialPenalty`; so are the errors.
 
     Source: Jiang et al., "MPD-SGR: Robust Spiking Neural Networks with Membrane Potential
         Distribution-Driven Surrogate Gradient Regularization" (AAAI 2026, arXiv 2511.12199).
@@ -55,16 +49,9 @@ class SurrogateOverlap(PotentialPenalty):
 
     name = "mpd_sgr"
 
-    def __init__(
-        self,
-        weight: float,
-        *,
-        half_width: float = 1.0,
-        layers: Literal["all"] | Sequence[str] = "all",
-        rising: bool = False,
-    ) -> None:
+    def __init__(self, weight: float, *, half_width: float = 1.0, **options: Any) -> None:
         """Keep the options; see the class."""
-        super().__init__(weight, layers=layers, rising=rising)
+        super().__init__(weight, **options)
         self.half_width = check_weight("half_width", half_width, positive=True)
 
     def cost(self, z: Tensor, node: Any) -> Tensor:

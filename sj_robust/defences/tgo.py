@@ -1,7 +1,6 @@
 """TGO: potentials kept away from the threshold, and neurons that fire with noise."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,13 +140,8 @@ class ThresholdGuarding(PotentialPenalty):
         weight: Weight in the objective.
         margin: Distance from the threshold within which a potential is penalised, in units of the
             potential, > 0.
-        layers: ``"all"``, or names of spiking layers.
-        rising: Whether the weight rises from 0 over the training, as in the paper.
-
-    Raises:
-        ValueError: If a number is out of range, a layer is unknown, or the dynamics of one are not
-            known.
-        RuntimeError: If no chosen layer ran in a pass.
+        **options: ``layers`` and ``rising``, see
+            :class:`~sj_robust.defences.penalty.PotentialPenalty`; so are the errors.
 
     Source: threshold-guarding constraint of Wang et al., "Robust Spiking Neural Networks Against
         Adversarial Attacks" (ICLR 2026).
@@ -159,16 +153,9 @@ class ThresholdGuarding(PotentialPenalty):
 
     name = "threshold_guarding"
 
-    def __init__(
-        self,
-        weight: float,
-        *,
-        margin: float = 0.5,
-        layers: Literal["all"] | Sequence[str] = "all",
-        rising: bool = False,
-    ) -> None:
+    def __init__(self, weight: float, *, margin: float = 0.5, **options: Any) -> None:
         """Keep the options; see the class."""
-        super().__init__(weight, layers=layers, rising=rising)
+        super().__init__(weight, **options)
         self.margin = check_weight("margin", margin, positive=True)
 
     def cost(self, z: Tensor, node: Any) -> Tensor:

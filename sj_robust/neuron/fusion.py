@@ -70,29 +70,42 @@ def fuse(net: nn.Module) -> FusionReport:
         'BatchNorm2d'
     """
     report = FusionReport()
-    for parent_name, parent in list(net.named_modules()):
+    for path, parent in list(net.named_modules()):
         if isinstance(parent, Stage):
             continue
         children = _children(parent)
-        counts = _counts(list(children.values())) if type(parent) is nn.Sequential else []
         for name, module in children.items():
             if any("BatchNorm" in cls.__name__ for cls in type(module).__mro__):
-                report.skipped[_joined(parent_name, name)] = _reason(name, children, parent)
-        names = list(children)
-        position = 0
-        for count in counts:
-            members = names[position : position + count]
-            position += count
-            if count == 1:
-                continue
-            setattr(parent, members[0], _stage([children[name] for name in members]))
-            for name in members[1:]:
-                setattr(parent, name, InStage())
-            old_names = [_joined(parent_name, name) for name in members]
-            report.stages[old_names[0]] = tuple(old_names)
-            report.skipped.pop(old_names[0], None)
-    report.renamed.update({old: new for new, old in plain_names(net).items() if old != new})
+                report.skipped[_joined(path, name)] = _reason(name, children, parent)
+        if type(parent) is not nn.Sequential:
+            continue
+        for members in _members_of_stages(children):
+            _put_stage(parent, {name: children[name] for name in members})
+            paths = tuple(_joined(path, name) for name in members)
+            report.stages[paths[0]] = paths
+            report.skipped.pop(paths[0], None)
+    for new, old in plain_names(net).items():
+        if old != new:
+            report.renamed[old] = new
     return report
+
+
+def _members_of_stages(children: dict[str, nn.Module]) -> Iterator[list[str]]:
+    """Names of the neighbours that each new stage is made of."""
+    names = list(children)
+    position = 0
+    for count in _counts(list(children.values())):
+        if count > 1:
+            yield names[position : position + count]
+        position += count
+
+
+def _put_stage(parent: nn.Sequential, members: dict[str, nn.Module]) -> None:
+    """Put a stage in the place of its first member, and modules that do nothing in the others."""
+    first, *others = members
+    setattr(parent, first, _stage(list(members.values())))
+    for name in others:
+        setattr(parent, name, InStage())
 
 
 def unfuse(net: nn.Module) -> None:
@@ -160,12 +173,13 @@ def _without_stages(
     is_sequential = type(parent) is nn.Sequential
     is_numbered = is_sequential and list(children) == _numbers(0, len(children))
     names = list(children)
-    position = 0
+    position = 0  # of the next module in the parent without stages
     for index, (name, child) in enumerate(children.items()):
         if isinstance(child, InStage):
             continue
         if not isinstance(child, Stage):
-            yield str(position) if is_numbered else name, name, child
+            plain_name = str(position) if is_numbered else name
+            yield plain_name, name, child
             position += 1
             continue
         parts = list(child.parts())
@@ -183,6 +197,7 @@ def _without_stages(
 
 
 def _numbers(first: int, count: int) -> list[str]:
+    """Names that ``nn.Sequential`` gives to modules at these places."""
     return [str(first + index) for index in range(count)]
 
 
@@ -193,7 +208,8 @@ def _children(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path and name else path or name
+    """The path of a child; either may be empty."""
+    return ".".join(filter(None, (path, name)))
 
 
 def _counts(modules: Sequence[nn.Module]) -> list[int]:
@@ -202,20 +218,22 @@ def _counts(modules: Sequence[nn.Module]) -> list[int]:
     position = 0
     while position < len(modules):
         has_norm = type(modules[position]) in NORM_DIMENSIONS
-        rest = modules[position + has_norm : position + has_norm + 2]
+        node_at = position + has_norm
         count = 1
-        if rest and type(rest[0]) is DLIFNode:
-            pools = len(rest) > 1 and pools_2x2(rest[1])
-            count = has_norm + 1 + pools
+        if node_at < len(modules) and type(modules[node_at]) is DLIFNode:
+            has_pool = node_at + 1 < len(modules) and pools_2x2(modules[node_at + 1])
+            count = has_norm + 1 + has_pool
         counts.append(count)
         position += count
     return counts
 
 
 def _stage(modules: list[nn.Module]) -> Stage:
+    """The stage of a DLIFNode, the batch norm before it and the pooling behind it, if any."""
     norm = modules.pop(0) if type(modules[0]) in NORM_DIMENSIONS else None
-    node, *pool = modules
-    stage = Stage(node, norm=norm, pool=pool[0] if pool else None)
+    node = modules.pop(0)
+    pool = modules.pop(0) if modules else None
+    stage = Stage(node, norm=norm, pool=pool)
     stage.training = node.training
     return stage
 

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from sj_robust.core.preserved import other_forward
 from sj_robust.neuron.charging import Neuron
+from sj_robust.proofs.bound_tensor import Bounds, Function, Origin
 from sj_robust.proofs.opened import counts, on_bounds, spiking_surrogates
+from sj_robust.proofs.origins import leaves_of, rows_of
 from sj_robust.proofs.rounding import SLACK, NoBoundsError
-from sj_robust.proofs.rules import Bounds, Function, Origin, leaves_of, reshaped, rows_of
+from sj_robust.proofs.rule_arguments import reshaped
 from sj_robust.proofs.spiking import (
     Float32Counting,
     Float32Spiking,

@@ -14,9 +14,10 @@ from sj_robust.ops.trains.operator import bounded_steps
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.changes import Changes, changed_sums, share_frames
 from sj_robust.proofs.opened import counts
+from sj_robust.proofs.origins import leaves_of, replayed
 from sj_robust.proofs.relaxation import Maps, Stage, Step, Trace
 from sj_robust.proofs.rounding import SLACK
-from sj_robust.proofs.rules import Bounds, Function, leaves_of, replayed
+from sj_robust.proofs.rules import Bounds, Function
 from sj_robust.proofs.spiking import Float32Spiking, Interval, Spiking
 from sj_robust.proofs.trains import Trains, possible_trains
 from sj_robust.proofs.windows import (

@@ -114,54 +114,77 @@ def _row_norms(model: SpikingClassifier, image: Tensor, batch_size: int) -> dict
     For event frames the map is from the frame of the step.
     """
     neurons, others, _ = find_neurons(model.net, {}, {})
-    frames = isinstance(model, SpikingEventClassifier)
-    at_zero, logits = _currents(model, torch.zeros_like(image), [*neurons, *others])
-    generator = torch.Generator().manual_seed(0)
-    probes = torch.rand((2, *image.shape[1:]), generator=generator, dtype=torch.float64).to(image)
-    if frames:  # the same frame in every step, so that its steps can be compared
-        probes = probes[:, :1].expand_as(probes).contiguous()
-    found, moved = _currents(
-        model, torch.cat((probes, probes[:1] + 2 * probes[1:])), [*neurons, *others]
-    )
+    names = [*neurons, *others]
+    at_zero, logits = _currents(model, torch.zeros_like(image), names)
+    found, moved = _currents(model, _probes(model, image), names)
     if not _close(moved, logits):
         raise NotImplementedError(
             "the input reaches the logits past all spiking layers, so no radius keeps them"
         )
-    reached = {}
-    for name, current in found.items():
-        change = current - at_zero[name]
-        if not bool(change.any()):
-            continue
-        if name in neurons and (method := overridden(neurons[name])):
-            others[name] = f"its {method} was replaced"
-        if name in others or not neurons[name].binary:
+    sums_of_squares = {}
+    for name, currents in found.items():
+        change = currents - at_zero[name]
+        if bool(change.any()):
+            _check_followed(name, neurons, others)
+            _check_affine(name, change)
+            sums_of_squares[name] = torch.zeros_like(at_zero[name][0, 0])
+    for basis in _bases(model, image, batch_size):
+        columns, _ = _currents(model, basis, list(sums_of_squares), whole=False)
+        for name, squares in sums_of_squares.items():
+            squares += (columns[name][0] - at_zero[name][0]).square().sum(0)
+    return {name: squares.sqrt() for name, squares in sums_of_squares.items()}
+
+
+def _probes(model: SpikingClassifier, image: Tensor) -> Tensor:
+    """Two random images a and b, and ``a + 2 b``, by which an affine map is recognised."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, *image.shape[1:])
+    pair = torch.rand(shape, generator=generator, dtype=torch.float64).to(image)
+    if isinstance(model, SpikingEventClassifier):
+        # the same frame in every step, so that its steps can be compared
+        pair = pair[:, :1].expand_as(pair).contiguous()
+    both = pair[:1] + 2 * pair[1:]
+    return torch.cat((pair, both))
+
+
+def _check_followed(name: str, neurons: dict[str, Neuron], others: dict[str, str]) -> None:
+    """Raise NotImplementedError for a layer whose spikes do not follow from its potential."""
+    reason = others.get(name)
+    if reason is None:
+        method = overridden(neurons[name])
+        if method is not None:
+            reason = f"its {method} was replaced"
+        elif not neurons[name].binary:
             reason = "its surrogate does not spike, or not by the potential alone"
-            reason = others.get(name, reason)
-            raise NotImplementedError(
-                f"{name}, which the input drives, cannot be followed: {reason}"
-            )
-        if not (
-            _close(change[:, 2], change[:, 0] + 2 * change[:, 1]) and _close(change, change[:1])
-        ):
-            raise NotImplementedError(
-                f"what leads from the input to {name} is not one affine map for every time step"
-            )
-        reached[name] = torch.zeros_like(at_zero[name][0, 0])
+    if reason is not None:
+        raise NotImplementedError(f"{name}, which the input drives, cannot be followed: {reason}")
+
+
+def _check_affine(name: str, change: Tensor) -> None:
+    """Raise NotImplementedError if the currents [T, 3, *] of the probes, less those of a black
+    image, are not those of one affine map in every step.
+    """
+    a, b, both = change.unbind(1)
+    is_linear = _close(both, a + 2 * b)
+    if not (is_linear and _close(change, change[:1])):
+        raise NotImplementedError(
+            f"what leads from the input to {name} is not one affine map for every time step"
+        )
+
+
+def _bases(model: SpikingClassifier, image: Tensor, batch_size: int) -> Iterator[Tensor]:
+    """Batches of images with a single one in them; for event frames it is in every step."""
+    frames = isinstance(model, SpikingEventClassifier)
     elements = image[0, :1].numel() if frames else image.numel()
     for start in range(0, elements, batch_size):
         numbers = torch.arange(start, min(start + batch_size, elements), device=image.device)
-        basis = torch.zeros((len(numbers), elements), dtype=image.dtype, device=image.device)
-        basis[range(len(numbers)), numbers] = 1.0
+        count = len(numbers)
+        basis = torch.zeros((count, elements), dtype=image.dtype, device=image.device)
+        basis[range(count), numbers] = 1.0
         if frames:
-            basis = basis.view(len(numbers), 1, *image.shape[2:]).expand(
-                len(numbers), *image.shape[1:]
-            )
-        currents, _ = _currents(
-            model, basis.reshape(len(numbers), *image.shape[1:]), list(reached), whole=False
-        )
-        for name, squares in reached.items():
-            squares += (currents[name][0] - at_zero[name][0]).square().sum(0)
-    return {name: squares.sqrt() for name, squares in reached.items()}
+            one_step = basis.view(count, 1, *image.shape[2:])
+            basis = one_step.expand(count, *image.shape[1:])
+        yield basis.reshape(count, *image.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -209,8 +232,10 @@ class _Layer:
 
     def rounded_radius(self, widest: Tensor, rounding: _Rounding) -> Tensor:
         """Radius [N] in float32; ``widest`` [N] is that of the ball in which rounding is known."""
-        module, decay = self.neuron.module, self.neuron.charging().decay_value
-        rest, threshold = float(module.v_reset or 0.0), float(module.v_threshold)
+        module = self.neuron.module
+        decay = self.neuron.charging().decay_value
+        rest = float(module.v_reset or 0.0)
+        threshold = float(module.v_threshold)
         far = widest.view(-1, *[1] * (self.steps[0].h.ndim - 1))
         off = torch.zeros_like(self.steps[0].h)  # how far float32's potential is from the exact one
         moved = off  # how far either is from the one without a perturbation
@@ -267,8 +292,13 @@ def _steps(
     for t, (x, spike) in enumerate(zip(x_seq, spike_seq, strict=True)):
         gain = float(torch.as_tensor(charging.gain_at(t, input_gain=True)))
         h = charge(v, x, decay=decay, gain=gain, v_reset=module.v_reset)
-        reach = decay**2 * reach + gain**2 if apart else decay * reach + gain
-        yield _Step(gain, v, h, (reach.sqrt() if apart else reach.abs()) * norms)
+        if apart:
+            reach = decay**2 * reach + gain**2
+            slope = reach.sqrt() * norms
+        else:
+            reach = decay * reach + gain
+            slope = reach.abs() * norms
+        yield _Step(gain, v, h, slope)
         v = reset(h, spike, v_threshold=module.v_threshold, v_reset=module.v_reset)
         if module.v_reset is not None:
             reach = (1.0 - spike) * reach
@@ -309,10 +339,11 @@ def _rounding(
     if names:
         with suppress(_FoundError):
             bounded_logits(model, run, images, radius.view(-1, *[1] * (images.ndim - 1)))
-    return {
-        name: _Rounding(*(torch.stack(parts) for parts in zip(*steps, strict=True)))
-        for name, steps in run.currents.items()
-    }
+    found = {}
+    for name, steps in run.currents.items():
+        errors, sizes = zip(*steps, strict=True)
+        found[name] = _Rounding(error=torch.stack(errors), size=torch.stack(sizes))
+    return found
 
 
 class _FoundError(Exception):
@@ -341,9 +372,8 @@ def _currents(
     with ExitStack() as stack:
         for name in names:
             module: Any = model.net.get_submodule(name)
-            stack.enter_context(
-                other_forward(module, silent(name, getattr(module, "step_mode", "m") == "m"))
-            )
+            multi_step = getattr(module, "step_mode", "m") == "m"
+            stack.enter_context(other_forward(module, silent(name, multi_step)))
         logits = torch.empty(0)
         with suppress(_FoundError):
             logits = model(images)
@@ -351,4 +381,7 @@ def _currents(
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    return bool(((a - b).abs() <= 1e-9 * (1 + b.abs().max())).all())
+    """Whether two tensors of a float64 run are the same up to rounding."""
+    allowed = 1e-9 * (1 + b.abs().max())
+    distance = (a - b).abs()
+    return bool((distance <= allowed).all())

@@ -95,14 +95,17 @@ def product(a: Interval, b: Interval, *, rounded: bool) -> Interval:
         >>> float(found.low), float(found.high)
         (-6.0, 3.0)
     """
+    lowest = a.low * b.low
+    highest = a.high * b.high
     if _not_negative(a) and _not_negative(b):
-        found = Interval(a.low * b.low, a.high * b.high)
+        found = Interval(lowest, highest)
     else:
-        corners = torch.stack([a.low * b.low, a.low * b.high, a.high * b.low, a.high * b.high])
+        corners = torch.stack([lowest, a.low * b.high, a.high * b.low, highest])
         found = Interval(corners.amin(0), corners.amax(0))
     if not rounded:
         return found
-    return found.widened(within_float32(gamma(2) * found.size() + SMALLEST))
+    error = gamma(2) * found.size() + SMALLEST
+    return found.widened(within_float32(error))
 
 
 def matmul(a: Interval, b: Interval, *, rounded: bool) -> Interval:
@@ -116,24 +119,32 @@ def matmul(a: Interval, b: Interval, *, rounded: bool) -> Interval:
     if _not_negative(a) and _not_negative(b):
         found = Interval(a.low @ b.low, a.high @ b.high)
     else:
-        centre_a, radius_a = (a.high + a.low) / 2, (a.high - a.low) / 2
-        centre_b, radius_b = (b.high + b.low) / 2, (b.high - b.low) / 2
-        spread = (centre_a.abs() + radius_a) @ radius_b + radius_a @ centre_b.abs()
+        centre_a = (a.high + a.low) / 2
+        centre_b = (b.high + b.low) / 2
+        radius_a = (a.high - a.low) / 2
+        radius_b = (b.high - b.low) / 2
+        largest_a = centre_a.abs() + radius_a
+        spread = largest_a @ radius_b + radius_a @ centre_b.abs()
         centre = centre_a @ centre_b
         found = Interval(centre - spread, centre + spread)
     if not rounded:
         return found
     terms = a.low.shape[-1] + 2
     size = a.size() @ b.size()
-    return found.widened(within_float32(gamma(terms) * size + terms * SMALLEST))
+    error = gamma(terms) * size + terms * SMALLEST
+    return found.widened(within_float32(error))
 
 
 def chosen(where: Interval, a: Interval, b: Interval) -> Interval:
     """Of ``a`` where the first value is 1, and of ``b`` where it is 0."""
-    both = Interval(torch.minimum(a.low, b.low), torch.maximum(a.high, b.high))
-    sure, never = where.low > 0.5, where.high < 0.5
-    low = torch.where(sure, a.low, torch.where(never, b.low, both.low))
-    high = torch.where(sure, a.high, torch.where(never, b.high, both.high))
+    lower = torch.minimum(a.low, b.low)
+    higher = torch.maximum(a.high, b.high)
+    sure = where.low > 0.5
+    never = where.high < 0.5
+    low_unless_sure = torch.where(never, b.low, lower)
+    high_unless_sure = torch.where(never, b.high, higher)
+    low = torch.where(sure, a.low, low_unless_sure)
+    high = torch.where(sure, a.high, high_unless_sure)
     return Interval(low, high)
 
 
@@ -150,23 +161,28 @@ def softmax(x: Interval, dim: int, *, rounded: bool) -> Interval:
         >>> [round(value, 3) for value in (*found.low.tolist(), *found.high.tolist())]
         [0.269, 0.5, 0.5, 0.731]
     """
-    powers = x.each(lambda end: (end - x.high.amax(dim, keepdim=True)).exp())
-    low = powers.low / (powers.low + _sum_of_others(powers.high, dim))
-    high = powers.high / (powers.high + _sum_of_others(powers.low, dim))
+    largest = x.high.amax(dim, keepdim=True)
+    powers = x.each(lambda end: (end - largest).exp())
+    others = powers.each(lambda end: _sum_of_others(end, dim))
+    low = powers.low / (powers.low + others.high)
+    high = powers.high / (powers.high + others.low)
     found = Interval(low.nan_to_num(0.0), high.nan_to_num(1.0))
     if not rounded:
         return found
     terms = x.low.shape[dim] + 128  # differences up to 104 are rounded in the exponent
-    return found.widened(gamma(terms) * found.size() + terms * SMALLEST)
+    error = gamma(terms) * found.size() + terms * SMALLEST
+    return found.widened(error)
 
 
 def _sum_of_others(x: Tensor, dim: int) -> Tensor:
     """For each value the sum of the others, without a difference that would round."""
     before = x.cumsum(dim).roll(1, dim)
     after = x.flip(dim).cumsum(dim).roll(1, dim).flip(dim)
-    first = torch.arange(x.shape[dim], device=x.device) == 0
-    first = first.view(-1, *[1] * (-1 - dim if dim < 0 else x.ndim - 1 - dim))
-    return before.masked_fill(first, 0.0) + after.masked_fill(first.flip(0), 0.0)
+    behind = -1 - dim if dim < 0 else x.ndim - 1 - dim  # dimensions
+    number = torch.arange(x.shape[dim], device=x.device).view(-1, *[1] * behind)
+    is_first = number == 0
+    is_last = is_first.flip(0)
+    return before.masked_fill(is_first, 0.0) + after.masked_fill(is_last, 0.0)
 
 
 def normalised(
@@ -187,33 +203,38 @@ def normalised(
         rounded: Whether to add what float32 rounds.
     """
     n = x.low.shape[-1]
-    lowest = torch.minimum(torch.maximum(torch.zeros_like(x.low), deviation.low), deviation.high)
-    squares = Interval(lowest.square(), deviation.size().square())
+    nearest_to_zero = torch.zeros_like(x.low).clamp(deviation.low, deviation.high)
+    squares = Interval(nearest_to_zero.square(), deviation.size().square())
     others = squares.each(lambda end: _sum_of_others(end, -1))
     spread = torch.zeros_like(others.low)
     if rounded:  # of the variance, also as a difference of mean squares
-        spread = 4.0 * gamma(2 * n + _TERMS) * x.size().square().sum(-1, keepdim=True)
-    fewest, most = (others.low - spread).clamp(min=0.0), others.high + spread
+        sum_of_squares = x.size().square().sum(-1, keepdim=True)
+        spread = 4.0 * gamma(2 * n + _TERMS) * sum_of_squares
+    fewest = (others.low - spread).clamp(min=0.0)
+    most = others.high + spread
 
     def value(d: Tensor, towards_zero: Tensor) -> Tensor:
         rest = torch.where(towards_zero, most, fewest)
         variance = ((d.square() + rest) / n + eps).clamp(min=eps)
         return d / variance.sqrt()
 
-    ends = Interval(
-        value(deviation.low, deviation.low > 0), value(deviation.high, deviation.high < 0)
-    )
+    low = value(deviation.low, deviation.low > 0)
+    high = value(deviation.high, deviation.high < 0)
     exact = Interval(factor, factor)
-    found = product(ends, exact, rounded=False).each(lambda end: end + shift)
+    scaled = product(Interval(low, high), exact, rounded=False)
+    found = scaled.each(lambda end: end + shift)
     if not rounded:
         return found
     largest = x.size() + x.size().mean(-1, keepdim=True)
-    inverse = ((fewest / n).clamp(min=0.0) + eps).rsqrt()
-    size = largest * inverse * factor.abs() + shift.abs()
-    return found.widened(within_float32(gamma(n + 2 * _TERMS) * size + SMALLEST))
+    smallest_variance = (fewest / n).clamp(min=0.0)
+    largest_inverse = (smallest_variance + eps).rsqrt()
+    size = largest * largest_inverse * factor.abs() + shift.abs()
+    error = gamma(n + 2 * _TERMS) * size + SMALLEST
+    return found.widened(within_float32(error))
 
 
 def _not_negative(x: Interval) -> bool:
+    """Whether no value can be below 0."""
     return bool((x.low >= 0).all())
 
 

@@ -43,7 +43,8 @@ from sj_robust.proofs.joint import JointRun, OverTime
 from sj_robust.proofs.opened import as_lif, has_steps, no_bounds, stepped
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.rounding import NoBoundsError
-from sj_robust.proofs.rules import Bounds, parameters_kept_in_float64
+from sj_robust.proofs.rule_arguments import parameters_kept_in_float64
+from sj_robust.proofs.rules import Bounds
 from sj_robust.proofs.soundness import (
     UnprovableError,
     UnsoundBoundsError,

@@ -93,9 +93,8 @@ def share_buffers(net: nn.Module) -> None:
         return
     flat = torch.cat([buffer.flatten() for buffer in buffers])
     dist.broadcast(flat, 0)
-    for buffer, values in zip(
-        buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True
-    ):
+    sizes = [buffer.numel() for buffer in buffers]
+    for buffer, values in zip(buffers, torch.split(flat, sizes), strict=True):
         buffer.copy_(values.view_as(buffer))
 
 
@@ -141,16 +140,19 @@ class _Synchronised(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)  # type: ignore[no-untyped-call]  # untyped in torch
         dims = [0, *range(2, input.ndim)]
         wide = input if input.dtype == torch.float64 else input.float()
-        mean, var, count = self._pooled(
-            *torch.var_mean(wide, dims, correction=0), input.numel() // input.shape[1]
-        )
+        own_var, own_mean = torch.var_mean(wide, dims, correction=0)
+        own_count = input.numel() // input.shape[1]
+        mean, var, count = self._pooled(own_var, own_mean, own_count)
         self._track(mean.detach(), var.detach(), count.detach())
         scale = (var + self.eps).rsqrt()
         if self.affine:
             scale = scale * self.weight
-        shift = self.bias - mean * scale if self.affine else -mean * scale
+            shift = self.bias - mean * scale
+        else:
+            shift = -mean * scale
         shape = (-1, *[1] * (input.ndim - 2))
-        return (wide * scale.view(shape) + shift.view(shape)).to(input.dtype)
+        normalised = wide * scale.view(shape) + shift.view(shape)
+        return normalised.to(input.dtype)
 
     def _pooled(self, var: Tensor, mean: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and number of the values of all processes, from those of this one."""
@@ -158,10 +160,13 @@ class _Synchronised(nn.modules.batchnorm._BatchNorm):
         own = torch.zeros(_processes(), 1, dtype=row.dtype, device=row.device)
         own[dist.get_rank()] = 1
         rows: Tensor = _Sum.apply(own * row)  # type: ignore[no-untyped-call]  # untyped in torch
-        means, variances, counts = rows[:, : len(mean)], rows[:, len(mean) : -1], rows[:, -1:]
+        channels = len(mean)
+        means, variances, counts = torch.split(rows, [channels, channels, 1], dim=1)
         total = counts.sum()
-        pooled = (counts * means).sum(0) / total
-        return pooled, (counts * (variances + (means - pooled).square())).sum(0) / total, total
+        pooled_mean = (counts * means).sum(0) / total
+        about_pooled_mean = variances + (means - pooled_mean).square()
+        pooled_var = (counts * about_pooled_mean).sum(0) / total
+        return pooled_mean, pooled_var, total
 
     def _track(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
         """Move the running statistics as torch's batch norm does."""
@@ -169,9 +174,12 @@ class _Synchronised(nn.modules.batchnorm._BatchNorm):
             return
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 1.0 / float(self.num_batches_tracked)
+        unbiased = var * (count / (count - 1))
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
 
 
 class _Sum(torch.autograd.Function):

@@ -63,8 +63,11 @@ class GradientSparsity(Penalty):
         f = _pair_probability(logits, passes.y, wrong)
         (grad,) = torch.autograd.grad(f.sum(), images, retain_graph=True)
         moved = images.detach() + self.h * grad.sign()
-        slope = (_pair_probability(passes.classifier(moved), passes.y, wrong) - f) / self.h
-        return slope.square().mean() if self.squared else slope.abs().mean()
+        f_moved = _pair_probability(passes.classifier(moved), passes.y, wrong)
+        slope = (f_moved - f) / self.h
+        if self.squared:
+            return slope.square().mean()
+        return slope.abs().mean()
 
 
 class WeightMagnitude(Penalty):
@@ -128,10 +131,13 @@ class StabilityGain(Penalty):
 
     def value(self, passes: ForwardPasses) -> Tensor:
         """Sum over layers; see the class."""
-        return gain_penalty(passes.classifier.net, normalized=self.normalized).to(passes.first[1])
+        _, logits = passes.first
+        penalty = gain_penalty(passes.classifier.net, normalized=self.normalized)
+        return penalty.to(logits)
 
 
 def _pair_probability(logits: Tensor, y: Tensor, wrong: Tensor) -> Tensor:
     """Probability of the class y [N] against one other class per sample."""
-    chosen = logits.gather(1, torch.stack((y, wrong), 1))
-    return (chosen[:, 0] - chosen[:, 1]).sigmoid()
+    both = torch.stack((y, wrong), 1)
+    right_logit, wrong_logit = logits.gather(1, both).unbind(1)
+    return (right_logit - wrong_logit).sigmoid()

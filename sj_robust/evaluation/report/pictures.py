@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
@@ -70,14 +70,25 @@ class Gallery(Shown):
         """Markdown: the verdict, then a row per image."""
         distance = self.threat.distance(self.x, self.x_adv).tolist()
         rows = []
-        for number, values in enumerate(
-            zip(self.labels, self.predicted, self.predicted_adv, strict=True)
-        ):
-            parting = self.traces.parting(number) if self.traces else None
-            where = "nowhere" if parting is None else f"{parting[0]}, step {parting[1]}"
-            rows.append([where, *(str(int(value)) for value in values), f"{distance[number]:.4g}"])
+        for number, label in enumerate(self.labels.tolist()):
+            row = [
+                self._parting(number),
+                str(label),
+                str(int(self.predicted[number])),
+                str(int(self.predicted_adv[number])),
+                f"{distance[number]:.4g}",
+            ]
+            rows.append(row)
         heads = ["spikes diverge in", "class", "prediction", "under attack", "distance"]
         return f"{self.verdict}.\n\n{markdown_table(heads, rows)}"
+
+    def _parting(self, number: int) -> str:
+        """Where the spikes of an image diverge."""
+        parting = self.traces.parting(number) if self.traces else None
+        if parting is None:
+            return "nowhere"
+        layer, step = parting
+        return f"{layer}, step {step}"
 
     @print_style()
     def plot(
@@ -118,11 +129,10 @@ class Gallery(Shown):
     def figures(self) -> dict[str, "Figure"]:
         """All of them by the names of their files: gallery, spikes and membrane. 全部图。"""
         found = {"gallery": self.plot()}
-        return (
-            found | {"spikes": self.plot("spikes"), "membrane": self.plot("potential")}
-            if self.traces
-            else found
-        )
+        if self.traces:
+            found["spikes"] = self.plot("spikes")
+            found["membrane"] = self.plot("potential")
+        return found
 
     def _images(self) -> "Figure":
         """A column per image: clean, attacked, difference."""
@@ -139,12 +149,7 @@ class Gallery(Shown):
         for (name, images), axes_row in zip(rows.items(), panels, strict=True):
             axes_row[0].set_ylabel(name)
             for axes, image in zip(axes_row, images, strict=True):
-                axes.imshow(
-                    _drawable(image).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
-                )
-                axes.set_xticks([])
-                axes.set_yticks([])
-                axes.grid(visible=False)
+                _draw_image(axes, image)
         for axes, label, seen in zip(panels[0], self.labels, self.predicted, strict=True):
             axes.set_title(f"class {int(label)}, seen as {int(seen)}", fontsize=7)
         for axes, label, seen in zip(panels[1], self.labels, self.predicted_adv, strict=True):
@@ -279,10 +284,24 @@ def _traces(model: nn.Module, x: Tensor, x_adv: Tensor) -> Traces:
             return Traces()
 
 
+def _draw_image(axes: Any, image: Tensor) -> None:
+    """An image, or event frames, without ticks and grid."""
+    drawable = _drawable(image).numpy()
+    axes.imshow(drawable, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(visible=False)
+
+
 def _drawable(image: Tensor) -> Tensor:
     """[H, W] or [H, W, 3] in [0, 1]: events of all steps together, more than three channels as
     their mean.
     """
-    image = image.float().mean(0) if image.ndim == 4 else image.float()
-    image = image if len(image) in (1, 3) else image.mean(0, keepdim=True)
-    return image[0] if len(image) == 1 else image.permute(1, 2, 0)
+    image = image.float()
+    if image.ndim == 4:  # steps of event frames
+        image = image.mean(0)
+    if len(image) not in (1, 3):
+        image = image.mean(0, keepdim=True)
+    if len(image) == 1:
+        return image[0]
+    return image.permute(1, 2, 0)

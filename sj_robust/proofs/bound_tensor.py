@@ -1,0 +1,294 @@
+"""Bounds of a tensor of a network: a tensor that hands every torch function to its rule."""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sj_robust.proofs.changes import Changes
+from sj_robust.proofs.rounding import NoBoundsError
+from sj_robust.proofs.spiking import Interval
+
+__all__ = ["RULES", "Bounds", "Call", "Function", "Origin", "Pooling", "Rule", "Run"]
+
+Pooling = Callable[[Tensor], Tensor]
+"""A max pooling; or a ReLU, which is the maximum of a value and zero."""
+
+
+@dataclass(frozen=True)
+class Function:
+    """An operation that is no affine map, so that its result is a leaf.
+
+    Attributes:
+        name: What a message calls it.
+        pooling: What it does, if that is a max pooling or a ReLU of one value.
+        along: For each argument the dimension whose values meet.
+    """
+
+    name: str
+    pooling: Pooling | None = None
+    along: tuple[int, ...] = ()
+
+
+Rule = Callable[..., Any]
+"""Bounds of an operation: called with torch's function and its arguments, of which one or more are
+bounds.
+"""
+
+
+RULES: dict[str, Rule] = {}
+"""The rule of every operation of which bounds are known, by torch's name without underscores.
+
+:mod:`sj_robust.proofs.rules` fills it: a rule makes bounds, so it stands above them.
+"""
+
+_OPERATORS_IN_PLACE = ["iadd", "isub", "imul", "itruediv", "idiv"]
+_MAY_WRITE = ["add", "sub", "mul", "div", "truediv", "neg", *_OPERATORS_IN_PLACE]
+"""Operations that may write their result into their first argument."""
+
+
+class Run(Protocol):
+    """What the rules know of the run that bounds belong to."""
+
+    differentiable: bool
+    """Whether bounds keep their graph to the weights."""
+
+    rounded: bool
+    """Whether bounds have what float32 rounds."""
+
+    narrow: bool
+    """Whether bounds are computed in float32, and what that rounds is part of their radius."""
+
+    points: bool
+    """Whether leaves are single values, so that radii are zero and nobody asks for errors."""
+
+    dtype: torch.dtype
+    """Of the network."""
+
+    def begin(self, by: Function, arguments: "list[Bounds]", values: Interval) -> "Bounds":
+        """A leaf with these values, which an operation gives for arguments."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call of a rule, with origins in the place of bounds."""
+
+    rule: Rule
+    func: Any
+    args: Any
+    kwargs: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """Where bounds come from: a leaf of their run, or a call of a rule and the number of the result
+    if it has several.
+    """
+
+    leaf: int | None = None
+    call: Call | None = None
+    part: int | None = None
+    shape: torch.Size | None = None
+
+
+class Bounds(Tensor):
+    """Every value that a float32 tensor of a network can have while the input moves: ``centre -+
+    (radius + error)``.
+
+    In exact arithmetic a value is within ``centre -+ radius``; what float32 computes is at most
+    ``error`` away from that. All three are float64. ``centre`` is kept as a graph down to the
+    leaves (the input, the outputs of spiking layers and of max poolings), of which it is an affine
+    function. 张量所有可能取值的上下界。
+
+    In a run that is not ``rounded`` bounds are ``unrounded``: nothing asks for ``error``. If it is
+    ``narrow``, centre and radius are float32. In a ``differentiable`` one, which is for training,
+    they are in the precision of the input and keep their graph to the weights.
+
+    Equation, for ``y = A x + b`` with n terms summed in any order, ``u = 2**-24`` and ``gamma = n u
+    / (1 - n u)``::
+
+        centre' = A centre + b
+        radius' = |A| radius
+        error'  = |A| (error + gamma (|centre| + radius + error)) + gamma |b|
+
+    Convolution, linear, batch norm in evaluation mode, average pooling, sums and reshapes are such
+    maps. Products of bounds, ReLU and the other functions of
+    :mod:`sj_robust.proofs.nonlinear` give an interval, with which a leaf begins. Anything else
+    raises :class:`NoBoundsError`.
+
+    If at most some events of the input change, the input itself is ``centre``, and ``changes``
+    says how far one budget for all of them moves each value: a fall and a rise, where ``radius`` is
+    the larger of the two. It is known for the first convolution or linear map, and for what only
+    scales, shifts or moves elements; behind other operations it is None, and values are bounded as
+    if each had a budget of its own.
+
+    Args:
+        centre: Middle of the values.
+        radius: How far the exact value can be from it; broadcast.
+        error: How far float32 can be from the exact value; broadcast, None for values that are
+            exact.
+        run: The run whose leaves ``centre`` depends on.
+        changes: What changed events can do.
+
+    Source: interval arithmetic; rounding as in Higham, "Accuracy and Stability of Numerical
+        Algorithms" (2002), ch. 3.
+
+    Examples:
+        >>> x = Bounds(torch.tensor([[0.5]]).double(), torch.tensor([[0.25]]).double())
+        >>> y = 2 * x + 1
+        >>> float(y.centre), float(y.radius), 0 < float(y.error) < 1e-6
+        (2.0, 0.5, True)
+    """
+
+    centre: Tensor
+    radius: Tensor
+    error: Tensor
+    unrounded: bool
+    run: Run | None
+    changes: Changes | None
+    origin: Origin | None
+    """Which leaf they are, or how they follow from leaves; see :func:`replayed`."""
+
+    family: list[weakref.ref[Tensor]]
+    """This and the views that may share its memory: what is done in place to one of them changes
+    all.
+    """
+
+    @staticmethod
+    def __new__(
+        cls,
+        centre: Tensor,
+        radius: Tensor,
+        error: Tensor | None = None,
+        run: Run | None = None,
+        changes: Changes | None = None,
+    ) -> "Bounds":
+        """Wrap the parts; see the class."""
+        unrounded = run is not None and not run.rounded
+        dtype = torch.float32 if run is None else run.dtype
+        if run is not None and run.differentiable:
+            dtype = centre.dtype
+        self: Bounds = Tensor._make_wrapper_subclass(
+            cls, centre.shape, dtype=dtype, device=centre.device
+        )
+        self.centre, self.run, self.unrounded = centre, run, unrounded
+        self.origin = None
+        self.changes = changes
+        self.radius = radius.expand(centre.shape)
+        self.family = [weakref.ref(self)]
+        if unrounded:
+            self.error = radius.new_zeros(())
+        else:
+            self.error = (
+                torch.zeros_like(self.radius) if error is None else error.expand(centre.shape)
+            )
+        return self
+
+    @property
+    def lower(self) -> Tensor:
+        """Smallest value that float32 can give."""
+        return self.least if self.unrounded else self.least - self.error
+
+    @property
+    def upper(self) -> Tensor:
+        """Largest value that float32 can give."""
+        return self.most if self.unrounded else self.most + self.error
+
+    @property
+    def least(self) -> Tensor:
+        """Smallest value in exact arithmetic."""
+        fall = self.radius if self.changes is None else self.changes.lowered()
+        return self._middle - fall
+
+    @property
+    def most(self) -> Tensor:
+        """Largest value in exact arithmetic."""
+        rise = self.radius if self.changes is None else self.changes.raised()
+        return self._middle + rise
+
+    @property
+    def _middle(self) -> Tensor:
+        """The centre, without its graph where no gradient is asked for."""
+        return self.centre if self.unrounded else self.centre.detach()
+
+    def has_views(self) -> bool:
+        """Whether another tensor may share its memory."""
+        views = [reference() for reference in self.family]
+        return any(view is not None and view is not self for view in views)
+
+    def same(self) -> "Bounds":
+        """These bounds as they are now, whatever is done in place to them later."""
+        found = Bounds(self.centre, self.radius, self.error, self.run, self.changes)
+        found.origin = self.origin
+        return found
+
+    # torch lacks the type
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Shape alone: tensors of a network are large."""
+        return f"Bounds({tuple(self.shape)})"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Bounds of a function of bounds."""
+        kwargs = dict(kwargs or {})
+        named = [kwargs.pop(key) for key in ("input", "tensors", "other") if key in kwargs]
+        args = (*args, *named)
+        name = func.__name__.strip("_")
+        rule = RULES.get(name)
+        in_place = func.__name__ == f"{name}_" or name in _OPERATORS_IN_PLACE
+        if func.__name__ == "__float__":
+            raise NoBoundsError("float(x), a number that depends on the input")
+        if kwargs.get("out") is not None or (in_place and name not in _MAY_WRITE):
+            raise NoBoundsError(f"{func.__name__}, which writes into a tensor: write x = f(x)")
+        if rule is None:
+            raise NoBoundsError(f"the operation {name}")
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                call = Call(rule, func, _origins(args), kwargs)
+                found = rule(func, *args, **kwargs)
+                _note(found, call)
+                return _written(args[0], found, func.__name__) if in_place else found
+        except TypeError as error:  # a rule does not know an argument, or the call is wrong
+            raise NoBoundsError(f"the operation {name} as it is called here ({error})") from error
+
+    @classmethod
+    # torch declares its default, which is a function
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """What reaches torch's dispatcher came around the rules above."""
+        raise NoBoundsError(f"the operation {func}")
+
+
+def _written(x: Any, result: Bounds, name: str) -> Bounds:
+    """``x`` with the parts of a result, so that all who hold it see them."""
+    if not isinstance(x, Bounds) or x.shape != result.shape or x.has_views():
+        raise NoBoundsError(
+            f"{name} on a view, on what has one, or on a constant: write x = x + y instead of x "
+            "+= y"
+        )
+    x.centre, x.radius, x.error = result.centre, result.radius, result.error
+    x.origin, x.changes = result.origin, result.changes
+    return x
+
+
+def _origins(value: Any) -> Any:
+    """Arguments with origins in the place of bounds."""
+    if isinstance(value, Bounds):
+        return value.origin
+    if type(value) in (tuple, list):
+        return type(value)(map(_origins, value))
+    return value
+
+
+def _note(found: Any, call: Call) -> None:
+    """Say of new bounds which call they come from."""
+    if isinstance(found, Bounds):
+        found.origin = found.origin or Origin(call=call, shape=found.shape)
+    elif isinstance(found, tuple | list):
+        for part, one in enumerate(found):
+            if isinstance(one, Bounds):
+                one.origin = one.origin or Origin(call=call, part=part, shape=one.shape)

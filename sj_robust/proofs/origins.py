@@ -1,0 +1,136 @@
+"""What the origin of bounds tells: the leaves and samples behind them, and their values for other
+leaves.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sj_robust.proofs.bound_tensor import Bounds, Call, Origin
+from sj_robust.proofs.rules import moved
+
+__all__ = ["leaves_of", "replayed", "rows_of"]
+
+
+def replayed(origin: Origin, leaves: Mapping[int, Bounds]) -> Bounds:
+    """What the calls behind bounds give for other leaves of the same shapes. 以其他叶子重算上下界。
+
+    Args:
+        origin: Where the bounds come from.
+        leaves: Bounds by number of the leaf.
+
+    Examples:
+        >>> x = Bounds(torch.ones(2).double(), torch.zeros(2).double())
+        >>> x.origin = Origin(leaf=0)
+        >>> y = 3 * x + 1
+        >>> other = Bounds(torch.zeros(2).double(), torch.ones(2).double())
+        >>> again = replayed(y.origin, {0: other})
+        >>> again.centre.tolist(), again.radius.tolist()
+        ([1.0, 1.0], [3.0, 3.0])
+    """
+    made: dict[Call, Any] = {}
+
+    def value_of(value: Any) -> Any:
+        if type(value) in (tuple, list):
+            return type(value)(map(value_of, value))
+        if not isinstance(value, Origin):
+            return value
+        if value.leaf is not None:
+            return leaves[value.leaf]
+        call = value.call
+        assert call is not None
+        if call not in made:
+            made[call] = call.rule(call.func, *value_of(call.args), **call.kwargs)
+        return made[call] if value.part is None else made[call][value.part]
+
+    with torch._C.DisableTorchFunctionSubclass():
+        found: Bounds = value_of(origin)
+    return found
+
+
+def rows_of(origin: Origin | None, leaves: Callable[[int], Tensor]) -> Tensor:
+    """The number of the sample to which each element of bounds belongs. 每个元素所属的样本。
+
+    Args:
+        origin: Where the bounds come from.
+        leaves: The same for a leaf, by its number.
+
+    Examples:
+        >>> x = Bounds(torch.ones(2, 3).double(), torch.zeros(2, 3).double())
+        >>> x.origin = Origin(leaf=0)
+        >>> rows_of((3 * x.transpose(0, 1)).origin, lambda _: torch.tensor([[0] * 3, [1] * 3]))
+        tensor([[0, 1],
+                [0, 1],
+                [0, 1]])
+    """
+    made: dict[Call, Any] = {}
+
+    def rows(value: Any) -> Any:
+        if type(value) in (tuple, list):
+            return type(value)(map(rows, value))
+        if not isinstance(value, Origin):
+            return value
+        if value.leaf is not None:
+            return leaves(value.leaf)
+        call = value.call
+        assert call is not None
+        if call not in made:
+            made[call] = _rows_behind(call, rows(call.args))
+        found = made[call] if value.part is None else made[call][value.part]
+        return _spread(found, value.shape)
+
+    found: Tensor = rows(origin)
+    return found
+
+
+def _rows_behind(call: Call, args: Any) -> Any:
+    """Samples of the results of a call, for those of its arguments."""
+    name = call.func.__name__.strip("_")
+    if call.rule is moved:
+        func = torch.Tensor.reshape if name == "view" else call.func
+        return func(*args, **call.kwargs)
+    first = _first_rows(args, call.args)
+    if name in ("mean", "sum"):
+        dim = [*args[1:], call.kwargs.get("dim")][0]
+        keepdim = call.kwargs.get("keepdim", args[2] if len(args) > 2 else False)
+        dims = tuple(range(first.ndim)) if dim is None else dim
+        return first.amax(dims, keepdim)
+    return first
+
+
+def _first_rows(args: Any, origins: Any) -> Tensor:
+    """Of the first argument that is bounds and has most dimensions."""
+    some = [one for one, origin in zip(args, origins, strict=True) if isinstance(origin, Origin)]
+    found: Tensor = max(some, key=lambda one: one.ndim)
+    return found
+
+
+def _spread(rows: Tensor, shape: torch.Size | None) -> Tensor:
+    """Samples of the elements of a result, in which a dimension may have another size."""
+    assert shape is not None
+    if rows.ndim == len(shape):
+        for dim, size in enumerate(shape):
+            if rows.shape[dim] != size:
+                rows = rows.narrow(dim, 0, 1)
+    return rows.expand(shape)
+
+
+def leaves_of(origin: Origin | None) -> set[int]:
+    """Numbers of the leaves that bounds depend on."""
+    found: set[int] = set()
+    seen: set[int] = set()
+    waiting: list[Any] = [origin]
+    while waiting:
+        value = waiting.pop()
+        if type(value) in (tuple, list):
+            waiting += value
+        elif isinstance(value, Origin):
+            if value.leaf is not None:
+                found.add(value.leaf)
+            elif id(value.call) not in seen:
+                assert value.call is not None
+                seen.add(id(value.call))
+                waiting.append(value.call.args)
+    return found

@@ -1,0 +1,122 @@
+"""What every rule asks of its arguments: their run, constants in float64, a leaf for the result."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust.proofs.bound_tensor import Bounds, Function, Run
+from sj_robust.proofs.rounding import NoBoundsError
+from sj_robust.proofs.spiking import Interval
+
+__all__ = [
+    "as_bounds",
+    "centre_of_either",
+    "constant",
+    "dispatched",
+    "interval",
+    "is_rounded",
+    "new_leaf",
+    "parameters_kept_in_float64",
+    "reshaped",
+    "run_of",
+]
+
+
+def run_of(value: Any) -> Run | None:
+    """The run of the first bounds among arguments."""
+    if isinstance(value, Bounds):
+        return value.run
+    if type(value) in (tuple, list):
+        for item in value:
+            run = run_of(item)
+            if run is not None:
+                return run
+    return None
+
+
+def constant(value: Any, run: Run | None) -> Tensor:
+    """A weight: in float64 and without a graph, or as it is in a differentiable run."""
+    if isinstance(value, Bounds):
+        raise NoBoundsError("a weight or a divisor that depends on the input")
+    number = torch.float32 if run is None else run.dtype
+    found: Tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=number)
+    if run is not None and run.differentiable:
+        return found
+    if found.ndim == 0:
+        found = found.to(number)  # as torch does beside a tensor of the network
+    return _in_float64(found)
+
+
+def as_bounds(value: Any, run: Run | None, like: Tensor) -> Bounds:
+    """Bounds, or a constant as bounds that nothing moves."""
+    if isinstance(value, Bounds):
+        return value
+    centre = constant(value, run).to(like)
+    return Bounds(centre, torch.zeros_like(centre), run=run)
+
+
+def centre_of_either(a: Any, b: Any) -> Tensor:
+    """The centre of the one of two that is bounds."""
+    centre: Tensor = (a if isinstance(a, Bounds) else b).centre
+    return centre
+
+
+def interval(x: Bounds) -> Interval:
+    """What float32 can give."""
+    return Interval(x.lower, x.upper)
+
+
+def is_rounded(run: Run | None) -> bool:
+    """Whether bounds have what float32 rounds."""
+    return run is None or run.rounded
+
+
+def new_leaf(run: Run | None, by: Function, arguments: list[Bounds], values: Interval) -> Bounds:
+    """A leaf in the run of its arguments."""
+    if run is None:
+        raise NoBoundsError(f"{by.name} outside a run")
+    return run.begin(by, arguments, values)
+
+
+def dispatched(func: Any, *args: Any) -> Any:
+    """What a function of bounds gives, as if the network had called it."""
+    # torch lacks the type
+    return Bounds.__torch_function__(func, (), args)
+
+
+def reshaped(x: Bounds, shape: torch.Size) -> Bounds:
+    """Bounds in another shape. 改变形状。"""
+    if x.shape == shape:
+        return x
+    found: Bounds = dispatched(torch.Tensor.reshape, x, shape)
+    return found
+
+
+_DOUBLES: ContextVar[dict[int, tuple[Tensor, int, Tensor]] | None] = ContextVar(
+    "_DOUBLES", default=None
+)
+
+
+@contextmanager
+def parameters_kept_in_float64() -> Iterator[None]:
+    """Context in which every parameter is converted once, for all runs; also a decorator."""
+    token = _DOUBLES.set({})
+    try:
+        yield
+    finally:
+        _DOUBLES.reset(token)
+
+
+def _in_float64(value: Tensor) -> Tensor:
+    known = _DOUBLES.get()
+    if known is None or not isinstance(value, nn.Parameter):
+        return value.detach().double()
+    parameter, version, found = known.get(id(value), (None, -1, value))
+    if parameter is not value or version != value._version:
+        found = value.detach().double()
+        known[id(value)] = value, value._version, found
+    return found
