@@ -20,6 +20,7 @@ __all__ = [
     "check_choice",
     "check_classes",
     "check_count",
+    "check_event_counts",
     "check_function",
     "check_images",
     "check_inputs",
@@ -100,6 +101,28 @@ def check_images(x: Tensor) -> None:
     if low < 0 or high > 1:
         remedy = _BINARY if x.ndim == 5 else "scale it and normalise inside the model"
         raise ValueError(f"x must lie in [0, 1], got values from {low:.6g} to {high:.6g}; {remedy}")
+
+
+def check_event_counts(x: Tensor) -> None:
+    """Event frames hold numbers of events: integers >= 0.
+
+    Args:
+        x: The frames.
+
+    Raises:
+        ValueError: If a value is none.
+
+    Examples:
+        >>> check_event_counts(torch.tensor([0.0, 2.5]))
+        Traceback (most recent call last):
+        ...
+        ValueError: x must hold numbers of events (integers >= 0), got 2.5
+    """
+    wrong = (x < 0) | (x != x.round())
+    if bool(wrong.any()):
+        raise ValueError(
+            f"x must hold numbers of events (integers >= 0), got {float(x[wrong][0]):.6g}"
+        )
 
 
 def check_binary(x: Tensor) -> None:
