@@ -29,6 +29,7 @@ __all__ = [
     "check_model",
     "check_network",
     "check_number_of_channels",
+    "check_samples",
     "check_seed",
     "check_size",
     "check_steps",
@@ -103,8 +104,29 @@ def check_images(x: Tensor) -> None:
         raise ValueError(f"x must lie in [0, 1], got values from {low:.6g} to {high:.6g}; {remedy}")
 
 
+def check_samples(x: Tensor) -> None:
+    """Samples are images in [0, 1], or event frames [N, T, C, H, W], which may hold numbers of
+    events.
+
+    Args:
+        x: The samples.
+
+    Raises:
+        TypeError: As :func:`check_images`.
+        ValueError: As :func:`check_images`, or if a value of frames is no number of events.
+
+    Examples:
+        >>> check_samples(torch.full((1, 3, 2, 4, 4), 2.0))
+    """
+    tensor = isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
+    if tensor and x.is_floating_point() and x.ndim == 5 and bool((x > 1).any()):
+        check_event_counts(x)
+    else:
+        check_images(x)
+
+
 def check_event_counts(x: Tensor) -> None:
-    """Event frames hold numbers of events: integers >= 0.
+    """Event frames are binary or hold numbers of events: integers >= 0.
 
     Args:
         x: The frames.
@@ -116,12 +138,14 @@ def check_event_counts(x: Tensor) -> None:
         >>> check_event_counts(torch.tensor([0.0, 2.5]))
         Traceback (most recent call last):
         ...
-        ValueError: x must hold numbers of events (integers >= 0), got 2.5
+        ValueError: x must be binary event frames (0 or 1) or numbers of events, got values from 0
+        to 2.5; count the events of a frame, or take (x > 0).to(x.dtype)
     """
-    wrong = (x < 0) | (x != x.round())
-    if bool(wrong.any()):
+    if not bool(((x >= 0) & (x == x.round()) & x.isfinite()).all()):
+        low, high = (float(bound) for bound in torch.aminmax(x.detach()))
         raise ValueError(
-            f"x must hold numbers of events (integers >= 0), got {float(x[wrong][0]):.6g}"
+            "x must be binary event frames (0 or 1) or numbers of events, got values from "
+            f"{low:.6g} to {high:.6g}; count the events of a frame, or take (x > 0).to(x.dtype)"
         )
 
 

@@ -32,6 +32,7 @@ from sj_robust.core.checks import (
     check_logits,
     check_network,
     check_number_of_channels,
+    check_samples,
     check_size,
     check_steps,
 )
@@ -605,7 +606,7 @@ def _checked(model: SpikingClassifier, x: Tensor, y: Tensor, *, counts: bool) ->
     """The network's neurons by name, if all that is given fits; with ``counts`` values may be above
     1.
     """
-    check_images(x.clamp(max=1) if counts and isinstance(x, Tensor) else x)
+    (check_samples if counts else check_images)(x)
     check_labels(y, x)
     if len(x) == 0:
         raise ValueError("x must hold an image or more, got none")

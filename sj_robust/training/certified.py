@@ -84,8 +84,8 @@ class CertifiedOptions:
             )
         if self.norm != "Linf" and self.needs_perturbed:
             raise ValueError(
-                f"box and attacked belong to Linf, got them for {self.norm}, where events are there "
-                "or not; omit them"
+                f"box and attacked belong to Linf, got them for {self.norm}, where events are "
+                "there or not; omit them"
             )
         if self.largest_shift is not None:
             if self.norm != "moves":
