@@ -26,7 +26,13 @@ _NEURONS = 40
 """Neurons of each that are drawn at most."""
 
 _ACROSS = 4
-"""Panels side by side."""
+"""Panels side by side at most."""
+
+_STEPS_ACROSS = 48
+"""Time steps that fit side by side, so that the marks of a raster stay apart."""
+
+_WIDTH = 6.8
+"""Inches of panels side by side, for many steps."""
 
 
 class Traces(Shown, dict[str, LayerTrace]):
@@ -117,9 +123,11 @@ class Traces(Shown, dict[str, LayerTrace]):
             draw = _potential
             height = 1.5
             label = "membrane potential"
-        across = min(_ACROSS, len(names))
+        steps = len(self[names[0]].spike_seq)
+        across = min(_ACROSS, len(names), max(1, _STEPS_ACROSS // steps))
         down = ceil(len(names) / across)
-        figure = new_figure(0.4 + 1.7 * across, 0.4 + height * down)
+        wide = steps > _STEPS_ACROSS // _ACROSS
+        figure = new_figure(0.4 + (_WIDTH if wide else 1.7 * across), 0.4 + height * down)
         panels = figure.subplots(down, across, squeeze=False)
         parting = self.parting(sample)
         for axes, name in zip(panels.flat, names, strict=False):

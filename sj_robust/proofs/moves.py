@@ -100,6 +100,17 @@ class Moves:
             frames=frames,
         )
 
+    def falls(self, frames: Tensor, weights: Tensor) -> Tensor:
+        """How far a move of an event of each value lowers sums with weights [R, T, *] of frames
+        [1, T, *], by itself.
+        """
+        own = weights.flatten(2).transpose(1, 2)
+        lines = own.flatten(0, 1)
+        gain = _highest_within(-lines, self.largest_shift) + lines
+        there = gain.view_as(own).transpose(1, 2).reshape(weights.shape)
+        _, leaving = self.reach(frames)
+        return there * (leaving > 0)
+
     def lowest(self, frames: Tensor, weights: Tensor) -> Tensor:
         """Frames of the ball whose sum with the weights is low, with one move at most of a pixel
         and polarity; frames may be one for several rows of weights.

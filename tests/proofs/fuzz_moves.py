@@ -91,7 +91,7 @@ def one_move_a_line(
     """The best move of each pixel and polarity, of events of the clean frames that are where they
     were, as far as the budget goes.
     """
-    N, T = z.shape[:2]
+    T = z.shape[1]
     flat, score = z.flatten(2), order.flatten(2)
     unmoved = still.flatten(2) > 0
     best = torch.full_like(flat[:, 0], -torch.inf)

@@ -44,6 +44,12 @@ def extremes(function, x, ball):
     return values.amin(0), values.amax(0)
 
 
+def without_neighbours(x):
+    """Binary frames in which no event has to wait for another to make way."""
+    x[:, 1] *= (1 - x[:, 0]) * (1 - x[:, 2])
+    return x
+
+
 def convolved(z):
     weights = test_flips.weights()
     return F.conv2d(z.flatten(0, 1) if z.ndim == 5 else z, weights(3, 1, 2, 2), weights(3))
@@ -53,12 +59,24 @@ def convolved(z):
 @pytest.mark.parametrize(("budget", "shift"), [(1, 1), (2, 1), (2, 2), (3, 1)])
 def test_a_step_is_bounded_exactly(budget, shift, most):
     x = frames(1, T, 1, 2, 3, seed=5, most=most)
+    if most == 1:
+        x = without_neighbours(x)
     ball = Moves.of(x, budget, shift)
     assert ball.binary == (most == 1)
     found = convolved(entering(x, ball))
     low, high = extremes(convolved, x[0], ball)
     torch.testing.assert_close(found.least, low)
     torch.testing.assert_close(found.most, high)
+
+
+def test_a_step_whose_events_are_in_each_others_way_is_bounded():
+    x = frames(1, T, 1, 2, 3, seed=5)
+    ball = Moves.of(x, 2, 1)
+    found = convolved(entering(x, ball))
+    low, high = extremes(convolved, x[0], ball)
+    assert (found.least <= low + 1e-12).all()
+    assert (found.most >= high - 1e-12).all()
+    assert (found.most > high + 1e-9).any()
 
 
 def test_an_event_between_events_leaves_only_if_they_make_way():
@@ -107,8 +125,8 @@ def test_gains_without_a_list_are_not_smaller(monkeypatch):
 @pytest.mark.parametrize(("budget", "shift"), [(1, 1), (2, 1), (2, 2)])
 def test_sums_over_time_have_one_budget(budget, shift, most):
     x = frames(1, T, 1, 2, 2, seed=1, most=most)
-    if most == 1:  # no event has to wait for another to make way
-        x[:, 1] = (1 - x[:, 0]) * x[:, 1]
+    if most == 1:
+        x = without_neighbours(x)
     ball = Moves.of(x, budget, shift)
     sums = torch.tensor([[1.0, 1.0, 1.0], [0.5, -1.0, 0.0], [-0.2, 0.3, 2.0]]).double()
     kernel = test_flips.weights()(2, 1, 2, 2)
@@ -354,6 +372,6 @@ def test_wrong_use(options, message):
 
 def test_images_have_no_events_to_move():
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), neuron.LIFNode())
+    model = SpikingClassifier(net, T=2).eval()
     with pytest.raises(ValueError, match="moves are those of event frames"):
-        model = SpikingClassifier(net, T=2).eval()
         verify(model, torch.zeros(1, 1, 2, 2), torch.tensor([0]), 1, norm="moves")
