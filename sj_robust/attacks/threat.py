@@ -5,6 +5,7 @@ writes them.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -25,7 +26,8 @@ class ThreatModel:
 
     For ``"moves"`` events keep pixel and polarity and move in time: at each pixel and polarity the
     events that are gone and those that are new, as many, belong together in their order of time,
-    and each such pair is a move.
+    and each such pair is a move. Where a pair is farther apart than an event may move, events in
+    between move on to make way, each of which is a move as well.
 
     Attributes:
         norm: ``"Linf"``, or ``"L2"`` over all elements of an image; for event frames ``"L0"``
@@ -180,11 +182,16 @@ class ThreatModel:
     def _moves(self, x: Tensor, x_adv: Tensor) -> Tensor:
         found = moves_of(x, x_adv)
         allowed = found.paired & holds_events(x_adv, x).flatten(1).all(1)
+        events = found.events.double()
         if self.largest_shift is not None:
-            allowed &= found.largest_shift <= self.largest_shift
+            far = allowed & (found.largest_shift > self.largest_shift)
+            for number in far.nonzero().flatten():
+                events[number] = _moves_that_make_way(
+                    x[number], x_adv[number], self.largest_shift, int(self.eps)
+                )
         if self.total_shift is not None:
             allowed &= found.total_shift <= self.total_shift
-        return torch.where(allowed, found.events.double(), torch.inf)
+        return torch.where(allowed, events, torch.inf)
 
 
 class Moves(NamedTuple):
@@ -230,6 +237,43 @@ def moves_of(x: Tensor, x_adv: Tensor) -> Moves:
         total_shift=total,
         paired=(gone.sum(1) == new.sum(1)).all(1),
     )
+
+
+def _moves_that_make_way(x: Tensor, x_adv: Tensor, shift: int, most: int) -> float:
+    """The fewest moves, each by so many frames, that turn a sample [T, *] into another; infinity if
+    they are more than ``most``.
+    """
+    before, after = x.flatten(1), x_adv.flatten(1)
+    differing = (before != after).any(0)
+    lines = before[:, differing].T.long().tolist(), after[:, differing].T.long().tolist()
+    total = 0
+    for line, other in zip(*lines, strict=True):
+        gone = [max(a - b, 0) for a, b in zip(line, other, strict=True)]
+        new = [max(b - a, 0) for a, b in zip(line, other, strict=True)]
+        kept = [t for t, pair in enumerate(zip(line, other, strict=True)) for _ in range(min(pair))]
+        left = [t for t, number in enumerate(gone) for _ in range(number)]
+        came = [t for t, number in enumerate(new) for _ in range(number)]
+        needed = _needed_to_make_way(left, came, kept, shift, most - total - len(left))
+        if needed is None:
+            return math.inf
+        total += len(left) + needed
+    return float(total)
+
+
+def _needed_to_make_way(
+    left: list[int], came: list[int], kept: list[int], shift: int, most: int
+) -> int | None:
+    """How many events of the frames ``kept`` have to move on so that those of ``left`` become those
+    of ``came``; None if more than ``most``.
+    """
+    for number in range(max(0, most) + 1):
+        if most < 0 or number > len(kept):
+            return None
+        for others in set(combinations(kept, number)):
+            pairs = zip(sorted([*left, *others]), sorted([*came, *others]), strict=True)
+            if all(abs(a - b) <= shift for a, b in pairs):
+                return number
+    return None
 
 
 def holds_events(x_adv: Tensor, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ __all__ = ["Traces", "spike_traces"]
 _LAYERS = 8
 """Layers that are drawn at most."""
 
-_NEURONS = 40
+_NEURONS = 30
 """Neurons of each that are drawn at most."""
 
 _ACROSS = 4
@@ -134,7 +134,7 @@ class Traces(Shown, dict[str, LayerTrace]):
             draw(axes, self[name], sample)
             title = name
             if parting is not None and parting[0] == name:
-                title += f": diverges at step {parting[1]}"
+                title += f"\ndiverges at step {parting[1]}"
                 axes.axvline(parting[1], color=GREY, linestyle=":", linewidth=1.2)
             axes.set_title(title, loc="left")
             axes.set_xlabel("time step")
@@ -209,7 +209,7 @@ def _raster(axes: "Axes", layer: LayerTrace, sample: int) -> None:
     chosen = order[:_NEURONS].sort().values
     clean = clean[:, chosen]
     perturbed = perturbed[:, chosen]
-    _marks(axes, clean & perturbed, marker="|", label="both", color=GREY)
+    _marks(axes, clean & perturbed, marker=".", label="both", color=GREY)
     _marks(axes, clean & ~perturbed, marker="o", label="clean only", color=BLUE)
     _marks(axes, perturbed & ~clean, marker="x", label="perturbed only", color=ORANGE)
     axes.set_ylim(-1, len(chosen))
@@ -226,6 +226,7 @@ def _marks(axes: "Axes", spikes: Tensor, *, marker: str, label: str, color: str)
         color=color,
         label=label,
         markerfacecolor="none",
+        markersize=3,
     )
 
 

@@ -172,7 +172,7 @@ class Changes:
         binary = all(bool(((part == 0) | (part == 1)).all()) for part in (up, down))
         if not binary:
             moving = ((up > 0) | (down > 0)).any(0)
-            moving[0] = True  # so that something is left
+            moving[: max(1, math.ceil(self.budget))] = True  # as many for all groups of channels
             up = up[:, moving]
             down = down[:, moving]
             weight = weight[:, moving]

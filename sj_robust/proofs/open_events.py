@@ -30,8 +30,8 @@ class OpenEvents:
         margin: What the right class leads by at least, [N].
         falls: How far one change of each value, or one move of each event, lowers the bound of the
             lead over the rival with the smallest margin, [N, T, *].
-        is_open: Whether a value or event is part of a set of changes for which a bound does not
-            rule out that it breaks the sample, [N, T, *].
+        is_open: Whether a value or event lowers a bound and is part of a set of changes of which no
+            bound rules out that it breaks the sample, [N, T, *].
     """
 
     margin: Tensor
@@ -49,8 +49,8 @@ def open_events(model: SpikingClassifier, x: Tensor, y: Tensor, ball: Events) ->
 
         c + w x > f[i] + the k - 1 largest f[j] of the others
 
-    since then no set of k changes of which i is one breaks the sample. All others are open. A
-    sample that these bounds prove has no open event.
+    since then no set of k changes of which i is one breaks the sample. All others are open, but for
+    those that lower no bound, f[i] = 0. A sample that these bounds prove has no open event.
 
     Args:
         model: A classifier in evaluation mode.
