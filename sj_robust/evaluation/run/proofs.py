@@ -101,9 +101,13 @@ def prove(
     for eps in sorted(radii):  # what is not proved at a radius is not proved at any larger one
         if standing:
             within = replace(ball, eps=eps)
-            result = verify_within(model, x[standing], y[standing], within)
-            proved = zip(standing, result.verified, strict=True)
-            standing = [number for number, holds in proved if holds]
+            # frames of counts are told from binary ones by all of them
+            chosen = list(range(len(y))) if bool((x > 1).any()) else standing
+            result = verify_within(model, x[chosen], y[chosen], within)
+            proved = {
+                number for number, holds in zip(chosen, result.verified, strict=True) if holds
+            }
+            standing = [number for number in standing if number in proved]
             potential = {f"net.{layer.name}": layer.potential for layer in result.layers}
         verified[eps_text(eps)] = tuple(standing)
     return Proofs(verified, len(y), potential)
