@@ -629,7 +629,7 @@ def attacks_of_report(options: Options) -> dict[str, Attack]:
 def certified_radius(options: Options) -> float:
     """Radius of the bounds in training, of whichever norm."""
     if of_events(options):
-        return float(given(options.certified_flips, given(options.flips, options.moves)))
+        return given(options.certified_flips, evaluation_threat(options).eps)
     return certified_eps(options)
 
 

@@ -120,6 +120,7 @@ from torch import Tensor
 
 from sj_robust import DLIFNode
 from sj_robust.attacks import ThreatModel, pgd
+from sj_robust.classifier import check_classifier
 from sj_robust.core.console import working
 from sj_robust.data import image_loader, load_images
 from sj_robust.evaluation.run.suites import check_suite
@@ -325,7 +326,8 @@ def events(options: Options, folder: Path) -> None:
             dataset, root=options.data_root, test_limit=options.images, T=subject.spec.T
         )
         x, y = next(iter(image_loader(splits.test, min(_ATTACKED, len(splits.test)))))
-        found = event_pictures(subject.name, subject.model, x, y, threat)
+        model = check_classifier(subject.model)
+        found = event_pictures(subject.name, model, x, y, threat)
         finish(found, folder / f"events_{subject.name}.json")
 
 

@@ -33,7 +33,10 @@ def each_on_its_own(x: Tensor) -> tuple[Tensor, int]:
 
 def summed(frames: Tensor, planes: int) -> Tensor:
     """The numbers of events of frames in planes."""
-    return frames if planes == 1 else frames.unflatten(2, (planes, -1)).sum(2)
+    if planes == 1:
+        return frames
+    N, T, channels, *size = frames.shape
+    return frames.view(N, T, planes, channels // planes, *size).sum(2)
 
 
 def taking_planes(model: Callable[[Tensor], Tensor], planes: int) -> Callable[[Tensor], Tensor]:

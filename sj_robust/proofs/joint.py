@@ -535,8 +535,8 @@ class JointRun(BoundedRun):
         first = weights.shape[1] - steps
         every = F.pad(weights, (0, frames - weights.shape[1]))
         nothing = torch.zeros_like(self.changed.radius)
-        rises = []
-        falls = []
+        rises: list[Tensor] = []
+        falls: list[Tensor] = []
         for start in range(0, len(every), steps):
             some = every[start : start + steps]
             places = every.new_zeros(frames, frames)

@@ -290,7 +290,8 @@ def _highest_within(weights: Tensor, shift: int) -> Tensor:
 def _distinct(lines: Tensor) -> tuple[Tensor, Tensor]:
     """Lines [M, T] of which no two are the same, and by line which of these it is."""
     if lines.shape[1] > _CODED or (lines.numel() and float(lines.max()) > 1):
-        return torch.unique(lines, dim=0, return_inverse=True)
+        found, number = torch.unique(lines, dim=0, return_inverse=True)
+        return found, number
     powers = 2 ** torch.arange(lines.shape[1], device=lines.device)
     codes, number = torch.unique((lines.long() * powers).sum(1), return_inverse=True)
     return ((codes.unsqueeze(1) & powers) > 0).to(lines.dtype), number

@@ -88,7 +88,9 @@ def open_events(model: SpikingClassifier, x: Tensor, y: Tensor, ball: Events) ->
     with sums_of_products(device), preserved(model):
         maps = Maps(partial(bounded_logits, model), neurons, x[0].to(device))
         prover = Prover(model, maps, ball, OverTime(maps, model.T))
-        for image, label in zip(x.to(device).split(1), y.to(device).split(1), strict=True):
+        images = torch.split(x.to(device), 1)
+        labels = torch.split(y.to(device), 1)
+        for image, label in zip(images, labels, strict=True):
             run = prover.run(image)
             weights = leads(label, run.error.shape[1])[0]
             rows = torch.zeros(len(weights), dtype=torch.long, device=device)

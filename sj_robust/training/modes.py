@@ -300,7 +300,7 @@ def event_attacks(threat: ThreatModel, *, final: bool) -> dict[str, Attack]:
         search |= {"steps": 5, "probes": 0, "queries": 0}
     if threat.norm == "moves":
         name = "moves"
-        budget = {
+        budget: dict[str, Any] = {
             "moves": int(threat.eps),
             "largest_shift": threat.largest_shift,
             "total_shift": threat.total_shift,

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from PIL import Image
 
 from lab.figures.events import EventPictures, Values
@@ -24,7 +25,9 @@ _MILLISECONDS = 700
 
 
 def draw_events(data: EventPictures) -> Figure:
-    """A column per frame: clean, attacked with what changed, and what the bounds leave open."""
+    """A column per frame: clean, attacked with what changed, and how far every change or move
+    lowers the bound: in orange what is open, in grey what is ruled out.
+    """
     T = data.shape[0]
     shown = np.unique(np.linspace(0, T - 1, min(T, _FRAMES)).round().astype(int))
     wide = DOUBLE / max(4, len(shown))
@@ -42,24 +45,32 @@ def draw_events(data: EventPictures) -> Figure:
         _mark(middle, clean[t] - attacked[t], "x", _BLACK, "gone")
         _mark(middle, attacked[t] - clean[t], "o", _GREEN, "new")
         heat = falls[t].max(0)
-        image = below.imshow(heat, cmap="Greys", vmin=0, vmax=largest, interpolation="nearest")
-        _mark(below, is_open[t], "s", _ORANGE, "not ruled out")
+        ruled_out = (heat > 0) & ~(is_open[t] > 0).any(0)
+        shown_heat = np.where(heat > 0, heat, np.nan)
+        image = below.imshow(
+            shown_heat, cmap="Oranges", vmin=0, vmax=largest, interpolation="nearest"
+        )
+        rest = np.where(ruled_out, heat, np.nan)
+        below.imshow(rest, cmap="Greys", vmin=-largest, vmax=largest, interpolation="nearest")
     for axes in panels.flat:
         axes.set_xticks([])
         axes.set_yticks([])
         axes.grid(visible=False)
     panels[0, 0].set_ylabel(f"clean: seen as {data.seen[0]}")
     panels[1, 0].set_ylabel(f"attacked: seen as {data.seen[1]}")
-    panels[2, 0].set_ylabel("bounds")
+    panels[2, 0].set_ylabel("orange: open; grey: ruled out")
     figure.colorbar(image, ax=panels[2], shrink=0.8, label="fall of the bound")
-    handles = {}
-    for axes in panels[1:].flat:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3)
+    handles = [*middle.get_legend_handles_labels()[0], *_patches()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5)
     proved = "proved" if data.margin > 0 else "not proved"
     figure.suptitle(f"{data.network}, {data.threat}: {proved}", fontsize=8)
     return figure
+
+
+def _patches() -> list[Patch]:
+    """What the colours of events mean."""
+    names = {"darker": _ORANGE, "brighter": _BLUE, "both": GREY}
+    return [Patch(color=colour, label=name) for name, colour in names.items()]
 
 
 def animate_events(data: EventPictures, path: Path) -> None:

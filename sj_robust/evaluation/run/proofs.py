@@ -104,10 +104,8 @@ def prove(
             # frames of counts are told from binary ones by all of them
             chosen = list(range(len(y))) if bool((x > 1).any()) else standing
             result = verify_within(model, x[chosen], y[chosen], within)
-            proved = {
-                number for number, holds in zip(chosen, result.verified, strict=True) if holds
-            }
-            standing = [number for number in standing if number in proved]
+            proved = dict(zip(chosen, result.verified, strict=True))
+            standing = [number for number in standing if proved[number]]
             potential = {f"net.{layer.name}": layer.potential for layer in result.layers}
         verified[eps_text(eps)] = tuple(standing)
     return Proofs(verified, len(y), potential)
