@@ -14,7 +14,7 @@ from torch import nn
 from sj_robust import SpikingClassifier
 from sj_robust.attacks import ThreatModel, count_moves, move_events
 from sj_robust.classifier import SpikingEventClassifier
-from sj_robust.proofs import UnsoundBoundsError, moves, verify
+from sj_robust.proofs import UnsoundBoundsError, changes, moves, verify
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.joint import JointRun
 from sj_robust.proofs.moves import Moves, Shifts
@@ -271,13 +271,8 @@ def budget_of_each_step(self, weights, chosen):
     """Sums over time of which each step has a budget for one move less than it should."""
     shift = self.changed.changes.ball
     fewer = Moves(max(0, shift.budget - 1), shift.largest_shift, shift.binary)
-    changes = fewer.changes(self.changed.changes.frames, summed=False)
-    entering = Shifts.over_time
-    self.changed.changes = changes
-    try:
-        return KEPT["moved sums"](self, weights, chosen)
-    finally:
-        assert entering is Shifts.over_time
+    self.changed.changes = fewer.changes(self.changed.changes.frames, summed=False)
+    return KEPT["moved sums"](self, weights, chosen)
 
 
 def short_reach(self, frames):
@@ -306,7 +301,7 @@ FAULTS = {
     "a budget too small over time": (JointRun, "_moved_sums", budget_of_each_step),
     "a window of events too short": (Moves, "reach", short_reach),
     "a window of sums too short": (Moves, "gains", short_gains),
-    "half a budget": (moves, "first_changes", one_end),
+    "half a budget": (changes, "first_changes", one_end),
     "no falls": (Shifts, "lowered", lambda self: torch.zeros_like(self.up[0])),
 }
 
