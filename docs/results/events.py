@@ -1,6 +1,6 @@
 """What attacks on events leave of a network, and what is proved of it.
 
-python docs/results/events.py RUN/dlif_certified --data-root FOLDER  # writes events.csv
+python docs/results/events.py RUN/dlif_certified --data-root FOLDER  # writes events/attacks.csv
 """
 
 import argparse
@@ -81,7 +81,7 @@ def main():
         test_limit=options.samples,
     )
     x, y = next(iter(image_loader(splits.test, options.samples)))
-    with (HERE / "events.csv").open("w", encoding="utf-8", newline="") as file:
+    with (HERE / "events" / "attacks.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["budget", "what", "samples", "left"])
         for name, what, left in rows_of(subject.model.eval(), x, y):
