@@ -40,7 +40,7 @@ from lab.command_line.declared import (
 from sj_robust.core.extras import check_tracker
 
 WITHOUT_PERTURBATION_TERM = Idle(lambda options: options.rho == 0)
-BESIDE_FLIPS = Idle(lambda options: options.flips is not None)
+BESIDE_EVENTS = Idle(lambda options: options.flips is not None or options.moves is not None)
 
 
 def is_augmented(options: "Options") -> bool:
@@ -52,7 +52,7 @@ def is_augmented(options: "Options") -> bool:
 
 def is_eps_idle(options: "Options") -> bool:
     """Whether no images are attacked at eps, neither in training nor in validation and test."""
-    evaluated = options.eval_eps is None and options.flips is None
+    evaluated = options.eval_eps is None and options.flips is None and options.moves is None
     return options.mode == "none" and not evaluated
 
 
@@ -128,9 +128,14 @@ class Options:
     flips: PositiveInt | None = None
     """For event data: changed events per sample (L0) in validation, test and proofs, instead of
     eval_eps; None: Linf."""
+    moves: PositiveInt | None = None
+    """For event data: events moved in time per sample in validation, test and proofs, instead of
+    eval_eps; None: Linf."""
+    largest_shift: Annotated[PositiveInt | None, Idle(lambda options: options.moves is None)] = None
+    """For moves: most frames that an event may be moved by; None: no limit."""
     certified_flips: float | None = None
-    """For certified: changed events per time step in the bounds; None: flips."""
-    certified_eps: Annotated[Radius | None, BESIDE_FLIPS] = None
+    """For certified: changed or moved events per time step in the bounds; None: flips or moves."""
+    certified_eps: Annotated[Radius | None, BESIDE_EVENTS] = None
     """For certified: Linf radius of the bounds; None: eps."""
     bounds: Literal["ibp", "joint"] = "ibp"
     """For certified: bounds in training, selection and final proofs. ibp, or joint over time, which
@@ -153,7 +158,7 @@ class Options:
     """Standard deviation of the initial noise of at, rat and trades."""
     project: bool = True
     """Project the training attack onto the ball (the published code does not)."""
-    eval_eps: Annotated[Radius | None, BESIDE_FLIPS] = None
+    eval_eps: Annotated[Radius | None, BESIDE_EVENTS] = None
     """Radius of the attacks in validation and test; None: eps."""
 
     # loss
@@ -219,9 +224,9 @@ class Options:
     """Momentum of SGD."""
     weight_decay: float | None = None
     """Weight decay of all parameters; None: 5e-4, or 0 for rat and certified."""
-    select: Literal["clean", "fgsm", "pgd", "flips", "verified"] | None = None
-    """Validation accuracy that selects the epoch; None: pgd, or flips with the option flips, clean
-    for none, verified for certified."""
+    select: Literal["clean", "fgsm", "pgd", "flips", "moves", "verified"] | None = None
+    """Validation accuracy that selects the epoch; None: pgd, or flips or moves with these options,
+    clean for none, verified for certified."""
     reference: Annotated[bool, Often(), Decides("nothing")] = True
     """Also train and evaluate an undefended LIF network."""
     seed: Annotated[NonNegativeInt, Often()] = 0
@@ -277,9 +282,10 @@ from sj_robust.defences.stog import GateRates
 from sj_robust.evaluation import Report
 from sj_robust.models import NetworkSpec, build_classifier, start_from
 from sj_robust.proofs.differentiable import TrainedMethod
+from sj_robust.proofs.verification import NormName
 from sj_robust.training.engine import check_training
 from sj_robust.training.history import EpochRecord
-from sj_robust.training.modes import Mode, final_attacks
+from sj_robust.training.modes import Mode, event_attacks, final_attacks
 from sj_robust.training.validation import check_start, final_report
 
 ValueT = TypeVar("ValueT")
@@ -308,7 +314,7 @@ def main(arguments: list[str]) -> None:
         networks["lif undefended"] = undefended(options)
     with checked():  # before there is a folder
         threat = evaluation_threat(options)
-        check_flips(options, splits)
+        check_events(options, splits)
         for choice in networks.values():
             objective, plan, attack = prepared(choice, splits)
             attacks = [attack, *attacks_of_report(options).values()]
@@ -430,7 +436,8 @@ def prepared(
         checkpoint_steps=options.checkpoint_steps,
         seed=options.seed,
         verified_eps=evaluation_threat(options).eps if mode.select == "verified" else None,
-        verified_norm="Linf" if options.flips is None else "L0",
+        verified_norm=norm_of_proofs(options),
+        verified_shift=options.largest_shift if options.moves is not None else None,
         verified_method=verified_method(options),
     )
     bounds = training.CertifiedOptions(
@@ -439,7 +446,8 @@ def prepared(
         ramp=options.ramp,
         box=options.box,
         attacked=options.attacked,
-        norm="Linf" if options.flips is None else "L0",
+        norm=norm_of_proofs(options),
+        largest_shift=options.largest_shift if options.moves is not None else None,
     )
     attack = None
     if not certified or mode.rho != 0 or bounds.needs_perturbed:
@@ -530,8 +538,8 @@ def mode_of(options: Options) -> Mode:
     """The mode of a training, with the options' values where they are given."""
     mode = training.MODES[options.mode]
     retraction = given(options.beta, mode.retraction)
-    if options.flips is not None and mode.select == "pgd":
-        mode = replace(mode, select="flips")
+    if of_events(options) and mode.select == "pgd":
+        mode = replace(mode, select="moves" if options.flips is None else "flips")
     return replace(
         mode,
         kappa=given(options.kappa, mode.kappa),
@@ -553,53 +561,75 @@ def completed(options: Options) -> Options:
         select=mode.select,
         beta=given(options.beta, mode.retraction),
         certified_eps=certified_eps(options),
-        certified_flips=given(options.certified_flips, options.flips),
+        certified_flips=given(options.certified_flips, given(options.flips, options.moves)),
     )
 
 
-def check_flips(options: Options, splits: ImageSplits) -> None:
-    """Only event data have events to change."""
-    if options.flips is not None and not splits.frames:
+def check_events(options: Options, splits: ImageSplits) -> None:
+    """Only event data have events to change or to move, and a training does one of both."""
+    counted = {"flips": "changed", "moves": "moved"}
+    for name, what in counted.items():
+        number = getattr(options, name)
+        if number is not None and not splits.frames:
+            raise ValueError(
+                f"{name} counts {what} events, got {number} for {options.dataset}; take event "
+                "data, such as --dataset saccade:digits, or omit it"
+            )
+    if options.flips is not None and options.moves is not None:
         raise ValueError(
-            f"flips counts changed events, got {options.flips} for {options.dataset}; take event "
-            "data, such as --dataset saccade:digits, or omit it"
+            f"flips and moves exclude each other, got {options.flips} and {options.moves}; omit one"
         )
-    if options.certified_flips is not None and options.flips is None:
+    if options.certified_flips is not None and not of_events(options):
         raise ValueError(
-            f"certified_flips goes with flips, got {options.certified_flips} alone; give --flips"
+            f"certified_flips goes with flips or moves, got {options.certified_flips} alone; give "
+            "--flips or --moves"
         )
+
+
+def of_events(options: Options) -> bool:
+    """Whether events are changed or moved, and not values."""
+    return options.flips is not None or options.moves is not None
+
+
+def norm_of_proofs(options: Options) -> NormName:
+    """What is proved, in training and afterwards."""
+    if options.flips is not None:
+        return "L0"
+    return "Linf" if options.moves is None else "moves"
 
 
 def is_single_step(options: Options) -> bool:
     """Whether catastrophic overfitting is looked for, which attacks by FGSM and PGD show."""
-    return training.MODES[options.mode].single_step and options.flips is None
+    return training.MODES[options.mode].single_step and not of_events(options)
 
 
 def evaluation_threat(options: Options) -> ThreatModel:
     """What validation and test attack and prove."""
     if options.flips is not None:
         return ThreatModel("L0", options.flips)
+    if options.moves is not None:
+        return ThreatModel("moves", options.moves, options.largest_shift)
     return ThreatModel("Linf", evaluation_eps(options))
 
 
 def validation_attacks(options: Options) -> dict[str, Attack]:
     """Attacks after every epoch."""
-    if options.flips is not None:
-        return training.flip_attacks(options.flips, final=False)
+    if of_events(options):
+        return event_attacks(evaluation_threat(options), final=False)
     return training.validation_attacks(evaluation_eps(options))
 
 
 def attacks_of_report(options: Options) -> dict[str, Attack]:
     """Attacks of the table at the end."""
-    if options.flips is not None:
-        return training.flip_attacks(options.flips, final=True)
+    if of_events(options):
+        return event_attacks(evaluation_threat(options), final=True)
     return final_attacks(evaluation_eps(options))
 
 
 def certified_radius(options: Options) -> float:
     """Radius of the bounds in training, of whichever norm."""
-    if options.flips is not None:
-        return given(options.certified_flips, options.flips)
+    if of_events(options):
+        return given(options.certified_flips, evaluation_threat(options).eps)
     return certified_eps(options)
 
 

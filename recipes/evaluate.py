@@ -98,9 +98,11 @@ class Options:
     """Radius for images in [0, 1], such as 0.1 or 8/255; None: that of the checkpoint. For L0, the
     number of changed elements per sample; for moves, the number of moved events."""
     norm: Annotated[Literal["Linf", "L2", "L0", "moves"] | None, Often()] = None
-    """Norm of the perturbation; None: Linf, or L0 for event data. moves: events moved in time."""
+    """Norm of the perturbation; None: Linf, or for event data L0, or moves if trained for them.
+    moves: events moved in time."""
     largest_shift: PositiveInt | None = None
-    """For moves: most frames that an event may be moved by; None: no limit."""
+    """For moves: most frames that an event may be moved by; None: that of the training, or no
+    limit."""
     total_shift: PositiveInt | None = None
     """For moves: most frames that the events of a sample may be moved by in total; None: no
     limit."""
@@ -111,8 +113,8 @@ class Options:
     misclassified to count as broken, and over which gradients are averaged; None: 10 if the
     network is stochastic."""
     proofs: bool = True
-    """For Linf and L0: prove robustness by bounds of every spike, and attack only the images that
-    are not proved."""
+    """For Linf, L0 and moves: prove robustness by bounds of every spike, and attack only the images
+    that are not proved."""
     control: bool = True
     """Run the control: as many attacks with the training gradient only."""
 
@@ -213,11 +215,12 @@ def main(arguments: list[str]) -> None:
     dataset = options.dataset or subject.options.get("dataset", "digits")
     events = dataset in EVENT_DATASETS
     suite = options.suite or ("events" if events else "standard")
-    norm = options.norm or ("L2" if options.smooth else "L0" if events else "Linf")
+    norm = options.norm or norm_of(options, subject, events=events)
     with checked():
-        threat = ThreatModel(
-            norm, radius(options, norm, subject), options.largest_shift, options.total_shift
-        )
+        shift = options.largest_shift
+        if shift is None and norm == "moves" and options.eps is None:
+            shift = subject.options.get("largest_shift")
+        threat = ThreatModel(norm, radius(options, norm, subject), shift, options.total_shift)
         if suite != "stress" and suite != "corruptions" and options.smooth is None:
             check_suite(suite, threat)
         T = getattr(subject.model, "T", None) if events else None
@@ -329,6 +332,17 @@ def data_root(options: Options) -> str:
     return options.data_root or "data"
 
 
+def norm_of(
+    options: Options, subject: Subject, *, events: bool
+) -> Literal["Linf", "L2", "L0", "moves"]:
+    """Norm of the threat, if none is asked for."""
+    if options.smooth is not None:
+        return "L2"
+    if not events:
+        return "Linf"
+    return "moves" if subject.options.get("moves") else "L0"
+
+
 def radius(options: Options, norm: str, subject: Subject) -> float:
     """Radius of the threat: the one asked for, or the one of the checkpoint's own evaluation."""
     if options.smooth is not None:
@@ -340,8 +354,9 @@ def radius(options: Options, norm: str, subject: Subject) -> float:
             )
         return 2 * parse_eps(options.smooth)
     trained = subject.options
-    if options.eps is None and norm == "L0" and trained.get("flips"):
-        return float(trained["flips"])
+    of_events = {"L0": "flips", "moves": "moves"}.get(norm, "")
+    if options.eps is None and trained.get(of_events):
+        return float(trained[of_events])
     eps = options.eps if options.eps is not None else trained.get("eval_eps") or trained.get("eps")
     if options.eps is None and norm in ("L0", "moves"):
         raise ValueError(

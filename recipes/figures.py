@@ -6,6 +6,7 @@ Examples:
     python recipes/figures.py --which neuron --output figures  # one neuron; needs no run
     python recipes/figures.py --which joint --output figures  # joint bounds in proofs; needs no run
     python recipes/figures.py RUN --which ground_truth --eps 0.1  # small networks: exact
+    python recipes/figures.py RUN --which events              # frames before and after an attack
     python recipes/figures.py runs/sweep-1 --which rho        # effect of rho, from a sweep over it
     python recipes/figures.py --redraw runs/digits-dlif-at-1/figures  # from the saved numbers alone
 
@@ -37,7 +38,9 @@ from tyro.conf import Positional
 
 from sj_robust.core.extras import check_extra
 
-_Figure = Literal["all", "neuron", "gains", "curves", "intensity", "rho", "ground_truth", "joint"]
+_Figure = Literal[
+    "all", "neuron", "gains", "curves", "intensity", "rho", "ground_truth", "joint", "events"
+]
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,9 @@ class Options:
     - intensity: indicators and heat maps over eps.
     - ground_truth: exact robust accuracy of a small network.
     - joint: proofs by joint bounds.
-    - all: all except the last two, as far as the folder has numbers for them."""
+    - events: event frames before and after an attack, also as an animation, and the events that a
+      proof leaves open; with the flips or moves of the training.
+    - all: all except the last three, as far as the folder has numbers for them."""
     columns: list[str] | None = None
     """Columns that rho shows, as shell patterns such as pgd20 or paper/*; None: the usual ones."""
 
@@ -75,7 +80,7 @@ class Options:
     steps: PositiveInt = 10
     """Attack steps of intensity."""
     images: PositiveInt = 360
-    """Largest number of test images for intensity and ground_truth."""
+    """Largest number of test images for intensity, ground_truth and events."""
     resamples: PositiveInt = 200
     """Bootstrap samples for the confidence intervals of intensity."""
     dataset: DatasetName | None = None
@@ -104,6 +109,7 @@ if __name__ == "__main__":
 import torch
 import yaml
 from lab.figures.data import input_gains, one_neuron, training_curves
+from lab.figures.events import event_pictures
 from lab.figures.ground_truth import ground_truth
 from lab.figures.joint import joint_bounds
 from lab.run_folder import removed_if_unused
@@ -114,8 +120,9 @@ from torch import Tensor
 
 from sj_robust import DLIFNode
 from sj_robust.attacks import ThreatModel, pgd
+from sj_robust.classifier import check_classifier
 from sj_robust.core.console import working
-from sj_robust.data import load_images
+from sj_robust.data import image_loader, load_images
 from sj_robust.evaluation.run.suites import check_suite
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint
 from sj_robust.models import pretrained
@@ -128,6 +135,9 @@ _RADII = {
     "digits/dlif-certified": (0.1, 0.12),
 }
 """Networks of the figure joint, and their radii."""
+
+_ATTACKED = 32
+"""Samples that the figure events chooses one from."""
 
 _OF_A_RUN = ["neuron", "gains", "curves", "intensity"]
 """Figures that ``all`` stands for where the folder is a run of adv_train."""
@@ -156,6 +166,7 @@ def main(arguments: list[str]) -> None:
         "rho": rho,
         "ground_truth": truth,
         "joint": joint,
+        "events": events,
     }
     chosen: list[str] = [name for name in makers if name in options.which]
     if "all" in options.which:
@@ -294,6 +305,30 @@ def truth(options: Options, folder: Path) -> None:
         )
         finish(result, folder / f"ground_truth_{subject.name}.json")
         print(result.table())
+
+
+def events(options: Options, folder: Path) -> None:
+    """Event frames before and after an attack, and the events that a proof leaves open."""
+    for subject in subjects(options):
+        trained = subject.options
+        if subject.spec is None or not subject.spec.frames:
+            raise ValueError(f"{subject.name} takes images; events needs a network of event frames")
+        if trained.get("moves"):
+            threat = ThreatModel("moves", trained["moves"], trained.get("largest_shift"))
+        elif trained.get("flips"):
+            threat = ThreatModel("L0", trained["flips"])
+        else:
+            raise ValueError(
+                f"{subject.name} was trained without flips or moves, whose number events draws"
+            )
+        dataset = options.dataset or str(trained.get("dataset"))
+        splits = load_images(
+            dataset, root=options.data_root, test_limit=options.images, T=subject.spec.T
+        )
+        x, y = next(iter(image_loader(splits.test, min(_ATTACKED, len(splits.test)))))
+        model = check_classifier(subject.model)
+        found = event_pictures(subject.name, model, x, y, threat)
+        finish(found, folder / f"events_{subject.name}.json")
 
 
 @dataclass(frozen=True)

@@ -307,8 +307,8 @@ WRONG = [
     # event frames
     Wrong(
         CARDS,
-        {"x": frames(4), "eps": 3},
-        r"x must lie in \[0, 1\], got values from 0 to 3; .* \(frames > 0\).float\(\)",
+        {"x": 0.7 * frames(4), "eps": 3},
+        r"or numbers of events, got values from 0 to 2.1; .* \(x > 0\).to\(x.dtype\)",
     ),
     Wrong(
         CARDS,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sj_robust.attacks._planes import taking_planes
 from sj_robust.attacks.call import Loss, Model, Objective, Randomness, crafting, lowest_loss
 from sj_robust.attacks.logits import likeliest_wrong, margin, of_class
 from sj_robust.core.checks import check_count, check_size, logits_of
@@ -373,23 +374,26 @@ def searched(
     settings: Settings,
     *,
     budget: int,
+    planes: int,
     generator: Randomness,
 ) -> Tensor:
     """Frames of an attack that runs searches made by ``make``, each of at most ``budget`` changed
     elements.
 
-    ``make`` takes what an :class:`EventSearch` does, ``changeable`` aside.
+    ``make`` takes what an :class:`EventSearch` does, ``changeable`` aside. Frames come and go in
+    so many planes, of which the model sees the sum.
     """
     settings = _checked(settings)
     if budget == 0 or x.numel() == 0:
         return x
     settings = replace(settings, steps=min(settings.steps, budget))
     loss = lead if settings.loss is None else settings.loss
-    objective = Objective(model, loss, eot_samples=settings.eot_samples)
+    seen = taking_planes(model, planes)
+    objective = Objective(seen, loss, eot_samples=settings.eot_samples)
     with crafting(model, x.device, generator) as private:
         y = y.clone()  # no tensor of the caller's inference mode, which no graph can hold
         best = _start(objective, x, y, settings)
-        targets = _likeliest_others(model, x, y, settings.target_classes)
+        targets = _likeliest_others(seen, x, y, settings.target_classes)
         runs = [None, *targets, *[None] * (settings.restarts - 1)]
         for number, target in enumerate(runs):
             search = make(
@@ -415,6 +419,7 @@ def first_that_fools(
     draw: Callable[[Private], Tensor],
     *,
     tries: int,
+    planes: int,
     generator: Randomness,
 ) -> Tensor:
     """Of several draws for every sample the first that fools the model, or else the last; model and
@@ -424,12 +429,13 @@ def first_that_fools(
         with torch.inference_mode(False):
             return draw(private_generator(generator, x.device))
     with crafting(model, x.device, generator) as private, torch.no_grad():
+        seen = taking_planes(model, planes)
         x_adv = x.clone()
         standing = torch.ones_like(y, dtype=torch.bool)
         for _ in range(tries):
             drawn = draw(private)
             x_adv[standing] = drawn[standing]
-            logits = logits_of(model, x_adv[standing], y[standing])
+            logits = logits_of(seen, x_adv[standing], y[standing])
             standing[standing.clone()] = logits.argmax(1) == y[standing]
             if not standing.any():
                 break

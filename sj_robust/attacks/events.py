@@ -1,4 +1,4 @@
-"""Attacks on binary event frames: at most ``flips`` events added or removed per sample, frames stay
+"""Attacks on event frames: at most ``flips`` events added or removed per sample; binary frames stay
 binary.
 
 Frames are [N, T, 2, H, W], samples first like the images of every other attack and as a loader of
@@ -22,8 +22,15 @@ from sj_robust.attacks._event_search import (
     searched,
     uniform,
 )
+from sj_robust.attacks._planes import in_unary, summed
 from sj_robust.attacks.call import Loss, Model, Randomness
-from sj_robust.core.checks import check_binary, check_count, check_labels, check_model, is_checked
+from sj_robust.core.checks import (
+    check_count,
+    check_event_counts,
+    check_labels,
+    check_model,
+    is_checked,
+)
 from sj_robust.core.randomness import Private, check_seeds
 
 __all__ = ["check_frames", "count_flips", "flip_events", "random_flips"]
@@ -70,9 +77,11 @@ def flip_events(
     On a linear model of two classes the result is the smallest set of changes that fools; on one of
     more classes it is so if ``target_classes`` is the number of all other classes.
 
-    Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for binary event
-    frames [N, T, 2, H, W] in the place of images. A sample that is classified wrongly already, by
-    ``confidence`` if there is one, stays as it is; ``count_flips`` tells how many elements differ.
+    Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for event frames
+    [N, T, 2, H, W] in the place of images. If a value is above 1, frames hold numbers of events,
+    and a change adds an event to a value or removes one. A sample that is classified wrongly
+    already, by ``confidence`` if there is one, stays as it is; ``count_flips`` tells how many
+    elements differ.
 
     Args:
         flips: Largest number of elements changed per sample.
@@ -108,6 +117,7 @@ def flip_events(
     """
     x = checked_frames(model, x, y, generator)
     _check_budget(x, flips, allow)
+    frames, planes = in_unary(x)
     settings = Settings(
         steps=steps,
         probes=probes,
@@ -120,8 +130,11 @@ def flip_events(
         keep_best=keep_best,
         loss=loss,
     )
-    make = partial(EventSearch, changeable=_changeable(x, allow))
-    return searched(model, x, y, make, settings, budget=flips, generator=generator)
+    make = partial(EventSearch, changeable=_changeable(frames, allow))
+    found = searched(
+        model, frames, y, make, settings, budget=flips, planes=planes, generator=generator
+    )
+    return summed(found, planes)
 
 
 def random_flips(
@@ -141,8 +154,9 @@ def random_flips(
     Equation: ``x_adv = |x - m|`` with m uniform among the masks of ``flips`` ones (or of all that
     ``allow`` leaves, if fewer).
 
-    Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for binary event
-    frames [N, T, 2, H, W]; ``model`` and ``y`` may be None and are used only if ``tries`` > 1.
+    Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for event frames
+    [N, T, 2, H, W], binary or of counts; ``model`` and ``y`` may be None and are used only if
+    ``tries`` > 1.
 
     Args:
         flips: Number of elements changed per sample.
@@ -166,20 +180,24 @@ def random_flips(
     check_tries(tries, model, y)
     if flips == 0 or x.numel() == 0:
         return x
-    changeable = _changeable(x, allow)
+    frames, planes = in_unary(x)
+    changeable = _changeable(frames, allow)
     size = torch.full((len(x),), flips, device=x.device)
 
     def draw(private: Private) -> Tensor:
-        order = uniform(x, private).masked_fill(~changeable, -torch.inf)
-        return apply_changes(x, largest(order, size))
+        order = uniform(frames, private).masked_fill(~changeable, -torch.inf)
+        return apply_changes(frames, largest(order, size))
 
-    return first_that_fools(model, x, y, draw, tries=tries, generator=generator)
+    found = first_that_fools(
+        model, frames, y, draw, tries=tries, planes=planes, generator=generator
+    )
+    return summed(found, planes)
 
 
 def count_flips(x_adv: Tensor, x: Tensor) -> Tensor:
-    """Number of changed elements per sample.
+    """Number of changed elements per sample; of counts, the number of events added or removed.
 
-    Equation: ``k_n = sum |x_adv[n] - x[n]|``, the L0 distance.
+    Equation: ``k_n = sum |x_adv[n] - x[n]|``, of binary frames the L0 distance.
 
     Args:
         x_adv: Event frames of an attack.
@@ -202,29 +220,28 @@ def count_flips(x_adv: Tensor, x: Tensor) -> Tensor:
         raise ValueError(
             f"x_adv must have the shape of x, {list(x.shape)}, got {list(x_adv.shape)}"
         )
-    return (x_adv != x).flatten(1).sum(1)
+    return (x_adv.double() - x.double()).abs().ceil().flatten(1).sum(1).long()
 
 
 def check_frames(x: Tensor) -> None:
     """Check that event frames are floating point, [N, T, 2, H, W] (one channel if polarities are
-    merged), and all 0 or 1.
+    merged), and all 0 or 1, or numbers of events.
 
     Args:
         x: The frames.
 
     Raises:
         TypeError: If ``x`` is not a floating-point tensor.
-        ValueError: If it has another shape or a value that is neither 0 nor 1.
+        ValueError: If it has another shape or a value that is no integer >= 0.
 
     Source: binary frames of Lun et al. (CVPR 2025), section 5.
 
     Examples:
-        >>> check_frames(torch.full((1, 4, 2, 5, 5), 3.0))
+        >>> check_frames(torch.full((1, 4, 2, 5, 5), 0.5))
         Traceback (most recent call last):
         ...
-        ValueError: x must be binary event frames (0 or 1), got values from 3 to 3; integrated
-        counts become binary with (x > 0).to(x.dtype), and the network must be trained on such
-        frames
+        ValueError: x must be binary event frames (0 or 1) or numbers of events, got values from 0.5
+        to 0.5; count the events of a frame, or take (x > 0).to(x.dtype)
     """
     if not isinstance(x, Tensor):
         raise TypeError(
@@ -245,7 +262,7 @@ def check_frames(x: Tensor) -> None:
             "x must be event frames [N, T, 2, H, W] of 2 polarities (1 if merged), got "
             f"{x.shape[2]} in shape {tuple(x.shape)}; move the polarity to dimension 2"
         )
-    check_binary(x)
+    check_event_counts(x)
 
 
 def checked_frames(

@@ -5,6 +5,7 @@ writes them.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -25,11 +26,12 @@ class ThreatModel:
 
     For ``"moves"`` events keep pixel and polarity and move in time: at each pixel and polarity the
     events that are gone and those that are new, as many, belong together in their order of time,
-    and each such pair is a move.
+    and each such pair is a move. Where a pair is farther apart than an event may move, events in
+    between move on to make way, each of which is a move as well.
 
     Attributes:
-        norm: ``"Linf"``, or ``"L2"`` over all elements of an image; for binary event frames
-            ``"L0"`` or ``"moves"``.
+        norm: ``"Linf"``, or ``"L2"`` over all elements of an image; for event frames ``"L0"``
+            or ``"moves"``.
         eps: Radius in units of [0, 1] images, such as ``8 / 255``; for ``"L0"`` the number of
             elements that may be changed per sample, for ``"moves"`` that of the events that may be
             moved, an integer >= 1.
@@ -91,9 +93,7 @@ class ThreatModel:
 
     @property
     def of_events(self) -> bool:
-        """Whether it changes or moves events of binary frames, which have no values between 0 and
-        1.
-        """
+        """Whether it changes or moves events of frames, which have no values between 0 and 1."""
         return self.norm in ("L0", "moves")
 
     @property
@@ -139,16 +139,17 @@ class ThreatModel:
 
     def distance(self, x: Tensor, x_adv: Tensor) -> Tensor:
         """Distance of every image from its clean one, [N] float64; in L0 the number of elements
-        that differ.
+        that differ, or of events added and removed where frames hold numbers of events.
 
         For moves the number of events that moved; infinity where a pixel and polarity has gained or
-        lost an event, a value is neither 0 nor 1, or a shift exceeds its limit.
+        lost an event, a value is no number of events or above 1 in binary frames, or a shift
+        exceeds its limit.
         """
         if self.norm == "moves":
             return self._moves(x, x_adv)
         delta = (x_adv.double() - x.double()).flatten(1)
         if self.norm == "L0":
-            return (delta != 0).sum(1).double()
+            return delta.abs().ceil().sum(1)
         if self.norm == "Linf":
             return delta.abs().amax(1)
         return delta.square().sum(1).sqrt()
@@ -180,13 +181,17 @@ class ThreatModel:
 
     def _moves(self, x: Tensor, x_adv: Tensor) -> Tensor:
         found = moves_of(x, x_adv)
-        binary = (x_adv == 0) | (x_adv == 1)
-        allowed = found.paired & binary.flatten(1).all(1)
+        allowed = found.paired & holds_events(x_adv, x).flatten(1).all(1)
+        events = found.events.double()
         if self.largest_shift is not None:
-            allowed &= found.largest_shift <= self.largest_shift
+            far = allowed & (found.largest_shift > self.largest_shift)
+            for number in far.nonzero().flatten():
+                events[number] = _moves_that_make_way(
+                    x[number], x_adv[number], self.largest_shift, int(self.eps)
+                )
         if self.total_shift is not None:
             allowed &= found.total_shift <= self.total_shift
-        return torch.where(allowed, found.events.double(), torch.inf)
+        return torch.where(allowed, events, torch.inf)
 
 
 class Moves(NamedTuple):
@@ -211,29 +216,70 @@ def moves_of(x: Tensor, x_adv: Tensor) -> Moves:
 
     Of all ways to pair them this one has the smallest largest shift and the smallest total shift.
     """
-    before = x.flatten(2) > 0
-    after = x_adv.flatten(2) > 0
-    gone = before & ~after
-    new = after & ~before
-    left = _frames_of(gone)
-    came = _frames_of(new)
+    change = (x_adv.flatten(2) - x.flatten(2)).round().long()
+    gone = (-change).clamp(min=0)
+    new = change.clamp(min=0)
+    left_until = gone.cumsum(1)
+    came_until = new.cumsum(1)
     frames = x.shape[1]
-    shift = (left - came).abs() * ((left < frames) & (came < frames))
-    shift = shift.flatten(1)
-    none = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    largest = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    total = torch.zeros_like(largest)
+    most = int(torch.maximum(gone.sum(1), new.sum(1)).max()) if change.numel() else 0
+    for number in range(1, most + 1):  # the frames that hold event ``number``, T for none
+        left = (left_until < number).sum(1)
+        came = (came_until < number).sum(1)
+        shift = (left - came).abs() * ((left < frames) & (came < frames))
+        largest = torch.maximum(largest, shift.amax(1))
+        total = total + shift.sum(1)
     return Moves(
         events=gone.flatten(1).sum(1),
-        largest_shift=shift.amax(1) if shift[:1].numel() else none,
-        total_shift=shift.sum(1),
+        largest_shift=largest,
+        total_shift=total,
         paired=(gone.sum(1) == new.sum(1)).all(1),
     )
 
 
-def _frames_of(events: Tensor) -> Tensor:
-    """Numbers of the frames that hold an event [N, T, ...], in order; T where there is none."""
-    frames = events.shape[1]
-    number = torch.arange(frames, device=events.device)[None, :, None]
-    return torch.where(events, number, frames).sort(dim=1).values
+def _moves_that_make_way(x: Tensor, x_adv: Tensor, shift: int, most: int) -> float:
+    """The fewest moves, each by so many frames, that turn a sample [T, *] into another; infinity if
+    they are more than ``most``.
+    """
+    before, after = x.flatten(1), x_adv.flatten(1)
+    differing = (before != after).any(0)
+    lines = before[:, differing].T.long().tolist(), after[:, differing].T.long().tolist()
+    total = 0
+    for line, other in zip(*lines, strict=True):
+        gone = [max(a - b, 0) for a, b in zip(line, other, strict=True)]
+        new = [max(b - a, 0) for a, b in zip(line, other, strict=True)]
+        kept = [t for t, pair in enumerate(zip(line, other, strict=True)) for _ in range(min(pair))]
+        left = [t for t, number in enumerate(gone) for _ in range(number)]
+        came = [t for t, number in enumerate(new) for _ in range(number)]
+        needed = _needed_to_make_way(left, came, kept, shift, most - total - len(left))
+        if needed is None:
+            return math.inf
+        total += len(left) + needed
+    return float(total)
+
+
+def _needed_to_make_way(
+    left: list[int], came: list[int], kept: list[int], shift: int, most: int
+) -> int | None:
+    """How many events of the frames ``kept`` have to move on so that those of ``left`` become those
+    of ``came``; None if more than ``most``.
+    """
+    for number in range(max(0, most) + 1):
+        if most < 0 or number > len(kept):
+            return None
+        for others in set(combinations(kept, number)):
+            pairs = zip(sorted([*left, *others]), sorted([*came, *others]), strict=True)
+            if all(abs(a - b) <= shift for a, b in pairs):
+                return number
+    return None
+
+
+def holds_events(x_adv: Tensor, x: Tensor) -> Tensor:
+    """Where values are numbers of events, which are 0 or 1 if frames x are binary."""
+    most = 1.0 if bool((x <= 1).all()) else torch.inf
+    return (x_adv >= 0) & (x_adv <= most) & (x_adv == x_adv.round())
 
 
 def rounding(x: Tensor) -> float:
@@ -289,10 +335,13 @@ def _linf_offset(
 
 
 def _fewest_changes(x: Tensor, x_adv: Tensor, most: int) -> Tensor:
-    """``x`` with the ``most`` largest changes of ``x_adv``, clamped to [0, 1]."""
-    x_adv = x_adv.to(x.dtype).clamp(0, 1)
+    """``x`` with the ``most`` largest changes of ``x_adv``, clamped to [0, 1]; of frames with
+    numbers of events, those that add and remove as many.
+    """
+    counts = bool((x > 1).any())
+    x_adv = x_adv.to(x.dtype).clamp(0, torch.inf if counts else 1)
     changes = (x_adv.double() - x.double()).abs().flatten(1)
-    order = changes.argsort(dim=1, descending=True, stable=True)
-    kept = torch.zeros_like(changes, dtype=torch.bool)
-    kept = kept.scatter(1, order[:, :most], True).view_as(x)
+    ordered, order = changes.sort(dim=1, descending=True, stable=True)
+    paid = ordered.ceil().cumsum(1) <= most
+    kept = torch.zeros_like(paid).scatter(1, order, paid).view_as(x)
     return torch.where(kept, x_adv, x)

@@ -1,4 +1,4 @@
-"""Attacks in time on binary event frames: events keep pixel and polarity and come in other
+"""Attacks in time on event frames: events keep pixel and polarity and come in other
 frames.
 """
 
@@ -16,6 +16,7 @@ from sj_robust.attacks._event_search import (
     uniform,
 )
 from sj_robust.attacks._move_search import Limits, MoveSearch, RandomMoves, random_moved
+from sj_robust.attacks._planes import each_on_its_own, summed
 from sj_robust.attacks.call import Loss, Model, Randomness
 from sj_robust.attacks.events import checked_frames
 from sj_robust.attacks.threat import Moves, moves_of
@@ -58,12 +59,13 @@ def move_events(
     probed by a forward, the moves of random pixels are exchanged for others, and needless ones are
     put back, pixel by pixel.
 
-    Frames stay binary, and every pixel and polarity keeps its number of events. A frame in which
-    there was an event of the same pixel and polarity is never moved to. On a linear model, the
+    Binary frames stay binary, and every pixel and polarity keeps its number of events. In them a
+    frame in which there was an event of the same pixel and polarity is never moved to; frames of
+    counts, in which a value is above 1, take any number. On a linear model, the
     first move is the best one.
 
-    Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for binary event
-    frames [N, T, 2, H, W] in the place of images. ``count_moves`` tells what moved.
+    Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for event frames
+    [N, T, 2, H, W], binary or of counts, in the place of images. ``count_moves`` tells what moved.
 
     Args:
         moves: Largest number of events moved per sample.
@@ -97,8 +99,9 @@ def move_events(
         tensor([0., 0., 0., 1.])
     """
     x = checked_frames(model, x, y, generator)
+    frames, planes = each_on_its_own(x)
     limits = _limits(x, moves, largest_shift, total_shift)
-    everywhere = torch.ones_like(x.flatten(1), dtype=torch.bool)
+    everywhere = torch.ones_like(frames.flatten(1), dtype=torch.bool)
     make = partial(MoveSearch, limits=limits, changeable=everywhere)
     settings = Settings(
         steps=steps,
@@ -113,7 +116,10 @@ def move_events(
         loss=loss,
     )
     budget = 2 * moves if limits.largest_shift else 0
-    return searched(model, x, y, make, settings, budget=budget, generator=generator)
+    found = searched(
+        model, frames, y, make, settings, budget=budget, planes=planes, generator=generator
+    )
+    return summed(found, planes)
 
 
 def random_moves(
@@ -133,8 +139,9 @@ def random_moves(
     Equation: ``moves`` events drawn at random, each moved to a frame drawn at random among the
     empty ones within ``largest_shift``; fewer, where the total shift or the free frames end before.
 
-    Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for binary event
-    frames [N, T, 2, H, W]; ``model`` and ``y`` may be None and are used only if ``tries`` > 1.
+    Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for event frames
+    [N, T, 2, H, W], binary or of counts; ``model`` and ``y`` may be None and are used only if
+    ``tries`` > 1.
 
     Args:
         moves: Number of events moved per sample.
@@ -158,14 +165,18 @@ def random_moves(
     check_tries(tries, model, y)
     if moves == 0 or limits.largest_shift == 0 or x.numel() == 0:
         return x
-    still = torch.zeros_like(x.flatten(1), dtype=torch.bool)
+    frames, planes = each_on_its_own(x)
+    still = torch.zeros_like(frames.flatten(1), dtype=torch.bool)
     size = torch.full((len(x),), moves, device=x.device)
 
     def draw(private: Private) -> Tensor:
-        drawn = RandomMoves(order=uniform(x, private), worth=uniform(x, private))
-        return apply_changes(x, random_moved(x, still, drawn, size, limits))
+        drawn = RandomMoves(order=uniform(frames, private), worth=uniform(frames, private))
+        return apply_changes(frames, random_moved(frames, still, drawn, size, limits))
 
-    return first_that_fools(model, x, y, draw, tries=tries, generator=generator)
+    found = first_that_fools(
+        model, frames, y, draw, tries=tries, planes=planes, generator=generator
+    )
+    return summed(found, planes)
 
 
 def count_moves(x_adv: Tensor, x: Tensor) -> Moves:

@@ -20,6 +20,7 @@ __all__ = [
     "check_choice",
     "check_classes",
     "check_count",
+    "check_event_counts",
     "check_function",
     "check_images",
     "check_inputs",
@@ -28,6 +29,7 @@ __all__ = [
     "check_model",
     "check_network",
     "check_number_of_channels",
+    "check_samples",
     "check_seed",
     "check_size",
     "check_steps",
@@ -100,6 +102,51 @@ def check_images(x: Tensor) -> None:
     if low < 0 or high > 1:
         remedy = _BINARY if x.ndim == 5 else "scale it and normalise inside the model"
         raise ValueError(f"x must lie in [0, 1], got values from {low:.6g} to {high:.6g}; {remedy}")
+
+
+def check_samples(x: Tensor) -> None:
+    """Samples are images in [0, 1], or event frames [N, T, C, H, W], which may hold numbers of
+    events.
+
+    Args:
+        x: The samples.
+
+    Raises:
+        TypeError: As :func:`check_images`.
+        ValueError: As :func:`check_images`, or if a value of frames is no number of events.
+
+    Examples:
+        >>> check_samples(torch.full((1, 3, 2, 4, 4), 2.0))
+    """
+    tensor = isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
+    if tensor and x.is_floating_point() and x.ndim == 5 and bool((x > 1).any()):
+        check_event_counts(x)
+    else:
+        check_images(x)
+
+
+def check_event_counts(x: Tensor) -> None:
+    """Event frames are binary or hold numbers of events: integers >= 0.
+
+    Args:
+        x: The frames.
+
+    Raises:
+        ValueError: If a value is none.
+
+    Examples:
+        >>> check_event_counts(torch.tensor([0.0, 2.5]))
+        Traceback (most recent call last):
+        ...
+        ValueError: x must be binary event frames (0 or 1) or numbers of events, got values from 0
+        to 2.5; count the events of a frame, or take (x > 0).to(x.dtype)
+    """
+    if not bool(((x >= 0) & (x == x.round()) & x.isfinite()).all()):
+        low, high = (float(bound) for bound in torch.aminmax(x.detach()))
+        raise ValueError(
+            "x must be binary event frames (0 or 1) or numbers of events, got values from "
+            f"{low:.6g} to {high:.6g}; count the events of a frame, or take (x > 0).to(x.dtype)"
+        )
 
 
 def check_binary(x: Tensor) -> None:

@@ -41,7 +41,6 @@ from sj_robust.evaluation.run.suites import Suite, SuiteName, check_shape, make_
 from sj_robust.evaluation.run.variant import Variant
 from sj_robust.evaluation.subject import Subject
 from sj_robust.proofs.soundness import UnprovableError
-from sj_robust.proofs.verification import NormName
 
 __all__ = ["assess"]
 
@@ -169,7 +168,6 @@ class _Parts:
         self.x, self.y = self.few.tensors(device_of(model))
         self.threat = request.threat
         self.say = request.watch.say
-        self.proof_norm: NormName = "L0" if self.threat.norm == "L0" else "Linf"
 
     @cached_property
     def key(self) -> dict[str, str]:
@@ -219,7 +217,7 @@ class _Parts:
         def compute() -> dict[str, Any]:
             start = time.perf_counter()
             try:
-                found = prove(self.model, self.data, [self.threat.eps], self.proof_norm)
+                found = prove(self.model, self.data, [self.threat.eps], self.threat)
             except (NotImplementedError, UnprovableError) as error:
                 return {"reasons": [f"Nothing could be proved: {error}."]}
             (verified,) = found.verified.values()
@@ -248,7 +246,7 @@ class _Parts:
 
         def compute() -> dict[str, tuple[int, ...]]:
             radii = list(map(parse_eps, names))
-            found = prove(self.model, self.few, radii, self.proof_norm)
+            found = prove(self.model, self.few, radii, self.threat)
             return dict(found.verified)
 
         key = self.key | {"radii": ", ".join(names)}

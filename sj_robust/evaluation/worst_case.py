@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sj_robust.attacks.call import Model
 from sj_robust.attacks.threat import ThreatModel
-from sj_robust.core.checks import check_count, check_images, check_labels, check_model
+from sj_robust.core.checks import check_count, check_labels, check_model, check_samples
 from sj_robust.core.randomness import SampleSeeds, check_seeds
 from sj_robust.evaluation.report.report import Report
 from sj_robust.evaluation.run.loop import Asked, Job, rows_of, run_batch
@@ -66,7 +66,7 @@ def worst_case(
         ((0,), 0.5)
     """
     check_model(model)
-    check_images(x)
+    check_samples(x)
     check_labels(y, x)
     check_count("draws", draws)
     seeds = SampleSeeds(range(len(x))) if seeds is None else seeds

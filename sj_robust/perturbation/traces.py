@@ -22,11 +22,17 @@ __all__ = ["Traces", "spike_traces"]
 _LAYERS = 8
 """Layers that are drawn at most."""
 
-_NEURONS = 40
+_NEURONS = 30
 """Neurons of each that are drawn at most."""
 
 _ACROSS = 4
-"""Panels side by side."""
+"""Panels side by side at most."""
+
+_STEPS_ACROSS = 48
+"""Time steps that fit side by side, so that the marks of a raster stay apart."""
+
+_WIDTH = 6.8
+"""Inches of panels side by side, for many steps."""
 
 
 class Traces(Shown, dict[str, LayerTrace]):
@@ -117,16 +123,18 @@ class Traces(Shown, dict[str, LayerTrace]):
             draw = _potential
             height = 1.5
             label = "membrane potential"
-        across = min(_ACROSS, len(names))
+        steps = len(self[names[0]].spike_seq)
+        across = min(_ACROSS, len(names), max(1, _STEPS_ACROSS // steps))
         down = ceil(len(names) / across)
-        figure = new_figure(0.4 + 1.7 * across, 0.4 + height * down)
+        wide = steps > _STEPS_ACROSS // _ACROSS
+        figure = new_figure(0.4 + (_WIDTH if wide else 1.7 * across), 0.4 + height * down)
         panels = figure.subplots(down, across, squeeze=False)
         parting = self.parting(sample)
         for axes, name in zip(panels.flat, names, strict=False):
             draw(axes, self[name], sample)
             title = name
             if parting is not None and parting[0] == name:
-                title += f": diverges at step {parting[1]}"
+                title += f"\ndiverges at step {parting[1]}"
                 axes.axvline(parting[1], color=GREY, linestyle=":", linewidth=1.2)
             axes.set_title(title, loc="left")
             axes.set_xlabel("time step")
@@ -201,7 +209,7 @@ def _raster(axes: "Axes", layer: LayerTrace, sample: int) -> None:
     chosen = order[:_NEURONS].sort().values
     clean = clean[:, chosen]
     perturbed = perturbed[:, chosen]
-    _marks(axes, clean & perturbed, marker="|", label="both", color=GREY)
+    _marks(axes, clean & perturbed, marker=".", label="both", color=GREY)
     _marks(axes, clean & ~perturbed, marker="o", label="clean only", color=BLUE)
     _marks(axes, perturbed & ~clean, marker="x", label="perturbed only", color=ORANGE)
     axes.set_ylim(-1, len(chosen))
@@ -218,6 +226,7 @@ def _marks(axes: "Axes", spikes: Tensor, *, marker: str, label: str, color: str)
         color=color,
         label=label,
         markerfacecolor="none",
+        markersize=3,
     )
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sj_robust.proofs.flips import Flips
 from sj_robust.proofs.joint import JointRun, OverTime
+from sj_robust.proofs.moves import EVENTS, Events
 from sj_robust.proofs.relaxation import Decision, Lower, Maps, RelaxedRun, raised
 
 __all__ = ["Prover", "inside_ball", "leads"]
@@ -33,13 +33,13 @@ class Prover:
     Attributes:
         logits: The network that runs, images to logits.
         maps: The affine maps between its leaves.
-        eps: Linf radius, or the changes of binary frames.
+        eps: Linf radius, or what may happen to event frames.
         over_time: How the network treats time, if joint bounds of the potentials are to be known.
     """
 
     logits: Callable[[Tensor], Tensor]
     maps: Maps
-    eps: float | Flips
+    eps: float | Events
     over_time: OverTime | None = None
 
     def crown(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class Prover:
     def points(self, images: Tensor) -> Iterator[Tensor]:
         """A corner and a random point of the ball of each image, and the images themselves."""
         generator = torch.Generator().manual_seed(0)
-        if isinstance(self.eps, Flips):
+        if isinstance(self.eps, EVENTS):
             for _ in range(2):
                 yield self.eps.drawn(images, generator)
             yield images
@@ -150,19 +150,19 @@ class Prover:
 
     def lowest(self, image: Tensor, weights: Tensor) -> Tensor:
         """The points [R, *] of the ball of an image [1, *] whose sums with weights are least."""
-        if isinstance(self.eps, Flips):
+        if isinstance(self.eps, EVENTS):
             return self.eps.lowest(image, weights).to(image.dtype)
         return inside_ball(image, image.double() - self.eps * weights.sign(), self.eps)
 
     def lower(self, image: Tensor, points: Tensor, slopes: Tensor) -> Tensor:
         """Points of the ball a step down from these; of frames those that the slopes point to."""
-        if isinstance(self.eps, Flips):
+        if isinstance(self.eps, EVENTS):
             return self.eps.lowest(image, slopes).to(image.dtype)
         return inside_ball(image, points.double() - self.eps / 4 * slopes.sign(), self.eps)
 
     def solution(self, image: Tensor, values: Tensor) -> Tensor:
         """The point of the ball next to the values that a program has found."""
-        if isinstance(self.eps, Flips):
+        if isinstance(self.eps, EVENTS):
             return values.round().to(image.dtype)
         return inside_ball(image, values, self.eps)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Changes", "changed_sums", "share_frames"]
+__all__ = ["Changes", "changed_sums", "first_changes", "frames_of_rows", "share_frames"]
 
 _EXACT_BITS = 52
 """Binary values that a number in float64 holds exactly."""
@@ -102,15 +102,15 @@ class Changes:
         """
         rising = weights.clamp(min=0) * self.down[0][samples]
         falling = (-weights).clamp(min=0) * self.up[0][samples]
-        return _first((rising + falling).flatten(1), self.budget, 1)
+        return first_changes((rising + falling).flatten(1), self.budget, 1)
 
     def linear(self, weight: Tensor, shape: torch.Size) -> "Changes | None":
         """Of a linear map [outputs, inputs] whose result has this shape."""
         if not self.apart:
             return None
-        up = self.up[0].flatten(0, -2)
-        down = self.down[0].flatten(0, -2)
-        rises, falls = self._largest(up, down, weight)
+        up = torch.cat([part.flatten(0, -2) for part in self.up], 1)
+        down = torch.cat([part.flatten(0, -2) for part in self.down], 1)
+        rises, falls = self._largest(up, down, weight.repeat(1, len(self.up)))
         frame = _one_of(self.frame.flatten(0, -2)).unsqueeze(1)
         return replace(
             self,
@@ -138,16 +138,19 @@ class Changes:
             return None
         size = weight.shape[2:]
 
-        def patches(part: Tensor) -> Tensor:
-            """The values that the outputs of a group see, [groups, B * places, values]."""
-            seen = F.unfold(part, size, dilation, padding, stride)
-            by_group = seen.view(len(seen), groups, -1, seen.shape[2]).permute(1, 0, 3, 2)
-            return by_group.flatten(1, 2)
+        def patches(parts: tuple[Tensor, ...]) -> Tensor:
+            """What the outputs of a group see change, [groups, B * places, changes]."""
+            found = []
+            for part in parts:
+                seen = F.unfold(part, size, dilation, padding, stride)
+                by_group = seen.view(len(seen), groups, -1, seen.shape[2]).permute(1, 0, 3, 2)
+                found.append(by_group.flatten(1, 2))
+            return torch.cat(found, 2)
 
-        kernels = weight.flatten(1).chunk(groups)
+        kernels = weight.flatten(1).repeat(1, len(self.up)).chunk(groups)
         up: list[Tensor] = []
         down: list[Tensor] = []
-        groupwise = zip(patches(self.up[0]), patches(self.down[0]), kernels, strict=True)
+        groupwise = zip(patches(self.up), patches(self.down), kernels, strict=True)
         for rises, falls, kernel in groupwise:
             found = self._largest(rises, falls, kernel)
             up.append(found[0])
@@ -167,6 +170,12 @@ class Changes:
         that can rise and fall by ``up`` and ``down``, with weights [outputs, inputs].
         """
         binary = all(bool(((part == 0) | (part == 1)).all()) for part in (up, down))
+        if not binary:
+            moving = ((up > 0) | (down > 0)).any(0)
+            moving[: max(1, math.ceil(self.budget))] = True  # as many for all groups of channels
+            up = up[:, moving]
+            down = down[:, moving]
+            weight = weight[:, moving]
         if binary and up.shape[1] <= _EXACT_BITS:
             first, number = _distinct(up, down)
         else:
@@ -203,7 +212,7 @@ class Changes:
 
     def _kept(self, changes: Tensor) -> Tensor:
         """Of changes [outputs, rows, inputs] what counts, [count, rows, outputs]."""
-        largest = _first(changes, self.budget, 2).permute(2, 1, 0)
+        largest = first_changes(changes, self.budget, 2).permute(2, 1, 0)
         if not self.summed:
             return largest
         return _spent(self.budget, largest.unbind(0)).unsqueeze(0)
@@ -255,13 +264,19 @@ def _spent_on_largest(like: Changes, changes: list[Tensor]) -> Tensor:
     """The sum of the largest changes that the budget allows, of those that are given."""
     if not changes:
         return torch.zeros_like(like.up[0])
-    return _spent(like.budget, _first(torch.stack(changes), like.budget, 0).unbind(0))
+    return _spent(like.budget, first_changes(torch.stack(changes), like.budget, 0).unbind(0))
 
 
-def _first(changes: Tensor, budget: float, dim: int) -> Tensor:
-    """The largest changes, as many as the budget can pay in part or as a whole."""
+def first_changes(changes: Tensor, budget: float, dim: int) -> Tensor:
+    """The largest changes along a dimension, as many as the budget pays in part or as a whole."""
     count = min(max(1, math.ceil(budget)), changes.shape[dim])
     return changes.topk(count, dim).values
+
+
+def frames_of_rows(frame: Tensor) -> Tensor | None:
+    """The frame that moves each row of a tensor; None if a row is moved by several."""
+    found = _one_of(frame)
+    return None if bool((found == _SEVERAL).any()) else found
 
 
 def _rises_and_falls(up: Tensor, down: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,8 @@ from sj_robust.core.convention import untouched
 from sj_robust.core.preserved import evaluation_mode, full_precision, other_forward
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.differentiable_joint import DifferentiableJointRun
-from sj_robust.proofs.flips import Flips
 from sj_robust.proofs.joint import OverTime
+from sj_robust.proofs.moves import Events
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.soundness import check_kept, check_maps, check_neurons, check_surrogates
 from sj_robust.proofs.verification import bounded_logits, bounded_neurons
@@ -109,9 +109,9 @@ class DifferentiableBounds:
                     stack.callback(module.register_forward_pre_hook(self._watch(name)).remove)
             yield
 
-    def lead(self, x: Tensor, y: Tensor, eps: float | Flips) -> Tensor:
+    def lead(self, x: Tensor, y: Tensor, eps: float | Events) -> Tensor:
         """Upper bounds [N, classes] for images [N, ...] with labels [N], over an Linf ball or for
-        changed events; those of the labels are 0.
+        changed or moved events; those of the labels are 0.
         """
         self.classifier.find_convention(x)  # before anything is replaced
         with ExitStack() as stack:

@@ -12,6 +12,7 @@ from torch import Tensor
 from sj_robust.proofs._scipy import scipy_module
 from sj_robust.proofs.bounds import by_row, laid_out
 from sj_robust.proofs.branching import Prover
+from sj_robust.proofs.moves import Shifts
 from sj_robust.proofs.relaxation import Maps, RelaxedRun, Stage, Step
 from sj_robust.proofs.rounding import reset_rounding
 from sj_robust.proofs.rules import Bounds
@@ -256,6 +257,10 @@ class _Affine:
         scale = _diagonal(np.broadcast_to(factor, self.shift.shape))
         return _Affine(scale @ self.matrix, factor * self.shift, np.abs(factor) * self.slack)
 
+    def through(self, matrix: Any) -> "_Affine":
+        """A linear map of the values, which are exact."""
+        return _Affine(matrix @ self.matrix, matrix @ self.shift, np.zeros(matrix.shape[0]))
+
     def plus(self, other: "_Affine") -> "_Affine":
         """A sum."""
         size = max(self.matrix.shape[1], other.matrix.shape[1])
@@ -303,13 +308,61 @@ class _Program:
         self.logits = self.through(*matrices.of(run, -1))
 
     def _changed(self, frames: Bounds, values: Any) -> _Affine:
-        """Binary frames, of which at most some values change."""
+        """Event frames, of which at most some values or events change."""
         assert frames.changes is not None
+        if isinstance(frames.changes, Shifts):
+            return self._moved(frames.changes, values)
         found = self.variables(np.zeros(len(values)), np.ones(len(values)), integral=True)
         changes = found.times(1.0 - 2.0 * values).moved(values)
         every = _scipy("sparse").csr_matrix(np.ones((1, len(values))))
         number = _Affine(every @ changes.matrix, every @ changes.shift, np.zeros(1))
         self.at_most(number, frames.changes.budget)
+        return found
+
+    def _moved(self, moves: Shifts, values: Any) -> _Affine:
+        """Event frames, of which at most some events move in time.
+
+        Equation, with g[t] events of a pixel and polarity that leave frame t and n[t] that come, a
+        binary variable for each, and G and N their sums over time::
+
+            x~ = x - g + n,   sum of all g <= m,   g <= x,   x~ <= 1 if frames are binary
+            G[t] <= N[t + s],   N[t] <= G[t + s],   with t + s = T - 1 at the end
+
+        By the last line every event that leaves has its own place at most s frames away: the k-th
+        that leaves is the k-th that comes.
+        """
+        ball, frames = moves.ball, moves.frames
+        assert ball is not None
+        assert frames is not None
+        sparse = _scipy("sparse")
+        T = frames.shape[1]
+        most, shift = ball.most, min(ball.largest_shift, T - 1)
+        coming, leaving = (_flat(part) for part in ball.reach(frames))
+        near = _flat(ball.near(frames))
+        found = self.variables(
+            values - np.minimum(leaving, most), values + np.minimum(coming, most)
+        )
+        gone = self._events(leaving, most)
+        new = self._events(np.minimum(near, 1.0) if ball.binary else near, most)
+        kept = found.plus(gone).plus(new.times(-1.0)).moved(-values)
+        self.at_most(kept, 0.0)
+        self.at_least(kept, 0.0)
+        lines = sparse.identity(len(values) // T)
+        until = np.tril(np.ones((T, T)))
+        later = until[np.minimum(np.arange(T) + shift, T - 1)]
+        for first, second in ((gone, new), (new, gone)):
+            left = first.through(sparse.kron(until, lines).tocsr())
+            right = second.through(sparse.kron(later, lines).tocsr())
+            self.at_most(left.plus(right.times(-1.0)), 0.0)
+        self.at_most(gone.through(sparse.csr_matrix(np.ones((1, len(values))))), moves.budget)
+        return found
+
+    def _events(self, largest: Any, most: int) -> _Affine:
+        """Numbers of events from 0 to ``largest``, of ``most`` binary variables each."""
+        found = self.constant(np.zeros(len(largest)))
+        for number in range(1, min(most, int(largest.max(initial=0.0))) + 1):
+            there = 1.0 * (largest >= number)
+            found = found.plus(self.variables(np.zeros(len(there)), there, integral=True))
         return found
 
     def of_rival(self, weights: Tensor) -> _Inequalities:

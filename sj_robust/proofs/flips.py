@@ -46,6 +46,10 @@ class Flips:
             summed=summed,
         )
 
+    def falls(self, frames: Tensor, weights: Tensor) -> Tensor:
+        """How far a change of each value lowers sums with weights [R, T, *] of frames [1, T, *]."""
+        return (weights * (2 * frames - 1)).clamp(min=0)
+
     def lowest(self, frames: Tensor, weights: Tensor) -> Tensor:
         """The frames of the ball whose sum with the weights is least; frames may be one for several
         rows of weights.

@@ -1,11 +1,13 @@
 """Bounds that hold together over time: of spike trains and counts, not of single spikes."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sj_robust.neuron.charging import Neuron
@@ -13,6 +15,7 @@ from sj_robust.ops.trains.config import Currents, StepBounds, Windows
 from sj_robust.ops.trains.operator import bounded_steps
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.changes import Changes, changed_sums, share_frames
+from sj_robust.proofs.moves import Shifts
 from sj_robust.proofs.opened import counts
 from sj_robust.proofs.origins import leaves_of, replayed
 from sj_robust.proofs.relaxation import Maps, Stage, Step, Trace
@@ -145,6 +148,18 @@ class _TimedTrace(Trace):
         return drawn.to(like.device)
 
 
+class _FrameTrace(_TimedTrace):
+    """The same, with frames of events that have ``factors[t]`` times random values as well."""
+
+    def leaf(self, values: Interval, batch_dim: int) -> Bounds:
+        if self.leaves:
+            return super().leaf(values, batch_dim)
+        one = self._drawn(values.low[:, :1])
+        steps = values.low.shape[1]
+        factors = _factors_of(self.factors, 0, steps).view(1, -1, *[1] * (one.ndim - 2))
+        return BoundedRun.leaf(self, Interval(factors * one, factors * one), batch_dim)
+
+
 class OverTime:
     """How the affine maps of a network treat time, found out by runs on random leaves.
     网络的仿射映射如何处理时间。
@@ -185,6 +200,9 @@ class OverTime:
         _, mean_logits = _traced(maps, mean.expand_as(factors))
         self.neurons = maps.neurons
         self.T = T
+        self._maps = maps
+        self._factors = factors
+        self._frame_by_frame: dict[str, bool] | None = None
         self.counts = _alike(logits, mean_logits)
         self.steps = trace.steps
         self.kinds: dict[str, _Kind | None] = {}
@@ -220,6 +238,31 @@ class OverTime:
         windows = min(T, KEPT) + 1
         self.images = max(1, 2 * _ELEMENTS // (size * windows))
         self._trains: dict[tuple[str, int, float, float], Trains | None] = {}
+
+    def is_frame_by_frame(self, name: str) -> bool:
+        """Whether the current of a layer in step t is the same map of frame t, but for its shift,
+        for all t; asked of event frames [N, T, *].
+        """
+        if self._frame_by_frame is None:
+            trace = _FrameTrace(self.neurons, self._factors)
+            frame = self._maps.frame
+            self._maps.bounded(trace, frame.new_zeros(1, *frame.shape), 0.0)
+            found: dict[str, bool] = {}
+            own: dict[str, list[Tensor]] = {}
+            for number, call in enumerate(trace.calls):
+                if call.by is None:
+                    continue
+                shift = by_step(self._maps.shift(number, 1), 1, call.batch_dim)
+                scales = _factors_of(self._factors, call.first, len(call.current))
+                scaled = (call.current - shift) / column(scales, call.current[0])
+                own.setdefault(call.by, []).append(scaled)
+                found[call.by] = found.get(call.by, True) and call.leaves == {0}
+            for layer, parts in own.items():
+                steps = torch.cat(parts)
+                same = _alike(steps, steps[:1].expand_as(steps))
+                found[layer] = found[layer] and len(steps) == frame.shape[0] and same
+            self._frame_by_frame = found
+        return self._frame_by_frame.get(name, False)
 
     def trains(self, spiking: Spiking, T: int, *, current: Interval, error: float) -> Trains | None:
         """The trains of a layer for constant currents and errors up to the next powers of two."""
@@ -439,12 +482,75 @@ class JointRun(BoundedRun):
         elif kind == "steps":
             sums = self._through(weights, some)
         else:
-            changes = [step.moved(chosen, apart=False) for step in self.changes[name]]
-            if len(changes) == steps and self._have_one_budget(name, changes):
-                sums = _with_one_budget(weights, currents, changes)
-            else:
-                sums = weighted_sums(weights, stacked(currents))
+            sums = self._sums_of_events(name, weights, currents, chosen)
         return Interval(torch.cat([single.low, sums.low]), torch.cat([single.high, sums.high]))
+
+    def _sums_of_events(
+        self,
+        name: str,
+        weights: Tensor,
+        currents: list[Interval],
+        chosen: Callable[[Tensor], Tensor],
+    ) -> Interval:
+        """Bounds of sums of a current's steps; with one budget for all steps if events change."""
+        changes = [step.moved(chosen, apart=False) for step in self.changes[name]]
+        if len(changes) == len(currents):
+            if self._are_moved(name):
+                return _with_one_budget(
+                    weights, currents, changes, self._moved_sums(weights, chosen)
+                )
+            if not isinstance(changes[0], Shifts) and self._have_one_budget(name, changes):
+                found = changed_sums(weights, changes)
+                return _with_one_budget(weights, currents, changes, found)
+        return weighted_sums(weights, stacked(currents))
+
+    def _are_moved(self, name: str) -> bool:
+        """Whether events are moved in time and sums over time have one budget for them; if not,
+        the result says so.
+        """
+        if self.changed is None or not isinstance(self.changed.changes, Shifts):
+            return False
+        if self.differentiable:  # training counts the budget of each step
+            return False
+        if self.over_time.is_frame_by_frame(name):
+            return True
+        self.apart[name] = "its current in a time step is not the same map of one frame in all"
+        return False
+
+    def _moved_sums(
+        self, weights: Tensor, chosen: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """How far sums over time can rise and fall if events are moved, of some of the neurons.
+
+        What moves do to a sum stands in the place of a frame and goes through the map of the
+        frames: as many sums at a time as the call has steps.
+        """
+        assert self.changed is not None
+        entering = self.changed.changes
+        assert isinstance(entering, Shifts)
+        stage = self.stages[-1]
+        origin = stage.current.origin
+        assert origin is not None
+        frames = self.changed.centre.shape[1]
+        steps = len(by_step(stage.current.radius, self.samples, stage.batch_dim))
+        first = weights.shape[1] - steps
+        every = F.pad(weights, (0, frames - weights.shape[1]))
+        nothing = torch.zeros_like(self.changed.radius)
+        rises: list[Tensor] = []
+        falls: list[Tensor] = []
+        for start in range(0, len(every), steps):
+            some = every[start : start + steps]
+            places = every.new_zeros(frames, frames)
+            places[first : first + len(some)] = some
+            exact = self._other_run()
+            exact.rounded = False
+            entered = Bounds(nothing, nothing, run=exact, changes=entering.over_time(places))
+            found = replayed(origin, {0: entered}).changes
+            assert found is not None
+            for ends, part in ((rises, found.raised()), (falls, found.lowered())):
+                rows = by_step(part, self.samples, stage.batch_dim)[: len(some)]
+                ends += map(chosen, rows)
+        return torch.stack(rises), torch.stack(falls)
 
     def _all_sums(self, dynamics: Spiking, some: Tensor | slice, *, first: int) -> Interval:
         """The same of all windows so far, those of earlier calls among them."""
@@ -673,9 +779,16 @@ def window_weights(dynamics: Spiking, windows: Tensor, steps: int) -> Tensor:
     return inside * kept * torch.stack(gains)
 
 
-def _with_one_budget(weights: Tensor, currents: list[Interval], changes: list[Changes]) -> Interval:
-    """Bounds of sums of a current's steps, if one budget of changed events is for all steps."""
-    rises, falls = changed_sums(weights, changes)
+def _with_one_budget(
+    weights: Tensor,
+    currents: list[Interval],
+    changes: list[Changes],
+    moved: tuple[Tensor, Tensor],
+) -> Interval:
+    """Bounds of sums of a current's steps, which rise and fall by so much if one budget of changed
+    events is for all steps.
+    """
+    rises, falls = moved
     centres = [x.low + step.lowered() for x, step in zip(currents, changes, strict=True)]
     centre = torch.tensordot(weights, torch.stack(centres), 1)
     return Interval(centre - falls, centre + rises)

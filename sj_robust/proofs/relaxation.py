@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sj_robust.neuron.charging import Neuron
 from sj_robust.proofs.bounds import BoundedRun, by_row, laid_out, pulled_back
-from sj_robust.proofs.flips import Flips
+from sj_robust.proofs.moves import Events
 from sj_robust.proofs.opened import counts
 from sj_robust.proofs.rounding import reset_rounding
 from sj_robust.proofs.rules import Bounds, Function, Pooling
@@ -38,7 +38,7 @@ _ELEMENTS = 2**22
 other.
 """
 
-Bounded = Callable[[BoundedRun, Tensor, float | Flips], Bounds]
+Bounded = Callable[[BoundedRun, Tensor, float | Events], Bounds]
 """Bounds of the logits that a run finds, for images [N, *] and eps."""
 
 LeafValue = Callable[[Tensor], Tensor]

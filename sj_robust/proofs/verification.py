@@ -3,6 +3,7 @@ rounding.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,7 +12,12 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from sj_robust.classifier import SpikingClassifier, as_classifier, check_classifier
+from sj_robust.classifier import (
+    SpikingClassifier,
+    SpikingEventClassifier,
+    as_classifier,
+    check_classifier,
+)
 from sj_robust.core.checks import (
     Channels,
     check_binary,
@@ -19,12 +25,14 @@ from sj_robust.core.checks import (
     check_choice,
     check_classes,
     check_count,
+    check_event_counts,
     check_function,
     check_images,
     check_labels,
     check_logits,
     check_network,
     check_number_of_channels,
+    check_samples,
     check_size,
     check_steps,
 )
@@ -40,6 +48,7 @@ from sj_robust.proofs.branching import Prover
 from sj_robust.proofs.exact import Matrices, mip
 from sj_robust.proofs.flips import Flips
 from sj_robust.proofs.joint import JointRun, OverTime
+from sj_robust.proofs.moves import EVENTS, Events, Moves
 from sj_robust.proofs.opened import as_lif, has_steps, no_bounds, stepped
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.rounding import NoBoundsError
@@ -71,7 +80,7 @@ __all__ = [
     "verify",
 ]
 
-NormName = Literal["Linf", "L0"]
+NormName = Literal["Linf", "L0", "moves"]
 Method = Literal["ibp", "joint", "crown", "bab", "mip"]
 METHODS = get_args(Method)
 _Search = Callable[[Tensor, Tensor], tuple[float, Tensor | None]]
@@ -98,7 +107,7 @@ class Verification(Shown):
     """Result of :func:`verify`. 验证结果。
 
     Attributes:
-        eps: Linf radius, or for L0 the number of values that may change.
+        eps: Linf radius, or the number of values that may change (L0) or of events that may move.
         correct: Whether each image is classified correctly without a perturbation.
         margin: Per image, what the logit of the right class is above every other one at least,
             whatever the perturbation; > 0 is a proof.
@@ -108,9 +117,10 @@ class Verification(Shown):
             wrong.
         broken: Whether such a one is known; the image itself if it is not classified correctly.
         stepwise: Where joint bounds are those of single steps, with the reason.
-        norm: ``"Linf"`` or ``"L0"``.
-        apart: For L0, layers whose bounds let single values or steps have budgets of their own,
-            with the reason.
+        norm: ``"Linf"``, ``"L0"`` or ``"moves"``.
+        apart: For L0 and moves, layers whose bounds let single values or steps have budgets of
+            their own, with the reason.
+        largest_shift: For moves, frames by which an event moves at most; None for any number.
     """
 
     eps: float
@@ -122,6 +132,7 @@ class Verification(Shown):
     stepwise: tuple[str, ...] = ()
     norm: NormName = "Linf"
     apart: tuple[str, ...] = ()
+    largest_shift: int | None = None
 
     @property
     def verified(self) -> tuple[bool, ...]:
@@ -146,10 +157,16 @@ class Verification(Shown):
     def verdict(self) -> str:
         """How many images are verified, broken and unknown."""
         return (
-            f"{self.norm} {eps_text(self.eps)}: {sum(self.verified)} of {len(self.margin)} images "
+            f"{self._threat}: {sum(self.verified)} of {len(self.margin)} images "
             f"verified, {sum(self.broken)} broken, {sum(self.unknown)} unknown; "
             f"{sum(self.correct)} classified correctly without a perturbation"
         )
+
+    @property
+    def _threat(self) -> str:
+        """The ball in words."""
+        shift = "" if self.largest_shift is None else f" by {self.largest_shift} frames at most"
+        return f"{self.norm} {eps_text(self.eps)}{shift}"
 
     def table(self) -> str:
         """Markdown: the share of images, then a row per spiking layer."""
@@ -184,7 +201,7 @@ class Verification(Shown):
         images.set_xlabel("images, sorted")
         images.set_ylabel("margin of the true class (> 0: proved)")
         images.set_title(
-            f"{self.norm} {eps_text(self.eps)}: {sum(self.verified)} of {len(self.margin)} proved",
+            f"{self._threat}: {sum(self.verified)} of {len(self.margin)} proved",
             fontsize=9,
         )
         mesh = heat_map(
@@ -207,6 +224,7 @@ def verify(
     mean: Channels = None,
     std: Channels = None,
     norm: NormName = "Linf",
+    largest_shift: int | None = None,
     method: Method = "joint",
     time_limit: float = 10.0,
     batch_size: int = 64,
@@ -215,9 +233,11 @@ def verify(
     """Prove, image by image, that no perturbation of at most ``eps`` changes the class.
     证明图像在扰动球内不被误分类。
 
-    With ``norm="L0"`` images are binary event frames, of which at most ``eps`` values change; see
-    :class:`sj_robust.proofs.changes.Changes` for what that can do to the currents of the first
-    layer, and ``docs/concepts/verified_events.md``.
+    With ``norm="L0"`` images are binary event frames, of which at most ``eps`` values change. With
+    ``norm="moves"`` at most ``eps`` events of event frames move in time, each by at most
+    ``largest_shift`` frames; frames in which a value is above 1 hold numbers of events. See
+    :class:`sj_robust.proofs.changes.Changes` and :class:`sj_robust.proofs.moves.Shifts` for what
+    that can do to the currents of the first layer, and ``docs/concepts/verified_events.md``.
 
     Equation: the input moves in ``[max(x - eps, 0), min(x + eps, 1)]``. Bounds go through the
     layers one by one; with l and u those of a neuron's current, p its input gain, lambda its decay
@@ -259,11 +279,14 @@ def verify(
             [N, T, C, H, W].
         y: Labels [N] int64.
         eps: Linf radius, >= 0, a number or a text such as ``"8/255"``; for L0 the number of values
-            of each sample that may change, an integer >= 0.
+            of each sample that may change, for moves that of its events that may move, an integer
+            >= 0.
         T: Number of time steps, for a bare network; None if it brings its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
-        norm: ``"Linf"``, or ``"L0"`` for changed events of binary frames.
+        norm: ``"Linf"``, ``"L0"`` for changed events of binary frames, or ``"moves"`` for events
+            moved in time.
+        largest_shift: For moves, frames by which an event may move, >= 1; None for any number.
         method: "ibp", "joint", "crown", "bab" or "mip".
         time_limit: Seconds per image of bab and mip; an image that needs more is unknown.
         batch_size: Images at a time; memory grows with it, not with N.
@@ -276,8 +299,8 @@ def verify(
         TypeError: If ``model`` has no spiking neurons and is no ``SpikingClassifier``.
         ValueError: If a bare network comes without T, the model is in training mode, is not in
             float32, draws random numbers or changes a value that it holds in a forward, images or
-            labels do not fit, eps < 0, or norm or method is not known; for L0, if eps is no integer
-            or the frames are not binary.
+            labels do not fit, eps < 0, or norm or method is not known; for L0 and
+            moves, if eps is no integer or the frames are not binary, or no numbers of events.
         UnsoundBoundsError: If the network does not do what the bounds say: what it computes is not
             in the graph, a neuron does not follow its charge equation, or a point of the ball lies
             outside the bounds.
@@ -305,7 +328,7 @@ def verify(
     """
     check_network(model, "model")
     check_choice("norm", norm, get_args(NormName))
-    ball = _checked_ball(norm, parse_eps(eps))
+    ball = _checked_ball(norm, parse_eps(eps), largest_shift)
     T = check_steps(T)
     mean, std = check_channels("mean", mean), check_channels("std", std, positive=True)
     batch_size = check_count("batch_size", batch_size)
@@ -315,9 +338,14 @@ def verify(
     time_limit = check_size("time_limit", time_limit, positive=True)
     check_function("on_batch", on_batch)
     classifier = check_classifier(as_classifier(model, T, mean=mean, std=std))
-    neurons = _checked(classifier, x, y)
-    if norm == "L0":
-        _check_changes(x, ball)
+    neurons = _checked(classifier, x, y, counts=norm == "moves")
+    if norm == "moves" and not isinstance(classifier, SpikingEventClassifier):
+        raise ValueError(
+            "moves are those of event frames; wrap the network in a "
+            f"SpikingEventClassifier, got a {type(classifier).__name__}"
+        )
+    if not isinstance(ball, float):
+        ball = _of_frames(ball, x)
     check_number_of_channels(x, mean=mean, std=std)
     device = device_of(classifier)
     classifier.find_convention(x.to(device))
@@ -390,6 +418,7 @@ def verify(
     return Verification(
         eps=parse_eps(eps),
         norm=norm,
+        largest_shift=largest_shift,
         correct=tuple(correct),
         margin=tuple(margins),
         layers=layers,
@@ -400,24 +429,36 @@ def verify(
     )
 
 
-def _checked_ball(norm: NormName, eps: float) -> float | Flips:
-    """The ball around an image, or around frames."""
+def _checked_ball(norm: NormName, eps: float, largest_shift: int | None) -> float | Events:
+    """The ball around an image, or around frames that are not known yet."""
+    if largest_shift is not None:
+        if norm != "moves":
+            raise ValueError(
+                f"largest_shift limits moves of events, got {largest_shift!r} for {norm}; omit it"
+            )
+        check_count("largest_shift", largest_shift)
     if norm == "Linf":
         return check_size("eps", eps, at_most=1.0)
     if eps < 0 or eps % 1:
+        what = "values that may change" if norm == "L0" else "events that may move"
         raise ValueError(
-            f"eps must be an integer >= 0 for L0, the number of values that may change, got {eps:g}"
+            f"eps must be an integer >= 0 for {norm}, the number of {what}, got {eps:g}"
         )
-    return Flips(int(eps))
+    if norm == "L0":
+        return Flips(int(eps))
+    return Moves(int(eps), sys.maxsize if largest_shift is None else largest_shift, binary=True)
 
 
-def _check_changes(x: Tensor, ball: float | Flips) -> None:
-    """Frames are binary, and have as many values as may change."""
-    assert isinstance(ball, Flips)
+def _of_frames(ball: Events, x: Tensor) -> Events:
+    """The ball of these frames, which are binary, or for moves numbers of events."""
+    if isinstance(ball, Moves):
+        check_event_counts(x)
+        return Moves.of(x, ball.budget, ball.largest_shift)
     check_binary(x)
     elements = x[0].numel()
     if ball.budget > elements:
         raise ValueError(f"eps must be <= {elements}, the values of a sample, got {ball.budget}")
+    return ball
 
 
 def _run(
@@ -508,7 +549,7 @@ def _tightened(batch: _Batch, prover: Prover, search: _Search | None) -> _Batch:
 
 
 def bounded_logits(
-    model: SpikingClassifier, run: BoundedRun, images: Tensor, eps: float | Tensor | Flips
+    model: SpikingClassifier, run: BoundedRun, images: Tensor, eps: float | Tensor | Events
 ) -> Bounds:
     """Bounds of the logits over the ball, from one forward of the classifier on bounds of its
     images. 输出的上下界。
@@ -517,7 +558,7 @@ def bounded_logits(
         model: A classifier in evaluation mode.
         run: Where what is found is kept; made from :func:`bounded_neurons`.
         images: Images in [0, 1].
-        eps: Linf radius, or one of each image, broadcast; or the changes of binary frames.
+        eps: Linf radius, or one of each image, broadcast; or what may happen to event frames.
 
     Raises:
         NotImplementedError: If something in the network has no bounds; it is named.
@@ -525,7 +566,7 @@ def bounded_logits(
     model.find_convention(images)  # before anything is replaced
     run.dtype = images.dtype
     exact = images.detach() if run.differentiable else images.detach().double()
-    if isinstance(eps, Flips):
+    if isinstance(eps, EVENTS):
         box = eps.box(exact)
     else:
         box = Interval((exact - eps).clamp(min=0), (exact + eps).clamp(max=1))
@@ -538,7 +579,7 @@ def bounded_logits(
     try:
         with torch.enable_grad():
             leaf = run.leaf(box, 0)
-            if isinstance(eps, Flips):
+            if isinstance(eps, EVENTS):
                 leaf.changes = eps.changes(exact, summed=run.differentiable)
                 run.changed = leaf
             with run.replacing_neurons(model.net):
@@ -562,9 +603,11 @@ def bounded_logits(
     return logits
 
 
-def _checked(model: SpikingClassifier, x: Tensor, y: Tensor) -> dict[str, Neuron]:
-    """The network's neurons by name, if all that is given fits."""
-    check_images(x)
+def _checked(model: SpikingClassifier, x: Tensor, y: Tensor, *, counts: bool) -> dict[str, Neuron]:
+    """The network's neurons by name, if all that is given fits; with ``counts`` values may be above
+    1.
+    """
+    (check_samples if counts else check_images)(x)
     check_labels(y, x)
     if len(x) == 0:
         raise ValueError("x must hold an image or more, got none")

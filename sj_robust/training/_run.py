@@ -138,6 +138,7 @@ class TrainingRun:
                 self.plan.verified_eps,
                 self.plan.verified_method,
                 self.plan.verified_norm,
+                self.plan.verified_shift,
             )
         losses = dict(zip(self.loss_names, (self.sums / self.batch).tolist(), strict=True))
         lr = float(self.scheduler.get_last_lr()[0])

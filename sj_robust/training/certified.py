@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sj_robust.classifier import SpikingClassifier
-from sj_robust.core.checks import check_choice
+from sj_robust.core.checks import check_choice, check_count
 from sj_robust.core.preserved import preserved
 from sj_robust.proofs.differentiable import DifferentiableBounds, TrainedMethod
 from sj_robust.proofs.flips import Flips
+from sj_robust.proofs.moves import Events, Moves
 from sj_robust.proofs.verification import NormName
 from sj_robust.training.batch_norm import batch_statistics
 
@@ -38,8 +39,9 @@ class CertifiedOptions:
             ball; x~ is the perturbed image.
         attacked: Whether the first term of the loss is the cross entropy of perturbed images,
             clamped to the ball of the present radius, and not that of clean ones.
-        norm: ``"Linf"``, or ``"L0"`` for changed events of binary frames, whose number is the
-            radius. In each time step so many may change.
+        norm: ``"Linf"``, ``"L0"`` for changed events of binary frames, or ``"moves"`` for events
+            moved in time; their number is the radius. In each time step so many may change.
+        largest_shift: For moves, frames by which an event may move; None for any number.
 
     Raises:
         ValueError: If a number is out of range.
@@ -60,6 +62,7 @@ class CertifiedOptions:
     box: float = 1.0
     attacked: bool = False
     norm: NormName = "Linf"
+    largest_shift: int | None = None
 
     @property
     def needs_perturbed(self) -> bool:
@@ -79,11 +82,17 @@ class CertifiedOptions:
             raise ValueError(
                 f"box must be in (0, 1], got {self.box}; SABR takes 0.1 to 0.7, and 1 is the ball"
             )
-        if self.norm == "L0" and self.needs_perturbed:
+        if self.norm != "Linf" and self.needs_perturbed:
             raise ValueError(
-                "box and attacked belong to Linf, got them for L0, where events are there or not; "
-                "omit them"
+                f"box and attacked belong to Linf, got them for {self.norm}, where events are "
+                "there or not; omit them"
             )
+        if self.largest_shift is not None:
+            if self.norm != "moves":
+                raise ValueError(
+                    f"largest_shift limits moves of events, got it for {self.norm}; omit it"
+                )
+            check_count("largest_shift", self.largest_shift)
         if not 0.0 < self.surrogate_width < float("inf"):
             raise ValueError(
                 f"surrogate_width must be > 0 and finite, got {self.surrogate_width}; 0.5 is half "
@@ -139,9 +148,11 @@ class CertifiedLoss:
         options: CertifiedOptions = CertifiedOptions(),
     ) -> None:
         """Find the neurons; see the class."""
-        if options.norm == "L0" and not eps >= 0.0:
+        if options.norm != "Linf" and not eps >= 0.0:
+            what = "changed" if options.norm == "L0" else "moved"
             raise ValueError(
-                f"certified_eps must be >= 0 for L0, the number of changed events, got {eps}"
+                f"certified_eps must be >= 0 for {options.norm}, the number of {what} events, got "
+                f"{eps}"
             )
         if options.norm == "Linf" and not 0.0 <= eps <= 1.0:
             raise ValueError(
@@ -199,10 +210,18 @@ class CertifiedLoss:
                 )
             x = self.clamped(x, x_perturbed, 1.0 - box)
         radius = box * self.ramp * self.eps
-        ball = Flips(radius) if self.options.norm == "L0" else radius
-        lead = self._bounds.lead(x, y, ball)
+        lead = self._bounds.lead(x, y, self._ball(x, radius))
         rivals = lead.detach().scatter(1, y.unsqueeze(1), -torch.inf)
         return F.cross_entropy(lead, y), (rivals.amax(1) < 0).to(lead.dtype).mean()
+
+    def _ball(self, x: Tensor, radius: float) -> float | Events:
+        match self.options.norm:
+            case "Linf":
+                return radius
+            case "L0":
+                return Flips(radius)
+            case "moves":
+                return Moves.of(x, radius, self.options.largest_shift)
 
 
 @contextmanager

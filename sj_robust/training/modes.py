@@ -4,13 +4,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sj_robust.attacks import Attack, fgsm, flip_events, gaussian, pgd, random_flips, rfgsm
+from sj_robust.attacks import (
+    Attack,
+    ThreatModel,
+    fgsm,
+    flip_events,
+    gaussian,
+    move_events,
+    pgd,
+    random_flips,
+    random_moves,
+    rfgsm,
+)
 from sj_robust.attacks.call import Model, checked_copies, crafting
 from sj_robust.attacks.call import Objective as AttackObjective
 from sj_robust.attacks.projection import linf_bounds
@@ -271,13 +282,36 @@ def flip_attacks(flips: int, *, final: bool) -> dict[str, Attack]:
         >>> list(flip_attacks(5, final=True))
         ['flips', 'random']
     """
+    return event_attacks(ThreatModel("L0", flips), final=final)
+
+
+def event_attacks(threat: ThreatModel, *, final: bool) -> dict[str, Attack]:
+    """The same for a threat of changed or of moved events. 事件威胁模型的验证与最终攻击。
+
+    Returns:
+        ``"flips"`` or ``"moves"`` by gradient, and at the end ``"random"`` ones.
+
+    Examples:
+        >>> list(event_attacks(ThreatModel("moves", 10, largest_shift=1), final=True))
+        ['moves', 'random']
+    """
+    search: dict[str, Any] = {"reduce": False}
     if not final:
-        quick = partial(flip_events, flips=flips, steps=5, probes=0, queries=0, reduce=False)
-        return {"flips": quick}
-    return {
-        "flips": partial(flip_events, flips=flips, reduce=False),
-        "random": partial(random_flips, flips=flips, allow="remove", tries=20),
-    }
+        search |= {"steps": 5, "probes": 0, "queries": 0}
+    if threat.norm == "moves":
+        name = "moves"
+        budget: dict[str, Any] = {
+            "moves": int(threat.eps),
+            "largest_shift": threat.largest_shift,
+            "total_shift": threat.total_shift,
+        }
+        guided: Attack = partial(move_events, **budget, **search)
+        random: Attack = partial(random_moves, **budget, tries=20)
+    else:
+        name = "flips"
+        guided = partial(flip_events, flips=int(threat.eps), **search)
+        random = partial(random_flips, flips=int(threat.eps), allow="remove", tries=20)
+    return {name: guided, "random": random} if final else {name: guided}
 
 
 def trades(

@@ -10,7 +10,7 @@ from sj_robust.proofs.verification import NormName
 
 __all__ = ["SelectName", "TrainingPlan"]
 
-SelectName = Literal["clean", "fgsm", "pgd", "flips", "verified"]
+SelectName = Literal["clean", "fgsm", "pgd", "flips", "moves", "verified"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class TrainingPlan:
         select: Validation figure that the best epoch is chosen by.
         verified_eps: Radius at which validation proves images, the figure ``"verified"``; None
             proves none.
-        verified_norm: Its norm, ``"Linf"``, or ``"L0"`` for changed events.
+        verified_norm: Its norm, ``"Linf"``, ``"L0"`` for changed events or ``"moves"`` for moved
+            ones.
+        verified_shift: For moves, frames by which an event may move; None for any number.
         verified_method: Method of :func:`sj_robust.proofs.verify` that proves them.
         checkpoint_steps: Steps between checkpoints within an epoch; None writes one per epoch only.
         workers: Processes that load images in the background.
@@ -82,6 +84,7 @@ class TrainingPlan:
     select: SelectName = "pgd"
     verified_eps: float | None = None
     verified_norm: NormName = "Linf"
+    verified_shift: int | None = None
     verified_method: TrainedMethod = "joint"
     checkpoint_steps: int | None = None
     workers: int = 0

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -20,11 +20,13 @@ from sj_robust.core.host import is_neuron
 from sj_robust.core.preserved import evaluation_mode
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.data import ImageSplits, image_loader
-from sj_robust.evaluation import Member, Report, gallery
+from sj_robust.evaluation import Member, Report
 from sj_robust.evaluation.intervals import wilson_interval
+from sj_robust.evaluation.report.pictures import gallery_within
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.loop import Asked, alone, run
 from sj_robust.evaluation.run.progress import Position, Watch
+from sj_robust.evaluation.run.proofs import verify_within
 from sj_robust.evaluation.run.variant import Variant
 from sj_robust.neuron.charging import find_neurons
 from sj_robust.perturbation import MPPDMonitor
@@ -87,12 +89,13 @@ class Validation:
         verified_eps: float | None = None,
         verified_method: TrainedMethod = "joint",
         verified_norm: NormName = "Linf",
+        verified_shift: int | None = None,
     ) -> dict[str, float]:
         """Accuracy in [0, 1] on clean images and under each attack; every process gets the same
         figures.
 
         With ``verified_eps`` also the share of images that are ``"verified"`` at that radius of
-        ``verified_norm``.
+        ``verified_norm``, for moves of events by ``verified_shift`` frames at most.
         """
         counts = dict.fromkeys(["clean", *attacks], 0)
         for number, (x, y) in zip(self._own_batches, self._batches(), strict=True):
@@ -101,12 +104,21 @@ class Validation:
             for name in counts:
                 counts[name] += right[name]
         if verified_eps is not None:
-            counts["verified"] = self._verified(model, verified_eps, verified_method, verified_norm)
+            counts["verified"] = self._verified(
+                model, verified_eps, verified_method, verified_norm, verified_shift
+            )
         own = torch.tensor(list(counts.values()), device=self._accelerator.device)
         totals = self._accelerator.reduce(own, "sum").tolist()
         return {name: total / self._size for name, total in zip(counts, totals, strict=True)}
 
-    def _verified(self, model: nn.Module, eps: float, method: TrainedMethod, norm: NormName) -> int:
+    def _verified(
+        self,
+        model: nn.Module,
+        eps: float,
+        method: TrainedMethod,
+        norm: NormName,
+        largest_shift: int | None,
+    ) -> int:
         """Number of this process's images that are verified.
 
         All batches go into one call, so that the network is checked only once.
@@ -117,7 +129,16 @@ class Validation:
         x = torch.cat([images for images, _ in batches])
         y = torch.cat([labels for _, labels in batches])
         with evaluation_mode(model):
-            found = verify(model, x, y, eps, norm=norm, method=method, batch_size=_BATCH)
+            found = verify(
+                model,
+                x,
+                y,
+                eps,
+                norm=norm,
+                largest_shift=largest_shift,
+                method=method,
+                batch_size=_BATCH,
+            )
         return sum(found.verified)
 
     def scalars(
@@ -269,7 +290,6 @@ def final_report(
         configuration: Options of the run.
         environment: Versions, device, commit.
     """
-    norm: NormName = "L0" if threat.norm == "L0" else "Linf"
     data = Data.of(_test_loader(splits))
     members = [Member(attack_name, attack, group="") for attack_name, attack in attacks.items()]
     variant = Variant(members, name, seed)
@@ -288,7 +308,7 @@ def final_report(
     if journal.writes and threat.eps > 0 and len(splits.validation):
         x, y = next(iter(image_loader(splits.validation, _BATCH)))
         with suppress(ValueError):  # no image is right
-            shown = gallery(classifier, x, y, eps=threat.eps, norm=norm, seed=seed)
+            shown = gallery_within(classifier, x, y, threat, seed=seed)
             journal.show_gallery(name.replace(" ", "_"), shown, len(history))
     notes = []
     if single_step:
@@ -299,8 +319,7 @@ def final_report(
             classifier,
             splits,
             journal,
-            eps=verified_eps,
-            norm=norm,
+            threat=replace(threat, eps=verified_eps),
             method=verified_method,
         )
         notes.append(share)
@@ -342,8 +361,7 @@ def _share_verified(
     splits: ImageSplits,
     journal: Journal,
     *,
-    eps: float,
-    norm: NormName,
+    threat: ThreatModel,
     method: TrainedMethod,
 ) -> str:
     """How many of the test images are verified, in words."""
@@ -355,11 +373,12 @@ def _share_verified(
     with journal.steps(text, len(loader)) as step, evaluation_mode(classifier):
         for x, y in loader:
             x, y = x.to(device), y.to(device)
-            found = verify(classifier, x, y, eps, norm=norm, method=method)
+            found = verify_within(classifier, x, y, threat, method=method)
             verified += sum(found.verified)
             step()
     share = f"{verified} of {images} test images ({verified / images:.1%})"
-    return f"{share} verified at {norm} {eps_text(eps)}"
+    shift = "" if threat.largest_shift is None else f" by {threat.largest_shift} frames at most"
+    return f"{share} verified at {threat.norm} {eps_text(threat.eps)}{shift}"
 
 
 def _stepped(step: Callable[[], None], position: Position) -> None:

@@ -143,9 +143,9 @@ class TestWrongUse:
         ("x", "error", "match"),
         [
             (
-                X * 3,
+                X * 2.5,
                 ValueError,
-                r"binary event frames \(0 or 1\), got values from 0 to 3; integrated .*\(x > 0\)",
+                r"binary event frames .* numbers of events, got values from 0 to 2.5; .*\(x > 0\)",
             ),
             (X * 0.5, ValueError, r"binary event frames .* got values from 0 to 0.5"),
             (X * torch.nan, ValueError, r"binary event frames"),

@@ -13,7 +13,7 @@ from sj_robust.attacks import ThreatModel
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.evaluation import Report
 from sj_robust.evaluation import assess as whole
-from sj_robust.evaluation.run.proofs import Proofs, has_proofs
+from sj_robust.evaluation.run.proofs import Proofs, has_proofs, verify_within
 from sj_robust.proofs import verify
 
 T = 2
@@ -73,12 +73,53 @@ def test_the_bracket_of_changed_events_is_that_of_verify(proved):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("most", [1, 2])
+def test_the_bracket_of_moved_events_is_that_of_verify(most):
+    model = network()
+    x, y = samples(model)
+    if most == 2:
+        x *= 1 + (torch.arange(x.shape[-1]) % 2)
+        y = model(x).argmax(1)
+    with shortened(two_members):
+        report = evaluate(
+            model,
+            x,
+            y,
+            eps=2,
+            norm="moves",
+            largest_shift=1,
+            suite="events",
+            progress=False,
+        )
+    found = verify(model, x, y, 2, norm="moves", largest_shift=1)
+    verified = {number for number, one in enumerate(found.verified) if one}
+    assert report.standing("verified") == verified
+    assert len(verified) > 0
+    low, high = report.bracket
+    assert low.correct == len(verified)
+    assert low.correct <= high.correct
+    assert "moved in time" in report.verdict
+    assert Report.from_json(report.to_json()) == report
+
+
+def test_a_total_shift_limits_moves_and_how_far_each_goes():
+    model = network()
+    x, y = samples(model)
+    threat = ThreatModel("moves", 5, total_shift=1)
+    found = verify_within(model, x, y, threat)
+    assert (found.eps, found.largest_shift) == (1, 1)
+    assert found == verify(model, x, y, 1, norm="moves", largest_shift=1)
+    with pytest.raises(ValueError, match="to prove anything, got 'L2'"):
+        verify_within(model, x, y, ThreatModel("L2", 0.5))
+
+
+@pytest.mark.slow
 def test_a_false_proof_is_noticed(monkeypatch):
     model = network()
     x, y = samples(model)
 
-    def false(model, batches, radii, norm):
-        assert norm == "L0"
+    def false(model, batches, radii, threat):
+        assert threat.norm == "L0"
         every = tuple(range(1, len(y)))
         return Proofs({"1": every}, len(y), {})
 
@@ -92,4 +133,4 @@ def test_a_false_proof_is_noticed(monkeypatch):
 
 def test_of_which_threats_there_are_proofs():
     threats = [ThreatModel(norm, 1) for norm in ("Linf", "L0", "L2", "moves")]
-    assert [has_proofs(threat) for threat in threats] == [True, True, False, False]
+    assert [has_proofs(threat) for threat in threats] == [True, True, False, True]

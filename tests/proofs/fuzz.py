@@ -31,6 +31,7 @@ from sj_robust.proofs import verify
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.flips import Flips
 from sj_robust.proofs.joint import JointRun, OverTime
+from sj_robust.proofs.moves import Moves
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.rules import Bounds
 from sj_robust.proofs.spiking import Float32Spiking, LayerBounds
@@ -311,11 +312,21 @@ class Proved:
 
     @classmethod
     def of(
-        cls, model: SpikingClassifier, x, y, eps: float, method: str, norm: str = "Linf"
+        cls,
+        model: SpikingClassifier,
+        x,
+        y,
+        eps: float,
+        method: str,
+        norm: str = "Linf",
+        largest_shift: int | None = None,
     ) -> "Proved":
         """Joint bounds, held against those of intervals, and the margin of a method."""
-        result = verify(model, x, y, eps, norm=norm, method=method, time_limit=1.0)
-        ball = Flips(eps) if norm == "L0" else eps
+        given = {"norm": norm, "largest_shift": largest_shift}
+        result = verify(model, x, y, eps, method=method, time_limit=1.0, **given)
+        ball = eps
+        if norm != "Linf":
+            ball = Flips(eps) if norm == "L0" else Moves.of(x, eps, largest_shift)
         margin = torch.tensor(result.margin, dtype=torch.float64)
         neurons = bounded_neurons(model)
         intervals = Recorded(neurons, len(x))

@@ -291,7 +291,7 @@ def nothing(self):
 
 
 FAULTS = {
-    "a change too few": (changes, "_first", too_few),
+    "a change too few": (changes, "first_changes", too_few),
     "no falls": (Changes, "lowered", nothing),
     "no rises": (Changes, "raised", nothing),
     "sides exchanged": (Changes, "scaled", lambda self, factor: self.opposite()),

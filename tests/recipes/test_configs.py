@@ -77,9 +77,15 @@ def test_a_preset_builds(recipe, path):
     assert (plan.retraction > 0) == (options.mode == "rat")
     assert certified or objective.kappa == 0.5
     if certified and splits.frames:
-        assert (plan.verified_eps, plan.verified_norm) == (options.flips, "L0")
+        moved = options.moves is not None
+        number, norm, name = (
+            (options.moves, "moves", "moves") if moved else (options.flips, "L0", "flips")
+        )
+        assert (plan.verified_eps, plan.verified_norm) == (number, norm)
+        assert plan.verified_shift == options.largest_shift
+        assert objective.certified.options.largest_shift == options.largest_shift
         assert objective.certified.eps == options.certified_flips  # in each time step
-        assert set(adv_train.validation_attacks(options)) == {"flips"}
+        assert set(adv_train.validation_attacks(options)) == {name}
         return
     if certified:
         assert plan.verified_eps == parse_eps(options.eval_eps or options.eps)
@@ -136,7 +142,7 @@ def test_what_small_boxes_and_an_attacked_term_need_is_made_at_the_radius_of_the
     objective, plan, attack = adv_train.prepared(options, splits)
     assert attack.keywords["eps"] == 0.2
     wanted = {"bounds": "ibp", "surrogate_width": 0.5}
-    wanted |= {"ramp": 0.6, "box": 1.0, "attacked": False, "norm": "Linf"}
+    wanted |= {"ramp": 0.6, "box": 1.0, "attacked": False, "norm": "Linf", "largest_shift": None}
     assert asdict(objective.certified.options) == wanted | given
     assert plan.milestones == (0.5,)
     assert plan.gradient_clip == 10.0

@@ -37,6 +37,28 @@ def test_a_certified_run_and_its_evaluation(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_certified_for_moves_its_evaluation_and_its_pictures(tmp_path):
+    run = tmp_path / "run"
+    moves = split("--flips None --moves 2 --largest-shift 1")
+    options = split(f"--mode certified --output {run} --no-reference")
+    launch.in_process("adv_train", tmp_path, *QUICK, *OPTIONS, *moves, *options)
+    report = Report.load(run / "report.json")
+    threat = ThreatModel("moves", 2, largest_shift=1)
+    assert report.threat == threat
+    assert any("verified at moves 2 by 1 frames" in text for text in report.warnings)
+    assert {row.member for row in report.attacks} == {"moves", "random"}
+    with shortened():
+        options = split(f"{run}/dlif_certified --test-limit 10 --no-control --output found")
+        launch.in_process("evaluate", tmp_path, *options)
+    found = Report.load(tmp_path / "found" / "report.json")
+    assert found.threat == threat  # of the training
+    assert found.bracket[0].correct <= found.bracket[1].correct
+    launch.in_process("figures", tmp_path, str(run), "--which", "events", "--images", "20")
+    drawn = {path.suffix for path in (run / "figures").glob("events_*")}
+    assert drawn == {".json", ".pdf", ".png", ".gif"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "at", "pgd_at"])
 def test_other_modes_are_selected_by_changed_events(mode, tmp_path):
     options = split(f"--mode {mode} --no-reference --output {tmp_path / 'run'}")
@@ -49,10 +71,15 @@ def test_other_modes_are_selected_by_changed_events(mode, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ("--moves 2", "moves counts moved events, got 2 for digits; take event data"),
+        (
+            "--dataset saccade:digits --flips 2 --moves 3",
+            "flips and moves exclude each other, got 2 and 3; omit one",
+        ),
         ("--flips 2", "flips counts changed events, got 2 for digits; take event data"),
         (
             "--dataset saccade:digits --mode certified --certified-flips 1",
-            "certified_flips goes with flips, got 1.0 alone; give --flips",
+            "certified_flips goes with flips or moves, got 1.0 alone; give --flips",
         ),
         ("--select flips", "select must be one of clean, fgsm, pgd, got 'flips'"),
         (

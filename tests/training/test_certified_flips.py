@@ -56,6 +56,38 @@ def test_training_proves_more():
     assert verify(model, x, y, 1, norm="L0").accuracy > before + 0.4
 
 
+def test_training_proves_more_moves():
+    x, y = samples()
+    y = y % 2
+    x[y == 1, :, :, :, 5:] = 0
+    model = network()
+    model.net.first.weight.data *= 2
+    options = CertifiedOptions(norm="moves", largest_shift=1)
+    loss = CertifiedLoss(model.eval(), 2, options)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    given = {"norm": "moves", "largest_shift": 1}
+    before = verify(model, x, y, 2, **given).accuracy
+    for step in range(15):
+        loss.progress = step / 15
+        optimizer.zero_grad()
+        loss.value(x, y)[0].backward()
+        optimizer.step()
+    assert verify(model, x, y, 2, **given).accuracy > before + 0.4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": "L0", "largest_shift": 1}, "largest_shift limits moves of events, got it for L0"),
+        ({"norm": "moves", "largest_shift": 0}, "largest_shift must be >= 1"),
+        ({"norm": "moves", "box": 0.5}, "box and attacked belong to Linf, got them for moves"),
+    ],
+)
+def test_wrong_options_of_moves(options, message):
+    with pytest.raises(ValueError, match=message):
+        CertifiedOptions(**options)
+
+
 @pytest.mark.parametrize("budget", [0.0, 1.0, 2.5])
 def test_joint_bounds_of_changed_events_are_tighter_hold_and_have_a_gradient(budget):
     x, y = samples()

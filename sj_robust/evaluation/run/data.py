@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sj_robust.core.checks import check_images, check_labels
+from sj_robust.core.checks import check_labels, check_samples
 from sj_robust.data import image_loader
 from sj_robust.evaluation.run.fingerprint import fingerprint
 
@@ -73,7 +73,7 @@ class Data:
                 x, y = _images_and_labels(batch)
                 if x.shape[:1] == y.shape[:1] == (0,):
                     continue
-                check_images(x)
+                check_samples(x)
                 check_labels(y, x)
                 if kept:
                     _check_alike(x, kept[0][0], number)
@@ -91,7 +91,7 @@ class Data:
             TypeError: As :meth:`of`.
             ValueError: As :meth:`of`.
         """
-        check_images(x)
+        check_samples(x)
         check_labels(y, x)
         batches = zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True)
         return cls(tuple(batches), tuple(map(fingerprint, x)))

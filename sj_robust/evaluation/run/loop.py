@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sj_robust._version import __version__
 from sj_robust.attacks.call import Attack, Model
 from sj_robust.attacks.threat import ThreatModel
-from sj_robust.core.checks import check_images, check_labels
+from sj_robust.core.checks import check_labels, check_samples
 from sj_robust.core.environment import device_of, version_of
 from sj_robust.core.preserved import evaluation_mode
 from sj_robust.core.randomness import SampleSeeds, seeded_globals
@@ -307,7 +307,7 @@ def alone(
     """Images of one batch that are right, ``"clean"`` and under each attack by itself, counted by
     the loop; for use during training.
     """
-    check_images(x)
+    check_samples(x)
     check_labels(y, x)
     members = [Member(name, attack, group="") for name, attack in attacks.items()]
     job = Job(Variant(members), model, x, y, 0, seeds, Asked())

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.attacks.call import Model, crafting
-from sj_robust.attacks.threat import ThreatModel
+from sj_robust.attacks.threat import ThreatModel, holds_events
 from sj_robust.core.checks import (
     check_count,
-    check_images,
     check_labels,
     check_logits,
     check_model,
+    check_samples,
     check_switch,
     taken_for_checked,
 )
@@ -284,7 +284,7 @@ def _estimator(member: Member, model: Model) -> AbstractContextManager[Model]:
 
 def _check_arguments(model: Model, x: Tensor, y: Tensor, seeds: SampleSeeds) -> None:
     check_model(model)
-    check_images(x)
+    check_samples(x)
     check_labels(y, x)
     if not isinstance(seeds, SampleSeeds):
         raise TypeError(
@@ -312,28 +312,30 @@ def _checked_result(x_adv: Tensor, x: Tensor, member: Member) -> Tensor | None:
             f"{list(x_adv.shape)}; it has to return one image per sample"
         )
     threat = member.threat
-    inside = (x_adv >= 0) & (x_adv <= 1)  # false for what is not finite
+    of_events = threat is not None and threat.of_events
+    if of_events or bool((x > 1).any()):
+        inside = holds_events(x_adv, x)
+    else:
+        inside = (x_adv >= 0) & (x_adv <= 1)  # false for what is not finite
     distance = None if threat is None else threat.distance(x, x_adv.detach())
     kept = inside.all()
     if threat is not None and distance is not None:
-        if threat.of_events:
-            kept &= ((x_adv == 0) | (x_adv == 1)).all()
         kept &= (distance <= threat.eps + threat.tolerance(x)).all()
     if not bool(kept):  # the only question to the device, unless something is wrong
-        _refuse(x_adv, distance, member)
+        _refuse(x, x_adv, distance, member)
     return distance
 
 
-def _refuse(x_adv: Tensor, distance: Tensor | None, member: Member) -> None:
+def _refuse(x: Tensor, x_adv: Tensor, distance: Tensor | None, member: Member) -> None:
     """Say what is wrong with images that left the box or the member's ball."""
     try:
-        check_images(x_adv)
+        check_samples(x_adv)
     except ValueError as error:
         raise ValueError(f"attack {member.name!r} left the images: {error}") from error
     threat = member.threat
     if threat is None or distance is None:
         return
-    if threat.of_events and not bool(((x_adv == 0) | (x_adv == 1)).all()):
+    if threat.of_events and not bool(holds_events(x_adv, x).all()):
         raise ValueError(
             f"attack {member.name!r} must leave event frames binary (0 or 1) within an "
             f"{threat.norm} ball, got other values; an event is there or not"

@@ -1,20 +1,20 @@
 """Proofs in an evaluation: images that no perturbation in the ball can break."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import get_args
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sj_robust.attacks.threat import ThreatModel, eps_text
 from sj_robust.classifier import check_classifier
 from sj_robust.evaluation.run.data import Batches, Data
 from sj_robust.proofs import verify
 from sj_robust.proofs.soundness import UnprovableError
-from sj_robust.proofs.verification import NormName
+from sj_robust.proofs.verification import NormName, Verification
 
-__all__ = ["Proofs", "has_proofs", "prove"]
+__all__ = ["Proofs", "has_proofs", "prove", "verify_within"]
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,36 @@ def has_proofs(threat: ThreatModel) -> bool:
     return threat.norm in get_args(NormName)
 
 
+def verify_within(
+    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, **options: Any
+) -> Verification:
+    """:func:`sj_robust.proofs.verify` for a threat; other options are those of ``verify``.
+    按威胁模型验证。
+
+    A total shift of S frames allows S moves at most, each by S frames at most, which is what is
+    proved.
+
+    Raises:
+        ValueError: If there are no proofs for the norm.
+    """
+    if threat.norm == "L2":
+        raise ValueError("norm must be 'Linf', 'L0' or 'moves' to prove anything, got 'L2'")
+    eps = threat.eps
+    shift = threat.largest_shift
+    if threat.total_shift is not None:
+        eps = min(eps, threat.total_shift)
+        shift = threat.total_shift if shift is None else min(shift, threat.total_shift)
+    return verify(model, x, y, eps, norm=threat.norm, largest_shift=shift, **options)
+
+
 def prove(
     model: nn.Module,
     batches: Batches | Data,
     radii: Sequence[float],
-    norm: NormName = "Linf",
+    threat: ThreatModel | None = None,
 ) -> Proofs:
-    """Verify images at several radii by :func:`sj_robust.proofs.verify`. 在多个半径下验证图像。
+    """Verify images at several radii of a threat, Linf if it is None, by
+    :func:`sj_robust.proofs.verify`. 在多个半径下验证图像。
 
     Raises:
         UnprovableError: If nothing is proved of the model as it is, such as one that is no
@@ -70,15 +93,19 @@ def prove(
         check_classifier(model)
     except TypeError as error:
         raise UnprovableError(str(error)) from error
+    ball = ThreatModel("Linf", 0.0) if threat is None else threat
     x, y = Data.of(batches).tensors(torch.device("cpu"))
     standing = list(range(len(y)))
     verified: dict[str, tuple[int, ...]] = {}
     potential: dict[str, tuple[float, ...]] = {}
     for eps in sorted(radii):  # what is not proved at a radius is not proved at any larger one
         if standing:
-            result = verify(model, x[standing], y[standing], eps, norm=norm)
-            proved = zip(standing, result.verified, strict=True)
-            standing = [number for number, holds in proved if holds]
+            within = replace(ball, eps=eps)
+            # frames of counts are told from binary ones by all of them
+            chosen = list(range(len(y))) if bool((x > 1).any()) else standing
+            result = verify_within(model, x[chosen], y[chosen], within)
+            proved = dict(zip(chosen, result.verified, strict=True))
+            standing = [number for number in standing if proved[number]]
             potential = {f"net.{layer.name}": layer.potential for layer in result.layers}
         verified[eps_text(eps)] = tuple(standing)
     return Proofs(verified, len(y), potential)

@@ -1,0 +1,133 @@
+"""Drawings of event frames: a strip, and an animation."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image
+
+from lab.figures.events import EventPictures, Values
+from lab.figures.style import COLOURS, DOUBLE, GREY
+
+_BLUE, _ORANGE, _GREEN = COLOURS[:3]
+_BLACK = COLOURS[5]
+_FRAMES = 8
+"""Frames that a strip shows at most, evenly chosen."""
+
+_PIXEL = 5
+"""Side of a pixel of the animation."""
+
+_MILLISECONDS = 700
+"""How long the animation shows a frame."""
+
+
+def draw_events(data: EventPictures) -> Figure:
+    """A column per frame: clean, attacked with what changed, and how far every change or move
+    lowers the bound: in orange what is open, in grey what is ruled out.
+    """
+    T = data.shape[0]
+    shown = np.unique(np.linspace(0, T - 1, min(T, _FRAMES)).round().astype(int))
+    wide = DOUBLE / max(4, len(shown))
+    tall = wide * data.shape[2] / data.shape[3]
+    figure = Figure(figsize=(wide * len(shown) + 0.7, 3 * tall + 0.9), layout="constrained")
+    panels = figure.subplots(3, len(shown), squeeze=False)
+    clean, attacked = (_frames(part, data.shape) for part in (data.clean, data.attacked))
+    falls, is_open = (_frames(part, data.shape) for part in (data.falls, data.open_values))
+    largest = max(float(falls.max()), 1e-12)
+    for column, t in enumerate(shown):
+        above, middle, below = panels[:, column]
+        above.imshow(_coloured(clean[t]), interpolation="nearest")
+        above.set_title(f"frame {t + 1}", loc="center")
+        middle.imshow(_coloured(attacked[t]), interpolation="nearest")
+        _mark(middle, clean[t] - attacked[t], "x", _BLACK, "gone")
+        _mark(middle, attacked[t] - clean[t], "o", _GREEN, "new")
+        heat = falls[t].max(0)
+        ruled_out = (heat > 0) & ~(is_open[t] > 0).any(0)
+        shown_heat = np.where(heat > 0, heat, np.nan)
+        image = below.imshow(
+            shown_heat, cmap="Oranges", vmin=0, vmax=largest, interpolation="nearest"
+        )
+        rest = np.where(ruled_out, heat, np.nan)
+        below.imshow(rest, cmap="Greys", vmin=-largest, vmax=largest, interpolation="nearest")
+    for axes in panels.flat:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.grid(visible=False)
+    panels[0, 0].set_ylabel(f"clean: seen as {data.seen[0]}")
+    panels[1, 0].set_ylabel(f"attacked: seen as {data.seen[1]}")
+    panels[2, 0].set_ylabel("orange: open; grey: ruled out")
+    figure.colorbar(image, ax=panels[2], shrink=0.8, label="fall of the bound")
+    handles = [*middle.get_legend_handles_labels()[0], *_patches()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5)
+    proved = "proved" if data.margin > 0 else "not proved"
+    figure.suptitle(f"{data.network}, {data.threat}: {proved}", fontsize=8)
+    return figure
+
+
+def _patches() -> list[Patch]:
+    """What the colours of events mean."""
+    names = {"darker": _ORANGE, "brighter": _BLUE, "both": GREY}
+    return [Patch(color=colour, label=name) for name, colour in names.items()]
+
+
+def animate_events(data: EventPictures, path: Path) -> None:
+    """Clean frames on the left, attacked ones on the right, frame by frame; events that are gone
+    and new ones have colours of their own.
+    """
+    clean, attacked = (_frames(part, data.shape) for part in (data.clean, data.attacked))
+    pictures = []
+    for before, after in zip(clean, attacked, strict=True):
+        left = _coloured(before)
+        right = _coloured(after)
+        gone = (before > after).any(0)
+        new = (after > before).any(0)
+        right[gone] = _rgb(_BLACK)
+        right[new] = _rgb(_GREEN)
+        gap = np.full((left.shape[0], 2, 3), _rgb(GREY))
+        both = np.concatenate([left, gap, right], 1)
+        large = both.repeat(_PIXEL, 0).repeat(_PIXEL, 1)
+        pictures.append(Image.fromarray((255 * large).round().astype(np.uint8)).quantize(16))
+    first, *others = pictures
+    first.save(path, save_all=True, append_images=others, duration=_MILLISECONDS, loop=0)
+
+
+def _frames(values: Values, shape: list[int]) -> Any:
+    """The inverse of :func:`_values`."""
+    found = np.zeros(shape)
+    for *place, value in values:
+        found[tuple(int(number) for number in place)] = value
+    return found
+
+
+def _coloured(frame: Any) -> Any:
+    """A frame [polarities, H, W] in colours [H, W, 3]: falls orange, rises blue, both grey."""
+    found = np.ones((*frame.shape[1:], 3))
+    found[frame[0] > 0] = _rgb(_ORANGE)
+    if len(frame) > 1:
+        found[frame[1] > 0] = _rgb(_BLUE)
+        found[(frame > 0).all(0)] = _rgb(GREY)
+    return found
+
+
+def _rgb(colour: str) -> Any:
+    """A colour ``#rrggbb`` as three numbers in [0, 1]."""
+    return np.array([int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)])
+
+
+def _mark(axes: Axes, where: Any, marker: str, colour: str, label: str) -> None:
+    """A mark around every place at which a frame [polarities, H, W] is above 0."""
+    rows, columns = (where > 0).any(0).nonzero()
+    axes.plot(
+        columns,
+        rows,
+        marker,
+        color=colour,
+        markerfacecolor="none",
+        markersize=4,
+        markeredgewidth=0.9,
+        linestyle="none",
+        label=label,
+    )

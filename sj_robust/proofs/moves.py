@@ -1,0 +1,350 @@
+"""Balls of event frames: those in which at most m events are moved in time, each by few frames."""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sj_robust.proofs.changes import Changes, first_changes, frames_of_rows
+from sj_robust.proofs.flips import Flips
+from sj_robust.proofs.spiking import Interval
+
+__all__ = ["EVENTS", "Events", "Moves", "Shifts"]
+
+_LISTED = 256
+"""Frames of a pixel and polarity that its moves can lead to and that are listed one by one."""
+
+_CODED = 62
+"""Binary values that an integer of 64 bits holds."""
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Event frames [N, T, *] of which at most ``budget`` events are moved in time: an event keeps
+    pixel and polarity and comes at most ``largest_shift`` frames earlier or later.
+    至多移动若干事件的球。
+
+    An event may go where another one is if that one moves on. Frames hold 0 or 1, or the number of
+    events, which then may rise above 1.
+
+    Attributes:
+        budget: Number of moved events; in training it may lie between two integers.
+        largest_shift: Frames by which an event moves at most.
+        binary: Whether a frame holds at most one event of a pixel and polarity.
+
+    Source: derived here; see ``docs/concepts/verified_events.md``.
+
+    Examples:
+        >>> x = torch.tensor([[[1.0], [0.0], [0.0]]])
+        >>> Moves(1, 1, binary=True).lowest(x, torch.tensor([[[0.0], [-1.0], [-5.0]]])).flatten()
+        tensor([0., 1., 0.])
+    """
+
+    budget: float
+    largest_shift: int
+    binary: bool
+
+    @classmethod
+    def of(cls, frames: Tensor, budget: float, largest_shift: int | None) -> "Moves":
+        """The moves of given frames; they hold numbers of events if a value is above 1, and None is
+        any shift.
+        """
+        T = frames.shape[1]
+        shift = T - 1 if largest_shift is None else min(largest_shift, T - 1)
+        return cls(budget, shift, binary=not bool((frames > 1).any()))
+
+    @property
+    def most(self) -> int:
+        """Number of moves that the budget pays in part or as a whole."""
+        return math.ceil(self.budget)
+
+    def reach(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """How many events can come to each value at most, and how many can leave it."""
+        near = self.near(frames)
+        if not self.binary:
+            may_move = frames.shape[1] > 1 and self.largest_shift > 0
+            return near, frames * may_move
+        empty = 1 - frames
+        # events of full frames in between can make way, at the price of a move each
+        there_is_room = _within(empty, self.largest_shift * self.most) > 0
+        return empty * (near > 0), frames * there_is_room
+
+    def near(self, frames: Tensor) -> Tensor:
+        """How many events of other frames are near enough to come to each value."""
+        return _within(frames, self.largest_shift)
+
+    def box(self, frames: Tensor) -> Interval:
+        """An interval of every value around the frames that holds what it may change to."""
+        coming, leaving = self.reach(frames)
+        radius = torch.maximum(coming, leaving).clamp(max=self.most)
+        return Interval(frames - radius, frames + radius)
+
+    def changes(self, frames: Tensor, *, summed: bool) -> "Shifts":
+        """What moves can change in each frame; ``summed`` keeps no single changes behind the first
+        map.
+        """
+        coming, leaving = self.reach(frames)
+        largest = int(torch.maximum(coming, leaving).max()) if frames.numel() else 0
+        numbers = range(1, max(1, min(self.most, largest)) + 1)
+        return Shifts(
+            self.budget,
+            up=tuple((coming >= number).to(frames.dtype) for number in numbers),
+            down=tuple((leaving >= number).to(frames.dtype) for number in numbers),
+            frame=_frame_numbers(frames),
+            apart=True,
+            summed=summed,
+            ball=self,
+            frames=frames,
+        )
+
+    def falls(self, frames: Tensor, weights: Tensor) -> Tensor:
+        """How far a move of an event of each value lowers sums with weights [R, T, *] of frames
+        [1, T, *], by itself.
+        """
+        own = weights.flatten(2).transpose(1, 2)
+        lines = own.flatten(0, 1)
+        gain = _highest_within(-lines, self.largest_shift) + lines
+        there = gain.view_as(own).transpose(1, 2).reshape(weights.shape)
+        _, leaving = self.reach(frames)
+        return there * (leaving > 0)
+
+    def lowest(self, frames: Tensor, weights: Tensor) -> Tensor:
+        """Frames of the ball whose sum with the weights is low, with one move at most of a pixel
+        and polarity; frames may be one for several rows of weights.
+        """
+        x = frames.expand(weights.shape).flatten(2)
+        w = weights.flatten(2).to(torch.float64)
+        best = torch.zeros_like(w[:, 0])
+        source = torch.zeros_like(best, dtype=torch.int64)
+        target = torch.zeros_like(source)
+        T = x.shape[1]
+        for t in range(T):
+            for to in range(max(0, t - self.largest_shift), min(T, t + self.largest_shift + 1)):
+                possible = (x[:, t] > 0) & ((x[:, to] == 0) | (not self.binary))
+                fall = torch.where(possible, w[:, t] - w[:, to], 0.0)
+                better = fall > best
+                best = torch.where(better, fall, best)
+                source = torch.where(better, t, source)
+                target = torch.where(better, to, target)
+        falls, places = best.topk(min(int(self.budget), best.shape[1]), 1)
+        chosen = torch.zeros_like(best).scatter(1, places, (falls > 0).to(best.dtype))
+        moved = chosen.to(x.dtype).unsqueeze(1)
+        found = x.scatter_add(1, source.unsqueeze(1), -moved)
+        return found.scatter_add(1, target.unsqueeze(1), moved).view(weights.shape)
+
+    def drawn(self, frames: Tensor, generator: torch.Generator) -> Tensor:
+        """Frames with as many moves as the budget allows, at random places."""
+        drawn = torch.rand(frames.shape, generator=generator, dtype=torch.float64)
+        return self.lowest(frames, drawn.to(frames.device)).to(frames.dtype)
+
+    def gains(self, lines: Tensor, weights: Tensor) -> Tensor:
+        """What moves within a line add to its sum with weights, [M, moves]: the sum of the first k
+        is as much as k moves can add, or more. 移动一条时间线上的事件所得。
+
+        Equation, for a line x [T] of events of one pixel and polarity and the lines y that cost[y]
+        moves lead to::
+
+            G[k] = max over y with cost[y] <= k of sum_t w[t] (y[t] - x[t])
+
+        and the gains are the steps of the least concave sequence that is nowhere below G. Of a
+        binary line that moves can turn into more than 256 others, and of counts, each event has its
+        own gain::
+
+            max over t' with |t' - t| <= s of w[t'] - w[t]
+
+        which is exact for counts, and for binary lines leaves out that a frame holds one event.
+
+        Args:
+            lines: Events of a pixel and polarity, [M, T].
+            weights: Of each line, [M, T].
+        """
+        alone = self._gains_of_events(lines, weights)
+        if not self.binary or lines.shape[1] > _CODED:
+            return alone
+        patterns, number = _distinct(lines)
+        parts = []
+        rows = []
+        for which, pattern in enumerate(patterns.long().tolist()):
+            listed = _moved_lines(tuple(pattern), self.largest_shift, self.most)
+            own = (number == which).nonzero().squeeze(1)
+            rows.append(own)
+            if listed is None:
+                parts.append(alone[own])
+            else:
+                parts.append(_gains_of_listed(weights[own], *listed))
+        width = max((part.shape[1] for part in parts), default=1) or 1
+        padded = [torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]
+        return torch.cat(padded)[torch.cat(rows).argsort()] if parts else alone
+
+    def _gains_of_events(self, lines: Tensor, weights: Tensor) -> Tensor:
+        """The same if each event moves for itself."""
+        gain = _highest_within(weights, self.largest_shift) - weights
+        copies = max(1, min(self.most, int(lines.max()) if lines.numel() else 0))
+        every = torch.cat([gain * (lines >= number) for number in range(1, copies + 1)], 1)
+        return first_changes(every, self.budget, 1)
+
+
+Events = Flips | Moves
+"""A ball of event frames."""
+
+EVENTS = (Flips, Moves)
+"""The same for ``isinstance``."""
+
+
+@dataclass(frozen=True)
+class Shifts(Changes):
+    """What moved events can do to each element of a tensor. 事件的时间移动的影响。
+
+    A move takes an event out of one frame and brings it into another, so that in a frame it is a
+    fall or a rise, as a flip is: the budget is that of a step. Elements that depend on several
+    frames have no bounds of this kind. For sums over time see :meth:`over_time`.
+
+    Attributes:
+        ball: The moves.
+        frames: The frames [N, T, *].
+    """
+
+    ball: Moves | None = None
+    frames: Tensor | None = None
+
+    def linear(self, weight: Tensor, shape: torch.Size) -> Changes | None:
+        """See :class:`Changes`; None if a row has values of several frames."""
+        rows = frames_of_rows(self.frame.flatten(0, -2))
+        return None if rows is None else super().linear(weight, shape)
+
+    def convolved(self, weight: Tensor, shape: torch.Size, **geometry: Any) -> Changes | None:
+        """See :class:`Changes`; None if an image has values of several frames."""
+        if self.frame.ndim != 4 or frames_of_rows(self.frame) is None:
+            return None
+        return super().convolved(weight, shape, **geometry)
+
+    def falls(self, samples: Tensor, weights: Tensor) -> Tensor:
+        """See :class:`Changes`."""
+        assert self.ball is not None
+        assert self.frames is not None
+        lines = self.frames[samples].flatten(2).transpose(1, 2)
+        own = weights.flatten(2).transpose(1, 2)
+        gains = self.ball.gains(lines.flatten(0, 1), -own.flatten(0, 1))
+        return first_changes(gains.view(len(samples), -1), self.budget, 1)
+
+    def over_time(self, weights: Tensor) -> "Shifts":
+        """How far sums over time of the frames' values can rise and fall: step t has what moves do
+        to ``sum_k weights[t, k] x[k]``, for weights [T, T].
+        """
+        assert self.ball is not None
+        assert self.frames is not None
+        lines = self.frames.flatten(2).transpose(1, 2)
+        shape = self.frames.shape
+        patterns, number = _distinct(lines.flatten(0, 1))
+        every = patterns.repeat_interleave(len(weights), 0)
+        sums = weights.to(lines).repeat(len(patterns), 1)
+
+        def in_frames(gains: Tensor) -> tuple[Tensor, ...]:
+            by_pattern = gains.view(len(patterns), len(weights), -1)
+            by_line = by_pattern[number].view(shape[0], -1, *by_pattern.shape[1:])
+            kept = [part for part in by_line.unbind(3) if bool(part.any())] or [by_line[..., 0]]
+            return tuple(part.transpose(1, 2).reshape(shape) for part in kept)
+
+        up = in_frames(self.ball.gains(every, sums))
+        down = in_frames(self.ball.gains(every, -sums))
+        missing = len(up) - len(down)
+        nothing = (torch.zeros_like(up[0]),)
+        return Shifts(
+            self.budget,
+            up=up + nothing * max(0, -missing),
+            down=down + nothing * max(0, missing),
+            frame=_frame_numbers(self.frames),
+            apart=True,
+        )
+
+
+def _frame_numbers(frames: Tensor) -> Tensor:
+    """The number of the frame of every value."""
+    steps = torch.arange(frames.shape[1], device=frames.device)
+    return steps.view(1, -1, *[1] * (frames.ndim - 2)).expand(frames.shape)
+
+
+def _within(part: Tensor, shift: int) -> Tensor:
+    """The sum of what is at most so many frames away, itself left out."""
+    found = torch.zeros_like(part)
+    for distance in range(1, min(shift, part.shape[1] - 1) + 1):
+        found[:, distance:] += part[:, :-distance]
+        found[:, :-distance] += part[:, distance:]
+    return found
+
+
+def _highest_within(weights: Tensor, shift: int) -> Tensor:
+    """The largest weight at most so many frames away, [M, T]."""
+    shifted = [weights]
+    T = weights.shape[1]
+    for distance in range(1, min(shift, T - 1) + 1):
+        outside = weights.new_full((len(weights), distance), -torch.inf)
+        shifted.append(torch.cat([outside, weights[:, :-distance]], 1))
+        shifted.append(torch.cat([weights[:, distance:], outside], 1))
+    return torch.stack(shifted).amax(0)
+
+
+def _distinct(lines: Tensor) -> tuple[Tensor, Tensor]:
+    """Lines [M, T] of which no two are the same, and by line which of these it is."""
+    if lines.shape[1] > _CODED or (lines.numel() and float(lines.max()) > 1):
+        found, number = torch.unique(lines, dim=0, return_inverse=True)
+        return found, number
+    powers = 2 ** torch.arange(lines.shape[1], device=lines.device)
+    codes, number = torch.unique((lines.long() * powers).sum(1), return_inverse=True)
+    return ((codes.unsqueeze(1) & powers) > 0).to(lines.dtype), number
+
+
+@lru_cache(maxsize=2**14)
+def _moved_lines(
+    line: tuple[int, ...], shift: int, most: int
+) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]] | None:
+    """What moves add to a binary line, [Q, T], and how many moves each takes; None if they are more
+    than can be listed.
+    """
+    costs = {0: 0}  # by the places that are taken, as bits
+    for t, event in enumerate(line):
+        if not event:
+            continue
+        after: dict[int, int] = {}
+        for taken, cost in costs.items():
+            for to in range(max(0, t - shift), min(len(line), t + shift + 1)):
+                price = cost + (to != t)
+                place = 1 << to
+                if not taken & place and price <= most:
+                    lowest = after.get(taken | place, price)
+                    after[taken | place] = min(lowest, price)
+        costs = after
+        if len(costs) > _LISTED:
+            return None
+    added = []
+    for taken in costs:
+        bits = [taken >> t & 1 for t in range(len(line))]
+        added.append(tuple(bit - event for bit, event in zip(bits, line, strict=True)))
+    return tuple(added), tuple(costs.values())
+
+
+def _gains_of_listed(
+    weights: Tensor, added: tuple[tuple[int, ...], ...], costs: tuple[int, ...]
+) -> Tensor:
+    """Gains [M, moves] of lines with the same events."""
+    sums = weights @ weights.new_tensor(added).T
+    price = torch.tensor(costs, device=weights.device)
+    best = [sums[:, price <= number].amax(1) for number in range(max(costs) + 1)]
+    highest = _concave(torch.stack(best, 1))
+    return highest.diff(dim=1)
+
+
+def _concave(values: Tensor) -> Tensor:
+    """The least concave sequence [M, K] that is nowhere below the values."""
+    columns = []
+    for k in range(values.shape[1]):
+        found = [values[:, k]]
+        for i in range(k):
+            for j in range(k + 1, values.shape[1]):
+                share = (k - i) / (j - i)
+                found.append((1 - share) * values[:, i] + share * values[:, j])
+        columns.append(torch.stack(found).amax(0))
+    return torch.stack(columns, 1)

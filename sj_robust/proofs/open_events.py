@@ -1,0 +1,121 @@
+"""Which events of a sample a proof leaves open: those that may be part of a set that breaks it."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sj_robust.classifier import SpikingClassifier
+from sj_robust.core.environment import device_of
+from sj_robust.core.preserved import preserved, sums_of_products
+from sj_robust.proofs.branching import Prover, leads
+from sj_robust.proofs.joint import OverTime
+from sj_robust.proofs.moves import Events
+from sj_robust.proofs.relaxation import Maps, raised
+from sj_robust.proofs.rules import parameters_kept_in_float64
+from sj_robust.proofs.verification import bounded_logits, bounded_neurons
+
+__all__ = ["OpenEvents", "open_events"]
+
+_TURNS = 20
+"""Turns of gradient ascent on the slopes, as in ``verify``."""
+
+
+@dataclass(frozen=True)
+class OpenEvents:
+    """What linear bounds say of the events of samples [N, T, *]. 未定事件。
+
+    Attributes:
+        margin: What the right class leads by at least, [N].
+        falls: How far one change of each value, or one move of each event, lowers the bound of the
+            lead over the rival with the smallest margin, [N, T, *].
+        is_open: Whether a value or event lowers a bound and is part of a set of changes of which no
+            bound rules out that it breaks the sample, [N, T, *].
+    """
+
+    margin: Tensor
+    falls: Tensor
+    is_open: Tensor
+
+
+@parameters_kept_in_float64()
+def open_events(model: SpikingClassifier, x: Tensor, y: Tensor, ball: Events) -> OpenEvents:
+    """The events that a proof leaves open. 证明未排除的事件。
+
+    Equation: back-substitution bounds the lead over a rival on the whole ball by a linear function,
+    ``lead(x~) >= c + w x~``. With f[i] what a change of value i, or a move of event i, lowers it by
+    at most, and k the budget, event i is *ruled out* if for every rival::
+
+        c + w x > f[i] + the k - 1 largest f[j] of the others
+
+    since then no set of k changes of which i is one breaks the sample. All others are open, but for
+    those that lower no bound, f[i] = 0. A sample that these bounds prove has no open event.
+
+    Args:
+        model: A classifier in evaluation mode.
+        x: Event frames [N, T, *].
+        y: Labels [N] int64.
+        ball: Changes or moves of the frames.
+
+    Raises:
+        NotImplementedError: If something in the network has no bounds; it is named.
+
+    Source: linear relaxation as in ``verify(..., method="crown")``.
+
+    Examples:
+        >>> from spikingjelly.activation_based import neuron
+        >>> from sj_robust.classifier import SpikingEventClassifier
+        >>> from sj_robust.proofs.flips import Flips
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Flatten(2), torch.nn.Linear(2, 2), neuron.IFNode(step_mode="m")
+        ... )
+        >>> _ = net[1].weight.data.copy_(torch.tensor([[2.0, 0.0], [0.0, 0.5]]))
+        >>> _ = net[1].bias.data.zero_()
+        >>> model = SpikingEventClassifier(net, T=1).eval()
+        >>> found = open_events(
+        ...     model, torch.tensor([[[[[1.0]], [[0.0]]]]]), torch.tensor([0]), Flips(1)
+        ... )
+        >>> found.is_open.flatten()
+        tensor([ True, False])
+    """
+    device = device_of(model)
+    neurons = bounded_neurons(model)
+    margins = []
+    falls = []
+    is_open = []
+    model.find_convention(x.to(device))
+    with sums_of_products(device), preserved(model):
+        maps = Maps(partial(bounded_logits, model), neurons, x[0].to(device))
+        prover = Prover(model, maps, ball, OverTime(maps, model.T))
+        images = torch.split(x.to(device), 1)
+        labels = torch.split(y.to(device), 1)
+        for image, label in zip(images, labels, strict=True):
+            run = prover.run(image)
+            weights = leads(label, run.error.shape[1])[0]
+            rows = torch.zeros(len(weights), dtype=torch.long, device=device)
+            found = raised(maps, run, rows, weights, rounds=_TURNS)
+            assert run.changed is not None
+            assert run.changed.changes is not None
+            with torch.no_grad():
+                spent = run.changed.changes.falls(rows, found.weights).sum(1)
+                own = ball.falls(image.double(), found.weights)
+                value = found.value.detach()
+                worst = _worst_with(own.flatten(1), int(ball.budget))
+                breaking = (value + spent).unsqueeze(1) <= worst
+            least = int(value.argmin())
+            possible = (own > 0).flatten(1).any(0)
+            margins.append(value.min())
+            falls.append(own[least])
+            is_open.append((breaking.any(0) & possible & (value.min() <= 0)).view_as(own[0]))
+    return OpenEvents(torch.stack(margins), torch.stack(falls), torch.stack(is_open))
+
+
+def _worst_with(falls: Tensor, budget: int) -> Tensor:
+    """The largest sum of so many falls of which each one is a part, [R, D]."""
+    count = min(budget, falls.shape[1])
+    if count == 0:
+        return torch.zeros_like(falls)
+    largest = falls.topk(count, 1).values
+    others = largest[:, :-1].sum(1, keepdim=True)
+    return others + torch.minimum(falls, largest[:, -1:])
