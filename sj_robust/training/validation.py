@@ -288,7 +288,10 @@ def final_report(
     if journal.writes and threat.eps > 0 and len(splits.validation):
         x, y = next(iter(image_loader(splits.validation, _BATCH)))
         with suppress(ValueError):  # no image is right
-            shown = gallery(classifier, x, y, eps=threat.eps, norm=norm, seed=seed)
+            names = splits.class_names
+            shown = gallery(
+                classifier, x, y, eps=threat.eps, norm=norm, seed=seed, class_names=names
+            )
             journal.show_gallery(name.replace(" ", "_"), shown, len(history))
     notes = []
     if single_step:

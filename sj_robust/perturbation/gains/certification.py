@@ -58,7 +58,7 @@ def perturbation_gains(
         eps[t] = lambda * eps[t-1] + p[t] * W Ds[t]
         ||eps||_2 <= ||L_lambda diag(p)||_2 ||W||_2 ||Ds||_2
 
-    and likewise for any T and for the largest step; see :mod:`sj_robust.perturbation.gains.gain`
+    and likewise for any T and for the largest step; see :func:`peak_gain`
     and :func:`input_maps`. The printed constant of Theorem 3.1 stands beside them under its own
     name, and below them the radius in which no spike flips (:func:`no_flip_radius`), where that
     linear regime ends. A bound counts as held if the ratio of every pair is at most ``bound * (1 +
