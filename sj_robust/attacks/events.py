@@ -59,7 +59,7 @@ def flip_events(
     when an event is added (x = 0) or removed (x = 1). In each of ``steps`` steps the gradient is
     computed anew, and the ``flips / steps`` elements of the largest gain change, until the sample
     is fooled. Reduction then puts changes back while the sample stays fooled: the longest run of
-    the least important ones by bisection, then one by one until none is left that can go.
+    the least important ones by bisection, then one by one until none can be undone any more.
 
     The gradient of a spiking network is a surrogate, so three things are added. ``probes`` more
     candidates than needed are tried one by one in a forward, and those that raise the loss most are

@@ -142,7 +142,7 @@ def pgd(
     Args:
         step_size: Length of a step in the chosen norm.
         random_start: Whether to start from a random point of the ball, clamped to [0, 1].
-        keep_best: False takes the last iterate (of several restarts the best of their last ones),
+        keep_best: False returns the last iterate (of several restarts the best of their last ones),
             the usual practice of other libraries, which overstates robustness.
         stop_early: Whether a sample leaves as soon as an image fools the model, as in ``apgd``: as
             many samples fall, at a lower loss and in less time.

@@ -133,7 +133,7 @@ def temporal_similarity(frames: Tensor) -> Tensor:
         frames: [T, N, ...].
 
     Returns:
-        A scalar; 0 where no two steps are alike.
+        A scalar; 0 where no two steps are similar.
 
     Source: global orthogonal regularisation of "Breaking Gradient Temporal Collinearity for Robust
         Spiking Neural Networks" (ICLR 2026).

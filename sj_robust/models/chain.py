@@ -48,8 +48,8 @@ class ConvChain(DirectlyEncoded):
             torch's own.
         kernel_size: Height and width of every kernel; the padding is ``(kernel_size - 1) // 2``.
         step_mode: ``"m"`` or ``"s"``.
-        **neuron_kwargs: Passed on to ``spiking_neuron``; one that takes ``T`` (``DLIFNode`` does)
-            gets the network's.
+        **neuron_kwargs: Passed on to ``spiking_neuron``; one with an argument ``T``, such as
+            ``DLIFNode``, gets the network's.
 
     Raises:
         ValueError: If the image is too small for the stages, ``features`` does not begin with a

@@ -27,7 +27,7 @@ class PretrainedCard(Shown):
     """What is known of a trained network. 预训练网络的说明卡。
 
     Attributes:
-        name: Name that :func:`pretrained` takes.
+        name: Its name for :func:`pretrained`.
         summary: Neuron and training in a few words.
         command: Command of this repository that trained it.
         clean: Clean accuracy in per cent.

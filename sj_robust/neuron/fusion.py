@@ -43,7 +43,7 @@ def fuse(net: nn.Module) -> FusionReport:
     a :class:`Stage`.
 
     Either of the two around the neurons may be missing. Only neighbours in an ``nn.Sequential`` are
-    taken, where nothing can come between them. The stage stands where its first module stood, and
+    taken, where nothing can come between them. The stage replaces its first module, and
     modules that do nothing in the places of the others, so that whatever picks a module by its
     number finds it. Parameters, buffers, hooks and results stay what they were (spikes within the
     rounding of batch norm).
@@ -99,7 +99,7 @@ def unfuse(net: nn.Module) -> None:
     """Put the modules of every :class:`Stage` in its place, as they were before :func:`fuse`.
 
     Args:
-        net: A network, changed in place. A stage that does not stand in an ``nn.Sequential``
+        net: A network, changed in place. A stage that is not in an ``nn.Sequential``
             becomes one.
 
     Examples:

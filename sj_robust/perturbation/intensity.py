@@ -95,7 +95,7 @@ def intensity_correlation(
     seed: int = 0,
     say: Callable[[str], object] = lambda text: None,
 ) -> IntensityCorrelation:
-    """Perturb images at growing sizes and ask what each indicator of each layer tells.
+    """Perturb images at growing sizes and compute each indicator of each layer.
     扰动指标与强度的相关性。
 
     Measures, over all pairs of an image and a size:
@@ -126,7 +126,7 @@ def intensity_correlation(
         batch_size: Images at a time; traces of all layers are held for one batch.
         resamples: Bootstrap samples.
         seed: Seed of the bootstrap and of the choice of neurons.
-        say: Is told what is done.
+        say: Called with a line on the progress.
 
     Returns:
         The result.

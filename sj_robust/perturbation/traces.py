@@ -164,7 +164,7 @@ def spike_traces(
         net: As in :func:`compare_potentials`, and so are the others.
         x: Clean images.
         x_perturbed: Perturbed ones.
-        T: Number of time steps, for a bare network; None if it brings its own.
+        T: Number of time steps, for a bare network; None if it has its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
 

@@ -59,7 +59,7 @@ def train(
             and ``"pgd"``.
         accelerator: Device, processes and precision.
         folder: Where the checkpoints go; it exists.
-        journal: Is told of every step and epoch.
+        journal: Records every step and epoch.
         description: Network and options in plain data, stored in every checkpoint; a run is resumed
             only with the same.
         resume: Whether to go on from ``last.pt`` if there is one.
@@ -126,7 +126,7 @@ def check_training(
         attacks: Attacks of the run; None is none.
 
     Raises:
-        ValueError: As :func:`train`, for what can be told before the first step.
+        ValueError: As :func:`train`, for errors that show before the first step.
     """
     _check_use(objective, plan, accelerator)
     ShuffledBatches(

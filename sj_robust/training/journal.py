@@ -40,9 +40,9 @@ class Journal:
     """Writes ``log.txt`` and ``tensorboard/`` in a folder and shows progress on the console.
     训练日志。
 
-    On a terminal a bar shows the loss parts, accuracy, images per second and time left at every
-    step; in a notebook one line that is written over, and elsewhere a line per epoch, does. Images
-    per second include the making of perturbed images, and leave validation out.
+    A bar on a terminal shows the loss parts, accuracy, images per second and remaining time at
+    every step, a notebook one line that is overwritten, and anything else a line per epoch. Images
+    per second include the time for perturbed images, but not validation.
 
     Args:
         folder: Where to write; None makes a journal that says nothing, for all processes but the

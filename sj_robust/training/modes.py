@@ -155,7 +155,7 @@ def training_attack(
     - ``"none"``: it makes none.
     - ``"gaussian"``: ``x + eps * n`` with ``n ~ N(0, 1)``, not clamped.
     - ``"at"``, ``"rat"``: :func:`sj_robust.attacks.rfgsm`, one step from ``x + noise_std * n``;
-      ``"certified"`` too, for terms beside its bounds.
+      ``"certified"`` too, for terms in addition to its bounds.
     - ``"pgd_at"``: the last iterate of :func:`sj_robust.attacks.pgd` on the cross entropy, from a
       uniform start.
     - ``"trades"``: :func:`trades`, from ``x + noise_std * n``.
@@ -213,7 +213,7 @@ def training_attack(
 
 
 def validation_attacks(eps: float) -> dict[str, Attack]:
-    """Attacks after every epoch: PGD of 7 steps selects, FGSM beside it shows catastrophic
+    """Attacks after every epoch: PGD of 7 steps selects the network, FGSM shows catastrophic
     overfitting. 验证时的攻击。
 
     Args:
@@ -259,7 +259,7 @@ def flip_attacks(flips: int, *, final: bool) -> dict[str, Attack]:
 
     Args:
         flips: Number of changes per sample.
-        final: Whether they are those of the table at the end, which take longer.
+        final: Whether they are the slower ones of the table at the end.
 
     Returns:
         ``"flips"`` by gradient, and at the end with probes and queries; then also the best of 20

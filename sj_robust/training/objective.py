@@ -87,7 +87,7 @@ class Objective(nn.Module):
         loss: ``"paper"``, ``"trades"`` or ``"certified"``.
         trades_weight: Weight of the divergence, >= 0 (the 1/lambda of TRADES).
         indicator: ``"mppd"``, ``"tasad"`` or ``"std"``.
-        penalties: Further terms, each with its weight; those of weight 0 are left out.
+        penalties: Further terms, each with its weight; those of weight 0 are skipped.
         certified_eps: Radius of the bounds at the end of the training; for ``"certified"`` alone.
         certified_options: How these bounds are trained, and the norm of the radius.
 
