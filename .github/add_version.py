@@ -13,7 +13,10 @@ from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
-REDIRECT = '<!DOCTYPE html><meta http-equiv="refresh" content="0; url={0}/"><a href="{0}/">{0}</a>\n'
+REDIRECT = """<!DOCTYPE html>
+<meta http-equiv="refresh" content="0; url={0}/">
+<a href="{0}/">{0}</a>
+"""
 
 
 def releases_in(pages: Path) -> list[str]:
@@ -36,14 +39,11 @@ def add(site: Path, pages: Path, version: str, root: str) -> None:
     if releases and releases[0] == version:
         shutil.rmtree(pages / "latest", ignore_errors=True)
         shutil.copytree(site, pages / "latest")
-    menu = [
-        {"name": f"{name} (stable)" if not place else name, "version": name, "url": f"{root}/{name}/"}
-        for place, name in enumerate(releases)
-    ]
-    if menu:
-        menu[0] |= {"preferred": True, "url": f"{root}/latest/"}
-    if (pages / "dev").is_dir():
-        menu.insert(0, {"name": "dev", "version": "dev", "url": f"{root}/dev/"})
+    menu = []
+    if releases:
+        menu.append({"version": releases[0], "url": f"{root}/latest/", "preferred": True})
+    names = ["dev"] if (pages / "dev").is_dir() else []
+    menu += [{"version": name, "url": f"{root}/{name}/"} for name in [*names, *releases[1:]]]
     (pages / "versions.json").write_text(json.dumps(menu, indent=2) + "\n", encoding="utf-8")
     (pages / "index.html").write_text(REDIRECT.format(front), encoding="utf-8")
     (pages / ".nojekyll").touch()

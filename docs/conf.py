@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 from sj_robust import __version__  # noqa: E402  after the path
 
 project = "sj_robust"
-author = copyright = "sj_robust contributors"  # noqa: A001  Sphinx calls it so
+author = copyright = "sj_robust contributors"
 version = release = __version__
 extensions = [
     "myst_nb",

@@ -56,6 +56,15 @@ def test_images_lie_in_the_ball_and_are_read_as_shown(norm, eps, model, images):
     assert f"{int(fooled.sum())} of {len(fooled)} images" in repr(found)
 
 
+def test_classes_have_their_names(model, images):
+    names = [f"digit {number}" for number in range(10)]
+    found = gallery(model, *images, eps=0.1, count=2, class_names=names)
+    titles = [axes.get_title() for axes in found.plot().axes]
+    shown = [*found.labels, *found.predicted_adv]
+    assert titles[:4] == [names[int(label)] for label in shown]
+    assert f"| {titles[0]} | {titles[0]} | {titles[2]} |" in found.table()
+
+
 def test_event_frames_stay_events():
     x, y = moving_bars(6, torch.Generator().manual_seed(0))
     torch.manual_seed(0)

@@ -38,8 +38,9 @@ _CAPTIONS = {
     "accuracy_over_eps": (
         "Accuracy over eps",
         "Band: 95 % CI. Square: control (training surrogate, restarts, same cost). Diamond: worst "
-        "case of suite and control; both are moved aside a little, so that neither covers the other. Dashed: verified accuracy, if the network has bounds; the "
-        "true robust accuracy lies in the hatched band.",
+        "case of suite and control. Both are shifted sideways so that neither hides the other. "
+        "Dashed: verified accuracy, if the network has bounds; the true robust accuracy lies in "
+        "the hatched band.",
     ),
     "attacks": (
         "Accuracy under each attack",
@@ -64,7 +65,8 @@ _CAPTIONS = {
     "spikes": (
         "Spikes of the clean and the attacked run",
         "The first image above: in each layer, the neurons whose spikes differ most, over time. "
-        "The left half of a cell is the clean run, the right half the attacked run. The dotted line marks the layer and the step at which the runs diverge.",
+        "The left half of a cell is the clean run, the right half the attacked run. The dotted "
+        "line marks the layer and the step at which the runs diverge.",
     ),
     "membrane": (
         "Membrane potentials of the clean and the attacked run",
