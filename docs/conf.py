@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
 ]
-exclude_patterns = ["benchmarks/README.md"]
+exclude_patterns = ["benchmarks/README.md", "concepts/architecture.md", "mutation.md"]
+"""What only contributors read, in the repository."""
 nitpicky = True
 
 # Pages
@@ -78,6 +80,7 @@ html_show_sourcelink = False
 html_extra_path = ["results/leaderboard/leaderboard.html"]
 html_sidebars = {"index": []}
 html_theme_options = {
+    "navbar_persistent": ["search-button"],
     "navbar_end": ["theme-switcher"],
     "header_links_before_dropdown": 7,
     "show_nav_level": 2,
@@ -88,7 +91,8 @@ html_theme_options = {
 }
 if "SITE_VERSION" in os.environ:  # as .github/workflows/docs.yml publishes it
     html_theme_options |= {
-        "navbar_end": ["version-switcher", "theme-switcher"],
+        "navbar_end": ["version-switcher", "theme-switcher", "navbar-icon-links"],
+        "github_url": f"https://github.com/{os.environ['GITHUB_REPOSITORY']}",
         "check_switcher": False,
         "show_version_warning_banner": True,
         "switcher": {
@@ -134,14 +138,22 @@ def formula(writer: Any, node: Any) -> None:
     raise SkipNode
 
 
+@cache
+def documented(environment: Any) -> dict[str, list[str]]:
+    """Full names by their last part, once all pages are read."""
+    found: dict[str, list[str]] = {}
+    for full in environment.domains["py"].objects:
+        found.setdefault(full.rpartition(".")[2], []).append(full)
+    return found
+
+
 def short_name(app: Any, environment: Any, node: Any, content: Any) -> Any:
     """Reference to the one documented object that has this name, wherever it was imported from."""
     name = node.get("reftarget", "").rpartition(".")[2]
-    objects = environment.domains["py"].objects
-    found = [full for full in objects if full.rpartition(".")[2] == name]
+    found = documented(environment).get(name, [])
     if node.get("refdomain") != "py" or len(found) != 1:
         return None
-    place = objects[found[0]]
+    place = environment.domains["py"].objects[found[0]]
     return make_refnode(app.builder, node["refdoc"], place.docname, place.node_id, content)
 
 

@@ -113,7 +113,7 @@ def test_runs_part_at_the_first_spike_that_differs():
     assert "| 0 | 0.0 | 16.7 | 16.7 | 16.7 |" in found.table()
     for which in ("spikes", "potential"):
         titles = [axes.get_title(loc="left") for axes in found.plot(which).axes]
-        assert titles == ["0: diverges at step 1", "2"]
+        assert titles == ["0\ndiverges at step 1", "2"]
         seen = [axes.get_title(loc="left") for axes in found.plot(which, sample=1).axes]
         assert seen == [
             "0",

@@ -51,7 +51,8 @@ class Links(HTMLParser):
 
 def dead_links(site):
     """Page and target of every link inside the site that leads nowhere."""
-    pages = {page: Links(page) for page in site.rglob("*.html")}
+    written = (page for page in site.rglob("*.html") if "_static" not in page.parts)
+    pages = {page: Links(page) for page in written}
     for page, links in pages.items():
         for target in links.targets:
             parts = urlsplit(target)
