@@ -121,9 +121,13 @@ def include_readme(app: Any, page: str, source: list[str]) -> None:
         source[0] = source[0].replace(f"% {name}, part {number}\n", part)
 
 
-def escape_shapes(app: Any, what: str, name: str, one: Any, options: Any, text: list[str]) -> None:
-    """In a shape such as [T, N, *], the star begins no emphasis."""
-    text[:] = [re.sub(r"(?<=[\[ ])\*\](?!`)", r"\\*]", line) for line in text]
+def plain(app: Any, what: str, name: str, one: Any, options: Any, text: list[str]) -> None:
+    """In a shape such as [T, N, *], the star begins no emphasis; a source is one paragraph."""
+    source = False
+    for place, line in enumerate(text):
+        source = line.startswith("Source: ") or (source and line.startswith("  "))
+        line = line.strip().replace("Source:", "**Source:**", 1) if source else line
+        text[place] = re.sub(r"(?<=[\[ ])\*\](?!`)", r"\\*]", line)
 
 
 def inline_formula(writer: Any, node: Any) -> None:
@@ -160,6 +164,6 @@ def short_name(app: Any, environment: Any, node: Any, content: Any) -> Any:
 def setup(app: Any) -> None:
     """What Sphinx calls."""
     app.connect("source-read", include_readme)
-    app.connect("autodoc-process-docstring", escape_shapes)
+    app.connect("autodoc-process-docstring", plain)
     app.connect("missing-reference", short_name)
     app.add_html_math_renderer("mathml", (inline_formula, None), (formula, None))
