@@ -77,7 +77,7 @@ def apgd(
     restarts and targets. Where nothing fools, it is the image of highest loss.
 
     The authors' code keeps any fooling iterate as well, so robust accuracies agree within the noise
-    of the random starts; it does not leave samples out, so this one is faster. The steps after
+    of the random starts; it does not skip samples, so this one is faster. The steps after
     which progress is judged, and the strict "fewer", follow the paper; both matter only at few
     steps.
 

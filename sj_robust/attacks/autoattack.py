@@ -38,7 +38,7 @@ _FEWEST = {"apgd-dlr": LEAST_CLASSES["dlr"], "apgd-t": LEAST_CLASSES["dlr_target
 
 
 class AutoAttackWarning(UserWarning):
-    """What AutoAttack's checks say about the network: its result may be unreliable."""
+    """A check of AutoAttack: its result for this network may be unreliable."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def transfer(source: Model, attack: Attack) -> Attack:
 
     迁移攻击。
 
-    Equation: ``transfer(s, a)(model, x, y) = a(s, x, y)``; the model itself is never asked.
+    Equation: ``transfer(s, a)(model, x, y) = a(s, x, y)``; the model itself is never called.
 
     Args:
         source: The network to craft on, such as another checkpoint.

@@ -113,7 +113,7 @@ class EvolvingLeakNode(SteppedNode, PerNeuron):
     bounded; ``leak[0]`` has no effect from a reset, where v is 0. The leak follows the sequence,
     not the call, as DLIF's gain does.
 
-    Left open by the paper: a bound on the leak, of which its code has none, and its start, where
+    Not stated in the paper: a bound on the leak, of which its code has none, and its start, where
     its code uses 1 (``tau=math.inf``).
 
     Shapes and states: see :class:`SteppedNode`.

@@ -24,7 +24,7 @@ class HomeostaticNode(SteppedNode, PerNeuron):
         s[t] = 1 if h[t] >= th[t] else 0
         v[t] = (1 - s[t]) * h[t] + s[t] * v_reset      (v_reset None: h[t] - s[t] * th[t])
 
-    A potential that a perturbation has raised raises the threshold, and the other way round.
+    A potential raised by a perturbation raises the threshold, and a lowered one lowers it.
     ``rate`` [*], a parameter that starts at ``1 / tau_v``, and the signature [T, *] have one value
     per neuron, with shapes that the first forward finds. At ``rate`` 0 it is LIF.
 

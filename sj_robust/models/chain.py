@@ -41,7 +41,7 @@ class ConvChain(DirectlyEncoded):
         classes: Number of classes.
         T: Number of time steps an image is repeated for.
         spiking_neuron: Class or function that builds a neuron, as in SpikingJelly's model zoo.
-        features: Output channels of the convolutions, the first of them first, ``"A"`` for a
+        features: Output channels of the convolutions in order, ``"A"`` for a
             pooling and ``"S"`` for a stride of 2 of the next convolution.
         hidden: Widths of the hidden linear layers.
         batch_norm: Whether there is a batch norm behind every convolution; without, weights are

@@ -19,7 +19,7 @@ __all__ = ["start_from"]
 def start_from(
     classifier: SpikingClassifier, path: Path | str, *, decay_input: bool | None = None
 ) -> None:
-    """Copy pretrained weights into a network; DLIF neurons begin as the LIF neurons they were
+    """Copy pretrained weights into a network; DLIF neurons start as the LIF neurons they were
     trained with.
 
     以预训练 LIF 网络的权重初始化 DLIF 网络。

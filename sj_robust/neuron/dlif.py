@@ -50,8 +50,8 @@ class DLIFNode(neuron.BaseNode):
 
     With all gains 1 this is ``LIFNode(tau, decay_input=False)``; with all gains 1/tau it is
     ``decay_input=True``; ``tau=math.inf`` is IF. The gain follows the sequence, not the call:
-    chunks and single steps go on where the last call stopped, and ``functional.reset_net`` returns
-    to ``input_gain[0]``.
+    chunks and single steps continue where the last call stopped, and ``functional.reset_net``
+    returns to ``input_gain[0]``.
 
     Shapes: ``x_seq`` [T, N, *] in step mode ``"m"``, [N, *] in ``"s"``. State: ``v`` [N, *] in
     float32 (float64 for float64 inputs), ``time_step`` the number of steps since the reset, neither

@@ -39,7 +39,7 @@ class InStage(nn.Identity):
 
 
 def fuse(net: nn.Module) -> FusionReport:
-    """Join batch norm, the DLIF neurons right behind it and the 2x2 average pooling behind those in
+    """Join batch norm, the DLIF neurons that follow it and the 2x2 average pooling after those in
     a :class:`Stage`.
 
     Either of the two around the neurons may be missing. Only neighbours in an ``nn.Sequential`` are

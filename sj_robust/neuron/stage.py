@@ -25,7 +25,7 @@ __all__ = ["NORM_DIMENSIONS", "Stage", "is_original", "pools_2x2"]
 
 
 class Stage(nn.Module):
-    """Batch norm, a spiking neuron and average pooling behind each other.
+    """Batch norm, a spiking neuron and average pooling in sequence.
     批归一化、脉冲神经元与平均池化组成的一级。
 
     Same parameters, results and errors as the ``nn.Sequential`` of the three. They run in one pass

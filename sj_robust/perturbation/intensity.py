@@ -28,12 +28,12 @@ _MOST_NEURONS = 64
 class IntensityCorrelation(
     SavedResult, what="an intensity study", format="sj_robust.intensity", version=1
 ):
-    """Result of :func:`intensity_correlation`, plain data throughout. 扰动强度相关性研究的结果。
+    """Result of :func:`intensity_correlation`, as plain data. 扰动强度相关性研究的结果。
 
     Attributes:
         eps: Sizes, growing.
         samples: Images that count, those the network classifies correctly unperturbed.
-        left_out: Images that it gets wrong already.
+        left_out: Images that it misclassifies unperturbed.
         resamples: Bootstrap samples behind every interval.
         accuracy: Per direction, the share of the images still classified correctly at each size.
         means: Per direction, layer and indicator, its mean over the images at each size.

@@ -57,8 +57,8 @@ def compare_potentials(
 
     Returns:
         :class:`LayerStats` by the layer's name in ``net`` (in the network of a classifier), in
-        order of execution. A layer that never fires on the clean images is warned of: what it
-        passes on, no perturbation moves.
+        order of execution. There is a warning for a layer that never fires on the clean
+        images, since no perturbation passes through it.
 
     Raises:
         ValueError: As :meth:`MPPDMonitor.compare`.
@@ -117,8 +117,8 @@ class MPPDMonitor(BaseMonitor):
         eps[t] = decay * eps[t-1] + gain[t] * (x[t] - x~[t]),    MS-MPPD = mean(eps^2)
 
     and the full perturbation ``d[t] = v[t] - v~[t]``, which includes the reset. The monitor
-    hooks the neurons alone, so whatever lies between them does not matter. It follows IF, LIF, PLIF
-    and DLIF, and any other ``BaseNode`` whose ``decay`` is given. Other neurons stand in
+    hooks only the neurons, so the layers between them do not matter. It follows IF, LIF, PLIF
+    and DLIF, and any other ``BaseNode`` whose ``decay`` is given. Other neurons are listed in
     :attr:`unsupported` with the reason; one warning names them.
 
     Three ways of use:
@@ -384,7 +384,7 @@ class MPPDMonitor(BaseMonitor):
         self._recording.forget()
 
     def remove_hooks(self) -> None:
-        """Take the hooks off the network, for good."""
+        """Remove the hooks from the network permanently."""
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()

@@ -156,9 +156,9 @@ def spike_traces(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Traces:
-    """Both runs of a network, layer by layer, to be looked at. 记录并对比两次运行的脉冲与膜电位。
+    """Clean and perturbed run of a network, layer by layer. 记录并对比两次运行的脉冲与膜电位。
 
-    All of them is kept, 7 tensors of the size of a layer's output, so give it a few images.
+    It keeps 7 tensors of the size of every layer's output, so call it with a few images.
 
     Args:
         net: As in :func:`compare_potentials`, and so are the others.

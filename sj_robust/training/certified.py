@@ -31,7 +31,7 @@ class CertifiedOptions:
         bounds: Method of :func:`sj_robust.proofs.verify` whose bounds they are: ``"ibp"``, or
             ``"joint"``, which is tighter at many time steps and slower.
         surrogate_width: Width w of the derivatives of bounds in units of the neurons' own, > 0: in
-            the place of a surrogate g(z) stands g(z / w) / w. The clean pass keeps g.
+            place of a surrogate g(z) they use g(z / w) / w. The clean pass keeps g.
         ramp: Share of the training in which radius and weight rise, in (0, 0.95].
         box: Share of the radius r that the bounds are over, in (0, 1]: those of the box of radius
             ``box * r`` around ``clamp(x~, x - (1 - box) r, x + (1 - box) r)``, which lies in the
@@ -39,7 +39,7 @@ class CertifiedOptions:
         attacked: Whether the first term of the loss is the cross entropy of perturbed images,
             clamped to the ball of the present radius, and not that of clean ones.
         norm: ``"Linf"``, or ``"L0"`` for changed events of binary frames, whose number is the
-            radius. In each time step so many may change.
+            radius. In each time step, that many may change.
 
     Raises:
         ValueError: If a number is out of range.

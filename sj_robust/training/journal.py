@@ -45,13 +45,13 @@ class Journal:
     per second include the time for perturbed images, but not validation.
 
     Args:
-        folder: Where to write; None makes a journal that says nothing, for all processes but the
+        folder: Where to write; None makes a silent journal, for all processes but the
             first.
         track: Is called with the figures of every epoch by name, and its number, such as
             ``accelerator.log``.
 
     Attributes:
-        console: Where it prints; a bar shown there is not torn by what is said meanwhile.
+        console: Where it prints; lines printed meanwhile do not break a bar shown there.
 
     Examples:
         >>> Journal(None).say("nobody hears this")
@@ -79,7 +79,7 @@ class Journal:
 
     @property
     def writes(self) -> bool:
-        """Whether it has a folder, so that pictures are worth their time."""
+        """Whether it has a folder, and so writes pictures."""
         return self._folder is not None
 
     def say(self, text: str) -> None:

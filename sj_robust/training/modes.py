@@ -152,7 +152,7 @@ def training_attack(
 ) -> Attack | None:
     """How a mode makes the perturbed images of a training batch. 各训练模式的扰动生成方式。
 
-    - ``"none"``: it makes none.
+    - ``"none"``: no perturbed images.
     - ``"gaussian"``: ``x + eps * n`` with ``n ~ N(0, 1)``, not clamped.
     - ``"at"``, ``"rat"``: :func:`sj_robust.attacks.rfgsm`, one step from ``x + noise_std * n``;
       ``"certified"`` too, for terms in addition to its bounds.
@@ -254,7 +254,7 @@ def final_attacks(eps: float) -> dict[str, Attack]:
 
 
 def flip_attacks(flips: int, *, final: bool) -> dict[str, Attack]:
-    """Attacks on event frames that change at most so many events, in validation and at the end.
+    """Attacks on event frames that change at most ``flips`` events, in validation and at the end.
     事件帧训练的验证与最终攻击。
 
     Args:

@@ -119,10 +119,10 @@ def test_runs_part_at_the_first_spike_that_differs():
             "0",
             "2",
         ]
-    drawn = [
-        list(zip(*line.get_data(), strict=True)) for line in found.plot(sample=2).axes[0].lines[:3]
-    ]
-    assert drawn == [[(1, 1), (3, 1)], [(3, 0)], [(2, 0)]], "both, clean only, perturbed only"
+    (raster,) = found.plot(sample=2).axes[0].images
+    drawn = raster.get_array().data.tolist()
+    # Of both neurons, a clean and a perturbed half per step; 1 is clean only, 2 perturbed only.
+    assert drawn == [[0, 0, 0, 0, 0, 2, 1, 0], [0, 0, 3, 3, 0, 0, 3, 3]]
     for wrong in ({"which": "all"}, {"sample": 3}):
         with pytest.raises(ValueError, match="must be"):
             found.plot(**wrong)

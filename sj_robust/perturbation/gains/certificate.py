@@ -128,7 +128,7 @@ class Certificate(
     format="sj_robust.stability_certificate",
     version=1,
 ):
-    """Result of :func:`perturbation_gains`, plain data throughout. 稳定性证书。
+    """Result of :func:`perturbation_gains`, as plain data. 稳定性证书。
 
     Attributes:
         T: Number of time steps.
