@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -77,7 +78,6 @@ html_static_path = ["custom.css"]
 html_css_files = ["custom.css"]
 html_math_renderer = "mathml"
 html_show_sourcelink = False
-html_extra_path = ["results/leaderboard/leaderboard.html"]
 html_sidebars = {"index": []}
 html_theme_options = {
     "navbar_persistent": ["search-button"],
@@ -161,9 +161,17 @@ def short_name(app: Any, environment: Any, node: Any, content: Any) -> Any:
     return make_refnode(app.builder, node["refdoc"], place.docname, place.node_id, content)
 
 
+def copy_leaderboard(app: Any, error: Exception | None) -> None:
+    """The leaderboard that can be sorted, under the address that it has in the repository."""
+    if error is None and app.builder.format == "html":
+        path = Path("results/leaderboard/leaderboard.html")
+        shutil.copy(ROOT / "docs" / path, app.outdir / path)
+
+
 def setup(app: Any) -> None:
     """What Sphinx calls."""
     app.connect("source-read", include_readme)
     app.connect("autodoc-process-docstring", plain)
     app.connect("missing-reference", short_name)
+    app.connect("build-finished", copy_leaderboard)
     app.add_html_math_renderer("mathml", (inline_formula, None), (formula, None))
