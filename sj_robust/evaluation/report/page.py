@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment
-from markupsafe import Markup
 
 from sj_robust.core.shown import BLUE, GREY, ORANGE
 from sj_robust.evaluation.intervals import extent
@@ -232,9 +231,9 @@ def _svg(name: str, figure: "Figure", title: str) -> str:
     return text.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
 
 
-def _coded(text: str) -> Markup:
-    """What is in backticks, as code."""
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text)))
+def _coded(text: str) -> str:
+    """HTML of a text, what is in backticks as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def _short(value: object) -> str:
