@@ -19,7 +19,8 @@ let failed = 0;
 
 async function look(address, colorScheme, width) {
   const page = await browser.newPage({ colorScheme, viewport: { width, height: 900 } });
-  await page.goto(address, { waitUntil: "load", timeout: 120_000 });
+  page.setDefaultTimeout(300_000); // of a busy machine
+  await page.goto(address, { waitUntil: "load" });
   await page.waitForTimeout(500); // scripts of the page
   const name = address.replace(/^\w+:\/+([\d.:]+\/)?/, "").replace(/\W+/g, "-").replace(/^-|-$/g, "") || "home";
   await page.screenshot({ path: join(folder, `${name}-${colorScheme}-${width}.png`), fullPage: true });
