@@ -161,6 +161,16 @@ def short_name(app: Any, environment: Any, node: Any, content: Any) -> Any:
     return make_refnode(app.builder, node["refdoc"], place.docname, place.node_id, content)
 
 
+def lines_of_signatures(app: Any, page: str, template: str, context: Any, tree: Any) -> None:
+    """Parameters on lines of their own are no list of definitions, as screen readers take <dl>."""
+
+    def lines(found: re.Match[str]) -> str:
+        inside = found[1].replace("<dd>", '<span class="sig-line">').replace("</dd>", "</span>")
+        return f"<span>{inside}</span>"
+
+    context["body"] = re.sub(r"<dl>(.*?)</dl>", lines, context.get("body", ""), flags=re.DOTALL)
+
+
 def copy_leaderboard(app: Any, error: Exception | None) -> None:
     """The leaderboard that can be sorted, under the address that it has in the repository."""
     if error is None and app.builder.format == "html":
@@ -173,5 +183,6 @@ def setup(app: Any) -> None:
     app.connect("source-read", include_readme)
     app.connect("autodoc-process-docstring", plain)
     app.connect("missing-reference", short_name)
+    app.connect("html-page-context", lines_of_signatures)
     app.connect("build-finished", copy_leaderboard)
     app.add_html_math_renderer("mathml", (inline_formula, None), (formula, None))
