@@ -286,17 +286,22 @@ def main(arguments: list[str]) -> None:
             measure = stress_network if stressed else assess
             report = measure(subject, batches, request)
     if accelerator.is_main_process:
-        save_report(report, subject, batches, folder, journal)
+        save_report(report, subject, batches, folder, journal, splits.class_names)
     accelerator.end_training()
 
 
 def save_report(
-    report: Report, subject: Subject, batches: Any, folder: Path, journal: training.Journal
+    report: Report,
+    subject: Subject,
+    batches: Any,
+    folder: Path,
+    journal: training.Journal,
+    class_names: tuple[str, ...],
 ) -> None:
     """Write and show what the evaluation came to."""
     of_attacks = report.suite not in ("stress", "corruptions", "vote")
     with working("drawing", journal.console):
-        shown = gallery_of(report, subject.model, batches) if of_attacks else None
+        shown = gallery_of(report, subject.model, batches, class_names) if of_attacks else None
         names = report.write(folder, shown)
     if of_attacks:
         show_report(report, journal.console, journal.say)

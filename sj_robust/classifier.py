@@ -51,16 +51,16 @@ class SpikingClassifier(nn.Module):
     Equation: ``logits = mean_t net(encode(images))[t]`` after ``functional.reset_net(net)``.
 
     Every forward resets the network first, so any attack library, training loop or evaluation can
-    take it for a plain ``nn.Module``. On SpikingJelly 0.0.0.0.14, whose IF and LIF neurons have no
+    treat it as a plain ``nn.Module``. On SpikingJelly 0.0.0.0.14, whose IF and LIF neurons have no
     gradient in evaluation mode, the neurons (and nothing else) run in training mode while gradients
     are enabled.
 
     Shapes: images [N, C, H, W] or features [N, F], floating point; logits [N, classes] in float32
     or float64. The network takes a sequence [T, N, C, H, W], one step [N, C, H, W] at a time, or
     images [N, C, H, W] that it repeats over time itself. It returns [T, N, classes] (averaged
-    here), [N, classes] per step, or [N, classes] if it averages itself. What it takes, the first
-    forward finds out by trying, as does :meth:`find_convention`; :attr:`convention` tells. What it
-    returns is looked at in every forward, so that it may differ between training and evaluation.
+    here), [N, classes] per step, or [N, classes] if it averages itself. The first forward, or
+    :meth:`find_convention`, finds by trial which input it takes; :attr:`convention` tells. Its
+    output is checked in every forward, so that it may differ between training and evaluation.
 
     Args:
         net: A SpikingJelly network of any neurons.

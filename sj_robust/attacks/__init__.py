@@ -1,7 +1,7 @@
 """Attacks as functions ``attack(model, x, y, *, eps, ...) -> x_adv``; they know torch and a
 callable.
 
-What every one of them takes, returns and raises, and what holds for it; its own text says what it
+Arguments, results, errors and guarantees that all of them share; each docstring says what it
 adds:
 
 - ``model``: Any callable from images [N, ...] in [0, 1] to logits [N, classes] that forgets its
@@ -21,11 +21,10 @@ adds:
 - ``targeted``: Whether to descend towards ``y``, the labels to reach, instead of climbing away from
   it.
 - ``loss``: Logits and labels to one value per sample, [N]; cross entropy by default.
-- ``generator``: It is asked for one number per call, which seeds all randomness of that call, the
+- ``generator``: It gives one number per call, which seeds all randomness of that call, the
   network's own use of torch's global generators included; it may live on another device than ``x``.
-  ``SampleSeeds`` in its place make what is drawn for a sample independent of the samples beside it
-  and of the batch size. None draws fresh numbers in every call, which ``torch.manual_seed`` does
-  not govern.
+  With ``SampleSeeds``, what is drawn for a sample depends neither on the other samples nor on the
+  batch size. None draws fresh numbers in every call, which ``torch.manual_seed`` does not govern.
 - The result has shape, dtype and device of ``x``, lies in the budget, and carries no graph.
 - The caller's ``x``, parameters, ``.grad`` and global random state stay as they were.
 - ``TypeError``: an argument has the wrong type, or ``x`` is not floating point. ``ValueError``:

@@ -73,11 +73,11 @@ def apgd(
       restarts.
 
     With ``keep_best`` the result of a sample is the first image that fools the model: ``x`` if it
-    is classified wrongly, else an iterate, after which the sample is left out of all further steps,
+    is classified wrongly, else an iterate, after which the sample is skipped in all further steps,
     restarts and targets. Where nothing fools, it is the image of highest loss.
 
     The authors' code keeps any fooling iterate as well, so robust accuracies agree within the noise
-    of the random starts; it does not leave samples out, so this one is faster. The steps after
+    of the random starts; it does not skip samples, so this one is faster. The steps after
     which progress is judged, and the strict "fewer", follow the paper; both matter only at few
     steps.
 
@@ -87,7 +87,7 @@ def apgd(
         loss: One of the names above, or logits and labels to one value per sample, [N].
         target_classes: Number of target classes of ``"dlr_targeted"``; all wrong classes if there
             are fewer.
-        keep_best: False takes all steps on all samples and returns the image of highest loss, as an
+        keep_best: False runs all steps on all samples and returns the image of highest loss, as an
             attack that is to transfer to another network should.
 
     Raises:

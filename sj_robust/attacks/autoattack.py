@@ -38,7 +38,7 @@ _FEWEST = {"apgd-dlr": LEAST_CLASSES["dlr"], "apgd-t": LEAST_CLASSES["dlr_target
 
 
 class AutoAttackWarning(UserWarning):
-    """What AutoAttack's checks say about the network: its result may be unreliable."""
+    """A check of AutoAttack: its result for this network may be unreliable."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def autoattack(
 
     Composition and settings are the published ones; the attacks are :func:`apgd`, :func:`square`
     and a FAB of this package. With fewer than ten classes every other class is a target once. What
-    is drawn for a sample depends neither on the samples beside it nor on which of them have fallen;
+    is drawn for a sample depends neither on the other samples nor on which of them were fooled;
     only a stochastic network's own draws depend on the batch, also with ``SampleSeeds``.
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`; where nothing fooled
@@ -93,8 +93,8 @@ def autoattack(
 
     Warns:
         AutoAttackWarning: A stochastic network without the version ``"rand"``, probabilities in
-            place of logits, images without a gradient, attacks left out for want of classes, Square
-            stronger than the attacks before it.
+            place of logits, images without a gradient, attacks skipped because there are too few
+            classes, or Square stronger than the attacks before it.
 
     Source: Croce and Hein (ICML 2020); FAB: Croce and Hein (ICML 2020); Square: Andriushchenko et
         al. (ECCV 2020).

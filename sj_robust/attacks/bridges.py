@@ -28,18 +28,17 @@ def external(
     ``.grad`` and ``requires_grad`` back.
 
     Args:
-        attack: A torchattacks object, ``lambda x, y: foolbox_attack(foolbox_model, x, y,
-            epsilons=eps)[1]``, or any function of images and labels. It attacks the model that it
-            was built for, whatever it is given.
+        attack: A torchattacks object, a lambda around an attack of Foolbox, or any function of
+            images and labels. It attacks the model that it was built for, no matter which model it
+            is given.
         eps: Radius it was built with, in units of [0, 1] images.
         norm: ``"Linf"`` or ``"L2"``.
 
     Returns:
-        ``attack(model, x, y, *, generator=None)``. Its randomness as a whole is seeded by
-        ``generator``: with ``SampleSeeds`` it is repeatable, but what the other package draws
-            depends on the batch. The call raises
-        ``TypeError`` or ``ValueError`` if the result is no tensor like ``x``, is not finite, or
-        leaves the ball or [0, 1] by more than rounding.
+        ``attack(model, x, y, *, generator=None)``. ``generator`` seeds all of its randomness: with
+        ``SampleSeeds`` it is repeatable, but what the other package draws depends on the batch. The
+        call raises ``TypeError`` or ``ValueError`` if the result is no tensor like ``x``, is not
+        finite, or leaves the ball or [0, 1] by more than rounding.
 
     Raises:
         TypeError: If ``attack`` cannot be called.
@@ -67,7 +66,7 @@ def transfer(source: Model, attack: Attack) -> Attack:
 
     迁移攻击。
 
-    Equation: ``transfer(s, a)(model, x, y) = a(s, x, y)``; the model itself is never asked.
+    Equation: ``transfer(s, a)(model, x, y) = a(s, x, y)``; the model itself is never called.
 
     Args:
         source: The network to craft on, such as another checkpoint.

@@ -39,7 +39,7 @@ class Attack(Protocol):
     """An attack with its budget already given, such as ``functools.partial(fgsm, eps=0.1)``.
     攻击的统一接口。
 
-    Whoever runs attacks (training, evaluation, a suite) calls this; a class or function of your own
+    Training, evaluation and suites call attacks in this way; a class or function of your own
     with these arguments is one. With ``SampleSeeds`` what it draws for a sample should depend on
     neither neighbours nor batch.
     """

@@ -58,15 +58,15 @@ def flip_events(
     generator: Randomness = None,
 ) -> Tensor:
     """Sparse attack on event frames: few events added or removed, chosen by gradient; then changes
-    that are not needed are put back.
+    that are not needed are undone.
 
     事件帧稀疏攻击：按梯度选择至多 flips 个事件翻转，再撤销不必要的翻转。
 
     Equation: ``gain = grad_x loss(model(x), y) * (1 - 2 x)``, the first-order change of the loss
     when an event is added (x = 0) or removed (x = 1). In each of ``steps`` steps the gradient is
     computed anew, and the ``flips / steps`` elements of the largest gain change, until the sample
-    is fooled. Reduction then puts changes back while the sample stays fooled: the longest run of
-    the least important ones by bisection, then one by one until none is left that can go.
+    is fooled. Reduction then undoes changes while the sample stays fooled: the longest run of
+    the least important ones by bisection, then one by one until none can be undone any more.
 
     The gradient of a spiking network is a surrogate, so three things are added. ``probes`` more
     candidates than needed are tried one by one in a forward, and those that raise the loss most are
@@ -164,7 +164,7 @@ def random_flips(
         tries: Draws per sample; the first that fools the model is kept, or else the last.
 
     Raises:
-        ValueError: Also if several tries are asked for without model and labels.
+        ValueError: Also if there are several tries without model and labels.
 
     Source: random events as the baseline of an attack, as in Liang et al. (TNNLS 2021).
 

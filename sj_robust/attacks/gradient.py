@@ -142,13 +142,13 @@ def pgd(
     Args:
         step_size: Length of a step in the chosen norm.
         random_start: Whether to start from a random point of the ball, clamped to [0, 1].
-        keep_best: False takes the last iterate (of several restarts the best of their last ones),
+        keep_best: False returns the last iterate (of several restarts the best of their last ones),
             the usual practice of other libraries, which overstates robustness.
-        stop_early: Whether a sample leaves as soon as an image fools the model, as in ``apgd``: as
-            many samples fall, at a lower loss and in less time.
+        stop_early: Whether a sample stops as soon as an image fools the model, as in ``apgd``: as
+            many samples are fooled, at a lower loss and in less time.
 
     Raises:
-        ValueError: Also if restarts are asked for without a random start, or ``stop_early`` without
+        ValueError: Also if there are restarts without a random start, or ``stop_early`` without
             ``keep_best``.
 
     Source: Madry et al. (ICLR 2018); evaluation of Ding et al. (ICML 2024), section 5.

@@ -1,6 +1,6 @@
 """Random noise, the weakest attacks and the yardstick of the others.
 
-``model`` and ``y`` are there so that all attacks are called alike; the noises use neither and allow
+``model`` and ``y`` only give all attacks the same signature; the noises use neither and allow
 None.
 """
 

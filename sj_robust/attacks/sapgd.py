@@ -57,7 +57,7 @@ def sapgd(
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`.
 
     Args:
-        keep_best: False takes all steps on all samples and returns the image of highest loss.
+        keep_best: False runs all steps on all samples and returns the image of highest loss.
 
     Source: SA-PGD, arXiv 2512.22522; its checkpoints are those of Croce and Hein (ICML 2020).
 

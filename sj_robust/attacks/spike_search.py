@@ -65,7 +65,7 @@ def spike_search(
 
     Out of four proposals one is tried, the one that promises most by what the moves of the sample
     have shown so far. Chains work in seven stages of 2 to 18 chains per sample. After the first
-    one, which takes 1 per cent of the forwards, a sample takes part in the others only if its
+    one, which uses 1 per cent of the forwards, a sample takes part in the others only if its
     smallest margin is at most 25, 15, 12, 10, 8 and 6 per cent of that of its image, so that
     forwards go where they may change something. All of this is per sample: the result depends on
     neither batch nor neighbours.
@@ -83,11 +83,11 @@ def spike_search(
             runs APGD with two losses and, in Linf, SA-PGD, 50 steps each. A network without a
             gradient needs some, such as ``[x]``.
         forwards: Images per sample that the network judges at most, if it goes on to the end.
-        moves: Kinds of moves, which take turns.
+        moves: Kinds of moves, tried in turn.
         batch_size: Images in one forward, which bounds the memory; results do not depend on it.
 
     Raises:
-        ValueError: Also if starts do not fit, a kind of moves is unknown, only flips are left and
+        ValueError: Also if starts do not fit, a kind of moves is unknown, only flips remain and
             the network allows none, or the network gives other logits for the same images.
 
     Source: derived here. Square Attack of Andriushchenko et al. (ECCV 2020) is the next of kin; for

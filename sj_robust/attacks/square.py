@@ -52,7 +52,7 @@ def square(
     queries: int = 5000,
     generator: Randomness = None,
 ) -> Tensor:
-    """Square Attack: random search over squares that asks for logits and for no gradient.
+    """Square Attack: random search over squares that needs logits but no gradient.
 
     Square 黑盒攻击。
 

@@ -85,7 +85,12 @@ def image_folder(folder: Path, *, on_unreadable: OnUnreadable) -> Source:
             images[name] = FileImages(paths, labels, partial(_image, size=sizes[first]))
     validation = shuffled(images["val"]) if "val" in images else None
     return Source(
-        images["train"], shuffled(images["test"]), (3, *sizes[first]), len(classes), validation
+        images["train"],
+        shuffled(images["test"]),
+        (3, *sizes[first]),
+        len(classes),
+        validation,
+        class_names=tuple(classes),
     )
 
 

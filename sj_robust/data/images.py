@@ -43,6 +43,7 @@ class ImageSplits:
         std: Standard deviation per channel that it divides by.
         frames: Whether an item is a sequence of binary event frames [T, C, H, W] instead.
         augmentation: What is done to the training images, and to no others; None for nothing.
+        class_names: Names of the classes in order; empty where a class is just a number.
     """
 
     name: str
@@ -55,6 +56,7 @@ class ImageSplits:
     std: tuple[float, ...] | None = None
     frames: bool = False
     augmentation: Augmentation | None = None
+    class_names: tuple[str, ...] = ()
 
 
 def load_images(
@@ -132,6 +134,7 @@ def load_images(
         std=std,
         frames=source.frames,
         augmentation=augmentation if augmented else None,
+        class_names=source.class_names,
     )
 
 

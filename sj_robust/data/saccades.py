@@ -92,6 +92,7 @@ def saccade_frames(source: Source, T: int, *, cache: str | None) -> Source:
         shape[1:],
         source.classes,
         frames=True,
+        class_names=source.class_names,
     )
 
 

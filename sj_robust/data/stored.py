@@ -138,6 +138,7 @@ class Source:
     classes: int
     validation: Images | None = None
     frames: bool = False
+    class_names: tuple[str, ...] = ()
 
 
 def shuffled(images: Images) -> Subset[tuple[Tensor, ...]]:

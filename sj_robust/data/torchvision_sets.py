@@ -44,6 +44,8 @@ def mnist(name: str, root: Path, *, download: bool) -> Source:
     ``root`` holds the four IDX files, gzipped or not, or torchvision's folder ``MNIST/raw`` or
     ``FashionMNIST/raw``.
     """
+    from torchvision import datasets
+
     kind, title = _MNIST[name]
     debian = "or, on Debian and Ubuntu, apt-get install dataset-fashion-mnist and --data-root "
     hint = f"{debian}/usr/share/datasets/fashion-mnist" if name == "fashion_mnist" else ""
@@ -74,7 +76,8 @@ def mnist(name: str, root: Path, *, download: bool) -> Source:
             raise ValueError(
                 f"{folder} holds {_MNIST[other][1]}, not {title}; use the data set {other!r}"
             )
-    return Source(train, test, (1, *train.pixels.shape[2:]), 10)
+    names = tuple(datasets.FashionMNIST.classes) if name == "fashion_mnist" else ()
+    return Source(train, test, (1, *train.pixels.shape[2:]), 10, class_names=names)
 
 
 def cifar(name: str, root: Path, *, download: bool) -> Source:
@@ -101,13 +104,14 @@ def cifar(name: str, root: Path, *, download: bool) -> Source:
     # to the root.
     folder = found[known.meta["filename"]].parent.resolve()
     kind: Any = type(known.__name__, (known,), {"base_folder": str(folder)})
+    read = kind(root, train=True), kind(root, train=False)
     train, test = (
         StoredImages(
             torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
         )
-        for part in (kind(root, train=True), kind(root, train=False))
+        for part in read
     )
-    return Source(train, test, (3, 32, 32), classes)
+    return Source(train, test, (3, 32, 32), classes, class_names=tuple(read[0].classes))
 
 
 def svhn(root: Path, *, download: bool) -> Source:

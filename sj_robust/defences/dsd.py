@@ -20,7 +20,7 @@ def deflate_(parameters: Iterable[nn.Parameter]) -> None:
 
         G <- G - s_1 u_1 v_1^T
 
-    What is left is orthogonal to what was taken, so a small step still lowers the loss:
+    The remainder is orthogonal to the removed part, so a small step still lowers the loss:
     ``<G, G - s_1 u_1 v_1^T> = s_2^2 + s_3^2 + ...``. Gradients of biases, of batch norm and of
     DLIF's input gains, which are no matrices, stay as they are. A gradient of rank one, such as
     that of a layer with one output, vanishes.
@@ -29,14 +29,14 @@ def deflate_(parameters: Iterable[nn.Parameter]) -> None:
     weight decay are not part of the method.
 
     What the paper leaves open: it is stated for direct encoding, and its code trains with the mean
-    cross entropy of the single time steps, where this package takes that of the mean logits. Its
+    cross entropy of the single time steps, where this package uses that of the mean logits. Its
     robustness was measured with FGSM and PGD on the surrogate of the training, without a stronger
     evaluation. A full singular value decomposition of every weight at every step costs time that
     the paper does not count.
 
     Args:
         parameters: Parameters whose gradients are changed; those without a gradient, or with one
-            that is not finite, are left alone.
+            that is not finite, are not changed.
 
     Source: Zhang, Hu and Min, "Robustify Spiking Neural Networks via Dominant Singular Deflation
         under Heterogeneous Training Vulnerability" (ICLR 2026), and its code (which parameters, and

@@ -36,11 +36,11 @@ class FrequencyEncoder(base.MemoryModule):
 
     Args:
         narrowing: Share of the width of the mask that is lost per step, in [0, 1]; at ``t *
-            narrowing >= 1`` nothing would be left, which is refused.
+            narrowing >= 1`` nothing would remain, which is an error.
 
     Raises:
         ValueError: If ``narrowing`` is out of range.
-        RuntimeError: If no frequency is left.
+        RuntimeError: If no frequency remains.
 
     Source: Xu et al., "FEEL-SNN: Robust Spiking Neural Networks with Frequency Encoding and
         Evolutionary Leak Factor" (NeurIPS 2024), and its code (shape of the masks, magnitude).
@@ -113,8 +113,8 @@ class EvolvingLeakNode(SteppedNode, PerNeuron):
     bounded; ``leak[0]`` has no effect from a reset, where v is 0. The leak follows the sequence,
     not the call, as DLIF's gain does.
 
-    Left open by the paper: a bound on the leak, of which its code has none, and its start, where
-    its code takes 1 (``tau=math.inf``).
+    Not stated in the paper: a bound on the leak, of which its code has none, and its start, where
+    its code uses 1 (``tau=math.inf``).
 
     Shapes and states: see :class:`SteppedNode`.
 

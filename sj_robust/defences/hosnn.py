@@ -24,21 +24,21 @@ class HomeostaticNode(SteppedNode, PerNeuron):
         s[t] = 1 if h[t] >= th[t] else 0
         v[t] = (1 - s[t]) * h[t] + s[t] * v_reset      (v_reset None: h[t] - s[t] * th[t])
 
-    A potential that a perturbation has raised raises the threshold, and the other way round.
+    A potential raised by a perturbation raises the threshold, and a lowered one lowers it.
     ``rate`` [*], a parameter that starts at ``1 / tau_v``, and the signature [T, *] have one value
     per neuron, with shapes that the first forward finds. At ``rate`` 0 it is LIF.
 
     Different from the paper: its signature is that of a LIF network trained before, on clean
     images; here it is the running mean of the neuron's own h over all images of the training, as
     batch norm keeps one, so that one training is enough. Until the first batch in training mode the
-    threshold stays. Its code keeps the rate above 0 by clipping, and takes a gradient of the rate
+    threshold does not move. Its code clips the rate to stay above 0, and has a gradient of the rate
     of its own; here the gradient is that of the equation.
 
     Shapes and states: see :class:`SteppedNode`; ``th`` is a state too.
 
     Args:
         T: Number of time steps of a sequence.
-        tau: Membrane time constant in steps, > 1; the paper takes 5.
+        tau: Membrane time constant in steps, > 1; 5 in the paper.
         tau_v: Time constant of the threshold in steps, > 0; 5 in the paper's code for CIFAR-10, 1.5
             for MNIST. ``math.inf`` starts as LIF.
         momentum: Share of a new batch in the signature, in [0, 1]; 0 keeps the one that was loaded.

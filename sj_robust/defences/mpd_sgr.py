@@ -27,8 +27,8 @@ class SurrogateOverlap(PotentialPenalty):
     gradient of the whole network, and what follows it, smaller. That is also how gradients get
     masked: judge it with other estimators and without gradients.
 
-    Left open by the paper, as far as it could be read: its weight, which it tunes for each network.
-    It derives mu and sigma from the parameters of batch norm (tdBN); here they are those of the
+    Not stated in the paper, as far as it could be read: its weight, tuned for each network. It
+    derives mu and sigma from the parameters of batch norm (tdBN); here they are those of the
     batch, which other norms and the reset do not change.
 
     Args:

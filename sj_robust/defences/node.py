@@ -31,7 +31,7 @@ class SteppedNode(neuron.BaseNode):
         v_reset: Potential after a spike; None subtracts the threshold instead (soft reset).
         surrogate_function: A SpikingJelly surrogate, or any differentiable function of ``h -
             v_threshold``; None builds ``PiecewiseQuadratic(alpha=1.0)``.
-        detach_reset: Whether the reset is left out of the gradient.
+        detach_reset: Whether the reset is detached from the gradient.
         step_mode: ``"m"`` or ``"s"``.
         store_v_seq: Whether the potentials after every reset are kept in ``v_seq``.
     """

@@ -69,7 +69,7 @@ class Penalty(ABC):
         rising: Whether the weight rises from 0 over the training, along half a cosine.
 
     Attributes:
-        progress: Share of the training that is done, in [0, 1]; whoever trains sets it.
+        progress: Share of the training that is done, in [0, 1]; set by the training loop.
 
     Raises:
         ValueError: If the weight is out of range.

@@ -18,8 +18,8 @@ class SmoothingEncoder(base.MemoryModule):
         frame[t] = x + std * n[t],    n[t] ~ N(0, 1)            (RSC-II)
         frame[t] = x + std * n,       n ~ N(0, 1)               (RSC-I, ``shared``)
 
-    Both have the mean of Poisson coding, and its property of hiding small perturbations under
-    noise. The noise is there in training and in evaluation, and nothing is clamped. The gradient
+    Both have the mean of Poisson coding, and also hide small perturbations under
+    noise. The noise is on in training and in evaluation, and nothing is clamped. The gradient
     with respect to the image is one, so attacks that average over draws see through it.
 
     What the paper leaves open: RSC-I and RSC-II are told apart, the deviations of its tables are

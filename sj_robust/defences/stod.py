@@ -133,7 +133,7 @@ def temporal_similarity(frames: Tensor) -> Tensor:
         frames: [T, N, ...].
 
     Returns:
-        A scalar; 0 where no two steps are alike.
+        A scalar; 0 where no two steps are similar.
 
     Source: global orthogonal regularisation of "Breaking Gradient Temporal Collinearity for Robust
         Spiking Neural Networks" (ICLR 2026).
@@ -162,7 +162,7 @@ def _walsh_signs(T: int, size: int) -> Tensor:
 
 
 class TemporalOrthogonality(Penalty):
-    """Keeps the frames of the time steps apart that an orthogonal encoder makes of an image.
+    """Decorrelates the frames of the time steps that an orthogonal encoder makes of an image.
     时间步编码的正交正则。
 
     Equation, with f[t] the distance of the frame of step t from grey::

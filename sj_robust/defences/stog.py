@@ -26,9 +26,9 @@ class StochasticGate(PerNeuron, base.StepModule):
         out[t] = m[t] * s[t]
         dm[t]/dp = that of sigmoid((logit(p) + logit(1 - u)) / temperature)
 
-    the derivative of the binary concrete relaxation (u and 1 - u are alike). ``rate`` [*] is a
-    parameter with one value per neuron, with a shape that the first forward finds; it starts at
-    0.999. The gates are in force in evaluation mode too, so that attacks on the network need the
+    the derivative of the binary concrete relaxation (u and 1 - u have the same distribution).
+    ``rate`` [*] is a parameter with one value per neuron, whose shape the first forward finds; it
+    starts at 0.999. The gates also act in evaluation mode, so attacks on the network need the
     expectation (``eot_samples``, 10 in the paper) and its evaluation several draws.
 
     Different from the published code: its upper end is 1, where the relaxation has no derivative;
@@ -114,7 +114,7 @@ class GateRates(Penalty):
     Equation: ``value = sum over neurons of rate ** 2 / 2``.
 
     Args:
-        weight: Weight in the objective; the paper takes 5e-6.
+        weight: Weight in the objective; 5e-6 in the paper.
 
     Raises:
         ValueError: If the weight is out of range; when evaluated, if the network has no gate.

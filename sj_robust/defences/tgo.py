@@ -25,11 +25,11 @@ class NoisyLIFNode(SteppedNode):
         v[t] = (1 - s[t]) * h[t] + s[t] * v_reset      (v_reset None: h[t] - s[t] * v_threshold)
 
     so that ``P(s = 1 | h) = Phi((h - v_threshold) / noise_std)``: a neuron near the threshold fires
-    with a probability that a small push changes little. The gradient is the surrogate's at ``h +
-    noise_std * n - v_threshold``. A network of such neurons draws in every forward, so that attacks
-    on it need the expectation (``eot_samples``) and its evaluation several draws.
+    with a probability that a small change of h hardly affects. The gradient is the surrogate's at
+    ``h + noise_std * n - v_threshold``. A network of such neurons draws in every forward, so that
+    attacks on it need the expectation (``eot_samples``) and its evaluation several draws.
 
-    Left open by the paper, and chosen here: the noise decides over the spike and does not stay in
+    Not stated in the paper, and chosen here: the noise decides over the spike and does not stay in
     the potential; its deviation; and whether it is in force outside training, which summaries deny
     and reviewers read (``noise_at_test``).
 
@@ -120,7 +120,7 @@ class _Noise(nn.Module):
 
 
 class ThresholdGuarding(PotentialPenalty):
-    """Keeps membrane potentials away from the threshold, where a small push flips a spike; the
+    """Keeps membrane potentials away from the threshold, where a small change flips a spike; the
     first half of threshold guarding optimisation (TGO).
     膜电位远离阈值的约束。
 
@@ -133,7 +133,7 @@ class ThresholdGuarding(PotentialPenalty):
     its past spikes included (surrogate), unless a neuron detaches its reset. Of a
     :class:`NoisyLIFNode` h is the potential without the noise.
 
-    Left open by the paper: ``margin`` and the largest weight. Its weight rises along a cosine
+    Not stated in the paper: ``margin`` and the largest weight. Its weight rises along a cosine
     (``rising``), and it sums over layers, where the mean is taken here.
 
     Args:

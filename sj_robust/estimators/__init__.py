@@ -19,7 +19,7 @@ name                 what stands for ds/dz of the spike, or for the gradient of 
 ``exponential:a``    ``a / 2 * exp(-a |z|)``
 ``straight_through`` 1
 ``pdsg``             normal density at z, mean sigma / 2, standard deviation sigma: that of h so far
-``assg``             ``atan`` (or ``assg:SHAPE``) sharpened by |z| per neuron, step and sample
+``assg``             ``atan`` (or ``assg:SHAPE``) sharpened by ``|z|`` per neuron, step, sample
 ``bptr``             ``grad_x[t] = grad_s[t]`` where the neuron spikes at all, else 0
 ``rga``              ``grad_x[t] = grad_s[t]`` times the slope of firing rate over mean input
 ``hart:w``           triangle times the gradient averaged over time, previous potential detached

@@ -54,10 +54,10 @@ class Estimator(EstimatorName):
         family: What comes first in the name, such as ``"atan"``.
         number: Width or sharpness: half width in units of the threshold for ``triangle``,
             ``rectangle``, ``hart`` and ``hart_mixed``; alpha for ``atan``, ``sigmoid`` and
-            ``exponential``; for ``assg`` the share of the surrogate's area kept around |z|, in (0,
-            1); None for the others.
+            ``exponential``; for ``assg`` the share of the surrogate's area kept around ``|z|``, in
+            (0, 1); None for the others.
         shape: Shape of ``assg``, None for all others.
-        detach_reset: Whether the reset is left out of the gradient.
+        detach_reset: Whether the reset is detached from the gradient.
 
     Raises:
         ValueError: If the family is unknown or the rest does not go with it.

@@ -60,7 +60,7 @@ class NetworkSpec:
             (``EvolvingLeakNode``), ``"hosnn"`` (``HomeostaticNode``), ``"stog"`` (LIF with a
             ``StochasticGate`` behind it). ``"relu"`` builds the ordinary network with ReLU in
             their place, for T = 1, which shows what spikes cost. With ``"dlif"`` the IF, LIF and
-            PLIF neurons that a network from elsewhere brings are converted by
+            PLIF neurons of a network from elsewhere are converted by
             ``replace_neurons``, which keeps their own tau.
         image_shape: (C, H, W) of one image or frame.
         classes: Number of classes.
@@ -70,7 +70,7 @@ class NetworkSpec:
         learn_gain: Whether the gains of DLIF are trained; False leaves them at one, which is LIF
             (the same spikes) at the speed of DLIF's kernels.
         channels: Output channels of the convolutions of ``"small"``, widths of ``"mlp"``.
-        hidden: Widths of the hidden linear layers of a VGG; ``"small"`` takes its own from
+        hidden: Widths of the hidden linear layers of a VGG; ``"small"`` gets its own from
             ``options``.
         fused: Whether batch norm and the DLIF neurons behind it run in one pass where they can.
         mean: Mean per channel, subtracted from images in [0, 1] inside the classifier; None for
@@ -203,7 +203,7 @@ def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
     Raises:
         ValueError: As :func:`build_network`; or if the number of means or deviations is not that of
             the channels, there are any for frames, or the encoder is unknown, does not take its
-            options, or stands beside frames or a network that has its own.
+            options, or is given together with frames or a network that has its own.
 
     Examples:
         >>> import torch

@@ -41,15 +41,15 @@ class ConvChain(DirectlyEncoded):
         classes: Number of classes.
         T: Number of time steps an image is repeated for.
         spiking_neuron: Class or function that builds a neuron, as in SpikingJelly's model zoo.
-        features: Output channels of the convolutions, the first of them first, ``"A"`` for a
+        features: Output channels of the convolutions in order, ``"A"`` for a
             pooling and ``"S"`` for a stride of 2 of the next convolution.
         hidden: Widths of the hidden linear layers.
         batch_norm: Whether there is a batch norm behind every convolution; without, weights are
             torch's own.
         kernel_size: Height and width of every kernel; the padding is ``(kernel_size - 1) // 2``.
         step_mode: ``"m"`` or ``"s"``.
-        **neuron_kwargs: Passed on to ``spiking_neuron``; one that takes ``T`` (``DLIFNode`` does)
-            gets the network's.
+        **neuron_kwargs: Passed on to ``spiking_neuron``; one with an argument ``T``, such as
+            ``DLIFNode``, gets the network's.
 
     Raises:
         ValueError: If the image is too small for the stages, ``features`` does not begin with a

@@ -1,4 +1,4 @@
-"""Networks that take images and bring the time steps themselves."""
+"""Networks that take images and add the time steps themselves."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -74,7 +74,7 @@ def neuron_builder(
     """A function that builds one neuron after the other, which share nothing.
     逐个构建互不共享的神经元。
 
-    A neuron that takes ``T`` gets the network's, unless there is one among its ``arguments``.
+    A neuron with an argument ``T`` gets the network's, unless ``arguments`` has one.
     """
     if "T" in signature(spiking_neuron).parameters:
         arguments = {"T": T, **arguments}

@@ -65,7 +65,7 @@ def load_published_checkpoint(
             for none.
         std: Standard deviation per channel, likewise.
         image_shape: (C, H, W) of one image.
-        T: Time steps of a LIF or IF network, 8 if left out; of a DLIF network only as a check.
+        T: Time steps of a LIF or IF network, 8 if omitted; of a DLIF network only as a check.
         tau: Membrane time constant in steps. None is 100, the published decay of 0.99, and infinity
             for a VGG of SNN-RAT.
         fused: As in :class:`NetworkSpec`.

@@ -27,7 +27,7 @@ class PretrainedCard(Shown):
     """What is known of a trained network. 预训练网络的说明卡。
 
     Attributes:
-        name: Name that :func:`pretrained` takes.
+        name: Its name for :func:`pretrained`.
         summary: Neuron and training in a few words.
         command: Command of this repository that trained it.
         clean: Clean accuracy in per cent.
@@ -65,9 +65,9 @@ class PretrainedCard(Shown):
 
 
 def pretrained(name: str) -> SpikingClassifier:
-    """A trained network, with which every example shows something true. 加载预训练网络。
+    """A trained network, for examples and comparisons. 加载预训练网络。
 
-    What is not in the package is downloaded once and kept in ``sj_robust`` below
+    A network that is not in the package is downloaded once and kept in ``sj_robust`` below
     ``torch.hub.get_dir()``; ``SJ_ROBUST_ASSETS`` names the address of a mirror.
 
     Shapes: images in [0, 1] to logits [N, 10]; [N, 1, 8, 8] of the digits of scikit-learn, [N, 1,

@@ -19,21 +19,21 @@ __all__ = ["start_from"]
 def start_from(
     classifier: SpikingClassifier, path: Path | str, *, decay_input: bool | None = None
 ) -> None:
-    """Copy pretrained weights into a network; DLIF neurons begin as the LIF neurons they were
+    """Copy pretrained weights into a network; DLIF neurons start as the LIF neurons they were
     trained with.
 
     以预训练 LIF 网络的权重初始化 DLIF 网络。
 
     Equation: ``input_gain[t] = 1``, which is LIF with ``decay_input=False`` at the same tau, or ``1
     / tau`` for one with ``decay_input=True``: the logits are those of the pretrained network. Gains
-    that the file holds are copied.
+    in the file are copied.
 
     Args:
         classifier: The network, changed in place; its tau is the pretrained network's.
         path: ``best.pt`` of ``recipes/adv_train.py``, or a ``state_dict`` (.pt, .pth) of the bare
             network or its classifier, such as one of SpikingJelly's model zoo.
         decay_input: Whether the LIF neurons had ``decay_input=True``, SpikingJelly's default; a
-            checkpoint of this package has False. None takes True for the neurons whose gains are
+            checkpoint of this package has False. None means True for the neurons whose gains are
             all ``1 / tau``, as ``replace_neurons`` leaves them when it converts such a LIF, and
             False for all others.
 

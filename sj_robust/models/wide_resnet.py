@@ -21,12 +21,11 @@ class WideResNet(DirectlyEncoded):
 
     A 3x3 convolution to 16 channels, three stages of ``(depth - 4) / 6`` blocks with 16, 32 and 64
     times ``widen_factor`` channels and stride 1, 2 and 2, then batch norm - neuron - average over
-    all pixels that are left (8x8 of a 32x32 image) - linear layer to the classes. Convolutions have
-    no bias.
+    all remaining pixels (8x8 for a 32x32 image) - linear layer to the classes. Convolutions have no
+    bias.
 
-    Shapes and the time steps: see :class:`DirectlyEncoded`; the blocks: :class:`MixedBlock`;
-        arguments that are not
-    listed here: :class:`ConvChain`.
+    :class:`DirectlyEncoded` describes shapes and time steps, :class:`MixedBlock` the blocks, and
+    :class:`ConvChain` the arguments that are not listed here.
 
     Args:
         image_shape: (C, H, W) of one image, of any size.

@@ -50,8 +50,8 @@ class DLIFNode(neuron.BaseNode):
 
     With all gains 1 this is ``LIFNode(tau, decay_input=False)``; with all gains 1/tau it is
     ``decay_input=True``; ``tau=math.inf`` is IF. The gain follows the sequence, not the call:
-    chunks and single steps go on where the last call stopped, and ``functional.reset_net`` returns
-    to ``input_gain[0]``.
+    chunks and single steps continue where the last call stopped, and ``functional.reset_net``
+    returns to ``input_gain[0]``.
 
     Shapes: ``x_seq`` [T, N, *] in step mode ``"m"``, [N, *] in ``"s"``. State: ``v`` [N, *] in
     float32 (float64 for float64 inputs), ``time_step`` the number of steps since the reset, neither
@@ -64,10 +64,10 @@ class DLIFNode(neuron.BaseNode):
         v_reset: Potential after a spike; None subtracts the threshold instead (soft reset).
         surrogate_function: A SpikingJelly surrogate, or any differentiable function of ``h -
             v_threshold``; None builds ``PiecewiseQuadratic(alpha=1.0)``, the triangle of the paper.
-        detach_reset: Whether the reset is left out of the gradient.
+        detach_reset: Whether the reset is detached from the gradient.
         step_mode: ``"m"`` or ``"s"``.
         backend: A name that :func:`sj_robust.ops.available_backends` gives; ``"spikingjelly"`` for
-            SpikingJelly 2.x's own LIF operator; or ``"auto"``, which takes the fastest that can
+            SpikingJelly 2.x's own LIF operator; or ``"auto"``, which picks the fastest that can
             run, and SpikingJelly's where its ``op_counter`` counts; :meth:`chosen_backend` tells
             which.
         store_v_seq: Whether the potentials after every reset are kept in ``v_seq``.

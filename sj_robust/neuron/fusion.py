@@ -39,11 +39,11 @@ class InStage(nn.Identity):
 
 
 def fuse(net: nn.Module) -> FusionReport:
-    """Join batch norm, the DLIF neurons right behind it and the 2x2 average pooling behind those in
+    """Join batch norm, the DLIF neurons that follow it and the 2x2 average pooling after those in
     a :class:`Stage`.
 
     Either of the two around the neurons may be missing. Only neighbours in an ``nn.Sequential`` are
-    taken, where nothing can come between them. The stage stands where its first module stood, and
+    taken, where nothing can come between them. The stage replaces its first module, and
     modules that do nothing in the places of the others, so that whatever picks a module by its
     number finds it. Parameters, buffers, hooks and results stay what they were (spikes within the
     rounding of batch norm).
@@ -112,7 +112,7 @@ def unfuse(net: nn.Module) -> None:
     """Put the modules of every :class:`Stage` in its place, as they were before :func:`fuse`.
 
     Args:
-        net: A network, changed in place. A stage that does not stand in an ``nn.Sequential``
+        net: A network, changed in place. A stage that is not in an ``nn.Sequential``
             becomes one.
 
     Examples:

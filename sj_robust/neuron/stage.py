@@ -25,7 +25,7 @@ __all__ = ["NORM_DIMENSIONS", "Stage", "is_original", "pools_2x2"]
 
 
 class Stage(nn.Module):
-    """Batch norm, a spiking neuron and average pooling behind each other.
+    """Batch norm, a spiking neuron and average pooling in sequence.
     批归一化、脉冲神经元与平均池化组成的一级。
 
     Same parameters, results and errors as the ``nn.Sequential`` of the three. They run in one pass
@@ -48,7 +48,7 @@ class Stage(nn.Module):
     in compiled code. In bfloat16 and float16 one pass does not round what lies between the
     children.
 
-    Equation: ``pool(node(norm(x_seq)))``; without a norm or a pooling that part is left out.
+    Equation: ``pool(node(norm(x_seq)))``; without a norm or a pooling that part is omitted.
 
     Shapes: ``x_seq`` [T, N, C, *] in step mode ``"m"``, [N, C, *] in ``"s"``.
 
@@ -89,7 +89,7 @@ class Stage(nn.Module):
         self.one_pass = one_pass
 
     def extra_repr(self) -> str:
-        """What ``print`` shows beside the children."""
+        """What ``print`` shows in addition to the children."""
         return "" if self.one_pass else "one_pass=False"
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:

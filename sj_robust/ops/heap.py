@@ -27,8 +27,7 @@ def keep_heap() -> bool:
 
     Returns:
         Whether it was done: False where the C library is not glibc, or where an environment
-            variable such as
-        ``MALLOC_TRIM_THRESHOLD_`` shows that somebody has decided already.
+        variable such as ``MALLOC_TRIM_THRESHOLD_`` is set already.
 
     Source: ``mallopt(3)`` of the GNU C library; figures under *Kernels and benchmarks* (``malloc``
         and ``reuse``).

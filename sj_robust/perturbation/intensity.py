@@ -28,12 +28,12 @@ _MOST_NEURONS = 64
 class IntensityCorrelation(
     SavedResult, what="an intensity study", format="sj_robust.intensity", version=1
 ):
-    """Result of :func:`intensity_correlation`, plain data throughout. 扰动强度相关性研究的结果。
+    """Result of :func:`intensity_correlation`, as plain data. 扰动强度相关性研究的结果。
 
     Attributes:
         eps: Sizes, growing.
         samples: Images that count, those the network classifies correctly unperturbed.
-        left_out: Images that it gets wrong already.
+        left_out: Images that it misclassifies unperturbed.
         resamples: Bootstrap samples behind every interval.
         accuracy: Per direction, the share of the images still classified correctly at each size.
         means: Per direction, layer and indicator, its mean over the images at each size.
@@ -95,7 +95,7 @@ def intensity_correlation(
     seed: int = 0,
     say: Callable[[str], object] = lambda text: None,
 ) -> IntensityCorrelation:
-    """Perturb images at growing sizes and ask what each indicator of each layer tells.
+    """Perturb images at growing sizes and compute each indicator of each layer.
     扰动指标与强度的相关性。
 
     Measures, over all pairs of an image and a size:
@@ -126,7 +126,7 @@ def intensity_correlation(
         batch_size: Images at a time; traces of all layers are held for one batch.
         resamples: Bootstrap samples.
         seed: Seed of the bootstrap and of the choice of neurons.
-        say: Is told what is done.
+        say: Called with a line on the progress.
 
     Returns:
         The result.

@@ -57,8 +57,8 @@ def compare_potentials(
 
     Returns:
         :class:`LayerStats` by the layer's name in ``net`` (in the network of a classifier), in
-        order of execution. A layer that never fires on the clean images is warned of: what it
-        passes on, no perturbation moves.
+        order of execution. There is a warning for a layer that never fires on the clean
+        images, since no perturbation passes through it.
 
     Raises:
         ValueError: As :meth:`MPPDMonitor.compare`.
@@ -116,9 +116,9 @@ class MPPDMonitor(BaseMonitor):
 
         eps[t] = decay * eps[t-1] + gain[t] * (x[t] - x~[t]),    MS-MPPD = mean(eps^2)
 
-    and beside it the full perturbation ``d[t] = v[t] - v~[t]``, which keeps the reset. The monitor
-    hooks the neurons alone, so whatever lies between them does not matter. It follows IF, LIF, PLIF
-    and DLIF, and any other ``BaseNode`` whose ``decay`` is given. Other neurons stand in
+    and the full perturbation ``d[t] = v[t] - v~[t]``, which includes the reset. The monitor
+    hooks only the neurons, so the layers between them do not matter. It follows IF, LIF, PLIF
+    and DLIF, and any other ``BaseNode`` whose ``decay`` is given. Other neurons are listed in
     :attr:`unsupported` with the reason; one warning names them.
 
     Three ways of use:
@@ -126,7 +126,7 @@ class MPPDMonitor(BaseMonitor):
     - ``monitor.compare(x, x_perturbed)`` runs the network twice and returns the statistics.
     - ``with monitor.clean(): ...`` and then ``with monitor.perturbed(): ...``, each holding one run
       of the network (one call, chunks, or T single steps), then :meth:`loss` or :meth:`statistics`.
-    - ``with monitor.paired(): ...`` holds one run over ``torch.cat((x, x_perturbed))``.
+    - ``with monitor.paired(): ...`` contains one run over ``torch.cat((x, x_perturbed))``.
 
     Statistics are sums over all pairs of runs since :meth:`clear_recorded_data`. Currents and
     spikes of the clean run are kept until the perturbed run uses them up; where gradients are
@@ -224,7 +224,7 @@ class MPPDMonitor(BaseMonitor):
         of execution.
 
         Both runs start from a reset network in evaluation mode without gradients; training modes
-        are restored and the network is left reset. The pair also counts in :meth:`statistics`, even
+        are restored, and the network is reset. The pair also counts in :meth:`statistics`, even
         while the monitor is disabled.
 
         Args:
@@ -384,14 +384,14 @@ class MPPDMonitor(BaseMonitor):
         self._recording.forget()
 
     def remove_hooks(self) -> None:
-        """Take the hooks off the network, for good."""
+        """Remove the hooks from the network permanently."""
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
 
     def close(self) -> None:
-        """Disable the monitor, take its hooks off and let go of the last pair; statistics and
-        traces stay.
+        """Disable the monitor, remove its hooks and release the last pair; statistics and traces
+        stay.
         """
         self.disable()
         self.remove_hooks()

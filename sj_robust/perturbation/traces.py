@@ -22,7 +22,7 @@ __all__ = ["Traces", "spike_traces"]
 _LAYERS = 8
 """Layers that are drawn at most."""
 
-_NEURONS = 30
+_NEURONS = 40
 """Neurons of each that are drawn at most."""
 
 _ACROSS = 4
@@ -33,6 +33,12 @@ _STEPS_ACROSS = 48
 
 _WIDTH = 6.8
 """Inches of panels side by side, for many steps."""
+
+_FIRED = {BLUE: "clean only", ORANGE: "perturbed only", GREY: "both"}
+"""What the colours of a raster mean."""
+
+_LETTERS = 24
+"""Letters of a layer's name above its panel at most."""
 
 
 class Traces(Shown, dict[str, LayerTrace]):
@@ -132,7 +138,7 @@ class Traces(Shown, dict[str, LayerTrace]):
         parting = self.parting(sample)
         for axes, name in zip(panels.flat, names, strict=False):
             draw(axes, self[name], sample)
-            title = name
+            title = name if len(name) <= _LETTERS else f"…{name[1 - _LETTERS :]}"
             if parting is not None and parting[0] == name:
                 title += f"\ndiverges at step {parting[1]}"
                 axes.axvline(parting[1], color=GREY, linestyle=":", linewidth=1.2)
@@ -158,15 +164,15 @@ def spike_traces(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Traces:
-    """Both runs of a network, layer by layer, to be looked at. 记录并对比两次运行的脉冲与膜电位。
+    """Clean and perturbed run of a network, layer by layer. 记录并对比两次运行的脉冲与膜电位。
 
-    All of them is kept, 7 tensors of the size of a layer's output, so give it a few images.
+    It keeps 7 tensors of the size of every layer's output, so call it with a few images.
 
     Args:
         net: As in :func:`compare_potentials`, and so are the others.
         x: Clean images.
         x_perturbed: Perturbed ones.
-        T: Number of time steps, for a bare network; None if it brings its own.
+        T: Number of time steps, for a bare network; None if it has its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
 
@@ -200,7 +206,9 @@ def _parted(layer: LayerTrace, sample: int) -> int | None:
 
 
 def _raster(axes: "Axes", layer: LayerTrace, sample: int) -> None:
-    """A mark per spike: of both runs, of the clean one alone, of the perturbed one alone."""
+    """A cell per neuron and step: its left half is filled if the neuron fires in the clean run, its
+    right half if it does in the perturbed one.
+    """
     clean = _of_sample(layer.spike_seq, sample) != 0
     perturbed = _of_sample(layer.spike_seq_perturbed, sample) != 0
     differing = (clean != perturbed).sum(0)
@@ -209,25 +217,23 @@ def _raster(axes: "Axes", layer: LayerTrace, sample: int) -> None:
     chosen = order[:_NEURONS].sort().values
     clean = clean[:, chosen]
     perturbed = perturbed[:, chosen]
-    _marks(axes, clean & perturbed, marker=".", label="both", color=GREY)
-    _marks(axes, clean & ~perturbed, marker="o", label="clean only", color=BLUE)
-    _marks(axes, perturbed & ~clean, marker="x", label="perturbed only", color=ORANGE)
-    axes.set_ylim(-1, len(chosen))
+    from matplotlib.colors import ListedColormap
+
+    cells = torch.stack([clean * 1, perturbed * 2], 1)  # [T, halves, neurons]
+    cells[(clean & perturbed)[:, None].expand_as(cells)] = 3
+    axes.imshow(
+        cells.flatten(0, 1).T.numpy(),
+        cmap=ListedColormap(["none", *_FIRED]),
+        vmin=0,
+        vmax=3,
+        aspect="auto",
+        interpolation="nearest",
+        extent=(-0.5, len(clean) - 0.5, -0.5, len(chosen) - 0.5),
+    )
+    for color, label in _FIRED.items():
+        axes.plot([], [], "s", color=color, label=label)
     axes.set_yticks([])
     axes.grid(visible=False)
-
-
-def _marks(axes: "Axes", spikes: Tensor, *, marker: str, label: str, color: str) -> None:
-    steps, neurons = spikes.nonzero(as_tuple=True)
-    axes.plot(
-        steps.tolist(),
-        neurons.tolist(),
-        marker,
-        color=color,
-        label=label,
-        markerfacecolor="none",
-        markersize=3,
-    )
 
 
 def _potential(axes: "Axes", layer: LayerTrace, sample: int) -> None:

@@ -1,5 +1,5 @@
-"""What is proved of a network's class: images that no perturbation can turn, and the radius of a
-vote.
+"""Proofs about a network's predictions: images whose class no perturbation changes, and the radius
+of a vote.
 """
 
 from sj_robust.proofs.no_flip import no_flip_radius

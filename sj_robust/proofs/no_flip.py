@@ -43,13 +43,13 @@ def no_flip_radius(model: SpikingClassifier, x: Tensor, *, batch_size: int = 64)
 
     Below it all spikes, and so the logits, stay exactly as they are: this is where the linear
     regime of the perturbation dynamics ends. At the radius there is a direction (along w_i) that
-    brings one potential to the threshold, so it is the largest of its kind, up to images leaving
-    [0, 1]. For event frames, whose steps are perturbed apart, ``sqrt(sum_k a^2)`` stands in place
-    of the sum. Usually it is tiny.
+    brings one potential to the threshold, so no larger radius exists, up to images leaving
+    [0, 1]. For event frames, whose steps are perturbed apart, ``sqrt(sum_k a^2)`` replaces the
+    sum. Usually it is tiny.
 
     Rounding is part of it: from every distance to the threshold that float32's h can be off, for
     any image within the radius, is taken away first, as :func:`verify` counts it (sums in any
-    order, no TF32). Where nothing is left the radius is 0.
+    order, no TF32). Where nothing remains the radius is 0.
 
     Args:
         model: A classifier; it is copied to float64 and runs in evaluation mode.

@@ -150,7 +150,7 @@ def smooth(
     the other too. That is tested on the first batch of every size: each row must keep its logits,
     bit by bit, while every other row is another image, and its class when it runs alone (where
     rounding changes that, its logits among copies of itself). Of every later batch the last row
-    must keep its class alone. A network that mixes rows and passes this is not found out;
+    must keep its class alone. A network that mixes rows and passes this test goes unnoticed;
     ``batch_size=1`` needs no such test. The noise does not depend on ``batch_size``.
 
     The largest radius that n draws can prove is ``sigma * Phi^-1(alpha^(1/n))``: 2.46 sigma for n =

@@ -248,7 +248,7 @@ def verify(
         h_lo >= theta: it fires for sure;  h_hi < theta: it cannot fire;  else its spike is
         undecided, in [0, 1]
 
-    and v after the reset takes all that either case allows. An image is verified if every other
+    and v after the reset covers what either case allows. An image is verified if every other
     class's logit stays below the right one's, bounded for their difference as a whole. What float32
     rounds, in any order of summation, is part of every bound
     (:class:`sj_robust.proofs.rules.Bounds`), so that the proof is one of the network that runs.
@@ -281,7 +281,7 @@ def verify(
         eps: Linf radius, >= 0, a number or a text such as ``"8/255"``; for L0 the number of values
             of each sample that may change, for moves that of its events that may move, an integer
             >= 0.
-        T: Number of time steps, for a bare network; None if it brings its own.
+        T: Number of time steps, for a bare network; None if it has its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
         norm: ``"Linf"``, ``"L0"`` for changed events of binary frames, or ``"moves"`` for events

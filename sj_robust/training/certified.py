@@ -26,13 +26,13 @@ _START = 0.05
 
 @dataclass(frozen=True)
 class CertifiedOptions:
-    """How bounds are trained, beside their radius. 可验证训练的选项。
+    """How bounds are trained, apart from their radius. 可验证训练的选项。
 
     Attributes:
         bounds: Method of :func:`sj_robust.proofs.verify` whose bounds they are: ``"ibp"``, or
-            ``"joint"``, which gains at many time steps and takes longer.
+            ``"joint"``, which is tighter at many time steps and slower.
         surrogate_width: Width w of the derivatives of bounds in units of the neurons' own, > 0: in
-            the place of a surrogate g(z) stands g(z / w) / w. The clean pass keeps g.
+            place of a surrogate g(z) they use g(z / w) / w. The clean pass keeps g.
         ramp: Share of the training in which radius and weight rise, in (0, 0.95].
         box: Share of the radius r that the bounds are over, in (0, 1]: those of the box of radius
             ``box * r`` around ``clamp(x~, x - (1 - box) r, x + (1 - box) r)``, which lies in the
@@ -40,7 +40,7 @@ class CertifiedOptions:
         attacked: Whether the first term of the loss is the cross entropy of perturbed images,
             clamped to the ball of the present radius, and not that of clean ones.
         norm: ``"Linf"``, ``"L0"`` for changed events of binary frames, or ``"moves"`` for events
-            moved in time; their number is the radius. In each time step so many may change.
+            moved in time; their number is the radius. In each time step, that many may change.
         largest_shift: For moves, frames by which an event may move; None for any number.
 
     Raises:
@@ -121,7 +121,7 @@ class CertifiedLoss:
         options: How they are trained, and the norm of the radius.
 
     Attributes:
-        progress: Share of the training that is done, in [0, 1]; whoever trains sets it.
+        progress: Share of the training that is done, in [0, 1]; set by the training loop.
 
     Raises:
         ValueError: If ``eps`` is out of range, or something in the network has no bounds; it is

@@ -40,7 +40,7 @@ def train(
     description: Mapping[str, Any],
     resume: bool = False,
 ) -> list[EpochRecord]:
-    """Train the objective's classifier and leave ``last.pt`` and ``best.pt`` in ``folder``.
+    """Train the objective's classifier and write ``last.pt`` and ``best.pt`` into ``folder``.
     训练并保存检查点。
 
     The perturbed images are crafted on the bare network, so nothing is reduced between processes
@@ -52,14 +52,14 @@ def train(
     Args:
         objective: Loss and classifier; trained in place.
         splits: Training and validation images; the test images are not touched.
-        plan: Numbers of the run.
+        plan: Epochs, learning rate and the other numbers of the run.
         perturb: Makes the perturbed training images; None trains on clean images alone.
-        validation_attacks: One or more, of which ``plan.select`` may name one; the first is that
-            of the scalars in TensorBoard. Catastrophic overfitting is looked for under ``"fgsm"``
+        validation_attacks: One or more, of which ``plan.select`` may name one; the first gives
+            the scalars in TensorBoard. Catastrophic overfitting is looked for under ``"fgsm"``
             and ``"pgd"``.
         accelerator: Device, processes and precision.
         folder: Where the checkpoints go; it exists.
-        journal: Is told of every step and epoch.
+        journal: Records every step and epoch.
         description: Network and options in plain data, stored in every checkpoint; a run is resumed
             only with the same.
         resume: Whether to go on from ``last.pt`` if there is one.
@@ -121,12 +121,12 @@ def check_training(
     Args:
         objective: Loss and classifier, on the CPU as the images are.
         splits: Training images, on one of which everything is tried.
-        plan: Numbers of the run.
+        plan: Epochs, learning rate and the other numbers of the run.
         accelerator: The processes.
         attacks: Attacks of the run; None is none.
 
     Raises:
-        ValueError: As :func:`train`, for what can be told before the first step.
+        ValueError: As :func:`train`, for errors that show before the first step.
     """
     _check_use(objective, plan, accelerator)
     ShuffledBatches(

@@ -1,4 +1,4 @@
-"""Makes a network of one's own robust in one call, by the engine and the modes of this package."""
+"""Makes your own network robust in one call, with the engine and the modes of this package."""
 
 import tempfile
 from collections.abc import Iterator, Sized
@@ -95,16 +95,16 @@ def finetune(
             set of pairs (image [C, H, W], class), a ``DataLoader``, of which the data set is
             taken, or two tensors (x [N, C, H, W], y [N]).
         eps: Linf radius of the attack, a number or a text such as ``"8/255"``.
-        test: Images that the report is about, as ``data``; None takes the test images of
+        test: Images for the report, in the same form as ``data``; None uses the test images of
             ``ImageSplits``, and the held out ones of other data.
         mode: How the network is trained, a name of :data:`MODES`.
-        rho: Weight of MS-MPPD; None takes that of the mode.
+        rho: Weight of MS-MPPD; None uses that of the mode.
         epochs: Passes over the training images.
         lr: Learning rate of SGD at the start; it falls to 0. About 0.1 for random weights.
         batch_size: Images in a step.
         validation_fraction: Share of the training images that is held out, for other data than
             ``ImageSplits``.
-        T: Number of time steps, for a bare network; None if it brings its own.
+        T: Number of time steps, for a bare network; None if it has its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
         seed: Seeds everything.

@@ -40,18 +40,18 @@ class Journal:
     """Writes ``log.txt`` and ``tensorboard/`` in a folder and shows progress on the console.
     训练日志。
 
-    On a terminal a bar shows the loss parts, accuracy, images per second and time left at every
-    step; in a notebook one line that is written over, and elsewhere a line per epoch, does. Images
-    per second include the making of perturbed images, and leave validation out.
+    A bar on a terminal shows the loss parts, accuracy, images per second and remaining time at
+    every step, a notebook one line that is overwritten, and anything else a line per epoch. Images
+    per second include the time for perturbed images, but not validation.
 
     Args:
-        folder: Where to write; None makes a journal that says nothing, for all processes but the
+        folder: Where to write; None makes a silent journal, for all processes but the
             first.
         track: Is called with the figures of every epoch by name, and its number, such as
             ``accelerator.log``.
 
     Attributes:
-        console: Where it prints; a bar shown there is not torn by what is said meanwhile.
+        console: Where it prints; lines printed meanwhile do not break a bar shown there.
 
     Examples:
         >>> Journal(None).say("nobody hears this")
@@ -79,7 +79,7 @@ class Journal:
 
     @property
     def writes(self) -> bool:
-        """Whether it has a folder, so that pictures are worth their time."""
+        """Whether it has a folder, and so writes pictures."""
         return self._folder is not None
 
     def say(self, text: str) -> None:

@@ -163,10 +163,10 @@ def training_attack(
 ) -> Attack | None:
     """How a mode makes the perturbed images of a training batch. 各训练模式的扰动生成方式。
 
-    - ``"none"``: it makes none.
+    - ``"none"``: no perturbed images.
     - ``"gaussian"``: ``x + eps * n`` with ``n ~ N(0, 1)``, not clamped.
     - ``"at"``, ``"rat"``: :func:`sj_robust.attacks.rfgsm`, one step from ``x + noise_std * n``;
-      ``"certified"`` too, for terms beside its bounds.
+      ``"certified"`` too, for terms in addition to its bounds.
     - ``"pgd_at"``: the last iterate of :func:`sj_robust.attacks.pgd` on the cross entropy, from a
       uniform start.
     - ``"trades"``: :func:`trades`, from ``x + noise_std * n``.
@@ -224,7 +224,7 @@ def training_attack(
 
 
 def validation_attacks(eps: float) -> dict[str, Attack]:
-    """Attacks after every epoch: PGD of 7 steps selects, FGSM beside it shows catastrophic
+    """Attacks after every epoch: PGD of 7 steps selects the network, FGSM shows catastrophic
     overfitting. 验证时的攻击。
 
     Args:
@@ -265,12 +265,12 @@ def final_attacks(eps: float) -> dict[str, Attack]:
 
 
 def flip_attacks(flips: int, *, final: bool) -> dict[str, Attack]:
-    """Attacks on event frames that change at most so many events, in validation and at the end.
+    """Attacks on event frames that change at most ``flips`` events, in validation and at the end.
     事件帧训练的验证与最终攻击。
 
     Args:
         flips: Number of changes per sample.
-        final: Whether they are those of the table at the end, which take longer.
+        final: Whether they are the slower ones of the table at the end.
 
     Returns:
         ``"flips"`` by gradient, and at the end with probes and queries; then also the best of 20

@@ -65,7 +65,7 @@ class Objective(nn.Module):
     boxes in the place of the ball, and perturbed images in the place of clean ones), ``1 - k`` is
     ``1 - kappa`` times its ramp, and the clean images always run. The divergence is that of the
     softmax distributions, a mean over the batch with a gradient through both of its sides. In
-    MS-MPPD's place can stand the mean square (or absolute value, ``norm``) of a difference of
+    place of MS-MPPD there can be the mean square (or absolute value, ``norm``) of a difference of
     spikes, see :meth:`MPPDMonitor.loss`: ``s[t] - s~[t]`` for ``"std"``, ``mean_t s - mean_t s~``
     for ``"tasad"``, both through the surrogate. The clean pass is a constant in all three.
 
@@ -79,15 +79,15 @@ class Objective(nn.Module):
     Args:
         classifier: The network to train.
         kappa: Weight of the clean cross entropy, in [0, 1]; not used by ``"trades"``.
-        rho: Weight of MS-MPPD, >= 0; 0 leaves the monitor out.
+        rho: Weight of MS-MPPD, >= 0; 0 runs without the monitor.
         layers: ``"last"`` (the spiking layer executed last), ``"all"``, or names of spiking layers.
         norm: ``"l2"`` for the mean square, ``"l1"`` for the mean absolute value.
-        input_gain: Whether DLIF's learnable gain is part of the perturbation; the paper leaves it
+        input_gain: Whether DLIF's learnable gain is part of the perturbation; the paper omits it
             out.
         loss: ``"paper"``, ``"trades"`` or ``"certified"``.
         trades_weight: Weight of the divergence, >= 0 (the 1/lambda of TRADES).
         indicator: ``"mppd"``, ``"tasad"`` or ``"std"``.
-        penalties: Further terms, each with its weight; those of weight 0 are left out.
+        penalties: Further terms, each with its weight; those of weight 0 are skipped.
         certified_eps: Radius of the bounds at the end of the training; for ``"certified"`` alone.
         certified_options: How these bounds are trained, and the norm of the radius.
 

@@ -22,13 +22,13 @@ class GradientSparsity(Penalty):
 
     which tends to ``||grad_x f||_1`` for small h without a second derivative. ``x`` are the images
     of the first pass (the clean ones, or the perturbed ones if these are all that is trained on).
-    ``f(x + h * d)`` takes one more pass in the mode of the objective, so that in training batch
+    ``f(x + h * d)`` needs one more pass in the mode of the objective, so that in training batch
     norm sees those images too, as in the published code.
 
     Args:
         weight: Weight in the objective.
         h: Length of the difference in units of [0, 1] images; ``x + h * d`` may leave [0, 1].
-        squared: Whether to take the mean square, as the published code does, instead of the mean.
+        squared: Whether to use the mean square, as the published code does, instead of the mean.
 
     Raises:
         ValueError: If ``weight`` or ``h`` is out of range.
@@ -71,13 +71,13 @@ class GradientSparsity(Penalty):
 
 
 class WeightMagnitude(Penalty):
-    """L1 norm of the weights of convolutions and linear layers, biases and gains left out.
+    """L1 norm of the weights of convolutions and linear layers, without biases and gains.
     权重的 L1 惩罚项。
 
     Equation: ``value = sum over layers of sum |W|``. Bounds grow with ``|W|``, layer by layer.
 
     Args:
-        weight: Weight in the objective; published trainings for bounds take 1e-6 to 1e-5.
+        weight: Weight in the objective; published certified training uses 1e-6 to 1e-5.
 
     Raises:
         ValueError: If the weight is out of range.

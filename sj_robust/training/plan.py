@@ -21,7 +21,7 @@ class TrainingPlan:
         epochs: Passes over the training images; the learning rate falls to 0 over them (cosine), or
             at milestones.
         batch_size: Images per step over all processes together.
-        accumulate: Equal parts that every process takes its share of a step in, one after the
+        accumulate: Equal parts into which every process splits its share of a step, one after the
             other, for want of memory; their gradients are averaged, and batch norm sees one part at
             a time.
         optimizer: ``"sgd"`` or ``"adam"``.
@@ -52,7 +52,8 @@ class TrainingPlan:
             stays outside.
         channels_last: Whether images and convolutions are stored channels last; None does so on
             CUDA, and on a CPU in half precision where that is measured to be faster.
-        sync_batch_norm: Whether batch norm takes its statistics over the images of all processes.
+        sync_batch_norm: Whether the statistics of batch norm are those of the images of all
+            processes.
         precise_statistics: Training batches over which batch norm's running statistics are taken
             anew before every validation; 0 keeps their moving average.
         log_bounds: Whether the log shows the exact L2 bound of every layer each epoch; see

@@ -32,7 +32,7 @@ def retract_(net: nn.Module, beta: float, generator: torch.Generator | None = No
 
     Args:
         net: The network, not wrapped in DDP; convolutions of any dimension, grouped ones included.
-        beta: Length of the step, >= 0; the paper takes 1e-3 for VGG-11 and 4e-3 for WRN-16.
+        beta: Length of the step, >= 0; the paper uses 1e-3 for VGG-11 and 4e-3 for WRN-16.
         generator: CPU generator that chooses the rows; None draws fresh ones, global generators
             untouched.
 

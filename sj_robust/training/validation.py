@@ -308,7 +308,8 @@ def final_report(
     if journal.writes and threat.eps > 0 and len(splits.validation):
         x, y = next(iter(image_loader(splits.validation, _BATCH)))
         with suppress(ValueError):  # no image is right
-            shown = gallery_within(classifier, x, y, threat, seed=seed)
+            names = splits.class_names
+            shown = gallery_within(classifier, x, y, threat, seed=seed, class_names=names)
             journal.show_gallery(name.replace(" ", "_"), shown, len(history))
     notes = []
     if single_step:

@@ -72,6 +72,7 @@ def test_folders_without_validation_pictures(folder):
     assert sizes(splits) == [9, 3, 6]
     assert splits.image_shape == (3, 6, 5)
     assert splits.classes == 3
+    assert splits.class_names == CLASSES
     assert splits.mean is None
     assert splits.augmentation is None
     image, label = splits.train[0]

@@ -144,6 +144,8 @@ def test_idx_files(tmp_path, inside, gz):
     pixels, labels = write_mnist(tmp_path / inside, gz=gz)
     splits = load_images(name, root=tmp_path)
     assert_holds(splits, pixels, labels, [36, 4, 20])
+    fashion = name == "fashion_mnist"
+    assert splits.class_names[:1] == (("T-shirt/top",) if fashion else ())
     assert splits.mean is None
     assert splits.augmentation is None
 

@@ -44,7 +44,8 @@ from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 
 RUN = {"python": "python", "pycon": "session", "bash": "shell", "sh": "shell"}
 KEPT = ["text", "yaml", "toml", "json", "csv", "bibtex", "cpp", "diff", "html", "markdown"]
-"""Languages that are run, and how; and those that are not, beside mermaid."""
+KEPT += ["{toctree}", "{eval-rst}"]
+"""Languages that are run, and how; and those that are not, with the directives of the site."""
 ALLOWED = {
     "shell": {"add", "options only", "not run", "needs", "prints"},
     "python": {"not run", "needs", "prints"},
@@ -52,7 +53,7 @@ ALLOWED = {
     None: set(),
 }
 """Directives that may stand above a block, by how it is run."""
-FENCES = RawFencedCodeBlockLexer(re.compile(r"(?P<language>[\w+-]*).*\n"))
+FENCES = RawFencedCodeBlockLexer(re.compile(r"(?P<language>\{?[\w+-]*\}?).*\n"))
 FILE_NAME = re.compile(r"# ([\w-]+\.(?:py|ya?ml|toml|json))\n")
 DIRECTIVE = re.compile(
     r" *<!-- example: (?:(?P<add>add)(?: to (?P<recipe>\w+)\.py:)? (?P<options>-.+)"
@@ -123,7 +124,7 @@ class Reader:
     def block(self, fence: Region, following: Region | None) -> Block:
         above = self.directives_above(fence)
         language = fence.lexemes["language"]
-        known = [*RUN, *KEPT, "mermaid"]
+        known = [*RUN, *KEPT]
         fault = f"language {language!r} of this block; take one of {', '.join(known)}"
         self.check(language in known, fence.start, fault)
         ended = re.search(r"\n *(`{3,}|~{3,}) *\Z", self.text[fence.start : fence.end])

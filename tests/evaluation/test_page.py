@@ -158,7 +158,8 @@ def test_the_page_opens_with_the_verdict_and_one_heat_map():
         for i in range(2)
     )
     text = to_html(report(potential=rows, curve=over_eps()))
-    assert text.count(report().verdict) == 1
+    verdict = re.sub("`(.*?)`", r"<code>\1</code>", report().verdict)
+    assert text.count(verdict) == 1
     assert "Checks for gradient masking: 2 of 2 passed" in text
     shown, folded = text.split("<h2>Accuracies</h2>")
     found = (shown.count("<svg"), folded.count("<svg"))

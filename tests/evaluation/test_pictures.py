@@ -56,6 +56,15 @@ def test_images_lie_in_the_ball_and_are_read_as_shown(norm, eps, model, images):
     assert f"{int(fooled.sum())} of {len(fooled)} images" in repr(found)
 
 
+def test_classes_have_their_names(model, images):
+    names = [f"digit {number}" for number in range(10)]
+    found = gallery(model, *images, eps=0.1, count=2, class_names=names)
+    titles = [axes.get_title() for axes in found.plot().axes]
+    shown = [*found.labels, *found.predicted_adv]
+    assert titles[:4] == [names[int(label)] for label in shown]
+    assert f"| {titles[0]} | {titles[0]} | {titles[2]} |" in found.table()
+
+
 def test_event_frames_stay_events():
     x, y = moving_bars(6, torch.Generator().manual_seed(0))
     torch.manual_seed(0)
@@ -104,16 +113,16 @@ def test_runs_part_at_the_first_spike_that_differs():
     assert "| 0 | 0.0 | 16.7 | 16.7 | 16.7 |" in found.table()
     for which in ("spikes", "potential"):
         titles = [axes.get_title(loc="left") for axes in found.plot(which).axes]
-        assert titles == ["0: diverges at step 1", "2"]
+        assert titles == ["0\ndiverges at step 1", "2"]
         seen = [axes.get_title(loc="left") for axes in found.plot(which, sample=1).axes]
         assert seen == [
             "0",
             "2",
         ]
-    drawn = [
-        list(zip(*line.get_data(), strict=True)) for line in found.plot(sample=2).axes[0].lines[:3]
-    ]
-    assert drawn == [[(1, 1), (3, 1)], [(3, 0)], [(2, 0)]], "both, clean only, perturbed only"
+    (raster,) = found.plot(sample=2).axes[0].images
+    drawn = raster.get_array().data.tolist()
+    # Of both neurons, a clean and a perturbed half per step; 1 is clean only, 2 perturbed only.
+    assert drawn == [[0, 0, 0, 0, 0, 2, 1, 0], [0, 0, 3, 3, 0, 0, 3, 3]]
     for wrong in ({"which": "all"}, {"sample": 3}):
         with pytest.raises(ValueError, match="must be"):
             found.plot(**wrong)

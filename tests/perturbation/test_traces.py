@@ -32,13 +32,15 @@ def titles(figure):
 
 
 def test_neurons_that_differ_are_among_those_that_are_drawn(found):
-    axes = found.plot().axes[0]
-    both, clean, perturbed = axes.lines[:3]
-    assert list(perturbed.get_xdata()) == [1]
-    assert list(perturbed.get_ydata()) == [28], "neuron 48, the last but one of 30"
-    assert len(clean.get_xdata()) == 0
+    (raster,) = found.plot().axes[0].images
+    cells = torch.as_tensor(raster.get_array().data)
+    nothing, clean, perturbed, both = range(4)
+    assert cells.shape == (40, 2 * 4), "a half per run"
+    assert cells[38].tolist() == [*[nothing] * 3, perturbed, *[nothing] * 2, both, both]
+    assert int((cells == perturbed).sum()) == 1, "neuron 48, the last but one of 40"
+    assert int((cells == clean).sum()) == 0
     # All that fire twice, and neuron 48 and the first ones of those that fire once.
-    assert len(both.get_xdata()) == 25 * 2 + 5
+    assert int((cells == both).sum()) == 2 * (25 * 2 + 15)
 
 
 def test_panels_beyond_the_layers_are_empty(found):

@@ -44,10 +44,12 @@ def firing(model: nn.Module, x: Tensor, *, seed: int = 0) -> tuple[LayerActivity
 
     统计每个脉冲层的发放率、静默与饱和神经元比例。
 
-    Equation: with ``s[t, n, i]`` the output of neuron i of a layer for image n at step t, and a
-        spike wherever it is
-    not zero: ``rate = mean(s != 0)``, ``silent = mean_i(all_tn(s == 0))``, ``saturated =
-    mean_i(all_tn(s != 0))``.
+    Equation, with ``s[t, n, i]`` the output of neuron i of a layer for image n at step t, and a
+    spike wherever it is not zero::
+
+        rate = mean(s != 0)
+        silent = mean_i(all_tn(s == 0))
+        saturated = mean_i(all_tn(s != 0))
 
     The model runs once, without gradients, in evaluation mode and from a reset; its modes, neuron
     states, hooks and all generators are as before afterwards. Every neuron of SpikingJelly that

@@ -99,12 +99,14 @@ def _accuracy_over_eps(report: Evaluation) -> "Figure":
     if proved:
         lowest = [100 * one.accuracy for one in proved.values()]
         within = [unit * parse_eps(eps) for eps in proved]
-        axes.plot(within, lowest, "v--", color=GREY, markersize=4, label="verified")
+        axes.plot(within, lowest, "--", color=GREY, label="verified")
         if within == places:
             _hatched(axes, places, lowest, shares)
+    aside = 0.015 * max(places)  # none of the two covers the other, or the curve
     if report.control is not None:
-        _summary(axes, unit * here, report.control, "control", "s", GREY)
-    _summary(axes, unit * here, report.everything, "worst case of suite and control", "D", ORANGE)
+        _summary(axes, unit * here - aside, report.control, "control", "s", GREY)
+    label = "worst case of suite and control"
+    _summary(axes, unit * here + aside, report.everything, label, "D", ORANGE)
     in_units = ", in 1/255" if unit == 255 else ""
     axes.set_xlabel(_OF_EVENTS.get(norm, f"eps, {norm}{in_units}"))
     axes.set_ylabel("accuracy, %")
@@ -121,10 +123,9 @@ def _hatched(axes: "Axes", places: Sequence[float], low: Sequence[float], high: 
 def _summary(
     axes: "Axes", place: float, one: Accuracy, label: str, marker: str, color: str
 ) -> None:
-    """One accuracy at a radius with its interval; a square shows around a diamond."""
+    """One accuracy at a radius with its interval."""
     low, high = (100 * end for end in one.interval)
     middle = 100 * one.accuracy
-    around = marker == "s"
     axes.errorbar(
         place,
         middle,
@@ -133,8 +134,7 @@ def _summary(
         capsize=4,
         label=label,
         color=color,
-        ms=9 if around else 5,
-        markerfacecolor="none" if around else color,
+        ms=5,
     )
 
 

@@ -37,8 +37,9 @@ _CAPTIONS = {
     "accuracy_over_eps": (
         "Accuracy over eps",
         "Band: 95 % CI. Square: control (training surrogate, restarts, same cost). Diamond: worst "
-        "case of suite and control. Dashed: verified accuracy, if the network has bounds; the "
-        "true robust accuracy lies in the hatched band.",
+        "case of suite and control. Both are shifted sideways so that neither hides the other. "
+        "Dashed: verified accuracy, if the network has bounds; the true robust accuracy lies in "
+        "the hatched band.",
     ),
     "attacks": (
         "Accuracy under each attack",
@@ -63,7 +64,8 @@ _CAPTIONS = {
     "spikes": (
         "Spikes of the clean and the attacked run",
         "The first image above: in each layer, the neurons whose spikes differ most, over time. "
-        "The dotted line marks the layer and the step at which the runs diverge.",
+        "The left half of a cell is the clean run, the right half the attacked run. The dotted "
+        "line marks the layer and the step at which the runs diverge.",
     ),
     "membrane": (
         "Membrane potentials of the clean and the attacked run",
@@ -93,7 +95,7 @@ def to_html(report: Evaluation, gallery: Gallery | None = None) -> str:
         False
     """
     environment = Environment(autoescape=True, keep_trailing_newline=True)
-    environment.filters["short"] = _short
+    environment.filters |= {"short": _short, "coded": _coded}
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         report=report,
@@ -227,6 +229,11 @@ def _svg(name: str, figure: "Figure", title: str) -> str:
     for color, themed in _THEME.items():
         text = text.replace(color, themed)
     return text.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
+
+
+def _coded(text: str) -> str:
+    """HTML of a text, what is in backticks as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def _short(value: object) -> str:

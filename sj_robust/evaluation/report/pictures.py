@@ -47,6 +47,7 @@ class Gallery(Shown):
         predicted: Predicted classes of the clean ones.
         predicted_adv: Predicted classes of the attacked ones.
         traces: Both runs of every pair; empty where no neuron can be followed.
+        class_names: Names of the classes; without them, a class is its number.
     """
 
     threat: ThreatModel
@@ -57,6 +58,7 @@ class Gallery(Shown):
     predicted: Tensor
     predicted_adv: Tensor
     traces: Traces
+    class_names: Sequence[str] = ()
 
     @property
     def verdict(self) -> str:
@@ -70,15 +72,11 @@ class Gallery(Shown):
         """Markdown: the verdict, then a row per image."""
         distance = self.threat.distance(self.x, self.x_adv).tolist()
         rows = []
-        for number, label in enumerate(self.labels.tolist()):
-            row = [
-                self._parting(number),
-                str(label),
-                str(int(self.predicted[number])),
-                str(int(self.predicted_adv[number])),
-                f"{distance[number]:.4g}",
-            ]
-            rows.append(row)
+        for number, values in enumerate(
+            zip(self.labels, self.predicted, self.predicted_adv, strict=True)
+        ):
+            names = [self._name(value) for value in values]
+            rows.append([self._parting(number), *names, f"{distance[number]:.4g}"])
         heads = ["spikes diverge in", "class", "prediction", "under attack", "distance"]
         return f"{self.verdict}.\n\n{markdown_table(heads, rows)}"
 
@@ -151,11 +149,21 @@ class Gallery(Shown):
             for axes, image in zip(axes_row, images, strict=True):
                 _draw_image(axes, image)
         for axes, label, seen in zip(panels[0], self.labels, self.predicted, strict=True):
-            axes.set_title(f"class {int(label)}, seen as {int(seen)}", fontsize=7)
+            other = "" if label == seen else f", seen as {self._name(seen)}"
+            axes.set_title(f"{self._title(label)}{other}", fontsize=7)
         for axes, label, seen in zip(panels[1], self.labels, self.predicted_adv, strict=True):
             wrong = {"color": ORANGE, "fontweight": "bold"} if label != seen else {}
-            axes.set_title(f"seen as {int(seen)}", fontsize=7, **wrong)
+            axes.set_title(self._title(seen), fontsize=7, **wrong)
         return figure
+
+    def _name(self, label: Tensor) -> str:
+        """Of a class: its name, or its number."""
+        number = int(label)
+        return self.class_names[number] if number < len(self.class_names) else str(number)
+
+    def _title(self, label: Tensor) -> str:
+        """Of an image: what it shows, or is taken for."""
+        return self._name(label) if self.class_names else f"class {int(label)}"
 
 
 def gallery(
@@ -172,6 +180,7 @@ def gallery(
     std: Sequence[float] | None = None,
     draws: int = 1,
     seed: int = 0,
+    class_names: Sequence[str] = (),
 ) -> Gallery:
     """Attack a few images, and show them with the predicted classes. 生成对抗样本图集。
 
@@ -193,6 +202,7 @@ def gallery(
         std: Standard deviation per channel that it expects to be divided by.
         draws: Forwards that a gradient of a stochastic network is averaged over.
         seed: Seeds the attack.
+        class_names: Names of the classes, such as ``load_images(...).class_names``.
 
     Raises:
         ValueError: If an argument is wrong, or the network gets no image right.
@@ -210,11 +220,21 @@ def gallery(
     classifier = as_classifier(model, T, mean=mean, std=std, images=x)
     threat = ThreatModel(norm or ("L0" if x.ndim == 5 else "Linf"), parse_eps(eps))
     return gallery_within(
-        classifier, x, y, threat, estimator=estimator, count=count, draws=draws, seed=seed
+        classifier,
+        x,
+        y,
+        threat,
+        estimator=estimator,
+        count=count,
+        draws=draws,
+        seed=seed,
+        class_names=class_names,
     )
 
 
-def gallery_of(report: Evaluation, model: nn.Module, batches: Batches) -> Gallery | None:
+def gallery_of(
+    report: Evaluation, model: nn.Module, batches: Batches, class_names: Sequence[str] = ()
+) -> Gallery | None:
     """Images under the attack with the strongest gradient of a report; None if the network
     misclassifies the whole first batch. 报告附带的对抗样本图集。
     """
@@ -231,6 +251,7 @@ def gallery_of(report: Evaluation, model: nn.Module, batches: Batches) -> Galler
         estimator=chosen[0] if chosen else "training",
         draws=report.draws,
         seed=report.seed,
+        class_names=class_names,
     )
 
 
@@ -244,6 +265,7 @@ def gallery_within(
     count: int = 6,
     draws: int = 1,
     seed: int = 0,
+    class_names: Sequence[str] = (),
 ) -> Gallery:
     """:func:`gallery` of a function of images, for any threat. 给定威胁模型的图集。"""
     device = device_of(classifier)
@@ -271,6 +293,7 @@ def gallery_within(
         predicted=seen[order].cpu(),
         predicted_adv=seen_adv[order].cpu(),
         traces=_traces(classifier, x[order], x_adv[order]),
+        class_names=class_names,
     )
 
 

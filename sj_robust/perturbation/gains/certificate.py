@@ -128,13 +128,13 @@ class Certificate(
     format="sj_robust.stability_certificate",
     version=1,
 ):
-    """Result of :func:`perturbation_gains`, plain data throughout. 稳定性证书。
+    """Result of :func:`perturbation_gains`, as plain data. 稳定性证书。
 
     Attributes:
         T: Number of time steps.
         samples: Pairs measured.
         margin: By how much, relative, a measured ratio may exceed a bound, since norms are
-            approached from below; a larger residual of the layer's norm takes its place.
+            approached from below; a larger residual of the layer's norm replaces it.
         layers: One entry per spiking layer, in order of execution.
         no_flip: L2 radius of each measured input within which no spike that the input drives can
             flip, see :func:`no_flip_radius`; empty if nothing was measured.
@@ -219,7 +219,7 @@ class Certificate(
         return "\n".join([*lines, f"{self.verdict}.", SCOPE])
 
     def plot(self, path: str | Path | None = None) -> "Figure":
-        """Measured ratios beside their bounds, a row per covered layer, on a logarithmic axis.
+        """Measured ratios and their bounds, a row per covered layer, on a logarithmic axis.
         绘制稳定性证书。
 
         It needs matplotlib (extra ``recipes``).

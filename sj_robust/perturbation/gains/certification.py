@@ -58,17 +58,17 @@ def perturbation_gains(
         eps[t] = lambda * eps[t-1] + p[t] * W Ds[t]
         ||eps||_2 <= ||L_lambda diag(p)||_2 ||W||_2 ||Ds||_2
 
-    and likewise for any T and for the largest step; see :mod:`sj_robust.perturbation.gains.gain`
-    and :func:`input_maps`. The printed constant of Theorem 3.1 stands beside them under its own
-    name, and below them the radius in which no spike flips (:func:`no_flip_radius`), where that
-    linear regime ends. A bound counts as held if the ratio of every pair is at most ``bound * (1 +
-    margin)``, with rounding of the current, 1e-6 of its size, left aside.
+    and likewise for any T and for the largest step; see :func:`peak_gain` and :func:`input_maps`.
+    The result also has the printed constant of Theorem 3.1, and the radius in which no spike flips
+    (:func:`no_flip_radius`), where that linear regime ends. A bound counts as held if the ratio of
+    every pair is at most ``bound * (1 + margin)``; rounding of the current, 1e-6 of its size, is
+    not counted.
 
     What it does not certify: the true difference of potentials, with the reset, has no finite gain,
     because an arbitrarily small change next to the threshold makes or removes a spike. Bounds of
     layers therefore do not compose, and none of them is a radius within which the class stays.
 
-    The network runs in evaluation mode; modes, states, hooks, random state and gradients are left
+    The network runs in evaluation mode; modes, states, hooks, random state and gradients are kept
     as they were.
 
     Args:
@@ -76,7 +76,7 @@ def perturbation_gains(
             ``mean`` and ``std``.
         x: Inputs as the classifier takes them, [N, C, H, W] or [N, F]; of a
             ``SpikingEventClassifier`` event frames [N, T, C, H, W].
-        T: Number of time steps; None takes the classifier's, or the network's own.
+        T: Number of time steps; None uses the classifier's, or the network's own.
         x_perturbed: Perturbed inputs in the shape of ``x``; None gives bounds alone.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.

@@ -68,7 +68,7 @@ def input_maps(
         ||x - x~||_2 <= norm * sqrt(sum_k ||s_k - s~_k||_2^2)
 
     The network itself is run in evaluation mode, every spiking layer's output replaced by a free
-    variable: whatever stands between (convolutions with their stride, padding and groups, linear
+    variable: whatever is between them (convolutions with their stride, padding and groups, linear
     layers, batch norm, average pooling, residual sums) is one map, whose products come from the
     graph. The largest singular value is found by Lanczos bidiagonalisation, a power iteration that
     keeps what it has seen. The estimate approaches the norm from below: compare with ``norm * (1 +
