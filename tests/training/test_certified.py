@@ -174,7 +174,7 @@ def test_the_ramp_is_as_long_as_its_share_of_the_training():
     ("options", "message"),
     [
         ({"surrogate_width": 0.0}, "surrogate_width must be > 0 and finite, got 0.0; 0.5 is half"),
-        ({"norm": "L2"}, "norm must be one of Linf, L0, got 'L2'"),
+        ({"norm": "L2"}, "norm must be one of Linf, L0, moves, got 'L2'"),
         ({"ramp": 0.96}, r"ramp must be in \(0, 0.95\], got 0.96; the first 0.05"),
         ({"box": 0.0}, r"box must be in \(0, 1\], got 0.0; SABR takes"),
         ({"bounds": "crown"}, "bounds must be one of ibp, joint, got 'crown'"),
@@ -279,5 +279,5 @@ def test_the_epoch_is_chosen_by_the_method_of_the_plan(method, tmp_path, monkeyp
     assert methods == [method, method]
     with pytest.raises(ValueError, match="verified_method must be one of ibp, joint, got 'mip'"):
         TrainingPlan(epochs=1, verified_method="mip")
-    with pytest.raises(ValueError, match="verified_norm must be one of Linf, L0, got 'L2'"):
+    with pytest.raises(ValueError, match="verified_norm must be one of Linf, L0, moves, got 'L2'"):
         TrainingPlan(epochs=1, verified_norm="L2")
