@@ -191,7 +191,7 @@ def test_a_cell_has_the_papers_hyperparameters(recipe, path):
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_a_sweep_is_made_of_the_presets(recipe, path, tmp_path):
     options = sweep.parse(["--sweep", str(path)])
-    runs = [run.options for run in sweep.plan(options, tmp_path)]
+    runs = [run.options for run in sweep.plan(options, tmp_path).runs]
     assert runs
     if options.base.startswith("paper/"):
         prefix = "cifar10_vgg5" if "indicators" in path.stem else path.stem.removesuffix("_sweep")
