@@ -1,27 +1,28 @@
-"""Leaderboard of stored robustness reports, in Markdown and as a sortable page."""
+"""Leaderboard of stored robustness reports: a table for every data set and threat."""
 
 import hashlib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from lab.leaderboard_page import page
 from sj_robust.core.commands import as_called
 from sj_robust.core.saved import markdown_table, saved_format, write_whole
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.run.suites import GRADES
 
-_HEADS = (
+HEADS = ("network", "clean, %", "proved, %", "at most, %", "checked by")
+DETAILS = (
     "network",
-    "data set",
-    "images",
     "threat",
     "suite",
+    "images",
     "clean, %",
-    "verified, %",
+    "proved, %",
     "worst case, %",
     "control, %",
     "at most, %",
@@ -31,55 +32,38 @@ _HEADS = (
     "fingerprint",
     "command",
 )
+_FILE_HEADS = ("file", "sha256, first 16 digits")
 _FORMATS = (Report.saved_as, "sj_robust.robustness_report")
 """Formats of reports, of today and of version 1."""
 _STORED = re.compile(r"^\| `([^`]+)` \| `([0-9a-f]{16})` \|$", flags=re.MULTILINE)
+_CELLS = 20
+"""Characters of a bar in Markdown."""
 _NOTE = (
-    'Robust accuracy lies between "verified" and "at most", the worst case of suite and '
-    "control. Rows of different data sets, threats or images are not comparable."
+    "Robust accuracy lies between what is proved and what is left by every attack that was run "
+    "(at most), control included. In a bar, the first part is proved, the second one open, and "
+    "the rest broken or misclassified. Tables of different data sets or threats are not "
+    "comparable. ! marks signs of gradient masking."
 )
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Leaderboard</title><style>
-body {{ font: 15px/1.4 system-ui, sans-serif; margin: 1.5rem; color-scheme: light dark; }}
-table {{ border-collapse: collapse; }}
-th, td {{ border: 1px solid #8888; padding: .2rem .5rem; text-align: left; }}
-th button {{ all: unset; cursor: pointer; font-weight: 600; }}
-td:last-child {{ font-family: monospace; }}
-th button:focus-visible {{ outline: 2px solid; }}
-</style></head><body><h1>Leaderboard</h1><p>{note} Click a column heading to sort.</p>
-<table><thead><tr>{heads}</tr></thead><tbody>
-{rows}
-</tbody></table>
-<h2>Reports</h2><table><thead><tr><th>file</th><th>sha256, first 16 digits</th></tr></thead><tbody>
-{reports}
-</tbody></table>
-<script>
-document.querySelectorAll("th button").forEach((button) => button.addEventListener("click", () => {{
-  const head = button.parentElement, column = head.cellIndex;
-  const body = head.closest("table").tBodies[0];
-  const down = head.getAttribute("aria-sort") !== "descending";
-  for (const other of head.parentElement.cells) other.removeAttribute("aria-sort");
-  head.setAttribute("aria-sort", down ? "descending" : "ascending");
-  const value = (row) => row.cells[column].textContent;
-  const sign = down ? -1 : 1;
-  const order = (a, b) => sign * value(a).localeCompare(value(b), "en", {{ numeric: true }});
-  [...body.rows].sort(order).forEach((row) => body.append(row));
-}}));
-</script></body></html>
-"""
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """A report, its path and the digest of its file."""
+class Stored:
+    """A report, its path, the digest of its file, and the command that made it."""
 
     path: str
     digest: str
     command: str
     report: Report
 
-    def cells(self) -> list[str]:
-        """A row of the table."""
+    @property
+    def network(self) -> tuple[str, str, str]:
+        """What reports about one network on the same images share."""
+        report = self.report
+        fingerprint = str(report.network.get("fingerprint", ""))
+        return report.data, report.budget, fingerprint or self.path
+
+    def details(self) -> list[str]:
+        """A row of the table of reports."""
         report = self.report
         shares = (
             report.clean,
@@ -90,10 +74,9 @@ class _Stored:
         )
         return [
             report.name,
-            report.dataset,
-            str(len(report.labels)),
             report.budget,
             report.suite,
+            str(len(report.labels)),
             *("" if share is None else share.percent for share in shares),
             report.everything.interval_text,
             report.caveats,
@@ -103,9 +86,68 @@ class _Stored:
         ]
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A network under a threat, by all reports about it; shares in per cent.
+
+    Attributes:
+        name: Its name in the report with the most successful attacks.
+        clean: Accuracy without an attack.
+        proved: What the proofs of all reports cover at least; None without proofs.
+        at_most: What the attacks of all reports leave at most.
+        suites: The suites, that with the most successful attacks first.
+        masked: Whether a report shows signs of gradient masking.
+        reports: The reports.
+    """
+
+    name: str
+    clean: float
+    proved: float | None
+    at_most: float
+    suites: tuple[str, ...]
+    masked: bool
+    reports: tuple[Stored, ...]
+
+    @classmethod
+    def of(cls, stored: Sequence[Stored]) -> "Entry":
+        """The entry of a network whose reports these are."""
+        ordered = sorted(stored, key=lambda one: one.report.everything.accuracy)
+        reports = [one.report for one in ordered]
+        proofs = [one.verified.accuracy for one in reports if one.verified is not None]
+        return cls(
+            name=reports[0].name,
+            clean=100 * reports[0].clean.accuracy,
+            proved=100 * max(proofs) if proofs else None,
+            at_most=100 * reports[0].everything.accuracy,
+            suites=tuple(dict.fromkeys(one.suite for one in reports)),
+            masked=any(one.masked for one in reports),
+            reports=tuple(ordered),
+        )
+
+    def cells(self) -> list[str]:
+        """Its row, without the bar."""
+        proved = "" if self.proved is None else f"{self.proved:.1f}"
+        checked = ", ".join(self.suites) + (" !" if self.masked else "")
+        return [self.name, f"{self.clean:.1f}", proved, f"{self.at_most:.1f}", checked]
+
+    def bar(self) -> str:
+        """Its bracket in characters."""
+        proved = round((self.proved or 0.0) * _CELLS / 100)
+        open_ = max(round(self.at_most * _CELLS / 100) - proved, 0)
+        return "█" * proved + "▒" * open_ + "·" * (_CELLS - proved - open_)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Networks that can be compared: one data set, one threat."""
+
+    title: str
+    entries: tuple[Entry, ...]
+
+
 def make_leaderboard(folders: Sequence[str], output: Path, usual: Mapping[str, Any]) -> None:
-    """Write leaderboard.md and leaderboard.html of the reports in folders; print what changed, and
-    where they are.
+    """Write leaderboard.md, leaderboard.html and details.md of the reports in folders; print what
+    changed, and where they are.
 
     ``usual`` holds the default options of ``evaluate.py``, which commands leave out.
 
@@ -113,17 +155,19 @@ def make_leaderboard(folders: Sequence[str], output: Path, usual: Mapping[str, A
         FileNotFoundError: As :func:`read_reports`, and so is ValueError.
     """
     stored = read_reports(folders, usual)
-    for line in _changes({one.path: one.digest for one in stored}, output / "leaderboard.md"):
+    for line in _changes({one.path: one.digest for one in stored}, output / "details.md"):
         print(line)
-    rows = [one.cells() for one in stored]
-    files = [[f"`{one.path}`", f"`{one.digest}`"] for one in stored]
+    groups = groups_of(stored)
     output.mkdir(parents=True, exist_ok=True)
-    write_whole(output / "leaderboard.md", _markdown(rows, files))
-    write_whole(output / "leaderboard.html", _html(rows, files))
-    print(f"leaderboard.md and leaderboard.html of {len(stored)} reports are in {output}")
+    write_whole(output / "leaderboard.md", _markdown(groups))
+    write_whole(output / "details.md", _details(stored))
+    write_whole(output / "leaderboard.html", page(groups, HEADS, DETAILS, _NOTE))
+    print(
+        f"leaderboard.md, leaderboard.html and details.md of {len(stored)} reports are in {output}"
+    )
 
 
-def read_reports(folders: Sequence[str], usual: Mapping[str, Any]) -> list[_Stored]:
+def read_reports(folders: Sequence[str], usual: Mapping[str, Any]) -> list[Stored]:
     """Every robustness report in folders and those below, or at a path itself, by data set, threat
     and robust accuracy.
 
@@ -146,7 +190,7 @@ def read_reports(folders: Sequence[str], usual: Mapping[str, Any]) -> list[_Stor
             if report.suite in GRADES:
                 digest = hashlib.sha256(text).hexdigest()[:16]
                 command = _command(report.configuration, usual)
-                stored.append(_Stored(path.as_posix(), digest, command, report))
+                stored.append(Stored(path.as_posix(), digest, command, report))
     if not stored:
         raise FileNotFoundError(
             f"no robustness report in {', '.join(folders)}; evaluate a network first"
@@ -154,7 +198,22 @@ def read_reports(folders: Sequence[str], usual: Mapping[str, Any]) -> list[_Stor
     return sorted({one.path: one for one in stored}.values(), key=_order)
 
 
-def _order(one: _Stored) -> tuple[str, str, float, str]:
+def groups_of(stored: Sequence[Stored]) -> list[Group]:
+    """The tables: by data set and threat, networks by what attacks leave of them."""
+    groups = []
+    for (dataset, budget), found in groupby(
+        stored, key=lambda one: (one.report.dataset, one.report.budget)
+    ):
+        networks: dict[tuple[str, str, str], list[Stored]] = {}
+        for one in found:
+            networks.setdefault(one.network, []).append(one)
+        entries = [Entry.of(reports) for reports in networks.values()]
+        entries.sort(key=lambda entry: (-entry.at_most, -(entry.proved or 0.0), entry.name))
+        groups.append(Group(f"{dataset}, {budget}", tuple(entries)))
+    return groups
+
+
+def _order(one: Stored) -> tuple[str, str, float, str]:
     return one.report.dataset, one.report.budget, -one.report.everything.accuracy, one.path
 
 
@@ -192,19 +251,27 @@ def _changes(now: Mapping[str, str], table: Path) -> list[str]:
     ]
 
 
-def _markdown(rows: Sequence[Sequence[str]], files: Sequence[Sequence[str]]) -> str:
-    table = markdown_table(_HEADS, [[cell.replace("|", "\\|") for cell in row] for row in rows])
-    reports = markdown_table(["file", "sha256, first 16 digits"], files)
-    return f"# Leaderboard\n\n{_NOTE}\n\n{table}\n\n## Reports\n\n{reports}\n"
+def _markdown(groups: Sequence[Group]) -> str:
+    parts = ["# Leaderboard", _NOTE]
+    parts.append("[Every report with its command](details.md)")
+    for group in groups:
+        rows = []
+        for entry in group.entries:
+            name, *others = map(_escaped, entry.cells())
+            rows.append([f"{name}<br>`{entry.bar()}`", *others])
+        parts += [f"## {group.title}", markdown_table(HEADS, rows)]
+    return "\n\n".join(parts) + "\n"
 
 
-def _html(rows: Sequence[Sequence[str]], files: Sequence[Sequence[str]]) -> str:
-    heads = "".join(f'<th><button type="button">{escape(head)}</button></th>' for head in _HEADS)
-    shown, reports = ("\n".join(map(_html_row, table)) for table in (rows, files))
-    return _PAGE.format(note=escape(_NOTE), heads=heads, rows=shown, reports=reports).replace(
-        "`", ""
-    )
+def _details(stored: Sequence[Stored]) -> str:
+    parts = ["# Reports of the leaderboard"]
+    for dataset, found in groupby(stored, key=lambda one: one.report.dataset):
+        rows = [list(map(_escaped, one.details())) for one in found]
+        parts += [f"## {dataset}", markdown_table(DETAILS, rows)]
+    files = [[f"`{one.path}`", f"`{one.digest}`"] for one in stored]
+    parts += ["## Files", markdown_table(_FILE_HEADS, files)]
+    return "\n\n".join(parts) + "\n"
 
 
-def _html_row(cells: Sequence[str]) -> str:
-    return f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|")
