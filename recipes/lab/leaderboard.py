@@ -33,7 +33,7 @@ DETAILS = (
     "command",
 )
 _FILE_HEADS = ("file", "sha256, first 16 digits")
-_FORMATS = (Report.saved_as, "sj_robust.robustness_report")
+FORMATS = (Report.saved_as, "sj_robust.robustness_report")
 """Formats of reports, of today and of version 1."""
 _STORED = re.compile(r"^\| `([^`]+)` \| `([0-9a-f]{16})` \|$", flags=re.MULTILINE)
 _CELLS = 20
@@ -184,7 +184,7 @@ def read_reports(folders: Sequence[str], usual: Mapping[str, Any]) -> list[Store
             )
         for path in [folder] if folder.is_file() else sorted(folder.rglob("*.json")):
             text = path.read_bytes()
-            if saved_format(text.decode()) not in _FORMATS:
+            if saved_format(text.decode()) not in FORMATS:
                 continue
             report = Report.load(path)
             if report.suite in GRADES:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from lab.evaluating import read_once
+from lab.leaderboard import FORMATS
 from sj_robust.attacks import pgd
 from sj_robust.core.datasets import DATASETS, EVENT_DATASETS
 from sj_robust.core.environment import environment
@@ -32,7 +33,7 @@ _DIFFERENT = 0.25
 numbers here, and a spike may flip by rounding.
 """
 _FEW = 50
-_RELEASES = ("python", "torch", "spikingjelly", "sj_robust")
+_RELEASES = ("python", "torch", "spikingjelly", "sj_robust", "commit")
 """What a fingerprint depends on beside the network."""
 _MARKS = {True: "[x]", False: "[ ]", None: "[?]"}
 
@@ -70,8 +71,8 @@ def check_report(
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the report.json of an evaluation")
     try:
-        if saved_format(path.read_text(encoding="utf-8")) != Report.saved_as:
-            raise ValueError("it is of no report of sj_robust")
+        if saved_format(path.read_text(encoding="utf-8")) not in FORMATS:
+            raise ValueError("it is not a report of sj_robust")
         report = Report.load(path)
     except ValueError as error:
         return [Check(False, f"schema: {error}")]
@@ -133,7 +134,9 @@ def _plausible(report: Report) -> Iterator[Check]:
         not beyond, f"budget: attacks stay within {report.budget} {', '.join(beyond)}".strip()
     )
     count = len(report.labels)
-    yield Check(count >= _FEW, f"images: {count} ({_FEW} or more make a figure)", required=False)
+    yield Check(
+        count >= _FEW, f"size: {count} images ({_FEW} or more make a figure)", required=False
+    )
     has_control = report.control is not None
     yield Check(has_control, "control: the training gradient at the same cost", required=False)
     masked = ", ".join(report.masked) or "none"
