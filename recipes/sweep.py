@@ -38,6 +38,7 @@ from lab.command_line.declared import NamesCode, OutputFolder, PositiveInt, Yaml
 
 RECIPES = Path(__file__).parent
 SWEEP_FILE = "sweep.yaml"
+CELLS_TOGETHER = 4
 
 
 @dataclass(frozen=True)
@@ -145,10 +146,8 @@ def main(arguments: list[str]) -> None:
                     folder, options.cluster, options.cluster_options, jobs=options.jobs
                 )
             describe_folder(folder, "sweep", arguments)  # a sweep that is stopped has it too
-            failed = run(options, planned.runs, executor, folder, console)
-            if options.cells and not failed:  # the searches are done, what they chose is left
-                planned = plan(options, folder)
-                failed = run(options, planned.runs, executor, folder, console)
+            failed = list(run_all(options, executor, folder, console).values())
+            planned = plan(options, folder)
     records = load_records(folder, load_recipe(Path(options.recipe or RECIPES / "adv_train.py")))
     grid = values_in(expand(options.grid))
     if options.cells and planned is not None:
@@ -174,16 +173,39 @@ def main(arguments: list[str]) -> None:
         sys.exit(1)
 
 
-def run(
-    options: Options, planned: list[PlannedRun], executor: Any, folder: Path, console: Console
-) -> list[str]:
-    """Perform the runs that are missing, and say how each ended; returns what failed."""
+def run_all(options: Options, executor: Any, folder: Path, console: Console) -> dict[str, str]:
+    """Perform every run that is missing; returns what failed, by the names of the runs."""
     kept = plain(options) | {"output": None, "report": False}
     write_whole(folder / SWEEP_FILE, yaml.safe_dump(kept, sort_keys=False))
+    failed: dict[str, str] = {}
+    for part in parts_of(options):
+        searches = plan(part, folder).searches
+        for planned in (searches, None):  # what the searches choose is known behind them
+            runs = plan(part, folder).runs if planned is None else planned
+            left = [one for one in runs if one.name not in failed]
+            failed |= run(options, left, executor, folder, console) if left else {}
+    return failed
+
+
+def parts_of(options: Options) -> Iterator[Options]:
+    """The sweep; before it, where cells have names, a few cells at a time with the first seed, so
+    that the first ones are finished early.
+    """
+    names = list(options.cells)
+    for start in range(0, len(names), CELLS_TOGETHER):
+        few = {name: options.cells[name] for name in names[start : start + CELLS_TOGETHER]}
+        yield replace(options, cells=few, seeds=seeds_of(options.seeds)[:1])
+    yield options
+
+
+def run(
+    options: Options, planned: list[PlannedRun], executor: Any, folder: Path, console: Console
+) -> dict[str, str]:
+    """Perform the runs that are missing, and say how each ended; returns what failed."""
     missing = [one for one in planned if not one.finished]
     done = len(planned) - len(missing)
     console.print(f"{len(planned)} runs in {folder}, {done} of them finished before", markup=False)
-    failed = []
+    failed = {}
     start = time.monotonic()
     ends = perform_all(missing, executor, jobs=options.jobs, threads=options.threads)
     for number, (one, error) in enumerate(ends, 1):
@@ -192,7 +214,7 @@ def run(
             said = record.headline
         else:
             said = f"FAILED, {error}; see {one.folder / LOG_FILE}"
-            failed.append(f"{one.name}: {error}")
+            failed[one.name] = f"{one.name}: {error}"
         left = duration((time.monotonic() - start) / number * (len(missing) - number))
         console.print(
             f"{done + number}/{len(planned)} {one.name}: {said}; {left} left", markup=False
@@ -205,12 +227,14 @@ class Plan:
     """What a sweep has to do.
 
     Attributes:
-        runs: All runs. Of a cell whose search is not done, those of the search.
+        runs: All runs that are known: those of a cell are once its search is done.
+        searches: Trainings of the searches that are not done.
         trials: What the searches that are done came to.
     """
 
     runs: list[PlannedRun]
-    trials: list[Trial] = field(default_factory=list)
+    searches: list[PlannedRun]
+    trials: list[Trial]
 
 
 def plan(options: Options, folder: Path) -> Plan:
@@ -232,6 +256,7 @@ def plan(options: Options, folder: Path) -> Plan:
         check_extra(chosen["suite"])
     seeds = seeds_of(options.seeds)
     runs: list[PlannedRun] = []
+    searches: list[PlannedRun] = []
     trials: list[Trial] = []
     for cell in cells:
         fixed = base | cell.preset | options.options | cell.options
@@ -248,16 +273,16 @@ def plan(options: Options, folder: Path) -> Plan:
             tried = planned(cell.values, seeds[:1], evaluations={})
             found = compared(cell, tried)
             if not found:
-                runs += tried
+                searches += tried
                 continue
             trials += found
             best = next(index for index, trial in enumerate(found) if trial.chosen)
             combinations = [cell.values[best] | combination for combination in combinations]
         runs += planned(combinations, seeds, evaluations=evaluations)
-    check_different(runs)
+    check_different([*runs, *searches])
     if options.cells:  # every cell with one seed before another seed
         runs.sort(key=lambda one: int(one.options["seed"]))
-    return Plan(runs, trials)
+    return Plan(runs, searches, trials)
 
 
 def check_owned(names: Iterable[str]) -> None:

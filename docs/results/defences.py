@@ -152,9 +152,9 @@ def rows_of(folder: Path) -> list[Row]:
     rows = []
     for radius, suites in radii(sweep).items():
         for cell in sweep["cells"]:
-            if cell in figures:
-                found = figures[cell]
-                plain = figures.get(PLAIN, {})
+            found = figures.get(cell, {})
+            plain = figures.get(PLAIN, {})
+            if any(column.startswith(f"{name}/") for name in suites.values() for column in found):
                 rows.append(
                     row_of(sweep["options"]["dataset"], radius, cell, found, plain, suites, chosen)
                 )
@@ -346,7 +346,7 @@ def correlation_text(rows: list[Row]) -> str:
     for name, group in groups.items():
         value, count = rank_correlation(group)
         if not math.isnan(value):
-            texts.append(f"{value:+.2f} over {count} defences ({name})")
+            texts.append(f"{value:+.2f} over {count} rows ({name})")
     found = ", ".join(texts) or "not defined"
     return f"Rank correlation of MS-MPPD under PGD-20 with accuracy under `standard`: {found}."
 

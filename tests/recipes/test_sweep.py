@@ -1,4 +1,5 @@
 import csv
+from itertools import islice
 from shlex import split
 
 import pytest
@@ -128,8 +129,12 @@ def test_cells_search_on_validation_images_and_are_then_trained_with_every_seed(
     (tmp_path / "own.yaml").write_text("{neuron: lif, mode: rat, epochs: 7}")
     given = ("--cells", CELLS, "--options", "{epochs: 3}", "--seeds", "2")
     output = run(*given, "--evaluations", "{weak: {suite: paper, test_limit: 20}}")
-    assert "4 runs in runs/sweep, 0 of them finished before" in output  # the search, and plain
-    assert "4 runs in runs/sweep, 2 of them finished before" in output
+    said = [line for line in output.splitlines() if "finished before" in line]
+    assert said == [
+        "2 runs in runs/sweep, 0 of them finished before",  # the search
+        "2 runs in runs/sweep, 0 of them finished before",  # both cells with the first seed
+        "4 runs in runs/sweep, 2 of them finished before",
+    ]
     folder = tmp_path / "runs" / "sweep"
     assert (folder / "search.csv").read_text().splitlines() == [
         "cell,value,validation,clean,chosen",
@@ -156,6 +161,34 @@ def test_cells_search_on_validation_images_and_are_then_trained_with_every_seed(
     run("--output", "runs/sweep", "--report")
     assert (folder / "results.csv").read_text() == before
     assert "4 runs in runs/sweep, 4 of them finished" in run("--output", "runs/sweep")
+
+
+def test_cells_that_are_stopped_at_any_run_go_on_and_repeat_nothing(run, tmp_path, monkeypatch):
+    (tmp_path / "own.yaml").write_text("{neuron: lif}")
+    given = ("--cells", CELLS, "--seeds", "2", "--evaluate", "paper")
+
+    def stopped(runs, executor, *, jobs, threads):
+        yield from islice(one_after_the_other(runs, executor, jobs=jobs, threads=threads), 1)
+        raise KeyboardInterrupt
+
+    stops = 0
+    with monkeypatch.context() as patch:
+        patch.setitem(sweep.main.__globals__, "perform_all", stopped)
+        while not list(tmp_path.glob("runs/sweep/runs/tuned-rho1-seed1/paper")):
+            with pytest.raises(KeyboardInterrupt):
+                run(*given)
+            stops += 1
+    assert stops == 6
+    run("--output", "runs/sweep")
+    for calls in tmp_path.glob("runs/sweep/runs/*/calls"):
+        words = [line.split()[0] for line in calls.read_text().splitlines()]
+        assert words in (["train"], ["train", "paper"])
+    run(*given, "--output", "whole")
+    tables = [tmp_path / name / "results.csv" for name in ("runs/sweep", "whole")]
+    found, expected = (table.read_text().splitlines() for table in tables)
+    assert [row for row in found if "cpu" not in row] == [
+        row for row in expected if "cpu" not in row
+    ]
 
 
 @pytest.mark.parametrize(
