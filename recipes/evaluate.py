@@ -171,8 +171,8 @@ if __name__ == "__main__":
 import torch
 import yaml
 from lab.evaluating import bracket_of_the_vote, read_once, two_reports
-from lab.leaderboard import make_leaderboard
-from lab.leaderboard_submission import check_report, checklist, take
+from lab.leaderboard.submission import check_report, checklist, take
+from lab.leaderboard.tables import make_leaderboard
 from lab.processes import first_process_first, make_accelerator
 from lab.run_folder import open_run_folder, removed_if_unused
 from rich.console import Console

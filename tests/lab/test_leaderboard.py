@@ -7,7 +7,7 @@ from pathlib import Path
 import evaluate
 import pytest
 from evaluation.reports import member, report, stress_report
-from lab.leaderboard import groups_of, make_leaderboard, read_reports
+from lab.leaderboard.tables import groups_of, make_leaderboard, read_reports
 from narrow_screen import CHROMIUM, measured
 
 from sj_robust.attacks import ThreatModel

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from evaluation.reports import report
-from lab.leaderboard_submission import check_report, checklist, take
+from lab.leaderboard.submission import check_report, checklist, take
 
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.subject import from_checkpoint

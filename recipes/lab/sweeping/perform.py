@@ -167,7 +167,8 @@ def _selected(report: Report, run: PlannedRun) -> dict[str, float]:
     if not curve:
         return {}
     select = load_recipe(run.recipe).resolve(run.options).complete["select"]
-    best = max((epoch["validation"] for epoch in curve), key=lambda found: found[select])
+    epochs: list[dict[str, float]] = [epoch["validation"] for epoch in curve]
+    best = max(epochs, key=lambda found: found[select])
     first = {name: best[name] for name in (select, "clean")}
     return first | best
 

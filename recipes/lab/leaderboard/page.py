@@ -2,14 +2,10 @@
 unfolds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from lab.leaderboard import Entry, Group
+from lab.leaderboard.entries import DETAILS, HEADS, Entry, Group
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Leaderboard</title>
@@ -47,25 +43,25 @@ document.querySelectorAll("th button").forEach((button) => button.addEventListen
 """
 
 
-def page(groups: Sequence[Group], heads: Sequence[str], details: Sequence[str], note: str) -> str:
+def page(groups: Sequence[Group], note: str) -> str:
     """The whole page, without anything from elsewhere."""
-    shown = "\n".join(_group(group, heads, details) for group in groups)
+    shown = "\n".join(_group(group) for group in groups)
     return _PAGE.format(note=escape(note), groups=shown)
 
 
-def _group(group: Group, heads: Sequence[str], details: Sequence[str]) -> str:
-    cells = [f'<th><button type="button">{escape(head)}</button></th>' for head in heads]
-    bodies = "\n".join(_entry(entry, details) for entry in group.entries)
+def _group(group: Group) -> str:
+    cells = [f'<th><button type="button">{escape(head)}</button></th>' for head in HEADS]
+    bodies = "\n".join(_entry(entry) for entry in group.entries)
     return (
         f"<h2>{escape(group.title)}</h2>\n"
         f"<table><thead><tr>{''.join(cells)}</tr></thead>\n{bodies}\n</table>"
     )
 
 
-def _entry(entry: Entry, details: Sequence[str]) -> str:
+def _entry(entry: Entry) -> str:
     """Two rows: figures, and a bar that unfolds into the reports."""
     cells = "".join(f"<td>{escape(cell)}</td>" for cell in entry.cells())
-    lists = "".join(_report(details, one.details()) for one in entry.reports)
+    lists = "".join(_report(one.details()) for one in entry.reports)
     return (
         f"<tbody><tr>{cells}</tr>"
         f'<tr><td colspan="5"><details><summary>{_bar(entry)}</summary>{lists}</details></td></tr>'
@@ -73,8 +69,8 @@ def _entry(entry: Entry, details: Sequence[str]) -> str:
     )
 
 
-def _report(heads: Sequence[str], cells: Sequence[str]) -> str:
-    pairs = zip(heads, cells, strict=True)
+def _report(cells: Sequence[str]) -> str:
+    pairs = zip(DETAILS, cells, strict=True)
     items = [f"<dt>{escape(head)}</dt><dd>{escape(cell)}</dd>" for head, cell in pairs if cell]
     return f"<dl>{''.join(items)}</dl>"
 

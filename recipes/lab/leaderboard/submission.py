@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from lab.evaluating import read_once
-from lab.leaderboard import FORMATS
+from lab.leaderboard.tables import FORMATS
 from sj_robust.attacks import pgd
 from sj_robust.core.datasets import DATASETS, EVENT_DATASETS
 from sj_robust.core.environment import environment
