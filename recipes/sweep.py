@@ -179,11 +179,13 @@ def run_all(options: Options, executor: Any, folder: Path, console: Console) -> 
     write_whole(folder / SWEEP_FILE, yaml.safe_dump(kept, sort_keys=False))
     failed: dict[str, str] = {}
     for part in parts_of(options):
-        searches = plan(part, folder).searches
-        for planned in (searches, None):  # what the searches choose is known behind them
-            runs = plan(part, folder).runs if planned is None else planned
-            left = [one for one in runs if one.name not in failed]
-            failed |= run(options, left, executor, folder, console) if left else {}
+        searches = [one for one in plan(part, folder).searches if one.name not in failed]
+        if searches:
+            failed |= run(options, searches, executor, folder, console)
+        # what the searches chose is known now
+        runs = [one for one in plan(part, folder).runs if one.name not in failed]
+        if part is options or not all(one.finished for one in runs):
+            failed |= run(options, runs, executor, folder, console)
     return failed
 
 

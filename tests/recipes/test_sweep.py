@@ -1,5 +1,4 @@
 import csv
-from itertools import islice
 from shlex import split
 
 import pytest
@@ -168,8 +167,9 @@ def test_cells_that_are_stopped_at_any_run_go_on_and_repeat_nothing(run, tmp_pat
     given = ("--cells", CELLS, "--seeds", "2", "--evaluate", "paper")
 
     def stopped(runs, executor, *, jobs, threads):
-        yield from islice(one_after_the_other(runs, executor, jobs=jobs, threads=threads), 1)
-        raise KeyboardInterrupt
+        for end in one_after_the_other(runs, executor, jobs=jobs, threads=threads):
+            yield end
+            raise KeyboardInterrupt
 
     stops = 0
     with monkeypatch.context() as patch:
