@@ -305,7 +305,7 @@ def table(rows: list[Row]) -> str:
                 with_spread(row.clean, row.clean_sd),
                 with_spread(row.pgd, row.pgd_sd),
                 with_spread(row.control, row.control_sd),
-                f"**{with_spread(row.at_most, row.at_most_sd)}**",
+                f"**{with_spread(row.at_most, row.at_most_sd)}**" if row.at_most else "",
                 "" if math.isnan(hidden) else f"{hidden:+.1f}",
                 row.proved,
                 row.ms_mppd,
