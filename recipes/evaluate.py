@@ -10,6 +10,7 @@ Examples:
     python recipes/evaluate.py CHECKPOINT_OF_EVENT_NETWORK --eps 20  # up to 20 changed events
     python recipes/evaluate.py CHECKPOINT --suite stress  # hardware faults, clean and attacked
     python recipes/evaluate.py --leaderboard runs --output runs/leaderboard  # table of all reports
+    python recipes/evaluate.py CHECKPOINT --leaderboard add report.json  # checked, then added
     torchrun --nproc-per-node 2 recipes/evaluate.py CHECKPOINT  # or accelerate launch
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from lab.command_line import (
+    WrongUse,
     check_options,
     checked,
     describe_folder,
@@ -63,7 +65,8 @@ class Options:
     compare: Annotated[list[str] | None, Often()] = None
     """Compare two saved reports instead of evaluating a network."""
     leaderboard: Annotated[list[str] | None, Decides("nothing")] = None
-    """Make one table of all reports in these folders instead of evaluating a network."""
+    """Make one table of all reports in these folders instead of evaluating a network; or, as add
+    REPORT, check a report and add it to the table in the folder output."""
 
     # attacks
     suite: Annotated[
@@ -170,7 +173,8 @@ if __name__ == "__main__":
 import torch
 import yaml
 from lab.evaluating import bracket_of_the_vote, read_once, two_reports
-from lab.leaderboard import make_leaderboard
+from lab.leaderboard.submission import check_report, checklist, take
+from lab.leaderboard.tables import make_leaderboard
 from lab.processes import first_process_first, make_accelerator
 from lab.run_folder import open_run_folder, removed_if_unused
 from rich.console import Console
@@ -201,9 +205,12 @@ def main(arguments: list[str]) -> None:
         show_comparison(compare_reports(*two_reports(options.compare)), Console())
         return
     if options.leaderboard is not None:
-        make_leaderboard(
-            options.leaderboard, Path(options.output or "runs/leaderboard"), asdict(Options())
-        )
+        board = Path(options.output or "runs/leaderboard")
+        folders = options.leaderboard
+        if folders[:1] == ["add"]:
+            add_to_leaderboard(options, board)
+            folders = [board.as_posix()]
+        make_leaderboard(folders, board, asdict(Options()))
         return
     accelerator = make_accelerator(options.device)
     if options.proofs:  # which are of float32, as the attacks then have to be
@@ -288,6 +295,26 @@ def main(arguments: list[str]) -> None:
     if accelerator.is_main_process:
         save_report(report, subject, batches, folder, journal, splits.class_names)
     accelerator.end_training()
+
+
+def add_to_leaderboard(options: Options, board: Path) -> None:
+    """Check a report, print the checklist, and copy it into the folder of a leaderboard."""
+    words = options.leaderboard or []
+    if len(words) != 2:
+        raise WrongUse(f"--leaderboard add takes one report, got {len(words) - 1}")
+    path = Path(words[1])
+    found = check_report(path, network_of(options), options.data_root or "data")
+    print(checklist(found))
+    with checked():
+        print(f"added as {take(path, found, board)}")
+
+
+def network_of(options: Options) -> Subject | None:
+    """The network that a report to be added is of, where the command line gives it."""
+    if options.checkpoint is None and options.network is None:
+        return None
+    with checked():
+        return load_subject(options)
 
 
 def save_report(

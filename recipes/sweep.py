@@ -7,16 +7,19 @@ Examples:
     python recipes/sweep.py --base digits --grid '{mode: [none, at]}' --evaluate paper standard
     python recipes/sweep.py --output runs/digits_sweep      # resume
     python recipes/sweep.py --output runs/digits_sweep --report --contrast rho  # tables and figure
+    python recipes/sweep.py --sweep recipes/configs/sweeps/defences_fashion_mnist_sweep.yaml
 
 --sweep FILE reads these options from a YAML file, as --config does.
 """
 
+import json
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +38,7 @@ from lab.command_line.declared import NamesCode, OutputFolder, PositiveInt, Yaml
 
 RECIPES = Path(__file__).parent
 SWEEP_FILE = "sweep.yaml"
+CELLS_TOGETHER = 4
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,10 @@ class Options:
     as [l1, 3] varies two options together."""
     seeds: Annotated[int | list[int], Yaml(int, list)] = 1
     """Number of seeds (0, 1, ...), or a list of seeds."""
+    cells: Annotated[YamlDict, NamesCode()] = field(default_factory=dict)
+    """Cells by name, beside the grid: each has a config (a preset such as defences/tgo), options
+    that override all others, and a search, one option with values. The first seed is trained with
+    each of them, and the best on validation images is taken for all seeds."""
     skip: Annotated[list[dict[str, Any]], Yaml(list)] = field(default_factory=list)
     """Combinations to skip, such as {neuron: lif, rho: [1, 2]}. Combinations that differ only in
     ignored options (rho with mode none) are run once."""
@@ -62,6 +70,8 @@ class Options:
     """Suites of evaluate.py to run on every network, such as paper standard."""
     evaluation_options: YamlDict = field(default_factory=dict)
     """Options of evaluate.py, such as {test_limit: 256}."""
+    evaluations: YamlDict = field(default_factory=dict)
+    """Evaluations by name with options of their own, such as {at_4: {suite: fast, eps: 4/255}}."""
 
     # recipes
     recipe: Annotated[str | None, NamesCode()] = None
@@ -105,11 +115,13 @@ if __name__ == "__main__":
 
 import yaml
 from filelock import FileLock, Timeout
+from lab.sweeping.cells import NamedCell, Trial, compared, read_cells, trials_csv
 from lab.sweeping.grid import expand, names_in, seeds_of, values_in
 from lab.sweeping.perform import LOG_FILE
 from lab.sweeping.plan import PlannedRun, load_records, plan_runs
 from lab.sweeping.pool import executor_for, perform_all
 from lab.sweeping.recipe import load_recipe
+from lab.sweeping.record import RunRecord
 from lab.sweeping.report import write_report
 from rich.console import Console
 
@@ -124,9 +136,9 @@ def main(arguments: list[str]) -> None:
     folder = Path(str(options.output))
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=True)
     failed: list[str] = []
-    if not options.report:
-        with checked(), working("checking every run", console):
-            planned = plan(options, folder)
+    with checked(), working("checking every run", console):
+        planned = None if options.report and not options.cells else plan(options, folder)
+    if not options.report and planned is not None:
         folder.mkdir(parents=True, exist_ok=True)
         with alone(folder):
             with checked():
@@ -134,15 +146,21 @@ def main(arguments: list[str]) -> None:
                     folder, options.cluster, options.cluster_options, jobs=options.jobs
                 )
             describe_folder(folder, "sweep", arguments)  # a sweep that is stopped has it too
-            failed = run(options, planned, executor, folder, console)
+            failed = list(run_all(options, executor, folder, console).values())
+            planned = plan(options, folder)
     records = load_records(folder, load_recipe(Path(options.recipe or RECIPES / "adv_train.py")))
+    grid = values_in(expand(options.grid))
+    if options.cells and planned is not None:
+        grid = {"cell": list(options.cells), **grid}
+        records = of_cells(records, planned, list(grid))
+        write_whole(folder / "search.csv", trials_csv(planned.trials))
     if records or not failed:
         with checked():
             files = write_report(
                 folder,
                 records,
                 console,
-                grid=values_in(expand(options.grid)),
+                grid=grid,
                 columns=options.columns,
                 contrast=options.contrast,
                 plot=options.plot,
@@ -155,16 +173,41 @@ def main(arguments: list[str]) -> None:
         sys.exit(1)
 
 
-def run(
-    options: Options, planned: list[PlannedRun], executor: Any, folder: Path, console: Console
-) -> list[str]:
-    """Perform the runs that are missing, and say how each ended; returns what failed."""
+def run_all(options: Options, executor: Any, folder: Path, console: Console) -> dict[str, str]:
+    """Perform every run that is missing; returns what failed, by the names of the runs."""
     kept = plain(options) | {"output": None, "report": False}
     write_whole(folder / SWEEP_FILE, yaml.safe_dump(kept, sort_keys=False))
+    failed: dict[str, str] = {}
+    for part in parts_of(options):
+        searches = [one for one in plan(part, folder).searches if one.name not in failed]
+        if searches:
+            failed |= run(options, searches, executor, folder, console)
+        # what the searches chose is known now
+        runs = [one for one in plan(part, folder).runs if one.name not in failed]
+        if part is options or not all(one.finished for one in runs):
+            failed |= run(options, runs, executor, folder, console)
+    return failed
+
+
+def parts_of(options: Options) -> Iterator[Options]:
+    """The sweep; before it, where cells have names, a few cells at a time with the first seed, so
+    that the first ones are finished early.
+    """
+    names = list(options.cells)
+    for start in range(0, len(names), CELLS_TOGETHER):
+        few = {name: options.cells[name] for name in names[start : start + CELLS_TOGETHER]}
+        yield replace(options, cells=few, seeds=seeds_of(options.seeds)[:1])
+    yield options
+
+
+def run(
+    options: Options, planned: list[PlannedRun], executor: Any, folder: Path, console: Console
+) -> dict[str, str]:
+    """Perform the runs that are missing, and say how each ended; returns what failed."""
     missing = [one for one in planned if not one.finished]
     done = len(planned) - len(missing)
     console.print(f"{len(planned)} runs in {folder}, {done} of them finished before", markup=False)
-    failed = []
+    failed = {}
     start = time.monotonic()
     ends = perform_all(missing, executor, jobs=options.jobs, threads=options.threads)
     for number, (one, error) in enumerate(ends, 1):
@@ -173,7 +216,7 @@ def run(
             said = record.headline
         else:
             said = f"FAILED, {error}; see {one.folder / LOG_FILE}"
-            failed.append(f"{one.name}: {error}")
+            failed[one.name] = f"{one.name}: {error}"
         left = duration((time.monotonic() - start) / number * (len(missing) - number))
         console.print(
             f"{done + number}/{len(planned)} {one.name}: {said}; {left} left", markup=False
@@ -181,9 +224,24 @@ def run(
     return failed
 
 
-def plan(options: Options, folder: Path) -> list[PlannedRun]:
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep has to do.
+
+    Attributes:
+        runs: All runs that are known: those of a cell are once its search is done.
+        searches: Trainings of the searches that are not done.
+        trials: What the searches that are done came to.
+    """
+
+    runs: list[PlannedRun]
+    searches: list[PlannedRun]
+    trials: list[Trial]
+
+
+def plan(options: Options, folder: Path) -> Plan:
     """All runs; every option is checked before anything starts."""
-    if not options.grid and options.base is None:
+    if not options.grid and not options.cells and options.base is None:
         raise ValueError(
             f"nothing to run: give --sweep FILE, or --base and --grid ({folder / SWEEP_FILE} is "
             "missing)"
@@ -191,30 +249,84 @@ def plan(options: Options, folder: Path) -> list[PlannedRun]:
     recipe = load_recipe(Path(options.recipe or RECIPES / "adv_train.py"))
     for option in (*options.contrast, options.plot):
         recipe.check_names(names_in(option))
-    given = base_options(options.base) | options.options
-    owned = sorted({"output", "resume", "seed"} & {*given, *values_in(expand(options.grid))})
+    base = base_options(options.base)
+    cells = read_cells(options.cells) or [NamedCell("")]
+    grid = expand(options.grid)
+    evaluator = load_recipe(Path(options.evaluator or RECIPES / "evaluate.py"))
+    evaluations = evaluations_of(options)
+    for chosen in evaluations.values() if options.evaluator is None else ():
+        check_extra(chosen["suite"])
+    seeds = seeds_of(options.seeds)
+    runs: list[PlannedRun] = []
+    searches: list[PlannedRun] = []
+    trials: list[Trial] = []
+    for cell in cells:
+        fixed = base | cell.preset | options.options | cell.options
+        check_owned([*fixed, *values_in(grid), *values_in(cell.values)])
+        if "reference" in recipe.defaults:
+            fixed.setdefault("reference", False)
+        combinations = expand(options.grid, fixed=recipe.resolve(fixed).given, skip=options.skip)
+        if not combinations:
+            raise ValueError("skip leaves no combination of the grid; remove an entry")
+        planned = partial(
+            plan_runs, folder, recipe=recipe, evaluator=evaluator, fixed=fixed, cell=cell.name
+        )
+        if cell.searches:
+            tried = planned(cell.values, seeds[:1], evaluations={})
+            found = compared(cell, tried)
+            if not found:
+                searches += tried
+                continue
+            trials += found
+            best = next(index for index, trial in enumerate(found) if trial.chosen)
+            combinations = [cell.values[best] | combination for combination in combinations]
+        runs += planned(combinations, seeds, evaluations=evaluations)
+    check_different([*runs, *searches])
+    if options.cells:  # every cell with one seed before another seed
+        runs.sort(key=lambda one: int(one.options["seed"]))
+    return Plan(runs, searches, trials)
+
+
+def check_owned(names: Iterable[str]) -> None:
+    """The sweep itself sets some options."""
+    owned = sorted({"output", "resume", "seed"}.intersection(names))
     if owned:
         raise ValueError(
             f"{owned[0]} is set by the sweep itself; omit it, and give seeds with --seeds"
         )
-    fixed = dict(given)
-    if "reference" in recipe.defaults:
-        fixed.setdefault("reference", False)
-    combinations = expand(options.grid, fixed=recipe.resolve(fixed).given, skip=options.skip)
-    if not combinations:
-        raise ValueError("skip leaves no combination of the grid; remove an entry")
-    evaluator = load_recipe(Path(options.evaluator or RECIPES / "evaluate.py"))
-    for suite in options.evaluate if options.evaluator is None else ():
-        check_extra(suite)
-    return plan_runs(
-        folder,
-        combinations,
-        seeds_of(options.seeds),
-        recipe=recipe,
-        evaluator=evaluator,
-        fixed=fixed,
-        evaluations=dict.fromkeys(options.evaluate, options.evaluation_options),
-    )
+
+
+def check_different(runs: list[PlannedRun]) -> None:
+    """No two cells are the same run, which would be trained once and belong to one of them."""
+    owners: dict[str, str] = {}
+    for one in runs:
+        owner = owners.setdefault(json.dumps(one.options, sort_keys=True), one.cell)
+        if owner != one.cell:
+            raise ValueError(f"cells {owner} and {one.cell} are the same run; remove one of them")
+
+
+def evaluations_of(options: Options) -> dict[str, dict[str, Any]]:
+    """Options of evaluate.py by the name of the evaluation, which is its suite unless it says
+    another.
+    """
+    found = {suite: {"suite": suite} | options.evaluation_options for suite in options.evaluate}
+    for name, own in options.evaluations.items():
+        found[name] = {"suite": name} | options.evaluation_options | own
+    return found
+
+
+def of_cells(records: list[RunRecord], planned: Plan, names: list[str]) -> list[RunRecord]:
+    """The runs of cells without those that a search did not choose, with the options ``names``
+    alone: cells differ in many.
+    """
+    runs = {one.name for one in planned.runs}
+    found = []
+    for record in records:
+        if record.name in runs:
+            values = record.options | {"cell": record.cell}
+            kept = {name: values[name] for name in (*names, "seed") if name in values}
+            found.append(replace(record, options=kept))
+    return found
 
 
 def base_options(base: str | None) -> dict[str, Any]:
@@ -243,7 +355,8 @@ def parse(arguments: list[str]) -> Options:
     files = config_files(words)
     output = options.output or str(Path("runs") / (files[-1].stem if files else "sweep"))
     before = Path(output) / SWEEP_FILE
-    goes_on = not files and not options.grid and options.base is None and before.is_file()
+    says_what = options.grid or options.cells or options.base is not None
+    goes_on = not files and not says_what and before.is_file()
     if goes_on:
         files = [before]
         options = read_options(Options, ["--config", str(before), *words])

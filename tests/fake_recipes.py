@@ -30,6 +30,7 @@ class Options:
     indicator: Annotated[
         Literal["mppd", "tasad", "std"], Idle(lambda options: options.rho == 0)] = "mppd"
     epochs: int = 1
+    select: Literal["clean", "pgd"] = "pgd"
     seed: int = 0
     behave: str = "well"
     device: Annotated[str, Decides("nothing")] = "auto"
@@ -72,8 +73,10 @@ def main(arguments):
     rows = [Row("clean", "clean", range(100), range(90, 100), variant=own),
             Row("pgd20", "attack", range(90), range(robust, 90), variant=own),
             Row("clean", "clean", range(100), range(1, 100), variant="lif undefended")]
+    shares = {"clean": 0.9, "pgd": robust / 100}
+    curves = {own: [{"epoch": 1, "losses": {}, "validation": shares, "lr": 0.1}]}
     report = Report(own, "cifar10", "training", (0,) * 100, rows, ThreatModel("Linf", 0.1),
-                    configuration=asdict(options), environment={"torch": "x"})
+                    curves=curves, configuration=asdict(options), environment={"torch": "x"})
     report.save(folder / "report.json")
 '''
 
@@ -119,9 +122,11 @@ def main(arguments):
     whole, threat = range(count - 1), ThreatModel("Linf", 8 / 255)
     rows = [Row("clean", "clean", range(count), (count - 1,))]
     rows += [Row(name, "attack", whole, range(n), threat=threat) for n, name in enumerate(names)]
+    layers = {"first": [9.0, 9.0], "last": [1.0, 3.0]}
+    potential = {"member": "pgd10", "samples": 9, "layers": layers, "warnings": []}
     rows.append(Row("control/pgd10", "control", whole, (0,), threat=threat, group="control"))
     report = Report(options.name or "mine", "cifar10", options.suite,
-                    [n % 2 for n in range(count)], rows, threat, 2)
+                    [n % 2 for n in range(count)], rows, threat, 2, potential=[potential])
     report.save(folder / "report.json")
 '''
 

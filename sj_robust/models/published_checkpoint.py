@@ -1,13 +1,14 @@
-"""Checkpoints of the paper's published code, and of SNN-RAT's, in the networks of this package.
+"""Checkpoints of published programs in the networks of this package.
 
-Both keep a plain ``state_dict``. Their networks differ from those here in names alone, which the
-tables below translate. Mean and standard deviation per channel, decay, threshold and surrogate are
-constants of the programs and not in the file.
+All keep a ``state_dict``, plain or in a dictionary. Their networks differ from those here in names
+alone: a form of another program is translated into the names of the paper's published code, and
+these into ours, by the tables below. Mean and standard deviation per channel, decay, threshold and
+surrogate are constants of the programs and not in the file.
 """
 
 import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,8 +37,25 @@ BLOCK = {
 itself.
 """
 
-PARAMETERS = {"input_gain": "p", "mixing": "comb"}
+PARAMETERS = {"input_gain": "p", "mixing": "comb", "rate": "poisson_rate"}
 """Our and their name of parameters; weights, biases and statistics of batch norm have the same."""
+
+
+@dataclass(frozen=True)
+class _File:
+    """A checkpoint with the names of the paper's published code.
+
+    Attributes:
+        tensors: Parameters and buffers.
+        tau: Membrane time constant of its program, in steps.
+        T: Time steps that its program takes unless it is told others.
+        gated: Whether a gate stands behind every neuron.
+    """
+
+    tensors: dict[str, Tensor]
+    tau: float = 100.0
+    T: int = 8
+    gated: bool = False
 
 
 def load_published_checkpoint(
@@ -50,24 +68,36 @@ def load_published_checkpoint(
     tau: float | None = None,
     fused: bool = True,
 ) -> tuple[SpikingClassifier, NetworkSpec]:
-    """A checkpoint of the published code, or of SNN-RAT's, as a classifier of this package.
-    载入论文公开代码的检查点。
+    """A checkpoint of the paper's published code, or of another program, as a classifier of this
+    package. 载入公开代码的检查点。
 
     Which network it is, its classes, its neuron (DLIF if there are gains ``p``, else LIF, or IF
-    without a leak) and a DLIF network's T are read from the file. A VGG of SNN-RAT, whose neurons
-    have no leak, is known by its names; a wide residual network of it has those of the paper's code
-    and needs ``tau=math.inf``.
+    without a leak) and a DLIF network's T are read from the file. The programs, by what their files
+    hold:
+
+    ============================  =====================================  =====  =====  ==========
+    program                       known by                               tau    T      neuron
+    ============================  =====================================  =====  =====  ==========
+    stable-snn (VGG, WRN)         ``layer1.0.weight``, ``block1.0...``   100    8      DLIF, LIF
+    SNN-RAT, SR (VGG)             ``classifier.5.weight``                inf    8      IF
+    StoG-meets-SNN (VGG, WRN)     ``layer1.2.1.poisson_rate``            inf    8      IF, gates
+    PDSG-SDA (VGG-11)             ``net.0.weight`` without a bias        2      4      LIF
+    ============================  =====================================  =====  =====  ==========
+
+    A wide residual network of SNN-RAT has the names of the paper's code and needs
+    ``tau=math.inf``. StoG's gates that are fully open (rate 1 or more) are those of
+    :class:`sj_robust.defences.StochasticGate`, which close once in a thousand spikes.
 
     Args:
-        path: A ``state_dict`` of the published code (.pth or .pt), with or without the ``module.``
-            of ``DataParallel``.
+        path: A ``state_dict`` (.pth or .pt), plain or in a dictionary, with or without the
+            ``module.`` of ``DataParallel``.
         mean: Mean per channel that it was trained with (``sj_robust.data.CIFAR_STATISTICS``); None
             for none.
         std: Standard deviation per channel, likewise.
         image_shape: (C, H, W) of one image.
-        T: Time steps of a LIF or IF network, 8 if omitted; of a DLIF network only as a check.
-        tau: Membrane time constant in steps. None is 100, the published decay of 0.99, and infinity
-            for a VGG of SNN-RAT.
+        T: Time steps of a LIF or IF network, those of the table if omitted; of a DLIF network only
+            as a check.
+        tau: Membrane time constant in steps; None is that of the table.
         fused: As in :class:`NetworkSpec`.
 
     Returns:
@@ -81,8 +111,10 @@ def load_published_checkpoint(
             networks, a shape does not fit, or T is not the number of gains.
 
     Source: names of the published code of Ding et al. (ICML 2024),
-        github.com/DingJianhao/stable-snn, and of SNN-RAT (NeurIPS 2022),
-        github.com/putshua/SNN-RAT.
+        github.com/DingJianhao/stable-snn, of SNN-RAT (NeurIPS 2022), github.com/putshua/SNN-RAT, of
+        SR (ICML 2024), github.com/putshua/gradient_reg_defense, of StoG (AAAI 2024),
+        github.com/DingJianhao/StoG-meets-SNN, and of PDSG-SDA (CVPR 2025),
+        github.com/ryime/PDSG-SDA.
 
     Examples:
         >>> load_published_checkpoint(
@@ -94,14 +126,10 @@ def load_published_checkpoint(
         state_dict saved by torch.save
     """
     path = Path(path)
-    tensors = read_weights(path).tensors
-    if rat := "classifier.5.weight" in tensors:  # whose flattening is a module of the classifier
-        tensors = {
-            re.sub(r"(?<=^classifier\.)\d", lambda n: str(int(n[0]) - 1), key): tensors[key]
-            for key in tensors
-        }
+    file = _as_published(read_weights(path).tensors)
+    tensors = file.tensors
     if tau is None:
-        tau = math.inf if rat else 100.0
+        tau = file.tau
     spec = NetworkSpec(
         **_sizes(tensors, path),
         image_shape=image_shape,
@@ -109,7 +137,7 @@ def load_published_checkpoint(
         fused=fused,
         mean=mean,
         std=std,
-        **_time(tensors, T, tau, path),
+        **_time(file, T, tau, path),
     )
     classifier = build_classifier(spec)
     net = classifier.net
@@ -151,7 +179,9 @@ def published_names(net: nn.Module, name: str) -> dict[str, str]:
     names = {}
     for key, plain in plain_names(net).items():
         module, _, parameter = plain.rpartition(".")
-        names[key] = f"{modules[module]}.{PARAMETERS.get(parameter, parameter)}"
+        gate = ".1" if parameter == "rate" else ""  # behind its neuron, in a row of two
+        theirs = modules[module.removesuffix(gate)] + gate
+        names[key] = f"{theirs}.{PARAMETERS.get(parameter, parameter)}"
     return names
 
 
@@ -205,10 +235,7 @@ def _sizes(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     ]
     widths = tuple(shape[0] for shape in convolutions)
     for name, features in VGG_FEATURES.items():
-        if (
-            widths == tuple(feature for feature in features if feature != "A")
-            and "classifier.4.weight" in tensors
-        ):
+        if widths == tuple(_widths(features)) and "classifier.4.weight" in tensors:
             hidden = tuple(tensors[f"classifier.{index}.weight"].shape[0] for index in (0, 2))
             return {
                 "name": name,
@@ -228,13 +255,15 @@ def _sizes(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     )
 
 
-def _time(tensors: Mapping[str, Tensor], T: int | None, tau: float, path: Path) -> dict[str, Any]:
+def _time(file: _File, T: int | None, tau: float, path: Path) -> dict[str, Any]:
     """Neuron and time steps."""
+    tensors = file.tensors
     gains = {
         len(tensor) for key, tensor in tensors.items() if key.endswith(".p") and tensor.ndim == 1
     }
     if not gains:
-        return {"neuron": "if" if math.isinf(tau) else "lif", "T": 8 if T is None else T}
+        leaking = "if" if math.isinf(tau) else "lif"
+        return {"neuron": "stog" if file.gated else leaking, "T": file.T if T is None else T}
     steps = min(gains)
     if T not in (None, steps):
         raise ValueError(
@@ -242,3 +271,51 @@ def _time(tensors: Mapping[str, Tensor], T: int | None, tau: float, path: Path) 
             "afterwards"
         )
     return {"neuron": "dlif", "T": steps}
+
+
+def _as_published(tensors: dict[str, Tensor]) -> _File:
+    """The file of any of the programs under the names of the paper's published code."""
+    if "net.0.weight" in tensors and "net.0.bias" not in tensors:
+        return _File(_of_pdsg(tensors), tau=2.0, T=4)
+    gated = any(key.endswith(".poisson_rate") for key in tensors)
+    flattens = "classifier.5.weight" in tensors  # in a module of its own, the first one
+    if flattens:
+        found = {}
+        for key, tensor in tensors.items():
+            head, dot, rest = key.partition("classifier.")
+            number, _, tail = rest.partition(".")
+            found[f"classifier.{int(number) - 1}.{tail}" if dot and not head else key] = tensor
+        tensors = found
+    return _File(tensors, tau=math.inf if gated or flattens else 100.0, gated=gated)
+
+
+def _of_pdsg(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The VGG of PDSG-SDA, all layers in one row and convolutions without bias, which is 0."""
+    widths = [len(tensor) for tensor in tensors.values() if tensor.ndim == 4]
+    known = {tuple(_widths(features)): features for features in VGG_FEATURES.values()}
+    features = known.get(tuple(widths))
+    if features is None:
+        return tensors
+    names = {}
+    theirs, stage, index = 0, 1, 0
+    for feature in features:
+        if feature == "A":
+            theirs, stage, index = theirs + 1, stage + 1, 0
+            continue
+        for _ in range(3):  # convolution, batch norm, neuron
+            names[f"net.{theirs}"] = f"layer{stage}.{index}"
+            theirs, index = theirs + 1, index + 1
+    for ours in range(5):  # behind the flattening
+        names[f"net.{theirs + 1 + ours}"] = f"classifier.{ours}"
+    found = {}
+    for key, tensor in tensors.items():
+        module, _, parameter = key.rpartition(".")
+        found[f"{names.get(module, module)}.{parameter}"] = tensor
+        if tensor.ndim == 4:
+            found[f"{names[module]}.bias"] = tensor.new_zeros(len(tensor))
+    return found
+
+
+def _widths(features: Iterable[int | str]) -> list[int]:
+    """Output channels of the convolutions alone."""
+    return [feature for feature in features if isinstance(feature, int)]

@@ -14,6 +14,7 @@ from sj_robust.evaluation.run import loop
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.fingerprint import fingerprint
 from sj_robust.evaluation.run.progress import Progress, TimeLeft, computed_once
+from sj_robust.models import NetworkSpec, build_classifier
 
 STEPS = 4 * 7  # batches times members, the clean images included
 
@@ -76,6 +77,15 @@ def test_potential_under_each_attack(whole):
         assert list(row["layers"]) == ["net.parts.1"]
         assert len(row["layers"]["net.parts.1"]) == 3
         assert min(row["layers"]["net.parts.1"]) > 0
+
+
+def test_a_network_that_draws_is_compared_under_equal_draws():
+    spec = NetworkSpec("mlp", "tgo", (1, 4, 4), T=2, hidden=(8,))
+    model = build_classifier(spec).eval()
+    x = torch.rand(3, 1, 4, 4)
+    found = loop._layer_perturbation(model, x, x)
+    assert found["layers"]
+    assert all(layer == [0.0, 0.0] for layer in found["layers"].values())
 
 
 @pytest.mark.slow

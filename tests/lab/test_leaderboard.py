@@ -1,4 +1,4 @@
-"""The table of stored reports: rebuilt the same, sorted, and what changed is named."""
+"""The table of stored reports: rebuilt the same, for a telephone too, and what changed is named."""
 
 import re
 from dataclasses import asdict, replace
@@ -7,11 +7,13 @@ from pathlib import Path
 import evaluate
 import pytest
 from evaluation.reports import member, report, stress_report
-from lab.leaderboard import make_leaderboard, read_reports
+from lab.leaderboard.tables import groups_of, make_leaderboard, read_reports
+from narrow_screen import CHROMIUM, measured
 
 from sj_robust.attacks import ThreatModel
 
 ROOT = Path(__file__).parents[2]
+FILES = ("leaderboard.md", "leaderboard.html", "details.md")
 USUAL = {
     "checkpoint": None,
     "network": None,
@@ -32,12 +34,13 @@ OPTIONS = USUAL | {
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Three reports, one with the options that made it, and files that are none."""
+    """Reports of two networks, one with the options that made it, and files that are none."""
     monkeypatch.chdir(tmp_path)
-    weaker = report(name="<lif|none>", members=(member("pgd", range(6)),))
+    network = {"fingerprint": "other"}
+    weaker = report(name="<lif|none>", members=(member("pgd", range(6)),), network=network)
     for name, one in (
         ("b", weaker),
-        ("a", replace(report(), configuration=OPTIONS)),
+        ("a", replace(report(verified=(7,)), configuration=OPTIONS)),
         ("c/d", replace(report(), threat=ThreatModel("L2", 0.5))),
     ):
         (tmp_path / "runs" / name).mkdir(parents=True)
@@ -49,28 +52,36 @@ def folder(tmp_path, monkeypatch):
 
 def test_rebuilt_from_the_stored_reports_it_is_identical(folder, capsys):
     make_leaderboard(["runs"], folder / "one", USUAL)
-    assert (
-        capsys.readouterr().out
-        == f"leaderboard.md and leaderboard.html of 3 reports are in {folder / 'one'}\n"
-    )
+    said = "leaderboard.md, leaderboard.html and details.md of 3 reports are in"
+    assert capsys.readouterr().out == f"{said} {folder / 'one'}\n"
     make_leaderboard(["runs/c", "runs/b/report.json", "runs/a", "runs"], folder / "two", USUAL)
-    for name in ("leaderboard.md", "leaderboard.html"):
+    for name in FILES:
         assert (folder / "one" / name).read_bytes() == (folder / "two" / name).read_bytes()
     text = (folder / "one" / "leaderboard.md").read_text()
-    rows = [line.split(" | ") for line in text.splitlines() if re.match(r"\| (dlif_at|<lif)", line)]
-    assert [row[0][2:] for row in rows] == [
-        "dlif_at",
-        "dlif_at",
-        "<lif\\|none>",
-    ]  # by threat, then by what is left
-    assert "| 80.0 |" in text  # clean
-    assert (
-        rows[1][-1] == "python recipes/evaluate.py 'runs/a b' --eps 8/255 --no-proofs --mean 0.5 "
-        "--trust-code |"
-    )
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    assert headings == ["## digits, L2 0.5", "## digits, Linf 0.1"]
+    rows = [line for line in text.splitlines() if re.match(r"\| (dlif_at|<lif)", line)]
+    bars = ["▒" * 6 + "·" * 14, "█" * 2 + "▒" * 4 + "·" * 14, "▒" * 4 + "·" * 16]
+    assert rows == [
+        f"| dlif_at<br>`{bars[0]}` | 80.0 |  | 30.0 | fast |",
+        f"| dlif_at<br>`{bars[1]}` | 80.0 | 10.0 | 30.0 | fast |",
+        f"| <lif\\|none><br>`{bars[2]}` | 80.0 |  | 20.0 | fast |",
+    ]
+    command = "python recipes/evaluate.py 'runs/a b' --eps 8/255 --no-proofs --mean 0.5"
+    assert f"{command} --trust-code |" in (folder / "one" / "details.md").read_text()
     page = (folder / "one" / "leaderboard.html").read_text()
     assert "<td>&lt;lif|none&gt;</td>" in page
+    assert 'aria-label="proved 10.0 %, at most 30.0 %, clean 80.0 %"' in page
     assert "http" not in page
+
+
+def test_all_reports_about_a_network_make_one_row(folder):
+    harder = replace(report(members=(member("pgd", range(7)),)), suite="standard")
+    harder.save(folder / "runs" / "a" / "harder.json")
+    group = groups_of(read_reports(["runs/a"], {}))[0]
+    (entry,) = group.entries
+    assert entry.suites == ("standard", "fast")
+    assert (entry.clean, entry.proved, entry.at_most) == (80.0, 10.0, 10.0)
 
 
 def test_a_changed_report_is_named(folder, capsys):
@@ -85,7 +96,7 @@ def test_a_changed_report_is_named(folder, capsys):
         "changed since the last leaderboard: runs/a/report.json",
     ]
     make_leaderboard(["runs"], folder / "one", USUAL)
-    assert capsys.readouterr().out.startswith("leaderboard.md and")
+    assert capsys.readouterr().out.startswith("leaderboard.md, leaderboard.html and")
     path = folder / "runs" / "a" / "report.json"
     path.write_text(path.read_text().replace('"clean_acc": "80.00"', '"clean_acc": "99.00"'))
     with pytest.raises(
@@ -109,10 +120,24 @@ def test_the_one_in_the_docs_is_that_of_the_reports_beside_it(tmp_path, monkeypa
     monkeypatch.chdir(ROOT)
     home = ROOT / "docs" / "results" / "leaderboard"
     make_leaderboard(["docs/results/leaderboard"], tmp_path, asdict(evaluate.Options()))
-    for name in ("leaderboard.md", "leaderboard.html"):
+    for name in FILES:
         found = (tmp_path / name).read_text(encoding="utf-8")
         expected = (home / name).read_text(encoding="utf-8")
         assert found == expected, (
             "python recipes/evaluate.py --leaderboard docs/results/leaderboard --output "
             "docs/results/leaderboard"
         )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_telephone_shows_four_columns_without_scrolling_sideways(tmp_path):
+    page = ROOT / "docs" / "results" / "leaderboard" / "leaderboard.html"
+    found = measured(page.read_text(encoding="utf-8"), tmp_path, width=390)
+    assert found["width"] == 390
+    assert found["scroll"] <= found["client"]
+    assert len(found["heads"]) % 5 == 0
+    for first in range(0, len(found["heads"]), 5):
+        network, clean, proved, at_most = found["heads"][first : first + 4]
+        assert 0 < network < clean < proved < at_most <= found["client"]
+    assert (tmp_path / "page.png").stat().st_size > 0

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from sj_robust.defences import StochasticGate
 from sj_robust.evaluation.subject import from_checkpoint
 from sj_robust.models import load_published_checkpoint
 from sj_robust.models.checkpoint import save_checkpoint
@@ -225,6 +226,102 @@ def test_a_vgg_of_snn_rat_has_neurons_without_leak(tmp_path):
             module.decay = 1.0
     images = torch.rand(4, 3, 8, 8)
     assert_close(logits_of(ours, images), logits_of(theirs, images))
+
+
+class Gate(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.poisson_rate = nn.Parameter(torch.rand(shape))
+
+    def forward(self, x):
+        return x
+
+
+def gated(net, size):
+    """The same network with an open gate behind every neuron, as StoG's program puts them."""
+    shapes = {}
+    for module in net.modules():
+        if isinstance(module, Spikes):
+            module.decay = 1.0
+            module.register_forward_hook(lambda own, _, out: shapes.update({own: out.shape[1:]}))
+    net.eval()(torch.rand(1, 3, size, size))
+    for parent in list(net.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Spikes):
+                setattr(parent, name, nn.Sequential(child, Gate(shapes[child])))
+    return net
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [VGG5, WRN16], ids=lambda case: case.name)
+def test_gates_of_stog_are_loaded_with_their_rates(tmp_path, case):
+    theirs = gated(case.network(gains=False), case.size)
+    state = {}
+    for key, value in theirs.state_dict().items():
+        _, dot, rest = key.partition("classifier.")
+        number, _, tail = rest.partition(".")
+        state[f"classifier.{int(number) + 1}.{tail}" if dot else key] = value
+    torch.save(state, tmp_path / "net.pth")
+    ours, spec = load(tmp_path / "net.pth", image_shape=case.shape, T=3)
+    assert (spec.name, spec.neuron, spec.tau) == (case.name, "stog", torch.inf)
+    gates = [module for module in ours.modules() if isinstance(module, StochasticGate)]
+    rates = [module.poisson_rate for module in theirs.modules() if isinstance(module, Gate)]
+    assert sorted(gate.rate.sum().item() for gate in gates) == sorted(
+        rate.sum().item() for rate in rates
+    )
+    for gate in gates:
+        gate.forward = lambda spikes: spikes
+    images = torch.rand(4, *case.shape)
+    assert_close(logits_of(ours, images), logits_of(theirs, images))
+
+
+class Pdsg(Published):
+    """VGG-11 in one row, convolutions without bias, decay 0.5."""
+
+    def __init__(self, T):
+        super().__init__(T)
+        features = (64, "A", 128, 256, "A", 512, 512, 512, "A", 512, 512)
+        layers, width = [], 3
+        for feature in features:
+            if feature == "A":
+                layers.append(nn.AvgPool2d(2))
+                continue
+            layers.append(nn.Conv2d(width, feature, 3, padding=1, bias=False))
+            layers += [nn.BatchNorm2d(feature), self.node(T)]
+            width = feature
+        layers.append(nn.Flatten())
+        for a, b in ((512, 20), (20, 16)):
+            layers += [nn.Linear(a, b), self.node(T)]
+        self.net = nn.Sequential(*layers, nn.Linear(16, 7))
+        self.logits = self.net
+
+    @staticmethod
+    def node(T):
+        spikes = Spikes(T, gains=False)
+        spikes.decay = 0.5
+        return spikes
+
+    def state_dict(self):
+        found = super().state_dict()
+        return {key: value for key, value in found.items() if not key.startswith("logits")}
+
+
+@pytest.mark.slow
+def test_a_vgg_of_pdsg_has_its_layers_in_one_row(tmp_path):
+    torch.manual_seed(0)
+    theirs = lively(Pdsg(4), 8)
+    torch.save({"model": theirs.state_dict(), "epoch": 3}, tmp_path / "checkpoint.pth")
+    ours, spec = load(tmp_path / "checkpoint.pth", image_shape=(3, 8, 8))
+    assert (spec.name, spec.neuron, spec.T, spec.tau) == ("vgg11", "lif", 4, 2.0)
+    images = torch.rand(4, 3, 8, 8)
+    expected = logits_of(theirs, images)
+    assert expected.std(0).max() > 0.01
+    assert_close(logits_of(ours, images), expected)
+
+
+def test_other_networks_in_one_row_are_refused(refused):
+    state = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)).state_dict()
+    refused({f"net.{key}": value for key, value in state.items()}, "none of the published networks")
 
 
 @pytest.fixture

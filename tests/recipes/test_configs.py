@@ -197,9 +197,10 @@ def test_a_cell_has_the_papers_hyperparameters(recipe, path):
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_a_sweep_is_made_of_the_presets(recipe, path, tmp_path):
     options = sweep.parse(["--sweep", str(path)])
-    runs = [run.options for run in sweep.plan(options, tmp_path)]
+    planned = sweep.plan(options, tmp_path)
+    runs = [run.options for run in (*planned.runs, *planned.searches)]
     assert runs
-    if options.base.startswith("paper/"):
+    if (options.base or "").startswith("paper/"):
         prefix = "cifar10_vgg5" if "indicators" in path.stem else path.stem.removesuffix("_sweep")
         cells = [one for one in CELLS if one.stem.startswith(prefix)]
         found = {recipe.identity(recipe.resolve(run)) for run in runs}
@@ -209,6 +210,11 @@ def test_a_sweep_is_made_of_the_presets(recipe, path, tmp_path):
         for run in runs:
             if run["mode"] == "certified":
                 assert parse_eps(run["certified_eps"]) > parse_eps(run["eps"])
+    elif path.stem.startswith("defences"):
+        assert {run["seed"] for run in runs} == {0}  # the searches come first
+        assert len(runs) == 3 * len(options.cells)
+        shared = ("T", "channels", "epochs", "train_limit", "batch_size", "eval_eps", "select")
+        assert len({str([run[name] for name in shared]) for run in runs}) == 1
     elif path.stem.startswith("bfloat16"):
         seen = [run["mixed_precision"] for run in runs[:2]]
         assert seen == ["no", "bf16"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from data.event_recordings import pack_n_mnist, trust
 from evaluation.recipe_run import SMALL, TWO_BATCHES, in_process, start, without_times
+from lab.command_line import WrongUse
 from launch import finish
 
 from sj_robust.attacks import ThreatModel
@@ -303,11 +304,24 @@ def test_stress(folder, tmp_path, capsys, monkeypatch):
 def test_leaderboard(folder, tmp_path, capsys, whole):
     in_process(folder, *split("--leaderboard whole --output"), str(tmp_path / "board"))
     assert "of 1 reports are in" in capsys.readouterr().out
-    row = (tmp_path / "board" / "leaderboard.md").read_text().splitlines()[6]
-    assert row.startswith(f"| lif_none | digits | 12 | Linf 0.1 | paper | {whole.clean.percent} |")
-    assert row.endswith(
-        "python recipes/evaluate.py runs/one --suite paper --no-control --test-limit 12 |"
-    )
+    text = (tmp_path / "board" / "leaderboard.md").read_text()
+    assert "## digits, Linf 0.1" in text
+    at_most = whole.everything.percent
+    proved = "" if whole.verified is None else whole.verified.percent
+    row = f"` | {whole.clean.percent} | {proved} | {at_most} | paper"
+    assert any(line.startswith("| lif_none<br>") and row in line for line in text.splitlines())
+    command = "python recipes/evaluate.py runs/one --suite paper --no-control --test-limit 12 |"
+    assert command in (tmp_path / "board" / "details.md").read_text()
+
+
+def test_a_report_is_checked_and_added(folder, tmp_path, capsys, whole):
+    board = str(tmp_path / "added")
+    in_process(folder, *split("runs/one --leaderboard add whole --output"), board)
+    out = capsys.readouterr().out
+    assert "- [x] attack again: PGD-20 breaks" in out
+    assert "leaderboard.md, leaderboard.html and details.md of 1 reports are in" in out
+    with pytest.raises(WrongUse, match="--leaderboard add takes one report, got 0"):
+        in_process(folder, *split("--leaderboard add --output"), board)
 
 
 def test_compare(folder, capsys, whole):

@@ -118,6 +118,96 @@ def test_a_sweep_goes_on_and_grows_and_is_reported_again(run, tmp_path):
         run(*split("--output runs/mine --report --columns x/*"))
 
 
+CELLS = """
+plain: {options: {neuron: lif, mode: none}}
+tuned: {config: own.yaml, options: {mode: at}, search: {rho: [0, 1]}}
+"""
+
+
+def test_cells_search_on_validation_images_and_are_then_trained_with_every_seed(run, tmp_path):
+    (tmp_path / "own.yaml").write_text("{neuron: lif, mode: rat, epochs: 7}")
+    given = ("--cells", CELLS, "--options", "{epochs: 3}", "--seeds", "2")
+    output = run(*given, "--evaluations", "{weak: {suite: paper, test_limit: 20}}")
+    said = [line for line in output.splitlines() if "finished before" in line]
+    assert said == [
+        "2 runs in runs/sweep, 0 of them finished before",  # the search
+        "2 runs in runs/sweep, 0 of them finished before",  # both cells with the first seed
+        "4 runs in runs/sweep, 2 of them finished before",
+    ]
+    folder = tmp_path / "runs" / "sweep"
+    assert (folder / "search.csv").read_text().splitlines() == [
+        "cell,value,validation,clean,chosen",
+        "tuned,rho 0,0.4,0.9,False",
+        "tuned,rho 1,0.5,0.9,True",
+    ]
+    calls = {path.parent.name: path.read_text().split() for path in folder.glob("runs/*/calls")}
+    assert {name: found[0] for name, found in calls.items()} == dict.fromkeys(calls, "train")
+    evaluated = {name for name, found in calls.items() if "paper" in found}
+    chosen = {f"{name}-seed{seed}" for name in ("plain", "tuned-rho1") for seed in (0, 1)}
+    assert evaluated == chosen
+    assert calls.keys() == {*chosen, "tuned-rho0-seed0"}
+    rows = list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
+    found = {(row["cell"], row["figure"]): (row["mean"], row["seeds"]) for row in rows}
+    assert {cell for cell, _ in found} == {"plain", "tuned"}
+    assert found["tuned", "weak/clean"] == ("0.95", "2")
+    assert found["tuned", "weak/pgd10/ms_mppd"] == ("2.0", "2")
+    assert found["tuned", "validation/pgd"] == ("0.51", "2")
+    assert float(found["plain", "training/cpu_seconds"][0]) > 0
+    record = RunRecord.load(folder / "runs" / "tuned-rho1-seed1" / RECORD_FILE)
+    kept = {name: record.options[name] for name in ("neuron", "mode", "epochs")}
+    assert kept == {"neuron": "lif", "mode": "at", "epochs": 3}  # the cell's own above all
+    before = (folder / "results.csv").read_text()
+    run("--output", "runs/sweep", "--report")
+    assert (folder / "results.csv").read_text() == before
+    assert "4 runs in runs/sweep, 4 of them finished" in run("--output", "runs/sweep")
+
+
+def test_cells_that_are_stopped_at_any_run_go_on_and_repeat_nothing(run, tmp_path, monkeypatch):
+    (tmp_path / "own.yaml").write_text("{neuron: lif}")
+    given = ("--cells", CELLS, "--seeds", "2", "--evaluate", "paper")
+
+    def stopped(runs, executor, *, jobs, threads):
+        for end in one_after_the_other(runs, executor, jobs=jobs, threads=threads):
+            yield end
+            raise KeyboardInterrupt
+
+    stops = 0
+    with monkeypatch.context() as patch:
+        patch.setitem(sweep.main.__globals__, "perform_all", stopped)
+        while not list(tmp_path.glob("runs/sweep/runs/tuned-rho1-seed1/paper")):
+            with pytest.raises(KeyboardInterrupt):
+                run(*given)
+            stops += 1
+    assert stops == 6
+    run("--output", "runs/sweep")
+    for calls in tmp_path.glob("runs/sweep/runs/*/calls"):
+        words = [line.split()[0] for line in calls.read_text().splitlines()]
+        assert words in (["train"], ["train", "paper"])
+    run(*given, "--output", "whole")
+    tables = [tmp_path / name / "results.csv" for name in ("runs/sweep", "whole")]
+    found, expected = (table.read_text().splitlines() for table in tables)
+    assert [row for row in found if "cpu" not in row] == [
+        row for row in expected if "cpu" not in row
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ("{a: {mode: at}}", "a cell has config, options, search, got 'mode' in a"),
+        (
+            "{a: {search: {rho: [1]}}}",
+            "a search needs two values or more, got {'rho': \\[1\\]} in a",
+        ),
+        ("{a: {options: {rho: 1}}, b: {options: {rho: 1}}}", "cells a and b are the same run"),
+        ("{a: {search: {seed: [1, 2]}}}", "seed is set by the sweep itself"),
+    ],
+)
+def test_wrong_cells(run, cells, message):
+    with pytest.raises(ValueError, match=message):
+        run("--cells", cells)
+
+
 def test_options_of_the_command_line_are_added_to_those_of_the_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     kept = {"grid": {"rho": [1]}, "options": {"epochs": 5, "T": 2}}
@@ -188,7 +278,7 @@ def test_null_and_its_value_are_one_run_of_the_real_recipe(tmp_path):
         planned = sweep.main.__globals__["plan"](
             sweep.options_type(base="digits", grid=grid), tmp_path
         )
-        return [run.name for run in planned]
+        return [run.name for run in planned.runs]
 
     found = names({"rho": [None, 1, 0], "eps": ["0.1", 0.1]})
     assert found == [

@@ -5,6 +5,7 @@ kept.
 import os
 import shutil
 import signal
+import statistics
 import sys
 import time
 import traceback
@@ -103,16 +104,19 @@ def perform(run: PlannedRun) -> RunRecord:
 def _train(run: PlannedRun) -> RunRecord:
     """Train the network; returns the first record of the run."""
     folder = run.folder / "training"
-    seconds = _call(run.recipe, folder, run.folder / OPTIONS_FILE, mark="*/last.pt")
+    spent = _call(run.recipe, folder, run.folder / OPTIONS_FILE, mark="*/last.pt")
     report = Report.load(folder / _REPORT)
     own = [row.member for row in report.of(report.main)]  # other networks are references
     record = RunRecord(
         name=run.name,
         options=run.options,
         training=_counts(map(report.under, own)),
-        seconds={"training": seconds},
+        seconds={"training": spent.seconds},
         environment=report.environment,
         notes=report.warnings,
+        cpu_seconds={"training": spent.cpu_seconds},
+        cell=run.cell,
+        validation=_selected(report, run),
     )
     record.save(run.folder / RECORD_FILE)
     return record
@@ -131,7 +135,7 @@ def _evaluate(run: PlannedRun, record: RunRecord, suite: str) -> RunRecord:
         "name": run.name,
     }
     write_whole(path, yaml.safe_dump(given, sort_keys=False))
-    seconds = _call(run.evaluator, folder, path, mark="progress/*")
+    spent = _call(run.evaluator, folder, path, mark="progress/*")
     report = Report.load(folder / _REPORT)
     result = {
         "options": options,
@@ -142,7 +146,9 @@ def _evaluate(run: PlannedRun, record: RunRecord, suite: str) -> RunRecord:
     record = replace(
         record,
         evaluations=record.evaluations | {suite: result},
-        seconds=record.seconds | {suite: seconds},
+        seconds=record.seconds | {suite: spent.seconds},
+        cpu_seconds=record.cpu_seconds | {suite: spent.cpu_seconds},
+        ms_mppd=record.ms_mppd | {suite: _last_layer(report)},
         environment=report.environment,
     )
     record.save(run.folder / RECORD_FILE)
@@ -153,24 +159,56 @@ def _counts(found: Iterable[Accuracy]) -> dict[str, dict[str, int]]:
     return {one.name: {"correct": one.correct, "total": one.total} for one in found}
 
 
-def _call(recipe: Path, folder: Path, options: Path, *, mark: str) -> float:
-    """Run a recipe with ``folder`` as output, and return the seconds it took.
+def _selected(report: Report, run: PlannedRun) -> dict[str, float]:
+    """Validation accuracies of the epoch that was selected, that which selected it first, then that
+    of clean images; empty if the report has no curves.
+    """
+    curve = report.curves.get(report.main, [])
+    if not curve:
+        return {}
+    select = load_recipe(run.recipe).resolve(run.options).complete["select"]
+    epochs: list[dict[str, float]] = [epoch["validation"] for epoch in curve]
+    best = max(epochs, key=lambda found: found[select])
+    first = {name: best[name] for name in (select, "clean")}
+    return first | best
+
+
+def _last_layer(report: Report) -> dict[str, float]:
+    """MS-MPPD of the last spiking layer under each attack of the report, mean over time."""
+    found = {}
+    for entry in report.potential:
+        layers = list(entry["layers"].values())
+        if layers:
+            found[entry["member"]] = statistics.fmean(layers[-1])
+    return found
+
+
+@dataclass(frozen=True)
+class _Spent:
+    """Time of a recipe."""
+
+    seconds: float
+    cpu_seconds: float
+
+
+def _call(recipe: Path, folder: Path, options: Path, *, mark: str) -> _Spent:
+    """Run a recipe with ``folder`` as output, and return the time it took.
 
     It is resumed if the folder holds files of the pattern ``mark``.
     """
     if (folder / _REPORT).is_file():  # killed between the report and the record
-        return 0.0
+        return _Spent(0.0, 0.0)
     arguments = ["--config", str(options), "--output", str(folder)]
     if any(folder.glob(mark)):
         arguments.append("--resume")
     elif folder.exists():
         shutil.rmtree(folder)  # killed before there was anything to resume
-    start = time.monotonic()
+    start, cpu_start = time.monotonic(), time.process_time()
     try:
         load_recipe(recipe).main(arguments)
     finally:
         AcceleratorState._reset_state(True)  # else the next recipe has its precision and device
-    return time.monotonic() - start
+    return _Spent(time.monotonic() - start, time.process_time() - cpu_start)
 
 
 def _alone(folder: Path) -> Any:

@@ -27,6 +27,7 @@ class PlannedRun:
         evaluations: By suite all options of the evaluation.
         recipe: Script of the training.
         evaluator: Script of the evaluation.
+        cell: Name of its cell, where cells have names.
     """
 
     folder: Path
@@ -34,6 +35,7 @@ class PlannedRun:
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     recipe: Path = Path("recipes/adv_train.py")
     evaluator: Path = Path("recipes/evaluate.py")
+    cell: str = ""
 
     @property
     def name(self) -> str:
@@ -62,8 +64,9 @@ def plan_runs(
     evaluator: Recipe,
     fixed: Mapping[str, Any],
     evaluations: Mapping[str, Mapping[str, Any]],
+    cell: str = "",
 ) -> list[PlannedRun]:
-    """The runs of a sweep, seed by seed, each only once.
+    """The runs of a sweep, or of its cell of that name, seed by seed, each only once.
 
     Combinations are the same run if they differ only in an option without effect, or if one has
     null and the other the value that null stands for (see :meth:`Recipe.identity`). A run of an
@@ -75,14 +78,14 @@ def plan_runs(
     """
     suites = {}
     for suite, given in evaluations.items():
-        suites[suite] = evaluator.resolve({**given, "suite": suite}).given
+        suites[suite] = evaluator.resolve({"suite": suite, **given}).given
     varied = values_in(combinations)
-    cells = [recipe.resolve({**fixed, **combination}) for combination in combinations]
+    settings = [recipe.resolve({**fixed, **combination}) for combination in combinations]
     begun = _begun(folder, recipe)
     owners = {path.name: identity for identity, path in begun.items()}
     planned: dict[str, PlannedRun] = {}
-    for seed, cell in itertools.product(seeds, cells):
-        resolved = cell.with_seed(seed)
+    for seed, setting in itertools.product(seeds, settings):
+        resolved = setting.with_seed(seed)
         identity = recipe.identity(resolved)
         if identity in planned:
             continue
@@ -91,7 +94,7 @@ def plan_runs(
         path = begun.get(identity)
         if path is None:
             shown = {name: options[name] for name in varied if name not in resolved.idle}
-            path = folder / "runs" / _name(shown, seed)
+            path = folder / "runs" / _name(cell, shown, seed)
             owner = owners.get(path.name)
             if owner is not None:
                 if owner not in planned:  # a run of an earlier sweep
@@ -105,6 +108,7 @@ def plan_runs(
             evaluations=suites,
             recipe=recipe.path,
             evaluator=evaluator.path,
+            cell=cell,
         )
         _check_evaluations(run, evaluator)
         planned[identity] = run
@@ -151,11 +155,11 @@ def _begun(folder: Path, recipe: Recipe) -> dict[str, Path]:
     return found
 
 
-def _name(values: Mapping[str, Any], seed: int) -> str:
+def _name(cell: str, values: Mapping[str, Any], seed: int) -> str:
     """Name of a run such as ``dlif-rho0.1-seed0``: words as they are, other values behind the name
     of their option.
     """
-    parts = []
+    parts = [cell] if cell else []
     for name, value in values.items():
         is_word = isinstance(value, str) and value[:1].isalpha()
         parts.append(value if is_word else f"{name}{value_text(value)}")

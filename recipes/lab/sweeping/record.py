@@ -20,6 +20,12 @@ class RunRecord(SavedResult, what="a run of a sweep", format="sj_robust.sweep_ru
             ``training``; ``alarm`` is the reason for which they mean nothing, empty if there is
             none.
         seconds: Time of the training and of each suite, of the last attempt where one was killed.
+        cpu_seconds: Processor time of the same.
+        cell: Name of the cell where the sweep's cells have names.
+        validation: Accuracies on the validation images of the epoch that was selected, that which
+            selected it first.
+        ms_mppd: Per suite the MS-MPPD of the last spiking layer under each of its attacks, mean
+            over time.
         environment: Versions, device, commit.
         notes: Warnings of the training.
 
@@ -38,6 +44,10 @@ class RunRecord(SavedResult, what="a run of a sweep", format="sj_robust.sweep_ru
     seconds: dict[str, float] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
+    cell: str = ""
+    validation: dict[str, float] = field(default_factory=dict)
+    ms_mppd: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "notes", tuple(self.notes))
@@ -60,6 +70,16 @@ class RunRecord(SavedResult, what="a run of a sweep", format="sj_robust.sweep_ru
         for name, found in counts.items():
             shares[name] = found["correct"] / found["total"]
         return shares
+
+    @property
+    def measures(self) -> dict[str, float]:
+        """Figures that are no accuracies of the test, by column: ``validation/pgd``,
+        ``paper/pgd20/ms_mppd``, ``training/cpu_seconds``.
+        """
+        found = {f"validation/{name}": share for name, share in self.validation.items()}
+        for suite, layers in self.ms_mppd.items():
+            found |= {f"{suite}/{attack}/ms_mppd": value for attack, value in layers.items()}
+        return found | {f"{part}/cpu_seconds": value for part, value in self.cpu_seconds.items()}
 
     @property
     def headline(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lab.sweeping.grid import names_in, value_text
+from lab.sweeping.grid import names_in, value_text, values_in
 from lab.sweeping.published_accuracies import published_accuracy
 from lab.sweeping.record import RunRecord
 from lab.sweeping.summary import Axes, Cell, axes_in, cells_of, columns_of, contrasts
@@ -47,7 +47,7 @@ def write_report(
         )
     axes = axes_in(records, grid)
     cells = cells_of(records, axes)
-    everything = columns_of(records, ["*"])
+    everything = columns_of(records, ["*"]) + list(values_in(one.measures for one in records))
     few = columns_of(records, columns, few=True)
     if not few:
         known = ", ".join(everything)

@@ -61,11 +61,12 @@ class Cell:
     records: list[RunRecord]
 
     def by_seed(self, column: str) -> dict[int, float]:
-        """Accuracy of each run that has one in a column."""
+        """Accuracy, or other measure, of each run that has one in a column."""
         found = {}
         for record in self.records:
-            if column in record.accuracies:
-                found[record.seed] = record.accuracies[column]
+            figures = record.accuracies | record.measures
+            if column in figures:
+                found[record.seed] = figures[column]
         return found
 
     def statistic(self, column: str) -> Statistic | None:

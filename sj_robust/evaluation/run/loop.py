@@ -468,12 +468,20 @@ def _layer_perturbation(model: nn.Module, x: Tensor, x_adv: Tensor) -> dict[str,
     """MS-MPPD of every spiking layer per time step: number of samples, layers in order of
     execution, and warnings of neurons that cannot be followed; empty if the network has no neuron
     that can.
+
+    A network that draws does so equally in both runs, which differ in the images alone.
     """
-    with warnings.catch_warnings(record=True) as caught, seeded_globals(0, x.device):
+
+    def with_equal_draws(images: Tensor) -> Tensor:
+        with seeded_globals(0, x.device):
+            logits: Tensor = model(images)
+        return logits
+
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             with MPPDMonitor(model) as monitor:
-                stats = monitor.compare(x, x_adv, forward=model)
+                stats = monitor.compare(x, x_adv, forward=with_equal_draws)
         except (ValueError, RuntimeError):  # there is no neuron to follow, or none that runs
             return {}
     layers = {name: layer.ms_mppd.tolist() for name, layer in stats.items()}

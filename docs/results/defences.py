@@ -1,0 +1,398 @@
+"""The study of published defences: table, figures and one CSV from what its sweeps came to.
+
+python docs/results/defences.py                      # the two sweeps in runs
+python docs/results/defences.py runs/mine            # these sweeps; the CSV is not written
+python docs/results/defences.py --page               # the page again, from the CSV that is kept
+
+The sweeps are recipes/configs/sweeps/defences_fashion_mnist_sweep.yaml and
+defences_cifar10_sweep.yaml; a stopped one goes on by the same command, and one that is not finished
+is shown as far as it is. This writes defences/defences.csv, the figures beside it, and everything
+between the two marks in defences.md.
+"""
+
+import csv
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from matplotlib.figure import Figure
+from rows import read_rows, write_rows
+
+from sj_robust.attacks.threat import eps_text, parse_eps
+from sj_robust.core.saved import markdown_table, write_whole
+from sj_robust.core.shown import COLOURS, GREY, print_style
+from sj_robust.perturbation.association import spearman
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+FOLDER = HERE / "defences"
+TABLE = FOLDER / "defences.csv"
+PAGE = HERE / "defences.md"
+SWEEPS = ("runs/defences_fashion_mnist_sweep", "runs/defences_cifar10_sweep")
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+PLAIN = "undefended"
+PGD, MPPD = "pgd20/last", "pgd20/ms_mppd"
+NAMES = {
+    PLAIN: "no defence",
+    "at": "AT",
+    "ms_mppd_at": "DLIF + MS-MPPD, AT",
+    "mppd_tv_at": "MPPD-TV, AT",
+    "tgo": "TGO",
+    "feel": "FEEL-SNN",
+    "hosnn": "HoSNN",
+    "stog": "StoG",
+    "mpd_sgr": "MPD-SGR",
+    "rsc": "RSC",
+    "poisson": "rate coding",
+    "stod": "STOD",
+    "dsd": "DSD",
+}
+"""What the cells of the sweeps are called; NAME_at is NAME with adversarial training."""
+
+
+CLAIMS = {
+    "ms_mppd_at": "VGG-11, CIFAR-10, 8/255: 29.1 to 37.6 % under PGD-10 by MS-MPPD beside AT "
+    "([Ding et al.](https://arxiv.org/abs/2405.20694))",
+    "mppd_tv_at": "the absolute value is better than the square, with weights of 2.5 to 3 "
+    "(Lai et al., ICLR 2026)",
+    "tgo": "robustness of directly trained networks rises significantly in standard scenarios, "
+    "at no cost in inference ([abstract](https://arxiv.org/abs/2602.20548))",
+    "feel": "more robust to noise, FGSM, PGD, BIM and CW "
+    "([reviews](https://openreview.net/forum?id=TuCQdBo4NC))",
+    "hosnn": "trained with FGSM at 2/255, tested with PGD-7 at 8/255: Fashion-MNIST 30.5 to "
+    "74.9 %, CIFAR-10 0.6 to 42.6 % ([abstract](https://arxiv.org/abs/2308.10373))",
+    "stog": "helps alone and beside other methods; trained with FGSM at 2/255, tested with FGSM "
+    "and PGD-7 at 8/255 over 10 draws "
+    "([AAAI 2024](https://ojs.aaai.org/index.php/AAAI/article/view/27804))",
+    "mpd_sgr": "resilience rises significantly, for several networks, surrogates and codes "
+    "([abstract](https://arxiv.org/abs/2511.12199))",
+    "rsc": "more robust than ordinary networks, state of the art on ImageNet "
+    "([abstract](https://arxiv.org/abs/2407.20099))",
+    "poisson": "codes of random spikes are inherently more robust than direct ones (Sharmin et "
+    "al., ECCV 2020)",
+    "stod": "higher accuracy under FGSM and PGD on CIFAR, ImageNet and event data "
+    "([ICLR 2026](https://openreview.net/forum?id=udTDFAshNM))",
+    "dsd": "overall robustness rises significantly, without hyperparameters "
+    "([abstract](https://openreview.net/forum?id=EIYltBaUzL))",
+}
+"""What each paper claims in its own setting, where that could be read."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A defence at one radius: means over seeds in per cent, their standard deviations, and the
+    training's processor time relative to no defence. Empty where there is no figure.
+    """
+
+    data: str
+    radius: str
+    cell: str
+    seeds: int
+    chosen: str
+    clean: str
+    clean_sd: str
+    pgd: str
+    pgd_sd: str
+    control: str
+    control_sd: str
+    at_most: str
+    at_most_sd: str
+    proved: str
+    ms_mppd: str
+    cost: str
+
+    @property
+    def name(self) -> str:
+        """What a reader calls it."""
+        alone = self.cell.removesuffix("_at")
+        with_at = f"{NAMES.get(alone, alone)}, AT"
+        return NAMES.get(self.cell, with_at if self.cell.endswith("_at") else self.cell)
+
+    @property
+    def attacked(self) -> bool:
+        """Whether it was trained on attacked images."""
+        return self.cell == "at" or self.cell.endswith("_at")
+
+
+def main() -> None:
+    """Read the sweeps, or the CSV, and write the page."""
+    words = sys.argv[1:]
+    FOLDER.mkdir(exist_ok=True)
+    if words == ["--page"]:
+        rows = read_rows(TABLE, Row)
+    else:
+        folders = [Path(word) for word in words] or [ROOT / name for name in SWEEPS]
+        rows = [row for folder in folders if folder.is_dir() for row in rows_of(folder)]
+    if not rows:
+        sys.exit("no sweep is there yet; run recipes/sweep.py, or give the folder of one")
+    text = shown(rows)
+    if words and words != ["--page"]:
+        print(text)
+        return
+    write_rows(TABLE, rows)
+    draw_brackets(rows)
+    draw_mppd(rows)
+    head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    write_whole(PAGE, f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}")
+    print(text)
+
+
+def rows_of(folder: Path) -> list[Row]:
+    """Every defence of a sweep at every radius, in the order of its cells."""
+    sweep = yaml.safe_load((folder / "sweep.yaml").read_text(encoding="utf-8"))
+    figures = figures_in(folder / "results.csv")
+    chosen = chosen_in(folder / "search.csv")
+    rows = []
+    for radius, suites in radii(sweep).items():
+        for cell in sweep["cells"]:
+            found = figures.get(cell, {})
+            plain = figures.get(PLAIN, {})
+            if any(column.startswith(f"{name}/") for name in suites.values() for column in found):
+                rows.append(
+                    row_of(sweep["options"]["dataset"], radius, cell, found, plain, suites, chosen)
+                )
+    return rows
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Mean, spread over seeds and number of seeds of one column."""
+
+    mean: float
+    spread: float | None
+    seeds: int
+
+
+def row_of(
+    data: str,
+    radius: str,
+    cell: str,
+    found: dict[str, Figures],
+    plain: dict[str, Figures],
+    suites: dict[str, str],
+    chosen: dict[str, str],
+) -> Row:
+    """The row of one cell; suites are the names of its evaluations by suite."""
+    paper, standard = suites.get("paper", ""), suites.get("standard", "")
+    columns = {
+        "clean": f"{paper}/clean",
+        "pgd": f"{paper}/{PGD}",
+        "control": f"{standard}/control",
+        "at_most": f"{standard}/everything",
+    }
+    texts: dict[str, str] = {}
+    for name, column in columns.items():
+        figure = found.get(column)
+        texts[name] = "" if figure is None else f"{100 * figure.mean:.1f}"
+        spread = None if figure is None else figure.spread
+        texts[f"{name}_sd"] = "" if spread is None else f"{100 * spread:.1f}"
+    proved = found.get(f"{standard}/verified")
+    mppd = found.get(f"{paper}/{MPPD}")
+    seconds, usual = (one.get("training/cpu_seconds") for one in (found, plain))
+    relative = "" if seconds is None or usual is None else f"{seconds.mean / usual.mean:.2f}"
+    return Row(
+        data=data.rpartition("/")[2] if ":" in data else data,
+        radius=radius,
+        cell=cell,
+        seeds=max(figure.seeds for figure in found.values()),
+        chosen=chosen.get(cell, ""),
+        proved="" if proved is None else f"{100 * proved.mean:.1f}",
+        ms_mppd="" if mppd is None else f"{mppd.mean:.4g}",
+        cost=relative,
+        **texts,
+    )
+
+
+def radii(sweep: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """By radius the name of each suite's evaluation."""
+    found: dict[str, dict[str, str]] = {}
+    for name, own in sweep["evaluations"].items():
+        options = {"suite": name} | sweep["evaluation_options"] | own
+        radius = eps_text(parse_eps(options["eps"]))
+        found.setdefault(radius, {})[options["suite"]] = name
+    return found
+
+
+def figures_in(path: Path) -> dict[str, dict[str, Figures]]:
+    """By cell and column what a sweep's results.csv says."""
+    found: dict[str, dict[str, Figures]] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for line in csv.DictReader(file):
+            spread = line["standard_deviation"]
+            figures = Figures(
+                float(line["mean"]), float(spread) if spread else None, int(line["seeds"])
+            )
+            found.setdefault(line["cell"], {})[line["figure"]] = figures
+    return found
+
+
+def chosen_in(path: Path) -> dict[str, str]:
+    """By cell the value that its search chose."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return {
+            line["cell"]: line["value"] for line in csv.DictReader(file) if line["chosen"] == "True"
+        }
+
+
+def by_threat(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+    """Rows of one data set and radius together."""
+    groups = groupby(rows, key=lambda row: f"{row.data}, {row.radius}")
+    return [(title, list(found)) for title, found in groups]
+
+
+def shown(rows: list[Row]) -> str:
+    """The tables and figures of the page."""
+    parts = []
+    for title, found in by_threat(rows):
+        parts += [f"### {title}", table(found), correlation_text(found)]
+    parts += ["### What is left of the claims", claims(rows)]
+    parts += [
+        "![Clean accuracy, PGD-20 and bracket of every defence](defences/brackets.png)",
+        "![MS-MPPD under attack and robust accuracy of every defence](defences/ms_mppd.png)",
+    ]
+    return "\n\n".join(parts)
+
+
+def claims(rows: list[Row]) -> str:
+    """What each paper claims, and what its defence adds here to robust accuracy, in points."""
+    groups = by_threat(rows)
+    lines = []
+    for cell, claim in CLAIMS.items():
+        alone = cell.removesuffix("_at")
+        cells = [NAMES[cell].removesuffix(", AT"), claim]
+        for _, found in groups:
+            at_most = {row.cell: number(row.at_most) for row in found}
+            texts = []
+            for name, base in ((alone, PLAIN), (f"{alone}_at", "at")):
+                gain = at_most.get(name, math.nan) - at_most.get(base, math.nan)
+                texts.append("–" if math.isnan(gain) else f"{gain:+.1f}")
+            cells.append(" / ".join(texts))
+        lines.append(cells)
+    heads = ["defence", "claim in its own setting", *(f"left at {title}" for title, _ in groups)]
+    note = "Left: at most with the defence minus at most without it, in points, alone / beside AT."
+    return f"{markdown_table(heads, lines, words=2)}\n\n{note}"
+
+
+def table(rows: list[Row]) -> str:
+    """One data set and radius, the most robust defence first."""
+    heads = [
+        "defence",
+        "seeds",
+        "clean, %",
+        "PGD-20, %",
+        "control, %",
+        "at most, %",
+        "PGD-20 minus at most",
+        "proved, %",
+        "MS-MPPD",
+        "cost",
+        "chosen",
+    ]
+    cells = []
+    for row in sorted(rows, key=lambda one: -number(one.at_most)):
+        hidden = number(row.pgd) - number(row.at_most)
+        cells.append(
+            [
+                row.name,
+                str(row.seeds),
+                with_spread(row.clean, row.clean_sd),
+                with_spread(row.pgd, row.pgd_sd),
+                with_spread(row.control, row.control_sd),
+                f"**{with_spread(row.at_most, row.at_most_sd)}**" if row.at_most else "",
+                "" if math.isnan(hidden) else f"{hidden:+.1f}",
+                row.proved,
+                row.ms_mppd,
+                row.cost,
+                row.chosen,
+            ]
+        )
+    return markdown_table(heads, cells)
+
+
+def number(text: str) -> float:
+    """A figure, NaN where there is none."""
+    return float(text) if text else math.nan
+
+
+def with_spread(mean: str, spread: str) -> str:
+    """Mean and standard deviation."""
+    return f"{mean} ± {spread}" if spread else mean
+
+
+def rank_correlation(rows: list[Row]) -> tuple[float, int]:
+    """Spearman's correlation of MS-MPPD under attack with robust accuracy, and the number of
+    defences.
+    """
+    pairs = [
+        (float(row.ms_mppd), float(row.at_most)) for row in rows if row.ms_mppd and row.at_most
+    ]
+    if len(pairs) < 3:
+        return math.nan, len(pairs)
+    first, second = torch.tensor(pairs, dtype=torch.float64).T
+    return float(spearman(first, second)), len(pairs)
+
+
+def correlation_text(rows: list[Row]) -> str:
+    """The correlations in a line: over all defences, and over those with adversarial training."""
+    texts = []
+    groups = {"all": rows, "with AT": [row for row in rows if row.attacked]}
+    for name, group in groups.items():
+        value, count = rank_correlation(group)
+        if not math.isnan(value):
+            texts.append(f"{value:+.2f} over {count} rows ({name})")
+    found = ", ".join(texts) or "not defined"
+    return f"Rank correlation of MS-MPPD under PGD-20 with accuracy under `standard`: {found}."
+
+
+def draw_brackets(rows: list[Row]) -> None:
+    """From what is proved to what attacks leave, with clean accuracy and the paper's PGD."""
+    groups = by_threat(rows)
+    with print_style():
+        tallest = max(len(found) for _, found in groups)
+        figure = Figure((3.4 * len(groups), 0.8 + 0.24 * tallest), layout="constrained")
+        panels = figure.subplots(1, len(groups), squeeze=False)[0]
+        for panel, (title, found) in zip(panels, groups, strict=True):
+            ordered = sorted(found, key=lambda one: number(one.at_most))
+            for place, row in enumerate(ordered):
+                low, high = number(row.proved or "0"), number(row.at_most)
+                panel.barh(place, high - low, left=low, height=0.6, color=COLOURS[0])
+                panel.plot(number(row.clean), place, "|", color=GREY, label="clean")
+                panel.plot(number(row.pgd), place, "o", ms=3, color=COLOURS[1], label="PGD-20")
+            panel.set_yticks(range(len(ordered)), [row.name for row in ordered])
+            panel.set_xlim(0, 100)
+            panel.set_xlabel("accuracy, %")
+            panel.set_title(title)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles[:2], labels[:2], loc="outside lower center", ncols=2)
+        figure.savefig(FOLDER / "brackets.png", dpi=130)
+
+
+def draw_mppd(rows: list[Row]) -> None:
+    """MS-MPPD under attack against robust accuracy, a point per defence."""
+    groups = by_threat(rows)
+    with print_style():
+        figure = Figure((3.4 * len(groups), 3.2), layout="constrained")
+        panels = figure.subplots(1, len(groups), squeeze=False)[0]
+        for panel, (title, found) in zip(panels, groups, strict=True):
+            for row in found:
+                if row.ms_mppd and row.at_most:
+                    x, y = float(row.ms_mppd), float(row.at_most)
+                    panel.plot(x, y, "o" if row.attacked else "s", color=COLOURS[row.attacked])
+                    panel.annotate(row.name, (x, y), (3, 3), textcoords="offset points", size=5)
+            value, _ = rank_correlation(found)
+            panel.set_xscale("log")
+            panel.set_xlabel("MS-MPPD under PGD-20")
+            panel.set_ylabel("accuracy under standard, %")
+            panel.set_title(f"{title}: rank correlation {value:+.2f}")
+        figure.savefig(FOLDER / "ms_mppd.png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()

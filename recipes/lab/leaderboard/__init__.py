@@ -1,0 +1,1 @@
+"""Leaderboard of robustness reports: tables, page, and checks of reports from elsewhere."""

@@ -1,0 +1,159 @@
+"""Leaderboard of stored robustness reports: a table for every data set and threat."""
+
+import hashlib
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from lab.leaderboard.entries import DETAILS, HEADS, Entry, Group, Stored
+from lab.leaderboard.page import page
+from sj_robust.core.commands import as_called
+from sj_robust.core.saved import markdown_table, saved_format, write_whole
+from sj_robust.evaluation import Report
+from sj_robust.evaluation.run.suites import GRADES
+
+_FILE_HEADS = ("file", "sha256, first 16 digits")
+FORMATS = (Report.saved_as, "sj_robust.robustness_report")
+"""Formats of reports, of today and of version 1."""
+_STORED = re.compile(r"^\| `([^`]+)` \| `([0-9a-f]{16})` \|$", flags=re.MULTILINE)
+_NOTE = (
+    "Robust accuracy lies between what is proved and what is left by every attack that was run "
+    "(at most), control included. In a bar, the first part is proved, the second one open, and "
+    "the rest broken or misclassified. Tables of different data sets or threats are not "
+    "comparable. ! marks signs of gradient masking."
+)
+
+
+def make_leaderboard(folders: Sequence[str], output: Path, usual: Mapping[str, Any]) -> None:
+    """Write leaderboard.md, leaderboard.html and details.md of the reports in folders; print what
+    changed, and where they are.
+
+    ``usual`` holds the default options of ``evaluate.py``, which commands leave out.
+
+    Raises:
+        FileNotFoundError: As :func:`read_reports`, and so is ValueError.
+    """
+    stored = read_reports(folders, usual)
+    for line in _changes({one.path: one.digest for one in stored}, output / "details.md"):
+        print(line)
+    groups = groups_of(stored)
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(output / "leaderboard.md", _markdown(groups))
+    write_whole(output / "details.md", _details(stored))
+    write_whole(output / "leaderboard.html", page(groups, _NOTE))
+    print(
+        f"leaderboard.md, leaderboard.html and details.md of {len(stored)} reports are in {output}"
+    )
+
+
+def read_reports(folders: Sequence[str], usual: Mapping[str, Any]) -> list[Stored]:
+    """Every robustness report in folders and those below, or at a path itself, by data set, threat
+    and robust accuracy.
+
+    Raises:
+        FileNotFoundError: If a folder is missing, or there is no report in any.
+        ValueError: If a report is damaged or was changed so that its figures do not follow from its
+            outcomes; the file is named.
+    """
+    stored = []
+    for folder in map(Path, folders):
+        if not folder.exists():
+            raise FileNotFoundError(
+                f"{folder} does not exist; --leaderboard takes folders of this recipe's reports"
+            )
+        for path in [folder] if folder.is_file() else sorted(folder.rglob("*.json")):
+            text = path.read_bytes()
+            if saved_format(text.decode()) not in FORMATS:
+                continue
+            report = Report.load(path)
+            if report.suite in GRADES:
+                digest = hashlib.sha256(text).hexdigest()[:16]
+                command = _command(report.configuration, usual)
+                stored.append(Stored(path.as_posix(), digest, command, report))
+    if not stored:
+        raise FileNotFoundError(
+            f"no robustness report in {', '.join(folders)}; evaluate a network first"
+        )
+    return sorted({one.path: one for one in stored}.values(), key=_order)
+
+
+def groups_of(stored: Sequence[Stored]) -> list[Group]:
+    """The tables: by data set and threat, networks by what attacks leave of them."""
+    groups = []
+    for (dataset, budget), found in groupby(
+        stored, key=lambda one: (one.report.dataset, one.report.budget)
+    ):
+        networks: dict[tuple[str, str, str], list[Stored]] = {}
+        for one in found:
+            networks.setdefault(one.network, []).append(one)
+        entries = [Entry.of(reports) for reports in networks.values()]
+        entries.sort(key=lambda entry: (-entry.at_most, -(entry.proved or 0.0), entry.name))
+        groups.append(Group(f"{dataset}, {budget}", tuple(entries)))
+    return groups
+
+
+def _order(one: Stored) -> tuple[str, str, float, str]:
+    return one.report.dataset, one.report.budget, -one.report.everything.accuracy, one.path
+
+
+def _command(configuration: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
+    """The command of an evaluation, from the options in its report that are not the usual ones;
+    nothing for others.
+    """
+    if not configuration.keys() & {"checkpoint", "network"}:
+        return ""
+    words = ["python", "recipes/evaluate.py"]
+    for name, value in configuration.items():
+        if name == "checkpoint" and value is not None:
+            words.append(str(value))
+        elif value != usual.get(name) and name != "batch_size":  # on which no figure depends
+            flag = name.replace("_", "-")
+            if isinstance(usual.get(name), bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return as_called(shlex.join(words))
+
+
+def _changes(now: Mapping[str, str], table: Path) -> list[str]:
+    """Files that are not what they were when the table was made, or that are gone, each as a
+    line.
+    """
+    before = dict(_STORED.findall(table.read_text(encoding="utf-8"))) if table.is_file() else {}
+    gone = [path for path in before if path not in now]
+    changed = [path for path, digest in now.items() if before.get(path, digest) != digest]
+    said = {"gone": gone, "changed": changed}
+    return [
+        f"{word} since the last leaderboard: {path}"
+        for word, paths in said.items()
+        for path in paths
+    ]
+
+
+def _markdown(groups: Sequence[Group]) -> str:
+    parts = ["# Leaderboard", _NOTE]
+    parts.append("[Every report with its command](details.md)")
+    for group in groups:
+        rows = []
+        for entry in group.entries:
+            name, *others = map(_escaped, entry.cells())
+            rows.append([f"{name}<br>`{entry.bar()}`", *others])
+        parts += [f"## {group.title}", markdown_table(HEADS, rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _details(stored: Sequence[Stored]) -> str:
+    parts = ["# Reports of the leaderboard"]
+    for dataset, found in groupby(stored, key=lambda one: one.report.dataset):
+        rows = [list(map(_escaped, one.details())) for one in found]
+        parts += [f"## {dataset}", markdown_table(DETAILS, rows)]
+    files = [[f"`{one.path}`", f"`{one.digest}`"] for one in stored]
+    parts += ["## Files", markdown_table(_FILE_HEADS, files)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|")

@@ -1,0 +1,124 @@
+"""Cells of a sweep that have names: each starts from a preset, and chooses the value of one option
+on validation images.
+"""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lab.command_line import read_file
+from lab.sweeping.grid import expand, value_text
+from lab.sweeping.plan import PlannedRun
+
+_KEYS = ("config", "options", "search")
+
+
+@dataclass(frozen=True)
+class NamedCell:
+    """A cell of a sweep.
+
+    Attributes:
+        name: Its name, which begins the names of its runs.
+        preset: Options of adv_train.py in its preset.
+        options: Those that it sets itself, which override those of the whole sweep.
+        values: Combinations among which it chooses; a single empty one without a search.
+    """
+
+    name: str
+    preset: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    values: tuple[dict[str, Any], ...] = ({},)
+
+    @property
+    def searches(self) -> bool:
+        """Whether it has a choice."""
+        return len(self.values) > 1
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one value of a searched option came to.
+
+    Attributes:
+        cell: Name of the cell.
+        value: The option with its value, as text.
+        validation: Accuracy on the validation images under the attack that selects the epoch.
+        clean: Accuracy on the clean ones.
+        chosen: Whether it is the best of its cell.
+    """
+
+    cell: str
+    value: str
+    validation: float
+    clean: float
+    chosen: bool
+
+
+def read_cells(given: Mapping[str, Any]) -> list[NamedCell]:
+    """Cells from their plain form: by name a mapping of ``config`` (a file, or a preset's name),
+    ``options`` and ``search``, which are all optional.
+
+    Raises:
+        ValueError: If a cell has another key, or searches among fewer than two values.
+
+    Examples:
+        >>> (cell,) = read_cells({"at": {"options": {"mode": "at"}, "search": {"lr": [0.1, 0.2]}}})
+        >>> cell.options, cell.values
+        ({'mode': 'at'}, ({'lr': 0.1}, {'lr': 0.2}))
+    """
+    cells = []
+    for name, content in given.items():
+        parts = content or {}
+        unknown = sorted(set(parts) - set(_KEYS))
+        if unknown:
+            raise ValueError(
+                f"a cell has {', '.join(_KEYS)}, got {unknown[0]!r} in {name}; options of "
+                "adv_train.py belong in its options"
+            )
+        values = tuple(expand(parts.get("search", {})))
+        if "search" in parts and len(values) < 2:
+            raise ValueError(
+                f"a search needs two values or more, got {parts['search']} in {name}; put a "
+                "single one in its options"
+            )
+        config = parts.get("config")
+        cells.append(
+            NamedCell(
+                name,
+                preset={} if config is None else read_file(Path(config)),
+                options=dict(parts.get("options", {})),
+                values=values,
+            )
+        )
+    return cells
+
+
+def compared(cell: NamedCell, runs: Sequence[PlannedRun]) -> list[Trial]:
+    """The values of a cell by their accuracies on validation images, the best one chosen; empty
+    while a training is missing.
+
+    The first criterion is the accuracy that selects the epoch, the second that of clean images; of
+    equal ones the first value is taken. ``runs`` stand in the order of ``cell.values``.
+    """
+    records = [run.record for run in runs]
+    found = [tuple(record.validation.values())[:2] for record in records if record is not None]
+    if len(found) < len(cell.values):
+        return []
+    best = found.index(max(found))
+    trials = []
+    for index, (values, (validation, clean)) in enumerate(zip(cell.values, found, strict=True)):
+        text = ", ".join(f"{name} {value_text(value)}" for name, value in values.items())
+        trials.append(Trial(cell.name, text, validation, clean, index == best))
+    return trials
+
+
+def trials_csv(trials: Sequence[Trial]) -> str:
+    """A line per value that was tried."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(Trial.__dataclass_fields__), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(map(asdict, trials))
+    return text.getvalue()

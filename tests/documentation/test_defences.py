@@ -1,0 +1,127 @@
+"""The page of the defences follows from what a sweep leaves."""
+
+import csv
+import importlib
+from pathlib import Path
+
+import pytest
+import yaml
+from scipy.stats import spearmanr
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+SWEEP = {
+    "options": {"dataset": "image_folder:data/pictures"},
+    "cells": {"undefended": {}, "at": {}, "tgo": {}, "tgo_at": {}, "unfinished": {}},
+    "evaluations": {
+        "paper_8": {"suite": "paper", "eps": "8/255"},
+        "standard_8": {"suite": "standard", "eps": "8/255"},
+        "paper": {},
+    },
+    "evaluation_options": {"eps": "4/255"},
+}
+FOUND = {  # clean, PGD-20, control, at most, proved, MS-MPPD, seconds of the training
+    "undefended": (0.9, 0.05, 0.03, 0.01, None, 0.4, 100.0),
+    "at": (0.7, 0.4, 0.35, 0.3, 0.1, 0.2, 180.0),
+    "tgo": (0.8, 0.5, 0.2, 0.04, None, 0.3, 130.0),
+    "tgo_at": (0.6, 0.45, 0.4, 0.25, None, 0.1, 240.0),
+}
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """The script, with its files in a folder of its own, and a sweep there."""
+    monkeypatch.syspath_prepend(RESULTS)
+    script = importlib.import_module("defences")
+    names = [
+        "paper_8/clean",
+        f"paper_8/{script.PGD}",
+        "standard_8/control",
+        "standard_8/everything",
+        "standard_8/verified",
+        f"paper_8/{script.MPPD}",
+        "training/cpu_seconds",
+    ]
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(SWEEP, sort_keys=False))
+    with (folder / "results.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["cell", "figure", "mean", "standard_deviation", "seeds"])
+        for cell, values in FOUND.items():
+            for name, value in zip(names, values, strict=True):
+                if value is not None:
+                    writer.writerow([cell, name, value, 0.02, 2])
+    tried = "tgo,threshold_guard 0.3,0.4,0.8,False\ntgo,threshold_guard 1,0.5,0.8,True\n"
+    (folder / "search.csv").write_text(f"cell,value,validation,clean,chosen\n{tried}")
+    page = tmp_path / "defences.md"
+    page.write_text(f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n")
+    for name, value in {
+        "FOLDER": tmp_path / "defences",
+        "TABLE": tmp_path / "defences" / "defences.csv",
+        "PAGE": page,
+        "SWEEPS": (str(folder),),
+    }.items():
+        monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr("sys.argv", ["defences.py"])
+    return script
+
+
+def test_tables_and_figures_follow_from_the_sweep(script, monkeypatch, capsys):
+    script.main()
+    text = script.PAGE.read_text(encoding="utf-8")
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "\nold\n" not in text
+    rows = script.read_rows(script.TABLE, script.Row)
+    assert [row.cell for row in rows] == list(FOUND)
+    (tgo,) = [row for row in rows if row.cell == "tgo"]
+    assert (tgo.data, tgo.radius, tgo.seeds, tgo.chosen) == (
+        "pictures",
+        "8/255",
+        2,
+        "threshold_guard 1",
+    )
+    assert (tgo.pgd, tgo.pgd_sd, tgo.at_most, tgo.proved) == ("50.0", "2.0", "4.0", "")
+    assert (tgo.ms_mppd, tgo.cost) == ("0.3", "1.30")
+    lines = [line for line in text.splitlines() if line.startswith("| ") and "**" in line]
+    assert [line.split(" | ")[0] for line in lines] == [
+        "| AT",
+        "| TGO, AT",
+        "| TGO",
+        "| no defence",
+    ]
+    assert "| **4.0 ± 2.0** | +46.0 |" in lines[2]
+    expected = spearmanr([row[5] for row in FOUND.values()], [row[3] for row in FOUND.values()])
+    assert f"{expected.statistic:+.2f} over 4 rows (all)" in text
+    assert "| +3.0 / -5.0 |" in text  # what TGO adds alone, and beside AT
+    for name in ("brackets.png", "ms_mppd.png"):
+        assert (script.FOLDER / name).stat().st_size > 0
+    monkeypatch.setattr("sys.argv", ["defences.py", "--page"])
+    script.main()
+    assert script.PAGE.read_text(encoding="utf-8") == text
+
+
+def test_another_sweep_is_shown_and_nothing_is_written(script, tmp_path, monkeypatch, capsys):
+    before = script.PAGE.read_text(encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["defences.py", str(tmp_path / "sweep")])
+    script.main()
+    assert "### pictures, 8/255" in capsys.readouterr().out
+    assert script.PAGE.read_text(encoding="utf-8") == before
+    assert not script.TABLE.exists()
+    monkeypatch.setattr("sys.argv", ["defences.py", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="no sweep is there yet"):
+        script.main()
+
+
+def test_every_cell_of_the_sweeps_has_a_name_and_both_sweeps_have_the_same_cells(script):
+    cells = []
+    for path in sorted((RESULTS.parents[1] / "recipes/configs/sweeps").glob("defences_*.yaml")):
+        sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
+        cells.append(sweep["cells"])
+        for suites in script.radii(sweep).values():
+            assert suites.keys() == {"paper", "standard"}
+    assert cells[0] == cells[1]
+    assert {cell.removesuffix("_at") for cell in cells[0]} <= {
+        name.removesuffix("_at") for name in script.NAMES
+    }
+    assert all(name in script.NAMES for name in script.CLAIMS)

@@ -1,0 +1,105 @@
+"""A foreign report on its way into the leaderboard: what is checked, taken and refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from evaluation.reports import report
+from lab.leaderboard.submission import check_report, checklist, take
+
+from sj_robust.evaluation import Report
+from sj_robust.evaluation.subject import from_checkpoint
+from sj_robust.models import pretrained
+
+SHIPPED = Path(__file__).parents[2] / "docs" / "results" / "leaderboard" / "dlif-at.json"
+
+
+def marks(checks):
+    """By the first word of each check whether it passed."""
+    return {check.text.partition(":")[0]: check.passed for check in checks}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A function that writes a report and returns its path."""
+
+    def save(one, name="report.json"):
+        one.save(tmp_path / name)
+        return tmp_path / name
+
+    return save
+
+
+def test_a_report_of_a_shipped_network_is_attacked_again_and_taken(tmp_path):
+    checks = check_report(SHIPPED)
+    found = marks(checks)
+    for point in ("schema", "suite", "bracket", "budget", "images", "clean predictions"):
+        assert found[point] is True, checklist(checks)
+    assert found["attack again"] is True
+    path = take(SHIPPED, checks, tmp_path / "board")
+    assert path.name == "digits-digits-dlif-at-Linf-0.1-fast.json"
+    assert path.read_bytes() == SHIPPED.read_bytes()
+    assert take(SHIPPED, checks, tmp_path / "board") == path
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="holds another report of this name; give the network a"):
+        take(SHIPPED, checks, tmp_path / "board")
+
+
+def test_another_network_than_the_reports_is_found(tmp_path):
+    other = from_checkpoint(Path("digits/lif"))
+    right = SHIPPED.with_name("dlif-certified.json")
+    checks = check_report(right, other)
+    found = marks(checks)
+    assert found["network"] is False
+    assert found["attack again"] is False
+    with pytest.raises(ValueError, match=r"is refused: .*attack again: PGD-20 breaks \d+ of \d+"):
+        take(right, checks, tmp_path)
+    assert pretrained("digits/lif").T > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "point"),
+    [
+        (lambda one: replace(one, data="0" * 16), "images"),
+        (lambda one: replace(one, suite="stress"), "suite"),
+        (lambda one: replace(one, rows=(*one.rows[:1], beyond(one.rows[1]))), "budget"),
+        (lambda one: replace(one, network={}), "fingerprint of the network is in the report"),
+    ],
+)
+def test_what_contradicts_is_refused(saved, tmp_path, change, point):
+    path = saved(change(Report.load(SHIPPED)))
+    checks = check_report(path)
+    refusing = [check for check in checks if check.required and check.passed is False]
+    assert point in [check.text.partition(":")[0] for check in refusing]
+    assert "- [ ] " in checklist(checks)
+    with pytest.raises(ValueError, match="is refused: "):
+        take(path, checks, tmp_path / "board")
+    assert not (tmp_path / "board").exists()
+
+
+def beyond(row):
+    """The row of an attack that left its ball without saying so."""
+    return replace(row, largest=2 * row.largest)
+
+
+def test_changed_figures_and_other_files_are_refused(tmp_path):
+    text = json.loads(SHIPPED.read_text())
+    text["clean_acc"] = "99.99"
+    (tmp_path / "report.json").write_text(json.dumps(text))
+    (check,) = check_report(tmp_path)
+    assert check.passed is False
+    assert "clean_acc of the report does not follow from its rows" in check.text
+    (tmp_path / "report.json").write_text("[1]")
+    (check,) = check_report(tmp_path)
+    assert check.text == "schema: it is not a report of sj_robust"
+    with pytest.raises(FileNotFoundError, match="give the report.json of an evaluation"):
+        check_report(tmp_path / "nowhere.json")
+
+
+def test_without_network_or_images_the_rest_is_checked(saved):
+    right = report(name="mine")
+    found = marks(check_report(saved(replace(right, dataset="cifar10")), data_root="nowhere"))
+    assert found["images"] is None
+    assert found["network"] is None
+    assert found["bracket"] is True
