@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from itertools import combinations
 from threading import Barrier, Event
 from time import sleep
 
@@ -351,8 +352,8 @@ def test_other_seeds_and_no_generator_give_other_numbers(any_attack, batch):
             )
         ]
         assert everything_seen(seeds) == runs[2]
-    equal = [first == second for i, first in enumerate(runs) for second in runs[:i]]
-    assert not any(equal) if any_attack.draws else all(equal)
+    for first, second in combinations(runs, 2):
+        assert (first != second) == any_attack.draws
 
 
 def test_a_call_draws_one_number_whatever_its_options(batch):

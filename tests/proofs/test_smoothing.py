@@ -105,8 +105,8 @@ def test_the_certified_share_of_a_spiking_network_falls_with_the_radius():
 
 
 def test_draws_of_an_encoder_are_part_of_the_probability_and_can_be_repeated():
-    model = spiking(encoder=PoissonEncoder())
-    x = torch.rand(2, 1, 8, 8)
+    model = spiking(encoder=PoissonEncoder(), shape=(1, 4, 4), channels=(2,))
+    x = torch.rand(2, 1, 4, 4)
     one = few_votes(model, x, seed=3)
     other = few_votes(model, x, seed=3)
     assert one == other

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from covering import mostly_slow
 from spikingjelly.activation_based import functional, layer
 from torch import nn
 from torch.testing import assert_close
@@ -117,7 +118,7 @@ def whole(tmp_path_factory):
     return load_checkpoint(folder / "last.pt")
 
 
-@pytest.mark.parametrize("call", [3, 6])
+@pytest.mark.parametrize("call", mostly_slow([3, 6], quick=[6]))
 def test_a_run_that_was_cut_off_ends_at_the_same_weights(tmp_path, whole, call):
     with pytest.raises(PowerCutError):
         small_run.run(tmp_path, **RESUMED, perturb=At(call, power_cut))
