@@ -272,6 +272,7 @@ def test_threads_on_two_networks_of_each_other_end_with_an_error_instead_of_wait
         assert in_threads(1, lambda _: len(nets)) == [2]
 
 
+@pytest.mark.slow
 def test_a_network_that_may_wait_is_copied_saved_compiled_and_exported_as_before():
     model = SpikingClassifier(nn.Sequential(nn.Linear(4, 3), DLIFNode(T=2)), T=2).eval()
     x = torch.rand(2, 4)

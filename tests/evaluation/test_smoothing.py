@@ -79,6 +79,7 @@ def test_the_picture_shows_both_ends(tmp_path):
     assert found.write(tmp_path) == ("smoothed.json", "smoothed.png", "smoothed.pdf")
 
 
+@pytest.mark.slow
 def test_lower_ends_never_exceed_upper_ones_on_a_spiking_network_which_stays_as_it_was():
     torch.manual_seed(0)
     model = SpikingClassifier(build_network(NetworkSpec(channels=(4, 4))), T=4).train()

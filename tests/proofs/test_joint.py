@@ -695,6 +695,7 @@ def test_sums_in_float32_are_around_those_in_float64_without_a_map():
         assert float(gap.max()) < 1e-5
 
 
+@pytest.mark.slow
 def test_sums_whose_rounding_is_forgotten_are_noticed(monkeypatch):
     monkeypatch.setattr(rules, "gamma", lambda terms: 0.0)
     with pytest.raises(AssertionError):

@@ -215,6 +215,7 @@ def test_progress_in_a_notebook_is_one_line(tmp_path, monkeypatch):
     assert any("epoch 1/1" in text for text in shown)
 
 
+@pytest.mark.slow
 def test_a_threat_of_validation_is_that_of_training(monkeypatch):
     """No radius but the one that was asked for."""
     asked = []
