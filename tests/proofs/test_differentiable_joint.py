@@ -13,7 +13,7 @@ import pytest
 import torch
 from covering import mostly_slow
 from proofs import fuzz, joint_by_hand
-from proofs.networks import NEURONS, SAMPLED, T, classifier, convolutional, in_steps
+from proofs.networks import NEURONS, QUICK, SAMPLED, T, classifier, convolutional, in_steps
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 from torch.testing import assert_close
@@ -71,7 +71,7 @@ def assert_same_lead(model, x, y, eps):
     return lead
 
 
-@pytest.mark.parametrize(("build", "node", "step_mode"), mostly_slow(SAMPLED, quick=SAMPLED[:3]))
+@pytest.mark.parametrize(("build", "node", "step_mode"), mostly_slow(SAMPLED, quick=QUICK))
 def test_they_are_those_of_verify_without_rounding(build, node, step_mode, exact):
     statistics = {"mean": [0.5, 0.4], "std": [0.3, 0.2]}
     model = classifier(build, NEURONS[node], step_mode=step_mode, **statistics)
