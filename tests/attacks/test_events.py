@@ -359,7 +359,7 @@ class TestRandomFlips:
             allow="remove",
         )
         once = bars.accuracy(run(tries=1, generator=seeded()))
-        often = bars.accuracy(run(tries=10, generator=seeded()))
+        often = bars.accuracy(run(tries=30, generator=seeded()))
         assert often < once - 0.1
 
     def test_one_try_asks_no_model(self):
