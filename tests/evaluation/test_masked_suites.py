@@ -46,8 +46,8 @@ def test_the_fast_suite_breaks_a_narrow_surrogate(trained):
 
 
 def test_the_standard_suite_breaks_a_saturated_input(trained):
-    x = trained.x[:8]
-    y = trained.y[:8]
+    x = trained.x[:12]
+    y = trained.y[:12]
     model = masked.Before(masked.clamped, trained.model)
     threat = ThreatModel("Linf", 0.2)
     chosen = chosen_for(model, x, y, threat)
