@@ -187,6 +187,21 @@ WIDTHS = list(product(BY_HAND, [1.0, 0.5]))
 @pytest.mark.parametrize(("node", "width"), mostly_slow(WIDTHS, quick=WIDTHS[::3]))
 def test_gradients_are_those_of_the_formulas(node, width):
     model = of_linear_layers(BY_HAND[node], 3)
+    assert_formulas(model, width)
+
+
+def test_gradients_through_soft_resets_are_those_of_the_formulas():
+    """In the first layer, whose current is constant."""
+    resets = iter([None, 0.0, 0.0])
+
+    def node():
+        return neuron.LIFNode(tau=2.0, v_reset=next(resets), **OPTIONS)
+
+    assert_formulas(of_linear_layers(node, 3), 1.0)
+
+
+def assert_formulas(model, width):
+    """Leads of a network in training and their gradients are those by hand."""
     x = rand(3, 4)
     y = torch.tensor([0, 1, 2])
     for eps in (0.02, 0.15):
