@@ -66,6 +66,7 @@ def test_the_true_accuracy_of_a_half_space_lies_in_the_bracket():
         found.bracket_at(0.2)
 
 
+@pytest.mark.slow
 def test_the_picture_shows_both_ends(tmp_path):
     pytest.importorskip("matplotlib", reason="extra `recipes` draws")
     found = bracket(smooth(half_space(), X, SIGMA, generator=seeded()), [0.0, 0.25])

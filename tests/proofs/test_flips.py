@@ -289,6 +289,7 @@ def test_no_set_of_changes_breaks_what_is_proved(method, node):
         assert float(leads.amin()) >= margin
 
 
+@pytest.mark.slow
 def test_the_program_agrees_with_all_sets_of_changes():
     proved = 0
     broken = 0
