@@ -1,5 +1,5 @@
-"""README and docs are tests as well; parallel tests take one thread each, and coverage keeps its
-tracer.
+"""README and docs are tests as well; parallel tests take one thread each, no test waits for the
+disk, and coverage keeps its tracer.
 """
 
 import gc
@@ -28,6 +28,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if isinstance(item, SybilItem) and is_slow(item.example.document):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_configure():
+    """Tests end processes, never the power: nothing waits until the disk has what was written."""
+    os.fsync = lambda handle: None
 
 
 def pytest_collection_finish():

@@ -1,10 +1,14 @@
-"""Few cases in which every pair of choices occurs, in place of all combinations."""
+"""Few cases in which every pair of choices occurs, in place of all combinations; and of many cases
+those that are quick.
+"""
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import astuple
 from typing import Any
+
+import pytest
 
 
 def pairs(case: Any) -> set[Any]:
@@ -41,8 +45,23 @@ def every_pair(choices: Mapping[str, Iterable[Any]]) -> list[tuple[Any, ...]]:
         return tuple(draw.choice(several) for several in numbers)
 
     offers = 20 * max(a * b for a, b in itertools.combinations(map(len, values), 2))
-    rows = pairwise([], at_random, offers)
-    return [tuple(several[i] for several, i in zip(values, row, strict=True)) for row in rows]
+    cases = []
+    for row in pairwise([], at_random, offers):
+        chosen = zip(values, row, strict=True)
+        cases.append(tuple(several[i] for several, i in chosen))
+    return cases
+
+
+def mostly_slow(cases: Iterable[Any], *, quick: Collection[Any]) -> list[Any]:
+    """Parameters of a test, single values or tuples; all but the quick ones run with the slow
+    tests.
+    """
+    parameters = []
+    for case in cases:
+        values = case if isinstance(case, tuple) else (case,)
+        marks = () if case in quick else pytest.mark.slow
+        parameters.append(pytest.param(*values, marks=marks))
+    return parameters
 
 
 def each_in_turn(*choices: Iterable[Any]) -> list[tuple[Any, ...]]:

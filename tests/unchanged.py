@@ -19,13 +19,12 @@ def unchanged(model, *generators, hooked=(), states=True):
     modules = [module for module in model.modules() if module not in hooked]
     modes = [module.training for module in model.modules()]
     weights = copy.deepcopy(model.state_dict())
-    memories = [vars(module).get("_memories", {}) if states else {} for module in model.modules()]
-    kept = [
-        (own, name, value)
-        for own in memories
-        for name, value in own.items()
-        if torch.is_tensor(value)
-    ]
+    memories = []
+    if states:
+        memories = [vars(module).get("_memories", {}) for module in model.modules()]
+    kept = []
+    for own in memories:
+        kept += [(own, name, value) for name, value in own.items() if torch.is_tensor(value)]
     values = [value.detach().clone() for _, _, value in kept]
     surrogates = [getattr(module, "surrogate_function", None) for module in model.modules()]
     parameters = list(model.parameters())
@@ -43,10 +42,9 @@ def unchanged(model, *generators, hooked=(), states=True):
         assert [module.training for module in model.modules()] == modes
         for name, value in model.state_dict().items():
             assert torch.equal(value, weights[name])
-        assert (
-            not states
-            or [vars(module).get("_memories", {}) for module in model.modules()] == memories
-        )
+        if states:
+            now = [vars(module).get("_memories", {}) for module in model.modules()]
+            assert now == memories
         for own, name, value in kept:
             assert own[name] is value
         for (_, _, value), copied in zip(kept, values, strict=True):

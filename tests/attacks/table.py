@@ -50,10 +50,11 @@ class Attack(NamedTuple):
         eps: float,
         generator=None,
     ) -> Tensor:
-        options = {
-            name: value(eps) if callable(value) else value for name, value in self.options.items()
-        }
-        options = options if "std" in options or "amount" in options else {"eps": eps, **options}
+        options = {}
+        for name, value in self.options.items():
+            options[name] = value(eps) if callable(value) else value
+        if "std" not in options and "amount" not in options:
+            options.setdefault("eps", eps)
         return self.function(model, x, y, **options, generator=generator)
 
 

@@ -38,7 +38,6 @@ KNOWN = [
     ),
     (sapgd, 2, ["Linf"]),
     (fab, 5, ["Linf", "L2"]),
-    (partial(fab, target_classes=4), 5, ["Linf", "L2"]),
 ]
 
 
@@ -46,7 +45,8 @@ CASES = []
 for attack, classes, norms in KNOWN:
     CASES += each_in_turn([attack], [classes], norms)
 WHOLE = partial(autoattack, attacks=["apgd-ce", "apgd-t", "fab-t"])
-CASES += [pytest.param(WHOLE, 5, norm, marks=pytest.mark.slow) for norm in ("Linf", "L2")]
+for attack in (WHOLE, partial(fab, target_classes=4)):
+    CASES += [pytest.param(attack, 5, norm, marks=pytest.mark.slow) for norm in ("Linf", "L2")]
 
 
 @pytest.mark.parametrize(("attack", "classes", "norm"), CASES)

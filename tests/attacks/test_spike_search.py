@@ -19,6 +19,7 @@ from attacks.table import (
 )
 from spikingjelly.activation_based import encoding, layer, neuron
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks import SampleSeeds, ThreatModel, spike_search
@@ -386,7 +387,7 @@ def test_a_network_that_draws_is_refused():
 
 def digits(count: int) -> tuple[Tensor, Tensor]:
     test = load_images("digits", test_limit=count).test
-    x, y = (torch.stack(part) for part in zip(*(test[i] for i in range(count)), strict=True))
+    x, y = default_collate([test[i] for i in range(count)])
     return x, y
 
 

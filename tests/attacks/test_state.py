@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from itertools import combinations
 from threading import Barrier, Event
 from time import sleep
 
@@ -271,6 +272,7 @@ def test_threads_on_two_networks_of_each_other_end_with_an_error_instead_of_wait
         assert in_threads(1, lambda _: len(nets)) == [2]
 
 
+@pytest.mark.slow
 def test_a_network_that_may_wait_is_copied_saved_compiled_and_exported_as_before():
     model = SpikingClassifier(nn.Sequential(nn.Linear(4, 3), DLIFNode(T=2)), T=2).eval()
     x = torch.rand(2, 4)
@@ -351,8 +353,8 @@ def test_other_seeds_and_no_generator_give_other_numbers(any_attack, batch):
             )
         ]
         assert everything_seen(seeds) == runs[2]
-    equal = [first == second for i, first in enumerate(runs) for second in runs[:i]]
-    assert not any(equal) if any_attack.draws else all(equal)
+    for first, second in combinations(runs, 2):
+        assert (first != second) == any_attack.draws
 
 
 def test_a_call_draws_one_number_whatever_its_options(batch):

@@ -2,7 +2,8 @@
 
 from copy import deepcopy
 from dataclasses import asdict
-from itertools import product
+from functools import partial
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -38,13 +39,13 @@ def frames(encoder, x, steps):
 @pytest.mark.parametrize("shared", [False, True])
 def test_noise_is_added_as_the_equation_says_and_begins_anew_behind_a_reset(shared):
     x = images()
-    torch.manual_seed(5)
-    found = frames(SmoothingEncoder(0.3, shared=shared), x, 3)
-    torch.manual_seed(5)
-    noise = [torch.randn(x.shape, dtype=x.dtype) for _ in range(1 if shared else 3)]
-    for t in range(3):
-        assert_close(found[t], x + 0.3 * noise[0 if shared else t])
     encoder = SmoothingEncoder(0.3, shared=shared)
+    torch.manual_seed(5)
+    found = frames(encoder, x, 3)
+    torch.manual_seed(5)
+    drawn = torch.randn(1 if shared else 3, *x.shape, dtype=x.dtype)
+    noise = drawn.expand(3, *x.shape)
+    assert_close(found, x + 0.3 * noise)
     first = frames(encoder, x, 1)
     again = frames(encoder, x, 1)
     assert not torch.equal(first, again)
@@ -52,27 +53,42 @@ def test_noise_is_added_as_the_equation_says_and_begins_anew_behind_a_reset(shar
 
 def by_hand(encoder, x, t):
     """Patch by patch, pixel by pixel."""
-    p = encoder.patch
-    skew = (encoder.skew[t] - encoder.skew[t].T).detach()
-    one = torch.eye(len(skew), dtype=x.dtype)
-    turn = (one - skew) @ torch.linalg.inv(one + skew)
-    kernel = torch.diag(encoder.start[t].to(x.dtype)) @ turn
+    kernel = kernel_by_hand(encoder, t, x.dtype)
+    size = encoder.patch
+    corners = range(0, 4, size)
     found = torch.empty_like(x)
-    for n, top, left in product(range(len(x)), range(0, 4, p), range(0, 4, p)):
-        window = (n, slice(None), slice(top, top + p), slice(left, left + p))
-        row = x[window].flatten() - 0.5
-        found[window] = ((row @ kernel) + 0.5).view(x[window].shape)
+    for n, top, left in product(range(len(x)), corners, corners):
+        rows = slice(top, top + size)
+        columns = slice(left, left + size)
+        patch = x[n, :, rows, columns]
+        turned = (patch.flatten() - 0.5) @ kernel
+        found[n, :, rows, columns] = (turned + 0.5).view(patch.shape)
     return found
 
 
+def kernel_by_hand(encoder, t, dtype):
+    """The signs of a time step before Cayley's transform of its skew matrix."""
+    skew = (encoder.skew[t] - encoder.skew[t].T).detach()
+    one = torch.eye(len(skew), dtype=dtype)
+    turn = (one - skew) @ torch.linalg.inv(one + skew)
+    return torch.diag(encoder.start[t].to(dtype)) @ turn
+
+
+def lengths(images):
+    """Of the vectors from grey, the middle of [0, 1], to images."""
+    return (images - 0.5).flatten(1).norm(dim=1)
+
+
 def test_kernels_turn_patches_as_the_equation_says():
-    encoder, x = random_kernels(), images()
+    encoder = random_kernels()
+    x = images()
     found = frames(encoder, x, 5)
+    one = torch.eye(8, dtype=torch.float64)
     for t in range(4):
+        kernel = encoder.kernel(t)
+        assert_close(kernel @ kernel.T, one)
         assert_close(found[t], by_hand(encoder, x, t))
-        one = torch.eye(8, dtype=torch.float64)
-        assert_close(encoder.kernel(t) @ encoder.kernel(t).T, one)
-        assert_close((found[t] - 0.5).flatten(1).norm(dim=1), (x - 0.5).flatten(1).norm(dim=1))
+        assert_close(lengths(found[t]), lengths(x))
     assert torch.equal(found[4], found[0])  # the kernels begin again
 
 
@@ -85,13 +101,14 @@ def test_kernels_begin_mutually_orthogonal_and_with_the_identity():
 
 
 def test_gradients_of_kernels_images_and_similarity_are_those_of_finite_differences():
-    encoder, x = random_kernels(T=2), images(n=1).requires_grad_()
+    encoder = random_kernels(T=2)
+    x = images(n=1).requires_grad_()
 
     def second_frame(skew, x):
         functional.reset_net(encoder)
-        for _ in range(2):
-            frame = torch.func.functional_call(encoder, {"skew": skew}, (x,))
-        return frame
+        with_skew = partial(torch.func.functional_call, encoder, {"skew": skew})
+        with_skew((x,))
+        return with_skew((x,))
 
     skew = encoder.skew.detach().clone().requires_grad_()
     assert torch.autograd.gradcheck(second_frame, (skew, x))
@@ -100,36 +117,44 @@ def test_gradients_of_kernels_images_and_similarity_are_those_of_finite_differen
 
 
 def test_similarity_is_the_sum_over_pairs_of_squared_cosines():
-    frames_ = torch.rand(4, 3, 2, 5, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    x_seq = torch.rand(4, 3, 2, 5, generator=generator)
     total = 0.0
     for n in range(3):
-        for i in range(4):
-            for j in range(i + 1, 4):
-                one, other = frames_[i, n].flatten(), frames_[j, n].flatten()
-                total += float(one @ other / one.norm() / other.norm()) ** 2
-    assert float(temporal_similarity(frames_)) == pytest.approx(total / 3, rel=1e-5)
-    assert float(temporal_similarity(frames_[:1])) == 0.0
+        for i, j in combinations(range(4), 2):
+            one = x_seq[i, n].flatten()
+            other = x_seq[j, n].flatten()
+            cosine = one @ other / one.norm() / other.norm()
+            total += float(cosine) ** 2
+    assert float(temporal_similarity(x_seq)) == pytest.approx(total / 3, rel=1e-5)
+    assert float(temporal_similarity(x_seq[:1])) == 0.0
 
 
 def test_the_penalty_reaches_the_kernels_and_wants_an_orthogonal_encoder():
     classifier = build_classifier(NetworkSpec(encoder="stod", channels=(4, 4)))
     classifier.encoder.skew.data.normal_(std=0.1)
-    x, y = torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2])
+    x = torch.rand(3, 1, 8, 8)
+    y = torch.tensor([0, 1, 2])
+    penalty = TemporalOrthogonality(1.0)
     passes = ForwardPasses(classifier, y, x, None, classifier(x), None)
-    value = TemporalOrthogonality(1.0).value(passes)
+    value = penalty.value(passes)
     centred = torch.stack([classifier.encoder.turned(x, t) for t in range(4)])
     assert_close(value, temporal_similarity(centred))
     value.backward()
     assert classifier.encoder.skew.grad.abs().max() > 0
     plain = build_classifier(NetworkSpec(channels=(4, 4)))
+    passes = ForwardPasses(plain, y, x, None, plain(x), None)
     with pytest.raises(TypeError, match="needs an OrthogonalEncoder, got NoneType; take .* stod"):
-        TemporalOrthogonality(1.0).value(ForwardPasses(plain, y, x, None, plain(x), None))
+        penalty.value(passes)
 
 
 def test_kernels_that_are_not_kept_are_gone_in_evaluation():
-    encoder, x = random_kernels(kept=False), images()
-    assert not torch.equal(frames(encoder, x, 2)[1], x)
-    assert torch.equal(frames(encoder.eval(), x, 2)[1], x)
+    encoder = random_kernels(kept=False)
+    x = images()
+    trained = frames(encoder, x, 2)
+    evaluated = frames(encoder.eval(), x, 2)
+    assert not torch.equal(trained[1], x)
+    assert torch.equal(evaluated[1], x)
 
 
 OPTIONS = {
@@ -150,21 +175,22 @@ def test_a_network_with_an_encoder_repeats_its_draws_and_lives_in_a_checkpoint(n
     subject = from_checkpoint(tmp_path / "best.pt")
     assert f"encoder {name}" in subject.architecture
     x = torch.rand(3, 1, 8, 8)
-    logits = []
+    answers = []
     for model in (classifier, subject.model, deepcopy(classifier)):
         torch.manual_seed(3)
-        logits += [model(x), model(x)]
-    for first in (2, 4):
-        assert torch.equal(logits[0], logits[first])
-        assert torch.equal(logits[1], logits[first + 1])
-    assert torch.equal(logits[0], logits[1]) == (name == "stod")
+        answers.append(torch.stack([model(x), model(x)]))
+    for again in answers[1:]:
+        assert torch.equal(answers[0], again)
+    first, second = answers[0]
+    assert torch.equal(first, second) == (name == "stod")
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_images_get_a_gradient_through_an_encoder(name):
     classifier = build_classifier(NetworkSpec(encoder=name, channels=(8, 8)))
     x = torch.rand(4, 1, 8, 8).requires_grad_()
-    (grad,) = torch.autograd.grad(classifier(x).square().sum(), x)
+    total = classifier(x).square().sum()
+    (grad,) = torch.autograd.grad(total, x)
     assert grad.abs().max() > 0
 
 

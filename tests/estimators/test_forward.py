@@ -262,6 +262,7 @@ def test_fused_batch_norm(name, training):
     assert plain.batches == fused.batches == int(training)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["atan:4", "bptr"])
 def test_model_zoo(name):
     torch.manual_seed(0)

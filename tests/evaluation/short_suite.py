@@ -47,5 +47,5 @@ def _short(member):
     given = member.attack.keywords
     shorter = {name: min(given[name], limit) for name, limit in _LIMITS.items() if name in given}
     if member.attack.func in (flip_events, move_events):
-        shorter = {"steps": 8, "queries": 10, "probes": 2}
+        shorter = {"steps": 5, "queries": 5, "probes": 1}
     return replace(member, attack=partial(member.attack, **shorter))

@@ -62,6 +62,7 @@ def test_images_are_checked_and_hashed_once_and_logits_where_they_are_scored(cou
     check_budgets(counts, hashed=20 + 1)  # every image, and all of them together
 
 
+@pytest.mark.slow
 def test_the_commit_is_looked_up_once(monkeypatch):
     looked_up = []
     commit = environment_file._commit

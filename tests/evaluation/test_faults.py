@@ -1,26 +1,34 @@
 """Faults of deployment: their levels are exact, and the network is as it was."""
 
+from functools import partial
+
 import pytest
 import torch
 from covering import every_pair
 from evaluation.suite_run import classifier, images
 from spikingjelly.activation_based import neuron
 from torch import nn
+from torch.testing import assert_close
 from unchanged import unchanged
 
 from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust.attacks import pgd
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.evaluation import Fault, faulty
 from sj_robust.evaluation.run.faults import FAULTS, default_faults
 
 T = 5
 NODES = {
-    "dlif": lambda **o: DLIFNode(T=T, **o),
-    "lif": lambda **o: neuron.LIFNode(**o),
-    "lif_no_decay": lambda **o: neuron.LIFNode(decay_input=False, **o),
-    "plif": lambda **o: neuron.ParametricLIFNode(**o),
-    "if": lambda **o: neuron.IFNode(**o),
+    "dlif": partial(DLIFNode, T=T),
+    "lif": neuron.LIFNode,
+    "lif_no_decay": partial(neuron.LIFNode, decay_input=False),
+    "plif": neuron.ParametricLIFNode,
+    "if": neuron.IFNode,
 }
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 class Steps(nn.Module):
@@ -33,7 +41,7 @@ class Steps(nn.Module):
 
 def chain():
     """A classifier that notes what each of its layers sees."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     net = nn.Sequential(
         nn.Flatten(2),
         Steps(),
@@ -52,109 +60,141 @@ def chain():
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_a_quantised_weight_takes_at_most_2_to_the_bits_values(bits):
-    weight = faulty(nn.Conv2d(3, 4, 9), Fault("weight_bits", bits)).weight.flatten(1)
-    for row in weight:
+    fault = Fault("weight_bits", bits)
+    levels = 2 ** (bits - 1) - 1  # on either side of zero
+    weight = faulty(nn.Conv2d(3, 4, 9), fault).weight
+    for row in weight.flatten(1):
         assert len(row.unique()) <= 2**bits - 1
-        steps = row / row.abs().max() * (2 ** (bits - 1) - 1)
-        torch.testing.assert_close(steps, steps.round(), atol=1e-4, rtol=0)
+        steps = row / row.abs().max() * levels
+        assert_close(steps, steps.round(), atol=1e-4, rtol=0)
     net = nn.Linear(50, 2)
-    exact = faulty(net, Fault("weight_bits", bits)).weight
-    step = net.weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
-    assert ((exact - net.weight).abs() <= step / 2 + 1e-6).all()
+    moved = faulty(net, fault).weight - net.weight
+    step = net.weight.abs().amax(1, keepdim=True) / levels
+    assert (moved.abs() <= step / 2 + 1e-6).all()
 
 
+@pytest.mark.parametrize("kind", ["stuck_at_zero", "stuck_at_largest"])
 @pytest.mark.parametrize("share", [0.0, 0.013, 0.5, 1.0])
-def test_the_share_of_stuck_weights_is_as_asked(share):
+def test_the_share_of_stuck_weights_is_as_asked(share, kind):
     net = nn.Sequential(nn.Linear(37, 11), nn.Linear(11, 3))
-    for kind in ("stuck_at_zero", "stuck_at_largest"):
-        damaged = faulty(net, Fault(kind, share), seed=3)
-        stuck = sum(
-            int((new == (0.0 if kind == "stuck_at_zero" else old.max())).sum())
-            for old, new in ((net[i].weight, damaged[i].weight) for i in (0, 1))
-        )
-        largest = 0 if kind == "stuck_at_zero" else 2  # which may be stuck or not
-        assert round(share * 440) <= stuck <= round(share * 440) + largest
-        assert torch.equal(damaged[0].bias, net[0].bias)
-    milder, other = (
-        faulty(net, Fault("stuck_at_zero", 0.1), seed=seed)[0].weight == 0 for seed in (3, 4)
-    )
-    severe = faulty(net, Fault("stuck_at_zero", 0.4), seed=3)[0].weight == 0
+    damaged = faulty(net, Fault(kind, share), seed=3)
+    stuck = 0
+    for old, new in zip(net, damaged, strict=True):
+        value = 0.0 if kind == "stuck_at_zero" else old.weight.max()
+        stuck += int((new.weight == value).sum())
+    asked = round(share * 440)
+    largest = 0 if kind == "stuck_at_zero" else 2  # which may be stuck or not
+    assert asked <= stuck <= asked + largest
+    assert torch.equal(damaged[0].bias, net[0].bias)
+
+
+def test_stuck_weights_hang_on_the_seed_and_a_larger_share_holds_a_smaller_one():
+    net = nn.Linear(37, 11)
+
+    def at_zero(share, seed):
+        return faulty(net, Fault("stuck_at_zero", share), seed=seed).weight == 0
+
+    milder = at_zero(0.1, seed=3)
+    severe = at_zero(0.4, seed=3)
     assert (severe | ~milder).all()
-    assert not torch.equal(milder, other)
+    assert not torch.equal(milder, at_zero(0.1, seed=4))
 
 
-NEURONS = {"name": NODES, "reset": [0.0, None, 0.1], "mode": ["m", "s"]}
+NEURONS = {
+    "name": NODES,
+    "reset": [0.0, None, 0.1],
+    "mode": ["m", "s"],
+}
+
+
+def spikes_of(node, x):
+    """A sequence through a neuron without a past, in whichever step mode."""
+    node.reset()
+    if node.step_mode == "m":
+        return node(x).detach()
+    return torch.stack([node(step).detach() for step in x])
 
 
 @pytest.mark.parametrize(tuple(NEURONS), every_pair(NEURONS))
 def test_without_a_drift_a_neuron_spikes_as_before(name, reset, mode):
-    x = 1.5 * torch.rand(T, 4, 3, 7, generator=torch.Generator().manual_seed(1))
+    x = 1.5 * torch.rand(T, 4, 3, 7, generator=seeded(1))
     node = NODES[name](v_reset=reset, step_mode=mode).eval()
     for kind in ("threshold_drift", "tau_drift"):
+        usual = spikes_of(node, x)
         still = faulty(node, Fault(kind, 0.0))
-        outputs = []
-        for one in (node, still):
-            one.reset()
-            spikes = one(x) if mode == "m" else torch.stack([one(step) for step in x])
-            outputs.append(spikes.detach())
-        assert 0.05 < float(outputs[0].mean()) < 0.95
-        assert (
-            int((outputs[0] != outputs[1]).sum()) <= 1
-        )  # a potential at the threshold may be rounded
+        moved = spikes_of(still, x) != usual
+        assert 0.05 < float(usual.mean()) < 0.95
+        # a potential at the threshold may be rounded
+        assert int(moved.sum()) <= 1
         node.reset()
 
 
-def test_thresholds_and_time_constants_are_those_of_each_neuron():
-    """The potential that a neuron needs, and what it keeps, are read off its spikes."""
-    z = torch.randn(
-        1000, generator=torch.Generator().manual_seed(2**20), dtype=torch.float64
-    ).float()
+LINE = torch.linspace(0.0, 1.0, 101)
+"""Potentials, a hundredth apart."""
+
+
+def first_spike(spikes):
+    """At which value of the line each neuron begins to fire, from spikes [101, neurons]."""
+    return (1 - spikes).sum(0) / 100
+
+
+def drawn_for_each_neuron():
+    """What the drifts of the first thousand neurons are drawn from, at seed 0."""
+    return torch.randn(1000, generator=seeded(2**20), dtype=torch.float64).float()
+
+
+def test_thresholds_are_those_of_each_neuron():
+    """The potential that a neuron needs is read off its spikes."""
     node = faulty(neuron.IFNode(step_mode="m"), Fault("threshold_drift", 0.1), seed=0)
-    x = torch.linspace(0.5, 1.5, 101)[None, :, None].expand(1, 101, 1000)
-    found = 0.5 + (1 - node(x)[0]).sum(0) / 100
-    expected = (0.1 * z).exp()
-    torch.testing.assert_close(found, expected, atol=0.0101, rtol=0)
-    node = faulty(
-        neuron.LIFNode(tau=4.0, decay_input=False, step_mode="m"), Fault("tau_drift", 0.1), seed=0
-    )
-    kept = 1 - 0.25 * (-0.1 * z).exp()
+    x = (0.5 + LINE).view(1, 101, 1).expand(1, 101, 1000)
+    found = 0.5 + first_spike(node(x)[0])
+    expected = (0.1 * drawn_for_each_neuron()).exp()
+    assert_close(found, expected, atol=0.0101, rtol=0)
+
+
+def test_time_constants_are_those_of_each_neuron():
+    """What a neuron keeps of 0.9 is read off what it needs to fire in the next step."""
+    node = neuron.LIFNode(tau=4.0, decay_input=False, step_mode="m")
+    node = faulty(node, Fault("tau_drift", 0.1), seed=0)
     first = torch.full((101, 1000), 0.9)
-    second = torch.linspace(0.1, 1.1, 101)[:, None].expand(101, 1000)
-    spikes = node(torch.stack((first, second)))[1]
-    found = 0.1 + (1 - spikes).sum(0) / 100
-    torch.testing.assert_close(found, 1 - 0.9 * kept, atol=0.0101, rtol=0)
+    second = (0.1 + LINE).view(101, 1).expand(101, 1000)
+    spikes = node(torch.stack((first, second)))
+    found = 0.1 + first_spike(spikes[1])
+    kept = 1 - 0.25 * (-0.1 * drawn_for_each_neuron()).exp()
+    assert_close(found, 1 - 0.9 * kept, atol=0.0101, rtol=0)
 
 
 @pytest.mark.parametrize("lost", [1, 3])
 def test_a_lost_step_is_seen_by_no_layer(lost):
-    x = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(4))
+    x = torch.rand(6, 1, 4, 4, generator=seeded(4))
     model = chain()
     damaged = faulty(model, Fault("lost_steps", lost), seed=1)
     damaged(x)
-    found = [len(module.seen) for module in damaged.modules() if isinstance(module, Steps)]
-    assert found == ([T - lost] * 3)
+    for module in damaged.modules():
+        if isinstance(module, Steps):
+            assert len(module.seen) == T - lost
     gains = damaged.net[3].input_gain.tolist()
+    usual = model.net[3].input_gain.tolist()
     assert gains == sorted(set(gains))
-    expected = set(model.net[3].input_gain.tolist())
-    assert set(gains) < expected
+    assert set(gains) < set(usual)
 
     frames = torch.rand(6, T, 1, 4, 4).round()
     events = SpikingEventClassifier(model.net, T=T)
     damaged = faulty(events, Fault("lost_steps", lost), seed=1)
     damaged(frames)
-    kept = [t for t in range(T) if model.net[3].input_gain[t].item() in gains]
+    kept = [t for t in range(T) if usual[t] in gains]
     expected = frames[:, kept].transpose(0, 1).flatten(2)
     assert torch.equal(damaged.net[1].seen, expected)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_the_answer_after_the_first_steps(steps):
-    x = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(4))
+    x = torch.rand(6, 1, 4, 4, generator=seeded(4))
     model = chain()
     model(x)
-    found = faulty(model, Fault("first_steps", steps))(x)
+    early = faulty(model, Fault("first_steps", steps))
     expected = model.net[6].seen[:steps].mean(0)
-    torch.testing.assert_close(found, expected)
+    assert_close(early(x), expected)
 
 
 @pytest.mark.parametrize(("kind", "was"), [("lost_spikes", 1.0), ("added_spikes", 0.0)])
@@ -171,23 +211,27 @@ def test_the_share_of_lost_and_added_spikes(kind, was):
     assert set(first.unique().tolist()) == {0.0, 1.0}
 
 
-def test_jitter_of_images_and_frames():
-    seen = Steps()
+def watched():
+    """A network that keeps what it is given."""
+    return nn.Sequential(Steps(), nn.Flatten(2))
+
+
+def test_jitter_of_images_is_noise_of_its_level_and_leaves_images():
     x = torch.full((4, 1, 8, 8), 0.5).requires_grad_()
-    model = faulty(SpikingClassifier(nn.Sequential(seen, nn.Flatten(2)), T=1), Fault("jitter", 0.1))
+    plain = SpikingClassifier(watched(), T=1)
+    model = faulty(plain, Fault("jitter", 0.1))
     (grad,) = torch.autograd.grad(model(x).sum(), x)
     assert torch.equal(grad, torch.ones_like(x))
-    noisy = model.net[0].seen[0]
-    found = float((noisy - 0.5).std())
-    assert found == pytest.approx(0.1, abs=0.02)
-    strong = Fault("jitter", 0.5)
-    model = faulty(SpikingClassifier(nn.Sequential(seen, nn.Flatten(2)), T=1), strong)
-    model(x)
-    assert model.net[0].seen.aminmax() == (0.0, 1.0)  # still images
+    noise = model.net[0].seen[0] - 0.5
+    assert float(noise.std()) == pytest.approx(0.1, abs=0.02)
+    strong = faulty(plain, Fault("jitter", 0.5))
+    strong(x)
+    assert strong.net[0].seen.aminmax() == (0.0, 1.0)
+
+
+def test_jitter_of_frames_moves_events_in_time():
     frames = (torch.rand(3, T, 2, 4, 4) < 0.2).float()
-    model = faulty(
-        SpikingEventClassifier(nn.Sequential(seen, nn.Flatten(2)), T=T), Fault("jitter", 1)
-    )
+    model = faulty(SpikingEventClassifier(watched(), T=T), Fault("jitter", 1))
     model(frames)
     moved = model.net[0].seen.transpose(0, 1)
     assert torch.equal(moved.sum(1), frames.sum(1))
@@ -196,46 +240,49 @@ def test_jitter_of_images_and_frames():
 
 @pytest.mark.parametrize("kind", FAULTS)
 def test_the_network_is_as_it_was_and_its_copy_can_be_attacked(kind):
-    from sj_robust.attacks import pgd
-
     model = classifier()
     x, y = images(6)
     before = model(x)
     level = {"first_steps": 2, "lost_steps": 1}.get(kind, FAULTS[kind][-1])
     with unchanged(model):
         damaged = faulty(model, Fault(kind, level), seed=5)
-        x_adv = pgd(
-            damaged,
-            x,
-            y,
-            eps=0.3,
-            step_size=0.1,
-            steps=3,
-            generator=torch.Generator().manual_seed(0),
-        )
+        x_adv = pgd(damaged, x, y, eps=0.3, step_size=0.1, steps=3, generator=seeded(0))
     assert not torch.equal(x_adv, x)
     assert torch.equal(model(x), before)
 
 
-def test_wrong_use():
-    for arguments, match in (
-        (("rust", 1), "kind must be one of weight_bits, .*, got 'rust'"),
-        (("weight_bits", 1), "level of weight_bits must be an integer >= 2 and <= 32, got 1"),
-        (("weight_bits", 2.5), "must be an integer"),
-        (("stuck_at_zero", 1.1), "must be a number >= 0 and <= 1, got 1.1"),
-        (("lost_steps", True), "must be an integer >= 1, got True"),
-        (("first_steps", 0), "first_steps must be an integer >= 1"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            Fault(*arguments)
-    for model, fault, match in (
+@pytest.mark.parametrize(
+    ("kind", "level", "message"),
+    [
+        ("rust", 1, "kind must be one of weight_bits, .*, got 'rust'"),
+        ("weight_bits", 1, "level of weight_bits must be an integer >= 2 and <= 32, got 1"),
+        ("weight_bits", 2.5, "must be an integer"),
+        ("stuck_at_zero", 1.1, "must be a number >= 0 and <= 1, got 1.1"),
+        ("lost_steps", True, "must be an integer >= 1, got True"),
+        ("first_steps", 0, "first_steps must be an integer >= 1"),
+    ],
+)
+def test_wrong_faults(kind, level, message):
+    with pytest.raises(ValueError, match=message):
+        Fault(kind, level)
+
+
+@pytest.mark.parametrize(
+    ("model", "fault", "message"),
+    [
         (nn.Flatten(), Fault("weight_bits", 4), "needs a network with some"),
         (nn.Linear(2, 2), Fault("lost_spikes", 0.1), "needs SpikingJelly neurons, got a Linear"),
         (nn.Linear(2, 2), Fault("lost_steps", 1), "need a SpikingClassifier"),
         (neuron.QIFNode(), Fault("tau_drift", 0.1), r"tau of  \(QIFNode\) cannot drift"),
         (classifier().train(), Fault("first_steps", 3), "steps must be < T = 3, got 3"),
-    ):
-        with unchanged(model), pytest.raises(ValueError, match=match):
-            faulty(model, fault)
-    levels = [fault.level for fault in default_faults(chain()) if fault.kind == "first_steps"]
+    ],
+)
+def test_networks_that_cannot_have_a_fault(model, fault, message):
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        faulty(model, fault)
+
+
+def test_answers_after_fewer_steps_are_among_the_default_faults():
+    faults = default_faults(chain())
+    levels = [fault.level for fault in faults if fault.kind == "first_steps"]
     assert levels == [4, 3, 2, 1]

@@ -476,13 +476,38 @@ def run(model, folder, **options):
     return suite_run.without_times(outcome)
 
 
+@pytest.fixture(scope="module")
+def data():
+    """Twelve images in two batches."""
+    return Data.of(suite_run.batches(6, 12))
+
+
+@pytest.fixture(scope="module")
+def begun_by_the_plain_one(tmp_path_factory, data):
+    """A folder that an evaluation of the plain network has begun."""
+    folder = tmp_path_factory.mktemp("plain")
+    begin(classifier(), data, folder)
+    return folder
+
+
+def begin(model, data, folder):
+    """All of an evaluation that comes before its first attack, and a file that stands for that."""
+    network_key(model, data, folder)
+    (folder / "step").touch()
+
+
 @pytest.mark.parametrize("what", UNLIKE)
-def test_another_network_is_refused_by_the_folder(tmp_path, monkeypatch, what):
+def test_another_network_is_refused_by_the_folder(
+    tmp_path, monkeypatch, data, begun_by_the_plain_one, what
+):
     first, second = UNLIKE[what]
-    run(first(monkeypatch), tmp_path)
+    folder = begun_by_the_plain_one
+    if first is not plain:
+        folder = tmp_path
+        begin(first(monkeypatch), data, folder)
     other = second(monkeypatch)
     with pytest.raises(ValueError, match=r"network changed: .*evaluate into another folder"):
-        run(other, tmp_path)
+        begin(other, data, folder)
 
 
 def test_evaluate_and_stress_refuse_it_and_name_what_differs(tmp_path):
@@ -511,8 +536,7 @@ class Fails(Sloped):
 
 
 @pytest.mark.parametrize("kind", [Rounds, Fails])
-def test_a_network_without_a_gradient_has_an_identity(kind):
-    data = Data.of(suite_run.batches(6, 12))
+def test_a_network_without_a_gradient_has_an_identity(kind, data):
     found = identify(classifier(kind()), data)
     assert found.noise.gradients is None
     assert found.noise.logits is not None
@@ -527,9 +551,9 @@ class Keeps(Asks):
         return self.kept
 
 
-def test_no_graph_is_left_in_what_a_network_remembers():
+def test_no_graph_is_left_in_what_a_network_remembers(data):
     net = classifier(Keeps())
-    identify(net, Data.of(suite_run.batches(6, 12)))
+    identify(net, data)
     assert not net.net.kept.requires_grad
 
 
@@ -566,6 +590,7 @@ def test_what_surrounds_a_network_is_no_part_of_it(tmp_path, monkeypatch, what):
     assert run(SAME[what](monkeypatch), tmp_path) == wanted
 
 
+@pytest.mark.slow
 def test_another_batch_size_is_named_and_is_not_blamed_on_the_network(tmp_path):
     x, y = suite_run.images(12)
     asked = {"eps": 0.1, "progress": False, "folder": tmp_path}
@@ -670,16 +695,14 @@ def test_a_network_that_draws_is_known_again(tmp_path):
         run(classifier(encoder=encoder), folder, draws=2)
 
 
-def test_a_folder_without_progress_belongs_to_nobody(tmp_path):
-    data = Data.of(suite_run.batches(6, 12))
+def test_a_folder_without_progress_belongs_to_nobody(tmp_path, data):
     network_key(classifier(), data, tmp_path)
     key = network_key(classifier(Net(turns=True)), data, tmp_path)
     assert key == network_key(classifier(Net(turns=True)), data, None)
     assert key != network_key(classifier(), data, None)
 
 
-def test_logits_of_another_machine_may_differ_by_rounding():
-    data = Data.of(suite_run.batches(6, 12))
+def test_logits_of_another_machine_may_differ_by_rounding(data):
     here = identify(classifier(), data)
     for factor, machine, same in (
         (1.0, here.machine, True),
@@ -688,12 +711,17 @@ def test_logits_of_another_machine_may_differ_by_rounding():
         (1.01, "another", False),
     ):
         for name in ("logits", "gradients"):
-            rows = [[factor * value for value in row] for row in getattr(here.noise, name)]
+            rows = scaled_rows(getattr(here.noise, name), factor)
             noise = replace(here.noise, **{name: rows})
             there = replace(here, noise=noise, machine=machine)
             assert (here.differences(there) == []) is same
         if not same and machine == "another":
             assert "and now of another" in here.differences(there)[0]
+
+
+def scaled_rows(rows, factor):
+    """Figures of another machine."""
+    return (factor * torch.tensor(rows, dtype=torch.float64)).tolist()
 
 
 @pytest.mark.slow

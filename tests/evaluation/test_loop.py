@@ -125,6 +125,14 @@ def test_a_torn_end_is_cut_off_and_only_what_is_missing_is_computed(tmp_path, mo
         assert found == expected
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A folder that belongs to one run."""
+    folder = tmp_path_factory.mktemp("begun")
+    suite_run.outcome_of(folder)
+    return folder
+
+
 def changed_network():
     net = suite_run.classifier()
     with torch.no_grad():
@@ -150,12 +158,11 @@ def changed_data():
         ({"data": changed_data()}, "data"),
     ],
 )
-def test_other_runs_are_never_mixed(tmp_path, options, what):
-    suite_run.outcome_of(tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+def test_other_runs_are_never_mixed(begun, options, what):
+    before = {path.name: path.read_bytes() for path in begun.iterdir()}
     with pytest.raises(ValueError, match=rf"another evaluation \({what} changed.*another folder"):
-        suite_run.outcome_of(tmp_path, **options)
-    found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        suite_run.outcome_of(begun, **options)
+    found = {path.name: path.read_bytes() for path in begun.iterdir()}
     assert found == before
 
 

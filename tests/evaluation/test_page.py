@@ -108,12 +108,17 @@ def contrast(one, other):
     values = []
     for color in (one, other):
         digits = color[1:] if len(color) == 7 else "".join(2 * digit for digit in color[1:])
-        parts = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
-        linear = [
-            part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
-        ]
-        values.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05)
+        red, green, blue = (linear(digits[place : place + 2]) for place in (0, 2, 4))
+        values.append(0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05)
     return max(values) / min(values)
+
+
+def linear(digits):
+    """The light of a colour's part, from two hexadecimal digits of sRGB."""
+    part = int(digits, 16) / 255
+    if part <= 0.04045:
+        return part / 12.92
+    return ((part + 0.055) / 1.055) ** 2.4
 
 
 def test_every_number_is_in_a_table(text):

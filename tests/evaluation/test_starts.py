@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from covering import mostly_slow
 from evaluation import suite_run
 from evaluation.suite_run import EPS, THREAT
 
@@ -71,21 +72,34 @@ def test_it_gets_what_its_group_made_within_its_threat_and_clean_images_where_no
     assert 0 < len(left) < 20
 
 
-@pytest.mark.parametrize("step", range(1, 9 * 2 + 1))
-def test_stopped_anywhere_it_goes_on_with_the_same_starts(tmp_path, step):
+@pytest.fixture(scope="module")
+def whole():
+    """A run that nothing stops: what it finds, and the starts that came by."""
+    seen = Seen()
+    outcome = suite_run.outcome_of(size=10, suite=members(seen))
+    return suite_run.without_times(outcome), seen.starts
+
+
+STEPS = range(1, 9 * 2 + 1)
+"""Two batches of eight members and the clean images."""
+
+
+# quick: behind the first search, before and behind the second, and in the other batch
+@pytest.mark.parametrize("step", mostly_slow(STEPS, quick=[2, 7, 8, 16]))
+def test_stopped_anywhere_it_goes_on_with_the_same_starts(tmp_path, whole, step):
     def stops(position):
         if position.done == step:
             raise StopError
 
-    whole, seen = Seen(), Seen()
-    expected = suite_run.without_times(suite_run.outcome_of(size=10, suite=members(whole)))
+    expected, starts = whole
+    seen = Seen()
     suite = {"size": 10, "suite": members(seen)}
     with pytest.raises(StopError):
         suite_run.outcome_of(tmp_path, on_step=stops, **suite)
     resumed = suite_run.outcome_of(tmp_path, **suite)
     assert suite_run.without_times(resumed) == expected
-    assert len(seen.starts) == len(whole.starts)
-    assert all(map(torch.equal, seen.starts, whole.starts))
+    assert len(seen.starts) == len(starts)
+    assert all(map(torch.equal, seen.starts, starts))
     assert not list(tmp_path.glob("*.pt")), "a batch that is done needs no images"
 
 

@@ -58,6 +58,7 @@ def test_the_attack_sees_the_faulty_network(monkeypatch):
     assert all(map(torch.equal, found, wanted))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_the_network_is_as_it_was(tmp_path):
     model = classifier()
     few = [*FEW, Fault("first_steps", 1)]

@@ -62,16 +62,12 @@ class Counted(nn.Module):
 def shortened(members, **few):
     """The same attacks with other numbers where they have them, such as steps=8."""
     few = {"queries": 30, "forwards": 100} | few
-    return [
-        replace(
-            member,
-            attack=partial(
-                member.attack,
-                **{key: few[key] for key in few.keys() & member.attack.keywords.keys()},
-            ),
-        )
-        for member in members
-    ]
+    shorter = []
+    for member in members:
+        names = few.keys() & member.attack.keywords.keys()
+        attack = partial(member.attack, **{name: few[name] for name in names})
+        shorter.append(replace(member, attack=attack))
+    return shorter
 
 
 class TestMakeUp:

@@ -82,11 +82,15 @@ class TestWorstCase:
             pgd_member("a", attack={"steps": 1}),
             pgd_member("b", attack={"restarts": 2}, seed=1),
         ]
+
+        def fell(result):
+            return [row.fell for row in result.rows]
+
         together, again, other = (
             worst_case(model, x, y, members, seeds=seeds(40, start)) for start in (0, 0, 100)
         )
-        fell = [[row.fell for row in result.rows] for result in (together, again, other)]
-        assert fell[0] == fell[1] != fell[2]
+        assert fell(together) == fell(again)
+        assert fell(together) != fell(other)
         order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
         for rows in order.split(7):
             part = worst_case(model, x[rows], y[rows], members, seeds=seeds(40).rows(rows))

@@ -56,9 +56,7 @@ def test_equals_bptt_by_hand(v_reset, detach_reset, surrogate, shape, dtype):
     constants = {"decay": 0.9, "v_threshold": 0.8, "v_reset": v_reset, "detach_reset": detach_reset}
     constants |= {"kind": kind, "alpha": alpha}
     expected = by_hand(inputs, grads, **constants)
-    outputs, gradients = run(
-        "cupy", *([a.cuda() for a in given] for given in (inputs, grads)), **constants
-    )
+    outputs, gradients = run("cupy", on_the_gpu(inputs), on_the_gpu(grads), **constants)
     spikes, v, potentials, grad_x, grad_gain, grad_v_init = (
         a.float().cpu().numpy() for a in (*outputs, *gradients)
     )
@@ -88,8 +86,12 @@ def test_slopes_by_formula(backend):
 def test_triton_equals_the_reference(case):
     """The calls of the interpreter's tests: few, since Triton takes seconds to compile each."""
     needs("triton")
-    call = random_call((case.steps, case.neurons), case.dtype, seed=case.steps)
-    cases.check(case, *([a.cuda() for a in given] for given in call))
+    inputs, grads = random_call((case.steps, case.neurons), case.dtype, seed=case.steps)
+    cases.check(case, on_the_gpu(inputs), on_the_gpu(grads))
+
+
+def on_the_gpu(tensors):
+    return [tensor.cuda() for tensor in tensors]
 
 
 def test_spikes_equal_the_reference_bit_by_bit_and_gradients_repeat(backend):

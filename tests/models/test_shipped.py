@@ -39,6 +39,7 @@ def test_a_network_gets_right_what_its_card_says(name, images):
     assert abs(clean - CARDS[name].clean) < 0.3, "one image, where rounding differs"
 
 
+@pytest.mark.slow
 def test_as_many_images_are_proved_as_the_card_says(images):
     name = "digits/dlif-certified"
     proved = verify(pretrained(name), *images, 0.1).verified

@@ -3,6 +3,7 @@ from dataclasses import asdict, dataclass, field
 
 import pytest
 import torch
+from covering import mostly_slow
 from spikingjelly.activation_based import functional, neuron
 from spikingjelly.activation_based.model import spiking_resnet
 from torch.testing import assert_close
@@ -172,7 +173,7 @@ def build():
 """
 
 
-@pytest.mark.parametrize("name", BEFORE_STAGES)
+@pytest.mark.parametrize("name", mostly_slow(BEFORE_STAGES, quick=BEFORE_STAGES.keys() - {"wide"}))
 def test_weights_saved_before_there_were_stages_are_loaded(tmp_path, monkeypatch, name):
     (tmp_path / "own_stages.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)

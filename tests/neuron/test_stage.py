@@ -504,10 +504,13 @@ PATCHES = {
 }
 
 
+PATCHED = []
+for name, (_, children_of_it) in PATCHES.items():
+    PATCHED += [(name, child) for child in children_of_it]
+
+
 @needs_kernel
-@pytest.mark.parametrize(
-    ("patch", "child"), [(name, child) for name, (_, on) in PATCHES.items() for child in on]
-)
+@pytest.mark.parametrize(("patch", "child"), PATCHED)
 def test_whatever_is_patched_runs(passes, patch, child):
     unpatched = forward_and_backward(three(Stage)[0])
     passes.fused = 0

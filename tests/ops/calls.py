@@ -68,16 +68,18 @@ def run(backend, inputs, grads, *, kind="triangle", alpha=1.0, store_v_seq=True,
     """Outputs, and the gradients of the inputs; a gradient that is None belongs to an output that
     nobody uses.
     """
-    leaves = [None if a is None else a.clone().requires_grad_() for a in inputs]
+
+    def each(function, tensors):
+        return [None if tensor is None else function(tensor) for tensor in tensors]
+
+    leaves = each(lambda tensor: tensor.clone().requires_grad_(), inputs)
     surrogate = Surrogate(kind, alpha)
     outputs = dlif_multi_step(
         *leaves, surrogate=surrogate, store_v_seq=store_v_seq, backend=backend, **constants
     )
     used = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
     torch.autograd.backward(*zip(*used, strict=True))
-    return [None if a is None else a.detach() for a in outputs], [
-        None if a is None else a.grad for a in leaves
-    ]
+    return each(torch.Tensor.detach, outputs), each(lambda leaf: leaf.grad, leaves)
 
 
 def check_slopes(backend, dtype=torch.float32, device="cpu"):
@@ -111,9 +113,8 @@ def quarters(dtype):
     """Three steps of multiples of 1/4, which are exact in binary, so that h == v_threshold really
     happens.
     """
-    return torch.tensor(
-        list(itertools.product([0.0, 0.25, 0.5, 1.0], repeat=3)), dtype=dtype
-    ).T.contiguous()
+    values = itertools.product([0.0, 0.25, 0.5, 1.0], repeat=3)
+    return torch.tensor(list(values), dtype=dtype).T.contiguous()
 
 
 def by_hand(inputs, grads, *, kind="triangle", alpha=1.0, **constants):

@@ -2,7 +2,9 @@
 norm.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from covering import every_pair, pairwise
 from ops.calls import KERNELS, assert_equal, laid_out, needs_kernel
 from ops.triton import stage_cases
-from ops.triton.stage_cases import TRIANGLE, Call, Case
+from ops.triton.stage_cases import Call, Case
 from oracle import dlif_bptt
 from torch import nn
 from torch.testing import assert_close
@@ -32,10 +34,18 @@ def by_hand(x, weight, bias, gain, v_init, statistics, grads, constants, eps):
     """
     axes = (0, 1, *range(3, x.ndim))
     shape = (1, 1, -1, *[1] * (x.ndim - 3))
-    mean, variance = (x.mean(axes), x.var(axes)) if statistics is None else statistics
+
+    def by_channel(values):
+        return values.reshape(shape)
+
+    if statistics is None:
+        mean = x.mean(axes)
+        variance = x.var(axes)
+    else:
+        mean, variance = statistics
     inverse_std = 1 / np.sqrt(variance + eps)
-    x_hat = (x - mean.reshape(shape)) * inverse_std.reshape(shape)
-    y = x_hat * weight.reshape(shape) + bias.reshape(shape)
+    x_hat = (x - by_channel(mean)) * by_channel(inverse_std)
+    y = x_hat * by_channel(weight) + by_channel(bias)
     neuron = dlif_bptt(
         y,
         gain,
@@ -45,17 +55,15 @@ def by_hand(x, weight, bias, gain, v_init, statistics, grads, constants, eps):
         grad_potentials=grads[2],
         **constants,
     )
-    grad_x_hat = neuron.grad_x * weight.reshape(shape)
+    grad_x_hat = neuron.grad_x * by_channel(weight)
     if statistics is None:
-        grad_x_hat = (
-            grad_x_hat
-            - grad_x_hat.mean(axes, keepdims=True)
-            - x_hat * (grad_x_hat * x_hat).mean(axes, keepdims=True)
-        )
+        of_mean = grad_x_hat.mean(axes, keepdims=True)
+        of_variance = (grad_x_hat * x_hat).mean(axes, keepdims=True)
+        grad_x_hat = grad_x_hat - of_mean - x_hat * of_variance
     return {
         "spikes": neuron.spikes,
         "potentials": neuron.potentials,
-        "x": grad_x_hat * inverse_std.reshape(shape),
+        "x": grad_x_hat * by_channel(inverse_std),
         "weight": (neuron.grad_x * x_hat).sum(axes),
         "bias": neuron.grad_x.sum(axes),
         "gain": neuron.grad_gain,
@@ -64,16 +72,22 @@ def by_hand(x, weight, bias, gain, v_init, statistics, grads, constants, eps):
 
 
 def random_call(shape, seed=0):
+    """Values of x, weight, bias, gain and v_init, gradients of the outputs, and running
+    statistics.
+    """
     rng = np.random.default_rng(seed)
     channels = shape[2]
-    x = rng.normal(0.5, 2.0, shape) * rng.uniform(0.5, 2, (channels, *[1] * (len(shape) - 3)))
+    plane = [1] * (len(shape) - 3)
+    x = rng.normal(0.5, 2.0, shape)
+    x = x * rng.uniform(0.5, 2, (channels, *plane))
     weight = rng.normal(1.0, 0.3, channels)
     bias = rng.normal(0.3, 0.3, channels)
     gain = rng.normal(1.0, 0.3, shape[0])
     v_init = rng.normal(0.2, 0.4, shape[1:])
-    grads = rng.normal(size=shape), rng.normal(size=shape[1:]), rng.normal(size=shape)
-    running = rng.normal(0.4, 0.2, channels), rng.uniform(0.5, 4.0, channels)
-    return x, weight, bias, gain, v_init, grads, running
+    grads = [rng.normal(size=size) for size in (shape, shape[1:], shape)]
+    mean = rng.normal(0.4, 0.2, channels)
+    variance = rng.uniform(0.5, 4.0, channels)
+    return (x, weight, bias, gain, v_init), grads, (mean, variance)
 
 
 CHOICES = {
@@ -137,16 +151,17 @@ CALLS = [(case.backend, case) for case in pairwise([], at_random, 300)]
 
 def expected_call(case):
     """A call, and what comes out of it by hand."""
-    x, weight, bias, gain, v_init, grads, running = random_call(case.shape)
+    values, grads, running = random_call(case.shape)
     if case.average_pool:
-        grads = (means(grads[0]), *grads[1:])
-    given = x, weight, bias, gain, v_init, grads, running
+        grads[0] = means(grads[0])
+    given = (values, list(grads), running)
+    x, weight, bias, gain, v_init = values
     if case.statistics is None:  # a batch norm that changes nothing
         weight = np.ones(case.shape[2])
         bias = np.zeros(case.shape[2])
-        running = bias, weight
+        running = (bias, weight)
     if case.average_pool:
-        grads = (shares(grads[0], case.shape), *grads[1:])
+        grads[0] = shares(grads[0], case.shape)
     kind, alpha = case.surrogate
     expected = by_hand(
         x,
@@ -165,8 +180,8 @@ def expected_call(case):
 
 @pytest.mark.parametrize(("backend", "case"), CALLS, indirect=["backend"], ids=str)
 def test_equals_all_written_by_hand(backend, case):
-    (*values, grads, running), expected = expected_call(case)
-    x, weight, bias, gain, v_init = (torch.tensor(a, requires_grad=True) for a in values)
+    (values, grads, running), expected = expected_call(case)
+    x, weight, bias, gain, v_init = leaves_of(values)
     found = {"x": x, "gain": gain, "v_init": v_init}
     norm = None
     if case.statistics is not None:
@@ -193,6 +208,10 @@ def test_equals_all_written_by_hand(backend, case):
     for name, tensor in found.items():
         wanted = expected[name]
         np.testing.assert_allclose(tensor.grad, wanted, rtol=1e-9, atol=1e-10, err_msg=name)
+
+
+def leaves_of(values):
+    return [torch.tensor(value, requires_grad=True) for value in values]
 
 
 def means(spikes):
@@ -241,11 +260,19 @@ def test_halves_are_a_float32_run_of_the_same_numbers(instruction_set, dtype, ch
         shapes.append((2, 16, 64, 32, 32))  # written past the cache
     for T, *step in shapes:
         case = Case(
-            T, tuple(step), dtype, statistics, average_pool, channels_last, repeated, TRIANGLE
+            steps=T,
+            shape=tuple(step),
+            dtype=dtype,
+            statistics=statistics,
+            average_pool=average_pool,
+            channels_last=channels_last,
+            repeated=repeated,
         )
-        half, whole = (Call("cpp", case, storage) for storage in (dtype, torch.float32))
-        assert [a.dtype for a in half.outputs] == [dtype, *[torch.float32] * 3]
-        spikes = half.outputs[0]
+        half = Call("cpp", case, dtype)
+        whole = Call("cpp", case, torch.float32)
+        spikes, *states = half.outputs
+        assert spikes.dtype == dtype
+        assert {state.dtype for state in states} == {torch.float32}
         grad_x = half.gradients[0]
         assert spikes.stride() == laid_out(spikes, channels_last).stride()
         assert grad_x.stride() == half.x.stride() == laid_out(half.x, channels_last).stride()
@@ -280,16 +307,16 @@ def test_statistics_survive_a_large_mean(instruction_set):
         x, norm, torch.ones(4), decay=1.0, v_threshold=1e6, store_v_seq=True, backend="cpp"
     )
     exact = x.double()
-    y = (exact - exact.mean((0, 1, 3, 4), keepdim=True)) / (
-        exact.var((0, 1, 3, 4), keepdim=True, unbiased=False) + 1e-5
-    ).sqrt()
+    mean = exact.mean((0, 1, 3, 4), keepdim=True)
+    variance = exact.var((0, 1, 3, 4), keepdim=True, unbiased=False)
+    y = (exact - mean) / (variance + 1e-5).sqrt()
     # scale * x + offset, torch's own form, loses 1000 / 0.25 * 2^-24 here
     assert_close(potentials[0].double(), y[0], rtol=0, atol=2e-3)
 
 
 @needs_kernel
 def test_result_does_not_depend_on_the_number_of_threads(threads):
-    case = Case(4, (16, 12, 33, 9), torch.float32, "batch", False, False, False, TRIANGLE)
+    case = Case(4, (16, 12, 33, 9))
     results = []
     for count in (1, 2, 5):
         threads(count)
@@ -302,19 +329,21 @@ def test_result_does_not_depend_on_the_number_of_threads(threads):
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias", "gain"])
 @pytest.mark.parametrize("training", [True, False])
 def test_gradients_that_nobody_needs_are_left_out(frozen, training):
-    *values, grads, running = random_call((4, 3, 5, 8, 8))
+    values, grads, running = random_call((4, 3, 5, 8, 8))
     results = []
     for keep_all in (True, False):
-        x, weight, bias, gain, v_init = (torch.tensor(a, requires_grad=True) for a in values)
+        x, weight, bias, gain, v_init = leaves_of(values)
         tensors = {"x": x, "weight": weight, "bias": bias, "gain": gain}
         tensors[frozen].requires_grad_(keep_all)
         norm = BatchNorm(weight, bias, *map(torch.tensor, running), use_batch_statistics=training)
         spikes, _, _ = batch_norm_dlif_multi_step(x, norm, gain, v_init, decay=0.9, backend="cpp")
         (spikes * torch.tensor(grads[0])).sum().backward()
-        results.append({name: tensor.grad for name, tensor in tensors.items()})
-    assert results[1][frozen] is None
-    for name in results[0].keys() - {frozen}:
-        assert torch.equal(results[0][name], results[1][name])
+        gradients = {name: tensor.grad for name, tensor in tensors.items()}
+        results.append(gradients)
+    every, without = results
+    assert without.pop(frozen) is None
+    for name, gradient in without.items():
+        assert torch.equal(every[name], gradient)
 
 
 @needs_kernel
@@ -343,17 +372,8 @@ def test_nothing_of_the_scratch_gets_into_the_result(instruction_set, monkeypatc
             return tensor.fill_(255)
         return tensor
 
-    # less than one block
-    case = Case(
-        3,
-        (2, 5, 3 if average_pool else 1, 3),
-        torch.float32,
-        "batch",
-        average_pool,
-        False,
-        False,
-        TRIANGLE,
-    )
+    less_than_a_block = (2, 5, 3 if average_pool else 1, 3)
+    case = Case(3, less_than_a_block, average_pool=average_pool)
     plain = Call("cpp", case, torch.float32)
     monkeypatch.setattr(torch, "empty", full_of_nan)
     assert_equal(Call("cpp", case, torch.float32).results, plain.results)
@@ -368,37 +388,66 @@ def test_nothing_of_the_scratch_gets_into_the_result(instruction_set, monkeypatc
     ],
 )
 def test_large_tensors(instruction_set, shape):
+    spikes, grad_x, *sums = large_call(shape, "cpp")
+    expected, wanted, *wanted_sums = of_the_reference(shape)
+    same = (spikes == expected).all(0)  # neurons that rounding did not flip
+    assert same.float().mean() > 0.9999
+    assert_close(grad_x[:, same], wanted[:, same], rtol=1e-3, atol=1e-4)
+    # of a million terms of size one
+    assert_close(sums, wanted_sums, rtol=1e-3, atol=1.0)
+
+
+def large_call(shape, backend):
+    """Spikes, and gradients of x, weight, bias and gain; the numbers are always the same."""
     torch.manual_seed(0)
     x = torch.randn(shape)
-    results = []
     weights = torch.randn_like(x)
-    for backend in ("cpp", "reference"):
-        leaves = [
-            a.requires_grad_() for a in (x.clone(), torch.ones(shape[2]), torch.zeros(shape[2]))
-        ]
-        gain = torch.ones(shape[0], requires_grad=True)
-        norm = BatchNorm(leaves[1], leaves[2], None, None, use_batch_statistics=True)
-        spikes, _, _ = batch_norm_dlif_multi_step(leaves[0], norm, gain, decay=0.9, backend=backend)
-        results.append((spikes, *torch.autograd.grad((spikes * weights).sum(), (*leaves, gain))))
-    same = (results[0][0] == results[1][0]).all(0)  # neurons that rounding did not flip
-    assert same.float().mean() > 0.9999
-    assert_close(results[0][1][:, same], results[1][1][:, same], rtol=1e-3, atol=1e-4)
-    # sums of a million terms of size one
-    assert_close(results[0][2:], results[1][2:], rtol=1e-3, atol=1.0)
+    T, _, channels, *_ = shape
+    leaves = [x, torch.ones(channels), torch.zeros(channels), torch.ones(T)]
+    x, weight, bias, gain = [leaf.requires_grad_() for leaf in leaves]
+    norm = BatchNorm(weight, bias, None, None, use_batch_statistics=True)
+    spikes, _, _ = batch_norm_dlif_multi_step(x, norm, gain, decay=0.9, backend=backend)
+    gradients = torch.autograd.grad((spikes * weights).sum(), leaves)
+    return [spikes.detach(), *gradients]
+
+
+@cache
+def of_the_reference(shape):
+    """Once for all instruction sets."""
+    return large_call(shape, "reference")
 
 
 @needs_kernel
 @pytest.mark.parametrize("repeat", [True, False])
 def test_of_an_image_repeated_over_time_one_step_is_saved(repeat):
     image = torch.randn(1, 3, 4, 6, 6, requires_grad=True)
-    saved = []
     x = repeat_step(image, 5) if repeat else image.expand(5, *image.shape[1:])
     norm = BatchNorm(torch.ones(4), torch.zeros(4), None, None, use_batch_statistics=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    with saved_for_backward() as saved:
         batch_norm_dlif_multi_step(x, norm, torch.ones(5), decay=0.9, backend="cpp")
-    assert image.data_ptr() in [t.data_ptr() for t in saved]
-    found = sum(t.numel() for t in saved if t.data_ptr() != image.data_ptr())
-    assert found <= 4 * 4 + 5
+    assert image.data_ptr() in [tensor.data_ptr() for tensor in saved]
+    assert elements_beside(image, saved) <= 4 * 4 + 5
+
+
+@contextmanager
+def saved_for_backward():
+    """Tensors that operators save for the backward pass meanwhile."""
+    saved = []
+
+    def keep(tensor):
+        saved.append(tensor)
+        return tensor
+
+    def give_back(tensor):
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, give_back):
+        yield saved
+
+
+def elements_beside(x, saved):
+    """How many numbers are saved that are not those of the input."""
+    return sum(tensor.numel() for tensor in saved if tensor.data_ptr() != x.data_ptr())
 
 
 def test_other_memory_formats_run_apart():
@@ -420,13 +469,11 @@ def test_other_memory_formats_run_apart():
 
 @needs_kernel
 def test_nothing_but_the_input_is_saved():
-    saved = []
     x = torch.randn(4, 3, 5, 8, 8, requires_grad=True)
     norm = BatchNorm(torch.ones(5), torch.zeros(5), None, None, use_batch_statistics=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    with saved_for_backward() as saved:
         batch_norm_dlif_multi_step(x, norm, torch.ones(4), decay=0.9, backend="cpp")
-    found = sum(t.numel() for t in saved if t.data_ptr() != x.data_ptr())
-    assert found <= 4 * 5 + 4
+    assert elements_beside(x, saved) <= 4 * 5 + 4
 
 
 def test_what_cannot_run_in_one_pass_runs_in_two():
@@ -437,7 +484,7 @@ def test_what_cannot_run_in_one_pass_runs_in_two():
     assert fused_kernels(x, norm, custom) is None
     spikes, _, _ = batch_norm_dlif_multi_step(x, norm, torch.ones(3), decay=0.9, surrogate=custom)
     assert ((spikes > 0) & (spikes < 1)).all()
-    mixed = BatchNorm(torch.ones(5).double(), None, None, None, True)
+    mixed = BatchNorm(torch.ones(5).double(), None, None, None, use_batch_statistics=True)
     assert fused_kernels(x.half(), mixed, Surrogate()) is None
     for thin in (torch.randn(3, 4, 5, 6, 1), torch.randn(3, 4, 5, 1, 6)):
         assert fused_kernels(thin, norm, Surrogate()) is not None
@@ -488,23 +535,21 @@ def test_running_statistics_apart_are_those_of_torch(affine, repeat, dtype):
     torch.manual_seed(0)
     of_norm = torch.float64 if dtype == torch.float64 else torch.float32
     weight, bias, mean, variance = torch.rand(4, 5, dtype=of_norm) + 0.1
-    norm = BatchNorm(
-        weight if affine else None, bias if affine else None, mean, variance, False, eps=1e-3
-    )
     step = torch.randn(1 if repeat else 4, 3, 5, 4, 2).to(dtype)
     upstream = torch.randn(4, 3, 5, 4, 2).to(dtype)
     found = []
     for run in (apart.normalise, reference.normalise):
-        leaves = [
-            step.clone().requires_grad_(),
-            *(t.clone().requires_grad_() for t in (weight, bias)),
-        ]
-        used = replace(norm, weight=leaves[1], bias=leaves[2]) if affine else norm
-        y_seq = run(repeat_step(leaves[0], 4) if repeat else leaves[0], used)
-        found.append(
-            (y_seq, *torch.autograd.grad((y_seq * upstream).sum(), leaves[: 3 if affine else 1]))
-        )
-    assert found[0][0].dtype == dtype
+        x = step.clone().requires_grad_()
+        leaves = [x]
+        norm = BatchNorm(None, None, mean, variance, use_batch_statistics=False, eps=1e-3)
+        if affine:
+            parameters = {"weight": weight.clone(), "bias": bias.clone()}
+            leaves += [parameter.requires_grad_() for parameter in parameters.values()]
+            norm = replace(norm, **parameters)
+        y_seq = run(repeat_step(x, 4) if repeat else x, norm)
+        gradients = torch.autograd.grad((y_seq * upstream).sum(), leaves)
+        assert y_seq.dtype == dtype
+        found.append([y_seq, *gradients])
     assert_close(*found)
 
 

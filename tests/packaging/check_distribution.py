@@ -125,7 +125,9 @@ def smoke(python, work, *, kernel):
     """Run ``smoke.py`` of this folder with the environment's Python, in a folder that holds
     nothing.
     """
-    need_more = {name for module in NEEDS_RECIPES for name in PUBLIC[module]}
+    need_more = set()
+    for module in NEEDS_RECIPES:
+        need_more |= set(PUBLIC[module])
     names = {}
     for module in PUBLIC.keys() - NEEDS_RECIPES:
         names[module] = [name for name in PUBLIC[module] if name not in need_more]

@@ -31,11 +31,14 @@ def check(seed: int, points: int) -> Counter:
     else:
         net = fuzz.random_classifier(case, grid, T).net
     model = SpikingEventClassifier(net, T).eval()
-    x = (torch.rand(fuzz.IMAGES, T, 2, 6, 6) < case.choice([0.1, 0.3, 0.5])).float()
-    ball = Flips(case.choice([1, 1, 2, 3, 5, 10]))
+    drawn = torch.rand(fuzz.IMAGES, T, 2, 6, 6)
+    share = case.choice([0.1, 0.3, 0.5])
+    x = (drawn < share).float()
+    budget = case.choice([1, 1, 2, 3, 5, 10])
+    ball = Flips(budget)
     method = case.choice(METHODS)
     y = model(x).argmax(1)
-    proved = fuzz.Proved.of(model, x, y, ball.budget, method, norm="L0")
+    proved = fuzz.Proved.of(model, x, y, budget, method, norm="L0")
     verified = int((proved.margin > 0).sum())
     total = Counter(inputs=0, networks=1, verified=verified, spikes=0)
     total["one budget"] = int(not proved.run.apart)
@@ -51,8 +54,9 @@ def check(seed: int, points: int) -> Counter:
         total["spikes"] += proved.assert_layers(seen, case)
         total["inputs"] += len(z)
         if climbs:
-            outputs = [found, *(spikes.movedim(0, 1) for spikes, _ in seen.values())]
-            slope = fuzz.signed_gradient(case, z, outputs) * (1 - 2 * several)
+            by_input = [spikes.movedim(0, 1) for spikes, _ in seen.values()]
+            gradient = fuzz.signed_gradient(case, z, [found, *by_input])
+            slope = gradient * (1 - 2 * several)
             scores = slope + 0.9 * torch.rand_like(slope)
         else:
             scores = near_a_place(several)
@@ -62,10 +66,15 @@ def check(seed: int, points: int) -> Counter:
 def fully_connected(case: random.Random, grid: bool, T: int) -> nn.Sequential:
     """Two linear layers of spiking neurons."""
     width = case.choice([3, 8])
-    parts = [layer.Flatten(), layer.Linear(72, width, bias=case.random() < 0.7)]
-    parts += [fuzz.random_node(case, grid, T), layer.Linear(width, 4)]
-    parts += [fuzz.random_node(case, grid, T), layer.Linear(4, 3)]
-    net = nn.Sequential(*parts)
+    biased = case.random() < 0.7
+    net = nn.Sequential(
+        layer.Flatten(),
+        layer.Linear(72, width, bias=biased),
+        fuzz.random_node(case, grid, T),
+        layer.Linear(width, 4),
+        fuzz.random_node(case, grid, T),
+        layer.Linear(4, 3),
+    )
     for value in net.parameters():
         value.data *= 2
         if grid:
@@ -76,7 +85,8 @@ def fully_connected(case: random.Random, grid: bool, T: int) -> nn.Sequential:
 
 def changed(frames: torch.Tensor, scores: torch.Tensor, ball: Flips) -> torch.Tensor:
     """Frames with the values changed that have the highest scores, as many as may, or fewer."""
-    z = ball.lowest(frames, scores.detach() * (2 * frames - 1))
+    costs = scores.detach() * (2 * frames - 1)
+    z = ball.lowest(frames, costs)
     return z.detach().clone()
 
 
@@ -84,7 +94,8 @@ def near_a_place(frames: torch.Tensor) -> torch.Tensor:
     """Scores that are highest around a random place, in all time steps and polarities."""
     side = frames.shape[-1]
     places = torch.randint(side, (len(frames), 2, 1, 1))
-    grid = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"))
+    line = torch.arange(side)
+    grid = torch.stack(torch.meshgrid(line, line, indexing="ij"))
     distance = (grid - places).abs().sum(1)
     near = 1.0 / (1.0 + distance)
     return near[:, None, None] * (0.5 + torch.rand_like(frames))

@@ -9,7 +9,6 @@ at the first one outside, with the seed that makes the network again.
 
 import random
 from collections import Counter
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -58,20 +57,24 @@ class Attention(nn.Module):
         self.factor = case.choice([0.125, -0.5, 1.0])
 
     def forward(self, x):
-        shape = x.shape
         parts = [part(x) for part in self.maps]
         if self.spikes:
             parts = [node(part) for node, part in zip(self.nodes[1:], parts, strict=True)]
         q, k, v = (part.flatten(3) for part in parts)
+        found = self.attended(q, k, v)
+        return x + self.nodes[0](found.reshape(x.shape))
+
+    def attended(self, q, k, v):
+        transposed = k.transpose(-1, -2)
         if self.way == "softmax":
-            found = torch.softmax(q @ k.transpose(-1, -2), -1) @ v
-        elif self.way == "linear":
-            found = (v @ k.transpose(-1, -2)) @ q * self.factor
-        elif self.way == "gate":
-            found = q * (k * v).sum(-1, keepdim=True) * self.factor
-        else:
-            found = torch.where(k >= 0.5, v, q * self.factor)
-        return x + self.nodes[0](found.reshape(shape))
+            weights = torch.softmax(q @ transposed, -1)
+            return weights @ v
+        if self.way == "linear":
+            return (v @ transposed) @ q * self.factor
+        if self.way == "gate":
+            gate = (k * v).sum(-1, keepdim=True)
+            return q * gate * self.factor
+        return torch.where(k >= 0.5, v, q * self.factor)
 
 
 class Gated(nn.Module):
@@ -79,16 +82,23 @@ class Gated(nn.Module):
 
     def __init__(self, case, T):
         super().__init__()
-        self.first, self.last = nn.Linear(CHANNELS, 3), nn.Linear(3, CHANNELS)
+        self.first = nn.Linear(CHANNELS, 3)
+        self.last = nn.Linear(3, CHANNELS)
         self.by_time = case.random() < 0.5
 
     def forward(self, x):
-        pooled = [x.mean((-2, -1)), x.flatten(3).max(-1).values]
-        scores = sum(self.last(torch.relu(self.first(part))) for part in pooled)
+        mean = x.mean((-2, -1))
+        largest = x.flatten(3).max(-1).values
+        scores = self.scores(mean) + self.scores(largest)
         gate = torch.sigmoid(scores).unsqueeze(-1).unsqueeze(-1)
         if self.by_time:
-            return (x.transpose(0, 1) * gate.transpose(0, 1)).transpose(0, 1)
+            product = x.transpose(0, 1) * gate.transpose(0, 1)
+            return product.transpose(0, 1)
         return x * gate
+
+    def scores(self, pooled):
+        hidden = torch.relu(self.first(pooled))
+        return self.last(hidden)
 
 
 class Connected(nn.Module):
@@ -101,7 +111,8 @@ class Connected(nn.Module):
         self.nodes = nn.ModuleList(random_node(case, False, T) for _ in range(2))
 
     def forward(self, x):
-        a, b = self.nodes[0](x), self.nodes[1](self.map(x))
+        a = self.nodes[0](x)
+        b = self.nodes[1](self.map(x))
         if self.way == "max":
             return torch.maximum(a, b)
         return a * b if self.way == "and" else a * (1.0 - b)
@@ -128,8 +139,10 @@ class Threshold(nn.Module):
 def normalised(case, T):
     """A norm of groups or of a layer."""
     if case.random() < 0.5:
-        return InTime(nn.GroupNorm(case.choice([1, 2, CHANNELS]), CHANNELS))
-    return nn.LayerNorm(case.choice([[SIDE], [SIDE, SIDE], [CHANNELS, SIDE, SIDE]]))
+        groups = case.choice([1, 2, CHANNELS])
+        return InTime(nn.GroupNorm(groups, CHANNELS))
+    shapes = [[SIDE], [SIDE, SIDE], [CHANNELS, SIDE, SIDE]]
+    return nn.LayerNorm(case.choice(shapes))
 
 
 def padded(case, T):
@@ -143,17 +156,22 @@ def padded(case, T):
 def spiking(case, T):
     """IF, LIF, PLIF or DLIF, or one of the newest release's neurons."""
     built = {
-        "PSN": partial(dict, T=T),
-        "MaskedPSN": partial(dict, k=min(2, T), T=T, lambda_init=1.0),
-        "SlidingPSN": partial(dict, k=2),
-        "KLIFNode": dict,
-        "CUBALIFNode": dict,
-        "ILIFNode": dict,
+        "PSN": {"T": T},
+        "MaskedPSN": {
+            "k": min(2, T),
+            "T": T,
+            "lambda_init": 1.0,
+        },
+        "SlidingPSN": {"k": 2},
+        "KLIFNode": {},
+        "CUBALIFNode": {},
+        "ILIFNode": {},
     }
-    there = [name for name in built if hasattr(neuron, name) and hasattr(neuron, "PSN")]
-    if there and case.random() < 0.5:
+    there = [name for name in built if hasattr(neuron, name)]
+    if hasattr(neuron, "PSN") and case.random() < 0.5:
         name = case.choice(there)
-        return getattr(neuron, name)(**built[name]())
+        options = built[name]
+        return getattr(neuron, name)(**options)
     return random_node(case, False, T)
 
 
@@ -162,14 +180,20 @@ KINDS = (Attention, Gated, Connected, Function, normalised, padded, spiking)
 
 def random_network(case, T):
     """A convolution, two to four random parts and a linear layer."""
-    parts = [InTime(nn.Conv2d(2, CHANNELS, 3, padding=1)), random_node(case, False, T)]
+    parts = [InTime(nn.Conv2d(2, CHANNELS, 3, padding=1))]
+    parts.append(random_node(case, False, T))
     for _ in range(case.randint(2, 4)):
-        part = case.choice(KINDS)(case, T)
-        parts += [part, *([Threshold()] if case.random() < 0.1 else [])]
+        kind = case.choice(KINDS)
+        parts.append(kind(case, T))
+        if case.random() < 0.1:
+            parts.append(Threshold())
         if case.random() < 0.4:
-            parts += [padded(case, T), spiking(case, T)]
-    head = layer.Linear(4 * CHANNELS, 3)
-    net = nn.Sequential(*parts, InTime(nn.AdaptiveAvgPool2d(2)), layer.Flatten(), head)
+            parts.append(padded(case, T))
+            parts.append(spiking(case, T))
+    parts.append(InTime(nn.AdaptiveAvgPool2d(2)))
+    parts.append(layer.Flatten())
+    parts.append(layer.Linear(4 * CHANNELS, 3))
+    net = nn.Sequential(*parts)
     fill_batch_norms(net, least_variance=0.05)
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.Linear | nn.ConvTranspose2d):
@@ -194,19 +218,14 @@ def check(seed: int, points: int) -> Counter:
     total = Counter(inputs=0, networks=1, verified=0, functions=0)
     try:
         method = case.choice(["ibp", "ibp", "joint"])
-        margin = torch.tensor(verify(model, x, y, eps, method=method).margin)
+        result = verify(model, x, y, eps, method=method)
+        margin = torch.tensor(result.margin)
         total["verified"] = int((margin > 0).sum())
         run = WatchedRun(bounded_neurons(model), IMAGES)
-        low, high = linf_bounds(x, eps=eps)
         with sums_of_products(x.device):
             logits = bounded_logits(model, run, x, eps)
-            for number in range(max(1, points // IMAGES)):
-                share = torch.rand_like(x)
-                share = share.round() if number % 2 else share
-                z = low + (high - low) * share
-                if number % 16 == 2 and eps:
-                    z = z + 2 * eps * uphill(model, z)
-                found = check_point(model, run, logits, torch.clamp(z, low, high))
+            for z in points_of_the_ball(model, x, eps, max(1, points // IMAGES)):
+                found = check_point(model, run, logits, z)
                 lead = leads(found, y)
                 assert (lead >= margin).all(), "a margin"
                 total["inputs"] += IMAGES
@@ -214,6 +233,19 @@ def check(seed: int, points: int) -> Counter:
     except UnsoundBoundsError as error:
         raise AssertionError(error) from error
     return total
+
+
+def points_of_the_ball(model, x, eps, count):
+    """Random points and corners in turn, one in sixteen moved along the gradient."""
+    low, high = linf_bounds(x, eps=eps)
+    for number in range(count):
+        share = torch.rand_like(x)
+        if number % 2:
+            share = share.round()
+        z = low + (high - low) * share
+        if number % 16 == 2 and eps:
+            z = z + 2 * eps * uphill(model, z)
+        yield torch.clamp(z, low, high)
 
 
 def uphill(model: nn.Module, z: torch.Tensor) -> torch.Tensor:
@@ -229,8 +261,10 @@ def uphill(model: nn.Module, z: torch.Tensor) -> torch.Tensor:
 
 def leads(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """What the logit of each label is above all others, [N]."""
+    logits = logits.double()
     right = F.one_hot(y, logits.shape[1]).bool()
-    return logits.double()[right] - logits.double().masked_fill(right, -torch.inf).amax(1)
+    rival = logits.masked_fill(right, -torch.inf).amax(1)
+    return logits[right] - rival
 
 
 if __name__ == "__main__":

@@ -18,19 +18,21 @@ def zero():
 
 @dataclass
 class Piece:
-    """Currents that give a train, and the slope of the potential in every step, which rests at 0
-    and fires at 1.
+    """Currents that give a train, and slope and shift of the potential in every step, which rests
+    at 0 and fires at 1.
     """
 
     low: float
     high: float
     slope: torch.Tensor
+    shift: torch.Tensor
     slopes: tuple = ()
+    shifts: tuple = ()
     train: tuple = ()
 
-    def after(self, slope):
+    def after(self, slope, shift, *, soft):
         """What is left of it where the neuron stays silent, and where it fires."""
-        cut = 1 / float(slope.detach())
+        cut = (1 - float(shift.detach())) / float(slope.detach())
         below = (self.low, min(self.high, cut))
         above = (max(self.low, cut), self.high)
         silent, fires = below, above
@@ -39,11 +41,15 @@ class Piece:
         found = []
         for ends, spike in ((silent, 0.0), (fires, 1.0)):
             low, high = ends
+            kept = 1.0 if soft else 1 - spike
+            lost = spike if soft else 0.0
             piece = Piece(
                 low=low,
                 high=high,
-                slope=slope * (1 - spike),
+                slope=slope * kept,
+                shift=shift * kept - lost,
                 slopes=(*self.slopes, slope),
+                shifts=(*self.shifts, shift),
                 train=(*self.train, spike),
             )
             if low <= high + CLOSE:
@@ -51,14 +57,15 @@ class Piece:
         return found
 
 
-def pieces(decay, gains):
+def pieces(decay, gains, *, soft):
     """All trains of a constant current, in the order of the currents."""
-    found = [Piece(-FAR, FAR, zero())]
+    found = [Piece(-FAR, FAR, zero(), zero())]
     for gain in gains:
         now = []
         for piece in found:
             slope = decay * piece.slope + gain
-            now += piece.after(slope)
+            shift = decay * piece.shift
+            now += piece.after(slope, shift, soft=soft)
         found = now
     return sorted(found, key=lambda piece: (piece.low, piece.high))
 
@@ -105,7 +112,9 @@ def of_gates(end, values, below, above):
 
 
 class Network:
-    """Linear - neuron - linear - neuron - linear with hard resets to 0 and threshold 1."""
+    """Linear - neuron - linear - neuron - linear with threshold 1 and hard resets to 0, or a soft
+    one in the first layer.
+    """
 
     def __init__(self, net, T, width):
         self.first = net[0]
@@ -113,6 +122,7 @@ class Network:
         self.last = net[4]
         self.T = T
         self.width = width
+        self.soft = net[1].v_reset is None
         self.decays = []
         self.gains = []
         for node in (net[1], net[3]):
@@ -134,15 +144,16 @@ class Network:
 
     def chain(self, low, high, weights):
         """Bounds of the weighted sums of a neuron of the first layer, one after the other."""
-        found = pieces(self.decays[0], self.gains[0])
+        found = pieces(self.decays[0], self.gains[0], soft=self.soft)
         below = []
         above = []
         for piece, after in pairwise(found):
             step = first_difference(piece.train, after.train)
             slope = piece.slopes[step]
+            left = piece.shifts[step] - 1
             sign = slope.sign()
-            below.append(self.fire(sign * (slope * low - 1)))
-            above.append(self.fire(sign * (slope * high - 1)))
+            below.append(self.fire(sign * (slope * low + left)))
+            above.append(self.fire(sign * (slope * high + left)))
         trains = [piece.train for piece in found]
         trains = torch.tensor(trains, dtype=torch.float64)
         lows = []

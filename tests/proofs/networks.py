@@ -83,6 +83,8 @@ SAMPLED = [
     (spikes_at_the_end, "DLIF soft", "s"),
 ]
 """Every neuron, in some network and step mode."""
+QUICK = [SAMPLED[0], SAMPLED[2], SAMPLED[7]]
+"""Those that take least: no residual network, but soft resets and gains of either sign."""
 
 
 def classifier(build, node, *, seed=0, step_mode="m", **options):

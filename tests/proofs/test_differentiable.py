@@ -4,7 +4,8 @@ training/test_training_step.
 
 import pytest
 import torch
-from proofs.networks import NEURONS, SAMPLED, T, classifier, convolutional, in_steps
+from covering import mostly_slow
+from proofs.networks import NEURONS, QUICK, SAMPLED, T, classifier, convolutional, in_steps
 from proofs.test_verification import MIXED
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
@@ -27,7 +28,7 @@ def without_rounding(model, x, y, eps):
         return run.lead(bounded_logits(model, run, x, eps), y)
 
 
-@pytest.mark.parametrize(("build", "node", "step_mode"), SAMPLED)
+@pytest.mark.parametrize(("build", "node", "step_mode"), mostly_slow(SAMPLED, quick=QUICK))
 def test_they_are_those_of_verify_without_rounding(build, node, step_mode, monkeypatch):
     monkeypatch.setattr(rounding, "_UNIT", 0.0)
     monkeypatch.setattr(bounds, "SLACK", 1.0)

@@ -6,13 +6,14 @@ import gc
 import random
 import weakref
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from types import SimpleNamespace
 
 import pytest
 import torch
+from covering import mostly_slow
 from proofs import fuzz, joint_by_hand
-from proofs.networks import NEURONS, SAMPLED, T, classifier, convolutional, in_steps
+from proofs.networks import NEURONS, QUICK, SAMPLED, T, classifier, convolutional, in_steps
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 from torch.testing import assert_close
@@ -70,7 +71,7 @@ def assert_same_lead(model, x, y, eps):
     return lead
 
 
-@pytest.mark.parametrize(("build", "node", "step_mode"), SAMPLED)
+@pytest.mark.parametrize(("build", "node", "step_mode"), mostly_slow(SAMPLED, quick=QUICK))
 def test_they_are_those_of_verify_without_rounding(build, node, step_mode, exact):
     statistics = {"mean": [0.5, 0.4], "std": [0.3, 0.2]}
     model = classifier(build, NEURONS[node], step_mode=step_mode, **statistics)
@@ -180,10 +181,27 @@ def gradients(model, lead, y):
     return dict(zip(named, found, strict=True))
 
 
-@pytest.mark.parametrize("width", [1.0, 0.5])
-@pytest.mark.parametrize("node", BY_HAND)
+WIDTHS = list(product(BY_HAND, [1.0, 0.5]))
+
+
+@pytest.mark.parametrize(("node", "width"), mostly_slow(WIDTHS, quick=WIDTHS[::3]))
 def test_gradients_are_those_of_the_formulas(node, width):
     model = of_linear_layers(BY_HAND[node], 3)
+    assert_formulas(model, width)
+
+
+def test_gradients_through_soft_resets_are_those_of_the_formulas():
+    """In the first layer, whose current is constant."""
+    resets = iter([None, 0.0, 0.0])
+
+    def node():
+        return neuron.LIFNode(tau=2.0, v_reset=next(resets), **OPTIONS)
+
+    assert_formulas(of_linear_layers(node, 3), 1.0)
+
+
+def assert_formulas(model, width):
+    """Leads of a network in training and their gradients are those by hand."""
     x = rand(3, 4)
     y = torch.tensor([0, 1, 2])
     for eps in (0.02, 0.15):
@@ -309,7 +327,7 @@ def check_points(seed, points=256):
     return 2 * points
 
 
-@pytest.mark.parametrize("seed", range(20, 24))
+@pytest.mark.parametrize("seed", mostly_slow(range(20, 24), quick=[20, 21]))
 def test_no_point_leaves_the_bounds_for_training(seed):
     check_points(seed)
 

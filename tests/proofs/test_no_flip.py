@@ -39,10 +39,13 @@ def network(node, frames=False):
 
 def spikes(model, x):
     """First layer's spikes in float64."""
-    return fuzz.run_of(model, x)[0]["3"][0].detach()
+    seen, _ = fuzz.run_of(model, x)
+    found, _ = seen["3"]
+    return found.detach()
 
 
-FORMS = [(name, False) for name in NEURONS] + [("LIF", True), ("DLIF soft", True)]
+FORMS = [(name, False) for name in NEURONS]
+FORMS += [("LIF", True), ("DLIF soft", True)]
 
 
 @pytest.mark.slow
@@ -89,17 +92,19 @@ def worst_direction(model, x):
     model(x)
     handle.remove()
     charging = read_charging(node)
-    v = torch.full_like(currents[0][0], node.v_reset or 0.0)
+    soft = node.v_reset is None
+    rest = 0.0 if soft else node.v_reset
+    v = torch.full_like(currents[0][0], rest)
     found = []
     for t, current in enumerate(currents[0]):
-        reset = 0.0 if node.v_reset is None else (1 - charging.decay) * node.v_reset
-        h = charging.decay * v + charging.gain_at(t, input_gain=True) * current + reset
+        gain = charging.gain_at(t, input_gain=True)
+        h = charging.decay * v + gain * current + (1 - charging.decay) * rest
         for one in h.flatten():
             (grad,) = torch.autograd.grad(one, x, retain_graph=True)
             if bool(grad.any()):
                 found.append(grad / grad.norm())
-        s = held[t]
-        v = h - s * node.v_threshold if node.v_reset is None else (1 - s) * h + s * node.v_reset
+        fall = node.v_threshold if soft else h - rest
+        v = h - held[t] * fall
     return found
 
 
@@ -113,12 +118,12 @@ def test_what_float32_rounds_is_taken_from_the_distance_to_the_threshold():
     weight = net[0].weight.detach().double()
     exact = float(weight @ x[0].double())
     norm = float(weight.norm())
-    for distance, rounded in ((1e-8, True), (1e-3, False)):
-        net[1].v_threshold = exact + distance
-        radius = float(no_flip_radius(model, x))
-        assert (radius == 0.0) == rounded
-        assert radius < distance / norm
-        assert rounded or radius > 0.9 * distance / norm
+    net[1].v_threshold = exact + 1e-8
+    assert float(no_flip_radius(model, x)) == 0.0
+    net[1].v_threshold = exact + 1e-3
+    without_rounding = 1e-3 / norm
+    radius = float(no_flip_radius(model, x))
+    assert 0.9 * without_rounding < radius < without_rounding
 
 
 @pytest.mark.parametrize("name", ["LIF", "LIF soft", "DLIF"])
@@ -126,14 +131,17 @@ def test_no_float32_spike_flips_within_the_radius(name):
     model = network(NEURONS[name]())
     x = 0.3 + 0.4 * torch.rand(8, 2, 6, 6)
     # On a grid, so that potentials come close to the threshold but for rounding.
-    model.net[0].weight.data = model.net[0].weight.data.mul(10).round() / 10
+    weight = model.net[0].weight
+    weight.data = weight.data.mul(10).round() / 10
     x = x.mul(10).round() / 10
     radius = no_flip_radius(model, x)
     clean = spikes(model, x)
     for number in range(len(x)):
-        step = 0.99 * float(radius[number]) * unit_steps(200, (2, 6, 6), torch.float32)
-        z = x[number : number + 1] + step
-        assert (spikes(model, z) == clean[:, number : number + 1]).all()
+        directions = unit_steps(200, (2, 6, 6), torch.float32)
+        step = 0.99 * float(radius[number]) * directions
+        image = x[number : number + 1]
+        usual = clean[:, number : number + 1]
+        assert (spikes(model, image + step) == usual).all()
 
 
 class Past(nn.Module):
@@ -148,18 +156,21 @@ class Past(nn.Module):
         return self.head(self.node(x) + x)
 
 
-@pytest.mark.parametrize(
-    ("net", "message"),
-    [
-        (Past(), "past all spiking layers"),
-        (nn.Sequential(nn.Softplus(), neuron.IFNode(step_mode="m")), "is not one affine map"),
-        (
-            nn.Sequential(nn.Linear(4, 4), neuron.QIFNode(step_mode="m")),
-            "1, which the input drives",
-        ),
-    ],
-)
-def test_what_cannot_be_followed_is_named(net, message):
+def before_a_neuron(part, node):
+    return lambda: nn.Sequential(part, node(step_mode="m"))
+
+
+NOT_FOLLOWED = {
+    "past all spiking layers": Past,
+    "is not one affine map": before_a_neuron(nn.Softplus(), neuron.IFNode),
+    "1, which the input drives": before_a_neuron(nn.Linear(4, 4), neuron.QIFNode),
+}
+"""Networks by what is said of them."""
+
+
+@pytest.mark.parametrize("message", NOT_FOLLOWED)
+def test_what_cannot_be_followed_is_named(message):
+    net = NOT_FOLLOWED[message]()
     with pytest.raises(NotImplementedError, match=message):
         no_flip_radius(SpikingClassifier(net, T=2), torch.rand(2, 4))
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from covering import mostly_slow
 from proofs import fuzz
 from proofs.networks import (
     NETWORKS,
@@ -256,6 +257,7 @@ def test_the_limit_of_time_ends_the_search():
         assert any(result.unknown)
 
 
+@pytest.mark.slow
 def test_a_network_in_float64_is_broken_by_images_in_float64():
     model = small(neuron.IFNode, seed=3).double()
     x = pixels(2, seed=0, dtype=torch.float64)[1:]
@@ -377,7 +379,7 @@ def test_no_word_of_the_solver_alone_is_a_proof(monkeypatch, answers):
     assert verdict(one_neuron(0.0), pixel(0.2), 0.8).verified == (False,)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", mostly_slow(range(4), quick=[0, 1]))
 def test_a_tree_of_linear_programs_closes_what_is_robust(seed, monkeypatch):
     """Without the relaxation's bounds, what mip proves is what no point of a lattice turns."""
     without_shortcuts(monkeypatch)

@@ -38,6 +38,11 @@ def vote(x, *, sigma=0.25, n=300, generator=None, **options):
     return smooth(HALF_SPACE, x, sigma, n=n, generator=generator, **options)
 
 
+def few_votes(model, x, *, sigma=0.25, n0=10, n=50, seed=0, **options):
+    """Any network smoothed, in a moment."""
+    return smooth(model, x, sigma, n0=n0, n=n, generator=seeded(seed), **options)
+
+
 def test_radius_of_a_half_space_stays_below_the_true_distance_and_comes_near_it():
     """The smoothed classifier is the linear one, and its true radius the distance to the border."""
     distances = (0.05, 0.1, 0.2, 0.3)
@@ -90,8 +95,8 @@ def spiking(*, encoder=None, shape=(1, 8, 8), channels=(4, 4)):
 
 def test_the_certified_share_of_a_spiking_network_falls_with_the_radius():
     done = []
-    options = {"n0": 10, "n": 100, "generator": seeded(), "on_image": done.append}
-    result = smooth(spiking(), torch.rand(3, 1, 8, 8), 0.1, **options)
+    x = torch.rand(3, 1, 8, 8)
+    result = few_votes(spiking(), x, sigma=0.1, n=100, on_image=done.append)
     assert done == [1, 2, 3]
     y = torch.tensor(result.prediction)
     shares = [sum(result.certified(y, radius)) for radius in (0.0, 0.05, 0.1, 1.0)]
@@ -100,13 +105,13 @@ def test_the_certified_share_of_a_spiking_network_falls_with_the_radius():
 
 
 def test_draws_of_an_encoder_are_part_of_the_probability_and_can_be_repeated():
-    model = spiking(encoder=PoissonEncoder())
-    x = torch.rand(2, 1, 8, 8)
-    one = smooth(model, x, 0.25, n0=10, n=50, generator=seeded(3))
-    other = smooth(model, x, 0.25, n0=10, n=50, generator=seeded(3))
+    model = spiking(encoder=PoissonEncoder(), shape=(1, 4, 4), channels=(2,))
+    x = torch.rand(2, 1, 4, 4)
+    one = few_votes(model, x, seed=3)
+    other = few_votes(model, x, seed=3)
     assert one == other
     # Noise so small that it cannot turn a vote: what is left is the encoder's own.
-    still = smooth(model, x, 1e-6, n0=10, n=50, generator=seeded(3))
+    still = few_votes(model, x, sigma=1e-6, seed=3)
     assert 0 < min(still.count) < 50
 
 
@@ -114,7 +119,8 @@ class Doubtful(nn.Module):
     """The class of a coin of its own, whatever the image: 1 in a quarter of the draws."""
 
     def forward(self, x):
-        tails = (torch.rand(len(x)) < 0.25).float() + 0.0 * x.sum(1)
+        drawn = torch.rand(len(x))
+        tails = (drawn < 0.25).float() + 0.0 * x.sum(1)
         return torch.stack((1 - tails, tails), 1)
 
 
@@ -123,15 +129,16 @@ class Matching(nn.Module):
 
     def forward(self, x):
         noise = (x - 0.5) / 0.25
-        above = (torch.randn(x.shape) > noise).float()[:, :1]
+        drawn = torch.randn(x.shape)
+        above = (drawn > noise).float()[:, :1]
         return torch.cat((above, 1 - above), 1)
 
 
 def test_draws_of_the_network_have_nothing_to_do_with_the_noise():
     x = points(0.0, 0.0)
-    doubtful = smooth(Doubtful(), x, 0.25, n=500, generator=seeded())
+    doubtful = few_votes(Doubtful(), x, n0=100, n=500)
     assert doubtful.prediction == (0, 0)
-    matching = smooth(Matching(), x, 0.25, n=500, generator=seeded())
+    matching = few_votes(Matching(), x, n0=100, n=500)
     for count in matching.count:
         assert 190 < count < 310
 
@@ -146,11 +153,25 @@ def coin(draw):
     return model
 
 
+def drawn_by_torch():
+    return float(torch.rand(()))
+
+
+def drawn_by_numpy():
+    return float(np.random.rand())  # noqa: NPY002  # a network that does so
+
+
 COINS = {
-    "torch": lambda: float(torch.rand(())),
-    "numpy": lambda: float(np.random.rand()),  # noqa: NPY002  # a network that does so
+    "torch": drawn_by_torch,
+    "numpy": drawn_by_numpy,
     "python": random.random,
 }
+
+
+def global_states():
+    """Of the generators of Python and numpy, which a network may draw from."""
+    numbers = np.random.get_state()[1]  # noqa: NPY002  as above
+    return random.getstate(), numbers.tolist()
 
 
 @pytest.mark.parametrize("draw", COINS)
@@ -161,18 +182,16 @@ def test_draws_do_not_share_a_coin_of_the_network(draw):
     """
     x = points(0.0).expand(20, 2)
     model = coin(COINS[draw])
-    options = {"n0": 20, "n": 100, "alpha": 0.05}
-    state = random.getstate()
-    own = np.random.get_state()[1].tolist()  # noqa: NPY002  as above
-    result = smooth(model, x, 0.25, **options, generator=seeded())
-    assert random.getstate() == state
-    assert np.random.get_state()[1].tolist() == own  # noqa: NPY002  as above
+    before = global_states()
+    result = few_votes(model, x, n0=20, n=100, alpha=0.05)
+    assert global_states() == before
     truth = 0.25 * norm.ppf(0.7)
     wrong = sum(radius > truth for radius in result.radius)
     assert wrong <= binom.ppf(0.999, 20, 0.05)
     for count, prediction in zip(result.count, result.prediction, strict=True):
         assert prediction != 0 or 50 <= count <= 88
-    assert result == smooth(model, x, 0.25, **options, generator=seeded())
+    again = few_votes(model, x, n0=20, n=100, alpha=0.05)
+    assert result == again
 
 
 def mixed(x):
@@ -182,7 +201,8 @@ def mixed(x):
 
 def first_decides(x):
     """The first row decides for the batch."""
-    heads = (x[0].mean() > 0.5).float().expand(len(x))
+    mean = x[0].mean()
+    heads = (mean > 0.5).float().expand(len(x))
     return torch.stack((heads, 1.0 - heads), 1)
 
 
@@ -207,7 +227,8 @@ def mixed_if(condition):
 
 def one_in_many(x):
     """A row far from the others, which is rare, turns all of them."""
-    turned = (x[:, 0].max() > 1.2).float().expand(len(x))
+    largest = x[:, 0].max()
+    turned = (largest > 1.2).float().expand(len(x))
     return torch.stack((1.0 - turned, turned), 1)
 
 
@@ -233,17 +254,16 @@ def test_the_batch_size_changes_nothing(kind):
     x = torch.rand(2, *shape, generator=seeded(2))
     found = set()
     for size in (1, 7, 64):
-        options = {"n0": 10, "n": 60, "batch_size": size, "generator": seeded(4)}
-        found.add(smooth(MODELS[kind], x, 0.25, **options))
+        result = few_votes(MODELS[kind], x, n=60, batch_size=size, seed=4)
+        found.add(result)
     assert len(found) == 1
 
 
 def test_a_network_that_mixes_rows_in_a_later_batch_is_found_out_there():
     """The first batches are as they are one by one; a later one holds the row that turns it."""
     x = points(0.0, 0.0, 0.0)
-    options = {"n0": 10, "n": 400}
-    alone = smooth(one_in_many, x, 0.25, **options, batch_size=1, generator=seeded(1))
-    together = smooth(one_in_many, x, 0.25, **options, batch_size=20, generator=seeded(1))
+    alone = few_votes(one_in_many, x, n=400, batch_size=1, seed=1)
+    together = few_votes(one_in_many, x, n=400, batch_size=20, seed=1)
     assert 390 < min(alone.count) < 400
     assert together == alone
 
@@ -305,27 +325,40 @@ def test_rounding_that_hangs_on_the_size_of_a_batch_does_not_slow_the_votes():
             difference = difference + 0.05
         return torch.stack((difference, -difference), 1)
 
-    options = {"n0": 20, "n": 100, "batch_size": 50, "generator": seeded()}
-    smooth(rounds, points(0.0, 0.0, 0.0, 0.0), 0.25, **options)
+    x = points(0.0, 0.0, 0.0, 0.0)
+    few_votes(rounds, x, n0=20, n=100, batch_size=50)
     assert sizes.count(1) == (20 + 3) + (50 + 7)
 
 
-def test_batches_are_the_fewest_and_of_two_sizes_at_most():
-    for draws, most in ((1, 256), (100, 256), (1000, 256), (1001, 256), (60, 7), (5, 1)):
-        sizes = _sizes(draws, most)
-        assert sum(sizes) == draws
-        assert len(sizes) == math.ceil(draws / most)
-        assert max(sizes) <= most
-        assert max(sizes) - min(sizes) <= 1
+@pytest.mark.parametrize(
+    ("draws", "most"),
+    [
+        (1, 256),
+        (100, 256),
+        (1000, 256),
+        (1001, 256),
+        (60, 7),
+        (5, 1),
+    ],
+)
+def test_batches_are_the_fewest_and_of_two_sizes_at_most(draws, most):
+    sizes = _sizes(draws, most)
+    assert sum(sizes) == draws
+    assert len(sizes) == math.ceil(draws / most)
+    assert max(sizes) <= most
+    assert max(sizes) - min(sizes) <= 1
 
 
 def test_attacks_go_through_the_noise_of_one_draw():
     model = SmoothedClassifier(HALF_SPACE, 0.25)
     x = points(0.1)
     y = torch.tensor([0])
-    x_adv = pgd(model, x, y, eps=0.2, step_size=0.05, steps=10, eot_samples=16, generator=seeded())
-    assert smooth(HALF_SPACE, x, 0.25, generator=seeded()).prediction == (0,)
-    assert smooth(HALF_SPACE, x_adv, 0.25, generator=seeded()).prediction == (1,)
+    steps = {"step_size": 0.05, "steps": 10, "eot_samples": 16}
+    x_adv = pgd(model, x, y, eps=0.2, generator=seeded(), **steps)
+    before = smooth(HALF_SPACE, x, 0.25, generator=seeded())
+    after = smooth(HALF_SPACE, x_adv, 0.25, generator=seeded())
+    assert before.prediction == (0,)
+    assert after.prediction == (1,)
 
 
 @pytest.mark.parametrize(
@@ -336,9 +369,9 @@ def test_attacks_go_through_the_noise_of_one_draw():
     ],
 )
 def test_wrong_use_is_named(changes, message):  # other arguments are in test_arguments
-    given = {"model": HALF_SPACE, "x": torch.rand(2, 2), "sigma": 0.25} | changes
+    right = {"model": HALF_SPACE, "x": torch.rand(2, 2), "sigma": 0.25}
     with pytest.raises(ValueError, match=message):
-        smooth(given.pop("model"), given.pop("x"), given.pop("sigma"), **given)
+        smooth(**right | changes)
 
 
 def test_labels_of_another_length_are_refused():

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from covering import each_in_turn
+from covering import each_in_turn, mostly_slow
 from proofs import fuzz
 from proofs.networks import NETWORKS, NEURONS, T, batch, classifier, convolutional
 from spikingjelly.activation_based import neuron, surrogate
@@ -184,7 +184,10 @@ def test_a_neuron_with_methods_of_its_own_is_refused(kind):
         verify(single(node), torch.rand(2, 4), torch.tensor([0, 1]), 0.01)
 
 
-@pytest.mark.parametrize(("node", "step_mode"), each_in_turn(NEURONS, ["m", "s"]))
+AS_THEY_COME = each_in_turn(NEURONS, ["m", "s"])
+
+
+@pytest.mark.parametrize(("node", "step_mode"), mostly_slow(AS_THEY_COME, quick=AS_THEY_COME[::3]))
 def test_neurons_as_they_come_pass(node, step_mode):
     model = classifier(convolutional, NEURONS[node], step_mode=step_mode)
     x = torch.rand(2, 2, 8, 8)

@@ -9,6 +9,7 @@ import pytest
 import sweep
 import torch
 import yaml
+from covering import mostly_slow
 from lab.command_line import from_values
 from lab.sweeping.published_accuracies import PUBLISHED
 from lab.sweeping.recipe import load_recipe
@@ -23,8 +24,8 @@ RECIPES = ROOT / "recipes"
 CONFIGS = RECIPES / "configs"
 CELLS = sorted((CONFIGS / "paper").glob("*.yaml"))
 DEFENCES = sorted((CONFIGS / "defences").glob("*.yaml"))
-PRESETS = [*sorted(CONFIGS.glob("*.yaml")), *sorted((CONFIGS / "certified").glob("*.yaml"))]
-PRESETS += [*DEFENCES, *CELLS]
+OTHERS = [*sorted(CONFIGS.glob("*.yaml")), *sorted((CONFIGS / "certified").glob("*.yaml"))]
+PRESETS = [*OTHERS, *DEFENCES, *CELLS]
 SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
 SHAPES = {"digits": ((1, 8, 8), 10)} | dict.fromkeys(("mnist", "fashion_mnist"), ((1, 28, 28), 10))
 SHAPES |= {"saccade:mnist": ((2, 34, 34), 10)}
@@ -50,7 +51,9 @@ def test_every_cell_of_the_tables_is_there():
     assert {path.stem for path in CELLS} == wanted
 
 
-@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", mostly_slow(PRESETS, quick=[*OTHERS, *CELLS[::7]]), ids=lambda path: path.stem
+)
 def test_a_preset_builds(recipe, path):
     if path.stem.endswith("spikformer") and not hasattr(neuron, "PSN"):
         pytest.skip("this release of SpikingJelly has no Spikformer")
@@ -95,7 +98,9 @@ def test_a_preset_builds(recipe, path):
 
 
 @pytest.mark.parametrize("path", DEFENCES, ids=lambda path: path.stem)
-@pytest.mark.parametrize("dataset", ["digits", "fashion_mnist", "cifar10"])
+@pytest.mark.parametrize(
+    "dataset", mostly_slow(["digits", "fashion_mnist", "cifar10"], quick=["digits"])
+)
 def test_a_defence_builds_for_every_data_set_and_its_reference_has_none(path, dataset):
     options = from_values(adv_train.Options, options_in(path), path.name)
     options = replace(options, dataset=dataset)

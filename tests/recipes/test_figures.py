@@ -175,6 +175,9 @@ def study(layers, steps):
     found = {"value": 0.8, "low": 0.7, "high": 0.9}
     names = [f"net.{index}" for index in range(layers)]
     measures = ("spearman", "pearson", "per_image", "auroc", "auroc_same_size", "per_neuron")
+    means = dict.fromkeys(INDICATORS, growing)
+    per_step = [[eps] * steps for eps in growing]
+    associations = dict.fromkeys(INDICATORS, dict.fromkeys(measures, found))
     text = {
         "format": "sj_robust.intensity",
         "version": 1,
@@ -183,11 +186,9 @@ def study(layers, steps):
         "left_out": 0,
         "resamples": 2,
         "accuracy": {"pgd": growing[::-1]},
-        "means": {"pgd": {layer: dict.fromkeys(INDICATORS, growing) for layer in names}},
-        "per_step": {"pgd": {layer: [[eps] * steps for eps in growing] for layer in names}},
-        "associations": {
-            "pgd": {n: {i: dict.fromkeys(measures, found) for i in INDICATORS} for n in names}
-        },
+        "means": {"pgd": dict.fromkeys(names, means)},
+        "per_step": {"pgd": dict.fromkeys(names, per_step)},
+        "associations": {"pgd": dict.fromkeys(names, associations)},
     }
     return IntensityCorrelation.from_json(json.dumps(text))
 
@@ -348,8 +349,10 @@ def proofs_and_report(verified):
     """Four images: one is wrong, APGD breaks image 1 and the program image 2; the image given last
     is verified.
     """
-    broken = tuple(i in (0, 2) for i in range(4))
-    margin = tuple(0.1 if i == verified else -0.1 for i in range(4))
+    broken = (True, False, True, False)
+    margin = [-0.1] * 4
+    margin[verified] = 0.1
+    margin = tuple(margin)
     proofs = Verification(0.1, (False, True, True, True), margin, (), torch.zeros(4, 1), broken)
     threat = ThreatModel("Linf", 0.1)
     clean = Row("clean", "clean", range(4), (0,))

@@ -27,11 +27,11 @@ def test_the_folder_is_what_the_page_says_and_goes_through_vgg5(tmp_path):
     assert (splits.image_shape, splits.classes) == ((3, 32, 32), 3)
     found = (len(splits.train) + len(splits.validation), len(splits.test))
     assert found == (606, 202)
-    columns = {
-        part: {path.parts[-2:] for path in pictures.glob(f"{part}/*/*.png")}
-        for part in ("train", "test")
-    }
-    assert not columns["train"] & columns["test"]
+
+    def named(part):
+        return {path.parts[-2:] for path in pictures.glob(f"{part}/*/*.png")}
+
+    assert not named("train") & named("test")
     x, _ = splits.test[0]
     assert not (x[0] == x[1]).all()  # coloured
     small = split("--train-limit 12 --test-limit 3 --batch-size 5 --epochs 1 --hidden 16 16")

@@ -188,11 +188,13 @@ def described(file, names):
     """Whether a name or pattern fits a file; an asterisk does not reach into a folder, a slash at
     the end does.
     """
-    patterns = (
-        re.escape(name).replace(r"\*", "[^/]*") + (".+" if name.endswith("/") else "")
-        for name in names
-    )
-    return any(re.fullmatch(pattern, file) for pattern in patterns)
+    for name in names:
+        pattern = re.escape(name).replace(r"\*", "[^/]*")
+        if name.endswith("/"):
+            pattern += ".+"
+        if re.fullmatch(pattern, file):
+            return True
+    return False
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)

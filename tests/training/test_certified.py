@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from covering import mostly_slow
 from spikingjelly.activation_based import functional, layer
 from torch import nn
 from torch.testing import assert_close
@@ -100,21 +101,29 @@ def test_radius_and_weight_rise_and_the_epoch_is_chosen_by_what_is_verified(tmp_
     assert re.search(r"epoch 12/12: loss [^;]*certified \d[^;]*; validation [^;]*verified \d", text)
 
 
-@pytest.mark.parametrize("call", [3, 6])
-def test_a_run_that_was_cut_off_ends_at_the_same_weights(tmp_path, call):
-    options = {
-        "objective": CERTIFIED["objective"] | {"rho": 1.0},
-        "select": "verified",
-        "verified_eps": EPS,
-        "epochs": 2,
-        "checkpoint_steps": 1,
-    }
-    small_run.run(tmp_path / "whole", **options)
+RESUMED = {
+    "objective": CERTIFIED["objective"] | {"rho": 1.0},
+    "select": "verified",
+    "verified_eps": EPS,
+    "epochs": 2,
+    "checkpoint_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The last checkpoint of a run that nothing cuts off."""
+    folder = tmp_path_factory.mktemp("whole")
+    small_run.run(folder, **RESUMED)
+    return load_checkpoint(folder / "last.pt")
+
+
+@pytest.mark.parametrize("call", mostly_slow([3, 6], quick=[6]))
+def test_a_run_that_was_cut_off_ends_at_the_same_weights(tmp_path, whole, call):
     with pytest.raises(PowerCutError):
-        small_run.run(tmp_path / "cut", **options, perturb=At(call, power_cut))
-    small_run.run(tmp_path / "cut", **options, resume=True)
-    whole = load_checkpoint(tmp_path / "whole" / "last.pt")
-    cut = load_checkpoint(tmp_path / "cut" / "last.pt")
+        small_run.run(tmp_path, **RESUMED, perturb=At(call, power_cut))
+    small_run.run(tmp_path, **RESUMED, resume=True)
+    cut = load_checkpoint(tmp_path / "last.pt")
     assert cut["history"] == whole["history"]
     assert whole["history"][-1]["losses"]["mppd"] > 0
     assert_close(cut["model"], whole["model"], rtol=0, atol=0)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from covering import mostly_slow
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.testing import assert_close
@@ -336,7 +337,7 @@ class Clock:
         return self.now
 
 
-@pytest.mark.parametrize("single_step_attack", [True, False])
+@pytest.mark.parametrize("single_step_attack", mostly_slow([True, False], quick=[True]))
 def test_overfitting_is_looked_for_only_where_a_single_step_attack_trains(
     tmp_path, single_step_attack
 ):

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from covering import mostly_slow
 from rich.console import Console
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
@@ -76,7 +77,10 @@ def test_a_network_of_ones_own_becomes_robust_in_place():
     assert right == report.under("clean", variant="after").correct
 
 
-@pytest.mark.parametrize("kind", ["tensors", "data set", "loader", "classes as numbers"])
+FORMS = ["tensors", "data set", "loader", "classes as numbers"]
+
+
+@pytest.mark.parametrize("kind", mostly_slow(FORMS, quick=["loader"]))
 def test_images_may_come_in_every_usual_form(kind):
     x, y = STRIPES.train.tensors
     numbers = [(image, int(label)) for image, label in zip(x, y, strict=True)]
@@ -112,10 +116,10 @@ class OfPairs(torch.utils.data.Dataset):
         return self.pairs[index]
 
 
-SLOW = [pytest.param(mode, marks=pytest.mark.slow) for mode in ("gaussian", "rat", "trades")]
+MODES = ["none", "pgd_at", "gaussian", "rat", "trades"]
 
 
-@pytest.mark.parametrize("mode", ["none", "pgd_at", *SLOW])
+@pytest.mark.parametrize("mode", mostly_slow(MODES, quick=["none"]))
 def test_every_mode_trains(mode):
     net = network()
     before = weights(net)
@@ -197,6 +201,7 @@ def test_wrong_use_is_told_before_anything_is_trained(options, reason):
     assert same(before, weights(usual["net"]))
 
 
+@pytest.mark.slow
 def test_progress_in_a_notebook_is_one_line(tmp_path, monkeypatch):
     file = io.StringIO()
     journal = Journal(tmp_path)
@@ -210,6 +215,7 @@ def test_progress_in_a_notebook_is_one_line(tmp_path, monkeypatch):
     assert any("epoch 1/1" in text for text in shown)
 
 
+@pytest.mark.slow
 def test_a_threat_of_validation_is_that_of_training(monkeypatch):
     """No radius but the one that was asked for."""
     asked = []

@@ -102,7 +102,9 @@ def stage_code(
         warps = triton_launch.BACKWARD_WARPS
     else:
         warps = triton_launch.FORWARD_WARPS
-    members = (4 if layout.LAST else 2) if layout.POOL else 1
+    members = 1
+    if layout.POOL:
+        members = 4 if layout.LAST else 2
     neurons = members * layout.BLOCK * layout.CHANNELS
     if kernel == "bn_statistics":
         constants["COUNT"] = 1
@@ -193,7 +195,9 @@ def _type(name: str, constants: dict[str, object], dtype: torch.dtype) -> str:
         return "fp32"
     if name in SIZES | COUNTS:
         return "i32"
-    return "*" + (WIDTHS[dtype] if name in OF_IO else "fp64" if name in OF_CHANNELS else "fp32")
+    if name in OF_IO:
+        return f"*{WIDTHS[dtype]}"
+    return "*fp64" if name in OF_CHANNELS else "*fp32"
 
 
 def _tool(name: str) -> Path:
