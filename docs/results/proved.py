@@ -286,7 +286,8 @@ def measured_layers(
     name: str, model: SpikingClassifier, x: Tensor, y: Tensor, bounds: Verification
 ) -> list[Layer]:
     """MS-MPPD of every layer under PGD-20, beside the bounds of its potential."""
-    x_adv = pgd(model, x, y, eps=bounds.eps, step_size=bounds.eps / 8, steps=20)
+    seeds = SampleSeeds(range(len(y)))
+    x_adv = pgd(model, x, y, eps=bounds.eps, step_size=bounds.eps / 8, steps=20, generator=seeds)
     with torch.no_grad():
         wrong = model(x_adv).argmax(1) != y
     if bool((wrong & torch.tensor(bounds.verified)).any()):
