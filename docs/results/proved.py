@@ -5,6 +5,7 @@ python recipes/sweep.py --sweep recipes/configs/sweeps/proved_digits_sweep.yaml 
 python docs/results/proved.py digits            # half a minute per network on one core
 python docs/results/proved.py fashion_mnist     # after proved_fashion_mnist_sweep.yaml
 python docs/results/proved.py cifar10           # networks that are there; pictures in data/
+python docs/results/proved.py cifar10 dlif-at   # only these networks
 python docs/results/proved.py                   # tables of the page and figures again
 
 Networks of which a table has all rows are not proved again, so that a stopped command continues.
@@ -30,7 +31,6 @@ from sj_robust.core.saved import markdown_table
 from sj_robust.core.shown import COLOURS, new_figure, print_style, write_figure
 from sj_robust.data import load_images
 from sj_robust.evaluation import from_checkpoint, make_suite, search_estimators, worst_case
-from sj_robust.ops import keep_heap
 from sj_robust.perturbation import compare_potentials
 from sj_robust.perturbation.association import spearman
 from sj_robust.proofs import verify
@@ -43,6 +43,8 @@ ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).with_name("proved")
 PAGE = Path(__file__).with_suffix(".md")
 CLASSES = 10
+FEW = 6
+"""Networks of which rank correlations say nothing."""
 BEGINS, ENDS = "<!-- {}: begins -->\n", "\n<!-- {}: ends -->"
 
 
@@ -129,22 +131,21 @@ class Layer:
 def main() -> None:
     """Prove and attack what is missing, then write the page and the figures."""
     torch.set_num_threads(1)
-    keep_heap()
-    for name in sys.argv[1:]:
-        measure(name)
+    if len(sys.argv) > 1:
+        measure(sys.argv[1], sys.argv[2:])
     for name in STUDIES:
         if (FOLDER / f"{name}.csv").exists():
             write_page(name)
             draw(name)
 
 
-def measure(name: str) -> None:
-    """All networks of a study, one after the other."""
+def measure(name: str, only: Sequence[str] = ()) -> None:
+    """All networks of a study, or only some of them, one after the other."""
     study = STUDIES[name]
     rows, layers = tables(name)
     known = {row.network for row in rows}
     for network in networks(name):
-        if network.name in known:
+        if network.name in known or (only and network.name not in only):
             continue
         found = proved(network, study)
         rows += found.rows
@@ -317,13 +318,22 @@ def mean(values: Sequence[float]) -> float:
 
 def write_page(name: str) -> None:
     """Put the tables of a study between their marks in the page."""
-    rows, layers = tables(name)
     text = PAGE.read_text(encoding="utf-8")
-    for part, found in (("bracket", bracket(name, rows)), ("layers", predicted(rows, layers))):
-        begins, ends = (mark.format(f"{name} {part}") for mark in (BEGINS, ENDS))
+    for (begins, ends), found in page_tables(name).items():
         before, rest = text.split(begins)
         text = f"{before}{begins}{found}{ends}{rest.split(ends)[1]}"
     PAGE.write_text(text, encoding="utf-8")
+
+
+def page_tables(name: str) -> dict[tuple[str, str], str]:
+    """The tables of a study, by the marks around them."""
+    rows, layers = tables(name)
+    found = {"bracket": bracket(name, rows), "layers": predicted(rows, layers)}
+    marked = {}
+    for part, text in found.items():
+        begins, ends = (mark.format(f"{name} {part}") for mark in (BEGINS, ENDS))
+        marked[begins, ends] = text
+    return marked
 
 
 def bracket(name: str, rows: Sequence[Row]) -> str:
@@ -356,7 +366,9 @@ def spread(rows: Sequence[Row], what: str) -> str:
 
 
 def predicted(rows: Sequence[Row], layers: Sequence[Layer]) -> str:
-    """Rank correlations over the networks, layer by layer."""
+    """Rank correlations over the networks, layer by layer; of a few networks their layers alone."""
+    if len({one.network for one in layers}) < FEW:
+        return measured_table(layers)
     heads = ["neuron", "layer", "networks", "MPPD, bounds", "MPPD, proved", "bounds, proved"]
     cells = []
     for neuron in dict.fromkeys(row.neuron for row in rows):
@@ -371,6 +383,16 @@ def predicted(rows: Sequence[Row], layers: Sequence[Layer]) -> str:
             found = [spearman(mppd, width), spearman(mppd, proof), spearman(width, proof)]
             figures = [f"{float(value):+.2f}" if value == value else "–" for value in found]
             cells.append([neuron, layer, str(len(ours)), *figures])
+    return markdown_table(heads, cells, words=2)
+
+
+def measured_table(layers: Sequence[Layer]) -> str:
+    """What was measured of every layer."""
+    heads = ["network", "layer", "MS-MPPD", "bounds of the potential", "undecided spikes, %"]
+    cells = [
+        [one.network, one.layer, f"{one.mppd:g}", f"{one.width:g}", f"{100 * one.undecided:.1f}"]
+        for one in layers
+    ]
     return markdown_table(heads, cells, words=2)
 
 

@@ -1,5 +1,6 @@
 """Tighter methods of verify prove no image that can be fooled, and what they break is broken."""
 
+import gc
 import sys
 from dataclasses import replace
 from functools import partial
@@ -544,6 +545,31 @@ def test_branch_and_bound_of_an_image_does_not_depend_on_the_others(monkeypatch)
     again = verify(model, x, y, 0.2, method="bab", time_limit=0.1, batch_size=4)
     assert again.verified == whole.verified
     assert again.broken == whole.broken
+
+
+@pytest.mark.parametrize("method", METHODS[:4])
+def test_memory_does_not_grow_with_the_images(method):
+    model = small(NEURONS["DLIF"], seed=2)
+    x = pixels(40, seed=2)
+    held = []
+
+    def held_tensors(done):
+        gc.collect()
+        tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, nn.Parameter)]
+        held.append(sum(one.untyped_storage().nbytes() for one in tensors))
+
+    verify(
+        model,
+        x,
+        model(x).argmax(1),
+        0.1,
+        method=method,
+        time_limit=0.01,
+        batch_size=4,
+        on_batch=held_tensors,
+    )
+    assert len(held) == 10
+    assert max(held[2:]) <= 1.02 * held[1]
 
 
 class BesideItsMaximum(nn.Module):
