@@ -22,10 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rows import read_rows, write_rows
-from torch import Tensor
+from torch import Tensor, nn
 
 from sj_robust.attacks import SampleSeeds, ThreatModel, pgd
-from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.eps import parse_eps
 from sj_robust.core.saved import markdown_table
 from sj_robust.core.shown import COLOURS, new_figure, print_style, write_figure
@@ -258,7 +257,7 @@ def proved(network: Network, study: Study) -> Found:
     return Found(rows, layers)
 
 
-def estimators(model: SpikingClassifier, x: Tensor, y: Tensor, eps: float) -> list[str]:
+def estimators(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> list[str]:
     """The gradient estimators that attack best at a radius, on the first images."""
     trials = search_estimators(
         model,
@@ -270,9 +269,7 @@ def estimators(model: SpikingClassifier, x: Tensor, y: Tensor, eps: float) -> li
     return [trial.estimator for trial in trials if trial.chosen]
 
 
-def fell(
-    model: SpikingClassifier, x: Tensor, y: Tensor, eps: float, chosen: Sequence[str]
-) -> Tensor:
+def fell(model: nn.Module, x: Tensor, y: Tensor, eps: float, chosen: Sequence[str]) -> Tensor:
     """Which images fall to the suite ``fast``, [N]."""
     threat = ThreatModel("Linf", eps)
     suite = make_suite("fast", threat, chosen=chosen, classes=CLASSES)
@@ -284,7 +281,7 @@ def fell(
 
 
 def measured_layers(
-    name: str, model: SpikingClassifier, x: Tensor, y: Tensor, bounds: Verification
+    name: str, model: nn.Module, x: Tensor, y: Tensor, bounds: Verification
 ) -> list[Layer]:
     """MS-MPPD of every layer under PGD-20, beside the bounds of its potential."""
     seeds = SampleSeeds(range(len(y)))
@@ -328,7 +325,11 @@ def write_page(name: str) -> None:
 def page_tables(name: str) -> dict[tuple[str, str], str]:
     """The tables of a study, by the marks around them."""
     rows, layers = tables(name)
-    found = {"bracket": bracket(name, rows), "layers": predicted(rows, layers)}
+    picture = f"![Proved and left by attacks; bounds over MS-MPPD](proved/{name}.png)"
+    found = {
+        "bracket": f"{bracket(name, rows)}\n\n{picture}",
+        "layers": predicted(rows, layers),
+    }
     marked = {}
     for part, text in found.items():
         begins, ends = (mark.format(f"{name} {part}") for mark in (BEGINS, ENDS))

@@ -268,7 +268,7 @@ class Maps:
                 if current.requires_grad:
                     self.adjoint(number, torch.ones_like(current), 1)
         elements = sum(leaf.centre.numel() for leaf in trace.leaves)
-        return counter.get_total_flops() + _OPERATIONS * elements + _OVERHEAD
+        return float(counter.get_total_flops()) + _OPERATIONS * elements + _OVERHEAD
 
     def traced(self, rows: int, value: LeafValue) -> Trace:
         """A run of so many rows whose leaves have the values that are given for one like them."""

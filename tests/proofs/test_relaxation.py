@@ -569,7 +569,7 @@ def test_memory_does_not_grow_with_the_images(method):
         on_batch=held_tensors,
     )
     assert len(held) == 10
-    assert max(held[2:]) <= 1.02 * held[1]
+    assert max(held[5:]) <= 1.02 * max(held[:5])  # once all trains have been listed
 
 
 class BesideItsMaximum(nn.Module):

@@ -276,7 +276,7 @@ def chain_sums_backward(
         **_pointers(grad_low=low, grad_high=high, totals=totals),
     )
     _run("chain_sums", job)
-    gates, values = totals.to(low.dtype).split([2 * (G + padding), F * J])
+    gates, values = torch.split(totals.to(low.dtype), [2 * (G + padding), F * J])
     of_scale, of_shift = gates.view(2, -1)[:, :G]
     return low, high, of_scale, of_shift, None if places is None else values.view(F, J)
 
