@@ -1,6 +1,5 @@
 """Proofs by linear relaxation, and by branch and bound over undecided spikes."""
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -13,7 +12,7 @@ from sj_robust.proofs.joint import JointRun, OverTime
 from sj_robust.proofs.moves import EVENTS, Events
 from sj_robust.proofs.relaxation import Decision, Lower, Maps, RelaxedRun, raised
 
-__all__ = ["Prover", "inside_ball", "leads"]
+__all__ = ["Prover", "Rivals", "Searched", "inside_ball", "leads"]
 
 _TURNS = 20
 """Turns of gradient ascent on the slopes."""
@@ -22,7 +21,44 @@ _STEPS = 20
 """Steps down the network's own gradient, from the corners of the first bounds."""
 
 _PARTS = 16
-"""Parts of a box that are bounded together."""
+"""Parts of a box that are taken at a time."""
+
+_TOGETHER = 64
+"""Parts of all boxes that are bounded together."""
+
+_GRADIENT = 3
+"""Back-substitutions that one with its gradient is worth."""
+
+_OPERATIONS_PER_SECOND = 1e10
+"""Work of a core; see :meth:`sj_robust.proofs.relaxation.Maps.work`."""
+
+Spike = tuple[int, int, int]
+"""Stage, step and number of the neuron in the layer."""
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """What is known of the lead over every other class.
+
+    Attributes:
+        weights: Weights on the logits that give it, [N, K, classes].
+        bounds: Its lower bounds, [N, K].
+        broken: Images [1, *] of the boxes that are classified wrong, by number.
+    """
+
+    weights: Tensor
+    bounds: Tensor
+    broken: dict[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Searched:
+    """Lower bounds of the right class's lead, [N], and images [1, *] of the boxes that are
+    classified wrong, by number.
+    """
+
+    lead: Tensor
+    broken: dict[int, Tensor]
 
 
 @dataclass
@@ -58,33 +94,42 @@ class Prover:
             )
         return found.view(len(images), -1).amin(1)
 
-    def bab(self, image: Tensor, label: Tensor, time_limit: float) -> tuple[float, Tensor | None]:
-        """Lower bound of the lead of one image [1, *], or an image of its box that is classified
-        wrong.
+    def bab(self, images: Tensor, labels: Tensor, time_limit: float) -> Searched:
+        """Lower bounds of the right class's lead, or images of the boxes that are classified wrong.
 
-        The box is cut by assuming a spike or ruling it out, the one first whose relaxation is
-        loosest; the part with the lowest bound comes next. Every bound's worst corner is tried on
-        the network.
+        A box is cut by assuming a spike or ruling it out, the one first whose relaxation is
+        loosest; the part with the lowest bound comes next. Parts of all images are bounded
+        together. Every bound's worst corner is tried on the network.
+
+        An image has as much work as a core does in the time, counted in back-substitutions, so that
+        its result depends neither on the others nor on how busy the machine is. Half of it may go
+        into the potentials of the whole box.
         """
-        end = time.monotonic() + time_limit
-        run = self.run(image)
-        weights, root, broken = self.rivals(run, image, label)
-        if broken is not None:
-            return -torch.inf, broken
-        if bool((root > 0).all()):
-            return float(root.min()), None
-        if time.monotonic() < end - time_limit / 2:
-            run = self.run(image, maps=self.maps, end=end - time_limit / 2)
-        lead = min((value for value in root.tolist() if value > 0), default=torch.inf)
-        for k in root.argsort(descending=True).tolist():
-            if not root[k] > 0:  # NaN proves nothing
-                bound, broken = self._branched(run, image, label, weights[k], end)
-                if broken is not None:
-                    return -torch.inf, broken
-                if not bound > 0:
-                    return float(root.min()), None
-                lead = min(lead, bound)
-        return lead, None
+        budget = max(1, int(time_limit * _OPERATIONS_PER_SECOND / self.maps.work()))
+        run = self.run(images)
+        rivals = self.rivals(run, images, labels)
+        found = Searched(rivals.bounds.amin(1), dict(rivals.broken))
+        open_ones = [n for n in range(len(images)) if n not in found.broken]
+        open_ones = [n for n in open_ones if not found.lead[n] > 0]  # NaN proves nothing
+        if not open_ones:
+            return found
+        some = torch.tensor(open_ones, device=images.device)
+        images, labels = images[some], labels[some]
+        run = self.run(images, maps=self.maps, most=budget // 4)  # each from below and from above
+        searches = [
+            _Search(place, rivals.weights[n], rivals.bounds[n], budget // (2 * _TURNS * _GRADIENT))
+            for place, n in enumerate(open_ones)
+        ]
+        while parts := [part for search in searches for part in search.next_ones()]:
+            size = min(_TOGETHER, self.maps.rows_that_fit())
+            for start in range(0, len(parts), size):
+                self._bound(run, images, labels, parts[start : start + size])
+        for search, n in zip(searches, open_ones, strict=True):
+            if search.broken is not None:
+                found.broken[n] = search.broken
+            elif not search.failed:
+                found.lead[n] = search.lead
+        return found
 
     def run(self, images: Tensor, **known: Any) -> RelaxedRun:
         """Bounds of every potential; ``known`` is what a :class:`RelaxedRun` may be told beside
@@ -98,42 +143,57 @@ class Prover:
         run.error = self.maps.bounded(run, images, self.eps).error
         return run
 
-    def rivals(
-        self, run: RelaxedRun, image: Tensor, label: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Weights and lower bounds of the lead over every rival, and an image that :meth:`broken`
-        found.
-        """
-        weights = leads(label, run.error.shape[1])[0]
-        rows = torch.zeros(len(weights), dtype=torch.long, device=image.device)
-        found = raised(self.maps, run, rows, weights, rounds=_TURNS)
-        return weights, found.value, self.broken(found, image, label, descend=True)
+    def rivals(self, run: RelaxedRun, images: Tensor, labels: Tensor) -> Rivals:
+        """Lower bounds of the lead over every rival, and images that :meth:`broken` found."""
+        weights = leads(labels, run.error.shape[1])
+        rows = torch.arange(len(images), device=images.device)
+        rows = rows.repeat_interleave(weights.shape[1])
+        parts = weights.flatten(0, 1)
+        bounds = torch.empty(len(rows), dtype=torch.float64, device=images.device)
+        broken: dict[int, Tensor] = {}
+        size = self.maps.rows_that_fit()
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
+            found = raised(self.maps, run, rows[part], parts[part], rounds=_TURNS)
+            bounds[part] = found.value
+            for n, point in self.broken(found, images, labels, rows[part], descend=True).items():
+                broken.setdefault(n, point)
+        return Rivals(weights, bounds.view(len(images), -1), broken)
 
     def broken(
-        self, found: Lower, image: Tensor, label: Tensor, *, descend: bool = False
-    ) -> Tensor | None:
-        """An image [1, *] of the box that the network gets wrong, if the corners of the bounds lead
-        to one.
+        self,
+        found: Lower,
+        images: Tensor,
+        labels: Tensor,
+        rows: Tensor,
+        *,
+        descend: bool = False,
+    ) -> dict[int, Tensor]:
+        """Images [1, *] of the boxes that the network gets wrong, by number, where the corners of
+        the bounds of ``rows``, numbers of images, lead to one.
 
         With ``descend`` the corners go down the network's own gradient of the lead for some steps.
         """
-        points = self.lowest(image, found.weights)
-        labels = label.expand(len(points))
+        wrong_ones: dict[int, Tensor] = {}
+        points = self.lowest(images[rows], found.weights)
         for _ in range(_STEPS if descend else 1):
             points.requires_grad_(descend)
             with torch.set_grad_enabled(descend):
                 logits = self.logits(points)
-            if bool((wrong := logits.argmax(1) != labels).any()):
-                return points.detach()[wrong][:1]
+            y = labels[rows]
+            for row in (logits.argmax(1) != y).nonzero().squeeze(1).tolist():
+                wrong_ones.setdefault(int(rows[row]), points.detach()[row : row + 1])
             if not logits.requires_grad:  # not asked for, or the network has none
-                return None
-            right = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
-            rival = logits.scatter(1, labels.unsqueeze(1), -torch.inf).amax(1)
+                break
+            right = logits.gather(1, y.unsqueeze(1)).squeeze(1)
+            rival = logits.scatter(1, y.unsqueeze(1), -torch.inf).amax(1)
             (slope,) = torch.autograd.grad((right - rival).sum(), points, allow_unused=True)
-            if slope is None:
-                return None
-            points = self.lower(image, points.detach(), slope.nan_to_num())
-        return None
+            left = [k for k, n in enumerate(rows.tolist()) if n not in wrong_ones]
+            if slope is None or not left:
+                break
+            rows = rows[left]
+            points = self.lower(images[rows], points.detach()[left], slope[left].nan_to_num())
+        return wrong_ones
 
     def points(self, images: Tensor) -> Iterator[Tensor]:
         """A corner and a random point of the ball of each image, and the images themselves."""
@@ -149,7 +209,9 @@ class Prover:
         yield images
 
     def lowest(self, image: Tensor, weights: Tensor) -> Tensor:
-        """The points [R, *] of the ball of an image [1, *] whose sums with weights are least."""
+        """The points [R, *] of the balls of images [R, *], or of one, whose sums with weights are
+        least.
+        """
         if isinstance(self.eps, EVENTS):
             return self.eps.lowest(image, weights).to(image.dtype)
         return inside_ball(image, image.double() - self.eps * weights.sign(), self.eps)
@@ -166,35 +228,29 @@ class Prover:
             return values.round().to(image.dtype)
         return inside_ball(image, values, self.eps)
 
-    def _branched(
-        self, root: RelaxedRun, image: Tensor, label: Tensor, weights: Tensor, end: float
-    ) -> tuple[float, Tensor | None]:
-        """Lower bound of one rival's distance, by branch and bound, or what breaks the image."""
-        waiting: list[tuple[float, int, tuple[Decision, ...]]] = [(-torch.inf, 0, ())]
-        lowest, count = torch.inf, 1
-        while waiting:
-            if time.monotonic() > end:
-                return min(lowest, min(0.0, waiting[0][0])), None
-            parts = [heappop(waiting)[2] for _ in range(min(_PARTS, len(waiting)))]
-            rows = torch.arange(len(parts), device=image.device)
-            run = self.run(
-                image.expand(len(parts), *image.shape[1:]), known=root.stages, decisions=parts
-            )
-            found = raised(self.maps, run, rows, weights.expand(len(parts), -1), rounds=_TURNS)
-            if (broken := self.broken(found, image, label)) is not None:
-                return -torch.inf, broken
-            for row, decisions in enumerate(parts):
-                value = torch.inf if bool(run.empty[row]) else float(found.value[row])
-                if value > 0:
-                    lowest = min(lowest, value)
-                    continue
-                spike = _loosest(run, found, row)
-                if spike is None:  # all spikes are decided, and still rounding leaves it open
-                    return min(value, 0.0), None
-                for fires in (False, True):
-                    heappush(waiting, (value, count, (*decisions, (*spike, fires))))
-                    count += 1
-        return lowest, None
+    def _bound(
+        self, root: RelaxedRun, images: Tensor, labels: Tensor, parts: list["_Part"]
+    ) -> None:
+        """Bound parts of boxes, and tell their searches what comes of it."""
+        rows = torch.tensor([part.search.number for part in parts], device=images.device)
+        run = self.run(
+            images[rows],
+            known=root.stages,
+            parts_of=rows,
+            decisions=[part.decisions for part in parts],
+        )
+        every = torch.arange(len(parts), device=images.device)
+        weights = torch.stack([part.search.weights[part.search.rival] for part in parts])
+        found = raised(self.maps, run, every, weights, rounds=_TURNS)
+        broken = self.broken(found, images, labels, rows)
+        values = found.value.masked_fill(run.empty, torch.inf).tolist()
+        spikes = _loosest(run, found)
+        for part, value, spike in zip(parts, values, spikes, strict=True):
+            part.search.learn(part, value, spike)
+        for number, point in broken.items():
+            for part in parts:
+                if part.search.number == number:
+                    part.search.broken = point
 
     def _in_parts(self, run: RelaxedRun, rows: Tensor, weights: Tensor, turns: int) -> Tensor:
         size = self.maps.rows_that_fit()
@@ -228,14 +284,101 @@ def leads(labels: Tensor, classes: int) -> Tensor:
     return leads[every[labels] == 0].view(len(labels), classes - 1, classes)
 
 
-def _loosest(run: RelaxedRun, found: Lower, row: int) -> tuple[int, int, int] | None:
-    """The undecided spike whose relaxation leaves the largest gap: stage, step and number."""
-    best, spike = -1.0, None
-    for (stage, t), gaps in found.gaps.items():
+def _loosest(run: RelaxedRun, found: Lower) -> list[Spike | None]:
+    """For every row the undecided spike whose relaxation leaves the largest gap; None if there is
+    none.
+    """
+    steps = list(found.gaps)
+    gaps, neurons = [], []
+    for stage, t in steps:
         step = run.stages[stage].steps[t]
-        undecided = (step.quiet & step.fires)[row].flatten()
-        open_gaps = gaps[row].flatten().masked_fill(~undecided, -1.0)
-        gap, neuron = open_gaps.max(0)
-        if float(gap) > best:
-            best, spike = float(gap), (stage, t, int(neuron))
-    return spike
+        undecided = step.quiet & step.fires
+        gap, neuron = found.gaps[stage, t].masked_fill(~undecided, -1.0).flatten(1).max(1)
+        gaps.append(gap)
+        neurons.append(neuron)
+    if not steps:
+        return [None] * len(found.value)
+    largest, place = torch.stack(gaps).max(0)
+    chosen = torch.stack(neurons).gather(0, place.unsqueeze(0)).squeeze(0)
+    spikes: list[Spike | None] = []
+    for gap, step_number, neuron in zip(
+        largest.tolist(), place.tolist(), chosen.tolist(), strict=True
+    ):
+        spikes.append((*steps[step_number], neuron) if gap >= 0 else None)
+    return spikes
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of the box of an image: that of some decisions on spikes."""
+
+    search: "_Search"
+    decisions: tuple[Decision, ...]
+
+
+class _Search:
+    """Branch and bound on one image, rival by rival, the one that is closest to its proof first.
+
+    Attributes:
+        number: Number of the image.
+        weights: Weights of the lead over every rival, [K, classes].
+        rival: The one that is searched.
+        lead: Lower bound of the lead over the rivals that are proved.
+        failed: Whether the work was not enough, or rounding leaves a part open.
+        broken: An image of the box that is classified wrong.
+        left: Parts that may still be bounded.
+    """
+
+    def __init__(self, number: int, weights: Tensor, bounds: Tensor, parts: int) -> None:
+        self.number = number
+        self.weights = weights
+        values = bounds.tolist()
+        self.lead = min((value for value in values if value > 0), default=torch.inf)
+        order = bounds.argsort(descending=True).tolist()
+        self._rivals = [k for k in order if not values[k] > 0]  # NaN proves nothing
+        self.failed = False
+        self.broken: Tensor | None = None
+        self.left = parts
+        self._asked = 0
+        self._count = 0
+        self._waiting: list[tuple[float, int, tuple[Decision, ...]]] = []
+        self._next_rival()
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.failed or self.broken is not None or not self._rivals
+
+    def next_ones(self) -> list[_Part]:
+        """The parts with the lowest bounds; none if the search is done."""
+        if self.done:
+            return []
+        number = min(_PARTS, self.left, len(self._waiting))
+        if not number:
+            self.failed = True
+        self.left -= number
+        self._asked = number
+        return [_Part(self, heappop(self._waiting)[2]) for _ in range(number)]
+
+    def learn(self, part: _Part, value: float, spike: Spike | None) -> None:
+        """Take note of a part's bound, and cut it at a spike if it is not proved."""
+        self._asked -= 1
+        if value > 0:
+            self.lead = min(self.lead, value)
+        elif spike is None:  # all spikes are decided, and still rounding leaves it open
+            self.failed = True
+        else:
+            for fires in (False, True):
+                self._wait(value, (*part.decisions, (*spike, fires)))
+        if not self._asked and not self._waiting:
+            self._rivals.pop(0)
+            self._next_rival()
+
+    def _next_rival(self) -> None:
+        if self._rivals:
+            self.rival = self._rivals[0]
+            self._wait(-torch.inf, ())
+
+    def _wait(self, value: float, decisions: tuple[Decision, ...]) -> None:
+        heappush(self._waiting, (value, self._count, decisions))
+        self._count += 1

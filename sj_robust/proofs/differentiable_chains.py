@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sj_robust.ops.trains import cpp
-from sj_robust.ops.trains.config import ChainGates, Trained, Windows
+from sj_robust.ops.trains.config import ChainGates, ChainPlaces, Trained, Windows
 from sj_robust.ops.trains.operator import BoundsBackend, trained_reason
 from sj_robust.proofs.joint import window_weights
 from sj_robust.proofs.spiking import Interval, RealSpiking
@@ -273,8 +273,14 @@ def _of_values(
     first, second = grads
     if ctx.centred:
         first, second = (first - second) / 2, (first + second) / 2
-    ordered = torch.cat([first, second]).index_select(1, chains.order)
-    return _to_values(values, chains, ordered)
+    found = torch.zeros_like(values)
+    number = torch.arange(len(chains.first), device=values.device)
+    chain = number.repeat_interleave(torch.tensor(chains.counts, device=values.device))
+    for grad, place in zip((first, second), places(values), strict=True):
+        ordered = grad.index_select(1, chains.order)
+        sums = grad.new_zeros(len(grad), len(number)).index_add_(1, chain, ordered)
+        found.scatter_add_(1, place[:, chains.first, chains.last], sums)
+    return found
 
 
 class CompiledChainSums(torch.autograd.Function):
@@ -318,9 +324,12 @@ class CompiledChainSums(torch.autograd.Function):
             from_first=(tables[:, :, after] - tables[:, :, before]).permute(1, 0, 2),
         )
         given = grads[0].contiguous(), grads[1].contiguous()
-        found = cpp.chain_sums_backward(given, gates, trained(of.spiking))
-        d_values = _of_values(ctx, grads, values, of.chains)
-        return *found, d_values, None, None
+        places_of = None
+        if ctx.needs_input_grad[4]:
+            by_chain = [table.movedim(0, 2) for table in places(values)]
+            places_of = ChainPlaces(by_chain[0], by_chain[1], ctx.centred)
+        found = cpp.chain_sums_backward(given, gates, trained(of.spiking), places_of)
+        return *found, None, None
 
 
 def trained(spiking: RealSpiking) -> Trained:
@@ -336,17 +345,26 @@ def trained(spiking: RealSpiking) -> Trained:
 
 def ranges(values: Tensor) -> tuple[Tensor, Tensor]:
     """f(a, b) of least and largest values, [F, J, J]; see :class:`ChainSums`."""
-    least = []
-    most = []
-    for a in range(values.shape[1]):
-        before = values[:, :a]
-        behind = values[:, a:]
-        own = behind[:, :1].expand_as(before)
-        smallest = behind.cummin(1).values
-        largest = behind.cummax(1).values
-        least.append(torch.cat([own, smallest], 1))
-        most.append(torch.cat([before, largest], 1))
-    return torch.stack(least, 1), torch.stack(most, 1)
+    upto, before = _from_each(values)
+    first = values.unsqueeze(2).expand(upto.shape)
+    least = torch.where(before, first, upto.masked_fill(before, torch.inf).cummin(2).values)
+    most = torch.where(before, upto, upto.masked_fill(before, -torch.inf).cummax(2).values)
+    return least, most
+
+
+def places(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of the trains with these values for a <= b, [F, J, J]."""
+    upto, before = _from_each(values)
+    least = upto.masked_fill(before, torch.inf).cummin(2).indices
+    most = upto.masked_fill(before, -torch.inf).cummax(2).indices
+    return least, most
+
+
+def _from_each(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values by b for every a, [F, J, J], and whether b < a, [J, J]."""
+    J = values.shape[1]
+    number = torch.arange(J, device=values.device)
+    return values.unsqueeze(1).expand(-1, J, -1), number < number.unsqueeze(1)
 
 
 def _moves(tables: Tensor, before: Tensor, after: Tensor, chains: Chains) -> Tensor:
@@ -397,19 +415,3 @@ class _GateGradients:
         d_current = torch.empty_like(current)
         d_current[chains.order] = scale @ slopes
         return cls(d_current, slopes @ here, slopes.sum(1))
-
-
-def _to_values(values: Tensor, chains: Chains, ordered: Tensor) -> Tensor:
-    """Gradients of the trains whose values are the least and the largest ones."""
-    found = torch.zeros_like(values)
-    first = chains.first.tolist()
-    last = chains.last.tolist()
-    parts = torch.split(ordered, chains.counts, 1)
-    for a, b, part in zip(first, last, parts, strict=True):
-        low, high = part.sum(1, keepdim=True).chunk(2)
-        some = values[:, a : b + 1]
-        smallest = some.argmin(1, keepdim=True)
-        largest = some.argmax(1, keepdim=True)
-        found.scatter_add_(1, a + smallest, low)
-        found.scatter_add_(1, a + largest, high)
-    return found

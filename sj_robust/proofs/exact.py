@@ -61,9 +61,10 @@ def mip(
     """
     end = time.monotonic() + time_limit
     run = prover.run(image, maps=prover.maps, end=end - time_limit / 2)
-    weights, bounds, broken = prover.rivals(run, image, label)
-    if broken is not None:
-        return -torch.inf, broken
+    rivals = prover.rivals(run, image, label)
+    if rivals.broken:
+        return -torch.inf, rivals.broken[0]
+    weights, bounds = rivals.weights[0], rivals.bounds[0]
     lead = min((value for value in bounds.tolist() if value > 0), default=torch.inf)
     for k in bounds.argsort().tolist():
         if bounds[k] > 0:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from sj_robust.neuron.charging import Neuron
 from sj_robust.proofs.bounds import BoundedRun, by_row, laid_out, pulled_back
@@ -37,6 +38,12 @@ _ELEMENTS = 2**22
 """Elements of all leaves that a back-substitution holds: more rows than fit go one after the
 other.
 """
+
+_OPERATIONS = 500
+"""What it takes to replace a spike, in operations of a map."""
+
+_OVERHEAD = 1e5
+"""What a row costs however small the network is, likewise."""
 
 Bounded = Callable[[BoundedRun, Tensor, float | Events], Bounds]
 """Bounds of the logits that a run finds, for images [N, *] and eps."""
@@ -82,15 +89,17 @@ class Step:
         self.quiet, self.fires = self.lower < around[1], self.upper >= around[0]
         self.free = self.quiet & self.fires
 
-    def assume(self, around: tuple[float, float], fires: bool, at: tuple[int, int]) -> None:
-        """Take a spike of a neuron of a sample as there or as ruled out."""
-        sample, neuron = at
-        if fires:
-            self.quiet[sample].view(-1)[neuron] = False
-            self.lower[sample].view(-1)[neuron].clamp_(min=around[0])
-        else:
-            self.fires[sample].view(-1)[neuron] = False
-            self.upper[sample].view(-1)[neuron].clamp_(max=around[1])
+    def assume(
+        self, around: tuple[float, float], fires: bool, samples: Tensor, neurons: Tensor
+    ) -> None:
+        """Take spikes of neurons [D] of samples [D] as there or as ruled out."""
+        case, bound = (self.quiet, self.lower) if fires else (self.fires, self.upper)
+        case.view(len(case), -1)[samples, neurons] = False
+        values = bound.view(len(bound), -1)
+        known = values[samples, neurons]
+        values[samples, neurons] = (
+            known.clamp(min=around[0]) if fires else known.clamp(max=around[1])
+        )
 
 
 @dataclass
@@ -249,6 +258,18 @@ class Maps:
         size = sum(leaf.centre.numel() for leaf in self._trace(1).leaves)
         return max(1, _ELEMENTS // max(1, size))
 
+    def work(self) -> float:
+        """Operations of a back-substitution of one row, about: those of the maps, and as many for
+        each element of the leaves as it takes to replace a spike.
+        """
+        trace = self._trace(1)
+        with FlopCounterMode(display=False) as counter:
+            for number, current in enumerate(trace.currents):
+                if current.requires_grad:
+                    self.adjoint(number, torch.ones_like(current), 1)
+        elements = sum(leaf.centre.numel() for leaf in trace.leaves)
+        return float(counter.get_total_flops()) + _OPERATIONS * elements + _OVERHEAD
+
     def traced(self, rows: int, value: LeafValue) -> Trace:
         """A run of so many rows whose leaves have the values that are given for one like them."""
         trace = Trace(self.neurons, rows, value)
@@ -273,8 +294,10 @@ class RelaxedRun(BoundedRun):
         maps: If given, potentials that intervals leave undecided are bounded by back-substitution
             as well.
         end: When that stops, by ``time.monotonic``; None for never.
-        known: Stages of an earlier run of one sample, or of as many, whose box holds those of this
-            one.
+        most: Potentials of each sample that are bounded so, the first ones; None for all.
+        known: Stages of an earlier run.
+        parts_of: Number of the sample of that run whose box holds that of each sample of this one,
+            [N]; None if they are the same samples.
         decisions: For each sample spikes that are assumed or ruled out.
     """
 
@@ -285,7 +308,9 @@ class RelaxedRun(BoundedRun):
         *,
         maps: Maps | None = None,
         end: float | None = None,
+        most: int | None = None,
         known: list[Stage] | None = None,
+        parts_of: Tensor | None = None,
         decisions: list[tuple[Decision, ...]] | None = None,
     ) -> None:
         """See the class."""
@@ -298,10 +323,14 @@ class RelaxedRun(BoundedRun):
         self.error: Tensor = torch.zeros(())
         """How far float32's logits can be from the map of the leaves, [N, classes]."""
         self._maps, self._end, self._known = maps, end, known
-        self._decisions: dict[tuple[int, int], list[tuple[int, int, bool]]] = {}
+        self._parts_of = parts_of
+        self._left: Tensor | None = None
+        if most is not None:
+            self._left = torch.full((samples,), most)
+        self._decisions: dict[tuple[int, int, bool], list[tuple[int, int]]] = {}
         for sample, own in enumerate(decisions or []):
             for stage, step, neuron, fires in own:
-                self._decisions.setdefault((stage, step), []).append((sample, neuron, fires))
+                self._decisions.setdefault((stage, step, fires), []).append((sample, neuron))
 
     def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
         stage = Stage(len(self.leaves), x.same(), batch_dim)
@@ -323,14 +352,18 @@ class RelaxedRun(BoundedRun):
         stage.steps.append(step)
         if self._known is not None:
             earlier = self._known[number].steps[t]
-            step.lower = torch.maximum(step.lower, earlier.lower)
-            step.upper = torch.minimum(step.upper, earlier.upper)
+            rows = slice(None) if self._parts_of is None else self._parts_of
+            step.lower = torch.maximum(step.lower, earlier.lower[rows])
+            step.upper = torch.minimum(step.upper, earlier.upper[rows])
         step.decide(stage.around)
         if self._maps is not None:
             self._tighten(self._maps, number, t)
             step.decide(stage.around)
-        for sample, neuron, fires in self._decisions.get((number, t), []):
-            step.assume(stage.around, fires, (sample, neuron))
+        for fires in (False, True):
+            decided = self._decisions.get((number, t, fires))
+            if decided is not None:
+                samples, neurons = torch.tensor(decided, device=step.lower.device).T
+                step.assume(stage.around, fires, samples, neurons)
         impossible = (step.lower > step.upper) | ~(step.quiet | step.fires)
         self.empty = self.empty.to(impossible.device) | impossible.flatten(1).any(1)
 
@@ -339,6 +372,9 @@ class RelaxedRun(BoundedRun):
         step = self.stages[number].steps[t]
         step.lower, step.upper = step.lower.clone(), step.upper.clone()
         samples, neurons = (step.quiet & step.fires).flatten(1).nonzero(as_tuple=True)
+        if self._left is not None:
+            kept = self._first_ones(samples, self._left)
+            samples, neurons = samples[kept], neurons[kept]
         rows = maps.rows_that_fit()
         for sign, bound in ((1.0, step.lower), (-1.0, step.upper)):
             values = bound.view(self.samples, -1)
@@ -351,6 +387,16 @@ class RelaxedRun(BoundedRun):
                 weights.view(len(sample), -1)[torch.arange(len(sample)), neuron] = sign
                 found = minimum(maps, self, sample, weights, (number, t)).value
                 values[sample, neuron] = limit(values[sample, neuron], sign * found)
+
+    def _first_ones(self, samples: Tensor, left: Tensor) -> Tensor:
+        """Which of the rows, given sorted by their samples, their samples have work left for."""
+        asked = torch.bincount(samples, minlength=self.samples).cpu()
+        before = asked.cumsum(0) - asked
+        number = torch.arange(len(samples), device=samples.device)
+        place = number - before.to(samples.device)[samples]
+        kept = place < left.to(samples.device)[samples]
+        self._left = left - torch.minimum(asked, left)
+        return kept
 
 
 class _RelaxedSpiking(Float32Spiking):
@@ -385,6 +431,20 @@ class Lower:
     slopes: Slopes
     gaps: dict[tuple[int, int], Tensor]
     weights: Tensor
+
+    def of(self, rows: Tensor) -> "Lower":
+        """Some of the rows."""
+        slopes = {key: part[rows] for key, part in self.slopes.items()}
+        gaps = {key: part[rows] for key, part in self.gaps.items()}
+        return Lower(self.value[rows], slopes, gaps, self.weights[rows])
+
+    def put(self, rows: Tensor, other: "Lower") -> None:
+        """Take the other's rows in the place of these."""
+        self.value[rows] = other.value
+        self.weights[rows] = other.weights
+        for key in self.slopes:
+            self.slopes[key][rows] = other.slopes[key]
+            self.gaps[key][rows] = other.gaps[key]
 
 
 def minimum(
@@ -621,33 +681,73 @@ def raised(maps: Maps, run: RelaxedRun, samples: Tensor, weights: Tensor, *, rou
     Source: alpha- and beta-CROWN (Xu et al., ICLR 2021; Wang et al., NeurIPS 2021).
     """
     best = minimum(maps, run, samples, weights)
-    if rounds == 0 or not best.slopes or bool((best.value > 0).all()):
+    weak = (~(best.value > 0)).nonzero().squeeze(1)
+    if rounds == 0 or not best.slopes or not len(weak):
         return best
-    start, moved, scales = best.slopes, {}, {}
-    for (number, t), slope in start.items():
-        step = run.stages[number].steps[t]
-        width = (step.upper - step.lower)[samples].clamp(min=1e-9)
-        spread = best.gaps[number, t] / width + 0.1 * slope.abs()
-        scales[number, t] = spread * step.free[samples]
-        moved[number, t] = torch.zeros_like(slope, requires_grad=True)
-    ascent = torch.optim.Adam(list(moved.values()), lr=0.2, maximize=True)
+    ascent = _Ascent(maps, run, samples[weak], weights[weak], best.of(weak))
     for turn in range(rounds):
-        for group in ascent.param_groups:
-            group["lr"] = 0.2 * 0.95**turn
-        with torch.enable_grad():
-            slopes = {key: start[key] + scales[key] * moved[key] for key in start}
-            found = minimum(maps, run, samples, weights, slopes=slopes)
-            ascent.zero_grad()
-            gradients = torch.autograd.grad(
-                found.value.sum(), list(moved.values()), allow_unused=True
-            )
-        for parameter, gradient in zip(moved.values(), gradients, strict=True):
-            parameter.grad = gradient
-        best = _better(best, found)
-        if bool((best.value > 0).all()):
+        found = ascent.turn(turn)
+        improved = _better(best.of(weak), found)
+        best.put(weak, improved)
+        left = (~(improved.value > 0)).nonzero().squeeze(1)
+        if not len(left):
             break
-        ascent.step()
+        if 2 * len(left) <= len(weak):  # the others are done
+            weak = weak[left]
+            ascent.keep(left)
     return best
+
+
+class _Ascent:
+    """Gradient ascent on the slopes of some rows, by Adam with a rate that falls."""
+
+    def __init__(
+        self, maps: Maps, run: RelaxedRun, samples: Tensor, weights: Tensor, first: Lower
+    ) -> None:
+        self.maps, self.run, self.samples, self.weights = maps, run, samples, weights
+        self.start = first.slopes
+        self.scales: Slopes = {}
+        self.moved: Slopes = {}
+        for (number, t), slope in self.start.items():
+            step = run.stages[number].steps[t]
+            width = (step.upper - step.lower)[samples].clamp(min=1e-9)
+            spread = first.gaps[number, t] / width + 0.1 * slope.abs()
+            self.scales[number, t] = spread * step.free[samples]
+            self.moved[number, t] = torch.zeros_like(slope, requires_grad=True)
+        self.optimizer = torch.optim.Adam(list(self.moved.values()), lr=0.2, maximize=True)
+
+    def turn(self, number: int) -> Lower:
+        """The bounds with the slopes so far, which then take a step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.2 * 0.95**number
+        moved = list(self.moved.values())
+        with torch.enable_grad():
+            slopes = {}
+            for key, start in self.start.items():
+                slopes[key] = start + self.scales[key] * self.moved[key]
+            found = minimum(self.maps, self.run, self.samples, self.weights, slopes=slopes)
+            gradients = torch.autograd.grad(found.value.sum(), moved, allow_unused=True)
+        for parameter, gradient in zip(moved, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+        return found
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone, each as if the others had never been there."""
+        self.samples, self.weights = self.samples[rows], self.weights[rows]
+        for parts in (self.start, self.scales):
+            for key, part in parts.items():
+                parts[key] = part[rows]
+        states = self.optimizer.state
+        for key, parameter in self.moved.items():
+            kept = parameter.detach()[rows].requires_grad_()
+            state = states.pop(parameter, {})
+            states[kept] = {
+                name: value[rows] if value.shape == parameter.shape else value
+                for name, value in state.items()
+            }
+            self.moved[key] = kept
+        self.optimizer.param_groups[0]["params"] = list(self.moved.values())
 
 
 def _better(first: Lower, second: Lower) -> Lower:

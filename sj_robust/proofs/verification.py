@@ -44,7 +44,7 @@ from sj_robust.core.shown import Shown, heat_map, new_figure
 from sj_robust.neuron.charging import Neuron, find_neurons, is_neuron
 from sj_robust.proofs._scipy import scipy_module
 from sj_robust.proofs.bounds import BoundedRun
-from sj_robust.proofs.branching import Prover
+from sj_robust.proofs.branching import Prover, Searched
 from sj_robust.proofs.exact import Matrices, mip
 from sj_robust.proofs.flips import Flips
 from sj_robust.proofs.joint import JointRun, OverTime
@@ -83,7 +83,7 @@ __all__ = [
 NormName = Literal["Linf", "L0", "moves"]
 Method = Literal["ibp", "joint", "crown", "bab", "mip"]
 METHODS = get_args(Method)
-_Search = Callable[[Tensor, Tensor], tuple[float, Tensor | None]]
+_SearchAll = Callable[[Tensor, Tensor], Searched]
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,9 @@ def verify(
             moved in time.
         largest_shift: For moves, frames by which an event may move, >= 1; None for any number.
         method: "ibp", "joint", "crown", "bab" or "mip".
-        time_limit: Seconds per image of bab and mip; an image that needs more is unknown.
+        time_limit: Seconds per image of bab and mip; an image that needs more is unknown. For bab
+            they are turned into a number of operations that a core does in that time, so that
+            results do not depend on how busy the machine is.
         batch_size: Images at a time; memory grows with it, not with N.
         on_batch: Called with the number of images done after every batch.
 
@@ -357,9 +359,9 @@ def verify(
     x_adv = x.detach().clone()
     maps = Maps(partial(bounded_logits, classifier), neurons, x[0].to(device))
     prover = Prover(classifier, maps, ball)
-    searches: dict[str, _Search] = {
+    searches: dict[str, _SearchAll] = {
         "bab": partial(prover.bab, time_limit=time_limit),
-        "mip": partial(mip, prover, Matrices(maps), time_limit=time_limit),
+        "mip": partial(_one_by_one, partial(mip, prover, Matrices(maps), time_limit=time_limit)),
     }
     start = 0
     while start < len(x):
@@ -529,7 +531,7 @@ class _Batch:
         return found
 
 
-def _tightened(batch: _Batch, prover: Prover, search: _Search | None) -> _Batch:
+def _tightened(batch: _Batch, prover: Prover, search: _SearchAll | None) -> _Batch:
     """The batch with what relaxation, and then a search, find of the images that are still open."""
     images, labels = batch.images, batch.labels
     margin, wrong, x_adv = batch.margin.clone(), batch.wrong.clone(), batch.x_adv.clone()
@@ -537,15 +539,30 @@ def _tightened(batch: _Batch, prover: Prover, search: _Search | None) -> _Batch:
     rest = tighter.open_ones()
     if rest:
         margin[rest] = torch.maximum(margin[rest], prover.crown(images[rest], labels[rest]))
-    if search is None:
+    rest = tighter.open_ones()
+    if search is None or not rest:
         return tighter
-    for i in tighter.open_ones():
-        lead, found = search(images[i : i + 1], labels[i : i + 1])
-        if found is None:
-            margin[i] = max(float(margin[i]), lead)
-        else:
-            wrong[i], x_adv[i] = True, found[0].to(x_adv)
+    found = search(images[rest], labels[rest])
+    margin[rest] = torch.fmax(margin[rest], found.lead)  # NaN is no bound
+    for number, point in found.broken.items():
+        i = rest[number]
+        wrong[i], x_adv[i] = True, point[0].to(x_adv)
     return tighter
+
+
+def _one_by_one(
+    search: Callable[[Tensor, Tensor], tuple[float, Tensor | None]], images: Tensor, labels: Tensor
+) -> Searched:
+    """What a search for single images finds."""
+    lead = torch.full((len(images),), -torch.inf, dtype=torch.float64, device=images.device)
+    broken = {}
+    for i in range(len(images)):
+        value, point = search(images[i : i + 1], labels[i : i + 1])
+        if point is None:
+            lead[i] = value
+        else:
+            broken[i] = point
+    return Searched(lead, broken)
 
 
 def bounded_logits(

@@ -27,6 +27,26 @@ def test_the_page_shows_the_record_as_the_table_of_figures_has_it(monkeypatch):
         assert row.source
 
 
+def test_the_page_of_proofs_shows_its_tables(monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS)
+    script = importlib.import_module("proved")
+    page = script.PAGE.read_text(encoding="utf-8")
+    measured = [name for name in script.STUDIES if (script.FOLDER / f"{name}.csv").exists()]
+    assert measured
+    for name in measured:
+        for (begins, ends), table in script.page_tables(name).items():
+            shown = page.split(begins)[1].split(ends)[0]
+            assert shown == table, "write it anew: python docs/results/proved.py"
+        rows, layers = script.tables(name)
+        radii = script.STUDIES[name].radii
+        for network in {row.network for row in rows}:
+            ours = [row for row in rows if row.network == network]
+            assert [row.eps for row in ours] == list(radii)
+            for row in ours:
+                assert row.intervals <= row.proved <= row.left <= row.clean
+            assert any(layer.network == network for layer in layers)
+
+
 @pytest.mark.parametrize("name", ["standard", "spikes_case", "spike_search"])
 def test_a_table_is_read_and_written_as_it_is(name, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(RESULTS)

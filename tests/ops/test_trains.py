@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from spikingjelly.activation_based import neuron
+from torch import nn
 from torch.testing import assert_close
 
+from sj_robust import SpikingClassifier
 from sj_robust.ops.dlif import cpp as dlif_cpp
 from sj_robust.ops.surrogate import Surrogate
 from sj_robust.ops.trains import cpp, operator, reference
@@ -21,6 +24,9 @@ from sj_robust.ops.trains.config import (
     Trains,
     Windows,
 )
+from sj_robust.proofs.differentiable_chains import DifferentiableChain
+from sj_robust.proofs.spiking import Interval, LayerBounds, RealSpiking
+from sj_robust.proofs.verification import bounded_neurons
 
 needs_kernel = pytest.mark.skipif(
     cpp.unavailable_reason() is not None, reason="the kernel was not built"
@@ -328,6 +334,34 @@ def test_results_do_not_depend_on_the_number_of_threads(threads):
         assert torch.equal(one, other)
 
 
+def chain_gradients(backend, *, centred):
+    """Sums over the chains of a layer, and gradients of currents and weights."""
+    torch.manual_seed(0)
+    parts = nn.Linear(2, 3), neuron.LIFNode(tau=2.0, step_mode="m")
+    model = SpikingClassifier(nn.Sequential(*parts), T=4).double().eval()
+    (node,) = bounded_neurons(model).values()
+    spiking = RealSpiking(node, LayerBounds())
+    low = (2 * rand(300)).requires_grad_()
+    high = (low.detach() + rand(300)).requires_grad_()
+    weights = randn(5, 4).requires_grad_()
+    chain = DifferentiableChain.of(spiking, 4, Interval(low, high))
+    found = chain.bounds(weights, backend, centred=centred)
+    total = (randn(5, 300) * found.low + randn(5, 300) * found.high).sum()
+    return found.low, found.high, *torch.autograd.grad(total, [low, high, weights])
+
+
+def check_chains():
+    for centred in (False, True):
+        given = (chain_gradients(name, centred=centred) for name in ("auto", "reference"))
+        for one, other in zip(*given, strict=True):
+            assert other.any()
+            assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_sums_over_chains_and_their_gradients_are_those_of_the_reference():
+    check_chains()
+
+
 FAULTS = {
     "a window one step short": (
         "proving.h",
@@ -354,6 +388,16 @@ FAULTS = {
         "training.h",
         "{low(t, slot), high(t, slot)}",
         "{high(t, slot), low(t, slot)}",
+    ),
+    "a gradient at the wrong train": (
+        "training.h",
+        "totals[f * job.J + most_at[f]] +=",
+        "totals[f * job.J + least_at[f]] +=",
+    ),
+    "centres and radii taken for ends": (
+        "training.h",
+        "job.centred ? (first + second) / 2 : second",
+        "second",
     ),
     "a gradient that skips the caps": (
         "training.h",
@@ -383,6 +427,7 @@ def check_all():
     for case in ("four steps", "many steps"):
         check_steps(case)
     check_sums(6, 8, False)
+    check_chains()
     for one, other in zip(*both(5, 8, torch.float64, width=1.0)[2:], strict=True):
         assert_close(one, other, rtol=1e-9, atol=1e-9)
 

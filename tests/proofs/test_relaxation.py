@@ -1,6 +1,8 @@
 """Tighter methods of verify prove no image that can be fooled, and what they break is broken."""
 
+import gc
 import sys
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -359,7 +361,7 @@ def without_shortcuts(monkeypatch):
     def no_bound(prover, images, labels):
         return torch.full((len(images),), -1.0).double()
 
-    monkeypatch.setattr(Prover, "broken", lambda *args, **kwargs: None)
+    monkeypatch.setattr(Prover, "broken", lambda *args, **kwargs: {})
     monkeypatch.setattr(Prover, "crown", no_bound)
 
 
@@ -386,8 +388,8 @@ def test_a_tree_of_linear_programs_closes_what_is_robust(seed, monkeypatch):
     rivals = Prover.rivals
 
     def all_open(self, *arguments):
-        weights, bounds, _ = rivals(self, *arguments)
-        return weights, -bounds.abs() - 1.0, None
+        found = rivals(self, *arguments)
+        return replace(found, bounds=-found.bounds.abs() - 1.0, broken={})
 
     monkeypatch.setattr(Prover, "rivals", all_open)
     model = small(NEURONS["LIF"], seed=seed)
@@ -473,11 +475,13 @@ def test_a_bound_that_is_not_a_number_proves_nothing(monkeypatch):
         nothing = torch.full((len(samples),), torch.nan, dtype=torch.float64)
         return SimpleNamespace(value=nothing)
 
-    nothing = SimpleNamespace(value=torch.full((2,), torch.nan))
+    def nothing(maps, run, samples, weights, *, rounds):
+        value = torch.full((len(samples),), torch.nan, dtype=torch.float64)
+        return replace(relaxation.minimum(maps, run, samples, weights), value=value)
+
     with monkeypatch.context() as patch:
         without_shortcuts(patch)
-        patch.setattr(branching, "raised", lambda *args, **rounds: nothing)
-        patch.setattr(Prover, "_branched", lambda *args: (torch.nan, None))
+        patch.setattr(branching, "raised", nothing)
         assert verdict(model, x, 0.5, method="bab").verified == (False,)
     with monkeypatch.context() as patch:
         patch.setattr(relaxation, "minimum", no_number)
@@ -489,15 +493,85 @@ def test_a_bound_that_is_not_a_number_proves_nothing(monkeypatch):
             assert torch.equal(step.lower, other.lower)
 
 
-def test_branch_and_bound_proves_every_rival(monkeypatch):
-    without_shortcuts(monkeypatch)
-    bounds = iter((1.0, -1.0))
-    open_ones = SimpleNamespace(value=torch.tensor([-1.0, -1.0]))
-    monkeypatch.setattr(branching, "raised", lambda *args, **rounds: open_ones)
-    monkeypatch.setattr(Prover, "_branched", lambda *args: (next(bounds), None))
-    model = small(neuron.IFNode)
-    x = torch.full((1, 3), 0.5)
-    assert verdict(model, x, 0.5, method="bab").verified == (False,)
+def test_branch_and_bound_proves_every_rival():
+    """The first rival is proved at once, and the second one never is."""
+    bounds = torch.tensor([-1.0, -2.0])
+    search = branching._Search(0, torch.eye(2), bounds, parts=10)
+    (first,) = search.next_ones()
+    search.learn(first, 1.0, None)
+    assert not search.done
+    assert search.rival == 1
+    (second,) = search.next_ones()
+    search.learn(second, -1.0, (0, 0, 0))
+    left, right = search.next_ones()
+    assert left.decisions == ((0, 0, 0, False),)
+    assert right.decisions == ((0, 0, 0, True),)
+    search.learn(left, 0.5, None)
+    search.learn(right, -1.0, None)  # every spike is decided
+    assert search.failed
+    assert search.next_ones() == []
+
+
+def test_a_search_proves_nothing_when_its_work_is_done():
+    search = branching._Search(0, torch.eye(2), torch.tensor([-1.0, 1.0]), parts=2)
+    (part,) = search.next_ones()
+    search.learn(part, -1.0, (0, 0, 0))
+    (only,) = search.next_ones()  # of two
+    search.learn(only, 1.0, None)
+    assert search.next_ones() == []
+    assert search.failed
+
+
+def test_branch_and_bound_of_an_image_does_not_depend_on_the_others(monkeypatch):
+    model = small(NEURONS["DLIF"], seed=2)
+    x = pixels(6, seed=2)
+    y = model(x).argmax(1)
+    searched = []
+    bound = Prover._bound
+
+    def watched(prover, root, images, labels, parts):
+        searched.append({part.search.number for part in parts})
+        bound(prover, root, images, labels, parts)
+
+    monkeypatch.setattr(Prover, "_bound", watched)
+    whole = verify(model, x, y, 0.2, method="bab", time_limit=0.1)
+    assert max(map(len, searched)) > 1
+    assert any(whole.verified)
+    assert any(whole.broken)
+    assert any(whole.unknown)
+    for i in range(6):
+        alone = verify(model, x[i : i + 1], y[i : i + 1], 0.2, method="bab", time_limit=0.1)
+        assert alone.verified[0] == whole.verified[i]
+        assert alone.broken[0] == whole.broken[i]
+        assert alone.margin[0] == pytest.approx(whole.margin[i], rel=1e-6, abs=1e-9)
+    again = verify(model, x, y, 0.2, method="bab", time_limit=0.1, batch_size=4)
+    assert again.verified == whole.verified
+    assert again.broken == whole.broken
+
+
+@pytest.mark.parametrize("method", METHODS[:4])
+def test_memory_does_not_grow_with_the_images(method):
+    model = small(NEURONS["DLIF"], seed=2)
+    x = pixels(40, seed=2)
+    held = []
+
+    def held_tensors(done):
+        gc.collect()
+        tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, nn.Parameter)]
+        held.append(sum(one.untyped_storage().nbytes() for one in tensors))
+
+    verify(
+        model,
+        x,
+        model(x).argmax(1),
+        0.1,
+        method=method,
+        time_limit=0.01,
+        batch_size=4,
+        on_batch=held_tensors,
+    )
+    assert len(held) == 10
+    assert max(held[5:]) <= 1.02 * max(held[:5])  # once all trains have been listed
 
 
 class BesideItsMaximum(nn.Module):

@@ -11,6 +11,7 @@ from sj_robust.ops.surrogate import SurrogateKind
 __all__ = [
     "STEP_PARTS",
     "ChainGates",
+    "ChainPlaces",
     "Constants",
     "Currents",
     "StepBounds",
@@ -185,6 +186,21 @@ class ChainGates:
     shift: Tensor
     to_last: Tensor
     from_first: Tensor
+
+
+@dataclass(frozen=True)
+class ChainPlaces:
+    """What the gradient of the trains' values needs.
+
+    Attributes:
+        least: Number of the train with the least value of a..b, [J, J, F].
+        most: Of that with the largest.
+        centred: Whether the sums are centres and radii.
+    """
+
+    least: Tensor
+    most: Tensor
+    centred: bool
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from sj_robust.ops.dlif.cpp import load_library
 from sj_robust.ops.trains.config import (
     STEP_PARTS,
     ChainGates,
+    ChainPlaces,
     Constants,
     Currents,
     StepBounds,
@@ -32,7 +33,7 @@ __all__ = [
     "unsupported_training",
 ]
 
-_INTERFACE = 1  # sjr_trains_interface() of kernel.cpp
+_INTERFACE = 2  # sjr_trains_interface() of kernel.cpp
 _SLOTS = 16  # MAX_SLOTS of job.h
 _LANES = 8  # what the rows of weights are padded to
 
@@ -239,10 +240,15 @@ def chain_sums(first: Tensor, last: Tensor, tables: tuple[Tensor, Tensor]) -> tu
 
 
 def chain_sums_backward(
-    grads: tuple[Tensor, Tensor], chains: ChainGates, neuron: Trained
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of both ends of the currents, and of scales and shifts of the gates."""
-    G = len(chains.scale)
+    grads: tuple[Tensor, Tensor],
+    chains: ChainGates,
+    neuron: Trained,
+    places: ChainPlaces | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of both ends of the currents, of scales and shifts of the gates and, with places,
+    of the trains' values [F, J].
+    """
+    F, J, G = len(grads[0]), len(chains.to_last), len(chains.scale)
     padding = -G % 16
     scale, shift, to_last, from_first = (
         torch.nn.functional.pad(part, (0, padding)).contiguous()
@@ -250,12 +256,18 @@ def chain_sums_backward(
     )
     low = torch.empty_like(chains.low)
     high = torch.empty_like(low)
-    totals = torch.empty(2, G + padding, dtype=torch.float64)
+    totals = torch.empty(2 * (G + padding) + F * J, dtype=torch.float64)
+    at = {}
+    if places is not None:
+        at["least_at"] = places.least.to(torch.int32).contiguous()
+        at["most_at"] = places.most.to(torch.int32).contiguous()
     job = _ChainJob(
-        F=len(grads[0]),
+        F=F,
         M=len(low),
-        J=len(to_last),
+        J=J,
         G=G + padding,
+        centred=places is not None and places.centred,
+        **_pointers(**at),
         **_derivative(neuron, low),
         **_machine(),
         **_pointers(first=chains.first, last=chains.last, low=chains.low, high=chains.high),
@@ -264,8 +276,9 @@ def chain_sums_backward(
         **_pointers(grad_low=low, grad_high=high, totals=totals),
     )
     _run("chain_sums", job)
-    of_scale, of_shift = totals[:, :G].to(low.dtype)
-    return low, high, of_scale, of_shift
+    gates, values = torch.split(totals.to(low.dtype), [2 * (G + padding), F * J])
+    of_scale, of_shift = gates.view(2, -1)[:, :G]
+    return low, high, of_scale, of_shift, None if places is None else values.view(F, J)
 
 
 def _contiguous(part: Tensor | None) -> Tensor | None:
@@ -346,9 +359,10 @@ class _ChainJob(ctypes.Structure):
     _fields_ = (
         *_fields(ctypes.c_int64, "F M J G"),
         *_fields(ctypes.c_double, "alpha width"),
-        *_fields(ctypes.c_int32, f"{_MACHINE} surrogate doubles unused"),
+        *_fields(ctypes.c_int32, f"{_MACHINE} surrogate doubles centred"),
         *_fields(ctypes.c_void_p, "first last least most least_sums most_sums low high"),
         *_fields(ctypes.c_void_p, "grad_least grad_most to_last from_first scale shift"),
+        *_fields(ctypes.c_void_p, "least_at most_at"),
         *_fields(ctypes.c_void_p, "grad_low grad_high totals scratch"),
     )
 

@@ -84,7 +84,7 @@ struct JointJob {
 struct ChainJob {
   int64_t F, M, J, G;  // G is padded to 16 with zeros
   double alpha, width;
-  int32_t instruction_set, threads, own_threads, surrogate, doubles, unused;
+  int32_t instruction_set, threads, own_threads, surrogate, doubles, centred;
   const int64_t *first, *last;         // [M]
   const void *least, *most;            // [J, J, F]: of trains a..b
   void *least_sums, *most_sums;        // [F, M], written by the forward pass
@@ -93,8 +93,10 @@ struct ChainJob {
   const void *to_last, *from_first;    // [J, 2 F, G]: what a gate at the lower end changes, by last
                                        // train; and the other one
   const void *scale, *shift;           // [G]
+  const int32_t *least_at, *most_at;   // [J, J, F]: trains with these values, if their gradient is
+                                       // asked for; `centred`: sums are centres and radii
   void *grad_low, *grad_high;          // [M]
-  double* totals;                      // [2 G]: gradients of scale and shift
+  double* totals;                      // [2 G + F * J]: gradients of scale, shift and values
   void* scratch;
 };
 

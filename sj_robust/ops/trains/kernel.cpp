@@ -81,8 +81,10 @@ Work<JointJob> work(const JointJob& job) {
 }
 
 Work<ChainJob> work(const ChainJob& job) {
-  return {
-      job, SJR_OF_SET(job, chain_sums), rounded_up(2 * job.F * baseline::N + 5 * job.G), 2 * job.G};
+  return {job,
+          SJR_OF_SET(job, chain_sums),
+          rounded_up(2 * job.F * baseline::N + 5 * job.G),
+          2 * job.G + job.F * job.J};
 }
 
 }  // namespace
@@ -90,7 +92,7 @@ Work<ChainJob> work(const ChainJob& job) {
 
 // Changes whenever a job or the meaning of a field does; cpp.py refuses any other.
 SJR_EXPORT int sjr_trains_interface() {
-  return 1;
+  return 2;
 }
 
 // Bytes that `scratch` of a job must hold, and the call itself.

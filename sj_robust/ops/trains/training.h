@@ -449,6 +449,19 @@ SJR_INLINE C through_gates(const ChainJob& job,
   return C(sum_of(z, int(G)));
 }
 
+// Adds the gradients of the sums of a chain to those of the trains that have its least and its
+// largest values.
+template <class C>
+SJR_INLINE void to_values(const ChainJob& job, int64_t chain, const C* grads, double* totals) {
+  const int64_t F = job.F;
+  const int32_t *least_at = job.least_at + chain * F, *most_at = job.most_at + chain * F;
+  for (int64_t f = 0; f < F; ++f) {
+    const double first = double(grads[f]), second = double(grads[F + f]);
+    totals[f * job.J + least_at[f]] += job.centred ? (first - second) / 2 : first;
+    totals[f * job.J + most_at[f]] += job.centred ? (first + second) / 2 : second;
+  }
+}
+
 template <class C>
 void chain_backward(const ChainJob& job, int64_t first, int64_t last, C* memory, double* totals) {
   const Slopes<C> slopes(job);
@@ -468,6 +481,8 @@ void chain_backward(const ChainJob& job, int64_t first, int64_t last, C* memory,
     std::memset(of_block, 0, size_t(2 * G) * sizeof(C));
     for (int i = 0; i < n; ++i) {
       const int64_t a = job.first[first + i], b = job.last[first + i];
+      if (job.least_at)
+        to_values<C>(job, a * job.J + b, grads + i * sums, totals + 2 * G);
       const C* const tables[2] = {static_cast<const C*>(job.to_last) + b * sums * G,
                                   static_cast<const C*>(job.from_first) + a * sums * G};
       const C currents[2] = {static_cast<const C*>(job.low)[first + i],
