@@ -138,7 +138,8 @@ def inline_formula(writer: Any, node: Any) -> None:
 
 def formula(writer: Any, node: Any) -> None:
     """A formula on a line of its own."""
-    writer.body.append(f'<div class="formula">{convert(node.astext(), display="block")}</div>')
+    box = '<div class="formula" role="group" aria-label="formula" tabindex="0">'  # it may scroll
+    writer.body.append(f"{box}{convert(node.astext(), display='block')}</div>")
     raise SkipNode
 
 
