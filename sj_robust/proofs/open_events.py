@@ -13,7 +13,7 @@ from sj_robust.proofs.branching import Prover, leads
 from sj_robust.proofs.joint import OverTime
 from sj_robust.proofs.moves import Events
 from sj_robust.proofs.relaxation import Maps, raised
-from sj_robust.proofs.rules import parameters_kept_in_float64
+from sj_robust.proofs.rule_arguments import parameters_kept_in_float64
 from sj_robust.proofs.verification import bounded_logits, bounded_neurons
 
 __all__ = ["OpenEvents", "open_events"]

@@ -38,7 +38,7 @@ def test_a_report_of_a_shipped_network_is_attacked_again_and_taken(tmp_path):
         assert found[point] is True, checklist(checks)
     assert found["attack again"] is True
     path = take(SHIPPED, checks, tmp_path / "board")
-    assert path.name == "digits-digits-dlif-at-Linf-0.1-fast.json"
+    assert path.name == "digits-dlif-at-Linf-0.1-standard.json"
     assert path.read_bytes() == SHIPPED.read_bytes()
     assert take(SHIPPED, checks, tmp_path / "board") == path
     path.write_text("{}")
