@@ -40,12 +40,6 @@ class Row:
     at_most: str
     interval: str
 
-    @property
-    def within(self) -> tuple[float, float]:
-        """The 95 % CI of what attacks leave."""
-        low, high = map(float, self.interval.split(" to "))
-        return low, high
-
 
 def main() -> None:
     """Train and evaluate what is not there yet; write and show the table."""
@@ -61,9 +55,14 @@ def main() -> None:
             given = [str(network), *EVALUATION.split(), "--draws", str(draws)]
             recipe("evaluate.py", given, output)
             rows.append(row(preset, draws, Report.load(output / "report.json")))
+            TABLE.parent.mkdir(exist_ok=True)
             write_rows(TABLE, rows)
     heads = [field.name for field in fields(Row)]
     print(markdown_table(heads, [list(map(str, asdict(one).values())) for one in rows]))
+    for few, many in zip(rows[::2], rows[1::2], strict=True):
+        low, high = map(float, few.interval.split(" to "))
+        told = "within" if low <= float(many.at_most) <= high else "outside"
+        print(f"{few.network}: {many.draws} draws end {told} the interval of {few.draws}")
 
 
 def recipe(name: str, words: list[str], output: Path) -> None:
