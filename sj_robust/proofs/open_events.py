@@ -68,16 +68,20 @@ def open_events(model: SpikingClassifier, x: Tensor, y: Tensor, ball: Events) ->
         >>> from sj_robust.classifier import SpikingEventClassifier
         >>> from sj_robust.proofs.flips import Flips
         >>> net = torch.nn.Sequential(
-        ...     torch.nn.Flatten(2), torch.nn.Linear(2, 2), neuron.IFNode(step_mode="m")
+        ...     torch.nn.Flatten(2),
+        ...     torch.nn.Linear(3, 2),
+        ...     neuron.IFNode(step_mode="m"),
+        ...     torch.nn.Linear(2, 2),
         ... )
-        >>> _ = net[1].weight.data.copy_(torch.tensor([[2.0, 0.0], [0.0, 0.5]]))
+        >>> _ = net[1].weight.data.copy_(torch.tensor([[3.0, 0.0, 0.0], [0.0, 3.0, 0.0]]))
         >>> _ = net[1].bias.data.zero_()
+        >>> _ = net[3].weight.data.copy_(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
+        >>> _ = net[3].bias.data.copy_(torch.tensor([0.0, 1.0]))
         >>> model = SpikingEventClassifier(net, T=1).eval()
-        >>> found = open_events(
-        ...     model, torch.tensor([[[[[1.0]], [[0.0]]]]]), torch.tensor([0]), Flips(1)
-        ... )
-        >>> found.is_open.flatten()
-        tensor([ True, False])
+        >>> x = torch.tensor([1.0, 1.0, 0.0]).view(1, 1, 3, 1, 1)
+        >>> found = open_events(model, x, torch.tensor([0]), Flips(1))
+        >>> found.is_open.flatten()  # either of the first two breaks it, the third one does nothing
+        tensor([ True,  True, False])
     """
     device = device_of(model)
     neurons = bounded_neurons(model)
