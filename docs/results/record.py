@@ -69,10 +69,10 @@ def table(rows: list[Row]) -> str:
         "data, radius",
         "kind",
         "network",
+        "source",
         "clean, %",
         "proved, %",
         "attacks leave, %",
-        "source",
     ]
     cells = []
     for row in rows:
