@@ -65,7 +65,6 @@ nitpick_ignore = [
         "neuron.charging.Charging",
         "ops.dlif.config.Outputs",
         "perturbation.association.Association",
-        "proofs.changes.Changes",
         "proofs.differentiable.DifferentiableBounds",
         "proofs.rules.Bounds",
     )

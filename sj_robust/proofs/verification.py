@@ -235,9 +235,8 @@ def verify(
 
     With ``norm="L0"`` images are binary event frames, of which at most ``eps`` values change. With
     ``norm="moves"`` at most ``eps`` events of event frames move in time, each by at most
-    ``largest_shift`` frames; frames in which a value is above 1 hold numbers of events. See
-    :class:`sj_robust.proofs.changes.Changes` and :class:`sj_robust.proofs.moves.Shifts` for what
-    that can do to the currents of the first layer, and ``docs/concepts/verified_events.md``.
+    ``largest_shift`` frames; frames in which a value is above 1 hold numbers of events. What that
+    can do to the currents of the first layer is in ``docs/concepts/verified_events.md``.
 
     Equation: the input moves in ``[max(x - eps, 0), min(x + eps, 1)]``. Bounds go through the
     layers one by one; with l and u those of a neuron's current, p its input gain, lambda its decay

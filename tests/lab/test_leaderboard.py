@@ -7,7 +7,7 @@ from pathlib import Path
 import evaluate
 import pytest
 from evaluation.reports import member, report, stress_report
-from lab.leaderboard.tables import groups_of, make_leaderboard, read_reports
+from lab.leaderboard.tables import groups_of, make_leaderboard, read_reports, short_name
 from narrow_screen import CHROMIUM, measured
 
 from sj_robust.attacks import ThreatModel
@@ -141,3 +141,15 @@ def test_a_telephone_shows_four_columns_without_scrolling_sideways(tmp_path):
         network, clean, proved, at_most = found["heads"][first : first + 4]
         assert 0 < network < clean < proved < at_most <= found["client"]
     assert (tmp_path / "page.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("dataset", "heading"),
+    [
+        ("digits", "digits"),
+        ("saccade:mnist", "saccade:mnist"),
+        ("image_folder:data/cifar10_pictures/", "cifar10_pictures"),
+    ],
+)
+def test_a_heading_names_a_folder_by_its_last_part(dataset, heading):
+    assert short_name(dataset) == heading

@@ -91,8 +91,13 @@ def groups_of(stored: Sequence[Stored]) -> list[Group]:
             networks.setdefault(one.network, []).append(one)
         entries = [Entry.of(reports) for reports in networks.values()]
         entries.sort(key=lambda entry: (-entry.at_most, -(entry.proved or 0.0), entry.name))
-        groups.append(Group(f"{dataset}, {budget}", tuple(entries)))
+        groups.append(Group(f"{short_name(dataset)}, {budget}", tuple(entries)))
     return groups
+
+
+def short_name(dataset: str) -> str:
+    """A data set as a heading names it: of a folder, its last part."""
+    return dataset.rstrip("/").rpartition("/")[2] if ":" in dataset else dataset
 
 
 def _order(one: Stored) -> tuple[str, str, float, str]:
@@ -149,7 +154,7 @@ def _details(stored: Sequence[Stored]) -> str:
     parts = ["# Reports of the leaderboard"]
     for dataset, found in groupby(stored, key=lambda one: one.report.dataset):
         rows = [list(map(_escaped, one.details())) for one in found]
-        parts += [f"## {dataset}", markdown_table(DETAILS, rows)]
+        parts += [f"## {short_name(dataset)}", markdown_table(DETAILS, rows)]
     files = [[f"`{one.path}`", f"`{one.digest}`"] for one in stored]
     parts += ["## Files", markdown_table(_FILE_HEADS, files)]
     return "\n\n".join(parts) + "\n"
