@@ -1,7 +1,8 @@
 """The page of the defences follows from what a sweep leaves."""
 
 import csv
-import importlib
+import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,10 @@ FOUND = {  # clean, PGD-20, control, at most, proved, MS-MPPD, seconds of the tr
 def script(tmp_path, monkeypatch):
     """The script, with its files in a folder of its own, and a sweep there."""
     monkeypatch.syspath_prepend(RESULTS)
-    script = importlib.import_module("defences")
+    spec = importlib.util.spec_from_file_location("page_of_defences", RESULTS / "defences.py")
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)
+    spec.loader.exec_module(script)
     names = [
         "paper_8/clean",
         f"paper_8/{script.PGD}",

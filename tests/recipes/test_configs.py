@@ -226,7 +226,10 @@ def test_a_sweep_is_made_of_the_presets(recipe, path, tmp_path):
     else:
         modes = {
             "digits_search_sweep": {"at"},
+            "proved_digits_sweep": {"at"},
+            "proved_fashion_mnist_sweep": {"at"},
             "cifar10_sweep": {"none", "at"},
+            "fashion_mnist_sweep": {"none", "at"},
         }.get(path.stem, {"none", "gaussian", "at", "rat"})
         assert modes <= {run["mode"] for run in runs}
         assert {0.0, 1.0} <= {run["rho"] for run in runs}
