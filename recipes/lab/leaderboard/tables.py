@@ -21,9 +21,10 @@ FORMATS = (Report.saved_as, "sj_robust.robustness_report")
 _STORED = re.compile(r"^\| `([^`]+)` \| `([0-9a-f]{16})` \|$", flags=re.MULTILINE)
 _NOTE = (
     "Robust accuracy lies between what is proved and what is left by every attack that was run "
-    "(at most), control included. In a bar, the first part is proved, the second one open, and "
-    "the rest broken or misclassified. Tables of different data sets or threats are not "
-    "comparable. ! marks signs of gradient masking."
+    "(at most), control included. In each bar, the first part is proved, the second is neither "
+    "proved nor broken, and the rest is broken or misclassified. Do not compare tables of "
+    "different data sets or threats. An exclamation mark (!) means that a report has signs of "
+    "gradient masking."
 )
 
 
