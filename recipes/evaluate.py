@@ -174,7 +174,7 @@ import torch
 import yaml
 from lab.evaluating import bracket_of_the_vote, read_once, two_reports
 from lab.leaderboard.submission import check_report, checklist, take
-from lab.leaderboard.tables import make_leaderboard
+from lab.leaderboard.tables import elsewhere, make_leaderboard
 from lab.processes import first_process_first, make_accelerator
 from lab.run_folder import open_run_folder, removed_if_unused
 from rich.console import Console
@@ -209,7 +209,7 @@ def main(arguments: list[str]) -> None:
         folders = options.leaderboard
         if folders[:1] == ["add"]:
             add_to_leaderboard(options, board)
-            folders = [board.as_posix()]
+            folders = [board.as_posix(), *elsewhere(board)]
         make_leaderboard(folders, board, asdict(Options()))
         return
     accelerator = make_accelerator(options.device)
@@ -225,7 +225,7 @@ def main(arguments: list[str]) -> None:
     norm = options.norm or norm_of(options, subject, events=events)
     with checked():
         shift = options.largest_shift
-        if shift is None and norm == "moves" and options.eps is None:
+        if shift is None and norm == "moves":
             shift = subject.options.get("largest_shift")
         threat = ThreatModel(norm, radius(options, norm, subject), shift, options.total_shift)
         if suite != "stress" and suite != "corruptions" and options.smooth is None:

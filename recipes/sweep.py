@@ -12,7 +12,6 @@ Examples:
 --sweep FILE reads these options from a YAML file, as --config does.
 """
 
-import json
 import re
 import sys
 import time
@@ -300,7 +299,8 @@ def check_different(runs: list[PlannedRun]) -> None:
     """No two cells are the same run, which would be trained once and belong to one of them."""
     owners: dict[str, str] = {}
     for one in runs:
-        owner = owners.setdefault(json.dumps(one.options, sort_keys=True), one.cell)
+        recipe = load_recipe(one.recipe)
+        owner = owners.setdefault(recipe.identity(recipe.resolve(one.options)), one.cell)
         if owner != one.cell:
             raise ValueError(f"cells {owner} and {one.cell} are the same run; remove one of them")
 
@@ -319,11 +319,11 @@ def of_cells(records: list[RunRecord], planned: Plan, names: list[str]) -> list[
     """The runs of cells without those that a search did not choose, with the options ``names``
     alone: cells differ in many.
     """
-    runs = {one.name for one in planned.runs}
+    cells = {one.name: one.cell for one in planned.runs}
     found = []
     for record in records:
-        if record.name in runs:
-            values = record.options | {"cell": record.cell}
+        if record.name in cells:
+            values = record.options | {"cell": cells[record.name]}
             kept = {name: values[name] for name in (*names, "seed") if name in values}
             found.append(replace(record, options=kept))
     return found

@@ -159,7 +159,7 @@ def random_flips(
     ``tries`` > 1.
 
     Args:
-        flips: Number of elements changed per sample.
+        flips: Number of changes per sample; of counts, changes of one value may cancel.
         allow: ``"add"`` events only, ``"remove"`` events only, or ``"both"``.
         tries: Draws per sample; the first that fools the model is kept, or else the last.
 

@@ -266,6 +266,9 @@ def _needed_to_make_way(
     """How many events of the frames ``kept`` have to move on so that those of ``left`` become those
     of ``came``; None if more than ``most``.
     """
+    everything = zip(sorted([*left, *kept]), sorted([*came, *kept]), strict=True)
+    if any(abs(a - b) > shift for a, b in everything):
+        return None  # not even if all of them move on
     for number in range(max(0, most) + 1):
         if most < 0 or number > len(kept):
             return None

@@ -14,7 +14,7 @@ from sj_robust.proofs.joint import OverTime
 from sj_robust.proofs.moves import Events
 from sj_robust.proofs.relaxation import Maps, raised
 from sj_robust.proofs.rule_arguments import parameters_kept_in_float64
-from sj_robust.proofs.verification import bounded_logits, bounded_neurons
+from sj_robust.proofs.verification import ball_of_frames, bounded_logits, bounded_neurons
 
 __all__ = ["OpenEvents", "open_events"]
 
@@ -60,6 +60,7 @@ def open_events(model: SpikingClassifier, x: Tensor, y: Tensor, ball: Events) ->
 
     Raises:
         NotImplementedError: If something in the network has no bounds; it is named.
+        ValueError: If the frames do not fit the ball.
 
     Source: linear relaxation as in ``verify(..., method="crown")``.
 
@@ -83,6 +84,7 @@ def open_events(model: SpikingClassifier, x: Tensor, y: Tensor, ball: Events) ->
         >>> found.is_open.flatten()  # either of the first two breaks it, the third one does nothing
         tensor([ True,  True, False])
     """
+    ball = ball_of_frames(ball, x)
     device = device_of(model)
     neurons = bounded_neurons(model)
     margins = []
@@ -105,21 +107,25 @@ def open_events(model: SpikingClassifier, x: Tensor, y: Tensor, ball: Events) ->
                 spent = run.changed.changes.falls(rows, found.weights).sum(1)
                 own = ball.falls(image.double(), found.weights)
                 value = found.value.detach()
-                worst = _worst_with(own.flatten(1), int(ball.budget))
-                breaking = (value + spent).unsqueeze(1) <= worst
+                times = image.flatten().clamp(min=1).long()  # a place may hold several events
+                worst = worst_with(own.flatten(1), times, int(ball.budget))
+                breaking = ~((value + spent).unsqueeze(1) > worst)  # NaN rules out nothing
             least = int(value.argmin())
             possible = (own > 0).flatten(1).any(0)
             margins.append(value.min())
             falls.append(own[least])
-            is_open.append((breaking.any(0) & possible & (value.min() <= 0)).view_as(own[0]))
+            is_open.append((breaking.any(0) & possible & ~(value.min() > 0)).view_as(own[0]))
     return OpenEvents(torch.stack(margins), torch.stack(falls), torch.stack(is_open))
 
 
-def _worst_with(falls: Tensor, budget: int) -> Tensor:
-    """The largest sum of so many falls of which each one is a part, [R, D]."""
-    count = min(budget, falls.shape[1])
+def worst_with(falls: Tensor, times: Tensor, budget: int) -> Tensor:
+    """The largest sum of so many falls [R, D] of which each one is a part, [R, D]; each can be
+    taken ``times`` [D].
+    """
+    available = falls.repeat_interleave(times.clamp(max=max(1, budget)), 1)
+    count = min(budget, available.shape[1])
     if count == 0:
         return torch.zeros_like(falls)
-    largest = falls.topk(count, 1).values
+    largest = available.topk(count, 1).values
     others = largest[:, :-1].sum(1, keepdim=True)
     return others + torch.minimum(falls, largest[:, -1:])

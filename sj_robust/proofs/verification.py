@@ -346,7 +346,7 @@ def verify(
             f"SpikingEventClassifier, got a {type(classifier).__name__}"
         )
     if not isinstance(ball, float):
-        ball = _of_frames(ball, x)
+        ball = ball_of_frames(ball, x)
     check_number_of_channels(x, mean=mean, std=std)
     device = device_of(classifier)
     classifier.find_convention(x.to(device))
@@ -450,7 +450,7 @@ def _checked_ball(norm: NormName, eps: float, largest_shift: int | None) -> floa
     return Moves(int(eps), sys.maxsize if largest_shift is None else largest_shift, binary=True)
 
 
-def _of_frames(ball: Events, x: Tensor) -> Events:
+def ball_of_frames(ball: Events, x: Tensor) -> Events:
     """The ball of these frames, which are binary, or for moves numbers of events."""
     if isinstance(ball, Moves):
         check_event_counts(x)

@@ -115,6 +115,17 @@ def test_events_in_between_make_way(shift, expected):
     assert float(ThreatModel("moves", 4, largest_shift=shift).distance(x, x_adv)) == expected
 
 
+def test_a_move_that_nothing_can_make_way_for_is_outside_at_once():
+    """Of 30 events in between there are a billion choices of others to move on."""
+    steps = torch.arange(40)
+    x = ((steps >= 5) & (steps < 35)).float()
+    x_adv = x.clone()
+    x[0], x_adv[-1] = 1.0, 1.0
+    pair = [frames.view(1, 40, 1, 1, 1) for frames in (x, x_adv)]
+    threat = ThreatModel("moves", 40, largest_shift=2)
+    assert float(threat.distance(*pair)) == float("inf")
+
+
 def test_distances_are_the_fewest_moves_of_all():
     for most in (1, 2):
         x = frames(1, most=most, seed=3)[:, :, :1, :2, :2]

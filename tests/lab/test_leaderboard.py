@@ -7,7 +7,13 @@ from pathlib import Path
 import evaluate
 import pytest
 from evaluation.reports import member, report, stress_report
-from lab.leaderboard.tables import groups_of, make_leaderboard, read_reports, short_name
+from lab.leaderboard.tables import (
+    elsewhere,
+    groups_of,
+    make_leaderboard,
+    read_reports,
+    short_name,
+)
 from narrow_screen import CHROMIUM, measured
 
 from sj_robust.attacks import ThreatModel
@@ -153,3 +159,16 @@ def test_a_telephone_shows_four_columns_without_scrolling_sideways(tmp_path):
 )
 def test_a_heading_names_a_folder_by_its_last_part(dataset, heading):
     assert short_name(dataset) == heading
+
+
+def test_a_report_is_added_to_those_that_the_table_lists(folder):
+    board = folder / "board"
+    assert elsewhere(board) == []
+    make_leaderboard(["runs/a", "runs/b"], board, USUAL)
+    report(name="mine").save(board / "mine.json")
+    assert elsewhere(board) == ["runs/a/report.json", "runs/b/report.json"]
+    make_leaderboard([str(board), *elsewhere(board)], board, USUAL)
+    assert "mine" in (board / "leaderboard.md").read_text()
+    assert elsewhere(board) == ["runs/a/report.json", "runs/b/report.json"]
+    (folder / "runs" / "a" / "report.json").unlink()
+    assert elsewhere(board) == ["runs/b/report.json"]

@@ -7,7 +7,7 @@ from proofs.test_moves import T, frames, tiny
 
 from sj_robust.proofs.flips import Flips
 from sj_robust.proofs.moves import Moves
-from sj_robust.proofs.open_events import open_events
+from sj_robust.proofs.open_events import open_events, worst_with
 
 
 def all_sets(ball, sample):
@@ -49,3 +49,12 @@ def test_falls_are_those_of_one_change_or_move():
     weights = torch.tensor([1.0, -2.0, 3.0]).view(1, 3, 1, 1, 1)
     assert Flips(1).falls(x, weights).flatten().tolist() == [1.0, 2.0, 0.0]
     assert Moves(1, 1, binary=True).falls(x, weights).flatten().tolist() == [3.0, 0.0, 0.0]
+
+
+def test_a_place_that_holds_two_events_counts_twice():
+    falls = torch.tensor([[1.0, 0.5, 0.0]])
+    once, twice = torch.tensor([1, 1, 1]), torch.tensor([2, 1, 1])
+    assert worst_with(falls, once, 2).tolist() == [[1.5, 1.5, 1.0]]
+    assert worst_with(falls, twice, 2).tolist() == [[2.0, 1.5, 1.0]]
+    assert worst_with(falls, twice, 9).tolist() == [[2.5, 2.5, 2.5]]
+    assert worst_with(falls, twice, 0).tolist() == [[0.0, 0.0, 0.0]]

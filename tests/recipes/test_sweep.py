@@ -200,6 +200,7 @@ def test_cells_that_are_stopped_at_any_run_go_on_and_repeat_nothing(run, tmp_pat
             "a search needs two values or more, got {'rho': \\[1\\]} in a",
         ),
         ("{a: {options: {rho: 1}}, b: {options: {rho: 1}}}", "cells a and b are the same run"),
+        ("{a: {options: {rho: 1}}, b: {options: {rho: 1.0}}}", "cells a and b are the same run"),
         ("{a: {search: {seed: [1, 2]}}}", "seed is set by the sweep itself"),
     ],
 )

@@ -174,11 +174,12 @@ def _same_images(report: Report, data: Data | None) -> Check:
 
 
 def _named(report: Report) -> Subject | None:
-    """The network that the report's configuration names, if it is here."""
-    name = report.configuration.get("checkpoint")
-    for place in (name, report.name):
-        if place and (place in pretrained_networks() or Path(str(place)).exists()):
-            return from_checkpoint(Path(str(place)))
+    """The network of the package that the report names; a folder of that name here may hold
+    another network, and is only used if it is given.
+    """
+    for name in (report.configuration.get("checkpoint"), report.name):
+        if name in pretrained_networks():
+            return from_checkpoint(Path(str(name)))
     return None
 
 

@@ -50,6 +50,17 @@ def make_leaderboard(folders: Sequence[str], output: Path, usual: Mapping[str, A
     )
 
 
+def elsewhere(board: Path) -> list[str]:
+    """The reports of a leaderboard outside its own folder, as far as they are still there."""
+    details = board / "details.md"
+    if not details.is_file():
+        return []
+    listed = [path for path, _ in _STORED.findall(details.read_text(encoding="utf-8"))]
+    own = board.resolve()
+    others = [path for path in listed if own not in Path(path).resolve().parents]
+    return [path for path in others if Path(path).is_file()]
+
+
 def read_reports(folders: Sequence[str], usual: Mapping[str, Any]) -> list[Stored]:
     """Every robustness report in folders and those below, or at a path itself, by data set, threat
     and robust accuracy.

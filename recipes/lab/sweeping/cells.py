@@ -104,7 +104,17 @@ def compared(cell: NamedCell, runs: Sequence[PlannedRun]) -> list[Trial]:
     equal ones the first value is taken. ``runs`` stand in the order of ``cell.values``.
     """
     records = [run.record for run in runs]
-    found = [tuple(record.validation.values())[:2] for record in records if record is not None]
+    found = []
+    for record in records:
+        if record is None:
+            continue
+        if not record.validation:
+            raise ValueError(
+                f"run {record.name} of an earlier version has no validation accuracies to compare; "
+                "use another --output"
+            )
+        selecting = next(iter(record.validation.values()))
+        found.append((selecting, record.validation["clean"]))
     if len(found) < len(cell.values):
         return []
     best = found.index(max(found))
