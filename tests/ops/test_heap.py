@@ -44,6 +44,18 @@ def run(**variables: str) -> list[str]:
     ).stdout.split()
 
 
+def fallbacks() -> int:
+    """How often the kernel had no huge page to give, since it started; 0 where it does not count."""
+    counters = Path("/proc/vmstat")
+    if not counters.exists():
+        return 0
+    for line in counters.read_text().splitlines():
+        name, value = line.split()
+        if name == "thp_fault_fallback":
+            return int(value)
+    return 0
+
+
 @pytest.fixture(scope="module")
 def found() -> list[str]:
     """Page faults of large blocks: plain, with huge pages, eight before keep_heap; what it says;
@@ -61,11 +73,15 @@ def test_freed_memory_is_not_fetched_again_unless_the_environment_has_decided(fo
     assert run(MALLOC_TOP_PAD_="131072")[3] == "False"
 
 
-def test_huge_pages_mean_fewer_faults(found):
+def test_huge_pages_mean_fewer_faults():
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not setting.exists() or "[madvise]" not in setting.read_text():
         pytest.skip("this system does not give huge pages on request")
-    assert int(found[1]) < int(found[0]) / 4
+    before = fallbacks()
+    plain, advised, *_ = run()
+    if int(advised) >= int(plain) / 4 and fallbacks() > before:
+        pytest.skip("memory is too fragmented for huge pages")
+    assert int(advised) < int(plain) / 4
 
 
 def test_tensors_without_memory_of_their_own_are_left_alone():
