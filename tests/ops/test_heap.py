@@ -45,7 +45,7 @@ def run(**variables: str) -> list[str]:
 
 
 def fallbacks() -> int:
-    """How often the kernel had no huge page to give, since it started; 0 where it does not count."""
+    """How often the kernel had no huge page to give since it started; 0 where it is not counted."""
     counters = Path("/proc/vmstat")
     if not counters.exists():
         return 0
