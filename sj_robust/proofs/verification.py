@@ -329,7 +329,7 @@ def verify(
     """
     check_network(model, "model")
     check_choice("norm", norm, get_args(NormName))
-    ball = _checked_ball(norm, parse_eps(eps), largest_shift)
+    ball = ball_of(norm, parse_eps(eps), largest_shift)
     T = check_steps(T)
     mean, std = check_channels("mean", mean), check_channels("std", std, positive=True)
     batch_size = check_count("batch_size", batch_size)
@@ -430,7 +430,7 @@ def verify(
     )
 
 
-def _checked_ball(norm: NormName, eps: float, largest_shift: int | None) -> float | Events:
+def ball_of(norm: NormName, eps: float, largest_shift: int | None) -> float | Events:
     """The ball around an image, or around frames that are not known yet."""
     if largest_shift is not None:
         if norm != "moves":

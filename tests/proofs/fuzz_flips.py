@@ -8,11 +8,12 @@ with the seed that makes the network again.
 
 import random
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from proofs import fuzz
 from spikingjelly.activation_based import functional, layer
-from torch import nn
+from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.proofs.flips import Flips
@@ -39,14 +40,39 @@ def check(seed: int, points: int) -> Counter:
     method = case.choice(METHODS)
     y = model(x).argmax(1)
     proved = fuzz.Proved.of(model, x, y, budget, method, norm="L0")
-    verified = int((proved.margin > 0).sum())
-    total = Counter(inputs=0, networks=1, verified=verified, spikes=0)
+    several = x.repeat_interleave(max(1, points // (3 * fuzz.IMAGES)), 0)
+    return tried(
+        model,
+        proved,
+        case,
+        several,
+        y,
+        perturbed=lambda scores: changed(several, scores, ball),
+        slope=lambda gradient: gradient * (1 - 2 * several),
+    )
+
+
+def tried(
+    model: SpikingEventClassifier,
+    proved: fuzz.Proved,
+    case: random.Random,
+    several: Tensor,
+    y: Tensor,
+    *,
+    perturbed: Callable[[Tensor], Tensor],
+    slope: Callable[[Tensor], Tensor],
+) -> Counter:
+    """Perturb frames at random, by the gradient of a logit or a spike, and at one place, and
+    compare each run with the bounds.
+
+    ``perturbed`` makes frames out of a score of each value, ``slope`` a score out of a gradient.
+    """
+    total = Counter(inputs=0, networks=1, spikes=0)
+    total["verified"] = int((proved.margin > 0).sum())
     total["one budget"] = int(not proved.run.apart)
-    count = max(1, points // (3 * fuzz.IMAGES))
-    several = x.repeat_interleave(count, 0)
     scores = torch.rand_like(several)
     for way in ("random", "uphill", "one place"):
-        z = changed(several, scores, ball)
+        z = perturbed(scores)
         climbs = way == "random"
         with fuzz.float32_products(model, climbs=climbs, onednn=True):
             seen, found = fuzz.run_of(model, z.requires_grad_(climbs))
@@ -54,10 +80,9 @@ def check(seed: int, points: int) -> Counter:
         total["spikes"] += proved.assert_layers(seen, case)
         total["inputs"] += len(z)
         if climbs:
-            by_input = [spikes.movedim(0, 1) for spikes, _ in seen.values()]
-            gradient = fuzz.signed_gradient(case, z, [found, *by_input])
-            slope = gradient * (1 - 2 * several)
-            scores = slope + 0.9 * torch.rand_like(slope)
+            outputs = [found, *(spikes.movedim(0, 1) for spikes, _ in seen.values())]
+            uphill = slope(fuzz.signed_gradient(case, z, outputs))
+            scores = uphill + 0.9 * torch.rand_like(uphill)
         else:
             scores = near_a_place(several)
     return total

@@ -41,27 +41,16 @@ def check(seed: int, points: int) -> Counter:
     y = model(x).argmax(1)
     given = {"norm": "moves", "largest_shift": shift}
     proved = fuzz.Proved.of(model, x, y, ball.budget, method, **given)
-    verified = int((proved.margin > 0).sum())
-    total = Counter(inputs=0, networks=1, verified=verified, spikes=0)
-    total["one budget"] = int(not proved.run.apart)
-    count = max(1, points // (3 * fuzz.IMAGES))
-    several = x.repeat_interleave(count, 0)
-    scores = torch.rand_like(several)
-    for way in ("random", "uphill", "one place"):
-        z = moved(several, scores, ball)
-        climbs = way == "random"
-        with fuzz.float32_products(model, climbs=climbs, onednn=True):
-            seen, found = fuzz.run_of(model, z.requires_grad_(climbs))
-        proved.assert_logits(found, y)
-        total["spikes"] += proved.assert_layers(seen, case)
-        total["inputs"] += len(z)
-        if climbs:
-            outputs = [found, *(spikes.movedim(0, 1) for spikes, _ in seen.values())]
-            slope = fuzz.signed_gradient(case, z, outputs)
-            scores = slope + 0.9 * torch.rand_like(slope)
-        else:
-            scores = fuzz_flips.near_a_place(several)
-    return total
+    several = x.repeat_interleave(max(1, points // (3 * fuzz.IMAGES)), 0)
+    return fuzz_flips.tried(
+        model,
+        proved,
+        case,
+        several,
+        y,
+        perturbed=lambda scores: moved(several, scores, ball),
+        slope=lambda gradient: gradient,
+    )
 
 
 def check_all(seeds: Iterable[int], points: int) -> None:

@@ -9,9 +9,8 @@ from sj_robust import SpikingClassifier
 from sj_robust.attacks import ThreatModel
 from sj_robust.core.saved import SavedResult
 from sj_robust.evaluation.report.verdict import budget
-from sj_robust.proofs.flips import Flips
-from sj_robust.proofs.moves import Events, Moves
 from sj_robust.proofs.open_events import open_events
+from sj_robust.proofs.verification import NormName, ball_of
 from sj_robust.training.modes import event_attacks
 
 Values = list[list[float]]
@@ -76,7 +75,9 @@ def event_pictures(
         seen = model(x_adv).argmax(1)
     number = int((seen != y).int().argmax())
     sample, label = x[number : number + 1], y[number : number + 1]
-    found = open_events(model, sample, label, _ball(sample, threat))
+    norm: NormName = "L0" if threat.norm == "L0" else "moves"
+    ball = ball_of(norm, threat.eps, threat.largest_shift)
+    found = open_events(model, sample, label, ball)
     return EventPictures(
         network=name,
         threat=budget(threat),
@@ -89,13 +90,6 @@ def event_pictures(
         open_values=_values(found.is_open[0].float()),
         margin=float(found.margin[0]),
     )
-
-
-def _ball(x: Tensor, threat: ThreatModel) -> Events:
-    """What bounds are over."""
-    if threat.norm == "L0":
-        return Flips(int(threat.eps))
-    return Moves.of(x, int(threat.eps), threat.largest_shift)
 
 
 def _values(part: Tensor) -> Values:
