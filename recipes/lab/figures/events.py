@@ -9,6 +9,7 @@ from sj_robust import SpikingClassifier
 from sj_robust.attacks import ThreatModel
 from sj_robust.core.saved import SavedResult
 from sj_robust.evaluation.report.verdict import budget
+from sj_robust.proofs.moves import EVENTS
 from sj_robust.proofs.open_events import open_events
 from sj_robust.proofs.verification import NormName, ball_of
 from sj_robust.training.modes import event_attacks
@@ -77,6 +78,7 @@ def event_pictures(
     sample, label = x[number : number + 1], y[number : number + 1]
     norm: NormName = "L0" if threat.norm == "L0" else "moves"
     ball = ball_of(norm, threat.eps, threat.largest_shift)
+    assert isinstance(ball, EVENTS)
     found = open_events(model, sample, label, ball)
     return EventPictures(
         network=name,
