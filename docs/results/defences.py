@@ -276,7 +276,7 @@ def claims(rows: list[Row]) -> str:
             cells.append(" / ".join(texts))
         lines.append(cells)
     heads = ["defence", "claim in its own setting", *(f"left at {title}" for title, _ in groups)]
-    note = "Left: at most with the defence minus at most without it, in points, alone / beside AT."
+    note = "Left: at most with the defence minus at most without it, in points, alone / with AT."
     return f"{markdown_table(heads, lines, words=2)}\n\n{note}"
 
 
