@@ -30,23 +30,12 @@ def replayed(origin: Origin, leaves: Mapping[int, Bounds]) -> Bounds:
         >>> again.centre.tolist(), again.radius.tolist()
         ([1.0, 1.0], [3.0, 3.0])
     """
-    made: dict[Call, Any] = {}
-
-    def value_of(value: Any) -> Any:
-        if type(value) in (tuple, list):
-            return type(value)(map(value_of, value))
-        if not isinstance(value, Origin):
-            return value
-        if value.leaf is not None:
-            return leaves[value.leaf]
-        call = value.call
-        assert call is not None
-        if call not in made:
-            made[call] = call.rule(call.func, *value_of(call.args), **call.kwargs)
-        return made[call] if value.part is None else made[call][value.part]
-
     with torch._C.DisableTorchFunctionSubclass():
-        found: Bounds = value_of(origin)
+        found: Bounds = _folded(
+            origin,
+            leaves.__getitem__,
+            lambda call, args: call.rule(call.func, *args, **call.kwargs),
+        )
     return found
 
 
@@ -65,24 +54,40 @@ def rows_of(origin: Origin | None, leaves: Callable[[int], Tensor]) -> Tensor:
                 [0, 1],
                 [0, 1]])
     """
+    found: Tensor = _folded(origin, leaves, _rows_behind, _spread)
+    return found
+
+
+def _folded(
+    origin: Origin | None,
+    of_leaf: Callable[[int], Any],
+    of_call: Callable[[Call, Any], Any],
+    of_part: Callable[[Any, Origin], Any] = lambda found, _: found,
+) -> Any:
+    """A value for an origin, from those of its leaves up; every call is made once.
+
+    Args:
+        origin: Where to end.
+        of_leaf: The value of a leaf, by its number.
+        of_call: The value of a call, from the call and the values of its arguments.
+        of_part: The value of an origin, from that of its part of a call and the origin.
+    """
     made: dict[Call, Any] = {}
 
-    def rows(value: Any) -> Any:
+    def value_of(value: Any) -> Any:
         if type(value) in (tuple, list):
-            return type(value)(map(rows, value))
+            return type(value)(map(value_of, value))
         if not isinstance(value, Origin):
             return value
         if value.leaf is not None:
-            return leaves(value.leaf)
+            return of_leaf(value.leaf)
         call = value.call
         assert call is not None
         if call not in made:
-            made[call] = _rows_behind(call, rows(call.args))
-        found = made[call] if value.part is None else made[call][value.part]
-        return _spread(found, value.shape)
+            made[call] = of_call(call, value_of(call.args))
+        return of_part(made[call] if value.part is None else made[call][value.part], value)
 
-    found: Tensor = rows(origin)
-    return found
+    return value_of(origin)
 
 
 def _rows_behind(call: Call, args: Any) -> Any:
@@ -107,8 +112,9 @@ def _first_rows(args: Any, origins: Any) -> Tensor:
     return found
 
 
-def _spread(rows: Tensor, shape: torch.Size | None) -> Tensor:
+def _spread(rows: Tensor, origin: Origin) -> Tensor:
     """Samples of the elements of a result, in which a dimension may have another size."""
+    shape = origin.shape
     assert shape is not None
     if rows.ndim == len(shape):
         for dim, size in enumerate(shape):
