@@ -42,12 +42,11 @@ def fuse(net: nn.Module) -> FusionReport:
     """Join batch norm, the DLIF neurons that follow it and the 2x2 average pooling after those in
     a :class:`Stage`.
 
-    Either of the two around the neurons may be missing. Only neighbours in an ``nn.Sequential`` are
-    taken, where nothing can come between them. The stage replaces its first module, and
-    modules that do nothing in the places of the others, so that whatever picks a module by its
-    number finds it. Parameters, buffers, hooks and results stay what they were (spikes within the
-    rounding of batch norm).
-    将相邻的 BatchNorm、DLIF 神经元和 2x2 平均池化合并为一个 ``Stage``，一次计算完成。
+    Either the batch norm or the pooling may be missing. Only neighbours in an ``nn.Sequential`` are
+    joined, where nothing can come between them. The stage takes the place of the first module, and
+    identity modules take the places of the others, so that the numbers of all other modules stay
+    the same. Parameters, buffers, hooks and results do not change (spikes up to the rounding of
+    batch norm). 将相邻的 BatchNorm、DLIF 神经元和 2x2 平均池化合并为一个 ``Stage``，一次计算完成。
 
     Args:
         net: A network, changed in place.
@@ -109,7 +108,7 @@ def _put_stage(parent: nn.Sequential, members: dict[str, nn.Module]) -> None:
 
 
 def unfuse(net: nn.Module) -> None:
-    """Put the modules of every :class:`Stage` in its place, as they were before :func:`fuse`.
+    """Replace every :class:`Stage` by its modules, as they were before :func:`fuse`.
 
     Args:
         net: A network, changed in place. A stage that is not in an ``nn.Sequential``

@@ -235,51 +235,52 @@ def verify(
 
     With ``norm="L0"`` images are binary event frames, of which at most ``eps`` values change. With
     ``norm="moves"`` at most ``eps`` events of event frames move in time, each by at most
-    ``largest_shift`` frames; frames in which a value is above 1 hold numbers of events. What that
-    can do to the currents of the first layer is in ``docs/concepts/verified_events.md``.
+    ``largest_shift`` frames; frames in which a value is above 1 hold numbers of events.
+    ``docs/concepts/verified_events.md`` derives how far this can change the currents of the first
+    layer.
 
-    Equation: the input moves in ``[max(x - eps, 0), min(x + eps, 1)]``. Bounds go through the
-    layers one by one; with l and u those of a neuron's current, p its input gain, lambda its decay
-    and theta its threshold::
+    Equation: the input lies in ``[max(x - eps, 0), min(x + eps, 1)]``. Bounds are propagated
+    through the layers one by one; with bounds l and u on a neuron's current, its input gain p, its
+    decay lambda and its threshold theta::
 
         h_lo = lambda v_lo + min(p l, p u)   (+ (1 - lambda) v_reset)
         h_hi = lambda v_hi + max(p l, p u)   (+ (1 - lambda) v_reset)
         h_lo >= theta: it fires for sure;  h_hi < theta: it cannot fire;  else its spike is
         undecided, in [0, 1]
 
-    and v after the reset covers what either case allows. An image is verified if every other
-    class's logit stays below the right one's, bounded for their difference as a whole. What float32
-    rounds, in any order of summation, is part of every bound
-    (:class:`sj_robust.proofs.rules.Bounds`), so that the proof is one of the network that runs.
+    and v after the reset covers what either case allows. An image is verified if the logit of every
+    other class stays below that of the true class; the difference of the two is bounded as a whole.
+    Every bound covers the rounding of float32 in any order of summation
+    (:class:`sj_robust.proofs.rules.Bounds`), so the proof holds for the network that actually runs.
     It assumes rounding to nearest and sums of products: no TF32, no bfloat16 or float16, no
     Winograd convolutions.
 
     A verified image cannot be fooled; one that is not verified may still be robust. Every method
-    starts from the one before it, and its margins are never smaller:
+    starts from the result of the one before it, and its margins are never smaller:
 
     - ``"ibp"``: the intervals above.
-    - ``"joint"``: bounds that hold together over time. A neuron whose current is the same in every
-      step has a chain of possible spike trains; a potential is a sum over the steps since the last
-      reset, bounded as one; the logits are bounded by spike counts. What is no sum over time of
-      spikes, such as a max pooling, keeps the intervals, and the result says where.
-    - ``"crown"``: linear relaxation of every undecided spike with its reset, bounds by
+    - ``"joint"``: bounds over all time steps together. A neuron whose current is the same in every
+      step has a chain of possible spike trains; a potential is bounded as one sum over the steps
+      since the last reset; the logits are bounded by spike counts. Operations that are not sums of
+      spikes over time, such as max pooling, keep the intervals, and the result says where.
+    - ``"crown"``: a linear relaxation of every undecided spike with its reset, and bounds by
       back-substitution.
-    - ``"bab"``: branch and bound over the undecided spikes on top of it.
-    - ``"mip"``: a mixed-integer program with a binary per undecided spike, for small networks;
-      needs scipy.
+    - ``"bab"``: branch and bound over the undecided spikes, with the bounds of ``"crown"``.
+    - ``"mip"``: a mixed-integer program with one binary variable per undecided spike, for small
+      networks; needs scipy.
 
-    The last two try the corners where their bounds are lowest, and mip its solution, on the network
-    that runs; what it gets wrong is ``x_adv`` of the result.
+    The last two run the network itself on the corners where their bounds are lowest, and mip also
+    on its solution; misclassified images are in ``x_adv`` of the result.
 
     Args:
-        model: A classifier in evaluation mode, in float32, without an encoder that draws; or a bare
+        model: A classifier in evaluation mode, in float32, without a stochastic encoder; or a bare
             network, with ``T``, ``mean`` and ``std``.
-        x: Images [N, C, H, W] or features [N, F] in [0, 1]; of a ``SpikingEventClassifier`` frames
-            [N, T, C, H, W].
+        x: Images [N, C, H, W] or features [N, F] in [0, 1]; for a ``SpikingEventClassifier``,
+            frames [N, T, C, H, W].
         y: Labels [N] int64.
-        eps: Linf radius, >= 0, a number or a text such as ``"8/255"``; for L0 the number of values
-            of each sample that may change, for moves that of its events that may move, an integer
-            >= 0.
+        eps: Linf radius, >= 0, a number or a string such as ``"8/255"``; for L0 the number of
+            values per sample that may change, for moves the number of events per sample that may
+            move, an integer >= 0.
         T: Number of time steps, for a bare network; None if it has its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
@@ -287,27 +288,27 @@ def verify(
             moved in time.
         largest_shift: For moves, frames by which an event may move, >= 1; None for any number.
         method: "ibp", "joint", "crown", "bab" or "mip".
-        time_limit: Seconds per image of bab and mip; an image that needs more is unknown. For bab
-            they are turned into a number of operations that a core does in that time, so that
-            results do not depend on how busy the machine is.
+        time_limit: Seconds per image for bab and mip; an image that needs more counts as unknown.
+            For bab they are converted into the number of operations that one core performs in that
+            time, so results do not depend on how busy the machine is.
         batch_size: Images at a time; memory grows with it, not with N.
-        on_batch: Called with the number of images done after every batch.
+        on_batch: Called after every batch with the number of images done so far.
 
     Returns:
         :class:`Verification`.
 
     Raises:
-        TypeError: If ``model`` has no spiking neurons and is no ``SpikingClassifier``.
-        ValueError: If a bare network comes without T, the model is in training mode, is not in
-            float32, draws random numbers or changes a value that it holds in a forward, images or
-            labels do not fit, eps < 0, or norm or method is not known; for L0 and
-            moves, if eps is no integer or the frames are not binary, or no numbers of events.
-        UnsoundBoundsError: If the network does not do what the bounds say: what it computes is not
-            in the graph, a neuron does not follow its charge equation, or a point of the ball lies
-            outside the bounds.
-        ModuleNotFoundError: If mip has no scipy.
-        NotImplementedError: If something in the network has no bounds (a stochastic encoder, a
-            neuron of unknown dynamics, an operation); it is named.
+        TypeError: If ``model`` has no spiking neurons and is not a ``SpikingClassifier``.
+        ValueError: If a bare network comes without T; if the model is in training mode, is not in
+            float32, draws random numbers or changes its own parameters or buffers in a forward; if
+            images or labels do not fit, eps < 0, or norm or method is unknown; for L0 and moves, if
+            eps is not an integer or the frames are neither binary nor counts of events.
+        UnsoundBoundsError: If the network contradicts its bounds: an operation is missing from the
+            graph, a neuron does not follow its charge equation, or a point of the ball lies outside
+            the bounds.
+        ModuleNotFoundError: If scipy is missing for mip.
+        NotImplementedError: If there are no bounds for a part of the network (a stochastic encoder,
+            a neuron with unknown dynamics, an operation); the message names it.
 
     Source: interval bounds of spiking networks as in Liang et al. (NeurIPS 2022), here with input
         gains, resets in time and rounding; Gowal et al., arXiv 1810.12715, for the last layer.
