@@ -1,5 +1,5 @@
-"""What is installed and what runs here: ``python -m sj_robust.doctor``, to paste into a bug
-report.
+"""What is installed and what can run on this machine: ``python -m sj_robust.doctor``, to paste into
+a bug report.
 """
 
 import os
@@ -41,8 +41,8 @@ _MARGIN = 1e-4  # a potential nearer to the threshold may round to either side
 
 
 def report() -> str:
-    """Versions, system, devices, backends with reasons, settings, a self test, and what to do about
-    what is missing.
+    """Versions, system, devices, backends (with the reason if one is not available), settings, a
+    self test, and how to install what is missing.
 
     诊断报告：版本、系统、设备、后端、设置与自检。
 

@@ -101,13 +101,13 @@ class Estimator(EstimatorName):
 
 
 def estimator(name: str) -> Estimator:
-    """The estimator of a name such as ``"atan:4"``, ``"assg:triangle"`` or ``"training+detach"``.
+    """The estimator with a name such as ``"atan:4"``, ``"assg:triangle"`` or ``"training+detach"``.
 
     Equation: see the table of :mod:`sj_robust.estimators`.
 
     Args:
-        name: Family, then after colons what it takes (a number, for ``assg`` a shape and a number),
-            then ``+detach`` or nothing. What is left out has its default.
+        name: The family, then its parameters after colons (a number; for ``assg`` a shape and a
+            number), optionally followed by ``+detach``. Omitted parameters have their defaults.
 
     Raises:
         TypeError: If ``name`` is not text.

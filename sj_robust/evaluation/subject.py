@@ -50,11 +50,11 @@ def from_checkpoint(path: Path, T: int | None = None, *, trust_code: bool = Fals
     """The network of a checkpoint that ``recipes/adv_train.py`` wrote. 从检查点读取网络。
 
     Args:
-        path: The file; or a network's folder, whose ``best.pt`` is taken; or a run's folder with
-            one network in it; or the name of a network that comes with the package, see
+        path: The file; or a network's folder, whose ``best.pt`` is used; or a run's folder that
+            contains one network; or the name of a network that comes with the package, see
             :func:`sj_robust.models.pretrained_networks`.
-        T: Time steps to run it for, see :func:`sj_robust.models.set_time_steps`; None for those it
-            was trained with.
+        T: Number of time steps to run it for, see :func:`sj_robust.models.set_time_steps`; None for
+            the number it was trained with.
         trust_code: Whether a function of your own code that the checkpoint names
             (``module:function``) may be run to build the network. Whoever wrote the file chose the
             function and its arguments.
@@ -63,9 +63,9 @@ def from_checkpoint(path: Path, T: int | None = None, *, trust_code: bool = Fals
         The network, on the CPU, with its weights.
 
     Raises:
-        FileNotFoundError: If there is no checkpoint; the message lists those nearby.
-        ValueError: If the file is no checkpoint of a network, the folder holds several networks, T
-            is out of range, or the network is built by a function that is not trusted.
+        FileNotFoundError: If there is no checkpoint; the message lists checkpoints nearby.
+        ValueError: If the file is not a checkpoint of a network, the folder contains several
+            networks, T is out of range, or the network is built by a function that is not trusted.
 
     Examples:
         >>> from_checkpoint(Path("nowhere") / "best.pt")

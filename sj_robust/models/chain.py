@@ -39,7 +39,7 @@ class ConvChain(DirectlyEncoded):
     Args:
         image_shape: (C, H, W) of one image; H and W at least 2 to the number of poolings.
         classes: Number of classes.
-        T: Number of time steps an image is repeated for.
+        T: Number of time steps for which an image is repeated.
         spiking_neuron: Class or function that builds a neuron, as in SpikingJelly's model zoo.
         features: Output channels of the convolutions in order, ``"A"`` for a
             pooling and ``"S"`` for a stride of 2 of the next convolution.
@@ -252,7 +252,7 @@ class FullyConnected(DirectlyEncoded):
     Args:
         image_shape: (C, H, W) of one image.
         classes: Number of classes.
-        T: Number of time steps an image is repeated for.
+        T: Number of time steps for which an image is repeated.
         spiking_neuron: Class or function that builds a neuron, as in SpikingJelly's model zoo.
         widths: Neurons of each layer.
         step_mode: ``"m"`` or ``"s"``.
