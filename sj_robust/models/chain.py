@@ -31,7 +31,7 @@ class ConvChain(DirectlyEncoded):
     """Convolution - batch norm - neuron for every number in ``features``, average pooling by 2 for
     every ``"A"``.
 
-    After them linear - neuron for every number in ``hidden``, and a linear layer to the classes.
+    Then come linear - neuron for every number in ``hidden``, and a linear layer to the classes.
     逐层堆叠的卷积脉冲网络。
 
     Shapes and the time steps: see :class:`DirectlyEncoded`.
@@ -42,14 +42,14 @@ class ConvChain(DirectlyEncoded):
         T: Number of time steps for which an image is repeated.
         spiking_neuron: Class or function that builds a neuron, as in SpikingJelly's model zoo.
         features: Output channels of the convolutions in order, ``"A"`` for a
-            pooling and ``"S"`` for a stride of 2 of the next convolution.
+            pooling and ``"S"`` for a stride of 2 in the next convolution.
         hidden: Widths of the hidden linear layers.
-        batch_norm: Whether there is a batch norm behind every convolution; without, weights are
-            torch's own.
+        batch_norm: Whether every convolution is followed by batch norm; without it, weights are
+            initialised by torch's default.
         kernel_size: Height and width of every kernel; the padding is ``(kernel_size - 1) // 2``.
         step_mode: ``"m"`` or ``"s"``.
-        **neuron_kwargs: Passed on to ``spiking_neuron``; one with an argument ``T``, such as
-            ``DLIFNode``, gets the network's.
+        **neuron_kwargs: Passed on to ``spiking_neuron``, which also gets the network's ``T`` if it
+            has such an argument, as ``DLIFNode`` does.
 
     Raises:
         ValueError: If the image is too small for the stages, ``features`` does not begin with a
@@ -143,8 +143,8 @@ def _pool(stages: list[nn.Module]) -> None:
 
 
 class VGG(ConvChain):
-    """VGG with batch norm: convolutions as named, then two hidden linear layers of spiking neurons.
-    脉冲 VGG 网络。
+    """VGG with batch norm: the convolutions given by the name, then two hidden linear layers of
+    spiking neurons. 脉冲 VGG 网络。
 
     Args:
         name: ``"vgg5"``, ``"vgg11"``, ``"vgg13"``, ``"vgg16"`` or ``"vgg19"``.
@@ -154,7 +154,7 @@ class VGG(ConvChain):
         **arguments: ``T``, ``spiking_neuron`` and whatever else :class:`ConvChain` takes.
 
     Raises:
-        ValueError: If the name is unknown, and as :class:`ConvChain`.
+        ValueError: If the name is unknown, and as for :class:`ConvChain`.
 
     Source: Ding et al. (ICML 2024), section 5, with its published code's names; Simonyan &
         Zisserman (2015).
@@ -243,9 +243,10 @@ class FullyConnected(DirectlyEncoded):
     """Linear layer - neuron for every number in ``widths``, then a linear layer to the classes.
     全连接脉冲网络。
 
-    The first linear layer is a convolution as large as the image. A neuron of it sees all pixels,
-    so that few changed events move its current little, which gives tight bounds. Weights in front
-    of neurons start with the deviation 2 / sqrt(inputs), so that sparse events make them fire.
+    The first linear layer is a convolution as large as the image. Each of its neurons sees all
+    pixels, so a few changed events change its current little, which gives tight bounds. Weights
+    before neurons are initialised with the standard deviation 2 / sqrt(inputs), so that sparse
+    events make the neurons fire.
 
     Shapes and the time steps: see :class:`DirectlyEncoded`.
 
@@ -256,7 +257,8 @@ class FullyConnected(DirectlyEncoded):
         spiking_neuron: Class or function that builds a neuron, as in SpikingJelly's model zoo.
         widths: Neurons of each layer.
         step_mode: ``"m"`` or ``"s"``.
-        **neuron_kwargs: Passed on to ``spiking_neuron``; one that takes ``T`` gets the network's.
+        **neuron_kwargs: Passed on to ``spiking_neuron``, which also gets the network's ``T`` if it
+            has such an argument.
 
     Raises:
         ValueError: If there is no width, or one is not positive.

@@ -30,19 +30,18 @@ _RUN = (
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint so that ``path`` always holds a whole one, the old or the new.
+    """Write a checkpoint atomically: ``path`` always holds a complete one, the old or the new.
     原子写入检查点。
 
-    Unfinished files of this checkpoint, from processes that were killed meanwhile, are removed.
+    Unfinished files of this checkpoint, left by killed processes, are removed.
 
     Args:
-        path: The file; its folder exists.
-        content: Tensors and plain Python values, all that ``torch.load(weights_only=True)``
-            accepts.
+        path: The file; its folder must exist.
+        content: Tensors and plain Python values, as accepted by ``torch.load(weights_only=True)``.
 
     Raises:
-        OSError: If it cannot be written (such as a full disk); an earlier checkpoint is then still
-            intact.
+        OSError: If it cannot be written (for example, if the disk is full); an earlier checkpoint
+            is then still intact.
 
     Examples:
         >>> import tempfile
@@ -64,14 +63,15 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, without running any code that the file may hold. 读取检查点。
+    """Read a checkpoint onto the CPU, without running any code that the file may contain.
+    读取检查点。
 
     Args:
         path: A file written by :func:`save_checkpoint`.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, was written by something else, or by a newer format.
+        ValueError: If the file is damaged, was written by another program, or has a newer format.
 
     Examples:
         >>> load_checkpoint(Path("nowhere") / "last.pt")

@@ -65,10 +65,11 @@ class PretrainedCard(Shown):
 
 
 def pretrained(name: str) -> SpikingClassifier:
-    """A trained network, for examples and comparisons. 加载预训练网络。
+    """Load a trained network, for examples and comparisons. 加载预训练网络。
 
-    A network that is not in the package is downloaded once and kept in ``sj_robust`` below
-    ``torch.hub.get_dir()``; ``SJ_ROBUST_ASSETS`` names the address of a mirror.
+    A network that is not in the package is downloaded once and kept in ``sj_robust`` in
+    ``torch.hub.get_dir()``; the environment variable ``SJ_ROBUST_ASSETS`` can name the URL of a
+    mirror.
 
     Shapes: images in [0, 1] to logits [N, 10]; [N, 1, 8, 8] of the digits of scikit-learn, [N, 1,
         28, 28] of MNIST and Fashion-MNIST, [N, 3, 32, 32] of CIFAR-10.
@@ -80,8 +81,8 @@ def pretrained(name: str) -> SpikingClassifier:
         The classifier in evaluation mode, on the CPU.
 
     Raises:
-        ValueError: If there is no such network; the message lists those that there are. Also if a
-            downloaded file is not that of the card.
+        ValueError: If there is no such network; the message lists the available ones. Also if the
+            checksum of a downloaded file is not that of the card.
         OSError: If a file cannot be downloaded.
 
     Source: trained by ``python docs/results/pretrained.py``, after Ding et al. (ICML 2024).
@@ -98,7 +99,7 @@ def pretrained(name: str) -> SpikingClassifier:
 
 
 def pretrained_networks() -> dict[str, PretrainedCard]:
-    """Card of every trained network, by its name. 预训练网络列表。
+    """The cards of all trained networks, by name. 预训练网络列表。
 
     Examples:
         >>> pretrained_networks()["digits/lif"].at_least

@@ -28,8 +28,8 @@ class WideResNet(DirectlyEncoded):
     :class:`ConvChain` the arguments that are not listed here.
 
     Args:
-        image_shape: (C, H, W) of one image, of any size.
-        depth: Number of layers, 6 times a whole number plus 4.
+        image_shape: (C, H, W) of one image; any size is possible.
+        depth: Number of layers, a multiple of 6 plus 4.
         widen_factor: Multiple of the channels of the narrowest network.
 
     Raises:

@@ -19,12 +19,12 @@ _ZOO = "spikingjelly.activation_based.model"
 
 
 def zoo_networks() -> dict[str, Callable[..., nn.Module]]:
-    """Name and builder of every network of the zoo with a spiking neuron as an argument.
-    模型库中可用的网络。
+    """Name and builder of every network of SpikingJelly's model zoo that takes a spiking neuron as
+    an argument. 模型库中可用的网络。
 
-    They are the public functions of ``spikingjelly.activation_based.model`` that have a parameter
-    ``spiking_neuron`` and need no other, and such classes of a file without functions. A file that
-    lacks a package it imports is omitted.
+    These are the public functions of ``spikingjelly.activation_based.model`` whose only required
+    parameter is ``spiking_neuron``, and such classes in files without such functions. Files that
+    import a missing package are omitted.
 
     Examples:
         >>> "spiking_vgg11_bn" in zoo_networks()

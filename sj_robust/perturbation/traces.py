@@ -164,22 +164,23 @@ def spike_traces(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Traces:
-    """Clean and perturbed run of a network, layer by layer. 记录并对比两次运行的脉冲与膜电位。
+    """The clean and the perturbed run of a network, layer by layer.
+    记录并对比两次运行的脉冲与膜电位。
 
-    It keeps 7 tensors of the size of every layer's output, so call it with a few images.
+    It keeps 7 tensors of the size of every layer's output, so call it with only a few images.
 
     Args:
-        net: As in :func:`compare_potentials`, and so are the others.
+        net: A network, as in :func:`compare_potentials`.
         x: Clean images.
-        x_perturbed: Perturbed ones.
+        x_perturbed: Perturbed images.
         T: Number of time steps, for a bare network; None if it has its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
 
     Raises:
-        ValueError: As :func:`compare_potentials`.
+        ValueError: As for :func:`compare_potentials`.
 
-    Source: what is drawn of two runs of one neuron in Figure 1 of Ding et al. (ICML 2024), for a
+    Source: as drawn for two runs of one neuron in Figure 1 of Ding et al. (ICML 2024), here for a
         whole network.
 
     Examples:

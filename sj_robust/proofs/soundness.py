@@ -48,7 +48,7 @@ _DYNAMICS = ("neuronal_charge", "neuronal_fire", "neuronal_reset")
 
 
 class UnsoundBoundsError(NotImplementedError):
-    """A network does not do what its bounds say, so that nothing is proved.
+    """A network contradicts its bounds, so nothing is proved.
     网络的行为与上下界不符，不给出证明。
     """
 

@@ -41,7 +41,7 @@ _FALL = 0.2
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss or a weight became NaN or infinite; the checkpoint written before is intact."""
+    """The loss or a weight became NaN or infinite; the previous checkpoint is intact."""
 
 
 class TrainingRun:

@@ -26,19 +26,19 @@ _START = 0.05
 
 @dataclass(frozen=True)
 class CertifiedOptions:
-    """How bounds are trained, apart from their radius. 可验证训练的选项。
+    """Options of certified training, apart from the radius. 可验证训练的选项。
 
     Attributes:
-        bounds: Method of :func:`sj_robust.proofs.verify` whose bounds they are: ``"ibp"``, or
-            ``"joint"``, which is tighter at many time steps and slower.
-        surrogate_width: Width w of the derivatives of bounds in units of the neurons' own, > 0: in
-            place of a surrogate g(z) they use g(z / w) / w. The clean pass keeps g.
-        ramp: Share of the training in which radius and weight rise, in (0, 0.95].
-        box: Share of the radius r that the bounds are over, in (0, 1]: those of the box of radius
-            ``box * r`` around ``clamp(x~, x - (1 - box) r, x + (1 - box) r)``, which lies in the
-            ball; x~ is the perturbed image.
+        bounds: Method of :func:`sj_robust.proofs.verify` that computes the bounds: ``"ibp"``, or
+            ``"joint"``, which is slower and, for many time steps, tighter.
+        surrogate_width: Width w of the surrogate in the bounds, relative to the neurons' own, > 0:
+            the bounds use g(z / w) / w instead of g(z). The clean pass keeps g.
+        ramp: Share of the training over which radius and weight increase, in (0, 0.95].
+        box: Share of the radius r that the bounds cover, in (0, 1]: they are computed over the box
+            of radius ``box * r`` around ``clamp(x~, x - (1 - box) r, x + (1 - box) r)``, which lies
+            in the ball; x~ is the perturbed image.
         attacked: Whether the first term of the loss is the cross entropy of perturbed images,
-            clamped to the ball of the present radius, and not that of clean ones.
+            clamped to the ball of the current radius, instead of clean images.
         norm: ``"Linf"``, ``"L0"`` for changed events of binary frames, or ``"moves"`` for events
             moved in time; their number is the radius. In each time step, that many may change.
         largest_shift: For moves, frames by which an event may move; None for any number.
@@ -66,7 +66,7 @@ class CertifiedOptions:
 
     @property
     def needs_perturbed(self) -> bool:
-        """Whether the loss is of perturbed images, too."""
+        """Whether the loss also uses perturbed images."""
         return self.attacked or self.box < 1.0
 
     def __post_init__(self) -> None:

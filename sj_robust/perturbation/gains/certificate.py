@@ -133,15 +133,15 @@ class Certificate(
     Attributes:
         T: Number of time steps.
         samples: Pairs measured.
-        margin: By how much, relative, a measured ratio may exceed a bound, since norms are
+        margin: Relative amount by which a measured ratio may exceed a bound, since norms are
             approached from below; a larger residual of the layer's norm replaces it.
         layers: One entry per spiking layer, in order of execution.
         no_flip: L2 radius of each measured input within which no spike that the input drives can
             flip, see :func:`no_flip_radius`; empty if nothing was measured.
-        no_flip_unknown: Why there are none though pairs were measured.
+        no_flip_unknown: The reason if there are no radii although pairs were measured.
 
-    Source: Theorem 3.1 of Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), and
-        what is true of it.
+    Source: Theorem 3.1 of Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), as far
+        as it holds.
     """
 
     T: int
@@ -168,7 +168,9 @@ class Certificate(
         )
 
     def table(self) -> str:
-        """Markdown: a row per layer, then what the columns mean and what is not certified."""
+        """Markdown table with a row per layer, followed by the meaning of the columns and what is
+        not certified.
+        """
         head = [
             "layer",
             "lambda",
@@ -219,14 +221,14 @@ class Certificate(
         return "\n".join([*lines, f"{self.verdict}.", SCOPE])
 
     def plot(self, path: str | Path | None = None) -> "Figure":
-        """Measured ratios and their bounds, a row per covered layer, on a logarithmic axis.
-        绘制稳定性证书。
+        """Plot the measured ratios and their bounds, with a row per covered layer, on a logarithmic
+        axis. 绘制稳定性证书。
 
         It needs matplotlib (extra ``recipes``).
 
         Args:
-            path: File to write as well; its ending says which format, ``.pdf`` and ``.png`` among
-                others.
+            path: Also write it to this file, in the format of its suffix, such as ``.pdf`` or
+                ``.png``.
 
         Raises:
             ValueError: If no layer is covered.
