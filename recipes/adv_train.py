@@ -572,7 +572,7 @@ def check_events(options: Options, splits: ImageSplits) -> None:
         number = getattr(options, name)
         if number is not None and not splits.frames:
             raise ValueError(
-                f"{name} counts {what} events, got {number} for {options.dataset}; take event "
+                f"{name} counts {what} events, got {number} for {options.dataset}; use event "
                 "data, such as --dataset saccade:digits, or omit it"
             )
     if options.flips is not None and options.moves is not None:

@@ -347,7 +347,7 @@ def load_subject(options: Options) -> Subject:
     if options.network is not None:
         return from_function(options.network, T=options.T, mean=options.mean, std=options.std)
     if options.mean is not None or options.std is not None:
-        raise ValueError("a checkpoint knows its own mean and std: leave --mean and --std out")
+        raise ValueError("a checkpoint contains its mean and std: omit --mean and --std")
     return from_checkpoint(Path(str(options.checkpoint)), options.T, trust_code=options.trust_code)
 
 

@@ -253,8 +253,8 @@ def intensity(options: Options, folder: Path) -> None:
         finish(result, folder / f"intensity_{subject.name}.json")
         for direction in result.directions:
             print(
-                f"{direction}, {result.samples} images, {result.left_out} wrong "
-                f"already\n{result.table(direction)}"
+                f"{direction}, {result.samples} images, {result.left_out} already "
+                f"misclassified\n{result.table(direction)}"
             )
 
 

@@ -179,7 +179,7 @@ WRONG = [
         }.items()
     ),
     # faults
-    Wrong((stress,), {"faults": []}, r"faults must hold one or more, got none; omit it"),
+    Wrong((stress,), {"faults": []}, r"faults must contain at least one, got none; omit it"),
     Wrong((stress,), {"faults": "weight_bits"}, r"faults must be a list, got str; write faults="),
     Wrong((stress,), {"faults": Fault("weight_bits", 4)}, r"faults must be a list, got Fault; w"),
     Wrong((stress,), {"faults": ["weight_bits"]}, r"must be Fault, got 'weight_bits'; write Fault"),
@@ -291,8 +291,8 @@ WRONG = [
         CARDS, {"x": list(X), "y": None}, r"every batch of x must be a pair .*, got Tensor; give"
     ),
     Wrong(CARDS, {"x": [(X,)], "y": None}, r"every batch of x must be a pair .*, got tuple; give"),
-    Wrong(CARDS, {"x": X[:0], "y": Y[:0]}, r"x must hold an image or more, got none"),
-    Wrong(CARDS, {"x": [], "y": None}, r"x must hold an image or more, got none"),
+    Wrong(CARDS, {"x": X[:0], "y": Y[:0]}, r"x must contain at least one image, got none"),
+    Wrong(CARDS, {"x": [], "y": None}, r"x must contain at least one image, got none"),
     Wrong((verify, smooth), {"x": X.numpy()}, r"x must be a tensor of images, got ndarray; use"),
     Wrong(
         (evaluate,),
@@ -353,11 +353,11 @@ WRONG = [
     Wrong(CARDS, {"folder": 3}, r"folder must be the path of a folder, got 3; use a str"),
     Wrong(CARDS, {"folder": ""}, r"folder must be the path of a folder, got ''; use a str"),
     *(
-        Wrong(CARDS, {name: value}, rf"{name} must be a text that is not empty, got {said}; use")
+        Wrong(CARDS, {name: value}, rf"{name} must be a non-empty string, got {said}; use")
         for name in ("name", "dataset")
         for value, said in {3: "3", "": "''"}.items()
     ),
-    Wrong(CARDS, {"dataset": None}, r"dataset must be a text that is not empty, got None; use"),
+    Wrong(CARDS, {"dataset": None}, r"dataset must be a non-empty string, got None; use"),
     Wrong(CARDS, {"progress": "no"}, r"progress must be True or False, got 'no'"),
     Wrong(CARDS, {"progress": None}, r"progress must be True or False, got None"),
     # pairs of inputs

@@ -141,8 +141,8 @@ def autoattack(
             share = float(fooled.double().sum()) / len(x)
             if name == "square" and name != names[0] and share > _SQUARE_ALONE:
                 messages.append(
-                    f"Square fooled {share:.2%} of the images, which the attacks before it had "
-                    "left, so their gradients may be masked; give Square more queries, or try "
+                    f"Square fooled {share:.2%} of the images that were still correct after the "
+                    "attacks before it, so their gradients may be masked; use more queries, or try "
                     "other surrogate gradients"
                 )
     for message in messages:
@@ -179,8 +179,8 @@ def _members(
 def _checked_version(version: str) -> _Version:
     if version not in _VERSIONS:
         raise ValueError(
-            f"version must be one of {tuple(_VERSIONS)}, got {version!r}; pass attacks for a list "
-            "of yours"
+            f"version must be one of {tuple(_VERSIONS)}, got {version!r}; or pass your own list "
+            "as attacks"
         )
     return _VERSIONS[version]
 
@@ -219,7 +219,7 @@ def _doubts(
     first = answers[0]
     if settings.eot_samples == 1 and any(differ(first, other) for other in answers[1:]):
         yield (
-            "the network answers the same images differently, so it is stochastic; "
+            "the network gives different logits for the same images, so it is stochastic; "
             "use version='rand'"
         )
     if _are_probabilities(first):

@@ -202,7 +202,7 @@ def _without_flips(moves: tuple[str, ...]) -> tuple[str, ...]:
     if not kept:
         raise ValueError(
             "flips need a first spiking layer whose current is affine in the image and the same "
-            f"in every time step, got moves={moves!r} and none; name other moves beside them"
+            f"in every time step, got moves={moves!r} and none; name other moves as well"
         )
     return kept
 
@@ -226,7 +226,7 @@ def _checked_starts(starts: Tensor | Sequence[Tensor], x: Tensor) -> Tensor:
     if not images or any(image.shape != x.shape for image in images):
         raise ValueError(
             f"starts must be [S, N, ...] with N, ... = {list(x.shape)}, got {shapes}; give every "
-            "sample an image, its own one where nothing is known"
+            "sample an image, the clean one if there is no other"
         )
     if not is_checked():
         for image in images:
@@ -239,8 +239,8 @@ def _check_repeats(model: Model, x: Tensor, logits: Tensor) -> None:
         again = model(x)
     if differ(logits, again):
         raise ValueError(
-            "the model must give the same logits again, got others for the same images; a lucky "
-            "draw breaks nothing, so attack a network that draws with apgd and eot_samples"
+            "the model must give the same logits for the same images, got different ones; attack a "
+            "network that draws random numbers with apgd and eot_samples"
         )
 
 

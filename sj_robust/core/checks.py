@@ -210,8 +210,8 @@ def check_labels(y: Tensor, x: Tensor) -> None:
         )
     if y.numel() and int(y.min()) < 0:
         raise ValueError(
-            f"y must hold labels >= 0, got {int(y.min())}; number the classes from 0, leave other "
-            "images out"
+            f"y must hold labels >= 0, got {int(y.min())}; number the classes from 0, omit other "
+            "images"
         )
 
 
@@ -341,7 +341,7 @@ def did_you_mean(value: object, choices: Iterable[str]) -> str:
 def check_text(name: str, value: str) -> None:
     """A text that is not empty."""
     if not isinstance(value, str) or not value:
-        raise TypeError(f"{name} must be a text that is not empty, got {value!r}; use a str")
+        raise TypeError(f"{name} must be a non-empty string, got {value!r}; use a str")
 
 
 def check_switch(name: str, value: bool) -> None:
@@ -354,7 +354,7 @@ def check_function(name: str, value: object) -> None:
     """A function, or None."""
     if value is not None and not callable(value):
         raise TypeError(
-            f"{name} must be a function or None, got {type(value).__name__}; give print, say"
+            f"{name} must be a function or None, got {type(value).__name__}; give one such as print"
         )
 
 
@@ -398,8 +398,8 @@ def check_channels(
     if wrong:
         kind = "finite and > 0" if positive else "finite"
         raise ValueError(
-            f"{name} must be {kind} in every channel, got {wrong[0]}; leave {name} out where "
-            "images are not normalised"
+            f"{name} must be {kind} in every channel, got {wrong[0]}; omit {name} if images "
+            "are not normalised"
         )
     return plain
 
@@ -458,8 +458,8 @@ def check_classes(y: Tensor, classes: int) -> None:
     if y.numel() and int(y.max()) >= classes:
         raise ValueError(
             f"y must hold labels < {classes}, the number of classes the model returns, got "
-            f"{int(y.max())}; number the classes from 0, or build the network for as many as the "
-            "data has"
+            f"{int(y.max())}; number the classes from 0, or build the network with as many "
+            "classes as the data has"
         )
 
 

@@ -59,7 +59,7 @@ class FrequencyEncoder(base.MemoryModule):
         super().__init__()
         if not 0.0 <= narrowing <= 1.0:
             raise ValueError(
-                f"narrowing must be in [0, 1], got {narrowing}; the paper takes 1/8 per step"
+                f"narrowing must be in [0, 1], got {narrowing}; the paper uses 1/8 per step"
             )
         self.narrowing = narrowing
         self.register_memory("time_step", 0)
@@ -69,7 +69,7 @@ class FrequencyEncoder(base.MemoryModule):
         keep = 1.0 - self.narrowing * self.time_step
         if keep <= 0:
             raise RuntimeError(
-                f"narrowing={self.narrowing} leaves no frequency at step {self.time_step}; take a "
+                f"narrowing={self.narrowing} leaves no frequency at step {self.time_step}; use a "
                 "smaller one, or fewer time steps"
             )
         self.time_step += 1

@@ -80,7 +80,7 @@ class OrthogonalEncoder(base.MemoryModule):
         if height % patch or width % patch:
             raise ValueError(
                 f"patch must divide height and width of the image, {height}x{width}, got {patch}; "
-                "take 4"
+                "use 4"
             )
         size = channels * patch**2
         self.patch = patch
@@ -197,7 +197,7 @@ class TemporalOrthogonality(Penalty):
         if not isinstance(encoder, OrthogonalEncoder):
             raise TypeError(
                 "temporal_orthogonality needs an OrthogonalEncoder, got "
-                f"{type(encoder).__name__}; take the encoder stod"
+                f"{type(encoder).__name__}; use the encoder stod"
             )
         images = passes.first[0].detach()
         steps = range(len(encoder.skew))

@@ -74,7 +74,7 @@ class StochasticGate(PerNeuron, base.StepModule):
         super().__init__()
         if not temperature > 0:
             raise ValueError(
-                f"temperature must be > 0, got {temperature}; the published code takes 0.5"
+                f"temperature must be > 0, got {temperature}; the published code uses 0.5"
             )
         self.temperature = temperature
         self.generator = generator
@@ -134,7 +134,6 @@ class GateRates(Penalty):
         gates = [m for m in passes.classifier.modules() if isinstance(m, StochasticGate)]
         if not gates:
             raise ValueError(
-                "gate_rates needs a network with StochasticGate; take --neuron stog, or leave it "
-                "out"
+                "gate_rates needs a network with StochasticGate; use --neuron stog, or omit it"
             )
         return torch.stack([gate.rate.square().sum() / 2 for gate in gates]).sum()

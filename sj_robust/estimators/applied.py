@@ -154,7 +154,7 @@ class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
         """Change the neurons, all or none."""
         if self._stack is not None:
             raise RuntimeError(
-                f"this context of {self.estimator.name} is entered already; make one of its own"
+                f"this context of {self.estimator.name} is already entered; create a new one"
             )
         model = self._model
         estimator = self.estimator
@@ -214,7 +214,7 @@ def _check(estimator: EstimatorName, model: nn.Module, neurons: dict[str, Any]) 
     for node in neurons.values():
         if _MARK in vars(node):
             raise RuntimeError(
-                f"{vars(node)[_MARK]} is in force on this network already; leave its context "
+                f"{vars(node)[_MARK]} is already active on this network; leave its context "
                 f"before {estimator.name}"
             )
     if estimator.family == "training" and not estimator.detach_reset:

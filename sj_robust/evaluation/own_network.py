@@ -330,7 +330,7 @@ def _checked_faults(
             f"faults=[{wanted.__name__}(kind, level)]"
         )
     if not faults:
-        raise ValueError("faults must hold one or more, got none; omit it for the usual ones")
+        raise ValueError("faults must contain at least one, got none; omit it for the default ones")
     for fault in faults:
         if not isinstance(fault, wanted):
             other = "corruptions" if isinstance(fault, Corruption) else "stress"
@@ -389,7 +389,7 @@ def _prepared(given: _Given, data: Data, settings: _Settings) -> Iterator[_Prepa
                 remedy = "with folder=..., the evaluation could be resumed"
             else:
                 remedy = f"the same call resumes from {settings.folder}"
-            stopped.add_note(f"the network is as it was; {remedy}")
+            stopped.add_note(f"the network is unchanged; {remedy}")
             raise
 
 

@@ -227,8 +227,8 @@ def check_fits(subject: Subject, images: Tensor, classes: int | None, dataset: s
     logits = checked_logits(outputs, _COPIES)
     if classes is not None and logits.shape[1] != classes:
         raise ValueError(
-            f"{subject.name} tells {logits.shape[1]} classes apart, {dataset} has {classes}; "
-            "give its own"
+            f"{subject.name} distinguishes {logits.shape[1]} classes, {dataset} has {classes}; "
+            "choose its own data set"
         )
     if not bool(torch.isfinite(logits).all()):
         raise ValueError(

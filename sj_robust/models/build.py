@@ -214,9 +214,7 @@ def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
     """
     for name, values in (("mean", spec.mean), ("std", spec.std)):
         if values is not None and spec.frames:
-            raise ValueError(
-                f"{name} is for images, event frames stay as they are, got {values}; omit it"
-            )
+            raise ValueError(f"{name} is for images, not for event frames, got {values}; omit it")
         if values is not None and len(values) != spec.image_shape[0]:
             raise ValueError(
                 f"{name} must have one value per channel ({spec.image_shape[0]}), got {values}"
@@ -226,7 +224,7 @@ def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
     if encoder is not None and (spec.frames or isinstance(net, SpikingClassifier)):
         raise ValueError(
             f"encoder {spec.encoder!r} is for images of a bare network, got event frames or a "
-            "network in a classifier of its own; leave it out"
+            "network that comes in a classifier; omit it"
         )
     if isinstance(net, SpikingClassifier):
         return net
@@ -248,7 +246,7 @@ def _encoder(spec: NetworkSpec) -> nn.Module | None:
         if spec.encoder_options:
             raise ValueError(
                 f"encoder_options belong to an encoder, got {spec.encoder_options} for 'direct'; "
-                "leave them out"
+                "omit them"
             )
         return None
     try:
@@ -353,8 +351,8 @@ def _own_network(spec: NetworkSpec, node: Callable[..., nn.Module]) -> nn.Module
         )
     if isinstance(net, SpikingClassifier) and net.T != spec.T:
         raise ValueError(
-            f"{spec.name} returns a classifier of T={net.T}, asked for is T={spec.T} (--T); give "
-            "the same"
+            f"{spec.name} returns a classifier with T={net.T}, but T={spec.T} was requested "
+            "(--T); use the same"
         )
     return net
 

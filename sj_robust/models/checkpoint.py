@@ -85,7 +85,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(
             f"{path} is not a checkpoint of sj_robust (no format mark {_FORMAT!r}); check the "
-            "path. Of a bare state_dict give a function that builds the network and loads it "
+            "path. For a bare state_dict, give a function that builds the network and loads it "
             "(evaluate.py --network mynet.py:build), or start from it (adv_train.py --model "
             "mynet.py:build --pretrained FILE)"
         )
@@ -121,8 +121,8 @@ def load_run(path: Path) -> dict[str, Any]:
     missing = [name for name in _RUN if name not in content]
     if missing:
         raise ValueError(
-            f"{path} holds no {', '.join(missing)}: it keeps weights, but no run can go on from "
-            "it; start one with another --output"
+            f"{path} holds no {', '.join(missing)}: it has weights, but a run cannot continue "
+            "from it; start a new run with another --output"
         )
     return content
 
@@ -184,8 +184,8 @@ def _not_written(path: Path, error: OSError | RuntimeError) -> str:
     """What could not be written and why, what is left, and the remedy."""
     if not path.parent.is_dir():
         return (
-            f"{path} could not be written: the folder {path.parent} is gone; make it, and go on "
-            "with --resume"
+            f"{path} could not be written: the folder {path.parent} is gone; create it, and "
+            "continue with --resume"
         )
     reason = str(error)
     if isinstance(error, OSError) and error.strerror:

@@ -249,9 +249,9 @@ def _sizes(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
             return {"name": name, "classes": fc.shape[0]}
     known = ", ".join([*VGG_FEATURES, *WIDE_RESNETS])
     raise ValueError(
-        f"{path} is of none of the published networks {known} (it begins with "
-        f"{', '.join(list(tensors)[:4])}); give a checkpoint of one of them, or load a network "
-        "of your own with network module:function"
+        f"{path} does not belong to any of the published networks {known} (it begins with "
+        f"{', '.join(list(tensors)[:4])}); give a checkpoint of one of them, or load your own "
+        "network with network module:function"
     )
 
 
@@ -267,7 +267,7 @@ def _time(file: _File, T: int | None, tau: float, path: Path) -> dict[str, Any]:
     steps = min(gains)
     if T not in (None, steps):
         raise ValueError(
-            f"{path} was trained with T={steps}, got T={T}; leave T out, and set_time_steps "
+            f"{path} was trained with T={steps}, got T={T}; omit T, and call set_time_steps "
             "afterwards"
         )
     return {"neuron": "dlif", "T": steps}

@@ -116,7 +116,7 @@ def pretrained_file(name: str) -> Path:
     known = pretrained_networks()
     if name not in known:
         raise ValueError(
-            f"there is no pretrained network {name!r}; take one of {', '.join(known)}"
+            f"there is no pretrained network {name!r}; choose one of {', '.join(known)}"
             f"{did_you_mean(name, known)}"
         )
     inside = _FOLDER / f"{name}.pt"

@@ -142,6 +142,6 @@ def _check_fits(net: nn.Module, name: str, channels: int, classes: int) -> None:
     last = [module for module in net.modules() if isinstance(module, nn.Linear)][-1:]
     if last and last[0].out_features % classes:
         raise ValueError(
-            f"zoo:{name} ends in {last[0].out_features} outputs, not in {classes} classes; take "
+            f"zoo:{name} ends in {last[0].out_features} outputs, not in {classes} classes; choose "
             "another network"
         )

@@ -147,8 +147,8 @@ class DLIFNode(neuron.BaseNode):
     def backend(self, value: str) -> None:
         if value not in self.supported_backends:
             raise ValueError(
-                f"backend must be one of {self.supported_backends}, got {value!r}; 'auto' takes "
-                "the fastest that runs"
+                f"backend must be one of {self.supported_backends}, got {value!r}; 'auto' uses "
+                "the fastest one that runs"
             )
         if value != "spikingjelly":
             dispatch.check_backend(value)
@@ -419,7 +419,7 @@ def _check_arguments(
     if isinstance(T, bool) or not isinstance(T, int) or T < 1:
         raise ValueError(
             f"T must be an integer >= 1, the number of time steps of a sequence, got {T!r}; it "
-            "stands before tau, as in DLIFNode(T=4, tau=2.0)"
+            "comes before tau, as in DLIFNode(T=4, tau=2.0)"
         )
     if isinstance(tau, bool | str) or tau is None:
         raise TypeError(f"tau must be a number > 1, got {tau!r}; write a number such as tau=2.0")

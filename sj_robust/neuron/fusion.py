@@ -247,7 +247,7 @@ def _reason(name: str, children: dict[str, nn.Module], parent: nn.Module) -> str
         )
     if type(parent) is not nn.Sequential:
         return (
-            f"stands in a {type(parent).__name__}, whose forward may run something between it "
+            f"is in a {type(parent).__name__}, whose forward may run something between it "
             "and a neuron"
         )
     names = list(children)

@@ -358,7 +358,7 @@ class MPPDMonitor(BaseMonitor):
         """
         if self._keep == "loss" and not self._totals:
             raise RuntimeError(
-                "a monitor with keep='loss' measures nothing beside its loss: call compare(x, "
+                "a monitor with keep='loss' measures nothing but its loss: call compare(x, "
                 "x_perturbed), or build it with keep='statistics'"
             )
         return _stats_of(self._totals)

@@ -300,7 +300,7 @@ class _Program:
             if stage.neuron is None and stage.pooling in (None, torch.relu):
                 raise NotImplementedError(
                     "no program is known for a network with ReLU, products or other functions; "
-                    "take the method ibp, joint, crown or bab"
+                    "use the method ibp, joint, crown or bab"
                 )
             if stage.neuron is None:
                 self._pooling(stage, current, matrices.windows(run, number))

@@ -487,7 +487,7 @@ def _logits(model: SpikingClassifier, images: Tensor, labels: Tensor, *, runs: i
             "inside"
         )
     if logits.shape[1] < 2:
-        raise UnprovableError("model must tell 2 classes or more apart, got logits of 1")
+        raise UnprovableError("model must distinguish at least 2 classes, got 1 logit")
     return logits
 
 
@@ -627,7 +627,7 @@ def _checked(model: SpikingClassifier, x: Tensor, y: Tensor, *, counts: bool) ->
     (check_samples if counts else check_images)(x)
     check_labels(y, x)
     if len(x) == 0:
-        raise ValueError("x must hold an image or more, got none")
+        raise ValueError("x must contain at least one image, got none")
     surrogates = {
         id(part) for module in model.modules() if is_neuron(module) for part in module.children()
     }  # shared
@@ -684,7 +684,7 @@ def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
         elif not n.binary:
             unbounded[name] = f"{name}, whose surrogate does not spike"
         if method := overridden(n):
-            unbounded[name] = f"{name}, whose {method} was replaced: take it away"
+            unbounded[name] = f"{name}, whose {method} was replaced: restore it"
         if not n.charging().decay_value >= 0:
             unbounded[name] = f"{name}, whose decay is negative: give it a tau of 1 or more"
         for key in ("v_threshold", "v_reset"):

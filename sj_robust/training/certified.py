@@ -80,7 +80,7 @@ class CertifiedOptions:
             )
         if not 0.0 < self.box <= 1.0:
             raise ValueError(
-                f"box must be in (0, 1], got {self.box}; SABR takes 0.1 to 0.7, and 1 is the ball"
+                f"box must be in (0, 1], got {self.box}; SABR uses 0.1 to 0.7, and 1 is the ball"
             )
         if self.norm != "Linf" and self.needs_perturbed:
             raise ValueError(

@@ -227,7 +227,7 @@ class _Run:
         except TrainingInterrupted as stopped:
             remedy = "with folder=... the next training could be continued"
             if is_kept:
-                remedy = f"the same call goes on with what is in {folder}"
+                remedy = f"the same call continues from {folder}"
             stopped.add_note(f"the network holds the weights of the last step; {remedy}")
             raise
         best = load_checkpoint(folder / "best.pt")

@@ -136,8 +136,7 @@ class Journal:
         )
         changed = {name: value for name, value in configuration.items() if value != defaults[name]}
         options = (
-            ", ".join(f"{name} {_word(value)}" for name, value in changed.items())
-            or "none but the defaults"
+            ", ".join(f"{name} {_word(value)}" for name, value in changed.items()) or "defaults"
         )
         self.console.print(f"{shown}\noptions: {options}\nwriting to {self._folder}", markup=False)
         return where

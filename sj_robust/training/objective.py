@@ -140,7 +140,7 @@ class Objective(nn.Module):
             raise ValueError(f"rho must be >= 0 and finite, got {rho}; 0 turns MS-MPPD off")
         if not 0.0 <= trades_weight < float("inf"):
             raise ValueError(
-                f"trades_weight must be >= 0 and finite, got {trades_weight}; TRADES takes 6"
+                f"trades_weight must be >= 0 and finite, got {trades_weight}; TRADES uses 6"
             )
         for name, value, known in (
             ("norm", norm, ("l2", "l1")),
@@ -152,8 +152,7 @@ class Objective(nn.Module):
         names = [penalty.name for penalty in penalties]
         if len(set(names)) < len(names):
             raise ValueError(
-                f"penalties must differ in name, got {', '.join(names)}; leave one of the same "
-                "name out"
+                f"penalties must differ in name, got {', '.join(names)}; omit one of them"
             )
         if (certified_eps is None) == (loss == "certified"):
             raise ValueError(

@@ -52,7 +52,7 @@ def retract_(net: nn.Module, beta: float, generator: torch.Generator | None = No
                 [0.0000, 1.4000]])
     """
     if not 0.0 <= beta < float("inf"):
-        raise ValueError(f"beta must be >= 0 and finite, got {beta}; SNN-RAT takes 1e-3 to 4e-3")
+        raise ValueError(f"beta must be >= 0 and finite, got {beta}; SNN-RAT uses 1e-3 to 4e-3")
     if generator is None:
         generator = torch.Generator()
         generator.seed()

@@ -265,7 +265,7 @@ def test_a_classifier_of_ones_own_keeps_its_normalisation_in_a_checkpoint(own):
     read = from_checkpoint(own / "best.pt", trust_code=True).model
     x = image_batch()
     assert torch.equal(read(x), classifier(x))
-    with pytest.raises(ValueError, match=r"returns a classifier of T=4, asked for is T=3"):
+    with pytest.raises(ValueError, match=r"returns a classifier with T=4, but T=3 was requested"):
         build_classifier(NetworkSpec("own_models:wrapped", T=3))
 
 

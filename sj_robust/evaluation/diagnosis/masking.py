@@ -90,7 +90,7 @@ def diagnose(
     check_count("steps", steps)
     check_count("eot_samples", eot_samples)
     if len(x) == 0:
-        raise ValueError("x must hold at least one image, got none; some tens serve well")
+        raise ValueError("x must hold at least one image, got none; a few dozen are enough")
     if not isinstance(threat, ThreatModel):
         raise TypeError(
             f"threat must be a ThreatModel, got {type(threat).__name__}; use ThreatModel('Linf', "

@@ -54,7 +54,8 @@ _CAPTIONS = {
     ),
     "potential_more": (
         "Perturbation of the membrane potential under the other attacks",
-        "Bound of all: the distance between the proved bounds of the potential, over all images.",
+        "Bound over all perturbations: the distance between the proved bounds of the potential, "
+        "over all images.",
     ),
     "gallery": (
         "Images under attack",

@@ -21,9 +21,9 @@ _REMEDIES = {
     "state": "the network carries state from one forward into the next: on {images} its logits "
     "differ though all random numbers were the same. Reset it before every forward, as "
     "SpikingClassifier(net, T=...) does",
-    "numbers": "the network draws random numbers: on {images} its logits differ. One lucky draw "
-    "breaks nothing, so leave draws out, or say by how many fresh draws an image is judged, such "
-    "as draws=10 (--draws 10)",
+    "numbers": "the network draws random numbers: on {images} its logits differ. A single lucky "
+    "draw does not count, so omit draws, or set the number of fresh draws that judge an image, "
+    "such as draws=10 (--draws 10)",
 }
 
 

@@ -331,7 +331,7 @@ def _refuse(x: Tensor, x_adv: Tensor, distance: Tensor | None, member: Member) -
     try:
         check_samples(x_adv)
     except ValueError as error:
-        raise ValueError(f"attack {member.name!r} left the images: {error}") from error
+        raise ValueError(f"attack {member.name!r} returned invalid images: {error}") from error
     threat = member.threat
     if threat is None or distance is None:
         return

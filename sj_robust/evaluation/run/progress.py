@@ -273,7 +273,7 @@ def another_evaluation(where: Path, what: str) -> str:
     """What is said of a folder that belongs to something else."""
     return (
         f"{where} holds the progress of another evaluation ({what}); results are never mixed: "
-        "resume with what it was begun with, or evaluate into another folder"
+        "resume with the same network, images and options, or evaluate into another folder"
     )
 
 

@@ -248,7 +248,7 @@ def check_shape(name: SuiteName, images: Tensor, *, draws: int = 1) -> None:
     if with_square and images.ndim != 4:
         raise ValueError(
             f"suite {name!r} needs images [N, C, H, W] for Square, got shape "
-            f"{tuple(images.shape)}; take 'fast', or reshape inside the model"
+            f"{tuple(images.shape)}; use 'fast', or reshape inside the model"
         )
 
 

@@ -60,13 +60,11 @@ def unsupported_reason(x_seq: Tensor, surrogate: Surrogate) -> str | None:
     if x_seq.device.type != "cpu":
         return f"the compiled kernel runs on the CPU, x_seq is on {x_seq.device}"
     if x_seq.dtype not in _STORAGE:
-        return (
-            f"the compiled kernel knows float32, float64, float16 and bfloat16, got {x_seq.dtype}"
-        )
+        known = "float32, float64, float16 and bfloat16"
+        return f"the compiled kernel supports {known}, got {x_seq.dtype}"
     if surrogate.kind not in SURROGATES:
-        return (
-            f"the compiled kernel knows the surrogates {tuple(SURROGATES)}, got {surrogate.kind!r}"
-        )
+        known = f"the surrogates {tuple(SURROGATES)}"
+        return f"the compiled kernel supports {known}, got {surrogate.kind!r}"
     return None
 
 

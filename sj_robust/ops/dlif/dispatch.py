@@ -179,9 +179,7 @@ def check_backend(backend: str) -> str:
     name = _ALIASES.get(backend, backend)
     reason = unavailable_reason(name)
     if reason is not None:
-        raise RuntimeError(
-            f"backend={backend!r} is not available: {reason}; or take backend='auto'"
-        )
+        raise RuntimeError(f"backend={backend!r} is not available: {reason}; or use backend='auto'")
     return name
 
 

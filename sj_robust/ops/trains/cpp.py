@@ -60,7 +60,7 @@ def unsupported_training(like: Tensor, windows: Windows) -> str | None:
 
 def _unsupported(windows: Windows) -> str | None:
     if windows.kept + 2 > _SLOTS:
-        return f"the kernel tells {_SLOTS - 2} windows apart, got {windows.kept}"
+        return f"the kernel supports {_SLOTS - 2} windows, got {windows.kept}"
     return None
 
 

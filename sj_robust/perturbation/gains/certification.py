@@ -163,7 +163,7 @@ def _no_flip(classifier: SpikingClassifier, x: Tensor) -> tuple[tuple[float, ...
     """No-flip radii of the inputs, or why there are none."""
     values = x[0].numel()
     if values > _MOST_VALUES:
-        reason = f"it takes a pass for each of the {values} values; call no_flip_radius for it"
+        reason = f"it needs a pass for each of the {values} values; call no_flip_radius for it"
         return (), reason
     try:
         radii = no_flip_radius(classifier, x).tolist()
