@@ -1,4 +1,4 @@
-"""Auto-PGD: projected gradient ascent that chooses its step size itself."""
+"""Auto-PGD: projected gradient ascent that adapts its step size."""
 
 from collections.abc import Sequence
 from functools import partial

@@ -1,4 +1,4 @@
-"""AutoAttack: APGD, FAB and Square of this package one after the other."""
+"""AutoAttack: this package's APGD, FAB and Square, one after the other."""
 
 import warnings
 from collections.abc import Iterator, Sequence

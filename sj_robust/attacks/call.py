@@ -1,4 +1,4 @@
-"""How an attack calls a model: state left as found, every answer checked."""
+"""Calls of the attacked model: its state is restored and its output checked."""
 
 import random
 from collections.abc import Callable, Iterator

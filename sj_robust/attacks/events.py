@@ -1,5 +1,4 @@
-"""Attacks on event frames: at most ``flips`` events added or removed per sample; binary frames stay
-binary.
+"""Attacks on event frames that add or remove at most ``flips`` events per sample.
 
 Frames are [N, T, 2, H, W], samples first like the images of every other attack and as a loader of
 SpikingJelly's event data sets stacks them; ``SpikingEventClassifier`` hands them to the network as

@@ -1,4 +1,4 @@
-"""SA-PGD: gradient ascent with normalised moments and a falling bound on every element's step."""
+"""SA-PGD: gradient ascent with normalised moments and bounded steps."""
 
 import torch
 from torch import Tensor

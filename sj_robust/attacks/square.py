@@ -1,6 +1,4 @@
-"""Square Attack: random search over squares, whose draws are per sample, so that neighbours and
-batch size do not matter.
-"""
+"""Square Attack: random search over squares, drawn per sample."""
 
 import math
 from bisect import bisect_left

@@ -1,6 +1,4 @@
-"""Attacks in time on event frames: events keep pixel and polarity and come in other
-frames.
-"""
+"""Attacks on event frames that move events in time."""
 
 from functools import partial
 

@@ -1,6 +1,4 @@
-"""Checks of what enters an attack, a proof or an evaluation, each error with rule, value and
-remedy.
-"""
+"""Checks of inputs; every error states rule, value and remedy."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence

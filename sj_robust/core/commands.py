@@ -1,6 +1,4 @@
-"""The commands of ``sj-robust``, and the recipe that each one runs; needs neither torch nor an
-extra.
-"""
+"""The commands of ``sj-robust`` and their recipes; needs neither torch nor an extra."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Progress of work on the terminal; showing it needs rich."""
+"""Progress on the terminal; needs rich."""
 
 import time
 from collections.abc import Callable, Iterator

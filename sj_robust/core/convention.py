@@ -1,4 +1,4 @@
-"""What a network takes and gives, found out by trying: images, sequences or single time steps."""
+"""Finds out by trial what a network takes and returns: images, sequences or single time steps."""
 
 import copy
 from collections import OrderedDict

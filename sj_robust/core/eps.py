@@ -1,4 +1,4 @@
-"""Radii as the field writes them: 8/255."""
+"""Radii such as 8/255."""
 
 import math
 import struct

@@ -1,4 +1,4 @@
-"""Folders and files that a user names, looked at before any work and before torch is imported."""
+"""Checks of folders and files named by a user, before any work."""
 
 import tempfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Bridge to SpikingJelly 0.0.0.0.14 and 2.x: the only file that asks which of them is installed."""
+"""Bridge to SpikingJelly 0.0.0.0.14 and 2.x: the only file that checks which one is installed."""
 
 import logging
 from collections.abc import Callable, Iterator

@@ -1,6 +1,4 @@
-"""A network that is attacked or measured stays as it was: modes, states of its neurons, generators;
-exact sums; one thread at a time.
-"""
+"""Restores an attacked or measured network: modes, neuron states and random generators."""
 
 import threading
 from collections.abc import Callable, Iterator

@@ -1,6 +1,4 @@
-"""Private randomness: what an attack or an evaluation draws neither moves nor follows the caller's
-generators.
-"""
+"""Private random numbers, independent of the caller's generators."""
 
 import operator
 from collections.abc import Callable, Iterator, Sequence

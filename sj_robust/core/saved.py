@@ -1,6 +1,4 @@
-"""How results and checkpoints lie on disk: JSON with a head, files whole or not there, tensors
-without code.
-"""
+"""Results and checkpoints on disk: JSON with a header, atomic writes, tensors without code."""
 
 import json
 import math

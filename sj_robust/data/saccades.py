@@ -1,4 +1,4 @@
-"""Event frames of images that a camera looks at in three saccades, as N-MNIST was recorded."""
+"""Event frames made from images by three saccades of a camera, as in N-MNIST."""
 
 import hashlib
 import math

@@ -1,6 +1,4 @@
-"""DSD: the largest singular component of every gradient is taken away before the optimizer sees
-it.
-"""
+"""DSD: removes the largest singular component of every gradient before the optimizer's step."""
 
 from collections.abc import Iterable
 

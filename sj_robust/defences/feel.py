@@ -1,4 +1,4 @@
-"""FEEL-SNN: images that lose their high frequencies over time, and leaks that are learned."""
+"""FEEL-SNN: images that lose high frequencies over time, and learned leaks."""
 
 from typing import Any
 

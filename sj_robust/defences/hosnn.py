@@ -1,4 +1,4 @@
-"""HoSNN: thresholds that pull the potential back to where it usually is."""
+"""HoSNN: thresholds that pull the potential back to its usual value."""
 
 from typing import Any
 

@@ -1,6 +1,4 @@
-"""Penalties on top of the training objective: one interface, and what those on membrane potentials
-share.
-"""
+"""The interface of penalties, and the base of those on membrane potentials."""
 
 import math
 from abc import ABC, abstractmethod

@@ -1,4 +1,4 @@
-"""RSC: Gaussian noise on the image as the code of a spiking network, in training and afterwards."""
+"""RSC: Gaussian noise on the image as an encoding."""
 
 import torch
 from torch import Tensor

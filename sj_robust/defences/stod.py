@@ -1,6 +1,4 @@
-"""STOD: an orthogonal kernel per time step in front of the network, so that the steps of a direct
-code differ.
-"""
+"""STOD: an orthogonal kernel per time step before the network."""
 
 from collections.abc import Sequence
 from itertools import combinations

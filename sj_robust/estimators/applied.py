@@ -1,4 +1,4 @@
-"""The context in which an estimator is in force, and what it changes in every neuron."""
+"""The context in which an estimator is active, and what it changes in every neuron."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack

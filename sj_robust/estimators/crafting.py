@@ -1,4 +1,4 @@
-"""CBA: the analogue network in which every spiking neuron is a ReLU."""
+"""CBA: the network with ReLU instead of every spiking neuron."""
 
 import copy
 from collections.abc import Iterable

@@ -1,6 +1,4 @@
-"""Slopes that depend on more than the potential of one step: PDSG's spread so far and ASSG's memory
-of |z|.
-"""
+"""Slopes that depend on several steps: the spread of PDSG and the memory of ASSG."""
 
 import weakref
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Names of estimators: text to a value that can be compared and hashed."""
+"""Names of estimators as values that can be compared and hashed."""
 
 import math
 from dataclasses import dataclass

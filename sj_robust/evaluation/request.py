@@ -1,4 +1,4 @@
-"""What an evaluation is asked for, as it was checked where it entered."""
+"""The checked arguments of an evaluation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,6 +1,4 @@
-"""The result of an evaluation: which attacks broke which images; every figure is computed from
-these rows.
-"""
+"""The result of an evaluation: the images that every attack broke."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace

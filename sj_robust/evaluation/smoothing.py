@@ -1,4 +1,4 @@
-"""The bracket of a smoothed classifier: certified accuracy in L2, and accuracy under attack."""
+"""Bounds of a smoothed classifier: certified accuracy in L2 and accuracy under attack."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,6 +1,4 @@
-"""A network under every fault or corruption of a list, clean and attacked: each level is a variant
-of the network or of its images.
-"""
+"""A network under every level of faults or corruptions, clean and attacked."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The network that is evaluated: from a checkpoint, or from a user's function."""
+"""The network to evaluate, from a checkpoint or a user's function."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

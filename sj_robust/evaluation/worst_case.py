@@ -1,4 +1,4 @@
-"""Worst case per sample over attacks, gradient estimators and seeds, of one batch."""
+"""Worst case per sample over attacks, gradient estimators and seeds."""
 
 from collections.abc import Sequence
 

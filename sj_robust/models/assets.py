@@ -1,4 +1,4 @@
-"""Files of networks that are too large for the wheel: downloaded from a release, checked, kept."""
+"""Networks that are too large for the wheel, downloaded from a release."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""Networks by name: what a checkpoint needs to build its network again."""
+"""Networks by name, as described in checkpoints."""
 
 import copy
 import math

@@ -1,6 +1,4 @@
-"""Networks of stages in a row: convolution - batch norm - neuron, as the paper's VGG and a small
-one, or linear layers and neurons.
-"""
+"""Networks of stages in a row: convolution, batch norm, neuron; or linear layers and neurons."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or not there."""
+"""Checkpoints, written atomically."""
 
 import glob
 import hashlib

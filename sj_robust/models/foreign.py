@@ -1,4 +1,4 @@
-"""Functions of somebody else's code, by name: ``module:function`` or ``file.py:function``."""
+"""A user's functions by name: ``module:function`` or ``file.py:function``."""
 
 import importlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""Checkpoints of published programs in the networks of this package.
+"""Checkpoints of published programs.
 
 All keep a ``state_dict``, plain or in a dictionary. Their networks differ from those here in names
 alone: a form of another program is translated into the names of the paper's published code, and

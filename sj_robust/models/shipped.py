@@ -1,6 +1,4 @@
-"""Trained networks by name, in the package or downloaded when one is asked for, each with a card
-that says how robust it was found to be.
-"""
+"""Trained networks by name, each with a card of its measured robustness."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""A network that starts from the weights of one trained before."""
+"""Training that starts from the weights of another network."""
 
 import math
 from pathlib import Path

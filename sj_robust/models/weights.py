@@ -1,4 +1,4 @@
-"""Weights in files of every origin, read without running any code that a file may hold."""
+"""Files of weights, read without running any code in them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Networks of SpikingJelly's model zoo, whichever the installed release has."""
+"""Networks of SpikingJelly's model zoo."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""Which neurons of a network charge linearly, and the decay and gain with which each one does."""
+"""Which neurons of a network charge linearly, with their decay and gain."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,6 +1,4 @@
-"""Stages in a network that exists already, how it gets rid of them, and the names that its weights
-have without them.
-"""
+"""Joins layers of an existing network into stages, and separates them again."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""How an existing network gets DLIF neurons, and how they are replaced by SpikingJelly's again."""
+"""Replaces neurons of an existing network by DLIF neurons, and DLIF by SpikingJelly's neurons."""
 
 import copy
 import math

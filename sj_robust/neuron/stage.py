@@ -1,6 +1,4 @@
-"""Batch norm, a spiking neuron and average pooling as one module, which runs them in one pass where
-the result is the same.
-"""
+"""Batch norm, a spiking neuron and average pooling as one module."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -1,6 +1,4 @@
-"""Watchers of the spiking layers of a network: what they may ask for, and how they are told of each
-call.
-"""
+"""The interface between spiking layers and those who observe them."""
 
 import sys
 from collections.abc import Iterable, Iterator

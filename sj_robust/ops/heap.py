@@ -1,4 +1,4 @@
-"""Memory of the host: freed blocks that are kept for the next step, and huge pages."""
+"""Memory of the host: freed blocks kept for the next step, and huge pages."""
 
 import ctypes
 import functools

@@ -1,4 +1,4 @@
-"""Spike function and surrogate derivative, described without any host library."""
+"""Spike function and surrogate derivative, independent of SpikingJelly."""
 
 import functools
 import math

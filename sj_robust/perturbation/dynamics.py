@@ -1,4 +1,4 @@
-"""Membrane potential perturbation dynamics as pure functions of two runs of one neuron layer."""
+"""Perturbation of the membrane potential as pure functions of two runs of one layer."""
 
 from collections.abc import Iterable
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""How well each indicator of a perturbation tells its size, and whether it fools the network."""
+"""How well each indicator predicts the size of a perturbation and its success."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence

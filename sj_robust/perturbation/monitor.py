@@ -1,6 +1,4 @@
-"""MPPDMonitor: the membrane potential perturbation of every spiking layer, by hooks on a
-SpikingJelly network.
-"""
+"""MPPDMonitor: perturbation of the membrane potential in every spiking layer, by hooks."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Two runs of a network, spike by spike: in which layer and at which step they diverge."""
+"""Two runs of a network, compared spike by spike."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Bounds of a tensor of a network: a tensor that hands every torch function to its rule."""
+"""A tensor of bounds, which passes every torch function to its rule."""
 
 import weakref
 from collections.abc import Callable

@@ -1,6 +1,4 @@
-"""Bounds of everything that a spiking network computes while its input moves within a box, rounding
-included.
-"""
+"""Bounds of everything that a network computes for inputs in a box, including rounding."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

@@ -1,4 +1,4 @@
-"""What changed events can do to the currents of a first layer, if at most k of them change."""
+"""The largest effect of at most k changed events on the currents of the first layer."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,6 +1,4 @@
-"""Bounds of the logits that training can follow: with gradients, and with the batch statistics of a
-clean pass.
-"""
+"""Bounds of the logits with gradients, for training."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

@@ -1,4 +1,4 @@
-"""Whether an image of a small network can be fooled, by a mixed-integer program."""
+"""Exact decisions for small networks by a mixed-integer program."""
 
 import time
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Rules of operations that are no affine maps: pooling, ReLU, comparisons, norms of a sample."""
+"""Rules of operations that are not affine: pooling, ReLU, comparisons, norms of a sample."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

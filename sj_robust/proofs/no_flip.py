@@ -1,6 +1,4 @@
-"""The L2 radius in which no spike of the first spiking layer can flip, so that the network's output
-stays as it is.
-"""
+"""The L2 radius within which no spike of the first spiking layer can flip."""
 
 import copy
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Which events of a sample a proof leaves open: those that may be part of a set that breaks it."""
+"""The events of a sample that may be part of an adversarial set, according to a proof."""
 
 from dataclasses import dataclass
 from functools import partial

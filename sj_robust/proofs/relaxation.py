@@ -1,6 +1,4 @@
-"""Linear relaxation of a spiking network in a box: lower bounds of logits and potentials by
-back-substitution.
-"""
+"""Linear relaxation of a spiking network in a box, with bounds by back-substitution."""
 
 import time
 from collections.abc import Callable

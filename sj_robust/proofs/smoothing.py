@@ -1,6 +1,4 @@
-"""Randomised smoothing: a classifier that votes over Gaussian noise, and the L2 radius in which its
-vote is proved.
-"""
+"""Randomised smoothing: a vote over Gaussian noise and its certified L2 radius."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Proofs that check themselves: maps, neurons and bounds against the network that runs."""
+"""Checks of a proof's assumptions on the network that runs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

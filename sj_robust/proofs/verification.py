@@ -1,6 +1,4 @@
-"""Images that no perturbation in a ball can turn: proved by bounds of every spike, with float32's
-rounding.
-"""
+"""Proofs that no perturbation within a ball changes the class of an image."""
 
 import math
 import sys

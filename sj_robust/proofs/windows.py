@@ -1,4 +1,4 @@
-"""The spike trains that bounds leave a spiking layer, and bounds of weighted sums over them."""
+"""The possible spike trains of a spiking layer given its bounds, and weighted sums over them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,6 +1,4 @@
-"""Batch norm on several processes: the same statistics everywhere, or at least the same running
-ones.
-"""
+"""Batch norm on several processes."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Training for proofs: cross entropy of the worst logits that bounds over a ball allow."""
+"""Certified training: cross entropy of the worst logits within bounds."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager

@@ -1,4 +1,4 @@
-"""The epoch loop on Accelerate: CPU, GPU, DDP, mixed precision."""
+"""The epoch loop with Accelerate: CPU, GPU, DDP, mixed precision."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack

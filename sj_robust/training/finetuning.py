@@ -1,4 +1,4 @@
-"""Makes your own network robust in one call, with the engine and the modes of this package."""
+"""Makes your own network robust in one call."""
 
 import tempfile
 from collections.abc import Iterator, Sized

@@ -1,4 +1,4 @@
-"""What is kept of every epoch, and what it says about the training."""
+"""Records of every epoch, and warnings from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a run tells its user: console, log file, TensorBoard."""
+"""Output of a run: console, log file, TensorBoard."""
 
 import json
 import time

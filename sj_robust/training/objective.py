@@ -1,6 +1,4 @@
-"""The training objective: cross entropy of the clean and the perturbed image, and the perturbation
-between them.
-"""
+"""The training objective: cross entropies of clean and perturbed images, and MS-MPPD."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext

@@ -1,4 +1,4 @@
-"""Penalties of the training objective that belong to no defence of :mod:`sj_robust.defences`."""
+"""Penalties that do not belong to a published defence."""
 
 import torch
 from torch import Tensor

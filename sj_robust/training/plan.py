@@ -1,4 +1,4 @@
-"""The numbers of a training run."""
+"""The settings of a training run."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

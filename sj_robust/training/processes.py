@@ -1,4 +1,4 @@
-"""The processes of a run: their interrupts and random generators."""
+"""The processes of a run: interrupts and random generators."""
 
 import random
 import signal

@@ -1,6 +1,4 @@
-"""Steps on the weights after the optimizer's: the retraction of SNN-RAT and the simplex of mixing
-coefficients.
-"""
+"""Steps on the weights after the optimizer's step: SNN-RAT's retraction."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""An evaluation that shows itself, and lies on disk as a file that loads back equal."""
+"""The report: an evaluation with its views, which can be saved and loaded."""
 
 import re
 from dataclasses import asdict, dataclass

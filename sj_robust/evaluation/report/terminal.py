@@ -1,6 +1,4 @@
-"""A robustness report, a comparison and the progress of work on the terminal; showing them needs
-rich.
-"""
+"""Reports, comparisons and progress on the terminal; needs rich."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Images and labels of an evaluation: read once, checked once, hashed once, served by index."""
+"""Images and labels of an evaluation, read, checked and hashed once."""
 
 import tempfile
 from collections.abc import Iterable, Iterator

@@ -1,6 +1,4 @@
-"""In how many forwards a network is judged: one, if it gives the same logits again and carries no
-state, or several.
-"""
+"""Number of forwards by which a network is judged: one if deterministic, otherwise several."""
 
 import torch
 from torch import Tensor, nn

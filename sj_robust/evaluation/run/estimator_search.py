@@ -1,6 +1,4 @@
-"""Which gradient estimators fool a network most: a short attack with every one of them on a few
-images.
-"""
+"""Search for the gradient estimators that fool a network most often."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

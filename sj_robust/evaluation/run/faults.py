@@ -1,6 +1,4 @@
-"""Faults of deployment: a copy of a network with coarse or stuck weights, drifting neurons, lost
-spikes or steps.
-"""
+"""Faults of deployment: a copy of a network with faulty weights, neurons, spikes or steps."""
 
 import copy
 import math

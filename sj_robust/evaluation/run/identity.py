@@ -1,6 +1,4 @@
-"""Whether a network is the one that an evaluation was begun with: what it is made of, its logits,
-and their gradients.
-"""
+"""Checks that a network is the one with which an evaluation was started."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""The one loop over the members of an evaluation: resumable after a kill, shared by processes."""
+"""The loop over the members of an evaluation: resumable, and shared by processes."""
 
 import platform
 import re

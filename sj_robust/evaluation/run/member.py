@@ -1,6 +1,4 @@
-"""One attack with its gradient estimator and restart: how it crafts, and whether what it made fools
-the network.
-"""
+"""One attack with its gradient estimator and seed."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What an evaluation has found so far, in small files that survive a kill at any point."""
+"""Progress of an evaluation, in small files that survive an interruption."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Proofs in an evaluation: images that no perturbation in the ball can break."""
+"""Proofs in an evaluation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

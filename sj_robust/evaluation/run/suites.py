@@ -1,4 +1,4 @@
-"""Suites of attacks by name, with their order and the control of equal cost."""
+"""Suites of attacks by name, with the control of equal cost."""
 
 from collections import Counter
 from collections.abc import Sequence

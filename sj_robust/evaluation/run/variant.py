@@ -1,4 +1,4 @@
-"""What is attacked: a network and its images as they are, or a variant of one of them."""
+"""A network and its images, or a variant of one of them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,5 +1,4 @@
-"""DLIF on the CPU through the compiled kernels of this package (kernel.cpp), called with data
-pointers.
+"""DLIF on the CPU with the compiled kernels.
 
 The kernel is built when the package is installed and is part of it; nothing is compiled or written
 at run time. Without a C++ compiler the installation goes through without it and ``backend="auto"``

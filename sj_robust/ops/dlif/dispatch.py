@@ -1,6 +1,4 @@
-"""Backend name to implementation: the only place that chooses, and the only one that can be asked
-why.
-"""
+"""Chooses the implementation for a backend name."""
 
 import functools
 import warnings

@@ -1,4 +1,4 @@
-"""What bounds of a spiking layer take and give, and which windows of its past are told apart."""
+"""Constants, inputs and outputs of the bounds of a spiking layer."""
 
 from dataclasses import asdict, dataclass
 from typing import Any

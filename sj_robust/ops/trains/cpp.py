@@ -1,4 +1,4 @@
-"""Bounds of spiking layers on the CPU through the compiled kernels of this package (kernel.cpp)."""
+"""Bounds of spiking layers on the CPU with the compiled kernels."""
 
 import ctypes
 

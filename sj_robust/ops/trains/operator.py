@@ -1,6 +1,4 @@
-"""``torch.ops.sj_robust.bounded_steps``, ``train_sums`` and ``joint_sums``: bounds of a spiking
-layer and of sums over its spike trains, by a compiled kernel where there is one.
-"""
+"""The operators ``bounded_steps``, ``train_sums`` and ``joint_sums``."""
 
 from collections.abc import Callable
 from dataclasses import asdict, fields

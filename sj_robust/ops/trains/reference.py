@@ -1,4 +1,4 @@
-"""Bounds of a spiking layer in plain torch: the definition of correct."""
+"""The reference of the bounds of a spiking layer: the definition of correct results."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,6 +1,4 @@
-"""Input gains chosen for stability: those that amplify least, and the amplification as a
-differentiable training term.
-"""
+"""Input gains chosen for stability, and the gain as a differentiable penalty."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,6 +1,4 @@
-"""How much a neuron's leaky sum over time can amplify a perturbation: exact gains and the printed
-constant.
-"""
+"""How much the leaky sum of a neuron can amplify a perturbation."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
