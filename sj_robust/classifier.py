@@ -439,8 +439,8 @@ class PoissonEncoder(nn.Module):
     """Rate coding: a pixel of intensity x spikes with probability x, with a straight-through
     gradient.
 
-    Equation: ``s = 1 if u <= x else 0`` with u uniform in [0, 1]; the backward pass takes ds/dx =
-    1, so that attacks see the mean of the encoding.
+    Equation: ``s = 1 if u <= x else 0`` with u uniform in [0, 1]; the backward pass uses ds/dx = 1,
+    so that attacks see the mean of the encoding.
 
     Args:
         generator: Source of u; None uses torch's global generator.

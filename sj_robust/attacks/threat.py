@@ -196,12 +196,12 @@ class ThreatModel:
 
 
 class Moves(NamedTuple):
-    """How events of every sample moved in time. 事件的时间移动。
+    """How the events of every sample moved in time. 事件的时间移动。
 
     Attributes:
         events: Number of events that moved, [N] int64.
-        largest_shift: Frames by which the one that moved farthest did, [N] int64.
-        total_shift: Frames by which all of them did together, [N] int64.
+        largest_shift: Largest shift of an event in frames, [N] int64.
+        total_shift: Sum of all shifts in frames, [N] int64.
         paired: Whether every pixel and polarity has as many events as before, [N] bool.
     """
 

@@ -46,7 +46,7 @@ class Convention:
         takes: ``"images"`` [N, C, H, W], which it repeats over time itself; ``"sequence"`` [T, N,
             C, H, W]; or ``"steps"``, T times [N, C, H, W].
         returns: ``"logits"`` [N, classes], per call if it takes steps; or ``"sequence"`` [T, N,
-            classes]. It is what was seen in evaluation mode without hooks, and is for display.
+            classes]. This is the output in evaluation mode without hooks, for display only.
         T: Number of time steps of a run.
         resets_itself: Whether it resets its neurons in a run.
         takes_sequences: Whether it also takes sequences [T, N, C, H, W] of one and of two steps.

@@ -112,9 +112,9 @@ class PotentialPenalty(Penalty):
     """A penalty on the membrane potentials before the reset, of all passes of a step.
     作用于重置前膜电位的惩罚项。
 
-    Equation: ``value = mean over layers of the mean of``:meth:`cost`. The potentials are computed
-    again from currents and spikes; the gradient reaches the network through them, their past spikes
-    included (surrogate), unless a neuron detaches its reset.
+    Equation: ``value = mean over layers of the mean of``:meth:`cost`. The potentials are recomputed
+    from currents and spikes; the gradient reaches the network through them, including their past
+    spikes (surrogate), unless a neuron detaches its reset.
 
     Args:
         weight: Weight in the objective.
@@ -122,8 +122,8 @@ class PotentialPenalty(Penalty):
         rising: Whether the weight rises from 0 over the training.
 
     Raises:
-        ValueError: If a number is out of range, a layer is unknown, or the dynamics of one are not
-            known.
+        ValueError: If a number is out of range, a layer is unknown, or the dynamics of a layer are
+            not known.
         RuntimeError: If no chosen layer ran in a pass.
     """
 

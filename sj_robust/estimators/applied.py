@@ -51,7 +51,7 @@ class Estimator(EstimatorName):
     Equation: see the table of :mod:`sj_robust.estimators`.
 
     Args:
-        family: What comes first in the name, such as ``"atan"``.
+        family: First part of the name, such as ``"atan"``.
         number: Width or sharpness: half width in units of the threshold for ``triangle``,
             ``rectangle``, ``hart`` and ``hart_mixed``; alpha for ``atan``, ``sigmoid`` and
             ``exponential``; for ``assg`` the share of the surrogate's area kept around ``|z|``, in
@@ -60,13 +60,13 @@ class Estimator(EstimatorName):
         detach_reset: Whether the reset is detached from the gradient.
 
     Raises:
-        ValueError: If the family is unknown or the rest does not go with it.
+        ValueError: If the family is unknown or the other arguments do not fit it.
 
     Source: straight-through: Bengio et al. (2013); BPTR: Ding et al., "SNN-RAT" (NeurIPS 2022);
         CBA: Sharmin et al. (ECCV 2020); RGA: Bu et al., "Rate Gradient Approximation Attack" (CVPR
         2023); HART: Hao et al. (ICLR 2024); PDSG: Lun et al. (CVPR 2025); ASSG: Wang et al. (arXiv
         2512.22522); mixed: the idea of MDSE in "Attacking the Spike" (arXiv 2209.03358), whose
-        attack learns how much to take of each surrogate, where these alternate.
+        attack learns the weight of each surrogate, while here they alternate.
 
     Examples:
         >>> from sj_robust.neuron import DLIFNode
@@ -123,15 +123,15 @@ def estimator(name: str) -> Estimator:
 
 
 class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
-    """An estimator in force on a network; its value is the network, for ``cba`` the crafting
-    network.
+    """The context in which an estimator is active on a network; its value is the network, or for
+    ``cba`` the crafting network.
 
-    One context per batch of images: the memory of ``assg`` begins anew with every entry. A copy of
-    the network made inside is one without the estimator.
+    Use one context per batch of images: the memory of ``assg`` is cleared on every entry. A copy of
+    the network that is made inside does not have the estimator.
 
     Attributes:
-        moved: Name of every neuron whose backward pass is not its own backend's any more, with
-            where it runs now; its forward stays where it was.
+        moved: Neurons whose backward pass no longer runs on their own backend, by name, with the
+            new backend; the forward pass stays on its backend.
 
     Examples:
         >>> from sj_robust.estimators import estimator

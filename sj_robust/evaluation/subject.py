@@ -25,14 +25,14 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A network with what is known of it. 被评估的网络。
+    """A network to evaluate, with its description. 被评估的网络。
 
     Attributes:
-        name: What the report calls it.
+        name: Name in the report.
         model: Images in [0, 1] to logits.
-        architecture: In a few words.
+        architecture: Architecture in a few words.
         options: Options it was trained with; empty if they are not known.
-        spec: What its network was built from; None for one of your own.
+        spec: Specification of the network; None for your own network.
 
     Examples:
         >>> Subject("mine", SpikingClassifier(nn.Flatten(), T=1), "nothing but a reshape").options

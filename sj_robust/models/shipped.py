@@ -22,16 +22,16 @@ _FOLDER = Path(__file__).with_name("trained")
 
 @dataclass(frozen=True, repr=False)
 class PretrainedCard(Shown):
-    """What is known of a trained network. 预训练网络的说明卡。
+    """Description of a trained network. 预训练网络的说明卡。
 
     Attributes:
         name: Its name for :func:`pretrained`.
         summary: Neuron and training in a few words.
         command: Command of this repository that trained it.
         clean: Clean accuracy in per cent.
-        at_most: Robust accuracy at most, after every attack of the suite and its control, in per
-            cent.
-        at_least: Robust accuracy at least, the images that are proved, in per cent.
+        at_most: Upper bound of the robust accuracy, after every attack of the suite and its
+            control, in per cent.
+        at_least: Lower bound of the robust accuracy, the share of proved images, in per cent.
         found: Verdict of the evaluation: bounds, threat, images, suite and caveats.
         size: Bytes of the file.
         sha256: SHA-256 of the file.
@@ -51,7 +51,7 @@ class PretrainedCard(Shown):
 
     @property
     def verdict(self) -> str:
-        """Name, summary and what the evaluation found."""
+        """Name, summary and verdict of the evaluation."""
         return f"{self.name}, {self.summary}: clean {self.clean} %. {self.found}"
 
     def table(self) -> str:

@@ -16,10 +16,9 @@ class FusionReport:
     """What :func:`fuse` did.
 
     Attributes:
-        stages: Names that the modules of every new stage had, by the stage's name.
-        skipped: Batch norms that stay as they are, with the reason, by their names.
-        renamed: New key in ``state_dict`` of every parameter and buffer that has one, by the old
-            key.
+        stages: For every new stage, the former names of its modules.
+        skipped: Batch norms that were not joined, by name, with the reason.
+        renamed: New keys in ``state_dict`` of renamed parameters and buffers, by the old key.
     """
 
     stages: dict[str, tuple[str, ...]] = field(default_factory=dict)

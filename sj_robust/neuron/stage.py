@@ -43,7 +43,7 @@ class Stage(nn.Module):
     what those functions call in turn, such as methods of ``torch.Tensor`` or kernels set by
     ``torch.library``, go unnoticed, and so does whatever was patched before the import; a
     ``TorchDispatchMode`` sees one operator instead of three, and so does a ``TorchFunctionMode`` in
-    compiled code. In bfloat16 and float16 one pass does not round what lies between the children.
+    compiled code. In bfloat16 and float16, one pass does not round the values between the children.
 
     Equation: ``pool(node(norm(x_seq)))``; a missing norm or pooling is left out.
 
@@ -51,8 +51,8 @@ class Stage(nn.Module):
 
     Args:
         node: The spiking neuron, of any kind.
-        norm: The batch norm in front of it.
-        pool: The pooling behind it.
+        norm: The batch norm before it.
+        pool: The pooling after it.
         one_pass: Whether the children may run in one pass.
 
     Source: batch norm folded into its neighbour, as in every inference engine; here also in

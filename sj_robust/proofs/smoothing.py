@@ -41,11 +41,11 @@ class Smoothing:
     Attributes:
         sigma: Standard deviation of the noise.
         alpha: Probability, per image, that its radius is too large.
-        n: Draws behind the radius.
-        prediction: Class of the smoothed classifier per image; -1 where it abstains.
-        radius: L2 radius, in units of [0, 1] images, in which that class is proved; 0 where it
+        n: Number of draws for the radius.
+        prediction: Class of the smoothed classifier per image; -1 if it abstains.
+        radius: L2 radius, in units of [0, 1] images, within which that class is proved; 0 if it
             abstains.
-        count: Draws, of n, that gave the class which the first n0 draws had guessed.
+        count: Number of the n draws that gave the class guessed by the first n0 draws.
     """
 
     sigma: float

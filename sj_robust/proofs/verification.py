@@ -86,7 +86,7 @@ _SearchAll = Callable[[Tensor, Tensor], Searched]
 
 @dataclass(frozen=True)
 class BoundedLayer:
-    """What the bounds say of a spiking layer, averaged over images and neurons. 脉冲层的上下界。
+    """Bounds of a spiking layer, averaged over images and neurons. 脉冲层的上下界。
 
     Attributes:
         name: Name of the layer in the network.
@@ -107,18 +107,19 @@ class Verification(Shown):
     Attributes:
         eps: Linf radius, or the number of values that may change (L0) or of events that may move.
         correct: Whether each image is classified correctly without a perturbation.
-        margin: Per image, what the logit of the right class is above every other one at least,
-            whatever the perturbation; > 0 is a proof.
-        layers: Spiking layers in order of execution, as intervals bound them, or joint bounds where
+        margin: For every image, a lower bound of the lead of the true class's logit over every
+            other one, under any perturbation; > 0 is a proof.
+        layers: Spiking layers in order of execution, bounded by intervals, or by joint bounds if
             the method has them.
-        x_adv: The images, but for each that is ``broken`` one of its ball that the network gets
-            wrong.
-        broken: Whether such a one is known; the image itself if it is not classified correctly.
-        stepwise: Where joint bounds are those of single steps, with the reason.
+        x_adv: The images; each one that is ``broken`` is replaced by an image of its ball that the
+            network misclassifies.
+        broken: Whether such an image is known; it is the image itself if that is misclassified.
+        stepwise: Layers whose joint bounds are those of single steps, with the reason.
         norm: ``"Linf"``, ``"L0"`` or ``"moves"``.
-        apart: For L0 and moves, layers whose bounds let single values or steps have budgets of
-            their own, with the reason.
-        largest_shift: For moves, frames by which an event moves at most; None for any number.
+        apart: For L0 and moves, layers whose bounds give single values or steps their own budgets,
+            with the reason.
+        largest_shift: For moves, the largest number of frames by which an event moves; None for no
+            limit.
     """
 
     eps: float
@@ -139,9 +140,7 @@ class Verification(Shown):
 
     @property
     def accuracy(self) -> float:
-        """Share of images that are verified: the network's robust accuracy on them is at least
-        that.
-        """
+        """Share of images that are verified, a lower bound of the robust accuracy."""
         return sum(self.verified) / len(self.margin)
 
     @property
@@ -153,7 +152,7 @@ class Verification(Shown):
 
     @property
     def verdict(self) -> str:
-        """How many images are verified, broken and unknown."""
+        """Numbers of verified, broken and unknown images."""
         return (
             f"{self._threat}: {sum(self.verified)} of {len(self.margin)} images "
             f"verified, {sum(self.broken)} broken, {sum(self.unknown)} unknown; "
@@ -186,7 +185,7 @@ class Verification(Shown):
         return "\n\n".join([f"{self.verdict}.", markdown_table(heads, rows, words=3), *notes])
 
     def plot(self) -> "Figure":
-        """The margin of every image, and how many spikes the bounds leave open. 绘制验证结果。
+        """The margin of every image, and the share of undecided spikes. 绘制验证结果。
 
         It needs matplotlib (extra ``recipes``).
         """

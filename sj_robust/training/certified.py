@@ -103,7 +103,7 @@ class CertifiedOptions:
 class CertifiedLoss:
     """Cross entropy of the worst logits that bounds over a ball allow. 可验证训练的损失。
 
-    Equation, with ``progress`` the share of the training that is done::
+    Equation, with the completed share ``progress`` of the training::
 
         rise = (progress - 0.05) / ramp within [0, 1], with ramp = 0.6
         z_c = upper bound of logit_c - logit_y over the ball of radius rise * eps, 0 for c = y
@@ -118,10 +118,10 @@ class CertifiedLoss:
     Args:
         classifier: The network.
         eps: Radius at the end, >= 0.
-        options: How they are trained, and the norm of the radius.
+        options: Options of certified training, including the norm of the radius.
 
     Attributes:
-        progress: Share of the training that is done, in [0, 1]; set by the training loop.
+        progress: Completed share of the training, in [0, 1]; set by the training loop.
 
     Raises:
         ValueError: If ``eps`` is out of range, or something in the network has no bounds; it is
@@ -172,20 +172,20 @@ class CertifiedLoss:
 
     @property
     def ramp(self) -> float:
-        """How far radius and weight have risen, in [0, 1]."""
+        """Current share of the final radius and weight, in [0, 1]."""
         return min(1.0, max(0.0, (self.progress - _START) / self.options.ramp))
 
     def clamped(self, x: Tensor, x_perturbed: Tensor, share: float = 1.0) -> Tensor:
-        """Perturbed images, not farther from ``x`` than a share of the present radius."""
+        """Perturbed images, clamped to a share of the current radius around ``x``."""
         reach = share * self.ramp * self.eps
         return torch.minimum(torch.maximum(x_perturbed.detach(), x - reach), x + reach)
 
     def watching(self) -> AbstractContextManager[None]:
-        """Context of the clean pass, whose batch statistics the bounds take."""
+        """Context of the clean pass, whose batch statistics the bounds use."""
         return self._bounds.watching()
 
     def check(self, image: Tensor) -> None:
-        """Refuse a network of which there are no bounds, by trying one image [1, ...]; nothing else
+        """Raise an error for a network without bounds, by trying one image [1, ...]; nothing else
         changes.
         """
         classifier = self._bounds.classifier
@@ -196,11 +196,11 @@ class CertifiedLoss:
     def value(
         self, x: Tensor, y: Tensor, x_perturbed: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The loss, and the share of images whose class no perturbation of the present radius, or
-        in the present box, changes.
+        """The loss, and the share of images whose class no perturbation within the current radius
+        or box changes.
 
         Raises:
-            ValueError: If there are no perturbed images, of which the box needs some.
+            ValueError: If there are no perturbed images although the box needs them.
         """
         box = self.options.box
         if box < 1.0:

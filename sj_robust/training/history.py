@@ -8,7 +8,7 @@ __all__ = ["EpochRecord", "catastrophic_overfitting"]
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One epoch in figures. 单轮训练记录。
+    """The figures of one epoch. 单轮训练记录。
 
     Attributes:
         epoch: Number of the epoch, from 1.

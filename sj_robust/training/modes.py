@@ -50,16 +50,16 @@ class Mode:
 
     Attributes:
         name: Name of the mode.
-        attack_steps: Gradient steps that make a perturbed image; 0 where it is noise or there is
-            none.
+        attack_steps: Gradient steps that make a perturbed image; 0 for noise or without perturbed
+            images.
         loss: Loss of :class:`Objective`.
         kappa: Weight of the clean cross entropy, at the end of the training for ``certified``.
         rho: Weight of MS-MPPD.
         weight_decay: Weight decay of the optimizer.
         retraction: Length beta of the step towards orthonormal rows after the optimizer's; 0 for
             none.
-        select: Validation figure that the best epoch is chosen by.
-        idle: Options of ``recipes/adv_train.py`` that change nothing with this mode.
+        select: Validation accuracy that selects the best epoch.
+        idle: Options of ``recipes/adv_train.py`` that have no effect in this mode.
 
     Source: Ding et al. (ICML 2024; NeurIPS 2022 for ``rat``), Madry et al. (ICLR 2018), Zhang et
         al. (ICML 2019), Gowal et al. (arXiv 1810.12715) for ``certified``.
@@ -81,8 +81,8 @@ class Mode:
 
     @property
     def single_step(self) -> bool:
-        """Whether one gradient step makes the images to learn, after which catastrophic overfitting
-        is looked for.
+        """Whether the training images are made by a single gradient step, so that catastrophic
+        overfitting is checked for.
         """
         return self.attack_steps == 1 and self.loss != "certified"
 

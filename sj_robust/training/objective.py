@@ -21,19 +21,19 @@ LossName = Literal["paper", "trades", "certified"]
 
 
 class Losses(NamedTuple):
-    """Parts of the objective for one batch, scalars; only ``total`` carries a graph.
+    """The parts of the objective for one batch, scalars; only ``total`` has a graph.
 
     Attributes:
-        total: What is minimised.
+        total: The loss that is minimised.
         clean: Cross entropy of the clean images; 0 if the objective does not run them.
-        perturbed: Cross entropy of the perturbed images; 0 without any, or if the objective does
-            not run them.
-        mppd: MS-MPPD, or the indicator in its place, before its weight; 0 if it has none.
-        certified: Cross entropy of the worst logits that bounds allow; 0 without them.
+        perturbed: Cross entropy of the perturbed images; 0 if there are none, or if the objective
+            does not run them.
+        mppd: MS-MPPD, or the indicator used instead, before weighting; 0 if it has no weight.
+        certified: Cross entropy of the worst logits that the bounds allow; 0 without bounds.
         accuracy: Share of the clean images that are classified correctly; 0 if they do not run.
         accuracy_perturbed: The same of the perturbed images.
-        accuracy_certified: Share of the images that keep their class whatever the perturbation, by
-            these bounds.
+        accuracy_certified: Share of the images that keep their class under any perturbation,
+            according to these bounds.
         penalty: Sum of all penalties with their weights.
     """
 

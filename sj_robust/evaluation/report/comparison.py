@@ -20,7 +20,7 @@ class Difference:
         first: The accuracy in the first report.
         second: The same in the second.
         interval: 95 % CI of second minus first.
-        partial: Whether it covers only the images that the attack was run on in both.
+        partial: Whether it covers only the images on which the attack was run in both reports.
 
     Examples:
         >>> clean = Accuracy("clean", "clean", 8, 10, 0.0), Accuracy("clean", "clean", 9, 10, 0.0)
@@ -64,7 +64,7 @@ class Comparison:
     Attributes:
         names: Names of the two networks.
         differences: One per accuracy that both reports have and that can be compared.
-        notes: What makes the reports incomparable, and what else to know.
+        notes: Reasons why the reports are not comparable, and further remarks.
     """
 
     names: tuple[str, str]

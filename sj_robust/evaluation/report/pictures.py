@@ -39,14 +39,14 @@ class Gallery(Shown):
     """Images before and after an attack, with the predicted classes. 对抗样本图集。
 
     Attributes:
-        threat: Ball in which every attacked image lies.
-        estimator: Gradient estimator that they were made with.
+        threat: Threat model that every attacked image respects.
+        estimator: Gradient estimator of the attack.
         x: Clean images [N, C, H, W], or event frames [N, T, C, H, W].
-        x_adv: Attacked ones; those that fool the network come first.
-        labels: Their classes [N].
-        predicted: Predicted classes of the clean ones.
-        predicted_adv: Predicted classes of the attacked ones.
-        traces: Both runs of every pair; empty where no neuron can be followed.
+        x_adv: Attacked images; those that fool the network come first.
+        labels: True classes [N].
+        predicted: Predicted classes of the clean images.
+        predicted_adv: Predicted classes of the attacked images.
+        traces: Both runs of every pair; empty if no neuron can be followed.
         class_names: Names of the classes; without them, a class is its number.
     """
 
@@ -125,7 +125,7 @@ class Gallery(Shown):
         return f'<img alt="{escape(self.verdict)}" src="data:image/png;base64,{image}">{table}'
 
     def figures(self) -> dict[str, "Figure"]:
-        """All of them by the names of their files: gallery, spikes and membrane. 全部图。"""
+        """All figures by the names of their files: gallery, spikes and membrane. 全部图。"""
         found = {"gallery": self.plot()}
         if self.traces:
             found["spikes"] = self.plot("spikes")

@@ -83,7 +83,7 @@ class EstimatorSearch:
 
 @dataclass(frozen=True)
 class EstimatorTrial:
-    """How strong a short attack is with one estimator. 单个梯度估计的试探结果。
+    """Strength of a short attack with one estimator. 单个梯度估计的试探结果。
 
     Attributes:
         estimator: Name of the estimator.
@@ -91,11 +91,11 @@ class EstimatorTrial:
         margin: Margin under attack (logit of the label minus the largest other one, 0 if broken),
             as a share of the margin on the clean images.
         seconds: Time of the attack.
-        images: Number of the images.
-        gained: Images that it breaks and the training surrogate does not.
-        lost: Images that the training surrogate breaks and it does not.
+        images: Number of images.
+        gained: Number of images broken with this estimator but not with the training surrogate.
+        lost: Number of images broken with the training surrogate but not with this estimator.
         chosen: Whether it is one of the chosen estimators.
-        note: Why it could not be tried; its figures are then those without an attack.
+        note: The reason if it could not be tried; its figures are then those without an attack.
     """
 
     estimator: str

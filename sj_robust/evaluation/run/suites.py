@@ -75,9 +75,9 @@ class Suite:
     Attributes:
         name: Name of the suite.
         members: Attacks whose worst case counts, in the order in which they are run; those of group
-            ``""`` are figures for themselves, and may have another radius than the threat.
-        control: The training surrogate with restarts at the same cost, in group ``"control"``; what
-            the choice of estimators is worth is the difference.
+            ``""`` are reported separately, and may have another radius than the threat.
+        control: The training surrogate with restarts at the same cost, in group ``"control"``; the
+            difference shows the benefit of choosing estimators.
         description: What is run, in one sentence.
         search: How the estimators are chosen beforehand; None if the suite needs no choice.
 

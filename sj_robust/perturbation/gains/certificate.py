@@ -59,7 +59,7 @@ class Bound:
     """One bound on one layer.
 
     Attributes:
-        value: Upper bound of the ratio; None where there is none (no leak and any number of steps).
+        value: Upper bound of the ratio; None if there is none (no leak and any number of steps).
         held: Whether it held on every pair, up to the stated margin; None if nothing was measured
             or no spike difference reached the layer.
     """
@@ -70,14 +70,14 @@ class Bound:
 
 @dataclass(frozen=True)
 class LayerCertificate:
-    """One spiking layer; ratios and bounds are of eps to Ds, the spike differences of all feeding
-    layers together.
+    """One spiking layer; ratios and bounds are those of eps to Ds, the spike differences of all
+    layers that feed it, taken together.
 
     Attributes:
         name: Name in the network.
         neuron: Class of the neuron.
         decay: Fraction of the potential kept per step (lambda); None if it is not known.
-        input_gain: Fixed times learnable input gain of every step (p); None likewise.
+        input_gain: Fixed times learnable input gain of every step (p); None if it is not known.
         feeds: Layers that feed it; ``"input"`` is the normalised input of the network.
         norm: ||W|| of the stacked linear map before it; None if the layer is not covered.
         upper_bound: Whether ``norm`` counts max pooling by its Lipschitz constant, so that it is a
@@ -92,7 +92,7 @@ class LayerCertificate:
         measured_l2: Largest ||eps|| / ||Ds|| over the pairs; None if no spike difference reached
             the layer.
         measured_peak: Largest max_t ||eps[t]|| / ||Ds|| over the pairs.
-        not_covered: Why there are no bounds; None if there are.
+        not_covered: The reason if there are no bounds, else None.
     """
 
     name: str

@@ -26,8 +26,8 @@ class GainDesign:
         lower_bound: Lower bound of the gain with any input gains under the same constraint, by
             duality; equal to ``gain`` up to rounding.
         constant_gain: The gain with every input gain equal to the mean.
-        response: Potential [T] that a constant input of 1 reaches without spikes: what the design
-            costs.
+        response: Potential [T] that a constant input of 1 reaches without spikes: the cost of the
+            design.
         constant_response: The same with constant input gains.
     """
 

@@ -34,10 +34,11 @@ class InputMap:
             input.
         norm: Spectral norm of the map, approached from below, or with ``upper_bound`` a bound on
             what the map does; None if the layer is not covered.
-        upper_bound: Whether max pooling lies between, which counts by its Lipschitz constant.
-        residual: How far from an exact singular value the estimate can be.
-        iterations: Products with the map, and as many with its adjoint.
-        not_covered: Why the layer has no norm; None if it has one.
+        upper_bound: Whether there is max pooling in between, which enters by its Lipschitz
+            constant.
+        residual: Largest possible distance of the estimate from an exact singular value.
+        iterations: Number of products with the map, and with its adjoint.
+        not_covered: The reason if the layer has no norm, else None.
     """
 
     name: str
