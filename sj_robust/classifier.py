@@ -489,7 +489,7 @@ def as_classifier(
             at once how it is called; None leaves that to the first forward.
 
     Raises:
-        TypeError: If ``net`` is no network, or T no integer.
+        TypeError: If ``net`` is not a network, or T no integer.
         ValueError: If T is missing, T, mean or std are given for a classifier, which has its own,
             or it cannot be found out how the network is called.
     """
@@ -548,8 +548,8 @@ def check_classifier(model: object) -> SpikingClassifier:
 
 
 def _without_containers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Modules by name, but for those in a container of SpikingJelly that takes the time dimension
-    from them.
+    """Modules by name, except for those in a container of SpikingJelly that takes the time
+    dimension from them.
     """
     yield name, module
     if isinstance(module, base.MultiStepModule):

@@ -543,7 +543,7 @@ def _start(
     y: Tensor,
     settings: Settings,
 ) -> FewestChanges:
-    """The frames themselves as the first candidates: what is wrong already needs no change."""
+    """The frames themselves as the first candidates: misclassified samples need no change."""
     best = FewestChanges(x)
     score = objective.score(x, y)
     best.fooled = confident(score.loss, score.fooled, settings).clone()

@@ -50,7 +50,7 @@ def refuse_carried_states(model: object) -> Iterator[None]:
 
 
 def _bare_neurons(module: nn.Module) -> Iterator[nn.Module]:
-    """Modules with a state, but for those in a classifier that resets them."""
+    """Modules with a state, except for those in a classifier that resets them."""
     if getattr(module, "resets_itself", False):
         return
     if _memories(module):

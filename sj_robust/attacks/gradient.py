@@ -224,7 +224,7 @@ def pgd(
 def _checked_step(step_size: float, ball: ThreatModel) -> float:
     """The step size, which must be positive in a ball with a radius, where 0 would attack nothing.
 
-    In Linf it is at most the diameter of the ball or 1, so that 2 in the place of 2/255 is noticed.
+    In Linf it is at most the diameter of the ball or 1, so that 2 instead of 2/255 is noticed.
     """
     longest = float("inf")
     if ball.norm == "Linf":

@@ -63,7 +63,7 @@ def move_events(
     move is the best one.
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for event frames
-    [N, T, 2, H, W], binary or of counts, in the place of images. ``count_moves`` counts the moves.
+    [N, T, 2, H, W], binary or of counts, instead of images. ``count_moves`` counts the moves.
 
     Args:
         moves: Largest number of moved events per sample.

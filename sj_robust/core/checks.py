@@ -111,7 +111,7 @@ def check_samples(x: Tensor) -> None:
 
     Raises:
         TypeError: As :func:`check_images`.
-        ValueError: As :func:`check_images`, or if a value of frames is no number of events.
+        ValueError: As :func:`check_images`, or if a value of frames is not a number of events.
 
     Examples:
         >>> check_samples(torch.full((1, 3, 2, 4, 4), 2.0))
@@ -462,9 +462,8 @@ def check_classes(y: Tensor, classes: int) -> None:
 
 
 def check_network(net: object, name: str = "net") -> None:
-    """Raise TypeError for what is no network, such as a class that was not called; ``name`` is the
-    argument's.
-    检查参数是否为网络。
+    """Raise TypeError for what is not a network, such as a class that was not called; ``name`` is
+    the argument's. 检查参数是否为网络。
 
     Examples:
         >>> check_network(nn.ReLU)

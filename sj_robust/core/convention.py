@@ -87,8 +87,8 @@ def find_convention(
     A reading is told from another by the time steps that the network's neurons run in it: a call of
     a single-step neuron is one, that of a multi-step neuron on [T', N, *] is T'. Two batch sizes,
     both unlike T, tell the dimensions of the outputs apart. Where images and a sequence of them
-    both fit, their logits must be the same but for rounding. As rounding moves a spike that is at
-    the threshold, the logits of some images may differ by more, if those of one of 16 do not and
+    both fit, their logits must be the same except for rounding. As rounding moves a spike that is
+    at the threshold, the logits of some images may differ by more, if those of one of 16 do not and
     the difference over all 16 is at most 10 %. The network is left as it was: modes, states,
     buffers, attributes and random generators; hooks on it are not called, unless no reading fits
     without them.
@@ -268,7 +268,7 @@ class _Trial:
         return replace(chosen, takes_sequences=sequences)
 
     def _agree(self, one: _Fit, other: _Fit) -> bool:
-        """Whether two readings give the same logits, but for spikes at the threshold."""
+        """Whether two readings give the same logits, except for spikes at the threshold."""
         if one.logits.shape != other.logits.shape:
             return False
         if bool(_alike(one.logits, other.logits).all()):
@@ -545,7 +545,7 @@ class _Kept:
                 self.tensors[name] = value, value._version, value.detach().clone()
 
     def changed(self) -> Iterator[str]:
-        """Names of attributes that are not what they were, but for states of memory modules."""
+        """Names of attributes that are not what they were, except for states of memory modules."""
         now = vars(self.module)
         inside = now.get("_memories", {})
         for name, value in _values(now):
@@ -728,7 +728,7 @@ def _mean(outputs: object) -> Tensor:
 
 
 def _alike(a: Tensor, b: Tensor) -> Tensor:
-    """Which images have the same logits but for rounding, [N]."""
+    """Which images have the same logits except for rounding, [N]."""
     share = max(_ROUNDING, torch.finfo(a.dtype).eps ** 0.5)
     alike: Tensor = (a - b).norm(dim=1) <= share * torch.maximum(a.norm(dim=1), b.norm(dim=1))
     return alike

@@ -163,8 +163,8 @@ _LOCKS = _Locks()
 
 @contextmanager
 def evaluation_mode(model: object) -> Iterator[None]:
-    """Evaluation mode, and every module's own mode afterwards; what is no ``nn.Module`` has none.
-    评估模式。
+    """Evaluation mode, and every module's own mode afterwards; what is not an ``nn.Module`` has
+    none. 评估模式。
 
     Other threads wait for the network until then, see :func:`locked`.
 
@@ -198,7 +198,7 @@ def preserved(model: object) -> Iterator[None]:
     保持网络原状。
 
     Inside, states are copies without a graph, since a reset may write into their tensors. A
-    callable that is no network has nothing to be kept.
+    callable that is not a network has nothing to be kept.
 
     Examples:
         >>> from spikingjelly.activation_based import neuron

@@ -10,7 +10,7 @@ With z = h - v_threshold, the charged potential h of a step, and the half width 
 potential:
 
 ==================== ===========================================================================
-name                 what stands for ds/dz of the spike, or for the gradient of the neuron's input
+name                 what replaces ds/dz of the spike, or the gradient of the neuron's input
 ==================== ===========================================================================
 ``training``         the network's own surrogate
 ``triangle:w``       ``max(0, 1 - |z| / W) / W``, ``W = w * v_threshold``
@@ -25,7 +25,7 @@ name                 what stands for ds/dz of the spike, or for the gradient of 
 ``rga``              ``grad_x[t] = grad_s[t]`` times the slope of firing rate over mean input
 ``hart:w``           triangle times the gradient averaged over time, previous potential detached
 ``hart_mixed:w``     mean of ``hart:w`` and the network's own gradient, neuron by neuron
-``cba``              a separate crafting network: ReLU in place of every neuron, same weights
+``cba``              a separate crafting network: ReLU instead of every neuron, same weights
 ``mixed``            another shape in every forward: ``triangle:0.5``, ``atan:4``, ``sigmoid:4``,
                      ``rectangle:1``, ``exponential:2``, and again from the first
 ==================== ===========================================================================

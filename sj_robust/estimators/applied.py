@@ -92,7 +92,7 @@ class Estimator(EstimatorName):
             TypeError: On entry, if ``model`` is not a module.
             ValueError: On entry, if there is no spiking neuron, or one that this estimator does not
                 work for.
-            RuntimeError: On entry, if an estimator is in force already.
+            RuntimeError: On entry, if an estimator is already active.
         """
         return Applied(self, model)
 
@@ -236,7 +236,7 @@ def _check(estimator: EstimatorName, model: nn.Module, neurons: dict[str, Any]) 
 def _plan(
     estimator: EstimatorName, name: str, node: Any, images: ImageTracker, rotation: Rotation
 ) -> dict[str, Any]:
-    """Attributes that put the estimator in force on one neuron."""
+    """Attributes that activate the estimator on one neuron."""
     plan: dict[str, Any] = {}
     if estimator.detach_reset:
         if not isinstance(vars(node).get("detach_reset"), bool):
@@ -343,7 +343,7 @@ class _Override:
         self._step = 0  # of the sequence
 
     def entries(self) -> dict[str, Any]:
-        """What puts it in force: SpikingJelly's neurons have no field for it, but methods."""
+        """The activation: SpikingJelly's neurons have no field for it, but methods."""
         node = self._node
         if type(node) is DLIFNode:
             return {"gradient": self}

@@ -161,7 +161,7 @@ class ImageTracker:
 
     A batch that got smaller holds some of the samples of the one before: each image takes over the
     state of the image nearest to it (an attack moves an image less than images differ). Any other
-    change of shape starts anew.
+    change of shape starts again.
 
     Attributes:
         turn: Number of different images so far.

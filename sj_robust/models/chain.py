@@ -186,7 +186,7 @@ class SmallConvNet(ConvChain):
     """Convolution - batch norm - neuron - average pooling, once per entry of ``channels``, then
     linear layers.
 
-    With ``strides`` the convolutions have these in the place of the poolings, which gives tighter
+    With ``strides`` the convolutions have these instead of the poolings, which gives tighter
     bounds.
 
     小型卷积脉冲网络，适用于 8x8 至 32x32 的图像。

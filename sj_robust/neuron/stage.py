@@ -178,8 +178,8 @@ class Stage(nn.Module):
         return output
 
     def _run_with_gradient(self, x_seq: Tensor, norm: BatchNorm | None, kernels: str) -> Tensor:
-        """Forward in one pass but for the pooling, backward by the neuron's ``gradient`` from its
-        currents.
+        """Forward in one pass except for the pooling, backward by the neuron's ``gradient`` from
+        its currents.
         """
         currents = x_seq
         if norm is not None:
@@ -361,7 +361,7 @@ def is_original(module: nn.Module) -> bool:
 
 
 def _sets_one_of(module: nn.Module, methods: frozenset[str]) -> bool:
-    """Whether a module has an attribute of its own in the place of one of these methods."""
+    """Whether a module has an attribute of its own instead of one of these methods."""
     if torch.compiler.is_compiling():  # torch 2.8 cannot guard the elements of a set
         return any(name in module.__dict__ for name in sorted(methods))
     return not methods.isdisjoint(module.__dict__)

@@ -365,7 +365,7 @@ class MPPDMonitor(BaseMonitor):
         """Records of a layer by name, or one record by index, as every SpikingJelly monitor has
         them.
 
-        Unless traces are kept, the records are the statistics so far, made anew here.
+        Unless traces are kept, the records are the statistics so far, made again here.
         """
         if isinstance(i, str) and i not in self.name_records_index:
             raise KeyError(

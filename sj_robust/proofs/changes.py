@@ -35,8 +35,8 @@ class Changes:
         y[j] + sum of the k least d[j, i] below 0  <=  y~[j]
         y[j] + sum of the k largest d[j, i] above 0  >=  y~[j]
 
-    Both are reached: an event changes a value in one direction only. A budget that is no integer,
-    as while a training raises it, counts the next change in part.
+    Both are reached: an event changes a value in one direction only. A budget that is not an
+    integer, as while a training raises it, counts the next change in part.
 
     Attributes:
         budget: Number k of changes, for all elements together.

@@ -129,7 +129,7 @@ class KeptValues:
 
     Args:
         model: A network that has run, so that what it builds in its first forward is there; a
-            callable that is no ``nn.Module`` holds nothing.
+            callable that is not an ``nn.Module`` holds nothing.
 
     Examples:
         >>> net = nn.BatchNorm1d(2)
@@ -465,7 +465,7 @@ def _random_currents(neuron: Neuron, T: int, generator: torch.Generator) -> Tens
 
 
 def _gains(charging: Charging, T: int) -> Tensor:
-    """Gain of every step [T], with 1 in place of 0."""
+    """Gain of every step [T], with 1 instead of 0."""
     gains = [torch.as_tensor(charging.gain_at(t, input_gain=True)) for t in range(T)]
     found = torch.stack([gain.detach().double().cpu() for gain in gains])
     return torch.where(found == 0, 1.0, found)

@@ -68,7 +68,7 @@ class Steps:
 
 
 def centred(values: Interval) -> Interval:
-    """Centres and radii in the place of both ends."""
+    """Centres and radii instead of both ends."""
     return Interval((values.low + values.high) / 2, (values.high - values.low) / 2)
 
 
@@ -133,12 +133,12 @@ class SpikeTrains:
         return self._sums(weights, None)
 
     def centred(self, weights: Tensor) -> Interval:
-        """Centres and radii of the same in the place of both ends."""
+        """Centres and radii of the same instead of both ends."""
         return centred(self.bounds(weights))
 
     def in_float32(self, weights: Tensor, slack: float) -> Interval:
-        """Centres and radii of the same in float32, in the place of both ends; the radii cover what
-        that rounds.
+        """Centres and radii of the same in float32, instead of both ends; the radii cover what that
+        rounds.
         """
         return self._sums(weights, slack)
 

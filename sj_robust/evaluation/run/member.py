@@ -184,10 +184,10 @@ def fools(model: Model, x: Tensor, y: Tensor, *, draws: int = 1, seeds: SampleSe
     在真实网络上复核。
 
     Equation: ``fooled_n = [sum_d [argmax model(x; draw d)_n != y_n] > draws / 2]``. Nothing of an
-    estimator is in force here. A stochastic network has other noise in every draw; one draw too
-    lucky for the attacker does not count, and one too lucky for the network neither. With more
-    draws it tends to whether the network is wrong more often than right. A forward sees only the
-    images that are undecided.
+    estimator is active here. A stochastic network has other noise in every draw; one draw too lucky
+    for the attacker does not count, and one too lucky for the network neither. With more draws it
+    tends to whether the network is wrong more often than right. A forward sees only the images that
+    are undecided.
 
     Args:
         model: Images [N, ...] in [0, 1] to logits [N, classes]; a module is scored in evaluation

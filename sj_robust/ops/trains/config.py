@@ -205,7 +205,7 @@ class ChainPlaces:
 
 @dataclass(frozen=True)
 class Windows:
-    """Which last resets are told apart at a step: none so far, the latest ones, and all between
+    """Which last resets are distinguished at a step: none so far, the latest ones, and all between
     them as one.
 
     A slot is the last reset just before step a: slot 0 is a = 0, before which there was none. Up to
