@@ -244,11 +244,11 @@ WRONG = [
             Odd(): r"hold one number per channel, got Odd\(\); write a list",
             (): r"hold one number per channel, got shape \[0\]; give one dimension",
             ((0.1, 0.2), (0.3, 0.4)): r"hold one number per channel, got shape \[2, 2\]; give one",
-            (0.5, NAN): rf"be finite.* in every channel, got nan; leave {name} out",
-            INF: rf"be finite.* in every channel, got inf; leave {name} out",
+            (0.5, NAN): rf"be finite.* in every channel, got nan; omit {name}",
+            INF: rf"be finite.* in every channel, got inf; omit {name}",
         }.items()
     ),
-    Wrong(ALL, {"std": 0.0}, r"std must be finite and > 0 in every channel, got 0.0; leave std"),
+    Wrong(ALL, {"std": 0.0}, r"std must be finite and > 0 in every channel, got 0.0; omit std"),
     Wrong(ALL, {"std": np.array([-1.0])}, r"std must be finite and > 0 in every channel, got -1.0"),
     Wrong(ALL, {"mean": [0.1, 0.2]}, r"mean must hold one number per channel, got 2 for .*; give"),
     Wrong(ALL, {"std": np.ones((3, 1, 1))}, r"std must hold one number per channel, got 3 for .*;"),
@@ -297,12 +297,12 @@ WRONG = [
     Wrong(
         (evaluate,),
         {"x": X.flatten(1), "suite": "gradient"},
-        r"suite 'gradient' needs images .* take 'fast', or",
+        r"suite 'gradient' needs images .* use 'fast', or",
     ),
     Wrong(
         (evaluate,),
         {"x": X.flatten(1), "suite": "standard", "draws": 2},
-        r"suite 'standard' needs images .* take 'fast', or",
+        r"suite 'standard' needs images .* use 'fast', or",
     ),
     # event frames
     Wrong(
@@ -400,8 +400,16 @@ WRONG = [
         Wrong((verify,), {"method": method}, rf"method must be one of ibp, .*, got {said}")
         for method, said in {"crwon": r"'crwon'; did you mean 'crown'\?", "": "''", 1: "1"}.items()
     ),
-    Wrong((verify,), {"on_batch": 3}, r"on_batch must be a function or None, got int; give print"),
-    Wrong((smooth,), {"on_image": 3}, r"on_image must be a function or None, got int; give print"),
+    Wrong(
+        (verify,),
+        {"on_batch": 3},
+        r"on_batch must be a function or None, got int; give one such as print",
+    ),
+    Wrong(
+        (smooth,),
+        {"on_image": 3},
+        r"on_image must be a function or None, got int; give one such as print",
+    ),
     *(
         Wrong((smooth,), {"sigma": value}, rf"sigma must be {said}")
         for value, said in {

@@ -144,7 +144,7 @@ def test_the_penalty_reaches_the_kernels_and_wants_an_orthogonal_encoder():
     assert classifier.encoder.skew.grad.abs().max() > 0
     plain = build_classifier(NetworkSpec(channels=(4, 4)))
     passes = ForwardPasses(plain, y, x, None, plain(x), None)
-    with pytest.raises(TypeError, match="needs an OrthogonalEncoder, got NoneType; take .* stod"):
+    with pytest.raises(TypeError, match="needs an OrthogonalEncoder, got NoneType; use .* stod"):
         penalty.value(passes)
 
 

@@ -317,7 +317,7 @@ def test_an_option_that_a_function_does_not_have(own):
         ({"channels": (4, 0)}, r"convolution must have a width >= 1, got \[4, 0\]; leave"),
         ({"name": "vgg5", "hidden": (-8,)}, r"layer must have a width >= 1, got \[-8\]; leave"),
         ({"mean": (0.1, 0.2)}, r"one value per channel \(1\), got \(0.1, 0.2\)"),
-        ({"std": (0.1,), "frames": True}, "std is for images, event frames stay as they are"),
+        ({"std": (0.1,), "frames": True}, "std is for images, not for event frames"),
     ],
 )
 def test_wrong_options(options, message):

@@ -302,7 +302,7 @@ def test_torch_knows_the_operators():
 
 def test_a_named_backend_that_cannot_run_says_why():
     currents, numbers, windows = random_steps("four steps", M=5)
-    with pytest.raises(ValueError, match="knows hard resets alone"):
+    with pytest.raises(ValueError, match="supports only hard resets"):
         operator.bounded_steps(currents, replace(numbers, soft=True), windows, backend="cpp")
     with pytest.raises(ValueError, match="supports 14 windows, got 40"):
         operator.bounded_steps(currents, numbers, Windows(40), backend="cpp")
