@@ -93,7 +93,7 @@ class ConvChain(DirectlyEncoded):
         for name, sizes in (("convolution", widths), ("hidden layer", hidden)):
             if any(size < 1 for size in sizes):
                 raise ValueError(
-                    f"every {name} must have a width >= 1, got {list(sizes)}; leave the layer out"
+                    f"every {name} must have a width >= 1, got {list(sizes)}; omit the layer"
                 )
         if min(height, columns) < 2**halvings:
             raise ValueError(

@@ -241,7 +241,7 @@ def check_shape(name: SuiteName, images: Tensor, *, draws: int = 1) -> None:
         >>> check_shape("gradient", torch.rand(2, 36))
         Traceback (most recent call last):
             ...
-        ValueError: suite 'gradient' needs images [N, C, H, W] for Square, got shape (2, 36); take
+        ValueError: suite 'gradient' needs images [N, C, H, W] for Square, got shape (2, 36); use
         'fast', or reshape inside the model
     """
     with_square = name in ("gradient", "autoattack") or (name == "standard" and draws > 1)
