@@ -64,7 +64,8 @@ class Options:
       proof leaves open; with the flips or moves of the training.
     - all: all except the last three, as far as the folder has numbers for them."""
     columns: list[str] | None = None
-    """Columns that rho shows, as shell patterns such as pgd20 or paper/*; None: the usual ones."""
+    """Columns that rho shows, as shell patterns such as pgd20 or paper/*; None: the default ones.
+    """
 
     # intensity and ground truth
     eps: tuple[Radius, ...] = tuple(map(Radius, (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)))
