@@ -443,7 +443,7 @@ def first_that_fools(
 
 
 def check_tries(tries: int, model: Model | None, y: Tensor | None) -> None:
-    """Refuse several draws where nothing tells which of them fools."""
+    """Raise an error for several draws without model and labels."""
     check_count("tries", tries)
     if tries > 1 and (model is None or y is None):
         raise ValueError(

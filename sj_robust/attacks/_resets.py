@@ -1,4 +1,4 @@
-"""States that an attacked network carries from one forward into the next."""
+"""States that an attacked network carries from one forward to the next."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -247,8 +247,8 @@ def logits_of(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor
 
 @contextmanager
 def taken_for_checked() -> Iterator[None]:
-    """Within it attacks take images, labels and logits for checked: whoever enters has checked the
-    images and scores what comes out with a check. 其内不再重复检查。
+    """Context in which attacks assume that images, labels and logits are checked: the caller has
+    checked the images and checks the results. 其内不再重复检查。
 
     Every check waits for a GPU, and a gradient attack would make one per step.
     """
@@ -337,7 +337,7 @@ def did_you_mean(value: object, choices: Iterable[str]) -> str:
 
 
 def check_text(name: str, value: str) -> None:
-    """A text that is not empty."""
+    """Check for a non-empty string."""
     if not isinstance(value, str) or not value:
         raise TypeError(f"{name} must be a non-empty string, got {value!r}; use a str")
 

@@ -102,8 +102,8 @@ class SampleSeeds:
 
 
 class SampleDraws:
-    """Successive draws from :class:`SampleSeeds`: the n-th draw of a sample is the same whoever is
-    beside it.
+    """Successive draws from :class:`SampleSeeds`: the n-th draw of a sample does not depend on the
+    other samples.
     """
 
     def __init__(self, seeds: SampleSeeds) -> None:

@@ -156,8 +156,8 @@ class Sharpness:
 
 
 class ImageTracker:
-    """Sees what a network is called with, and tells a new iteration of an attack from one more
-    forward of the same.
+    """Observes the inputs of a network, and distinguishes a new iteration of an attack from another
+    forward of the same one.
 
     A batch that got smaller holds some of the samples of the one before: each image takes over the
     state of the image nearest to it (an attack moves an image less than images differ). Any other

@@ -496,7 +496,7 @@ class Evaluation:
                 )
 
     def _contradictions(self, proof: Row) -> Iterable[tuple[str, set[int]]]:
-        """Attacks within the threat of a proof that break what it says stands, and these images."""
+        """Attacks within the threat of a proof that break proved images, and these images."""
         same_network = {self.main, OVER_EPS}
         variants = same_network if proof.variant in same_network else {proof.variant}
         for row in self.rows:

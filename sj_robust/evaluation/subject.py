@@ -178,7 +178,7 @@ def describe_network(model: nn.Module) -> dict[str, Any]:
 
 
 def check_fits(subject: Subject, images: Tensor, classes: int | None, dataset: str) -> int:
-    """A network takes the images of a data set, knows its classes and can be attacked.
+    """Check that a network accepts the images of a data set, has its classes and can be attacked.
     检查网络与数据是否匹配。
 
     Args:

@@ -77,7 +77,7 @@ def call_with_known(
 
 
 def reason(error: Exception) -> str:
-    """An error in one line, with the last line of foreign code that it passed.
+    """An error in one line, with the last line of foreign code in its traceback.
 
     Examples:
         >>> reason(ValueError("too far"))

@@ -100,8 +100,7 @@ def as_named_in(net: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tens
 def check_keys(
     tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origin: str, remedy: str
 ) -> None:
-    """Raise ValueError unless what a file, ``origin``, holds has the names and shapes that the
-    network needs.
+    """Raise ValueError unless the file ``origin`` has the names and shapes that the network needs.
 
     Examples:
         >>> import torch

@@ -92,7 +92,7 @@ class Neuron:
 
     @property
     def surrogate(self) -> Surrogate:
-        """How it spikes, and what stands in for the derivative."""
+        """The spike function and its surrogate derivative."""
         return describe_surrogate(self.module.surrogate_function)
 
     @property

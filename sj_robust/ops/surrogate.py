@@ -33,7 +33,7 @@ The CUDA text has a struct of each name, and the C++ text knows a kind by its pl
 
 @dataclass(frozen=True)
 class Surrogate:
-    """How a neuron spikes and what stands in for the derivative of the spike.
+    """The spike function of a neuron and the surrogate of its derivative.
 
     The spike is ``s = 1 if z >= 0 else 0`` with ``z = h - v_threshold``. Its derivative is replaced
     by g(z):

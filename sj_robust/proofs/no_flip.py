@@ -30,7 +30,7 @@ __all__ = ["no_flip_radius"]
 
 
 def no_flip_radius(model: SpikingClassifier, x: Tensor, *, batch_size: int = 64) -> Tensor:
-    """The L2 radius around each image within which no spike that depends on the input can flip.
+    """The L2 radius around each image within which no spike driven by the input can flip.
     首层脉冲不翻转的半径。
 
     Equation, for neuron i with potential h before firing, the row w_i of the linear map from the
@@ -61,7 +61,7 @@ def no_flip_radius(model: SpikingClassifier, x: Tensor, *, batch_size: int = 64)
     Raises:
         TypeError: If ``model`` is not a ``SpikingClassifier``.
         ValueError: If images are not finite or outside [0, 1].
-        NotImplementedError: If a neuron that depends on the input has unknown dynamics or no
+        NotImplementedError: If a neuron driven directly by the input has unknown dynamics or no
             bounds, the map to it is not affine, the encoder is stochastic, or the input reaches the
             logits without passing a neuron.
         UnsoundBoundsError: If such a neuron does not follow its charge equation.

@@ -304,7 +304,8 @@ def check_point(model: nn.Module, run: BoundedRun, logits: Bounds, point: Tensor
 
 
 def overridden(neuron: Neuron) -> str | None:
-    """Name of a method of the dynamics that stands on the neuron itself, in place of its class's.
+    """Name of a method of the dynamics that is set on the neuron itself and replaces that of its
+    class.
 
     Examples:
         >>> from sj_robust import DLIFNode

@@ -90,7 +90,7 @@ def constants_of(spiking: Float32Spiking, steps: int) -> Constants:
 
 
 def check_finite(x: Interval, constants: Constants) -> None:
-    """Raise NoBoundsError if float32 may round currents or potentials to what is not finite."""
+    """Raise NoBoundsError if currents or potentials may not be finite in float32."""
     gain = max(map(abs, constants.gains))
     size = x.size().max() * gain * len(constants.gains) + abs(constants.rest)
     within_float32(constants.of_charge(size + abs(constants.threshold)))

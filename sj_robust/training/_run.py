@@ -376,7 +376,7 @@ def _schedule(
 
 
 def check_outputs(classifier: nn.Module, image: Tensor, classes: int, seed: int) -> None:
-    """The network tells as many classes apart as there are; looking leaves it as it was."""
+    """Check that the network distinguishes as many classes as there are; it is not changed."""
     with from_reset(classifier, seed, image.device), torch.no_grad():
         outputs = classifier(image).shape[1]
     if outputs != classes:

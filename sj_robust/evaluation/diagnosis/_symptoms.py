@@ -297,7 +297,9 @@ def _budgets(probe: Probe, attack: Tensor) -> Iterator[Finding]:
 
 
 def transfer(probe: Probe, source: nn.Module | None) -> Finding:
-    """Images crafted on another network beside those crafted with the own gradient."""
+    """Images crafted on another network, compared with those crafted with the network's own
+    gradient.
+    """
     crafting = probe.substitute() if source is None else source
     attack, transferred = probe.white_box, probe.fooled(probe.attack(source=crafting))
     origin = (

@@ -26,7 +26,7 @@ _REMEDIES = {
 
 
 def settled_draws(model: nn.Module, data: Data, draws: int | None) -> int:
-    """In how many forwards a network is judged, and over how many its attacks average.
+    """Number of forwards by which a network is judged, and over how many its attacks average.
     确定随机网络的判定次数。
 
     Unless there are several draws already, every image is asked twice, with other random numbers:

@@ -103,7 +103,7 @@ def default_faults(model: nn.Module) -> tuple[Fault, ...]:
 def faulty(model: nn.Module, fault: Fault, *, seed: int = 0) -> nn.Module:
     """A copy of a network with a fault; the network itself is not changed. 返回带故障的网络副本。
 
-    With the same seed, the faults of a mild level are a subset of those of a severe level.
+    With the same seed, what is drawn for a mild level is part of what is drawn for a severe level.
 
     Args:
         model: The network; faults of steps and jitter need it inside a ``SpikingClassifier``.

@@ -63,7 +63,7 @@ class Asked:
         return member.threat.norm == self.threat.norm and member.threat.eps <= self.threat.eps
 
     def measures_as(self, member: Member) -> bool:
-        """Whether distances of a member are those of the threat, except for the radius."""
+        """Whether the distances of a member are measured as in the threat, whatever the radius."""
         if member.threat is None or self.threat is None:
             return False
         return replace(member.threat, eps=self.threat.eps) == self.threat
@@ -156,8 +156,8 @@ class Job:
 
 
 def run_batch(job: Job, log: BatchLog) -> Iterator[Step]:
-    """Run the members in their order, each on what is right and still stands in its group; what is
-    in the log already is not run again. Yields every step.
+    """Run the members in order, each on the images that are still correct in its group; members
+    that are already in the log are not run again. Yields every step.
     """
     members = job.variant.members
     if not log.steps:

@@ -19,7 +19,7 @@ __all__ = ["Proofs", "has_proofs", "prove", "verify_within"]
 
 @dataclass(frozen=True)
 class Proofs:
-    """What was proved at some radii. 若干半径下被证明的图像。
+    """Results of proofs at several radii. 若干半径下被证明的图像。
 
     Attributes:
         verified: By radius, as text, the numbers of the images that are verified.
