@@ -132,7 +132,7 @@ class Options:
     """For event data: events moved in time per sample in validation, test and proofs, instead of
     eval_eps; None: Linf."""
     largest_shift: Annotated[PositiveInt | None, Idle(lambda options: options.moves is None)] = None
-    """For moves: most frames that an event may be moved by; None: no limit."""
+    """For moves: largest number of frames by which an event may move; None: no limit."""
     certified_flips: float | None = None
     """For certified: changed or moved events per time step in the bounds; None: flips or moves."""
     certified_eps: Annotated[Radius | None, BESIDE_EVENTS] = None
@@ -572,7 +572,7 @@ def check_events(options: Options, splits: ImageSplits) -> None:
         number = getattr(options, name)
         if number is not None and not splits.frames:
             raise ValueError(
-                f"{name} counts {what} events, got {number} for {options.dataset}; take event "
+                f"{name} counts {what} events, got {number} for {options.dataset}; use event "
                 "data, such as --dataset saccade:digits, or omit it"
             )
     if options.flips is not None and options.moves is not None:

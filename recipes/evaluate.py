@@ -104,11 +104,11 @@ class Options:
     """Norm of the perturbation; None: Linf, or for event data L0, or moves if trained for them.
     moves: events moved in time."""
     largest_shift: PositiveInt | None = None
-    """For moves: most frames that an event may be moved by; None: that of the training, or no
-    limit."""
+    """For moves: largest number of frames by which an event may move; None: that of the training,
+    or no limit."""
     total_shift: PositiveInt | None = None
-    """For moves: most frames that the events of a sample may be moved by in total; None: no
-    limit."""
+    """For moves: largest number of frames by which the events of a sample may move in total; None:
+    no limit."""
     fault_draws: PositiveInt = 5
     """For stress: number of draws of each random fault."""
     draws: PositiveInt | None = None
@@ -347,7 +347,7 @@ def load_subject(options: Options) -> Subject:
     if options.network is not None:
         return from_function(options.network, T=options.T, mean=options.mean, std=options.std)
     if options.mean is not None or options.std is not None:
-        raise ValueError("a checkpoint knows its own mean and std: leave --mean and --std out")
+        raise ValueError("a checkpoint contains its mean and std: omit --mean and --std")
     return from_checkpoint(Path(str(options.checkpoint)), options.T, trust_code=options.trust_code)
 
 

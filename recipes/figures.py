@@ -64,7 +64,8 @@ class Options:
       proof leaves open; with the flips or moves of the training.
     - all: all except the last three, as far as the folder has numbers for them."""
     columns: list[str] | None = None
-    """Columns that rho shows, as shell patterns such as pgd20 or paper/*; None: the usual ones."""
+    """Columns that rho shows, as shell patterns such as pgd20 or paper/*; None: the default ones.
+    """
 
     # intensity and ground truth
     eps: tuple[Radius, ...] = tuple(map(Radius, (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)))
@@ -253,8 +254,8 @@ def intensity(options: Options, folder: Path) -> None:
         finish(result, folder / f"intensity_{subject.name}.json")
         for direction in result.directions:
             print(
-                f"{direction}, {result.samples} images, {result.left_out} wrong "
-                f"already\n{result.table(direction)}"
+                f"{direction}, {result.samples} images, {result.left_out} already "
+                f"misclassified\n{result.table(direction)}"
             )
 
 

@@ -57,9 +57,9 @@ class Options:
     seeds: Annotated[int | list[int], Yaml(int, list)] = 1
     """Number of seeds (0, 1, ...), or a list of seeds."""
     cells: Annotated[YamlDict, NamesCode()] = field(default_factory=dict)
-    """Cells by name, beside the grid: each has a config (a preset such as defences/tgo), options
-    that override all others, and a search, one option with values. The first seed is trained with
-    each of them, and the best on validation images is taken for all seeds."""
+    """Named cells, in addition to the grid: each has a config (a preset such as defences/tgo),
+    options that override all others, and a search: one option with several values. The first seed
+    is trained with each value, and the best one on validation images is used for all seeds."""
     skip: Annotated[list[dict[str, Any]], Yaml(list)] = field(default_factory=list)
     """Combinations to skip, such as {neuron: lif, rho: [1, 2]}. Combinations that differ only in
     ignored options (rho with mode none) are run once."""
@@ -70,7 +70,7 @@ class Options:
     evaluation_options: YamlDict = field(default_factory=dict)
     """Options of evaluate.py, such as {test_limit: 256}."""
     evaluations: YamlDict = field(default_factory=dict)
-    """Evaluations by name with options of their own, such as {at_4: {suite: fast, eps: 4/255}}."""
+    """Named evaluations with their own options, such as {at_4: {suite: fast, eps: 4/255}}."""
 
     # recipes
     recipe: Annotated[str | None, NamesCode()] = None
@@ -94,7 +94,7 @@ class Options:
     report: bool = False
     """Only make the tables and the figure from finished runs."""
     columns: list[str] | None = None
-    """Columns of the tables, as shell patterns such as paper/*; None: the usual ones. The CSV has
+    """Columns of the tables, as shell patterns such as paper/*; None: the default ones. The CSV has
     all."""
     contrast: tuple[str, ...] = ()
     """Options whose effect to tabulate, over pairs of runs with the same seed."""

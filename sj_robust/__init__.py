@@ -1,8 +1,8 @@
 """sj_robust: robustness of spiking neural networks, on SpikingJelly.
 
-Names and parts of the package are reached from here, each imported when it is first asked for:
-``sj_robust.attacks.pgd`` needs no import beside ``import sj_robust``, and what needs no torch
-starts without it.
+Every name and part of the package can be reached from here and is imported on first use:
+``sj_robust.attacks.pgd`` needs no other import than ``import sj_robust``, and parts that do not
+need torch start without it.
 """
 
 import importlib

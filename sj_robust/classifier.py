@@ -45,8 +45,8 @@ _OF_FIXED_RANK = (
 
 
 class SpikingClassifier(nn.Module):
-    """Images in [0, 1] to logits; the same images give the same logits whatever ran before.
-    图像到输出的纯函数。
+    """A map from images in [0, 1] to logits; the same images give the same logits, whatever ran
+    before. 图像到输出的纯函数。
 
     Equation: ``logits = mean_t net(encode(images))[t]`` after ``functional.reset_net(net)``.
 
@@ -58,26 +58,27 @@ class SpikingClassifier(nn.Module):
     Shapes: images [N, C, H, W] or features [N, F], floating point; logits [N, classes] in float32
     or float64. The network takes a sequence [T, N, C, H, W], one step [N, C, H, W] at a time, or
     images [N, C, H, W] that it repeats over time itself. It returns [T, N, classes] (averaged
-    here), [N, classes] per step, or [N, classes] if it averages itself. The first forward, or
-    :meth:`find_convention`, finds by trial which input it takes; :attr:`convention` tells. Its
-    output is checked in every forward, so that it may differ between training and evaluation.
+    here), [N, classes] per step, or [N, classes] if it does the averaging itself. The first
+    forward, or :meth:`find_convention`, finds by trial which input it takes, and :attr:`convention`
+    shows the result. The output is checked in every forward, so it may differ between training and
+    evaluation.
 
     Args:
-        net: A SpikingJelly network of any neurons.
+        net: A SpikingJelly network with any neurons.
         T: Number of time steps; None for a network that repeats its images itself, which has its
             own.
-        encoder: Turns images into the frame of one step and is called T times, such as
+        encoder: Turns images into the frame of one step, and is called T times, such as
             :class:`PoissonEncoder` or an encoder of SpikingJelly; None repeats the image (direct
             encoding).
         mean: Mean per channel subtracted from the frames: a sequence, a tensor, or one number for
             all channels.
-        std: Standard deviation per channel the frames are divided by.
+        std: Standard deviation per channel by which the frames are divided.
         takes: What the network is called with: ``"sequence"``, ``"steps"`` or ``"images"``; None
             finds out.
 
     Raises:
-        TypeError: If ``net`` is no network, T no integer, mean or std hold no numbers, or the
-            images are not floating point.
+        TypeError: If ``net`` is not a network, T is not an integer, mean or std are not numbers, or
+            the images are not floating point.
         ValueError: If an argument, the shape of the images or of the network's output does not fit,
             images and weights differ in device or dtype, the network can be called in several ways
             that give different logits, or it keeps a state that is not reset.
@@ -92,7 +93,8 @@ class SpikingClassifier(nn.Module):
     """
 
     T: int
-    """Number of time steps; not there before the first forward where only the network knows it."""
+    """Number of time steps; if only the network knows it, this is not set before the first forward.
+    """
 
     mean: Tensor | None
     std: Tensor | None
@@ -173,13 +175,13 @@ class SpikingClassifier(nn.Module):
 
     @property
     def convention(self) -> Convention | None:
-        """What the network was found to take and to return; None before the first forward."""
+        """The input and output conventions found for the network; None before the first forward."""
         return None if self._found is None else self._found[1]
 
     def find_convention(self, images: Tensor) -> Convention:
         """Find out by a few small forwards how the network is called, as the first forward does.
 
-        The network is left as it was. Of the images only shape, dtype and device count.
+        The network is left as it was. Only the shape, dtype and device of the images matter.
         """
         self._check(images)
         try:
@@ -190,10 +192,10 @@ class SpikingClassifier(nn.Module):
 
     def quicker(self) -> "SpikingClassifier | None":
         """A copy whose IF, LIF and PLIF neurons run on DLIF's kernels; None if the network has no
-        such neurons, runs them step by step or is one itself. 更快的等价副本。
+        such neurons, runs them step by step or is itself one. 更快的等价副本。
 
-        Its logits are those of the network up to rounding, which can change a spike. It is for
-        attacks that need no gradient.
+        Its logits equal those of the network up to rounding, which can change a spike. It is meant
+        for attacks that need no gradient.
 
         Examples:
             >>> net = nn.Sequential(nn.Flatten(2), nn.Linear(4, 3), neuron.LIFNode(step_mode="m"))
@@ -376,27 +378,27 @@ class SpikingClassifier(nn.Module):
 
 
 class SpikingEventClassifier(SpikingClassifier):
-    """Event frames to logits; the same frames give the same logits whatever ran before.
+    """A map from event frames to logits; the same frames give the same logits, whatever ran before.
     事件帧到输出的纯函数。
 
     Equation: ``logits = mean_t net(frames)[t]`` after ``functional.reset_net(net)``.
 
-    Frames come samples first, [N, T, C, H, W], as a loader of SpikingJelly's event data sets stacks
-    them and as every attack and evaluation expects its samples. The network gets [T, N, C, H, W] as
-    always on SpikingJelly: here, and nowhere else, are the two dimensions exchanged. For frames
-    held as [T, N, C, H, W] pass ``frames.transpose(0, 1)``.
+    The sample dimension of the frames comes first, [N, T, C, H, W], as a loader of SpikingJelly's
+    event data sets stacks them and as every attack and evaluation expects its samples. The network
+    gets [T, N, C, H, W], as always in SpikingJelly: the two dimensions are exchanged here and
+    nowhere else. For frames stored as [T, N, C, H, W], pass ``frames.transpose(0, 1)``.
 
-    All else is as in :class:`SpikingClassifier`; frames are neither encoded nor normalised.
+    Everything else is as in :class:`SpikingClassifier`; frames are neither encoded nor normalised.
 
     Args:
-        net: A SpikingJelly network of any neurons that takes [T, N, C, H, W] (step mode ``"m"``) or
-            T times [N, C, H, W] (step mode ``"s"``).
+        net: A SpikingJelly network with any neurons that takes [T, N, C, H, W] (step mode ``"m"``)
+            or [N, C, H, W] once per step (step mode ``"s"``).
         T: Number of frames per sample.
         takes: What the network is called with: ``"sequence"`` or ``"steps"``; None finds out.
 
     Raises:
         ValueError: If an argument, the shape of the frames or the network's output does not fit, or
-            the network repeats its input over time itself.
+            the network itself repeats its input over time.
 
     Source: frames of events as in ``spikingjelly.datasets`` (``data_type="frame"``); rate decoding
         of Ding et al. (ICML 2024), section 5.
@@ -437,11 +439,11 @@ class PoissonEncoder(nn.Module):
     """Rate coding: a pixel of intensity x spikes with probability x, with a straight-through
     gradient.
 
-    Equation: ``s = 1 if u <= x else 0`` with u uniform in [0, 1]; the backward pass takes ds/dx =
-    1, so that attacks see the mean of the encoding.
+    Equation: ``s = 1 if u <= x else 0`` with u uniform in [0, 1]; the backward pass uses ds/dx = 1,
+    so that attacks see the mean of the encoding.
 
     Args:
-        generator: Source of u; None is torch's global one.
+        generator: Source of u; None uses torch's global generator.
 
     Source: Poisson encoding as in SpikingJelly's ``encoding.PoissonEncoder``, with the gradient of
         its expectation.
@@ -487,7 +489,7 @@ def as_classifier(
             at once how it is called; None leaves that to the first forward.
 
     Raises:
-        TypeError: If ``net`` is no network, or T no integer.
+        TypeError: If ``net`` is not a network, or T no integer.
         ValueError: If T is missing, T, mean or std are given for a classifier, which has its own,
             or it cannot be found out how the network is called.
     """
@@ -546,8 +548,8 @@ def check_classifier(model: object) -> SpikingClassifier:
 
 
 def _without_containers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Modules by name, but for those in a container of SpikingJelly that takes the time dimension
-    from them.
+    """Modules by name, except for those in a container of SpikingJelly that takes the time
+    dimension from them.
     """
     yield name, module
     if isinstance(module, base.MultiStepModule):

@@ -1,5 +1,5 @@
-"""What is installed and what runs here: ``python -m sj_robust.doctor``, to paste into a bug
-report.
+"""What is installed and what can run on this machine: ``python -m sj_robust.doctor``, to paste into
+a bug report.
 """
 
 import os
@@ -41,8 +41,8 @@ _MARGIN = 1e-4  # a potential nearer to the threshold may round to either side
 
 
 def report() -> str:
-    """Versions, system, devices, backends with reasons, settings, a self test, and what to do about
-    what is missing.
+    """Versions, system, devices, backends (with the reason if one is not available), settings, a
+    self test, and how to install what is missing.
 
     诊断报告：版本、系统、设备、后端、设置与自检。
 
@@ -71,7 +71,7 @@ def _text(tests: dict[str, str]) -> str:
     packages, remedies = _packages()
     backends = available_backends()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gradient = "IF and LIF have no gradient in evaluation mode; SpikingClassifier sees to it"
+    gradient = "IF and LIF have no gradient in evaluation mode; SpikingClassifier handles this"
     release = (
         f"interface of 0.0.0.0.14 ({gradient})" if EVAL_MODE_HAS_NO_GRADIENT else "interface of 2.x"
     )
@@ -240,7 +240,7 @@ def _difference(reference: DLIFNode, node: DLIFNode, x: Tensor, grad: Tensor) ->
     h = reference.decay * before + reference.input_gain.detach().view(-1, 1, 1) * x
     clear = ((h - reference.v_threshold).abs() > _MARGIN).all(0)
     if float(clear.double().mean()) < 0.99 or not 0.05 < float(spikes[0].detach().mean()) < 0.95:
-        return "the reference itself spikes as no seed should make it"
+        return "the spikes of the reference itself are implausible"
     torch.autograd.backward(spikes, (grad * clear, grad * clear))
     pairs = {
         "spikes": spikes,

@@ -260,12 +260,15 @@ def test_page_shows_the_tree():
 
 
 def tree():
-    """Every folder and file of the package, with the first sentence that it says of itself."""
+    """Every folder and file of the package but private modules and headers, with the first sentence
+    that it says of itself.
+    """
     lines = []
     for path in sorted(PACKAGE.rglob("*"), key=lambda path: path.relative_to(PACKAGE).parts):
         parts = path.relative_to(PACKAGE).parts
-        hidden = path.name == "__init__.py" or path.suffix == ".so"
-        if hidden or "__pycache__" in parts or "trained" in parts:
+        hidden = path.name == "__init__.py" or path.suffix in {".h", ".so"}
+        private = path.name.startswith("_") and len(parts) > 1
+        if hidden or private or "__pycache__" in parts or "trained" in parts:
             continue
         if path.is_dir():
             text = f"- `{path.name}/`: {said_of_itself(path / '__init__.py')}"

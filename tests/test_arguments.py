@@ -179,7 +179,7 @@ WRONG = [
         }.items()
     ),
     # faults
-    Wrong((stress,), {"faults": []}, r"faults must hold one or more, got none; omit it"),
+    Wrong((stress,), {"faults": []}, r"faults must contain at least one, got none; omit it"),
     Wrong((stress,), {"faults": "weight_bits"}, r"faults must be a list, got str; write faults="),
     Wrong((stress,), {"faults": Fault("weight_bits", 4)}, r"faults must be a list, got Fault; w"),
     Wrong((stress,), {"faults": ["weight_bits"]}, r"must be Fault, got 'weight_bits'; write Fault"),
@@ -244,11 +244,11 @@ WRONG = [
             Odd(): r"hold one number per channel, got Odd\(\); write a list",
             (): r"hold one number per channel, got shape \[0\]; give one dimension",
             ((0.1, 0.2), (0.3, 0.4)): r"hold one number per channel, got shape \[2, 2\]; give one",
-            (0.5, NAN): rf"be finite.* in every channel, got nan; leave {name} out",
-            INF: rf"be finite.* in every channel, got inf; leave {name} out",
+            (0.5, NAN): rf"be finite.* in every channel, got nan; omit {name}",
+            INF: rf"be finite.* in every channel, got inf; omit {name}",
         }.items()
     ),
-    Wrong(ALL, {"std": 0.0}, r"std must be finite and > 0 in every channel, got 0.0; leave std"),
+    Wrong(ALL, {"std": 0.0}, r"std must be finite and > 0 in every channel, got 0.0; omit std"),
     Wrong(ALL, {"std": np.array([-1.0])}, r"std must be finite and > 0 in every channel, got -1.0"),
     Wrong(ALL, {"mean": [0.1, 0.2]}, r"mean must hold one number per channel, got 2 for .*; give"),
     Wrong(ALL, {"std": np.ones((3, 1, 1))}, r"std must hold one number per channel, got 3 for .*;"),
@@ -291,18 +291,18 @@ WRONG = [
         CARDS, {"x": list(X), "y": None}, r"every batch of x must be a pair .*, got Tensor; give"
     ),
     Wrong(CARDS, {"x": [(X,)], "y": None}, r"every batch of x must be a pair .*, got tuple; give"),
-    Wrong(CARDS, {"x": X[:0], "y": Y[:0]}, r"x must hold an image or more, got none"),
-    Wrong(CARDS, {"x": [], "y": None}, r"x must hold an image or more, got none"),
+    Wrong(CARDS, {"x": X[:0], "y": Y[:0]}, r"x must contain at least one image, got none"),
+    Wrong(CARDS, {"x": [], "y": None}, r"x must contain at least one image, got none"),
     Wrong((verify, smooth), {"x": X.numpy()}, r"x must be a tensor of images, got ndarray; use"),
     Wrong(
         (evaluate,),
         {"x": X.flatten(1), "suite": "gradient"},
-        r"suite 'gradient' needs images .* take 'fast', or",
+        r"suite 'gradient' needs images .* use 'fast', or",
     ),
     Wrong(
         (evaluate,),
         {"x": X.flatten(1), "suite": "standard", "draws": 2},
-        r"suite 'standard' needs images .* take 'fast', or",
+        r"suite 'standard' needs images .* use 'fast', or",
     ),
     # event frames
     Wrong(
@@ -353,11 +353,11 @@ WRONG = [
     Wrong(CARDS, {"folder": 3}, r"folder must be the path of a folder, got 3; use a str"),
     Wrong(CARDS, {"folder": ""}, r"folder must be the path of a folder, got ''; use a str"),
     *(
-        Wrong(CARDS, {name: value}, rf"{name} must be a text that is not empty, got {said}; use")
+        Wrong(CARDS, {name: value}, rf"{name} must be a non-empty string, got {said}; use")
         for name in ("name", "dataset")
         for value, said in {3: "3", "": "''"}.items()
     ),
-    Wrong(CARDS, {"dataset": None}, r"dataset must be a text that is not empty, got None; use"),
+    Wrong(CARDS, {"dataset": None}, r"dataset must be a non-empty string, got None; use"),
     Wrong(CARDS, {"progress": "no"}, r"progress must be True or False, got 'no'"),
     Wrong(CARDS, {"progress": None}, r"progress must be True or False, got None"),
     # pairs of inputs
@@ -400,8 +400,16 @@ WRONG = [
         Wrong((verify,), {"method": method}, rf"method must be one of ibp, .*, got {said}")
         for method, said in {"crwon": r"'crwon'; did you mean 'crown'\?", "": "''", 1: "1"}.items()
     ),
-    Wrong((verify,), {"on_batch": 3}, r"on_batch must be a function or None, got int; give print"),
-    Wrong((smooth,), {"on_image": 3}, r"on_image must be a function or None, got int; give print"),
+    Wrong(
+        (verify,),
+        {"on_batch": 3},
+        r"on_batch must be a function or None, got int; give one such as print",
+    ),
+    Wrong(
+        (smooth,),
+        {"on_image": 3},
+        r"on_image must be a function or None, got int; give one such as print",
+    ),
     *(
         Wrong((smooth,), {"sigma": value}, rf"sigma must be {said}")
         for value, said in {

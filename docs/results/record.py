@@ -72,7 +72,7 @@ def table(rows: list[Row]) -> str:
         "source",
         "clean, %",
         "proved, %",
-        "attacks leave, %",
+        "under attack, %",
     ]
     cells = []
     for row in rows:

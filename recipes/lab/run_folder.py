@@ -30,8 +30,8 @@ def run_to_resume(
         output: The folder, None for the newest.
         stem: Name of a folder under ``root`` up to its number.
         root: Where folders with numbers are.
-        mark: Files, as a glob pattern, that tell a run with something to go on with from one that
-            failed at its start.
+        mark: Files, as a glob pattern, that tell a run with something to continue with from one
+            that failed at its start.
 
     Raises:
         FileNotFoundError: If there is no such run with a configuration in it.

@@ -1,8 +1,7 @@
-"""Attacks as functions ``attack(model, x, y, *, eps, ...) -> x_adv``; they know torch and a
-callable.
+"""Attacks as functions ``attack(model, x, y, *, eps, ...) -> x_adv`` on any callable model.
 
-Arguments, results, errors and guarantees that all of them share; each docstring says what it
-adds:
+The following arguments, results, errors and guarantees are common to all of them; each docstring
+only describes what it adds:
 
 - ``model``: Any callable from images [N, ...] in [0, 1] to logits [N, classes] that forgets its
   past between calls: a spiking network belongs inside ``SpikingClassifier``, which resets it before
@@ -16,17 +15,19 @@ adds:
 - ``steps``: Number of gradient steps of a run, >= 1.
 - ``restarts``: Number of runs from different random starts, >= 1.
 - ``eot_samples``: Forwards averaged at every point (expectation over transformation), for
-  stochastic models. What is kept was judged on these forwards: score the result with several fresh
-  ones.
-- ``targeted``: Whether to descend towards ``y``, the labels to reach, instead of climbing away from
-  it.
-- ``loss``: Logits and labels to one value per sample, [N]; cross entropy by default.
-- ``generator``: It gives one number per call, which seeds all randomness of that call, the
-  network's own use of torch's global generators included; it may live on another device than ``x``.
-  With ``SampleSeeds``, what is drawn for a sample depends neither on the other samples nor on the
-  batch size. None draws fresh numbers in every call, which ``torch.manual_seed`` does not govern.
-- The result has shape, dtype and device of ``x``, lies in the budget, and carries no graph.
-- The caller's ``x``, parameters, ``.grad`` and global random state stay as they were.
+  stochastic models. The images that are kept were judged on these forwards: score the result with
+  several fresh ones.
+- ``targeted``: Whether ``y`` holds target labels, so that the loss is minimised instead of
+  maximised.
+- ``loss``: A function of logits and labels that returns one value per sample, [N]; cross entropy by
+  default.
+- ``generator``: One number is drawn from it per call. This number seeds all randomness of the call,
+  including the network's own use of torch's global generators. It may be on another device than
+  ``x``. With ``SampleSeeds``, the random numbers of a sample depend neither on the other samples
+  nor on the batch size. None uses fresh randomness in every call, independent of
+  ``torch.manual_seed``.
+- The result has the shape, dtype and device of ``x``, stays within the budget, and has no graph.
+- The caller's ``x``, parameters, ``.grad`` and global random state are not changed.
 - ``TypeError``: an argument has the wrong type, or ``x`` is not floating point. ``ValueError``:
   ``x`` is not finite or leaves [0, 1], labels or logits do not fit, or a number is out of range.
   ``RuntimeError``: no gradient reaches the images of an attack that needs it.

@@ -443,7 +443,7 @@ def first_that_fools(
 
 
 def check_tries(tries: int, model: Model | None, y: Tensor | None) -> None:
-    """Refuse several draws where nothing tells which of them fools."""
+    """Raise an error for several draws without model and labels."""
     check_count("tries", tries)
     if tries > 1 and (model is None or y is None):
         raise ValueError(
@@ -543,7 +543,7 @@ def _start(
     y: Tensor,
     settings: Settings,
 ) -> FewestChanges:
-    """The frames themselves as the first candidates: what is wrong already needs no change."""
+    """The frames themselves as the first candidates: misclassified samples need no change."""
     best = FewestChanges(x)
     score = objective.score(x, y)
     best.fooled = confident(score.loss, score.fooled, settings).clone()

@@ -9,8 +9,8 @@ __all__ = ["each_on_its_own", "in_unary", "summed", "taking_planes"]
 
 
 def in_unary(x: Tensor) -> tuple[Tensor, int]:
-    """Frames [N, T, C, H, W] with planes in the place of channels, and how many: plane k of a value
-    is 1 where the value is above k. One plane more than needed holds an event that is added. Binary
+    """Frames [N, T, C, H, W] with planes instead of channels, and how many: plane k of a value is 1
+    where the value is above k. One plane more than needed holds an event that is added. Binary
     frames are their only plane.
     """
     if not x.numel() or float(x.max()) <= 1:

@@ -1,4 +1,4 @@
-"""A network that spikes as another one does and runs faster, for attacks that only need logits."""
+"""A faster network with the same spikes, for attacks that only need logits."""
 
 from typing import Protocol, runtime_checkable
 

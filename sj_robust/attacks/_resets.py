@@ -1,4 +1,4 @@
-"""States that an attacked network carries from one forward into the next."""
+"""States that an attacked network carries from one forward to the next."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,7 +50,7 @@ def refuse_carried_states(model: object) -> Iterator[None]:
 
 
 def _bare_neurons(module: nn.Module) -> Iterator[nn.Module]:
-    """Modules with a state, but for those in a classifier that resets them."""
+    """Modules with a state, except for those in a classifier that resets them."""
     if getattr(module, "resets_itself", False):
         return
     if _memories(module):

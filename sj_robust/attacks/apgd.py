@@ -1,4 +1,4 @@
-"""Auto-PGD: projected gradient ascent that chooses its step size itself."""
+"""Auto-PGD: projected gradient ascent that adapts its step size."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -59,36 +59,37 @@ def apgd(
         x[k + 1] = P(x[k] + 0.75 * (z - x[k]) + 0.25 * (x[k] - x[k - 1]))
 
     ``eta`` is ``2 * eps`` at first, and ``x[0]`` is random on the border of the ball. Checkpoints
-    come after 22 % of the steps, then at intervals that shrink by 3 % each, down to 6 %. There a
-    sample halves its eta and goes back to its image of highest loss in two cases: fewer than 75 %
-    of the steps since the last checkpoint raised the loss; or it did not halve at the last
-    checkpoint, and its highest loss has not grown since. Losses, with z the logits and z_1, z_2,
-    ... the same in descending order:
+    come after 22 % of the steps, then at intervals that shrink by 3 % each, down to 6 %. At a
+    checkpoint, a sample halves its eta and returns to its image of highest loss in two cases: if
+    fewer than 75 % of the steps since the last checkpoint raised the loss, or if eta was not halved
+    at the last checkpoint and the highest loss has not grown since. Losses, with the logits z, and
+    z_1, z_2, ... their values in descending order:
 
     - ``"ce"``: cross entropy.
-    - ``"dlr"``: ``-(z_y - max_{i != y} z_i) / (z_1 - z_3)``, the same for every scale of the
-      logits.
+    - ``"dlr"``: ``-(z_y - max_{i != y} z_i) / (z_1 - z_3)``, which does not depend on the scale of
+      the logits.
     - ``"dlr_targeted"``: ``-(z_y - z_t) / (z_1 - (z_3 + z_4) / 2)`` for each class t of the
-      ``target_classes`` most likely wrong ones at ``x``, one after the other with all their
+      ``target_classes`` most likely wrong classes at ``x``, one after the other, each with all
       restarts.
 
-    With ``keep_best`` the result of a sample is the first image that fools the model: ``x`` if it
-    is classified wrongly, else an iterate, after which the sample is skipped in all further steps,
-    restarts and targets. Where nothing fools, it is the image of highest loss.
+    With ``keep_best``, the result of a sample is the first image that fools the model: ``x`` if it
+    is misclassified, otherwise an iterate, after which the sample is skipped in all further steps,
+    restarts and targets. If nothing fools the model, it is the image of highest loss.
 
-    The authors' code keeps any fooling iterate as well, so robust accuracies agree within the noise
-    of the random starts; it does not skip samples, so this one is faster. The steps after
-    which progress is judged, and the strict "fewer", follow the paper; both matter only at few
-    steps.
+    The authors' code also keeps any iterate that fools the model, so robust accuracies agree within
+    the noise of the random starts; it does not skip samples, so this implementation is faster. The
+    steps at which progress is checked, and the strict "fewer", follow the paper; both matter only
+    if there are few steps.
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`.
 
     Args:
-        loss: One of the names above, or logits and labels to one value per sample, [N].
-        target_classes: Number of target classes of ``"dlr_targeted"``; all wrong classes if there
-            are fewer.
-        keep_best: False runs all steps on all samples and returns the image of highest loss, as an
-            attack that is to transfer to another network should.
+        loss: One of the names above, or a function of logits and labels that returns one value per
+            sample, [N].
+        target_classes: Number of target classes of ``"dlr_targeted"``; if there are fewer wrong
+            classes, all of them.
+        keep_best: False runs all steps on all samples and returns the image of highest loss, as is
+            best for transfer attacks.
 
     Raises:
         ValueError: Also if there are fewer than 3 classes for ``"dlr"`` or 4 for

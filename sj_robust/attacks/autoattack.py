@@ -1,4 +1,4 @@
-"""AutoAttack: APGD, FAB and Square of this package one after the other."""
+"""AutoAttack: this package's APGD, FAB and Square, one after the other."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -38,7 +38,7 @@ _FEWEST = {"apgd-dlr": LEAST_CLASSES["dlr"], "apgd-t": LEAST_CLASSES["dlr_target
 
 
 class AutoAttackWarning(UserWarning):
-    """A check of AutoAttack: its result for this network may be unreliable."""
+    """A check of AutoAttack found that its result for this network may be unreliable."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def autoattack(
     attacks: Sequence[str] | None = None,
     generator: Randomness = None,
 ) -> Tensor:
-    """AutoAttack: APGD, FAB and Square one after the other on the images that none has fooled yet.
+    """AutoAttack: APGD, FAB and Square, one after the other, on the images that are still correct.
 
     AutoAttack 集成攻击。
 
@@ -77,9 +77,9 @@ def autoattack(
     y[n]``, or ``x[n]`` where none is found.
 
     Composition and settings are the published ones; the attacks are :func:`apgd`, :func:`square`
-    and a FAB of this package. With fewer than ten classes every other class is a target once. What
-    is drawn for a sample depends neither on the other samples nor on which of them were fooled;
-    only a stochastic network's own draws depend on the batch, also with ``SampleSeeds``.
+    and a FAB of this package. With fewer than ten classes, every other class is the target once.
+    The random numbers of a sample depend neither on the other samples nor on which of them were
+    fooled; only a stochastic network's own draws depend on the batch, even with ``SampleSeeds``.
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`; where nothing fooled
     the network, the result is ``x``. Square needs images [N, C, H, W].
@@ -88,13 +88,13 @@ def autoattack(
         version: ``"standard"`` (APGD-CE, targeted APGD, targeted FAB, Square), ``"plus"`` (APGD-CE,
             APGD-DLR, FAB, Square, both targeted ones; 5 restarts) or ``"rand"`` (APGD-CE and
             APGD-DLR over 20 forwards, for stochastic networks).
-        attacks: Names to run in place of the version's, with the version's settings: ``"apgd-ce"``,
-            ``"apgd-dlr"``, ``"apgd-t"``, ``"fab"``, ``"fab-t"``, ``"square"``.
+        attacks: Names of the attacks to run instead of the version's, with the version's settings:
+            ``"apgd-ce"``, ``"apgd-dlr"``, ``"apgd-t"``, ``"fab"``, ``"fab-t"``, ``"square"``.
 
     Warns:
-        AutoAttackWarning: A stochastic network without the version ``"rand"``, probabilities in
-            place of logits, images without a gradient, attacks skipped because there are too few
-            classes, or Square stronger than the attacks before it.
+        AutoAttackWarning: If a stochastic network is attacked without version ``"rand"``, the model
+            returns probabilities instead of logits, images have no gradient, attacks are skipped
+            because there are too few classes, or Square is stronger than the attacks before it.
 
     Source: Croce and Hein (ICML 2020); FAB: Croce and Hein (ICML 2020); Square: Andriushchenko et
         al. (ECCV 2020).
@@ -141,8 +141,8 @@ def autoattack(
             share = float(fooled.double().sum()) / len(x)
             if name == "square" and name != names[0] and share > _SQUARE_ALONE:
                 messages.append(
-                    f"Square fooled {share:.2%} of the images, which the attacks before it had "
-                    "left, so their gradients may be masked; give Square more queries, or try "
+                    f"Square fooled {share:.2%} of the images that were still correct after the "
+                    "attacks before it, so their gradients may be masked; use more queries, or try "
                     "other surrogate gradients"
                 )
     for message in messages:
@@ -179,8 +179,8 @@ def _members(
 def _checked_version(version: str) -> _Version:
     if version not in _VERSIONS:
         raise ValueError(
-            f"version must be one of {tuple(_VERSIONS)}, got {version!r}; pass attacks for a list "
-            "of yours"
+            f"version must be one of {tuple(_VERSIONS)}, got {version!r}; or pass your own list "
+            "as attacks"
         )
     return _VERSIONS[version]
 
@@ -219,7 +219,7 @@ def _doubts(
     first = answers[0]
     if settings.eot_samples == 1 and any(differ(first, other) for other in answers[1:]):
         yield (
-            "the network answers the same images differently, so it is stochastic; "
+            "the network gives different logits for the same images, so it is stochastic; "
             "use version='rand'"
         )
     if _are_probabilities(first):

@@ -18,27 +18,26 @@ __all__ = ["external", "transfer"]
 def external(
     attack: Callable[[Tensor, Tensor], Tensor], *, eps: float, norm: Norm = "Linf"
 ) -> Attack:
-    """Attack of another package, built for the model and called as ``attack(x, y)``, as one of this
-    package.
+    """Turn an attack of another package, called as ``attack(x, y)``, into one of this package.
 
     其他工具包的攻击。
 
-    What it returns is checked, then projected exactly. Around the call the global generators of
-    torch, numpy and Python are seeded and restored; the model is in evaluation mode and gets modes,
-    ``.grad`` and ``requires_grad`` back.
+    The returned images are checked and then projected exactly. For the call, the global generators
+    of torch, numpy and Python are seeded and the model is set to evaluation mode; afterwards the
+    generators, the model's modes, ``.grad`` and ``requires_grad`` are restored.
 
     Args:
         attack: A torchattacks object, a lambda around an attack of Foolbox, or any function of
-            images and labels. It attacks the model that it was built for, no matter which model it
-            is given.
-        eps: Radius it was built with, in units of [0, 1] images.
+            images and labels. It attacks the model that it was built for, whichever model is
+            passed.
+        eps: The radius that it was built with, in units of [0, 1] images.
         norm: ``"Linf"`` or ``"L2"``.
 
     Returns:
         ``attack(model, x, y, *, generator=None)``. ``generator`` seeds all of its randomness: with
-        ``SampleSeeds`` it is repeatable, but what the other package draws depends on the batch. The
-        call raises ``TypeError`` or ``ValueError`` if the result is no tensor like ``x``, is not
-        finite, or leaves the ball or [0, 1] by more than rounding.
+        ``SampleSeeds`` it is repeatable, but the random numbers of the other package depend on the
+        batch. The call raises ``TypeError`` or ``ValueError`` if the result is not a tensor like
+        ``x``, is not finite, or leaves the ball or [0, 1] by more than rounding.
 
     Raises:
         TypeError: If ``attack`` cannot be called.
@@ -62,15 +61,15 @@ def external(
 
 
 def transfer(source: Model, attack: Attack) -> Attack:
-    """Attack that crafts on ``source``, whatever model it is called with.
+    """An attack that crafts its images on ``source``, whichever model it is called with.
 
     迁移攻击。
 
     Equation: ``transfer(s, a)(model, x, y) = a(s, x, y)``; the model itself is never called.
 
     Args:
-        source: The network to craft on, such as another checkpoint.
-        attack: Attack with its budget bound, such as ``functools.partial(pgd, eps=0.1,
+        source: The network on which images are crafted, such as another checkpoint.
+        attack: An attack with its budget set, such as ``functools.partial(pgd, eps=0.1,
             step_size=0.02, steps=10)``.
 
     Returns:

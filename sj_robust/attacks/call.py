@@ -1,4 +1,4 @@
-"""How an attack calls a model: state left as found, every answer checked."""
+"""Calls of the attacked model: its state is restored and its output checked."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -36,12 +36,12 @@ Randomness = torch.Generator | SampleSeeds | None
 
 
 class Attack(Protocol):
-    """An attack with its budget already given, such as ``functools.partial(fgsm, eps=0.1)``.
+    """An attack with its budget already set, such as ``functools.partial(fgsm, eps=0.1)``.
     攻击的统一接口。
 
-    Training, evaluation and suites call attacks in this way; a class or function of your own
-    with these arguments is one. With ``SampleSeeds`` what it draws for a sample should depend on
-    neither neighbours nor batch.
+    Training, evaluation and suites call attacks in this way; your own function or class with these
+    arguments is one. With ``SampleSeeds``, its random numbers for a sample should depend neither on
+    the other samples nor on the batch size.
     """
 
     def __call__(

@@ -1,5 +1,4 @@
-"""Attacks on event frames: at most ``flips`` events added or removed per sample; binary frames stay
-binary.
+"""Attacks on event frames that add or remove at most ``flips`` events per sample.
 
 Frames are [N, T, 2, H, W], samples first like the images of every other attack and as a loader of
 SpikingJelly's event data sets stacks them; ``SpikingEventClassifier`` hands them to the network as
@@ -64,43 +63,49 @@ def flip_events(
 
     Equation: ``gain = grad_x loss(model(x), y) * (1 - 2 x)``, the first-order change of the loss
     when an event is added (x = 0) or removed (x = 1). In each of ``steps`` steps the gradient is
-    computed anew, and the ``flips / steps`` elements of the largest gain change, until the sample
-    is fooled. Reduction then undoes changes while the sample stays fooled: the longest run of
-    the least important ones by bisection, then one by one until none can be undone any more.
+    computed again and the ``flips / steps`` elements with the largest gain are changed, until the
+    sample fools the network. Reduction then undoes changes as long as the sample still fools it:
+    first the longest run of the least important ones, found by bisection, then one by one until
+    none can be undone.
 
     The gradient of a spiking network is a surrogate, so three things are added. ``probes`` more
-    candidates than needed are tried one by one in a forward, and those that raise the loss most are
-    taken. Elements of equal gain, such as zero, are drawn at random. A sample that is not fooled at
-    the end of the budget sees ``queries`` random exchanges of its changes, which need no gradient:
-    of 30 % of them at first, of a single one at last, each kept where the loss does not fall.
+    candidates than needed are tried one by one with a forward each, and those that raise the loss
+    most are used. Among elements of equal gain, such as zero, the choice is random. If a sample
+    does not fool the network when the budget is spent, ``queries`` random exchanges of its changes
+    are tried, which need no gradient: at first 30 % of the changes are exchanged, at the end a
+    single one, and an exchange is kept if the loss does not fall.
 
-    On a linear model of two classes the result is the smallest set of changes that fools; on one of
-    more classes it is so if ``target_classes`` is the number of all other classes.
+    On a linear model with two classes, the result is the smallest set of changes that fools it;
+    with more classes, this holds if ``target_classes`` is the number of all other classes.
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for event frames
     [N, T, 2, H, W] in the place of images. If a value is above 1, frames hold numbers of events,
-    and a change adds an event to a value or removes one. A sample that is classified wrongly
-    already, by ``confidence`` if there is one, stays as it is; ``count_flips`` tells how many
-    elements differ.
+    and a change adds an event to a value or removes one. A sample that is already misclassified
+    (with a loss of at least ``confidence``) is returned unchanged; ``count_flips`` counts the
+    elements that differ.
 
     Args:
         flips: Largest number of elements changed per sample.
         allow: ``"add"`` events only, ``"remove"`` events only, or ``"both"``.
         steps: Gradient steps over which the budget is spent.
         probes: Candidates beyond those needed in a step; 0 trusts the gradient and needs no
-            forwards besides it.
-        queries: Random exchanges for a sample that growth does not fool, one forward each.
-        target_classes: Further runs, each towards one of the classes that are likeliest on ``x``.
-        restarts: 1, or more to add runs whose gains are scaled by random factors.
-        confidence: Loss from which on a sample counts as fooled, in units of the logits for the
-            default loss. Take more than 0 for a stochastic model, since a sample at the decision
-            boundary is fooled in half of the draws only.
-        reduce: Whether to reduce, and to let further runs look for fewer changes than found so far;
-            False stops at the first changes that fool, which is enough to measure accuracy.
-        keep_best: Whether a sample that was never fooled ends as the frames of highest loss that
-            were met; False ends it as the last ones.
-        loss: Logits and labels to one value per sample, [N]; the lead ``max_{c != y} logits[c] -
-            logits[y]`` by default, which ranks better than the saturating cross entropy.
+            additional forwards.
+        queries: Random exchanges for a sample that does not fool the network when the budget is
+            spent, one forward each.
+        target_classes: Number of further runs, each towards one of the most likely wrong classes at
+            ``x``.
+        restarts: Number of runs; in all but the first, gains are scaled by random factors.
+        confidence: Loss from which a sample counts as a success, in units of the logits for the
+            default loss. Use more than 0 for a stochastic model, since a sample at the decision
+            boundary succeeds in only half of the draws.
+        reduce: Whether to undo needless changes, and to let further runs look for fewer changes
+            than found so far; False stops at the first success, which is enough to measure
+            accuracy.
+        keep_best: Whether a sample without success is returned as the frames of highest loss that
+            were seen; False returns the last ones.
+        loss: A function of logits and labels that returns one value per sample, [N]; by default the
+            lead ``max_{c != y} logits[c] - logits[y]``, which ranks candidates better than the
+            saturating cross entropy.
 
     Source: generation and reduction, with candidates judged by the change of the loss, as in the
         sparse dynamic attack of Lun et al. (CVPR 2025), which has no budget; gradients as flips of
@@ -151,20 +156,20 @@ def random_flips(
 
     随机翻转事件，稀疏攻击的对照。
 
-    Equation: ``x_adv = |x - m|`` with m uniform among the masks of ``flips`` ones (or of all that
-    ``allow`` leaves, if fewer).
+    Equation: ``x_adv = |x - m|`` with m uniform among the masks with ``flips`` ones (or all
+    elements that ``allow`` permits, if there are fewer).
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for event frames
     [N, T, 2, H, W], binary or of counts; ``model`` and ``y`` may be None and are used only if
     ``tries`` > 1.
 
     Args:
-        flips: Number of changes per sample; of counts, changes of one value may cancel.
+        flips: Number of changes per sample; for counts, changes of the same value may cancel.
         allow: ``"add"`` events only, ``"remove"`` events only, or ``"both"``.
-        tries: Draws per sample; the first that fools the model is kept, or else the last.
+        tries: Draws per sample; the first one that fools the model is kept, otherwise the last one.
 
     Raises:
-        ValueError: Also if there are several tries without model and labels.
+        ValueError: Also if there are several tries but no model or labels.
 
     Source: random events as the baseline of an attack, as in Liang et al. (TNNLS 2021).
 
@@ -195,9 +200,9 @@ def random_flips(
 
 
 def count_flips(x_adv: Tensor, x: Tensor) -> Tensor:
-    """Number of changed elements per sample; of counts, the number of events added or removed.
+    """Number of changed elements per sample; for counts, the number of events added or removed.
 
-    Equation: ``k_n = sum |x_adv[n] - x[n]|``, of binary frames the L0 distance.
+    Equation: ``k_n = sum |x_adv[n] - x[n]|``, which is the L0 distance for binary frames.
 
     Args:
         x_adv: Event frames of an attack.

@@ -36,8 +36,8 @@ def fgsm(
 
     Equation: ``x_adv = clamp(x + eps * sign(grad_x loss(model(x), y)), 0, 1)``.
 
-    All arguments, result and errors are those of :mod:`sj_robust.attacks`; FGSM itself draws
-    nothing.
+    All arguments, result and errors are those of :mod:`sj_robust.attacks`; FGSM itself uses no
+    random numbers.
 
     Source: Goodfellow et al. (ICLR 2015); evaluation of Ding et al. (ICML 2024), section 5.
 
@@ -64,7 +64,7 @@ def rfgsm(
     loss: Loss | None = None,
     generator: Randomness = None,
 ) -> Tensor:
-    """FGSM from a slightly noisy start, the attack of adversarial training.
+    """FGSM from a slightly noisy start, as used in adversarial training.
 
     带随机起点的快速梯度符号攻击。
 
@@ -78,8 +78,8 @@ def rfgsm(
     Args:
         step_size: Length of the step; ``eps`` by default.
         noise_std: Standard deviation of the noise at the start.
-        project: Whether to project onto the ball; False as in the published code, whose result lies
-            within ``step_size`` of x0 instead.
+        project: Whether to project onto the ball; False does as the published code, whose result
+            lies within ``step_size`` of x0 instead.
 
     Source: Ding et al. (ICML 2024), adversarial training of the published code, eps = step = 4/255.
 
@@ -132,23 +132,23 @@ def pgd(
     sign(g)`` for Linf and ``d(g) = g / ||g||`` per sample for L2 (0 where g is 0); ``x[0]`` is
     uniform in the ball, or ``x``.
 
-    With ``keep_best`` the result is, per sample, the image of highest loss among those that fool
+    With ``keep_best``, the result of a sample is the image of highest loss among those that fool
     the model, or among all if none does. ``x`` itself and all ``x[k]`` are candidates, so an image
-    that was classified wrongly stays so. Further restarts attack only samples that are not yet
-    fooled.
+    that was misclassified stays misclassified. Further restarts attack only samples without success
+    so far.
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`.
 
     Args:
         step_size: Length of a step in the chosen norm.
         random_start: Whether to start from a random point of the ball, clamped to [0, 1].
-        keep_best: False returns the last iterate (of several restarts the best of their last ones),
-            the usual practice of other libraries, which overstates robustness.
-        stop_early: Whether a sample stops as soon as an image fools the model, as in ``apgd``: as
-            many samples are fooled, at a lower loss and in less time.
+        keep_best: False returns the last iterate (with several restarts, the best of their last
+            iterates), as other libraries usually do, which overstates robustness.
+        stop_early: Whether a sample stops as soon as an image fools the model, as in ``apgd``: just
+            as many samples succeed, with a lower loss and in less time.
 
     Raises:
-        ValueError: Also if there are restarts without a random start, or ``stop_early`` without
+        ValueError: Also for restarts without a random start, or ``stop_early`` without
             ``keep_best``.
 
     Source: Madry et al. (ICLR 2018); evaluation of Ding et al. (ICML 2024), section 5.
@@ -224,7 +224,7 @@ def pgd(
 def _checked_step(step_size: float, ball: ThreatModel) -> float:
     """The step size, which must be positive in a ball with a radius, where 0 would attack nothing.
 
-    In Linf it is at most the diameter of the ball or 1, so that 2 in the place of 2/255 is noticed.
+    In Linf it is at most the diameter of the ball or 1, so that 2 instead of 2/255 is noticed.
     """
     longest = float("inf")
     if ball.norm == "Linf":

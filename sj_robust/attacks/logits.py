@@ -1,4 +1,4 @@
-"""Parts of logits [N, classes] that losses and verdicts are made of."""
+"""Quantities of logits [N, classes] for losses and verdicts."""
 
 from collections.abc import Callable
 

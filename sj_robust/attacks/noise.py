@@ -1,4 +1,4 @@
-"""Random noise, the weakest attacks and the yardstick of the others.
+"""Random noise, as a baseline for attacks.
 
 ``model`` and ``y`` only give all attacks the same signature; the noises use neither and allow
 None.

@@ -1,4 +1,4 @@
-"""Projection onto the intersection of a ball around the images and the box [0, 1]."""
+"""Projection onto the intersection of a ball and the box [0, 1]."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""SA-PGD: gradient ascent with normalised moments and a falling bound on every element's step."""
+"""SA-PGD: gradient ascent with normalised moments and bounded steps."""
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def sapgd(
     keep_best: bool = True,
     generator: Randomness = None,
 ) -> Tensor:
-    """Stable adaptive PGD in the Linf ball, made for the noisy gradients of spiking networks.
+    """Stable adaptive PGD in the Linf ball, designed for the noisy gradients of spiking networks.
 
     为脉冲神经网络设计的自适应投影梯度攻击（SA-PGD）。
 
@@ -46,13 +46,13 @@ def sapgd(
         v <- 0.8 v + g^2 / mean(g^2)
         x[k+1] = P(x[k] + clip(eta m / (sqrt(v) + 1e-12), -eta, eta))
 
-    The means are over the elements of a sample, all else is per element; m and v begin at 0, and a
-    gradient that is 0 everywhere adds nothing. ``x[0] = x + eps u / max|u|`` with u uniform in
-    [-1, 1]. ``eta`` is ``eps`` at first; it is halved after 22 % of the steps, and then at
+    The means are over the elements of a sample, everything else is per element; m and v start at 0,
+    and a gradient that is 0 everywhere adds nothing. ``x[0] = x + eps u / max|u|`` with u uniform
+    in [-1, 1]. ``eta`` is ``eps`` at first; it is halved after 22 % of the steps, and then at
     intervals that shrink by 3 % each, down to 6 %.
 
-    With ``keep_best`` samples leave as soon as they are fooled, as in :func:`apgd`; misclassified
-    images come back as they are.
+    With ``keep_best``, a sample stops as soon as it fools the model, as in :func:`apgd`;
+    misclassified images are returned unchanged.
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`.
 

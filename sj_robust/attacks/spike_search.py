@@ -43,55 +43,59 @@ def spike_search(
     batch_size: int = 512,
     generator: Randomness = None,
 ) -> Tensor:
-    """Search over spikes: small moves that lower the margin of the network itself, no surrogate.
+    """Search over spikes: small moves that lower the margin of the network itself, without a
+    surrogate.
 
     直接在真实网络上搜索脉冲翻转，不依赖替代梯度。
 
-    Equation: a chain goes from x to a proposal x' if ``m(x') <= m(x) + heat * e``, with the margin
-    ``m = z_y - max_{k != y} z_k`` and e exponential of mean 1, until ``argmax z != y``.
+    Equation: a chain moves from x to a proposal x' if ``m(x') <= m(x) + heat * e``, with the margin
+    ``m = z_y - max_{k != y} z_k`` and e drawn from the exponential distribution with mean 1, until
+    ``argmax z != y``.
 
     Under direct encoding a spiking network is constant in the image except where a current passes a
-    threshold. Gradient attacks follow a surrogate of these steps and end where it says nothing;
-    this search begins there. Every proposal is judged by the network, so that nothing depends on a
-    gradient but the starts.
+    threshold. Gradient attacks follow a surrogate of these steps and end where it gives no more
+    information; this search starts there. Every proposal is judged by the network, so only the
+    starts depend on a gradient.
 
     - ``"elements"``, ``"patch"``: one to three elements, or a small square, get new values.
-    - ``"cross"``: a square of another image found for the sample.
-    - ``"flip"``, ``"guided_flip"``: the current of a neuron of the first spiking layer is carried
-      just across its next threshold. They need a current that is affine in the image and the same
-      in every step (direct encoding; convolution, linear layer, batch norm, mean and std), images
-      of at most 16384 elements and a model that is an ``nn.Module``; elsewhere they are skipped,
-      and a warning says so of a network with spiking neurons.
+    - ``"cross"``: a square is copied from another image found for the sample.
+    - ``"flip"``, ``"guided_flip"``: the current of a neuron of the first spiking layer is moved
+      just across its next threshold. These moves need a current that is affine in the image and the
+      same in every step (direct encoding; convolution, linear layer, batch norm, mean and std),
+      images of at most 16384 elements and a model that is an ``nn.Module``; otherwise they are
+      skipped, with a warning if the network has spiking neurons.
 
-    Out of four proposals one is tried, the one that promises most by what the moves of the sample
-    have shown so far. Chains work in seven stages of 2 to 18 chains per sample. After the first
-    one, which uses 1 per cent of the forwards, a sample takes part in the others only if its
+    Of every four proposals, only the most promising one is tried, judged by the results of the
+    sample's earlier moves. Chains work in seven stages of 2 to 18 chains per sample. After the
+    first one, which uses 1 per cent of the forwards, a sample takes part in the others only if its
     smallest margin is at most 25, 15, 12, 10, 8 and 6 per cent of that of its image, so that
-    forwards go where they may change something. All of this is per sample: the result depends on
-    neither batch nor neighbours.
+    forwards are spent where they may change the outcome. All of this is per sample: the result
+    depends neither on the batch size nor on the other samples.
 
-    The network may have any encoding that repeats itself; one that draws random numbers is refused.
-    Event frames do not stay binary here: use :func:`flip_events` for them.
+    The network may have any deterministic encoding; one that draws random numbers is refused. Event
+    frames do not stay binary here: use :func:`flip_events` for them.
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`. Where nothing fooled
-    the network, the result is the image of the smallest margin; images that are wrong already come
-    back as they are. On a CPU call :func:`sj_robust.ops.keep_heap` before: it halves the time.
+    the network, the result is the image of the smallest margin; images that are already
+    misclassified are returned unchanged. On a CPU, call :func:`sj_robust.ops.keep_heap` first,
+    which halves the time.
 
     Args:
         starts: Images that earlier attacks found for these samples, [S, N, ...] or a sequence of
-            [N, ...]; they are projected into the ball, and the more they differ the better. None
+            [N, ...]; they are projected into the ball, and should differ as much as possible. None
             runs APGD with two losses and, in Linf, SA-PGD, 50 steps each. A network without a
-            gradient needs some, such as ``[x]``.
-        forwards: Images per sample that the network judges at most, if it goes on to the end.
-        moves: Kinds of moves, tried in turn.
+            gradient needs starts, such as ``[x]``.
+        forwards: Largest number of forwards per sample, which is reached if the sample takes part
+            to the end.
+        moves: Kinds of moves, which are tried in turn.
         batch_size: Images in one forward, which bounds the memory; results do not depend on it.
 
     Raises:
-        ValueError: Also if starts do not fit, a kind of moves is unknown, only flips remain and
-            the network allows none, or the network gives other logits for the same images.
+        ValueError: Also if starts do not fit, a kind of move is unknown, only flips are left and
+            the network allows none, or the network gives different logits for the same images.
 
-    Source: derived here. Square Attack of Andriushchenko et al. (ECCV 2020) is the next of kin; for
-        binary inputs SpikeFool (Büchel et al., 2022) flips events by gradient.
+    Source: derived here. The closest published attack is the Square Attack of Andriushchenko et al.
+        (ECCV 2020); for binary inputs, SpikeFool (Büchel et al., 2022) flips events by gradient.
 
     Examples:
         >>> from sj_robust.attacks import spike_search
@@ -198,7 +202,7 @@ def _without_flips(moves: tuple[str, ...]) -> tuple[str, ...]:
     if not kept:
         raise ValueError(
             "flips need a first spiking layer whose current is affine in the image and the same "
-            f"in every time step, got moves={moves!r} and none; name other moves beside them"
+            f"in every time step, got moves={moves!r} and none; name other moves as well"
         )
     return kept
 
@@ -222,7 +226,7 @@ def _checked_starts(starts: Tensor | Sequence[Tensor], x: Tensor) -> Tensor:
     if not images or any(image.shape != x.shape for image in images):
         raise ValueError(
             f"starts must be [S, N, ...] with N, ... = {list(x.shape)}, got {shapes}; give every "
-            "sample an image, its own one where nothing is known"
+            "sample an image, the clean one if there is no other"
         )
     if not is_checked():
         for image in images:
@@ -235,8 +239,8 @@ def _check_repeats(model: Model, x: Tensor, logits: Tensor) -> None:
         again = model(x)
     if differ(logits, again):
         raise ValueError(
-            "the model must give the same logits again, got others for the same images; a lucky "
-            "draw breaks nothing, so attack a network that draws with apgd and eot_samples"
+            "the model must give the same logits for the same images, got different ones; attack a "
+            "network that draws random numbers with apgd and eot_samples"
         )
 
 

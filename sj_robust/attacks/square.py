@@ -1,6 +1,4 @@
-"""Square Attack: random search over squares, whose draws are per sample, so that neighbours and
-batch size do not matter.
-"""
+"""Square Attack: random search over squares, drawn per sample."""
 
 import math
 from bisect import bisect_left
@@ -52,23 +50,24 @@ def square(
     queries: int = 5000,
     generator: Randomness = None,
 ) -> Tensor:
-    """Square Attack: random search over squares that needs logits but no gradient.
+    """Square Attack: a random search over squares that needs logits but no gradient.
 
     Square 黑盒攻击。
 
-    Equation: a square of random place and colour is kept if it lowers the margin ``z_y - max_{k !=
-    y} z_k``, until ``argmax z != y``.
+    Equation: a square of random position and colour is kept if it lowers the margin ``z_y - max_{k
+    != y} z_k``, until ``argmax z != y``.
 
-    The search has AutoAttack's settings and a square per sample, so that neighbours and batch size
-    do not matter. It needs no other package. It judges logits whose ties are broken: a margin of 0
-    is no success, and spike counts tie.
+    The search has AutoAttack's settings, and draws the squares per sample, so that neither the
+    other samples nor the batch size matter. It needs no other package. Ties between logits are
+    broken before an image is judged: spike counts often tie, and a margin of 0 alone is not a
+    success.
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`, with images [N, C, H,
-    W]. Where nothing fooled the network the result is the image of the smallest margin, and ``x``
-    where it was wrong already.
+    W]. Where nothing fooled the network, the result is the image of the smallest margin; images
+    that are already misclassified are returned unchanged.
 
     Args:
-        queries: Squares tried per image after the start, >= 1.
+        queries: Number of squares tried per image after the start, >= 1.
 
     Source: Andriushchenko et al. (ECCV 2020); its settings in AutoAttack, Croce and Hein (ICML
         2020).

@@ -21,29 +21,29 @@ __all__ = ["ThreatModel", "eps_text", "parse_eps"]
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """An adversary who may move an image within a ball, inside [0, 1], or change or move a few
+    """An adversary who may change an image within a ball and within [0, 1], or change or move a few
     events. 威胁模型。
 
-    For ``"moves"`` events keep pixel and polarity and move in time: at each pixel and polarity the
-    events that are gone and those that are new, as many, belong together in their order of time,
-    and each such pair is a move. Where a pair is farther apart than an event may move, events in
-    between move on to make way, each of which is a move as well.
+    For ``"moves"``, events keep their pixel and polarity and move in time: at each pixel and
+    polarity there are as many removed events as new ones, they are paired in order of time, and
+    each pair is one move. Where a pair is farther apart than an event may move, events in between
+    move on instead, and each of these counts as a move as well.
 
     Attributes:
         norm: ``"Linf"``, or ``"L2"`` over all elements of an image; for event frames ``"L0"``
             or ``"moves"``.
         eps: Radius in units of [0, 1] images, such as ``8 / 255``; for ``"L0"`` the number of
-            elements that may be changed per sample, for ``"moves"`` that of the events that may be
-            moved, an integer >= 1.
-        largest_shift: For ``"moves"``, the frames by which an event may be moved; None for any
-            number.
-        total_shift: For ``"moves"``, the frames by which all events of a sample may be moved
-            together; None likewise.
+            elements per sample that may be changed, for ``"moves"`` the number of events that may
+            be moved, an integer >= 1.
+        largest_shift: For ``"moves"``, the largest number of frames by which an event may be moved;
+            None for no limit.
+        total_shift: For ``"moves"``, the largest number of frames by which the events of a sample
+            may be moved in total; None for no limit.
 
     Raises:
-        TypeError: If the radius is no number.
-        ValueError: If the norm is unknown, the radius negative, not finite or (Linf) above 1, or a
-            number no integer >= 1.
+        TypeError: If the radius is not a number.
+        ValueError: If the norm is unknown, if the radius is negative, not finite or (Linf) above 1,
+            or if a number of events or frames is not an integer >= 1.
 
     Examples:
         >>> ThreatModel("Linf", 8 / 255)
@@ -93,15 +93,15 @@ class ThreatModel:
 
     @property
     def of_events(self) -> bool:
-        """Whether it changes or moves events of frames, which have no values between 0 and 1."""
+        """Whether the adversary changes or moves events, which have no values between 0 and 1."""
         return self.norm in ("L0", "moves")
 
     @property
     def ball(self) -> Norm:
-        """The norm, for attacks that move values.
+        """The norm, for attacks that change values continuously.
 
         Raises:
-            ValueError: If it is one of events, whose values cannot move.
+            ValueError: If the threat is one of events, whose values cannot change continuously.
         """
         if self.norm == "L0" or self.norm == "moves":
             raise ValueError(
@@ -111,7 +111,7 @@ class ThreatModel:
         return self.norm
 
     def project(self, x: Tensor, x_adv: Tensor) -> Tensor:
-        """The image next to ``x_adv`` that the adversary of ``x`` may show, exactly and in the
+        """The image closest to ``x_adv`` that is within the budget around ``x``, exactly and in the
         dtype of ``x``.
 
         Equation, with ``d = x_adv - x``::
@@ -120,14 +120,16 @@ class ThreatModel:
             L2:   clamp(x + d * min(1, eps / ||d||), 0, 1)
 
         rounded towards ``x``: no element is farther away than ``eps`` in Linf, measured in float64
-        or in the dtype of ``x``, and the L2 distance is at most ``eps * (1 + 1e-12)``. In L0 the
-        ``eps`` elements that changed most, the first among equals, stay changed; frames whose moves
-        exceed a budget become the clean ones.
+        or in the dtype of ``x``, and the L2 distance is at most ``eps * (1 + 1e-12)``. In L0, the
+        ``eps`` elements that changed most stay changed (of equal ones, the first); frames whose
+        moves exceed a budget are replaced by the clean frames.
         """
         return self.projection(x)(x_adv)
 
     def projection(self, x: Tensor) -> Callable[[Tensor], Tensor]:
-        """:meth:`project` for many ``x_adv``: what depends on ``x`` alone is computed once."""
+        """:meth:`project` for many ``x_adv``: everything that only depends on ``x`` is computed
+        once.
+        """
         if self.norm == "Linf":
             lower, upper = linf_bounds(x, eps=self.eps)
             return lambda x_adv: x_adv.to(x.dtype).clamp(lower, upper)
@@ -138,12 +140,12 @@ class ThreatModel:
         return lambda x_adv: _fewest_changes(x, x_adv, int(self.eps))
 
     def distance(self, x: Tensor, x_adv: Tensor) -> Tensor:
-        """Distance of every image from its clean one, [N] float64; in L0 the number of elements
-        that differ, or of events added and removed where frames hold numbers of events.
+        """Distance of every image from its clean image, [N] float64; in L0 the number of elements
+        that differ, or the number of events added and removed where frames hold counts of events.
 
-        For moves the number of events that moved; infinity where a pixel and polarity has gained or
-        lost an event, a value is no number of events or above 1 in binary frames, or a shift
-        exceeds its limit.
+        For moves, the number of events that moved; infinity if a pixel and polarity has gained or
+        lost an event, if a value is not a count of events (or above 1 in binary frames), or if a
+        shift exceeds its limit.
         """
         if self.norm == "moves":
             return self._moves(x, x_adv)
@@ -155,11 +157,12 @@ class ThreatModel:
         return delta.square().sum(1).sqrt()
 
     def tolerance(self, x: Tensor) -> float:
-        """How far beyond ``eps`` an image from elsewhere may lie by rounding alone; no event is
-        rounded.
+        """How far beyond ``eps`` an image of another package may lie because of rounding; events
+        are not rounded.
 
-        Equation: :func:`rounding`; in L2, where the elements of an image may all be rounded alike,
-        times the root of their number. What this package projects needs none.
+        Equation: :func:`rounding`; in L2, where all elements of an image may be rounded in the same
+        direction, multiplied by the square root of their number. Images projected by this package
+        need no tolerance.
         """
         if self.of_events:
             return 0.0
@@ -169,9 +172,7 @@ class ThreatModel:
         return rounding(x) * math.sqrt(elements)
 
     def contains(self, x: Tensor, x_adv: Tensor) -> Tensor:
-        """Whether every image is one that the adversary may show, but for :meth:`tolerance`, [N]
-        bool.
-        """
+        """Whether every image is within the budget, up to :meth:`tolerance`, [N] bool."""
         return self.distance(x, x_adv) <= self.eps + self.tolerance(x)
 
     def _allowed_moves(self, x: Tensor, x_adv: Tensor) -> Tensor:
@@ -195,12 +196,12 @@ class ThreatModel:
 
 
 class Moves(NamedTuple):
-    """How events of every sample moved in time. 事件的时间移动。
+    """How the events of every sample moved in time. 事件的时间移动。
 
     Attributes:
         events: Number of events that moved, [N] int64.
-        largest_shift: Frames by which the one that moved farthest did, [N] int64.
-        total_shift: Frames by which all of them did together, [N] int64.
+        largest_shift: Largest shift of an event in frames, [N] int64.
+        total_shift: Sum of all shifts in frames, [N] int64.
         paired: Whether every pixel and polarity has as many events as before, [N] bool.
     """
 

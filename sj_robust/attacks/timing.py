@@ -1,6 +1,4 @@
-"""Attacks in time on event frames: events keep pixel and polarity and come in other
-frames.
-"""
+"""Attacks on event frames that move events in time."""
 
 from functools import partial
 
@@ -46,44 +44,47 @@ def move_events(
     loss: Loss | None = None,
     generator: Randomness = None,
 ) -> Tensor:
-    """Timing attack on event frames: few events moved to other frames, chosen by gradient, the
-    needless ones put back.
+    """Timing attack on event frames: a few events, chosen by gradient, move to other frames;
+    needless moves are undone.
 
     事件时间攻击：事件保持像素与极性，仅在时间上移动。
 
     Equation: ``gain = g[t'] - g[t]`` with ``g = grad_x loss(model(x), y)``, the first-order change
     of the loss when an event moves from frame t to the empty frame t' of its pixel and polarity,
-    ``|t' - t| <= largest_shift``; per frame of shift where there is a total. After each of
-    ``steps`` fresh gradients ``moves / steps`` events of the largest gain move, each to its best
-    frame, until the sample is fooled. What follows is as in :func:`flip_events`: candidates are
-    probed by a forward, the moves of random pixels are exchanged for others, and needless ones are
-    put back, pixel by pixel.
+    ``|t' - t| <= largest_shift``; divided by the shift if there is a ``total_shift``. In each of
+    ``steps`` steps the gradient is computed again and the ``moves / steps`` events with the largest
+    gain move, each to its best frame, until the sample fools the network. The rest is as in
+    :func:`flip_events`: candidates are probed with a forward each, the moves of random pixels are
+    exchanged for others, and needless moves are undone, pixel by pixel.
 
-    Binary frames stay binary, and every pixel and polarity keeps its number of events. In them a
-    frame in which there was an event of the same pixel and polarity is never moved to; frames of
-    counts, in which a value is above 1, take any number. On a linear model, the
-    first move is the best one.
+    Binary frames stay binary, and every pixel and polarity keeps its number of events. In binary
+    frames, an event never moves to a frame that had an event at the same pixel and polarity; frames
+    of counts, in which a value is above 1, take any number of events. On a linear model, the first
+    move is the best one.
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for event frames
-    [N, T, 2, H, W], binary or of counts, in the place of images. ``count_moves`` tells what moved.
+    [N, T, 2, H, W], binary or of counts, instead of images. ``count_moves`` counts the moves.
 
     Args:
-        moves: Largest number of events moved per sample.
+        moves: Largest number of moved events per sample.
         largest_shift: Frames by which an event may move, >= 1; None for any number.
         total_shift: Frames by which the events of a sample may move together, >= 1; None for any
             number.
         steps: Gradient steps over which the budget is spent.
         probes: Candidates beyond those needed in a step; 0 trusts the gradient and needs no
-            forwards besides it.
-        queries: Random exchanges for a sample that growth does not fool, one forward each.
-        target_classes: Further runs, each towards one of the classes that are likeliest on ``x``.
-        restarts: 1, or more to add runs whose gains are scaled by random factors.
-        confidence: Loss from which on a wrong sample counts as fooled, as in :func:`flip_events`.
-        reduce: Whether to put needless moves back, and let further runs look for fewer moves than
+            additional forwards.
+        queries: Random exchanges for a sample that does not fool the network when the budget is
+            spent, one forward each.
+        target_classes: Number of further runs, each towards one of the most likely wrong classes at
+            ``x``.
+        restarts: Number of runs; in all but the first, gains are scaled by random factors.
+        confidence: Loss from which a sample counts as a success, as in :func:`flip_events`.
+        reduce: Whether to undo needless moves, and to let further runs look for fewer moves than
             found so far.
-        keep_best: Whether a sample that was never fooled ends at its highest loss met; False ends
-            it at the last one.
-        loss: Logits and labels to one value per sample, [N]; as in :func:`flip_events`.
+        keep_best: Whether a sample without success is returned as the frames of highest loss that
+            were seen; False returns the last ones.
+        loss: A function of logits and labels that returns one value per sample, [N]; by default as
+            in :func:`flip_events`.
 
     Source: the threat and its three budgets after Spike-Retiming (ICLR 2026, arXiv 2602.03284),
         which optimises a distribution of shifts; the search is the one of :func:`flip_events`.
@@ -136,21 +137,22 @@ def random_moves(
     """Random events moved in time, the control of :func:`move_events` at equal budget.
     随机移动事件的时间。
 
-    Equation: ``moves`` events drawn at random, each moved to a frame drawn at random among the
-    empty ones within ``largest_shift``; fewer, where the total shift or the free frames end before.
+    Equation: ``moves`` events are drawn at random, and each moves to a frame drawn at random among
+    the empty ones within ``largest_shift``; fewer, if the total shift or the free frames are used
+    up before.
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for event frames
     [N, T, 2, H, W], binary or of counts; ``model`` and ``y`` may be None and are used only if
     ``tries`` > 1.
 
     Args:
-        moves: Number of events moved per sample.
+        moves: Number of moved events per sample.
         largest_shift: Frames by which an event may move; None for any number.
         total_shift: Frames by which the events of a sample may move together; None for any number.
-        tries: Draws per sample; the first that fools the model is kept, or else the last.
+        tries: Draws per sample; the first one that fools the model is kept, otherwise the last one.
 
     Raises:
-        ValueError: Also if several tries are asked for without model and labels.
+        ValueError: Also if there are several tries but no model or labels.
 
     Source: random timing as the baseline of an attack, as in Spike-Retiming (arXiv 2602.03284).
 
@@ -180,18 +182,17 @@ def random_moves(
 
 
 def count_moves(x_adv: Tensor, x: Tensor) -> Moves:
-    """How many events moved per sample, how far the farthest did and how far all of them did
-    together.
+    """Number of moved events per sample, their largest shift and their total shift.
 
-    Equation: at each pixel and polarity the k-th event gone in time becomes the k-th new one; a
-        move is such a pair.
+    Equation: at each pixel and polarity, the k-th removed event in time is paired with the k-th new
+        one; each pair is a move.
 
     Args:
         x_adv: Event frames of an attack.
         x: The frames it started from, in the same shape.
 
     Returns:
-        ``events``, ``largest_shift`` and ``total_shift``, each [N] int64, and ``paired``, whether
+        ``events``, ``largest_shift`` and ``total_shift``, each [N] int64, and ``paired``: whether
         every pixel and polarity has as many events as before.
 
     Raises:

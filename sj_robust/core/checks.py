@@ -1,6 +1,4 @@
-"""Checks of what enters an attack, a proof or an evaluation, each error with rule, value and
-remedy.
-"""
+"""Checks of inputs; every error states rule, value and remedy."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -113,7 +111,7 @@ def check_samples(x: Tensor) -> None:
 
     Raises:
         TypeError: As :func:`check_images`.
-        ValueError: As :func:`check_images`, or if a value of frames is no number of events.
+        ValueError: As :func:`check_images`, or if a value of frames is not a number of events.
 
     Examples:
         >>> check_samples(torch.full((1, 3, 2, 4, 4), 2.0))
@@ -210,8 +208,8 @@ def check_labels(y: Tensor, x: Tensor) -> None:
         )
     if y.numel() and int(y.min()) < 0:
         raise ValueError(
-            f"y must hold labels >= 0, got {int(y.min())}; number the classes from 0, leave other "
-            "images out"
+            f"y must hold labels >= 0, got {int(y.min())}; number the classes from 0, omit other "
+            "images"
         )
 
 
@@ -249,8 +247,8 @@ def logits_of(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor
 
 @contextmanager
 def taken_for_checked() -> Iterator[None]:
-    """Within it attacks take images, labels and logits for checked: whoever enters has checked the
-    images and scores what comes out with a check. 其内不再重复检查。
+    """Context in which attacks assume that images, labels and logits are checked: the caller has
+    checked the images and checks the results. 其内不再重复检查。
 
     Every check waits for a GPU, and a gradient attack would make one per step.
     """
@@ -339,9 +337,9 @@ def did_you_mean(value: object, choices: Iterable[str]) -> str:
 
 
 def check_text(name: str, value: str) -> None:
-    """A text that is not empty."""
+    """Check for a non-empty string."""
     if not isinstance(value, str) or not value:
-        raise TypeError(f"{name} must be a text that is not empty, got {value!r}; use a str")
+        raise TypeError(f"{name} must be a non-empty string, got {value!r}; use a str")
 
 
 def check_switch(name: str, value: bool) -> None:
@@ -354,7 +352,7 @@ def check_function(name: str, value: object) -> None:
     """A function, or None."""
     if value is not None and not callable(value):
         raise TypeError(
-            f"{name} must be a function or None, got {type(value).__name__}; give print, say"
+            f"{name} must be a function or None, got {type(value).__name__}; give one such as print"
         )
 
 
@@ -398,8 +396,8 @@ def check_channels(
     if wrong:
         kind = "finite and > 0" if positive else "finite"
         raise ValueError(
-            f"{name} must be {kind} in every channel, got {wrong[0]}; leave {name} out where "
-            "images are not normalised"
+            f"{name} must be {kind} in every channel, got {wrong[0]}; omit {name} if images "
+            "are not normalised"
         )
     return plain
 
@@ -458,15 +456,14 @@ def check_classes(y: Tensor, classes: int) -> None:
     if y.numel() and int(y.max()) >= classes:
         raise ValueError(
             f"y must hold labels < {classes}, the number of classes the model returns, got "
-            f"{int(y.max())}; number the classes from 0, or build the network for as many as the "
-            "data has"
+            f"{int(y.max())}; number the classes from 0, or build the network with as many "
+            "classes as the data has"
         )
 
 
 def check_network(net: object, name: str = "net") -> None:
-    """Raise TypeError for what is no network, such as a class that was not called; ``name`` is the
-    argument's.
-    检查参数是否为网络。
+    """Raise TypeError for what is not a network, such as a class that was not called; ``name`` is
+    the argument's. 检查参数是否为网络。
 
     Examples:
         >>> check_network(nn.ReLU)

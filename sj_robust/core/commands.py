@@ -1,6 +1,4 @@
-"""The commands of ``sj-robust``, and the recipe that each one runs; needs neither torch nor an
-extra.
-"""
+"""The commands of ``sj-robust`` and their recipes; needs neither torch nor an extra."""
 
 import os
 import re
@@ -55,13 +53,13 @@ _PRESET = re.compile(r"recipes/configs/(\S+)\.yaml")
 
 
 def called_as_command() -> None:
-    """Let this process and those it starts show commands in place of scripts."""
+    """Let this process and those it starts show commands instead of scripts."""
     os.environ[_VARIABLE] = "1"
 
 
 def as_called(text: str) -> str:
-    """A text that names recipes, with ``sj-robust`` in place of their scripts if the user called
-    it. 按用户的调用方式显示命令。
+    """A text that names recipes, with ``sj-robust`` instead of their scripts if the user called it.
+    按用户的调用方式显示命令。
 
     Args:
         text: Help, a README or an error.
@@ -76,7 +74,7 @@ def as_called(text: str) -> str:
 
 
 def _command(match: re.Match[str]) -> str:
-    """The command in the place of a script."""
+    """The command that replaces a script."""
     launcher, recipe = match.groups()
     if recipe not in _NAMES:
         return match[0]

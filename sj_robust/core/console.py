@@ -1,4 +1,4 @@
-"""Progress of work on the terminal; showing it needs rich."""
+"""Progress on the terminal; needs rich."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +21,7 @@ _NOTEBOOK = 100
 def working(
     text: str, console: "Console | None" = None, *, total: int | None = None
 ) -> Iterator[Callable[[], None]]:
-    r"""Show that something is being done: what, for how long, and how much of it.
-    显示正在进行的工作。
+    r"""Show a task, its duration and its progress. 显示正在进行的工作。
 
     On a terminal that can move its cursor a line with a spinner, which disappears in the end;
     in a notebook a line that is written over; elsewhere the text once, and where the number of

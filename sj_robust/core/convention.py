@@ -1,4 +1,4 @@
-"""What a network takes and gives, found out by trying: images, sequences or single time steps."""
+"""Finds out by trial what a network takes and returns: images, sequences or single time steps."""
 
 import copy
 from collections import OrderedDict
@@ -46,7 +46,7 @@ class Convention:
         takes: ``"images"`` [N, C, H, W], which it repeats over time itself; ``"sequence"`` [T, N,
             C, H, W]; or ``"steps"``, T times [N, C, H, W].
         returns: ``"logits"`` [N, classes], per call if it takes steps; or ``"sequence"`` [T, N,
-            classes]. It is what was seen in evaluation mode without hooks, and is for display.
+            classes]. This is the output in evaluation mode without hooks, for display only.
         T: Number of time steps of a run.
         resets_itself: Whether it resets its neurons in a run.
         takes_sequences: Whether it also takes sequences [T, N, C, H, W] of one and of two steps.
@@ -87,8 +87,8 @@ def find_convention(
     A reading is told from another by the time steps that the network's neurons run in it: a call of
     a single-step neuron is one, that of a multi-step neuron on [T', N, *] is T'. Two batch sizes,
     both unlike T, tell the dimensions of the outputs apart. Where images and a sequence of them
-    both fit, their logits must be the same but for rounding. As rounding moves a spike that is at
-    the threshold, the logits of some images may differ by more, if those of one of 16 do not and
+    both fit, their logits must be the same except for rounding. As rounding moves a spike that is
+    at the threshold, the logits of some images may differ by more, if those of one of 16 do not and
     the difference over all 16 is at most 10 %. The network is left as it was: modes, states,
     buffers, attributes and random generators; hooks on it are not called, unless no reading fits
     without them.
@@ -268,7 +268,7 @@ class _Trial:
         return replace(chosen, takes_sequences=sequences)
 
     def _agree(self, one: _Fit, other: _Fit) -> bool:
-        """Whether two readings give the same logits, but for spikes at the threshold."""
+        """Whether two readings give the same logits, except for spikes at the threshold."""
         if one.logits.shape != other.logits.shape:
             return False
         if bool(_alike(one.logits, other.logits).all()):
@@ -545,7 +545,7 @@ class _Kept:
                 self.tensors[name] = value, value._version, value.detach().clone()
 
     def changed(self) -> Iterator[str]:
-        """Names of attributes that are not what they were, but for states of memory modules."""
+        """Names of attributes that are not what they were, except for states of memory modules."""
         now = vars(self.module)
         inside = now.get("_memories", {})
         for name, value in _values(now):
@@ -728,7 +728,7 @@ def _mean(outputs: object) -> Tensor:
 
 
 def _alike(a: Tensor, b: Tensor) -> Tensor:
-    """Which images have the same logits but for rounding, [N]."""
+    """Which images have the same logits except for rounding, [N]."""
     share = max(_ROUNDING, torch.finfo(a.dtype).eps ** 0.5)
     alike: Tensor = (a - b).norm(dim=1) <= share * torch.maximum(a.norm(dim=1), b.norm(dim=1))
     return alike

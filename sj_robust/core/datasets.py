@@ -1,4 +1,4 @@
-"""Names of the data sets, which options are checked against before torch is imported."""
+"""Names of the data sets, to check options before torch is imported."""
 
 __all__ = [
     "DATASETS",

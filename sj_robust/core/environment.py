@@ -1,4 +1,4 @@
-"""What a result was computed with."""
+"""Versions, device and commit of a result."""
 
 import platform
 import subprocess

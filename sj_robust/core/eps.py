@@ -1,4 +1,4 @@
-"""Radii as the field writes them: 8/255."""
+"""Radii such as 8/255."""
 
 import math
 import struct
@@ -46,7 +46,7 @@ def parse_eps(text: str | SupportsFloat) -> float:
             that gives the same float32 counts, as 0.1.
 
     Raises:
-        ValueError: If it is no number, no fraction, negative or not finite.
+        ValueError: If it is not a number, no fraction, negative or not finite.
 
     Examples:
         >>> parse_eps("8/255") == 8 / 255

@@ -1,6 +1,4 @@
-"""Packages that a suite or a tracker needs and that come with an extra: asked for before any work,
-and before torch is imported.
-"""
+"""Checks for packages of extras that a suite or a tracker needs, before any work."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""Folders and files that a user names, looked at before any work and before torch is imported."""
+"""Checks of folders and files named by a user, before any work."""
 
 import tempfile
 from pathlib import Path
@@ -58,6 +58,6 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} must be a text in UTF-8, got byte {error.object[error.start]:#x} at place "
+            f"{path} must be UTF-8 text, got byte {error.object[error.start]:#x} at place "
             f"{error.start}; save it as UTF-8"
         ) from error

@@ -1,4 +1,4 @@
-"""Bridge to SpikingJelly 0.0.0.0.14 and 2.x: the only file that asks which of them is installed."""
+"""Bridge to SpikingJelly 0.0.0.0.14 and 2.x: the only file that checks which one is installed."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -74,7 +74,7 @@ def from_reset(model: object, seed: int, device: torch.device) -> Iterator[None]
     before afterwards.
 
     The generators are torch's global ones and those that modules of the network keep as attributes.
-    A model that is no ``nn.Module`` has nothing to restore but the global generators.
+    A model that is not an ``nn.Module`` has nothing to restore but the global generators.
     """
     with preserved(model), seeded_globals(seed, device):
         if isinstance(model, nn.Module):

@@ -1,6 +1,4 @@
-"""A network that is attacked or measured stays as it was: modes, states of its neurons, generators;
-exact sums; one thread at a time.
-"""
+"""Restores an attacked or measured network: modes, neuron states and random generators."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -165,8 +163,8 @@ _LOCKS = _Locks()
 
 @contextmanager
 def evaluation_mode(model: object) -> Iterator[None]:
-    """Evaluation mode, and every module's own mode afterwards; what is no ``nn.Module`` has none.
-    评估模式。
+    """Evaluation mode, and every module's own mode afterwards; what is not an ``nn.Module`` has
+    none. 评估模式。
 
     Other threads wait for the network until then, see :func:`locked`.
 
@@ -200,7 +198,7 @@ def preserved(model: object) -> Iterator[None]:
     保持网络原状。
 
     Inside, states are copies without a graph, since a reset may write into their tensors. A
-    callable that is no network has nothing to be kept.
+    callable that is not a network has nothing to be kept.
 
     Examples:
         >>> from spikingjelly.activation_based import neuron

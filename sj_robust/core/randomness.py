@@ -1,6 +1,4 @@
-"""Private randomness: what an attack or an evaluation draws neither moves nor follows the caller's
-generators.
-"""
+"""Private random numbers, independent of the caller's generators."""
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -29,8 +27,8 @@ _WORD = 2**64 - 1
 
 
 class SampleSeeds:
-    """One seed per sample: what an attack draws for a sample depends on neither its neighbours nor
-    the batch size.
+    """One seed per sample: an attack's random numbers for a sample depend neither on the other
+    samples nor on the batch size.
 
     每个样本一个种子，攻击结果与批大小无关。
 
@@ -90,22 +88,22 @@ class SampleSeeds:
         return SampleSeeds(torch.tensor(self.seeds, dtype=torch.int64)[rows.cpu()])
 
     def derived(self, *labels: int | str) -> "SampleSeeds":
-        """Other seeds, a function of seed and labels alone, the same in every run and on every
-        Python.
+        """Different seeds, computed from the seeds and the labels alone, so that they are the same
+        in every run and with every version of Python.
         """
         words = [_word(label) for label in labels]
         return SampleSeeds([_folded(seed, words) for seed in self.seeds])
 
     def single(self) -> int:
-        """One number made of all seeds in their order, for what is not per sample (a network's own
-        global draws).
+        """One number computed from all seeds in their order, for randomness that is not per sample
+        (a network's own draws from global generators).
         """
         return _folded(len(self), self.seeds)
 
 
 class SampleDraws:
-    """Successive draws from :class:`SampleSeeds`: the n-th draw of a sample is the same whoever is
-    beside it.
+    """Successive draws from :class:`SampleSeeds`: the n-th draw of a sample does not depend on the
+    other samples.
     """
 
     def __init__(self, seeds: SampleSeeds) -> None:

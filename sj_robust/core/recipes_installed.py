@@ -1,6 +1,4 @@
-"""Imported before the packages of the extra ``recipes``: what is missing is named with the command
-to install it.
-"""
+"""Names missing packages of the extra ``recipes`` with the command to install them."""
 
 from importlib.util import find_spec
 

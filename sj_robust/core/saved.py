@@ -1,6 +1,4 @@
-"""How results and checkpoints lie on disk: JSON with a head, files whole or not there, tensors
-without code.
-"""
+"""Results and checkpoints on disk: JSON with a header, atomic writes, tensors without code."""
 
 import json
 import math
@@ -149,7 +147,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes its name, in one step, when all of it is on the disk.
+    """A file that is written atomically: it gets its name when all of it is on the disk.
     原子写文件。
 
     It lies under a temporary name in the same folder until then, and is removed if the writing

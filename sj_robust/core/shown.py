@@ -1,6 +1,4 @@
-"""How results show themselves: in one line, as a table of a notebook, as a heat map of layers and
-time steps.
-"""
+"""Representations of results: one line, a table in a notebook, a heat map."""
 
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence

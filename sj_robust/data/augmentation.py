@@ -14,7 +14,7 @@ __all__ = ["Augmentation"]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Shift, mirror and cover images at random, as the seed of each image says.
+    """Shift, mirror and partly cover images at random, determined by the seed of each image.
 
     训练图像的随机裁剪、翻转和遮挡。
 
@@ -24,19 +24,19 @@ class Augmentation:
     columns alike, clipped at the borders.
 
     The five numbers of an image are drawn on the CPU from its own seed, so that they depend neither
-    on the other images of the batch nor on the process or the device. All frames of one sample are
-    treated alike.
+    on the other images of the batch nor on the process or the device. All frames of a sample are
+    treated in the same way.
 
     Attributes:
-        padding: Pixels that an image may be shifted by; 0 for no crop.
+        padding: Largest shift of an image in pixels; 0 for no crop.
         flip: Whether images are mirrored.
         cutout: Side of the square, even; 0 for none.
 
     Raises:
         ValueError: If a number is out of range, or there is not one seed per image.
 
-    Source: Ding et al. (ICML 2024), section 5, who take 4, flip and 16; cutout of DeVries and
-    Taylor (2017, arXiv 1708.04552), whose square may lie partly outside of the image.
+    Source: Ding et al. (ICML 2024), section 5, who use padding 4, flips and cutout 16; cutout of
+    DeVries and Taylor (2017, arXiv 1708.04552), whose square may lie partly outside the image.
 
     Examples:
         >>> images = torch.rand(2, 3, 32, 32)

@@ -13,20 +13,20 @@ __all__ = ["ShuffledBatches", "image_loader"]
 
 
 class ShuffledBatches(Sampler[list[int]]):
-    """Indices of this process's share of every global batch, in an order that seed and epoch alone
-    decide.
+    """Indices of this process's share of every global batch, in an order that depends only on seed
+    and epoch.
 
-    Nothing is remembered between epochs, so a run continues anywhere by setting ``epoch`` and
-    ``first_batch``, and the same global batches come out whatever the number of processes.
+    No state is kept between epochs, so a run can continue anywhere by setting ``epoch`` and
+    ``first_batch``, and the global batches are the same for any number of processes.
     由种子和轮次决定的可复现批次。
 
     Args:
         size: Number of images.
-        batch_size: Images per global batch; the remainder of an epoch is left out (another
-            remainder every epoch).
-        seed: Decides the order, together with ``epoch``.
+        batch_size: Images per global batch; the remainder of an epoch is dropped (different images
+            in every epoch).
+        seed: Determines the order, together with ``epoch``.
         rank: Number of this process.
-        processes: Number of processes, each of which gets an equal share of every batch.
+        processes: Number of processes; each gets an equal share of every batch.
 
     Raises:
         ValueError: If there is no whole batch, or a batch cannot be shared equally.
@@ -71,8 +71,8 @@ class ShuffledBatches(Sampler[list[int]]):
             yield self.indices(epoch, batch)
 
     def indices(self, epoch: int, batch: int) -> list[int]:
-        """This process's indices of one batch, whatever the sampler's own epoch and first batch;
-        both count from 0.
+        """This process's indices for one batch of one epoch, both counted from 0, independent of
+        the sampler's own epoch and first batch.
 
         Raises:
             IndexError: If an epoch has no such batch.
@@ -92,22 +92,22 @@ def image_loader(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader[tuple[Tensor, ...]]:
-    """Loader of batches in training order, or in the set's own order if a batch size is given.
-    图像加载器。
+    """Loader of batches in training order, or in the order of the data set if a batch size is
+    given. 图像加载器。
 
-    It never draws from torch's global random state, so when it is created does not change a run.
-    Workers load four batches ahead each; those of a training order stay alive between epochs.
+    It never draws from torch's global random state, so it does not matter when it is created. Each
+    worker loads four batches ahead; workers for a training order stay alive between epochs.
 
     Args:
         dataset: The images.
         batches: The order, or the number of images per batch.
         workers: Number of processes that load in the background.
-        pin_memory: Whether batches are put where a GPU copies them from without waiting; ignored
-            without a GPU.
+        pin_memory: Whether batches are placed in pinned memory, for asynchronous copies to a GPU;
+            ignored without a GPU.
 
     Returns:
-        A loader of (images [N, C, H, W], labels [N]). While it is iterated over, it raises
-        :class:`UnreadableError`, which names the file, if an image cannot be read any more, and
+        A loader of (images [N, C, H, W], labels [N]). During iteration it raises
+        :class:`UnreadableError`, which names the file, if an image can no longer be read, and
         ``ChildProcessError`` if a worker was killed.
 
     Raises:

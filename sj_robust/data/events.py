@@ -69,8 +69,8 @@ def event_frames(
 
 
 _AGAIN = (
-    "remove events_np, extract, frames_number_{T}_split_by_number and what ends in .building "
-    "there (keep download) and start again"
+    "remove events_np, extract, frames_number_{T}_split_by_number and everything that ends in "
+    ".building there (keep download) and start again"
 )
 
 
@@ -99,7 +99,7 @@ def _check_archives(kind: str, host: Any, folder: Path, download: bool) -> None:
     if missing:
         way = "It can be fetched with download=True (--download), or by hand"
         if not host.downloadable():
-            way = "It cannot be fetched by a program: get it by hand"
+            way = "It cannot be downloaded automatically: download it by hand"
         sources = ", ".join(dict.fromkeys(archives[path][0] for path in missing))
         raise FileNotFoundError(
             f"{kind} is not complete: {', '.join(path.name for path in missing)} not found in "

@@ -1,6 +1,4 @@
-"""Files of a data set that cannot be read: found before a run starts, and named if one goes bad
-during it.
-"""
+"""Unreadable files of a data set, found before a run or named during it."""
 
 import os
 import warnings

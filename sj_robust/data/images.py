@@ -35,15 +35,15 @@ class ImageSplits:
     Attributes:
         name: Name of the data set.
         train: Images to train on.
-        validation: Images held out of the training set, to select a network by.
+        validation: Images held out of the training set, used to select a network.
         test: Images for the final figures only.
         image_shape: (C, H, W) of one image or frame.
         classes: Number of classes.
-        mean: Mean per channel that the network subtracts itself; None for a set without one.
-        std: Standard deviation per channel that it divides by.
+        mean: Mean per channel that the network itself subtracts; None for a data set without one.
+        std: Standard deviation per channel by which the network divides.
         frames: Whether an item is a sequence of binary event frames [T, C, H, W] instead.
-        augmentation: What is done to the training images, and to no others; None for nothing.
-        class_names: Names of the classes in order; empty where a class is just a number.
+        augmentation: Augmentation of the training images, and of no others; None for none.
+        class_names: Names of the classes in order; empty if the classes have no names.
     """
 
     name: str
@@ -73,37 +73,38 @@ def load_images(
     augment: bool | None = None,
     cutout: int = 16,
 ) -> ImageSplits:
-    """Load a data set and hold a validation split out of its training images.
+    """Load a data set and hold out a validation split from its training images.
     加载数据集并划分验证集。
 
     Args:
         name: ``"digits"`` (ships with scikit-learn: 1797 images of 8x8; a fixed fifth is the test
             set), ``"fashion_mnist"``, ``"mnist"``, ``"cifar10"``, ``"cifar100"``, ``"svhn"``;
-            ``"image_folder:PATH"`` for pictures of one's own in PATH/train/CLASS, PATH/test/CLASS
-            and, if there are any, PATH/val/CLASS; ``"cifar10_dvs"``, ``"dvs128_gesture"`` or
+            ``"image_folder:PATH"`` for your own pictures in PATH/train/CLASS, PATH/test/CLASS and,
+            if there are any, PATH/val/CLASS; ``"cifar10_dvs"``, ``"dvs128_gesture"`` or
             ``"n_mnist"`` for event data; ``"saccade:digits"``, ``"saccade:mnist"`` or
             ``"saccade:fashion_mnist"`` for events made from these images.
-        root: Folder with the data, as torchvision or SpikingJelly lays it out. Not used by digits
-            and image folders.
+        root: Folder with the data, in the layout of torchvision or SpikingJelly. Not used for
+            digits and image folders.
         validation_fraction: Share of the training images that is held out, unless there is a folder
             ``val``.
         seed: Decides which images are held out; the test images never depend on it.
-        train_limit: Number of training images to use at most, the validation split included if it
-            is held out of them.
-        test_limit: Number of test images to use at most.
-        download: Whether files that are missing may be fetched.
-        T: Frames per sample of event data, each 1 where there was any event; not used by images.
-        on_unreadable: What a picture or recording that cannot be read is: an error, or left out
+        train_limit: Largest number of training images to use, including the validation split if it
+            is held out from them.
+        test_limit: Largest number of test images to use.
+        download: Whether missing files may be downloaded.
+        T: Frames per sample of event data, with the value 1 where there was any event; not used for
+            images.
+        on_unreadable: Whether a picture or recording that cannot be read is an error or is skipped
             with a warning.
-        augment: Whether training images are augmented; None for CIFAR alone, as in the paper.
+        augment: Whether training images are augmented; None means only for CIFAR, as in the paper.
         cutout: Side of the square that augmentation sets to zero, even; 0 for none.
 
     Raises:
-        ValueError: If the name is unknown, a number is out of range, or a file is not what it
-            should be.
-        FileNotFoundError: If the data is not there; the message says which files, where and how to
-            get them.
-        ModuleNotFoundError: If a package is missing that reads the files.
+        ValueError: If the name is unknown, a number is out of range, or a file has the wrong
+            content.
+        FileNotFoundError: If the data is missing; the message says which files are needed, where,
+            and how to get them.
+        ModuleNotFoundError: If a package that reads the files is missing.
 
     Examples:
         >>> splits = load_images("digits")

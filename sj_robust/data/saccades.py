@@ -1,4 +1,4 @@
-"""Event frames of images that a camera looks at in three saccades, as N-MNIST was recorded."""
+"""Event frames made from images by three saccades of a camera, as in N-MNIST."""
 
 import hashlib
 import math
@@ -63,7 +63,7 @@ def saccade_frames(source: Source, T: int, *, cache: str | None) -> Source:
         source: Images as bytes.
         T: Frames, 1 to 48.
         cache: Name of the file where they are kept, in ``sj_robust`` in ``XDG_CACHE_HOME`` or
-            ``~/.cache``; None for images that are few, whose events are made anew.
+            ``~/.cache``; None for images that are few, whose events are made again.
 
     Raises:
         ValueError: If T is too large, or the file is damaged or cannot be written.

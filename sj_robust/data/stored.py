@@ -1,4 +1,4 @@
-"""Images held in memory as bytes, frames as bits, or left in their files."""
+"""Images kept in memory as bytes, frames as bits, or left in their files."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Data sets that torchvision fetches and knows: MNIST, Fashion-MNIST, CIFAR-10, CIFAR-100 and SVHN.
+"""Data sets of torchvision: MNIST, Fashion-MNIST, CIFAR-10, CIFAR-100 and SVHN.
 
 A missing file is a FileNotFoundError that says how to get it; a damaged or misnamed one, or one of
 another set, is a ValueError.

@@ -1,6 +1,4 @@
-"""DSD: the largest singular component of every gradient is taken away before the optimizer sees
-it.
-"""
+"""DSD: removes the largest singular component of every gradient before the optimizer's step."""
 
 from collections.abc import Iterable
 
@@ -12,7 +10,7 @@ __all__ = ["deflate_"]
 
 @torch.no_grad()
 def deflate_(parameters: Iterable[nn.Parameter]) -> None:
-    """Take the largest singular component out of the gradient of every weight, in place.
+    """Remove the largest singular component from the gradient of every weight, in place.
     去除梯度的主奇异分量。
 
     Equation, for a gradient G as a matrix [out, everything else] with singular values s and

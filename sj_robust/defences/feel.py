@@ -1,4 +1,4 @@
-"""FEEL-SNN: images that lose their high frequencies over time, and leaks that are learned."""
+"""FEEL-SNN: images that lose high frequencies over time, and learned leaks."""
 
 from typing import Any
 
@@ -17,25 +17,25 @@ class FrequencyEncoder(base.MemoryModule):
     """Frames that lose high frequencies from step to step (the FE of FEEL-SNN).
     逐步滤除高频的频率编码。
 
-    Equation, with F the two-dimensional Fourier transform of each channel, k and l its frequencies
-    from -H/2 and -W/2 on, and t = 0, 1, ... the step::
+    Equation, with the two-dimensional Fourier transform F of each channel, its frequencies k and l
+    starting at -H/2 and -W/2, and the step t = 0, 1, ...::
 
         keep[t] = 1 - narrowing * t
         M[t](k, l) = 1 where -keep[t] * H/2 <= k < keep[t] * H/2, and l likewise with W, else 0
         frame[t] = |F^-1(M[t] * F(x))|
 
-    The backward pass is that of the real part. The magnitude has no derivative at 0, where black
-    pixels are, and its sign there is one of rounding errors, which would hide the gradient from an
-    attack. The two differ where the filtered image is far from real and positive.
+    The backward pass uses the real part. The magnitude has no derivative at 0, the value of black
+    pixels, and its sign there is determined by rounding errors, which would hide the gradient from
+    an attack. The two differ where the filtered image is far from real and positive.
 
-    It is called once per step, as ``SpikingClassifier`` does; ``functional.reset_net`` returns to
-    the first step.
+    Call it once per step, as ``SpikingClassifier`` does; ``functional.reset_net`` returns to the
+    first step.
 
-    Left open by the paper: sizes other than 32x32. There its masks are 32, 28, 24, ... wide, which
-    is ``narrowing`` 1/8.
+    The paper only covers images of 32x32, for which its masks are 32, 28, 24, ... wide, which is
+    ``narrowing`` 1/8.
 
     Args:
-        narrowing: Share of the width of the mask that is lost per step, in [0, 1]; at ``t *
+        narrowing: Share of the width of the mask that is removed per step, in [0, 1]; at ``t *
             narrowing >= 1`` nothing would remain, which is an error.
 
     Raises:
@@ -59,7 +59,7 @@ class FrequencyEncoder(base.MemoryModule):
         super().__init__()
         if not 0.0 <= narrowing <= 1.0:
             raise ValueError(
-                f"narrowing must be in [0, 1], got {narrowing}; the paper takes 1/8 per step"
+                f"narrowing must be in [0, 1], got {narrowing}; the paper uses 1/8 per step"
             )
         self.narrowing = narrowing
         self.register_memory("time_step", 0)
@@ -69,7 +69,7 @@ class FrequencyEncoder(base.MemoryModule):
         keep = 1.0 - self.narrowing * self.time_step
         if keep <= 0:
             raise RuntimeError(
-                f"narrowing={self.narrowing} leaves no frequency at step {self.time_step}; take a "
+                f"narrowing={self.narrowing} leaves no frequency at step {self.time_step}; use a "
                 "smaller one, or fewer time steps"
             )
         self.time_step += 1
@@ -100,7 +100,7 @@ class FrequencyEncoder(base.MemoryModule):
 
 
 class EvolvingLeakNode(SteppedNode, PerNeuron):
-    """LIF neuron whose leak is learned for every neuron and time step (the EL of FEEL-SNN).
+    """LIF neuron with a learned leak for every neuron and time step (the EL of FEEL-SNN).
     泄漏因子可学习的 LIF 神经元。
 
     Equation::
@@ -109,25 +109,25 @@ class EvolvingLeakNode(SteppedNode, PerNeuron):
         s[t] = 1 if h[t] >= v_threshold else 0
         v[t] = (1 - s[t]) * h[t] + s[t] * v_reset      (v_reset None: h[t] - s[t] * v_threshold)
 
-    ``leak`` [T, *] is a parameter with the shape of one sample, found by the first forward, and not
-    bounded; ``leak[0]`` has no effect from a reset, where v is 0. The leak follows the sequence,
-    not the call, as DLIF's gain does.
+    ``leak`` [T, *] is an unbounded parameter with the shape of one sample, which the first forward
+    determines; after a reset ``leak[0]`` has no effect, since v is 0. The leak follows the
+    sequence, not the call, as DLIF's gain does.
 
-    Not stated in the paper: a bound on the leak, of which its code has none, and its start, where
-    its code uses 1 (``tau=math.inf``).
+    The paper does not state a bound on the leak (its code has none) nor its initial value (its code
+    uses 1, ``tau=math.inf``).
 
     Shapes and states: see :class:`SteppedNode`.
 
     Args:
         T: Number of time steps of a sequence.
-        tau: Membrane time constant to start with, ``leak = 1 - 1 / tau``, > 1.
+        tau: Initial membrane time constant, ``leak = 1 - 1 / tau``, > 1.
         **arguments: Those of :class:`SteppedNode`.
 
     Raises:
         ValueError: If ``T`` or ``tau`` is out of range.
-        RuntimeError: If a sequence is longer than T, or samples have another shape than the leaks.
+        RuntimeError: If a sequence is longer than T, or samples do not have the shape of the leaks.
 
-    Source: Xu et al. (NeurIPS 2024), as :class:`FrequencyEncoder`, and its code.
+    Source: Xu et al. (NeurIPS 2024), as for :class:`FrequencyEncoder`, and its code.
 
     Examples:
         >>> node = EvolvingLeakNode(T=4, tau=2.0)

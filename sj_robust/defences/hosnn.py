@@ -1,4 +1,4 @@
-"""HoSNN: thresholds that pull the potential back to where it usually is."""
+"""HoSNN: thresholds that pull the potential back to its usual value."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ class HomeostaticNode(SteppedNode, PerNeuron):
     """LIF neuron whose threshold follows the error of its potential (the TA-LIF of HoSNN).
     阈值自适应（稳态）LIF 神经元。
 
-    Equation, with ``decay = 1 - 1 / tau`` and u the potential that the neuron usually has at this
-    step, its signature::
+    Equation, with ``decay = 1 - 1 / tau`` and the signature u, the potential that the neuron
+    usually has at this step::
 
         h[t] = decay * v[t-1] + x[t]   (+ (1 - decay) * v_reset for a hard reset)
         th[t] = th[t-1] + |rate| * (h[t] - u[t])       th[-1] = v_threshold
@@ -26,27 +26,27 @@ class HomeostaticNode(SteppedNode, PerNeuron):
 
     A potential raised by a perturbation raises the threshold, and a lowered one lowers it.
     ``rate`` [*], a parameter that starts at ``1 / tau_v``, and the signature [T, *] have one value
-    per neuron, with shapes that the first forward finds. At ``rate`` 0 it is LIF.
+    per neuron; the first forward determines their shapes. With ``rate`` 0 it is LIF.
 
-    Different from the paper: its signature is that of a LIF network trained before, on clean
-    images; here it is the running mean of the neuron's own h over all images of the training, as
-    batch norm keeps one, so that one training is enough. Until the first batch in training mode the
-    threshold does not move. Its code clips the rate to stay above 0, and has a gradient of the rate
-    of its own; here the gradient is that of the equation.
+    Differences from the paper: there, the signature is that of a LIF network trained beforehand on
+    clean images; here, it is the running mean of the neuron's own h over all training images, like
+    the statistics of batch norm, so that one training is enough. Until the first batch in training
+    mode the threshold does not move. Its code clips the rate to stay above 0 and defines its own
+    gradient of the rate; here the gradient is that of the equation.
 
-    Shapes and states: see :class:`SteppedNode`; ``th`` is a state too.
+    Shapes and states: see :class:`SteppedNode`; ``th`` is also a state.
 
     Args:
         T: Number of time steps of a sequence.
         tau: Membrane time constant in steps, > 1; 5 in the paper.
         tau_v: Time constant of the threshold in steps, > 0; 5 in the paper's code for CIFAR-10, 1.5
             for MNIST. ``math.inf`` starts as LIF.
-        momentum: Share of a new batch in the signature, in [0, 1]; 0 keeps the one that was loaded.
+        momentum: Weight of a new batch in the signature, in [0, 1]; 0 keeps the loaded signature.
         **arguments: Those of :class:`SteppedNode`.
 
     Raises:
         ValueError: If an argument is out of range.
-        RuntimeError: If a sequence is longer than T, or samples have another shape than the rates.
+        RuntimeError: If a sequence is longer than T, or samples do not have the shape of the rates.
 
     Source: Geng and Li, "HoSNNs: Adversarially-Robust Homeostatic Spiking Neural Networks with
         Adaptive Firing Thresholds" (TMLR 2025, arXiv 2308.10373), and its code.
@@ -91,7 +91,7 @@ class HomeostaticNode(SteppedNode, PerNeuron):
 
     @property
     def signature(self) -> Tensor:
-        """The potential before the reset that is usual at every step, [T, *]."""
+        """The usual potential before the reset at every step, [T, *]."""
         return self.usual.mean
 
     def step(self, x: Tensor, states: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:

@@ -14,22 +14,24 @@ _SMALLEST_VARIANCE = 1e-6
 
 
 class SurrogateOverlap(PotentialPenalty):
-    """Share of the potentials within reach of the surrogate, if they were normal (MPD-SGR).
+    """Share of the potentials within reach of the surrogate, under a normal distribution (MPD-SGR).
     膜电位分布与替代梯度区间重叠率的惩罚项。
 
-    Equation, with mu and sigma the mean and the deviation of ``z = h - v_threshold`` over batch and
-    space, for every layer, channel and time step, and Phi the normal distribution function::
+    Equation, with the mean mu and the standard deviation sigma of ``z = h - v_threshold`` over
+    batch and space, for every layer, channel and time step, and the normal distribution function
+    Phi::
 
         Omega = Phi((half_width - mu) / sigma) - Phi((-half_width - mu) / sigma)
         value = mean over layers of mean over channels, steps and passes of Omega
 
-    A surrogate has no gradient where ``|z| > half_width``, so that fewer potentials there make the
-    gradient of the whole network, and what follows it, smaller. That is also how gradients get
-    masked: judge it with other estimators and without gradients.
+    A surrogate has no gradient where ``|z| > half_width``, so fewer potentials within reach make
+    the gradient of the whole network smaller, and with it the steps of whatever follows that
+    gradient. This can also mask gradients: evaluate such a network with other estimators and
+    without gradients.
 
-    Not stated in the paper, as far as it could be read: its weight, tuned for each network. It
-    derives mu and sigma from the parameters of batch norm (tdBN); here they are those of the
-    batch, which other norms and the reset do not change.
+    The paper, as far as it could be read, does not state the weight, which it tunes for each
+    network. It derives mu and sigma from the parameters of batch norm (tdBN); here they are
+    computed from the batch, which is also right for other norms and after a reset.
 
     Args:
         weight: Weight in the objective, the paper's eta.

@@ -1,6 +1,4 @@
-"""Spiking neurons written as one time step, for both releases of SpikingJelly, and parameters with
-one value per neuron.
-"""
+"""Base of spiking neurons written as one time step, for both releases of SpikingJelly."""
 
 from collections.abc import Callable
 from typing import Any

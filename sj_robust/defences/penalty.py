@@ -1,6 +1,4 @@
-"""Penalties on top of the training objective: one interface, and what those on membrane potentials
-share.
-"""
+"""The interface of penalties, and the base of those on membrane potentials."""
 
 import math
 from abc import ABC, abstractmethod
@@ -22,17 +20,17 @@ __all__ = ["ForwardPasses", "Penalty", "PotentialPenalty", "check_weight"]
 
 @dataclass(frozen=True)
 class ForwardPasses:
-    """What one training step has run so far, for a penalty to build on.
+    """The forward passes of one training step so far, for use by penalties.
     一步训练中已完成的前向传播。
 
     Attributes:
         classifier: The network in training, in the mode of the objective.
         y: Labels [N].
         x: Clean images [N, ...].
-        x_perturbed: Perturbed images, None without any.
-        logits: Logits [N, classes] of the clean images with their graph, None if the objective ran
+        x_perturbed: Perturbed images; None if there are none.
+        logits: Logits [N, classes] of the clean images with their graph; None if the objective ran
             no clean pass.
-        logits_perturbed: The same of the perturbed images.
+        logits_perturbed: The same for the perturbed images.
     """
 
     classifier: SpikingClassifier
@@ -44,8 +42,8 @@ class ForwardPasses:
 
     @property
     def first(self) -> tuple[Tensor, Tensor]:
-        """Images and logits of the first pass: of the clean images, or of the perturbed ones where
-        they run alone.
+        """Images and logits of the first pass: those of the clean images, or of the perturbed
+        images if there is no clean pass.
         """
         if self.logits is not None:
             return self.x, self.logits
@@ -57,19 +55,19 @@ class ForwardPasses:
 class Penalty(ABC):
     """A term of the objective beyond cross entropy and MS-MPPD. 训练目标的附加惩罚项。
 
-    Equation, with ``rise = 1``, or of a rising weight ``(1 - cos(pi * progress)) / 2``::
+    Equation, with ``rise = 1``, or ``(1 - cos(pi * progress)) / 2`` for a rising weight::
 
         L = ... + rise * weight * value
 
-    A subclass sets :attr:`name`, which the logs show, and gives :meth:`value`; if it must watch the
-    passes themselves it hooks the network in :meth:`observe`.
+    A subclass sets :attr:`name`, which appears in the logs, and implements :meth:`value`; if it
+    needs to observe the passes themselves, it hooks the network in :meth:`observe`.
 
     Args:
         weight: Weight in the objective, >= 0 and finite.
-        rising: Whether the weight rises from 0 over the training, along half a cosine.
+        rising: Whether the weight rises from 0 during training, along half a cosine.
 
     Attributes:
-        progress: Share of the training that is done, in [0, 1]; set by the training loop.
+        progress: Completed share of the training, in [0, 1]; set by the training loop.
 
     Raises:
         ValueError: If the weight is out of range.
@@ -86,8 +84,7 @@ class Penalty(ABC):
 
     name: str
     input_gradient: bool = False
-    """Whether the images of the first pass must require a gradient, so that its graph reaches
-    them.
+    """Whether the images of the first pass must require a gradient, so that the graph reaches them.
     """
 
     def __init__(self, weight: float, *, rising: bool = False) -> None:
@@ -98,12 +95,12 @@ class Penalty(ABC):
 
     @property
     def present_weight(self) -> float:
-        """The weight at the present stage of the training."""
+        """The weight at the current stage of the training."""
         rise = (1 - math.cos(math.pi * self.progress)) / 2 if self.rising else 1.0
         return self.weight * rise
 
     def observe(self, classifier: SpikingClassifier) -> AbstractContextManager[None]:
-        """Context in which the objective runs its passes; it watches nothing unless overridden."""
+        """Context in which the objective runs its passes; it observes nothing unless overridden."""
         return nullcontext()
 
     @abstractmethod
@@ -115,9 +112,9 @@ class PotentialPenalty(Penalty):
     """A penalty on the membrane potentials before the reset, of all passes of a step.
     作用于重置前膜电位的惩罚项。
 
-    Equation: ``value = mean over layers of the mean of``:meth:`cost`. The potentials are computed
-    again from currents and spikes; the gradient reaches the network through them, their past spikes
-    included (surrogate), unless a neuron detaches its reset.
+    Equation: ``value = mean over layers of the mean of``:meth:`cost`. The potentials are recomputed
+    from currents and spikes; the gradient reaches the network through them, including their past
+    spikes (surrogate), unless a neuron detaches its reset.
 
     Args:
         weight: Weight in the objective.
@@ -125,8 +122,8 @@ class PotentialPenalty(Penalty):
         rising: Whether the weight rises from 0 over the training.
 
     Raises:
-        ValueError: If a number is out of range, a layer is unknown, or the dynamics of one are not
-            known.
+        ValueError: If a number is out of range, a layer is unknown, or the dynamics of a layer are
+            not known.
         RuntimeError: If no chosen layer ran in a pass.
     """
 

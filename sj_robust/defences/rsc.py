@@ -1,4 +1,4 @@
-"""RSC: Gaussian noise on the image as the code of a spiking network, in training and afterwards."""
+"""RSC: Gaussian noise on the image as an encoding."""
 
 import torch
 from torch import Tensor
@@ -18,20 +18,21 @@ class SmoothingEncoder(base.MemoryModule):
         frame[t] = x + std * n[t],    n[t] ~ N(0, 1)            (RSC-II)
         frame[t] = x + std * n,       n ~ N(0, 1)               (RSC-I, ``shared``)
 
-    Both have the mean of Poisson coding, and also hide small perturbations under
-    noise. The noise is on in training and in evaluation, and nothing is clamped. The gradient
-    with respect to the image is one, so attacks that average over draws see through it.
+    Both have the mean of Poisson coding and also hide small perturbations under noise. The noise is
+    active in training and in evaluation, and nothing is clamped. The gradient with respect to the
+    image is one, so attacks that average over draws are not misled by it.
 
-    What the paper leaves open: RSC-I and RSC-II are told apart, the deviations of its tables are
-    not in the text that was at hand (0.125 is the package's), and the noise of an attack's forward
-    is drawn anew, yet no attack of the paper averages over it. Its training E-RSCT (distillation
-    from an ordinary network, with a loss on the input of neurons) is not part of this encoder.
+    Open points: the text that was available distinguishes RSC-I and RSC-II, but does not give the
+    standard deviations of its tables (0.125 is this package's choice); the noise is drawn again in
+    every forward of an attack, yet no attack of the paper averages over it. Its training E-RSCT
+    (distillation from an ordinary network, with a loss on the input of neurons) is not part of this
+    encoder.
 
     Args:
         std: Standard deviation in units of [0, 1] images, >= 0.
         shared: Whether all time steps see the same noise.
-        generator: Source of the noise; None is torch's global one, which attacks and evaluations
-            seed.
+        generator: Source of the noise; None uses torch's global generator, which attacks and
+            evaluations seed.
 
     Shapes: images [N, ...] to one frame of the same shape; a classifier calls it once per time
     step.

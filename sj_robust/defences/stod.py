@@ -1,6 +1,4 @@
-"""STOD: an orthogonal kernel per time step in front of the network, so that the steps of a direct
-code differ.
-"""
+"""STOD: an orthogonal kernel per time step before the network."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -18,32 +16,34 @@ _CENTRE = 0.5
 
 
 class OrthogonalEncoder(base.MemoryModule):
-    """Structured temporal orthogonal decorrelation: patches of the image, turned by an orthogonal
-    kernel of their time step. 逐时间步的正交核编码。
+    """Structured temporal orthogonal decorrelation: patches of the image are multiplied by an
+    orthogonal kernel for each time step. 逐时间步的正交核编码。
 
-    Equation, with P cutting an image into patches of ``patch`` x ``patch`` pixels, rows of d =
-    C * patch^2 numbers::
+    Equation, where P cuts an image into patches of ``patch`` x ``patch`` pixels, rows of d = C *
+    patch^2 numbers::
 
         frame[t] = c + P^-1(P(x - c) O[t]),          O[t] O[t]^T = I,   c = 0.5
         O[t] = O0[t] (I - A[t]) (I + A[t])^-1,       A[t] = S[t] - S[t]^T
 
-    S is learned and begins at zero, so that the kernels begin at O0: the identity in the first
-    step, and then products of Householder reflections ``I - 2 e_j e_j^T`` over those j at which a
-    Walsh function of t is negative. Where d is a multiple of the power of two at or above T, these
-    are mutually orthogonal, ``<O0[i], O0[j]> = 0``. The distance of an image from grey stays what
-    it was: ``||frame[t] - c|| = ||x - c||``.
+    S is learned and starts at zero, so the kernels start at O0: the identity in the first step,
+    then products of Householder reflections ``I - 2 e_j e_j^T`` over those j at which a Walsh
+    function of t is negative. Where d is a multiple of the power of two at or above T, these are
+    mutually orthogonal, ``<O0[i], O0[j]> = 0``. The distance of an image from grey does not change:
+    ``||frame[t] - c|| = ||x - c||``.
 
-    What the paper leaves open: it learns the kernels by Riemannian SGD, here the Cayley transform
-    keeps them orthogonal under any optimizer; the index of its reflections is ambiguous; it does
-    not say whether images are normalised before, here they are turned around grey, 0.5. Its main
-    table evaluates without the kernels, which a network need not survive: ``kept=False``.
+    Differences from the paper and open points: the paper learns the kernels by Riemannian SGD,
+    while here the Cayley transform keeps them orthogonal under any optimizer; the index of its
+    reflections is ambiguous; it does not say whether images are normalised first, while here they
+    are transformed around grey, 0.5. Its main table evaluates without the kernels (``kept=False``),
+    without which a network may fail.
 
     Args:
         image_shape: (C, H, W) of an image.
-        T: Number of kernels; the time steps behind them begin with the first again.
-        patch: Height and width of a patch, which divide those of the image; the paper finds 8 best
-            for CIFAR-10.
-        kept: Whether the kernels are there in evaluation mode too; False makes it direct encoding.
+        T: Number of kernels; later time steps start again with the first one.
+        patch: Height and width of a patch, which must divide those of the image; the paper finds
+            that 8 is best for CIFAR-10.
+        kept: Whether the kernels are also used in evaluation mode; False uses direct encoding
+            there.
 
     Shapes: images [N, C, H, W] to one frame of the same shape; a classifier calls it once per time
     step.
@@ -52,7 +52,8 @@ class OrthogonalEncoder(base.MemoryModule):
         TypeError, ValueError: If an argument is out of range or does not fit the image.
 
     Source: "Breaking Gradient Temporal Collinearity for Robust Spiking Neural Networks" (ICLR
-        2026), patchwise feature diversification; the paper's text was at hand in reviews and notes.
+        2026), patchwise feature diversification; only reviews and notes of the paper were
+        available.
 
     Examples:
         >>> encoder = OrthogonalEncoder((1, 4, 4), T=4, patch=2)
@@ -77,7 +78,7 @@ class OrthogonalEncoder(base.MemoryModule):
         if height % patch or width % patch:
             raise ValueError(
                 f"patch must divide height and width of the image, {height}x{width}, got {patch}; "
-                "take 4"
+                "use 4"
             )
         size = channels * patch**2
         self.patch = patch
@@ -94,7 +95,7 @@ class OrthogonalEncoder(base.MemoryModule):
         return self.start[t].to(skew.dtype).unsqueeze(1) * turned
 
     def turned(self, images: Tensor, t: int) -> Tensor:
-        """An image's distance from grey under the kernel of a step, ``frame[t] - c``."""
+        """The difference of an image from grey under the kernel of a step, ``frame[t] - c``."""
         patches, sizes = self._cut(images - _CENTRE)
         return self._joined(patches @ self.kernel(t).to(patches.dtype), sizes)
 
@@ -162,14 +163,14 @@ def _walsh_signs(T: int, size: int) -> Tensor:
 
 
 class TemporalOrthogonality(Penalty):
-    """Decorrelates the frames of the time steps that an orthogonal encoder makes of an image.
+    """Decorrelates the frames that an orthogonal encoder makes from an image.
     时间步编码的正交正则。
 
-    Equation, with f[t] the distance of the frame of step t from grey::
+    Equation, with the difference f[t] of the frame of step t from grey::
 
         value = mean over the images of the sum over i < j of cos(f[i], f[j])^2
 
-    It moves the kernels of :class:`sj_robust.defences.OrthogonalEncoder` alone.
+    It only changes the kernels of :class:`sj_robust.defences.OrthogonalEncoder`.
 
     Args:
         weight: Weight in the objective.
@@ -179,7 +180,7 @@ class TemporalOrthogonality(Penalty):
         TypeError: When evaluated, if the classifier has another encoder.
 
     Source: global orthogonal regularisation of "Breaking Gradient Temporal Collinearity for Robust
-        Spiking Neural Networks" (ICLR 2026); its weight is not in the text that was at hand.
+        Spiking Neural Networks" (ICLR 2026); its weight is not in the text that was available.
 
     Examples:
         >>> TemporalOrthogonality(weight=0.1).name
@@ -194,7 +195,7 @@ class TemporalOrthogonality(Penalty):
         if not isinstance(encoder, OrthogonalEncoder):
             raise TypeError(
                 "temporal_orthogonality needs an OrthogonalEncoder, got "
-                f"{type(encoder).__name__}; take the encoder stod"
+                f"{type(encoder).__name__}; use the encoder stod"
             )
         images = passes.first[0].detach()
         steps = range(len(encoder.skew))

@@ -15,10 +15,10 @@ _MOST = 0.999
 
 
 class StochasticGate(PerNeuron, base.StepModule):
-    """A gate behind each neuron that lets its spikes through with a learned probability (StoG).
+    """A gate after each neuron that passes its spikes on with a learned probability (StoG).
     随机门控：以可学习概率传递脉冲。
 
-    Equation, with u uniform in [0, 1), new for every neuron, step and sample, and ``logit(p) =
+    Equation, with u uniform in [0, 1), drawn for every neuron, step and sample, and ``logit(p) =
     log(p / (1 - p))``::
 
         p = rate within [0.1, 0.999]
@@ -27,25 +27,26 @@ class StochasticGate(PerNeuron, base.StepModule):
         dm[t]/dp = that of sigmoid((logit(p) + logit(1 - u)) / temperature)
 
     the derivative of the binary concrete relaxation (u and 1 - u have the same distribution).
-    ``rate`` [*] is a parameter with one value per neuron, whose shape the first forward finds; it
-    starts at 0.999. The gates also act in evaluation mode, so attacks on the network need the
-    expectation (``eot_samples``, 10 in the paper) and its evaluation several draws.
+    ``rate`` [*] is a parameter with one value per neuron; the first forward determines its shape,
+    and it starts at 0.999. The gates are also active in evaluation mode, so attacks on the network
+    need the expectation (``eot_samples``, 10 in the paper) and its evaluation needs several draws.
 
-    Different from the published code: its upper end is 1, where the relaxation has no derivative;
-    the derivative there has the opposite sign of the relaxation's and is a mean over the batch,
-    here it is the derivative itself; and its rates stop learning half way. Weight decay leaves the
-    rates alone, as there.
+    Differences from the published code: its upper limit is 1, where the relaxation has no
+    derivative; its derivative has the opposite sign of the relaxation's and is averaged over the
+    batch, while here it is the derivative itself; and its rates stop learning halfway. As in that
+    code, weight decay does not apply to the rates.
 
     Shapes: spikes [T, N, *] in step mode ``"m"``, [N, *] in ``"s"``; the same out. It has no state.
 
     Args:
         temperature: Temperature of the relaxation, > 0.
-        generator: Source of u; None is torch's global one, which attacks and evaluations seed.
+        generator: Source of u; None uses torch's global generator, which attacks and evaluations
+            seed.
         step_mode: ``"m"`` or ``"s"``.
 
     Raises:
         ValueError: If ``temperature`` is out of range.
-        RuntimeError: If samples have another shape than the rates.
+        RuntimeError: If samples do not have the shape of the rates.
 
     Source: Ding et al., "Enhancing the Robustness of Spiking Neural Networks with Stochastic Gating
         Mechanisms" (AAAI 2024), and its code.
@@ -73,7 +74,7 @@ class StochasticGate(PerNeuron, base.StepModule):
         super().__init__()
         if not temperature > 0:
             raise ValueError(
-                f"temperature must be > 0, got {temperature}; the published code takes 0.5"
+                f"temperature must be > 0, got {temperature}; the published code uses 0.5"
             )
         self.temperature = temperature
         self.generator = generator
@@ -81,7 +82,7 @@ class StochasticGate(PerNeuron, base.StepModule):
         self.rate = UninitializedParameter()
 
     def forward(self, spikes: Tensor) -> Tensor:
-        """The spikes that get through."""
+        """The spikes that pass the gate."""
         if self.step_mode == "s":
             return self._passed(spikes)
         return torch.stack([self._passed(step) for step in spikes])
@@ -133,7 +134,6 @@ class GateRates(Penalty):
         gates = [m for m in passes.classifier.modules() if isinstance(m, StochasticGate)]
         if not gates:
             raise ValueError(
-                "gate_rates needs a network with StochasticGate; take --neuron stog, or leave it "
-                "out"
+                "gate_rates needs a network with StochasticGate; use --neuron stog, or omit it"
             )
         return torch.stack([gate.rate.square().sum() / 2 for gate in gates]).sum()

@@ -26,21 +26,23 @@ class NoisyLIFNode(SteppedNode):
 
     so that ``P(s = 1 | h) = Phi((h - v_threshold) / noise_std)``: a neuron near the threshold fires
     with a probability that a small change of h hardly affects. The gradient is the surrogate's at
-    ``h + noise_std * n - v_threshold``. A network of such neurons draws in every forward, so that
-    attacks on it need the expectation (``eot_samples``) and its evaluation several draws.
+    ``h + noise_std * n - v_threshold``. A network of such neurons draws random numbers in every
+    forward, so attacks on it need the expectation (``eot_samples``) and its evaluation needs
+    several draws.
 
-    Not stated in the paper, and chosen here: the noise decides over the spike and does not stay in
-    the potential; its deviation; and whether it is in force outside training, which summaries deny
-    and reviewers read (``noise_at_test``).
+    The following is not stated in the paper and was chosen here: the noise decides whether the
+    neuron spikes but does not stay in the potential; its standard deviation; and whether it is
+    active outside training (``noise_at_test``), which summaries of the paper deny and its reviewers
+    assume.
 
     Shapes and states: see :class:`SteppedNode`.
 
     Args:
         tau: Membrane time constant in steps, > 1; ``math.inf`` for no leak.
         noise_std: Standard deviation of the noise, >= 0, in units of the potential.
-        noise_at_test: Whether the noise is in force in evaluation mode too.
-        generator: Source of the noise; None is torch's global one, which attacks and evaluations
-            seed.
+        noise_at_test: Whether the noise is also active in evaluation mode.
+        generator: Source of the noise; None uses torch's global generator, which attacks and
+            evaluations seed.
         **arguments: Those of :class:`SteppedNode`.
 
     Raises:
@@ -83,7 +85,7 @@ class NoisyLIFNode(SteppedNode):
         return spike, (v, time_step + 1)
 
     def charging(self) -> Charging:
-        """How it charges, for monitors and penalties."""
+        """How the neuron charges, for monitors and penalties."""
         return Charging(self.decay)
 
     def extra_repr(self) -> str:
@@ -130,11 +132,11 @@ class ThresholdGuarding(PotentialPenalty):
         v_threshold|)
 
     over all passes of the step, clean and perturbed. The gradient reaches the network through h,
-    its past spikes included (surrogate), unless a neuron detaches its reset. Of a
-    :class:`NoisyLIFNode` h is the potential without the noise.
+    including its past spikes (surrogate), unless a neuron detaches its reset. For a
+    :class:`NoisyLIFNode`, h is the potential without the noise.
 
-    Not stated in the paper: ``margin`` and the largest weight. Its weight rises along a cosine
-    (``rising``), and it sums over layers, where the mean is taken here.
+    The paper does not state ``margin`` or the largest weight. Its weight rises along a cosine
+    (``rising``), and it sums over layers, while the mean is used here.
 
     Args:
         weight: Weight in the objective.

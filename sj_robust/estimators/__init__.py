@@ -1,15 +1,16 @@
 """Gradient estimators: other backward passes for the same spikes, as context managers over a
 network.
 
-A spike has no derivative, so the gradient of a spiking network is chosen, and an attack that
-follows one choice alone overstates robustness. ``estimator(name)(model)`` is a context manager:
-inside, every spiking neuron of ``model`` keeps its forward pass to the bit (spikes and states) and
+A spike has no derivative, so the gradient of a spiking network is a matter of choice, and an attack
+that uses only one choice overstates robustness. ``estimator(name)(model)`` is a context manager:
+inside, every spiking neuron of ``model`` keeps its forward pass bit by bit (spikes and states) and
 gets another backward pass; outside, everything is as before.
 
-With z = h - v_threshold, h the charged potential of a step, and W the half width in potential:
+With z = h - v_threshold, the charged potential h of a step, and the half width W in units of the
+potential:
 
 ==================== ===========================================================================
-name                 what stands for ds/dz of the spike, or for the gradient of the neuron's input
+name                 what replaces ds/dz of the spike, or the gradient of the neuron's input
 ==================== ===========================================================================
 ``training``         the network's own surrogate
 ``triangle:w``       ``max(0, 1 - |z| / W) / W``, ``W = w * v_threshold``
@@ -24,12 +25,12 @@ name                 what stands for ds/dz of the spike, or for the gradient of 
 ``rga``              ``grad_x[t] = grad_s[t]`` times the slope of firing rate over mean input
 ``hart:w``           triangle times the gradient averaged over time, previous potential detached
 ``hart_mixed:w``     mean of ``hart:w`` and the network's own gradient, neuron by neuron
-``cba``              a separate crafting network: ReLU in place of every neuron, same weights
+``cba``              a separate crafting network: ReLU instead of every neuron, same weights
 ``mixed``            another shape in every forward: ``triangle:0.5``, ``atan:4``, ``sigmoid:4``,
                      ``rectangle:1``, ``exponential:2``, and again from the first
 ==================== ===========================================================================
 
-The suffix ``+detach`` leaves the reset out of the gradient: ``atan:4+detach``. An estimator that
+The suffix ``+detach`` excludes the reset from the gradient: ``atan:4+detach``. An estimator that
 needs all time steps at once (``bptr``, ``rga``, ``hart``, ``hart_mixed``) refuses neurons in step
 mode ``"s"``.
 """

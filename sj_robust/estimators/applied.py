@@ -1,4 +1,4 @@
-"""The context in which an estimator is in force, and what it changes in every neuron."""
+"""The context in which an estimator is active, and what it changes in every neuron."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -51,7 +51,7 @@ class Estimator(EstimatorName):
     Equation: see the table of :mod:`sj_robust.estimators`.
 
     Args:
-        family: What comes first in the name, such as ``"atan"``.
+        family: First part of the name, such as ``"atan"``.
         number: Width or sharpness: half width in units of the threshold for ``triangle``,
             ``rectangle``, ``hart`` and ``hart_mixed``; alpha for ``atan``, ``sigmoid`` and
             ``exponential``; for ``assg`` the share of the surrogate's area kept around ``|z|``, in
@@ -60,13 +60,13 @@ class Estimator(EstimatorName):
         detach_reset: Whether the reset is detached from the gradient.
 
     Raises:
-        ValueError: If the family is unknown or the rest does not go with it.
+        ValueError: If the family is unknown or the other arguments do not fit it.
 
     Source: straight-through: Bengio et al. (2013); BPTR: Ding et al., "SNN-RAT" (NeurIPS 2022);
         CBA: Sharmin et al. (ECCV 2020); RGA: Bu et al., "Rate Gradient Approximation Attack" (CVPR
         2023); HART: Hao et al. (ICLR 2024); PDSG: Lun et al. (CVPR 2025); ASSG: Wang et al. (arXiv
         2512.22522); mixed: the idea of MDSE in "Attacking the Spike" (arXiv 2209.03358), whose
-        attack learns how much to take of each surrogate, where these alternate.
+        attack learns the weight of each surrogate, while here they alternate.
 
     Examples:
         >>> from sj_robust.neuron import DLIFNode
@@ -92,7 +92,7 @@ class Estimator(EstimatorName):
             TypeError: On entry, if ``model`` is not a module.
             ValueError: On entry, if there is no spiking neuron, or one that this estimator does not
                 work for.
-            RuntimeError: On entry, if an estimator is in force already.
+            RuntimeError: On entry, if an estimator is already active.
         """
         return Applied(self, model)
 
@@ -101,13 +101,13 @@ class Estimator(EstimatorName):
 
 
 def estimator(name: str) -> Estimator:
-    """The estimator of a name such as ``"atan:4"``, ``"assg:triangle"`` or ``"training+detach"``.
+    """The estimator with a name such as ``"atan:4"``, ``"assg:triangle"`` or ``"training+detach"``.
 
     Equation: see the table of :mod:`sj_robust.estimators`.
 
     Args:
-        name: Family, then after colons what it takes (a number, for ``assg`` a shape and a number),
-            then ``+detach`` or nothing. What is left out has its default.
+        name: The family, then its parameters after colons (a number; for ``assg`` a shape and a
+            number), optionally followed by ``+detach``. Omitted parameters have their defaults.
 
     Raises:
         TypeError: If ``name`` is not text.
@@ -123,15 +123,15 @@ def estimator(name: str) -> Estimator:
 
 
 class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
-    """An estimator in force on a network; its value is the network, for ``cba`` the crafting
-    network.
+    """The context in which an estimator is active on a network; its value is the network, or for
+    ``cba`` the crafting network.
 
-    One context per batch of images: the memory of ``assg`` begins anew with every entry. A copy of
-    the network made inside is one without the estimator.
+    Use one context per batch of images: the memory of ``assg`` is cleared on every entry. A copy of
+    the network that is made inside does not have the estimator.
 
     Attributes:
-        moved: Name of every neuron whose backward pass is not its own backend's any more, with
-            where it runs now; its forward stays where it was.
+        moved: Neurons whose backward pass no longer runs on their own backend, by name, with the
+            new backend; the forward pass stays on its backend.
 
     Examples:
         >>> from sj_robust.estimators import estimator
@@ -154,7 +154,7 @@ class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
         """Change the neurons, all or none."""
         if self._stack is not None:
             raise RuntimeError(
-                f"this context of {self.estimator.name} is entered already; make one of its own"
+                f"this context of {self.estimator.name} is already entered; create a new one"
             )
         model = self._model
         estimator = self.estimator
@@ -214,7 +214,7 @@ def _check(estimator: EstimatorName, model: nn.Module, neurons: dict[str, Any]) 
     for node in neurons.values():
         if _MARK in vars(node):
             raise RuntimeError(
-                f"{vars(node)[_MARK]} is in force on this network already; leave its context "
+                f"{vars(node)[_MARK]} is already active on this network; leave its context "
                 f"before {estimator.name}"
             )
     if estimator.family == "training" and not estimator.detach_reset:
@@ -236,7 +236,7 @@ def _check(estimator: EstimatorName, model: nn.Module, neurons: dict[str, Any]) 
 def _plan(
     estimator: EstimatorName, name: str, node: Any, images: ImageTracker, rotation: Rotation
 ) -> dict[str, Any]:
-    """Attributes that put the estimator in force on one neuron."""
+    """Attributes that activate the estimator on one neuron."""
     plan: dict[str, Any] = {}
     if estimator.detach_reset:
         if not isinstance(vars(node).get("detach_reset"), bool):
@@ -343,7 +343,7 @@ class _Override:
         self._step = 0  # of the sequence
 
     def entries(self) -> dict[str, Any]:
-        """What puts it in force: SpikingJelly's neurons have no field for it, but methods."""
+        """The activation: SpikingJelly's neurons have no field for it, but methods."""
         node = self._node
         if type(node) is DLIFNode:
             return {"gradient": self}

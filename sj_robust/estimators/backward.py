@@ -1,4 +1,4 @@
-"""Backward passes of gradient estimators for a run of a neuron: through time, or by its rate.
+"""Backward passes of gradient estimators: through time, or by the firing rate.
 
 The values of the run are computed already; only its gradient is replaced.
 """

@@ -1,4 +1,4 @@
-"""CBA: the analogue network in which every spiking neuron is a ReLU."""
+"""CBA: the network with ReLU instead of every spiking neuron."""
 
 import copy
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ __all__ = ["crafting_network"]
 
 
 class _Rectifier(nn.Module, base.StepModule):
-    """ReLU in the place of a neuron, with its step mode."""
+    """ReLU instead of a neuron, with its step mode."""
 
     def __init__(self, step_mode: str) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class _Rectifier(nn.Module, base.StepModule):
 
 
 def crafting_network(model: nn.Module, neurons: Iterable[Any]) -> nn.Module:
-    """A copy of a network with ReLU in place of its neurons; weights share their memory but need no
+    """A copy of a network with ReLU instead of its neurons; weights share their memory but need no
     gradient.
 
     Equation: ``s[t] = max(0, x[t])``.

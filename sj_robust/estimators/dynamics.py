@@ -1,6 +1,4 @@
-"""How a known neuron charges, and its charged potentials recovered from the spikes that it really
-fired.
-"""
+"""How a known neuron charges, and its charged potentials recovered from its spikes."""
 
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,6 +1,4 @@
-"""Slopes that depend on more than the potential of one step: PDSG's spread so far and ASSG's memory
-of |z|.
-"""
+"""Slopes that depend on several steps: the spread of PDSG and the memory of ASSG."""
 
 import weakref
 from collections.abc import Sequence
@@ -158,12 +156,12 @@ class Sharpness:
 
 
 class ImageTracker:
-    """Sees what a network is called with, and tells a new iteration of an attack from one more
-    forward of the same.
+    """Observes the inputs of a network, and distinguishes a new iteration of an attack from another
+    forward of the same one.
 
     A batch that got smaller holds some of the samples of the one before: each image takes over the
     state of the image nearest to it (an attack moves an image less than images differ). Any other
-    change of shape starts anew.
+    change of shape starts again.
 
     Attributes:
         turn: Number of different images so far.

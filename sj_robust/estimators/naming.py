@@ -1,4 +1,4 @@
-"""Names of estimators: text to a value that can be compared and hashed."""
+"""Names of estimators as values that can be compared and hashed."""
 
 import math
 from dataclasses import dataclass
@@ -81,7 +81,7 @@ class EstimatorName:
             raise ValueError(f"only assg takes a shape, got {self.family} with {self.shape!r}")
         if self.detach_reset and self.family in _WITHOUT_RESET:
             raise ValueError(
-                f"{self.family} has no reset in its backward pass to detach; leave {_DETACH!r} out"
+                f"{self.family} has no reset in its backward pass to detach; omit {_DETACH!r}"
             )
 
     @property

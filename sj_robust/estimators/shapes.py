@@ -1,4 +1,4 @@
-"""Shapes that replace the derivative of a spike, and the surrogates that have them."""
+"""Shapes that replace the derivative of a spike, and surrogates with these shapes."""
 
 import math
 from collections.abc import Callable

@@ -143,6 +143,6 @@ def extent(value: float, count: int | None, total: int | None) -> str:
 
 def _check(count: float, total: int) -> None:
     if total < 1:
-        raise ValueError(f"total must be >= 1, got {total}: a share of no images means nothing")
+        raise ValueError(f"total must be >= 1, got {total}: a share of no images is undefined")
     if not 0 <= count <= total:
         raise ValueError(f"count must be from 0 to {total}, got {count}")

@@ -76,33 +76,35 @@ def evaluate(
     Args:
         model: A classifier of images in [0, 1], spiking or not; or a bare SpikingJelly network,
             with ``T`` and, if it expects normalised images, ``mean`` and ``std``.
-        x: Test images [N, C, H, W] in [0, 1]; or, in place of ``x`` and ``y``, a ``DataLoader``, a
-            data set, or a list of batches, which is read once. Binary event frames are [N, T, 2,
-            H, W].
+        x: Test images [N, C, H, W] in [0, 1]; or, instead of ``x`` and ``y``, a ``DataLoader``, a
+            data set, or a list of batches, which is read once. Binary event frames are [N, T, 2, H,
+            W].
         y: Labels [N] int64.
-        eps: Radius, a number or a text such as ``"8/255"``; for L0 the number of changed elements,
-            for moves that of moved events.
-        norm: Norm of the perturbation; None: Linf, or L0 for event frames.
-        largest_shift: For moves, most frames that an event may be moved by; None: no limit.
-        total_shift: For moves, most frames that the events of a sample may be moved by in total.
-        suite: Name of the suite, see :func:`make_suite`; None: ``"standard"``, or
-            ``"events"`` for event frames.
+        eps: Radius, a number or a string such as ``"8/255"``; for L0 the number of changed
+            elements, for moves the number of moved events.
+        norm: Norm of the perturbation; None means Linf, or L0 for event frames.
+        largest_shift: For moves, the largest number of frames by which an event may be moved; None
+            means no limit.
+        total_shift: For moves, the largest number of frames by which the events of a sample may be
+            moved in total.
+        suite: Name of the suite, see :func:`make_suite`; None means ``"standard"``, or ``"events"``
+            for event frames.
         T: Number of time steps, for a bare network; None if it brings its own.
         mean: Mean per channel that a bare network expects to be subtracted, as numbers, a tensor or
             an array.
         std: Standard deviation per channel that it expects to be divided by, likewise.
-        draws: Fresh forwards in more than half of which a stochastic network must be wrong for an
-            image to count as broken, and over which attacks average its gradients; None takes 10
-            for a network that draws random numbers, and 1 for another.
-        seed: Seeds everything.
+        draws: Number of fresh forwards of a stochastic network. An image counts as broken if the
+            network is wrong in more than half of them, and attacks average the gradient over as
+            many. None uses 10 for a network that draws random numbers and 1 for any other.
+        seed: Random seed.
         batch_size: Images at a time; results do not depend on it.
-        folder: Where progress is kept, for one batch size; None keeps none.
-        name: What the report calls the network; None takes its class.
-        dataset: What the report calls the images.
-        progress: Whether what is being done and the time left are shown.
+        folder: Folder in which progress is saved, for one batch size; None saves nothing.
+        name: Name of the network in the report; None uses the name of its class.
+        dataset: Name of the images in the report.
+        progress: Whether to show the current task and the remaining time.
 
     Raises:
-        TypeError: If an argument has the wrong type, such as images of bytes.
+        TypeError: If an argument has the wrong type, such as images stored as bytes.
         ValueError: If an argument is wrong, T is missing, images lie outside [0, 1], network and
             images do not belong together, or the folder holds another evaluation.
         ModuleNotFoundError: If the suite needs an extra that is not installed.
@@ -175,7 +177,8 @@ def stress(
         total_shift: Budget of a threat of moves.
         suite: ``"stress"`` for faults, ``"corruptions"`` for the fifteen common corruptions at five
             severities.
-        faults: Faults to measure, from mild to severe; None: every kind at its usual levels.
+        faults: Faults to measure, from mild to severe; None measures every kind at its default
+            levels.
         draws: Number of draws of each random fault.
         steps: Steps of the attack.
         T: Number of time steps, for a bare network; None if it brings its own.
@@ -184,8 +187,8 @@ def stress(
         seed: Random seed.
         batch_size: Images per batch.
         folder: Folder for the progress.
-        name: Name of the network in the card.
-        dataset: Name of the images in the card.
+        name: Name of the network in the report.
+        dataset: Name of the images in the report.
         progress: Show progress.
 
     Source: quantised and stuck weights, mismatch and lost spikes as in the literature on
@@ -327,7 +330,7 @@ def _checked_faults(
             f"faults=[{wanted.__name__}(kind, level)]"
         )
     if not faults:
-        raise ValueError("faults must hold one or more, got none; omit it for the usual ones")
+        raise ValueError("faults must contain at least one, got none; omit it for the default ones")
     for fault in faults:
         if not isinstance(fault, wanted):
             other = "corruptions" if isinstance(fault, Corruption) else "stress"
@@ -386,7 +389,7 @@ def _prepared(given: _Given, data: Data, settings: _Settings) -> Iterator[_Prepa
                 remedy = "with folder=..., the evaluation could be resumed"
             else:
                 remedy = f"the same call resumes from {settings.folder}"
-            stopped.add_note(f"the network is as it was; {remedy}")
+            stopped.add_note(f"the network is unchanged; {remedy}")
             raise
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation is asked for, as it was checked where it entered."""
+"""The checked arguments of an evaluation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ class Request:
             moves.
         dataset: Name of the data set.
         classes: Number of classes.
-        seed: Seeds everything.
+        seed: Random seed.
         draws: Fresh forwards, in more than half of which a stochastic network must be wrong, and
             over which its gradients are averaged; None finds out whether it needs several, for
             which every image is asked twice. Of a stress test, draws of a fault that is random.

@@ -1,6 +1,4 @@
-"""The result of an evaluation: which attacks broke which images; every figure is computed from
-these rows.
-"""
+"""The result of an evaluation: the images that every attack broke."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,21 +21,21 @@ _OF_NAMES = ("network", "curves", "configuration", "environment")
 
 @dataclass(frozen=True)
 class Row:
-    """What one member of an evaluation did to the images. 评估中一项的逐图像结果。
+    """The result of one member of an evaluation, image by image. 评估中一项的逐图像结果。
 
     Attributes:
-        member: Its name, such as ``"clean"``, ``"apgd_ce/atan:4/r0"`` or ``"verify"``.
+        member: Name of the member, such as ``"clean"``, ``"apgd_ce/atan:4/r0"`` or ``"verify"``.
         kind: ``"clean"`` without an attack, ``"attack"``, ``"control"`` for the training surrogate
             at the same cost, ``"proof"``.
         seen: Indices of the images that it was run on.
         fell: Indices of those that are misclassified afterwards, or (proof) not proved.
-        outside: Indices of those of ``fell`` whose image exceeds the threat of the evaluation.
-        variant: Which variant of network or images it met.
-        threat: What it may do; None where there is no ball, as for Gaussian noise.
+        outside: Indices of those in ``fell`` whose image exceeds the threat of the evaluation.
+        variant: Variant of the network or the images.
+        threat: Threat model of the member; None if there is none, as for Gaussian noise.
         group: Members of one group attack only images that the earlier ones did not break; those
             of group ``""`` attack all images.
-        estimator: Gradient estimator that it crafted with.
-        largest: Largest distance of an image from its clean one, in the norm of the evaluation.
+        estimator: Gradient estimator of the attack.
+        largest: Largest distance of an image from its clean image, in the norm of the evaluation.
         alpha: Probability with which the proof of an image is wrong; 0 for bounds.
         seconds: Time for crafting and scoring, summed over processes.
 
@@ -65,7 +63,7 @@ class Row:
 
     @property
     def eps(self) -> float | None:
-        """Radius of its ball; None where there is none."""
+        """Radius of the threat model; None if there is none."""
         return None if self.threat is None else self.threat.eps
 
     @property
@@ -90,8 +88,8 @@ class Accuracy:
     """One accuracy, counted from rows. 一项准确率。
 
     Attributes:
-        name: What it is the accuracy under.
-        kind: ``"member"`` for one attack, else the name of a summary.
+        name: Name of the attack or summary.
+        kind: ``"member"`` for one attack, otherwise the name of a summary.
         correct: Images classified correctly.
         total: Images.
         seconds: Total time.
@@ -136,11 +134,10 @@ class Point:
 
     Attributes:
         eps: The radius as text.
-        attack: What attacked.
+        attack: Name of the attack.
         correct: Images classified correctly.
         total: Images.
-        verified: Of the images that proofs were tried on, those that are proved; None without
-            proofs.
+        verified: Proved images, out of those for which a proof was tried; None without proofs.
     """
 
     eps: str
@@ -159,7 +156,7 @@ class Evaluation:
     image which a proof (without error probability) covers is an error.
 
     An image counts as broken if an attack fools the network with a change that the threat allows.
-    Members beyond it (other radii, Gaussian noise) have figures of their own, and no part in the
+    Members beyond it (other radii, Gaussian noise) have their own figures and are not part of the
     worst case.
 
     Attributes:
@@ -167,14 +164,14 @@ class Evaluation:
         dataset: Name of the data set.
         suite: Name of the suite; ``"training"`` for the report of a training, ``"vote"`` for that
             of a smoothed classifier.
-        labels: Class of every image; -1 where it is not known.
-        rows: What each member did.
-        threat: Norm and radius of the adversary; None where none was asked about.
-        classes: Number of classes; 0 where it is not known.
+        labels: Class of every image; -1 if it is not known.
+        rows: Result of every member.
+        threat: Norm and radius of the adversary; None if there is none.
+        classes: Number of classes; 0 if it is not known.
         description: What was run, in a few words.
         seed: Seed of the run.
-        draws: Fresh forwards in more than half of which a stochastic network must be wrong to
-            count as broken.
+        draws: Number of fresh forwards; a stochastic network must be wrong in more than half of
+            them.
         network: Architecture, ``T``, number of parameters, ``fingerprint``, and per spiking layer
             the ``neuron`` and the ``surrogate`` it was trained with.
         data: Fingerprint of images and labels.
@@ -187,11 +184,11 @@ class Evaluation:
         curves: Per network of a training, one record per epoch.
         configuration: Options of the run as plain data.
         environment: Versions, device, commit.
-        warnings: What a reader must know besides.
+        warnings: Further remarks for the reader.
 
     Raises:
-        ValueError: If there are no images, rows contradict each other, or a number is not one of an
-            image.
+        ValueError: If there are no images, rows contradict each other, or an index does not belong
+            to an image.
     """
 
     name: str
@@ -233,7 +230,7 @@ class Evaluation:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """Names of the variants of network or images, in their order."""
+        """Names of the variants of the network or the images, in order."""
         return tuple(dict.fromkeys(row.variant for row in self.rows))
 
     @property
@@ -247,22 +244,22 @@ class Evaluation:
 
     @property
     def attacks(self) -> tuple[Row, ...]:
-        """Attacks on the first variant, those of the control included, in their order."""
+        """Attacks on the first variant, including those of the control, in order."""
         return tuple(row for row in self.of(self.main) if row.attacks)
 
     def within(self, row: Row) -> bool:
-        """Whether an attack keeps the threat, so that it is part of the worst case."""
+        """Whether an attack stays within the threat model, so that it is part of the worst case."""
         if row.eps is None or row.outside:
             return False
         return self.threat is None or row.eps <= self.threat.eps
 
     def standing(self, name: str, *, variant: str | None = None) -> frozenset[int]:
-        """Numbers of the images that are classified correctly under what a figure is called after.
+        """Indices of the images that are still correct under the attack or summary of this name.
 
-        Under a member of a group, these are the images that neither it nor the earlier ones broke.
+        For a member of a group, these are the images that neither it nor the earlier members broke.
 
         Raises:
-            KeyError: If there is no such figure.
+            KeyError: If there is no such attack or summary.
         """
         place = self.main if variant is None else variant
         counted = self._counted(name, place)
@@ -276,7 +273,7 @@ class Evaluation:
         """One accuracy by name; seconds are those of the members within the threat.
 
         Raises:
-            KeyError: As :meth:`standing`.
+            KeyError: As for :meth:`standing`.
         """
         place = self.main if variant is None else variant
         counted = self._counted(name, place)
@@ -294,7 +291,7 @@ class Evaluation:
 
     @property
     def clean(self) -> Accuracy:
-        """Without an attack."""
+        """Accuracy without an attack."""
         return self.under("clean")
 
     @property
@@ -304,7 +301,9 @@ class Evaluation:
 
     @property
     def control(self) -> Accuracy | None:
-        """Per image over the control, the training surrogate with restarts at the same cost."""
+        """Worst case per image over the control: the training surrogate with restarts at the same
+        cost.
+        """
         if any(row.kind == "control" for row in self.attacks):
             return self.under("control")
         return None
@@ -316,7 +315,7 @@ class Evaluation:
 
     @property
     def verified(self) -> Accuracy | None:
-        """Proved robust; None without proofs."""
+        """Share of images that are proved robust; None without proofs."""
         if any(row.kind == "proof" for row in self.of(self.main)):
             return self.under("verified")
         return None
@@ -332,8 +331,8 @@ class Evaluation:
 
     @property
     def bracket(self) -> tuple[Accuracy, Accuracy] | None:
-        """The true robust accuracy lies between the two: what is verified, and what everything
-        leaves; None without proofs.
+        """Lower and upper bound of the true robust accuracy: ``verified`` and ``everything``; None
+        without proofs.
         """
         return None if self.verified is None else (self.verified, self.everything)
 
@@ -345,8 +344,8 @@ class Evaluation:
 
     @property
     def outcome(self) -> tuple[int, ...]:
-        """Per image: index of the first attack that broke it (those of the suite first), -1 none,
-        -2 wrong already.
+        """For every image, the index of the first attack that broke it (those of the suite first),
+        -1 for none, -2 if it is misclassified without an attack.
         """
         broken_by = dict.fromkeys(self.standing("clean"), -1)
         for kind in ("control", "attack"):
@@ -358,7 +357,7 @@ class Evaluation:
 
     @property
     def over_eps(self) -> tuple[Point, ...]:
-        """Accuracy over the radius: of rows made for it, or of members of the suite that have other
+        """Accuracy over the radius, from rows made for it, or from members of the suite with other
         radii than the threat, such as the paper's.
         """
         levels = [row for row in self.of(OVER_EPS) if row.attacks]
@@ -387,7 +386,8 @@ class Evaluation:
         return tuple(points)
 
     def bracket_at(self, eps: float | str) -> tuple[Accuracy, Accuracy]:
-        """What is proved and not broken at one radius, and what attacks up to it leave.
+        """Share of images that are proved and not broken at one radius, and share that is still
+        correct after the attacks up to it.
 
         Raises:
             KeyError: If nothing is proved at this radius.
@@ -407,8 +407,8 @@ class Evaluation:
 
     @property
     def contradicted(self) -> tuple[int, ...]:
-        """Images that a proof says stand, and that an attack within its threat breaks: with the
-        probability ``alpha`` of the proof one of the two is wrong, more is a bug.
+        """Images that are proved robust but broken by an attack within the same threat model: each
+        is possible with the error probability ``alpha`` of the proof; more than that is a bug.
         """
         found: set[int] = set()
         for proof in self.rows:
@@ -418,7 +418,7 @@ class Evaluation:
         return tuple(sorted(found))
 
     def merged(self, other: Self) -> Self:
-        """This report with the rows, curves and warnings of another one of the same images.
+        """This report with the rows, curves and warnings of another report on the same images.
 
         Raises:
             ValueError: If threats or images differ.
@@ -496,7 +496,7 @@ class Evaluation:
                 )
 
     def _contradictions(self, proof: Row) -> Iterable[tuple[str, set[int]]]:
-        """Attacks within the threat of a proof that break what it says stands, and these images."""
+        """Attacks within the threat of a proof that break proved images, and these images."""
         same_network = {self.main, OVER_EPS}
         variants = same_network if proof.variant in same_network else {proof.variant}
         for row in self.rows:

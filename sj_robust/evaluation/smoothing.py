@@ -1,4 +1,4 @@
-"""The bracket of a smoothed classifier: certified accuracy in L2, and accuracy under attack."""
+"""Bounds of a smoothed classifier: certified accuracy in L2 and accuracy under attack."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,38 +42,38 @@ def smoothed_bracket(
     dataset: str = "images",
     configuration: dict[str, Any] | None = None,
 ) -> Report:
-    """Attack the smoothed classifier itself; what is left stands beside what it certifies.
+    """Attack the smoothed classifier itself, for an upper bound next to its certified accuracy.
     平滑分类器的上下界。
 
-    At each radius PGD in L2 climbs the cross entropy averaged over ``eot_samples`` noisy copies of
-    every image that is not broken yet, the certified ones included. Its last image counts as broken
-    if the smoothed classifier, asked again with ``smoothing.n`` fresh draws, votes for another
-    class; where it abstains nothing is known. Neither end says anything of the network without the
-    vote.
+    At each radius, PGD in L2 maximises the cross entropy averaged over ``eot_samples`` noisy copies
+    of every image that is not broken yet, including the certified ones. An image counts as broken
+    if the smoothed classifier, with ``smoothing.n`` fresh draws, votes for another class on the
+    last iterate; if it abstains, nothing is known. Neither bound says anything about the network
+    without the vote.
 
     Args:
         model: The network that was smoothed.
-        x: The images that were.
+        x: The images for which it was smoothed.
         y: Labels [N] int64.
-        smoothing: What :func:`sj_robust.proofs.smooth` found for them.
+        smoothing: The result of :func:`sj_robust.proofs.smooth` for them.
         radii: L2 radii, >= 0.
         steps: Steps of PGD, each of 2.5 radii / steps.
-        eot_samples: Noisy copies that a gradient is averaged over.
-        n0: Draws for the guess of a vote.
+        eot_samples: Number of noisy copies over which a gradient is averaged.
+        n0: Number of draws to guess the class of a vote.
         batch_size: Images attacked at a time.
         seed: Seeds all noise.
-        name: What the report calls the network.
-        dataset: What the report calls the images.
+        name: Name of the network in the report.
+        dataset: Name of the images in the report.
         configuration: Options of the run, for the report.
 
     Returns:
-        A report with both ends at every radius, see ``Report.bracket_at``.
+        A report with both bounds at every radius, see ``Report.bracket_at``.
 
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If images, labels, smoothing or a number do not fit.
 
-    Source: attacks through the noise as in SmoothAdv, Salman et al. (NeurIPS 2019).
+    Source: attacks that average over the noise as in SmoothAdv, Salman et al. (NeurIPS 2019).
 
     Examples:
         >>> x, y = torch.tensor([[0.8, 0.2], [0.55, 0.45]]), torch.tensor([0, 0])

@@ -1,6 +1,4 @@
-"""A network under every fault or corruption of a list, clean and attacked: each level is a variant
-of the network or of its images.
-"""
+"""A network under every level of faults or corruptions, clean and attacked."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +30,7 @@ def stress_network(subject: Subject, batches: Batches | Data, request: Request) 
     """Measure a network under faults or corruptions and write the report. 压力测试。
 
     Every step is kept in the folder of the request as it ends, and a call with the same request
-    goes on where a killed one stopped. Several processes share the levels, and each gets the
+    continues where a killed one stopped. Several processes share the levels, and each gets the
     report. The network stays as it was: faults are those of a copy. What cannot be measured is
     named in the warnings.
 

@@ -1,4 +1,4 @@
-"""The network that is evaluated: from a checkpoint, or from a user's function."""
+"""The network to evaluate, from a checkpoint or a user's function."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,14 +25,14 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A network with what is known of it. 被评估的网络。
+    """A network to evaluate, with its description. 被评估的网络。
 
     Attributes:
-        name: What the report calls it.
+        name: Name in the report.
         model: Images in [0, 1] to logits.
-        architecture: In a few words.
+        architecture: Architecture in a few words.
         options: Options it was trained with; empty if they are not known.
-        spec: What its network was built from; None for one of your own.
+        spec: Specification of the network; None for your own network.
 
     Examples:
         >>> Subject("mine", SpikingClassifier(nn.Flatten(), T=1), "nothing but a reshape").options
@@ -50,11 +50,11 @@ def from_checkpoint(path: Path, T: int | None = None, *, trust_code: bool = Fals
     """The network of a checkpoint that ``recipes/adv_train.py`` wrote. 从检查点读取网络。
 
     Args:
-        path: The file; or a network's folder, whose ``best.pt`` is taken; or a run's folder with
-            one network in it; or the name of a network that comes with the package, see
+        path: The file; or a network's folder, whose ``best.pt`` is used; or a run's folder that
+            contains one network; or the name of a network that comes with the package, see
             :func:`sj_robust.models.pretrained_networks`.
-        T: Time steps to run it for, see :func:`sj_robust.models.set_time_steps`; None for those it
-            was trained with.
+        T: Number of time steps to run it for, see :func:`sj_robust.models.set_time_steps`; None for
+            the number it was trained with.
         trust_code: Whether a function of your own code that the checkpoint names
             (``module:function``) may be run to build the network. Whoever wrote the file chose the
             function and its arguments.
@@ -63,9 +63,9 @@ def from_checkpoint(path: Path, T: int | None = None, *, trust_code: bool = Fals
         The network, on the CPU, with its weights.
 
     Raises:
-        FileNotFoundError: If there is no checkpoint; the message lists those nearby.
-        ValueError: If the file is no checkpoint of a network, the folder holds several networks, T
-            is out of range, or the network is built by a function that is not trusted.
+        FileNotFoundError: If there is no checkpoint; the message lists checkpoints nearby.
+        ValueError: If the file is not a checkpoint of a network, the folder contains several
+            networks, T is out of range, or the network is built by a function that is not trusted.
 
     Examples:
         >>> from_checkpoint(Path("nowhere") / "best.pt")
@@ -178,7 +178,7 @@ def describe_network(model: nn.Module) -> dict[str, Any]:
 
 
 def check_fits(subject: Subject, images: Tensor, classes: int | None, dataset: str) -> int:
-    """A network takes the images of a data set, knows its classes and can be attacked.
+    """Check that a network accepts the images of a data set, has its classes and can be attacked.
     检查网络与数据是否匹配。
 
     Args:
@@ -227,8 +227,8 @@ def check_fits(subject: Subject, images: Tensor, classes: int | None, dataset: s
     logits = checked_logits(outputs, _COPIES)
     if classes is not None and logits.shape[1] != classes:
         raise ValueError(
-            f"{subject.name} tells {logits.shape[1]} classes apart, {dataset} has {classes}; "
-            "give its own"
+            f"{subject.name} distinguishes {logits.shape[1]} classes, {dataset} has {classes}; "
+            "choose its own data set"
         )
     if not bool(torch.isfinite(logits).all()):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Worst case per sample over attacks, gradient estimators and seeds, of one batch."""
+"""Worst case per sample over attacks, gradient estimators and seeds."""
 
 from collections.abc import Sequence
 
@@ -27,24 +27,25 @@ def worst_case(
     draws: int = 1,
     seeds: SampleSeeds | None = None,
 ) -> Report:
-    """Run attacks of your own one after the other, and count per image whether any fools the
-    network. 逐样本取多种攻击与梯度估计的最坏情况。
+    """Run your own attacks one after the other, and determine for every image whether any of them
+    fools the network. 逐样本取多种攻击与梯度估计的最坏情况。
 
-    Equation: ``robust accuracy = mean_n [right on x_n and on a_m(x_n) for every member m]``. A
-    member attacks the images that are correct and not yet broken in its group. Every success is
-    scored again.
+    Equation: ``robust accuracy = mean_n [correct on x_n and on a_m(x_n) for every member m]``. A
+    member attacks the images that are classified correctly and not yet broken in its group. Every
+    success is checked by another forward.
 
     Args:
         model: Images [N, ...] in [0, 1] to logits [N, classes]; an ``nn.Module`` where a member has
             an estimator.
         x: Images, floating point.
         y: Labels [N] int64.
-        members: What is run, in this order.
-        threat: What counts as broken; None counts whatever a member makes.
-        draws: Forwards in more than half of which a stochastic network has to be wrong.
-        seeds: One seed per sample; the result of a sample then depends on neither its neighbours
-            nor the batch size (unless the network itself draws random numbers, or the estimator is
-            ``pdsg``). None takes the numbers of the images.
+        members: The attacks, in the order in which they are run.
+        threat: Threat model within which an image counts as broken; None counts every image of a
+            member.
+        draws: Number of forwards; a stochastic network has to be wrong in more than half of them.
+        seeds: One seed per sample; the result of a sample then depends neither on the other samples
+            nor on the batch size (unless the network itself draws random numbers, or the estimator
+            is ``pdsg``). None uses the indices of the images.
 
     Raises:
         TypeError: If an argument has the wrong type.

@@ -1,4 +1,4 @@
-"""Files of networks that are too large for the wheel: downloaded from a release, checked, kept."""
+"""Networks that are too large for the wheel, downloaded from a release."""
 
 import hashlib
 import os
@@ -56,7 +56,7 @@ def fetch(asset: Asset) -> Path:
 
     The cache is the folder ``sj_robust`` in ``torch.hub.get_dir()``, which ``TORCH_HOME`` moves.
     One process fetches, others wait for it. What a lost connection leaves is continued, at once or
-    in the next call. (``torch.hub`` and pooch begin anew, so the transfer is written out here.)
+    in the next call. (``torch.hub`` and pooch start again, so the transfer is written out here.)
 
     Raises:
         OSError: If the file is not in the cache and cannot be downloaded.

@@ -1,4 +1,4 @@
-"""Networks by name: what a checkpoint needs to build its network again."""
+"""Networks by name, as described in checkpoints."""
 
 import copy
 import math
@@ -51,39 +51,40 @@ class NetworkSpec:
             SpikingJelly's model zoo (:func:`sj_robust.models.zoo_networks`);
             ``"module:function"`` or ``"file.py:function"`` for a function of your own that returns
             the network, bare or in a ``SpikingClassifier``. It is called with those of
-            ``image_shape``, ``classes``, ``T`` and ``spiking_neuron`` (builds one neuron) that its
-            signature names, and with ``options``.
+            ``image_shape``, ``classes``, ``T`` and ``spiking_neuron`` (which builds one neuron)
+            that are in its signature, and with ``options``.
         neuron: ``"dlif"``, or one of SpikingJelly's ``"lif"`` and ``"plif"``
             (``decay_input=False``, as DLIF with all gains 1) and ``"if"``; all with the triangle
             surrogate and a hard reset to 0; or the neuron of a defence of
             :mod:`sj_robust.defences`: ``"tgo"`` (``NoisyLIFNode``), ``"feel"``
             (``EvolvingLeakNode``), ``"hosnn"`` (``HomeostaticNode``), ``"stog"`` (LIF with a
-            ``StochasticGate`` behind it). ``"relu"`` builds the ordinary network with ReLU in
-            their place, for T = 1, which shows what spikes cost. With ``"dlif"`` the IF, LIF and
-            PLIF neurons of a network from elsewhere are converted by
-            ``replace_neurons``, which keeps their own tau.
+            ``StochasticGate`` behind it). ``"relu"`` builds an ordinary network with ReLU instead,
+            for T = 1, as a baseline without spikes. With ``"dlif"``, the IF, LIF and PLIF neurons
+            of your own network or of the model zoo are converted by ``replace_neurons``, which
+            keeps their own tau.
         image_shape: (C, H, W) of one image or frame.
         classes: Number of classes.
-        T: Number of time steps; of frames per sample.
-        tau: Membrane time constant in steps (unused by ``"if"``); of ``"plif"``, the one to start
-            with.
-        learn_gain: Whether the gains of DLIF are trained; False leaves them at one, which is LIF
+        T: Number of time steps, or of frames per sample.
+        tau: Membrane time constant in steps (unused by ``"if"``); for ``"plif"``, its initial
+            value.
+        learn_gain: Whether the gains of DLIF are trained; False keeps them at one, which is LIF
             (the same spikes) at the speed of DLIF's kernels.
         channels: Output channels of the convolutions of ``"small"``, widths of ``"mlp"``.
-        hidden: Widths of the hidden linear layers of a VGG; ``"small"`` gets its own from
+        hidden: Widths of the hidden linear layers of a VGG; for ``"small"``, set them in
             ``options``.
-        fused: Whether batch norm and the DLIF neurons behind it run in one pass where they can.
+        fused: Whether batch norm and the DLIF neurons that follow it run in one pass where
+            possible.
         mean: Mean per channel, subtracted from images in [0, 1] inside the classifier; None for
             none.
-        std: Standard deviation per channel that they are divided by; None for none.
+        std: Standard deviation per channel by which they are divided; None for none.
         frames: Whether samples are event frames [T, C, H, W] instead of images.
-        options: Further keyword arguments of the architecture, plain data.
+        options: Further keyword arguments of the architecture, as plain data.
         encoder: How an image becomes the frames of the time steps: ``"direct"`` repeats it,
             ``"poisson"`` is :class:`sj_robust.classifier.PoissonEncoder`, ``"feel"``, ``"rsc"``
             and ``"stod"`` are :class:`sj_robust.defences.FrequencyEncoder`,
             :class:`sj_robust.defences.SmoothingEncoder` and
             :class:`sj_robust.defences.OrthogonalEncoder`.
-        encoder_options: Keyword arguments of the encoder, plain data.
+        encoder_options: Keyword arguments of the encoder, as plain data.
 
     Examples:
         >>> NetworkSpec(neuron="lif", T=8).tau
@@ -109,19 +110,19 @@ class NetworkSpec:
 
 
 def build_network(spec: NetworkSpec) -> nn.Module:
-    """The network of a specification, with fresh weights from torch's global random state.
+    """Build the network of a specification, with random weights from torch's global random state.
     按规格构建网络。
 
     Args:
         spec: What to build.
 
     Returns:
-        A network in step mode ``"m"``; one of your own in the step mode that your function gave it.
+        A network in step mode ``"m"``, or your own network in the step mode set by your function.
 
     Raises:
-        ModuleNotFoundError, FileNotFoundError: If there is no such module or file of your own.
+        ModuleNotFoundError, FileNotFoundError: If your own module or file does not exist.
         ValueError: If the architecture, the neuron or an option is unknown, an argument is out of
-            range, or a function of your own fails or returns no network.
+            range, or your own function fails or does not return a network.
 
     Source: networks of Ding et al. (ICML 2024), section 5.
 
@@ -190,20 +191,21 @@ def _find_shapes(built: nn.Module, spec: NetworkSpec) -> None:
 
 
 def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
-    """The network of a specification as a pure function, from images in [0, 1] or event frames to
-    logits. 构建分类器。
+    """Build the network of a specification as a pure function from images in [0, 1] or event frames
+    to logits. 构建分类器。
 
-    It is a ``SpikingClassifier``, or a ``SpikingEventClassifier`` for frames; one that a function
-    of your own returns is taken as it is, with its encoder, mean and std.
+    The result is a ``SpikingClassifier``, or a ``SpikingEventClassifier`` for frames; a classifier
+    returned by your own function is used as it is, with its encoder, mean and std.
 
     Args:
         spec: What to build; ``mean`` and ``std`` are applied inside, so that attacks see images in
             [0, 1].
 
     Raises:
-        ValueError: As :func:`build_network`; or if the number of means or deviations is not that of
-            the channels, there are any for frames, or the encoder is unknown, does not take its
-            options, or is given together with frames or a network that has its own.
+        ValueError: As for :func:`build_network`; also if the numbers of means or deviations differ
+            from the number of channels, if there are any for frames, or if the encoder is unknown,
+            does not accept its options, or is given together with frames or a network that has its
+            own.
 
     Examples:
         >>> import torch
@@ -212,9 +214,7 @@ def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
     """
     for name, values in (("mean", spec.mean), ("std", spec.std)):
         if values is not None and spec.frames:
-            raise ValueError(
-                f"{name} is for images, event frames stay as they are, got {values}; omit it"
-            )
+            raise ValueError(f"{name} is for images, not for event frames, got {values}; omit it")
         if values is not None and len(values) != spec.image_shape[0]:
             raise ValueError(
                 f"{name} must have one value per channel ({spec.image_shape[0]}), got {values}"
@@ -224,7 +224,7 @@ def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
     if encoder is not None and (spec.frames or isinstance(net, SpikingClassifier)):
         raise ValueError(
             f"encoder {spec.encoder!r} is for images of a bare network, got event frames or a "
-            "network in a classifier of its own; leave it out"
+            "network that comes in a classifier; omit it"
         )
     if isinstance(net, SpikingClassifier):
         return net
@@ -246,7 +246,7 @@ def _encoder(spec: NetworkSpec) -> nn.Module | None:
         if spec.encoder_options:
             raise ValueError(
                 f"encoder_options belong to an encoder, got {spec.encoder_options} for 'direct'; "
-                "leave them out"
+                "omit them"
             )
         return None
     try:
@@ -351,8 +351,8 @@ def _own_network(spec: NetworkSpec, node: Callable[..., nn.Module]) -> nn.Module
         )
     if isinstance(net, SpikingClassifier) and net.T != spec.T:
         raise ValueError(
-            f"{spec.name} returns a classifier of T={net.T}, asked for is T={spec.T} (--T); give "
-            "the same"
+            f"{spec.name} returns a classifier with T={net.T}, but T={spec.T} was requested "
+            "(--T); use the same"
         )
     return net
 

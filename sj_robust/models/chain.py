@@ -1,6 +1,4 @@
-"""Networks of stages in a row: convolution - batch norm - neuron, as the paper's VGG and a small
-one, or linear layers and neurons.
-"""
+"""Networks of stages in a row: convolution, batch norm, neuron; or linear layers and neurons."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -31,7 +29,7 @@ class ConvChain(DirectlyEncoded):
     """Convolution - batch norm - neuron for every number in ``features``, average pooling by 2 for
     every ``"A"``.
 
-    After them linear - neuron for every number in ``hidden``, and a linear layer to the classes.
+    Then come linear - neuron for every number in ``hidden``, and a linear layer to the classes.
     逐层堆叠的卷积脉冲网络。
 
     Shapes and the time steps: see :class:`DirectlyEncoded`.
@@ -39,17 +37,17 @@ class ConvChain(DirectlyEncoded):
     Args:
         image_shape: (C, H, W) of one image; H and W at least 2 to the number of poolings.
         classes: Number of classes.
-        T: Number of time steps an image is repeated for.
+        T: Number of time steps for which an image is repeated.
         spiking_neuron: Class or function that builds a neuron, as in SpikingJelly's model zoo.
         features: Output channels of the convolutions in order, ``"A"`` for a
-            pooling and ``"S"`` for a stride of 2 of the next convolution.
+            pooling and ``"S"`` for a stride of 2 in the next convolution.
         hidden: Widths of the hidden linear layers.
-        batch_norm: Whether there is a batch norm behind every convolution; without, weights are
-            torch's own.
+        batch_norm: Whether every convolution is followed by batch norm; without it, weights are
+            initialised by torch's default.
         kernel_size: Height and width of every kernel; the padding is ``(kernel_size - 1) // 2``.
         step_mode: ``"m"`` or ``"s"``.
-        **neuron_kwargs: Passed on to ``spiking_neuron``; one with an argument ``T``, such as
-            ``DLIFNode``, gets the network's.
+        **neuron_kwargs: Passed on to ``spiking_neuron``, which also gets the network's ``T`` if it
+            has such an argument, as ``DLIFNode`` does.
 
     Raises:
         ValueError: If the image is too small for the stages, ``features`` does not begin with a
@@ -95,7 +93,7 @@ class ConvChain(DirectlyEncoded):
         for name, sizes in (("convolution", widths), ("hidden layer", hidden)):
             if any(size < 1 for size in sizes):
                 raise ValueError(
-                    f"every {name} must have a width >= 1, got {list(sizes)}; leave the layer out"
+                    f"every {name} must have a width >= 1, got {list(sizes)}; omit the layer"
                 )
         if min(height, columns) < 2**halvings:
             raise ValueError(
@@ -143,8 +141,8 @@ def _pool(stages: list[nn.Module]) -> None:
 
 
 class VGG(ConvChain):
-    """VGG with batch norm: convolutions as named, then two hidden linear layers of spiking neurons.
-    脉冲 VGG 网络。
+    """VGG with batch norm: the convolutions given by the name, then two hidden linear layers of
+    spiking neurons. 脉冲 VGG 网络。
 
     Args:
         name: ``"vgg5"``, ``"vgg11"``, ``"vgg13"``, ``"vgg16"`` or ``"vgg19"``.
@@ -154,7 +152,7 @@ class VGG(ConvChain):
         **arguments: ``T``, ``spiking_neuron`` and whatever else :class:`ConvChain` takes.
 
     Raises:
-        ValueError: If the name is unknown, and as :class:`ConvChain`.
+        ValueError: If the name is unknown, and as for :class:`ConvChain`.
 
     Source: Ding et al. (ICML 2024), section 5, with its published code's names; Simonyan &
         Zisserman (2015).
@@ -188,7 +186,7 @@ class SmallConvNet(ConvChain):
     """Convolution - batch norm - neuron - average pooling, once per entry of ``channels``, then
     linear layers.
 
-    With ``strides`` the convolutions have these in the place of the poolings, which gives tighter
+    With ``strides`` the convolutions have these instead of the poolings, which gives tighter
     bounds.
 
     小型卷积脉冲网络，适用于 8x8 至 32x32 的图像。
@@ -243,20 +241,22 @@ class FullyConnected(DirectlyEncoded):
     """Linear layer - neuron for every number in ``widths``, then a linear layer to the classes.
     全连接脉冲网络。
 
-    The first linear layer is a convolution as large as the image. A neuron of it sees all pixels,
-    so that few changed events move its current little, which gives tight bounds. Weights in front
-    of neurons start with the deviation 2 / sqrt(inputs), so that sparse events make them fire.
+    The first linear layer is a convolution as large as the image. Each of its neurons sees all
+    pixels, so a few changed events change its current little, which gives tight bounds. Weights
+    before neurons are initialised with the standard deviation 2 / sqrt(inputs), so that sparse
+    events make the neurons fire.
 
     Shapes and the time steps: see :class:`DirectlyEncoded`.
 
     Args:
         image_shape: (C, H, W) of one image.
         classes: Number of classes.
-        T: Number of time steps an image is repeated for.
+        T: Number of time steps for which an image is repeated.
         spiking_neuron: Class or function that builds a neuron, as in SpikingJelly's model zoo.
         widths: Neurons of each layer.
         step_mode: ``"m"`` or ``"s"``.
-        **neuron_kwargs: Passed on to ``spiking_neuron``; one that takes ``T`` gets the network's.
+        **neuron_kwargs: Passed on to ``spiking_neuron``, which also gets the network's ``T`` if it
+            has such an argument.
 
     Raises:
         ValueError: If there is no width, or one is not positive.

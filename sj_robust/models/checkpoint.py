@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or not there."""
+"""Checkpoints, written atomically."""
 
 import glob
 import hashlib
@@ -30,19 +30,18 @@ _RUN = (
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint so that ``path`` always holds a whole one, the old or the new.
+    """Write a checkpoint atomically: ``path`` always holds a complete one, the old or the new.
     原子写入检查点。
 
-    Unfinished files of this checkpoint, from processes that were killed meanwhile, are removed.
+    Unfinished files of this checkpoint, left by killed processes, are removed.
 
     Args:
-        path: The file; its folder exists.
-        content: Tensors and plain Python values, all that ``torch.load(weights_only=True)``
-            accepts.
+        path: The file; its folder must exist.
+        content: Tensors and plain Python values, as accepted by ``torch.load(weights_only=True)``.
 
     Raises:
-        OSError: If it cannot be written (such as a full disk); an earlier checkpoint is then still
-            intact.
+        OSError: If it cannot be written (for example, if the disk is full); an earlier checkpoint
+            is then still intact.
 
     Examples:
         >>> import tempfile
@@ -64,14 +63,15 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, without running any code that the file may hold. 读取检查点。
+    """Read a checkpoint onto the CPU, without running any code that the file may contain.
+    读取检查点。
 
     Args:
         path: A file written by :func:`save_checkpoint`.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, was written by something else, or by a newer format.
+        ValueError: If the file is damaged, was written by another program, or has a newer format.
 
     Examples:
         >>> load_checkpoint(Path("nowhere") / "last.pt")
@@ -85,7 +85,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(
             f"{path} is not a checkpoint of sj_robust (no format mark {_FORMAT!r}); check the "
-            "path. Of a bare state_dict give a function that builds the network and loads it "
+            "path. For a bare state_dict, give a function that builds the network and loads it "
             "(evaluate.py --network mynet.py:build), or start from it (adv_train.py --model "
             "mynet.py:build --pretrained FILE)"
         )
@@ -121,8 +121,8 @@ def load_run(path: Path) -> dict[str, Any]:
     missing = [name for name in _RUN if name not in content]
     if missing:
         raise ValueError(
-            f"{path} holds no {', '.join(missing)}: it keeps weights, but no run can go on from "
-            "it; start one with another --output"
+            f"{path} holds no {', '.join(missing)}: it has weights, but a run cannot continue "
+            "from it; start a new run with another --output"
         )
     return content
 
@@ -184,8 +184,8 @@ def _not_written(path: Path, error: OSError | RuntimeError) -> str:
     """What could not be written and why, what is left, and the remedy."""
     if not path.parent.is_dir():
         return (
-            f"{path} could not be written: the folder {path.parent} is gone; make it, and go on "
-            "with --resume"
+            f"{path} could not be written: the folder {path.parent} is gone; create it, and "
+            "continue with --resume"
         )
     reason = str(error)
     if isinstance(error, OSError) and error.strerror:

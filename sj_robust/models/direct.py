@@ -13,8 +13,7 @@ __all__ = ["DirectlyEncoded", "initialise", "neuron_builder"]
 
 
 class DirectlyEncoded(nn.Module):
-    """A first layer that is linear in time, run once for an image, and stages that see its result T
-    times.
+    """A first layer that runs once per image, and stages that get its result T times.
 
     首层对静态图像只计算一次，再沿时间维展开。
 

@@ -1,4 +1,4 @@
-"""Functions of somebody else's code, by name: ``module:function`` or ``file.py:function``."""
+"""A user's functions by name: ``module:function`` or ``file.py:function``."""
 
 import importlib
 import importlib.util
@@ -77,7 +77,7 @@ def call_with_known(
 
 
 def reason(error: Exception) -> str:
-    """An error in one line, with the last line of somebody else's code that it passed.
+    """An error in one line, with the last line of foreign code in its traceback.
 
     Examples:
         >>> reason(ValueError("too far"))

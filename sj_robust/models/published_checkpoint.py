@@ -1,4 +1,4 @@
-"""Checkpoints of published programs in the networks of this package.
+"""Checkpoints of published programs.
 
 All keep a ``state_dict``, plain or in a dictionary. Their networks differ from those here in names
 alone: a form of another program is translated into the names of the paper's published code, and
@@ -68,12 +68,12 @@ def load_published_checkpoint(
     tau: float | None = None,
     fused: bool = True,
 ) -> tuple[SpikingClassifier, NetworkSpec]:
-    """A checkpoint of the paper's published code, or of another program, as a classifier of this
-    package. 载入公开代码的检查点。
+    """Load a checkpoint of the paper's published code, or of another program, as a classifier of
+    this package. 载入公开代码的检查点。
 
-    Which network it is, its classes, its neuron (DLIF if there are gains ``p``, else LIF, or IF
-    without a leak) and a DLIF network's T are read from the file. The programs, by what their files
-    hold:
+    The architecture, the number of classes, the neuron (DLIF if there are gains ``p``, otherwise
+    LIF, or IF without a leak) and the T of a DLIF network are read from the file. The programs are
+    recognised by the contents of their files:
 
     ============================  =====================================  =====  =====  ==========
     program                       known by                               tau    T      neuron
@@ -84,9 +84,9 @@ def load_published_checkpoint(
     PDSG-SDA (VGG-11)             ``net.0.weight`` without a bias        2      4      LIF
     ============================  =====================================  =====  =====  ==========
 
-    A wide residual network of SNN-RAT has the names of the paper's code and needs
-    ``tau=math.inf``. StoG's gates that are fully open (rate 1 or more) are those of
-    :class:`sj_robust.defences.StochasticGate`, which close once in a thousand spikes.
+    A wide residual network of SNN-RAT uses the names of the paper's code and needs
+    ``tau=math.inf``. StoG's fully open gates (rate 1 or more) become
+    :class:`sj_robust.defences.StochasticGate`, which closes for one spike in a thousand.
 
     Args:
         path: A ``state_dict`` (.pth or .pt), plain or in a dictionary, with or without the
@@ -95,9 +95,9 @@ def load_published_checkpoint(
             for none.
         std: Standard deviation per channel, likewise.
         image_shape: (C, H, W) of one image.
-        T: Time steps of a LIF or IF network, those of the table if omitted; of a DLIF network only
-            as a check.
-        tau: Membrane time constant in steps; None is that of the table.
+        T: Number of time steps of a LIF or IF network; None uses that of the table. For a DLIF
+            network it is only checked.
+        tau: Membrane time constant in steps; None uses that of the table.
         fused: As in :class:`NetworkSpec`.
 
     Returns:
@@ -107,8 +107,8 @@ def load_published_checkpoint(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, is of none of the published VGG or wide residual
-            networks, a shape does not fit, or T is not the number of gains.
+        ValueError: If the file is damaged or does not belong to one of the published VGG or wide
+            residual networks, a shape does not fit, or T differs from the number of gains.
 
     Source: names of the published code of Ding et al. (ICML 2024),
         github.com/DingJianhao/stable-snn, of SNN-RAT (NeurIPS 2022), github.com/putshua/SNN-RAT, of
@@ -249,9 +249,9 @@ def _sizes(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
             return {"name": name, "classes": fc.shape[0]}
     known = ", ".join([*VGG_FEATURES, *WIDE_RESNETS])
     raise ValueError(
-        f"{path} is of none of the published networks {known} (it begins with "
-        f"{', '.join(list(tensors)[:4])}); give a checkpoint of one of them, or load a network "
-        "of your own with network module:function"
+        f"{path} does not belong to any of the published networks {known} (it begins with "
+        f"{', '.join(list(tensors)[:4])}); give a checkpoint of one of them, or load your own "
+        "network with network module:function"
     )
 
 
@@ -267,7 +267,7 @@ def _time(file: _File, T: int | None, tau: float, path: Path) -> dict[str, Any]:
     steps = min(gains)
     if T not in (None, steps):
         raise ValueError(
-            f"{path} was trained with T={steps}, got T={T}; leave T out, and set_time_steps "
+            f"{path} was trained with T={steps}, got T={T}; omit T, and call set_time_steps "
             "afterwards"
         )
     return {"neuron": "dlif", "T": steps}

@@ -1,6 +1,4 @@
-"""Trained networks by name, in the package or downloaded when one is asked for, each with a card
-that says how robust it was found to be.
-"""
+"""Trained networks by name, each with a card of its measured robustness."""
 
 import json
 from collections.abc import Mapping
@@ -24,16 +22,16 @@ _FOLDER = Path(__file__).with_name("trained")
 
 @dataclass(frozen=True, repr=False)
 class PretrainedCard(Shown):
-    """What is known of a trained network. 预训练网络的说明卡。
+    """Description of a trained network. 预训练网络的说明卡。
 
     Attributes:
         name: Its name for :func:`pretrained`.
         summary: Neuron and training in a few words.
         command: Command of this repository that trained it.
         clean: Clean accuracy in per cent.
-        at_most: Robust accuracy at most, after every attack of the suite and its control, in per
-            cent.
-        at_least: Robust accuracy at least, the images that are proved, in per cent.
+        at_most: Upper bound of the robust accuracy, after every attack of the suite and its
+            control, in per cent.
+        at_least: Lower bound of the robust accuracy, the share of proved images, in per cent.
         found: Verdict of the evaluation: bounds, threat, images, suite and caveats.
         size: Bytes of the file.
         sha256: SHA-256 of the file.
@@ -53,7 +51,7 @@ class PretrainedCard(Shown):
 
     @property
     def verdict(self) -> str:
-        """Name, summary and what the evaluation found."""
+        """Name, summary and verdict of the evaluation."""
         return f"{self.name}, {self.summary}: clean {self.clean} %. {self.found}"
 
     def table(self) -> str:
@@ -65,10 +63,11 @@ class PretrainedCard(Shown):
 
 
 def pretrained(name: str) -> SpikingClassifier:
-    """A trained network, for examples and comparisons. 加载预训练网络。
+    """Load a trained network, for examples and comparisons. 加载预训练网络。
 
-    A network that is not in the package is downloaded once and kept in ``sj_robust`` below
-    ``torch.hub.get_dir()``; ``SJ_ROBUST_ASSETS`` names the address of a mirror.
+    A network that is not in the package is downloaded once and kept in ``sj_robust`` in
+    ``torch.hub.get_dir()``; the environment variable ``SJ_ROBUST_ASSETS`` can name the URL of a
+    mirror.
 
     Shapes: images in [0, 1] to logits [N, 10]; [N, 1, 8, 8] of the digits of scikit-learn, [N, 1,
         28, 28] of MNIST and Fashion-MNIST, [N, 3, 32, 32] of CIFAR-10.
@@ -80,8 +79,8 @@ def pretrained(name: str) -> SpikingClassifier:
         The classifier in evaluation mode, on the CPU.
 
     Raises:
-        ValueError: If there is no such network; the message lists those that there are. Also if a
-            downloaded file is not that of the card.
+        ValueError: If there is no such network; the message lists the available ones. Also if the
+            checksum of a downloaded file is not that of the card.
         OSError: If a file cannot be downloaded.
 
     Source: trained by ``python docs/results/pretrained.py``, after Ding et al. (ICML 2024).
@@ -98,7 +97,7 @@ def pretrained(name: str) -> SpikingClassifier:
 
 
 def pretrained_networks() -> dict[str, PretrainedCard]:
-    """Card of every trained network, by its name. 预训练网络列表。
+    """The cards of all trained networks, by name. 预训练网络列表。
 
     Examples:
         >>> pretrained_networks()["digits/lif"].at_least
@@ -115,7 +114,7 @@ def pretrained_file(name: str) -> Path:
     known = pretrained_networks()
     if name not in known:
         raise ValueError(
-            f"there is no pretrained network {name!r}; take one of {', '.join(known)}"
+            f"there is no pretrained network {name!r}; choose one of {', '.join(known)}"
             f"{did_you_mean(name, known)}"
         )
     inside = _FOLDER / f"{name}.pt"

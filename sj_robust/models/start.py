@@ -1,4 +1,4 @@
-"""A network that starts from the weights of one trained before."""
+"""Training that starts from the weights of another network."""
 
 import math
 from pathlib import Path
@@ -29,18 +29,18 @@ def start_from(
     in the file are copied.
 
     Args:
-        classifier: The network, changed in place; its tau is the pretrained network's.
+        classifier: The network, changed in place; its tau must be that of the pretrained network.
         path: ``best.pt`` of ``recipes/adv_train.py``, or a ``state_dict`` (.pt, .pth) of the bare
             network or its classifier, such as one of SpikingJelly's model zoo.
         decay_input: Whether the LIF neurons had ``decay_input=True``, SpikingJelly's default; a
-            checkpoint of this package has False. None means True for the neurons whose gains are
-            all ``1 / tau``, as ``replace_neurons`` leaves them when it converts such a LIF, and
-            False for all others.
+            checkpoint of this package has False. None means True for neurons whose gains are all
+            ``1 / tau``, as after ``replace_neurons`` has converted such LIF neurons, and False for
+            all others.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If names or shapes differ, which the message lists; if the file says that the
-            network had another tau, other channel statistics or PLIF neurons; or the file is
+        ValueError: If names or shapes differ (the message lists them); if the file states that the
+            network had another tau, other channel statistics or PLIF neurons; or if the file is
             damaged.
 
     Source: the equivalences of ``sj_robust.replace_neurons``.

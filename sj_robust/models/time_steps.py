@@ -11,28 +11,28 @@ __all__ = ["set_time_steps"]
 
 @torch.no_grad()
 def set_time_steps(net: nn.Module, T: int) -> dict[str, tuple[int, int]]:
-    """Let a trained network run for another number of time steps.
+    """Let a trained network run for a different number of time steps.
     让已训练的网络以不同的时间步数运行。
 
     Equation, for the gains of a DLIF neuron trained at T0 steps::
 
         input_gain[t] = trained[min(t, T0 - 1)]     for t = 0 .. T - 1
 
-    A shorter sequence keeps the first gains, since a step's gain was learned for the potential that
-    the steps before it leave, and those are the same. A longer one repeats the last gain, which was
-    learned for a membrane that has been running for a while; the first gains meet an empty one, so
-    that their mean with the others would fit no step.
+    A shorter sequence keeps the first gains, since the gain of a step was learned for the potential
+    after the steps before it, and these are the same. A longer one repeats the last gain, which was
+    learned for a membrane that has been charged for a while; a mean over all gains would include
+    the first ones, learned for an empty membrane, and fit no step.
 
     All other modules that keep the number of steps in an attribute ``T`` (the classifier, the
-    networks of this package) get the new one. States are reset. An optimizer made before still
-    holds the old gains: make a new one.
+    networks of this package) get the new number. States are reset. An existing optimizer still
+    holds the old gains: create a new one.
 
     Args:
         net: A ``SpikingClassifier``, a network or any module, changed in place.
         T: Number of time steps, >= 1.
 
     Returns:
-        (old, new) number of steps of every module that changed, by its name.
+        The (old, new) number of steps of every changed module, by its name.
 
     Raises:
         ValueError: If T is out of range.

@@ -1,4 +1,4 @@
-"""Weights in files of every origin, read without running any code that a file may hold."""
+"""Files of weights, read without running any code in them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,8 +100,7 @@ def as_named_in(net: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tens
 def check_keys(
     tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origin: str, remedy: str
 ) -> None:
-    """Raise ValueError unless what a file, ``origin``, holds has the names and shapes that the
-    network needs.
+    """Raise ValueError unless the file ``origin`` has the names and shapes that the network needs.
 
     Examples:
         >>> import torch

@@ -28,8 +28,8 @@ class WideResNet(DirectlyEncoded):
     :class:`ConvChain` the arguments that are not listed here.
 
     Args:
-        image_shape: (C, H, W) of one image, of any size.
-        depth: Number of layers, 6 times a whole number plus 4.
+        image_shape: (C, H, W) of one image; any size is possible.
+        depth: Number of layers, a multiple of 6 plus 4.
         widen_factor: Multiple of the channels of the narrowest network.
 
     Raises:
@@ -96,7 +96,7 @@ class MixedBlock(nn.Module):
         a = neuron(BN(x))
         y = mixing[0] * shortcut + mixing[1] * conv(neuron(BN(conv(a))))
 
-    The shortcut is x itself where the width stays, and a 1x1 convolution of a where it changes.
+    The shortcut is x itself if the width stays the same, and a 1x1 convolution of a if it changes.
 
     Shapes: x [T, N, in, H, W] to [T, N, out, H / stride, W / stride], or without T in step mode
         ``"s"``.
@@ -104,7 +104,7 @@ class MixedBlock(nn.Module):
     Args:
         in_channels: Channels of x.
         out_channels: Channels of y.
-        stride: Stride of the first 3x3 and of the 1x1 convolution; 1 where the width stays.
+        stride: Stride of the first 3x3 and of the 1x1 convolution; 1 if the width stays the same.
         node: Builds one neuron.
 
     Source: the published code of Ding et al. (ICML 2024); He et al., "Identity Mappings in Deep

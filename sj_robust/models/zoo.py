@@ -1,4 +1,4 @@
-"""Networks of SpikingJelly's model zoo, whichever the installed release has."""
+"""Networks of SpikingJelly's model zoo."""
 
 import importlib
 import pkgutil
@@ -19,12 +19,12 @@ _ZOO = "spikingjelly.activation_based.model"
 
 
 def zoo_networks() -> dict[str, Callable[..., nn.Module]]:
-    """Name and builder of every network of the zoo with a spiking neuron as an argument.
-    模型库中可用的网络。
+    """Name and builder of every network of SpikingJelly's model zoo that takes a spiking neuron as
+    an argument. 模型库中可用的网络。
 
-    They are the public functions of ``spikingjelly.activation_based.model`` that have a parameter
-    ``spiking_neuron`` and need no other, and such classes of a file without functions. A file that
-    lacks a package it imports is omitted.
+    These are the public functions of ``spikingjelly.activation_based.model`` whose only required
+    parameter is ``spiking_neuron``, and such classes in files without such functions. Files that
+    import a missing package are omitted.
 
     Examples:
         >>> "spiking_vgg11_bn" in zoo_networks()
@@ -142,6 +142,6 @@ def _check_fits(net: nn.Module, name: str, channels: int, classes: int) -> None:
     last = [module for module in net.modules() if isinstance(module, nn.Linear)][-1:]
     if last and last[0].out_features % classes:
         raise ValueError(
-            f"zoo:{name} ends in {last[0].out_features} outputs, not in {classes} classes; take "
+            f"zoo:{name} ends in {last[0].out_features} outputs, not in {classes} classes; choose "
             "another network"
         )

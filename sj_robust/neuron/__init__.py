@@ -1,4 +1,4 @@
-"""DLIF, how an existing network gets it, and layers that run in one pass with it."""
+"""DLIF neurons, their use in existing networks, and layers that run in one pass with them."""
 
 from sj_robust.neuron.dlif import DLIFNode
 from sj_robust.neuron.fusion import fuse, unfuse

@@ -1,4 +1,4 @@
-"""Which neurons of a network charge linearly, and the decay and gain with which each one does."""
+"""Which neurons of a network charge linearly, with their decay and gain."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -92,7 +92,7 @@ class Neuron:
 
     @property
     def surrogate(self) -> Surrogate:
-        """How it spikes, and what stands in for the derivative."""
+        """The spike function and its surrogate derivative."""
         return describe_surrogate(self.module.surrogate_function)
 
     @property

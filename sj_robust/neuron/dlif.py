@@ -48,14 +48,14 @@ class DLIFNode(neuron.BaseNode):
         s[t] = 1 if h[t] >= v_threshold else 0
         v[t] = (1 - s[t]) * h[t] + s[t] * v_reset      (v_reset None: h[t] - s[t] * v_threshold)
 
-    With all gains 1 this is ``LIFNode(tau, decay_input=False)``; with all gains 1/tau it is
-    ``decay_input=True``; ``tau=math.inf`` is IF. The gain follows the sequence, not the call:
-    chunks and single steps continue where the last call stopped, and ``functional.reset_net``
-    returns to ``input_gain[0]``.
+    With all gains equal to 1 this is ``LIFNode(tau, decay_input=False)``; with all gains equal to
+    1/tau it is ``LIFNode(tau, decay_input=True)``; with ``tau=math.inf`` it is IF. The gain follows
+    the sequence, not the call: chunks and single steps continue where the last call stopped, and
+    ``functional.reset_net`` returns to ``input_gain[0]``.
 
     Shapes: ``x_seq`` [T, N, *] in step mode ``"m"``, [N, *] in ``"s"``. State: ``v`` [N, *] in
-    float32 (float64 for float64 inputs), ``time_step`` the number of steps since the reset, neither
-    in ``state_dict``.
+    float32 (float64 for float64 inputs) and ``time_step``, the number of steps since the reset;
+    neither is in ``state_dict``.
 
     Args:
         T: Number of time steps of a sequence, which is the number of gains.
@@ -66,10 +66,10 @@ class DLIFNode(neuron.BaseNode):
             v_threshold``; None builds ``PiecewiseQuadratic(alpha=1.0)``, the triangle of the paper.
         detach_reset: Whether the reset is detached from the gradient.
         step_mode: ``"m"`` or ``"s"``.
-        backend: A name that :func:`sj_robust.ops.available_backends` gives; ``"spikingjelly"`` for
-            SpikingJelly 2.x's own LIF operator; or ``"auto"``, which picks the fastest that can
-            run, and SpikingJelly's where its ``op_counter`` counts; :meth:`chosen_backend` tells
-            which.
+        backend: A name listed by :func:`sj_robust.ops.available_backends`; ``"spikingjelly"`` for
+            SpikingJelly 2.x's own LIF operator; or ``"auto"``, which picks the fastest backend that
+            can run, or SpikingJelly's while its ``op_counter`` is counting; :meth:`chosen_backend`
+            returns the choice.
         store_v_seq: Whether the potentials after every reset are kept in ``v_seq``.
         input_gain_init: Initial value of every gain.
 
@@ -77,8 +77,8 @@ class DLIFNode(neuron.BaseNode):
         TypeError: If ``tau`` is not a number or ``surrogate_function`` is a class or cannot be
             called.
         ValueError: If an argument is out of range or the backend is unknown.
-        RuntimeError: If a named backend is not available; at run time, if a sequence is longer than
-            T.
+        RuntimeError: If a named backend is not available, or, at run time, if a sequence is longer
+            than T.
 
     Source: Ding et al., "Robust Stable Spiking Neural Networks", ICML 2024.
 
@@ -147,8 +147,8 @@ class DLIFNode(neuron.BaseNode):
     def backend(self, value: str) -> None:
         if value not in self.supported_backends:
             raise ValueError(
-                f"backend must be one of {self.supported_backends}, got {value!r}; 'auto' takes "
-                "the fastest that runs"
+                f"backend must be one of {self.supported_backends}, got {value!r}; 'auto' uses "
+                "the fastest one that runs"
             )
         if value != "spikingjelly":
             dispatch.check_backend(value)
@@ -173,13 +173,13 @@ class DLIFNode(neuron.BaseNode):
         )
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
-        """Spikes [T, N, *] for input currents [T, N, *]; moves the state on."""
+        """Spikes [T, N, *] for input currents [T, N, *]; advances the state."""
         if self.gradient is None:
             return self._advance(x_seq)
         return self.gradient.multi_step(x_seq, partial(self._advance, x_seq))
 
     def single_step_forward(self, x: Tensor) -> Tensor:
-        """Spikes [N, *] for the input current [N, *] of the next step; moves the state on."""
+        """Spikes [N, *] for the input current [N, *] of the next step; advances the state."""
         if self.gradient is None:
             return self._advance_one(x)
         return self.gradient.single_step(x, partial(self._advance_one, x))
@@ -212,7 +212,7 @@ class DLIFNode(neuron.BaseNode):
     def materialize_states(
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], step_mode: str
     ) -> tuple[Any, ...]:
-        """Potential as a tensor in the shape of one step, and the time step."""
+        """The potential as a tensor with the shape of one step, and the time step."""
         x = inputs[0][0] if step_mode == "m" else inputs[0]
         v, time_step = states
         return _potential(v, x), time_step
@@ -419,7 +419,7 @@ def _check_arguments(
     if isinstance(T, bool) or not isinstance(T, int) or T < 1:
         raise ValueError(
             f"T must be an integer >= 1, the number of time steps of a sequence, got {T!r}; it "
-            "stands before tau, as in DLIFNode(T=4, tau=2.0)"
+            "comes before tau, as in DLIFNode(T=4, tau=2.0)"
         )
     if isinstance(tau, bool | str) or tau is None:
         raise TypeError(f"tau must be a number > 1, got {tau!r}; write a number such as tau=2.0")

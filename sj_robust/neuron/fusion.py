@@ -1,6 +1,4 @@
-"""Stages in a network that exists already, how it gets rid of them, and the names that its weights
-have without them.
-"""
+"""Joins layers of an existing network into stages, and separates them again."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +16,9 @@ class FusionReport:
     """What :func:`fuse` did.
 
     Attributes:
-        stages: Names that the modules of every new stage had, by the stage's name.
-        skipped: Batch norms that stay as they are, with the reason, by their names.
-        renamed: New key in ``state_dict`` of every parameter and buffer that has one, by the old
-            key.
+        stages: For every new stage, the former names of its modules.
+        skipped: Batch norms that were not joined, by name, with the reason.
+        renamed: New keys in ``state_dict`` of renamed parameters and buffers, by the old key.
     """
 
     stages: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -42,12 +39,11 @@ def fuse(net: nn.Module) -> FusionReport:
     """Join batch norm, the DLIF neurons that follow it and the 2x2 average pooling after those in
     a :class:`Stage`.
 
-    Either of the two around the neurons may be missing. Only neighbours in an ``nn.Sequential`` are
-    taken, where nothing can come between them. The stage replaces its first module, and
-    modules that do nothing in the places of the others, so that whatever picks a module by its
-    number finds it. Parameters, buffers, hooks and results stay what they were (spikes within the
-    rounding of batch norm).
-    将相邻的 BatchNorm、DLIF 神经元和 2x2 平均池化合并为一个 ``Stage``，一次计算完成。
+    Either the batch norm or the pooling may be missing. Only neighbours in an ``nn.Sequential`` are
+    joined, where nothing can come between them. The stage takes the place of the first module, and
+    identity modules take the places of the others, so that the numbers of all other modules stay
+    the same. Parameters, buffers, hooks and results do not change (spikes up to the rounding of
+    batch norm). 将相邻的 BatchNorm、DLIF 神经元和 2x2 平均池化合并为一个 ``Stage``，一次计算完成。
 
     Args:
         net: A network, changed in place.
@@ -109,7 +105,7 @@ def _put_stage(parent: nn.Sequential, members: dict[str, nn.Module]) -> None:
 
 
 def unfuse(net: nn.Module) -> None:
-    """Put the modules of every :class:`Stage` in its place, as they were before :func:`fuse`.
+    """Replace every :class:`Stage` by its modules, as they were before :func:`fuse`.
 
     Args:
         net: A network, changed in place. A stage that is not in an ``nn.Sequential``
@@ -248,7 +244,7 @@ def _reason(name: str, children: dict[str, nn.Module], parent: nn.Module) -> str
         )
     if type(parent) is not nn.Sequential:
         return (
-            f"stands in a {type(parent).__name__}, whose forward may run something between it "
+            f"is in a {type(parent).__name__}, whose forward may run something between it "
             "and a neuron"
         )
     names = list(children)

@@ -1,4 +1,4 @@
-"""How an existing network gets DLIF neurons, and how they are replaced by SpikingJelly's again."""
+"""Replaces neurons of an existing network by DLIF neurons, and DLIF by SpikingJelly's neurons."""
 
 import copy
 import math
@@ -43,7 +43,7 @@ class ReplacementReport:
 
 
 def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> ReplacementReport:
-    """Swap the IF, LIF and PLIF neurons of a network for DLIF neurons that start with the same
+    """Replace the IF, LIF and PLIF neurons of a network by DLIF neurons that start with the same
     dynamics.
 
     Threshold, reset, surrogate, ``detach_reset``, step mode, ``store_v_seq``, training mode, device
@@ -52,15 +52,15 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
     将网络中的 IF/LIF/PLIF 神经元替换为 DLIF。
 
     Args:
-        net: A SpikingJelly network, changed in place; its states are those after a reset.
-        T: Number of time steps the network will run for.
+        net: A SpikingJelly network, changed in place; afterwards it is in the state after a reset.
+        T: Number of time steps for which the network will run.
         backend: Backend of the new neurons.
 
     Returns:
         What was replaced and what was not, by module name.
 
     Raises:
-        TypeError: If ``net`` is no network.
+        TypeError: If ``net`` is not a network.
         ValueError: If ``net`` itself is a neuron or has none, or an argument is out of range.
 
     Source: equivalences of method section 1 (Ding et al., ICML 2024, and SpikingJelly's charge
@@ -113,7 +113,8 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
 
 
 def dlif_to_lif(net: nn.Module) -> ReplacementReport:
-    """Swap DLIF neurons whose gain is the same at every step for SpikingJelly's LIF and IF neurons.
+    """Replace DLIF neurons whose gain is the same at every step by SpikingJelly's LIF and IF
+    neurons.
 
     It is for code that knows only SpikingJelly's neurons, such as its export to NIR, its exchange
     with chips and some of its energy models. With gain g, which must be > 0::
@@ -123,8 +124,8 @@ def dlif_to_lif(net: nn.Module) -> ReplacementReport:
         other g      as for 1, with potentials v / g: threshold and v_reset are divided by g
 
     The spikes are the same up to rounding, and so are the gradients in the first two cases; in the
-    third one, which ``notes`` names, the surrogate gets the divided potential. Hooks and settings
-    are kept, states are those after a reset. Subclasses of DLIFNode are left as they are.
+    third case, which is listed in ``notes``, the surrogate gets the divided potential. Hooks and
+    settings are kept, and states are reset. Subclasses of DLIFNode are left as they are.
     将增益恒定的 DLIF 神经元替换为 LIF/IF。
 
     Args:
@@ -134,9 +135,9 @@ def dlif_to_lif(net: nn.Module) -> ReplacementReport:
         What was replaced and what was not, by module name.
 
     Raises:
-        TypeError: If ``net`` is no network.
-        ValueError: If ``net`` is itself a neuron, has no DLIF neuron to replace, or one whose gain
-            differs between steps or is not positive; then ``net`` is unchanged.
+        TypeError: If ``net`` is not a network.
+        ValueError: If ``net`` is itself a neuron, has no DLIF neuron to replace, or has one whose
+            gain differs between steps or is not positive; ``net`` is then unchanged.
 
     Source: the charge equations of DLIF and LIF, divided by g.
 

@@ -1,6 +1,4 @@
-"""Batch norm, a spiking neuron and average pooling as one module, which runs them in one pass where
-the result is the same.
-"""
+"""Batch norm, a spiking neuron and average pooling as one module."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -28,34 +26,33 @@ class Stage(nn.Module):
     """Batch norm, a spiking neuron and average pooling in sequence.
     批归一化、脉冲神经元与平均池化组成的一级。
 
-    Same parameters, results and errors as the ``nn.Sequential`` of the three. They run in one pass
-    if they can: a DLIFNode, SpikingJelly's batch norm or an average over 2x2 neurons, in step mode
-    ``"m"``, on the CPU with the compiled kernel and on CUDA with Triton. One rule decides when they
-    run one after the other, exactly as in ``nn.Sequential``:
+    It has the same parameters, results and errors as an ``nn.Sequential`` of the three. They run in
+    one pass if they can: a DLIFNode with SpikingJelly's batch norm, an average over 2x2 neurons, or
+    both, in step mode ``"m"``, on the CPU with the compiled kernel and on CUDA with Triton. They
+    run one after the other, exactly as in ``nn.Sequential``,
 
-    - if a child is hooked, replaced or of a subclass, or a method is set on it,
+    - if a child is hooked, replaced or an instance of a subclass, or a method is set on it,
     - if a method by which torch calls a child, or ``batch_norm`` or ``avg_pool2d`` of
-      ``torch.nn.functional``, is not that of the time when this package was imported,
+      ``torch.nn.functional``, has been changed since this package was imported,
     - if torch has hooks on all modules
       (``torch.nn.modules.module.register_module_forward_hook``),
     - under a ``TorchFunctionMode``, and for tensors of a class with a ``__torch_function__``.
 
-    Monitors and gradient estimators of this package look inside without losing the pass where they
-    need the neuron's input alone. SpikingJelly 2.x's counters (``op_counter``) see every child.
-    Not seen are patches of what those functions call in turn, such as methods of ``torch.Tensor``
-    or kernels set by ``torch.library``, and whatever was patched before the import; a
-    ``TorchDispatchMode`` sees one operator in place of three, and so does a ``TorchFunctionMode``
-    in compiled code. In bfloat16 and float16 one pass does not round what lies between the
-    children.
+    Monitors and gradient estimators of this package do not need to split the pass if they only use
+    the neuron's input. SpikingJelly 2.x's counters (``op_counter``) see every child. Patches of
+    what those functions call in turn, such as methods of ``torch.Tensor`` or kernels set by
+    ``torch.library``, go unnoticed, and so does whatever was patched before the import; a
+    ``TorchDispatchMode`` sees one operator instead of three, and so does a ``TorchFunctionMode`` in
+    compiled code. In bfloat16 and float16, one pass does not round the values between the children.
 
-    Equation: ``pool(node(norm(x_seq)))``; without a norm or a pooling that part is omitted.
+    Equation: ``pool(node(norm(x_seq)))``; a missing norm or pooling is left out.
 
     Shapes: ``x_seq`` [T, N, C, *] in step mode ``"m"``, [N, C, *] in ``"s"``.
 
     Args:
         node: The spiking neuron, of any kind.
-        norm: The batch norm in front of it.
-        pool: The pooling behind it.
+        norm: The batch norm before it.
+        pool: The pooling after it.
         one_pass: Whether the children may run in one pass.
 
     Source: batch norm folded into its neighbour, as in every inference engine; here also in
@@ -93,7 +90,7 @@ class Stage(nn.Module):
         return "" if self.one_pass else "one_pass=False"
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
-        """The children that there are, by name, in the order in which they run."""
+        """The existing children by name, in the order in which they run."""
         for name in ("norm", "node", "pool"):
             child = getattr(self, name)
             if child is not None:
@@ -181,8 +178,8 @@ class Stage(nn.Module):
         return output
 
     def _run_with_gradient(self, x_seq: Tensor, norm: BatchNorm | None, kernels: str) -> Tensor:
-        """Forward in one pass but for the pooling, backward by the neuron's ``gradient`` from its
-        currents.
+        """Forward in one pass except for the pooling, backward by the neuron's ``gradient`` from
+        its currents.
         """
         currents = x_seq
         if norm is not None:
@@ -364,7 +361,7 @@ def is_original(module: nn.Module) -> bool:
 
 
 def _sets_one_of(module: nn.Module, methods: frozenset[str]) -> bool:
-    """Whether a module has an attribute of its own in the place of one of these methods."""
+    """Whether a module has an attribute of its own instead of one of these methods."""
     if torch.compiler.is_compiling():  # torch 2.8 cannot guard the elements of a set
         return any(name in module.__dict__ for name in sorted(methods))
     return not methods.isdisjoint(module.__dict__)

@@ -1,6 +1,4 @@
-"""Watchers of the spiking layers of a network: what they may ask for, and how they are told of each
-call.
-"""
+"""The interface between spiking layers and those who observe them."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -51,10 +49,10 @@ class SpikingCall:
 
 
 class Watcher(Protocol):
-    """An object that is told of the calls of neurons."""
+    """An object that is notified of the calls of neurons."""
 
     def wants(self, name: str) -> Wants:
-        """What is needed of the next call of the neuron ``name``."""
+        """What the watcher needs from the next call of the neuron ``name``."""
 
     def called(self, call: SpikingCall) -> None:
         """Take note of a call; in a compiled graph calls of which nothing is wanted are left
@@ -64,7 +62,7 @@ class Watcher(Protocol):
 
 @contextmanager
 def watch(net: nn.Module, watcher: Watcher, names: Iterable[str] | None = None) -> Iterator[None]:
-    """Context in which a watcher is told of every call of the neurons of a network.
+    """Context in which a watcher is notified of every call of the neurons of a network.
 
     In a :class:`Stage` a call that tells the input alone keeps its speed; outside one the watcher
     is told by torch's hooks.
@@ -143,7 +141,7 @@ class Watched:
             self.watcher.called(call)
 
     def is_idle(self) -> bool:
-        """Whether nobody has to be told of the next call."""
+        """Whether no watcher has to be notified of the next call."""
         if self.watcher is None:
             return True
         return torch.compiler.is_compiling() and self.wants() == Wants.NOTHING

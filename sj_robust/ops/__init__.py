@@ -1,4 +1,6 @@
-"""Fast operators, each with a plain reference; they depend on torch, not on SpikingJelly."""
+"""Fast operators, each with a plain reference implementation; they depend on torch, not on
+SpikingJelly.
+"""
 
 import sj_robust.ops.bn_dlif.operator  # noqa: F401  # torch knows it from here on
 from sj_robust.ops.dlif.dispatch import available_backends, dlif_multi_step

@@ -1,4 +1,4 @@
-"""Memory of the host: freed blocks that are kept for the next step, and huge pages."""
+"""Memory of the host: freed blocks kept for the next step, and huge pages."""
 
 import ctypes
 import functools
@@ -16,18 +16,17 @@ _VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
 
 
 def keep_heap() -> bool:
-    """Let this process keep the memory of freed tensors, so that the next step need not fetch it
-    page by page.
+    """Let this process keep the memory of freed tensors, so that the next step does not have to
+    request it page by page.
 
-    By default glibc maps every large tensor afresh and gives it back at once: the page faults then
-    cost more than a spiking layer computes. From this call on the process keeps its largest size
-    until it ends, as CUDA's caching allocator does on a GPU. Memory that other processes need is
-    better left alone; a training run has its own machine.
-    让进程保留已释放的内存，避免反复缺页（仅 Linux glibc）。
+    By default, glibc maps every large tensor anew and returns its memory at once: the page faults
+    then cost more time than a spiking layer needs to compute. After this call, the process keeps
+    its largest size until it ends, as CUDA's caching allocator does on a GPU. Do not call it if
+    other processes need the memory. 让进程保留已释放的内存，避免反复缺页（仅 Linux glibc）。
 
     Returns:
-        Whether it was done: False where the C library is not glibc, or where an environment
-        variable such as ``MALLOC_TRIM_THRESHOLD_`` is set already.
+        Whether it had an effect: False if the C library is not glibc, or if an environment variable
+        such as ``MALLOC_TRIM_THRESHOLD_`` is already set.
 
     Source: ``mallopt(3)`` of the GNU C library; figures under *Kernels and benchmarks* (``malloc``
         and ``reuse``).

@@ -1,4 +1,4 @@
-"""The recurrence of a spiking neuron in plain torch, one time step in three parts.
+"""One time step of a spiking neuron in plain torch, in three parts.
 
 Equation::
 

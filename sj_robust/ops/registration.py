@@ -1,5 +1,4 @@
-"""How an operator becomes known to torch, and what torch says of a call: who traces it, who
-differentiates it.
+"""Registration of operators with torch.
 
 A kernel reads memory, which a tracer's tensors do not have. So every call goes through torch's
 registry, which knows the shapes of its outputs, its gradient and how to run it over a batch of

@@ -1,4 +1,4 @@
-"""Spike function and surrogate derivative, described without any host library."""
+"""Spike function and surrogate derivative, independent of SpikingJelly."""
 
 import functools
 import math
@@ -33,7 +33,7 @@ The CUDA text has a struct of each name, and the C++ text knows a kind by its pl
 
 @dataclass(frozen=True)
 class Surrogate:
-    """How a neuron spikes and what stands in for the derivative of the spike.
+    """The spike function of a neuron and the surrogate of its derivative.
 
     The spike is ``s = 1 if z >= 0 else 0`` with ``z = h - v_threshold``. Its derivative is replaced
     by g(z):
@@ -45,18 +45,18 @@ class Surrogate:
     - ``soft_sign``: ``alpha / 2 / (1 + alpha * |z|)**2``;
     - ``super_spike``: ``alpha / (1 + |z|)**2``;
     - ``erf``: ``alpha / sqrt(pi) * exp(-(alpha * z)**2)``;
-    - ``custom``: whatever automatic differentiation finds for ``function``, which may also be a
-      smooth stand-in for the spike.
+    - ``custom``: the derivative of ``function`` by automatic differentiation; ``function`` may also
+      be a smooth replacement of the spike.
 
     Args:
         kind: One of the names above.
         alpha: Sharpness, > 0; unused by ``custom``.
-        function: z to spike, differentiable and elementwise; required by ``custom`` and by nothing
-            else.
+        function: A differentiable, elementwise function from z to the spike; required for
+            ``custom`` and only allowed there.
 
     Raises:
         ValueError: If the kind is unknown, ``alpha`` is not a positive finite number, or
-            ``function`` does not go with the kind.
+            ``function`` is missing for ``custom`` or given for another kind.
 
     Source: method of Robust Stable SNN (Ding et al., ICML 2024), section 4; SpikingJelly's
         ``surrogate``.
@@ -81,7 +81,7 @@ class Surrogate:
 
     @property
     def name(self) -> str:
-        """Its kind; for a function a number by which :meth:`named` finds it as long as it lives."""
+        """The kind; for a function, a number by which :meth:`named` finds it while it exists."""
         if self.function is None:
             return self.kind
         name = f"custom {id(self)}"
@@ -90,19 +90,19 @@ class Surrogate:
 
     @staticmethod
     def named(name: str, alpha: float) -> "Surrogate":
-        """The surrogate of a name and a sharpness."""
+        """The surrogate with a name and a sharpness."""
         return _CUSTOM[name] if name in _CUSTOM else _built_in(name, alpha)
 
     @property
     def is_trainable(self) -> bool:
-        """Whether ``function`` carries parameters of its own that need a gradient."""
+        """Whether ``function`` has its own parameters that require a gradient."""
         function = self.function
         return isinstance(function, nn.Module) and any(
             p.requires_grad for p in function.parameters()
         )
 
     def spike(self, z: Tensor) -> Tensor:
-        """Spike, differentiable with the surrogate derivative; same shape and dtype as ``z``."""
+        """The spike, with the surrogate gradient; same shape and dtype as ``z``."""
         if self.function is not None:
             return self.function(z)
         # torch leaves apply untyped
@@ -110,7 +110,7 @@ class Surrogate:
         return spike
 
     def derivative(self, z: Tensor) -> Tensor:
-        """Surrogate derivative g(z); same shape and dtype as ``z``, no graph."""
+        """The surrogate derivative g(z), without a graph; same shape and dtype as ``z``."""
         return self.derivative_(z.clone())
 
     def derivative_(self, z: Tensor) -> Tensor:

@@ -31,18 +31,17 @@ class LayerStats:
     """Statistics of one spiking layer over pairs of a clean and a perturbed run, per time step.
     单层的扰动统计量。
 
-    Every tensor is float64 on the CPU with shape [T]. Means are over batch and features of
-    everything seen. With ``eps`` the simplified perturbation (no reset) and ``d = v - v~`` the full
-    one:
+    Every tensor is float64 on the CPU with shape [T]. Means are over batch and features of all
+    samples. With ``eps`` the simplified perturbation (no reset) and ``d = v - v~`` the full one:
 
     Attributes:
         name: Name of the neuron in the network.
         neuron: Class of the neuron.
-        samples: Number of samples seen, each in both runs.
+        samples: Number of samples, each in both runs.
         firing_rate: Mean number of spikes per neuron at step t of the clean run.
         firing_rate_perturbed: The same of the perturbed run.
-        silent: Share of the neurons that fired for no sample seen in steps 0 .. t of the clean run;
-            the last entry is the share that never fired.
+        silent: Share of the neurons that fired for no sample in steps 0 .. t of the clean run; the
+            last entry is the share that never fired.
         silent_perturbed: The same of the perturbed run.
         ms_mppd: ``mean(eps[t]^2)``.
         l1: ``mean(|eps[t]|)``.
@@ -139,8 +138,8 @@ class MPPDStatistics(Shown, dict[str, LayerStats]):
 
     @property
     def verdict(self) -> str:
-        """How many layers and pairs, and where the potential moved least and most, in the mean over
-        time.
+        """Number of layers and pairs, and the layers where the potential moved least and most,
+        averaged over time.
         """
         if not self:
             return "no spiking layer"
@@ -160,12 +159,12 @@ class MPPDStatistics(Shown, dict[str, LayerStats]):
 
     @property
     def silent(self) -> tuple[str, ...]:
-        """Layers of which no neuron ever fired on the clean inputs."""
+        """Layers in which no neuron ever fired on the clean inputs."""
         return tuple(name for name, layer in self.items() if float(layer.silent[-1]) == 1)
 
     def table(self) -> str:
-        """Markdown: the verdict, then a row per layer; of many layers and steps the first and last
-        ones.
+        """Markdown: the verdict, then a row per layer; if there are many layers or steps, the first
+        and last ones.
         """
         heads = [
             "layer",
@@ -216,8 +215,8 @@ class MPPDStatistics(Shown, dict[str, LayerStats]):
 
 @dataclass(frozen=True, eq=False)
 class LayerTrace:
-    """Everything of one spiking layer in one pair of runs, kept by ``MPPDMonitor(keep="trace")``.
-    单层的完整轨迹。
+    """Currents, spikes and potentials of one spiking layer in one pair of runs, kept by
+    ``MPPDMonitor(keep="trace")``. 单层的完整轨迹。
 
     Every tensor is detached with shape [T, N, *].
 

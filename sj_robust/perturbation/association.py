@@ -1,4 +1,4 @@
-"""Rank correlation, linear correlation and area under the ROC curve, over many rows at once."""
+"""Rank correlation, linear correlation and AUROC over many rows at once."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Membrane potential perturbation dynamics as pure functions of two runs of one neuron layer."""
+"""Perturbation of the membrane potential as pure functions of two runs of one layer."""
 
 from collections.abc import Iterable
 from itertools import pairwise
@@ -92,7 +92,7 @@ def membrane_potential(
         h[t] = decay * v[t-1] + gain[t] * x[t]   (+ (1 - decay) * v_reset for a hard reset)
         v[t] = (1 - s[t]) * h[t] + s[t] * v_reset      (v_reset None: h[t] - s[t] * v_threshold)
 
-    For measuring: no gradient flows through spikes that are recomputed here.
+    This is for measurements: no gradient flows through spikes that are recomputed here.
 
     Args:
         x_seq: Input currents [T, N, *].
@@ -101,7 +101,8 @@ def membrane_potential(
         v_threshold: Firing threshold.
         v_reset: Potential after a spike; None for a soft reset.
         v_init: Potential before the first step; None means ``v_reset``, or 0 for a soft reset.
-        spike_seq: Spikes [T, N, *] that the neuron emitted; None fires where ``h >= v_threshold``.
+        spike_seq: Spikes [T, N, *] that the neuron emitted; None computes them as ``h >=
+            v_threshold``.
 
     Returns:
         Potentials [T, N, *], in float32 for half-precision currents.

@@ -1,4 +1,4 @@
-"""How well each indicator of a perturbation tells its size, and whether it fools the network."""
+"""How well each indicator predicts the size of a perturbation and its success."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -31,9 +31,10 @@ class IntensityCorrelation(
     """Result of :func:`intensity_correlation`, as plain data. 扰动强度相关性研究的结果。
 
     Attributes:
-        eps: Sizes, growing.
-        samples: Images that count, those the network classifies correctly unperturbed.
-        left_out: Images that it misclassifies unperturbed.
+        eps: Sizes in increasing order.
+        samples: Number of images in the study, those that are classified correctly without
+            perturbation.
+        left_out: Number of images that are misclassified without perturbation.
         resamples: Bootstrap samples behind every interval.
         accuracy: Per direction, the share of the images still classified correctly at each size.
         means: Per direction, layer and indicator, its mean over the images at each size.
@@ -95,48 +96,49 @@ def intensity_correlation(
     seed: int = 0,
     say: Callable[[str], object] = lambda text: None,
 ) -> IntensityCorrelation:
-    """Perturb images at growing sizes and compute each indicator of each layer.
+    """Perturb images by increasing amounts and compute each indicator for each layer.
     扰动指标与强度的相关性。
 
     Measures, over all pairs of an image and a size:
 
     - ``spearman`` and ``pearson``: correlation of the indicator with the size;
     - ``per_image``: Spearman's correlation over the sizes of one image, averaged over the images; 0
-      for an image that does not move the indicator at all;
+      for an image that does not change the indicator at all;
     - ``auroc``: probability that the indicator is larger for an image that is fooled than for one
       that is not;
-    - ``auroc_same_size``: the same among images perturbed by the same size, so that the size tells
-      nothing;
+    - ``auroc_same_size``: the same among images perturbed by the same size, so that the size gives
+      no information;
     - ``per_neuron``: as ``spearman`` for the indicator of one neuron, averaged over 64 neurons of
-      the layer; 0 for a neuron that does not move it at all.
+      the layer; 0 for a neuron whose indicator does not change at all.
 
-    Only images that the network classifies correctly unperturbed count. Intervals come from drawing
-    whole images, with all their sizes, again, or the neurons of ``per_neuron`` (percentile
-    bootstrap). A network with randomness of its own blurs every indicator.
+    Only images that are classified correctly without perturbation are used. Intervals are
+    percentile bootstrap intervals that resample whole images with all their sizes, or the neurons
+    of ``per_neuron``. Randomness in the network itself blurs every indicator.
 
     Args:
         model: Images to logits, such as ``SpikingClassifier``; runs in evaluation mode.
         x: Images [N, ...], in [0, 1].
         y: Classes [N].
-        perturb: By name of the direction, a callable from images, classes and size to perturbed
-            images of one shape, such as ``lambda x, y, eps: x + eps * torch.randn_like(x)``.
-        eps: Sizes > 0, at least two, growing.
+        perturb: For the name of every direction, a callable from images, classes and size to
+            perturbed images of the same shape, such as ``lambda x, y, eps: x + eps *
+            torch.randn_like(x)``.
+        eps: At least two sizes > 0 in increasing order.
         layers: Spiking layers, as in ``MPPDMonitor``.
         input_gain: Whether a DLIF neuron's learnable gain is part of the perturbation.
-        batch_size: Images at a time; traces of all layers are held for one batch.
+        batch_size: Images at a time; the traces of all layers are kept for one batch.
         resamples: Bootstrap samples.
         seed: Seed of the bootstrap and of the choice of neurons.
-        say: Called with a line on the progress.
+        say: Called with lines that report the progress.
 
     Returns:
         The result.
 
     Raises:
-        ValueError: If there is no direction, sizes are not growing and positive, a count is below
-            1, ``x`` and ``y`` differ in length, the network classifies no image right, or it has no
-            neuron to follow.
+        ValueError: If there is no direction, sizes are not positive and increasing, a count is
+            below 1, ``x`` and ``y`` differ in length, no image is classified correctly, or the
+            network has no neuron to follow.
 
-    Source: the claim that MPPD conveys the intensity of a perturbation is of Ding et al., "Robust
+    Source: the claim that MPPD conveys the intensity of a perturbation is by Ding et al., "Robust
         Stable Spiking Neural Networks" (ICML 2024); bootstrap of Efron (1979), resampled by image.
 
     Examples:

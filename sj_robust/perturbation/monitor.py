@@ -1,6 +1,4 @@
-"""MPPDMonitor: the membrane potential perturbation of every spiking layer, by hooks on a
-SpikingJelly network.
-"""
+"""MPPDMonitor: perturbation of the membrane potential in every spiking layer, by hooks."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,25 +38,25 @@ def compare_potentials(
     mean: Channels = None,
     std: Channels = None,
 ) -> MPPDStatistics:
-    """How a perturbation moves the membrane potential of every spiking layer, in one call.
+    """How a perturbation changes the membrane potential of every spiking layer, in one call.
     一次调用比较膜电位扰动。
 
-    Equation: as in :class:`MPPDMonitor`, which also watches a training, follows neurons of other
-    dynamics and keeps traces.
+    Equation: as in :class:`MPPDMonitor`, which can also be used during training, follows neurons
+    with other dynamics and keeps traces.
 
     Args:
         net: A bare network of SpikingJelly neurons in either step mode, or a ``SpikingClassifier``.
-        x: Clean images [N, C, H, W], or features [N, F]; without ``T`` what the bare network itself
-            takes, such as [T, N, C, H, W].
-        x_perturbed: Perturbed ones, such as those that an attack returns.
-        T: Number of time steps for which a bare network gets every image.
+        x: Clean images [N, C, H, W], or features [N, F]; without ``T``, the input of the bare
+            network itself, such as [T, N, C, H, W].
+        x_perturbed: Perturbed inputs, such as those that an attack returns.
+        T: Number of time steps for which every image is shown to a bare network.
         mean: Mean per channel that a bare network expects to be subtracted from images.
         std: Standard deviation per channel that it expects them to be divided by.
 
     Returns:
-        :class:`LayerStats` by the layer's name in ``net`` (in the network of a classifier), in
-        order of execution. There is a warning for a layer that never fires on the clean
-        images, since no perturbation passes through it.
+        :class:`LayerStats` by the layer's name in ``net`` (for a classifier, in its network), in
+        order of execution. A warning is issued for a layer that never fires on the clean images,
+        since no perturbation passes through it.
 
     Raises:
         ValueError: As :meth:`MPPDMonitor.compare`.
@@ -109,10 +107,11 @@ def as_watched(
 
 
 class MPPDMonitor(BaseMonitor):
-    """Watches how an input perturbation moves the membrane potential of every spiking layer.
+    """Measures how an input perturbation changes the membrane potential of every spiking layer.
     监测各层膜电位扰动。
 
-    Equation, per layer with input currents ``x`` of the clean and ``x~`` of the perturbed run::
+    Equation, per layer, with the input currents ``x`` of the clean and ``x~`` of the perturbed
+    run::
 
         eps[t] = decay * eps[t-1] + gain[t] * (x[t] - x~[t]),    MS-MPPD = mean(eps^2)
 
@@ -121,7 +120,7 @@ class MPPDMonitor(BaseMonitor):
     and DLIF, and any other ``BaseNode`` whose ``decay`` is given. Other neurons are listed in
     :attr:`unsupported` with the reason; one warning names them.
 
-    Three ways of use:
+    There are three ways to use it:
 
     - ``monitor.compare(x, x_perturbed)`` runs the network twice and returns the statistics.
     - ``with monitor.clean(): ...`` and then ``with monitor.perturbed(): ...``, each holding one run
@@ -129,38 +128,38 @@ class MPPDMonitor(BaseMonitor):
     - ``with monitor.paired(): ...`` contains one run over ``torch.cat((x, x_perturbed))``.
 
     Statistics are sums over all pairs of runs since :meth:`clear_recorded_data`. Currents and
-    spikes of the clean run are kept until the perturbed run uses them up; where gradients are
-    enabled the currents stay for :meth:`loss` until the next pair, ``loss(retain=False)``,
+    spikes of the clean run are kept until the perturbed run has used them; where gradients are
+    enabled, the currents stay for :meth:`loss` until the next pair, ``loss(retain=False)``,
     :meth:`clear_recorded_data` or :meth:`close`. A neuron that is called more than once per time
-    step is followed call by call, as its own state is. Calls outside the three contexts are
-    ignored, and outputs and gradients of the network are the same with and without the monitor.
+    step is followed call by call, just as its own state is. Calls outside the three contexts are
+    ignored, and the network's outputs and gradients are the same with and without the monitor.
 
-    As a SpikingJelly monitor it has ``monitored_layers``, ``monitor[name]`` (a list: the
+    Like a SpikingJelly monitor, it has ``monitored_layers``, ``monitor[name]`` (a list: the
     :class:`LayerStats` so far, or with ``keep="trace"`` one :class:`LayerTrace` per pair),
     ``enable``, ``disable``, ``clear_recorded_data`` and ``remove_hooks``, and is a context manager
     that removes its hooks. Attach it before wrapping the network in DDP.
 
     Args:
         net: Network of SpikingJelly neurons in either step mode.
-        layers: Layers to follow: ``"all"``, ``"last"`` (the spiking layer executed last, which
-            holds the least memory) or names out of :attr:`monitored_layers`.
-        decay: Fraction of the potential kept per step for neurons whose dynamics the monitor does
-            not know, by module name or exact type. It states that the neuron charges as
-            ``h = decay * v + gain * x``, plus ``(1 - decay) * v_reset`` for a hard reset.
-        gain: Input gain of neurons in ``decay`` (by the same keys), 1 unless given.
+        layers: Layers to follow: ``"all"``, ``"last"`` (the spiking layer that is executed last;
+            this needs the least memory) or names from :attr:`monitored_layers`.
+        decay: Fraction of the potential kept per step, for neurons whose dynamics the monitor does
+            not know, by module name or exact type. An entry declares that the neuron charges as ``h
+            = decay * v + gain * x``, plus ``(1 - decay) * v_reset`` for a hard reset.
+        gain: Input gain of the neurons in ``decay`` (with the same keys), 1 by default.
         input_gain: Whether a DLIF neuron's learnable gain is part of the perturbation in statistics
             and traces.
-        keep: ``"statistics"`` keeps sums; ``"trace"`` keeps [T, N, *] tensors of every pair as
-            well; ``"loss"`` measures nothing outside :meth:`compare`, which costs least and is all
+        keep: ``"statistics"`` keeps sums; ``"trace"`` also keeps the [T, N, *] tensors of every
+            pair; ``"loss"`` measures nothing outside :meth:`compare`, which is cheapest and all
             that training needs.
-        spikes: Whether the spikes of a pair stay for :meth:`loss` as its currents do, which the
-            indicators ``"tasad"`` and ``"std"`` need.
+        spikes: Whether the spikes of a pair are kept for :meth:`loss`, as its currents are; the
+            indicators ``"tasad"`` and ``"std"`` need them.
 
     Attributes:
-        unsupported: Reason by module name of the neurons that cannot be followed.
+        unsupported: Neurons that cannot be followed, by module name, with the reason.
 
     Raises:
-        ValueError: If the network has no neuron, or a name, type, decay or option is wrong.
+        ValueError: If the network has no neurons, or a name, type, decay or option is wrong.
 
     Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024).
 
@@ -213,7 +212,7 @@ class MPPDMonitor(BaseMonitor):
     @property
     def execution_order(self) -> tuple[str, ...]:
         """Names of the monitored layers in the order of their first call in the last run; empty
-        before any run.
+        before the first run.
         """
         return tuple(name for name in self._recording.order if name in self.name_records_index)
 
@@ -230,16 +229,16 @@ class MPPDMonitor(BaseMonitor):
         Args:
             x: Clean input of the network.
             x_perturbed: Perturbed input of the same shape.
-            forward: Runs the network on one of them; None calls ``net(x)``. A network in step mode
-                ``"s"`` needs one that takes its steps, such as ``lambda x: [net(x_t) for x_t in
-                x]``.
+            forward: Runs the network on one of the inputs; None calls ``net(x)``. A network in step
+                mode ``"s"`` needs a function that loops over the steps, such as ``lambda x:
+                [net(x_t) for x_t in x]``.
 
         Returns:
             :class:`LayerStats` by name.
 
         Raises:
             ValueError: If the inputs differ in shape or are not finite, or if a network in step
-                mode ``"s"`` is called once.
+                mode ``"s"`` is called only once.
             RuntimeError: If the hooks were removed, a run is open, or no monitored layer ran.
         """
         if x.shape != x_perturbed.shape:
@@ -281,7 +280,7 @@ class MPPDMonitor(BaseMonitor):
                 self.disable()
 
     def clean(self) -> AbstractContextManager[None]:
-        """Context of the clean run, which a :meth:`perturbed` run has to follow."""
+        """Context of the clean run; a :meth:`perturbed` run has to follow."""
         return self._running("clean")
 
     def perturbed(self) -> AbstractContextManager[None]:
@@ -303,37 +302,38 @@ class MPPDMonitor(BaseMonitor):
         indicator: Indicator = "mppd",
         retain: bool = True,
     ) -> Tensor:
-        """MS-MPPD of the last pair of runs, or a distance of the spikes, for training.
+        """MS-MPPD of the last pair of runs, or a distance between their spikes, for training.
         用于训练的可微损失。
 
         Equation: ``mean(d^2)`` (``"l2"``) or ``mean(|d|)`` (``"l1"``), averaged over the chosen
         layers so that its weight means the same for one layer and for many, where ``d`` is
 
         - ``"mppd"``: ``eps[t]``, the mean taken over time, batch and features;
-        - ``"std"``: ``s[t] - s~[t]`` likewise, in both norms the spike-train distance divided by T
-          in value;
-        - ``"tasad"``: ``mean_t s[t] - mean_t s~[t]``, over batch and features; with ``"l1"`` the
-          mean of TASAD.
+        - ``"std"``: ``s[t] - s~[t]`` likewise; with both norms its value is the spike-train
+          distance divided by T;
+        - ``"tasad"``: ``mean_t s[t] - mean_t s~[t]``, the mean taken over batch and features; with
+          ``"l1"``, this is the mean of TASAD.
 
-        The clean run is a constant: the gradient reaches the network through the perturbed run (its
-        spikes through their surrogate), and the decay and gains that the neurons learn. If the
-        perturbed run had gradients disabled this is its value alone.
+        The clean run is treated as a constant: the gradient reaches the network through the
+        perturbed run (its spikes through their surrogate) and through the decay and the gains that
+        the neurons learn. If gradients were disabled during the perturbed run, the result has no
+        graph.
 
         Args:
             layers: ``"last"`` for the spiking layer executed last, ``"all"``, or names.
             norm: ``"l2"`` or ``"l1"``.
             input_gain: Whether the learnable gain of DLIF neurons is part of ``eps``; the paper
-                leaves it out. A fixed gain (1/tau of ``decay_input``) always is.
-            indicator: What is measured; the distances of spikes need a monitor with
+                leaves it out. A fixed gain (the 1/tau of ``decay_input``) is always included.
+            indicator: What is measured; the distances between spikes need a monitor with
                 ``spikes=True``.
-            retain: Whether the pair stays for another call.
+            retain: Whether the pair is kept for another call.
 
         Returns:
             A scalar tensor.
 
         Raises:
-            ValueError: If a layer is unknown, was not followed or did not run, ``norm`` or
-                ``indicator`` is unknown, or spikes are needed that were not kept.
+            ValueError: If a layer is unknown, was not followed or did not run, if ``norm`` or
+                ``indicator`` is unknown, or if the indicator needs spikes and they were not kept.
             RuntimeError: If there is no complete pair, or the last spiking layer cannot be
                 followed.
         """
@@ -356,7 +356,7 @@ class MPPDMonitor(BaseMonitor):
         """
         if self._keep == "loss" and not self._totals:
             raise RuntimeError(
-                "a monitor with keep='loss' measures nothing beside its loss: call compare(x, "
+                "a monitor with keep='loss' measures nothing but its loss: call compare(x, "
                 "x_perturbed), or build it with keep='statistics'"
             )
         return _stats_of(self._totals)
@@ -365,7 +365,7 @@ class MPPDMonitor(BaseMonitor):
         """Records of a layer by name, or one record by index, as every SpikingJelly monitor has
         them.
 
-        Unless traces are kept, the records are the statistics so far, made anew here.
+        Unless traces are kept, the records are the statistics so far, made again here.
         """
         if isinstance(i, str) and i not in self.name_records_index:
             raise KeyError(

@@ -1,6 +1,4 @@
-"""One layer in one pair of runs: what is kept of the clean run until the perturbed run uses it
-up.
-"""
+"""One layer in one pair of runs."""
 
 from collections import deque
 from typing import Any, Literal, NamedTuple, get_args

@@ -1,4 +1,4 @@
-"""Two runs of a network, spike by spike: in which layer and at which step they diverge."""
+"""Two runs of a network, compared spike by spike."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -57,7 +57,8 @@ class Traces(Shown, dict[str, LayerTrace]):
         """Layer and step, from 0, of the first spike that only one of the two runs of a sample has;
         None if they agree.
 
-        The earliest step counts, and of the layers that part at it the one that is executed first.
+        It is the earliest step, and of the layers that diverge at that step the one that is
+        executed first.
         """
         first: tuple[str, int] | None = None
         for name, layer in self.items():
@@ -68,7 +69,7 @@ class Traces(Shown, dict[str, LayerTrace]):
 
     @property
     def verdict(self) -> str:
-        """How many layers and pairs, and where most of the pairs part."""
+        """Number of layers and pairs, and where most of the pairs diverge."""
         if not self:
             return "no spiking layer"
         steps, count = next(iter(self.values())).spike_seq.shape[:2]
@@ -99,12 +100,12 @@ class Traces(Shown, dict[str, LayerTrace]):
     def plot(
         self, which: Literal["spikes", "potential"] = "spikes", *, sample: int = 0
     ) -> "Figure":
-        """Spikes or membrane potentials of both runs, a panel per layer; a line where they part.
-        绘制脉冲与膜电位。
+        """Spikes or membrane potentials of both runs, a panel per layer, with a line where they
+        diverge. 绘制脉冲与膜电位。
 
-        It needs matplotlib (extra ``recipes``). Of more than 8 layers the first and the last are
-        drawn, of the neurons of a layer those whose spikes differ most (for ``"potential"`` one of
-        them).
+        It needs matplotlib (extra ``recipes``). If there are more than 8 layers, the first and the
+        last ones are drawn; in each layer, the neurons whose spikes differ most (for
+        ``"potential"``, one of them).
 
         Args:
             which: ``"spikes"``, a raster of neurons and steps, or ``"potential"``, after the reset.
@@ -164,22 +165,23 @@ def spike_traces(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Traces:
-    """Clean and perturbed run of a network, layer by layer. 记录并对比两次运行的脉冲与膜电位。
+    """The clean and the perturbed run of a network, layer by layer.
+    记录并对比两次运行的脉冲与膜电位。
 
-    It keeps 7 tensors of the size of every layer's output, so call it with a few images.
+    It keeps 7 tensors of the size of every layer's output, so call it with only a few images.
 
     Args:
-        net: As in :func:`compare_potentials`, and so are the others.
+        net: A network, as in :func:`compare_potentials`.
         x: Clean images.
-        x_perturbed: Perturbed ones.
+        x_perturbed: Perturbed images.
         T: Number of time steps, for a bare network; None if it has its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
 
     Raises:
-        ValueError: As :func:`compare_potentials`.
+        ValueError: As for :func:`compare_potentials`.
 
-    Source: what is drawn of two runs of one neuron in Figure 1 of Ding et al. (ICML 2024), for a
+    Source: as drawn for two runs of one neuron in Figure 1 of Ding et al. (ICML 2024), here for a
         whole network.
 
     Examples:

@@ -1,5 +1,5 @@
-"""Proofs about a network's predictions: images whose class no perturbation changes, and the radius
-of a vote.
+"""Proofs about a network's predictions: images whose class no perturbation within a radius changes,
+and the certified radius of randomised smoothing.
 """
 
 from sj_robust.proofs.no_flip import no_flip_radius

@@ -1,4 +1,4 @@
-"""Bounds of a tensor of a network: a tensor that hands every torch function to its rule."""
+"""A tensor of bounds, which passes every torch function to its rule."""
 
 import weakref
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Pooling = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Function:
-    """An operation that is no affine map, so that its result is a leaf.
+    """An operation that is not an affine map, so that its result is a leaf.
 
     Attributes:
         name: What a message calls it.
@@ -74,7 +74,7 @@ class Run(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A call of a rule, with origins in the place of bounds."""
+    """A call of a rule, with origins instead of bounds."""
 
     rule: Rule
     func: Any
@@ -276,7 +276,7 @@ def _written(x: Any, result: Bounds, name: str) -> Bounds:
 
 
 def _origins(value: Any) -> Any:
-    """Arguments with origins in the place of bounds."""
+    """Arguments with origins instead of bounds."""
     if isinstance(value, Bounds):
         return value.origin
     if type(value) in (tuple, list):

@@ -1,6 +1,4 @@
-"""Bounds of everything that a spiking network computes while its input moves within a box, rounding
-included.
-"""
+"""Bounds of everything that a network computes for inputs in a box, including rounding."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -382,7 +380,7 @@ class BoundedRun:
         """
 
     def _began(self, by: Function, values: Interval) -> None:
-        """A function that is no spiking layer has been called: bounds of what comes out."""
+        """A function that is not a spiking layer has been called: bounds of what comes out."""
 
     def _passed(self, name: str, current: Bounds, spikes: Interval) -> None:
         """A spiking layer has been called: bounds of what came in and of what goes out."""

@@ -38,7 +38,7 @@ Spike = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Rivals:
-    """What is known of the lead over every other class.
+    """Bounds of the lead over every other class.
 
     Attributes:
         weights: Weights on the logits that give it, [N, K, classes].

@@ -1,4 +1,4 @@
-"""What changed events can do to the currents of a first layer, if at most k of them change."""
+"""The largest effect of at most k changed events on the currents of the first layer."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -35,8 +35,8 @@ class Changes:
         y[j] + sum of the k least d[j, i] below 0  <=  y~[j]
         y[j] + sum of the k largest d[j, i] above 0  >=  y~[j]
 
-    Both are reached: an event changes a value in one direction only. A budget that is no integer,
-    as while a training raises it, counts the next change in part.
+    Both are reached: an event changes a value in one direction only. A budget that is not an
+    integer, as while a training raises it, counts the next change in part.
 
     Attributes:
         budget: Number k of changes, for all elements together.

@@ -1,6 +1,4 @@
-"""Bounds of the logits that training can follow: with gradients, and with the batch statistics of a
-clean pass.
-"""
+"""Bounds of the logits with gradients, for training."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -49,14 +47,14 @@ class DifferentiableBounds:
 
     They are those of :func:`sj_robust.proofs.verify` with the same method in real arithmetic,
     computed in the precision of the images. The network is the one of evaluation mode, without
-    dropout, but for a batch norm that takes the statistics of the batch: it has those of the clean
-    pass that ran last inside :meth:`watching`, as functions of the weights.
+    dropout, except for a batch norm that takes the statistics of the batch: it has those of the
+    clean pass that ran last inside :meth:`watching`, as functions of the weights.
 
     Args:
         classifier: The network.
-        statistics: What a batch norm takes of its input.
-        surrogate_width: Width of the derivatives of bounds in units of the neurons' own, > 0: with
-            w in the place of a surrogate g(z) stands g(z / w) / w.
+        statistics: The statistics of its input that a batch norm uses.
+        surrogate_width: Width w of the surrogate in the bounds, relative to the neurons' own, > 0:
+            g(z / w) / w replaces the surrogate g(z).
         method: ``"ibp"`` or ``"joint"``. How the network treats time is found out at the first
             images.
 

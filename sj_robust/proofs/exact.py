@@ -1,4 +1,4 @@
-"""Whether an image of a small network can be fooled, by a mixed-integer program."""
+"""Exact decisions for small networks by a mixed-integer program."""
 
 import time
 from dataclasses import dataclass
@@ -300,7 +300,7 @@ class _Program:
             if stage.neuron is None and stage.pooling in (None, torch.relu):
                 raise NotImplementedError(
                     "no program is known for a network with ReLU, products or other functions; "
-                    "take the method ibp, joint, crown or bab"
+                    "use the method ibp, joint, crown or bab"
                 )
             if stage.neuron is None:
                 self._pooling(stage, current, matrices.windows(run, number))

@@ -1,4 +1,4 @@
-"""Balls of binary event frames: those in which at most k values are changed."""
+"""Balls of binary event frames: at most k changed values."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Rules of operations that are no affine maps: pooling, ReLU, comparisons, norms of a sample."""
+"""Rules of operations that are not affine: pooling, ReLU, comparisons, norms of a sample."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -41,7 +41,7 @@ def _largest_of(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
 def _rectified(func: Any, x: Any, inplace: bool = False) -> Bounds:
     """ReLU."""
     if inplace:
-        raise NoBoundsError("a ReLU that writes into its input: take inplace=False")
+        raise NoBoundsError("a ReLU that writes into its input: use inplace=False")
     return new_leaf(x.run, Function("a ReLU", torch.relu), [x], interval(x).each(torch.relu))
 
 

@@ -1,4 +1,4 @@
-"""Balls of event frames: those in which at most m events are moved in time, each by few frames."""
+"""Balls of event frames: at most m events moved in time, each by a few frames."""
 
 import math
 from dataclasses import dataclass

@@ -1,6 +1,4 @@
-"""The L2 radius in which no spike of the first spiking layer can flip, so that the network's output
-stays as it is.
-"""
+"""The L2 radius within which no spike of the first spiking layer can flip."""
 
 import copy
 from collections.abc import Iterator
@@ -32,44 +30,44 @@ __all__ = ["no_flip_radius"]
 
 
 def no_flip_radius(model: SpikingClassifier, x: Tensor, *, batch_size: int = 64) -> Tensor:
-    """Largest L2 perturbation of each image below which no spike that the input drives can flip.
+    """The L2 radius around each image within which no spike driven by the input can flip.
     首层脉冲不翻转的半径。
 
-    Equation, for neuron i with potential h before firing, w_i the row of the linear map from the
-    image to its current and a[t, k] the part of the current of step k that is left in h[t] (decays
-    and gains since k, 0 before a hard reset)::
+    Equation, for neuron i with potential h before firing, the row w_i of the linear map from the
+    image to its current, and the fraction a[t, k] of the current of step k that remains in h[t]
+    (decays and gains since k, 0 before a hard reset)::
 
         radius = min over i, t of |h_i[t] - v_threshold| / (|sum_k a_i[t, k]| * ||w_i||_2)
 
-    Below it all spikes, and so the logits, stay exactly as they are: this is where the linear
-    regime of the perturbation dynamics ends. At the radius there is a direction (along w_i) that
-    brings one potential to the threshold, so no larger radius exists, up to images leaving
-    [0, 1]. For event frames, whose steps are perturbed apart, ``sqrt(sum_k a^2)`` replaces the
-    sum. Usually it is tiny.
+    Below it all spikes, and so the logits, stay exactly the same: at this radius the linear regime
+    of the perturbation dynamics ends. At the radius there is a direction (along w_i) that brings
+    one potential to the threshold, so no larger radius is possible, apart from images that leave
+    [0, 1]. For event frames, whose steps are perturbed independently, ``sqrt(sum_k a^2)`` replaces
+    the sum. The radius is usually tiny.
 
-    Rounding is part of it: from every distance to the threshold that float32's h can be off, for
-    any image within the radius, is taken away first, as :func:`verify` counts it (sums in any
-    order, no TF32). Where nothing remains the radius is 0.
+    Rounding is taken into account: the largest rounding error of h in float32, for any image within
+    the radius, is first subtracted from every distance to the threshold, computed as in
+    :func:`verify` (sums in any order, no TF32). If nothing remains, the radius is 0.
 
     Args:
         model: A classifier; it is copied to float64 and runs in evaluation mode.
-        x: Images [N, C, H, W] or features [N, F] in [0, 1]; of a ``SpikingEventClassifier`` frames
-            [N, T, C, H, W].
+        x: Images [N, C, H, W] or features [N, F] in [0, 1]; for a ``SpikingEventClassifier``,
+            frames [N, T, C, H, W].
         batch_size: Images at a time.
 
     Returns:
         Radii [N] in float64.
 
     Raises:
-        TypeError: If ``model`` is no ``SpikingClassifier``.
+        TypeError: If ``model`` is not a ``SpikingClassifier``.
         ValueError: If images are not finite or outside [0, 1].
-        NotImplementedError: If a neuron that the input drives has no known dynamics or no bounds,
-            the map to it is not affine, an encoder draws, or the input reaches the logits past all
-            neurons.
+        NotImplementedError: If a neuron driven directly by the input has unknown dynamics or no
+            bounds, the map to it is not affine, the encoder is stochastic, or the input reaches the
+            logits without passing a neuron.
         UnsoundBoundsError: If such a neuron does not follow its charge equation.
 
-    Source: derived here; it is the exact range of the perturbation dynamics without flips of Ding
-        et al. (ICML 2024).
+    Source: derived here; it is the exact range of validity of the perturbation dynamics without
+        flips of Ding et al. (ICML 2024).
 
     Examples:
         >>> from spikingjelly.activation_based import neuron

@@ -1,4 +1,4 @@
-"""Intervals of operations that are no affine maps, and how far float32 can be from them."""
+"""Intervals of operations that are not affine, with the error of float32."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Which events of a sample a proof leaves open: those that may be part of a set that breaks it."""
+"""The events of a sample that may be part of an adversarial set, according to a proof."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -49,8 +49,8 @@ def open_events(model: SpikingClassifier, x: Tensor, y: Tensor, ball: Events) ->
 
         c + w x > f[i] + the k - 1 largest f[j] of the others
 
-    since then no set of k changes of which i is one breaks the sample. All others are open, but for
-    those that lower no bound, f[i] = 0. A sample that these bounds prove has no open event.
+    since then no set of k changes of which i is one breaks the sample. All others are open, except
+    for those that lower no bound, f[i] = 0. A sample that these bounds prove has no open event.
 
     Args:
         model: A classifier in evaluation mode.

@@ -1,4 +1,4 @@
-"""Neurons beside IF, LIF, PLIF and DLIF: which have bounds, and why the others have none."""
+"""Neurons other than IF, LIF, PLIF and DLIF: which have bounds, and why the others have none."""
 
 from functools import partial
 from typing import Any

@@ -1,6 +1,4 @@
-"""What the origin of bounds tells: the leaves and samples behind them, and their values for other
-leaves.
-"""
+"""The origin of bounds: their inputs and samples."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

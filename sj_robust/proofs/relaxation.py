@@ -1,6 +1,4 @@
-"""Linear relaxation of a spiking network in a box: lower bounds of logits and potentials by
-back-substitution.
-"""
+"""Linear relaxation of a spiking network in a box, with bounds by back-substitution."""
 
 import time
 from collections.abc import Callable
@@ -439,7 +437,7 @@ class Lower:
         return Lower(self.value[rows], slopes, gaps, self.weights[rows])
 
     def put(self, rows: Tensor, other: "Lower") -> None:
-        """Take the other's rows in the place of these."""
+        """Take the other's rows instead of these."""
         self.value[rows] = other.value
         self.weights[rows] = other.weights
         for key in self.slopes:
@@ -478,7 +476,7 @@ def minimum(
         samples: Number of each row's sample in the run, [R].
         weights: Weights on the logits [R, classes], or on a step's charged potentials [R, *].
         start: Stage and step of those potentials; None for the logits.
-        slopes: Slopes in the place of those above; any are sound.
+        slopes: Slopes instead of those above; any are sound.
 
     Source: CROWN (Zhang et al., NeurIPS 2018); S-CROWN (Liang et al., NeurIPS 2022).
     """
@@ -590,7 +588,7 @@ class _Walk:
         return Lower(value[:rows], cut[0], cut[1], weights.detach()[:rows])
 
     def _fired(self, number: int, t: int, on_spike: Tensor, on_potential: Tensor) -> Tensor:
-        """Weights on h in the place of those on the spike and on the potential after the reset."""
+        """Weights on h instead of those on the spike and on the potential after the reset."""
         stage = self.run.stages[number]
         step, around = stage.steps[t], stage.around
         lower, upper, quiet, fires = (

@@ -1,4 +1,4 @@
-"""What float32 can round off, for sums in any order."""
+"""Rounding errors of float32, for sums in any order."""
 
 from typing import Any
 

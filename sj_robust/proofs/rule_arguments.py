@@ -1,4 +1,4 @@
-"""What every rule asks of its arguments: their run, constants in float64, a leaf for the result."""
+"""Checks of the arguments of rules."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

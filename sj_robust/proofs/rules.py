@@ -1,4 +1,4 @@
-"""How each operation of a network passes bounds on: one rule per operation, in a table.
+"""One rule per operation: how bounds are propagated.
 
 The rules of affine maps and of what only moves elements stand here; those of other functions in
 :mod:`sj_robust.proofs.function_rules`.

@@ -1,6 +1,4 @@
-"""Randomised smoothing: a classifier that votes over Gaussian noise, and the L2 radius in which its
-vote is proved.
-"""
+"""Randomised smoothing: a vote over Gaussian noise and its certified L2 radius."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -43,11 +41,11 @@ class Smoothing:
     Attributes:
         sigma: Standard deviation of the noise.
         alpha: Probability, per image, that its radius is too large.
-        n: Draws behind the radius.
-        prediction: Class of the smoothed classifier per image; -1 where it abstains.
-        radius: L2 radius, in units of [0, 1] images, in which that class is proved; 0 where it
+        n: Number of draws for the radius.
+        prediction: Class of the smoothed classifier per image; -1 if it abstains.
+        radius: L2 radius, in units of [0, 1] images, within which that class is proved; 0 if it
             abstains.
-        count: Draws, of n, that gave the class which the first n0 draws had guessed.
+        count: Number of the n draws that gave the class guessed by the first n0 draws.
     """
 
     sigma: float
@@ -81,13 +79,13 @@ class Smoothing:
 
 
 class SmoothedClassifier(nn.Module):
-    """One draw of a smoothed classifier: logits of images with fresh Gaussian noise, for attacks on
-    the vote itself.
+    """One draw of a smoothed classifier: the logits of images with fresh Gaussian noise, for
+    attacks on the vote itself.
 
     随机平滑分类器的单次抽样。
 
     Equation: ``logits = model(x + sigma * n)``, n ~ N(0, 1) from torch's global generator; the sum
-    is not clamped. Attack it as any stochastic network, with ``eot_samples``, which averages the
+    is not clamped. Attack it like any stochastic network, with ``eot_samples``, which averages the
     gradient over draws.
 
     Args:
@@ -97,8 +95,8 @@ class SmoothedClassifier(nn.Module):
     Raises:
         ValueError: If ``sigma`` is not positive and finite.
 
-    Source: Cohen et al. (ICML 2019); attacks through the noise: SmoothAdv, Salman et al. (NeurIPS
-        2019).
+    Source: Cohen et al. (ICML 2019); attacks that average over the noise: SmoothAdv, Salman et al.
+        (NeurIPS 2019).
 
     Examples:
         >>> SmoothedClassifier(nn.Linear(2, 3), sigma=0.25)(torch.rand(5, 2)).shape
@@ -130,28 +128,28 @@ def smooth(
     generator: torch.Generator | SampleSeeds | None = None,
     on_image: Callable[[int], None] | None = None,
 ) -> Smoothing:
-    """Classes by a vote over Gaussian noise, with the L2 radius in which each is proved.
-    随机平滑及其可证明的
-    L2 半径。
+    """Classify by a vote over Gaussian noise, with the L2 radius within which each class is proved.
+    随机平滑及其可证明的 L2 半径。
 
     Equation, with f the network and n ~ N(0, 1) in every element::
 
         g(x) = argmax_c P(f(x + sigma n) = c)
         radius = sigma * Phi^-1(p),    p <= P(f(x + sigma n) = g(x))
 
-    ``n0`` draws guess the class, ``n`` others give p, the lower Clopper-Pearson bound at level
-    ``alpha``; if p <= 1/2 the classifier abstains. The proof is one of g, never of the network f
+    ``n0`` draws guess the class, and ``n`` further draws give p, the lower Clopper-Pearson bound at
+    level ``alpha``; if p <= 1/2 the classifier abstains. The proof concerns g, never the network f
     alone, and holds with probability 1 - alpha per image. Noisy images are not clamped to [0, 1];
-    train with the same noise (``--mode gaussian --eps SIGMA``). What the network draws itself (a
-    stochastic encoder) is part of the probability.
+    train with the same noise (``--mode gaussian --eps SIGMA``). Random numbers of the network
+    itself (a stochastic encoder) are part of the probability.
 
     The bound needs independent draws. A network that draws random numbers itself runs on one draw
-    after the other. Any other runs on batches if it treats their rows apart, else on one draw after
-    the other too. That is tested on the first batch of every size: each row must keep its logits,
-    bit by bit, while every other row is another image, and its class when it runs alone (where
-    rounding changes that, its logits among copies of itself). Of every later batch the last row
-    must keep its class alone. A network that mixes rows and passes this test goes unnoticed;
-    ``batch_size=1`` needs no such test. The noise does not depend on ``batch_size``.
+    after the other. Any other network runs on batches if it treats their rows independently,
+    otherwise also on one draw after the other. This is tested on the first batch of every size:
+    each row must keep its logits, bit by bit, when all other rows are replaced by other images, and
+    its class when it runs alone (where rounding changes that, its logits among copies of itself).
+    In every later batch, the last row must keep its class when it runs alone. A network that mixes
+    rows and passes this test goes unnoticed; ``batch_size=1`` needs no such test. The noise does
+    not depend on ``batch_size``.
 
     The largest radius that n draws can prove is ``sigma * Phi^-1(alpha^(1/n))``: 2.46 sigma for n =
     1000.
@@ -160,13 +158,13 @@ def smooth(
         model: Images [N, ...] to logits [N, classes]; an ``nn.Module`` runs in evaluation mode.
         x: Images in [0, 1], floating point.
         sigma: Standard deviation of the noise in units of [0, 1] images, > 0.
-        n0: Draws for the guess.
-        n: Draws for the bound.
+        n0: Number of draws for the guess.
+        n: Number of draws for the bound.
         alpha: Probability of error per image, in (0, 1).
-        batch_size: Draws at a time, at most.
-        generator: Source of the noise, moved by one number; seeds of the samples make each result
-            independent of the others; None is fresh entropy.
-        on_image: Called with the number of images done after every image.
+        batch_size: Largest number of draws at a time.
+        generator: Source of the noise, from which one number is drawn; with seeds per sample, each
+            result is independent of the others; None uses fresh entropy.
+        on_image: Called after every image with the number of images done so far.
 
     Returns:
         :class:`Smoothing`.
@@ -174,8 +172,8 @@ def smooth(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If images, a number or the logits are out of range, seeds do not fit, or the
-            network keeps a state from forward to forward, changes a value that its modules hold, or
-            draws from another source than torch.
+            network keeps a state from forward to forward, changes its parameters or buffers, or
+            draws from a source other than torch.
         ModuleNotFoundError: If scipy is not installed.
 
     Source: Cohen, Rosenfeld and Kolter, "Certified Adversarial Robustness via Randomized Smoothing"

@@ -1,4 +1,4 @@
-"""Proofs that check themselves: maps, neurons and bounds against the network that runs."""
+"""Checks of a proof's assumptions on the network that runs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -48,7 +48,7 @@ _DYNAMICS = ("neuronal_charge", "neuronal_fire", "neuronal_reset")
 
 
 class UnsoundBoundsError(NotImplementedError):
-    """A network does not do what its bounds say, so that nothing is proved.
+    """A network contradicts its bounds, so nothing is proved.
     网络的行为与上下界不符，不给出证明。
     """
 
@@ -129,7 +129,7 @@ class KeptValues:
 
     Args:
         model: A network that has run, so that what it builds in its first forward is there; a
-            callable that is no ``nn.Module`` holds nothing.
+            callable that is not an ``nn.Module`` holds nothing.
 
     Examples:
         >>> net = nn.BatchNorm1d(2)
@@ -304,7 +304,8 @@ def check_point(model: nn.Module, run: BoundedRun, logits: Bounds, point: Tensor
 
 
 def overridden(neuron: Neuron) -> str | None:
-    """Name of a method of the dynamics that stands on the neuron itself, in place of its class's.
+    """Name of a method of the dynamics that is set on the neuron itself and replaces that of its
+    class.
 
     Examples:
         >>> from sj_robust import DLIFNode
@@ -465,7 +466,7 @@ def _random_currents(neuron: Neuron, T: int, generator: torch.Generator) -> Tens
 
 
 def _gains(charging: Charging, T: int) -> Tensor:
-    """Gain of every step [T], with 1 in place of 0."""
+    """Gain of every step [T], with 1 instead of 0."""
     gains = [torch.as_tensor(charging.gain_at(t, input_gain=True)) for t in range(T)]
     found = torch.stack([gain.detach().double().cpu() for gain in gains])
     return torch.where(found == 0, 1.0, found)

@@ -1,5 +1,5 @@
-"""Bounds of a spiking layer, step by step: in real numbers for training, and with all that float32
-rounds for proofs.
+"""Step-by-step bounds of a spiking layer, in real numbers for training and with rounding for
+proofs.
 """
 
 from abc import ABC, abstractmethod

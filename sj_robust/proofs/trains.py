@@ -1,4 +1,4 @@
-"""Spike trains that are possible while the current of a neuron is the same in every step."""
+"""The possible spike trains of a neuron whose current is the same in every step."""
 
 import math
 from dataclasses import dataclass, replace

@@ -1,6 +1,4 @@
-"""Images that no perturbation in a ball can turn: proved by bounds of every spike, with float32's
-rounding.
-"""
+"""Proofs that no perturbation within a ball changes the class of an image."""
 
 import math
 import sys
@@ -88,7 +86,7 @@ _SearchAll = Callable[[Tensor, Tensor], Searched]
 
 @dataclass(frozen=True)
 class BoundedLayer:
-    """What the bounds say of a spiking layer, averaged over images and neurons. 脉冲层的上下界。
+    """Bounds of a spiking layer, averaged over images and neurons. 脉冲层的上下界。
 
     Attributes:
         name: Name of the layer in the network.
@@ -109,18 +107,19 @@ class Verification(Shown):
     Attributes:
         eps: Linf radius, or the number of values that may change (L0) or of events that may move.
         correct: Whether each image is classified correctly without a perturbation.
-        margin: Per image, what the logit of the right class is above every other one at least,
-            whatever the perturbation; > 0 is a proof.
-        layers: Spiking layers in order of execution, as intervals bound them, or joint bounds where
+        margin: For every image, a lower bound of the lead of the true class's logit over every
+            other one, under any perturbation; > 0 is a proof.
+        layers: Spiking layers in order of execution, bounded by intervals, or by joint bounds if
             the method has them.
-        x_adv: The images, but for each that is ``broken`` one of its ball that the network gets
-            wrong.
-        broken: Whether such a one is known; the image itself if it is not classified correctly.
-        stepwise: Where joint bounds are those of single steps, with the reason.
+        x_adv: The images; each one that is ``broken`` is replaced by an image of its ball that the
+            network misclassifies.
+        broken: Whether such an image is known; it is the image itself if that is misclassified.
+        stepwise: Layers whose joint bounds are those of single steps, with the reason.
         norm: ``"Linf"``, ``"L0"`` or ``"moves"``.
-        apart: For L0 and moves, layers whose bounds let single values or steps have budgets of
-            their own, with the reason.
-        largest_shift: For moves, frames by which an event moves at most; None for any number.
+        apart: For L0 and moves, layers whose bounds give single values or steps their own budgets,
+            with the reason.
+        largest_shift: For moves, the largest number of frames by which an event moves; None for no
+            limit.
     """
 
     eps: float
@@ -141,9 +140,7 @@ class Verification(Shown):
 
     @property
     def accuracy(self) -> float:
-        """Share of images that are verified: the network's robust accuracy on them is at least
-        that.
-        """
+        """Share of images that are verified, a lower bound of the robust accuracy."""
         return sum(self.verified) / len(self.margin)
 
     @property
@@ -155,7 +152,7 @@ class Verification(Shown):
 
     @property
     def verdict(self) -> str:
-        """How many images are verified, broken and unknown."""
+        """Numbers of verified, broken and unknown images."""
         return (
             f"{self._threat}: {sum(self.verified)} of {len(self.margin)} images "
             f"verified, {sum(self.broken)} broken, {sum(self.unknown)} unknown; "
@@ -188,7 +185,7 @@ class Verification(Shown):
         return "\n\n".join([f"{self.verdict}.", markdown_table(heads, rows, words=3), *notes])
 
     def plot(self) -> "Figure":
-        """The margin of every image, and how many spikes the bounds leave open. 绘制验证结果。
+        """The margin of every image, and the share of undecided spikes. 绘制验证结果。
 
         It needs matplotlib (extra ``recipes``).
         """
@@ -235,51 +232,52 @@ def verify(
 
     With ``norm="L0"`` images are binary event frames, of which at most ``eps`` values change. With
     ``norm="moves"`` at most ``eps`` events of event frames move in time, each by at most
-    ``largest_shift`` frames; frames in which a value is above 1 hold numbers of events. What that
-    can do to the currents of the first layer is in ``docs/concepts/verified_events.md``.
+    ``largest_shift`` frames; frames in which a value is above 1 hold numbers of events.
+    ``docs/concepts/verified_events.md`` derives how far this can change the currents of the first
+    layer.
 
-    Equation: the input moves in ``[max(x - eps, 0), min(x + eps, 1)]``. Bounds go through the
-    layers one by one; with l and u those of a neuron's current, p its input gain, lambda its decay
-    and theta its threshold::
+    Equation: the input lies in ``[max(x - eps, 0), min(x + eps, 1)]``. Bounds are propagated
+    through the layers one by one; with bounds l and u on a neuron's current, its input gain p, its
+    decay lambda and its threshold theta::
 
         h_lo = lambda v_lo + min(p l, p u)   (+ (1 - lambda) v_reset)
         h_hi = lambda v_hi + max(p l, p u)   (+ (1 - lambda) v_reset)
         h_lo >= theta: it fires for sure;  h_hi < theta: it cannot fire;  else its spike is
         undecided, in [0, 1]
 
-    and v after the reset covers what either case allows. An image is verified if every other
-    class's logit stays below the right one's, bounded for their difference as a whole. What float32
-    rounds, in any order of summation, is part of every bound
-    (:class:`sj_robust.proofs.rules.Bounds`), so that the proof is one of the network that runs.
+    and v after the reset covers what either case allows. An image is verified if the logit of every
+    other class stays below that of the true class; the difference of the two is bounded as a whole.
+    Every bound covers the rounding of float32 in any order of summation
+    (:class:`sj_robust.proofs.rules.Bounds`), so the proof holds for the network that actually runs.
     It assumes rounding to nearest and sums of products: no TF32, no bfloat16 or float16, no
     Winograd convolutions.
 
     A verified image cannot be fooled; one that is not verified may still be robust. Every method
-    starts from the one before it, and its margins are never smaller:
+    starts from the result of the one before it, and its margins are never smaller:
 
     - ``"ibp"``: the intervals above.
-    - ``"joint"``: bounds that hold together over time. A neuron whose current is the same in every
-      step has a chain of possible spike trains; a potential is a sum over the steps since the last
-      reset, bounded as one; the logits are bounded by spike counts. What is no sum over time of
-      spikes, such as a max pooling, keeps the intervals, and the result says where.
-    - ``"crown"``: linear relaxation of every undecided spike with its reset, bounds by
+    - ``"joint"``: bounds over all time steps together. A neuron whose current is the same in every
+      step has a chain of possible spike trains; a potential is bounded as one sum over the steps
+      since the last reset; the logits are bounded by spike counts. Operations that are not sums of
+      spikes over time, such as max pooling, keep the intervals, and the result says where.
+    - ``"crown"``: a linear relaxation of every undecided spike with its reset, and bounds by
       back-substitution.
-    - ``"bab"``: branch and bound over the undecided spikes on top of it.
-    - ``"mip"``: a mixed-integer program with a binary per undecided spike, for small networks;
-      needs scipy.
+    - ``"bab"``: branch and bound over the undecided spikes, with the bounds of ``"crown"``.
+    - ``"mip"``: a mixed-integer program with one binary variable per undecided spike, for small
+      networks; needs scipy.
 
-    The last two try the corners where their bounds are lowest, and mip its solution, on the network
-    that runs; what it gets wrong is ``x_adv`` of the result.
+    The last two run the network itself on the corners where their bounds are lowest, and mip also
+    on its solution; misclassified images are in ``x_adv`` of the result.
 
     Args:
-        model: A classifier in evaluation mode, in float32, without an encoder that draws; or a bare
+        model: A classifier in evaluation mode, in float32, without a stochastic encoder; or a bare
             network, with ``T``, ``mean`` and ``std``.
-        x: Images [N, C, H, W] or features [N, F] in [0, 1]; of a ``SpikingEventClassifier`` frames
-            [N, T, C, H, W].
+        x: Images [N, C, H, W] or features [N, F] in [0, 1]; for a ``SpikingEventClassifier``,
+            frames [N, T, C, H, W].
         y: Labels [N] int64.
-        eps: Linf radius, >= 0, a number or a text such as ``"8/255"``; for L0 the number of values
-            of each sample that may change, for moves that of its events that may move, an integer
-            >= 0.
+        eps: Linf radius, >= 0, a number or a string such as ``"8/255"``; for L0 the number of
+            values per sample that may change, for moves the number of events per sample that may
+            move, an integer >= 0.
         T: Number of time steps, for a bare network; None if it has its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
@@ -287,27 +285,27 @@ def verify(
             moved in time.
         largest_shift: For moves, frames by which an event may move, >= 1; None for any number.
         method: "ibp", "joint", "crown", "bab" or "mip".
-        time_limit: Seconds per image of bab and mip; an image that needs more is unknown. For bab
-            they are turned into a number of operations that a core does in that time, so that
-            results do not depend on how busy the machine is.
+        time_limit: Seconds per image for bab and mip; an image that needs more counts as unknown.
+            For bab they are converted into the number of operations that one core performs in that
+            time, so results do not depend on how busy the machine is.
         batch_size: Images at a time; memory grows with it, not with N.
-        on_batch: Called with the number of images done after every batch.
+        on_batch: Called after every batch with the number of images done so far.
 
     Returns:
         :class:`Verification`.
 
     Raises:
-        TypeError: If ``model`` has no spiking neurons and is no ``SpikingClassifier``.
-        ValueError: If a bare network comes without T, the model is in training mode, is not in
-            float32, draws random numbers or changes a value that it holds in a forward, images or
-            labels do not fit, eps < 0, or norm or method is not known; for L0 and
-            moves, if eps is no integer or the frames are not binary, or no numbers of events.
-        UnsoundBoundsError: If the network does not do what the bounds say: what it computes is not
-            in the graph, a neuron does not follow its charge equation, or a point of the ball lies
-            outside the bounds.
-        ModuleNotFoundError: If mip has no scipy.
-        NotImplementedError: If something in the network has no bounds (a stochastic encoder, a
-            neuron of unknown dynamics, an operation); it is named.
+        TypeError: If ``model`` has no spiking neurons and is not a ``SpikingClassifier``.
+        ValueError: If a bare network comes without T; if the model is in training mode, is not in
+            float32, draws random numbers or changes its own parameters or buffers in a forward; if
+            images or labels do not fit, eps < 0, or norm or method is unknown; for L0 and moves, if
+            eps is not an integer or the frames are neither binary nor counts of events.
+        UnsoundBoundsError: If the network contradicts its bounds: an operation is missing from the
+            graph, a neuron does not follow its charge equation, or a point of the ball lies outside
+            the bounds.
+        ModuleNotFoundError: If scipy is missing for mip.
+        NotImplementedError: If there are no bounds for a part of the network (a stochastic encoder,
+            a neuron with unknown dynamics, an operation); the message names it.
 
     Source: interval bounds of spiking networks as in Liang et al. (NeurIPS 2022), here with input
         gains, resets in time and rounding; Gowal et al., arXiv 1810.12715, for the last layer.
@@ -486,7 +484,7 @@ def _logits(model: SpikingClassifier, images: Tensor, labels: Tensor, *, runs: i
             "inside"
         )
     if logits.shape[1] < 2:
-        raise UnprovableError("model must tell 2 classes or more apart, got logits of 1")
+        raise UnprovableError("model must distinguish at least 2 classes, got 1 logit")
     return logits
 
 
@@ -626,7 +624,7 @@ def _checked(model: SpikingClassifier, x: Tensor, y: Tensor, *, counts: bool) ->
     (check_samples if counts else check_images)(x)
     check_labels(y, x)
     if len(x) == 0:
-        raise ValueError("x must hold an image or more, got none")
+        raise ValueError("x must contain at least one image, got none")
     surrogates = {
         id(part) for module in model.modules() if is_neuron(module) for part in module.children()
     }  # shared
@@ -683,7 +681,7 @@ def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
         elif not n.binary:
             unbounded[name] = f"{name}, whose surrogate does not spike"
         if method := overridden(n):
-            unbounded[name] = f"{name}, whose {method} was replaced: take it away"
+            unbounded[name] = f"{name}, whose {method} was replaced: restore it"
         if not n.charging().decay_value >= 0:
             unbounded[name] = f"{name}, whose decay is negative: give it a tau of 1 or more"
         for key in ("v_threshold", "v_reset"):

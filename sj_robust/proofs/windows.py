@@ -1,4 +1,4 @@
-"""The spike trains that bounds leave a spiking layer, and bounds of weighted sums over them."""
+"""The possible spike trains of a spiking layer given its bounds, and weighted sums over them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -68,7 +68,7 @@ class Steps:
 
 
 def centred(values: Interval) -> Interval:
-    """Centres and radii in the place of both ends."""
+    """Centres and radii instead of both ends."""
     return Interval((values.low + values.high) / 2, (values.high - values.low) / 2)
 
 
@@ -90,7 +90,7 @@ def constants_of(spiking: Float32Spiking, steps: int) -> Constants:
 
 
 def check_finite(x: Interval, constants: Constants) -> None:
-    """Raise NoBoundsError if float32 may round currents or potentials to what is not finite."""
+    """Raise NoBoundsError if currents or potentials may not be finite in float32."""
     gain = max(map(abs, constants.gains))
     size = x.size().max() * gain * len(constants.gains) + abs(constants.rest)
     within_float32(constants.of_charge(size + abs(constants.threshold)))
@@ -133,12 +133,12 @@ class SpikeTrains:
         return self._sums(weights, None)
 
     def centred(self, weights: Tensor) -> Interval:
-        """Centres and radii of the same in the place of both ends."""
+        """Centres and radii of the same instead of both ends."""
         return centred(self.bounds(weights))
 
     def in_float32(self, weights: Tensor, slack: float) -> Interval:
-        """Centres and radii of the same in float32, in the place of both ends; the radii cover what
-        that rounds.
+        """Centres and radii of the same in float32, instead of both ends; the radii cover what that
+        rounds.
         """
         return self._sums(weights, slack)
 

@@ -1,4 +1,6 @@
-"""The objective, the epoch loop on Accelerate, and checkpoints; needs the extra ``recipes``."""
+"""The training objective, the epoch loop with Accelerate, and checkpoints; needs the extra
+``recipes``.
+"""
 
 # says what to install if one of its packages is missing
 import sj_robust.core.recipes_installed  # noqa: F401

@@ -41,7 +41,7 @@ _FALL = 0.2
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss or a weight became NaN or infinite; the checkpoint written before is intact."""
+    """The loss or a weight became NaN or infinite; the previous checkpoint is intact."""
 
 
 class TrainingRun:
@@ -376,7 +376,7 @@ def _schedule(
 
 
 def check_outputs(classifier: nn.Module, image: Tensor, classes: int, seed: int) -> None:
-    """The network tells as many classes apart as there are; looking leaves it as it was."""
+    """Check that the network distinguishes as many classes as there are; it is not changed."""
     with from_reset(classifier, seed, image.device), torch.no_grad():
         outputs = classifier(image).shape[1]
     if outputs != classes:

@@ -1,6 +1,4 @@
-"""Batch norm on several processes: the same statistics everywhere, or at least the same running
-ones.
-"""
+"""Batch norm on several processes."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -100,7 +98,7 @@ def share_buffers(net: nn.Module) -> None:
 
 @torch.no_grad()
 def measure_statistics(classifier: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Take the running statistics of every batch norm anew, all with the present weights.
+    """Recompute the running statistics of every batch norm with the current weights.
     重新统计批归一化的均值与方差。
 
     Equation: ``running_mean`` is the mean over the batches of their means, ``running_var`` that of

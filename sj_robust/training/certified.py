@@ -1,4 +1,4 @@
-"""Training for proofs: cross entropy of the worst logits that bounds over a ball allow."""
+"""Certified training: cross entropy of the worst logits within bounds."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -26,19 +26,19 @@ _START = 0.05
 
 @dataclass(frozen=True)
 class CertifiedOptions:
-    """How bounds are trained, apart from their radius. 可验证训练的选项。
+    """Options of certified training, apart from the radius. 可验证训练的选项。
 
     Attributes:
-        bounds: Method of :func:`sj_robust.proofs.verify` whose bounds they are: ``"ibp"``, or
-            ``"joint"``, which is tighter at many time steps and slower.
-        surrogate_width: Width w of the derivatives of bounds in units of the neurons' own, > 0: in
-            place of a surrogate g(z) they use g(z / w) / w. The clean pass keeps g.
-        ramp: Share of the training in which radius and weight rise, in (0, 0.95].
-        box: Share of the radius r that the bounds are over, in (0, 1]: those of the box of radius
-            ``box * r`` around ``clamp(x~, x - (1 - box) r, x + (1 - box) r)``, which lies in the
-            ball; x~ is the perturbed image.
+        bounds: Method of :func:`sj_robust.proofs.verify` that computes the bounds: ``"ibp"``, or
+            ``"joint"``, which is slower and, for many time steps, tighter.
+        surrogate_width: Width w of the surrogate in the bounds, relative to the neurons' own, > 0:
+            the bounds use g(z / w) / w instead of g(z). The clean pass keeps g.
+        ramp: Share of the training over which radius and weight increase, in (0, 0.95].
+        box: Share of the radius r that the bounds cover, in (0, 1]: they are computed over the box
+            of radius ``box * r`` around ``clamp(x~, x - (1 - box) r, x + (1 - box) r)``, which lies
+            in the ball; x~ is the perturbed image.
         attacked: Whether the first term of the loss is the cross entropy of perturbed images,
-            clamped to the ball of the present radius, and not that of clean ones.
+            clamped to the ball of the current radius, instead of clean images.
         norm: ``"Linf"``, ``"L0"`` for changed events of binary frames, or ``"moves"`` for events
             moved in time; their number is the radius. In each time step, that many may change.
         largest_shift: For moves, frames by which an event may move; None for any number.
@@ -66,7 +66,7 @@ class CertifiedOptions:
 
     @property
     def needs_perturbed(self) -> bool:
-        """Whether the loss is of perturbed images, too."""
+        """Whether the loss also uses perturbed images."""
         return self.attacked or self.box < 1.0
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class CertifiedOptions:
             )
         if not 0.0 < self.box <= 1.0:
             raise ValueError(
-                f"box must be in (0, 1], got {self.box}; SABR takes 0.1 to 0.7, and 1 is the ball"
+                f"box must be in (0, 1], got {self.box}; SABR uses 0.1 to 0.7, and 1 is the ball"
             )
         if self.norm != "Linf" and self.needs_perturbed:
             raise ValueError(
@@ -103,7 +103,7 @@ class CertifiedOptions:
 class CertifiedLoss:
     """Cross entropy of the worst logits that bounds over a ball allow. 可验证训练的损失。
 
-    Equation, with ``progress`` the share of the training that is done::
+    Equation, with the completed share ``progress`` of the training::
 
         rise = (progress - 0.05) / ramp within [0, 1], with ramp = 0.6
         z_c = upper bound of logit_c - logit_y over the ball of radius rise * eps, 0 for c = y
@@ -118,10 +118,10 @@ class CertifiedLoss:
     Args:
         classifier: The network.
         eps: Radius at the end, >= 0.
-        options: How they are trained, and the norm of the radius.
+        options: Options of certified training, including the norm of the radius.
 
     Attributes:
-        progress: Share of the training that is done, in [0, 1]; set by the training loop.
+        progress: Completed share of the training, in [0, 1]; set by the training loop.
 
     Raises:
         ValueError: If ``eps`` is out of range, or something in the network has no bounds; it is
@@ -172,20 +172,20 @@ class CertifiedLoss:
 
     @property
     def ramp(self) -> float:
-        """How far radius and weight have risen, in [0, 1]."""
+        """Current share of the final radius and weight, in [0, 1]."""
         return min(1.0, max(0.0, (self.progress - _START) / self.options.ramp))
 
     def clamped(self, x: Tensor, x_perturbed: Tensor, share: float = 1.0) -> Tensor:
-        """Perturbed images, not farther from ``x`` than a share of the present radius."""
+        """Perturbed images, clamped to a share of the current radius around ``x``."""
         reach = share * self.ramp * self.eps
         return torch.minimum(torch.maximum(x_perturbed.detach(), x - reach), x + reach)
 
     def watching(self) -> AbstractContextManager[None]:
-        """Context of the clean pass, whose batch statistics the bounds take."""
+        """Context of the clean pass, whose batch statistics the bounds use."""
         return self._bounds.watching()
 
     def check(self, image: Tensor) -> None:
-        """Refuse a network of which there are no bounds, by trying one image [1, ...]; nothing else
+        """Raise an error for a network without bounds, by trying one image [1, ...]; nothing else
         changes.
         """
         classifier = self._bounds.classifier
@@ -196,11 +196,11 @@ class CertifiedLoss:
     def value(
         self, x: Tensor, y: Tensor, x_perturbed: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The loss, and the share of images whose class no perturbation of the present radius, or
-        in the present box, changes.
+        """The loss, and the share of images whose class no perturbation within the current radius
+        or box changes.
 
         Raises:
-            ValueError: If there are no perturbed images, of which the box needs some.
+            ValueError: If there are no perturbed images although the box needs them.
         """
         box = self.options.box
         if box < 1.0:

@@ -1,4 +1,4 @@
-"""A network through ``torch.compile`` for the time of a training."""
+"""``torch.compile`` during training."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

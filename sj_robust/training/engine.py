@@ -1,4 +1,4 @@
-"""The epoch loop on Accelerate: CPU, GPU, DDP, mixed precision."""
+"""The epoch loop with Accelerate: CPU, GPU, DDP, mixed precision."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -44,37 +44,37 @@ def train(
     训练并保存检查点。
 
     The perturbed images are crafted on the bare network, so nothing is reduced between processes
-    inside an attack. What is drawn for an image follows from seed, epoch and the image alone, what
-    the network draws itself (dropout) from seed, epoch, batch and process. An interrupt signal
-    (SIGINT, SIGTERM) lets the step finish and writes a checkpoint; a second one stops at once. A
-    run may be resumed on another number of processes.
+    inside an attack. The random numbers of an image depend only on seed, epoch and image; those of
+    the network itself (dropout) on seed, epoch, batch and process. On an interrupt signal (SIGINT,
+    SIGTERM), the current step is completed and a checkpoint is written; a second signal stops at
+    once. A run may be resumed with a different number of processes.
 
     Args:
         objective: Loss and classifier; trained in place.
         splits: Training and validation images; the test images are not touched.
         plan: Epochs, learning rate and the other numbers of the run.
-        perturb: Makes the perturbed training images; None trains on clean images alone.
-        validation_attacks: One or more, of which ``plan.select`` may name one; the first gives
-            the scalars in TensorBoard. Catastrophic overfitting is looked for under ``"fgsm"``
+        perturb: Makes the perturbed training images; None trains on clean images only.
+        validation_attacks: One or more attacks, of which ``plan.select`` may name one; the first
+            gives the scalars in TensorBoard. Catastrophic overfitting is detected from ``"fgsm"``
             and ``"pgd"``.
         accelerator: Device, processes and precision.
-        folder: Where the checkpoints go; it exists.
+        folder: Existing folder for the checkpoints.
         journal: Records every step and epoch.
-        description: Network and options in plain data, stored in every checkpoint; a run is resumed
-            only with the same.
-        resume: Whether to go on from ``last.pt`` if there is one.
+        description: Network and options as plain data, stored in every checkpoint; a run can only
+            be resumed with the same description.
+        resume: Whether to continue from ``last.pt`` if there is one.
 
     Returns:
-        A record per epoch; :class:`EpochRecord` of a resumed run's earlier epochs included.
+        One :class:`EpochRecord` per epoch, including the earlier epochs of a resumed run.
 
     Raises:
         NonFiniteLossError: If the loss or a weight becomes NaN or infinite.
         TrainingInterrupted: After a signal.
-        OSError: If a checkpoint cannot be written; the one before is then intact.
-        ValueError: If a checkpoint is damaged, foreign or of a run with other options, a label is
-            none of the classes, the batch cannot be shared equally, the network is wrapped in
-            ``nn.DataParallel`` or cannot be compiled, or ``plan.select`` is no figure of the
-            validation.
+        OSError: If a checkpoint cannot be written; the previous one is then intact.
+        ValueError: If a checkpoint is damaged, is from another program or from a run with other
+            options, a label is not one of the classes, the batch cannot be shared equally, the
+            network is wrapped in ``nn.DataParallel`` or cannot be compiled, or ``plan.select`` is
+            not an accuracy of the validation.
 
     Source: training of Ding et al. (ICML 2024), section 5, with selection on validation images.
     """

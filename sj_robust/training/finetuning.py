@@ -1,4 +1,4 @@
-"""Makes your own network robust in one call, with the engine and the modes of this package."""
+"""Makes your own network robust in one call."""
 
 import tempfile
 from collections.abc import Iterator, Sized
@@ -77,7 +77,7 @@ def finetune(
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> Report:
-    """Make a network of your own robust: adversarial training, by default with MS-MPPD.
+    """Make your own network robust: adversarial training, by default with MS-MPPD.
     对自己的网络做鲁棒微调。
 
     Equation of mode ``"at"``, with x~ the image after one step of attack::
@@ -85,36 +85,37 @@ def finetune(
         L = 0.5 * CE(f(x), y) + 0.5 * CE(f(x~), y) + rho * MS-MPPD(x, x~)
 
     The network is trained in place. A part of the training images is held out, and the network gets
-    the weights of the epoch that is best on them under attack. With a ``folder`` the same call goes
-    on after Ctrl-C.
+    the weights of the epoch that is best on them under attack. With a ``folder``, the same call
+    resumes an interrupted training.
 
     Args:
         net: A bare SpikingJelly network, with ``T`` and, if it expects normalised images, ``mean``
-            and ``std``; or a :class:`SpikingClassifier`. With random weights it is trained anew.
+            and ``std``; or a :class:`SpikingClassifier`. A network with random weights is trained
+            from scratch.
         data: Images of :func:`sj_robust.data.load_images`; or training images in [0, 1] as a data
-            set of pairs (image [C, H, W], class), a ``DataLoader``, of which the data set is
-            taken, or two tensors (x [N, C, H, W], y [N]).
-        eps: Linf radius of the attack, a number or a text such as ``"8/255"``.
+            set of pairs (image [C, H, W], class), a ``DataLoader``, whose data set is used, or two
+            tensors (x [N, C, H, W], y [N]).
+        eps: Linf radius of the attack, a number or a string such as ``"8/255"``.
         test: Images for the report, in the same form as ``data``; None uses the test images of
-            ``ImageSplits``, and the held out ones of other data.
-        mode: How the network is trained, a name of :data:`MODES`.
+            ``ImageSplits``, or the held-out images of other data.
+        mode: Training mode, a key of :data:`MODES`.
         rho: Weight of MS-MPPD; None uses that of the mode.
         epochs: Passes over the training images.
-        lr: Learning rate of SGD at the start; it falls to 0. About 0.1 for random weights.
-        batch_size: Images in a step.
-        validation_fraction: Share of the training images that is held out, for other data than
+        lr: Initial learning rate of SGD; it decays to 0. For random weights use about 0.1.
+        batch_size: Images per step.
+        validation_fraction: Share of the training images that is held out, for data other than
             ``ImageSplits``.
         T: Number of time steps, for a bare network; None if it has its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
-        seed: Seeds everything.
-        folder: Where checkpoints and log are kept; None keeps none.
-        progress: Whether what is being done is shown.
+        seed: Random seed.
+        folder: Folder for checkpoints and log; None saves nothing.
+        progress: Whether to show the progress.
 
     Returns:
-        Accuracies on the test images, clean, under Gaussian noise, FGSM and PGD, in the variants
-        ``"before"`` and ``"after"``, with the curves of the training. It is a quick look:
-        :func:`sj_robust.evaluate` measures the network.
+        A report with the accuracies on the test images (clean, under Gaussian noise, FGSM and PGD)
+        in the variants ``"before"`` and ``"after"``, and with the training curves. It is a quick
+        look: :func:`sj_robust.evaluate` measures the network.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -226,7 +227,7 @@ class _Run:
         except TrainingInterrupted as stopped:
             remedy = "with folder=... the next training could be continued"
             if is_kept:
-                remedy = f"the same call goes on with what is in {folder}"
+                remedy = f"the same call continues from {folder}"
             stopped.add_note(f"the network holds the weights of the last step; {remedy}")
             raise
         best = load_checkpoint(folder / "best.pt")

@@ -1,4 +1,4 @@
-"""What is kept of every epoch, and what it says about the training."""
+"""Records of every epoch, and warnings from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ __all__ = ["EpochRecord", "catastrophic_overfitting"]
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One epoch in figures. 单轮训练记录。
+    """The figures of one epoch. 单轮训练记录。
 
     Attributes:
         epoch: Number of the epoch, from 1.

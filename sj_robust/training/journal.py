@@ -1,4 +1,4 @@
-"""What a run tells its user: console, log file, TensorBoard."""
+"""Output of a run: console, log file, TensorBoard."""
 
 import json
 import time
@@ -40,18 +40,17 @@ class Journal:
     """Writes ``log.txt`` and ``tensorboard/`` in a folder and shows progress on the console.
     训练日志。
 
-    A bar on a terminal shows the loss parts, accuracy, images per second and remaining time at
-    every step, a notebook one line that is overwritten, and anything else a line per epoch. Images
-    per second include the time for perturbed images, but not validation.
+    On a terminal, a bar shows the parts of the loss, accuracy, images per second and remaining time
+    at every step; in a notebook, one line is overwritten; otherwise, one line is printed per epoch.
+    Images per second include the time for perturbed images, but not validation.
 
     Args:
-        folder: Where to write; None makes a silent journal, for all processes but the
-            first.
-        track: Is called with the figures of every epoch by name, and its number, such as
+        folder: Where to write; None makes a silent journal, for all processes except the first.
+        track: Called after every epoch with its figures by name and its number, such as
             ``accelerator.log``.
 
     Attributes:
-        console: Where it prints; lines printed meanwhile do not break a bar shown there.
+        console: The console that it prints to; lines printed to it do not break the progress bar.
 
     Examples:
         >>> Journal(None).say("nobody hears this")
@@ -79,7 +78,7 @@ class Journal:
 
     @property
     def writes(self) -> bool:
-        """Whether it has a folder, and so writes pictures."""
+        """Whether it has a folder and therefore writes pictures."""
         return self._folder is not None
 
     def say(self, text: str) -> None:
@@ -113,8 +112,8 @@ class Journal:
         defaults: Mapping[str, Any],
         accelerator: Accelerator,
     ) -> dict[str, str]:
-        """Log versions, device, commit and every option; the console sees the versions and what is
-        not a default.
+        """Log versions, device, commit and every option; the console shows the versions and the
+        options that differ from their defaults.
 
         Returns the environment, for the report.
         """
@@ -137,21 +136,20 @@ class Journal:
         )
         changed = {name: value for name, value in configuration.items() if value != defaults[name]}
         options = (
-            ", ".join(f"{name} {_word(value)}" for name, value in changed.items())
-            or "none but the defaults"
+            ", ".join(f"{name} {_word(value)}" for name, value in changed.items()) or "defaults"
         )
         self.console.print(f"{shown}\noptions: {options}\nwriting to {self._folder}", markup=False)
         return where
 
     @contextmanager
     def steps(self, text: str, total: int) -> Iterator[Callable[[], None]]:
-        """Log and show work of so many steps; yields what to call after each."""
+        """Log and show a task with this many steps; yields a function to call after each step."""
         self._log(text)
         with working(text, self.console, total=total) as step:
             yield step
 
     def show_status(self, text: str) -> None:
-        """Show on the bar what is done between the steps of a training."""
+        """Show on the bar what happens between the steps of a training."""
         if not self._progress.disable:
             self._progress.update(self._task, status=text)
 
@@ -159,8 +157,8 @@ class Journal:
     def follow(
         self, name: str, *, epochs: int, batches: int, images: int, epoch: int, batch: int
     ) -> Iterator[None]:
-        """Follow the training of one network in steps of ``images``; it stands at ``batch`` of
-        ``epoch``, from 0.
+        """Follow the training of one network in steps of ``images``, starting at ``batch`` of
+        ``epoch``, both counted from 0.
         """
         if self._folder is None:
             yield
@@ -216,8 +214,8 @@ class Journal:
         self._times = [time.monotonic()]
 
     def show_gallery(self, name: str, gallery: Gallery, epoch: int) -> None:
-        """Images under attack, both runs, and histograms of what moves in every layer, for
-        TensorBoard.
+        """Write images under attack, both runs, and histograms of the perturbation in every layer
+        to TensorBoard.
         """
         if self._folder is None:
             return

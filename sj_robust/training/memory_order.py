@@ -1,4 +1,4 @@
-"""Channels first or last: the order of images and convolution weights in memory."""
+"""Memory format of images and convolution weights: channels first or last."""
 
 import time
 

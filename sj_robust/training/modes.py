@@ -1,4 +1,4 @@
-"""Training modes: how each makes its perturbed images, and the options it is published with."""
+"""Training modes: how each makes its perturbed images, and its published options."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,21 +46,20 @@ ModeName = Literal["none", "gaussian", "at", "rat", "pgd_at", "trades", "certifi
 
 @dataclass(frozen=True)
 class Mode:
-    """The options of a training mode where its source and this package agree on none other.
-    训练模式的默认选项。
+    """Default options of a training mode, as published. 训练模式的默认选项。
 
     Attributes:
         name: Name of the mode.
-        attack_steps: Gradient steps that make a perturbed image; 0 where it is noise or there is
-            none.
+        attack_steps: Gradient steps that make a perturbed image; 0 for noise or without perturbed
+            images.
         loss: Loss of :class:`Objective`.
         kappa: Weight of the clean cross entropy, at the end of the training for ``certified``.
         rho: Weight of MS-MPPD.
         weight_decay: Weight decay of the optimizer.
         retraction: Length beta of the step towards orthonormal rows after the optimizer's; 0 for
             none.
-        select: Validation figure that the best epoch is chosen by.
-        idle: Options of ``recipes/adv_train.py`` that change nothing with this mode.
+        select: Validation accuracy that selects the best epoch.
+        idle: Options of ``recipes/adv_train.py`` that have no effect in this mode.
 
     Source: Ding et al. (ICML 2024; NeurIPS 2022 for ``rat``), Madry et al. (ICLR 2018), Zhang et
         al. (ICML 2019), Gowal et al. (arXiv 1810.12715) for ``certified``.
@@ -82,8 +81,8 @@ class Mode:
 
     @property
     def single_step(self) -> bool:
-        """Whether one gradient step makes the images to learn, after which catastrophic overfitting
-        is looked for.
+        """Whether the training images are made by a single gradient step, so that catastrophic
+        overfitting is checked for.
         """
         return self.attack_steps == 1 and self.loss != "certified"
 
@@ -161,33 +160,34 @@ def training_attack(
     project: bool = True,
     steps: int | None = None,
 ) -> Attack | None:
-    """How a mode makes the perturbed images of a training batch. 各训练模式的扰动生成方式。
+    """The attack that makes the perturbed images of a training batch in a mode.
+    各训练模式的扰动生成方式。
 
     - ``"none"``: no perturbed images.
     - ``"gaussian"``: ``x + eps * n`` with ``n ~ N(0, 1)``, not clamped.
     - ``"at"``, ``"rat"``: :func:`sj_robust.attacks.rfgsm`, one step from ``x + noise_std * n``;
-      ``"certified"`` too, for terms in addition to its bounds.
+      also for ``"certified"``, for terms in addition to its bounds.
     - ``"pgd_at"``: the last iterate of :func:`sj_robust.attacks.pgd` on the cross entropy, from a
       uniform start.
     - ``"trades"``: :func:`trades`, from ``x + noise_std * n``.
 
-    Every attack runs the network in evaluation mode and takes a ``torch.Generator`` or
+    Every attack runs the network in evaluation mode and accepts a ``torch.Generator`` or
     ``SampleSeeds``.
 
     Args:
         mode: A name of :data:`MODES`.
         eps: Linf radius in units of [0, 1] images; the standard deviation for ``"gaussian"``.
         step_size: Length of a step; None is ``eps`` for one step and ``eps / 4`` for several.
-        noise_std: Noise at the start of ``"at"``, ``"rat"`` and ``"trades"``.
-        project: Whether the one step of ``"at"`` and ``"rat"`` is projected onto the ball; the
-            published code does not.
-        steps: Gradient steps of ``"pgd_at"`` and ``"trades"``; None is 7 and 10.
+        noise_std: Standard deviation of the initial noise of ``"at"``, ``"rat"`` and ``"trades"``.
+        project: Whether the step of ``"at"`` and ``"rat"`` is projected onto the ball; the
+            published code does not project.
+        steps: Gradient steps of ``"pgd_at"`` and ``"trades"``; None means 7 and 10.
 
     Returns:
         ``attack(model, x, y, *, generator)``, or None for ``"none"``.
 
     Raises:
-        ValueError: If the mode is unknown, or an option does not belong to it.
+        ValueError: If the mode is unknown, or an option does not apply to it.
 
     Source: Ding et al. (ICML 2024), section 4; Madry et al. (ICLR 2018), CIFAR-10: 7 steps of eps /
         4; Zhang et al. (ICML 2019): 10 steps.
@@ -224,16 +224,16 @@ def training_attack(
 
 
 def validation_attacks(eps: float) -> dict[str, Attack]:
-    """Attacks after every epoch: PGD of 7 steps selects the network, FGSM shows catastrophic
+    """Attacks after every epoch: PGD with 7 steps selects the network, and FGSM shows catastrophic
     overfitting. 验证时的攻击。
 
     Args:
         eps: Linf radius in units of [0, 1] images.
 
     Returns:
-        ``"fgsm"``, and ``"pgd"`` with steps of eps / 3.
+        ``"fgsm"``, and ``"pgd"`` with step size eps / 3.
 
-    Source: selection by validation accuracy under attack, in place of test accuracy.
+    Source: selection by validation accuracy under attack, instead of test accuracy.
 
     Examples:
         >>> list(validation_attacks(8 / 255))
@@ -265,16 +265,16 @@ def final_attacks(eps: float) -> dict[str, Attack]:
 
 
 def flip_attacks(flips: int, *, final: bool) -> dict[str, Attack]:
-    """Attacks on event frames that change at most ``flips`` events, in validation and at the end.
-    事件帧训练的验证与最终攻击。
+    """Attacks on event frames that change at most ``flips`` events, for validation and for the
+    final test. 事件帧训练的验证与最终攻击。
 
     Args:
         flips: Number of changes per sample.
-        final: Whether they are the slower ones of the table at the end.
+        final: Whether to return the slower attacks of the final test.
 
     Returns:
-        ``"flips"`` by gradient, and at the end with probes and queries; then also the best of 20
-        random sets of removed events.
+        ``"flips"``, by gradient. For the final test, it also uses probes and queries, and there is
+        ``"random"``, the best of 20 random sets of removed events.
 
     Source: see :func:`sj_robust.attacks.flip_events`.
 

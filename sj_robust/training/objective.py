@@ -1,6 +1,4 @@
-"""The training objective: cross entropy of the clean and the perturbed image, and the perturbation
-between them.
-"""
+"""The training objective: cross entropies of clean and perturbed images, and MS-MPPD."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
@@ -23,19 +21,19 @@ LossName = Literal["paper", "trades", "certified"]
 
 
 class Losses(NamedTuple):
-    """Parts of the objective for one batch, scalars; only ``total`` carries a graph.
+    """The parts of the objective for one batch, scalars; only ``total`` has a graph.
 
     Attributes:
-        total: What is minimised.
+        total: The loss that is minimised.
         clean: Cross entropy of the clean images; 0 if the objective does not run them.
-        perturbed: Cross entropy of the perturbed images; 0 without any, or if the objective does
-            not run them.
-        mppd: MS-MPPD, or the indicator in its place, before its weight; 0 if it has none.
-        certified: Cross entropy of the worst logits that bounds allow; 0 without them.
+        perturbed: Cross entropy of the perturbed images; 0 if there are none, or if the objective
+            does not run them.
+        mppd: MS-MPPD, or the indicator used instead, before weighting; 0 if it has no weight.
+        certified: Cross entropy of the worst logits that the bounds allow; 0 without bounds.
         accuracy: Share of the clean images that are classified correctly; 0 if they do not run.
         accuracy_perturbed: The same of the perturbed images.
-        accuracy_certified: Share of the images that keep their class whatever the perturbation, by
-            these bounds.
+        accuracy_certified: Share of the images that keep their class under any perturbation,
+            according to these bounds.
         penalty: Sum of all penalties with their weights.
     """
 
@@ -60,47 +58,46 @@ class Objective(nn.Module):
         L = k * CE(f(x), y) + (1 - k) * CE(z, y)               + R
         R = rho * MS-MPPD + sum of weight * penalty
 
-    or, but for ``"certified"``, ``CE(f(x), y)`` and the penalties without perturbed images. z are
-    the worst logits that bounds over a ball allow (:class:`CertifiedLoss`; its options may take
-    boxes in the place of the ball, and perturbed images in the place of clean ones), ``1 - k`` is
-    ``1 - kappa`` times its ramp, and the clean images always run. The divergence is that of the
-    softmax distributions, a mean over the batch with a gradient through both of its sides. In
-    place of MS-MPPD there can be the mean square (or absolute value, ``norm``) of a difference of
-    spikes, see :meth:`MPPDMonitor.loss`: ``s[t] - s~[t]`` for ``"std"``, ``mean_t s - mean_t s~``
-    for ``"tasad"``, both through the surrogate. The clean pass is a constant in all three.
+    Without perturbed images it is ``CE(f(x), y)`` plus the penalties, except for ``"certified"``. z
+    are the worst logits that the bounds over a ball allow (:class:`CertifiedLoss`; its options may
+    use boxes instead of the ball, and perturbed images instead of clean ones), ``1 - k`` is ``1 -
+    kappa`` times its ramp, and there is always a clean pass. The divergence is that of the softmax
+    distributions, averaged over the batch, with a gradient through both arguments. MS-MPPD can be
+    replaced by the mean square (or mean absolute value, see ``norm``) of a difference of spikes,
+    see :meth:`MPPDMonitor.loss`: ``s[t] - s~[t]`` for ``"std"``, ``mean_t s - mean_t s~`` for
+    ``"tasad"``, both through the surrogate. The clean pass is a constant in all three.
 
     Both passes run in the module's own mode, the clean one first, so in training mode batch norm
-    sees one after the other. A pass that no term needs is skipped: the clean one at kappa 0 and
-    rho 0, the perturbed one at kappa 1 and rho 0.
+    sees one after the other. A pass that no term needs is skipped: the clean one for kappa 0 and
+    rho 0, the perturbed one for kappa 1 and rho 0.
 
     Shapes: images [N, C, H, W] or frames [N, T, C, H, W], labels [N]; the parts are scalars. Both
-    passes happen inside one ``forward``, which is what DDP needs to reduce every gradient once.
+    passes happen inside one ``forward``, so that DDP reduces every gradient once.
 
     Args:
         classifier: The network to train.
         kappa: Weight of the clean cross entropy, in [0, 1]; not used by ``"trades"``.
-        rho: Weight of MS-MPPD, >= 0; 0 runs without the monitor.
+        rho: Weight of MS-MPPD, >= 0; with 0, the monitor is not used.
         layers: ``"last"`` (the spiking layer executed last), ``"all"``, or names of spiking layers.
         norm: ``"l2"`` for the mean square, ``"l1"`` for the mean absolute value.
-        input_gain: Whether DLIF's learnable gain is part of the perturbation; the paper omits it
-            out.
+        input_gain: Whether DLIF's learnable gain is part of the perturbation; the paper omits it.
         loss: ``"paper"``, ``"trades"`` or ``"certified"``.
         trades_weight: Weight of the divergence, >= 0 (the 1/lambda of TRADES).
         indicator: ``"mppd"``, ``"tasad"`` or ``"std"``.
-        penalties: Further terms, each with its weight; those of weight 0 are skipped.
-        certified_eps: Radius of the bounds at the end of the training; for ``"certified"`` alone.
-        certified_options: How these bounds are trained, and the norm of the radius.
+        penalties: Further terms, each with its weight; those with weight 0 are skipped.
+        certified_eps: Radius of the bounds at the end of the training; only for ``"certified"``.
+        certified_options: Options of certified training, including the norm of the radius.
 
     Attributes:
-        certified: The part with the bounds, whose ``progress`` the training sets; None for another
-            loss.
-        penalty_values: Value before its weight of every penalty in the last forward, by name,
+        certified: The part with the bounds, whose ``progress`` is set by the training; None for
+            other losses.
+        penalty_values: Value of every penalty in the last forward before weighting, by name,
             without a graph.
 
     Raises:
-        ValueError: If a weight is out of range, a name unknown, two penalties have the same name,
-            or the radius is missing or out of range; for ``"certified"``, if something in the
-            network has no bounds.
+        ValueError: If a weight is out of range, a name is unknown, two penalties have the same
+            name, or the radius is missing or out of range; for ``"certified"``, if there are no
+            bounds for a part of the network.
 
     Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), section 4; kappa 0.5
         and rho 1. Zhang et al., "Theoretically Principled Trade-off between Robustness and
@@ -141,7 +138,7 @@ class Objective(nn.Module):
             raise ValueError(f"rho must be >= 0 and finite, got {rho}; 0 turns MS-MPPD off")
         if not 0.0 <= trades_weight < float("inf"):
             raise ValueError(
-                f"trades_weight must be >= 0 and finite, got {trades_weight}; TRADES takes 6"
+                f"trades_weight must be >= 0 and finite, got {trades_weight}; TRADES uses 6"
             )
         for name, value, known in (
             ("norm", norm, ("l2", "l1")),
@@ -153,8 +150,7 @@ class Objective(nn.Module):
         names = [penalty.name for penalty in penalties]
         if len(set(names)) < len(names):
             raise ValueError(
-                f"penalties must differ in name, got {', '.join(names)}; leave one of the same "
-                "name out"
+                f"penalties must differ in name, got {', '.join(names)}; omit one of them"
             )
         if (certified_eps is None) == (loss == "certified"):
             raise ValueError(
@@ -182,15 +178,14 @@ class Objective(nn.Module):
             )
 
     def check_layers(self, x: Tensor) -> None:
-        """Refuse layers that cannot be followed, by running the network on ``x``, which changes
-        nothing else.
+        """Raise an error for layers that cannot be followed, by running the network on ``x``;
+        nothing else changes.
 
-        The monitor then knows which layer is executed last, and follows it alone from the first
-        step on.
+        Afterwards the monitor knows which layer is executed last, and follows only that one from
+        the first step.
 
         Raises:
-            ValueError: If a layer cannot be followed, or something has no bounds that the loss
-                needs.
+            ValueError: If a layer cannot be followed, or the loss needs bounds that do not exist.
         """
         if self.certified is not None:
             self.certified.check(x)
@@ -200,8 +195,8 @@ class Objective(nn.Module):
             self.monitor.clear_recorded_data()
 
     def forward(self, x: Tensor, y: Tensor, x_perturbed: Tensor | None = None) -> Losses:
-        """Parts of the objective for images ``x`` with labels ``y``; without perturbed images,
-        plain cross entropy.
+        """The parts of the objective for images ``x`` with labels ``y``; without perturbed images,
+        the plain cross entropy.
         """
         if self.certified is not None and self.certified.options.attacked:
             if x_perturbed is None:

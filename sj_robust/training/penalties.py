@@ -1,4 +1,4 @@
-"""Penalties of the training objective that belong to no defence of :mod:`sj_robust.defences`."""
+"""Penalties that do not belong to a published defence."""
 
 import torch
 from torch import Tensor
@@ -11,19 +11,19 @@ __all__ = ["GradientSparsity", "StabilityGain", "WeightMagnitude"]
 
 
 class GradientSparsity(Penalty):
-    """l1 norm of the input gradient of the true class's probability, by a finite difference.
+    """The l1 norm of the input gradient of the true class's probability, by a finite difference.
     输入梯度稀疏正则。
 
-    Equation, with z the logits, m the likeliest wrong class at ``x`` and ``d = sign(grad_x f(x))``
-    a constant::
+    Equation, with the logits z, the most likely wrong class m at ``x`` and ``d = sign(grad_x
+    f(x))``, which is treated as a constant::
 
         f(x) = exp(z_y) / (exp(z_y) + exp(z_m))
         value = mean_n |f(x + h * d) - f(x)| / h            (squared: the mean of its square)
 
     which tends to ``||grad_x f||_1`` for small h without a second derivative. ``x`` are the images
-    of the first pass (the clean ones, or the perturbed ones if these are all that is trained on).
-    ``f(x + h * d)`` needs one more pass in the mode of the objective, so that in training batch
-    norm sees those images too, as in the published code.
+    of the first pass (the clean images, or the perturbed ones if only these are used). ``f(x + h *
+    d)`` needs one more pass in the mode of the objective, so in training mode batch norm also sees
+    those images, as in the published code.
 
     Args:
         weight: Weight in the objective.
@@ -102,20 +102,20 @@ class StabilityGain(Penalty):
     """Squared L2 gain of every DLIF layer over its T steps, summed. DLIF 层 L2 增益的惩罚项。
 
     Equation: ``value = sum over layers of ||L_decay diag(p)||_2^2``; see
-    :func:`sj_robust.perturbation.gains.gain_penalty`. It needs no pass of the network and moves the
-    input gains alone.
+    :func:`sj_robust.perturbation.gains.gain_penalty`. It needs no forward pass and only changes the
+    input gains.
 
     Args:
         weight: Weight in the objective.
-        normalized: Whether each gain is taken per mean of ``|p|``, so that only the shape of p
-            counts.
+        normalized: Whether each gain is divided by the mean of ``|p|``, so that only the shape of p
+            matters.
 
     Raises:
         ValueError: If the weight is out of range; when evaluated, if the network has no DLIF
             neuron.
 
-    Source: derived here, from Theorem 3.1 of Ding et al. (ICML 2024) with the exact constant in
-        place of the printed.
+    Source: derived here, from Theorem 3.1 of Ding et al. (ICML 2024) with the exact constant
+        instead of the printed one.
 
     Examples:
         >>> StabilityGain(weight=0.01).name

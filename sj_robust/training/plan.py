@@ -1,4 +1,4 @@
-"""The numbers of a training run."""
+"""The settings of a training run."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,48 +15,46 @@ SelectName = Literal["clean", "fgsm", "pgd", "flips", "moves", "verified"]
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How long and how to step. 训练计划。
+    """Number of epochs, optimizer, schedule and the other settings of a training. 训练计划。
 
     Attributes:
-        epochs: Passes over the training images; the learning rate falls to 0 over them (cosine), or
-            at milestones.
+        epochs: Passes over the training images, over which the learning rate decays to 0 (cosine)
+            or drops at milestones.
         batch_size: Images per step over all processes together.
-        accumulate: Equal parts into which every process splits its share of a step, one after the
-            other, for want of memory; their gradients are averaged, and batch norm sees one part at
-            a time.
+        accumulate: Number of equal parts into which every process splits its share of a step, to
+            save memory; their gradients are averaged, and batch norm sees one part at a time.
         optimizer: ``"sgd"`` or ``"adam"``.
-        lr: Learning rate at the start.
-        milestones: Shares of the epochs, in (0, 1), after which the learning rate falls to a fifth;
+        lr: Initial learning rate.
+        milestones: Shares of the epochs, in (0, 1), after which the learning rate drops to a fifth;
             empty for the cosine.
-        gradient_clip: Largest L2 norm of the gradient of all parameters, which is scaled down if it
-            is longer; None leaves it as it is.
-        momentum: Momentum of SGD; Adam has its own.
-        weight_decay: On all parameters, DLIF's input gains included.
+        gradient_clip: Largest L2 norm of the gradient of all parameters; a longer gradient is
+            scaled down. None does not clip.
+        momentum: Momentum of SGD; not used by Adam.
+        weight_decay: Weight decay of all parameters, including DLIF's input gains.
         retraction: Length beta of the step of every weight towards orthonormal rows after the
-            optimizer's; 0 for none.
-        deflation: Whether every gradient loses its largest singular component before the
+            optimizer's step; 0 for none.
+        deflation: Whether the largest singular component of every gradient is removed before the
             optimizer's step, see :func:`sj_robust.defences.deflate_`.
-        seed: Decides the order of the images and the noise of every step.
-        select: Validation figure that the best epoch is chosen by.
-        verified_eps: Radius at which validation proves images, the figure ``"verified"``; None
-            proves none.
-        verified_norm: Its norm, ``"Linf"``, ``"L0"`` for changed events or ``"moves"`` for moved
-            ones.
+        seed: Determines the order of the images and the noise of every step.
+        select: Validation accuracy that selects the best epoch.
+        verified_eps: Radius of the proofs in validation, which give the figure ``"verified"``; None
+            skips them.
+        verified_norm: Norm of this radius, ``"Linf"``, ``"L0"`` for changed events or ``"moves"``
+            for moved events.
         verified_shift: For moves, frames by which an event may move; None for any number.
-        verified_method: Method of :func:`sj_robust.proofs.verify` that proves them.
-        checkpoint_steps: Steps between checkpoints within an epoch; None writes one per epoch only.
+        verified_method: Method of :func:`sj_robust.proofs.verify` for these proofs.
+        checkpoint_steps: Steps between checkpoints within an epoch; None writes only one per epoch.
         workers: Processes that load images in the background.
-        single_step_attack: Whether training uses one, so that catastrophic overfitting is looked
-            for.
-        compile: Whether the network runs through ``torch.compile``; the reset before every pass
-            stays outside.
-        channels_last: Whether images and convolutions are stored channels last; None does so on
-            CUDA, and on a CPU in half precision where that is measured to be faster.
-        sync_batch_norm: Whether the statistics of batch norm are those of the images of all
-            processes.
-        precise_statistics: Training batches over which batch norm's running statistics are taken
-            anew before every validation; 0 keeps their moving average.
-        log_bounds: Whether the log shows the exact L2 bound of every layer each epoch; see
+        single_step_attack: Whether training uses a single-step attack, so that catastrophic
+            overfitting is checked for.
+        compile: Whether the network is compiled with ``torch.compile``; the reset before every pass
+            is not compiled.
+        channels_last: Whether images and convolutions use the channels-last format; None uses it on
+            CUDA, and on a CPU in half precision if it is measured to be faster.
+        sync_batch_norm: Whether batch norm uses the statistics of the images of all processes.
+        precise_statistics: Number of training batches over which batch norm's statistics are
+            recomputed before every validation; 0 keeps their moving average.
+        log_bounds: Whether the exact L2 bound of every layer is logged in each epoch; see
             ``perturbation_gains``.
 
     Raises:
@@ -135,8 +133,8 @@ class TrainingPlan:
                 raise ValueError(f"{name} must be >= 0 and finite, got {size}")
 
     def check_select(self, attacks: Iterable[str]) -> None:
-        """Raise ValueError unless the best epoch is chosen by a figure of a validation under these
-        attacks.
+        """Raise ValueError unless the best epoch is selected by an accuracy that validation under
+        these attacks gives.
         """
         figures = ["clean", *attacks]
         if self.verified_eps is not None:
@@ -144,7 +142,7 @@ class TrainingPlan:
         check_choice("select", self.select, figures)
 
     def check_processes(self, processes: int) -> None:
-        """Raise ValueError unless a batch can be cut into equal parts for so many processes."""
+        """Raise ValueError unless a batch can be split into equal parts for this many processes."""
         parts = processes * self.accumulate
         if self.batch_size % parts:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The processes of a run: their interrupts and random generators."""
+"""The processes of a run: interrupts and random generators."""
 
 import random
 import signal
@@ -21,10 +21,10 @@ __all__ = [
 
 
 class TrainingInterrupted(Exception):  # noqa: N818  # an interruption asked for is not an error
-    """A signal stopped the training after a whole step and a checkpoint.
+    """A signal stopped the training; the current step was completed and a checkpoint was written.
 
     Attributes:
-        signal_number: The signal; the conventional exit code is 128 plus this.
+        signal_number: The signal; the conventional exit code is 128 plus this number.
     """
 
     def __init__(self, signal_number: int, checkpoint: Path) -> None:

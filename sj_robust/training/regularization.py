@@ -1,6 +1,4 @@
-"""Steps on the weights after the optimizer's: the retraction of SNN-RAT and the simplex of mixing
-coefficients.
-"""
+"""Steps on the weights after the optimizer's step: SNN-RAT's retraction."""
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +19,8 @@ def retract_(net: nn.Module, beta: float, generator: torch.Generator | None = No
         W <- (1 + beta) * W - beta * W W^T W
 
     one gradient step of length beta on ``||W W^T - I||^2 / 4``: a singular value s becomes ``s +
-    beta * (s - s^3)``, closer to 1 as long as ``0 < beta * s * (s + 1) < 2``. Of a linear layer
-    with 200 rows or more only a random 30 % of the rows (rounded down) take part, as a matrix of
+    beta * (s - s^3)``, closer to 1 as long as ``0 < beta * s * (s + 1) < 2``. In a linear layer
+    with 200 rows or more, only a random 30 % of the rows (rounded down) are changed, as a matrix of
     their own. Afterwards every parameter that a module calls ``mixing`` (the coefficients of a wide
     ResNet's two branches) is replaced by the nearest non-negative one that sums to 1.
 
@@ -33,8 +31,8 @@ def retract_(net: nn.Module, beta: float, generator: torch.Generator | None = No
     Args:
         net: The network, not wrapped in DDP; convolutions of any dimension, grouped ones included.
         beta: Length of the step, >= 0; the paper uses 1e-3 for VGG-11 and 4e-3 for WRN-16.
-        generator: CPU generator that chooses the rows; None draws fresh ones, global generators
-            untouched.
+        generator: CPU generator that chooses the rows; None uses fresh randomness and leaves the
+            global generators untouched.
 
     Raises:
         ValueError: If ``beta`` is out of range.
@@ -52,7 +50,7 @@ def retract_(net: nn.Module, beta: float, generator: torch.Generator | None = No
                 [0.0000, 1.4000]])
     """
     if not 0.0 <= beta < float("inf"):
-        raise ValueError(f"beta must be >= 0 and finite, got {beta}; SNN-RAT takes 1e-3 to 4e-3")
+        raise ValueError(f"beta must be >= 0 and finite, got {beta}; SNN-RAT uses 1e-3 to 4e-3")
     if generator is None:
         generator = torch.Generator()
         generator.seed()

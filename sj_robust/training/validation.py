@@ -1,4 +1,4 @@
-"""How good a network in training is: validation of every epoch, and the report at the end."""
+"""Validation after every epoch, and the final report."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -381,7 +381,7 @@ def test_wrong_use(options, error, match):
 def test_a_network_that_draws_is_refused():
     net = nn.Sequential(nn.Flatten(2), nn.Linear(36, 5), DLIFNode(T=4))
     model = SpikingClassifier(net, T=4, encoder=PoissonEncoder())
-    with pytest.raises(ValueError, match="must give the same logits again.*eot_samples"):
+    with pytest.raises(ValueError, match="must give the same logits for the same.*eot_samples"):
         spike_search(model, torch.rand(4, 1, 6, 6), torch.zeros(4, dtype=torch.int64), eps=0.1)
 
 

@@ -144,7 +144,7 @@ def test_the_penalty_reaches_the_kernels_and_wants_an_orthogonal_encoder():
     assert classifier.encoder.skew.grad.abs().max() > 0
     plain = build_classifier(NetworkSpec(channels=(4, 4)))
     passes = ForwardPasses(plain, y, x, None, plain(x), None)
-    with pytest.raises(TypeError, match="needs an OrthogonalEncoder, got NoneType; take .* stod"):
+    with pytest.raises(TypeError, match="needs an OrthogonalEncoder, got NoneType; use .* stod"):
         penalty.value(passes)
 
 
@@ -201,7 +201,7 @@ def test_images_get_a_gradient_through_an_encoder(name):
         ({"encoder_options": {"std": 0.1}}, "belong to an encoder, got .* for 'direct'"),
         ({"encoder": "rsc", "encoder_options": {"sigma": 0.1}}, "'rsc' cannot be built with"),
         ({"encoder": "rsc", "encoder_options": {"std": -1.0}}, "std must be .*got -1"),
-        ({"encoder": "stod", "encoder_options": {"patch": 3}}, "divide .* 8x8, got 3; take 4"),
+        ({"encoder": "stod", "encoder_options": {"patch": 3}}, "divide .* 8x8, got 3; use 4"),
         ({"encoder": "rsc", "frames": True}, "'rsc' is for images of a bare network"),
     ],
 )

@@ -134,7 +134,7 @@ def test_time_averages_need_the_sequence_at_once(name):
 def test_one_estimator_at_a_time(outer, inner):
     net = spiking()
     model = SpikingClassifier(net, T=2)
-    message = f"{re.escape(outer)} is in force on this network already"
+    message = f"{re.escape(outer)} is already active on this network"
     with estimator(outer)(net) as crafting:
         with pytest.raises(RuntimeError, match=message), estimator(inner)(model):
             pass
@@ -145,7 +145,7 @@ def test_one_estimator_at_a_time(outer, inner):
 
 def test_a_context_is_entered_once_at_a_time():
     applied = estimator("atan:4")(spiking())
-    with applied, pytest.raises(RuntimeError, match="entered already"), applied:
+    with applied, pytest.raises(RuntimeError, match="already entered"), applied:
         pass
     with applied:  # and again after it was left
         pass

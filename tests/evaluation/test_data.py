@@ -89,7 +89,7 @@ def test_empty_batches_are_left_out():
         assert data.sizes == (12,)
         assert data.fingerprint == wanted.fingerprint
         assert same_images(data, x, y)
-    with pytest.raises(ValueError, match="x must hold an image or more, got none"):
+    with pytest.raises(ValueError, match="x must contain at least one image, got none"):
         Data.of([empty])
 
 

@@ -117,7 +117,7 @@ def test_wrong_use_says_what_to_do():
         ((classifier(), x, y), {"mean": [0.5]}, "has its own mean and std"),
         ((classifier(), x), {}, "y must hold the labels of x"),
         ((classifier(), data, y), {}, "y must be None where x brings its own labels"),
-        ((classifier(), [(x[:0], y[:0])][:0]), {}, "an image or more"),
+        ((classifier(), [(x[:0], y[:0])][:0]), {}, "at least one image"),
         ((classifier(), 3 * x, y), {}, r"must lie in \[0, 1\]"),
         (
             (Frames(), torch.ones(2, T, 2, 4, 4), y[:2]),

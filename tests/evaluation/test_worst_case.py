@@ -127,13 +127,13 @@ class TestCraft:
                 lambda x: x + 0.5,
                 LINF,
                 ValueError,
-                r"attack 'bad' left the images: x must lie in \[0, 1\]",
+                r"attack 'bad' returned invalid images: x must lie in \[0, 1\]",
             ),
             (
                 lambda x: x * float("nan"),
                 LINF,
                 ValueError,
-                r"attack 'bad' left the images: x must be finite",
+                r"attack 'bad' returned invalid images: x must be finite",
             ),
             (
                 lambda x: x[:-1],

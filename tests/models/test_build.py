@@ -265,7 +265,7 @@ def test_a_classifier_of_ones_own_keeps_its_normalisation_in_a_checkpoint(own):
     read = from_checkpoint(own / "best.pt", trust_code=True).model
     x = image_batch()
     assert torch.equal(read(x), classifier(x))
-    with pytest.raises(ValueError, match=r"returns a classifier of T=4, asked for is T=3"):
+    with pytest.raises(ValueError, match=r"returns a classifier with T=4, but T=3 was requested"):
         build_classifier(NetworkSpec("own_models:wrapped", T=3))
 
 
@@ -314,10 +314,10 @@ def test_an_option_that_a_function_does_not_have(own):
         ({"name": "zoo:spiking_resnet18"}, "takes images of 3 channels, these have 1"),
         ({"neuron": "izhikevich"}, "neuron must be"),
         ({"tau": 0.99}, "tau must be > 1, got 0.99"),
-        ({"channels": (4, 0)}, r"convolution must have a width >= 1, got \[4, 0\]; leave"),
-        ({"name": "vgg5", "hidden": (-8,)}, r"layer must have a width >= 1, got \[-8\]; leave"),
+        ({"channels": (4, 0)}, r"convolution must have a width >= 1, got \[4, 0\]; omit"),
+        ({"name": "vgg5", "hidden": (-8,)}, r"layer must have a width >= 1, got \[-8\]; omit"),
         ({"mean": (0.1, 0.2)}, r"one value per channel \(1\), got \(0.1, 0.2\)"),
-        ({"std": (0.1,), "frames": True}, "std is for images, event frames stay as they are"),
+        ({"std": (0.1,), "frames": True}, "std is for images, not for event frames"),
     ],
 )
 def test_wrong_options(options, message):

@@ -321,7 +321,7 @@ def test_a_vgg_of_pdsg_has_its_layers_in_one_row(tmp_path):
 
 def test_other_networks_in_one_row_are_refused(refused):
     state = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)).state_dict()
-    refused({f"net.{key}": value for key, value in state.items()}, "none of the published networks")
+    refused({f"net.{key}": value for key, value in state.items()}, "any of the published networks")
 
 
 @pytest.fixture
@@ -346,12 +346,12 @@ def test_weights_that_do_not_fit_are_named(refused):
     del state["layer1.2.p"]
     refused(state, "missing layer1.2.p;")
     foreign = nn.Linear(2, 2).state_dict()
-    refused(foreign, r"none of the published networks vgg5, .* \(it begins with weight, bias\)")
+    refused(foreign, r"any of the published networks vgg5, .* \(it begins with weight, bias\)")
 
 
 def test_options_that_do_not_fit_are_named(refused):
     state = VGG5.network(gains=True).state_dict()
     message = r"0.weight \(20, 512\) instead of \(20, 8192\); it was read as vgg5"
     refused(state, message, image_shape=(3, 32, 32))
-    message = "was trained with T=3, got T=8; leave T out, and set_time_steps afterwards"
+    message = "was trained with T=3, got T=8; omit T, and call set_time_steps afterwards"
     refused(state, message, T=8)

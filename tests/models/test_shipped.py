@@ -99,7 +99,7 @@ def test_cards_tell_a_defended_network_from_an_undefended_one():
 
 def test_names_are_checked():
     message = (
-        "no pretrained network 'digits/dlif-certifed'; take one of digits/lif, .*; did you "
+        "no pretrained network 'digits/dlif-certifed'; choose one of digits/lif, .*; did you "
         "mean 'digits/dlif-certified'"
     )
     with pytest.raises(ValueError, match=message):

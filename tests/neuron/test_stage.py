@@ -293,7 +293,7 @@ def test_says_what_it_leaves_alone():
         "2": "not a BatchNorm of SpikingJelly",
         "4": "SyncBatchNorm is not",
         "6": "followed by LIFNode",
-        "8.bn": "stands in a Residual",
+        "8.bn": "is in a Residual",
         "9": "followed by Noisy",
         "11": "followed by nothing",
     }.items():

@@ -392,7 +392,7 @@ class TestContract:
         missing = [name for name, state in available_backends().items() if state != "available"]
         for name in missing:
             with pytest.raises(
-                RuntimeError, match=f"backend='{name}' is not available: .*take backend='auto'"
+                RuntimeError, match=f"backend='{name}' is not available: .*use backend='auto'"
             ):
                 check_backend(name)
 

@@ -403,7 +403,7 @@ def test_a_monitor_that_keeps_its_loss_alone_measures_in_compare_and_nowhere_els
         run_pair(monitor, net, *pair)
         with pytest.raises(RuntimeError, match=remedy):
             monitor.statistics()
-        with pytest.raises(RuntimeError, match="measures nothing beside its loss"):
+        with pytest.raises(RuntimeError, match="measures nothing but its loss"):
             monitor["2"]
         found = monitor.compare(*pair)
         expected = usual.compare(*pair)

@@ -428,7 +428,7 @@ RIGHT = {
 }
 WRONG_ARGUMENTS = [  # others are in test_arguments
     ({"x": torch.rand(2, 2).double()}, "in float32.*got torch.float32, torch.float64; use"),
-    ({"x": torch.rand(0, 2), "y": torch.zeros(0, dtype=torch.int64)}, "an image or more"),
+    ({"x": torch.rand(0, 2), "y": torch.zeros(0, dtype=torch.int64)}, "at least one image"),
 ]
 
 
@@ -450,7 +450,7 @@ NO_BOUNDS = [
     (lambda x: x.to(torch.zeros(1).bfloat16()).float(), "a conversion to torch.bfloat16"),
     (lambda x: x.type_as(torch.zeros(1).half()).float(), "a conversion to torch.float16"),
     (lambda x: x * float(x.sum()), "a number that depends on the input"),
-    (lambda x: x[..., :1], "2 classes or more"),
+    (lambda x: x[..., :1], "at least 2 classes"),
     (lambda x: x + 0 * torch.rand(x.shape), "draws random numbers inside"),
     (batch_statistics, "the statistics of the batch"),
 ]

@@ -18,7 +18,7 @@ NETWORKS = {
     "own_net:missing": "has no function 'missing'",
     "own_net:nothing": r"must return a network \(nn.Module\), got int",
     "own_net:wrong_shape": "does not take images",
-    "own_net:five": "tells 5 classes apart, digits has 10",
+    "own_net:five": "distinguishes 5 classes, digits has 10",
     "own_net:needs_a_path": r"failed \(TypeError: .*'path'\); it must return",
     "own_net:fails": r"failed \(KeyError: .*layer 1', own_net.py:\d+\); it",
     "broken:build": r"broken cannot be imported \(ImportError: .*broken.py:1\)",
@@ -44,7 +44,7 @@ NETWORKS = {
             ValueError,
             "runs/two holds 2 networks, give one of them: runs/two/a/best.pt, runs/two/b",
         ),
-        ("runs/one --mean 0.5", ValueError, "a checkpoint knows its own mean and std"),
+        ("runs/one --mean 0.5", ValueError, "a checkpoint contains its mean and std"),
         (
             "runs/one --norm L0",
             ValueError,

@@ -210,7 +210,7 @@ def test_a_file_of_options_in_another_encoding_is_named(ended, tmp_path, words):
     name, *arguments = shlex.split(words)
     code, _, err = ended(name, *arguments, "mine.yaml")
     assert code == 2
-    assert re.search("error: mine.yaml must be a text in UTF-8, got byte 0xe9 at place 12; ", err)
+    assert re.search("error: mine.yaml must be UTF-8 text, got byte 0xe9 at place 12; ", err)
 
 
 @pytest.mark.parametrize("eps", ["8", "0"])

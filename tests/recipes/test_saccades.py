@@ -71,12 +71,12 @@ def test_other_modes_are_selected_by_changed_events(mode, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--moves 2", "moves counts moved events, got 2 for digits; take event data"),
+        ("--moves 2", "moves counts moved events, got 2 for digits; use event data"),
         (
             "--dataset saccade:digits --flips 2 --moves 3",
             "flips and moves exclude each other, got 2 and 3; omit one",
         ),
-        ("--flips 2", "flips counts changed events, got 2 for digits; take event data"),
+        ("--flips 2", "flips counts changed events, got 2 for digits; use event data"),
         (
             "--dataset saccade:digits --mode certified --certified-flips 1",
             "certified_flips goes with flips or moves, got 1.0 alone; give --flips",

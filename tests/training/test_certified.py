@@ -185,7 +185,7 @@ def test_the_ramp_is_as_long_as_its_share_of_the_training():
         ({"surrogate_width": 0.0}, "surrogate_width must be > 0 and finite, got 0.0; 0.5 is half"),
         ({"norm": "L2"}, "norm must be one of Linf, L0, moves, got 'L2'"),
         ({"ramp": 0.96}, r"ramp must be in \(0, 0.95\], got 0.96; the first 0.05"),
-        ({"box": 0.0}, r"box must be in \(0, 1\], got 0.0; SABR takes"),
+        ({"box": 0.0}, r"box must be in \(0, 1\], got 0.0; SABR uses"),
         ({"bounds": "crown"}, "bounds must be one of ibp, joint, got 'crown'"),
     ],
 )

@@ -158,7 +158,7 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_network(tmp_path, monke
         patched.setattr(finetuning, "training_attack", lambda *_, **__: interrupted)
         with pytest.raises(TrainingInterrupted) as stopped:
             finetune(network(), STRIPES, folder=tmp_path / "kept", **options)
-    assert f"goes on with what is in {tmp_path / 'kept'}" in stopped.value.__notes__[0]
+    assert f"continues from {tmp_path / 'kept'}" in stopped.value.__notes__[0]
     net = network()
     again = finetune(net, STRIPES, folder=tmp_path / "kept", **options)
     assert same(weights(whole), weights(net))

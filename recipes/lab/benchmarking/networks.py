@@ -144,8 +144,8 @@ class NetworkTask(TrainingTask):
     def check(self) -> None:
         """Compare with the textbook loop in float64; raises ValueError.
 
-        Nothing is compared for what is no spiking neuron, and for SpikingJelly's kernels for a GPU,
-        which have no float64.
+        Nothing is compared for what is not a spiking neuron, and for SpikingJelly's kernels for a
+        GPU, which have no float64.
         """
         if self._neuron in ("ReLU", NOTHING, LIF_ON_GPU):
             return

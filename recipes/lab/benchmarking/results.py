@@ -101,7 +101,7 @@ class Results:
         return list(self._known.values())
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Add rows, each in place of an earlier one of its key, and write the file."""
+        """Add rows, which replace earlier ones with the same key, and write the file."""
         for row in rows:
             self._known[row.key] = row
         if self.path is None:

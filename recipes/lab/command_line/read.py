@@ -92,7 +92,7 @@ def parse_options(
     folder is read first.
 
     ``stem`` names a run's folder up to its number, ``mark`` the files that tell a run with
-    something to go on with, as :func:`lab.run_folder.run_to_resume` takes them.
+    something to continue with, as :func:`lab.run_folder.run_to_resume` takes them.
     """
     options: Any = read_options(kind, arguments)
     if not options.resume:

@@ -68,7 +68,7 @@ def event_pictures(
     with torch.no_grad():
         right = (model(x).argmax(1) == y).nonzero().squeeze(1)
     if not len(right):
-        raise ValueError(f"{name} misclassifies all of these {len(y)} samples; take more of them")
+        raise ValueError(f"{name} misclassifies all of these {len(y)} samples; use more of them")
     x, y = x[right], y[right]
     attack = next(iter(event_attacks(threat, final=True).values()))
     x_adv = attack(model, x, y, generator=torch.Generator().manual_seed(0))

@@ -89,7 +89,7 @@ def joint_bounds(
 
 
 def _pieces(table: Trains) -> list[dict[str, list[float]]]:
-    """Pieces of the currents with one train each, but for pieces that are too short to see."""
+    """Pieces of the currents with one train each, except for pieces that are too short to see."""
     pieces = []
     for low, high, spikes in zip(table.low, table.high, table.spikes, strict=True):
         ends = [max(float(low), 0.0), min(float(high), _LARGEST)]

@@ -107,7 +107,7 @@ def take(path: Path, checks: list[Check], board: Path) -> Path:
     target = board / f"{re.sub(r'[^A-Za-z0-9.]+', '-', '-'.join(parts)).strip('-')}.json"
     if target.is_file() and target.read_bytes() != path.read_bytes():
         raise ValueError(
-            f"{target} holds another report of this name; give the network a name of its own "
+            f"{target} holds another report of this name; give the network another name "
             "(evaluate --name)"
         )
     board.mkdir(parents=True, exist_ok=True)
@@ -207,7 +207,7 @@ def _attacked_again(report: Report, network: Subject, data: Data) -> Iterator[Ch
     standing = report.standing("everything")
     numbers = [number for number in range(len(y)) if number in standing]
     if not numbers:
-        yield Check(None, "attack again: none of the first images stands")
+        yield Check(None, "attack again: none of the first images is still correct")
         return
     eps = report.threat.eps
     images, labels = x[numbers], y[numbers]
@@ -219,5 +219,5 @@ def _attacked_again(report: Report, network: Subject, data: Data) -> Iterator[Ch
         fell = int((model(moved).argmax(-1) != labels).sum())
     yield Check(
         fell <= _DIFFERENT * len(numbers),
-        f"attack again: PGD-{_STEPS} breaks {fell} of {len(numbers)} images that stand",
+        f"attack again: PGD-{_STEPS} breaks {fell} of {len(numbers)} images that were correct",
     )

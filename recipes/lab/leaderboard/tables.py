@@ -20,11 +20,11 @@ FORMATS = (Report.saved_as, "sj_robust.robustness_report")
 """Formats of reports, of today and of version 1."""
 _STORED = re.compile(r"^\| `([^`]+)` \| `([0-9a-f]{16})` \|$", flags=re.MULTILINE)
 _NOTE = (
-    "Robust accuracy lies between what is proved and what is left by every attack that was run "
-    "(at most), control included. In each bar, the first part is proved, the second is neither "
-    "proved nor broken, and the rest is broken or misclassified. Do not compare tables of "
-    "different data sets or threats. An exclamation mark (!) means that a report has signs of "
-    "gradient masking."
+    "Robust accuracy lies between the share that is proved and the share that is still correct "
+    "after all attacks, control included (at most). In each bar, the first part is proved, the "
+    "second is neither proved nor broken, and the rest is broken or misclassified. Do not compare "
+    "tables of different data sets or threats. An exclamation mark (!) means that a report has "
+    "signs of gradient masking."
 )
 
 

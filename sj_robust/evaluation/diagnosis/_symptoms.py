@@ -62,12 +62,12 @@ class Finding:
         name: Name of the symptom, a key of ``THRESHOLDS``.
         value: Extent of the symptom in [0, 1]; the lower the better.
         threshold: Largest value that passes.
-        passed: Whether ``value <= threshold``, or for a share of images, whether its 95 % interval
-            reaches down to it.
-        meaning: What was measured and what it says, in plain words with its numbers.
-        remedy: What to do where it fails.
-        count: How many images show it; None where it is no share of images.
-        total: Of how many.
+        passed: Whether ``value <= threshold``; for a share of images, whether its 95 % interval
+            includes such values.
+        meaning: What was measured and what it means, in words and numbers.
+        remedy: What to do if it fails.
+        count: Number of images with the symptom; None if it is not a share of images.
+        total: Number of images examined.
 
     Examples:
         >>> print(Finding("zero_gradients", 0.75, 0.5, False, "75 % are zero.", "Try others."))
@@ -92,7 +92,7 @@ class Finding:
 
     @property
     def extent(self) -> str:
-        """The value, with its count and interval where it is a share of images."""
+        """The value, with its count and interval if it is a share of images."""
         return extent(self.value, self.count, self.total)
 
 
@@ -297,7 +297,9 @@ def _budgets(probe: Probe, attack: Tensor) -> Iterator[Finding]:
 
 
 def transfer(probe: Probe, source: nn.Module | None) -> Finding:
-    """Images crafted on another network beside those crafted with the own gradient."""
+    """Images crafted on another network, compared with those crafted with the network's own
+    gradient.
+    """
     crafting = probe.substitute() if source is None else source
     attack, transferred = probe.white_box, probe.fooled(probe.attack(source=crafting))
     origin = (

@@ -44,33 +44,33 @@ def firing(model: nn.Module, x: Tensor, *, seed: int = 0) -> tuple[LayerActivity
 
     统计每个脉冲层的发放率、静默与饱和神经元比例。
 
-    Equation, with ``s[t, n, i]`` the output of neuron i of a layer for image n at step t, and a
-    spike wherever it is not zero::
+    Equation, with the output ``s[t, n, i]`` of neuron i of a layer for image n at step t, which is
+    a spike if it is not zero::
 
         rate = mean(s != 0)
         silent = mean_i(all_tn(s == 0))
         saturated = mean_i(all_tn(s != 0))
 
-    The model runs once, without gradients, in evaluation mode and from a reset; its modes, neuron
-    states, hooks and all generators are as before afterwards. Every neuron of SpikingJelly that
-    spikes is followed, in either step mode, and so is a subclass of one. A fused pair of batch norm
-    and DLIF is pulled apart while it is watched.
+    The model runs once, without gradients, in evaluation mode and after a reset; its modes, neuron
+    states and hooks and all generators are then restored. Every spiking neuron of SpikingJelly and
+    every subclass of one is followed, in either step mode. A fused pair of batch norm and DLIF is
+    run as two modules meanwhile.
 
     Args:
-        model: Takes ``x``: a ``SpikingClassifier`` (or another module around a spiking network) and
-            images [N, ...], or a bare SpikingJelly network in step mode ``"m"`` and its sequence
-            [T, N, ...].
-        x: The input, with at least one image.
+        model: A ``SpikingClassifier`` (or another module around a spiking network), or a bare
+            SpikingJelly network in step mode ``"m"``.
+        x: The input of ``model``, at least one image: images [N, ...], or the sequence [T, N, ...]
+            of a bare network.
         seed: Seeds stochastic encoders.
 
     Returns:
-        One entry per spiking layer in the order of execution. A neuron that was not called is left
-        out, a network without spiking neurons gives none, and a neuron called more than once counts
-        with all of its calls.
+        One entry per spiking layer in the order of execution. Neurons that were not called are
+        omitted, and a neuron that is called more than once counts with all of its calls. For a
+        network without spiking neurons the result is empty.
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``.
-        ValueError: If ``x`` holds no image.
+        ValueError: If ``x`` contains no image.
 
     Source: firing rates as recorded by the monitors of SpikingJelly; the two shares are defined
         here.

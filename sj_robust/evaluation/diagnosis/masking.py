@@ -37,23 +37,24 @@ def diagnose(
 ) -> tuple[Finding, ...]:
     """Check for gradient masking. 梯度掩蔽诊断。
 
-    Every finding has a value in [0, 1] and passes if ``value <= threshold``. A finding that passes
-    proves nothing; if one fails, do not report accuracies under gradient attacks.
+    Every finding has a value in [0, 1] and passes if ``value <= threshold``. A passed check proves
+    nothing; if one fails, do not report accuracies under gradient attacks.
 
     Equation: comparisons are per image, ``value = mean_n [weaker attack fools n and stronger attack
-    does not]`` over correctly classified images. Attacks are PGD from the clean image with
-    ``step_size = 2.5 * eps / steps``, those of the estimators APGD on cross entropy.
+    does not]`` over correctly classified images. The attacks are PGD from the clean image with
+    ``step_size = 2.5 * eps / steps``, and APGD on cross entropy for the estimators.
 
     Args:
         model: Images [N, ...] in [0, 1] to logits; any network, spiking ones inside a
             ``SpikingClassifier``.
         x: A few dozen images, such as 40.
-        y: Their labels [N] int64.
+        y: Labels [N] int64.
         threat: Norm and radius, > 0.
-        seed: Seeds all randomness, a stochastic network's included; same seed, same findings.
+        seed: Seeds all randomness, including that of a stochastic network; the same seed gives the
+            same findings.
         estimators: Names of gradient estimators to compare with the training surrogate; the empty
-            tuple takes ``ESTIMATORS_COMPARED``, None skips the comparison, as do networks without
-            spiking neurons.
+            tuple uses ``ESTIMATORS_COMPARED``; None skips the comparison, which is also skipped for
+            networks without spiking neurons.
         source: Network for the transfer attack, ideally trained without a defence. Without one, a
             small network is fitted to the model's outputs on noisy copies of ``x``, which gives a
             weak attack.
@@ -61,13 +62,13 @@ def diagnose(
         eot_samples: Forwards averaged per step, for a stochastic network.
 
     Returns:
-        The findings in a fixed order. Those of spiking layers and estimators are there for spiking
-        networks only, and without correctly classified images no attacks are compared.
+        The findings in a fixed order. Those on spiking layers and estimators exist only for spiking
+        networks, and attacks are compared only if some images are classified correctly.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If there is no image, images or labels do not fit, ``threat.eps`` is 0, a count
-            is below 1, or an estimator is unknown.
+        ValueError: If there are no images, images or labels do not fit, ``threat.eps`` is 0, a
+            count is below 1, or an estimator is unknown.
 
     Source: Athalye et al. (ICML 2018), section 3.1; Carlini et al. (arXiv 1902.06705); the
         comparison of surrogates follows the attacks on spiking networks of Hao et al. (ICLR 2024)
@@ -89,7 +90,7 @@ def diagnose(
     check_count("steps", steps)
     check_count("eot_samples", eot_samples)
     if len(x) == 0:
-        raise ValueError("x must hold at least one image, got none; some tens serve well")
+        raise ValueError("x must hold at least one image, got none; a few dozen are enough")
     if not isinstance(threat, ThreatModel):
         raise TypeError(
             f"threat must be a ThreatModel, got {type(threat).__name__}; use ThreatModel('Linf', "

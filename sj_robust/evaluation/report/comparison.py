@@ -20,7 +20,7 @@ class Difference:
         first: The accuracy in the first report.
         second: The same in the second.
         interval: 95 % CI of second minus first.
-        partial: Whether it covers only the images that the attack was run on in both.
+        partial: Whether it covers only the images on which the attack was run in both reports.
 
     Examples:
         >>> clean = Accuracy("clean", "clean", 8, 10, 0.0), Accuracy("clean", "clean", 9, 10, 0.0)
@@ -64,7 +64,7 @@ class Comparison:
     Attributes:
         names: Names of the two networks.
         differences: One per accuracy that both reports have and that can be compared.
-        notes: What makes the reports incomparable, and what else to know.
+        notes: Reasons why the reports are not comparable, and further remarks.
     """
 
     names: tuple[str, str]
@@ -81,14 +81,14 @@ def compare_reports(first: Evaluation, second: Evaluation) -> Comparison:
     """What differs between two reports, with intervals, and whether they are comparable.
     比较两份报告。
 
-    On the same images, the interval is that of paired shares, which is far narrower; otherwise that
-    of independent ones. An attack of a suite runs only on images that are not broken yet, so an
-    attack is compared on the images that it was run on in both reports. Where there are none, or
-    the images differ, its row is omitted.
+    If both reports are on the same images, the interval is that of paired proportions, which is far
+    narrower; otherwise it is that of independent ones. An attack of a suite runs only on images
+    that are not broken yet, so it is compared on the images on which it was run in both reports. If
+    there are none, or the images differ, its row is omitted.
 
     Args:
-        first: The one to start from.
-        second: The one to compare with it.
+        first: The report to start from.
+        second: The report to compare with it.
 
     Examples:
         >>> rows = [Row("clean", "clean", (0, 1), (1,))]

@@ -1,4 +1,4 @@
-"""The figures of a report for papers and programs: LaTeX, CSV, a data frame of pandas."""
+"""The figures of a report as LaTeX, CSV or a pandas data frame."""
 
 import csv
 import io

@@ -1,6 +1,4 @@
-"""A report as a model card of the Hugging Face Hub, and the upload; needs huggingface_hub (extra
-``hub``).
-"""
+"""A report as a model card of the Hugging Face Hub, and its upload (extra ``hub``)."""
 
 import shutil
 import tempfile

@@ -1,4 +1,4 @@
-"""Accuracy under faults or corruptions of every level: a report whose variants are levels."""
+"""Accuracy under faults or corruptions at every level."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -54,7 +54,8 @@ _CAPTIONS = {
     ),
     "potential_more": (
         "Perturbation of the membrane potential under the other attacks",
-        "Bound of all: the distance between the proved bounds of the potential, over all images.",
+        "Bound over all perturbations: the distance between the proved bounds of the potential, "
+        "over all images.",
     ),
     "gallery": (
         "Images under attack",
@@ -163,7 +164,7 @@ def _steps(report: Evaluation) -> int:
 
 
 def _split(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Names and values of what is no list of rows, lists last; and the lists of rows."""
+    """Names and values of what is not a list of rows, lists last; and the lists of rows."""
     nested = [
         name
         for name, value in values.items()

@@ -39,14 +39,14 @@ class Gallery(Shown):
     """Images before and after an attack, with the predicted classes. 对抗样本图集。
 
     Attributes:
-        threat: Ball in which every attacked image lies.
-        estimator: Gradient estimator that they were made with.
+        threat: Threat model that every attacked image respects.
+        estimator: Gradient estimator of the attack.
         x: Clean images [N, C, H, W], or event frames [N, T, C, H, W].
-        x_adv: Attacked ones; those that fool the network come first.
-        labels: Their classes [N].
-        predicted: Predicted classes of the clean ones.
-        predicted_adv: Predicted classes of the attacked ones.
-        traces: Both runs of every pair; empty where no neuron can be followed.
+        x_adv: Attacked images; those that fool the network come first.
+        labels: True classes [N].
+        predicted: Predicted classes of the clean images.
+        predicted_adv: Predicted classes of the attacked images.
+        traces: Both runs of every pair; empty if no neuron can be followed.
         class_names: Names of the classes; without them, a class is its number.
     """
 
@@ -125,7 +125,7 @@ class Gallery(Shown):
         return f'<img alt="{escape(self.verdict)}" src="data:image/png;base64,{image}">{table}'
 
     def figures(self) -> dict[str, "Figure"]:
-        """All of them by the names of their files: gallery, spikes and membrane. 全部图。"""
+        """All figures by the names of their files: gallery, spikes and membrane. 全部图。"""
         found = {"gallery": self.plot()}
         if self.traces:
             found["spikes"] = self.plot("spikes")
@@ -184,28 +184,27 @@ def gallery(
 ) -> Gallery:
     """Attack a few images, and show them with the predicted classes. 生成对抗样本图集。
 
-    Equation: ``x_adv = argmax CE(model(x'), y)`` over the ball around ``x`` and [0, 1], by 50 steps
-    of APGD (for L0 of ``flip_events``), as in the suites of :func:`sj_robust.evaluate`.
+    Equation: ``x_adv = argmax CE(model(x'), y)`` over the ball around ``x`` within [0, 1], with 50
+    steps of APGD (for L0, of ``flip_events``), as in the suites of :func:`sj_robust.evaluate`.
 
     Args:
-        model: As in :func:`sj_robust.evaluate`, and so are the others that have no line of their
-            own here.
+        model: As in :func:`sj_robust.evaluate`.
         x: Images [N, C, H, W] in [0, 1], or binary event frames [N, T, 2, H, W]; the first 32 that
-            the network gets right are attacked.
+            are classified correctly are attacked.
         y: Labels [N] int64.
         eps: Radius.
         norm: Norm.
         estimator: Gradient estimator to attack with, such as the first of ``report.estimators``.
-        count: Images to show, those that fool the network first.
+        count: Number of images to show, starting with those that fool the network.
         T: Number of time steps, for a bare network; None if it brings its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
-        draws: Forwards that a gradient of a stochastic network is averaged over.
-        seed: Seeds the attack.
+        draws: Number of forwards over which the gradient of a stochastic network is averaged.
+        seed: Seed of the attack.
         class_names: Names of the classes, such as ``load_images(...).class_names``.
 
     Raises:
-        ValueError: If an argument is wrong, or the network gets no image right.
+        ValueError: If an argument is wrong, or no image is classified correctly.
 
     Source: APGD of Croce and Hein (ICML 2020).
 

@@ -1,4 +1,4 @@
-"""An evaluation that shows itself, and lies on disk as a file that loads back equal."""
+"""The report: an evaluation with its views, which can be saved and loaded."""
 
 import re
 from dataclasses import asdict, dataclass
@@ -44,11 +44,11 @@ class Report(
 ):
     """Result of an evaluation, image by image. 评估报告。
 
-    Suites of attacks, stress tests, smoothed classifiers and trainings have the same report: rows
-    of attacks and the images that they broke, from which every figure is computed. The JSON of a
+    Suites of attacks, stress tests, smoothed classifiers and trainings all return this report: one
+    row per attack with the images that it broke, from which every figure is computed. The JSON of a
     suite also holds the accuracies under the names of RobustBench's model cards (``clean_acc``,
-    ``autoattack_acc``, ``external``, ``unreliable``, ``footnote``). Files of earlier versions
-    load as well; what they call ``standard`` is the suite ``gradient``.
+    ``autoattack_acc``, ``external``, ``unreliable``, ``footnote``). Files of earlier versions can
+    be loaded; the suite that they call ``standard`` is now ``gradient``.
 
     Examples:
         >>> clean, pgd = Row("clean", "clean", range(3), (2,)), Row("pgd", "attack", (0, 1), (1,))
@@ -61,14 +61,14 @@ class Report(
 
     @property
     def eps(self) -> str:
-        """Radius as text, such as ``"8/255"``; in L0 the number of changed elements, such as
+        """Radius as a string, such as ``"8/255"``; in L0 the number of changed elements, such as
         ``"20"``.
         """
         return "" if self.threat is None else eps_text(self.threat.eps)
 
     @property
     def budget(self) -> str:
-        """Norm and radius, or the number of changes, as a reader sees them."""
+        """Norm and radius, or the number of changes, as text for readers."""
         return verdict.budget(self.threat)
 
     @property
@@ -107,8 +107,8 @@ class Report(
         return footnote(self)
 
     def fall(self, what: What, *, points: float = 5.0) -> dict[str, float | None]:
-        """By kind of fault, the first level at which accuracy is ``points`` lower than without
-        faults; None if it never is.
+        """For every kind of fault, the first level at which accuracy is ``points`` lower than
+        without faults; None if there is none.
         """
         return fall(self, what, points)
 
@@ -125,11 +125,11 @@ class Report(
         return table(self)
 
     def figures(self, *, columns: int = 2) -> dict[str, "Figure"]:
-        """All figures by name, not yet written; they need matplotlib (extra ``recipes``).
+        """All figures by name, not saved to files; needs matplotlib (extra ``recipes``).
         报告的全部图。
 
         Args:
-            columns: Panels side by side in a figure of several panels.
+            columns: Number of panels side by side in a figure with several panels.
         """
         return figures.figures(self, columns=columns)
 
@@ -137,9 +137,9 @@ class Report(
         """One of the figures. 绘制报告的一张图。
 
         Args:
-            which: Such as ``"accuracy_over_eps"``, ``"attacks"`` (accuracy under each) or
-                ``"potential"`` (MS-MPPD of every layer and step); None: the first one that
-                the report has numbers for.
+            which: Name of the figure, such as ``"accuracy_over_eps"``, ``"attacks"`` (accuracy
+                under each) or ``"potential"`` (MS-MPPD of every layer and step); None draws the
+                first figure for which the report has numbers.
             path: File to write to, in the format of its suffix.
 
         Raises:
@@ -165,11 +165,11 @@ class Report(
         return _written(to_html(self, gallery), path)
 
     def to_latex(self, path: str | Path | None = None) -> str:
-        """The table for a paper: LaTeX with the package booktabs, special letters escaped.
-        LaTeX 表格。
+        """The table for a paper, in LaTeX with the package booktabs; special characters are
+        escaped. LaTeX 表格。
 
         Args:
-            path: File to write as well.
+            path: Also write it to this file.
 
         Examples:
             >>> rows = [Row("clean", "clean", (0, 1), ())]
@@ -180,10 +180,10 @@ class Report(
         return _written(export.to_latex(self), path)
 
     def to_csv(self, path: str | Path | None = None) -> str:
-        """Every figure as CSV, a line each; numbers are read back equal. CSV 文本。
+        """Every figure as CSV, one per line; numbers are read back exactly. CSV 文本。
 
         Args:
-            path: File to write as well.
+            path: Also write it to this file.
 
         Examples:
             >>> rows = [Row("clean", "clean", (0, 1), ())]
@@ -196,7 +196,7 @@ class Report(
         return _written(export.to_csv(self), path)
 
     def to_dataframe(self) -> "DataFrame":
-        """Every figure in a data frame of pandas (extra ``pandas``), a row each. pandas 数据表。
+        """Every figure in a pandas data frame (extra ``pandas``), one per row. pandas 数据表。
 
         Raises:
             ModuleNotFoundError: If pandas is not installed.
@@ -204,7 +204,7 @@ class Report(
         return export.to_dataframe(self)
 
     def model_card(self) -> str:
-        """README.md of a model on the Hugging Face Hub (extra ``hub``). Hub 模型卡。
+        """The README.md of a model on the Hugging Face Hub (extra ``hub``). Hub 模型卡。
 
         Raises:
             ModuleNotFoundError: If huggingface_hub is not installed.
@@ -224,15 +224,15 @@ class Report(
         上传到 Hub。
 
         Args:
-            repo_id: ``"OWNER/NAME"`` of the model, which is made if it is not there.
+            repo_id: ``"OWNER/NAME"`` of the model, which is created if it does not exist.
             network: The network, whose state dict is uploaded, or a file such as ``best.pt``; None
-                for none.
-            token: Token of the Hub; None takes that of ``hf auth login``.
+                uploads no weights.
+            token: Token of the Hub; None uses that of ``hf auth login``.
             private: Whether a new model is private.
-            endpoint: Address of another Hub; None for the public one.
+            endpoint: URL of another Hub; None for the public one.
 
         Returns:
-            The address of the model.
+            The URL of the model.
 
         Raises:
             ModuleNotFoundError: If huggingface_hub is not installed.
@@ -250,14 +250,14 @@ class Report(
         )
 
     def show(self, console: "Console") -> None:
-        """Print verdict, accuracies and remarks. 在终端显示报告。"""
+        """Print the verdict, accuracies and remarks. 在终端显示报告。"""
         from sj_robust.evaluation.report.terminal import show_report  # imports rich
 
         show_report(self, console)
 
     def write(self, folder: Path, gallery: "Gallery | None" = None) -> tuple[str, ...]:
-        """Write JSON and figures into a folder, with the page of a suite or the table of a stress
-        test; their names. 写入报告的全部文件。
+        """Write JSON and figures into a folder, and the page of a suite or the table of a stress
+        test; returns their names. 写入报告的全部文件。
         """
         stem = _STEMS.get(self.suite, "report")
         self.save(folder / f"{stem}.json")
@@ -276,17 +276,17 @@ class Report(
         return tuple(names)
 
     def to_json(self) -> str:
-        """The report as JSON text, which :meth:`from_json` reads back equal."""
+        """The report as JSON; :meth:`from_json` reads back an equal report."""
         text = super().to_json()
         return _NUMBERS.sub(_in_one_line, text)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The report that :meth:`to_json` wrote, or that an earlier version of its formats holds.
+        """The report in JSON written by :meth:`to_json`, also by an earlier version.
 
         Raises:
-            ValueError: If the text is not JSON, something else or of a later version, or
-                contradicts itself.
+            ValueError: If the text is not JSON, is not a report, is of a later version or is
+                inconsistent.
         """
         return super().from_json(translated(text))
 

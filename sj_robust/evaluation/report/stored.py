@@ -1,6 +1,4 @@
-"""Files of earlier versions as reports of today: version 1 had four formats, and before version 3
-no suite had a search over spikes.
-"""
+"""Conversion of reports of earlier versions."""
 
 import json
 import math

@@ -1,6 +1,4 @@
-"""A robustness report, a comparison and the progress of work on the terminal; showing them needs
-rich.
-"""
+"""Reports, comparisons and progress on the terminal; needs rich."""
 
 import time
 from collections.abc import Callable
@@ -151,7 +149,7 @@ class Display(MovingLine):
         self._progress.refresh()  # a part may end before the next tenth of a second
 
     def on_step(self, position: Position) -> None:
-        """Show where the evaluation stands."""
+        """Show the progress of the evaluation."""
         left = f"{duration(position.seconds_left)} left"
         batch = f"{position.batch + 1}/{position.batches}"
         if not self._progress.disable:

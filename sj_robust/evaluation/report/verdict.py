@@ -1,4 +1,4 @@
-"""What a report says in words: its verdict, caveats and remarks."""
+"""A report in words: verdict, caveats and remarks."""
 
 from collections import Counter
 

@@ -51,7 +51,7 @@ class Corruption:
         level: Severity, 1 to 5.
 
     Raises:
-        ValueError: If there is no such corruption or severity.
+        ValueError: If the corruption or the severity does not exist.
 
     Source: Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions
         and Perturbations" (ICLR 2019).

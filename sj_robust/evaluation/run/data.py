@@ -1,4 +1,4 @@
-"""Images and labels of an evaluation: read once, checked once, hashed once, served by index."""
+"""Images and labels of an evaluation, read, checked and hashed once."""
 
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -55,7 +55,7 @@ class Data:
 
     def __post_init__(self) -> None:
         if not self.digests:
-            raise ValueError("x must hold an image or more, got none; give test images")
+            raise ValueError("x must contain at least one image, got none; give test images")
 
     @classmethod
     def of(cls, batches: "Batches | Data") -> "Data":
@@ -188,7 +188,7 @@ def _check_alike(x: Tensor, first: Tensor, number: int) -> None:
     if x.shape[1:] != first.shape[1:]:
         raise ValueError(
             f"batch {number} of x must hold images of shape {list(first.shape[1:])} as the first, "
-            f"got {list(x.shape[1:])}; resize or crop all images alike"
+            f"got {list(x.shape[1:])}; resize or crop all images to the same size"
         )
     if x.dtype != first.dtype:
         raise ValueError(

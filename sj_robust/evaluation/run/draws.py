@@ -1,6 +1,4 @@
-"""In how many forwards a network is judged: one, if it gives the same logits again and carries no
-state, or several.
-"""
+"""Number of forwards by which a network is judged: one if deterministic, otherwise several."""
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +19,14 @@ _REMEDIES = {
     "state": "the network carries state from one forward into the next: on {images} its logits "
     "differ though all random numbers were the same. Reset it before every forward, as "
     "SpikingClassifier(net, T=...) does",
-    "numbers": "the network draws random numbers: on {images} its logits differ. One lucky draw "
-    "breaks nothing, so leave draws out, or say by how many fresh draws an image is judged, such "
-    "as draws=10 (--draws 10)",
+    "numbers": "the network draws random numbers: on {images} its logits differ. A single lucky "
+    "draw does not count, so omit draws, or set the number of fresh draws that judge an image, "
+    "such as draws=10 (--draws 10)",
 }
 
 
 def settled_draws(model: nn.Module, data: Data, draws: int | None) -> int:
-    """In how many forwards a network is judged, and over how many its attacks average.
+    """Number of forwards by which a network is judged, and over how many its attacks average.
     确定随机网络的判定次数。
 
     Unless there are several draws already, every image is asked twice, with other random numbers:

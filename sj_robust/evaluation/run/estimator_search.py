@@ -1,6 +1,4 @@
-"""Which gradient estimators fool a network most: a short attack with every one of them on a few
-images.
-"""
+"""Search for the gradient estimators that fool a network most often."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -62,13 +60,14 @@ class EstimatorSearch:
     """How gradient estimators are chosen. 梯度估计搜索的设置。
 
     Attributes:
-        candidates: Names of the estimators that are tried; ``"training"`` always is.
+        candidates: Names of the estimators to try; ``"training"`` is always tried.
         steps: Steps of the short attack.
-        images: Images it is run on, at most.
-        count: Estimators that are chosen, at most; fewer where no further one adds anything.
+        images: Largest number of images for the short attack.
+        count: Largest number of estimators to choose; fewer are chosen if no other one adds
+            anything.
 
     Raises:
-        TypeError: If a number is no integer.
+        TypeError: If a number is not an integer.
         ValueError: If a number is below 1.
     """
 
@@ -84,7 +83,7 @@ class EstimatorSearch:
 
 @dataclass(frozen=True)
 class EstimatorTrial:
-    """How strong a short attack is with one estimator. 单个梯度估计的试探结果。
+    """Strength of a short attack with one estimator. 单个梯度估计的试探结果。
 
     Attributes:
         estimator: Name of the estimator.
@@ -92,11 +91,11 @@ class EstimatorTrial:
         margin: Margin under attack (logit of the label minus the largest other one, 0 if broken),
             as a share of the margin on the clean images.
         seconds: Time of the attack.
-        images: Number of the images.
-        gained: Images that it breaks and the training surrogate does not.
-        lost: Images that the training surrogate breaks and it does not.
+        images: Number of images.
+        gained: Number of images broken with this estimator but not with the training surrogate.
+        lost: Number of images broken with the training surrogate but not with this estimator.
         chosen: Whether it is one of the chosen estimators.
-        note: Why it could not be tried; its figures are then those without an attack.
+        note: The reason if it could not be tried; its figures are then those without an attack.
     """
 
     estimator: str
@@ -121,19 +120,19 @@ def search_estimators(
     draws: int = 1,
     seeds: SampleSeeds,
 ) -> tuple[EstimatorTrial, ...]:
-    """Try a short attack with every estimator on a few images, and choose those that fool most
-    together.
+    """Run a short attack with every estimator on a few images, and choose the estimators that
+    together fool the network most often.
 
     在少量图像上比较各梯度估计并选出最优组合。
 
-    Equation: with ``m_e(n) >= 0`` the margin that estimator e leaves on image n, in units of the
-    mean clean margin, and ``c_e(n) = [n stands] + m_e(n)``, estimators are chosen one by one to
-    minimise ``mean_n min_{chosen e} c_e(n)``.
+    Equation: with ``m_e(n) >= 0``, the margin of image n after the attack with estimator e in units
+    of the mean clean margin, and ``c_e(n) = [n is still correct] + m_e(n)``, estimators are chosen
+    one by one to minimise ``mean_n min_{chosen e} c_e(n)``.
 
     All candidates start from the same random points. In a second stage the two best are also tried
-    with the gradient of the reset detached. The choice follows the figures, not the clock, so that
-    it can be repeated: all candidates spend the same number of gradients, and none costs much more
-    than another.
+    with the gradient of the reset detached. The choice depends on the results, not on run times, so
+    that it can be repeated: all candidates compute the same number of gradients, and none costs
+    much more than another.
 
     Args:
         model: Images [N, ...] in [0, 1] to logits; an ``nn.Module`` unless ``"training"`` is the
@@ -142,9 +141,9 @@ def search_estimators(
         y: Labels [N] int64.
         threat: The budget.
         settings: Candidates, length of the attack and number of images; None takes the defaults.
-        attack: Another attack than that of :func:`short_attack` of ``settings.steps`` steps, its
-            budget bound.
-        draws: Forwards in more than half of which a stochastic network has to be wrong.
+        attack: An attack with its budget set; None uses :func:`short_attack` with
+            ``settings.steps`` steps.
+        draws: Number of forwards; a stochastic network has to be wrong in more than half of them.
         seeds: One seed per sample.
 
     Returns:

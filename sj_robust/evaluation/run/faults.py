@@ -1,6 +1,4 @@
-"""Faults of deployment: a copy of a network with coarse or stuck weights, drifting neurons, lost
-spikes or steps.
-"""
+"""Faults of deployment: a copy of a network with faulty weights, neurons, spikes or steps."""
 
 import copy
 import math
@@ -36,15 +34,15 @@ class Fault:
     | ``stuck_at_largest`` | share | exactly this share of all weights is its layer's largest one |
     | ``threshold_drift`` | spread | every neuron has the threshold times exp(level z), z normal |
     | ``tau_drift`` | spread | every time constant is multiplied by exp(level z), at least 1 |
-    | ``lost_spikes`` | probability | a spike is lost, anew in every forward |
-    | ``added_spikes`` | probability | a neuron silent in a step spikes, anew in every forward |
-    | ``lost_steps`` | steps | so many of the T time steps, at random, reach no layer |
-    | ``first_steps`` | steps | the answer is read after so many of the T steps |
-    | ``jitter`` | sigma, or frames | normal noise, still in [0, 1]; events move by up to so many |
+    | ``lost_spikes`` | probability | a spike is lost, drawn again in every forward |
+    | ``added_spikes`` | probability | a silent neuron spikes, drawn again in every forward |
+    | ``lost_steps`` | steps | this many of the T time steps, at random, reach no layer |
+    | ``first_steps`` | steps | the output is read after this many of the T steps |
+    | ``jitter`` | sigma, or frames | normal noise, clamped to [0, 1]; events move by at most this |
 
     Attributes:
         kind: Name of the fault.
-        level: How much of it.
+        level: Its level, see the table.
 
     Raises:
         ValueError: If the kind is unknown or the level out of range.
@@ -79,7 +77,7 @@ class Fault:
 
     @property
     def noisy(self) -> bool:
-        """Whether it is drawn anew in every forward, so that the network draws random numbers."""
+        """Whether it is drawn again in every forward, so that the network draws random numbers."""
         return self.kind in ("lost_spikes", "added_spikes", "jitter")
 
 
@@ -103,18 +101,19 @@ def default_faults(model: nn.Module) -> tuple[Fault, ...]:
 
 
 def faulty(model: nn.Module, fault: Fault, *, seed: int = 0) -> nn.Module:
-    """A copy of a network with a fault; the network itself stays as it is. 返回带故障的网络副本。
+    """A copy of a network with a fault; the network itself is not changed. 返回带故障的网络副本。
 
-    What is drawn at a seed for a mild level is part of what is drawn for a severe one.
+    With the same seed, what is drawn for a mild level is part of what is drawn for a severe level.
 
     Args:
         model: The network; faults of steps and jitter need it inside a ``SpikingClassifier``.
         fault: The fault.
-        seed: Which weights, neurons or steps. Noise comes from torch's global generators.
+        seed: Determines which weights, neurons or steps are affected. Noise comes from torch's
+            global generators.
 
     Raises:
-        ValueError: If the network has nothing that the fault concerns, or neurons whose dynamics
-            are not known.
+        ValueError: If the network has nothing that the fault affects, or neurons with unknown
+            dynamics.
 
     Examples:
         >>> net = nn.Linear(64, 10)

@@ -355,7 +355,7 @@ class _Walk:
         return f"{name}[{', '.join(bound)}]" if bound else name
 
     def _global(self, namespace: dict[str, Any], name: str) -> None:
-        """Make what code reads a part, but for what the version of a package says."""
+        """Make what code reads a part, except for what the version of a package says."""
         value = namespace[name]
         if isinstance(value, ModuleType):
             self.text(value)

@@ -1,6 +1,4 @@
-"""Whether a network is the one that an evaluation was begun with: what it is made of, its logits,
-and their gradients.
-"""
+"""Checks that a network is the one with which an evaluation was started."""
 
 import json
 import random
@@ -120,7 +118,7 @@ class Identity:
 
 
 def identify(model: nn.Module, data: Data) -> Identity:
-    """What a network is; it stays as it was. 描述网络的身份。
+    """Identify a network, which is not changed. 描述网络的身份。
 
     It runs four times on a few images, its random numbers seeded: what the first forward creates,
     and what other images change, is no part of it. The images are the same ones whatever the batch

@@ -1,4 +1,4 @@
-"""The one loop over the members of an evaluation: resumable after a kill, shared by processes."""
+"""The loop over the members of an evaluation: resumable, and shared by processes."""
 
 import platform
 import re
@@ -49,7 +49,7 @@ class Asked:
         threat: Norm and size of what counts; None counts everything.
         draws: Fresh forwards in more than half of which a stochastic network must be wrong.
         verified: Numbers of images that are proved to withstand the threat; members that keep the
-            threat omit them, but for the first, so that a false proof is noticed.
+            threat omit them, except for the first, so that a false proof is noticed.
     """
 
     threat: ThreatModel | None = None
@@ -63,7 +63,7 @@ class Asked:
         return member.threat.norm == self.threat.norm and member.threat.eps <= self.threat.eps
 
     def measures_as(self, member: Member) -> bool:
-        """Whether distances of a member are those of the threat, but for the radius."""
+        """Whether the distances of a member are measured as in the threat, whatever the radius."""
         if member.threat is None or self.threat is None:
             return False
         return replace(member.threat, eps=self.threat.eps) == self.threat
@@ -156,8 +156,8 @@ class Job:
 
 
 def run_batch(job: Job, log: BatchLog) -> Iterator[Step]:
-    """Run the members in their order, each on what is right and still stands in its group; what is
-    in the log already is not run again. Yields every step.
+    """Run the members in order, each on the images that are still correct in its group; members
+    that are already in the log are not run again. Yields every step.
     """
     members = job.variant.members
     if not log.steps:
@@ -238,8 +238,9 @@ def run(
     """Run every member of every variant on every batch and keep what happened to each image.
     在数据集上运行评估。
 
-    Every step is written down as it ends: the same call with the same folder goes on where a killed
-    one stopped, and comes to the same result (times aside). A step is one member on one batch.
+    Every step is written down as it ends: the same call with the same folder continues where a
+    killed one stopped, and comes to the same result (times aside). A step is one member on one
+    batch.
 
     Where ``torch.distributed`` is initialised (``torchrun``, ``accelerate launch``), process r of W
     takes the batches r, r + W, ...; all of them return the whole result, the same as one process. A

@@ -1,6 +1,4 @@
-"""One attack with its gradient estimator and restart: how it crafts, and whether what it made fools
-the network.
-"""
+"""One attack with its gradient estimator and seed."""
 
 import time
 from collections.abc import Callable
@@ -40,22 +38,22 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Member:
-    """One attack of a set whose worst case counts. 最坏情况评估中的一项攻击。
+    """One of the attacks over which the worst case is computed. 最坏情况评估中的一项攻击。
 
     Attributes:
         name: Unique within a set, such as ``"apgd_ce/atan:4/r1"``; part of the seed of its
             randomness.
-        attack: The attack with its budget bound, such as ``functools.partial(fgsm, eps=0.1)``.
-        estimator: Gradient estimator it crafts with, a name that ``estimator`` knows;
-            ``"training"`` changes nothing.
-        group: Members of one group attack only what the earlier ones left standing; each member of
-            group ``""`` attacks every image that is classified correctly.
+        attack: The attack with its budget set, such as ``functools.partial(fgsm, eps=0.1)``.
+        estimator: Name of the gradient estimator that the attack uses, see
+            ``sj_robust.estimators``; ``"training"`` is the network's own surrogate.
+        group: A member attacks only the images that are still correct after the earlier members of
+            its group; each member of group ``""`` attacks every correctly classified image.
         seed: Number of the restart, part of the seed of its randomness.
-        threat: The ball that its images must keep; in L0 binary event frames must stay binary as
-            well. None where there is none, as for Gaussian noise.
-        takes_starts: Whether the attack is called with ``starts``, [S, N, ...]: per image what each
-            of the S members of its group before it made of it within its threat, the clean image
-            where a member did not see it.
+        threat: The threat model that its images must respect; in L0, binary event frames must also
+            stay binary. None if there is none, as for Gaussian noise.
+        takes_starts: Whether the attack is called with ``starts``, [S, N, ...]: for every image,
+            the results of the S earlier members of its group within its threat, or the clean image
+            where a member did not attack it.
 
     Raises:
         TypeError: If the attack cannot be called or the seed is not an integer.
@@ -98,7 +96,7 @@ class Member:
 
     @property
     def eps(self) -> float | None:
-        """Radius of its ball; None where there is none."""
+        """The radius; None if there is no threat model."""
         return None if self.threat is None else self.threat.eps
 
 
@@ -186,10 +184,10 @@ def fools(model: Model, x: Tensor, y: Tensor, *, draws: int = 1, seeds: SampleSe
     在真实网络上复核。
 
     Equation: ``fooled_n = [sum_d [argmax model(x; draw d)_n != y_n] > draws / 2]``. Nothing of an
-    estimator is in force here. A stochastic network has other noise in every draw; one draw too
-    lucky for the attacker does not count, and one too lucky for the network neither. With more
-    draws it tends to whether the network is wrong more often than right. A forward sees only the
-    images that are undecided.
+    estimator is active here. A stochastic network has other noise in every draw; one draw too lucky
+    for the attacker does not count, and one too lucky for the network neither. With more draws it
+    tends to whether the network is wrong more often than right. A forward sees only the images that
+    are undecided.
 
     Args:
         model: Images [N, ...] in [0, 1] to logits [N, classes]; a module is scored in evaluation
@@ -331,7 +329,7 @@ def _refuse(x: Tensor, x_adv: Tensor, distance: Tensor | None, member: Member) -
     try:
         check_samples(x_adv)
     except ValueError as error:
-        raise ValueError(f"attack {member.name!r} left the images: {error}") from error
+        raise ValueError(f"attack {member.name!r} returned invalid images: {error}") from error
     threat = member.threat
     if threat is None or distance is None:
         return

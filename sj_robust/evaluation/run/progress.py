@@ -1,4 +1,4 @@
-"""What an evaluation has found so far, in small files that survive a kill at any point."""
+"""Progress of an evaluation, in small files that survive an interruption."""
 
 import json
 import os
@@ -168,7 +168,7 @@ class BatchLog:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands, for those who watch it. 运行进度。
+    """The progress of a run, for observers. 运行进度。
 
     Attributes:
         batch: Number of the batch, from 0.
@@ -270,10 +270,10 @@ def _check_key(found: object, wanted: Mapping[str, str], where: Path) -> None:
 
 
 def another_evaluation(where: Path, what: str) -> str:
-    """What is said of a folder that belongs to something else."""
+    """The error message for a folder that belongs to another evaluation."""
     return (
         f"{where} holds the progress of another evaluation ({what}); results are never mixed: "
-        "resume with what it was begun with, or evaluate into another folder"
+        "resume with the same network, images and options, or evaluate into another folder"
     )
 
 

@@ -1,4 +1,4 @@
-"""Proofs in an evaluation: images that no perturbation in the ball can break."""
+"""Proofs in an evaluation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ __all__ = ["Proofs", "has_proofs", "prove", "verify_within"]
 
 @dataclass(frozen=True)
 class Proofs:
-    """What was proved at some radii. 若干半径下被证明的图像。
+    """Results of proofs at several radii. 若干半径下被证明的图像。
 
     Attributes:
         verified: By radius, as text, the numbers of the images that are verified.

@@ -1,4 +1,4 @@
-"""Suites of attacks by name, with their order and the control of equal cost."""
+"""Suites of attacks by name, with the control of equal cost."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -75,9 +75,9 @@ class Suite:
     Attributes:
         name: Name of the suite.
         members: Attacks whose worst case counts, in the order in which they are run; those of group
-            ``""`` are figures for themselves, and may have another radius than the threat.
-        control: The training surrogate with restarts at the same cost, in group ``"control"``; what
-            the choice of estimators is worth is the difference.
+            ``""`` are reported separately, and may have another radius than the threat.
+        control: The training surrogate with restarts at the same cost, in group ``"control"``; the
+            difference shows the benefit of choosing estimators.
         description: What is run, in one sentence.
         search: How the estimators are chosen beforehand; None if the suite needs no choice.
 
@@ -109,24 +109,24 @@ def make_suite(
     classes: int,
     eot_samples: int = 1,
 ) -> Suite:
-    """A suite for a threat, with the estimators that a search has chosen.
+    """Build a suite for a threat model, with the estimators chosen by a search.
 
     按名称构造攻击套件。
 
-    c1, c2, c3 are the chosen estimators, the strongest first; where fewer are chosen, what would be
-    the same attack twice is left out. APGD-T is APGD with the targeted DLR loss. Except in
-    ``paper`` and ``gradients``, where every attack sees all correctly classified images, an
-    attack sees only what no earlier one of the suite fooled.
+    c1, c2, c3 are the chosen estimators, the strongest first; if fewer are chosen, attacks that
+    would run twice are omitted. APGD-T is APGD with the targeted DLR loss. In ``paper`` and
+    ``gradients``, every attack is run on all correctly classified images; in the other suites, only
+    on the images that are still correct after the earlier attacks.
 
     | suite | members in their order (steps x restarts) |
     | --- | --- |
     | ``paper`` | Gaussian (sigma = eps), FGSM, PGD-7, 10, 20, 40 (best and last iterate), |
     | | APGD-CE 10, APGD-DLR 10; PGD-10 with step eps/4 at 10, 20 ... 100/255 |
     | ``fast`` | APGD-CE c1, c2 (50 x 1), APGD-DLR c1 (50 x 1), APGD-CE training (50 x 1), |
-    | | spike_search from what they found (2,000 forwards) |
+    | | spike_search from their images (2,000 forwards) |
     | ``standard`` | APGD-CE c1, c2, c3 (100 x 1), APGD-DLR c1 (100 x 1), |
     | | APGD-CE training (100 x 1), APGD-T c1, c2 (3 classes x 100), |
-    | | spike_search from what they found (36,000 forwards) |
+    | | spike_search from their images (36,000 forwards) |
     | ``gradient`` | APGD-CE c1, c2, c3 (100 x 1), APGD-DLR c1 (100 x 1), APGD-CE c1 (100 x 2), |
     | | APGD-DLR c1 (100 x 1), APGD-CE training, c2, c3 (100 x 1), |
     | | APGD-T c1, c2, c3 (3 classes x 100), SA-PGD with ASSG (100 x 1), Square (1000 queries) |
@@ -136,37 +136,38 @@ def make_suite(
     | ``events`` | flip_events c1, c2, c3 (x 1), random removals (200 tries), |
     | | flip_events c1 (x 3), training, c2, c3 (x 1), c1 towards 3 classes (x 1), |
     | | random changes of both kinds (200 tries), flip_events c1 (x 3); for a threat of moves |
-    | | ``move_events`` and ``random_moves`` in their places |
+    | | ``move_events`` and ``random_moves`` instead |
 
-    The search has no surrogate to choose; what it begins from has. A network that draws random
-    numbers (``eot_samples`` > 1) has other spikes in every forward: ``standard`` then runs what
-    ``gradient`` runs, and ``fast`` APGD-CE c1 (50 x 2) in place of the search.
+    The search itself uses no surrogate, but the attacks that it starts from do. A network that
+    draws random numbers (``eot_samples`` > 1) has different spikes in every forward: ``standard``
+    then runs the attacks of ``gradient``, and ``fast`` runs APGD-CE c1 (50 x 2) instead of the
+    search.
 
-    The control is every attack in the ball of the threat once more, with the training surrogate and
-    another seed; its search begins from what the control found. Only that of ``autoattack`` spends
-    the forwards and gradients of FAB-T (a forward more per step) and Square on a second APGD-T and
-    20 more APGD-CE, a backward at the price of two forwards; and that of ``gradients`` is APGD-CE
-    with the training surrogate five times.
+    The control repeats every attack within the threat model, with the training surrogate and
+    another seed; its search starts from the images of the control. There are two exceptions: the
+    control of ``autoattack`` replaces FAB-T (one more forward per step) and Square by a second
+    APGD-T and 20 more runs of APGD-CE at equal cost, counting a backward as two forwards; the
+    control of ``gradients`` is APGD-CE with the training surrogate, five times.
 
     Args:
         name: ``"paper"`` (the protocol of Ding et al., Linf), ``"fast"``, ``"standard"``,
             ``"gradient"``, ``"long"`` (Linf) or ``"autoattack"``; ``"events"`` for binary event
             frames, with a threat in L0 or of moves and no other suite.
-        threat: The budget of every attack. The steps of ``paper`` grow with it, and are the printed
-            ones at 8/255.
-        chosen: Names of estimators, the strongest first; none means the training surrogate.
-        classes: Number of classes of the network; the DLR losses are left out where there are too
-            few.
-        eot_samples: Forwards that a gradient is averaged over, > 1 for a network that draws random
-            numbers: its attacks then go on after a first lucky draw and keep the highest loss, and
-            AutoAttack runs its version ``"rand"``.
+        threat: The budget of every attack. The step sizes of ``paper`` scale with it and are those
+            of the paper at 8/255.
+        chosen: Names of estimators, the strongest first; if empty, the training surrogate is used.
+        classes: Number of classes of the network; the DLR losses are omitted if there are too few.
+        eot_samples: Number of forwards over which a gradient is averaged, > 1 for a network that
+            draws random numbers: attacks then continue after a first lucky draw and keep the
+            highest loss, and AutoAttack runs its version ``"rand"``.
 
     Raises:
-        ValueError: If the suite is unknown or does not fit the threat, the radius is 0, estimators
-            are given to a suite without a choice, or there are fewer than two classes.
+        ValueError: If the suite is unknown or does not fit the threat model, the radius is 0,
+            estimators are given to a suite that does not use them, or there are fewer than two
+            classes.
 
     Source: Ding et al. (ICML 2024), section 5; AutoAttack of Croce and Hein (ICML 2020); ``long``:
-        Wang et al. (arXiv 2512.22522), who recommend 1,000 steps and to search for the share.
+        Wang et al. (arXiv 2512.22522), who recommend 1,000 steps and a search over the share.
 
     Examples:
         >>> suite = make_suite(
@@ -240,14 +241,14 @@ def check_shape(name: SuiteName, images: Tensor, *, draws: int = 1) -> None:
         >>> check_shape("gradient", torch.rand(2, 36))
         Traceback (most recent call last):
             ...
-        ValueError: suite 'gradient' needs images [N, C, H, W] for Square, got shape (2, 36); take
+        ValueError: suite 'gradient' needs images [N, C, H, W] for Square, got shape (2, 36); use
         'fast', or reshape inside the model
     """
     with_square = name in ("gradient", "autoattack") or (name == "standard" and draws > 1)
     if with_square and images.ndim != 4:
         raise ValueError(
             f"suite {name!r} needs images [N, C, H, W] for Square, got shape "
-            f"{tuple(images.shape)}; take 'fast', or reshape inside the model"
+            f"{tuple(images.shape)}; use 'fast', or reshape inside the model"
         )
 
 

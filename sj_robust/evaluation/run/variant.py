@@ -1,4 +1,4 @@
-"""What is attacked: a network and its images as they are, or a variant of one of them."""
+"""A network and its images, or a variant of one of them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Variant:
     Attributes:
         members: Attacks, in their order.
         name: Name, such as ``"weight_bits:3"`` or ``"lost_spikes:0.1/draw1"``.
-        seed: Seeds everything.
+        seed: Random seed.
         network: What becomes of the network, as for faults.
         images: What becomes of images, given the number of the first one, as for corruptions.
         judge: Says which images are wrong, as a vote does.

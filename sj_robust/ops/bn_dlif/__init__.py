@@ -1,1 +1,1 @@
-"""Batch norm and the DLIF neurons behind it as one operator."""
+"""Batch norm and the DLIF neurons after it as one operator."""

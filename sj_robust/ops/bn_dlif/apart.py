@@ -1,5 +1,4 @@
-"""Batch norm and 2x2 average pooling around a neuron whose forward is replaced, as a gradient
-estimator does.
+"""Batch norm and 2x2 average pooling around a neuron with a replaced forward.
 
 On a CPU torch's own take several times as long for the gradient: batch norm in evaluation mode also
 sums those of weight and bias, whether they are needed or not, and average pooling goes through

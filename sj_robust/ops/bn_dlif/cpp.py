@@ -1,6 +1,4 @@
-"""Batch norm, DLIF and 2x2 average pooling through the compiled kernels of this package; see
-:class:`sj_robust.ops.bn_dlif.layer.Kernels`.
-"""
+"""Batch norm, DLIF and 2x2 average pooling with the compiled kernels."""
 
 import torch
 from torch import Tensor

@@ -1,6 +1,4 @@
-"""Entry point of batch norm, DLIF and pooling: checks the arguments and chooses between one pass
-and several.
-"""
+"""Entry point of batch norm, DLIF and pooling, which chooses the implementation."""
 
 from torch import Tensor
 

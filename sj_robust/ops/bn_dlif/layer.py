@@ -1,6 +1,4 @@
-"""One call of batch norm, DLIF and pooling: its constants, the layout of its tensors in memory, and
-the functions that a backend provides for it.
-"""
+"""One call of batch norm, DLIF and pooling: constants, memory layout, functions of a backend."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol

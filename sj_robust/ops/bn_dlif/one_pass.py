@@ -1,4 +1,4 @@
-"""Batch norm, DLIF and 2x2 average pooling in one pass: what calls the kernels, whichever they are.
+"""Calls the kernels of batch norm, DLIF and pooling in one pass.
 
 Forward reads the input twice in training (statistics, then the pass itself) and once otherwise;
 neither the normalised tensor nor, with pooling, the spikes ever exist.

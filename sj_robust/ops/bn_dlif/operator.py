@@ -1,5 +1,4 @@
-"""``torch.ops.sj_robust.bn_dlif`` and its backward pass, by which every call in one pass reaches
-its kernels.
+"""The operator ``torch.ops.sj_robust.bn_dlif`` and its backward pass.
 
 Only the input and a few numbers per channel are saved for backward.
 """

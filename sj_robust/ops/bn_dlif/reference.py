@@ -1,6 +1,4 @@
-"""Batch norm and pooling as torch has them, DLIF between them as written in the paper: the
-definition of correct.
-"""
+"""The reference of batch norm, DLIF and pooling: the definition of correct results."""
 
 from torch import Tensor
 from torch.nn import functional as F

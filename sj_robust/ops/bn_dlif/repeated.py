@@ -1,6 +1,4 @@
-"""One step of currents that stands for all of them, as behind the first layer of an image that does
-not change.
-"""
+"""One step of currents that represents all steps, after the first layer of a constant image."""
 
 from torch import Tensor
 

@@ -1,5 +1,4 @@
-"""Batch norm, DLIF and 2x2 average pooling over all time steps in Triton. Importing it imports
-Triton.
+"""Batch norm, DLIF and 2x2 average pooling in Triton. Importing it imports Triton.
 
 What ``normalised.h`` does on the CPU, with the neurons of ``dlif/triton_kernel.py`` and like them:
 segments, potentials computed again, arithmetic in float32. Numbers per channel are float64 in

@@ -1,5 +1,4 @@
-"""Launches ``triton_kernel.py``: batch norm, DLIF and 2x2 average pooling on CUDA; see
-``layer.py``.
+"""Launches ``triton_kernel.py``.
 
 As with DLIF alone, under ``TRITON_INTERPRET=1`` the kernels run on the CPU.
 """

@@ -1,6 +1,4 @@
-"""Constants of a DLIF layer, what a call of it takes and gives, and the few facts every
-implementation derives.
-"""
+"""Constants, inputs and outputs of a DLIF layer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

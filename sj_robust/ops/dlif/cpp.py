@@ -1,5 +1,4 @@
-"""DLIF on the CPU through the compiled kernels of this package (kernel.cpp), called with data
-pointers.
+"""DLIF on the CPU with the compiled kernels.
 
 The kernel is built when the package is installed and is part of it; nothing is compiled or written
 at run time. Without a C++ compiler the installation goes through without it and ``backend="auto"``
@@ -60,13 +59,11 @@ def unsupported_reason(x_seq: Tensor, surrogate: Surrogate) -> str | None:
     if x_seq.device.type != "cpu":
         return f"the compiled kernel runs on the CPU, x_seq is on {x_seq.device}"
     if x_seq.dtype not in _STORAGE:
-        return (
-            f"the compiled kernel knows float32, float64, float16 and bfloat16, got {x_seq.dtype}"
-        )
+        known = "float32, float64, float16 and bfloat16"
+        return f"the compiled kernel supports {known}, got {x_seq.dtype}"
     if surrogate.kind not in SURROGATES:
-        return (
-            f"the compiled kernel knows the surrogates {tuple(SURROGATES)}, got {surrogate.kind!r}"
-        )
+        known = f"the surrogates {tuple(SURROGATES)}"
+        return f"the compiled kernel supports {known}, got {surrogate.kind!r}"
     return None
 
 

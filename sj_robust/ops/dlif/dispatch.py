@@ -1,6 +1,4 @@
-"""Backend name to implementation: the only place that chooses, and the only one that can be asked
-why.
-"""
+"""Chooses the implementation for a backend name."""
 
 import functools
 import warnings
@@ -64,17 +62,18 @@ def dlif_multi_step(
     Args:
         x_seq: Input currents, [T, N, *], floating point.
         input_gain: Learnable gain per step, [T].
-        v_init: Potential before the first step, [N, *]; None is ``v_reset``, or 0 for soft reset.
+        v_init: Potential before the first step, [N, *]; None means ``v_reset``, or 0 for a soft
+            reset.
         decay: Fraction of the potential kept per step, in (0, 1].
         v_threshold: Firing threshold.
         v_reset: Potential after a spike; None subtracts the threshold instead.
-        surrogate: Surrogate of the spike; None is the triangle of width 1.
-        detach_reset: Whether the reset is left out of the gradient.
-        store_v_seq: Whether the potential after every reset is returned too.
-        backend: A name that :func:`available_backends` gives, or ``"auto"``, which takes the
-            fastest that can run the call.
-        threads_per_block: Block size of the CUDA kernel; None leaves it to the kernel. Only
-            ``"cupy"`` reads it.
+        surrogate: Surrogate of the spike; None means the triangle of width 1.
+        detach_reset: Whether the reset is detached from the gradient.
+        store_v_seq: Whether the potential after every reset is also returned.
+        backend: A name listed by :func:`available_backends`, or ``"auto"``, which uses the fastest
+            one that can run the call.
+        threads_per_block: Block size of the CUDA kernel, only used by ``"cupy"``; None lets the
+            kernel choose it.
 
     Returns:
         Spikes [T, N, *] in the dtype of ``x_seq``, last potential [N, *] and potentials [T, N, *]
@@ -178,14 +177,12 @@ def check_backend(backend: str) -> str:
     name = _ALIASES.get(backend, backend)
     reason = unavailable_reason(name)
     if reason is not None:
-        raise RuntimeError(
-            f"backend={backend!r} is not available: {reason}; or take backend='auto'"
-        )
+        raise RuntimeError(f"backend={backend!r} is not available: {reason}; or use backend='auto'")
     return name
 
 
 def available_backends() -> dict[str, str]:
-    """Every backend of this machine with "available" or the reason why it is not.
+    """Every backend, with "available" or the reason why it is not available on this machine.
 
     Examples:
         >>> available_backends()["eager"]

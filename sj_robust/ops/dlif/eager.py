@@ -1,4 +1,4 @@
-"""DLIF in plain torch: analytic backward, saves only the input, works on blocks of neurons.
+"""DLIF in plain torch, with an analytic backward pass that only stores the input.
 
 A step costs as much as it has torch calls, so there are few, and none makes a mask of booleans.
 Inside, potentials are negated: then ``threshold`` does fire and hard reset at once, and

@@ -1,4 +1,4 @@
-"""``torch.ops.sj_robust.dlif`` and its backward pass, by which every call reaches a backend."""
+"""The operator ``torch.ops.sj_robust.dlif`` and its backward pass."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""DLIF as written in the paper, one time step after the other: the definition of correct."""
+"""The reference of DLIF, one time step after the other: the definition of correct results."""
 
 import torch
 from torch import Tensor

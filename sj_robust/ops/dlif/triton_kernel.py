@@ -1,5 +1,4 @@
-"""DLIF over all time steps in Triton, forward and backward, in one kernel each. Importing it
-imports Triton.
+"""DLIF over all time steps in Triton, forward and backward. Importing it imports Triton.
 
 What the CUDA text of ``kernel.cu`` does, by the same formulas. A program owns BLOCK neighbouring
 neurons for the whole sequence. Tensors are float32, float16 or bfloat16, arithmetic and potentials

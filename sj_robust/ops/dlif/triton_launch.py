@@ -68,7 +68,9 @@ def unsupported_reason(x_seq: Tensor, surrogate: Surrogate) -> str | None:
     if x_seq.dtype not in _DTYPES:
         return f"x_seq must be float32, float16 or bfloat16, got {x_seq.dtype}"
     if surrogate.kind not in HOST_NAMES:
-        return f"the Triton kernel knows the surrogates {tuple(HOST_NAMES)}, got {surrogate.kind!r}"
+        return (
+            f"the Triton kernel supports the surrogates {tuple(HOST_NAMES)}, got {surrogate.kind!r}"
+        )
     return None
 
 

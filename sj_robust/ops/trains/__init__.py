@@ -1,3 +1,1 @@
-"""Bounds of spiking layers that hold together over time: one definition (``reference``), a compiled
-kernel, one entry point.
-"""
+"""Joint bounds of spiking layers over time."""

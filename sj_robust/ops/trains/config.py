@@ -1,4 +1,4 @@
-"""What bounds of a spiking layer take and give, and which windows of its past are told apart."""
+"""Constants, inputs and outputs of the bounds of a spiking layer."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -205,8 +205,8 @@ class ChainPlaces:
 
 @dataclass(frozen=True)
 class Windows:
-    """Which last resets are told apart at a step: none so far, the latest ones, and all between
-    them as one.
+    """The windows that are distinguished at a step, by their last reset: none so far, the latest
+    ones, and all between them as one.
 
     A slot is the last reset just before step a: slot 0 is a = 0, before which there was none. Up to
     step ``kept`` slot s is a = s. Later slot 1 is all of 1..t - kept, of which no sums are bounded,

@@ -1,4 +1,4 @@
-"""Bounds of spiking layers on the CPU through the compiled kernels of this package (kernel.cpp)."""
+"""Bounds of spiking layers on the CPU with the compiled kernels."""
 
 import ctypes
 
@@ -60,7 +60,7 @@ def unsupported_training(like: Tensor, windows: Windows) -> str | None:
 
 def _unsupported(windows: Windows) -> str | None:
     if windows.kept + 2 > _SLOTS:
-        return f"the kernel tells {_SLOTS - 2} windows apart, got {windows.kept}"
+        return f"the kernel supports {_SLOTS - 2} windows, got {windows.kept}"
     return None
 
 

@@ -1,6 +1,4 @@
-"""``torch.ops.sj_robust.bounded_steps``, ``train_sums`` and ``joint_sums``: bounds of a spiking
-layer and of sums over its spike trains, by a compiled kernel where there is one.
-"""
+"""The operators ``bounded_steps``, ``train_sums`` and ``joint_sums``."""
 
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -46,7 +44,7 @@ def chosen_backend(
         return backend
     reason = cpp.unavailable_reason() or cpp.unsupported_reason(like, windows)
     if reason is None and soft:
-        reason = "the kernel knows hard resets alone"
+        reason = "the kernel supports only hard resets"
     if reason is None:
         return "cpp"
     if backend == "cpp":
@@ -120,7 +118,7 @@ def trained_reason(like: Tensor, neuron: Surrogate, windows: Windows) -> str | N
     """What keeps the kernel from training's bounds of a layer, or None."""
     reason = cpp.unavailable_reason() or cpp.unsupported_training(like, windows)
     if reason is None and neuron.kind not in HOST_NAMES:
-        reason = f"the kernel knows the surrogates {tuple(HOST_NAMES)}, got {neuron.kind!r}"
+        reason = f"the kernel supports the surrogates {tuple(HOST_NAMES)}, got {neuron.kind!r}"
     return reason
 
 

@@ -1,4 +1,4 @@
-"""Bounds of a spiking layer in plain torch: the definition of correct."""
+"""The reference of the bounds of a spiking layer: the definition of correct results."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -450,7 +450,7 @@ def differentiable_sums(
     bounds of their sums over time.
 
     Equation: that of :func:`bounded_steps` without rounding, and of :func:`path_sums` with products
-    in the place of cases, ``rest[a] = stay + possible (best - stay) + sure (fire - best)``. As with
+    instead of cases, ``rest[a] = stay + possible (best - stay) + sure (fire - best)``. As with
     ``detach_reset``, the reset passes no gradient on.
 
     Args:
@@ -458,7 +458,7 @@ def differentiable_sums(
         weights: Of all steps, [F, T].
         powers: Of the decay, from 0 to T.
         neuron: The neuron.
-        windows: Which windows are told apart.
+        windows: Which windows are distinguished.
     """
     past = _TrainedPast(sums, powers, neuron, windows)
     for t in range(weights.shape[1]):
@@ -610,7 +610,7 @@ class _TrainedPast:
         self.discounts = [_Ends(decay * count.low, decay * count.high) for count in kept]
 
     def over_paths(self, weights: Tensor, better: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """The dynamic program of :func:`path_sums`, with products in the place of cases."""
+        """The dynamic program of :func:`path_sums`, with products instead of cases."""
         steps = weights.shape[1]
         like = self.cases[0].sure
         rest = like.new_zeros(self.windows.slots(steps), len(weights), like.shape[1])

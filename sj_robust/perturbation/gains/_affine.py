@@ -81,7 +81,7 @@ def cut_run(
     passes a cut.
 
     Call it inside :func:`full_precision` and :func:`sj_robust.core.preserved.preserved`. Of
-    ``frame`` only shape, dtype and device count. Layers in ``cuts`` are not run, but for max
+    ``frame`` only shape, dtype and device count. Layers in ``cuts`` are not run, except for max
     poolings, whose output's shape is needed; ``value`` gives the leaf for a name and a tensor of
     its shape.
     """

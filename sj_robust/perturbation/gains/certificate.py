@@ -59,7 +59,7 @@ class Bound:
     """One bound on one layer.
 
     Attributes:
-        value: Upper bound of the ratio; None where there is none (no leak and any number of steps).
+        value: Upper bound of the ratio; None if there is none (no leak and any number of steps).
         held: Whether it held on every pair, up to the stated margin; None if nothing was measured
             or no spike difference reached the layer.
     """
@@ -70,14 +70,14 @@ class Bound:
 
 @dataclass(frozen=True)
 class LayerCertificate:
-    """One spiking layer; ratios and bounds are of eps to Ds, the spike differences of all feeding
-    layers together.
+    """One spiking layer; ratios and bounds are those of eps to Ds, the spike differences of all
+    layers that feed it, taken together.
 
     Attributes:
         name: Name in the network.
         neuron: Class of the neuron.
         decay: Fraction of the potential kept per step (lambda); None if it is not known.
-        input_gain: Fixed times learnable input gain of every step (p); None likewise.
+        input_gain: Fixed times learnable input gain of every step (p); None if it is not known.
         feeds: Layers that feed it; ``"input"`` is the normalised input of the network.
         norm: ||W|| of the stacked linear map before it; None if the layer is not covered.
         upper_bound: Whether ``norm`` counts max pooling by its Lipschitz constant, so that it is a
@@ -92,7 +92,7 @@ class LayerCertificate:
         measured_l2: Largest ||eps|| / ||Ds|| over the pairs; None if no spike difference reached
             the layer.
         measured_peak: Largest max_t ||eps[t]|| / ||Ds|| over the pairs.
-        not_covered: Why there are no bounds; None if there are.
+        not_covered: The reason if there are no bounds, else None.
     """
 
     name: str
@@ -133,15 +133,15 @@ class Certificate(
     Attributes:
         T: Number of time steps.
         samples: Pairs measured.
-        margin: By how much, relative, a measured ratio may exceed a bound, since norms are
+        margin: Relative amount by which a measured ratio may exceed a bound, since norms are
             approached from below; a larger residual of the layer's norm replaces it.
         layers: One entry per spiking layer, in order of execution.
         no_flip: L2 radius of each measured input within which no spike that the input drives can
             flip, see :func:`no_flip_radius`; empty if nothing was measured.
-        no_flip_unknown: Why there are none though pairs were measured.
+        no_flip_unknown: The reason if there are no radii although pairs were measured.
 
-    Source: Theorem 3.1 of Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), and
-        what is true of it.
+    Source: Theorem 3.1 of Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), as far
+        as it holds.
     """
 
     T: int
@@ -168,7 +168,9 @@ class Certificate(
         )
 
     def table(self) -> str:
-        """Markdown: a row per layer, then what the columns mean and what is not certified."""
+        """Markdown table with a row per layer, followed by the meaning of the columns and what is
+        not certified.
+        """
         head = [
             "layer",
             "lambda",
@@ -219,14 +221,14 @@ class Certificate(
         return "\n".join([*lines, f"{self.verdict}.", SCOPE])
 
     def plot(self, path: str | Path | None = None) -> "Figure":
-        """Measured ratios and their bounds, a row per covered layer, on a logarithmic axis.
-        绘制稳定性证书。
+        """Plot the measured ratios and their bounds, with a row per covered layer, on a logarithmic
+        axis. 绘制稳定性证书。
 
         It needs matplotlib (extra ``recipes``).
 
         Args:
-            path: File to write as well; its ending says which format, ``.pdf`` and ``.png`` among
-                others.
+            path: Also write it to this file, in the format of its suffix, such as ``.pdf`` or
+                ``.png``.
 
         Raises:
             ValueError: If no layer is covered.

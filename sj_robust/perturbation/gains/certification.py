@@ -58,38 +58,38 @@ def perturbation_gains(
         eps[t] = lambda * eps[t-1] + p[t] * W Ds[t]
         ||eps||_2 <= ||L_lambda diag(p)||_2 ||W||_2 ||Ds||_2
 
-    and likewise for any T and for the largest step; see :func:`peak_gain` and :func:`input_maps`.
-    The result also has the printed constant of Theorem 3.1, and the radius in which no spike flips
-    (:func:`no_flip_radius`), where that linear regime ends. A bound counts as held if the ratio of
-    every pair is at most ``bound * (1 + margin)``; rounding of the current, 1e-6 of its size, is
-    not counted.
+    and likewise for any T and for the largest step; see :func:`l2_gain_limit`, :func:`peak_gain`
+    and :func:`input_maps`. The result also contains the constant printed in Theorem 3.1 and the
+    radius within which no spike flips (:func:`no_flip_radius`), where that linear regime ends. A
+    bound holds if the ratio of every pair is at most ``bound * (1 + margin)``; rounding of the
+    current, 1e-6 of its size, is not counted.
 
     What it does not certify: the true difference of potentials, with the reset, has no finite gain,
-    because an arbitrarily small change next to the threshold makes or removes a spike. Bounds of
-    layers therefore do not compose, and none of them is a radius within which the class stays.
+    because an arbitrarily small change next to the threshold makes or removes a spike. The bounds
+    of the layers therefore do not compose, and none of them is a radius within which the class
+    stays the same.
 
-    The network runs in evaluation mode; modes, states, hooks, random state and gradients are kept
-    as they were.
+    The network runs in evaluation mode; its modes, states, hooks and gradients and the random state
+    are restored.
 
     Args:
-        net: A ``SpikingClassifier``, or a bare network that one can be built around, with ``T``,
-            ``mean`` and ``std``.
-        x: Inputs as the classifier takes them, [N, C, H, W] or [N, F]; of a
-            ``SpikingEventClassifier`` event frames [N, T, C, H, W].
+        net: A ``SpikingClassifier``, or a bare network with ``T``, ``mean`` and ``std``.
+        x: Inputs of the classifier, [N, C, H, W] or [N, F]; for a ``SpikingEventClassifier``, event
+            frames [N, T, C, H, W].
         T: Number of time steps; None uses the classifier's, or the network's own.
-        x_perturbed: Perturbed inputs in the shape of ``x``; None gives bounds alone.
+        x_perturbed: Perturbed inputs in the shape of ``x``; None computes only the bounds.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
         margin: Relative margin of a bound, since the iteration approaches norms from below; for a
             layer where it stopped at a larger relative residual, this residual.
         tolerance: Relative residual at which the iteration for a norm stops.
-        max_iterations: Number of iterations at which it stops in any case.
-        seed: Seed of the random values that it begins with.
+        max_iterations: Largest number of iterations.
+        seed: Seed of the random start vectors.
 
     Raises:
         TypeError: If T is a tensor.
-        ValueError: If T is missing or not the classifier's, the inputs are none, not finite or of
-            different shapes, or there is no neuron.
+        ValueError: If T is missing or differs from the classifier's, if the inputs are empty, not
+            finite or of different shapes, or if there is no neuron.
 
     Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), Theorem 3.1; gains
         derived here.
@@ -163,7 +163,7 @@ def _no_flip(classifier: SpikingClassifier, x: Tensor) -> tuple[tuple[float, ...
     """No-flip radii of the inputs, or why there are none."""
     values = x[0].numel()
     if values > _MOST_VALUES:
-        reason = f"it takes a pass for each of the {values} values; call no_flip_radius for it"
+        reason = f"it needs a pass for each of the {values} values; call no_flip_radius for it"
         return (), reason
     try:
         radii = no_flip_radius(classifier, x).tolist()

@@ -1,6 +1,4 @@
-"""Input gains chosen for stability: those that amplify least, and the amplification as a
-differentiable training term.
-"""
+"""Input gains chosen for stability, and the gain as a differentiable penalty."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -28,8 +26,8 @@ class GainDesign:
         lower_bound: Lower bound of the gain with any input gains under the same constraint, by
             duality; equal to ``gain`` up to rounding.
         constant_gain: The gain with every input gain equal to the mean.
-        response: Potential [T] that a constant input of 1 reaches without spikes: what the design
-            costs.
+        response: Potential [T] that a constant input of 1 reaches without spikes: the cost of the
+            design.
         constant_response: The same with constant input gains.
     """
 
@@ -44,11 +42,12 @@ class GainDesign:
 def optimal_input_gain(
     decay: float, T: int, *, mean: float = 1.0, objective: GainObjective = "l2", held: Held = "mean"
 ) -> GainDesign:
-    """Input gains of a given mean with the least gain. 在均值固定时使增益最小的输入增益。
+    """Input gains of a given mean with the smallest L2 or peak gain.
+    在均值固定时使增益最小的输入增益。
 
     Equation: minimise ``||L diag(p)||_2`` (``"l2"``) or the L2-to-peak constant (``"peak"``)
     subject to ``c' p = mean * sum(c)``, with ``c = 1`` for ``held="mean"`` and ``c = L' 1`` for
-    ``held="response"``, which holds the mean potential under a constant input instead. Both
+    ``held="response"``, which fixes the mean potential under a constant input instead. Both
     objectives are convex in p.
 
     ``"l2"``: with ``K = L^-1 L^-T`` (tridiagonal) the optimum is ``p`` in proportion to ``c w^-2``,
@@ -64,10 +63,10 @@ def optimal_input_gain(
     Args:
         decay: Fraction of the potential kept per step, in (0, 1].
         T: Number of time steps.
-        mean: Mean of the gains, > 0; for ``held="response"``, the constant gain whose response is
-            matched.
+        mean: Mean of the gains, > 0; for ``held="response"``, the constant gain with the same
+            response.
         objective: ``"l2"`` or ``"peak"``.
-        held: ``"mean"``, or ``"response"`` for the objective ``"l2"`` alone.
+        held: ``"mean"``, or (only for the objective ``"l2"``) ``"response"``.
 
     Raises:
         ValueError: If an argument is out of range or a name unknown, or ``held="response"`` is
@@ -120,18 +119,18 @@ def gain_penalty(net: nn.Module, *, normalized: bool = False) -> Tensor:
 
     Equation: ``sum over layers of ||L_decay diag(p)||_2^2``; with ``normalized`` each term is
     divided by ``mean(|p|)^2``. A small p lowers the first form, but a batch norm before the neuron
-    can undo that; only the shape of p changes the second one, which is least at
+    can undo that; the second one depends only on the shape of p and is smallest at
     :func:`optimal_input_gain`. The gradient of the first one is ``2 p[t] * (L' u)[t]^2`` with the
     top left singular vector u, which is unique unless p is 0. It is computed in float64 on the CPU:
     there are only T numbers per layer.
 
     Args:
-        net: Network with DLIF neurons; others have no learnable gain and do not count.
+        net: A network with DLIF neurons; other neurons have no learnable gain and are ignored.
         normalized: Whether each gain is divided by the mean of ``|p|``.
 
     Returns:
-        A scalar in float64 on the CPU, with a graph to every ``input_gain``; NaN if one of them is
-        not finite.
+        A scalar in float64 on the CPU, differentiable in every ``input_gain``; NaN if one of them
+        is not finite.
 
     Raises:
         ValueError: If the network has no DLIF neuron.

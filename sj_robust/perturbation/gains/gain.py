@@ -1,6 +1,4 @@
-"""How much a neuron's leaky sum over time can amplify a perturbation: exact gains and the printed
-constant.
-"""
+"""How much the leaky sum of a neuron can amplify a perturbation."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -154,9 +152,9 @@ def l2_gain_limit(decay: float | Tensor) -> Tensor:
     """Limit of :func:`l2_gain` for many time steps, ``1 / (1 - decay)``.
     时间步趋于无穷时的 L2 增益。
 
-    It bounds the gain of every T from above, and multiplies with ``max_t |input_gain[t]|`` where
-    there is one. At decay 1, a neuron without leak, it is infinite. Shape and type are those of
-    :func:`l2_gain`.
+    It is an upper bound of the gain for every T; with an input gain, multiply it by
+    ``max_t |input_gain[t]|``. At decay 1, for a neuron without leak, it is infinite. Shape and type
+    are those of :func:`l2_gain`.
 
     Args:
         decay: Fraction of the potential kept per step, in (0, 1], a number or a tensor [...].

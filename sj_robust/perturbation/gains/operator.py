@@ -34,10 +34,11 @@ class InputMap:
             input.
         norm: Spectral norm of the map, approached from below, or with ``upper_bound`` a bound on
             what the map does; None if the layer is not covered.
-        upper_bound: Whether max pooling lies between, which counts by its Lipschitz constant.
-        residual: How far from an exact singular value the estimate can be.
-        iterations: Products with the map, and as many with its adjoint.
-        not_covered: Why the layer has no norm; None if it has one.
+        upper_bound: Whether there is max pooling in between, which enters by its Lipschitz
+            constant.
+        residual: Largest possible distance of the estimate from an exact singular value.
+        iterations: Number of products with the map, and with its adjoint.
+        not_covered: The reason if the layer has no norm, else None.
     """
 
     name: str
@@ -58,7 +59,7 @@ def input_maps(
     max_iterations: int = 300,
     seed: int = 0,
 ) -> dict[str, InputMap]:
-    """Norm of the linear map before every spiking layer, in order of execution.
+    """The norm of the linear map before every spiking layer, in order of execution.
     各脉冲层之前线性映射的谱范数。
 
     Equation: with the spikes ``s_k`` of the layers (or the network's input) that feed a layer, its
@@ -67,37 +68,39 @@ def input_maps(
 
         ||x - x~||_2 <= norm * sqrt(sum_k ||s_k - s~_k||_2^2)
 
-    The network itself is run in evaluation mode, every spiking layer's output replaced by a free
-    variable: whatever is between them (convolutions with their stride, padding and groups, linear
-    layers, batch norm, average pooling, residual sums) is one map, whose products come from the
-    graph. The largest singular value is found by Lanczos bidiagonalisation, a power iteration that
-    keeps what it has seen. The estimate approaches the norm from below: compare with ``norm * (1 +
-    1e-3)``.
+    The network itself is run in evaluation mode, with the output of every spiking layer replaced by
+    a free variable: everything between them (convolutions with their stride, padding and groups,
+    linear layers, batch norm, average pooling, residual sums) is one map, whose products are
+    computed by automatic differentiation. The largest singular value is found by Lanczos
+    bidiagonalisation, a power iteration that keeps all earlier vectors. The estimate approaches the
+    norm from below: compare with ``norm * (1 + 1e-3)``.
 
-    A max pooling module is cut as well and counts by its Lipschitz constant, the root of the number
-    of windows that one value lies in (1 for disjoint windows, 2 for 3x3 windows of stride 2). With
-    c_k the bound of pooling k and W_0 the map from all that is not pooled, what is given is
-    ``||[W_0 W_k sqrt(c_k) ...]|| * sqrt(1 + sum_k c_k)`` (without the 1 if there is no W_0), an
-    upper bound by Cauchy-Schwarz and labelled so.
+    A max pooling module is also replaced and enters by its Lipschitz constant, the square root of
+    the number of windows that contain the same value (1 for disjoint windows, 2 for 3x3 windows of
+    stride 2). With the constant c_k of pooling k and the map W_0 from everything that is not
+    pooled, the result is ``||[W_0 W_k sqrt(c_k) ...]|| * sqrt(1 + sum_k c_k)`` (without the 1 if
+    there is no W_0), which is an upper bound by Cauchy-Schwarz and is labelled as one.
 
-    That the map is affine, complete, and the same at every step is checked on random values; a
-    layer that fails (attention, products of spikes, dropout that stays on, recurrence) is reported
-    with what ran before it. Modes, states, random state, gradients and hooks of the network are
-    left as they were; hooks of others see the runs. Layers that do not run are not listed.
+    Random values are used to check that the map is affine, complete, and the same at every step; a
+    layer that fails (attention, products of spikes, dropout in evaluation mode, recurrence) is
+    reported together with the modules that ran before it. Modes, states, gradients and hooks of the
+    network and the random state are restored; existing hooks see the runs. Layers that do not run
+    are not listed.
 
     Args:
         net: A SpikingJelly network, not the classifier around it.
-        frame: Input of one time step, normalised as the network gets it: [N, C, H, W] or [N, F];
-            its first sample counts, and only by its shape.
+        frame: Input of one time step, normalised as for the network: [N, C, H, W] or [N, F]; only
+            the shape of its first sample is used.
         takes: What ``net`` is called with, see :class:`sj_robust.core.convention.Convention`; None
-            asks its outermost step module. Where it takes images, the map from the input goes to
-            the currents of all time steps.
+            reads it from the outermost step module. Where it takes images, the map from the input
+            goes to the currents of all time steps.
         tolerance: Residual to stop at, relative to the norm.
-        max_iterations: Iterations to stop at; the residual then tells what was reached.
-        seed: Of the random values and start vectors.
+        max_iterations: Largest number of iterations; the residual then shows the accuracy that was
+            reached.
+        seed: Seed of the random values and start vectors.
 
     Raises:
-        ValueError: If the network has no SpikingJelly neuron or the frame no sample.
+        ValueError: If the network has no SpikingJelly neuron or the frame has no sample.
 
     Source: derived here; convolutions by their products as in Ryu et al., "Plug-and-Play Methods
         Provably Converge with Properly Trained Denoisers" (ICML 2019).

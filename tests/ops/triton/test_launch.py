@@ -39,7 +39,7 @@ def test_without_triton_the_named_backend_gives_one_error_with_its_remedy(gpu, i
     )  # then this is what is wrong, since CUDA builds bring Triton
     with pytest.raises(
         RuntimeError,
-        match="built without CUDA; install a CUDA build of torch; or take backend='auto'",
+        match="built without CUDA; install a CUDA build of torch; or use backend='auto'",
     ):
         check_backend("triton")
 
