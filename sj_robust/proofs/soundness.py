@@ -201,8 +201,7 @@ def check_maps(maps: Maps) -> None:
         return drawn.to(like.device)
 
     run = maps.traced(_SAMPLES, noise)
-    names = [*run.names, "the output"]
-    for number, name in enumerate(names):
+    for number, name in enumerate(run.names):
         value = run.currents[number].detach()
         shift = maps.shift(number, _SAMPLES)
         weights = noise(value)
