@@ -135,10 +135,10 @@ class TrainingRun:
             validation = self.validation.accuracy(
                 self.classifier,
                 validation_attacks,
-                self.plan.verified_eps,
-                self.plan.verified_method,
-                self.plan.verified_norm,
-                self.plan.verified_shift,
+                verified_eps=self.plan.verified_eps,
+                verified_method=self.plan.verified_method,
+                verified_norm=self.plan.verified_norm,
+                verified_shift=self.plan.verified_shift,
             )
         record = EpochRecord(
             epoch=self.epoch + 1,
