@@ -252,7 +252,7 @@ def _follows_its_equation(neuron: Neuron, currents: Tensor) -> bool:
     functional.reset_net(module)
     exact = Interval(currents.double(), currents.double())
     bounds = BoundedRun({neuron.name: neuron}, 1).spikes(neuron, exact)
-    modes = (False, True)
+    modes: tuple[bool, ...] = (False, True)
     if most is not None or not has_known_dynamics(module):
         modes = (False,)  # bounds are those of evaluation mode alone
     for training in modes:
