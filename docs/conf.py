@@ -10,10 +10,13 @@ from typing import Any
 
 from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
+from sphinx.util.logging import getLogger
 from sphinx.util.nodes import make_refnode
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
+sys.path[:0] = [str(ROOT), str(ROOT / "recipes"), str(ROOT / "tests")]
+
+from public_names import PUBLIC  # noqa: E402  after the path
 
 from sj_robust import __version__  # noqa: E402  after the path
 
@@ -161,6 +164,21 @@ def short_name(app: Any, environment: Any, node: Any, content: Any) -> Any:
     return make_refnode(app.builder, node["refdoc"], place.docname, place.node_id, content)
 
 
+def check_public_names(app: Any, environment: Any) -> None:
+    """Warn of public names without a place on the site. What a package takes from a module of its
+    own may have its place there.
+    """
+    for module, names in PUBLIC.items():
+        for name in names:
+            places = documented(environment).get(name, [])
+            is_there = any(place.startswith(f"{module}.") for place in places)
+            if not is_there and name != "__version__":
+                getLogger(__name__).warning(
+                    f"{module}.{name} is not on the site: docs/api names modules, a constant has "
+                    "a docstring"
+                )
+
+
 def lines_of_signatures(app: Any, page: str, template: str, context: Any, tree: Any) -> None:
     """Parameters on lines of their own are no list of definitions, as screen readers take <dl>."""
 
@@ -182,6 +200,7 @@ def setup(app: Any) -> None:
     """What Sphinx calls."""
     app.connect("source-read", include_readme)
     app.connect("autodoc-process-docstring", plain)
+    app.connect("env-check-consistency", check_public_names)
     app.connect("missing-reference", short_name)
     app.connect("html-page-context", lines_of_signatures)
     app.connect("build-finished", copy_leaderboard)

@@ -369,7 +369,7 @@ class _Search:
             self.failed = True
         else:
             for fires in (False, True):
-                self._wait(value, (*part.decisions, (*spike, fires)))
+                self._wait(value, (*part.decisions, Decision(*spike, fires)))
         if not self._asked and not self._waiting:
             self._rivals.pop(0)
             self._next_rival()

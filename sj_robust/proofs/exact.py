@@ -1,7 +1,8 @@
 """Exact decisions for small networks by a mixed-integer program."""
 
 import time
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from sj_robust.proofs.branching import Prover
 from sj_robust.proofs.moves import Shifts
 from sj_robust.proofs.relaxation import Maps, RelaxedRun, Stage, Step
 from sj_robust.proofs.rounding import reset_rounding
-from sj_robust.proofs.rules import Bounds
+from sj_robust.proofs.rules import Bounds, Pooling
 
 __all__ = ["Matrices", "mip"]
 
@@ -64,74 +65,185 @@ def mip(
     rivals = prover.rivals(run, image, label)
     if rivals.broken:
         return -torch.inf, rivals.broken[0]
-    weights, bounds = rivals.weights[0], rivals.bounds[0]
+    weights = rivals.weights[0]
+    bounds = rivals.bounds[0]
     lead = min((value for value in bounds.tolist() if value > 0), default=torch.inf)
     for k in bounds.argsort().tolist():
         if bounds[k] > 0:
             continue
-        for clear in (0.0, _CLEAR):
-            program = _Program(run, matrices, clear).of_rival(weights[k])
-            status, point = program.solve(end)
-            if status == "impossible" and not clear and _Tree(program).is_closed(end):
-                break
-            if status != "possible" or point is None:
-                return -torch.inf, None
-            pixels = torch.as_tensor(point[: image.numel()], device=image.device)
-            candidate = prover.solution(image, pixels.view(image.shape))
-            with torch.no_grad():
-                if bool(prover.logits(candidate).argmax(1) != label):
-                    return -torch.inf, candidate
-        else:
-            return -torch.inf, None
-        lead = min(lead, _TOLERANCE)
+        covered = _Program(run, matrices, _Covered()).of_rival(weights[k])
+        solution = covered.solve(end)
+        if solution.is_impossible and _Tree(covered).is_closed(end):
+            lead = min(lead, _TOLERANCE)
+            continue
+        fooling = _fooling(prover, image, label, solution)
+        if fooling is None and solution.point is not None:
+            clear = _Program(run, matrices, _Clear()).of_rival(weights[k])
+            fooling = _fooling(prover, image, label, clear.solve(end))
+        return -torch.inf, fooling
     return lead, None
 
 
+def _fooling(prover: Prover, image: Tensor, label: Tensor, solution: "_Solution") -> Tensor | None:
+    """The image of a solution, if there is one and the network classifies it wrong."""
+    if solution.point is None:
+        return None
+    pixels = torch.as_tensor(solution.point[: image.numel()], device=image.device)
+    candidate = prover.solution(image, pixels.view(image.shape))
+    with torch.no_grad():
+        wrong = prover.logits(candidate).argmax(1) != label
+    return candidate if bool(wrong) else None
+
+
+class _Rounding(ABC):
+    """How a program takes what float32 rounds."""
+
+    @abstractmethod
+    def slack(self, error: Any) -> Any:
+        """How far values may be from an equation, if float32 may be so far from it."""
+
+    @abstractmethod
+    def reached(self, below: float, error: Any) -> Any:
+        """What a potential with a spike is at least; below ``below`` there is none."""
+
+    @abstractmethod
+    def missed(self, above: float, error: Any) -> Any:
+        """What a potential without a spike is at most; from ``above`` on there is one."""
+
+    @abstractmethod
+    def lead(self, value: float, error: float) -> float:
+        """What must not be above 0 where a rival draws level, from the lead."""
+
+
+class _Covered(_Rounding):
+    """All of it may happen: what is infeasible is impossible for the network that runs."""
+
+    def slack(self, error: Any) -> Any:
+        return _TOLERANCE + error
+
+    def reached(self, below: float, error: Any) -> Any:
+        return below - _TOLERANCE
+
+    def missed(self, above: float, error: Any) -> Any:
+        return above + _TOLERANCE
+
+    def lead(self, value: float, error: float) -> float:
+        return value - error - _TOLERANCE
+
+
+class _Clear(_Rounding):
+    """None of it matters: a solution keeps so clear of thresholds and draws that the network that
+    runs most likely agrees.
+    """
+
+    def slack(self, error: Any) -> Any:
+        return _TOLERANCE
+
+    def reached(self, below: float, error: Any) -> Any:
+        return below + (_CLEAR + 10 * error)
+
+    def missed(self, above: float, error: Any) -> Any:
+        return above - (_CLEAR + 10 * error)
+
+    def lead(self, value: float, error: float) -> float:
+        return value - _TOLERANCE + 10 * _CLEAR
+
+
 @dataclass(frozen=True)
-class _Inequalities:
-    """Whether ``costs @ x + shift <= 0`` and ``matrix @ x <= limits`` for some x of a box.
+class _Solution:
+    """What HiGHS says of a program: a point, that there is none, or nothing in time."""
+
+    point: Any = None
+    is_impossible: bool = False
+
+
+@dataclass(frozen=True)
+class _LinearProgram:
+    """The least ``costs @ x`` over all x of a box with ``matrix @ x <= limits``.
 
     Attributes:
         costs: [columns].
-        shift: A number.
-        matrix: Sparse [rows, columns]; the largest entry of a row is in (1/2, 1].
+        matrix: Sparse [rows, columns].
         limits: [rows].
         lower: [columns].
         upper: [columns].
-        binaries: Numbers of the columns that must be 0 or 1.
-        largest: Largest coefficient of all before rows were scaled.
     """
 
     costs: Any
-    shift: float
     matrix: Any
     limits: Any
     lower: Any
     upper: Any
+
+    def solved(self) -> Any:
+        """What HiGHS finds."""
+        return _scipy("optimize").linprog(
+            self.costs,
+            A_ub=self.matrix,
+            b_ub=self.limits,
+            bounds=np.stack([self.lower, self.upper], 1),
+            method="highs-ds",
+        )
+
+    def fixed(self, column: int, value: float) -> "_LinearProgram":
+        """The part of the box where a column has a value."""
+        lower = self.lower.copy()
+        upper = self.upper.copy()
+        lower[column] = value
+        upper[column] = value
+        return replace(self, lower=lower, upper=upper)
+
+    def largest(self) -> Any:
+        """Largest absolute values of the columns."""
+        return np.maximum(np.abs(self.lower), np.abs(self.upper))
+
+    def safe_minimum(self, multipliers: Any) -> float:
+        """Lower bound of the costs from multipliers of the rows; see :class:`_Tree`."""
+        reduced = self.costs + self.matrix.T @ multipliers
+        least = np.minimum(reduced * self.lower, reduced * self.upper)
+        value = least.sum() - multipliers @ self.limits
+        sizes = np.abs(self.costs) + np.abs(self.matrix).T @ multipliers
+        size = sizes @ self.largest()
+        size = size + multipliers @ np.abs(self.limits)
+        return float(value - _ROUNDING * size)
+
+
+@dataclass(frozen=True)
+class _Inequalities:
+    """Whether ``costs @ x + shift <= 0`` for some x of a linear program, binaries being 0 or 1.
+
+    Attributes:
+        linear: The program; the largest entry of a row is in (1/2, 1].
+        shift: A number.
+        binaries: Numbers of the columns that must be 0 or 1.
+        largest: Largest coefficient of all before rows were scaled.
+    """
+
+    linear: _LinearProgram
+    shift: float
     binaries: Any
     largest: float
 
-    def solve(self, end: float) -> tuple[str, Any]:
-        """What HiGHS says: possible (with a point), impossible or unknown."""
+    def solve(self, end: float) -> _Solution:
+        """What HiGHS says."""
         optimize = _scipy("optimize")
         left = end - time.monotonic()
         if left <= 0 or not self.largest <= _LARGEST:
-            return "unknown", None
-        integral = np.zeros(len(self.costs))
+            return _Solution()
+        linear = self.linear
+        no_costs = np.zeros(len(linear.costs))
+        integral = np.zeros(len(linear.costs))
         integral[self.binaries] = 1.0
+        rows = optimize.LinearConstraint(linear.matrix, -np.inf, linear.limits)
+        draws_level = optimize.LinearConstraint(linear.costs[None], -np.inf, -self.shift)
         result = optimize.milp(
-            np.zeros(len(self.costs)),
+            no_costs,
             integrality=integral,
-            bounds=optimize.Bounds(self.lower, self.upper),
-            constraints=[
-                optimize.LinearConstraint(self.matrix, -np.inf, self.limits),
-                optimize.LinearConstraint(self.costs[None], -np.inf, -self.shift),
-            ],
+            bounds=optimize.Bounds(linear.lower, linear.upper),
+            constraints=[rows, draws_level],
             options={"time_limit": left},
         )
-        if result.x is not None:
-            return "possible", result.x
-        return ("impossible" if result.status == 2 else "unknown"), None
+        return _Solution(result.x, is_impossible=result.x is None and result.status == 2)
 
 
 class _Tree:
@@ -153,86 +265,62 @@ class _Tree:
     def __init__(self, program: _Inequalities) -> None:
         """See the class."""
         self.program = program
-        sparse = _scipy("sparse")
-        ones = np.ones((len(program.limits), 1))
-        self.relaxed = sparse.hstack([program.matrix, -ones]).tocsr()
-        widest = np.maximum(np.abs(program.lower), np.abs(program.upper))
-        self.most = float(
-            (np.abs(program.matrix) @ widest + np.abs(program.limits)).max(initial=1.0)
-        )
+        linear = program.linear
+        column = np.ones((len(linear.limits), 1))
+        self.relaxed = _scipy("sparse").hstack([linear.matrix, -column]).tocsr()
+        violations = np.abs(linear.matrix) @ linear.largest() + np.abs(linear.limits)
+        self.most = float(violations.max(initial=1.0))
 
     def is_closed(self, end: float) -> bool:
         """Whether all leaves are, found in time."""
-        program = self.program
-        waiting = [(program.lower, program.upper)]
+        waiting = [self.program.linear]
         while waiting:
             if time.monotonic() > end:
                 return False
-            lower, upper = waiting.pop()
-            found = _linear_program(program.costs, program.matrix, program.limits, lower, upper)
+            leaf = waiting.pop()
+            found = leaf.solved()
             if found.x is None:
-                if not self._is_empty(lower, upper):
+                if not self._is_empty(leaf):
                     return False
                 continue
-            pulls = _multipliers(found)
-            value = _safe_minimum(
-                program.costs, program.matrix, program.limits, lower, upper, pulls
-            )
-            if value + program.shift > 0:
+            multipliers = _multipliers(found)
+            if leaf.safe_minimum(multipliers) + self.program.shift > 0:
                 continue
-            column = self._branch(found.x, pulls)
+            column = self._branch(found.x, multipliers)
             if column is None:
                 return False
-            for spike in (0.0, 1.0):
-                low, high = lower.copy(), upper.copy()
-                low[column] = high[column] = spike
-                waiting.append((low, high))
+            waiting += [leaf.fixed(column, spike) for spike in (0.0, 1.0)]
         return True
 
-    def _is_empty(self, lower: Any, upper: Any) -> bool:
+    def _is_empty(self, leaf: _LinearProgram) -> bool:
         """Whether no x of a box satisfies all rows: the least violation is above 0."""
-        costs = np.zeros(len(lower) + 1)
+        costs = np.zeros(len(leaf.costs) + 1)
         costs[-1] = 1.0
-        lower, upper = np.append(lower, 0.0), np.append(upper, self.most)
-        limits = self.program.limits
-        found = _linear_program(costs, self.relaxed, limits, lower, upper)
-        if found.x is None:
-            return False
-        multipliers = _multipliers(found)
-        return _safe_minimum(costs, self.relaxed, limits, lower, upper, multipliers) > 0
+        violation = _LinearProgram(
+            costs=costs,
+            matrix=self.relaxed,
+            limits=leaf.limits,
+            lower=np.append(leaf.lower, 0.0),
+            upper=np.append(leaf.upper, self.most),
+        )
+        found = violation.solved()
+        return found.x is not None and violation.safe_minimum(_multipliers(found)) > 0
 
     def _branch(self, point: Any, multipliers: Any) -> int | None:
         """The binary that is none in a solution and has the most weight in its active rows."""
         binaries = self.program.binaries
-        broken = np.abs(point[binaries] - point[binaries].round()) > 1e-7
+        values = point[binaries]
+        broken = np.abs(values - values.round()) > 1e-7
         if not broken.any():
             return None
-        weight = (np.abs(self.program.matrix).T @ multipliers)[binaries]
-        return int(binaries[np.where(broken, 1e-9 + weight, 0.0).argmax()])
-
-
-def _linear_program(costs: Any, matrix: Any, limits: Any, lower: Any, upper: Any) -> Any:
-    bounds = np.stack([lower, upper], 1)
-    return _scipy("optimize").linprog(
-        costs, A_ub=matrix, b_ub=limits, bounds=bounds, method="highs-ds"
-    )
+        weight = (np.abs(self.program.linear.matrix).T @ multipliers)[binaries]
+        chosen = np.where(broken, 1e-9 + weight, 0.0).argmax()
+        return int(binaries[chosen])
 
 
 def _multipliers(found: Any) -> Any:
     """Multipliers >= 0 of the rows; any are sound."""
     return np.nan_to_num(np.maximum(-found.ineqlin.marginals, 0.0), posinf=0.0)
-
-
-def _safe_minimum(
-    costs: Any, matrix: Any, limits: Any, lower: Any, upper: Any, multipliers: Any
-) -> float:
-    """Lower bound of the costs over all x of the box with ``matrix @ x <= limits``."""
-    reduced = costs + matrix.T @ multipliers
-    value = np.minimum(reduced * lower, reduced * upper).sum() - multipliers @ limits
-    widest = np.maximum(np.abs(lower), np.abs(upper))
-    size = (np.abs(costs) + np.abs(matrix).T @ multipliers) @ widest
-    size = size + multipliers @ np.abs(limits)
-    return float(value - _ROUNDING * size)
 
 
 @dataclass(frozen=True)
@@ -273,6 +361,23 @@ class _Affine:
         return _Affine(self.matrix, self.shift + shift, self.slack + slack)
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """Columns of a program: their box, and which are 0 or 1."""
+
+    lower: Any
+    upper: Any
+    integral: Any
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a program: ``matrix @ x <= limits``; a limit may be that of all."""
+
+    matrix: Any
+    limits: Any
+
+
 class _Program:
     """The program of one image and one rival: a binary per undecided spike, and what hangs on them.
 
@@ -280,44 +385,44 @@ class _Program:
     undecided spikes, and potentials that a reset may or may not have changed.
     """
 
-    def __init__(self, run: RelaxedRun, matrices: "Matrices", clear: float) -> None:
+    def __init__(self, run: RelaxedRun, matrices: "Matrices", rounding: _Rounding) -> None:
         """Variables and constraints of the network; the rival is added by :meth:`of_rival`."""
-        self.clear, self.run = clear, run
+        self.run = run
+        self.rounding = rounding
         self.size = 0
-        self.columns: list[tuple[Any, Any, Any]] = []
-        self.limits: list[tuple[Any, Any]] = []
+        self.columns: list[_Columns] = []
+        self.rows: list[_Rows] = []
         self.leaves: dict[int, _Affine] = {}
         self.potentials: dict[str, _Affine] = {}
         box = run.leaves[0]
-        centre, radius = _flat(box.centre), _flat(box.radius)
+        centre = _flat(box.centre)
+        radius = _flat(box.radius)
         if run.changed is None:
             self.leaves[0] = self.variables(centre - radius, centre + radius)
         else:
             self.leaves[0] = self._changed(run.changed, centre)
         self.later = _undecided_later(run)
         for number, stage in enumerate(run.stages):
-            current = self.through(*matrices.of(run, number))
-            if stage.neuron is None and stage.pooling in (None, torch.relu):
+            current = self.through(matrices.of(run, number))
+            if stage.neuron is not None:
+                self._neurons(number, stage, current)
+            elif stage.pooling is None or stage.pooling is torch.relu:
                 raise NotImplementedError(
                     "no program is known for a network with ReLU, products or other functions; "
                     "use the method ibp, joint, crown or bab"
                 )
-            if stage.neuron is None:
-                self._pooling(stage, current, matrices.windows(run, number))
             else:
-                self._neurons(number, stage, current)
-        self.logits = self.through(*matrices.of(run, -1))
+                self._pooled(stage, stage.pooling, current, matrices.windows(run, number))
+        self.logits = self.through(matrices.of(run, -1))
 
     def _changed(self, frames: Bounds, values: Any) -> _Affine:
         """Event frames, of which at most some values or events change."""
         assert frames.changes is not None
         if isinstance(frames.changes, Shifts):
             return self._moved(frames.changes, values)
-        found = self.variables(np.zeros(len(values)), np.ones(len(values)), integral=True)
+        found = self.binaries(len(values))
         changes = found.times(1.0 - 2.0 * values).moved(values)
-        every = _scipy("sparse").csr_matrix(np.ones((1, len(values))))
-        number = _Affine(every @ changes.matrix, every @ changes.shift, np.zeros(1))
-        self.at_most(number, frames.changes.budget)
+        self.at_most(changes.through(_ones(len(values))), frames.changes.budget)
         return found
 
     def _moved(self, moves: Shifts, values: Any) -> _Affine:
@@ -332,12 +437,11 @@ class _Program:
         By the last line every event that leaves has its own place at most s frames away: the k-th
         that leaves is the k-th that comes.
         """
-        ball, frames = moves.ball, moves.frames
+        ball = moves.ball
+        frames = moves.frames
         assert ball is not None
         assert frames is not None
-        sparse = _scipy("sparse")
-        T = frames.shape[1]
-        most, shift = ball.most, min(ball.largest_shift, T - 1)
+        most = ball.most
         coming, leaving = (_flat(part) for part in ball.reach(frames))
         near = _flat(ball.near(frames))
         found = self.variables(
@@ -345,17 +449,19 @@ class _Program:
         )
         gone = self._events(leaving, most)
         new = self._events(np.minimum(near, 1.0) if ball.binary else near, most)
-        kept = found.plus(gone).plus(new.times(-1.0)).moved(-values)
-        self.at_most(kept, 0.0)
-        self.at_least(kept, 0.0)
-        lines = sparse.identity(len(values) // T)
+        left_over = found.plus(gone).plus(new.times(-1.0)).moved(-values)
+        self.at_most(left_over, 0.0)
+        self.at_least(left_over, 0.0)
+        T = frames.shape[1]
         until = np.tril(np.ones((T, T)))
-        later = until[np.minimum(np.arange(T) + shift, T - 1)]
+        last = np.minimum(np.arange(T) + ball.largest_shift, T - 1)
+        lines = _scipy("sparse").identity(len(values) // T)
+        so_far = _scipy("sparse").kron(until, lines).tocsr()
+        a_shift_later = _scipy("sparse").kron(until[last], lines).tocsr()
         for first, second in ((gone, new), (new, gone)):
-            left = first.through(sparse.kron(until, lines).tocsr())
-            right = second.through(sparse.kron(later, lines).tocsr())
-            self.at_most(left.plus(right.times(-1.0)), 0.0)
-        self.at_most(gone.through(sparse.csr_matrix(np.ones((1, len(values))))), moves.budget)
+            waiting = first.through(so_far).plus(second.through(a_shift_later).times(-1.0))
+            self.at_most(waiting, 0.0)
+        self.at_most(gone.through(_ones(len(values))), moves.budget)
         return found
 
     def _events(self, largest: Any, most: int) -> _Affine:
@@ -368,43 +474,50 @@ class _Program:
 
     def of_rival(self, weights: Tensor) -> _Inequalities:
         """The program whose costs are the lead that the weights give, with rows scaled."""
-        sparse, w = _scipy("sparse"), _flat(weights)
-        error = 0.0 if self.clear else float((weights.abs() * self.run.error[0]).sum())
-        costs = np.asarray(w @ _wide(self.logits.matrix, self.size)).ravel()
-        shift = float(w @ self.logits.shift) - error - _TOLERANCE + 10 * self.clear
-        lower, upper, integral = (
-            np.concatenate(parts) for parts in zip(*self.columns, strict=True)
-        )
-        matrix = sparse.csr_matrix((0, self.size))
-        limits = np.zeros(0)
-        if self.limits:
-            parts = [_wide(part, self.size) for part, _ in self.limits]
-            matrix = sparse.vstack(parts).tocsr()
-            limits = np.concatenate([np.broadcast_to(b, a.shape[0]) for a, b in self.limits])
-        highest = matrix.maximum(0) @ upper + matrix.minimum(0) @ lower
-        needed = highest > limits  # the others hold everywhere in the box
-        matrix, limits = matrix[needed], limits[needed]
-        sizes = abs(matrix).max(1).toarray().ravel() if len(limits) else np.zeros(0)
-        largest = max(np.abs(costs).max(initial=0.0), sizes.max(initial=0.0))
+        on_logits = _flat(weights)
+        costs = np.asarray(on_logits @ _wide(self.logits.matrix, self.size)).ravel()
+        error = float((weights.abs() * self.run.error[0]).sum())
+        lower = np.concatenate([part.lower for part in self.columns])
+        upper = np.concatenate([part.upper for part in self.columns])
+        integral = np.concatenate([part.integral for part in self.columns])
+        rows = self._needed_rows(lower, upper)
+        sizes = np.zeros(0)
+        if len(rows.limits):
+            sizes = abs(rows.matrix).max(1).toarray().ravel()
         # Powers of two, so that nothing is rounded.
         factors = np.exp2(-np.ceil(np.log2(np.where(sizes > 0, sizes, 1.0))))
-        return _Inequalities(
+        linear = _LinearProgram(
             costs=costs,
-            shift=shift,
-            matrix=_diagonal(factors) @ matrix,
-            limits=factors * limits,
+            matrix=_diagonal(factors) @ rows.matrix,
+            limits=factors * rows.limits,
             lower=lower,
             upper=upper,
+        )
+        return _Inequalities(
+            linear=linear,
+            shift=self.rounding.lead(float(on_logits @ self.logits.shift), error),
             binaries=np.flatnonzero(integral),
-            largest=float(largest),
+            largest=float(max(np.abs(costs).max(initial=0.0), sizes.max(initial=0.0))),
         )
 
-    def through(self, matrix: dict[int, Any], shift: Any) -> _Affine:
+    def _needed_rows(self, lower: Any, upper: Any) -> _Rows:
+        """The rows that do not hold everywhere in the box."""
+        matrix = _scipy("sparse").csr_matrix((0, self.size))
+        limits = np.zeros(0)
+        if self.rows:
+            parts = [_wide(part.matrix, self.size) for part in self.rows]
+            matrix = _scipy("sparse").vstack(parts).tocsr()
+            of_parts = [np.broadcast_to(part.limits, part.matrix.shape[0]) for part in self.rows]
+            limits = np.concatenate(of_parts)
+        highest = matrix.maximum(0) @ upper + matrix.minimum(0) @ lower
+        needed = highest > limits
+        return _Rows(matrix[needed], limits[needed])
+
+    def through(self, affine: "_Map") -> _Affine:
         """An affine map of the leaves."""
-        found = self.constant(shift)
-        for leaf, part in matrix.items():
-            values = self.leaves[leaf]
-            found = found.plus(_Affine(part @ values.matrix, part @ values.shift, 0.0 * shift))
+        found = self.constant(affine.shift)
+        for leaf, matrix in affine.of_leaves.items():
+            found = found.plus(self.leaves[leaf].through(matrix))
         return found
 
     def constant(self, values: Any) -> _Affine:
@@ -417,111 +530,148 @@ class _Program:
         count = len(lower)
         columns = np.arange(self.size, self.size + count)
         self.size += count
-        self.columns.append((lower, upper, np.full(count, float(integral))))
-        entries = np.ones(count), (np.arange(count), columns)
-        matrix = _scipy("sparse").csr_matrix(entries, shape=(count, self.size))
+        self.columns.append(_Columns(lower, upper, np.full(count, float(integral))))
+        matrix = _places(np.arange(count), columns, (count, self.size))
         return _Affine(matrix, np.zeros(count), np.zeros(count))
+
+    def binaries(self, count: int) -> _Affine:
+        """So many new columns that are 0 or 1."""
+        return self.variables(np.zeros(count), np.ones(count), integral=True)
 
     def at_most(self, values: _Affine, upper: Any) -> None:
         """Inequalities that hold for some values within the slack."""
-        self.limits.append((values.matrix, upper - values.shift + values.slack))
+        self.rows.append(_Rows(values.matrix, upper - values.shift + values.slack))
 
     def at_least(self, values: _Affine, lower: Any) -> None:
         """The same from below."""
         self.at_most(values.times(-1.0), -lower)
 
     def _neurons(self, number: int, stage: Stage, current: _Affine) -> None:
-        steps, count = len(stage.steps), stage.steps[0].lower[0].numel()
-        error = _flat(stage.current.error).reshape(steps, count)
+        """Spikes and potentials of a call of a spiking layer."""
         assert stage.neuron is not None
-        name, decay, rest = stage.neuron.name, stage.decay, stage.rest
+        name = stage.neuron.name
+        count = stage.steps[0].lower[0].numel()
+        error = _flat(stage.current.error).reshape(len(stage.steps), count)
         spikes = []
         for t, step in enumerate(stage.steps):
-            before = self.potentials.get(name, self.constant(np.full(count, rest)))
             rounding = _flat(step.error) + abs(step.gain) * error[t]
-            own = current.at(slice(t * count, (t + 1) * count)).times(step.gain)
-            charged = own.plus(before.times(decay)).moved(
-                (1.0 - decay) * rest, _TOLERANCE + (0.0 if self.clear else rounding)
-            )
-            fires, quiet = _flat(step.fires) > 0, _flat(step.quiet) > 0
-            open_ones = np.flatnonzero(fires & quiet)
+            own = current.at(slice(t * count, (t + 1) * count))
+            charged = self._charged(stage, step, own, rounding)
+            fires = _flat(step.fires) > 0
+            quiet = _flat(step.quiet) > 0
+            is_open = fires & quiet
+            open_ones = np.flatnonzero(is_open)
             spike = self._spike(fires & ~quiet, open_ones)
+            self._open_spikes(stage, step, charged, spike, rounding, open_ones)
             spikes.append(spike)
-            clear = self.clear + 10 * rounding[open_ones] if self.clear else 0.0
-            self._spiking(charged.at(open_ones), spike.at(open_ones), stage, step, open_ones, clear)
-            kept = np.flatnonzero((fires & quiet) & self.later[number, t])
-            self.potentials[name] = self._reset(stage, step, charged, spike, kept)
+            kept = np.flatnonzero(is_open & self.later[number, t])
+            self.potentials[name] = self._after_reset(stage, step, charged, spike, kept)
         self.leaves[stage.leaf] = _stacked(spikes, self.size)
+
+    def _charged(self, stage: Stage, step: Step, current: _Affine, rounding: Any) -> _Affine:
+        """The charged potentials h of a step."""
+        assert stage.neuron is not None
+        at_rest = self.constant(np.full(len(rounding), stage.rest))
+        before = self.potentials.get(stage.neuron.name, at_rest)
+        charged = current.times(step.gain).plus(before.times(stage.decay))
+        return charged.moved((1.0 - stage.decay) * stage.rest, self.rounding.slack(rounding))
 
     def _spike(self, sure: Any, open_ones: Any) -> _Affine:
         """Spikes of one step: decided, or a binary each."""
-        found = self.constant(sure)
-        binaries = self.variables(np.zeros(len(open_ones)), np.ones(len(open_ones)), integral=True)
-        return found.plus(_spread(binaries, open_ones, len(sure)))
+        binaries = self.binaries(len(open_ones))
+        return self.constant(sure).plus(_spread(binaries, open_ones, len(sure)))
 
-    def _spiking(
-        self, charged: _Affine, spike: _Affine, stage: Stage, step: Step, rows: Any, clear: Any
+    def _open_spikes(
+        self,
+        stage: Stage,
+        step: Step,
+        charged: _Affine,
+        spike: _Affine,
+        rounding: Any,
+        open_ones: Any,
     ) -> None:
-        """A spike if and only if the potential reaches the threshold, within ``around`` or clear of
-        it.
-        """
-        low, high = _flat(step.lower)[rows] - _TOLERANCE, _flat(step.upper)[rows] + _TOLERANCE
-        below, above = stage.around
-        if self.clear:
-            reached, missed = below + clear, above - clear
-        else:
-            reached, missed = below - _TOLERANCE, above + _TOLERANCE
-        self.at_least(charged.plus(spike.times(-np.maximum(reached - low, 0.0))), low)
-        room = np.maximum(high - missed, 0.0)
-        self.at_most(charged.plus(spike.times(-room)), np.maximum(missed, low))
+        """A spike if and only if the potential reaches the threshold.
 
-    def _reset(
+        Equation, for h in [low, high]::
+
+            h >= low + (reached - low) s,    h <= missed + (high - missed) s
+        """
+        h = charged.at(open_ones)
+        s = spike.at(open_ones)
+        low, high = _ends(step, open_ones)
+        below, above = stage.around
+        reached = self.rounding.reached(below, rounding[open_ones])
+        missed = self.rounding.missed(above, rounding[open_ones])
+        rise = np.maximum(reached - low, 0.0)
+        room = np.maximum(high - missed, 0.0)
+        self.at_least(h.plus(s.times(-rise)), low)
+        self.at_most(h.plus(s.times(-room)), np.maximum(missed, low))
+
+    def _after_reset(
         self, stage: Stage, step: Step, charged: _Affine, spike: _Affine, kept: Any
     ) -> _Affine:
         """Potentials after the reset; right for decided spikes, and for the ``kept`` ones."""
-        low, high = _flat(step.lower) - _TOLERANCE, _flat(step.upper) + _TOLERANCE
-        rest, theta = stage.rest, stage.threshold
+        low, high = _ends(step, slice(None))
         size = np.maximum(np.abs(low), np.abs(high))
-        rounding = np.zeros(len(size)) if self.clear else reset_rounding(size, rest, theta)
-        slack = _TOLERANCE + rounding
+        slack = self.rounding.slack(reset_rounding(size, stage.rest, stage.threshold))
+        slack = np.broadcast_to(slack, size.shape)
         if stage.soft:
-            return charged.plus(spike.times(-theta)).moved(0.0, slack)
+            return charged.plus(spike.times(-stage.threshold)).moved(0.0, slack)
         silent = 1.0 * (_flat(step.fires) == 0)
-        decided = charged.times(silent).moved((1.0 - silent) * rest, slack)
-        others = np.ones(len(low))
+        decided = charged.times(silent).moved((1.0 - silent) * stage.rest, slack)
+        others = np.ones(len(size))
         others[kept] = 0.0
-        above, below = np.maximum(high - rest, 0.0)[kept], np.maximum(rest - low, 0.0)[kept]
-        after = self.variables(
-            np.minimum(low[kept], rest) - 1.0, np.maximum(high[kept], rest) + 1.0
-        )
-        fired, own = spike.at(kept), charged.at(kept).moved(0.0, slack[kept])
-        change = after.plus(own.times(-1.0))
-        self.at_most(change.plus(fired.times(-below)), 0.0)
-        self.at_least(change.plus(fired.times(above)), 0.0)
-        self.at_most(after.plus(fired.times(above)).moved(0.0, slack[kept]), rest + above)
-        self.at_least(after.plus(fired.times(-below)).moved(0.0, slack[kept]), rest - below)
-        return decided.times(others).plus(_spread(after, kept, len(low)))
+        h = charged.at(kept).moved(0.0, slack[kept])
+        undecided = self._hard_reset(stage.rest, step, h, spike.at(kept), slack[kept], kept)
+        return decided.times(others).plus(_spread(undecided, kept, len(size)))
 
-    def _pooling(self, stage: Stage, current: _Affine, windows: Any) -> None:
-        assert stage.pooling is not None
-        bounds = stage.current.lower, stage.current.upper
-        low, error = _flat(bounds[0]), _flat(stage.current.error)
-        values = current.moved(0.0, _TOLERANCE + (0.0 if self.clear else error))
-        ends = [_flat(stage.pooling(part)) for part in bounds]
-        pooled = self.variables(ends[0] - _TOLERANCE, ends[1] + _TOLERANCE)
-        self.leaves[stage.leaf] = pooled
-        outputs, inputs = windows
-        chosen = self.variables(np.zeros(len(inputs)), np.ones(len(inputs)), integral=True)
-        above = pooled.at(outputs).plus(values.at(inputs).times(-1.0))
-        room = np.maximum(ends[1][outputs] - low[inputs], 0.0)
+    def _hard_reset(
+        self, rest: float, step: Step, h: _Affine, s: _Affine, slack: Any, kept: Any
+    ) -> _Affine:
+        """New columns v of potentials that are h where there is no spike, and rest where there is.
+
+        Equation, with ``above`` and ``below`` the distances of h's ends from rest::
+
+            -above s <= v - h <= below s,    -below (1 - s) <= v - rest <= above (1 - s)
+        """
+        low, high = _ends(step, kept)
+        above = np.maximum(high - rest, 0.0)
+        below = np.maximum(rest - low, 0.0)
+        v = self.variables(np.minimum(low, rest) - 1.0, np.maximum(high, rest) + 1.0)
+        change = v.plus(h.times(-1.0))
+        self.at_most(change.plus(s.times(-below)), 0.0)
+        self.at_least(change.plus(s.times(above)), 0.0)
+        self.at_most(v.plus(s.times(above)).moved(0.0, slack), rest + above)
+        self.at_least(v.plus(s.times(-below)).moved(0.0, slack), rest - below)
+        return v
+
+    def _pooled(
+        self, stage: Stage, pooling: Pooling, current: _Affine, windows: "_Windows"
+    ) -> None:
+        """Maxima: no input of a window is above its maximum, and one, which a binary chooses, is
+        equal to it.
+        """
+        lowest = _flat(pooling(stage.current.lower))
+        highest = _flat(pooling(stage.current.upper))
+        maxima = self.variables(lowest - _TOLERANCE, highest + _TOLERANCE)
+        self.leaves[stage.leaf] = maxima
+        values = current.moved(0.0, self.rounding.slack(_flat(stage.current.error)))
+        chosen = self.binaries(len(windows.inputs))
+        above = maxima.at(windows.outputs).plus(values.at(windows.inputs).times(-1.0))
+        low = _flat(stage.current.lower)[windows.inputs]
+        room = np.maximum(highest[windows.outputs] - low, 0.0)
         self.at_least(above, -_TOLERANCE)
         self.at_most(above.plus(chosen.times(room)), room + _TOLERANCE)
-        one_each = _scipy("sparse").csr_matrix(
-            (np.ones(len(inputs)), (outputs, np.arange(len(inputs)))),
-            shape=(len(ends[0]), len(inputs)),
-        )
-        sums = np.zeros(len(ends[0]))
-        self.at_least(_Affine(one_each @ chosen.matrix, sums, sums), 1.0)
+        shape = (len(highest), len(windows.inputs))
+        of_each = _places(windows.outputs, np.arange(len(windows.inputs)), shape)
+        self.at_least(chosen.through(of_each), 1.0)
+
+
+def _ends(step: Step, rows: Any) -> tuple[Any, Any]:
+    """Smallest and largest charged potentials of some neurons in one step."""
+    low = _flat(step.lower)[rows] - _TOLERANCE
+    high = _flat(step.upper)[rows] + _TOLERANCE
+    return low, high
 
 
 def _undecided_later(run: RelaxedRun) -> dict[tuple[int, int], Any]:
@@ -543,7 +693,7 @@ def _undecided_later(run: RelaxedRun) -> dict[tuple[int, int], Any]:
 
 def _wide(matrix: Any, size: int) -> Any:
     """A sparse matrix with as many columns."""
-    parts = matrix.data, matrix.indices, matrix.indptr
+    parts = (matrix.data, matrix.indices, matrix.indptr)
     return _scipy("sparse").csr_matrix(parts, shape=(matrix.shape[0], size))
 
 
@@ -551,17 +701,51 @@ def _diagonal(values: Any) -> Any:
     return _scipy("sparse").diags(values).tocsr()
 
 
+def _ones(count: int) -> Any:
+    """The map from so many values to their sum."""
+    return _scipy("sparse").csr_matrix(np.ones((1, count)))
+
+
+def _places(rows: Any, columns: Any, shape: tuple[int, int]) -> Any:
+    """A sparse matrix with ones in some places."""
+    ones = np.ones(len(rows))
+    return _scipy("sparse").csr_matrix((ones, (rows, columns)), shape=shape)
+
+
 def _spread(values: _Affine, rows: Any, count: int) -> _Affine:
     """Values in some of so many rows, 0 in the others."""
-    entries = np.ones(len(rows)), (rows, np.arange(len(rows)))
-    place = _scipy("sparse").csr_matrix(entries, shape=(count, len(rows)))
+    place = _places(rows, np.arange(len(rows)), (count, len(rows)))
     return _Affine(place @ values.matrix, place @ values.shift, place @ values.slack)
 
 
 def _stacked(parts: list[_Affine], size: int) -> _Affine:
-    matrix = _scipy("sparse").vstack([_wide(part.matrix, size) for part in parts]).tocsr()
-    shift, slack = (np.concatenate([getattr(p, key) for p in parts]) for key in ("shift", "slack"))
-    return _Affine(matrix, shift, slack)
+    matrices = [_wide(part.matrix, size) for part in parts]
+    return _Affine(
+        matrix=_scipy("sparse").vstack(matrices).tocsr(),
+        shift=np.concatenate([part.shift for part in parts]),
+        slack=np.concatenate([part.slack for part in parts]),
+    )
+
+
+@dataclass(frozen=True)
+class _Map:
+    """An affine map of the leaves.
+
+    Attributes:
+        of_leaves: By leaf a matrix [size of the current, size of the leaf].
+        shift: [size of the current].
+    """
+
+    of_leaves: dict[int, Any]
+    shift: Any
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Numbers of outputs and inputs of a max pooling that belong together."""
+
+    outputs: Any
+    inputs: Any
 
 
 class Matrices:
@@ -570,58 +754,57 @@ class Matrices:
     def __init__(self, maps: Maps) -> None:
         """Nothing is made yet."""
         self._maps = maps
-        self._affine: dict[int, tuple[dict[int, Any], Any]] = {}
-        self._windows: dict[int, Any] = {}
+        self._affine: dict[int, _Map] = {}
+        self._windows: dict[int, _Windows] = {}
 
-    def of(self, run: RelaxedRun, number: int) -> tuple[dict[int, Any], Any]:
-        """By leaf a matrix [size of the current, size of the leaf], and the shift; -1 is the map to
-        the logits.
-        """
+    def of(self, run: RelaxedRun, number: int) -> _Map:
+        """The map to the current of a stage; -1 is that to the logits."""
         if number not in self._affine:
-            sparse = _scipy("sparse")
-            batch_dim = 0 if number < 0 else run.stages[number].batch_dim
-            like = by_row(self._maps.shift(number, 1), 1, batch_dim)
-            size = like.numel()
-            fit = max(1, min(size, self._maps.rows_that_fit()))
-            blocks: dict[int, list[Any]] = {}
-            for first in range(0, size, fit):
-                units = torch.zeros((fit, size), dtype=torch.float64, device=like.device)
-                wanted = torch.arange(first, min(first + fit, size), device=like.device)
-                units[wanted - first, wanted] = 1.0
-                native = laid_out(units.view(fit, *like.shape[1:]), batch_dim)
-                for leaf, found in self._maps.adjoint(number, native, fit):
-                    rows = run.leaves[leaf].by_sample(found, fit)[: len(wanted)]
-                    blocks.setdefault(leaf, []).append(
-                        sparse.csr_matrix(rows.detach().cpu().numpy())
-                    )
-            self._affine[number] = (
-                {leaf: sparse.vstack(b).tocsr() for leaf, b in blocks.items()},
-                _flat(like),
-            )
+            self._affine[number] = self._map(run, number)
         return self._affine[number]
 
-    def windows(self, run: RelaxedRun, number: int) -> Any:
-        """Numbers of outputs and inputs of a max pooling that belong together, of all time
-        steps.
-        """
+    def windows(self, run: RelaxedRun, number: int) -> _Windows:
+        """Windows of a max pooling, of all time steps."""
         if number not in self._windows:
-            stage = run.stages[number]
-            assert stage.pooling is not None
-            part = stage.current.centre.detach()
-            frames, size = part.shape[0] // run.samples, part[0].numel()
-            units = torch.eye(size, dtype=torch.float64, device=part.device).view(
-                size, *part.shape[1:]
-            )
-            inputs, outputs = (
-                a.cpu().numpy() for a in stage.pooling(units).flatten(1).nonzero(as_tuple=True)
-            )
-            width = stage.pooling(part[:1]).numel()
-            steps = np.arange(frames)[:, None]
-            self._windows[number] = (
-                (outputs + steps * width).ravel(),
-                (inputs + steps * size).ravel(),
-            )
+            self._windows[number] = _windows_of(run.stages[number], run.samples)
         return self._windows[number]
+
+    def _map(self, run: RelaxedRun, number: int) -> _Map:
+        """The map, as many rows at a time as fit."""
+        batch_dim = 0 if number < 0 else run.stages[number].batch_dim
+        shift = by_row(self._maps.shift(number, 1), 1, batch_dim)
+        size = shift.numel()
+        fit = max(1, min(size, self._maps.rows_that_fit()))
+        blocks: dict[int, list[Any]] = {}
+        for first in range(0, size, fit):
+            wanted = torch.arange(first, min(first + fit, size), device=shift.device)
+            units = torch.zeros((fit, size), dtype=torch.float64, device=shift.device)
+            units[wanted - first, wanted] = 1.0
+            native = laid_out(units.view(fit, *shift.shape[1:]), batch_dim)
+            for leaf, found in self._maps.adjoint(number, native, fit):
+                rows = run.leaves[leaf].by_sample(found, fit)[: len(wanted)]
+                block = _scipy("sparse").csr_matrix(rows.detach().cpu().numpy())
+                blocks.setdefault(leaf, []).append(block)
+        of_leaves = {}
+        for leaf, parts in blocks.items():
+            of_leaves[leaf] = _scipy("sparse").vstack(parts).tocsr()
+        return _Map(of_leaves, _flat(shift))
+
+
+def _windows_of(stage: Stage, samples: int) -> _Windows:
+    """Windows from which of a frame's inputs alone each of its outputs is 1, for every frame."""
+    assert stage.pooling is not None
+    part = stage.current.centre.detach()
+    frames = part.shape[0] // samples
+    size = part[0].numel()
+    units = torch.eye(size, dtype=torch.float64, device=part.device)
+    pooled = stage.pooling(units.view(size, *part.shape[1:])).flatten(1)
+    inputs, outputs = (numbers.cpu().numpy() for numbers in pooled.nonzero(as_tuple=True))
+    steps = np.arange(frames)[:, None]
+    return _Windows(
+        outputs=(outputs + steps * pooled.shape[1]).ravel(),
+        inputs=(inputs + steps * size).ravel(),
+    )
 
 
 def _flat(part: Tensor) -> Any:

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sj_robust.proofs.changes import Changes, first_changes, frames_of_rows
@@ -120,20 +121,24 @@ class Moves:
         best = torch.zeros_like(w[:, 0])
         source = torch.zeros_like(best, dtype=torch.int64)
         target = torch.zeros_like(source)
-        T = x.shape[1]
-        for t in range(T):
-            for to in range(max(0, t - self.largest_shift), min(T, t + self.largest_shift + 1)):
-                possible = (x[:, t] > 0) & ((x[:, to] == 0) | (not self.binary))
+        for t in range(x.shape[1]):
+            for to in _places_near(t, x.shape[1], self.largest_shift):
+                possible = x[:, t] > 0
+                if self.binary:
+                    possible &= x[:, to] == 0
                 fall = torch.where(possible, w[:, t] - w[:, to], 0.0)
                 better = fall > best
                 best = torch.where(better, fall, best)
                 source = torch.where(better, t, source)
                 target = torch.where(better, to, target)
-        falls, places = best.topk(min(int(self.budget), best.shape[1]), 1)
-        chosen = torch.zeros_like(best).scatter(1, places, (falls > 0).to(best.dtype))
-        moved = chosen.to(x.dtype).unsqueeze(1)
-        found = x.scatter_add(1, source.unsqueeze(1), -moved)
-        return found.scatter_add(1, target.unsqueeze(1), moved).view(weights.shape)
+        count = min(int(self.budget), best.shape[1])
+        falls, places = best.topk(count, 1)
+        pays = (falls > 0).to(best.dtype)
+        chosen = torch.zeros_like(best).scatter(1, places, pays)
+        events = chosen.to(x.dtype).unsqueeze(1)
+        found = x.scatter_add(1, source.unsqueeze(1), -events)
+        found = found.scatter_add(1, target.unsqueeze(1), events)
+        return found.view(weights.shape)
 
     def drawn(self, frames: Tensor, generator: torch.Generator) -> Tensor:
         """Frames with as many moves as the budget allows, at random places."""
@@ -165,26 +170,28 @@ class Moves:
         if not self.binary or lines.shape[1] > _CODED:
             return alone
         patterns, number = _distinct(lines)
+        if not len(patterns):
+            return alone
         parts = []
         rows = []
         for which, pattern in enumerate(patterns.long().tolist()):
-            listed = _moved_lines(tuple(pattern), self.largest_shift, self.most)
             own = (number == which).nonzero().squeeze(1)
+            listed = _listed_moves(tuple(pattern), self.largest_shift, self.most)
+            part = alone[own] if listed is None else listed.gains(weights[own])
             rows.append(own)
-            if listed is None:
-                parts.append(alone[own])
-            else:
-                parts.append(_gains_of_listed(weights[own], *listed))
-        width = max((part.shape[1] for part in parts), default=1) or 1
-        padded = [torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]
-        return torch.cat(padded)[torch.cat(rows).argsort()] if parts else alone
+            parts.append(part)
+        width = max(1, *(part.shape[1] for part in parts))
+        padded = [F.pad(part, (0, width - part.shape[1])) for part in parts]
+        place = torch.cat(rows).argsort()
+        return torch.cat(padded)[place]
 
     def _gains_of_events(self, lines: Tensor, weights: Tensor) -> Tensor:
         """The same if each event moves for itself."""
         gain = _highest_within(weights, self.largest_shift) - weights
-        copies = max(1, min(self.most, int(lines.max()) if lines.numel() else 0))
-        every = torch.cat([gain * (lines >= number) for number in range(1, copies + 1)], 1)
-        return first_changes(every, self.budget, 1)
+        largest = int(lines.max()) if lines.numel() else 0
+        copies = max(1, min(self.most, largest))
+        of_copies = [gain * (lines >= number) for number in range(1, copies + 1)]
+        return first_changes(torch.cat(of_copies, 1), self.budget, 1)
 
 
 Events = Flips | Moves
@@ -237,28 +244,44 @@ class Shifts(Changes):
         assert self.ball is not None
         assert self.frames is not None
         lines = self.frames.flatten(2).transpose(1, 2)
-        shape = self.frames.shape
         patterns, number = _distinct(lines.flatten(0, 1))
         every = patterns.repeat_interleave(len(weights), 0)
         sums = weights.to(lines).repeat(len(patterns), 1)
-
-        def in_frames(gains: Tensor) -> tuple[Tensor, ...]:
-            by_pattern = gains.view(len(patterns), len(weights), -1)
-            by_line = by_pattern[number].view(shape[0], -1, *by_pattern.shape[1:])
-            kept = [part for part in by_line.unbind(3) if bool(part.any())] or [by_line[..., 0]]
-            return tuple(part.transpose(1, 2).reshape(shape) for part in kept)
-
-        up = in_frames(self.ball.gains(every, sums))
-        down = in_frames(self.ball.gains(every, -sums))
-        missing = len(up) - len(down)
-        nothing = (torch.zeros_like(up[0]),)
+        number = number.view(lines.shape[:2])
+        up = self._in_frames(self.ball.gains(every, sums), number)
+        down = self._in_frames(self.ball.gains(every, -sums), number)
+        count = max(len(up), len(down))
         return Shifts(
             self.budget,
-            up=up + nothing * max(0, -missing),
-            down=down + nothing * max(0, missing),
+            up=_with_zeros(up, count),
+            down=_with_zeros(down, count),
             frame=_frame_numbers(self.frames),
             apart=True,
         )
+
+    def _in_frames(self, gains: Tensor, number: Tensor) -> list[Tensor]:
+        """Gains of patterns and steps, [P T, moves], as those of every value of the frames, move by
+        move, without moves that gain nothing; ``number`` is the pattern of each line, [N, lines].
+        """
+        assert self.frames is not None
+        shape = self.frames.shape
+        by_pattern = gains.view(-1, shape[1], gains.shape[1])
+        by_line = by_pattern[number]
+        moves = [part for part in by_line.unbind(3) if bool(part.any())]
+        if not moves:
+            moves = [by_line[..., 0]]
+        return [part.transpose(1, 2).reshape(shape) for part in moves]
+
+
+def _with_zeros(parts: list[Tensor], count: int) -> tuple[Tensor, ...]:
+    """So many tensors, of which the last ones are zero."""
+    missing = count - len(parts)
+    return (*parts, *[torch.zeros_like(parts[0])] * missing)
+
+
+def _places_near(t: int, T: int, shift: int) -> range:
+    """Frames to which an event of frame t can move, its own included."""
+    return range(max(0, t - shift), min(T, t + shift + 1))
 
 
 def _frame_numbers(frames: Tensor) -> Tensor:
@@ -297,54 +320,72 @@ def _distinct(lines: Tensor) -> tuple[Tensor, Tensor]:
     return ((codes.unsqueeze(1) & powers) > 0).to(lines.dtype), number
 
 
-@lru_cache(maxsize=2**14)
-def _moved_lines(
-    line: tuple[int, ...], shift: int, most: int
-) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]] | None:
-    """What moves add to a binary line, [Q, T], and how many moves each takes; None if they are more
-    than can be listed.
+@dataclass(frozen=True)
+class _ListedMoves:
+    """All lines that moves lead to from one.
+
+    Attributes:
+        added: What moves add to it, [lines, T].
+        costs: Least number of moves that each takes.
     """
-    costs = {0: 0}  # by the places that are taken, as bits
+
+    added: tuple[tuple[int, ...], ...]
+    costs: tuple[int, ...]
+
+    def gains(self, weights: Tensor) -> Tensor:
+        """See :meth:`Moves.gains`: of lines that are this one, with weights [M, T]."""
+        sums = weights @ weights.new_tensor(self.added).T
+        costs = torch.tensor(self.costs, device=weights.device)
+        counts = range(max(self.costs) + 1)
+        best = [sums[:, costs <= moves].amax(1) for moves in counts]
+        return _concave(torch.stack(best, 1)).diff(dim=1)
+
+
+@lru_cache(maxsize=2**14)
+def _listed_moves(line: tuple[int, ...], shift: int, most: int) -> _ListedMoves | None:
+    """What at most so many moves can make of a binary line; None if it is more than can be
+    listed.
+    """
+    costs = {0: 0}  # by the places that the events so far take, as bits
     for t, event in enumerate(line):
         if not event:
             continue
-        after: dict[int, int] = {}
-        for taken, cost in costs.items():
-            for to in range(max(0, t - shift), min(len(line), t + shift + 1)):
-                price = cost + (to != t)
-                place = 1 << to
-                if not taken & place and price <= most:
-                    lowest = after.get(taken | place, price)
-                    after[taken | place] = min(lowest, price)
-        costs = after
+        costs = _with_an_event(costs, t, _places_near(t, len(line), shift), most)
         if len(costs) > _LISTED:
             return None
     added = []
     for taken in costs:
-        bits = [taken >> t & 1 for t in range(len(line))]
-        added.append(tuple(bit - event for bit, event in zip(bits, line, strict=True)))
-    return tuple(added), tuple(costs.values())
+        after = [taken >> t & 1 for t in range(len(line))]
+        added.append(tuple(b - a for a, b in zip(line, after, strict=True)))
+    return _ListedMoves(tuple(added), tuple(costs.values()))
 
 
-def _gains_of_listed(
-    weights: Tensor, added: tuple[tuple[int, ...], ...], costs: tuple[int, ...]
-) -> Tensor:
-    """Gains [M, moves] of lines with the same events."""
-    sums = weights @ weights.new_tensor(added).T
-    price = torch.tensor(costs, device=weights.device)
-    best = [sums[:, price <= number].amax(1) for number in range(max(costs) + 1)]
-    highest = _concave(torch.stack(best, 1))
-    return highest.diff(dim=1)
+def _with_an_event(costs: dict[int, int], t: int, near: range, most: int) -> dict[int, int]:
+    """The places that are taken once an event of frame t has its own as well, with the least number
+    of moves.
+    """
+    found: dict[int, int] = {}
+    for taken, cost in costs.items():
+        for to in near:
+            place = 1 << to
+            moves = cost + (to != t)
+            if taken & place or moves > most:
+                continue
+            together = taken | place
+            found[together] = min(moves, found.get(together, moves))
+    return found
 
 
 def _concave(values: Tensor) -> Tensor:
     """The least concave sequence [M, K] that is nowhere below the values."""
+    count = values.shape[1]
     columns = []
-    for k in range(values.shape[1]):
-        found = [values[:, k]]
+    for k in range(count):
+        heights = [values[:, k]]
         for i in range(k):
-            for j in range(k + 1, values.shape[1]):
+            for j in range(k + 1, count):
                 share = (k - i) / (j - i)
-                found.append((1 - share) * values[:, i] + share * values[:, j])
-        columns.append(torch.stack(found).amax(0))
+                chord = (1 - share) * values[:, i] + share * values[:, j]
+                heights.append(chord)
+        columns.append(torch.stack(heights).amax(0))
     return torch.stack(columns, 1)

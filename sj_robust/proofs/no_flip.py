@@ -1,8 +1,8 @@
 """The L2 radius within which no spike of the first spiking layer can flip."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,16 +91,19 @@ def no_flip_radius(model: SpikingClassifier, x: Tensor, *, batch_size: int = 64)
         model.find_convention(given)  # before anything is replaced
         exact = copy.deepcopy(model).double()
         rows = _row_norms(exact, given[:1].double(), batch_size)
-        neurons = find_neurons(model.net, {}, {})[0]
-        check_neurons({name: neurons[name] for name in rows}, model.T, given)
+        neurons, _, _ = find_neurons(model.net, {}, {})
+        driven = {name: neurons[name] for name in rows}
+        check_neurons(driven, model.T, given)
         parts = []
         for images in torch.split(given, batch_size):
             layers = _layers(exact, images.double(), rows)
             radius = images.new_full((len(images),), torch.inf, dtype=torch.float64)
             for layer in layers.values():
                 radius = torch.minimum(radius, layer.radius())
-            for name, rounding in _rounding(model, neurons, images, radius, list(rows)).items():
-                radius = torch.minimum(radius, layers[name].rounded_radius(radius, rounding))
+            found = _rounding(model, neurons, images, radius, list(rows))
+            for name, rounding in found.items():
+                in_float32 = layers[name].rounded_radius(radius, rounding)
+                radius = torch.minimum(radius, in_float32)
             parts.append(radius)
     return torch.cat(parts) if parts else x.new_zeros(0, dtype=torch.float64)
 
@@ -113,23 +116,25 @@ def _row_norms(model: SpikingClassifier, image: Tensor, batch_size: int) -> dict
     """
     neurons, others, _ = find_neurons(model.net, {}, {})
     names = [*neurons, *others]
-    at_zero, logits = _currents(model, torch.zeros_like(image), names)
-    found, moved = _currents(model, _probes(model, image), names)
-    if not _close(moved, logits):
+    black = _silent_run(model, torch.zeros_like(image), names)
+    probed = _silent_run(model, _probes(model, image), names)
+    if not _close(probed.logits, black.logits):
         raise NotImplementedError(
             "the input reaches the logits past all spiking layers, so no radius keeps them"
         )
     sums_of_squares = {}
-    for name, currents in found.items():
-        change = currents - at_zero[name]
+    for name, currents in probed.currents.items():
+        at_black = black.currents[name]
+        change = currents - at_black
         if bool(change.any()):
             _check_followed(name, neurons, others)
             _check_affine(name, change)
-            sums_of_squares[name] = torch.zeros_like(at_zero[name][0, 0])
+            sums_of_squares[name] = torch.zeros_like(at_black[0, 0])
     for basis in _bases(model, image, batch_size):
-        columns, _ = _currents(model, basis, list(sums_of_squares), whole=False)
+        columns = _currents(model, basis, list(sums_of_squares))
         for name, squares in sums_of_squares.items():
-            squares += (columns[name][0] - at_zero[name][0]).square().sum(0)
+            column = columns[name][0] - black.currents[name][0]
+            squares += column.square().sum(0)
     return {name: squares.sqrt() for name, squares in sums_of_squares.items()}
 
 
@@ -255,24 +260,36 @@ def _least(ratios: list[Tensor]) -> Tensor:
     return torch.stack(ratios, 1).flatten(1).amin(1)
 
 
+class _Calls:
+    """What went into a layer and came out, call by call."""
+
+    def __init__(self) -> None:
+        self.currents: list[Tensor] = []
+        self.spikes: list[Tensor] = []
+
+    def note(self, module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """A hook."""
+        self.currents.append(args[0])
+        self.spikes.append(output)
+
+
 def _layers(model: SpikingClassifier, images: Tensor, rows: dict[str, Tensor]) -> dict[str, _Layer]:
     """The layers that the input drives, in a run of the exact network."""
-    neurons = find_neurons(model.net, {}, {})[0]
-    calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in rows}
+    neurons, _, _ = find_neurons(model.net, {}, {})
+    calls = {name: _Calls() for name in rows}
     with ExitStack() as stack:
         for name, seen in calls.items():
-            hook = neurons[name].module.register_forward_hook(
-                lambda _, args, output, seen=seen: seen.append((args[0], output))
-            )
+            hook = neurons[name].module.register_forward_hook(seen.note)
             stack.callback(hook.remove)
         model(images)
     apart = isinstance(model, SpikingEventClassifier)
     found = {}
     for name, norms in rows.items():
         joined = torch.cat if neurons[name].module.step_mode == "m" else torch.stack
-        x_seq, spike_seq = (joined(parts) for parts in zip(*calls[name], strict=True))
-        steps = list(_steps(neurons[name], x_seq, spike_seq, norms, apart=apart))
-        found[name] = _Layer(neurons[name], steps)
+        x_seq = joined(calls[name].currents)
+        spike_seq = joined(calls[name].spikes)
+        steps = _steps(neurons[name], x_seq, spike_seq, norms, apart=apart)
+        found[name] = _Layer(neurons[name], list(steps))
     return found
 
 
@@ -283,7 +300,8 @@ def _steps(
 
     With ``apart``, the steps of the input are perturbed apart from each other.
     """
-    module, charging = neuron.module, neuron.charging()
+    module = neuron.module
+    charging = neuron.charging()
     decay = charging.decay_value
     v = torch.full_like(x_seq[0], module.v_reset or 0.0)
     reach = torch.zeros_like(v)  # squared, where the steps are perturbed apart
@@ -348,21 +366,58 @@ class _FoundError(Exception):
     """What lies behind need not run."""
 
 
-def _currents(
-    model: SpikingClassifier, images: Tensor, names: list[str], *, whole: bool = True
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Currents [T, N, *] of layers, and the logits, of a run in which these layers stay silent.
+@dataclass(frozen=True)
+class _SilentRun:
+    """A run in which some layers stay silent: their currents [T, N, *], and the logits."""
 
-    If it need not be the ``whole`` run, it ends with the last of these currents, and there are no
-    logits.
-    """
-    currents: dict[str, list[Tensor]] = {name: [] for name in names}
+    currents: dict[str, Tensor]
+    logits: Tensor
 
-    def silent(name: str, multi_step: bool) -> Any:
+
+def _silent_run(model: SpikingClassifier, images: Tensor, names: list[str]) -> _SilentRun:
+    """A run in which these layers stay silent."""
+    with _silent(model, names) as noted:
+        logits = model(images)
+    return _SilentRun(noted.stacked(), logits)
+
+
+def _currents(model: SpikingClassifier, images: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """Currents [T, N, *] of layers, from a run that ends with the last of them."""
+    with _silent(model, names) as noted, suppress(_FoundError):
+        noted.ends_the_run = True
+        model(images)
+    return noted.stacked()
+
+
+class _NotedCurrents:
+    """Currents of layers, step by step, which may end the run with the last one."""
+
+    def __init__(self, names: list[str], T: int) -> None:
+        self.steps: dict[str, list[Tensor]] = {name: [] for name in names}
+        self.T = T
+        self.ends_the_run = False
+
+    def note(self, name: str, steps: Iterable[Tensor]) -> None:
+        """Keep some more."""
+        self.steps[name].extend(steps)
+        if self.ends_the_run and all(len(found) == self.T for found in self.steps.values()):
+            raise _FoundError
+
+    def stacked(self) -> dict[str, Tensor]:
+        """All of each layer that ran, [T, N, *]."""
+        return {name: torch.stack(steps) for name, steps in self.steps.items() if steps}
+
+
+@contextmanager
+def _silent(model: SpikingClassifier, names: list[str]) -> Iterator[_NotedCurrents]:
+    """Context in which layers give no spikes, and their currents are noted."""
+    noted = _NotedCurrents(names, model.T)
+
+    def silent(name: str, module: Any) -> Callable[..., Tensor]:
+        is_single_step = getattr(module, "step_mode", "m") != "m"
+
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            currents[name].extend(x.unbind(0) if multi_step else [x])
-            if not whole and all(len(steps) == model.T for steps in currents.values()):
-                raise _FoundError
+            noted.note(name, [x] if is_single_step else x.unbind(0))
             return torch.zeros_like(x)
 
         return forward
@@ -370,12 +425,8 @@ def _currents(
     with ExitStack() as stack:
         for name in names:
             module: Any = model.net.get_submodule(name)
-            multi_step = getattr(module, "step_mode", "m") == "m"
-            stack.enter_context(other_forward(module, silent(name, multi_step)))
-        logits = torch.empty(0)
-        with suppress(_FoundError):
-            logits = model(images)
-    return {name: torch.stack(steps) for name, steps in currents.items() if steps}, logits
+            stack.enter_context(other_forward(module, silent(name, module)))
+        yield noted
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,19 +44,36 @@ _OPERATIONS = 500
 _OVERHEAD = 1e5
 """What a row costs however small the network is, likewise."""
 
+_MANY = 3
+"""Samples of a batch whose maps are compared."""
+
+_FEW = 2
+"""Samples of another one."""
+
 Bounded = Callable[[BoundedRun, Tensor, float | Events], Bounds]
 """Bounds of the logits that a run finds, for images [N, *] and eps."""
 
 LeafValue = Callable[[Tensor], Tensor]
 """Values of a leaf, for a tensor of its shape, device and precision."""
 
-Decision = tuple[int, int, int, bool]
-"""A spike that is assumed or ruled out: stage, step, number of the neuron in the layer, whether it
-fires.
-"""
-
 Slopes = dict[tuple[int, int], Tensor]
 """Slopes [R, *] of the linear functions below what each stage and step does."""
+
+
+class Decision(NamedTuple):
+    """A spike that is assumed or ruled out.
+
+    Attributes:
+        stage: Number of the call of the layer.
+        step: Its time step.
+        neuron: Number of the neuron in the layer.
+        fires: Whether there is a spike.
+    """
+
+    stage: int
+    step: int
+    neuron: int
+    fires: bool
 
 
 @dataclass
@@ -84,20 +102,25 @@ class Step:
 
     def decide(self, around: tuple[float, float]) -> None:
         """Whether there may be a spike, or none, as the bounds of h say; see :class:`Stage`."""
-        self.quiet, self.fires = self.lower < around[1], self.upper >= around[0]
+        below, above = around
+        self.quiet = self.lower < above
+        self.fires = self.upper >= below
         self.free = self.quiet & self.fires
 
     def assume(
         self, around: tuple[float, float], fires: bool, samples: Tensor, neurons: Tensor
     ) -> None:
         """Take spikes of neurons [D] of samples [D] as there or as ruled out."""
-        case, bound = (self.quiet, self.lower) if fires else (self.fires, self.upper)
-        case.view(len(case), -1)[samples, neurons] = False
+        below, above = around
+        impossible = self.quiet if fires else self.fires
+        impossible.view(len(impossible), -1)[samples, neurons] = False
+        bound = self.lower if fires else self.upper
         values = bound.view(len(bound), -1)
         known = values[samples, neurons]
-        values[samples, neurons] = (
-            known.clamp(min=around[0]) if fires else known.clamp(max=around[1])
-        )
+        if fires:
+            values[samples, neurons] = known.clamp(min=below)
+        else:
+            values[samples, neurons] = known.clamp(max=above)
 
 
 @dataclass
@@ -169,9 +192,19 @@ class Trace(BoundedRun):
         self.layouts: list[int] = []
 
     def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
-        self.currents.append(x.centre)
-        self.names.append(f"the layer {by.name}" if isinstance(by, Neuron) else by.name)
+        self.note(
+            x.centre, batch_dim, f"the layer {by.name}" if isinstance(by, Neuron) else by.name
+        )
+
+    def note(self, current: Tensor, batch_dim: int, name: str) -> None:
+        """Keep a current: of a stage, or at last the logits."""
+        self.currents.append(current)
         self.layouts.append(batch_dim)
+        self.names.append(name)
+
+    def shift_of(self, stage: int) -> Tensor:
+        """A stage's current, [N, *]."""
+        return by_row(self.currents[stage].detach(), self.samples, self.layouts[stage])
 
     def spikes(self, neuron: Neuron, x_seq: Interval) -> Interval:
         return x_seq
@@ -203,45 +236,61 @@ class Maps:
         """Raise NotImplementedError unless all samples have the same map, each of its own leaves,
         however many.
         """
-        samples, fewer = 3, 2
-        trace, other = self._trace(samples), self._trace(fewer)
-        layouts = [*trace.layouts, 0]
-        for number, (current, dim) in enumerate(zip(trace.currents, layouts, strict=True)):
-            rows = by_row(current.detach(), samples, dim)
-            own = torch.arange(1.0, samples + 1, dtype=rows.dtype, device=rows.device)
-            weights = torch.rand_like(rows[:1]).expand_as(rows)
-            scaled = own.view(-1, *[1] * (rows.ndim - 1)) * weights
-            found = [
-                (rows, rows[:1]),
-                (by_row(other.currents[number].detach(), fewer, dim), rows[:1]),
-            ]
-            for (leaf, once), (_, often), (_, alone) in zip(
-                self.adjoint(number, laid_out(weights, dim), samples),
-                self.adjoint(number, laid_out(scaled, dim), samples),
-                self.adjoint(number, laid_out(weights[:fewer], dim), fewer),
-                strict=True,
-            ):
-                a, b = (trace.leaves[leaf].by_sample(value, samples) for value in (once, often))
-                c = other.leaves[leaf].by_sample(alone, fewer)
-                found += [(a, a[:1]), (b, own.unsqueeze(1) * a[:1]), (c, a[:1])]
-            if not all(
-                torch.allclose(a, b.expand_as(a), rtol=1e-9, atol=1e-9 * (1 + float(b.abs().max())))
-                for a, b in found
-            ):
-                name = [*trace.names, "the output"][number]
+        for number, name in enumerate(self._trace(_MANY).names):
+            pairs = [*self._shifts_of_samples(number), *self._adjoints_of_samples(number)]
+            if not all(_nearly(found, expected) for found, expected in pairs):
                 raise NotImplementedError(
                     "no bounds are known for a network that mixes the samples of a batch, or "
                     f"treats them differently, as before {name}; give time steps first, [T, N, "
                     "*], and use no value of other images"
                 )
-        del self._traces[samples], self._traces[fewer]
+        del self._traces[_MANY], self._traces[_FEW]
+
+    def _shifts_of_samples(self, stage: int) -> list[tuple[Tensor, Tensor]]:
+        """What a stage's current is if all leaves are zero, in batches of two sizes, and what it
+        must be: that of the first sample.
+        """
+        many = self._trace(_MANY).shift_of(stage)
+        few = self._trace(_FEW).shift_of(stage)
+        first = many[:1]
+        return [(many, first), (few, first)]
+
+    def _adjoints_of_samples(self, stage: int) -> list[tuple[Tensor, Tensor]]:
+        """Weights on leaves that belong to given ones on a stage's current, and what they must be.
+
+        Equation, with A the map of one sample, u random and n = 1, 2, ... the number of a sample::
+
+            u on every sample gives A^T u on every sample, in a batch of any size
+            n u on sample n gives n A^T u on sample n
+        """
+        trace = self._trace(_MANY)
+        fewer = self._trace(_FEW)
+        dim = trace.layouts[stage]
+        current = trace.shift_of(stage)
+        once = torch.rand_like(current[:1]).expand_as(current)
+        factors = torch.arange(1.0, _MANY + 1, dtype=current.dtype, device=current.device)
+        often = factors.view(-1, *[1] * (current.ndim - 1)) * once
+        on_once = self.adjoint(stage, laid_out(once, dim), _MANY)
+        on_often = self.adjoint(stage, laid_out(often, dim), _MANY)
+        on_few = self.adjoint(stage, laid_out(once[:_FEW], dim), _FEW)
+        pairs = []
+        for (leaf, same), (_, scaled), (_, few) in zip(on_once, on_often, on_few, strict=True):
+            rows = trace.leaves[leaf].by_sample(same, _MANY)
+            scaled_rows = trace.leaves[leaf].by_sample(scaled, _MANY)
+            few_rows = fewer.leaves[leaf].by_sample(few, _FEW)
+            first = rows[:1]
+            pairs.append((rows, first))
+            pairs.append((scaled_rows, factors.unsqueeze(1) * first))
+            pairs.append((few_rows, first))
+        return pairs
 
     def adjoint(self, stage: int, weights: Tensor, rows: int) -> list[tuple[int, Tensor]]:
         """Weights on a stage's current (native layout, -1 for the logits) as weights on earlier
         leaves.
         """
         trace = self._trace(rows)
-        current, leaves = trace.currents[stage], [leaf.centre for leaf in trace.leaves]
+        current = trace.currents[stage]
+        leaves = [leaf.centre for leaf in trace.leaves]
         if not current.requires_grad:
             return []
         found = pulled_back(weights, current, leaves, create_graph=weights.requires_grad)
@@ -272,7 +321,8 @@ class Maps:
         """A run of so many rows whose leaves have the values that are given for one like them."""
         trace = Trace(self.neurons, rows, value)
         zeros = self.frame.new_zeros(rows, *self.frame.shape)
-        trace.currents.append(self.bounded(trace, zeros, 0.0).centre)
+        logits = self.bounded(trace, zeros, 0.0).centre
+        trace.note(logits, 0, "the output")
         return trace
 
     def _trace(self, rows: int) -> Trace:
@@ -320,15 +370,18 @@ class RelaxedRun(BoundedRun):
         """
         self.error: Tensor = torch.zeros(())
         """How far float32's logits can be from the map of the leaves, [N, classes]."""
-        self._maps, self._end, self._known = maps, end, known
+        self._maps = maps
+        self._end = end
+        self._known = known
         self._parts_of = parts_of
         self._left: Tensor | None = None
         if most is not None:
             self._left = torch.full((samples,), most)
         self._decisions: dict[tuple[int, int, bool], list[tuple[int, int]]] = {}
         for sample, own in enumerate(decisions or []):
-            for stage, step, neuron, fires in own:
-                self._decisions.setdefault((stage, step, fires), []).append((sample, neuron))
+            for one in own:
+                place = (one.stage, one.step, one.fires)
+                self._decisions.setdefault(place, []).append((sample, one.neuron))
 
     def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
         stage = Stage(len(self.leaves), x.same(), batch_dim)
@@ -345,14 +398,12 @@ class RelaxedRun(BoundedRun):
 
     def know(self, step: Step) -> None:
         """Add a step to the last stage, with all that is known of it beside intervals."""
-        number, stage = len(self.stages) - 1, self.stages[-1]
+        number = len(self.stages) - 1
+        stage = self.stages[-1]
         t = len(stage.steps)
         stage.steps.append(step)
         if self._known is not None:
-            earlier = self._known[number].steps[t]
-            rows = slice(None) if self._parts_of is None else self._parts_of
-            step.lower = torch.maximum(step.lower, earlier.lower[rows])
-            step.upper = torch.minimum(step.upper, earlier.upper[rows])
+            self._recall(step, self._known[number].steps[t])
         step.decide(stage.around)
         if self._maps is not None:
             self._tighten(self._maps, number, t)
@@ -365,26 +416,38 @@ class RelaxedRun(BoundedRun):
         impossible = (step.lower > step.upper) | ~(step.quiet | step.fires)
         self.empty = self.empty.to(impossible.device) | impossible.flatten(1).any(1)
 
+    def _recall(self, step: Step, earlier: Step) -> None:
+        """Cut a step's potentials off at the bounds of an earlier run."""
+        rows = slice(None) if self._parts_of is None else self._parts_of
+        step.lower = torch.maximum(step.lower, earlier.lower[rows])
+        step.upper = torch.minimum(step.upper, earlier.upper[rows])
+
     def _tighten(self, maps: Maps, number: int, t: int) -> None:
         """Bound the undecided potentials of a step by back-substitution."""
         step = self.stages[number].steps[t]
-        step.lower, step.upper = step.lower.clone(), step.upper.clone()
+        step.lower = step.lower.clone()
+        step.upper = step.upper.clone()
         samples, neurons = (step.quiet & step.fires).flatten(1).nonzero(as_tuple=True)
         if self._left is not None:
             kept = self._first_ones(samples, self._left)
-            samples, neurons = samples[kept], neurons[kept]
+            samples = samples[kept]
+            neurons = neurons[kept]
         rows = maps.rows_that_fit()
-        for sign, bound in ((1.0, step.lower), (-1.0, step.upper)):
+        parts = [slice(start, start + rows) for start in range(0, len(samples), rows)]
+        # the tighter of two bounds; NaN, if found, is none
+        ends = ((1.0, step.lower, torch.fmax), (-1.0, step.upper, torch.fmin))
+        for sign, bound, tighter in ends:
             values = bound.view(self.samples, -1)
-            limit = torch.fmax if sign > 0 else torch.fmin  # NaN, if found, is no bound
-            for start in range(0, len(samples), rows):
+            for part in parts:
                 if self._end is not None and time.monotonic() > self._end:
                     return
-                sample, neuron = samples[start : start + rows], neurons[start : start + rows]
+                sample = samples[part]
+                neuron = neurons[part]
                 weights = bound.new_zeros(len(sample), *bound.shape[1:])
-                weights.view(len(sample), -1)[torch.arange(len(sample)), neuron] = sign
-                found = minimum(maps, self, sample, weights, (number, t)).value
-                values[sample, neuron] = limit(values[sample, neuron], sign * found)
+                every = torch.arange(len(sample))
+                weights.view(len(sample), -1)[every, neuron] = sign
+                found = sign * minimum(maps, self, sample, weights, (number, t)).value
+                values[sample, neuron] = tighter(values[sample, neuron], found)
 
     def _first_ones(self, samples: Tensor, left: Tensor) -> Tensor:
         """Which of the rows, given sorted by their samples, their samples have work left for."""
@@ -403,7 +466,7 @@ class _RelaxedSpiking(Float32Spiking):
     def __init__(self, neuron: Neuron, layer: LayerBounds, run: RelaxedRun) -> None:
         super().__init__(neuron, layer)
         self.relaxed = run
-        run.stages[-1].around = self.below, self.above
+        run.stages[-1].around = (self.below, self.above)
 
     def decided(self, h: Interval, error: Tensor, gain: float) -> tuple[Interval, Interval]:
         step = Step(gain, h.low.contiguous(), h.high.contiguous(), error)
@@ -430,7 +493,7 @@ class Lower:
     gaps: dict[tuple[int, int], Tensor]
     weights: Tensor
 
-    def of(self, rows: Tensor) -> "Lower":
+    def of(self, rows: Tensor | slice) -> "Lower":
         """Some of the rows."""
         slopes = {key: part[rows] for key, part in self.slopes.items()}
         gaps = {key: part[rows] for key, part in self.gaps.items()}
@@ -488,12 +551,12 @@ def minimum(
     walk = _Walk(maps, run, samples, slopes)
     if start is None:
         walk.through(-1, weights, run.error[samples])
-    for number in reversed(range(len(run.stages) if start is None else start[0] + 1)):
-        walk.stage(
-            number,
-            weights if start is not None and number == start[0] else None,
-            start[1] if start else 0,
-        )
+        stages = len(run.stages)
+    else:
+        stages, step = start
+        walk.steps(stages, on_spikes=None, last=step, on_last=weights)
+    for number in reversed(range(stages)):
+        walk.stage(number)
     return walk.finished(rows)
 
 
@@ -503,7 +566,10 @@ class _Walk:
     """
 
     def __init__(self, maps: Maps, run: RelaxedRun, samples: Tensor, slopes: Slopes | None) -> None:
-        self.maps, self.run, self.samples, self.given = maps, run, samples, slopes
+        self.maps = maps
+        self.run = run
+        self.samples = samples
+        self.given = slopes
         self.on_leaves: dict[int, Tensor] = {}
         self.on_potentials: dict[str, Tensor] = {}
         self.rests: dict[str, float] = {}
@@ -526,124 +592,139 @@ class _Walk:
         self.add(self._by_row(-weights.abs() * error, number))
         self.add(self._by_row(weights * self.maps.shift(number, rows), number))
         for leaf, weight in self.maps.adjoint(number, weights, rows):
-            self.on_leaves[leaf] = (
-                self.on_leaves[leaf] + weight if leaf in self.on_leaves else weight
-            )
+            if leaf in self.on_leaves:
+                weight = self.on_leaves[leaf] + weight
+            self.on_leaves[leaf] = weight
 
-    def stage(self, number: int, start: Tensor | None, start_step: int) -> None:
-        """Replace a leaf, and the potentials of its layer, by the current; ``start`` are weights on
-        a step's h.
-        """
+    def stage(self, number: int) -> None:
+        """Replace a leaf, and the potentials of its layer, by the current."""
         stage = self.run.stages[number]
         weights = self.on_leaves.pop(stage.leaf, None)
-        if stage.neuron is None:
-            if weights is not None and stage.pooling is not None:
-                self._pooled(number, stage, weights)
-            elif weights is not None:
-                self._boxed(stage, weights)
+        if stage.neuron is not None:
+            on_spikes = None if weights is None else stage.rows_first(weights)
+            self.steps(number, on_spikes=on_spikes, last=len(stage.steps) - 1)
+        elif weights is None:
             return
+        elif stage.pooling is None:
+            self._boxed(stage, weights)
+        elif stage.pooling is torch.relu:
+            self._rectified(number, weights)
+        else:
+            self._pooled(number, stage.pooling, weights)
+
+    def steps(
+        self, number: int, *, on_spikes: Tensor | None, last: int, on_last: Tensor | None = None
+    ) -> None:
+        """Replace the steps of a spiking layer by its current, from the ``last`` one back to the
+        first.
+
+        ``on_spikes`` are weights [R, steps, *]; ``on_last`` are weights on the last step's charged
+        potential in the place of those on its spike and on the potential behind it.
+        """
+        stage = self.run.stages[number]
+        assert stage.neuron is not None
         name = stage.neuron.name
-        spikes = None if weights is None else stage.rows_first(weights)
-        potential = self.on_potentials.pop(name, None)
-        error = stage.rows_first(stage.current.error)[self.samples]
-        on_currents: list[Tensor | None] = [None] * error.shape[1]
-        for t in reversed(range(len(stage.steps) if start is None else start_step + 1)):
-            step, charged = stage.steps[t], None
-            if start is not None and t == start_step:
-                charged = start
-            elif spikes is not None or potential is not None:
-                zero = torch.zeros_like(step.lower[self.samples])
-                on_spike = zero if spikes is None else spikes[:, t]
-                charged = self._fired(number, t, on_spike, zero if potential is None else potential)
-            if charged is None:
+        on_potential = self.on_potentials.pop(name, None)
+        on_currents: dict[int, Tensor] = {}
+        for t in reversed(range(last + 1)):
+            if t == last and on_last is not None:
+                on_charged = on_last
+            elif on_spikes is None and on_potential is None:
                 continue
-            self.add(charged * ((1.0 - stage.decay) * stage.rest))
-            self.add(-charged.abs() * step.error[self.samples])
-            on_currents[t], potential = step.gain * charged, stage.decay * charged
-        if potential is not None:
-            self.on_potentials[name], self.rests[name] = potential, stage.rest
-        if given := [weight for weight in on_currents if weight is not None]:
-            whole = torch.stack(
-                [torch.zeros_like(given[0]) if w is None else w for w in on_currents], 1
-            )
-            self.through(number, stage.native(whole), stage.native(error))
+            else:
+                on_charged = self._fired(number, t, on_spikes, on_potential)
+            step = stage.steps[t]
+            self.add(on_charged * ((1.0 - stage.decay) * stage.rest))
+            self.add(-on_charged.abs() * step.error[self.samples])
+            on_currents[t] = step.gain * on_charged
+            on_potential = stage.decay * on_charged
+        if on_potential is not None:
+            self.on_potentials[name] = on_potential
+            self.rests[name] = stage.rest
+        if on_currents:
+            self._to_current(number, on_currents)
+
+    def _to_current(self, number: int, on_currents: dict[int, Tensor]) -> None:
+        """Go through the current of a spiking layer, of which some steps have weights [R, *]."""
+        stage = self.run.stages[number]
+        error = stage.rows_first(stage.current.error)[self.samples]
+        nothing = torch.zeros_like(next(iter(on_currents.values())))
+        weights = [on_currents.get(t, nothing) for t in range(error.shape[1])]
+        self.through(number, stage.native(torch.stack(weights, 1)), stage.native(error))
 
     def finished(self, rows: int) -> Lower:
         """The bound: what is left hangs on the input and on the potentials at the start."""
         for name, weights in self.on_potentials.items():
             self.add(weights * self.rests[name])
         box = self.run.leaves[0]
-        centre, radius = box.centre.detach()[self.samples], box.radius[self.samples]
+        centre = box.centre.detach()[self.samples]
         weights = self.on_leaves.pop(0, torch.zeros_like(centre))
         self.add(weights * centre)
         if self.run.changed is None:
-            self.add(-weights.abs() * radius)
+            self.add(-weights.abs() * box.radius[self.samples])
         else:
             assert self.run.changed.changes is not None
             self.add(-self.run.changed.changes.falls(self.samples, weights))
         value = self.value - _ROUNDING * self.size
-        cut = [
-            {key: part[:rows] for key, part in parts.items()} for parts in (self.slopes, self.gaps)
-        ]
-        return Lower(value[:rows], cut[0], cut[1], weights.detach()[:rows])
+        return Lower(value, self.slopes, self.gaps, weights.detach()).of(slice(rows))
 
-    def _fired(self, number: int, t: int, on_spike: Tensor, on_potential: Tensor) -> Tensor:
-        """Weights on h instead of those on the spike and on the potential after the reset."""
+    def _fired(
+        self, number: int, t: int, on_spikes: Tensor | None, on_potential: Tensor | None
+    ) -> Tensor:
+        """Weights on h instead of those on the spike and on the potential after the reset; see the
+        equation of :func:`minimum`.
+        """
         stage = self.run.stages[number]
-        step, around = stage.steps[t], stage.around
-        lower, upper, quiet, fires = (
-            part[self.samples] for part in (step.lower, step.upper, step.quiet, step.fires)
-        )
-        size = torch.maximum(lower.abs(), upper.abs())
-        self.add(-on_potential.abs() * reset_rounding(size, stage.rest, stage.threshold))
-
-        def after(h: Tensor) -> Tensor:
-            return on_spike + on_potential * ((h - stage.threshold) if stage.soft else stage.rest)
-
-        ends = [lower, upper.clamp(max=around[1]), lower.clamp(min=around[0]), upper]
-        values = [on_potential * ends[0], on_potential * ends[1], after(ends[2]), after(ends[3])]
+        step = stage.steps[t]
+        quiet = step.quiet[self.samples]
+        fires = step.fires[self.samples]
+        h = Interval(step.lower[self.samples], step.upper[self.samples])
+        nothing = torch.zeros_like(h.low)
+        on_spike = nothing if on_spikes is None else on_spikes[:, t]
+        if on_potential is None:
+            on_potential = nothing
+        self.add(-on_potential.abs() * reset_rounding(h.size(), stage.rest, stage.threshold))
+        silent = _without_spike(stage, h, on_potential)
+        fired = _with_spike(stage, h, on_spike, on_potential)
         if self.given is not None:
-            slope = self.given[number, t]
-            slope = torch.cat([slope, slope[:1].expand(len(lower) - len(slope), *slope.shape[1:])])
+            slope = self._given_slope(number, t)
         else:
-            alone = torch.where(
-                fires, on_potential if stage.soft else torch.zeros_like(lower), on_potential
-            )
-            slope = torch.where(quiet & fires, _slope(ends, values, stage.threshold), alone)
-        heights = torch.stack(
-            [value - slope * end for value, end in zip(values, ends, strict=True)]
-        )
+            after_spike = on_potential if stage.soft else nothing
+            of_only_piece = torch.where(fires, after_spike, on_potential)
+            of_hull = _slope(silent, fired, stage.threshold)
+            slope = torch.where(quiet & fires, of_hull, of_only_piece)
+        heights = torch.stack([*silent.heights(slope), *fired.heights(slope)])
         possible = torch.stack([quiet, quiet, fires, fires])
         offset = heights.masked_fill(~possible, torch.inf).amin(0)
         offset = torch.where(quiet | fires, offset, 0.0)  # of an empty part of a box
         self.add(offset)
+        highest = heights.masked_fill(~possible, -torch.inf).amax(0)
         self.slopes[number, t] = slope.detach()
-        self.gaps[number, t] = (
-            heights.masked_fill(~possible, -torch.inf).amax(0) - offset
-        ).detach()
+        self.gaps[number, t] = (highest - offset).detach()
         return slope
 
-    def _pooled(self, number: int, stage: Stage, weights: Tensor) -> None:
+    def _given_slope(self, number: int, t: int) -> Tensor:
+        """The slope that was asked for, with rows for what :func:`minimum` filled up."""
+        assert self.given is not None
+        slope = self.given[number, t]
+        missing = len(self.samples) - len(slope)
+        return torch.cat([slope, slope[:1].expand(missing, *slope.shape[1:])])
+
+    def _pooled(self, number: int, pooling: Pooling, weights: Tensor) -> None:
         """A maximum is at least the value whose lower bound is the largest, and at most the largest
         upper bound.
         """
-        assert stage.pooling is not None
-        current = stage.current
-        lower, upper, error = (
-            laid_out(by_row(part, self.run.samples, stage.batch_dim)[self.samples], stage.batch_dim)
-            for part in (current.lower, current.upper, current.error)
-        )
-        if stage.pooling is torch.relu:
-            self._rectified(number, weights, Interval(lower, upper), error)
-            return
-        self.add(self._by_row(weights.clamp(max=0) * stage.pooling(upper), number))
+        current = self.run.stages[number].current
+        upper = self._of_samples(current.upper, number)
+        self.add(self._by_row(weights.clamp(max=0) * pooling(upper), number))
+        lower = self._of_samples(current.lower, number)
         with torch.enable_grad():
             lower.requires_grad_()
-            pooled = stage.pooling(lower)
+            pooled = pooling(lower)
         above = weights.clamp(min=0)
         total = (above * pooled).sum()
         chosen = torch.autograd.grad(total, lower, create_graph=weights.requires_grad)[0]
-        self.through(number, chosen, error)
+        self.through(number, chosen, self._of_samples(current.error, number))
 
     def _boxed(self, stage: Stage, weights: Tensor) -> None:
         """A product or another function of which no line is known is bounded by its interval."""
@@ -653,20 +734,68 @@ class _Walk:
         radius = by_row(leaf.radius, self.run.samples, leaf.batch_dim)[self.samples]
         self.add(rows * centre - rows.abs() * radius)
 
-    def _rectified(self, number: int, weights: Tensor, x: Interval, error: Tensor) -> None:
+    def _rectified(self, number: int, weights: Tensor) -> None:
         """ReLU is at least ``a x`` for any a in [0, 1], and at most the line through both ends."""
-        below = (x.high > -x.low).to(x.low.dtype)
-        rise = x.high.relu() - x.low.relu()
-        slope = torch.where(x.high > x.low, rise / (x.high - x.low), below)
-        under, over = weights.clamp(min=0), weights.clamp(max=0)
-        self.add(self._by_row(over * (x.low.relu() - slope * x.low), number))
+        current = self.run.stages[number].current
+        low = self._of_samples(current.lower, number)
+        high = self._of_samples(current.upper, number)
+        below = (high > -low).to(low.dtype)
+        rise = high.relu() - low.relu()
+        slope = torch.where(high > low, rise / (high - low), below)
+        under = weights.clamp(min=0)
+        over = weights.clamp(max=0)
+        self.add(self._by_row(over * (low.relu() - slope * low), number))
+        error = self._of_samples(current.error, number)
         self.through(number, under * below + over * slope, error)
 
+    def _of_samples(self, part: Tensor, number: int) -> Tensor:
+        """A part of a stage's current, of the sample of each row, in native layout."""
+        batch_dim = self.run.stages[number].batch_dim
+        rows = by_row(part, self.run.samples, batch_dim)
+        return laid_out(rows[self.samples], batch_dim)
+
     def _by_row(self, term: Tensor, number: int) -> Tensor:
-        """A term in native layout as [R, *]."""
-        return by_row(
-            term, len(self.samples), self.run.stages[number].batch_dim if number >= 0 else 0
-        )
+        """A term in native layout as [R, *]; -1 are the logits."""
+        batch_dim = self.run.stages[number].batch_dim if number >= 0 else 0
+        return by_row(term, len(self.samples), batch_dim)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One of the two lines of what a neuron adds to the sum, f(h); see :func:`minimum`.
+
+    Attributes:
+        h: Charged potentials for which it holds.
+        at_low: f at their lower end.
+        at_high: f at the upper one.
+    """
+
+    h: Interval
+    at_low: Tensor
+    at_high: Tensor
+
+    def heights(self, slope: Tensor) -> tuple[Tensor, Tensor]:
+        """At both ends, how far f is above a line of this slope through the origin."""
+        return self.at_low - slope * self.h.low, self.at_high - slope * self.h.high
+
+
+def _without_spike(stage: Stage, h: Interval, on_potential: Tensor) -> _Piece:
+    """What f is below the threshold: the potential stays."""
+    _, above = stage.around
+    silent = Interval(h.low, h.high.clamp(max=above))
+    return _Piece(silent, on_potential * silent.low, on_potential * silent.high)
+
+
+def _with_spike(stage: Stage, h: Interval, on_spike: Tensor, on_potential: Tensor) -> _Piece:
+    """What f is from the threshold on: a spike, and the potential after the reset."""
+    below, _ = stage.around
+    fired = Interval(h.low.clamp(min=below), h.high)
+    if not stage.soft:
+        value = on_spike + on_potential * stage.rest
+        return _Piece(fired, value, value)
+    at_low = on_spike + on_potential * (fired.low - stage.threshold)
+    at_high = on_spike + on_potential * (fired.high - stage.threshold)
+    return _Piece(fired, at_low, at_high)
 
 
 def raised(maps: Maps, run: RelaxedRun, samples: Tensor, weights: Tensor, *, rounds: int) -> Lower:
@@ -702,7 +831,10 @@ class _Ascent:
     def __init__(
         self, maps: Maps, run: RelaxedRun, samples: Tensor, weights: Tensor, first: Lower
     ) -> None:
-        self.maps, self.run, self.samples, self.weights = maps, run, samples, weights
+        self.maps = maps
+        self.run = run
+        self.samples = samples
+        self.weights = weights
         self.start = first.slopes
         self.scales: Slopes = {}
         self.moved: Slopes = {}
@@ -732,7 +864,8 @@ class _Ascent:
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone, each as if the others had never been there."""
-        self.samples, self.weights = self.samples[rows], self.weights[rows]
+        self.samples = self.samples[rows]
+        self.weights = self.weights[rows]
         for parts in (self.start, self.scales):
             for key, part in parts.items():
                 parts[key] = part[rows]
@@ -755,24 +888,35 @@ def _better(first: Lower, second: Lower) -> Lower:
     def chosen(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(take.view(-1, *[1] * (a.ndim - 1)), b.detach(), a)
 
-    slopes, gaps = (
-        {key: chosen(a[key], b[key]) for key in a}
-        for a, b in ((first.slopes, second.slopes), (first.gaps, second.gaps))
-    )
     return Lower(
-        chosen(first.value, second.value), slopes, gaps, chosen(first.weights, second.weights)
+        value=chosen(first.value, second.value),
+        slopes={key: chosen(slope, second.slopes[key]) for key, slope in first.slopes.items()},
+        gaps={key: chosen(gap, second.gaps[key]) for key, gap in first.gaps.items()},
+        weights=chosen(first.weights, second.weights),
     )
 
 
-def _slope(ends: list[Tensor], values: list[Tensor], threshold: float) -> Tensor:
+def _nearly(found: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors of float64 runs are the same up to rounding."""
+    size = 1 + float(expected.abs().max())
+    return torch.allclose(found, expected.expand_as(found), rtol=1e-9, atol=1e-9 * size)
+
+
+def _slope(silent: _Piece, fired: _Piece, threshold: float) -> Tensor:
     """Slope of the edge of the lower convex hull that is highest in the middle; any slope is
     sound.
+
+    The hull of f has an edge from end to end, or two that meet at the jump, at the lower of f's two
+    values there.
     """
-    lower, upper = ends[0], ends[3]
-    width = (upper - lower).clamp(min=1e-12)
-    jump = torch.minimum(torch.full_like(lower, threshold), upper).maximum(lower)
-    corner = torch.minimum(values[1], values[2])
-    rise = (values[3] - values[0]) / width
-    left = (corner - values[0]) / (jump - lower).maximum(1e-3 * width)
-    right = (values[3] - corner) / (upper - jump).maximum(1e-3 * width)
-    return torch.where(left < right, torch.where(lower + upper > 2 * jump, right, left), rise)
+    low = silent.h.low
+    high = fired.h.high
+    width = (high - low).clamp(min=1e-12)
+    jump = torch.minimum(torch.full_like(low, threshold), high).maximum(low)
+    at_jump = torch.minimum(silent.at_high, fired.at_low)
+    whole = (fired.at_high - silent.at_low) / width
+    left = (at_jump - silent.at_low) / (jump - low).maximum(1e-3 * width)
+    right = (fired.at_high - at_jump) / (high - jump).maximum(1e-3 * width)
+    middle_is_right = low + high > 2 * jump
+    edge = torch.where(middle_is_right, right, left)
+    return torch.where(left < right, edge, whole)

@@ -6,7 +6,7 @@ The rules of affine maps and of what only moves elements stand here; those of ot
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -43,6 +43,10 @@ def _affine(
 ) -> Bounds:
     """Bounds of ``apply(x) + shift``; ``absolute`` is the map whose entries are the absolute values
     of apply's, and ``changes`` what is known of changed events behind it.
+
+    Equation, with g the growth of a sum of so many terms by rounding::
+
+        centre = A c + b,    radius = |A| r,    error = |A| (e + g (|c| + r + e)) + g |b|
     """
     shift = x.centre.new_zeros(()) if shift is None else shift.to(x.centre.dtype)
     centre = apply(x.centre) + shift
@@ -293,20 +297,27 @@ def moved(func: Any, *args: Any, **kwargs: Any) -> Any:
     names = ["centre", "radius"]
     if run is None or run.rounded:
         names.append("error")
-    parts = [func(*_part(args, name, run), **kwargs) for name in names]
-    alone = isinstance(parts[0], Tensor)
-    parts_of_each = [parts] if alone else zip(*parts, strict=True)
-    views = []
-    for parts_of_one in parts_of_each:
-        by_name = dict(zip(names, parts_of_one, strict=True))
-        views.append(Bounds(**by_name, run=run))
+    parts = {name: func(*_part(args, name, run), **kwargs) for name in names}
+    results = parts["centre"]
+    is_one = isinstance(results, Tensor)
+    if is_one:
+        views = [Bounds(**parts, run=run)]
+    else:
+        views = []
+        for number in range(len(results)):
+            of_one = {name: part[number] for name, part in parts.items()}
+            views.append(Bounds(**of_one, run=run))
     _move_changes(views, func, args, kwargs)
-    found = views[0] if alone else type(parts[0])(views)
     if not copies and isinstance(args[0], Bounds):
-        for view in views:
-            args[0].family += view.family
-            view.family = args[0].family
-    return found
+        _share_memory(args[0], views)
+    return views[0] if is_one else type(results)(views)
+
+
+def _share_memory(x: Bounds, views: list[Bounds]) -> None:
+    """Note that all of these are views of one another, so that what is written to one is seen."""
+    for view in views:
+        x.family += view.family
+        view.family = x.family
 
 
 def _move_changes(views: list[Bounds], func: Any, args: Any, kwargs: Any) -> None:
@@ -316,14 +327,14 @@ def _move_changes(views: list[Bounds], func: Any, args: Any, kwargs: Any) -> Non
         return
     name = func.__name__.strip("_")
     apart = name in _ONCE or (name == "getitem" and _is_slice(args[1]))
+
+    def result(number: int, part: Tensor) -> Tensor:
+        found = func(part, *args[1:], **kwargs)
+        chosen: Tensor = found if isinstance(found, Tensor) else found[number]
+        return chosen
+
     for number, view in enumerate(views):
-
-        def move(part: Tensor, number: int = number) -> Tensor:
-            moved = func(part, *args[1:], **kwargs)
-            result: Tensor = moved if isinstance(moved, Tensor) else moved[number]
-            return result
-
-        view.changes = x.changes.moved(move, apart=apart)
+        view.changes = x.changes.moved(partial(result, number), apart=apart)
 
 
 def _is_slice(index: Any) -> bool:
@@ -388,11 +399,14 @@ def _converted(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return x
 
 
-_ONCE = ["clone", "contiguous", "flatten", "view", "reshape", "permute", "transpose", "unsqueeze"]
-_ONCE += ["squeeze", "movedim", "unflatten", "swapaxes", "flip", "narrow", "select", "chunk"]
-_ONCE += ["split", "unbind"]
+_LAID_OUT = ["flatten", "view", "reshape", "permute", "transpose", "unsqueeze", "squeeze"]
+_LAID_OUT += ["movedim", "unflatten", "swapaxes", "flip", "clone", "contiguous"]
+_PARTS = ["narrow", "select", "chunk", "split", "unbind"]
+_ONCE = _LAID_OUT + _PARTS
 """Functions in whose results each element stands once at most."""
+
 _COPIES = ["clone", "repeat", "cat", "concat", "concatenate", "stack", "tile", "flip"]
+"""Functions whose results have memory of their own."""
 
 _OPERATIONS: list[tuple[Rule, str]] = [
     (_weighted, "conv1d conv2d conv3d linear"),

@@ -42,9 +42,10 @@ _MAP_GAP = 1e-9
 _NEURONS = 512
 """Neurons of a layer that get random currents."""
 
-_MODES = (False, True)
-
 _DYNAMICS = ("neuronal_charge", "neuronal_fire", "neuronal_reset")
+
+_HOLDERS = ("_parameters", "_buffers", "_memories")
+"""Attributes of a module that hold values by the names that users know."""
 
 
 class UnsoundBoundsError(NotImplementedError):
@@ -201,8 +202,7 @@ def check_maps(maps: Maps) -> None:
         return drawn.to(like.device)
 
     run = maps.traced(_SAMPLES, noise)
-    names = [*run.names, "the output"]
-    for number, name in enumerate(names):
+    for number, name in enumerate(run.names):
         value = run.currents[number].detach()
         shift = maps.shift(number, _SAMPLES)
         weights = noise(value)
@@ -241,18 +241,28 @@ def check_neurons(neurons: dict[str, Neuron], T: int, like: Tensor) -> None:
     for name, neuron in neurons.items():
         currents = _random_currents(neuron, T, generator).to(like)
         with torch.no_grad(), preserved(neuron.module):
-            functional.reset_net(neuron.module)
-            exact = Interval(currents.double(), currents.double())
-            bounds = BoundedRun({name: neuron}, 1).spikes(neuron, exact)
-            modes = (False,) if counts(neuron) or not has_known_dynamics(neuron.module) else _MODES
-            for training in modes:
-                functional.reset_net(neuron.module)
-                neuron.module.training = training
-                spikes = _run_alone(neuron.module, currents)
-                whole = (spikes == spikes.round()) & (spikes >= 0)
-                whole &= spikes <= (counts(neuron) or 1)
-                if not bool(whole.all()) or not bounds.holds(spikes):
-                    raise _other_dynamics(name, neuron)
+            if not _follows_its_equation(neuron, currents):
+                raise _other_dynamics(name, neuron)
+
+
+def _follows_its_equation(neuron: Neuron, currents: Tensor) -> bool:
+    """Whether the spikes for these currents are those of their bounds, in every mode."""
+    module = neuron.module
+    most = counts(neuron)
+    functional.reset_net(module)
+    exact = Interval(currents.double(), currents.double())
+    bounds = BoundedRun({neuron.name: neuron}, 1).spikes(neuron, exact)
+    modes: tuple[bool, ...] = (False, True)
+    if most is not None or not has_known_dynamics(module):
+        modes = (False,)  # bounds are those of evaluation mode alone
+    for training in modes:
+        functional.reset_net(module)
+        module.training = training
+        spikes = _run_alone(module, currents)
+        is_number = (spikes == spikes.round()) & (spikes >= 0) & (spikes <= (most or 1))
+        if not bool(is_number.all()) or not bounds.holds(spikes):
+            return False
+    return True
 
 
 def check_surrogates(net: nn.Module, neurons: dict[str, Neuron], like: Tensor) -> None:
@@ -394,28 +404,36 @@ class _Functions(TorchFunctionMode):
             self.note(name, found)
         return found
 
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Context of which nothing is told; it may be entered inside another one."""
+        self.paused += 1
+        try:
+            yield
+        finally:
+            self.paused -= 1
+
     def silent(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A forward of which nothing is told."""
 
         def paused(*args: Any, **kwargs: Any) -> Any:
-            self.paused += 1
-            try:
+            with self.pause():
                 return forward(*args, **kwargs)
-            finally:
-                self.paused -= 1
 
         return paused
 
     def told(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A forward whose result is told as one."""
+        """A forward of which only the result is told, and that only if the caller is not silent."""
 
         def noted(*args: Any, **kwargs: Any) -> Any:
-            found = forward(*args, **kwargs)
-            if self.paused == 1:
-                self.note("a surrogate", found)
+            caller_is_told = not self.paused
+            with self.pause():
+                found = forward(*args, **kwargs)
+                if caller_is_told:
+                    self.note("a surrogate", found)
             return found
 
-        return self.silent(noted)
+        return noted
 
 
 @contextmanager
@@ -453,16 +471,19 @@ def _outside(what: str, where: str) -> UnsoundBoundsError:
 
 def _random_currents(neuron: Neuron, T: int, generator: torch.Generator) -> Tensor:
     """Currents [T, 1, n] in float64: the first half near the threshold, the others far and wide."""
-    module, charging = neuron.module, neuron.charging()
+    module = neuron.module
     shape = (T, 1, _NEURONS)
     normal = torch.randn(shape, generator=generator, dtype=torch.float64)
-    magnitude = 10.0 ** (8.0 * torch.rand(shape, generator=generator, dtype=torch.float64) - 6.0)
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+    magnitude = 10.0 ** (8.0 * uniform - 6.0)
     rest = 0.0 if module.v_reset is None else float(module.v_reset)
     needed = float(module.v_threshold) - rest
     scale = max(abs(needed), 1e-3)
     near = needed + scale * magnitude * normal.sign()
-    charge = torch.where(torch.arange(_NEURONS) < _NEURONS // 2, near, 4.0 * scale * normal)
-    return charge / _gains(charging, T).view(T, 1, 1)
+    far = 4.0 * scale * normal
+    in_first_half = torch.arange(_NEURONS) < _NEURONS // 2
+    charge = torch.where(in_first_half, near, far)
+    return charge / _gains(neuron.charging(), T).view(T, 1, 1)
 
 
 def _gains(charging: Charging, T: int) -> Tensor:
@@ -488,34 +509,35 @@ def _held_values(model: object) -> dict[str, Tensor | str]:
     functional.reset_net(model)
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
-            inner = attribute in ("_parameters", "_buffers", "_memories")
-            if inner:
-                _collect(found, name, value, brackets=False)
-            elif attribute not in ("_modules", "training"):
-                _collect(found, name, {attribute: value}, brackets=False)
+            if attribute in ("_modules", "training"):
+                continue
+            held = value if attribute in _HOLDERS else {attribute: value}
+            for key, inside in held.items():
+                _collect(found, f"{name}.{key}".removeprefix("."), inside)
     return found
 
 
-def _collect(
-    found: dict[str, Tensor | str], name: str, values: Any, *, brackets: bool = True
-) -> None:
-    """Add the tensors and numbers of a container, and of containers in it."""
-    items = values.items() if isinstance(values, dict) else enumerate(values)
-    for key, value in items:
-        inside = f"{name}[{key!r}]" if brackets else f"{name}.{key}".removeprefix(".")
-        if isinstance(value, Tensor):
-            found[inside] = value.detach().clone()
-        elif isinstance(value, float | int):
-            found[inside] = repr(value)
-        elif isinstance(value, dict | list | tuple):
-            _collect(found, inside, value)
+def _collect(found: dict[str, Tensor | str], name: str, value: Any) -> None:
+    """Add a value by its name if it is a tensor or a number, and those in a container."""
+    if isinstance(value, Tensor):
+        found[name] = value.detach().clone()
+    elif isinstance(value, float | int):
+        found[name] = repr(value)
+    elif isinstance(value, dict):
+        for key, inside in value.items():
+            _collect(found, f"{name}[{key!r}]", inside)
+    elif isinstance(value, list | tuple):
+        for place, inside in enumerate(value):
+            _collect(found, f"{name}[{place!r}]", inside)
 
 
 def _equal(a: Tensor | str | None, b: Tensor | str | None) -> bool:
     """Whether two values are the same; NaN equals NaN."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        alike = type(a) is type(b) and a.shape == b.shape and a.dtype == b.dtype
-        if alike and torch.equal(a, b):
+        if type(a) is not type(b) or a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        if torch.equal(a, b):
             return True
-        return alike and bool(torch.isclose(a, b, 0.0, 0.0, equal_nan=True).all())
+        same = torch.isclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
+        return bool(same.all())
     return type(a) is type(b) and a == b

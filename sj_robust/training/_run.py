@@ -58,10 +58,12 @@ class TrainingRun:
         self.accelerator = accelerator
         self.folder = folder
         self.description = description
-        rank, processes = accelerator.process_index, accelerator.num_processes
-        size = len(splits.train)
         self.batches = ShuffledBatches(
-            size, plan.batch_size, seed=plan.seed, rank=rank, processes=processes
+            len(splits.train),
+            plan.batch_size,
+            seed=plan.seed,
+            rank=accelerator.process_index,
+            processes=accelerator.num_processes,
         )
         on_gpu = accelerator.device.type == "cuda"
         self.training_loader = image_loader(
@@ -76,30 +78,15 @@ class TrainingRun:
         self.classifier = objective.classifier
         self.channels_last = plan.channels_last
         if self.channels_last is None:
-            rows = min(plan.batch_size // (processes * plan.accumulate), size)
-            images = torch.stack([splits.train[i][0] for i in range(rows)]).to(accelerator.device)
-            self.channels_last = choose_channels_last(
-                self.classifier, images, accelerator, plan.seed
-            )
+            self.channels_last = self._faster_with_channels_last(splits)
         if self.channels_last:
             store_channels_last(self.classifier)
-        fused = accelerator.device.type in (
-            "cpu",
-            "cuda",
-        )  # the same step in one pass over the weights
-        common: dict[str, Any] = {"lr": plan.lr, "weight_decay": plan.weight_decay, "fused": fused}
-        optimizer: torch.optim.Optimizer
-        groups = _groups(objective)
-        if plan.optimizer == "adam":
-            optimizer = torch.optim.Adam(groups, **common)
-        else:
-            optimizer = torch.optim.SGD(groups, momentum=plan.momentum, **common)
+        optimizer = _optimizer(objective, plan, accelerator.device)
         self.scheduler = _schedule(optimizer, plan)
         self.step_module, self.optimizer = accelerator.prepare(objective, optimizer)
         if isinstance(self.step_module, DistributedDataParallel):
-            self.step_module.broadcast_buffers = (
-                False  # shared once per step, so that attacks see the same ones too
-            )
+            # shared once per step, so that attacks see the same ones too
+            self.step_module.broadcast_buffers = False
         image = splits.train[0][0].unsqueeze(0).to(accelerator.device)
         check_outputs(self.classifier, image, self.classes, plan.seed)
         objective.check_layers(image)
@@ -112,16 +99,29 @@ class TrainingRun:
         self.sums = torch.zeros(len(self.loss_names), dtype=torch.float64)
         self.history: list[EpochRecord] = []
 
+    def _faster_with_channels_last(self, splits: ImageSplits) -> bool:
+        """Whether steps on the images that go through the network at a time take less so."""
+        parts = self.accelerator.num_processes * self.plan.accumulate
+        rows = min(self.plan.batch_size // parts, len(splits.train))
+        images = torch.stack([splits.train[i][0] for i in range(rows)])
+        return choose_channels_last(
+            self.classifier,
+            images.to(self.accelerator.device),
+            self.accelerator,
+            self.plan.seed,
+        )
+
     def train_epoch(self, perturb: Attack | None, journal: Journal, received: list[int]) -> None:
         """The rest of the present epoch."""
-        self.batches.epoch, self.batches.first_batch = self.epoch, self.batch
+        self.batches.epoch = self.epoch
+        self.batches.first_batch = self.batch
         self.objective.train()
         for x, y in self.training_loader:
             self._check_labels(y)
             losses, signal_number = self._step(self._moved(x), self._moved(y), perturb, received)
             self.sums += losses
             self.batch += 1
-            journal.on_step(dict(zip(self.loss_names, losses.tolist(), strict=True)))
+            journal.on_step(self._by_name(losses))
             due = self.plan.checkpoint_steps and self.batch % self.plan.checkpoint_steps == 0
             if due or signal_number is not None:
                 self.checkpoint("last.pt")
@@ -135,14 +135,17 @@ class TrainingRun:
             validation = self.validation.accuracy(
                 self.classifier,
                 validation_attacks,
-                self.plan.verified_eps,
-                self.plan.verified_method,
-                self.plan.verified_norm,
-                self.plan.verified_shift,
+                verified_eps=self.plan.verified_eps,
+                verified_method=self.plan.verified_method,
+                verified_norm=self.plan.verified_norm,
+                verified_shift=self.plan.verified_shift,
             )
-        losses = dict(zip(self.loss_names, (self.sums / self.batch).tolist(), strict=True))
-        lr = float(self.scheduler.get_last_lr()[0])
-        record = EpochRecord(epoch=self.epoch + 1, losses=losses, validation=validation, lr=lr)
+        record = EpochRecord(
+            epoch=self.epoch + 1,
+            losses=self._by_name(self.sums / self.batch),
+            validation=validation,
+            lr=float(self.scheduler.get_last_lr()[0]),
+        )
         best = max((earlier.validation[self.plan.select] for earlier in self.history), default=-1.0)
         self.history.append(record)
         with warnings.catch_warnings():
@@ -150,7 +153,8 @@ class TrainingRun:
             # process yet
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
             self.scheduler.step()
-        self.epoch, self.batch = self.epoch + 1, 0
+        self.epoch += 1
+        self.batch = 0
         self.sums.zero_()
         if self.objective.monitor is not None:
             self.objective.monitor.clear_recorded_data()
@@ -195,16 +199,22 @@ class TrainingRun:
         self.scheduler.load_state_dict(content["scheduler"])
         if self.accelerator.scaler is not None and content["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(content["scaler"])
-        self.epoch, self.batch, self.sums = content["epoch"], content["batch"], content["sums"]
+        self.epoch = content["epoch"]
+        self.batch = content["batch"]
+        self.sums = content["sums"]
         self.history = [EpochRecord(**record) for record in content["history"]]
         if self.accelerator.process_index < len(content["random"]):
             set_random_state(content["random"][self.accelerator.process_index])
 
     def agreed_signal(self, received: list[int]) -> int | None:
         """The signal that some process got."""
-        return self._agreed(
-            received, torch.zeros(len(self.loss_names), device=self.accelerator.device)
-        )[1]
+        no_losses = torch.zeros(len(self.loss_names), device=self.accelerator.device)
+        _, signal_number = self._agreed(received, no_losses)
+        return signal_number
+
+    def _by_name(self, losses: Tensor) -> dict[str, float]:
+        """Losses by their names."""
+        return dict(zip(self.loss_names, losses.tolist(), strict=True))
 
     def _step(
         self, x: Tensor, y: Tensor, perturb: Attack | None, received: list[int]
@@ -215,32 +225,27 @@ class TrainingRun:
         The host waits for the device once, when it reads the losses behind the backward pass: no
         step of the optimizer is taken with a loss that is not finite.
         """
-        position = self.epoch, self.batch
+        indices = self.batches.indices(self.epoch, self.batch)
         # An image has its own seed in every epoch, so that it meets the same noise on any number of
         # processes.
-        seeds = SampleSeeds(self.batches.indices(*position)).derived(
-            "training", self.plan.seed, self.epoch
-        )
+        seeds = SampleSeeds(indices).derived("training", self.plan.seed, self.epoch)
         if self.augmentation is not None:
             x = self.augmentation(x, seeds.derived("augmentation").seeds)
         self.optimizer.zero_grad()
-        progress = (self.epoch + self.batch / len(self.batches)) / self.plan.epochs
-        if self.objective.certified is not None:
-            self.objective.certified.progress = progress
-        for penalty in self.objective.penalties:
-            penalty.progress = progress
+        self._say_progress()
         size = len(x) // self.plan.accumulate
         values = []
-        with seeded_globals(
-            mixed(self.plan.seed, *position, self.accelerator.process_index), x.device
-        ):
+        seed = mixed(self.plan.seed, self.epoch, self.batch, self.accelerator.process_index)
+        with seeded_globals(seed, x.device):
             for start in range(0, len(x), size):
                 rows = slice(start, start + size)
                 more_to_come = rows.stop < len(x)
-                with self.accelerator.no_sync(self.step_module) if more_to_come else nullcontext():
-                    values.append(
-                        self._part(x[rows], y[rows], SampleSeeds(seeds.seeds[rows]), perturb)
-                    )
+                waits = (
+                    self.accelerator.no_sync(self.step_module) if more_to_come else nullcontext()
+                )
+                with waits:
+                    own = SampleSeeds(seeds.seeds[rows])
+                    values.append(self._part(x[rows], y[rows], own, perturb))
         losses, signal_number = self._agreed(received, torch.stack(values).mean(0))
         if self.plan.deflation:
             deflate_(self.objective.parameters())
@@ -249,14 +254,24 @@ class TrainingRun:
             self.accelerator.clip_grad_norm_(parameters, self.plan.gradient_clip)
         self.optimizer.step()
         if self.plan.retraction > 0:
-            draws = torch.Generator().manual_seed(mixed(self.plan.seed, *position))
+            seed = mixed(self.plan.seed, self.epoch, self.batch)
+            draws = torch.Generator().manual_seed(seed)
             retract_(self.classifier, self.plan.retraction, draws)
         share_buffers(self.classifier)
         return losses, signal_number
 
+    def _say_progress(self) -> None:
+        """Tell the parts of the loss that grow over the training how much of it is done."""
+        progress = (self.epoch + self.batch / len(self.batches)) / self.plan.epochs
+        if self.objective.certified is not None:
+            self.objective.certified.progress = progress
+        for penalty in self.objective.penalties:
+            penalty.progress = progress
+
     def _measure_statistics(self) -> None:
         """Batch norm's running statistics over the first batches of the present epoch."""
-        self.batches.epoch, self.batches.first_batch = self.epoch, 0
+        self.batches.epoch = self.epoch
+        self.batches.first_batch = 0
         chosen = itertools.islice(self.training_loader, self.plan.precise_statistics)
         images = (self._moved(batch[0]) for batch in chosen)
         with seeded_globals(mixed(self.plan.seed, self.epoch), self.accelerator.device):
@@ -273,34 +288,30 @@ class TrainingRun:
                 x_perturbed = perturb(self.classifier, x, y, generator=seeds)
         losses = self.step_module(x, y, x_perturbed)
         self.accelerator.backward(losses.total / self.plan.accumulate)
-        return torch.stack(
-            [
-                value.detach().double()
-                for value in (*losses, *self.objective.penalty_values.values())
-            ]
-        )
+        every = (*losses, *self.objective.penalty_values.values())
+        return torch.stack([value.detach().double() for value in every])
 
     def _agreed(self, received: list[int], values: Tensor) -> tuple[Tensor, int | None]:
         """Means of ``values`` over the processes and a signal of one; raises on all if a value of
         one is not finite.
         """
-        row = torch.cat([values, values.new_full((1,), received[0] if received else 0)])
+        own_signal = received[0] if received else 0
+        row = torch.cat([values, values.new_full((1,), own_signal)])
         rows = self.accelerator.gather(row[None]).cpu()
-        for losses in rows[:, :-1]:
-            if not bool(torch.isfinite(losses).all()):
-                shown = ", ".join(
-                    f"{n}={v:.6g}" for n, v in zip(self.loss_names, losses.tolist(), strict=True)
-                )
+        losses = rows[:, :-1]
+        signals = rows[:, -1]
+        for of_process in losses:
+            if not bool(torch.isfinite(of_process).all()):
+                named = self._by_name(of_process).items()
+                shown = ", ".join(f"{name}={value:.6g}" for name, value in named)
                 self._fail(f"the loss is not finite ({shown})")
-        return rows[:, :-1].mean(0), int(rows[:, -1].max()) or None
+        return losses.mean(0), int(signals.max()) or None
 
     def _moved(self, values: Tensor) -> Tensor:
         """Images or labels on the device, images in the memory order of the run."""
-        layout = (
-            torch.channels_last
-            if self.channels_last and values.ndim == 4
-            else torch.preserve_format
-        )
+        layout = torch.preserve_format
+        if self.channels_last and values.ndim == 4:
+            layout = torch.channels_last
         return values.to(self.accelerator.device, non_blocking=True, memory_format=layout)
 
     @contextmanager
@@ -340,15 +351,28 @@ class TrainingRun:
 
     def _fail(self, what: str) -> NoReturn:
         last = self.folder / "last.pt"
-        intact = (
-            f"the last good checkpoint, {last}, is intact"
-            if last.exists()
-            else "no checkpoint was written yet"
-        )
+        intact = "no checkpoint was written yet"
+        if last.exists():
+            intact = f"the last good checkpoint, {last}, is intact"
         raise NonFiniteLossError(
             f"{what} at epoch {self.epoch + 1}, step {self.batch + 1}; {intact}. Lower lr, or "
             "check rho and the data"
         )
+
+
+def _optimizer(
+    objective: Objective, plan: TrainingPlan, device: torch.device
+) -> torch.optim.Optimizer:
+    """The optimizer of a plan."""
+    common: dict[str, Any] = {
+        "lr": plan.lr,
+        "weight_decay": plan.weight_decay,
+        "fused": device.type in ("cpu", "cuda"),  # the same step in one pass over the weights
+    }
+    groups = _groups(objective)
+    if plan.optimizer == "adam":
+        return torch.optim.Adam(groups, **common)
+    return torch.optim.SGD(groups, momentum=plan.momentum, **common)
 
 
 def _groups(objective: Objective) -> list[dict[str, Any]]:

@@ -1,139 +1,34 @@
-"""Stage and fuse: the same network, the same results, fewer passes; and nobody misses a call."""
+"""Stage and fuse: the same network, the same results, fewer passes."""
 
 import copy
 import io
 from collections import OrderedDict
-from itertools import product
-from types import SimpleNamespace
 
 import pytest
 import torch
-from covering import every_pair
+from neuron.staged import (
+    Noisy,
+    T,
+    assert_same,
+    both,
+    first_parts,
+    forward_and_backward,
+    network,
+    sequence,
+    step,
+    three,
+)
 from ops.calls import needs_kernel
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
-from torch.nn import functional as F
-from torch.nn.modules import module as modules
-from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
-from torch.utils._pytree import tree_leaves
 
 from sj_robust.estimators import estimator
 from sj_robust.models import NetworkSpec, build_network
 from sj_robust.neuron import DLIFNode, Stage, fuse, stage, unfuse
 from sj_robust.neuron.fusion import plain_names
-from sj_robust.neuron.watching import Wants, watch
 from sj_robust.ops.bn_dlif import one_pass
 from sj_robust.ops.dlif import cpp
-from sj_robust.perturbation import MPPDMonitor
-
-T = 4
-
-
-def network(**norm):
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        layer.Conv2d(2, 6, 3, padding=1),
-        layer.BatchNorm2d(6, **norm),
-        DLIFNode(T=T, v_reset=None),
-        nn.Sequential(
-            layer.Conv2d(6, 5, 2),
-            layer.BatchNorm2d(5, **norm),
-            DLIFNode(T=T, surrogate_function=surrogate.ATan()),
-            layer.AvgPool2d(2),
-        ),
-        layer.Flatten(),
-        layer.Linear(45, 8),
-        DLIFNode(T=T),
-    )
-    functional.set_step_mode(net, "m")
-    for module in net.modules():
-        if isinstance(module, DLIFNode):
-            nn.init.uniform_(module.input_gain, 0.5, 1.5)
-    return net
-
-
-class Noisy(DLIFNode):
-    """A neuron of somebody's own."""
-
-    def forward(self, x_seq):
-        return 0.5 * super().forward(x_seq)
-
-
-def both(**norm):
-    """The same network plain and fused."""
-    plain = network(**norm)
-    fused = copy.deepcopy(plain)
-    assert fuse(fused).stages == {"1": ("1", "2"), "3.1": ("3.1", "3.2", "3.3")}
-    return plain, fused
-
-
-def parts(net):
-    """Batch norm, neuron and pooling of the second stage of :func:`network`, in stages or not."""
-    inner = net[3]
-    if isinstance(inner[1], Stage):
-        return inner[1].norm, inner[1].node, inner[1].pool
-    return inner[1], inner[2], inner[3]
-
-
-def first_parts(net):
-    """Batch norm and neuron of the first stage."""
-    if isinstance(net[1], Stage):
-        return (net[1].norm, net[1].node)
-    return (net[1], net[2])
-
-
-@pytest.fixture
-def passes(monkeypatch):
-    """Counts the batch norms and the poolings that ran in one pass with their neuron."""
-    count = SimpleNamespace(fused=0, pooled=0)
-    operator = stage.in_one_pass
-
-    def counting(x_seq, norm, *args, **kwargs):
-        count.fused += norm is not None
-        count.pooled += kwargs["average_pool"]
-        return operator(x_seq, norm, *args, **kwargs)
-
-    monkeypatch.setattr(stage, "in_one_pass", counting)
-    return count
-
-
-def sequence(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def step(net, x, train=True):
-    """Outputs, gradients and state of a pass over one batch."""
-    functional.reset_net(net)
-    net.train(train).zero_grad()
-    x = x.clone().requires_grad_()
-    out = net(x)
-    (out * torch.linspace(-1, 1, out.shape[-1])).sum().backward()
-    names = plain_names(net)
-    return {
-        "out": out.detach(),
-        "x": x.grad,
-        **{names[name]: p.grad for name, p in net.named_parameters()},
-        **{f"state {names[name]}": b.clone() for name, b in net.named_buffers()},
-    }
-
-
-def monitored(net, monitor, x, x_perturbed):
-    """Outputs of the second of two passes that a monitor compares, each from a reset."""
-    for context, images in ((monitor.clean(), x), (monitor.perturbed(), x_perturbed)):
-        functional.reset_net(net)
-        with context:
-            out = net(images)
-    return out
-
-
-def assert_same(actual, wanted):
-    assert actual.keys() == wanted.keys()
-    assert torch.equal(actual["out"], wanted["out"])
-    for name, tensor in wanted.items():
-        assert_close(
-            actual[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
-        )
 
 
 @needs_kernel
@@ -319,307 +214,6 @@ def test_runs_one_after_the_other_where_there_is_no_kernel(passes, prevent):
     assert passes.fused == (cpp.unavailable_reason() is None)  # the other pair
 
 
-def three(build):
-    """Batch norm, neuron and pooling of the same weights, in a stage or in ``nn.Sequential``."""
-    torch.manual_seed(0)
-    norm = layer.BatchNorm2d(3)
-    node = DLIFNode(T=2)
-    pool = layer.AvgPool2d(2)
-    nn.init.uniform_(node.input_gain, 0.5, 1.5)
-    return finished(build, norm, node, pool)
-
-
-def finished(build, norm, node, pool):
-    net = Stage(node, norm=norm, pool=pool) if build is Stage else nn.Sequential(norm, node, pool)
-    functional.set_step_mode(net, "m")
-    return net, {"norm": norm, "node": node, "pool": pool}
-
-
-def forward_and_backward(net):
-    """Output and gradients."""
-    functional.reset_net(net)
-    x = sequence(2, 2, 3, 4, 4).requires_grad_()
-    out = net(x)
-    (out * torch.linspace(-1, 1, out.shape[-1])).sum().backward()
-    found = [out.detach(), x.grad, *[p.grad for p in net.parameters()]]
-    net.zero_grad()
-    return found
-
-
-class Owner:
-    """Whose method a hook is; its attributes mean nothing to a stage."""
-
-    def __init__(self, log, label):
-        self.log = log
-        self.label = label
-
-    def look(self, module, *values):
-        flat = [v.detach() for v in tree_leaves(values) if isinstance(v, torch.Tensor)]
-        self.log.append((*self.label, flat))
-
-
-VALUES = {
-    "none": (),
-    "True": (True,),
-    "False": (False,),
-    "0": (0,),
-    "None": (None,),
-    "tensor": (torch.zeros(2),),
-}
-KINDS = (
-    "register_forward_hook",
-    "register_forward_pre_hook",
-    "register_full_backward_hook",
-    "register_full_backward_pre_hook",
-)
-CHILDREN = ("norm", "node", "pool")
-CHOICES = {"kind": KINDS, "child": CHILDREN, "active": VALUES, "needs_output": VALUES}
-HOOKS = every_pair(CHOICES)
-
-
-def heard(net, children, hooks):
-    """What hooks see of a pass forth and back, in the order of their calls."""
-    log = []
-    handles = []
-    for kind, child, active, needs_output in hooks:
-        owner = Owner(log, (kind, child, active, needs_output))
-        for name, value in (("active", active), ("needs_output", needs_output)):
-            for given in VALUES[value]:
-                setattr(owner, name, given)
-        handles.append(getattr(children[child], kind)(owner.look))
-    forward_and_backward(net)
-    for handle in handles:
-        handle.remove()
-    return log
-
-
-def assert_heard(actual, wanted):
-    """The same calls in the same order, with the same values."""
-    for (*_, found), (*_, expected) in zip(actual, wanted, strict=True):
-        assert all(map(torch.equal, found, expected))
-        assert len(found) == len(expected)
-
-
-def test_every_hook_is_called_as_in_a_sequential_whoever_owns_it():
-    fused = three(Stage)
-    plain = three(nn.Sequential)
-    wanted = {}
-    for kind, child in product(KINDS, CHILDREN):
-        wanted[kind, child] = heard(*plain, [(kind, child, "none", "none")])
-    for hook in HOOKS:
-        found = heard(*fused, [hook])
-        assert [tuple(label) for *label, _ in found] == [hook]
-        assert_heard(found, wanted[hook[:2]])
-    for order in (HOOKS, HOOKS[::-1]):
-        found = heard(*fused, order)
-        expected = heard(*plain, order)
-        assert len(found) == len(HOOKS)
-        assert [label for *label, _ in found] == [label for *label, _ in expected]
-        assert_heard(found, expected)
-
-
-@needs_kernel
-@pytest.mark.parametrize(
-    "register",
-    [
-        modules.register_module_forward_hook,
-        modules.register_module_forward_pre_hook,
-        modules.register_module_full_backward_hook,
-        modules.register_module_full_backward_pre_hook,
-    ],
-    ids=lambda register: register.__name__,
-)
-def test_hooks_on_all_modules_see_the_children_of_a_stage(passes, register):
-    called = []
-    for build in (Stage, nn.Sequential):
-        net, _ = three(build)
-        seen = []
-        handle = register(lambda module, *_, seen=seen: seen.append(type(module).__name__))
-        try:
-            forward_and_backward(net)
-        finally:
-            handle.remove()
-        called.append([name for name in seen if name not in ("Stage", "Sequential")])
-        forward_and_backward(net)
-    assert called[0] == called[1]
-    assert {"BatchNorm2d", "DLIFNode", "AvgPool2d"} <= set(called[0])
-    assert (passes.fused, passes.pooled) == (1, 1)  # without the hook
-
-
-def half(method):
-    """A method of a class whose result is halved."""
-    return lambda self, *args: 0.5 * method(self, *args)
-
-
-def in_instance(name):
-    def patch(module, monkeypatch):
-        method = getattr(module, name)
-        setattr(module, name, lambda *args: 0.5 * method(*args))
-
-    return patch
-
-
-def in_class(name, depth=0):
-    def patch(module, monkeypatch):
-        kind = type(module).__mro__[depth]
-        monkeypatch.setattr(kind, name, half(getattr(kind, name)))
-
-    return patch
-
-
-def in_torch(owner, name):
-    def patch(module, monkeypatch):
-        function = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *args, **options: 0.5 * function(*args, **options))
-
-    return patch
-
-
-def compiled_by_itself(module, monkeypatch):
-    module._compiled_call_impl = lambda *args: 0.5 * module._call_impl(*args)
-
-
-def check_of_the_input(module, monkeypatch):
-    module._check_input_dim = lambda x: module.weight.data.mul_(0.5)
-
-
-PATCHES = {
-    "forward of the instance": (in_instance("forward"), ("norm", "node", "pool")),
-    "forward of the class": (in_class("forward"), ("norm", "node", "pool")),
-    "__call__ of the class": (in_class("__call__"), ("norm", "node", "pool")),
-    "multi_step_forward of the instance": (in_instance("multi_step_forward"), ("node",)),
-    "multi_step_forward of the class": (in_class("multi_step_forward"), ("node",)),
-    "forward of torch's class": (in_class("forward", 1), ("norm", "pool")),
-    "compile() of the child": (compiled_by_itself, ("norm", "node", "pool")),
-    "_call_impl of the instance": (in_instance("_call_impl"), ("norm", "node", "pool")),
-    "_call_impl of torch's class": (in_torch(nn.Module, "_call_impl"), ("norm", "node", "pool")),
-    "_check_input_dim of the instance": (check_of_the_input, ("norm",)),
-    "batch_norm of the class F": (in_torch(F, "batch_norm"), ("norm",)),
-    "batch_norm of the class torch": (in_torch(torch, "batch_norm"), ("norm",)),
-    "avg_pool2d of the class F": (in_torch(F, "avg_pool2d"), ("pool",)),
-    "seq_to_ann_forward of the class functional": (
-        in_torch(functional, "seq_to_ann_forward"),
-        ("pool",),
-    ),
-}
-
-
-PATCHED = []
-for name, (_, children_of_it) in PATCHES.items():
-    PATCHED += [(name, child) for child in children_of_it]
-
-
-@needs_kernel
-@pytest.mark.parametrize(("patch", "child"), PATCHED)
-def test_whatever_is_patched_runs(passes, patch, child):
-    unpatched = forward_and_backward(three(Stage)[0])
-    passes.fused = 0
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        results = []
-        for build in (Stage, nn.Sequential):
-            net, children = three(build)
-            if "class" not in patch or build is Stage:
-                PATCHES[patch][0](children[child], monkeypatch)
-            results.append(forward_and_backward(net))
-        assert all(map(torch.equal, *results))
-    assert not torch.equal(results[0][0], unpatched[0])
-    assert passes.fused == 0
-
-
-class Halving(TorchFunctionMode):
-    """Halves what batch norm gives."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **kwargs or {})
-        return 0.5 * result if function is F.batch_norm else result
-
-
-class Halved(torch.Tensor):
-    """Halves what batch norm gives of it."""
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        result = super().__torch_function__(function, types, args, kwargs or {})
-        return 0.5 * result if function is F.batch_norm else result
-
-
-def under_a_mode(net, x):
-    with Halving():
-        return net(x)
-
-
-def on_a_default_device(net, x):
-    with torch.device("cpu"):
-        return net(x)
-
-
-def of_a_class_on_a_default_device(net, x):
-    return on_a_default_device(net, x.as_subclass(Halved))
-
-
-@needs_kernel
-@pytest.mark.parametrize(
-    ("call", "fused"),
-    [
-        (under_a_mode, 0),
-        (lambda net, x: net(x.as_subclass(Halved)), 0),
-        (of_a_class_on_a_default_device, 0),
-        (on_a_default_device, 1),
-        (lambda net, x: net(nn.Parameter(x)), 1),
-    ],
-    ids=["mode", "class", "class on a device", "device", "parameter"],
-)
-def test_whoever_is_told_of_the_functions_of_torch_is_told_in_a_stage(passes, call, fused):
-    stage_net = three(Stage)[0]
-    plain = three(nn.Sequential)[0]
-    x = sequence(2, 2, 3, 4, 4)
-    results = [call(net, x).as_subclass(torch.Tensor) for net in (stage_net, plain)]
-    assert torch.equal(*results)
-    assert passes.fused == fused
-    functional.reset_net(plain)
-    assert torch.equal(plain(x), results[1]) == bool(fused)
-
-
-@needs_kernel
-@pytest.mark.parametrize("child", ["norm", "node", "pool"])
-@pytest.mark.parametrize("wants", Wants)
-def test_a_watcher_of_any_child_is_told_as_in_a_sequential(child, wants):
-    told = []
-    for build in (Stage, nn.Sequential):
-        net, children = three(build)
-        names = {module: name for name, module in net.named_modules()}
-        watcher = Told(wants)
-        with watch(net, watcher, [names[children[child]]]):
-            net(sequence(2, 2, 3, 4, 4))
-        told.append([type(call.node) for call in watcher.calls])
-    assert told[0] == told[1]
-    assert len(told[0]) == 1
-
-
-def subclass(base):
-    return type("Noisy", (base,), {"forward": half(base.forward)})
-
-
-@needs_kernel
-@pytest.mark.parametrize("child", ["norm", "node", "pool"])
-def test_a_subclass_runs_its_own_forward(passes, child):
-    results = []
-    for build in (Stage, nn.Sequential):
-        torch.manual_seed(0)
-        kinds = {"norm": layer.BatchNorm2d, "node": DLIFNode, "pool": layer.AvgPool2d}
-        kinds[child] = subclass(kinds[child])
-        net, _ = finished(build, kinds["norm"](3), kinds["node"](T=2), kinds["pool"](2))
-        results.append(forward_and_backward(net))
-    assert all(map(torch.equal, *results))
-    assert passes.fused == 0
-    net = nn.Sequential(Noisy(T=1), layer.AvgPool2d(2))
-    functional.set_step_mode(net, "m")
-    fuse(net)
-    found = net(torch.full((1, 1, 1, 2, 2), 2.0))
-    expected = torch.full((1, 1, 1, 1, 1), 0.5)
-    assert torch.equal(found, expected)
-
-
 @needs_kernel
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("attribute", ["num_batches_tracked", "track_running_stats"])
@@ -719,95 +313,6 @@ def test_autocast_runs_in_one_pass_with_halves_in_and_out(passes, channels_last)
 
 
 @needs_kernel
-@pytest.mark.parametrize("keep", ["loss", "statistics"])
-@pytest.mark.parametrize("train", [True, False])
-def test_a_monitor_that_needs_the_current_alone_leaves_the_layer_in_one_pass(passes, keep, train):
-    results = []
-    x = sequence(T, 3, 2, 8, 8).double()
-    x_perturbed = sequence(T, 3, 2, 8, 8).double().flip(-1)
-    for net in both():
-        net.double().train(train)
-        watched = layers_of(net)[1]
-        monitor = MPPDMonitor(net, layers=[watched], keep=keep)
-        with torch.no_grad():  # a sequence without a pair, as at the start of a training
-            net(x)
-        passes.fused = passes.pooled = 0
-        out = monitored(net, monitor, x, x_perturbed)
-        loss = monitor.loss([watched])
-        (loss + out.square().sum()).backward()
-        gradients = [p.grad for p in net.parameters() if p.grad is not None]
-        results.append(
-            [loss.detach(), out.detach(), *gradients, *(b.clone() for b in net.buffers())]
-        )
-    assert (passes.fused, passes.pooled) == ((4, 2) if keep == "loss" else (2, 0))
-    assert_close(*results, rtol=1e-9, atol=1e-12)
-
-
-def layers_of(net):
-    """Names of the three spiking layers."""
-    return [name for name, module in net.named_modules() if isinstance(module, DLIFNode)]
-
-
-class Told:
-    """A watcher that keeps what it is told."""
-
-    def __init__(self, wants):
-        self.wanted = wants
-        self.calls = []
-
-    def wants(self, name):
-        return self.wanted
-
-    def called(self, call):
-        self.calls.append(call)
-
-
-@needs_kernel
-@pytest.mark.parametrize(("wants", "fused"), [("NOTHING", 2), ("INPUT", 2), ("SPIKES", 0)])
-@pytest.mark.parametrize("train", [True, False])
-def test_a_watcher_is_told_of_every_call_what_it_wants(passes, wants, fused, train):
-    told = []
-    x = sequence(T, 3, 2, 8, 8)
-    for net in both():
-        net.train(train)
-        watcher = Told(Wants[wants])
-        with watch(net, watcher):
-            functional.reset_net(net)
-            net(x[:1])
-            net(x[1:])
-        told.append(watcher.calls)
-        for node in net.modules():
-            assert not node._forward_hooks
-    assert passes.fused == 2 * fused
-    found = [call.name for call in told[1]]
-    assert found == ["1.node", "3.1.node", "6"] * 2
-    found = [call.time_step for call in told[1]]
-    assert found == [0, 0, 0, 1, 1, 1]
-    for plain_call, call in zip(*told, strict=True):
-        assert isinstance(call.node, DLIFNode)
-        assert_close(call.v_before, plain_call.v_before)
-        if call.input is not None or wants != "NOTHING":
-            assert_close(call.input, plain_call.input)
-        if call.spikes is not None or wants == "SPIKES":
-            assert torch.equal(call.spikes, plain_call.spikes)
-
-
-def test_a_copy_made_while_watched_tells_nobody():
-    _, net = both()
-    watcher = Told(Wants.SPIKES)
-    with watch(net, watcher):
-        twin = copy.deepcopy(net)
-        file = io.BytesIO()
-        torch.save(net, file)
-    file.seek(0)
-    x = sequence(T, 3, 2, 8, 8)
-    for other in (twin, torch.load(file, weights_only=False)):
-        assert torch.equal(other(x), net(x))
-        functional.reset_net(net)
-    assert watcher.calls == []
-
-
-@needs_kernel
 def test_survives_saving_copying_and_slicing(passes):
     net = network().eval()
     fuse(net)
@@ -832,86 +337,100 @@ def twice(net, *, reset):
         net(sequence(2, 3, 2, 8, 8)).sum().backward()
 
 
+def images(steps=T, samples=3):
+    """What :func:`network` takes."""
+    return sequence(steps, samples, 2, 8, 8)
+
+
+def too_many_steps(net):
+    net(images(steps=T + 1))
+
+
+def more_steps_than_are_left(net):
+    net(images(steps=3))
+    net(images(steps=3))
+
+
+def another_batch_size(net):
+    net(images(steps=1, samples=3))
+    net(images(steps=1, samples=5))
+
+
+def no_reset(net):
+    twice(net, reset=False)
+
+
 def second_derivative(net):
-    x = sequence(T, 3, 2, 8, 8).requires_grad_()
+    x = images().requires_grad_()
     torch.autograd.grad(net(x).sum(), x, create_graph=True)
 
 
+def another_number_of_channels(net):
+    net[1:](sequence(T, 3, 5, 8, 8))
+
+
+def no_time(net):
+    net[1:](sequence(3, 6, 8, 8))
+
+
+def one_value_a_channel(net):
+    net[1:3](sequence(1, 1, 6, 1, 1))
+
+
+def mean_without_variance(net):
+    first_parts(net)[0].running_var = None
+    net(images())
+
+
+def variance_without_mean_in_evaluation(net):
+    net.eval()
+    first_parts(net)[0].running_mean = None
+    net(images())
+
+
+def integers(net):
+    net[1:3](torch.ones(T, 3, 6, 8, 8, dtype=torch.int64))
+
+
+def no_step_mode(net):
+    first_parts(net)[1].step_mode = "x"
+    net(images())
+
+
 MISTAKES = {
-    "longer than T": (
-        lambda net: net(sequence(T + 1, 3, 2, 8, 8)),
-        f"T={T} time steps, but its input .* has 5",
-    ),
-    "goes on beyond T": (
-        lambda net: [net(sequence(3, 3, 2, 8, 8)) for _ in range(2)],
-        r"step 6 .*3 taken .*reset_net",
-    ),
-    "another batch size": (
-        lambda net: [net(sequence(1, n, 2, 8, 8)) for n in (3, 5)],
-        r"state has shape .*reset_net",
-    ),
-    "no reset": (
-        lambda net: twice(net, reset=False),
-        r"reset_net\(net\) before every new sequence",
-    ),
-    "second derivative": (second_derivative, "differentiable once.*backend='reference'"),
-    "channels": (
-        lambda net: net[1:](sequence(T, 3, 5, 8, 8)),
-        "running_mean should contain 5 elements",
-    ),
-    "no time": (
-        lambda net: net[1:](sequence(3, 6, 8, 8)),
-        r"expected x with shape \[T, N, C, H, W\]",
-    ),
-    "one value": (
-        lambda net: net[1:3](sequence(1, 1, 6, 1, 1)),
-        "Expected more than 1 value per channel",
-    ),
-    "half of the statistics": (
-        lambda net: [
-            setattr(first_parts(net)[0], "running_var", None),
-            net(sequence(T, 3, 2, 8, 8)),
-        ],
-        "running_mean and running_var must either both be None or neither",
-    ),
-    "half of the statistics in evaluation": (
-        lambda net: [
-            setattr(first_parts(net.eval())[0], "running_mean", None),
-            net(sequence(T, 3, 2, 8, 8)),
-        ],
-        "running_mean must be defined in evaluation mode",
-    ),
-    "integers": (
-        lambda net: net[1:3](torch.ones(T, 3, 6, 8, 8, dtype=torch.int64)),
-        "not implemented for 'Long'",
-    ),
-    "step mode": (
-        lambda net: [
-            setattr(first_parts(net)[1], "step_mode", "x"),
-            net(sequence(T, 3, 2, 8, 8)),
-        ],
-        "x",
-    ),
+    too_many_steps: f"T={T} time steps, but its input .* has 5",
+    more_steps_than_are_left: r"step 6 .*3 taken .*reset_net",
+    another_batch_size: r"state has shape .*reset_net",
+    no_reset: r"reset_net\(net\) before every new sequence",
+    second_derivative: "differentiable once.*backend='reference'",
+    another_number_of_channels: "running_mean should contain 5 elements",
+    no_time: r"expected x with shape \[T, N, C, H, W\]",
+    one_value_a_channel: "Expected more than 1 value per channel",
+    mean_without_variance: "running_mean and running_var must either both be None or neither",
+    variance_without_mean_in_evaluation: "running_mean must be defined in evaluation mode",
+    integers: "not implemented for 'Long'",
+    no_step_mode: "x",
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
 def test_a_mistake_gets_the_answer_of_the_plain_network(mistake):
-    make, message = MISTAKES[mistake]
-    answers = []
-    for apply in (lambda net: None, fuse):
-        net = network()
-        apply(net)
-        before = {name: buffer.clone() for name, buffer in net.named_buffers()}
-        with pytest.raises(
-            (RuntimeError, ValueError, NotImplementedError), match=message
-        ) as caught:
-            make(net)
-        answers.append((caught.type, str(caught.value)))
-        if mistake == "longer than T" and apply is fuse and cpp.unavailable_reason() is None:
-            for name, buffer in net.named_buffers():
-                assert torch.equal(buffer, before[name])
-    assert answers[0] == answers[1]
+    plain = network()
+    fused = copy.deepcopy(plain)
+    fuse(fused)
+    before = {name: buffer.clone() for name, buffer in fused.named_buffers()}
+    assert answer(mistake, fused) == answer(mistake, plain)
+    if mistake is too_many_steps and cpp.unavailable_reason() is None:
+        for name, buffer in fused.named_buffers():
+            assert torch.equal(buffer, before[name])
+
+
+def answer(mistake, net):
+    """Type and text of the error."""
+    errors = (RuntimeError, ValueError, NotImplementedError)
+    with pytest.raises(errors, match=MISTAKES[mistake]) as caught:
+        mistake(net)
+    return caught.type, str(caught.value)
 
 
 @needs_kernel
@@ -996,65 +515,3 @@ def test_a_plain_and_a_fused_pass_share_one_graph(passes):
     functional.reset_net(net)
     (total + net(x).sum()).backward()
     assert passes.fused == 3
-
-
-@needs_kernel
-@pytest.mark.parametrize(
-    ("layers", "fused_passes"),
-    [("all", 0), ("last", 4), ("first", 2), ("third", 4)],
-)
-def test_a_monitor_keeps_apart_only_the_pairs_it_looks_at(passes, layers, fused_passes):
-    plain, fused = (net.eval() for net in both())
-    x = torch.randn(T, 3, 2, 8, 8)
-    x_perturbed = torch.randn(T, 3, 2, 8, 8)
-    losses = []
-    for net in (plain, fused):
-        names = layers_of(net)
-        chosen = {"first": names[:1], "third": names[2:]}.get(layers, layers)
-        with MPPDMonitor(net, layers=chosen) as monitor:
-            for _ in range(2):  # the first run finds out which layer is the last
-                passes.fused = 0
-                monitored(net, monitor, x, x_perturbed)
-                order = monitor.execution_order
-            functional.reset_net(net)
-            losses.append(monitor.loss(names[2:] if layers == "all" else chosen))
-            assert order == tuple(names)
-            assert passes.fused == (fused_passes if net is fused else 0)
-            net(x)  # outside its contexts the monitor looks at nothing
-            assert passes.fused == (fused_passes + 2 if net is fused else 0)
-    assert_close(*losses)
-
-
-@needs_kernel
-def test_a_monitor_of_the_last_layer_says_when_another_one_became_the_last():
-    class Routed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a = nn.Sequential(layer.BatchNorm2d(2), DLIFNode(T=T))
-            self.b = nn.Sequential(layer.BatchNorm2d(2), DLIFNode(T=T))
-            self.swapped = False
-
-        def forward(self, x):
-            if self.swapped:
-                return self.a(self.b(x))
-            return self.b(self.a(x))
-
-    net = Routed()
-    functional.set_step_mode(net, "m")
-    fuse(net)
-    monitor = MPPDMonitor(net, layers="last")
-    x = torch.randn(T, 3, 2, 4, 4)
-    with monitor.clean():
-        net(x)
-    assert monitor.execution_order == ("a.0.node", "b.0.node")
-    net.swapped = True
-    functional.reset_net(net)
-    with (
-        pytest.raises(RuntimeError, match=r"last was 'b\.0\.node' and is 'a\.0\.node' now: name"),
-        monitor.clean(),
-    ):
-        net(x)
-    functional.reset_net(net)
-    with monitor.clean():  # found out anew
-        net(x)
-    assert monitor.execution_order == ("b.0.node", "a.0.node")

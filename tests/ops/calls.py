@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -23,6 +24,36 @@ assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 """That two tensors, or sequences of tensors and None, are the same numbers in the same dtype."""
 
 
+class Inputs(NamedTuple):
+    """What the operator gets; also the gradients of it."""
+
+    x: torch.Tensor
+    gain: torch.Tensor
+    v_init: torch.Tensor | None
+
+
+class Outputs(NamedTuple):
+    """What the operator gives; also the incoming gradients of it, None for what nobody uses."""
+
+    spikes: torch.Tensor | None
+    v: torch.Tensor | None
+    potentials: torch.Tensor | None
+
+
+class Call(NamedTuple):
+    """What goes in, forward and backward."""
+
+    inputs: Inputs
+    grads: Outputs
+
+
+class Results(NamedTuple):
+    """What comes out, forward and backward."""
+
+    outputs: Outputs
+    gradients: Inputs
+
+
 def random_call(shape, dtype=torch.float64, seed=0):
     """Inputs, and incoming gradients of the three outputs."""
     generator = torch.Generator().manual_seed(seed)
@@ -35,7 +66,8 @@ def random_call(shape, dtype=torch.float64, seed=0):
     grad_spikes = normal(*shape).to(dtype)
     gain = 1 + 0.3 * normal(shape[0])
     v_init = 0.2 + 0.4 * normal(*shape[1:])
-    return (x, gain, v_init), (grad_spikes, normal(*shape[1:]), normal(*shape))
+    grads = Outputs(grad_spikes, normal(*shape[1:]), normal(*shape))
+    return Call(Inputs(x, gain, v_init), grads)
 
 
 def laid_out(x_seq, channels_last):
@@ -65,9 +97,7 @@ class Seen(TorchDispatchMode):
 
 
 def run(backend, inputs, grads, *, kind="triangle", alpha=1.0, store_v_seq=True, **constants):
-    """Outputs, and the gradients of the inputs; a gradient that is None belongs to an output that
-    nobody uses.
-    """
+    """Outputs, and the gradients of the inputs."""
 
     def each(function, tensors):
         return [None if tensor is None else function(tensor) for tensor in tensors]
@@ -79,7 +109,9 @@ def run(backend, inputs, grads, *, kind="triangle", alpha=1.0, store_v_seq=True,
     )
     used = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
     torch.autograd.backward(*zip(*used, strict=True))
-    return each(torch.Tensor.detach, outputs), each(lambda leaf: leaf.grad, leaves)
+    found = each(torch.Tensor.detach, outputs)
+    gradients = each(lambda leaf: leaf.grad, leaves)
+    return Results(Outputs(*found), Inputs(*gradients))
 
 
 def check_slopes(backend, dtype=torch.float32, device="cpu"):

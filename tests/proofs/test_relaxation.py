@@ -32,6 +32,7 @@ from sj_robust.core.preserved import full_precision, preserved
 from sj_robust.proofs import branching, exact, relaxation, verification, verify
 from sj_robust.proofs.branching import Prover
 from sj_robust.proofs.relaxation import Maps, RelaxedRun, minimum
+from sj_robust.proofs.spiking import Interval
 from sj_robust.proofs.verification import _checked, bounded_logits
 
 METHODS = ("ibp", "joint", "crown", "bab", "mip")
@@ -122,16 +123,11 @@ def test_without_open_spikes_the_bound_is_that_of_the_affine_map():
 )
 def test_a_jump_is_bounded_by_an_edge_of_its_hull(on_spike, on_potential, upper, middle):
     """h in [0, upper], threshold 1, hard reset to 0: the edge's height at the middle."""
-    ends = [torch.tensor([value], dtype=torch.float64) for value in (0.0, 1.0, 1.0, upper)]
-    points = [
-        on_potential * ends[0],
-        on_potential * ends[1],
-        on_spike + 0 * ends[2],
-        on_spike + 0 * ends[3],
-    ]
-    slope = float(relaxation._slope(ends, points, 1.0))
-    offset = min(float(v - slope * e) for v, e in zip(points, ends, strict=True))
-    assert slope * upper / 2 + offset == pytest.approx(middle)
+    silent = relaxation._Piece(Interval(*row(0.0, 1.0).T), *row(0.0, on_potential).T)
+    fired = relaxation._Piece(Interval(*row(1.0, upper).T), *row(on_spike, on_spike).T)
+    slope = relaxation._slope(silent, fired, 1.0)
+    offset = min(*silent.heights(slope), *fired.heights(slope))
+    assert float(slope * upper / 2 + offset) == pytest.approx(middle)
 
 
 def small(node, *, seed=0):
@@ -411,9 +407,10 @@ def test_multipliers_of_any_kind_give_a_lower_bound():
         upper = np.ones(4)
         points = generator.uniform(-1.0, 1.0, size=(2000, 4))
         allowed = points[(points @ matrix.T <= limits).all(1)]
+        program = exact._LinearProgram(costs, matrix, limits, lower, upper)
         for size in (0.0, 1.0, 100.0):
             multipliers = size * generator.uniform(size=5)
-            least = exact._safe_minimum(costs, matrix, limits, lower, upper, multipliers)
+            least = program.safe_minimum(multipliers)
             assert (allowed @ costs >= least).all()
 
 

@@ -12,7 +12,7 @@ from lab.benchmarking.race import TOO_LONG
 from lab.benchmarking.results import TESTS, Results, Row
 
 _OPERATOR = ("ops/test_dlif.py", "ops/test_cpp.py")
-_ONE_PASS = ("ops/test_bn_dlif.py", "neuron/test_stage.py")
+_ONE_PASS = ("ops/test_bn_dlif.py", "neuron/test_stage.py", "neuron/test_stage_seen.py")
 _OF = {
     "neuron": _OPERATOR,
     "instruction_sets": _OPERATOR,

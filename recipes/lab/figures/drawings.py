@@ -1,6 +1,8 @@
 """Drawings of one neuron, input gains and training curves."""
 
 import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -9,11 +11,48 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from lab.figures.data import InputGains, OneNeuron, TrainingCurves
-from lab.figures.ground_truth import GroundTruth
+from lab.figures.ground_truth import AttackOnTruth, GroundTruth, Truth
 from lab.figures.style import COLOURS, DOUBLE, GREY, LINES, MARKERS, SINGLE, legend, letter
 
 _BLUE, _ORANGE, _GREEN, _PINK, _AMBER, _BLACK = COLOURS[:6]
 _MOST_LINES = len(COLOURS)
+
+Dashes = str | tuple[int, tuple[int, ...]]
+"""As matplotlib takes them."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One of the two runs of a neuron: the end of its names in the data, and how it looks."""
+
+    end: str
+    label: str
+    colour: str
+    dashes: Dashes
+    height: float  # of the marks of its spikes, in thresholds
+
+
+@dataclass(frozen=True)
+class _Distance:
+    """A distance of two runs: its name in the data, and how it looks."""
+
+    name: str
+    label: str
+    colour: str
+    dashes: Dashes
+    marker: str
+
+
+_RUNS = (
+    _Run("", "clean", _BLUE, "-", height=1.1),
+    _Run("_perturbed", "perturbed", _ORANGE, "--", height=1.1 + 0.13),
+)
+_DISTANCES = (
+    _Distance("full", "with reset", _BLACK, "-", "o"),
+    _Distance("simplified", "without reset (MPPD)", _GREEN, "--", "s"),
+    _Distance("std", "STD", _AMBER, "-.", "^"),
+    _Distance("tasad", "TASAD", _PINK, (0, (4, 1, 1, 1)), "D"),
+)
 
 
 def draw_neuron(data: OneNeuron) -> Figure:
@@ -48,107 +87,84 @@ def draw_neuron(data: OneNeuron) -> Figure:
 def _potentials(axes: Axes, case: dict[str, list[float]], v_threshold: float) -> None:
     """Potentials after the reset, and a mark above the threshold for every spike."""
     axes.axhline(v_threshold, color=GREY, linewidth=0.8, linestyle=":", label="threshold")
-    looks = (("", "clean", _BLUE, "-", 0), ("_perturbed", "perturbed", _ORANGE, "--", 1))
-    for end, label, colour, line, place in looks:
-        axes.plot(case[f"v{end}"], line, color=colour, label=label)
-        fired = [step for step, spike in enumerate(case[f"spike{end}"]) if spike]
-        height = v_threshold * (1.1 + 0.13 * place)
-        axes.plot(
-            fired, [height] * len(fired), "|", color=colour, markersize=6, markeredgewidth=1.4
-        )
+    for run in _RUNS:
+        axes.plot(case[f"v{run.end}"], run.dashes, color=run.colour, label=run.label)
+        fired = [step for step, spike in enumerate(case[f"spike{run.end}"]) if spike]
+        heights = [v_threshold * run.height] * len(fired)
+        axes.plot(fired, heights, "|", color=run.colour, markersize=6, markeredgewidth=1.4)
 
 
 def _distances(axes: Axes, case: dict[str, list[float]]) -> None:
-    series = (
-        ("full", "with reset", _BLACK, "-", "o"),
-        ("simplified", "without reset (MPPD)", _GREEN, "--", "s"),
-        ("std", "STD", _AMBER, "-.", "^"),
-        ("tasad", "TASAD", _PINK, (0, (4, 1, 1, 1)), "D"),
-    )
     axes.axhline(0, color=GREY, linewidth=0.6)
-    for offset, (name, label, colour, line, marker) in enumerate(series):
-        look: dict[str, Any] = {
-            "color": colour,
-            "linestyle": line,
-            "marker": marker,
-            "markevery": (offset, 5),
-            "markersize": 3,
-        }
-        axes.plot(case[name], label=label, **look)
+    for offset, one in enumerate(_DISTANCES):
+        axes.plot(
+            case[one.name],
+            label=one.label,
+            color=one.colour,
+            linestyle=one.dashes,
+            marker=one.marker,
+            markevery=(offset, 5),
+            markersize=3,
+        )
 
 
 def draw_ground_truth(data: GroundTruth) -> Figure:
     """A panel per radius: what each attack leaves, from the strongest down, and the exact robust
     accuracy as a line.
     """
-    count = len(data.truths)
-    rows = max(sum(attack.eps == truth.eps for attack in data.attacks) for truth in data.truths)
+    attacks = [_at_radius(data.attacks, truth.eps) for truth in data.truths]
+    rows = max(map(len, attacks))
     figure = Figure(figsize=(DOUBLE, 0.8 + 0.11 * rows), layout="constrained")
-    for axes, truth in zip(figure.subplots(1, count, squeeze=False).flat, data.truths, strict=True):
-        attacks = sorted(
-            (a for a in data.attacks if a.eps == truth.eps),
-            key=lambda a: (a.left, a.suite, a.attack),
-        )
-        share = [100 * attack.left / data.images for attack in attacks]
-        sums = [attack.attack in ("worst case", "control", "everything") for attack in attacks]
-        axes.barh(
-            range(len(share)),
-            share,
-            color=[_ORANGE if whole else _BLUE for whole in sums],
-            height=0.7,
-        )
-        low, high = (
-            100 * images / data.images for images in (truth.verified, data.images - truth.broken)
-        )
-        axes.axvspan(low, high, color=_BLACK, alpha=0.15, linewidth=0)
-        axes.axvline(high, color=_BLACK, linewidth=1.0)
-        axes.set_yticks(
-            range(len(share)),
-            [f"{attack.suite}: {attack.attack}" for attack in attacks],
-            fontsize=5,
-        )
-        axes.invert_yaxis()
-        axes.grid(visible=False, axis="y")
-        axes.set_xlim(max(0.0, low - 10), min(100.0, max(share) + 3))
-        axes.set_xlabel(f"accuracy at Linf {truth.eps:g}, %; line: exact")
+    panels = figure.subplots(1, len(data.truths), squeeze=False)
+    for axes, truth, found in zip(panels.flat, data.truths, attacks, strict=True):
+        _attacks_beside(axes, truth, found, data.images)
     return figure
+
+
+def _at_radius(attacks: Iterable[AttackOnTruth], eps: float) -> list[AttackOnTruth]:
+    """The attacks at a radius, the strongest first."""
+    found = [attack for attack in attacks if attack.eps == eps]
+    return sorted(found, key=lambda attack: (attack.left, attack.suite, attack.attack))
+
+
+def _attacks_beside(
+    axes: Axes, truth: Truth, attacks: Sequence[AttackOnTruth], images: int
+) -> None:
+    """Bars of attacks, those of whole suites in their own colour, and what is known."""
+    places = range(len(attacks))
+    shares = [100 * attack.left / images for attack in attacks]
+    names = [f"{attack.suite}: {attack.attack}" for attack in attacks]
+    colours = []
+    for attack in attacks:
+        of_suite = attack.attack in ("worst case", "control", "everything")
+        colours.append(_ORANGE if of_suite else _BLUE)
+    axes.barh(places, shares, color=colours, height=0.7)
+    low = 100 * truth.verified / images
+    high = 100 * (images - truth.broken) / images
+    axes.axvspan(low, high, color=_BLACK, alpha=0.15, linewidth=0)
+    axes.axvline(high, color=_BLACK, linewidth=1.0)
+    axes.set_yticks(places, names, fontsize=5)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set_xlim(max(0.0, low - 10), min(100.0, max(shares) + 3))
+    axes.set_xlabel(f"accuracy at Linf {truth.eps:g}, %; line: exact")
 
 
 def draw_gains(data: InputGains) -> Figure:
     """A panel per network: a line per layer, or a map if there are more layers than lines can be
     told apart.
     """
-    count, most = len(data.networks), max(map(len, data.networks.values()))
+    count = len(data.networks)
+    most = max(map(len, data.networks.values()))
+    down = math.ceil(count / 2)
+    wide = SINGLE if count == 1 else DOUBLE
     tall = 2.3 if most <= _MOST_LINES else 0.9 + 0.16 * most  # a map needs a row per layer
-    figure = Figure(
-        figsize=(SINGLE if count == 1 else DOUBLE, tall * math.ceil(count / 2)),
-        layout="constrained",
-    )
-    panels = figure.subplots(math.ceil(count / 2), min(count, 2), squeeze=False)
+    figure = Figure(figsize=(wide, tall * down), layout="constrained")
+    panels = figure.subplots(down, min(count, 2), squeeze=False)
     for axes, (name, layers) in zip(panels.flat, data.networks.items(), strict=False):
         steps = max(map(len, layers.values()))
         if len(layers) <= _MOST_LINES:
-            axes.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
-            for (layer, gains), colour, line, marker in zip(
-                layers.items(), COLOURS, LINES, MARKERS, strict=False
-            ):
-                axes.plot(
-                    range(len(gains)),
-                    gains,
-                    color=colour,
-                    linestyle=line,
-                    marker=marker,
-                    label=_short(layer),
-                )
-            axes.set_ylabel("input gain p[t]")
-            axes.legend(
-                title="layer",
-                title_fontsize=7,
-                loc="center left",
-                bbox_to_anchor=(1, 0.5),
-                borderpad=0,
-            )
-            axes.margins(y=0.15)
+            _lines_of_gains(axes, layers)
         else:
             _map_of_gains(figure, axes, layers, steps)
         axes.set_xticks(range(steps))
@@ -157,6 +173,28 @@ def draw_gains(data: InputGains) -> Figure:
     for axes in panels.flat[count:]:
         axes.set_axis_off()
     return figure
+
+
+def _lines_of_gains(axes: Axes, layers: dict[str, list[float]]) -> None:
+    axes.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
+    for index, (layer, gains) in enumerate(layers.items()):
+        axes.plot(
+            range(len(gains)),
+            gains,
+            color=COLOURS[index],
+            linestyle=LINES[index],
+            marker=MARKERS[index],
+            label=_short(layer),
+        )
+    axes.set_ylabel("input gain p[t]")
+    axes.legend(
+        title="layer",
+        title_fontsize=7,
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+        borderpad=0,
+    )
+    axes.margins(y=0.15)
 
 
 def _map_of_gains(figure: Figure, axes: Axes, layers: dict[str, list[float]], steps: int) -> None:
@@ -175,49 +213,70 @@ def draw_curves(data: TrainingCurves) -> Figure:
     """Validation accuracy on the left, MS-MPPD in training on the right; one colour per network."""
     figure = Figure(figsize=(DOUBLE, 2.7), layout="constrained")
     accuracy, perturbation = figure.subplots(1, 2)
-    attacks: dict[str, Any] = {}
-    looks = list(zip(COLOURS, MARKERS, strict=True))
-    for index, (name, records) in enumerate(data.networks.items()):
-        colour, marker = looks[index % len(looks)]
-        epochs = [record["epoch"] for record in records]
-        every = max(1, len(epochs) // 6)
-        for attack in records[0]["validation"]:
-            line = LINES[
-                list(attacks).index(attack) if attack in attacks else len(attacks) % len(LINES)
-            ]
-            attacks[attack] = line
-            values = [100 * record["validation"][attack] for record in records]
-            marks: dict[str, Any] = {"marker": marker, "markevery": (index, every), "markersize": 3}
-            accuracy.plot(epochs, values, color=colour, linestyle=line, **marks)
-        shown = [record for record in records if record["losses"].get("mppd", 0.0) > 0]
-        penalties = [record["losses"]["mppd"] for record in shown]
-        label = name if shown else f"{name} (not in its loss)"
-        perturbation.plot(
-            [record["epoch"] for record in shown],
-            penalties,
-            color=colour,
-            marker=marker,
-            label=label,
-        )
-    letter(accuracy, "(a) validation accuracy, %")
-    letter(perturbation, "(b) MS-MPPD in training")
-    accuracy.set_ylim(0, 102)
-    perturbation.set_yscale("log")
-    perturbation.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    perturbation.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    perturbation.yaxis.set_minor_formatter(NullFormatter())
+    _validation_curves(accuracy, data)
+    _mppd_curves(perturbation, data)
     for axes in (accuracy, perturbation):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for attack, line in attacks.items():
-        accuracy.plot([], [], color=GREY, linestyle=line, label=attack)
-    accuracy.legend(loc="lower right", ncols=len(attacks))
-    if not any(
-        record["losses"].get("mppd") for records in data.networks.values() for record in records
-    ):
-        perturbation.set_yticks([])
-    perturbation.legend(loc="upper right")
     return figure
+
+
+def _validation_curves(axes: Axes, data: TrainingCurves) -> None:
+    """A line per network and attack; the legend names the attacks, whose dashes are the same for
+    every network.
+    """
+    dashes: dict[str, Any] = {}
+    for index, records in enumerate(data.networks.values()):
+        epochs = [record["epoch"] for record in records]
+        every = max(1, len(epochs) // 6)
+        for attack in records[0]["validation"]:
+            dashes.setdefault(attack, LINES[len(dashes) % len(LINES)])
+            values = [100 * record["validation"][attack] for record in records]
+            axes.plot(
+                epochs,
+                values,
+                color=_colour(index),
+                linestyle=dashes[attack],
+                marker=_marker(index),
+                markevery=(index, every),
+                markersize=3,
+            )
+    for attack, line in dashes.items():
+        axes.plot([], [], color=GREY, linestyle=line, label=attack)
+    letter(axes, "(a) validation accuracy, %")
+    axes.set_ylim(0, 102)
+    axes.legend(loc="lower right", ncols=len(dashes))
+
+
+def _mppd_curves(axes: Axes, data: TrainingCurves) -> None:
+    """A line per network, of the epochs that had it in their loss; the legend names networks."""
+    is_empty = True
+    for index, (name, records) in enumerate(data.networks.items()):
+        shown = [record for record in records if record["losses"].get("mppd", 0.0) > 0]
+        is_empty = is_empty and not shown
+        axes.plot(
+            [record["epoch"] for record in shown],
+            [record["losses"]["mppd"] for record in shown],
+            color=_colour(index),
+            marker=_marker(index),
+            label=name if shown else f"{name} (not in its loss)",
+        )
+    letter(axes, "(b) MS-MPPD in training")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    if is_empty:
+        axes.set_yticks([])
+    axes.legend(loc="upper right")
+
+
+def _colour(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
+
+
+def _marker(index: int) -> str:
+    return MARKERS[index % len(MARKERS)]
 
 
 def _short(layer: str) -> str:

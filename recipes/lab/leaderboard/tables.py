@@ -70,26 +70,34 @@ def read_reports(folders: Sequence[str], usual: Mapping[str, Any]) -> list[Store
         ValueError: If a report is damaged or was changed so that its figures do not follow from its
             outcomes; the file is named.
     """
-    stored = []
+    stored: dict[str, Stored] = {}
     for folder in map(Path, folders):
         if not folder.exists():
             raise FileNotFoundError(
                 f"{folder} does not exist; --leaderboard takes folders of this recipe's reports"
             )
         for path in [folder] if folder.is_file() else sorted(folder.rglob("*.json")):
-            text = path.read_bytes()
-            if saved_format(text.decode()) not in FORMATS:
-                continue
-            report = Report.load(path)
-            if report.suite in GRADES:
-                digest = hashlib.sha256(text).hexdigest()[:16]
-                command = _command(report.configuration, usual)
-                stored.append(Stored(path.as_posix(), digest, command, report))
+            one = _read_report(path, usual)
+            if one is not None:
+                stored[one.path] = one
     if not stored:
         raise FileNotFoundError(
             f"no robustness report in {', '.join(folders)}; evaluate a network first"
         )
-    return sorted({one.path: one for one in stored}.values(), key=_order)
+    return sorted(stored.values(), key=_order)
+
+
+def _read_report(path: Path, usual: Mapping[str, Any]) -> Stored | None:
+    """The report in a file; None if it holds something else, or one that is no suite's."""
+    content = path.read_bytes()
+    if saved_format(content.decode()) not in FORMATS:
+        return None
+    report = Report.load(path)
+    if report.suite not in GRADES:
+        return None
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    command = _command(report.configuration, usual)
+    return Stored(path.as_posix(), digest, command, report)
 
 
 def groups_of(stored: Sequence[Stored]) -> list[Group]:
@@ -127,26 +135,31 @@ def _command(configuration: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
         if name == "checkpoint" and value is not None:
             words.append(str(value))
         elif value != usual.get(name) and name != "batch_size":  # on which no figure depends
-            flag = name.replace("_", "-")
-            if isinstance(usual.get(name), bool):
-                words.append(f"--{flag}" if value else f"--no-{flag}")
-            else:
-                words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+            words += _option(name, value, is_switch=isinstance(usual.get(name), bool))
     return as_called(shlex.join(words))
+
+
+def _option(name: str, value: Any, *, is_switch: bool) -> list[str]:
+    """An option in the words of a command line."""
+    flag = name.replace("_", "-")
+    if is_switch:
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    values = value if isinstance(value, list) else [value]
+    return [f"--{flag}", *map(str, values)]
 
 
 def _changes(now: Mapping[str, str], table: Path) -> list[str]:
     """Files that are not what they were when the table was made, or that are gone, each as a
     line.
     """
-    before = dict(_STORED.findall(table.read_text(encoding="utf-8"))) if table.is_file() else {}
+    before: dict[str, str] = {}
+    if table.is_file():
+        before = dict(_STORED.findall(table.read_text(encoding="utf-8")))
     gone = [path for path in before if path not in now]
     changed = [path for path, digest in now.items() if before.get(path, digest) != digest]
-    said = {"gone": gone, "changed": changed}
     return [
-        f"{word} since the last leaderboard: {path}"
-        for word, paths in said.items()
-        for path in paths
+        *(f"gone since the last leaderboard: {path}" for path in gone),
+        *(f"changed since the last leaderboard: {path}" for path in changed),
     ]
 
 

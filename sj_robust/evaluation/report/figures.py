@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sj_robust.attacks.threat import eps_text, parse_eps
@@ -27,17 +28,41 @@ if TYPE_CHECKING:
 __all__ = ["figures"]
 
 _OF_EVENTS = {"L0": "events added or removed", "moves": "events moved in time"}
-_LEVEL_LOOKS: dict[What, tuple[str, str]] = {
-    "clean": (BLUE, "o-"),
-    "attacked": (ORANGE, "s--"),
+
+
+@dataclass(frozen=True)
+class _Line:
+    """How a line looks; ``style`` is matplotlib's text for marker and dashes."""
+
+    color: str
+    style: str
+
+
+@dataclass(frozen=True)
+class _Bar:
+    """How a bar looks; without a hatch it is filled more strongly."""
+
+    color: str
+    hatch: str = ""
+
+    @property
+    def alpha(self) -> float:
+        """How opaque its inside is."""
+        return 0.5 if self.hatch else 0.8
+
+
+_LEVEL_LOOKS: dict[What, _Line] = {
+    "clean": _Line(BLUE, "o-"),
+    "attacked": _Line(ORANGE, "s--"),
 }
 _BAR_LOOKS = {
-    "clean": (GREY, ""),
-    "member": (BLUE, ""),
-    "control": (GREY, "////"),
-    "worst case": (ORANGE, "xxxx"),
-    "verified": (GREY, "\\\\\\\\"),
+    "clean": _Bar(GREY),
+    "member": _Bar(BLUE),
+    "control": _Bar(GREY, "////"),
+    "worst case": _Bar(ORANGE, "xxxx"),
+    "verified": _Bar(GREY, "\\\\\\\\"),
 }
+_OTHER_BAR = _Bar(ORANGE, "....")
 _SHOWN_ATTACKS = 6
 """Heat maps of further attacks."""
 
@@ -69,46 +94,43 @@ def figures(report: Evaluation, *, columns: int = 2) -> dict[str, "Figure"]:
         found["accuracy_over_eps"] = _accuracy_over_eps(report)
     found["attacks"] = _attacks(report)
     if report.potential:
-        kept = {row.member for row in report.attacks if report.within(row)}
-        rows = [row for row in report.potential if not row["member"].startswith("control/")]
-        first = next((row for row in rows if row["member"] in kept), rows[0])
+        first, others = _attacks_with_potential(report)
         found["potential"] = _potential([first], 1)
-        others = _different([row for row in rows if row is not first])
         if others:
             found["potential_more"] = _potential(others, columns)
     return found
 
 
+def _attacks_with_potential(
+    report: Evaluation,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The row of the first attack within the threat, or of the first one at all, and some of the
+    others.
+    """
+    within = {row.member for row in report.attacks if report.within(row)}
+    rows = [row for row in report.potential if not row["member"].startswith("control/")]
+    first = next((row for row in rows if row["member"] in within), rows[0])
+    others = [row for row in rows if row is not first]
+    return first, _different(others)
+
+
 def _accuracy_over_eps(report: Evaluation) -> "Figure":
+    """The curve over the radius, what is proved below it, and both ends of the suite."""
     figure = new_figure(3.8, 2.8)
     axes = figure.subplots()
     points = report.over_eps
     here = 0.0 if report.threat is None else report.threat.eps
-    norm = "" if report.threat is None else report.threat.norm
     texts = [*(point.eps for point in points), eps_text(here)]
     unit = 255 if any(text.endswith("/255") for text in texts) else 1
     places = [unit * parse_eps(point.eps) for point in points]
-    shares = [100 * point.correct / point.total for point in points]
-    ends = [wilson_interval(point.correct, point.total) for point in points]
-    low = [100 * end[0] for end in ends]
-    high = [100 * end[1] for end in ends]
-    axes.fill_between(places, low, high, color=BLUE, alpha=0.2, linewidth=0)
-    label = points[-1].attack
-    axes.plot(places, shares, "o-", color=BLUE, markersize=4, label=label)
-    proved = {point.eps: point.verified for point in points if point.verified is not None}
-    if proved:
-        lowest = [100 * one.accuracy for one in proved.values()]
-        within = [unit * parse_eps(eps) for eps in proved]
-        axes.plot(within, lowest, "--", color=GREY, label="verified")
-        if within == places:
-            _hatched(axes, places, lowest, shares)
+    _attacked_curve(axes, report, places)
+    _verified_curve(axes, report, places, unit)
     aside = 0.015 * max(places)  # none of the two covers the other, or the curve
     if report.control is not None:
-        _summary(axes, unit * here - aside, report.control, "control", "s", GREY)
+        _summary(axes, unit * here - aside, report.control, "control", marker="s", color=GREY)
     label = "worst case of suite and control"
-    _summary(axes, unit * here + aside, report.everything, label, "D", ORANGE)
-    in_units = ", in 1/255" if unit == 255 else ""
-    axes.set_xlabel(_OF_EVENTS.get(norm, f"eps, {norm}{in_units}"))
+    _summary(axes, unit * here + aside, report.everything, label, marker="D", color=ORANGE)
+    axes.set_xlabel(_radius_label(report, unit))
     axes.set_ylabel("accuracy, %")
     axes.set_xlim(left=0)
     axes.set_ylim(-2, 102)
@@ -116,12 +138,50 @@ def _accuracy_over_eps(report: Evaluation) -> "Figure":
     return figure
 
 
-def _hatched(axes: "Axes", places: Sequence[float], low: Sequence[float], high: Any) -> None:
+def _radius_label(report: Evaluation, unit: int) -> str:
+    """What the axis of radii shows: eps of a norm in a unit, or a number of events."""
+    norm = "" if report.threat is None else report.threat.norm
+    if norm in _OF_EVENTS:
+        return _OF_EVENTS[norm]
+    return f"eps, {norm}, in 1/255" if unit == 255 else f"eps, {norm}"
+
+
+def _attacked_curve(axes: "Axes", report: Evaluation, places: Sequence[float]) -> None:
+    """Accuracy under the attack at every radius, with its interval."""
+    points = report.over_eps
+    ends = [wilson_interval(point.correct, point.total) for point in points]
+    low = [100 * end[0] for end in ends]
+    high = [100 * end[1] for end in ends]
+    axes.fill_between(places, low, high, color=BLUE, alpha=0.2, linewidth=0)
+    label = points[-1].attack
+    axes.plot(places, _shares(report), "o-", color=BLUE, markersize=4, label=label)
+
+
+def _verified_curve(axes: "Axes", report: Evaluation, places: Sequence[float], unit: int) -> None:
+    """What is proved where it is known; hatched up to the attack if that is everywhere."""
+    proved = {point.eps: point.verified for point in report.over_eps if point.verified is not None}
+    if not proved:
+        return
+    lowest = [100 * one.accuracy for one in proved.values()]
+    within = [unit * parse_eps(eps) for eps in proved]
+    axes.plot(within, lowest, "--", color=GREY, label="verified")
+    if within == places:
+        _hatched(axes, places, lowest, _shares(report))
+
+
+def _shares(report: Evaluation) -> list[float]:
+    """Accuracy in per cent at every radius of the curve."""
+    return [100 * point.correct / point.total for point in report.over_eps]
+
+
+def _hatched(
+    axes: "Axes", places: Sequence[float], low: Sequence[float], high: Sequence[float]
+) -> None:
     axes.fill_between(places, low, high, facecolor="none", edgecolor=GREY, hatch="///", linewidth=0)
 
 
 def _summary(
-    axes: "Axes", place: float, one: Accuracy, label: str, marker: str, color: str
+    axes: "Axes", place: float, one: Accuracy, label: str, *, marker: str, color: str
 ) -> None:
     """One accuracy at a radius with its interval."""
     low, high = (100 * end for end in one.interval)
@@ -141,11 +201,7 @@ def _summary(
 def _attacks(report: Evaluation) -> "Figure":
     """Bars of the attacks, hollow outside the threat model; totals below, hatched."""
     beyond = {row.member for row in report.attacks if not report.within(row)}
-    shown = [
-        one
-        for one in report.accuracies
-        if not one.name.startswith("control/") and "@" not in one.name
-    ]
+    shown = [one for one in report.accuracies if _is_shown(one.name)]
     figure = new_figure(4.2, 0.6 + 0.2 * len(shown))
     axes = figure.subplots()
     for place, one in enumerate(shown):
@@ -159,27 +215,38 @@ def _attacks(report: Evaluation) -> "Figure":
     return figure
 
 
+def _is_shown(name: str) -> bool:
+    """Whether an accuracy gets a bar: not a part of the control, and not that of another radius."""
+    return not name.startswith("control/") and "@" not in name
+
+
 def _bar(axes: "Axes", place: int, one: Accuracy, *, hollow: bool) -> None:
-    color, hatch = _BAR_LOOKS.get(one.kind, (ORANGE, "...."))
+    """A bar with its outline, its interval and its number."""
+    look = _BAR_LOOKS.get(one.kind, _OTHER_BAR)
     share = 100 * one.accuracy
     low, high = (100 * end for end in one.interval)
-    alpha = 0.5 if hatch else 0.8
-    inside = 0.0 if hollow else alpha
-    axes.barh(place, share, 0.72, color=color, alpha=inside, linewidth=0)
+    inside = 0.0 if hollow else look.alpha
+    axes.barh(place, share, 0.72, color=look.color, alpha=inside, linewidth=0)
     axes.barh(
         place,
         share,
         0.72,
         facecolor="none",
-        edgecolor=color,
-        hatch=hatch,
+        edgecolor=look.color,
+        hatch=look.hatch,
         linewidth=1.0,
     )
     whiskers = [[share - low], [high - share]]
     ink = axes.spines["left"].get_edgecolor()
     axes.errorbar(share, place, xerr=whiskers, fmt="none", ecolor=ink, capsize=2)
-    text, beside = f"{share:.1f}", (3, 0)
-    axes.annotate(text, (high, place), beside, textcoords="offset points", va="center", fontsize=7)
+    axes.annotate(
+        f"{share:.1f}",
+        xy=(high, place),
+        xytext=(3, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=7,
+    )
 
 
 def _potential(rows: Sequence[Mapping[str, Any]], columns: int) -> "Figure":
@@ -216,10 +283,14 @@ def _different(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     others: list[dict[str, Any]] = []
     for row in rows:
         kind = row["member"].split("/")[0].split("@")[0]
-        (others if kind in kinds_seen else first).append(row)
+        if kind in kinds_seen:
+            others.append(row)
+        else:
+            first.append(row)
         kinds_seen.add(kind)
     ranked = [*_by_samples(first), *_by_samples(others)]
-    return [row for row in rows if row in ranked[:_SHOWN_ATTACKS]]
+    shown = ranked[:_SHOWN_ATTACKS]
+    return [row for row in rows if row in shown]
 
 
 def _by_samples(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -248,15 +319,15 @@ def _levels(report: Evaluation) -> "Figure":
 def _levels_of(axes: "Axes", report: Evaluation, kind: str) -> None:
     found = levels(report, kind)
     places = range(len(found))
+    whole = intact(report)
     for what in WHATS:
-        color, look = _LEVEL_LOOKS[what]
+        look = _LEVEL_LOOKS[what]
         ends = [one.interval(what) for one in found]
         low = [end[0] for end in ends]
         high = [end[1] for end in ends]
         shares = [100 * one.mean(what) / one.images for one in found]
-        axes.fill_between(places, low, high, color=color, alpha=0.2, lw=0)
-        axes.plot(places, shares, look, color=color, ms=4)
-        whole = intact(report)
+        axes.fill_between(places, low, high, color=look.color, alpha=0.2, lw=0)
+        axes.plot(places, shares, look.style, color=look.color, ms=4)
         middle = 100 * whole.mean(what) / whole.images
         axes.axhline(middle, color=GREY, lw=0.8, ls=":")
     axes.set_title(kind, fontsize=8)
@@ -274,8 +345,7 @@ def _vote(report: Evaluation) -> "Figure":
     high = [100 * bracket[1].accuracy for bracket in brackets]
     figure = new_figure(4.6, 3.4)
     axes = figure.subplots()
-    label = "under attack"
-    axes.plot(radii, high, "o-", color=BLUE, markersize=4, label=label)
+    axes.plot(radii, high, "o-", color=BLUE, markersize=4, label="under attack")
     axes.plot(radii, low, "v--", color=GREY, markersize=4, label="certified")
     _hatched(axes, radii, low, high)
     axes.set_xlabel("eps, L2")
@@ -291,11 +361,14 @@ def _training(report: Evaluation) -> "Figure":
     """Bars of accuracy per attack and network, and validation curves if the report has them."""
     if not report.rows:
         raise ValueError("a report without rows cannot be drawn; evaluate at least one network")
-    figure = new_figure(6.75 if report.curves else 3.25, 2.6)
-    panels = figure.subplots(1, 2 if report.curves else 1, squeeze=False)[0]
-    _bars(panels[0], report)
-    if report.curves:
-        _curves(panels[1], report)
+    if not report.curves:
+        figure = new_figure(3.25, 2.6)
+        _bars(figure.subplots(), report)
+        return figure
+    figure = new_figure(6.75, 2.6)
+    left, right = figure.subplots(1, 2)
+    _bars(left, report)
+    _curves(right, report)
     return figure
 
 

@@ -1,0 +1,509 @@
+"""Whoever looks at a stage sees what runs in it: hooks, patches, watchers and monitors get the same
+as in a plain network.
+"""
+
+import copy
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
+
+import pytest
+import torch
+from covering import every_pair
+from neuron.staged import (
+    Noisy,
+    T,
+    both,
+    finished,
+    forward_and_backward,
+    layers_of,
+    sequence,
+    three,
+)
+from ops.calls import needs_kernel
+from spikingjelly.activation_based import functional, layer
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules import module as modules
+from torch.overrides import TorchFunctionMode
+from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves
+
+from sj_robust.neuron import DLIFNode, Stage, fuse
+from sj_robust.neuron.watching import Wants, watch
+from sj_robust.perturbation import MPPDMonitor
+
+
+class Owner:
+    """Whose method a hook is; its attributes mean nothing to a stage."""
+
+    def __init__(self, log, hook):
+        self.log = log
+        self.hook = hook
+        if hook.active != UNSET:
+            self.active = VALUES[hook.active]
+        if hook.needs_output != UNSET:
+            self.needs_output = VALUES[hook.needs_output]
+
+    def look(self, module, *values):
+        flat = [v.detach() for v in tree_leaves(values) if isinstance(v, torch.Tensor)]
+        self.log.append(Heard(self.hook, flat))
+
+
+UNSET = "unset"
+VALUES = {
+    "True": True,
+    "False": False,
+    "0": 0,
+    "None": None,
+    "tensor": torch.zeros(2),
+}
+"""What an attribute of a hook's owner may be."""
+
+KINDS = (
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+)
+
+CHILDREN = ("norm", "node", "pool")
+
+
+class Hook(NamedTuple):
+    """A kind of hook, the child that it is registered on, and attributes of its owner."""
+
+    kind: str
+    child: str
+    active: str = UNSET
+    needs_output: str = UNSET
+
+
+CHOICES = {
+    "kind": KINDS,
+    "child": CHILDREN,
+    "active": [UNSET, *VALUES],
+    "needs_output": [UNSET, *VALUES],
+}
+
+HOOKS = [Hook(*values) for values in every_pair(CHOICES)]
+
+
+class Heard(NamedTuple):
+    """A call of a hook: which one, and the tensors that it got."""
+
+    hook: Hook
+    tensors: list[torch.Tensor]
+
+
+def heard(net, children, hooks):
+    """What hooks see of a pass forth and back, in the order of their calls."""
+    log = []
+    handles = []
+    for hook in hooks:
+        register = getattr(children[hook.child], hook.kind)
+        handles.append(register(Owner(log, hook).look))
+    forward_and_backward(net)
+    for handle in handles:
+        handle.remove()
+    return log
+
+
+def assert_heard(actual, wanted):
+    """The same values, call by call."""
+    for found, expected in zip(actual, wanted, strict=True):
+        assert all(map(torch.equal, found.tensors, expected.tensors))
+        assert len(found.tensors) == len(expected.tensors)
+
+
+def test_every_hook_is_called_as_in_a_sequential_whoever_owns_it():
+    fused = three(Stage)
+    plain = three(nn.Sequential)
+    wanted = {}
+    for kind, child in product(KINDS, CHILDREN):
+        wanted[kind, child] = heard(*plain, [Hook(kind, child)])
+    for hook in HOOKS:
+        found = heard(*fused, [hook])
+        assert [call.hook for call in found] == [hook]
+        assert_heard(found, wanted[hook.kind, hook.child])
+    for order in (HOOKS, HOOKS[::-1]):
+        found = heard(*fused, order)
+        expected = heard(*plain, order)
+        assert len(found) == len(HOOKS)
+        assert [call.hook for call in found] == [call.hook for call in expected]
+        assert_heard(found, expected)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "register",
+    [
+        modules.register_module_forward_hook,
+        modules.register_module_forward_pre_hook,
+        modules.register_module_full_backward_hook,
+        modules.register_module_full_backward_pre_hook,
+    ],
+    ids=lambda register: register.__name__,
+)
+def test_hooks_on_all_modules_see_the_children_of_a_stage(passes, register):
+    called = []
+    for build in (Stage, nn.Sequential):
+        net, _ = three(build)
+        seen = []
+        handle = register(lambda module, *_, seen=seen: seen.append(type(module).__name__))
+        try:
+            forward_and_backward(net)
+        finally:
+            handle.remove()
+        called.append([name for name in seen if name not in ("Stage", "Sequential")])
+        forward_and_backward(net)
+    assert called[0] == called[1]
+    assert {"BatchNorm2d", "DLIFNode", "AvgPool2d"} <= set(called[0])
+    assert (passes.fused, passes.pooled) == (1, 1)  # without the hook
+
+
+def half(method):
+    """A method of a class whose result is halved."""
+    return lambda self, *args: 0.5 * method(self, *args)
+
+
+def in_instance(name):
+    def patch(module, monkeypatch):
+        method = getattr(module, name)
+        setattr(module, name, lambda *args: 0.5 * method(*args))
+
+    return patch
+
+
+def in_class(name, depth=0):
+    def patch(module, monkeypatch):
+        kind = type(module).__mro__[depth]
+        monkeypatch.setattr(kind, name, half(getattr(kind, name)))
+
+    return patch
+
+
+def in_torch(owner, name):
+    def patch(module, monkeypatch):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **options: 0.5 * function(*args, **options))
+
+    return patch
+
+
+def compiled_by_itself(module, monkeypatch):
+    module._compiled_call_impl = lambda *args: 0.5 * module._call_impl(*args)
+
+
+def check_of_the_input(module, monkeypatch):
+    module._check_input_dim = lambda x: module.weight.data.mul_(0.5)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A way to replace what a child of a stage does, and the children that have it.
+
+    ``of_class`` says that one patch is seen by all networks.
+    """
+
+    apply: Callable
+    children: tuple[str, ...]
+    of_class: bool = False
+
+
+ALL = ("norm", "node", "pool")
+
+PATCHES = {
+    "forward of the instance": Patch(in_instance("forward"), ALL),
+    "forward of the class": Patch(in_class("forward"), ALL, of_class=True),
+    "__call__ of the class": Patch(in_class("__call__"), ALL, of_class=True),
+    "multi_step_forward of the instance": Patch(in_instance("multi_step_forward"), ("node",)),
+    "multi_step_forward of the class": Patch(
+        in_class("multi_step_forward"), ("node",), of_class=True
+    ),
+    "forward of torch's class": Patch(in_class("forward", 1), ("norm", "pool"), of_class=True),
+    "compile() of the child": Patch(compiled_by_itself, ALL),
+    "_call_impl of the instance": Patch(in_instance("_call_impl"), ALL),
+    "_call_impl of torch's class": Patch(in_torch(nn.Module, "_call_impl"), ALL, of_class=True),
+    "_check_input_dim of the instance": Patch(check_of_the_input, ("norm",)),
+    "F.batch_norm": Patch(in_torch(F, "batch_norm"), ("norm",), of_class=True),
+    "torch.batch_norm": Patch(in_torch(torch, "batch_norm"), ("norm",), of_class=True),
+    "F.avg_pool2d": Patch(in_torch(F, "avg_pool2d"), ("pool",), of_class=True),
+    "functional.seq_to_ann_forward": Patch(
+        in_torch(functional, "seq_to_ann_forward"), ("pool",), of_class=True
+    ),
+}
+
+PATCHED = []
+for name, patched in PATCHES.items():
+    PATCHED += [(name, child) for child in patched.children]
+
+
+@needs_kernel
+@pytest.mark.parametrize(("patch", "child"), PATCHED)
+def test_whatever_is_patched_runs(passes, patch, child):
+    unpatched = forward_and_backward(three(Stage)[0])
+    passes.fused = 0
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        results = []
+        for build in (Stage, nn.Sequential):
+            net, children = three(build)
+            if build is Stage or not PATCHES[patch].of_class:
+                PATCHES[patch].apply(children[child], monkeypatch)
+            results.append(forward_and_backward(net))
+        assert all(map(torch.equal, *results))
+    assert not torch.equal(results[0][0], unpatched[0])
+    assert passes.fused == 0
+
+
+class Halving(TorchFunctionMode):
+    """Halves what batch norm gives."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        return 0.5 * result if function is F.batch_norm else result
+
+
+class Halved(torch.Tensor):
+    """Halves what batch norm gives of it."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        return 0.5 * result if function is F.batch_norm else result
+
+
+def under_a_mode(net, x):
+    with Halving():
+        return net(x)
+
+
+def on_a_default_device(net, x):
+    with torch.device("cpu"):
+        return net(x)
+
+
+def of_a_class_on_a_default_device(net, x):
+    return on_a_default_device(net, x.as_subclass(Halved))
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("call", "fused"),
+    [
+        (under_a_mode, 0),
+        (lambda net, x: net(x.as_subclass(Halved)), 0),
+        (of_a_class_on_a_default_device, 0),
+        (on_a_default_device, 1),
+        (lambda net, x: net(nn.Parameter(x)), 1),
+    ],
+    ids=["mode", "class", "class on a device", "device", "parameter"],
+)
+def test_whoever_is_told_of_the_functions_of_torch_is_told_in_a_stage(passes, call, fused):
+    stage_net = three(Stage)[0]
+    plain = three(nn.Sequential)[0]
+    x = sequence(2, 2, 3, 4, 4)
+    results = [call(net, x).as_subclass(torch.Tensor) for net in (stage_net, plain)]
+    assert torch.equal(*results)
+    assert passes.fused == fused
+    functional.reset_net(plain)
+    assert torch.equal(plain(x), results[1]) == bool(fused)
+
+
+class Told:
+    """A watcher that keeps what it is told."""
+
+    def __init__(self, wants):
+        self.wanted = wants
+        self.calls = []
+
+    def wants(self, name):
+        return self.wanted
+
+    def called(self, call):
+        self.calls.append(call)
+
+
+@needs_kernel
+@pytest.mark.parametrize("child", ["norm", "node", "pool"])
+@pytest.mark.parametrize("wants", Wants)
+def test_a_watcher_of_any_child_is_told_as_in_a_sequential(child, wants):
+    told = []
+    for build in (Stage, nn.Sequential):
+        net, children = three(build)
+        names = {module: name for name, module in net.named_modules()}
+        watcher = Told(wants)
+        with watch(net, watcher, [names[children[child]]]):
+            net(sequence(2, 2, 3, 4, 4))
+        told.append([type(call.node) for call in watcher.calls])
+    assert told[0] == told[1]
+    assert len(told[0]) == 1
+
+
+def subclass(base):
+    return type("Noisy", (base,), {"forward": half(base.forward)})
+
+
+@needs_kernel
+@pytest.mark.parametrize("child", ["norm", "node", "pool"])
+def test_a_subclass_runs_its_own_forward(passes, child):
+    results = []
+    for build in (Stage, nn.Sequential):
+        torch.manual_seed(0)
+        kinds = {"norm": layer.BatchNorm2d, "node": DLIFNode, "pool": layer.AvgPool2d}
+        kinds[child] = subclass(kinds[child])
+        net, _ = finished(build, kinds["norm"](3), kinds["node"](T=2), kinds["pool"](2))
+        results.append(forward_and_backward(net))
+    assert all(map(torch.equal, *results))
+    assert passes.fused == 0
+    net = nn.Sequential(Noisy(T=1), layer.AvgPool2d(2))
+    functional.set_step_mode(net, "m")
+    fuse(net)
+    found = net(torch.full((1, 1, 1, 2, 2), 2.0))
+    expected = torch.full((1, 1, 1, 1, 1), 0.5)
+    assert torch.equal(found, expected)
+
+
+@needs_kernel
+@pytest.mark.parametrize(("wants", "fused"), [("NOTHING", 2), ("INPUT", 2), ("SPIKES", 0)])
+@pytest.mark.parametrize("train", [True, False])
+def test_a_watcher_is_told_of_every_call_what_it_wants(passes, wants, fused, train):
+    told = []
+    x = sequence(T, 3, 2, 8, 8)
+    for net in both():
+        net.train(train)
+        watcher = Told(Wants[wants])
+        with watch(net, watcher):
+            functional.reset_net(net)
+            net(x[:1])
+            net(x[1:])
+        told.append(watcher.calls)
+        for node in net.modules():
+            assert not node._forward_hooks
+    assert passes.fused == 2 * fused
+    found = [call.name for call in told[1]]
+    assert found == ["1.node", "3.1.node", "6"] * 2
+    found = [call.time_step for call in told[1]]
+    assert found == [0, 0, 0, 1, 1, 1]
+    for plain_call, call in zip(*told, strict=True):
+        assert isinstance(call.node, DLIFNode)
+        assert_close(call.v_before, plain_call.v_before)
+        if call.input is not None or wants != "NOTHING":
+            assert_close(call.input, plain_call.input)
+        if call.spikes is not None or wants == "SPIKES":
+            assert torch.equal(call.spikes, plain_call.spikes)
+
+
+def test_a_copy_made_while_watched_tells_nobody():
+    _, net = both()
+    watcher = Told(Wants.SPIKES)
+    with watch(net, watcher):
+        twin = copy.deepcopy(net)
+        file = io.BytesIO()
+        torch.save(net, file)
+    file.seek(0)
+    x = sequence(T, 3, 2, 8, 8)
+    for other in (twin, torch.load(file, weights_only=False)):
+        assert torch.equal(other(x), net(x))
+        functional.reset_net(net)
+    assert watcher.calls == []
+
+
+def monitored(net, monitor, x, x_perturbed):
+    """Outputs of the second of two passes that a monitor compares, each from a reset."""
+    for context, images in ((monitor.clean(), x), (monitor.perturbed(), x_perturbed)):
+        functional.reset_net(net)
+        with context:
+            out = net(images)
+    return out
+
+
+@needs_kernel
+@pytest.mark.parametrize("keep", ["loss", "statistics"])
+@pytest.mark.parametrize("train", [True, False])
+def test_a_monitor_that_needs_the_current_alone_leaves_the_layer_in_one_pass(passes, keep, train):
+    results = []
+    x = sequence(T, 3, 2, 8, 8).double()
+    x_perturbed = sequence(T, 3, 2, 8, 8).double().flip(-1)
+    for net in both():
+        net.double().train(train)
+        watched = layers_of(net)[1]
+        monitor = MPPDMonitor(net, layers=[watched], keep=keep)
+        with torch.no_grad():  # a sequence without a pair, as at the start of a training
+            net(x)
+        passes.fused = passes.pooled = 0
+        out = monitored(net, monitor, x, x_perturbed)
+        loss = monitor.loss([watched])
+        (loss + out.square().sum()).backward()
+        gradients = [p.grad for p in net.parameters() if p.grad is not None]
+        results.append(
+            [loss.detach(), out.detach(), *gradients, *(b.clone() for b in net.buffers())]
+        )
+    assert (passes.fused, passes.pooled) == ((4, 2) if keep == "loss" else (2, 0))
+    assert_close(*results, rtol=1e-9, atol=1e-12)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("layers", "fused_passes"),
+    [("all", 0), ("last", 4), ("first", 2), ("third", 4)],
+)
+def test_a_monitor_keeps_apart_only_the_pairs_it_looks_at(passes, layers, fused_passes):
+    plain, fused = (net.eval() for net in both())
+    x = torch.randn(T, 3, 2, 8, 8)
+    x_perturbed = torch.randn(T, 3, 2, 8, 8)
+    losses = []
+    for net in (plain, fused):
+        names = layers_of(net)
+        chosen = {"first": names[:1], "third": names[2:]}.get(layers, layers)
+        own_passes = fused_passes if net is fused else 0
+        outside = own_passes + 2 if net is fused else 0
+        with MPPDMonitor(net, layers=chosen) as monitor:
+            for _ in range(2):  # the first run finds out which layer is the last
+                passes.fused = 0
+                monitored(net, monitor, x, x_perturbed)
+                order = monitor.execution_order
+            functional.reset_net(net)
+            losses.append(monitor.loss(names[2:] if layers == "all" else chosen))
+            assert order == tuple(names)
+            assert passes.fused == own_passes
+            net(x)  # outside its contexts the monitor looks at nothing
+            assert passes.fused == outside
+    assert_close(*losses)
+
+
+@needs_kernel
+def test_a_monitor_of_the_last_layer_says_when_another_one_became_the_last():
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Sequential(layer.BatchNorm2d(2), DLIFNode(T=T))
+            self.b = nn.Sequential(layer.BatchNorm2d(2), DLIFNode(T=T))
+            self.swapped = False
+
+        def forward(self, x):
+            if self.swapped:
+                return self.a(self.b(x))
+            return self.b(self.a(x))
+
+    net = Routed()
+    functional.set_step_mode(net, "m")
+    fuse(net)
+    monitor = MPPDMonitor(net, layers="last")
+    x = torch.randn(T, 3, 2, 4, 4)
+    with monitor.clean():
+        net(x)
+    assert monitor.execution_order == ("a.0.node", "b.0.node")
+    net.swapped = True
+    functional.reset_net(net)
+    with (
+        pytest.raises(RuntimeError, match=r"last was 'b\.0\.node' and is 'a\.0\.node' now: name"),
+        monitor.clean(),
+    ):
+        net(x)
+    functional.reset_net(net)
+    with monitor.clean():  # found out anew
+        net(x)
+    assert monitor.execution_order == ("b.0.node", "a.0.node")
