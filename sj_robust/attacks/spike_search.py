@@ -17,7 +17,7 @@ from sj_robust.attacks._quicker import quicker
 from sj_robust.attacks._spike_walk import Plan, SpikeSearch
 from sj_robust.attacks.apgd import LEAST_CLASSES, apgd
 from sj_robust.attacks.call import Model, Randomness, checked_copies, crafting, seeds_of_samples
-from sj_robust.attacks.logits import clean_logits, differ, margin
+from sj_robust.attacks.logits import clean_logits, differ, leads, margin
 from sj_robust.attacks.projection import Norm, wide
 from sj_robust.attacks.sapgd import sapgd
 from sj_robust.attacks.threat import ThreatModel, ball_threat
@@ -141,7 +141,7 @@ def searched(
     """Images that fool, a start where one does, and elsewhere those of the smallest margin."""
     scores = [clean_logits(model, start, y) for start in starts]
     wrong = torch.stack([logits.argmax(1) != y for logits in scores], 1)
-    worth = wide(torch.stack([margin(logits, y) for logits in scores], 1))
+    found = wide(torch.stack([leads(logits, y) for logits in scores], 1))
     x_adv = starts[wrong.int().argmax(1), torch.arange(len(x), device=x.device)]
     rows = (~wrong.any(1)).nonzero().squeeze(1)
     if len(rows) == 0:
@@ -162,7 +162,7 @@ def searched(
         x=x[rows],
         y=y[rows],
         pool=wide(starts[:, rows]).transpose(0, 1).flatten(2),
-        worth=worth[rows],
+        leads=found[rows],
         clean=wide(margin(logits, y[rows])),
     )
     x_adv[rows] = search.run(seeds.rows(rows))
