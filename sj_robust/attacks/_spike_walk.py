@@ -20,7 +20,6 @@ __all__ = ["STAGES", "Plan", "SpikeSearch", "Stage"]
 _BLOCK = 16  # turns whose numbers are drawn at once
 _WARM = 0.8  # share of a stage after which nothing worse is taken any more
 _NOTHING = 1e-12  # keeps a length of 0 from being divided by
-_RIVALS = 3  # classes to which the chains of a sample go, the nearest ones
 _TYPICAL = 0.07  # change of a margin, as a share of the image's own, before any was seen
 _NO_CHANGE = 1e-4  # share of that margin up to which a change is rounding
 
@@ -61,6 +60,7 @@ class Plan:
         forwards: Images of a sample that are judged, if it goes on to the end.
         stages: The parts of the search.
         heat: How much worse a move may be on average, as a share of a typical change.
+        rivals: Classes that the chains of a sample head for, the nearest ones.
         choice: Moves that are drawn, of which the one that promises most is tried; not of flips.
         rate: How fast the belief about the elements follows what was seen; 0 for none.
         batch_size: Images of one forward.
@@ -70,6 +70,7 @@ class Plan:
     forwards: int
     stages: tuple[Stage, ...] = STAGES
     heat: float = 0.1
+    rivals: int = 3
     choice: int = 4
     rate: float = 0.5
     batch_size: int = 512
@@ -141,8 +142,8 @@ class SpikeSearch:
 class _Walk:
     """Some samples in one stage: S samples with C chains each, on images of P elements.
 
-    The chains of a sample share its nearest rivals, the classes that come closest to the label on
-    an image of the pool; each lowers the lead over its own one.
+    Its nearest rivals, the classes that come closest to the label on an image of the pool, are
+    dealt out to the chains; each chain lowers the lead over its own one.
     """
 
     def __init__(self, search: SpikeSearch, rows: Tensor, chains: int, turns: int) -> None:
@@ -152,7 +153,7 @@ class _Walk:
         self.rows = rows
         pool = search.leads[rows]
         _, images, classes = pool.shape
-        rivals = min(_RIVALS, chains, classes - 1)
+        rivals = min(search.plan.rivals, chains, classes - 1)
         number = torch.arange(chains, device=rows.device)
         self.rival = pool.amin(1).argsort(1)[:, number % rivals]  # [S, C]
         over_rival = pool.gather(2, self.rival[:, None].expand(-1, images, -1))

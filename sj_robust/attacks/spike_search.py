@@ -47,8 +47,8 @@ def spike_search(
 
     直接在真实网络上搜索脉冲翻转，不依赖替代梯度。
 
-    Equation: a chain goes from x to a proposal x' if ``m(x') <= m(x) + heat * e``, with the margin
-    ``m = z_y - max_{k != y} z_k`` and e exponential of mean 1, until ``argmax z != y``.
+    Equation: a chain with rival k goes from x to a proposal x' if ``m(x') <= m(x) + heat * e``,
+    with the lead ``m = z_y - z_k`` and e exponential of mean 1, until ``argmax z != y``.
 
     Under direct encoding a spiking network is constant in the image except where a current passes a
     threshold. Gradient attacks follow a surrogate of these steps and end where it says nothing;
@@ -64,11 +64,13 @@ def spike_search(
       and a warning says so of a network with spiking neurons.
 
     Out of four proposals one is tried, the one that promises most by what the moves of the sample
-    have shown so far. Chains work in seven stages of 2 to 18 chains per sample. After the first
-    one, which uses 1 per cent of the forwards, a sample takes part in the others only if its
-    smallest margin is at most 25, 15, 12, 10, 8 and 6 per cent of that of its image, so that
-    forwards go where they may change something. All of this is per sample: the result depends on
-    neither batch nor neighbours.
+    have shown so far. Chains work in seven stages of 2 to 18 chains per sample, which share the
+    three nearest rivals. The unit of a sample's margins is the mean size of the changes that its
+    moves have made: a spike more or less changes much in a small network and little in a large one.
+    ``heat`` begins with a tenth of it. After the first stage, which uses 1 per cent of the
+    forwards, a sample takes part in the others only if its smallest margin is at most 3, 1.8, 1.4,
+    1.2, 1 and 0.7 of it, so that forwards go where they may change something. All of this is per
+    sample: the result depends on neither batch nor neighbours.
 
     The network may have any encoding that repeats itself; one that draws random numbers is refused.
     Event frames do not stay binary here: use :func:`flip_events` for them.
