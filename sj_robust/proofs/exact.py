@@ -1,5 +1,6 @@
 """Whether an image of a small network can be fooled, by a mixed-integer program."""
 
+import math
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from sj_robust.proofs.relaxation import Maps, RelaxedRun, Stage, Step
 from sj_robust.proofs.rounding import reset_rounding
 from sj_robust.proofs.rules import Bounds
 
-__all__ = ["Matrices", "mip"]
+__all__ = ["Matrices", "mip", "witness"]
 
 _scipy = partial(scipy_module, wanted_by='method "mip"')
 
@@ -32,6 +33,9 @@ _ROUNDING = 1e-10
 
 _CLEAR = 1e-5
 """How far a second attempt keeps potentials from the threshold and logits from a draw."""
+
+_OPEN = 128
+"""Undecided spikes of an image up to which :func:`witness` asks a program."""
 
 
 def mip(
@@ -76,15 +80,52 @@ def mip(
                 break
             if status != "possible" or point is None:
                 return -torch.inf, None
-            pixels = torch.as_tensor(point[: image.numel()], device=image.device)
-            candidate = prover.solution(image, pixels.view(image.shape))
-            with torch.no_grad():
-                if bool(prover.logits(candidate).argmax(1) != label):
-                    return -torch.inf, candidate
+            candidate = _candidate(prover, image, point)
+            if _is_wrong(prover, candidate, label):
+                return -torch.inf, candidate
         else:
             return -torch.inf, None
         lead = min(lead, _TOLERANCE)
     return lead, None
+
+
+def witness(
+    prover: Prover, matrices: "Matrices", image: Tensor, label: Tensor, nodes: int
+) -> Tensor | None:
+    """An image of the box of one image [1, *] that the network gets wrong; None if none was found.
+
+    For every rival one program, that of :func:`mip` which keeps clear of thresholds and draws, with
+    at most so many nodes of its tree. It proves nothing.
+    """
+    run = prover.run(image)
+    rivals = prover.rivals(run, image, label)
+    if rivals.broken:
+        return rivals.broken[0]
+    weights, bounds = rivals.weights[0], rivals.bounds[0]
+    for k in bounds.argsort().tolist():
+        if bounds[k] > 0:
+            break
+        program = _Program(run, matrices, _CLEAR).of_rival(weights[k])
+        if len(program.binaries) > _OPEN:
+            break
+        _, point = program.solve(math.inf, nodes)
+        if point is None:
+            continue
+        candidate = _candidate(prover, image, point)
+        if _is_wrong(prover, candidate, label):
+            return candidate
+    return None
+
+
+def _candidate(prover: Prover, image: Tensor, point: Any) -> Tensor:
+    """The image in a solution of a program."""
+    pixels = torch.as_tensor(point[: image.numel()], device=image.device)
+    return prover.solution(image, pixels.view(image.shape))
+
+
+@torch.no_grad()
+def _is_wrong(prover: Prover, candidate: Tensor, label: Tensor) -> bool:
+    return bool(prover.logits(candidate).argmax(1) != label)
 
 
 @dataclass(frozen=True)
@@ -111,8 +152,10 @@ class _Inequalities:
     binaries: Any
     largest: float
 
-    def solve(self, end: float) -> tuple[str, Any]:
-        """What HiGHS says: possible (with a point), impossible or unknown."""
+    def solve(self, end: float, nodes: int | None = None) -> tuple[str, Any]:
+        """What HiGHS says until a time, or with so many nodes at most: possible (with a point),
+        impossible or unknown.
+        """
         optimize = _scipy("optimize")
         left = end - time.monotonic()
         if left <= 0 or not self.largest <= _LARGEST:
@@ -127,7 +170,7 @@ class _Inequalities:
                 optimize.LinearConstraint(self.matrix, -np.inf, self.limits),
                 optimize.LinearConstraint(self.costs[None], -np.inf, -self.shift),
             ],
-            options={"time_limit": left},
+            options={"time_limit": left} if nodes is None else {"node_limit": nodes},
         )
         if result.x is not None:
             return "possible", result.x
