@@ -48,6 +48,9 @@ VARIANTS = {
     "all go on": replace(
         STANDARD, stages=tuple(stage._replace(near=math.inf) for stage in STAGES), forwards=1_800
     ),
+    "fewer go on": replace(
+        STANDARD, stages=tuple(stage._replace(near=stage.near / 4) for stage in STAGES)
+    ),
     "one rival": replace(STANDARD, rivals=1),
     "no heat": replace(STANDARD, heat=0.0),
 }
@@ -69,7 +72,7 @@ class Case:
 
 
 SHORT = ("spike_search",)
-OF_CHAINS = ("spike_search", "one rival", "no heat", "all go on")
+OF_CHAINS = ("spike_search", "one rival", "no heat", "all go on", "fewer go on")
 CASES = {
     "ablation": Case("digits/dlif-at", 0.1, 128, tuple(VARIANTS)),
     "ground_truth_0.05": Case("dlif-T2.pt", 0.05, 128, SHORT, (50_000,)),
