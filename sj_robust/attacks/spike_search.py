@@ -28,6 +28,8 @@ from sj_robust.core.randomness import SampleSeeds, draw_seed
 __all__ = ["searched", "spike_search"]
 
 _STEPS = 50  # of the attacks that find starts where none are given
+_RIVALS = 3  # classes that chains head for
+_MANY = 20_000  # forwards up to which all of them head for the nearest one
 
 
 def spike_search(
@@ -64,13 +66,14 @@ def spike_search(
       and a warning says so of a network with spiking neurons.
 
     Out of four proposals one is tried, the one that promises most by what the moves of the sample
-    have shown so far. Chains work in seven stages of 2 to 18 chains per sample, which share the
-    three nearest rivals. The unit of a sample's margins is the mean size of the changes that its
-    moves have made: a spike more or less changes much in a small network and little in a large one.
-    ``heat`` begins with a tenth of it. After the first stage, which uses 1 per cent of the
-    forwards, a sample takes part in the others only if its smallest margin is at most 3, 1.8, 1.4,
-    1.2, 1 and 0.7 of it, so that forwards go where they may change something. All of this is per
-    sample: the result depends on neither batch nor neighbours.
+    have shown so far. Chains work in seven stages of 2 to 18 chains per sample. From 20,000
+    forwards on they share the three nearest rivals; with fewer, all head for the nearest one. The
+    unit of a sample's margins is the mean size of the changes that its moves have made: a spike
+    more or less changes much in a small network and little in a large one. ``heat`` begins with a
+    tenth of it. After the first stage, which uses 1 per cent of the forwards, a sample takes part
+    in the others only if its smallest margin is at most 3, 1.8, 1.4, 1.2, 1 and 0.7 of it, so that
+    forwards go where they may change something. All of this is per sample: the result depends on
+    neither batch nor neighbours.
 
     The network may have any encoding that repeats itself; one that draws random numbers is refused.
     Event frames do not stay binary here: use :func:`flip_events` for them.
@@ -125,7 +128,8 @@ def spike_search(
                 found = _own_starts(model, images, labels, ball, logits.shape[1], own)
             else:
                 found = torch.stack([ball.project(images, start) for start in given[:, right]])
-            plan = Plan(kinds, forwards, batch_size=batch_size)
+            rivals = _RIVALS if forwards >= _MANY else 1
+            plan = Plan(kinds, forwards, rivals=rivals, batch_size=batch_size)
             x_adv[right] = searched(model, images, labels, found, ball, plan, own)
     return x_adv
 

@@ -354,6 +354,21 @@ def test_chains_head_for_other_rivals_than_the_nearest_one(rivals):
     assert predicted(with_a_decoy, x_adv).tolist() == [0 if rivals == 1 else 2] * 3
 
 
+@pytest.mark.parametrize(("forwards", "rivals"), [(19_999, 1), (20_000, 3)])
+def test_many_forwards_are_shared_between_rivals(forwards, rivals, monkeypatch):
+    plans = []
+
+    def caught(model, x, y, starts, ball, plan, seeds):
+        plans.append(plan)
+        return x
+
+    monkeypatch.setattr(sys.modules[spike_search.__module__], "searched", caught)
+    x = torch.full((1, 1, 6, 6), 0.5)
+    label = torch.zeros(1, dtype=torch.int64)
+    spike_search(with_a_decoy, x, label, eps=0.1, starts=[x], forwards=forwards)
+    assert [plan.rivals for plan in plans] == [rivals]
+
+
 @pytest.mark.parametrize(("lead", "goes_on"), [(0.8, True), (2.0, False)])
 def test_a_sample_goes_on_if_few_typical_changes_are_missing(lead, goes_on):
     model = Recorder(two_classes(lambda x: lead - 0.25 * (x[:, 0, 0, 0] > 0.55).to(x.dtype)))
