@@ -9,6 +9,7 @@ of the CPU. AutoAttack of its authors (extra `attacks`) begins at the images
 themselves. It writes spike_search.csv, row by row; what is there is not run again.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -45,8 +46,13 @@ VARIANTS = {
         STANDARD, moves=("elements", "patch", "cross", "flip"), forwards=8_300, choice=1, rate=0.0
     ),
     "all go on": replace(
-        STANDARD, stages=tuple(stage._replace(near=1.0) for stage in STAGES), forwards=1_800
+        STANDARD, stages=tuple(stage._replace(near=math.inf) for stage in STAGES), forwards=1_800
     ),
+    "fewer go on": replace(
+        STANDARD, stages=tuple(stage._replace(near=stage.near / 4) for stage in STAGES)
+    ),
+    "one rival": replace(STANDARD, rivals=1),
+    "no heat": replace(STANDARD, heat=0.0),
 }
 """The search, and what it would be without one of its parts, in as many seconds."""
 ESTIMATORS = ("atan:8+detach", "sigmoid:8", "training", "atan:4", "triangle:0.5", "atan:2")
@@ -66,10 +72,13 @@ class Case:
 
 
 SHORT = ("spike_search",)
+OF_CHAINS = ("spike_search", "one rival", "no heat", "all go on", "fewer go on")
 CASES = {
     "ablation": Case("digits/dlif-at", 0.1, 128, tuple(VARIANTS)),
     "ground_truth_0.05": Case("dlif-T2.pt", 0.05, 128, SHORT, (50_000,)),
     "ground_truth_0.1": Case("dlif-T2.pt", 0.1, 128, SHORT, (50_000,)),
+    "two_layers_0.05": Case("dlif-T2-two-layers.pt", 0.05, 128, OF_CHAINS),
+    "two_layers_0.1": Case("dlif-T2-two-layers.pt", 0.1, 128, OF_CHAINS),
     "digits_dlif-at-mppd": Case("digits/dlif-at-mppd", 0.1, 360, SHORT, (50_000, 100_000), True),
     "digits_dlif-at": Case("digits/dlif-at", 0.1, 360, SHORT, (50_000, 100_000), True),
     "digits_lif-at": Case("digits/lif-at", 0.1, 360, SHORT, (50_000, 100_000), True),

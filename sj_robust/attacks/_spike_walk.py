@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sj_robust.attacks._moves import FLIPS, Moves, Place
-from sj_robust.attacks.logits import margin
+from sj_robust.attacks.logits import leads
 from sj_robust.attacks.projection import linf_bounds, wide
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import logits_of
@@ -20,6 +20,8 @@ __all__ = ["STAGES", "Plan", "SpikeSearch", "Stage"]
 _BLOCK = 16  # turns whose numbers are drawn at once
 _WARM = 0.8  # share of a stage after which nothing worse is taken any more
 _NOTHING = 1e-12  # keeps a length of 0 from being divided by
+_TYPICAL = 0.07  # change of a margin, as a share of the image's own, before any was seen
+_NO_CHANGE = 1e-4  # share of that margin up to which a change is rounding
 
 
 class Stage(NamedTuple):
@@ -27,7 +29,7 @@ class Stage(NamedTuple):
 
     Attributes:
         chains: Chains of every sample.
-        near: Share of the image's margin that a sample's smallest one may be, if it is to take
+        near: Typical changes of a margin that a sample's smallest one may be, if it is to take
             part.
         length: Share of the plan's turns.
     """
@@ -38,13 +40,13 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage(2, 1.0, 0.25),
-    Stage(2, 0.25),
-    Stage(3, 0.15),
-    Stage(5, 0.12),
-    Stage(8, 0.1),
-    Stage(12, 0.08),
-    Stage(18, 0.06),
+    Stage(2, math.inf, 0.25),
+    Stage(2, 3.0),
+    Stage(3, 1.8),
+    Stage(5, 1.4),
+    Stage(8, 1.2),
+    Stage(12, 1.0),
+    Stage(18, 0.7),
 )
 """Few samples go on to many chains, so that forwards go where they may change something."""
 
@@ -57,7 +59,8 @@ class Plan:
         moves: Kinds of moves, which take turns.
         forwards: Images of a sample that are judged, if it goes on to the end.
         stages: The parts of the search.
-        heat: How much worse a move may be on average, as a share of the margin of the image.
+        heat: How much worse a move may be on average, as a share of a typical change.
+        rivals: Classes that the chains of a sample head for, the nearest ones.
         choice: Moves that are drawn, of which the one that promises most is tried; not of flips.
         rate: How fast the belief about the elements follows what was seen; 0 for none.
         batch_size: Images of one forward.
@@ -66,7 +69,8 @@ class Plan:
     moves: tuple[str, ...]
     forwards: int
     stages: tuple[Stage, ...] = STAGES
-    heat: float = 0.005
+    heat: float = 0.1
+    rivals: int = 3
     choice: int = 4
     rate: float = 0.5
     batch_size: int = 512
@@ -91,7 +95,7 @@ class SpikeSearch:
         x: The images, [N, ...].
         y: Their labels.
         pool: Images found for each of them, [N, S, P].
-        worth: Their margins, [N, S].
+        leads: By how much the label leads over every class on them, [N, S, classes].
         clean: Margins of the images themselves, [N].
     """
 
@@ -103,25 +107,32 @@ class SpikeSearch:
     x: Tensor
     y: Tensor
     pool: Tensor
-    worth: Tensor
+    leads: Tensor
     clean: Tensor
 
     def __post_init__(self) -> None:
         self.fooled = torch.zeros_like(self.y, dtype=torch.bool)
-        self.best = self.worth.amin(1)
+        self.best = self.leads.amin((1, 2))
+        self.changed = _TYPICAL * self.clean
+        self.changes = torch.ones_like(self.clean)
         self.slope = torch.zeros_like(self.pool[:, 0])
         self.x_adv = self.x.clone()
+
+    @property
+    def typical(self) -> Tensor:
+        """Mean size of the changes of a margin that moves have made, [N]."""
+        return self.changed / self.changes
 
     def run(self, seeds: SampleSeeds) -> Tensor:
         """All stages; images that fool, and elsewhere those of the smallest margin."""
         for number, stage in enumerate(self.plan.stages):
-            takes_part = ~self.fooled & (self.best <= stage.near * self.clean)
+            takes_part = ~self.fooled & (self.best <= stage.near * self.typical)
             rows = takes_part.nonzero().squeeze(1)
             for part in torch.split(rows, max(1, self.plan.batch_size // stage.chains)):
                 if len(part):
                     walk = _Walk(self, part, stage.chains, self.plan.turns(stage))
                     walk.run(seeds.rows(part).derived(number))
-        least = self.worth.argmin(1)
+        least = self.leads.amin(2).argmin(1)
         nearest = self.pool[torch.arange(len(least), device=least.device), least]
         standing = ~self.fooled
         self.x_adv[standing] = nearest.view_as(self.x).to(self.x.dtype)[standing]
@@ -129,18 +140,28 @@ class SpikeSearch:
 
 
 class _Walk:
-    """Some samples in one stage: S samples with C chains each, on images of P elements."""
+    """Some samples in one stage: S samples with C chains each, on images of P elements.
+
+    Its nearest rivals, the classes that come closest to the label on an image of the pool, are
+    dealt out to the chains; each chain lowers the lead over its own one.
+    """
 
     def __init__(self, search: SpikeSearch, rows: Tensor, chains: int, turns: int) -> None:
         self.search = search
         self.turns = turns
         self.chains = chains
         self.rows = rows
-        worth = search.worth[rows]
-        rank = torch.arange(chains, device=rows.device) % min(worth.shape[1], max(2, chains // 2))
-        source = worth.argsort(1)[:, rank]
+        pool = search.leads[rows]
+        _, images, classes = pool.shape
+        rivals = min(search.plan.rivals, chains, classes - 1)
+        number = torch.arange(chains, device=rows.device)
+        self.rival = pool.amin(1).argsort(1)[:, number % rivals]  # [S, C]
+        over_rival = pool.gather(2, self.rival[:, None].expand(-1, images, -1))
+        rank = number // rivals % min(images, max(1, chains // (2 * rivals)))
+        source = over_rival.argsort(1)[:, rank, number]
         self.x = search.pool[rows[:, None], source]  # [S, C, P]
-        self.value = worth.gather(1, source)  # [S, C]
+        self.leads = search.leads[rows[:, None], source]  # [S, C, classes]
+        self.value = self.over_rival(self.leads)  # [S, C]
         self.slope = search.slope[rows]  # [S, P]
         self.centre = search.x[rows].repeat_interleave(chains, 0)
         self.y = search.y[rows].repeat_interleave(chains)
@@ -148,10 +169,16 @@ class _Walk:
         self.low = wide(lower).flatten(1)
         self.high = wide(upper).flatten(1)
 
+    def over_rival(self, every: Tensor) -> Tensor:
+        """Of leads over every class [S, C, classes] that of each chain over its rival, [S, C]."""
+        return every.gather(2, self.rival[:, :, None]).squeeze(2)
+
     def keep(self, stays: Tensor) -> None:
         """Go on with some of the samples."""
         self.rows = self.rows[stays]
+        self.rival = self.rival[stays]
         self.x = self.x[stays]
+        self.leads = self.leads[stays]
         self.value = self.value[stays]
         self.slope = self.slope[stays]
         chains = stays.repeat_interleave(self.chains)
@@ -201,20 +228,22 @@ class _Walk:
         images = self.propose(kind, drawn)
         logits = logits_of(search.quicker, images.view_as(self.centre), self.y)
         shape = self.value.shape
-        value = margin(logits, self.y).view(shape).to(self.value.dtype)
+        found = wide(leads(logits, self.y)).view_as(self.leads)
+        value = self.over_rival(found)
         proposal = wide(images).view_as(self.x)
         self.learn(proposal - self.x, value - self.value)
-        worse = search.plan.heat * cooled * search.clean[self.rows, None]
+        worse = search.plan.heat * cooled * search.typical[self.rows, None]
         better = value <= self.value - worse * torch.log1p(-heat.squeeze(2))
         self.x = torch.where(better.unsqueeze(2), proposal, self.x)
+        self.leads = torch.where(better.unsqueeze(2), found, self.leads)
         self.value = torch.where(better, value, self.value)
-        search.best[self.rows] = torch.minimum(search.best[self.rows], value.amin(1))
+        search.best[self.rows] = torch.minimum(search.best[self.rows], found.amin((1, 2)))
         wrong = self.confirmed(images, logits.argmax(1) != self.y).view(shape)
         fell = wrong.any(1)
         if bool(fell.any()):
             rows = self.rows[fell]
-            found = images.view_as(self.x)[fell, wrong.int().argmax(1)[fell]]
-            search.x_adv[rows] = found.view_as(search.x[rows])
+            wrong_ones = images.view_as(self.x)[fell, wrong.int().argmax(1)[fell]]
+            search.x_adv[rows] = wrong_ones.view_as(search.x[rows])
             search.fooled[rows] = True
         return fell
 
@@ -255,11 +284,17 @@ class _Walk:
         return images.to(search.x.dtype)
 
     def learn(self, change: Tensor, gain: Tensor) -> None:
-        """Correct what is believed of the elements by what the moves of all chains have shown.
+        """Correct what is believed of the elements, and of the size of a change, by what the moves
+        of all chains have shown.
 
         Equation: ``slope += rate * mean_c (gain_c - slope change_c) change_c / |change_c|^2``.
         """
-        rate = self.search.plan.rate
+        search = self.search
+        size = gain.abs()
+        changed = size > _NO_CHANGE * search.clean[self.rows, None]
+        search.changed[self.rows] += torch.where(changed, size, 0.0).sum(1)
+        search.changes[self.rows] += changed.sum(1)
+        rate = search.plan.rate
         if rate == 0:
             return
         believed = torch.einsum("scp,sp->sc", change, self.slope)
@@ -271,10 +306,10 @@ class _Walk:
         """The best half of the chains replaces the worst images of the pool."""
         search = self.search
         search.slope[self.rows] = self.slope
-        worth = search.worth[self.rows]
-        many = min(self.chains, math.ceil(worth.shape[1] / 2))
+        margins = search.leads[self.rows].amin(2)
+        many = min(self.chains, math.ceil(margins.shape[1] / 2))
         top = self.value.argsort(1)[:, :many]
-        worst = worth.argsort(1, descending=True)[:, :many]
+        worst = margins.argsort(1, descending=True)[:, :many]
         chosen = torch.arange(len(top), device=top.device)[:, None]
         search.pool[self.rows[:, None], worst] = self.x[chosen, top]
-        search.worth[self.rows[:, None], worst] = self.value[chosen, top]
+        search.leads[self.rows[:, None], worst] = self.leads[chosen, top]

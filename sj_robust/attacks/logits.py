@@ -7,7 +7,15 @@ from torch import Tensor
 
 from sj_robust.core.checks import logits_of
 
-__all__ = ["clean_logits", "differ", "likeliest_wrong", "margin", "of_class", "without"]
+__all__ = [
+    "clean_logits",
+    "differ",
+    "leads",
+    "likeliest_wrong",
+    "margin",
+    "of_class",
+    "without",
+]
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -20,6 +28,18 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     """
     best_other = without(logits, y).amax(1)
     return of_class(logits, y) - best_other
+
+
+def leads(logits: Tensor, y: Tensor) -> Tensor:
+    """Logit of the label minus that of every class, ``z_y - z_c``, [N, classes]; infinity for the
+    label itself.
+
+    Examples:
+        >>> leads(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([2]))
+        tensor([[-1., 1., inf]])
+    """
+    every = of_class(logits, y)[:, None] - logits
+    return every.scatter(1, y[:, None], torch.inf)
 
 
 def of_class(logits: Tensor, classes: Tensor) -> Tensor:

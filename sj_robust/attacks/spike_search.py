@@ -17,7 +17,7 @@ from sj_robust.attacks._quicker import quicker
 from sj_robust.attacks._spike_walk import Plan, SpikeSearch
 from sj_robust.attacks.apgd import LEAST_CLASSES, apgd
 from sj_robust.attacks.call import Model, Randomness, checked_copies, crafting, seeds_of_samples
-from sj_robust.attacks.logits import clean_logits, differ, margin
+from sj_robust.attacks.logits import clean_logits, differ, leads, margin
 from sj_robust.attacks.projection import Norm, wide
 from sj_robust.attacks.sapgd import sapgd
 from sj_robust.attacks.threat import ThreatModel, ball_threat
@@ -28,6 +28,8 @@ from sj_robust.core.randomness import SampleSeeds, draw_seed
 __all__ = ["searched", "spike_search"]
 
 _STEPS = 50  # of the attacks that find starts where none are given
+_RIVALS = 3  # classes that chains head for
+_MANY = 20_000  # forwards up to which all of them head for the nearest one
 
 
 def spike_search(
@@ -48,8 +50,8 @@ def spike_search(
 
     直接在真实网络上搜索脉冲翻转，不依赖替代梯度。
 
-    Equation: a chain moves from x to a proposal x' if ``m(x') <= m(x) + heat * e``, with the margin
-    ``m = z_y - max_{k != y} z_k`` and e drawn from the exponential distribution with mean 1, until
+    Equation: a chain with rival k moves from x to a proposal x' if ``m(x') <= m(x) + heat * e``,
+    with the lead ``m = z_y - z_k`` and e drawn from the exponential distribution with mean 1, until
     ``argmax z != y``.
 
     Under direct encoding a spiking network is constant in the image except where a current passes a
@@ -66,11 +68,14 @@ def spike_search(
       skipped, with a warning if the network has spiking neurons.
 
     Of every four proposals, only the most promising one is tried, judged by the results of the
-    sample's earlier moves. Chains work in seven stages of 2 to 18 chains per sample. After the
-    first one, which uses 1 per cent of the forwards, a sample takes part in the others only if its
-    smallest margin is at most 25, 15, 12, 10, 8 and 6 per cent of that of its image, so that
-    forwards are spent where they may change the outcome. All of this is per sample: the result
-    depends neither on the batch size nor on the other samples.
+    sample's earlier moves. Chains work in seven stages of 2 to 18 chains per sample. From 20,000
+    forwards on, they share the three nearest rivals; with fewer, all head for the nearest one. The
+    unit of a sample's margins is the mean size of the changes that its moves have made: one spike
+    changes the margin of a small network much and that of a large one little. ``heat`` begins with
+    a tenth of this unit. After the first stage, which uses 1 per cent of the forwards, a sample
+    takes part in the others only if its smallest margin is at most 3, 1.8, 1.4, 1.2, 1 and 0.7
+    units, so that forwards are spent where they may change the outcome. All of this is per sample:
+    the result depends neither on the batch size nor on the other samples.
 
     The network may have any deterministic encoding; one that draws random numbers is refused. Event
     frames do not stay binary here: use :func:`flip_events` for them.
@@ -127,7 +132,8 @@ def spike_search(
                 found = _own_starts(model, images, labels, ball, logits.shape[1], own)
             else:
                 found = torch.stack([ball.project(images, start) for start in given[:, right]])
-            plan = Plan(kinds, forwards, batch_size=batch_size)
+            rivals = _RIVALS if forwards >= _MANY else 1
+            plan = Plan(kinds, forwards, rivals=rivals, batch_size=batch_size)
             x_adv[right] = searched(model, images, labels, found, ball, plan, own)
     return x_adv
 
@@ -145,7 +151,7 @@ def searched(
     """Images that fool, a start where one does, and elsewhere those of the smallest margin."""
     scores = [clean_logits(model, start, y) for start in starts]
     wrong = torch.stack([logits.argmax(1) != y for logits in scores], 1)
-    worth = wide(torch.stack([margin(logits, y) for logits in scores], 1))
+    found = wide(torch.stack([leads(logits, y) for logits in scores], 1))
     x_adv = starts[wrong.int().argmax(1), torch.arange(len(x), device=x.device)]
     rows = (~wrong.any(1)).nonzero().squeeze(1)
     if len(rows) == 0:
@@ -166,7 +172,7 @@ def searched(
         x=x[rows],
         y=y[rows],
         pool=wide(starts[:, rows]).transpose(0, 1).flatten(2),
-        worth=worth[rows],
+        leads=found[rows],
         clean=wide(margin(logits, y[rows])),
     )
     x_adv[rows] = search.run(seeds.rows(rows))

@@ -1,5 +1,6 @@
 """Exact decisions for small networks by a mixed-integer program."""
 
+import math
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from sj_robust.proofs.relaxation import Maps, RelaxedRun, Stage, Step
 from sj_robust.proofs.rounding import reset_rounding
 from sj_robust.proofs.rules import Bounds, Pooling
 
-__all__ = ["Matrices", "mip"]
+__all__ = ["Matrices", "mip", "witness"]
 
 _scipy = partial(scipy_module, wanted_by='method "mip"')
 
@@ -33,6 +34,9 @@ _ROUNDING = 1e-10
 
 _CLEAR = 1e-5
 """How far a second attempt keeps potentials from the threshold and logits from a draw."""
+
+_OPEN = 128
+"""Undecided spikes of an image up to which :func:`witness` asks a program."""
 
 
 def mip(
@@ -82,6 +86,31 @@ def mip(
             fooling = _fooling(prover, image, label, clear.solve(end))
         return -torch.inf, fooling
     return lead, None
+
+
+def witness(
+    prover: Prover, matrices: "Matrices", image: Tensor, label: Tensor, nodes: int
+) -> Tensor | None:
+    """An image of the box of one image [1, *] that the network gets wrong; None if none was found.
+
+    For every rival one program, that of :func:`mip` which keeps clear of thresholds and draws, with
+    at most so many nodes of its tree. It proves nothing.
+    """
+    run = prover.run(image)
+    rivals = prover.rivals(run, image, label)
+    if rivals.broken:
+        return rivals.broken[0]
+    weights, bounds = rivals.weights[0], rivals.bounds[0]
+    for k in bounds.argsort().tolist():
+        if bounds[k] > 0:
+            break
+        program = _Program(run, matrices, _Clear()).of_rival(weights[k])
+        if len(program.binaries) > _OPEN:
+            break
+        fooling = _fooling(prover, image, label, program.solve(math.inf, nodes))
+        if fooling is not None:
+            return fooling
+    return None
 
 
 def _fooling(prover: Prover, image: Tensor, label: Tensor, solution: "_Solution") -> Tensor | None:
@@ -224,8 +253,8 @@ class _Inequalities:
     binaries: Any
     largest: float
 
-    def solve(self, end: float) -> _Solution:
-        """What HiGHS says."""
+    def solve(self, end: float, nodes: int | None = None) -> _Solution:
+        """What HiGHS says until a time, or with so many nodes at most."""
         optimize = _scipy("optimize")
         left = end - time.monotonic()
         if left <= 0 or not self.largest <= _LARGEST:
@@ -241,7 +270,7 @@ class _Inequalities:
             integrality=integral,
             bounds=optimize.Bounds(linear.lower, linear.upper),
             constraints=[rows, draws_level],
-            options={"time_limit": left},
+            options={"time_limit": left} if nodes is None else {"node_limit": nodes},
         )
         return _Solution(result.x, is_impossible=result.x is None and result.status == 2)
 

@@ -26,6 +26,8 @@ from sj_robust.attacks import SampleSeeds, ThreatModel, spike_search
 from sj_robust.attacks._first_spikes import first_spikes
 from sj_robust.attacks._moves import MOVES, Moves, Place
 from sj_robust.attacks._quicker import quicker
+from sj_robust.attacks._spike_walk import Plan
+from sj_robust.attacks.spike_search import searched
 from sj_robust.classifier import PoissonEncoder, SpikingEventClassifier
 from sj_robust.core.host import functional
 from sj_robust.data import load_images
@@ -333,6 +335,50 @@ def test_it_breaks_what_no_gradient_leads_to(norm):
     x_adv = spike_search(model, x, y, eps=EPS[norm], norm=norm, forwards=4800, generator=seeded())
     assert predicted(model, x_adv).tolist() == [0, 0, 0]
     assert_within(x_adv, x, norm, EPS[norm])
+
+
+def with_a_decoy(x: Tensor) -> Tensor:
+    """Class 1 stays just behind class 0; class 2 passes it when 33 of 36 pixels are bright."""
+    bright = (x.flatten(1) > 0.55).to(x.dtype).sum(1)
+    label = torch.zeros_like(bright)
+    return torch.stack([label, label - 0.1, (bright - 32.5) / 10], 1)
+
+
+@pytest.mark.parametrize("rivals", [1, 2])
+def test_chains_head_for_other_rivals_than_the_nearest_one(rivals):
+    x = torch.full((3, 1, 6, 6), 0.5)
+    y = torch.zeros(3, dtype=torch.int64)
+    plan = Plan(("elements",), forwards=4_000, rivals=rivals)
+    seeds = SampleSeeds(range(3))
+    x_adv = searched(with_a_decoy, x, y, x[None], ThreatModel("Linf", 0.1), plan, seeds)
+    assert predicted(with_a_decoy, x_adv).tolist() == [0 if rivals == 1 else 2] * 3
+
+
+@pytest.mark.parametrize(("forwards", "rivals"), [(19_999, 1), (20_000, 3)])
+def test_many_forwards_are_shared_between_rivals(forwards, rivals, monkeypatch):
+    plans = []
+
+    def caught(model, x, y, starts, ball, plan, seeds):
+        plans.append(plan)
+        return x
+
+    monkeypatch.setattr(sys.modules[spike_search.__module__], "searched", caught)
+    x = torch.full((1, 1, 6, 6), 0.5)
+    label = torch.zeros(1, dtype=torch.int64)
+    spike_search(with_a_decoy, x, label, eps=0.1, starts=[x], forwards=forwards)
+    assert [plan.rivals for plan in plans] == [rivals]
+
+
+@pytest.mark.parametrize(("lead", "goes_on"), [(0.8, True), (2.0, False)])
+def test_a_sample_goes_on_if_few_typical_changes_are_missing(lead, goes_on):
+    model = Recorder(two_classes(lambda x: lead - 0.25 * (x[:, 0, 0, 0] > 0.55).to(x.dtype)))
+    x = torch.full((1, 1, 2, 2), 0.5)
+    y = torch.ones(1, dtype=torch.int64)
+    plan = Plan(("elements",), forwards=20_000)
+    searched(model, x, y, x[None], ThreatModel("Linf", 0.1), plan, SampleSeeds([0]))
+    first, second = (stage.chains * plan.turns(stage) for stage in plan.stages[:2])
+    assert first < sum(model.sizes) < first + 10 + goes_on * second
+    assert (sum(model.sizes) > second) == goes_on
 
 
 def test_a_start_that_fools_is_the_result_and_one_outside_the_ball_is_projected():

@@ -29,6 +29,7 @@ from sj_robust.evaluation.run.estimator_search import (
     random_event_attack,
 )
 from sj_robust.evaluation.run.member import Member
+from sj_robust.evaluation.run.program import program
 
 __all__ = [
     "GRADES",
@@ -126,7 +127,8 @@ def make_suite(
     | | spike_search from their images (2,000 forwards) |
     | ``standard`` | APGD-CE c1, c2, c3 (100 x 1), APGD-DLR c1 (100 x 1), |
     | | APGD-CE training (100 x 1), APGD-T c1, c2 (3 classes x 100), |
-    | | spike_search from their images (36,000 forwards) |
+    | | spike_search from their images (36,000 forwards), |
+    | | in Linf and for small networks a mixed-integer program (200 nodes per rival) |
     | ``gradient`` | APGD-CE c1, c2, c3 (100 x 1), APGD-DLR c1 (100 x 1), APGD-CE c1 (100 x 2), |
     | | APGD-DLR c1 (100 x 1), APGD-CE training, c2, c3 (100 x 1), |
     | | APGD-T c1, c2, c3 (3 classes x 100), SA-PGD with ASSG (100 x 1), Square (1000 queries) |
@@ -312,6 +314,12 @@ class _Plan:
         )
         return [replace(self.member("spike_search", attack), takes_starts=True)]
 
+    def program(self) -> list[Member]:
+        """The program about what stands, which changes nothing where the network is not small."""
+        if self.eot_samples > 1 or self.threat.norm != "Linf":
+            return []
+        return [self.member("program", partial(program, eps=self.threat.eps))]
+
     def _apgd(self, loss: Literal["ce", "dlr", "dlr_targeted"], steps: int) -> partial[Tensor]:
         noisy = expectation(self.eot_samples)
         return partial(
@@ -380,10 +388,10 @@ def _standard(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
         members.append(plan.ce("training"))
     for name in chosen[:2]:
         members += plan.targeted(name)
-    members += search
+    members += [*search, *plan.program()]
     description = (
         f"APGD-CE, APGD-DLR and APGD-T with {_listed(*chosen, 'training')}, then a search over "
-        "spikes that starts from their results"
+        "spikes that starts from their results, and a program for small networks"
     )
     return Suite("standard", tuple(members), _control(members), description, EstimatorSearch())
 
