@@ -30,24 +30,35 @@ def replayed(origin: Origin, leaves: Mapping[int, Bounds]) -> Bounds:
         >>> again.centre.tolist(), again.radius.tolist()
         ([1.0, 1.0], [3.0, 3.0])
     """
-    made: dict[Call, Any] = {}
+    with torch._C.DisableTorchFunctionSubclass():
+        found: Bounds = _Replay(leaves).value_of(origin)
+    return found
 
-    def value_of(value: Any) -> Any:
+
+class _Replay:
+    """Calls that run again, each once.
+
+    A nested function that calls itself would be a cycle, and would keep all that the calls made
+    until Python looks for cycles.
+    """
+
+    def __init__(self, leaves: Mapping[int, Bounds]) -> None:
+        self._leaves = leaves
+        self._made: dict[Call, Any] = {}
+
+    def value_of(self, value: Any) -> Any:
+        """An argument with bounds in the place of origins."""
         if type(value) in (tuple, list):
-            return type(value)(map(value_of, value))
+            return type(value)(map(self.value_of, value))
         if not isinstance(value, Origin):
             return value
         if value.leaf is not None:
-            return leaves[value.leaf]
+            return self._leaves[value.leaf]
         call = value.call
         assert call is not None
-        if call not in made:
-            made[call] = call.rule(call.func, *value_of(call.args), **call.kwargs)
-        return made[call] if value.part is None else made[call][value.part]
-
-    with torch._C.DisableTorchFunctionSubclass():
-        found: Bounds = value_of(origin)
-    return found
+        if call not in self._made:
+            self._made[call] = call.rule(call.func, *self.value_of(call.args), **call.kwargs)
+        return self._made[call] if value.part is None else self._made[call][value.part]
 
 
 def rows_of(origin: Origin | None, leaves: Callable[[int], Tensor]) -> Tensor:
@@ -65,24 +76,31 @@ def rows_of(origin: Origin | None, leaves: Callable[[int], Tensor]) -> Tensor:
                 [0, 1],
                 [0, 1]])
     """
-    made: dict[Call, Any] = {}
+    found: Tensor = _Rows(leaves).rows_of(origin)
+    return found
 
-    def rows(value: Any) -> Any:
+
+class _Rows:
+    """Samples behind calls, each of which is asked once."""
+
+    def __init__(self, leaves: Callable[[int], Tensor]) -> None:
+        self._leaves = leaves
+        self._made: dict[Call, Any] = {}
+
+    def rows_of(self, value: Any) -> Any:
+        """An argument with samples in the place of origins."""
         if type(value) in (tuple, list):
-            return type(value)(map(rows, value))
+            return type(value)(map(self.rows_of, value))
         if not isinstance(value, Origin):
             return value
         if value.leaf is not None:
-            return leaves(value.leaf)
+            return self._leaves(value.leaf)
         call = value.call
         assert call is not None
-        if call not in made:
-            made[call] = _rows_behind(call, rows(call.args))
-        found = made[call] if value.part is None else made[call][value.part]
+        if call not in self._made:
+            self._made[call] = _rows_behind(call, self.rows_of(call.args))
+        found = self._made[call] if value.part is None else self._made[call][value.part]
         return _spread(found, value.shape)
-
-    found: Tensor = rows(origin)
-    return found
 
 
 def _rows_behind(call: Call, args: Any) -> Any:
