@@ -86,7 +86,7 @@ class DifferentiableJointRun(JointRun):
             known = 1 + max((t for _, t in memory.summed), default=-1)
             sums = self._all_sums(spiking, slice(None), first=known)
             trains.sums = sums.low, sums.high
-        self.stages.clear()  # which hold the run
+        self.stages.clear()
         if name in self.over_time.counted:  # nobody asks for single spikes
             half = torch.full_like(current.low, 0.5)
             return Interval(half, half)

@@ -266,8 +266,8 @@ FAULTS = {
     ),
     "a shift that counts once": (
         joint,
-        "factors = (weights.sum(1) - 1.0)",
-        "factors = (0.0 * weights.sum(1))",
+        "weights.sum(1) - 1.0)",
+        "0.0 * weights.sum(1))",
     ),
     "half of the radius": (
         operator,
@@ -305,7 +305,7 @@ PATCHED = {
         "_Past._discounts",
     ],
     operator: [],
-    joint: ["JointRun._through", "JointRun._weighted_leaf"],
+    joint: ["JointRun._through", "JointRun._weighted"],
     trains: ["Trains.chain", "_Piece.cut"],
 }
 FUNCTIONS = {
@@ -650,8 +650,9 @@ def sums_of(kind, model, x):
 
     class Noting(kind):
         def _through(self, weights, some):
-            found.append(super()._through(weights, some))
-            return found[-1]
+            sums = super()._through(weights, some)
+            found.append(sums.ends(rounded=self.rounded))
+            return sums
 
     run = Noting(bounded_neurons(model), len(x), over_time=over_time(model, x))
     with full_precision(x.device):
