@@ -19,6 +19,7 @@ from sj_robust.core.saved import markdown_table
 from sj_robust.data import load_images
 from sj_robust.models import NetworkSpec, build_classifier, pretrained
 from sj_robust.proofs import verify
+from sj_robust.proofs.verification import Method
 
 BUDGET = 0.1
 """Time limit of branch and bound in seconds per image."""
@@ -70,7 +71,7 @@ def digits(many: int, few: int) -> list[Row]:
     ]
 
 
-def row(network: str, model: SpikingClassifier, eps: float, method: MethodName, number: int) -> Row:
+def row(network: str, model: SpikingClassifier, eps: float, method: Method, number: int) -> Row:
     """One call of ``verify`` on so many test images."""
     test = load_images("digits").test
     x, y = (torch.stack(part) for part in zip(*(test[i] for i in range(number)), strict=True))
