@@ -709,7 +709,8 @@ class JointRun(BoundedRun):
             if self.rounded:
                 sums = Interval(sums.low, SLACK * sums.high)
         found = []
-        for centre, radius in zip(sums.low.split(steps), sums.high.split(steps), strict=True):
+        centres, radii = torch.split(sums.low, steps), torch.split(sums.high, steps)
+        for centre, radius in zip(centres, radii, strict=True):
             middle = in_layout(centre, leaf.batch_dim)
             found.append(Bounds(middle, in_layout(radius, leaf.batch_dim), run=run))
         return found
