@@ -618,7 +618,8 @@ class JointRun(BoundedRun):
         leaf = self.leaves[number]
         source = self.sources[number]
         if source is None:
-            ends = Interval(leaf.centre - leaf.radius, leaf.centre + leaf.radius)
+            with torch.set_grad_enabled(self.differentiable):
+                ends = Interval(leaf.centre - leaf.radius, leaf.centre + leaf.radius)
             return means.leaf(ends, leaf.batch_dim)
         if id(source) not in begun:
             T = self.over_time.T

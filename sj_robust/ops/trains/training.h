@@ -509,7 +509,9 @@ void chain_backward(const ChainJob& job, int64_t first, int64_t last, C* grads, 
     }
     if (job.least_at)
       for (int i = 0; i < n; ++i)
-        to_values<C>(job, job.first[first + i] * job.J + job.last[first + i], grads + i * S,
+        to_values<C>(job,
+                     job.first[first + i] * job.J + job.last[first + i],
+                     grads + i * S,
                      totals + 2 * job.G);
     const C* const tables[2] = {static_cast<const C*>(job.to_last),
                                 static_cast<const C*>(job.from_first)};
@@ -519,8 +521,8 @@ void chain_backward(const ChainJob& job, int64_t first, int64_t last, C* grads, 
     C* const found[2] = {static_cast<C*>(job.grad_low) + first,
                          static_cast<C*>(job.grad_high) + first};
     for (int end = 0; end < 2; ++end)
-      through_gates<C>(job, slopes, tables[end], ends[end], currents[end], grads, n, found[end],
-                       totals);
+      through_gates<C>(
+          job, slopes, tables[end], ends[end], currents[end], grads, n, found[end], totals);
   }
 }
 
