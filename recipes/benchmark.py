@@ -9,6 +9,8 @@ Examples:
     python recipes/benchmark.py --what conv4_adversarial  # adversarial step; also vgg5_, small_
     python recipes/benchmark.py --what training_step    # every training mode
     python recipes/benchmark.py --what verify           # proofs, compared with PGD
+    python recipes/benchmark.py --what joint_step       # training with joint bounds, CPU time
+    python recipes/benchmark.py --what joint_scaling    # joint bounds over T, CPU time
     python recipes/benchmark.py --what instruction_sets  # each instruction set
     python recipes/benchmark.py --what scaling          # time over T and over N
     python recipes/benchmark.py --output docs/benchmarks  # writes neuron.csv, .md, .png
@@ -52,6 +54,8 @@ class Options:
         "vgg5_adversarial",
         "small_adversarial",
         "training_step",
+        "joint_step",
+        "joint_scaling",
         "verify",
     ] = "neuron"
     """What to measure; see the examples."""

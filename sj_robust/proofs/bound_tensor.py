@@ -220,9 +220,12 @@ class Bounds(Tensor):
         return any(view is not None and view is not self for view in views)
 
     def same(self) -> "Bounds":
-        """These bounds as they are now, whatever is done in place to them later."""
+        """These bounds as they are now, whatever is done in place to them later, and without their
+        run: a run that holds them would otherwise stay until Python looks for cycles.
+        """
         found = Bounds(self.centre, self.radius, self.error, self.run, self.changes)
         found.origin = self.origin
+        found.run = None
         return found
 
     # torch lacks the type

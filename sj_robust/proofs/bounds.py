@@ -166,12 +166,16 @@ class BoundedRun:
         high = values.high
         centre = (low + high) / 2
         if self.differentiable:
+            return self.leaf_around(centre, (high - low) / 2, batch_dim)
+        radius = SLACK * torch.maximum(high - centre, centre - low)
+        return self.leaf_around(centre, radius, batch_dim)
+
+    def leaf_around(self, centre: Tensor, radius: Tensor, batch_dim: int) -> Bounds:
+        """The same of values by their middle and half of their distance."""
+        centre.requires_grad_()
+        if self.differentiable:
             # torch leaves apply untyped
-            centre = _Cut.apply(centre.requires_grad_(), self.cut)  # type: ignore[no-untyped-call]
-            radius = (high - low) / 2
-        else:
-            radius = SLACK * torch.maximum(high - centre, centre - low)
-            centre.requires_grad_()
+            centre = _Cut.apply(centre, self.cut)  # type: ignore[no-untyped-call]
         found = Bounds(centre, radius, run=self)
         found.origin = Origin(leaf=len(self.leaves), shape=found.shape)
         self.leaves.append(Leaf(centre, radius, batch_dim))
@@ -279,15 +283,19 @@ class BoundedRun:
             if self.changed is not None and x.changes is None and 0 in leaves_of(x.origin):
                 self.apart[name] = "its current is more than one convolution or linear map"
             self._reached(x, batch_dim, neuron)
-            if batch_dim:
-                spikes = self.spikes(neuron, Interval(x.lower, x.upper))
-            else:
-                seq = self.spikes(neuron, Interval(x.lower.unsqueeze(0), x.upper.unsqueeze(0)))
-                spikes = Interval(seq.low[0], seq.high[0])
-            self._passed(name, x, spikes)
-            return self.leaf(spikes, batch_dim)
+            return self._leaf_behind(neuron, x, batch_dim)
 
         return forward
+
+    def _leaf_behind(self, neuron: Neuron, x: Bounds, batch_dim: int) -> Bounds:
+        """The spikes of a layer for a current, with which a leaf begins."""
+        if batch_dim:
+            spikes = self.spikes(neuron, Interval(x.lower, x.upper))
+        else:
+            seq = self.spikes(neuron, Interval(x.lower.unsqueeze(0), x.upper.unsqueeze(0)))
+            spikes = Interval(seq.low[0], seq.high[0])
+        self._passed(neuron.name, x, spikes)
+        return self.leaf(spikes, batch_dim)
 
     def begin(self, by: Function, arguments: list[Bounds], values: Interval) -> Bounds:
         """A leaf with these values, which an operation gives for arguments.

@@ -318,10 +318,10 @@ class CompiledChainSums(torch.autograd.Function):
             high=high.contiguous(),
             first=first,
             last=last,
-            scale=scale,
-            shift=shift,
-            to_last=(tables[:, after] - tables[:, before]).permute(2, 0, 1),
-            from_first=(tables[:, :, after] - tables[:, :, before]).permute(1, 0, 2),
+            scale=scale.contiguous(),
+            shift=shift.contiguous(),
+            to_last=(tables[:, after] - tables[:, before]).permute(2, 1, 0),
+            from_first=(tables[:, :, after] - tables[:, :, before]).permute(1, 2, 0),
         )
         given = grads[0].contiguous(), grads[1].contiguous()
         places_of = None

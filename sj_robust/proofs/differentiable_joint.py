@@ -1,5 +1,7 @@
 """Joint bounds that training can follow: chains, windows and counts with surrogate gradients."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,13 +11,13 @@ from sj_robust.ops.trains.operator import joint_sums, trained_reason
 from sj_robust.ops.trains.reference import Spiking, differentiable_sums
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.differentiable_chains import DifferentiableChain, trained
-from sj_robust.proofs.joint import JointRun, OverTime
+from sj_robust.proofs.joint import JointRun, MappedSums, OverTime, by_step, in_layout
 from sj_robust.proofs.opened import counts
 from sj_robust.proofs.rules import Bounds
 from sj_robust.proofs.spiking import Interval, RealSpiking
 from sj_robust.proofs.windows import KEPT, SpikeTrains
 
-__all__ = ["DifferentiableJointRun"]
+__all__ = ["DifferentiableJointRun", "WindowSums"]
 
 
 class DifferentiableJointRun(JointRun):
@@ -52,10 +54,19 @@ class DifferentiableJointRun(JointRun):
         for name, trains in self.trains.items():
             self.memories[name].trains = trains
 
-    def spikes(self, neuron: Neuron, x_seq: Interval) -> Interval:
-        """See :class:`BoundedRun`."""
+    def _leaf_behind(self, neuron: Neuron, x: Bounds, batch_dim: int) -> Bounds:
+        """See :class:`BoundedRun`; spikes are asked for by centre and radius, as leaves have
+        them.
+        """
         if counts(neuron) is not None:
-            return super().spikes(neuron, x_seq)
+            return super()._leaf_behind(neuron, x, batch_dim)
+        self.sources.append(self.trains[neuron.name])
+        spikes = self._spikes(neuron)
+        centre, radius = (in_layout(part, batch_dim) for part in (spikes.low, spikes.high))
+        return self.leaf_around(centre, radius, batch_dim)
+
+    def _spikes(self, neuron: Neuron) -> Interval:
+        """Centres and radii of the spikes of a call."""
         name = neuron.name
         memory = self.memories[name]
         trains = self.trains[name]
@@ -75,18 +86,100 @@ class DifferentiableJointRun(JointRun):
             known = 1 + max((t for _, t in memory.summed), default=-1)
             sums = self._all_sums(spiking, slice(None), first=known)
             trains.sums = sums.low, sums.high
-        self.stages.clear()  # which hold the run
+        self.stages.clear()
         if name in self.over_time.counted:  # nobody asks for single spikes
-            nothing = torch.zeros_like(current.low)
-            return Interval(nothing, nothing + 1)
+            half = torch.full_like(current.low, 0.5)
+            return Interval(half, half)
         every = torch.eye(steps).to(current.low)
-        return trains.bounds(every[first:])
+        return trains.centred(every[first:])
+
+    def _joined(self, gain: Tensor, currents: list[Interval], longer: MappedSums) -> Interval:
+        """See :class:`JointRun`; the graph of all sums is one node."""
+        stage = self.stages[-1]
+        x = stage.current
+        centre, radius = (
+            by_step(part, self.samples, stage.batch_dim).flatten(1) for part in (x.centre, x.radius)
+        )
+        if x.changes is not None or len(centre) != len(currents):
+            return super()._joined(gain, currents, longer)
+        ends = WindowSums.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            gain, centre, radius, longer.shares, longer.centre, longer.radius
+        )
+        return Interval(*ends)
 
     def lead(self, logits: Bounds, y: Tensor) -> Tensor:
         """See :class:`BoundedRun`."""
         if not self.over_time.counts or logits.origin is None:
             return BoundedRun.lead(self, logits, y)
         return self._lead_of_counts(logits, y)
+
+
+class WindowSums(torch.autograd.Function):
+    """Bounds of the sums of single steps and of longer windows by row, [W, M].
+
+    Equation, with p the gains of the steps, c -+ r their currents, C -+ R the sums behind the map
+    of a step with its shift b = C[-1] once, and n how often it counts beyond that::
+
+        p c -+ |p| r,   C + n b -+ R
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gain: Tensor,
+        centre: Tensor,
+        radius: Tensor,
+        shares: Tensor,
+        mapped: Tensor,
+        width: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Smallest and largest sums, for currents [T, M] and mapped sums [places, M]."""
+        ctx.save_for_backward(gain, centre, radius, shares, mapped[-1])
+        ctx.places = len(mapped)
+        T, M = centre.shape
+        number = len(shares)
+        low = centre.new_empty(T + number, M)
+        high = torch.empty_like(low)
+        scales = gain.unsqueeze(1)
+        pairs = (
+            (slice(T), scales * centre, scales.abs() * radius),
+            (
+                slice(T, None),
+                torch.addcmul(mapped[:number], shares.unsqueeze(1), mapped[-1:]),
+                width[:number],
+            ),
+        )
+        for rows, middle, half in pairs:
+            torch.sub(middle, half, out=low[rows])
+            torch.add(middle, half, out=high[rows])
+        return low, high
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Gradients of all six."""
+        gain, centre, radius, shares, shift = ctx.saved_tensors
+        T = len(gain)
+        number = len(shares)
+        middle = grads[0] + grads[1]
+        half = grads[1] - grads[0]
+        scales = gain.unsqueeze(1)
+        d_gain = None
+        if ctx.needs_input_grad[0]:
+            of_radius = _dots(half[:T], radius)
+            d_gain = _dots(middle[:T], centre) + gain.sign() * of_radius
+        d_mapped = centre.new_zeros(ctx.places, centre.shape[1])
+        d_mapped[:number] = middle[T:]
+        torch.mv(middle[T:].T, shares, out=d_mapped[-1])
+        d_width = torch.zeros_like(d_mapped)
+        d_width[:number] = half[T:]
+        d_shares = middle[T:] @ shift if ctx.needs_input_grad[3] else None
+        d_centre = scales * middle[:T]
+        return d_gain, d_centre, scales.abs() * half[:T], d_shares, d_mapped, d_width
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """Product of each row of one with that of the other."""
+    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).flatten()
 
 
 class DifferentiableTrains(SpikeTrains):

@@ -35,7 +35,7 @@ from sj_robust.proofs.windows import (
     weighted_sums,
 )
 
-__all__ = ["JointRun", "OverTime"]
+__all__ = ["JointRun", "MappedSums", "OverTime"]
 
 _GAP = 1e-9
 """Relative difference that float64's rounding stays below; another map in another step does not."""
@@ -468,11 +468,11 @@ class JointRun(BoundedRun):
         currents = [current.each(chosen) for current in memory.currents]
         like = currents[0].low
         gains = [_as_double(dynamics.tensor_gain_at(t)) for t in range(first, steps)]
-        single = _multiples(torch.stack(gains).to(like), stacked(currents[first:]))
+        gain = torch.stack(gains).to(like)
         listed = memory.trains.windows.listed(steps)
         longer = [[a, t] for a, t in listed if a < t and t >= first]
         if not longer:
-            return single
+            return _multiples(gain, stacked(currents[first:]))
         weights = window_weights(dynamics, torch.tensor(longer), steps)
         weights = weights.to(like)
         kind = self.over_time.kinds[name]
@@ -480,10 +480,15 @@ class JointRun(BoundedRun):
             factors = weights.sum(1)
             sums = _multiples(factors, currents[-1].each(lambda end: end.expand(len(factors), -1)))
         elif kind == "steps":
-            sums = self._through(weights, some)
+            return self._joined(gain, currents[first:], self._through(weights, some))
         else:
             sums = self._sums_of_events(name, weights, currents, chosen)
-        return Interval(torch.cat([single.low, sums.low]), torch.cat([single.high, sums.high]))
+        return _together(_multiples(gain, stacked(currents[first:])), sums)
+
+    def _joined(self, gain: Tensor, currents: list[Interval], longer: "MappedSums") -> Interval:
+        """Sums of single steps, of so many gains, and of longer windows."""
+        single = _multiples(gain, stacked(currents))
+        return _together(single, longer.ends(rounded=self.rounded))
 
     def _sums_of_events(
         self,
@@ -599,29 +604,36 @@ class JointRun(BoundedRun):
         assert origin is not None
         means = self._other_run()
         leaves = {}
-        with torch.set_grad_enabled(self.differentiable):
-            numbers = sorted(leaves_of(origin))
-            ends = {number: self._mean(number) for number in numbers}
-        for number, mean in ends.items():
-            batch_dim = self.leaves[number].batch_dim
-            leaves[number] = means.leaf(mean, batch_dim)
+        begun: dict[int, Bounds] = {}
+        for number in sorted(leaves_of(origin)):
+            leaves[number] = self._mean_leaf(number, means, begun)
         found = replayed(origin, leaves)
         joint = Bounds(found.centre, found.radius, logits.error, means)
         return means.lead(joint, y)
 
-    def _mean(self, number: int) -> Interval:
-        """Bounds of a leaf in the mean over time, in the place of all its steps."""
+    def _mean_leaf(self, number: int, means: BoundedRun, begun: dict[int, Bounds]) -> Bounds:
+        """The mean over time of a leaf in the place of all its steps; one for all calls of a layer,
+        which ``begun`` keeps.
+        """
         leaf = self.leaves[number]
         source = self.sources[number]
-        centre = leaf.centre
         if source is None:
-            return Interval(centre - leaf.radius, centre + leaf.radius)
-        T = self.over_time.T
-        weights = centre.new_full((1, T), 1.0 / T)
-        mean = source.bounds(weights)
-        shape = by_step(centre, self.samples, leaf.batch_dim).shape
-        every = mean.each(lambda end: end.expand(shape))
-        return every.each(lambda end: in_layout(end, leaf.batch_dim))
+            with torch.set_grad_enabled(self.differentiable):
+                ends = Interval(leaf.centre - leaf.radius, leaf.centre + leaf.radius)
+            return means.leaf(ends, leaf.batch_dim)
+        if id(source) not in begun:
+            T = self.over_time.T
+            with torch.set_grad_enabled(self.differentiable):
+                mean = source.bounds(leaf.centre.new_full((1, T), 1.0 / T))
+            begun[id(source)] = means.leaf(mean.each(lambda end: end[0]), 0)
+        mean_of_each = begun[id(source)]
+        shape = by_step(leaf.radius, self.samples, leaf.batch_dim).shape
+
+        def placed(part: Tensor) -> Tensor:
+            return in_layout(part.expand(shape), leaf.batch_dim)
+
+        with torch._C.DisableTorchFunctionSubclass():
+            return Bounds(placed(mean_of_each.centre), placed(mean_of_each.radius), run=means)
 
     def _chain(self, dynamics: Spiking, memory: Memory) -> Interval:
         """Spikes [steps of this call, N, *] of the trains that a constant current can cause."""
@@ -645,7 +657,7 @@ class JointRun(BoundedRun):
         spikes = chain.bounds(every[first:])
         return spikes.each(lambda end: end.view(shape))
 
-    def _through(self, weights: Tensor, some: Tensor | slice = slice(None)) -> Interval:
+    def _through(self, weights: Tensor, some: Tensor | slice = slice(None)) -> "MappedSums":
         """Bounds of weighted sums of the current's steps, from those of earlier spikes, of some of
         the neurons: [F, O].
 
@@ -657,16 +669,15 @@ class JointRun(BoundedRun):
         origin = stage.current.origin
         assert origin is not None
         steps = len(by_step(stage.current.radius, self.samples, stage.batch_dim))
-        number = len(weights)
-        places = steps * (number // steps + 1)
-        without = weights.new_zeros(places - number, weights.shape[1])
+        places = steps * (len(weights) // steps + 1)
+        without = weights.new_zeros(places - len(weights), weights.shape[1])
         padded = torch.cat([weights, without])
         exact = self._other_run()
         exact.rounded = False
         exact.narrow = self.rounded and self.dtype == torch.float32
         leaves = {}
-        for number_of_leaf in leaves_of(origin):
-            leaves[number_of_leaf] = self._weighted(number_of_leaf, padded, exact)
+        for number in leaves_of(origin):
+            leaves[number] = self._weighted(number, padded, exact, steps)
 
         def chosen(part: Tensor) -> Tensor:
             # in float32 the ends would be rounded once more
@@ -674,47 +685,67 @@ class JointRun(BoundedRun):
 
         centres = []
         radii = []
-        for start in range(0, places, steps):
-            taken = {}
-            for leaf, sums in leaves.items():
-                taken[leaf] = self._weighted_leaf(leaf, sums, slice(start, start + steps), exact)
+        for turn in range(places // steps):
+            taken = {number: of_turn[turn] for number, of_turn in leaves.items()}
             found = replayed(origin, taken)
             centres.append(chosen(found.centre))
             radii.append(chosen(found.radius))
-        centre = torch.cat(centres)
-        radius = torch.cat(radii)
-        factors = (weights.sum(1) - 1.0).unsqueeze(1)
-        middle = torch.addcmul(centre[:number], factors, centre[-1:])
-        width = radius[:number]
-        if self.rounded:
-            width = torch.addcmul(width, factors.abs(), radius[-1:])
-        return Interval(middle - width, middle + width)
+        return MappedSums(torch.cat(centres), torch.cat(radii), weights.sum(1) - 1.0)
 
-    def _weighted(self, number: int, weights: Tensor, run: BoundedRun) -> Interval | None:
-        """Centres and radii of weighted sums of a leaf's steps, [F, N, *]; None for images, which
-        have no weight in this map.
+    def _weighted(self, number: int, weights: Tensor, run: BoundedRun, steps: int) -> list[Bounds]:
+        """Bounds of weighted sums of a leaf's steps, so many at a time in the steps' place; zeros
+        for images, which have no weight in this map.
         """
+        leaf = self.leaves[number]
         source = self.sources[number]
         if source is None:
-            return None
-        if run.narrow:
-            return source.in_float32(weights, SLACK)
-        found = source.centred(weights)
-        return Interval(found.low, SLACK * found.high) if self.rounded else found
-
-    def _weighted_leaf(
-        self, number: int, sums: Interval | None, some: slice, run: BoundedRun
-    ) -> Bounds:
-        """Some of the sums in the place of the steps of a leaf."""
-        leaf = self.leaves[number]
-        if sums is None:
             nothing = torch.zeros_like(leaf.radius)
             if run.narrow:
                 nothing = nothing.float()
-            return Bounds(nothing, nothing, run=run)
-        centre = in_layout(sums.low[some], leaf.batch_dim)
-        radius = in_layout(sums.high[some], leaf.batch_dim)
-        return Bounds(centre, radius, run=run)
+            return [Bounds(nothing, nothing, run=run)] * (len(weights) // steps)
+        if run.narrow:
+            sums = source.in_float32(weights, SLACK)
+        else:
+            sums = source.centred(weights)
+            if self.rounded:
+                sums = Interval(sums.low, SLACK * sums.high)
+        found = []
+        centres, radii = torch.split(sums.low, steps), torch.split(sums.high, steps)
+        for centre, radius in zip(centres, radii, strict=True):
+            middle = in_layout(centre, leaf.batch_dim)
+            found.append(Bounds(middle, in_layout(radius, leaf.batch_dim), run=run))
+        return found
+
+
+@dataclass(frozen=True)
+class MappedSums:
+    """Sums over time behind the map of a step, the last of which have no weights.
+
+    Attributes:
+        centre: Middle of the sums with the map's shift once, [places, O].
+        radius: How far they can be from it.
+        shares: How often the shift counts beyond that, [F].
+    """
+
+    centre: Tensor
+    radius: Tensor
+    shares: Tensor
+
+    def ends(self, *, rounded: bool) -> Interval:
+        """Bounds of the F sums with weights; those of the shift have a radius if that rounds."""
+        number = len(self.shares)
+        shares = self.shares.unsqueeze(1)
+        middle = torch.addcmul(self.centre[:number], shares, self.centre[-1:])
+        width = self.radius[:number]
+        if rounded:
+            width = torch.addcmul(width, shares.abs(), self.radius[-1:])
+        return Interval(middle - width, middle + width)
+
+
+def _together(first: Interval, second: Interval) -> Interval:
+    """The rows of both."""
+    low = torch.cat([first.low, second.low])
+    return Interval(low, torch.cat([first.high, second.high]))
 
 
 def _rows(steps: list[Interval]) -> Interval:

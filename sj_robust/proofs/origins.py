@@ -29,11 +29,11 @@ def replayed(origin: Origin, leaves: Mapping[int, Bounds]) -> Bounds:
         ([1.0, 1.0], [3.0, 3.0])
     """
     with torch._C.DisableTorchFunctionSubclass():
-        found: Bounds = _folded(
-            origin,
-            leaves.__getitem__,
-            lambda call, args: call.rule(call.func, *args, **call.kwargs),
+        walk = _Walk(
+            of_leaf=leaves.__getitem__,
+            of_call=lambda call, args: call.rule(call.func, *args, **call.kwargs),
         )
+        found: Bounds = walk.value_of(origin)
     return found
 
 
@@ -52,40 +52,51 @@ def rows_of(origin: Origin | None, leaves: Callable[[int], Tensor]) -> Tensor:
                 [0, 1],
                 [0, 1]])
     """
-    found: Tensor = _folded(origin, leaves, _rows_behind, _spread)
+    walk = _Walk(of_leaf=leaves, of_call=_rows_behind, of_part=_spread)
+    found: Tensor = walk.value_of(origin)
     return found
 
 
-def _folded(
-    origin: Origin | None,
-    of_leaf: Callable[[int], Any],
-    of_call: Callable[[Call, Any], Any],
-    of_part: Callable[[Any, Origin], Any] = lambda found, _: found,
-) -> Any:
-    """A value for an origin, from those of its leaves up; every call is made once.
+class _Walk:
+    """Values for origins, from those of their leaves up; every call is made once.
 
-    Args:
-        origin: Where to end.
-        of_leaf: The value of a leaf, by its number.
-        of_call: The value of a call, from the call and the values of its arguments.
-        of_part: The value of an origin, from that of its part of a call and the origin.
+    It is a class because a nested function that calls itself would be a cycle, and would keep all
+    that the calls made until Python looks for cycles.
     """
-    made: dict[Call, Any] = {}
 
-    def value_of(value: Any) -> Any:
+    def __init__(
+        self,
+        *,
+        of_leaf: Callable[[int], Any],
+        of_call: Callable[[Call, Any], Any],
+        of_part: Callable[[Any, Origin], Any] = lambda found, _: found,
+    ) -> None:
+        """Nothing is made yet.
+
+        Args:
+            of_leaf: The value of a leaf, by its number.
+            of_call: The value of a call, from the call and the values of its arguments.
+            of_part: The value of an origin, from that of its part of a call and the origin.
+        """
+        self._of_leaf = of_leaf
+        self._of_call = of_call
+        self._of_part = of_part
+        self._made: dict[Call, Any] = {}
+
+    def value_of(self, value: Any) -> Any:
+        """An argument of a call, with values in the place of origins."""
         if type(value) in (tuple, list):
-            return type(value)(map(value_of, value))
+            return type(value)(map(self.value_of, value))
         if not isinstance(value, Origin):
             return value
         if value.leaf is not None:
-            return of_leaf(value.leaf)
+            return self._of_leaf(value.leaf)
         call = value.call
         assert call is not None
-        if call not in made:
-            made[call] = of_call(call, value_of(call.args))
-        return of_part(made[call] if value.part is None else made[call][value.part], value)
-
-    return value_of(origin)
+        if call not in self._made:
+            self._made[call] = self._of_call(call, self.value_of(call.args))
+        made = self._made[call]
+        return self._of_part(made if value.part is None else made[value.part], value)
 
 
 def _rows_behind(call: Call, args: Any) -> Any:

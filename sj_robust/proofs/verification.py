@@ -595,7 +595,7 @@ def bounded_logits(
             leaf = run.leaf(box, 0)
             if isinstance(eps, EVENTS):
                 leaf.changes = eps.changes(exact, summed=run.differentiable)
-                run.changed = leaf
+                run.changed = leaf.same()
             with run.replacing_neurons(model.net):
                 logits = model(leaf)
             if not isinstance(logits, Bounds):

@@ -13,15 +13,24 @@ import pytest
 import torch
 from covering import mostly_slow
 from proofs import fuzz, joint_by_hand
+from proofs.collected import no_collection, tensors_of_cycles
 from proofs.networks import NEURONS, QUICK, SAMPLED, T, classifier, convolutional, in_steps
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 from torch.testing import assert_close
 
-from sj_robust import DLIFNode
+from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.core.preserved import full_precision
-from sj_robust.proofs import bounds, differentiable, differentiable_chains, joint, rounding
+from sj_robust.models.chain import SmallConvNet
+from sj_robust.proofs import (
+    bounds,
+    differentiable,
+    differentiable_chains,
+    joint,
+    rounding,
+    windows,
+)
 from sj_robust.proofs.differentiable import DifferentiableBounds
 from sj_robust.proofs.differentiable_chains import Chains, ChainSums, Gates
 from sj_robust.proofs.joint import JointRun, OverTime
@@ -385,3 +394,57 @@ def test_a_step_leaves_nothing_behind(monkeypatch):
     gc.collect()
     (run,) = runs
     assert run() is None
+
+
+def strided(node):
+    """The network of the preset digits_joint, for eight steps."""
+    torch.manual_seed(0)
+    net = SmallConvNet(
+        (1, 8, 8),
+        10,
+        T=8,
+        spiking_neuron=node,
+        channels=(16, 64),
+        strides=(1, 2),
+        batch_norm=False,
+    )
+    return SpikingClassifier(net, 8)
+
+
+def a_step(bounds, x, y):
+    lead = bounds.lead(x, y, 0.1)
+    nn.functional.cross_entropy(lead, y).backward()
+
+
+@pytest.mark.parametrize("node", [DLIFNode, partial(neuron.LIFNode, tau=100.0)])
+def test_what_a_step_keeps_for_its_gradients_is_small(node):
+    """Of the preset's batch, eight steps: far below what the same layers would keep by slots."""
+    bounds = DifferentiableBounds(strided(node).eval(), method="joint")
+    x, y = torch.rand(64, 1, 8, 8), torch.arange(64) % 10
+    sizes = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        a_step(bounds, x, y)
+    neurons = 64 * (16 * 64 + 64 * 16)
+    windows_of_a_layer = len(windows.Windows(windows.KEPT).listed(8))
+    assert 4 * neurons < sum(sizes.values()) < 4 * neurons * (2 * windows_of_a_layer + 80)
+
+
+@pytest.mark.parametrize("method", ["ibp", "joint"])
+def test_a_step_leaves_no_tensors_to_the_collector(method):
+    """Python looks for cycles rarely, and what hangs on one stays until then."""
+    bounds = DifferentiableBounds(in_steps(*four_layers(), T=3), method=method)
+    x, y = torch.rand(2, 4), torch.tensor([0, 1])
+    a_step(bounds, x, y)
+    with no_collection():
+        a_step(bounds, x, y)
+        assert not tensors_of_cycles()
+
+
+def four_layers():
+    return nn.Linear(4, 6), DLIFNode(T=3), nn.Linear(6, 5), DLIFNode(T=3), nn.Linear(5, 3)

@@ -1,6 +1,7 @@
 """Tighter methods of verify prove no image that can be fooled, and what they break is broken."""
 
 import gc
+import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,7 @@ import pytest
 import torch
 from covering import mostly_slow
 from proofs import fuzz
+from proofs.collected import no_collection, tensors_of_cycles
 from proofs.networks import (
     NETWORKS,
     NEURONS,
@@ -569,6 +571,57 @@ def test_memory_does_not_grow_with_the_images(method):
     )
     assert len(held) == 10
     assert max(held[5:]) <= 1.02 * max(held[:5])  # once all trains have been listed
+
+
+@pytest.mark.parametrize("method", METHODS[:4])
+def test_a_proof_leaves_no_tensors_to_the_collector(method):
+    """Python looks for cycles rarely, and the batches of a proof would add up until then."""
+    model = small(NEURONS["DLIF"], seed=2)
+    x = pixels(4, seed=2)
+    y = model(x).argmax(1)
+    options = {"method": method, "time_limit": 0.01, "batch_size": 2}
+    verify(model, x, y, 0.1, **options)
+    with no_collection():
+        verify(model, x, y, 0.1, **options)
+        assert not tensors_of_cycles()
+
+
+_PEAK = """
+import sys, torch
+from pathlib import Path
+from sj_robust.models import pretrained
+from sj_robust.proofs import verify
+
+def megabytes(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+torch.set_num_threads(1)
+model = pretrained("digits/dlif-at-mppd").eval()
+x = torch.rand(int(sys.argv[1]), 1, 8, 8)
+y = model(x).argmax(1)
+verify(model, x[:2], y[:2], 0.004)
+before = megabytes("VmRSS:")
+verify(model, x, y, 0.004, batch_size=32)
+print(before, megabytes("VmHWM:"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the peak of a process")
+def test_the_peak_of_memory_does_not_grow_with_the_images():
+    """Megabytes of a process that proves one batch of 32 images, and one that proves sixteen.
+
+    Not ``ru_maxrss``: the kernel begins it with that of the process that started this one.
+    """
+    grown = []
+    for images in (32, 512):
+        command = [sys.executable, "-c", _PEAK, str(images)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        before, after = map(float, done.stdout.split())
+        grown.append(after - before)
+    assert grown[0] > 5
+    assert grown[1] < 2.5 * grown[0], grown
 
 
 class BesideItsMaximum(nn.Module):

@@ -29,7 +29,7 @@ from lab.benchmarking.networks import (
     NetworkTask,
     Precision,
 )
-from lab.benchmarking.steps import ProvingTask, adversarial_steps, mode_steps
+from lab.benchmarking.steps import ProvingTask, adversarial_steps, joint_steps, mode_steps
 from lab.benchmarking.task import Shape, Task
 from sj_robust.ops.dlif import cpp
 
@@ -47,6 +47,8 @@ class Benchmark:
         passes: Times that the tensor of that shape moves in a forward and a backward pass, if the
             memory bounds it; otherwise 0.
         element_bytes: Size of an element of that tensor.
+        cpu_time: Whether times are those of the processor, on one thread, which other processes of
+            a busy machine hardly change.
         variables: Environment variables of a method's process.
     """
 
@@ -55,6 +57,7 @@ class Benchmark:
     shapes: tuple[tuple[int, ...], ...]
     passes: int = 0
     element_bytes: int = 4
+    cpu_time: bool = False
     variables: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def peer_of(self, method: str) -> str:
@@ -168,14 +171,27 @@ BENCHMARKS: dict[str, Benchmark] = {
     "vgg5_adversarial": _adversarial("vgg5", _IMAGES),
     "small_adversarial": _adversarial("small", (4, 64, 3, 32, 32)),
     "training_step": Benchmark(mode_steps(), peer="textbook loop", shapes=((4, 64, 1, 28, 28),)),
+    "joint_step": Benchmark(
+        joint_steps(),
+        peer="adversarial",
+        shapes=((4, 64, 1, 8, 8), (8, 64, 1, 8, 8)),
+        cpu_time=True,
+    ),
+    "joint_scaling": Benchmark(
+        {"verify": partial(ProvingTask, True)},
+        peer="",
+        shapes=tuple((T, 16, 1, 8, 8) for T in (4, 8, 16, 32, 64)),
+        cpu_time=True,
+    ),
     "verify": Benchmark(_PROVING, peer="PGD-20", shapes=((4, 1000, 1, 8, 8),)),
 }
 """``neuron``, ``batch_norm`` and ``stage`` are single layers, ``instruction_sets`` and ``scaling``
 are the neuron on each of them and over T and N; ``conv4`` (four stages) and ``vgg5`` are training
 steps of networks on clean images, ``..._adversarial`` steps of adversarial training;
 ``training_step`` is the step of every training mode on a small network, each beside a textbook loop
-with SpikingJelly's LIFNode, but for ``certified``, which has none; ``verify`` is a proof of every
-image beside PGD on them.
+with SpikingJelly's LIFNode, but for ``certified``, which has none; ``joint_step`` is the step of
+the preset ``digits_joint`` beside adversarial ones, ``joint_scaling`` proofs by joint bounds over
+T, both in processor time; ``verify`` is a proof of every image beside PGD on them.
 """
 
 _TRITON = partial(dlif, backend="triton")

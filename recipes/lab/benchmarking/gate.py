@@ -18,6 +18,8 @@ _OF = {
     "instruction_sets": _OPERATOR,
     "scaling": _OPERATOR,
     "training_step": (*_OPERATOR, *_ONE_PASS, "training/test_training_step.py"),
+    "joint_step": ("ops/test_trains.py", "proofs/test_differentiable_joint.py"),
+    "joint_scaling": ("ops/test_trains.py", "proofs/test_joint.py"),
     "verify": (*_OPERATOR, *_ONE_PASS, "ops/test_trains.py", "proofs/test_verification.py"),
 }
 """Tests of what is timed; of what is not named, those of operator and one pass."""

@@ -53,8 +53,13 @@ class ModeTask(TrainingTask):
         shape: Shape,
         *,
         joint: BoundsBackend | None = None,
+        kappa: float | None = None,
+        surrogate_width: float = 1.0,
     ) -> None:
-        """Build the network and draw the images; with ``joint`` bounds hold together over time."""
+        """Build the network and draw the images; with ``joint`` bounds hold together over time.
+
+        ``kappa`` is the mode's own if None, ``surrogate_width`` that of the bounds.
+        """
         from sj_robust import training  # brings Accelerate and more, which layers do not need
 
         mode = training.MODES[step.mode]
@@ -77,13 +82,13 @@ class ModeTask(TrainingTask):
                 noise_std=step.noise,
                 project=step.mode not in ("at", "rat"),  # as published
             )
-        options = training.CertifiedOptions()
+        options = training.CertifiedOptions(surrogate_width=surrogate_width)
         if joint is not None:
-            options = training.CertifiedOptions(bounds="joint")
+            options = replace(options, bounds="joint")
             SpikeTrains.backend = joint  # every task has a process of its own
         self._objective = training.Objective(
             SpikingClassifier(self.net, shape[0]),
-            kappa=mode.kappa,
+            kappa=mode.kappa if kappa is None else kappa,
             rho=mode.rho,
             loss=mode.loss,
             trades_weight=TRADES_WEIGHT,
@@ -133,6 +138,13 @@ class ModeTask(TrainingTask):
             if isinstance(module, DLIFNode):
                 module.input_gain.requires_grad_(False)
         check_same_steps(mine, wanted)
+
+
+class UncheckedTask(ModeTask):
+    """The same on a network that has no published loop: ``training_step`` compares the mode."""
+
+    def check(self) -> None:
+        """Nothing."""
 
 
 def _drawn(mode: str, seeds: SampleSeeds, x: Tensor) -> Tensor:
@@ -276,6 +288,47 @@ def mode_steps() -> Methods:
         step = Step("certified", partial(_small, DLIFNode))
         make = partial(ModeTask, step, peer, Precision(), joint=backend)
         steps[f"certified, joint bounds{added}"] = make
+    return steps
+
+
+def _strided(neuron: Callable[[int], nn.Module], shape: Shape) -> nn.Module:
+    """The network of the preset ``digits_joint``."""
+    torch.manual_seed(0)
+    return SmallConvNet(
+        shape[2:],
+        10,
+        T=shape[0],
+        spiking_neuron=neuron,
+        channels=(16, 64),
+        strides=(1, 2),
+        batch_norm=False,
+    )
+
+
+def joint_steps() -> Methods:
+    """The step of the preset ``digits_joint`` by neuron, each beside an adversarial one of the same
+    network, and beside that of the preset ``digits`` and of intervals.
+    """
+    steps: Methods = {}
+    peer = partial(_small, lif_node)
+    for name, neuron in (("LIF", lif_node), ("DLIF", DLIFNode)):
+        mine = partial(_strided, neuron)
+        certified = partial(
+            ModeTask,
+            Step("certified", mine, eps=0.105),
+            peer,
+            Precision(),
+            kappa=0.0,
+            surrogate_width=0.5,
+        )
+        adversarial = {
+            f"{name}, adversarial": mine,
+            f"{name}, network of digits, adversarial": partial(_small, neuron),
+        }
+        steps[name] = partial(certified, joint="auto")
+        for method, build in adversarial.items():
+            steps[method] = partial(UncheckedTask, Step("at", build, eps=0.1), peer, Precision())
+        steps[f"{name}, intervals"] = certified
     return steps
 
 

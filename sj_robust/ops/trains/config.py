@@ -174,7 +174,7 @@ class ChainGates:
         scale: Slope of the potential that meets the threshold at a gate, [G].
         shift: What is left of that potential, [G].
         to_last: What a gate that opens at the lower current changes in every sum, by last train,
-            [J, 2 F, G].
+            [J, G, 2 F].
         from_first: The same of the upper current, by first train.
     """
 

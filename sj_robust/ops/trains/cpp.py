@@ -33,7 +33,7 @@ __all__ = [
     "unsupported_training",
 ]
 
-_INTERFACE = 2  # sjr_trains_interface() of kernel.cpp
+_INTERFACE = 3  # sjr_trains_interface() of kernel.cpp
 _SLOTS = 16  # MAX_SLOTS of job.h
 _LANES = 8  # what the rows of weights are padded to
 
@@ -249,14 +249,14 @@ def chain_sums_backward(
     of the trains' values [F, J].
     """
     F, J, G = len(grads[0]), len(chains.to_last), len(chains.scale)
-    padding = -G % 16
-    scale, shift, to_last, from_first = (
-        torch.nn.functional.pad(part, (0, padding)).contiguous()
-        for part in (chains.scale, chains.shift, chains.to_last, chains.from_first)
-    )
+    padding = -2 * F % _LANES
+    tables = [
+        torch.nn.functional.pad(table, (0, padding)).contiguous()
+        for table in (chains.to_last, chains.from_first)
+    ]
     low = torch.empty_like(chains.low)
     high = torch.empty_like(low)
-    totals = torch.empty(2 * (G + padding) + F * J, dtype=torch.float64)
+    totals = torch.empty(2 * G + F * J, dtype=torch.float64)
     at = {}
     if places is not None:
         at["least_at"] = places.least.to(torch.int32).contiguous()
@@ -265,19 +265,20 @@ def chain_sums_backward(
         F=F,
         M=len(low),
         J=J,
-        G=G + padding,
+        G=G,
+        S=2 * F + padding,
         centred=places is not None and places.centred,
         **_pointers(**at),
         **_derivative(neuron, low),
         **_machine(),
         **_pointers(first=chains.first, last=chains.last, low=chains.low, high=chains.high),
         **_pointers(grad_least=grads[0], grad_most=grads[1]),
-        **_pointers(to_last=to_last, from_first=from_first, scale=scale, shift=shift),
+        **_pointers(to_last=tables[0], from_first=tables[1]),
+        **_pointers(scale=chains.scale, shift=chains.shift),
         **_pointers(grad_low=low, grad_high=high, totals=totals),
     )
     _run("chain_sums", job)
-    gates, values = torch.split(totals.to(low.dtype), [2 * (G + padding), F * J])
-    of_scale, of_shift = gates.view(2, -1)[:, :G]
+    of_scale, of_shift, values = torch.split(totals.to(low.dtype), [G, G, F * J])
     return low, high, of_scale, of_shift, None if places is None else values.view(F, J)
 
 
@@ -357,7 +358,7 @@ class _ChainJob(ctypes.Structure):
     """Mirror of ``sjr::ChainJob`` in job.h; what is not set is zero."""
 
     _fields_ = (
-        *_fields(ctypes.c_int64, "F M J G"),
+        *_fields(ctypes.c_int64, "F M J G S"),
         *_fields(ctypes.c_double, "alpha width"),
         *_fields(ctypes.c_int32, f"{_MACHINE} surrogate doubles centred"),
         *_fields(ctypes.c_void_p, "first last least most least_sums most_sums low high"),

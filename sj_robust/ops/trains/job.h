@@ -82,7 +82,7 @@ struct JointJob {
 // The same over the trains first..last of a constant current, and the gates between them; see
 // ChainSums.
 struct ChainJob {
-  int64_t F, M, J, G;  // G is padded to 16 with zeros
+  int64_t F, M, J, G, S;  // S is 2 F, padded to a multiple of eight
   double alpha, width;
   int32_t instruction_set, threads, own_threads, surrogate, doubles, centred;
   const int64_t *first, *last;         // [M]
@@ -90,8 +90,8 @@ struct ChainJob {
   void *least_sums, *most_sums;        // [F, M], written by the forward pass
   const void *low, *high;              // [M], currents
   const void *grad_least, *grad_most;  // [F, M], read by the backward pass
-  const void *to_last, *from_first;    // [J, 2 F, G]: what a gate at the lower end changes, by last
-                                       // train; and the other one
+  const void *to_last, *from_first;    // [J, G, S]: what a gate at the lower end changes, by last
+                                       // train; and the other one; padded with zeros
   const void *scale, *shift;           // [G]
   const int32_t *least_at, *most_at;   // [J, J, F]: trains with these values, if their gradient is
                                        // asked for; `centred`: sums are centres and radii

@@ -83,7 +83,7 @@ Work<JointJob> work(const JointJob& job) {
 Work<ChainJob> work(const ChainJob& job) {
   return {job,
           SJR_OF_SET(job, chain_sums),
-          rounded_up(2 * job.F * baseline::N + 5 * job.G),
+          rounded_up(std::max(job.S, job.F) * baseline::N),
           2 * job.G + job.F * job.J};
 }
 
@@ -92,7 +92,7 @@ Work<ChainJob> work(const ChainJob& job) {
 
 // Changes whenever a job or the meaning of a field does; cpp.py refuses any other.
 SJR_EXPORT int sjr_trains_interface() {
-  return 2;
+  return 3;
 }
 
 // Bytes that `scratch` of a job must hold, and the call itself.

@@ -75,7 +75,7 @@ SJR_INLINE C most_of(C a, C b) {
   return a < b ? b : a;
 }
 
-// A block of neurons; `memory` holds parts [T + 1, MAX_SLOTS, N].
+// A block of neurons; `memory` holds parts [T + 1, slots, N].
 template <class C>
 struct JointBlock {
   const JointJob& job;
@@ -88,13 +88,14 @@ struct JointBlock {
   const C* const powers;
 
   static constexpr int PARTS = 7;
-  static int64_t part_size(const JointJob& job) { return (job.T + 1) * MAX_SLOTS * N; }
+  static int64_t width(const JointJob& job) { return Slots{job.kept}.count(job.T); }
+  static int64_t part_size(const JointJob& job) { return (job.T + 1) * width(job) * N; }
   static int64_t scratch_elements(const JointJob& job) {
     return PARTS * part_size(job) + (2 * job.W + MAX_SLOTS + 4) * N;
   }
 
   C* part(int number, int64_t t, int64_t slot) const {
-    return memory + number * part_size(job) + (t * MAX_SLOTS + slot) * N;
+    return memory + number * part_size(job) + (t * width(job) + slot) * N;
   }
   C* low(int64_t t, int64_t slot) const { return part(0, t, slot); }
   C* high(int64_t t, int64_t slot) const { return part(1, t, slot); }
@@ -424,29 +425,59 @@ void chain_forward(const ChainJob& job, int64_t first, int64_t last, C* memory) 
   }
 }
 
-// Gradient through the gates at one end of a current; `opened` are those of the gates.
+// Sum of products of S values, a multiple of eight.
 template <class C>
-SJR_INLINE C through_gates(const ChainJob& job,
-                           const Slopes<C>& slopes,
-                           const C* opened,
-                           C current,
-                           C* z,
-                           C* slope,
-                           C* totals) {
-  const int64_t G = job.G;
+SJR_INLINE C sum_of_products(const C* a, const C* b, int64_t S) {
+  C parts[8] = {};
+  for (int64_t s = 0; s < S; s += 8)
+    for (int k = 0; k < 8; ++k)
+      parts[k] += a[s + k] * b[s + k];
+  return ((parts[0] + parts[1]) + (parts[2] + parts[3])) +
+         ((parts[4] + parts[5]) + (parts[6] + parts[7]));
+}
+
+// Gradients through the gates at one end of the currents of n neurons, whose sums have the
+// gradients `grads` [n, S]; `table` has rows [G, S] by the trains `ends`. Far from its gate a
+// current has no derivative with many surrogates, and nothing to add.
+template <class C>
+SJR_INLINE void through_gates(const ChainJob& job,
+                              const Slopes<C>& slopes,
+                              const C* table,
+                              const int64_t* ends,
+                              const C* currents,
+                              const C* grads,
+                              int n,
+                              C* to,
+                              double* totals) {
+  const int64_t G = job.G, S = job.S;
   const C *scale = static_cast<const C*>(job.scale), *shift = static_cast<const C*>(job.shift);
-  SJR_APART
-  for (int64_t g = 0; g < G; ++g)
-    z[g] = shift[g] + scale[g] * current;
-  slopes(z, slope, int(G));
-  SJR_APART
+  alignas(64) C z[N] = {}, slope[N], found[N] = {};
+  int some[N];
   for (int64_t g = 0; g < G; ++g) {
-    const C change = opened[g] * slope[g];
-    z[g] = scale[g] * change;
-    totals[g] += change * current;
-    totals[G + g] += change;
+    SJR_APART
+    for (int i = 0; i < n; ++i)
+      z[i] = shift[g] + scale[g] * currents[i];
+    slopes(z, slope, n);
+    int count = 0;
+    for (int i = 0; i < n; ++i) {
+      some[count] = i;
+      count += slope[i] != 0;
+    }
+    C of_scale = 0, of_shift = 0;
+    for (int k = 0; k < count; ++k) {
+      const int i = some[k];
+      const C opened = sum_of_products(grads + i * S, table + (ends[i] * G + g) * S, S);
+      const C change = opened * slope[i];
+      found[i] += scale[g] * change;
+      of_scale += change * currents[i];
+      of_shift += change;
+    }
+    totals[g] += double(of_scale);
+    totals[G + g] += double(of_shift);
   }
-  return C(sum_of(z, int(G)));
+  SJR_APART
+  for (int i = 0; i < n; ++i)
+    to[i] = found[i];
 }
 
 // Adds the gradients of the sums of a chain to those of the trains that have its least and its
@@ -463,48 +494,35 @@ SJR_INLINE void to_values(const ChainJob& job, int64_t chain, const C* grads, do
 }
 
 template <class C>
-void chain_backward(const ChainJob& job, int64_t first, int64_t last, C* memory, double* totals) {
+void chain_backward(const ChainJob& job, int64_t first, int64_t last, C* grads, double* totals) {
   const Slopes<C> slopes(job);
-  const int64_t G = job.G, sums = 2 * job.F;
-  C *const grads = memory, *const opened = grads + sums * N, *const z = opened + G,
-           *const slope = z + G;
-  C* const of_block = slope + G;
+  const int64_t F = job.F, S = job.S;
+  std::memset(grads, 0, size_t(S * N) * sizeof(C));  // what lies beyond 2 F stays zero
   for (; first < last; first += N) {
     const int n = int(std::min<int64_t>(N, last - first));
-    for (int64_t f = 0; f < job.F; ++f) {
+    for (int64_t f = 0; f < F; ++f) {
       const C* least = static_cast<const C*>(job.grad_least) + f * job.M + first;
       const C* most = static_cast<const C*>(job.grad_most) + f * job.M + first;
       SJR_APART
       for (int i = 0; i < n; ++i)
-        grads[i * sums + f] = least[i], grads[i * sums + job.F + f] = most[i];
+        grads[i * S + f] = least[i], grads[i * S + F + f] = most[i];
     }
-    std::memset(of_block, 0, size_t(2 * G) * sizeof(C));
-    for (int i = 0; i < n; ++i) {
-      const int64_t a = job.first[first + i], b = job.last[first + i];
-      if (job.least_at)
-        to_values<C>(job, a * job.J + b, grads + i * sums, totals + 2 * G);
-      const C* const tables[2] = {static_cast<const C*>(job.to_last) + b * sums * G,
-                                  static_cast<const C*>(job.from_first) + a * sums * G};
-      const C currents[2] = {static_cast<const C*>(job.low)[first + i],
-                             static_cast<const C*>(job.high)[first + i]};
-      C* const found[2] = {static_cast<C*>(job.grad_low), static_cast<C*>(job.grad_high)};
-      for (int end = 0; end < 2; ++end) {
-        SJR_APART
-        for (int64_t g = 0; g < G; ++g)
-          opened[g] = 0;
-        for (int64_t s = 0; s < sums; ++s) {
-          const C grad = grads[i * sums + s];
-          const C* row = tables[end] + s * G;
-          SJR_APART
-          for (int64_t g = 0; g < G; ++g)
-            opened[g] += grad * row[g];
-        }
-        found[end][first + i] =
-            through_gates<C>(job, slopes, opened, currents[end], z, slope, of_block);
-      }
-    }
-    for (int64_t g = 0; g < 2 * G; ++g)
-      totals[g] += double(of_block[g]);
+    if (job.least_at)
+      for (int i = 0; i < n; ++i)
+        to_values<C>(job,
+                     job.first[first + i] * job.J + job.last[first + i],
+                     grads + i * S,
+                     totals + 2 * job.G);
+    const C* const tables[2] = {static_cast<const C*>(job.to_last),
+                                static_cast<const C*>(job.from_first)};
+    const int64_t* const ends[2] = {job.last + first, job.first + first};
+    const C* const currents[2] = {static_cast<const C*>(job.low) + first,
+                                  static_cast<const C*>(job.high) + first};
+    C* const found[2] = {static_cast<C*>(job.grad_low) + first,
+                         static_cast<C*>(job.grad_high) + first};
+    for (int end = 0; end < 2; ++end)
+      through_gates<C>(
+          job, slopes, tables[end], ends[end], currents[end], grads, n, found[end], totals);
   }
 }
 
