@@ -12,6 +12,7 @@ from torch import Tensor
 from sj_robust.proofs._scipy import scipy_module
 from sj_robust.proofs.bounds import by_row, laid_out
 from sj_robust.proofs.branching import Prover
+from sj_robust.proofs.changes import Changes
 from sj_robust.proofs.moves import Shifts
 from sj_robust.proofs.relaxation import Maps, RelaxedRun, Stage, Step
 from sj_robust.proofs.rounding import reset_rounding
@@ -313,11 +314,31 @@ class _Program:
         assert frames.changes is not None
         if isinstance(frames.changes, Shifts):
             return self._moved(frames.changes, values)
+        added, removed = _numbers(frames.changes)
+        if not np.array_equal(added, 1.0 - values) or not np.array_equal(removed, values):
+            return self._added_and_removed(frames.changes, values)
         found = self.variables(np.zeros(len(values)), np.ones(len(values)), integral=True)
         changes = found.times(1.0 - 2.0 * values).moved(values)
         every = _scipy("sparse").csr_matrix(np.ones((1, len(values))))
         number = _Affine(every @ changes.matrix, every @ changes.shift, np.zeros(1))
         self.at_most(number, frames.changes.budget)
+        return found
+
+    def _added_and_removed(self, changes: Changes, values: Any) -> _Affine:
+        """Numbers of events, with binary variables a and r for each that is added and removed.
+
+        Equation: ``x~ = x + a - r,  sum of all a and r <= k``, r at most x.
+        """
+        most = len(changes.up)
+        added, removed = _numbers(changes)
+        found = self.variables(values - removed, values + added)
+        new = self._events(added, most)
+        gone = self._events(removed, most)
+        kept = found.plus(gone).plus(new.times(-1.0)).moved(-values)
+        self.at_most(kept, 0.0)
+        self.at_least(kept, 0.0)
+        every = _scipy("sparse").csr_matrix(np.ones((1, len(values))))
+        self.at_most(gone.plus(new).through(every), changes.budget)
         return found
 
     def _moved(self, moves: Shifts, values: Any) -> _Affine:
@@ -344,7 +365,7 @@ class _Program:
             values - np.minimum(leaving, most), values + np.minimum(coming, most)
         )
         gone = self._events(leaving, most)
-        new = self._events(np.minimum(near, 1.0) if ball.binary else near, most)
+        new = self._events(near if ball.counts else np.minimum(near, 1.0), most)
         kept = found.plus(gone).plus(new.times(-1.0)).moved(-values)
         self.at_most(kept, 0.0)
         self.at_least(kept, 0.0)
@@ -622,6 +643,12 @@ class Matrices:
                 (inputs + steps * size).ravel(),
             )
         return self._windows[number]
+
+
+def _numbers(changes: Changes) -> tuple[Any, Any]:
+    """How many events can come to each value, and how many can leave it."""
+    ups, downs = ([_flat(part) for part in parts] for parts in (changes.up, changes.down))
+    return np.sum(ups, 0), np.sum(downs, 0)
 
 
 def _flat(part: Tensor) -> Any:

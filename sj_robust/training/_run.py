@@ -139,6 +139,7 @@ class TrainingRun:
                 self.plan.verified_method,
                 self.plan.verified_norm,
                 self.plan.verified_shift,
+                self.plan.verified_counts,
             )
         losses = dict(zip(self.loss_names, (self.sums / self.batch).tolist(), strict=True))
         lr = float(self.scheduler.get_last_lr()[0])

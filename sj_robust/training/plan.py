@@ -43,6 +43,7 @@ class TrainingPlan:
         verified_norm: Its norm, ``"Linf"``, ``"L0"`` for changed events or ``"moves"`` for moved
             ones.
         verified_shift: For moves, frames by which an event may move; None for any number.
+        verified_counts: Whether event frames hold numbers of events, and not 0 or 1.
         verified_method: Method of :func:`sj_robust.proofs.verify` that proves them.
         checkpoint_steps: Steps between checkpoints within an epoch; None writes one per epoch only.
         workers: Processes that load images in the background.
@@ -86,6 +87,7 @@ class TrainingPlan:
     verified_eps: float | None = None
     verified_norm: NormName = "Linf"
     verified_shift: int | None = None
+    verified_counts: bool = False
     verified_method: TrainedMethod = "joint"
     checkpoint_steps: int | None = None
     workers: int = 0

@@ -39,7 +39,7 @@ def entering(x, ball):
 
 def extremes(function, x, ball):
     """Least and largest value of every element over all sets of moves of a sample [T, *]."""
-    every = all_moved(x, int(ball.budget), ball.largest_shift, binary=ball.binary)
+    every = all_moved(x, int(ball.budget), ball.largest_shift, binary=not ball.counts)
     values = torch.stack([function(one) for one in every])
     return values.amin(0), values.amax(0)
 
@@ -61,8 +61,7 @@ def test_a_step_is_bounded_exactly(budget, shift, most):
     x = frames(1, T, 1, 2, 3, seed=5, most=most)
     if most == 1:
         x = without_neighbours(x)
-    ball = Moves.of(x, budget, shift)
-    assert ball.binary == (most == 1)
+    ball = Moves.of(x, budget, shift, counts=most > 1)
     found = convolved(entering(x, ball))
     low, high = extremes(convolved, x[0], ball)
     torch.testing.assert_close(found.least, low)
@@ -82,9 +81,9 @@ def test_a_step_whose_events_are_in_each_others_way_is_bounded():
 def test_an_event_between_events_leaves_only_if_they_make_way():
     """One move by one frame cannot empty the first of 1, 1, 0; two can."""
     x = torch.tensor([1.0, 1.0, 0.0]).double().view(1, 3, 1, 1, 1)
-    _, leaving = Moves(1, 1, binary=True).reach(x)
+    _, leaving = Moves(1, 1).reach(x)
     assert leaving.flatten().tolist() == [0.0, 1.0, 0.0]
-    _, leaving = Moves(2, 1, binary=True).reach(x)
+    _, leaving = Moves(2, 1).reach(x)
     assert leaving.flatten().tolist() == [1.0, 1.0, 0.0]
     assert (0, 1, 1) in lines_reached(x.flatten(), 2, 1, binary=True)
 
@@ -92,7 +91,7 @@ def test_an_event_between_events_leaves_only_if_they_make_way():
 @pytest.mark.parametrize("steps", [2, 4, 5])
 @pytest.mark.parametrize("shift", [1, 2, 3])
 def test_gains_of_binary_lines_are_those_of_all_their_moves(steps, shift):
-    ball = Moves(2, min(shift, steps - 1), binary=True)
+    ball = Moves(2, min(shift, steps - 1))
     every = torch.cartesian_prod(*[torch.tensor([0.0, 1.0]).double()] * steps)
     weights = frames(len(every), steps, seed=steps, most=9) - 4
     found = ball.gains(every, weights)
@@ -109,7 +108,7 @@ def test_gains_of_binary_lines_are_those_of_all_their_moves(steps, shift):
 
 
 def test_gains_without_a_list_are_not_smaller(monkeypatch):
-    ball = Moves(2, 1, binary=True)
+    ball = Moves(2, 1)
     every = torch.cartesian_prod(*[torch.tensor([0.0, 1.0]).double()] * 4)
     weights = frames(len(every), 4, seed=1, most=9)
     listed = ball.gains(every, weights)
@@ -127,7 +126,7 @@ def test_sums_over_time_have_one_budget(budget, shift, most):
     x = frames(1, T, 1, 2, 2, seed=1, most=most)
     if most == 1:
         x = without_neighbours(x)
-    ball = Moves.of(x, budget, shift)
+    ball = Moves.of(x, budget, shift, counts=most > 1)
     sums = torch.tensor([[1.0, 1.0, 1.0], [0.5, -1.0, 0.0], [-0.2, 0.3, 2.0]]).double()
     kernel = test_flips.weights()(2, 1, 2, 2)
 
@@ -156,10 +155,10 @@ def test_rows_with_several_frames_have_no_bounds_of_moves():
 def test_the_lowest_frames_are_in_the_ball_and_low():
     for most in (1, 2):
         x = frames(1, T, 1, 2, 3, seed=2, most=most)
-        ball = Moves.of(x, 2, 1)
+        ball = Moves.of(x, 2, 1, counts=most > 1)
         weights = frames(5, T, 1, 2, 3, seed=3, most=9)
         found = ball.lowest(x, weights)
-        every = all_moved(x[0], 2, 1, binary=ball.binary)
+        every = all_moved(x[0], 2, 1, binary=not ball.counts)
         for z, w in zip(found, weights, strict=True):
             assert any(torch.equal(z, other) for other in every)
             assert (z * w).sum() <= (x[0] * w).sum()
@@ -206,7 +205,8 @@ def test_no_set_of_moves_breaks_what_is_proved(node, method, most):
     model = tiny(node=NODES[node]())
     x = frames(3, T, 2, 3, 3, seed=2, most=most).float()
     y = model(x).argmax(1)
-    result = verify(model, x, y, 2, norm="moves", largest_shift=1, method=method)
+    given = {"norm": "moves", "largest_shift": 1, "counts": most > 1}
+    result = verify(model, x, y, 2, **given, method=method)
     assert result.largest_shift == 1
     assert result.apart == ()
     assert "by 1 frames at most" in result.verdict
@@ -223,8 +223,9 @@ def test_the_program_agrees_with_all_sets_of_moves(most):
         x[:, :, 1] = 0
     y = model(x).argmax(1)
     y[0] = (y[0] + 1) % 3 if most == 2 else y[0]
-    result = verify(model, x, y, 2, norm="moves", largest_shift=1, method="mip", time_limit=60)
-    joint = verify(model, x, y, 2, norm="moves", largest_shift=1)
+    given = {"norm": "moves", "largest_shift": 1, "counts": most > 1}
+    result = verify(model, x, y, 2, **given, method="mip", time_limit=60)
+    joint = verify(model, x, y, 2, **given)
     assert not any(result.unknown)
     for number, sample in enumerate(x):
         every = all_moved(sample, 2, 1, binary=most == 1)
@@ -270,18 +271,18 @@ def test_no_move_is_the_sample_itself():
 def budget_of_each_step(self, weights, chosen):
     """Sums over time of which each step has a budget for one move less than it should."""
     shift = self.changed.changes.ball
-    fewer = Moves(max(0, shift.budget - 1), shift.largest_shift, shift.binary)
+    fewer = Moves(max(0, shift.budget - 1), shift.largest_shift, shift.counts)
     self.changed.changes = fewer.changes(self.changed.changes.frames, summed=False)
     return KEPT["moved sums"](self, weights, chosen)
 
 
 def short_reach(self, frames):
-    near = Moves(self.budget, max(0, self.largest_shift - 1), self.binary)
+    near = Moves(self.budget, max(0, self.largest_shift - 1), self.counts)
     return KEPT["reach"](near, frames)
 
 
 def short_gains(self, lines, weights):
-    near = Moves(self.budget, max(0, self.largest_shift - 1), self.binary)
+    near = Moves(self.budget, max(0, self.largest_shift - 1), self.counts)
     return KEPT["gains"](near, lines, weights)
 
 
@@ -339,11 +340,12 @@ def test_the_attack_breaks_nothing_that_is_proved():
         model = tiny(most)
         x = frames(6, T, 2, 3, 3, seed=4, most=most).float()
         y = model(x).argmax(1)
-        proved = torch.tensor(verify(model, x, y, 2, norm="moves", largest_shift=1).verified)
+        given = {"largest_shift": 1, "counts": most > 1}
+        proved = torch.tensor(verify(model, x, y, 2, norm="moves", **given).verified)
         generator = torch.Generator().manual_seed(0)
-        x_adv = move_events(model, x, y, moves=2, largest_shift=1, generator=generator)
+        x_adv = move_events(model, x, y, moves=2, **given, generator=generator)
         assert int(count_moves(x_adv, x).events.max()) <= 2
-        assert ThreatModel("moves", 2, largest_shift=1).contains(x, x_adv).all()
+        assert ThreatModel("moves", 2, **given).contains(x, x_adv).all()
         assert (model(x_adv).argmax(1) == y)[proved].all()
 
 
@@ -354,7 +356,7 @@ def test_the_attack_breaks_nothing_that_is_proved():
         ({"eps": -1}, "eps must be .*>= 0"),
         ({"largest_shift": 0}, "largest_shift must be >= 1"),
         ({"norm": "L0"}, "largest_shift limits moves of events, got 1 for L0; omit it"),
-        ({"x": torch.full((2, T, 2, 3, 3), 0.5)}, "or numbers of events, got values from 0.5"),
+        ({"x": torch.full((2, T, 2, 3, 3), 0.5)}, "binary event frames .*, got values from 0.5"),
     ],
 )
 def test_wrong_use(options, message):
