@@ -60,7 +60,8 @@ class Planes:
         """Draws [N, T * 2 * elements of a plane] for events that are added and for those that are
         removed, [N, D]: all planes of a kind have the same.
         """
-        add, remove = draws.view(len(draws), self.frames.shape[1], 2, -1).split(1, 2)
+        of_kinds = draws.view(len(draws), self.frames.shape[1], 2, -1)
+        add, remove = of_kinds[:, :, :1], of_kinds[:, :, 1:]
         removed = self.number - self.added
         every = [add.expand(-1, -1, self.added, -1), remove.expand(-1, -1, removed, -1)]
         return torch.cat(every, 2).flatten(1)

@@ -168,7 +168,8 @@ class Verification(Shown):
     def _threat(self) -> str:
         """The ball in words."""
         shift = "" if self.largest_shift is None else f" by {self.largest_shift} frames at most"
-        return f"{self.norm} {eps_text(self.eps)}{shift}"
+        counted = " in frames of numbers of events" if self.counts else ""
+        return f"{self.norm} {eps_text(self.eps)}{shift}{counted}"
 
     def table(self) -> str:
         """Markdown: the share of images, then a row per spiking layer."""
@@ -359,7 +360,7 @@ def verify(
     correct: list[bool] = []
     margins: list[float] = []
     totals: dict[str, Tensor] = {}
-    counts = dict.fromkeys(neurons, 0)
+    sizes = dict.fromkeys(neurons, 0)
     broken: list[bool] = []
     x_adv = x.detach().clone()
     maps = Maps(partial(bounded_logits, classifier), neurons, x[0].to(device))
@@ -412,15 +413,15 @@ def verify(
         broken += batch.wrong.tolist()
         x_adv[part] = batch.x_adv
         for name, layer in run.layers.items():
-            counts[name] += layer.neurons
+            sizes[name] += layer.neurons
             seen = torch.tensor([layer.undecided, layer.width], dtype=torch.float64)
             totals[name] = totals.get(name, 0.0) + seen
         if on_batch is not None:
             on_batch(start)
     layers = tuple(
-        BoundedLayer(name, *map(tuple, (total / counts[name]).tolist()))
+        BoundedLayer(name, *map(tuple, (total / sizes[name]).tolist()))
         for name, total in totals.items()
-        if counts[name]
+        if sizes[name]
     )
     return Verification(
         eps=parse_eps(eps),
