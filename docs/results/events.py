@@ -11,7 +11,7 @@ import csv
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from sj_robust.evaluation.subject import from_checkpoint
 
 HERE = Path(__file__).parent
 ALL = "all attacks"
+Method = Literal["ibp", "joint"]
 
 
 class Found(NamedTuple):
@@ -73,12 +74,18 @@ def attacks_of(threat: ThreatModel) -> dict[str, Attack]:
 
 
 def found_of(
-    model: nn.Module, x: Tensor, y: Tensor, budget: str, threat: ThreatModel
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    budget: str,
+    threat: ThreatModel,
+    methods: tuple[Method, ...],
 ) -> Iterator[Found]:
     """What is clean, proved and left by each attack, and by all of them last."""
     right = model(x).argmax(1) == y
     yield Found(budget, "clean", right)
-    for method in ("ibp", "joint"):
+    verified = torch.zeros_like(right)
+    for method in methods:
         verified = torch.tensor(verify_within(model, x, y, threat, method=method).verified)
         yield Found(budget, f"proved, {method}", verified)
     standing = right.clone()
@@ -103,7 +110,9 @@ def main() -> None:
     parser.add_argument("--shift", type=int, default=1)
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--moved-samples", type=int, help="None: as many", default=None)
+    parser.add_argument("--no-proofs", action="store_true", help="attacks alone")
     options = parser.parse_args()
+    methods: tuple[Method, ...] = () if options.no_proofs else ("ibp", "joint")
     subject = from_checkpoint(options.run / "best.pt")
     counts = bool(subject.options.get("counts"))
     samples = {
@@ -124,9 +133,11 @@ def main() -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["budget", "what", "samples", "left"])
         for budget, number in samples.items():
+            if not number:
+                continue
             threat = threat_of(options, budget, counts=counts)
             model = subject.model.eval()
-            for found in found_of(model, x[:number], y[:number], budget, threat):
+            for found in found_of(model, x[:number], y[:number], budget, threat, methods):
                 left = int(found.left.sum())
                 writer.writerow([budget, found.what, number, left])
                 share = 100 * left / number
