@@ -131,6 +131,9 @@ class Options:
     moves: PositiveInt | None = None
     """For event data: events moved in time per sample in validation, test and proofs, instead of
     eval_eps; None: Linf."""
+    counts: bool = False
+    """For event data: frames hold numbers of events, of which a change adds or removes one; False:
+    0 or 1."""
     largest_shift: Annotated[PositiveInt | None, Idle(lambda options: options.moves is None)] = None
     """For moves: largest number of frames by which an event may move; None: no limit."""
     certified_flips: float | None = None
@@ -285,7 +288,7 @@ from sj_robust.proofs.differentiable import TrainedMethod
 from sj_robust.proofs.verification import NormName
 from sj_robust.training.engine import check_training
 from sj_robust.training.history import EpochRecord
-from sj_robust.training.modes import Mode, event_attacks, final_attacks
+from sj_robust.training.modes import Mode, event_attacks, event_training_attack, final_attacks
 from sj_robust.training.validation import check_start, final_report
 
 ValueT = TypeVar("ValueT")
@@ -301,6 +304,7 @@ def main(arguments: list[str]) -> None:
             root=options.data_root,
             validation_fraction=options.validation_fraction,
             T=options.T,
+            counts=options.counts,
             seed=options.seed,
             train_limit=options.train_limit,
             test_limit=options.test_limit,
@@ -438,6 +442,7 @@ def prepared(
         verified_eps=evaluation_threat(options).eps if mode.select == "verified" else None,
         verified_norm=norm_of_proofs(options),
         verified_shift=options.largest_shift if options.moves is not None else None,
+        verified_counts=options.counts and of_events(options),
         verified_method=verified_method(options),
     )
     bounds = training.CertifiedOptions(
@@ -448,18 +453,11 @@ def prepared(
         attacked=options.attacked,
         norm=norm_of_proofs(options),
         largest_shift=options.largest_shift if options.moves is not None else None,
+        counts=options.counts and of_events(options),
     )
     attack = None
     if not certified or mode.rho != 0 or bounds.needs_perturbed:
-        attacks_bounds = certified and bounds.needs_perturbed
-        attack = training.training_attack(
-            options.mode,
-            eps=certified_eps(options) if attacks_bounds else options.eps,
-            noise_std=options.noise_std,
-            project=options.project,
-            step_size=options.step_size,
-            steps=options.attack_steps,
-        )
+        attack = attack_in_training(options, bounds)
     penalties = (
         training.GradientSparsity(options.gradient_sparsity),
         training.ThresholdGuarding(
@@ -488,6 +486,24 @@ def prepared(
         indicator=options.indicator,
     )
     return objective, plan, attack
+
+
+def attack_in_training(options: Options, bounds: training.CertifiedOptions) -> Attack | None:
+    """What makes the perturbed images of a batch: changed or moved events where the mode attacks
+    such.
+    """
+    if of_events(options) and options.mode in ("at", "rat", "pgd_at"):
+        threat = evaluation_threat(options)
+        return event_training_attack(options.mode, threat, steps=options.attack_steps)
+    attacks_bounds = options.mode == "certified" and bounds.needs_perturbed
+    return training.training_attack(
+        options.mode,
+        eps=certified_eps(options) if attacks_bounds else options.eps,
+        noise_std=options.noise_std,
+        project=options.project,
+        step_size=options.step_size,
+        steps=options.attack_steps,
+    )
 
 
 def network_spec(options: Options, splits: ImageSplits) -> NetworkSpec:
@@ -567,6 +583,11 @@ def completed(options: Options) -> Options:
 
 def check_events(options: Options, splits: ImageSplits) -> None:
     """Only event data have events to change or to move, and a training does one of both."""
+    if options.counts and not splits.frames:
+        raise ValueError(
+            f"counts says what event frames hold, got it for {options.dataset}; take event data, "
+            "such as --dataset saccade:digits, or omit it"
+        )
     counted = {"flips": "changed", "moves": "moved"}
     for name, what in counted.items():
         number = getattr(options, name)
@@ -606,9 +627,9 @@ def is_single_step(options: Options) -> bool:
 def evaluation_threat(options: Options) -> ThreatModel:
     """What validation and test attack and prove."""
     if options.flips is not None:
-        return ThreatModel("L0", options.flips)
+        return ThreatModel("L0", options.flips, counts=options.counts)
     if options.moves is not None:
-        return ThreatModel("moves", options.moves, options.largest_shift)
+        return ThreatModel("moves", options.moves, options.largest_shift, counts=options.counts)
     return ThreatModel("Linf", evaluation_eps(options))
 
 

@@ -109,6 +109,9 @@ class Options:
     total_shift: PositiveInt | None = None
     """For moves: largest number of frames by which the events of a sample may move in total; None:
     no limit."""
+    counts: bool | None = None
+    """For event data: frames hold numbers of events, of which a change adds or removes one; None:
+    as in the training."""
     fault_draws: PositiveInt = 5
     """For stress: number of draws of each random fault."""
     draws: PositiveInt | None = None
@@ -227,7 +230,16 @@ def main(arguments: list[str]) -> None:
         shift = options.largest_shift
         if shift is None and norm == "moves":
             shift = subject.options.get("largest_shift")
-        threat = ThreatModel(norm, radius(options, norm, subject), shift, options.total_shift)
+        counts = options.counts
+        if counts is None:
+            counts = events and bool(subject.options.get("counts"))
+        threat = ThreatModel(
+            norm,
+            radius(options, norm, subject),
+            largest_shift=shift,
+            total_shift=options.total_shift,
+            counts=counts,
+        )
         if suite != "stress" and suite != "corruptions" and options.smooth is None:
             check_suite(suite, threat)
         T = getattr(subject.model, "T", None) if events else None
@@ -241,6 +253,7 @@ def main(arguments: list[str]) -> None:
             download=options.download,
             on_unreadable=options.on_unreadable,
             T=T,
+            counts=counts,
         )
     batches = read_once(splits.test, options.batch_size)
     first = batches[0][0].to(accelerator.device)

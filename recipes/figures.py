@@ -314,17 +314,23 @@ def events(options: Options, folder: Path) -> None:
         trained = subject.options
         if subject.spec is None or not subject.spec.frames:
             raise ValueError(f"{subject.name} takes images; events needs a network of event frames")
+        counts = bool(trained.get("counts"))
         if trained.get("moves"):
-            threat = ThreatModel("moves", trained["moves"], trained.get("largest_shift"))
+            shift = trained.get("largest_shift")
+            threat = ThreatModel("moves", trained["moves"], shift, counts=counts)
         elif trained.get("flips"):
-            threat = ThreatModel("L0", trained["flips"])
+            threat = ThreatModel("L0", trained["flips"], counts=counts)
         else:
             raise ValueError(
                 f"{subject.name} was trained without flips or moves, whose number events draws"
             )
         dataset = options.dataset or str(trained.get("dataset"))
         splits = load_images(
-            dataset, root=options.data_root, test_limit=options.images, T=subject.spec.T
+            dataset,
+            root=options.data_root,
+            test_limit=options.images,
+            T=subject.spec.T,
+            counts=counts,
         )
         x, y = next(iter(image_loader(splits.test, min(_ATTACKED, len(splits.test)))))
         model = check_classifier(subject.model)

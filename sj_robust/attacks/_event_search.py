@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sj_robust.attacks._planes import taking_planes
+from sj_robust.attacks._planes import Planes, taking_planes
 from sj_robust.attacks.call import Loss, Model, Objective, Randomness, crafting, lowest_loss
 from sj_robust.attacks.logits import likeliest_wrong, margin, of_class
 from sj_robust.core.checks import check_count, check_size, logits_of
@@ -91,7 +91,7 @@ class EventSearch:
 
     objective: Objective
     x: Tensor
-    """Frames [N, ...] of zeros and ones."""
+    """Frames [N, ...] of zeros and ones, but for elements that are not changeable."""
     y: Tensor
     changeable: Tensor
     """Where a change is allowed, [N, D] with D elements per sample."""
@@ -104,7 +104,7 @@ class EventSearch:
 
     def __post_init__(self) -> None:
         self.changed = torch.zeros_like(self.changeable)
-        self.order = uniform(self.x, self.private)  # decides between equal gains
+        self.order = self._drawn()  # decides between equal gains
 
     def run(self, budget: Tensor, best: FewestChanges) -> None:
         """Grow the changes of every sample up to ``budget`` [N], reduce those that fool, and offer
@@ -169,8 +169,8 @@ class EventSearch:
         gain = gradient * self._direction(rows)
         if self.scaled:
             gain = gain * self.order[rows]
-        taken = ~self.changeable[rows] | self.changed[rows]
-        ranked = self._ranked(rows, gain).masked_fill(taken, -torch.inf)
+        free = self._free(rows, self.changed[rows])
+        ranked = self._ranked(rows, gain).masked_fill(~free, -torch.inf)
         ranked, index = ranked.topk(self._many(size, ranked), dim=1)
         promise = gain.double().gather(1, index)
         promise = torch.where(ranked.isinf(), ranked, promise)
@@ -253,7 +253,7 @@ class EventSearch:
         for query in range(self.settings.queries):
             if len(rows) == 0:
                 break
-            draw = uniform(self.x, self.private)[rows]
+            draw = self._drawn()[rows]
             share = _EXCHANGED * (1 - query / self.settings.queries)
             trial = self._exchanged(rows, draw, budget[rows], share)
             after = self._score(rows, trial)
@@ -287,12 +287,21 @@ class EventSearch:
         undone = largest(draw.masked_fill(~changed, -torch.inf), many)
         kept = changed & ~undone
         event = self.x[rows].flatten(1) == 1
-        free = self.changeable[rows]
-        removable = (event & free).sum(1, keepdim=True)
-        addable = (~event & free).sum(1, keepdim=True)
+        at_first = self._free(rows, torch.zeros_like(changed))
+        removable = (event & at_first).sum(1, keepdim=True)
+        addable = (~event & at_first).sum(1, keepdim=True)
         kinds = torch.where(event, removable, addable)
-        draw = (draw.log() * kinds).masked_fill(changed | ~free, -torch.inf)
+        free = self._free(rows, kept) & ~changed
+        draw = (draw.log() * kinds).masked_fill(~free, -torch.inf)
         return kept | largest(draw, budget - kept.sum(1))
+
+    def _drawn(self) -> Tensor:
+        """Uniform numbers for all samples, [N, D]."""
+        return uniform(self.x, self.private)
+
+    def _free(self, rows: Tensor, changed: Tensor) -> Tensor:
+        """What may be changed next where so much is changed, [n, D] bool."""
+        return self.changeable[rows] & ~changed
 
     def _ranks(self, rows: Tensor) -> Tensor:
         """Rank of every change by importance at the end of growth, the least important 0; -1:
@@ -364,6 +373,19 @@ class EventSearch:
     def _direction(self, rows: Tensor) -> Tensor:
         """How a change moves an element: +1 where there is no event, -1 where there is one."""
         return 1 - 2 * self.x[rows].flatten(1)
+
+
+@dataclass(kw_only=True)
+class CountSearch(EventSearch):
+    """One run over numbers of events, in planes."""
+
+    planes: Planes
+
+    def _drawn(self) -> Tensor:
+        return units(self.planes, self.private)
+
+    def _free(self, rows: Tensor, changed: Tensor) -> Tensor:
+        return super()._free(rows, changed) & self.planes.next_in_turn(changed)
 
 
 def searched(
@@ -493,6 +515,28 @@ def uniform(x: Tensor, private: Private) -> Tensor:
     are left.
     """
     return rand(x.flatten(1).shape, private, dtype=torch.float32, device=x.device)
+
+
+def units(planes: Planes, private: Private) -> Tensor:
+    """Uniform numbers [N, D] of planes: one for an event that is added to a value, and one for an
+    event that is removed.
+    """
+    N, T = planes.frames.shape[:2]
+    size = planes.by_plane(planes.frames.flatten(1)).shape[3]
+    shape = (N, T * 2 * size)
+    drawn = rand(shape, private, dtype=torch.float32, device=planes.frames.device)
+    return planes.of_units(drawn)
+
+
+def uniform_by_plane(x: Tensor, private: Private, planes: int) -> Tensor:
+    """Uniform numbers [N, D] of frames in planes; those of a plane do not depend on how many there
+    are.
+    """
+    own = _own(private, x.device)
+    shape = (len(x), x[0].numel() // planes)
+    parts = [rand(shape, own, dtype=torch.float32, device=x.device) for _ in range(planes)]
+    by_frame = [part.view(len(x), x.shape[1], -1) for part in parts]
+    return torch.cat(by_frame, 2).flatten(1)
 
 
 def lead(logits: Tensor, y: Tensor) -> Tensor:

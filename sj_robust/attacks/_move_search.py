@@ -15,8 +15,10 @@ from sj_robust.attacks._event_search import (
     made,
     share_of,
     uniform,
+    uniform_by_plane,
 )
 from sj_robust.attacks.threat import moves_of
+from sj_robust.core.randomness import Private
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class MoveSearch(EventSearch):
     """One run over the samples of a batch; every pixel and polarity keeps its number of events."""
 
     limits: Limits
+    planes: int | None = None
+    """Planes of numbers of events; None for binary frames."""
+
+    def _drawn(self) -> Tensor:
+        return drawn_for_moves(self.x, self.private, self.planes)
 
     def _change_largest(
         self,
@@ -100,7 +107,7 @@ class MoveSearch(EventSearch):
         of_lines = draw[:, : moved.shape[1]]
         undone = largest(of_lines.masked_fill(~moved, -torch.inf), many)
         kept = changed & ~undone.repeat(1, frames)
-        drawn = RandomMoves(draw, uniform(self.x, self.private)[rows])
+        drawn = RandomMoves(draw, self._drawn()[rows])
         left = (budget - kept.sum(1)) // 2
         return kept | random_moved(
             self.x[rows],
@@ -121,7 +128,7 @@ class MoveSearch(EventSearch):
         gain = gain.masked_fill(~changed, 0.0)
         gain = gain.view(len(rows), frames, -1).sum(1)
         moved = changed.view(len(rows), frames, -1).any(1)
-        order = gain.masked_fill(~moved, torch.inf).argsort(1)
+        order = gain.masked_fill(~moved, torch.inf).argsort(dim=1, stable=True)
         rank = order.argsort(1)
         return torch.where(moved, rank, -1).repeat(1, frames)
 
@@ -199,14 +206,21 @@ def random_moved(
     many = 2 * int(size.max().clamp(min=0)) + 8
     ranked, source = order.topk(min(many, order.shape[1]), dim=1)
     index = _pairs(source, targets)
+    number = torch.arange(ranked.shape[1], device=x.device)
+    own = number < (2 * size.clamp(min=0) + 8)[:, None]  # not that of a neighbour
     wanted = allowed(
         x,
         changed,
         index,
-        ~ranked.isinf(),
+        ~ranked.isinf() & own,
         limits,
     )
     return made(index, wanted, size, like=changed)
+
+
+def drawn_for_moves(x: Tensor, private: Private, planes: int | None) -> Tensor:
+    """Uniform numbers [N, D] of frames, in so many planes if they hold numbers of events."""
+    return uniform(x, private) if planes is None else uniform_by_plane(x, private, planes)
 
 
 def shift_of(x: Tensor, source: Tensor, target: Tensor) -> Tensor:

@@ -1,32 +1,91 @@
-"""Frames of event counts as binary frames with more channels, so that one search serves both."""
+"""Frames of event counts as binary frames with more channels, so that one search serves both.
+
+Which planes there are depends on the budget, not on the frames; planes that nothing in the batch
+has events for are left out, and change no result.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["each_on_its_own", "in_unary", "summed", "taking_planes"]
+__all__ = ["Planes", "each_on_its_own", "in_units", "summed", "taking_planes"]
+
+_MOST = 8
+"""Events that a search adds to a value at most, and removes from one."""
 
 
-def in_unary(x: Tensor) -> tuple[Tensor, int]:
-    """Frames [N, T, C, H, W] with planes instead of channels, and how many: plane k of a value is 1
-    where the value is above k. One plane more than needed holds an event that is added. Binary
-    frames are their only plane.
+@dataclass(frozen=True)
+class Planes:
+    """Numbers of events [N, T, C, H, W] as planes in the place of channels, of which the model sees
+    the sum.
+
+    First come planes of zeros, an event of each of which may be added; then one of all events that
+    stay; then planes of events that may be removed, plane k of them 1 where the value is above k.
+
+    Attributes:
+        frames: [N, T, planes * C, H, W].
+        added: Planes of zeros.
+        number: Planes.
     """
-    if not x.numel() or float(x.max()) <= 1:
-        return x, 1
-    planes = int(x.max()) + 1
-    return torch.cat([(x > k).to(x.dtype) for k in range(planes)], 2), planes
+
+    frames: Tensor
+    added: int
+    number: int
+
+    def by_plane(self, values: Tensor) -> Tensor:
+        """Values [n, D] as [n, T, planes, elements of a plane], a view."""
+        return values.view(len(values), self.frames.shape[1], self.number, -1)
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """Where an event may be added, and where one may be removed, [N, D] bool each."""
+        add = torch.zeros_like(self.frames.flatten(1), dtype=torch.bool)
+        self.by_plane(add)[:, :, : self.added] = True
+        remove = self.frames.flatten(1) == 1
+        self.by_plane(remove)[:, :, : self.added + 1] = False
+        return add, remove
+
+    def next_in_turn(self, changed: Tensor) -> Tensor:
+        """Of changes [n, D] so far, where the next event of a value may be added or removed: those
+        of a value are alike, so that each waits for the one before.
+        """
+        done = torch.ones_like(changed)
+        by_plane = self.by_plane(done)
+        by_plane[:, :, 1:] = self.by_plane(changed)[:, :, :-1]
+        by_plane[:, :, self.added + 1] = True
+        return done
+
+    def of_units(self, draws: Tensor) -> Tensor:
+        """Draws [N, T * 2 * elements of a plane] for events that are added and for those that are
+        removed, [N, D]: all planes of a kind have the same.
+        """
+        of_kinds = draws.view(len(draws), self.frames.shape[1], 2, -1)
+        add, remove = of_kinds[:, :, :1], of_kinds[:, :, 1:]
+        removed = self.number - self.added
+        every = [add.expand(-1, -1, self.added, -1), remove.expand(-1, -1, removed, -1)]
+        return torch.cat(every, 2).flatten(1)
 
 
-def each_on_its_own(x: Tensor) -> tuple[Tensor, int]:
-    """The same for moves in time: every event of a pixel and polarity has a plane of its own, so
-    that none is in the way of another.
+def in_units(x: Tensor, most: int) -> Planes:
+    """Frames of counts for a search that changes ``most`` events."""
+    most = min(most, _MOST)
+    present = int(x.max()) if x.numel() else 0
+    removed = max(1, min(most, present))
+    planes = [torch.zeros_like(x)] * most + [(x - most).clamp(min=0)]
+    planes += [(x > k).to(x.dtype) for k in range(removed)]
+    return Planes(torch.cat(planes, 2), most, len(planes))
+
+
+def each_on_its_own(x: Tensor, *, counts: bool) -> tuple[Tensor, int]:
+    """Frames [N, T, C, H, W] for moves in time, with planes in the place of channels, and how many:
+    of counts every event of a pixel and polarity has a plane of its own, so that none is in the way
+    of another. Binary frames are their only plane.
     """
-    if not x.numel() or float(x.max()) <= 1:
+    if not counts or not x.numel():
         return x, 1
     until = x.cumsum(1)
-    planes = int(until.max())
+    planes = max(1, int(until.max()))
     found = [((until > k) & (until - x <= k)).to(x.dtype) for k in range(planes)]
     return torch.cat(found, 2), planes
 

@@ -1,4 +1,5 @@
-"""Attacks on event frames that add or remove at most ``flips`` events per sample.
+"""Attacks on event frames that add or remove at most ``flips`` events per sample: binary frames
+stay binary, numbers of events stay integers >= 0.
 
 Frames are [N, T, 2, H, W], samples first like the images of every other attack and as a loader of
 SpikingJelly's event data sets stacks them; ``SpikingEventClassifier`` hands them to the network as
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sj_robust.attacks._event_search import (
+    CountSearch,
     EventSearch,
     Settings,
     apply_changes,
@@ -20,14 +22,16 @@ from sj_robust.attacks._event_search import (
     largest,
     searched,
     uniform,
+    units,
 )
-from sj_robust.attacks._planes import in_unary, summed
+from sj_robust.attacks._planes import Planes, in_units, summed
 from sj_robust.attacks.call import Loss, Model, Randomness
 from sj_robust.core.checks import (
     check_count,
-    check_event_counts,
+    check_events,
     check_labels,
     check_model,
+    check_switch,
     is_checked,
 )
 from sj_robust.core.randomness import Private, check_seeds
@@ -44,6 +48,7 @@ def flip_events(
     *,
     flips: int,
     allow: Allow = "both",
+    counts: bool = False,
     steps: int = 20,
     probes: int = 10,
     queries: int = 100,
@@ -79,14 +84,15 @@ def flip_events(
     with more classes, this holds if ``target_classes`` is the number of all other classes.
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for event frames
-    [N, T, 2, H, W] in the place of images. If a value is above 1, frames hold numbers of events,
-    and a change adds an event to a value or removes one. A sample that is already misclassified
-    (with a loss of at least ``confidence``) is returned unchanged; ``count_flips`` counts the
-    elements that differ.
+    [N, T, 2, H, W] instead of images. A sample that is already misclassified (with a loss of at
+    least ``confidence``) is returned unchanged; ``count_flips`` counts the elements that differ.
 
     Args:
-        flips: Largest number of elements changed per sample.
+        flips: Largest number of elements changed per sample; with ``counts``, of events added and
+            removed.
         allow: ``"add"`` events only, ``"remove"`` events only, or ``"both"``.
+        counts: Whether frames hold numbers of events, and not 0 or 1: a change then adds an event
+            to a value or removes one, up to 8 of each per value.
         steps: Gradient steps over which the budget is spent.
         probes: Candidates beyond those needed in a step; 0 trusts the gradient and needs no
             additional forwards.
@@ -120,9 +126,8 @@ def flip_events(
         >>> flip_events(model, x, torch.tensor([1]), flips=3).flatten()
         tensor([0., 1., 0., 1.])
     """
-    x = checked_frames(model, x, y, generator)
-    _check_budget(x, flips, allow)
-    frames, planes = in_unary(x)
+    x = checked_frames(model, x, y, generator, counts=counts)
+    _check_budget(x, flips, allow, counts)
     settings = Settings(
         steps=steps,
         probes=probes,
@@ -135,11 +140,22 @@ def flip_events(
         keep_best=keep_best,
         loss=loss,
     )
-    make = partial(EventSearch, changeable=_changeable(frames, allow))
+    if not counts:
+        make = partial(EventSearch, changeable=_changeable(x, allow))
+        return searched(model, x, y, make, settings, budget=flips, planes=1, generator=generator)
+    planes = in_units(x, max(1, flips))
+    of_counts = partial(CountSearch, changeable=_changeable_units(planes, allow), planes=planes)
     found = searched(
-        model, frames, y, make, settings, budget=flips, planes=planes, generator=generator
+        model,
+        planes.frames,
+        y,
+        of_counts,
+        settings,
+        budget=flips,
+        planes=planes.number,
+        generator=generator,
     )
-    return summed(found, planes)
+    return summed(found, planes.number)
 
 
 def random_flips(
@@ -149,6 +165,7 @@ def random_flips(
     *,
     flips: int,
     allow: Allow = "both",
+    counts: bool = False,
     tries: int = 1,
     generator: Randomness = None,
 ) -> Tensor:
@@ -157,15 +174,17 @@ def random_flips(
     随机翻转事件，稀疏攻击的对照。
 
     Equation: ``x_adv = |x - m|`` with m uniform among the masks with ``flips`` ones (or all
-    elements that ``allow`` permits, if there are fewer).
+    elements that ``allow`` permits, if there are fewer). With ``counts``, each of ``flips`` drawn
+    values gains or loses an event; a value that is drawn for both stays.
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for event frames
-    [N, T, 2, H, W], binary or of counts; ``model`` and ``y`` may be None and are used only if
+    [N, T, 2, H, W]; ``model`` and ``y`` may be None and are used only if
     ``tries`` > 1.
 
     Args:
-        flips: Number of changes per sample; for counts, changes of the same value may cancel.
+        flips: Number of changes per sample.
         allow: ``"add"`` events only, ``"remove"`` events only, or ``"both"``.
+        counts: Whether frames hold numbers of events, as in :func:`flip_events`.
         tries: Draws per sample; the first one that fools the model is kept, otherwise the last one.
 
     Raises:
@@ -180,23 +199,26 @@ def random_flips(
         ... )
         tensor([7, 7, 7])
     """
-    x = checked_frames(model, x, y, generator, optional=True)
-    _check_budget(x, flips, allow)
+    x = checked_frames(model, x, y, generator, counts=counts, optional=True)
+    _check_budget(x, flips, allow, counts)
     check_tries(tries, model, y)
     if flips == 0 or x.numel() == 0:
         return x
-    frames, planes = in_unary(x)
-    changeable = _changeable(frames, allow)
-    size = torch.full((len(x),), flips, device=x.device)
+    planes = in_units(x, 1) if counts else None
+    frames = x if planes is None else planes.frames
+    changeable = _changeable(x, allow) if planes is None else _changeable_units(planes, allow)
+    number = 1 if planes is None else planes.number
+    most = min(flips, changeable.shape[1])
+    size = torch.full((len(x),), most, device=x.device)
 
     def draw(private: Private) -> Tensor:
-        order = uniform(frames, private).masked_fill(~changeable, -torch.inf)
-        return apply_changes(frames, largest(order, size))
+        drawn = uniform(frames, private) if planes is None else units(planes, private)
+        return apply_changes(frames, largest(drawn.masked_fill(~changeable, -torch.inf), size))
 
     found = first_that_fools(
-        model, frames, y, draw, tries=tries, planes=planes, generator=generator
+        model, frames, y, draw, tries=tries, planes=number, generator=generator
     )
-    return summed(found, planes)
+    return summed(found, number)
 
 
 def count_flips(x_adv: Tensor, x: Tensor) -> Tensor:
@@ -228,16 +250,17 @@ def count_flips(x_adv: Tensor, x: Tensor) -> Tensor:
     return (x_adv.double() - x.double()).abs().ceil().flatten(1).sum(1).long()
 
 
-def check_frames(x: Tensor) -> None:
+def check_frames(x: Tensor, *, counts: bool = False) -> None:
     """Check that event frames are floating point, [N, T, 2, H, W] (one channel if polarities are
-    merged), and all 0 or 1, or numbers of events.
+    merged), and all 0 or 1, or with ``counts`` numbers of events.
 
     Args:
         x: The frames.
+        counts: Whether they hold numbers of events.
 
     Raises:
         TypeError: If ``x`` is not a floating-point tensor.
-        ValueError: If it has another shape or a value that is no integer >= 0.
+        ValueError: If it has another shape or another value.
 
     Source: binary frames of Lun et al. (CVPR 2025), section 5.
 
@@ -245,8 +268,9 @@ def check_frames(x: Tensor) -> None:
         >>> check_frames(torch.full((1, 4, 2, 5, 5), 0.5))
         Traceback (most recent call last):
         ...
-        ValueError: x must be binary event frames (0 or 1) or numbers of events, got values from 0.5
-        to 0.5; count the events of a frame, or take (x > 0).to(x.dtype)
+        ValueError: x must be binary event frames (0 or 1), got values from 0.5 to 0.5; for numbers
+        of events pass counts=True, or take (x > 0).to(x.dtype): the network must be trained on such
+        frames
     """
     if not isinstance(x, Tensor):
         raise TypeError(
@@ -267,19 +291,26 @@ def check_frames(x: Tensor) -> None:
             "x must be event frames [N, T, 2, H, W] of 2 polarities (1 if merged), got "
             f"{x.shape[2]} in shape {tuple(x.shape)}; move the polarity to dimension 2"
         )
-    check_event_counts(x)
+    check_events(x, counts=counts)
 
 
 def checked_frames(
-    model: object, x: Tensor, y: Any, generator: Randomness, *, optional: bool = False
+    model: object,
+    x: Tensor,
+    y: Any,
+    generator: Randomness,
+    *,
+    counts: bool,
+    optional: bool = False,
 ) -> Tensor:
     """Check what an attack on frames was called with, and copy the frames; model and labels may be
     None if ``optional``.
     """
     if not is_checked():
+        check_switch("counts", counts)
         if model is not None or not optional:
             check_model(model)
-        check_frames(x)
+        check_frames(x, counts=counts)
         if y is not None or not optional:
             _check_frame_labels(y, x)
     check_seeds(generator, x)
@@ -300,12 +331,12 @@ def _check_frame_labels(y: Tensor, x: Tensor) -> None:
     check_labels(y, x)
 
 
-def _check_budget(x: Tensor, flips: int, allow: Allow) -> None:
+def _check_budget(x: Tensor, flips: int, allow: Allow, counts: bool) -> None:
     if allow not in get_args(Allow):
         raise ValueError(f"allow must be one of {get_args(Allow)}, got {allow!r}")
     check_count("flips", flips, least=0)
     elements = x[0].numel() if len(x) else flips
-    if flips > elements:
+    if flips > elements and not counts:
         raise ValueError(f"flips must be <= {elements}, the elements of a sample, got {flips}")
 
 
@@ -319,3 +350,15 @@ def _changeable(x: Tensor, allow: Allow) -> Tensor:
             return flat == 1
         case "both":
             return torch.ones_like(flat, dtype=torch.bool)
+
+
+def _changeable_units(planes: Planes, allow: Allow) -> Tensor:
+    """The same for numbers of events in planes."""
+    add, remove = planes.parts()
+    match allow:
+        case "add":
+            return add
+        case "remove":
+            return remove
+        case "both":
+            return add | remove

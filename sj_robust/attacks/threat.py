@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sj_robust.attacks.projection import Norm, l2_norm, linf_bounds, per_sample, project_l2
-from sj_robust.core.checks import check_count, check_size
+from sj_robust.core.checks import check_count, check_events, check_size, check_switch
 from sj_robust.core.eps import eps_text, parse_eps
 from sj_robust.core.randomness import Private, rand, randn
 
@@ -29,6 +29,11 @@ class ThreatModel:
     each pair is one move. Where a pair is farther apart than an event may move, events in between
     move on instead, and each of these counts as a move as well.
 
+    Event frames are binary, and stay so, unless ``counts`` says that they hold numbers of events,
+    integers >= 0. Of these a change adds one event to a value or removes one, as often as the
+    budget pays, and any number of events may move to one place. It is never found out from the
+    frames, so that a sample has the same adversary alone and in any batch.
+
     Attributes:
         norm: ``"Linf"``, or ``"L2"`` over all elements of an image; for event frames ``"L0"``
             or ``"moves"``.
@@ -39,9 +44,10 @@ class ThreatModel:
             None for no limit.
         total_shift: For ``"moves"``, the largest number of frames by which the events of a sample
             may be moved in total; None for no limit.
+        counts: For ``"L0"`` and ``"moves"``, whether frames hold numbers of events.
 
     Raises:
-        TypeError: If the radius is not a number.
+        TypeError: If the radius is not a number, or ``counts`` is not a bool.
         ValueError: If the norm is unknown, if the radius is negative, not finite or (Linf) above 1,
             or if a number of events or frames is not an integer >= 1.
 
@@ -52,16 +58,21 @@ class ThreatModel:
         >>> x_adv = threat.project(x, torch.tensor([[0.0, 1.0, 1.0, 1.0]]))
         >>> x_adv, threat.distance(x, x_adv)
         (tensor([[0., 1., 1., 0.]]), tensor([2.], dtype=torch.float64))
+        >>> counted = ThreatModel("L0", 3, counts=True)  # of 5 + 1 events the first 3
+        >>> counted.project(x, torch.tensor([[0.0, 5.0, 1.0, 0.0]]))
+        tensor([[0., 3., 0., 0.]])
     """
 
     norm: Literal["Linf", "L2", "L0", "moves"]
     eps: float
     largest_shift: int | None = None
     total_shift: int | None = None
+    counts: bool = False
 
     def __repr__(self) -> str:
         values = vars(self).items()
-        shown = [f"{name}={value!r}" for name, value in values if value is not None]
+        given = [(name, value) for name, value in values if value is not None]
+        shown = [f"{name}={value!r}" for name, value in given if value is not False]
         return f"ThreatModel({', '.join(shown)})"
 
     def __post_init__(self) -> None:
@@ -69,6 +80,12 @@ class ThreatModel:
             raise ValueError(f"norm must be 'Linf', 'L2', 'L0' or 'moves', got {self.norm!r}")
         self._check_limit("largest_shift", self.largest_shift)
         self._check_limit("total_shift", self.total_shift)
+        check_switch("counts", self.counts)
+        if self.counts and not self.of_events:
+            raise ValueError(
+                f"counts says what event frames hold, got it for {self.norm}; omit it, or take the "
+                "norm 'L0' or 'moves'"
+            )
         object.__setattr__(self, "eps", self._checked_eps())
 
     def _check_limit(self, name: str, shift: int | None) -> None:
@@ -121,8 +138,10 @@ class ThreatModel:
 
         rounded towards ``x``: no element is farther away than ``eps`` in Linf, measured in float64
         or in the dtype of ``x``, and the L2 distance is at most ``eps * (1 + 1e-12)``. In L0, the
-        ``eps`` elements that changed most stay changed (of equal ones, the first); frames whose
-        moves exceed a budget are replaced by the clean frames.
+        ``eps`` elements that changed most stay changed (of equal ones, the first); with ``counts``,
+        values are rounded to integers >= 0, and the largest changes stay until ``eps`` events are
+        spent, the last one in part. Frames whose moves exceed a budget are replaced by the clean
+        frames.
         """
         return self.projection(x)(x_adv)
 
@@ -137,21 +156,25 @@ class ThreatModel:
             return lambda x_adv: project_l2(x_adv, x, eps=self.eps)
         if self.norm == "moves":
             return lambda x_adv: self._allowed_moves(x, x_adv)
-        return lambda x_adv: _fewest_changes(x, x_adv, int(self.eps))
+        fewest = _fewest_added_and_removed if self.counts else _fewest_changes
+        return lambda x_adv: fewest(x, x_adv, int(self.eps))
 
     def distance(self, x: Tensor, x_adv: Tensor) -> Tensor:
         """Distance of every image from its clean image, [N] float64; in L0 the number of elements
-        that differ, or the number of events added and removed where frames hold counts of events.
+        that differ, or with ``counts`` the number of events added and removed.
 
         For moves, the number of events that moved; infinity if a pixel and polarity has gained or
-        lost an event, if a value is not a count of events (or above 1 in binary frames), or if a
-        shift exceeds its limit.
+        lost an event or if a shift exceeds its limit. With ``counts`` and for moves, infinity also
+        if a value is not a number of events, or is above 1 in binary frames.
         """
         if self.norm == "moves":
             return self._moves(x, x_adv)
         delta = (x_adv.double() - x.double()).flatten(1)
+        if self.norm == "L0" and self.counts:
+            held = self.holds_events(x_adv).flatten(1).all(1)
+            return torch.where(held, delta.abs().sum(1), torch.inf)
         if self.norm == "L0":
-            return delta.abs().ceil().sum(1)
+            return (delta != 0).sum(1).double()
         if self.norm == "Linf":
             return delta.abs().amax(1)
         return delta.square().sum(1).sqrt()
@@ -175,6 +198,19 @@ class ThreatModel:
         """Whether every image is within the budget, up to :meth:`tolerance`, [N] bool."""
         return self.distance(x, x_adv) <= self.eps + self.tolerance(x)
 
+    def holds_events(self, x_adv: Tensor) -> Tensor:
+        """Which values are numbers of events, that is 0 or 1 unless frames hold ``counts``."""
+        most = torch.inf if self.counts else 1.0
+        return (x_adv >= 0) & (x_adv <= most) & (x_adv == x_adv.round()) & x_adv.isfinite()
+
+    def check_frames(self, x: Tensor) -> None:
+        """Refuse event frames that hold something else than the threat says.
+
+        Raises:
+            ValueError: If a value is no integer >= 0, or above 1 without ``counts``.
+        """
+        check_events(x, counts=self.counts)
+
     def _allowed_moves(self, x: Tensor, x_adv: Tensor) -> Tensor:
         """``x_adv`` where its moves keep the budget, ``x`` elsewhere."""
         allowed = per_sample(self.contains(x, x_adv), x)
@@ -182,7 +218,7 @@ class ThreatModel:
 
     def _moves(self, x: Tensor, x_adv: Tensor) -> Tensor:
         found = moves_of(x, x_adv)
-        allowed = found.paired & holds_events(x_adv, x).flatten(1).all(1)
+        allowed = found.paired & self.holds_events(x_adv).flatten(1).all(1)
         events = found.events.double()
         if self.largest_shift is not None:
             far = allowed & (found.largest_shift > self.largest_shift)
@@ -280,12 +316,6 @@ def _needed_to_make_way(
     return None
 
 
-def holds_events(x_adv: Tensor, x: Tensor) -> Tensor:
-    """Where values are numbers of events, which are 0 or 1 if frames x are binary."""
-    most = 1.0 if bool((x <= 1).all()) else torch.inf
-    return (x_adv >= 0) & (x_adv <= most) & (x_adv == x_adv.round())
-
-
 def rounding(x: Tensor) -> float:
     """The one tolerance of this package, for an element of images from elsewhere: 1e-6 and two
     units of the dtype.
@@ -339,13 +369,20 @@ def _linf_offset(
 
 
 def _fewest_changes(x: Tensor, x_adv: Tensor, most: int) -> Tensor:
-    """``x`` with the ``most`` largest changes of ``x_adv``, clamped to [0, 1]; of frames with
-    numbers of events, those that add and remove as many.
-    """
-    counts = bool((x > 1).any())
-    x_adv = x_adv.to(x.dtype).clamp(0, torch.inf if counts else 1)
+    """``x`` with the ``most`` largest changes of ``x_adv``, clamped to [0, 1]."""
+    x_adv = x_adv.to(x.dtype).clamp(0, 1)
     changes = (x_adv.double() - x.double()).abs().flatten(1)
-    ordered, order = changes.sort(dim=1, descending=True, stable=True)
-    paid = ordered.ceil().cumsum(1) <= most
-    kept = torch.zeros_like(paid).scatter(1, order, paid).view_as(x)
-    return torch.where(kept, x_adv, x)
+    _, order = changes.sort(dim=1, descending=True, stable=True)
+    kept = torch.zeros_like(changes, dtype=torch.bool).scatter(1, order[:, :most], True)
+    return torch.where(kept.view_as(x), x_adv, x)
+
+
+def _fewest_added_and_removed(x: Tensor, x_adv: Tensor, most: int) -> Tensor:
+    """Numbers of events ``x`` with the ``most`` first events that the largest changes of ``x_adv``,
+    rounded and >= 0, add or remove.
+    """
+    wanted = x_adv.double().round().clamp(min=0) - x.double()
+    ordered, order = wanted.abs().flatten(1).sort(dim=1, descending=True, stable=True)
+    left = (most - (ordered.cumsum(1) - ordered)).clamp(min=0)
+    spent = torch.zeros_like(ordered).scatter(1, order, torch.minimum(ordered, left))
+    return x + (wanted.sign() * spent.view_as(wanted)).to(x.dtype)

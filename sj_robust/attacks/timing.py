@@ -11,9 +11,14 @@ from sj_robust.attacks._event_search import (
     check_tries,
     first_that_fools,
     searched,
-    uniform,
 )
-from sj_robust.attacks._move_search import Limits, MoveSearch, RandomMoves, random_moved
+from sj_robust.attacks._move_search import (
+    Limits,
+    MoveSearch,
+    RandomMoves,
+    drawn_for_moves,
+    random_moved,
+)
 from sj_robust.attacks._planes import each_on_its_own, summed
 from sj_robust.attacks.call import Loss, Model, Randomness
 from sj_robust.attacks.events import checked_frames
@@ -32,6 +37,7 @@ def move_events(
     moves: int,
     largest_shift: int | None = None,
     total_shift: int | None = None,
+    counts: bool = False,
     steps: int = 20,
     probes: int = 10,
     queries: int = 100,
@@ -58,18 +64,19 @@ def move_events(
     exchanged for others, and needless moves are undone, pixel by pixel.
 
     Binary frames stay binary, and every pixel and polarity keeps its number of events. In binary
-    frames, an event never moves to a frame that had an event at the same pixel and polarity; frames
-    of counts, in which a value is above 1, take any number of events. On a linear model, the first
-    move is the best one.
+    frames, an event never moves to a frame that had an event at the same pixel and polarity; with
+    ``counts``, a frame takes any number of events. On a linear model, the first move is the best
+    one.
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for event frames
-    [N, T, 2, H, W], binary or of counts, instead of images. ``count_moves`` counts the moves.
+    [N, T, 2, H, W] instead of images. ``count_moves`` counts the moves.
 
     Args:
         moves: Largest number of moved events per sample.
         largest_shift: Frames by which an event may move, >= 1; None for any number.
         total_shift: Frames by which the events of a sample may move together, >= 1; None for any
             number.
+        counts: Whether frames hold numbers of events, and not 0 or 1.
         steps: Gradient steps over which the budget is spent.
         probes: Candidates beyond those needed in a step; 0 trusts the gradient and needs no
             additional forwards.
@@ -99,11 +106,12 @@ def move_events(
         >>> move_events(model, x, torch.tensor([0]), moves=1)[0, :, 1].flatten()
         tensor([0., 0., 0., 1.])
     """
-    x = checked_frames(model, x, y, generator)
-    frames, planes = each_on_its_own(x)
+    x = checked_frames(model, x, y, generator, counts=counts)
+    frames, planes = each_on_its_own(x, counts=counts)
     limits = _limits(x, moves, largest_shift, total_shift)
     everywhere = torch.ones_like(frames.flatten(1), dtype=torch.bool)
-    make = partial(MoveSearch, limits=limits, changeable=everywhere)
+    own = planes if counts else None
+    make = partial(MoveSearch, limits=limits, changeable=everywhere, planes=own)
     settings = Settings(
         steps=steps,
         probes=probes,
@@ -131,6 +139,7 @@ def random_moves(
     moves: int,
     largest_shift: int | None = None,
     total_shift: int | None = None,
+    counts: bool = False,
     tries: int = 1,
     generator: Randomness = None,
 ) -> Tensor:
@@ -142,13 +151,13 @@ def random_moves(
     up before.
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for event frames
-    [N, T, 2, H, W], binary or of counts; ``model`` and ``y`` may be None and are used only if
-    ``tries`` > 1.
+    [N, T, 2, H, W]; ``model`` and ``y`` may be None and are used only if ``tries`` > 1.
 
     Args:
         moves: Number of moved events per sample.
         largest_shift: Frames by which an event may move; None for any number.
         total_shift: Frames by which the events of a sample may move together; None for any number.
+        counts: Whether frames hold numbers of events, and not 0 or 1.
         tries: Draws per sample; the first one that fools the model is kept, otherwise the last one.
 
     Raises:
@@ -162,17 +171,19 @@ def random_moves(
         >>> bool((moved.sum(1) == x.sum(1)).all()), count_moves(moved, x).largest_shift.max() <= 1
         (True, tensor(True))
     """
-    x = checked_frames(model, x, y, generator, optional=True)
+    x = checked_frames(model, x, y, generator, counts=counts, optional=True)
     limits = _limits(x, moves, largest_shift, total_shift)
     check_tries(tries, model, y)
     if moves == 0 or limits.largest_shift == 0 or x.numel() == 0:
         return x
-    frames, planes = each_on_its_own(x)
+    frames, planes = each_on_its_own(x, counts=counts)
+    own = planes if counts else None
     still = torch.zeros_like(frames.flatten(1), dtype=torch.bool)
     size = torch.full((len(x),), moves, device=x.device)
 
     def draw(private: Private) -> Tensor:
-        drawn = RandomMoves(order=uniform(frames, private), worth=uniform(frames, private))
+        order = drawn_for_moves(frames, private, own)
+        drawn = RandomMoves(order=order, worth=drawn_for_moves(frames, private, own))
         return apply_changes(frames, random_moved(frames, still, drawn, size, limits))
 
     found = first_that_fools(

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 __all__ = [
     "Channels",
-    "check_binary",
     "check_channels",
     "check_choice",
     "check_classes",
     "check_count",
     "check_event_counts",
+    "check_events",
     "check_function",
     "check_images",
     "check_inputs",
@@ -147,29 +147,33 @@ def check_event_counts(x: Tensor) -> None:
         )
 
 
-def check_binary(x: Tensor) -> None:
-    """Event frames are all 0 or 1.
+def check_events(x: Tensor, *, counts: bool) -> None:
+    """Event frames are all 0 or 1, or with ``counts`` numbers of events.
 
     Args:
         x: The frames.
+        counts: Whether they hold numbers of events.
 
     Raises:
-        ValueError: If a value is neither.
+        ValueError: If a value is none of these.
 
     Examples:
-        >>> check_binary(torch.tensor([0.0, 2.0]))
+        >>> check_events(torch.tensor([0.0, 2.0]), counts=True)
+        >>> check_events(torch.tensor([0.0, 2.0]), counts=False)
         Traceback (most recent call last):
         ...
-        ValueError: x must be binary event frames (0 or 1), got values from 0 to 2; integrated
-        counts become binary with (x > 0).to(x.dtype), and the network must be trained on such
+        ValueError: x must be binary event frames (0 or 1), got values from 0 to 2; for numbers of
+        events pass counts=True, or take (x > 0).to(x.dtype): the network must be trained on such
         frames
     """
-    if not bool(((x == 0) | (x == 1)).all()):
+    if counts:
+        check_event_counts(x)
+    elif not bool(((x == 0) | (x == 1)).all()):
         low, high = (float(bound) for bound in torch.aminmax(x.detach()))
         raise ValueError(
             f"x must be binary event frames (0 or 1), got values from {low:.6g} to {high:.6g}; "
-            "integrated counts become binary with (x > 0).to(x.dtype), and the network must be "
-            "trained on such frames"
+            "for numbers of events pass counts=True, or take (x > 0).to(x.dtype): the network must "
+            "be trained on such frames"
         )
 
 

@@ -1,4 +1,4 @@
-"""Event data of SpikingJelly as binary frames."""
+"""Event data of SpikingJelly as frames, binary or of numbers of events."""
 
 import importlib
 import re
@@ -31,13 +31,19 @@ __all__ = ["event_frames"]
 
 
 def event_frames(
-    name: str, root: Path, T: int, *, download: bool, on_unreadable: OnUnreadable
+    name: str,
+    root: Path,
+    T: int,
+    *,
+    counts: bool,
+    download: bool,
+    on_unreadable: OnUnreadable,
 ) -> Source:
-    """Recordings of an event camera as T binary frames [T, 2, H, W] each. 事件数据的二值帧。
+    """Recordings of an event camera as T frames [T, 2, H, W] each. 事件数据的帧。
 
     SpikingJelly unpacks the archives, writes the events of every recording and integrates them:
     frame t counts the events from number t N/T to (t+1) N/T of N. It does so once and keeps the
-    frames in the folder. Here every count above 0 becomes 1.
+    frames in the folder. Here every count above 0 becomes 1, unless ``counts`` are wanted.
 
     ``root`` is SpikingJelly's folder of this data set (with ``download`` or ``events_np`` in it),
     or one that holds it under the name of SpikingJelly's class, such as ``CIFAR10DVS``. Of these
@@ -63,7 +69,7 @@ def event_frames(
             )
         check = partial(_check_frames, shape=shape)
         kept = readable(recordings, check, on_unreadable=on_unreadable, folder=folder)
-        parts.append(FileImages(*kept, partial(_frames, shape=shape)))
+        parts.append(FileImages(*kept, partial(_frames, shape=shape, counts=counts)))
     train, test = parts
     return Source(train, shuffled(test), (2, height, width), classes, frames=True)
 
@@ -198,8 +204,8 @@ def _check_frames(path: Path, shape: tuple[int, ...]) -> None:
         raise UnreadableError(f"{path} (frames {list(found)} instead of {list(shape)})")
 
 
-def _frames(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """Binary frames [T, 2, H, W] of one recording."""
+def _frames(path: Path, shape: tuple[int, ...], *, counts: bool) -> Tensor:
+    """Frames [T, 2, H, W] of one recording."""
     try:
         with path.open("rb") as file, np.load(file) as content:
             frames = content["frames"]
@@ -207,7 +213,7 @@ def _frames(path: Path, shape: tuple[int, ...]) -> Tensor:
         raise UnreadableError(f"{path} cannot be read any more ({one_line(error, 120)})") from error
     if frames.shape != shape:
         raise UnreadableError(f"{path} holds frames {list(frames.shape)} instead of {list(shape)}")
-    return torch.from_numpy(frames > 0).float()
+    return torch.from_numpy(frames if counts else frames > 0).float()
 
 
 @cache

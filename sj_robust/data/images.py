@@ -69,6 +69,7 @@ def load_images(
     test_limit: int | None = None,
     download: bool = False,
     T: int | None = None,
+    counts: bool = False,
     on_unreadable: Literal["error", "skip"] = "error",
     augment: bool | None = None,
     cutout: int = 16,
@@ -94,6 +95,7 @@ def load_images(
         download: Whether missing files may be downloaded.
         T: Frames per sample of event data, with the value 1 where there was any event; not used for
             images.
+        counts: Whether frames of event data hold numbers of events instead; not used for images.
         on_unreadable: Whether a picture or recording that cannot be read is an error or is skipped
             with a warning.
         augment: Whether training images are augmented; None means only for CIFAR, as in the paper.
@@ -117,7 +119,7 @@ def load_images(
     if on_unreadable not in ("error", "skip"):
         raise ValueError(f"on_unreadable must be 'error' or 'skip', got {on_unreadable!r}")
     augmentation = Augmentation(cutout=cutout)
-    source = _source(name, Path(root), download, T, on_unreadable)
+    source = _source(name, Path(root), download, T, on_unreadable, counts=counts)
     order = torch.randperm(len(source.train), generator=torch.Generator().manual_seed(seed))[
         :train_limit
     ]
@@ -140,7 +142,13 @@ def load_images(
 
 
 def _source(
-    name: str, root: Path, download: bool, T: int | None, on_unreadable: OnUnreadable
+    name: str,
+    root: Path,
+    download: bool,
+    T: int | None,
+    on_unreadable: OnUnreadable,
+    *,
+    counts: bool = False,
 ) -> Source:
     check_dataset(name)
     if name.startswith(IMAGE_FOLDER):
@@ -150,11 +158,13 @@ def _source(
     if name in EVENT_DATASETS:
         T = _checked_frames(T)
         if name not in SACCADES:
-            return event_frames(name, root, T, download=download, on_unreadable=on_unreadable)
+            return event_frames(
+                name, root, T, counts=counts, download=download, on_unreadable=on_unreadable
+            )
         images = SACCADES[name]
         source = _source(images, root, download, None, on_unreadable)
         cache = None if images == "digits" else images
-        return saccade_frames(source, T, cache=cache)
+        return saccade_frames(source, T, counts=counts, cache=cache)
     match name:
         case "digits":
             return _digits()

@@ -3,6 +3,8 @@
 import hashlib
 import math
 import os
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from sj_robust.core.folders import check_folder
 from sj_robust.core.saved import load_tensors, whole_file
-from sj_robust.data.stored import Source, StoredFrames, StoredImages
+from sj_robust.data.stored import Source, StoredCounts, StoredFrames, StoredImages
 
 __all__ = ["saccade_frames"]
 
@@ -47,8 +49,10 @@ _TOGETHER = 128
 _VERSION = 1
 
 
-def saccade_frames(source: Source, T: int, *, cache: str | None) -> Source:
-    """Images [1, H, W] as T binary frames [T, 2, H + 2a, W + 2a] of events each. 由图像生成事件帧。
+def saccade_frames(
+    source: Source, T: int, *, counts: bool = False, cache: str | None = None
+) -> Source:
+    """Images [1, H, W] as T frames [T, 2, H + 2a, W + 2a] of events each. 由图像生成事件帧。
 
     Equation: the image lies on black ground and moves along the triangle (-a, a), (0, -a), (a, a),
     (-a, a) in 48 steps, with a = 3 for 28 pixels. With I its intensity at a pixel of the camera,
@@ -57,11 +61,14 @@ def saccade_frames(source: Source, T: int, *, cache: str | None) -> Source:
         L = log(I + 0.1),   |L - r| >= theta: an event, r moves by the multiple of theta towards L
 
     Frame t holds the steps 48 t / T to 48 (t + 1) / T, and of each pixel whether there was a fall
-    (channel 0) or a rise (channel 1). theta is 0.3, up to 5 % less or more at a pixel.
+    (channel 0) or a rise (channel 1), or with ``counts`` how many. theta is 0.3, up to 5 % less or
+    more at a pixel.
 
     Args:
         source: Images as bytes.
         T: Frames, 1 to 48.
+        counts: Whether frames hold the numbers of events, which are made whenever a sample is asked
+            for.
         cache: Name of the file where they are kept, in ``sj_robust`` in ``XDG_CACHE_HOME`` or
             ``~/.cache``; None for images that are few, whose events are made again.
 
@@ -79,13 +86,16 @@ def saccade_frames(source: Source, T: int, *, cache: str | None) -> Source:
     train, test = source.train, source.test
     assert isinstance(train, StoredImages)
     assert isinstance(test, StoredImages)
+    _, height, width = source.image_shape
+    margin = 2 * _amplitude(height)
+    shape = (T, 2, height + margin, width + margin)
+    if counts:
+        parts = [StoredCounts(images, partial(_counted, T=T)) for images in (train, test)]
+        return replace(source, train=parts[0], test=parts[1], image_shape=shape[1:], frames=True)
     if cache is None:
         bits = {"train": _bits(train, T), "test": _bits(test, T)}
     else:
         bits = _kept(train, test, T, cache)
-    _, height, width = source.image_shape
-    margin = 2 * _amplitude(height)
-    shape = (T, 2, height + margin, width + margin)
     return Source(
         StoredFrames(bits["train"], train.labels, shape),
         StoredFrames(bits["test"], test.labels, shape),
@@ -121,14 +131,19 @@ def _bits(images: StoredImages, T: int) -> Tensor:
     logs = _log_intensities(round(images.white))
     parts = []
     for pixels in torch.split(images.pixels, _TOGETHER):
-        frames = _events(pixels[:, 0].int(), T, logs)
+        frames = _events(pixels[:, 0].int(), T, logs) > 0
         packed = np.packbits(frames.flatten(1).numpy(), axis=1)
         parts.append(torch.from_numpy(packed))
     return torch.cat(parts)
 
 
+def _counted(pixels: Tensor, white: float, T: int) -> Tensor:
+    """Numbers of events, float32 [N, T, 2, height, width], of images [N, 1, H, W] as bytes."""
+    return _events(pixels[:, 0].int(), T, _log_intensities(round(white))).float()
+
+
 def _events(pixels: Tensor, T: int, logs: Tensor) -> Tensor:
-    """Frames of events, bool [N, T, 2, height, width], of images [N, H, W] from 0 to white, whose
+    """Numbers of events, int32 [N, T, 2, height, width], of images [N, H, W] from 0 to white, whose
     log intensities are those of :func:`_log_intensities`.
     """
     amplitude = _amplitude(pixels.shape[1])
@@ -138,14 +153,13 @@ def _events(pixels: Tensor, T: int, logs: Tensor) -> Tensor:
     remembered = logs[_seen(padded, amplitude, first)]
     size = remembered.shape[1:]
     thresholds = _thresholds(size)
-    frames = torch.zeros(len(pixels), T, 2, *size, dtype=torch.bool)
+    frames = torch.zeros(len(pixels), T, 2, *size, dtype=torch.int32)
     for step, position in enumerate(positions):
         change = logs[_seen(padded, amplitude, position)] - remembered
         number = change.abs() // thresholds
-        events = number > 0
         frame = frames[:, step * T // _MOST_FRAMES]
-        frame[:, 0] |= events & (change < 0)
-        frame[:, 1] |= events & (change > 0)
+        frame[:, 0] += number * (change < 0)
+        frame[:, 1] += number * (change > 0)
         remembered = remembered + change.sign() * number * thresholds
     return frames
 

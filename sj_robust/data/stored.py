@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-__all__ = ["FileImages", "Images", "Source", "StoredFrames", "StoredImages", "shuffled"]
+__all__ = [
+    "FileImages",
+    "Images",
+    "Source",
+    "StoredCounts",
+    "StoredFrames",
+    "StoredImages",
+    "shuffled",
+]
 
 
 class StoredImages(Dataset[tuple[Tensor, ...]]):
@@ -94,6 +102,35 @@ class StoredFrames(Dataset[tuple[Tensor, ...]]):
         return frames.float()
 
 
+class StoredCounts(Dataset[tuple[Tensor, ...]]):
+    """Frames of numbers of events, made from stored images when they are asked for.
+    由存储图像生成的事件计数帧。
+
+    Args:
+        images: The images.
+        frames: Numbers of events float32 [N, T, 2, H, W] of bytes [N, 1, H, W] and their white.
+    """
+
+    def __init__(self, images: StoredImages, frames: Callable[[Tensor, float], Tensor]) -> None:
+        """Keep the images; see the class."""
+        self.images = images
+        self.labels = images.labels
+        self.frames = frames
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        """Frames of a sample, and its class, an int64 scalar."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, ...]]:
+        """The samples of a batch; torch's loader asks for them so."""
+        frames = self.frames(self.images.pixels[indices], self.images.white)
+        return list(zip(frames, self.labels[indices], strict=True))
+
+
 class FileImages(Dataset[tuple[Tensor, ...]]):
     """Images (or samples of event frames) that stay in their files until they are asked for.
     按需读取的图像。
@@ -123,7 +160,7 @@ class FileImages(Dataset[tuple[Tensor, ...]]):
         return self.read(Path(self.paths[index])), self.labels[index]
 
 
-Images = StoredImages | StoredFrames | FileImages | Subset[tuple[Tensor, ...]]
+Images = StoredImages | StoredFrames | StoredCounts | FileImages | Subset[tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)

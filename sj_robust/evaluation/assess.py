@@ -101,7 +101,10 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
     model = subject.model
     data = Data.of(batches)
     if request.threat.of_events:
-        check_frames(data.first(_FIRST).tensors(device_of(model))[0])
+        first = data.first(_FIRST).tensors(device_of(model))[0]
+        check_frames(first, counts=request.threat.counts)
+        for x, _ in data:
+            request.threat.check_frames(x)
     say = request.watch.say
     draws = settled_draws(model, data, request.draws)
     if request.draws is None and draws > 1:

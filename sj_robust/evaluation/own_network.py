@@ -57,6 +57,7 @@ def evaluate(
     norm: NormName | None = None,
     largest_shift: int | None = None,
     total_shift: int | None = None,
+    counts: bool = False,
     suite: SuiteName | None = None,
     T: int | None = None,
     mean: Channels = None,
@@ -77,16 +78,17 @@ def evaluate(
         model: A classifier of images in [0, 1], spiking or not; or a bare SpikingJelly network,
             with ``T`` and, if it expects normalised images, ``mean`` and ``std``.
         x: Test images [N, C, H, W] in [0, 1]; or, instead of ``x`` and ``y``, a ``DataLoader``, a
-            data set, or a list of batches, which is read once. Binary event frames are [N, T, 2, H,
-            W].
+            data set, or a list of batches, which is read once. Event frames are [N, T, 2, H, W].
         y: Labels [N] int64.
         eps: Radius, a number or a string such as ``"8/255"``; for L0 the number of changed
-            elements, for moves the number of moved events.
+            elements, with ``counts`` that of added and removed events; for moves the number of
+            moved events.
         norm: Norm of the perturbation; None means Linf, or L0 for event frames.
         largest_shift: For moves, the largest number of frames by which an event may be moved; None
             means no limit.
         total_shift: For moves, the largest number of frames by which the events of a sample may be
             moved in total.
+        counts: Whether event frames hold numbers of events, and not 0 or 1.
         suite: Name of the suite, see :func:`make_suite`; None means ``"standard"``, or ``"events"``
             for event frames.
         T: Number of time steps, for a bare network; None if it brings its own.
@@ -123,12 +125,14 @@ def evaluate(
     """
     if suite is not None:
         check_choice("suite", suite, get_args(SuiteName))
-    budget = _budget(eps=eps, norm=norm, largest_shift=largest_shift, total_shift=total_shift)
+    budget = _budget(
+        eps=eps, norm=norm, largest_shift=largest_shift, total_shift=total_shift, counts=counts
+    )
     given = _given(model, T=T, mean=mean, std=std)
     settings = _settings(
         draws=draws, seed=seed, folder=folder, name=name, dataset=dataset, progress=progress
     )
-    data = _data(x, y, batch_size, given)
+    data = _data(x, y, batch_size, given, counts=counts)
     threat = budget.threat(data)
     chosen: SuiteName = suite or ("events" if _holds_frames(data) else "standard")
     check_suite(chosen, threat)
@@ -146,6 +150,7 @@ def stress(
     norm: NormName | None = None,
     largest_shift: int | None = None,
     total_shift: int | None = None,
+    counts: bool = False,
     suite: StressName = "stress",
     faults: Sequence[Fault | Corruption] | None = None,
     draws: int = 5,
@@ -175,6 +180,7 @@ def stress(
         norm: Norm of the attack.
         largest_shift: Budget of a threat of moves.
         total_shift: Budget of a threat of moves.
+        counts: Whether event frames hold numbers of events.
         suite: ``"stress"`` for faults, ``"corruptions"`` for the fifteen common corruptions at five
             severities.
         faults: Faults to measure, from mild to severe; None measures every kind at its default
@@ -207,12 +213,14 @@ def stress(
     if faults is not None:
         faults = _checked_faults(faults, suite)
     steps = check_count("steps", steps)
-    budget = _budget(eps=eps, norm=norm, largest_shift=largest_shift, total_shift=total_shift)
+    budget = _budget(
+        eps=eps, norm=norm, largest_shift=largest_shift, total_shift=total_shift, counts=counts
+    )
     given = _given(model, T=T, mean=mean, std=std)
     settings = _settings(
         draws=draws, seed=seed, folder=folder, name=name, dataset=dataset, progress=progress
     )
-    data = _data(x, y, batch_size, given)
+    data = _data(x, y, batch_size, given, counts=counts)
     threat = budget.threat(data)
     check_radius(threat)
     if suite == "corruptions":
@@ -230,11 +238,18 @@ class _Budget:
     norm: NormName | None
     largest_shift: int | None
     total_shift: int | None
+    counts: bool
 
     def threat(self, data: Data) -> ThreatModel:
         """The adversary of these images or event frames."""
         norm = self.norm or ("L0" if _holds_frames(data) else "Linf")
-        return ThreatModel(norm, self.eps, self.largest_shift, self.total_shift)
+        return ThreatModel(
+            norm,
+            self.eps,
+            largest_shift=self.largest_shift,
+            total_shift=self.total_shift,
+            counts=self.counts,
+        )
 
 
 def _budget(
@@ -243,10 +258,12 @@ def _budget(
     norm: NormName | None,
     largest_shift: int | None,
     total_shift: int | None,
+    counts: bool,
 ) -> _Budget:
     if norm is not None:
         check_choice("norm", norm, get_args(NormName))
-    return _Budget(parse_eps(eps), norm, largest_shift, total_shift)
+    check_switch("counts", counts)
+    return _Budget(parse_eps(eps), norm, largest_shift, total_shift, counts)
 
 
 @dataclass(frozen=True)
@@ -304,12 +321,12 @@ def _settings(
     )
 
 
-def _data(x: Images, y: Tensor | None, batch_size: int, given: _Given) -> Data:
+def _data(x: Images, y: Tensor | None, batch_size: int, given: _Given, *, counts: bool) -> Data:
     """The images, if they fit what was said of the network, which itself is not asked."""
     data = given_data(x, y, check_count("batch_size", batch_size))
     first = data[0][0]
     if _holds_frames(data):
-        check_frames(first)
+        check_frames(first, counts=counts)
     else:
         check_number_of_channels(first, mean=given.mean, std=given.std)
     return data

@@ -59,6 +59,9 @@ def stress_network(subject: Subject, batches: Batches | Data, request: Request) 
         ('none', 'weight_bits:4', 'first_steps:1')
     """
     data = Data.of(batches)
+    if request.threat.of_events:
+        for x, _ in data:
+            request.threat.check_frames(x)
     faults = request.faults
     if faults is None and request.suite == "stress":
         faults = default_faults(subject.model)

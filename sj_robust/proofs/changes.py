@@ -35,8 +35,9 @@ class Changes:
         y[j] + sum of the k least d[j, i] below 0  <=  y~[j]
         y[j] + sum of the k largest d[j, i] above 0  >=  y~[j]
 
-    Both are reached: an event changes a value in one direction only. A budget that is not an
-    integer, as while a training raises it, counts the next change in part.
+    Both are reached: an event changes a value in one direction only. Of numbers of events, each
+    value has a d below 0 and one above for each event that it may gain or lose. A budget that is
+    not an integer, as while a training raises it, counts the next change in part.
 
     Attributes:
         budget: Number k of changes, for all elements together.
@@ -100,9 +101,13 @@ class Changes:
         """How far weighted sums [R, *] of all elements of samples fall in each of the changes that
         lower them most, [R, changes]; ``samples`` are their numbers [R].
         """
-        rising = weights.clamp(min=0) * self.down[0][samples]
-        falling = (-weights).clamp(min=0) * self.up[0][samples]
-        return first_changes((rising + falling).flatten(1), self.budget, 1)
+        rising = weights.clamp(min=0)
+        falling = (-weights).clamp(min=0)
+        every = []
+        for up, down in zip(self.up, self.down, strict=True):
+            found = rising * down[samples] + falling * up[samples]
+            every.append(found.flatten(1))
+        return first_changes(torch.cat(every, 1), self.budget, 1)
 
     def linear(self, weight: Tensor, shape: torch.Size) -> "Changes | None":
         """Of a linear map [outputs, inputs] whose result has this shape."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from sj_robust.proofs._scipy import scipy_module
 from sj_robust.proofs.bounds import by_row, laid_out
 from sj_robust.proofs.branching import Prover
+from sj_robust.proofs.changes import Changes
 from sj_robust.proofs.moves import Shifts
 from sj_robust.proofs.relaxation import Maps, RelaxedRun, Stage, Step
 from sj_robust.proofs.rounding import reset_rounding
@@ -449,9 +450,28 @@ class _Program:
         assert frames.changes is not None
         if isinstance(frames.changes, Shifts):
             return self._moved(frames.changes, values)
+        added, removed = _numbers(frames.changes)
+        if not np.array_equal(added, 1.0 - values) or not np.array_equal(removed, values):
+            return self._added_and_removed(frames.changes, values)
         found = self.binaries(len(values))
         changes = found.times(1.0 - 2.0 * values).moved(values)
         self.at_most(changes.through(_ones(len(values))), frames.changes.budget)
+        return found
+
+    def _added_and_removed(self, changes: Changes, values: Any) -> _Affine:
+        """Numbers of events, with binary variables a and r for each that is added and removed.
+
+        Equation: ``x~ = x + a - r,  sum of all a and r <= k``, r at most x.
+        """
+        most = len(changes.up)
+        added, removed = _numbers(changes)
+        found = self.variables(values - removed, values + added)
+        new = self._events(added, most)
+        gone = self._events(removed, most)
+        left_over = found.plus(gone).plus(new.times(-1.0)).moved(-values)
+        self.at_most(left_over, 0.0)
+        self.at_least(left_over, 0.0)
+        self.at_most(gone.plus(new).through(_ones(len(values))), changes.budget)
         return found
 
     def _moved(self, moves: Shifts, values: Any) -> _Affine:
@@ -477,7 +497,7 @@ class _Program:
             values - np.minimum(leaving, most), values + np.minimum(coming, most)
         )
         gone = self._events(leaving, most)
-        new = self._events(np.minimum(near, 1.0) if ball.binary else near, most)
+        new = self._events(near if ball.counts else np.minimum(near, 1.0), most)
         left_over = found.plus(gone).plus(new.times(-1.0)).moved(-values)
         self.at_most(left_over, 0.0)
         self.at_least(left_over, 0.0)
@@ -834,6 +854,12 @@ def _windows_of(stage: Stage, samples: int) -> _Windows:
         outputs=(outputs + steps * pooled.shape[1]).ravel(),
         inputs=(inputs + steps * size).ravel(),
     )
+
+
+def _numbers(changes: Changes) -> tuple[Any, Any]:
+    """How many events can come to each value, and how many can leave it."""
+    ups, downs = ([_flat(part) for part in parts] for parts in (changes.up, changes.down))
+    return np.sum(ups, 0), np.sum(downs, 0)
 
 
 def _flat(part: Tensor) -> Any:

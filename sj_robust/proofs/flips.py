@@ -1,5 +1,6 @@
-"""Balls of binary event frames: at most k changed values."""
+"""Balls of event frames: at most k changed values, or at most k events added and removed."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,12 @@ class Flips:
     """Binary event frames [N, T, *] of which at most ``budget`` values are changed, 0 to 1 or 1
     to 0. 至多翻转若干事件的球。
 
+    With ``counts`` frames hold numbers of events, and a change adds one to a value or removes one,
+    as often as the budget pays; no value falls below 0.
+
     Attributes:
         budget: Number of changes; in training it may lie between two integers.
+        counts: Whether frames hold numbers of events.
 
     Examples:
         >>> x = torch.tensor([[[1.0, 0.0, 1.0]]])
@@ -26,21 +31,36 @@ class Flips:
     """
 
     budget: float
+    counts: bool = False
+
+    @property
+    def most(self) -> int:
+        """Number of changes that the budget pays in part or as a whole."""
+        return math.ceil(self.budget)
+
+    def reach(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """How many events can be added to each value at most, and how many removed."""
+        if not self.counts:
+            return 1 - frames, frames
+        return torch.full_like(frames, self.most), frames.clamp(max=self.most)
 
     def box(self, frames: Tensor) -> Interval:
         """An interval of every value around the frames that holds what it may change to."""
-        return Interval(frames - 1, frames + 1)
+        radius = self.most if self.counts else 1
+        return Interval(frames - radius, frames + radius)
 
     def changes(self, frames: Tensor, *, summed: bool) -> Changes:
         """What each value can change by; ``summed`` keeps no single changes behind the first
         map.
         """
+        added, removed = self.reach(frames)
+        numbers = range(1, max(1, self.most if self.counts else 1) + 1)
         steps = torch.arange(frames.shape[1], device=frames.device)
         shape = (1, -1, *[1] * (frames.ndim - 2))
         return Changes(
             self.budget,
-            up=(1 - frames,),
-            down=(frames,),
+            up=tuple((added >= number).to(frames.dtype) for number in numbers),
+            down=tuple((removed >= number).to(frames.dtype) for number in numbers),
             frame=steps.view(shape).expand(frames.shape),
             apart=True,
             summed=summed,
@@ -48,13 +68,22 @@ class Flips:
 
     def falls(self, frames: Tensor, weights: Tensor) -> Tensor:
         """How far a change of each value lowers sums with weights [R, T, *] of frames [1, T, *]."""
+        if self.counts:
+            return torch.where(weights < 0, -weights, weights * (frames > 0))
         return (weights * (2 * frames - 1)).clamp(min=0)
+
+    def times(self, frames: Tensor, weights: Tensor) -> Tensor:
+        """How often each value can be changed so, [R, T, *]."""
+        added, removed = self.reach(frames)
+        return torch.where(weights < 0, added, removed)
 
     def lowest(self, frames: Tensor, weights: Tensor) -> Tensor:
         """The frames of the ball whose sum with the weights is least; frames may be one for several
         rows of weights.
         """
         frames = frames.expand(weights.shape)
+        if self.counts:
+            return self._lowest_counts(frames, weights)
         falls = (weights * (2 * frames - 1)).flatten(1)
         values, places = falls.topk(min(int(self.budget), falls.shape[1]), 1)
         chosen = torch.zeros_like(falls).scatter(1, places, (values > 0).to(falls.dtype))
@@ -62,5 +91,30 @@ class Flips:
 
     def drawn(self, frames: Tensor, generator: torch.Generator) -> Tensor:
         """Frames with as many changes as the budget allows, at random places."""
+        if self.counts:
+            return self._drawn_counts(frames, generator)
         drawn = torch.rand(frames.shape, generator=generator, dtype=torch.float64)
         return self.lowest(frames, drawn.to(frames.device) * (2 * frames - 1)).to(frames.dtype)
+
+    def _lowest_counts(self, frames: Tensor, weights: Tensor) -> Tensor:
+        """The same for numbers of events: of a value there may be several changes."""
+        each = self.falls(frames, weights).flatten(1)
+        times = self.times(frames, weights).flatten(1)
+        every = [each * (times >= number) for number in range(1, self.most + 1)]
+        if not every:
+            return frames
+        falls = torch.cat(every, 1)
+        values, places = falls.topk(min(int(self.budget), falls.shape[1]), 1)
+        spent = torch.zeros_like(each)
+        spent = spent.scatter_add(1, places % each.shape[1], (values > 0).to(each.dtype))
+        direction = torch.where(weights < 0, 1.0, -1.0).to(frames.dtype)
+        return frames + direction * spent.view_as(weights).to(frames.dtype)
+
+    def _drawn_counts(self, frames: Tensor, generator: torch.Generator) -> Tensor:
+        """The same for numbers of events, changed one by one, so that a value may change twice."""
+        one = Flips(1, counts=True)
+        found = frames.to(torch.float64)
+        for _ in range(int(self.budget)):
+            drawn = torch.rand(frames.shape, generator=generator, dtype=torch.float64)
+            found = one.lowest(found, (2 * drawn - 1).to(frames.device))
+        return found.to(frames.dtype)

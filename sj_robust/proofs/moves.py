@@ -28,34 +28,34 @@ class Moves:
     pixel and polarity and comes at most ``largest_shift`` frames earlier or later.
     至多移动若干事件的球。
 
-    An event may go where another one is if that one moves on. Frames hold 0 or 1, or the number of
-    events, which then may rise above 1.
+    An event may go where another one is if that one moves on. Frames hold 0 or 1, or with
+    ``counts`` the number of events.
 
     Attributes:
         budget: Number of moved events; in training it may lie between two integers.
         largest_shift: Frames by which an event moves at most.
-        binary: Whether a frame holds at most one event of a pixel and polarity.
+        counts: Whether a frame may hold several events of a pixel and polarity.
 
     Source: derived here; see ``docs/concepts/verified_events.md``.
 
     Examples:
         >>> x = torch.tensor([[[1.0], [0.0], [0.0]]])
-        >>> Moves(1, 1, binary=True).lowest(x, torch.tensor([[[0.0], [-1.0], [-5.0]]])).flatten()
+        >>> Moves(1, 1).lowest(x, torch.tensor([[[0.0], [-1.0], [-5.0]]])).flatten()
         tensor([0., 1., 0.])
     """
 
     budget: float
     largest_shift: int
-    binary: bool
+    counts: bool = False
 
     @classmethod
-    def of(cls, frames: Tensor, budget: float, largest_shift: int | None) -> "Moves":
-        """The moves of given frames; they hold numbers of events if a value is above 1, and None is
-        any shift.
-        """
+    def of(
+        cls, frames: Tensor, budget: float, largest_shift: int | None, *, counts: bool = False
+    ) -> "Moves":
+        """The moves of given frames; None is any shift."""
         T = frames.shape[1]
         shift = T - 1 if largest_shift is None else min(largest_shift, T - 1)
-        return cls(budget, shift, binary=not bool((frames > 1).any()))
+        return cls(budget, shift, counts)
 
     @property
     def most(self) -> int:
@@ -65,7 +65,7 @@ class Moves:
     def reach(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """How many events can come to each value at most, and how many can leave it."""
         near = self.near(frames)
-        if not self.binary:
+        if self.counts:
             may_move = frames.shape[1] > 1 and self.largest_shift > 0
             return near, frames * may_move
         empty = 1 - frames
@@ -112,6 +112,10 @@ class Moves:
         _, leaving = self.reach(frames)
         return there * (leaving > 0)
 
+    def times(self, frames: Tensor, weights: Tensor) -> Tensor:
+        """How many events each value may lose, [R, T, *]."""
+        return frames.expand(weights.shape)
+
     def lowest(self, frames: Tensor, weights: Tensor) -> Tensor:
         """Frames of the ball whose sum with the weights is low, with one move at most of a pixel
         and polarity; frames may be one for several rows of weights.
@@ -124,7 +128,7 @@ class Moves:
         for t in range(x.shape[1]):
             for to in _places_near(t, x.shape[1], self.largest_shift):
                 possible = x[:, t] > 0
-                if self.binary:
+                if not self.counts:
                     possible &= x[:, to] == 0
                 fall = torch.where(possible, w[:, t] - w[:, to], 0.0)
                 better = fall > best
@@ -167,7 +171,7 @@ class Moves:
             weights: Of each line, [M, T].
         """
         alone = self._gains_of_events(lines, weights)
-        if not self.binary or lines.shape[1] > _CODED:
+        if self.counts or lines.shape[1] > _CODED:
             return alone
         patterns, number = _distinct(lines)
         if not len(patterns):

@@ -107,8 +107,8 @@ def open_events(model: SpikingClassifier, x: Tensor, y: Tensor, ball: Events) ->
                 spent = run.changed.changes.falls(rows, found.weights).sum(1)
                 own = ball.falls(image.double(), found.weights)
                 value = found.value.detach()
-                times = image.flatten().clamp(min=1).long()  # a place may hold several events
-                worst = worst_with(own.flatten(1), times, int(ball.budget))
+                times = ball.times(image.double(), found.weights)
+                worst = worst_with(own.flatten(1), times.flatten(1), int(ball.budget))
                 breaking = ~((value + spent).unsqueeze(1) > worst)  # NaN rules out nothing
             least = int(value.argmin())
             possible = (own > 0).flatten(1).any(0)
@@ -120,9 +120,10 @@ def open_events(model: SpikingClassifier, x: Tensor, y: Tensor, ball: Events) ->
 
 def worst_with(falls: Tensor, times: Tensor, budget: int) -> Tensor:
     """The largest sum of so many falls [R, D] of which each one is a part, [R, D]; each can be
-    taken ``times`` [D].
+    taken ``times`` [R, D].
     """
-    available = falls.repeat_interleave(times.clamp(max=max(1, budget)), 1)
+    every = [falls * (times >= number) for number in range(1, max(1, budget) + 1)]
+    available = torch.cat(every, 1)
     count = min(budget, available.shape[1])
     if count == 0:
         return torch.zeros_like(falls)

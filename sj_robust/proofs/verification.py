@@ -18,12 +18,11 @@ from sj_robust.classifier import (
 )
 from sj_robust.core.checks import (
     Channels,
-    check_binary,
     check_channels,
     check_choice,
     check_classes,
     check_count,
-    check_event_counts,
+    check_events,
     check_function,
     check_images,
     check_labels,
@@ -33,6 +32,7 @@ from sj_robust.core.checks import (
     check_samples,
     check_size,
     check_steps,
+    check_switch,
 )
 from sj_robust.core.environment import device_of
 from sj_robust.core.eps import eps_text, parse_eps
@@ -120,6 +120,7 @@ class Verification(Shown):
             with the reason.
         largest_shift: For moves, the largest number of frames by which an event moves; None for no
             limit.
+        counts: Whether event frames hold numbers of events.
     """
 
     eps: float
@@ -132,6 +133,7 @@ class Verification(Shown):
     norm: NormName = "Linf"
     apart: tuple[str, ...] = ()
     largest_shift: int | None = None
+    counts: bool = False
 
     @property
     def verified(self) -> tuple[bool, ...]:
@@ -163,7 +165,8 @@ class Verification(Shown):
     def _threat(self) -> str:
         """The ball in words."""
         shift = "" if self.largest_shift is None else f" by {self.largest_shift} frames at most"
-        return f"{self.norm} {eps_text(self.eps)}{shift}"
+        counted = " in frames of numbers of events" if self.counts else ""
+        return f"{self.norm} {eps_text(self.eps)}{shift}{counted}"
 
     def table(self) -> str:
         """Markdown: the share of images, then a row per spiking layer."""
@@ -222,6 +225,7 @@ def verify(
     std: Channels = None,
     norm: NormName = "Linf",
     largest_shift: int | None = None,
+    counts: bool = False,
     method: Method = "joint",
     time_limit: float = 10.0,
     batch_size: int = 64,
@@ -232,9 +236,9 @@ def verify(
 
     With ``norm="L0"`` images are binary event frames, of which at most ``eps`` values change. With
     ``norm="moves"`` at most ``eps`` events of event frames move in time, each by at most
-    ``largest_shift`` frames; frames in which a value is above 1 hold numbers of events.
-    ``docs/concepts/verified_events.md`` derives how far this can change the currents of the first
-    layer.
+    ``largest_shift`` frames. With ``counts``, frames hold numbers of events; each change adds or
+    removes one event, and any number may move to one place. ``docs/concepts/verified_events.md``
+    derives how far this can change the currents of the first layer.
 
     Equation: the input lies in ``[max(x - eps, 0), min(x + eps, 1)]``. Bounds are propagated
     through the layers one by one; with bounds l and u on a neuron's current, its input gain p, its
@@ -276,14 +280,14 @@ def verify(
             frames [N, T, C, H, W].
         y: Labels [N] int64.
         eps: Linf radius, >= 0, a number or a string such as ``"8/255"``; for L0 the number of
-            values per sample that may change, for moves the number of events per sample that may
-            move, an integer >= 0.
+            values per sample that may change, or of events added and removed, for moves the number
+            of events per sample that may move, an integer >= 0.
         T: Number of time steps, for a bare network; None if it has its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
-        norm: ``"Linf"``, ``"L0"`` for changed events of binary frames, or ``"moves"`` for events
-            moved in time.
+        norm: ``"Linf"``, ``"L0"`` for changed events, or ``"moves"`` for events moved in time.
         largest_shift: For moves, frames by which an event may move, >= 1; None for any number.
+        counts: For L0 and moves, whether frames hold numbers of events, and not 0 or 1.
         method: "ibp", "joint", "crown", "bab" or "mip".
         time_limit: Seconds per image for bab and mip; an image that needs more counts as unknown.
             For bab they are converted into the number of operations that one core performs in that
@@ -299,7 +303,8 @@ def verify(
         ValueError: If a bare network comes without T; if the model is in training mode, is not in
             float32, draws random numbers or changes its own parameters or buffers in a forward; if
             images or labels do not fit, eps < 0, or norm or method is unknown; for L0 and moves, if
-            eps is not an integer or the frames are neither binary nor counts of events.
+            eps is not an integer, or the frames are not binary, or with ``counts`` not numbers of
+            events.
         UnsoundBoundsError: If the network contradicts its bounds: an operation is missing from the
             graph, a neuron does not follow its charge equation, or a point of the ball lies outside
             the bounds.
@@ -327,7 +332,8 @@ def verify(
     """
     check_network(model, "model")
     check_choice("norm", norm, get_args(NormName))
-    ball = ball_of(norm, parse_eps(eps), largest_shift)
+    check_switch("counts", counts)
+    ball = ball_of(norm, parse_eps(eps), largest_shift, counts=counts)
     T = check_steps(T)
     mean, std = check_channels("mean", mean), check_channels("std", std, positive=True)
     batch_size = check_count("batch_size", batch_size)
@@ -337,7 +343,7 @@ def verify(
     time_limit = check_size("time_limit", time_limit, positive=True)
     check_function("on_batch", on_batch)
     classifier = check_classifier(as_classifier(model, T, mean=mean, std=std))
-    neurons = _checked(classifier, x, y, counts=norm == "moves")
+    neurons = _checked(classifier, x, y, of_events=norm != "Linf")
     if norm == "moves" and not isinstance(classifier, SpikingEventClassifier):
         raise ValueError(
             "moves are those of event frames; wrap the network in a "
@@ -351,7 +357,7 @@ def verify(
     correct: list[bool] = []
     margins: list[float] = []
     totals: dict[str, Tensor] = {}
-    counts = dict.fromkeys(neurons, 0)
+    sizes = dict.fromkeys(neurons, 0)
     broken: list[bool] = []
     x_adv = x.detach().clone()
     maps = Maps(partial(bounded_logits, classifier), neurons, x[0].to(device))
@@ -404,20 +410,21 @@ def verify(
         broken += batch.wrong.tolist()
         x_adv[part] = batch.x_adv
         for name, layer in run.layers.items():
-            counts[name] += layer.neurons
+            sizes[name] += layer.neurons
             seen = torch.tensor([layer.undecided, layer.width], dtype=torch.float64)
             totals[name] = totals.get(name, 0.0) + seen
         if on_batch is not None:
             on_batch(start)
     layers = tuple(
-        BoundedLayer(name, *map(tuple, (total / counts[name]).tolist()))
+        BoundedLayer(name, *map(tuple, (total / sizes[name]).tolist()))
         for name, total in totals.items()
-        if counts[name]
+        if sizes[name]
     )
     return Verification(
         eps=parse_eps(eps),
         norm=norm,
         largest_shift=largest_shift,
+        counts=counts,
         correct=tuple(correct),
         margin=tuple(margins),
         layers=layers,
@@ -428,7 +435,9 @@ def verify(
     )
 
 
-def ball_of(norm: NormName, eps: float, largest_shift: int | None) -> float | Events:
+def ball_of(
+    norm: NormName, eps: float, largest_shift: int | None, *, counts: bool = False
+) -> float | Events:
     """The ball around an image, or around frames that are not known yet."""
     if largest_shift is not None:
         if norm != "moves":
@@ -436,6 +445,8 @@ def ball_of(norm: NormName, eps: float, largest_shift: int | None) -> float | Ev
                 f"largest_shift limits moves of events, got {largest_shift!r} for {norm}; omit it"
             )
         check_count("largest_shift", largest_shift)
+    if counts and norm == "Linf":
+        raise ValueError("counts says what event frames hold, got it for Linf; omit it")
     if norm == "Linf":
         return check_size("eps", eps, at_most=1.0)
     if eps < 0 or eps % 1:
@@ -444,18 +455,17 @@ def ball_of(norm: NormName, eps: float, largest_shift: int | None) -> float | Ev
             f"eps must be an integer >= 0 for {norm}, the number of {what}, got {eps:g}"
         )
     if norm == "L0":
-        return Flips(int(eps))
-    return Moves(int(eps), sys.maxsize if largest_shift is None else largest_shift, binary=True)
+        return Flips(int(eps), counts)
+    return Moves(int(eps), sys.maxsize if largest_shift is None else largest_shift, counts)
 
 
 def ball_of_frames(ball: Events, x: Tensor) -> Events:
-    """The ball of these frames, which are binary, or for moves numbers of events."""
+    """The ball of these frames, which are binary, or numbers of events."""
+    check_events(x, counts=ball.counts)
     if isinstance(ball, Moves):
-        check_event_counts(x)
-        return Moves.of(x, ball.budget, ball.largest_shift)
-    check_binary(x)
+        return Moves.of(x, ball.budget, ball.largest_shift, counts=ball.counts)
     elements = x[0].numel()
-    if ball.budget > elements:
+    if ball.budget > elements and not ball.counts:
         raise ValueError(f"eps must be <= {elements}, the values of a sample, got {ball.budget}")
     return ball
 
@@ -617,11 +627,11 @@ def bounded_logits(
     return logits
 
 
-def _checked(model: SpikingClassifier, x: Tensor, y: Tensor, *, counts: bool) -> dict[str, Neuron]:
-    """The network's neurons by name, if all that is given fits; with ``counts`` values may be above
-    1.
-    """
-    (check_samples if counts else check_images)(x)
+def _checked(
+    model: SpikingClassifier, x: Tensor, y: Tensor, *, of_events: bool
+) -> dict[str, Neuron]:
+    """The network's neurons by name, if all that is given fits; values of frames may be above 1."""
+    (check_samples if of_events else check_images)(x)
     check_labels(y, x)
     if len(x) == 0:
         raise ValueError("x must contain at least one image, got none")

@@ -139,6 +139,7 @@ class TrainingRun:
                 verified_method=self.plan.verified_method,
                 verified_norm=self.plan.verified_norm,
                 verified_shift=self.plan.verified_shift,
+                verified_counts=self.plan.verified_counts,
             )
         record = EpochRecord(
             epoch=self.epoch + 1,

@@ -39,9 +39,10 @@ class CertifiedOptions:
             in the ball; x~ is the perturbed image.
         attacked: Whether the first term of the loss is the cross entropy of perturbed images,
             clamped to the ball of the current radius, instead of clean images.
-        norm: ``"Linf"``, ``"L0"`` for changed events of binary frames, or ``"moves"`` for events
-            moved in time; their number is the radius. In each time step, that many may change.
+        norm: ``"Linf"``, ``"L0"`` for changed events, or ``"moves"`` for events moved in time;
+            their number is the radius. In each time step, that many may change.
         largest_shift: For moves, frames by which an event may move; None for any number.
+        counts: For L0 and moves, whether frames hold numbers of events, and not 0 or 1.
 
     Raises:
         ValueError: If a number is out of range.
@@ -63,6 +64,7 @@ class CertifiedOptions:
     attacked: bool = False
     norm: NormName = "Linf"
     largest_shift: int | None = None
+    counts: bool = False
 
     @property
     def needs_perturbed(self) -> bool:
@@ -219,9 +221,10 @@ class CertifiedLoss:
             case "Linf":
                 return radius
             case "L0":
-                return Flips(radius)
+                return Flips(radius, self.options.counts)
             case "moves":
-                return Moves.of(x, radius, self.options.largest_shift)
+                shift = self.options.largest_shift
+                return Moves.of(x, radius, shift, counts=self.options.counts)
 
 
 @contextmanager

@@ -285,6 +285,45 @@ def flip_attacks(flips: int, *, final: bool) -> dict[str, Attack]:
     return event_attacks(ThreatModel("L0", flips), final=final)
 
 
+def event_training_attack(
+    mode: Literal["at", "rat", "pgd_at"], threat: ThreatModel, *, steps: int | None = None
+) -> Attack:
+    """How a mode makes the perturbed event frames of a training batch, by changes or moves of a
+    threat. 事件帧的训练攻击。
+
+    ``"at"`` and ``"rat"`` spend the whole budget along one gradient, ``"pgd_at"`` in ``steps``
+    parts, 7 by default; a sample that the network gets wrong already stays as it is.
+
+    Source: :func:`sj_robust.attacks.flip_events` and :func:`sj_robust.attacks.move_events` without
+        probes and queries.
+
+    Examples:
+        >>> attack = event_training_attack("at", ThreatModel("L0", 3))
+        >>> x, model = torch.zeros(2, 1, 2, 2, 2), torch.nn.Sequential(torch.nn.Flatten())
+        >>> attack(model, x, torch.tensor([0, 1]), generator=SampleSeeds([1, 2])).sum().item() <= 6
+        True
+    """
+    of_mode = MODES[mode].attack_steps
+    spent = {"steps": of_mode if steps is None else steps, "keep_best": False}
+    return partial(_guided(threat), **_BY_GRADIENT_ALONE, **spent)
+
+
+_BY_GRADIENT_ALONE: dict[str, Any] = {"probes": 0, "queries": 0, "reduce": False}
+
+
+def _guided(threat: ThreatModel) -> "partial[Tensor]":
+    """The attack by gradient of a threat of events, its budget bound."""
+    if threat.norm == "L0":
+        return partial(flip_events, flips=int(threat.eps), counts=threat.counts)
+    return partial(
+        move_events,
+        moves=int(threat.eps),
+        largest_shift=threat.largest_shift,
+        total_shift=threat.total_shift,
+        counts=threat.counts,
+    )
+
+
 def event_attacks(threat: ThreatModel, *, final: bool) -> dict[str, Attack]:
     """The same for a threat of changed or of moved events. 事件威胁模型的验证与最终攻击。
 
@@ -295,23 +334,15 @@ def event_attacks(threat: ThreatModel, *, final: bool) -> dict[str, Attack]:
         >>> list(event_attacks(ThreatModel("moves", 10, largest_shift=1), final=True))
         ['moves', 'random']
     """
-    search: dict[str, Any] = {"reduce": False}
+    search: dict[str, Any] = {"reduce": False} if final else {"steps": 5, **_BY_GRADIENT_ALONE}
+    name = "moves" if threat.norm == "moves" else "flips"
+    guided = partial(_guided(threat), **search)
     if not final:
-        search |= {"steps": 5, "probes": 0, "queries": 0}
+        return {name: guided}
+    budget = _guided(threat).keywords
     if threat.norm == "moves":
-        name = "moves"
-        budget: dict[str, Any] = {
-            "moves": int(threat.eps),
-            "largest_shift": threat.largest_shift,
-            "total_shift": threat.total_shift,
-        }
-        guided: Attack = partial(move_events, **budget, **search)
-        random: Attack = partial(random_moves, **budget, tries=20)
-    else:
-        name = "flips"
-        guided = partial(flip_events, flips=int(threat.eps), **search)
-        random = partial(random_flips, flips=int(threat.eps), allow="remove", tries=20)
-    return {name: guided, "random": random} if final else {name: guided}
+        return {name: guided, "random": partial(random_moves, **budget, tries=20)}
+    return {name: guided, "random": partial(random_flips, **budget, allow="remove", tries=20)}
 
 
 def trades(

@@ -42,6 +42,7 @@ class TrainingPlan:
         verified_norm: Norm of this radius, ``"Linf"``, ``"L0"`` for changed events or ``"moves"``
             for moved events.
         verified_shift: For moves, frames by which an event may move; None for any number.
+        verified_counts: Whether event frames hold numbers of events, and not 0 or 1.
         verified_method: Method of :func:`sj_robust.proofs.verify` for these proofs.
         checkpoint_steps: Steps between checkpoints within an epoch; None writes only one per epoch.
         workers: Processes that load images in the background.
@@ -84,6 +85,7 @@ class TrainingPlan:
     verified_eps: float | None = None
     verified_norm: NormName = "Linf"
     verified_shift: int | None = None
+    verified_counts: bool = False
     verified_method: TrainedMethod = "joint"
     checkpoint_steps: int | None = None
     workers: int = 0

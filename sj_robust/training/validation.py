@@ -90,12 +90,14 @@ class Validation:
         verified_method: TrainedMethod = "joint",
         verified_norm: NormName = "Linf",
         verified_shift: int | None = None,
+        verified_counts: bool = False,
     ) -> dict[str, float]:
         """Accuracy in [0, 1] on clean images and under each attack; every process gets the same
         figures.
 
         With ``verified_eps`` also the share of images that are ``"verified"`` at that radius of
-        ``verified_norm``, for moves of events by ``verified_shift`` frames at most.
+        ``verified_norm``, for moves of events by ``verified_shift`` frames at most; frames hold
+        numbers of events with ``verified_counts``.
         """
         counts = dict.fromkeys(["clean", *attacks], 0)
         for number, (x, y) in zip(self._own_batches, self._batches(), strict=True):
@@ -105,7 +107,12 @@ class Validation:
                 counts[name] += right[name]
         if verified_eps is not None:
             counts["verified"] = self._verified(
-                model, verified_eps, verified_method, verified_norm, verified_shift
+                model,
+                verified_eps,
+                method=verified_method,
+                norm=verified_norm,
+                largest_shift=verified_shift,
+                counts=verified_counts,
             )
         own = torch.tensor(list(counts.values()), device=self._accelerator.device)
         totals = self._accelerator.reduce(own, "sum").tolist()
@@ -115,9 +122,11 @@ class Validation:
         self,
         model: nn.Module,
         eps: float,
+        *,
         method: TrainedMethod,
         norm: NormName,
         largest_shift: int | None,
+        counts: bool,
     ) -> int:
         """Number of this process's images that are verified.
 
@@ -136,6 +145,7 @@ class Validation:
                 eps,
                 norm=norm,
                 largest_shift=largest_shift,
+                counts=counts,
                 method=method,
                 batch_size=_BATCH,
             )

@@ -223,7 +223,7 @@ class TestThreat:
             move_events(TestOneEvent.model, self.x, y, moves=-1)
         with pytest.raises(
             ValueError,
-            match=r"or numbers of events, got values from 0 to 0.5",
+            match=r"binary event frames \(0 or 1\), got values from 0 to 0.5",
         ):
             random_moves(None, self.x / 2, moves=1)
         with pytest.raises(ValueError, match="tries > 1 need model and y"):

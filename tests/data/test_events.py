@@ -68,6 +68,13 @@ def test_n_mnist(tmp_path, monkeypatch):
     shorter = load_n_mnist(tmp_path, T=2)
     frames, _ = shorter.test[0]
     assert frames.shape == (2, 2, 34, 34)
+    counted = load_n_mnist(tmp_path, counts=True)
+    for (numbers, _), (binary, _) in zip(counted.test, again.test, strict=True):
+        assert torch.equal((numbers > 0).float(), binary)
+        assert numbers.dtype == torch.float32
+    together = load_n_mnist(tmp_path, T=1, counts=True)
+    for (numbers, _), (whole, _) in zip(counted.test, together.test, strict=True):
+        assert torch.equal(numbers.sum(0), whole[0])
     few = load_n_mnist(tmp_path, test_limit=8)
     labels = {int(label) for _, label in few.test}
     assert len(labels) > 3

@@ -35,8 +35,9 @@ def intensity(image, row, column):
 
 
 def seen_by_a_pixel(image, row, column, threshold):
-    """Steps and signs of the events of one pixel, whose log intensities are in units of
-    1 / 65536: where the image comes back to a place, a change is a multiple of the threshold.
+    """Steps and numbers, with their sign, of the events of one pixel, whose log intensities are in
+    units of 1 / 65536: where the image comes back to a place, a change is a multiple of the
+    threshold.
     """
     amplitude = max(1, round(3 * len(image) / 28))
     x, y = (amplitude * part for part in CORNERS[0])
@@ -57,7 +58,7 @@ def seen_by_a_pixel(image, row, column, threshold):
         number = abs(log - remembered) // threshold
         if number:
             sign = 1 if log > remembered else -1
-            events.append((step - 1, sign))
+            events.append((step - 1, sign * number))
             remembered += sign * number * threshold
     return events
 
@@ -71,12 +72,13 @@ def test_events_are_those_of_a_sensor_written_once_more(monkeypatch):
     different = 0
     for row in range(10):
         for column in range(10):
-            expected = torch.zeros(48, 2, dtype=torch.bool)
-            for step, sign in seen_by_a_pixel(image, row, column, 19661):
-                expected[step, int(sign > 0)] = True
+            expected = torch.zeros(48, 2, dtype=torch.int32)
+            for step, number in seen_by_a_pixel(image, row, column, 19661):
+                expected[step, int(number > 0)] = abs(number)
             different += int(not torch.equal(expected, frames[:, :, row, column]))
     assert different <= 1  # intensities may be rounded differently
-    assert frames.sum() > 500
+    assert (frames > 0).sum() > 500
+    assert frames.max() > 1
 
 
 CHECKSUMS = ["aa2b3ebb09359142", "35c352904e1430d1", "13c815a1ee3c3933"]
@@ -98,6 +100,24 @@ def test_the_digits_are_the_same_events_on_every_machine():
     assert first.shape == (8, 4, 2, 10, 10)
     assert torch.equal(first[3], x)
     assert labels[3] == y
+
+
+def test_counts_are_the_numbers_of_the_events_of_binary_frames(cache):
+    options = {"T": 3, "test_limit": 20}
+    binary = load_images("saccade:digits", **options)
+    counted = load_images("saccade:digits", counts=True, **options)
+    fine = load_images("saccade:digits", counts=True, T=12, test_limit=20)
+    assert counted.frames
+    assert counted.image_shape == binary.image_shape
+    for one, few, many in zip(binary.test, counted.test, fine.test, strict=True):
+        assert few[0].dtype == torch.float32
+        assert torch.equal((few[0] > 0).float(), one[0])
+        assert torch.equal(many[0].view(3, 4, 2, 10, 10).sum(1), few[0])
+        assert int(few[1]) == int(one[1])
+    x, _ = next(iter(image_loader(counted.test, 20)))
+    assert torch.equal(x[3], counted.test[3][0])
+    assert x.max() > 2
+    assert not cache.exists()
 
 
 def test_frames_of_a_coarser_division_hold_those_of_a_finer_one():

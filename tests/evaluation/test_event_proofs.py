@@ -11,7 +11,7 @@ from torch import nn
 from sj_robust import evaluate
 from sj_robust.attacks import ThreatModel
 from sj_robust.classifier import SpikingEventClassifier
-from sj_robust.evaluation import Report
+from sj_robust.evaluation import Fault, Report, stress
 from sj_robust.evaluation import assess as whole
 from sj_robust.evaluation.run.proofs import Proofs, has_proofs, verify_within
 from sj_robust.proofs import verify
@@ -88,10 +88,11 @@ def test_the_bracket_of_moved_events_is_that_of_verify(most):
             eps=2,
             norm="moves",
             largest_shift=1,
+            counts=most == 2,
             suite="events",
             progress=False,
         )
-    found = verify(model, x, y, 2, norm="moves", largest_shift=1)
+    found = verify(model, x, y, 2, norm="moves", largest_shift=1, counts=most == 2)
     verified = {number for number, one in enumerate(found.verified) if one}
     assert report.standing("verified") == verified
     assert len(verified) > 0
@@ -100,6 +101,53 @@ def test_the_bracket_of_moved_events_is_that_of_verify(most):
     assert low.correct <= high.correct
     assert "moved in time" in report.verdict
     assert Report.from_json(report.to_json()) == report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["L0", "moves"])
+def test_an_evaluation_of_counts_does_not_depend_on_the_batches(norm):
+    """A sample whose events are 0 or 1 stands or falls alone as it does beside counts."""
+    model = network()
+    x, _ = samples(model)
+    x[::2] *= 3
+    y = model(x).argmax(1)
+    given = {"eps": 2, "norm": norm, "counts": True, "suite": "events", "progress": False}
+    with shortened(two_members):
+        reports = [evaluate(model, x, y, batch_size=size, **given) for size in (12, 1)]
+    names = ["verified", *(row.member for row in reports[0].attacks)]
+    assert len(names) > 2
+    for name in names:
+        assert reports[0].standing(name) == reports[1].standing(name)
+    assert reports[0].threat == ThreatModel(norm, 2, counts=True)
+    assert "in frames of numbers of events" in reports[0].verdict
+    assert Report.from_json(reports[0].to_json()) == reports[0]
+    low, high = reports[0].bracket
+    assert 0 < low.correct <= high.correct
+
+
+@pytest.mark.slow
+def test_stress_of_counts_attacks_counts():
+    model = network()
+    x, _ = samples(model)
+    x *= 3
+    y = model(x).argmax(1)
+    faults = [Fault("jitter", 1)]
+    given = {"eps": 3, "faults": faults, "draws": 1, "steps": 3, "progress": False}
+    with pytest.raises(ValueError, match="for numbers of events pass counts=True"):
+        stress(model, x, y, **given)
+    report = stress(model, x, y, counts=True, **given)
+    assert report.variants == ("none", "jitter:1")
+    assert report.threat == ThreatModel("L0", 3, counts=True)
+    with pytest.raises(ValueError, match="counts says what event frames hold, got it for Linf"):
+        evaluate(model, x, y, eps=0.1, norm="Linf", counts=True)
+
+
+def test_later_batches_are_checked_too():
+    model = network()
+    x, y = samples(model)
+    x[-1, 0, 0, 0, 0] = 2.0
+    with pytest.raises(ValueError, match="for numbers of events pass counts=True"):
+        evaluate(model, x, y, eps=1, batch_size=4, progress=False)
 
 
 def test_a_total_shift_limits_moves_and_how_far_each_goes():

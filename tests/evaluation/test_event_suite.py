@@ -212,7 +212,7 @@ def test_wrong_use(bars):
     ):
         evaluated(bars, batches=images)
     with pytest.raises(
-        ValueError, match=r"got values from 0 to 3; event frames of counts become binary"
+        ValueError, match=r"got values from 0 to 3; for numbers of events pass counts"
     ):
         evaluated(bars, batches=[(bars.x * 3, bars.y)])  # counts per frame
     with pytest.raises(ValueError, match="eps must be <= 1200, the values of a sample, got 1201"):

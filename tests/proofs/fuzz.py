@@ -320,13 +320,14 @@ class Proved:
         method: str,
         norm: str = "Linf",
         largest_shift: int | None = None,
+        counts: bool = False,
     ) -> "Proved":
         """Joint bounds, held against those of intervals, and the margin of a method."""
-        given = {"norm": norm, "largest_shift": largest_shift}
+        given = {"norm": norm, "largest_shift": largest_shift, "counts": counts}
         result = verify(model, x, y, eps, method=method, time_limit=1.0, **given)
-        ball = eps
-        if norm != "Linf":
-            ball = Flips(eps) if norm == "L0" else Moves.of(x, eps, largest_shift)
+        ball = Flips(eps, counts) if norm == "L0" else eps
+        if norm == "moves":
+            ball = Moves.of(x, eps, largest_shift, counts=counts)
         margin = torch.tensor(result.margin, dtype=torch.float64)
         neurons = bounded_neurons(model)
         intervals = Recorded(neurons, len(x))

@@ -33,13 +33,14 @@ def check(seed: int, points: int) -> Counter:
         net = fuzz.random_classifier(case, grid, T).net
     model = SpikingEventClassifier(net, T).eval()
     x = (torch.rand(fuzz.IMAGES, T, 2, 6, 6) < case.choice([0.1, 0.3, 0.5, 0.8])).float()
-    if case.random() < 0.3:
+    counts = case.random() < 0.3
+    if counts:
         x = x * torch.randint(1, 4, x.shape)
     shift = case.choice([None, 1, 1, 2])
-    ball = Moves.of(x, case.choice([1, 1, 2, 3, 5, 10]), shift)
+    ball = Moves.of(x, case.choice([1, 1, 2, 3, 5, 10]), shift, counts=counts)
     method = case.choice(METHODS)
     y = model(x).argmax(1)
-    given = {"norm": "moves", "largest_shift": shift}
+    given = {"norm": "moves", "largest_shift": shift, "counts": counts}
     proved = fuzz.Proved.of(model, x, y, ball.budget, method, **given)
     several = x.repeat_interleave(max(1, points // (3 * fuzz.IMAGES)), 0)
     return fuzz_flips.tried(
@@ -87,7 +88,7 @@ def one_move_a_line(
     ends = torch.zeros(2, *best.shape, dtype=torch.int64)
     for t in range(T):
         for to in range(max(0, t - ball.largest_shift), min(T, t + ball.largest_shift + 1)):
-            room = (flat[:, to] == 0) | (not ball.binary)
+            room = (flat[:, to] == 0) | ball.counts
             possible = (flat[:, t] > 0) & unmoved[:, t] & room & torch.tensor(t != to)
             gain = torch.where(possible, score[:, to] - score[:, t], -torch.inf)
             better = gain > best

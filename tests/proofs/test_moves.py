@@ -54,7 +54,7 @@ def entering(x, ball):
 
 def extremes(function, x, ball):
     """Least and largest value of every element over all sets of moves of a sample [T, *]."""
-    every = all_moved(x, int(ball.budget), ball.largest_shift, binary=ball.binary)
+    every = all_moved(x, int(ball.budget), ball.largest_shift, binary=not ball.counts)
     values = torch.stack([function(one) for one in every])
     return values.amin(0), values.amax(0)
 
@@ -81,8 +81,7 @@ def convolved(z):
 @pytest.mark.parametrize(("budget", "shift"), [(1, 1), (2, 1), (2, 2), (3, 1)])
 def test_a_step_is_bounded_exactly(budget, shift, most):
     x = apart(1, T, 1, 2, 3, seed=5, most=most)
-    ball = Moves.of(x, budget, shift)
-    assert ball.binary == (most == 1)
+    ball = Moves.of(x, budget, shift, counts=most > 1)
     found = convolved(entering(x, ball))
     low, high = extremes(convolved, x[0], ball)
     torch.testing.assert_close(found.least, low)
@@ -103,8 +102,8 @@ def test_an_event_between_events_leaves_only_if_they_make_way():
     """One move by one frame cannot empty the first of 1, 1, 0; two can."""
     line = torch.tensor([1.0, 1.0, 0.0]).double()
     x = line.view(1, T, 1, 1, 1)
-    _, with_one_move = Moves(1, 1, binary=True).reach(x)
-    _, with_two_moves = Moves(2, 1, binary=True).reach(x)
+    _, with_one_move = Moves(1, 1).reach(x)
+    _, with_two_moves = Moves(2, 1).reach(x)
     assert with_one_move.flatten().tolist() == [0.0, 1.0, 0.0]
     assert with_two_moves.flatten().tolist() == [1.0, 1.0, 0.0]
     assert (0, 1, 1) in lines_reached(line, 2, 1, binary=True)
@@ -113,7 +112,7 @@ def test_an_event_between_events_leaves_only_if_they_make_way():
 @pytest.mark.parametrize("steps", [2, 4, 5])
 @pytest.mark.parametrize("shift", [1, 2, 3])
 def test_gains_of_binary_lines_are_those_of_all_their_moves(steps, shift):
-    ball = Moves(2, min(shift, steps - 1), binary=True)
+    ball = Moves(2, min(shift, steps - 1))
     lines = binary_lines(steps)
     weights = frames(len(lines), steps, seed=steps, most=9) - 4
     for line, own, gains in zip(lines, weights, ball.gains(lines, weights), strict=True):
@@ -136,7 +135,7 @@ def best_gains(line, weights, ball):
 
 
 def test_gains_without_a_list_are_not_smaller(monkeypatch):
-    ball = Moves(2, 1, binary=True)
+    ball = Moves(2, 1)
     lines = binary_lines(4)
     weights = frames(len(lines), 4, seed=1, most=9)
     listed = ball.gains(lines, weights).sum(1)
@@ -152,7 +151,7 @@ def test_gains_without_a_list_are_not_smaller(monkeypatch):
 @pytest.mark.parametrize(("budget", "shift"), [(1, 1), (2, 1), (2, 2)])
 def test_sums_over_time_have_one_budget(budget, shift, most):
     x = apart(1, T, 1, 2, 2, seed=1, most=most)
-    ball = Moves.of(x, budget, shift)
+    ball = Moves.of(x, budget, shift, counts=most > 1)
     kernel = test_flips.weights()(2, 1, 2, 2)
     sums = torch.tensor(
         [
@@ -193,9 +192,9 @@ def test_rows_with_several_frames_have_no_bounds_of_moves():
 @pytest.mark.parametrize("most", [1, 2])
 def test_the_lowest_frames_are_in_the_ball_and_low(most):
     x = frames(1, T, 1, 2, 3, seed=2, most=most)
-    ball = Moves.of(x, 2, 1)
+    ball = Moves.of(x, 2, 1, counts=most > 1)
     weights = frames(5, T, 1, 2, 3, seed=3, most=9)
-    every = all_moved(x[0], 2, 1, binary=ball.binary)
+    every = all_moved(x[0], 2, 1, binary=not ball.counts)
     for z, own in zip(ball.lowest(x, weights), weights, strict=True):
         assert is_one_of(z, every)
         assert (z * own).sum() <= (x[0] * own).sum()
@@ -257,7 +256,7 @@ def test_no_set_of_moves_breaks_what_is_proved(node, method, most):
     model = tiny(node=node)
     x = samples(3, seed=2, most=most)
     y = model(x).argmax(1)
-    result = verify(model, x, y, 2, method=method, **BY_ONE_FRAME)
+    result = verify(model, x, y, 2, method=method, counts=most > 1, **BY_ONE_FRAME)
     assert result.largest_shift == 1
     assert result.apart == ()
     assert "by 1 frames at most" in result.verdict
@@ -268,13 +267,14 @@ def test_no_set_of_moves_breaks_what_is_proved(node, method, most):
 def test_the_program_agrees_with_all_sets_of_moves(most):
     model = tiny(3 if most == 1 else 0)
     x = samples(3, seed=3, most=most)
-    y = model(x).argmax(1)
     if most == 2:
         x[:, :, 1] = 0  # fewer sets of moves
-        y = model(x).argmax(1)
+    y = model(x).argmax(1)
+    if most == 2:
         y[0] = (y[0] + 1) % 3
-    exact = verify(model, x, y, 2, method="mip", time_limit=60, **BY_ONE_FRAME)
-    joint = verify(model, x, y, 2, **BY_ONE_FRAME)
+    given = {"counts": most > 1, **BY_ONE_FRAME}
+    exact = verify(model, x, y, 2, method="mip", time_limit=60, **given)
+    joint = verify(model, x, y, 2, **given)
     assert not any(exact.unknown)
     for number, sample in enumerate(x):
         every = all_moved(sample, 2, 1, binary=most == 1)
@@ -411,13 +411,14 @@ def test_the_attack_breaks_nothing_that_is_proved(most):
     model = tiny(most)
     x = samples(6, seed=4, most=most)
     y = model(x).argmax(1)
-    proved = torch.tensor(verify(model, x, y, 2, **BY_ONE_FRAME).verified)
+    given = {"largest_shift": 1, "counts": most > 1}
+    proved = torch.tensor(verify(model, x, y, 2, norm="moves", **given).verified)
     generator = torch.Generator().manual_seed(0)
-    x_adv = move_events(model, x, y, moves=2, largest_shift=1, generator=generator)
+    x_adv = move_events(model, x, y, moves=2, generator=generator, **given)
     right = model(x_adv).argmax(1) == y
     assert right[proved].all()
     assert int(count_moves(x_adv, x).events.max()) <= 2
-    assert ThreatModel("moves", 2, largest_shift=1).contains(x, x_adv).all()
+    assert ThreatModel("moves", 2, **given).contains(x, x_adv).all()
 
 
 @pytest.mark.parametrize(
@@ -427,7 +428,7 @@ def test_the_attack_breaks_nothing_that_is_proved(most):
         ({"eps": -1}, "eps must be .*>= 0"),
         ({"largest_shift": 0}, "largest_shift must be >= 1"),
         ({"norm": "L0"}, "largest_shift limits moves of events, got 1 for L0; omit it"),
-        ({"x": torch.full((2, T, 2, 3, 3), 0.5)}, "or numbers of events, got values from 0.5"),
+        ({"x": torch.full((2, T, 2, 3, 3), 0.5)}, "binary event frames .*, got values from 0.5"),
     ],
 )
 def test_wrong_use(options, message):

@@ -24,7 +24,7 @@ def test_no_event_that_is_ruled_out_breaks_a_sample():
         model = tiny(seed)
         x = frames(2, T, 2, 3, 3, seed=seed).float()
         y = model(x).argmax(1)
-        for ball in (Flips(2), Moves(2, 1, binary=True)):
+        for ball in (Flips(2), Moves(2, 1)):
             found = open_events(model, x, y, ball)
             for number, sample in enumerate(x):
                 every = all_sets(ball, sample)
@@ -48,7 +48,7 @@ def test_falls_are_those_of_one_change_or_move():
     x = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1, 1)
     weights = torch.tensor([1.0, -2.0, 3.0]).view(1, 3, 1, 1, 1)
     assert Flips(1).falls(x, weights).flatten().tolist() == [1.0, 2.0, 0.0]
-    assert Moves(1, 1, binary=True).falls(x, weights).flatten().tolist() == [3.0, 0.0, 0.0]
+    assert Moves(1, 1).falls(x, weights).flatten().tolist() == [3.0, 0.0, 0.0]
 
 
 def test_a_place_that_holds_two_events_counts_twice():

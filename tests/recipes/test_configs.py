@@ -17,6 +17,7 @@ from launch import ROOT
 from spikingjelly.activation_based import neuron
 
 from sj_robust import training
+from sj_robust.attacks import ThreatModel
 from sj_robust.core.datasets import EVENT_DATASETS
 from sj_robust.core.eps import parse_eps
 
@@ -147,7 +148,8 @@ def test_what_small_boxes_and_an_attacked_term_need_is_made_at_the_radius_of_the
     objective, plan, attack = adv_train.prepared(options, splits)
     assert attack.keywords["eps"] == 0.2
     wanted = {"bounds": "ibp", "surrogate_width": 0.5}
-    wanted |= {"ramp": 0.6, "box": 1.0, "attacked": False, "norm": "Linf", "largest_shift": None}
+    wanted |= {"ramp": 0.6, "box": 1.0, "attacked": False}
+    wanted |= {"norm": "Linf", "largest_shift": None, "counts": False}
     assert asdict(objective.certified.options) == wanted | given
     assert plan.milestones == (0.5,)
     assert plan.gradient_clip == 10.0
@@ -241,3 +243,24 @@ def test_every_published_figure_of_the_paper_has_its_preset(recipe):
     for figure in PUBLISHED:
         if "Ding" in figure.source:
             assert any(figure.options.items() <= options.items() for options in settings), figure
+
+
+@pytest.mark.parametrize("counts", [False, True])
+@pytest.mark.parametrize("mode", ["at", "certified"])
+def test_what_frames_hold_reaches_attacks_bounds_and_validation(mode, counts):
+    options = adv_train.Options(
+        dataset="saccade:digits", mode=mode, T=3, flips=3, counts=counts, channels=(4,)
+    )
+    splits = SimpleNamespace(image_shape=(2, 10, 10), classes=10, mean=None, std=None, frames=True)
+    objective, plan, attack = adv_train.prepared(options, splits)
+    threat = adv_train.evaluation_threat(options)
+    assert threat == ThreatModel("L0", 3, counts=counts)
+    assert plan.verified_counts == counts
+    attacks = adv_train.validation_attacks(options) | adv_train.attacks_of_report(options)
+    if mode == "certified":
+        assert objective.certified.options.counts == counts
+    else:
+        attacks["training"] = attack
+    for made in attacks.values():
+        assert (made.keywords["flips"], made.keywords["counts"]) == (3, counts)
+    adv_train.check_events(options, splits)

@@ -68,9 +68,25 @@ def test_other_modes_are_selected_by_changed_events(mode, tmp_path):
     assert set(record["validation"]) == {"clean", "flips"}
 
 
+@pytest.mark.slow
+def test_a_run_on_counts_is_evaluated_on_counts(tmp_path):
+    run = tmp_path / "run"
+    options = split(f"--counts --mode certified --no-reference --output {run}")
+    launch.in_process("adv_train", tmp_path, *QUICK, *OPTIONS, *options)
+    threat = ThreatModel("L0", 2, counts=True)
+    assert Report.load(run / "report.json").threat == threat
+    with shortened():
+        options = split(f"{run}/dlif_certified --test-limit 10 --no-control --output found")
+        launch.in_process("evaluate", tmp_path, *options)
+    assert Report.load(tmp_path / "found" / "report.json").threat == threat
+    launch.in_process("figures", tmp_path, str(run), "--which", "events", "--images", "20")
+    assert list((run / "figures").glob("events_*.gif"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ("--counts", "counts says what event frames hold, got it for digits; use event data"),
         ("--moves 2", "moves counts moved events, got 2 for digits; use event data"),
         (
             "--dataset saccade:digits --flips 2 --moves 3",

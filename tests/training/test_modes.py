@@ -6,9 +6,9 @@ from torch import nn
 from torch.testing import assert_close
 from unchanged import unchanged
 
-from sj_robust.attacks import SampleSeeds
+from sj_robust.attacks import SampleSeeds, ThreatModel
 from sj_robust.training import MODES, training_attack, validation_attacks
-from sj_robust.training.modes import trades
+from sj_robust.training.modes import event_training_attack, trades
 
 EPS = 8 / 255
 WITH_IMAGES = [name for name in MODES if name != "none"]
@@ -149,3 +149,44 @@ def test_wrong_numbers(problem, options, message):
     usual = {"eps": 0.1, "step_size": 0.1}
     with pytest.raises(ValueError, match=message):
         trades(*problem, **usual | options)
+
+
+@pytest.mark.parametrize("mode", ["at", "rat", "pgd_at"])
+@pytest.mark.parametrize(
+    "threat",
+    [
+        ThreatModel("L0", 3),
+        ThreatModel("L0", 3, counts=True),
+        ThreatModel("moves", 3, largest_shift=1),
+    ],
+    ids=str,
+)
+def test_event_frames_are_attacked_by_events_within_the_budget(mode, threat):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(72, 3))
+    x = (torch.rand(12, 4, 2, 3, 3) < 0.4).float() * (3 if threat.counts else 1)
+    y = net(x).argmax(1)
+    with unchanged(net):
+        found = event_training_attack(mode, threat)(net, x, y, generator=SampleSeeds(range(12)))
+    assert threat.contains(x, found).all()
+    assert threat.holds_events(found).all()
+    losses = [nn.functional.cross_entropy(net(frames), y) for frames in (x, found)]
+    assert losses[1] > losses[0] + 0.05
+
+
+def test_one_gradient_spends_the_whole_budget_and_several_look_again():
+    forwards = {}
+    x = torch.zeros(1, 4, 2, 3, 3)
+    for mode in ("at", "pgd_at"):
+        seen = []
+
+        def model(z, seen=seen):
+            seen.append(z.detach())
+            logit = z.flatten(1).sum(1)
+            return torch.stack([torch.full_like(logit, 99.0), logit], 1)
+
+        event_training_attack(mode, ThreatModel("L0", 7))(model, x, torch.tensor([0]))
+        forwards[mode] = [int(z.sum()) for z in seen]
+    assert max(forwards["at"]) == max(forwards["pgd_at"]) == 7
+    assert set(forwards["at"]) == {0, 7}
+    assert set(forwards["pgd_at"]) == set(range(8))

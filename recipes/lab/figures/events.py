@@ -77,7 +77,7 @@ def event_pictures(
     number = int((seen != y).int().argmax())
     sample, label = x[number : number + 1], y[number : number + 1]
     norm: NormName = "L0" if threat.norm == "L0" else "moves"
-    ball = ball_of(norm, threat.eps, threat.largest_shift)
+    ball = ball_of(norm, threat.eps, threat.largest_shift, counts=threat.counts)
     assert isinstance(ball, EVENTS)
     found = open_events(model, sample, label, ball)
     return EventPictures(

@@ -173,6 +173,7 @@ def gallery(
     *,
     eps: float | str,
     norm: Literal["Linf", "L2", "L0"] | None = None,
+    counts: bool = False,
     estimator: str = "training",
     count: int = 6,
     T: int | None = None,
@@ -188,12 +189,13 @@ def gallery(
     steps of APGD (for L0, of ``flip_events``), as in the suites of :func:`sj_robust.evaluate`.
 
     Args:
-        model: As in :func:`sj_robust.evaluate`.
-        x: Images [N, C, H, W] in [0, 1], or binary event frames [N, T, 2, H, W]; the first 32 that
-            are classified correctly are attacked.
+        model: As in :func:`sj_robust.evaluate`, like the arguments that have no line here.
+        x: Images [N, C, H, W] in [0, 1], or event frames [N, T, 2, H, W]; the first 32 that are
+            classified correctly are attacked.
         y: Labels [N] int64.
         eps: Radius.
         norm: Norm.
+        counts: Whether event frames hold numbers of events.
         estimator: Gradient estimator to attack with, such as the first of ``report.estimators``.
         count: Number of images to show, starting with those that fool the network.
         T: Number of time steps, for a bare network; None if it brings its own.
@@ -217,7 +219,7 @@ def gallery(
         (6, True)
     """
     classifier = as_classifier(model, T, mean=mean, std=std, images=x)
-    threat = ThreatModel(norm or ("L0" if x.ndim == 5 else "Linf"), parse_eps(eps))
+    threat = ThreatModel(norm or ("L0" if x.ndim == 5 else "Linf"), parse_eps(eps), counts=counts)
     return gallery_within(
         classifier,
         x,

@@ -41,8 +41,9 @@ def budget(threat: ThreatModel | None) -> str:
         return "no threat model"
     eps = eps_text(threat.eps)
     plural = "" if eps == "1" else "s"
+    counted = ["in frames of numbers of events"] if threat.counts else []
     if threat.norm == "L0":
-        return f"at most {eps} event{plural} added or removed"
+        return ", ".join([f"at most {eps} event{plural} added or removed", *counted])
     if threat.norm != "moves":
         return f"{threat.norm} {eps}"
     parts = [f"at most {eps} event{plural} moved in time"]
@@ -51,7 +52,7 @@ def budget(threat: ThreatModel | None) -> str:
         parts.append(f"each by at most {threat.largest_shift} {frames}")
     if threat.total_shift is not None:
         parts.append(f"by {threat.total_shift} frames in total")
-    return ", ".join(parts)
+    return ", ".join([*parts, *counted])
 
 
 def caveats(report: Evaluation) -> str:

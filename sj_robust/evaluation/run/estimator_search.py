@@ -235,8 +235,9 @@ def random_event_attack(threat: ThreatModel, *, allow: Allow) -> "partial[Tensor
 
 def _budget(threat: ThreatModel) -> dict[str, Any]:
     if threat.norm == "L0":
-        return {"flips": int(threat.eps)}
+        return {"flips": int(threat.eps), "counts": threat.counts}
     return {
+        "counts": threat.counts,
         "moves": int(threat.eps),
         "largest_shift": threat.largest_shift,
         "total_shift": threat.total_shift,

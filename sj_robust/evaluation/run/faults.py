@@ -260,9 +260,18 @@ def _jittered(level: float, module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
     if isinstance(module, SpikingEventClassifier):
         generator = _generator(int(torch.randint(2**62, ())))
         events = max(1, int(x.flatten(1).sum(1).max())) if len(x) else 1
-        moved = random_moves(
-            None, x.detach(), moves=events, largest_shift=int(level), generator=generator
-        )
+        moved = x.detach().clone()
+        counted = (moved > 1).flatten(1).any(1)  # of a sample, whatever is beside it
+        for counts in (False, True):
+            own = counted == counts
+            moved[own] = random_moves(
+                None,
+                moved[own],
+                moves=events,
+                largest_shift=int(level),
+                counts=counts,
+                generator=generator,
+            )
     else:
         moved = (x.detach() + level * torch.randn_like(x)).clamp(0, 1)
     return x + (moved - x).detach()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.attacks.call import Model, crafting
-from sj_robust.attacks.threat import ThreatModel, holds_events
+from sj_robust.attacks.projection import per_sample
+from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import (
     check_count,
     check_labels,
@@ -49,8 +50,8 @@ class Member:
         group: A member attacks only the images that are still correct after the earlier members of
             its group; each member of group ``""`` attacks every correctly classified image.
         seed: Number of the restart, part of the seed of its randomness.
-        threat: The threat model that its images must respect; in L0, binary event frames must also
-            stay binary. None if there is none, as for Gaussian noise.
+        threat: The threat model that its images must respect; event frames must also stay binary,
+            or numbers of events. None if there is none, as for Gaussian noise.
         takes_starts: Whether the attack is called with ``starts``, [S, N, ...]: for every image,
             the results of the S earlier members of its group within its threat, or the clean image
             where a member did not attack it.
@@ -310,11 +311,12 @@ def _checked_result(x_adv: Tensor, x: Tensor, member: Member) -> Tensor | None:
             f"{list(x_adv.shape)}; it has to return one image per sample"
         )
     threat = member.threat
-    of_events = threat is not None and threat.of_events
-    if of_events or bool((x > 1).any()):
-        inside = holds_events(x_adv, x)
+    if threat is not None and threat.of_events:
+        inside = threat.holds_events(x_adv)
     else:
-        inside = (x_adv >= 0) & (x_adv <= 1)  # false for what is not finite
+        counted = per_sample(x.flatten(1).amax(1) > 1, x)  # no image, but numbers of events
+        whole = (x_adv == x_adv.round()) & x_adv.isfinite()
+        inside = (x_adv >= 0) & torch.where(counted, whole, x_adv <= 1)
     distance = None if threat is None else threat.distance(x, x_adv.detach())
     kept = inside.all()
     if threat is not None and distance is not None:
@@ -333,14 +335,16 @@ def _refuse(x: Tensor, x_adv: Tensor, distance: Tensor | None, member: Member) -
     threat = member.threat
     if threat is None or distance is None:
         return
-    if threat.of_events and not bool(holds_events(x_adv, x).all()):
+    if threat.of_events and not bool(threat.holds_events(x_adv).all()):
+        what = "numbers of events, integers >= 0," if threat.counts else "binary (0 or 1)"
         raise ValueError(
-            f"attack {member.name!r} must leave event frames binary (0 or 1) within an "
-            f"{threat.norm} ball, got other values; an event is there or not"
+            f"attack {member.name!r} must leave event frames {what} within an {threat.norm} ball, "
+            "got other values; an event is there or not"
         )
     largest = float(distance.max())
     if threat.norm == "L0":
-        rule = f"change at most {threat.eps:g} elements per sample (L0), got {largest:g}"
+        what = "events" if threat.counts else "elements"
+        rule = f"change at most {threat.eps:g} {what} per sample (L0), got {largest:g}"
     elif threat.norm == "moves":
         limits = f"largest shift {threat.largest_shift}, total shift {threat.total_shift}"
         rule = (

@@ -63,7 +63,16 @@ def verify_within(
     if threat.total_shift is not None:
         eps = min(eps, threat.total_shift)
         shift = threat.total_shift if shift is None else min(shift, threat.total_shift)
-    return verify(model, x, y, eps, norm=threat.norm, largest_shift=shift, **options)
+    return verify(
+        model,
+        x,
+        y,
+        eps,
+        norm=threat.norm,
+        largest_shift=shift,
+        counts=threat.counts,
+        **options,
+    )
 
 
 def prove(
@@ -101,11 +110,9 @@ def prove(
     for eps in sorted(radii):  # what is not proved at a radius is not proved at any larger one
         if standing:
             within = replace(ball, eps=eps)
-            # frames of counts are told from binary ones by all of them
-            chosen = list(range(len(y))) if bool((x > 1).any()) else standing
-            result = verify_within(model, x[chosen], y[chosen], within)
-            proved = dict(zip(chosen, result.verified, strict=True))
-            standing = [number for number in standing if proved[number]]
+            result = verify_within(model, x[standing], y[standing], within)
+            proved = zip(standing, result.verified, strict=True)
+            standing = [number for number, good in proved if good]
             potential = {f"net.{layer.name}": layer.potential for layer in result.layers}
         verified[eps_text(eps)] = tuple(standing)
     return Proofs(verified, len(y), potential)
