@@ -585,7 +585,7 @@ def check_events(options: Options, splits: ImageSplits) -> None:
     """Only event data have events to change or to move, and a training does one of both."""
     if options.counts and not splits.frames:
         raise ValueError(
-            f"counts says what event frames hold, got it for {options.dataset}; take event data, "
+            f"counts says what event frames hold, got it for {options.dataset}; use event data, "
             "such as --dataset saccade:digits, or omit it"
         )
     counted = {"flips": "changed", "moves": "moved"}

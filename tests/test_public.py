@@ -104,7 +104,7 @@ def import_name(requirement):
 def packages(nodes):
     """Packages that import statements name, neither ours nor Python's."""
     found = {name.split(".")[0] for name in imported(nodes)}
-    return found - set(sys.stdlib_module_names) - {"sj_robust", "lab", "rows"}
+    return found - set(sys.stdlib_module_names) - {"sj_robust", "lab", "rows", "public_names"}
 
 
 def imported(nodes):

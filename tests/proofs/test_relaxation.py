@@ -42,7 +42,7 @@ METHODS = ("ibp", "joint", "crown", "bab", "mip")
 
 def relaxed(model, x, eps, *, tight=False):
     """Maps and a run of a network on the boxes of images."""
-    neurons = _checked(model, x, torch.zeros(len(x), dtype=torch.long), counts=False)
+    neurons = _checked(model, x, torch.zeros(len(x), dtype=torch.long), of_events=False)
     maps = Maps(partial(bounded_logits, model), neurons, x[0])
     with full_precision(x.device), preserved(model):
         run = RelaxedRun(neurons, len(x), maps=maps if tight else None)
