@@ -20,7 +20,7 @@ __all__ = ["STAGES", "Plan", "SpikeSearch", "Stage"]
 _BLOCK = 16  # turns whose numbers are drawn at once
 _WARM = 0.8  # share of a stage after which nothing worse is taken any more
 _NOTHING = 1e-12  # keeps a length of 0 from being divided by
-_TYPICAL = 0.07  # change of a margin, as a share of the image's own, before any was seen
+_TYPICAL = 0.08  # least size of a typical change, as a share of the image's own margin
 _NO_CHANGE = 1e-4  # share of that margin up to which a change is rounding
 
 
@@ -120,8 +120,10 @@ class SpikeSearch:
 
     @property
     def typical(self) -> Tensor:
-        """Mean size of the changes of a margin that moves have made, [N]."""
-        return self.changed / self.changes
+        """Mean size of the changes of a margin that moves have made, at least 8 % of the image's
+        own margin, [N].
+        """
+        return torch.maximum(self.changed / self.changes, _TYPICAL * self.clean)
 
     def run(self, seeds: SampleSeeds) -> Tensor:
         """All stages; images that fool, and elsewhere those of the smallest margin."""

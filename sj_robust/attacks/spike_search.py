@@ -70,9 +70,10 @@ def spike_search(
     Of every four proposals, only the most promising one is tried, judged by the results of the
     sample's earlier moves. Chains work in seven stages of 2 to 18 chains per sample. From 20,000
     forwards on, they share the three nearest rivals; with fewer, all head for the nearest one. The
-    unit of a sample's margins is the mean size of the changes that its moves have made: one spike
-    changes the margin of a small network much and that of a large one little. ``heat`` begins with
-    a tenth of this unit. After the first stage, which uses 1 per cent of the forwards, a sample
+    unit of a sample's margins is the mean size of the changes that its moves have made, because one
+    spike changes the margin of a small network much, but at least 8 per cent of the margin of its
+    image, because it changes that of a large network little. ``heat`` begins with a tenth of this
+    unit. After the first stage, which uses 1 per cent of the forwards, a sample
     takes part in the others only if its smallest margin is at most 3, 1.8, 1.4, 1.2, 1 and 0.7
     units, so that forwards are spent where they may change the outcome. All of this is per sample:
     the result depends neither on the batch size nor on the other samples.
