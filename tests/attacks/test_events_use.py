@@ -145,7 +145,7 @@ class TestWrongUse:
             (
                 X * 2.5,
                 ValueError,
-                r"binary event frames .* 0 to 2.5; for numbers of events pass counts=True.*\(x > 0\)",
+                r"binary event frames .* 0 to 2.5; for numbers of events pass counts=True.*x > 0",
             ),
             (X * 0.5, ValueError, r"binary event frames .* got values from 0 to 0.5"),
             (X * torch.nan, ValueError, r"binary event frames"),
