@@ -588,6 +588,11 @@ def check_events(options: Options, splits: ImageSplits) -> None:
             f"counts says what event frames hold, got it for {options.dataset}; use event data, "
             "such as --dataset saccade:digits, or omit it"
         )
+    if options.counts and not of_events(options):
+        raise ValueError(
+            "counts needs a number of events that may be changed or moved, got none; give --flips "
+            "or --moves"
+        )
     counted = {"flips": "changed", "moves": "moved"}
     for name, what in counted.items():
         number = getattr(options, name)

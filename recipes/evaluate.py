@@ -233,12 +233,13 @@ def main(arguments: list[str]) -> None:
         counts = options.counts
         if counts is None:
             counts = events and bool(subject.options.get("counts"))
+        of_events = norm in ("L0", "moves")
         threat = ThreatModel(
             norm,
             radius(options, norm, subject),
             largest_shift=shift,
             total_shift=options.total_shift,
-            counts=counts,
+            counts=counts if of_events else bool(options.counts),
         )
         if suite != "stress" and suite != "corruptions" and options.smooth is None:
             check_suite(suite, threat)

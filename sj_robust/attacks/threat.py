@@ -31,7 +31,7 @@ class ThreatModel:
 
     Event frames are binary, and stay so, unless ``counts`` says that they hold numbers of events,
     integers >= 0. Of these a change adds one event to a value or removes one, as often as the
-    budget pays, and any number of events may move to one place. It is never found out from the
+    budget pays, and any number of events may move to one place. It is not found out from the
     frames, so that a sample has the same adversary alone and in any batch.
 
     Attributes:
@@ -161,7 +161,8 @@ class ThreatModel:
 
     def distance(self, x: Tensor, x_adv: Tensor) -> Tensor:
         """Distance of every image from its clean image, [N] float64; in L0 the number of elements
-        that differ, or with ``counts`` the number of events added and removed.
+        that differ, or infinity if a value is not in [0, 1]; with ``counts`` the number of events
+        added and removed.
 
         For moves, the number of events that moved; infinity if a pixel and polarity has gained or
         lost an event or if a shift exceeds its limit. With ``counts`` and for moves, infinity also
@@ -174,7 +175,8 @@ class ThreatModel:
             held = self.holds_events(x_adv).flatten(1).all(1)
             return torch.where(held, delta.abs().sum(1), torch.inf)
         if self.norm == "L0":
-            return (delta != 0).sum(1).double()
+            inside = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)  # false for NaN
+            return torch.where(inside, (delta != 0).sum(1).double(), torch.inf)
         if self.norm == "Linf":
             return delta.abs().amax(1)
         return delta.square().sum(1).sqrt()
@@ -370,7 +372,7 @@ def _linf_offset(
 
 def _fewest_changes(x: Tensor, x_adv: Tensor, most: int) -> Tensor:
     """``x`` with the ``most`` largest changes of ``x_adv``, clamped to [0, 1]."""
-    x_adv = x_adv.to(x.dtype).clamp(0, 1)
+    x_adv = torch.where(x_adv.isnan(), x, x_adv.to(x.dtype).clamp(0, 1))
     changes = (x_adv.double() - x.double()).abs().flatten(1)
     _, order = changes.sort(dim=1, descending=True, stable=True)
     kept = torch.zeros_like(changes, dtype=torch.bool).scatter(1, order[:, :most], True)
@@ -381,7 +383,8 @@ def _fewest_added_and_removed(x: Tensor, x_adv: Tensor, most: int) -> Tensor:
     """Numbers of events ``x`` with the ``most`` first events that the largest changes of ``x_adv``,
     rounded and >= 0, add or remove.
     """
-    wanted = x_adv.double().round().clamp(min=0) - x.double()
+    x_adv = torch.where(x_adv.isnan(), x, x_adv.to(x.dtype))
+    wanted = (x_adv.double().round().clamp(min=0) - x.double()).clamp(-most, most)
     ordered, order = wanted.abs().flatten(1).sort(dim=1, descending=True, stable=True)
     left = (most - (ordered.cumsum(1) - ordered)).clamp(min=0)
     spent = torch.zeros_like(ordered).scatter(1, order, torch.minimum(ordered, left))

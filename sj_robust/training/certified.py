@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sj_robust.classifier import SpikingClassifier
-from sj_robust.core.checks import check_choice, check_count
+from sj_robust.core.checks import check_choice, check_count, check_events, check_switch
 from sj_robust.core.preserved import preserved
 from sj_robust.proofs.differentiable import DifferentiableBounds, TrainedMethod
 from sj_robust.proofs.flips import Flips
@@ -95,6 +95,9 @@ class CertifiedOptions:
                     f"largest_shift limits moves of events, got it for {self.norm}; omit it"
                 )
             check_count("largest_shift", self.largest_shift)
+        check_switch("counts", self.counts)
+        if self.counts and self.norm == "Linf":
+            raise ValueError("counts says what event frames hold, got it for Linf; omit it")
         if not 0.0 < self.surrogate_width < float("inf"):
             raise ValueError(
                 f"surrogate_width must be > 0 and finite, got {self.surrogate_width}; 0.5 is half "
@@ -202,7 +205,8 @@ class CertifiedLoss:
         or box changes.
 
         Raises:
-            ValueError: If there are no perturbed images although the box needs them.
+            ValueError: If there are no perturbed images although the box needs them, or if event
+                frames are not binary, or with ``counts`` not numbers of events.
         """
         box = self.options.box
         if box < 1.0:
@@ -217,6 +221,8 @@ class CertifiedLoss:
         return F.cross_entropy(lead, y), (rivals.amax(1) < 0).to(lead.dtype).mean()
 
     def _ball(self, x: Tensor, radius: float) -> float | Events:
+        if self.options.norm != "Linf":
+            check_events(x, counts=self.options.counts)
         match self.options.norm:
             case "Linf":
                 return radius

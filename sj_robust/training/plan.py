@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from sj_robust.core.checks import check_choice
+from sj_robust.core.checks import check_choice, check_switch
 from sj_robust.proofs.differentiable import TrainedMethod
 from sj_robust.proofs.verification import NormName
 
@@ -105,6 +105,11 @@ class TrainingPlan:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         if self.optimizer not in ("sgd", "adam"):
             raise ValueError(f"optimizer must be 'sgd' or 'adam', got {self.optimizer!r}")
+        check_switch("verified_counts", self.verified_counts)
+        if self.verified_counts and self.verified_norm == "Linf":
+            raise ValueError(
+                "verified_counts says what event frames hold, got it for Linf; omit it"
+            )
         if self.select == "verified" and self.verified_eps is None:
             raise ValueError(
                 "select 'verified' needs verified_eps, the radius of the proofs, such as 8 / 255"

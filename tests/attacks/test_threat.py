@@ -183,3 +183,17 @@ def test_radii_survive_as_text_as_the_field_writes_them():
     for text in ("8//255", "x", "8/0", "-0.1", "nan", "inf"):
         with pytest.raises(ValueError, match="eps must be"):
             parse_eps(text)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -1.0, 5.0])
+@pytest.mark.parametrize("counts", [False, True])
+def test_values_that_are_no_events_are_outside_and_projected_inside(value, counts):
+    threat = ThreatModel("L0", 1, counts=counts)
+    x = torch.zeros(2, 3, 2, 2, 2)
+    x_adv = x.clone()
+    x_adv[0, 0, 0, 0, 0] = value
+    assert threat.contains(x, x_adv).tolist() == [False, True]
+    inside = threat.project(x, x_adv)
+    assert threat.contains(x, inside).all()
+    assert inside.isfinite().all()
+    assert inside[0].sum() == (value > 0)

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from attacks.oracle import linear_oracle
+from spikingjelly.activation_based.neuron import LIFNode
+from torch import nn
 
+from sj_robust import SpikingClassifier
 from sj_robust.attacks import ThreatModel
 from sj_robust.data import load_images
 from sj_robust.evaluation import from_checkpoint
@@ -72,5 +75,10 @@ def test_what_no_program_is_known_of_comes_back_as_it_is():
     labels = torch.tensor([0, 1])
     large = pretrained("digits/lif-at")
     assert torch.equal(program(large, images, labels, eps=0.1), images)
+    for hidden in (nn.ReLU(), nn.PReLU()):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), hidden, nn.Linear(16, 10), LIFNode())
+        unknown = SpikingClassifier(net, T=2).eval()
+        answers = unknown(images).argmax(1)
+        assert torch.equal(program(unknown, images, answers, eps=0.1), images)
     small = two_layers([0])[0].train()  # of which nothing is known in this mode
     assert torch.equal(program(small, images, labels, eps=0.0), images)

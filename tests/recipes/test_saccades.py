@@ -87,6 +87,10 @@ def test_a_run_on_counts_is_evaluated_on_counts(tmp_path):
     ("options", "message"),
     [
         ("--counts", "counts says what event frames hold, got it for digits; use event data"),
+        (
+            "--dataset saccade:digits --counts --mode none",
+            "counts needs a number of events .*, got none; give --flips or --moves",
+        ),
         ("--moves 2", "moves counts moved events, got 2 for digits; use event data"),
         (
             "--dataset saccade:digits --flips 2 --moves 3",

@@ -80,6 +80,7 @@ def test_training_proves_more_moves():
     [
         ({"norm": "L0", "largest_shift": 1}, "largest_shift limits moves of events, got it for L0"),
         ({"norm": "moves", "largest_shift": 0}, "largest_shift must be >= 1"),
+        ({"counts": True}, "counts says what event frames hold, got it for Linf"),
         ({"norm": "moves", "box": 0.5}, "box and attacked belong to Linf, got them for moves"),
     ],
 )
@@ -134,3 +135,10 @@ def test_attacks_of_validation_and_of_the_end_keep_the_number_of_changes():
         for name, attack in flip_attacks(3, final=final).items():
             x_adv = attack(model, x, y, generator=torch.Generator().manual_seed(0))
             assert int((x_adv != x).flatten(1).sum(1).max()) <= 3, name
+
+
+def test_frames_of_counts_need_to_be_said():
+    loss = CertifiedLoss(network().eval(), 2, L0)
+    x, y = samples()
+    with pytest.raises(ValueError, match="for numbers of events pass counts=True"):
+        loss.value(3 * x, y)

@@ -2,6 +2,7 @@
 steps: an attack.
 """
 
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,8 @@ __all__ = ["program"]
 
 _SPIKES = 1024
 """Neurons times time steps up to which a network is small."""
+_WITHOUT_PROGRAM = (NotImplementedError, UnprovableError)
+"""What says that no program is known of a network, or of an image of it."""
 
 
 def program(
@@ -65,13 +68,15 @@ def program(
     with sums_of_products(x.device), preserved(model), torch.enable_grad():
         try:
             asked = _Asked(model, x, eps)
-        except (NotImplementedError, UnprovableError):
+        except _WITHOUT_PROGRAM:
             return x_adv
         for number in range(len(x)):
             part = slice(number, number + 1)
-            found = asked.witness(x[part], y[part], nodes)
-            if found is not None:
-                x_adv[part] = found
+            # Image by image: whether a part without a program is asked depends on what is open.
+            with suppress(*_WITHOUT_PROGRAM):
+                found = asked.witness(x[part], y[part], nodes)
+                if found is not None:
+                    x_adv[part] = found
     return x_adv
 
 

@@ -146,14 +146,15 @@ def make_suite(
     search.
 
     The control repeats every attack within the threat model, with the training surrogate and
-    another seed; its search starts from the images of the control. There are two exceptions: the
-    control of ``autoattack`` replaces FAB-T (one more forward per step) and Square by a second
-    APGD-T and 20 more runs of APGD-CE at equal cost, counting a backward as two forwards; the
-    control of ``gradients`` is APGD-CE with the training surrogate, five times.
+    another seed; its search starts from the images of the control. There are three exceptions. The
+    control of ``standard`` has no program, which uses no gradient. That of ``autoattack`` replaces
+    FAB-T (one more forward per step) and Square by a second APGD-T and 20 more runs of APGD-CE at
+    equal cost, counting a backward as two forwards. That of ``gradients`` is APGD-CE with the
+    training surrogate, five times.
 
     Args:
         name: ``"paper"`` (the protocol of Ding et al., Linf), ``"fast"``, ``"standard"``,
-            ``"gradient"``, ``"long"`` (Linf) or ``"autoattack"``; ``"events"`` for binary event
+            ``"gradient"``, ``"long"`` (Linf) or ``"autoattack"``; ``"events"`` for event
             frames, with a threat in L0 or of moves and no other suite.
         threat: The budget of every attack. The step sizes of ``paper`` scale with it and are those
             of the paper at 8/255.
@@ -388,12 +389,16 @@ def _standard(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
         members.append(plan.ce("training"))
     for name in chosen[:2]:
         members += plan.targeted(name)
-    members += [*search, *plan.program()]
+    members += search
+    control = _control(members)
     description = (
         f"APGD-CE, APGD-DLR and APGD-T with {_listed(*chosen, 'training')}, then a search over "
-        "spikes that starts from their results, and a program for small networks"
+        "spikes that starts from their results"
     )
-    return Suite("standard", tuple(members), _control(members), description, EstimatorSearch())
+    if program := plan.program():
+        members += program
+        description += ", and for small networks a mixed-integer program"
+    return Suite("standard", tuple(members), control, description, EstimatorSearch())
 
 
 def _gradient(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
