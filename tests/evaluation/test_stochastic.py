@@ -58,7 +58,7 @@ def test_a_network_that_draws_gets_several_draws_and_averaged_gradients():
     said = []
     asked = Request("fast", THREAT, "noise", 3, control=False, watch=Watch(said.append))
     assert assess(subject, batches(12, 12), replace(asked, draws=3)).draws == 3
-    with pytest.raises(ValueError, match=r"draws random numbers.*leave draws out.*--draws 10"):
+    with pytest.raises(ValueError, match=r"draws random numbers.*omit draws.*--draws 10"):
         assess(subject, batches(12, 12), replace(asked, draws=1))
     with patch_suites() as made:
         found = assess(subject, batches(12, 12), asked)

@@ -207,7 +207,7 @@ def weights_alone(path):
         (of_something_else, "is not a checkpoint of sj_robust .*check the path"),
         (
             weights_alone,
-            r"last\.pt holds no optimizer, scheduler, .*: .*start one with another --output",
+            r"last\.pt holds no optimizer, scheduler, .*: .*start a new run with another --output",
         ),
     ],
 )
