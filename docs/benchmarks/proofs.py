@@ -9,10 +9,10 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.saved import markdown_table
@@ -24,9 +24,15 @@ from sj_robust.proofs.verification import Method
 BUDGET = 0.1
 """Time limit of branch and bound in seconds per image."""
 
-Images = tuple[Tensor, Tensor]
-Row = tuple[str, str, Callable[[], object], int]
-"""Network and method, a call, and its number of images."""
+
+@dataclass(frozen=True)
+class Row:
+    """A call of ``verify`` on some images."""
+
+    network: str
+    method: Method
+    call: Callable[[], object]
+    images: int
 
 
 def main() -> None:
@@ -42,13 +48,14 @@ def main() -> None:
     for _ in range(options.rounds):
         for row, times in zip(rows, seconds, strict=True):
             start = time.process_time()
-            row[2]()
-            times.append((time.process_time() - start) / row[3])
+            row.call()
+            times.append((time.process_time() - start) / row.images)
     lines = []
-    for (network, method, _, images), times in zip(rows, seconds, strict=True):
+    for row, times in zip(rows, seconds, strict=True):
         found = [1e3 * each for each in times]
+        median = f"{statistics.median(found):.2f}"
         spread = f"{min(found):.2f} - {max(found):.2f}"
-        lines.append([network, method, str(images), f"{statistics.median(found):.2f}", spread])
+        lines.append([row.network, row.method, str(row.images), median, spread])
     heads = ["network", "method", "images", "CPU ms per image, median", "least - most"]
     print(f"torch {torch.__version__}, one thread, {options.rounds} calls each")
     print(markdown_table(heads, lines, words=2))
@@ -59,8 +66,8 @@ def digits(many: int, few: int) -> list[Row]:
     trained = pretrained("digits/dlif-at-mppd").eval()
     torch.manual_seed(0)
     longer = build_classifier(NetworkSpec(neuron="lif", T=8)).eval()
-    of_trained = partial(row, "dlif-at-mppd, T = 4, eps 0.008", trained, 0.008)
-    of_longer = partial(row, "untrained LIF, T = 8, eps 0.004", longer, 0.004)
+    of_trained = partial(verified, "dlif-at-mppd, T = 4, eps 0.008", trained, 0.008)
+    of_longer = partial(verified, "untrained LIF, T = 8, eps 0.004", longer, 0.004)
     return [
         of_trained("ibp", many),
         of_trained("joint", many),
@@ -71,12 +78,14 @@ def digits(many: int, few: int) -> list[Row]:
     ]
 
 
-def row(network: str, model: SpikingClassifier, eps: float, method: Method, number: int) -> Row:
+def verified(
+    network: str, model: SpikingClassifier, eps: float, method: Method, number: int
+) -> Row:
     """One call of ``verify`` on so many test images."""
     test = load_images("digits").test
     x, y = (torch.stack(part) for part in zip(*(test[i] for i in range(number)), strict=True))
     call = partial(verify, model, x, y, eps, method=method, time_limit=BUDGET)
-    return network, method, call, number
+    return Row(network, method, call, number)
 
 
 def vgg() -> Row:
@@ -88,7 +97,7 @@ def vgg() -> Row:
     with torch.no_grad():
         y = model(x).argmax(1)
     call = partial(verify, model, x, y, 1 / 255, method="ibp")
-    return "spiking_vgg11_bn, T = 2, eps 1/255", "ibp", call, 1
+    return Row("spiking_vgg11_bn, T = 2, eps 1/255", "ibp", call, 1)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ SpikingJelly's event data sets stacks them; ``SpikingEventClassifier`` hands the
 [T, N, 2, H, W].
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -204,21 +205,30 @@ def random_flips(
     check_tries(tries, model, y)
     if flips == 0 or x.numel() == 0:
         return x
-    planes = in_units(x, 1) if counts else None
-    frames = x if planes is None else planes.frames
-    changeable = _changeable(x, allow) if planes is None else _changeable_units(planes, allow)
-    number = 1 if planes is None else planes.number
+    if not counts:
+        draw = _drawing(x, _changeable(x, allow), flips, partial(uniform, x))
+        return first_that_fools(model, x, y, draw, tries=tries, planes=1, generator=generator)
+    planes = in_units(x, 1)
+    of_units = partial(units, planes)
+    draw = _drawing(planes.frames, _changeable_units(planes, allow), flips, of_units)
+    found = first_that_fools(
+        model, planes.frames, y, draw, tries=tries, planes=planes.number, generator=generator
+    )
+    return summed(found, planes.number)
+
+
+def _drawing(
+    frames: Tensor, changeable: Tensor, flips: int, numbers: Callable[[Private], Tensor]
+) -> Callable[[Private], Tensor]:
+    """Frames with so many changes at random, by the largest of the drawn numbers [N, D]."""
     most = min(flips, changeable.shape[1])
-    size = torch.full((len(x),), most, device=x.device)
+    size = torch.full((len(frames),), most, device=frames.device)
 
     def draw(private: Private) -> Tensor:
-        drawn = uniform(frames, private) if planes is None else units(planes, private)
-        return apply_changes(frames, largest(drawn.masked_fill(~changeable, -torch.inf), size))
+        order = numbers(private).masked_fill(~changeable, -torch.inf)
+        return apply_changes(frames, largest(order, size))
 
-    found = first_that_fools(
-        model, frames, y, draw, tries=tries, planes=number, generator=generator
-    )
-    return summed(found, number)
+    return draw
 
 
 def count_flips(x_adv: Tensor, x: Tensor) -> Tensor:
@@ -343,18 +353,16 @@ def _check_budget(x: Tensor, flips: int, allow: Allow, counts: bool) -> None:
 def _changeable(x: Tensor, allow: Allow) -> Tensor:
     """Where a change is allowed, [N, D] bool."""
     flat = x.flatten(1)
-    match allow:
-        case "add":
-            return flat == 0
-        case "remove":
-            return flat == 1
-        case "both":
-            return torch.ones_like(flat, dtype=torch.bool)
+    return _allowed(flat == 0, flat == 1, allow)
 
 
 def _changeable_units(planes: Planes, allow: Allow) -> Tensor:
     """The same for numbers of events in planes."""
     add, remove = planes.parts()
+    return _allowed(add, remove, allow)
+
+
+def _allowed(add: Tensor, remove: Tensor, allow: Allow) -> Tensor:
     match allow:
         case "add":
             return add

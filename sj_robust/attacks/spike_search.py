@@ -28,8 +28,7 @@ from sj_robust.core.randomness import SampleSeeds, draw_seed
 __all__ = ["searched", "spike_search"]
 
 _STEPS = 50  # of the attacks that find starts where none are given
-_RIVALS = 3  # classes that chains head for
-_MANY = 20_000  # forwards up to which all of them head for the nearest one
+_MANY = 20_000  # forwards below which all chains head for the nearest rival
 
 
 def spike_search(
@@ -73,10 +72,10 @@ def spike_search(
     unit of a sample's margins is the mean size of the changes that its moves have made, because one
     spike changes the margin of a small network much, but at least 8 per cent of the margin of its
     image, because it changes that of a large network little. ``heat`` begins with a tenth of this
-    unit. After the first stage, which uses 1 per cent of the forwards, a sample
-    takes part in the others only if its smallest margin is at most 3, 1.8, 1.4, 1.2, 1 and 0.7
-    units, so that forwards are spent where they may change the outcome. All of this is per sample:
-    the result depends neither on the batch size nor on the other samples.
+    unit. After the first stage, which uses 1 per cent of the forwards, a sample takes part in the
+    others only if its smallest margin is at most 3, 1.8, 1.4, 1.2, 1 and 0.7 units, so that
+    forwards are spent where they may change the outcome. All of this is per sample: the result
+    depends neither on the batch size nor on the other samples.
 
     The network may have any deterministic encoding; one that draws random numbers is refused. Event
     frames do not stay binary here: use :func:`flip_events` for them.
@@ -133,8 +132,9 @@ def spike_search(
                 found = _own_starts(model, images, labels, ball, logits.shape[1], own)
             else:
                 found = torch.stack([ball.project(images, start) for start in given[:, right]])
-            rivals = _RIVALS if forwards >= _MANY else 1
-            plan = Plan(kinds, forwards, rivals=rivals, batch_size=batch_size)
+            plan = Plan(kinds, forwards, batch_size=batch_size)
+            if forwards < _MANY:
+                plan = replace(plan, rivals=1)
             x_adv[right] = searched(model, images, labels, found, ball, plan, own)
     return x_adv
 

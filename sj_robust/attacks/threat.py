@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sj_robust.attacks.projection import Norm, l2_norm, linf_bounds, per_sample, project_l2
-from sj_robust.core.checks import check_count, check_events, check_size, check_switch
+from sj_robust.core.checks import check_count, check_size, check_switch
 from sj_robust.core.eps import eps_text, parse_eps
 from sj_robust.core.randomness import Private, rand, randn
 
@@ -204,14 +204,6 @@ class ThreatModel:
         """Which values are numbers of events, that is 0 or 1 unless frames hold ``counts``."""
         most = torch.inf if self.counts else 1.0
         return (x_adv >= 0) & (x_adv <= most) & (x_adv == x_adv.round()) & x_adv.isfinite()
-
-    def check_frames(self, x: Tensor) -> None:
-        """Refuse event frames that hold something else than the threat says.
-
-        Raises:
-            ValueError: If a value is no integer >= 0, or above 1 without ``counts``.
-        """
-        check_events(x, counts=self.counts)
 
     def _allowed_moves(self, x: Tensor, x_adv: Tensor) -> Tensor:
         """``x_adv`` where its moves keep the budget, ``x`` elsewhere."""

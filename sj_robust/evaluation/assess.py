@@ -12,7 +12,6 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from sj_robust.attacks.bridges import transfer
-from sj_robust.attacks.events import check_frames
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.core.environment import device_of
 from sj_robust.core.eps import plain_eps
@@ -22,7 +21,7 @@ from sj_robust.evaluation.diagnosis.masking import diagnose, estimators_searched
 from sj_robust.evaluation.report.report import Report
 from sj_robust.evaluation.request import Request, described
 from sj_robust.evaluation.result import OVER_EPS, Row
-from sj_robust.evaluation.run.data import Batches, Data
+from sj_robust.evaluation.run.data import Batches, Data, check_data
 from sj_robust.evaluation.run.draws import settled_draws
 from sj_robust.evaluation.run.estimator_search import (
     CHANGES,
@@ -100,11 +99,7 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
     """
     model = subject.model
     data = Data.of(batches)
-    if request.threat.of_events:
-        first = data.first(_FIRST).tensors(device_of(model))[0]
-        check_frames(first, counts=request.threat.counts)
-        for x, _ in data:
-            request.threat.check_frames(x)
+    check_data(data, request.threat)
     say = request.watch.say
     draws = settled_draws(model, data, request.draws)
     if request.draws is None and draws > 1:

@@ -11,7 +11,7 @@ from sj_robust.core.preserved import preserved
 from sj_robust.evaluation.report.report import Report
 from sj_robust.evaluation.request import Request, described
 from sj_robust.evaluation.run.corruptions import Corruption, corrupted, default_corruptions
-from sj_robust.evaluation.run.data import Batches, Data
+from sj_robust.evaluation.run.data import Batches, Data, check_data
 from sj_robust.evaluation.run.estimator_search import short_attack, short_attack_name
 from sj_robust.evaluation.run.faults import Fault, default_faults, faulty
 from sj_robust.evaluation.run.identity import network_key
@@ -59,9 +59,7 @@ def stress_network(subject: Subject, batches: Batches | Data, request: Request) 
         ('none', 'weight_bits:4', 'first_steps:1')
     """
     data = Data.of(batches)
-    if request.threat.of_events:
-        for x, _ in data:
-            request.threat.check_frames(x)
+    check_data(data, request.threat)
     faults = request.faults
     if faults is None and request.suite == "stress":
         faults = default_faults(subject.model)

@@ -14,7 +14,7 @@ from sj_robust.ops.trains import cpp
 from sj_robust.ops.trains.config import ChainGates, ChainPlaces, Trained, Windows
 from sj_robust.ops.trains.operator import BoundsBackend, trained_reason
 from sj_robust.proofs.joint import window_weights
-from sj_robust.proofs.spiking import Interval, RealSpiking
+from sj_robust.proofs.spiking import Centred, Interval, RealSpiking
 from sj_robust.proofs.trains import Trains, possible_trains
 
 __all__ = ["ChainSums", "Chains", "DifferentiableChain", "Gates"]
@@ -175,12 +175,17 @@ class DifferentiableChain:
             return None
         return cls(spiking, trains, current)
 
-    def bounds(
-        self, weights: Tensor, backend: BoundsBackend = "auto", *, centred: bool = False
-    ) -> Interval:
-        """Least and largest ``sum_t weights[f, t] s[t]``, [F, M]; or, if ``centred``, the middle
-        between them and half of their distance.
-        """
+    def bounds(self, weights: Tensor, backend: BoundsBackend = "auto") -> Interval:
+        """Least and largest ``sum_t weights[f, t] s[t]``, [F, M]."""
+        return Interval(*self._sums(weights, backend, centred=False))
+
+    def centred(self, weights: Tensor, backend: BoundsBackend = "auto") -> Centred:
+        """The middle between them and half of their distance."""
+        return Centred(*self._sums(weights, backend, centred=True))
+
+    def _sums(
+        self, weights: Tensor, backend: BoundsBackend, *, centred: bool
+    ) -> tuple[Tensor, Tensor]:
         steps = weights.shape[1]
         values = weights @ self.spikes[:, :steps].T
         surrogate = self.spiking.neuron.surrogate
@@ -189,8 +194,10 @@ class DifferentiableChain:
         apply: Any = CompiledChainSums.apply if compiled else ChainSums.apply
         gates = self.gates
         low, high = self.current.low, self.current.high
-        ends = apply(low, high, gates.scale, gates.shift, values, self, centred)
-        return Interval(*ends)
+        found: tuple[Tensor, Tensor] = apply(
+            low, high, gates.scale, gates.shift, values, self, centred
+        )
+        return found
 
 
 class ChainSums(torch.autograd.Function):

@@ -14,7 +14,7 @@ from sj_robust.proofs.differentiable_chains import DifferentiableChain, trained
 from sj_robust.proofs.joint import JointRun, MappedSums, OverTime, by_step, in_layout
 from sj_robust.proofs.opened import counts
 from sj_robust.proofs.rules import Bounds
-from sj_robust.proofs.spiking import Interval, RealSpiking
+from sj_robust.proofs.spiking import Centred, Interval, RealSpiking
 from sj_robust.proofs.windows import KEPT, SpikeTrains
 
 __all__ = ["DifferentiableJointRun", "WindowSums"]
@@ -61,12 +61,11 @@ class DifferentiableJointRun(JointRun):
         if counts(neuron) is not None:
             return super()._leaf_behind(neuron, x, batch_dim)
         self.sources.append(self.trains[neuron.name])
-        spikes = self._spikes(neuron)
-        centre, radius = (in_layout(part, batch_dim) for part in (spikes.low, spikes.high))
-        return self.leaf_around(centre, radius, batch_dim)
+        spikes = self._spikes(neuron).each(lambda part: in_layout(part, batch_dim))
+        return self.leaf_around(spikes.centre, spikes.radius, batch_dim)
 
-    def _spikes(self, neuron: Neuron) -> Interval:
-        """Centres and radii of the spikes of a call."""
+    def _spikes(self, neuron: Neuron) -> Centred:
+        """The spikes of a call."""
         name = neuron.name
         memory = self.memories[name]
         trains = self.trains[name]
@@ -89,7 +88,7 @@ class DifferentiableJointRun(JointRun):
         self.stages.clear()
         if name in self.over_time.counted:  # nobody asks for single spikes
             half = torch.full_like(current.low, 0.5)
-            return Interval(half, half)
+            return Centred(half, half)
         every = torch.eye(steps).to(current.low)
         return trains.centred(every[first:])
 
@@ -215,12 +214,12 @@ class DifferentiableTrains(SpikeTrains):
             found = Interval(*self._over_paths(weights))
         return found.each(lambda end: end.view(-1, *self.shape))
 
-    def centred(self, weights: Tensor) -> Interval:
+    def centred(self, weights: Tensor) -> Centred:
         """See :class:`SpikeTrains`."""
         if self.chain_of_all is None:
             return super().centred(weights)
-        found = self.chain_of_all.bounds(weights, self.backend, centred=True)
-        return found.each(lambda end: end.view(-1, *self.shape))
+        found = self.chain_of_all.centred(weights, self.backend)
+        return found.each(lambda part: part.view(-1, *self.shape))
 
     def _over_paths(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The dynamic program, by the compiled kernel where it can."""

@@ -101,7 +101,8 @@ def witness(
     rivals = prover.rivals(run, image, label)
     if rivals.broken:
         return rivals.broken[0]
-    weights, bounds = rivals.weights[0], rivals.bounds[0]
+    weights = rivals.weights[0]
+    bounds = rivals.bounds[0]
     for k in bounds.argsort().tolist():
         if bounds[k] > 0:
             break

@@ -35,8 +35,8 @@ class Flips:
 
     @property
     def most(self) -> int:
-        """Number of changes that the budget pays in part or as a whole."""
-        return math.ceil(self.budget)
+        """Changes of one value that the budget pays in part or as a whole."""
+        return math.ceil(self.budget) if self.counts else 1
 
     def reach(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """How many events can be added to each value at most, and how many removed."""
@@ -46,15 +46,14 @@ class Flips:
 
     def box(self, frames: Tensor) -> Interval:
         """An interval of every value around the frames that holds what it may change to."""
-        radius = self.most if self.counts else 1
-        return Interval(frames - radius, frames + radius)
+        return Interval(frames - self.most, frames + self.most)
 
     def changes(self, frames: Tensor, *, summed: bool) -> Changes:
         """What each value can change by; ``summed`` keeps no single changes behind the first
         map.
         """
         added, removed = self.reach(frames)
-        numbers = range(1, max(1, self.most if self.counts else 1) + 1)
+        numbers = range(1, max(1, self.most) + 1)
         steps = torch.arange(frames.shape[1], device=frames.device)
         shape = (1, -1, *[1] * (frames.ndim - 2))
         return Changes(

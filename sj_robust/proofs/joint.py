@@ -21,7 +21,7 @@ from sj_robust.proofs.origins import leaves_of, replayed
 from sj_robust.proofs.relaxation import Maps, Stage, Step, Trace
 from sj_robust.proofs.rounding import SLACK
 from sj_robust.proofs.rules import Bounds, Function
-from sj_robust.proofs.spiking import Float32Spiking, Interval, Spiking
+from sj_robust.proofs.spiking import Centred, Float32Spiking, Interval, Spiking
 from sj_robust.proofs.trains import Trains, possible_trains
 from sj_robust.proofs.windows import (
     KEPT,
@@ -565,11 +565,10 @@ class JointRun(BoundedRun):
         memory.summed += [window for window in listed if window[1] >= first]
         if len(memory.sums) == 1:
             return memory.sums[0]
-        low = torch.cat([part.low for part in memory.sums])
-        high = torch.cat([part.high for part in memory.sums])
+        every = _together(*memory.sums)
         row = {window: number for number, window in enumerate(memory.summed)}
-        order = torch.tensor([row[window] for window in listed], device=low.device)
-        return Interval(low, high).each(lambda end: end[order])
+        order = torch.tensor([row[window] for window in listed], device=every.low.device)
+        return every.each(lambda end: end[order])
 
     def _changes(self, stage: Stage, steps: int) -> list[Changes]:
         """What changed events can do in the steps of a call; nothing where it is not known."""
@@ -708,9 +707,10 @@ class JointRun(BoundedRun):
         else:
             sums = source.centred(weights)
             if self.rounded:
-                sums = Interval(sums.low, SLACK * sums.high)
+                sums = Centred(sums.centre, SLACK * sums.radius)
         found = []
-        centres, radii = torch.split(sums.low, steps), torch.split(sums.high, steps)
+        centres = torch.split(sums.centre, steps)
+        radii = torch.split(sums.radius, steps)
         for centre, radius in zip(centres, radii, strict=True):
             middle = in_layout(centre, leaf.batch_dim)
             found.append(Bounds(middle, in_layout(radius, leaf.batch_dim), run=run))
@@ -742,10 +742,10 @@ class MappedSums:
         return Interval(middle - width, middle + width)
 
 
-def _together(first: Interval, second: Interval) -> Interval:
-    """The rows of both."""
-    low = torch.cat([first.low, second.low])
-    return Interval(low, torch.cat([first.high, second.high]))
+def _together(*parts: Interval) -> Interval:
+    """The rows of all parts."""
+    low = torch.cat([part.low for part in parts])
+    return Interval(low, torch.cat([part.high for part in parts]))
 
 
 def _rows(steps: list[Interval]) -> Interval:

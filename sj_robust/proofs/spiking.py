@@ -20,7 +20,15 @@ from sj_robust.proofs.rounding import (
     within_float32,
 )
 
-__all__ = ["Float32Counting", "Float32Spiking", "Interval", "LayerBounds", "RealSpiking", "Spiking"]
+__all__ = [
+    "Centred",
+    "Float32Counting",
+    "Float32Spiking",
+    "Interval",
+    "LayerBounds",
+    "RealSpiking",
+    "Spiking",
+]
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,23 @@ class Interval:
         if values.shape != self.low.shape:
             return False
         return bool(((values >= self.low) & (values <= self.high)).all())
+
+
+@dataclass(frozen=True)
+class Centred:
+    """All values of a tensor within ``radius`` of ``centre``, element by element."""
+
+    centre: Tensor
+    radius: Tensor
+
+    @classmethod
+    def of(cls, values: Interval) -> "Centred":
+        """The values of an interval."""
+        return cls((values.low + values.high) / 2, (values.high - values.low) / 2)
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Centred":
+        """Both parts through a function that moves elements."""
+        return Centred(function(self.centre), function(self.radius))
 
 
 @dataclass

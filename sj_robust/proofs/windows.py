@@ -9,7 +9,7 @@ from torch import Tensor
 from sj_robust.ops.trains.config import Constants, StepBounds, Trains, Windows
 from sj_robust.ops.trains.operator import BoundsBackend, in_float32, train_sums
 from sj_robust.proofs.rounding import charge_rounding, reset_rounding, within_float32
-from sj_robust.proofs.spiking import Float32Spiking, Interval
+from sj_robust.proofs.spiking import Centred, Float32Spiking, Interval
 from sj_robust.proofs.trains import Chain
 
 __all__ = [
@@ -57,19 +57,14 @@ class Steps:
         steps = weights.shape[1]
         return weighted_sums(weights, self.values.each(lambda end: end[:steps]))
 
-    def centred(self, weights: Tensor) -> Interval:
+    def centred(self, weights: Tensor) -> Centred:
         """See :class:`SpikeTrains`."""
-        return centred(self.bounds(weights))
+        return Centred.of(self.bounds(weights))
 
-    def in_float32(self, weights: Tensor, slack: float) -> Interval:
+    def in_float32(self, weights: Tensor, slack: float) -> Centred:
         """See :class:`SpikeTrains`."""
         sums = self.bounds(weights)
-        return Interval(*in_float32(sums.low, sums.high, slack))
-
-
-def centred(values: Interval) -> Interval:
-    """Centres and radii instead of both ends."""
-    return Interval((values.low + values.high) / 2, (values.high - values.low) / 2)
+        return Centred(*in_float32(sums.low, sums.high, slack))
 
 
 def constants_of(spiking: Float32Spiking, steps: int) -> Constants:
@@ -130,23 +125,26 @@ class SpikeTrains:
 
     def bounds(self, weights: Tensor) -> Interval:
         """Bounds of ``sum_t weights[f, t] s[t]``, [F, N, *], of the steps that have weights."""
-        return self._sums(weights, None)
+        return Interval(*self._sums(weights, None))
 
-    def centred(self, weights: Tensor) -> Interval:
+    def centred(self, weights: Tensor) -> Centred:
         """Centres and radii of the same instead of both ends."""
-        return centred(self.bounds(weights))
+        return Centred.of(self.bounds(weights))
 
-    def in_float32(self, weights: Tensor, slack: float) -> Interval:
+    def in_float32(self, weights: Tensor, slack: float) -> Centred:
         """Centres and radii of the same in float32, instead of both ends; the radii cover what that
         rounds.
         """
-        return self._sums(weights, slack)
+        return Centred(*self._sums(weights, slack))
 
-    def _sums(self, weights: Tensor, narrow: float | None) -> Interval:
+    def _sums(self, weights: Tensor, narrow: float | None) -> tuple[Tensor, Tensor]:
+        """Both ends, or with ``narrow`` centres and radii in float32."""
         trains = self._packed_steps(weights.shape[1])
-        low, high = train_sums(weights, trains, self.windows, narrow=narrow, backend=self.backend)
+        first, second = train_sums(
+            weights, trains, self.windows, narrow=narrow, backend=self.backend
+        )
         shape = self.spikes[0].low.shape
-        return Interval(low, high).each(lambda end: end.view(-1, *shape))
+        return first.view(-1, *shape), second.view(-1, *shape)
 
     def _packed_steps(self, steps: int) -> Trains:
         if self._packed is None or len(self._packed.sure) != steps:

@@ -347,9 +347,14 @@ def chain_gradients(backend, slope, *, centred):
     high = (low.detach() + rand(300)).requires_grad_()
     weights = randn(5, 4).requires_grad_()
     chain = DifferentiableChain.of(spiking, 4, Interval(low, high))
-    found = chain.bounds(weights, backend, centred=centred)
-    total = (randn(5, 300) * found.low + randn(5, 300) * found.high).sum()
-    return found.low, found.high, *torch.autograd.grad(total, [low, high, weights])
+    if centred:
+        sums = chain.centred(weights, backend)
+        found = sums.centre, sums.radius
+    else:
+        ends = chain.bounds(weights, backend)
+        found = ends.low, ends.high
+    total = sum((randn(5, 300) * part).sum() for part in found)
+    return *found, *torch.autograd.grad(total, [low, high, weights])
 
 
 def check_chains():

@@ -1,9 +1,14 @@
-"""All frames that moves in time lead to, one by one: what proofs of moves are held against."""
+"""What proofs of events are held against: all frames that moves in time lead to, one by one; and
+bounds of frames of which events change.
+"""
 
 from itertools import product
 
 import torch
 from torch import Tensor
+
+from sj_robust.proofs.moves import Events
+from sj_robust.proofs.rules import Bounds
 
 
 def lines_reached(line: Tensor, moves: int, shift: int, *, binary: bool) -> dict[tuple, int]:
@@ -38,3 +43,11 @@ def all_moved(x: Tensor, moves: int, shift: int, *, binary: bool = True) -> Tens
         sets = longer
     every = torch.tensor([lines for lines, _ in sets], dtype=x.dtype)
     return every.transpose(1, 2).reshape(-1, *x.shape)
+
+
+def entering(x: Tensor, ball: Events) -> Bounds:
+    """Bounds of frames [N, T, *] of which events change or move."""
+    box = ball.box(x)
+    found = Bounds(x, (box.high - box.low) / 2)
+    found.changes = ball.changes(x, summed=False)
+    return found

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from proofs import fuzz_flips, test_flips
+from proofs.moved import entering
 from proofs.networks import lead
 from proofs.test_flips import MAPS, SHAPE, by_step, tiny, weights
 from torch.testing import assert_close
@@ -18,7 +19,6 @@ from sj_robust.proofs.changes import changed_sums
 from sj_robust.proofs.flips import Flips
 from sj_robust.proofs.moves import Moves
 from sj_robust.proofs.open_events import open_events
-from sj_robust.proofs.rules import Bounds
 from sj_robust.proofs.verification import bounded_logits, bounded_neurons
 from sj_robust.training import CertifiedOptions
 from sj_robust.training.certified import CertifiedLoss
@@ -48,14 +48,6 @@ def every_change(sample, most):
                         longer.add((*values[:place], values[place] + step, *values[place + 1 :]))
         found = longer
     return torch.tensor(sorted(found), dtype=sample.dtype).view(-1, *sample.shape)
-
-
-def entering(x, ball):
-    """Bounds of frames [N, T, *] of which events change."""
-    box = ball.box(x)
-    found = Bounds(x, (box.high - box.low) / 2)
-    found.changes = ball.changes(x, summed=False)
-    return found
 
 
 def extremes(function, x, budget):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from covering import each_in_turn
 from proofs import fuzz_flips
+from proofs.moved import entering
 from proofs.networks import in_steps, lead
 from spikingjelly.activation_based import layer, neuron
 from torch import nn
@@ -44,15 +45,6 @@ def all_changed(x, most):
 def frames(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, shape, generator=generator).double()
-
-
-def entering(x, budget):
-    """Bounds of frames [N, T, *] of which so many values change."""
-    ball = Flips(budget)
-    box = ball.box(x)
-    found = Bounds(x, (box.high - box.low) / 2)
-    found.changes = ball.changes(x, summed=False)
-    return found
 
 
 def extremes(function, x, budget):
@@ -129,7 +121,7 @@ def test_the_first_map_is_bounded_exactly(name, budget):
     def function(z):
         return MAPS[name](by_step(z), weights())
 
-    found = function(entering(x, budget))
+    found = function(entering(x, Flips(budget)))
     low, high = extremes(function, x[0], budget)
     assert_close(found.least, low)
     assert_close(found.most, high)
@@ -150,7 +142,7 @@ def test_float32_sums_have_their_rounding_beside_changes(name):
 
         return MAPS[name](by_step(z), in_float32)
 
-    wide = entering(x, 2)
+    wide = entering(x, Flips(2))
     narrow = Bounds(x.float(), wide.radius.float(), run=run, changes=wide.changes)
     found = function(narrow)
     low, high = extremes(function, x[0], 2)
@@ -169,9 +161,9 @@ def test_of_many_inputs_the_largest_weights_are_enough_or_all_are_looked_at(monk
     kernel[0] = kernel[0].abs() + 0.1
     largest = kernel[0].topk(150).indices
     x[0, :, largest] = 1  # which none of its largest weights can raise
-    found = F.linear(entering(x, 2), kernel)
+    found = F.linear(entering(x, Flips(2)), kernel)
     monkeypatch.setattr(changes, "_CANDIDATES", 1000)
-    whole = F.linear(entering(x, 2), kernel)
+    whole = F.linear(entering(x, Flips(2)), kernel)
     assert torch.equal(found.most, whole.most)
     assert torch.equal(found.least, whole.least)
 
@@ -180,7 +172,7 @@ def test_a_budget_between_two_integers_counts_the_next_change_in_part():
     x = frames(1, *SHAPE)
     ends = {}
     for budget in (0.0, 1.0, 1.25, 2.0):
-        z = entering(x, budget).flatten(0, 1)
+        z = entering(x, Flips(budget)).flatten(0, 1)
         found = MAPS["convolution"](z, weights())
         ends[budget] = found.most
     between = 0.75 * ends[1.0] + 0.25 * ends[2.0]
@@ -205,7 +197,7 @@ def test_sums_over_time_have_one_budget(budget):
         currents = F.conv2d(z, kernel)
         return torch.tensordot(sums, currents, 1)
 
-    z = entering(x, budget).flatten(0, 1)
+    z = entering(x, Flips(budget)).flatten(0, 1)
     bounds = F.conv2d(z, kernel)
     steps = []
     for t in range(3):
@@ -222,10 +214,10 @@ def test_sums_over_time_have_one_budget(budget):
 def test_steps_that_see_the_same_frames_are_noticed():
     x = frames(1, 2, 1, 2, 2)
     of_all_frames = weights()(3, 8)
-    summed = F.linear(entering(x, 1).flatten(1), of_all_frames).changes
+    summed = F.linear(entering(x, Flips(1)).flatten(1), of_all_frames).changes
     assert share_frames([summed, summed])  # it is moved by several frames
     kernel = weights()(2, 1, 2, 2)
-    one = F.conv2d(entering(x, 1).flatten(0, 1), kernel).changes
+    one = F.conv2d(entering(x, Flips(1)).flatten(0, 1), kernel).changes
     assert not share_frames([one])
     assert share_frames([one, one])
 

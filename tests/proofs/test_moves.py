@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from proofs import fuzz_moves, test_flips
-from proofs.moved import all_moved, lines_reached
+from proofs.moved import all_moved, entering, lines_reached
 from proofs.networks import in_steps, lead
 from spikingjelly.activation_based import layer, neuron
 from torch import nn
@@ -42,14 +42,6 @@ def binary_lines(steps):
     """All of so many frames, [2**steps, steps]."""
     values = torch.tensor([0.0, 1.0]).double()
     return torch.cartesian_prod(*[values] * steps)
-
-
-def entering(x, ball):
-    """Bounds of frames [N, T, *] of which events move."""
-    box = ball.box(x)
-    found = Bounds(x, (box.high - box.low) / 2)
-    found.changes = ball.changes(x, summed=False)
-    return found
 
 
 def extremes(function, x, ball):
@@ -165,9 +157,9 @@ def test_sums_over_time_have_one_budget(budget, shift, most):
         return torch.tensordot(sums, F.conv2d(z, kernel), 1)
 
     zeros = torch.zeros_like(x)
-    entering = Bounds(zeros, zeros)
-    entering.changes = ball.changes(x, summed=False).over_time(sums)
-    found = F.conv2d(entering.flatten(0, 1), kernel)
+    still = Bounds(zeros, zeros)
+    still.changes = ball.changes(x, summed=False).over_time(sums)
+    found = F.conv2d(still.flatten(0, 1), kernel)
     middle = function(x[0])
     low, high = extremes(function, x[0], ball)
     torch.testing.assert_close(middle - found.changes.lowered(), low)

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sj_robust.attacks.events import check_frames
+from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import check_labels, check_samples
 from sj_robust.data import image_loader
 from sj_robust.evaluation.run.fingerprint import fingerprint
 
-__all__ = ["Batches", "Data", "given_data"]
+__all__ = ["Batches", "Data", "check_data", "given_data"]
 
 Batches = Iterable[tuple[Tensor, ...]]
 """Images and labels in batches."""
@@ -195,6 +197,18 @@ def _check_alike(x: Tensor, first: Tensor, number: int) -> None:
             f"batch {number} of x must be {first.dtype} as the first, got {x.dtype}; convert all "
             f"images with x.to({first.dtype})"
         )
+
+
+def check_data(data: Data, threat: ThreatModel) -> None:
+    """Raise an error unless all samples are event frames as the threat says, if it is one of
+    events.
+
+    Raises:
+        ValueError: If frames have another shape or hold another value.
+    """
+    if threat.of_events:
+        for x, _ in data:
+            check_frames(x, counts=threat.counts)
 
 
 class _Store:

@@ -395,8 +395,9 @@ def _standard(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
         f"APGD-CE, APGD-DLR and APGD-T with {_listed(*chosen, 'training')}, then a search over "
         "spikes that starts from their results"
     )
-    if program := plan.program():
-        members += program
+    asked = plan.program()
+    if asked:
+        members += asked
         description += ", and for small networks a mixed-integer program"
     return Suite("standard", tuple(members), control, description, EstimatorSearch())
 
