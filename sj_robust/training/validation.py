@@ -1,6 +1,7 @@
 """Validation after every epoch, and the final report."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -23,6 +24,7 @@ from sj_robust.data import ImageSplits, image_loader
 from sj_robust.evaluation import Member, Report
 from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.report.pictures import gallery_within
+from sj_robust.evaluation.result import Row
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.loop import Asked, alone, run
 from sj_robust.evaluation.run.progress import Position, Watch
@@ -293,8 +295,8 @@ def final_report(
         seed: Seeds the attacks.
         single_step: Whether it was trained with a single-step attack, so that catastrophic
             overfitting is looked for.
-        verified_eps: Radius of the threat's norm for which a warning says how many test images are
-            verified; None verifies none.
+        verified_eps: Radius of the threat's norm at which test images are verified, for a row
+            ``"verified"`` and a warning that says how many; None verifies none.
         verified_method: Method of :func:`sj_robust.proofs.verify` that proves them.
         dataset: Name of the data set.
         configuration: Options of the run.
@@ -321,25 +323,21 @@ def final_report(
             names = splits.class_names
             shown = gallery_within(classifier, x, y, threat, seed=seed, class_names=names)
             journal.show_gallery(name.replace(" ", "_"), shown, len(history))
+    rows = outcome.rows
     notes = []
     if single_step:
         notes += _overfitting_warnings(history)
     if verified_eps is not None:
-        share = _share_verified(
-            name,
-            classifier,
-            splits,
-            journal,
-            threat=replace(threat, eps=verified_eps),
-            method=verified_method,
-        )
-        notes.append(share)
+        ball = replace(threat, eps=verified_eps)
+        proofs = _proofs(name, classifier, splits, journal, threat=ball, method=verified_method)
+        rows = (*rows, proofs)
+        notes.append(_share_verified(proofs, ball))
     return Report(
         name=name,
         dataset=dataset,
         suite="training",
         labels=data.labels,
-        rows=outcome.rows,
+        rows=rows,
         threat=threat,
         classes=splits.classes,
         seed=seed,
@@ -366,7 +364,7 @@ def _overfitting_warnings(history: Sequence[EpochRecord]) -> list[str]:
     return found
 
 
-def _share_verified(
+def _proofs(
     name: str,
     classifier: SpikingClassifier,
     splits: ImageSplits,
@@ -374,19 +372,32 @@ def _share_verified(
     *,
     threat: ThreatModel,
     method: TrainedMethod,
-) -> str:
-    """How many of the test images are verified, in words."""
+) -> Row:
+    """Which of the test images are verified."""
     device = device_of(classifier)
     loader = _test_loader(splits)
-    images = len(splits.test)
-    verified = 0
-    text = f"verifying {name} on {images} test images"
+    verified: list[bool] = []
+    text = f"verifying {name} on {len(splits.test)} test images"
+    start = time.perf_counter()
     with journal.steps(text, len(loader)) as step, evaluation_mode(classifier):
         for x, y in loader:
             x, y = x.to(device), y.to(device)
-            found = verify_within(classifier, x, y, threat, method=method)
-            verified += sum(found.verified)
+            verified += verify_within(classifier, x, y, threat, method=method).verified
             step()
+    return Row(
+        "verified",
+        "proof",
+        seen=tuple(range(len(verified))),
+        fell=tuple(number for number, good in enumerate(verified) if not good),
+        variant=name,
+        threat=threat,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _share_verified(proofs: Row, threat: ThreatModel) -> str:
+    """How many images are verified, in words."""
+    verified, images = len(proofs.stood), len(proofs.seen)
     share = f"{verified} of {images} test images ({verified / images:.1%})"
     shift = "" if threat.largest_shift is None else f" by {threat.largest_shift} frames at most"
     return f"{share} verified at {threat.norm} {eps_text(threat.eps)}{shift}"

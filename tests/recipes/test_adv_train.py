@@ -71,8 +71,9 @@ def test_certified_training_beside_ms_mppd_ends_with_what_is_verified(tmp_path, 
     found = re.fullmatch(
         r"dlif certified: (\d+) of 40 test images \(.*%\) verified at Linf 0.01", note
     )
-    expected = round(40 * report.under("pgd20").accuracy)
-    assert int(found[1]) <= expected
+    verified = int(found[1])
+    assert report.verified.correct == verified
+    assert verified <= report.under("pgd20").correct
     assert note in capsys.readouterr().out
     losses = report.curves["dlif certified"][-1]["losses"]
     assert losses["mppd"] > 0
