@@ -1,7 +1,7 @@
 """Networks of stages in a row: convolution, batch norm, neuron; or linear layers and neurons."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -44,7 +44,8 @@ class ConvChain(DirectlyEncoded):
         hidden: Widths of the hidden linear layers.
         batch_norm: Whether every convolution is followed by batch norm; without it, weights are
             initialised by torch's default.
-        kernel_size: Height and width of every kernel; the padding is ``(kernel_size - 1) // 2``.
+        kernel_size: Height and width of every kernel, or of each convolution's; the padding is
+            ``(kernel_size - 1) // 2``.
         step_mode: ``"m"`` or ``"s"``.
         **neuron_kwargs: Passed on to ``spiking_neuron``, which also gets the network's ``T`` if it
             has such an argument, as ``DLIFNode`` does.
@@ -76,7 +77,7 @@ class ConvChain(DirectlyEncoded):
         features: Sequence[int | Literal["A", "S"]],
         hidden: Sequence[int] = (),
         batch_norm: bool = True,
-        kernel_size: int = 3,
+        kernel_size: int | Sequence[int] = 3,
         step_mode: str = "m",
         **neuron_kwargs: Any,
     ) -> None:
@@ -100,7 +101,7 @@ class ConvChain(DirectlyEncoded):
                 f"an image of {height}x{columns} pixels cannot be halved {halvings} times (>= 1 "
                 "needed); pass fewer stages, or larger images"
             )
-        padding = (kernel_size - 1) // 2
+        kernels = _one_per_convolution(kernel_size, len(widths))
         node = neuron_builder(spiking_neuron, T, neuron_kwargs)
         self.T = T
         stages: list[nn.Module] = []
@@ -113,10 +114,12 @@ class ConvChain(DirectlyEncoded):
                 _pool(stages)
                 height, columns = height // 2, columns // 2
                 continue
-            stages.append(layer.Conv2d(width, feature, kernel_size, stride=stride, padding=padding))
+            kernel = next(kernels)
+            padding = (kernel - 1) // 2
+            stages.append(layer.Conv2d(width, feature, kernel, stride=stride, padding=padding))
             stages.append(Stage(node(), norm=layer.BatchNorm2d(feature) if batch_norm else None))
             height, columns = (
-                (size + 2 * padding - kernel_size) // stride + 1 for size in (height, columns)
+                (size + 2 * padding - kernel) // stride + 1 for size in (height, columns)
             )
             width, stride = feature, 1
         width *= height * columns
@@ -129,6 +132,17 @@ class ConvChain(DirectlyEncoded):
         if batch_norm:
             initialise(self)
         functional.set_step_mode(self, step_mode)
+
+
+def _one_per_convolution(kernel_size: int | Sequence[int], convolutions: int) -> Iterator[int]:
+    """The kernel sizes in the order of the convolutions."""
+    sizes = [kernel_size] * convolutions if isinstance(kernel_size, int) else list(kernel_size)
+    if len(sizes) != convolutions or min(sizes) < 1:
+        raise ValueError(
+            f"kernel_size must be one number >= 1, or one for each of {convolutions} convolutions, "
+            f"got {kernel_size}"
+        )
+    return iter(sizes)
 
 
 def _pool(stages: list[nn.Module]) -> None:

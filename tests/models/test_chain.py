@@ -92,8 +92,14 @@ class Strided:
     """Options of a chain without poolings, and the features that are left of an image."""
 
     strides: list[int]
-    kernel_size: int
+    kernel_size: int | list[int]
     features: int
+
+    @property
+    def kernels(self):
+        """The kernel size of each convolution."""
+        size = self.kernel_size
+        return [size] * len(self.strides) if isinstance(size, int) else size
 
 
 @pytest.mark.parametrize(
@@ -101,11 +107,11 @@ class Strided:
     [
         Strided(strides=[1, 2], kernel_size=3, features=6 * 5 * 6),
         Strided(strides=[2, 2], kernel_size=4, features=6 * 2 * 3),
+        Strided(strides=[1, 2], kernel_size=[1, 4], features=6 * 4 * 6),
     ],
 )
 def test_strides_in_the_place_of_poolings_and_no_batch_norm(case):
-    size = case.kernel_size
-    options = {"strides": case.strides, "kernel_size": size, "batch_norm": False}
+    options = {"strides": case.strides, "kernel_size": case.kernel_size, "batch_norm": False}
     spec = NetworkSpec(
         image_shape=(3, 9, 12),
         classes=7,
@@ -115,9 +121,10 @@ def test_strides_in_the_place_of_poolings_and_no_batch_norm(case):
     net = build_network(spec)
     assert of_kind(net, layer.BatchNorm2d | layer.AvgPool2d) == []
     convolutions = of_kind(net, layer.Conv2d)
-    for convolution, stride in zip(convolutions, case.strides, strict=True):
+    shapes = zip(convolutions, case.strides, case.kernels, strict=True)
+    for convolution, stride, kernel in shapes:
         assert convolution.stride == (stride, stride)
-        assert convolution.kernel_size == (size, size)
+        assert convolution.kernel_size == (kernel, kernel)
     (linear,) = of_kind(net, layer.Linear)
     assert linear.in_features == case.features
     logits = SpikingClassifier(net, T=4)(torch.rand(2, 3, 9, 12))
@@ -143,6 +150,13 @@ def test_an_unknown_vgg():
 def test_wrong_features(features, message):
     with pytest.raises(ValueError, match=message):
         ConvChain((1, 8, 8), 10, T=4, spiking_neuron=DLIFNode, features=features)
+
+
+@pytest.mark.parametrize("kernel_size", [0, [3], [1, 0], [1, 3, 3]])
+def test_wrong_kernel_sizes(kernel_size):
+    spec = NetworkSpec(options={"kernel_size": kernel_size})
+    with pytest.raises(ValueError, match="one for each of 2 convolutions"):
+        build_network(spec)
 
 
 @pytest.mark.parametrize("strides", [[2], [3, 1]])
