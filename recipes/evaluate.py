@@ -90,7 +90,7 @@ class Options:
     - fast: quick check.
     - standard: full evaluation; use this in papers.
     - gradient: gradient attacks and Square, without the search over spikes.
-    - long: SA-PGD for 1,000 steps with ASSG, whose share is searched.
+    - long: SA-PGD for 1,000 steps, with ASSG and with alternating surrogates.
     - paper: protocol of Ding et al.
     - autoattack: standard AutoAttack.
     - gradients: comparison of gradient estimators.
