@@ -78,11 +78,11 @@ class Shown:
 
     @property
     def verdict(self) -> str:
-        """What it comes to."""
+        """The result in one sentence."""
         raise NotImplementedError
 
     def table(self) -> str:
-        """All of it as Markdown."""
+        """The whole result as Markdown."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -116,7 +116,7 @@ def coded(text: str) -> str:
 
 @contextmanager
 def print_style() -> Iterator[None]:
-    """Within it, or in a function that it decorates, figures are made, and written, for print.
+    """Context or decorator in which figures are made and written in print style.
     印刷风格。
     """
     from matplotlib import rc_context
@@ -126,7 +126,7 @@ def print_style() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """A figure of so many inches, which a notebook shows. 新建图。"""
+    """A figure of this size in inches, which a notebook shows. 新建图。"""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
