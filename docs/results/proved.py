@@ -325,7 +325,7 @@ def write_page(name: str) -> None:
 def page_tables(name: str) -> dict[tuple[str, str], str]:
     """The tables of a study, by the marks around them."""
     rows, layers = tables(name)
-    picture = f"![Images proved and not broken, in per cent; bounds over MS-MPPD](proved/{name}.png)"
+    picture = f"![Share proved and not broken; bounds over MS-MPPD](proved/{name}.png)"
     found = {
         "bracket": f"{bracket(name, rows)}\n\n{picture}",
         "layers": predicted(rows, layers),
