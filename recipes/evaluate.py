@@ -395,8 +395,8 @@ def radius(options: Options, norm: str, subject: Subject) -> float:
         beside = (options.eps, options.norm, options.suite, options.transfer, options.resume)
         if parse_eps(options.smooth) <= 0 or any(beside):
             raise ValueError(
-                "--smooth takes SIGMA > 0 and attacks its vote on images, in L2 and in one go: "
-                "leave --eps, --norm, --suite, --transfer and --resume out"
+                "--smooth needs SIGMA > 0 and attacks the vote on images in L2, in one run: omit "
+                "--eps, --norm, --suite, --transfer and --resume"
             )
         return 2 * parse_eps(options.smooth)
     trained = subject.options
