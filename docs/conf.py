@@ -41,6 +41,7 @@ myst_heading_anchors = 4
 nb_execution_mode = os.environ.get("NOTEBOOKS", "force")  # off: while you write pages
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
+nb_output_stderr = "remove"  # messages of torch
 
 # Docstrings
 autodoc_default_options = {"members": True, "member-order": "bysource"}

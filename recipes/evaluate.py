@@ -90,7 +90,7 @@ class Options:
     - fast: quick check.
     - standard: full evaluation; use this in papers.
     - gradient: gradient attacks and Square, without the search over spikes.
-    - long: SA-PGD for 1,000 steps with ASSG, whose share is searched.
+    - long: SA-PGD for 1,000 steps, with ASSG and with alternating surrogates.
     - paper: protocol of Ding et al.
     - autoattack: standard AutoAttack.
     - gradients: comparison of gradient estimators.
@@ -395,8 +395,8 @@ def radius(options: Options, norm: str, subject: Subject) -> float:
         beside = (options.eps, options.norm, options.suite, options.transfer, options.resume)
         if parse_eps(options.smooth) <= 0 or any(beside):
             raise ValueError(
-                "--smooth takes SIGMA > 0 and attacks its vote on images, in L2 and in one go: "
-                "leave --eps, --norm, --suite, --transfer and --resume out"
+                "--smooth needs SIGMA > 0 and attacks the vote on images in L2, in one run: omit "
+                "--eps, --norm, --suite, --transfer and --resume"
             )
         return 2 * parse_eps(options.smooth)
     trained = subject.options

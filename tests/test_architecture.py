@@ -261,20 +261,21 @@ def test_page_shows_the_tree():
 
 def tree():
     """Every folder and file of the package but private modules and headers, with the first sentence
-    that it says of itself.
+    that it says of itself; the files of a folder within a folder by their names alone.
     """
     lines = []
     for path in sorted(PACKAGE.rglob("*"), key=lambda path: path.relative_to(PACKAGE).parts):
-        parts = path.relative_to(PACKAGE).parts
-        hidden = path.name == "__init__.py" or path.suffix in {".h", ".so"}
-        private = path.name.startswith("_") and len(parts) > 1
-        if hidden or private or "__pycache__" in parts or "trained" in parts:
+        depth = len(path.relative_to(PACKAGE).parts)
+        if not is_shown(path) or (depth > 2 and path.is_file()):
             continue
         if path.is_dir():
             text = f"- `{path.name}/`: {said_of_itself(path / '__init__.py')}"
         else:
             text = f"- `{path.name}`: {said_of_itself(path)}"
-        indent = "    " * (len(parts) - 1)
+        if path.is_dir() and depth > 1:
+            names = [f"`{file.name}`" for file in sorted(path.iterdir()) if is_shown(file)]
+            text += f" {', '.join(names)}"
+        indent = "    " * (depth - 1)
         lines += textwrap.wrap(
             text,
             width=119,
@@ -284,6 +285,13 @@ def tree():
             break_on_hyphens=False,
         )
     return "\n".join(lines) + "\n"
+
+
+def is_shown(path):
+    parts = path.relative_to(PACKAGE).parts
+    hidden = path.name == "__init__.py" or path.suffix in {".h", ".so"}
+    private = path.name.startswith("_") and len(parts) > 1
+    return not (hidden or private or "__pycache__" in parts or "trained" in parts)
 
 
 def said_of_itself(path):

@@ -18,7 +18,7 @@ from sj_robust.models import pretrained
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
 EPS = "8/255"
-COUNT = 4
+COUNT = 3
 
 
 def attacked(folder):
@@ -53,11 +53,11 @@ def draw_images(panels, shown, names):
                 names[int(seen[number])],
                 color=ORANGE if row else "black",
                 fontweight="bold" if row else "normal",
-                fontsize=9,
+                fontsize=10,
             )
             axes.grid(visible=False)
-    panels[0, 0].set_ylabel("clean", fontsize=9)
-    panels[1, 0].set_ylabel(f"attacked, {EPS}", fontsize=9)
+    panels[0, 0].set_ylabel("clean", fontsize=10)
+    panels[1, 0].set_ylabel(f"attacked, {EPS}", fontsize=10)
 
 
 def under_the_paper_attacks():
@@ -97,22 +97,22 @@ def draw_brackets(axes):
         textcoords="offset points",
         color=ORANGE,
     )
-    axes.set_yticks(range(len(reports)), list(reports), fontsize=9)
+    axes.set_yticks(range(len(reports)), list(reports), fontsize=10)
     axes.set_ylim(1.5, -0.5)
     axes.set_xlim(-2, 85)
     axes.set_xlabel("accuracy on CIFAR-10, %")
-    axes.set_title(f"bars: robust accuracy at {EPS}", fontsize=9)
+    axes.set_title(f"bars: robust accuracy at {EPS}", fontsize=10)
 
 
 @print_style()
 def main():
     """Attack the images, read the stored reports, draw."""
     shown, names = attacked(sys.argv[1])
-    figure = new_figure(8.2, 3.1)
-    left, right = figure.subfigures(1, 2, width_ratios=(1.55, 1))
+    figure = new_figure(6.6, 2.9)
+    left, right = figure.subfigures(1, 2, width_ratios=(1.35, 1))
     draw_images(left.subplots(2, COUNT, squeeze=False), shown, names)
     draw_brackets(right.subplots())
-    figure.savefig(HERE / "before_after.png", dpi=92, pil_kwargs={"optimize": True})
+    figure.savefig(HERE / "before_after.png", dpi=160, pil_kwargs={"optimize": True})
 
 
 if __name__ == "__main__":

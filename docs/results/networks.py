@@ -40,7 +40,7 @@ NETWORKS = HERE.parents[1] / "tests" / "networks_as_written.py"
 YES = "yes"
 LARGE = ("SNASNet", "SpikeDHS")
 _REASON = 180
-"""Characters of a reason in a table."""
+"""Characters of a reason."""
 
 TITLES = {
     "evaluate": "`evaluate`",
@@ -53,28 +53,24 @@ TITLES = {
 HEAD = """# Supported networks
 
 The networks of `spikingjelly.activation_based.model` and of SpikingJelly's tutorials, in small
-versions with untrained weights. The first forward pass detects how a network is called ([Your
-network](../your_network.md#make-it-a-function-of-images)).
+versions with untrained weights, written by `python docs/results/networks.py`. The first forward
+pass [detects](../your_network.md#make-it-a-function-of-images) what a network takes: images
+[N, C, H, W], which it runs over time itself; a sequence [T, N, C, H, W]; or steps, one
+[N, C, H, W] per call.
 
-`python docs/results/networks.py` tries each of them and writes this page. `evaluate` means its
-initial checks and a short attack; gains, `perturbation_gains`; `verify`, bounds by intervals;
-fine-tuning, a step of `adv_train.py`. Where the releases differ, both are shown. Reasons for
-failures are below.
+`evaluate` means its initial checks and a short attack; gains, `perturbation_gains`; `verify`,
+bounds by intervals; fine-tuning, a step of `adv_train.py`. The reasons for "no" are
+[below](#what-does-not-work-and-why).
 """
+BOTH = "both"
 MEASURED = """
 ## Proofs and evaluations of the zoo
 
-`python docs/results/networks.py --measure` proves each network of the zoo by intervals (`verify`,
-two images or event samples, eps 0.001 or one event), and evaluates it on one of them by
-`evaluate(..., suite="fast")` at eps 0.03, or on event frames by the suite `events` for one event;
-the label is what the untrained network sees. A cell says how many images are proved or withstand
-all attacks, or gives the reason why there are none; a cell that is there is not measured again.
-Seconds are those of a processor, with one thread. SpikeDHS has images of 8 x 8, and with SNASNet is
-measured only by name (`--measure SpikeDHS SNASNet`). Some networks of the zoo are listed with other
-neurons and connections, too.
-
-| network | SpikingJelly | proved by intervals | s | left by the attacks | s |
-| --- | --- | --- | ---: | --- | ---: |
+`python docs/results/networks.py --measure` (for SNASNet and SpikeDHS, with their names) counts the
+images out of two that intervals prove (eps 0.001, or one event), and those out of one that are
+still correct under the suite `fast` (eps 0.03; for event frames `events`, one event). Labels are
+the predictions of the untrained network; s are CPU seconds of one thread. SpikeDHS sees images of
+8x8.
 """
 
 
@@ -288,62 +284,122 @@ def part(done: int, of: int, why: str) -> str:
 
 def page() -> str:
     """The page, from the results of all releases."""
-    releases = sorted(path.stem.removeprefix("networks_") for path in HERE.glob("networks_*.json"))
-    found = {
-        release: json.loads((HERE / f"networks_{release}.json").read_text(encoding="utf-8"))
-        for release in releases
-    }
-    names = list(dict.fromkeys(name for rows in reversed(found.values()) for name in rows))
-    heads = ["network", "SpikingJelly", "how it is called", *TITLES.values()]
-    lines = [HEAD, f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
-    reasons: dict[str, list[str]] = {}
-    for name in names:
-        cells = [{release: rows[name] for release, rows in found.items() if name in rows}]
-        of_releases = cells[0]
-        shown = [each(of_releases, column) for column in ("takes", *TITLES)]
-        lines.append(f"| {name} | {', '.join(of_releases)} | {' | '.join(shown)} |")
-        for column, title in TITLES.items():
-            why = {cell[column].partition(": ")[2] for cell in of_releases.values()} - {""}
-            for reason in sorted(why):
-                reasons.setdefault(escaped(reason), []).append(f"{name} ({title})")
-    lines += ["", *MEASURED.strip("\n").split("\n"), *measured_rows()]
-    lines += ["", "## What does not work, and why", ""]
-    lines += [f"- {', '.join(places)}: {reason}" for reason, places in reasons.items()]
+    found = stored("networks")
+    measured = stored("measured")
+    heads = ["network", "SpikingJelly", "takes", "returns", *TITLES.values()]
+    lines = [HEAD, *table(heads, grouped(found))]
+    heads = ["network"]
+    for release in measured:
+        heads += [f"{release}: proved of 2", "s", "correct of 1", "s"]
+    lines += [*MEASURED.split("\n"), *table(heads, measured_rows(measured))]
+    lines += ["", "## What does not work, and why", "", *explained(found, measured)]
     return "\n".join(lines) + "\n"
 
 
-def measured_rows() -> list[str]:
+def stored(stem: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Results by release, the newest first, and by network."""
+    found = {}
+    for path in sorted(HERE.glob(f"{stem}_*.json"), reverse=True):
+        found[path.stem.removeprefix(f"{stem}_")] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a table in Markdown."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def names_in(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Networks of all releases, in the order of the newest."""
+    return list(dict.fromkeys(name for rows in found.values() for name in rows))
+
+
+def grouped(found: dict[str, dict[str, dict[str, str]]]) -> list[list[str]]:
+    """Rows of the first table: networks with equal cells share one, but for zoo and tutorials."""
+    groups: dict[tuple[bool | str, ...], list[str]] = {}
+    for name in names_in(found):
+        of_releases = {release: rows[name] for release, rows in found.items() if name in rows}
+        releases = BOTH if len(of_releases) == len(found) else ", ".join(of_releases)
+        called = next(iter(of_releases.values()))["takes"]
+        shown = (releases, *short_convention(called), *cells_of(of_releases))
+        of_zoo = name[0].isupper()
+        groups.setdefault((of_zoo, *shown), []).append(name)
+    return [["; ".join(names), *map(str, cells[1:])] for cells, names in groups.items()]
+
+
+def short_convention(called: str) -> tuple[str, str]:
+    """What a network takes and returns, from the line that describes its convention."""
+    if called.startswith("no"):
+        return "no", "no"
+    kinds = {
+        "takes images": "images",
+        "takes a sequence": "sequence",
+        "takes one step": "steps",
+    }
+    (kind,) = (word for start, word in kinds.items() if called.startswith(start))
+    return kind, called.partition("returns ")[2]
+
+
+def cells_of(of_releases: dict[str, dict[str, str]]) -> list[str]:
+    """The cells of a network in the columns after its convention."""
+    return [each(of_releases, column) for column in TITLES]
+
+
+def measured_rows(measured: dict[str, dict[str, dict[str, Any]]]) -> list[list[str]]:
     """Rows of the table of proofs and evaluations, from the results of all releases."""
     rows = []
-    for path in sorted(HERE.glob("measured_*.json"), reverse=True):
-        release = path.stem.removeprefix("measured_")
-        for name, cells in json.loads(path.read_text(encoding="utf-8")).items():
-            columns = ("verify", "verify seconds", "fast", "fast seconds")
-            shown = [measured_cell(cells.get(column, "not measured")) for column in columns]
-            rows.append(f"| {name} | {release} | {' | '.join(shown)} |")
+    for name in names_in(measured):
+        row = [name]
+        for release in measured.values():
+            cells = release.get(name, {})
+            for column in ("verify", "fast"):
+                value = str(cells.get(column, ""))
+                count = "no" if value.startswith("no: ") else value.partition(" of ")[0]
+                row += [count, str(cells.get(f"{column} seconds", ""))]
+        rows.append(row)
     return rows
 
 
-def measured_cell(value: Any) -> str:
-    """A figure, or a reason in a line, without the list of what has bounds."""
-    return textwrap.shorten(escaped(str(value)), _REASON, placeholder=" ...")
+def explained(
+    found: dict[str, dict[str, dict[str, str]]], measured: dict[str, dict[str, dict[str, Any]]]
+) -> list[str]:
+    """Reasons, each once, with the networks and columns that it concerns."""
+    reasons: dict[str, dict[str, list[str]]] = {}
+    for columns, results in ((TITLES, found), ({"verify": TITLES["verify"]}, measured)):
+        for name in names_in(results):
+            for column, title in columns.items():
+                for release in results.values():
+                    why = reason(str(release.get(name, {}).get(column, "")))
+                    titles = reasons.setdefault(why, {}).setdefault(name, []) if why else []
+                    if title not in titles:
+                        titles.append(title)
+    lines = []
+    for why, concerned in reasons.items():
+        by_titles: dict[tuple[str, ...], list[str]] = {}
+        for name, titles in concerned.items():
+            by_titles.setdefault(tuple(titles), []).append(name)
+        places = []
+        for titles, names in by_titles.items():
+            all_of_them = len(titles) == len(TITLES)
+            places.append(f"{'; '.join(names)} ({'all' if all_of_them else ', '.join(titles)})")
+        lines.append(f"- {'; '.join(places)}: {why}")
+    return lines
 
 
 def each(of_releases: dict[str, dict[str, str]], column: str) -> str:
     """One cell: what the releases say, once if it is the same."""
-    said = {release: cells[column] for release, cells in of_releases.items()}
-    if column == "takes":
-        said = {release: text.split(":")[0] for release, text in said.items()}
-    short = {release: text.partition(": ")[0] for release, text in said.items()}
+    short = {release: cells[column].partition(": ")[0] for release, cells in of_releases.items()}
     if len(set(short.values())) == 1:
         return next(iter(short.values()))
     return ", ".join(f"{text} ({release})" for release, text in short.items())
 
 
-def escaped(text: str) -> str:
-    """A reason without marks of Markdown, and without the list of what has bounds."""
-    text = text.partition("; there are for ")[0]
-    return text.replace("|", "\\|").replace("*", "\\*").replace("<", "\\<")[:300]
+def reason(cell: str) -> str:
+    """Why a cell does not say yes, without marks of Markdown and the list of what has bounds."""
+    text = cell.partition(": ")[2].partition("; there are for ")[0]
+    text = text.replace("|", "\\|").replace("*", "\\*").replace("<", "\\<")
+    return textwrap.shorten(text, _REASON, placeholder=" ...")
 
 
 if __name__ == "__main__":

@@ -325,7 +325,7 @@ def write_page(name: str) -> None:
 def page_tables(name: str) -> dict[tuple[str, str], str]:
     """The tables of a study, by the marks around them."""
     rows, layers = tables(name)
-    picture = f"![Proved and left by attacks; bounds over MS-MPPD](proved/{name}.png)"
+    picture = f"![Share proved and not broken; bounds over MS-MPPD](proved/{name}.png)"
     found = {
         "bracket": f"{bracket(name, rows)}\n\n{picture}",
         "layers": predicted(rows, layers),
@@ -417,7 +417,7 @@ def draw(name: str) -> None:
 
 
 def brackets(axes: "Axes", rows: Sequence[Row], radii: Sequence[str]) -> None:
-    """Proved (filled) and left by attacks (dashed), for each weight of the last layer's l2 form."""
+    """Proved (filled) and not broken (dashed), for each weight of the last layer's l2 form."""
     cells = [cell for cell in dict.fromkeys(row.cell for row in rows) if plain(cell)]
     at = [parse_eps(eps) for eps in radii]
     for cell, colour in zip(cells, COLOURS, strict=False):
@@ -430,7 +430,7 @@ def brackets(axes: "Axes", rows: Sequence[Row], radii: Sequence[str]) -> None:
     axes.set_xticks(at, radii)
     axes.set_ylim(0, 100)
     axes.set_xlabel("Linf radius")
-    axes.set_ylabel("proved; dashed: left by attacks, %")
+    axes.set_ylabel("proved; dashed: not broken, %")
     axes.legend()
 
 

@@ -94,7 +94,7 @@ def draw(rows: list[Row]) -> None:
     axes = figure.subplots()
     axes.set_aspect("equal")
     axes.plot([20, 100], [20, 100], color="#bbbbbb", linewidth=1)
-    axes.annotate("all that is right is proved", (28, 30), rotation=45, fontsize=7)
+    axes.annotate("all correct images proved", (28, 30), rotation=45, fontsize=7)
     for row in known:
         colour = colours[row.task]
         filled = colour if row.here else "none"
@@ -107,7 +107,7 @@ def draw(rows: list[Row]) -> None:
     for kind, marker in MARKERS.items():
         label = f"{kind}, published"
         axes.plot([], [], marker, color="#767676", markerfacecolor="none", label=label)
-    label = "spiking, published, not proved: left by attacks"
+    label = "spiking, published, not proved: under attack"
     axes.plot([], [], "v", color="#767676", markerfacecolor="none", label=label)
     axes.set_xlabel("clean accuracy, %")
     axes.set_ylabel("proved, %")

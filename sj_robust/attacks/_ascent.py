@@ -38,16 +38,16 @@ class Ascent:
         self.top_loss = self.loss
 
     def move(self, step: int) -> None:
-        """Set ``x_adv`` to the image of step number ``step``, from 1 on."""
+        """Set ``x_adv`` to the image of step ``step``, counted from 1."""
         raise NotImplementedError
 
     def arrive(self, step: int) -> None:
-        """Take note of loss and gradient at the image of step number ``step``."""
+        """Record loss and gradient at the image of step ``step``."""
 
     def climb(
         self, objective: Callable[[Tensor], Objective], y: Tensor, best: Best, *, keep_best: bool
     ) -> None:
-        """Take the steps and hand what they found to ``best``.
+        """Take the steps and pass the results to ``best``.
 
         With ``keep_best`` a sample leaves as soon as an image fools the model; without it all
         samples take all steps and their image of highest loss is handed over, whether or not it
@@ -92,7 +92,7 @@ class Ascent:
         self.arrive(step)
 
     def _keep(self, mask: Tensor) -> None:
-        """Go on with the samples of the mask alone."""
+        """Continue with only the samples of the mask."""
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value[mask])

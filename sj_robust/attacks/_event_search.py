@@ -67,7 +67,7 @@ class FewestChanges:
 
 
 class Seen(NamedTuple):
-    """What the model says about frames."""
+    """Predictions of the model for frames."""
 
     loss: Tensor
     """What the search climbs, [n]."""
@@ -163,8 +163,8 @@ class EventSearch:
         loss: Tensor,
         size: Tensor,
     ) -> None:
-        """Change the ``size`` [n] elements of every sample that promise most, none that promises a
-        loss.
+        """Change the ``size`` [n] most promising elements of every sample, none with a negative
+        gain.
         """
         gain = gradient * self._direction(rows)
         if self.scaled:
@@ -181,7 +181,7 @@ class EventSearch:
         return min(int(size.max()) + self.settings.probes, ranked.shape[1])
 
     def _ranked(self, rows: Tensor, gain: Tensor) -> Tensor:
-        """The gains, those that are equal in random order."""
+        """The gains, equal ones in random order."""
         finite = gain.masked_fill(gain.isinf(), 0.0)
         scale = finite.abs().amax(1, keepdim=True)
         scale = torch.where(scale > 0, scale, 1.0)
@@ -224,7 +224,7 @@ class EventSearch:
         candidates: Candidates,
         loss: Tensor,
     ) -> Candidates:
-        """What every candidate alone really gains, best first; infinity where it fools."""
+        """The true gain of every candidate alone, best first; infinity if it fools."""
         index = candidates.index
         gained = torch.full_like(candidates.promise, -torch.inf)
         for column in range(index.shape[1]):
@@ -300,7 +300,7 @@ class EventSearch:
         return uniform(self.x, self.private)
 
     def _free(self, rows: Tensor, changed: Tensor) -> Tensor:
-        """What may be changed next where so much is changed, [n, D] bool."""
+        """Which elements may be changed next, given the changes so far, [n, D] bool."""
         return self.changeable[rows] & ~changed
 
     def _ranks(self, rows: Tensor) -> Tensor:
@@ -340,8 +340,8 @@ class EventSearch:
             changed = again
 
     def _try_to_undo(self, rows: Tensor, undo: Tensor) -> Tensor:
-        """Undo the changes ``undo`` [n, D] of the samples that stay fooled without them; for which
-        that was so, [n].
+        """Undo the changes ``undo`` [n, D] of the samples that stay fooled without them; returns
+        these samples, [n].
         """
         undo = undo & self.changed[rows]
         undone = undo.any(1)
@@ -354,7 +354,7 @@ class EventSearch:
         return undone
 
     def _gradient(self, rows: Tensor) -> tuple[Tensor, Seen]:
-        """Gradient [n, D] and what the model says, at the frames as changed so far."""
+        """Gradient [n, D] and predictions at the frames as changed so far."""
         frames = apply_changes(self.x[rows], self.changed[rows])
         gradient, score = self._objective(rows).gradient(frames, self.y[rows])
         fooled = confident(score.loss, score.fooled, self.settings)
@@ -444,8 +444,8 @@ def first_that_fools(
     planes: int,
     generator: Randomness,
 ) -> Tensor:
-    """Of several draws for every sample the first that fools the model, or else the last; model and
-    y for several.
+    """For every sample, the first of several draws that fools the model, or else the last; model
+    and y for several.
     """
     if tries == 1 or model is None or y is None:
         with torch.inference_mode(False):

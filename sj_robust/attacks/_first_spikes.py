@@ -74,7 +74,7 @@ def first_spikes(model: object, x: Tensor) -> FirstSpikes | None:
 
 
 class _FoundError(Exception):
-    """What lies behind need not run."""
+    """The rest of the network need not run."""
 
 
 class _Seen:

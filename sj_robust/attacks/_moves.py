@@ -40,7 +40,7 @@ class Place:
     pool: Tensor
 
     def repeated(self, times: int) -> "Place":
-        """Every chain so many times, one behind the other."""
+        """Every chain repeated, one copy after the other."""
         if times == 1:
             return self
         return Place(
@@ -114,11 +114,11 @@ class Moves:
         return torch.where(mask, other, place.x)
 
     def flip(self, place: Place, numbers: Tensor) -> Tensor:
-        """Of some neurons the one that is nearest to its next threshold is carried across it."""
+        """Among some neurons, the one nearest to its next threshold is carried across it."""
         return self._flipped(place, numbers, believed=False)
 
     def guided_flip(self, place: Place, numbers: Tensor) -> Tensor:
-        """Of some neurons the one whose next threshold promises most is carried across it."""
+        """Among some neurons, the most promising one is carried across its next threshold."""
         return self._flipped(place, numbers, believed=True)
 
     def _flipped(self, place: Place, numbers: Tensor, *, believed: bool) -> Tensor:

@@ -53,7 +53,7 @@ STAGES = (
 
 @dataclass(frozen=True)
 class Plan:
-    """How a search spends its forwards.
+    """How a search distributes its forward passes.
 
     Attributes:
         moves: Kinds of moves, which take turns.
@@ -176,7 +176,7 @@ class _Walk:
         return every.gather(2, self.rival[:, :, None]).squeeze(2)
 
     def keep(self, stays: Tensor) -> None:
-        """Go on with some of the samples."""
+        """Continue with some of the samples."""
         self.rows = self.rows[stays]
         self.rival = self.rival[stays]
         self.x = self.x[stays]
@@ -209,7 +209,9 @@ class _Walk:
         self.hand_over()
 
     def draw(self, seeds: SampleSeeds, turn: int) -> list[Tensor]:
-        """Numbers of the next turns, of each those of its moves and those of its heat."""
+        """Random numbers of the next turns: for each, those of its moves and those of its
+        temperature.
+        """
         plan = self.search.plan
         widths = []
         for number in range(turn, turn + _BLOCK):
@@ -221,7 +223,7 @@ class _Walk:
         return list(torch.split(numbers, widths, dim=2))
 
     def choice(self, kind: str) -> int:
-        """Moves of a kind of which one is tried."""
+        """Candidate moves of a kind, one of which is tried."""
         return 1 if kind in FLIPS else self.search.plan.choice
 
     def turn(self, kind: str, drawn: Tensor, heat: Tensor, cooled: float) -> Tensor:
@@ -286,8 +288,8 @@ class _Walk:
         return images.to(search.x.dtype)
 
     def learn(self, change: Tensor, gain: Tensor) -> None:
-        """Correct what is believed of the elements, and of the size of a change, by what the moves
-        of all chains have shown.
+        """Update the estimates of the elements, and of the size of a change, from the moves of all
+        chains.
 
         Equation: ``slope += rate * mean_c (gain_c - slope change_c) change_c / |change_c|^2``.
         """

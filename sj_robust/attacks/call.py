@@ -201,9 +201,7 @@ class Best:
         loss: Tensor,
         fooled: Tensor,
     ) -> None:
-        """Keep those of the images ``x_adv`` of the samples ``rows`` that are better than what is
-        kept.
-        """
+        """Keep images ``x_adv`` of the samples ``rows`` that are better than the best so far."""
         kept_fooled = self.fooled[rows]
         higher = (fooled == kept_fooled) & (loss > self.loss[rows])
         better = (fooled & ~kept_fooled) | higher
@@ -224,7 +222,7 @@ def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 def checked_copies(
     model: Model, x: Tensor, y: Tensor, generator: Randomness
 ) -> tuple[Tensor, Tensor]:
-    """Check what a gradient attack was called with, and copy images and labels.
+    """Check the arguments of a gradient attack, and copy images and labels.
 
     The copies have no graph, and a model that keeps or changes them does not reach the caller's.
     """

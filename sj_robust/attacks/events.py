@@ -313,7 +313,7 @@ def checked_frames(
     counts: bool,
     optional: bool = False,
 ) -> Tensor:
-    """Check what an attack on frames was called with, and copy the frames; model and labels may be
+    """Check the arguments of an attack on frames, and copy the frames; model and labels may be
     None if ``optional``.
     """
     if not is_checked():

@@ -115,7 +115,7 @@ def salt_and_pepper(
 
 
 def _checked(model: object, x: Tensor, y: Tensor | None, generator: Randomness) -> Private:
-    """Entry check of all noises, and what they draw from."""
+    """Checks of all noises, and their random source."""
     if not is_checked():
         if model is not None:
             check_model(model)

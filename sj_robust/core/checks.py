@@ -364,7 +364,7 @@ def check_steps(T: int | None) -> int | None:
     """A number of time steps, or None."""
     if isinstance(T, Tensor):
         raise TypeError(
-            "T must be a number of time steps, got a tensor; name the arguments behind the images"
+            "T must be a number of time steps, got a tensor; name the arguments after the images"
         )
     return None if T is None else check_count("T", T)
 

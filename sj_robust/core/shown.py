@@ -1,6 +1,7 @@
 """Representations of results: one line, a table in a notebook, a heat map."""
 
 import io
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -22,6 +23,7 @@ __all__ = [
     "GREY",
     "ORANGE",
     "Shown",
+    "coded",
     "common_scale",
     "heat_map",
     "new_figure",
@@ -76,11 +78,11 @@ class Shown:
 
     @property
     def verdict(self) -> str:
-        """What it comes to."""
+        """The result in one sentence."""
         raise NotImplementedError
 
     def table(self) -> str:
-        """All of it as Markdown."""
+        """The whole result as Markdown."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -98,18 +100,23 @@ def shown_html(markdown: str) -> str:
         filter(None, markdown.splitlines()), key=lambda line: line.startswith("| ")
     ):
         if not is_table:
-            found += [f"<p>{escape(line)}</p>" for line in lines]
+            found += [f"<p>{coded(line)}</p>" for line in lines]
             continue
-        head, _, *rows = ([escape(cell) for cell in line[2:-2].split(" | ")] for line in lines)
+        head, _, *rows = ([coded(cell) for cell in line[2:-2].split(" | ")] for line in lines)
         cells = ["".join(f"<th>{cell}</th>" for cell in head)]
         cells += ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
         found.append(f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>")
     return "".join(found)
 
 
+def coded(text: str) -> str:
+    """HTML of a text, with text in backticks as code. 反引号内的文字转为代码。"""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+
+
 @contextmanager
 def print_style() -> Iterator[None]:
-    """Within it, or in a function that it decorates, figures are made, and written, for print.
+    """Context or decorator in which figures are made and written in print style.
     印刷风格。
     """
     from matplotlib import rc_context
@@ -119,7 +126,7 @@ def print_style() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """A figure of so many inches, which a notebook shows. 新建图。"""
+    """A figure of this size in inches, which a notebook shows. 新建图。"""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -325,7 +325,7 @@ def _sharpness(estimator: EstimatorName, name: str, node: Any) -> float:
     if not threshold > 0:
         raise ValueError(
             f"{estimator.name} has a width in units of the threshold, which must be > 0, got "
-            f"{threshold} in neuron {name!r}; use a shape with a sharpness of its own, such as "
+            f"{threshold} in neuron {name!r}; use a shape with its own sharpness, such as "
             "'atan:4'"
         )
     return 1.0 / (number * threshold)

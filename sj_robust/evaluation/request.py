@@ -20,7 +20,7 @@ __all__ = ["Request", "described"]
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked about a network and images. 评估请求。
+    """What to evaluate: a network on images. 评估请求。
 
     Attributes:
         suite: Name of the suite of attacks, or ``"stress"`` or ``"corruptions"``.

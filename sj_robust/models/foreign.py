@@ -127,8 +127,8 @@ def _module(name: str) -> ModuleType:
 
 @contextmanager
 def _failures_named(name: str) -> Iterator[None]:
-    """What a module of somebody else raises while it is imported, in one line; one that is missing
-    keeps its error.
+    """Report in one line the error of a foreign module during import; a missing module keeps its
+    error.
     """
     try:
         yield

@@ -55,7 +55,7 @@ class PretrainedCard(Shown):
         return f"{self.name}, {self.summary}: clean {self.clean} %. {self.found}"
 
     def table(self) -> str:
-        """All of it as Markdown."""
+        """The whole result as Markdown."""
         rows = [[name, str(value)] for name, value in asdict(self).items() if name != "made_with"]
         return markdown_table(
             ["", "value"], [*rows, *([name, str(value)] for name, value in self.made_with.items())]

@@ -111,8 +111,8 @@ def _check_neurons(
     ]
     if nodes and learned:
         raise ValueError(
-            f"{path} has PLIF neurons, each with a tau of its own ({learned[0]}), but DLIF "
-            "neurons of a NetworkSpec share one; load it in a function of your own (network "
+            f"{path} has PLIF neurons, each with its own tau ({learned[0]}), but DLIF "
+            "neurons of a NetworkSpec share one; load it in your own function (network "
             "module:function), whose neurons are then converted"
         )
     if weights.network is None or not nodes:

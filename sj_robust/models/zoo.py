@@ -136,8 +136,8 @@ def _check_fits(net: nn.Module, name: str, channels: int, classes: int) -> None:
     first = next((module for module in net.modules() if isinstance(module, nn.Conv2d)), None)
     if first is not None and first.in_channels != channels:
         raise ValueError(
-            f"zoo:{name} takes images of {first.in_channels} channels, these have {channels}; "
-            "take another network"
+            f"zoo:{name} expects images with {first.in_channels} channels, these have {channels}; "
+            "use another network"
         )
     last = [module for module in net.modules() if isinstance(module, nn.Linear)][-1:]
     if last and last[0].out_features % classes:

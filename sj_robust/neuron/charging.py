@@ -58,7 +58,7 @@ class Charging:
 
 @runtime_checkable
 class StatesCharging(Protocol):
-    """A neuron that says itself how it charges, though it may fire in a way of its own."""
+    """A neuron that states how it charges, though it may fire in its own way."""
 
     def charging(self) -> Charging:
         """How it charges at present."""
@@ -140,7 +140,7 @@ def find_neurons(
 
 
 def has_known_dynamics(module: nn.Module) -> bool:
-    """Whether it is known how a module charges; by exact type, since a subclass may change it.
+    """Whether the dynamics of a module are known; by exact type, since a subclass may change them.
     动力学是否已知。
     """
     return type(module) in _KNOWN

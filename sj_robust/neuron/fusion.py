@@ -27,7 +27,8 @@ class FusionReport:
 
 
 class InStage(nn.Identity):
-    """Where a module stood that is part of the stage before it; keeps the names of those behind.
+    """Placeholder for a module that is now part of the stage before it; keeps the names of later
+    ones.
 
     Examples:
         >>> InStage()
@@ -36,8 +37,8 @@ class InStage(nn.Identity):
 
 
 def fuse(net: nn.Module) -> FusionReport:
-    """Join batch norm, the DLIF neurons that follow it and the 2x2 average pooling after those in
-    a :class:`Stage`.
+    """Join batch norm, the DLIF neurons after it and a following 2x2 average pooling in a
+    :class:`Stage`.
 
     Either the batch norm or the pooling may be missing. Only neighbours in an ``nn.Sequential`` are
     joined, where nothing can come between them. The stage takes the place of the first module, and
@@ -198,7 +199,7 @@ def _numbers(first: int, count: int) -> list[str]:
 
 
 def _children(module: nn.Module) -> dict[str, nn.Module]:
-    """Children by name, one that stands in two places at both."""
+    """Children by name; one that is in two places has both names."""
     members = module.named_modules(remove_duplicate=False)
     return {name: child for name, child in members if name and "." not in name}
 
@@ -209,7 +210,7 @@ def _joined(path: str, name: str) -> str:
 
 
 def _counts(modules: Sequence[nn.Module]) -> list[int]:
-    """How many modules behind each other make a stage; 1 for one that stays as it is."""
+    """How many consecutive modules make a stage; 1 for a module that stays as it is."""
     counts = []
     position = 0
     while position < len(modules):

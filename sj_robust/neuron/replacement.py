@@ -157,7 +157,7 @@ def dlif_to_lif(net: nn.Module) -> ReplacementReport:
         if not isinstance(module, DLIFNode):
             continue
         if type(module) is not DLIFNode:
-            report.skipped[name] = f"{type(module).__name__} may have dynamics of its own"
+            report.skipped[name] = f"{type(module).__name__} may have its own dynamics"
             continue
         node = _without_gain(name, module)
         successors[module] = node

@@ -55,9 +55,7 @@ class Watcher(Protocol):
         """What the watcher needs from the next call of the neuron ``name``."""
 
     def called(self, call: SpikingCall) -> None:
-        """Take note of a call; in a compiled graph calls of which nothing is wanted are left
-        out.
-        """
+        """Record a call; a compiled graph omits calls from which nothing is needed."""
 
 
 @contextmanager

@@ -479,7 +479,7 @@ class MPPDMonitor(BaseMonitor):
             self._warned_of_potential = True
             warnings.warn(
                 f"the potential of {', '.join(wrong_potential)} does not follow h = decay * v + "
-                "gain * x with the decay given, so the full perturbation is left out there",
+                "gain * x with the decay given, so the full perturbation is omitted there",
                 stacklevel=4,
             )
 

@@ -304,7 +304,7 @@ class BoundedRun:
         *] and [N, T, *] a function may get any.
         """
         if self.changed is not None and any(0 in leaves_of(x.origin) for x in arguments):
-            self.apart["a max pooling or ReLU"] = "behind it every value has a budget of its own"
+            self.apart["a max pooling or ReLU"] = "after it, every value has its own budget"
         rows = self._rows(by, arguments, values.low.shape)
         laid = [self._in_layout(x) for x in arguments]
         for x, batch_dim in laid:

@@ -231,7 +231,7 @@ class Prover:
     def _bound(
         self, root: RelaxedRun, images: Tensor, labels: Tensor, parts: list["_Part"]
     ) -> None:
-        """Bound parts of boxes, and tell their searches what comes of it."""
+        """Bound parts of boxes, and pass the results to their searches."""
         rows = torch.tensor([part.search.number for part in parts], device=images.device)
         run = self.run(
             images[rows],
@@ -346,7 +346,7 @@ class _Search:
 
     @property
     def done(self) -> bool:
-        """Whether there is nothing left to do."""
+        """Whether the search is finished."""
         return self.failed or self.broken is not None or not self._rivals
 
     def next_ones(self) -> list[_Part]:
@@ -361,7 +361,7 @@ class _Search:
         return [_Part(self, heappop(self._waiting)[2]) for _ in range(number)]
 
     def learn(self, part: _Part, value: float, spike: Spike | None) -> None:
-        """Take note of a part's bound, and cut it at a spike if it is not proved."""
+        """Record the bound of a part, and split it at a spike if it is not proved."""
         self._asked -= 1
         if value > 0:
             self.lead = min(self.lead, value)

@@ -46,7 +46,7 @@ def _rectified(func: Any, x: Any, inplace: bool = False) -> Bounds:
 
 
 def _function(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
-    """A function of one value that never falls, or that falls up to a point and rises then."""
+    """A function of one value that never falls, or that falls up to a point and then rises."""
     name = func.__name__.strip("_")
     _check_function(name, args, kwargs)
     kwargs = {key: part for key, part in kwargs.items() if key not in ("inplace", "approximate")}
@@ -63,7 +63,7 @@ def _function(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
 
 
 def _check_function(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """What a function of one value is called with beside it leaves it one that has bounds."""
+    """The further arguments of a function of one value leave it one that has bounds."""
     given = (*args, *kwargs.values())
     has_other_bounds = any(isinstance(part, Bounds) for part in given)
     if has_other_bounds or kwargs.get("inplace", False):
@@ -75,7 +75,7 @@ def _check_function(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _rounded_number(value: Any, x: Bounds) -> Any:
-    """A number beside a tensor of the network, as that holds it."""
+    """A number in the precision of a tensor of the network."""
     if not isinstance(value, float):
         return value
     return float(torch.as_tensor(value, dtype=x.dtype))

@@ -221,7 +221,7 @@ class OverTime:
                 continue
             self.kinds[name] = _kind(calls, shifts, factors)
             if before & trace.pooled:
-                reasons[name] = "behind a maximum, a product or another function"
+                reasons[name] = "after a maximum, a product or another function"
             elif self.kinds[name] is None and before != {0}:
                 reasons[name] = "its current is no map of spikes of one step"
         if not self.counts:

@@ -363,7 +363,7 @@ def _rounding(
 
 
 class _FoundError(Exception):
-    """What lies behind need not run."""
+    """The rest of the network need not run."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ NO_BOUNDS = {
     "AdaptBaseNode": "its spikes change a second state, which adapts its later current",
     "NoisyBaseNode": "it draws noise in every time step",
     "NoisyNonSpikingBaseNode": "it draws noise in every time step",
-    "KLIFNode": "it resets by a script of torch, which takes no bounds",
+    "KLIFNode": "its reset is a TorchScript function, which supports no bounds",
     "QIFNode": "its potential charges by its own square",
     "EIFNode": "its potential charges by its own exponential",
     "ComplementaryLIFNode": "its second state is driven by its spikes, and resets the first one",

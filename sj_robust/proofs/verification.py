@@ -687,7 +687,7 @@ def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
             unbounded[name] = f"{name} ({type(module).__name__}): {no_bounds(module) or reason}"
     for name, n in neurons.items():
         if not n.known:
-            unbounded[name] = f"{name}, a {n.type_name}, which fires in a way of its own"
+            unbounded[name] = f"{name}, a {n.type_name}, which fires in its own way"
         elif not n.binary:
             unbounded[name] = f"{name}, whose surrogate does not spike"
         if method := overridden(n):

@@ -311,7 +311,7 @@ def test_an_option_that_a_function_does_not_have(own):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "zoo:spiking_resnet18"}, "takes images of 3 channels, these have 1"),
+        ({"name": "zoo:spiking_resnet18"}, "expects images with 3 channels, these have 1"),
         ({"neuron": "izhikevich"}, "neuron must be"),
         ({"tau": 0.99}, "tau must be > 1, got 0.99"),
         ({"channels": (4, 0)}, r"convolution must have a width >= 1, got \[4, 0\]; omit"),

@@ -234,7 +234,7 @@ MISFITS = {
         options={"decay_input": True},
     ),
     "PLIF": Misfit(
-        message=r"PLIF neurons, each with a tau of its own \(net.stages.0.node.w\)",
+        message=r"PLIF neurons, each with its own tau \(net.stages.0.node.w\)",
         of_file={"neuron": "plif"},
     ),
     "no mean": Misfit(

@@ -333,7 +333,7 @@ def test_one_budget_for_all_steps_proves_more_than_one_for_each():
     [
         ([layer.AvgPool2d(2), layer.Conv2d(2, 2, 1)], "more than one convolution or linear map"),
         ([layer.Conv2d(2, 2, 2), layer.Conv2d(2, 2, 1)], "more than one convolution"),
-        ([layer.MaxPool2d(2), layer.Conv2d(2, 2, 1)], "every value has a budget of its own"),
+        ([layer.MaxPool2d(2), layer.Conv2d(2, 2, 1)], "every value has its own budget"),
         ([Repeated(), layer.Conv2d(2, 2, 2)], "more than one"),
         ([layer.Conv2d(2, 2, 2), Repeated()], "more than one"),
     ],

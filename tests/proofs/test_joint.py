@@ -557,7 +557,7 @@ def test_a_max_pooling_is_bounded_step_by_step():
     model = classifier(NETWORKS[1], NEURONS["LIF"])
     x = torch.rand(2, 2, 8, 8)
     result = verify(model, x, model(x).argmax(1), 0.01)
-    assert result.stepwise == ("4.inside.2: behind a maximum, a product or another function",)
+    assert result.stepwise == ("4.inside.2: after a maximum, a product or another function",)
 
 
 class Twice(nn.Module):

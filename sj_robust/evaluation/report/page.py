@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment
 
-from sj_robust.core.shown import BLUE, GREY, ORANGE
+from sj_robust.core.shown import BLUE, GREY, ORANGE, coded
 from sj_robust.evaluation.intervals import extent
 from sj_robust.evaluation.report.figures import figures
 from sj_robust.evaluation.report.pictures import Gallery
@@ -96,7 +96,7 @@ def to_html(report: Evaluation, gallery: Gallery | None = None) -> str:
         False
     """
     environment = Environment(autoescape=True, keep_trailing_newline=True)
-    environment.filters |= {"short": _short, "coded": _coded}
+    environment.filters |= {"short": _short, "coded": coded}
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         report=report,
@@ -230,11 +230,6 @@ def _svg(name: str, figure: "Figure", title: str) -> str:
     for color, themed in _THEME.items():
         text = text.replace(color, themed)
     return text.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
-
-
-def _coded(text: str) -> str:
-    """HTML of a text, what is in backticks as code."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def _short(value: object) -> str:

@@ -131,13 +131,13 @@ class Display(MovingLine):
         self._last = time.monotonic()
 
     def __exit__(self, *exception: object) -> None:
-        """Take the line away."""
+        """Remove the line."""
         super().__exit__(*exception)
         if self._console.is_jupyter:
             write_over("", self._console)
 
     def say(self, text: str) -> None:
-        """Say what begins; the bar shows it, without an end, until a step is done."""
+        """Show which part begins; the bar has no end until a step is done."""
         if self._console.is_jupyter:
             write_over(text, self._console)
         elif self._say is None:

@@ -45,7 +45,7 @@ _Rows = list[list[float]] | None
 
 @dataclass(frozen=True)
 class Answers:
-    """What a network answers on probe images; None where a second forward answers otherwise.
+    """Outputs of a network on probe images; None where a second forward gives others.
     网络对探测图像的输出与梯度。
 
     Attributes:
@@ -60,7 +60,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Identity:
-    """What a network is. 网络的身份。
+    """Description of a network for comparison. 网络的身份。
 
     Two networks are one if all parts agree that no forward creates or changes, and their logits on
     the probe images, and the gradients of these: bit for bit on the same processor with as many
@@ -217,7 +217,7 @@ def seeded_sources(model: object, seed: int, device: torch.device) -> Iterator[N
 
 
 def _kept(folder: Path | None, identity: Identity) -> tuple[str, str]:
-    """The fingerprint that the folder's progress goes by, and what speaks against it."""
+    """The fingerprint used by the progress in the folder, and the differences from it."""
     if folder is None:
         return identity.fingerprint, ""
     path = folder / "network.json"
@@ -323,7 +323,7 @@ def _checked(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _machine(device: torch.device) -> str:
-    """What rounding depends on."""
+    """The properties of the machine that rounding depends on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     kind = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else ""

@@ -43,7 +43,7 @@ __all__ = ["Asked", "Job", "Outcome", "alone", "releases", "rows_of", "run", "ru
 
 @dataclass(frozen=True)
 class Asked:
-    """What counts as broken. 判定标准。
+    """The criterion for a broken image. 判定标准。
 
     Attributes:
         threat: Norm and size of what counts; None counts everything.
@@ -87,7 +87,7 @@ class Job:
         y: Their labels.
         start: Number of the first image.
         seeds: One per image.
-        asked: What counts as broken.
+        asked: The criterion for a broken image.
         probed: Whether the perturbation of the potential is measured.
     """
 
@@ -256,7 +256,7 @@ def run(
             back.
         data: The images.
         variants: What is run.
-        asked: What counts as broken.
+        asked: The criterion for a broken image.
         network: Fingerprint of the network.
         folder: Where progress is kept; None keeps none.
         watch: Who watches.

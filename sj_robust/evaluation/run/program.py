@@ -37,8 +37,8 @@ def program(
     nodes: int = 200,
     generator: Randomness = None,
 ) -> Tensor:
-    """Ask the mixed-integer program for an image of every Linf ball that a small network gets
-    wrong.
+    """Ask the mixed-integer program for an image in every Linf ball that a small network
+    misclassifies.
 
     混合整数规划攻击，仅用于小型网络。
 

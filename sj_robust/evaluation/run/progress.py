@@ -63,7 +63,7 @@ class Progress:
 
     @contextmanager
     def batch(self, number: int) -> Iterator["BatchLog"]:
-        """Take up a batch: what is known of it, open for more.
+        """Open a batch: the steps known so far, to which others are added.
 
         Raises:
             BlockingIOError: If another process has taken up the batch.
@@ -189,12 +189,12 @@ class Position:
 
 
 def _silent(text: str) -> None:
-    """Say nothing."""
+    """Print nothing."""
 
 
 @dataclass(frozen=True)
 class Watch:
-    """Who watches an evaluation. 进度回调。
+    """Observer of an evaluation. 进度回调。
 
     Attributes:
         say: Called with a line for each part.

@@ -316,7 +316,7 @@ class _Plan:
         return [replace(self.member("spike_search", attack), takes_starts=True)]
 
     def program(self) -> list[Member]:
-        """The program about what stands, which changes nothing where the network is not small."""
+        """The mixed-integer program on the images that are still correct, for small networks."""
         if self.eot_samples > 1 or self.threat.norm != "Linf":
             return []
         return [self.member("program", partial(program, eps=self.threat.eps))]

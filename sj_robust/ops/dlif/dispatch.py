@@ -223,13 +223,13 @@ def _unsupported_reason(name: str, x_seq: Tensor, surrogate: Surrogate) -> str |
         return "an ONNX model holds torch's own operators alone, which is backend='reference'"
     if differentiates_by_functorch():
         return (
-            "torch.func.grad, vjp, jvp and their like differentiate plain torch alone, which is "
+            "torch.func.grad, vjp, jvp and the like differentiate only plain torch; use "
             "backend='reference'"
         )
     if surrogate.kind == "custom" and is_traced():
         return (
-            "the surrogate is a Python function: a kernel takes it in no graph of torch's tracers "
-            "and under no torch.func.vmap; use backend='reference'"
+            "the surrogate is a Python function, which kernels support neither in graphs of "
+            "torch's tracers nor under torch.func.vmap; use backend='reference'"
         )
     reason: str | None = implementation(name).unsupported_reason(x_seq, surrogate)
     return reason
