@@ -69,7 +69,7 @@ class Options:
     download: Annotated[bool, Often(), Decides("nothing")] = False
     """Download missing files."""
     augment: bool | None = None
-    """Crop, flip and cut out training images; None: only for CIFAR."""
+    """Crop, flip and Cutout of training images; None: only for CIFAR."""
     cutout: Annotated[NonNegativeInt, Idle(lambda options: not is_augmented(options))] = 16
     """Side of the square that Cutout sets to zero, in pixels; 0: no Cutout."""
     on_unreadable: Literal["error", "skip"] = "error"
@@ -147,7 +147,7 @@ class Options:
     """For certified: surrogate width in the bounds, relative to the neuron's; 0.5 was better in
     short runs."""
     ramp: float = 0.6
-    """For certified: share of the training over which radius and weight of the bounds increase."""
+    """For certified: share of training over which radius and weight of the bounds increase."""
     box: float = 1.0
     """For certified: box around an attacked image, as a share of the radius; 1: the whole ball
     (SABR: 0.1 to 0.7)."""

@@ -62,7 +62,7 @@ class Options:
     shapes: Annotated[list[list[int]] | None, Yaml(list, type(None))] = None
     """Input shapes [T, N, C, H, W], such as [[4,8,32,8,8]]; None: those of the documentation."""
     methods: list[str] | None = None
-    """Methods to measure, such as "DLIF cpp"; None: all. A wrong name lists the known ones."""
+    """Methods to measure, such as "DLIF cpp"; None: all. An unknown name lists the known ones."""
     device: Literal["cpu", "cuda"] = "cpu"
     """cuda: run tests/gpu, then measure a layer, batch norm with a layer, and a training step of
     VGG-11 on the GPU; only rounds, check and output apply."""

@@ -1,7 +1,7 @@
 """Measure the robustness of a spiking network: attacks, control, proofs and diagnosis.
 
 Examples:
-    python recipes/evaluate.py runs/digits-dlif-at-1/dlif_at  # suite standard, eps of the training
+    python recipes/evaluate.py runs/digits-dlif-at-1/dlif_at  # suite standard, eps as in training
     python recipes/evaluate.py CHECKPOINT --suite fast --test-limit 200 --eps 8/255
     python recipes/evaluate.py --network mynet.py:build --T 8 --eps 8/255  # your own network
     python recipes/evaluate.py CHECKPOINT --output runs/mine --resume  # resume after a stop
@@ -104,14 +104,14 @@ class Options:
     """Norm of the perturbation; None: Linf, or for event data L0, or moves if trained for them.
     moves: events moved in time."""
     largest_shift: PositiveInt | None = None
-    """For moves: largest number of frames by which an event may move; None: that of the training,
-    or no limit."""
+    """For moves: largest number of frames by which an event may move; None: as in training, or
+    no limit."""
     total_shift: PositiveInt | None = None
     """For moves: largest number of frames by which the events of a sample may move in total; None:
     no limit."""
     counts: bool | None = None
     """For event data: frames hold numbers of events, of which a change adds or removes one; None:
-    as in the training."""
+    as in training."""
     fault_draws: PositiveInt = 5
     """For stress: number of draws of each random fault."""
     draws: PositiveInt | None = None
@@ -151,7 +151,7 @@ class Options:
 
     # network of your own
     T: Annotated[PositiveInt | None, Often()] = None
-    """Time steps of your own bare network; for a checkpoint, None: those of the training."""
+    """Time steps of your own bare network; for a checkpoint, None: as in training."""
     mean: Annotated[list[float] | None, Often()] = None
     """Mean per channel to subtract from the images of a bare network."""
     std: Annotated[list[float] | None, Often()] = None

@@ -61,8 +61,8 @@ class Options:
     - ground_truth: exact robust accuracy of a small network.
     - joint: proofs by joint bounds.
     - events: event frames before and after an attack, also as an animation, and the events that a
-      proof leaves open; with the flips or moves of the training.
-    - all: all except the last three, as far as the folder has numbers for them."""
+      proof leaves open; with the flips or moves used in training.
+    - all: all except the last three, if the folder has numbers for them."""
     columns: list[str] | None = None
     """Columns that rho shows, as shell patterns such as pgd20 or paper/*; None: the default ones.
     """

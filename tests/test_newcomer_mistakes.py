@@ -454,8 +454,8 @@ INTRODUCTION = """\
 
 Common mistakes of newcomers, and the messages they get. `tests/test_newcomer_mistakes.py` makes
 every one of them, writes this page (`python tests/test_newcomer_mistakes.py`) and fails if it is
-out of date. Recipes exit with code 2 after wrong usage, before anything is done, and with 1 after
-work that failed.
+out of date. Recipes exit with code 2 after wrong usage, before anything is done, and with 1 if the
+work fails.
 """
 
 

@@ -33,9 +33,9 @@ def refuse_carried_states(model: object) -> Iterator[None]:
         before = left.pop(neuron, [])
         if any(state is earlier for state in _states(neuron) for earlier in before):
             raise RuntimeError(
-                f"{type(neuron).__name__} still holds the state of the forward before, so every "
-                "step of the attack would see another network: attack SpikingClassifier(net, "
-                "T=...), which resets the network before every forward"
+                f"{type(neuron).__name__} still holds the state of the previous forward pass, so "
+                "every step of the attack would see a different network: attack "
+                "SpikingClassifier(net, T=...), which resets the network before every forward"
             )
 
     hooks = [

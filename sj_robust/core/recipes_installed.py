@@ -19,7 +19,7 @@ _MODULES = (
 _missing = [name for name in _MODULES if find_spec(name) is None]
 if _missing:
     raise ModuleNotFoundError(
-        f"recipes, training and plots need the extra 'recipes', of which {', '.join(_missing)} "
+        f"recipes, training and plots need the extra 'recipes', but {', '.join(_missing)} "
         "cannot be found: pip install 'sj_robust[recipes]' (in a clone, pip install -e "
         "'.[recipes]')",
         name=_missing[0],

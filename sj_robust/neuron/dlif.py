@@ -364,7 +364,7 @@ class DLIFNode(neuron.BaseNode):
         saved = state_dict.get(key)
         if saved is not None and saved.ndim == 1 and saved.shape != self.input_gain.shape:
             errors.append(
-                f"{key}: the weights are those of T={len(saved)} time steps, this DLIFNode has "
+                f"{key}: the weights are those of T={len(saved)} time steps, but this DLIFNode has "
                 f"T={self.T}; build it with T={len(saved)}, load, and then call "
                 f"sj_robust.models.set_time_steps(net, {self.T})"
             )

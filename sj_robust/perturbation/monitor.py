@@ -432,7 +432,7 @@ class MPPDMonitor(BaseMonitor):
         """Context of a run; a pair that it completes is added to the statistics."""
         if not self.hooks:
             raise RuntimeError(
-                f"{kind}(): the monitor has no hooks, it was closed, is a copy or no neuron can "
+                f"{kind}(): the monitor has no hooks: it was closed, is a copy, or no neuron can "
                 "be followed; build a new one with MPPDMonitor(net), and see monitor.unsupported"
             )
         if not self.is_enable():

@@ -65,7 +65,7 @@ class LayerPair:
             self._start = start
         elif start[1] != self._start[1] or not _same(start[0], self._start[0]):
             raise RuntimeError(
-                f"layer {self.neuron.name!r} starts the perturbed run from another state than "
+                f"layer {self.neuron.name!r} starts the perturbed run from a different state than "
                 "the clean run: call functional.reset_net(net) before each run"
             )
 

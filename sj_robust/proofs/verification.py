@@ -165,7 +165,7 @@ class Verification(Shown):
     def _threat(self) -> str:
         """The ball in words."""
         shift = "" if self.largest_shift is None else f" by {self.largest_shift} frames at most"
-        counted = " in frames of numbers of events" if self.counts else ""
+        counted = " in frames of event counts" if self.counts else ""
         return f"{self.norm} {eps_text(self.eps)}{shift}{counted}"
 
     def table(self) -> str:

@@ -467,7 +467,7 @@ class Bare(nn.Module):
 def test_a_state_carried_from_forward_to_forward_ends_the_attack(batch, place):
     net = Bare(resets=False).eval()
     with pytest.raises(
-        RuntimeError, match="DLIFNode still holds the state of the forward before, so every step"
+        RuntimeError, match="DLIFNode still holds the state of the previous forward pass, so every"
     ):
         pgd(
             net if place == "itself" else nn.Sequential(net),

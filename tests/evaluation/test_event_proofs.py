@@ -119,7 +119,7 @@ def test_an_evaluation_of_counts_does_not_depend_on_the_batches(norm):
     for name in names:
         assert reports[0].standing(name) == reports[1].standing(name)
     assert reports[0].threat == ThreatModel(norm, 2, counts=True)
-    assert "in frames of numbers of events" in reports[0].verdict
+    assert "in frames of event counts" in reports[0].verdict
     assert Report.from_json(reports[0].to_json()) == reports[0]
     low, high = reports[0].bracket
     assert 0 < low.correct <= high.correct

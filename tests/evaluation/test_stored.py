@@ -50,9 +50,9 @@ VERDICTS = {
     "report": "Robust accuracy is between 20.0 % (proved) and 30.0 % (95 % CI 10.8 to 60.3; 10 "
     "images, Linf 0.1). Quick check: 5 attacks of suite `fast`. No sign of gradient masking (2 "
     "checks).",
-    "card": "100 images, APGD-CE 20 at Linf 0.2. clean: 91.0 % without faults, down 5 points from "
-    "lost_spikes 0.2, never down 5 points under weight_bits; attacked: 49.0 % without faults, down "
-    "5 points from weight_bits 4, never down 5 points under lost_spikes.",
+    "card": "100 images, APGD-CE 20 at Linf 0.2. clean: 91.0 % without faults, 5 points lower at "
+    "lost_spikes 0.2, never 5 points lower under weight_bits; attacked: 49.0 % without faults, 5 "
+    "points lower at weight_bits 4, never 5 points lower under lost_spikes.",
     "smoothed": "Robust accuracy of the smoothed classifier at L2 0.15 is between 33.3 % "
     "(certified) and 50.0 % (under attack); 6 images, sigma 0.25, votes of 4000 samples.",
 }

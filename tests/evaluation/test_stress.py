@@ -131,7 +131,7 @@ def test_the_first_level_that_is_5_points_lower():
     assert report.fall("clean") == {"lost_spikes": 0.2, "weight_bits": None}
     assert report.fall("attacked", points=1.0) == {"lost_spikes": 0.1, "weight_bits": 4}
     assert (
-        "clean: 91.0 % without faults, down 5 points from lost_spikes 0.2, never down 5 points "
+        "clean: 91.0 % without faults, 5 points lower at lost_spikes 0.2, never 5 points lower "
         "under weight_bits; " in report.verdict
     )
     table = report.table().splitlines()

@@ -240,7 +240,7 @@ def test_forgotten_reset(net, pair, monitor):
     x, x_perturbed = pair
     with monitor.clean():
         net(x)
-    message = r"another state than the clean run: call functional.reset_net"
+    message = r"a different state than the clean run: call functional.reset_net"
     with pytest.raises(RuntimeError, match=message), monitor.perturbed():
         net(x_perturbed)
     both = torch.cat((x, x_perturbed), 1)

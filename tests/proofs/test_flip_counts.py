@@ -120,7 +120,7 @@ def test_no_set_of_changes_breaks_what_is_proved(method):
         result = verify(model, x, y, 2, norm="L0", counts=True, method=method)
         proved += sum(result.verified)
         assert result.counts is True
-        assert "in frames of numbers of events" in result.verdict
+        assert "in frames of event counts" in result.verdict
         for sample, label, margin in zip(x, y, result.margin, strict=True):
             logits = model(every_change(sample, 2)).detach()
             leads = lead(logits, label.expand(len(logits)))

@@ -229,9 +229,7 @@ def test_a_missing_extra_is_told_in_a_line(monkeypatch):
         importlib.util, "find_spec", lambda name: None if name == "scipy" else found(name)
     )
     monkeypatch.delitem(sys.modules, "sj_robust.core.recipes_installed")
-    with pytest.raises(
-        SystemExit, match=r"error: .* extra 'recipes', of which scipy .*: pip install"
-    ):
+    with pytest.raises(SystemExit, match=r"error: .* extra 'recipes', but scipy .*: pip install"):
         importlib.reload(sys.modules["lab.command_line"])
 
 

@@ -377,7 +377,7 @@ def _estimators_compared(found: Sequence[_Compared], total: int, skipped: str = 
         "other_estimator_stronger",
         (best.gained - best.lost) / total,
         f"Accuracy under the same attack by gradient estimator, on correctly classified images: "
-        f"{listed}. The training surrogate overstates robustness by the difference to the "
+        f"{listed}. The training surrogate overstates robustness by the difference from the "
         f"lowest.{skipped}",
         "Report the worst case over estimators (suites fast and standard), not the attack with "
         f"the training surrogate alone; start with {best.estimator}.",

@@ -114,8 +114,8 @@ def levels_verdict(report: Evaluation) -> str:
         fallen = [f"{kind} {level:g}" for kind, level in found.items() if level is not None]
         never = [kind for kind, level in found.items() if level is None]
         text = f"{what}: {intact(report).percent(what)} % without faults"
-        text += f", down 5 points from {', '.join(fallen)}" if fallen else ""
-        text += f", never down 5 points under {', '.join(never)}" if never else ""
+        text += f", 5 points lower at {', '.join(fallen)}" if fallen else ""
+        text += f", never 5 points lower under {', '.join(never)}" if never else ""
         parts.append(text)
     total = len(report.labels)
     said = f"{total} images, {report.description} at {levels_budget(report.threat)}."

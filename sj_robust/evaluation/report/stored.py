@@ -195,7 +195,7 @@ def _of_a_training(old: _Content) -> _Content:
             if score["correct"] > right:
                 warnings.append(
                     f"{network}: {score['correct']} images are correct under {score['attack']}; "
-                    f"counted are the {right} that are also correct without it."
+                    f"only the {right} that are also correct without it are counted."
                 )
             left = min(score["correct"], right)
             rows.append(_counted(score["attack"], "attack", right, left, network))

@@ -41,7 +41,7 @@ def budget(threat: ThreatModel | None) -> str:
         return "no threat model"
     eps = eps_text(threat.eps)
     plural = "" if eps == "1" else "s"
-    counted = ["in frames of numbers of events"] if threat.counts else []
+    counted = ["in frames of event counts"] if threat.counts else []
     if threat.norm == "L0":
         return ", ".join([f"at most {eps} event{plural} added or removed", *counted])
     if threat.norm != "moves":
