@@ -119,6 +119,7 @@ class TestMakeUp:
     def test_a_second_round_runs_the_same_attacks_from_other_random_numbers(self, name):
         once = make_suite(name, EIGHT, chosen=CHOSEN, classes=10)
         twice = make_suite(name, EIGHT, chosen=CHOSEN, classes=10, rounds=2)
+        assert twice.description == f"{once.description}; 2 rounds"
         for one, both in ((once.members, twice.members), (once.control, twice.control)):
             repeated = [member.name for member in one if not member.name.startswith("program")]
             last = [member.name for member in one if member.name.startswith("program")]

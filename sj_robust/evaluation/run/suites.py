@@ -211,7 +211,10 @@ def make_suite(
         "long": _long,
         "events": _events,
     }
-    return choosing[name](plan, tuple(dict.fromkeys(chosen)) or ("training",))
+    suite = choosing[name](plan, tuple(dict.fromkeys(chosen)) or ("training",))
+    if rounds == 1:
+        return suite
+    return replace(suite, description=f"{suite.description}; {rounds} rounds")
 
 
 def check_suite(name: SuiteName, threat: ThreatModel) -> None:
