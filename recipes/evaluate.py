@@ -121,6 +121,9 @@ class Options:
     proofs: bool = True
     """For Linf, L0 and moves: prove robustness by bounds of every spike, and attack only the images
     that are not proved."""
+    rounds: PositiveInt = 1
+    """How often the attacks of fast, standard, gradient, long or events are run, each time with
+    other random numbers and at the same cost."""
     control: bool = True
     """Run the control: as many attacks with the training gradient only."""
 
@@ -196,7 +199,7 @@ from sj_robust.evaluation.report.pictures import gallery_of
 from sj_robust.evaluation.report.terminal import Display, show_comparison, show_report
 from sj_robust.evaluation.request import Request
 from sj_robust.evaluation.run.progress import Watch
-from sj_robust.evaluation.run.suites import check_suite
+from sj_robust.evaluation.run.suites import check_rounds, check_suite
 from sj_robust.evaluation.stressing import stress_network
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint, from_function
 
@@ -243,6 +246,7 @@ def main(arguments: list[str]) -> None:
         )
         if suite != "stress" and suite != "corruptions" and options.smooth is None:
             check_suite(suite, threat)
+        check_rounds("vote" if options.smooth is not None else suite, options.rounds)
         T = getattr(subject.model, "T", None) if events else None
         other = options.transfer and Path(options.transfer)
         source = from_checkpoint(other, T, trust_code=options.trust_code) if other else None
@@ -300,6 +304,7 @@ def main(arguments: list[str]) -> None:
                 source=None if source is None else source.model,
                 proofs=options.proofs,
                 control=options.control,
+                rounds=options.rounds,
                 folder=folder / "progress",
                 configuration=configuration,
                 watch=Watch(display.say, display.on_step),

@@ -53,10 +53,12 @@ VARIANTS = {
     ),
     "one rival": replace(STANDARD, rivals=1),
     "no heat": replace(STANDARD, heat=0.0),
+    "20,000 forwards": replace(STANDARD, forwards=20_000),
 }
-"""The search, and what it would be without one of its parts, in as many seconds."""
+"""The search, what it would be without one of its parts, in as many seconds, and a longer one."""
 ESTIMATORS = ("atan:8+detach", "sigmoid:8", "training", "atan:4", "triangle:0.5", "atan:2")
 LOSSES = ("ce", "dlr", "ce", "ce")
+MORE_STARTS = 8
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,13 @@ class Case:
     variants: tuple[str, ...]
     long: tuple[int, ...] = ()  # forwards of more searches with more time, with the first seed
     autoattack: bool = False  # whether the authors' AutoAttack runs as well, with the first seed
+    more_starts: bool = False  # whether the search also begins with more APGD runs
 
 
 SHORT = ("spike_search",)
 OF_CHAINS = ("spike_search", "one rival", "no heat", "all go on", "fewer go on")
 CASES = {
-    "ablation": Case("digits/dlif-at", 0.1, 128, tuple(VARIANTS)),
+    "ablation": Case("digits/dlif-at", 0.1, 128, tuple(VARIANTS), more_starts=True),
     "ground_truth_0.05": Case("dlif-T2.pt", 0.05, 128, SHORT, (50_000,)),
     "ground_truth_0.1": Case("dlif-T2.pt", 0.1, 128, SHORT, (50_000,)),
     "two_layers_0.05": Case("dlif-T2-two-layers.pt", 0.05, 128, OF_CHAINS),
@@ -144,14 +147,16 @@ class Measured:
             )
         return images
 
-    def search(self, plan: Plan) -> Tensor:
-        """The search on what stands."""
+    def search(self, plan: Plan, more: int = 0) -> Tensor:
+        """The search on what stands, with more starts than there are."""
         rows = self.standing
         images = self.x.clone()
         ball = ThreatModel("Linf", self.case.eps)
         own = self.seeds.rows(rows).derived("search")
+        others = [self.climbed(len(LOSSES) + number, rows) for number in range(more)]
+        starts = torch.stack([*self.starts, *others])
         images[rows] = searched(
-            self.model, self.x[rows], self.y[rows], self.starts[:, rows], ball, plan, own
+            self.model, self.x[rows], self.y[rows], starts[:, rows], ball, plan, own
         )
         return images
 
@@ -235,6 +240,8 @@ def measure(name: str, seed: int, rows: list[Row]) -> None:
     """What is missing of one network and seed."""
     case = CASES[name]
     attacks = [*case.variants, "more APGD", "Square"]
+    many = f"spike_search, {MORE_STARTS} more starts"
+    attacks += [many] if case.more_starts else []
     longer = {f"spike_search, {forwards} forwards": forwards for forwards in case.long}
     if seed == SEEDS[0]:
         attacks += [*longer, *(["AutoAttack"] if case.autoattack else [])]
@@ -249,6 +256,8 @@ def measure(name: str, seed: int, rows: list[Row]) -> None:
             continue
         if attack in VARIANTS:
             run = partial(measured.search, VARIANTS[attack])
+        elif attack == many:
+            run = partial(measured.search, STANDARD, MORE_STARTS)
         elif attack == "more APGD":
             run = partial(measured.more_apgd, have["spike_search"].seconds)
         elif attack == "Square":

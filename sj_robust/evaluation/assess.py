@@ -330,6 +330,7 @@ def _suite(request: Request, draws: int, chosen: Sequence[str] = ()) -> Suite:
         chosen=chosen,
         classes=request.classes,
         eot_samples=draws,
+        rounds=request.rounds,
     )
 
 

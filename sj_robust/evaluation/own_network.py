@@ -37,7 +37,13 @@ from sj_robust.evaluation.run.corruptions import Corruption, check_images_to_cor
 from sj_robust.evaluation.run.data import Batches, Data, given_data
 from sj_robust.evaluation.run.faults import Fault
 from sj_robust.evaluation.run.progress import Watch
-from sj_robust.evaluation.run.suites import SuiteName, check_radius, check_shape, check_suite
+from sj_robust.evaluation.run.suites import (
+    SuiteName,
+    check_radius,
+    check_rounds,
+    check_shape,
+    check_suite,
+)
 from sj_robust.evaluation.stressing import stress_network
 from sj_robust.evaluation.subject import Subject, check_fits
 
@@ -59,6 +65,7 @@ def evaluate(
     total_shift: int | None = None,
     counts: bool = False,
     suite: SuiteName | None = None,
+    rounds: int = 1,
     T: int | None = None,
     mean: Channels = None,
     std: Channels = None,
@@ -91,6 +98,8 @@ def evaluate(
         counts: Whether event frames hold numbers of events, and not 0 or 1.
         suite: Name of the suite, see :func:`make_suite`; None means ``"standard"``, or ``"events"``
             for event frames.
+        rounds: How often the attacks of ``"fast"``, ``"standard"``, ``"gradient"``, ``"long"`` or
+            ``"events"`` are run, each time with other random numbers and at the same cost.
         T: Number of time steps, for a bare network; None if it brings its own.
         mean: Mean per channel that a bare network expects to be subtracted, as numbers, a tensor or
             an array.
@@ -136,9 +145,11 @@ def evaluate(
     threat = budget.threat(data)
     chosen: SuiteName = suite or ("events" if _holds_frames(data) else "standard")
     check_suite(chosen, threat)
+    check_rounds(chosen, rounds)
     check_shape(chosen, data[0][0], draws=draws or 1)
     with _prepared(given, data, settings) as prepared:
-        return assess(prepared.subject, data, prepared.request(chosen, threat))
+        asked = replace(prepared.request(chosen, threat), rounds=rounds)
+        return assess(prepared.subject, data, asked)
 
 
 def stress(

@@ -13,6 +13,7 @@ from spikingjelly.activation_based import neuron, surrogate
 from sj_robust import SpikingClassifier
 from sj_robust.attacks import SampleSeeds, ThreatModel, gaussian
 from sj_robust.evaluation import EstimatorSearch, search_estimators
+from sj_robust.evaluation.run import estimator_search
 
 THREAT = ThreatModel("Linf", 0.03)
 
@@ -52,6 +53,34 @@ def test_nothing_is_chosen_that_adds_nothing():
     trials = search(alpha=2.0, candidates=["atan:2"], images=30)
     chosen = {trial.estimator for trial in trials if trial.chosen}
     assert chosen == {"training", "training+detach"}  # "atan:2" is the same
+
+
+def test_the_reset_is_detached_until_no_choice_is_left_without(monkeypatch):
+    # What a detached reset adds to the first choice makes "c" the second one.
+    margins = {
+        "training": [9, 9, 9, 9],
+        "a": [0, 4, 4, 4],
+        "b": [4, 0, 4, 4],
+        "c": [9, 3, 3, 3],
+        "a+detach": [0, 0, 4, 4],
+    }
+    tried = []
+
+    def run(trials, name):
+        tried.append(name)
+        trials.left[name] = torch.tensor(margins.get(name, [9, 9, 9, 9])).double()
+        trials.found[name] = estimator_search.EstimatorTrial(name, 1.0, 1.0, 0.0, 4)
+
+    monkeypatch.setattr(estimator_search._Trials, "run", run)
+    monkeypatch.setattr(estimator_search._Trials, "__post_init__", lambda trials: None)
+    monkeypatch.setattr(estimator_search, "has_detached_reset", lambda name: "+" not in name)
+    trials = estimator_search._Trials(model=None, x=None, y=None, attack=None, draws=1, seeds=None)
+    for name in ("training", "a", "b", "c"):
+        trials.run(name)
+    assert trials.choice(2) == ["a", "b"]
+    trials.run_detached(2)
+    assert tried[4:] == ["a+detach", "b+detach", "c+detach"]
+    assert trials.choice(2) == ["a+detach", "c"]
 
 
 def test_only_the_first_correct_images_count_and_the_result_is_repeatable():

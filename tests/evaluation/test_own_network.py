@@ -91,12 +91,14 @@ def test_every_form_of_images_is_the_same_evaluation(asked):
     net = classifier()
     data = TensorDataset(x, y)
     for given in ((x, y), (data,), (DataLoader(data, 4),), ([(x[:2], y[:2]), (x[2:], y[2:])],)):
-        sj_robust.evaluate(net, *given, eps="8/255", batch_size=5, seed=4, progress=False)
+        options = {"batch_size": 5, "seed": 4, "rounds": 2, "progress": False}
+        sj_robust.evaluate(net, *given, eps="8/255", **options)
         _, logits, labels, request = asked[-1]
         assert labels.tolist() == y.tolist()
         torch.testing.assert_close(logits, net.eval()(x))
         assert request.threat == ThreatModel("Linf", 8 / 255)
         assert (request.suite, request.classes, request.seed) == ("standard", 3, 4)
+        assert request.rounds == 2
 
 
 def test_event_frames_are_known_by_their_shape(asked):
@@ -119,6 +121,7 @@ def test_wrong_use_says_what_to_do():
         ((classifier(), data, y), {}, "y must be None where x brings its own labels"),
         ((classifier(), [(x[:0], y[:0])][:0]), {}, "at least one image"),
         ((classifier(), 3 * x, y), {}, r"must lie in \[0, 1\]"),
+        ((classifier(), x, y), {"rounds": 2, "suite": "paper"}, "suite 'paper' is run once"),
         (
             (Frames(), torch.ones(2, T, 2, 4, 4), y[:2]),
             {"T": T, "std": [1.0], "eps": 5},

@@ -115,6 +115,22 @@ class TestMakeUp:
         drawing = make_suite(name, EIGHT, chosen=CHOSEN, classes=10, eot_samples=2)
         assert not any(member.takes_starts for member in drawing.members)
 
+    @pytest.mark.parametrize("name", ["fast", "standard", "gradient", "long"])
+    def test_a_second_round_runs_the_same_attacks_from_other_random_numbers(self, name):
+        once = make_suite(name, EIGHT, chosen=CHOSEN, classes=10)
+        twice = make_suite(name, EIGHT, chosen=CHOSEN, classes=10, rounds=2)
+        assert twice.description == f"{once.description}; 2 rounds"
+        for one, both in ((once.members, twice.members), (once.control, twice.control)):
+            repeated = [member.name for member in one if not member.name.startswith("program")]
+            last = [member.name for member in one if member.name.startswith("program")]
+            first, found = len(repeated), [member.name for member in both]
+            again = found[first : 2 * first]
+            assert found == [*repeated, *again, *last]
+            kinds = [(member.name.rsplit("/", 1)[0], member.estimator) for member in both]
+            assert kinds[:first] == kinds[first : 2 * first]
+            assert len({(member.name, member.seed) for member in both}) == len(both)
+            assert all(member.name.endswith(f"/r{member.seed}") for member in both)
+
     def test_gradient_begins_with_the_strongest_and_ends_without_gradients(self):
         suite = make_suite("gradient", EIGHT, chosen=CHOSEN, classes=10)
         names = [member.name for member in suite.members]
@@ -177,6 +193,11 @@ class TestMakeUp:
                 "suite 'long' is defined for Linf, got 'L2'",
             ),
             ({"threat": ThreatModel("L2", 0.0)}, "eps must be > 0 to attack at all, got 0.0"),
+            ({"rounds": 0}, "rounds must be >= 1, got 0"),
+            (
+                {"name": "paper", "rounds": 2},
+                "suite 'paper' is run once, got rounds=2; suites of several rounds: 'fast', ",
+            ),
             ({"name": "events"}, "'events' does not fit a threat in Linf; count changes"),
         ],
     )

@@ -129,10 +129,11 @@ def search_estimators(
     of the mean clean margin, and ``c_e(n) = [n is still correct] + m_e(n)``, estimators are chosen
     one by one to minimise ``mean_n min_{chosen e} c_e(n)``.
 
-    All candidates start from the same random points. In a second stage the two best are also tried
-    with the gradient of the reset detached. The choice depends on the results, not on run times, so
-    that it can be repeated: all candidates compute the same number of gradients, and none costs
-    much more than another.
+    All candidates start from the same random points. Those that are chosen (the two best, if one is
+    to be chosen) are also tried with the gradient of the reset detached, and so are those that are
+    then chosen in their place, until none is left. The choice depends on the results, not on run
+    times, so that it can be repeated: all candidates compute the same number of gradients, and none
+    costs much more than another.
 
     Args:
         model: Images [N, ...] in [0, 1] to logits; an ``nn.Module`` unless ``"training"`` is the
@@ -187,9 +188,8 @@ def search_estimators(
         check_estimator(name)
     for name in names:
         trials.run(name)
-    for name in trials.choice(2) if len(names) > 1 else ():
-        if has_detached_reset(name):
-            trials.run(f"{name}+detach")
+    if len(names) > 1:
+        trials.run_detached(max(2, settings.count))
     chosen = trials.choice(settings.count)
     by_strength = sorted(trials.found.values(), key=_weakness)
     return tuple(replace(row, chosen=row.estimator in chosen) for row in by_strength)
@@ -306,6 +306,16 @@ class _Trials:
             lost=int((standing & ~usual).sum()),
             note=note,
         )
+
+    def run_detached(self, count: int) -> None:
+        """Try the chosen ones with the gradient of the reset detached, until no choice is new."""
+        while True:
+            detached = [f"{name}+detach" for name in self.choice(count) if has_detached_reset(name)]
+            untried = [name for name in detached if name not in self.found]
+            if not untried:
+                return
+            for name in untried:
+                self.run(name)
 
     def choice(self, count: int) -> list[str]:
         """Names of the estimators that together leave least, chosen one by one."""

@@ -189,20 +189,25 @@ def run_batch(job: Job, log: BatchLog) -> Iterator[Step]:
 
 def _starts(job: Job, log: BatchLog, number: int, rows: Tensor) -> Tensor:
     """What the members of its group before one made of the images ``rows`` within its threat,
-    [S, n, ...].
+    [S, n, ...]; only those since the last one that took starts itself, if there are any.
     """
     members = job.variant.members
     taker = members[number - 1]
     allowed = Asked(taker.threat)
-    found = []
+    giving, last = [], 0
     for earlier, member in enumerate(members[: number - 1], 1):
         if member.group != taker.group:
             continue
+        if member.takes_starts:
+            last = earlier
         if allowed.threat is None or allowed.keeps(member):
-            images = log.kept(earlier)
-            whole = job.x.clone()
-            whole[images.rows.to(whole.device)] = images.x_adv.to(whole)
-            found.append(whole[rows])
+            giving.append(earlier)
+    found = []
+    for earlier in [one for one in giving if one > last] or giving:
+        images = log.kept(earlier)
+        whole = job.x.clone()
+        whole[images.rows.to(whole.device)] = images.x_adv.to(whole)
+        found.append(whole[rows])
     if not found:
         return job.x.new_empty((0, *job.x[rows].shape))
     return torch.stack(found)

@@ -54,7 +54,8 @@ class Member:
             or numbers of events. None if there is none, as for Gaussian noise.
         takes_starts: Whether the attack is called with ``starts``, [S, N, ...]: for every image,
             the results of the S earlier members of its group within its threat, or the clean image
-            where a member did not attack it.
+            where a member did not attack it. If members follow an earlier one that takes starts
+            itself, only their results are passed.
 
     Raises:
         TypeError: If the attack cannot be called or the seed is not an integer.

@@ -36,6 +36,7 @@ __all__ = [
     "Suite",
     "SuiteName",
     "check_radius",
+    "check_rounds",
     "check_shape",
     "check_suite",
     "make_suite",
@@ -60,6 +61,8 @@ GRADES: dict[str, str] = {
 
 _SHARES = tuple(f"assg:{share}" for share in ("0.5", "0.7", "0.8", "0.85", "0.9", "0.95"))
 """Shares of ASSG's area that the suite ``long`` chooses from."""
+_REPEATED = ("fast", "standard", "gradient", "long", "events")
+"""Suites that may have several rounds."""
 _PAPER_EPS = 8 / 255
 _PAPER_STEPS = {
     7: 2.55 / 255,
@@ -109,6 +112,7 @@ def make_suite(
     chosen: Sequence[str] = (),
     classes: int,
     eot_samples: int = 1,
+    rounds: int = 1,
 ) -> Suite:
     """Build a suite for a threat model, with the estimators chosen by a search.
 
@@ -145,6 +149,10 @@ def make_suite(
     then runs the attacks of ``gradient``, and ``fast`` runs APGD-CE c1 (50 x 2) instead of the
     search.
 
+    With ``rounds`` > 1, the attacks are repeated with other random numbers, each on the images that
+    are still correct; a search starts from the images of its own round, so that it ends elsewhere.
+    Where twice the steps or forwards find nothing more, another round may.
+
     The control repeats every attack within the threat model, with the training surrogate and
     another seed; its search starts from the images of the control. There are three exceptions. The
     control of ``standard`` has no program, which uses no gradient. That of ``autoattack`` replaces
@@ -163,11 +171,13 @@ def make_suite(
         eot_samples: Number of forwards over which a gradient is averaged, > 1 for a network that
             draws random numbers: attacks then continue after a first lucky draw and keep the
             highest loss, and AutoAttack runs its version ``"rand"``.
+        rounds: How often the attacks are run, each time at the cost of the suite; the program runs
+            once.
 
     Raises:
         ValueError: If the suite is unknown or does not fit the threat model, the radius is 0,
-            estimators are given to a suite that does not use them, or there are fewer than two
-            classes.
+            estimators or rounds are given to a suite that does not use them, or there are fewer
+            than two classes.
 
     Source: Ding et al. (ICML 2024), section 5; AutoAttack of Croce and Hein (ICML 2020); ``long``:
         Wang et al. (arXiv 2512.22522), who recommend 1,000 steps and a search over the share.
@@ -190,7 +200,8 @@ def make_suite(
     if chosen and name in fixed:
         raise ValueError(f"suite {name!r} has its estimators fixed, got {list(chosen)}; pass none")
     check_count("eot_samples", eot_samples)
-    plan = _Plan(threat, classes, eot_samples)
+    check_rounds(name, rounds)
+    plan = _Plan(threat, classes, eot_samples, rounds)
     if name in fixed:
         return fixed[name](plan)
     choosing = {
@@ -200,7 +211,10 @@ def make_suite(
         "long": _long,
         "events": _events,
     }
-    return choosing[name](plan, tuple(dict.fromkeys(chosen)) or ("training",))
+    suite = choosing[name](plan, tuple(dict.fromkeys(chosen)) or ("training",))
+    if rounds == 1:
+        return suite
+    return replace(suite, description=f"{suite.description}; {rounds} rounds")
 
 
 def check_suite(name: SuiteName, threat: ThreatModel) -> None:
@@ -226,6 +240,16 @@ def check_suite(name: SuiteName, threat: ThreatModel) -> None:
         )
     if name in ("paper", "long") and threat.norm != "Linf":
         raise ValueError(f"suite {name!r} is defined for Linf, got {threat.norm!r}; use 'standard'")
+
+
+def check_rounds(name: str, rounds: int) -> None:
+    """Raise for several rounds of a suite that is run once, and for what is no number of them."""
+    check_count("rounds", rounds)
+    if rounds > 1 and name not in _REPEATED:
+        several = ", ".join(map(repr, _REPEATED))
+        raise ValueError(
+            f"suite {name!r} is run once, got rounds={rounds}; suites of several rounds: {several}"
+        )
 
 
 def check_radius(threat: ThreatModel) -> None:
@@ -262,6 +286,18 @@ class _Plan:
     threat: ThreatModel
     classes: int
     eot_samples: int
+    rounds: int
+
+    def again(self, members: Sequence[Member]) -> list[Member]:
+        """The members of every round, each with a restart of its own."""
+        kinds = [member.name.removesuffix(f"/r{member.seed}") for member in members]
+        runs = Counter(kinds)
+        found = []
+        for number in range(self.rounds):
+            for kind, member in zip(kinds, members, strict=True):
+                restart = member.seed + number * runs[kind]
+                found.append(replace(member, name=f"{kind}/r{restart}", seed=restart))
+        return found
 
     def member(
         self, kind: str, attack: Attack, estimator: str = "training", restart: int = 0
@@ -366,6 +402,7 @@ def _fast(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
         members.append(ce("training"))
     search = plan.spikes(2_000)
     members += search or [ce(best, 1), ce(best, 2)]
+    members = plan.again(members)
     end = " and a short search over spikes" if search else ""
     description = (
         f"50 steps of APGD with {_listed(best, second)}{end}; a quick check, not a final figure"
@@ -389,7 +426,7 @@ def _standard(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
         members.append(plan.ce("training"))
     for name in chosen[:2]:
         members += plan.targeted(name)
-    members += search
+    members = plan.again([*members, *search])
     control = _control(members)
     description = (
         f"APGD-CE, APGD-DLR and APGD-T with {_listed(*chosen, 'training')}, then a search over "
@@ -419,7 +456,7 @@ def _gradient(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
     for name in chosen:
         members += plan.targeted(name)
     members += plan.sapgd(adaptive)
-    members.append(plan.square(1000))
+    members = plan.again([*members, plan.square(1000)])
     description = (
         f"worst case of APGD-CE, APGD-DLR, APGD-T, SA-PGD and Square with {_listed(*every)}"
     )
@@ -431,6 +468,7 @@ def _long(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
     members = plan.sapgd(best, steps=1000)
     if best != "training":  # or no other estimator may work for the network
         members += plan.sapgd("mixed", steps=1000)
+    members = plan.again(members)
     names = [member.estimator for member in members]
     description = f"SA-PGD of 1,000 steps with {_listed(*names)}"
     search = EstimatorSearch(candidates=_SHARES, count=1)
@@ -492,7 +530,7 @@ def _events(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
     members += [plan.flips(name, 1) for name in chosen[1:]]
     members += plan.flips_targeted(best)
     members.append(plan.random_flips("both"))
-    members.append(plan.flips(best, 2, runs=3))
+    members = plan.again([*members, plan.flips(best, 2, runs=3)])
     done = "added or removed" if plan.threat.norm == "L0" else "moved in time"
     description = (
         f"worst case over events {done}, at random and with {_listed(*chosen, 'training')}"
