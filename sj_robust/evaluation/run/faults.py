@@ -262,13 +262,16 @@ def _jittered(level: float, counts: bool, module: nn.Module, inputs: tuple[Tenso
     """The input moved, its gradient that of the input itself."""
     (x,) = inputs
     if isinstance(module, SpikingEventClassifier):
+        shift = min(int(level), x.shape[1] - 1)
+        if shift == 0:
+            return x
         generator = _generator(int(torch.randint(2**62, ())))
         events = max(1, int(x.flatten(1).sum(1).max())) if len(x) else 1
         moved = random_moves(
             None,
             x.detach(),
             moves=events,
-            largest_shift=int(level),
+            largest_shift=shift,
             counts=counts,
             generator=generator,
         )
