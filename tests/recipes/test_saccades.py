@@ -104,6 +104,10 @@ def test_a_run_on_counts_is_evaluated_on_counts(tmp_path):
             "--dataset saccade:digits --mode certified --certified-flips 1",
             "certified_flips goes with flips or moves, got 1.0 alone; give --flips",
         ),
+        (
+            "--dataset saccade:digits --T 3 --moves 2 --largest-shift 3",
+            "largest_shift must be < T = 3, the frames of a sample, got 3; omit it for any shift",
+        ),
         ("--select flips", "select must be one of clean, fgsm, pgd, got 'flips'"),
         (
             "--dataset saccade:digits --flips 2 --select pgd",
