@@ -149,7 +149,8 @@ class Changes:
         def patches(parts: tuple[Tensor, ...]) -> Tensor:
             """What the outputs of a group see change, [groups, parts, B * places, inputs]."""
             seen = F.unfold(torch.cat(parts), size, dilation, padding, stride)
-            by_group = seen.unflatten(1, (groups, -1)).unflatten(0, (len(parts), -1))
+            inputs, places = seen.shape[1] // groups, seen.shape[2]
+            by_group = seen.view(len(parts), -1, groups, inputs, places)
             return by_group.permute(2, 0, 1, 4, 3).flatten(2, 3)
 
         kernels = weight.flatten(1).chunk(groups)
@@ -222,8 +223,11 @@ class Changes:
         if picked is None:
             rise = _rise(up[0], down[0], weight.unsqueeze(1))
         else:
-            near = [part[0].T[picked].transpose(1, 2) for part in (up, down)]
-            rise = _rise(*near, weight.gather(1, picked).unsqueeze(1))
+            rise = _rise(
+                up[0].T[picked].transpose(1, 2),
+                down[0].T[picked].transpose(1, 2),
+                weight.gather(1, picked).unsqueeze(1),
+            )
         values, places = rise.topk(min(self._count, rise.shape[2]), 2)
         if picked is not None:
             places = picked.unsqueeze(1).expand(rise.shape).gather(2, places)
