@@ -593,6 +593,11 @@ def check_events(options: Options, splits: ImageSplits) -> None:
             "counts needs a number of events that may be changed or moved, got none; give --flips "
             "or --moves"
         )
+    if options.moves is not None and (options.largest_shift or 0) >= options.T:
+        raise ValueError(
+            f"largest_shift must be < T = {options.T}, the frames of a sample, got "
+            f"{options.largest_shift}; omit it for any shift"
+        )
     counted = {"flips": "changed", "moves": "moved"}
     for name, what in counted.items():
         number = getattr(options, name)

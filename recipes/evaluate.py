@@ -233,9 +233,7 @@ def main(arguments: list[str]) -> None:
         shift = options.largest_shift
         if shift is None and norm == "moves":
             shift = subject.options.get("largest_shift")
-        counts = options.counts
-        if counts is None:
-            counts = events and bool(subject.options.get("counts"))
+        counts = counts_of(options, subject, events=events)
         of_events = norm in ("L0", "moves")
         threat = ThreatModel(
             norm,
@@ -392,6 +390,21 @@ def norm_of(
     if not events:
         return "Linf"
     return "moves" if subject.options.get("moves") else "L0"
+
+
+def counts_of(options: Options, subject: Subject, *, events: bool) -> bool:
+    """Whether frames hold numbers of events: as in the training, which nobody may contradict."""
+    of_training = subject.options.get("dataset") in EVENT_DATASETS
+    trained = bool(subject.options.get("counts"))
+    if options.counts is None:
+        return events and trained
+    if of_training and options.counts != trained:
+        held = "numbers of events" if trained else "0 or 1"
+        raise ValueError(
+            f"counts must be {trained} for {subject.name}, which was trained on frames of {held}, "
+            f"got --counts {options.counts}; omit it"
+        )
+    return options.counts
 
 
 def radius(options: Options, norm: str, subject: Subject) -> float:

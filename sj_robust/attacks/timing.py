@@ -23,7 +23,7 @@ from sj_robust.attacks._planes import each_on_its_own, summed
 from sj_robust.attacks.call import Loss, Model, Randomness
 from sj_robust.attacks.events import checked_frames
 from sj_robust.attacks.threat import Moves, moves_of
-from sj_robust.core.checks import check_count
+from sj_robust.core.checks import check_count, check_shift
 from sj_robust.core.randomness import Private
 
 __all__ = ["Moves", "count_moves", "move_events", "random_moves"]
@@ -230,8 +230,7 @@ def _limits(
     total_shift: int | None,
 ) -> Limits:
     check_count("moves", moves, least=0)
-    if largest_shift is not None:
-        check_count("largest_shift", largest_shift)
+    check_shift(largest_shift, x)
     if total_shift is not None:
         check_count("total_shift", total_shift)
     most = x.shape[1] - 1

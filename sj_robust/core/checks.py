@@ -29,6 +29,7 @@ __all__ = [
     "check_number_of_channels",
     "check_samples",
     "check_seed",
+    "check_shift",
     "check_size",
     "check_steps",
     "check_switch",
@@ -90,12 +91,7 @@ def check_images(x: Tensor) -> None:
         )
     if x.numel() == 0:
         return
-    finite = torch.isfinite(x)
-    if not bool(finite.all()):
-        raise ValueError(
-            f"x must be finite, got {int((~finite).sum())} NaN or infinite values; "
-            "remove or replace these values"
-        )
+    _check_finite(x)
     low, high = (float(bound) for bound in torch.aminmax(x.detach()))
     if low < 0 or high > 1:
         remedy = _BINARY if x.ndim == 5 else "scale it and normalise inside the model"
@@ -117,10 +113,24 @@ def check_samples(x: Tensor) -> None:
         >>> check_samples(torch.full((1, 3, 2, 4, 4), 2.0))
     """
     tensor = isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
-    if tensor and x.is_floating_point() and x.ndim == 5 and bool((x > 1).any()):
+    if tensor and x.is_floating_point() and x.ndim == 5 and _outside(x):
         check_event_counts(x)
     else:
         check_images(x)
+
+
+def _outside(x: Tensor) -> bool:
+    """Whether a value is outside [0, 1], as no pixel of an image is."""
+    return bool(((x < 0) | (x > 1)).any())
+
+
+def _check_finite(x: Tensor) -> None:
+    finite = torch.isfinite(x)
+    if not bool(finite.all()):
+        raise ValueError(
+            f"x must be finite, got {int((~finite).sum())} NaN or infinite values; "
+            "remove or replace these values"
+        )
 
 
 def check_event_counts(x: Tensor) -> None:
@@ -139,7 +149,8 @@ def check_event_counts(x: Tensor) -> None:
         ValueError: x must be binary event frames (0 or 1) or numbers of events, got values from 0
         to 2.5; count the events of a frame, or take (x > 0).to(x.dtype)
     """
-    if not bool(((x >= 0) & (x == x.round()) & x.isfinite()).all()):
+    _check_finite(x)
+    if not bool(((x >= 0) & (x == x.round())).all()):
         low, high = (float(bound) for bound in torch.aminmax(x.detach()))
         raise ValueError(
             "x must be binary event frames (0 or 1) or numbers of events, got values from "
@@ -168,12 +179,39 @@ def check_events(x: Tensor, *, counts: bool) -> None:
     """
     if counts:
         check_event_counts(x)
-    elif not bool(((x == 0) | (x == 1)).all()):
+        return
+    _check_finite(x)
+    if not bool(((x == 0) | (x == 1)).all()):
         low, high = (float(bound) for bound in torch.aminmax(x.detach()))
         raise ValueError(
             f"x must be binary event frames (0 or 1), got values from {low:.6g} to {high:.6g}; "
             "for numbers of events pass counts=True, or take (x > 0).to(x.dtype): the network must "
             "be trained on such frames"
+        )
+
+
+def check_shift(largest_shift: int | None, x: Tensor) -> None:
+    """A largest shift is an integer from 1 to T - 1 for frames [N, T, *]; None is any shift.
+
+    Raises:
+        TypeError: If it is not an integer.
+        ValueError: If it is less than 1, or no event can move so far.
+
+    Examples:
+        >>> check_shift(3, torch.zeros(1, 3, 2, 4, 4))
+        Traceback (most recent call last):
+        ...
+        ValueError: largest_shift must be < T = 3, the frames of a sample, got 3; for any shift pass
+        None
+    """
+    if largest_shift is None:
+        return
+    check_count("largest_shift", largest_shift)
+    T = x.shape[1]
+    if largest_shift >= T:
+        raise ValueError(
+            f"largest_shift must be < T = {T}, the frames of a sample, got {largest_shift}; for "
+            "any shift pass None"
         )
 
 

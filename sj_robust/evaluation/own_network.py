@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from sj_robust.attacks.events import check_frames
 from sj_robust.attacks.threat import ThreatModel, parse_eps
-from sj_robust.classifier import SpikingClassifier, as_classifier
+from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier, as_classifier
 from sj_robust.core.checks import (
     Channels,
     check_channels,
@@ -336,7 +336,7 @@ def _data(x: Images, y: Tensor | None, batch_size: int, given: _Given, *, counts
     """The images, if they fit what was said of the network, which itself is not asked."""
     data = given_data(x, y, check_count("batch_size", batch_size))
     first = data[0][0]
-    if _holds_frames(data):
+    if _holds_frames(data) or isinstance(given.model, SpikingEventClassifier):
         check_frames(first, counts=counts)
     else:
         check_number_of_channels(first, mean=given.mean, std=given.std)

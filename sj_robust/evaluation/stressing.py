@@ -103,7 +103,7 @@ def _variants(faults: Sequence[Fault | Corruption], request: Request) -> list[Va
         for draw in range(draws):
             seed = first + draw
             place = name if draws == 1 else f"{name}/draw{draw}"
-            network = partial(faulty, fault=fault, seed=seed)
+            network = partial(faulty, fault=fault, seed=seed, counts=request.threat.counts)
             found.append(Variant(members, place, seed, network=network))
     return found
 

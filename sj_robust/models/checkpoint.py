@@ -28,6 +28,9 @@ _RUN = (
 )
 """Parts of a checkpoint from which a run can be resumed."""
 
+_LATER: dict[str, Any] = {"options.counts": False}
+"""Options that checkpoints of earlier releases lack, with the value that means what these did."""
+
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint atomically: ``path`` always holds a complete one, the old or the new.
@@ -131,15 +134,23 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise ValueError if the description in a checkpoint is that of a run with other options.
     检查选项是否一致。
     """
-    old = _flat(saved)
     new = _flat(wanted)
+    later = {name: value for name, value in _LATER.items() if name in new}
+    old = later | _flat(saved)
     names = [name for name in new | old if old.get(name) != new.get(name)]
-    if names:
-        differences = [f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names]
-        raise ValueError(
-            f"the checkpoint is of a run with other options ({', '.join(differences)}); resume "
-            "with the same ones"
+    if not names:
+        return
+    differences = [f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names]
+    remedy = "resume with the same ones"
+    unknown = [name for name in names if name not in old]
+    if unknown:
+        remedy += (
+            f"; if the run is of a release without {', '.join(unknown)}, resume it with that "
+            "release, or start a new one with another --output"
         )
+    raise ValueError(
+        f"the checkpoint is of a run with other options ({', '.join(differences)}); {remedy}"
+    )
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -14,8 +14,11 @@ __all__ = ["Changes", "changed_sums", "first_changes", "frames_of_rows", "share_
 _EXACT_BITS = 52
 """Binary values that a number in float64 holds exactly."""
 
+_COMPARED = 128
+"""Inputs of rows that are compared, so that those that are the same are bounded once, at most."""
+
 _CANDIDATES = 16
-"""Weights that are looked at for each change that counts, the largest ones."""
+"""Weights that are looked at for each value that may have to change, the largest ones."""
 
 _ELEMENTS = 2**21
 """Values of outputs that are bounded together."""
@@ -113,9 +116,9 @@ class Changes:
         """Of a linear map [outputs, inputs] whose result has this shape."""
         if not self.apart:
             return None
-        up = torch.cat([part.flatten(0, -2) for part in self.up], 1)
-        down = torch.cat([part.flatten(0, -2) for part in self.down], 1)
-        rises, falls = self._largest(up, down, weight.repeat(1, len(self.up)))
+        up = torch.stack([part.flatten(0, -2) for part in self.up])
+        down = torch.stack([part.flatten(0, -2) for part in self.down])
+        rises, falls = self._largest(up, down, weight)
         frame = _one_of(self.frame.flatten(0, -2)).unsqueeze(1)
         return replace(
             self,
@@ -144,15 +147,13 @@ class Changes:
         size = weight.shape[2:]
 
         def patches(parts: tuple[Tensor, ...]) -> Tensor:
-            """What the outputs of a group see change, [groups, B * places, changes]."""
-            found = []
-            for part in parts:
-                seen = F.unfold(part, size, dilation, padding, stride)
-                by_group = seen.view(len(seen), groups, -1, seen.shape[2]).permute(1, 0, 3, 2)
-                found.append(by_group.flatten(1, 2))
-            return torch.cat(found, 2)
+            """What the outputs of a group see change, [groups, parts, B * places, inputs]."""
+            seen = F.unfold(torch.cat(parts), size, dilation, padding, stride)
+            inputs, places = seen.shape[1] // groups, seen.shape[2]
+            by_group = seen.view(len(parts), -1, groups, inputs, places)
+            return by_group.permute(2, 0, 1, 4, 3).flatten(2, 3)
 
-        kernels = weight.flatten(1).repeat(1, len(self.up)).chunk(groups)
+        kernels = weight.flatten(1).chunk(groups)
         up: list[Tensor] = []
         down: list[Tensor] = []
         groupwise = zip(patches(self.up), patches(self.down), kernels, strict=True)
@@ -170,54 +171,81 @@ class Changes:
             apart=False,
         )
 
+    @property
+    def _count(self) -> int:
+        """Changes that the budget pays in part or as a whole, or one."""
+        return max(1, math.ceil(self.budget))
+
     def _largest(self, up: Tensor, down: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Largest rises and falls, [count, rows, outputs] each, of sums of values [rows, inputs]
-        that can rise and fall by ``up`` and ``down``, with weights [outputs, inputs].
+        """Largest rises and falls, [count, rows, outputs] each, of sums with weights
+        [outputs, inputs] of values that rise by ``up`` and fall by ``down``,
+        [changes, rows, inputs] each, the largest first.
         """
         binary = all(bool(((part == 0) | (part == 1)).all()) for part in (up, down))
         if not binary:
-            moving = ((up > 0) | (down > 0)).any(0)
-            moving[: max(1, math.ceil(self.budget))] = True  # as many for all groups of channels
-            up = up[:, moving]
-            down = down[:, moving]
+            moving = ((up[0] > 0) | (down[0] > 0)).any(0)
+            moving[: self._count] = True  # as many for all groups of channels
+            up = up[..., moving]
+            down = down[..., moving]
             weight = weight[:, moving]
-        if binary and up.shape[1] <= _EXACT_BITS:
+        inputs = up.shape[2]
+        if binary and inputs <= _COMPARED:
             first, number = _distinct(up, down)
+            up = up[:, first]
+            down = down[:, first]
         else:
-            first = number = torch.arange(len(up), device=up.device)
-        up = up[first]
-        down = down[first]
-        candidates = _CANDIDATES * (math.ceil(self.budget) + 1)
-        picked = binary and candidates < up.shape[1]
-        if picked:
-            by_input = up.T.contiguous(), down.T.contiguous()
+            number = torch.arange(up.shape[1], device=up.device)
+        candidates = _CANDIDATES * (math.ceil(self._count / len(up)) + 1)
+        picks = binary and candidates < inputs
+        if picks:  # then whole inputs are read, all rows of them
+            up = up.transpose(1, 2).contiguous().transpose(1, 2)
+            down = down.transpose(1, 2).contiguous().transpose(1, 2)
         rises = []
         falls = []
-        size = len(up) * (candidates if picked else up.shape[1])
+        size = up.shape[1] * (candidates if picks else inputs)
         for rows in torch.split(weight, max(1, _ELEMENTS // max(1, size))):
-            found = self._picked(*by_input, rows, candidates) if picked else None
-            if found is None:
-                found = _rises_and_falls(up, down, rows)
-            rises.append(self._kept(found[0]))
-            falls.append(self._kept(found[1]))
+            picked = rows.detach().abs().topk(candidates, 1).indices if picks else None
+            rise = self._first(up, down, rows, picked)
+            fall = self._first(down, up, rows, picked)
+            if picks and not bool((rise > 0).all() & (fall > 0).all()):  # others count as well
+                rise = self._first(up, down, rows)
+                fall = self._first(down, up, rows)
+            rises.append(self._kept(rise))
+            falls.append(self._kept(fall))
         return torch.cat(rises, 2)[:, number], torch.cat(falls, 2)[:, number]
 
-    def _picked(
-        self, up: Tensor, down: Tensor, weight: Tensor, candidates: int
-    ) -> tuple[Tensor, Tensor] | None:
-        """Rises and falls by binary values [inputs, rows] with the largest weights; None if not as
-        many of them as may change can raise and lower each sum, so that others count as well.
+    def _first(
+        self, up: Tensor, down: Tensor, weight: Tensor, picked: Tensor | None = None
+    ) -> Tensor:
+        """Largest rises [outputs, rows, count] of the sums of :meth:`_largest`, by all inputs or
+        those with the numbers ``picked`` [outputs, candidates].
         """
-        largest = weight.detach().abs().topk(candidates, 1).indices
-        rises = up[largest].transpose(1, 2)
-        falls = down[largest].transpose(1, 2)
-        found = _rises_and_falls(rises, falls, weight.gather(1, largest))
-        enough = [bool(((part > 0).sum(2) >= self.budget).all()) for part in found]
-        return found if all(enough) else None
+        if picked is None:
+            rise = _rise(up[0], down[0], weight.unsqueeze(1))
+        else:
+            rise = _rise(
+                up[0].T[picked].transpose(1, 2),
+                down[0].T[picked].transpose(1, 2),
+                weight.gather(1, picked).unsqueeze(1),
+            )
+        values, places = rise.topk(min(self._count, rise.shape[2]), 2)
+        if picked is not None:
+            places = picked.unsqueeze(1).expand(rise.shape).gather(2, places)
+        every = [values]
+        shape = (*places.shape[:2], up.shape[2])
+        # Change p of a value counts only beside the p larger ones of the same value, and beside
+        # those of all values with a larger first change.
+        for number in range(1, min(len(up), self._count)):
+            few = places[..., : self._count - number]
+            rises = up[number].expand(shape).gather(2, few)
+            falls = down[number].expand(shape).gather(2, few)
+            own = weight.unsqueeze(1).expand(shape).gather(2, few)
+            every.append(_rise(rises, falls, own))
+        return first_changes(torch.cat(every, 2), self.budget, 2)
 
     def _kept(self, changes: Tensor) -> Tensor:
-        """Of changes [outputs, rows, inputs] what counts, [count, rows, outputs]."""
-        largest = first_changes(changes, self.budget, 2).permute(2, 1, 0)
+        """What is kept of changes [outputs, rows, count], [count or 1, rows, outputs]."""
+        largest = changes.permute(2, 1, 0)
         if not self.summed:
             return largest
         return _spent(self.budget, largest.unbind(0)).unsqueeze(0)
@@ -284,27 +312,27 @@ def frames_of_rows(frame: Tensor) -> Tensor | None:
     return None if bool((found == _SEVERAL).any()) else found
 
 
-def _rises_and_falls(up: Tensor, down: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """How far values [rows, inputs], or [outputs, rows, inputs], times weights [outputs, inputs]
-    can rise and fall.
-    """
-    rising = weight.clamp(min=0).unsqueeze(1)
-    falling = (-weight).clamp(min=0).unsqueeze(1)
-    return up * rising + down * falling, up * falling + down * rising
+def _rise(up: Tensor, down: Tensor, weight: Tensor) -> Tensor:
+    """How far values that can rise and fall so can raise a sum with these weights."""
+    return up * weight.clamp(min=0) + down * (-weight).clamp(min=0)
 
 
 def _distinct(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Places of rows of which no two are the same, and by row which of these it is; of event
-    frames most patches are empty. Values are binary, 52 a row at most.
+    frames most patches are empty. Changes [changes, rows, inputs] are binary, the largest first.
     """
-    every = torch.arange(len(up), device=up.device)
-    powers = 2.0 ** torch.arange(up.shape[1], dtype=torch.float64, device=up.device)
-    rises, of_rise = torch.unique(up.double() @ powers, return_inverse=True)
-    _, of_fall = torch.unique(down.double() @ powers, return_inverse=True)
-    found, number = torch.unique(of_fall * len(rises) + of_rise, return_inverse=True)
-    first = torch.zeros_like(found)
+    times = torch.cat([up.sum(0), down.sum(0)], 1).double()
+    base = len(up) + 1.0
+    digits = int(_EXACT_BITS / math.log2(base))
+    every = torch.arange(len(times), device=up.device)
+    number = torch.zeros_like(every)
+    for part in torch.split(times, digits, 1):
+        powers = base ** torch.arange(part.shape[1], dtype=part.dtype, device=part.device)
+        _, own = torch.unique(part @ powers, return_inverse=True)
+        _, number = torch.unique(number * len(times) + own, return_inverse=True)
+    first = torch.zeros_like(every)
     first[number] = every
-    return first, number
+    return first[: int(number.max()) + 1], number
 
 
 def _in_place(groups: Sequence[Tensor], shape: torch.Size) -> tuple[Tensor, ...]:

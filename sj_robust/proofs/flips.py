@@ -89,7 +89,9 @@ class Flips:
         return torch.where(chosen.view_as(weights) > 0, 1 - frames, frames)
 
     def drawn(self, frames: Tensor, generator: torch.Generator) -> Tensor:
-        """Frames with as many changes as the budget allows, at random places."""
+        """Frames with changes at random places, as many as the budget allows; of numbers of events
+        fewer where a value has not enough to lose.
+        """
         if self.counts:
             return self._drawn_counts(frames, generator)
         drawn = torch.rand(frames.shape, generator=generator, dtype=torch.float64)
@@ -110,10 +112,11 @@ class Flips:
         return frames + direction * spent.view_as(weights).to(frames.dtype)
 
     def _drawn_counts(self, frames: Tensor, generator: torch.Generator) -> Tensor:
-        """The same for numbers of events, changed one by one, so that a value may change twice."""
-        one = Flips(1, counts=True)
-        found = frames.to(torch.float64)
-        for _ in range(int(self.budget)):
-            drawn = torch.rand(frames.shape, generator=generator, dtype=torch.float64)
-            found = one.lowest(found, (2 * drawn - 1).to(frames.device))
-        return found.to(frames.dtype)
+        """The same for numbers of events: a value whose place is drawn twice changes twice."""
+        x = frames.flatten(1)
+        draws = (len(x), int(self.budget))
+        places = torch.randint(x.shape[1], draws, generator=generator).to(x.device)
+        loses = torch.rand(x.shape, generator=generator).to(x.device) < 0.5
+        times = torch.zeros_like(x).scatter_add(1, places, torch.ones_like(places, dtype=x.dtype))
+        changed = torch.where(loses & (x > 0), (x - times).clamp(min=0), x + times)
+        return changed.view_as(frames)

@@ -30,6 +30,7 @@ from sj_robust.core.checks import (
     check_network,
     check_number_of_channels,
     check_samples,
+    check_shift,
     check_size,
     check_steps,
     check_switch,
@@ -463,6 +464,7 @@ def ball_of_frames(ball: Events, x: Tensor) -> Events:
     """The ball of these frames, which are binary, or numbers of events."""
     check_events(x, counts=ball.counts)
     if isinstance(ball, Moves):
+        check_shift(None if ball.largest_shift == sys.maxsize else ball.largest_shift, x)
         return Moves.of(x, ball.budget, ball.largest_shift, counts=ball.counts)
     elements = x[0].numel()
     if ball.budget > elements and not ball.counts:

@@ -48,7 +48,7 @@ EVENT_ATTACKS = {
         moved, move_events, total_shift=4, target_classes=2, restarts=3, probes=2, queries=3
     ),
     "random": random_flips,
-    "random_moves": partial(moved, random_moves, largest_shift=2, total_shift=9, tries=3),
+    "random_moves": partial(moved, random_moves, total_shift=9, tries=3),
     "random_add": partial(random_flips, allow="add", tries=3),
     "random_remove": partial(random_flips, allow="remove", tries=3),
 }

@@ -148,7 +148,7 @@ class TestWrongUse:
                 r"binary event frames .* 0 to 2.5; for numbers of events pass counts=True.*x > 0",
             ),
             (X * 0.5, ValueError, r"binary event frames .* got values from 0 to 0.5"),
-            (X * torch.nan, ValueError, r"binary event frames"),
+            (X * torch.nan, ValueError, r"x must be finite, got 3600 NaN"),
             (X.byte(), TypeError, r"floating point, got torch.uint8; use \(x > 0\).float\(\)"),
             (X.tolist(), TypeError, r"tensor of event frames, got list"),
             (

@@ -238,6 +238,19 @@ def test_jitter_of_frames_moves_events_in_time():
     assert not torch.equal(moved, frames)
 
 
+def test_jitter_of_counts_is_told_what_frames_hold():
+    frames = (torch.rand(3, T, 2, 4, 4) < 0.9).float()
+    plain = SpikingEventClassifier(watched(), T=T)
+    torch.manual_seed(0)
+    model = faulty(plain, Fault("jitter", 1), counts=True)
+    model(frames)
+    moved = model.net[0].seen.transpose(0, 1)
+    assert torch.equal(moved.sum(1), frames.sum(1))
+    assert float(moved.max()) > 1  # several events meet, though each frame held one
+    with pytest.raises(ValueError, match="for numbers of events pass counts=True"):
+        faulty(plain, Fault("jitter", 1))(2 * frames)
+
+
 @pytest.mark.parametrize("kind", FAULTS)
 def test_the_network_is_as_it_was_and_its_copy_can_be_attacked(kind):
     model = classifier()

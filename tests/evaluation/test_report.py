@@ -131,7 +131,7 @@ def test_names_of_robustbench():
         "footnote": "",
     }
     assert {name: content[name] for name in wanted} == wanted
-    assert (content["format"], content["version"]) == ("sj_robust.report", 3)
+    assert (content["format"], content["version"]) == ("sj_robust.report", 4)
     assert json.loads(report(suite="autoattack").to_json())["autoattack_acc"] == "40.00"
     figure = next(row for row in content["figures"] if row["name"] == "worst case")
     assert (figure["accuracy"], figure["interval"]) == (0.4, list(wilson_interval(4, 10)))
@@ -168,7 +168,7 @@ def changed(change):
         ("{", "must be JSON"),
         ("[1]", "not a report"),
         ('{"format": "other"}', "not a report"),
-        (changed(lambda content: content.update(version=9)), "version must be 3, got 9"),
+        (changed(lambda content: content.update(version=9)), "version must be 4, got 9"),
         (changed(lambda content: content.update(external="99.00")), "external .* does not follow"),
         (changed(lambda content: content["rows"][2]["fell"].pop()), "does not follow"),
         (changed(lambda content: content["rows"][0]["fell"].append(1)), "must fool images that it"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from evaluation.reports import member, report
 
+from sj_robust.attacks import ThreatModel
 from sj_robust.evaluation import Report, compare_reports
 from sj_robust.evaluation.result import Point
 
@@ -117,6 +118,21 @@ def test_an_old_suite_may_lack_what_has_a_default(version, suite):
     found = Report.from_json(json.dumps(content))
     assert found.attacks == report().attacks
     assert found.configuration == {}
+
+
+def test_threats_of_version_3_are_of_binary_frames():
+    today = report()
+    content = json.loads(today.to_json()) | {"version": 3}
+    del content["threat"]["counts"]
+    for row in content["rows"]:
+        if row["threat"]:
+            del row["threat"]["counts"]
+    assert Report.from_json(json.dumps(content)) == today
+    counted = report(members=(), threat=ThreatModel("L0", 2, counts=True))
+    assert Report.from_json(counted.to_json()) == counted
+    later = json.dumps(json.loads(counted.to_json()) | {"version": 5})
+    with pytest.raises(ValueError, match="version must be 4, got 5; update sj_robust"):
+        Report.from_json(later)
 
 
 def test_old_and_new_reports_are_compared():

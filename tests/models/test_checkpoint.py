@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from sj_robust.models import checkpoint
-from sj_robust.models.checkpoint import load_checkpoint, save_checkpoint
+from sj_robust.models.checkpoint import check_same_run, load_checkpoint, save_checkpoint
 
 
 def test_round_trip(tmp_path):
@@ -118,3 +118,22 @@ def test_a_flipped_byte_is_refused_or_changes_nothing(tmp_path):
     assert refused > len(positions) / 3
     torch.save(OURS | {"version": 1, "epoch": 1}, path)  # as before there were digests
     assert load_checkpoint(path)["epoch"] == 1
+
+
+def test_runs_of_before_an_option_go_on_with_what_it_meant_then():
+    before = {"network": {"T": 3}, "options": {"lr": 0.1, "flips": 2}}
+    now = {"network": {"T": 3}, "options": {"lr": 0.1, "flips": 2, "counts": False}}
+    check_same_run(before, now)
+    check_same_run(now, now)
+    now["options"]["counts"] = True
+    with pytest.raises(ValueError, match=r"\(options.counts: False there, True now\); resume with"):
+        check_same_run(before, now)
+    now["options"] |= {"counts": False, "newer": 3}
+    with pytest.raises(ValueError, match=r"a release without options.newer, resume it with that "):
+        check_same_run(before, now)
+    now["options"].pop("newer")
+    now["options"]["lr"] = 0.2
+    with pytest.raises(
+        ValueError, match=r"\(options.lr: 0.1 there, 0.2 now\); resume with the same"
+    ):
+        check_same_run(before, now)

@@ -37,6 +37,8 @@ def check(seed: int, points: int) -> Counter:
     if counts:
         x = x * torch.randint(1, 4, x.shape)
     shift = case.choice([None, 1, 1, 2])
+    if shift is not None:
+        shift = min(shift, T - 1)
     ball = Moves.of(x, case.choice([1, 1, 2, 3, 5, 10]), shift, counts=counts)
     method = case.choice(METHODS)
     y = model(x).argmax(1)

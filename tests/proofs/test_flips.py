@@ -407,6 +407,8 @@ def test_planted_faults_are_noticed(name, monkeypatch):
         ({"eps": 37}, "eps must be <= 36, the values of a sample, got 37"),
         ({"norm": "L2"}, "norm must be one of"),
         ({"x": torch.full((2, *SHAPE), 0.5)}, "x must be binary event frames"),
+        ({"x": torch.full((2, *SHAPE), -1.0)}, "or numbers of events, got values from -1 to -1"),
+        ({"x": torch.full((2, *SHAPE), torch.nan)}, "x must be finite, got .* NaN"),
     ],
 )
 def test_wrong_use(options, message):

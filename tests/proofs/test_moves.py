@@ -419,6 +419,12 @@ def test_the_attack_breaks_nothing_that_is_proved(most):
         ({"eps": 1.5}, "eps must be an integer >= 0 for moves, the number of events that may"),
         ({"eps": -1}, "eps must be .*>= 0"),
         ({"largest_shift": 0}, "largest_shift must be >= 1"),
+        ({"largest_shift": T}, rf"largest_shift must be < T = {T}, .* got {T}; for any shift pass"),
+        ({"x": torch.full((2, T, 2, 3, 3), torch.nan)}, "x must be finite, got .* NaN"),
+        (
+            {"x": -torch.ones(2, T, 2, 3, 3), "counts": True},
+            "or numbers of events, got values from -1",
+        ),
         ({"norm": "L0"}, "largest_shift limits moves of events, got 1 for L0; omit it"),
         ({"x": torch.full((2, T, 2, 3, 3), 0.5)}, "binary event frames .*, got values from 0.5"),
     ],

@@ -1,5 +1,6 @@
 """Events made from images in the recipes: certified training, and the bracket of its network."""
 
+from dataclasses import asdict
 from shlex import split
 
 import launch
@@ -8,6 +9,8 @@ from evaluation.short_suite import shortened
 
 from sj_robust.attacks import ThreatModel
 from sj_robust.evaluation import Report
+from sj_robust.models import NetworkSpec, build_classifier
+from sj_robust.models.checkpoint import save_checkpoint
 
 QUICK = split(
     "--dataset saccade:digits --T 3 --channels 4 --flips 2 --train-limit 200 --test-limit 20 "
@@ -101,6 +104,10 @@ def test_a_run_on_counts_is_evaluated_on_counts(tmp_path):
             "--dataset saccade:digits --mode certified --certified-flips 1",
             "certified_flips goes with flips or moves, got 1.0 alone; give --flips",
         ),
+        (
+            "--dataset saccade:digits --T 3 --moves 2 --largest-shift 3",
+            "largest_shift must be < T = 3, the frames of a sample, got 3; omit it for any shift",
+        ),
         ("--select flips", "select must be one of clean, fgsm, pgd, got 'flips'"),
         (
             "--dataset saccade:digits --flips 2 --select pgd",
@@ -111,3 +118,16 @@ def test_a_run_on_counts_is_evaluated_on_counts(tmp_path):
 def test_wrong_use(options, message, tmp_path):
     with pytest.raises((SystemExit, ValueError), match=message):
         launch.in_process("adv_train", tmp_path, *split(options))
+
+
+@pytest.mark.parametrize(("trained", "held"), [(True, "numbers of events"), (False, "0 or 1")])
+def test_counts_may_not_contradict_the_training(tmp_path, trained, held):
+    spec = NetworkSpec(image_shape=(2, 14, 14), T=3, channels=(3,), frames=True)
+    options = {"dataset": "saccade:digits", "flips": 2, "counts": trained}
+    content = {"description": {"network": asdict(spec), "options": options}}
+    save_checkpoint(tmp_path / "best.pt", content | {"model": build_classifier(spec).state_dict()})
+    message = rf"counts must be {trained} for .* frames of {held}, got --counts {not trained}; omit"
+    given = split(f"{tmp_path}/best.pt --counts {not trained} --test-limit 2 --output found")
+    with pytest.raises(ValueError, match=message):
+        launch.in_process("evaluate", tmp_path, *given)
+    assert not (tmp_path / "found").exists()

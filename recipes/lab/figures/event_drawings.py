@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from lab.figures.events import EventPictures, Values
 from lab.figures.style import COLOURS, DOUBLE, GREY
@@ -17,8 +17,17 @@ _BLACK = COLOURS[5]
 _FRAMES = 8
 """Frames that a strip shows at most, evenly chosen."""
 
-_PIXEL = 5
-"""Side of a pixel of the animation."""
+_WIDTH = 306
+"""Width of a frame of the animation, or three times its pixels."""
+
+_HEAD = 24
+"""Height of the line above it."""
+
+_LETTERS = 13
+"""Size of its letters."""
+
+_FAINTEST = 0.3
+"""Strength of the colour of few events among many; 1 is that of the most."""
 
 _MILLISECONDS = 700
 """How long the animation shows a frame."""
@@ -26,7 +35,8 @@ _MILLISECONDS = 700
 
 def draw_events(data: EventPictures) -> Figure:
     """A column per frame: clean, attacked with what changed, and how far every change or move
-    lowers the bound: in orange what is open, in grey what is ruled out.
+    lowers the bound: in orange what is open, in grey what is ruled out; a square stands where a
+    single one breaks the sample.
     """
     T = data.shape[0]
     shown = np.unique(np.linspace(0, T - 1, min(T, _FRAMES)).round().astype(int))
@@ -36,12 +46,14 @@ def draw_events(data: EventPictures) -> Figure:
     panels = figure.subplots(3, len(shown), squeeze=False)
     clean, attacked = (_frames(part, data.shape) for part in (data.clean, data.attacked))
     falls, is_open = (_frames(part, data.shape) for part in (data.falls, data.open_values))
+    breaking = _frames(data.breaking, data.shape)
     largest = max(float(falls.max()), 1e-12)
+    most = max(float(clean.max()), float(attacked.max()))
     for column, t in enumerate(shown):
         above, middle, below = panels[:, column]
-        above.imshow(_coloured(clean[t]), interpolation="nearest")
+        above.imshow(_coloured(clean[t], most), interpolation="nearest")
         above.set_title(f"frame {t + 1}", loc="center")
-        middle.imshow(_coloured(attacked[t]), interpolation="nearest")
+        middle.imshow(_coloured(attacked[t], most), interpolation="nearest")
         _mark(middle, clean[t] - attacked[t], "x", _BLACK, "gone")
         _mark(middle, attacked[t] - clean[t], "o", _GREEN, "new")
         heat = falls[t].max(0)
@@ -50,6 +62,7 @@ def draw_events(data: EventPictures) -> Figure:
         image = below.imshow(
             shown_heat, cmap="Oranges", vmin=0, vmax=largest, interpolation="nearest"
         )
+        _mark(below, breaking[t], "s", _BLACK, "breaks it alone")
         rest = np.where(ruled_out, heat, np.nan)
         below.imshow(rest, cmap="Greys", vmin=-largest, vmax=largest, interpolation="nearest")
     for axes in panels.flat:
@@ -61,7 +74,8 @@ def draw_events(data: EventPictures) -> Figure:
     panels[2, 0].set_ylabel("orange: open; grey: ruled out")
     figure.colorbar(image, ax=panels[2], shrink=0.8, label="fall of the bound")
     handles = [*middle.get_legend_handles_labels()[0], *_patches()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=5)
+    handles += below.get_legend_handles_labels()[0] if data.breaking else []
+    figure.legend(handles=handles, loc="outside lower center", ncols=6)
     proved = "proved" if data.margin > 0 else "not proved"
     figure.suptitle(f"{data.network}, {data.threat}: {proved}", fontsize=8)
     return figure
@@ -78,18 +92,28 @@ def animate_events(data: EventPictures, path: Path) -> None:
     and new ones have colours of their own.
     """
     clean, attacked = (_frames(part, data.shape) for part in (data.clean, data.attacked))
+    most = max(float(clean.max()), float(attacked.max()))
+    pixel = max(3, _WIDTH // data.shape[3])
     pictures = []
-    for before, after in zip(clean, attacked, strict=True):
-        left = _coloured(before)
-        right = _coloured(after)
-        gone = (before > after).any(0)
-        new = (after > before).any(0)
-        right[gone] = _rgb(_BLACK)
-        right[new] = _rgb(_GREEN)
+    for t, (before, after) in enumerate(zip(clean, attacked, strict=True), 1):
+        left = _coloured(before, most)
+        right = _coloured(after, most)
+        right[(before > after).any(0)] = _rgb(_BLACK)
+        right[(after > before).any(0)] = _rgb(_GREEN)
         gap = np.full((left.shape[0], 2, 3), _rgb(GREY))
         both = np.concatenate([left, gap, right], 1)
-        large = both.repeat(_PIXEL, 0).repeat(_PIXEL, 1)
-        pictures.append(Image.fromarray((255 * large).round().astype(np.uint8)).quantize(16))
+        large = both.repeat(pixel, 0).repeat(pixel, 1)
+        drawn = Image.fromarray((255 * large).round().astype(np.uint8))
+        picture = Image.new("RGB", (drawn.width, drawn.height + _HEAD), "white")
+        picture.paste(drawn, (0, _HEAD))
+        pen = ImageDraw.Draw(picture)
+        told = {
+            0: f"clean: seen as {data.seen[0]}",
+            left.shape[1] + 2: f"attacked: seen as {data.seen[1]}; frame {t} of {len(clean)}",
+        }
+        for column, text in told.items():
+            pen.text((pixel * column + 6, 5), text, fill="black", font_size=_LETTERS)
+        pictures.append(picture.quantize(32))
     first, *others = pictures
     first.save(path, save_all=True, append_images=others, duration=_MILLISECONDS, loop=0)
 
@@ -102,14 +126,18 @@ def _frames(values: Values, shape: list[int]) -> Any:
     return found
 
 
-def _coloured(frame: Any) -> Any:
-    """A frame [polarities, H, W] in colours [H, W, 3]: falls orange, rises blue, both grey."""
-    found = np.ones((*frame.shape[1:], 3))
+def _coloured(frame: Any, most: float) -> Any:
+    """A frame [polarities, H, W] in colours [H, W, 3]: falls orange, rises blue, both grey; few
+    events of many are paler.
+    """
+    number = frame.max(0)
+    found = np.ones((*number.shape, 3))
     found[frame[0] > 0] = _rgb(_ORANGE)
     if len(frame) > 1:
         found[frame[1] > 0] = _rgb(_BLUE)
         found[(frame > 0).all(0)] = _rgb(GREY)
-    return found
+    share = _FAINTEST + (1 - _FAINTEST) * number / most
+    return 1 - (1 - found) * share[..., None]
 
 
 def _rgb(colour: str) -> Any:
@@ -118,8 +146,15 @@ def _rgb(colour: str) -> Any:
 
 
 def _mark(axes: Axes, where: Any, marker: str, colour: str, label: str) -> None:
-    """A mark around every place at which a frame [polarities, H, W] is above 0."""
+    """A mark around every place at which a frame [polarities, H, W] is above 0, with the number if
+    it is above 1.
+    """
     rows, columns = (where > 0).any(0).nonzero()
+    for row, column in zip(rows, columns, strict=True):
+        number = int(where[:, row, column].clip(min=0).sum())
+        if number > 1:
+            place = (column, row)
+            axes.annotate(f"{number}", place, (3, 3), textcoords="offset points", fontsize=6)
     axes.plot(
         columns,
         rows,

@@ -9,10 +9,17 @@ from sj_robust import SpikingClassifier
 from sj_robust.attacks import ThreatModel
 from sj_robust.core.saved import SavedResult
 from sj_robust.evaluation.report.verdict import budget
-from sj_robust.proofs.moves import EVENTS
+from sj_robust.proofs.flips import Flips
+from sj_robust.proofs.moves import EVENTS, Events, Moves
 from sj_robust.proofs.open_events import open_events
 from sj_robust.proofs.verification import NormName, ball_of
 from sj_robust.training.modes import event_attacks
+
+_BOUNDED = 8
+"""Samples that are fooled and that bounds are looked for, at most."""
+
+_TOGETHER = 256
+"""Changed frames that are run together."""
 
 Values = list[list[float]]
 """Places, each frame, polarity, y and x, with the value there at the end."""
@@ -20,9 +27,9 @@ Values = list[list[float]]
 
 @dataclass(frozen=True)
 class EventPictures(
-    SavedResult, what="the numbers of a figure", format="sj_robust.figure.events", version=1
+    SavedResult, what="the numbers of a figure", format="sj_robust.figure.events", version=2
 ):
-    """One sample of event frames, attacked, and what linear bounds leave open.
+    """One sample of event frames, attacked, and what linear bounds leave open of it.
 
     Attributes:
         network: Name of the network.
@@ -35,6 +42,7 @@ class EventPictures(
         falls: How far a change or a move of each value lowers the bound of the lead, where it does:
             frame, polarity, y, x and the fall; see :func:`sj_robust.proofs.open_events`.
         open_values: Values that the bounds do not rule out, without a number.
+        breaking: Values of which one change, or one move, breaks the sample, without a number.
         margin: What the bounds say the right class leads by at least.
     """
 
@@ -47,13 +55,15 @@ class EventPictures(
     attacked: Values
     falls: Values
     open_values: Values
+    breaking: Values
     margin: float
 
 
 def event_pictures(
     name: str, model: SpikingClassifier, x: Tensor, y: Tensor, threat: ThreatModel
 ) -> EventPictures:
-    """The first of some samples that the attack fools, or else the first that is right.
+    """Of the samples that the attack fools the one that bounds come closest to proving, or else the
+    first that is right.
 
     Args:
         name: Name of the network.
@@ -74,24 +84,72 @@ def event_pictures(
     x_adv = attack(model, x, y, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         seen = model(x_adv).argmax(1)
-    number = int((seen != y).int().argmax())
-    sample, label = x[number : number + 1], y[number : number + 1]
     norm: NormName = "L0" if threat.norm == "L0" else "moves"
     ball = ball_of(norm, threat.eps, threat.largest_shift, counts=threat.counts)
     assert isinstance(ball, EVENTS)
-    found = open_events(model, sample, label, ball)
+    fooled = (seen != y).nonzero().squeeze(1)[:_BOUNDED]
+    rows = fooled if len(fooled) else torch.tensor([0])
+    found = open_events(model, x[rows], y[rows], ball)
+    best = int(found.margin.argmax())
+    number = int(rows[best])
+    sample, label = x[number], y[number]
     return EventPictures(
         network=name,
         threat=budget(threat),
-        shape=list(sample.shape[1:]),
+        shape=list(sample.shape),
         label=int(label),
         seen=[int(label), int(seen[number])],
-        clean=_values(sample[0]),
+        clean=_values(sample),
         attacked=_values(x_adv[number]),
-        falls=_values(found.falls[0]),
-        open_values=_values(found.is_open[0].float()),
-        margin=float(found.margin[0]),
+        falls=_values(found.falls[best]),
+        open_values=_values(found.is_open[best].float()),
+        breaking=_values(breaking_alone(model, sample, label, ball).float()),
+        margin=float(found.margin[best]),
     )
+
+
+def breaking_alone(model: SpikingClassifier, sample: Tensor, label: Tensor, ball: Events) -> Tensor:
+    """Of which values of a sample [T, *] one change, or one move of an event, breaks it, bool
+    [T, *]: all of them are tried.
+    """
+    places, steps = _single_moves(sample, ball) if isinstance(ball, Moves) else _flips(sample, ball)
+    flat = sample.flatten()
+    found = torch.zeros_like(flat, dtype=torch.bool)
+    for start in range(0, len(places), _TOGETHER):
+        own = places[start : start + _TOGETHER]
+        changed = flat.repeat(len(own), 1).scatter_add(1, own, steps[start : start + _TOGETHER])
+        with torch.no_grad():
+            wrong = model(changed.view(-1, *sample.shape)).argmax(1) != label
+        found[own[wrong, 0]] = True
+    return found.view(sample.shape)
+
+
+def _flips(sample: Tensor, ball: Flips) -> tuple[Tensor, Tensor]:
+    """Numbers of the value that each single change changes, [M, 1], and by what."""
+    flat = sample.flatten()
+    every = torch.arange(len(flat))
+    added, removed = (number[0].flatten() > 0 for number in ball.reach(sample.unsqueeze(0)))
+    places = torch.cat([every[added], every[removed]]).unsqueeze(1)
+    rises = torch.ones(int(added.sum()), 1)
+    falls = -torch.ones(int(removed.sum()), 1)
+    return places, torch.cat([rises, falls]).to(flat.dtype)
+
+
+def _single_moves(sample: Tensor, ball: Moves) -> tuple[Tensor, Tensor]:
+    """Numbers of the values that each single move takes an event from and brings it to, [M, 2], and
+    what it does to them.
+    """
+    numbers = torch.arange(sample.numel()).view(sample.shape)
+    pairs = []
+    for t in range(len(sample)):
+        for to in range(
+            max(0, t - ball.largest_shift), min(len(sample), t + ball.largest_shift + 1)
+        ):
+            possible = (sample[t] > 0) & ((sample[to] == 0) | ball.counts)
+            if t != to:
+                pairs.append(torch.stack([numbers[t][possible], numbers[to][possible]], 1))
+    places = torch.cat(pairs) if pairs else torch.zeros(0, 2, dtype=torch.int64)
+    return places, torch.tensor([-1.0, 1.0], dtype=sample.dtype).expand(places.shape)
 
 
 def _values(part: Tensor) -> Values:

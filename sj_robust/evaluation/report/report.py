@@ -40,7 +40,7 @@ class Report(
     Evaluation,
     what="a report of sj_robust",
     format="sj_robust.report",
-    version=3,
+    version=4,
 ):
     """Result of an evaluation, image by image. 评估报告。
 

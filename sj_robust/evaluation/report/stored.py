@@ -25,12 +25,13 @@ def translated(text: str) -> str:
     Files of suites of version 1 held what happened to every image. Of accuracy over eps, of stress
     tests and of trainings they held counts: the images of a row are then the first ones, as many as
     fell. Up to version 2 the suite ``standard`` ran what ``gradient`` runs now, and becomes that.
+    Up to version 3 no threat said that frames hold counts, and all are those of binary frames.
     """
     try:
         content = json.loads(text)
     except json.JSONDecodeError:
         return text
-    if not isinstance(content, dict) or content.get("version") not in (1, 2):
+    if not isinstance(content, dict) or content.get("version") not in (1, 2, 3):
         return text
     version = content["version"]
     formats = _FORMATS if version == 1 else {"sj_robust.report": dict}
@@ -39,13 +40,15 @@ def translated(text: str) -> str:
         return text
     del content["format"], content["version"]
     try:
-        found = _named_as_today(translate(content))
+        found = translate(content)
+        if version < 3:
+            found = _named_as_today(found)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"a field of a report of version {version} is missing or unknown ({error}); the file "
             "is damaged"
         ) from error
-    return json.dumps({"format": "sj_robust.report", "version": 3} | found)
+    return json.dumps({"format": "sj_robust.report", "version": 4} | found)
 
 
 def _named_as_today(old: _Content) -> _Content:

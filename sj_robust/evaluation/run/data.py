@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from sj_robust.attacks.events import check_frames
 from sj_robust.attacks.threat import ThreatModel
-from sj_robust.core.checks import check_labels, check_samples
+from sj_robust.core.checks import check_labels, check_samples, check_shift
 from sj_robust.data import image_loader
 from sj_robust.evaluation.run.fingerprint import fingerprint
 
@@ -209,6 +209,7 @@ def check_data(data: Data, threat: ThreatModel) -> None:
     if threat.of_events:
         for x, _ in data:
             check_frames(x, counts=threat.counts)
+            check_shift(threat.largest_shift, x)
 
 
 class _Store:

@@ -100,7 +100,7 @@ def default_faults(model: nn.Module) -> tuple[Fault, ...]:
     return tuple(Fault(kind, level) for kind in FAULTS for level in levels[kind])
 
 
-def faulty(model: nn.Module, fault: Fault, *, seed: int = 0) -> nn.Module:
+def faulty(model: nn.Module, fault: Fault, *, seed: int = 0, counts: bool = False) -> nn.Module:
     """A copy of a network with a fault; the network itself is not changed. 返回带故障的网络副本。
 
     With the same seed, what is drawn for a mild level is part of what is drawn for a severe level.
@@ -110,6 +110,7 @@ def faulty(model: nn.Module, fault: Fault, *, seed: int = 0) -> nn.Module:
         fault: The fault.
         seed: Determines which weights, neurons or steps are affected. Noise comes from torch's
             global generators.
+        counts: Whether event frames hold numbers of events, and not 0 or 1, which jitter moves.
 
     Raises:
         ValueError: If the network has nothing that the fault affects, or neurons with unknown
@@ -122,8 +123,11 @@ def faulty(model: nn.Module, fault: Fault, *, seed: int = 0) -> nn.Module:
     """
     with preserved(model):
         damaged = copy.deepcopy(model)
+    damage = _KINDS[fault.kind].damage
+    if fault.kind == "jitter":
+        damage = partial(_jitter, counts=counts)
     with torch.no_grad():
-        _KINDS[fault.kind].damage(damaged, fault.level, seed)
+        damage(damaged, fault.level, seed)
     return damaged
 
 
@@ -244,34 +248,33 @@ def _only_frames(kept: list[int], module: nn.Module, inputs: tuple[Tensor]) -> T
     return inputs[0][:, kept]
 
 
-def _jitter(model: nn.Module, level: float, seed: int) -> None:
+def _jitter(model: nn.Module, level: float, seed: int, *, counts: bool = False) -> None:
     if not isinstance(model, SpikingClassifier):
         raise ValueError(
             "jitter needs a SpikingClassifier, whose input it moves; wrap the network in one"
         )
     if isinstance(model, SpikingEventClassifier) and level % 1 != 0:
         raise ValueError(f"jitter of event frames must be a number of frames, got {level!r}")
-    model.register_forward_pre_hook(partial(_jittered, level))
+    model.register_forward_pre_hook(partial(_jittered, level, counts))
 
 
-def _jittered(level: float, module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+def _jittered(level: float, counts: bool, module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
     """The input moved, its gradient that of the input itself."""
     (x,) = inputs
     if isinstance(module, SpikingEventClassifier):
+        shift = min(int(level), x.shape[1] - 1)
+        if shift == 0:
+            return x
         generator = _generator(int(torch.randint(2**62, ())))
         events = max(1, int(x.flatten(1).sum(1).max())) if len(x) else 1
-        moved = x.detach().clone()
-        counted = (moved > 1).flatten(1).any(1)  # of a sample, whatever is beside it
-        for counts in (False, True):
-            own = counted == counts
-            moved[own] = random_moves(
-                None,
-                moved[own],
-                moves=events,
-                largest_shift=int(level),
-                counts=counts,
-                generator=generator,
-            )
+        moved = random_moves(
+            None,
+            x.detach(),
+            moves=events,
+            largest_shift=shift,
+            counts=counts,
+            generator=generator,
+        )
     else:
         moved = (x.detach() + level * torch.randn_like(x)).clamp(0, 1)
     return x + (moved - x).detach()

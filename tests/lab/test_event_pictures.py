@@ -1,0 +1,67 @@
+"""Pictures of event frames: what breaks a sample alone, and files that can be looked at."""
+
+import pytest
+import torch
+from lab.figures.event_drawings import animate_events, draw_events
+from lab.figures.events import EventPictures, breaking_alone
+from PIL import Image
+from proofs.moved import all_moved
+from proofs.test_flip_counts import every_change
+from proofs.test_moves import T, frames, tiny
+
+from sj_robust.proofs.flips import Flips
+from sj_robust.proofs.moves import Moves
+
+
+def all_single(sample, ball):
+    """A sample with every single change or move."""
+    if isinstance(ball, Moves):
+        return all_moved(sample, 1, ball.largest_shift, binary=not ball.counts)
+    if ball.counts:
+        return every_change(sample, 1)
+    masks = torch.eye(sample.numel()).view(-1, *sample.shape)
+    return (sample - masks).abs()
+
+
+@pytest.mark.parametrize("ball", [Flips(2), Flips(2, True), Moves(2, 1), Moves(2, 2, True)])
+def test_what_breaks_a_sample_alone(ball):
+    broken = 0
+    for seed in (6, 7, 17, 23):
+        model = tiny(seed)
+        for sample in frames(3, T, 2, 3, 3, seed=seed).float():
+            label = model(sample[None]).argmax()
+            every = all_single(sample, ball)
+            touched = every[model(every).argmax(1) != label] - sample
+            # a move is told by the event that it takes away
+            expected = (touched < 0 if isinstance(ball, Moves) else touched != 0).any(0)
+            found = breaking_alone(model, sample, label, ball)
+            assert torch.equal(found, expected)
+            broken += int(found.sum())
+    assert broken > 0
+
+
+def test_counts_can_be_told_in_the_strip_and_the_animation(tmp_path):
+    data = EventPictures(
+        network="mine",
+        threat="at most 3 events added or removed",
+        shape=[2, 2, 4, 4],
+        label=1,
+        seen=[1, 0],
+        clean=[[0, 0, 1, 1, 4.0], [0, 1, 2, 2, 1.0]],
+        attacked=[[0, 0, 1, 1, 2.0], [0, 1, 2, 2, 2.0]],
+        falls=[[0, 0, 1, 1, 0.5], [1, 0, 3, 3, 0.1]],
+        open_values=[[0, 0, 1, 1, 1.0]],
+        breaking=[[0, 0, 1, 1, 1.0]],
+        margin=-0.2,
+    )
+    figure = draw_events(data)
+    middle = figure.axes[2]
+    assert [text.get_text() for text in middle.texts] == ["2"]  # two of four events are gone
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend[-1] == "breaks it alone"
+    clean = figure.axes[0].images[0].get_array()
+    assert clean[1, 1].sum() < clean[2, 2].sum()  # four events are darker than one
+    animate_events(data, tmp_path / "attack.gif")
+    with Image.open(tmp_path / "attack.gif") as animation:
+        assert animation.n_frames == 2
+        assert animation.width > 600
