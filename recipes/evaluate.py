@@ -232,7 +232,7 @@ def main(arguments: list[str]) -> None:
     with checked():
         shift = options.largest_shift
         if shift is None and norm == "moves":
-            shift = subject.options.get("largest_shift")
+            shift = inherited_shift(subject)
         counts = counts_of(options, subject, events=events)
         of_events = norm in ("L0", "moves")
         threat = ThreatModel(
@@ -244,7 +244,7 @@ def main(arguments: list[str]) -> None:
         )
         if suite != "stress" and suite != "corruptions" and options.smooth is None:
             check_suite(suite, threat)
-        check_rounds("vote" if options.smooth is not None else suite, options.rounds)
+        check_rounds(suite, options.rounds)
         T = getattr(subject.model, "T", None) if events else None
         other = options.transfer and Path(options.transfer)
         source = from_checkpoint(other, T, trust_code=options.trust_code) if other else None
@@ -407,14 +407,21 @@ def counts_of(options: Options, subject: Subject, *, events: bool) -> bool:
     return options.counts
 
 
+def inherited_shift(subject: Subject) -> int | None:
+    """Largest shift of the training, or None where frames are so few that it allows any shift."""
+    found: int | None = subject.options.get("largest_shift")
+    T = getattr(subject.model, "T", None)
+    return None if found is None or (T is not None and found >= T) else found
+
+
 def radius(options: Options, norm: str, subject: Subject) -> float:
     """Radius of the threat: the one asked for, or the one of the checkpoint's own evaluation."""
     if options.smooth is not None:
         beside = (options.eps, options.norm, options.suite, options.transfer, options.resume)
-        if parse_eps(options.smooth) <= 0 or any(beside):
+        if parse_eps(options.smooth) <= 0 or any(beside) or options.rounds > 1:
             raise ValueError(
                 "--smooth needs SIGMA > 0 and attacks the vote on images in L2, in one run: omit "
-                "--eps, --norm, --suite, --transfer and --resume"
+                "--eps, --norm, --suite, --transfer, --resume and --rounds"
             )
         return 2 * parse_eps(options.smooth)
     trained = subject.options

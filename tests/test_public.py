@@ -123,7 +123,7 @@ def test_the_way_to_deprecate_a_name_works(tmp_path, monkeypatch):
     (tmp_path / "module_that_lost_a_name.py").write_text(text, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     module = importlib.import_module("module_that_lost_a_name")
-    message = "called pgd .* goes in .* import pgd from sj_robust.attacks"
+    message = "became pgd .* will be removed in .* import pgd from sj_robust.attacks"
     with pytest.warns(DeprecationWarning, match=message) as caught:
         assert module.linf_pgd is sj_robust.attacks.pgd
     assert caught[0].filename == __file__, "the warning points at the line that uses the name"

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from spikingjelly.activation_based import functional, layer
 from torch import nn
 
+from sj_robust.core.checks import check_count
 from sj_robust.models.direct import DirectlyEncoded, initialise, neuron_builder
 from sj_robust.neuron import Stage
 
@@ -136,13 +137,14 @@ class ConvChain(DirectlyEncoded):
 
 def _one_per_convolution(kernel_size: int | Sequence[int], convolutions: int) -> Iterator[int]:
     """The kernel sizes in the order of the convolutions."""
-    sizes = [kernel_size] * convolutions if isinstance(kernel_size, int) else list(kernel_size)
-    if len(sizes) != convolutions or min(sizes) < 1:
+    one = not isinstance(kernel_size, list | tuple)
+    sizes = [kernel_size] * convolutions if one else kernel_size
+    if len(sizes) != convolutions:
         raise ValueError(
-            f"kernel_size must be one number >= 1, or one for each of {convolutions} convolutions, "
-            f"got {kernel_size}"
+            f"kernel_size must be one number, or one for each of {convolutions} convolutions, got "
+            f"{kernel_size!r}"
         )
-    return iter(sizes)
+    return iter([check_count("kernel_size", size) for size in sizes])
 
 
 def _pool(stages: list[nn.Module]) -> None:

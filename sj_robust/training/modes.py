@@ -87,6 +87,9 @@ class Mode:
         return self.attack_steps == 1 and self.loss != "certified"
 
 
+NOISE = "gaussian"
+"""The attack of the final report that has no budget."""
+
 _OF_BOUNDS = (
     "certified_eps",
     "certified_flips",
@@ -261,7 +264,7 @@ def final_attacks(eps: float) -> dict[str, Attack]:
         ['gaussian', 'fgsm', 'pgd20']
     """
     pgd20 = partial(pgd, eps=eps, step_size=eps / 8, steps=20)
-    return {"gaussian": partial(gaussian, std=eps), "fgsm": partial(fgsm, eps=eps), "pgd20": pgd20}
+    return {NOISE: partial(gaussian, std=eps), "fgsm": partial(fgsm, eps=eps), "pgd20": pgd20}
 
 
 def flip_attacks(flips: int, *, final: bool) -> dict[str, Attack]:

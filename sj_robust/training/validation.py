@@ -39,6 +39,7 @@ from sj_robust.proofs.differentiable import TrainedMethod
 from sj_robust.proofs.verification import NormName
 from sj_robust.training.history import EpochRecord, catastrophic_overfitting
 from sj_robust.training.journal import Journal
+from sj_robust.training.modes import NOISE
 from sj_robust.training.processes import mixed
 
 __all__ = ["Validation", "check_start", "final_report"]
@@ -303,7 +304,10 @@ def final_report(
         environment: Versions, device, commit.
     """
     data = Data.of(_test_loader(splits))
-    members = [Member(attack_name, attack, group="") for attack_name, attack in attacks.items()]
+    members = [
+        Member(attack_name, attack, group="", threat=None if attack_name == NOISE else threat)
+        for attack_name, attack in attacks.items()
+    ]
     variant = Variant(members, name, seed)
     steps = len(data) * (1 + len(members))
     with journal.steps(f"evaluating {name} on {len(splits.test)} test images", steps) as step:

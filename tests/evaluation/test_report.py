@@ -22,7 +22,7 @@ from sj_robust.core.environment import environment
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.report.terminal import Display
-from sj_robust.evaluation.result import Point
+from sj_robust.evaluation.result import Point, Row
 from sj_robust.evaluation.run.progress import Position
 
 
@@ -88,11 +88,12 @@ def test_rows_that_contradict_each_other_are_refused(rows, message):
         report(labels=())
 
 
-def test_networks_of_a_training_are_variants_that_are_merged():
-    def trained(name, rows, **more):
-        rows = [replace(row, variant=name) for row in rows]
-        return Report(name, "digits", "training", (0,) * 10, rows, threat=LINF, **more)
+def trained(name, rows, **more):
+    rows = [replace(row, variant=name) for row in rows]
+    return Report(name, "digits", "training", (0,) * 10, rows, threat=LINF, **more)
 
+
+def test_networks_of_a_training_are_variants_that_are_merged():
     record = {"epoch": 1, "validation": {"clean": 0.5, "pgd": 0.25}}
     first = trained("dlif at", [clean(), member("pgd20", (1, 2), group="")], warnings=("a",))
     first = replace(first, curves={"dlif at": [record]})
@@ -114,6 +115,19 @@ def test_networks_of_a_training_are_variants_that_are_merged():
     assert [line.get_label() for line in curves.lines] == ["dlif at, clean", "dlif at, pgd"]
     with pytest.raises(ValueError, match="same threat and images to be merged"):
         both.merged(replace(first, threat=None))
+
+
+def test_a_proof_in_the_report_of_a_training_is_no_attack():
+    threat = ThreatModel("Linf", 0.1)
+    attack = member("pgd20", (1, 2), group="", threat=threat)
+    proof = Row("verified", "proof", range(10), range(1, 10), variant="a", threat=threat)
+    proved = trained("a", [clean(), attack, proof])
+    wanted = "a: 80.0 % clean, 60.0 % under the strongest attack, 10.0 % proved"
+    assert wanted in proved.verdict
+    assert "| verified | 10.0 |" in proved.table()
+    wrong = replace(proof, fell=range(2, 10))
+    with pytest.raises(ValueError, match="image 1 is verified at eps 0.1 and broken by 'pgd20'"):
+        trained("a", [clean(), attack, wrong])
 
 
 def test_names_of_robustbench():

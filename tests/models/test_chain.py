@@ -152,10 +152,20 @@ def test_wrong_features(features, message):
         ConvChain((1, 8, 8), 10, T=4, spiking_neuron=DLIFNode, features=features)
 
 
-@pytest.mark.parametrize("kernel_size", [0, [3], [1, 0], [1, 3, 3]])
-def test_wrong_kernel_sizes(kernel_size):
+@pytest.mark.parametrize(
+    ("kernel_size", "message"),
+    [
+        ([3], "one for each of 2 convolutions"),
+        ([1, 3, 3], "one for each of 2 convolutions"),
+        (0, "kernel_size must be >= 1, got 0"),
+        ([1, 0], "kernel_size must be >= 1, got 0"),
+        (3.0, "kernel_size must be an integer, got float"),
+        ("33", "kernel_size must be an integer, got str"),
+    ],
+)
+def test_wrong_kernel_sizes(kernel_size, message):
     spec = NetworkSpec(options={"kernel_size": kernel_size})
-    with pytest.raises(ValueError, match="one for each of 2 convolutions"):
+    with pytest.raises(ValueError, match=message):
         build_network(spec)
 
 

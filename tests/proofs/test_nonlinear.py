@@ -220,7 +220,7 @@ BUILT = {
     "SLTTLIFNode": {},
 }
 THERE = [name for name in BUILT if hasattr(neuron, "PSN")]
-"""Of the newer release; the older one's KLIF runs scripts of torch, which take no bounds."""
+"""Of the newer release; the older one's KLIF runs TorchScript functions, which support no bounds."""
 STEP_BY_STEP = ["MaskedPSN", "SlidingPSN", "CUBALIFNode", "ILIFNode"]
 
 
@@ -260,7 +260,7 @@ def leads(logits, y):
     return right - logits.double().scatter(1, y.unsqueeze(1), -torch.inf).amax(1)
 
 
-REFUSED = {} if THERE else {"KLIFNode": "script of torch"}
+REFUSED = {} if THERE else {"KLIFNode": "TorchScript function"}
 REFUSED |= {
     "QIFNode": "charges by its own square",
     "EIFNode": "charges by its own exponential",

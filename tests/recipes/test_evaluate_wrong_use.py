@@ -83,11 +83,11 @@ NETWORKS = {
             ValueError,
             "defined for Linf",
         ),
-        ("runs/one --smooth 0", ValueError, "--smooth takes SIGMA > 0"),
+        ("runs/one --smooth 0", ValueError, "--smooth needs SIGMA > 0"),
         (
             "runs/one --smooth 0.1 --suite fast",
             ValueError,
-            "leave --eps, --norm, --suite, --transfer",
+            "omit --eps, --norm, --suite, --transfer",
         ),
         ("runs/one --resume", FileNotFoundError, "no run to resume"),
         ("runs/one --transfer nowhere", FileNotFoundError, "nowhere does not exist"),

@@ -153,12 +153,15 @@ def _of_a_training(report: Evaluation) -> str:
     for name in report.variants:
         least = min(_alone(report, name), key=lambda one: one.correct).percent
         clean = report.under("clean", variant=name).percent
-        parts.append(f"{name}: {clean} % clean, {least} % under the strongest attack")
+        text = f"{name}: {clean} % clean, {least} % under the strongest attack"
+        if any(row.kind == "proof" for row in report.of(name)):
+            text += f", {report.under('verified', variant=name).percent} % proved"
+        parts.append(text)
     return f"{len(report.labels)} images. {'; '.join(parts)}."
 
 
 def _alone(report: Evaluation, variant: str) -> list[Accuracy]:
-    names = [row.member for row in report.of(variant)]
+    names = [row.member for row in report.of(variant) if row.kind != "proof"]
     return [report.under(name, variant=variant) for name in names]
 
 

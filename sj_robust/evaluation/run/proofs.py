@@ -62,8 +62,8 @@ def verify_within(
     shift = threat.largest_shift
     if threat.total_shift is not None:
         eps = min(eps, threat.total_shift)
-        farthest = min(threat.total_shift, x.shape[1] - 1)
-        shift = farthest if shift is None else min(shift, farthest)
+        if threat.total_shift < x.shape[1]:  # else an event may move by any number of frames
+            shift = threat.total_shift if shift is None else min(shift, threat.total_shift)
     return verify(
         model,
         x,
