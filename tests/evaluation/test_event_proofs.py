@@ -157,6 +157,8 @@ def test_a_total_shift_limits_moves_and_how_far_each_goes():
     found = verify_within(model, x, y, threat)
     assert (found.eps, found.largest_shift) == (1, 1)
     assert found == verify(model, x, y, 1, norm="moves", largest_shift=1)
+    every = verify_within(model, x, y, replace(threat, total_shift=x.shape[1]))
+    assert every == verify(model, x, y, x.shape[1], norm="moves")
     with pytest.raises(ValueError, match="to prove anything, got 'L2'"):
         verify_within(model, x, y, ThreatModel("L2", 0.5))
 

@@ -220,7 +220,7 @@ BUILT = {
     "SLTTLIFNode": {},
 }
 THERE = [name for name in BUILT if hasattr(neuron, "PSN")]
-"""Of the newer release; the older one's KLIF runs TorchScript functions, which support no bounds."""
+"""Of the newer release; the older one's KLIF runs TorchScript, which supports no bounds."""
 STEP_BY_STEP = ["MaskedPSN", "SlidingPSN", "CUBALIFNode", "ILIFNode"]
 
 
