@@ -48,7 +48,7 @@ def draw_events(data: EventPictures) -> Figure:
     falls, is_open = (_frames(part, data.shape) for part in (data.falls, data.open_values))
     breaking = _frames(data.breaking, data.shape)
     largest = max(float(falls.max()), 1e-12)
-    most = max(float(clean.max()), float(attacked.max()))
+    most = max(1.0, float(clean.max()), float(attacked.max()))
     for column, t in enumerate(shown):
         above, middle, below = panels[:, column]
         above.imshow(_coloured(clean[t], most), interpolation="nearest")
@@ -92,7 +92,7 @@ def animate_events(data: EventPictures, path: Path) -> None:
     and new ones have colours of their own.
     """
     clean, attacked = (_frames(part, data.shape) for part in (data.clean, data.attacked))
-    most = max(float(clean.max()), float(attacked.max()))
+    most = max(1.0, float(clean.max()), float(attacked.max()))
     pixel = max(3, _WIDTH // data.shape[3])
     pictures = []
     for t, (before, after) in enumerate(zip(clean, attacked, strict=True), 1):
