@@ -137,8 +137,9 @@ class ConvChain(DirectlyEncoded):
 
 def _one_per_convolution(kernel_size: int | Sequence[int], convolutions: int) -> Iterator[int]:
     """The kernel sizes in the order of the convolutions."""
-    one = not isinstance(kernel_size, list | tuple)
-    sizes = [kernel_size] * convolutions if one else kernel_size
+    sizes: Sequence[Any] = [kernel_size] * convolutions
+    if isinstance(kernel_size, list | tuple):
+        sizes = kernel_size
     if len(sizes) != convolutions:
         raise ValueError(
             f"kernel_size must be one number, or one for each of {convolutions} convolutions, got "
