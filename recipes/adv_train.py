@@ -228,7 +228,7 @@ class Options:
     weight_decay: float | None = None
     """Weight decay of all parameters; None: 5e-4, or 0 for rat and certified."""
     select: Literal["clean", "fgsm", "pgd", "flips", "moves", "verified"] | None = None
-    """Validation accuracy that selects the epoch; None: pgd, or flips or moves with these options,
+    """Validation accuracy that selects the epoch; None: pgd, or flips or moves if these are set,
     clean for none, verified for certified."""
     reference: Annotated[bool, Often(), Decides("nothing")] = True
     """Also train and evaluate an undefended LIF network."""

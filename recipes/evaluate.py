@@ -65,7 +65,7 @@ class Options:
     compare: Annotated[list[str] | None, Often()] = None
     """Compare two saved reports instead of evaluating a network."""
     leaderboard: Annotated[list[str] | None, Decides("nothing")] = None
-    """Make one table of all reports in these folders instead of evaluating a network; or, as add
+    """Make one table of all reports in these folders instead of evaluating a network; or, with add
     REPORT, check a report and add it to the table in the folder output."""
 
     # attacks
@@ -115,14 +115,14 @@ class Options:
     fault_draws: PositiveInt = 5
     """For stress: number of draws of each random fault."""
     draws: PositiveInt | None = None
-    """For stochastic networks: forward passes in more than half of which an image must be
-    misclassified to count as broken, and over which gradients are averaged; None: 10 if the
-    network is stochastic."""
+    """For stochastic networks: gradients are averaged over this number of draws, and an image
+    counts as broken if more than half of them misclassify it; None: 10 if the network is
+    stochastic."""
     proofs: bool = True
     """For Linf, L0 and moves: prove robustness by bounds of every spike, and attack only the images
     that are not proved."""
     rounds: PositiveInt = 1
-    """How often the attacks of fast, standard, gradient, long or events are run, each time with
+    """How many times the attacks of fast, standard, gradient, long or events are run, each time with
     other random numbers and at the same cost."""
     control: bool = True
     """Run the control: as many attacks with the training gradient only."""

@@ -61,7 +61,7 @@ class Options:
     - ground_truth: exact robust accuracy of a small network.
     - joint: proofs by joint bounds.
     - events: event frames before and after an attack, also as an animation, and the events that a
-      proof leaves open; with the flips or moves used in training.
+      proof leaves open; under the flips or moves used in training.
     - all: all except the last three, if the folder has numbers for them."""
     columns: list[str] | None = None
     """Columns that rho shows, as shell patterns such as pgd20 or paper/*; None: the default ones.
