@@ -130,6 +130,11 @@ def test_a_proof_in_the_report_of_a_training_is_no_attack():
         trained("a", [clean(), attack, wrong])
 
 
+def test_a_training_has_no_page():
+    with pytest.raises(ValueError, match=r"not for 'training'; use table\(\) and plot\(\)"):
+        trained("a", [clean()]).page()
+
+
 def test_names_of_robustbench():
     content = json.loads(report().to_json())
     wanted = {

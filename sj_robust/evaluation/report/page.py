@@ -88,6 +88,9 @@ def to_html(report: Evaluation, gallery: Gallery | None = None) -> str:
         report: The report.
         gallery: Images under attack to show as well, folded.
 
+    Raises:
+        ValueError: If the report is not of a suite of attacks.
+
     Examples:
         >>> from sj_robust.evaluation import Report
         >>> from sj_robust.evaluation.result import Row
@@ -95,6 +98,11 @@ def to_html(report: Evaluation, gallery: Gallery | None = None) -> str:
         >>> "http" in to_html(Report("mine", "digits", "fast", (0, 1), rows))
         False
     """
+    if report.suite in ("training", "vote", "stress", "corruptions"):
+        raise ValueError(
+            f"pages are made for suites of attacks, not for {report.suite!r}; use table() and "
+            "plot()"
+        )
     environment = Environment(autoescape=True, keep_trailing_newline=True)
     environment.filters |= {"short": _short, "coded": coded}
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))

@@ -159,6 +159,9 @@ class Report(
         Args:
             path: File to write to.
             gallery: Images under attack to include.
+
+        Raises:
+            ValueError: If the report is not of a suite of attacks.
         """
         from sj_robust.evaluation.report.page import to_html  # imports jinja2
 
