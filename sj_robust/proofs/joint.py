@@ -377,7 +377,7 @@ class JointRun(BoundedRun):
         run = partial(bounded_steps, constants=constants, windows=trains.windows)
         found = run(currents, backend=trains.backend)
         if trains.steps == 0:
-            trains.open = self._open(spiking.neuron.name, found)
+            trains.open = self.windowed(spiking.neuron.name, found)
         if not trains.open.numel():
             return found
         some = trains.open
@@ -402,7 +402,7 @@ class JointRun(BoundedRun):
                 part.index_copy_(1, some, getattr(tighter, name))
         return found
 
-    def _open(self, name: str, found: StepBounds) -> Tensor:
+    def windowed(self, name: str, found: StepBounds) -> Tensor:
         """Numbers of the neurons that get windows: those with an undecided spike, or all of them
         if more calls follow.
         """

@@ -15,7 +15,7 @@ from lab.command_line import read_options
 from lab.figures.data import InputGains, input_gains, one_neuron, training_curves
 from lab.figures.draw import draw, load_figure
 from lab.figures.ground_truth import AttackOnTruth, GroundTruth, Truth, beside, ground_truth
-from lab.figures.joint import joint_bounds
+from lab.figures.joint import joint_bounds, proved_by_parts
 from lab.sweeping.record import RECORD_FILE, RunRecord
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
@@ -23,10 +23,11 @@ from oracle import dlif_forward
 from perturbation.by_hand import eps_by_hand
 
 from sj_robust.attacks import ThreatModel
+from sj_robust.data import image_loader, load_images
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.result import Row
 from sj_robust.evaluation.subject import Subject, from_checkpoint
-from sj_robust.models import NetworkSpec, build_classifier, build_network
+from sj_robust.models import NetworkSpec, build_classifier, build_network, pretrained
 from sj_robust.perturbation.indicators import INDICATORS
 from sj_robust.perturbation.intensity import IntensityCorrelation
 from sj_robust.proofs.verification import Verification
@@ -191,6 +192,14 @@ def study(layers, steps):
         "associations": {"pgd": dict.fromkeys(names, associations)},
     }
     return IntensityCorrelation.from_json(json.dumps(text))
+
+
+def test_every_part_of_joint_bounds_proves_more_of_a_trained_network():
+    test = load_images("digits").test
+    x, y = next(iter(image_loader(test, 120)))
+    shares = proved_by_parts(pretrained("digits/dlif-at-mppd").eval(), x, y, 0.006)
+    assert list(shares) == ["intervals", "+ trains", "+ windows", "+ counts"]
+    assert all(fewer < more for fewer, more in pairwise(shares.values())), shares
 
 
 def joint():

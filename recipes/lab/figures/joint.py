@@ -14,6 +14,7 @@ from sj_robust.core.host import neuron
 from sj_robust.core.preserved import full_precision
 from sj_robust.core.saved import SavedResult
 from sj_robust.neuron.charging import Neuron, find_neurons
+from sj_robust.ops.trains.config import StepBounds
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.joint import JointRun, OverTime
 from sj_robust.proofs.relaxation import Maps
@@ -63,8 +64,8 @@ class _Apart(JointRun):
 class _OnlyTrains(_Apart):
     """The same without windows."""
 
-    def windows(self, first: int, total: int) -> list[tuple[int, int]]:
-        return []
+    def windowed(self, name: str, found: StepBounds) -> Tensor:
+        return torch.zeros(0, dtype=torch.int64, device=found.sure.device)
 
 
 def joint_bounds(
