@@ -353,7 +353,7 @@ def main(arguments: list[str]) -> None:
                 journal,
                 seed=options.seed,
                 single_step=is_single_step(choice),
-                verified_eps=threat.eps if mode_of(choice).select == "verified" else None,
+                verified=mode_of(choice).select == "verified",
                 verified_method=verified_method(choice),
                 dataset=options.dataset,
                 configuration=configuration,

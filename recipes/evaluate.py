@@ -343,11 +343,10 @@ def save_report(
     class_names: tuple[str, ...],
 ) -> None:
     """Write and show what the evaluation came to."""
-    of_attacks = report.suite not in ("stress", "corruptions", "vote")
     with working("drawing", journal.console):
-        shown = gallery_of(report, subject.model, batches, class_names) if of_attacks else None
+        shown = gallery_of(report, subject.model, batches, class_names) if report.is_suite else None
         names = report.write(folder, shown)
-    if of_attacks:
+    if report.is_suite:
         show_report(report, journal.console, journal.say)
     else:
         journal.say(f"{report.table()}\n{report.verdict}")

@@ -35,7 +35,7 @@ from sj_robust.evaluation.run.identity import identify, network_key
 from sj_robust.evaluation.run.loop import Asked, Outcome, releases, run
 from sj_robust.evaluation.run.member import Member, fooled
 from sj_robust.evaluation.run.progress import computed_once, gathered, rank_and_world_size
-from sj_robust.evaluation.run.proofs import has_proofs, prove
+from sj_robust.evaluation.run.proofs import has_proofs, proof_row, prove
 from sj_robust.evaluation.run.suites import Suite, SuiteName, check_shape, make_suite
 from sj_robust.evaluation.run.variant import Variant
 from sj_robust.evaluation.subject import Subject
@@ -230,7 +230,7 @@ class _Parts:
         """The row of the proofs at the threat's radius, if there are any."""
         if "verified" not in proved:
             return []
-        row = _proof(self.threat, len(self.data.labels), proved["verified"])
+        row = proof_row(self.threat, len(self.data.labels), proved["verified"])
         return [replace(row, seconds=proved["seconds"])]
 
     def proofs_over_eps(self, rows: Sequence[Row]) -> list[Row]:
@@ -254,7 +254,7 @@ class _Parts:
             found.append(_on_the_first(rows[0], len(self.y)))
         for eps, numbers in verified.items():
             threat = replace(self.threat, eps=parse_eps(eps))
-            row = _proof(threat, len(self.y), numbers)
+            row = proof_row(threat, len(self.y), numbers)
             found.append(replace(row, variant=OVER_EPS))
         return found
 
@@ -331,20 +331,6 @@ def _suite(request: Request, draws: int, chosen: Sequence[str] = ()) -> Suite:
         classes=request.classes,
         eot_samples=draws,
         rounds=request.rounds,
-    )
-
-
-def _proof(threat: ThreatModel, total: int, verified: Sequence[int]) -> Row:
-    """The row of a proof."""
-    images = range(total)
-    left = sorted(set(images).difference(verified))
-    return Row(
-        "verify",
-        "proof",
-        seen=tuple(images),
-        fell=tuple(left),
-        threat=threat,
-        estimator="",
     )
 
 

@@ -98,8 +98,9 @@ def evaluate(
         counts: Whether event frames hold numbers of events, and not 0 or 1.
         suite: Name of the suite, see :func:`make_suite`; None means ``"standard"``, or ``"events"``
             for event frames.
-        rounds: How often the attacks of ``"fast"``, ``"standard"``, ``"gradient"``, ``"long"`` or
-            ``"events"`` are run, each time with other random numbers and at the same cost.
+        rounds: How many times the attacks of ``"fast"``, ``"standard"``, ``"gradient"``,
+            ``"long"`` or ``"events"`` are run, each time with other random numbers and at the same
+            cost.
         T: Number of time steps, for a bare network; None if it brings its own.
         mean: Mean per channel that a bare network expects to be subtracted, as numbers, a tensor or
             an array.

@@ -35,7 +35,7 @@ class Request:
         source: Another network for the same images; transfer attacks from it join the suite.
         proofs: Whether images are verified, where threat and network have bounds.
         control: Whether the control of the suite runs too.
-        rounds: How often the attacks of the suite are run.
+        rounds: How many times the attacks of the suite are run.
         faults: What a stress test measures; None takes every kind at its usual levels.
         steps: Steps of the attack of a stress test.
         folder: Where progress is kept; None keeps none.

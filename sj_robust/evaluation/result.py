@@ -238,6 +238,11 @@ class Evaluation:
         """The first variant, which figures refer to by default."""
         return self.rows[0].variant if self.rows else ""
 
+    @property
+    def is_suite(self) -> bool:
+        """Whether it is of a suite of attacks, so that a worst case over its members counts."""
+        return self.suite not in ("training", "vote", "stress", "corruptions")
+
     def of(self, variant: str) -> tuple[Row, ...]:
         """Rows of a variant."""
         return tuple(row for row in self.rows if row.variant == variant)

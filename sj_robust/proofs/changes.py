@@ -15,10 +15,10 @@ _EXACT_BITS = 52
 """Binary values that a number in float64 holds exactly."""
 
 _COMPARED = 128
-"""Inputs of rows that are compared, so that those that are the same are bounded once, at most."""
+"""Largest number of inputs of rows that are compared, so that equal rows are bounded once."""
 
 _CANDIDATES = 16
-"""Weights that are looked at for each value that may have to change, the largest ones."""
+"""Largest weights that are examined for each value that may have to change."""
 
 _ELEMENTS = 2**21
 """Values of outputs that are bounded together."""
@@ -173,7 +173,7 @@ class Changes:
 
     @property
     def _count(self) -> int:
-        """Changes that the budget pays in part or as a whole, or one."""
+        """Number of changes that the budget covers, in part or as a whole; at least 1."""
         return max(1, math.ceil(self.budget))
 
     def _largest(self, up: Tensor, down: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -313,7 +313,7 @@ def frames_of_rows(frame: Tensor) -> Tensor | None:
 
 
 def _rise(up: Tensor, down: Tensor, weight: Tensor) -> Tensor:
-    """How far values that can rise and fall so can raise a sum with these weights."""
+    """The most by which values that rise by ``up`` or fall by ``down`` raise a weighted sum."""
     return up * weight.clamp(min=0) + down * (-weight).clamp(min=0)
 
 

@@ -247,7 +247,7 @@ class _Run:
             journal,
             seed=self.plan.seed,
             single_step=self.mode.single_step,
-            verified_eps=self.plan.verified_eps,
+            verified=self.plan.verified_eps is not None,
             verified_method=self.plan.verified_method,
             dataset=self.splits.name,
             configuration=self.configuration,

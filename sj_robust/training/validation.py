@@ -28,7 +28,7 @@ from sj_robust.evaluation.result import Row
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.loop import Asked, alone, run
 from sj_robust.evaluation.run.progress import Position, Watch
-from sj_robust.evaluation.run.proofs import verify_within
+from sj_robust.evaluation.run.proofs import proof_row, verify_within
 from sj_robust.evaluation.run.variant import Variant
 from sj_robust.neuron.charging import find_neurons
 from sj_robust.perturbation import MPPDMonitor
@@ -272,7 +272,7 @@ def final_report(
     *,
     seed: int,
     single_step: bool,
-    verified_eps: float | None = None,
+    verified: bool = False,
     verified_method: TrainedMethod = "joint",
     dataset: str = "images",
     configuration: Mapping[str, Any] | None = None,
@@ -296,8 +296,8 @@ def final_report(
         seed: Seeds the attacks.
         single_step: Whether it was trained with a single-step attack, so that catastrophic
             overfitting is looked for.
-        verified_eps: Radius of the threat's norm at which test images are verified, for a row
-            ``"verified"`` and a warning that says how many; None verifies none.
+        verified: Whether the test images are verified within the threat, for a row ``"verified"``
+            and a warning that says how many.
         verified_method: Method of :func:`sj_robust.proofs.verify` that proves them.
         dataset: Name of the data set.
         configuration: Options of the run.
@@ -331,11 +331,10 @@ def final_report(
     notes = []
     if single_step:
         notes += _overfitting_warnings(history)
-    if verified_eps is not None:
-        ball = replace(threat, eps=verified_eps)
-        proofs = _proofs(name, classifier, splits, journal, threat=ball, method=verified_method)
+    if verified:
+        proofs = _proofs(name, classifier, splits, journal, threat=threat, method=verified_method)
         rows = (*rows, proofs)
-        notes.append(_share_verified(proofs, ball))
+        notes.append(_share_verified(proofs, threat))
     return Report(
         name=name,
         dataset=dataset,
@@ -380,23 +379,20 @@ def _proofs(
     """Which of the test images are verified."""
     device = device_of(classifier)
     loader = _test_loader(splits)
-    verified: list[bool] = []
+    verified: list[int] = []
     text = f"verifying {name} on {len(splits.test)} test images"
     start = time.perf_counter()
     with journal.steps(text, len(loader)) as step, evaluation_mode(classifier):
+        first = 0
         for x, y in loader:
             x, y = x.to(device), y.to(device)
-            verified += verify_within(classifier, x, y, threat, method=method).verified
+            found = verify_within(classifier, x, y, threat, method=method)
+            verified += [first + row for row, good in enumerate(found.verified) if good]
+            first += len(y)
             step()
-    return Row(
-        "verified",
-        "proof",
-        seen=tuple(range(len(verified))),
-        fell=tuple(number for number, good in enumerate(verified) if not good),
-        variant=name,
-        threat=threat,
-        seconds=time.perf_counter() - start,
-    )
+    row = proof_row(threat, len(splits.test), verified)
+    seconds = time.perf_counter() - start
+    return replace(row, member="verified", variant=name, seconds=seconds)
 
 
 def _share_verified(proofs: Row, threat: ThreatModel) -> str:

@@ -35,7 +35,7 @@ _MILLISECONDS = 700
 
 def draw_events(data: EventPictures) -> Figure:
     """A column per frame: clean, attacked with what changed, and how far every change or move
-    lowers the bound: in orange what is open, in grey what is ruled out; a square stands where a
+    lowers the bound: in orange what is open, in grey what is ruled out; a square marks where a
     single one breaks the sample.
     """
     T = data.shape[0]

@@ -16,7 +16,7 @@ from sj_robust.proofs.verification import NormName, ball_of
 from sj_robust.training.modes import event_attacks
 
 _BOUNDED = 8
-"""Samples that are fooled and that bounds are looked for, at most."""
+"""Largest number of fooled samples that are bounded."""
 
 _TOGETHER = 256
 """Changed frames that are run together."""
@@ -42,7 +42,7 @@ class EventPictures(
         falls: How far a change or a move of each value lowers the bound of the lead, where it does:
             frame, polarity, y, x and the fall; see :func:`sj_robust.proofs.open_events`.
         open_values: Values that the bounds do not rule out, without a number.
-        breaking: Values of which one change, or one move, breaks the sample, without a number.
+        breaking: Values that break the sample by one change, or by one move, without a number.
         margin: What the bounds say the right class leads by at least.
     """
 
@@ -62,8 +62,8 @@ class EventPictures(
 def event_pictures(
     name: str, model: SpikingClassifier, x: Tensor, y: Tensor, threat: ThreatModel
 ) -> EventPictures:
-    """Of the samples that the attack fools the one that bounds come closest to proving, or else the
-    first that is right.
+    """Among the samples that the attack fools, the one that bounds come closest to proving, or else
+    the first that is right.
 
     Args:
         name: Name of the network.
@@ -109,8 +109,8 @@ def event_pictures(
 
 
 def breaking_alone(model: SpikingClassifier, sample: Tensor, label: Tensor, ball: Events) -> Tensor:
-    """Of which values of a sample [T, *] one change, or one move of an event, breaks it, bool
-    [T, *]: all of them are tried.
+    """Which values of a sample [T, *] break it by a single change, or by a single move of an event,
+    bool [T, *]: all of them are tried.
     """
     places, steps = _single_moves(sample, ball) if isinstance(ball, Moves) else _flips(sample, ball)
     flat = sample.flatten()
@@ -125,7 +125,7 @@ def breaking_alone(model: SpikingClassifier, sample: Tensor, label: Tensor, ball
 
 
 def _flips(sample: Tensor, ball: Flips) -> tuple[Tensor, Tensor]:
-    """Numbers of the value that each single change changes, [M, 1], and by what."""
+    """Number of the value that each single change changes, [M, 1], and the difference."""
     flat = sample.flatten()
     every = torch.arange(len(flat))
     added, removed = (number[0].flatten() > 0 for number in ball.reach(sample.unsqueeze(0)))
@@ -142,9 +142,9 @@ def _single_moves(sample: Tensor, ball: Moves) -> tuple[Tensor, Tensor]:
     numbers = torch.arange(sample.numel()).view(sample.shape)
     pairs = []
     for t in range(len(sample)):
-        for to in range(
-            max(0, t - ball.largest_shift), min(len(sample), t + ball.largest_shift + 1)
-        ):
+        first = max(0, t - ball.largest_shift)
+        last = min(len(sample) - 1, t + ball.largest_shift)
+        for to in range(first, last + 1):
             possible = (sample[t] > 0) & ((sample[to] == 0) | ball.counts)
             if t != to:
                 pairs.append(torch.stack([numbers[t][possible], numbers[to][possible]], 1))

@@ -130,14 +130,13 @@ def _results(report: Evaluation) -> Iterable["EvalResult"]:
 
     rows = exported(report)
     summaries = [row for row in rows if row.kind in _SUMMARIES and row.variant == report.main]
-    is_suite = report.suite not in ("stress", "corruptions", "training", "vote")
-    for row in summaries if is_suite else rows:
+    for row in summaries if report.is_suite else rows:
         yield EvalResult(
             task_type="image-classification",
             dataset_type=report.dataset,
             dataset_name=report.dataset,
             metric_type="accuracy",
-            metric_name=_metric(row, is_suite=is_suite),
+            metric_name=_metric(row, is_suite=report.is_suite),
             metric_value=round(100 * row.accuracy, 2),
         )
 

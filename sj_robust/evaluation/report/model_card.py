@@ -22,7 +22,7 @@ def derived(report: Evaluation) -> dict[str, Any]:
 
     Source: ``model_info`` of RobustBench (Croce et al., NeurIPS 2021 Datasets and Benchmarks).
     """
-    if report.suite in ("stress", "corruptions", "training", "vote"):
+    if not report.is_suite:
         return {}
     figures = [
         {**asdict(one), "accuracy": one.accuracy, "interval": list(one.interval)}

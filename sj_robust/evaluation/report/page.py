@@ -98,7 +98,7 @@ def to_html(report: Evaluation, gallery: Gallery | None = None) -> str:
         >>> "http" in to_html(Report("mine", "digits", "fast", (0, 1), rows))
         False
     """
-    if report.suite in ("training", "vote", "stress", "corruptions"):
+    if not report.is_suite:
         raise ValueError(
             f"pages are made for suites of attacks, not for {report.suite!r}; use table() and "
             "plot()"

@@ -294,7 +294,7 @@ class Report(
         return super().from_json(translated(text))
 
     def _repr_html_(self) -> str:
-        if self.suite in ("stress", "corruptions", "vote", "training"):
+        if not self.is_suite:
             return shown_html(self.table())
         summaries = [one for one in self.accuracies if one.kind != "member"]
         lines = [self.verdict, *self.alarms, *self.masked, accuracies_table(summaries)]

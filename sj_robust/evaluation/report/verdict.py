@@ -120,7 +120,7 @@ def remarks(report: Evaluation) -> tuple[str, ...]:
     found = list(report.warnings)
     if report.contradicted:
         found.append(_contradictions(report))
-    if report.suite in ("training", "stress", "corruptions", "vote"):
+    if not report.is_suite:
         return tuple(found)
     control, worst = report.control, report.worst_case
     if control is not None and control.correct < worst.correct:

@@ -200,8 +200,7 @@ def _check_alike(x: Tensor, first: Tensor, number: int) -> None:
 
 
 def check_data(data: Data, threat: ThreatModel) -> None:
-    """Raise an error unless all samples are event frames as the threat says, if it is one of
-    events.
+    """For a threat of events, raise an error unless all samples are event frames that it allows.
 
     Raises:
         ValueError: If frames have another shape or hold another value.

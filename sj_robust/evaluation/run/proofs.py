@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from sj_robust.attacks.threat import ThreatModel, eps_text
 from sj_robust.classifier import check_classifier
+from sj_robust.evaluation.result import Row
 from sj_robust.evaluation.run.data import Batches, Data
 from sj_robust.proofs import verify
 from sj_robust.proofs.soundness import UnprovableError
 from sj_robust.proofs.verification import NormName, Verification
 
-__all__ = ["Proofs", "has_proofs", "prove", "verify_within"]
+__all__ = ["Proofs", "has_proofs", "proof_row", "prove", "verify_within"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,20 @@ class Proofs:
     verified: Mapping[str, tuple[int, ...]]
     total: int
     potential: Mapping[str, tuple[float, ...]]
+
+
+def proof_row(threat: ThreatModel, total: int, verified: Sequence[int]) -> Row:
+    """The row of a report for proofs of the images with these numbers. 证明的报告行。"""
+    images = range(total)
+    left = sorted(set(images).difference(verified))
+    return Row(
+        "verify",
+        "proof",
+        seen=tuple(images),
+        fell=tuple(left),
+        threat=threat,
+        estimator="",
+    )
 
 
 def has_proofs(threat: ThreatModel) -> bool:

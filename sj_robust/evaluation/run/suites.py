@@ -171,8 +171,8 @@ def make_suite(
         eot_samples: Number of forwards over which a gradient is averaged, > 1 for a network that
             draws random numbers: attacks then continue after a first lucky draw and keep the
             highest loss, and AutoAttack runs its version ``"rand"``.
-        rounds: How often the attacks are run, each time at the cost of the suite; the program runs
-            once.
+        rounds: How many times the attacks are run, each time at the cost of the suite; the program
+            runs once.
 
     Raises:
         ValueError: If the suite is unknown or does not fit the threat model, the radius is 0,
@@ -243,7 +243,7 @@ def check_suite(name: SuiteName, threat: ThreatModel) -> None:
 
 
 def check_rounds(name: str, rounds: int) -> None:
-    """Raise for several rounds of a suite that is run once, and for what is no number of them."""
+    """Raise an error for several rounds of a suite that is run once, and for fewer than one."""
     check_count("rounds", rounds)
     if rounds > 1 and name not in _REPEATED:
         several = ", ".join(map(repr, _REPEATED))
