@@ -99,9 +99,9 @@ class Options:
     tau: float = 100.0
     """Membrane time constant in time steps; the decay is 1 - 1 / tau."""
     channels: tuple[int, ...] = (16, 32)
-    """Output channels of the convolutions of small; widths of mlp."""
+    """For model small: output channels of the convolutions; for mlp: layer widths."""
     hidden: tuple[int, ...] = (4096, 4096)
-    """Widths of the hidden layers of VGG; for small, use model_options."""
+    """Widths of the hidden layers of VGG; for model small, use --model-options."""
     encoder: Literal["direct", "poisson", "feel", "rsc", "stod"] = "direct"
     """How an image becomes T frames: direct repeats it, poisson draws spikes, feel removes more
     high frequencies in every step, rsc adds noise, stod multiplies patches by an orthogonal kernel
@@ -228,8 +228,8 @@ class Options:
     weight_decay: float | None = None
     """Weight decay of all parameters; None: 5e-4, or 0 for rat and certified."""
     select: Literal["clean", "fgsm", "pgd", "flips", "moves", "verified"] | None = None
-    """Validation accuracy that selects the epoch; None: pgd, or flips or moves if these are set,
-    clean for none, verified for certified."""
+    """Validation accuracy that selects the epoch; None: pgd, or flips or moves if --flips or
+    --moves is given; clean in mode none, verified in mode certified."""
     reference: Annotated[bool, Often(), Decides("nothing")] = True
     """Also train and evaluate an undefended LIF network."""
     seed: Annotated[NonNegativeInt, Often()] = 0
@@ -243,7 +243,8 @@ class Options:
     compile: Annotated[bool, Decides("figures")] = False
     """Compile the network with torch.compile."""
     channels_last: Annotated[bool | None, Decides("figures")] = None
-    """Use the channels-last format; None: on a GPU, with bf16 if faster."""
+    """Use the channels-last format; None: always on a GPU; on a CPU in half precision, if it is
+    faster."""
     sync_batch_norm: bool = False
     """Synchronise batch norm over all processes."""
     workers: Annotated[NonNegativeInt, Decides("nothing")] = 0
@@ -265,7 +266,7 @@ class Options:
     output: Annotated[OutputFolder | None, Often(), Decides("nothing")] = None
     """Output folder; None: a new folder runs/DATASET-NEURON-MODE-NUMBER."""
     resume: Annotated[bool, Often(), Decides("nothing")] = False
-    """Resume the run in the folder output; None: the newest run."""
+    """Resume the run in the folder given by --output; without --output, the newest run."""
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ class Options:
     compare: Annotated[list[str] | None, Often()] = None
     """Compare two saved reports instead of evaluating a network."""
     leaderboard: Annotated[list[str] | None, Decides("nothing")] = None
-    """Make one table of all reports in these folders instead of evaluating a network; or, with add
-    REPORT, check a report and add it to the table in the folder output."""
+    """Make one table of all reports in these folders instead of evaluating a network; or, with the
+    words add REPORT, check a report and add it to the table in the folder given by --output."""
 
     # attacks
     suite: Annotated[
@@ -170,7 +170,7 @@ class Options:
     output: Annotated[OutputFolder | None, Often(), Decides("nothing")] = None
     """Output folder; None: a new folder runs/evaluate-NETWORK-SUITE-NUMBER."""
     resume: Annotated[bool, Often(), Decides("nothing")] = False
-    """Resume the evaluation in the folder output; None: the newest one."""
+    """Resume the evaluation in the folder given by --output; without --output, the newest one."""
 
 
 if __name__ == "__main__":
