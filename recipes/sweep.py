@@ -49,8 +49,8 @@ class Options:
     """Base options of adv_train.py: a YAML file, or the name of a preset such as digits; None: the
     defaults."""
     options: Annotated[YamlDict, NamesCode()] = field(default_factory=dict)
-    """Options of adv_train.py for all runs; they override base. Those of the command line are added
-    to those of a file."""
+    """Options of adv_train.py for all runs; they override --base. Those of the command line are
+    added to those of a file."""
     grid: Annotated[dict[str, list[Any]], Yaml(dict), NamesCode()] = field(default_factory=dict)
     """Values of each option of adv_train.py; every combination is run. "norm,rho" with values such
     as [l1, 3] varies two options together."""
