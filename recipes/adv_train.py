@@ -90,8 +90,8 @@ class Options:
     neuron: Annotated[
         Literal["dlif", "lif", "plif", "if", "relu", "tgo", "feel", "hosnn", "stog"], Often()
     ] = "dlif"
-    """Spiking neuron of the trained network; relu: no spikes (T 1); tgo, feel, hosnn, stog: neurons
-    of defences."""
+    """Spiking neuron of the trained network; relu: no spikes (needs --T 1); tgo, feel, hosnn, stog:
+    neurons of defences."""
     learn_gain: Annotated[bool, Idle(lambda options: options.neuron != "dlif")] = True
     """Learn the input gain of DLIF; False: fix it at 1, as in LIF."""
     T: Annotated[PositiveInt, Often()] = 4
@@ -99,9 +99,9 @@ class Options:
     tau: float = 100.0
     """Membrane time constant in time steps; the decay is 1 - 1 / tau."""
     channels: tuple[int, ...] = (16, 32)
-    """Output channels of the convolutions of small; widths of mlp."""
+    """For model small: output channels of the convolutions; for mlp: layer widths."""
     hidden: tuple[int, ...] = (4096, 4096)
-    """Widths of the hidden layers of VGG; for small, use model_options."""
+    """Widths of the hidden layers of VGG; for model small, use --model-options."""
     encoder: Literal["direct", "poisson", "feel", "rsc", "stod"] = "direct"
     """How an image becomes T frames: direct repeats it, poisson draws spikes, feel removes more
     high frequencies in every step, rsc adds noise, stod multiplies patches by an orthogonal kernel
@@ -124,52 +124,56 @@ class Options:
     """Training mode: none, gaussian, at (single step), rat (at with weight retraction), pgd_at,
     trades, certified."""
     eps: Annotated[Radius, Often(), Idle(is_eps_idle)] = Radius(0.1)
-    """Linf radius of the training attack, such as 8/255; for gaussian, the standard deviation."""
+    """Linf radius of the training attack, such as 8/255; in mode gaussian, the standard
+    deviation."""
     flips: PositiveInt | None = None
     """For event data: changed events per sample (L0) in validation, test and proofs, instead of
-    eval_eps; None: Linf."""
+    --eval-eps; None: Linf."""
     moves: PositiveInt | None = None
     """For event data: events moved in time per sample in validation, test and proofs, instead of
-    eval_eps; None: Linf."""
+    --eval-eps; None: Linf."""
     counts: bool = False
     """For event data: frames hold numbers of events, of which a change adds or removes one; False:
     0 or 1."""
     largest_shift: Annotated[PositiveInt | None, Idle(lambda options: options.moves is None)] = None
-    """For moves: largest number of frames by which an event may move; None: no limit."""
+    """With --moves: largest number of frames by which an event may move; None: no limit."""
     certified_flips: float | None = None
-    """For certified: changed or moved events per time step in the bounds; None: flips or moves."""
+    """For mode certified: changed or moved events per time step in the bounds; None: as --flips or
+    --moves."""
     certified_eps: Annotated[Radius | None, BESIDE_EVENTS] = None
-    """For certified: Linf radius of the bounds; None: eps."""
+    """For mode certified: Linf radius of the bounds; None: as --eps."""
     bounds: Literal["ibp", "joint"] = "ibp"
-    """For certified: bounds in training, selection and final proofs. ibp, or joint over time, which
-    is tighter at T 8 but slower."""
+    """For mode certified: bounds in training, selection and final proofs. ibp, or joint over time,
+    which is tighter at T 8 but slower."""
     surrogate_width: float = 1.0
-    """For certified: surrogate width in the bounds, relative to the neuron's; 0.5 was better in
+    """For mode certified: surrogate width in the bounds, relative to the neuron's; 0.5 was better in
     short runs."""
     ramp: float = 0.6
-    """For certified: share of training over which radius and weight of the bounds increase."""
+    """For mode certified: share of training over which the radius and the weight of the bounds
+    increase."""
     box: float = 1.0
-    """For certified: box around an attacked image, as a share of the radius; 1: the whole ball
+    """For mode certified: box around an attacked image, as a share of the radius; 1: the whole ball
     (SABR: 0.1 to 0.7)."""
     attacked: bool = False
-    """For certified: apply kappa to the attacked images instead of the clean ones (MTL-IBP)."""
+    """For mode certified: apply --kappa to the attacked images instead of the clean ones (MTL-IBP)."""
     step_size: Radius | None = None
     """Step size of the attack; None: eps for one step, eps / 4 for several."""
     attack_steps: PositiveInt | None = None
-    """Attack steps of pgd_at and trades; None: 7 and 10."""
+    """Attack steps in the modes pgd_at and trades; None: 7 and 10."""
     noise_std: float = 0.001
-    """Standard deviation of the initial noise of at, rat and trades."""
+    """Standard deviation of the initial noise in the modes at, rat and trades."""
     project: bool = True
     """Project the training attack onto the ball (the published code does not)."""
     eval_eps: Annotated[Radius | None, BESIDE_EVENTS] = None
-    """Radius of the attacks in validation and test; None: eps."""
+    """Radius of the attacks in validation and test; None: as --eps."""
 
     # loss
     kappa: float | None = None
-    """Weight of the clean cross entropy (certified: at the end); 1 - kappa is the weight of the
-    perturbed one or of the bounds. None: 0.5, or 0 for pgd_at and certified."""
+    """Weight of the clean cross entropy (in mode certified: at the end); 1 - kappa is the weight of
+    the perturbed one or of the bounds. None: 0.5, or 0 in the modes pgd_at and certified."""
     rho: Annotated[float | None, Often()] = None
-    """Weight of MS-MPPD (or another indicator); None: 1 for gaussian, at and rat, else 0."""
+    """Weight of MS-MPPD (or another indicator); None: 1 in the modes gaussian, at and rat,
+    else 0."""
     layers: Annotated[Literal["last", "all"] | list[str], WITHOUT_PERTURBATION_TERM] = "last"
     """Spiking layers of MS-MPPD: last, all, or names such as stages.0.node stages.2.node."""
     norm: Annotated[Literal["l2", "l1"], WITHOUT_PERTURBATION_TERM] = "l2"
@@ -181,17 +185,18 @@ class Options:
     ] = False
     """Include DLIF's learnable gain in the perturbation (the paper does not)."""
     beta: float | None = None
-    """Step size of the weight retraction of rat; None: 1e-3."""
+    """Step size of the weight retraction in mode rat; None: 1e-3."""
     trades_weight: float = 6.0
-    """Weight of the divergence in trades."""
+    """Weight of the divergence in mode trades."""
     gradient_sparsity: float = 0.0
     """Weight of the penalty on the input gradient; 0: none."""
     threshold_guard: float = 0.0
     """Weight of the penalty on potentials near the threshold; 0: none."""
     guard_margin: Annotated[float, Idle(lambda options: options.threshold_guard == 0)] = 0.5
-    """Distance from the threshold at which that penalty starts, in units of the threshold."""
+    """Distance from the threshold at which the penalty of --threshold-guard starts, in units of the
+    threshold."""
     guard_rising: Annotated[bool, Idle(lambda options: options.threshold_guard == 0)] = False
-    """Increase that weight from 0 during training (TGO)."""
+    """Increase the weight --threshold-guard from 0 during training (TGO)."""
     gain_penalty: float = 0.0
     """Weight of the penalty on the gain of DLIF layers over time; 0: none."""
     l1: float = 0.0
@@ -199,7 +204,7 @@ class Options:
     mpd_sgr: float = 0.0
     """Weight of the penalty on potentials within reach of the surrogate; 0: none."""
     gate_rates: float = 0.0
-    """Weight of the squared rates of the gates of stog (5e-6 in its paper); 0: none."""
+    """For neuron stog: weight of the squared rates of its gates (5e-6 in the paper); 0: none."""
     temporal_orthogonality: Annotated[float, Idle(lambda options: options.encoder != "stod")] = 0.0
     """Weight of the penalty on similar frames, for encoder stod; 0: none."""
     deflation: bool = False
@@ -226,10 +231,10 @@ class Options:
     momentum: Annotated[float, Idle(lambda options: options.optimizer == "adam")] = 0.9
     """Momentum of SGD."""
     weight_decay: float | None = None
-    """Weight decay of all parameters; None: 5e-4, or 0 for rat and certified."""
+    """Weight decay of all parameters; None: 5e-4, or 0 in the modes rat and certified."""
     select: Literal["clean", "fgsm", "pgd", "flips", "moves", "verified"] | None = None
-    """Validation accuracy that selects the epoch; None: pgd, or flips or moves if these are set,
-    clean for none, verified for certified."""
+    """Validation accuracy that selects the epoch; None: pgd, or flips or moves if --flips or
+    --moves is given; clean in mode none, verified in mode certified."""
     reference: Annotated[bool, Often(), Decides("nothing")] = True
     """Also train and evaluate an undefended LIF network."""
     seed: Annotated[NonNegativeInt, Often()] = 0
@@ -243,7 +248,8 @@ class Options:
     compile: Annotated[bool, Decides("figures")] = False
     """Compile the network with torch.compile."""
     channels_last: Annotated[bool | None, Decides("figures")] = None
-    """Use the channels-last format; None: on a GPU, with bf16 if faster."""
+    """Use the channels-last format; None: always on a GPU; on a CPU in half precision, if it is
+    faster."""
     sync_batch_norm: bool = False
     """Synchronise batch norm over all processes."""
     workers: Annotated[NonNegativeInt, Decides("nothing")] = 0
@@ -265,7 +271,7 @@ class Options:
     output: Annotated[OutputFolder | None, Often(), Decides("nothing")] = None
     """Output folder; None: a new folder runs/DATASET-NEURON-MODE-NUMBER."""
     resume: Annotated[bool, Often(), Decides("nothing")] = False
-    """Resume the run in the folder output; None: the newest run."""
+    """Resume the run in the folder given by --output; without --output, the newest run."""
 
 
 if __name__ == "__main__":

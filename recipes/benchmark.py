@@ -62,18 +62,20 @@ class Options:
     shapes: Annotated[list[list[int]] | None, Yaml(list, type(None))] = None
     """Input shapes [T, N, C, H, W], such as [[4,8,32,8,8]]; None: those of the documentation."""
     methods: list[str] | None = None
-    """Methods to measure, such as "DLIF cpp"; None: all. An unknown name lists the known ones."""
+    """Methods to measure, such as "DLIF cpp"; None: all. An unknown name makes the command list
+    the known ones."""
     device: Literal["cpu", "cuda"] = "cpu"
     """cuda: run tests/gpu, then measure a layer, batch norm with a layer, and a training step of
-    VGG-11 on the GPU; only rounds, check and output apply."""
+    VGG-11 on the GPU; only --rounds, --check and --output apply."""
     rounds: AtLeastTwo = 15
     """Timed passes per method."""
     check: bool = True
-    """Run the tests of the timed code first; needs a clone of the repository and the extra test."""
+    """Run the tests of the timed code first; needs a clone of the repository and the
+    optional extra 'test'."""
 
     # machine
     threads: PositiveInt = 2
-    """Threads of torch."""
+    """Number of torch threads."""
     allocators: tuple[Literal["malloc", "reuse"], ...] = ("malloc", "reuse")
     """malloc: map every large tensor anew. reuse: keep the heap."""
     instruction_set: str | None = None

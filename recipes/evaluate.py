@@ -65,8 +65,8 @@ class Options:
     compare: Annotated[list[str] | None, Often()] = None
     """Compare two saved reports instead of evaluating a network."""
     leaderboard: Annotated[list[str] | None, Decides("nothing")] = None
-    """Make one table of all reports in these folders instead of evaluating a network; or, with add
-    REPORT, check a report and add it to the table in the folder output."""
+    """Make one table of all reports in these folders instead of evaluating a network; or, with the
+    words add REPORT, check a report and add it to the table in the folder given by --output."""
 
     # attacks
     suite: Annotated[
@@ -98,32 +98,32 @@ class Options:
     - stress: hardware faults, clean and attacked.
     - corruptions: common corruptions at five severities, clean and attacked."""
     eps: Annotated[Radius | None, Often()] = None
-    """Radius for images in [0, 1], such as 0.1 or 8/255; None: that of the checkpoint. For L0, the
-    number of changed elements per sample; for moves, the number of moved events."""
+    """Radius for images in [0, 1], such as 0.1 or 8/255; None: that of the checkpoint. For norm
+    L0, the number of changed elements per sample; for norm moves, the number of moved events."""
     norm: Annotated[Literal["Linf", "L2", "L0", "moves"] | None, Often()] = None
-    """Norm of the perturbation; None: Linf, or for event data L0, or moves if trained for them.
-    moves: events moved in time."""
+    """Norm of the perturbation; None: Linf; for event data, L0, or moves if the network was
+    trained for moves. moves: events moved in time."""
     largest_shift: PositiveInt | None = None
-    """For moves: largest number of frames by which an event may move; None: as in training, or
+    """For norm moves: largest number of frames by which an event may move; None: as in training, or
     no limit."""
     total_shift: PositiveInt | None = None
-    """For moves: largest number of frames by which the events of a sample may move in total; None:
-    no limit."""
+    """For norm moves: largest number of frames by which the events of a sample may move in total;
+    None: no limit."""
     counts: bool | None = None
     """For event data: frames hold numbers of events, of which a change adds or removes one; None:
     as in training."""
     fault_draws: PositiveInt = 5
-    """For stress: number of draws of each random fault."""
+    """For suite stress: number of draws of each random fault."""
     draws: PositiveInt | None = None
     """For stochastic networks: gradients are averaged over this number of draws, and an image
     counts as broken if more than half of them misclassify it; None: 10 if the network is
     stochastic."""
     proofs: bool = True
-    """For Linf, L0 and moves: prove robustness by bounds of every spike, and attack only the images
-    that are not proved."""
+    """For the norms Linf, L0 and moves: prove robustness by bounds of every spike, and attack only
+    the images that are not proved robust."""
     rounds: PositiveInt = 1
-    """How many times the attacks of fast, standard, gradient, long or events are run, each time
-    with other random numbers and at the same cost."""
+    """How many times the attacks of the suites fast, standard, gradient, long or events are run, each
+    time with other random numbers and at the same cost."""
     control: bool = True
     """Run the control: as many attacks with the training gradient only."""
 
@@ -170,7 +170,7 @@ class Options:
     output: Annotated[OutputFolder | None, Often(), Decides("nothing")] = None
     """Output folder; None: a new folder runs/evaluate-NETWORK-SUITE-NUMBER."""
     resume: Annotated[bool, Often(), Decides("nothing")] = False
-    """Resume the evaluation in the folder output; None: the newest one."""
+    """Resume the evaluation in the folder given by --output; without --output, the newest one."""
 
 
 if __name__ == "__main__":

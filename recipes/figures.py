@@ -49,8 +49,8 @@ class Options:
 
     # figures
     run: Annotated[str | None, Positional] = None
-    """Folder of a run of adv_train, of one of its networks, or of a sweep; neuron and joint need
-    none."""
+    """Folder of a run of adv_train, of one of its networks, or of a sweep; the figures neuron
+    and joint need none."""
     which: tuple[_Figure, ...] = ("all",)
     """Figures to draw:
     - neuron: one LIF neuron (figure 1 of the paper).
@@ -61,29 +61,29 @@ class Options:
     - ground_truth: exact robust accuracy of a small network.
     - joint: proofs by joint bounds.
     - events: event frames before and after an attack, also as an animation, and the events that a
-      proof leaves open; under the flips or moves used in training.
+      proof leaves open; under the --flips or --moves of the training.
     - all: all except the last three, if the folder has numbers for them."""
     columns: list[str] | None = None
-    """Columns that rho shows, as shell patterns such as pgd20 or paper/*; None: the default ones.
-    """
+    """For the figure rho: columns to show, as shell patterns such as pgd20 or paper/*; None: the
+    default ones."""
 
     # intensity and ground truth
     eps: tuple[Radius, ...] = tuple(map(Radius, (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)))
-    """Increasing perturbation sizes of intensity and ground_truth for images in [0, 1], such as 0.1
-    or 8/255."""
+    """For the figures intensity and ground_truth: perturbation sizes in increasing order, for images
+    in [0, 1], such as 0.1 or 8/255."""
     suites: Annotated[
         tuple[Literal["paper", "fast", "standard", "gradient", "autoattack", "gradients"], ...],
         Needs(check_extra),
     ] = ("gradients", "paper", "fast", "standard")
-    """Suites of evaluate.py that ground_truth measures."""
+    """For the figure ground_truth: suites of evaluate.py to measure."""
     time_limit: float = 30.0
-    """Time limit of the mixed-integer program in ground_truth, in seconds per image."""
+    """For the figure ground_truth: time limit of the mixed-integer program, in seconds per image."""
     steps: PositiveInt = 10
-    """Attack steps of intensity."""
+    """For the figure intensity: number of attack steps."""
     images: PositiveInt = 360
-    """Largest number of test images for intensity, ground_truth and events."""
+    """For the figures intensity, ground_truth and events: largest number of test images."""
     resamples: PositiveInt = 200
-    """Bootstrap samples for the confidence intervals of intensity."""
+    """For the figure intensity: number of bootstrap samples for its confidence intervals."""
     dataset: DatasetName | None = None
     """Data set, as in adv_train.py; None: that of the checkpoint."""
     data_root: str = "data"
@@ -99,7 +99,7 @@ class Options:
 
     # output
     output: OutputFolder | None = None
-    """Output folder; None: the folder figures in the run."""
+    """Output folder; None: the subfolder figures/ of the run."""
     redraw: str | None = None
     """Redraw the saved numbers in this folder without computing anything."""
 

@@ -49,8 +49,8 @@ class Options:
     """Base options of adv_train.py: a YAML file, or the name of a preset such as digits; None: the
     defaults."""
     options: Annotated[YamlDict, NamesCode()] = field(default_factory=dict)
-    """Options of adv_train.py for all runs; they override base. Those of the command line are added
-    to those of a file."""
+    """Options of adv_train.py for all runs; they override --base. Those of the command line are
+    added to those of a file."""
     grid: Annotated[dict[str, list[Any]], Yaml(dict), NamesCode()] = field(default_factory=dict)
     """Values of each option of adv_train.py; every combination is run. "norm,rho" with values such
     as [l1, 3] varies two options together."""
@@ -58,8 +58,9 @@ class Options:
     """Number of seeds (0, 1, ...), or a list of seeds."""
     cells: Annotated[YamlDict, NamesCode()] = field(default_factory=dict)
     """Named cells, in addition to the grid: each has a config (a preset such as defences/tgo),
-    options that override all others, and a search: one option with several values. The first seed
-    is trained with each value, and the best one on validation images is used for all seeds."""
+    options that override all others, and a search: one option with several values. With the
+    first seed, a network is trained for each value; the value that is best on the validation images
+    is used for all seeds."""
     skip: Annotated[list[dict[str, Any]], Yaml(list)] = field(default_factory=list)
     """Combinations to skip, such as {neuron: lif, rho: [1, 2]}. Combinations that differ only in
     ignored options (rho with mode none) are run once."""
@@ -82,7 +83,7 @@ class Options:
     jobs: PositiveInt = 1
     """Parallel runs, one process each; GPUs are distributed among them."""
     threads: PositiveInt = 1
-    """Threads of torch per run."""
+    """Number of torch threads per run."""
     cluster: Literal["local", "slurm"] = "local"
     """Run on this machine, or as jobs of a Slurm cluster."""
     cluster_options: YamlDict = field(default_factory=dict)
@@ -97,7 +98,7 @@ class Options:
     """Columns of the tables, as shell patterns such as paper/*; None: the default ones. The CSV has
     all."""
     contrast: tuple[str, ...] = ()
-    """Options whose effect to tabulate, over pairs of runs with the same seed."""
+    """Options whose effect is tabulated, over pairs of runs with the same seed."""
     plot: str = "rho"
     """Numeric option on the x axis of the figure."""
 

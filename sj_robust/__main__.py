@@ -54,7 +54,7 @@ def _help() -> str:
             *lines,
             "",
             "COMMAND --help shows the usual options, COMMAND --help-all every one. All commands",
-            "but doctor need the extra recipes: pip install 'sj_robust[recipes]'",
+            "except doctor need the optional extra 'recipes': pip install 'sj_robust[recipes]'",
         ]
     )
 

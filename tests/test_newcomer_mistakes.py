@@ -376,7 +376,8 @@ def answer(mistake):
         if "error: " in text:
             text = text[text.rindex("error: ") :]
         elif "For full helptext" in text:  # tyro's, of which the page has the first part
-            text = re.split("Argument helptext|For full helptext", unboxed(text))[0]
+            untitled = re.sub(r"\A.*\n *-{5,} *\n", "", text)
+            text = re.split("Argument helptext|For full helptext", unboxed(untitled))[0]
     elif raised is None:
         code = caught[0].category.__name__
         text = "; ".join(str(warning.message) for warning in caught)

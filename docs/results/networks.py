@@ -55,22 +55,24 @@ HEAD = """# Supported networks
 The networks of `spikingjelly.activation_based.model` and of SpikingJelly's tutorials, in small
 versions with untrained weights, written by `python docs/results/networks.py`. The first forward
 pass [detects](../your_network.md#make-it-a-function-of-images) what a network takes: images
-[N, C, H, W], which it runs over time itself; a sequence [T, N, C, H, W]; or steps, one
+[N, C, H, W], which the network itself runs over time; a sequence [T, N, C, H, W]; or steps, one
 [N, C, H, W] per call.
 
-`evaluate` means its initial checks and a short attack; gains, `perturbation_gains`; `verify`,
-bounds by intervals; fine-tuning, a step of `adv_train.py`. The reasons for "no" are
-[below](#what-does-not-work-and-why).
+`evaluate` means the initial checks of an evaluation and a short attack; gains means
+`perturbation_gains`; `verify` means bounds by intervals; fine-tuning means a step of
+`adv_train.py`. The reasons for "no" are [below](#what-does-not-work-and-why).
+
 """
 BOTH = "both"
 MEASURED = """
 ## Proofs and evaluations of the zoo
 
-`python docs/results/networks.py --measure` (for SNASNet and SpikeDHS, with their names) counts the
-images out of two that intervals prove (eps 0.001, or one event), and those out of one that are
-still correct under the suite `fast` (eps 0.03; for event frames `events`, one event). Labels are
-the predictions of the untrained network; s are CPU seconds of one thread. SpikeDHS sees images of
-8x8.
+`python docs/results/networks.py --measure` reports how many of two images intervals prove robust
+(eps 0.001, or one event), and whether one image is still correct under the suite `fast` (eps 0.03;
+for event frames, suite `events`, one event). For SNASNet and SpikeDHS, add their names to the
+command. Labels are the predictions of the untrained network; `s` is CPU seconds of one thread.
+SpikeDHS sees images of 8x8.
+
 """
 
 

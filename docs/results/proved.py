@@ -1,4 +1,4 @@
-"""Is a network easier to prove if MS-MPPD was part of its training? What bounds prove over eps,
+"""Is a network easier to prove robust if MS-MPPD was part of its training? What bounds prove over eps,
 what attacks leave, and whether the measured perturbation of the potential predicts its bounds.
 
 python recipes/sweep.py --sweep recipes/configs/sweeps/proved_digits_sweep.yaml --jobs 2

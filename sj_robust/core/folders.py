@@ -35,8 +35,10 @@ def check_folder(name: str, folder: str | Path | None) -> Path | None:
     path = Path(folder)
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not there.is_dir():
+        inside = "" if there == path else f"got {path}, "
+        shown = path if there == path else there.name
         raise ValueError(
-            f"{name} must be a folder, got {path}, where {there.name} is a file; give another path"
+            f"{name} must be a folder, {inside}but {shown} is a file; give another path"
         )
     try:
         with tempfile.TemporaryFile(dir=there):

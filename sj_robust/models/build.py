@@ -363,7 +363,7 @@ def _convert(net: nn.Module, spec: NetworkSpec) -> None:
         report = replace_neurons(net, spec.T)
     except ValueError as error:
         raise ValueError(
-            f"{spec.name} has no neuron that could be DLIF ({error}); or name another neuron"
+            f"{spec.name} has no neuron that could be DLIF ({error}); name another neuron"
         ) from error
     functional.reset_net(net)
     if not any(isinstance(module, DLIFNode) for module in net.modules()):

@@ -121,12 +121,12 @@ NETWORKS = {
         (
             "runs/one --output own_net.py",
             SystemExit,
-            r"output must be a folder, got own_net.py, where own_net.py is a file; give another",
+            r"output must be a folder, but own_net.py is a file; give another",
         ),
         (
             "runs/one --output own_net.py/x",
             SystemExit,
-            r"output must be a folder, got own_net.py/x, where own_net.py is a file; give another",
+            r"output must be a folder, got own_net.py/x, but own_net.py is a file; give another",
         ),
     ],
 )

@@ -216,8 +216,8 @@ def _rise(probe: Probe) -> Finding:
     return _share(
         "loss_does_not_rise",
         still,
-        f"For {_percent(still)} of the images, the loss does not rise along the gradient, neither "
-        "at half the radius nor at one or two radii.",
+        f"For {_percent(still)} of the images, the loss does not rise along the gradient, either "
+        "at half the radius or at one or two radii.",
         "The gradient points in a wrong direction: attack with other estimators, with EoT if the "
         "outputs are random, and check the direction by finite differences on single images.",
     )

@@ -279,8 +279,8 @@ class Certificate(
             return count
         outcome = "every exact bound held" if self.holds else "AN EXACT BOUND WAS EXCEEDED"
         return (
-            f"{count}: {outcome} (margin {self.margin:g}, or the residual, for the estimate of "
-            "the norm)"
+            f"{count}: {outcome} (relative margin {self.margin:g}, or the norm's residual if it is "
+            "larger)"
         )
 
 

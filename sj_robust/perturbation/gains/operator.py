@@ -295,15 +295,16 @@ def _reason(
             linear = affine.apply([leaves[key] for key in affine.feeds])
         except RuntimeError as error:
             return (
-                f"the backward pass of what is before it cannot be differentiated ({error}): "
-                f"{_ran(network, name)}"
+                f"the backward pass of what is before it cannot be differentiated ({error}); "
+                f"{_ran(network, name)} ran before it"
             )
         if not _close(linear + zero, currents[name], linear, zero):
-            return f"not affine in {', '.join(affine.feeds)}: {_ran(network, name)}"
+            feeds = ["the input" if key == INPUT else f"layer {key}" for key in affine.feeds]
+            return f"not affine in {_listed(feeds)}, because {_ran(network, name)} ran in between"
     first = network.at_random[1][name]
     second = network.second_step.get(name)
     if second is None or not _close(second, first, first):
-        return f"not the same map at every time step: {_ran(network, name)}"
+        return f"not the same map at every time step; {_ran(network, name)} ran before it"
     return None
 
 
@@ -334,7 +335,13 @@ def _ran(network: _CutNetwork, name: str) -> str:
             unknown.add(node.rstrip("0123456789").removesuffix("Backward").lower())
     named += [f"the operation {operation}" for operation in sorted(unknown)]
     named = named or all_named or ["operations without a gradient"]
-    return "between them ran " + ", ".join(named)
+    return _listed(named)
+
+
+def _listed(names: list[str]) -> str:
+    """Names as in a sentence."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 _LINEAR_MODULES = (

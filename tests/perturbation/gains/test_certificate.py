@@ -336,7 +336,7 @@ def test_what_is_not_covered_is_said():
     assert len(rows) == 2 + 4, "a head, a rule and a row per layer"
     for row in rows:
         assert row.count(" | ") == 10
-    assert "second is not covered: not affine in first" in text
+    assert "second is not covered: not affine in layer first" in text
     assert "2 of 4 layers covered, 2 measured on 2 pairs: every exact bound held" in text
     assert certificate.SCOPE in text
     assert "no finite gain" in text

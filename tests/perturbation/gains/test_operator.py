@@ -390,12 +390,12 @@ class NotLinear:
 NOT_LINEAR = {
     "relu": NotLinear(
         something=lambda n, s: n.relu(n.linear(s)),
-        reason="not affine in first.*relu .ReLU",
+        reason="not affine in layer first.*relu .ReLU",
         modules={"relu": nn.ReLU()},
     ),
     "attention": NotLinear(
         something=attention,
-        reason="not affine in first.*mix .MultiheadAttention.*operation softmax",
+        reason="not affine in layer first.*mix .MultiheadAttention.*operation softmax",
         modules={"mix": nn.MultiheadAttention(4, 2, batch_first=True)},
         shape=(1, 5, 4),
     ),
