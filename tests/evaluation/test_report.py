@@ -125,6 +125,8 @@ def test_a_proof_in_the_report_of_a_training_is_no_attack():
     wanted = "a: 80.0 % clean, 60.0 % under the strongest attack, 10.0 % proved"
     assert wanted in proved.verdict
     assert "| verified | 10.0 |" in proved.table()
+    bars = proved.plot().axes[0].patches
+    assert [bool(bar.get_hatch()) for bar in bars] == [False, False, True]
     wrong = replace(proof, fell=range(2, 10))
     with pytest.raises(ValueError, match="image 1 is verified at eps 0.1 and broken by 'pgd20'"):
         trained("a", [clean(), attack, wrong])

@@ -383,6 +383,9 @@ def _bars(axes: "Axes", report: Evaluation) -> None:
         shares = [100 * report.under(name, variant=network).accuracy for name in names]
         color = COLOURS[index % len(COLOURS)]
         bars = axes.bar(places, shares, width, label=network, color=color)
+        for bar, row in zip(bars, report.of(network), strict=True):
+            if row.kind == "proof":
+                bar.set(hatch=_BAR_LOOKS["verified"].hatch, edgecolor="white")
         axes.bar_label(bars, fmt="%.0f", fontsize=7)
     axes.set_xticks(range(len(attacks)), attacks)
     axes.set_ylim(0, 112)
@@ -390,13 +393,14 @@ def _bars(axes: "Axes", report: Evaluation) -> None:
     if report.threat is not None:
         axes.set_title(f"{report.threat.norm} {report.threat.eps:.4g}")
     axes.grid(visible=False, axis="x")
-    axes.legend(loc="upper right")
+    if len(networks) > 1:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
 
 
 def _curves(axes: "Axes", report: Evaluation) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    styles = {"clean": "--", "fgsm": ":"}
+    styles = {"clean": "--", "fgsm": ":", "verified": "-."}
     for index, (network, records) in enumerate(report.curves.items()):
         epochs = [record["epoch"] for record in records]
         color = COLOURS[index % len(COLOURS)]
