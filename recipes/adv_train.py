@@ -146,8 +146,8 @@ class Options:
     """For mode certified: bounds in training, selection and final proofs. ibp, or joint over time,
     which is tighter at T 8 but slower."""
     surrogate_width: float = 1.0
-    """For mode certified: surrogate width in the bounds, relative to the neuron's; 0.5 was better in
-    short runs."""
+    """For mode certified: surrogate width in the bounds, relative to the neuron's; 0.5 was better
+    in short runs."""
     ramp: float = 0.6
     """For mode certified: share of training over which the radius and the weight of the bounds
     increase."""
@@ -155,7 +155,8 @@ class Options:
     """For mode certified: box around an attacked image, as a share of the radius; 1: the whole ball
     (SABR: 0.1 to 0.7)."""
     attacked: bool = False
-    """For mode certified: apply --kappa to the attacked images instead of the clean ones (MTL-IBP)."""
+    """For mode certified: apply --kappa to the attacked images instead of the clean ones
+    (MTL-IBP)."""
     step_size: Radius | None = None
     """Step size of the attack; None: eps for one step, eps / 4 for several."""
     attack_steps: PositiveInt | None = None

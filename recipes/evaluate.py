@@ -122,8 +122,8 @@ class Options:
     """For the norms Linf, L0 and moves: prove robustness by bounds of every spike, and attack only
     the images that are not proved robust."""
     rounds: PositiveInt = 1
-    """How many times the attacks of the suites fast, standard, gradient, long or events are run, each
-    time with other random numbers and at the same cost."""
+    """How many times the attacks of the suites fast, standard, gradient, long or events are run,
+    each time with other random numbers and at the same cost."""
     control: bool = True
     """Run the control: as many attacks with the training gradient only."""
 

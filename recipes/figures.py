@@ -69,15 +69,16 @@ class Options:
 
     # intensity and ground truth
     eps: tuple[Radius, ...] = tuple(map(Radius, (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)))
-    """For the figures intensity and ground_truth: perturbation sizes in increasing order, for images
-    in [0, 1], such as 0.1 or 8/255."""
+    """For the figures intensity and ground_truth: perturbation sizes in increasing order, for
+    images in [0, 1], such as 0.1 or 8/255."""
     suites: Annotated[
         tuple[Literal["paper", "fast", "standard", "gradient", "autoattack", "gradients"], ...],
         Needs(check_extra),
     ] = ("gradients", "paper", "fast", "standard")
     """For the figure ground_truth: suites of evaluate.py to measure."""
     time_limit: float = 30.0
-    """For the figure ground_truth: time limit of the mixed-integer program, in seconds per image."""
+    """For the figure ground_truth: time limit of the mixed-integer program, in seconds per
+    image."""
     steps: PositiveInt = 10
     """For the figure intensity: number of attack steps."""
     images: PositiveInt = 360

@@ -297,7 +297,7 @@ def is_shown(path):
 def said_of_itself(path):
     """First sentence of a file: of a Python file's docstring, of another one's comment on top."""
     if path.name == "py.typed":
-        return "marks the package as shipping type annotations."
+        return "Marks the package as shipping type annotations."
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         said = ast.get_docstring(ast.parse(text)).partition("\n\n")[0]

@@ -313,7 +313,7 @@ RECIPES = {
     "adv_train.py --dataset image_folder:pictures, which does not exist": nothing,
     "adv_train.py --eps 8 --no-reference": nothing,
     "adv_train.py --model resnet18": nothing,
-    "adv_train.py --resume, where there is no run": nothing,
+    "adv_train.py --resume, without a run to resume": nothing,
     "adv_train.py --output results, which holds other files": written("results/notes.txt", "mine"),
     "adv_train.py --output results, which is a file": written("results", "mine"),
     "evaluate.py, with nothing to evaluate": nothing,

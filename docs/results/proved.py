@@ -1,5 +1,5 @@
-"""Is a network easier to prove robust if MS-MPPD was part of its training? What bounds prove over eps,
-what attacks leave, and whether the measured perturbation of the potential predicts its bounds.
+"""Is a network easier to prove robust if MS-MPPD was part of its training? What bounds prove over
+eps, what attacks leave, and whether the measured perturbation of the potential predicts its bounds.
 
 python recipes/sweep.py --sweep recipes/configs/sweeps/proved_digits_sweep.yaml --jobs 2
 python docs/results/proved.py digits            # half a minute per network on one core

@@ -236,7 +236,7 @@ def attacks(probe: Probe) -> list[Finding]:
             "noise_beats_attack",
             noise & ~attack,
             f"The best of ten draws of random noise at the full radius fools {rate(noise):.0%} "
-            f"of the images, the attack {rate(attack):.0%}.",
+            f"of the images, the attack fools {rate(attack):.0%}.",
             "The attack is weaker than random search: attack with other estimators, with restarts "
             "from random starts, and with Square.",
         ),
@@ -245,7 +245,7 @@ def attacks(probe: Probe) -> list[Finding]:
             "single_step_beats_iterative",
             single & ~attack,
             f"A single step of the full radius fools {rate(single):.0%} of the images, "
-            f"{probe.steps} steps {rate(attack):.0%}.",
+            f"{probe.steps} steps fool {rate(attack):.0%}.",
             "Iterations get stuck near the image: attack with random starts and restarts, larger "
             "steps and wider surrogates.",
         ),
@@ -254,7 +254,7 @@ def attacks(probe: Probe) -> list[Finding]:
             "more_steps_fool_fewer",
             attack & ~long,
             f"{probe.steps} steps fool {rate(attack):.0%} of the images, {4 * probe.steps} steps "
-            f"{rate(long):.0%}.",
+            f"fool {rate(long):.0%}.",
             "The attack does not converge: use APGD with restarts, which adapts its step size, "
             "and keep every iterate that fools the network.",
         ),
@@ -312,7 +312,7 @@ def transfer(probe: Probe, source: nn.Module | None) -> Finding:
         "transfer_beats_white_box",
         transferred & ~attack,
         f"Images crafted on {origin} fool {probe.rate(transferred):.0%}, those crafted with the "
-        f"model's own gradient {probe.rate(attack):.0%}.",
+        f"model's own gradient fool {probe.rate(attack):.0%}.",
         "The gradient of another network is more useful than the model's own: attack with other "
         "estimators, by transfer from several undefended networks and with Square, and report the "
         "worst case per image.",
