@@ -1,7 +1,7 @@
 """Train a robust spiking network and compare it with an undefended one.
 
 Examples:
-    python recipes/adv_train.py  # digits, under a minute
+    python recipes/adv_train.py  # digits, one to two minutes
     python recipes/adv_train.py --dataset image_folder:PATH --model vgg5 --T 8
     python recipes/adv_train.py --output runs/mine --resume  # resume an interrupted run
     torchrun --nproc-per-node 2 recipes/adv_train.py  # or accelerate launch
@@ -127,11 +127,11 @@ class Options:
     """Linf radius of the training attack, such as 8/255; in mode gaussian, the standard
     deviation."""
     flips: PositiveInt | None = None
-    """For event data: changed events per sample (L0) in validation, test and proofs, instead of
-    --eval-eps; None: Linf."""
+    """For event data: changed events per sample (L0) in validation, test, proofs and the training
+    attack of at, rat and pgd_at, instead of --eval-eps and --eps; None: Linf."""
     moves: PositiveInt | None = None
-    """For event data: events moved in time per sample in validation, test and proofs, instead of
-    --eval-eps; None: Linf."""
+    """For event data: events moved in time per sample in validation, test, proofs and the training
+    attack of at, rat and pgd_at, instead of --eval-eps and --eps; None: Linf."""
     counts: bool = False
     """For event data: frames hold numbers of events, of which a change adds or removes one; False:
     0 or 1."""

@@ -150,7 +150,7 @@ class Options:
     test_limit: Annotated[PositiveInt | None, Often()] = None
     """Largest number of test images; None: all."""
     batch_size: Annotated[PositiveInt, Decides("nothing")] = 256
-    """Images per batch; it affects only stochastic networks and the estimator pdsg."""
+    """Images per batch; it changes results only for stochastic networks and the estimator pdsg."""
 
     # network of your own
     T: Annotated[PositiveInt | None, Often()] = None

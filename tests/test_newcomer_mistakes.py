@@ -203,7 +203,7 @@ STEPS = {
         images()
     ),
     "SpikingClassifier gets fewer time steps than its DLIF neurons have": lambda: classifier(T=2),
-    "The network averages over the samples instead of over time": lambda: SpikingClassifier(
+    "The network merges time and samples": lambda: SpikingClassifier(
         nn.Sequential(network(), nn.Flatten(0, 1)), T=T
     )(images()),
 }

@@ -52,9 +52,10 @@ TITLES = {
 }
 HEAD = """# Supported networks
 
-The networks of `spikingjelly.activation_based.model` and of SpikingJelly's tutorials, in small
-versions with untrained weights, written by `python docs/results/networks.py`. The first forward
-pass [detects](../your_network.md#make-it-a-function-of-images) what a network takes: images
+This page, written by `python docs/results/networks.py`, lists the networks of
+`spikingjelly.activation_based.model` and of SpikingJelly's tutorials, in small versions with
+untrained weights. The first forward pass
+[detects](../your_network.md#make-it-a-function-of-images) what a network takes: images
 [N, C, H, W], which the network itself runs over time; a sequence [T, N, C, H, W]; or steps, one
 [N, C, H, W] per call.
 

@@ -84,7 +84,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; start the run without --resume")
-    content: Any = load_tensors(path, what="a checkpoint", remedy="resume from another one")
+    content: Any = load_tensors(path, what="a checkpoint", remedy="use another checkpoint")
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(
             f"{path} is not a checkpoint of sj_robust (no format mark {_FORMAT!r}); check the "
@@ -101,7 +101,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     saved = {name: content[name] for name in content if name not in ("format", "version")}
     if digest is not None and digest != _digest(saved):
         raise ValueError(
-            f"{path} is damaged: it does not hold what was saved; resume from another one"
+            f"{path} is damaged: it does not hold what was saved; use another checkpoint"
         )
     return content
 

@@ -1,4 +1,4 @@
-"""The interface between spiking layers and those who observe them."""
+"""The interface between spiking layers and the code that observes them."""
 
 import sys
 from collections.abc import Iterable, Iterator
