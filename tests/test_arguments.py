@@ -266,6 +266,19 @@ WRONG = [
             None: "NoneType; build it first",
         }.items()
     ),
+    *(
+        Wrong(
+            (call,),
+            {NETWORK[call]: torch.compile(SpikingClassifier(Counted(), T=3)), "T": None},
+            "the network must be given before torch.compile, got a compiled SpikingClassifier",
+        )
+        for call in (*CARDS, perturbation_gains, verify)
+    ),
+    Wrong(
+        (verify,),
+        {"model": torch.compile(Counted())},
+        "model must be given before torch.compile, got a compiled network",
+    ),
     Wrong((smooth,), {"model": "digits/lif"}, r"model must be a callable from images to logits"),
     Wrong(
         (*CARDS, perturbation_gains, verify),

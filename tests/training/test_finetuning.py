@@ -257,10 +257,11 @@ def test_a_folder_whose_fingerprint_is_gone_is_refused(tmp_path):
 def test_a_folder_of_an_earlier_release_is_refused(tmp_path):
     finetune(linear(), folder=tmp_path, **KEPT)
     content = load_checkpoint(tmp_path / "last.pt")
+    earlier = content["description"]["finetune"]
     for name in ("T", "mean", "std", "validation_fraction"):
-        del content["description"]["finetune"][name]
-    del content["description"]["images and labels"]
-    save_checkpoint(tmp_path / "last.pt", content)
+        del earlier[name]
+    run = {name: value for name, value in content.items() if name not in ("format", "version")}
+    save_checkpoint(tmp_path / "last.pt", run | {"description": {"finetune": earlier}})
     with pytest.raises(ValueError, match="another folder; if the run is of a release without"):
         finetune(linear(), folder=tmp_path, **KEPT)
 
