@@ -375,8 +375,9 @@ def _digest_of_images(splits: ImageSplits) -> str:
 
 def _digests(images: Dataset[tuple[Tensor, ...]]) -> list[tuple[int, str]]:
     """Label and digest of every image; global random numbers are the same in every pass."""
+    count = len(images)  # type: ignore[arg-type]  # every set here has a length
     with seeded_sources(None, 0, torch.device("cpu")):
-        return [(int(y), fingerprint(x)) for x, y in map(images.__getitem__, range(len(images)))]
+        return [(int(y), fingerprint(x)) for x, y in map(images.__getitem__, range(count))]
 
 
 def _check_same_training(
