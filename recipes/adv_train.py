@@ -17,10 +17,10 @@ from lab.command_line import (
     checked,
     deciding,
     describe_folder,
-    idle,
     parse_options,
     plain,
     run_recipe,
+    unused,
 )
 from lab.command_line.declared import (
     DatasetName,
@@ -342,10 +342,8 @@ def main(arguments: list[str]) -> None:
     )
     defaults = plain(Options())
     where = journal.begin(configuration, defaults, accelerator)
-    without_effect = idle(completed(options))
-    unused = [name for name in without_effect if configuration[name] != defaults[name]]
-    if unused:
-        journal.say(f"ignored with the other options given: {', '.join(sorted(unused))}")
+    if names := unused(options, completed(options)):
+        journal.say(f"ignored with the other options given: {', '.join(names)}")
     reports = []
     for name, choice in networks.items():
         classifier, history = train_network(name, choice, splits, accelerator, folder, journal)

@@ -21,16 +21,19 @@ from typing import Annotated, Any, Literal
 
 from lab.command_line import (
     WrongUse,
+    changed,
     check_options,
     checked,
     describe_folder,
     parse_options,
     plain,
     run_recipe,
+    unused,
 )
 from lab.command_line.declared import (
     DatasetName,
     Decides,
+    Idle,
     NamesCode,
     Needs,
     NonNegativeInt,
@@ -43,6 +46,37 @@ from lab.command_line.declared import (
 from tyro.conf import Positional
 
 from sj_robust.core.extras import check_extra
+
+USED_BY_LEADERBOARD = {"leaderboard", "output"}
+USED_TO_ADD = USED_BY_LEADERBOARD | {
+    "checkpoint",
+    "network",
+    "trust_code",
+    "data_root",
+    "T",
+    "mean",
+    "std",
+}
+
+
+def is_stress_test(options: "Options") -> bool:
+    """Whether faults or corruptions are measured, which has one attack and no proofs."""
+    return options.suite in ("stress", "corruptions")
+
+
+def is_without_suite(options: "Options") -> bool:
+    """Whether no suite of attacks is run."""
+    return options.smooth is not None or is_stress_test(options)
+
+
+def is_not_smoothed(options: "Options") -> bool:
+    """Whether the network itself is evaluated."""
+    return options.smooth is None
+
+
+def is_never_proved(options: "Options") -> bool:
+    """Whether there are no proofs."""
+    return is_without_suite(options) or options.norm == "L2"
 
 
 @dataclass(frozen=True)
@@ -58,7 +92,7 @@ class Options:
     with its weights loaded, bare or in a SpikingClassifier."""
     name: Annotated[str | None, Decides("nothing")] = None
     """Name of the network in the report; None: that of the checkpoint or function."""
-    transfer: str | None = None
+    transfer: Annotated[str | None, Idle(is_stress_test)] = None
     """Checkpoint of another network for the same images, as the source of transfer attacks."""
     trust_code: Annotated[bool, NamesCode()] = False
     """Run the function of your own code that a checkpoint names."""
@@ -112,28 +146,28 @@ class Options:
     counts: bool | None = None
     """For event data: frames hold numbers of events, of which a change adds or removes one; None:
     as in training."""
-    fault_draws: PositiveInt = 5
+    fault_draws: Annotated[PositiveInt, Idle(lambda options: options.suite != "stress")] = 5
     """For suite stress: number of draws of each random fault."""
-    draws: PositiveInt | None = None
+    draws: Annotated[PositiveInt | None, Idle(is_without_suite)] = None
     """For stochastic networks: gradients are averaged over this number of draws, and an image
     counts as broken if more than half of them misclassify it; None: 10 if the network is
     stochastic."""
-    proofs: bool = True
+    proofs: Annotated[bool, Idle(is_never_proved)] = True
     """For the norms Linf, L0 and moves: prove robustness by bounds of every spike, and attack only
     the images that are not proved robust."""
     rounds: PositiveInt = 1
     """How many times the attacks of the suites fast, standard, gradient, long or events are run,
     each time with other random numbers and at the same cost."""
-    control: bool = True
+    control: Annotated[bool, Idle(is_without_suite)] = True
     """Run the control: as many attacks with the training gradient only."""
 
     # randomised smoothing
     smooth: Radius | None = None
     """Evaluate the smoothed classifier with this noise standard deviation instead of the network:
     certified accuracy and accuracy under attack up to an L2 radius of twice this value."""
-    smooth_draws: PositiveInt = 1000
+    smooth_draws: Annotated[PositiveInt, Idle(is_not_smoothed)] = 1000
     """Noisy copies per image."""
-    smooth_alpha: OpenUnitInterval = 0.001
+    smooth_alpha: Annotated[OpenUnitInterval, Idle(is_not_smoothed)] = 0.001
     """Error probability of a certificate."""
 
     # data
@@ -208,12 +242,15 @@ def main(arguments: list[str]) -> None:
     """Evaluate a network, compare two reports, or make a table of all reports."""
     options = parse_options(Options, arguments, stem, mark="progress")
     if options.compare is not None:
+        say_ignored(options, {"compare"})
         show_comparison(compare_reports(*two_reports(options.compare)), Console())
         return
     if options.leaderboard is not None:
         board = Path(options.output or "runs/leaderboard")
         folders = options.leaderboard
-        if folders[:1] == ["add"]:
+        adds = folders[:1] == ["add"]
+        say_ignored(options, USED_TO_ADD if adds else USED_BY_LEADERBOARD)
+        if adds:
             add_to_leaderboard(options, board)
             folders = [board.as_posix(), *elsewhere(board)]
         make_leaderboard(folders, board, asdict(Options()))
@@ -272,6 +309,8 @@ def main(arguments: list[str]) -> None:
         describe_folder(folder, "evaluate", arguments)
     journal = training.Journal(folder if accelerator.is_main_process else None)
     journal.begin(configuration, asdict(Options()), accelerator)
+    if names := unused(options, replace(options, suite=suite, norm=norm)):
+        journal.say(f"ignored with the other options given: {', '.join(names)}")
     with (
         removed_if_unused(folder, resume=options.resume),
         Display(journal.console, journal.say) as display,
@@ -312,6 +351,12 @@ def main(arguments: list[str]) -> None:
     if accelerator.is_main_process:
         save_report(report, subject, batches, folder, journal, splits.class_names)
     accelerator.end_training()
+
+
+def say_ignored(options: Options, used: set[str]) -> None:
+    """Print the options that are given and not among those used."""
+    if names := [name for name in changed(options) if name not in used]:
+        print(f"ignored with the other options given: {', '.join(names)}")
 
 
 def add_to_leaderboard(options: Options, board: Path) -> None:

@@ -507,6 +507,11 @@ def as_classifier(
             )
         _find_convention_once(net, images)
         return net
+    if isinstance(getattr(net, "_orig_mod", None), SpikingClassifier):
+        raise ValueError(
+            "the network must be given before torch.compile, got a compiled SpikingClassifier; "
+            "give the classifier that was compiled"
+        )
     frames = images is not None and images.ndim == 5
     normalised = mean is not None or std is not None
     spiking = any(map(is_neuron, net.modules()))

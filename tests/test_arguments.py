@@ -266,6 +266,19 @@ WRONG = [
             None: "NoneType; build it first",
         }.items()
     ),
+    *(
+        Wrong(
+            (call,),
+            {NETWORK[call]: torch.compile(SpikingClassifier(Counted(), T=3)), "T": None},
+            "the network must be given before torch.compile, got a compiled SpikingClassifier",
+        )
+        for call in (*CARDS, perturbation_gains, verify)
+    ),
+    Wrong(
+        (verify,),
+        {"model": torch.compile(Counted())},
+        "model must be given before torch.compile, got a compiled network",
+    ),
     Wrong((smooth,), {"model": "digits/lif"}, r"model must be a callable from images to logits"),
     Wrong(
         (*CARDS, perturbation_gains, verify),
@@ -347,7 +360,7 @@ WRONG = [
     Wrong(CARDS, {"y": None}, r"y must hold the labels of x, got None; or give a DataLoader"),
     Wrong(CARDS, {"x": LOADER}, r"y must be None where x brings its own labels, got both"),
     # where the results go, and what they are called
-    Wrong(CARDS, {"folder": __file__}, r"folder must be a folder, got .* is a file; give another"),
+    Wrong(CARDS, {"folder": __file__}, r"folder must be a folder, but .* is a file; give another"),
     Wrong(CARDS, {"folder": f"{__file__}/a/b"}, r"folder must be a folder, .* is a file; give"),
     Wrong(CARDS, {"folder": "/proc/x"}, r"folder must be a folder that can be written, .*; give"),
     Wrong(CARDS, {"folder": 3}, r"folder must be the path of a folder, got 3; use a str"),

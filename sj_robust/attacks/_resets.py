@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sj_robust.core.host import is_neuron, step_mode
+
 
 @contextmanager
 def refuse_carried_states(model: object) -> Iterator[None]:
     """RuntimeError where a neuron begins a forward of ``model`` with the state that the one before
-    left. 检查状态重置。
+    left; and a note where a network that takes sequences fails on images. 检查状态重置。
 
     Every step of an attack would then see another network, and its gradient would belong to none of
     the images. What lies in a classifier that says ``resets_itself`` is not looked at, so that
@@ -25,8 +27,11 @@ def refuse_carried_states(model: object) -> Iterator[None]:
         yield
         return
     left: dict[nn.Module, list[Tensor]] = {}
+    running = False
 
     def begin(*_: object) -> None:
+        nonlocal running
+        running = True
         left.update({neuron: _states(neuron) for neuron in neurons})
 
     def called(neuron: nn.Module, *_: object) -> None:
@@ -38,12 +43,25 @@ def refuse_carried_states(model: object) -> Iterator[None]:
                 "SpikingClassifier(net, T=...), which resets the network before every forward"
             )
 
+    def end(*_: object) -> None:
+        nonlocal running
+        running = False
+
     hooks = [
         model.register_forward_pre_hook(begin),
+        model.register_forward_hook(end),
         *(neuron.register_forward_pre_hook(called) for neuron in neurons),
     ]
     try:
         yield
+    except (ValueError, RuntimeError) as error:
+        if running and "m" in map(step_mode, filter(is_neuron, neurons)):
+            error.add_note(
+                "the network's neurons are in step mode 'm' and take a sequence [T, N, ...], but "
+                "an attack gives it images [N, ...]: attack SpikingClassifier(net, T=...), which "
+                "repeats them over time"
+            )
+        raise
     finally:
         for hook in hooks:
             hook.remove()

@@ -23,6 +23,7 @@ from sj_robust.attacks.sapgd import sapgd
 from sj_robust.attacks.threat import ThreatModel, ball_threat
 from sj_robust.core.checks import check_choice, check_count, check_images, is_checked
 from sj_robust.core.host import is_neuron
+from sj_robust.core.preserved import states_of_sources
 from sj_robust.core.randomness import SampleSeeds, draw_seed
 
 __all__ = ["searched", "spike_search"]
@@ -90,14 +91,18 @@ def spike_search(
             [N, ...]; they are projected into the ball, and should differ as much as possible. None
             runs APGD with two losses and, in Linf, SA-PGD, 50 steps each. A network without a
             gradient needs starts, such as ``[x]``.
-        forwards: Largest number of forwards per sample, which is reached if the sample takes part
-            to the end.
+        forwards: Largest number of proposals per sample, each judged in one forward, which is
+            reached if the sample takes part to the end; at least 50 then, one per chain. Not
+            counted are the forwards on images and starts, 68 images by which the flips are
+            checked, and the attacks that find starts.
         moves: Kinds of moves, which are tried in turn.
         batch_size: Images in one forward, which bounds the memory; results do not depend on it.
 
     Raises:
+        TypeError: Also if starts are no tensors.
         ValueError: Also if starts do not fit, a kind of move is unknown, only flips are left and
-            the network allows none, or the network gives different logits for the same images.
+            the network allows none, or the network draws random numbers or gives different logits
+            for the same images.
 
     Source: derived here. The closest published attack is the Square Attack of Andriushchenko et al.
         (ECCV 2020); for binary inputs, SpikeFool (Büchel et al., 2022) flips events by gradient.
@@ -228,7 +233,13 @@ def _say_that_none_is_flipped(model: Model) -> None:
 
 def _checked_starts(starts: Tensor | Sequence[Tensor], x: Tensor) -> Tensor:
     """Earlier images [S, N, ...] in the dtype and on the device of ``x``."""
-    images = list(starts)
+    images = list(starts) if isinstance(starts, Sequence | Tensor) else [starts]
+    for image in images:
+        if not isinstance(image, Tensor):
+            raise TypeError(
+                f"starts must be tensors of images [N, ...], got {type(image).__name__}; give [x] "
+                "for the clean images"
+            )
     shapes = [list(image.shape) for image in images]
     if not images or any(image.shape != x.shape for image in images):
         raise ValueError(
@@ -242,11 +253,14 @@ def _checked_starts(starts: Tensor | Sequence[Tensor], x: Tensor) -> Tensor:
 
 
 def _check_repeats(model: Model, x: Tensor, logits: Tensor) -> None:
+    states = states_of_sources(model, x.device)
     with torch.no_grad():
         again = model(x)
-    if differ(logits, again):
+    drawn = states_of_sources(model, x.device) != states
+    if drawn or differ(logits, again):
+        got = "one that draws random numbers" if drawn else "different ones"
         raise ValueError(
-            "the model must give the same logits for the same images, got different ones; attack a "
+            f"the model must give the same logits for the same images, got {got}; attack a "
             "network that draws random numbers with apgd and eot_samples"
         )
 

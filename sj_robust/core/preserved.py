@@ -1,16 +1,17 @@
 """Restores an attacked or measured network: modes, neuron states and random generators."""
 
+import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, wraps
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "all_generators",
     "evaluation_mode",
     "full_precision",
     "generators_of",
@@ -18,6 +19,7 @@ __all__ = [
     "one_thread_at_a_time",
     "other_forward",
     "preserved",
+    "states_of_sources",
 ]
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -286,12 +288,16 @@ def _highest_matmul_precision() -> Iterator[None]:
             owner.fp32_precision = precision
 
 
-def all_generators(model: object, device: torch.device) -> list[torch.Generator]:
-    """Torch's global generators of the CPU and of a device, and those of :func:`generators_of`."""
-    found = [torch.default_generator, *generators_of(model)]
+def states_of_sources(model: object, device: torch.device) -> list[object]:
+    """What the sources of random numbers give next, as values to be compared: Python's and numpy's,
+    torch's of the CPU and of a device, and those of :func:`generators_of`.
+    """
+    generators = [torch.default_generator, *generators_of(model)]
     if device.type == "cuda":
-        found.append(torch.cuda.default_generators[device.index or 0])
-    return found
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    numbers: Any = np.random.get_state()  # noqa: NPY002  # a network may draw from the global one
+    states = [generator.get_state().numpy().tobytes() for generator in generators]
+    return [random.getstate(), numbers[1].tobytes(), numbers[2], *states]
 
 
 def generators_of(model: object) -> list[torch.Generator]:

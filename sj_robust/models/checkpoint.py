@@ -141,12 +141,12 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     if not names:
         return
     differences = [f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names]
-    remedy = "resume with the same ones"
+    remedy = "resume with the same ones, or start a new run in another folder"
     unknown = [name for name in names if name not in old]
     if unknown:
         remedy += (
             f"; if the run is of a release without {', '.join(unknown)}, resume it with that "
-            "release, or start a new one with another --output"
+            "release"
         )
     raise ValueError(
         f"the checkpoint is of a run with other options ({', '.join(differences)}); {remedy}"

@@ -4,7 +4,6 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from sj_robust.core.checks import (
     check_model,
     check_size,
 )
-from sj_robust.core.preserved import all_generators, generators_of, preserved
+from sj_robust.core.preserved import generators_of, preserved, states_of_sources
 from sj_robust.core.randomness import (
     SampleSeeds,
     check_seeds,
@@ -272,9 +271,9 @@ class _Draws:
                 self._kept = check_kept(self.model, noisy)
         if not self.one_by_one:
             with _from_seed(self.model, own.single(), noisy.device):
-                before = _states(self.model, noisy.device)
+                before = states_of_sources(self.model, noisy.device)
                 logits = self._forward(noisy)
-                drew = _states(self.model, noisy.device) != before
+                drew = states_of_sources(self.model, noisy.device) != before
             self.one_by_one = drew or not self._rows_are_apart(noisy, own.single(), logits)
             if not self.one_by_one:
                 return logits
@@ -380,18 +379,6 @@ def _kept_globals() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numbers)  # noqa: NPY002  # as above
-
-
-def _states(model: object, device: torch.device) -> list[object]:
-    """What the generators that a network may draw from give next, as values to be compared."""
-    found = [generator.get_state() for generator in all_generators(model, device)]
-    numbers: Any = np.random.get_state()  # noqa: NPY002  # as above
-    return [
-        random.getstate(),
-        numbers[1].tobytes(),
-        numbers[2],
-        *(s.numpy().tobytes() for s in found),
-    ]
 
 
 def _noise(image: Tensor, generator: torch.Generator) -> Tensor:

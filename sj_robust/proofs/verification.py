@@ -37,7 +37,7 @@ from sj_robust.core.checks import (
 )
 from sj_robust.core.environment import device_of
 from sj_robust.core.eps import eps_text, parse_eps
-from sj_robust.core.preserved import all_generators, preserved, sums_of_products
+from sj_robust.core.preserved import preserved, states_of_sources, sums_of_products
 from sj_robust.core.saved import markdown_table
 from sj_robust.core.shown import Shown, heat_map, new_figure
 from sj_robust.neuron.charging import Neuron, find_neurons, is_neuron
@@ -483,13 +483,10 @@ def _run(
 
 def _logits(model: SpikingClassifier, images: Tensor, labels: Tensor, *, runs: int) -> Tensor:
     """Logits of the network, if they are the same in so many runs and nothing is drawn."""
-    generators = all_generators(model, images.device)
-    states = [generator.get_state() for generator in generators]
+    states = states_of_sources(model, images.device)
     with torch.no_grad():
         logits, *again = (check_logits(model(images.clone()), labels) for _ in range(runs))
-    drawn = any(
-        not torch.equal(g.get_state(), state) for g, state in zip(generators, states, strict=True)
-    )
+    drawn = states_of_sources(model, images.device) != states
     if drawn or any(not torch.equal(logits, other) for other in again):
         raise UnprovableError(
             "model must give the same logits in every forward, got one that draws random numbers "
@@ -637,6 +634,11 @@ def _checked(
     check_labels(y, x)
     if len(x) == 0:
         raise ValueError("x must contain at least one image, got none")
+    if any(hasattr(module, "_orig_mod") for module in model.modules()):
+        raise UnprovableError(
+            "model must be given before torch.compile, got a compiled network, whose layers take "
+            "no bounds; give the one that was compiled"
+        )
     surrogates = {
         id(part) for module in model.modules() if is_neuron(module) for part in module.children()
     }  # shared

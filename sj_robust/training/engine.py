@@ -145,6 +145,11 @@ def check_training(
 def _check_use(objective: Objective, plan: TrainingPlan, accelerator: Accelerator) -> None:
     """Refuse what would train something else than asked for."""
     plan.check_processes(accelerator.num_processes)
+    if not any(weight.requires_grad for weight in objective.parameters()):
+        raise ValueError(
+            "the network must have a weight to train, got none with requires_grad; call "
+            "net.requires_grad_(), or set it for the layers that are to be trained"
+        )
     for name, module in objective.named_modules():
         if isinstance(module, nn.DataParallel | DistributedDataParallel):
             raise ValueError(

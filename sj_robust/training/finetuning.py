@@ -26,16 +26,20 @@ from sj_robust.core.checks import (
     check_network,
     check_number_of_channels,
     check_seed,
+    check_size,
     check_steps,
     check_switch,
 )
 from sj_robust.core.environment import device_of, environment
 from sj_robust.core.folders import check_folder
 from sj_robust.core.preserved import evaluation_mode
-from sj_robust.data import ImageSplits
+from sj_robust.data import ImageSplits, image_loader
 from sj_robust.evaluation import Report
+from sj_robust.evaluation.run.data import Data
+from sj_robust.evaluation.run.fingerprint import fingerprint
+from sj_robust.evaluation.run.identity import Answers, Identity, identify, seeded_sources
 from sj_robust.evaluation.subject import Subject, check_fits
-from sj_robust.models.checkpoint import load_checkpoint
+from sj_robust.models.checkpoint import check_same_run, load_checkpoint, load_run
 from sj_robust.training.engine import check_training, train
 from sj_robust.training.history import EpochRecord
 from sj_robust.training.journal import Journal
@@ -53,6 +57,9 @@ from sj_robust.training.processes import TrainingInterrupted
 from sj_robust.training.validation import final_report
 
 __all__ = ["finetune"]
+
+_FEW = 4
+"""Images that are drawn twice, and that the network is tried on, before a training is resumed."""
 
 Images = Dataset[Any] | DataLoader[Any] | tuple[Tensor, Tensor]
 """Images with labels: a data set, its loader, or two tensors."""
@@ -99,7 +106,7 @@ def finetune(
         test: Images for the report, in the same form as ``data``; None uses the test images of
             ``ImageSplits``, or the held-out images of other data.
         mode: Training mode, a key of :data:`MODES`.
-        rho: Weight of MS-MPPD; None uses that of the mode.
+        rho: Weight of MS-MPPD; None uses that of the mode. Mode ``"none"`` has no such term.
         epochs: Passes over the training images.
         lr: Initial learning rate of SGD; it decays to 0. For random weights use about 0.1.
         batch_size: Images per step.
@@ -109,7 +116,8 @@ def finetune(
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
         seed: Random seed.
-        folder: Folder for checkpoints and log; None saves nothing.
+        folder: Folder for checkpoints and log; None saves nothing. It resumes only the training of
+            the same network, images and options, of which it holds fingerprints.
         progress: Whether to show the progress.
 
     Returns:
@@ -120,8 +128,8 @@ def finetune(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is wrong, network and images do not belong together, the network
-            has no spiking layers, the images are event frames, or the folder holds another
-            training.
+            has no spiking layers or no weight that requires a gradient, the images are event
+            frames, or the folder holds another training.
         NonFiniteLossError: If the loss becomes NaN or infinite.
         TrainingInterrupted: After Ctrl-C; the network then holds the weights of the last step.
 
@@ -138,6 +146,7 @@ def finetune(
     check_network(net, "net")
     check_choice("mode", mode, get_args(ModeName))
     check_switch("progress", progress)
+    check_size("validation_fraction", validation_fraction)
     threat = ThreatModel("Linf", parse_eps(eps))
     kept = check_folder("folder", folder)
     splits = _splits(
@@ -148,6 +157,8 @@ def finetune(
     chosen = MODES[mode]
     if rho is None:
         rho = chosen.rho
+    elif check_size("rho", rho) != chosen.rho and "rho" in chosen.idle:
+        raise ValueError(f"rho has no effect in mode {mode!r}, got {rho}; omit it")
     certified = chosen.loss == "certified"
     plan = TrainingPlan(
         check_count("epochs", epochs),
@@ -177,9 +188,17 @@ def finetune(
         "batch_size": batch_size,
         "images": len(splits.train),
         "seed": seed,
+        "T": classifier.T,
+        "mean": None if classifier.mean is None else classifier.mean.tolist(),
+        "std": None if classifier.std is None else classifier.std.tolist(),
+        "validation_fraction": None if isinstance(data, ImageSplits) else validation_fraction,
     }
-    run = _Run(objective, splits, plan, chosen, threat, configuration)
+    description = {"finetune": configuration}
+    run = _Run(objective, splits, plan, chosen, threat, description)
     with evaluation_mode(net), _folder(kept, type(net).__name__) as place:
+        if kept is not None:
+            run.description["images and labels"] = _digest_of_images(splits)
+            _check_same_training(place, classifier, splits, run.description)
         journal = Journal(place if progress else None)
         return run.performed(journal, place, is_kept=kept is not None)
 
@@ -193,7 +212,7 @@ class _Run:
     plan: TrainingPlan
     mode: Mode
     threat: ThreatModel
-    configuration: dict[str, Any]
+    description: dict[str, Any]
 
     def performed(self, journal: Journal, folder: Path, *, is_kept: bool) -> Report:
         """Measure, train, measure."""
@@ -221,7 +240,7 @@ class _Run:
                 accelerator=accelerator,
                 folder=folder,
                 journal=journal,
-                description={"finetune": self.configuration},
+                description=self.description,
                 resume=True,
             )
         except TrainingInterrupted as stopped:
@@ -250,7 +269,7 @@ class _Run:
             verified=self.plan.verified_eps is not None,
             verified_method=self.plan.verified_method,
             dataset=self.splits.name,
-            configuration=self.configuration,
+            configuration=self.description["finetune"],
             environment=environment(device_of(classifier)),
         )
 
@@ -340,6 +359,68 @@ def _classifier(
             "give a network of SpikingJelly's neurons"
         )
     return classifier
+
+
+def _digest_of_images(splits: ImageSplits) -> str:
+    """Digest of the images to train on and to select by, with their labels, in order; of the
+    labels alone if the data set draws other images in every pass.
+    """
+    few = Subset(splits.train, range(min(_FEW, len(splits.train))))
+    repeats = _digests(few) == _digests(few)
+    parts = [_digests(images) for images in (splits.train, splits.validation)]
+    if not repeats:
+        parts = [[(label, "") for label, _ in part] for part in parts]
+    return fingerprint(parts)
+
+
+def _digests(images: Dataset[tuple[Tensor, ...]]) -> list[tuple[int, str]]:
+    """Label and digest of every image; global random numbers are the same in every pass."""
+    count = len(images)  # type: ignore[arg-type]  # every set here has a length
+    with seeded_sources(None, 0, torch.device("cpu")):
+        return [(int(y), fingerprint(x)) for x, y in map(images.__getitem__, range(count))]
+
+
+def _check_same_training(
+    folder: Path, classifier: SpikingClassifier, splits: ImageSplits, description: dict[str, Any]
+) -> None:
+    """Raise ValueError if a folder holds another training; if it holds none, write into it what
+    the network is before its training.
+
+    After an interruption, the network of the same call has the weights of a checkpoint.
+    """
+    last, path = folder / "last.pt", folder / "network_before.json"
+    few = Subset(splits.train, range(min(_FEW, len(splits.train))))
+    unasked = Answers(None, None)  # which rounding moves
+    network = identify(classifier, Data.of(image_loader(few, _FEW)))
+    network = replace(network, noise=unasked, images=unasked)
+    if not last.exists():
+        network.save(path)
+        return
+    check_same_run(load_run(last)["description"], description)
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is missing, by which the network of this training is recognised; train into "
+            "another folder"
+        )
+    differing = Identity.load(path).differences(network)
+    if any(_has_weights_of(classifier, folder / name) for name in ("last.pt", "best.pt")):
+        weights = {f"network.{name}" for name in classifier.state_dict()}
+        differing = [name for name in differing if name not in weights]
+    if differing:
+        raise ValueError(
+            f"{folder} holds the training of another network ({', '.join(differing[:3])} differ): "
+            "give the network as it was before that training, or train into another folder"
+        )
+
+
+def _has_weights_of(classifier: SpikingClassifier, checkpoint: Path) -> bool:
+    if not checkpoint.is_file():
+        return False
+    weights = load_checkpoint(checkpoint)["model"]
+    own = classifier.state_dict()
+    return own.keys() == weights.keys() and all(
+        torch.equal(value.cpu(), weights[name]) for name, value in own.items()
+    )
 
 
 @contextmanager

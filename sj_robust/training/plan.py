@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from sj_robust.core.checks import check_choice, check_switch
+from sj_robust.core.checks import check_choice, check_size, check_switch
 from sj_robust.proofs.differentiable import TrainedMethod
 from sj_robust.proofs.verification import NormName
 
@@ -59,6 +59,7 @@ class TrainingPlan:
             ``perturbation_gains``.
 
     Raises:
+        TypeError: If ``lr``, ``weight_decay`` or ``retraction`` is no number.
         ValueError: If a number is out of range.
 
     Source: training recipe of Ding et al. (ICML 2024), section 5; milestones and clipping as in
@@ -116,8 +117,7 @@ class TrainingPlan:
             )
         check_choice("verified_norm", self.verified_norm, get_args(NormName))
         check_choice("verified_method", self.verified_method, get_args(TrainedMethod))
-        if not 0.0 < self.lr < float("inf"):
-            raise ValueError(f"lr must be > 0 and finite, got {self.lr}")
+        check_size("lr", self.lr, positive=True)
         if self.precise_statistics < 0:
             raise ValueError(
                 f"precise_statistics must be >= 0, got {self.precise_statistics}; it is a number "
@@ -136,8 +136,7 @@ class TrainingPlan:
         if not 0.0 <= self.momentum < 1.0:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
         for name, size in (("weight_decay", self.weight_decay), ("retraction", self.retraction)):
-            if not 0.0 <= size < float("inf"):
-                raise ValueError(f"{name} must be >= 0 and finite, got {size}")
+            check_size(name, size)
 
     def check_select(self, attacks: Iterable[str]) -> None:
         """Raise ValueError unless the best epoch is selected by an accuracy that validation under

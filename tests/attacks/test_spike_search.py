@@ -415,6 +415,9 @@ def test_the_size_of_its_batches_changes_no_result(batch_size):
         ({"moves": ["flip"]}, ValueError, "flips need a first spiking layer"),
         ({"starts": torch.rand(3, 1, 6, 6)}, ValueError, r"starts must be \[S, N, ...\]"),
         ({"starts": []}, ValueError, r"starts must be \[S, N, ...\]"),
+        ({"starts": "clean"}, TypeError, r"starts must be tensors .*got str; give \[x\]"),
+        ({"starts": [1]}, TypeError, r"starts must be tensors .*got int; give \[x\]"),
+        ({"starts": 1}, TypeError, r"starts must be tensors .*got int; give \[x\]"),
         ({"starts": torch.full((1, 3, 1, 6, 6), 2.0)}, ValueError, r"must lie in \[0, 1\]"),
     ],
 )
@@ -432,6 +435,53 @@ def test_a_network_that_draws_is_refused():
     model = SpikingClassifier(net, T=4, encoder=PoissonEncoder())
     with pytest.raises(ValueError, match="must give the same logits for the same.*eot_samples"):
         spike_search(model, torch.rand(4, 1, 6, 6), torch.zeros(4, dtype=torch.int64), eps=0.1)
+
+
+class Quiet(nn.Module):
+    """Draws numbers that change no logit here."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.source = source
+        self.generator = torch.Generator()
+        self.linear = linear_model(36)
+
+    def forward(self, x):
+        if self.source == "seeded anew":
+            self.generator.manual_seed(0)
+        sources = {
+            "torch": lambda: torch.rand(3),
+            "its generator": lambda: torch.rand(3, generator=self.generator),
+            "seeded anew": lambda: torch.rand(3, generator=self.generator),
+            "dropout": lambda: nn.functional.dropout(x, training=self.training),
+        }
+        sources[self.source]()
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("source", ["torch", "its generator"])
+def test_a_network_that_draws_is_refused_where_its_logits_agree(source):
+    x = torch.rand(3, 1, 6, 6, generator=seeded())
+    model = Quiet(source)
+    with pytest.raises(ValueError, match="got one that draws random numbers; .*eot_samples"):
+        spike_search(model, x, predicted(model, x), eps=0.1)
+
+
+@pytest.mark.parametrize("source", ["seeded anew", "dropout"])
+def test_a_network_that_repeats_its_numbers_is_searched(source):
+    x = torch.rand(3, 1, 6, 6, generator=seeded())
+    model = Quiet(source)
+    spike_search(model, x, predicted(model, x), eps=0.1, starts=[x], forwards=50, moves=["patch"])
+
+
+def test_a_bare_network_of_sequences_is_told_what_to_wrap_it_in():
+    net = nn.Sequential(layer.Conv2d(1, 2, 3, step_mode="m"), DLIFNode(T=4), nn.Flatten(2))
+    with pytest.raises(ValueError, match="expected x with shape") as refused:
+        spike_search(net, torch.rand(3, 1, 6, 6), torch.tensor([0, 1, 2]), eps=0.1)
+    assert "attack SpikingClassifier(net, T=...)" in refused.value.__notes__[0]
+    with pytest.raises(ValueError, match="starts must be") as refused:
+        spike_search(net, torch.rand(3, 1, 6, 6), torch.tensor([0, 1, 2]), eps=0.1, starts=[])
+    assert not hasattr(refused.value, "__notes__")
 
 
 def digits(count: int) -> tuple[Tensor, Tensor]:

@@ -83,6 +83,7 @@ def test_labels_beyond_the_classes(search):
         search.run(linear_model(36), X, torch.tensor([0, 5, 1]), 0.1)
 
 
+LINEAR = linear_model(36)
 WRONG_MODELS = [
     (None, TypeError, "model must be a callable from images to logits, got NoneType"),
     (lambda x: (x.flatten(1), None), TypeError, "must return a tensor of logits, got tuple"),
@@ -99,7 +100,7 @@ WRONG_MODELS = [
         RuntimeError,
         r"no gradient reaches the images.*0.0.0.0.14.*SpikingClassifier",
     ),
-    (lambda x: linear_model(36)(x.detach()), RuntimeError, "no gradient reaches the images"),
+    (lambda x: LINEAR(x.detach()), RuntimeError, "no gradient reaches the images"),
     (
         lambda x: (x.flatten(1) - x.flatten(1).detach()).sqrt(),
         ValueError,

@@ -118,13 +118,28 @@ def test_noise_and_state_on_later_images_are_found_and_told_apart(what, message)
     with pytest.raises(ValueError, match=message):
         evaluate(OnSome(what), marked, eps=0.1, suite="fast", draws=1, progress=False)
     assert settled_draws(OnSome("nothing"), Data.of(marked), None) == 1
-    assert settled_draws(OnSome(what), Data.of(marked[:4]), None) == 1
+    unmarked = Data.of(marked[:4])
+    assert settled_draws(OnSome(what), unmarked, None) == (1 if what == "state" else DRAWS)
+    if what != "state":
+        with pytest.raises(ValueError, match=r"draws random numbers, though .* agree.*draws=10"):
+            settled_draws(OnSome(what), unmarked, 1)
     assert settled_draws(OnSome(what), Data.of(marked), 4) == 4
     if what == "state":
         with pytest.raises(ValueError, match=message):
             settled_draws(OnSome(what), Data.of(marked), None)
     else:
         assert settled_draws(OnSome(what), Data.of(marked), None) == DRAWS
+
+
+def test_numbers_that_repeat_in_every_forward_are_no_noise():
+    class SeededAnew(OnSome):
+        def forward(self, x):
+            torch.manual_seed(0)
+            return super().forward(x)
+
+    assert settled_draws(SeededAnew("noise"), Data.of(batches(6, 12)), None) == 1
+    dropout = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(16, 3))
+    assert settled_draws(dropout.train(), Data.of(batches(6, 12)), None) == 1
 
 
 def test_neurons_that_are_never_reset_are_told_to_carry_state():

@@ -137,12 +137,14 @@ def test_options_from_the_command_line_and_from_a_file_of_them(words, expected, 
         ("--config wrong.yaml", "Unrecognized options: --batchsize, 4 (in wrong.yaml)"),
         ("--config few.yaml", "invalid choice 'maybe' for argument '--mode' (in few.yaml)"),
         ("--config list.yaml", "error: list.yaml must hold options, such as epochs: 15"),
+        ("--config five.yaml", "by name, such as epochs: 15, got the key 5; write an option's"),
         ("--config nowhere.yaml", "error: nowhere.yaml must be a file of options"),
     ],
 )
 def test_wrong_options_are_told_with_code_2(words, reason, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name, content in (("wrong", "batchsize: 4"), ("few", "mode: maybe"), ("list", "[1]")):
+    files = {"wrong": "batchsize: 4", "few": "mode: maybe", "list": "[1]", "five": "5: 3"}
+    for name, content in files.items():
         (tmp_path / f"{name}.yaml").write_text(content)
     with pytest.raises(SystemExit) as stop:
         check_options(Options, words.split())

@@ -189,7 +189,7 @@ def test_l2_and_transfer(folder, tmp_path):
 
 def test_a_smoothed_classifier_has_a_bracket_of_its_own(folder, tmp_path, capsys):
     vote = split("--smooth 0.1 --smooth-draws 100 --smooth-alpha 0.01")
-    few = split("--test-limit 4 --output")
+    few = split("--test-limit 4 --draws 7 --no-control --output")
     in_process(folder, "runs/one", *vote, *few, str(tmp_path / "vote"))
     found = Report.load(tmp_path / "vote" / "smoothed.json")
     radii = [row.eps for row in found.rows if row.kind == "proof"]
@@ -210,6 +210,7 @@ def test_a_smoothed_classifier_has_a_bracket_of_its_own(folder, tmp_path, capsys
     out = capsys.readouterr().out
     assert found.table() in out
     assert found.verdict in out
+    assert "ignored with the other options given: control, draws\n" in out
     assert "worst case" not in out
 
 
@@ -314,7 +315,9 @@ def test_stress(folder, tmp_path, capsys, monkeypatch):
 
 def test_leaderboard(folder, tmp_path, capsys, whole):
     in_process(folder, *split("--leaderboard whole --output"), str(tmp_path / "board"))
-    assert "of 1 reports are in" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "of 1 reports are in" in told
+    assert "ignored" not in told
     text = (tmp_path / "board" / "leaderboard.md").read_text()
     assert "## digits, Linf 0.1" in text
     at_most = whole.everything.percent
@@ -337,6 +340,8 @@ def test_a_report_is_checked_and_added(folder, tmp_path, capsys, whole):
 
 def test_compare(folder, capsys, whole):
     whole.save(folder / "other.json")
+    in_process(folder, *split("--compare whole other.json --eps 0.2"))
+    assert "ignored with the other options given: eps\n" in capsys.readouterr().out
     in_process(folder, *split("--compare whole other.json"))
     out = capsys.readouterr().out
     assert "same network" in out

@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import adv_train
+import evaluate
 import pytest
 from covering import each_in_turn
-from lab.command_line import idle
+from lab.command_line import idle, unused
 from lab.command_line.declared import Idle, marked, texts_of
 from launch import RECIPES, ROOT, unboxed
 
@@ -118,6 +119,31 @@ def test_options_without_effect(given, expected):
     assert found == wanted
     used = {"threshold_guard": 0.1, "encoder": "stod", "moves": 3}
     assert not unused & without_effect(**used, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "ignored"),
+    [
+        ({"proofs": False, "control": False, "draws": 7, "transfer": "x"}, []),
+        ({"norm": "L2", "proofs": False}, ["proofs"]),
+        (
+            {"smooth": 0.1, "smooth_draws": 7, "proofs": False, "control": False, "draws": 7},
+            ["control", "draws", "proofs"],
+        ),
+        (
+            {"suite": "fast", "smooth_draws": 5, "smooth_alpha": 0.5, "fault_draws": 3},
+            ["fault_draws", "smooth_alpha", "smooth_draws"],
+        ),
+        (
+            {"suite": "stress", "fault_draws": 3, "proofs": False, "draws": 7, "transfer": "x"},
+            ["draws", "proofs", "transfer"],
+        ),
+        ({"suite": "corruptions", "fault_draws": 3, "control": False}, ["control", "fault_draws"]),
+    ],
+)
+def test_what_an_evaluation_ignores(given, ignored):
+    options = evaluate.Options(**given)
+    assert unused(options, options) == ignored
 
 
 def test_cutout_has_an_effect_where_images_are_augmented():

@@ -397,10 +397,10 @@ def two_classes():
     ("options", "message"),
     [
         ({"epochs": 0}, "epochs must be >= 1"),
-        ({"lr": 0.0}, "lr must be > 0"),
+        ({"lr": 0.0}, "lr must be finite and > 0"),
         ({"batch_size": 65}, "batch_size must be from 1 to the number of training images, 64"),
-        ({"retraction": -1e-3}, "retraction must be >= 0"),
-        ({"weight_decay": -1e-3}, "weight_decay must be >= 0"),
+        ({"retraction": -1e-3}, "retraction must be finite and >= 0"),
+        ({"weight_decay": -1e-3}, "weight_decay must be finite and >= 0"),
         ({"momentum": 1.0}, "momentum must be in"),
         ({"precise_statistics": -1}, "precise_statistics must be >= 0, got -1; it is a number"),
         ({"gradient_clip": 0.0}, "gradient_clip must be > 0 and finite, got 0.0; None"),

@@ -1,4 +1,6 @@
+import copy
 import io
+import re
 import signal
 from functools import partial
 
@@ -13,6 +15,7 @@ from training.small_run import splits
 
 import sj_robust
 from sj_robust.attacks import fgsm
+from sj_robust.models.checkpoint import save_checkpoint
 from sj_robust.training import Journal, TrainingInterrupted, finetune, finetuning, load_checkpoint
 
 STRIPES = splits()
@@ -116,6 +119,18 @@ class OfPairs(torch.utils.data.Dataset):
         return self.pairs[index]
 
 
+class Shifted(OfPairs):
+    """Another noise in every pass, from a generator that nobody seeds."""
+
+    def __init__(self, pairs):
+        super().__init__(pairs)
+        self.draws = torch.Generator().manual_seed(0)
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return (x + 0.01 * torch.rand(x.shape, generator=self.draws)).clamp(0, 1), y
+
+
 MODES = ["none", "pgd_at", "gaussian", "rat", "trades"]
 
 
@@ -168,6 +183,95 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_network(tmp_path, monke
         finetune(network(), STRIPES, folder=tmp_path / "kept", **options | {"rho": 0.5})
 
 
+X, Y = STRIPES.train.tensors
+KEPT = QUICK | {"data": (X, Y)}
+
+
+def linear(seed=0, tau=2.0):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Flatten(2), nn.Linear(16, 8), neuron.LIFNode(tau=tau), nn.Linear(8, 3))
+    functional.set_step_mode(net, "m")
+    return net
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a training that has ended, and its network."""
+    folder = tmp_path_factory.mktemp("trained")
+    net = linear()
+    finetune(net, folder=folder, **KEPT)
+    return folder, net
+
+
+@pytest.mark.parametrize(
+    ("net", "options", "differing"),
+    [
+        ({"seed": 1}, {}, "another network (network.net.1.weight"),
+        ({"tau": 8.0}, {}, "another network (network.net.2.tau"),
+        ({}, {"T": 4}, "finetune.T: 3 there, 4 now"),
+        ({}, {"mean": [0.5]}, "finetune.mean: None there, [0.5] now"),
+        ({}, {"std": [0.5]}, "finetune.std: None there, [0.5] now"),
+        ({}, {"validation_fraction": 0.3}, "finetune.validation_fraction: 0.1 there, 0.3 now"),
+        ({}, {"data": (1 - X, Y)}, "images and labels: "),
+        ({}, {"data": (X, (Y + 1) % 3)}, "images and labels: "),
+        ({}, {"rho": 0.5}, "finetune.rho: 1.0 there, 0.5 now"),
+    ],
+)
+def test_a_folder_of_another_training_is_refused(trained, net, options, differing):
+    folder, _ = trained
+    other = linear(**net)
+    before = weights(other)
+    with pytest.raises(ValueError, match=re.escape(differing)) as refused:
+        finetune(other, folder=folder, **KEPT | options)
+    assert "another folder" in str(refused.value)
+    assert same(before, weights(other))
+
+
+@pytest.mark.parametrize("weights_of", ["the start", "its end"])
+def test_the_same_call_takes_up_its_folder(trained, weights_of):
+    folder, net = trained
+    again = linear() if weights_of == "the start" else copy.deepcopy(net)
+    report = finetune(again, folder=folder, **KEPT)
+    assert same(weights(net), weights(again))
+    assert len(report.curves["after"]) == 1
+
+
+def test_images_that_are_drawn_anew_in_every_pass_are_told_by_their_labels(tmp_path):
+    drawn = Shifted([(x, int(y)) for x, y in zip(X, Y, strict=True)])
+    net = linear()
+    options = KEPT | {"data": drawn, "folder": tmp_path}
+    finetune(net, **options)
+    finetune(linear(), **options)
+    shifted = Shifted([(x, (y + 1) % 3) for x, y in drawn.pairs])
+    with pytest.raises(ValueError, match="images and labels: "):
+        finetune(linear(), **options | {"data": shifted})
+
+
+def test_a_folder_whose_fingerprint_is_gone_is_refused(tmp_path):
+    finetune(linear(), folder=tmp_path, **KEPT)
+    (tmp_path / "network_before.json").unlink()
+    with pytest.raises(ValueError, match="network_before.json is missing.*another folder"):
+        finetune(linear(), folder=tmp_path, **KEPT)
+
+
+def test_a_folder_of_an_earlier_release_is_refused(tmp_path):
+    finetune(linear(), folder=tmp_path, **KEPT)
+    content = load_checkpoint(tmp_path / "last.pt")
+    earlier = content["description"]["finetune"]
+    for name in ("T", "mean", "std", "validation_fraction"):
+        del earlier[name]
+    run = {name: value for name, value in content.items() if name not in ("format", "version")}
+    save_checkpoint(tmp_path / "last.pt", run | {"description": {"finetune": earlier}})
+    with pytest.raises(ValueError, match="another folder; if the run is of a release without"):
+        finetune(linear(), folder=tmp_path, **KEPT)
+
+
+def test_images_without_a_split_of_their_own_need_no_fraction(tmp_path):
+    options = QUICK | {"folder": tmp_path}
+    finetune(linear(), STRIPES, **options)
+    finetune(linear(), STRIPES, validation_fraction=0.3, **options)
+
+
 FRAMES = TensorDataset(torch.zeros(20, 3, 2, 4, 4), torch.zeros(20, dtype=torch.int64))
 
 
@@ -186,6 +290,11 @@ FRAMES = TensorDataset(torch.zeros(20, 3, 2, 4, 4), torch.zeros(20, dtype=torch.
         ({"batch_size": 500}, "batch_size must be from 1 to"),
         ({"epochs": 0}, "epochs must be"),
         ({"rho": -1.0}, "rho must be"),
+        ({"rho": "1"}, "rho must be a number, got str"),
+        ({"rho": 5.0, "mode": "none"}, "rho has no effect in mode 'none', got 5.0; omit it"),
+        ({"lr": "0.1"}, "lr must be a number, got str"),
+        ({"validation_fraction": "a"}, "validation_fraction must be a number, got str"),
+        ({"net": network().requires_grad_(False)}, "must have a weight to train.*requires_grad_"),
         ({"mean": [0.5, 0.5]}, "mean"),
         ({"progress": "yes"}, "progress must be"),
     ],

@@ -11,7 +11,7 @@ except ModuleNotFoundError as error:
     own = "; in the clone: pip install -e '.[recipes]'"
     sys.exit(f"error: {error}{own if error.name == 'sj_robust' else ''}")
 
-from lab.command_line.declared import deciding, idle, plain
+from lab.command_line.declared import changed, deciding, idle, plain, unused
 from lab.command_line.read import (
     WrongUse,
     check_code,
@@ -26,6 +26,7 @@ from lab.command_line.start import check_options, checked, run_recipe
 
 __all__ = [
     "WrongUse",
+    "changed",
     "check_code",
     "check_options",
     "checked",
@@ -39,4 +40,5 @@ __all__ = [
     "read_file",
     "read_options",
     "run_recipe",
+    "unused",
 ]

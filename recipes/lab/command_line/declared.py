@@ -213,3 +213,17 @@ def idle(options: Any) -> frozenset[str]:
 
         found |= names & set(MODES[options.mode].idle)
     return frozenset(found)
+
+
+def changed(options: Any) -> list[str]:
+    """Names of the options that differ from their defaults, sorted."""
+    values, defaults = plain(options), plain(type(options)())
+    return sorted(name for name, value in values.items() if value != defaults[name])
+
+
+def unused(options: Any, complete: Any) -> list[str]:
+    """Names of the options that are given and change nothing; ``complete`` are the same ones with
+    values where None stands for one.
+    """
+    without_effect = idle(complete)
+    return [name for name in changed(options) if name in without_effect]

@@ -239,6 +239,12 @@ def read_file(path: Path) -> dict[str, Any]:
         raise WrongUse(str(error)) from error
     if not isinstance(content, dict):
         raise WrongUse(f"{path} must hold options, such as epochs: 15")
+    for name in content:
+        if not isinstance(name, str):
+            raise WrongUse(
+                f"{path} must hold options by name, such as epochs: 15, got the key {name!r}; "
+                "write an option's name"
+            )
     return content
 
 

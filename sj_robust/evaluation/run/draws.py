@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.core.environment import device_of
-from sj_robust.core.preserved import preserved
+from sj_robust.core.preserved import preserved, states_of_sources
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.identity import seeded_sources
 from sj_robust.evaluation.run.member import scored
@@ -22,7 +22,12 @@ _REMEDIES = {
     "numbers": "the network draws random numbers: on {images} its logits differ. A single lucky "
     "draw does not count, so omit draws, or set the number of fresh draws that judge an image, "
     "such as draws=10 (--draws 10)",
+    "hidden numbers": "the network draws random numbers, though on {images} its logits agree. On "
+    "attacked images they may differ, so omit draws, or set the number of fresh draws that judge "
+    "an image, such as draws=10 (--draws 10)",
 }
+_FEW = 4
+"""Images of the forward in which random numbers are looked for that logits do not show."""
 
 
 def settled_draws(model: nn.Module, data: Data, draws: int | None) -> int:
@@ -30,8 +35,9 @@ def settled_draws(model: nn.Module, data: Data, draws: int | None) -> int:
     确定随机网络的判定次数。
 
     Unless there are several draws already, every image is asked twice, with other random numbers:
-    two forwards of every image, so a small share of what its attacks cost. Several processes share
-    the images.
+    two forwards of every image, so a small share of what its attacks cost. Where no logits differ,
+    a forward of a few images is watched: noise that turns no spike there may do so on attacked
+    images. Several processes share the images.
 
     Args:
         model: The network; its states stay as they were.
@@ -41,8 +47,8 @@ def settled_draws(model: nn.Module, data: Data, draws: int | None) -> int:
 
     Raises:
         ValueError: If logits differ because the network carries state from one forward into the
-            next, or though one draw was asked for. With the same random numbers once more, a
-            network that draws repeats itself, and one that carries state does not.
+            next, or if it draws though one draw was asked for. With the same random numbers once
+            more, a network that draws repeats itself, and one that carries state does not.
 
     Examples:
         >>> data = Data.of([(torch.rand(2, 4), torch.tensor([0, 1]))])
@@ -61,6 +67,9 @@ def settled_draws(model: nn.Module, data: Data, draws: int | None) -> int:
                 images = f"images {start} to {start + len(y) - 1}"
                 found[number] = reason, _REMEDIES[reason].format(images=images)
                 break
+        if rank == 0 and not found and _draws(model, data[0][0][:_FEW].to(device_of(model))):
+            reason = "hidden numbers"
+            found[0] = reason, _REMEDIES[reason].format(images="the images")
     differing = gathered(found).values()
     for reason, message in differing:
         if reason == "state" or draws == 1:
@@ -76,6 +85,15 @@ def _reason(model: nn.Module, x: Tensor, y: Tensor) -> str:
         return ""
     again = _logits(model, x, y, seed=1)
     return "numbers" if torch.equal(other, again) else "state"
+
+
+def _draws(model: nn.Module, x: Tensor) -> bool:
+    """Whether a forward draws random numbers, and goes on with others in the next one."""
+    with seeded_sources(model, 0, x.device), torch.no_grad():
+        model(x)
+        states = states_of_sources(model, x.device)
+        model(x)
+        return states_of_sources(model, x.device) != states
 
 
 def _logits(model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> Tensor:

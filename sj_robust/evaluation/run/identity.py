@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from sj_robust.evaluation.run.progress import (
     read,
 )
 
-__all__ = ["Identity", "identify", "network_key", "seeded_sources"]
+__all__ = ["Answers", "Identity", "identify", "network_key", "seeded_sources"]
 
 _PROBES = 4
 """Images of noise, and of the data, whose logits are compared."""
@@ -94,6 +93,23 @@ class Identity:
         """Digest of the parts."""
         lasting = {name: part for name, part in self.parts.items() if name not in self.changing}
         return fingerprint(lasting)
+
+    def save(self, path: Path) -> None:
+        """Write it to a file. 保存。"""
+        write_whole(path, json.dumps(asdict(self)) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Identity":
+        """Read it from a file; ValueError if it is damaged. 读取。"""
+        content = read(path)
+        try:
+            noise, images = Answers(**content["noise"]), Answers(**content["images"])
+            typed = {"noise": noise, "images": images, "sizes": tuple(content["sizes"])}
+            return cls(**{**content, **typed})
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} describes no network; it is damaged: evaluate into another folder"
+            ) from error
 
     def differences(self, now: "Identity") -> list[str]:
         """What says that the network is another one now; nothing for the same one."""
@@ -224,9 +240,9 @@ def _kept(folder: Path | None, identity: Identity) -> tuple[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     begun_already = any(other != path for other in folder.iterdir())
     if not begun_already or not path.is_file():
-        write_whole(path, json.dumps(asdict(identity)) + "\n")
+        identity.save(path)
         return identity.fingerprint, ""
-    begun = _from_content(read(path), path)
+    begun = Identity.load(path)
     if begun.data == identity.data and begun.sizes != identity.sizes:
         return "", another_evaluation(folder, "batch sizes changed")
     differing = begun.differences(identity)
@@ -236,17 +252,6 @@ def _kept(folder: Path | None, identity: Identity) -> tuple[str, str]:
     if len(differing) > 3:
         names += " ..."
     return "", another_evaluation(folder, f"network changed: {names}")
-
-
-def _from_content(content: Mapping[str, Any], path: Path) -> Identity:
-    try:
-        noise, images = Answers(**content["noise"]), Answers(**content["images"])
-        typed = {"noise": noise, "images": images, "sizes": tuple(content["sizes"])}
-        return Identity(**{**content, **typed})
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} describes no network; it is damaged: evaluate into another folder"
-        ) from error
 
 
 def _data_differs(one: Identity, other: Identity) -> list[str]:
