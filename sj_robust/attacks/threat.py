@@ -200,6 +200,19 @@ class ThreatModel:
         """Whether every image is within the budget, up to :meth:`tolerance`, [N] bool."""
         return self.distance(x, x_adv) <= self.eps + self.tolerance(x)
 
+    def includes(self, other: "ThreatModel") -> bool:
+        """Whether all that another threat allows is allowed here: the norm and what frames hold are
+        the same, and no limit is narrower. Threats of two norms are never compared.
+        """
+        if (self.norm, self.counts) != (other.norm, other.counts):
+            return False
+        limits = [
+            (self.eps, other.eps),
+            (self.largest_shift, other.largest_shift),
+            (self.total_shift, other.total_shift),
+        ]
+        return all(_no_narrower(own, its) for own, its in limits)
+
     def holds_events(self, x_adv: Tensor) -> Tensor:
         """Which values are numbers of events, that is 0 or 1 unless frames hold ``counts``."""
         most = torch.inf if self.counts else 1.0
@@ -223,6 +236,13 @@ class ThreatModel:
         if self.total_shift is not None:
             allowed &= found.total_shift <= self.total_shift
         return torch.where(allowed, events, torch.inf)
+
+
+def _no_narrower(limit: float | None, other: float | None) -> bool:
+    """Whether a limit is at least another; None is no limit."""
+    if limit is None:
+        return True
+    return other is not None and limit >= other
 
 
 class Moves(NamedTuple):

@@ -15,6 +15,7 @@ import torch
 __all__ = [
     "SavedResult",
     "load_tensors",
+    "markdown_cells",
     "markdown_table",
     "naming",
     "plain",
@@ -110,8 +111,8 @@ class SavedResult:
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> str:
-    """Markdown of a table whose first ``words`` columns hold words, the others numbers. Markdown
-    表格。
+    """Markdown of a table whose first ``words`` columns hold words, the others numbers; bars in
+    cells are escaped. Markdown 表格。
 
     Examples:
         >>> print(markdown_table(["attack", "%"], [["clean", "95.0"]]))
@@ -120,7 +121,21 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, words
         | clean | 95.0 |
     """
     marks = ["---"] * words + ["---:"] * (len(heads) - words)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, marks, *rows))
+    lines = []
+    for row in (heads, marks, *rows):
+        cells = [cell.replace("|", r"\|") for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def markdown_cells(line: str) -> list[str]:
+    """The cells of a line of :func:`markdown_table`. Markdown 表格一行的单元格。
+
+    Examples:
+        >>> markdown_cells(markdown_table(["a | b", "%"], []).splitlines()[0])
+        ['a | b', '%']
+    """
+    return [cell.replace(r"\|", "|") for cell in line[2:-2].split(" | ")]
 
 
 def saved_format(text: str) -> str | None:

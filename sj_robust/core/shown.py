@@ -11,6 +11,8 @@ from math import ceil, nan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sj_robust.core.saved import markdown_cells
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.collections import QuadMesh
@@ -102,7 +104,7 @@ def shown_html(markdown: str) -> str:
         if not is_table:
             found += [f"<p>{coded(line)}</p>" for line in lines]
             continue
-        head, _, *rows = ([coded(cell) for cell in line[2:-2].split(" | ")] for line in lines)
+        head, _, *rows = ([*map(coded, markdown_cells(line))] for line in lines)
         cells = ["".join(f"<th>{cell}</th>" for cell in head)]
         cells += ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
         found.append(f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>")

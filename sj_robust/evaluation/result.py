@@ -29,13 +29,15 @@ class Row:
             at the same cost, ``"proof"``.
         seen: Indices of the images that it was run on.
         fell: Indices of those that are misclassified afterwards, or (proof) not proved.
-        outside: Indices of those in ``fell`` whose image exceeds the threat of the evaluation.
+        outside: Indices of those in ``fell`` whose image exceeds the threat of the evaluation, if
+            distances were measured.
         variant: Variant of the network or the images.
         threat: Threat model of the member; None if there is none, as for Gaussian noise.
         group: Members of one group attack only images that the earlier ones did not break; those
             of group ``""`` attack all images.
         estimator: Gradient estimator of the attack.
-        largest: Largest distance of an image from its clean image, in the norm of the evaluation.
+        largest: Largest distance of an image from its clean image, in the norm of the evaluation; 0
+            if distances were not measured.
         alpha: Probability with which the proof of an image is wrong; 0 for bounds.
         seconds: Time for crafting and scoring, summed over processes.
 
@@ -68,7 +70,7 @@ class Row:
 
     @property
     def broken(self) -> tuple[int, ...]:
-        """Images that were broken within the threat of the evaluation."""
+        """Those in ``fell`` whose image was not found to exceed the threat of the evaluation."""
         outside = frozenset(self.outside)
         return tuple(number for number in self.fell if number not in outside)
 
@@ -76,6 +78,17 @@ class Row:
     def stood(self) -> frozenset[int]:
         """Images that it was run on and did not break."""
         return frozenset(self.seen).difference(self.fell)
+
+    def covers(self, attack: "Row") -> bool:
+        """Whether a proof is of all that an attack may do."""
+        if self.threat is None or attack.threat is None:
+            return False
+        return self.threat.includes(attack.threat)
+
+    @property
+    def measured(self) -> bool:
+        """Whether the distances of its images were measured."""
+        return bool(self.outside) or self.largest > 0
 
     @property
     def attacks(self) -> bool:
@@ -155,9 +168,9 @@ class Evaluation:
     bracket between the verified accuracy and that under all attacks. An attack that breaks an
     image which a proof (without error probability) covers is an error.
 
-    An image counts as broken if an attack fools the network with a change that the threat allows.
-    Members beyond it (other radii, Gaussian noise) have their own figures and are not part of the
-    worst case.
+    An image counts as broken if an attack fools the network with a change that the threat allows
+    (:meth:`broken`). Members beyond it (other radii, Gaussian noise) have their own figures and are
+    not part of the worst case.
 
     Attributes:
         name: Name of the network.
@@ -187,8 +200,8 @@ class Evaluation:
         warnings: Further remarks for the reader.
 
     Raises:
-        ValueError: If there are no images, rows contradict each other, or an index does not belong
-            to an image.
+        ValueError: If there are no images, a variant has no row of the clean images, rows
+            contradict each other, or an index does not belong to an image.
     """
 
     name: str
@@ -221,6 +234,8 @@ class Evaluation:
             object.__setattr__(self, name, plain(getattr(self, name)))
         if not self.labels:
             raise ValueError("a report needs at least one image, got none")
+        for variant in self.variants or ("",):
+            self._check_clean(variant)
         for row in self.rows:
             self._check_row(row)
         for variant in self.variants:
@@ -253,10 +268,20 @@ class Evaluation:
         return tuple(row for row in self.of(self.main) if row.attacks)
 
     def within(self, row: Row) -> bool:
-        """Whether an attack stays within the threat model, so that it is part of the worst case."""
-        if row.eps is None or row.outside:
+        """Whether an attack has a threat of its own that stays within the threat model, so that it
+        is part of the worst case.
+        """
+        if row.threat is None or row.outside:
             return False
-        return self.threat is None or row.eps <= self.threat.eps
+        return self.threat is None or self.threat.includes(row.threat)
+
+    def broken(self, row: Row) -> frozenset[int]:
+        """Images that an attack breaks within the threat model: all that fall to one within it, and
+        of any other one those whose distance was measured; without a threat model, all.
+        """
+        if self.threat is None or self.within(row) or row.measured:
+            return frozenset(row.broken)
+        return frozenset()
 
     def standing(self, name: str, *, variant: str | None = None) -> frozenset[int]:
         """Indices of the images that are still correct under the attack or summary of this name.
@@ -271,7 +296,7 @@ class Evaluation:
         if name == "verified":
             return counted[0].stood
         clean = self._clean(place).stood
-        fallen = [row.broken if name in _SUMMARIES else row.fell for row in counted]
+        fallen = [self.broken(row) if name in _SUMMARIES else row.fell for row in counted]
         return clean.difference(*fallen)
 
     def under(self, name: str, *, variant: str | None = None) -> Accuracy:
@@ -320,19 +345,27 @@ class Evaluation:
 
     @property
     def verified(self) -> Accuracy | None:
-        """Share of images that are proved robust; None without proofs."""
-        if any(row.kind == "proof" for row in self.of(self.main)):
-            return self.under("verified")
-        return None
+        """Share of images that are proved robust within the threat; None without such proofs."""
+        return self.under("verified") if self._proofs(self.main) else None
 
     @property
     def accuracies(self) -> tuple[Accuracy, ...]:
         """All accuracies: clean, under each member, control, worst case, everything, verified."""
-        names = ["clean", *(row.member for row in self.attacks)]
-        names += ["control"] if self.control else []
+        return self.accuracies_of(self.main)
+
+    def accuracies_of(self, variant: str) -> tuple[Accuracy, ...]:
+        """All accuracies of a variant, in the same order."""
+        attacks = [row for row in self.of(variant) if row.attacks]
+        names = ["clean", *(row.member for row in attacks)]
+        names += ["control"] if any(row.kind == "control" for row in attacks) else []
         names += ["worst case", "everything"]
-        names += ["verified"] if self.verified else []
-        return tuple(map(self.under, names))
+        names += ["verified"] if self._proofs(variant) else []
+        return tuple(self.under(name, variant=variant) for name in names)
+
+    def single_accuracies(self, variant: str) -> tuple[Accuracy, ...]:
+        """Those of a variant that are not over several members: clean, under each, verified."""
+        kinds = ("clean", "member", "verified")
+        return tuple(one for one in self.accuracies_of(variant) if one.kind in kinds)
 
     @property
     def bracket(self) -> tuple[Accuracy, Accuracy] | None:
@@ -356,7 +389,7 @@ class Evaluation:
         for kind in ("control", "attack"):
             for index, row in reversed([*enumerate(self.attacks)]):
                 if row.kind == kind:
-                    broken_by |= dict.fromkeys(row.broken, index)
+                    broken_by |= dict.fromkeys(self.broken(row), index)
         images = range(len(self.labels))
         return tuple(broken_by.get(number, -2) for number in images)
 
@@ -404,7 +437,7 @@ class Evaluation:
             raise KeyError(f"nothing is proved at {eps_text(radius)}")
         left = self.standing("clean")
         for row in self.attacks:
-            if row.eps is not None and row.eps <= radius:
+            if proofs[0].covers(row):
                 left = left.difference(row.fell)
         total = len(self.labels)
         lower = Accuracy("verified", "verified", len(proofs[0].stood & left), total)
@@ -423,19 +456,27 @@ class Evaluation:
         return tuple(sorted(found))
 
     def merged(self, other: Self) -> Self:
-        """This report with the rows, curves and warnings of another report on the same images.
+        """This report with the rows, curves and warnings of another report on the same images;
+        variants that both have must have the same rows.
 
         Raises:
-            ValueError: If threats or images differ.
+            ValueError: If threats or images differ, or two variants of one name.
         """
-        if (self.threat, self.labels) != (other.threat, other.labels):
+        if (self.threat, self.labels, self.data) != (other.threat, other.labels, other.data):
             raise ValueError(
                 "reports must have the same threat and images to be merged, got "
-                f"{self.threat} and {other.threat}"
+                f"{self.threat} on {self.data!r} and {other.threat} on {other.data!r}"
             )
+        new = [variant for variant in other.variants if variant not in self.variants]
+        for variant in other.variants:
+            if variant not in new and self.of(variant) != other.of(variant):
+                raise ValueError(
+                    f"networks must have names of their own to be merged, got {variant!r} in both "
+                    "with other rows; name one of them anew"
+                )
         return replace(
             self,
-            rows=self.rows + other.rows,
+            rows=(*self.rows, *(row for row in other.rows if row.variant in new)),
             curves=self.curves | other.curves,
             warnings=self.warnings + other.warnings,
         )
@@ -454,10 +495,8 @@ class Evaluation:
             case "clean":
                 return []
             case "verified":
-                proofs = [row for row in rows if row.kind == "proof"]
-                at_threat = [row for row in proofs if row.threat == self.threat]
-                if proofs:
-                    return at_threat[:1] or proofs[:1]
+                if proofs := self._proofs(variant):
+                    return proofs[:1]
             case "everything":
                 return attacks
             case "control":
@@ -470,6 +509,20 @@ class Evaluation:
                 return [*(one for one in before if one.group == row.group), row]
         known = ", ".join(row.member for row in attacks)
         raise KeyError(f"no figure {name!r} in this report; it has {known}")
+
+    def _proofs(self, variant: str) -> list[Row]:
+        """Proofs of a variant within the threat itself; one at another radius is no end of the
+        bracket.
+        """
+        proofs = [row for row in self.of(variant) if row.kind == "proof"]
+        return [row for row in proofs if row.threat == self.threat]
+
+    def _check_clean(self, variant: str) -> None:
+        if not any(row.kind == "clean" for row in self.of(variant)):
+            network = f" of {variant!r}" if variant else ""
+            raise ValueError(
+                f"a report needs a row of the clean images{network}, of kind 'clean', got none"
+            )
 
     def _check_row(self, row: Row) -> None:
         total = len(self.labels)
@@ -507,7 +560,5 @@ class Evaluation:
         for row in self.rows:
             if row.variant not in variants or not row.attacks:
                 continue
-            if row.eps is None or proof.eps is None or row.eps > proof.eps:
-                continue
-            if both := proof.stood.intersection(row.broken):
+            if proof.covers(row) and (both := proof.stood.intersection(row.fell)):
                 yield row.member, set(both)

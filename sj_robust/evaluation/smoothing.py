@@ -103,7 +103,8 @@ def smoothed_bracket(
         wrong=frozenset(i for i in wrong if not right[i]),
     )
     network = network_key(model, data, None)
-    outcome = run(model, data, [attacked], asked=Asked(), network=network)
+    middle = ThreatModel("L2", ordered[len(ordered) // 2])
+    outcome = run(model, data, [attacked], asked=Asked(middle), network=network)
     proofs = [_proof(smoothing, y, radius, variant) for radius in ordered]
     vote = {"sigma": smoothing.sigma, "n": smoothing.n, "alpha": smoothing.alpha}
     return Report(
@@ -112,7 +113,7 @@ def smoothed_bracket(
         suite="vote",
         labels=data.labels,
         rows=(*outcome.rows, *proofs),
-        threat=ThreatModel("L2", ordered[len(ordered) // 2]),
+        threat=middle,
         description=f"PGD {steps} on the vote",
         seed=seed,
         network={"fingerprint": network, "vote": vote},

@@ -316,7 +316,7 @@ def final_report(
             classifier,
             data,
             [variant],
-            asked=Asked(),
+            asked=Asked(threat),
             network=name,
             watch=watch,
             shared=False,  # the first process reports alone

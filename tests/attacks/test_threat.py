@@ -197,3 +197,24 @@ def test_values_that_are_no_events_are_outside_and_projected_inside(value, count
     assert threat.contains(x, inside).all()
     assert inside.isfinite().all()
     assert inside[0].sum() == (value > 0)
+
+
+MOVES = ThreatModel("moves", 3, largest_shift=2, total_shift=4)
+
+
+@pytest.mark.parametrize(
+    ("threat", "other", "whole"),
+    [
+        (THREATS[0], THREATS[0], True),
+        (THREATS[0], ThreatModel("Linf", 0.05), True),
+        (THREATS[0], ThreatModel("Linf", 0.2), False),
+        (THREATS[0], ThreatModel("L2", 0.05), False),
+        (MOVES, ThreatModel("moves", 2, largest_shift=1, total_shift=4), True),
+        (MOVES, ThreatModel("moves", 3, largest_shift=2), False),
+        (MOVES, ThreatModel("moves", 3, total_shift=4), False),
+        (MOVES, ThreatModel("moves", 3, 2, 4, counts=True), False),
+        (ThreatModel("moves", 3), MOVES, True),
+    ],
+)
+def test_a_threat_includes_another_if_none_of_its_limits_is_narrower(threat, other, whole):
+    assert threat.includes(other) == whole

@@ -5,11 +5,11 @@ from dataclasses import replace
 from itertools import permutations, product
 
 import pytest
-from evaluation.reports import DEAD, member, report
+from evaluation.reports import DEAD, LINF, clean, member, report, stress_report
 from rich.console import Console
 
 from sj_robust.attacks import ThreatModel
-from sj_robust.evaluation import compare_reports
+from sj_robust.evaluation import Report, compare_reports
 from sj_robust.evaluation.intervals import paired_difference_interval
 from sj_robust.evaluation.report.terminal import show_comparison
 
@@ -112,3 +112,95 @@ def test_a_clear_difference_is_marked():
     assert row.clear
     assert row.value == 0.5
     assert "+50.0 *" in compare_reports(*made).table()
+
+
+MOVES = ThreatModel("moves", 3, largest_shift=1)
+
+
+@pytest.mark.parametrize(
+    ("threats", "notes"),
+    [
+        ((MOVES, replace(MOVES, largest_shift=2)), ["largest shift: 1 and 2"]),
+        ((MOVES, replace(MOVES, total_shift=5)), ["total shift: none and 5"]),
+        ((MOVES, replace(MOVES, counts=True)), ["counts: no and yes"]),
+        ((MOVES, replace(MOVES, eps=4, counts=True)), ["eps: 3 and 4", "counts: no and yes"]),
+        ((None, ThreatModel("Linf", 0.1)), ["norm: none and Linf", "eps: none and 0.1"]),
+        ((MOVES, MOVES), []),
+    ],
+)
+def test_threats_are_compared_as_a_whole(threats, notes):
+    first, second = (report(members=(), threat=threat) for threat in threats)
+    found = compare_reports(first, second).notes
+    harm = "; robust accuracies are not comparable."
+    assert [note for note in found if note.endswith(harm)] == [
+        f"DIFFERENT {note}{harm}" for note in notes
+    ]
+
+
+def test_other_numbers_of_draws_are_named():
+    notes = compare_reports(report(), report(draws=10)).notes
+    assert "DIFFERENT draws: 1 and 10; other images count as broken." in notes
+
+
+def training(*networks, **more):
+    """A report of a training: by network, its images that are right and those that PGD breaks."""
+    rows = []
+    for name, right, fell in networks:
+        rows += [clean(right, variant=name), pgd(name, right, fell)]
+    return Report(networks[0][0], "digits", "training", (0,) * 10, rows, threat=LINF, **more)
+
+
+def pgd(name, right, fell):
+    return member("pgd20", fell, seen=right, group="", variant=name)
+
+
+BEFORE = ("before", range(8), range(8))
+
+
+def test_every_network_that_two_trainings_have_is_compared():
+    first = training(BEFORE, ("after", range(8), (0, 1)))
+    second = training(BEFORE, ("after", range(8), (0,)))
+    found = differences(first, second)
+    names = ["clean", "pgd20", "worst case", "everything"]
+    assert list(found) == [f"{name}: {one}" for name in ("before", "after") for one in names]
+    assert [row.value for row in found.values()] == pytest.approx([0.0] * 5 + [0.1] * 3)
+    after = found["after: pgd20"]
+    assert (after.first.correct, after.second.correct) == (6, 7)
+    assert after.interval == paired_difference_interval(1, 0, 10)
+    assert not any("Omitted" in note for note in compare_reports(first, second).notes)
+
+
+A, B, C = ("a", range(8), (0,)), ("b", range(8), (1, 2)), ("c", range(6), (3,))
+FIRST, SECOND = "which only the first report has.", "which only the second report has."
+
+
+@pytest.mark.parametrize(
+    ("networks", "compared", "omitted"),
+    [
+        (((A, C), (B, C)), ["a and b", "c"], []),
+        (((A,), (B,)), [""], []),
+        (((A, B), (B, A)), ["a", "b"], []),
+        (((A, B), (A, C)), ["a"], [f"network b, {FIRST}", f"network c, {SECOND}"]),
+        (((A, B, C), (B,)), ["b"], [f"networks a, c, {FIRST}"]),
+    ],
+)
+def test_networks_of_other_names_are_compared_or_named(networks, compared, omitted):
+    comparison = compare_reports(*(training(*own) for own in networks))
+    names = [row.first.name.rpartition(": ")[0] for row in comparison.differences]
+    assert list(dict.fromkeys(names)) == compared
+    found = [note for note in comparison.notes if note.startswith("Omitted: network")]
+    assert found == [f"Omitted: {text}" for text in omitted]
+
+
+def test_a_suite_is_compared_with_the_first_network_of_a_training():
+    suite = report(members=(pgd("", range(8), (0, 1)),))
+    comparison = compare_reports(suite, training(BEFORE, ("after", range(8), (0,))))
+    names = [row.first.name for row in comparison.differences]
+    assert names == [f"before: {one}" for one in ("clean", "pgd20", "worst case", "everything")]
+    assert f"Omitted: network after, {SECOND}" in comparison.notes
+
+
+def test_every_level_of_a_stress_test_is_compared():
+    found = differences(stress_report(), stress_report())
+    assert found["weight_bits:4: everything"].first.correct == 30
+    assert found["lost_spikes:0.1/draw1: clean"].value == 0.0

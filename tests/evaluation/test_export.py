@@ -5,10 +5,11 @@ import io
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
-from evaluation.reports import over_eps, proof, report, stress_report
+from evaluation.reports import LINF, member, over_eps, proof, report, stress_report
 
 from sj_robust.attacks import ThreatModel
 from sj_robust.evaluation import Report
@@ -25,8 +26,10 @@ def of_a_training():
     rows = []
     for variant, fallen in (("before", (0, 1)), ("after", (0,))):
         rows.append(Row("clean", "clean", (0, 1, 2), fallen[:1], variant=variant))
-        rows.append(Row("pgd20", "attack", (1, 2), fallen[1:], variant=variant, seconds=0.1))
-    return Report("a_net", "digits", "training", (0, 1, 2), rows, threat=ThreatModel("Linf", 0.1))
+        rows.append(Row("gaussian", "attack", (1, 2), (), variant=variant))
+        more = {"variant": variant, "threat": LINF, "seconds": 0.1}
+        rows.append(Row("pgd20", "attack", (1, 2), fallen[1:], **more))
+    return Report("a_net", "digits", "training", (0, 1, 2), rows, threat=LINF)
 
 
 def of_a_vote():
@@ -163,3 +166,28 @@ def test_a_proof_is_exported_with_its_radius():
     proved = report(verified=(4, 7))
     (row,) = [row for row in export.exported(proved) if row.kind == "verified"]
     assert (row.eps, row.correct) == ("0.1", len(proof((4, 7)).stood))
+
+
+def test_what_has_no_threat_is_exported_without_one():
+    rows = export.exported(of_a_training())
+    found = {row.name: (row.norm, row.eps) for row in rows}
+    assert found == {"clean": ("", ""), "gaussian": ("", ""), "pgd20": ("Linf", "0.1")}
+    other = member("l2", (4,), norm="L2", eps=0.5, outside=(4,))
+    suite = report(members=(*report().rows[1:], other))
+    found = {row.name: (row.norm, row.eps) for row in export.exported(suite)}
+    assert found["clean"] == found["gaussian"] == ("", "")
+    assert found["l2"] == ("L2", "0.5")
+    assert found["everything"] == found["apgd_ce/atan:4/r0"] == ("Linf", "0.1")
+
+
+def test_a_bar_in_a_name_splits_no_column():
+    name = "net | one"
+    rows = [replace(row, variant=name) for row in (*of_a_suite().rows[:1], member("a|b", (1,)))]
+    one = Report(name, "digits", "training", (0,) * 10, rows, threat=LINF)
+    head, _, *lines = one.table().splitlines()
+    assert head == r"| accuracy, % | net \| one |"
+    assert lines[1] == r"| a\|b | 70.0 |"
+    body = [line for line in one.to_latex().splitlines() if line.endswith(r" \\")]
+    assert body[0] == r"accuracy, \% & net \textbar{} one \\"
+    assert body[-1] == r"a\textbar{}b & 70.0 \\"
+    assert "<th>accuracy, %</th><th>net | one</th></tr>" in one._repr_html_()

@@ -13,6 +13,7 @@ from sj_robust.evaluation import Member, worst_case
 from sj_robust.evaluation.run import loop
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.fingerprint import fingerprint
+from sj_robust.evaluation.run.loop import Asked
 from sj_robust.evaluation.run.progress import Progress, TimeLeft, computed_once
 from sj_robust.models import NetworkSpec, build_classifier
 
@@ -245,3 +246,19 @@ def test_half_precision(whole, dtype):
 def test_wrong_use(options, message):
     with pytest.raises(ValueError, match=message):
         suite_run.outcome_of(**options)
+
+
+@pytest.mark.parametrize(
+    ("own", "keeps"),
+    [
+        (ThreatModel("moves", 2, largest_shift=1), True),
+        (ThreatModel("moves", 2, largest_shift=2), False),
+        (ThreatModel("moves", 2), False),
+        (ThreatModel("moves", 2, largest_shift=1, counts=True), False),
+        (None, False),
+    ],
+)
+def test_only_members_within_the_threat_omit_what_is_proved(own, keeps):
+    asked = Asked(ThreatModel("moves", 2, largest_shift=1), verified=frozenset([0]))
+    members = [Member(name, fgsm, threat=own) for name in ("first", "second")]
+    assert list(asked.spared(members, 0, torch.tensor([0]))) == (["second"] if keeps else [])

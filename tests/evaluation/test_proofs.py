@@ -4,12 +4,13 @@ attack contradict.
 
 import io
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from evaluation.reports import over_eps, proof, report
+from evaluation.reports import LINF, clean, member, over_eps, proof, report
 from evaluation.short_suite import shortened
 from evaluation.suite_run import EPS, Net, batches, classifier, outcome_of
 from rich.console import Console
@@ -234,3 +235,32 @@ def test_what_is_not_proved_is_attacked_alone_and_the_report_says_why(model, rea
     assert made.verified is None
     (text,) = [text for text in made.warnings if text.startswith("Nothing could be proved: ")]
     assert reason in text
+
+
+MOVES = ThreatModel("moves", 3, largest_shift=1, total_shift=4)
+
+
+@pytest.mark.parametrize(
+    ("proved", "attacked", "contradict"),
+    [
+        (LINF, LINF, True),
+        (LINF, ThreatModel("Linf", 0.05), True),
+        (LINF, ThreatModel("Linf", 0.2), False),
+        (ThreatModel("L2", 0.1), ThreatModel("Linf", 0.05), False),
+        (MOVES, replace(MOVES, eps=2), True),
+        (MOVES, replace(MOVES, largest_shift=None), False),
+        (MOVES, replace(MOVES, total_shift=5), False),
+        (MOVES, replace(MOVES, counts=True), False),
+        (replace(MOVES, largest_shift=None), MOVES, True),
+        (ThreatModel("L0", 3), MOVES, False),
+    ],
+)
+def test_only_an_attack_within_the_ball_of_a_proof_contradicts_it(proved, attacked, contradict):
+    rows = [clean(), member("attack", (1,), threat=attacked)]
+    certified = replace(proof((1,)), threat=proved)
+    for threat in (None, proved):
+        unsure = report(rows=[*rows, replace(certified, alpha=0.01)], threat=threat)
+        assert unsure.contradicted == ((1,) if contradict else ())
+        refused = pytest.raises(ValueError, match="proof or attack has a bug")
+        with refused if contradict else nullcontext():
+            report(rows=[*rows, certified], threat=threat)

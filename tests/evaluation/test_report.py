@@ -13,6 +13,7 @@ from evaluation.reports import (
     finding,
     member,
     over_eps,
+    proof,
     report,
 )
 from rich.console import Console
@@ -88,6 +89,12 @@ def test_rows_that_contradict_each_other_are_refused(rows, message):
         report(labels=())
 
 
+@pytest.mark.parametrize("rows", [(), (member("a"),), (clean(), member("a", variant="other"))])
+def test_rows_without_that_of_the_clean_images_are_refused(rows):
+    with pytest.raises(ValueError, match="needs a row of the clean images"):
+        report(rows=rows)
+
+
 def trained(name, rows, **more):
     rows = [replace(row, variant=name) for row in rows]
     return Report(name, "digits", "training", (0,) * 10, rows, threat=LINF, **more)
@@ -113,8 +120,76 @@ def test_networks_of_a_training_are_variants_that_are_merged():
     bars, curves = both.plot().axes
     assert [bar.get_height() for bar in bars.patches] == [80.0, 60.0, 40.0]
     assert [line.get_label() for line in curves.lines] == ["dlif at, clean", "dlif at, pgd"]
-    with pytest.raises(ValueError, match="same threat and images to be merged"):
-        both.merged(replace(first, threat=None))
+    assert both.merged(both) == replace(both, warnings=("a", "b", "a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (trained("b", [clean()], data="0123"), "same threat and images to be merged"),
+        (replace(trained("b", [clean()], data="4567"), threat=None), "same threat and images to"),
+        (trained("b", [clean()], data="other"), "images to be merged, got .* and .*other"),
+        (trained("a", [clean(range(4))], data="4567"), "'a' in both with other rows; name one of"),
+    ],
+)
+def test_reports_of_other_images_or_of_two_networks_of_one_name_are_not_merged(other, message):
+    mine = trained("a", [clean()], data="4567")
+    with pytest.raises(ValueError, match=message):
+        mine.merged(other)
+
+
+NOISE = member("gaussian", range(6), group="", eps=None, largest=0.0)
+"""A row of a training in which no distance was measured."""
+PGD = member("pgd20", (1, 2), group="", largest=0.1)
+FARTHER = member("pgd20@0.3", range(7), group="", eps=0.3, largest=0.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "left", "verdict"),
+    [
+        ((NOISE, PGD), 6, "60.0 % under the strongest attack, 30.0 % proved"),
+        ((FARTHER, NOISE, PGD), 6, "60.0 % under the strongest attack, 30.0 % proved"),
+        ((replace(NOISE, largest=0.4, outside=range(1, 6)), PGD), 5, "60.0 % under the strongest"),
+        ((NOISE,), 8, "a: 80.0 % clean, no attack within the threat, 30.0 % proved"),
+        ((), 8, "a: 80.0 % clean, no attack within the threat, 30.0 % proved"),
+    ],
+)
+def test_noise_has_no_part_in_the_worst_case_of_a_training(rows, left, verdict):
+    """Noise whose images were measured breaks those that it leaves within the threat, here 0."""
+    proved = proof((5, 6, 7), eps=0.1)
+    made = trained("a", [clean(), *rows, replace(proved, member="verified")])
+    assert made.everything.correct == made.worst_case.correct == left
+    assert [one.correct for one in made.bracket] == [3, left]
+    assert sum(number == -1 for number in made.outcome) == left
+    assert verdict in made.verdict
+    assert Report.from_json(made.to_json()) == made
+    for row in rows:
+        assert made.under(row.member).correct == 8 - len(row.fell)
+
+
+def test_without_a_threat_every_attack_counts():
+    rows = [clean(), member("own", (3,), eps=None, group="")]
+    assert replace(trained("a", rows), threat=None).everything.correct == 7
+    assert "70.0 % under the strongest attack" in replace(trained("a", rows), threat=None).verdict
+
+
+def test_a_proof_at_another_radius_is_no_end_of_the_bracket():
+    made = report(rows=(*report().rows, proof((4, 5), eps=0.01)))
+    assert made.verified is None
+    assert made.bracket is None
+    assert made.undecided == made.standing("everything")
+    assert "verified" not in [one.name for one in made.accuracies]
+    assert made.verdict.startswith("Robust accuracy is at most 30.0 %")
+    assert "Nothing is proved at Linf 0.1: the proofs are at Linf 0.01." in made.remarks
+    both = report(rows=(*made.rows, proof((4,), eps=0.1)))
+    assert both.verified.correct == 1
+    assert not any("Nothing is proved" in text for text in both.remarks)
+    row = replace(proof((4, 5), eps=0.01), member="verified")
+    training = trained("a", [clean(), PGD, row])
+    assert "proved" not in training.verdict
+    assert "verified" not in training.table()
+    assert "verified" not in training.to_csv()
+    assert [bar.get_height() for bar in training.plot().axes[0].patches] == [80.0, 60.0]
 
 
 def test_a_proof_in_the_report_of_a_training_is_no_attack():

@@ -85,8 +85,24 @@ def test_of_a_suite_every_image_is_known_and_of_the_others_the_reader_is_told():
     vote = Report.load(FOLDER / "smoothed.json")
     assert vote.contradicted == (3,)
     training = Report.load(FOLDER / "training.json")
+    assert "dlif at: 97.0 % clean, 50.0 % under the strongest attack" in training.verdict
     assert training.curves["dlif at"][0]["validation"]["pgd"] == 0.1 + 0.2
     assert training.warnings[0] == "扰动"
+
+
+def test_classes_that_are_not_known_are_not_all_one_class():
+    content = json.loads((FOLDER / "card.json").read_text()) | {"classes": 10}
+    assert Report.from_json(json.dumps(content)).alarms == ()
+
+
+def test_noise_in_a_training_of_version_1_is_no_attack_within_its_threat():
+    content = json.loads((FOLDER / "training.json").read_text())
+    noise = content["scores"][1] | {"attack": "gaussian", "correct": 40}
+    content["scores"].insert(1, noise)
+    found = Report.from_json(json.dumps(content))
+    assert found.everything.correct == 50
+    assert found.under("gaussian").correct == 40
+    assert "dlif at: 97.0 % clean, 50.0 % under the strongest attack" in found.verdict
 
 
 @pytest.mark.parametrize("version", [1, 2])

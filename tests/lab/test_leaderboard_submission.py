@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from evaluation.reports import report
+from evaluation.reports import proof, report
 from lab.leaderboard.submission import check_report, checklist, take
 
 from sj_robust.evaluation import Report
@@ -98,8 +98,18 @@ def test_changed_figures_and_other_files_are_refused(tmp_path):
 
 
 def test_without_network_or_images_the_rest_is_checked(saved):
-    right = report(name="mine")
+    right = report(name="mine", verified=(4, 5))
     found = marks(check_report(saved(replace(right, dataset="cifar10")), data_root="nowhere"))
     assert found["images"] is None
     assert found["network"] is None
     assert found["bracket"] is True
+    assert "- [x] bracket: proved <= at most <= clean, 20.0 <= 30.0 <= 80.0 %" in checklist(
+        check_report(saved(right))
+    )
+
+
+def test_proofs_at_another_radius_are_no_end_of_the_bracket(saved):
+    one = report(name="mine")
+    checks = check_report(saved(replace(one, rows=(*one.rows, proof((4, 5), eps=0.01)))))
+    wanted = "- [x] bracket: nothing proved at Linf 0.1; at most <= clean, 30.0 <= 80.0 %"
+    assert wanted in checklist(checks)

@@ -98,6 +98,13 @@ def test_images_may_come_in_every_usual_form(kind):
     held_out = len(x) // 10
     assert len(report.labels) == held_out
     assert report.configuration["images"] == len(x) - held_out
+    for name in report.variants:
+        noise, *attacks = [row for row in report.of(name) if row.attacks]
+        assert noise.measured
+        assert noise.outside == noise.fell
+        fallen = set().union(*(row.fell for row in attacks))
+        left = report.standing("clean", variant=name) - fallen
+        assert report.standing("everything", variant=name) == left
 
 
 def test_the_report_is_about_test_images_if_there_are_any():

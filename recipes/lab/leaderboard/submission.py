@@ -123,11 +123,14 @@ def _plausible(report: Report) -> Iterator[Check]:
     if not graded:
         return
     yield Check(not report.alarms, f"network alive: {'; '.join(report.alarms) or 'yes'}")
-    proved = report.verified
-    low = 0.0 if proved is None else proved.accuracy
-    ordered = low <= report.everything.accuracy <= report.clean.accuracy
-    bracket = f"{100 * low:.1f} <= {report.everything.percent} <= {report.clean.percent} %"
-    yield Check(ordered, f"bracket: proved <= at most <= clean, {bracket}")
+    ends = [report.everything, report.clean]
+    said = f"nothing proved at {report.budget}; at most <= clean"
+    if report.verified is not None:
+        ends.insert(0, report.verified)
+        said = "proved <= at most <= clean"
+    shares = [one.accuracy for one in ends]
+    bracket = " <= ".join(one.percent for one in ends)
+    yield Check(shares == sorted(shares), f"bracket: {said}, {bracket} %")
     radius = report.threat.eps if report.threat else 0.0
     beyond = [row.member for row in report.attacks if report.within(row) and _exceeds(row, radius)]
     yield Check(

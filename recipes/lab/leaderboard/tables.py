@@ -169,7 +169,7 @@ def _markdown(groups: Sequence[Group]) -> str:
     for group in groups:
         rows = []
         for entry in group.entries:
-            name, *others = map(_escaped, entry.cells())
+            name, *others = entry.cells()
             rows.append([f"{name}<br>`{entry.bar()}`", *others])
         parts += [f"## {group.title}", markdown_table(HEADS, rows)]
     return "\n\n".join(parts) + "\n"
@@ -178,12 +178,8 @@ def _markdown(groups: Sequence[Group]) -> str:
 def _details(stored: Sequence[Stored]) -> str:
     parts = ["# Reports of the leaderboard"]
     for dataset, found in groupby(stored, key=lambda one: one.report.dataset):
-        rows = [list(map(_escaped, one.details())) for one in found]
+        rows = [one.details() for one in found]
         parts += [f"## {short_name(dataset)}", markdown_table(DETAILS, rows)]
     files = [[f"`{one.path}`", f"`{one.digest}`"] for one in stored]
     parts += ["## Files", markdown_table(_FILE_HEADS, files)]
     return "\n\n".join(parts) + "\n"
-
-
-def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|")

@@ -106,11 +106,10 @@ def _train(run: PlannedRun) -> RunRecord:
     folder = run.folder / "training"
     spent = _call(run.recipe, folder, run.folder / OPTIONS_FILE, mark="*/last.pt")
     report = Report.load(folder / _REPORT)
-    own = [row.member for row in report.of(report.main)]  # other networks are references
     record = RunRecord(
         name=run.name,
         options=run.options,
-        training=_counts(map(report.under, own)),
+        training=_counts(report.single_accuracies(report.main)),  # others are references
         seconds={"training": spent.seconds},
         environment=report.environment,
         notes=report.warnings,

@@ -1,13 +1,14 @@
 """Comparison of two robustness reports."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 
-from sj_robust.attacks.threat import eps_text
+from sj_robust.attacks.threat import ThreatModel, eps_text
 from sj_robust.core.saved import markdown_table
 from sj_robust.evaluation.intervals import difference_interval, paired_difference_interval
 from sj_robust.evaluation.report.verdict import alarms, masked
-from sj_robust.evaluation.result import Accuracy, Evaluation, Row
+from sj_robust.evaluation.result import OVER_EPS, Accuracy, Evaluation, Row
 
 __all__ = ["Comparison", "Difference", "compare_reports"]
 
@@ -42,6 +43,12 @@ class Difference:
     def clear(self) -> bool:
         """Whether the interval excludes 0."""
         return self.interval[0] > 0 or self.interval[1] < 0
+
+    def named(self, name: str) -> "Difference":
+        """The same under another name."""
+        return replace(
+            self, first=replace(self.first, name=name), second=replace(self.second, name=name)
+        )
 
     def cells(self) -> list[str]:
         """A row of a table in per cent; a star marks an interval that excludes 0."""
@@ -81,6 +88,10 @@ def compare_reports(first: Evaluation, second: Evaluation) -> Comparison:
     """What differs between two reports, with intervals, and whether they are comparable.
     比较两份报告。
 
+    Networks of a training, such as those before and after :func:`sj_robust.finetune`, and levels of
+    a fault are compared by name; if the first ones of both reports have no namesake, they are
+    compared with each other. Notes say which others are omitted.
+
     If both reports are on the same images, the interval is that of paired proportions, which is far
     narrower; otherwise it is that of independent ones. An attack of a suite runs only on images
     that are not broken yet, so it is compared on the images on which it was run in both reports. If
@@ -101,27 +112,93 @@ def compare_reports(first: Evaluation, second: Evaluation) -> Comparison:
         | everything | 50.0 | 50.0 | +0.0 | -49.0 to +49.0 |
     """
     paired = first.labels == second.labels and first.data == second.data
-    known = {other.name for other in second.accuracies}
-    rows = []
-    left_out = []
-    for one in first.accuracies:
-        if one.name not in known:
-            continue
-        if one.kind == "member":
-            row = _attack_alone(first, second, one.name, paired=paired)
-        else:
-            other = second.under(one.name)
-            standing = first.standing(one.name), second.standing(one.name)
-            row = _difference(one, other, *standing, paired=paired)
-        if row is None:
-            left_out.append(one.name)
-        else:
-            rows.append(row)
+    pairs = _pairs(first, second)
+    rows: list[Difference] = []
+    left_out: list[str] = []
+    for pair in pairs:
+        for name, row in pair.differences(paired=paired):
+            if row is None:
+                left_out.append(name)
+            else:
+                rows.append(row)
     names = first.name, second.name
     if first.name == second.name:
         names = f"{first.name} (first)", f"{second.name} (second)"
-    notes = [*_notes(first, second, paired=paired), *_notes_on_attacks(rows, left_out)]
+    notes = [*_notes(first, second, pairs, paired=paired), *_notes_on_attacks(rows, left_out)]
     return Comparison(names, tuple(rows), tuple(notes))
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A variant of a report."""
+
+    report: Evaluation
+    variant: str
+
+    @cached_property
+    def accuracies(self) -> dict[str, Accuracy]:
+        """Its accuracies by name."""
+        return {one.name: one for one in self.report.accuracies_of(self.variant)}
+
+    def standing(self, name: str) -> frozenset[int]:
+        """Images that are still correct."""
+        return self.report.standing(name, variant=self.variant)
+
+    def attack(self, name: str) -> Row:
+        """The row of an attack."""
+        rows = self.report.of(self.variant)
+        return next(row for row in rows if row.attacks and row.member == name)
+
+    def met(self, row: Row) -> frozenset[int]:
+        """Images of which is known what the attack does: those it was run on, and those that are
+        proved.
+        """
+        seen = frozenset(row.seen)
+        if "verified" not in self.accuracies or not self.report.within(row):
+            return seen
+        return seen | self.standing("verified")
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two variants that are compared, and what their rows are called."""
+
+    first: _Side
+    second: _Side
+    label: str
+
+    def differences(self, *, paired: bool) -> Iterator[tuple[str, Difference | None]]:
+        """By name, every accuracy that both have; None if nobody can say what differs."""
+        others = self.second.accuracies
+        for name, one in self.first.accuracies.items():
+            if name not in others:
+                continue
+            if one.kind == "member":
+                row = _attack_alone(self.first, self.second, name, paired=paired)
+            else:
+                standing = self.first.standing(name), self.second.standing(name)
+                row = _difference(one, others[name], *standing, paired=paired)
+            called = f"{self.label}: {name}" if self.label else name
+            yield called, row and row.named(called)
+
+
+def _networks(report: Evaluation) -> list[str]:
+    """The variants of a report that are networks, or levels of a fault."""
+    return [variant for variant in report.variants if variant != OVER_EPS]
+
+
+def _pairs(first: Evaluation, second: Evaluation) -> list[_Pair]:
+    """Variants of one name, and the first ones if neither has a namesake."""
+    own, others = _networks(first), _networks(second)
+    names = [(name, name) for name in own if name in others]
+    if not {first.main, second.main}.intersection(own).intersection(others):
+        names.insert(0, (first.main, second.main))
+    several = len(own) > 1 or len(others) > 1
+    pairs = []
+    for here, there in names:
+        label = " and ".join(filter(None, dict.fromkeys((here, there)))) if several else ""
+        pairs.append(_Pair(_Side(first, here), _Side(second, there), label))
+    return pairs
 
 
 def _difference(
@@ -142,14 +219,12 @@ def _difference(
     return Difference(one, other, interval, partial)
 
 
-def _attack_alone(
-    first: Evaluation, second: Evaluation, name: str, *, paired: bool
-) -> Difference | None:
+def _attack_alone(first: _Side, second: _Side, name: str, *, paired: bool) -> Difference | None:
     """What one attack does in both reports, whatever was run before it; None if nobody can say."""
-    rows = _row(first, name), _row(second, name)
-    met = _met(first, rows[0]), _met(second, rows[1])
+    rows = first.attack(name), second.attack(name)
+    met = first.met(rows[0]), second.met(rows[1])
     right = first.standing("clean"), second.standing("clean")
-    totals = len(first.labels), len(second.labels)
+    totals = len(first.report.labels), len(second.report.labels)
     partial = not (met[0] >= right[0] and met[1] >= right[1])
     if partial:
         both = met[0] & met[1]
@@ -167,20 +242,6 @@ def _attack_alone(
     return _difference(one, other, *left, paired=paired, partial=partial)
 
 
-def _row(report: Evaluation, name: str) -> Row:
-    return next(row for row in report.attacks if row.member == name)
-
-
-def _met(report: Evaluation, row: Row) -> frozenset[int]:
-    """Images of which is known what the attack does: those it was run on, and those that are
-    proved.
-    """
-    seen = frozenset(row.seen)
-    if report.verified is None or not report.within(row):
-        return seen
-    return seen | report.standing("verified")
-
-
 def _notes_on_attacks(rows: Sequence[Difference], left_out: Sequence[str]) -> list[str]:
     notes = []
     if any(row.partial for row in rows):
@@ -195,13 +256,15 @@ def _notes_on_attacks(rows: Sequence[Difference], left_out: Sequence[str]) -> li
     return notes
 
 
-def _notes(first: Evaluation, second: Evaluation, *, paired: bool) -> tuple[str, ...]:
+def _notes(
+    first: Evaluation, second: Evaluation, pairs: Sequence[_Pair], *, paired: bool
+) -> tuple[str, ...]:
     notes = []
     harm = "robust accuracies are not comparable"
     settings = [
-        ("norm", _norm(first), _norm(second), harm),
-        ("eps", _eps(first), _eps(second), harm),
+        *_threats(first.threat, second.threat, harm),
         ("data set", first.dataset, second.dataset, harm),
+        ("draws", str(first.draws), str(second.draws), "other images count as broken"),
         ("suite", first.suite, second.suite, "the attacks differ"),
         ("search over spikes", _search(first), _search(second), "the attacks differ"),
     ]
@@ -216,13 +279,11 @@ def _notes(first: Evaluation, second: Evaluation, *, paired: bool) -> tuple[str,
     mine = first.network.get("fingerprint")
     if mine and mine == second.network.get("fingerprint"):
         notes.append("Both reports are about the same network.")
-    for report, other in ((first, second), (second, first)):
-        names = {one.name for one in report.accuracies}
-        missing = [one for one in other.accuracies if one.name not in names]
-        if missing:
-            notes.append(
-                f"Omitted: {len(missing)} attacks that the report of {report.name} does not have."
-            )
+    firsts, seconds = [pair.first for pair in pairs], [pair.second for pair in pairs]
+    notes += _notes_on_networks(first, firsts, "first")
+    notes += _notes_on_networks(second, seconds, "second")
+    notes += _notes_on_missing(first, zip(firsts, seconds, strict=True))
+    notes += _notes_on_missing(second, zip(seconds, firsts, strict=True))
     for report in (first, second):
         texts = (*alarms(report), *masked(report))
         notes += [f"{report.name}: {text}" for text in texts]
@@ -233,9 +294,39 @@ def _search(report: Evaluation) -> str:
     return "yes" if any("spike_search/" in row.member for row in report.attacks) else "no"
 
 
-def _norm(report: Evaluation) -> str:
-    return "none" if report.threat is None else report.threat.norm
+def _threats(
+    first: ThreatModel | None, second: ThreatModel | None, harm: str
+) -> list[tuple[str, str, str, str]]:
+    """Every field of two threats."""
+    here, there = _told(first), _told(second)
+    return [(name.replace("_", " "), here[name], there[name], harm) for name in here]
 
 
-def _eps(report: Evaluation) -> str:
-    return "none" if report.threat is None else eps_text(report.threat.eps)
+def _told(threat: ThreatModel | None) -> dict[str, str]:
+    """The fields of a threat as text."""
+    found = dict.fromkeys((field.name for field in fields(ThreatModel)), "none")
+    if threat is not None:
+        given = {name: value for name, value in asdict(threat).items() if value is not None}
+        found |= {name: str(value) for name, value in given.items()}
+        found["eps"] = eps_text(threat.eps)
+    found["counts"] = "yes" if threat is not None and threat.counts else "no"
+    return found
+
+
+def _notes_on_networks(report: Evaluation, compared: Sequence[_Side], which: str) -> list[str]:
+    known = {side.variant for side in compared}
+    others = [name for name in _networks(report) if name not in known]
+    if not others:
+        return []
+    network = "network" if len(others) == 1 else "networks"
+    return [f"Omitted: {network} {', '.join(others)}, which only the {which} report has."]
+
+
+def _notes_on_missing(report: Evaluation, sides: Iterable[tuple[_Side, _Side]]) -> list[str]:
+    """How many attacks of the other report this one does not have."""
+    missing = 0
+    for own, other in sides:
+        missing += len(other.accuracies.keys() - own.accuracies.keys())
+    if not missing:
+        return []
+    return [f"Omitted: {missing} attacks that the report of {report.name} does not have."]

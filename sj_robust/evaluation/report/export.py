@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from sj_robust.attacks.threat import eps_text
+from sj_robust.attacks.threat import ThreatModel, eps_text
+from sj_robust.core.saved import markdown_cells
 from sj_robust.evaluation.report.levels import WHATS, intact, levels
 from sj_robust.evaluation.report.table import table
 from sj_robust.evaluation.report.verdict import budget
@@ -38,8 +39,8 @@ class Exported:
         network: Name of the network.
         dataset: Name of the data set.
         suite: Name of the suite.
-        norm: Norm of the threat; empty where there is none.
-        eps: Radius as text, such as ``"8/255"``.
+        norm: Norm of the threat; empty where there is none, as for clean images and noise.
+        eps: Radius as text, such as ``"8/255"``; likewise.
         variant: Variant of the network or the images, such as a fault.
         name: What it is the accuracy under.
         kind: ``"member"`` for one attack, else the name of a summary.
@@ -133,7 +134,7 @@ def to_latex(report: Evaluation) -> str:
 def _cells(markdown: str) -> list[list[str]]:
     """Cells of the table in a text: heads, marks of the columns, rows."""
     lines = [line for line in markdown.splitlines() if line.startswith("| ")]
-    return [line[2:-2].split(" | ") for line in lines]
+    return list(map(markdown_cells, lines))
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -147,43 +148,52 @@ def _escaped(text: str) -> str:
 
 def _of_a_suite(report: Evaluation) -> Iterator[Exported]:
     """All accuracies, and those over the radius."""
-    radii = {row.member: "" if row.eps is None else eps_text(row.eps) for row in report.attacks}
-    usual = "" if report.threat is None else eps_text(report.threat.eps)
-    for one in report.accuracies:
-        yield _row(report, one, eps=radii.get(one.name, usual), variant=report.main)
+    yield from _of_a_variant(report, report.main, report.accuracies)
     for point in report.over_eps:
         left = Accuracy(point.attack, "member", point.correct, point.total)
-        yield _row(report, left, eps=point.eps, variant=OVER_EPS)
+        at = {"norm": _norm(report.threat), "eps": point.eps, "variant": OVER_EPS}
+        yield _row(report, left, **at)
         if point.verified is not None:
-            yield _row(report, point.verified, eps=point.eps, variant=OVER_EPS)
+            yield _row(report, point.verified, **at)
 
 
 def _of_a_training(report: Evaluation) -> Iterator[Exported]:
     """The accuracies of every network."""
-    eps = "" if report.threat is None else eps_text(report.threat.eps)
     for network in report.variants:
-        for row in report.of(network):
-            yield _row(report, report.under(row.member, variant=network), eps=eps, variant=network)
+        yield from _of_a_variant(report, network, report.single_accuracies(network))
+
+
+def _of_a_variant(
+    report: Evaluation, variant: str, accuracies: Sequence[Accuracy]
+) -> Iterator[Exported]:
+    """Accuracies with the threat that each is under: that of its attack, for a summary that of the
+    report, none for clean images.
+    """
+    threats = {row.member: row.threat for row in report.of(variant) if row.attacks}
+    for one in accuracies:
+        threat = threats.get(one.name, report.threat)
+        yield _row(report, one, norm=_norm(threat), eps=_eps(threat), variant=variant)
 
 
 def _of_the_vote(report: Evaluation) -> Iterator[Exported]:
     """What is certified and what is left, by radius."""
     for row in report.rows:
         if row.kind == "proof":
-            eps = eps_text(row.eps or 0.0)
+            norm, eps = _norm(row.threat), eps_text(row.eps or 0.0)
             for one in report.bracket_at(row.eps or 0.0):
-                yield _row(report, one, eps=eps, variant=report.main)
+                yield _row(report, one, norm=norm, eps=eps, variant=report.main)
 
 
 def _of_levels(report: Evaluation) -> Iterator[Exported]:
     """Clean and attacked, by level of every fault."""
-    radius = "" if report.threat is None else eps_text(report.threat.eps)
     for one in (intact(report), *levels(report)):
         for what in WHATS:
             low, high = one.interval(what)
+            threat = None if what == "clean" else report.threat
             yield _made(
                 report,
-                eps="" if what == "clean" else radius,
+                norm=_norm(threat),
+                eps=_eps(threat),
                 variant="none" if one.kind == "none" else f"{one.kind}:{one.level:g}",
                 name=what,
                 kind="member",
@@ -194,11 +204,21 @@ def _of_levels(report: Evaluation) -> Iterator[Exported]:
             )
 
 
-def _row(report: Evaluation, one: Accuracy, *, eps: str, variant: str) -> Exported:
+def _norm(threat: ThreatModel | None) -> str:
+    return "" if threat is None else threat.norm
+
+
+def _eps(threat: ThreatModel | None) -> str:
+    return "" if threat is None else eps_text(threat.eps)
+
+
+def _row(report: Evaluation, one: Accuracy, *, norm: str, eps: str, variant: str) -> Exported:
     low, high = one.interval
+    is_clean = "clean" in (one.kind, one.name)  # which is under no threat
     return _made(
         report,
-        eps="" if one.kind == "clean" or one.name == "clean" else eps,
+        norm="" if is_clean else norm,
+        eps="" if is_clean else eps,
         variant=variant,
         name=one.name,
         kind=one.kind,
@@ -213,6 +233,7 @@ def _row(report: Evaluation, one: Accuracy, *, eps: str, variant: str) -> Export
 def _made(
     report: Evaluation,
     *,
+    norm: str,
     eps: str,
     variant: str,
     name: str,
@@ -227,7 +248,7 @@ def _made(
         network=report.name,
         dataset=report.dataset,
         suite=report.suite,
-        norm="" if report.threat is None else report.threat.norm,
+        norm=norm,
         eps=eps,
         variant=variant,
         name=name,

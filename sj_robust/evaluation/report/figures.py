@@ -359,8 +359,6 @@ def _vote(report: Evaluation) -> "Figure":
 
 def _training(report: Evaluation) -> "Figure":
     """Bars of accuracy per attack and network, and validation curves if the report has them."""
-    if not report.rows:
-        raise ValueError("a report without rows cannot be drawn; evaluate at least one network")
     if not report.curves:
         figure = new_figure(3.25, 2.6)
         _bars(figure.subplots(), report)
@@ -374,17 +372,17 @@ def _training(report: Evaluation) -> "Figure":
 
 def _bars(axes: "Axes", report: Evaluation) -> None:
     networks = report.variants
-    attacks = list(dict.fromkeys(row.member for row in report.rows))
+    found = {network: report.single_accuracies(network) for network in report.variants}
+    attacks = list(dict.fromkeys(one.name for figures in found.values() for one in figures))
     width = 0.8 / len(networks)
     for index, network in enumerate(networks):
         shift = (index - (len(networks) - 1) / 2) * width
-        names = [row.member for row in report.of(network)]
-        places = [attacks.index(name) + shift for name in names]
-        shares = [100 * report.under(name, variant=network).accuracy for name in names]
+        places = [attacks.index(one.name) + shift for one in found[network]]
+        shares = [100 * one.accuracy for one in found[network]]
         color = COLOURS[index % len(COLOURS)]
         bars = axes.bar(places, shares, width, label=network, color=color)
-        for bar, row in zip(bars, report.of(network), strict=True):
-            if row.kind == "proof":
+        for bar, one in zip(bars, found[network], strict=True):
+            if one.kind == "verified":
                 bar.set(hatch=_BAR_LOOKS["verified"].hatch, edgecolor="white")
         axes.bar_label(bars, fmt="%.0f", fontsize=7)
     axes.set_xticks(range(len(attacks)), attacks)

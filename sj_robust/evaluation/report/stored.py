@@ -15,6 +15,8 @@ _COUNTS = (
     "Read from a file of version 1, which holds counts only: the indices of the broken images are "
     "placeholders."
 )
+_NOISE = "gaussian"
+"""The attack of a training that has no threat."""
 _SEARCHLESS = "Measured by an earlier release, whose suite `fast` had no search over spikes."
 
 
@@ -115,7 +117,7 @@ def _most_robust_first(correct: Sequence[int], rows: Sequence[_Content]) -> list
         if row["kind"] == "proof":
             proved = {*row["seen"]}.difference(row["fell"])
         elif row["threat"] is not None:
-            for number in {*row["fell"]}.difference(row["outside"]):
+            for number in row["fell"]:
                 breaks[number] = min(row["threat"]["eps"], breaks.get(number, math.inf))
     return sorted(correct, key=lambda number: (number not in proved, -breaks.get(number, math.inf)))
 
@@ -201,7 +203,8 @@ def _of_a_training(old: _Content) -> _Content:
                     f"only the {right} that are also correct without it are counted."
                 )
             left = min(score["correct"], right)
-            rows.append(_counted(score["attack"], "attack", right, left, network))
+            row = _counted(score["attack"], "attack", right, left, network)
+            rows.append(row | {"threat": None if score["attack"] == _NOISE else old["threat"]})
     totals = [score["total"] for score in scores]
     total = max(totals, default=1)
     return old | {

@@ -43,12 +43,12 @@ def _of_the_vote(report: Evaluation) -> str:
 
 def _of_a_training(report: Evaluation) -> str:
     """A row per attack, a column per network."""
-    names = dict.fromkeys(row.member for row in report.rows)
+    shares: dict[str, dict[str, str]] = {}
+    for network in report.variants:
+        for one in report.single_accuracies(network):
+            shares.setdefault(one.name, {})[network] = one.percent
     rows = []
-    for name in names:
-        cells = [name]
-        for network in report.variants:
-            known = any(row.member == name for row in report.of(network))
-            cells.append(report.under(name, variant=network).percent if known else "")
-        rows.append(cells)
+    for name, by_network in shares.items():
+        cells = [by_network.get(network, "") for network in report.variants]
+        rows.append([name, *cells])
     return markdown_table(["accuracy, %", *report.variants], rows)

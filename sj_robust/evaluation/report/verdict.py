@@ -5,7 +5,7 @@ from collections import Counter
 from sj_robust.attacks.threat import ThreatModel, eps_text
 from sj_robust.evaluation.intervals import extent
 from sj_robust.evaluation.report.levels import levels_verdict
-from sj_robust.evaluation.result import Accuracy, Evaluation
+from sj_robust.evaluation.result import Evaluation
 from sj_robust.evaluation.run.suites import GRADES
 
 __all__ = ["alarms", "budget", "caveats", "masked", "remarks", "verdict"]
@@ -73,7 +73,8 @@ def caveats(report: Evaluation) -> str:
 def alarms(report: Evaluation) -> tuple[str, ...]:
     """Reasons why the network must not be called robust: dead layers, or accuracy at chance."""
     clean = report.clean
-    commonest = max(Counter(report.labels).values()) / len(report.labels)
+    known = [label for label in report.labels if label >= 0]
+    commonest = max(Counter(known).values(), default=0) / len(report.labels)
     chance = max(1 / max(report.classes, 1), commonest)
     guesses = report.classes > 0 and clean.interval[0] <= chance
     found = []
@@ -122,6 +123,10 @@ def remarks(report: Evaluation) -> tuple[str, ...]:
         found.append(_contradictions(report))
     if not report.is_suite:
         return tuple(found)
+    proofs = [row.threat for row in report.of(report.main) if row.kind == "proof"]
+    if proofs and report.threat is not None and report.verified is None:
+        radii = ", ".join(map(budget, proofs))
+        found.append(f"Nothing is proved at {budget(report.threat)}: the proofs are at {radii}.")
     control, worst = report.control, report.worst_case
     if control is not None and control.correct < worst.correct:
         found.append(
@@ -151,18 +156,23 @@ def _of_the_vote(report: Evaluation) -> str:
 def _of_a_training(report: Evaluation) -> str:
     parts = []
     for name in report.variants:
-        least = min(_alone(report, name), key=lambda one: one.correct).percent
         clean = report.under("clean", variant=name).percent
-        text = f"{name}: {clean} % clean, {least} % under the strongest attack"
-        if any(row.kind == "proof" for row in report.of(name)):
-            text += f", {report.under('verified', variant=name).percent} % proved"
+        text = f"{name}: {clean} % clean, {_strongest(report, name)}"
+        for one in report.single_accuracies(name):
+            if one.kind == "verified":
+                text += f", {one.percent} % proved"
         parts.append(text)
     return f"{len(report.labels)} images. {'; '.join(parts)}."
 
 
-def _alone(report: Evaluation, variant: str) -> list[Accuracy]:
-    names = [row.member for row in report.of(variant) if row.kind != "proof"]
-    return [report.under(name, variant=variant) for name in names]
+def _strongest(report: Evaluation, variant: str) -> str:
+    """What the strongest attack within the threat leaves of a variant; without a threat, of all."""
+    attacks = [row for row in report.of(variant) if row.attacks]
+    counted = [row for row in attacks if report.threat is None or report.within(row)]
+    if not counted:
+        return "no attack within the threat"
+    left = [report.under(row.member, variant=variant) for row in counted]
+    return f"{min(left, key=lambda one: one.correct).percent} % under the strongest attack"
 
 
 def _contradictions(report: Evaluation) -> str:

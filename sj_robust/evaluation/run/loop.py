@@ -60,7 +60,7 @@ class Asked:
         """Whether a member keeps the threat."""
         if member.threat is None or self.threat is None:
             return False
-        return member.threat.norm == self.threat.norm and member.threat.eps <= self.threat.eps
+        return self.threat.includes(member.threat)
 
     def measures_as(self, member: Member) -> bool:
         """Whether the distances of a member are measured as in the threat, whatever the radius."""
