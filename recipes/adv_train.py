@@ -296,7 +296,7 @@ from sj_robust.proofs.verification import NormName
 from sj_robust.training.engine import check_training
 from sj_robust.training.history import EpochRecord
 from sj_robust.training.modes import Mode, event_attacks, event_training_attack, final_attacks
-from sj_robust.training.validation import check_start, final_report
+from sj_robust.training.validation import check_start, final_report, read_test_images
 
 ValueT = TypeVar("ValueT")
 
@@ -345,14 +345,17 @@ def main(arguments: list[str]) -> None:
     if names := unused(options, completed(options)):
         journal.say(f"ignored with the other options given: {', '.join(names)}")
     reports = []
+    data = None
     for name, choice in networks.items():
         classifier, history = train_network(name, choice, splits, accelerator, folder, journal)
         if accelerator.is_main_process:
+            data = data or read_test_images(splits)
             report = final_report(
                 name,
                 classifier,
                 history,
                 splits,
+                data,
                 attacks_of_report(options),
                 threat,
                 journal,

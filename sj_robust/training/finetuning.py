@@ -54,7 +54,7 @@ from sj_robust.training.modes import (
 from sj_robust.training.objective import Objective
 from sj_robust.training.plan import TrainingPlan
 from sj_robust.training.processes import TrainingInterrupted
-from sj_robust.training.validation import final_report
+from sj_robust.training.validation import final_report, read_test_images
 
 __all__ = ["finetune"]
 
@@ -229,7 +229,8 @@ class _Run:
             check_training(self.objective, self.splits, self.plan, accelerator, attacks)
         finally:
             classifier.to(device)
-        before = self._measured("before", [], journal)
+        data = read_test_images(self.splits)
+        before = self._measured("before", [], data, journal)
         try:
             history = train(
                 self.objective,
@@ -251,16 +252,19 @@ class _Run:
             raise
         best = load_checkpoint(folder / "best.pt")
         classifier.load_state_dict(best["model"])
-        after = self._measured("after", history, journal)
+        after = self._measured("after", history, data, journal)
         return reduce(Report.merged, [before, after])
 
-    def _measured(self, name: str, history: list[EpochRecord], journal: Journal) -> Report:
+    def _measured(
+        self, name: str, history: list[EpochRecord], data: Data, journal: Journal
+    ) -> Report:
         classifier = self.objective.classifier
         return final_report(
             name,
             classifier,
             history,
             self.splits,
+            data,
             final_attacks(self.threat.eps),
             self.threat,
             journal,

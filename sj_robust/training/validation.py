@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from sj_robust.attacks import Attack, ThreatModel
 from sj_robust.classifier import SpikingClassifier
@@ -42,7 +42,7 @@ from sj_robust.training.journal import Journal
 from sj_robust.training.modes import NOISE
 from sj_robust.training.processes import mixed
 
-__all__ = ["Validation", "check_start", "final_report"]
+__all__ = ["Validation", "check_start", "final_report", "read_test_images"]
 
 _BATCH = 128
 _START = 256
@@ -266,6 +266,7 @@ def final_report(
     classifier: SpikingClassifier,
     history: Sequence[EpochRecord],
     splits: ImageSplits,
+    data: Data,
     attacks: Mapping[str, Attack],
     threat: ThreatModel,
     journal: Journal,
@@ -289,7 +290,9 @@ def final_report(
         name: Name of the network in the report.
         classifier: The network.
         history: Records of its epochs, which become the curves.
-        splits: The data set; its test images are used.
+        splits: The data set; its validation images are shown.
+        data: Its test images, from :func:`read_test_images`: the same for all reports that are
+            merged, even if the data set draws other images in every pass.
         attacks: Attacks by name, budgets inside.
         threat: The budget, for the report.
         journal: Shows the progress.
@@ -303,14 +306,13 @@ def final_report(
         configuration: Options of the run.
         environment: Versions, device, commit.
     """
-    data = Data.of(_test_loader(splits))
     members = [
         Member(attack_name, attack, group="", threat=None if attack_name == NOISE else threat)
         for attack_name, attack in attacks.items()
     ]
     variant = Variant(members, name, seed)
     steps = len(data) * (1 + len(members))
-    with journal.steps(f"evaluating {name} on {len(splits.test)} test images", steps) as step:
+    with journal.steps(f"evaluating {name} on {len(data.labels)} test images", steps) as step:
         watch = Watch(on_step=partial(_stepped, step))
         outcome = run(
             classifier,
@@ -332,7 +334,7 @@ def final_report(
     if single_step:
         notes += _overfitting_warnings(history)
     if verified:
-        proofs = _proofs(name, classifier, splits, journal, threat=threat, method=verified_method)
+        proofs = _proofs(name, classifier, data, journal, threat=threat, method=verified_method)
         rows = (*rows, proofs)
         notes.append(_share_verified(proofs, threat))
     return Report(
@@ -352,9 +354,9 @@ def final_report(
     )
 
 
-def _test_loader(splits: ImageSplits) -> DataLoader[tuple[Tensor, ...]]:
-    batch_size = 32 if splits.frames else 512
-    return image_loader(splits.test, batch_size)
+def read_test_images(splits: ImageSplits) -> Data:
+    """The test images, read once."""
+    return Data.of(image_loader(splits.test, 32 if splits.frames else 512))
 
 
 def _overfitting_warnings(history: Sequence[EpochRecord]) -> list[str]:
@@ -370,7 +372,7 @@ def _overfitting_warnings(history: Sequence[EpochRecord]) -> list[str]:
 def _proofs(
     name: str,
     classifier: SpikingClassifier,
-    splits: ImageSplits,
+    data: Data,
     journal: Journal,
     *,
     threat: ThreatModel,
@@ -378,19 +380,18 @@ def _proofs(
 ) -> Row:
     """Which of the test images are verified."""
     device = device_of(classifier)
-    loader = _test_loader(splits)
     verified: list[int] = []
-    text = f"verifying {name} on {len(splits.test)} test images"
+    text = f"verifying {name} on {len(data.labels)} test images"
     start = time.perf_counter()
-    with journal.steps(text, len(loader)) as step, evaluation_mode(classifier):
+    with journal.steps(text, len(data)) as step, evaluation_mode(classifier):
         first = 0
-        for x, y in loader:
+        for x, y in data:
             x, y = x.to(device), y.to(device)
             found = verify_within(classifier, x, y, threat, method=method)
             verified += [first + row for row, good in enumerate(found.verified) if good]
             first += len(y)
             step()
-    row = proof_row(threat, len(splits.test), verified)
+    row = proof_row(threat, len(data.labels), verified)
     seconds = time.perf_counter() - start
     return replace(row, member="verified", variant=name, seconds=seconds)
 
