@@ -1,4 +1,4 @@
-"""Compare the speed of DLIF layers and networks with other neurons, libraries and ReLU.
+"""Compare the speed of DLIF layers and networks with that of other neurons, libraries and ReLU.
 
 Examples:
     python recipes/benchmark.py                         # the neuron: three shapes, both allocators

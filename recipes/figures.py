@@ -61,7 +61,7 @@ class Options:
     - ground_truth: exact robust accuracy of a small network.
     - joint: proofs by joint bounds.
     - events: event frames before and after an attack, also as an animation, and the events that a
-    proof leaves open; under the --flips or --moves of the training.
+    proof leaves open, for the --flips or --moves used in training.
     - all: all except the last three, if the folder has numbers for them."""
     columns: list[str] | None = None
     """For the figure rho: columns to show, as shell patterns such as pgd20 or paper/*; None: the
@@ -102,7 +102,7 @@ class Options:
     output: OutputFolder | None = None
     """Output folder; None: the subfolder figures/ of the run."""
     redraw: str | None = None
-    """Redraw the saved numbers in this folder without computing anything."""
+    """Redraw the figures from the saved numbers in this folder."""
 
 
 if __name__ == "__main__":

@@ -202,7 +202,9 @@ def compared(row: Any) -> str:
     model = classifier_of(row)
     x = row.images()
     stats = sj_robust.compare_potentials(model, x, perturbed(x, row))
-    return part(len(stats), neurons_of(model), "the decay of the others is not known")
+    neurons = neurons_of(model)
+    others = neurons - len(stats)
+    return part(len(stats), neurons, f"the decay of the other {others} neurons is not known")
 
 
 def gains(row: Any) -> str:

@@ -14,7 +14,7 @@ _SMALLEST_VARIANCE = 1e-6
 
 
 class SurrogateOverlap(PotentialPenalty):
-    """Share of the potentials within reach of the surrogate, under a normal distribution (MPD-SGR).
+    """Estimated share of potentials within reach of the surrogate (MPD-SGR).
     膜电位分布与替代梯度区间重叠率的惩罚项。
 
     Equation, with the mean mu and the standard deviation sigma of ``z = h - v_threshold`` over

@@ -36,8 +36,8 @@ NO_BOUNDS = {
     "NoisyBaseNode": "it draws noise in every time step",
     "NoisyNonSpikingBaseNode": "it draws noise in every time step",
     "KLIFNode": "its reset is a TorchScript function, which supports no bounds",
-    "QIFNode": "its potential charges by its own square",
-    "EIFNode": "its potential charges by its own exponential",
+    "QIFNode": "its charge depends on the square of its potential",
+    "EIFNode": "its charge depends on an exponential of its potential",
     "ComplementaryLIFNode": "its second state is driven by its spikes, and resets the first one",
     "LIAFNode": "it emits an analogue function of its potential",
     "RAFNode": "its potential oscillates, with two states that reset together",
@@ -77,7 +77,7 @@ def no_bounds(module: nn.Module) -> str | None:
     Examples:
         >>> from spikingjelly.activation_based import neuron
         >>> no_bounds(neuron.QIFNode())
-        'its potential charges by its own square'
+        'its charge depends on the square of its potential'
     """
     names = [cls.__name__ for cls in type(module).__mro__]
     return next((NO_BOUNDS[name] for name in names if name in NO_BOUNDS), None)

@@ -141,8 +141,8 @@ class KeptValues:
         >>> kept.check()  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        sj_robust.proofs.soundness.UnprovableError: model must not change in a forward in evaluation
-        mode, got one that ...
+        sj_robust.proofs.soundness.UnprovableError: model must not change during a forward pass in
+        evaluation mode, but one changes ...
     """
 
     def __init__(self, model: object) -> None:
@@ -157,7 +157,7 @@ class KeptValues:
         changed = [name for name in names if not _equal(self._before.get(name), now.get(name))]
         if changed:
             raise UnprovableError(
-                "model must not change in a forward in evaluation mode, got one that changes "
+                "model must not change during a forward pass in evaluation mode, but one changes "
                 f"{', '.join(sorted(changed))}; let forward write to local variables, or register "
                 "the state with register_memory of SpikingJelly's base.MemoryModule, so that it is "
                 "reset"

@@ -262,8 +262,8 @@ def leads(logits, y):
 
 REFUSED = {} if THERE else {"KLIFNode": "TorchScript function"}
 REFUSED |= {
-    "QIFNode": "charges by its own square",
-    "EIFNode": "charges by its own exponential",
+    "QIFNode": "the square of its potential",
+    "EIFNode": "an exponential of its potential",
     "TernaryLIFNode": "its spikes have signs",
     "RAFNode": "its potential oscillates",
     "ComplementaryLIFNode": "its second state",

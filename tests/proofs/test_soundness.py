@@ -302,7 +302,7 @@ def counting(kind):
     return SpikingClassifier(nn.Sequential(*layers), T=3).eval()
 
 
-CHANGES = r"must not change in a forward in evaluation mode, got one that changes net\.3\.count"
+CHANGES = r"must not change during a forward pass in evaluation mode, but one changes net\.3\.count"
 
 
 @pytest.mark.parametrize("kind", ["buffer", "parameter", "tensor", "number"])

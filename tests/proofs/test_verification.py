@@ -495,7 +495,7 @@ WRONG_NETWORKS = {
         Attention(), neuron.IFNode()
     ),
     "whose surrogate does not spike": lambda: changed(neuron.IFNode(surrogate_function=SMOOTH)),
-    "QIFNode.: its potential charges by its own square": lambda: changed(neuron.QIFNode()),
+    "QIFNode.: its charge depends on the square": lambda: changed(neuron.QIFNode()),
     "whose v_reset was changed": lambda: changed(v_reset=0.8),
     "whose decay is negative: give it a tau": lambda: changed(neuron.LIFNode(), tau=0.5),
     "v_threshold is not one finite number": lambda: changed(v_threshold=torch.ones(2)),

@@ -283,7 +283,7 @@ def _reason(
         pooling = key in network.run.windows
         if calls > 1 and not pooling:
             called = "it" if layer == name else layer
-            per = "forward, step by step" if network.takes == "images" else "time step"
+            per = "forward pass, step by step" if network.takes == "images" else "time step"
             return f"{called} is called {calls} times per {per}"
         if key in found and pooling and found[key].not_covered is not None:
             return f"the max pooling {key} before it: {found[key].not_covered}"
