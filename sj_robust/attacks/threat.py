@@ -1,5 +1,5 @@
-"""What an adversary may do: the one representation of a norm and a radius, and radii as the field
-writes them.
+"""What an adversary may do: the one representation of a norm and a radius, and radii in the usual
+notation.
 """
 
 import math

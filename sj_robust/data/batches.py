@@ -1,6 +1,7 @@
 """Which images form which batch."""
 
 from collections.abc import Iterator
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -157,7 +158,7 @@ class _Loader(DataLoader[tuple[Tensor, ...]]):
             return UnreadableError(
                 last.removeprefix(f"{UnreadableError.__module__}.{UnreadableError.__qualname__}: ")
             )
-        reason = " ".join(str(error).split())[:200]
+        reason = shorten(str(error), 200, placeholder=" ...")
         if "exited unexpectedly" in reason or "killed by signal" in reason:
             return ChildProcessError(
                 f"a process that loads images was killed ({reason}), most often for want of "

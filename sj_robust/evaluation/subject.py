@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ def from_checkpoint(path: Path, T: int | None = None, *, trust_code: bool = Fals
         model = build_classifier(spec)
         model.load_state_dict(as_named_in(model, state))
     except (KeyError, TypeError, RuntimeError) as error:
-        cause = " ".join(str(error).split())[:200]
+        cause = shorten(str(error), 200, placeholder=" ...")
         raise ValueError(
             f"{path} holds no network that this release can build ({type(error).__name__}: "
             f"{cause}); give a best.pt of recipes/adv_train.py, or your own network with "

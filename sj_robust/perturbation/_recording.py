@@ -154,8 +154,8 @@ class Recording:
             if not self.pairs:
                 raise RuntimeError(
                     f"no followed layer ran inside {kind}(): the network was not called there, "
-                    "or in a way that skips hooks (a functional forward, or a compilation before "
-                    "the monitor was attached)"
+                    "or was called in a way that skips hooks (a functional forward, or a "
+                    "compilation before the monitor was attached)"
                 )
         if kind != "clean":
             for pair in self.pairs.values():
