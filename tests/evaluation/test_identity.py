@@ -510,6 +510,7 @@ def test_another_network_is_refused_by_the_folder(
         begin(other, data, folder)
 
 
+@pytest.mark.slow
 def test_evaluate_and_stress_refuse_it_and_name_what_differs(tmp_path):
     x, y = suite_run.images(6)
     options = {"eps": 0.1, "progress": False}
