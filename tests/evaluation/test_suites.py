@@ -16,13 +16,7 @@ from torch import nn
 
 from sj_robust.attacks import SampleSeeds, ThreatModel
 from sj_robust.data import load_images
-from sj_robust.evaluation import (
-    EstimatorSearch,
-    Member,
-    make_suite,
-    search_estimators,
-    worst_case,
-)
+from sj_robust.evaluation import Member, make_suite, search_estimators, worst_case
 from sj_robust.evaluation.run.estimator_search import CANDIDATES
 from sj_robust.evaluation.run.suites import Suite
 from sj_robust.models import NetworkSpec, build_classifier
@@ -301,8 +295,7 @@ def test_standard_overlooks_at_most_one_breakable_image_of_128(name, eps):
     x, y = (torch.stack(part) for part in zip(*test, strict=True))
     threat = ThreatModel("Linf", float(eps))
     seeds = SampleSeeds(range(128))
-    quick = EstimatorSearch(images=24, steps=10)  # which chooses no better than the suite's own
-    trials = search_estimators(model, x, y, threat=threat, settings=quick, seeds=seeds)
+    trials = search_estimators(model, x, y, threat=threat, seeds=seeds)
     chosen = [trial.estimator for trial in trials if trial.chosen]
     members = make_suite("standard", threat, chosen=chosen, classes=10).members
     own = seeds.rows(torch.tensor(asked))
