@@ -58,14 +58,17 @@ def by_module(folder, files):
 MODULES = by_module(PACKAGE.parent, FILES) | by_module(RECIPES, sorted(RECIPES.rglob("*.py")))
 
 
+@cache
 def imports(path):
     """Every name that a file imports, at any depth of nesting and for type checkers alone."""
+    names = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative imports hide the direction"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
 
 
 def module_of(name):

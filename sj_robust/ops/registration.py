@@ -35,6 +35,7 @@ class Operator:
     Attributes:
         overload: It, as torch knows it.
         kernel: What it runs on tensors that have memory: they by position, constants by keyword.
+            An output that a call does not have may be None.
         gradient: How autograd goes through it. Its forward takes what to run, the tensors and the
             constants in a dictionary.
     """
@@ -59,6 +60,7 @@ def define(
     *,
     kernel: Callable[..., Any],
     fake: Callable[..., Any],
+    in_graph: Callable[..., Any] | None = None,
     gradient: type[torch.autograd.Function] | None = None,
 ) -> Operator:
     """An operator ``sj_robust::name`` for every device; vmap runs it once for every sample of the
@@ -72,12 +74,14 @@ def define(
             call does not have is an empty tensor.
         kernel: See :class:`Operator`.
         fake: Tensors of the shapes, strides and dtypes of its outputs.
+        in_graph: The kernel for calls of torch's registry, which checks the tensors, since the
+            graph may have been made elsewhere, and returns every output; None for ``kernel``.
         gradient: See :class:`Operator`; None for an operator without one.
     """
     name = schema.partition("(")[0]
     qualified = f"sj_robust::{name}"
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    _library.impl(name, in_graph or kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)
     overload = getattr(torch.ops.sj_robust, name).default
 

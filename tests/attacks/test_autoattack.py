@@ -148,7 +148,7 @@ class TestStrength:
         library = pytest.importorskip(
             "pyautoattack", reason="extra `attacks` holds the authors' implementation"
         )
-        shorten(monkeypatch, iterations=20)
+        shorten(monkeypatch, iterations=12)
         model = trained.model
         x = trained.x[:12]
         y = trained.y[:12]
@@ -163,7 +163,7 @@ class TestStrength:
         )
         theirs.apgd.n_restarts = 1
         for attack in (theirs.apgd, theirs.apgd_targeted, theirs.fab):
-            attack.n_iter = 20
+            attack.n_iter = 12
         with torch.random.fork_rng():
             peer_adv, _ = theirs.run_standard_evaluation(x, y)
         seeds = SampleSeeds(range(12))

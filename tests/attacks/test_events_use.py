@@ -29,7 +29,8 @@ def bars_and_labels(count: int) -> tuple[Tensor, Tensor]:
     return x.double(), y
 
 
-OF_EACH_KIND = ["last", "targets_and_restarts", "eot", "moves", "random", "random_moves"]
+SEARCHES_OF_EACH_KIND = ["last", "targets_and_restarts", "eot", "moves"]
+OF_EACH_KIND = [*SEARCHES_OF_EACH_KIND, "random", "random_moves"]
 
 
 class TestState:
@@ -70,6 +71,7 @@ class TestState:
         assert torch.equal(first[0], second[0])
 
     @pytest.mark.parametrize("fail_at", [None, 1])
+    @pytest.mark.parametrize("event_search", SEARCHES_OF_EACH_KIND, indirect=True)
     def test_network_and_generators_are_left_as_they_were(self, event_search, bars, fail_at):
         model = spiking_model()
         with left_as_it_was(model, fail_at):

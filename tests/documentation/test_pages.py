@@ -63,6 +63,7 @@ RIGHT = [
 ]
 
 
+@pytest.mark.slow
 def test_a_page_that_is_right(tmp_path):
     run(tmp_path, "".join(RIGHT))
     with pytest.raises(pytest.skip.Exception, match="nowhere, which this block"):

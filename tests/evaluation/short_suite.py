@@ -11,6 +11,7 @@ from sj_robust.evaluation import EstimatorSearch, make_suite
 from sj_robust.evaluation import assess as whole
 
 _LIMITS = {"steps": 10, "tries": 20, "queries": 20, "forwards": 100}
+_LEVEL_STEPS = 3
 
 
 @contextlib.contextmanager
@@ -25,7 +26,9 @@ def shortened(change=None):
         return (change or short_suite)(make_suite(*arguments, **options))
 
     def short_level(*arguments):
-        return _short(level(*arguments))
+        member = _short(level(*arguments))
+        steps = min(member.attack.keywords["steps"], _LEVEL_STEPS)
+        return replace(member, attack=partial(member.attack, steps=steps))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(whole, "make_suite", changed)

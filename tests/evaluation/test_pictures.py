@@ -137,6 +137,7 @@ def test_a_notebook_shows_the_images_and_their_table(shown, monkeypatch):
     assert "<img" not in shown._repr_html_()
 
 
+@pytest.mark.slow
 def test_the_page_holds_the_pictures_folded(shown, tmp_path):
     report(curve=over_eps()).page(tmp_path / "report.html", shown)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")

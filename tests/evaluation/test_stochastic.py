@@ -11,6 +11,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from evaluation.short_suite import short_suite, shortened
 from evaluation.suite_run import THREAT, Net, batches, classifier, images, suite_outcome
 from spikingjelly.activation_based import neuron
 from torch import nn
@@ -57,10 +58,11 @@ def test_a_network_that_draws_gets_several_draws_and_averaged_gradients():
     subject = Subject("mine", SpikingClassifier(Net(), 3, PoissonEncoder()), "one layer")
     said = []
     asked = Request("fast", THREAT, "noise", 3, control=False, watch=Watch(said.append))
-    assert assess(subject, batches(12, 12), replace(asked, draws=3)).draws == 3
+    with shortened():
+        assert assess(subject, batches(12, 12), replace(asked, draws=3)).draws == 3
     with pytest.raises(ValueError, match=r"draws random numbers.*omit draws.*--draws 10"):
         assess(subject, batches(12, 12), replace(asked, draws=1))
-    with patch_suites() as made:
+    with shortened(), patch_suites() as made:
         found = assess(subject, batches(12, 12), asked)
     assert found.draws == DRAWS
     assert made == [DRAWS, DRAWS]
@@ -74,7 +76,7 @@ def patch_suites():
 
     def noted(*arguments, eot_samples, **options):
         averaged.append(eot_samples)
-        return make_suite(*arguments, eot_samples=eot_samples, **options)
+        return short_suite(make_suite(*arguments, eot_samples=eot_samples, **options))
 
     with patch("sj_robust.evaluation.assess.make_suite", noted):
         yield averaged

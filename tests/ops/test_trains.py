@@ -280,6 +280,7 @@ def test_gradients_of_weights_are_finite_differences(T, kept):
         assert_close(found.flatten()[place], slope, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_torch_knows_the_operators():
     currents, numbers, windows = random_steps("four steps", M=5)
     given = [getattr(currents, field.name) for field in fields(Currents)]

@@ -67,6 +67,7 @@ def unbounded():
     return net
 
 
+@pytest.mark.slow
 def test_radius_and_weight_rise_and_the_epoch_is_chosen_by_what_is_verified(tmp_path, monkeypatch):
     made = []
     ramps = []

@@ -24,6 +24,7 @@ from sj_robust.ops.bn_dlif.repeated import repeated_step
 from sj_robust.ops.dlif import operator as dlif
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, is_repeated
 from sj_robust.ops.registration import define, present, saved_tensors
+from sj_robust.ops.surrogate import Surrogate
 
 __all__ = ["multi_step"]
 
@@ -102,7 +103,7 @@ class _BatchNormDLIF(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        run: Callable[..., tuple[Tensor, ...]],
+        run: Callable[..., tuple[Tensor | None, ...]],
         x_seq: Tensor,
         input_gain: Tensor,
         v_init: Tensor | None,
@@ -111,12 +112,13 @@ class _BatchNormDLIF(torch.autograd.Function):
         running_mean: Tensor | None,
         running_var: Tensor | None,
         call: dict[str, Any],
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         outputs = run(x_seq, input_gain, v_init, weight, bias, running_mean, running_var, **call)
         moments = outputs[-1]
         has_norm = call["statistics"] is not None
         ctx.save_for_backward(x_seq, input_gain, v_init, moments if has_norm else None)
-        ctx.mark_non_differentiable(moments)
+        if moments is not None:
+            ctx.mark_non_differentiable(moments)
         ctx.set_materialize_grads(False)
         ctx.call = call
         ctx.weight_dtype = None if weight is None else weight.dtype
@@ -170,13 +172,20 @@ def _forward(
     store_v_seq: bool,
     store_current: bool,
     **constants: Any,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     stage, config = _configs(**constants)
     inputs = _inputs(x_seq, input_gain, v_init, stage, config)
     outputs, moments = one_pass.forward(
         inputs, NormTensors(*norm), stage, store_v_seq=store_v_seq, store_current=store_current
     )
-    return present((*outputs, moments), x_seq)
+    return *outputs, moments
+
+
+def _forward_in_graph(
+    x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None, *norm: Tensor | None, **call: Any
+) -> tuple[Tensor, ...]:
+    _check(x_seq, input_gain, v_init, **call)
+    return present(_forward(x_seq, input_gain, v_init, *norm, **call), x_seq)
 
 
 def _forward_fake(
@@ -210,7 +219,7 @@ def _backward(
     needs_x: bool,
     needs_v_init: bool,
     **constants: Any,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     stage, config = _configs(**constants)
     inputs = _inputs(x_seq, input_gain, v_init, stage, config)
     layout, T = stage.layout, len(input_gain)
@@ -225,7 +234,23 @@ def _backward(
     found, grad_norm = one_pass.backward(
         inputs, moments, stage, grads, needs_x=needs_x, needs_v_init=needs_v_init
     )
-    return present((found.x, found.input_gain, found.v_init, grad_norm), x_seq)
+    return found.x, found.input_gain, found.v_init, grad_norm
+
+
+def _backward_in_graph(
+    grad_spike_seq: Tensor | None,
+    grad_v: Tensor | None,
+    grad_v_seq: Tensor | None,
+    grad_current: Tensor | None,
+    x_seq: Tensor,
+    input_gain: Tensor,
+    v_init: Tensor | None,
+    moments: Tensor | None,
+    **call: Any,
+) -> tuple[Tensor, ...]:
+    _check(x_seq, input_gain, v_init, **call)
+    grads = grad_spike_seq, grad_v, grad_v_seq, grad_current
+    return present(_backward(*grads, x_seq, input_gain, v_init, moments, **call), x_seq)
 
 
 def _backward_fake(
@@ -270,13 +295,26 @@ def _inputs(
     stage: StageConfig,
     config: DLIFConfig,
 ) -> Inputs:
-    """What kernels take, checked, as it must lie in memory, which a graph need not keep."""
-    dlif.check_call(stage.backend, config, x_seq, input_gain, v_init)
+    """What kernels take, as it must lie in memory, which a graph need not keep."""
     layout = stage.layout
     if not (is_repeated(x_seq) and x_seq[0].is_contiguous(memory_format=layout)):
         x_seq = dense(x_seq, layout)
     v_init = None if v_init is None else v_init.contiguous(memory_format=layout)
     return Inputs(x_seq, input_gain.contiguous(), v_init, config)
+
+
+def _check(
+    x_seq: Tensor,
+    input_gain: Tensor,
+    v_init: Tensor | None,
+    *,
+    backend: str,
+    surrogate: str,
+    alpha: float,
+    **others: Any,
+) -> None:
+    """Refuse a call of a graph that the kernels would misread."""
+    dlif.check_call(backend, Surrogate.named(surrogate, alpha), x_seq, input_gain, v_init)
 
 
 _CALL = (
@@ -288,6 +326,7 @@ _bn_dlif = define(
     f"Tensor? running_mean, Tensor? running_var, *, {_CALL}, bool store_v_seq, bool "
     "store_current) -> (Tensor spike_seq, Tensor v, Tensor v_seq, Tensor current, Tensor moments)",
     kernel=_forward,
+    in_graph=_forward_in_graph,
     fake=_forward_fake,
     gradient=_BatchNormDLIF,
 )
@@ -297,5 +336,6 @@ _bn_dlif_backward = define(
     f"{_CALL}, bool needs_x, bool needs_v_init) -> (Tensor grad_x, Tensor grad_input_gain, Tensor "
     "grad_v_init, Tensor grad_norm)",
     kernel=_backward,
+    in_graph=_backward_in_graph,
     fake=_backward_fake,
 )

@@ -10,6 +10,7 @@ from sj_robust.ops.dlif import backends
 from sj_robust.ops.dlif.backends import implementation, unavailable_reason
 from sj_robust.ops.dlif.config import (
     DLIFConfig,
+    InputGradients,
     Inputs,
     OutputGradients,
     Outputs,
@@ -47,7 +48,7 @@ def multi_step(
     return Outputs(spike_seq, v, v_seq if store_v_seq else None)
 
 
-def check_call(backend: str, config: DLIFConfig, x_seq: Tensor, *states: Tensor | None) -> None:
+def check_call(backend: str, surrogate: Surrogate, x_seq: Tensor, *states: Tensor | None) -> None:
     """Refuse what a kernel would misread: a graph may have been made elsewhere, and get any
     tensors.
     """
@@ -60,7 +61,7 @@ def check_call(backend: str, config: DLIFConfig, x_seq: Tensor, *states: Tensor 
             )
     reason = unavailable_reason(backend)
     if reason is None:
-        reason = implementation(backend).unsupported_reason(x_seq, config.surrogate)
+        reason = implementation(backend).unsupported_reason(x_seq, surrogate)
     if reason is not None:
         raise ValueError(
             f"the graph was made for backend={backend!r}, which cannot run this call: {reason}"
@@ -73,12 +74,12 @@ class _DLIF(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        run: Callable[..., tuple[Tensor, ...]],
+        run: Callable[..., tuple[Tensor | None, ...]],
         x_seq: Tensor,
         input_gain: Tensor,
         v_init: Tensor | None,
         call: dict[str, Any],
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         ctx.save_for_backward(x_seq, input_gain, v_init)
         ctx.set_materialize_grads(False)
         ctx.call = call
@@ -115,10 +116,16 @@ def _forward(
     backend: str,
     threads_per_block: int | None,
     **constants: Any,
+) -> Outputs:
+    inputs = _inputs(x_seq, input_gain, v_init, constants)
+    return backends.forward(implementation(backend, threads_per_block), inputs, store_v_seq)
+
+
+def _forward_in_graph(
+    x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None, **call: Any
 ) -> tuple[Tensor, ...]:
-    inputs = _inputs(x_seq, input_gain, v_init, backend, constants)
-    found = implementation(backend, threads_per_block)
-    return present(backends.forward(found, inputs, store_v_seq), x_seq)
+    _check(x_seq, input_gain, v_init, **call)
+    return present(_forward(x_seq, input_gain, v_init, **call), x_seq)
 
 
 def _forward_fake(
@@ -139,8 +146,8 @@ def _backward(
     backend: str,
     threads_per_block: int | None,
     **constants: Any,
-) -> tuple[Tensor, ...]:
-    inputs = _inputs(x_seq, input_gain, v_init, backend, constants)
+) -> InputGradients:
+    inputs = _inputs(x_seq, input_gain, v_init, constants)
     if grad_spike_seq is None:
         grad_spike_seq = torch.zeros_like(inputs.x_seq)
     grads = OutputGradients(
@@ -149,7 +156,21 @@ def _backward(
         v_seq=None if grad_v_seq is None else grad_v_seq.contiguous(),
     )
     found = implementation(backend, threads_per_block)
-    return present(backends.backward(found, inputs, grads, needs_v_init), x_seq)
+    return backends.backward(found, inputs, grads, needs_v_init)
+
+
+def _backward_in_graph(
+    grad_spike_seq: Tensor | None,
+    grad_v: Tensor | None,
+    grad_v_seq: Tensor | None,
+    x_seq: Tensor,
+    input_gain: Tensor,
+    v_init: Tensor | None,
+    **call: Any,
+) -> tuple[Tensor, ...]:
+    _check(x_seq, input_gain, v_init, **call)
+    grads = grad_spike_seq, grad_v, grad_v_seq
+    return present(_backward(*grads, x_seq, input_gain, v_init, **call), x_seq)
 
 
 def _backward_fake(
@@ -165,18 +186,27 @@ def _backward_fake(
 
 
 def _inputs(
+    x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None, constants: dict[str, Any]
+) -> Inputs:
+    """What a backend takes, without gaps in memory."""
+    config = DLIFConfig.of(**constants)
+    v_init = None if v_init is None else v_init.contiguous()
+    return Inputs(x_seq.contiguous(), input_gain.contiguous(), v_init, config)
+
+
+def _check(
     x_seq: Tensor,
     input_gain: Tensor,
     v_init: Tensor | None,
+    *,
     backend: str,
-    constants: dict[str, Any],
-) -> Inputs:
-    """What a backend takes, checked, without gaps in memory."""
-    config = DLIFConfig.of(**constants)
+    surrogate: str,
+    alpha: float,
+    **others: Any,
+) -> None:
+    """Refuse a call of a graph that the backend would misread."""
     check_arguments(x_seq, input_gain, v_init)
-    check_call(backend, config, x_seq, input_gain, v_init)
-    v_init = None if v_init is None else v_init.contiguous()
-    return Inputs(x_seq.contiguous(), input_gain.contiguous(), v_init, config)
+    check_call(backend, Surrogate.named(surrogate, alpha), x_seq, input_gain, v_init)
 
 
 _CALL = f"{CONSTANTS}, str backend, int? threads_per_block"
@@ -184,6 +214,7 @@ _dlif = define(
     f"dlif(Tensor x_seq, Tensor input_gain, Tensor? v_init, *, {_CALL}, bool store_v_seq) -> "
     "(Tensor spike_seq, Tensor v, Tensor v_seq)",
     kernel=_forward,
+    in_graph=_forward_in_graph,
     fake=_forward_fake,
     gradient=_DLIF,
 )
@@ -192,5 +223,6 @@ _dlif_backward = define(
     f"Tensor input_gain, Tensor? v_init, *, {_CALL}, bool needs_v_init) -> (Tensor grad_x_seq, "
     "Tensor grad_input_gain, Tensor grad_v_init)",
     kernel=_backward,
+    in_graph=_backward_in_graph,
     fake=_backward_fake,
 )
