@@ -104,7 +104,7 @@ class Options:
     """Widths of the hidden layers of VGG; for model small, use --model-options."""
     encoder: Literal["direct", "poisson", "feel", "rsc", "stod"] = "direct"
     """How an image becomes T frames: direct repeats it, poisson draws spikes, feel removes more
-    high frequencies in every step, rsc adds noise, stod multiplies patches by an orthogonal kernel
+    high frequencies with each step, rsc adds noise, stod multiplies patches by an orthogonal kernel
     per step."""
     encoder_options: Annotated[YamlDict, Idle(lambda options: options.encoder == "direct")] = field(
         default_factory=dict

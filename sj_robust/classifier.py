@@ -243,7 +243,7 @@ class SpikingClassifier(nn.Module):
         ):
             raise ValueError(
                 f"mean and std must have one value per channel, got {len(self.mean)} for images "
-                f"of shape {tuple(images.shape)}, with {images.shape[1]} channels; give one value "
+                f"of shape {tuple(images.shape)} (channels: {images.shape[1]}); give one value "
                 "per channel, or one for all"
             ) from error
         T = vars(self).get("T", 0)
