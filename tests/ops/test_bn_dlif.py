@@ -562,6 +562,7 @@ def test_wrong_arguments():
         (r"x_seq must be \[T, N, C, \*\]", torch.zeros(3, 4), norm, gain),
         (r"one value per step, \[T\] = \[3\], got \(4,\)", x, norm, torch.ones(4)),
         ("v_init must have the shape of one step", x, norm, gain, torch.zeros(4)),
+        ("input_gain must be on the device of x_seq", x, norm, gain.to("meta")),
         ("more than one value per channel", torch.zeros(1, 1, 5), norm, torch.ones(1)),
         (r"weight must be \[C\] = \[5\], got \(4,\)", x, of_four, gain),
     ):

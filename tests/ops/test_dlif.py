@@ -456,6 +456,15 @@ class TestContract:
         with pytest.raises(ValueError, match="shape of one step"):
             dlif_multi_step(torch.zeros(3, 2), torch.ones(3), torch.zeros(3), decay=0.9)
 
+    @pytest.mark.parametrize("backend", ["auto", "reference", "eager", "cpp"])
+    @pytest.mark.parametrize("name", ["input_gain", "v_init"])
+    def test_tensors_on_another_device(self, name, backend):
+        states = {"input_gain": torch.ones(3), "v_init": torch.zeros(2)}
+        states[name] = states[name].to("meta")
+        message = f"{name} must be on the device of x_seq, cpu, got meta"
+        with pytest.raises(ValueError, match=message):
+            dlif_multi_step(torch.zeros(3, 2), **states, decay=0.9, backend=backend)
+
     def test_integers(self):
         x = torch.zeros(3, 2, dtype=torch.int64)
         with pytest.raises(TypeError, match="floating point, got torch.int64"):

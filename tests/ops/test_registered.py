@@ -269,7 +269,7 @@ def test_a_graph_refuses_tensors_that_its_kernel_would_misread():
     with pytest.raises(ValueError, match=r"must be torch.float32 there, got torch.float64"):
         OPS.dlif(x, gain.double(), None, **call)
     with pytest.raises(ValueError, match="there, got torch.float32 on meta"):
-        check_call("cpp", DLIFConfig.of(**NEURON), x, gain.to("meta"))
+        check_call("cpp", DLIFConfig.of(**NEURON).surrogate, x, gain.to("meta"))
     with pytest.raises(ValueError, match="one value per step"):
         OPS.dlif(x, gain[:2], None, **call)
     with pytest.raises(ValueError, match="backend='cpp', which cannot run this call"):

@@ -163,6 +163,12 @@ def check_arguments(x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None) ->
             f"v_init must have the shape of one step, {tuple(x_seq.shape[1:])}, got "
             f"{tuple(v_init.shape)}"
         )
+    for name, tensor in (("input_gain", input_gain), ("v_init", v_init)):
+        if tensor is not None and tensor.device != x_seq.device:
+            raise ValueError(
+                f"{name} must be on the device of x_seq, {x_seq.device}, got {tensor.device}; move "
+                "the network and its input to one device with .to(...)"
+            )
 
 
 def no_gpu_reason() -> str | None:
