@@ -240,7 +240,7 @@ def check_fits(subject: Subject, images: Tensor, classes: int | None, dataset: s
         or torch.autograd.grad(logits.sum(), image, allow_unused=True)[0] is None
     ):
         raise ValueError(
-            f"no gradient reaches the images of {subject.name}, so attacks cannot work; remove "
+            f"no gradient reaches the images of {subject.name!r}, so attacks cannot work; remove "
             "no_grad and detach from its forward"
         )
     return int(logits.shape[1])

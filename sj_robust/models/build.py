@@ -363,11 +363,11 @@ def _convert(net: nn.Module, spec: NetworkSpec) -> None:
         report = replace_neurons(net, spec.T)
     except ValueError as error:
         raise ValueError(
-            f"{spec.name} has no neuron that could be DLIF ({error}); name another neuron"
+            f"{spec.name!r} has no neuron that could be DLIF ({error}); name another neuron"
         ) from error
     functional.reset_net(net)
     if not any(isinstance(module, DLIFNode) for module in net.modules()):
         stays = "; ".join(f"{name}: {reason}" for name, reason in report.skipped.items())
         raise ValueError(
-            f"{spec.name} has no neuron that could be DLIF ({stays}); name another neuron"
+            f"{spec.name!r} has no neuron that could be DLIF ({stays}); name another neuron"
         )

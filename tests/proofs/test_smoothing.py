@@ -307,7 +307,7 @@ class Counts(nn.Module):
 @pytest.mark.parametrize("kind", ["buffer", "parameter", "tensor", "number", "list"])
 @pytest.mark.parametrize("batch_size", [1, 256])
 def test_a_network_whose_forward_changes_what_it_holds_is_refused(kind, batch_size):
-    with pytest.raises(ValueError, match=r"forward in evaluation mode, got one that changes count"):
+    with pytest.raises(ValueError, match=r"forward pass in evaluation mode, but one changes count"):
         smooth(Counts(kind), torch.rand(1, 2), 0.25, n0=10, n=10, batch_size=batch_size)
 
 

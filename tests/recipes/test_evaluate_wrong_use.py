@@ -25,7 +25,7 @@ NETWORKS = {
     "unfinished.py:f": r"unfinished.py cannot be imported \(SyntaxError: .* line 1\)\);",
     "own_net:half": r"weights torch.float16: return network.fl",
     "own_net:diverged": "NaN or infinite logits",
-    "own_net:Blind": "no gradient reaches the images of Blind",
+    "own_net:Blind": "no gradient reaches the images of 'Blind'",
 }
 
 

@@ -70,7 +70,9 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     checkpoint(folder / "dlif_at", history=HISTORY)
     curves = {"dlif at": [asdict(record) for record in HISTORY]}
-    Report("lif", "digits", "training", (0,), (), curves=curves).save(folder / "report.json")
+    clean = Row("clean", "clean", (0,), (), variant="dlif at")
+    report = Report("lif", "digits", "training", (0,), (clean,), curves=curves)
+    report.save(folder / "report.json")
     return folder
 
 
