@@ -203,6 +203,14 @@ class ThreatModel:
     def includes(self, other: "ThreatModel") -> bool:
         """Whether all that another threat allows is allowed here: the norm and what frames hold are
         the same, and no limit is narrower. Threats of two norms are never compared.
+        是否包含另一威胁模型。
+
+        Examples:
+            >>> ThreatModel("Linf", 8 / 255).includes(ThreatModel("Linf", 4 / 255))
+            True
+            >>> moves = ThreatModel("moves", 3, largest_shift=2)
+            >>> moves.includes(ThreatModel("moves", 3)), ThreatModel("moves", 3).includes(moves)
+            (False, True)
         """
         if (self.norm, self.counts) != (other.norm, other.counts):
             return False

@@ -87,7 +87,9 @@ class Row:
 
     @property
     def measured(self) -> bool:
-        """Whether the distances of its images were measured."""
+        """Whether one of its images was measured to differ from its clean image; an attack that
+        changes no image looks as if nothing was measured.
+        """
         return bool(self.outside) or self.largest > 0
 
     @property
@@ -169,8 +171,8 @@ class Evaluation:
     image which a proof (without error probability) covers is an error.
 
     An image counts as broken if an attack fools the network with a change that the threat allows
-    (:meth:`broken`). Members beyond it (other radii, Gaussian noise) have their own figures and are
-    not part of the worst case.
+    (:meth:`broken`). Members beyond it (other radii, Gaussian noise) have their own figures; in the
+    worst case they count only on the images whose measured distance is within the threat.
 
     Attributes:
         name: Name of the network.
@@ -251,7 +253,12 @@ class Evaluation:
     @property
     def main(self) -> str:
         """The first variant, which figures refer to by default."""
-        return self.rows[0].variant if self.rows else ""
+        return self.rows[0].variant
+
+    @property
+    def of_levels(self) -> bool:
+        """Whether its variants are levels of faults or corruptions."""
+        return self.suite in ("stress", "corruptions")
 
     @property
     def is_suite(self) -> bool:
@@ -268,8 +275,8 @@ class Evaluation:
         return tuple(row for row in self.of(self.main) if row.attacks)
 
     def within(self, row: Row) -> bool:
-        """Whether an attack has a threat of its own that stays within the threat model, so that it
-        is part of the worst case.
+        """Whether an attack has a threat of its own that stays within the threat model, so that
+        all that it breaks is part of the worst case.
         """
         if row.threat is None or row.outside:
             return False
@@ -277,7 +284,7 @@ class Evaluation:
 
     def broken(self, row: Row) -> frozenset[int]:
         """Images that an attack breaks within the threat model: all that fall to one within it, and
-        of any other one those whose distance was measured; without a threat model, all.
+        of any other one those whose measured distance is within it; without a threat model, all.
         """
         if self.threat is None or self.within(row) or row.measured:
             return frozenset(row.broken)
@@ -438,7 +445,7 @@ class Evaluation:
         left = self.standing("clean")
         for row in self.attacks:
             if proofs[0].covers(row):
-                left = left.difference(row.fell)
+                left = left.difference(self._by_its_own_threat(row))
         total = len(self.labels)
         lower = Accuracy("verified", "verified", len(proofs[0].stood & left), total)
         return lower, Accuracy("everything", "everything", len(left), total)
@@ -460,16 +467,24 @@ class Evaluation:
         variants that both have must have the same rows.
 
         Raises:
-            ValueError: If threats or images differ, or two variants of one name.
+            ValueError: If threats or images differ, or, apart from the time, two variants of one
+                name.
         """
-        if (self.threat, self.labels, self.data) != (other.threat, other.labels, other.data):
+        differ = []
+        if self.threat != other.threat:
+            differ.append(f"threat {self.threat} and {other.threat}")
+        if self.labels != other.labels:
+            differ.append("other labels")
+        if self.data != other.data:
+            differ.append(f"data {self.data!r} and {other.data!r}")
+        if differ:
             raise ValueError(
                 "reports must have the same threat and images to be merged, got "
-                f"{self.threat} on {self.data!r} and {other.threat} on {other.data!r}"
+                f"{', '.join(differ)}"
             )
         new = [variant for variant in other.variants if variant not in self.variants]
         for variant in other.variants:
-            if variant not in new and self.of(variant) != other.of(variant):
+            if variant not in new and _timeless(self, variant) != _timeless(other, variant):
                 raise ValueError(
                     f"networks must have names of their own to be merged, got {variant!r} in both "
                     "with other rows; name one of them anew"
@@ -560,5 +575,18 @@ class Evaluation:
         for row in self.rows:
             if row.variant not in variants or not row.attacks:
                 continue
-            if proof.covers(row) and (both := proof.stood.intersection(row.fell)):
+            both = proof.stood & self._by_its_own_threat(row)
+            if both and proof.covers(row):
                 yield row.member, set(both)
+
+    def _by_its_own_threat(self, row: Row) -> frozenset[int]:
+        """Images that an attack breaks with a change that its own threat allows: not those that
+        exceed even that of the evaluation, if the attack promised to stay within it.
+        """
+        narrower = self.threat and row.threat and self.threat.includes(row.threat)
+        return frozenset(row.broken if narrower else row.fell)
+
+
+def _timeless(report: Evaluation, variant: str) -> list[Row]:
+    """Rows of a variant, whatever time they took."""
+    return [replace(row, seconds=0.0) for row in report.of(variant)]

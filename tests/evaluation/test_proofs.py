@@ -264,3 +264,22 @@ def test_only_an_attack_within_the_ball_of_a_proof_contradicts_it(proved, attack
         refused = pytest.raises(ValueError, match="proof or attack has a bug")
         with refused if contradict else nullcontext():
             report(rows=[*rows, certified], threat=threat)
+
+
+@pytest.mark.parametrize(
+    ("attacked", "proved", "contradict"),
+    [(0.1, 0.1, False), (0.05, 0.1, False), (0.1, 0.2, False), (0.2, 0.2, True)],
+)
+def test_an_image_beyond_the_threat_of_its_own_attack_contradicts_no_proof(
+    attacked, proved, contradict
+):
+    """An attack at 0.2 may exceed the threat of the report, here 0.1."""
+    attack = member("own", (1, 2), eps=attacked, outside=(1, 2), largest=0.3)
+    rows = (clean(), attack, proof((1, 3), eps=proved))
+    if contradict:
+        with pytest.raises(ValueError, match="proof or attack has a bug"):
+            report(rows=rows)
+        return
+    made = report(rows=rows)
+    assert made.contradicted == ()
+    assert [one.correct for one in made.bracket_at(proved)] == [2, 8]

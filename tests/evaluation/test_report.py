@@ -121,14 +121,23 @@ def test_networks_of_a_training_are_variants_that_are_merged():
     assert [bar.get_height() for bar in bars.patches] == [80.0, 60.0, 40.0]
     assert [line.get_label() for line in curves.lines] == ["dlif at, clean", "dlif at, pgd"]
     assert both.merged(both) == replace(both, warnings=("a", "b", "a", "b"))
+    again = replace(first, rows=tuple(replace(row, seconds=9.0) for row in first.rows))
+    assert first.merged(again).rows == first.rows
 
 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (trained("b", [clean()], data="0123"), "same threat and images to be merged"),
-        (replace(trained("b", [clean()], data="4567"), threat=None), "same threat and images to"),
-        (trained("b", [clean()], data="other"), "images to be merged, got .* and .*other"),
+        (trained("b", [clean()], data="0123"), "got data '4567' and '0123'$"),
+        (
+            replace(trained("b", [clean()], data="4567"), threat=None),
+            r"got threat Th.*\) and None$",
+        ),
+        (replace(trained("b", [clean()], data="4567"), labels=(1,) * 10), "got other labels$"),
+        (
+            replace(trained("b", [clean()], data="0123"), labels=(1,) * 10, threat=None),
+            "same threat and images to be merged, got threat .* and None, other labels, data ",
+        ),
         (trained("a", [clean(range(4))], data="4567"), "'a' in both with other rows; name one of"),
     ],
 )
@@ -150,12 +159,14 @@ FARTHER = member("pgd20@0.3", range(7), group="", eps=0.3, largest=0.0)
         ((NOISE, PGD), 6, "60.0 % under the strongest attack, 30.0 % proved"),
         ((FARTHER, NOISE, PGD), 6, "60.0 % under the strongest attack, 30.0 % proved"),
         ((replace(NOISE, largest=0.4, outside=range(1, 6)), PGD), 5, "60.0 % under the strongest"),
+        ((replace(NOISE, largest=0.4, outside=range(1, 6)),), 7, "70.0 % under the strongest"),
+        ((replace(NOISE, largest=0.4, outside=range(6)),), 8, "no attack within the threat"),
         ((NOISE,), 8, "a: 80.0 % clean, no attack within the threat, 30.0 % proved"),
         ((), 8, "a: 80.0 % clean, no attack within the threat, 30.0 % proved"),
     ],
 )
-def test_noise_has_no_part_in_the_worst_case_of_a_training(rows, left, verdict):
-    """Noise whose images were measured breaks those that it leaves within the threat, here 0."""
+def test_noise_breaks_the_images_that_were_measured_within_the_threat(rows, left, verdict):
+    """Of the noise with measured images one is within the threat, 0; without, none counts."""
     proved = proof((5, 6, 7), eps=0.1)
     made = trained("a", [clean(), *rows, replace(proved, member="verified")])
     assert made.everything.correct == made.worst_case.correct == left

@@ -1,14 +1,17 @@
 """Files of version 1: the same figures, from each of its four formats; and of version 2."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from evaluation.reports import member, report
+from evaluation.reports import LINF, clean, member, proof, report
 
 from sj_robust.attacks import ThreatModel
 from sj_robust.evaluation import Report, compare_reports
+from sj_robust.evaluation.report import stored
 from sj_robust.evaluation.result import Point
+from sj_robust.training import modes
 
 FOLDER = Path(__file__).with_name("version_1")
 LEADERBOARD = Path(__file__).parents[2] / "docs" / "results" / "leaderboard"
@@ -103,6 +106,29 @@ def test_noise_in_a_training_of_version_1_is_no_attack_within_its_threat():
     assert found.everything.correct == 50
     assert found.under("gaussian").correct == 40
     assert "dlif at: 97.0 % clean, 50.0 % under the strongest attack" in found.verdict
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_attacks_of_a_training_are_within_its_threat_where_none_was_stored(version):
+    """As written until late in version 4: no attack has a threat, nor measured distances."""
+    alone = {"group": "", "eps": None, "largest": 0.0, "variant": "a"}
+    attacks = [member("gaussian", (3,), **alone), member("fgsm", (1, 2), **alone)]
+    rows = [clean(variant="a"), *attacks, proof((4, 5), variant="a")]
+    written = Report("a", "digits", "training", (0,) * 10, rows, threat=LINF)
+    content = json.loads(written.to_json()) | {"version": version}
+    found = Report.from_json(json.dumps(content))
+    assert "a: 80.0 % clean, 60.0 % under the strongest attack" in found.verdict
+    assert found.everything.correct == found.worst_case.correct == 6
+    assert [row.threat for row in found.attacks] == [None, LINF]
+    assert [one.correct for one in found.bracket] == [2, 6]
+    today = replace(written, rows=found.rows)
+    assert Report.from_json(today.to_json()) == today == found
+    comparison = compare_reports(found, today)
+    assert [row.value for row in comparison.differences] == [0.0] * len(comparison.differences)
+
+
+def test_noise_is_stored_under_the_name_that_is_read_back():
+    assert stored.NOISE == modes.NOISE
 
 
 @pytest.mark.parametrize("version", [1, 2])

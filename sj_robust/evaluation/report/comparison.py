@@ -88,9 +88,10 @@ def compare_reports(first: Evaluation, second: Evaluation) -> Comparison:
     """What differs between two reports, with intervals, and whether they are comparable.
     比较两份报告。
 
-    Networks of a training, such as those before and after :func:`sj_robust.finetune`, and levels of
-    a fault are compared by name; if the first ones of both reports have no namesake, they are
-    compared with each other. Notes say which others are omitted.
+    Networks of a training, such as those before and after :func:`sj_robust.finetune`, are compared
+    by name; if the first ones of both reports have no namesake, they are compared with each other.
+    Notes say which others are omitted. Of a stress test, only the network without faults is
+    compared. A worst case over several attacks is compared only between reports of a suite.
 
     If both reports are on the same images, the interval is that of paired proportions, which is far
     narrower; otherwise it is that of independent ones. An attack of a suite runs only on images
@@ -137,8 +138,15 @@ class _Side:
 
     @cached_property
     def accuracies(self) -> dict[str, Accuracy]:
-        """Its accuracies by name."""
-        return {one.name: one for one in self.report.accuracies_of(self.variant)}
+        """Its accuracies by name; those over several attacks only of a suite."""
+        of_all, single = self.report.accuracies_of, self.report.single_accuracies
+        found = of_all(self.variant) if self.report.is_suite else single(self.variant)
+        return {one.name: one for one in found}
+
+    @property
+    def attacks(self) -> set[str]:
+        """Names of its attacks."""
+        return {row.member for row in self.report.of(self.variant) if row.attacks}
 
     def standing(self, name: str) -> frozenset[int]:
         """Images that are still correct."""
@@ -183,7 +191,9 @@ class _Pair:
 
 
 def _networks(report: Evaluation) -> list[str]:
-    """The variants of a report that are networks, or levels of a fault."""
+    """The variants of a report that are networks; of a stress test only that without faults."""
+    if report.of_levels:
+        return [report.main]
     return [variant for variant in report.variants if variant != OVER_EPS]
 
 
@@ -264,7 +274,7 @@ def _notes(
     settings = [
         *_threats(first.threat, second.threat, harm),
         ("data set", first.dataset, second.dataset, harm),
-        ("draws", str(first.draws), str(second.draws), "other images count as broken"),
+        *_draws(first, second),
         ("suite", first.suite, second.suite, "the attacks differ"),
         ("search over spikes", _search(first), _search(second), "the attacks differ"),
     ]
@@ -279,6 +289,10 @@ def _notes(
     mine = first.network.get("fingerprint")
     if mine and mine == second.network.get("fingerprint"):
         notes.append("Both reports are about the same network.")
+    if first.of_levels or second.of_levels:
+        notes.append(
+            "Levels of faults or corruptions are not compared; the table of each report has them."
+        )
     firsts, seconds = [pair.first for pair in pairs], [pair.second for pair in pairs]
     notes += _notes_on_networks(first, firsts, "first")
     notes += _notes_on_networks(second, seconds, "second")
@@ -288,6 +302,13 @@ def _notes(
         texts = (*alarms(report), *masked(report))
         notes += [f"{report.name}: {text}" for text in texts]
     return tuple(notes)
+
+
+def _draws(first: Evaluation, second: Evaluation) -> list[tuple[str, str, str, str]]:
+    """Fresh forwards per image; those of a stress test are draws of the fault."""
+    if first.of_levels or second.of_levels:
+        return []
+    return [("draws", str(first.draws), str(second.draws), "other images count as broken")]
 
 
 def _search(report: Evaluation) -> str:
@@ -326,7 +347,7 @@ def _notes_on_missing(report: Evaluation, sides: Iterable[tuple[_Side, _Side]]) 
     """How many attacks of the other report this one does not have."""
     missing = 0
     for own, other in sides:
-        missing += len(other.accuracies.keys() - own.accuracies.keys())
+        missing += len(other.attacks - own.attacks)
     if not missing:
         return []
     return [f"Omitted: {missing} attacks that the report of {report.name} does not have."]

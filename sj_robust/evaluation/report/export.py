@@ -70,7 +70,7 @@ class Exported:
 
 def exported(report: Evaluation) -> list[Exported]:
     """Every figure of a report, one after the other. 报告的全部数值。"""
-    if report.suite in ("stress", "corruptions"):
+    if report.of_levels:
         found = _of_levels(report)
     elif report.suite == "vote":
         found = _of_the_vote(report)

@@ -83,7 +83,7 @@ def figures(report: Evaluation, *, columns: int = 2) -> dict[str, "Figure"]:
     Raises:
         ValueError: If the report holds no figures at all.
     """
-    if report.suite in ("stress", "corruptions"):
+    if report.of_levels:
         return {"": _levels(report)}
     if report.suite == "vote":
         return {"": _vote(report)}

@@ -265,7 +265,7 @@ class Report(
         stem = _STEMS.get(self.suite, "report")
         self.save(folder / f"{stem}.json")
         names = [f"{stem}.json"]
-        if self.suite in ("stress", "corruptions"):
+        if self.of_levels:
             write_whole(folder / f"{stem}.md", f"{self.verdict}\n\n{self.table()}\n")
             names.append(f"{stem}.md")
         elif self.suite not in ("vote", "training"):

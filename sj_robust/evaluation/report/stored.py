@@ -15,8 +15,8 @@ _COUNTS = (
     "Read from a file of version 1, which holds counts only: the indices of the broken images are "
     "placeholders."
 )
-_NOISE = "gaussian"
-"""The attack of a training that has no threat."""
+NOISE = "gaussian"
+"""Name, in files of every version, of the attack of a training that has no threat."""
 _SEARCHLESS = "Measured by an earlier release, whose suite `fast` had no search over spikes."
 
 
@@ -28,15 +28,19 @@ def translated(text: str) -> str:
     tests and of trainings they held counts: the images of a row are then the first ones, as many as
     fell. Up to version 2 the suite ``standard`` ran what ``gradient`` runs now, and becomes that.
     Up to version 3 no threat said that frames hold counts, and all are those of binary frames.
+    Attacks of a training were stored without a threat until late in version 4, and are within that
+    of their report, noise excepted.
     """
     try:
         content = json.loads(text)
     except json.JSONDecodeError:
         return text
-    if not isinstance(content, dict) or content.get("version") not in (1, 2, 3):
+    if not isinstance(content, dict) or content.get("version") not in (1, 2, 3, 4):
         return text
     version = content["version"]
-    formats = _FORMATS if version == 1 else {"sj_robust.report": dict}
+    if version == 4 and content.get("suite") != "training":
+        return text
+    formats = _FORMATS if version == 1 else {"sj_robust.report": _with_threats}
     translate = formats.get(str(content.get("format")))
     if translate is None:
         return text
@@ -51,6 +55,17 @@ def translated(text: str) -> str:
             "is damaged"
         ) from error
     return json.dumps({"format": "sj_robust.report", "version": 4} | found)
+
+
+def _with_threats(old: _Content) -> _Content:
+    """A report whose attacks have a threat if it is of a training."""
+    if old["suite"] != "training":
+        return old
+    rows = []
+    for row in old["rows"]:
+        lacks = row["kind"] == "attack" and row["member"] != NOISE and row["threat"] is None
+        rows.append(row | {"threat": old["threat"]} if lacks else row)
+    return old | {"rows": rows}
 
 
 def _named_as_today(old: _Content) -> _Content:
@@ -203,11 +218,10 @@ def _of_a_training(old: _Content) -> _Content:
                     f"only the {right} that are also correct without it are counted."
                 )
             left = min(score["correct"], right)
-            row = _counted(score["attack"], "attack", right, left, network)
-            rows.append(row | {"threat": None if score["attack"] == _NOISE else old["threat"]})
+            rows.append(_counted(score["attack"], "attack", right, left, network))
     totals = [score["total"] for score in scores]
     total = max(totals, default=1)
-    return old | {
+    found = {
         "name": next(iter(clean), ""),
         "dataset": str(old["configuration"].get("dataset", "")),
         "suite": "training",
@@ -215,6 +229,7 @@ def _of_a_training(old: _Content) -> _Content:
         "rows": rows,
         "warnings": warnings,
     }
+    return _with_threats(old | found)
 
 
 def _of_a_vote(old: _Content) -> _Content:

@@ -12,7 +12,7 @@ __all__ = ["accuracies_table", "table"]
 
 def table(report: Evaluation) -> str:
     """Markdown table of all figures: of the attacks, or as the suite asks for."""
-    if report.suite in ("stress", "corruptions"):
+    if report.of_levels:
         return levels_table(report)
     if report.suite == "vote":
         return _of_the_vote(report)

@@ -5,7 +5,7 @@ from collections import Counter
 from sj_robust.attacks.threat import ThreatModel, eps_text
 from sj_robust.evaluation.intervals import extent
 from sj_robust.evaluation.report.levels import levels_verdict
-from sj_robust.evaluation.result import Evaluation
+from sj_robust.evaluation.result import Accuracy, Evaluation
 from sj_robust.evaluation.run.suites import GRADES
 
 __all__ = ["alarms", "budget", "caveats", "masked", "remarks", "verdict"]
@@ -16,7 +16,7 @@ _DEAD = 0.99
 
 def verdict(report: Evaluation) -> str:
     """Bounds of the robust accuracy, the attacks that were run, and caveats."""
-    if report.suite in ("stress", "corruptions"):
+    if report.of_levels:
         return levels_verdict(report)
     if report.suite == "vote":
         return _of_the_vote(report)
@@ -166,13 +166,17 @@ def _of_a_training(report: Evaluation) -> str:
 
 
 def _strongest(report: Evaluation, variant: str) -> str:
-    """What the strongest attack within the threat leaves of a variant; without a threat, of all."""
-    attacks = [row for row in report.of(variant) if row.attacks]
-    counted = [row for row in attacks if report.threat is None or report.within(row)]
-    if not counted:
+    """What is left of a variant by the attack that breaks most images within the threat."""
+    right = report.standing("clean", variant=variant)
+    left = []
+    for row in report.of(variant):
+        broken = report.broken(row)
+        if row.attacks and (broken or report.threat is None or report.within(row)):
+            left.append(len(right - broken))
+    if not left:
         return "no attack within the threat"
-    left = [report.under(row.member, variant=variant) for row in counted]
-    return f"{min(left, key=lambda one: one.correct).percent} % under the strongest attack"
+    total = report.under("clean", variant=variant).total
+    return f"{Accuracy('', 'member', min(left), total).percent} % under the strongest attack"
 
 
 def _contradictions(report: Evaluation) -> str:
