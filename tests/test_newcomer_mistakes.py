@@ -376,7 +376,7 @@ def answer(mistake):
         if "error: " in text:
             text = text[text.rindex("error: ") :]
         elif "For full helptext" in text:  # tyro's, of which the page has the first part
-            untitled = re.sub(r"\A.*\n *-{5,} *\n", "", text)
+            untitled = re.sub(r"\A(╭.*╮\n|.*\n *-{5,} *\n)", "", text)  # in a box, or plain
             text = re.split("Argument helptext|For full helptext", unboxed(untitled))[0]
     elif raised is None:
         code = caught[0].category.__name__
