@@ -283,7 +283,7 @@ def main(arguments: list[str]) -> None:
             counts=counts if of_events else bool(options.counts),
         )
         if not is_without_suite(complete):
-            check_suite(suite, threat)
+            check_suite(suite, threat)  # type: ignore[arg-type]  # those of a stress test are out
         check_rounds(suite, options.rounds)
         T = getattr(subject.model, "T", None) if events else None
         other = options.transfer and Path(options.transfer)

@@ -13,7 +13,7 @@ from sj_robust.core.host import step_mode
 
 
 class _CarriedStateError(RuntimeError):
-    """A neuron holds the state of the previous forward."""
+    """A neuron holds the state of the previous forward; a RuntimeError outside this file."""
 
 
 @contextmanager
@@ -53,6 +53,8 @@ def refuse_carried_states(model: object) -> Iterator[None]:
     ]
     try:
         yield
+    except _CarriedStateError as error:
+        raise RuntimeError(str(error)).with_traceback(error.__traceback__) from None
     finally:
         for hook in hooks:
             hook.remove()

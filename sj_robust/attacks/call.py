@@ -62,8 +62,8 @@ def crafting(model: Model, device: torch.device, generator: Randomness) -> Itera
             torch.inference_mode(False),
             torch.enable_grad(),
             seeded_globals(draw_seed(private), device),
-            note_missing_time(model),
             refuse_carried_states(model),
+            note_missing_time(model),
         ):
             yield private
     finally:

@@ -523,6 +523,7 @@ def test_a_state_that_is_carried_without_time_steps_has_no_note_beside_its_remed
     net = nn.Sequential(nn.Flatten(), nn.Linear(36, 5), neuron.LIFNode(step_mode="m"))
     with pytest.raises(RuntimeError, match="attack SpikingClassifier") as raised:
         pgd(net.train(), *batch, eps=0.1, step_size=0.05, steps=3)
+    assert raised.type is RuntimeError
     assert not hasattr(raised.value, "__notes__")
 
 
