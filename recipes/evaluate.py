@@ -47,6 +47,7 @@ from tyro.conf import Positional
 
 from sj_robust.core.extras import check_extra
 
+USED_TO_COMPARE = {"compare"}
 USED_BY_LEADERBOARD = {"leaderboard", "output"}
 USED_TO_ADD = USED_BY_LEADERBOARD | {
     "checkpoint",
@@ -242,7 +243,7 @@ def main(arguments: list[str]) -> None:
     """Evaluate a network, compare two reports, or make a table of all reports."""
     options = parse_options(Options, arguments, stem, mark="progress")
     if options.compare is not None:
-        say_ignored(options, {"compare"})
+        say_ignored(options, USED_TO_COMPARE)
         show_comparison(compare_reports(*two_reports(options.compare)), Console())
         return
     if options.leaderboard is not None:
@@ -256,9 +257,6 @@ def main(arguments: list[str]) -> None:
         make_leaderboard(folders, board, asdict(Options()))
         return
     accelerator = make_accelerator(options.device)
-    if options.proofs:  # which are of float32, as the attacks then have to be
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.nnpack.set_flags(False)  # type: ignore[no-untyped-call]  # untyped in torch
     with checked():
         subject = load_subject(options)
         subject = replace(subject, name=options.name or subject.name)
@@ -266,6 +264,11 @@ def main(arguments: list[str]) -> None:
     events = dataset in EVENT_DATASETS
     suite = options.suite or ("events" if events else "standard")
     norm = options.norm or norm_of(options, subject, events=events)
+    complete = replace(options, suite=suite, norm=norm)
+    if options.proofs and not is_never_proved(complete):
+        # proofs are of float32, as the attacks then have to be
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.nnpack.set_flags(False)  # type: ignore[no-untyped-call]  # untyped in torch
     with checked():
         shift = options.largest_shift
         if shift is None and norm == "moves":
@@ -279,8 +282,8 @@ def main(arguments: list[str]) -> None:
             total_shift=options.total_shift,
             counts=counts if of_events else bool(options.counts),
         )
-        if suite != "stress" and suite != "corruptions" and options.smooth is None:
-            check_suite(suite, threat)
+        if not is_without_suite(complete):
+            check_suite(suite, threat)  # type: ignore[arg-type]  # those of a stress test are out
         check_rounds(suite, options.rounds)
         T = getattr(subject.model, "T", None) if events else None
         other = options.transfer and Path(options.transfer)
@@ -309,7 +312,7 @@ def main(arguments: list[str]) -> None:
         describe_folder(folder, "evaluate", arguments)
     journal = training.Journal(folder if accelerator.is_main_process else None)
     journal.begin(configuration, asdict(Options()), accelerator)
-    if names := unused(options, replace(options, suite=suite, norm=norm)):
+    if names := unused(options, complete):
         journal.say(f"ignored with the other options given: {', '.join(names)}")
     with (
         removed_if_unused(folder, resume=options.resume),
@@ -330,7 +333,7 @@ def main(arguments: list[str]) -> None:
                 configuration=configuration,
             )
         else:
-            stressed = suite in ("stress", "corruptions")
+            stressed = is_stress_test(complete)
             request = Request(
                 suite,
                 threat,

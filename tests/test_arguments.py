@@ -46,6 +46,11 @@ class Counted(nn.Module):
         return self.parts(x_seq)
 
 
+def compiled_in_place(net):
+    net.compile(backend="eager")
+    return net
+
+
 def images(*shape):
     return torch.rand(shape or (N, 1, SIDE, SIDE), generator=torch.Generator().manual_seed(0))
 
@@ -274,10 +279,13 @@ WRONG = [
         )
         for call in (*CARDS, perturbation_gains, verify)
     ),
-    Wrong(
-        (verify,),
-        {"model": torch.compile(Counted())},
-        "model must be given before torch.compile, got a compiled network",
+    *(
+        Wrong(
+            (verify,),
+            {"model": compiled},
+            "model must be given before torch.compile, got a compiled network",
+        )
+        for compiled in (torch.compile(Counted()), compiled_in_place(Counted()))
     ),
     Wrong((smooth,), {"model": "digits/lif"}, r"model must be a callable from images to logits"),
     Wrong(

@@ -1,4 +1,6 @@
-"""States that an attacked network carries from one forward to the next."""
+"""What is wrong with an attacked bare network: states that it carries from one forward to the next,
+and images where it takes sequences.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,13 +8,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sj_robust.core.host import is_neuron, step_mode
+from sj_robust.core.checks import is_compiled
+from sj_robust.core.host import step_mode
+
+
+class _CarriedStateError(RuntimeError):
+    """A neuron holds the state of the previous forward; a RuntimeError outside this file."""
 
 
 @contextmanager
 def refuse_carried_states(model: object) -> Iterator[None]:
     """RuntimeError where a neuron begins a forward of ``model`` with the state that the one before
-    left; and a note where a network that takes sequences fails on images. 检查状态重置。
+    left. 检查状态重置。
 
     Every step of an attack would then see another network, and its gradient would belong to none of
     the images. What lies in a classifier that says ``resets_itself`` is not looked at, so that
@@ -21,43 +28,81 @@ def refuse_carried_states(model: object) -> Iterator[None]:
     """
     if (
         not isinstance(model, nn.Module)
-        or _is_compiled(model)
-        or not (neurons := list(_bare_neurons(model)))
+        or is_compiled(model)
+        or not (neurons := list(filter(_memories, _bare_modules(model))))
     ):
         yield
         return
     left: dict[nn.Module, list[Tensor]] = {}
-    running = False
 
     def begin(*_: object) -> None:
-        nonlocal running
-        running = True
         left.update({neuron: _states(neuron) for neuron in neurons})
 
     def called(neuron: nn.Module, *_: object) -> None:
         before = left.pop(neuron, [])
         if any(state is earlier for state in _states(neuron) for earlier in before):
-            raise RuntimeError(
+            raise _CarriedStateError(
                 f"{type(neuron).__name__} still holds the state of the previous forward pass, so "
                 "every step of the attack would see a different network: attack "
                 "SpikingClassifier(net, T=...), which resets the network before every forward"
             )
 
-    def end(*_: object) -> None:
-        nonlocal running
-        running = False
-
     hooks = [
         model.register_forward_pre_hook(begin),
-        model.register_forward_hook(end),
         *(neuron.register_forward_pre_hook(called) for neuron in neurons),
     ]
     try:
         yield
+    except _CarriedStateError as error:
+        raise RuntimeError(str(error)).with_traceback(error.__traceback__) from None
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def note_missing_time(model: object) -> Iterator[None]:
+    """A note on an error in a forward of ``model`` whose first layer or neuron in step mode "m" is
+    given images [N, ...] without a time axis. 提示缺少时间维度。
+
+    A compiled network and a classifier's, which repeats images over time, are not looked at.
+    """
+    layers: list[nn.Module] = []
+    if isinstance(model, nn.Module) and not is_compiled(model):
+        layers = [layer for layer in _bare_modules(model) if step_mode(layer, "") == "m"]
+    if not isinstance(model, nn.Module) or not layers:
+        yield
+        return
+    samples = 0
+    is_first = is_missing = False
+
+    def begin(_: object, arguments: tuple[Any, ...]) -> None:
+        nonlocal samples, is_first, is_missing
+        samples = len(arguments[0]) if arguments else 0
+        is_first, is_missing = True, False
+
+    def called(_: object, arguments: tuple[Any, ...]) -> None:
+        nonlocal is_first, is_missing
+        if is_first and arguments and isinstance(arguments[0], Tensor):
+            shape = arguments[0].shape
+            is_missing = shape[:1] == (samples,) and shape[1:2] != (samples,)
+        is_first = False
+
+    def end(*_: object) -> None:
+        nonlocal is_missing
+        is_missing = False
+
+    hooks = [
+        model.register_forward_pre_hook(begin),
+        model.register_forward_hook(end),
+        *(layer.register_forward_pre_hook(called) for layer in layers),
+    ]
+    try:
+        yield
     except (ValueError, RuntimeError) as error:
-        if running and "m" in map(step_mode, filter(is_neuron, neurons)):
+        if is_missing and not isinstance(error, _CarriedStateError):
             error.add_note(
-                "the network's neurons are in step mode 'm' and take a sequence [T, N, ...], but "
+                "the network's layers are in step mode 'm' and take a sequence [T, N, ...], but "
                 "an attack gives it images [N, ...]: attack SpikingClassifier(net, T=...), which "
                 "repeats them over time"
             )
@@ -67,14 +112,13 @@ def refuse_carried_states(model: object) -> Iterator[None]:
             hook.remove()
 
 
-def _bare_neurons(module: nn.Module) -> Iterator[nn.Module]:
-    """Modules with a state, except for those in a classifier that resets them."""
+def _bare_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and its parts, except for those in a classifier that resets them."""
     if getattr(module, "resets_itself", False):
         return
-    if _memories(module):
-        yield module
+    yield module
     for child in module.children():
-        yield from _bare_neurons(child)
+        yield from _bare_modules(child)
 
 
 def _memories(module: nn.Module) -> dict[str, Any]:
@@ -92,10 +136,3 @@ def _states(module: nn.Module) -> list[Tensor]:
         for name, value in _memories(module).items()
         if isinstance(value, Tensor) and not isinstance(initial.get(name), Tensor)
     ]
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    return any(
-        module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
-        for module in model.modules()
-    )

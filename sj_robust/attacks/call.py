@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sj_robust.attacks._resets import refuse_carried_states
+from sj_robust.attacks._resets import note_missing_time, refuse_carried_states
 from sj_robust.core.checks import (
     check_images,
     check_labels,
@@ -63,6 +63,7 @@ def crafting(model: Model, device: torch.device, generator: Randomness) -> Itera
             torch.enable_grad(),
             seeded_globals(draw_seed(private), device),
             refuse_carried_states(model),
+            note_missing_time(model),
         ):
             yield private
     finally:

@@ -37,6 +37,7 @@ __all__ = [
     "check_text",
     "did_you_mean",
     "is_checked",
+    "is_compiled",
     "logits_of",
     "taken_for_checked",
 ]
@@ -519,3 +520,16 @@ def check_network(net: object, name: str = "net") -> None:
         raise TypeError(
             f"{name} must be a network (nn.Module), got {kind}; build it first, as in MyNet()"
         )
+
+
+def is_compiled(network: nn.Module) -> bool:
+    """Whether a network or a part of it is compiled, by ``torch.compile`` or in place. 是否已编译。
+
+    Examples:
+        >>> is_compiled(nn.Linear(2, 2)), is_compiled(torch.compile(nn.Linear(2, 2)))
+        (False, True)
+    """
+    return any(
+        module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+        for module in network.modules()
+    )

@@ -34,6 +34,7 @@ from sj_robust.core.checks import (
     check_size,
     check_steps,
     check_switch,
+    is_compiled,
 )
 from sj_robust.core.environment import device_of
 from sj_robust.core.eps import eps_text, parse_eps
@@ -634,10 +635,10 @@ def _checked(
     check_labels(y, x)
     if len(x) == 0:
         raise ValueError("x must contain at least one image, got none")
-    if any(hasattr(module, "_orig_mod") for module in model.modules()):
+    if is_compiled(model):
         raise UnprovableError(
             "model must be given before torch.compile, got a compiled network, whose layers take "
-            "no bounds; give the one that was compiled"
+            "no bounds; give the network as it is before it is compiled"
         )
     surrogates = {
         id(part) for module in model.modules() if is_neuron(module) for part in module.children()

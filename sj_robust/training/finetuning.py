@@ -30,10 +30,12 @@ from sj_robust.core.checks import (
     check_steps,
     check_switch,
 )
+from sj_robust.core.console import working
 from sj_robust.core.environment import device_of, environment
 from sj_robust.core.folders import check_folder
 from sj_robust.core.preserved import evaluation_mode
 from sj_robust.data import ImageSplits, image_loader
+from sj_robust.data.stored import FileImages, StoredImages
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.fingerprint import fingerprint
@@ -59,7 +61,7 @@ from sj_robust.training.validation import final_report, read_test_images
 __all__ = ["finetune"]
 
 _FEW = 4
-"""Images that are drawn twice, and that the network is tried on, before a training is resumed."""
+"""Images that the network is tried on before a training is resumed."""
 
 Images = Dataset[Any] | DataLoader[Any] | tuple[Tensor, Tensor]
 """Images with labels: a data set, its loader, or two tensors."""
@@ -117,7 +119,9 @@ def finetune(
         std: Standard deviation per channel that it expects to be divided by.
         seed: Random seed.
         folder: Folder for checkpoints and log; None saves nothing. It resumes only the training of
-            the same network, images and options, of which it holds fingerprints.
+            the same network, images and options, of which it holds fingerprints: build a network
+            with random weights after ``torch.manual_seed``. Of a data set of your own, which may
+            draw other images in every pass, the labels alone are compared.
         progress: Whether to show the progress.
 
     Returns:
@@ -157,7 +161,8 @@ def finetune(
     chosen = MODES[mode]
     if rho is None:
         rho = chosen.rho
-    elif check_size("rho", rho) != chosen.rho and "rho" in chosen.idle:
+    check_size("rho", rho)
+    if rho != chosen.rho and "rho" in chosen.idle:
         raise ValueError(f"rho has no effect in mode {mode!r}, got {rho}; omit it")
     certified = chosen.loss == "certified"
     plan = TrainingPlan(
@@ -193,13 +198,13 @@ def finetune(
         "std": None if classifier.std is None else classifier.std.tolist(),
         "validation_fraction": None if isinstance(data, ImageSplits) else validation_fraction,
     }
-    description = {"finetune": configuration}
-    run = _Run(objective, splits, plan, chosen, threat, description)
+    description: dict[str, Any] = {"finetune": configuration}
     with evaluation_mode(net), _folder(kept, type(net).__name__) as place:
-        if kept is not None:
-            run.description["images and labels"] = _digest_of_images(splits)
-            _check_same_training(place, classifier, splits, run.description)
         journal = Journal(place if progress else None)
+        if kept is not None:
+            description["images and labels"] = _digest_of_images(splits, journal)
+            _check_same_training(place, classifier, splits, description)
+        run = _Run(objective, splits, plan, chosen, threat, description)
         return run.performed(journal, place, is_kept=kept is not None)
 
 
@@ -365,23 +370,31 @@ def _classifier(
     return classifier
 
 
-def _digest_of_images(splits: ImageSplits) -> str:
+def _digest_of_images(splits: ImageSplits, journal: Journal) -> str:
     """Digest of the images to train on and to select by, with their labels, in order; of the
-    labels alone if the data set draws other images in every pass.
+    labels alone if the data set may draw other images in every pass.
     """
-    few = Subset(splits.train, range(min(_FEW, len(splits.train))))
-    repeats = _digests(few) == _digests(few)
-    parts = [_digests(images) for images in (splits.train, splits.validation)]
-    if not repeats:
-        parts = [[(label, "") for label, _ in part] for part in parts]
+    parts: list[list[tuple[int, str]]] = []
+    for images in (splits.train, splits.validation):
+        with_images = _repeats(images)
+        part: list[tuple[int, str]] = []
+        with (
+            seeded_sources(None, 0, torch.device("cpu")),
+            working("reading the images", journal.console, total=len(images)) as step,
+        ):
+            for index in range(len(images)):
+                x, y = images[index]
+                part.append((int(y), fingerprint(x) if with_images else ""))
+                step()
+        parts.append(part)
     return fingerprint(parts)
 
 
-def _digests(images: Dataset[tuple[Tensor, ...]]) -> list[tuple[int, str]]:
-    """Label and digest of every image; global random numbers are the same in every pass."""
-    count = len(images)  # type: ignore[arg-type]  # every set here has a length
-    with seeded_sources(None, 0, torch.device("cpu")):
-        return [(int(y), fingerprint(x)) for x, y in map(images.__getitem__, range(count))]
+def _repeats(images: object) -> bool:
+    """Whether a data set is known to give the same images in every pass."""
+    while isinstance(images, Subset):
+        images = images.dataset
+    return type(images) in (TensorDataset, StoredImages, FileImages)
 
 
 def _check_same_training(
@@ -407,13 +420,19 @@ def _check_same_training(
             "another folder"
         )
     differing = Identity.load(path).differences(network)
+    weights = {f"network.{name}" for name in classifier.state_dict()}
     if any(_has_weights_of(classifier, folder / name) for name in ("last.pt", "best.pt")):
-        weights = {f"network.{name}" for name in classifier.state_dict()}
         differing = [name for name in differing if name not in weights]
     if differing:
+        of_random_weights = ""
+        if weights.intersection(differing):
+            of_random_weights = (
+                " (if its weights are random, seed what builds it, or load the weights of last.pt)"
+            )
         raise ValueError(
             f"{folder} holds the training of another network ({', '.join(differing[:3])} differ): "
-            "give the network as it was before that training, or train into another folder"
+            f"give the network as it was before that training{of_random_weights}, or train into "
+            "another folder"
         )
 
 

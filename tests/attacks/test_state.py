@@ -40,9 +40,16 @@ from sj_robust.neuron import DLIFNode
 @pytest.mark.parametrize("fail_at", [None, 1])
 def test_network_and_generators_are_left_as_they_were(gradient_search, batch, fail_at):
     model = untrained("dlif")
-    refuses_noise = gradient_search.function is spike_search
+    refuses_noise = gradient_search.function is spike_search  # see the next test
     with left_as_it_was(model, fail_at, draws=torch.ones if refuses_noise else torch.rand):
         gradient_search.run(model, *batch, 0.1, seeded() if fail_at else None)
+
+
+def test_a_refusal_of_random_numbers_leaves_network_and_generators_as_they_were(batch):
+    model = untrained("dlif")
+    refused = pytest.raises(ValueError, match="got one that draws random numbers")
+    with left_as_it_was(model), refused:
+        spike_search(model, *batch, eps=0.1)
 
 
 @pytest.mark.parametrize("name", ["pgd_restarts", "apgd_targeted", "fab"])
@@ -479,6 +486,45 @@ def test_a_state_carried_from_forward_to_forward_ends_the_attack(batch, place):
         )
     for module in net.modules():
         assert not module._forward_pre_hooks
+
+
+class Repeating(nn.Module):
+    """Repeats images over time itself, and fails afterwards."""
+
+    def __init__(self, net, error=None):
+        super().__init__()
+        self.net = net
+        self.error = error
+
+    def forward(self, x):
+        logits = self.net(x.flatten(1).expand(4, -1, -1)).mean(0)
+        if self.error is not None:
+            raise self.error
+        return logits
+
+
+OUT_OF_MEMORY = torch.OutOfMemoryError("out of memory")
+
+
+@pytest.mark.parametrize("samples", [7, 4, 3])
+@pytest.mark.parametrize("error", [None, OUT_OF_MEMORY], ids=["carried state", "out of memory"])
+def test_a_network_that_repeats_images_itself_is_not_told_to(samples, error):
+    model = Repeating(nn.Sequential(nn.Linear(36, 5), DLIFNode(T=4)), error)
+    x = torch.rand(samples, 1, 6, 6)
+    with pytest.raises(RuntimeError, match="out of memory" if error else "still holds") as raised:
+        pgd(model, x, torch.arange(samples) % 5, eps=0.1, step_size=0.05, steps=3)
+    assert not hasattr(raised.value, "__notes__")
+    for module in model.modules():
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
+
+
+def test_a_state_that_is_carried_without_time_steps_has_no_note_beside_its_remedy(batch):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 5), neuron.LIFNode(step_mode="m"))
+    with pytest.raises(RuntimeError, match="attack SpikingClassifier") as raised:
+        pgd(net.train(), *batch, eps=0.1, step_size=0.05, steps=3)
+    assert raised.type is RuntimeError
+    assert not hasattr(raised.value, "__notes__")
 
 
 def test_a_network_that_resets_itself_is_attacked(batch):

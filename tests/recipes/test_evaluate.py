@@ -214,6 +214,27 @@ def test_a_smoothed_classifier_has_a_bracket_of_its_own(folder, tmp_path, capsys
     assert "worst case" not in out
 
 
+@pytest.mark.parametrize(
+    ("given", "switches"),
+    [
+        ("--suite fast", True),
+        ("--suite fast --no-proofs", False),
+        ("--suite fast --norm L2 --eps 1", False),
+        ("--suite stress", False),
+        ("--smooth 0.1", False),
+    ],
+)
+def test_products_are_exact_where_there_are_proofs(folder, tmp_path, monkeypatch, given, switches):
+    told = []
+    monkeypatch.setattr(torch.backends.nnpack, "set_flags", told.append)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(evaluate, "load_images", lambda *_, **options: None)
+    with pytest.raises(AttributeError, match="test"):
+        in_process(folder, "runs/one", *split(given), "--output", str(tmp_path / "none"))
+    assert told == [False] * switches
+    assert torch.backends.cudnn.allow_tf32 is not switches
+
+
 def test_a_checkpoint_at_other_time_steps(folder, tmp_path):
     options = (
         *split("--T 5 --suite paper --test-limit 1 --output"),

@@ -5,6 +5,7 @@ import re
 import resource
 import subprocess
 import sys
+from dataclasses import fields
 
 import adv_train
 import evaluate
@@ -144,6 +145,12 @@ def test_options_without_effect(given, expected):
 def test_what_an_evaluation_ignores(given, ignored):
     options = evaluate.Options(**given)
     assert unused(options, options) == ignored
+
+
+def test_options_used_without_an_evaluation_are_options():
+    names = {field.name for field in fields(evaluate.Options)}
+    for used in (evaluate.USED_TO_COMPARE, evaluate.USED_BY_LEADERBOARD, evaluate.USED_TO_ADD):
+        assert used < names
 
 
 def test_cutout_has_an_effect_where_images_are_augmented():

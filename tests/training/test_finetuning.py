@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from training.small_run import splits
 
 import sj_robust
+from sj_robust import SpikingClassifier
 from sj_robust.attacks import fgsm
+from sj_robust.core.console import working
 from sj_robust.models.checkpoint import save_checkpoint
 from sj_robust.training import Journal, TrainingInterrupted, finetune, finetuning, load_checkpoint
 
@@ -126,8 +128,8 @@ class OfPairs(torch.utils.data.Dataset):
         return self.pairs[index]
 
 
-class Shifted(OfPairs):
-    """Another noise in every pass, from a generator that nobody seeds."""
+class SomeShifted(OfPairs):
+    """Another noise in every pass on some of the images, from a generator that nobody seeds."""
 
     def __init__(self, pairs):
         super().__init__(pairs)
@@ -135,7 +137,8 @@ class Shifted(OfPairs):
 
     def __getitem__(self, index):
         x, y = super().__getitem__(index)
-        return (x + 0.01 * torch.rand(x.shape, generator=self.draws)).clamp(0, 1), y
+        noise = 0.01 * torch.rand(x.shape, generator=self.draws)
+        return ((x + noise).clamp(0, 1) if index % 10 == 9 else x), y
 
 
 MODES = ["none", "pgd_at", "gaussian", "rat", "trades"]
@@ -244,14 +247,41 @@ def test_the_same_call_takes_up_its_folder(trained, weights_of):
 
 
 def test_images_that_are_drawn_anew_in_every_pass_are_told_by_their_labels(tmp_path):
-    drawn = Shifted([(x, int(y)) for x, y in zip(X, Y, strict=True)])
+    drawn = SomeShifted([(x, int(y)) for x, y in zip(X, Y, strict=True)])
     net = linear()
     options = KEPT | {"data": drawn, "folder": tmp_path}
     finetune(net, **options)
     finetune(linear(), **options)
-    shifted = Shifted([(x, (y + 1) % 3) for x, y in drawn.pairs])
+    shifted = SomeShifted([(x, (y + 1) % 3) for x, y in drawn.pairs])
     with pytest.raises(ValueError, match="images and labels: "):
         finetune(linear(), **options | {"data": shifted})
+
+
+def test_random_weights_that_nobody_seeded_are_taken_up_from_the_last_checkpoint(trained):
+    folder, net = trained
+    unseeded = linear(seed=7)
+    with pytest.raises(ValueError, match="seed what builds it, or load the weights of last.pt"):
+        finetune(unseeded, folder=folder, **KEPT)
+    last = load_checkpoint(folder / "last.pt")["model"]
+    SpikingClassifier(unseeded, T=QUICK["T"]).load_state_dict(last)
+    finetune(unseeded, folder=folder, **KEPT)
+    assert same(weights(net), weights(unseeded))
+    with pytest.raises(ValueError, match="tau") as refused:
+        finetune(linear(tau=8.0), folder=folder, **KEPT)
+    assert "random" not in str(refused.value)
+
+
+def test_reading_the_images_of_a_folder_is_shown(tmp_path, monkeypatch):
+    shown = []
+
+    def recorded(text, console, total):
+        shown.append((text, total))
+        return working(text, console, total=total)
+
+    monkeypatch.setattr(finetuning, "working", recorded)
+    finetune(linear(), STRIPES, folder=tmp_path, **QUICK)
+    sizes = (len(STRIPES.train), len(STRIPES.validation))
+    assert shown == [("reading the images", size) for size in sizes]
 
 
 def test_a_folder_whose_fingerprint_is_gone_is_refused(tmp_path):
