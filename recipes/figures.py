@@ -62,7 +62,7 @@ class Options:
     - joint: proofs by joint bounds.
     - events: event frames before and after an attack, also as an animation, and the events that a
     proof leaves open, for the --flips or --moves used in training.
-    - all: all except the last three, if the folder has numbers for them."""
+    - all: every figure for which the folder has numbers, except the last three."""
     columns: list[str] | None = None
     """For the figure rho: columns to show, as shell patterns such as pgd20 or paper/*; None: the
     default ones."""

@@ -46,10 +46,15 @@ def run_to_resume(
         'digits-7'
     """
     if output is None:  # a run that failed at its start has nothing to go on with
-        numbers = (
+        numbers = [
             number for number in _numbers(stem, root) if any((root / f"{stem}-{number}").glob(mark))
-        )
-        folder = root / f"{stem}-{max(numbers, default=0)}"
+        ]
+        if not numbers:
+            raise FileNotFoundError(
+                f"no run to resume: no folder {root / stem}-NUMBER holds a run that can go on; give "
+                "the run's folder with --output"
+            )
+        folder = root / f"{stem}-{max(numbers)}"
     else:
         folder = Path(output)
     if not (folder / CONFIGURATION_FILE).is_file():
