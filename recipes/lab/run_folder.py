@@ -51,7 +51,7 @@ def run_to_resume(
         ]
         if not numbers:
             raise FileNotFoundError(
-                f"no run to resume: no folder {root / stem}-NUMBER holds a run that can go on; give "
+                f"no run to resume: no folder {root / stem}-NUMBER holds one that can go on; give "
                 "the run's folder with --output"
             )
         folder = root / f"{stem}-{max(numbers)}"
