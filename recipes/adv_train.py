@@ -349,7 +349,8 @@ def main(arguments: list[str]) -> None:
     for name, choice in networks.items():
         classifier, history = train_network(name, choice, splits, accelerator, folder, journal)
         if accelerator.is_main_process:
-            data = data or read_test_images(splits)
+            if data is None:
+                data = read_test_images(splits)
             report = final_report(
                 name,
                 classifier,

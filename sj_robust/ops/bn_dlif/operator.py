@@ -24,7 +24,6 @@ from sj_robust.ops.bn_dlif.repeated import repeated_step
 from sj_robust.ops.dlif import operator as dlif
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, is_repeated
 from sj_robust.ops.registration import define, present, saved_tensors
-from sj_robust.ops.surrogate import Surrogate
 
 __all__ = ["multi_step"]
 
@@ -181,13 +180,6 @@ def _forward(
     return *outputs, moments
 
 
-def _forward_in_graph(
-    x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None, *norm: Tensor | None, **call: Any
-) -> tuple[Tensor, ...]:
-    _check(x_seq, input_gain, v_init, **call)
-    return present(_forward(x_seq, input_gain, v_init, *norm, **call), x_seq)
-
-
 def _forward_fake(
     x_seq: Tensor,
     input_gain: Tensor,
@@ -235,22 +227,6 @@ def _backward(
         inputs, moments, stage, grads, needs_x=needs_x, needs_v_init=needs_v_init
     )
     return found.x, found.input_gain, found.v_init, grad_norm
-
-
-def _backward_in_graph(
-    grad_spike_seq: Tensor | None,
-    grad_v: Tensor | None,
-    grad_v_seq: Tensor | None,
-    grad_current: Tensor | None,
-    x_seq: Tensor,
-    input_gain: Tensor,
-    v_init: Tensor | None,
-    moments: Tensor | None,
-    **call: Any,
-) -> tuple[Tensor, ...]:
-    _check(x_seq, input_gain, v_init, **call)
-    grads = grad_spike_seq, grad_v, grad_v_seq, grad_current
-    return present(_backward(*grads, x_seq, input_gain, v_init, moments, **call), x_seq)
 
 
 def _backward_fake(
@@ -303,20 +279,6 @@ def _inputs(
     return Inputs(x_seq, input_gain.contiguous(), v_init, config)
 
 
-def _check(
-    x_seq: Tensor,
-    input_gain: Tensor,
-    v_init: Tensor | None,
-    *,
-    backend: str,
-    surrogate: str,
-    alpha: float,
-    **others: Any,
-) -> None:
-    """Refuse a call of a graph that the kernels would misread."""
-    dlif.check_call(backend, Surrogate.named(surrogate, alpha), x_seq, input_gain, v_init)
-
-
 _CALL = (
     f"{dlif.CONSTANTS}, str? statistics, float eps, bool average_pool, bool channels_last, str "
     "backend"
@@ -326,7 +288,7 @@ _bn_dlif = define(
     f"Tensor? running_mean, Tensor? running_var, *, {_CALL}, bool store_v_seq, bool "
     "store_current) -> (Tensor spike_seq, Tensor v, Tensor v_seq, Tensor current, Tensor moments)",
     kernel=_forward,
-    in_graph=_forward_in_graph,
+    in_graph=dlif.checked(_forward),
     fake=_forward_fake,
     gradient=_BatchNormDLIF,
 )
@@ -336,6 +298,6 @@ _bn_dlif_backward = define(
     f"{_CALL}, bool needs_x, bool needs_v_init) -> (Tensor grad_x, Tensor grad_input_gain, Tensor "
     "grad_v_init, Tensor grad_norm)",
     kernel=_backward,
-    in_graph=_backward_in_graph,
+    in_graph=dlif.checked(_backward),
     fake=_backward_fake,
 )

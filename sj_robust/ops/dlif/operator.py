@@ -1,6 +1,7 @@
 """The operator ``torch.ops.sj_robust.dlif`` and its backward pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from sj_robust.ops.registration import (
 )
 from sj_robust.ops.surrogate import Surrogate
 
-__all__ = ["CONSTANTS", "check_call", "multi_step"]
+__all__ = ["CONSTANTS", "check_call", "checked", "multi_step"]
 
 CONSTANTS = (
     "float decay, float v_threshold, float? v_reset, str surrogate, float alpha, bool detach_reset"
@@ -66,6 +67,31 @@ def check_call(backend: str, surrogate: Surrogate, x_seq: Tensor, *states: Tenso
         raise ValueError(
             f"the graph was made for backend={backend!r}, which cannot run this call: {reason}"
         )
+
+
+def checked(
+    kernel: Callable[..., Iterable[Tensor | None]],
+    check_shapes: Callable[..., None] | None = None,
+) -> Callable[..., tuple[Tensor, ...]]:
+    """A kernel for calls of torch's registry: tensors are checked, since a graph may have been made
+    elsewhere and get any, and every output is there. Calls of this package are checked before.
+
+    Args:
+        kernel: It takes ``x_seq``, ``input_gain`` and ``v_init`` in this order among its tensors.
+        check_shapes: Refuses these three if they do not belong together; None checks no shapes, as
+            where one step of ``x_seq`` may stand for all.
+    """
+    first = list(signature(kernel).parameters).index("x_seq")
+
+    def in_graph(*tensors: Any, **call: Any) -> tuple[Tensor, ...]:
+        x_seq, input_gain, v_init = tensors[first : first + 3]
+        if check_shapes is not None:
+            check_shapes(x_seq, input_gain, v_init)
+        surrogate = Surrogate.named(call["surrogate"], call["alpha"])
+        check_call(call["backend"], surrogate, x_seq, input_gain, v_init)
+        return present(kernel(*tensors, **call), x_seq)
+
+    return in_graph
 
 
 class _DLIF(torch.autograd.Function):
@@ -121,13 +147,6 @@ def _forward(
     return backends.forward(implementation(backend, threads_per_block), inputs, store_v_seq)
 
 
-def _forward_in_graph(
-    x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None, **call: Any
-) -> tuple[Tensor, ...]:
-    _check(x_seq, input_gain, v_init, **call)
-    return present(_forward(x_seq, input_gain, v_init, **call), x_seq)
-
-
 def _forward_fake(
     x_seq: Tensor, *states: Tensor | None, store_v_seq: bool, **constants: Any
 ) -> tuple[Tensor, ...]:
@@ -159,20 +178,6 @@ def _backward(
     return backends.backward(found, inputs, grads, needs_v_init)
 
 
-def _backward_in_graph(
-    grad_spike_seq: Tensor | None,
-    grad_v: Tensor | None,
-    grad_v_seq: Tensor | None,
-    x_seq: Tensor,
-    input_gain: Tensor,
-    v_init: Tensor | None,
-    **call: Any,
-) -> tuple[Tensor, ...]:
-    _check(x_seq, input_gain, v_init, **call)
-    grads = grad_spike_seq, grad_v, grad_v_seq
-    return present(_backward(*grads, x_seq, input_gain, v_init, **call), x_seq)
-
-
 def _backward_fake(
     grad_spike_seq: Tensor | None,
     grad_v: Tensor | None,
@@ -194,27 +199,12 @@ def _inputs(
     return Inputs(x_seq.contiguous(), input_gain.contiguous(), v_init, config)
 
 
-def _check(
-    x_seq: Tensor,
-    input_gain: Tensor,
-    v_init: Tensor | None,
-    *,
-    backend: str,
-    surrogate: str,
-    alpha: float,
-    **others: Any,
-) -> None:
-    """Refuse a call of a graph that the backend would misread."""
-    check_arguments(x_seq, input_gain, v_init)
-    check_call(backend, Surrogate.named(surrogate, alpha), x_seq, input_gain, v_init)
-
-
 _CALL = f"{CONSTANTS}, str backend, int? threads_per_block"
 _dlif = define(
     f"dlif(Tensor x_seq, Tensor input_gain, Tensor? v_init, *, {_CALL}, bool store_v_seq) -> "
     "(Tensor spike_seq, Tensor v, Tensor v_seq)",
     kernel=_forward,
-    in_graph=_forward_in_graph,
+    in_graph=checked(_forward, check_arguments),
     fake=_forward_fake,
     gradient=_DLIF,
 )
@@ -223,6 +213,6 @@ _dlif_backward = define(
     f"Tensor input_gain, Tensor? v_init, *, {_CALL}, bool needs_v_init) -> (Tensor grad_x_seq, "
     "Tensor grad_input_gain, Tensor grad_v_init)",
     kernel=_backward,
-    in_graph=_backward_in_graph,
+    in_graph=checked(_backward, check_arguments),
     fake=_backward_fake,
 )
