@@ -197,7 +197,6 @@ class _Parts:
                 self.y,
                 threat=self.threat,
                 settings=settings,
-                attack=short_attack(self.threat, settings.steps, draws=draws),
                 draws=draws,
                 seeds=seeds,
             )

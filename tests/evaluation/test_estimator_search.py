@@ -13,7 +13,6 @@ from spikingjelly.activation_based import neuron, surrogate
 from sj_robust import SpikingClassifier
 from sj_robust.attacks import SampleSeeds, ThreatModel, gaussian
 from sj_robust.evaluation import EstimatorSearch, search_estimators
-from sj_robust.evaluation.run import estimator_search
 
 THREAT = ThreatModel("Linf", 0.03)
 
@@ -29,7 +28,7 @@ def search(rows=slice(None), *, alpha=1e4, threat=THREAT, attack=None, **setting
     model, x = SpikingClassifier(net, T=T).eval(), images(40).double()
     y = model(x).argmax(1)
     y[::8] = (y[::8] + 1) % 3
-    settings = EstimatorSearch(**{"candidates": [], "steps": 5} | settings)
+    settings = EstimatorSearch(**{"candidates": [], "steps": 5, "finalists": 0} | settings)
     seeds = SampleSeeds(range(40)).rows(torch.arange(40)[rows])
     return search_estimators(
         model, x[rows], y[rows], threat=threat, settings=settings, attack=attack, seeds=seeds
@@ -55,32 +54,37 @@ def test_nothing_is_chosen_that_adds_nothing():
     assert chosen == {"training", "training+detach"}  # "atan:2" is the same
 
 
-def test_the_reset_is_detached_until_no_choice_is_left_without(monkeypatch):
-    # What a detached reset adds to the first choice makes "c" the second one.
-    margins = {
-        "training": [9, 9, 9, 9],
-        "a": [0, 4, 4, 4],
-        "b": [4, 0, 4, 4],
-        "c": [9, 3, 3, 3],
-        "a+detach": [0, 0, 4, 4],
-    }
-    tried = []
+def test_every_candidate_is_tried_without_the_gradient_of_its_reset_too():
+    names = ["atan:2", "triangle:1+detach", "pdsg"]
+    trials = search(alpha=2.0, candidates=names, images=8)
+    tried = {trial.estimator for trial in trials}
+    both = {"training", "training+detach", "atan:2", "atan:2+detach", "triangle:1+detach", "pdsg"}
+    assert both <= tried <= both | {"pdsg+detach"}
 
-    def run(trials, name):
-        tried.append(name)
-        trials.left[name] = torch.tensor(margins.get(name, [9, 9, 9, 9])).double()
-        trials.found[name] = estimator_search.EstimatorTrial(name, 1.0, 1.0, 0.0, 4)
 
-    monkeypatch.setattr(estimator_search._Trials, "run", run)
-    monkeypatch.setattr(estimator_search._Trials, "__post_init__", lambda trials: None)
-    monkeypatch.setattr(estimator_search, "has_detached_reset", lambda name: "+" not in name)
-    trials = estimator_search._Trials(model=None, x=None, y=None, attack=None, draws=1, seeds=None)
-    for name in ("training", "a", "b", "c"):
-        trials.run(name)
-    assert trials.choice(2) == ["a", "b"]
-    trials.run_detached(2)
-    assert tried[4:] == ["a+detach", "b+detach", "c+detach"]
-    assert trials.choice(2) == ["a+detach", "c"]
+def test_the_best_of_the_short_attack_and_the_slow_ones_are_tried_longer():
+    names = ["atan:2", "atan:4", "atan:8", "triangle:0.5", "assg"]
+    settings = {"alpha": 2.0, "candidates": names, "images": 20}
+    short = {trial.estimator: trial for trial in search(**settings)}
+    assert {trial.steps for trial in short.values()} == {5}
+    both = search(**settings, finalists=2, final_steps=9)
+    always = {"training", "assg", "assg+detach"}
+
+    def left(name):
+        return short[name].robust_accuracy + short[name].margin
+
+    finalists = [trial for trial in both if trial.steps == 9]
+    best = {trial.estimator for trial in finalists} - always
+    assert len(finalists) == len(always) + len(best) == 5
+    assert max(map(left, best)) <= min(map(left, set(short) - always - best))
+    assert list(both[:5]) == finalists
+    others = [replace(trial, seconds=0, chosen=False) for trial in both[5:]]
+    expected = [replace(short[one.estimator], seconds=0, chosen=False) for one in others]
+    assert others == expected
+    assert len(both) == len(short)
+    assert {trial.estimator for trial in both if trial.chosen} <= always | best
+    longest = next(trial for trial in finalists if trial.estimator == "training")
+    assert longest.margin < short["training"].margin
 
 
 def test_only_the_first_correct_images_count_and_the_result_is_repeatable():
@@ -125,5 +129,12 @@ def test_wrong_use():
         search(slice(0, 40, 8))
     with pytest.raises(ValueError, match="an estimator must begin with one of .*, got 'atna'"):
         search(candidates=["atan:4", "atna:4"])
-    with pytest.raises(ValueError, match="steps must be >= 1, got 0"):
-        EstimatorSearch(steps=0)
+    for name, least in {
+        "steps": 1,
+        "images": 1,
+        "count": 1,
+        "finalists": 0,
+        "final_steps": 1,
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} must be >= {least}, got -1"):
+            EstimatorSearch(**{name: -1})

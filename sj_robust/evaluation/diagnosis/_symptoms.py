@@ -354,13 +354,18 @@ def estimators_attacking(probe: Probe, names: Sequence[str]) -> Finding:
 
 def estimators_searched(trials: Sequence[EstimatorTrial]) -> list[Finding]:
     """The same from a search, which has run these attacks; nothing if it could try no other
-    estimator.
+    estimator. Those that only the short attack tried are not compared with the others.
     """
-    tried = [trial for trial in trials if not trial.note]
-    others = [trial for trial in tried if trial.estimator != "training"]
+    usual = next((trial for trial in trials if trial.estimator == "training"), None)
+    if usual is None:
+        return []
+    others = [
+        trial
+        for trial in trials
+        if not trial.note and trial.steps == usual.steps and trial is not usual
+    ]
     if not others:
         return []
-    (usual,) = (trial for trial in tried if trial.estimator == "training")
     others.sort(key=lambda trial: trial.lost - trial.gained)
     found = []
     for trial in (usual, *others[:_NAMED]):

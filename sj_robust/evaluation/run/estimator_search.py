@@ -1,7 +1,7 @@
 """Search for the gradient estimators that fool a network most often."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -54,6 +54,9 @@ CANDIDATES = (
 """Estimators that a search tries by default: shapes with widths around the threshold, and the
 adaptive ones but PDSG, whose gradient of an image depends on the others in the batch."""
 
+_SLOW = ("assg", "assg+detach")
+"""Estimators that adapt during an attack, so that a short one underrates them."""
+
 
 @dataclass(frozen=True)
 class EstimatorSearch:
@@ -61,29 +64,36 @@ class EstimatorSearch:
 
     Attributes:
         candidates: Names of the estimators to try; ``"training"`` is always tried.
-        steps: Steps of the short attack.
-        images: Largest number of images for the short attack.
+        steps: Steps of the short attack that tries all of them.
+        images: Largest number of images for these attacks.
         count: Largest number of estimators to choose; fewer are chosen if no other one adds
             anything.
+        finalists: How many of the best after the short attack are tried with a longer one, as are
+            ``"training"`` and, if it is a candidate, ``"assg"``; only these can be chosen. 0: there
+            is no longer attack.
+        final_steps: Steps of the longer attack.
 
     Raises:
         TypeError: If a number is not an integer.
-        ValueError: If a number is below 1.
+        ValueError: If a number is below 1 (``finalists``: below 0).
     """
 
     candidates: Sequence[str] = CANDIDATES
     steps: int = 20
     images: int = 48
     count: int = 3
+    finalists: int = 4
+    final_steps: int = 60
 
     def __post_init__(self) -> None:
-        for name in ("steps", "images", "count"):
+        for name in ("steps", "images", "count", "final_steps"):
             check_count(name, getattr(self, name))
+        check_count("finalists", self.finalists, least=0)
 
 
 @dataclass(frozen=True)
 class EstimatorTrial:
-    """Strength of a short attack with one estimator. 单个梯度估计的试探结果。
+    """Strength of an attack with one estimator on a few images. 单个梯度估计的试探结果。
 
     Attributes:
         estimator: Name of the estimator.
@@ -96,6 +106,7 @@ class EstimatorTrial:
         lost: Number of images broken with the training surrogate but not with this estimator.
         chosen: Whether it is one of the chosen estimators.
         note: The reason if it could not be tried; its figures are then those without an attack.
+        steps: Steps of the attack; 0 if the attack was given and is not known to have steps.
     """
 
     estimator: str
@@ -107,6 +118,7 @@ class EstimatorTrial:
     lost: int = 0
     chosen: bool = False
     note: str = ""
+    steps: int = 0
 
 
 def search_estimators(
@@ -120,8 +132,8 @@ def search_estimators(
     draws: int = 1,
     seeds: SampleSeeds,
 ) -> tuple[EstimatorTrial, ...]:
-    """Run a short attack with every estimator on a few images, and choose the estimators that
-    together fool the network most often.
+    """Attack a few images with every estimator, and choose the estimators that together fool the
+    network most often.
 
     在少量图像上比较各梯度估计并选出最优组合。
 
@@ -129,11 +141,11 @@ def search_estimators(
     of the mean clean margin, and ``c_e(n) = [n is still correct] + m_e(n)``, estimators are chosen
     one by one to minimise ``mean_n min_{chosen e} c_e(n)``.
 
-    All candidates start from the same random points. Those that are chosen (the two best, if one is
-    to be chosen) are also tried with the gradient of the reset detached, and so are those that are
-    then chosen in their place, until none is left. The choice depends on the results, not on run
-    times, so that it can be repeated: all candidates compute the same number of gradients, and none
-    costs much more than another.
+    Every candidate is tried as it is and with the gradient of the reset detached
+    (``"NAME+detach"``), in two stages: a short attack compares all of them, a longer one those with
+    the smallest ``mean_n c_e(n)``. All attacks start from the same random points. The choice
+    depends on the results, not on run times, so that it can be repeated: all candidates compute the
+    same number of gradients, and none costs much more than another.
 
     Args:
         model: Images [N, ...] in [0, 1] to logits; an ``nn.Module`` unless ``"training"`` is the
@@ -141,15 +153,15 @@ def search_estimators(
         x: Images; the first ones that are classified correctly are used.
         y: Labels [N] int64.
         threat: The budget.
-        settings: Candidates, length of the attack and number of images; None takes the defaults.
-        attack: An attack with its budget set; None uses :func:`short_attack` with
-            ``settings.steps`` steps.
+        settings: Candidates, length of the attacks and number of images; None takes the defaults.
+        attack: An attack with its budget set, for a single stage; None uses :func:`short_attack`
+            with the steps of each stage.
         draws: Number of forwards; a stochastic network has to be wrong in more than half of them.
         seeds: One seed per sample.
 
     Returns:
-        One trial per estimator, strongest first; those that could not be tried come last, with the
-        reason.
+        One trial per estimator: its longest attack, strongest first, then those of the short
+        attack; estimators that could not be tried come last, with the reason.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -181,16 +193,45 @@ def search_estimators(
             f"a search needs images that are classified correctly, got none among {len(x)}; use "
             "other images"
         )
-    short = short_attack(threat, settings.steps) if attack is None else attack
-    trials = _Trials(model, x[rows], y[rows], short, draws, seeds.rows(rows))
-    names = tuple(dict.fromkeys(("training", *settings.candidates)))
+    images = _Images(model, x[rows], y[rows], draws, seeds.rows(rows))
+    names = _with_detached(settings.candidates)
+    if attack is not None:
+        return _ordered(_Trials(images, attack, names), settings.count)
+    short = partial(short_attack, threat, draws=draws)
+    first = _Trials(images, short(settings.steps), names, steps=settings.steps)
+    if not settings.finalists:
+        return _ordered(first, settings.count)
+    strongest = _finalists(first, settings.finalists)
+    last = _Trials(images, short(settings.final_steps), strongest, steps=settings.final_steps)
+    others = [trial for trial in _ordered(first, 1) if trial.estimator not in last.found]
+    unchosen = [replace(trial, chosen=False) for trial in others]
+    return _ordered(last, settings.count) + tuple(unchosen)
+
+
+def _with_detached(candidates: Sequence[str]) -> list[str]:
+    """The training surrogate and the candidates, and what is left of each without the gradient of
+    the reset.
+    """
+    names = list(dict.fromkeys(("training", *candidates)))
     for name in names:
         check_estimator(name)
-    for name in names:
-        trials.run(name)
-    if len(names) > 1:
-        trials.run_detached(max(2, settings.count))
-    chosen = trials.choice(settings.count)
+    if len(names) == 1:  # a network that allows no other estimator may hold no spiking neuron
+        return names
+    detached = [f"{name}+detach" for name in names if has_detached_reset(name)]
+    return list(dict.fromkeys([*names, *detached]))
+
+
+def _finalists(first: "_Trials", count: int) -> list[str]:
+    """What is tried again: the best after the short attack, and what it cannot judge."""
+    always = [name for name in ("training", *_SLOW) if name in first.tried()]
+    others = [name for name in first.tried() if name not in always]
+    others.sort(key=lambda name: float(first.left[name].mean()))
+    return [*always, *others[:count]]
+
+
+def _ordered(trials: "_Trials", count: int) -> tuple[EstimatorTrial, ...]:
+    """The trials, strongest first, with those that are chosen."""
+    chosen = trials.choice(count)
     by_strength = sorted(trials.found.values(), key=_weakness)
     return tuple(replace(row, chosen=row.estimator in chosen) for row in by_strength)
 
@@ -258,40 +299,66 @@ def expectation(draws: int) -> dict[str, Any]:
     return {} if draws == 1 else {"eot_samples": draws, "keep_best": False}
 
 
-@dataclass
-class _Trials:
-    """What every estimator tried so far leaves of the images."""
+@dataclass(frozen=True)
+class _Images:
+    """What the estimators are tried on."""
 
     model: Model
     x: Tensor
     y: Tensor
-    attack: Attack
     draws: int
     seeds: SampleSeeds
-    found: dict[str, EstimatorTrial] = field(default_factory=dict)
-    standing: dict[str, Tensor] = field(default_factory=dict)
-    left: dict[str, Tensor] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        _, margins = self._scores(self.x)
+    def craft(self, attack: Attack, name: str, rows: slice = slice(None)) -> Tensor:
+        """The images after an attack with an estimator."""
+        member = Member("sweep", attack, name)  # part of the seeds: all start from the same points
+        seeds = SampleSeeds(self.seeds.seeds[rows])
+        return crafted(self.model, self.x[rows], self.y[rows], member, seeds=seeds).x_adv
+
+    def scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether a sample stands in half of the draws or more, [N] bool, and its mean margin over
+        them, 0 where the network is fooled, [N] float64.
+        """
+        standing, margins = [], []
+        for draw in range(self.draws):
+            seed = self.seeds.derived("draw", draw).single()
+            logits = scored(self.model, x, self.y, seed=seed).double()
+            standing.append(logits.argmax(1) == self.y)
+            margins.append(margin(logits, self.y).clamp(min=0))
+        stands = 2 * torch.stack(standing).sum(0) >= self.draws
+        return stands, torch.stack(margins).mean(0)
+
+
+class _Trials:
+    """What an attack with each estimator leaves of the images."""
+
+    def __init__(
+        self, images: _Images, attack: Attack, names: Sequence[str], *, steps: int = 0
+    ) -> None:
+        self.images, self.attack, self.steps = images, attack, steps
+        self.found: dict[str, EstimatorTrial] = {}
+        self.standing: dict[str, Tensor] = {}
+        self.left: dict[str, Tensor] = {}
+        _, margins = images.scores(images.x)
         least = torch.finfo(torch.float64).tiny
         self.clean = margins.mean().clamp(min=least)
         # The first call may compile kernels, which is no estimator's fault.
-        self._craft("training", slice(1))
+        images.craft(attack, "training", slice(1))
+        for name in names:
+            self._run(name)
 
-    def run(self, name: str) -> None:
+    def _run(self, name: str) -> None:
         """Attack with one estimator; one that this network does not allow is noted."""
-        if name in self.found:
-            return
-        start = clock(self.x.device)
+        images = self.images
+        start = clock(images.x.device)
         try:
-            x_adv, note = self._craft(name, slice(None)), ""
+            x_adv, note = images.craft(self.attack, name), ""
         except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             if name == "training":
                 raise
-            x_adv, note = self.x, f"{type(error).__name__}: {error}"
-        seconds = clock(self.x.device) - start
-        standing, margins = self._scores(x_adv)
+            x_adv, note = images.x, f"{type(error).__name__}: {error}"
+        seconds = clock(images.x.device) - start
+        standing, margins = images.scores(x_adv)
         margins = margins / self.clean
         self.standing[name] = standing
         self.left[name] = standing.double() + margins
@@ -305,21 +372,16 @@ class _Trials:
             gained=int((usual & ~standing).sum()),
             lost=int((standing & ~usual).sum()),
             note=note,
+            steps=self.steps,
         )
 
-    def run_detached(self, count: int) -> None:
-        """Try the chosen ones with the gradient of the reset detached, until no choice is new."""
-        while True:
-            detached = [f"{name}+detach" for name in self.choice(count) if has_detached_reset(name)]
-            untried = [name for name in detached if name not in self.found]
-            if not untried:
-                return
-            for name in untried:
-                self.run(name)
+    def tried(self) -> list[str]:
+        """Names of the estimators that could be tried."""
+        return [name for name, trial in self.found.items() if not trial.note]
 
     def choice(self, count: int) -> list[str]:
         """Names of the estimators that together leave least, chosen one by one."""
-        tried = [name for name, trial in self.found.items() if not trial.note]
+        tried = self.tried()
         chosen: list[str] = []
         left = torch.full_like(self.left["training"], torch.inf)
         while tried and len(chosen) < count:
@@ -334,23 +396,3 @@ class _Trials:
             chosen.append(best)
             tried.remove(best)
         return chosen
-
-    def _craft(self, name: str, rows: slice) -> Tensor:
-        member = Member(
-            "sweep", self.attack, name
-        )  # part of the seeds: all estimators start from the same points
-        seeds = SampleSeeds(self.seeds.seeds[rows])
-        return crafted(self.model, self.x[rows], self.y[rows], member, seeds=seeds).x_adv
-
-    def _scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether a sample stands in half of the draws or more, [N] bool, and its mean margin over
-        them, 0 where the network is fooled, [N] float64.
-        """
-        standing, margins = [], []
-        for draw in range(self.draws):
-            seed = self.seeds.derived("draw", draw).single()
-            logits = scored(self.model, x, self.y, seed=seed).double()
-            standing.append(logits.argmax(1) == self.y)
-            margins.append(margin(logits, self.y).clamp(min=0))
-        stands = 2 * torch.stack(standing).sum(0) >= self.draws
-        return stands, torch.stack(margins).mean(0)

@@ -61,6 +61,13 @@ GRADES: dict[str, str] = {
 
 _SHARES = tuple(f"assg:{share}" for share in ("0.5", "0.7", "0.8", "0.85", "0.9", "0.95"))
 """Shares of ASSG's area that the suite ``long`` chooses from."""
+_FEW_CANDIDATES = (
+    *(f"triangle:{width}" for width in ("0.25", "0.5", "0.75", "1")),
+    *(f"atan:{alpha}" for alpha in (2, 4, 8)),
+    "sigmoid:8",
+    "assg",
+)
+"""Estimators that the suite ``fast`` chooses from: those that were the strongest for a network."""
 _REPEATED = ("fast", "standard", "gradient", "long", "events")
 """Suites that may have several rounds."""
 _PAPER_EPS = 8 / 255
@@ -412,7 +419,7 @@ def _fast(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
         tuple(members),
         _control(members),
         description,
-        EstimatorSearch(images=32, steps=10, count=2),
+        EstimatorSearch(_FEW_CANDIDATES, images=32, steps=10, count=2, finalists=0),
     )
 
 
@@ -536,7 +543,11 @@ def _events(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
         f"worst case over events {done}, at random and with {_listed(*chosen, 'training')}"
     )
     return Suite(
-        "events", tuple(members), _control(members), description, EstimatorSearch(images=32)
+        "events",
+        tuple(members),
+        _control(members),
+        description,
+        EstimatorSearch(images=32, finalists=0),
     )
 
 
