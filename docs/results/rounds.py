@@ -3,10 +3,9 @@
 python docs/results/rounds.py                    # every network and seed, half an hour on one core
 python docs/results/rounds.py digits/lif-at      # only this network
 
-A run of two rounds says what one of them leaves as well. One round is also run with estimators that
-are chosen by 100 steps of APGD in place of 20, with one seed of each network. Seconds are those of
-one thread of the CPU, with those of the choice of estimators; the suite gradient is run with the
-first seed and the same estimators. It writes rounds.csv; what is there is not run again.
+A run of two rounds says what one of them leaves as well. Seconds are those of one thread of the
+CPU, with those of the choice of estimators; the suite gradient is run with the first seed and the
+same estimators. It writes rounds.csv; what is there is not run again.
 """
 
 import sys
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from sj_robust.attacks import SampleSeeds, ThreatModel
 from sj_robust.data import load_images
-from sj_robust.evaluation.run.estimator_search import EstimatorSearch, search_estimators
+from sj_robust.evaluation.run.estimator_search import search_estimators
 from sj_robust.evaluation.run.loop import Asked, Job, run_batch
 from sj_robust.evaluation.run.member import Member
 from sj_robust.evaluation.run.progress import BatchLog
@@ -36,9 +35,6 @@ NETWORKS = ("digits/lif-at", "digits/dlif-at", "digits/dlif-at-mppd")
 SEEDS = (0, 1, 2)
 ROUNDS = 2
 THREAT = ThreatModel("Linf", 0.1)
-LONGER = "standard, chosen by 100 steps"
-WITH_LONGER = {"digits/lif-at": 0, "digits/dlif-at": 1, "digits/dlif-at-mppd": 2}
-"""Seeds with which the estimators are chosen by more steps: those that left most."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ class Row:
 class Measured:
     """A network with the estimators of one seed."""
 
-    def __init__(self, name: str, seed: int, settings: EstimatorSearch) -> None:
+    def __init__(self, name: str, seed: int) -> None:
         """Choose the estimators."""
         self.name, self.seed = name, seed
         self.model: nn.Module = pretrained(name)
@@ -71,7 +67,6 @@ class Measured:
             self.x,
             self.y,
             threat=THREAT,
-            settings=settings,
             seeds=self.images.derived("sweep", seed),
         )
         self.seconds = time.process_time() - began
@@ -82,13 +77,13 @@ class Measured:
         suite = make_suite("gradient", THREAT, chosen=self.chosen, classes=10)
         return [self.row("gradient", 1, self.steps(suite.members))]
 
-    def standard(self, name: str, rounds: int) -> list[Row]:
-        """The suite with the search, under a name for the table: what every round leaves."""
-        suite = make_suite("standard", THREAT, chosen=self.chosen, classes=10, rounds=rounds)
+    def standard(self) -> list[Row]:
+        """The suite with the search: what every round leaves."""
+        suite = make_suite("standard", THREAT, chosen=self.chosen, classes=10, rounds=ROUNDS)
         steps = self.steps(suite.members)
         ends = [i for i, member in enumerate(suite.members, 2) if member.takes_starts]
         ends[-1] = len(steps)  # with the program
-        return [self.row(name, n, steps[:end]) for n, end in enumerate(ends, 1)]
+        return [self.row("standard", n, steps[:end]) for n, end in enumerate(ends, 1)]
 
     def steps(self, members: Sequence[Member]) -> list[tuple[Tensor, float]]:
         """Images that stand, [N] bool, and seconds: of no attack and of every member."""
@@ -127,16 +122,11 @@ def main() -> None:
     keep_heap()
     names = sys.argv[1:] or NETWORKS
     runs = [*product(["standard"], SEEDS, names), *product(["gradient"], SEEDS[:1], names)]
-    runs += [(LONGER, WITH_LONGER[name], name) for name in names]
     for suite, seed, name in runs:
         if (suite, seed, name) in {(row.suite, row.seed, row.network) for row in saved()}:
             continue
-        settings = EstimatorSearch(steps=100) if suite == LONGER else EstimatorSearch()
-        measured = Measured(name, seed, settings)
-        if suite == "gradient":
-            rows = measured.gradient()
-        else:
-            rows = measured.standard(suite, 1 if suite == LONGER else ROUNDS)
+        measured = Measured(name, seed)
+        rows = measured.gradient() if suite == "gradient" else measured.standard()
         for row in rows:
             print(row, flush=True)
         write_rows(TABLE, sorted([*saved(), *rows], key=place))
