@@ -4,8 +4,8 @@ Linf 4/255.
 python docs/results/estimator_choice.py     # with the pictures in data/cifar10_pictures, 15 minutes
 
 Three estimators are chosen on 48 images: by the short attack alone, by both stages, or by the
-longer attack of every candidate (one seed). What they leave together of other images, each with 60 steps of
-APGD-CE, is the figure. It writes estimator_choice.csv; what is there is not run again.
+longer attack of every candidate (one seed). What they leave together of other images, each with 60
+steps of APGD-CE, is the figure. It writes estimator_choice.csv; what is there is not run again.
 """
 
 import time
