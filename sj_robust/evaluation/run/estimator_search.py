@@ -1,7 +1,7 @@
 """Search for the gradient estimators that fool a network most often."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -196,16 +196,21 @@ def search_estimators(
     images = _Images(model, x[rows], y[rows], draws, seeds.rows(rows))
     names = _with_detached(settings.candidates)
     if attack is not None:
-        return _ordered(_Trials(images, attack, names), settings.count)
-    short = partial(short_attack, threat, draws=draws)
-    first = _Trials(images, short(settings.steps), names, steps=settings.steps)
-    if not settings.finalists:
-        return _ordered(first, settings.count)
-    strongest = _finalists(first, settings.finalists)
-    last = _Trials(images, short(settings.final_steps), strongest, steps=settings.final_steps)
-    others = [trial for trial in _ordered(first, 1) if trial.estimator not in last.found]
-    unchosen = [replace(trial, chosen=False) for trial in others]
-    return _ordered(last, settings.count) + tuple(unchosen)
+        trials = _Trials(images, attack)
+        trials.run(names)
+        return trials.ordered(settings.count)
+
+    def of_length(steps: int) -> _Trials:
+        return _Trials(images, short_attack(threat, steps, draws=draws), steps)
+
+    first = of_length(settings.steps)
+    first.run(names)
+    if settings.finalists == 0:
+        return first.ordered(settings.count)
+    last = of_length(settings.final_steps)
+    last.run(_finalists(first, settings.finalists))
+    others = [trial for trial in first.ordered(0) if trial.estimator not in last.found]
+    return (*last.ordered(settings.count), *others)
 
 
 def _with_detached(candidates: Sequence[str]) -> list[str]:
@@ -227,13 +232,6 @@ def _finalists(first: "_Trials", count: int) -> list[str]:
     others = [name for name in first.tried() if name not in always]
     others.sort(key=lambda name: float(first.left[name].mean()))
     return [*always, *others[:count]]
-
-
-def _ordered(trials: "_Trials", count: int) -> tuple[EstimatorTrial, ...]:
-    """The trials, strongest first, with those that are chosen."""
-    chosen = trials.choice(count)
-    by_strength = sorted(trials.found.values(), key=_weakness)
-    return tuple(replace(row, chosen=row.estimator in chosen) for row in by_strength)
 
 
 def _weakness(trial: EstimatorTrial) -> tuple[bool, float]:
@@ -329,26 +327,31 @@ class _Images:
         return stands, torch.stack(margins).mean(0)
 
 
+@dataclass
 class _Trials:
     """What an attack with each estimator leaves of the images."""
 
-    def __init__(
-        self, images: _Images, attack: Attack, names: Sequence[str], *, steps: int = 0
-    ) -> None:
-        self.images, self.attack, self.steps = images, attack, steps
-        self.found: dict[str, EstimatorTrial] = {}
-        self.standing: dict[str, Tensor] = {}
-        self.left: dict[str, Tensor] = {}
-        _, margins = images.scores(images.x)
-        least = torch.finfo(torch.float64).tiny
-        self.clean = margins.mean().clamp(min=least)
-        # The first call may compile kernels, which is no estimator's fault.
-        images.craft(attack, "training", slice(1))
-        for name in names:
-            self._run(name)
+    images: _Images
+    attack: Attack
+    steps: int = 0
+    found: dict[str, EstimatorTrial] = field(default_factory=dict)
+    standing: dict[str, Tensor] = field(default_factory=dict)
+    left: dict[str, Tensor] = field(default_factory=dict)
 
-    def _run(self, name: str) -> None:
-        """Attack with one estimator; one that this network does not allow is noted."""
+    def run(self, names: Sequence[str]) -> None:
+        """Attack with every estimator, ``"training"`` first."""
+        _, margins = self.images.scores(self.images.x)
+        least = torch.finfo(torch.float64).tiny
+        clean = margins.mean().clamp(min=least)
+        # The first call may compile kernels, which is no estimator's fault.
+        self.images.craft(self.attack, "training", slice(1))
+        for name in names:
+            self._run(name, clean)
+
+    def _run(self, name: str, clean: Tensor) -> None:
+        """Attack with one estimator; one that this network does not allow is noted. Margins are in
+        units of ``clean``.
+        """
         images = self.images
         start = clock(images.x.device)
         try:
@@ -359,7 +362,7 @@ class _Trials:
             x_adv, note = images.x, f"{type(error).__name__}: {error}"
         seconds = clock(images.x.device) - start
         standing, margins = images.scores(x_adv)
-        margins = margins / self.clean
+        margins = margins / clean
         self.standing[name] = standing
         self.left[name] = standing.double() + margins
         usual = self.standing["training"]
@@ -378,6 +381,12 @@ class _Trials:
     def tried(self) -> list[str]:
         """Names of the estimators that could be tried."""
         return [name for name, trial in self.found.items() if not trial.note]
+
+    def ordered(self, count: int) -> tuple[EstimatorTrial, ...]:
+        """The trials, strongest first, with ``count`` chosen ones at most."""
+        chosen = self.choice(count)
+        by_strength = sorted(self.found.values(), key=_weakness)
+        return tuple(replace(row, chosen=row.estimator in chosen) for row in by_strength)
 
     def choice(self, count: int) -> list[str]:
         """Names of the estimators that together leave least, chosen one by one."""
