@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from attacks.table import seeded
-from proofs.moved import all_moved
+from proofs.event_balls import all_moved
 from torch import nn
 
 from sj_robust.attacks import (
