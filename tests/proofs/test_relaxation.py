@@ -508,6 +508,7 @@ def test_a_search_proves_nothing_when_its_work_is_done():
     assert search.failed
 
 
+@pytest.mark.slow
 def test_branch_and_bound_of_an_image_does_not_depend_on_the_others(monkeypatch):
     """Of two images that stay unknown, one that is broken and one that is verified."""
     model = small(NEURONS["DLIF"], seed=2)
@@ -539,7 +540,7 @@ def test_branch_and_bound_of_an_image_does_not_depend_on_the_others(monkeypatch)
     assert again.broken == whole.broken
 
 
-@pytest.mark.parametrize("method", METHODS[:4])
+@pytest.mark.parametrize("method", mostly_slow(METHODS[:4], quick=["joint"]))
 def test_memory_does_not_grow_with_the_images(method):
     model = small(NEURONS["DLIF"], seed=2)
     x = pixels(20, seed=2)
@@ -558,7 +559,7 @@ def test_memory_does_not_grow_with_the_images(method):
     assert held[20] <= 1.02 * held[10]
 
 
-@pytest.mark.parametrize("method", METHODS[:4])
+@pytest.mark.parametrize("method", mostly_slow(METHODS[:4], quick=["crown"]))
 def test_a_proof_leaves_no_tensors_to_the_collector(method):
     """Python looks for cycles rarely, and the batches of a proof would add up until then."""
     model = small(NEURONS["DLIF"], seed=2)

@@ -168,6 +168,7 @@ def test_cells_search_on_validation_images_and_are_then_trained_with_every_seed(
     assert "4 runs in runs/sweep, 4 of them finished" in run("--output", "runs/sweep")
 
 
+@pytest.mark.slow
 def test_cells_that_are_stopped_at_any_run_go_on_and_repeat_nothing(run, tmp_path, monkeypatch):
     (tmp_path / "own.yaml").write_text("{neuron: lif}")
     given = ("--cells", CELLS, "--seeds", "1", "--evaluate", "paper")
