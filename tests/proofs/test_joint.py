@@ -364,6 +364,23 @@ def test_a_fault_is_noticed(fault, monkeypatch):
     assert notices(check)
 
 
+@pytest.mark.parametrize(
+    ("build", "node"), each_in_turn(NETWORKS, ["LIF reset to -0.5", "PLIF", "DLIF soft"])
+)
+def test_no_layer_and_no_margin_is_looser_than_intervals(build, node):
+    model = classifier(build, NEURONS[node])
+    x, y = batch(model, 4)
+    for eps in (0.0, 0.01):
+        run, logits = joint_run(model, x, eps)
+        intervals = fuzz.Recorded(bounded_neurons(model), len(x))
+        with full_precision(x.device):
+            wider = bounded_logits(model, intervals, x, eps)
+        assert (run.lead(logits, y) <= intervals.lead(wider, y)).all()
+        found = fuzz.bounds_of(run)
+        for name, wide in fuzz.bounds_of(intervals).items():
+            found[name].assert_within(wide, name)
+
+
 def small_network(node, seed):
     torch.manual_seed(seed)
     parts = (nn.Linear(4, 6), node(), nn.Linear(6, 5), node(), nn.Linear(5, 3))
