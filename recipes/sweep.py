@@ -281,8 +281,9 @@ def plan(options: Options, folder: Path) -> Plan:
             best = next(index for index, trial in enumerate(found) if trial.chosen)
             combinations = [cell.values[best] | combination for combination in combinations]
         runs += planned(combinations, seeds, evaluations=evaluations)
-    check_different([*runs, *searches])
-    if options.cells:  # every cell with one seed before another seed
+    if options.cells:
+        check_different([*runs, *searches])
+        # every cell with one seed before another seed
         runs.sort(key=lambda one: int(one.options["seed"]))
     return Plan(runs, searches, trials)
 

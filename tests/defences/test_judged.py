@@ -22,7 +22,7 @@ def two_attacks(suite):
 
 
 def judged(name, **options):
-    x, y = images(60)
+    x, y = images(30)
     model = SpikingClassifier(Net(), 3, CODES[name]())
     with shortened(two_attacks):
         return evaluate(model, x, y, eps=0.1, suite="fast", progress=False, **options)
@@ -30,9 +30,9 @@ def judged(name, **options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CODES)
-def test_the_worst_case_with_10_draws_is_that_with_50(name):
+def test_the_worst_case_with_10_draws_is_that_with_30(name):
     few = judged(name)
-    many = judged(name, draws=50)
+    many = judged(name, draws=30)
     assert few.draws == 10
     low, high = few.worst_case.interval
     assert low <= many.worst_case.accuracy <= high

