@@ -99,6 +99,12 @@ struct StepsBlock {
     }
   }
 
+  SJR_TARGET_INLINE void copy(const double* from, double* to) const {
+    SJR_APART
+    for (int i = 0; i < n; ++i)
+      to[i] = from[i];
+  }
+
   // Cuts low and high by what a step k - 1 without a spike, whose bounds are given, leaves at t.
   SJR_TARGET_INLINE void since(int64_t t,
                                int64_t k,
@@ -126,11 +132,8 @@ struct StepsBlock {
 
   SJR_TARGET_INLINE void charge_slot(int64_t t, int64_t slot) {
     const int64_t start = slots.start(t, slot);
-    SJR_APART
-    for (int i = 0; i < n; ++i) {
-      low[i] = h_low[i];
-      high[i] = h_high[i];
-    }
+    copy(h_low, low);
+    copy(h_high, high);
     if (start >= 0) {
       const double* sums_low = row(job.sums_low, slots.row(job.T, t, start));
       const double* sums_high = row(job.sums_high, slots.row(job.T, t, start));
@@ -152,27 +155,21 @@ struct StepsBlock {
         continue;
       alignas(64) double before_low[B], before_high[B];
       const int64_t members = slots.slot(t - 1, t - job.kept);
-      SJR_APART
-      for (int i = 0; i < n; ++i) {
-        before_low[i] = past_low(t - 1, 1)[i];
-        before_high[i] = past_high(t - 1, 1)[i];
-      }
+      copy(past_low(t - 1, 1), before_low);
+      copy(past_high(t - 1, 1), before_high);
       for (int64_t member = 2; member <= members; ++member) {
+        const double* also_low = past_low(t - 1, member);
+        const double* also_high = past_high(t - 1, member);
         SJR_APART
         for (int i = 0; i < n; ++i) {
-          before_low[i] = smaller(before_low[i], past_low(t - 1, member)[i]);
-          before_high[i] = larger(before_high[i], past_high(t - 1, member)[i]);
+          before_low[i] = smaller(before_low[i], also_low[i]);
+          before_high[i] = larger(before_high[i], also_high[i]);
         }
       }
       since(t, k, before_low, before_high);
     }
-    double* const kept_low = past_low(t, slot);
-    double* const kept_high = past_high(t, slot);
-    SJR_APART
-    for (int i = 0; i < n; ++i) {
-      kept_low[i] = low[i];
-      kept_high[i] = high[i];
-    }
+    copy(low, past_low(t, slot));
+    copy(high, past_high(t, slot));
   }
 
   SJR_TARGET_INLINE void decide(int64_t t) {

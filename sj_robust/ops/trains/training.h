@@ -117,14 +117,37 @@ struct JointBlock {
   C* grad_sum_low(int64_t row) const { return extra(row); }
   C* grad_sum_high(int64_t row) const { return extra(job.W + row); }
   C* sequence(int64_t number) const { return extra(2 * job.W + number); }
+  // The neurons of the block in a row of a tensor [rows, M].
+  const C* in_row(const void* tensor, int64_t row) const {
+    return static_cast<const C*>(tensor) + row * job.M + first;
+  }
+  C* in_row(void* tensor, int64_t row) const {
+    return static_cast<C*>(tensor) + row * job.M + first;
+  }
   const C* sum_low(int64_t t, int64_t start) const {
-    return static_cast<const C*>(job.sums_low) + slots.row(job.T, t, start) * job.M + first;
+    return in_row(job.sums_low, slots.row(job.T, t, start));
   }
   const C* sum_high(int64_t t, int64_t start) const {
-    return static_cast<const C*>(job.sums_high) + slots.row(job.T, t, start) * job.M + first;
+    return in_row(job.sums_high, slots.row(job.T, t, start));
   }
   C weight(int64_t f, int64_t t) const { return static_cast<const C*>(job.weights)[f * job.T + t]; }
   int64_t members(int64_t t) const { return slots.slot(t - 1, t - job.kept); }
+
+  SJR_TARGET_INLINE void copy(const C* from, C* to) const {
+    SJR_APART
+    for (int i = 0; i < n; ++i)
+      to[i] = from[i];
+  }
+  SJR_TARGET_INLINE void add(const C* from, C* to) const {
+    SJR_APART
+    for (int i = 0; i < n; ++i)
+      to[i] += from[i];
+  }
+  SJR_TARGET_INLINE void lower(const C* a, const C* b, C* to) const {
+    SJR_APART
+    for (int i = 0; i < n; ++i)
+      to[i] = least_of(a[i], b[i]);
+  }
 
   // What the potential at k - 1, where there is no spike, leaves at t.
   SJR_TARGET_INLINE void since(int64_t t, int64_t k, const C* before, C* to) const {
@@ -141,17 +164,14 @@ struct JointBlock {
     const C kept = powers[1];
     const C* charge = sum_low(t, t);
     C* before = sequence(0);
-    SJR_APART
-    for (int i = 0; i < n; ++i) {
-      to_low[i] = low(t - 1, 1)[i];
-      before[i] = high(t - 1, 1)[i];
-    }
+    copy(low(t - 1, 1), to_low);
+    copy(high(t - 1, 1), before);
     if (members(t) > 1) {
+      lower(to_low, low(t - 1, 2), to_low);
+      const C* also = high(t - 1, 2);
       SJR_APART
-      for (int i = 0; i < n; ++i) {
-        to_low[i] = least_of(to_low[i], low(t - 1, 2)[i]);
-        before[i] = most_of(before[i], high(t - 1, 2)[i]);
-      }
+      for (int i = 0; i < n; ++i)
+        before[i] = most_of(before[i], also[i]);
     }
     SJR_APART
     for (int i = 0; i < n; ++i)
@@ -169,18 +189,11 @@ struct JointBlock {
         if (start < 0) {
           charge_group(t);
         } else {
-          const C* from_low = sum_low(t, start);
-          const C* from_high = sum_high(t, start);
-          SJR_APART
-          for (int i = 0; i < n; ++i) {
-            to_low[i] = from_low[i];
-            to_high[i] = from_high[i];
-          }
+          copy(sum_low(t, start), to_low);
+          copy(sum_high(t, start), to_high);
           for (int64_t k = std::max(slots.earliest(t), start + 1); k <= t; ++k) {
             since(t, k, high(k - 1, slots.slot(k - 1, start)), one);
-            SJR_APART
-            for (int i = 0; i < n; ++i)
-              to_high[i] = least_of(to_high[i], one[i]);
+            lower(to_high, one, to_high);
           }
         }
         C* is_sure = sure(t, slot);
@@ -226,16 +239,10 @@ struct JointBlock {
   void forward() const {
     charge();
     for (int64_t f = 0; f < job.F; ++f) {
-      C* least = static_cast<C*>(job.least) + f * job.M + first;
-      C* most = static_cast<C*>(job.most) + f * job.M + first;
       over_paths<true>(f);
-      SJR_APART
-      for (int i = 0; i < n; ++i)
-        least[i] = rest(0, 0)[i];
+      copy(rest(0, 0), in_row(job.least, f));
       over_paths<false>(f);
-      SJR_APART
-      for (int i = 0; i < n; ++i)
-        most[i] = rest(0, 0)[i];
+      copy(rest(0, 0), in_row(job.most, f));
     }
   }
 
@@ -246,9 +253,7 @@ struct JointBlock {
     alignas(64) C parts[2][MAX_SLOTS * N];
     C* here = parts[0];
     C* next = parts[1];
-    SJR_APART
-    for (int i = 0; i < n; ++i)
-      here[i] = grad[i];
+    copy(grad, here);
     for (int64_t t = 0; t < job.T; ++t) {
       const int64_t fresh = slots.count(t + 1) - 1;
       std::memset(next, 0, size_t((fresh + 1) * N) * sizeof(C));
@@ -285,62 +290,51 @@ struct JointBlock {
   // Gradient of a potential bounded by earlier steps, which is that of its sums and of these.
   void back_over_charges(double* totals) const {
     double* const of_powers = totals + job.F * job.T;
-    alignas(64) C before[N], d_before[N];
     for (int64_t t = job.T - 1; t >= 0; --t)
       for (int64_t slot = slots.count(t) - 1; slot >= 0; --slot) {
         const int64_t start = slots.start(t, slot);
-        C* d_low = grad_low(t, slot);
-        C* d_high = grad_high(t, slot);
-        if (start < 0) {
+        if (start < 0)
           back_over_group(t, of_powers);
-          continue;
-        }
-        C* to_low = grad_sum_low(slots.row(job.T, t, start));
-        SJR_APART
-        for (int i = 0; i < n; ++i)
-          to_low[i] += d_low[i];
-        const int64_t earliest = std::max(slots.earliest(t), start + 1);
-        const C* whole = sum_high(t, start);
-        SJR_APART
-        for (int i = 0; i < n; ++i)
-          sequence(0)[i] = whole[i];
-        for (int64_t k = earliest; k <= t; ++k) {
-          const C* so_far = sequence(k - earliest);
-          C* to = sequence(k - earliest + 1);
-          since(t, k, high(k - 1, slots.slot(k - 1, start)), to);
-          SJR_APART
-          for (int i = 0; i < n; ++i)
-            to[i] = least_of(so_far[i], to[i]);
-        }
-        for (int64_t k = t; k >= earliest; --k) {
-          const int64_t earlier = slots.slot(k - 1, start);
-          const C* so_far = sequence(k - earliest);
-          const C* source = high(k - 1, earlier);
-          const C kept = powers[t - k + 1];
-          const C* charge = sum_high(t, k);
-          C* to = grad_sum_high(slots.row(job.T, t, k));
-          C* further = grad_high(k - 1, earlier);
-          SJR_APART
-          for (int i = 0; i < n; ++i) {
-            const C silent = least_of(source[i], theta);
-            const C found = kept * silent + charge[i];
-            const C share = share_of_lower(found, so_far[i]);
-            const C d = share * d_high[i];
-            d_high[i] = d_high[i] - d;
-            to[i] += d;
-            before[i] = d * silent;
-            d_before[i] = source[i] <= theta ? d * kept : C(0);
-          }
-          SJR_APART
-          for (int i = 0; i < n; ++i)
-            further[i] += d_before[i];
-          of_powers[t - k + 1] += sum_of(before, n);
-        }
-        C* to_high = grad_sum_high(slots.row(job.T, t, start));
-        SJR_APART
-        for (int i = 0; i < n; ++i)
-          to_high[i] += d_high[i];
+        else
+          back_over_window(t, start, grad_low(t, slot), grad_high(t, slot), of_powers);
       }
+  }
+
+  void back_over_window(int64_t t, int64_t start, C* d_low, C* d_high, double* of_powers) const {
+    const int64_t row = slots.row(job.T, t, start);
+    add(d_low, grad_sum_low(row));
+    // the largest potential after each of the earlier steps that lower it
+    const int64_t earliest = std::max(slots.earliest(t), start + 1);
+    copy(sum_high(t, start), sequence(0));
+    for (int64_t k = earliest; k <= t; ++k) {
+      const C* so_far = sequence(k - earliest);
+      C* to = sequence(k - earliest + 1);
+      since(t, k, high(k - 1, slots.slot(k - 1, start)), to);
+      lower(so_far, to, to);
+    }
+    alignas(64) C before[N], d_before[N];
+    for (int64_t k = t; k >= earliest; --k) {
+      const int64_t earlier = slots.slot(k - 1, start);
+      const C* so_far = sequence(k - earliest);
+      const C* source = high(k - 1, earlier);
+      const C kept = powers[t - k + 1];
+      const C* charge = sum_high(t, k);
+      C* to = grad_sum_high(slots.row(job.T, t, k));
+      SJR_APART
+      for (int i = 0; i < n; ++i) {
+        const C silent = least_of(source[i], theta);
+        const C found = kept * silent + charge[i];
+        const C share = share_of_lower(found, so_far[i]);
+        const C d = share * d_high[i];
+        d_high[i] = d_high[i] - d;
+        to[i] += d;
+        before[i] = d * silent;
+        d_before[i] = source[i] <= theta ? d * kept : C(0);
+      }
+      add(d_before, grad_high(k - 1, earlier));
+      of_powers[t - k + 1] += sum_of(before, n);
+    }
+    add(d_high, grad_sum_high(row));
   }
 
   void back_over_group(int64_t t, double* of_powers) const {
@@ -380,39 +374,36 @@ struct JointBlock {
     of_powers[1] += total;
   }
 
+  // Multiplies gradients of spikes by their derivatives by the potentials.
+  void through_spike(const C* potential, C* grad) const {
+    alignas(64) C z[N] = {};
+    alignas(64) C slope[N];
+    SJR_APART
+    for (int i = 0; i < n; ++i)
+      z[i] = potential[i] - theta;
+    slopes(z, slope, n);
+    SJR_APART
+    for (int i = 0; i < n; ++i)
+      grad[i] *= slope[i];
+  }
+
   void backward(double* totals) const {
     charge();
     std::memset(grad_low(0, 0), 0, size_t(2 * part_size(job)) * sizeof(C));
     std::memset(extra(0), 0, size_t(2 * job.W * N) * sizeof(C));
     for (int64_t f = 0; f < job.F; ++f) {
-      back_over_paths<true>(f, static_cast<const C*>(job.grad_least) + f * job.M + first, totals);
-      back_over_paths<false>(f, static_cast<const C*>(job.grad_most) + f * job.M + first, totals);
+      back_over_paths<true>(f, in_row(job.grad_least, f), totals);
+      back_over_paths<false>(f, in_row(job.grad_most, f), totals);
     }
-    alignas(64) C z[N] = {};
-    alignas(64) C slope[N];
     for (int64_t t = 0; t < job.T; ++t)
       for (int64_t slot = 0; slot < slots.count(t); ++slot) {
-        const C* const ends[2] = {low(t, slot), high(t, slot)};
-        C* const grads[2] = {grad_low(t, slot), grad_high(t, slot)};
-        for (int end = 0; end < 2; ++end) {
-          SJR_APART
-          for (int i = 0; i < n; ++i)
-            z[i] = ends[end][i] - theta;
-          slopes(z, slope, n);
-          SJR_APART
-          for (int i = 0; i < n; ++i)
-            grads[end][i] *= slope[i];
-        }
+        through_spike(low(t, slot), grad_low(t, slot));
+        through_spike(high(t, slot), grad_high(t, slot));
       }
     back_over_charges(totals);
     for (int64_t row = 0; row < job.W; ++row) {
-      C* to_low = static_cast<C*>(job.grad_low) + row * job.M + first;
-      C* to_high = static_cast<C*>(job.grad_high) + row * job.M + first;
-      SJR_APART
-      for (int i = 0; i < n; ++i) {
-        to_low[i] = grad_sum_low(row)[i];
-        to_high[i] = grad_sum_high(row)[i];
-      }
+      copy(grad_sum_low(row), in_row(job.grad_low, row));
+      copy(grad_sum_high(row), in_row(job.grad_high, row));
     }
   }
 };
