@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from sj_robust.core.broadcast import along
 from sj_robust.core.checks import Channels, check_channels, check_network, check_steps
 from sj_robust.core.convention import (
     TAKES,
@@ -369,11 +370,10 @@ class SpikingClassifier(nn.Module):
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _normalise(self, frames: Tensor, channel_dim: int) -> Tensor:
-        shape = (-1, *[1] * (frames.ndim - channel_dim - 1))
         if self.mean is not None:
-            frames = frames - self.mean.to(frames.dtype).view(shape)
+            frames = frames - along(self.mean.to(frames.dtype), channel_dim, frames.ndim)
         if self.std is not None:
-            frames = frames / self.std.to(frames.dtype).view(shape)
+            frames = frames / along(self.std.to(frames.dtype), channel_dim, frames.ndim)
         return frames
 
 

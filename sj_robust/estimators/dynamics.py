@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sj_robust.core.broadcast import along
 from sj_robust.core.host import base
 from sj_robust.neuron.charging import Charging, emits_spikes, is_neuron, read_charging
 
@@ -52,8 +53,7 @@ class Sequence:
         gain = gain.detach().to(self.dtype)
         if gain.ndim == 0:
             return gain
-        others = [1] * (self.x_seq.ndim - 1)
-        return gain.view(-1, *others)
+        return along(gain, 0, self.x_seq.ndim)
 
     @cached_property
     def charged(self) -> tuple[Tensor, Tensor | None]:

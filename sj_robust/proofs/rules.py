@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sj_robust.core.broadcast import along
 from sj_robust.proofs import function_rules, nonlinear
 from sj_robust.proofs.bound_tensor import RULES, Bounds, Function, Pooling, Rule, Run
 from sj_robust.proofs.changes import Changes
@@ -56,14 +57,16 @@ def _affine(
     if x.run is not None and x.run.narrow:
         # what the sums of both, and of this, round is at most twice growth; it is in the radius,
         # which changes, unrounded, would stand in the place of
-        radius = (1.0 + 4.0 * growth) * absolute(x.radius + growth * x.centre.abs())
-        radius = radius + growth * (shift.abs() + centre.abs()) + terms * SMALLEST
+        of_values = absolute(x.radius + growth * x.centre.abs())
+        of_rounding = growth * (shift.abs() + centre.abs())
+        radius = (1.0 + 4.0 * growth) * of_values + of_rounding + terms * SMALLEST
         return Bounds(centre, radius, run=x.run)
     radius = absolute(x.radius) if changes is None else changes.radius()
     if x.unrounded:
         return Bounds(centre, radius, run=x.run, changes=changes)
     largest = x.centre.detach().abs() + x.radius + x.error
-    error = absolute(x.error + growth * largest) + growth * shift.abs() + terms * SMALLEST
+    of_sums = absolute(x.error + growth * largest)
+    error = of_sums + growth * shift.abs() + terms * SMALLEST
     return Bounds(centre, radius, within_float32(error), x.run, changes)
 
 
@@ -72,10 +75,10 @@ def _weighted(
 ) -> Bounds:
     """Convolution and linear."""
     weight = constant(weight, x.run).to(x.centre.dtype)
-    magnitude = cache(weight.abs)
+    magnitude = cache(weight.abs)  # needed only where there is a radius
     shift = None if bias is None else constant(bias, x.run)
     if shift is not None and weight.ndim > 2:
-        shift = shift.view(-1, *[1] * (weight.ndim - 2))
+        shift = along(shift, 0, weight.ndim - 1)
     return _affine(
         x,
         lambda z: func(z, weight, None, *args, **kwargs),
@@ -110,7 +113,7 @@ def _transposed(
     weight = constant(weight, x.run).to(x.centre.dtype)
     shift = None if bias is None else constant(bias, x.run)
     if shift is not None:
-        shift = shift.view(-1, *[1] * (weight.ndim - 2))
+        shift = along(shift, 0, weight.ndim - 1)
     return _affine(
         x,
         lambda z: func(z, weight, None, *args, **kwargs),
@@ -177,35 +180,39 @@ def _batch_norm(
         raise NoBoundsError(
             "batch norm with the statistics of the batch, which one image alone does not decide"
         )
-    per_channel = (-1, *[1] * (x.ndim - 2))
+    behind_samples = x.ndim - 1
     slope = (constant(running_var, x.run) + eps).rsqrt()
     if weight is not None:
         slope = slope * constant(weight, x.run)
-    slope = slope.view(per_channel)
-    shift_of_mean = constant(running_mean, x.run).view(per_channel) * slope
+    slope = along(slope, 0, behind_samples)
+    mean = along(constant(running_mean, x.run), 0, behind_samples)
+    shift_of_mean = mean * slope
     if bias is None:
         bias = torch.zeros_like(shift_of_mean)
     else:
-        bias = constant(bias, x.run).view(per_channel)
+        bias = along(constant(bias, x.run), 0, behind_samples)
     found = _scaled(x, slope, terms=12, shift=bias - shift_of_mean)
     if found.unrounded:
         return found
     # Computed as (x - mean) * slope + bias or as x * slope + (bias - mean * slope): either is
     # covered.
-    error = found.error + gamma(12) * (shift_of_mean.abs() + bias.abs())
-    return Bounds(found.centre, found.radius, error, x.run, found.changes)
+    of_shift = gamma(12) * (shift_of_mean.abs() + bias.abs())
+    return Bounds(found.centre, found.radius, found.error + of_shift, x.run, found.changes)
 
 
 def _scaled(x: Bounds, factor: Tensor, *, terms: int, shift: Tensor | None = None) -> Bounds:
     """Bounds of ``factor * x + shift``."""
     factor = factor.to(x.centre.dtype)
+    changes = None
+    if x.changes is not None:
+        changes = x.changes.scaled(factor)
     return _affine(
         x,
         lambda z: z * factor,
         lambda z: z * factor.abs(),
         terms=terms,
         shift=shift,
-        changes=None if x.changes is None else x.changes.scaled(factor),
+        changes=changes,
     )
 
 
@@ -241,7 +248,8 @@ def _sum(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
     like = centre_of_either(a, b)
     first = as_bounds(a, run, like)
     second = as_bounds(b, run, like)
-    centre = first.centre - second.centre if is_difference else first.centre + second.centre
+    combined = torch.sub if is_difference else torch.add
+    centre = combined(first.centre, second.centre)
     radius = first.radius + second.radius
     if run is not None and run.narrow:
         radius = radius + gamma(4) * (centre.abs() + radius) + SMALLEST
@@ -273,7 +281,11 @@ def _product(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
     if isinstance(a, Bounds) and isinstance(b, Bounds) and not is_division:
         values = nonlinear.product(interval(a), interval(b), rounded=is_rounded(a.run))
         return new_leaf(a.run, Function("a product"), [a, b], values)
-    x, other = (a, b) if isinstance(a, Bounds) else (b, a)
+    x = a
+    other = b
+    if not isinstance(a, Bounds):
+        x = b
+        other = a
     if is_division and (kwargs or x is not a or name.startswith("r")):
         raise NoBoundsError("a division by a value that depends on the input, or one that rounds")
     factor = constant(other, x.run).to(x.centre.device)
@@ -326,7 +338,9 @@ def _move_changes(views: list[Bounds], func: Any, args: Any, kwargs: Any) -> Non
     if not isinstance(x, Bounds) or x.changes is None:
         return
     name = func.__name__.strip("_")
-    apart = name in _ONCE or (name == "getitem" and _is_slice(args[1]))
+    apart = name in _ONCE
+    if name == "getitem":
+        apart = _is_slice(args[1])
 
     def result(number: int, part: Tensor) -> Tensor:
         found = func(part, *args[1:], **kwargs)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sj_robust.core.broadcast import along
 from sj_robust.core.checks import (
     check_count,
     check_function,
@@ -202,28 +203,39 @@ def smooth(
     else:
         device = generator.device if isinstance(generator, torch.Generator) else "cpu"
         seed = draw_seed(private_generator(generator, torch.device(device)))
-        seeds = SampleSeeds([SampleSeeds([seed]).derived(row).single() for row in range(len(x))])
-    guesses, counted = seeds.derived("guess").seeds, seeds.derived("count").seeds
+        of_all = SampleSeeds([seed])
+        seeds = SampleSeeds([of_all.derived(row).single() for row in range(len(x))])
+    seeds_of_guesses = seeds.derived("guess").seeds
+    seeds_of_counts = seeds.derived("count").seeds
     beta = scipy_module("stats", wanted_by="smooth").beta  # slow to import
-    predictions, radii, counts = [], [], []
+    predictions = []
+    radii = []
+    counts = []
     with torch.no_grad(), preserved(model), _kept_globals():
         draws = _Draws(model, sigma, batch_size)
         for row in range(len(x)):
-            guess = int(draws.votes(x[row], n0, guesses[row]).argmax())
-            count = int(draws.votes(x[row], n, counted[row])[guess])
+            guess = int(draws.votes(x[row], n0, seeds_of_guesses[row]).argmax())
+            count = int(draws.votes(x[row], n, seeds_of_counts[row])[guess])
             p = float(beta.ppf(alpha, count, n - count + 1)) if count else 0.0
-            proved = p > 0.5
-            predictions.append(guess if proved else ABSTAINED)
-            radii.append(
-                sigma * float(torch.special.ndtri(torch.tensor(p, dtype=torch.float64)))
-                if proved
-                else 0.0
-            )
+            if p > 0.5:
+                quantile = torch.special.ndtri(torch.tensor(p, dtype=torch.float64))
+                predictions.append(guess)
+                radii.append(sigma * float(quantile))
+            else:
+                predictions.append(ABSTAINED)
+                radii.append(0.0)
             counts.append(count)
             draws.check_kept()
             if on_image is not None:
                 on_image(row + 1)
-    return Smoothing(sigma, float(alpha), n, tuple(predictions), tuple(radii), tuple(counts))
+    return Smoothing(
+        sigma=sigma,
+        alpha=float(alpha),
+        n=n,
+        prediction=tuple(predictions),
+        radius=tuple(radii),
+        count=tuple(counts),
+    )
 
 
 class _Draws:
@@ -320,8 +332,7 @@ class _Draws:
         """Whether each row keeps its logits while all rows beside it are other images."""
         even = torch.arange(len(noisy), device=noisy.device) % 2 == 0
         for kept in (even, ~even):
-            shape = (-1, *[1] * (noisy.ndim - 1))
-            other = torch.where(kept.view(shape), noisy, 1.0 - noisy)
+            other = torch.where(along(kept, 0, noisy.ndim), noisy, 1.0 - noisy)
             if not torch.equal(self._run(other, seed)[kept], logits[kept]):
                 return False
         return True
@@ -335,7 +346,8 @@ class _Draws:
         with _from_seed(self.model, seed, noisy.device):  # of a network that draws nothing
             alone = torch.cat([self._forward(row) for row in noisy[first:].unsqueeze(1)])
         changed = alone.argmax(1) != logits[first:].argmax(1)
-        for row in (first + changed.nonzero().flatten()).tolist():
+        rows = first + changed.nonzero().flatten()
+        for row in rows.tolist():
             copies = noisy[row].expand_as(noisy)
             if not torch.equal(self._run(copies, seed)[row], logits[row]):
                 return False

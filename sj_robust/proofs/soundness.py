@@ -206,13 +206,15 @@ def check_maps(maps: Maps) -> None:
         value = run.currents[number].detach()
         shift = maps.shift(number, _SAMPLES)
         weights = noise(value)
-        expected = (weights * shift).sum()
-        size = (weights * shift).abs().sum() + (weights * value).abs().sum()
+        of_value = weights * value
+        of_shift = weights * shift
+        expected = of_shift.sum()
+        size = of_shift.abs().sum() + of_value.abs().sum()
         for leaf, back in maps.adjoint(number, weights, _SAMPLES):
             terms = back * run.leaves[leaf].centre.detach()
             expected = expected + terms.sum()
             size = size + terms.abs().sum()
-        gap = ((weights * value).sum() - expected).abs()
+        gap = (of_value.sum() - expected).abs()
         if not bool(gap <= _MAP_GAP * size):
             raise UnsoundBoundsError(
                 f"autograd does not see everything that reaches {name}: what the network computes "
@@ -278,7 +280,8 @@ def check_surrogates(net: nn.Module, neurons: dict[str, Neuron], like: Tensor) -
         like: A tensor of the network's device and precision.
     """
     generator = torch.Generator().manual_seed(0)
-    size = 10.0 ** (12.0 * torch.rand(2 * _NEURONS, generator=generator) - 8.0)
+    exponent = 12.0 * torch.rand(2 * _NEURONS, generator=generator) - 8.0
+    size = 10.0**exponent
     values = torch.cat([size, -size, torch.zeros(1)]).to(like)
     owned = {id(neuron.module.surrogate_function) for neuron in neurons.values()}
     for function in spiking_surrogates(net):
@@ -475,7 +478,8 @@ def _random_currents(neuron: Neuron, T: int, generator: torch.Generator) -> Tens
     shape = (T, 1, _NEURONS)
     normal = torch.randn(shape, generator=generator, dtype=torch.float64)
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
-    magnitude = 10.0 ** (8.0 * uniform - 6.0)
+    exponent = 8.0 * uniform - 6.0
+    magnitude = 10.0**exponent
     rest = 0.0 if module.v_reset is None else float(module.v_reset)
     needed = float(module.v_threshold) - rest
     scale = max(abs(needed), 1e-3)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sj_robust.core.broadcast import along
 from sj_robust.proofs import differentiable
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -148,8 +149,8 @@ class _Synchronised(nn.modules.batchnorm._BatchNorm):
             shift = self.bias - mean * scale
         else:
             shift = -mean * scale
-        shape = (-1, *[1] * (input.ndim - 2))
-        normalised = wide * scale.view(shape) + shift.view(shape)
+        scaled = wide * along(scale, 1, input.ndim)
+        normalised = scaled + along(shift, 1, input.ndim)
         return normalised.to(input.dtype)
 
     def _pooled(self, var: Tensor, mean: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
