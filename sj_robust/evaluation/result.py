@@ -364,9 +364,11 @@ class Evaluation:
         """All accuracies of a variant, in the same order."""
         attacks = [row for row in self.of(variant) if row.attacks]
         names = ["clean", *(row.member for row in attacks)]
-        names += ["control"] if any(row.kind == "control" for row in attacks) else []
+        if any(row.kind == "control" for row in attacks):
+            names.append("control")
         names += ["worst case", "everything"]
-        names += ["verified"] if self._proofs(variant) else []
+        if self._proofs(variant):
+            names.append("verified")
         return tuple(self.under(name, variant=variant) for name in names)
 
     def single_accuracies(self, variant: str) -> tuple[Accuracy, ...]:
@@ -393,8 +395,9 @@ class Evaluation:
         -1 for none, -2 if it is misclassified without an attack.
         """
         broken_by = dict.fromkeys(self.standing("clean"), -1)
-        for kind in ("control", "attack"):
-            for index, row in reversed([*enumerate(self.attacks)]):
+        from_last = list(enumerate(self.attacks))[::-1]
+        for kind in ("control", "attack"):  # what comes later here counts
+            for index, row in from_last:
                 if row.kind == kind:
                     broken_by |= dict.fromkeys(self.broken(row), index)
         images = range(len(self.labels))
@@ -409,8 +412,7 @@ class Evaluation:
         made_for_it = bool(levels)
         variant = OVER_EPS if made_for_it else self.main
         if not made_for_it:
-            levels = [row for row in self.attacks if "@" in row.member]
-            levels = [row for row in levels if row.eps is not None]
+            levels = [row for row in self.attacks if "@" in row.member and row.eps is not None]
             others = {row.eps for row in levels if row.threat != self.threat}
             if len(others) < 2:
                 return ()
@@ -438,17 +440,19 @@ class Evaluation:
             KeyError: If nothing is proved at this radius.
         """
         radius = parse_eps(eps)
-        proofs = [row for row in self.of(self.main) if row.kind == "proof"]
-        proofs = [row for row in proofs if row.eps == radius]
+        proofs = [row for row in self.of(self.main) if row.kind == "proof" and row.eps == radius]
         if not proofs:
             raise KeyError(f"nothing is proved at {eps_text(radius)}")
+        proof = proofs[0]
         left = self.standing("clean")
         for row in self.attacks:
-            if proofs[0].covers(row):
+            if proof.covers(row):
                 left = left.difference(self._by_its_own_threat(row))
+        both = proof.stood & left
         total = len(self.labels)
-        lower = Accuracy("verified", "verified", len(proofs[0].stood & left), total)
-        return lower, Accuracy("everything", "everything", len(left), total)
+        lower = Accuracy("verified", "verified", len(both), total)
+        upper = Accuracy("everything", "everything", len(left), total)
+        return lower, upper
 
     @property
     def contradicted(self) -> tuple[int, ...]:
@@ -510,7 +514,8 @@ class Evaluation:
             case "clean":
                 return []
             case "verified":
-                if proofs := self._proofs(variant):
+                proofs = self._proofs(variant)
+                if proofs:
                     return proofs[:1]
             case "everything":
                 return attacks

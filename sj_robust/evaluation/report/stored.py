@@ -63,8 +63,10 @@ def _with_threats(old: _Content) -> _Content:
         return old
     rows = []
     for row in old["rows"]:
-        lacks = row["kind"] == "attack" and row["member"] != NOISE and row["threat"] is None
-        rows.append(row | {"threat": old["threat"]} if lacks else row)
+        is_bounded = row["kind"] == "attack" and row["member"] != NOISE
+        if is_bounded and row["threat"] is None:
+            row = row | {"threat": old["threat"]}
+        rows.append(row)
     return old | {"rows": rows}
 
 
@@ -107,14 +109,18 @@ def _of_a_suite(old: _Content) -> _Content:
             seconds=member["seconds"],
         )
         rows.append(row)
-    verified, seconds = old.pop("verified"), old.pop("verified_seconds")
+    verified = old.pop("verified")
+    seconds = old.pop("verified_seconds")
     if verified is not None:
         left = sorted({*images}.difference(verified))
         rows.append(_row("verify", "proof", images, left, threat=threat, seconds=seconds))
-    curve, proved = old.pop("over_eps"), old.pop("verified_over_eps")
-    of_the_suite = {row["eps"] for row in curve[1:]} <= _radii_of_members(rows)
+    curve = old.pop("over_eps")
+    proved = old.pop("verified_over_eps")
+    radii = {row["eps"] for row in curve[1:]}
+    if radii <= _radii_of_members(rows):  # then the suite has all of it
+        curve = []
     order = _most_robust_first(correct, rows)
-    rows += _over_eps([] if of_the_suite else curve, proved, threat, order)
+    rows += _over_eps(curve, proved, threat, order)
     return old | {"threat": threat, "rows": rows}
 
 
@@ -134,7 +140,11 @@ def _most_robust_first(correct: Sequence[int], rows: Sequence[_Content]) -> list
         elif row["threat"] is not None:
             for number in row["fell"]:
                 breaks[number] = min(row["threat"]["eps"], breaks.get(number, math.inf))
-    return sorted(correct, key=lambda number: (number not in proved, -breaks.get(number, math.inf)))
+
+    def rank(number: int) -> tuple[bool, float]:
+        return number not in proved, -breaks.get(number, math.inf)
+
+    return sorted(correct, key=rank)
 
 
 def _over_eps(
@@ -178,7 +188,9 @@ def _of_a_stress_test(old: _Content) -> _Content:
     threat = old["threat"]
     rows: list[_Content] = []
     for level in (old.pop("intact"), *old.pop("rows")):
-        name = level["kind"] if level["kind"] == "none" else f"{level['kind']}:{level['level']}"
+        name = level["kind"]
+        if name != "none":
+            name = f"{name}:{level['level']}"
         draws = len(level["clean"])
         for draw, right in enumerate(level["clean"]):
             variant = name if draws == 1 else f"{name}/draw{draw}"
