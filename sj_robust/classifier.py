@@ -37,12 +37,13 @@ from sj_robust.neuron import DLIFNode, replace_neurons
 
 __all__ = ["PoissonEncoder", "SpikingClassifier", "SpikingEventClassifier"]
 
-_KINDS = ("Conv", "ConvTranspose", "BatchNorm", "MaxPool", "AvgPool")
 _OF_FRAMES: tuple[Takes, ...] = ("sequence", "steps")
-_OF_FIXED_RANK = (
-    nn.SyncBatchNorm,
-    *(getattr(nn, f"{kind}{rank}d") for kind in _KINDS for rank in (1, 2, 3)),
-)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_MAXIMA = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+_AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+_OF_FIXED_RANK = _CONVOLUTIONS + _TRANSPOSED + _NORMS + _MAXIMA + _AVERAGES
 
 
 class SpikingClassifier(nn.Module):
@@ -133,7 +134,8 @@ class SpikingClassifier(nn.Module):
             )
         self.net = net
         self._T_is_its_own = T is None
-        if (steps := own_steps(net) if T is None else T) is not None:
+        steps = own_steps(net) if T is None else T
+        if steps is not None:
             self.T = steps
         self.encoder = encoder
         if takes is not None and takes not in self._possible:
@@ -142,23 +144,19 @@ class SpikingClassifier(nn.Module):
                 f"{takes!r}; None detects it automatically"
             )
         self.takes = takes
-        for name, numbers in {
-            "mean": check_channels("mean", mean),
-            "std": check_channels("std", std, positive=True),
-        }.items():
-            self.register_buffer(name, None if numbers is None else torch.tensor(numbers))
-        longer = {
-            name: m.T
-            for name, m in net.named_modules()
-            if T is not None and isinstance(m, DLIFNode) and m.T > T
-        }
-        for name, steps in list(longer.items())[:1]:
-            warnings.warn(
-                f"{type(self).__name__} runs T={T} of the T={steps} time steps that the DLIF "
-                f"neuron {name!r} has gains for; use T={steps}, or call "
-                f"sj_robust.models.set_time_steps(net, {T}) first if this is intended",
-                stacklevel=2,
-            )
+        means = check_channels("mean", mean)
+        deviations = check_channels("std", std, positive=True)
+        self.register_buffer("mean", None if means is None else torch.tensor(means))
+        self.register_buffer("std", None if deviations is None else torch.tensor(deviations))
+        for name, module in net.named_modules():
+            if T is not None and isinstance(module, DLIFNode) and module.T > T:
+                warnings.warn(
+                    f"{type(self).__name__} runs T={T} of the T={module.T} time steps that the "
+                    f"DLIF neuron {name!r} has gains for; use T={module.T}, or call "
+                    f"sj_robust.models.set_time_steps(net, {T}) first if this is intended",
+                    stacklevel=2,
+                )
+                break
 
     @one_thread_at_a_time
     def forward(self, images: Tensor) -> Tensor:

@@ -27,20 +27,16 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
         True
     """
     device = torch.device(device)
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
-    packages = {
-        package: version_of(package) or "unknown"
-        for package in ("spikingjelly", "accelerate", "numpy")
-    }
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "sj_robust": __version__,
-        **packages,
+        "spikingjelly": version_of("spikingjelly") or "unknown",
+        "accelerate": version_of("accelerate") or "unknown",
+        "numpy": version_of("numpy") or "unknown",
         "platform": platform.platform(),
         "device": f"{device} ({name})",
         "threads": str(torch.get_num_threads()),

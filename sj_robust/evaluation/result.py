@@ -303,8 +303,9 @@ class Evaluation:
         if name == "verified":
             return counted[0].stood
         clean = self._clean(place).stood
-        fallen = [self.broken(row) if name in _SUMMARIES else row.fell for row in counted]
-        return clean.difference(*fallen)
+        if name in _SUMMARIES:
+            return clean.difference(*map(self.broken, counted))
+        return clean.difference(*(row.fell for row in counted))
 
     def under(self, name: str, *, variant: str | None = None) -> Accuracy:
         """One accuracy by name; seconds are those of the members within the threat.

@@ -109,21 +109,19 @@ def check_keys(
         ...
         ValueError: w.pt does not fit the network: missing a; unexpected b; take another file
     """
-    shapes = [
-        f"{key} {tuple(tensors[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in wanted.items()
-        if key in tensors and tensors[key].shape != value.shape
-    ]
-    faults = {
-        "missing": [key for key in wanted if key not in tensors],
-        "unexpected": [key for key in tensors if key not in wanted],
-        "of another shape": shapes,
-    }
-    if any(faults.values()):
-        listed = [
-            f"{fault} {', '.join(keys[:6])}"
-            + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
-            for fault, keys in faults.items()
-            if keys
-        ]
+    missing = []
+    shapes = []
+    for key, value in wanted.items():
+        if key not in tensors:
+            missing.append(key)
+        elif tensors[key].shape != value.shape:
+            shapes.append(f"{key} {tuple(tensors[key].shape)} instead of {tuple(value.shape)}")
+    unexpected = [key for key in tensors if key not in wanted]
+    faults = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    listed = []
+    for fault, keys in faults.items():
+        if keys:
+            more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
+            listed.append(f"{fault} {', '.join(keys[:6])}{more}")
+    if listed:
         raise ValueError(f"{origin} does not fit the network: {'; '.join(listed)}; {remedy}")

@@ -105,7 +105,8 @@ def to_dataframe(report: Evaluation) -> "pandas.DataFrame":
         )
     from pandas import DataFrame
 
-    return DataFrame(map(asdict, exported(report)), columns=[one.name for one in fields(Exported)])
+    columns = [one.name for one in fields(Exported)]
+    return DataFrame(map(asdict, exported(report)), columns=columns)
 
 
 def to_latex(report: Evaluation) -> str:
