@@ -220,7 +220,8 @@ class SpikingClassifier(nn.Module):
 
     def _raise_for_usual_mistake(self, error: Exception, images: Tensor) -> None:
         """Raise what a failed forward comes from, if it is one of the usual mistakes."""
-        weight = next((value for value in self.net.parameters() if value.is_floating_point()), None)
+        weights = self.net.parameters()
+        weight = next((value for value in weights if value.is_floating_point()), None)
         if weight is not None and weight.device != images.device:
             raise ValueError(
                 f"images and network must be on the same device, got images on {images.device} and "
@@ -577,7 +578,8 @@ def _differentiable(net: nn.Module) -> Iterator[None]:
     """
     neurons: list[nn.Module] = []
     if EVAL_MODE_HAS_NO_GRADIENT and torch.is_grad_enabled():
-        neurons = [m for m in net.modules() if isinstance(m, neuron.BaseNode) and not m.training]
+        nodes = [m for m in net.modules() if isinstance(m, neuron.BaseNode)]
+        neurons = [node for node in nodes if not node.training]
     for module in neurons:
         module.training = True
     try:

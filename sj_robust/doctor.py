@@ -249,7 +249,8 @@ def _difference(reference: DLIFNode, node: DLIFNode, x: Tensor, grad: Tensor) ->
     found_spikes = node(found_x)
     assert reference.v_seq is not None  # store_v_seq
     potential = reference.v_seq.detach()
-    before = torch.cat((torch.zeros_like(potential[:1]), potential[:-1]))
+    start = torch.zeros_like(potential[:1])
+    before = torch.cat((start, potential[:-1]))
     current = reference.input_gain.detach().view(-1, 1, 1) * x
     h = reference.decay * before + current
     clear = ((h - reference.v_threshold).abs() > _MARGIN).all(0)

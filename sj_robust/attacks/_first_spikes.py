@@ -91,7 +91,8 @@ class _Seen:
     def is_affine(self, x: Tensor) -> bool:
         """Whether the current is there, the same in every step, and affine in the image."""
         generator = torch.Generator().manual_seed(0)
-        ends = torch.rand((2, *x.shape[1:]), generator=generator).to(x)
+        shape = (2, *x.shape[1:])
+        ends = torch.rand(shape, generator=generator).to(x)
         middle = ends.mean(0, keepdim=True)
         with self._hooks(ends_the_run=False):
             self.model(torch.cat([ends, middle]))
@@ -211,7 +212,8 @@ def _thresholds(seen: _Seen, lowest: float, highest: float) -> Tensor | None:
 def _bisected(current: Tensor, train: Tensor, trains: Callable[[Tensor], Tensor]) -> Tensor:
     """Smallest currents found behind every change of the train, infinities at the ends."""
     end = current.new_full((1,), torch.inf)
-    changes = (train[:, 1:] != train[:, :-1]).any(0)
+    differ = train[:, 1:] != train[:, :-1]
+    changes = differ.any(0)
     at = changes.nonzero().squeeze(1)
     if not len(at):
         return torch.cat([-end, end])

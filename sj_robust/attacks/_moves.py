@@ -113,7 +113,8 @@ class Moves:
         side, corner, which = torch.split(numbers, [1, 2, 1], dim=1)
         longest = max(min(height, width) - 1, 1)
         pixels = 1 + _integers(side.squeeze(1), longest)
-        mask = self._square(pixels, corner).expand(-1, *self.shape).flatten(1)
+        square = self._square(pixels, corner)
+        mask = square.expand(-1, *self.shape).flatten(1)
         found = _integers(which.squeeze(1), place.pool.shape[1])
         other = place.pool[place.rows, found]
         return torch.where(mask, other, place.x)

@@ -137,7 +137,8 @@ class SpikeSearch:
                     walk.run(seeds.rows(part).derived(number))
         least = self.leads.amin(2).argmin(1)
         every = torch.arange(len(least), device=least.device)
-        nearest = self.pool[every, least].view_as(self.x).to(self.x.dtype)
+        nearest = self.pool[every, least].view_as(self.x)
+        nearest = nearest.to(self.x.dtype)
         standing = ~self.fooled
         self.x_adv[standing] = nearest[standing]
         return self.x_adv
@@ -178,7 +179,8 @@ class _Walk:
 
     def over_rival(self, every: Tensor) -> Tensor:
         """Of leads over every class [S, C, classes] that of each chain over its rival, [S, C]."""
-        return every.gather(2, self.rival[:, :, None]).squeeze(2)
+        of_rival = every.gather(2, self.rival[:, :, None])
+        return of_rival.squeeze(2)
 
     def keep(self, stays: Tensor) -> None:
         """Continue with some of the samples."""
@@ -250,7 +252,8 @@ class _Walk:
         self.leads = torch.where(taken.unsqueeze(2), found, self.leads)
         self.value = torch.where(taken, value, self.value)
         least = found.amin((1, 2))
-        search.best[self.rows] = torch.minimum(search.best[self.rows], least)
+        before = search.best[self.rows]
+        search.best[self.rows] = torch.minimum(before, least)
         is_wrong = logits.argmax(1) != self.y
         wrong = self.confirmed(images, is_wrong).view(shape)
         fell = wrong.any(1)
@@ -311,7 +314,8 @@ class _Walk:
         search = self.search
         size = gain.abs()
         changed = size > _NO_CHANGE * search.clean[self.rows, None]
-        search.changed[self.rows] += torch.where(changed, size, 0.0).sum(1)
+        sizes = torch.where(changed, size, 0.0)
+        search.changed[self.rows] += sizes.sum(1)
         search.changes[self.rows] += changed.sum(1)
         rate = search.plan.rate
         if rate == 0:

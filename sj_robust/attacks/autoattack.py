@@ -135,7 +135,8 @@ def autoattack(
                 break
             own = seeds.rows(rows).derived(name)
             found = attack(model, x[rows], y[rows], generator=own)
-            fooled = clean_logits(model, found, y[rows]).argmax(1) != y[rows]
+            logits = clean_logits(model, found, y[rows])
+            fooled = logits.argmax(1) != y[rows]
             x_adv[rows[fooled]] = found[fooled]
             standing[rows[fooled]] = False
             share = float(fooled.double().sum()) / len(x)

@@ -223,7 +223,8 @@ class _Linf:
         n, c, h, w = best.shape
         side = max(round(math.sqrt(area * h * w)), 1)
         window = _window(best, numbers[:, :2], min(side, h, w))
-        up = (numbers[:, -c:] < 0.5).view(n, c, 1, 1)
+        colours = numbers[:, -c:] < 0.5
+        up = colours.view(n, c, 1, 1)
         lower = self.lower[window]
         upper = self.upper[window]
         proposal = best.clone()
@@ -280,7 +281,8 @@ class _L2:
         squared_length = per_sample(l2_norm(delta) ** 2, delta).to(delta.dtype)
         unused = (self.ball.eps**2 - squared_length).clamp(min=0)
         held = delta[raised]
-        signs = _signs(numbers[:, -c:], delta).view(n, c, 1, 1)
+        signs = _signs(numbers[:, -c:], delta)
+        signs = signs.view(n, c, 1, 1)
         pyramid = _pyramids(side, delta, transposed=numbers[:, 4] < 0.5)
         pyramid = pyramid.unsqueeze(1) * signs
         pyramid = pyramid + held / (_length(held) + _NOTHING)

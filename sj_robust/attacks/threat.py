@@ -281,7 +281,8 @@ def moves_of(x: Tensor, x_adv: Tensor) -> Moves:
 
     Of all ways to pair them this one has the smallest largest shift and the smallest total shift.
     """
-    change = (x_adv.flatten(2) - x.flatten(2)).round().long()
+    difference = x_adv.flatten(2) - x.flatten(2)
+    change = difference.round().long()
     gone = (-change).clamp(min=0)
     new = change.clamp(min=0)
     left_until = gone.cumsum(1)
@@ -386,7 +387,8 @@ def _l2_offset(
     normal = randn(x.shape, private, dtype=torch.float64, device=x.device)
     share: Tensor | float = 1.0
     if not on_border:
-        uniform = rand(x.shape[:1], private, dtype=torch.float64, device=x.device)
+        images = x.shape[:1]
+        uniform = rand(images, private, dtype=torch.float64, device=x.device)
         share = uniform ** (1 / x[0].numel())
     length = eps * share / l2_norm(normal)
     return normal * per_sample(length, x)
@@ -399,7 +401,8 @@ def _linf_offset(
     *,
     on_border: bool,
 ) -> Tensor:
-    uniform = 2 * rand(x.shape, private, dtype=x.dtype, device=x.device) - 1
+    drawn = rand(x.shape, private, dtype=x.dtype, device=x.device)
+    uniform = 2 * drawn - 1
     offset = eps * uniform
     if on_border:
         largest = per_sample(uniform.abs().flatten(1).amax(1), x)

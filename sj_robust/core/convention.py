@@ -283,7 +283,8 @@ class _Trial:
             return True
         a = self._logits_of_many(one.convention.takes)
         b = self._logits_of_many(other.convention.takes)
-        difference = (a - b).norm() / torch.maximum(a.norm(), b.norm())
+        larger = torch.maximum(a.norm(), b.norm())
+        difference = (a - b).norm() / larger
         spiking = (a != 0).any(dim=1)  # zeros are the same in any reading
         some_are_alike = bool((_alike(a, b) & spiking).any())
         return some_are_alike and float(difference) <= _SPIKES_AT_THE_THRESHOLD
@@ -777,7 +778,9 @@ def _same(a: object, b: object) -> bool:
     Objects of other classes cannot be looked into: two of one class count as equal.
     """
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and bool(torch.isclose(a, b, 0, 0, equal_nan=True).all())
+        if a.shape != b.shape:
+            return False
+        return bool(torch.isclose(a, b, 0, 0, equal_nan=True).all())
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, dict) and isinstance(b, dict):

@@ -48,7 +48,8 @@ def device_of(model: nn.Module) -> torch.device:
     """Where a network is: the device of its first tensor, the CPU for one without any.
     网络所在设备。
     """
-    return next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+    tensors = model.state_dict().values()
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def version_of(package: str) -> str | None:
@@ -78,7 +79,10 @@ def _cpu_information(field: str) -> str:
     """A field of Linux's file on the processor; empty where there is none."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
+    for line in lines:
+        if line.startswith(field):
+            return line.partition(":")[2].strip()
+    return ""
 
 
 @cache
@@ -95,6 +99,7 @@ def _commit() -> str:
             check=True,
         )
         describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(describe, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

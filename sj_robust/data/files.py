@@ -86,4 +86,6 @@ def readable(
             raise UnreadableError(f"{found}. None remains")
         warnings.warn(f"{found}. They are skipped", stacklevel=2)
     good = [sample for sample, text in zip(samples, problems, strict=True) if text is None]
-    return [path for path, _ in good], torch.tensor([label for _, label in good], dtype=torch.int64)
+    paths = [path for path, _ in good]
+    labels = [label for _, label in good]
+    return paths, torch.tensor(labels, dtype=torch.int64)

@@ -147,7 +147,8 @@ def _labelled(
 
     def read(path: Path) -> None:
         picture = _picture(path)
-        sizes[path] = (int(picture.shape[1]), int(picture.shape[2]))
+        height, width = picture.shape[1:]
+        sizes[path] = (int(height), int(width))
         # the pictures before it have the same size, or all are refused in the end
         if (len(pixels) + 1) * picture.numel() <= _IN_MEMORY:
             pixels[path] = picture

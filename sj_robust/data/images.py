@@ -222,7 +222,8 @@ def _digits() -> Source:
         bunch = load_digits()
         table = np.column_stack((bunch.data, bunch.target)).astype(np.uint8)
     rows = torch.from_numpy(table)
-    pixels, labels = rows[:, :64].reshape(-1, 1, 8, 8), rows[:, 64].long()
+    pixels = rows[:, :64].reshape(-1, 1, 8, 8)
+    labels = rows[:, 64].long()
     # The set has no official split and is sorted by writer: a fixed shuffle, whatever the seed of
     # the run.
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(20240521))

@@ -98,7 +98,8 @@ class StoredFrames(Dataset[tuple[Tensor, ...]]):
         """Frames of one sample or of several."""
         per_sample = math.prod(self.shape)
         values = np.unpackbits(bits.numpy(), axis=-1, count=per_sample)
-        frames = torch.from_numpy(values).view(*bits.shape[:-1], *self.shape)
+        shape = (*bits.shape[:-1], *self.shape)
+        frames = torch.from_numpy(values).view(shape)
         return frames.float()
 
 

@@ -77,7 +77,8 @@ def mnist(name: str, root: Path, *, download: bool) -> Source:
                 f"{folder} holds {_MNIST[other][1]}, not {title}; use the data set {other!r}"
             )
     names = tuple(datasets.FashionMNIST.classes) if name == "fashion_mnist" else ()
-    return Source(train, test, (1, *train.pixels.shape[2:]), 10, class_names=names)
+    shape = (1, *train.pixels.shape[2:])
+    return Source(train, test, shape, classes=10, class_names=names)
 
 
 def cifar(name: str, root: Path, *, download: bool) -> Source:
@@ -115,7 +116,8 @@ def cifar(name: str, root: Path, *, download: bool) -> Source:
         pixels = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
         parts.append(StoredImages(pixels, torch.tensor(part.targets)))
     train, test = parts
-    return Source(train, test, (3, 32, 32), classes, class_names=tuple(read[0].classes))
+    names = tuple(read[0].classes)
+    return Source(train, test, (3, 32, 32), classes, class_names=names)
 
 
 def svhn(root: Path, *, download: bool) -> Source:

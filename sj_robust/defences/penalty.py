@@ -189,7 +189,8 @@ class PotentialPenalty(Penalty):
                 f"{self.name} saw no spiking layer run: the network was compiled before "
                 "its hooks were attached, or skips them; train without compilation"
             )
-        return torch.stack([total / self._counts[name] for name, total in sums.items()]).mean()
+        means = [total / self._counts[name] for name, total in sums.items()]
+        return torch.stack(means).mean()
 
     def _find(self, net: nn.Module) -> dict[str, Neuron]:
         followed, unsupported, spiking = find_neurons(net, {}, {})

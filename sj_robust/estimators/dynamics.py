@@ -65,7 +65,8 @@ class Sequence:
         decay = self.charging.decay_value
         learned = _needs_gradient(self.charging.decay)
         leak = (1 - decay) * (self.v_reset or 0.0)
-        h_seq = self.x_seq.detach().to(self.dtype) * self.per_step(self.charging.gain)
+        current = self.x_seq.detach().to(self.dtype)
+        h_seq = current * self.per_step(self.charging.gain)
         spike_seq = self.spike_seq.to(self.dtype)
         v = self.v_init
         if isinstance(v, Tensor):

@@ -99,7 +99,8 @@ def from_checkpoint(path: Path, T: int | None = None, *, trust_code: bool = Fals
         set_time_steps(model, T)
         spec = replace(spec, T=T)
     name = path.parent.name if path.stem in ("best", "last") else path.stem
-    return Subject(name, model.eval(), _in_words(spec), dict(description.get("options", {})), spec)
+    options = dict(description.get("options", {}))
+    return Subject(name, model.eval(), _in_words(spec), options, spec)
 
 
 def from_function(

@@ -314,6 +314,7 @@ class FullyConnected(DirectlyEncoded):
             stages += [layer.Linear(before, after), node()]
         for module in (self.first, *stages):
             if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.normal_(module.weight, std=2.0 / math.sqrt(module.weight[0].numel()))
+                fan = module.weight[0].numel()
+                nn.init.normal_(module.weight, std=2.0 / math.sqrt(fan))
         self.stages = nn.Sequential(*stages, layer.Linear(widths[-1], classes))
         functional.set_step_mode(self, step_mode)

@@ -91,7 +91,9 @@ def as_named_in(net: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tens
         ['0.node.input_gain']
     """
     plain = plain_names(net)
-    if len(tensors.keys() & plain.keys()) >= len(tensors.keys() & set(plain.values())):
+    found_now = tensors.keys() & plain.keys()
+    found_plain = tensors.keys() & set(plain.values())
+    if len(found_now) >= len(found_plain):
         return dict(tensors)
     now = {old: new for new, old in plain.items()}
     return {now.get(key, key): value for key, value in tensors.items()}

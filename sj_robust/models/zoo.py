@@ -134,7 +134,8 @@ def _check_fits(net: nn.Module, name: str, channels: int, classes: int) -> None:
     """The first convolution takes the images, the last linear layer has the classes (some of the
     zoo fix them).
     """
-    first = next((module for module in net.modules() if isinstance(module, nn.Conv2d)), None)
+    convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    first = convolutions[0] if convolutions else None
     if first is not None and first.in_channels != channels:
         raise ValueError(
             f"zoo:{name} expects images with {first.in_channels} channels, these have {channels}; "

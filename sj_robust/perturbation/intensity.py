@@ -277,7 +277,10 @@ def _summarise(
 ) -> None:
     """Write into the study what was measured of one direction."""
     sizes = study.eps
-    study.accuracy[direction] = [1.0 - part.wrong.double().mean().item() for part in parts]
+    study.accuracy[direction] = []
+    for part in parts:
+        share_of_wrong = part.wrong.double().mean().item()
+        study.accuracy[direction].append(1.0 - share_of_wrong)
     study.per_step[direction] = {}
     for layer in parts[0].per_step:
         study.per_step[direction][layer] = [part.per_step[layer].tolist() for part in parts]

@@ -246,7 +246,8 @@ class MPPDMonitor(BaseMonitor):
                 f"x and x_perturbed must have the same shape, got {tuple(x.shape)} and "
                 f"{tuple(x_perturbed.shape)}; perturb the batch that the clean run gets"
             )
-        bad = int((~torch.isfinite(x)).sum()) + int((~torch.isfinite(x_perturbed)).sum())
+        bad = int((~torch.isfinite(x)).sum())
+        bad += int((~torch.isfinite(x_perturbed)).sum())
         if bad:
             raise ValueError(
                 f"x and x_perturbed must be finite, got {bad} NaN or infinite values; omit "

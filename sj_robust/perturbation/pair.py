@@ -259,4 +259,6 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def _cat(chunks: list[_Chunk]) -> Tensor:
-    return chunks[0].values if len(chunks) == 1 else torch.cat([chunk.values for chunk in chunks])
+    if len(chunks) == 1:
+        return chunks[0].values
+    return torch.cat([chunk.values for chunk in chunks])

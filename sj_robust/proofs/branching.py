@@ -188,7 +188,8 @@ class Prover:
             with torch.set_grad_enabled(descend):
                 logits = self.logits(points)
             y = labels[rows]
-            for row in (logits.argmax(1) != y).nonzero().squeeze(1).tolist():
+            is_wrong = logits.argmax(1) != y
+            for row in is_wrong.nonzero().squeeze(1).tolist():
                 wrong_ones.setdefault(int(rows[row]), points.detach()[row : row + 1])
             if not logits.requires_grad:  # not asked for, or the network has none
                 break
@@ -213,7 +214,8 @@ class Prover:
                 yield self.eps.drawn(images, generator)
             yield images
             return
-        share = torch.rand(images.shape, generator=generator, dtype=torch.float64).to(images.device)
+        drawn = torch.rand(images.shape, generator=generator, dtype=torch.float64)
+        share = drawn.to(images.device)
         corner = 2.0 * share.round() - 1.0
         between = 2.0 * share - 1.0
         for direction in (corner, between):

@@ -194,7 +194,8 @@ class Changes:
         """
         binary = _is_binary(up) and _is_binary(down)
         if not binary:
-            moving = ((up[0] > 0) | (down[0] > 0)).any(0)
+            may_move = (up[0] > 0) | (down[0] > 0)
+            moving = may_move.any(0)
             moving[: self._count] = True  # as many for all groups of channels
             up = up[..., moving]
             down = down[..., moving]
@@ -228,7 +229,9 @@ class Changes:
                     fall = self._first(down, up, rows)
             rises.append(self._kept(rise))
             falls.append(self._kept(fall))
-        return torch.cat(rises, 2)[:, number], torch.cat(falls, 2)[:, number]
+        all_rises = torch.cat(rises, 2)
+        all_falls = torch.cat(falls, 2)
+        return all_rises[:, number], all_falls[:, number]
 
     def _first(
         self, up: Tensor, down: Tensor, weight: Tensor, picked: Tensor | None = None
@@ -353,7 +356,8 @@ def _distinct(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Places of rows of which no two are the same, and by row which of these it is; of event
     frames most patches are empty. Changes [changes, rows, inputs] are binary, the largest first.
     """
-    times = torch.cat([up.sum(0), down.sum(0)], 1).double()
+    both = torch.cat([up.sum(0), down.sum(0)], 1)
+    times = both.double()
     base = len(up) + 1.0
     digits = int(_EXACT_BITS / math.log2(base))
     every = torch.arange(len(times), device=up.device)

@@ -381,7 +381,8 @@ def _from_each(values: Tensor) -> tuple[Tensor, Tensor]:
     """Values by b for every a, [F, J, J], and whether b < a, [J, J]."""
     J = values.shape[1]
     number = torch.arange(J, device=values.device)
-    return values.unsqueeze(1).expand(-1, J, -1), number < number.unsqueeze(1)
+    is_before = number < number.unsqueeze(1)
+    return values.unsqueeze(1).expand(-1, J, -1), is_before
 
 
 def _moves(tables: Tensor, before: Tensor, after: Tensor, chains: Chains) -> Tensor:

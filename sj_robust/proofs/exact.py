@@ -72,7 +72,8 @@ def mip(
         return -torch.inf, rivals.broken[0]
     weights = rivals.weights[0]
     bounds = rivals.bounds[0]
-    lead = min((value for value in bounds.tolist() if value > 0), default=torch.inf)
+    proved = [value for value in bounds.tolist() if value > 0]
+    lead = min(proved, default=torch.inf)
     for k in bounds.argsort().tolist():
         if bounds[k] > 0:
             continue
@@ -598,7 +599,9 @@ class _Program:
     def constant(self, values: Any) -> _Affine:
         """Values that nothing moves."""
         matrix = _scipy("sparse").csr_matrix((len(values), self.size))
-        return _Affine(matrix, np.array(values, dtype=float), np.zeros(len(values)))
+        exact = np.array(values, dtype=float)
+        no_slack = np.zeros(len(values))
+        return _Affine(matrix, exact, no_slack)
 
     def variables(self, lower: Any, upper: Any, *, integral: bool = False) -> _Affine:
         """Values that are new columns."""
@@ -691,7 +694,8 @@ class _Program:
         rise = np.maximum(reached - low, 0.0)
         room = np.maximum(high - missed, 0.0)
         self.at_least(h.plus(s.times(-rise)), low)
-        self.at_most(h.plus(s.times(-room)), np.maximum(missed, low))
+        nearly_low = np.maximum(missed, low)
+        self.at_most(h.plus(s.times(-room)), nearly_low)
 
     def _after_reset(
         self, stage: Stage, step: Step, charged: _Affine, spike: _Affine, kept: Any
@@ -780,7 +784,8 @@ def _undecided_later(run: RelaxedRun) -> dict[tuple[int, int], Any]:
         for t in reversed(range(len(stage.steps))):
             step = stage.steps[t]
             undecided = _flat(step.fires & step.quiet) > 0
-            after = later.get(stage.neuron.name, np.zeros(len(undecided), dtype=bool))
+            nothing = np.zeros(len(undecided), dtype=bool)
+            after = later.get(stage.neuron.name, nothing)
             found[number, t] = after
             later[stage.neuron.name] = after | undecided
     return found
@@ -894,7 +899,8 @@ def _windows_of(stage: Stage, samples: int) -> _Windows:
     frames = part.shape[0] // samples
     size = part[0].numel()
     units = torch.eye(size, dtype=torch.float64, device=part.device)
-    pooled = stage.pooling(units.view(size, *part.shape[1:])).flatten(1)
+    of_inputs = units.view(size, *part.shape[1:])
+    pooled = stage.pooling(of_inputs).flatten(1)
     pairs = pooled.nonzero().cpu().numpy()
     inputs = pairs[:, 0]
     outputs = pairs[:, 1]

@@ -120,7 +120,8 @@ class Flips:
         """The same for numbers of events: a value whose place is drawn twice changes twice."""
         x = frames.flatten(1)
         draws = (len(x), int(self.budget))
-        places = torch.randint(x.shape[1], draws, generator=generator).to(x.device)
+        drawn = torch.randint(x.shape[1], draws, generator=generator)
+        places = drawn.to(x.device)
         loses = torch.rand(x.shape, generator=generator).to(x.device) < 0.5
         once = torch.ones_like(places, dtype=x.dtype)
         times = torch.zeros_like(x).scatter_add(1, places, once)

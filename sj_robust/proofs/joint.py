@@ -694,7 +694,8 @@ class JointRun(BoundedRun):
 
         def chosen(part: Tensor) -> Tensor:
             # in float32 the ends would be rounded once more
-            return by_step(part, self.samples, stage.batch_dim).flatten(1)[:, some].to(weights)
+            rows = by_step(part, self.samples, stage.batch_dim).flatten(1)
+            return rows[:, some].to(weights)
 
         centres = []
         radii = []

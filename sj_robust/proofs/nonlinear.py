@@ -101,7 +101,8 @@ def product(a: Interval, b: Interval, *, rounded: bool) -> Interval:
     if _not_negative(a) and _not_negative(b):
         found = Interval(lowest, highest)
     else:
-        corners = torch.stack([lowest, a.low * b.high, a.high * b.low, highest])
+        crossed = [a.low * b.high, a.high * b.low]
+        corners = torch.stack([lowest, *crossed, highest])
         found = Interval(corners.amin(0), corners.amax(0))
     if not rounded:
         return found

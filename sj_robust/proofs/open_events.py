@@ -133,7 +133,8 @@ def worst_with(falls: Tensor, times: Tensor, budget: int) -> Tensor:
     """The largest sum of so many falls [R, D] of which each one is a part, [R, D]; each can be
     taken ``times`` [R, D].
     """
-    every = [falls * (times >= number) for number in range(1, max(1, budget) + 1)]
+    counts = range(1, max(1, budget) + 1)
+    every = [falls * (times >= number) for number in counts]
     available = torch.cat(every, 1)
     count = min(budget, available.shape[1])
     if count == 0:

@@ -101,7 +101,8 @@ def has_steps(net: nn.Module) -> bool:
     """Whether a network without neurons has something that bounds are known of: a surrogate that
     spikes, or a ReLU. 是否含有阶跃或 ReLU。
     """
-    return bool(spiking_surrogates(net)) or any(isinstance(part, nn.ReLU) for part in net.modules())
+    rectifies = any(isinstance(part, nn.ReLU) for part in net.modules())
+    return bool(spiking_surrogates(net)) or rectifies
 
 
 def on_bounds(original: Any) -> Any:

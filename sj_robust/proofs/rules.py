@@ -96,7 +96,8 @@ def _weighted_changes(
     if x.changes is None:
         return None
     # On a device without memory only the shape is worked out.
-    shape = func(x.radius.to("meta"), weight.to("meta"), None, *args, **kwargs).shape
+    of_x = x.radius.to("meta")
+    shape = func(of_x, weight.to("meta"), None, *args, **kwargs).shape
     if func.__name__ == "linear":
         return x.changes.linear(weight, shape)
     if func.__name__ != "conv2d":
@@ -132,7 +133,8 @@ def _matmul(func: Any, a: Any, b: Any) -> Bounds:
         if a.ndim < 2 or b.ndim < 2:
             raise NoBoundsError("a product of vectors that depend on the input")
         values = nonlinear.matmul(interval(a), interval(b), rounded=is_rounded(run))
-        return new_leaf(run, Function("a matrix product", along=(-1, -2)), [a, b], values)
+        by = Function("a matrix product", along=(-1, -2))
+        return new_leaf(run, by, [a, b], values)
     if isinstance(a, Bounds):
         return _matmul_with(a, constant(b, run), from_left=False)
     return _matmul_with(b, constant(a, run), from_left=True)

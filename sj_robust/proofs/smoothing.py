@@ -214,8 +214,10 @@ def smooth(
     with torch.no_grad(), preserved(model), _kept_globals():
         draws = _Draws(model, sigma, batch_size)
         for row in range(len(x)):
-            guess = int(draws.votes(x[row], n0, seeds_of_guesses[row]).argmax())
-            count = int(draws.votes(x[row], n, seeds_of_counts[row])[guess])
+            votes = draws.votes(x[row], n0, seeds_of_guesses[row])
+            guess = int(votes.argmax())
+            votes = draws.votes(x[row], n, seeds_of_counts[row])
+            count = int(votes[guess])
             p = float(beta.ppf(alpha, count, n - count + 1)) if count else 0.0
             if p > 0.5:
                 quantile = torch.special.ndtri(torch.tensor(p, dtype=torch.float64))
@@ -267,7 +269,8 @@ class _Draws:
             # One by one: a larger draw takes the generator's numbers in another order.
             drawn = [_noise(image, noise) for _ in range(count)]
             logits = self._logits(image + self.sigma * torch.stack(drawn), own, start)
-            votes.append(torch.bincount(logits.argmax(1), minlength=logits.shape[1]))
+            winners = logits.argmax(1)
+            votes.append(torch.bincount(winners, minlength=logits.shape[1]))
             start += count
         return torch.stack(votes).sum(0)
 

@@ -94,7 +94,8 @@ class WatchedRun(BoundedRun):
     def _passed(self, name: str, current: Bounds, spikes: Interval) -> None:
         v = self.layers[name].v
         assert v is not None  # the layer has run
-        self.calls[name].append(_Call(Interval(current.lower, current.upper), spikes, v))
+        of_current = Interval(current.lower, current.upper)
+        self.calls[name].append(_Call(of_current, spikes, v))
 
 
 class WatchedJointRun(WatchedRun, JointRun):
@@ -492,8 +493,11 @@ def _random_currents(neuron: Neuron, T: int, generator: torch.Generator) -> Tens
 
 def _gains(charging: Charging, T: int) -> Tensor:
     """Gain of every step [T], with 1 instead of 0."""
-    gains = [torch.as_tensor(charging.gain_at(t, input_gain=True)) for t in range(T)]
-    found = torch.stack([gain.detach().double().cpu() for gain in gains])
+    gains = []
+    for t in range(T):
+        gain = torch.as_tensor(charging.gain_at(t, input_gain=True))
+        gains.append(gain.detach().double().cpu())
+    found = torch.stack(gains)
     return torch.where(found == 0, 1.0, found)
 
 

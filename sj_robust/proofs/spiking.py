@@ -77,7 +77,8 @@ class Interval:
         """Whether all values lie inside; NaN does not."""
         if values.shape != self.low.shape:
             return False
-        return bool(((values >= self.low) & (values <= self.high)).all())
+        inside = (values >= self.low) & (values <= self.high)
+        return bool(inside.all())
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,9 @@ class Centred:
     @classmethod
     def of(cls, values: Interval) -> "Centred":
         """The values of an interval."""
-        return cls((values.low + values.high) / 2, (values.high - values.low) / 2)
+        centre = (values.low + values.high) / 2
+        radius = (values.high - values.low) / 2
+        return cls(centre, radius)
 
     def each(self, function: Callable[[Tensor], Tensor]) -> "Centred":
         """Both parts through a function that moves elements."""

@@ -599,7 +599,9 @@ def bounded_logits(
     if isinstance(eps, EVENTS):
         box = eps.box(exact)
     else:
-        box = Interval((exact - eps).clamp(min=0), (exact + eps).clamp(max=1))
+        lowest = (exact - eps).clamp(min=0)
+        highest = (exact + eps).clamp(max=1)
+        box = Interval(lowest, highest)
     entered: list[str] = []
 
     def enter(module: nn.Module, args: object, *, name: str) -> None:

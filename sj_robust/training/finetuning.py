@@ -327,7 +327,8 @@ def _held_out(data: Images, fraction: float, seed: int) -> ImageSplits:
             f"validation_fraction must leave images on both sides, got {fraction} of "
             f"{len(images)} images"
         )
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(images), generator=generator).tolist()
     held_out = Subset(images, order[:count])
     height, width = images[0][0].shape[-2:]
     return ImageSplits(

@@ -121,7 +121,10 @@ class Probe:
         random.
         """
         draws = max(self.eot_samples, 8) if bool(self.random.any()) else 1
-        losses = [-margin(self.logits(x, draw=draw), self.y) for draw in range(draws)]
+        losses = []
+        for draw in range(draws):
+            logits = self.logits(x, draw=draw)
+            losses.append(-margin(logits, self.y))
         return torch.stack(losses).mean(0)
 
     @cached_property

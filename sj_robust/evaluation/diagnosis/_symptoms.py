@@ -211,7 +211,10 @@ def gradients(probe: Probe) -> list[Finding]:
 def _rise(probe: Probe) -> Finding:
     before = probe.losses(probe.x)
     direction = probe.gradients.elements.view_as(probe.x)
-    rises = [probe.losses(probe.moved(direction, share)) > before for share in (0.5, 1.0, 2.0)]
+    rises = []
+    for share in (0.5, 1.0, 2.0):
+        moved = probe.moved(direction, share)
+        rises.append(probe.losses(moved) > before)
     still = ~torch.stack(rises).any(0)
     return _share(
         "loss_does_not_rise",
@@ -347,7 +350,8 @@ def estimators_attacking(probe: Probe, names: Sequence[str]) -> Finding:
         except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             skipped += f" {name} could not be tried: {error}."
             continue
-        gained, lost = int((fooled & ~usual).sum()), int((usual & ~fooled).sum())
+        gained = int((fooled & ~usual).sum())
+        lost = int((usual & ~fooled).sum())
         found.append(_Compared(name, 1 - probe.rate(fooled), gained, lost))
     return _estimators_compared(found, int(probe.right.sum()), skipped)
 
@@ -400,7 +404,8 @@ def _finding(
 def _share(name: str, shown: Tensor, meaning: str, remedy: str) -> Finding:
     """A finding on the share of the images that show something, [N] bool."""
     count, total = int(shown.sum()), len(shown)
-    found = _finding(name, count / total, meaning, remedy, lowest=wilson_interval(count, total)[0])
+    lowest, _ = wilson_interval(count, total)
+    found = _finding(name, count / total, meaning, remedy, lowest=lowest)
     return replace(found, count=count, total=total)
 
 

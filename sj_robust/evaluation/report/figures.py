@@ -212,7 +212,8 @@ def _attacks(report: Evaluation) -> "Figure":
     axes = figure.subplots()
     for place, one in enumerate(shown):
         _bar(axes, place, one, hollow=one.name in beyond)
-    axes.set_yticks(range(len(shown)), [one.name for one in shown], fontsize=7)
+    names = [one.name for one in shown]
+    axes.set_yticks(range(len(shown)), names, fontsize=7)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlim(0, 112)
     axes.set_xticks(range(0, 101, 25))

@@ -222,7 +222,8 @@ def gallery(
         (6, True)
     """
     classifier = as_classifier(model, T, mean=mean, std=std, images=x)
-    threat = ThreatModel(norm or ("L0" if x.ndim == 5 else "Linf"), parse_eps(eps), counts=counts)
+    norm = norm or ("L0" if x.ndim == 5 else "Linf")
+    threat = ThreatModel(norm, parse_eps(eps), counts=counts)
     return gallery_within(
         classifier,
         x,

@@ -123,7 +123,9 @@ def _add_slopes(total: Tensor, x: Tensor, T: int, moments: Tensor, slopes: Tenso
     mean = moments[0].to(total.dtype)
     slope, constant = slopes.to(total.dtype)
     shape = -1, *[1] * (x.ndim - 3)
-    total.addcmul_(x, (T * slope).view(shape)).add_((T * (constant - slope * mean)).view(shape))
+    slopes = (T * slope).view(shape)
+    constants = (T * (constant - slope * mean)).view(shape)
+    total.addcmul_(x, slopes).add_(constants)
 
 
 def _over_time(inputs: Inputs) -> Inputs:

@@ -387,6 +387,12 @@ void forward_range(const Job& job, int64_t first, int64_t last, void* memory, K&
     const Run* const runs = block.runs;
     const int n_runs = block.n_runs;
     const int64_t i = runs[0].offset;
+    const auto read = [&](const auto* from, int64_t stride, int64_t steps, C* to) {
+      read_runs(runs, n_runs, ahead.runs, ahead.n_runs, from, stride, steps, to, B);
+    };
+    const auto write = [&](const C* from, int64_t steps, auto* to, int64_t stride) {
+      write_runs(runs, n_runs, from, B, steps, to, stride, job.stream);
+    };
     coupling.enter(block);
     if (std::is_same_v<S, C> && block.is_row()) {
       ForwardBlock<C> in_place;
@@ -407,9 +413,9 @@ void forward_range(const Job& job, int64_t first, int64_t last, void* memory, K&
         std::memset(xb, 0, size_t(T * B) * sizeof(C));
         std::memset(ib, 0, B * sizeof(C));
       }
-      read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.x, 0), job.x_stride, T, xb, B);
+      read(at<S>(job.x, 0), job.x_stride, T, xb);
       if (job.v_init) {
-        read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.v_init, 0), 0, 1, ib, B);
+        read(at<C>(job.v_init, 0), 0, 1, ib);
       }
       ForwardBlock<C> copied;
       copied.x = xb;
@@ -423,14 +429,14 @@ void forward_range(const Job& job, int64_t first, int64_t last, void* memory, K&
       copied.stride = copied.x_stride = copied.s_stride = B;
       staged(copied, n, coupling);
       if (!job.pool) {
-        write_runs(runs, n_runs, sb, B, T, at<S>(job.s, 0), M, job.stream);
+        write(sb, T, at<S>(job.s, 0), M);
       }
-      write_runs(runs, n_runs, vb, B, 1, at<C>(job.v, 0), 0, job.stream);
+      write(vb, 1, at<C>(job.v, 0), 0);
       if (job.v_seq) {
-        write_runs(runs, n_runs, vsb, B, T, at<C>(job.v_seq, 0), M, job.stream);
+        write(vsb, T, at<C>(job.v_seq, 0), M);
       }
       if (job.current) {
-        write_runs(runs, n_runs, cb, B, T, at<C>(job.current, 0), M, job.stream);
+        write(cb, T, at<C>(job.current, 0), M);
       }
     }
     if (job.pool) {
@@ -479,6 +485,12 @@ void backward_range(
     const Run* const runs = block.runs;
     const int n_runs = block.n_runs;
     const int64_t i = runs[0].offset;
+    const auto read = [&](const auto* from, int64_t stride, int64_t steps, C* to) {
+      read_runs(runs, n_runs, ahead.runs, ahead.n_runs, from, stride, steps, to, B);
+    };
+    const auto write = [&](const C* from, int64_t steps, auto* to, int64_t stride) {
+      write_runs(runs, n_runs, from, B, steps, to, stride, job.stream);
+    };
     coupling.enter(block);
     if (job.pool) {
       read_runs(block.pooled,
@@ -525,21 +537,21 @@ void backward_range(
         }
         std::memset(ib, 0, 2 * B * sizeof(C));  // and gvb, which follows it
       }
-      read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.x, 0), job.x_stride, T, xb, B);
+      read(at<S>(job.x, 0), job.x_stride, T, xb);
       if (!job.pool) {
-        read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.gs, 0), M, T, gsb, B);
+        read(at<S>(job.gs, 0), M, T, gsb);
       }
       if (job.v_init) {
-        read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.v_init, 0), 0, 1, ib, B);
+        read(at<C>(job.v_init, 0), 0, 1, ib);
       }
       if (job.gv) {
-        read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.gv, 0), 0, 1, gvb, B);
+        read(at<C>(job.gv, 0), 0, 1, gvb);
       }
       if (job.gvs) {
-        read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.gvs, 0), M, T, gvsb, B);
+        read(at<C>(job.gvs, 0), M, T, gvsb);
       }
       if (job.g_current) {
-        read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.g_current, 0), M, T, gcb, B);
+        read(at<C>(job.g_current, 0), M, T, gcb);
       }
       BackwardBlock<C> copied;
       copied.x = xb;
@@ -557,10 +569,10 @@ void backward_range(
       copied.stride = copied.x_stride = copied.gs_stride = B;
       staged(copied, n, coupling);
       if constexpr (K::WRITES) {
-        write_runs(runs, n_runs, gxb, B, T, at<S>(job.gx, 0), M, job.stream);
+        write(gxb, T, at<S>(job.gx, 0), M);
       }
       if (job.gv_init) {
-        write_runs(runs, n_runs, gib, B, 1, at<C>(job.gv_init, 0), 0, job.stream);
+        write(gib, 1, at<C>(job.gv_init, 0), 0);
       }
     }
     coupling.leave(block);

@@ -85,7 +85,8 @@ def bounded_steps(currents: Currents, constants: Constants, windows: Windows) ->
         )
     ]
     gains = torch.tensor(constants.gains, dtype=torch.float64)
-    powers = torch.tensor([constants.decay**n for n in range(T + 1)], dtype=torch.float64)
+    discounts = [constants.decay**n for n in range(T + 1)]
+    powers = torch.tensor(discounts, dtype=torch.float64)
     names = ("high", "known_low", "known_high", "error", "sums_low", "sums_high")
     job = _StepsJob(
         T=T,
@@ -191,7 +192,9 @@ def joint_sums_backward(
     job.totals = totals.data_ptr()
     _run("joint_sums", job)
     found = totals.to(low.dtype)
-    return low, high, found[: F * T].view(F, T), found[F * T :].clone()
+    d_weights = found[: F * T].view(F, T)
+    d_powers = found[F * T :].clone()
+    return low, high, d_weights, d_powers
 
 
 def _joint_job(
@@ -248,7 +251,9 @@ def chain_sums_backward(
     """Gradients of both ends of the currents, of scales and shifts of the gates and, with places,
     of the trains' values [F, J].
     """
-    F, J, G = len(grads[0]), len(chains.to_last), len(chains.scale)
+    F = len(grads[0])
+    J = len(chains.to_last)
+    G = len(chains.scale)
     padding = -2 * F % _LANES
     tables = [
         torch.nn.functional.pad(table, (0, padding)).contiguous()

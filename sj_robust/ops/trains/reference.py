@@ -51,7 +51,9 @@ class _Ends:
         """Ends that hold others as well, if there are any."""
         if other is None:
             return self
-        return _Ends(torch.minimum(other.low, self.low), torch.maximum(other.high, self.high))
+        low = torch.minimum(other.low, self.low)
+        high = torch.maximum(other.high, self.high)
+        return _Ends(low, high)
 
     def lowered_from(self, charged: "_Ends", count: "_Ends", threshold: float) -> "_Ends":
         """Cut off at ``charged``, which so many spikes lower by the threshold each."""
@@ -84,7 +86,8 @@ def bounded_steps(currents: Currents, constants: Constants, windows: Windows) ->
         past.begin()
     rows: list[list[Tensor]] = []
     for t, gain in enumerate(constants.gains):
-        h, error = _charged(v, _Ends(currents.low[t], currents.high[t]), gain, constants)
+        x = _Ends(currents.low[t], currents.high[t])
+        h, error = _charged(v, x, gain, constants)
         if past is not None:
             h, sure, possible = past.decided(t, h, error, gain)
         else:
@@ -573,7 +576,8 @@ class _TrainedPast:
         high = found.high
         for k in self.windows.latest(t):
             if k > start:
-                earlier = self.cases[k - 1].high[self.windows.slot(k - 1, start)]
+                slot_then = self.windows.slot(k - 1, start)
+                earlier = self.cases[k - 1].high[slot_then]
                 high = torch.minimum(high, self._since(t, k, earlier))
         found = _Ends(found.low, high)
         if not self.neuron.soft or start == 0:

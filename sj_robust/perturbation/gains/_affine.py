@@ -182,7 +182,8 @@ def windows_per_input(module: nn.Module, x: Tensor, y: Tensor) -> int:
     is the root.
     """
     most = 1
-    dimensions = next(1 + i % 3 for i, kind in enumerate(POOLINGS) if isinstance(module, kind))
+    is_kind = [isinstance(module, kind) for kind in POOLINGS]
+    dimensions = 1 + is_kind.index(True) % 3
     for i in range(dimensions):
         windows: Counter[int] = Counter()
         if isinstance(module, ADAPTIVE):

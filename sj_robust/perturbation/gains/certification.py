@@ -245,7 +245,8 @@ def _layer(
         return certificate
     if norm:
         margin = max(margin, found.residual / norm)
-    any_time = float(l2_gain_limit(gains.decay)) * float(gains.input_gain.abs().max())
+    largest = float(gains.input_gain.abs().max())
+    any_time = float(l2_gain_limit(gains.decay)) * largest
     pairs = _pairs_at(found, moved)
     of_l2 = partial(pairs.bound, pairs.l2, norm=norm, margin=margin)
     of_peak = partial(pairs.bound, pairs.peak, norm=norm, margin=margin)

@@ -261,13 +261,15 @@ def _largest_singular_value(
 
     def apply(vector: Tensor) -> Tensor:
         parts = zip(torch.split(vector, sizes), affine.leaves, scales, strict=True)
-        return affine.apply([scale * part.view_as(leaf) for part, leaf, scale in parts]).flatten()
+        scaled = [scale * part.view_as(leaf) for part, leaf, scale in parts]
+        return affine.apply(scaled).flatten()
 
     def adjoint(cotangent: Tensor) -> Tensor:
         parts = zip(affine.adjoint(cotangent.view_as(affine.current)), scales, strict=True)
         return torch.cat([scale * part.flatten() for part, scale in parts])
 
-    start = noise(torch.cat([leaf.detach().flatten() for leaf in affine.leaves]))
+    leaves = [leaf.detach().flatten() for leaf in affine.leaves]
+    start = noise(torch.cat(leaves))
     return largest_singular_value(
         apply, adjoint, start, tolerance=tolerance, max_iterations=max_iterations
     )
