@@ -306,7 +306,8 @@ class SpikingClassifier(nn.Module):
         given = None if self._T_is_its_own else self.T
         find = partial(find_convention, self.net, self._frames_of_random_images(images), given)
         try:
-            convention = find(takes=self._possible if self.takes is None else (self.takes,))
+            takes = self._possible if self.takes is None else (self.takes,)
+            convention = find(takes=takes)
         except Exception as error:
             if "images" not in self._possible:
                 self._refuse_images(find, error)
@@ -370,9 +371,11 @@ class SpikingClassifier(nn.Module):
 
     def _normalise(self, frames: Tensor, channel_dim: int) -> Tensor:
         if self.mean is not None:
-            frames = frames - along(self.mean.to(frames.dtype), channel_dim, frames.ndim)
+            mean = self.mean.to(frames.dtype)
+            frames = frames - along(mean, channel_dim, frames.ndim)
         if self.std is not None:
-            frames = frames / along(self.std.to(frames.dtype), channel_dim, frames.ndim)
+            std = self.std.to(frames.dtype)
+            frames = frames / along(std, channel_dim, frames.ndim)
         return frames
 
 
@@ -522,7 +525,8 @@ def as_classifier(
     if images is not None and frames:
         made = SpikingEventClassifier(net, images.shape[1] if T is None else T)
     else:
-        made = SpikingClassifier(net, 1 if T is None and not spiking else T, mean=mean, std=std)
+        steps = 1 if T is None and not spiking else T
+        made = SpikingClassifier(net, steps, mean=mean, std=std)
     made.training = net.training
     made = made.to(device_of(net))
     _find_convention_once(made, images)

@@ -226,7 +226,8 @@ def _digits() -> Source:
     labels = rows[:, 64].long()
     # The set has no official split and is sorted by writer: a fixed shuffle, whatever the seed of
     # the run.
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(20240521))
+    generator = torch.Generator().manual_seed(20240521)
+    order = torch.randperm(len(pixels), generator=generator)
     train, test = (
         StoredImages(pixels[part], labels[part], 16.0) for part in (order[360:], order[:360])
     )

@@ -55,7 +55,8 @@ def mnist(name: str, root: Path, *, download: bool) -> Source:
     )
     parts = []
     for images, labels in (_MNIST_FILES[:2], _MNIST_FILES[2:]):
-        pixels, numbers = _read_idx(found[images], 3), _read_idx(found[labels], 1)
+        pixels = _read_idx(found[images], 3)
+        numbers = _read_idx(found[labels], 1)
         if len(pixels) != len(numbers):
             raise ValueError(
                 f"{found[labels].parent} holds {len(pixels)} images but {len(numbers)} labels: "
@@ -231,7 +232,9 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
     as a big-endian 32-bit integer, then the values with the last dimension fastest.
     """
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read ({error}); fetch the file again") from error
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
@@ -245,10 +248,12 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
             "misnamed?"
         )
     header = 4 + 4 * dimensions
-    shape = struct.unpack(f">{dimensions}I", content[4:header].ljust(4 * dimensions, b"\x00"))
+    sizes = content[4:header].ljust(4 * dimensions, b"\x00")
+    shape = struct.unpack(f">{dimensions}I", sizes)
     if len(content) != header + math.prod(shape):
         raise ValueError(
             f"{path} states the shape {shape} and must be {header + math.prod(shape)} bytes "
             f"long, got {len(content)}; fetch the file again"
         )
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).view(shape)
+    values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header)
+    return values.view(shape)

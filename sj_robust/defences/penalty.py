@@ -178,7 +178,9 @@ class PotentialPenalty(Penalty):
 
     def _add(self, name: str, costs: Tensor) -> None:
         total = costs.sum()
-        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        if name in self._sums:
+            total = self._sums[name] + total
+        self._sums[name] = total
         self._counts[name] = self._counts.get(name, 0) + costs.numel()
 
     def value(self, passes: ForwardPasses) -> Tensor:

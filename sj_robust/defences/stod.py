@@ -97,7 +97,8 @@ class OrthogonalEncoder(base.MemoryModule):
     def turned(self, images: Tensor, t: int) -> Tensor:
         """The difference of an image from grey under the kernel of a step, ``frame[t] - c``."""
         patches, sizes = self._cut(images - _CENTRE)
-        return self._joined(patches @ self.kernel(t).to(patches.dtype), sizes)
+        kernel = self.kernel(t).to(patches.dtype)
+        return self._joined(patches @ kernel, sizes)
 
     def forward(self, images: Tensor) -> Tensor:
         """The frame of one time step."""

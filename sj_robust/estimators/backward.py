@@ -44,7 +44,8 @@ def through_time(run: Sequence, slopes: Slopes) -> Outputs:
     with torch.no_grad():
         h_seq, before = run.charged
         slope = slopes(h_seq - run.v_threshold)
-        factors = _Factors(slope=slope, keep=_keep(run, h_seq, slope), before=before)
+        keep = _keep(run, h_seq, slope)
+        factors = _Factors(slope=slope, keep=keep, before=before)
     # torch leaves apply untyped
     spike_seq, v, v_seq = _ThroughTime.apply(  # type: ignore[no-untyped-call]
         run.x_seq,

@@ -231,7 +231,8 @@ class Evaluation:
         for name in ("labels", "rows", "warnings"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in _OF_ROWS:
-            object.__setattr__(self, name, tuple(map(plain, getattr(self, name))))
+            values = map(plain, getattr(self, name))
+            object.__setattr__(self, name, tuple(values))
         for name in _OF_NAMES:
             object.__setattr__(self, name, plain(getattr(self, name)))
         if not self.labels:

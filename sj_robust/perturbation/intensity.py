@@ -166,7 +166,10 @@ def intensity_correlation(
             f"x and y must hold as many images as classes, at least one, got {len(x)} and {len(y)}"
         )
     with torch.no_grad():
-        predicted = [model(part).argmax(1) for part in torch.split(x, batch_size)]
+        predicted = []
+        for part in torch.split(x, batch_size):
+            logits = model(part)
+            predicted.append(logits.argmax(1))
     right = torch.cat(predicted) == y
     if not bool(right.any()):
         raise ValueError(

@@ -80,7 +80,8 @@ class LayerPair:
         assert spike_seq is not None  # they were asked for
         # A network may go on in place on its spikes, hence a copy; as bool where that loses
         # nothing.
-        spikes = spike_seq.detach() != 0 if self.neuron.binary else spike_seq.detach().clone()
+        spikes = spike_seq.detach()
+        spikes = spikes != 0 if self.neuron.binary else spikes.clone()
         if self._kept.spikes:
             self._clean_spikes.append(_Chunk.of(spikes))
         if self._kept.statistics:

@@ -72,7 +72,8 @@ class Traces(Shown, dict[str, LayerTrace]):
         """Number of layers and pairs, and where most of the pairs diverge."""
         if not self:
             return "no spiking layer"
-        steps, count = next(iter(self.values())).spike_seq.shape[:2]
+        first = next(iter(self.values()))
+        steps, count = first.spike_seq.shape[:2]
         layers = counted(len(self), "spiking layer")
         pairs = counted(count, "pair")
         partings = Counter(self.parting(sample) for sample in range(count))
@@ -265,7 +266,8 @@ def _line(
     """The potential of a neuron, with filled markers at its spikes."""
     fired = torch.nonzero(spikes)[:, 0].tolist()
     axes.plot(values.tolist(), line, color=color, label=label, markerfacecolor="none")
-    axes.plot(fired, values[fired].tolist(), line[0], color=color)
+    at_spikes = values[fired].tolist()
+    axes.plot(fired, at_spikes, line[0], color=color)
 
 
 def _of_sample(seq: Tensor, sample: int) -> Tensor:

@@ -320,7 +320,8 @@ class BoundedRun:
         for x, batch_dim in laid:
             self._reached(x, batch_dim, by)
         batch_dim, shape = self._layout(rows)
-        found = self.leaf(values.each(lambda end: end.reshape(shape)), batch_dim)
+        laid_values = values.each(lambda end: end.reshape(shape))
+        found = self.leaf(laid_values, batch_dim)
         self._began(by, values)
         return reshaped(found, values.low.shape)
 

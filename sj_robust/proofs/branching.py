@@ -84,7 +84,8 @@ class Prover:
         """
         run = self.run(images)
         classes = run.error.shape[1]
-        rows = torch.arange(len(images), device=labels.device).repeat_interleave(classes - 1)
+        every = torch.arange(len(images), device=labels.device)
+        rows = every.repeat_interleave(classes - 1)
         weights = leads(labels, classes).flatten(0, 1)
         found = self._in_parts(run, rows, weights, 0)
         weak = (found <= 0).nonzero().squeeze(1)
@@ -190,7 +191,8 @@ class Prover:
             y = labels[rows]
             is_wrong = logits.argmax(1) != y
             for row in is_wrong.nonzero().squeeze(1).tolist():
-                wrong_ones.setdefault(int(rows[row]), points.detach()[row : row + 1])
+                point = points.detach()[row : row + 1]
+                wrong_ones.setdefault(int(rows[row]), point)
             if not logits.requires_grad:  # not asked for, or the network has none
                 break
             label = y.unsqueeze(1)
@@ -248,7 +250,8 @@ class Prover:
         self, root: RelaxedRun, images: Tensor, labels: Tensor, parts: list["_Part"]
     ) -> None:
         """Bound parts of boxes, and pass the results to their searches."""
-        rows = torch.tensor([part.search.number for part in parts], device=images.device)
+        numbers = [part.search.number for part in parts]
+        rows = torch.tensor(numbers, device=images.device)
         run = self.run(
             images[rows],
             known=root.stages,
@@ -256,7 +259,8 @@ class Prover:
             decisions=[part.decisions for part in parts],
         )
         every = torch.arange(len(parts), device=images.device)
-        weights = torch.stack([part.search.weights[part.search.rival] for part in parts])
+        of_rivals = [part.search.weights[part.search.rival] for part in parts]
+        weights = torch.stack(of_rivals)
         found = raised(self.maps, run, every, weights, rounds=_TURNS)
         broken = self.broken(found, images, labels, rows)
         values = found.value.masked_fill(run.empty, torch.inf).tolist()
@@ -326,7 +330,8 @@ def _loosest(run: RelaxedRun, found: Lower) -> list[Spike | None]:
         gaps.append(gap)
         neurons.append(neuron)
     largest, place = torch.stack(gaps).max(0)
-    of_place = torch.stack(neurons).gather(0, place.unsqueeze(0)).squeeze(0)
+    of_steps = torch.stack(neurons)
+    of_place = of_steps.gather(0, place.unsqueeze(0)).squeeze(0)
     spikes: list[Spike | None] = []
     rows = zip(largest.tolist(), place.tolist(), of_place.tolist(), strict=True)
     for gap, number, neuron in rows:
@@ -360,7 +365,8 @@ class _Search:
         self.number = number
         self.weights = weights
         values = bounds.tolist()
-        self.lead = min((value for value in values if value > 0), default=torch.inf)
+        proved = [value for value in values if value > 0]
+        self.lead = min(proved, default=torch.inf)
         order = bounds.argsort(descending=True).tolist()
         self._rivals = [k for k in order if not values[k] > 0]  # NaN proves nothing
         self.failed = False

@@ -324,7 +324,8 @@ def _spent_on_largest(like: Changes, changes: list[Tensor]) -> Tensor:
 
 def first_changes(changes: Tensor, budget: float, dim: int) -> Tensor:
     """The largest changes along a dimension, as many as the budget pays in part or as a whole."""
-    count = min(max(1, math.ceil(budget)), changes.shape[dim])
+    most = max(1, math.ceil(budget))
+    count = min(most, changes.shape[dim])
     return changes.topk(count, dim).values
 
 

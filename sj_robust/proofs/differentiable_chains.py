@@ -241,7 +241,8 @@ class ChainSums(torch.autograd.Function):
         low, high, scale, shift, values, least, most = ctx.saved_tensors
         chains: Chains = ctx.chains
         ordered = torch.cat(grads).index_select(1, chains.order)
-        moves = _moves(torch.cat([least, most]), ctx.before, ctx.after, chains)
+        tables = torch.cat([least, most])
+        moves = _moves(tables, ctx.before, ctx.after, chains)
         opened = _opened(moves, ordered, chains.counts)
         below, above = opened.chunk(2)
         at_low = _GateGradients.of(low, below, scale, shift, chains, ctx.derivative)
@@ -292,7 +293,8 @@ def _of_values(
     chain = number.repeat_interleave(counts)
     for grad, place in zip((of_least, of_most), places(values), strict=True):
         ordered = grad.index_select(1, chains.order)
-        sums = grad.new_zeros(len(grad), len(number)).index_add_(1, chain, ordered)
+        nothing = grad.new_zeros(len(grad), len(number))
+        sums = nothing.index_add_(1, chain, ordered)
         found.scatter_add_(1, place[:, chains.first, chains.last], sums)
     return found
 

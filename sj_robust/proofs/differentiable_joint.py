@@ -82,7 +82,8 @@ class DifferentiableJointRun(JointRun):
         trains.total = steps
         trains.spiking = spiking
         if trains.chain_of_all is None:
-            known = 1 + max((t for _, t in memory.summed), default=-1)
+            ends = [t for _, t in memory.summed]
+            known = 1 + max(ends, default=-1)
             sums = self._all_sums(spiking, slice(None), first=known)
             trains.sums = sums.low, sums.high
         self.stages.clear()

@@ -120,7 +120,8 @@ def _fooling(prover: Prover, image: Tensor, label: Tensor, solution: "_Solution"
     """The image of a solution, if there is one and the network classifies it wrong."""
     if solution.point is None:
         return None
-    pixels = torch.as_tensor(solution.point[: image.numel()], device=image.device)
+    values = solution.point[: image.numel()]
+    pixels = torch.as_tensor(values, device=image.device)
     candidate = prover.solution(image, pixels.view(image.shape))
     with torch.no_grad():
         wrong = prover.logits(candidate).argmax(1) != label
@@ -358,7 +359,8 @@ class _Tree:
 
 def _multipliers(found: Any) -> Any:
     """Multipliers >= 0 of the rows; any are sound."""
-    return np.nan_to_num(np.maximum(-found.ineqlin.marginals, 0.0), posinf=0.0)
+    positive = np.maximum(-found.ineqlin.marginals, 0.0)
+    return np.nan_to_num(positive, posinf=0.0)
 
 
 @dataclass(frozen=True)
@@ -547,9 +549,11 @@ class _Program:
     def of_rival(self, weights: Tensor) -> _Inequalities:
         """The program whose costs are the lead that the weights give, with rows scaled."""
         on_logits = _flat(weights)
-        costs = np.asarray(on_logits @ _wide(self.logits.matrix, self.size)).ravel()
+        on_columns = on_logits @ _wide(self.logits.matrix, self.size)
+        costs = np.asarray(on_columns).ravel()
         shift = float(on_logits @ self.logits.shift)
-        error = float((weights.abs() * self.run.error[0]).sum())
+        errors = weights.abs() * self.run.error[0]
+        error = float(errors.sum())
         lower = np.concatenate([part.lower for part in self.columns])
         upper = np.concatenate([part.upper for part in self.columns])
         integral = np.concatenate([part.integral for part in self.columns])
@@ -608,7 +612,8 @@ class _Program:
         count = len(lower)
         columns = np.arange(self.size, self.size + count)
         self.size += count
-        self.columns.append(_Columns(lower, upper, np.full(count, float(integral))))
+        is_integral = np.full(count, float(integral))
+        self.columns.append(_Columns(lower, upper, is_integral))
         matrix = _places(np.arange(count), columns, (count, self.size))
         return _Affine(matrix, np.zeros(count), np.zeros(count))
 
@@ -618,7 +623,8 @@ class _Program:
 
     def at_most(self, values: _Affine, upper: Any) -> None:
         """Inequalities that hold for some values within the slack."""
-        self.rows.append(_Rows(values.matrix, upper - values.shift + values.slack))
+        limits = upper - values.shift + values.slack
+        self.rows.append(_Rows(values.matrix, limits))
 
     def at_least(self, values: _Affine, lower: Any) -> None:
         """The same from below."""
@@ -752,7 +758,8 @@ class _Program:
         highest = _flat(pooling(stage.current.upper))
         maxima = self.variables(lowest - _TOLERANCE, highest + _TOLERANCE)
         self.leaves[stage.leaf] = maxima
-        values = current.moved(0.0, self.rounding.slack(_flat(stage.current.error)))
+        error = _flat(stage.current.error)
+        values = current.moved(0.0, self.rounding.slack(error))
         inputs = windows.inputs
         outputs = windows.outputs
         count = len(inputs)
@@ -884,7 +891,8 @@ class Matrices:
             native = laid_out(units.view(fit, *shift.shape[1:]), batch_dim)
             for leaf, found in self._maps.adjoint(number, native, fit):
                 rows = run.leaves[leaf].by_sample(found, fit)[:count]
-                block = _scipy("sparse").csr_matrix(rows.detach().cpu().numpy())
+                values = rows.detach().cpu().numpy()
+                block = _scipy("sparse").csr_matrix(values)
                 blocks.setdefault(leaf, []).append(block)
         of_leaves = {}
         for leaf, parts in blocks.items():

@@ -105,7 +105,8 @@ class Flips:
         """The same for numbers of events: of a value there may be several changes."""
         each = self.falls(frames, weights).flatten(1)
         times = self.times(frames, weights).flatten(1)
-        every = [each * (times >= number) for number in range(1, self.most + 1)]
+        numbers = range(1, self.most + 1)
+        every = [each * (times >= number) for number in numbers]
         if not every:
             return frames
         falls = torch.cat(every, 1)
@@ -122,7 +123,8 @@ class Flips:
         draws = (len(x), int(self.budget))
         drawn = torch.randint(x.shape[1], draws, generator=generator)
         places = drawn.to(x.device)
-        loses = torch.rand(x.shape, generator=generator).to(x.device) < 0.5
+        drawn_again = torch.rand(x.shape, generator=generator)
+        loses = drawn_again.to(x.device) < 0.5
         once = torch.ones_like(places, dtype=x.dtype)
         times = torch.zeros_like(x).scatter_add(1, places, once)
         fewer = (x - times).clamp(min=0)

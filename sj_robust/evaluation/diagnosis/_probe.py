@@ -89,7 +89,9 @@ class Probe:
     @property
     def diameter(self) -> float:
         """Radius with which the ball around any image holds all of [0, 1]."""
-        return 1.0 if self.threat.norm == "Linf" else self.x[0].numel() ** 0.5
+        if self.threat.norm == "Linf":
+            return 1.0
+        return float(self.x[0].numel() ** 0.5)
 
     def rate(self, fooled: Tensor) -> float:
         """Share of the images classified correctly."""
@@ -105,7 +107,8 @@ class Probe:
         """Images classified right that ``x_adv`` turns wrong, in two of three forwards if outputs
         are random.
         """
-        draws = range(3, 6) if bool(self.random.any()) else range(1)
+        is_random = bool(self.random.any())
+        draws = range(3, 6) if is_random else range(1)
         wrong = torch.zeros_like(self.y)
         for draw in draws:
             wrong += self.logits(x_adv, draw=draw).argmax(1) != self.y
@@ -120,7 +123,8 @@ class Probe:
         """``max_{j != y} z_j - z_y`` of every image, a mean over several forwards if outputs are
         random.
         """
-        draws = max(self.eot_samples, 8) if bool(self.random.any()) else 1
+        is_random = bool(self.random.any())
+        draws = max(self.eot_samples, 8) if is_random else 1
         losses = []
         for draw in range(draws):
             logits = self.logits(x, draw=draw)

@@ -125,7 +125,10 @@ def compare_reports(first: Evaluation, second: Evaluation) -> Comparison:
     names = first.name, second.name
     if first.name == second.name:
         names = f"{first.name} (first)", f"{second.name} (second)"
-    notes = [*_notes(first, second, pairs, paired=paired), *_notes_on_attacks(rows, left_out)]
+    notes = [
+        *_notes(first, second, pairs, paired=paired),
+        *_notes_on_attacks(rows, left_out),
+    ]
     return Comparison(names, tuple(rows), tuple(notes))
 
 
@@ -215,7 +218,9 @@ def _pairs(first: Evaluation, second: Evaluation) -> list[_Pair]:
         label = ""
         if several:
             label = " and ".join(filter(None, dict.fromkeys((here, there))))
-        pairs.append(_Pair(_Side(first, here), _Side(second, there), label))
+        own_side = _Side(first, here)
+        others_side = _Side(second, there)
+        pairs.append(_Pair(own_side, others_side, label))
     return pairs
 
 

@@ -167,7 +167,8 @@ def _steps(report: Evaluation) -> int:
     """The most time steps of any layer."""
     steps = 0
     for row in report.potential:
-        steps = max([steps, *map(len, row["layers"].values())])
+        layers = row["layers"].values()
+        steps = max([steps, *map(len, layers)])
     return steps
 
 

@@ -87,7 +87,8 @@ def _of_a_suite(old: _Content) -> _Content:
     threat = _threat(old.pop("threat"), parse_eps(old.pop("eps")), old)
     images = range(len(old["labels"]))
     correct = old.pop("correct")
-    clean = _row("clean", "clean", images, sorted({*images}.difference(correct)))
+    misclassified = sorted({*images}.difference(correct))
+    clean = _row("clean", "clean", images, misclassified)
     if not {*correct} <= {*images}:
         raise ValueError(
             f"numbers of images must be from 0 to {len(images) - 1}, got {max(correct)}"
@@ -196,7 +197,8 @@ def _of_a_stress_test(old: _Content) -> _Content:
             variant = name if draws == 1 else f"{name}/draw{draw}"
             rows.append(_counted("clean", "clean", images, right, variant))
             attacked = level["attacked"][draw]
-            rows.append(_counted("short", "attack", right, attacked, variant) | {"threat": threat})
+            row = _counted("short", "attack", right, attacked, variant)
+            rows.append(row | {"threat": threat})
     for what in ("clean", "attacked"):
         old.pop(f"fall_{what}", None)
     warnings = [*old.pop("warnings", ()), _COUNTS]
@@ -220,7 +222,8 @@ def _of_a_training(old: _Content) -> _Content:
     rows: list[_Content] = []
     for network, right in clean.items():
         own = [score for score in scores if score["network"] == network]
-        rows.append(_counted("clean", "clean", own[0]["total"], right, network))
+        total = own[0]["total"]
+        rows.append(_counted("clean", "clean", total, right, network))
         for score in own:
             if score["attack"] == "clean":
                 continue
@@ -258,7 +261,8 @@ def _of_a_vote(old: _Content) -> _Content:
         threat = {"norm": "L2", "eps": radius, **unnamed}
         fallen = {*broken}
         if not rows:
-            rows.append(_row("clean", "clean", images, broken if radius == 0 else [], **variant))
+            misclassified = broken if radius == 0 else []
+            rows.append(_row("clean", "clean", images, misclassified, **variant))
             before = fallen if radius == 0 else set()
         if radius > 0:
             seen = sorted({*images} - before)

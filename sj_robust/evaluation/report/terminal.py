@@ -46,7 +46,8 @@ def show_report(
     else:
         say(verdict(report))
     for text in alarms(report):
-        console.print(Panel(Text(text, style="bold red"), border_style="red"), soft_wrap=False)
+        alarm = Panel(Text(text, style="bold red"), border_style="red")
+        console.print(alarm, soft_wrap=False)
     title = f"{report.name} on {report.dataset}: {budget(report.threat)}, suite {report.suite}"
     table = Table(Column("accuracy", overflow="fold"), title=title)
     for heading in ("%", "95 % CI", "correct", "seconds"):

@@ -74,7 +74,8 @@ def alarms(report: Evaluation) -> tuple[str, ...]:
     """Reasons why the network must not be called robust: dead layers, or accuracy at chance."""
     clean = report.clean
     known = [label for label in report.labels if label >= 0]
-    commonest = max(Counter(known).values(), default=0) / len(report.labels)
+    most = max(Counter(known).values(), default=0)
+    commonest = most / len(report.labels)
     chance = max(1 / max(report.classes, 1), commonest)
     guesses = report.classes > 0 and clean.interval[0] <= chance
     found = []

@@ -97,7 +97,8 @@ def _per_channel(layer: Layer) -> dict[str, Tensor]:
 
 def _statistics(layer: Layer) -> tuple[Tensor, Tensor]:
     """Mean and variance per channel of this batch, in float64."""
-    x_seq, channels = layer.inputs.x_seq, layer.planes.channels
+    x_seq = layer.inputs.x_seq
+    channels = layer.planes.channels
     # any value near the mean makes the sums free of cancellation: take the first of every channel
     first = x_seq[0, 0].reshape(channels, -1)[:, 0]
     near = first.to(state_dtype(x_seq)).contiguous()

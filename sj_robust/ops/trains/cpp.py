@@ -131,7 +131,8 @@ def train_sums(
         assert trains.first is not None
         assert trains.last is not None
         width = int((trains.last - trains.first).max()) + 1 if M else 1
-        tables = range_tables(padded, trains.spikes, max(0, width.bit_length() - 1))
+        levels = max(0, width.bit_length() - 1)
+        tables = range_tables(padded, trains.spikes, levels)
     dtype = torch.float64 if narrow is None else torch.float32
     low = torch.empty(F, M, dtype=dtype)
     high = torch.empty_like(low)
@@ -284,7 +285,8 @@ def chain_sums_backward(
     )
     _run("chain_sums", job)
     of_scale, of_shift, values = torch.split(totals.to(low.dtype), [G, G, F * J])
-    return low, high, of_scale, of_shift, None if places is None else values.view(F, J)
+    of_values = None if places is None else values.view(F, J)
+    return low, high, of_scale, of_shift, of_values
 
 
 def _contiguous(part: Tensor | None) -> Tensor | None:

@@ -45,7 +45,9 @@ class _Ends:
 
     def within(self, low: Tensor, high: Tensor) -> "_Ends":
         """Cut off at other ends."""
-        return _Ends(torch.maximum(self.low, low), torch.minimum(self.high, high))
+        lowest = torch.maximum(self.low, low)
+        highest = torch.minimum(self.high, high)
+        return _Ends(lowest, highest)
 
     def joined(self, other: "_Ends | None") -> "_Ends":
         """Ends that hold others as well, if there are any."""
@@ -94,7 +96,8 @@ def bounded_steps(currents: Currents, constants: Constants, windows: Windows) ->
             sure, possible = _fires(currents, t, h, constants)
             h = _clamped(h, sure, possible, constants)
         spikes = _Ends(sure.to(h.low.dtype), possible.to(h.low.dtype))
-        v = _reset(h, spikes, constants).widened(constants.of_reset(h.size()))
+        rounding = constants.of_reset(h.size())
+        v = _reset(h, spikes, constants).widened(rounding)
         rows.append([h.low, h.high, spikes.low, spikes.high, v.low, v.high])
     parts = map(torch.stack, zip(*rows, strict=True))
     found = dict(zip(STEP_PARTS, parts, strict=True))
@@ -206,7 +209,8 @@ class _Past:
         self.starts.append(zero)
         self.discounts.append(zero)
         steps = len(self.currents.low)
-        self.rows = {window: row for row, window in enumerate(self.windows.listed(steps))}
+        listed = self.windows.listed(steps)
+        self.rows = {window: row for row, window in enumerate(listed)}
 
     def sums(self, a: int, t: int) -> _Ends:
         """Of a window."""
@@ -440,7 +444,9 @@ def chain_sums(
     for table, pick in zip(tables, (torch.minimum, torch.maximum), strict=True):
         flat = table.movedim(2, 0).flatten(1)
         start = level * len(spikes)
-        ends.append(pick(flat[:, start + first], flat[:, start + second]))
+        one = flat[:, start + first]
+        other = flat[:, start + second]
+        ends.append(pick(one, other))
     return ends[0], ends[1]
 
 
@@ -560,7 +566,8 @@ class _TrainedPast:
 
     def _of_window(self, a: int, t: int) -> _Ends:
         row = self.rows[a, t]
-        return _Ends(self.sums[0][row], self.sums[1][row])
+        low, high = self.sums
+        return _Ends(low[row], high[row])
 
     def _charged(self, t: int, slot: int) -> _Ends:
         """Bounds of the potential at t above rest for one slot."""
@@ -589,7 +596,8 @@ class _TrainedPast:
         charged since.
         """
         silent = before.clamp(max=self.neuron.threshold)
-        return self.powers[t - k + 1] * silent + self._of_window(k, t).high
+        kept = self.powers[t - k + 1] * silent
+        return kept + self._of_window(k, t).high
 
     def _joined(self, t: int) -> _Ends:
         """The same of the slot that holds several windows, from the step before."""
@@ -644,7 +652,9 @@ class _TrainedPast:
         high = torch.stack([count.high for count in self.discounts])
         fewest = torch.where(fires, low, torch.inf).amin(0) + 1
         most = torch.where(fires, high, -torch.inf).amax(0) + 1
-        return _Ends(torch.where(some, fewest, 0.0), torch.where(some, most, 0.0))
+        low = torch.where(some, fewest, 0.0)
+        high = torch.where(some, most, 0.0)
+        return _Ends(low, high)
 
     def over_paths(self, weights: Tensor, better: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """The dynamic program of :func:`path_sums`, with products instead of cases."""

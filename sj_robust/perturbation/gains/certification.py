@@ -113,7 +113,8 @@ def perturbation_gains(
     tolerance = check_size("tolerance", tolerance)
     max_iterations = check_count("max_iterations", max_iterations)
     seed = check_seed("seed", seed)
-    classifier = check_classifier(as_classifier(net, T, mean=mean, std=std, images=x))
+    wrapped = as_classifier(net, T, mean=mean, std=std, images=x)
+    classifier = check_classifier(wrapped)
     neurons, unknown, _ = find_neurons(classifier.net, {}, {})
     gains = {}
     for name, neuron in neurons.items():

@@ -159,7 +159,10 @@ def gain_penalty(net: nn.Module, *, normalized: bool = False) -> Tensor:
     T = max(len(gain) for gain in gains)
     # Zeros in front bring all to one length; they do not change a norm, since without an input the
     # potential is 0 before the first step.
-    padded = [functional.pad(gain, (T - len(gain), 0)) for gain in gains]
+    padded = []
+    for gain in gains:
+        missing = T - len(gain)
+        padded.append(functional.pad(gain, (missing, 0)))
     stacked = torch.stack(padded).cpu().double()
     if not bool(torch.isfinite(stacked).all()):
         return stacked.sum() * torch.nan  # the training stops and tells at which step
@@ -270,5 +273,6 @@ def _least_peak(decay: float, T: int) -> tuple[Tensor, float]:
     m = p.reciprocal()
     following = torch.cat((m[1:], m.new_zeros(1)))
     weights = (m - rate * following).clamp(min=0.0)
-    bound = (weights.sum() * (1.0 / m).sum()).rsqrt()
+    total_of_inverses = (1.0 / m).sum()
+    bound = (weights.sum() * total_of_inverses).rsqrt()
     return p, float(bound)

@@ -195,7 +195,8 @@ class _CutNetwork:
                 chosen = second.get(self._a_step_on(key, -1), like)
             return chosen.clone() if chosen.shape == like.shape else self.noise(like)
 
-        currents = self._run(value, torch.cat((self.frame, self.frame))).currents
+        both_steps = torch.cat((self.frame, self.frame))
+        currents = self._run(value, both_steps).currents
         second_step = {}
         for key, current in currents.items():
             second_step[key] = currents.get(self._a_step_on(key, 1), current[1:])
@@ -204,7 +205,8 @@ class _CutNetwork:
     def _a_step_on(self, key: str, steps: int) -> str:
         """Key of a layer's call so many steps later, if it is handed the steps in turn."""
         layer, _, call = key.removesuffix(")").partition(" (call ")
-        return call_key(layer, int(call or 1) + steps * self.run.calls[layer])
+        number = int(call or 1) + steps * self.run.calls[layer]
+        return call_key(layer, number)
 
 
 def _measured(
@@ -265,7 +267,8 @@ def _largest_singular_value(
         return affine.apply(scaled).flatten()
 
     def adjoint(cotangent: Tensor) -> Tensor:
-        parts = zip(affine.adjoint(cotangent.view_as(affine.current)), scales, strict=True)
+        found = affine.adjoint(cotangent.view_as(affine.current))
+        parts = zip(found, scales, strict=True)
         return torch.cat([scale * part.flatten() for part, scale in parts])
 
     leaves = [leaf.detach().flatten() for leaf in affine.leaves]
