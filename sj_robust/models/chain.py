@@ -118,7 +118,8 @@ class ConvChain(DirectlyEncoded):
             kernel = next(kernels)
             padding = (kernel - 1) // 2
             stages.append(layer.Conv2d(width, feature, kernel, stride=stride, padding=padding))
-            stages.append(Stage(node(), norm=layer.BatchNorm2d(feature) if batch_norm else None))
+            norm = layer.BatchNorm2d(feature) if batch_norm else None
+            stages.append(Stage(node(), norm=norm))
             height, columns = (
                 (size + 2 * padding - kernel) // stride + 1 for size in (height, columns)
             )

@@ -261,7 +261,8 @@ def _time(file: _File, T: int | None, tau: float, path: Path) -> dict[str, Any]:
     }
     if not gains:
         leaking = "if" if math.isinf(tau) else "lif"
-        return {"neuron": "stog" if file.gated else leaking, "T": file.T if T is None else T}
+        steps = file.T if T is None else T
+        return {"neuron": "stog" if file.gated else leaking, "T": steps}
     steps = min(gains)
     if T not in (None, steps):
         raise ValueError(

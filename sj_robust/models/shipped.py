@@ -120,4 +120,6 @@ def pretrained_file(name: str) -> Path:
         )
     inside = _FOLDER / f"{name}.pt"
     card = known[name]
-    return inside if inside.exists() else fetch(Asset(name, card.size, card.sha256))
+    if inside.exists():
+        return inside
+    return fetch(Asset(name, card.size, card.sha256))

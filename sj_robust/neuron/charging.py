@@ -45,7 +45,9 @@ class Charging:
     @property
     def decay_value(self) -> float:
         """The decay as a number."""
-        return float(self.decay.detach() if isinstance(self.decay, Tensor) else self.decay)
+        if isinstance(self.decay, Tensor):
+            return float(self.decay.detach())
+        return float(self.decay)
 
     def gain_at(self, t: int, *, input_gain: bool) -> float | Tensor:
         """Gain of the input of step ``t``, with or without the learnable part."""

@@ -35,7 +35,8 @@ def _largest_of(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
         return found
 
     by = Function("a max pooling", pooling)
-    return new_leaf(x.run, by, [x], interval(x).each(pooling))
+    values = interval(x).each(pooling)
+    return new_leaf(x.run, by, [x], values)
 
 
 def _rectified(func: Any, x: Any, inplace: bool = False) -> Bounds:
@@ -97,7 +98,8 @@ def _extremum(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     keepdim = args[1] if len(args) > 1 else kwargs.get("keepdim", False)
     along_dim = torch.amax if is_max else torch.amin
     values = interval(x).each(lambda end: along_dim(end, dim, keepdim=True))
-    found = new_leaf(x.run, Function(f"a {name}", along=(dim,)), [x], values)
+    by = Function(f"a {name}", along=(dim,))
+    found = new_leaf(x.run, by, [x], values)
     if not keepdim:
         found = dispatched(torch.Tensor.squeeze, found, dim)
     without_places = name in ("amax", "amin")
@@ -163,7 +165,8 @@ def _bounds_among(*values: Any) -> list[Bounds]:
 def _softmax(func: Any, x: Any, dim: int, *args: Any, **kwargs: Any) -> Bounds:
     """Softmax along a dimension."""
     values = nonlinear.softmax(interval(x), dim, rounded=is_rounded(x.run))
-    return new_leaf(x.run, Function("a softmax", along=(dim,)), [x], values)
+    by = Function("a softmax", along=(dim,))
+    return new_leaf(x.run, by, [x], values)
 
 
 def _layer_norm(
@@ -218,7 +221,8 @@ def _normalised(group: Any, name: str, eps: float, factor: Any, shift: Any) -> B
         shift,
         rounded=is_rounded(group.run),
     )
-    return new_leaf(group.run, Function(name, along=(-1,)), [group], values)
+    by = Function(name, along=(-1,))
+    return new_leaf(group.run, by, [group], values)
 
 
 def step(x: Bounds, function: Callable[[Tensor], Tensor]) -> Bounds:

@@ -363,7 +363,8 @@ class JointRun(BoundedRun):
             memory.steps.append(step)
             memory.trains.spikes.append(step.spikes)
             layer.undecided.append(float(step.spikes.width().sum()))
-            layer.width.append(float(step.h.width().square().sum()))
+            width = step.h.width().square().sum()
+            layer.width.append(float(width))
             relaxed = Step(
                 gain=spiking.gain_at(t),
                 lower=step.h.low,
@@ -581,7 +582,8 @@ class JointRun(BoundedRun):
             return memory.sums[0]
         every = _together(*memory.sums)
         row = {window: number for number, window in enumerate(memory.summed)}
-        order = torch.tensor([row[window] for window in listed], device=every.low.device)
+        numbers = [row[window] for window in listed]
+        order = torch.tensor(numbers, device=every.low.device)
         return every.each(lambda end: end[order])
 
     def _changes(self, stage: Stage, steps: int) -> list[Changes]:
@@ -638,7 +640,8 @@ class JointRun(BoundedRun):
             shares = leaf.centre.new_full((1, T), 1.0 / T)
             with torch.set_grad_enabled(self.differentiable):
                 mean = source.bounds(shares)
-            begun[id(source)] = means.leaf(mean.each(lambda end: end[0]), 0)
+            first_row = mean.each(lambda end: end[0])
+            begun[id(source)] = means.leaf(first_row, 0)
         mean_of_each = begun[id(source)]
         shape = by_step(leaf.radius, self.samples, leaf.batch_dim).shape
 
@@ -785,7 +788,8 @@ def _traced(maps: Maps, factors: Tensor) -> tuple[_TimedTrace, Tensor]:
 def _kind(calls: list[_Call], shifts: list[Tensor], factors: Tensor) -> _Kind | None:
     """How a layer's current depends on time; see :class:`OverTime`."""
     reference = calls[0].current[:1]
-    if any(call.current.shape[1:] != reference.shape[1:] for call in calls):
+    shape = reference.shape[1:]
+    if any(call.current.shape[1:] != shape for call in calls):
         return None
     currents = torch.cat([call.current for call in calls])
     if _alike(currents, reference.expand_as(currents)):

@@ -149,7 +149,8 @@ class Moves:
     def drawn(self, frames: Tensor, generator: torch.Generator) -> Tensor:
         """Frames with as many moves as the budget allows, at random places."""
         drawn = torch.rand(frames.shape, generator=generator, dtype=torch.float64)
-        return self.lowest(frames, drawn.to(frames.device)).to(frames.dtype)
+        weights = drawn.to(frames.device)
+        return self.lowest(frames, weights).to(frames.dtype)
 
     def gains(self, lines: Tensor, weights: Tensor) -> Tensor:
         """What moves within a line add to its sum with weights, [M, moves]: the sum of the first k
@@ -246,7 +247,8 @@ class Shifts(Changes):
         assert self.frames is not None
         lines = _as_lines(self.frames[samples])
         own = _as_lines(weights)
-        gains = self.ball.gains(lines.flatten(0, 1), -own.flatten(0, 1))
+        falling = -own.flatten(0, 1)
+        gains = self.ball.gains(lines.flatten(0, 1), falling)
         of_samples = gains.view(len(samples), -1)
         return first_changes(of_samples, self.budget, 1)
 
@@ -302,13 +304,16 @@ def _with_zeros(parts: list[Tensor], count: int) -> tuple[Tensor, ...]:
 
 def _places_near(t: int, T: int, shift: int) -> range:
     """Frames to which an event of frame t can move, its own included."""
-    return range(max(0, t - shift), min(T, t + shift + 1))
+    first = max(0, t - shift)
+    last = min(T - 1, t + shift)
+    return range(first, last + 1)
 
 
 def _within(part: Tensor, shift: int) -> Tensor:
     """The sum of what is at most so many frames away, itself left out."""
     found = torch.zeros_like(part)
-    for distance in range(1, min(shift, part.shape[1] - 1) + 1):
+    farthest = min(shift, part.shape[1] - 1)
+    for distance in range(1, farthest + 1):
         found[:, distance:] += part[:, :-distance]
         found[:, :-distance] += part[:, distance:]
     return found
@@ -320,8 +325,10 @@ def _highest_within(weights: Tensor, shift: int) -> Tensor:
     T = weights.shape[1]
     for distance in range(1, min(shift, T - 1) + 1):
         outside = weights.new_full((len(weights), distance), -torch.inf)
-        shifted.append(torch.cat([outside, weights[:, :-distance]], 1))
-        shifted.append(torch.cat([weights[:, distance:], outside], 1))
+        earlier = weights[:, :-distance]
+        later = weights[:, distance:]
+        shifted.append(torch.cat([outside, earlier], 1))
+        shifted.append(torch.cat([later, outside], 1))
     return torch.stack(shifted).amax(0)
 
 

@@ -143,7 +143,8 @@ def _probes(model: SpikingClassifier, image: Tensor) -> Tensor:
     """Two random images a and b, and ``a + 2 b``, by which an affine map is recognised."""
     generator = torch.Generator().manual_seed(0)
     shape = (2, *image.shape[1:])
-    pair = torch.rand(shape, generator=generator, dtype=torch.float64).to(image)
+    pair = torch.rand(shape, generator=generator, dtype=torch.float64)
+    pair = pair.to(image)
     if isinstance(model, SpikingEventClassifier):
         # the same frame in every step, so that its steps can be compared
         pair = pair[:, :1].expand_as(pair).contiguous()

@@ -179,10 +179,12 @@ def softmax(x: Interval, dim: int, *, rounded: bool) -> Interval:
 def _sum_of_others(x: Tensor, dim: int) -> Tensor:
     """For each value the sum of the others, without a difference that would round."""
     before = x.cumsum(dim).roll(1, dim)
-    after = x.flip(dim).cumsum(dim).roll(1, dim).flip(dim)
+    reversed_sums = x.flip(dim).cumsum(dim)
+    after = reversed_sums.roll(1, dim).flip(dim)
     number = torch.arange(x.shape[dim], device=x.device)
     is_first = along(number == 0, dim % x.ndim, x.ndim)
-    is_last = along(number == len(number) - 1, dim % x.ndim, x.ndim)
+    last = len(number) - 1
+    is_last = along(number == last, dim % x.ndim, x.ndim)
     return before.masked_fill(is_first, 0.0) + after.masked_fill(is_last, 0.0)
 
 

@@ -101,7 +101,11 @@ def open_events(model: SpikingClassifier, x: Tensor, y: Tensor, ball: Events) ->
             margins.append(found.margin)
             falls.append(found.falls)
             is_open.append(found.is_open)
-    return OpenEvents(torch.stack(margins), torch.stack(falls), torch.stack(is_open))
+    return OpenEvents(
+        margin=torch.stack(margins),
+        falls=torch.stack(falls),
+        is_open=torch.stack(is_open),
+    )
 
 
 def _open_of_one(prover: Prover, image: Tensor, label: Tensor, ball: Events) -> OpenEvents:
@@ -118,7 +122,8 @@ def _open_of_one(prover: Prover, image: Tensor, label: Tensor, ball: Events) -> 
         spent = changes.falls(rows, found.weights).sum(1)
         own = ball.falls(frames, found.weights)
         times = ball.times(frames, found.weights)
-        worst = worst_with(own.flatten(1), times.flatten(1), int(ball.budget))
+        of_each = own.flatten(1)
+        worst = worst_with(of_each, times.flatten(1), int(ball.budget))
         value = found.value.detach()
         at_frames = (value + spent).unsqueeze(1)
         breaks = ~(at_frames > worst)  # NaN rules out nothing

@@ -115,4 +115,5 @@ def on_bounds(original: Any) -> Any:
 
 
 def _charging(module: Any) -> Charging:
-    return Charging(1.0 - 1.0 / module.tau, 1.0 / module.tau if module.decay_input else 1.0)
+    share = 1.0 / module.tau
+    return Charging(1.0 - share, share if module.decay_input else 1.0)

@@ -208,7 +208,8 @@ class Trace(BoundedRun):
 
     def shift_of(self, stage: int) -> Tensor:
         """A stage's current, [N, *]."""
-        return by_row(self.currents[stage].detach(), self.samples, self.layouts[stage])
+        current = self.currents[stage].detach()
+        return by_row(current, self.samples, self.layouts[stage])
 
     def spikes(self, neuron: Neuron, x_seq: Interval) -> Interval:
         return x_seq
@@ -422,7 +423,8 @@ class RelaxedRun(BoundedRun):
                 samples, neurons = torch.tensor(decided, device=step.lower.device).T
                 step.assume(stage.around, fires, samples, neurons)
         impossible = (step.lower > step.upper) | ~(step.quiet | step.fires)
-        self.empty = self.empty.to(impossible.device) | impossible.flatten(1).any(1)
+        of_samples = impossible.flatten(1).any(1)
+        self.empty = self.empty.to(impossible.device) | of_samples
 
     def _recall(self, step: Step, earlier: Step) -> None:
         """Cut a step's potentials off at the bounds of an earlier run."""
@@ -435,7 +437,8 @@ class RelaxedRun(BoundedRun):
         step = self.stages[number].steps[t]
         step.lower = step.lower.clone()
         step.upper = step.upper.clone()
-        samples, neurons = (step.quiet & step.fires).flatten(1).nonzero(as_tuple=True)
+        undecided = (step.quiet & step.fires).flatten(1)
+        samples, neurons = undecided.nonzero(as_tuple=True)
         if self._left is not None:
             kept = self._first_ones(samples, self._left)
             samples = samples[kept]
@@ -481,10 +484,15 @@ class _RelaxedSpiking(Float32Spiking):
         run.stages[-1].around = (self.below, self.above)
 
     def decided(self, h: Interval, error: Tensor, gain: float) -> tuple[Interval, Interval]:
-        step = Step(gain, h.low.contiguous(), h.high.contiguous(), error)
+        low = h.low.contiguous()
+        high = h.high.contiguous()
+        step = Step(gain, low, high, error)
         self.relaxed.know(step)
         sure = step.fires & ~step.quiet
-        spikes = Interval(sure.to(error.dtype), step.fires.to(error.dtype))
+        spikes = Interval(
+            low=sure.to(error.dtype),
+            high=step.fires.to(error.dtype),
+        )
         return Interval(step.lower, step.upper), spikes
 
 
@@ -613,7 +621,8 @@ class _Walk:
         """
         rows = len(self.samples)
         self.add(self._by_row(-weights.abs() * error, number))
-        self.add(self._by_row(weights * self.maps.shift(number, rows), number))
+        shift = self.maps.shift(number, rows)
+        self.add(self._by_row(weights * shift, number))
         for leaf, weight in self.maps.adjoint(number, weights, rows):
             if leaf in self.on_leaves:
                 weight = self.on_leaves[leaf] + weight

@@ -52,7 +52,8 @@ def _affine(
     shift = x.centre.new_zeros(()) if shift is None else shift.to(x.centre.dtype)
     centre = apply(x.centre) + shift
     if x.run is not None and x.run.points:
-        return Bounds(centre, centre.detach().new_zeros(()), run=x.run)
+        no_radius = centre.detach().new_zeros(())
+        return Bounds(centre, no_radius, run=x.run)
     growth = gamma(terms)
     if x.run is not None and x.run.narrow:
         # what the sums of both, and of this, round is at most twice growth; it is in the radius,
@@ -162,7 +163,8 @@ def _matmul_and_sum(
     """A matrix product and what is added to it."""
     if beta != 1 or alpha != 1:
         raise NoBoundsError("a matrix product with alpha or beta")
-    found: Bounds = dispatched(torch.add, dispatched(torch.matmul, a, b), shift)
+    product = dispatched(torch.matmul, a, b)
+    found: Bounds = dispatched(torch.add, product, shift)
     return found
 
 
@@ -199,7 +201,8 @@ def _batch_norm(
     # Computed as (x - mean) * slope + bias or as x * slope + (bias - mean * slope): either is
     # covered.
     of_shift = gamma(12) * (shift_of_mean.abs() + bias.abs())
-    return Bounds(found.centre, found.radius, found.error + of_shift, x.run, found.changes)
+    error = found.error + of_shift
+    return Bounds(found.centre, found.radius, error, x.run, found.changes)
 
 
 def _scaled(x: Bounds, factor: Tensor, *, terms: int, shift: Tensor | None = None) -> Bounds:
@@ -228,7 +231,9 @@ def _average(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
     name = func.__name__
     if name.startswith("avg_pool"):
         size = args[0] if args else kwargs.get("kernel_size", 1)
-        each_side = size if isinstance(size, tuple | list) else [int(size)] * (x.ndim - 2)
+        each_side = size
+        if not isinstance(size, tuple | list):
+            each_side = [int(size)] * (x.ndim - 2)
         terms = math.prod(each_side)
     elif name.startswith("adaptive_avg_pool"):
         terms = math.prod(x.shape[2:])

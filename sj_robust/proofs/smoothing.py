@@ -268,7 +268,8 @@ class _Draws:
         for count in _sizes(draws, self.batch_size):
             # One by one: a larger draw takes the generator's numbers in another order.
             drawn = [_noise(image, noise) for _ in range(count)]
-            logits = self._logits(image + self.sigma * torch.stack(drawn), own, start)
+            noisy = image + self.sigma * torch.stack(drawn)
+            logits = self._logits(noisy, own, start)
             winners = logits.argmax(1)
             votes.append(torch.bincount(winners, minlength=logits.shape[1]))
             start += count
@@ -295,7 +296,8 @@ class _Draws:
         seeds = [own.derived(start + row).single() for row in range(len(noisy))]
         alone = self._alone(noisy, seeds)
         if self._is_first(1):
-            again = self._alone(noisy.flip(0), seeds[::-1]).flip(0)
+            from_last = self._alone(noisy.flip(0), seeds[::-1])
+            again = from_last.flip(0)
             _check_same(again, alone)
         return alone
 
@@ -336,7 +338,8 @@ class _Draws:
         even = torch.arange(len(noisy), device=noisy.device) % 2 == 0
         for kept in (even, ~even):
             other = torch.where(along(kept, 0, noisy.ndim), noisy, 1.0 - noisy)
-            if not torch.equal(self._run(other, seed)[kept], logits[kept]):
+            found = self._run(other, seed)
+            if not torch.equal(found[kept], logits[kept]):
                 return False
         return True
 
@@ -347,12 +350,14 @@ class _Draws:
         other row: such a row must keep its logits, in a batch of the same size, among copies of it.
         """
         with _from_seed(self.model, seed, noisy.device):  # of a network that draws nothing
-            alone = torch.cat([self._forward(row) for row in noisy[first:].unsqueeze(1)])
+            rows = noisy[first:].unsqueeze(1)
+            alone = torch.cat([self._forward(row) for row in rows])
         changed = alone.argmax(1) != logits[first:].argmax(1)
         rows = first + changed.nonzero().flatten()
         for row in rows.tolist():
             copies = noisy[row].expand_as(noisy)
-            if not torch.equal(self._run(copies, seed)[row], logits[row]):
+            found = self._run(copies, seed)
+            if not torch.equal(found[row], logits[row]):
                 return False
         return True
 

@@ -262,7 +262,8 @@ def _follows_its_equation(neuron: Neuron, currents: Tensor) -> bool:
         functional.reset_net(module)
         module.training = training
         spikes = _run_alone(module, currents)
-        is_number = (spikes == spikes.round()) & (spikes >= 0) & (spikes <= (most or 1))
+        is_whole = spikes == spikes.round()
+        is_number = is_whole & (spikes >= 0) & (spikes <= (most or 1))
         if not bool(is_number.all()) or not bounds.holds(spikes):
             return False
     return True
@@ -283,7 +284,8 @@ def check_surrogates(net: nn.Module, neurons: dict[str, Neuron], like: Tensor) -
     generator = torch.Generator().manual_seed(0)
     exponent = 12.0 * torch.rand(2 * _NEURONS, generator=generator) - 8.0
     size = 10.0**exponent
-    values = torch.cat([size, -size, torch.zeros(1)]).to(like)
+    zero = torch.zeros(1)
+    values = torch.cat([size, -size, zero]).to(like)
     owned = {id(neuron.module.surrogate_function) for neuron in neurons.values()}
     for function in spiking_surrogates(net):
         if id(function) in owned:

@@ -142,7 +142,16 @@ def possible_trains(
     """
     rest = spiking.rest
     decay = spiking.charging.decay_value
-    pieces = [_Piece(-math.inf, math.inf, 0.0, 0.0, 0.0, abs(rest), ())]
+    whole = _Piece(
+        low=-math.inf,
+        high=math.inf,
+        slope=0.0,
+        offset=0.0,
+        drift=0.0,
+        size=abs(rest),
+        train=(),
+    )
+    pieces = [whole]
     for t in range(T):
         gain = spiking.gain_at(t)
         now = []

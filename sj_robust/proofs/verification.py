@@ -187,7 +187,8 @@ class Verification(Shown):
             notes.append(f"Bounded step by step: {', '.join(self.stepwise)}.")
         if self.apart:
             notes.append(f"Not bounded by one budget for all changes: {', '.join(self.apart)}.")
-        return "\n\n".join([f"{self.verdict}.", markdown_table(heads, rows, words=3), *notes])
+        found = markdown_table(heads, rows, words=3)
+        return "\n\n".join([f"{self.verdict}.", found, *notes])
 
     def plot(self) -> "Figure":
         """The margin of every image, and the share of undecided spikes. 绘制验证结果。
@@ -372,7 +373,8 @@ def verify(
     while start < len(x):
         part = slice(start, start + batch_size)
         with sums_of_products(device), preserved(classifier):
-            images, labels = (values[part].to(device).clone() for values in (x, y))
+            images = x[part].to(device).clone()
+            labels = y[part].to(device).clone()
             logits = _logits(classifier, images, labels, runs=2 if start == 0 else 1)
             if start == 0:
                 check_classes(y, logits.shape[1])
@@ -501,7 +503,8 @@ def _logits(model: SpikingClassifier, images: Tensor, labels: Tensor, *, runs: i
 def _check_margins(logits: Tensor, labels: Tensor, margin: Tensor, *, first: int) -> None:
     """Raise UnsoundBoundsError if the right class of an image leads by less than was proved."""
     right = labels.unsqueeze(1)
-    rival = logits.double().scatter(1, right, -torch.inf).amax(1)
+    others = logits.double().scatter(1, right, -torch.inf)
+    rival = others.amax(1)
     lead = logits.double().gather(1, right).squeeze(1) - rival
     below = ~(lead >= margin)
     if bool(below.any()):

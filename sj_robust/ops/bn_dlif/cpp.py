@@ -84,7 +84,8 @@ def finish(
     if count is None:
         return grad_norm, None
     slope = -moments[2] * inverse_std.square() * sums[1] / count
-    return grad_norm, torch.stack((slope, -moments[2] * sums[0] / count))
+    constant = -moments[2] * sums[0] / count
+    return grad_norm, torch.stack((slope, constant))
 
 
 def _per_channel(layer: Layer) -> dict[str, Tensor]:

@@ -275,8 +275,10 @@ def _wrong_text_reason(name: str, surrogate: Surrogate, device: torch.device) ->
     # an even number: neither 0 nor the round values where g jumps
     z = torch.linspace(-3.0, 3.0, 1200, device=device)
     config = DLIFConfig(0.0, 0.0, 0.0, surrogate, detach_reset=True)
-    inputs = Inputs(z[None], torch.ones(1, device=device), None, config)
-    found = InputGradients(torch.empty_like(z)[None], torch.empty(1, device=device), None)
+    gain = torch.ones(1, device=device)
+    inputs = Inputs(z[None], gain, None, config)
+    grad_x_seq = torch.empty_like(z)[None]
+    found = InputGradients(grad_x_seq, torch.empty(1, device=device), None)
     try:
         backward(inputs, OutputGradients(torch.ones_like(z)[None]), found)
     except _CompilationError as error:
@@ -303,7 +305,9 @@ def _vector_width(neurons: int, at_most: int, *tensors: Tensor | None) -> int:
     """
     width = min(at_most, math.gcd(neurons, 4))
     for tensor in tensors:
-        while width > 1 and tensor is not None and tensor.data_ptr() % (width * tensor.itemsize):
+        if tensor is None:
+            continue
+        while width > 1 and tensor.data_ptr() % (width * tensor.itemsize):
             width //= 2
     return width
 
