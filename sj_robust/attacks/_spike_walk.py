@@ -133,7 +133,9 @@ class SpikeSearch:
             samples = max(1, self.plan.batch_size // stage.chains)
             for part in torch.split(rows, samples):
                 if len(part):
-                    walk = _Walk(self, part, stage.chains, self.plan.turns(stage))
+                    walk = _Walk(
+                        search=self, rows=part, chains=stage.chains, turns=self.plan.turns(stage)
+                    )
                     walk.run(seeds.rows(part).derived(number))
         least = self.leads.amin(2).argmin(1)
         every = torch.arange(len(least), device=least.device)

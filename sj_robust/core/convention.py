@@ -110,7 +110,7 @@ def find_convention(
         >>> find_convention(net, lambda n, steps: torch.rand(steps, n, 1, 2, 2), 5).takes
         'sequence'
     """
-    trial = _Trial(net, frames, T, takes)
+    trial = _Trial(net=net, frames=frames, T=T, takes=takes)
     found = trial.result()
     if not isinstance(found, Convention) and any(map(_has_hooks, net.modules())):
         trial.hooks = True
@@ -386,7 +386,9 @@ class _Trial:
         if self.given not in (None, steps):
             self.ran["images"] = f"it runs {steps} steps itself, got T={self.given}"
             return None
-        convention = Convention("images", form, steps, one.resets_itself)
+        convention = Convention(
+            takes="images", returns=form, T=steps, resets_itself=one.resets_itself
+        )
         return _Fit(convention, _mean(one.outputs))
 
     def _steps_of_a_call(self, run: _Run) -> int | None:
@@ -425,7 +427,9 @@ class _Trial:
         if form is None:
             self._note_wrong("sequence", run.outputs, images, T)
             return None
-        convention = Convention("sequence", form, T, run.resets_itself)
+        convention = Convention(
+            takes="sequence", returns=form, T=T, resets_itself=run.resets_itself
+        )
         return _Fit(convention, _mean(run.outputs))
 
     def _steps(self, T: int) -> _Fit | None:
@@ -444,7 +448,9 @@ class _Trial:
             if _form(outputs, images, None) != "logits":
                 self._note_wrong("steps", outputs, images, None)
                 return None
-        convention = Convention("steps", "logits", T, run.resets_itself)
+        convention = Convention(
+            takes="steps", returns="logits", T=T, resets_itself=run.resets_itself
+        )
         return _Fit(convention, _mean(run.outputs))
 
     def _note_wrong(self, takes: Takes, outputs: object, images: int, T: int | None) -> None:

@@ -231,4 +231,4 @@ def _digits() -> Source:
     train, test = (
         StoredImages(pixels[part], labels[part], 16.0) for part in (order[360:], order[:360])
     )
-    return Source(train, test, (1, 8, 8), 10)
+    return Source(train=train, test=test, image_shape=(1, 8, 8), classes=10)

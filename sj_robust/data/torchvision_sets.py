@@ -118,7 +118,13 @@ def cifar(name: str, root: Path, *, download: bool) -> Source:
         parts.append(StoredImages(pixels, torch.tensor(part.targets)))
     train, test = parts
     names = tuple(read[0].classes)
-    return Source(train, test, (3, 32, 32), classes, class_names=names)
+    return Source(
+        train=train,
+        test=test,
+        image_shape=(3, 32, 32),
+        classes=classes,
+        class_names=names,
+    )
 
 
 def svhn(root: Path, *, download: bool) -> Source:
@@ -152,7 +158,7 @@ def svhn(root: Path, *, download: bool) -> Source:
         pixels = torch.from_numpy(part.data.copy())
         images.append(StoredImages(pixels, torch.from_numpy(part.labels)))
     train, test = images
-    return Source(train, test, (3, 32, 32), 10)
+    return Source(train=train, test=test, image_shape=(3, 32, 32), classes=10)
 
 
 def _located(

@@ -324,7 +324,13 @@ class Evaluation:
             seconds = sum(row.seconds for row in spent)
         left = self.standing(name, variant=place)
         total = len(self._clean(place).seen)
-        return Accuracy(name, kind, len(left), total, float(seconds))
+        return Accuracy(
+            name=name,
+            kind=kind,
+            correct=len(left),
+            total=total,
+            seconds=float(seconds),
+        )
 
     # Figures
 
@@ -421,16 +427,32 @@ class Evaluation:
         proved = {}
         for row in self.of(OVER_EPS):
             if row.kind == "proof":
-                counted = Accuracy("verified", "verified", len(row.stood), len(row.seen))
+                counted = Accuracy(
+                    name="verified", kind="verified", correct=len(row.stood), total=len(row.seen)
+                )
                 proved[eps_text(row.eps or 0.0)] = counted
         clean = self.under("clean", variant=variant)
-        points = [Point("0", "clean", clean.correct, clean.total, proved.get("0"))]
+        points = [
+            Point(
+                eps="0",
+                attack="clean",
+                correct=clean.correct,
+                total=clean.total,
+                verified=proved.get("0"),
+            )
+        ]
         for row in levels:
             left = self.under(row.member, variant=variant)
             eps = eps_text(row.eps or 0.0)
             attack = row.member.partition("@")[0]
             attack += f", {row.estimator}" if made_for_it else ""
-            point = Point(eps, attack, left.correct, left.total, proved.get(eps))
+            point = Point(
+                eps=eps,
+                attack=attack,
+                correct=left.correct,
+                total=left.total,
+                verified=proved.get(eps),
+            )
             points.append(point)
         return tuple(points)
 
@@ -452,8 +474,8 @@ class Evaluation:
                 left = left.difference(self._by_its_own_threat(row))
         both = proof.stood & left
         total = len(self.labels)
-        lower = Accuracy("verified", "verified", len(both), total)
-        upper = Accuracy("everything", "everything", len(left), total)
+        lower = Accuracy(name="verified", kind="verified", correct=len(both), total=total)
+        upper = Accuracy(name="everything", kind="everything", correct=len(left), total=total)
         return lower, upper
 
     @property

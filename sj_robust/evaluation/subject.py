@@ -100,7 +100,13 @@ def from_checkpoint(path: Path, T: int | None = None, *, trust_code: bool = Fals
         spec = replace(spec, T=T)
     name = path.parent.name if path.stem in ("best", "last") else path.stem
     options = dict(description.get("options", {}))
-    return Subject(name, model.eval(), _in_words(spec), options, spec)
+    return Subject(
+        name=name,
+        model=model.eval(),
+        architecture=_in_words(spec),
+        options=options,
+        spec=spec,
+    )
 
 
 def from_function(

@@ -189,7 +189,14 @@ def intensity_correlation(
     )
     measured: dict[str, list[_Measured]] = {}
     with MPPDMonitor(model, layers=layers, input_gain=input_gain, keep="trace") as monitor:
-        probe = _Probe(monitor, model, x, y, batch_size, seed)
+        probe = _Probe(
+            monitor=monitor,
+            model=model,
+            x=x,
+            y=y,
+            batch_size=batch_size,
+            seed=seed,
+        )
         for direction, function in perturb.items():
             measured[direction] = []
             for size in sizes:

@@ -197,7 +197,9 @@ class MPPDMonitor(BaseMonitor):
         self._totals: dict[str, LayerTotals] = {}
         self._warned_of_potential = False
         kept = Kept(input_gain, trace=keep == "trace", spikes=spikes, statistics=keep != "loss")
-        self._recording = Recording(neurons, self.unsupported, layers, kept)
+        self._recording = Recording(
+            neurons=neurons, unsupported=self.unsupported, layers=layers, kept=kept
+        )
         self.hooks.extend(register_watcher(net, self._recording, (*neurons, *sorted(spiking))))
         if self.unsupported:
             count = len(self.unsupported)

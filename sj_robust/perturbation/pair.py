@@ -217,7 +217,9 @@ class LayerPair:
             v_init, time_step = self._start
             if self._paired and isinstance(v_init, Tensor):
                 v_init = v_init[: v_init.shape[0] // 2]
-            self.totals = LayerTotals(self.neuron, v_init, time_step, self._kept)
+            self.totals = LayerTotals(
+                neuron=self.neuron, v_init=v_init, time_step=time_step, kept=self._kept
+            )
         return self.totals
 
     def _check_batch(self, x_seq: Tensor) -> None:

@@ -123,7 +123,12 @@ class Prover:
         parts_of_each = budget // (2 * _TURNS * _GRADIENT)
         searches = []
         for place, n in enumerate(open_ones):
-            search = _Search(place, rivals.weights[n], rivals.bounds[n], parts_of_each)
+            search = _Search(
+                number=place,
+                weights=rivals.weights[n],
+                bounds=rivals.bounds[n],
+                parts=parts_of_each,
+            )
             searches.append(search)
         parts = _next_parts(searches)
         while parts:

@@ -321,7 +321,7 @@ def _steps(
         else:
             reach = decay * reach + gain
             slope = reach.abs() * norms
-        yield _Step(gain, v, h, slope)
+        yield _Step(gain=gain, before=v, h=h, slope=slope)
         v = reset(h, spike, v_threshold=module.v_threshold, v_reset=module.v_reset)
         if module.v_reset is not None:
             reach = (1.0 - spike) * reach
@@ -361,7 +361,7 @@ def _rounding(
     names: list[str],
 ) -> dict[str, _Rounding]:
     """What float32 rounds of the currents of layers, for images within a radius [N] of each."""
-    run = _CurrentsRun(neurons, len(images), names, model.T)
+    run = _CurrentsRun(neurons=neurons, samples=len(images), names=names, T=model.T)
     if names:
         with suppress(_FoundError):
             bounded_logits(model, run, images, along(radius, 0, images.ndim))

@@ -93,7 +93,7 @@ def open_events(model: SpikingClassifier, x: Tensor, y: Tensor, ball: Events) ->
     model.find_convention(x.to(device))
     with sums_of_products(device), preserved(model):
         maps = Maps(partial(bounded_logits, model), neurons, x[0].to(device))
-        prover = Prover(model, maps, ball, OverTime(maps, model.T))
+        prover = Prover(logits=model, maps=maps, eps=ball, over_time=OverTime(maps, model.T))
         images = torch.split(x.to(device), 1)
         labels = torch.split(y.to(device), 1)
         for image, label in zip(images, labels, strict=True):

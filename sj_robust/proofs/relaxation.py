@@ -486,7 +486,7 @@ class _RelaxedSpiking(Float32Spiking):
     def decided(self, h: Interval, error: Tensor, gain: float) -> tuple[Interval, Interval]:
         low = h.low.contiguous()
         high = h.high.contiguous()
-        step = Step(gain, low, high, error)
+        step = Step(gain=gain, lower=low, upper=high, error=error)
         self.relaxed.know(step)
         sure = step.fires & ~step.quiet
         spikes = Interval(
@@ -517,7 +517,7 @@ class Lower:
         """Some of the rows."""
         slopes = {key: part[rows] for key, part in self.slopes.items()}
         gaps = {key: part[rows] for key, part in self.gaps.items()}
-        return Lower(self.value[rows], slopes, gaps, self.weights[rows])
+        return Lower(value=self.value[rows], slopes=slopes, gaps=gaps, weights=self.weights[rows])
 
     def weak(self) -> Tensor:
         """Numbers of the rows that are not above 0; NaN is not."""
@@ -573,7 +573,7 @@ def minimum(
     if missing:  # the maps are traced for few numbers of rows, powers of two
         samples = _filled_up(samples, missing)
         weights = _filled_up(weights, missing)
-    walk = _Walk(maps, run, samples, slopes)
+    walk = _Walk(maps=maps, run=run, samples=samples, slopes=slopes)
     if start is None:
         walk.through(-1, weights, run.error[samples])
         stages = len(run.stages)
@@ -860,7 +860,13 @@ def raised(maps: Maps, run: RelaxedRun, samples: Tensor, weights: Tensor, *, rou
     weak = best.weak()
     if rounds == 0 or not best.slopes or not len(weak):
         return best
-    ascent = _Ascent(maps, run, samples[weak], weights[weak], best.of(weak))
+    ascent = _Ascent(
+        maps=maps,
+        run=run,
+        samples=samples[weak],
+        weights=weights[weak],
+        first=best.of(weak),
+    )
     for turn in range(rounds):
         found = ascent.turn(turn)
         improved = _better(best.of(weak), found)

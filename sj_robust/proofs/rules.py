@@ -68,7 +68,13 @@ def _affine(
     largest = x.centre.detach().abs() + x.radius + x.error
     of_sums = absolute(x.error + growth * largest)
     error = of_sums + growth * shift.abs() + terms * SMALLEST
-    return Bounds(centre, radius, within_float32(error), x.run, changes)
+    return Bounds(
+        centre=centre,
+        radius=radius,
+        error=within_float32(error),
+        run=x.run,
+        changes=changes,
+    )
 
 
 def _weighted(
@@ -202,7 +208,13 @@ def _batch_norm(
     # covered.
     of_shift = gamma(12) * (shift_of_mean.abs() + bias.abs())
     error = found.error + of_shift
-    return Bounds(found.centre, found.radius, error, x.run, found.changes)
+    return Bounds(
+        centre=found.centre,
+        radius=found.radius,
+        error=error,
+        run=x.run,
+        changes=found.changes,
+    )
 
 
 def _scaled(x: Bounds, factor: Tensor, *, terms: int, shift: Tensor | None = None) -> Bounds:
@@ -273,7 +285,13 @@ def _sum(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
     error = first.error + second.error
     size = centre.detach().abs() + radius + error
     error = error + gamma(2) * size + SMALLEST
-    return Bounds(centre, radius, within_float32(error), run, changes)
+    return Bounds(
+        centre=centre,
+        radius=radius,
+        error=within_float32(error),
+        run=run,
+        changes=changes,
+    )
 
 
 def _shifted_changes(x: Bounds, shape: torch.Size) -> Changes | None:
@@ -304,7 +322,13 @@ def _product(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
 def _negative(func: Any, x: Any) -> Bounds:
     """The opposite."""
     changes = None if x.changes is None else x.changes.opposite()
-    return Bounds(-x.centre, x.radius, x.error, x.run, changes)
+    return Bounds(
+        centre=-x.centre,
+        radius=x.radius,
+        error=x.error,
+        run=x.run,
+        changes=changes,
+    )
 
 
 def moved(func: Any, *args: Any, **kwargs: Any) -> Any:

@@ -204,7 +204,14 @@ def finetune(
         if kept is not None:
             description["images and labels"] = _digest_of_images(splits, journal)
             _check_same_training(place, classifier, splits, description)
-        run = _Run(objective, splits, plan, chosen, threat, description)
+        run = _Run(
+            objective=objective,
+            splits=splits,
+            plan=plan,
+            mode=chosen,
+            threat=threat,
+            description=description,
+        )
         return run.performed(journal, place, is_kept=kept is not None)
 
 

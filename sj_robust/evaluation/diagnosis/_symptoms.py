@@ -107,13 +107,14 @@ def clean_errors(probe: Probe) -> Finding:
     errors = 1 - float(probe.right.double().mean())
     threshold = THRESHOLDS["clean_errors"] * guessing
     return Finding(
-        "clean_errors",
-        errors,
-        threshold,
-        errors <= threshold,
-        f"The network misclassifies {errors:.0%} of the clean images; guessing misclassifies "
-        f"{guessing:.0%}. A network that is wrong without an attack cannot be robust.",
-        "Check the weights, the normalisation and the labels before attacking.",
+        name="clean_errors",
+        value=errors,
+        threshold=threshold,
+        passed=errors <= threshold,
+        meaning=f"The network misclassifies {errors:.0%} of the clean images; guessing "
+        f"misclassifies {guessing:.0%}. A network that is wrong without an attack cannot be "
+        "robust.",
+        remedy="Check the weights, the normalisation and the labels before attacking.",
         count=int((~probe.right).sum()),
         total=len(probe.right),
     )
@@ -352,7 +353,9 @@ def estimators_attacking(probe: Probe, names: Sequence[str]) -> Finding:
             continue
         gained = int((fooled & ~usual).sum())
         lost = int((usual & ~fooled).sum())
-        found.append(_Compared(name, 1 - probe.rate(fooled), gained, lost))
+        found.append(
+            _Compared(estimator=name, left=1 - probe.rate(fooled), gained=gained, lost=lost)
+        )
     return _estimators_compared(found, int(probe.right.sum()), skipped)
 
 
@@ -369,7 +372,9 @@ def estimators_searched(trials: Sequence[EstimatorTrial]) -> list[Finding]:
     found = []
     for trial in (usual, *others[:_NAMED]):
         left = trial.robust_accuracy
-        found.append(_Compared(trial.estimator, left, trial.gained, trial.lost))
+        found.append(
+            _Compared(estimator=trial.estimator, left=left, gained=trial.gained, lost=trial.lost)
+        )
     return [_estimators_compared(found, usual.images)]
 
 
@@ -397,7 +402,12 @@ def _finding(
     """
     threshold = THRESHOLDS[name]
     return Finding(
-        name, value, threshold, (value if lowest is None else lowest) <= threshold, meaning, remedy
+        name=name,
+        value=value,
+        threshold=threshold,
+        passed=(value if lowest is None else lowest) <= threshold,
+        meaning=meaning,
+        remedy=remedy,
     )
 
 

@@ -240,7 +240,7 @@ def _difference(
         interval = paired_difference_interval(gained, lost, one.total)
     else:
         interval = difference_interval(one.correct, one.total, other.correct, other.total)
-    return Difference(one, other, interval, partial)
+    return Difference(first=one, second=other, interval=interval, partial=partial)
 
 
 def _attack_alone(first: _Side, second: _Side, name: str, *, paired: bool) -> Difference | None:
@@ -270,7 +270,13 @@ def _attack_alone(first: _Side, second: _Side, name: str, *, paired: bool) -> Di
 
 def _alone(row: Row, left: frozenset[int], total: int) -> Accuracy:
     """Accuracy under one attack that leaves some images correct."""
-    return Accuracy(row.member, "member", len(left), total, row.seconds)
+    return Accuracy(
+        name=row.member,
+        kind="member",
+        correct=len(left),
+        total=total,
+        seconds=row.seconds,
+    )
 
 
 def _notes_on_attacks(rows: Sequence[Difference], left_out: Sequence[str]) -> list[str]:

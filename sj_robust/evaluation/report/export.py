@@ -151,7 +151,7 @@ def _of_a_suite(report: Evaluation) -> Iterator[Exported]:
     """All accuracies, and those over the radius."""
     yield from _of_a_variant(report, report.main, report.accuracies)
     for point in report.over_eps:
-        left = Accuracy(point.attack, "member", point.correct, point.total)
+        left = Accuracy(name=point.attack, kind="member", correct=point.correct, total=point.total)
         at = {"norm": _norm(report.threat), "eps": point.eps, "variant": OVER_EPS}
         yield _row(report, left, **at)
         if point.verified is not None:

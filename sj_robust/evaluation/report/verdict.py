@@ -177,7 +177,8 @@ def _strongest(report: Evaluation, variant: str) -> str:
     if not left:
         return "no attack within the threat"
     total = report.under("clean", variant=variant).total
-    return f"{Accuracy('', 'member', min(left), total).percent} % under the strongest attack"
+    lowest = Accuracy("", "member", min(left), total)
+    return f"{lowest.percent} % under the strongest attack"
 
 
 def _contradictions(report: Evaluation) -> str:

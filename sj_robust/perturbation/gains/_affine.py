@@ -89,7 +89,13 @@ def cut_run(
     inside: set[nn.Module] = set()
     with ExitStack() as stack:
         for name, module in cuts.items():
-            cut = _Cut(run, name, module, module.forward, value)
+            cut = _Cut(
+                run=run,
+                name=name,
+                module=module,
+                original=module.forward,
+                value=value,
+            )
             stack.enter_context(other_forward(module, cut))
             inside.update(module.modules())
         for name, module in net.named_modules():

@@ -119,7 +119,13 @@ def input_maps(
     with full_precision(frame.device), preserved(net):
         if takes is None:
             takes = "steps" if step_mode_of(net) == "s" else "sequence"
-        network = _CutNetwork(net, frame[:1].detach(), [*neurons, *others], takes, seed)
+        network = _CutNetwork(
+            net=net,
+            frame=frame[:1].detach(),
+            neurons=[*neurons, *others],
+            takes=takes,
+            seed=seed,
+        )
         found: dict[str, InputMap] = {}
         for name in network.run.currents:
             found[name] = _measured(network, name, found, tolerance, max_iterations)
