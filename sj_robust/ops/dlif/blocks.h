@@ -387,12 +387,6 @@ void forward_range(const Job& job, int64_t first, int64_t last, void* memory, K&
     const Run* const runs = block.runs;
     const int n_runs = block.n_runs;
     const int64_t i = runs[0].offset;
-    const auto read = [&](const auto* from, int64_t stride, int64_t steps, C* to) {
-      read_runs(runs, n_runs, ahead.runs, ahead.n_runs, from, stride, steps, to, B);
-    };
-    const auto write = [&](const C* from, int64_t steps, auto* to, int64_t stride) {
-      write_runs(runs, n_runs, from, B, steps, to, stride, job.stream);
-    };
     coupling.enter(block);
     if (std::is_same_v<S, C> && block.is_row()) {
       ForwardBlock<C> in_place;
@@ -413,9 +407,9 @@ void forward_range(const Job& job, int64_t first, int64_t last, void* memory, K&
         std::memset(xb, 0, size_t(T * B) * sizeof(C));
         std::memset(ib, 0, B * sizeof(C));
       }
-      read(at<S>(job.x, 0), job.x_stride, T, xb);
+      read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.x, 0), job.x_stride, T, xb, B);
       if (job.v_init) {
-        read(at<C>(job.v_init, 0), 0, 1, ib);
+        read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.v_init, 0), 0, 1, ib, B);
       }
       ForwardBlock<C> copied;
       copied.x = xb;
@@ -429,14 +423,14 @@ void forward_range(const Job& job, int64_t first, int64_t last, void* memory, K&
       copied.stride = copied.x_stride = copied.s_stride = B;
       staged(copied, n, coupling);
       if (!job.pool) {
-        write(sb, T, at<S>(job.s, 0), M);
+        write_runs(runs, n_runs, sb, B, T, at<S>(job.s, 0), M, job.stream);
       }
-      write(vb, 1, at<C>(job.v, 0), 0);
+      write_runs(runs, n_runs, vb, B, 1, at<C>(job.v, 0), 0, job.stream);
       if (job.v_seq) {
-        write(vsb, T, at<C>(job.v_seq, 0), M);
+        write_runs(runs, n_runs, vsb, B, T, at<C>(job.v_seq, 0), M, job.stream);
       }
       if (job.current) {
-        write(cb, T, at<C>(job.current, 0), M);
+        write_runs(runs, n_runs, cb, B, T, at<C>(job.current, 0), M, job.stream);
       }
     }
     if (job.pool) {
@@ -485,12 +479,6 @@ void backward_range(
     const Run* const runs = block.runs;
     const int n_runs = block.n_runs;
     const int64_t i = runs[0].offset;
-    const auto read = [&](const auto* from, int64_t stride, int64_t steps, C* to) {
-      read_runs(runs, n_runs, ahead.runs, ahead.n_runs, from, stride, steps, to, B);
-    };
-    const auto write = [&](const C* from, int64_t steps, auto* to, int64_t stride) {
-      write_runs(runs, n_runs, from, B, steps, to, stride, job.stream);
-    };
     coupling.enter(block);
     if (job.pool) {
       read_runs(block.pooled,
@@ -537,21 +525,21 @@ void backward_range(
         }
         std::memset(ib, 0, 2 * B * sizeof(C));  // and gvb, which follows it
       }
-      read(at<S>(job.x, 0), job.x_stride, T, xb);
+      read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.x, 0), job.x_stride, T, xb, B);
       if (!job.pool) {
-        read(at<S>(job.gs, 0), M, T, gsb);
+        read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.gs, 0), M, T, gsb, B);
       }
       if (job.v_init) {
-        read(at<C>(job.v_init, 0), 0, 1, ib);
+        read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.v_init, 0), 0, 1, ib, B);
       }
       if (job.gv) {
-        read(at<C>(job.gv, 0), 0, 1, gvb);
+        read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.gv, 0), 0, 1, gvb, B);
       }
       if (job.gvs) {
-        read(at<C>(job.gvs, 0), M, T, gvsb);
+        read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.gvs, 0), M, T, gvsb, B);
       }
       if (job.g_current) {
-        read(at<C>(job.g_current, 0), M, T, gcb);
+        read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.g_current, 0), M, T, gcb, B);
       }
       BackwardBlock<C> copied;
       copied.x = xb;
@@ -569,10 +557,10 @@ void backward_range(
       copied.stride = copied.x_stride = copied.gs_stride = B;
       staged(copied, n, coupling);
       if constexpr (K::WRITES) {
-        write(gxb, T, at<S>(job.gx, 0), M);
+        write_runs(runs, n_runs, gxb, B, T, at<S>(job.gx, 0), M, job.stream);
       }
       if (job.gv_init) {
-        write(gib, 1, at<C>(job.gv_init, 0), 0);
+        write_runs(runs, n_runs, gib, B, 1, at<C>(job.gv_init, 0), 0, job.stream);
       }
     }
     coupling.leave(block);
