@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from sj_robust.core.broadcast import along
 from sj_robust.core.checks import Channels, check_channels, check_network, check_steps
 from sj_robust.core.convention import (
     TAKES,
@@ -36,12 +37,13 @@ from sj_robust.neuron import DLIFNode, replace_neurons
 
 __all__ = ["PoissonEncoder", "SpikingClassifier", "SpikingEventClassifier"]
 
-_KINDS = ("Conv", "ConvTranspose", "BatchNorm", "MaxPool", "AvgPool")
 _OF_FRAMES: tuple[Takes, ...] = ("sequence", "steps")
-_OF_FIXED_RANK = (
-    nn.SyncBatchNorm,
-    *(getattr(nn, f"{kind}{rank}d") for kind in _KINDS for rank in (1, 2, 3)),
-)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_MAXIMA = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+_AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+_OF_FIXED_RANK = _CONVOLUTIONS + _TRANSPOSED + _NORMS + _MAXIMA + _AVERAGES
 
 
 class SpikingClassifier(nn.Module):
@@ -132,7 +134,8 @@ class SpikingClassifier(nn.Module):
             )
         self.net = net
         self._T_is_its_own = T is None
-        if (steps := own_steps(net) if T is None else T) is not None:
+        steps = own_steps(net) if T is None else T
+        if steps is not None:
             self.T = steps
         self.encoder = encoder
         if takes is not None and takes not in self._possible:
@@ -141,23 +144,19 @@ class SpikingClassifier(nn.Module):
                 f"{takes!r}; None detects it automatically"
             )
         self.takes = takes
-        for name, numbers in {
-            "mean": check_channels("mean", mean),
-            "std": check_channels("std", std, positive=True),
-        }.items():
-            self.register_buffer(name, None if numbers is None else torch.tensor(numbers))
-        longer = {
-            name: m.T
-            for name, m in net.named_modules()
-            if T is not None and isinstance(m, DLIFNode) and m.T > T
-        }
-        for name, steps in list(longer.items())[:1]:
-            warnings.warn(
-                f"{type(self).__name__} runs T={T} of the T={steps} time steps that the DLIF "
-                f"neuron {name!r} has gains for; use T={steps}, or call "
-                f"sj_robust.models.set_time_steps(net, {T}) first if this is intended",
-                stacklevel=2,
-            )
+        means = check_channels("mean", mean)
+        deviations = check_channels("std", std, positive=True)
+        self.register_buffer("mean", None if means is None else torch.tensor(means))
+        self.register_buffer("std", None if deviations is None else torch.tensor(deviations))
+        for name, module in net.named_modules():
+            if T is not None and isinstance(module, DLIFNode) and module.T > T:
+                warnings.warn(
+                    f"{type(self).__name__} runs T={T} of the T={module.T} time steps that the "
+                    f"DLIF neuron {name!r} has gains for; use T={module.T}, or call "
+                    f"sj_robust.models.set_time_steps(net, {T}) first if this is intended",
+                    stacklevel=2,
+                )
+                break
 
     @one_thread_at_a_time
     def forward(self, images: Tensor) -> Tensor:
@@ -221,7 +220,8 @@ class SpikingClassifier(nn.Module):
 
     def _raise_for_usual_mistake(self, error: Exception, images: Tensor) -> None:
         """Raise what a failed forward comes from, if it is one of the usual mistakes."""
-        weight = next((value for value in self.net.parameters() if value.is_floating_point()), None)
+        weights = self.net.parameters()
+        weight = next((value for value in weights if value.is_floating_point()), None)
         if weight is not None and weight.device != images.device:
             raise ValueError(
                 f"images and network must be on the same device, got images on {images.device} and "
@@ -306,7 +306,8 @@ class SpikingClassifier(nn.Module):
         given = None if self._T_is_its_own else self.T
         find = partial(find_convention, self.net, self._frames_of_random_images(images), given)
         try:
-            convention = find(takes=self._possible if self.takes is None else (self.takes,))
+            takes = self._possible if self.takes is None else (self.takes,)
+            convention = find(takes=takes)
         except Exception as error:
             if "images" not in self._possible:
                 self._refuse_images(find, error)
@@ -369,11 +370,12 @@ class SpikingClassifier(nn.Module):
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _normalise(self, frames: Tensor, channel_dim: int) -> Tensor:
-        shape = (-1, *[1] * (frames.ndim - channel_dim - 1))
         if self.mean is not None:
-            frames = frames - self.mean.to(frames.dtype).view(shape)
+            mean = self.mean.to(frames.dtype)
+            frames = frames - along(mean, channel_dim, frames.ndim)
         if self.std is not None:
-            frames = frames / self.std.to(frames.dtype).view(shape)
+            std = self.std.to(frames.dtype)
+            frames = frames / along(std, channel_dim, frames.ndim)
         return frames
 
 
@@ -523,7 +525,8 @@ def as_classifier(
     if images is not None and frames:
         made = SpikingEventClassifier(net, images.shape[1] if T is None else T)
     else:
-        made = SpikingClassifier(net, 1 if T is None and not spiking else T, mean=mean, std=std)
+        steps = 1 if T is None and not spiking else T
+        made = SpikingClassifier(net, steps, mean=mean, std=std)
     made.training = net.training
     made = made.to(device_of(net))
     _find_convention_once(made, images)
@@ -579,7 +582,8 @@ def _differentiable(net: nn.Module) -> Iterator[None]:
     """
     neurons: list[nn.Module] = []
     if EVAL_MODE_HAS_NO_GRADIENT and torch.is_grad_enabled():
-        neurons = [m for m in net.modules() if isinstance(m, neuron.BaseNode) and not m.training]
+        nodes = [m for m in net.modules() if isinstance(m, neuron.BaseNode)]
+        neurons = [node for node in nodes if not node.training]
     for module in neurons:
         module.training = True
     try:

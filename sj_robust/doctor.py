@@ -70,21 +70,24 @@ def _main() -> None:
 def _text(tests: dict[str, str]) -> str:
     packages, remedies = _packages()
     backends = available_backends()
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gradient = "IF and LIF have no gradient in evaluation mode; SpikingClassifier handles this"
-    release = (
-        f"interface of 0.0.0.0.14 ({gradient})" if EVAL_MODE_HAS_NO_GRADIENT else "interface of 2.x"
-    )
+    remedies += _remedies(backends, tests)
+    python = f"{platform.python_version()} ({platform.python_implementation()}"
+    triton = version_of("triton") or version_of("pytorch-triton")
+    release = "interface of 2.x"
+    if EVAL_MODE_HAS_NO_GRADIENT:
+        release = (
+            "interface of 0.0.0.0.14 (IF and LIF have no gradient in evaluation mode; "
+            "SpikingClassifier handles this)"
+        )
+    usable = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        usable = len(os.sched_getaffinity(0))
     rows = [
         ("sj_robust", __version__),
-        (
-            "python",
-            f"{platform.python_version()} ({platform.python_implementation()}, "
-            f"{platform.machine()})",
-        ),
+        ("python", f"{python}, {platform.machine()})"),
         *packages,
         ("CUDA of torch", torch.version.cuda or "none"),
-        ("triton", version_of("triton") or version_of("pytorch-triton") or "not installed"),
+        ("triton", triton or "not installed"),
         ("SpikingJelly", release),
         ("system", platform.platform()),
         ("processor", f"{processor()}, torch uses {torch.backends.cpu.get_cpu_capability()}"),
@@ -96,22 +99,25 @@ def _text(tests: dict[str, str]) -> str:
         ("precision", f"float32 matrix products {torch.get_float32_matmul_precision()}"),
         *_settings(),
         *((f"self test {device}", verdict) for device, verdict in tests.items()),
-        *(("to do", remedy) for remedy in [*remedies, *_remedies(backends, tests)]),
+        *(("to do", remedy) for remedy in remedies),
     ]
     width = max(len(name) for name, _ in rows)
-    return _without_home("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    return _without_home("\n".join(lines))
 
 
 def _packages() -> tuple[list[tuple[str, str]], list[str]]:
     """A row for each package that is asked for, and what to do where one is missing or outside its
     bounds.
     """
-    rows, remedies = [], []
+    rows = []
+    remedies = []
     absent: dict[str, list[str]] = {}
     for needed, extra in _requirements():
         version = version_of(needed.name)
         if version is None:
-            rows.append((needed.name, "not installed" + (f" (extra {extra})" if extra else "")))
+            in_extra = f" (extra {extra})" if extra else ""
+            rows.append((needed.name, f"not installed{in_extra}"))
             absent.setdefault(extra, []).append(needed.name)
         elif needed.specifier.contains(version, prereleases=True):
             rows.append((needed.name, version))
@@ -136,20 +142,29 @@ def _requirements() -> list[tuple[Requirement, str]]:
     """
     try:
         lines = metadata.requires("sj_robust") or []
-    except (
-        metadata.PackageNotFoundError
-    ):  # a source tree that is not installed, so nobody says which versions
+    except metadata.PackageNotFoundError:
+        # a source tree that is not installed, so nobody says which versions
         lines = ["torch", "torchvision", "spikingjelly", "numpy"]
     found: dict[str, tuple[Requirement, str]] = {}
     for needed in map(Requirement, lines):
-        marker, needed.marker = needed.marker, None
-        extra = next(
-            (extra for extra in _EXTRAS if marker is None or marker.evaluate({"extra": extra})),
-            None,
-        )
-        if extra is not None:
-            found.setdefault(needed.name, (needed, extra))[0].specifier &= needed.specifier
+        extra = _extra_of(needed)
+        if extra is None:
+            continue
+        needed.marker = None
+        if needed.name in found:
+            first, _ = found[needed.name]
+            first.specifier &= needed.specifier
+        else:
+            found[needed.name] = (needed, extra)
     return list(found.values())
+
+
+def _extra_of(needed: Requirement) -> str | None:
+    """The first extra that comes with a package; None if none does."""
+    for extra in _EXTRAS:
+        if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+            return extra
+    return None
 
 
 def _devices() -> Iterator[tuple[str, str]]:
@@ -165,12 +180,11 @@ def _devices() -> Iterator[tuple[str, str]]:
 def _driver() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        output = subprocess.run(
-            command, capture_output=True, text=True, timeout=10, check=True
-        ).stdout
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return "unknown (nvidia-smi does not run)"
-    return (output.splitlines() or ["unknown"])[0].strip()
+    lines = done.stdout.splitlines()
+    return lines[0].strip() if lines else "unknown"
 
 
 def _kernel() -> str:
@@ -185,20 +199,17 @@ def _kernel() -> str:
 
 
 def _settings() -> list[tuple[str, str]]:
-    found = [
-        (name, value) for name, value in sorted(os.environ.items()) if _VARIABLES.fullmatch(name)
-    ]
-    return [(name, value or "set, empty") for name, value in found] or [
-        ("variables", "none that matter are set")
-    ]
+    found = []
+    for name, value in sorted(os.environ.items()):
+        if _VARIABLES.fullmatch(name):
+            found.append((name, value or "set, empty"))
+    return found or [("variables", "none that matter are set")]
 
 
 def _self_tests() -> dict[str, str]:
     """The verdict by device."""
-    return {
-        name: _self_test(name)
-        for name in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())))
-    }
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return {name: _self_test(name) for name in ("cpu", *gpus)}
 
 
 def _failed(verdict: str) -> bool:
@@ -206,25 +217,25 @@ def _failed(verdict: str) -> bool:
 
 
 def _self_test(device: str) -> str:
-    start, backend = time.perf_counter(), "auto"
+    start = time.perf_counter()
+    backend = "auto"
     try:
-        generator = torch.Generator().manual_seed(0)
-        x = (0.5 + 0.6 * torch.randn(_SHAPE, generator=generator)).to(device)  # the same everywhere
+        generator = torch.Generator().manual_seed(0)  # on the CPU: the same everywhere
+        x = 0.5 + 0.6 * torch.randn(_SHAPE, generator=generator)
         gain = 1 + 0.2 * torch.randn(_SHAPE[0], generator=generator)
-        grad = torch.randn(_SHAPE, generator=generator).to(device)
-        reference, node = (
-            DLIFNode(_SHAPE[0], tau=2.0, store_v_seq=True, backend=b) for b in ("reference", "auto")
-        )
+        grad = torch.randn(_SHAPE, generator=generator)
+        reference = DLIFNode(_SHAPE[0], tau=2.0, store_v_seq=True, backend="reference")
+        node = DLIFNode(_SHAPE[0], tau=2.0, store_v_seq=True, backend="auto")
         for neuron in (reference, node):
             neuron.to(device).input_gain.data.copy_(gain)
+        x = x.to(device)
         backend = node.chosen_backend(x)
-        failure = _difference(reference, node, x, grad)
+        failure = _difference(reference, node, x, grad.to(device))
     except Exception as error:  # whatever it is, a bug report wants to know it
-        failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    verdict, seconds = (
-        "passed" if failure is None else f"FAILED: {failure}",
-        time.perf_counter() - start,
-    )
+        message = " ".join(str(error).split())
+        failure = f"{type(error).__name__}: {message}"
+    seconds = time.perf_counter() - start
+    verdict = "passed" if failure is None else f"FAILED: {failure}"
     return f"{verdict} (backend {backend} against reference, forward and backward, {seconds:.2f} s)"
 
 
@@ -232,28 +243,38 @@ def _difference(reference: DLIFNode, node: DLIFNode, x: Tensor, grad: Tensor) ->
     """What differs, forward or backward, where no potential is too near to the threshold; None if
     nothing does.
     """
-    inputs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    spikes = reference(inputs[0]), node(inputs[1])
+    expected_x = x.clone().requires_grad_()
+    found_x = x.clone().requires_grad_()
+    expected_spikes = reference(expected_x)
+    found_spikes = node(found_x)
     assert reference.v_seq is not None  # store_v_seq
     potential = reference.v_seq.detach()
-    before = torch.cat((torch.zeros_like(potential[:1]), potential[:-1]))
-    h = reference.decay * before + reference.input_gain.detach().view(-1, 1, 1) * x
+    start = torch.zeros_like(potential[:1])
+    before = torch.cat((start, potential[:-1]))
+    current = reference.input_gain.detach().view(-1, 1, 1) * x
+    h = reference.decay * before + current
     clear = ((h - reference.v_threshold).abs() > _MARGIN).all(0)
-    if float(clear.double().mean()) < 0.99 or not 0.05 < float(spikes[0].detach().mean()) < 0.95:
+    share_of_spikes = float(expected_spikes.detach().mean())
+    if float(clear.double().mean()) < 0.99 or not 0.05 < share_of_spikes < 0.95:
         return "the spikes of the reference itself are implausible"
-    torch.autograd.backward(spikes, (grad * clear, grad * clear))
+    grad = grad * clear
+    torch.autograd.backward((expected_spikes, found_spikes), (grad, grad))
     pairs = {
-        "spikes": spikes,
+        "spikes": (expected_spikes, found_spikes),
         "potential": (reference.v_seq, node.v_seq),
-        "gradient of the input": (inputs[0].grad, inputs[1].grad),
+        "gradient of the input": (expected_x.grad, found_x.grad),
         "gradient of input_gain": (reference.input_gain.grad, node.input_gain.grad),
     }
-    for name, pair in pairs.items():
-        values = [value.detach() for value in pair if value is not None]
-        expected, found = (value if value.ndim == 1 else value[:, clear] for value in values)
+    for name, (expected, found) in pairs.items():
+        assert expected is not None
+        assert found is not None
+        if expected.ndim > 1:  # a gradient of gains is of all neurons
+            expected = expected[:, clear]
+            found = found[:, clear]
         rtol, atol = (0.0, 0.0) if name == "spikes" else (1e-3, 1e-4)
         if not torch.allclose(found, expected, rtol=rtol, atol=atol):
-            return f"{name} differs by up to {float((expected - found).abs().max()):.3g}"
+            distance = (expected - found).abs()
+            return f"{name} differs by up to {float(distance.detach().max()):.3g}"
     return None
 
 
@@ -261,23 +282,24 @@ def _remedies(backends: dict[str, str], tests: dict[str, str]) -> list[str]:
     """What to do about backends that are missing where they would run, and about a failed self
     test.
     """
-    remedies = [f"backend cpp: {backends['cpp']}"] if backends["cpp"] != "available" else []
-    kernels = [name for name in ("cupy", "triton") if backends[name] != "available"]
-    if torch.cuda.device_count() and len(kernels) == 2:  # one of them is enough
-        remedies += [f"backend {name}: {backends[name]}" for name in kernels]
+    missing = [name for name, state in backends.items() if state != "available"]
+    asked = []
+    if "cpp" in missing:
+        asked.append("cpp")
+    if torch.cuda.device_count() and "cupy" in missing and "triton" in missing:
+        asked += ["cupy", "triton"]  # one of them is enough
+    remedies = [f"backend {name}: {backends[name]}" for name in asked]
     advice = "use DLIFNode(..., backend='reference') there, and report this text"
-    return remedies + [
-        f"the self test failed on {device}: {advice}" for device in tests if _failed(tests[device])
-    ]
+    failed = [device for device, verdict in tests.items() if _failed(verdict)]
+    return remedies + [f"the self test failed on {device}: {advice}" for device in failed]
 
 
 def _without_home(text: str) -> str:
     home = str(Path.home())
-    return (
-        text
-        if len(home) < 2
-        else re.sub(rf"{re.escape(home)}(?=[/\\\s:,;)'\"]|$)", "~", text, flags=re.MULTILINE)
-    )
+    if len(home) < 2:
+        return text
+    as_a_whole = rf"{re.escape(home)}(?=[/\\\s:,;)'\"]|$)"
+    return re.sub(as_a_whole, "~", text, flags=re.MULTILINE)
 
 
 if __name__ == "__main__":

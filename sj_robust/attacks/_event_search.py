@@ -178,7 +178,8 @@ class EventSearch:
 
     def _many(self, size: Tensor, ranked: Tensor) -> int:
         """Number of candidates for the ``size`` [n] changes of a step."""
-        return min(int(size.max()) + self.settings.probes, ranked.shape[1])
+        most = int(size.max()) + self.settings.probes
+        return min(most, ranked.shape[1])
 
     def _ranked(self, rows: Tensor, gain: Tensor) -> Tensor:
         """The gains, equal ones in random order."""
@@ -232,12 +233,14 @@ class EventSearch:
             tried = there.nonzero().squeeze(1)
             if len(tried) == 0:
                 break
-            trial = self.changed[rows[tried]].scatter(1, index[tried, column], True)
+            before = self.changed[rows[tried]]
+            trial = before.scatter(1, index[tried, column], True)
             after = self._score(rows[tried], trial)
             rise = (after.loss - loss[tried]).double()
             gained[tried, column] = torch.where(after.fooled, torch.inf, rise)
         gained, order = gained.sort(dim=1, descending=True, stable=True)
-        return Candidates(index.gather(1, order[..., None].expand_as(index)), gained)
+        by_gain = order[..., None].expand_as(index)
+        return Candidates(index.gather(1, by_gain), gained)
 
     def _exchange(
         self,

@@ -73,11 +73,11 @@ def fab(
                 if len(rows) == 0:
                     return best.x_adv
                 boundary = _Boundary(
-                    model,
-                    x[rows],
-                    y[rows],
-                    classes[rows],
-                    ball,
+                    model=model,
+                    x=x[rows],
+                    y=y[rows],
+                    classes=classes[rows],
+                    ball=ball,
                 )
                 x_adv = ball.project(x[rows], boundary.nearest(start[rows], steps))
                 fooled = boundary.fooled(x_adv, y[rows])

@@ -1,5 +1,6 @@
 """Spikes that an image drives directly: their currents, and where these change a spike train."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.attacks.projection import wide
+from sj_robust.core.broadcast import along
 from sj_robust.core.host import functional, is_neuron
 from sj_robust.core.preserved import preserved
 
@@ -89,7 +91,8 @@ class _Seen:
     def is_affine(self, x: Tensor) -> bool:
         """Whether the current is there, the same in every step, and affine in the image."""
         generator = torch.Generator().manual_seed(0)
-        ends = torch.rand((2, *x.shape[1:]), generator=generator).to(x)
+        shape = (2, *x.shape[1:])
+        ends = torch.rand(shape, generator=generator).to(x)
         middle = ends.mean(0, keepdim=True)
         with self._hooks(ends_the_run=False):
             self.model(torch.cat([ends, middle]))
@@ -98,9 +101,11 @@ class _Seen:
         steps = self._steps()
         self.steps = len(steps)
         first, other, between = steps[0].double()
-        off = (between - (first + other) / 2).abs().max()
+        middle_of_currents = (first + other) / 2
+        off = (between - middle_of_currents).abs().max()
         changed = (steps - steps[:1]).abs().max()
-        return bool(torch.maximum(off, changed) <= _AFFINE * steps.abs().max())
+        allowed = _AFFINE * steps.abs().max()
+        return bool(torch.maximum(off, changed) <= allowed)
 
     def currents(self, images: Tensor) -> Tensor:
         """Currents of the first step, [N, neurons]."""
@@ -116,7 +121,8 @@ class _Seen:
 
     @contextmanager
     def _hooks(self, *, ends_the_run: bool) -> Iterator[None]:
-        self.layer, self.inputs = None, []
+        self.layer = None
+        self.inputs = []
 
         def called(layer: nn.Module, args: tuple[Any, ...]) -> None:
             if self.layer is None:
@@ -147,16 +153,20 @@ class _Table:
 def _table(seen: _Seen, x: Tensor) -> _Table:
     """The map, column by column: the currents of an image with one white element."""
     elements = x[0].numel()
-    bias = seen.currents(torch.zeros_like(x[:1]))[0]
-    stride = -(-elements * len(bias) // _ENTRIES)
-    bias = bias[::stride]
-    columns, neurons, weights = [], [], []
+    of_black = seen.currents(torch.zeros_like(x[:1]))[0]
+    stride = math.ceil(elements * len(of_black) / _ENTRIES)  # of the neurons that are kept
+    bias = of_black[::stride]
+    columns = []
+    neurons = []
+    weights = []
     every = torch.arange(elements, device=x.device)
     for numbers in torch.split(every, _AT_ONCE // len(bias) + 1):
         white = torch.zeros(len(numbers), elements, dtype=x.dtype, device=x.device)
         white.scatter_(1, numbers[:, None], 1.0)
-        change = seen.currents(white.view(-1, *x.shape[1:]))[:, ::stride] - bias
-        column, neuron = (change.abs() > _NOTHING * change.abs().max()).nonzero(as_tuple=True)
+        currents = seen.currents(white.view(-1, *x.shape[1:]))
+        change = currents[:, ::stride] - bias
+        size = change.abs()
+        column, neuron = (size > _NOTHING * size.max()).nonzero(as_tuple=True)
         columns.append(numbers[column])
         neurons.append(neuron)
         weights.append(change[column, neuron])
@@ -201,25 +211,32 @@ def _thresholds(seen: _Seen, lowest: float, highest: float) -> Tensor | None:
 
 def _bisected(current: Tensor, train: Tensor, trains: Callable[[Tensor], Tensor]) -> Tensor:
     """Smallest currents found behind every change of the train, infinities at the ends."""
-    at = (train[:, 1:] != train[:, :-1]).any(0).nonzero().squeeze(1)
-    low, high, before = current[at], current[at + 1], train[:, at]
-    for _ in range(_BISECTIONS if len(at) else 0):
+    end = current.new_full((1,), torch.inf)
+    differ = train[:, 1:] != train[:, :-1]
+    changes = differ.any(0)
+    at = changes.nonzero().squeeze(1)
+    if not len(at):
+        return torch.cat([-end, end])
+    low = current[at]
+    high = current[at + 1]
+    before = train[:, at]
+    for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         same = (trains(middle) == before).all(0)
         low = torch.where(same, middle, low)
         high = torch.where(same, high, middle)
-    end = current.new_full((1,), torch.inf)
     return torch.cat([-end, high, end])
 
 
 def _trains(seen: _Seen, current: Tensor) -> Tensor:
     """Spikes of every step, [T, M], of neurons with constant currents [M]."""
     functional.reset_net(seen.layer)
-    ones = [1] * (seen.inputs[0].ndim - 1 - (seen.layer.step_mode == "m"))
-    frame = current.view(-1, *ones)
     steps = seen.steps
+    ndim = seen.inputs[0].ndim
     if seen.layer.step_mode == "m":
+        frame = along(current, 0, ndim - 1)
         spikes: Tensor = seen.layer(frame.expand(steps, *frame.shape))
     else:
+        frame = along(current, 0, ndim)
         spikes = torch.stack([seen.layer(frame) for _ in range(steps)])
     return spikes.reshape(steps, -1)

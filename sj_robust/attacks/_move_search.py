@@ -71,11 +71,13 @@ class MoveSearch(EventSearch):
         if self.limits.total_shift is not None:
             # what is gained per frame of shift, since those are scarce
             source = torch.arange(gain.shape[1], device=gain.device).expand_as(gain)
-            gain = gain / shift_of(self.x, source, targets.index).clamp(min=1)
+            shifts = shift_of(self.x, source, targets.index)
+            gain = gain / shifts.clamp(min=1)
         ranked = self._ranked(rows, gain)
         size = (size + 1) // 2  # one move for two elements
         ranked, source = ranked.topk(self._many(size, ranked), dim=1)
-        promise = torch.where(ranked.isinf(), ranked, gain.gather(1, source))
+        own_gain = gain.gather(1, source)
+        promise = torch.where(ranked.isinf(), ranked, own_gain)
         self._take(rows, Candidates(_pairs(source, targets), promise), loss, size)
 
     def _allowed(
@@ -128,7 +130,8 @@ class MoveSearch(EventSearch):
         gain = gain.masked_fill(~changed, 0.0)
         gain = gain.view(len(rows), frames, -1).sum(1)
         moved = changed.view(len(rows), frames, -1).any(1)
-        order = gain.masked_fill(~moved, torch.inf).argsort(dim=1, stable=True)
+        of_moved = gain.masked_fill(~moved, torch.inf)
+        order = of_moved.argsort(dim=1, stable=True)
         rank = order.argsort(1)
         return torch.where(moved, rank, -1).repeat(1, frames)
 
@@ -168,7 +171,8 @@ def best_targets(
             there = value[:, to]
             better = (there > so_far) & (left >= shift)
             best[:, source] = torch.where(better, there, so_far)
-            target[:, source] = torch.where(better, number[:, to], target[:, source])
+            there_too = number[:, to]
+            target[:, source] = torch.where(better, there_too, target[:, source])
     here = (x.flatten(1) > 0) & ~changed
     best = best.flatten(1).masked_fill(~here, -torch.inf)
     return Targets(best, target.flatten(1))
@@ -230,7 +234,8 @@ def shift_of(x: Tensor, source: Tensor, target: Tensor) -> Tensor:
 
 def _pairs(source: Tensor, targets: Targets) -> Tensor:
     """The two elements of the moves from ``source`` [n, K], [n, K, 2]."""
-    return torch.stack((source, targets.index.gather(1, source)), dim=2)
+    target = targets.index.gather(1, source)
+    return torch.stack((source, target), dim=2)
 
 
 def _frames_left(x: Tensor, changed: Tensor, limits: Limits) -> Tensor:

@@ -68,9 +68,13 @@ class Moves:
 
     def numbers(self, kind: str) -> int:
         """How many random numbers a move of a kind takes."""
-        return {"elements": 2 * _MOST + 2, "patch": 5 + 2 * self.shape[0], "cross": 4}.get(
-            kind, 2 * _CANDIDATES
-        )
+        if kind == "elements":
+            return 2 * _MOST + 2
+        if kind == "patch":
+            return 5 + 2 * self.shape[0]
+        if kind == "cross":
+            return 4
+        return 2 * _CANDIDATES
 
     def propose(self, kind: str, place: Place, numbers: Tensor) -> Tensor:
         """Images [n, P]; ``numbers`` are uniform in [0, 1), [n, :meth:`numbers`]."""
@@ -79,19 +83,20 @@ class Moves:
     def elements(self, place: Place, numbers: Tensor) -> Tensor:
         """One to three elements get new values, every second time the extreme ones."""
         index, share, many, extreme = torch.split(numbers, [_MOST, _MOST, 1, 1], dim=1)
-        used = torch.arange(_MOST, device=many.device) % (1 + _integers(many, _MOST))
+        count = 1 + _integers(many, _MOST)
+        used = torch.arange(_MOST, device=many.device) % count
         index = _integers(index, place.x.shape[1]).gather(1, used)
         share = _rounded(share, extreme).gather(1, used).to(place.x.dtype)
         low = place.low.gather(1, index)
         high = place.high.gather(1, index)
-        return place.x.scatter(1, index, low + share * (high - low))
+        value = low + share * (high - low)
+        return place.x.scatter(1, index, value)
 
     def patch(self, place: Place, numbers: Tensor) -> Tensor:
         """A square, mostly of one pixel, gets a value per channel, in all channels or in some."""
         channels, height, width = self.shape
-        side, corner, every, extreme, share, taken = torch.split(
-            numbers, [1, 2, 1, 1, channels, channels], dim=1
-        )
+        widths = [1, 2, 1, 1, channels, channels]
+        side, corner, every, extreme, share, taken = torch.split(numbers, widths, dim=1)
         power = side.squeeze(1) ** 3 * _LARGEST_SIDE
         pixels = (min(height, width) ** power).long()
         inside = self._square(pixels, corner)
@@ -108,7 +113,8 @@ class Moves:
         side, corner, which = torch.split(numbers, [1, 2, 1], dim=1)
         longest = max(min(height, width) - 1, 1)
         pixels = 1 + _integers(side.squeeze(1), longest)
-        mask = self._square(pixels, corner).expand(-1, *self.shape).flatten(1)
+        square = self._square(pixels, corner)
+        mask = square.expand(-1, *self.shape).flatten(1)
         found = _integers(which.squeeze(1), place.pool.shape[1])
         other = place.pool[place.rows, found]
         return torch.where(mask, other, place.x)
@@ -136,7 +142,8 @@ class Moves:
         up = spikes.thresholds[next_above] + _ACROSS
         down = spikes.thresholds[next_above - 1] - _ACROSS
         if believed:
-            slope = (_at(place.slope, index) * weight).sum(2) / weight.square().sum(2)
+            along_weight = (_at(place.slope, index) * weight).sum(2)
+            slope = along_weight / weight.square().sum(2)
             goal = torch.where(slope < 0, up, down)
             distance = (goal - current).abs()
             cost = distance / (slope.abs() + 1e-9)
@@ -186,10 +193,12 @@ def _carried(place: Place, index: Tensor, weight: Tensor, goal: Tensor) -> Tenso
     value = before
     for _ in range(_PROJECTIONS):
         missing = goal - (weight * value).sum(1, keepdim=True)
-        free = torch.where(weight * missing > 0, value < high, value > low)
+        rises = weight * missing > 0
+        free = torch.where(rises, value < high, value > low)
         way = weight * free
         length = way.square().sum(1, keepdim=True).clamp(min=1e-12)
-        value = torch.minimum(torch.maximum(value + way * (missing / length), low), high)
+        moved = value + way * (missing / length)
+        value = torch.minimum(torch.maximum(moved, low), high)
     change = torch.where(weight == 0, 0.0, value - before)  # rows are filled up with zeros
     return place.x.scatter_add(1, index, change)
 
@@ -212,5 +221,6 @@ def _rounded(numbers: Tensor, extreme: Tensor) -> Tensor:
 def _interval(side: Tensor, number: Tensor, size: int) -> Tensor:
     """Which of ``size`` places lie in an interval of a length [n] at a random place, [n, size]."""
     first = (number * (size - side + 1)).long()
+    end = first + side
     place = torch.arange(size, device=side.device)
-    return (place >= first[:, None]) & (place < (first + side)[:, None])
+    return (place >= first[:, None]) & (place < end[:, None])

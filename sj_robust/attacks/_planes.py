@@ -61,10 +61,12 @@ class Planes:
         removed, [N, D]: all planes of a kind have the same.
         """
         of_kinds = draws.view(len(draws), self.frames.shape[1], 2, -1)
-        add, remove = of_kinds[:, :, :1], of_kinds[:, :, 1:]
+        add = of_kinds[:, :, :1]
+        remove = of_kinds[:, :, 1:]
         removed = self.number - self.added
-        every = [add.expand(-1, -1, self.added, -1), remove.expand(-1, -1, removed, -1)]
-        return torch.cat(every, 2).flatten(1)
+        of_added = add.expand(-1, -1, self.added, -1)
+        of_removed = remove.expand(-1, -1, removed, -1)
+        return torch.cat([of_added, of_removed], 2).flatten(1)
 
 
 def in_units(x: Tensor, most: int) -> Planes:
@@ -72,8 +74,10 @@ def in_units(x: Tensor, most: int) -> Planes:
     most = min(most, _MOST)
     present = int(x.max()) if x.numel() else 0
     removed = max(1, min(most, present))
-    planes = [torch.zeros_like(x)] * most + [(x - most).clamp(min=0)]
-    planes += [(x > k).to(x.dtype) for k in range(removed)]
+    may_be_added = [torch.zeros_like(x)] * most
+    stay = (x - most).clamp(min=0)
+    may_be_removed = [(x > k).to(x.dtype) for k in range(removed)]
+    planes = [*may_be_added, stay, *may_be_removed]
     return Planes(torch.cat(planes, 2), most, len(planes))
 
 
@@ -85,8 +89,12 @@ def each_on_its_own(x: Tensor, *, counts: bool) -> tuple[Tensor, int]:
     if not counts or not x.numel():
         return x, 1
     until = x.cumsum(1)
+    before = until - x
     planes = max(1, int(until.max()))
-    found = [((until > k) & (until - x <= k)).to(x.dtype) for k in range(planes)]
+    found = []
+    for number in range(planes):
+        has_event = (until > number) & (before <= number)
+        found.append(has_event.to(x.dtype))
     return torch.cat(found, 2), planes
 
 

@@ -26,13 +26,13 @@ def refuse_carried_states(model: object) -> Iterator[None]:
     nothing is paid for it; nor is what no hook can see: a plain function around a network, or a
     compiled one.
     """
-    if (
-        not isinstance(model, nn.Module)
-        or is_compiled(model)
-        or not (neurons := list(filter(_memories, _bare_modules(model))))
-    ):
+    neurons: list[nn.Module] = []
+    if isinstance(model, nn.Module) and not is_compiled(model):
+        neurons = list(filter(_memories, _bare_modules(model)))
+    if not neurons:
         yield
         return
+    assert isinstance(model, nn.Module)  # it has neurons
     left: dict[nn.Module, list[Tensor]] = {}
 
     def begin(*_: object) -> None:
@@ -40,12 +40,13 @@ def refuse_carried_states(model: object) -> Iterator[None]:
 
     def called(neuron: nn.Module, *_: object) -> None:
         before = left.pop(neuron, [])
-        if any(state is earlier for state in _states(neuron) for earlier in before):
-            raise _CarriedStateError(
-                f"{type(neuron).__name__} still holds the state of the previous forward pass, so "
-                "every step of the attack would see a different network: attack "
-                "SpikingClassifier(net, T=...), which resets the network before every forward"
-            )
+        for state in _states(neuron):
+            if any(state is earlier for earlier in before):
+                raise _CarriedStateError(
+                    f"{type(neuron).__name__} still holds the state of the previous forward pass, "
+                    "so every step of the attack would see a different network: attack "
+                    "SpikingClassifier(net, T=...), which resets the network before every forward"
+                )
 
     hooks = [
         model.register_forward_pre_hook(begin),
@@ -131,8 +132,8 @@ def _states(module: nn.Module) -> list[Tensor]:
     keeps its own.
     """
     initial = vars(module).get("_memories_rv", {})
-    return [
-        value
-        for name, value in _memories(module).items()
-        if isinstance(value, Tensor) and not isinstance(initial.get(name), Tensor)
-    ]
+    found = []
+    for name, value in _memories(module).items():
+        if isinstance(value, Tensor) and not isinstance(initial.get(name), Tensor):
+            found.append(value)
+    return found

@@ -128,16 +128,21 @@ class SpikeSearch:
     def run(self, seeds: SampleSeeds) -> Tensor:
         """All stages; images that fool, and elsewhere those of the smallest margin."""
         for number, stage in enumerate(self.plan.stages):
-            takes_part = ~self.fooled & (self.best <= stage.near * self.typical)
-            rows = takes_part.nonzero().squeeze(1)
-            for part in torch.split(rows, max(1, self.plan.batch_size // stage.chains)):
+            is_near = self.best <= stage.near * self.typical
+            rows = (~self.fooled & is_near).nonzero().squeeze(1)
+            samples = max(1, self.plan.batch_size // stage.chains)
+            for part in torch.split(rows, samples):
                 if len(part):
-                    walk = _Walk(self, part, stage.chains, self.plan.turns(stage))
+                    walk = _Walk(
+                        search=self, rows=part, chains=stage.chains, turns=self.plan.turns(stage)
+                    )
                     walk.run(seeds.rows(part).derived(number))
         least = self.leads.amin(2).argmin(1)
-        nearest = self.pool[torch.arange(len(least), device=least.device), least]
+        every = torch.arange(len(least), device=least.device)
+        nearest = self.pool[every, least].view_as(self.x)
+        nearest = nearest.to(self.x.dtype)
         standing = ~self.fooled
-        self.x_adv[standing] = nearest.view_as(self.x).to(self.x.dtype)[standing]
+        self.x_adv[standing] = nearest[standing]
         return self.x_adv
 
 
@@ -153,13 +158,16 @@ class _Walk:
         self.turns = turns
         self.chains = chains
         self.rows = rows
-        pool = search.leads[rows]
-        _, images, classes = pool.shape
+        of_pool = search.leads[rows]
+        _, images, classes = of_pool.shape
         rivals = min(search.plan.rivals, chains, classes - 1)
         number = torch.arange(chains, device=rows.device)
-        self.rival = pool.amin(1).argsort(1)[:, number % rivals]  # [S, C]
-        over_rival = pool.gather(2, self.rival[:, None].expand(-1, images, -1))
-        rank = number // rivals % min(images, max(1, chains // (2 * rivals)))
+        nearest_classes = of_pool.amin(1).argsort(1)
+        self.rival = nearest_classes[:, number % rivals]  # [S, C]
+        rival_on_each = self.rival[:, None].expand(-1, images, -1)
+        over_rival = of_pool.gather(2, rival_on_each)
+        starts = min(images, max(1, chains // (2 * rivals)))
+        rank = number // rivals % starts
         source = over_rival.argsort(1)[:, rank, number]
         self.x = search.pool[rows[:, None], source]  # [S, C, P]
         self.leads = search.leads[rows[:, None], source]  # [S, C, classes]
@@ -173,7 +181,8 @@ class _Walk:
 
     def over_rival(self, every: Tensor) -> Tensor:
         """Of leads over every class [S, C, classes] that of each chain over its rival, [S, C]."""
-        return every.gather(2, self.rival[:, :, None]).squeeze(2)
+        of_rival = every.gather(2, self.rival[:, :, None])
+        return of_rival.squeeze(2)
 
     def keep(self, stays: Tensor) -> None:
         """Continue with some of the samples."""
@@ -196,9 +205,11 @@ class _Walk:
             place = turn % _BLOCK
             if place == 0:
                 numbers = self.draw(seeds, turn)
-            drawn, heat = numbers[2 * place], numbers[2 * place + 1]
+            drawn = numbers[2 * place]
+            heat = numbers[2 * place + 1]
             cooled = max(0.0, 1 - turn / (_WARM * self.turns))
-            fell = self.turn(plan.moves[turn % len(plan.moves)], drawn, heat, cooled)
+            kind = plan.moves[turn % len(plan.moves)]
+            fell = self.turn(kind, drawn, heat, cooled)
             if bool(fell.any()):
                 stays = ~fell
                 self.keep(stays)
@@ -236,17 +247,22 @@ class _Walk:
         value = self.over_rival(found)
         proposal = wide(images).view_as(self.x)
         self.learn(proposal - self.x, value - self.value)
-        worse = search.plan.heat * cooled * search.typical[self.rows, None]
-        better = value <= self.value - worse * torch.log1p(-heat.squeeze(2))
-        self.x = torch.where(better.unsqueeze(2), proposal, self.x)
-        self.leads = torch.where(better.unsqueeze(2), found, self.leads)
-        self.value = torch.where(better, value, self.value)
-        search.best[self.rows] = torch.minimum(search.best[self.rows], found.amin((1, 2)))
-        wrong = self.confirmed(images, logits.argmax(1) != self.y).view(shape)
+        mean_rise = search.plan.heat * cooled * search.typical[self.rows, None]
+        allowed_rise = -mean_rise * torch.log1p(-heat.squeeze(2))
+        taken = value <= self.value + allowed_rise
+        self.x = torch.where(taken.unsqueeze(2), proposal, self.x)
+        self.leads = torch.where(taken.unsqueeze(2), found, self.leads)
+        self.value = torch.where(taken, value, self.value)
+        least = found.amin((1, 2))
+        before = search.best[self.rows]
+        search.best[self.rows] = torch.minimum(before, least)
+        is_wrong = logits.argmax(1) != self.y
+        wrong = self.confirmed(images, is_wrong).view(shape)
         fell = wrong.any(1)
         if bool(fell.any()):
             rows = self.rows[fell]
-            wrong_ones = images.view_as(self.x)[fell, wrong.int().argmax(1)[fell]]
+            first_wrong = wrong.int().argmax(1)
+            wrong_ones = images.view_as(self.x)[fell, first_wrong[fell]]
             search.x_adv[rows] = wrong_ones.view_as(search.x[rows])
             search.fooled[rows] = True
         return fell
@@ -276,15 +292,19 @@ class _Walk:
         choice = self.choice(kind)
         place = chains.repeated(choice)
         numbers = drawn.reshape(len(place.x), -1)
-        images = search.moves.propose(kind, place, numbers).clamp(place.low, place.high)
+        proposed = search.moves.propose(kind, place, numbers)
+        images = proposed.clamp(place.low, place.high)
         if choice > 1:
             change = images - place.x
             promise = (change * place.slope).sum(1)
-            promise = torch.where((change == 0).all(1), torch.inf, promise).view(-1, choice)
+            stays = (change == 0).all(1)
+            promise = torch.where(stays, torch.inf, promise)
+            most_promising = promise.view(-1, choice).argmin(1)
             first = torch.arange(0, len(images), choice, device=images.device)
-            images = images[first + promise.argmin(1)]
+            images = images[first + most_promising]
         if search.ball.norm == "L2":
-            images = search.ball.project(self.centre, images.view_as(self.centre)).flatten(1)
+            projected = search.ball.project(self.centre, images.view_as(self.centre))
+            images = projected.flatten(1)
         return images.to(search.x.dtype)
 
     def learn(self, change: Tensor, gain: Tensor) -> None:
@@ -296,15 +316,18 @@ class _Walk:
         search = self.search
         size = gain.abs()
         changed = size > _NO_CHANGE * search.clean[self.rows, None]
-        search.changed[self.rows] += torch.where(changed, size, 0.0).sum(1)
+        sizes = torch.where(changed, size, 0.0)
+        search.changed[self.rows] += sizes.sum(1)
         search.changes[self.rows] += changed.sum(1)
         rate = search.plan.rate
         if rate == 0:
             return
         believed = torch.einsum("scp,sp->sc", change, self.slope)
         length = change.square().sum(2)
-        off = torch.where(length > _NOTHING, (gain - believed) / length.clamp(min=_NOTHING), 0.0)
-        self.slope = self.slope + rate / self.chains * torch.einsum("sc,scp->sp", off, change)
+        off_per_length = (gain - believed) / length.clamp(min=_NOTHING)
+        off = torch.where(length > _NOTHING, off_per_length, 0.0)
+        correction = torch.einsum("sc,scp->sp", off, change)
+        self.slope = self.slope + rate / self.chains * correction
 
     def hand_over(self) -> None:
         """The best half of the chains replaces the worst images of the pool."""
@@ -314,6 +337,7 @@ class _Walk:
         many = min(self.chains, math.ceil(margins.shape[1] / 2))
         top = self.value.argsort(1)[:, :many]
         worst = margins.argsort(1, descending=True)[:, :many]
-        chosen = torch.arange(len(top), device=top.device)[:, None]
-        search.pool[self.rows[:, None], worst] = self.x[chosen, top]
-        search.leads[self.rows[:, None], worst] = self.leads[chosen, top]
+        every = torch.arange(len(top), device=top.device)[:, None]
+        rows = self.rows[:, None]
+        search.pool[rows, worst] = self.x[every, top]
+        search.leads[rows, worst] = self.leads[every, top]

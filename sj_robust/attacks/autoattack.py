@@ -121,10 +121,10 @@ def autoattack(
             return x
         classes = logits.shape[1]
         left_out = [name for name in names if classes < _FEWEST.get(name, 2)]
-        messages = [
-            f"{name} is skipped: it needs at least {_FEWEST[name]} classes, the model has {classes}"
-            for name in left_out
-        ]
+        messages = []
+        for name in left_out:
+            needed = f"it needs at least {_FEWEST[name]} classes, the model has {classes}"
+            messages.append(f"{name} is skipped: {needed}")
         names = _without(names, left_out, classes)
         messages += _doubts(model, x[standing], y[standing], names, settings)
         seeds = seeds_of_samples(private, len(x), draw_seed(private))
@@ -135,7 +135,8 @@ def autoattack(
                 break
             own = seeds.rows(rows).derived(name)
             found = attack(model, x[rows], y[rows], generator=own)
-            fooled = clean_logits(model, found, y[rows]).argmax(1) != y[rows]
+            logits = clean_logits(model, found, y[rows])
+            fooled = logits.argmax(1) != y[rows]
             x_adv[rows[fooled]] = found[fooled]
             standing[rows[fooled]] = False
             share = float(fooled.double().sum()) / len(x)

@@ -257,7 +257,8 @@ def count_flips(x_adv: Tensor, x: Tensor) -> Tensor:
         raise ValueError(
             f"x_adv must have the shape of x, {list(x.shape)}, got {list(x_adv.shape)}"
         )
-    return (x_adv.double() - x.double()).abs().ceil().flatten(1).sum(1).long()
+    size = (x_adv.double() - x.double()).abs()
+    return size.ceil().flatten(1).sum(1).long()
 
 
 def check_frames(x: Tensor, *, counts: bool = False) -> None:

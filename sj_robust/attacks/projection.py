@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sj_robust.core.broadcast import along
+
 __all__ = ["linf_bounds", "project_l2"]
 
 Norm = Literal["Linf", "L2"]
@@ -79,8 +81,7 @@ def l2_norm(x: Tensor) -> Tensor:
 
 def per_sample(values: Tensor, x: Tensor) -> Tensor:
     """One value per sample, [N], in a shape that broadcasts over ``x`` [N, ...]."""
-    ones = [1] * (x.ndim - 1)
-    return values.view(-1, *ones)
+    return along(values, 0, x.ndim)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -158,7 +158,8 @@ def searched(
     scores = [clean_logits(model, start, y) for start in starts]
     wrong = torch.stack([logits.argmax(1) != y for logits in scores], 1)
     found = wide(torch.stack([leads(logits, y) for logits in scores], 1))
-    x_adv = starts[wrong.int().argmax(1), torch.arange(len(x), device=x.device)]
+    first_wrong = wrong.int().argmax(1)
+    x_adv = starts[first_wrong, torch.arange(len(x), device=x.device)]
     rows = (~wrong.any(1)).nonzero().squeeze(1)
     if len(rows) == 0:
         return x_adv

@@ -223,7 +223,8 @@ class _Linf:
         n, c, h, w = best.shape
         side = max(round(math.sqrt(area * h * w)), 1)
         window = _window(best, numbers[:, :2], min(side, h, w))
-        up = (numbers[:, -c:] < 0.5).view(n, c, 1, 1)
+        colours = numbers[:, -c:] < 0.5
+        up = colours.view(n, c, 1, 1)
         lower = self.lower[window]
         upper = self.upper[window]
         proposal = best.clone()
@@ -280,14 +281,16 @@ class _L2:
         squared_length = per_sample(l2_norm(delta) ** 2, delta).to(delta.dtype)
         unused = (self.ball.eps**2 - squared_length).clamp(min=0)
         held = delta[raised]
-        signs = _signs(numbers[:, -c:], delta).view(n, c, 1, 1)
+        signs = _signs(numbers[:, -c:], delta)
+        signs = signs.view(n, c, 1, 1)
         pyramid = _pyramids(side, delta, transposed=numbers[:, 4] < 0.5)
         pyramid = pyramid.unsqueeze(1) * signs
         pyramid = pyramid + held / (_length(held) + _NOTHING)
         squares = delta.square()
-        taken_over = squares[raised].sum((-2, -1), keepdim=True)
+        of_raised = squares[raised].sum((-2, -1), keepdim=True)
         squares[raised] = 0
-        taken_over = taken_over + squares[emptied].sum((-2, -1), keepdim=True)
+        of_emptied = squares[emptied].sum((-2, -1), keepdim=True)
+        taken_over = of_raised + of_emptied
         delta[emptied] = 0
         length = (unused / c + taken_over).sqrt()
         delta[raised] = pyramid / (_length(pyramid) + _NOTHING) * length
@@ -325,7 +328,8 @@ def _pyramid(height: int, width: int, like: Tensor) -> Tensor:
 
 
 def _from_middle(size: int, like: Tensor) -> Tensor:
-    return (torch.arange(size, device=like.device) - size // 2).abs()
+    place = torch.arange(size, device=like.device)
+    return (place - size // 2).abs()
 
 
 def _window(images: Tensor, corner: Tensor, side: int) -> tuple[Tensor, ...]:
@@ -336,9 +340,9 @@ def _window(images: Tensor, corner: Tensor, side: int) -> tuple[Tensor, ...]:
     device = images.device
     sample = torch.arange(n, device=device).view(n, 1, 1, 1)
     channel = torch.arange(c, device=device).view(1, c, 1, 1)
-    rows = _span(corner[:, 0], side, h)
-    columns = _span(corner[:, 1], side, w)
-    return sample, channel, rows.view(n, 1, side, 1), columns.view(n, 1, 1, side)
+    rows = _span(corner[:, 0], side, h).view(n, 1, side, 1)
+    columns = _span(corner[:, 1], side, w).view(n, 1, 1, side)
+    return sample, channel, rows, columns
 
 
 def _span(number: Tensor, side: int, size: int) -> Tensor:

@@ -3,7 +3,7 @@ notation.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal, NamedTuple, get_args
@@ -70,9 +70,10 @@ class ThreatModel:
     counts: bool = False
 
     def __repr__(self) -> str:
-        values = vars(self).items()
-        given = [(name, value) for name, value in values if value is not None]
-        shown = [f"{name}={value!r}" for name, value in given if value is not False]
+        shown = []
+        for name, value in vars(self).items():
+            if value is not None and value is not False:
+                shown.append(f"{name}={value!r}")
         return f"ThreatModel({', '.join(shown)})"
 
     def __post_init__(self) -> None:
@@ -98,8 +99,10 @@ class ThreatModel:
         check_count(name, shift)
 
     def _checked_eps(self) -> float:
-        if not self.of_events:  # a Linf ball of radius 1 holds all of [0, 1]
-            return check_size("eps", self.eps, at_most=1.0 if self.norm == "Linf" else math.inf)
+        if self.norm == "Linf":  # a ball of radius 1 holds all of [0, 1]
+            return check_size("eps", self.eps, at_most=1.0)
+        if self.norm == "L2":
+            return check_size("eps", self.eps, at_most=math.inf)
         if isinstance(self.eps, bool) or self.eps < 1 or self.eps % 1 != 0:
             what = "changed elements" if self.norm == "L0" else "moved events"
             raise ValueError(
@@ -173,10 +176,12 @@ class ThreatModel:
         delta = (x_adv.double() - x.double()).flatten(1)
         if self.norm == "L0" and self.counts:
             held = self.holds_events(x_adv).flatten(1).all(1)
-            return torch.where(held, delta.abs().sum(1), torch.inf)
+            events = delta.abs().sum(1)
+            return torch.where(held, events, torch.inf)
         if self.norm == "L0":
-            inside = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)  # false for NaN
-            return torch.where(inside, (delta != 0).sum(1).double(), torch.inf)
+            inside = (x_adv >= 0) & (x_adv <= 1)  # false for NaN
+            elements = (delta != 0).sum(1).double()
+            return torch.where(inside.flatten(1).all(1), elements, torch.inf)
         if self.norm == "Linf":
             return delta.abs().amax(1)
         return delta.square().sum(1).sqrt()
@@ -224,7 +229,8 @@ class ThreatModel:
     def holds_events(self, x_adv: Tensor) -> Tensor:
         """Which values are numbers of events, that is 0 or 1 unless frames hold ``counts``."""
         most = torch.inf if self.counts else 1.0
-        return (x_adv >= 0) & (x_adv <= most) & (x_adv == x_adv.round()) & x_adv.isfinite()
+        inside = (x_adv >= 0) & (x_adv <= most) & x_adv.isfinite()
+        return inside & (x_adv == x_adv.round())
 
     def _allowed_moves(self, x: Tensor, x_adv: Tensor) -> Tensor:
         """``x_adv`` where its moves keep the budget, ``x`` elsewhere."""
@@ -275,7 +281,8 @@ def moves_of(x: Tensor, x_adv: Tensor) -> Moves:
 
     Of all ways to pair them this one has the smallest largest shift and the smallest total shift.
     """
-    change = (x_adv.flatten(2) - x.flatten(2)).round().long()
+    difference = x_adv.flatten(2) - x.flatten(2)
+    change = difference.round().long()
     gone = (-change).clamp(min=0)
     new = change.clamp(min=0)
     left_until = gone.cumsum(1)
@@ -283,18 +290,21 @@ def moves_of(x: Tensor, x_adv: Tensor) -> Moves:
     frames = x.shape[1]
     largest = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     total = torch.zeros_like(largest)
-    most = int(torch.maximum(gone.sum(1), new.sum(1)).max()) if change.numel() else 0
+    all_gone = gone.sum(1)
+    all_new = new.sum(1)
+    most = int(torch.maximum(all_gone, all_new).max()) if change.numel() else 0
     for number in range(1, most + 1):  # the frames that hold event ``number``, T for none
         left = (left_until < number).sum(1)
         came = (came_until < number).sum(1)
-        shift = (left - came).abs() * ((left < frames) & (came < frames))
+        is_pair = (left < frames) & (came < frames)
+        shift = (left - came).abs() * is_pair
         largest = torch.maximum(largest, shift.amax(1))
         total = total + shift.sum(1)
     return Moves(
         events=gone.flatten(1).sum(1),
         largest_shift=largest,
         total_shift=total,
-        paired=(gone.sum(1) == new.sum(1)).all(1),
+        paired=(all_gone == all_new).all(1),
     )
 
 
@@ -302,16 +312,20 @@ def _moves_that_make_way(x: Tensor, x_adv: Tensor, shift: int, most: int) -> flo
     """The fewest moves, each by so many frames, that turn a sample [T, *] into another; infinity if
     they are more than ``most``.
     """
-    before, after = x.flatten(1), x_adv.flatten(1)
+    before = x.flatten(1)
+    after = x_adv.flatten(1)
     differing = (before != after).any(0)
-    lines = before[:, differing].T.long().tolist(), after[:, differing].T.long().tolist()
+    lines = before[:, differing].T.long().tolist()
+    others = after[:, differing].T.long().tolist()
     total = 0
-    for line, other in zip(*lines, strict=True):
-        gone = [max(a - b, 0) for a, b in zip(line, other, strict=True)]
-        new = [max(b - a, 0) for a, b in zip(line, other, strict=True)]
-        kept = [t for t, pair in enumerate(zip(line, other, strict=True)) for _ in range(min(pair))]
-        left = [t for t, number in enumerate(gone) for _ in range(number)]
-        came = [t for t, number in enumerate(new) for _ in range(number)]
+    for line, other in zip(lines, others, strict=True):
+        left: list[int] = []
+        came: list[int] = []
+        kept: list[int] = []
+        for t, (old, new) in enumerate(zip(line, other, strict=True)):
+            left += [t] * (old - new)  # none where this is below 0
+            came += [t] * (new - old)
+            kept += [t] * min(old, new)
         needed = _needed_to_make_way(left, came, kept, shift, most - total - len(left))
         if needed is None:
             return math.inf
@@ -325,16 +339,18 @@ def _needed_to_make_way(
     """How many events of the frames ``kept`` have to move on so that those of ``left`` become those
     of ``came``; None if more than ``most``.
     """
-    everything = zip(sorted([*left, *kept]), sorted([*came, *kept]), strict=True)
-    if any(abs(a - b) > shift for a, b in everything):
-        return None  # not even if all of them move on
-    for number in range(max(0, most) + 1):
-        if most < 0 or number > len(kept):
-            return None
-        for others in set(combinations(kept, number)):
-            pairs = zip(sorted([*left, *others]), sorted([*came, *others]), strict=True)
-            if all(abs(a - b) <= shift for a, b in pairs):
-                return number
+
+    def are_near(moving_on: Iterable[int]) -> bool:
+        """Whether these events of ``kept`` make all moves short enough."""
+        sources = sorted([*left, *moving_on])
+        targets = sorted([*came, *moving_on])
+        return all(abs(a - b) <= shift for a, b in zip(sources, targets, strict=True))
+
+    if not are_near(kept):  # not even if all of them move on
+        return None
+    for number in range(min(most, len(kept)) + 1):
+        if any(are_near(others) for others in set(combinations(kept, number))):
+            return number
     return None
 
 
@@ -356,8 +372,9 @@ def random_point(
     x: Tensor, threat: ThreatModel, private: Private, *, on_border: bool = False
 ) -> Tensor:
     """Uniform in the ball around ``x``, or somewhere on its border, then projected into [0, 1]."""
-    offset = _l2_offset if threat.norm == "L2" else _linf_offset
-    return threat.project(x, x + offset(x, threat.eps, private, on_border=on_border))
+    draw = _l2_offset if threat.norm == "L2" else _linf_offset
+    offset = draw(x, threat.eps, private, on_border=on_border)
+    return threat.project(x, x + offset)
 
 
 def _l2_offset(
@@ -370,9 +387,11 @@ def _l2_offset(
     normal = randn(x.shape, private, dtype=torch.float64, device=x.device)
     share: Tensor | float = 1.0
     if not on_border:
-        uniform = rand(x.shape[:1], private, dtype=torch.float64, device=x.device)
+        images = x.shape[:1]
+        uniform = rand(images, private, dtype=torch.float64, device=x.device)
         share = uniform ** (1 / x[0].numel())
-    return normal * per_sample(eps * share / l2_norm(normal), x)
+    length = eps * share / l2_norm(normal)
+    return normal * per_sample(length, x)
 
 
 def _linf_offset(
@@ -382,7 +401,8 @@ def _linf_offset(
     *,
     on_border: bool,
 ) -> Tensor:
-    uniform = 2 * rand(x.shape, private, dtype=x.dtype, device=x.device) - 1
+    drawn = rand(x.shape, private, dtype=x.dtype, device=x.device)
+    uniform = 2 * drawn - 1
     offset = eps * uniform
     if on_border:
         largest = per_sample(uniform.abs().flatten(1).amax(1), x)
@@ -392,10 +412,12 @@ def _linf_offset(
 
 def _fewest_changes(x: Tensor, x_adv: Tensor, most: int) -> Tensor:
     """``x`` with the ``most`` largest changes of ``x_adv``, clamped to [0, 1]."""
-    x_adv = torch.where(x_adv.isnan(), x, x_adv.to(x.dtype).clamp(0, 1))
+    inside = x_adv.to(x.dtype).clamp(0, 1)
+    x_adv = torch.where(x_adv.isnan(), x, inside)
     changes = (x_adv.double() - x.double()).abs().flatten(1)
     _, order = changes.sort(dim=1, descending=True, stable=True)
-    kept = torch.zeros_like(changes, dtype=torch.bool).scatter(1, order[:, :most], True)
+    nothing = torch.zeros_like(changes, dtype=torch.bool)
+    kept = nothing.scatter(1, order[:, :most], True)
     return torch.where(kept.view_as(x), x_adv, x)
 
 
@@ -404,8 +426,13 @@ def _fewest_added_and_removed(x: Tensor, x_adv: Tensor, most: int) -> Tensor:
     rounded and >= 0, add or remove.
     """
     x_adv = torch.where(x_adv.isnan(), x, x_adv.to(x.dtype))
-    wanted = (x_adv.double().round().clamp(min=0) - x.double()).clamp(-most, most)
-    ordered, order = wanted.abs().flatten(1).sort(dim=1, descending=True, stable=True)
-    left = (most - (ordered.cumsum(1) - ordered)).clamp(min=0)
-    spent = torch.zeros_like(ordered).scatter(1, order, torch.minimum(ordered, left))
-    return x + (wanted.sign() * spent.view_as(wanted)).to(x.dtype)
+    rounded = x_adv.double().round().clamp(min=0)
+    wanted = (rounded - x.double()).clamp(-most, most)
+    sizes = wanted.abs().flatten(1)
+    ordered, order = sizes.sort(dim=1, descending=True, stable=True)
+    spent_before = ordered.cumsum(1) - ordered
+    left = (most - spent_before).clamp(min=0)
+    spent_in_order = torch.minimum(ordered, left)
+    spent = torch.zeros_like(ordered).scatter(1, order, spent_in_order)
+    change = wanted.sign() * spent.view_as(wanted)
+    return x + change.to(x.dtype)

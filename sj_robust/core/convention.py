@@ -110,7 +110,7 @@ def find_convention(
         >>> find_convention(net, lambda n, steps: torch.rand(steps, n, 1, 2, 2), 5).takes
         'sequence'
     """
-    trial = _Trial(net, frames, T, takes)
+    trial = _Trial(net=net, frames=frames, T=T, takes=takes)
     found = trial.result()
     if not isinstance(found, Convention) and any(map(_has_hooks, net.modules())):
         trial.hooks = True
@@ -241,14 +241,7 @@ class _Trial:
     def result(self) -> Convention | Exception:
         """The convention, or why there is none."""
         self._start()
-        fits = []
-        if "images" in self.takes and (images := self._images()):
-            fits.append(images)
-            self.T = images.convention.T
-        if self.T is not None and "sequence" in self.takes and (read := self._sequence(self.T)):
-            fits.append(read)
-        if self.T is not None and "steps" in self.takes and (read := self._steps(self.T)):
-            fits.append(read)
+        fits = self._fits()
         if not fits:
             return self._why_none_fits()
         chosen = fits[0].convention
@@ -260,12 +253,27 @@ class _Trial:
                     f"SpikingClassifier(net, T={self.T}, takes={chosen.takes!r}) or "
                     f"takes={other.convention.takes!r}"
                 )
-        if kept := self._kept_in(chosen.takes):
+        kept = self._kept_in(chosen.takes)
+        if kept is not None:
             return kept
         sequences = any(fit.convention.takes == "sequence" for fit in fits)
         if sequences and chosen.takes == "images":
             sequences = self._takes_steps(1) and self._takes_steps(min(2, chosen.T))
         return replace(chosen, takes_sequences=sequences)
+
+    def _fits(self) -> list[_Fit]:
+        """The readings that fit; that of images may tell the number of steps."""
+        found: list[_Fit | None] = []
+        if "images" in self.takes:
+            images = self._images()
+            found.append(images)
+            if images is not None:
+                self.T = images.convention.T
+        if self.T is not None and "sequence" in self.takes:
+            found.append(self._sequence(self.T))
+        if self.T is not None and "steps" in self.takes:
+            found.append(self._steps(self.T))
+        return [fit for fit in found if fit is not None]
 
     def _agree(self, one: _Fit, other: _Fit) -> bool:
         """Whether two readings give the same logits, except for spikes at the threshold."""
@@ -273,8 +281,10 @@ class _Trial:
             return False
         if bool(_alike(one.logits, other.logits).all()):
             return True
-        a, b = (self._logits_of_many(fit.convention.takes) for fit in (one, other))
-        difference = (a - b).norm() / torch.maximum(a.norm(), b.norm())
+        a = self._logits_of_many(one.convention.takes)
+        b = self._logits_of_many(other.convention.takes)
+        larger = torch.maximum(a.norm(), b.norm())
+        difference = (a - b).norm() / larger
         spiking = (a != 0).any(dim=1)  # zeros are the same in any reading
         some_are_alike = bool((_alike(a, b) & spiking).any())
         return some_are_alike and float(difference) <= _SPIKES_AT_THE_THRESHOLD
@@ -318,10 +328,13 @@ class _Trial:
             return self.net(self.frames(images, 1)[0])
         assert self.T is not None  # these two are tried with a known number of steps
         sequence = self.frames(images, self.T)
-        return self.net(sequence) if takes == "sequence" else [self.net(x) for x in sequence]
+        if takes == "sequence":
+            return self.net(sequence)
+        return [self.net(x) for x in sequence]
 
     def _run(self, takes: Takes, images: int) -> _Run:
-        key = takes, images, None if takes == "images" else self.T
+        T = None if takes == "images" else self.T
+        key = (takes, images, T)
         if key not in self._runs:
             self._runs[key] = self._watched(lambda: self._call(takes, images))
         return self._runs[key]
@@ -349,7 +362,8 @@ class _Trial:
     def _images(self) -> _Fit | None:
         """The network brings the time steps itself."""
         sizes = self._sizes()
-        one, two = (self._run("images", size) for size in sizes)
+        one = self._run("images", sizes[0])
+        two = self._run("images", sizes[1])
         for run in (one, two):
             if run.error is not None:
                 self.failed["images"] = run
@@ -362,15 +376,19 @@ class _Trial:
         steps = self._steps_of_a_call(one)
         if steps is None:
             return None
-        forms = [_form(run.outputs, n, steps) for run, n in zip((one, two), sizes, strict=True)]
-        if forms[0] != forms[1] or forms[0] is None:
-            wrong = 0 if forms[0] is None else 1
-            self._note_wrong("images", (one, two)[wrong].outputs, sizes[wrong], steps)
+        form = _form(one.outputs, sizes[0], steps)
+        if form is None:
+            self._note_wrong("images", one.outputs, sizes[0], steps)
+            return None
+        if form != _form(two.outputs, sizes[1], steps):
+            self._note_wrong("images", two.outputs, sizes[1], steps)
             return None
         if self.given not in (None, steps):
             self.ran["images"] = f"it runs {steps} steps itself, got T={self.given}"
             return None
-        convention = Convention("images", forms[0], steps, one.resets_itself)
+        convention = Convention(
+            takes="images", returns=form, T=steps, resets_itself=one.resets_itself
+        )
         return _Fit(convention, _mean(one.outputs))
 
     def _steps_of_a_call(self, run: _Run) -> int | None:
@@ -409,7 +427,9 @@ class _Trial:
         if form is None:
             self._note_wrong("sequence", run.outputs, images, T)
             return None
-        convention = Convention("sequence", form, T, run.resets_itself)
+        convention = Convention(
+            takes="sequence", returns=form, T=T, resets_itself=run.resets_itself
+        )
         return _Fit(convention, _mean(run.outputs))
 
     def _steps(self, T: int) -> _Fit | None:
@@ -424,10 +444,13 @@ class _Trial:
             self.failed["steps"] = run
             return None
         assert isinstance(run.outputs, list)  # of one call each
-        if wrong := [x for x in run.outputs if _form(x, images, None) != "logits"]:
-            self._note_wrong("steps", wrong[0], images, None)
-            return None
-        convention = Convention("steps", "logits", T, run.resets_itself)
+        for outputs in run.outputs:
+            if _form(outputs, images, None) != "logits":
+                self._note_wrong("steps", outputs, images, None)
+                return None
+        convention = Convention(
+            takes="steps", returns="logits", T=T, resets_itself=run.resets_itself
+        )
         return _Fit(convention, _mean(run.outputs))
 
     def _note_wrong(self, takes: Takes, outputs: object, images: int, T: int | None) -> None:
@@ -467,8 +490,10 @@ class _Trial:
             )
         if native not in self.ran and raised and raised[0].error is not None:
             return raised[0].error
-        if "images" in self.ran and (kept := self._kept_in("images")):
-            return kept
+        if "images" in self.ran:
+            kept = self._kept_in("images")
+            if kept is not None:
+                return kept
         ran = "; ".join(f"with takes={takes!r}, {problem}" for takes, problem in self.ran.items())
         return ValueError(
             f"it is not clear how the network ({self._name}) is called: {ran}; put all layers "
@@ -506,7 +531,9 @@ class _Watch:
     def _neuron(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.calls += 1
         multi_step = getattr(module, "step_mode", "m") == "m"
-        length = len(args[0]) if multi_step and args and isinstance(args[0], Tensor) else 1
+        length = 1
+        if multi_step and args and isinstance(args[0], Tensor):
+            length = len(args[0])
         if multi_step:
             self._multi_step.add(length)
         self._of_neurons.setdefault(module, []).append(length)
@@ -534,11 +561,10 @@ class _Kept:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.attributes = dict(vars(module))
-        self.containers = {
-            name: (value, copy.copy(value))
-            for name, value in self.attributes.items()
-            if isinstance(value, _CONTAINERS)
-        }
+        self.containers: list[tuple[Any, Any]] = []
+        for value in self.attributes.values():
+            if isinstance(value, _CONTAINERS):
+                self.containers.append((value, copy.copy(value)))
         self.tensors: dict[str, tuple[Tensor, int, Tensor]] = {}
         for name, value in _values(self.attributes):
             if _is_plain_tensor(value) and not value.is_inference():
@@ -551,13 +577,15 @@ class _Kept:
         for name, value in _values(now):
             if name in inside or name in _HOOKS or name == "training":
                 continue
+            is_other_number = False
+            if isinstance(value, float | int):
+                is_other_number = value != self.attributes.get(name, value)
             before = self.tensors.get(name)
             if before is not None and value is before[0]:
-                if value._version != before[1]:
+                tensor, version, _ = before
+                if tensor._version != version:
                     yield name
-            elif _is_plain_tensor(value) or (
-                isinstance(value, float | int) and value != self.attributes.get(name, value)
-            ):
+            elif _is_plain_tensor(value) or is_other_number:
                 yield name
 
     def restore(self) -> None:
@@ -566,7 +594,7 @@ class _Kept:
         for name in now.keys() - self.attributes.keys():
             del now[name]
         now.update(self.attributes)
-        for container, content in self.containers.values():
+        for container, content in self.containers:
             if isinstance(container, list):
                 container[:] = content
             else:
@@ -587,11 +615,11 @@ class _Snapshot:
 
     def changed(self) -> tuple[str, ...]:
         """Names of what is not as it was."""
-        return tuple(
-            f"{name}.{attribute}" if name else attribute
-            for name, kept in self._kept.items()
-            for attribute in kept.changed()
-        )
+        names: list[str] = []
+        for name, kept in self._kept.items():
+            prefix = f"{name}." if name else ""
+            names += [prefix + attribute for attribute in kept.changed()]
+        return tuple(names)
 
     def restore(self) -> None:
         """Put all of it back."""
@@ -610,12 +638,9 @@ def untouched(net: object, *, hooks: bool = True) -> Iterator[_Snapshot]:
     snapshot = _Snapshot(net)
     try:
         for module in modules:
-            held = vars(module)
-            held.pop("_compiled_call_impl", None)
-            for name in () if hooks else _HOOKS:
-                held[name] = OrderedDict(
-                    (key, hook) for key, hook in held[name].items() if _is_of_torch(hook)
-                )
+            vars(module).pop("_compiled_call_impl", None)
+            if not hooks:
+                _remove_hooks(module)
         yield snapshot
     finally:
         snapshot.restore()
@@ -635,17 +660,35 @@ def _is_of_torch(hook: object) -> bool:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return any(not _is_of_torch(hook) for name in _HOOKS for hook in vars(module)[name].values())
+    """Whether a module has hooks that are not torch's own."""
+    hooks: list[object] = []
+    for name in _HOOKS:
+        hooks += vars(module)[name].values()
+    return not all(map(_is_of_torch, hooks))
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    """Leave a module torch's own hooks alone."""
+    held = vars(module)
+    for name in _HOOKS:
+        kept: OrderedDict[int, Any] = OrderedDict()
+        for key, hook in held[name].items():
+            if _is_of_torch(hook):
+                kept[key] = hook
+        held[name] = kept
 
 
 def _values(attributes: Mapping[str, object]) -> Iterator[tuple[str, object]]:
     """Attributes and what is in their containers, by the name under which a user knows it."""
     for name, value in attributes.items():
-        if isinstance(value, dict):
-            inner = name in ("_buffers", "_memories")
-            yield from ((key if inner else f"{name}[{key!r}]", kept) for key, kept in value.items())
+        if name in ("_buffers", "_memories") and isinstance(value, dict):
+            yield from value.items()
+        elif isinstance(value, dict):
+            for key, kept in value.items():
+                yield f"{name}[{key!r}]", kept
         elif isinstance(value, list):
-            yield from ((f"{name}[{index}]", kept) for index, kept in enumerate(value))
+            for index, kept in enumerate(value):
+                yield f"{name}[{index}]", kept
         else:
             yield name, value
 
@@ -730,7 +773,8 @@ def _mean(outputs: object) -> Tensor:
 def _alike(a: Tensor, b: Tensor) -> Tensor:
     """Which images have the same logits except for rounding, [N]."""
     share = max(_ROUNDING, torch.finfo(a.dtype).eps ** 0.5)
-    alike: Tensor = (a - b).norm(dim=1) <= share * torch.maximum(a.norm(dim=1), b.norm(dim=1))
+    larger = torch.maximum(a.norm(dim=1), b.norm(dim=1))
+    alike: Tensor = (a - b).norm(dim=1) <= share * larger
     return alike
 
 
@@ -740,7 +784,9 @@ def _same(a: object, b: object) -> bool:
     Objects of other classes cannot be looked into: two of one class count as equal.
     """
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and bool(torch.isclose(a, b, 0, 0, equal_nan=True).all())
+        if a.shape != b.shape:
+            return False
+        return bool(torch.isclose(a, b, 0, 0, equal_nan=True).all())
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, dict) and isinstance(b, dict):

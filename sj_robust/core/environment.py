@@ -27,20 +27,16 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
         True
     """
     device = torch.device(device)
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
-    packages = {
-        package: version_of(package) or "unknown"
-        for package in ("spikingjelly", "accelerate", "numpy")
-    }
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "sj_robust": __version__,
-        **packages,
+        "spikingjelly": version_of("spikingjelly") or "unknown",
+        "accelerate": version_of("accelerate") or "unknown",
+        "numpy": version_of("numpy") or "unknown",
         "platform": platform.platform(),
         "device": f"{device} ({name})",
         "threads": str(torch.get_num_threads()),
@@ -52,7 +48,8 @@ def device_of(model: nn.Module) -> torch.device:
     """Where a network is: the device of its first tensor, the CPU for one without any.
     网络所在设备。
     """
-    return next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+    tensors = model.state_dict().values()
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def version_of(package: str) -> str | None:
@@ -82,7 +79,10 @@ def _cpu_information(field: str) -> str:
     """A field of Linux's file on the processor; empty where there is none."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
+    for line in lines:
+        if line.startswith(field):
+            return line.partition(":")[2].strip()
+    return ""
 
 
 @cache
@@ -99,6 +99,7 @@ def _commit() -> str:
             check=True,
         )
         describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(describe, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

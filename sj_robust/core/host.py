@@ -102,7 +102,10 @@ def is_counted() -> bool:
         *torch.overrides._get_current_function_mode_stack(),  # type: ignore[no-untyped-call]
     )
     counters = f"{base.__package__}.op_counter"
-    return any(cls.__module__.startswith(counters) for mode in modes for cls in type(mode).__mro__)
+    for mode in modes:
+        if any(cls.__module__.startswith(counters) for cls in type(mode).__mro__):
+            return True
+    return False
 
 
 def is_neuron(module: nn.Module) -> bool:
@@ -114,11 +117,8 @@ def is_neuron(module: nn.Module) -> bool:
         >>> is_neuron(neuron.LIFNode()), is_neuron(nn.ReLU())
         (True, False)
     """
-    package = neuron.__name__
-    return any(
-        cls.__module__ == package or cls.__module__.startswith(f"{package}.")
-        for cls in type(module).__mro__
-    )
+    inside = f"{neuron.__name__}."
+    return any(f"{cls.__module__}.".startswith(inside) for cls in type(module).__mro__)
 
 
 def step_mode(module: nn.Module, otherwise: str = "m") -> str:

@@ -113,8 +113,10 @@ class _Locks:
         """The network, as soon as no other thread holds a module of it."""
         lock = _Lock(network, use)
         with self._changed:
-            while others := self._in_the_way(lock):
+            others = self._in_the_way(lock)
+            while others:
                 self._wait(lock.thread, others)
+                others = self._in_the_way(lock)
             self._held.append(lock)
         try:
             yield
@@ -217,14 +219,13 @@ def preserved(model: object) -> Iterator[None]:
     with evaluation_mode(model):
         generators = [(generator, generator.get_state()) for generator in generators_of(model)]
         with locked(model):
-            states = [
-                (module, vars(module)["_memories"])
-                for module in model.modules()
-                if "_memories" in vars(module)
-            ]
-            for module, memories in states:
-                copies = {name: _copied(value) for name, value in memories.items()}
-                vars(module)["_memories"] = copies
+            states = []
+            for module in model.modules():
+                memories = vars(module).get("_memories")
+                if memories is not None:
+                    states.append((module, memories))
+                    copies = {name: _copied(value) for name, value in memories.items()}
+                    vars(module)["_memories"] = copies
         try:
             yield
         finally:
@@ -305,12 +306,10 @@ def generators_of(model: object) -> list[torch.Generator]:
     each once.
     """
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    found = (
-        value
-        for module in modules
-        for value in vars(module).values()
-        if isinstance(value, torch.Generator)
-    )
+    found: list[torch.Generator] = []
+    for module in modules:
+        held = vars(module).values()
+        found += [value for value in held if isinstance(value, torch.Generator)]
     return list(dict.fromkeys(found))
 
 

@@ -217,7 +217,8 @@ def load_tensors(path: Path, *, what: str, remedy: str) -> Any:
     try:
         if zipfile.is_zipfile(path):  # whose checksums torch writes, and does not look at
             with zipfile.ZipFile(path) as archive:
-                if (damaged := archive.testzip()) is not None:
+                damaged = archive.testzip()
+                if damaged is not None:
                     raise zipfile.BadZipFile(damaged)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged file

@@ -98,17 +98,22 @@ class Shown:
 def shown_html(markdown: str) -> str:
     """Tables and lines of Markdown as HTML. Markdown 转 HTML。"""
     found = []
-    for is_table, lines in groupby(
-        filter(None, markdown.splitlines()), key=lambda line: line.startswith("| ")
-    ):
+    lines_of_text = filter(None, markdown.splitlines())
+    for is_table, lines in groupby(lines_of_text, key=lambda line: line.startswith("| ")):
         if not is_table:
             found += [f"<p>{coded(line)}</p>" for line in lines]
             continue
-        head, _, *rows = ([*map(coded, markdown_cells(line))] for line in lines)
-        cells = ["".join(f"<th>{cell}</th>" for cell in head)]
-        cells += ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
-        found.append(f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>")
+        head, _, *rows = lines
+        table = [_row_of_html(head, "th")]
+        table += [_row_of_html(row, "td") for row in rows]
+        found.append(f"<table>{''.join(table)}</table>")
     return "".join(found)
+
+
+def _row_of_html(line: str, tag: str) -> str:
+    """A row of a Markdown table, every cell in a tag."""
+    cells = [f"<{tag}>{coded(cell)}</{tag}>" for cell in markdown_cells(line)]
+    return f"<tr>{''.join(cells)}</tr>"
 
 
 def coded(text: str) -> str:
@@ -160,11 +165,9 @@ def common_scale(values: Iterable[float]) -> "Normalize":
     from matplotlib.colors import LogNorm, Normalize
 
     positive = [value for value in values if value > 0]
-    return (
-        LogNorm(min(positive), max(positive))
-        if positive and min(positive) < max(positive)
-        else Normalize(0, 1)
-    )
+    if positive and min(positive) < max(positive):
+        return LogNorm(min(positive), max(positive))
+    return Normalize(0, 1)
 
 
 def heat_map(axes: "Axes", layers: Mapping[str, Sequence[float]], scale: "Normalize") -> "QuadMesh":
@@ -173,11 +176,16 @@ def heat_map(axes: "Axes", layers: Mapping[str, Sequence[float]], scale: "Normal
     """
     layers = layers or {"no spiking layer": [nan]}
     steps = max(map(len, layers.values()))
-    grid = [[*values, *[nan] * (steps - len(values))] for values in layers.values()]
+    grid = []
+    for values in layers.values():
+        missing = [nan] * (steps - len(values))
+        grid.append([*values, *missing])
     mesh = axes.pcolormesh(grid, norm=scale, cmap="cividis", edgecolors="face", linewidth=0.1)
     axes.grid(visible=False)
-    axes.set_yticks([place + 0.5 for place in range(len(grid))], list(layers), fontsize=7)
-    ticks = range(0, steps, ceil(steps / 8))
-    axes.set_xticks([place + 0.5 for place in ticks], [str(place) for place in ticks], fontsize=7)
+    middles_of_rows = [row + 0.5 for row in range(len(grid))]
+    axes.set_yticks(middles_of_rows, list(layers), fontsize=7)
+    shown = range(0, steps, ceil(steps / 8))
+    middles_of_steps = [step + 0.5 for step in shown]
+    axes.set_xticks(middles_of_steps, list(map(str, shown)), fontsize=7)
     axes.set_ylim(len(grid), 0)
     return mesh

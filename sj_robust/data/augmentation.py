@@ -97,10 +97,11 @@ class Augmentation:
         i = torch.arange(height, device=planes.device)
         j = torch.arange(width, device=planes.device)
         rows = top[:, None] + i
-        columns = left[:, None] + torch.where(mirrored[:, None] > 0, width - 1 - j, j)
+        is_mirrored = mirrored[:, None] > 0
+        columns = left[:, None] + torch.where(is_mirrored, width - 1 - j, j)
         pixels = rows[:, :, None] * padded.shape[3] + columns[:, None, :]
-        pixels = pixels.view(-1, 1, height * width).expand(-1, channels, -1)
-        moved = padded.flatten(2).gather(2, pixels)
+        of_all_channels = pixels.view(-1, 1, height * width).expand(-1, channels, -1)
+        moved = padded.flatten(2).gather(2, of_all_channels)
         return moved.view(planes.shape)
 
     def _in_square(self, centre: Tensor, side: int) -> Tensor:

@@ -71,7 +71,13 @@ def event_frames(
         kept = readable(recordings, check, on_unreadable=on_unreadable, folder=folder)
         parts.append(FileImages(*kept, partial(_frames, shape=shape, counts=counts)))
     train, test = parts
-    return Source(train, shuffled(test), (2, height, width), classes, frames=True)
+    return Source(
+        train=train,
+        test=shuffled(test),
+        image_shape=(2, height, width),
+        classes=classes,
+        frames=True,
+    )
 
 
 _AGAIN = (

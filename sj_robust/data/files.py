@@ -78,12 +78,16 @@ def readable(
         problems = list(pool.map(problem, samples))
     bad = [text for text in problems if text is not None]
     if bad:
-        names = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
+        more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
+        names = "; ".join(bad[:5]) + more
         found = f"{len(bad)} of {len(samples)} files in {folder} cannot be used: {names}"
         if on_unreadable == "error":
             raise UnreadableError(f"{found}. Replace them, or omit them with on_unreadable='skip'")
         if len(bad) == len(samples):
             raise UnreadableError(f"{found}. None remains")
         warnings.warn(f"{found}. They are skipped", stacklevel=2)
-    good = [sample for sample, text in zip(samples, problems, strict=True) if text is None]
-    return [path for path, _ in good], torch.tensor([label for _, label in good], dtype=torch.int64)
+    pairs = zip(samples, problems, strict=True)
+    good = [sample for sample, text in pairs if text is None]
+    paths = [path for path, _ in good]
+    labels = [label for _, label in good]
+    return paths, torch.tensor(labels, dtype=torch.int64)

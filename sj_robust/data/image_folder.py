@@ -68,7 +68,9 @@ def image_folder(folder: Path, *, on_unreadable: OnUnreadable) -> Source:
             parts[name] = _labelled(folder / name, classes, on_unreadable, sizes, pixels)
     # sizes were found by threads, in any order; the first picture is the one with the first name
     first = parts["train"][0][0]
-    others = [path for paths, _ in parts.values() for path in paths if sizes[path] != sizes[first]]
+    others: list[Path] = []
+    for paths, _ in parts.values():
+        others += [path for path in paths if sizes[path] != sizes[first]]
     if others:
         named = [f"{path} is {_by(sizes[path])}" for path in others]
         raise ValueError(
@@ -85,11 +87,11 @@ def image_folder(folder: Path, *, on_unreadable: OnUnreadable) -> Source:
             images[name] = FileImages(paths, labels, partial(_image, size=sizes[first]))
     validation = shuffled(images["val"]) if "val" in images else None
     return Source(
-        images["train"],
-        shuffled(images["test"]),
-        (3, *sizes[first]),
-        len(classes),
-        validation,
+        train=images["train"],
+        test=shuffled(images["test"]),
+        image_shape=(3, *sizes[first]),
+        classes=len(classes),
+        validation=validation,
         class_names=tuple(classes),
     )
 
@@ -145,7 +147,8 @@ def _labelled(
 
     def read(path: Path) -> None:
         picture = _picture(path)
-        sizes[path] = (int(picture.shape[1]), int(picture.shape[2]))
+        height, width = picture.shape[1:]
+        sizes[path] = (int(height), int(width))
         # the pictures before it have the same size, or all are refused in the end
         if (len(pixels) + 1) * picture.numel() <= _IN_MEMORY:
             pixels[path] = picture

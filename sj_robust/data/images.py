@@ -222,11 +222,13 @@ def _digits() -> Source:
         bunch = load_digits()
         table = np.column_stack((bunch.data, bunch.target)).astype(np.uint8)
     rows = torch.from_numpy(table)
-    pixels, labels = rows[:, :64].reshape(-1, 1, 8, 8), rows[:, 64].long()
+    pixels = rows[:, :64].reshape(-1, 1, 8, 8)
+    labels = rows[:, 64].long()
     # The set has no official split and is sorted by writer: a fixed shuffle, whatever the seed of
     # the run.
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(20240521))
+    generator = torch.Generator().manual_seed(20240521)
+    order = torch.randperm(len(pixels), generator=generator)
     train, test = (
         StoredImages(pixels[part], labels[part], 16.0) for part in (order[360:], order[:360])
     )
-    return Source(train, test, (1, 8, 8), 10)
+    return Source(train=train, test=test, image_shape=(1, 8, 8), classes=10)

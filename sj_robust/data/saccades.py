@@ -90,17 +90,23 @@ def saccade_frames(
     margin = 2 * _amplitude(height)
     shape = (T, 2, height + margin, width + margin)
     if counts:
-        parts = [StoredCounts(images, partial(_counted, T=T)) for images in (train, test)]
-        return replace(source, train=parts[0], test=parts[1], image_shape=shape[1:], frames=True)
+        frames = partial(_counted, T=T)
+        return replace(
+            source,
+            train=StoredCounts(train, frames),
+            test=StoredCounts(test, frames),
+            image_shape=shape[1:],
+            frames=True,
+        )
     if cache is None:
         bits = {"train": _bits(train, T), "test": _bits(test, T)}
     else:
         bits = _kept(train, test, T, cache)
     return Source(
-        StoredFrames(bits["train"], train.labels, shape),
-        StoredFrames(bits["test"], test.labels, shape),
-        shape[1:],
-        source.classes,
+        train=StoredFrames(bits["train"], train.labels, shape),
+        test=StoredFrames(bits["test"], test.labels, shape),
+        image_shape=shape[1:],
+        classes=source.classes,
         frames=True,
         class_names=source.class_names,
     )
@@ -139,7 +145,8 @@ def _bits(images: StoredImages, T: int) -> Tensor:
 
 def _counted(pixels: Tensor, white: float, T: int) -> Tensor:
     """Numbers of events, float32 [N, T, 2, height, width], of images [N, 1, H, W] as bytes."""
-    return _events(pixels[:, 0].int(), T, _log_intensities(round(white))).float()
+    logs = _log_intensities(round(white))
+    return _events(pixels[:, 0].int(), T, logs).float()
 
 
 def _events(pixels: Tensor, T: int, logs: Tensor) -> Tensor:
@@ -190,19 +197,26 @@ def _seen(padded: Tensor, amplitude: int, position: tuple[int, int]) -> Tensor:
     x, y = position
     start = _STEPS * (amplitude + 1)
     left, right_share = divmod(start - x, _STEPS)
-    top, bottom_share = divmod(start - y, _STEPS)
-    height, width = (side - 2 * amplitude - 2 for side in padded.shape[1:])
+    top, lower_share = divmod(start - y, _STEPS)
+    left_share = _STEPS - right_share
+    upper_share = _STEPS - lower_share
+    margin = 2 * amplitude + 2
+    height = padded.shape[1] - margin
+    width = padded.shape[2] - margin
     rows = padded[:, top : top + height + 1]
-    between = (_STEPS - bottom_share) * rows[:, :-1] + bottom_share * rows[:, 1:]
+    between = upper_share * rows[:, :-1] + lower_share * rows[:, 1:]
     columns = between[:, :, left : left + width + 1]
-    seen = (_STEPS - right_share) * columns[:, :, :-1] + right_share * columns[:, :, 1:]
+    seen = left_share * columns[:, :, :-1] + right_share * columns[:, :, 1:]
     return seen.long()
 
 
 def _log_intensities(white: int) -> Tensor:
     """Log intensity of every value of :func:`_seen`, int32."""
     largest = _STEPS * _STEPS * white
-    logs = [round(_UNIT * math.log(value / largest + _DARK)) for value in range(largest + 1)]
+    logs = []
+    for value in range(largest + 1):
+        log = math.log(value / largest + _DARK)
+        logs.append(round(_UNIT * log))
     return torch.tensor(logs, dtype=torch.int32)
 
 

@@ -50,7 +50,8 @@ class StoredImages(Dataset[tuple[Tensor, ...]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         """Image float32 in [0, 1], [C, H, W], and its class, an int64 scalar."""
-        return self.pixels[index].float().div(self.white), self.labels[index]
+        image = self.pixels[index].float().div(self.white)
+        return image, self.labels[index]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, ...]]:
         """The images of a batch, converted all at once; torch's loader asks for them so."""
@@ -98,7 +99,8 @@ class StoredFrames(Dataset[tuple[Tensor, ...]]):
         """Frames of one sample or of several."""
         per_sample = math.prod(self.shape)
         values = np.unpackbits(bits.numpy(), axis=-1, count=per_sample)
-        frames = torch.from_numpy(values).view(*bits.shape[:-1], *self.shape)
+        shape = (*bits.shape[:-1], *self.shape)
+        frames = torch.from_numpy(values).view(shape)
         return frames.float()
 
 

@@ -55,7 +55,8 @@ def mnist(name: str, root: Path, *, download: bool) -> Source:
     )
     parts = []
     for images, labels in (_MNIST_FILES[:2], _MNIST_FILES[2:]):
-        pixels, numbers = _read_idx(found[images], 3), _read_idx(found[labels], 1)
+        pixels = _read_idx(found[images], 3)
+        numbers = _read_idx(found[labels], 1)
         if len(pixels) != len(numbers):
             raise ValueError(
                 f"{found[labels].parent} holds {len(pixels)} images but {len(numbers)} labels: "
@@ -77,7 +78,8 @@ def mnist(name: str, root: Path, *, download: bool) -> Source:
                 f"{folder} holds {_MNIST[other][1]}, not {title}; use the data set {other!r}"
             )
     names = tuple(datasets.FashionMNIST.classes) if name == "fashion_mnist" else ()
-    return Source(train, test, (1, *train.pixels.shape[2:]), 10, class_names=names)
+    shape = (1, *train.pixels.shape[2:])
+    return Source(train, test, shape, classes=10, class_names=names)
 
 
 def cifar(name: str, root: Path, *, download: bool) -> Source:
@@ -92,11 +94,16 @@ def cifar(name: str, root: Path, *, download: bool) -> Source:
 
     classes = int(name.removeprefix("cifar"))
     known: Any = getattr(datasets, name.upper())
-    sums = dict([*known.train_list, *known.test_list]) | {known.meta["filename"]: known.meta["md5"]}
-    hint = f"(if cifar-{classes}-python.tar.gz is there already, that unpacks it)"
-    folders = (root / known.base_folder, root)
+    sums = dict(known.train_list) | dict(known.test_list)
+    sums[known.meta["filename"]] = known.meta["md5"]
     found = _located(
-        name.upper(), f"CIFAR-{classes}", sums, root, folders, download=download, hint=hint
+        name.upper(),
+        f"CIFAR-{classes}",
+        sums,
+        root,
+        folders=(root / known.base_folder, root),
+        download=download,
+        hint=f"(if cifar-{classes}-python.tar.gz is there already, that unpacks it)",
     )
     for file, path in found.items():
         check_sum(path, sums[file])
@@ -105,13 +112,19 @@ def cifar(name: str, root: Path, *, download: bool) -> Source:
     folder = found[known.meta["filename"]].parent.resolve()
     kind: Any = type(known.__name__, (known,), {"base_folder": str(folder)})
     read = kind(root, train=True), kind(root, train=False)
-    train, test = (
-        StoredImages(
-            torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
-        )
-        for part in read
+    parts = []
+    for part in read:
+        pixels = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+        parts.append(StoredImages(pixels, torch.tensor(part.targets)))
+    train, test = parts
+    names = tuple(read[0].classes)
+    return Source(
+        train=train,
+        test=test,
+        image_shape=(3, 32, 32),
+        classes=classes,
+        class_names=names,
     )
-    return Source(train, test, (3, 32, 32), classes, class_names=tuple(read[0].classes))
 
 
 def svhn(root: Path, *, download: bool) -> Source:
@@ -123,9 +136,14 @@ def svhn(root: Path, *, download: bool) -> Source:
 
     splits = ("train", "test")
     sums = {file: md5 for _, file, md5 in map(datasets.SVHN.split_list.get, splits)}
-    calls = [{"split": split} for split in splits]
     found = _located(
-        "SVHN", "SVHN", sums, root, (root, root / "SVHN"), download=download, calls=calls
+        "SVHN",
+        "SVHN",
+        sums,
+        root,
+        folders=(root, root / "SVHN"),
+        download=download,
+        calls=[{"split": split} for split in splits],
     )
     for file, path in found.items():
         check_sum(path, sums[file])
@@ -135,11 +153,12 @@ def svhn(root: Path, *, download: bool) -> Source:
         raise ModuleNotFoundError(
             "SVHN comes in MATLAB files, which scipy reads; it is not installed: pip install scipy"
         ) from error
-    train, test = (
-        StoredImages(torch.from_numpy(part.data.copy()), torch.from_numpy(part.labels))
-        for part in parts
-    )
-    return Source(train, test, (3, 32, 32), 10)
+    images = []
+    for part in parts:
+        pixels = torch.from_numpy(part.data.copy())
+        images.append(StoredImages(pixels, torch.from_numpy(part.labels)))
+    train, test = images
+    return Source(train=train, test=test, image_shape=(3, 32, 32), classes=10)
 
 
 def _located(
@@ -161,21 +180,8 @@ def _located(
     Of the ``endings`` that may follow a name the last one goes first. A message says ``title`` and
     ends in ``hint``.
     """
-
-    def look() -> dict[str, Path]:
-        """Those in the folder that holds most of them."""
-        there = [
-            {
-                name: path
-                for name in names
-                for end in endings
-                if (path := folder / (name + end)).is_file()
-            }
-            for folder in folders
-        ]
-        return max(there, key=len)
-
-    found, failure = look(), ""
+    found = _in_fullest(folders, names, endings)
+    failure = ""
     missing = [name for name in names if name not in found]
     if missing and download:
         from torchvision import datasets
@@ -185,22 +191,43 @@ def _located(
                 getattr(datasets, kind)(root, **arguments, download=True)
         except (OSError, RuntimeError) as error:
             failure = f"The download failed ({one_line(error)}). "
-        found = look()
+        found = _in_fullest(folders, names, endings)
         missing = [name for name in names if name not in found]
     if missing:
-        also = f" (each may end in {' or '.join(filter(None, endings))})" if any(endings) else ""
-        given = [
-            ", ".join([f"'{root}'", *(f"{key}='{value}'" for key, value in call.items())])
-            for call in calls
-        ]
-        command = "; ".join(f"{kind}({arguments}, download=True)" for arguments in given)
+        also = ""
+        if any(endings):
+            also = f" (each may end in {' or '.join(filter(None, endings))})"
+        places = " or ".join(str(folder.resolve()) for folder in folders)
+        commands = []
+        for call in calls:
+            given = [f"'{root}'", *(f"{key}='{value}'" for key, value in call.items())]
+            commands.append(f"{kind}({', '.join(given)}, download=True)")
         raise FileNotFoundError(
-            f"{title} is not complete: {', '.join(missing)}{also} not found in "
-            f"{' or '.join(str(folder.resolve()) for folder in folders)}. {failure}"
+            f"{title} is not complete: {', '.join(missing)}{also} not found in {places}. {failure}"
             f"Get it with download=True (--download), or with\n"
-            f'  python -c "from torchvision.datasets import {kind}; {command}"\n{hint}'.rstrip()
+            f'  python -c "from torchvision.datasets import {kind}; {"; ".join(commands)}"\n'
+            f"{hint}".rstrip()
         )
     return found
+
+
+def _in_fullest(
+    folders: Sequence[Path], names: Iterable[str], endings: Sequence[str]
+) -> dict[str, Path]:
+    """Path of every file in the folder that holds most of them; of the endings the last one that is
+    there.
+    """
+    fullest: dict[str, Path] = {}
+    for folder in folders:
+        there = {}
+        for name in names:
+            for end in endings:
+                path = folder / (name + end)
+                if path.is_file():
+                    there[name] = path
+        if len(there) > len(fullest):
+            fullest = there
+    return fullest
 
 
 def _read_idx(path: Path, dimensions: int) -> Tensor:
@@ -211,7 +238,9 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
     as a big-endian 32-bit integer, then the values with the last dimension fastest.
     """
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read ({error}); fetch the file again") from error
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
@@ -225,10 +254,12 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
             "misnamed?"
         )
     header = 4 + 4 * dimensions
-    shape = struct.unpack(f">{dimensions}I", content[4:header].ljust(4 * dimensions, b"\x00"))
+    sizes = content[4:header].ljust(4 * dimensions, b"\x00")
+    shape = struct.unpack(f">{dimensions}I", sizes)
     if len(content) != header + math.prod(shape):
         raise ValueError(
             f"{path} states the shape {shape} and must be {header + math.prod(shape)} bytes "
             f"long, got {len(content)}; fetch the file again"
         )
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).view(shape)
+    values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header)
+    return values.view(shape)

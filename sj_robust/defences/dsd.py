@@ -58,5 +58,6 @@ def _largest_component(matrix: Tensor) -> Tensor:
     """The best approximation of rank one of a matrix."""
     wide = matrix if matrix.dtype == torch.float64 else matrix.float()
     u, s, vh = torch.linalg.svd(wide, full_matrices=False)
-    largest: Tensor = s[0] * torch.outer(u[:, 0], vh[0])
+    outer = torch.outer(u[:, 0], vh[0])
+    largest: Tensor = s[0] * outer
     return largest.to(matrix.dtype)

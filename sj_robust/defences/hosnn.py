@@ -137,7 +137,8 @@ class _Signature(PerNeuron):
 
     def forward(self, h: Tensor, t: int) -> Tensor:
         """``h - u[t]``, 0 where nothing was noted before."""
-        self.materialize("mean", (self.T, *h.shape[1:]), 0.0, h)
+        shape = (self.T, *h.shape[1:])
+        self.materialize("mean", shape, 0.0, h)
         known = self.batches[t] > 0
         usual = self.mean[t].to(h.dtype)
         error = torch.where(known, h - usual, 0.0)

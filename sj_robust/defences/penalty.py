@@ -178,7 +178,9 @@ class PotentialPenalty(Penalty):
 
     def _add(self, name: str, costs: Tensor) -> None:
         total = costs.sum()
-        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        if name in self._sums:
+            total = self._sums[name] + total
+        self._sums[name] = total
         self._counts[name] = self._counts.get(name, 0) + costs.numel()
 
     def value(self, passes: ForwardPasses) -> Tensor:
@@ -189,7 +191,8 @@ class PotentialPenalty(Penalty):
                 f"{self.name} saw no spiking layer run: the network was compiled before "
                 "its hooks were attached, or skips them; train without compilation"
             )
-        return torch.stack([total / self._counts[name] for name, total in sums.items()]).mean()
+        means = [total / self._counts[name] for name, total in sums.items()]
+        return torch.stack(means).mean()
 
     def _find(self, net: nn.Module) -> dict[str, Neuron]:
         followed, unsupported, spiking = find_neurons(net, {}, {})

@@ -97,7 +97,8 @@ class OrthogonalEncoder(base.MemoryModule):
     def turned(self, images: Tensor, t: int) -> Tensor:
         """The difference of an image from grey under the kernel of a step, ``frame[t] - c``."""
         patches, sizes = self._cut(images - _CENTRE)
-        return self._joined(patches @ self.kernel(t).to(patches.dtype), sizes)
+        kernel = self.kernel(t).to(patches.dtype)
+        return self._joined(patches @ kernel, sizes)
 
     def forward(self, images: Tensor) -> Tensor:
         """The frame of one time step."""
@@ -116,12 +117,14 @@ class OrthogonalEncoder(base.MemoryModule):
         n, channels, height, width = images.shape
         p = self.patch
         sizes = (n, channels, height // p, p, width // p, p)
-        return images.reshape(sizes).permute(0, 2, 4, 1, 3, 5).flatten(3), sizes
+        by_place = images.reshape(sizes).permute(0, 2, 4, 1, 3, 5)
+        return by_place.flatten(3), sizes
 
     def _joined(self, patches: Tensor, sizes: tuple[int, ...]) -> Tensor:
         n, channels, rows, p, columns, _ = sizes
-        apart = patches.reshape(n, rows, columns, channels, p, p)
-        return apart.permute(0, 3, 1, 4, 2, 5).reshape(n, channels, rows * p, columns * p)
+        by_place = patches.reshape(n, rows, columns, channels, p, p)
+        by_row = by_place.permute(0, 3, 1, 4, 2, 5)
+        return by_row.reshape(n, channels, rows * p, columns * p)
 
 
 def temporal_similarity(frames: Tensor) -> Tensor:
@@ -155,10 +158,12 @@ def _walsh_signs(T: int, size: int) -> Tensor:
     """Diagonals of the first T Walsh functions on ``size`` points, [T, size], the first all one."""
     points = torch.arange(size)
     signs = torch.ones(T, size)
+    bits = max(T - 1, 1).bit_length()
     for t in range(T):
-        for bit in range(max(T - 1, 1).bit_length()):
+        for bit in range(bits):
             if t >> bit & 1:
-                signs[t] *= 1.0 - 2.0 * (points >> bit & 1)
+                is_set = points >> bit & 1
+                signs[t] *= 1.0 - 2.0 * is_set
     return signs
 
 
@@ -198,5 +203,5 @@ class TemporalOrthogonality(Penalty):
                 f"{type(encoder).__name__}; use the encoder stod"
             )
         images = passes.first[0].detach()
-        steps = range(len(encoder.skew))
-        return temporal_similarity(torch.stack([encoder.turned(images, t) for t in steps]))
+        frames = [encoder.turned(images, t) for t in range(len(encoder.skew))]
+        return temporal_similarity(torch.stack(frames))

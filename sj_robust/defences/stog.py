@@ -136,4 +136,5 @@ class GateRates(Penalty):
             raise ValueError(
                 "gate_rates needs a network with StochasticGate; use --neuron stog, or omit it"
             )
-        return torch.stack([gate.rate.square().sum() / 2 for gate in gates]).sum()
+        squares = [gate.rate.square().sum() / 2 for gate in gates]
+        return torch.stack(squares).sum()

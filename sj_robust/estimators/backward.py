@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sj_robust.core.broadcast import along
 from sj_robust.estimators.dynamics import Sequence
 from sj_robust.estimators.shapes import refuse_second_derivative
 
@@ -43,7 +44,8 @@ def through_time(run: Sequence, slopes: Slopes) -> Outputs:
     with torch.no_grad():
         h_seq, before = run.charged
         slope = slopes(h_seq - run.v_threshold)
-        factors = _Factors(slope=slope, keep=_keep(run, h_seq, slope), before=before)
+        keep = _keep(run, h_seq, slope)
+        factors = _Factors(slope=slope, keep=keep, before=before)
     # torch leaves apply untyped
     spike_seq, v, v_seq = _ThroughTime.apply(  # type: ignore[no-untyped-call]
         run.x_seq,
@@ -199,9 +201,7 @@ class _ThroughTime(torch.autograd.Function):
 def _times_gain(grad_h: Tensor, gain: float | Tensor) -> Tensor:
     """``gain * grad_h``, in place."""
     if isinstance(gain, Tensor):
-        others = [1] * (grad_h.ndim - 1)
-        per_step = gain.to(grad_h.dtype).view(-1, *others)
-        return grad_h.mul_(per_step)
+        return grad_h.mul_(along(gain.to(grad_h.dtype), 0, grad_h.ndim))
     return grad_h if gain == 1.0 else grad_h.mul_(gain)
 
 

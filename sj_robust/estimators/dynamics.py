@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sj_robust.core.broadcast import along
 from sj_robust.core.host import base
 from sj_robust.neuron.charging import Charging, emits_spikes, is_neuron, read_charging
 
@@ -52,8 +53,7 @@ class Sequence:
         gain = gain.detach().to(self.dtype)
         if gain.ndim == 0:
             return gain
-        others = [1] * (self.x_seq.ndim - 1)
-        return gain.view(-1, *others)
+        return along(gain, 0, self.x_seq.ndim)
 
     @cached_property
     def charged(self) -> tuple[Tensor, Tensor | None]:
@@ -65,7 +65,8 @@ class Sequence:
         decay = self.charging.decay_value
         learned = _needs_gradient(self.charging.decay)
         leak = (1 - decay) * (self.v_reset or 0.0)
-        h_seq = self.x_seq.detach().to(self.dtype) * self.per_step(self.charging.gain)
+        current = self.x_seq.detach().to(self.dtype)
+        h_seq = current * self.per_step(self.charging.gain)
         spike_seq = self.spike_seq.to(self.dtype)
         v = self.v_init
         if isinstance(v, Tensor):

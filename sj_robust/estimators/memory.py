@@ -80,7 +80,8 @@ def _moments(z_seq: Tensor) -> tuple[Tensor, Tensor, int]:
     Relative to the first value of each, so that values that are all alike have a deviation of
     exactly 0.
     """
-    shape = [len(z_seq)] + [1] * (z_seq.ndim - 1)
+    shape = [1] * z_seq.ndim
+    shape[0] = len(z_seq)
     if z_seq.ndim > 3:
         shape[2] = z_seq.shape[2]
         flat = z_seq.flatten(3)

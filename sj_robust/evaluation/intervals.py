@@ -51,7 +51,8 @@ def wilson_interval(count: float, total: int) -> tuple[float, float]:
     _check(count, total)
     share, spread = count / total, _Z * _Z / total
     middle = (share + spread / 2) / (1 + spread)
-    half = _Z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
+    variance = share * (1 - share) / total + spread / (4 * total)
+    half = _Z * math.sqrt(variance) / (1 + spread)
     # At a share of 0 or 1 the end is that share exactly, which rounding would miss.
     return (0.0 if count == 0 else middle - half, 1.0 if count == total else middle + half)
 
@@ -95,7 +96,8 @@ def paired_difference_interval(gained: int, lost: int, total: int) -> tuple[floa
     _check(gained + lost, total)
     size = total + 2
     difference = (gained - lost) / size
-    half = _Z * math.sqrt(gained + lost + 1 - (gained - lost) ** 2 / size) / size
+    variance = gained + lost + 1 - (gained - lost) ** 2 / size
+    half = _Z * math.sqrt(variance) / size
     return max(-1.0, difference - half), min(1.0, difference + half)
 
 

@@ -275,7 +275,13 @@ def _budget(
     if norm is not None:
         check_choice("norm", norm, get_args(NormName))
     check_switch("counts", counts)
-    return _Budget(parse_eps(eps), norm, largest_shift, total_shift, counts)
+    return _Budget(
+        eps=parse_eps(eps),
+        norm=norm,
+        largest_shift=largest_shift,
+        total_shift=total_shift,
+        counts=counts,
+    )
 
 
 @dataclass(frozen=True)
@@ -291,10 +297,10 @@ class _Given:
 def _given(model: nn.Module, *, T: int | None, mean: Channels, std: Channels) -> _Given:
     check_network(model, "model")
     return _Given(
-        model,
-        check_steps(T),
-        check_channels("mean", mean),
-        check_channels("std", std, positive=True),
+        model=model,
+        T=check_steps(T),
+        mean=check_channels("mean", mean),
+        std=check_channels("std", std, positive=True),
     )
 
 
@@ -384,10 +390,10 @@ class _Prepared:
     def request(self, suite: str, threat: ThreatModel) -> Request:
         """What is asked about it."""
         return Request(
-            suite,
-            threat,
-            self.settings.dataset,
-            self.classes,
+            suite=suite,
+            threat=threat,
+            dataset=self.settings.dataset,
+            classes=self.classes,
             seed=self.settings.seed,
             draws=self.settings.draws,
             folder=self.settings.folder,
@@ -412,7 +418,13 @@ def _prepared(given: _Given, data: Data, settings: _Settings) -> Iterator[_Prepa
         if isinstance(classifier, SpikingClassifier):
             watch.say(f"{subject.name} {classifier.convention}")
         try:
-            yield _Prepared(subject, classes, settings, configuration, watch)
+            yield _Prepared(
+                subject=subject,
+                classes=classes,
+                settings=settings,
+                configuration=configuration,
+                watch=watch,
+            )
         except KeyboardInterrupt as stopped:
             if settings.folder is None:
                 remedy = "with folder=..., the evaluation could be resumed"

@@ -231,7 +231,8 @@ class Evaluation:
         for name in ("labels", "rows", "warnings"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in _OF_ROWS:
-            object.__setattr__(self, name, tuple(map(plain, getattr(self, name))))
+            values = map(plain, getattr(self, name))
+            object.__setattr__(self, name, tuple(values))
         for name in _OF_NAMES:
             object.__setattr__(self, name, plain(getattr(self, name)))
         if not self.labels:
@@ -303,8 +304,9 @@ class Evaluation:
         if name == "verified":
             return counted[0].stood
         clean = self._clean(place).stood
-        fallen = [self.broken(row) if name in _SUMMARIES else row.fell for row in counted]
-        return clean.difference(*fallen)
+        if name in _SUMMARIES:
+            return clean.difference(*map(self.broken, counted))
+        return clean.difference(*(row.fell for row in counted))
 
     def under(self, name: str, *, variant: str | None = None) -> Accuracy:
         """One accuracy by name; seconds are those of the members within the threat.
@@ -322,7 +324,13 @@ class Evaluation:
             seconds = sum(row.seconds for row in spent)
         left = self.standing(name, variant=place)
         total = len(self._clean(place).seen)
-        return Accuracy(name, kind, len(left), total, float(seconds))
+        return Accuracy(
+            name=name,
+            kind=kind,
+            correct=len(left),
+            total=total,
+            seconds=float(seconds),
+        )
 
     # Figures
 
@@ -364,9 +372,11 @@ class Evaluation:
         """All accuracies of a variant, in the same order."""
         attacks = [row for row in self.of(variant) if row.attacks]
         names = ["clean", *(row.member for row in attacks)]
-        names += ["control"] if any(row.kind == "control" for row in attacks) else []
+        if any(row.kind == "control" for row in attacks):
+            names.append("control")
         names += ["worst case", "everything"]
-        names += ["verified"] if self._proofs(variant) else []
+        if self._proofs(variant):
+            names.append("verified")
         return tuple(self.under(name, variant=variant) for name in names)
 
     def single_accuracies(self, variant: str) -> tuple[Accuracy, ...]:
@@ -393,8 +403,9 @@ class Evaluation:
         -1 for none, -2 if it is misclassified without an attack.
         """
         broken_by = dict.fromkeys(self.standing("clean"), -1)
-        for kind in ("control", "attack"):
-            for index, row in reversed([*enumerate(self.attacks)]):
+        from_last = list(enumerate(self.attacks))[::-1]
+        for kind in ("control", "attack"):  # what comes later here counts
+            for index, row in from_last:
                 if row.kind == kind:
                     broken_by |= dict.fromkeys(self.broken(row), index)
         images = range(len(self.labels))
@@ -409,24 +420,39 @@ class Evaluation:
         made_for_it = bool(levels)
         variant = OVER_EPS if made_for_it else self.main
         if not made_for_it:
-            levels = [row for row in self.attacks if "@" in row.member]
-            levels = [row for row in levels if row.eps is not None]
+            levels = [row for row in self.attacks if "@" in row.member and row.eps is not None]
             others = {row.eps for row in levels if row.threat != self.threat}
             if len(others) < 2:
                 return ()
         proved = {}
         for row in self.of(OVER_EPS):
             if row.kind == "proof":
-                counted = Accuracy("verified", "verified", len(row.stood), len(row.seen))
+                counted = Accuracy(
+                    name="verified", kind="verified", correct=len(row.stood), total=len(row.seen)
+                )
                 proved[eps_text(row.eps or 0.0)] = counted
         clean = self.under("clean", variant=variant)
-        points = [Point("0", "clean", clean.correct, clean.total, proved.get("0"))]
+        points = [
+            Point(
+                eps="0",
+                attack="clean",
+                correct=clean.correct,
+                total=clean.total,
+                verified=proved.get("0"),
+            )
+        ]
         for row in levels:
             left = self.under(row.member, variant=variant)
             eps = eps_text(row.eps or 0.0)
             attack = row.member.partition("@")[0]
             attack += f", {row.estimator}" if made_for_it else ""
-            point = Point(eps, attack, left.correct, left.total, proved.get(eps))
+            point = Point(
+                eps=eps,
+                attack=attack,
+                correct=left.correct,
+                total=left.total,
+                verified=proved.get(eps),
+            )
             points.append(point)
         return tuple(points)
 
@@ -438,17 +464,19 @@ class Evaluation:
             KeyError: If nothing is proved at this radius.
         """
         radius = parse_eps(eps)
-        proofs = [row for row in self.of(self.main) if row.kind == "proof"]
-        proofs = [row for row in proofs if row.eps == radius]
+        proofs = [row for row in self.of(self.main) if row.kind == "proof" and row.eps == radius]
         if not proofs:
             raise KeyError(f"nothing is proved at {eps_text(radius)}")
+        proof = proofs[0]
         left = self.standing("clean")
         for row in self.attacks:
-            if proofs[0].covers(row):
+            if proof.covers(row):
                 left = left.difference(self._by_its_own_threat(row))
+        both = proof.stood & left
         total = len(self.labels)
-        lower = Accuracy("verified", "verified", len(proofs[0].stood & left), total)
-        return lower, Accuracy("everything", "everything", len(left), total)
+        lower = Accuracy(name="verified", kind="verified", correct=len(both), total=total)
+        upper = Accuracy(name="everything", kind="everything", correct=len(left), total=total)
+        return lower, upper
 
     @property
     def contradicted(self) -> tuple[int, ...]:
@@ -510,7 +538,8 @@ class Evaluation:
             case "clean":
                 return []
             case "verified":
-                if proofs := self._proofs(variant):
+                proofs = self._proofs(variant)
+                if proofs:
                     return proofs[:1]
             case "everything":
                 return attacks

@@ -142,10 +142,10 @@ def _proof(smoothing: Smoothing, y: Tensor, radius: float, variant: str) -> Row:
     images = range(len(y))
     holds = smoothing.certified(y, radius)
     return Row(
-        "smooth",
-        "proof",
-        tuple(images),
-        tuple(number for number in images if not holds[number]),
+        member="smooth",
+        kind="proof",
+        seen=tuple(images),
+        fell=tuple(number for number in images if not holds[number]),
         variant=variant,
         threat=ThreatModel("L2", radius),
         estimator="",

@@ -99,7 +99,14 @@ def from_checkpoint(path: Path, T: int | None = None, *, trust_code: bool = Fals
         set_time_steps(model, T)
         spec = replace(spec, T=T)
     name = path.parent.name if path.stem in ("best", "last") else path.stem
-    return Subject(name, model.eval(), _in_words(spec), dict(description.get("options", {})), spec)
+    options = dict(description.get("options", {}))
+    return Subject(
+        name=name,
+        model=model.eval(),
+        architecture=_in_words(spec),
+        options=options,
+        spec=spec,
+    )
 
 
 def from_function(
@@ -165,15 +172,12 @@ def describe_network(model: nn.Module) -> dict[str, Any]:
         [{'layer': 'net.0', 'neuron': 'DLIFNode',
         'surrogate': 'PiecewiseQuadratic(alpha=1.0, spiking=True)'}]
     """
-    layers = [
-        {
-            "layer": name,
-            "neuron": type(module).__name__,
-            "surrogate": " ".join(repr(module.surrogate_function).split()),
-        }
-        for name, module in model.named_modules()
-        if hasattr(module, "surrogate_function") and hasattr(module, "v_threshold")
-    ]
+    layers = []
+    for name, module in model.named_modules():
+        if hasattr(module, "surrogate_function") and hasattr(module, "v_threshold"):
+            surrogate = " ".join(repr(module.surrogate_function).split())
+            kind = type(module).__name__
+            layers.append({"layer": name, "neuron": kind, "surrogate": surrogate})
     size = sum(parameter.numel() for parameter in model.parameters())
     return {"T": getattr(model, "T", None), "parameters": size, "layers": layers}
 
@@ -202,26 +206,31 @@ def check_fits(subject: Subject, images: Tensor, classes: int | None, dataset: s
         4
     """
     shape = tuple(images.shape[1:])
-    if (spec := subject.spec) is not None:
-        taken = (spec.T, *spec.image_shape) if spec.frames else tuple(spec.image_shape)
+    spec = subject.spec
+    if spec is not None:
+        taken = tuple(spec.image_shape)
+        kind = "images"
+        if spec.frames:
+            taken = (spec.T, *spec.image_shape)
+            kind = "frames"
         if taken != shape:
             raise ValueError(
-                f"{subject.name} takes {'frames' if spec.frames else 'images'} {taken}, those of "
-                f"{dataset} are {shape}; omit --dataset to use the one it was trained on"
+                f"{subject.name} takes {kind} {taken}, those of {dataset} are {shape}; omit "
+                "--dataset to use the one it was trained on"
             )
     once = [1] * (images.ndim - 1)
     image = images[:1].repeat(_COPIES, *once).requires_grad_()
     try:
         outputs = subject.model(image)
     except Exception as error:  # foreign code raises anything
-        low = sorted(
-            {str(weight.dtype) for weight in subject.model.parameters() if weight.dtype in _HALF}
-        )
-        hint = (
-            f"; images are {images.dtype}, weights {low[0]}: return network.float(), or cast inside"
-            if low
-            else ""
-        )
+        dtypes = {weight.dtype for weight in subject.model.parameters()}
+        low = sorted(str(dtype) for dtype in dtypes if dtype in _HALF)
+        hint = ""
+        if low:
+            hint = (
+                f"; images are {images.dtype}, weights {low[0]}: return network.float(), or cast "
+                "inside"
+            )
         raise ValueError(
             f"{subject.name} does not take images {shape} of {dataset} ({reason(error)}){hint}"
         ) from error
@@ -292,6 +301,7 @@ def _listed(folder: Path) -> str:
     """Checkpoints in a folder and those below it."""
     if not folder.is_dir():
         return ""
-    patterns = ("*/best.pt", "*/*/best.pt", "*/*/*/best.pt", "*.pt")
-    found = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    found: list[Path] = []
+    for pattern in ("*/best.pt", "*/*/best.pt", "*/*/*/best.pt", "*.pt"):
+        found += sorted(folder.glob(pattern))
     return ", ".join(map(str, found[:6]))

@@ -74,7 +74,15 @@ def worst_case(
     check_seeds(seeds, x)
     variant = Variant(members)
     variant.check_names()
-    job = Job(variant, model, x, y, 0, seeds, Asked(threat, draws))
+    job = Job(
+        variant=variant,
+        model=model,
+        x=x,
+        y=y,
+        start=0,
+        seeds=seeds,
+        asked=Asked(threat, draws),
+    )
     steps = list(run_batch(job, BatchLog()))
     return Report(
         name=type(model).__name__,

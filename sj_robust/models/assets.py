@@ -87,13 +87,16 @@ def _download(asset: Asset, file: Path) -> None:
     base = os.environ.get(ADDRESS_VARIABLE) or RELEASE
     address = f"{base.rstrip('/')}/{asset.file_name}"
     part = file.with_suffix(".part")
-    while (before := _size(part)) < asset.size:
+    size = _size(part)
+    while size < asset.size:
+        before = size
         try:
             _continue(asset, address, part)
             reason = "the connection ended early"
         except (OSError, HTTPException, ValueError) as error:
             reason = str(error)
-        if _size(part) <= before:
+        size = _size(part)
+        if size <= before:
             raise OSError(
                 f"{asset.name} is not in the package and cannot be downloaded from {address} "
                 f"({reason}); try again online, set {ADDRESS_VARIABLE} to the address of another "

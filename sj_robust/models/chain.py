@@ -118,7 +118,8 @@ class ConvChain(DirectlyEncoded):
             kernel = next(kernels)
             padding = (kernel - 1) // 2
             stages.append(layer.Conv2d(width, feature, kernel, stride=stride, padding=padding))
-            stages.append(Stage(node(), norm=layer.BatchNorm2d(feature) if batch_norm else None))
+            norm = layer.BatchNorm2d(feature) if batch_norm else None
+            stages.append(Stage(node(), norm=norm))
             height, columns = (
                 (size + 2 * padding - kernel) // stride + 1 for size in (height, columns)
             )
@@ -314,6 +315,7 @@ class FullyConnected(DirectlyEncoded):
             stages += [layer.Linear(before, after), node()]
         for module in (self.first, *stages):
             if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.normal_(module.weight, std=2.0 / math.sqrt(module.weight[0].numel()))
+                fan = module.weight[0].numel()
+                nn.init.normal_(module.weight, std=2.0 / math.sqrt(fan))
         self.stages = nn.Sequential(*stages, layer.Linear(widths[-1], classes))
         functional.set_step_mode(self, step_mode)

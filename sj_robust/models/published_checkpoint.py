@@ -228,14 +228,12 @@ def _wide_resnet_modules(net: WideResNet) -> Iterator[tuple[str, str]]:
 
 def _sizes(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     """Name, classes and widths of the network that the file is of."""
-    convolutions = [
-        tensor.shape
-        for key, tensor in tensors.items()
-        if tensor.ndim == 4 and key.startswith("layer")
-    ]
-    widths = tuple(shape[0] for shape in convolutions)
+    widths = []
+    for key, tensor in tensors.items():
+        if tensor.ndim == 4 and key.startswith("layer"):
+            widths.append(tensor.shape[0])
     for name, features in VGG_FEATURES.items():
-        if widths == tuple(_widths(features)) and "classifier.4.weight" in tensors:
+        if widths == list(_widths(features)) and "classifier.4.weight" in tensors:
             hidden = tuple(tensors[f"classifier.{index}.weight"].shape[0] for index in (0, 2))
             return {
                 "name": name,
@@ -263,7 +261,8 @@ def _time(file: _File, T: int | None, tau: float, path: Path) -> dict[str, Any]:
     }
     if not gains:
         leaking = "if" if math.isinf(tau) else "lif"
-        return {"neuron": "stog" if file.gated else leaking, "T": file.T if T is None else T}
+        steps = file.T if T is None else T
+        return {"neuron": "stog" if file.gated else leaking, "T": steps}
     steps = min(gains)
     if T not in (None, steps):
         raise ValueError(

@@ -56,10 +56,11 @@ class PretrainedCard(Shown):
 
     def table(self) -> str:
         """The whole result as Markdown."""
-        rows = [[name, str(value)] for name, value in asdict(self).items() if name != "made_with"]
-        return markdown_table(
-            ["", "value"], [*rows, *([name, str(value)] for name, value in self.made_with.items())]
-        )
+        values = asdict(self)
+        made_with = values.pop("made_with")
+        rows = [[name, str(value)] for name, value in values.items()]
+        rows += [[name, str(value)] for name, value in made_with.items()]
+        return markdown_table(["", "value"], rows)
 
 
 def pretrained(name: str) -> SpikingClassifier:
@@ -119,4 +120,6 @@ def pretrained_file(name: str) -> Path:
         )
     inside = _FOLDER / f"{name}.pt"
     card = known[name]
-    return inside if inside.exists() else fetch(Asset(name, card.size, card.sha256))
+    if inside.exists():
+        return inside
+    return fetch(Asset(name, card.size, card.sha256))

@@ -66,7 +66,9 @@ def start_from(
     tensors = as_named_in(classifier, weights.tensors)
     of_net = as_named_in(classifier.net, weights.tensors)
     bare = {f"net.{key}": value for key, value in of_net.items()}
-    if len(whole.keys() & bare.keys()) > len(whole.keys() & tensors.keys()):
+    found_whole = whole.keys() & tensors.keys()
+    found_bare = whole.keys() & bare.keys()
+    if len(found_bare) > len(found_whole):
         # the file is of the bare network, which has no mean and std
         statistics = {key: whole[key] for key in ("mean", "std") if key in whole}
         tensors = bare | statistics

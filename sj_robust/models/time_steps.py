@@ -57,7 +57,8 @@ def set_time_steps(net: nn.Module, T: int) -> dict[str, tuple[int, int]]:
         if isinstance(module, DLIFNode):
             gain = module.input_gain
             index = torch.arange(T, device=gain.device).clamp(max=steps - 1)
-            module.input_gain = nn.Parameter(gain.detach()[index], requires_grad=gain.requires_grad)
+            kept = gain.detach()[index]
+            module.input_gain = nn.Parameter(kept, requires_grad=gain.requires_grad)
         elif "T" in vars(module):
             module.T = T
         else:

@@ -91,7 +91,9 @@ def as_named_in(net: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tens
         ['0.node.input_gain']
     """
     plain = plain_names(net)
-    if len(tensors.keys() & plain.keys()) >= len(tensors.keys() & set(plain.values())):
+    found_now = tensors.keys() & plain.keys()
+    found_plain = tensors.keys() & set(plain.values())
+    if len(found_now) >= len(found_plain):
         return dict(tensors)
     now = {old: new for new, old in plain.items()}
     return {now.get(key, key): value for key, value in tensors.items()}
@@ -109,21 +111,19 @@ def check_keys(
         ...
         ValueError: w.pt does not fit the network: missing a; unexpected b; take another file
     """
-    shapes = [
-        f"{key} {tuple(tensors[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in wanted.items()
-        if key in tensors and tensors[key].shape != value.shape
-    ]
-    faults = {
-        "missing": [key for key in wanted if key not in tensors],
-        "unexpected": [key for key in tensors if key not in wanted],
-        "of another shape": shapes,
-    }
-    if any(faults.values()):
-        listed = [
-            f"{fault} {', '.join(keys[:6])}"
-            + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
-            for fault, keys in faults.items()
-            if keys
-        ]
+    missing = []
+    shapes = []
+    for key, value in wanted.items():
+        if key not in tensors:
+            missing.append(key)
+        elif tensors[key].shape != value.shape:
+            shapes.append(f"{key} {tuple(tensors[key].shape)} instead of {tuple(value.shape)}")
+    unexpected = [key for key in tensors if key not in wanted]
+    faults = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    listed = []
+    for fault, keys in faults.items():
+        if keys:
+            more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
+            listed.append(f"{fault} {', '.join(keys[:6])}{more}")
+    if listed:
         raise ValueError(f"{origin} does not fit the network: {'; '.join(listed)}; {remedy}")

@@ -39,14 +39,16 @@ def zoo_networks() -> dict[str, Callable[..., nn.Module]]:
             module = importlib.import_module(f"{_ZOO}.{entry.name}")
         except ImportError:
             continue
-        builders: dict[str, Any] = {
-            name: value
-            for name, value in vars(module).items()
-            if not name.startswith("_") and (isfunction(value) or isclass(value))
-            if value.__module__ == module.__name__ and _takes_only_a_neuron(value)
-        }
-        functions = {name: value for name, value in builders.items() if isfunction(value)}
-        found |= functions or builders
+        functions: dict[str, Any] = {}
+        classes: dict[str, Any] = {}
+        for name, value in vars(module).items():
+            if name.startswith("_") or getattr(value, "__module__", "") != module.__name__:
+                continue
+            if isfunction(value) and _takes_only_a_neuron(value):
+                functions[name] = value
+            if isclass(value) and _takes_only_a_neuron(value):
+                classes[name] = value
+        found |= functions or classes
     return dict(sorted(found.items()))
 
 
@@ -121,19 +123,19 @@ def _takes_only_a_neuron(builder: Callable[..., Any]) -> bool:
     """Whether it has a parameter ``spiking_neuron`` and needs no other."""
     parameters = signature(builder).parameters
     variadic = (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL)
-    needed = [
-        p.name
-        for p in parameters.values()
-        if p.default is Parameter.empty and p.kind not in variadic
-    ]
-    return "spiking_neuron" in parameters and set(needed) <= {"spiking_neuron"}
+    for name, parameter in parameters.items():
+        is_needed = parameter.default is Parameter.empty and parameter.kind not in variadic
+        if is_needed and name != "spiking_neuron":
+            return False
+    return "spiking_neuron" in parameters
 
 
 def _check_fits(net: nn.Module, name: str, channels: int, classes: int) -> None:
     """The first convolution takes the images, the last linear layer has the classes (some of the
     zoo fix them).
     """
-    first = next((module for module in net.modules() if isinstance(module, nn.Conv2d)), None)
+    convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    first = convolutions[0] if convolutions else None
     if first is not None and first.in_channels != channels:
         raise ValueError(
             f"zoo:{name} expects images with {first.in_channels} channels, these have {channels}; "

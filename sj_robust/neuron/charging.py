@@ -45,7 +45,9 @@ class Charging:
     @property
     def decay_value(self) -> float:
         """The decay as a number."""
-        return float(self.decay.detach() if isinstance(self.decay, Tensor) else self.decay)
+        if isinstance(self.decay, Tensor):
+            return float(self.decay.detach())
+        return float(self.decay)
 
     def gain_at(self, t: int, *, input_gain: bool) -> float | Tensor:
         """Gain of the input of step ``t``, with or without the learnable part."""
@@ -203,24 +205,21 @@ def _check_given(
     for key, value in decay.items():
         fitting = [module for name, module in candidates.items() if key in (name, type(module))]
         if not fitting:
-            known = ", ".join(
-                f"{name!r} ({type(module).__name__})" for name, module in candidates.items()
-            )
+            known = [f"{name!r} ({type(module).__name__})" for name, module in candidates.items()]
             raise ValueError(
-                f"decay: no neuron has the name or exact type {key!r}; the network has {known}"
+                f"decay: no neuron has the name or exact type {key!r}; the network has "
+                f"{', '.join(known)}"
             )
         if any(has_known_dynamics(module) for module in fitting):
             kind = type(fitting[0]).__name__
             raise ValueError(
                 f"decay: {key!r} names a {kind}, whose decay is read from the neuron; omit it"
             )
-        if any(
-            not isinstance(module, neuron.BaseNode) or not emits_spikes(module)
-            for module in fitting
-        ):
-            raise ValueError(
-                f"decay: {key!r} cannot be followed by a decay alone: {_reason(fitting[0])}"
-            )
+        for module in fitting:
+            if not isinstance(module, neuron.BaseNode) or not emits_spikes(module):
+                raise ValueError(
+                    f"decay: {key!r} cannot be followed by a decay alone: {_reason(fitting[0])}"
+                )
         if not 0.0 < value <= 1.0:
             raise ValueError(
                 f"decay of {key!r} must be in (0, 1], got {value}; a time constant tau means "

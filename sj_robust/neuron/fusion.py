@@ -72,7 +72,8 @@ def fuse(net: nn.Module) -> FusionReport:
             continue
         children = _children(parent)
         for name, module in children.items():
-            if any("BatchNorm" in cls.__name__ for cls in type(module).__mro__):
+            is_norm = any("BatchNorm" in cls.__name__ for cls in type(module).__mro__)
+            if is_norm:
                 report.skipped[_joined(path, name)] = _reason(name, children, parent)
         if type(parent) is not nn.Sequential:
             continue
@@ -131,7 +132,8 @@ def unfuse(net: nn.Module) -> None:
             continue
         for name, child in children.items():
             if isinstance(child, Stage):
-                setattr(parent, name, nn.Sequential(*[part for _, part in child.parts()]))
+                parts = [part for _, part in child.parts()]
+                setattr(parent, name, nn.Sequential(*parts))
 
 
 def plain_names(net: nn.Module) -> dict[str, str]:

@@ -135,7 +135,14 @@ class Watched:
         """Tell the watcher of the call that :meth:`enter` began."""
         v_before, self.v_before = self.v_before, None
         if self.watcher is not None:
-            call = SpikingCall(self.name, node, x, spikes, v_before, self.time_step)
+            call = SpikingCall(
+                name=self.name,
+                node=node,
+                input=x,
+                spikes=spikes,
+                v_before=v_before,
+                time_step=self.time_step,
+            )
             self.watcher.called(call)
 
     def is_idle(self) -> bool:

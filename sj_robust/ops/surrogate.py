@@ -96,10 +96,9 @@ class Surrogate:
     @property
     def is_trainable(self) -> bool:
         """Whether ``function`` has its own parameters that require a gradient."""
-        function = self.function
-        return isinstance(function, nn.Module) and any(
-            p.requires_grad for p in function.parameters()
-        )
+        if not isinstance(self.function, nn.Module):
+            return False
+        return any(parameter.requires_grad for parameter in self.function.parameters())
 
     def spike(self, z: Tensor) -> Tensor:
         """The spike, with the surrogate gradient; same shape and dtype as ``z``."""
@@ -119,7 +118,8 @@ class Surrogate:
         if self.kind == "triangle":
             fall = z.abs_() if alpha == 1.0 else z.abs_().mul_(alpha * alpha)
             top = torch.full((), alpha, dtype=z.dtype, device=z.device)
-            return torch.sub(top, fall, out=None if fall.requires_grad else fall).clamp_min_(0.0)
+            out = None if fall.requires_grad else fall
+            return torch.sub(top, fall, out=out).clamp_min_(0.0)
         if self.kind == "atan":
             return (alpha / 2) / z.mul_(math.pi / 2 * alpha).square_().add_(1)
         if self.kind == "sigmoid":
@@ -132,7 +132,8 @@ class Surrogate:
         if self.kind == "super_spike":
             return alpha / z.abs_().add_(1).square_()
         if self.kind == "erf":
-            return z.mul_(alpha).square_().neg_().exp_().mul_(alpha / math.sqrt(math.pi))
+            height = alpha / math.sqrt(math.pi)
+            return z.mul_(alpha).square_().neg_().exp_().mul_(height)
         assert self.function is not None  # guaranteed by __post_init__
         with torch.enable_grad():
             z = z.detach().requires_grad_()

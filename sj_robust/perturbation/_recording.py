@@ -196,7 +196,9 @@ class Recording:
         return names
 
     def _follows(self, name: str) -> bool:
-        return self._last in (None, name) if self._layers == "last" else name in self._followed()
+        if self._layers == "last":
+            return self._last in (None, name)
+        return name in self._followed()
 
     def _followed(self) -> Collection[str]:
         return self._neurons if isinstance(self._layers, str) else self._layers

@@ -369,7 +369,8 @@ class LayerTotals:
             sums[f"{name}_l2"] = size.l2
             sums[f"{name}_l1"] = size.l1
         self._step_sums.append(torch.stack([sums[name] for name in _SUMS]))
-        self._step_maxima.append(torch.stack([sizes[name].peak for name in _MAXIMA]))
+        peaks = [sizes[name].peak for name in _MAXIMA]
+        self._step_maxima.append(torch.stack(peaks))
         first, first_perturbed = self._first_spike
         self._first_spike = [
             _earliest(first, spike, t),
@@ -435,7 +436,8 @@ class LayerTotals:
         self._samples += other._samples
         self._elements += other._elements
         self._sums = self._sums + other._sums.to(self._sums.device)
-        self._maxima = torch.maximum(self._maxima, other._maxima.to(self._maxima.device))
+        others = other._maxima.to(self._maxima.device)
+        self._maxima = torch.maximum(self._maxima, others)
         first = []
         for mine, theirs in zip(self._first_spike, other._first_spike, strict=True):
             first.append(torch.minimum(mine, theirs.to(mine.device)))
@@ -454,7 +456,8 @@ class LayerTotals:
     @torch.no_grad()
     def stats(self) -> LayerStats:
         """The statistics so far."""
-        per_step = (self._sums / self._elements).double().cpu().unbind(1)
+        of_elements = (self._sums / self._elements).double()
+        per_step = of_elements.cpu().unbind(1)
         means = dict(zip(_SUMS, per_step, strict=True))
         maxima = dict(zip(_MAXIMA, self._maxima.double().cpu().unbind(1), strict=True))
         first, first_perturbed = self._first_spike

@@ -166,7 +166,10 @@ def intensity_correlation(
             f"x and y must hold as many images as classes, at least one, got {len(x)} and {len(y)}"
         )
     with torch.no_grad():
-        predicted = [model(part).argmax(1) for part in torch.split(x, batch_size)]
+        predicted = []
+        for part in torch.split(x, batch_size):
+            logits = model(part)
+            predicted.append(logits.argmax(1))
     right = torch.cat(predicted) == y
     if not bool(right.any()):
         raise ValueError(
@@ -186,7 +189,14 @@ def intensity_correlation(
     )
     measured: dict[str, list[_Measured]] = {}
     with MPPDMonitor(model, layers=layers, input_gain=input_gain, keep="trace") as monitor:
-        probe = _Probe(monitor, model, x, y, batch_size, seed)
+        probe = _Probe(
+            monitor=monitor,
+            model=model,
+            x=x,
+            y=y,
+            batch_size=batch_size,
+            seed=seed,
+        )
         for direction, function in perturb.items():
             measured[direction] = []
             for size in sizes:
@@ -247,14 +257,21 @@ class _Probe:
             for layer, figures in stats.items():
                 before = per_step.get(layer, torch.zeros(figures.T))
                 per_step[layer] = before + figures.ms_mppd * len(images) / len(self.x)
-                for name, value in neuron_indicators(self.monitor[layer][0]).items():
-                    value = value.cpu()
+                for name, found in neuron_indicators(self.monitor[layer][0]).items():
+                    value = found.cpu()
                     # In float64 the sum is exact enough that equal samples stay equal, which
                     # ranks depend on.
-                    indicators[layer, name].append(over_neurons(name, value.double()))
-                    single[layer, name].append(value[:, self._drawn_of(value.shape[1])])
+                    of_layer = over_neurons(name, value.double())
+                    indicators[layer, name].append(of_layer)
+                    drawn = self._drawn_of(value.shape[1])
+                    single[layer, name].append(value[:, drawn])
             self.monitor.clear_recorded_data()
-        return _Measured(_joined(indicators), _joined(single), torch.cat(wrong), per_step)
+        return _Measured(
+            indicators=_joined(indicators),
+            single=_joined(single),
+            wrong=torch.cat(wrong),
+            per_step=per_step,
+        )
 
     def _drawn_of(self, neurons: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
@@ -270,7 +287,10 @@ def _summarise(
 ) -> None:
     """Write into the study what was measured of one direction."""
     sizes = study.eps
-    study.accuracy[direction] = [1.0 - part.wrong.double().mean().item() for part in parts]
+    study.accuracy[direction] = []
+    for part in parts:
+        share_of_wrong = part.wrong.double().mean().item()
+        study.accuracy[direction].append(1.0 - share_of_wrong)
     study.per_step[direction] = {}
     for layer in parts[0].per_step:
         study.per_step[direction][layer] = [part.per_step[layer].tolist() for part in parts]
@@ -283,32 +303,45 @@ def _summarise(
         by_name.append(torch.stack(by_size))
     values = torch.stack(by_name)  # [names, sizes, N]
     wrong = torch.stack([part.wrong for part in parts])
+    found = _with_intervals(values, wrong, sizes, study.resamples, seed)
+    for row, (layer, name) in enumerate(names):
+        means[layer][name] = values[row].mean(1).tolist()
+        single = torch.stack([part.single[layer, name] for part in parts])
+        per_neuron = _per_neuron(single, sizes, study.resamples, seed)
+        associations[layer][name] = found[row] | {"per_neuron": per_neuron}
+    study.means[direction] = dict(means)
+    study.associations[direction] = dict(associations)
+
+
+def _with_intervals(
+    values: Tensor, wrong: Tensor, sizes: Sequence[float], resamples: int, seed: int
+) -> list[dict[str, Association]]:
+    """Every measure of whole layers by name, of each row of :func:`_measures`."""
     whole = _measures(values, wrong, sizes)
-    drawn = _drawn_again(values.shape[2], study.resamples, seed)
+    drawn = _drawn_again(values.shape[2], resamples, seed)
     resampled = [_measures(values[..., index], wrong[:, index], sizes) for index in drawn]
     again = torch.stack(resampled)
     low, high = again.nanquantile(_ends(again.dtype), dim=0)
-    for row, (layer, name) in enumerate(names):
-        means[layer][name] = values[row].mean(1).tolist()
-        found = {}
+    found = []
+    for row in range(len(values)):
+        of_row = {}
         for column, measure in enumerate(_MEASURES[:-1]):
-            found[measure] = Association(
+            of_row[measure] = Association(
                 value=_number(whole[row, column]),
                 low=_number(low[row, column]),
                 high=_number(high[row, column]),
             )
-        single = torch.stack([part.single[layer, name] for part in parts])
-        found["per_neuron"] = _per_neuron(single, sizes, study.resamples, seed)
-        associations[layer][name] = found
-    study.means[direction] = dict(means)
-    study.associations[direction] = dict(associations)
+        found.append(of_row)
+    return found
 
 
 def _per_neuron(single: Tensor, sizes: Sequence[float], resamples: int, seed: int) -> Association:
     """Mean over neurons of the correlation of their indicator [sizes, N, K] with the size."""
     size = torch.tensor(sizes).repeat_interleave(single.shape[1])
-    each = spearman(single.flatten(0, 1).T, size).nan_to_num(0.0)
-    again = each[_drawn_again(len(each), resamples, seed)].mean(1)
+    by_neuron = single.flatten(0, 1).T
+    each = spearman(by_neuron, size).nan_to_num(0.0)
+    drawn = _drawn_again(len(each), resamples, seed)
+    again = each[drawn].mean(1)
     low, high = again.quantile(_ends(again.dtype)).tolist()
     return Association(each.mean().item(), low, high)
 

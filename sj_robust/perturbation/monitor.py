@@ -197,7 +197,9 @@ class MPPDMonitor(BaseMonitor):
         self._totals: dict[str, LayerTotals] = {}
         self._warned_of_potential = False
         kept = Kept(input_gain, trace=keep == "trace", spikes=spikes, statistics=keep != "loss")
-        self._recording = Recording(neurons, self.unsupported, layers, kept)
+        self._recording = Recording(
+            neurons=neurons, unsupported=self.unsupported, layers=layers, kept=kept
+        )
         self.hooks.extend(register_watcher(net, self._recording, (*neurons, *sorted(spiking))))
         if self.unsupported:
             count = len(self.unsupported)
@@ -246,7 +248,8 @@ class MPPDMonitor(BaseMonitor):
                 f"x and x_perturbed must have the same shape, got {tuple(x.shape)} and "
                 f"{tuple(x_perturbed.shape)}; perturb the batch that the clean run gets"
             )
-        bad = int((~torch.isfinite(x)).sum()) + int((~torch.isfinite(x_perturbed)).sum())
+        bad = int((~torch.isfinite(x)).sum())
+        bad += int((~torch.isfinite(x_perturbed)).sum())
         if bad:
             raise ValueError(
                 f"x and x_perturbed must be finite, got {bad} NaN or infinite values; omit "

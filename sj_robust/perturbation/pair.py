@@ -80,7 +80,8 @@ class LayerPair:
         assert spike_seq is not None  # they were asked for
         # A network may go on in place on its spikes, hence a copy; as bool where that loses
         # nothing.
-        spikes = spike_seq.detach() != 0 if self.neuron.binary else spike_seq.detach().clone()
+        spikes = spike_seq.detach()
+        spikes = spikes != 0 if self.neuron.binary else spikes.clone()
         if self._kept.spikes:
             self._clean_spikes.append(_Chunk.of(spikes))
         if self._kept.statistics:
@@ -216,7 +217,9 @@ class LayerPair:
             v_init, time_step = self._start
             if self._paired and isinstance(v_init, Tensor):
                 v_init = v_init[: v_init.shape[0] // 2]
-            self.totals = LayerTotals(self.neuron, v_init, time_step, self._kept)
+            self.totals = LayerTotals(
+                neuron=self.neuron, v_init=v_init, time_step=time_step, kept=self._kept
+            )
         return self.totals
 
     def _check_batch(self, x_seq: Tensor) -> None:
@@ -259,4 +262,6 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def _cat(chunks: list[_Chunk]) -> Tensor:
-    return chunks[0].values if len(chunks) == 1 else torch.cat([chunk.values for chunk in chunks])
+    if len(chunks) == 1:
+        return chunks[0].values
+    return torch.cat([chunk.values for chunk in chunks])

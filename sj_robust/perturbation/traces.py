@@ -72,7 +72,8 @@ class Traces(Shown, dict[str, LayerTrace]):
         """Number of layers and pairs, and where most of the pairs diverge."""
         if not self:
             return "no spiking layer"
-        steps, count = next(iter(self.values())).spike_seq.shape[:2]
+        first = next(iter(self.values()))
+        steps, count = first.spike_seq.shape[:2]
         layers = counted(len(self), "spiking layer")
         pairs = counted(count, "pair")
         partings = Counter(self.parting(sample) for sample in range(count))
@@ -121,7 +122,9 @@ class Traces(Shown, dict[str, LayerTrace]):
             raise ValueError(f"sample must be from 0 to {count - 1}, got {sample}")
         names = list(self)
         if len(names) > _LAYERS:
-            names = [*names[: _LAYERS // 2], *names[-_LAYERS // 2 :]]
+            first = names[: _LAYERS // 2]
+            last = names[-_LAYERS // 2 :]
+            names = first + last
         if which == "spikes":
             draw = _raster
             height = 2.2
@@ -133,16 +136,18 @@ class Traces(Shown, dict[str, LayerTrace]):
         steps = len(self[names[0]].spike_seq)
         across = min(_ACROSS, len(names), max(1, _STEPS_ACROSS // steps))
         down = ceil(len(names) / across)
-        wide = steps > _STEPS_ACROSS // _ACROSS
-        figure = new_figure(0.4 + (_WIDTH if wide else 1.7 * across), 0.4 + height * down)
+        is_wide = steps > _STEPS_ACROSS // _ACROSS
+        width = _WIDTH if is_wide else 1.7 * across
+        figure = new_figure(0.4 + width, 0.4 + height * down)
         panels = figure.subplots(down, across, squeeze=False)
         parting = self.parting(sample)
         for axes, name in zip(panels.flat, names, strict=False):
             draw(axes, self[name], sample)
             title = name if len(name) <= _LETTERS else f"…{name[1 - _LETTERS :]}"
             if parting is not None and parting[0] == name:
-                title += f"\ndiverges at step {parting[1]}"
-                axes.axvline(parting[1], color=GREY, linestyle=":", linewidth=1.2)
+                step = parting[1]
+                title += f"\ndiverges at step {step}"
+                axes.axvline(step, color=GREY, linestyle=":", linewidth=1.2)
             axes.set_title(title, loc="left")
             axes.set_xlabel("time step")
             axes.set_xlim(-0.5, len(self[name].spike_seq) - 0.5)
@@ -222,7 +227,8 @@ def _raster(axes: "Axes", layer: LayerTrace, sample: int) -> None:
     from matplotlib.colors import ListedColormap
 
     cells = torch.stack([clean * 1, perturbed * 2], 1)  # [T, halves, neurons]
-    cells[(clean & perturbed)[:, None].expand_as(cells)] = 3
+    in_both = (clean & perturbed).unsqueeze(1)
+    cells[in_both.expand_as(cells)] = 3
     axes.imshow(
         cells.flatten(0, 1).T.numpy(),
         cmap=ListedColormap(["none", *_FIRED]),
@@ -243,8 +249,9 @@ def _potential(axes: "Axes", layer: LayerTrace, sample: int) -> None:
     filled where it fires.
     """
     moved = _of_sample(layer.full, sample).abs().amax(0)
+    below_one = moved / (1 + moved.max())
     differing = _of_sample(_differing(layer), sample).sum(0)
-    neuron = int((differing + moved / (1 + moved.max())).argmax())
+    neuron = int((differing + below_one).argmax())
     values = _of_sample(layer.v_seq, sample)[:, neuron]
     spikes = _of_sample(layer.spike_seq, sample)[:, neuron]
     _line(axes, values, spikes, line="o-", label="clean", color=BLUE)
@@ -256,9 +263,11 @@ def _potential(axes: "Axes", layer: LayerTrace, sample: int) -> None:
 def _line(
     axes: "Axes", values: Tensor, spikes: Tensor, *, line: str, label: str, color: str
 ) -> None:
+    """The potential of a neuron, with filled markers at its spikes."""
     fired = torch.nonzero(spikes)[:, 0].tolist()
     axes.plot(values.tolist(), line, color=color, label=label, markerfacecolor="none")
-    axes.plot(fired, values[fired].tolist(), line[0], color=color)
+    at_spikes = values[fired].tolist()
+    axes.plot(fired, at_spikes, line[0], color=color)
 
 
 def _of_sample(seq: Tensor, sample: int) -> Tensor:

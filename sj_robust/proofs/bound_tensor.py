@@ -250,7 +250,7 @@ class Bounds(Tensor):
             raise NoBoundsError(f"the operation {name}")
         try:
             with torch._C.DisableTorchFunctionSubclass():
-                call = Call(rule, func, _origins(args), kwargs)
+                call = Call(rule=rule, func=func, args=_origins(args), kwargs=kwargs)
                 found = rule(func, *args, **kwargs)
                 _note(found, call)
                 return _written(args[0], found, func.__name__) if in_place else found

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sj_robust.core.broadcast import along
 from sj_robust.core.preserved import other_forward
 from sj_robust.neuron.charging import Neuron
 from sj_robust.proofs.bound_tensor import Bounds, Function, Origin
@@ -208,13 +209,17 @@ class BoundedRun:
         weights, radius = self._last_map(logits.centre)
         order = y.argsort()
         labels, counts = torch.unique_consecutive(y[order], return_counts=True)
-        parts = zip(labels, torch.split(radius[order], counts.tolist()), strict=True)
-        spread = torch.cat([part @ (weights - weights[label]).abs().T for label, part in parts])
-        spread = spread[order.argsort()]
+        radii = torch.split(radius[order], counts.tolist())
+        spreads = []
+        for label, of_label in zip(labels, radii, strict=True):
+            change = (weights - weights[label]).abs()
+            spreads.append(of_label @ change.T)
+        spread = torch.cat(spreads)[order.argsort()]
         if logits.unrounded:
             return (gap + spread).scatter(1, right, 0.0)
         error = logits.error + logits.error.gather(1, right)
-        return (gap.detach() + SLACK * (spread + error)).scatter(1, right, 0.0)
+        lead = gap.detach() + SLACK * (spread + error)
+        return lead.scatter(1, right, 0.0)
 
     def _last_map(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The map from the leaves to the logits [classes, *], and the radius of the leaves [N, *].
@@ -223,7 +228,9 @@ class BoundedRun:
         are samples.
         """
         classes = logits.shape[1]
-        nothing = logits.new_zeros(classes, 1), logits.new_zeros(self.samples, 1)
+        no_weights = logits.new_zeros(classes, 1)
+        no_radius = logits.new_zeros(self.samples, 1)
+        nothing = (no_weights, no_radius)
         if not logits.requires_grad:
             return nothing
         leaves = self._first_leaves(logits)
@@ -239,12 +246,14 @@ class BoundedRun:
                 if grad is not None:
                     rows.append(leaf.by_sample(grad, self.samples)[:number])
         self.cut.on = False
-        reached = [number for number, rows in enumerate(found) if rows]
-        if not reached:
+        weights = []
+        radii = []
+        for rows, leaf in zip(found, leaves, strict=True):
+            if rows:
+                weights.append(torch.cat(rows))
+                radii.append(leaf.by_sample(leaf.radius, self.samples))
+        if not weights:
             return nothing
-        weights = [torch.cat(found[number]) for number in reached]
-        first = [leaves[number] for number in reached]
-        radii = [leaf.by_sample(leaf.radius, self.samples) for leaf in first]
         return torch.cat(weights, 1), torch.cat(radii, 1)
 
     def _first_leaves(self, logits: Tensor) -> list[Leaf]:
@@ -289,11 +298,12 @@ class BoundedRun:
 
     def _leaf_behind(self, neuron: Neuron, x: Bounds, batch_dim: int) -> Bounds:
         """The spikes of a layer for a current, with which a leaf begins."""
+        current = Interval(x.lower, x.upper)
         if batch_dim:
-            spikes = self.spikes(neuron, Interval(x.lower, x.upper))
+            spikes = self.spikes(neuron, current)
         else:
-            seq = self.spikes(neuron, Interval(x.lower.unsqueeze(0), x.upper.unsqueeze(0)))
-            spikes = Interval(seq.low[0], seq.high[0])
+            one_step = current.each(lambda end: end.unsqueeze(0))
+            spikes = self.spikes(neuron, one_step).each(lambda end: end[0])
         self._passed(neuron.name, x, spikes)
         return self.leaf(spikes, batch_dim)
 
@@ -310,7 +320,8 @@ class BoundedRun:
         for x, batch_dim in laid:
             self._reached(x, batch_dim, by)
         batch_dim, shape = self._layout(rows)
-        found = self.leaf(values.each(lambda end: end.reshape(shape)), batch_dim)
+        laid_values = values.each(lambda end: end.reshape(shape))
+        found = self.leaf(laid_values, batch_dim)
         self._began(by, values)
         return reshaped(found, values.low.shape)
 
@@ -320,11 +331,11 @@ class BoundedRun:
         for number, x in enumerate(arguments):
             rows = self._samples_of(x)
             if by.along:
-                dim = by.along[number]
-                rows = _alone(by, rows, dim)
-            for dim in range(rows.ndim if rows.ndim == len(shape) else 0):
-                if rows.shape[dim] != shape[dim]:
-                    rows = _alone(by, rows, dim)
+                rows = _alone(by, rows, by.along[number])
+            if rows.ndim == len(shape):
+                for dim, size in enumerate(shape):
+                    if rows.shape[dim] != size:
+                        rows = _alone(by, rows, dim)
             found.append(rows.expand(shape))
         if any(not torch.equal(rows, found[0]) for rows in found):
             raise NoBoundsError(f"{by.name} of values of several samples of a batch")
@@ -337,7 +348,7 @@ class BoundedRun:
             leaf = self.leaves[number]
             like = by_row(leaf.radius, self.samples, leaf.batch_dim)
             numbers = torch.arange(self.samples, device=like.device)
-            rows = numbers.view(-1, *[1] * (like.ndim - 1)).expand(like.shape)
+            rows = along(numbers, 0, like.ndim).expand(like.shape)
             return laid_out(rows, leaf.batch_dim)
 
         return rows_of(x.origin, of_leaf)
@@ -357,10 +368,11 @@ class BoundedRun:
             shapes.append((0, rows.view(self.samples, -1).shape))
         numbers = torch.arange(self.samples, device=rows.device)
         for batch_dim, shape in shapes:
-            if _fits(shape, batch_dim, self.samples):
-                own = by_row(rows.reshape(shape), self.samples, batch_dim)
-                if bool((own == numbers.view(-1, *[1] * (own.ndim - 1))).all()):
-                    return batch_dim, shape
+            if not _fits(shape, batch_dim, self.samples):
+                continue
+            own = by_row(rows.reshape(shape), self.samples, batch_dim)
+            if bool((own == along(numbers, 0, own.ndim)).all()):
+                return batch_dim, shape
         raise NoBoundsError(
             f"an operation on {tuple(rows.shape)} for {self.samples} samples, which must be [T, N, "
             "*], [T * N, *] or [N, *]"

@@ -84,14 +84,14 @@ class Prover:
         """
         run = self.run(images)
         classes = run.error.shape[1]
-        rows = torch.arange(len(images), device=labels.device).repeat_interleave(classes - 1)
+        every = torch.arange(len(images), device=labels.device)
+        rows = every.repeat_interleave(classes - 1)
         weights = leads(labels, classes).flatten(0, 1)
         found = self._in_parts(run, rows, weights, 0)
         weak = (found <= 0).nonzero().squeeze(1)
         if len(weak):
-            found[weak] = torch.maximum(
-                found[weak], self._in_parts(run, rows[weak], weights[weak], _TURNS)
-            )
+            again = self._in_parts(run, rows[weak], weights[weak], _TURNS)
+            found[weak] = torch.maximum(found[weak], again)
         return found.view(len(images), -1).amin(1)
 
     def bab(self, images: Tensor, labels: Tensor, time_limit: float) -> Searched:
@@ -109,21 +109,33 @@ class Prover:
         run = self.run(images)
         rivals = self.rivals(run, images, labels)
         found = Searched(rivals.bounds.amin(1), dict(rivals.broken))
-        open_ones = [n for n in range(len(images)) if n not in found.broken]
-        open_ones = [n for n in open_ones if not found.lead[n] > 0]  # NaN proves nothing
+        open_ones = []
+        for n in range(len(images)):
+            proved = found.lead[n] > 0  # NaN proves nothing
+            if n not in found.broken and not proved:
+                open_ones.append(n)
         if not open_ones:
             return found
         some = torch.tensor(open_ones, device=images.device)
-        images, labels = images[some], labels[some]
+        images = images[some]
+        labels = labels[some]
         run = self.run(images, maps=self.maps, most=budget // 4)  # each from below and from above
-        searches = [
-            _Search(place, rivals.weights[n], rivals.bounds[n], budget // (2 * _TURNS * _GRADIENT))
-            for place, n in enumerate(open_ones)
-        ]
-        while parts := [part for search in searches for part in search.next_ones()]:
+        parts_of_each = budget // (2 * _TURNS * _GRADIENT)
+        searches = []
+        for place, n in enumerate(open_ones):
+            search = _Search(
+                number=place,
+                weights=rivals.weights[n],
+                bounds=rivals.bounds[n],
+                parts=parts_of_each,
+            )
+            searches.append(search)
+        parts = _next_parts(searches)
+        while parts:
             size = min(_TOGETHER, self.maps.rows_that_fit())
             for start in range(0, len(parts), size):
                 self._bound(run, images, labels, parts[start : start + size])
+            parts = _next_parts(searches)
         for search, n in zip(searches, open_ones, strict=True):
             if search.broken is not None:
                 found.broken[n] = search.broken
@@ -156,7 +168,8 @@ class Prover:
             part = slice(start, start + size)
             found = raised(self.maps, run, rows[part], parts[part], rounds=_TURNS)
             bounds[part] = found.value
-            for n, point in self.broken(found, images, labels, rows[part], descend=True).items():
+            wrong_ones = self.broken(found, images, labels, rows[part], descend=True)
+            for n, point in wrong_ones.items():
                 broken.setdefault(n, point)
         return Rivals(weights, bounds.view(len(images), -1), broken)
 
@@ -181,18 +194,23 @@ class Prover:
             with torch.set_grad_enabled(descend):
                 logits = self.logits(points)
             y = labels[rows]
-            for row in (logits.argmax(1) != y).nonzero().squeeze(1).tolist():
-                wrong_ones.setdefault(int(rows[row]), points.detach()[row : row + 1])
+            is_wrong = logits.argmax(1) != y
+            for row in is_wrong.nonzero().squeeze(1).tolist():
+                point = points.detach()[row : row + 1]
+                wrong_ones.setdefault(int(rows[row]), point)
             if not logits.requires_grad:  # not asked for, or the network has none
                 break
-            right = logits.gather(1, y.unsqueeze(1)).squeeze(1)
-            rival = logits.scatter(1, y.unsqueeze(1), -torch.inf).amax(1)
-            (slope,) = torch.autograd.grad((right - rival).sum(), points, allow_unused=True)
+            label = y.unsqueeze(1)
+            right = logits.gather(1, label).squeeze(1)
+            rival = logits.scatter(1, label, -torch.inf).amax(1)
+            total = (right - rival).sum()
+            (slope,) = torch.autograd.grad(total, points, allow_unused=True)
             left = [k for k, n in enumerate(rows.tolist()) if n not in wrong_ones]
             if slope is None or not left:
                 break
             rows = rows[left]
-            points = self.lower(images[rows], points.detach()[left], slope[left].nan_to_num())
+            slopes = slope[left].nan_to_num()
+            points = self.lower(images[rows], points.detach()[left], slopes)
         return wrong_ones
 
     def points(self, images: Tensor) -> Iterator[Tensor]:
@@ -203,8 +221,11 @@ class Prover:
                 yield self.eps.drawn(images, generator)
             yield images
             return
-        share = torch.rand(images.shape, generator=generator, dtype=torch.float64).to(images.device)
-        for direction in (2.0 * share.round() - 1.0, 2.0 * share - 1.0):
+        drawn = torch.rand(images.shape, generator=generator, dtype=torch.float64)
+        share = drawn.to(images.device)
+        corner = 2.0 * share.round() - 1.0
+        between = 2.0 * share - 1.0
+        for direction in (corner, between):
             yield inside_ball(images, images.double() + self.eps * direction, self.eps)
         yield images
 
@@ -214,13 +235,15 @@ class Prover:
         """
         if isinstance(self.eps, EVENTS):
             return self.eps.lowest(image, weights).to(image.dtype)
-        return inside_ball(image, image.double() - self.eps * weights.sign(), self.eps)
+        corner = image.double() - self.eps * weights.sign()
+        return inside_ball(image, corner, self.eps)
 
     def lower(self, image: Tensor, points: Tensor, slopes: Tensor) -> Tensor:
         """Points of the ball a step down from these; of frames those that the slopes point to."""
         if isinstance(self.eps, EVENTS):
             return self.eps.lowest(image, slopes).to(image.dtype)
-        return inside_ball(image, points.double() - self.eps / 4 * slopes.sign(), self.eps)
+        step = self.eps / 4 * slopes.sign()
+        return inside_ball(image, points.double() - step, self.eps)
 
     def solution(self, image: Tensor, values: Tensor) -> Tensor:
         """The point of the ball next to the values that a program has found."""
@@ -232,7 +255,8 @@ class Prover:
         self, root: RelaxedRun, images: Tensor, labels: Tensor, parts: list["_Part"]
     ) -> None:
         """Bound parts of boxes, and pass the results to their searches."""
-        rows = torch.tensor([part.search.number for part in parts], device=images.device)
+        numbers = [part.search.number for part in parts]
+        rows = torch.tensor(numbers, device=images.device)
         run = self.run(
             images[rows],
             known=root.stages,
@@ -240,7 +264,8 @@ class Prover:
             decisions=[part.decisions for part in parts],
         )
         every = torch.arange(len(parts), device=images.device)
-        weights = torch.stack([part.search.weights[part.search.rival] for part in parts])
+        of_rivals = [part.search.weights[part.search.rival] for part in parts]
+        weights = torch.stack(of_rivals)
         found = raised(self.maps, run, every, weights, rounds=_TURNS)
         broken = self.broken(found, images, labels, rows)
         values = found.value.masked_fill(run.empty, torch.inf).tolist()
@@ -253,15 +278,22 @@ class Prover:
                     part.search.broken = point
 
     def _in_parts(self, run: RelaxedRun, rows: Tensor, weights: Tensor, turns: int) -> Tensor:
+        """Bounds of rows, as many at a time as fit."""
         size = self.maps.rows_that_fit()
-        return torch.cat(
-            [
-                raised(
-                    self.maps, run, rows[i : i + size], weights[i : i + size], rounds=turns
-                ).value.detach()
-                for i in range(0, len(rows), size)
-            ]
-        )
+        values = []
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
+            found = raised(self.maps, run, rows[part], weights[part], rounds=turns)
+            values.append(found.value.detach())
+        return torch.cat(values)
+
+
+def _next_parts(searches: list["_Search"]) -> list["_Part"]:
+    """The parts that all searches ask for next."""
+    parts = []
+    for search in searches:
+        parts += search.next_ones()
+    return parts
 
 
 def inside_ball(images: Tensor, points: Tensor, eps: float) -> Tensor:
@@ -269,7 +301,8 @@ def inside_ball(images: Tensor, points: Tensor, eps: float) -> Tensor:
     image may have several.
     """
     centre = images.double()
-    rounded = points.clamp(centre - eps, centre + eps).clamp(0, 1).to(images.dtype)
+    inside = points.clamp(centre - eps, centre + eps).clamp(0, 1)
+    rounded = inside.to(images.dtype)
     outside = (rounded.double() - centre).abs() > eps
     inward = torch.nextafter(rounded, images.expand_as(rounded))
     return torch.where(outside, inward, rounded)
@@ -280,8 +313,9 @@ def leads(labels: Tensor, classes: int) -> Tensor:
     classes].
     """
     every = torch.eye(classes, dtype=torch.float64, device=labels.device)
-    leads = every[labels].unsqueeze(1) - every
-    return leads[every[labels] == 0].view(len(labels), classes - 1, classes)
+    right = every[labels]
+    leads = right.unsqueeze(1) - every
+    return leads[right == 0].view(len(labels), classes - 1, classes)
 
 
 def _loosest(run: RelaxedRun, found: Lower) -> list[Spike | None]:
@@ -289,22 +323,25 @@ def _loosest(run: RelaxedRun, found: Lower) -> list[Spike | None]:
     none.
     """
     steps = list(found.gaps)
-    gaps, neurons = [], []
+    if not steps:
+        return [None] * len(found.value)
+    gaps = []
+    neurons = []
     for stage, t in steps:
         step = run.stages[stage].steps[t]
         undecided = step.quiet & step.fires
-        gap, neuron = found.gaps[stage, t].masked_fill(~undecided, -1.0).flatten(1).max(1)
+        gap_of_undecided = found.gaps[stage, t].masked_fill(~undecided, -1.0)
+        gap, neuron = gap_of_undecided.flatten(1).max(1)
         gaps.append(gap)
         neurons.append(neuron)
-    if not steps:
-        return [None] * len(found.value)
     largest, place = torch.stack(gaps).max(0)
-    chosen = torch.stack(neurons).gather(0, place.unsqueeze(0)).squeeze(0)
+    of_steps = torch.stack(neurons)
+    of_place = of_steps.gather(0, place.unsqueeze(0)).squeeze(0)
     spikes: list[Spike | None] = []
-    for gap, step_number, neuron in zip(
-        largest.tolist(), place.tolist(), chosen.tolist(), strict=True
-    ):
-        spikes.append((*steps[step_number], neuron) if gap >= 0 else None)
+    rows = zip(largest.tolist(), place.tolist(), of_place.tolist(), strict=True)
+    for gap, number, neuron in rows:
+        stage, t = steps[number]
+        spikes.append((stage, t, neuron) if gap >= 0 else None)
     return spikes
 
 
@@ -333,7 +370,8 @@ class _Search:
         self.number = number
         self.weights = weights
         values = bounds.tolist()
-        self.lead = min((value for value in values if value > 0), default=torch.inf)
+        proved = [value for value in values if value > 0]
+        self.lead = min(proved, default=torch.inf)
         order = bounds.argsort(descending=True).tolist()
         self._rivals = [k for k in order if not values[k] > 0]  # NaN proves nothing
         self.failed = False
@@ -358,7 +396,11 @@ class _Search:
             self.failed = True
         self.left -= number
         self._asked = number
-        return [_Part(self, heappop(self._waiting)[2]) for _ in range(number)]
+        parts = []
+        for _ in range(number):
+            _, _, decisions = heappop(self._waiting)
+            parts.append(_Part(self, decisions))
+        return parts
 
     def learn(self, part: _Part, value: float, spike: Spike | None) -> None:
         """Record the bound of a part, and split it at a spike if it is not proved."""

@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Changes", "changed_sums", "first_changes", "frames_of_rows", "share_frames"]
+from sj_robust.core.broadcast import along
+
+__all__ = [
+    "Changes",
+    "changed_sums",
+    "first_changes",
+    "frame_numbers",
+    "frames_of_rows",
+    "share_frames",
+]
 
 _EXACT_BITS = 52
 """Binary values that a number in float64 holds exactly."""
@@ -119,7 +128,8 @@ class Changes:
         up = torch.stack([part.flatten(0, -2) for part in self.up])
         down = torch.stack([part.flatten(0, -2) for part in self.down])
         rises, falls = self._largest(up, down, weight)
-        frame = _one_of(self.frame.flatten(0, -2)).unsqueeze(1)
+        rows = self.frame.flatten(0, -2)
+        frame = _one_of(rows).unsqueeze(1)
         return replace(
             self,
             budget=1.0 if self.summed else self.budget,
@@ -149,7 +159,8 @@ class Changes:
         def patches(parts: tuple[Tensor, ...]) -> Tensor:
             """What the outputs of a group see change, [groups, parts, B * places, inputs]."""
             seen = F.unfold(torch.cat(parts), size, dilation, padding, stride)
-            inputs, places = seen.shape[1] // groups, seen.shape[2]
+            inputs = seen.shape[1] // groups
+            places = seen.shape[2]
             by_group = seen.view(len(parts), -1, groups, inputs, places)
             return by_group.permute(2, 0, 1, 4, 3).flatten(2, 3)
 
@@ -157,10 +168,10 @@ class Changes:
         up: list[Tensor] = []
         down: list[Tensor] = []
         groupwise = zip(patches(self.up), patches(self.down), kernels, strict=True)
-        for rises, falls, kernel in groupwise:
-            found = self._largest(rises, falls, kernel)
-            up.append(found[0])
-            down.append(found[1])
+        for of_up, of_down, kernel in groupwise:
+            rises, falls = self._largest(of_up, of_down, kernel)
+            up.append(rises)
+            down.append(falls)
         frame = _one_of(self.frame).view(-1, 1, 1, 1)
         return replace(
             self,
@@ -181,9 +192,10 @@ class Changes:
         [outputs, inputs] of values that rise by ``up`` and fall by ``down``,
         [changes, rows, inputs] each, the largest first.
         """
-        binary = all(bool(((part == 0) | (part == 1)).all()) for part in (up, down))
+        binary = _is_binary(up) and _is_binary(down)
         if not binary:
-            moving = ((up[0] > 0) | (down[0] > 0)).any(0)
+            may_move = (up[0] > 0) | (down[0] > 0)
+            moving = may_move.any(0)
             moving[: self._count] = True  # as many for all groups of channels
             up = up[..., moving]
             down = down[..., moving]
@@ -195,24 +207,31 @@ class Changes:
             down = down[:, first]
         else:
             number = torch.arange(up.shape[1], device=up.device)
-        candidates = _CANDIDATES * (math.ceil(self._count / len(up)) + 1)
+        per_value = math.ceil(self._count / len(up))
+        candidates = _CANDIDATES * (per_value + 1)
         picks = binary and candidates < inputs
+        read = inputs
         if picks:  # then whole inputs are read, all rows of them
+            read = candidates
             up = up.transpose(1, 2).contiguous().transpose(1, 2)
             down = down.transpose(1, 2).contiguous().transpose(1, 2)
         rises = []
         falls = []
-        size = up.shape[1] * (candidates if picks else inputs)
-        for rows in torch.split(weight, max(1, _ELEMENTS // max(1, size))):
+        size = max(1, up.shape[1] * read)
+        for rows in torch.split(weight, max(1, _ELEMENTS // size)):
             picked = rows.detach().abs().topk(candidates, 1).indices if picks else None
             rise = self._first(up, down, rows, picked)
             fall = self._first(down, up, rows, picked)
-            if picks and not bool((rise > 0).all() & (fall > 0).all()):  # others count as well
-                rise = self._first(up, down, rows)
-                fall = self._first(down, up, rows)
+            if picks:
+                enough = (rise > 0).all() & (fall > 0).all()
+                if not bool(enough):  # others count as well
+                    rise = self._first(up, down, rows)
+                    fall = self._first(down, up, rows)
             rises.append(self._kept(rise))
             falls.append(self._kept(fall))
-        return torch.cat(rises, 2)[:, number], torch.cat(falls, 2)[:, number]
+        all_rises = torch.cat(rises, 2)
+        all_falls = torch.cat(falls, 2)
+        return all_rises[:, number], all_falls[:, number]
 
     def _first(
         self, up: Tensor, down: Tensor, weight: Tensor, picked: Tensor | None = None
@@ -220,17 +239,19 @@ class Changes:
         """Largest rises [outputs, rows, count] of the sums of :meth:`_largest`, by all inputs or
         those with the numbers ``picked`` [outputs, candidates].
         """
-        if picked is None:
-            rise = _rise(up[0], down[0], weight.unsqueeze(1))
-        else:
-            rise = _rise(
-                up[0].T[picked].transpose(1, 2),
-                down[0].T[picked].transpose(1, 2),
-                weight.gather(1, picked).unsqueeze(1),
-            )
-        values, places = rise.topk(min(self._count, rise.shape[2]), 2)
+        first_up = up[0]
+        first_down = down[0]
+        first_weight = weight
         if picked is not None:
-            places = picked.unsqueeze(1).expand(rise.shape).gather(2, places)
+            first_up = first_up.T[picked].transpose(1, 2)
+            first_down = first_down.T[picked].transpose(1, 2)
+            first_weight = weight.gather(1, picked)
+        rise = _rise(first_up, first_down, first_weight.unsqueeze(1))
+        count = min(self._count, rise.shape[2])
+        values, places = rise.topk(count, 2)
+        if picked is not None:
+            numbers = picked.unsqueeze(1).expand(rise.shape)
+            places = numbers.gather(2, places)
         every = [values]
         shape = (*places.shape[:2], up.shape[2])
         # Change p of a value counts only beside the p larger ones of the same value, and beside
@@ -297,13 +318,21 @@ def _spent_on_largest(like: Changes, changes: list[Tensor]) -> Tensor:
     """The sum of the largest changes that the budget allows, of those that are given."""
     if not changes:
         return torch.zeros_like(like.up[0])
-    return _spent(like.budget, first_changes(torch.stack(changes), like.budget, 0).unbind(0))
+    largest = first_changes(torch.stack(changes), like.budget, 0)
+    return _spent(like.budget, largest.unbind(0))
 
 
 def first_changes(changes: Tensor, budget: float, dim: int) -> Tensor:
     """The largest changes along a dimension, as many as the budget pays in part or as a whole."""
-    count = min(max(1, math.ceil(budget)), changes.shape[dim])
+    most = max(1, math.ceil(budget))
+    count = min(most, changes.shape[dim])
     return changes.topk(count, dim).values
+
+
+def frame_numbers(frames: Tensor) -> Tensor:
+    """The number of the frame of every value."""
+    steps = torch.arange(frames.shape[1], device=frames.device)
+    return along(steps, 1, frames.ndim).expand(frames.shape)
 
 
 def frames_of_rows(frame: Tensor) -> Tensor | None:
@@ -312,27 +341,38 @@ def frames_of_rows(frame: Tensor) -> Tensor | None:
     return None if bool((found == _SEVERAL).any()) else found
 
 
+def _is_binary(changes: Tensor) -> bool:
+    """Whether all of them are 0 or 1."""
+    return bool(((changes == 0) | (changes == 1)).all())
+
+
 def _rise(up: Tensor, down: Tensor, weight: Tensor) -> Tensor:
     """The most by which values that rise by ``up`` or fall by ``down`` raise a weighted sum."""
-    return up * weight.clamp(min=0) + down * (-weight).clamp(min=0)
+    rising = weight.clamp(min=0)
+    falling = (-weight).clamp(min=0)
+    return up * rising + down * falling
 
 
 def _distinct(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Places of rows of which no two are the same, and by row which of these it is; of event
     frames most patches are empty. Changes [changes, rows, inputs] are binary, the largest first.
     """
-    times = torch.cat([up.sum(0), down.sum(0)], 1).double()
+    both = torch.cat([up.sum(0), down.sum(0)], 1)
+    times = both.double()
     base = len(up) + 1.0
     digits = int(_EXACT_BITS / math.log2(base))
     every = torch.arange(len(times), device=up.device)
     number = torch.zeros_like(every)
     for part in torch.split(times, digits, 1):
-        powers = base ** torch.arange(part.shape[1], dtype=part.dtype, device=part.device)
-        _, own = torch.unique(part @ powers, return_inverse=True)
-        _, number = torch.unique(number * len(times) + own, return_inverse=True)
+        exponents = torch.arange(part.shape[1], dtype=part.dtype, device=part.device)
+        codes = part @ base**exponents
+        _, of_part = torch.unique(codes, return_inverse=True)
+        of_both = number * len(times) + of_part
+        _, number = torch.unique(of_both, return_inverse=True)
     first = torch.zeros_like(every)
     first[number] = every
-    return first[: int(number.max()) + 1], number
+    count = int(number.max()) + 1
+    return first[:count], number
 
 
 def _in_place(groups: Sequence[Tensor], shape: torch.Size) -> tuple[Tensor, ...]:
@@ -347,4 +387,5 @@ def _one_of(frame: Tensor) -> Tensor:
     """The frame that all elements of a row [rows, *] are moved by; -1 if it is not one."""
     rows = frame.flatten(1)
     first = rows[:, :1]
-    return torch.where((rows == first).all(1), first.squeeze(1), _SEVERAL)
+    is_one = (rows == first).all(1)
+    return torch.where(is_one, first.squeeze(1), _SEVERAL)

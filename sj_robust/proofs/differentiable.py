@@ -142,7 +142,9 @@ class DifferentiableBounds:
 
     def _watch(self, name: str) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Tensor, ...]) -> None:
-            x = args[0].flatten(0, 1) if _takes_time(module) else args[0]
+            x = args[0]
+            if _takes_time(module):
+                x = x.flatten(0, 1)
             self._seen.setdefault(name, []).append(self._statistics(module, x))
 
         return hook
@@ -167,6 +169,8 @@ def _with_statistics(
     def forward(x: Tensor) -> Tensor:
         flat = x.flatten(0, 1) if _takes_time(module) else x
         out = F.batch_norm(flat, *next(calls), module.weight, module.bias, False, 0.0, module.eps)
-        return out.view(-1, *x.shape[1:]) if _takes_time(module) else out
+        if _takes_time(module):
+            return out.view(-1, *x.shape[1:])
+        return out
 
     return forward

@@ -192,10 +192,10 @@ class DifferentiableChain:
         reason = trained_reason(weights, surrogate, Windows(0))
         compiled = reason is None and backend != "reference"
         apply: Any = CompiledChainSums.apply if compiled else ChainSums.apply
+        current = self.current
         gates = self.gates
-        low, high = self.current.low, self.current.high
         found: tuple[Tensor, Tensor] = apply(
-            low, high, gates.scale, gates.shift, values, self, centred
+            current.low, current.high, gates.scale, gates.shift, values, self, centred
         )
         return found
 
@@ -241,7 +241,8 @@ class ChainSums(torch.autograd.Function):
         low, high, scale, shift, values, least, most = ctx.saved_tensors
         chains: Chains = ctx.chains
         ordered = torch.cat(grads).index_select(1, chains.order)
-        moves = _moves(torch.cat([least, most]), ctx.before, ctx.after, chains)
+        tables = torch.cat([least, most])
+        moves = _moves(tables, ctx.before, ctx.after, chains)
         opened = _opened(moves, ordered, chains.counts)
         below, above = opened.chunk(2)
         at_low = _GateGradients.of(low, below, scale, shift, chains, ctx.derivative)
@@ -263,12 +264,15 @@ def _begun(ctx: Any, given: tuple[Tensor, ...], centred: bool) -> tuple[Tensor, 
 
     ``given`` are the currents at both ends, scale and shift of the gates, and the values.
     """
-    least, most = ranges(given[-1])
+    first, second = ranges(given[-1])
     if centred:
-        least, most = (least + most) / 2, (most - least) / 2
+        centre = (first + second) / 2
+        radius = (second - first) / 2
+        first = centre
+        second = radius
     ctx.centred = centred
-    ctx.save_for_backward(*given, least, most)
-    return least, most
+    ctx.save_for_backward(*given, first, second)
+    return first, second
 
 
 def _of_values(
@@ -278,14 +282,19 @@ def _of_values(
     if not ctx.needs_input_grad[4]:
         return None
     first, second = grads
+    of_least = first
+    of_most = second
     if ctx.centred:
-        first, second = (first - second) / 2, (first + second) / 2
+        of_least = (first - second) / 2
+        of_most = (first + second) / 2
     found = torch.zeros_like(values)
     number = torch.arange(len(chains.first), device=values.device)
-    chain = number.repeat_interleave(torch.tensor(chains.counts, device=values.device))
-    for grad, place in zip((first, second), places(values), strict=True):
+    counts = torch.tensor(chains.counts, device=values.device)
+    chain = number.repeat_interleave(counts)
+    for grad, place in zip((of_least, of_most), places(values), strict=True):
         ordered = grad.index_select(1, chains.order)
-        sums = grad.new_zeros(len(grad), len(number)).index_add_(1, chain, ordered)
+        nothing = grad.new_zeros(len(grad), len(number))
+        sums = nothing.index_add_(1, chain, ordered)
         found.scatter_add_(1, place[:, chains.first, chains.last], sums)
     return found
 
@@ -308,8 +317,9 @@ class CompiledChainSums(torch.autograd.Function):
         least, most = _begun(ctx, (low, high, scale, shift, values), centred)
         ctx.of = of
         first, last = of.ends
-        by_chain = [table.movedim(0, 2).contiguous() for table in (least, most)]
-        return cpp.chain_sums(first, last, (by_chain[0], by_chain[1]))
+        least_by_chain = least.movedim(0, 2).contiguous()
+        most_by_chain = most.movedim(0, 2).contiguous()
+        return cpp.chain_sums(first, last, (least_by_chain, most_by_chain))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -330,11 +340,11 @@ class CompiledChainSums(torch.autograd.Function):
             to_last=(tables[:, after] - tables[:, before]).permute(2, 1, 0),
             from_first=(tables[:, :, after] - tables[:, :, before]).permute(1, 2, 0),
         )
-        given = grads[0].contiguous(), grads[1].contiguous()
+        given = (grads[0].contiguous(), grads[1].contiguous())
         places_of = None
         if ctx.needs_input_grad[4]:
-            by_chain = [table.movedim(0, 2) for table in places(values)]
-            places_of = ChainPlaces(by_chain[0], by_chain[1], ctx.centred)
+            of_least, of_most = places(values)
+            places_of = ChainPlaces(of_least.movedim(0, 2), of_most.movedim(0, 2), ctx.centred)
         found = cpp.chain_sums_backward(given, gates, trained(of.spiking), places_of)
         return *found, None, None
 
@@ -354,8 +364,10 @@ def ranges(values: Tensor) -> tuple[Tensor, Tensor]:
     """f(a, b) of least and largest values, [F, J, J]; see :class:`ChainSums`."""
     upto, before = _from_each(values)
     first = values.unsqueeze(2).expand(upto.shape)
-    least = torch.where(before, first, upto.masked_fill(before, torch.inf).cummin(2).values)
-    most = torch.where(before, upto, upto.masked_fill(before, -torch.inf).cummax(2).values)
+    least_behind = upto.masked_fill(before, torch.inf).cummin(2).values
+    most_behind = upto.masked_fill(before, -torch.inf).cummax(2).values
+    least = torch.where(before, first, least_behind)
+    most = torch.where(before, upto, most_behind)
     return least, most
 
 
@@ -371,7 +383,8 @@ def _from_each(values: Tensor) -> tuple[Tensor, Tensor]:
     """Values by b for every a, [F, J, J], and whether b < a, [J, J]."""
     J = values.shape[1]
     number = torch.arange(J, device=values.device)
-    return values.unsqueeze(1).expand(-1, J, -1), number < number.unsqueeze(1)
+    is_before = number < number.unsqueeze(1)
+    return values.unsqueeze(1).expand(-1, J, -1), is_before
 
 
 def _moves(tables: Tensor, before: Tensor, after: Tensor, chains: Chains) -> Tensor:

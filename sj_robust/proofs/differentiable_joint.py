@@ -82,7 +82,8 @@ class DifferentiableJointRun(JointRun):
         trains.total = steps
         trains.spiking = spiking
         if trains.chain_of_all is None:
-            known = 1 + max((t for _, t in memory.summed), default=-1)
+            ends = [t for _, t in memory.summed]
+            known = 1 + max(ends, default=-1)
             sums = self._all_sums(spiking, slice(None), first=known)
             trains.sums = sums.low, sums.high
         self.stages.clear()
@@ -92,19 +93,18 @@ class DifferentiableJointRun(JointRun):
         every = torch.eye(steps).to(current.low)
         return trains.centred(every[first:])
 
-    def _joined(self, gain: Tensor, currents: list[Interval], longer: MappedSums) -> Interval:
+    def _joined(self, gain: Tensor, single: Interval, longer: MappedSums) -> Interval:
         """See :class:`JointRun`; the graph of all sums is one node."""
         stage = self.stages[-1]
         x = stage.current
-        centre, radius = (
-            by_step(part, self.samples, stage.batch_dim).flatten(1) for part in (x.centre, x.radius)
-        )
-        if x.changes is not None or len(centre) != len(currents):
-            return super()._joined(gain, currents, longer)
-        ends = WindowSums.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        centre = by_step(x.centre, self.samples, stage.batch_dim).flatten(1)
+        radius = by_step(x.radius, self.samples, stage.batch_dim).flatten(1)
+        if x.changes is not None or len(centre) != len(single.low):
+            return super()._joined(gain, single, longer)
+        low, high = WindowSums.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
             gain, centre, radius, longer.shares, longer.centre, longer.radius
         )
-        return Interval(*ends)
+        return Interval(low, high)
 
     def lead(self, logits: Bounds, y: Tensor) -> Tensor:
         """See :class:`BoundedRun`."""
@@ -140,17 +140,14 @@ class WindowSums(torch.autograd.Function):
         low = centre.new_empty(T + number, M)
         high = torch.empty_like(low)
         scales = gain.unsqueeze(1)
-        pairs = (
-            (slice(T), scales * centre, scales.abs() * radius),
-            (
-                slice(T, None),
-                torch.addcmul(mapped[:number], shares.unsqueeze(1), mapped[-1:]),
-                width[:number],
-            ),
-        )
-        for rows, middle, half in pairs:
-            torch.sub(middle, half, out=low[rows])
-            torch.add(middle, half, out=high[rows])
+        middle = scales * centre
+        half = scales.abs() * radius
+        torch.sub(middle, half, out=low[:T])
+        torch.add(middle, half, out=high[:T])
+        middle = torch.addcmul(mapped[:number], shares.unsqueeze(1), mapped[-1:])
+        half = width[:number]
+        torch.sub(middle, half, out=low[T:])
+        torch.add(middle, half, out=high[T:])
         return low, high
 
     @staticmethod

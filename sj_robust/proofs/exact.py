@@ -72,7 +72,8 @@ def mip(
         return -torch.inf, rivals.broken[0]
     weights = rivals.weights[0]
     bounds = rivals.bounds[0]
-    lead = min((value for value in bounds.tolist() if value > 0), default=torch.inf)
+    proved = [value for value in bounds.tolist() if value > 0]
+    lead = min(proved, default=torch.inf)
     for k in bounds.argsort().tolist():
         if bounds[k] > 0:
             continue
@@ -119,7 +120,8 @@ def _fooling(prover: Prover, image: Tensor, label: Tensor, solution: "_Solution"
     """The image of a solution, if there is one and the network classifies it wrong."""
     if solution.point is None:
         return None
-    pixels = torch.as_tensor(solution.point[: image.numel()], device=image.device)
+    values = solution.point[: image.numel()]
+    pixels = torch.as_tensor(values, device=image.device)
     candidate = prover.solution(image, pixels.view(image.shape))
     with torch.no_grad():
         wrong = prover.logits(candidate).argmax(1) != label
@@ -234,9 +236,9 @@ class _LinearProgram:
         least = np.minimum(reduced * self.lower, reduced * self.upper)
         value = least.sum() - multipliers @ self.limits
         sizes = np.abs(self.costs) + np.abs(self.matrix).T @ multipliers
-        size = sizes @ self.largest()
-        size = size + multipliers @ np.abs(self.limits)
-        return float(value - _ROUNDING * size)
+        size_of_costs = sizes @ self.largest()
+        size_of_limits = multipliers @ np.abs(self.limits)
+        return float(value - _ROUNDING * (size_of_costs + size_of_limits))
 
 
 @dataclass(frozen=True)
@@ -267,14 +269,18 @@ class _Inequalities:
         integral[self.binaries] = 1.0
         rows = optimize.LinearConstraint(linear.matrix, -np.inf, linear.limits)
         draws_level = optimize.LinearConstraint(linear.costs[None], -np.inf, -self.shift)
+        options: dict[str, Any] = {"time_limit": left}
+        if nodes is not None:
+            options = {"node_limit": nodes}
         result = optimize.milp(
             no_costs,
             integrality=integral,
             bounds=optimize.Bounds(linear.lower, linear.upper),
             constraints=[rows, draws_level],
-            options={"time_limit": left} if nodes is None else {"node_limit": nodes},
+            options=options,
         )
-        return _Solution(result.x, is_impossible=result.x is None and result.status == 2)
+        says_infeasible = result.status == 2
+        return _Solution(result.x, is_impossible=result.x is None and says_infeasible)
 
 
 class _Tree:
@@ -299,7 +305,8 @@ class _Tree:
         linear = program.linear
         column = np.ones((len(linear.limits), 1))
         self.relaxed = _scipy("sparse").hstack([linear.matrix, -column]).tocsr()
-        violations = np.abs(linear.matrix) @ linear.largest() + np.abs(linear.limits)
+        largest_sums = np.abs(linear.matrix) @ linear.largest()
+        violations = largest_sums + np.abs(linear.limits)
         self.most = float(violations.max(initial=1.0))
 
     def is_closed(self, end: float) -> bool:
@@ -344,14 +351,16 @@ class _Tree:
         broken = np.abs(values - values.round()) > 1e-7
         if not broken.any():
             return None
-        weight = (np.abs(self.program.linear.matrix).T @ multipliers)[binaries]
+        sizes = np.abs(self.program.linear.matrix)
+        weight = (sizes.T @ multipliers)[binaries]
         chosen = np.where(broken, 1e-9 + weight, 0.0).argmax()
         return int(binaries[chosen])
 
 
 def _multipliers(found: Any) -> Any:
     """Multipliers >= 0 of the rows; any are sound."""
-    return np.nan_to_num(np.maximum(-found.ineqlin.marginals, 0.0), posinf=0.0)
+    positive = np.maximum(-found.ineqlin.marginals, 0.0)
+    return np.nan_to_num(positive, posinf=0.0)
 
 
 @dataclass(frozen=True)
@@ -375,17 +384,29 @@ class _Affine:
     def times(self, factor: Any) -> "_Affine":
         """A multiple, by a number or one per value."""
         scale = _diagonal(np.broadcast_to(factor, self.shift.shape))
-        return _Affine(scale @ self.matrix, factor * self.shift, np.abs(factor) * self.slack)
+        return _Affine(
+            matrix=scale @ self.matrix,
+            shift=factor * self.shift,
+            slack=np.abs(factor) * self.slack,
+        )
 
     def through(self, matrix: Any) -> "_Affine":
         """A linear map of the values, which are exact."""
-        return _Affine(matrix @ self.matrix, matrix @ self.shift, np.zeros(matrix.shape[0]))
+        no_slack = np.zeros(matrix.shape[0])
+        return _Affine(matrix @ self.matrix, matrix @ self.shift, no_slack)
 
     def plus(self, other: "_Affine") -> "_Affine":
         """A sum."""
         size = max(self.matrix.shape[1], other.matrix.shape[1])
-        matrix = _wide(self.matrix, size) + _wide(other.matrix, size)
-        return _Affine(matrix, self.shift + other.shift, self.slack + other.slack)
+        return _Affine(
+            matrix=_wide(self.matrix, size) + _wide(other.matrix, size),
+            shift=self.shift + other.shift,
+            slack=self.slack + other.slack,
+        )
+
+    def minus(self, other: "_Affine") -> "_Affine":
+        """A difference."""
+        return self.plus(other.times(-1.0))
 
     def moved(self, shift: Any, slack: Any = 0.0) -> "_Affine":
         """Plus constants, and with more slack."""
@@ -427,8 +448,8 @@ class _Program:
         self.potentials: dict[str, _Affine] = {}
         box = run.leaves[0]
         centre = _flat(box.centre)
-        radius = _flat(box.radius)
         if run.changed is None:
+            radius = _flat(box.radius)
             self.leaves[0] = self.variables(centre - radius, centre + radius)
         else:
             self.leaves[0] = self._changed(run.changed, centre)
@@ -456,7 +477,7 @@ class _Program:
             return self._added_and_removed(frames.changes, values)
         found = self.binaries(len(values))
         changes = found.times(1.0 - 2.0 * values).moved(values)
-        self.at_most(changes.through(_ones(len(values))), frames.changes.budget)
+        self.sum_at_most(changes, frames.changes.budget)
         return found
 
     def _added_and_removed(self, changes: Changes, values: Any) -> _Affine:
@@ -469,10 +490,8 @@ class _Program:
         found = self.variables(values - removed, values + added)
         new = self._events(added, most)
         gone = self._events(removed, most)
-        left_over = found.plus(gone).plus(new.times(-1.0)).moved(-values)
-        self.at_most(left_over, 0.0)
-        self.at_least(left_over, 0.0)
-        self.at_most(gone.plus(new).through(_ones(len(values))), changes.budget)
+        self.zero(found.plus(gone).minus(new).moved(-values))
+        self.sum_at_most(gone.plus(new), changes.budget)
         return found
 
     def _moved(self, moves: Shifts, values: Any) -> _Affine:
@@ -492,16 +511,19 @@ class _Program:
         assert ball is not None
         assert frames is not None
         most = ball.most
-        coming, leaving = (_flat(part) for part in ball.reach(frames))
+        coming, leaving = ball.reach(frames)
+        may_come = _flat(coming)
+        may_leave = _flat(leaving)
         near = _flat(ball.near(frames))
+        if not ball.counts:
+            near = np.minimum(near, 1.0)
         found = self.variables(
-            values - np.minimum(leaving, most), values + np.minimum(coming, most)
+            lower=values - np.minimum(may_leave, most),
+            upper=values + np.minimum(may_come, most),
         )
-        gone = self._events(leaving, most)
-        new = self._events(near if ball.counts else np.minimum(near, 1.0), most)
-        left_over = found.plus(gone).plus(new.times(-1.0)).moved(-values)
-        self.at_most(left_over, 0.0)
-        self.at_least(left_over, 0.0)
+        gone = self._events(may_leave, most)
+        new = self._events(near, most)
+        self.zero(found.plus(gone).minus(new).moved(-values))
         T = frames.shape[1]
         until = np.tril(np.ones((T, T)))
         last = np.minimum(np.arange(T) + ball.largest_shift, T - 1)
@@ -509,24 +531,29 @@ class _Program:
         so_far = _scipy("sparse").kron(until, lines).tocsr()
         a_shift_later = _scipy("sparse").kron(until[last], lines).tocsr()
         for first, second in ((gone, new), (new, gone)):
-            waiting = first.through(so_far).plus(second.through(a_shift_later).times(-1.0))
+            waiting = first.through(so_far).minus(second.through(a_shift_later))
             self.at_most(waiting, 0.0)
-        self.at_most(gone.through(_ones(len(values))), moves.budget)
+        self.sum_at_most(gone, moves.budget)
         return found
 
     def _events(self, largest: Any, most: int) -> _Affine:
         """Numbers of events from 0 to ``largest``, of ``most`` binary variables each."""
-        found = self.constant(np.zeros(len(largest)))
-        for number in range(1, min(most, int(largest.max(initial=0.0))) + 1):
+        nothing = np.zeros(len(largest))
+        found = self.constant(nothing)
+        variables = min(most, int(largest.max(initial=0.0)))
+        for number in range(1, variables + 1):
             there = 1.0 * (largest >= number)
-            found = found.plus(self.variables(np.zeros(len(there)), there, integral=True))
+            found = found.plus(self.variables(nothing, there, integral=True))
         return found
 
     def of_rival(self, weights: Tensor) -> _Inequalities:
         """The program whose costs are the lead that the weights give, with rows scaled."""
         on_logits = _flat(weights)
-        costs = np.asarray(on_logits @ _wide(self.logits.matrix, self.size)).ravel()
-        error = float((weights.abs() * self.run.error[0]).sum())
+        on_columns = on_logits @ _wide(self.logits.matrix, self.size)
+        costs = np.asarray(on_columns).ravel()
+        shift = float(on_logits @ self.logits.shift)
+        errors = weights.abs() * self.run.error[0]
+        error = float(errors.sum())
         lower = np.concatenate([part.lower for part in self.columns])
         upper = np.concatenate([part.upper for part in self.columns])
         integral = np.concatenate([part.integral for part in self.columns])
@@ -535,7 +562,8 @@ class _Program:
         if len(rows.limits):
             sizes = abs(rows.matrix).max(1).toarray().ravel()
         # Powers of two, so that nothing is rounded.
-        factors = np.exp2(-np.ceil(np.log2(np.where(sizes > 0, sizes, 1.0))))
+        exponents = np.ceil(np.log2(np.where(sizes > 0, sizes, 1.0)))
+        factors = np.exp2(-exponents)
         linear = _LinearProgram(
             costs=costs,
             matrix=_diagonal(factors) @ rows.matrix,
@@ -543,11 +571,13 @@ class _Program:
             lower=lower,
             upper=upper,
         )
+        largest_cost = np.abs(costs).max(initial=0.0)
+        largest_of_rows = sizes.max(initial=0.0)
         return _Inequalities(
             linear=linear,
-            shift=self.rounding.lead(float(on_logits @ self.logits.shift), error),
+            shift=self.rounding.lead(shift, error),
             binaries=np.flatnonzero(integral),
-            largest=float(max(np.abs(costs).max(initial=0.0), sizes.max(initial=0.0))),
+            largest=float(max(largest_cost, largest_of_rows)),
         )
 
     def _needed_rows(self, lower: Any, upper: Any) -> _Rows:
@@ -573,14 +603,17 @@ class _Program:
     def constant(self, values: Any) -> _Affine:
         """Values that nothing moves."""
         matrix = _scipy("sparse").csr_matrix((len(values), self.size))
-        return _Affine(matrix, np.array(values, dtype=float), np.zeros(len(values)))
+        exact = np.array(values, dtype=float)
+        no_slack = np.zeros(len(values))
+        return _Affine(matrix, exact, no_slack)
 
     def variables(self, lower: Any, upper: Any, *, integral: bool = False) -> _Affine:
         """Values that are new columns."""
         count = len(lower)
         columns = np.arange(self.size, self.size + count)
         self.size += count
-        self.columns.append(_Columns(lower, upper, np.full(count, float(integral))))
+        is_integral = np.full(count, float(integral))
+        self.columns.append(_Columns(lower, upper, is_integral))
         matrix = _places(np.arange(count), columns, (count, self.size))
         return _Affine(matrix, np.zeros(count), np.zeros(count))
 
@@ -590,11 +623,21 @@ class _Program:
 
     def at_most(self, values: _Affine, upper: Any) -> None:
         """Inequalities that hold for some values within the slack."""
-        self.rows.append(_Rows(values.matrix, upper - values.shift + values.slack))
+        limits = upper - values.shift + values.slack
+        self.rows.append(_Rows(values.matrix, limits))
 
     def at_least(self, values: _Affine, lower: Any) -> None:
         """The same from below."""
         self.at_most(values.times(-1.0), -lower)
+
+    def zero(self, values: _Affine) -> None:
+        """Equations that hold for some values within the slack."""
+        self.at_most(values, 0.0)
+        self.at_least(values, 0.0)
+
+    def sum_at_most(self, values: _Affine, upper: float) -> None:
+        """An inequality that holds for the sum of exact values."""
+        self.at_most(values.through(_ones(len(values.shift))), upper)
 
     def _neurons(self, number: int, stage: Stage, current: _Affine) -> None:
         """Spikes and potentials of a call of a spiking layer."""
@@ -605,7 +648,8 @@ class _Program:
         spikes = []
         for t, step in enumerate(stage.steps):
             rounding = _flat(step.error) + abs(step.gain) * error[t]
-            own = current.at(slice(t * count, (t + 1) * count))
+            first = t * count
+            own = current.at(slice(first, first + count))
             charged = self._charged(stage, step, own, rounding)
             fires = _flat(step.fires) > 0
             quiet = _flat(step.quiet) > 0
@@ -624,7 +668,8 @@ class _Program:
         at_rest = self.constant(np.full(len(rounding), stage.rest))
         before = self.potentials.get(stage.neuron.name, at_rest)
         charged = current.times(step.gain).plus(before.times(stage.decay))
-        return charged.moved((1.0 - stage.decay) * stage.rest, self.rounding.slack(rounding))
+        towards_rest = (1.0 - stage.decay) * stage.rest
+        return charged.moved(towards_rest, self.rounding.slack(rounding))
 
     def _spike(self, sure: Any, open_ones: Any) -> _Affine:
         """Spikes of one step: decided, or a binary each."""
@@ -655,7 +700,8 @@ class _Program:
         rise = np.maximum(reached - low, 0.0)
         room = np.maximum(high - missed, 0.0)
         self.at_least(h.plus(s.times(-rise)), low)
-        self.at_most(h.plus(s.times(-room)), np.maximum(missed, low))
+        nearly_low = np.maximum(missed, low)
+        self.at_most(h.plus(s.times(-room)), nearly_low)
 
     def _after_reset(
         self, stage: Stage, step: Step, charged: _Affine, spike: _Affine, kept: Any
@@ -663,12 +709,14 @@ class _Program:
         """Potentials after the reset; right for decided spikes, and for the ``kept`` ones."""
         low, high = _ends(step, slice(None))
         size = np.maximum(np.abs(low), np.abs(high))
-        slack = self.rounding.slack(reset_rounding(size, stage.rest, stage.threshold))
-        slack = np.broadcast_to(slack, size.shape)
+        rounding = reset_rounding(size, stage.rest, stage.threshold)
+        slack = np.broadcast_to(self.rounding.slack(rounding), size.shape)
         if stage.soft:
-            return charged.plus(spike.times(-stage.threshold)).moved(0.0, slack)
+            lowered = charged.plus(spike.times(-stage.threshold))
+            return lowered.moved(0.0, slack)
         silent = 1.0 * (_flat(step.fires) == 0)
-        decided = charged.times(silent).moved((1.0 - silent) * stage.rest, slack)
+        after_spikes = (1.0 - silent) * stage.rest
+        decided = charged.times(silent).moved(after_spikes, slack)
         others = np.ones(len(size))
         others[kept] = 0.0
         h = charged.at(kept).moved(0.0, slack[kept])
@@ -687,12 +735,17 @@ class _Program:
         low, high = _ends(step, kept)
         above = np.maximum(high - rest, 0.0)
         below = np.maximum(rest - low, 0.0)
-        v = self.variables(np.minimum(low, rest) - 1.0, np.maximum(high, rest) + 1.0)
-        change = v.plus(h.times(-1.0))
-        self.at_most(change.plus(s.times(-below)), 0.0)
-        self.at_least(change.plus(s.times(above)), 0.0)
-        self.at_most(v.plus(s.times(above)).moved(0.0, slack), rest + above)
-        self.at_least(v.plus(s.times(-below)).moved(0.0, slack), rest - below)
+        v = self.variables(
+            lower=np.minimum(low, rest) - 1.0,
+            upper=np.maximum(high, rest) + 1.0,
+        )
+        with_above = s.times(above)
+        with_below = s.times(-below)
+        change = v.minus(h)
+        self.at_most(change.plus(with_below), 0.0)
+        self.at_least(change.plus(with_above), 0.0)
+        self.at_most(v.plus(with_above).moved(0.0, slack), rest + above)
+        self.at_least(v.plus(with_below).moved(0.0, slack), rest - below)
         return v
 
     def _pooled(
@@ -705,15 +758,18 @@ class _Program:
         highest = _flat(pooling(stage.current.upper))
         maxima = self.variables(lowest - _TOLERANCE, highest + _TOLERANCE)
         self.leaves[stage.leaf] = maxima
-        values = current.moved(0.0, self.rounding.slack(_flat(stage.current.error)))
-        chosen = self.binaries(len(windows.inputs))
-        above = maxima.at(windows.outputs).plus(values.at(windows.inputs).times(-1.0))
-        low = _flat(stage.current.lower)[windows.inputs]
-        room = np.maximum(highest[windows.outputs] - low, 0.0)
+        error = _flat(stage.current.error)
+        values = current.moved(0.0, self.rounding.slack(error))
+        inputs = windows.inputs
+        outputs = windows.outputs
+        count = len(inputs)
+        chosen = self.binaries(count)
+        above = maxima.at(outputs).minus(values.at(inputs))
+        low = _flat(stage.current.lower)[inputs]
+        room = np.maximum(highest[outputs] - low, 0.0)
         self.at_least(above, -_TOLERANCE)
         self.at_most(above.plus(chosen.times(room)), room + _TOLERANCE)
-        shape = (len(highest), len(windows.inputs))
-        of_each = _places(windows.outputs, np.arange(len(windows.inputs)), shape)
+        of_each = _places(outputs, np.arange(count), (len(highest), count))
         self.at_least(chosen.through(of_each), 1.0)
 
 
@@ -735,7 +791,8 @@ def _undecided_later(run: RelaxedRun) -> dict[tuple[int, int], Any]:
         for t in reversed(range(len(stage.steps))):
             step = stage.steps[t]
             undecided = _flat(step.fires & step.quiet) > 0
-            after = later.get(stage.neuron.name, np.zeros(len(undecided), dtype=bool))
+            nothing = np.zeros(len(undecided), dtype=bool)
+            after = later.get(stage.neuron.name, nothing)
             found[number, t] = after
             later[stage.neuron.name] = after | undecided
     return found
@@ -827,13 +884,15 @@ class Matrices:
         fit = max(1, min(size, self._maps.rows_that_fit()))
         blocks: dict[int, list[Any]] = {}
         for first in range(0, size, fit):
-            wanted = torch.arange(first, min(first + fit, size), device=shift.device)
+            count = min(fit, size - first)
+            row = torch.arange(count, device=shift.device)
             units = torch.zeros((fit, size), dtype=torch.float64, device=shift.device)
-            units[wanted - first, wanted] = 1.0
+            units[row, first + row] = 1.0
             native = laid_out(units.view(fit, *shift.shape[1:]), batch_dim)
             for leaf, found in self._maps.adjoint(number, native, fit):
-                rows = run.leaves[leaf].by_sample(found, fit)[: len(wanted)]
-                block = _scipy("sparse").csr_matrix(rows.detach().cpu().numpy())
+                rows = run.leaves[leaf].by_sample(found, fit)[:count]
+                values = rows.detach().cpu().numpy()
+                block = _scipy("sparse").csr_matrix(values)
                 blocks.setdefault(leaf, []).append(block)
         of_leaves = {}
         for leaf, parts in blocks.items():
@@ -848,8 +907,11 @@ def _windows_of(stage: Stage, samples: int) -> _Windows:
     frames = part.shape[0] // samples
     size = part[0].numel()
     units = torch.eye(size, dtype=torch.float64, device=part.device)
-    pooled = stage.pooling(units.view(size, *part.shape[1:])).flatten(1)
-    inputs, outputs = (numbers.cpu().numpy() for numbers in pooled.nonzero(as_tuple=True))
+    of_inputs = units.view(size, *part.shape[1:])
+    pooled = stage.pooling(of_inputs).flatten(1)
+    pairs = pooled.nonzero().cpu().numpy()
+    inputs = pairs[:, 0]
+    outputs = pairs[:, 1]
     steps = np.arange(frames)[:, None]
     return _Windows(
         outputs=(outputs + steps * pooled.shape[1]).ravel(),
@@ -859,7 +921,8 @@ def _windows_of(stage: Stage, samples: int) -> _Windows:
 
 def _numbers(changes: Changes) -> tuple[Any, Any]:
     """How many events can come to each value, and how many can leave it."""
-    ups, downs = ([_flat(part) for part in parts] for parts in (changes.up, changes.down))
+    ups = [_flat(part) for part in changes.up]
+    downs = [_flat(part) for part in changes.down]
     return np.sum(ups, 0), np.sum(downs, 0)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sj_robust.proofs.changes import Changes
+from sj_robust.proofs.changes import Changes, frame_numbers
 from sj_robust.proofs.spiking import Interval
 
 __all__ = ["Flips"]
@@ -54,13 +54,11 @@ class Flips:
         """
         added, removed = self.reach(frames)
         numbers = range(1, max(1, self.most) + 1)
-        steps = torch.arange(frames.shape[1], device=frames.device)
-        shape = (1, -1, *[1] * (frames.ndim - 2))
         return Changes(
             self.budget,
             up=tuple((added >= number).to(frames.dtype) for number in numbers),
             down=tuple((removed >= number).to(frames.dtype) for number in numbers),
-            frame=steps.view(shape).expand(frames.shape),
+            frame=frame_numbers(frames),
             apart=True,
             summed=summed,
         )
@@ -84,9 +82,14 @@ class Flips:
         if self.counts:
             return self._lowest_counts(frames, weights)
         falls = (weights * (2 * frames - 1)).flatten(1)
-        values, places = falls.topk(min(int(self.budget), falls.shape[1]), 1)
-        chosen = torch.zeros_like(falls).scatter(1, places, (values > 0).to(falls.dtype))
+        values, places = falls.topk(self._changes_of(falls), 1)
+        pays = (values > 0).to(falls.dtype)
+        chosen = torch.zeros_like(falls).scatter(1, places, pays)
         return torch.where(chosen.view_as(weights) > 0, 1 - frames, frames)
+
+    def _changes_of(self, falls: Tensor) -> int:
+        """How many of the changes [R, changes] the budget allows."""
+        return min(int(self.budget), falls.shape[1])
 
     def drawn(self, frames: Tensor, generator: torch.Generator) -> Tensor:
         """Frames with changes at random places, as many as the budget allows; of numbers of events
@@ -95,19 +98,22 @@ class Flips:
         if self.counts:
             return self._drawn_counts(frames, generator)
         drawn = torch.rand(frames.shape, generator=generator, dtype=torch.float64)
-        return self.lowest(frames, drawn.to(frames.device) * (2 * frames - 1)).to(frames.dtype)
+        weights = drawn.to(frames.device) * (2 * frames - 1)
+        return self.lowest(frames, weights).to(frames.dtype)
 
     def _lowest_counts(self, frames: Tensor, weights: Tensor) -> Tensor:
         """The same for numbers of events: of a value there may be several changes."""
         each = self.falls(frames, weights).flatten(1)
         times = self.times(frames, weights).flatten(1)
-        every = [each * (times >= number) for number in range(1, self.most + 1)]
+        numbers = range(1, self.most + 1)
+        every = [each * (times >= number) for number in numbers]
         if not every:
             return frames
         falls = torch.cat(every, 1)
-        values, places = falls.topk(min(int(self.budget), falls.shape[1]), 1)
-        spent = torch.zeros_like(each)
-        spent = spent.scatter_add(1, places % each.shape[1], (values > 0).to(each.dtype))
+        values, places = falls.topk(self._changes_of(falls), 1)
+        elements = places % each.shape[1]
+        pays = (values > 0).to(each.dtype)
+        spent = torch.zeros_like(each).scatter_add(1, elements, pays)
         direction = torch.where(weights < 0, 1.0, -1.0).to(frames.dtype)
         return frames + direction * spent.view_as(weights).to(frames.dtype)
 
@@ -115,8 +121,13 @@ class Flips:
         """The same for numbers of events: a value whose place is drawn twice changes twice."""
         x = frames.flatten(1)
         draws = (len(x), int(self.budget))
-        places = torch.randint(x.shape[1], draws, generator=generator).to(x.device)
-        loses = torch.rand(x.shape, generator=generator).to(x.device) < 0.5
-        times = torch.zeros_like(x).scatter_add(1, places, torch.ones_like(places, dtype=x.dtype))
-        changed = torch.where(loses & (x > 0), (x - times).clamp(min=0), x + times)
+        drawn = torch.randint(x.shape[1], draws, generator=generator)
+        places = drawn.to(x.device)
+        drawn_again = torch.rand(x.shape, generator=generator)
+        loses = drawn_again.to(x.device) < 0.5
+        once = torch.ones_like(places, dtype=x.dtype)
+        times = torch.zeros_like(x).scatter_add(1, places, once)
+        fewer = (x - times).clamp(min=0)
+        more = x + times
+        changed = torch.where(loses & (x > 0), fewer, more)
         return changed.view_as(frames)

@@ -35,26 +35,30 @@ def _largest_of(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
         return found
 
     by = Function("a max pooling", pooling)
-    return new_leaf(x.run, by, [x], interval(x).each(pooling))
+    values = interval(x).each(pooling)
+    return new_leaf(x.run, by, [x], values)
 
 
 def _rectified(func: Any, x: Any, inplace: bool = False) -> Bounds:
     """ReLU."""
     if inplace:
         raise NoBoundsError("a ReLU that writes into its input: use inplace=False")
-    return new_leaf(x.run, Function("a ReLU", torch.relu), [x], interval(x).each(torch.relu))
+    values = interval(x).each(torch.relu)
+    return new_leaf(x.run, Function("a ReLU", torch.relu), [x], values)
 
 
 def _function(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
     """A function of one value that never falls, or that falls up to a point and then rises."""
     name = func.__name__.strip("_")
     _check_function(name, args, kwargs)
-    kwargs = {key: part for key, part in kwargs.items() if key not in ("inplace", "approximate")}
-    args = tuple(_rounded_number(part, x) for part in args)
-    kwargs = {key: _rounded_number(part, x) for key, part in kwargs.items()}
+    numbers = [_rounded_number(part, x) for part in args]
+    options = {}
+    for key, part in kwargs.items():
+        if key not in ("inplace", "approximate"):
+            options[key] = _rounded_number(part, x)
 
     def function(z: Tensor) -> Tensor:
-        found: Tensor = func(z, *args, **kwargs)
+        found: Tensor = func(z, *numbers, **options)
         return found
 
     of_one = nonlinear.valley if name in nonlinear.VALLEYS else nonlinear.monotone
@@ -84,17 +88,18 @@ def _rounded_number(value: Any, x: Bounds) -> Any:
 def _extremum(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """The largest or smallest value along a dimension, or of two values."""
     name = func.__name__.strip("_")
-    if name in ("maximum", "minimum"):
-        return _extremum_of_two(func, x, args[0])
-    if args and isinstance(args[0], Tensor):
-        return _extremum_of_two(torch.maximum if name == "max" else torch.minimum, x, args[0])
+    is_max = name in ("max", "amax", "maximum")
+    if name in ("maximum", "minimum") or (args and isinstance(args[0], Tensor)):
+        of_two = torch.maximum if is_max else torch.minimum
+        return _extremum_of_two(of_two, x, args[0])
     dim = args[0] if args else kwargs.get("dim")
     if not isinstance(dim, int):
         raise NoBoundsError(f"{name} over several dimensions")
     keepdim = args[1] if len(args) > 1 else kwargs.get("keepdim", False)
-    along_dim = torch.amax if name.endswith("max") else torch.amin
+    along_dim = torch.amax if is_max else torch.amin
     values = interval(x).each(lambda end: along_dim(end, dim, keepdim=True))
-    found = new_leaf(x.run, Function(f"a {name}", along=(dim,)), [x], values)
+    by = Function(f"a {name}", along=(dim,))
+    found = new_leaf(x.run, by, [x], values)
     if not keepdim:
         found = dispatched(torch.Tensor.squeeze, found, dim)
     without_places = name in ("amax", "amin")
@@ -107,9 +112,10 @@ def _extremum_of_two(func: Any, a: Any, b: Any) -> Bounds:
     like = centre_of_either(a, b)
     first = as_bounds(a, run, like)
     second = as_bounds(b, run, like)
-    ends = Interval(func(first.lower, second.lower), func(first.upper, second.upper))
+    low = func(first.lower, second.lower)
+    high = func(first.upper, second.upper)
     name = func.__name__.strip("_")
-    return new_leaf(run, Function(f"a {name}"), _bounds_among(a, b), ends)
+    return new_leaf(run, Function(f"a {name}"), _bounds_among(a, b), Interval(low, high))
 
 
 class _Largest(NamedTuple):
@@ -159,7 +165,8 @@ def _bounds_among(*values: Any) -> list[Bounds]:
 def _softmax(func: Any, x: Any, dim: int, *args: Any, **kwargs: Any) -> Bounds:
     """Softmax along a dimension."""
     values = nonlinear.softmax(interval(x), dim, rounded=is_rounded(x.run))
-    return new_leaf(x.run, Function("a softmax", along=(dim,)), [x], values)
+    by = Function("a softmax", along=(dim,))
+    return new_leaf(x.run, by, [x], values)
 
 
 def _layer_norm(
@@ -200,8 +207,12 @@ def _normalised(group: Any, name: str, eps: float, factor: Any, shift: Any) -> B
     keepdim = True
     mean = dispatched(torch.mean, group, -1, keepdim)
     deviation = dispatched(torch.sub, group, mean)
-    factor = like.new_ones(()) if factor is None else factor.to(like)
-    shift = like.new_zeros(()) if shift is None else shift.to(like)
+    if factor is None:
+        factor = like.new_ones(())
+    if shift is None:
+        shift = like.new_zeros(())
+    factor = factor.to(like)
+    shift = shift.to(like)
     values = nonlinear.normalised(
         interval(group),
         interval(deviation),
@@ -210,7 +221,8 @@ def _normalised(group: Any, name: str, eps: float, factor: Any, shift: Any) -> B
         shift,
         rounded=is_rounded(group.run),
     )
-    return new_leaf(group.run, Function(name, along=(-1,)), [group], values)
+    by = Function(name, along=(-1,))
+    return new_leaf(group.run, by, [group], values)
 
 
 def step(x: Bounds, function: Callable[[Tensor], Tensor]) -> Bounds:
@@ -220,8 +232,9 @@ def step(x: Bounds, function: Callable[[Tensor], Tensor]) -> Bounds:
         x: The values.
         function: The forward, whose gradient a differentiable run takes.
     """
-    ends = nonlinear.steps(interval(x)) if is_rounded(x.run) else interval(x).each(function)
-    return new_leaf(x.run, Function("a surrogate"), [x], ends)
+    values = interval(x)
+    spikes = nonlinear.steps(values) if is_rounded(x.run) else values.each(function)
+    return new_leaf(x.run, Function("a surrogate"), [x], spikes)
 
 
 OPERATIONS: list[tuple[Rule, str]] = [

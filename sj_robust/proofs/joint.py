@@ -1,7 +1,7 @@
 """Bounds that hold together over time: of spike trains and counts, not of single spikes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sj_robust.core.broadcast import along
 from sj_robust.neuron.charging import Neuron
 from sj_robust.ops.trains.config import Currents, StepBounds, Windows
 from sj_robust.ops.trains.operator import bounded_steps
@@ -69,7 +70,7 @@ def in_layout(part: Tensor, batch_dim: int) -> Tensor:
 
 def column(numbers: Tensor, like: Tensor) -> Tensor:
     """Numbers [F] as [F, 1, ..., 1], to be multiplied by values such as these."""
-    return numbers.view(-1, *[1] * like.ndim)
+    return along(numbers, 0, like.ndim + 1)
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,11 @@ class _TimedTrace(Trace):
         self._generator = torch.Generator().manual_seed(0)
 
     def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
-        name = by.name if isinstance(by, Neuron) and counts(by) is None else None
-        first = 0 if name is None else self.steps[name]
+        name = None
+        first = 0
+        if isinstance(by, Neuron) and counts(by) is None:
+            name = by.name
+            first = self.steps[name]
         centre = x.centre.detach()
         call = _Call(
             by=name,
@@ -156,8 +160,9 @@ class _FrameTrace(_TimedTrace):
             return super().leaf(values, batch_dim)
         one = self._drawn(values.low[:, :1])
         steps = values.low.shape[1]
-        factors = _factors_of(self.factors, 0, steps).view(1, -1, *[1] * (one.ndim - 2))
-        return BoundedRun.leaf(self, Interval(factors * one, factors * one), batch_dim)
+        factors = along(_factors_of(self.factors, 0, steps), 1, one.ndim)
+        frames = factors * one
+        return BoundedRun.leaf(self, Interval(frames, frames), batch_dim)
 
 
 class OverTime:
@@ -206,27 +211,7 @@ class OverTime:
         self.counts = _alike(logits, mean_logits)
         self.steps = trace.steps
         self.kinds: dict[str, _Kind | None] = {}
-        reasons: dict[str, str] = {}
-        for name in maps.neurons:
-            calls: list[_Call] = []
-            shifts: list[Tensor] = []
-            before: set[int] = set()
-            for number, call in enumerate(trace.calls):
-                if call.by == name:
-                    calls.append(call)
-                    shift = maps.shift(number, 1)
-                    shifts.append(by_step(shift, 1, call.batch_dim))
-                    before |= call.leaves
-            if not calls:
-                continue
-            self.kinds[name] = _kind(calls, shifts, factors)
-            if before & trace.pooled:
-                reasons[name] = "after a maximum, a product or another function"
-            elif self.kinds[name] is None and before != {0}:
-                reasons[name] = "its current is no map of spikes of one step"
-        if not self.counts:
-            reasons["the output"] = "it is no map of counts"
-        self.stepwise = tuple(f"{name}: {reason}" for name, reason in reasons.items())
+        self.stepwise = tuple(self._find_kinds(trace))
         asked: set[int] = set()
         for call in trace.calls:
             asked |= call.leaves
@@ -239,30 +224,58 @@ class OverTime:
         self.images = max(1, 2 * _ELEMENTS // (size * windows))
         self._trains: dict[tuple[str, int, float, float], Trains | None] = {}
 
+    def _find_kinds(self, trace: _TimedTrace) -> Iterator[str]:
+        """Fill ``kinds``; gives what has bounds of single steps, with the reason."""
+        for name in self.neurons:
+            calls: list[_Call] = []
+            shifts: list[Tensor] = []
+            before: set[int] = set()
+            for number, call in enumerate(trace.calls):
+                if call.by == name:
+                    calls.append(call)
+                    shift = self._maps.shift(number, 1)
+                    shifts.append(by_step(shift, 1, call.batch_dim))
+                    before |= call.leaves
+            if not calls:
+                continue
+            self.kinds[name] = _kind(calls, shifts, self._factors)
+            if before & trace.pooled:
+                yield f"{name}: after a maximum, a product or another function"
+            elif self.kinds[name] is None and before != {0}:
+                yield f"{name}: its current is no map of spikes of one step"
+        if not self.counts:
+            yield "the output: it is no map of counts"
+
     def is_frame_by_frame(self, name: str) -> bool:
         """Whether the current of a layer in step t is the same map of frame t, but for its shift,
         for all t; asked of event frames [N, T, *].
         """
         if self._frame_by_frame is None:
-            trace = _FrameTrace(self.neurons, self._factors)
-            frame = self._maps.frame
-            self._maps.bounded(trace, frame.new_zeros(1, *frame.shape), 0.0)
-            found: dict[str, bool] = {}
-            own: dict[str, list[Tensor]] = {}
-            for number, call in enumerate(trace.calls):
-                if call.by is None:
-                    continue
-                shift = by_step(self._maps.shift(number, 1), 1, call.batch_dim)
-                scales = _factors_of(self._factors, call.first, len(call.current))
-                scaled = (call.current - shift) / column(scales, call.current[0])
-                own.setdefault(call.by, []).append(scaled)
-                found[call.by] = found.get(call.by, True) and call.leaves == {0}
-            for layer, parts in own.items():
-                steps = torch.cat(parts)
-                same = _alike(steps, steps[:1].expand_as(steps))
-                found[layer] = found[layer] and len(steps) == frame.shape[0] and same
-            self._frame_by_frame = found
+            self._frame_by_frame = self._find_frame_by_frame()
         return self._frame_by_frame.get(name, False)
+
+    def _find_frame_by_frame(self) -> dict[str, bool]:
+        """The same of every layer."""
+        trace = _FrameTrace(self.neurons, self._factors)
+        frame = self._maps.frame
+        self._maps.bounded(trace, frame.new_zeros(1, *frame.shape), 0.0)
+        only_frames: dict[str, bool] = {}
+        own: dict[str, list[Tensor]] = {}
+        for number, call in enumerate(trace.calls):
+            if call.by is None:
+                continue
+            shift = by_step(self._maps.shift(number, 1), 1, call.batch_dim)
+            scales = _factors_of(self._factors, call.first, len(call.current))
+            scaled = (call.current - shift) / column(scales, call.current[0])
+            own.setdefault(call.by, []).append(scaled)
+            only_frames[call.by] = only_frames.get(call.by, True) and call.leaves == {0}
+        found = {}
+        for layer, parts in own.items():
+            steps = torch.cat(parts)
+            has_all_frames = len(steps) == frame.shape[0]
+            same = _alike(steps, steps[:1].expand_as(steps))
+            found[layer] = only_frames[layer] and has_all_frames and same
+        return found
 
     def trains(self, spiking: Spiking, T: int, *, current: Interval, error: float) -> Trains | None:
         """The trains of a layer for constant currents and errors up to the next powers of two."""
@@ -337,9 +350,8 @@ class JointRun(BoundedRun):
         memory.currents += current.steps()
         memory.rounded += x_seq.steps()
         memory.errors += error
+        memory.error = max(memory.error, float(error.max()))
         self.changes[name] += self._changes(stage, len(error))
-        largest = float(error.max())
-        memory.error = max(memory.error, largest)
         if self.over_time.kinds[name] == "constant":
             memory.known += self._chain(spiking, memory).steps()
         if first == 0:
@@ -351,7 +363,8 @@ class JointRun(BoundedRun):
             memory.steps.append(step)
             memory.trains.spikes.append(step.spikes)
             layer.undecided.append(float(step.spikes.width().sum()))
-            layer.width.append(float(step.h.width().square().sum()))
+            width = step.h.width().square().sum()
+            layer.width.append(float(width))
             relaxed = Step(
                 gain=spiking.gain_at(t),
                 lower=step.h.low,
@@ -382,19 +395,18 @@ class JointRun(BoundedRun):
             return found
         some = trains.open
         sums = self._all_sums(spiking, some, first=trains.steps)
-        chosen = {}
+        of_some = {}
         for name, part in vars(currents).items():
             if part is not None:
-                chosen[name] = part.index_select(1, some)
-        tighter = run(
-            Currents(
-                **chosen,
-                error=torch.stack([error.flatten()[some] for error in memory.errors]),
-                sums_low=sums.low,
-                sums_high=sums.high,
-            ),
-            backend=trains.backend,
+                of_some[name] = part.index_select(1, some)
+        errors = [error.flatten()[some] for error in memory.errors]
+        with_sums = Currents(
+            **of_some,
+            error=torch.stack(errors),
+            sums_low=sums.low,
+            sums_high=sums.high,
         )
+        tighter = run(with_sums, backend=trains.backend)
         trains.sure_cases = tighter.sure_cases
         trains.possible_cases = tighter.possible_cases
         for name, part in vars(found).items():
@@ -469,26 +481,28 @@ class JointRun(BoundedRun):
         like = currents[0].low
         gains = [_as_double(dynamics.tensor_gain_at(t)) for t in range(first, steps)]
         gain = torch.stack(gains).to(like)
+        single = stacked(currents[first:])
         listed = memory.trains.windows.listed(steps)
         longer = [[a, t] for a, t in listed if a < t and t >= first]
         if not longer:
-            return _multiples(gain, stacked(currents[first:]))
+            return _multiples(gain, single)
         weights = window_weights(dynamics, torch.tensor(longer), steps)
         weights = weights.to(like)
         kind = self.over_time.kinds[name]
         if kind == "constant":
             factors = weights.sum(1)
-            sums = _multiples(factors, currents[-1].each(lambda end: end.expand(len(factors), -1)))
+            repeated = currents[-1].each(lambda end: end.expand(len(factors), -1))
+            sums = _multiples(factors, repeated)
         elif kind == "steps":
-            return self._joined(gain, currents[first:], self._through(weights, some))
+            mapped = self._through(weights, some)
+            return self._joined(gain, single, mapped)
         else:
             sums = self._sums_of_events(name, weights, currents, chosen)
-        return _together(_multiples(gain, stacked(currents[first:])), sums)
+        return _together(_multiples(gain, single), sums)
 
-    def _joined(self, gain: Tensor, currents: list[Interval], longer: "MappedSums") -> Interval:
+    def _joined(self, gain: Tensor, single: Interval, longer: "MappedSums") -> Interval:
         """Sums of single steps, of so many gains, and of longer windows."""
-        single = _multiples(gain, stacked(currents))
-        return _together(single, longer.ends(rounded=self.rounded))
+        return _together(_multiples(gain, single), longer.ends(rounded=self.rounded))
 
     def _sums_of_events(
         self,
@@ -499,15 +513,15 @@ class JointRun(BoundedRun):
     ) -> Interval:
         """Bounds of sums of a current's steps; with one budget for all steps if events change."""
         changes = [step.moved(chosen, apart=False) for step in self.changes[name]]
-        if len(changes) == len(currents):
-            if self._are_moved(name):
-                return _with_one_budget(
-                    weights, currents, changes, self._moved_sums(weights, chosen)
-                )
-            if not isinstance(changes[0], Shifts) and self._have_one_budget(name, changes):
-                found = changed_sums(weights, changes)
-                return _with_one_budget(weights, currents, changes, found)
-        return weighted_sums(weights, stacked(currents))
+        if len(changes) != len(currents):
+            return weighted_sums(weights, stacked(currents))
+        if self._are_moved(name):
+            moved = self._moved_sums(weights, chosen)
+        elif not isinstance(changes[0], Shifts) and self._have_one_budget(name, changes):
+            moved = changed_sums(weights, changes)
+        else:
+            return weighted_sums(weights, stacked(currents))
+        return _with_one_budget(weights, currents, changes, moved)
 
     def _are_moved(self, name: str) -> bool:
         """Whether events are moved in time and sums over time have one budget for them; if not,
@@ -543,18 +557,19 @@ class JointRun(BoundedRun):
         nothing = torch.zeros_like(self.changed.radius)
         rises: list[Tensor] = []
         falls: list[Tensor] = []
-        for start in range(0, len(every), steps):
-            some = every[start : start + steps]
+        for some in torch.split(every, steps):
             places = every.new_zeros(frames, frames)
             places[first : first + len(some)] = some
             exact = self._other_run()
             exact.rounded = False
-            entered = Bounds(nothing, nothing, run=exact, changes=entering.over_time(places))
+            shifts = entering.over_time(places)
+            entered = Bounds(nothing, nothing, run=exact, changes=shifts)
             found = replayed(origin, {0: entered}).changes
             assert found is not None
-            for ends, part in ((rises, found.raised()), (falls, found.lowered())):
-                rows = by_step(part, self.samples, stage.batch_dim)[: len(some)]
-                ends += map(chosen, rows)
+            raised = by_step(found.raised(), self.samples, stage.batch_dim)
+            lowered = by_step(found.lowered(), self.samples, stage.batch_dim)
+            rises += map(chosen, raised[: len(some)])
+            falls += map(chosen, lowered[: len(some)])
         return torch.stack(rises), torch.stack(falls)
 
     def _all_sums(self, dynamics: Spiking, some: Tensor | slice, *, first: int) -> Interval:
@@ -562,12 +577,13 @@ class JointRun(BoundedRun):
         memory = self.memories[dynamics.neuron.name]
         listed = memory.trains.windows.listed(len(memory.currents))
         memory.sums.append(self._sums(dynamics, some, first=first))
-        memory.summed += [window for window in listed if window[1] >= first]
+        memory.summed += [(a, t) for a, t in listed if t >= first]
         if len(memory.sums) == 1:
             return memory.sums[0]
         every = _together(*memory.sums)
         row = {window: number for number, window in enumerate(memory.summed)}
-        order = torch.tensor([row[window] for window in listed], device=every.low.device)
+        numbers = [row[window] for window in listed]
+        order = torch.tensor(numbers, device=every.low.device)
         return every.each(lambda end: end[order])
 
     def _changes(self, stage: Stage, steps: int) -> list[Changes]:
@@ -575,10 +591,9 @@ class JointRun(BoundedRun):
         changes = stage.current.changes
         if changes is None:
             return []
-        stepwise = partial(by_step, samples=self.samples, batch_dim=stage.batch_dim)
 
         def step(part: Tensor, t: int) -> Tensor:
-            return stepwise(part)[t]
+            return by_step(part, self.samples, stage.batch_dim)[t]
 
         return [changes.moved(partial(step, t=t), apart=False) for t in range(steps)]
 
@@ -622,9 +637,11 @@ class JointRun(BoundedRun):
             return means.leaf(ends, leaf.batch_dim)
         if id(source) not in begun:
             T = self.over_time.T
+            shares = leaf.centre.new_full((1, T), 1.0 / T)
             with torch.set_grad_enabled(self.differentiable):
-                mean = source.bounds(leaf.centre.new_full((1, T), 1.0 / T))
-            begun[id(source)] = means.leaf(mean.each(lambda end: end[0]), 0)
+                mean = source.bounds(shares)
+            first_row = mean.each(lambda end: end[0])
+            begun[id(source)] = means.leaf(first_row, 0)
         mean_of_each = begun[id(source)]
         shape = by_step(leaf.radius, self.samples, leaf.batch_dim).shape
 
@@ -680,7 +697,8 @@ class JointRun(BoundedRun):
 
         def chosen(part: Tensor) -> Tensor:
             # in float32 the ends would be rounded once more
-            return by_step(part, self.samples, stage.batch_dim).flatten(1)[:, some].to(weights)
+            rows = by_step(part, self.samples, stage.batch_dim).flatten(1)
+            return rows[:, some].to(weights)
 
         centres = []
         radii = []
@@ -689,7 +707,11 @@ class JointRun(BoundedRun):
             found = replayed(origin, taken)
             centres.append(chosen(found.centre))
             radii.append(chosen(found.radius))
-        return MappedSums(torch.cat(centres), torch.cat(radii), weights.sum(1) - 1.0)
+        return MappedSums(
+            centre=torch.cat(centres),
+            radius=torch.cat(radii),
+            shares=weights.sum(1) - 1.0,
+        )
 
     def _weighted(self, number: int, weights: Tensor, run: BoundedRun, steps: int) -> list[Bounds]:
         """Bounds of weighted sums of a leaf's steps, so many at a time in the steps' place; zeros
@@ -712,8 +734,9 @@ class JointRun(BoundedRun):
         centres = torch.split(sums.centre, steps)
         radii = torch.split(sums.radius, steps)
         for centre, radius in zip(centres, radii, strict=True):
-            middle = in_layout(centre, leaf.batch_dim)
-            found.append(Bounds(middle, in_layout(radius, leaf.batch_dim), run=run))
+            laid_centre = in_layout(centre, leaf.batch_dim)
+            laid_radius = in_layout(radius, leaf.batch_dim)
+            found.append(Bounds(laid_centre, laid_radius, run=run))
         return found
 
 
@@ -745,7 +768,8 @@ class MappedSums:
 def _together(*parts: Interval) -> Interval:
     """The rows of all parts."""
     low = torch.cat([part.low for part in parts])
-    return Interval(low, torch.cat([part.high for part in parts]))
+    high = torch.cat([part.high for part in parts])
+    return Interval(low, high)
 
 
 def _rows(steps: list[Interval]) -> Interval:
@@ -764,7 +788,8 @@ def _traced(maps: Maps, factors: Tensor) -> tuple[_TimedTrace, Tensor]:
 def _kind(calls: list[_Call], shifts: list[Tensor], factors: Tensor) -> _Kind | None:
     """How a layer's current depends on time; see :class:`OverTime`."""
     reference = calls[0].current[:1]
-    if any(call.current.shape[1:] != reference.shape[1:] for call in calls):
+    shape = reference.shape[1:]
+    if any(call.current.shape[1:] != shape for call in calls):
         return None
     currents = torch.cat([call.current for call in calls])
     if _alike(currents, reference.expand_as(currents)):
@@ -820,7 +845,9 @@ def _with_one_budget(
     events is for all steps.
     """
     rises, falls = moved
-    centres = [x.low + step.lowered() for x, step in zip(currents, changes, strict=True)]
+    centres = []
+    for x, step in zip(currents, changes, strict=True):
+        centres.append(x.low + step.lowered())
     centre = torch.tensordot(weights, torch.stack(centres), 1)
     return Interval(centre - falls, centre + rises)
 

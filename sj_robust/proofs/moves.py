@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sj_robust.proofs.changes import Changes, first_changes, frames_of_rows
+from sj_robust.proofs.changes import Changes, first_changes, frame_numbers, frames_of_rows
 from sj_robust.proofs.flips import Flips
 from sj_robust.proofs.spiking import Interval
 
@@ -89,12 +89,13 @@ class Moves:
         """
         coming, leaving = self.reach(frames)
         largest = int(torch.maximum(coming, leaving).max()) if frames.numel() else 0
-        numbers = range(1, max(1, min(self.most, largest)) + 1)
+        most = max(1, min(self.most, largest))
+        numbers = range(1, most + 1)
         return Shifts(
             self.budget,
             up=tuple((coming >= number).to(frames.dtype) for number in numbers),
             down=tuple((leaving >= number).to(frames.dtype) for number in numbers),
-            frame=_frame_numbers(frames),
+            frame=frame_numbers(frames),
             apart=True,
             summed=summed,
             ball=self,
@@ -105,12 +106,12 @@ class Moves:
         """How far a move of an event of each value lowers sums with weights [R, T, *] of frames
         [1, T, *], by itself.
         """
-        own = weights.flatten(2).transpose(1, 2)
-        lines = own.flatten(0, 1)
+        by_line = weights.flatten(2).transpose(1, 2)
+        lines = by_line.flatten(0, 1)
         gain = _highest_within(-lines, self.largest_shift) + lines
-        there = gain.view_as(own).transpose(1, 2).reshape(weights.shape)
+        by_frame = gain.view_as(by_line).transpose(1, 2)
         _, leaving = self.reach(frames)
-        return there * (leaving > 0)
+        return by_frame.reshape(weights.shape) * (leaving > 0)
 
     def times(self, frames: Tensor, weights: Tensor) -> Tensor:
         """How many events each value may lose, [R, T, *]."""
@@ -122,11 +123,12 @@ class Moves:
         """
         x = frames.expand(weights.shape).flatten(2)
         w = weights.flatten(2).to(torch.float64)
+        T = x.shape[1]
         best = torch.zeros_like(w[:, 0])
         source = torch.zeros_like(best, dtype=torch.int64)
         target = torch.zeros_like(source)
-        for t in range(x.shape[1]):
-            for to in _places_near(t, x.shape[1], self.largest_shift):
+        for t in range(T):
+            for to in _places_near(t, T, self.largest_shift):
                 possible = x[:, t] > 0
                 if not self.counts:
                     possible &= x[:, to] == 0
@@ -140,14 +142,15 @@ class Moves:
         pays = (falls > 0).to(best.dtype)
         chosen = torch.zeros_like(best).scatter(1, places, pays)
         events = chosen.to(x.dtype).unsqueeze(1)
-        found = x.scatter_add(1, source.unsqueeze(1), -events)
-        found = found.scatter_add(1, target.unsqueeze(1), events)
+        without = x.scatter_add(1, source.unsqueeze(1), -events)
+        found = without.scatter_add(1, target.unsqueeze(1), events)
         return found.view(weights.shape)
 
     def drawn(self, frames: Tensor, generator: torch.Generator) -> Tensor:
         """Frames with as many moves as the budget allows, at random places."""
         drawn = torch.rand(frames.shape, generator=generator, dtype=torch.float64)
-        return self.lowest(frames, drawn.to(frames.device)).to(frames.dtype)
+        weights = drawn.to(frames.device)
+        return self.lowest(frames, weights).to(frames.dtype)
 
     def gains(self, lines: Tensor, weights: Tensor) -> Tensor:
         """What moves within a line add to its sum with weights, [M, moves]: the sum of the first k
@@ -185,7 +188,10 @@ class Moves:
             rows.append(own)
             parts.append(part)
         width = max(1, *(part.shape[1] for part in parts))
-        padded = [F.pad(part, (0, width - part.shape[1])) for part in parts]
+        padded = []
+        for part in parts:
+            missing = width - part.shape[1]
+            padded.append(F.pad(part, (0, missing)))
         place = torch.cat(rows).argsort()
         return torch.cat(padded)[place]
 
@@ -194,7 +200,10 @@ class Moves:
         gain = _highest_within(weights, self.largest_shift) - weights
         largest = int(lines.max()) if lines.numel() else 0
         copies = max(1, min(self.most, largest))
-        of_copies = [gain * (lines >= number) for number in range(1, copies + 1)]
+        of_copies = []
+        for number in range(1, copies + 1):
+            is_there = lines >= number
+            of_copies.append(gain * is_there)
         return first_changes(torch.cat(of_copies, 1), self.budget, 1)
 
 
@@ -236,10 +245,12 @@ class Shifts(Changes):
         """See :class:`Changes`."""
         assert self.ball is not None
         assert self.frames is not None
-        lines = self.frames[samples].flatten(2).transpose(1, 2)
-        own = weights.flatten(2).transpose(1, 2)
-        gains = self.ball.gains(lines.flatten(0, 1), -own.flatten(0, 1))
-        return first_changes(gains.view(len(samples), -1), self.budget, 1)
+        lines = _as_lines(self.frames[samples])
+        own = _as_lines(weights)
+        falling = -own.flatten(0, 1)
+        gains = self.ball.gains(lines.flatten(0, 1), falling)
+        of_samples = gains.view(len(samples), -1)
+        return first_changes(of_samples, self.budget, 1)
 
     def over_time(self, weights: Tensor) -> "Shifts":
         """How far sums over time of the frames' values can rise and fall: step t has what moves do
@@ -247,19 +258,21 @@ class Shifts(Changes):
         """
         assert self.ball is not None
         assert self.frames is not None
-        lines = self.frames.flatten(2).transpose(1, 2)
-        patterns, number = _distinct(lines.flatten(0, 1))
+        lines = _as_lines(self.frames)
+        patterns, pattern_of_line = _distinct(lines.flatten(0, 1))
         every = patterns.repeat_interleave(len(weights), 0)
         sums = weights.to(lines).repeat(len(patterns), 1)
-        number = number.view(lines.shape[:2])
-        up = self._in_frames(self.ball.gains(every, sums), number)
-        down = self._in_frames(self.ball.gains(every, -sums), number)
+        number = pattern_of_line.view(lines.shape[:2])
+        rises = self.ball.gains(every, sums)
+        falls = self.ball.gains(every, -sums)
+        up = self._in_frames(rises, number)
+        down = self._in_frames(falls, number)
         count = max(len(up), len(down))
         return Shifts(
             self.budget,
             up=_with_zeros(up, count),
             down=_with_zeros(down, count),
-            frame=_frame_numbers(self.frames),
+            frame=frame_numbers(self.frames),
             apart=True,
         )
 
@@ -277,27 +290,30 @@ class Shifts(Changes):
         return [part.transpose(1, 2).reshape(shape) for part in moves]
 
 
+def _as_lines(frames: Tensor) -> Tensor:
+    """Frames [N, T, *] as the lines of every pixel and polarity, [N, lines, T]."""
+    return frames.flatten(2).transpose(1, 2)
+
+
 def _with_zeros(parts: list[Tensor], count: int) -> tuple[Tensor, ...]:
     """So many tensors, of which the last ones are zero."""
+    zeros = torch.zeros_like(parts[0])
     missing = count - len(parts)
-    return (*parts, *[torch.zeros_like(parts[0])] * missing)
+    return (*parts, *[zeros] * missing)
 
 
 def _places_near(t: int, T: int, shift: int) -> range:
     """Frames to which an event of frame t can move, its own included."""
-    return range(max(0, t - shift), min(T, t + shift + 1))
-
-
-def _frame_numbers(frames: Tensor) -> Tensor:
-    """The number of the frame of every value."""
-    steps = torch.arange(frames.shape[1], device=frames.device)
-    return steps.view(1, -1, *[1] * (frames.ndim - 2)).expand(frames.shape)
+    first = max(0, t - shift)
+    last = min(T - 1, t + shift)
+    return range(first, last + 1)
 
 
 def _within(part: Tensor, shift: int) -> Tensor:
     """The sum of what is at most so many frames away, itself left out."""
     found = torch.zeros_like(part)
-    for distance in range(1, min(shift, part.shape[1] - 1) + 1):
+    farthest = min(shift, part.shape[1] - 1)
+    for distance in range(1, farthest + 1):
         found[:, distance:] += part[:, :-distance]
         found[:, :-distance] += part[:, distance:]
     return found
@@ -309,19 +325,24 @@ def _highest_within(weights: Tensor, shift: int) -> Tensor:
     T = weights.shape[1]
     for distance in range(1, min(shift, T - 1) + 1):
         outside = weights.new_full((len(weights), distance), -torch.inf)
-        shifted.append(torch.cat([outside, weights[:, :-distance]], 1))
-        shifted.append(torch.cat([weights[:, distance:], outside], 1))
+        earlier = weights[:, :-distance]
+        later = weights[:, distance:]
+        shifted.append(torch.cat([outside, earlier], 1))
+        shifted.append(torch.cat([later, outside], 1))
     return torch.stack(shifted).amax(0)
 
 
 def _distinct(lines: Tensor) -> tuple[Tensor, Tensor]:
     """Lines [M, T] of which no two are the same, and by line which of these it is."""
-    if lines.shape[1] > _CODED or (lines.numel() and float(lines.max()) > 1):
+    holds_counts = lines.numel() > 0 and float(lines.max()) > 1
+    if holds_counts or lines.shape[1] > _CODED:
         found, number = torch.unique(lines, dim=0, return_inverse=True)
         return found, number
     powers = 2 ** torch.arange(lines.shape[1], device=lines.device)
-    codes, number = torch.unique((lines.long() * powers).sum(1), return_inverse=True)
-    return ((codes.unsqueeze(1) & powers) > 0).to(lines.dtype), number
+    codes = (lines.long() * powers).sum(1)
+    distinct, number = torch.unique(codes, return_inverse=True)
+    is_set = (distinct.unsqueeze(1) & powers) > 0
+    return is_set.to(lines.dtype), number
 
 
 @dataclass(frozen=True)
@@ -338,10 +359,13 @@ class _ListedMoves:
 
     def gains(self, weights: Tensor) -> Tensor:
         """See :meth:`Moves.gains`: of lines that are this one, with weights [M, T]."""
-        sums = weights @ weights.new_tensor(self.added).T
+        added = weights.new_tensor(self.added)
+        sums = weights @ added.T
         costs = torch.tensor(self.costs, device=weights.device)
-        counts = range(max(self.costs) + 1)
-        best = [sums[:, costs <= moves].amax(1) for moves in counts]
+        best = []
+        for moves in range(max(self.costs) + 1):
+            affordable = costs <= moves
+            best.append(sums[:, affordable].amax(1))
         return _concave(torch.stack(best, 1)).diff(dim=1)
 
 
@@ -359,8 +383,11 @@ def _listed_moves(line: tuple[int, ...], shift: int, most: int) -> _ListedMoves 
             return None
     added = []
     for taken in costs:
-        after = [taken >> t & 1 for t in range(len(line))]
-        added.append(tuple(b - a for a, b in zip(line, after, strict=True)))
+        change = []
+        for t, before in enumerate(line):
+            after = taken >> t & 1
+            change.append(after - before)
+        added.append(tuple(change))
     return _ListedMoves(tuple(added), tuple(costs.values()))
 
 
@@ -372,8 +399,9 @@ def _with_an_event(costs: dict[int, int], t: int, near: range, most: int) -> dic
     for taken, cost in costs.items():
         for to in near:
             place = 1 << to
-            moves = cost + (to != t)
-            if taken & place or moves > most:
+            is_taken = taken & place
+            moves = cost if to == t else cost + 1
+            if is_taken or moves > most:
                 continue
             together = taken | place
             found[together] = min(moves, found.get(together, moves))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier, check_classifier
+from sj_robust.core.broadcast import along
 from sj_robust.core.checks import check_count, check_images
 from sj_robust.core.environment import device_of
 from sj_robust.core.preserved import other_forward, preserved, sums_of_products
@@ -142,7 +143,8 @@ def _probes(model: SpikingClassifier, image: Tensor) -> Tensor:
     """Two random images a and b, and ``a + 2 b``, by which an affine map is recognised."""
     generator = torch.Generator().manual_seed(0)
     shape = (2, *image.shape[1:])
-    pair = torch.rand(shape, generator=generator, dtype=torch.float64).to(image)
+    pair = torch.rand(shape, generator=generator, dtype=torch.float64)
+    pair = pair.to(image)
     if isinstance(model, SpikingEventClassifier):
         # the same frame in every step, so that its steps can be compared
         pair = pair[:, :1].expand_as(pair).contiguous()
@@ -180,10 +182,10 @@ def _bases(model: SpikingClassifier, image: Tensor, batch_size: int) -> Iterator
     frames = isinstance(model, SpikingEventClassifier)
     elements = image[0, :1].numel() if frames else image.numel()
     for start in range(0, elements, batch_size):
-        numbers = torch.arange(start, min(start + batch_size, elements), device=image.device)
-        count = len(numbers)
+        count = min(batch_size, elements - start)
+        row = torch.arange(count, device=image.device)
         basis = torch.zeros((count, elements), dtype=image.dtype, device=image.device)
-        basis[range(count), numbers] = 1.0
+        basis[row, start + row] = 1.0
         if frames:
             one_step = basis.view(count, 1, *image.shape[2:])
             basis = one_step.expand(count, *image.shape[1:])
@@ -230,8 +232,12 @@ class _Layer:
     def radius(self) -> Tensor:
         """Radius [N] in exact arithmetic."""
         threshold = float(self.neuron.module.v_threshold)
-        ratios = [(step.h - threshold).abs() / step.slope for step in self.steps]
-        return _least([ratio.nan_to_num(torch.inf) for ratio in ratios])
+        ratios = []
+        for step in self.steps:
+            distance = (step.h - threshold).abs()
+            ratio = distance / step.slope
+            ratios.append(ratio.nan_to_num(torch.inf))
+        return _least(ratios)
 
     def rounded_radius(self, widest: Tensor, rounding: _Rounding) -> Tensor:
         """Radius [N] in float32; ``widest`` [N] is that of the ball in which rounding is known."""
@@ -239,8 +245,9 @@ class _Layer:
         decay = self.neuron.charging().decay_value
         rest = float(module.v_reset or 0.0)
         threshold = float(module.v_threshold)
-        far = widest.view(-1, *[1] * (self.steps[0].h.ndim - 1))
-        off = torch.zeros_like(self.steps[0].h)  # how far float32's potential is from the exact one
+        like = self.steps[0].h
+        far = along(widest, 0, like.ndim)
+        off = torch.zeros_like(like)  # how far float32's potential is from the exact one
         moved = off  # how far either is from the one without a perturbation
         ratios = []
         for t, step in enumerate(self.steps):
@@ -314,7 +321,7 @@ def _steps(
         else:
             reach = decay * reach + gain
             slope = reach.abs() * norms
-        yield _Step(gain, v, h, slope)
+        yield _Step(gain=gain, before=v, h=h, slope=slope)
         v = reset(h, spike, v_threshold=module.v_threshold, v_reset=module.v_reset)
         if module.v_reset is not None:
             reach = (1.0 - spike) * reach
@@ -334,8 +341,11 @@ class _CurrentsRun(BoundedRun):
         if not isinstance(by, Neuron) or by.name not in self.currents:
             return
         size = Interval(x.lower, x.upper).size()
-        steps = zip(x.error, size, strict=True) if batch_dim else [(x.error, size)]
-        self.currents[by.name] += steps
+        currents = self.currents[by.name]
+        if batch_dim:
+            currents += zip(x.error, size, strict=True)
+        else:
+            currents.append((x.error, size))
         if all(len(found) == self.T for found in self.currents.values()):
             raise _FoundError
 
@@ -351,10 +361,10 @@ def _rounding(
     names: list[str],
 ) -> dict[str, _Rounding]:
     """What float32 rounds of the currents of layers, for images within a radius [N] of each."""
-    run = _CurrentsRun(neurons, len(images), names, model.T)
+    run = _CurrentsRun(neurons=neurons, samples=len(images), names=names, T=model.T)
     if names:
         with suppress(_FoundError):
-            bounded_logits(model, run, images, radius.view(-1, *[1] * (images.ndim - 1)))
+            bounded_logits(model, run, images, along(radius, 0, images.ndim))
     found = {}
     for name, steps in run.currents.items():
         errors, sizes = zip(*steps, strict=True)
@@ -400,7 +410,8 @@ class _NotedCurrents:
     def note(self, name: str, steps: Iterable[Tensor]) -> None:
         """Keep some more."""
         self.steps[name].extend(steps)
-        if self.ends_the_run and all(len(found) == self.T for found in self.steps.values()):
+        is_complete = all(len(found) == self.T for found in self.steps.values())
+        if self.ends_the_run and is_complete:
             raise _FoundError
 
     def stacked(self) -> dict[str, Tensor]:

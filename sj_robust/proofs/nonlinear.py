@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sj_robust.core.broadcast import along
 from sj_robust.proofs.rounding import SMALLEST, gamma, within_float32
 from sj_robust.proofs.spiking import Interval
 
@@ -100,7 +101,8 @@ def product(a: Interval, b: Interval, *, rounded: bool) -> Interval:
     if _not_negative(a) and _not_negative(b):
         found = Interval(lowest, highest)
     else:
-        corners = torch.stack([lowest, a.low * b.high, a.high * b.low, highest])
+        crossed = [a.low * b.high, a.high * b.low]
+        corners = torch.stack([lowest, *crossed, highest])
         found = Interval(corners.amin(0), corners.amax(0))
     if not rounded:
         return found
@@ -177,11 +179,12 @@ def softmax(x: Interval, dim: int, *, rounded: bool) -> Interval:
 def _sum_of_others(x: Tensor, dim: int) -> Tensor:
     """For each value the sum of the others, without a difference that would round."""
     before = x.cumsum(dim).roll(1, dim)
-    after = x.flip(dim).cumsum(dim).roll(1, dim).flip(dim)
-    behind = -1 - dim if dim < 0 else x.ndim - 1 - dim  # dimensions
-    number = torch.arange(x.shape[dim], device=x.device).view(-1, *[1] * behind)
-    is_first = number == 0
-    is_last = is_first.flip(0)
+    reversed_sums = x.flip(dim).cumsum(dim)
+    after = reversed_sums.roll(1, dim).flip(dim)
+    number = torch.arange(x.shape[dim], device=x.device)
+    is_first = along(number == 0, dim % x.ndim, x.ndim)
+    last = len(number) - 1
+    is_last = along(number == last, dim % x.ndim, x.ndim)
     return before.masked_fill(is_first, 0.0) + after.masked_fill(is_last, 0.0)
 
 
@@ -215,7 +218,8 @@ def normalised(
 
     def value(d: Tensor, towards_zero: Tensor) -> Tensor:
         rest = torch.where(towards_zero, most, fewest)
-        variance = ((d.square() + rest) / n + eps).clamp(min=eps)
+        mean_square = (d.square() + rest) / n
+        variance = (mean_square + eps).clamp(min=eps)
         return d / variance.sqrt()
 
     low = value(deviation.low, deviation.low > 0)
@@ -225,11 +229,12 @@ def normalised(
     found = scaled.each(lambda end: end + shift)
     if not rounded:
         return found
-    largest = x.size() + x.size().mean(-1, keepdim=True)
+    size = x.size()
+    largest = size + size.mean(-1, keepdim=True)
     smallest_variance = (fewest / n).clamp(min=0.0)
     largest_inverse = (smallest_variance + eps).rsqrt()
-    size = largest * largest_inverse * factor.abs() + shift.abs()
-    error = gamma(n + 2 * _TERMS) * size + SMALLEST
+    largest_value = largest * largest_inverse * factor.abs() + shift.abs()
+    error = gamma(n + 2 * _TERMS) * largest_value + SMALLEST
     return found.widened(within_float32(error))
 
 

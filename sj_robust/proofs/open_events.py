@@ -93,36 +93,53 @@ def open_events(model: SpikingClassifier, x: Tensor, y: Tensor, ball: Events) ->
     model.find_convention(x.to(device))
     with sums_of_products(device), preserved(model):
         maps = Maps(partial(bounded_logits, model), neurons, x[0].to(device))
-        prover = Prover(model, maps, ball, OverTime(maps, model.T))
+        prover = Prover(logits=model, maps=maps, eps=ball, over_time=OverTime(maps, model.T))
         images = torch.split(x.to(device), 1)
         labels = torch.split(y.to(device), 1)
         for image, label in zip(images, labels, strict=True):
-            run = prover.run(image)
-            weights = leads(label, run.error.shape[1])[0]
-            rows = torch.zeros(len(weights), dtype=torch.long, device=device)
-            found = raised(maps, run, rows, weights, rounds=_TURNS)
-            assert run.changed is not None
-            assert run.changed.changes is not None
-            with torch.no_grad():
-                spent = run.changed.changes.falls(rows, found.weights).sum(1)
-                own = ball.falls(image.double(), found.weights)
-                value = found.value.detach()
-                times = ball.times(image.double(), found.weights)
-                worst = worst_with(own.flatten(1), times.flatten(1), int(ball.budget))
-                breaking = ~((value + spent).unsqueeze(1) > worst)  # NaN rules out nothing
-            least = int(value.argmin())
-            possible = (own > 0).flatten(1).any(0)
-            margins.append(value.min())
-            falls.append(own[least])
-            is_open.append((breaking.any(0) & possible & ~(value.min() > 0)).view_as(own[0]))
-    return OpenEvents(torch.stack(margins), torch.stack(falls), torch.stack(is_open))
+            found = _open_of_one(prover, image, label, ball)
+            margins.append(found.margin)
+            falls.append(found.falls)
+            is_open.append(found.is_open)
+    return OpenEvents(
+        margin=torch.stack(margins),
+        falls=torch.stack(falls),
+        is_open=torch.stack(is_open),
+    )
+
+
+def _open_of_one(prover: Prover, image: Tensor, label: Tensor, ball: Events) -> OpenEvents:
+    """The same of one sample [1, T, *], without a dimension of samples."""
+    run = prover.run(image)
+    weights = leads(label, run.error.shape[1])[0]
+    rows = torch.zeros(len(weights), dtype=torch.long, device=image.device)
+    found = raised(prover.maps, run, rows, weights, rounds=_TURNS)
+    assert run.changed is not None
+    changes = run.changed.changes
+    assert changes is not None
+    with torch.no_grad():
+        frames = image.double()
+        spent = changes.falls(rows, found.weights).sum(1)
+        own = ball.falls(frames, found.weights)
+        times = ball.times(frames, found.weights)
+        of_each = own.flatten(1)
+        worst = worst_with(of_each, times.flatten(1), int(ball.budget))
+        value = found.value.detach()
+        at_frames = (value + spent).unsqueeze(1)
+        breaks = ~(at_frames > worst)  # NaN rules out nothing
+    margin = value.min()
+    lowers = (own > 0).flatten(1).any(0)
+    is_open = breaks.any(0) & lowers & ~(margin > 0)
+    least = int(value.argmin())
+    return OpenEvents(margin, own[least], is_open.view_as(own[0]))
 
 
 def worst_with(falls: Tensor, times: Tensor, budget: int) -> Tensor:
     """The largest sum of so many falls [R, D] of which each one is a part, [R, D]; each can be
     taken ``times`` [R, D].
     """
-    every = [falls * (times >= number) for number in range(1, max(1, budget) + 1)]
+    counts = range(1, max(1, budget) + 1)
+    every = [falls * (times >= number) for number in counts]
     available = torch.cat(every, 1)
     count = min(budget, available.shape[1])
     if count == 0:

@@ -101,7 +101,8 @@ def has_steps(net: nn.Module) -> bool:
     """Whether a network without neurons has something that bounds are known of: a surrogate that
     spikes, or a ReLU. 是否含有阶跃或 ReLU。
     """
-    return bool(spiking_surrogates(net)) or any(isinstance(part, nn.ReLU) for part in net.modules())
+    rectifies = any(isinstance(part, nn.ReLU) for part in net.modules())
+    return bool(spiking_surrogates(net)) or rectifies
 
 
 def on_bounds(original: Any) -> Any:
@@ -114,4 +115,5 @@ def on_bounds(original: Any) -> Any:
 
 
 def _charging(module: Any) -> Charging:
-    return Charging(1.0 - 1.0 / module.tau, 1.0 / module.tau if module.decay_input else 1.0)
+    share = 1.0 / module.tau
+    return Charging(1.0 - share, share if module.decay_input else 1.0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from sj_robust.core.broadcast import along
 from sj_robust.neuron.charging import Neuron
 from sj_robust.proofs.bounds import BoundedRun, by_row, laid_out, pulled_back
 from sj_robust.proofs.moves import Events
@@ -112,15 +113,15 @@ class Step:
     ) -> None:
         """Take spikes of neurons [D] of samples [D] as there or as ruled out."""
         below, above = around
-        impossible = self.quiet if fires else self.fires
-        impossible.view(len(impossible), -1)[samples, neurons] = False
-        bound = self.lower if fires else self.upper
-        values = bound.view(len(bound), -1)
-        known = values[samples, neurons]
         if fires:
-            values[samples, neurons] = known.clamp(min=below)
+            impossible = self.quiet.view(len(self.quiet), -1)
+            lower = self.lower.view(len(self.lower), -1)
+            lower[samples, neurons] = lower[samples, neurons].clamp(min=below)
         else:
-            values[samples, neurons] = known.clamp(max=above)
+            impossible = self.fires.view(len(self.fires), -1)
+            upper = self.upper.view(len(self.upper), -1)
+            upper[samples, neurons] = upper[samples, neurons].clamp(max=above)
+        impossible[samples, neurons] = False
 
 
 @dataclass
@@ -154,7 +155,9 @@ class Stage:
     @property
     def rest(self) -> float:
         """Potential at the start, and after a spike if the reset is hard."""
-        return 0.0 if self.neuron is None or self.soft else float(self.neuron.module.v_reset)
+        if self.neuron is None or self.soft:
+            return 0.0
+        return float(self.neuron.module.v_reset)
 
     @property
     def decay(self) -> float:
@@ -192,9 +195,10 @@ class Trace(BoundedRun):
         self.layouts: list[int] = []
 
     def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
-        self.note(
-            x.centre, batch_dim, f"the layer {by.name}" if isinstance(by, Neuron) else by.name
-        )
+        name = by.name
+        if isinstance(by, Neuron):
+            name = f"the layer {name}"
+        self.note(x.centre, batch_dim, name)
 
     def note(self, current: Tensor, batch_dim: int, name: str) -> None:
         """Keep a current: of a stage, or at last the logits."""
@@ -204,7 +208,8 @@ class Trace(BoundedRun):
 
     def shift_of(self, stage: int) -> Tensor:
         """A stage's current, [N, *]."""
-        return by_row(self.currents[stage].detach(), self.samples, self.layouts[stage])
+        current = self.currents[stage].detach()
+        return by_row(current, self.samples, self.layouts[stage])
 
     def spikes(self, neuron: Neuron, x_seq: Interval) -> Interval:
         return x_seq
@@ -237,7 +242,7 @@ class Maps:
         however many.
         """
         for number, name in enumerate(self._trace(_MANY).names):
-            pairs = [*self._shifts_of_samples(number), *self._adjoints_of_samples(number)]
+            pairs = self._shifts_of_samples(number) + self._adjoints_of_samples(number)
             if not all(_nearly(found, expected) for found, expected in pairs):
                 raise NotImplementedError(
                     "no bounds are known for a network that mixes the samples of a batch, or "
@@ -269,15 +274,17 @@ class Maps:
         current = trace.shift_of(stage)
         once = torch.rand_like(current[:1]).expand_as(current)
         factors = torch.arange(1.0, _MANY + 1, dtype=current.dtype, device=current.device)
-        often = factors.view(-1, *[1] * (current.ndim - 1)) * once
+        often = along(factors, 0, current.ndim) * once
         on_once = self.adjoint(stage, laid_out(once, dim), _MANY)
-        on_often = self.adjoint(stage, laid_out(often, dim), _MANY)
-        on_few = self.adjoint(stage, laid_out(once[:_FEW], dim), _FEW)
+        on_often = dict(self.adjoint(stage, laid_out(often, dim), _MANY))
+        on_few = dict(self.adjoint(stage, laid_out(once[:_FEW], dim), _FEW))
         pairs = []
-        for (leaf, same), (_, scaled), (_, few) in zip(on_once, on_often, on_few, strict=True):
-            rows = trace.leaves[leaf].by_sample(same, _MANY)
-            scaled_rows = trace.leaves[leaf].by_sample(scaled, _MANY)
-            few_rows = fewer.leaves[leaf].by_sample(few, _FEW)
+        for leaf, weights in on_once:
+            of_many = trace.leaves[leaf]
+            of_few = fewer.leaves[leaf]
+            rows = of_many.by_sample(weights, _MANY)
+            scaled_rows = of_many.by_sample(on_often[leaf], _MANY)
+            few_rows = of_few.by_sample(on_few[leaf], _FEW)
             first = rows[:1]
             pairs.append((rows, first))
             pairs.append((scaled_rows, factors.unsqueeze(1) * first))
@@ -314,8 +321,9 @@ class Maps:
             for number, current in enumerate(trace.currents):
                 if current.requires_grad:
                     self.adjoint(number, torch.ones_like(current), 1)
+        of_maps = float(counter.get_total_flops())
         elements = sum(leaf.centre.numel() for leaf in trace.leaves)
-        return float(counter.get_total_flops()) + _OPERATIONS * elements + _OVERHEAD
+        return of_maps + _OPERATIONS * elements + _OVERHEAD
 
     def traced(self, rows: int, value: LeafValue) -> Trace:
         """A run of so many rows whose leaves have the values that are given for one like them."""
@@ -328,7 +336,8 @@ class Maps:
     def _trace(self, rows: int) -> Trace:
         if rows not in self._traces:
             if len(self._traces) > 3:
-                self._traces.pop(next(key for key in self._traces if key != 1))
+                oldest = next(key for key in self._traces if key != 1)
+                del self._traces[oldest]
             self._traces[rows] = self.traced(rows, torch.zeros_like)
         return self._traces[rows]
 
@@ -414,7 +423,8 @@ class RelaxedRun(BoundedRun):
                 samples, neurons = torch.tensor(decided, device=step.lower.device).T
                 step.assume(stage.around, fires, samples, neurons)
         impossible = (step.lower > step.upper) | ~(step.quiet | step.fires)
-        self.empty = self.empty.to(impossible.device) | impossible.flatten(1).any(1)
+        of_samples = impossible.flatten(1).any(1)
+        self.empty = self.empty.to(impossible.device) | of_samples
 
     def _recall(self, step: Step, earlier: Step) -> None:
         """Cut a step's potentials off at the bounds of an earlier run."""
@@ -427,27 +437,32 @@ class RelaxedRun(BoundedRun):
         step = self.stages[number].steps[t]
         step.lower = step.lower.clone()
         step.upper = step.upper.clone()
-        samples, neurons = (step.quiet & step.fires).flatten(1).nonzero(as_tuple=True)
+        undecided = (step.quiet & step.fires).flatten(1)
+        samples, neurons = undecided.nonzero(as_tuple=True)
         if self._left is not None:
             kept = self._first_ones(samples, self._left)
             samples = samples[kept]
             neurons = neurons[kept]
+        if not len(samples):
+            return
         rows = maps.rows_that_fit()
-        parts = [slice(start, start + rows) for start in range(0, len(samples), rows)]
+        some_samples = torch.split(samples, rows)
+        some_neurons = torch.split(neurons, rows)
+        parts = list(zip(some_samples, some_neurons, strict=True))
+        lower = step.lower.view(self.samples, -1)
+        upper = step.upper.view(self.samples, -1)
+        shape = step.lower.shape[1:]
         # the tighter of two bounds; NaN, if found, is none
-        ends = ((1.0, step.lower, torch.fmax), (-1.0, step.upper, torch.fmin))
-        for sign, bound, tighter in ends:
-            values = bound.view(self.samples, -1)
-            for part in parts:
+        for sign, bound, tighter in ((1.0, lower, torch.fmax), (-1.0, upper, torch.fmin)):
+            for sample, neuron in parts:
                 if self._end is not None and time.monotonic() > self._end:
                     return
-                sample = samples[part]
-                neuron = neurons[part]
-                weights = bound.new_zeros(len(sample), *bound.shape[1:])
                 every = torch.arange(len(sample))
-                weights.view(len(sample), -1)[every, neuron] = sign
-                found = sign * minimum(maps, self, sample, weights, (number, t)).value
-                values[sample, neuron] = tighter(values[sample, neuron], found)
+                weights = bound.new_zeros(len(sample), bound.shape[1])
+                weights[every, neuron] = sign
+                on_layer = weights.view(-1, *shape)
+                found = minimum(maps, self, sample, on_layer, (number, t))
+                bound[sample, neuron] = tighter(bound[sample, neuron], sign * found.value)
 
     def _first_ones(self, samples: Tensor, left: Tensor) -> Tensor:
         """Which of the rows, given sorted by their samples, their samples have work left for."""
@@ -469,10 +484,15 @@ class _RelaxedSpiking(Float32Spiking):
         run.stages[-1].around = (self.below, self.above)
 
     def decided(self, h: Interval, error: Tensor, gain: float) -> tuple[Interval, Interval]:
-        step = Step(gain, h.low.contiguous(), h.high.contiguous(), error)
+        low = h.low.contiguous()
+        high = h.high.contiguous()
+        step = Step(gain=gain, lower=low, upper=high, error=error)
         self.relaxed.know(step)
         sure = step.fires & ~step.quiet
-        spikes = Interval(sure.to(error.dtype), step.fires.to(error.dtype))
+        spikes = Interval(
+            low=sure.to(error.dtype),
+            high=step.fires.to(error.dtype),
+        )
         return Interval(step.lower, step.upper), spikes
 
 
@@ -497,7 +517,12 @@ class Lower:
         """Some of the rows."""
         slopes = {key: part[rows] for key, part in self.slopes.items()}
         gaps = {key: part[rows] for key, part in self.gaps.items()}
-        return Lower(self.value[rows], slopes, gaps, self.weights[rows])
+        return Lower(value=self.value[rows], slopes=slopes, gaps=gaps, weights=self.weights[rows])
+
+    def weak(self) -> Tensor:
+        """Numbers of the rows that are not above 0; NaN is not."""
+        proved = self.value > 0
+        return (~proved).nonzero().squeeze(1)
 
     def put(self, rows: Tensor, other: "Lower") -> None:
         """Take the other's rows instead of these."""
@@ -544,11 +569,11 @@ def minimum(
     Source: CROWN (Zhang et al., NeurIPS 2018); S-CROWN (Liang et al., NeurIPS 2022).
     """
     rows = len(samples)
-    padded = 1 << (rows - 1).bit_length()
-    if padded != rows:  # the maps are traced for few numbers of rows
-        samples = torch.cat([samples, samples[:1].expand(padded - rows)])
-        weights = torch.cat([weights, weights[:1].expand(padded - rows, *weights.shape[1:])])
-    walk = _Walk(maps, run, samples, slopes)
+    missing = (1 << (rows - 1).bit_length()) - rows
+    if missing:  # the maps are traced for few numbers of rows, powers of two
+        samples = _filled_up(samples, missing)
+        weights = _filled_up(weights, missing)
+    walk = _Walk(maps=maps, run=run, samples=samples, slopes=slopes)
     if start is None:
         walk.through(-1, weights, run.error[samples])
         stages = len(run.stages)
@@ -558,6 +583,12 @@ def minimum(
     for number in reversed(range(stages)):
         walk.stage(number)
     return walk.finished(rows)
+
+
+def _filled_up(part: Tensor, missing: int) -> Tensor:
+    """Rows with the first one so many times more."""
+    first = part[:1].expand(missing, *part.shape[1:])
+    return torch.cat([part, first])
 
 
 class _Walk:
@@ -590,7 +621,8 @@ class _Walk:
         """
         rows = len(self.samples)
         self.add(self._by_row(-weights.abs() * error, number))
-        self.add(self._by_row(weights * self.maps.shift(number, rows), number))
+        shift = self.maps.shift(number, rows)
+        self.add(self._by_row(weights * shift, number))
         for leaf, weight in self.maps.adjoint(number, weights, rows):
             if leaf in self.on_leaves:
                 weight = self.on_leaves[leaf] + weight
@@ -648,9 +680,11 @@ class _Walk:
         """Go through the current of a spiking layer, of which some steps have weights [R, *]."""
         stage = self.run.stages[number]
         error = stage.rows_first(stage.current.error)[self.samples]
-        nothing = torch.zeros_like(next(iter(on_currents.values())))
+        some = next(iter(on_currents.values()))
+        nothing = torch.zeros_like(some)
         weights = [on_currents.get(t, nothing) for t in range(error.shape[1])]
-        self.through(number, stage.native(torch.stack(weights, 1)), stage.native(error))
+        on_current = torch.stack(weights, 1)
+        self.through(number, stage.native(on_current), stage.native(error))
 
     def finished(self, rows: int) -> Lower:
         """The bound: what is left hangs on the input and on the potentials at the start."""
@@ -663,10 +697,16 @@ class _Walk:
         if self.run.changed is None:
             self.add(-weights.abs() * box.radius[self.samples])
         else:
-            assert self.run.changed.changes is not None
-            self.add(-self.run.changed.changes.falls(self.samples, weights))
-        value = self.value - _ROUNDING * self.size
-        return Lower(value, self.slopes, self.gaps, weights.detach()).of(slice(rows))
+            changes = self.run.changed.changes
+            assert changes is not None
+            self.add(-changes.falls(self.samples, weights))
+        found = Lower(
+            value=self.value - _ROUNDING * self.size,
+            slopes=self.slopes,
+            gaps=self.gaps,
+            weights=weights.detach(),
+        )
+        return found.of(slice(rows))
 
     def _fired(
         self, number: int, t: int, on_spikes: Tensor | None, on_potential: Tensor | None
@@ -683,7 +723,8 @@ class _Walk:
         on_spike = nothing if on_spikes is None else on_spikes[:, t]
         if on_potential is None:
             on_potential = nothing
-        self.add(-on_potential.abs() * reset_rounding(h.size(), stage.rest, stage.threshold))
+        rounding = reset_rounding(h.size(), stage.rest, stage.threshold)
+        self.add(-on_potential.abs() * rounding)
         silent = _without_spike(stage, h, on_potential)
         fired = _with_spike(stage, h, on_spike, on_potential)
         if self.given is not None:
@@ -707,31 +748,34 @@ class _Walk:
         """The slope that was asked for, with rows for what :func:`minimum` filled up."""
         assert self.given is not None
         slope = self.given[number, t]
-        missing = len(self.samples) - len(slope)
-        return torch.cat([slope, slope[:1].expand(missing, *slope.shape[1:])])
+        return _filled_up(slope, len(self.samples) - len(slope))
 
     def _pooled(self, number: int, pooling: Pooling, weights: Tensor) -> None:
         """A maximum is at least the value whose lower bound is the largest, and at most the largest
         upper bound.
         """
         current = self.run.stages[number].current
+        over = weights.clamp(max=0)
+        under = weights.clamp(min=0)
         upper = self._of_samples(current.upper, number)
-        self.add(self._by_row(weights.clamp(max=0) * pooling(upper), number))
+        self.add(self._by_row(over * pooling(upper), number))
         lower = self._of_samples(current.lower, number)
         with torch.enable_grad():
             lower.requires_grad_()
             pooled = pooling(lower)
-        above = weights.clamp(min=0)
-        total = (above * pooled).sum()
-        chosen = torch.autograd.grad(total, lower, create_graph=weights.requires_grad)[0]
-        self.through(number, chosen, self._of_samples(current.error, number))
+        total = (under * pooled).sum()
+        on_largest = torch.autograd.grad(total, lower, create_graph=weights.requires_grad)[0]
+        error = self._of_samples(current.error, number)
+        self.through(number, on_largest, error)
 
     def _boxed(self, stage: Stage, weights: Tensor) -> None:
         """A product or another function of which no line is known is bounded by its interval."""
         leaf = self.run.leaves[stage.leaf]
         rows = by_row(weights, len(self.samples), leaf.batch_dim)
-        centre = by_row(leaf.centre.detach(), self.run.samples, leaf.batch_dim)[self.samples]
-        radius = by_row(leaf.radius, self.run.samples, leaf.batch_dim)[self.samples]
+        centres = by_row(leaf.centre.detach(), self.run.samples, leaf.batch_dim)
+        radii = by_row(leaf.radius, self.run.samples, leaf.batch_dim)
+        centre = centres[self.samples]
+        radius = radii[self.samples]
         self.add(rows * centre - rows.abs() * radius)
 
     def _rectified(self, number: int, weights: Tensor) -> None:
@@ -739,14 +783,15 @@ class _Walk:
         current = self.run.stages[number].current
         low = self._of_samples(current.lower, number)
         high = self._of_samples(current.upper, number)
-        below = (high > -low).to(low.dtype)
+        slope_below = (high > -low).to(low.dtype)
         rise = high.relu() - low.relu()
-        slope = torch.where(high > low, rise / (high - low), below)
+        slope_above = torch.where(high > low, rise / (high - low), slope_below)
+        height_above = low.relu() - slope_above * low
         under = weights.clamp(min=0)
         over = weights.clamp(max=0)
-        self.add(self._by_row(over * (low.relu() - slope * low), number))
-        error = self._of_samples(current.error, number)
-        self.through(number, under * below + over * slope, error)
+        self.add(self._by_row(over * height_above, number))
+        on_current = under * slope_below + over * slope_above
+        self.through(number, on_current, self._of_samples(current.error, number))
 
     def _of_samples(self, part: Tensor, number: int) -> Tensor:
         """A part of a stage's current, of the sample of each row, in native layout."""
@@ -776,14 +821,18 @@ class _Piece:
 
     def heights(self, slope: Tensor) -> tuple[Tensor, Tensor]:
         """At both ends, how far f is above a line of this slope through the origin."""
-        return self.at_low - slope * self.h.low, self.at_high - slope * self.h.high
+        line_at_low = slope * self.h.low
+        line_at_high = slope * self.h.high
+        return self.at_low - line_at_low, self.at_high - line_at_high
 
 
 def _without_spike(stage: Stage, h: Interval, on_potential: Tensor) -> _Piece:
     """What f is below the threshold: the potential stays."""
     _, above = stage.around
     silent = Interval(h.low, h.high.clamp(max=above))
-    return _Piece(silent, on_potential * silent.low, on_potential * silent.high)
+    at_low = on_potential * silent.low
+    at_high = on_potential * silent.high
+    return _Piece(silent, at_low, at_high)
 
 
 def _with_spike(stage: Stage, h: Interval, on_spike: Tensor, on_potential: Tensor) -> _Piece:
@@ -808,15 +857,21 @@ def raised(maps: Maps, run: RelaxedRun, samples: Tensor, weights: Tensor, *, rou
     Source: alpha- and beta-CROWN (Xu et al., ICLR 2021; Wang et al., NeurIPS 2021).
     """
     best = minimum(maps, run, samples, weights)
-    weak = (~(best.value > 0)).nonzero().squeeze(1)
+    weak = best.weak()
     if rounds == 0 or not best.slopes or not len(weak):
         return best
-    ascent = _Ascent(maps, run, samples[weak], weights[weak], best.of(weak))
+    ascent = _Ascent(
+        maps=maps,
+        run=run,
+        samples=samples[weak],
+        weights=weights[weak],
+        first=best.of(weak),
+    )
     for turn in range(rounds):
         found = ascent.turn(turn)
         improved = _better(best.of(weak), found)
         best.put(weak, improved)
-        left = (~(improved.value > 0)).nonzero().squeeze(1)
+        left = improved.weak()
         if not len(left):
             break
         if 2 * len(left) <= len(weak):  # the others are done
@@ -844,7 +899,8 @@ class _Ascent:
             spread = first.gaps[number, t] / width + 0.1 * slope.abs()
             self.scales[number, t] = spread * step.free[samples]
             self.moved[number, t] = torch.zeros_like(slope, requires_grad=True)
-        self.optimizer = torch.optim.Adam(list(self.moved.values()), lr=0.2, maximize=True)
+        moved = list(self.moved.values())
+        self.optimizer = torch.optim.Adam(moved, lr=0.2, maximize=True)
 
     def turn(self, number: int) -> Lower:
         """The bounds with the slopes so far, which then take a step."""
@@ -873,25 +929,31 @@ class _Ascent:
         for key, parameter in self.moved.items():
             kept = parameter.detach()[rows].requires_grad_()
             state = states.pop(parameter, {})
-            states[kept] = {
-                name: value[rows] if value.shape == parameter.shape else value
-                for name, value in state.items()
-            }
+            for name, value in state.items():
+                if value.shape == parameter.shape:  # else the number of steps
+                    state[name] = value[rows]
+            states[kept] = state
             self.moved[key] = kept
         self.optimizer.param_groups[0]["params"] = list(self.moved.values())
 
 
 def _better(first: Lower, second: Lower) -> Lower:
     """Row by row the larger bound; one above 0 stays as it is."""
-    take = (second.value.detach() > first.value) & ~(first.value > 0)
+    proved = first.value > 0
+    take = (second.value.detach() > first.value) & ~proved
 
     def chosen(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(take.view(-1, *[1] * (a.ndim - 1)), b.detach(), a)
+        return torch.where(along(take, 0, a.ndim), b.detach(), a)
 
+    slopes = {}
+    gaps = {}
+    for key in first.slopes:
+        slopes[key] = chosen(first.slopes[key], second.slopes[key])
+        gaps[key] = chosen(first.gaps[key], second.gaps[key])
     return Lower(
         value=chosen(first.value, second.value),
-        slopes={key: chosen(slope, second.slopes[key]) for key, slope in first.slopes.items()},
-        gaps={key: chosen(gap, second.gaps[key]) for key, gap in first.gaps.items()},
+        slopes=slopes,
+        gaps=gaps,
         weights=chosen(first.weights, second.weights),
     )
 
@@ -912,11 +974,12 @@ def _slope(silent: _Piece, fired: _Piece, threshold: float) -> Tensor:
     low = silent.h.low
     high = fired.h.high
     width = (high - low).clamp(min=1e-12)
+    least_width = 1e-3 * width
     jump = torch.minimum(torch.full_like(low, threshold), high).maximum(low)
     at_jump = torch.minimum(silent.at_high, fired.at_low)
     whole = (fired.at_high - silent.at_low) / width
-    left = (at_jump - silent.at_low) / (jump - low).maximum(1e-3 * width)
-    right = (fired.at_high - at_jump) / (high - jump).maximum(1e-3 * width)
+    left = (at_jump - silent.at_low) / (jump - low).maximum(least_width)
+    right = (fired.at_high - at_jump) / (high - jump).maximum(least_width)
     middle_is_right = low + high > 2 * jump
     edge = torch.where(middle_is_right, right, left)
     return torch.where(left < right, edge, whole)

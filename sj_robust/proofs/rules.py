@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sj_robust.core.broadcast import along
 from sj_robust.proofs import function_rules, nonlinear
 from sj_robust.proofs.bound_tensor import RULES, Bounds, Function, Pooling, Rule, Run
 from sj_robust.proofs.changes import Changes
@@ -51,20 +52,29 @@ def _affine(
     shift = x.centre.new_zeros(()) if shift is None else shift.to(x.centre.dtype)
     centre = apply(x.centre) + shift
     if x.run is not None and x.run.points:
-        return Bounds(centre, centre.detach().new_zeros(()), run=x.run)
+        no_radius = centre.detach().new_zeros(())
+        return Bounds(centre, no_radius, run=x.run)
     growth = gamma(terms)
     if x.run is not None and x.run.narrow:
         # what the sums of both, and of this, round is at most twice growth; it is in the radius,
         # which changes, unrounded, would stand in the place of
-        radius = (1.0 + 4.0 * growth) * absolute(x.radius + growth * x.centre.abs())
-        radius = radius + growth * (shift.abs() + centre.abs()) + terms * SMALLEST
+        of_values = absolute(x.radius + growth * x.centre.abs())
+        of_rounding = growth * (shift.abs() + centre.abs())
+        radius = (1.0 + 4.0 * growth) * of_values + of_rounding + terms * SMALLEST
         return Bounds(centre, radius, run=x.run)
     radius = absolute(x.radius) if changes is None else changes.radius()
     if x.unrounded:
         return Bounds(centre, radius, run=x.run, changes=changes)
     largest = x.centre.detach().abs() + x.radius + x.error
-    error = absolute(x.error + growth * largest) + growth * shift.abs() + terms * SMALLEST
-    return Bounds(centre, radius, within_float32(error), x.run, changes)
+    of_sums = absolute(x.error + growth * largest)
+    error = of_sums + growth * shift.abs() + terms * SMALLEST
+    return Bounds(
+        centre=centre,
+        radius=radius,
+        error=within_float32(error),
+        run=x.run,
+        changes=changes,
+    )
 
 
 def _weighted(
@@ -72,10 +82,10 @@ def _weighted(
 ) -> Bounds:
     """Convolution and linear."""
     weight = constant(weight, x.run).to(x.centre.dtype)
-    magnitude = cache(weight.abs)
+    magnitude = cache(weight.abs)  # needed only where there is a radius
     shift = None if bias is None else constant(bias, x.run)
     if shift is not None and weight.ndim > 2:
-        shift = shift.view(-1, *[1] * (weight.ndim - 2))
+        shift = along(shift, 0, weight.ndim - 1)
     return _affine(
         x,
         lambda z: func(z, weight, None, *args, **kwargs),
@@ -93,7 +103,8 @@ def _weighted_changes(
     if x.changes is None:
         return None
     # On a device without memory only the shape is worked out.
-    shape = func(x.radius.to("meta"), weight.to("meta"), None, *args, **kwargs).shape
+    of_x = x.radius.to("meta")
+    shape = func(of_x, weight.to("meta"), None, *args, **kwargs).shape
     if func.__name__ == "linear":
         return x.changes.linear(weight, shape)
     if func.__name__ != "conv2d":
@@ -110,7 +121,7 @@ def _transposed(
     weight = constant(weight, x.run).to(x.centre.dtype)
     shift = None if bias is None else constant(bias, x.run)
     if shift is not None:
-        shift = shift.view(-1, *[1] * (weight.ndim - 2))
+        shift = along(shift, 0, weight.ndim - 1)
     return _affine(
         x,
         lambda z: func(z, weight, None, *args, **kwargs),
@@ -129,7 +140,8 @@ def _matmul(func: Any, a: Any, b: Any) -> Bounds:
         if a.ndim < 2 or b.ndim < 2:
             raise NoBoundsError("a product of vectors that depend on the input")
         values = nonlinear.matmul(interval(a), interval(b), rounded=is_rounded(run))
-        return new_leaf(run, Function("a matrix product", along=(-1, -2)), [a, b], values)
+        by = Function("a matrix product", along=(-1, -2))
+        return new_leaf(run, by, [a, b], values)
     if isinstance(a, Bounds):
         return _matmul_with(a, constant(b, run), from_left=False)
     return _matmul_with(b, constant(a, run), from_left=True)
@@ -157,7 +169,8 @@ def _matmul_and_sum(
     """A matrix product and what is added to it."""
     if beta != 1 or alpha != 1:
         raise NoBoundsError("a matrix product with alpha or beta")
-    found: Bounds = dispatched(torch.add, dispatched(torch.matmul, a, b), shift)
+    product = dispatched(torch.matmul, a, b)
+    found: Bounds = dispatched(torch.add, product, shift)
     return found
 
 
@@ -177,35 +190,46 @@ def _batch_norm(
         raise NoBoundsError(
             "batch norm with the statistics of the batch, which one image alone does not decide"
         )
-    per_channel = (-1, *[1] * (x.ndim - 2))
+    behind_samples = x.ndim - 1
     slope = (constant(running_var, x.run) + eps).rsqrt()
     if weight is not None:
         slope = slope * constant(weight, x.run)
-    slope = slope.view(per_channel)
-    shift_of_mean = constant(running_mean, x.run).view(per_channel) * slope
+    slope = along(slope, 0, behind_samples)
+    mean = along(constant(running_mean, x.run), 0, behind_samples)
+    shift_of_mean = mean * slope
     if bias is None:
         bias = torch.zeros_like(shift_of_mean)
     else:
-        bias = constant(bias, x.run).view(per_channel)
+        bias = along(constant(bias, x.run), 0, behind_samples)
     found = _scaled(x, slope, terms=12, shift=bias - shift_of_mean)
     if found.unrounded:
         return found
     # Computed as (x - mean) * slope + bias or as x * slope + (bias - mean * slope): either is
     # covered.
-    error = found.error + gamma(12) * (shift_of_mean.abs() + bias.abs())
-    return Bounds(found.centre, found.radius, error, x.run, found.changes)
+    of_shift = gamma(12) * (shift_of_mean.abs() + bias.abs())
+    error = found.error + of_shift
+    return Bounds(
+        centre=found.centre,
+        radius=found.radius,
+        error=error,
+        run=x.run,
+        changes=found.changes,
+    )
 
 
 def _scaled(x: Bounds, factor: Tensor, *, terms: int, shift: Tensor | None = None) -> Bounds:
     """Bounds of ``factor * x + shift``."""
     factor = factor.to(x.centre.dtype)
+    changes = None
+    if x.changes is not None:
+        changes = x.changes.scaled(factor)
     return _affine(
         x,
         lambda z: z * factor,
         lambda z: z * factor.abs(),
         terms=terms,
         shift=shift,
-        changes=None if x.changes is None else x.changes.scaled(factor),
+        changes=changes,
     )
 
 
@@ -219,7 +243,9 @@ def _average(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
     name = func.__name__
     if name.startswith("avg_pool"):
         size = args[0] if args else kwargs.get("kernel_size", 1)
-        each_side = size if isinstance(size, tuple | list) else [int(size)] * (x.ndim - 2)
+        each_side = size
+        if not isinstance(size, tuple | list):
+            each_side = [int(size)] * (x.ndim - 2)
         terms = math.prod(each_side)
     elif name.startswith("adaptive_avg_pool"):
         terms = math.prod(x.shape[2:])
@@ -241,7 +267,8 @@ def _sum(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
     like = centre_of_either(a, b)
     first = as_bounds(a, run, like)
     second = as_bounds(b, run, like)
-    centre = first.centre - second.centre if is_difference else first.centre + second.centre
+    combined = torch.sub if is_difference else torch.add
+    centre = combined(first.centre, second.centre)
     radius = first.radius + second.radius
     if run is not None and run.narrow:
         radius = radius + gamma(4) * (centre.abs() + radius) + SMALLEST
@@ -258,7 +285,13 @@ def _sum(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
     error = first.error + second.error
     size = centre.detach().abs() + radius + error
     error = error + gamma(2) * size + SMALLEST
-    return Bounds(centre, radius, within_float32(error), run, changes)
+    return Bounds(
+        centre=centre,
+        radius=radius,
+        error=within_float32(error),
+        run=run,
+        changes=changes,
+    )
 
 
 def _shifted_changes(x: Bounds, shape: torch.Size) -> Changes | None:
@@ -273,7 +306,11 @@ def _product(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
     if isinstance(a, Bounds) and isinstance(b, Bounds) and not is_division:
         values = nonlinear.product(interval(a), interval(b), rounded=is_rounded(a.run))
         return new_leaf(a.run, Function("a product"), [a, b], values)
-    x, other = (a, b) if isinstance(a, Bounds) else (b, a)
+    x = a
+    other = b
+    if not isinstance(a, Bounds):
+        x = b
+        other = a
     if is_division and (kwargs or x is not a or name.startswith("r")):
         raise NoBoundsError("a division by a value that depends on the input, or one that rounds")
     factor = constant(other, x.run).to(x.centre.device)
@@ -285,7 +322,13 @@ def _product(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
 def _negative(func: Any, x: Any) -> Bounds:
     """The opposite."""
     changes = None if x.changes is None else x.changes.opposite()
-    return Bounds(-x.centre, x.radius, x.error, x.run, changes)
+    return Bounds(
+        centre=-x.centre,
+        radius=x.radius,
+        error=x.error,
+        run=x.run,
+        changes=changes,
+    )
 
 
 def moved(func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -326,7 +369,9 @@ def _move_changes(views: list[Bounds], func: Any, args: Any, kwargs: Any) -> Non
     if not isinstance(x, Bounds) or x.changes is None:
         return
     name = func.__name__.strip("_")
-    apart = name in _ONCE or (name == "getitem" and _is_slice(args[1]))
+    apart = name in _ONCE
+    if name == "getitem":
+        apart = _is_slice(args[1])
 
     def result(number: int, part: Tensor) -> Tensor:
         found = func(part, *args[1:], **kwargs)

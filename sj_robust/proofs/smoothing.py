@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sj_robust.core.broadcast import along
 from sj_robust.core.checks import (
     check_count,
     check_function,
@@ -202,28 +203,41 @@ def smooth(
     else:
         device = generator.device if isinstance(generator, torch.Generator) else "cpu"
         seed = draw_seed(private_generator(generator, torch.device(device)))
-        seeds = SampleSeeds([SampleSeeds([seed]).derived(row).single() for row in range(len(x))])
-    guesses, counted = seeds.derived("guess").seeds, seeds.derived("count").seeds
+        of_all = SampleSeeds([seed])
+        seeds = SampleSeeds([of_all.derived(row).single() for row in range(len(x))])
+    seeds_of_guesses = seeds.derived("guess").seeds
+    seeds_of_counts = seeds.derived("count").seeds
     beta = scipy_module("stats", wanted_by="smooth").beta  # slow to import
-    predictions, radii, counts = [], [], []
+    predictions = []
+    radii = []
+    counts = []
     with torch.no_grad(), preserved(model), _kept_globals():
         draws = _Draws(model, sigma, batch_size)
         for row in range(len(x)):
-            guess = int(draws.votes(x[row], n0, guesses[row]).argmax())
-            count = int(draws.votes(x[row], n, counted[row])[guess])
+            votes = draws.votes(x[row], n0, seeds_of_guesses[row])
+            guess = int(votes.argmax())
+            votes = draws.votes(x[row], n, seeds_of_counts[row])
+            count = int(votes[guess])
             p = float(beta.ppf(alpha, count, n - count + 1)) if count else 0.0
-            proved = p > 0.5
-            predictions.append(guess if proved else ABSTAINED)
-            radii.append(
-                sigma * float(torch.special.ndtri(torch.tensor(p, dtype=torch.float64)))
-                if proved
-                else 0.0
-            )
+            if p > 0.5:
+                quantile = torch.special.ndtri(torch.tensor(p, dtype=torch.float64))
+                predictions.append(guess)
+                radii.append(sigma * float(quantile))
+            else:
+                predictions.append(ABSTAINED)
+                radii.append(0.0)
             counts.append(count)
             draws.check_kept()
             if on_image is not None:
                 on_image(row + 1)
-    return Smoothing(sigma, float(alpha), n, tuple(predictions), tuple(radii), tuple(counts))
+    return Smoothing(
+        sigma=sigma,
+        alpha=float(alpha),
+        n=n,
+        prediction=tuple(predictions),
+        radius=tuple(radii),
+        count=tuple(counts),
+    )
 
 
 class _Draws:
@@ -254,8 +268,10 @@ class _Draws:
         for count in _sizes(draws, self.batch_size):
             # One by one: a larger draw takes the generator's numbers in another order.
             drawn = [_noise(image, noise) for _ in range(count)]
-            logits = self._logits(image + self.sigma * torch.stack(drawn), own, start)
-            votes.append(torch.bincount(logits.argmax(1), minlength=logits.shape[1]))
+            noisy = image + self.sigma * torch.stack(drawn)
+            logits = self._logits(noisy, own, start)
+            winners = logits.argmax(1)
+            votes.append(torch.bincount(winners, minlength=logits.shape[1]))
             start += count
         return torch.stack(votes).sum(0)
 
@@ -280,7 +296,8 @@ class _Draws:
         seeds = [own.derived(start + row).single() for row in range(len(noisy))]
         alone = self._alone(noisy, seeds)
         if self._is_first(1):
-            again = self._alone(noisy.flip(0), seeds[::-1]).flip(0)
+            from_last = self._alone(noisy.flip(0), seeds[::-1])
+            again = from_last.flip(0)
             _check_same(again, alone)
         return alone
 
@@ -320,9 +337,9 @@ class _Draws:
         """Whether each row keeps its logits while all rows beside it are other images."""
         even = torch.arange(len(noisy), device=noisy.device) % 2 == 0
         for kept in (even, ~even):
-            shape = (-1, *[1] * (noisy.ndim - 1))
-            other = torch.where(kept.view(shape), noisy, 1.0 - noisy)
-            if not torch.equal(self._run(other, seed)[kept], logits[kept]):
+            other = torch.where(along(kept, 0, noisy.ndim), noisy, 1.0 - noisy)
+            found = self._run(other, seed)
+            if not torch.equal(found[kept], logits[kept]):
                 return False
         return True
 
@@ -333,11 +350,14 @@ class _Draws:
         other row: such a row must keep its logits, in a batch of the same size, among copies of it.
         """
         with _from_seed(self.model, seed, noisy.device):  # of a network that draws nothing
-            alone = torch.cat([self._forward(row) for row in noisy[first:].unsqueeze(1)])
+            rows = noisy[first:].unsqueeze(1)
+            alone = torch.cat([self._forward(row) for row in rows])
         changed = alone.argmax(1) != logits[first:].argmax(1)
-        for row in (first + changed.nonzero().flatten()).tolist():
+        rows = first + changed.nonzero().flatten()
+        for row in rows.tolist():
             copies = noisy[row].expand_as(noisy)
-            if not torch.equal(self._run(copies, seed)[row], logits[row]):
+            found = self._run(copies, seed)
+            if not torch.equal(found[row], logits[row]):
                 return False
         return True
 

@@ -94,7 +94,8 @@ class WatchedRun(BoundedRun):
     def _passed(self, name: str, current: Bounds, spikes: Interval) -> None:
         v = self.layers[name].v
         assert v is not None  # the layer has run
-        self.calls[name].append(_Call(Interval(current.lower, current.upper), spikes, v))
+        of_current = Interval(current.lower, current.upper)
+        self.calls[name].append(_Call(of_current, spikes, v))
 
 
 class WatchedJointRun(WatchedRun, JointRun):
@@ -206,13 +207,15 @@ def check_maps(maps: Maps) -> None:
         value = run.currents[number].detach()
         shift = maps.shift(number, _SAMPLES)
         weights = noise(value)
-        expected = (weights * shift).sum()
-        size = (weights * shift).abs().sum() + (weights * value).abs().sum()
+        of_value = weights * value
+        of_shift = weights * shift
+        expected = of_shift.sum()
+        size = of_shift.abs().sum() + of_value.abs().sum()
         for leaf, back in maps.adjoint(number, weights, _SAMPLES):
             terms = back * run.leaves[leaf].centre.detach()
             expected = expected + terms.sum()
             size = size + terms.abs().sum()
-        gap = ((weights * value).sum() - expected).abs()
+        gap = (of_value.sum() - expected).abs()
         if not bool(gap <= _MAP_GAP * size):
             raise UnsoundBoundsError(
                 f"autograd does not see everything that reaches {name}: what the network computes "
@@ -259,7 +262,8 @@ def _follows_its_equation(neuron: Neuron, currents: Tensor) -> bool:
         functional.reset_net(module)
         module.training = training
         spikes = _run_alone(module, currents)
-        is_number = (spikes == spikes.round()) & (spikes >= 0) & (spikes <= (most or 1))
+        is_whole = spikes == spikes.round()
+        is_number = is_whole & (spikes >= 0) & (spikes <= (most or 1))
         if not bool(is_number.all()) or not bounds.holds(spikes):
             return False
     return True
@@ -278,8 +282,10 @@ def check_surrogates(net: nn.Module, neurons: dict[str, Neuron], like: Tensor) -
         like: A tensor of the network's device and precision.
     """
     generator = torch.Generator().manual_seed(0)
-    size = 10.0 ** (12.0 * torch.rand(2 * _NEURONS, generator=generator) - 8.0)
-    values = torch.cat([size, -size, torch.zeros(1)]).to(like)
+    exponent = 12.0 * torch.rand(2 * _NEURONS, generator=generator) - 8.0
+    size = 10.0**exponent
+    zero = torch.zeros(1)
+    values = torch.cat([size, -size, zero]).to(like)
     owned = {id(neuron.module.surrogate_function) for neuron in neurons.values()}
     for function in spiking_surrogates(net):
         if id(function) in owned:
@@ -475,7 +481,8 @@ def _random_currents(neuron: Neuron, T: int, generator: torch.Generator) -> Tens
     shape = (T, 1, _NEURONS)
     normal = torch.randn(shape, generator=generator, dtype=torch.float64)
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
-    magnitude = 10.0 ** (8.0 * uniform - 6.0)
+    exponent = 8.0 * uniform - 6.0
+    magnitude = 10.0**exponent
     rest = 0.0 if module.v_reset is None else float(module.v_reset)
     needed = float(module.v_threshold) - rest
     scale = max(abs(needed), 1e-3)
@@ -488,8 +495,11 @@ def _random_currents(neuron: Neuron, T: int, generator: torch.Generator) -> Tens
 
 def _gains(charging: Charging, T: int) -> Tensor:
     """Gain of every step [T], with 1 instead of 0."""
-    gains = [torch.as_tensor(charging.gain_at(t, input_gain=True)) for t in range(T)]
-    found = torch.stack([gain.detach().double().cpu() for gain in gains])
+    gains = []
+    for t in range(T):
+        gain = torch.as_tensor(charging.gain_at(t, input_gain=True))
+        gains.append(gain.detach().double().cpu())
+    found = torch.stack(gains)
     return torch.where(found == 0, 1.0, found)
 
 

@@ -77,7 +77,8 @@ class Interval:
         """Whether all values lie inside; NaN does not."""
         if values.shape != self.low.shape:
             return False
-        return bool(((values >= self.low) & (values <= self.high)).all())
+        inside = (values >= self.low) & (values <= self.high)
+        return bool(inside.all())
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,9 @@ class Centred:
     @classmethod
     def of(cls, values: Interval) -> "Centred":
         """The values of an interval."""
-        return cls((values.low + values.high) / 2, (values.high - values.low) / 2)
+        centre = (values.low + values.high) / 2
+        radius = (values.high - values.low) / 2
+        return cls(centre, radius)
 
     def each(self, function: Callable[[Tensor], Tensor]) -> "Centred":
         """Both parts through a function that moves elements."""
@@ -206,17 +209,19 @@ class Spiking(ABC):
         silent = 1 - spikes.high
         undecided = spikes.high - sure
         if self.soft:
-            fired = h.low - self.threshold
-            either = h.low.clamp(max=self.below - self.threshold)
-            low = sure * fired + undecided * either + silent * h.low
-            fired = h.high - self.threshold
-            unfired = h.high.clamp(max=self.above)
-            either = torch.maximum(unfired, fired)
-            high = sure * fired + undecided * either + silent * unfired
+            fired_low = h.low - self.threshold
+            either_low = h.low.clamp(max=self.below - self.threshold)
+            low = sure * fired_low + undecided * either_low + silent * h.low
+            fired_high = h.high - self.threshold
+            silent_high = h.high.clamp(max=self.above)
+            either_high = torch.maximum(silent_high, fired_high)
+            high = sure * fired_high + undecided * either_high + silent * silent_high
             return Interval(low, high)
-        lowered = torch.maximum(sure, spikes.high * (h.low.detach() > self.rest))
+        may_lower = spikes.high * (h.low.detach() > self.rest)
+        lowered = torch.maximum(sure, may_lower)
         low = h.low * (1 - lowered)
-        high = h.high * silent + max(self.above, self.rest) * undecided
+        highest_undecided = max(self.above, self.rest)
+        high = h.high * silent + highest_undecided * undecided
         if self.rest:
             return Interval(low + self.rest * lowered, high + self.rest * sure)
         return Interval(low, high)
@@ -324,14 +329,21 @@ class Float32Counting(Float32Spiking):
         scaled = scaled.widened(reset_rounding(scaled.size(), 0.0, 0.0))
         spikes = scaled.each(lambda end: end.clamp(0.0, self.most).round())
         same = spikes.low == spikes.high
-        low, high = h.low - threshold * spikes.low, h.high - threshold * spikes.high
+        undecided = (~same).sum()
+        width = h.width().square().sum()
+        self.layer.undecided.append(float(undecided))
+        self.layer.width.append(float(width))
+        low = h.low - threshold * spikes.low
+        high = h.high - threshold * spikes.high
         half = torch.full_like(low, threshold / 2)
-        either = Interval(torch.minimum(low, -half), torch.maximum(high, half))
-        after = Interval(torch.where(same, low, either.low), torch.where(same, high, either.high))
-        self.layer.undecided.append(float((~same).sum()))
-        self.layer.width.append(float(h.width().square().sum()))
-        rounded = reset_rounding(h.size() + self.most * threshold, 0.0, threshold)
-        return after.widened(rounded), spikes
+        low_of_either = torch.minimum(low, -half)
+        high_of_either = torch.maximum(high, half)
+        after = Interval(
+            low=torch.where(same, low, low_of_either),
+            high=torch.where(same, high, high_of_either),
+        )
+        size = h.size() + self.most * threshold
+        return after.widened(reset_rounding(size, 0.0, threshold)), spikes
 
 
 def _number(value: float | Tensor) -> float:

@@ -63,13 +63,16 @@ class Chain:
         ends = []
         for pick in (torch.minimum, torch.maximum):
             table = [values]
-            for k in range(int(level.max()) if level.numel() else 0):
+            levels = int(level.max()) if level.numel() else 0
+            for k in range(levels):
                 before = table[-1]
                 shifted = before.roll(-(2**k), 1)  # what comes round is not asked for
                 table.append(pick(before, shifted))
             flat = torch.cat(table, 1)
             start = level * values.shape[1]
-            ends.append(pick(flat[:, start + self.first], flat[:, start + second]))
+            one = flat[:, start + self.first]
+            other = flat[:, start + second]
+            ends.append(pick(one, other))
         return Interval(ends[0], ends[1])
 
 
@@ -139,7 +142,16 @@ def possible_trains(
     """
     rest = spiking.rest
     decay = spiking.charging.decay_value
-    pieces = [_Piece(-math.inf, math.inf, 0.0, 0.0, 0.0, abs(rest), ())]
+    whole = _Piece(
+        low=-math.inf,
+        high=math.inf,
+        slope=0.0,
+        offset=0.0,
+        drift=0.0,
+        size=abs(rest),
+        train=(),
+    )
+    pieces = [whole]
     for t in range(T):
         gain = spiking.gain_at(t)
         now = []

@@ -187,7 +187,8 @@ class Verification(Shown):
             notes.append(f"Bounded step by step: {', '.join(self.stepwise)}.")
         if self.apart:
             notes.append(f"Not bounded by one budget for all changes: {', '.join(self.apart)}.")
-        return "\n\n".join([f"{self.verdict}.", markdown_table(heads, rows, words=3), *notes])
+        found = markdown_table(heads, rows, words=3)
+        return "\n\n".join([f"{self.verdict}.", found, *notes])
 
     def plot(self) -> "Figure":
         """The margin of every image, and the share of undecided spikes. 绘制验证结果。
@@ -372,7 +373,8 @@ def verify(
     while start < len(x):
         part = slice(start, start + batch_size)
         with sums_of_products(device), preserved(classifier):
-            images, labels = (values[part].to(device).clone() for values in (x, y))
+            images = x[part].to(device).clone()
+            labels = y[part].to(device).clone()
             logits = _logits(classifier, images, labels, runs=2 if start == 0 else 1)
             if start == 0:
                 check_classes(y, logits.shape[1])
@@ -501,7 +503,8 @@ def _logits(model: SpikingClassifier, images: Tensor, labels: Tensor, *, runs: i
 def _check_margins(logits: Tensor, labels: Tensor, margin: Tensor, *, first: int) -> None:
     """Raise UnsoundBoundsError if the right class of an image leads by less than was proved."""
     right = labels.unsqueeze(1)
-    rival = logits.double().scatter(1, right, -torch.inf).amax(1)
+    others = logits.double().scatter(1, right, -torch.inf)
+    rival = others.amax(1)
     lead = logits.double().gather(1, right).squeeze(1) - rival
     below = ~(lead >= margin)
     if bool(below.any()):
@@ -534,26 +537,32 @@ class _Batch:
 
     def open_ones(self) -> list[int]:
         """Numbers of the images that are neither verified nor wrong."""
-        found: list[int] = (~(self.margin > 0) & ~self.wrong).nonzero().squeeze(1).tolist()
+        proved = self.margin > 0  # NaN is no proof
+        found: list[int] = (~proved & ~self.wrong).nonzero().squeeze(1).tolist()
         return found
 
 
 def _tightened(batch: _Batch, prover: Prover, search: _SearchAll | None) -> _Batch:
     """The batch with what relaxation, and then a search, find of the images that are still open."""
-    images, labels = batch.images, batch.labels
-    margin, wrong, x_adv = batch.margin.clone(), batch.wrong.clone(), batch.x_adv.clone()
+    images = batch.images
+    labels = batch.labels
+    margin = batch.margin.clone()
+    wrong = batch.wrong.clone()
+    x_adv = batch.x_adv.clone()
     tighter = replace(batch, margin=margin, wrong=wrong, x_adv=x_adv)
     rest = tighter.open_ones()
     if rest:
-        margin[rest] = torch.maximum(margin[rest], prover.crown(images[rest], labels[rest]))
+        linear = prover.crown(images[rest], labels[rest])
+        margin[rest] = torch.maximum(margin[rest], linear)
     rest = tighter.open_ones()
     if search is None or not rest:
         return tighter
     found = search(images[rest], labels[rest])
     margin[rest] = torch.fmax(margin[rest], found.lead)  # NaN is no bound
     for number, point in found.broken.items():
-        i = rest[number]
-        wrong[i], x_adv[i] = True, point[0].to(x_adv)
+        place = rest[number]
+        wrong[place] = True
+        x_adv[place] = point[0].to(x_adv)
     return tighter
 
 
@@ -593,13 +602,18 @@ def bounded_logits(
     if isinstance(eps, EVENTS):
         box = eps.box(exact)
     else:
-        box = Interval((exact - eps).clamp(min=0), (exact + eps).clamp(max=1))
+        lowest = (exact - eps).clamp(min=0)
+        highest = (exact + eps).clamp(max=1)
+        box = Interval(lowest, highest)
     entered: list[str] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda _, args, name=name: entered.append(name))
-        for name, module in model.net.named_modules()
-        if name and not list(module.children())
-    ]
+
+    def enter(module: nn.Module, args: object, *, name: str) -> None:
+        entered.append(name)
+
+    hooks = []
+    for name, module in model.net.named_modules():
+        if name and not list(module.children()):
+            hooks.append(module.register_forward_pre_hook(partial(enter, name=name)))
     try:
         with torch.enable_grad():
             leaf = run.leaf(box, 0)
@@ -613,11 +627,11 @@ def bounded_logits(
                     "an output that does not depend on the input, or lost its bounds"
                 )
     except NoBoundsError as error:
-        where = (
-            f" in or behind {entered[-1]} ({type(model.net.get_submodule(entered[-1])).__name__})"
-            if entered
-            else ""
-        )
+        where = ""
+        if entered:
+            last = entered[-1]
+            kind = type(model.net.get_submodule(last)).__name__
+            where = f" in or behind {last} ({kind})"
         raise NotImplementedError(
             f"no bounds are known for {error}{where}; there are for {_COVERED}"
         ) from error
@@ -631,7 +645,10 @@ def _checked(
     model: SpikingClassifier, x: Tensor, y: Tensor, *, of_events: bool
 ) -> dict[str, Neuron]:
     """The network's neurons by name, if all that is given fits; values of frames may be above 1."""
-    (check_samples if of_events else check_images)(x)
+    if of_events:
+        check_samples(x)
+    else:
+        check_images(x)
     check_labels(y, x)
     if len(x) == 0:
         raise ValueError("x must contain at least one image, got none")
@@ -640,24 +657,25 @@ def _checked(
             "model must be given before torch.compile, got a compiled network, whose layers take "
             "no bounds; give the network as it is before it is compiled"
         )
-    surrogates = {
-        id(part) for module in model.modules() if is_neuron(module) for part in module.children()
-    }  # shared
+    surrogates: set[int] = set()  # shared by neurons, whatever mode these are in
+    for module in filter(is_neuron, model.modules()):
+        surrogates |= set(map(id, module.children()))
     for name, module in model.named_modules():
         if module.training and id(module) not in surrogates:
             raise UnprovableError(
                 f"model must be in evaluation mode, got {name or 'it'} in training mode; call "
                 "model.eval()"
             )
-    dtypes = {value.dtype for value in model.state_dict().values() if value.is_floating_point()} | {
-        x.dtype
-    }
+    values = model.state_dict()
+    dtypes = {value.dtype for value in values.values() if value.is_floating_point()}
+    dtypes.add(x.dtype)
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
         raise UnprovableError(
             "model and images must be in float32, whose rounding is covered, or both in float64, "
             f"which rounds less; got {', '.join(sorted(map(str, dtypes)))}; use .float()"
         )
-    if odd := [name for name, value in model.state_dict().items() if not _is_finite(value)]:
+    odd = [name for name, value in values.items() if not _is_finite(value)]
+    if odd:
         raise UnprovableError(
             f"weights must be finite, got NaN or infinity in {odd[0]}; load an undamaged checkpoint"
         )
@@ -695,15 +713,16 @@ def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
             unbounded[name] = f"{name}, a {n.type_name}, which fires in its own way"
         elif not n.binary:
             unbounded[name] = f"{name}, whose surrogate does not spike"
-        if method := overridden(n):
+        method = overridden(n)
+        if method is not None:
             unbounded[name] = f"{name}, whose {method} was replaced: restore it"
         if not n.charging().decay_value >= 0:
             unbounded[name] = f"{name}, whose decay is negative: give it a tau of 1 or more"
         for key in ("v_threshold", "v_reset"):
             value = getattr(n.module, key)
-            if value is not None and (
-                torch.as_tensor(value).numel() != 1 or not math.isfinite(value)
-            ):
+            if value is None:
+                continue
+            if torch.as_tensor(value).numel() != 1 or not math.isfinite(value):
                 unbounded[name] = f"{name}, whose {key} is not one finite number"
     if model.encoder is not None:
         unbounded = {"": f"the encoder {type(model.encoder).__name__}"} | unbounded

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sj_robust.core.broadcast import along
 from sj_robust.proofs import differentiable
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -78,7 +79,8 @@ def batch_statistics(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     mean, var = differentiable.batch_statistics(module, x)
     if isinstance(module, _Synchronised) and _processes() > 1:
-        mean, var, _ = module._pooled(var, mean, x.numel() // x.shape[1])
+        count = x.numel() // x.shape[1]
+        mean, var, _ = module._pooled(var, mean, count)
     return mean, var
 
 
@@ -148,13 +150,14 @@ class _Synchronised(nn.modules.batchnorm._BatchNorm):
             shift = self.bias - mean * scale
         else:
             shift = -mean * scale
-        shape = (-1, *[1] * (input.ndim - 2))
-        normalised = wide * scale.view(shape) + shift.view(shape)
+        scaled = wide * along(scale, 1, input.ndim)
+        normalised = scaled + along(shift, 1, input.ndim)
         return normalised.to(input.dtype)
 
     def _pooled(self, var: Tensor, mean: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and number of the values of all processes, from those of this one."""
-        row = torch.cat([mean, var, mean.new_full((1,), count)])
+        number = mean.new_full((1,), count)
+        row = torch.cat([mean, var, number])
         own = torch.zeros(_processes(), 1, dtype=row.dtype, device=row.device)
         own[dist.get_rank()] = 1
         rows: Tensor = _Sum.apply(own * row)  # type: ignore[no-untyped-call]  # untyped in torch

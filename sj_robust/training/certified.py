@@ -178,12 +178,14 @@ class CertifiedLoss:
     @property
     def ramp(self) -> float:
         """Current share of the final radius and weight, in [0, 1]."""
-        return min(1.0, max(0.0, (self.progress - _START) / self.options.ramp))
+        done = (self.progress - _START) / self.options.ramp
+        return min(1.0, max(0.0, done))
 
     def clamped(self, x: Tensor, x_perturbed: Tensor, share: float = 1.0) -> Tensor:
         """Perturbed images, clamped to a share of the current radius around ``x``."""
         reach = share * self.ramp * self.eps
-        return torch.minimum(torch.maximum(x_perturbed.detach(), x - reach), x + reach)
+        above = torch.maximum(x_perturbed.detach(), x - reach)
+        return torch.minimum(above, x + reach)
 
     def watching(self) -> AbstractContextManager[None]:
         """Context of the clean pass, whose batch statistics the bounds use."""
@@ -218,7 +220,8 @@ class CertifiedLoss:
         radius = box * self.ramp * self.eps
         lead = self._bounds.lead(x, y, self._ball(x, radius))
         rivals = lead.detach().scatter(1, y.unsqueeze(1), -torch.inf)
-        return F.cross_entropy(lead, y), (rivals.amax(1) < 0).to(lead.dtype).mean()
+        share = (rivals.amax(1) < 0).to(lead.dtype).mean()
+        return F.cross_entropy(lead, y), share
 
     def _ball(self, x: Tensor, radius: float) -> float | Events:
         if self.options.norm != "Linf":

@@ -84,7 +84,14 @@ def train(
     with ExitStack() as stack:
         if plan.sync_batch_norm and accelerator.num_processes > 1:
             stack.enter_context(synchronised_batch_norm(net))
-        run = TrainingRun(objective, splits, plan, accelerator, folder, dict(description))
+        run = TrainingRun(
+            objective=objective,
+            splits=splits,
+            plan=plan,
+            accelerator=accelerator,
+            folder=folder,
+            description=dict(description),
+        )
         if resume and (folder / "last.pt").exists():
             run.load(load_run(folder / "last.pt"))
         if plan.compile:

@@ -204,7 +204,14 @@ def finetune(
         if kept is not None:
             description["images and labels"] = _digest_of_images(splits, journal)
             _check_same_training(place, classifier, splits, description)
-        run = _Run(objective, splits, plan, chosen, threat, description)
+        run = _Run(
+            objective=objective,
+            splits=splits,
+            plan=plan,
+            mode=chosen,
+            threat=threat,
+            description=description,
+        )
         return run.performed(journal, place, is_kept=kept is not None)
 
 
@@ -327,7 +334,8 @@ def _held_out(data: Images, fraction: float, seed: int) -> ImageSplits:
             f"validation_fraction must leave images on both sides, got {fraction} of "
             f"{len(images)} images"
         )
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(images), generator=generator).tolist()
     held_out = Subset(images, order[:count])
     height, width = images[0][0].shape[-2:]
     return ImageSplits(

@@ -239,15 +239,15 @@ class Objective(nn.Module):
             self.penalty_values[term.name] = value.detach()
             penalty = penalty + term.present_weight * value
         return Losses(
-            total + penalty if self.penalties else total,
-            clean.detach(),
-            perturbed.detach(),
-            mppd.detach(),
-            certified.detach(),
-            accuracy,
-            accuracy_perturbed,
-            accuracy_certified,
-            penalty.detach(),
+            total=total + penalty if self.penalties else total,
+            clean=clean.detach(),
+            perturbed=perturbed.detach(),
+            mppd=mppd.detach(),
+            certified=certified.detach(),
+            accuracy=accuracy,
+            accuracy_perturbed=accuracy_perturbed,
+            accuracy_certified=accuracy_certified,
+            penalty=penalty.detach(),
         )
 
     def _run(self, x: Tensor, y: Tensor, x_perturbed: Tensor | None) -> ForwardPasses:
@@ -277,7 +277,14 @@ class Objective(nn.Module):
             if runs_perturbed:
                 with nullcontext() if monitor is None else monitor.perturbed():
                     logits_perturbed = self.classifier(x_perturbed)
-        return ForwardPasses(self.classifier, y, x, x_perturbed, logits, logits_perturbed)
+        return ForwardPasses(
+            classifier=self.classifier,
+            y=y,
+            x=x,
+            x_perturbed=x_perturbed,
+            logits=logits,
+            logits_perturbed=logits_perturbed,
+        )
 
 
 def _divergence(logits: Tensor, logits_perturbed: Tensor) -> Tensor:

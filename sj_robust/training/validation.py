@@ -170,7 +170,9 @@ class Validation:
         x_adv = attack(classifier, x, y, generator=torch.Generator().manual_seed(self._seed))
         with MPPDMonitor(net) as monitor:
             stats = monitor.compare(x, x_adv, forward=classifier)
-        scalars = {f"ms_mppd/{name}": float(layer.ms_mppd.mean()) for name, layer in stats.items()}
+        scalars = {}
+        for name, moved in stats.items():
+            scalars[f"ms_mppd/{name}"] = float(moved.ms_mppd.mean())
         for name, module in net.named_modules():
             gains = getattr(module, "input_gain", None)
             if isinstance(gains, nn.Parameter):

@@ -385,8 +385,8 @@ FAULTS = {
     ),
     "a derivative at the wrong end": (
         "training.h",
-        "{low(t, slot), high(t, slot)}",
-        "{high(t, slot), low(t, slot)}",
+        "through_spike(low(t, slot), grad_low(t, slot))",
+        "through_spike(high(t, slot), grad_low(t, slot))",
     ),
     "a gate left out": (
         "training.h",

@@ -1,7 +1,7 @@
 """What the masking diagnostics measure: gradients, attacks and their success on a few images."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,9 @@ class Probe:
     @property
     def diameter(self) -> float:
         """Radius with which the ball around any image holds all of [0, 1]."""
-        return 1.0 if self.threat.norm == "Linf" else self.x[0].numel() ** 0.5
+        if self.threat.norm == "Linf":
+            return 1.0
+        return float(self.x[0].numel() ** 0.5)
 
     def rate(self, fooled: Tensor) -> float:
         """Share of the images classified correctly."""
@@ -105,7 +107,8 @@ class Probe:
         """Images classified right that ``x_adv`` turns wrong, in two of three forwards if outputs
         are random.
         """
-        draws = range(3, 6) if bool(self.random.any()) else range(1)
+        is_random = bool(self.random.any())
+        draws = range(3, 6) if is_random else range(1)
         wrong = torch.zeros_like(self.y)
         for draw in draws:
             wrong += self.logits(x_adv, draw=draw).argmax(1) != self.y
@@ -120,8 +123,12 @@ class Probe:
         """``max_{j != y} z_j - z_y`` of every image, a mean over several forwards if outputs are
         random.
         """
-        draws = max(self.eot_samples, 8) if bool(self.random.any()) else 1
-        losses = [-margin(self.logits(x, draw=draw), self.y) for draw in range(draws)]
+        is_random = bool(self.random.any())
+        draws = max(self.eot_samples, 8) if is_random else 1
+        losses = []
+        for draw in range(draws):
+            logits = self.logits(x, draw=draw)
+            losses.append(-margin(logits, self.y))
         return torch.stack(losses).mean(0)
 
     @cached_property
@@ -131,21 +138,20 @@ class Probe:
         with torch.enable_grad(), seeded_globals(self._seed("gradient"), x.device):
             logits = check_logits(self.model(x), self.y)
             own = margin(logits, self.y)
-            grad = (
-                torch.autograd.grad(-own.sum(), x, allow_unused=True)[0]
-                if own.requires_grad
-                else None
-            )
+            grad: Tensor | None = None
+            if own.requires_grad:
+                (grad,) = torch.autograd.grad(-own.sum(), x, allow_unused=True)
+        connected = grad is not None
         elements = torch.zeros_like(x) if grad is None else grad
         room = torch.where(elements > 0, 1 - x.detach(), x.detach())
         spread = logits.amax(1) - logits.amin(1)
         reach = elements.double().abs() * room
         return Gradients(
-            elements.flatten(1).double(),
-            own.detach().double(),
-            spread.detach().double(),
-            reach.flatten(1).sum(1),
-            grad is not None,
+            elements=elements.flatten(1).double(),
+            margin=own.detach().double(),
+            spread=spread.detach().double(),
+            reach=reach.flatten(1).sum(1),
+            connected=connected,
         )
 
     def attack(
@@ -156,9 +162,8 @@ class Probe:
         """
         eps = self.threat.eps if eps is None else eps
         steps = self.steps if steps is None else steps
-        return self._pgd(
-            self.model if source is None else source, eps, steps, step_size=2.5 * eps / steps
-        )
+        model = self.model if source is None else source
+        return self._pgd(model, eps, steps, step_size=2.5 * eps / steps)
 
     def strong_attack(self, name: str) -> Tensor:
         """Images after APGD with an estimator, for models that are modules."""
@@ -191,10 +196,12 @@ class Probe:
         """Images after a step along a direction, steepest in the norm, over a share of the
         radius.
         """
-        x, eps = self.x, share * self.threat.eps
+        x = self.x
+        eps = share * self.threat.eps
         if self.threat.norm == "Linf":
             low, high = linf_bounds(x, eps=eps)
-            return (x + eps * direction.sign().to(x.dtype)).clamp(low, high)
+            corner = x + eps * direction.sign().to(x.dtype)
+            return corner.clamp(low, high)
         length = l2_norm(direction)
         length = torch.where(length > 0, length, 1.0)
         step = direction.double() / per_sample(length, direction)
@@ -208,19 +215,20 @@ class Probe:
         """A small network fitted to the logits of the model on noisy copies of the images: a black
         box's stand-in.
         """
-        copies = min(
-            64, max(6, 2**26 // self.x.numel())
-        )  # a quarter of a gigabyte at most, unless images are huge
+        fit = 2**26 // self.x.numel()  # into a quarter of a gigabyte, unless images are huge
+        copies = min(64, max(6, fit))
         generator = torch.Generator().manual_seed(self._seed("copies"))
         radius = self.threat.eps / self.diameter  # per pixel
+        factors = (1.0, 2.0, 4.0)
         inputs: list[Tensor] = []
         targets: list[Tensor] = []
         for copy in range(copies):
-            size = (1.0, 2.0, 4.0)[copy % 3] * radius
+            size = factors[copy % 3] * radius
             uniform = torch.rand(self.x.shape, generator=generator).to(self.x)
             noisy = self.x + size * (2 * uniform - 1)
-            inputs.append(noisy.clamp(0, 1))
-            targets.append(self.logits(inputs[-1], draw=copy))
+            images = noisy.clamp(0, 1)
+            inputs.append(images)
+            targets.append(self.logits(images, draw=copy))
         network = _fitted(torch.cat(inputs), torch.cat(targets), seed=self._seed("fit"))
         return network.to(self.x.dtype)
 
@@ -261,17 +269,22 @@ def _fitted(inputs: Tensor, targets: Tensor, *, seed: int) -> nn.Module:
     Source: Rahimi and Recht, "Random features for large-scale kernel machines" (NeurIPS 2007).
     """
     x = inputs.flatten(1).double()
+    pixels = x.shape[1]
+    wide = partial(nn.Linear, dtype=torch.float64, device=x.device)
+    hidden = wide(pixels, _FEATURES)
+    last = wide(_FEATURES, targets.shape[1])
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(_FEATURES, x.shape[1], generator=generator, dtype=torch.float64)
-    shift = 2 * torch.rand(_FEATURES, generator=generator, dtype=torch.float64) - 1
-    hidden = nn.Linear(x.shape[1], _FEATURES, dtype=torch.float64, device=x.device)
-    last = nn.Linear(_FEATURES, targets.shape[1], dtype=torch.float64, device=x.device)
-    wanted = (targets.double() - targets.mean()) / targets.std().clamp(min=1e-6)
+    weight = torch.randn(_FEATURES, pixels, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(_FEATURES, generator=generator, dtype=torch.float64)
+    shift = (2 * uniform - 1).to(x.device)
+    deviation = targets.std().clamp(min=1e-6)
+    wanted = (targets.double() - targets.mean()) / deviation
     with torch.no_grad():
-        hidden.weight.copy_(_SLOPE / x.shape[1] ** 0.5 * weight)
-        hidden.bias.copy_(shift.to(x.device) - hidden.weight @ x.mean(0))
-        features = nn.functional.softplus(hidden(x))
-        features = torch.cat((features, torch.ones_like(x[:, :1])), dim=1)
+        hidden.weight.copy_(_SLOPE / pixels**0.5 * weight)
+        hidden.bias.copy_(shift - hidden.weight @ x.mean(0))
+        of_hidden = nn.functional.softplus(hidden(x))
+        constant = torch.ones_like(x[:, :1])
+        features = torch.cat((of_hidden, constant), dim=1)
         square = features.T @ features
         square.diagonal().add_(_RIDGE * len(x))
         fitted = torch.linalg.solve(square, features.T @ wanted)

@@ -107,13 +107,14 @@ def clean_errors(probe: Probe) -> Finding:
     errors = 1 - float(probe.right.double().mean())
     threshold = THRESHOLDS["clean_errors"] * guessing
     return Finding(
-        "clean_errors",
-        errors,
-        threshold,
-        errors <= threshold,
-        f"The network misclassifies {errors:.0%} of the clean images; guessing misclassifies "
-        f"{guessing:.0%}. A network that is wrong without an attack cannot be robust.",
-        "Check the weights, the normalisation and the labels before attacking.",
+        name="clean_errors",
+        value=errors,
+        threshold=threshold,
+        passed=errors <= threshold,
+        meaning=f"The network misclassifies {errors:.0%} of the clean images; guessing "
+        f"misclassifies {guessing:.0%}. A network that is wrong without an attack cannot be "
+        "robust.",
+        remedy="Check the weights, the normalisation and the labels before attacking.",
         count=int((~probe.right).sum()),
         total=len(probe.right),
     )
@@ -211,7 +212,10 @@ def gradients(probe: Probe) -> list[Finding]:
 def _rise(probe: Probe) -> Finding:
     before = probe.losses(probe.x)
     direction = probe.gradients.elements.view_as(probe.x)
-    rises = [probe.losses(probe.moved(direction, share)) > before for share in (0.5, 1.0, 2.0)]
+    rises = []
+    for share in (0.5, 1.0, 2.0):
+        moved = probe.moved(direction, share)
+        rises.append(probe.losses(moved) > before)
     still = ~torch.stack(rises).any(0)
     return _share(
         "loss_does_not_rise",
@@ -347,8 +351,11 @@ def estimators_attacking(probe: Probe, names: Sequence[str]) -> Finding:
         except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             skipped += f" {name} could not be tried: {error}."
             continue
-        gained, lost = int((fooled & ~usual).sum()), int((usual & ~fooled).sum())
-        found.append(_Compared(name, 1 - probe.rate(fooled), gained, lost))
+        gained = int((fooled & ~usual).sum())
+        lost = int((usual & ~fooled).sum())
+        found.append(
+            _Compared(estimator=name, left=1 - probe.rate(fooled), gained=gained, lost=lost)
+        )
     return _estimators_compared(found, int(probe.right.sum()), skipped)
 
 
@@ -370,7 +377,9 @@ def estimators_searched(trials: Sequence[EstimatorTrial]) -> list[Finding]:
     found = []
     for trial in (usual, *others[:_NAMED]):
         left = trial.robust_accuracy
-        found.append(_Compared(trial.estimator, left, trial.gained, trial.lost))
+        found.append(
+            _Compared(estimator=trial.estimator, left=left, gained=trial.gained, lost=trial.lost)
+        )
     return [_estimators_compared(found, usual.images)]
 
 
@@ -398,14 +407,20 @@ def _finding(
     """
     threshold = THRESHOLDS[name]
     return Finding(
-        name, value, threshold, (value if lowest is None else lowest) <= threshold, meaning, remedy
+        name=name,
+        value=value,
+        threshold=threshold,
+        passed=(value if lowest is None else lowest) <= threshold,
+        meaning=meaning,
+        remedy=remedy,
     )
 
 
 def _share(name: str, shown: Tensor, meaning: str, remedy: str) -> Finding:
     """A finding on the share of the images that show something, [N] bool."""
     count, total = int(shown.sum()), len(shown)
-    found = _finding(name, count / total, meaning, remedy, lowest=wilson_interval(count, total)[0])
+    lowest, _ = wilson_interval(count, total)
+    found = _finding(name, count / total, meaning, remedy, lowest=lowest)
     return replace(found, count=count, total=total)
 
 

@@ -125,7 +125,10 @@ def compare_reports(first: Evaluation, second: Evaluation) -> Comparison:
     names = first.name, second.name
     if first.name == second.name:
         names = f"{first.name} (first)", f"{second.name} (second)"
-    notes = [*_notes(first, second, pairs, paired=paired), *_notes_on_attacks(rows, left_out)]
+    notes = [
+        *_notes(first, second, pairs, paired=paired),
+        *_notes_on_attacks(rows, left_out),
+    ]
     return Comparison(names, tuple(rows), tuple(notes))
 
 
@@ -139,8 +142,10 @@ class _Side:
     @cached_property
     def accuracies(self) -> dict[str, Accuracy]:
         """Its accuracies by name; those over several attacks only of a suite."""
-        of_all, single = self.report.accuracies_of, self.report.single_accuracies
-        found = of_all(self.variant) if self.report.is_suite else single(self.variant)
+        if self.report.is_suite:
+            found = self.report.accuracies_of(self.variant)
+        else:
+            found = self.report.single_accuracies(self.variant)
         return {one.name: one for one in found}
 
     @property
@@ -181,11 +186,13 @@ class _Pair:
         for name, one in self.first.accuracies.items():
             if name not in others:
                 continue
+            row: Difference | None
             if one.kind == "member":
                 row = _attack_alone(self.first, self.second, name, paired=paired)
             else:
-                standing = self.first.standing(name), self.second.standing(name)
-                row = _difference(one, others[name], *standing, paired=paired)
+                before = self.first.standing(name)
+                after = self.second.standing(name)
+                row = _difference(one, others[name], before, after, paired=paired)
             called = f"{self.label}: {name}" if self.label else name
             yield called, row and row.named(called)
 
@@ -199,15 +206,21 @@ def _networks(report: Evaluation) -> list[str]:
 
 def _pairs(first: Evaluation, second: Evaluation) -> list[_Pair]:
     """Variants of one name, and the first ones if neither has a namesake."""
-    own, others = _networks(first), _networks(second)
-    names = [(name, name) for name in own if name in others]
-    if not {first.main, second.main}.intersection(own).intersection(others):
+    own = _networks(first)
+    others = _networks(second)
+    common = [name for name in own if name in others]
+    names = [(name, name) for name in common]
+    if first.main not in common and second.main not in common:
         names.insert(0, (first.main, second.main))
     several = len(own) > 1 or len(others) > 1
     pairs = []
     for here, there in names:
-        label = " and ".join(filter(None, dict.fromkeys((here, there)))) if several else ""
-        pairs.append(_Pair(_Side(first, here), _Side(second, there), label))
+        label = ""
+        if several:
+            label = " and ".join(filter(None, dict.fromkeys((here, there))))
+        own_side = _Side(first, here)
+        others_side = _Side(second, there)
+        pairs.append(_Pair(own_side, others_side, label))
     return pairs
 
 
@@ -222,34 +235,48 @@ def _difference(
 ) -> Difference:
     """Two accuracies, of the images that are ``before`` and ``after`` standing."""
     if paired:
-        gained, lost = len(after - before), len(before - after)
+        gained = len(after - before)
+        lost = len(before - after)
         interval = paired_difference_interval(gained, lost, one.total)
     else:
         interval = difference_interval(one.correct, one.total, other.correct, other.total)
-    return Difference(one, other, interval, partial)
+    return Difference(first=one, second=other, interval=interval, partial=partial)
 
 
 def _attack_alone(first: _Side, second: _Side, name: str, *, paired: bool) -> Difference | None:
     """What one attack does in both reports, whatever was run before it; None if nobody can say."""
-    rows = first.attack(name), second.attack(name)
-    met = first.met(rows[0]), second.met(rows[1])
-    right = first.standing("clean"), second.standing("clean")
-    totals = len(first.report.labels), len(second.report.labels)
-    partial = not (met[0] >= right[0] and met[1] >= right[1])
-    if partial:
-        both = met[0] & met[1]
-        if not paired or not both:
-            return None
-        right = both, both
-        totals = len(both), len(both)
-    left = []
-    accuracies = []
-    for row, images, total in zip(rows, right, totals, strict=True):
-        left.append(images.difference(row.fell))
-        counted = Accuracy(name, "member", len(left[-1]), total, row.seconds)
-        accuracies.append(counted)
-    one, other = accuracies
-    return _difference(one, other, *left, paired=paired, partial=partial)
+    own = first.attack(name)
+    others = second.attack(name)
+    own_met = first.met(own)
+    others_met = second.met(others)
+    own_right = first.standing("clean")
+    others_right = second.standing("clean")
+    partial = not (own_met >= own_right and others_met >= others_right)
+    if not partial:
+        before = own_right.difference(own.fell)
+        after = others_right.difference(others.fell)
+        one = _alone(own, before, len(first.report.labels))
+        other = _alone(others, after, len(second.report.labels))
+        return _difference(one, other, before, after, paired=paired)
+    both = own_met & others_met
+    if not paired or not both:
+        return None
+    before = both.difference(own.fell)
+    after = both.difference(others.fell)
+    one = _alone(own, before, len(both))
+    other = _alone(others, after, len(both))
+    return _difference(one, other, before, after, paired=paired, partial=True)
+
+
+def _alone(row: Row, left: frozenset[int], total: int) -> Accuracy:
+    """Accuracy under one attack that leaves some images correct."""
+    return Accuracy(
+        name=row.member,
+        kind="member",
+        correct=len(left),
+        total=total,
+        seconds=row.seconds,
+    )
 
 
 def _notes_on_attacks(rows: Sequence[Difference], left_out: Sequence[str]) -> list[str]:
@@ -293,7 +320,8 @@ def _notes(
         notes.append(
             "Levels of faults or corruptions are not compared; the table of each report has them."
         )
-    firsts, seconds = [pair.first for pair in pairs], [pair.second for pair in pairs]
+    firsts = [pair.first for pair in pairs]
+    seconds = [pair.second for pair in pairs]
     notes += _notes_on_networks(first, firsts, "first")
     notes += _notes_on_networks(second, seconds, "second")
     notes += _notes_on_missing(first, zip(firsts, seconds, strict=True))
@@ -319,18 +347,22 @@ def _threats(
     first: ThreatModel | None, second: ThreatModel | None, harm: str
 ) -> list[tuple[str, str, str, str]]:
     """Every field of two threats."""
-    here, there = _told(first), _told(second)
+    here = _told(first)
+    there = _told(second)
     return [(name.replace("_", " "), here[name], there[name], harm) for name in here]
 
 
 def _told(threat: ThreatModel | None) -> dict[str, str]:
     """The fields of a threat as text."""
-    found = dict.fromkeys((field.name for field in fields(ThreatModel)), "none")
-    if threat is not None:
-        given = {name: value for name, value in asdict(threat).items() if value is not None}
-        found |= {name: str(value) for name, value in given.items()}
-        found["eps"] = eps_text(threat.eps)
-    found["counts"] = "yes" if threat is not None and threat.counts else "no"
+    found = {field.name: "none" for field in fields(ThreatModel)}
+    found["counts"] = "no"
+    if threat is None:
+        return found
+    for name, value in asdict(threat).items():
+        if value is not None:
+            found[name] = str(value)
+    found["eps"] = eps_text(threat.eps)
+    found["counts"] = "yes" if threat.counts else "no"
     return found
 
 

@@ -105,7 +105,8 @@ def to_dataframe(report: Evaluation) -> "pandas.DataFrame":
         )
     from pandas import DataFrame
 
-    return DataFrame(map(asdict, exported(report)), columns=[one.name for one in fields(Exported)])
+    columns = [one.name for one in fields(Exported)]
+    return DataFrame(map(asdict, exported(report)), columns=columns)
 
 
 def to_latex(report: Evaluation) -> str:
@@ -150,7 +151,7 @@ def _of_a_suite(report: Evaluation) -> Iterator[Exported]:
     """All accuracies, and those over the radius."""
     yield from _of_a_variant(report, report.main, report.accuracies)
     for point in report.over_eps:
-        left = Accuracy(point.attack, "member", point.correct, point.total)
+        left = Accuracy(name=point.attack, kind="member", correct=point.correct, total=point.total)
         at = {"norm": _norm(report.threat), "eps": point.eps, "variant": OVER_EPS}
         yield _row(report, left, **at)
         if point.verified is not None:

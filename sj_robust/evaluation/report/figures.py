@@ -118,11 +118,11 @@ def _accuracy_over_eps(report: Evaluation) -> "Figure":
     """The curve over the radius, what is proved below it, and both ends of the suite."""
     figure = new_figure(3.8, 2.8)
     axes = figure.subplots()
-    points = report.over_eps
+    radii = [point.eps for point in report.over_eps]
     here = 0.0 if report.threat is None else report.threat.eps
-    texts = [*(point.eps for point in points), eps_text(here)]
-    unit = 255 if any(text.endswith("/255") for text in texts) else 1
-    places = [unit * parse_eps(point.eps) for point in points]
+    in_255ths = any(text.endswith("/255") for text in [*radii, eps_text(here)])
+    unit = 255 if in_255ths else 1
+    places = [unit * parse_eps(radius) for radius in radii]
     _attacked_curve(axes, report, places)
     _verified_curve(axes, report, places, unit)
     aside = 0.015 * max(places)  # none of the two covers the other, or the curve
@@ -148,22 +148,27 @@ def _radius_label(report: Evaluation, unit: int) -> str:
 
 def _attacked_curve(axes: "Axes", report: Evaluation, places: Sequence[float]) -> None:
     """Accuracy under the attack at every radius, with its interval."""
-    points = report.over_eps
-    ends = [wilson_interval(point.correct, point.total) for point in points]
-    low = [100 * end[0] for end in ends]
-    high = [100 * end[1] for end in ends]
+    low = []
+    high = []
+    for point in report.over_eps:
+        ends = wilson_interval(point.correct, point.total)
+        low.append(100 * ends[0])
+        high.append(100 * ends[1])
     axes.fill_between(places, low, high, color=BLUE, alpha=0.2, linewidth=0)
-    label = points[-1].attack
+    label = report.over_eps[-1].attack
     axes.plot(places, _shares(report), "o-", color=BLUE, markersize=4, label=label)
 
 
 def _verified_curve(axes: "Axes", report: Evaluation, places: Sequence[float], unit: int) -> None:
     """What is proved where it is known; hatched up to the attack if that is everywhere."""
-    proved = {point.eps: point.verified for point in report.over_eps if point.verified is not None}
-    if not proved:
+    within = []
+    lowest = []
+    for point in report.over_eps:
+        if point.verified is not None:
+            within.append(unit * parse_eps(point.eps))
+            lowest.append(100 * point.verified.accuracy)
+    if not within:
         return
-    lowest = [100 * one.accuracy for one in proved.values()]
-    within = [unit * parse_eps(eps) for eps in proved]
     axes.plot(within, lowest, "--", color=GREY, label="verified")
     if within == places:
         _hatched(axes, places, lowest, _shares(report))
@@ -186,10 +191,11 @@ def _summary(
     """One accuracy at a radius with its interval."""
     low, high = (100 * end for end in one.interval)
     middle = 100 * one.accuracy
+    whiskers = [[middle - low], [high - middle]]
     axes.errorbar(
         place,
         middle,
-        [[middle - low], [high - middle]],
+        whiskers,
         fmt=marker,
         capsize=4,
         label=label,
@@ -206,7 +212,8 @@ def _attacks(report: Evaluation) -> "Figure":
     axes = figure.subplots()
     for place, one in enumerate(shown):
         _bar(axes, place, one, hollow=one.name in beyond)
-    axes.set_yticks(range(len(shown)), [one.name for one in shown], fontsize=7)
+    names = [one.name for one in shown]
+    axes.set_yticks(range(len(shown)), names, fontsize=7)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlim(0, 112)
     axes.set_xticks(range(0, 101, 25))
@@ -254,7 +261,8 @@ def _potential(rows: Sequence[Mapping[str, Any]], columns: int) -> "Figure":
     columns = min(columns, len(rows))
     down = math.ceil(len(rows) / columns)
     layers = max(len(row["layers"]) for row in rows)
-    figure = new_figure(0.4 + 4.2 * columns, 0.8 + (0.65 + 0.24 * layers) * down)
+    height_of_panel = 0.65 + 0.24 * layers
+    figure = new_figure(0.4 + 4.2 * columns, 0.8 + height_of_panel * down)
     panels = figure.subplots(down, columns, squeeze=False)
     scale = common_scale(_values(rows))
     for axes, row in zip(panels.flat, rows, strict=False):
@@ -322,10 +330,14 @@ def _levels_of(axes: "Axes", report: Evaluation, kind: str) -> None:
     whole = intact(report)
     for what in WHATS:
         look = _LEVEL_LOOKS[what]
-        ends = [one.interval(what) for one in found]
-        low = [end[0] for end in ends]
-        high = [end[1] for end in ends]
-        shares = [100 * one.mean(what) / one.images for one in found]
+        low = []
+        high = []
+        shares = []
+        for one in found:
+            ends = one.interval(what)
+            low.append(ends[0])
+            high.append(ends[1])
+            shares.append(100 * one.mean(what) / one.images)
         axes.fill_between(places, low, high, color=look.color, alpha=0.2, lw=0)
         axes.plot(places, shares, look.style, color=look.color, ms=4)
         middle = 100 * whole.mean(what) / whole.images
@@ -340,9 +352,12 @@ def _levels_of(axes: "Axes", report: Evaluation, kind: str) -> None:
 def _vote(report: Evaluation) -> "Figure":
     """Both ends of the bracket over the radius."""
     radii = [row.eps or 0.0 for row in report.rows if row.kind == "proof"]
-    brackets = [report.bracket_at(radius) for radius in radii]
-    low = [100 * bracket[0].accuracy for bracket in brackets]
-    high = [100 * bracket[1].accuracy for bracket in brackets]
+    low = []
+    high = []
+    for radius in radii:
+        certified, attacked = report.bracket_at(radius)
+        low.append(100 * certified.accuracy)
+        high.append(100 * attacked.accuracy)
     figure = new_figure(4.6, 3.4)
     axes = figure.subplots()
     axes.plot(radii, high, "o-", color=BLUE, markersize=4, label="under attack")
@@ -372,16 +387,21 @@ def _training(report: Evaluation) -> "Figure":
 
 def _bars(axes: "Axes", report: Evaluation) -> None:
     networks = report.variants
-    found = {network: report.single_accuracies(network) for network in report.variants}
-    attacks = list(dict.fromkeys(one.name for figures in found.values() for one in figures))
+    found = {network: report.single_accuracies(network) for network in networks}
+    attacks: list[str] = []
+    for figures in found.values():
+        for one in figures:
+            if one.name not in attacks:
+                attacks.append(one.name)
     width = 0.8 / len(networks)
-    for index, network in enumerate(networks):
-        shift = (index - (len(networks) - 1) / 2) * width
-        places = [attacks.index(one.name) + shift for one in found[network]]
-        shares = [100 * one.accuracy for one in found[network]]
+    middle = (len(networks) - 1) / 2
+    for index, (network, figures) in enumerate(found.items()):
+        shift = (index - middle) * width
+        places = [attacks.index(one.name) + shift for one in figures]
+        shares = [100 * one.accuracy for one in figures]
         color = COLOURS[index % len(COLOURS)]
         bars = axes.bar(places, shares, width, label=network, color=color)
-        for bar, one in zip(bars, found[network], strict=True):
+        for bar, one in zip(bars, figures, strict=True):
             if one.kind == "verified":
                 bar.set(hatch=_BAR_LOOKS["verified"].hatch, edgecolor="white")
         axes.bar_label(bars, fmt="%.0f", fontsize=7)

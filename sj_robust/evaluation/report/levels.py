@@ -150,7 +150,8 @@ def levels_table(report: Evaluation) -> str:
             rows.append(_mean(report, kind))
     if means and kinds(report):
         rows.append(_mean(report, None))
-    return "\n\n".join([markdown_table([*heads, "draws"], rows), *report.warnings])
+    found = markdown_table([*heads, "draws"], rows)
+    return "\n\n".join([found, *report.warnings])
 
 
 def _cells(one: Level, level: str, stars: dict[What, bool]) -> list[str]:

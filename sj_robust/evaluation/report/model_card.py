@@ -25,7 +25,7 @@ def derived(report: Evaluation) -> dict[str, Any]:
     if not report.is_suite:
         return {}
     figures = [
-        {**asdict(one), "accuracy": one.accuracy, "interval": list(one.interval)}
+        asdict(one) | {"accuracy": one.accuracy, "interval": list(one.interval)}
         for one in report.accuracies
     ]
     of_autoattack = report.suite == "autoattack"

@@ -167,25 +167,24 @@ def _steps(report: Evaluation) -> int:
     """The most time steps of any layer."""
     steps = 0
     for row in report.potential:
-        steps = max([steps, *map(len, row["layers"].values())])
+        layers = row["layers"].values()
+        steps = max([steps, *map(len, layers)])
     return steps
 
 
 def _split(values: Mapping[str, Any]) -> dict[str, Any]:
     """Names and values of what is not a list of rows, lists last; and the lists of rows."""
-    nested = [
-        name
-        for name, value in values.items()
-        if isinstance(value, list) and isinstance((value or [0])[0], dict)
-    ]
-    plain = sorted(
-        values.keys() - nested,
-        key=lambda name: (isinstance(values[name], list), list(values).index(name)),
-    )
-    return {
-        "plain": [(name, values[name]) for name in plain],
-        "nested": [values[name] for name in nested],
-    }
+    single = []
+    lists = []
+    nested = []
+    for name, value in values.items():
+        if not isinstance(value, list):
+            single.append((name, value))
+        elif value and isinstance(value[0], dict):
+            nested.append(value)
+        else:
+            lists.append((name, value))
+    return {"plain": single + lists, "nested": nested}
 
 
 def _figures(report: Evaluation, gallery: Gallery | None) -> dict[str, tuple[str, str, str]]:

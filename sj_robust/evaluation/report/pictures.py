@@ -149,11 +149,14 @@ class Gallery(Shown):
             for axes, image in zip(axes_row, images, strict=True):
                 _draw_image(axes, image)
         for axes, label, seen in zip(panels[0], self.labels, self.predicted, strict=True):
-            other = "" if label == seen else f", seen as {self._name(seen)}"
-            axes.set_title(f"{self._title(label)}{other}", fontsize=7)
+            title = self._title(label)
+            if label != seen:
+                title = f"{title}, seen as {self._name(seen)}"
+            axes.set_title(title, fontsize=7)
         for axes, label, seen in zip(panels[1], self.labels, self.predicted_adv, strict=True):
-            wrong = {"color": ORANGE, "fontweight": "bold"} if label != seen else {}
-            axes.set_title(self._title(seen), fontsize=7, **wrong)
+            title = axes.set_title(self._title(seen), fontsize=7)
+            if label != seen:
+                title.set(color=ORANGE, fontweight="bold")
         return figure
 
     def _name(self, label: Tensor) -> str:
@@ -219,7 +222,8 @@ def gallery(
         (6, True)
     """
     classifier = as_classifier(model, T, mean=mean, std=std, images=x)
-    threat = ThreatModel(norm or ("L0" if x.ndim == 5 else "Linf"), parse_eps(eps), counts=counts)
+    norm = norm or ("L0" if x.ndim == 5 else "Linf")
+    threat = ThreatModel(norm, parse_eps(eps), counts=counts)
     return gallery_within(
         classifier,
         x,

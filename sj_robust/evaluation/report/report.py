@@ -309,7 +309,8 @@ class Report(
         stated = {name: content.pop(name) for name in DERIVED if name in content}
         threat = content.pop("threat")
         rows = [_row(row) for row in content.pop("rows")]
-        report = cls(rows=tuple(rows), threat=threat and ThreatModel(**threat), **content)
+        given = None if threat is None else ThreatModel(**threat)
+        report = cls(rows=tuple(rows), threat=given, **content)
         counted = derived(report)
         for name in COUNTED:
             if name in stated and stated[name] != counted.get(name):

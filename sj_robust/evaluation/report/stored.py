@@ -63,8 +63,10 @@ def _with_threats(old: _Content) -> _Content:
         return old
     rows = []
     for row in old["rows"]:
-        lacks = row["kind"] == "attack" and row["member"] != NOISE and row["threat"] is None
-        rows.append(row | {"threat": old["threat"]} if lacks else row)
+        is_bounded = row["kind"] == "attack" and row["member"] != NOISE
+        if is_bounded and row["threat"] is None:
+            row = row | {"threat": old["threat"]}
+        rows.append(row)
     return old | {"rows": rows}
 
 
@@ -85,7 +87,8 @@ def _of_a_suite(old: _Content) -> _Content:
     threat = _threat(old.pop("threat"), parse_eps(old.pop("eps")), old)
     images = range(len(old["labels"]))
     correct = old.pop("correct")
-    clean = _row("clean", "clean", images, sorted({*images}.difference(correct)))
+    misclassified = sorted({*images}.difference(correct))
+    clean = _row("clean", "clean", images, misclassified)
     if not {*correct} <= {*images}:
         raise ValueError(
             f"numbers of images must be from 0 to {len(images) - 1}, got {max(correct)}"
@@ -107,14 +110,18 @@ def _of_a_suite(old: _Content) -> _Content:
             seconds=member["seconds"],
         )
         rows.append(row)
-    verified, seconds = old.pop("verified"), old.pop("verified_seconds")
+    verified = old.pop("verified")
+    seconds = old.pop("verified_seconds")
     if verified is not None:
         left = sorted({*images}.difference(verified))
         rows.append(_row("verify", "proof", images, left, threat=threat, seconds=seconds))
-    curve, proved = old.pop("over_eps"), old.pop("verified_over_eps")
-    of_the_suite = {row["eps"] for row in curve[1:]} <= _radii_of_members(rows)
+    curve = old.pop("over_eps")
+    proved = old.pop("verified_over_eps")
+    radii = {row["eps"] for row in curve[1:]}
+    if radii <= _radii_of_members(rows):  # then the suite has all of it
+        curve = []
     order = _most_robust_first(correct, rows)
-    rows += _over_eps([] if of_the_suite else curve, proved, threat, order)
+    rows += _over_eps(curve, proved, threat, order)
     return old | {"threat": threat, "rows": rows}
 
 
@@ -134,7 +141,11 @@ def _most_robust_first(correct: Sequence[int], rows: Sequence[_Content]) -> list
         elif row["threat"] is not None:
             for number in row["fell"]:
                 breaks[number] = min(row["threat"]["eps"], breaks.get(number, math.inf))
-    return sorted(correct, key=lambda number: (number not in proved, -breaks.get(number, math.inf)))
+
+    def rank(number: int) -> tuple[bool, float]:
+        return number not in proved, -breaks.get(number, math.inf)
+
+    return sorted(correct, key=rank)
 
 
 def _over_eps(
@@ -178,13 +189,16 @@ def _of_a_stress_test(old: _Content) -> _Content:
     threat = old["threat"]
     rows: list[_Content] = []
     for level in (old.pop("intact"), *old.pop("rows")):
-        name = level["kind"] if level["kind"] == "none" else f"{level['kind']}:{level['level']}"
+        name = level["kind"]
+        if name != "none":
+            name = f"{name}:{level['level']}"
         draws = len(level["clean"])
         for draw, right in enumerate(level["clean"]):
             variant = name if draws == 1 else f"{name}/draw{draw}"
             rows.append(_counted("clean", "clean", images, right, variant))
             attacked = level["attacked"][draw]
-            rows.append(_counted("short", "attack", right, attacked, variant) | {"threat": threat})
+            row = _counted("short", "attack", right, attacked, variant)
+            rows.append(row | {"threat": threat})
     for what in ("clean", "attacked"):
         old.pop(f"fall_{what}", None)
     warnings = [*old.pop("warnings", ()), _COUNTS]
@@ -208,7 +222,8 @@ def _of_a_training(old: _Content) -> _Content:
     rows: list[_Content] = []
     for network, right in clean.items():
         own = [score for score in scores if score["network"] == network]
-        rows.append(_counted("clean", "clean", own[0]["total"], right, network))
+        total = own[0]["total"]
+        rows.append(_counted("clean", "clean", total, right, network))
         for score in own:
             if score["attack"] == "clean":
                 continue
@@ -246,7 +261,8 @@ def _of_a_vote(old: _Content) -> _Content:
         threat = {"norm": "L2", "eps": radius, **unnamed}
         fallen = {*broken}
         if not rows:
-            rows.append(_row("clean", "clean", images, broken if radius == 0 else [], **variant))
+            misclassified = broken if radius == 0 else []
+            rows.append(_row("clean", "clean", images, misclassified, **variant))
             before = fallen if radius == 0 else set()
         if radius > 0:
             seen = sorted({*images} - before)

@@ -46,21 +46,26 @@ def show_report(
     else:
         say(verdict(report))
     for text in alarms(report):
-        console.print(Panel(Text(text, style="bold red"), border_style="red"), soft_wrap=False)
+        alarm = Panel(Text(text, style="bold red"), border_style="red")
+        console.print(alarm, soft_wrap=False)
     title = f"{report.name} on {report.dataset}: {budget(report.threat)}, suite {report.suite}"
-    numbers = (
-        Column(heading, justify="right") for heading in ("%", "95 % CI", "correct", "seconds")
-    )
-    table = Table(Column("accuracy", overflow="fold"), *numbers, title=title)
+    table = Table(Column("accuracy", overflow="fold"), title=title)
+    for heading in ("%", "95 % CI", "correct", "seconds"):
+        table.add_column(heading, justify="right")
     for one in report.accuracies:
         if one.kind in ("control", "verified"):
             table.add_section()
-        both = one.kind == "everything" and report.control is not None
-        name = f"{one.name} (suite and control)" if both else one.name
-        counts = f"{one.correct}/{one.total}", f"{one.seconds:.1f}"
-        last = one.kind in ("worst case", "everything", "verified")
-        style = "bold" if last else "dim" if one.name.startswith("control/") else ""
-        table.add_row(name, one.percent, one.interval_text, *counts, style=style)
+        name = one.name
+        if one.kind == "everything" and report.control is not None:
+            name = f"{name} (suite and control)"
+        style = ""
+        if one.kind in ("worst case", "everything", "verified"):
+            style = "bold"
+        elif one.name.startswith("control/"):
+            style = "dim"
+        correct = f"{one.correct}/{one.total}"
+        seconds = f"{one.seconds:.1f}"
+        table.add_row(name, one.percent, one.interval_text, correct, seconds, style=style)
     console.print(table, soft_wrap=False)
     for text in masked(report):
         console.print(Text(text, style="yellow"))

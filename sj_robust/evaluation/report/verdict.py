@@ -74,7 +74,8 @@ def alarms(report: Evaluation) -> tuple[str, ...]:
     """Reasons why the network must not be called robust: dead layers, or accuracy at chance."""
     clean = report.clean
     known = [label for label in report.labels if label >= 0]
-    commonest = max(Counter(known).values(), default=0) / len(report.labels)
+    most = max(Counter(known).values(), default=0)
+    commonest = most / len(report.labels)
     chance = max(1 / max(report.classes, 1), commonest)
     guesses = report.classes > 0 and clean.interval[0] <= chance
     found = []
@@ -176,7 +177,8 @@ def _strongest(report: Evaluation, variant: str) -> str:
     if not left:
         return "no attack within the threat"
     total = report.under("clean", variant=variant).total
-    return f"{Accuracy('', 'member', min(left), total).percent} % under the strongest attack"
+    lowest = Accuracy("", "member", min(left), total)
+    return f"{lowest.percent} % under the strongest attack"
 
 
 def _contradictions(report: Evaluation) -> str:

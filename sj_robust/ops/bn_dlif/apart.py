@@ -95,6 +95,7 @@ def _quarters(seq: Tensor) -> Iterator[Tensor]:
     """Upper left, upper right, lower left and lower right of every 2x2; a last odd row or column is
     left out.
     """
-    height, width = seq.shape[-2] // 2 * 2, seq.shape[-1] // 2 * 2
+    height = seq.shape[-2] // 2 * 2
+    width = seq.shape[-1] // 2 * 2
     for row, column in product((0, 1), (0, 1)):
         yield seq[..., row:height:2, column:width:2]

@@ -84,25 +84,30 @@ def finish(
     if count is None:
         return grad_norm, None
     slope = -moments[2] * inverse_std.square() * sums[1] / count
-    return grad_norm, torch.stack((slope, -moments[2] * sums[0] / count))
+    constant = -moments[2] * sums[0] / count
+    return grad_norm, torch.stack((slope, constant))
 
 
 def _per_channel(layer: Layer) -> dict[str, Tensor]:
     if layer.moments is None:
         return {}
-    mean, _, scale, offset = layer.moments.to(state_dtype(layer.inputs.x_seq)).unbind(0)
+    moments = layer.moments.to(state_dtype(layer.inputs.x_seq))
+    mean, _, scale, offset = moments.unbind(0)
     return {"mean": mean, "scale": scale, "offset": offset}
 
 
 def _statistics(layer: Layer) -> tuple[Tensor, Tensor]:
     """Mean and variance per channel of this batch, in float64."""
-    x_seq, channels = layer.inputs.x_seq, layer.planes.channels
+    x_seq = layer.inputs.x_seq
+    channels = layer.planes.channels
     # any value near the mean makes the sums free of cancellation: take the first of every channel
-    near = x_seq[0, 0].reshape(channels, -1)[:, 0].to(state_dtype(x_seq)).contiguous()
+    first = x_seq[0, 0].reshape(channels, -1)[:, 0]
+    near = first.to(state_dtype(x_seq)).contiguous()
     sums = x_seq.new_empty(2, channels, dtype=torch.float64)
     steps = x_seq[:1] if is_repeated(x_seq) else x_seq
     inputs = layer.inputs._replace(x_seq=steps)
     cpp.run("bn_statistics", inputs, layer.planes, mean=near, channel_sums=sums)
     count = steps.numel() // channels
     distance = sums[0] / count
-    return near.double() + distance, (sums[1] / count - distance.square()).clamp_(min=0.0)
+    variance = (sums[1] / count - distance.square()).clamp_(min=0.0)
+    return near.double() + distance, variance

@@ -46,7 +46,8 @@ SJR_EXPORT void sjr_bn_statistics(const sjr::Job* job) {
     add_samples = sjr::avx512::add_samples;
   }
 #endif
-  const int64_t elements = job->T * job->M, columns = 2 * job->channels;
+  const int64_t elements = job->T * job->M;
+  const int64_t columns = 2 * job->channels;
   sjr::Statistics work{*job,
                        add_samples,
                        elements / (job->channels * job->plane),

@@ -11,12 +11,19 @@ namespace {
 // are made of.
 template <class C, bool GRADIENT, bool TOTALS>
 struct Normalised {
-  static constexpr bool WRITES = GRADIENT, SUMS = TOTALS;
-  static constexpr int B = BLOCK<C>, W = LANES<C>;
+  static constexpr bool WRITES = GRADIENT;
+  static constexpr bool SUMS = TOTALS;
+  static constexpr int B = BLOCK<C>;
+  static constexpr int W = LANES<C>;
   const Job& job;
   double* const channel_sums;  // [2, channels]
-  C *const scale, *const offset, *const mean, *const slope, *const constant, *const g_sum,
-                                                                                 *const gx_sum;
+  C* const scale;
+  C* const offset;
+  C* const mean;
+  C* const slope;
+  C* const constant;
+  C* const g_sum;
+  C* const gx_sum;
   int64_t pattern = -1;  // of the block that filled the tables
 
   Normalised(const Job& j, void* memory, double* sums)
@@ -49,7 +56,8 @@ struct Normalised {
   }
 
   void add_span(const C* from, const Span& span, double* sums) const {
-    from += span.position, sums += span.channel;
+    from += span.position;
+    sums += span.channel;
     int32_t i = 0;
     if (job.channels_last) {
       for (; i < span.length; ++i) {
@@ -76,9 +84,8 @@ struct Normalised {
       return;
     }
     pattern = block.pattern;
-    if (block.size < B) {
-      std::memset(
-          scale, 0, 5 * B * sizeof(C));  // all five: lanes beyond the tensor must not become NaN
+    if (block.size < B) {  // all five: lanes beyond the tensor must not become NaN
+      std::memset(scale, 0, 5 * B * sizeof(C));
     }
     for (int i = 0; i < block.n_spans; ++i) {
       const Span& span = block.spans[i];
@@ -190,10 +197,12 @@ void backward(const Job& job,
 // channels]. Short sums are in C.
 template <class S, class C>
 void add_planes(const S* x, const C* shift, int64_t channels, int64_t plane, double* sums) {
-  constexpr int W = LANES<C>, PART = 2048 / sizeof(C);
+  constexpr int W = LANES<C>;
+  constexpr int PART = 2048 / sizeof(C);
   C widened[PART];
   for (int64_t c = 0; c < channels; ++c, x += plane) {
-    double total = 0, squares = 0;
+    double total = 0;
+    double squares = 0;
     for (int64_t begin = 0; begin < plane; begin += PART) {
       const int64_t n = std::min<int64_t>(PART, plane - begin);
       const C* part = widened;
@@ -202,7 +211,8 @@ void add_planes(const S* x, const C* shift, int64_t channels, int64_t plane, dou
       } else {
         read_run(x + begin, n, widened);
       }
-      Vec<C> first[2] = {}, second[2] = {};
+      Vec<C> first[2] = {};
+      Vec<C> second[2] = {};
       int64_t i = 0;
       for (; i + 2 * W <= n; i += 2 * W) {
         for (int k = 0; k < 2; ++k) {
@@ -228,7 +238,8 @@ void add_planes(const S* x, const C* shift, int64_t channels, int64_t plane, dou
 
 template <class S, class C>
 void add_pixels(const S* x, const C* shift, int64_t channels, int64_t plane, double* sums) {
-  constexpr int PART = 512 / sizeof(C), PIXELS = 64;
+  constexpr int PART = 512 / sizeof(C);
+  constexpr int PIXELS = 64;
   C widened[PART], first[PART], second[PART];
   for (int64_t p = 0; p < plane; p += PIXELS) {
     const int64_t end = std::min<int64_t>(plane, p + PIXELS);

@@ -71,7 +71,9 @@ def forward(
     store_current: bool,
 ) -> tuple[StageOutputs, Tensor | None]:
     """Outputs and moments of T steps, or of one that stands for all of them."""
-    kernels, x, T = KERNELS[stage.backend], inputs.x_seq, len(inputs.input_gain)
+    kernels = KERNELS[stage.backend]
+    x = inputs.x_seq
+    T = len(inputs.input_gain)
     layer = Layer(_over_time(inputs), stage.planes(x))
     if stage.statistics is not None:
         moments = kernels.moments(layer, norm, stage.eps)
@@ -91,7 +93,9 @@ def backward(
     needs_v_init: bool,
 ) -> tuple[StageGradients, Tensor | None]:
     """Gradients of x, gain and first potential; those of weight and bias [2, C] in float64."""
-    kernels, x, T = KERNELS[stage.backend], inputs.x_seq, len(inputs.input_gain)
+    kernels = KERNELS[stage.backend]
+    x = inputs.x_seq
+    T = len(inputs.input_gain)
     layer = Layer(_over_time(inputs), stage.planes(x), moments)
     found = stage.room_for_gradients(x, T, needs_x=needs_x, needs_v_init=needs_v_init)
     if moments is None:
@@ -123,10 +127,14 @@ def _add_slopes(total: Tensor, x: Tensor, T: int, moments: Tensor, slopes: Tenso
     mean = moments[0].to(total.dtype)
     slope, constant = slopes.to(total.dtype)
     shape = -1, *[1] * (x.ndim - 3)
-    total.addcmul_(x, (T * slope).view(shape)).add_((T * (constant - slope * mean)).view(shape))
+    slopes = (T * slope).view(shape)
+    constants = (T * (constant - slope * mean)).view(shape)
+    total.addcmul_(x, slopes).add_(constants)
 
 
 def _over_time(inputs: Inputs) -> Inputs:
     """With one step repeated without a copy, where it stands for all."""
     x, T = inputs.x_seq, len(inputs.input_gain)
-    return inputs if len(x) == T else inputs._replace(x_seq=x.expand(T, *x.shape[1:]))
+    if len(x) == T:
+        return inputs
+    return inputs._replace(x_seq=x.expand(T, *x.shape[1:]))

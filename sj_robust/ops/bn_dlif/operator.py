@@ -92,10 +92,12 @@ def _update(norm: BatchNorm, moments: Tensor, values: int) -> None:
     """Running statistics, from those of a batch with so many values per channel."""
     # Through .data, since torch's own batch norm leaves their version alone too: the graph of an
     # earlier pass, which names them without using them, stays good.
-    mean, variance = moments[0], moments[1] * (values / (values - 1))
+    mean = moments[0]
+    variance = moments[1] * (values / (values - 1))
     for running, value in ((norm.running_mean, mean), (norm.running_var, variance)):
         if running is not None:
-            running.data.copy_((1 - norm.momentum) * running.double() + norm.momentum * value)
+            kept = (1 - norm.momentum) * running.double()
+            running.data.copy_(kept + norm.momentum * value)
 
 
 class _BatchNormDLIF(torch.autograd.Function):

@@ -193,7 +193,8 @@ def finish(
     sums: Tensor, moments: Tensor, eps: float, count: int | None
 ) -> tuple[Tensor, Tensor | None]:
     """See :class:`sj_robust.ops.bn_dlif.layer.Kernels`."""
-    grad_norm, slopes = torch.empty_like(sums), None if count is None else torch.empty_like(sums)
+    grad_norm = torch.empty_like(sums)
+    slopes = None if count is None else torch.empty_like(sums)
     _for_each_channel(
         _kernels().bn_finish,
         sums.shape[1],

@@ -130,10 +130,18 @@ def _failure(name: str) -> str | None:
 
 
 def _spikes_of_one_neuron(name: str, device: torch.device) -> list[float]:
-    x_seq, gain = torch.tensor([[0.5], [0.75]], device=device), torch.ones(2, device=device)
-    config = DLIFConfig(0.5, 1.0, 0.0, Surrogate(), False)
-    outputs = forward(KERNELS[name], Inputs(x_seq, gain, None, config), False)
-    return [float(spike) for spike in outputs.spike_seq.flatten().tolist()]
+    x_seq = torch.tensor([[0.5], [0.75]], device=device)
+    gain = torch.ones(2, device=device)
+    config = DLIFConfig(
+        decay=0.5,
+        v_threshold=1.0,
+        v_reset=0.0,
+        surrogate=Surrogate(),
+        detach_reset=False,
+    )
+    outputs = forward(KERNELS[name], Inputs(x_seq, gain, None, config), store_v_seq=False)
+    spikes: list[float] = outputs.spike_seq.flatten().tolist()
+    return spikes
 
 
 # As torch.compiler.assume_constant_result does, which loads the compiler: it need not look into

@@ -3,9 +3,8 @@
 // stays there too. What happens to x before the neuron, and to its gradient behind it, is a
 // Coupling: Plain in plain.h (nothing), Normalised in bn_dlif. Its functions:
 //   enter(block), leave(block)               before and after a block
-//   input(x, k)                              current of the neuron for the vector k elements into
-//   the block emit<STREAM>(gx, g, x, k)                gradient g of that current turned into one
-//   of x
+//   input(x, k)                              current of the neuron, k elements into the block
+//   emit<STREAM>(gx, g, x, k)                gradient g of that current turned into one of x
 // and its constants: WRITES (emit writes gx), SUMS (the gradient of the gain is wanted).
 #include "simd.h"
 #include "walk.h"
@@ -43,21 +42,26 @@ struct Neuron {
         slope = C(job.alpha * job.alpha);
         break;
       case ATAN:
-        height = C(job.alpha / 2), slope = C(1.57079632679489662 * job.alpha);
+        height = C(job.alpha / 2);
+        slope = C(1.57079632679489662 * job.alpha);
         break;
       case SIGMOID:
         break;
       case EXPONENTIAL:
-        height = C(job.alpha / 2), slopes = row_of_slopes<EXPONENTIAL, C>;
+        height = C(job.alpha / 2);
+        slopes = row_of_slopes<EXPONENTIAL, C>;
         break;
       case SOFT_SIGN:
-        height = C(job.alpha / 2), slopes = row_of_slopes<SOFT_SIGN, C>;
+        height = C(job.alpha / 2);
+        slopes = row_of_slopes<SOFT_SIGN, C>;
         break;
       case SUPER_SPIKE:
-        slope = C(1), slopes = row_of_slopes<SOFT_SIGN, C>;
+        slope = C(1);
+        slopes = row_of_slopes<SOFT_SIGN, C>;
         break;
       default:
-        height = C(job.alpha * 0.56418958354775629), slopes = row_of_slopes<ERF, C>;
+        height = C(job.alpha * 0.56418958354775629);
+        slopes = row_of_slopes<ERF, C>;
     }
   }
 };
@@ -95,11 +99,19 @@ __attribute__((noinline)) void row_of_slopes(const C* h, const Neuron<C>& n, C* 
 }
 
 template <Reset RESET, class C>
+SJR_INLINE Vec<C> after_spike(Vec<C> h, const Neuron<C>& n) {
+  if constexpr (RESET == SOFT) {
+    return h - n.v_threshold;
+  } else if constexpr (RESET == TO_ZERO) {
+    return Vec<C>{};
+  } else {
+    return fill(n.v_reset);
+  }
+}
+
+template <Reset RESET, class C>
 SJR_INLINE Vec<C> after_reset(Vec<C> h, const Neuron<C>& n) {
-  return h >= n.v_threshold ? (RESET == SOFT      ? h - n.v_threshold
-                               : RESET == TO_ZERO ? Vec<C>{}
-                                                  : fill(n.v_reset))
-                            : h;
+  return h >= n.v_threshold ? after_spike<RESET>(h, n) : h;
 }
 
 template <Reset RESET, class C>
@@ -136,7 +148,9 @@ __attribute__((noinline)) void forward_block(const ForwardBlock<C>& b,
     v[k] = b.v_init ? load(b.v_init + k * W) : fill(n.v_start);
   }
   const C* x = b.x;
-  C *s = b.s, *v_seq = b.v_seq, *current = b.current;
+  C* s = b.s;
+  C* v_seq = b.v_seq;
+  C* current = b.current;
   for (int64_t t = 0; t < b.T; ++t, x += b.x_stride, s += b.s_stride) {
     const C gain = b.gain[t];
     SJR_UNROLL
@@ -199,7 +213,9 @@ __attribute__((noinline)) void backward_block(const BackwardBlock<C>& b,
   }
   for (int64_t t = b.T - 1; t >= 0; --t) {
     const C gain = b.gain[t];
-    const C *x = b.x + t * b.x_stride, *gs = b.gs + t * b.gs_stride, *h_row = b.h + t * BLOCK<C>;
+    const C* x = b.x + t * b.x_stride;
+    const C* gs = b.gs + t * b.gs_stride;
+    const C* h_row = b.h + t * BLOCK<C>;
     C* gx = b.gx + t * b.stride;
     if (b.gvs) {
       for (int k = 0; k < ROWS; ++k) {
@@ -229,8 +245,11 @@ __attribute__((noinline)) void backward_block(const BackwardBlock<C>& b,
         gh = through_spike * g + v[k];
       } else {
         if constexpr (!DETACH) {
-          through_spike =
-              RESET == TO_ZERO ? through_spike - v[k] * h : through_spike + v[k] * (n.v_reset - h);
+          if constexpr (RESET == TO_ZERO) {
+            through_spike -= v[k] * h;
+          } else {
+            through_spike += v[k] * (n.v_reset - h);
+          }
         }
         gh = through_spike * g + (h >= n.v_threshold ? Vec<C>{} : v[k]);
       }
@@ -344,7 +363,9 @@ inline bool can_stream(const Job& job, const void* out, int64_t element) {
 template <class S, class C, class K>
 void forward_range(const Job& job, int64_t first, int64_t last, void* memory, K& coupling) {
   constexpr int B = BLOCK<C>;
-  const int64_t T = job.T, M = job.M, pooled_M = Shape(job).pooled_M;
+  const int64_t T = job.T;
+  const int64_t M = job.M;
+  const int64_t pooled_M = Shape(job).pooled_M;
   const Neuron<C> n(job);
   const ForwardFn<C, K> staged = choose_forward<C, K>(job, false);
   const ForwardFn<C, K> direct = choose_forward<C, K>(
@@ -352,55 +373,55 @@ void forward_range(const Job& job, int64_t first, int64_t last, void* memory, K&
       !job.pool && can_stream(job, job.s, sizeof(C)) && can_stream(job, job.v_seq, sizeof(C)) &&
           can_stream(job, job.current, sizeof(C)) && can_stream(job, job.v, sizeof(C)));
   C* const xb = static_cast<C*>(memory);
-  C *const sb = xb + T * B, *const vsb = sb + T * B, *const cb = vsb + T * B,
-           *const pb = cb + T * B, *const ib = pb + T * B / 4, *const vb = ib + B;
+  C* const sb = xb + T * B;
+  C* const vsb = sb + T * B;
+  C* const cb = vsb + T * B;
+  C* const pb = cb + T * B;
+  C* const ib = pb + T * B / 4;
+  C* const vb = ib + B;
   const C* const gain = at<C>(job.gain, 0);
   Walk<B> walk(job, first, last);
   while (walk.next()) {
-    const Block<B>&block = walk.block(), &ahead = walk.ahead();
+    const Block<B>& block = walk.block();
+    const Block<B>& ahead = walk.ahead();
     const Run* const runs = block.runs;
     const int n_runs = block.n_runs;
     const int64_t i = runs[0].offset;
     coupling.enter(block);
     if (std::is_same_v<S, C> && block.is_row()) {
-      C* const s = job.pool ? sb : at<C>(job.s, i);
-      direct({at<C>(job.x, i),
-              gain,
-              at<C>(job.v_init, i),
-              s,
-              at<C>(job.v, i),
-              at<C>(job.v_seq, i),
-              at<C>(job.current, i),
-              T,
-              M,
-              job.x_stride,
-              job.pool ? B : M},
-             n,
-             coupling);
+      ForwardBlock<C> in_place;
+      in_place.x = at<C>(job.x, i);
+      in_place.gain = gain;
+      in_place.v_init = at<C>(job.v_init, i);
+      in_place.s = job.pool ? sb : at<C>(job.s, i);
+      in_place.v = at<C>(job.v, i);
+      in_place.v_seq = at<C>(job.v_seq, i);
+      in_place.current = at<C>(job.current, i);
+      in_place.T = T;
+      in_place.stride = M;
+      in_place.x_stride = job.x_stride;
+      in_place.s_stride = job.pool ? B : M;
+      direct(in_place, n, coupling);
     } else {
-      if (!block.is_full()) {
-        std::memset(xb, 0, size_t(T * B) * sizeof(C));  // lanes beyond the tensor are zero
-      }
-      if (!block.is_full()) {
+      if (!block.is_full()) {  // lanes beyond the tensor are zero
+        std::memset(xb, 0, size_t(T * B) * sizeof(C));
         std::memset(ib, 0, B * sizeof(C));
       }
       read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.x, 0), job.x_stride, T, xb, B);
       if (job.v_init) {
         read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.v_init, 0), 0, 1, ib, B);
       }
-      staged({xb,
-              gain,
-              job.v_init ? ib : nullptr,
-              sb,
-              vb,
-              job.v_seq ? vsb : nullptr,
-              job.current ? cb : nullptr,
-              T,
-              B,
-              B,
-              B},
-             n,
-             coupling);
+      ForwardBlock<C> copied;
+      copied.x = xb;
+      copied.gain = gain;
+      copied.v_init = job.v_init ? ib : nullptr;
+      copied.s = sb;
+      copied.v = vb;
+      copied.v_seq = job.v_seq ? vsb : nullptr;
+      copied.current = job.current ? cb : nullptr;
+      copied.T = T;
+      copied.stride = copied.x_stride = copied.s_stride = B;
+      staged(copied, n, coupling);
       if (!job.pool) {
         write_runs(runs, n_runs, sb, B, T, at<S>(job.s, 0), M, job.stream);
       }
@@ -422,16 +443,25 @@ void forward_range(const Job& job, int64_t first, int64_t last, void* memory, K&
 template <class S, class C, class K>
 void backward_range(
     const Job& job, int64_t first, int64_t last, void* memory, double* gain_sums, K& coupling) {
-  constexpr int B = BLOCK<C>, W = LANES<C>;
-  const int64_t T = job.T, M = job.M, pooled_M = Shape(job).pooled_M;
+  constexpr int B = BLOCK<C>;
+  constexpr int W = LANES<C>;
+  const int64_t T = job.T;
+  const int64_t M = job.M;
+  const int64_t pooled_M = Shape(job).pooled_M;
   const Neuron<C> n(job);
   const BackwardFn<C, K> staged = choose_backward<C, K>(job, false);
   const BackwardFn<C, K> direct = choose_backward<C, K>(job, can_stream(job, job.gx, sizeof(C)));
   C* const h = static_cast<C*>(memory);
-  C *const xb = h + T * B, *const gsb = xb + T * B, *const gvsb = gsb + T * B,
-           *const gxb = gvsb + T * B, *const gcb = gxb + T * B, *const pb = gcb + T * B;
-  C *const sums = pb + T * B / 4, *const ib = sums + T * W, *const gvb = ib + B,
-           *const gib = gvb + B;
+  C* const xb = h + T * B;
+  C* const gsb = xb + T * B;
+  C* const gvsb = gsb + T * B;
+  C* const gxb = gvsb + T * B;
+  C* const gcb = gxb + T * B;
+  C* const pb = gcb + T * B;
+  C* const sums = pb + T * B / 4;
+  C* const ib = sums + T * W;
+  C* const gvb = ib + B;
+  C* const gib = gvb + B;
   const C* const gain = at<C>(job.gain, 0);
   std::memset(sums, 0, size_t(T * W) * sizeof(C));
   int64_t summed = 0;
@@ -444,7 +474,8 @@ void backward_range(
   };
   Walk<B> walk(job, first, last);
   while (walk.next()) {
-    const Block<B>&block = walk.block(), &ahead = walk.ahead();
+    const Block<B>& block = walk.block();
+    const Block<B>& ahead = walk.ahead();
     const Run* const runs = block.runs;
     const int n_runs = block.n_runs;
     const int64_t i = runs[0].offset;
@@ -462,40 +493,37 @@ void backward_range(
       share_block<C>(job, block, pb, gsb);
     }
     if (std::is_same_v<S, C> && block.is_row()) {
-      const C* const gs = job.pool ? gsb : at<C>(job.gs, i);
-      direct({at<C>(job.x, i),
-              gain,
-              at<C>(job.v_init, i),
-              gs,
-              at<C>(job.gv, i),
-              at<C>(job.gvs, i),
-              at<C>(job.g_current, i),
-              at<C>(job.gx, i),
-              at<C>(job.gv_init, i),
-              h,
-              sums,
-              T,
-              M,
-              job.x_stride,
-              job.pool ? B : M},
-             n,
-             coupling);
+      BackwardBlock<C> in_place;
+      in_place.x = at<C>(job.x, i);
+      in_place.gain = gain;
+      in_place.v_init = at<C>(job.v_init, i);
+      in_place.gs = job.pool ? gsb : at<C>(job.gs, i);
+      in_place.gv = at<C>(job.gv, i);
+      in_place.gvs = at<C>(job.gvs, i);
+      in_place.g_current = at<C>(job.g_current, i);
+      in_place.gx = at<C>(job.gx, i);
+      in_place.gv_init = at<C>(job.gv_init, i);
+      in_place.h = h;
+      in_place.gain_sums = sums;
+      in_place.T = T;
+      in_place.stride = M;
+      in_place.x_stride = job.x_stride;
+      in_place.gs_stride = job.pool ? B : M;
+      direct(in_place, n, coupling);
     } else {
-      const bool full = block.is_full();
-      if (!full) {
-        std::memset(xb, 0, size_t(T * B) * sizeof(C));
-      }
-      if (!full && !job.pool) {
-        std::memset(gsb, 0, size_t(T * B) * sizeof(C));
-      }
-      if (!full && job.gvs) {
-        std::memset(gvsb, 0, size_t(T * B) * sizeof(C));
-      }
-      if (!full && job.g_current) {
-        std::memset(gcb, 0, size_t(T * B) * sizeof(C));
-      }
-      if (!full) {
-        std::memset(ib, 0, 2 * B * sizeof(C));
+      if (!block.is_full()) {
+        const size_t bytes = size_t(T * B) * sizeof(C);
+        std::memset(xb, 0, bytes);
+        if (!job.pool) {
+          std::memset(gsb, 0, bytes);
+        }
+        if (job.gvs) {
+          std::memset(gvsb, 0, bytes);
+        }
+        if (job.g_current) {
+          std::memset(gcb, 0, bytes);
+        }
+        std::memset(ib, 0, 2 * B * sizeof(C));  // and gvb, which follows it
       }
       read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.x, 0), job.x_stride, T, xb, B);
       if (!job.pool) {
@@ -513,23 +541,21 @@ void backward_range(
       if (job.g_current) {
         read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.g_current, 0), M, T, gcb, B);
       }
-      staged({xb,
-              gain,
-              job.v_init ? ib : nullptr,
-              gsb,
-              job.gv ? gvb : nullptr,
-              job.gvs ? gvsb : nullptr,
-              job.g_current ? gcb : nullptr,
-              gxb,
-              job.gv_init ? gib : nullptr,
-              h,
-              sums,
-              T,
-              B,
-              B,
-              B},
-             n,
-             coupling);
+      BackwardBlock<C> copied;
+      copied.x = xb;
+      copied.gain = gain;
+      copied.v_init = job.v_init ? ib : nullptr;
+      copied.gs = gsb;
+      copied.gv = job.gv ? gvb : nullptr;
+      copied.gvs = job.gvs ? gvsb : nullptr;
+      copied.g_current = job.g_current ? gcb : nullptr;
+      copied.gx = gxb;
+      copied.gv_init = job.gv_init ? gib : nullptr;
+      copied.h = h;
+      copied.gain_sums = sums;
+      copied.T = T;
+      copied.stride = copied.x_stride = copied.gs_stride = B;
+      staged(copied, n, coupling);
       if constexpr (K::WRITES) {
         write_runs(runs, n_runs, gxb, B, T, at<S>(job.gx, 0), M, job.stream);
       }
@@ -538,7 +564,8 @@ void backward_range(
       }
     }
     coupling.leave(block);
-    if ((summed += block.size) >= FLUSH) {
+    summed += block.size;
+    if (summed >= FLUSH) {
       flush();
     }
   }

@@ -135,7 +135,9 @@ def run(
     )
     if planes is not None:
         job.plane = planes.height * planes.width
-        job.channels, job.height, job.width = planes.channels, planes.height, planes.width
+        job.channels = planes.channels
+        job.height = planes.height
+        job.width = planes.width
         job.channels_last, job.pool = planes.channels_last, planes.pool
     operator = "dlif" if function.startswith("dlif") else "bn_dlif"
     scratch_bytes = getattr(library, f"sjr_{operator}_scratch_bytes")

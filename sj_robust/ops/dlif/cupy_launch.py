@@ -195,7 +195,10 @@ class Variant:
         arguments += [self.reset, self.v_seq]
         if self.surrogate is not None:
             arguments += [self.detach, self.surrogate]
-        words = [str(one).lower() if isinstance(one, bool) else str(one) for one in arguments]
+        words = []
+        for one in arguments:
+            word = str(one)
+            words.append(word.lower() if isinstance(one, bool) else word)
         own = "" if self.spliced is None else spliced_struct(self.spliced)
         line = f"{self.name.upper()}({', '.join(words)})"
         return "\n".join([kernel_text(), own, line, ""])
@@ -272,8 +275,10 @@ def _wrong_text_reason(name: str, surrogate: Surrogate, device: torch.device) ->
     # an even number: neither 0 nor the round values where g jumps
     z = torch.linspace(-3.0, 3.0, 1200, device=device)
     config = DLIFConfig(0.0, 0.0, 0.0, surrogate, detach_reset=True)
-    inputs = Inputs(z[None], torch.ones(1, device=device), None, config)
-    found = InputGradients(torch.empty_like(z)[None], torch.empty(1, device=device), None)
+    gain = torch.ones(1, device=device)
+    inputs = Inputs(z[None], gain, None, config)
+    grad_x_seq = torch.empty_like(z)[None]
+    found = InputGradients(grad_x_seq, torch.empty(1, device=device), None)
     try:
         backward(inputs, OutputGradients(torch.ones_like(z)[None]), found)
     except _CompilationError as error:
@@ -298,9 +303,11 @@ def _vector_width(neurons: int, at_most: int, *tensors: Tensor | None) -> int:
     """Neighbouring neurons per thread: 4, 2 or 1, as the row length and the alignment of every
     tensor allow.
     """
-    width = min(at_most, 4 if neurons % 4 == 0 else 2 if neurons % 2 == 0 else 1)
+    width = min(at_most, math.gcd(neurons, 4))
     for tensor in tensors:
-        while width > 1 and tensor is not None and tensor.data_ptr() % (width * tensor.itemsize):
+        if tensor is None:
+            continue
+        while width > 1 and tensor.data_ptr() % (width * tensor.itemsize):
             width //= 2
     return width
 
@@ -326,21 +333,25 @@ _CONSTANTS = ("decay", "leak_current", "v_threshold", "v_reset")
 def _launch(variant: Variant, inputs: Inputs, **others: Tensor | None) -> None:
     """Launch a kernel on tensors by the names of its parameters; an absent one is None."""
     x_seq, input_gain, v_init, config = inputs
-    T, M = len(x_seq), x_seq[0].numel()
+    T = len(x_seq)
+    M = x_seq[0].numel()
     if M == 0:
         return
     is_forward = variant.surrogate is None
     tensors = {"x_seq": x_seq, "input_gain": input_gain, "v_init": v_init, **others}
-    pointers = [_pointer(tensors[name]) for name in (_FORWARD if is_forward else _BACKWARD)]
+    names = _FORWARD if is_forward else _BACKWARD
+    pointers = [_pointer(tensors[name]) for name in names]
     numbers = config.numbers
     constants = _floats(*(numbers[name] for name in _CONSTANTS))
     if not is_forward:
         constants += _floats(config.surrogate.alpha)
-    device, (of_device, of_stream) = x_seq.device, _contexts()
+    of_device, of_stream = _contexts()
+    device = x_seq.device
     stream = torch.cuda.current_stream(device).cuda_stream
     with of_device(device.index), of_stream(stream):  # CuPy restores its own
         kernel = _compiled(variant, device)
-        grid, block = (variant.blocks(M),), (variant.threads,)
+        grid = (variant.blocks(M),)
+        block = (variant.threads,)
         kernel(grid, block, (*pointers, np.int64(M), np.int32(T), *constants))
 
 

@@ -39,7 +39,8 @@ def unsupported_reason(x_seq: Tensor, surrogate: Surrogate) -> str | None:
 
 def forward(inputs: Inputs, outputs: Outputs) -> None:
     """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
-    x_seq, dtype = inputs.x_seq, outputs.v.dtype
+    x_seq = inputs.x_seq
+    dtype = outputs.v.dtype
     flat = _flat(inputs)
     spike_seq = advise_huge_pages(outputs.spike_seq).view(flat.x_seq.shape)
     v = advise_huge_pages(outputs.v).view(-1)
@@ -63,7 +64,9 @@ def forward(inputs: Inputs, outputs: Outputs) -> None:
 
 def backward(inputs: Inputs, grads: OutputGradients, found: InputGradients) -> None:
     """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
-    x_seq, input_gain, config = inputs.x_seq, inputs.input_gain, inputs.config
+    x_seq = inputs.x_seq
+    input_gain = inputs.input_gain
+    config = inputs.config
     dtype = state_dtype(x_seq)
     flat = _flat(inputs)
     grad_spike_seq = grads.spike_seq.view(flat.x_seq.shape)
@@ -79,14 +82,16 @@ def backward(inputs: Inputs, grads: OutputGradients, found: InputGradients) -> N
     rows = _workspace(x_seq, blocks, rows=2 if in_place else 2 + len(x_seq))
     for block in blocks:
         part = _part(flat, block)
-        grad_x_block = grad_x_seq[:, block]
-        scratch, spare, *n_seq = rows[:, : block.stop - block.start].unbind(0)
-        n_seq = n_seq or list(grad_x_block.unbind(0))
+        x_steps = part.x_seq.unbind(0)
+        grad_x_steps = grad_x_seq[:, block].unbind(0)
+        grad_spike_steps = grad_spike_seq[:, block].unbind(0)
+        size = block.stop - block.start
+        scratch, spare, *n_seq = rows[:, :size].unbind(0)
+        if in_place:
+            n_seq = list(grad_x_steps)
         _advance(part, v=scratch, n_seq=n_seq, spike=spare)
         grad_carry = None if grad_v is None else spare.copy_(grad_v[block])
         grad_gains = []
-        x_steps, grad_x_steps = part.x_seq.unbind(0), grad_x_block.unbind(0)
-        grad_spike_steps = grad_spike_seq[:, block].unbind(0)
         for t in reversed(range(len(x_seq))):
             if grad_v_seq is not None:
                 grad_v_now = grad_v_seq[t, block]
@@ -100,8 +105,8 @@ def backward(inputs: Inputs, grads: OutputGradients, found: InputGradients) -> N
                 torch.mul(grad_h, gains[t], out=grad_x_steps[t])
             else:
                 grad_x_steps[t].copy_(grad_h * gains[t])
-            # a dot product loses digits
-            grad_gains.append(torch.mul(grad_h, x_steps[t].to(dtype), out=scratch).sum())
+            product = torch.mul(grad_h, x_steps[t].to(dtype), out=scratch)
+            grad_gains.append(product.sum())  # a dot product loses digits
             grad_carry = grad_h.mul_(config.decay)
         grad_gain += torch.stack(grad_gains[::-1])
         if grad_v_init is not None:
@@ -112,7 +117,8 @@ def backward(inputs: Inputs, grads: OutputGradients, found: InputGradients) -> N
 
 def _flat(inputs: Inputs) -> Inputs:
     """The same with all neurons of a step in a row."""
-    x_seq, v_init = inputs.x_seq, inputs.v_init
+    x_seq = inputs.x_seq
+    v_init = inputs.v_init
     return inputs._replace(
         x_seq=x_seq.view(len(x_seq), x_seq[0].numel()),
         v_init=None if v_init is None else v_init.view(-1),
@@ -124,7 +130,8 @@ def _blocks(x_seq: Tensor) -> list[slice]:
     T, M = x_seq.shape
     if x_seq.device.type != "cpu":
         return [slice(0, M)]
-    size = max(min(_CPU_BLOCK_ELEMENTS * torch.get_num_threads(), _CPU_BLOCK_LIMIT) // T, 4096)
+    elements = min(_CPU_BLOCK_ELEMENTS * torch.get_num_threads(), _CPU_BLOCK_LIMIT)
+    size = max(elements // T, 4096)
     return [slice(start, min(start + size, M)) for start in range(0, M, size)]
 
 
@@ -157,11 +164,14 @@ def _advance(
     written in place.
     """
     x_seq, input_gain, v_init, config = inputs
-    if v_init is not None or config.v_reset:
-        u = v.fill_(-(config.v_reset or 0.0)) if v_init is None else torch.neg(v_init, out=v)
-        at_rest = False
+    u = v
+    at_rest = False
+    if v_init is not None:
+        torch.neg(v_init, out=u)
+    elif config.v_reset:
+        u.fill_(-config.v_reset)
     else:
-        u, at_rest = v, True  # a potential of 0 adds nothing to the first step
+        at_rest = True  # a potential of 0 adds nothing to the first step
     is_custom = config.surrogate.kind == "custom"
     needs_spike = spike_seq is not None or config.v_reset is None or is_custom
     spikes_in_place = spike_seq is not None and spike_seq.dtype == v.dtype

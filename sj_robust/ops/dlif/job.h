@@ -81,7 +81,8 @@ struct Shape {
     if (!job.pool) {
       return;
     }
-    rows = (job.height + 1) / 2, columns = job.channels_last ? (job.width + 1) / 2 : 1;
+    rows = (job.height + 1) / 2;
+    columns = job.channels_last ? (job.width + 1) / 2 : 1;
     const int64_t planes =
         job.channels_last ? job.M / (job.plane * job.channels) : job.M / job.plane;
     items = planes * rows * columns;
@@ -182,13 +183,15 @@ struct Plan {
 
   static void forward_unit(void* context, int thread, int64_t i) {
     const Plan& plan = *static_cast<Plan*>(context);
-    const int64_t first = i * plan.unit, last = std::min(plan.items, first + plan.unit);
+    const int64_t first = i * plan.unit;
+    const int64_t last = std::min(plan.items, first + plan.unit);
     plan.code.forward(plan.job, first, last, plan.memory + thread * plan.thread_bytes);
   }
 
   static void backward_unit(void* context, int thread, int64_t i) {
     const Plan& plan = *static_cast<Plan*>(context);
-    const int64_t first = i * plan.unit, last = std::min(plan.items, first + plan.unit);
+    const int64_t first = i * plan.unit;
+    const int64_t last = std::min(plan.items, first + plan.unit);
     double* const sums = plan.sums + i * plan.sums_per_unit;
     plan.code.backward(
         plan.job, first, last, plan.memory + thread * plan.thread_bytes, sums, sums + plan.job.T);

@@ -7,7 +7,8 @@ namespace {
 
 template <class C>
 struct Plain {
-  static constexpr bool WRITES = true, SUMS = true;
+  static constexpr bool WRITES = true;
+  static constexpr bool SUMS = true;
   void enter(const Block<BLOCK<C>>&) {}
   void leave(const Block<BLOCK<C>>&) {}
   SJR_TARGET_INLINE Vec<C> input(Vec<C> x, int) const { return x; }

@@ -126,7 +126,9 @@ inline void parallel(
   static const detail::OpenMP openmp = detail::find_openmp();
   detail::Team team;
   team.joined.store(0, std::memory_order_relaxed);
-  team.size = threads, team.task = task, team.context = context;
+  team.size = threads;
+  team.task = task;
+  team.context = context;
   for (int i = 0; i < threads; ++i) {
     team.share[i].next.store(units * i / threads, std::memory_order_relaxed);
     team.share[i].end = units * (i + 1) / threads;

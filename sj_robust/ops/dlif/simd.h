@@ -163,7 +163,8 @@ SJR_INLINE C widen(BFloat16 a) {
 
 template <class C>
 SJR_INLINE C widen(Half a) {
-  const uint32_t sign = uint32_t(a.bits & 0x8000u) << 16, m = uint32_t(a.bits & 0x7fffu) << 13;
+  const uint32_t sign = uint32_t(a.bits & 0x8000u) << 16;
+  const uint32_t m = uint32_t(a.bits & 0x7fffu) << 13;
   const uint32_t subnormal =
       bits_as<uint32_t>(bits_as<float>(m + (113u << 23)) - bits_as<float>(113u << 23));
   const uint32_t finite = m < (1u << 23) ? subnormal : m + (112u << 23);
@@ -177,14 +178,17 @@ struct Narrow {
 template <class C>
 struct Narrow<BFloat16, C> {
   static SJR_TARGET_INLINE BFloat16 from(C a) {
-    const uint32_t u = bits_as<uint32_t>(a), rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    const uint32_t u = bits_as<uint32_t>(a);
+    const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     return {uint16_t((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded)};
   }
 };
 template <class C>
 struct Narrow<Half, C> {
   static SJR_TARGET_INLINE Half from(C a) {
-    const uint32_t u = bits_as<uint32_t>(a), sign = (u >> 16) & 0x8000u, m = u & 0x7fffffffu;
+    const uint32_t u = bits_as<uint32_t>(a);
+    const uint32_t sign = (u >> 16) & 0x8000u;
+    const uint32_t m = u & 0x7fffffffu;
     const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(m) + 0.5f) - (126u << 23);
     const uint32_t normal = (m + 0xfffu + ((m >> 13) & 1u) - (112u << 23)) >> 13;
     const uint32_t special = m > 0x7f800000u ? 0x7e00u : 0x7c00u;

@@ -109,15 +109,28 @@ class _BackwardPlan(Plan):
 def forward_plan(dtype: torch.dtype, steps: int, config: DLIFConfig) -> Plan:
     """How the forward kernel is cut for so many steps of a dtype."""
     first, later, segment = _cut(steps)
-    return Plan(first, later, segment, config.reset, _block(dtype, 1, FORWARD_WARPS, later > 0))
+    return Plan(
+        FIRST=first,
+        LATER=later,
+        SEGMENT=segment,
+        RESET=config.reset,
+        BLOCK=_block(dtype, 1, FORWARD_WARPS, later > 0),
+    )
 
 
 def backward_plan(dtype: torch.dtype, steps: int, config: DLIFConfig) -> Plan:
     """How the backward kernel is cut: the more steps are in registers, the fewer neurons."""
     first, later, segment = _cut(steps)
-    block = _block(dtype, max(first, segment) if later else first, BACKWARD_WARPS, later > 0)
+    steps = max(first, segment) if later else first
+    block = _block(dtype, steps, BACKWARD_WARPS, later > 0)
     return _BackwardPlan(
-        first, later, segment, config.reset, block, config.detach_reset, config.surrogate.kind
+        FIRST=first,
+        LATER=later,
+        SEGMENT=segment,
+        RESET=config.reset,
+        BLOCK=block,
+        DETACH=config.detach_reset,
+        SURROGATE=config.surrogate.kind,
     )
 
 

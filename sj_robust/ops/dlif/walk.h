@@ -15,8 +15,9 @@ struct Run {  // neurons that follow each other, in a step of the tensor and in 
   int32_t position, length;
 };
 
-struct Cells {  // of the pooling: `position` among those of the block, and where their neurons
-                // begin, in the block
+// Cells of the pooling: `position` among those of the block, and where their neurons begin, in the
+// block.
+struct Cells {
   int32_t position, length, top, top_right, bottom, bottom_right;
 };
 
@@ -31,15 +32,17 @@ struct Block {
   Cells cells[B];
   Span spans[B];
   int n_runs, n_pooled, n_cells, n_spans;
-  int size, n_present,
-      n_covered;    // lanes in use, those of them that the tensor has, and those in whole cells
+  int size;         // lanes in use,
+  int n_present;    // those of them that the tensor has,
+  int n_covered;    // and those in whole cells
   int64_t pattern;  // blocks of one pattern, unless it is -1, have equal spans
 
   bool is_full() const { return n_present == B; }
   bool is_row() const { return is_full() && n_runs == 1; }
 
   void clear() {
-    n_runs = n_pooled = n_cells = n_spans = size = n_present = n_covered = 0, pattern = -1;
+    n_runs = n_pooled = n_cells = n_spans = size = n_present = n_covered = 0;
+    pattern = -1;
   }
 
   static void add(Run* list, int& n, int64_t offset, int32_t position, int32_t length) {
@@ -84,8 +87,9 @@ template <int B>
 struct Walk {
   const Job& job;
   const Shape shape;
-  int64_t item, last,
-      within = 0;               // within: columns or channels of this item that earlier blocks have
+  int64_t item;
+  int64_t last;
+  int64_t within = 0;           // columns or channels of this item that earlier blocks have
   int64_t plane, row, channel;  // of this item, in rows()
   Block<B> blocks[2];
   int current = 0;
@@ -102,9 +106,8 @@ struct Walk {
   }
 
   const Block<B>& block() const { return blocks[current]; }
-  const Block<B>& ahead() const {
-    return blocks[1 - current];
-  }  // the one after it; of no runs behind the last
+  // The one after it; of no runs behind the last.
+  const Block<B>& ahead() const { return blocks[1 - current]; }
   bool next() {
     current = 1 - current;
     fill(blocks[1 - current]);
@@ -140,7 +143,8 @@ struct Walk {
         block.add_span(c, begin, end - begin);
       }
     } else if (job.scale) {
-      int64_t c = item / job.plane % job.channels, end = job.plane - item % job.plane;
+      int64_t c = item / job.plane % job.channels;
+      int64_t end = job.plane - item % job.plane;
       for (int64_t begin = 0; begin < size;
            begin = end, end += job.plane, c = c + 1 == job.channels ? 0 : c + 1) {
         block.add_span(c, begin, std::min(end, size) - begin);
@@ -153,11 +157,13 @@ struct Walk {
   }
 
   void rows(Block<B>& block) {
-    const int64_t width = job.width, pooled_width = width / 2;
+    const int64_t width = job.width;
+    const int64_t pooled_width = width / 2;
     for (; item < last; next_row()) {
-      const int64_t c = channel, height = std::min<int64_t>(2, job.height - 2 * row);
-      const int64_t offset = plane * job.plane + 2 * row * width,
-                    pooled = (plane * (job.height / 2) + row) * pooled_width;
+      const int64_t c = channel;
+      const int64_t height = std::min<int64_t>(2, job.height - 2 * row);
+      const int64_t offset = plane * job.plane + 2 * row * width;
+      const int64_t pooled = (plane * (job.height / 2) + row) * pooled_width;
       if (height * width > B) {  // a piece of this item alone
         if (block.size > 0) {
           break;
@@ -173,11 +179,13 @@ struct Walk {
         block.size = int(height * length);
         within += length;
         if (within == width) {
-          within = 0, next_row();
+          within = 0;
+          next_row();
         }
         break;
       }
-      const int64_t position = block.size, length = height * width;
+      const int64_t position = block.size;
+      const int64_t length = height * width;
       if (position + length > B) {
         break;
       }
@@ -204,22 +212,27 @@ struct Walk {
     if (++row < shape.rows) {
       return;
     }
-    row = 0, ++plane;
+    row = 0;
+    ++plane;
     if (++channel >= job.channels) {
       channel = 0;
     }
   }
 
   void pixels(Block<B>& block) {
-    const int64_t channels = job.channels, line = job.width * channels, first = within;
+    const int64_t channels = job.channels;
+    const int64_t line = job.width * channels;
+    const int64_t first = within;
     while (item < last && block.size < B) {
-      const int64_t column = item % shape.columns, row = item / shape.columns % shape.rows,
-                    sample = item / shape.columns / shape.rows;
-      const int64_t length = std::min<int64_t>(channels - within, (B - block.size) / 4),
-                    position = block.size;
+      const int64_t column = item % shape.columns;
+      const int64_t row = item / shape.columns % shape.rows;
+      const int64_t sample = item / shape.columns / shape.rows;
+      const int64_t length = std::min<int64_t>(channels - within, (B - block.size) / 4);
+      const int64_t position = block.size;
       const int64_t offset =
           sample * job.channels * job.plane + 2 * row * line + 2 * column * channels + within;
-      const bool right = 2 * column + 1 < job.width, below = 2 * row + 1 < job.height;
+      const bool right = 2 * column + 1 < job.width;
+      const bool below = 2 * row + 1 < job.height;
       block.add_run(offset, position, length);
       if (right) {
         block.add_run(offset + channels, position + length, length);
@@ -244,7 +257,8 @@ struct Walk {
       block.size += int(4 * length);
       within += length;
       if (within == channels) {
-        within = 0, ++item;
+        within = 0;
+        ++item;
       }
     }
     if (block.size == B) {
@@ -381,7 +395,8 @@ SJR_INLINE void pool_pairs(const C* top, const C* bottom, int n, C* to) {
   } else {
     using P = Piece<C, N>;
     for (; n >= N; n -= N, top += 2 * N, bottom += 2 * N, to += N) {
-      const auto low = P::get(top) + P::get(bottom), high = P::get(top + N) + P::get(bottom + N);
+      const auto low = P::get(top) + P::get(bottom);
+      const auto high = P::get(top + N) + P::get(bottom + N);
       P::set(to, C(0.25) * P::template sum_groups<1>(low, high, Numbers<N>{}));
     }
     if (n > 0) {
@@ -401,10 +416,12 @@ SJR_INLINE void share_pairs(const C* from, int n, C* top, C* bottom) {
     using P = Piece<C, N>;
     for (; n >= N; n -= N, top += 2 * N, bottom += 2 * N, from += N) {
       const auto share = C(0.25) * P::get(from);
-      const auto low = P::template twice_each<1, 0>(share, Numbers<N>{}),
-                 high = P::template twice_each<1, 1>(share, Numbers<N>{});
-      P::set(top, low), P::set(top + N, high);
-      P::set(bottom, low), P::set(bottom + N, high);
+      const auto low = P::template twice_each<1, 0>(share, Numbers<N>{});
+      const auto high = P::template twice_each<1, 1>(share, Numbers<N>{});
+      P::set(top, low);
+      P::set(top + N, high);
+      P::set(bottom, low);
+      P::set(bottom + N, high);
     }
     if (n > 0) {
       share_pairs<C, N / 2>(from, n, top, bottom);
@@ -428,7 +445,10 @@ SJR_INLINE void share_rows(const C* from, int n, C* a, C* b, C* c, C* d) {
   int i = 0;
   for (; i + LANES<C> <= n; i += LANES<C>) {
     const Vec<C> share = C(0.25) * load(from + i);
-    store(a + i, share), store(b + i, share), store(c + i, share), store(d + i, share);
+    store(a + i, share);
+    store(b + i, share);
+    store(c + i, share);
+    store(d + i, share);
   }
   for (; i < n; ++i) {
     a[i] = b[i] = c[i] = d[i] = C(0.25) * from[i];
@@ -453,12 +473,12 @@ void share_narrow(const C* from, int64_t n, C* gs) {
   using P = Piece<C, N>;
   for (; n > 0; n -= 4 * N, from += N, gs += 4 * N) {
     const auto share = C(0.25) * P::get(from);
-    const auto low = P::template twice_each<H, 0>(share, Numbers<N>{}),
-               high = P::template twice_each<H, 1>(share, Numbers<N>{});
-    P::set(gs, P::template twice_each<1, 0>(low, Numbers<N>{})),
-        P::set(gs + N, P::template twice_each<1, 1>(low, Numbers<N>{}));
-    P::set(gs + 2 * N, P::template twice_each<1, 0>(high, Numbers<N>{})),
-        P::set(gs + 3 * N, P::template twice_each<1, 1>(high, Numbers<N>{}));
+    const auto low = P::template twice_each<H, 0>(share, Numbers<N>{});
+    const auto high = P::template twice_each<H, 1>(share, Numbers<N>{});
+    P::set(gs, P::template twice_each<1, 0>(low, Numbers<N>{}));
+    P::set(gs + N, P::template twice_each<1, 1>(low, Numbers<N>{}));
+    P::set(gs + 2 * N, P::template twice_each<1, 0>(high, Numbers<N>{}));
+    P::set(gs + 3 * N, P::template twice_each<1, 1>(high, Numbers<N>{}));
   }
 }
 

@@ -85,7 +85,8 @@ def bounded_steps(currents: Currents, constants: Constants, windows: Windows) ->
         )
     ]
     gains = torch.tensor(constants.gains, dtype=torch.float64)
-    powers = torch.tensor([constants.decay**n for n in range(T + 1)], dtype=torch.float64)
+    discounts = [constants.decay**n for n in range(T + 1)]
+    powers = torch.tensor(discounts, dtype=torch.float64)
     names = ("high", "known_low", "known_high", "error", "sums_low", "sums_high")
     job = _StepsJob(
         T=T,
@@ -130,7 +131,8 @@ def train_sums(
         assert trains.first is not None
         assert trains.last is not None
         width = int((trains.last - trains.first).max()) + 1 if M else 1
-        tables = range_tables(padded, trains.spikes, max(0, width.bit_length() - 1))
+        levels = max(0, width.bit_length() - 1)
+        tables = range_tables(padded, trains.spikes, levels)
     dtype = torch.float64 if narrow is None else torch.float32
     low = torch.empty(F, M, dtype=dtype)
     high = torch.empty_like(low)
@@ -191,7 +193,9 @@ def joint_sums_backward(
     job.totals = totals.data_ptr()
     _run("joint_sums", job)
     found = totals.to(low.dtype)
-    return low, high, found[: F * T].view(F, T), found[F * T :].clone()
+    d_weights = found[: F * T].view(F, T)
+    d_powers = found[F * T :].clone()
+    return low, high, d_weights, d_powers
 
 
 def _joint_job(
@@ -248,7 +252,9 @@ def chain_sums_backward(
     """Gradients of both ends of the currents, of scales and shifts of the gates and, with places,
     of the trains' values [F, J].
     """
-    F, J, G = len(grads[0]), len(chains.to_last), len(chains.scale)
+    F = len(grads[0])
+    J = len(chains.to_last)
+    G = len(chains.scale)
     padding = -2 * F % _LANES
     tables = [
         torch.nn.functional.pad(table, (0, padding)).contiguous()
@@ -279,7 +285,8 @@ def chain_sums_backward(
     )
     _run("chain_sums", job)
     of_scale, of_shift, values = torch.split(totals.to(low.dtype), [G, G, F * J])
-    return low, high, of_scale, of_shift, None if places is None else values.view(F, J)
+    of_values = None if places is None else values.view(F, J)
+    return low, high, of_scale, of_shift, of_values
 
 
 def _contiguous(part: Tensor | None) -> Tensor | None:

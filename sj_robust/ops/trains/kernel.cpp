@@ -31,7 +31,8 @@ struct Work {
 
   static void unit(void* context, int thread, int64_t i) {
     const Work& me = *static_cast<Work*>(context);
-    const int64_t first = i * UNIT_OF_NEURONS, last = std::min(me.job.M, first + UNIT_OF_NEURONS);
+    const int64_t first = i * UNIT_OF_NEURONS;
+    const int64_t last = std::min(me.job.M, first + UNIT_OF_NEURONS);
     me.run(me.job, first, last, me.memory() + thread * me.doubles, me.totals_of(i));
   }
 

@@ -42,10 +42,13 @@ struct StepsBlock {
   }
 
   SJR_TARGET_INLINE void charge(int64_t t) {
-    const double decay = job.decay, gain = job.gains[t], rest = job.rest,
-                 size_of_rest = magnitude_of(rest);
-    const double size_of_gain = magnitude_of(gain), unit = job.charge_unit,
-                 least = job.charge_least;
+    const double decay = job.decay;
+    const double gain = job.gains[t];
+    const double rest = job.rest;
+    const double size_of_rest = magnitude_of(rest);
+    const double size_of_gain = magnitude_of(gain);
+    const double unit = job.charge_unit;
+    const double least = job.charge_least;
     const double* x_low = row(job.low, t);
     const double* x_high = row(job.high, t);
     const double* small = gain < 0 ? x_high : x_low;
@@ -55,8 +58,10 @@ struct StepsBlock {
     for (int i = 0; i < n; ++i) {
       double below = decay * v_low[i] + gain * small[i];
       double above = decay * v_high[i] + gain * large[i];
-      if (rest != 0)
-        below = below + leak, above = above + leak;
+      if (rest != 0) {
+        below = below + leak;
+        above = above + leak;
+      }
       const double v = larger(magnitude_of(v_low[i]), magnitude_of(v_high[i]));
       const double x = larger(magnitude_of(x_low[i]), magnitude_of(x_high[i]));
       const double size = (v + size_of_gain * x) + size_of_rest;
@@ -87,10 +92,17 @@ struct StepsBlock {
   SJR_TARGET_INLINE void clamp() {
     SJR_APART
     for (int i = 0; i < n; ++i) {
-      const double fired = larger(h_low[i], job.below), silent = smaller(h_high[i], job.above);
+      const double fired = larger(h_low[i], job.below);
+      const double silent = smaller(h_high[i], job.above);
       h_low[i] = sure[i] ? fired : h_low[i];
       h_high[i] = possible[i] ? h_high[i] : silent;
     }
+  }
+
+  SJR_TARGET_INLINE void copy(const double* from, double* to) const {
+    SJR_APART
+    for (int i = 0; i < n; ++i)
+      to[i] = from[i];
   }
 
   // Cuts low and high by what a step k - 1 without a spike, whose bounds are given, leaves at t.
@@ -98,7 +110,9 @@ struct StepsBlock {
                                int64_t k,
                                const double* before_low,
                                const double* before_high) {
-    const double kept = job.powers[t - k + 1], rest = job.rest, top = job.above;
+    const double kept = job.powers[t - k + 1];
+    const double rest = job.rest;
+    const double top = job.above;
     const double* sums_low = row(job.sums_low, slots.row(job.T, t, k));
     const double* sums_high = row(job.sums_high, slots.row(job.T, t, k));
     SJR_APART
@@ -118,56 +132,58 @@ struct StepsBlock {
 
   SJR_TARGET_INLINE void charge_slot(int64_t t, int64_t slot) {
     const int64_t start = slots.start(t, slot);
-    SJR_APART
-    for (int i = 0; i < n; ++i)
-      low[i] = h_low[i], high[i] = h_high[i];
+    copy(h_low, low);
+    copy(h_high, high);
     if (start >= 0) {
       const double* sums_low = row(job.sums_low, slots.row(job.T, t, start));
       const double* sums_high = row(job.sums_high, slots.row(job.T, t, start));
       SJR_APART
       for (int i = 0; i < n; ++i) {
-        const double least = (sums_low[i] + job.rest) - drift[i],
-                     most = (sums_high[i] + job.rest) + drift[i];
+        const double least = (sums_low[i] + job.rest) - drift[i];
+        const double most = (sums_high[i] + job.rest) + drift[i];
         low[i] = larger(low[i], least);
         high[i] = smaller(high[i], most);
       }
     }
     for (int64_t k = slots.earliest(t); k <= t; ++k) {
-      if (start >= 0 ? k <= start : k < t)
-        continue;
       if (start >= 0) {
-        since(t, k, nullptr, past_high(k - 1, slots.slot(k - 1, start)));
+        if (k > start)
+          since(t, k, nullptr, past_high(k - 1, slots.slot(k - 1, start)));
         continue;
       }
+      if (k < t)
+        continue;
       alignas(64) double before_low[B], before_high[B];
       const int64_t members = slots.slot(t - 1, t - job.kept);
-      SJR_APART
-      for (int i = 0; i < n; ++i)
-        before_low[i] = past_low(t - 1, 1)[i], before_high[i] = past_high(t - 1, 1)[i];
-      for (int64_t member = 2; member <= members; ++member)
+      copy(past_low(t - 1, 1), before_low);
+      copy(past_high(t - 1, 1), before_high);
+      for (int64_t member = 2; member <= members; ++member) {
+        const double* also_low = past_low(t - 1, member);
+        const double* also_high = past_high(t - 1, member);
         SJR_APART
-      for (int i = 0; i < n; ++i) {
-        before_low[i] = smaller(before_low[i], past_low(t - 1, member)[i]);
-        before_high[i] = larger(before_high[i], past_high(t - 1, member)[i]);
+        for (int i = 0; i < n; ++i) {
+          before_low[i] = smaller(before_low[i], also_low[i]);
+          before_high[i] = larger(before_high[i], also_high[i]);
+        }
       }
       since(t, k, before_low, before_high);
     }
-    double* const kept_low = past_low(t, slot);
-    double* const kept_high = past_high(t, slot);
-    SJR_APART
-    for (int i = 0; i < n; ++i)
-      kept_low[i] = low[i], kept_high[i] = high[i];
+    copy(low, past_low(t, slot));
+    copy(high, past_high(t, slot));
   }
 
   SJR_TARGET_INLINE void decide(int64_t t) {
-    const double size_of_gain = magnitude_of(job.gains[t]), infinity = __builtin_inf();
+    const double size_of_gain = magnitude_of(job.gains[t]);
+    const double infinity = __builtin_inf();
     const double* of_current = row(job.error, t);
     alignas(64) int64_t all_sure[B], any_possible[B];
     SJR_APART
     for (int i = 0; i < n; ++i) {
       drift[i] = (job.decay * drift[i] + size_of_gain * of_current[i]) + error[i];
-      any_low[i] = infinity, any_high[i] = -infinity;
-      all_sure[i] = 1, any_possible[i] = 0;
+      any_low[i] = infinity;
+      any_high[i] = -infinity;
+      all_sure[i] = 1;
+      any_possible[i] = 0;
       sure_bits[i] = possible_bits[i] = later[i] = 0;
     }
     for (int64_t slot = 0; slot < slots.count(t); ++slot) {
@@ -189,7 +205,8 @@ struct StepsBlock {
     const int64_t fresh = slots.count(t + 1) - 1;
     SJR_APART
     for (int i = 0; i < n; ++i) {
-      sure[i] = all_sure[i], possible[i] = any_possible[i];
+      sure[i] = all_sure[i];
+      possible[i] = any_possible[i];
       reached[i] = later[i] | possible[i] << fresh;
     }
     clamp();
@@ -205,36 +222,49 @@ struct StepsBlock {
   }
 
   SJR_TARGET_INLINE void reset(int64_t t) {
-    const double rest = job.rest, top = larger(job.above, rest),
-                 threshold = magnitude_of(job.threshold);
+    const double rest = job.rest;
+    const double top = larger(job.above, rest);
+    const double threshold = magnitude_of(job.threshold);
     const double size_of_rest = magnitude_of(rest);
-    double *out_h_low = row(job.h_low, t), *out_h_high = row(job.h_high, t),
-           *out_sure = row(job.sure, t);
-    double *out_possible = row(job.possible, t), *out_v_low = row(job.v_low, t),
-           *out_v_high = row(job.v_high, t);
+    double* out_h_low = row(job.h_low, t);
+    double* out_h_high = row(job.h_high, t);
+    double* out_sure = row(job.sure, t);
+    double* out_possible = row(job.possible, t);
+    double* out_v_low = row(job.v_low, t);
+    double* out_v_high = row(job.v_high, t);
     SJR_APART
     for (int i = 0; i < n; ++i) {
-      const double is_sure = double(sure[i]), is_possible = double(possible[i]);
+      const double is_sure = double(sure[i]);
+      const double is_possible = double(possible[i]);
       const double raised = h_low[i] > rest ? is_possible : 0.0;
       const double lowered = larger(is_sure, raised);
       double least = h_low[i] * (1 - lowered);
       double most = h_high[i] * (1 - is_possible) + top * (is_possible - is_sure);
-      if (rest != 0)
-        least = least + rest * lowered, most = most + rest * is_sure;
+      if (rest != 0) {
+        least = least + rest * lowered;
+        most = most + rest * is_sure;
+      }
       const double size = larger(magnitude_of(h_low[i]), magnitude_of(h_high[i]));
       const double rounded = job.reset_unit * ((size + size_of_rest) + threshold) + job.reset_least;
       drift[i] = drift[i] + rounded;
-      v_low[i] = least - rounded, v_high[i] = most + rounded;
-      out_h_low[i] = h_low[i], out_h_high[i] = h_high[i];
-      out_sure[i] = is_sure, out_possible[i] = is_possible;
-      out_v_low[i] = v_low[i], out_v_high[i] = v_high[i];
+      v_low[i] = least - rounded;
+      v_high[i] = most + rounded;
+      out_h_low[i] = h_low[i];
+      out_h_high[i] = h_high[i];
+      out_sure[i] = is_sure;
+      out_possible[i] = is_possible;
+      out_v_low[i] = v_low[i];
+      out_v_high[i] = v_high[i];
     }
   }
 
   SJR_TARGET_INLINE void run() {
     SJR_APART
-    for (int i = 0; i < n; ++i)
-      v_low[i] = v_high[i] = job.rest, drift[i] = 0, reached[i] = 1;
+    for (int i = 0; i < n; ++i) {
+      v_low[i] = v_high[i] = job.rest;
+      drift[i] = 0;
+      reached[i] = 1;
+    }
     for (int64_t t = 0; t < job.T; ++t) {
       charge(t);
       if (job.windowed) {
@@ -274,13 +304,15 @@ SJR_INLINE void over_paths(
       fire_low[f] = w[f] + low[fresh * F + f];
       fire_high[f] = w[f] + high[fresh * F + f];
     }
-    const int sure = uint16_t(job.sure_cases[t * job.O + place]),
-              possible = uint16_t(job.possible_cases[t * job.O + place]);
-    for (int64_t slot = slots.count(t) - 1; slot >= 0;
-         --slot) {  // what it reads lies in no later place
+    const int sure = uint16_t(job.sure_cases[t * job.O + place]);
+    const int possible = uint16_t(job.possible_cases[t * job.O + place]);
+    // from the last one on: what a slot reads lies in no later place
+    for (int64_t slot = slots.count(t) - 1; slot >= 0; --slot) {
       const int64_t after = slots.after(t, slot);
-      const double *stay_low = low + after * F, *stay_high = high + after * F;
-      double *here_low = low + slot * F, *here_high = high + slot * F;
+      const double* stay_low = low + after * F;
+      const double* stay_high = high + after * F;
+      double* here_low = low + slot * F;
+      double* here_high = high + slot * F;
       if (!(possible >> slot & 1)) {
         if (after == slot)
           continue;
@@ -299,15 +331,19 @@ SJR_INLINE void over_paths(
     }
   }
   SJR_APART
-  for (int64_t f = 0; f < job.asked; ++f)
-    least[f * B] = low[f], most[f * B] = high[f];
+  for (int64_t f = 0; f < job.asked; ++f) {
+    least[f * B] = low[f];
+    most[f * B] = high[f];
+  }
 }
 
 // The same over the trains first..last of a constant current, cut off by the spikes of single
 // steps.
 SJR_INLINE void over_chain(
     const SumsJob& job, int64_t neuron, double* memory, double* least, double* most) {
-  const int64_t F = job.F, first = job.first[neuron], last = job.last[neuron];
+  const int64_t F = job.F;
+  const int64_t first = job.first[neuron];
+  const int64_t last = job.last[neuron];
   double* const apart_low = memory;
   double* const apart_high = memory + F;
   SJR_APART
@@ -315,23 +351,31 @@ SJR_INLINE void over_chain(
     apart_low[f] = apart_high[f] = 0;
   for (int64_t t = 0; t < job.T; ++t) {
     const double* w = job.weights + t * F;
-    const bool sure = job.sure[t * job.M + neuron] > 0,
-               possible = job.possible[t * job.M + neuron] > 0;
-    if (sure)
+    const bool sure = job.sure[t * job.M + neuron] > 0;
+    const bool possible = job.possible[t * job.M + neuron] > 0;
+    if (sure) {
       SJR_APART
-    for (int64_t f = 0; f < F; ++f)
-      apart_low[f] += w[f], apart_high[f] += w[f];
-    else if (possible) SJR_APART for (int64_t f = 0; f < F; ++f) apart_low[f] += smaller(w[f], 0),
+      for (int64_t f = 0; f < F; ++f) {
+        apart_low[f] += w[f];
+        apart_high[f] += w[f];
+      }
+    } else if (possible) {
+      SJR_APART
+      for (int64_t f = 0; f < F; ++f) {
+        apart_low[f] += smaller(w[f], 0);
         apart_high[f] += larger(w[f], 0);
+      }
+    }
   }
   int64_t level = 0;
   while (last - first + 1 >= int64_t(2) << level)
     ++level;
-  const int64_t second = last + 1 - (int64_t(1) << level), start = level * job.trains;
-  const double *least_of_one = job.least + (start + first) * F,
-               *least_of_other = job.least + (start + second) * F;
-  const double *most_of_one = job.most + (start + first) * F,
-               *most_of_other = job.most + (start + second) * F;
+  const int64_t second = last + 1 - (int64_t(1) << level);
+  const int64_t start = level * job.trains;
+  const double* least_of_one = job.least + (start + first) * F;
+  const double* least_of_other = job.least + (start + second) * F;
+  const double* most_of_one = job.most + (start + first) * F;
+  const double* most_of_other = job.most + (start + second) * F;
   SJR_APART
   for (int64_t f = 0; f < job.asked; ++f) {
     least[f * B] = larger(smaller(least_of_one[f], least_of_other[f]), apart_low[f]);
@@ -346,7 +390,8 @@ void train_sums(const SumsJob& job, int64_t first, int64_t last, double* memory,
   for (; first < last; first += B) {
     const int n = int(last - first < B ? last - first : B);
     for (int64_t f = 0; f < job.asked; ++f) {
-      double *to = low + f * B, *also = high + f * B;
+      double* to = low + f * B;
+      double* also = high + f * B;
       SJR_APART
       for (int i = 0; i < B; ++i)
         to[i] = 0;
@@ -374,20 +419,24 @@ void train_sums(const SumsJob& job, int64_t first, int64_t last, double* memory,
         over_paths(job, place, rest, low + i, high + i);
     }
     for (int64_t f = 0; f < job.asked; ++f) {
-      const double *from = low + f * B, *to = high + f * B;
+      const double* from = low + f * B;
+      const double* to = high + f * B;
       if (!job.narrow) {
         double* out_low = static_cast<double*>(job.low) + f * job.M + first;
         double* out_high = static_cast<double*>(job.high) + f * job.M + first;
         SJR_APART
-        for (int i = 0; i < n; ++i)
-          out_low[i] = from[i], out_high[i] = to[i];
+        for (int i = 0; i < n; ++i) {
+          out_low[i] = from[i];
+          out_high[i] = to[i];
+        }
         continue;
       }
       float* centre = static_cast<float*>(job.low) + f * job.M + first;
       float* radius = static_cast<float*>(job.high) + f * job.M + first;
       SJR_APART
       for (int i = 0; i < n; ++i) {
-        const double middle = (from[i] + to[i]) / 2, half = job.slack * ((to[i] - from[i]) / 2);
+        const double middle = (from[i] + to[i]) / 2;
+        const double half = job.slack * ((to[i] - from[i]) / 2);
         centre[i] = float(middle);
         const double lost = magnitude_of(middle - double(centre[i]));
         radius[i] = float(job.slack * (half + lost));

@@ -45,7 +45,25 @@ class _Ends:
 
     def within(self, low: Tensor, high: Tensor) -> "_Ends":
         """Cut off at other ends."""
-        return _Ends(torch.maximum(self.low, low), torch.minimum(self.high, high))
+        lowest = torch.maximum(self.low, low)
+        highest = torch.minimum(self.high, high)
+        return _Ends(lowest, highest)
+
+    def joined(self, other: "_Ends | None") -> "_Ends":
+        """Ends that hold others as well, if there are any."""
+        if other is None:
+            return self
+        low = torch.minimum(other.low, self.low)
+        high = torch.maximum(other.high, self.high)
+        return _Ends(low, high)
+
+    def lowered_from(self, charged: "_Ends", count: "_Ends", threshold: float) -> "_Ends":
+        """Cut off at ``charged``, which so many spikes lower by the threshold each."""
+        first = threshold * count.low
+        second = threshold * count.high
+        least = charged.low - torch.maximum(first, second)
+        most = charged.high - torch.minimum(first, second)
+        return self.within(least, most)
 
 
 def bounded_steps(currents: Currents, constants: Constants, windows: Windows) -> StepBounds:
@@ -70,25 +88,26 @@ def bounded_steps(currents: Currents, constants: Constants, windows: Windows) ->
         past.begin()
     rows: list[list[Tensor]] = []
     for t, gain in enumerate(constants.gains):
-        h, error = _charged(v, _Ends(currents.low[t], currents.high[t]), gain, constants)
+        x = _Ends(currents.low[t], currents.high[t])
+        h, error = _charged(v, x, gain, constants)
         if past is not None:
             h, sure, possible = past.decided(t, h, error, gain)
         else:
             sure, possible = _fires(currents, t, h, constants)
             h = _clamped(h, sure, possible, constants)
         spikes = _Ends(sure.to(h.low.dtype), possible.to(h.low.dtype))
-        v = _reset(h, spikes, constants).widened(constants.of_reset(h.size()))
+        rounding = constants.of_reset(h.size())
+        v = _reset(h, spikes, constants).widened(rounding)
         rows.append([h.low, h.high, spikes.low, spikes.high, v.low, v.high])
     parts = map(torch.stack, zip(*rows, strict=True))
     found = dict(zip(STEP_PARTS, parts, strict=True))
     if past is None:
-        none = (empty_cases(v.low), empty_cases(v.low))
-        return StepBounds(**found, sure_cases=none[0], possible_cases=none[1])
-    return StepBounds(
-        **found,
-        sure_cases=torch.stack(past.sure_cases),
-        possible_cases=torch.stack(past.possible_cases),
-    )
+        sure_cases = empty_cases(v.low)
+        possible_cases = empty_cases(v.low)
+    else:
+        sure_cases = torch.stack(past.sure_cases)
+        possible_cases = torch.stack(past.possible_cases)
+    return StepBounds(**found, sure_cases=sure_cases, possible_cases=possible_cases)
 
 
 def _start(like: Tensor, constants: Constants) -> _Ends:
@@ -100,12 +119,14 @@ def _charged(v: _Ends, x: _Ends, gain: float, constants: Constants) -> tuple[_En
     """Charged potential, and what of its bounds is float32's rounding."""
     decay = constants.decay
     rest = constants.rest
-    first, second = (x.high, x.low) if gain < 0 else (x.low, x.high)
-    low = charge(v.low, first, decay=decay, gain=gain, v_reset=None)
-    high = charge(v.high, second, decay=decay, gain=gain, v_reset=None)
+    lowering = x.high if gain < 0 else x.low
+    raising = x.low if gain < 0 else x.high
+    low = charge(v.low, lowering, decay=decay, gain=gain, v_reset=None)
+    high = charge(v.high, raising, decay=decay, gain=gain, v_reset=None)
     if rest:
-        low = low + (1.0 - decay) * rest
-        high = high + (1.0 - decay) * rest
+        leak = (1.0 - decay) * rest
+        low = low + leak
+        high = high + leak
     size = v.size() + abs(gain) * x.size() + abs(rest)
     error = constants.of_charge(size)
     return _Ends(low, high).widened(error), error
@@ -117,14 +138,18 @@ def _fires(currents: Currents, t: int, h: _Ends, constants: Constants) -> tuple[
     possible = h.high >= constants.below
     if currents.known_low is None or currents.known_high is None:
         return sure, possible
-    return sure | (currents.known_low[t] > 0), possible & (currents.known_high[t] > 0)
+    known_sure = currents.known_low[t] > 0
+    known_possible = currents.known_high[t] > 0
+    return sure | known_sure, possible & known_possible
 
 
 def _clamped(h: _Ends, sure: Tensor, possible: Tensor, constants: Constants) -> _Ends:
     """The potential as it agrees with the spikes."""
     fired = h.low.clamp(min=constants.below)
     silent = h.high.clamp(max=constants.above)
-    return _Ends(torch.where(sure, fired, h.low), torch.where(possible, h.high, silent))
+    low = torch.where(sure, fired, h.low)
+    high = torch.where(possible, h.high, silent)
+    return _Ends(low, high)
 
 
 def _reset(h: _Ends, spikes: _Ends, constants: Constants) -> _Ends:
@@ -135,16 +160,19 @@ def _reset(h: _Ends, spikes: _Ends, constants: Constants) -> _Ends:
     rest = constants.rest
     threshold = constants.threshold
     if constants.soft:
-        either = h.low.clamp(max=constants.below - threshold)
-        low = sure * (h.low - threshold) + undecided * either + silent * h.low
-        fired = h.high - threshold
-        unfired = h.high.clamp(max=constants.above)
-        either = torch.maximum(unfired, fired)
-        high = sure * fired + undecided * either + silent * unfired
+        fired_low = h.low - threshold
+        either_low = h.low.clamp(max=constants.below - threshold)
+        low = sure * fired_low + undecided * either_low + silent * h.low
+        fired_high = h.high - threshold
+        silent_high = h.high.clamp(max=constants.above)
+        either_high = torch.maximum(silent_high, fired_high)
+        high = sure * fired_high + undecided * either_high + silent * silent_high
         return _Ends(low, high)
-    lowered = torch.maximum(sure, spikes.high * (h.low > rest))
+    may_lower = spikes.high * (h.low > rest)
+    lowered = torch.maximum(sure, may_lower)
     low = h.low * (1 - lowered)
-    high = h.high * silent + max(constants.above, rest) * undecided
+    highest_undecided = max(constants.above, rest)
+    high = h.high * silent + highest_undecided * undecided
     if rest:
         return _Ends(low + rest * lowered, high + rest * sure)
     return _Ends(low, high)
@@ -181,14 +209,17 @@ class _Past:
         self.starts.append(zero)
         self.discounts.append(zero)
         steps = len(self.currents.low)
-        self.rows = {window: row for row, window in enumerate(self.windows.listed(steps))}
+        listed = self.windows.listed(steps)
+        self.rows = {window: row for row, window in enumerate(listed)}
 
     def sums(self, a: int, t: int) -> _Ends:
         """Of a window."""
-        assert self.currents.sums_low is not None
-        assert self.currents.sums_high is not None
+        low = self.currents.sums_low
+        high = self.currents.sums_high
+        assert low is not None
+        assert high is not None
         row = self.rows[a, t]
-        return _Ends(self.currents.sums_low[row], self.currents.sums_high[row])
+        return _Ends(low[row], high[row])
 
     def decided(self, t: int, h: _Ends, error: Tensor, gain: float) -> tuple[_Ends, Tensor, Tensor]:
         """Charged potential and spikes at t, for the potential as steps bound it."""
@@ -200,8 +231,9 @@ class _Past:
         high = -low
         sure = torch.ones_like(h.low, dtype=torch.bool)
         possible = torch.zeros_like(sure)
-        cases = []
         charged = []
+        sure_cases = []
+        possible_cases = []
         for slot, reached in enumerate(self.reached):
             ends = self._charged(t, slot, h)
             fires, may_fire = _fires(self.currents, t, ends, constants)
@@ -210,12 +242,13 @@ class _Past:
             sure &= fires | ~reached
             possible |= may_fire & reached
             charged.append(ends)
-            cases.append((fires, may_fire))
+            sure_cases.append(fires)
+            possible_cases.append(may_fire)
         h = _clamped(h, sure, possible, constants).within(low, high)
         self.charged.append(charged)
-        self.sure_cases.append(_as_bits([fires for fires, _ in cases]))
-        self.possible_cases.append(_as_bits([may_fire for _, may_fire in cases]))
-        self._remember(t, h, cases, possible)
+        self.sure_cases.append(_as_bits(sure_cases))
+        self.possible_cases.append(_as_bits(possible_cases))
+        self._remember(t, h, sure_cases, possible_cases, possible)
         return h, sure, possible
 
     def _charged(self, t: int, slot: int, h: _Ends) -> _Ends:
@@ -225,15 +258,12 @@ class _Past:
         start = self.windows.start(t, slot)
         found = h
         if start is not None:
-            sums = self.sums(start, t)
-            charge = _Ends(sums.low + rest, sums.high + rest).widened(torch.as_tensor(self.drift))
-            if constants.soft:
-                kept = constants.decay ** (t - start + 1)
-                before = self.starts[start]
-                charge = _Ends(charge.low + kept * before.low, charge.high + kept * before.high)
+            charge = self._since_reset(t, start)
             found = found.within(charge.low, charge.high)
         for k in self.windows.latest(t):
-            if (k <= start) if start is not None else (k < t):
+            if start is None and k < t:
+                continue
+            if start is not None and k <= start:
                 continue
             before = self._before(t, slot, k)
             since = self.sums(k, t)
@@ -242,9 +272,24 @@ class _Past:
             most = kept * silent + since.high + rest + self.drift
             least = found.low
             if start is None:
-                least = kept * (before.low - rest) + since.low + rest - self.drift
+                above_rest = before.low - rest
+                least = kept * above_rest + since.low + rest - self.drift
             found = found.within(least, most)
         return self._after_spikes(t, slot, found) if constants.soft else found
+
+    def _since_reset(self, t: int, start: int) -> _Ends:
+        """Bounds of the potential at t from what was charged since a reset before ``start``."""
+        constants = self.constants
+        sums = self.sums(start, t)
+        above_rest = _Ends(sums.low + constants.rest, sums.high + constants.rest)
+        charge = above_rest.widened(torch.as_tensor(self.drift))
+        if not constants.soft:
+            return charge
+        kept = constants.decay ** (t - start + 1)
+        before = self.starts[start]
+        low = charge.low + kept * before.low
+        high = charge.high + kept * before.high
+        return _Ends(low, high)
 
     def _before(self, t: int, slot: int, k: int) -> _Ends:
         """The charged potential at k - 1 for a slot of step t."""
@@ -253,70 +298,63 @@ class _Past:
         if start is not None:
             return earlier[self.windows.slot(k - 1, start)]
         members = [earlier[member] for member in self.windows.members(t)]
-        low = members[0].low
-        high = members[0].high
+        found = members[0]
         for member in members[1:]:
-            low = torch.minimum(low, member.low)
-            high = torch.maximum(high, member.high)
-        return _Ends(low, high)
+            found = member.joined(found)
+        return found
 
     def _after_spikes(self, t: int, slot: int, found: _Ends) -> _Ends:
         """Bounds of the potential from all charges and the number of spikes before."""
-        fired = self.discounts[slot]
         whole = self.sums(0, t).widened(torch.as_tensor(self.drift))
-        first = self.constants.threshold * fired.low
-        second = self.constants.threshold * fired.high
-        least = whole.low - torch.maximum(first, second)
-        most = whole.high - torch.minimum(first, second)
-        return found.within(least, most)
+        return found.lowered_from(whole, self.discounts[slot], self.constants.threshold)
 
     def _remember(
-        self, t: int, h: _Ends, cases: list[tuple[Tensor, Tensor]], possible: Tensor
+        self,
+        t: int,
+        h: _Ends,
+        sure_cases: list[Tensor],
+        possible_cases: list[Tensor],
+        possible: Tensor,
     ) -> None:
         """What this step leaves to later ones."""
         self.drift = self.drift + self.constants.of_reset(h.size())
         discounts = []
         if self.constants.soft:
-            discounts = self._discounts(t, h, cases, possible)
-        silent = []
-        for reached, (fires, _) in zip(self.reached, cases, strict=True):
-            silent.append(reached & ~fires)
+            discounts = self._discounts(t, h, possible_cases, possible)
         slots = self.windows.slots(t + 1)
         later = [torch.zeros_like(possible) for _ in range(slots)]
-        for slot, reached in enumerate(silent):
+        for slot, sure in enumerate(sure_cases):
+            silent = self.reached[slot] & ~sure
             after = self.windows.after(t, slot)
-            later[after] = later[after] | reached
+            later[after] = later[after] | silent
         later[-1] = possible
         self.reached = later
         self.discounts = discounts
 
     def _discounts(
-        self, t: int, h: _Ends, cases: list[tuple[Tensor, Tensor]], possible: Tensor
+        self, t: int, h: _Ends, possible_cases: list[Tensor], possible: Tensor
     ) -> list[_Ends]:
         """Discounted number of spikes before the slots of the next step; also keeps the potential
         after a spike at this one.
         """
-        constants = self.constants
-        low = h.low.clamp(min=constants.below)
-        self.starts.append(_Ends(low - constants.threshold, h.high - constants.threshold))
+        decay = self.constants.decay
+        threshold = self.constants.threshold
+        fired_low = h.low.clamp(min=self.constants.below)
+        self.starts.append(_Ends(fired_low - threshold, h.high - threshold))
         least = torch.full_like(h.low, torch.inf)
         most = -least
         later: list[_Ends | None] = [None] * self.windows.slots(t + 1)
-        for slot, (_, may_fire) in enumerate(cases):
-            fired = self.discounts[slot]
+        for slot, may_fire in enumerate(possible_cases):
+            count = self.discounts[slot]
             fires = may_fire & self.reached[slot]
-            least = torch.where(fires, torch.minimum(least, fired.low), least)
-            most = torch.where(fires, torch.maximum(most, fired.high), most)
+            least = torch.where(fires, torch.minimum(least, count.low), least)
+            most = torch.where(fires, torch.maximum(most, count.high), most)
             after = self.windows.after(t, slot)
-            kept = _Ends(fired.low * constants.decay, fired.high * constants.decay)
-            joined = later[after]
-            if joined is not None:
-                low = torch.minimum(joined.low, kept.low)
-                kept = _Ends(low, torch.maximum(joined.high, kept.high))
-            later[after] = kept
+            kept = _Ends(count.low * decay, count.high * decay)
+            later[after] = kept.joined(later[after])
         least = torch.where(possible, least + 1, 0.0)
         most = torch.where(possible, most + 1, 0.0)
-        later[-1] = _Ends(least * constants.decay, most * constants.decay)
+        later[-1] = _Ends(least * decay, most * decay)
         return [ends for ends in later if ends is not None]
 
 
@@ -346,7 +384,8 @@ def train_sums(weights: Tensor, trains: Trains, windows: Windows) -> tuple[Tenso
     else:
         assert trains.first is not None
         assert trains.last is not None
-        first, last = trains.first[index], trains.last[index]
+        first = trains.first[index]
+        last = trains.last[index]
         least, most = chain_sums(weights, trains.spikes, first, last)
         up = weights.clamp(min=0)
         down = weights.clamp(max=0)
@@ -399,12 +438,15 @@ def chain_sums(
     for all k.
     """
     level, second = _cover(first, last)
-    tables = range_tables(weights, spikes, int(level.max()) if level.numel() else 0)
+    levels = int(level.max()) if level.numel() else 0
+    tables = range_tables(weights, spikes, levels)
     ends = []
     for table, pick in zip(tables, (torch.minimum, torch.maximum), strict=True):
         flat = table.movedim(2, 0).flatten(1)
         start = level * len(spikes)
-        ends.append(pick(flat[:, start + first], flat[:, start + second]))
+        one = flat[:, start + first]
+        other = flat[:, start + second]
+        ends.append(pick(one, other))
     return ends[0], ends[1]
 
 
@@ -524,7 +566,8 @@ class _TrainedPast:
 
     def _of_window(self, a: int, t: int) -> _Ends:
         row = self.rows[a, t]
-        return _Ends(self.sums[0][row], self.sums[1][row])
+        low, high = self.sums
+        return _Ends(low[row], high[row])
 
     def _charged(self, t: int, slot: int) -> _Ends:
         """Bounds of the potential at t above rest for one slot."""
@@ -535,11 +578,13 @@ class _TrainedPast:
         if self.neuron.soft and start > 0:
             before = self.starts[start]
             kept = self.powers[t - start + 1]
-            found = _Ends(found.low + kept * before.low, found.high + kept * before.high)
+            low = found.low + kept * before.low
+            found = _Ends(low, found.high + kept * before.high)
         high = found.high
         for k in self.windows.latest(t):
             if k > start:
-                earlier = self.cases[k - 1].high[self.windows.slot(k - 1, start)]
+                slot_then = self.windows.slot(k - 1, start)
+                earlier = self.cases[k - 1].high[slot_then]
                 high = torch.minimum(high, self._since(t, k, earlier))
         found = _Ends(found.low, high)
         if not self.neuron.soft or start == 0:
@@ -551,7 +596,8 @@ class _TrainedPast:
         charged since.
         """
         silent = before.clamp(max=self.neuron.threshold)
-        return self.powers[t - k + 1] * silent + self._of_window(k, t).high
+        kept = self.powers[t - k + 1] * silent
+        return kept + self._of_window(k, t).high
 
     def _joined(self, t: int) -> _Ends:
         """The same of the slot that holds several windows, from the step before."""
@@ -567,47 +613,48 @@ class _TrainedPast:
 
     def _after_spikes(self, t: int, slot: int, found: _Ends) -> _Ends:
         """Cut off by all charges and the number of spikes before."""
-        count = self.discounts[slot]
         whole = self._of_window(0, t)
-        first = self.neuron.threshold * count.low
-        second = self.neuron.threshold * count.high
-        least = whole.low - torch.maximum(first, second)
-        most = whole.high - torch.minimum(first, second)
-        return found.within(least, most)
+        return found.lowered_from(whole, self.discounts[slot], self.neuron.threshold)
 
     def _remember(self, t: int, cases: _Cases) -> None:
         """Potential and number of spikes after a spike at this step; the number has no graph."""
-        threshold = self.neuron.threshold
         sure = cases.sure.detach() > 0
         possible = cases.possible.detach() > 0
         reached = torch.stack(self.reached)
-        least = torch.where(reached, cases.low, torch.inf).amin(0)
-        most = torch.where(reached, cases.high, -torch.inf).amax(0)
-        self.starts.append(_Ends(least.clamp(min=threshold) - threshold, most - threshold))
+        self.starts.append(self._after_a_spike(cases, reached))
         fires = reached & possible
         some = fires.any(0)
-        fewer = torch.stack([count.low for count in self.discounts])
-        more = torch.stack([count.high for count in self.discounts])
-        fewer = torch.where(fires, fewer, torch.inf).amin(0) + 1
-        more = torch.where(fires, more, -torch.inf).amax(0) + 1
-        counted = _Ends(torch.where(some, fewer, 0.0), torch.where(some, more, 0.0))
         slots = self.windows.slots(t + 1)
         silent = [torch.zeros_like(some) for _ in range(slots)]
         counts: list[_Ends | None] = [None] * slots
         for slot, count in enumerate(self.discounts):
             after = self.windows.after(t, slot)
-            silent[after] = silent[after] | (reached[slot] & ~sure[slot])
-            joined = counts[after]
-            if joined is not None:
-                low = torch.minimum(joined.low, count.low)
-                count = _Ends(low, torch.maximum(joined.high, count.high))
-            counts[after] = count
+            stays = reached[slot] & ~sure[slot]
+            silent[after] = silent[after] | stays
+            counts[after] = count.joined(counts[after])
         silent[-1] = some
-        counts[-1] = counted
+        counts[-1] = self._counted(fires, some)
         self.reached = silent
         decay = self.powers[1].detach()
         kept = [count for count in counts if count is not None]
         self.discounts = [_Ends(decay * count.low, decay * count.high) for count in kept]
+
+    def _after_a_spike(self, cases: _Cases, reached: Tensor) -> _Ends:
+        """Bounds of the potential, whichever slot fires."""
+        threshold = self.neuron.threshold
+        least = torch.where(reached, cases.low, torch.inf).amin(0)
+        most = torch.where(reached, cases.high, -torch.inf).amax(0)
+        return _Ends(least.clamp(min=threshold) - threshold, most - threshold)
+
+    def _counted(self, fires: Tensor, some: Tensor) -> _Ends:
+        """Bounds of the number of spikes with one more; ``some`` neurons can have it."""
+        low = torch.stack([count.low for count in self.discounts])
+        high = torch.stack([count.high for count in self.discounts])
+        fewest = torch.where(fires, low, torch.inf).amin(0) + 1
+        most = torch.where(fires, high, -torch.inf).amax(0) + 1
+        low = torch.where(some, fewest, 0.0)
+        high = torch.where(some, most, 0.0)
+        return _Ends(low, high)
 
     def over_paths(self, weights: Tensor, better: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """The dynamic program of :func:`path_sums`, with products instead of cases."""
@@ -619,7 +666,8 @@ class _TrainedPast:
             sure = cases.sure.unsqueeze(1)
             possible = cases.possible.unsqueeze(1)
             fire = weights[:, t, None] + rest[-1]
-            stay = rest[[self.windows.after(t, slot) for slot in range(len(sure))]]
+            after = [self.windows.after(t, slot) for slot in range(len(sure))]
+            stay = rest[after]
             best = better(fire.expand_as(stay), stay)
             gained = possible * (best - stay)
             forced = sure * (fire - best)

@@ -18,7 +18,8 @@ struct Slopes {
   template <class AnyJob>
   static Job of(const AnyJob& from) {
     Job job{};
-    job.alpha = from.alpha, job.surrogate = from.surrogate;
+    job.alpha = from.alpha;
+    job.surrogate = from.surrogate;
     return job;
   }
 
@@ -75,6 +76,14 @@ SJR_INLINE C most_of(C a, C b) {
   return a < b ? b : a;
 }
 
+// Share of a gradient that the lower of two values takes: all, half of it where they are equal, or
+// none.
+template <class C>
+SJR_INLINE C share_of_lower(C a, C b) {
+  const C of_higher = a == b ? C(0.5) : C(0);
+  return a < b ? C(1) : of_higher;
+}
+
 // A block of neurons; `memory` holds parts [T + 1, slots, N].
 template <class C>
 struct JointBlock {
@@ -108,14 +117,37 @@ struct JointBlock {
   C* grad_sum_low(int64_t row) const { return extra(row); }
   C* grad_sum_high(int64_t row) const { return extra(job.W + row); }
   C* sequence(int64_t number) const { return extra(2 * job.W + number); }
+  // The neurons of the block in a row of a tensor [rows, M].
+  const C* in_row(const void* tensor, int64_t row) const {
+    return static_cast<const C*>(tensor) + row * job.M + first;
+  }
+  C* in_row(void* tensor, int64_t row) const {
+    return static_cast<C*>(tensor) + row * job.M + first;
+  }
   const C* sum_low(int64_t t, int64_t start) const {
-    return static_cast<const C*>(job.sums_low) + slots.row(job.T, t, start) * job.M + first;
+    return in_row(job.sums_low, slots.row(job.T, t, start));
   }
   const C* sum_high(int64_t t, int64_t start) const {
-    return static_cast<const C*>(job.sums_high) + slots.row(job.T, t, start) * job.M + first;
+    return in_row(job.sums_high, slots.row(job.T, t, start));
   }
   C weight(int64_t f, int64_t t) const { return static_cast<const C*>(job.weights)[f * job.T + t]; }
   int64_t members(int64_t t) const { return slots.slot(t - 1, t - job.kept); }
+
+  SJR_TARGET_INLINE void copy(const C* from, C* to) const {
+    SJR_APART
+    for (int i = 0; i < n; ++i)
+      to[i] = from[i];
+  }
+  SJR_TARGET_INLINE void add(const C* from, C* to) const {
+    SJR_APART
+    for (int i = 0; i < n; ++i)
+      to[i] += from[i];
+  }
+  SJR_TARGET_INLINE void lower(const C* a, const C* b, C* to) const {
+    SJR_APART
+    for (int i = 0; i < n; ++i)
+      to[i] = least_of(a[i], b[i]);
+  }
 
   // What the potential at k - 1, where there is no spike, leaves at t.
   SJR_TARGET_INLINE void since(int64_t t, int64_t k, const C* before, C* to) const {
@@ -127,18 +159,19 @@ struct JointBlock {
   }
 
   void charge_group(int64_t t) const {
-    C *to_low = low(t, 1), *to_high = high(t, 1);
+    C* to_low = low(t, 1);
+    C* to_high = high(t, 1);
     const C kept = powers[1];
     const C* charge = sum_low(t, t);
     C* before = sequence(0);
-    SJR_APART
-    for (int i = 0; i < n; ++i)
-      to_low[i] = low(t - 1, 1)[i], before[i] = high(t - 1, 1)[i];
-    if (members(t) > 1)
+    copy(low(t - 1, 1), to_low);
+    copy(high(t - 1, 1), before);
+    if (members(t) > 1) {
+      lower(to_low, low(t - 1, 2), to_low);
+      const C* also = high(t - 1, 2);
       SJR_APART
-    for (int i = 0; i < n; ++i) {
-      to_low[i] = least_of(to_low[i], low(t - 1, 2)[i]);
-      before[i] = most_of(before[i], high(t - 1, 2)[i]);
+      for (int i = 0; i < n; ++i)
+        before[i] = most_of(before[i], also[i]);
     }
     SJR_APART
     for (int i = 0; i < n; ++i)
@@ -150,22 +183,21 @@ struct JointBlock {
     for (int64_t t = 0; t < job.T; ++t)
       for (int64_t slot = 0; slot < slots.count(t); ++slot) {
         const int64_t start = slots.start(t, slot);
-        C *to_low = low(t, slot), *to_high = high(t, slot), *one = sequence(0);
+        C* to_low = low(t, slot);
+        C* to_high = high(t, slot);
+        C* one = sequence(0);
         if (start < 0) {
           charge_group(t);
         } else {
-          const C *from_low = sum_low(t, start), *from_high = sum_high(t, start);
-          SJR_APART
-          for (int i = 0; i < n; ++i)
-            to_low[i] = from_low[i], to_high[i] = from_high[i];
+          copy(sum_low(t, start), to_low);
+          copy(sum_high(t, start), to_high);
           for (int64_t k = std::max(slots.earliest(t), start + 1); k <= t; ++k) {
             since(t, k, high(k - 1, slots.slot(k - 1, start)), one);
-            SJR_APART
-            for (int i = 0; i < n; ++i)
-              to_high[i] = least_of(to_high[i], one[i]);
+            lower(to_high, one, to_high);
           }
         }
-        C *is_sure = sure(t, slot), *is_possible = possible(t, slot);
+        C* is_sure = sure(t, slot);
+        C* is_possible = possible(t, slot);
         SJR_APART
         for (int i = 0; i < n; ++i) {
           is_sure[i] = to_low[i] - theta >= 0 ? C(1) : C(0);
@@ -188,13 +220,16 @@ struct JointBlock {
       const C w = weight(f, t);
       const C* fresh = rest(t + 1, slots.count(t + 1) - 1);
       for (int64_t slot = 0; slot < slots.count(t); ++slot) {
-        const C *stay = rest(t + 1, slots.after(t, slot)), *is_sure = sure(t, slot),
-                *is_possible = possible(t, slot);
+        const C* stay = rest(t + 1, slots.after(t, slot));
+        const C* is_sure = sure(t, slot);
+        const C* is_possible = possible(t, slot);
         C* to = rest(t, slot);
         SJR_APART
         for (int i = 0; i < n; ++i) {
-          const C fire = w + fresh[i], best = better<LEAST>(fire, stay[i]);
-          const C gained = is_possible[i] * (best - stay[i]), forced = is_sure[i] * (fire - best);
+          const C fire = w + fresh[i];
+          const C best = better<LEAST>(fire, stay[i]);
+          const C gained = is_possible[i] * (best - stay[i]);
+          const C forced = is_sure[i] * (fire - best);
           to[i] = (stay[i] + gained) + forced;
         }
       }
@@ -204,16 +239,10 @@ struct JointBlock {
   void forward() const {
     charge();
     for (int64_t f = 0; f < job.F; ++f) {
-      C* least = static_cast<C*>(job.least) + f * job.M + first;
-      C* most = static_cast<C*>(job.most) + f * job.M + first;
       over_paths<true>(f);
-      SJR_APART
-      for (int i = 0; i < n; ++i)
-        least[i] = rest(0, 0)[i];
+      copy(rest(0, 0), in_row(job.least, f));
       over_paths<false>(f);
-      SJR_APART
-      for (int i = 0; i < n; ++i)
-        most[i] = rest(0, 0)[i];
+      copy(rest(0, 0), in_row(job.most, f));
     }
   }
 
@@ -222,10 +251,9 @@ struct JointBlock {
   void back_over_paths(int64_t f, const C* grad, double* totals) const {
     over_paths<LEAST>(f);
     alignas(64) C parts[2][MAX_SLOTS * N];
-    C *here = parts[0], *next = parts[1];
-    SJR_APART
-    for (int i = 0; i < n; ++i)
-      here[i] = grad[i];
+    C* here = parts[0];
+    C* next = parts[1];
+    copy(grad, here);
     for (int64_t t = 0; t < job.T; ++t) {
       const int64_t fresh = slots.count(t + 1) - 1;
       std::memset(next, 0, size_t((fresh + 1) * N) * sizeof(C));
@@ -234,17 +262,22 @@ struct JointBlock {
       C* next_fresh = next + fresh * N;
       for (int64_t slot = 0; slot < slots.count(t); ++slot) {
         const int64_t after = slots.after(t, slot);
-        const C *stay = rest(t + 1, after), *is_sure = sure(t, slot),
-                *is_possible = possible(t, slot), *g = here + slot * N;
-        C *d_sure = grad_low(t, slot), *d_possible = grad_high(t, slot),
-          *next_stay = next + after * N;
+        const C* stay = rest(t + 1, after);
+        const C* is_sure = sure(t, slot);
+        const C* is_possible = possible(t, slot);
+        const C* g = here + slot * N;
+        C* d_sure = grad_low(t, slot);
+        C* d_possible = grad_high(t, slot);
+        C* next_stay = next + after * N;
         SJR_APART
         for (int i = 0; i < n; ++i) {
-          const C fire = w + of_fresh[i], best = better<LEAST>(fire, stay[i]);
+          const C fire = w + of_fresh[i];
+          const C best = better<LEAST>(fire, stay[i]);
           d_possible[i] += g[i] * (best - stay[i]);
           d_sure[i] += g[i] * (fire - best);
           const C through_best = g[i] * is_possible[i] - g[i] * is_sure[i];
-          const C share = fire == stay[i] ? C(0.5) : best == fire ? C(1) : C(0);
+          const C of_fire = best == fire ? C(1) : C(0);
+          const C share = fire == stay[i] ? C(0.5) : of_fire;
           next_stay[i] += (g[i] - g[i] * is_possible[i]) + (C(1) - share) * through_best;
           next_fresh[i] += g[i] * is_sure[i] + share * through_best;
         }
@@ -257,86 +290,101 @@ struct JointBlock {
   // Gradient of a potential bounded by earlier steps, which is that of its sums and of these.
   void back_over_charges(double* totals) const {
     double* const of_powers = totals + job.F * job.T;
-    alignas(64) C before[N], d_before[N];
     for (int64_t t = job.T - 1; t >= 0; --t)
       for (int64_t slot = slots.count(t) - 1; slot >= 0; --slot) {
         const int64_t start = slots.start(t, slot);
-        C *d_low = grad_low(t, slot), *d_high = grad_high(t, slot);
-        if (start < 0) {
+        if (start < 0)
           back_over_group(t, of_powers);
-          continue;
-        }
-        C* to_low = grad_sum_low(slots.row(job.T, t, start));
-        SJR_APART
-        for (int i = 0; i < n; ++i)
-          to_low[i] += d_low[i];
-        const int64_t earliest = std::max(slots.earliest(t), start + 1);
-        const C* whole = sum_high(t, start);
-        SJR_APART
-        for (int i = 0; i < n; ++i)
-          sequence(0)[i] = whole[i];
-        for (int64_t k = earliest; k <= t; ++k) {
-          const C* so_far = sequence(k - earliest);
-          C* to = sequence(k - earliest + 1);
-          since(t, k, high(k - 1, slots.slot(k - 1, start)), to);
-          SJR_APART
-          for (int i = 0; i < n; ++i)
-            to[i] = least_of(so_far[i], to[i]);
-        }
-        for (int64_t k = t; k >= earliest; --k) {
-          const int64_t earlier = slots.slot(k - 1, start);
-          const C* so_far = sequence(k - earliest);
-          const C* source = high(k - 1, earlier);
-          const C kept = powers[t - k + 1];
-          const C* charge = sum_high(t, k);
-          C *to = grad_sum_high(slots.row(job.T, t, k)), *further = grad_high(k - 1, earlier);
-          SJR_APART
-          for (int i = 0; i < n; ++i) {
-            const C silent = least_of(source[i], theta), found = kept * silent + charge[i];
-            const C share = found < so_far[i] ? C(1) : found == so_far[i] ? C(0.5) : C(0);
-            const C d = share * d_high[i];
-            d_high[i] = d_high[i] - d;
-            to[i] += d;
-            before[i] = d * silent;
-            d_before[i] = source[i] <= theta ? d * kept : C(0);
-          }
-          SJR_APART
-          for (int i = 0; i < n; ++i)
-            further[i] += d_before[i];
-          of_powers[t - k + 1] += sum_of(before, n);
-        }
-        C* to_high = grad_sum_high(slots.row(job.T, t, start));
-        SJR_APART
-        for (int i = 0; i < n; ++i)
-          to_high[i] += d_high[i];
+        else
+          back_over_window(t, start, grad_low(t, slot), grad_high(t, slot), of_powers);
       }
+  }
+
+  void back_over_window(int64_t t, int64_t start, C* d_low, C* d_high, double* of_powers) const {
+    const int64_t row = slots.row(job.T, t, start);
+    add(d_low, grad_sum_low(row));
+    // the largest potential after each of the earlier steps that lower it
+    const int64_t earliest = std::max(slots.earliest(t), start + 1);
+    copy(sum_high(t, start), sequence(0));
+    for (int64_t k = earliest; k <= t; ++k) {
+      const C* so_far = sequence(k - earliest);
+      C* to = sequence(k - earliest + 1);
+      since(t, k, high(k - 1, slots.slot(k - 1, start)), to);
+      lower(so_far, to, to);
+    }
+    alignas(64) C before[N], d_before[N];
+    for (int64_t k = t; k >= earliest; --k) {
+      const int64_t earlier = slots.slot(k - 1, start);
+      const C* so_far = sequence(k - earliest);
+      const C* source = high(k - 1, earlier);
+      const C kept = powers[t - k + 1];
+      const C* charge = sum_high(t, k);
+      C* to = grad_sum_high(slots.row(job.T, t, k));
+      SJR_APART
+      for (int i = 0; i < n; ++i) {
+        const C silent = least_of(source[i], theta);
+        const C found = kept * silent + charge[i];
+        const C share = share_of_lower(found, so_far[i]);
+        const C d = share * d_high[i];
+        d_high[i] = d_high[i] - d;
+        to[i] += d;
+        before[i] = d * silent;
+        d_before[i] = source[i] <= theta ? d * kept : C(0);
+      }
+      add(d_before, grad_high(k - 1, earlier));
+      of_powers[t - k + 1] += sum_of(before, n);
+    }
+    add(d_high, grad_sum_high(row));
   }
 
   void back_over_group(int64_t t, double* of_powers) const {
     const C kept = powers[1];
     const bool two = members(t) > 1;
-    C *d_low = grad_low(t, 1), *d_high = grad_high(t, 1);
-    C *to_low = grad_sum_low(t), *to_high = grad_sum_high(t);
-    const C *low_1 = low(t - 1, 1), *low_2 = low(t - 1, two ? 2 : 1), *high_1 = high(t - 1, 1),
-            *high_2 = high(t - 1, two ? 2 : 1);
-    C *d_low_1 = grad_low(t - 1, 1), *d_low_2 = grad_low(t - 1, 2), *d_high_1 = grad_high(t - 1, 1),
-      *d_high_2 = grad_high(t - 1, 2);
+    C* d_low = grad_low(t, 1);
+    C* d_high = grad_high(t, 1);
+    C* to_low = grad_sum_low(t);
+    C* to_high = grad_sum_high(t);
+    const C* low_1 = low(t - 1, 1);
+    const C* low_2 = low(t - 1, two ? 2 : 1);
+    const C* high_1 = high(t - 1, 1);
+    const C* high_2 = high(t - 1, two ? 2 : 1);
+    C* d_low_1 = grad_low(t - 1, 1);
+    C* d_low_2 = grad_low(t - 1, 2);
+    C* d_high_1 = grad_high(t - 1, 1);
+    C* d_high_2 = grad_high(t - 1, 2);
     double total = 0;
     SJR_APART
     for (int i = 0; i < n; ++i) {
-      to_low[i] += d_low[i], to_high[i] += d_high[i];
-      const C least = least_of(low_1[i], low_2[i]), most = most_of(high_1[i], high_2[i]);
+      to_low[i] += d_low[i];
+      to_high[i] += d_high[i];
+      const C least = least_of(low_1[i], low_2[i]);
+      const C most = most_of(high_1[i], high_2[i]);
       total += double(d_low[i] * least) + double(d_high[i] * least_of(most, theta));
-      const C below = kept * d_low[i], above = most <= theta ? kept * d_high[i] : C(0);
-      const C of_low = !two || low_1[i] < low_2[i] ? C(1) : low_1[i] == low_2[i] ? C(0.5) : C(0);
-      const C of_high = !two || high_1[i] > high_2[i] ? C(1)
-                        : high_1[i] == high_2[i]      ? C(0.5)
-                                                      : C(0);
-      d_low_1[i] += of_low * below, d_high_1[i] += of_high * above;
-      if (two)
-        d_low_2[i] += (C(1) - of_low) * below, d_high_2[i] += (C(1) - of_high) * above;
+      const C below = kept * d_low[i];
+      const C above = most <= theta ? kept * d_high[i] : C(0);
+      const C of_low = two ? share_of_lower(low_1[i], low_2[i]) : C(1);
+      const C of_high = two ? share_of_lower(high_2[i], high_1[i]) : C(1);
+      d_low_1[i] += of_low * below;
+      d_high_1[i] += of_high * above;
+      if (two) {
+        d_low_2[i] += (C(1) - of_low) * below;
+        d_high_2[i] += (C(1) - of_high) * above;
+      }
     }
     of_powers[1] += total;
+  }
+
+  // Multiplies gradients of spikes by their derivatives by the potentials.
+  void through_spike(const C* potential, C* grad) const {
+    alignas(64) C z[N] = {};
+    alignas(64) C slope[N];
+    SJR_APART
+    for (int i = 0; i < n; ++i)
+      z[i] = potential[i] - theta;
+    slopes(z, slope, n);
+    SJR_APART
+    for (int i = 0; i < n; ++i)
+      grad[i] *= slope[i];
   }
 
   void backward(double* totals) const {
@@ -344,31 +392,18 @@ struct JointBlock {
     std::memset(grad_low(0, 0), 0, size_t(2 * part_size(job)) * sizeof(C));
     std::memset(extra(0), 0, size_t(2 * job.W * N) * sizeof(C));
     for (int64_t f = 0; f < job.F; ++f) {
-      back_over_paths<true>(f, static_cast<const C*>(job.grad_least) + f * job.M + first, totals);
-      back_over_paths<false>(f, static_cast<const C*>(job.grad_most) + f * job.M + first, totals);
+      back_over_paths<true>(f, in_row(job.grad_least, f), totals);
+      back_over_paths<false>(f, in_row(job.grad_most, f), totals);
     }
-    alignas(64) C z[N] = {}, slope[N];
     for (int64_t t = 0; t < job.T; ++t)
       for (int64_t slot = 0; slot < slots.count(t); ++slot) {
-        const C* const ends[2] = {low(t, slot), high(t, slot)};
-        C* const grads[2] = {grad_low(t, slot), grad_high(t, slot)};
-        for (int end = 0; end < 2; ++end) {
-          SJR_APART
-          for (int i = 0; i < n; ++i)
-            z[i] = ends[end][i] - theta;
-          slopes(z, slope, n);
-          SJR_APART
-          for (int i = 0; i < n; ++i)
-            grads[end][i] *= slope[i];
-        }
+        through_spike(low(t, slot), grad_low(t, slot));
+        through_spike(high(t, slot), grad_high(t, slot));
       }
     back_over_charges(totals);
     for (int64_t row = 0; row < job.W; ++row) {
-      C* to_low = static_cast<C*>(job.grad_low) + row * job.M + first;
-      C* to_high = static_cast<C*>(job.grad_high) + row * job.M + first;
-      SJR_APART
-      for (int i = 0; i < n; ++i)
-        to_low[i] = grad_sum_low(row)[i], to_high[i] = grad_sum_high(row)[i];
+      copy(grad_sum_low(row), in_row(job.grad_low, row));
+      copy(grad_sum_high(row), in_row(job.grad_high, row));
     }
   }
 };
@@ -449,9 +484,13 @@ SJR_INLINE void through_gates(const ChainJob& job,
                               int n,
                               C* to,
                               double* totals) {
-  const int64_t G = job.G, S = job.S;
-  const C *scale = static_cast<const C*>(job.scale), *shift = static_cast<const C*>(job.shift);
-  alignas(64) C z[N] = {}, slope[N], found[N] = {};
+  const int64_t G = job.G;
+  const int64_t S = job.S;
+  const C* scale = static_cast<const C*>(job.scale);
+  const C* shift = static_cast<const C*>(job.shift);
+  alignas(64) C z[N] = {};
+  alignas(64) C slope[N];
+  alignas(64) C found[N] = {};
   int some[N];
   for (int64_t g = 0; g < G; ++g) {
     SJR_APART
@@ -463,7 +502,8 @@ SJR_INLINE void through_gates(const ChainJob& job,
       some[count] = i;
       count += slope[i] != 0;
     }
-    C of_scale = 0, of_shift = 0;
+    C of_scale = 0;
+    C of_shift = 0;
     for (int k = 0; k < count; ++k) {
       const int i = some[k];
       const C opened = sum_of_products(grads + i * S, table + (ends[i] * G + g) * S, S);
@@ -485,9 +525,11 @@ SJR_INLINE void through_gates(const ChainJob& job,
 template <class C>
 SJR_INLINE void to_values(const ChainJob& job, int64_t chain, const C* grads, double* totals) {
   const int64_t F = job.F;
-  const int32_t *least_at = job.least_at + chain * F, *most_at = job.most_at + chain * F;
+  const int32_t* least_at = job.least_at + chain * F;
+  const int32_t* most_at = job.most_at + chain * F;
   for (int64_t f = 0; f < F; ++f) {
-    const double first = double(grads[f]), second = double(grads[F + f]);
+    const double first = double(grads[f]);
+    const double second = double(grads[F + f]);
     totals[f * job.J + least_at[f]] += job.centred ? (first - second) / 2 : first;
     totals[f * job.J + most_at[f]] += job.centred ? (first + second) / 2 : second;
   }
@@ -496,7 +538,8 @@ SJR_INLINE void to_values(const ChainJob& job, int64_t chain, const C* grads, do
 template <class C>
 void chain_backward(const ChainJob& job, int64_t first, int64_t last, C* grads, double* totals) {
   const Slopes<C> slopes(job);
-  const int64_t F = job.F, S = job.S;
+  const int64_t F = job.F;
+  const int64_t S = job.S;
   std::memset(grads, 0, size_t(S * N) * sizeof(C));  // what lies beyond 2 F stays zero
   for (; first < last; first += N) {
     const int n = int(std::min<int64_t>(N, last - first));
@@ -504,8 +547,10 @@ void chain_backward(const ChainJob& job, int64_t first, int64_t last, C* grads, 
       const C* least = static_cast<const C*>(job.grad_least) + f * job.M + first;
       const C* most = static_cast<const C*>(job.grad_most) + f * job.M + first;
       SJR_APART
-      for (int i = 0; i < n; ++i)
-        grads[i * S + f] = least[i], grads[i * S + F + f] = most[i];
+      for (int i = 0; i < n; ++i) {
+        grads[i * S + f] = least[i];
+        grads[i * S + F + f] = most[i];
+      }
     }
     if (job.least_at)
       for (int i = 0; i < n; ++i)

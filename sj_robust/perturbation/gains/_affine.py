@@ -89,7 +89,13 @@ def cut_run(
     inside: set[nn.Module] = set()
     with ExitStack() as stack:
         for name, module in cuts.items():
-            cut = _Cut(run, name, module, module.forward, value)
+            cut = _Cut(
+                run=run,
+                name=name,
+                module=module,
+                original=module.forward,
+                value=value,
+            )
             stack.enter_context(other_forward(module, cut))
             inside.update(module.modules())
         for name, module in net.named_modules():
@@ -182,7 +188,8 @@ def windows_per_input(module: nn.Module, x: Tensor, y: Tensor) -> int:
     is the root.
     """
     most = 1
-    dimensions = next(1 + i % 3 for i, kind in enumerate(POOLINGS) if isinstance(module, kind))
+    is_kind = [isinstance(module, kind) for kind in POOLINGS]
+    dimensions = 1 + is_kind.index(True) % 3
     for i in range(dimensions):
         windows: Counter[int] = Counter()
         if isinstance(module, ADAPTIVE):

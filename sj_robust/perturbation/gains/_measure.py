@@ -130,4 +130,6 @@ def first_frame(classifier: SpikingClassifier, x: Tensor) -> Tensor:
     with ExitStack() as stack:
         stack.callback(classifier.net.register_forward_pre_hook(enter).remove)
         classifier(x[:1])
-    return given[0][0] if classifier.find_convention(x).takes == "sequence" else given[0]
+    if classifier.find_convention(x).takes == "sequence":
+        return given[0][0]
+    return given[0]

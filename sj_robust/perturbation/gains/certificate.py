@@ -249,7 +249,8 @@ class Certificate(
                 axis.set_xlabel(title)
                 if axis.lines:
                     axis.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2)
-            axes[0].set_yticks(range(len(layers)), [layer.name for layer in layers])
+            names = [layer.name for layer in layers]
+            axes[0].set_yticks(range(len(layers)), names)
             axes[0].set_ylim(len(layers) - 0.5, -0.5)
         if path is not None:
             write_figure(figure, path)

@@ -113,7 +113,8 @@ def perturbation_gains(
     tolerance = check_size("tolerance", tolerance)
     max_iterations = check_count("max_iterations", max_iterations)
     seed = check_seed("seed", seed)
-    classifier = check_classifier(as_classifier(net, T, mean=mean, std=std, images=x))
+    wrapped = as_classifier(net, T, mean=mean, std=std, images=x)
+    classifier = check_classifier(wrapped)
     neurons, unknown, _ = find_neurons(classifier.net, {}, {})
     gains = {}
     for name, neuron in neurons.items():
@@ -245,7 +246,8 @@ def _layer(
         return certificate
     if norm:
         margin = max(margin, found.residual / norm)
-    any_time = float(l2_gain_limit(gains.decay)) * float(gains.input_gain.abs().max())
+    largest = float(gains.input_gain.abs().max())
+    any_time = float(l2_gain_limit(gains.decay)) * largest
     pairs = _pairs_at(found, moved)
     of_l2 = partial(pairs.bound, pairs.l2, norm=norm, margin=margin)
     of_peak = partial(pairs.bound, pairs.peak, norm=norm, margin=margin)

@@ -159,7 +159,10 @@ def gain_penalty(net: nn.Module, *, normalized: bool = False) -> Tensor:
     T = max(len(gain) for gain in gains)
     # Zeros in front bring all to one length; they do not change a norm, since without an input the
     # potential is 0 before the first step.
-    padded = [functional.pad(gain, (T - len(gain), 0)) for gain in gains]
+    padded = []
+    for gain in gains:
+        missing = T - len(gain)
+        padded.append(functional.pad(gain, (missing, 0)))
     stacked = torch.stack(padded).cpu().double()
     if not bool(torch.isfinite(stacked).all()):
         return stacked.sum() * torch.nan  # the training stops and tells at which step
@@ -217,6 +220,7 @@ def _least_l2(decay: float, c: Tensor) -> tuple[Tensor, float]:
     inverse = torch.eye(T, dtype=torch.float64)  # of L
     inverse.diagonal(-1).fill_(-decay)
     K = inverse @ inverse.T
+    c_squared = c.square()
 
     def value(w: Tensor) -> Tensor:
         return w @ K @ w + (c / w).square().sum()
@@ -228,10 +232,11 @@ def _least_l2(decay: float, c: Tensor) -> tuple[Tensor, float]:
             return False
         return not bool(value(after) > value(w) * (1.0 + 1e-14) - decrease)
 
-    w = torch.full((T,), max(1.0 - decay, 1.0 / T) ** -0.5, dtype=torch.float64)
+    first = max(1.0 - decay, 1.0 / T) ** -0.5
+    w = torch.full((T,), first, dtype=torch.float64)
     for _ in range(200):
-        slope = 2.0 * (K @ w - c.square() * w.pow(-3))
-        curvature = 2.0 * K + torch.diag(6.0 * c.square() * w.pow(-4))
+        slope = 2.0 * (K @ w - c_squared * w.pow(-3))
+        curvature = 2.0 * K + torch.diag(6.0 * c_squared * w.pow(-4))
         step = torch.linalg.solve(curvature, -slope)
         decrease = -(slope @ step)
         size = 1.0
@@ -254,10 +259,11 @@ def _least_peak(decay: float, T: int) -> tuple[Tensor, float]:
     steady = (1.0 - rate) ** 0.5
     steps = torch.arange(T, dtype=torch.float64)
     for k in range(T):  # first step at which the peak, 1, is reached
-        falling = rate ** steps[: k + 1]
-        squared_peak = falling.square() * rate ** (k - steps[: k + 1])
+        so_far = steps[: k + 1]
+        falling = rate**so_far
+        at_peak = falling.square() * rate ** (k - so_far)
         p = torch.full((T,), steady, dtype=torch.float64)
-        p[: k + 1] = falling / squared_peak.sum().sqrt()
+        p[: k + 1] = falling / at_peak.sum().sqrt()
         if rate * p[k] <= steady:
             break
     # Lower bound by duality. For any weights w[t] >= 0 of the steps,
@@ -267,5 +273,6 @@ def _least_peak(decay: float, T: int) -> tuple[Tensor, float]:
     m = p.reciprocal()
     following = torch.cat((m[1:], m.new_zeros(1)))
     weights = (m - rate * following).clamp(min=0.0)
-    bound = (weights.sum() * (1.0 / m).sum()).rsqrt()
+    total_of_inverses = (1.0 / m).sum()
+    bound = (weights.sum() * total_of_inverses).rsqrt()
     return p, float(bound)

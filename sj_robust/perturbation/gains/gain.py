@@ -284,7 +284,8 @@ def _per_sequence(
     sizes = gains.detach().cpu().abs()
     shape = np.broadcast_shapes(decays.shape, sizes.shape[:-1])
     flat = decays.expand(shape).reshape(-1).numpy()
-    columns = sizes.expand(*shape, T).reshape(-1, T).T.numpy()
+    by_sequence = sizes.expand(*shape, T).reshape(-1, T)
+    columns = by_sequence.T.numpy()
     largest: Any = columns.max(axis=0)
     scaled = columns / np.where(largest > 0, largest, 1.0)
     found = gain(flat, scaled) * largest

@@ -119,7 +119,13 @@ def input_maps(
     with full_precision(frame.device), preserved(net):
         if takes is None:
             takes = "steps" if step_mode_of(net) == "s" else "sequence"
-        network = _CutNetwork(net, frame[:1].detach(), [*neurons, *others], takes, seed)
+        network = _CutNetwork(
+            net=net,
+            frame=frame[:1].detach(),
+            neurons=[*neurons, *others],
+            takes=takes,
+            seed=seed,
+        )
         found: dict[str, InputMap] = {}
         for name in network.run.currents:
             found[name] = _measured(network, name, found, tolerance, max_iterations)
@@ -195,7 +201,8 @@ class _CutNetwork:
                 chosen = second.get(self._a_step_on(key, -1), like)
             return chosen.clone() if chosen.shape == like.shape else self.noise(like)
 
-        currents = self._run(value, torch.cat((self.frame, self.frame))).currents
+        both_steps = torch.cat((self.frame, self.frame))
+        currents = self._run(value, both_steps).currents
         second_step = {}
         for key, current in currents.items():
             second_step[key] = currents.get(self._a_step_on(key, 1), current[1:])
@@ -204,7 +211,8 @@ class _CutNetwork:
     def _a_step_on(self, key: str, steps: int) -> str:
         """Key of a layer's call so many steps later, if it is handed the steps in turn."""
         layer, _, call = key.removesuffix(")").partition(" (call ")
-        return call_key(layer, int(call or 1) + steps * self.run.calls[layer])
+        number = int(call or 1) + steps * self.run.calls[layer]
+        return call_key(layer, number)
 
 
 def _measured(
@@ -261,13 +269,16 @@ def _largest_singular_value(
 
     def apply(vector: Tensor) -> Tensor:
         parts = zip(torch.split(vector, sizes), affine.leaves, scales, strict=True)
-        return affine.apply([scale * part.view_as(leaf) for part, leaf, scale in parts]).flatten()
+        scaled = [scale * part.view_as(leaf) for part, leaf, scale in parts]
+        return affine.apply(scaled).flatten()
 
     def adjoint(cotangent: Tensor) -> Tensor:
-        parts = zip(affine.adjoint(cotangent.view_as(affine.current)), scales, strict=True)
+        found = affine.adjoint(cotangent.view_as(affine.current))
+        parts = zip(found, scales, strict=True)
         return torch.cat([scale * part.flatten() for part, scale in parts])
 
-    start = noise(torch.cat([leaf.detach().flatten() for leaf in affine.leaves]))
+    leaves = [leaf.detach().flatten() for leaf in affine.leaves]
+    start = noise(torch.cat(leaves))
     return largest_singular_value(
         apply, adjoint, start, tolerance=tolerance, max_iterations=max_iterations
     )
