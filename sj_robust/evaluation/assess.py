@@ -180,10 +180,9 @@ class _Parts:
         }
 
     def search(self, settings: EstimatorSearch) -> list[dict[str, Any]]:
-        """Trials of the gradient estimators, strongest first; none if the network gets no image
-        right.
-        """
-        self.say(f"choosing among {len(settings.candidates)} gradient estimators")
+        """Trials of the gradient estimators; none if the network gets no image right."""
+        names = {"training", *settings.candidates}
+        self.say(f"choosing among {len(names)} gradient estimators")
         draws = self.draws
 
         def compute() -> list[dict[str, Any]]:

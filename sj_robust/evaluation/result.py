@@ -190,7 +190,7 @@ class Evaluation:
         network: Architecture, ``T``, number of parameters, ``fingerprint``, and per spiking layer
             the ``neuron`` and the ``surrogate`` it was trained with.
         data: Fingerprint of images and labels.
-        estimators: Trials of the search over gradient estimators, strongest first.
+        estimators: Trials of the search over gradient estimators.
         firing: Rows of :func:`sj_robust.evaluation.firing`.
         findings: Rows of :func:`sj_robust.evaluation.diagnose`.
         potential: MS-MPPD per layer and step under each attack, and with proofs the mean square of

@@ -93,14 +93,14 @@ class DifferentiableJointRun(JointRun):
         every = torch.eye(steps).to(current.low)
         return trains.centred(every[first:])
 
-    def _joined(self, gain: Tensor, single: Interval, longer: MappedSums) -> Interval:
+    def _joined(self, gain: Tensor, currents: list[Interval], longer: MappedSums) -> Interval:
         """See :class:`JointRun`; the graph of all sums is one node."""
         stage = self.stages[-1]
         x = stage.current
         centre = by_step(x.centre, self.samples, stage.batch_dim).flatten(1)
         radius = by_step(x.radius, self.samples, stage.batch_dim).flatten(1)
-        if x.changes is not None or len(centre) != len(single.low):
-            return super()._joined(gain, single, longer)
+        if x.changes is not None or len(centre) != len(currents):
+            return super()._joined(gain, currents, longer)
         low, high = WindowSums.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
             gain, centre, radius, longer.shares, longer.centre, longer.radius
         )

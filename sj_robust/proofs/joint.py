@@ -481,11 +481,10 @@ class JointRun(BoundedRun):
         like = currents[0].low
         gains = [_as_double(dynamics.tensor_gain_at(t)) for t in range(first, steps)]
         gain = torch.stack(gains).to(like)
-        single = stacked(currents[first:])
         listed = memory.trains.windows.listed(steps)
         longer = [[a, t] for a, t in listed if a < t and t >= first]
         if not longer:
-            return _multiples(gain, single)
+            return _multiples(gain, stacked(currents[first:]))
         weights = window_weights(dynamics, torch.tensor(longer), steps)
         weights = weights.to(like)
         kind = self.over_time.kinds[name]
@@ -495,14 +494,16 @@ class JointRun(BoundedRun):
             sums = _multiples(factors, repeated)
         elif kind == "steps":
             mapped = self._through(weights, some)
-            return self._joined(gain, single, mapped)
+            return self._joined(gain, currents[first:], mapped)
         else:
             sums = self._sums_of_events(name, weights, currents, chosen)
+        single = stacked(currents[first:])
         return _together(_multiples(gain, single), sums)
 
-    def _joined(self, gain: Tensor, single: Interval, longer: "MappedSums") -> Interval:
+    def _joined(self, gain: Tensor, currents: list[Interval], longer: "MappedSums") -> Interval:
         """Sums of single steps, of so many gains, and of longer windows."""
-        return _together(_multiples(gain, single), longer.ends(rounded=self.rounded))
+        single = _multiples(gain, stacked(currents))
+        return _together(single, longer.ends(rounded=self.rounded))
 
     def _sums_of_events(
         self,

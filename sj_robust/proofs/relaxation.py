@@ -278,6 +278,8 @@ class Maps:
         on_once = self.adjoint(stage, laid_out(once, dim), _MANY)
         on_often = dict(self.adjoint(stage, laid_out(often, dim), _MANY))
         on_few = dict(self.adjoint(stage, laid_out(once[:_FEW], dim), _FEW))
+        leaves = [leaf for leaf, _ in on_once]
+        assert leaves == list(on_often) == list(on_few)
         pairs = []
         for leaf, weights in on_once:
             of_many = trace.leaves[leaf]

@@ -40,7 +40,7 @@ def short_suite(suite):
     """One that chooses estimators, with few steps, queries and candidates."""
     if suite.search is None:
         return suite
-    few = EstimatorSearch(candidates=("pdsg", "atan:2"), images=8, steps=5, count=2)
+    few = EstimatorSearch(candidates=("pdsg", "atan:2"), images=8, steps=5, count=2, final_steps=6)
     members = tuple(map(_short, suite.members))
     control = tuple(map(_short, suite.control))
     return replace(suite, members=members, control=control, search=few)

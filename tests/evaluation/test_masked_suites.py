@@ -20,7 +20,9 @@ def left(model: nn.Module, members, x: Tensor, y: Tensor) -> float:
 
 def chosen_for(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> list[str]:
     """Estimators that a short search picks."""
-    settings = EstimatorSearch(("training", "triangle:0.5", "atan:1", "atan:4"), steps=10, count=2)
+    settings = EstimatorSearch(
+        ("training", "triangle:0.5", "atan:1", "atan:4"), steps=10, count=2, finalists=0
+    )
     trials = search_estimators(
         model, x, y, threat=threat, settings=settings, seeds=SampleSeeds(range(len(x)))
     )

@@ -281,8 +281,8 @@ def test_wrong_use(linear, change, error, match):
         diagnose(arguments.pop("model"), arguments.pop("x"), arguments.pop("y"), **arguments)
 
 
-def trial(name, left, gained=0, lost=0, note=""):
-    return EstimatorTrial(name, left, left, 0.0, 40, gained, lost, note=note)
+def trial(name, left, gained=0, lost=0, note="", steps=60):
+    return EstimatorTrial(name, left, left, 0.0, 40, gained, lost, note=note, steps=steps)
 
 
 def test_a_search_is_not_attacked_again_but_counted():
@@ -294,6 +294,9 @@ def test_a_search_is_not_attacked_again_but_counted():
     assert not found.passed
     assert "training 50%, atan:4 10%" in found.meaning
     assert "start with atan:4." in found.remedy
+    short = trial("atan:8", 0.0, gained=40, steps=20)  # of the short attack, which is not compared
+    assert estimators_searched([usual, short]) == []
+    assert estimators_searched([trial("atan:4", 0.1, gained=18, lost=2), usual, short]) == [found]
     for gained, lost in ((4, 2), (2, 4)):  # chance, and a search that found nothing better
         (found,) = estimators_searched([usual, trial("assg", 0.5, gained, lost)])
         assert found.passed

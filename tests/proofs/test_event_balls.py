@@ -240,6 +240,10 @@ def test_one_budget_for_all_steps_proves_more_than_one_for_each(kind):
     shared = verify(model, x, y, 1, **kind.options)
     apart = verify(model, x, y, 1, method="ibp", **kind.options)
     assert shared.accuracy > apart.accuracy + 0.1
+    if kind.moves:
+        by_any_shift = verify(model, x, y, 1, norm="moves")
+        for near, far in zip(shared.margin, by_any_shift.margin, strict=True):
+            assert near >= far - 1e-12
 
 
 class Repeated(nn.Module):

@@ -28,10 +28,11 @@ def train(folder, *options):
 @pytest.mark.slow
 def test_a_certified_run_and_its_evaluation(tmp_path):
     run = tmp_path / "run"
-    options = split(f"--mode certified --certified-flips 1.5 --output {run}")
+    options = split(f"--mode certified --certified-flips 1.5 --counts --output {run}")
     train(tmp_path, *options)
     report = Report.load(run / "report.json")
-    assert report.threat == ThreatModel("L0", 2)
+    threat = ThreatModel("L0", 2, counts=True)
+    assert report.threat == threat
     assert report.dataset == "saccade:digits"
     assert any("test images" in text and "verified at L0 2" in text for text in report.warnings)
     assert {row.member for row in report.attacks} == {"flips", "random"}
@@ -39,7 +40,7 @@ def test_a_certified_run_and_its_evaluation(tmp_path):
     recipe_run.in_process(tmp_path, *options)
     found = Report.load(tmp_path / "found" / "report.json")
     assert found.suite == "events"
-    assert found.threat == ThreatModel("L0", 2)  # of the training
+    assert found.threat == threat  # of the training
     assert found.verified is not None
     assert found.bracket[0].correct <= found.bracket[1].correct
 

@@ -54,8 +54,8 @@ CANDIDATES = (
 """Estimators that a search tries by default: shapes with widths around the threshold, and the
 adaptive ones but PDSG, whose gradient of an image depends on the others in the batch."""
 
-_SLOW = ("assg", "assg+detach")
-"""Estimators that adapt during an attack, so that a short one underrates them."""
+_SLOW = "assg"
+"""The estimator that adapts during an attack, so that a short one underrates it."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class EstimatorSearch:
         count: Largest number of estimators to choose; fewer are chosen if no other one adds
             anything.
         finalists: How many of the best after the short attack are tried with a longer one, as are
-            ``"training"`` and, if it is a candidate, ``"assg"``; only these can be chosen. 0: there
-            is no longer attack.
+            ``"training"`` and all candidates of the form ``"assg..."``; only these can be chosen.
+            0: there is no longer attack.
         final_steps: Steps of the longer attack.
 
     Raises:
@@ -144,8 +144,8 @@ def search_estimators(
     Every candidate is tried as it is and with the gradient of the reset detached
     (``"NAME+detach"``), in two stages: a short attack compares all of them, a longer one those with
     the smallest ``mean_n c_e(n)``. All attacks start from the same random points. The choice
-    depends on the results, not on run times, so that it can be repeated: all candidates compute the
-    same number of gradients, and none costs much more than another.
+    depends on the results, not on run times, so that it can be repeated: all candidates of a stage
+    compute the same number of gradients, and none costs much more than another.
 
     Args:
         model: Images [N, ...] in [0, 1] to logits; an ``nn.Module`` unless ``"training"`` is the
@@ -160,8 +160,8 @@ def search_estimators(
         seeds: One seed per sample.
 
     Returns:
-        One trial per estimator: its longest attack, strongest first, then those of the short
-        attack; estimators that could not be tried come last, with the reason.
+        One trial per estimator: those of the longer attack, strongest first, then those of the
+        short attack; of each, those that could not be tried come last, with the reason.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -193,7 +193,7 @@ def search_estimators(
             f"a search needs images that are classified correctly, got none among {len(x)}; use "
             "other images"
         )
-    images = _Images(model, x[rows], y[rows], draws, seeds.rows(rows))
+    images = _Images(model, x=x[rows], y=y[rows], draws=draws, seeds=seeds.rows(rows))
     names = _with_detached(settings.candidates)
     if attack is not None:
         trials = _Trials(images, attack)
@@ -228,7 +228,7 @@ def _with_detached(candidates: Sequence[str]) -> list[str]:
 
 def _finalists(first: "_Trials", count: int) -> list[str]:
     """What is tried again: the best after the short attack, and what it cannot judge."""
-    always = [name for name in ("training", *_SLOW) if name in first.tried()]
+    always = [name for name in first.tried() if name == "training" or name.startswith(_SLOW)]
     others = [name for name in first.tried() if name not in always]
     others.sort(key=lambda name: float(first.left[name].mean()))
     return [*always, *others[:count]]
