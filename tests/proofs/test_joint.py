@@ -250,7 +250,7 @@ FAULTS = {
     "a window that is not reached after a possible spike": (
         reference,
         "later[-1] = possible",
-        "later[-1] = possible & cases[0][0]",
+        "later[-1] = possible & sure_cases[0]",
     ),
     "a soft reset taken for a hard one": (
         reference,
@@ -274,8 +274,8 @@ FAULTS = {
     ),
     "a shift that counts once": (
         joint,
-        "weights.sum(1) - 1.0)",
-        "0.0 * weights.sum(1))",
+        "shares=weights.sum(1) - 1.0",
+        "shares=0.0 * weights.sum(1)",
     ),
     "half of the radius": (
         operator,
@@ -308,6 +308,7 @@ OF_SOFT_RESETS = {"a soft reset taken for a hard one", "an earlier spike that co
 PATCHED = {
     reference: [
         "_Past._charged",
+        "_Past._since_reset",
         "_Past.decided",
         "_Past._remember",
         "_Past._discounts",
