@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ __all__ = [
     "confident",
     "event_attack",
     "expectation",
+    "is_adaptive",
     "random_event_attack",
     "search_estimators",
     "short_attack",
@@ -53,9 +54,6 @@ CANDIDATES = (
 )
 """Estimators that a search tries by default: shapes with widths around the threshold, and the
 adaptive ones but PDSG, whose gradient of an image depends on the others in the batch."""
-
-_SLOW = "assg"
-"""The estimator that adapts during an attack, so that a short one underrates it."""
 
 
 @dataclass(frozen=True)
@@ -195,27 +193,25 @@ def search_estimators(
         )
     images = _Images(model, x=x[rows], y=y[rows], draws=draws, seeds=seeds.rows(rows))
     names = _with_detached(settings.candidates)
-    if attack is not None:
-        trials = _Trials(images, attack)
-        trials.run(names)
-        return trials.ordered(settings.count)
-
-    def of_length(steps: int) -> _Trials:
-        return _Trials(images, short_attack(threat, steps, draws=draws), steps)
-
-    first = of_length(settings.steps)
+    if attack is None:
+        first = _Trials(images, short_attack(threat, settings.steps, draws=draws), settings.steps)
+    else:
+        first = _Trials(images, attack)
+    # The first call may compile kernels, which is no estimator's fault.
+    images.craft(first.attack, "training", slice(1))
     first.run(names)
-    if settings.finalists == 0:
+    if attack is not None or settings.finalists == 0:
         return first.ordered(settings.count)
-    last = of_length(settings.final_steps)
+    longer = short_attack(threat, settings.final_steps, draws=draws)
+    last = _Trials(images, longer, settings.final_steps)
     last.run(_finalists(first, settings.finalists))
     others = [trial for trial in first.ordered(0) if trial.estimator not in last.found]
     return (*last.ordered(settings.count), *others)
 
 
 def _with_detached(candidates: Sequence[str]) -> list[str]:
-    """The training surrogate and the candidates, and what is left of each without the gradient of
-    the reset.
+    """The training surrogate and the candidates, each also with the gradient of the reset
+    detached.
     """
     names = list(dict.fromkeys(("training", *candidates)))
     for name in names:
@@ -227,11 +223,20 @@ def _with_detached(candidates: Sequence[str]) -> list[str]:
 
 
 def _finalists(first: "_Trials", count: int) -> list[str]:
-    """What is tried again: the best after the short attack, and what it cannot judge."""
-    always = [name for name in first.tried() if name == "training" or name.startswith(_SLOW)]
+    """What is tried again: the training surrogate, those that a short attack underrates, and the
+    best of the others.
+    """
+    always = [name for name in first.tried() if name == "training" or is_adaptive(name)]
     others = [name for name in first.tried() if name not in always]
     others.sort(key=lambda name: float(first.left[name].mean()))
     return [*always, *others[:count]]
+
+
+def is_adaptive(name: str) -> bool:
+    """Whether an estimator is ASSG in any form, which adapts to the network during an attack, so
+    that a short one underrates it.
+    """
+    return name.startswith("assg")
 
 
 def _weakness(trial: EstimatorTrial) -> tuple[bool, float]:
@@ -313,6 +318,13 @@ class _Images:
         seeds = SampleSeeds(self.seeds.seeds[rows])
         return crafted(self.model, self.x[rows], self.y[rows], member, seeds=seeds).x_adv
 
+    @cached_property
+    def mean_clean_margin(self) -> Tensor:
+        """Mean margin of the clean images, above 0."""
+        _, margins = self.scores(self.x)
+        least = torch.finfo(torch.float64).tiny
+        return margins.mean().clamp(min=least)
+
     def scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Whether a sample stands in half of the draws or more, [N] bool, and its mean margin over
         them, 0 where the network is fooled, [N] float64.
@@ -340,18 +352,11 @@ class _Trials:
 
     def run(self, names: Sequence[str]) -> None:
         """Attack with every estimator, ``"training"`` first."""
-        _, margins = self.images.scores(self.images.x)
-        least = torch.finfo(torch.float64).tiny
-        clean = margins.mean().clamp(min=least)
-        # The first call may compile kernels, which is no estimator's fault.
-        self.images.craft(self.attack, "training", slice(1))
         for name in names:
-            self._run(name, clean)
+            self._run(name)
 
-    def _run(self, name: str, clean: Tensor) -> None:
-        """Attack with one estimator; one that this network does not allow is noted. Margins are in
-        units of ``clean``.
-        """
+    def _run(self, name: str) -> None:
+        """Attack with one estimator; one that this network does not allow is noted."""
         images = self.images
         start = clock(images.x.device)
         try:
@@ -362,7 +367,7 @@ class _Trials:
             x_adv, note = images.x, f"{type(error).__name__}: {error}"
         seconds = clock(images.x.device) - start
         standing, margins = images.scores(x_adv)
-        margins = margins / clean
+        margins = margins / images.mean_clean_margin
         self.standing[name] = standing
         self.left[name] = standing.double() + margins
         usual = self.standing["training"]

@@ -26,6 +26,7 @@ from sj_robust.evaluation.run.estimator_search import (
     confident,
     event_attack,
     expectation,
+    is_adaptive,
     random_event_attack,
 )
 from sj_robust.evaluation.run.member import Member
@@ -62,8 +63,8 @@ GRADES: dict[str, str] = {
 _SHARES = tuple(f"assg:{share}" for share in ("0.5", "0.7", "0.8", "0.85", "0.9", "0.95"))
 """Shares of ASSG's area that the suite ``long`` chooses from."""
 _FEW_CANDIDATES = ("triangle:0.25", "triangle:0.5", "atan:8", "assg")
-"""Estimators that the suite ``fast`` chooses from; the strongest of all were among them for every
-network that was tried.
+"""Estimators that the suite ``fast`` chooses from: of those that a long attack of all candidates
+chooses (docs/results/estimator_choice.csv), the most frequent ones and two that differ from them.
 """
 _REPEATED = ("fast", "standard", "gradient", "long", "events")
 """Suites that may have several rounds."""
@@ -447,7 +448,7 @@ def _gradient(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
     best, every = chosen[0], tuple(dict.fromkeys((*chosen, "training")))
     # A network that allows no other estimator than "training" may hold no spiking neuron at all.
     adaptive = next(
-        (name for name in every if name.startswith("assg")),
+        filter(is_adaptive, every),
         "assg" if len(every) > 1 else "training",
     )
     members = [plan.ce(name) for name in chosen]

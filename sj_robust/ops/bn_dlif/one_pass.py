@@ -127,9 +127,9 @@ def _add_slopes(total: Tensor, x: Tensor, T: int, moments: Tensor, slopes: Tenso
     mean = moments[0].to(total.dtype)
     slope, constant = slopes.to(total.dtype)
     shape = -1, *[1] * (x.ndim - 3)
-    slopes = (T * slope).view(shape)
-    constants = (T * (constant - slope * mean)).view(shape)
-    total.addcmul_(x, slopes).add_(constants)
+    slope_of_all = (T * slope).view(shape)
+    constant_of_all = (T * (constant - slope * mean)).view(shape)
+    total.addcmul_(x, slope_of_all).add_(constant_of_all)
 
 
 def _over_time(inputs: Inputs) -> Inputs:

@@ -121,8 +121,8 @@ def forward_plan(dtype: torch.dtype, steps: int, config: DLIFConfig) -> Plan:
 def backward_plan(dtype: torch.dtype, steps: int, config: DLIFConfig) -> Plan:
     """How the backward kernel is cut: the more steps are in registers, the fewer neurons."""
     first, later, segment = _cut(steps)
-    steps = max(first, segment) if later else first
-    block = _block(dtype, steps, BACKWARD_WARPS, later > 0)
+    in_registers = max(first, segment) if later else first
+    block = _block(dtype, in_registers, BACKWARD_WARPS, later > 0)
     return _BackwardPlan(
         FIRST=first,
         LATER=later,
