@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from rows import read_rows, write_rows
+from rows import read_rows, seeds_table, write_rows
 from torch import Tensor, nn
 
 from sj_robust.attacks import SampleSeeds, ThreatModel
@@ -130,7 +130,9 @@ def main() -> None:
         for row in rows:
             print(row, flush=True)
         write_rows(TABLE, sorted([*saved(), *rows], key=place))
-    print(table(saved()))
+    names = ("network", "suite", "rounds")
+    in_order = sorted(saved(), key=lambda row: (NETWORKS.index(row.network), row.suite, row.rounds))
+    print(seeds_table(names, in_order, names))
 
 
 def saved() -> list[Row]:
@@ -141,22 +143,6 @@ def saved() -> list[Row]:
 def place(row: Row) -> tuple[int, int, str, int]:
     """Where a row stands in the table."""
     return NETWORKS.index(row.network), row.seed, row.suite, row.rounds
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Markdown: what is left with each seed, its mean, and mean seconds."""
-    lines = [
-        "| network | suite | rounds | accuracy, % | mean | seconds |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-    ]
-    for key in dict.fromkeys((row.network, row.suite, row.rounds) for row in rows):
-        found = [row for row in rows if (row.network, row.suite, row.rounds) == key]
-        left = " / ".join(f"{row.left:.1f}" for row in found)
-        mean = sum(row.left for row in found) / len(found)
-        seconds = sum(row.seconds for row in found) / len(found)
-        network, suite, rounds = key
-        lines.append(f"| {network} | {suite} | {rounds} | {left} | {mean:.1f} | {seconds:.0f} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,15 @@
 import csv
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
+from statistics import mean
 from typing import Any, ClassVar, Protocol, TypeVar
 
-__all__ = ["read_rows", "write_rows"]
+from sj_robust.core.saved import markdown_table
+
+__all__ = ["read_rows", "seeds_table", "write_rows"]
 
 
 class _Dataclass(Protocol):
@@ -36,3 +41,23 @@ def write_rows(path: Path, rows: Sequence[_Dataclass]) -> None:
         writer = csv.DictWriter(file, heads, lineterminator="\n")
         writer.writeheader()
         writer.writerows(map(asdict, rows))
+
+
+class _OfASeed(Protocol):
+    left: float
+    seconds: float
+
+
+def seeds_table(heads: Sequence[str], rows: Sequence[_OfASeed], names: Sequence[str]) -> str:
+    """Markdown: for each combination of the fields ``names``, whose rows stand together, what is
+    left with each seed, its mean, and the mean of the seconds.
+    """
+    cells = []
+    for _, group in groupby(rows, key=attrgetter(*names)):
+        found = list(group)
+        words = [str(getattr(found[0], name)) for name in names]
+        each = " / ".join(f"{row.left:.1f}" for row in found)
+        left = mean(row.left for row in found)
+        seconds = mean(row.seconds for row in found)
+        cells.append([*words, each, f"{left:.1f}", f"{seconds:.0f}"])
+    return markdown_table([*heads, "accuracy, %", "mean", "seconds"], cells, words=len(names))
