@@ -230,6 +230,14 @@ def test_options_of_the_command_line_are_added_to_those_of_the_file(tmp_path, mo
         parse(["--output", ".", "--options", "{T: 4}"])
 
 
+def test_a_value_that_is_not_finite_is_recorded(run, tmp_path):
+    given = ("--grid", "{rho: [1, .inf]}")
+    assert "2 runs in runs/sweep, 0 of them finished before" in run(*given)
+    assert "2 runs in runs/sweep, 2 of them finished before" in run(*given)
+    rows = list(csv.DictReader((tmp_path / "runs/sweep/results.csv").read_text().splitlines()))
+    assert {row["rho"] for row in rows} == {"1.0", "inf"}
+
+
 def test_failures_are_summed_up(run, tmp_path):
     output = run("--grid", "{behave: [fail, well]}", "--output", "out", code=1)
     assert "FAILED" in output
