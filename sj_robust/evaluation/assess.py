@@ -4,7 +4,7 @@ report.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar, cast
@@ -33,10 +33,16 @@ from sj_robust.evaluation.run.estimator_search import (
 )
 from sj_robust.evaluation.run.identity import identify, network_key
 from sj_robust.evaluation.run.loop import Asked, Outcome, releases, run
-from sj_robust.evaluation.run.member import Member, fooled
+from sj_robust.evaluation.run.member import Member, fooled, refused
 from sj_robust.evaluation.run.progress import computed_once, gathered, rank_and_world_size
 from sj_robust.evaluation.run.proofs import has_proofs, proof_row, prove
-from sj_robust.evaluation.run.suites import Suite, SuiteName, check_shape, make_suite
+from sj_robust.evaluation.run.suites import (
+    ALL_ESTIMATORS,
+    Suite,
+    SuiteName,
+    check_shape,
+    make_suite,
+)
 from sj_robust.evaluation.run.variant import Variant
 from sj_robust.evaluation.subject import Subject
 from sj_robust.proofs.soundness import UnprovableError
@@ -105,7 +111,8 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
     if request.draws is None and draws > 1:
         check_shape(cast("SuiteName", request.suite), data[0][0], draws=draws)
         say(f"the network draws random numbers: {draws} forwards judge an image")
-    plan = _suite(request, draws)
+    reasons = refused(model, ALL_ESTIMATORS)
+    plan = _suite(request, draws, reasons)
     parts = _Parts(model, data, request, draws, network_key(model, data, request.folder))
     say(f"firing rates on {len(parts.y)} images")
     layers = firing(model, parts.x, seed=request.seed)
@@ -114,7 +121,8 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
     trials: list[dict[str, Any]] = []
     if plan.search is not None:
         trials = parts.search(plan.search)
-        plan = _suite(request, draws, [row["estimator"] for row in trials if row["chosen"]])
+        chosen = [row["estimator"] for row in trials if row["chosen"]]
+        plan = _suite(request, draws, reasons, chosen)
     if request.source is not None:
         plan = _with_transfer(plan, request.source, request.threat)
     control = plan.control if request.control else ()
@@ -145,6 +153,7 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
         potential=tuple({name: row[name] for name in shown} for row in potential),
         warnings=(
             *sorted(unseen.union(outcome.warnings)),
+            *_left_out(plan, reasons),
             *proved.get("reasons", ()),
             *([_NOT_DIAGNOSED] if request.threat.of_events else []),
         ),
@@ -321,7 +330,9 @@ class _Parts:
         return gathered(found)[0]
 
 
-def _suite(request: Request, draws: int, chosen: Sequence[str] = ()) -> Suite:
+def _suite(
+    request: Request, draws: int, without: Collection[str], chosen: Sequence[str] = ()
+) -> Suite:
     return make_suite(
         cast("SuiteName", request.suite),
         request.threat,
@@ -329,7 +340,16 @@ def _suite(request: Request, draws: int, chosen: Sequence[str] = ()) -> Suite:
         classes=request.classes,
         eot_samples=draws,
         rounds=request.rounds,
+        refused=without,
     )
+
+
+def _left_out(plan: Suite, reasons: Mapping[str, str]) -> list[str]:
+    """What a comparison of all estimators lacks; a search says so itself."""
+    if plan.name != "gradients":
+        return []
+    names = [name for name in reasons if name != "mixed"]
+    return [f"Estimator {name} was left out: {reasons[name]}." for name in names]
 
 
 def _on_the_first(row: Row, count: int) -> Row:

@@ -1,5 +1,7 @@
 """Networks with the neurons of defences: by name, from checkpoints, in training, and judged."""
 
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,7 @@ from torch import nn
 
 from sj_robust import DLIFNode, SpikingClassifier, evaluate, verify
 from sj_robust.core.randomness import SampleSeeds, seeded_globals
-from sj_robust.defences import EvolvingLeakNode, NoisyLIFNode, StochasticGate
+from sj_robust.defences import EvolvingLeakNode, HomeostaticNode, NoisyLIFNode, StochasticGate
 from sj_robust.estimators import estimator
 from sj_robust.evaluation import from_checkpoint
 from sj_robust.models import NetworkSpec, build_classifier
@@ -202,12 +204,17 @@ def test_wrong_names_and_options(options, message):
         build_classifier(NetworkSpec(**options))
 
 
-def stochastic(kind):
-    """A network that tells three classes apart, with noise or gates."""
+def defended(kind):
+    """A network that tells three classes apart, with noise, gates or homeostasis."""
     net = Net()
     if kind == "noise":
         net.parts[1] = NoisyLIFNode(4.0)
         return SpikingClassifier(net, 3)
+    if kind == "homeostasis":
+        net.parts[1] = HomeostaticNode(3)
+        model = SpikingClassifier(net, 3)
+        model(batches(12, 12)[0][0])  # shows it what is usual
+        return model
     gate = StochasticGate()
     net.parts[1] = nn.Sequential(DLIFNode(T=3, tau=4.0), gate)
     model = SpikingClassifier(net, 3)
@@ -219,7 +226,7 @@ def stochastic(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["noise", "gates"])
 def test_an_evaluation_takes_the_expectation_over_draws_and_proves_nothing(kind):
-    model = stochastic(kind)
+    model = defended(kind)
     members = []
 
     def noted(suite):
@@ -236,3 +243,35 @@ def test_an_evaluation_takes_the_expectation_over_draws_and_proves_nothing(kind)
     assert any("apgd" in name for name in names)
     assert not any("spike_search" in name for name in names)  # other spikes in every forward
     assert not any(row.kind == "proof" for row in report.rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["noise", "homeostasis"])
+@pytest.mark.parametrize("suite", ["standard", "gradient", "gradients", "long"])
+def test_no_suite_takes_an_estimator_that_the_neurons_refuse(kind, suite):
+    settings = {"eps": THREAT.eps, "suite": suite, "progress": False}
+    if kind == "noise":
+        settings["draws"] = 2
+    with shortened(short_attacks):
+        report = evaluate(defended(kind), batches(6, 6), **settings)
+    names = [row.member for row in report.rows]
+    assert any("apgd" in name or "sapgd" in name for name in names)
+    assert not any("assg" in name for name in names)
+    left_out = [text for text in report.warnings if text.startswith("Estimator assg was left out")]
+    assert len(left_out) == (suite == "gradients")
+    noted = {trial["estimator"]: trial["note"] for trial in report.estimators}
+    if suite == "gradients":
+        assert noted == {}
+        assert not any("bptr" in name for name in names)
+    else:
+        assert "needs the dynamics of every neuron" in noted["assg"]
+
+
+def short_attacks(suite):
+    """The suite with short attacks, ASSG among its candidates."""
+    short = short_suite(suite)
+    if suite.search is None:
+        keep = [replace(m, attack=partial(m.attack, steps=3)) for m in suite.members]
+        return replace(suite, members=tuple(keep), control=())
+    search = replace(short.search, candidates=("atan:2", "assg"))
+    return replace(short, search=search)

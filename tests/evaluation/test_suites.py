@@ -330,3 +330,15 @@ def test_every_estimator_for_itself():
         "training",
     }
     assert len(suite.control) == 5
+
+
+def test_members_with_a_refused_estimator_are_left_out_or_replaced():
+    without = {"assg", "mixed"}
+    names = {}
+    for name, chosen in {"gradients": [], "gradient": ["atan:4"], "long": ["atan:4"]}.items():
+        suite = make_suite(name, EIGHT, classes=10, chosen=chosen, refused=without)
+        names[name] = [member.name for member in suite.members]
+        assert without.isdisjoint(member.estimator for member in suite.members)
+    assert "apgd_ce/bptr/r0" in names["gradients"]
+    assert "sapgd/atan:4/r0" in names["gradient"]
+    assert names["long"] == ["sapgd/atan:4/r0"]

@@ -1,7 +1,7 @@
 """One attack with its gradient estimator and seed."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -33,6 +33,7 @@ __all__ = [
     "fooled",
     "fools",
     "has_detached_reset",
+    "refused",
     "scored",
 ]
 
@@ -244,6 +245,18 @@ def check_estimator(name: str) -> None:
         from sj_robust.estimators import estimator
 
         estimator(name)
+
+
+def refused(model: Model, names: Iterable[str]) -> dict[str, str]:
+    """Those of the estimators that a network does not allow, with the reason."""
+    reasons = {}
+    for name in names:
+        try:
+            with _estimator(Member("asked", scored, name), model):
+                pass
+        except (TypeError, ValueError) as error:
+            reasons[name] = str(error)
+    return reasons
 
 
 def has_detached_reset(name: str) -> bool:

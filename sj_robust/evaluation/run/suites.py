@@ -1,7 +1,7 @@
 """Suites of attacks by name, with the control of equal cost."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -33,6 +33,7 @@ from sj_robust.evaluation.run.member import Member
 from sj_robust.evaluation.run.program import program
 
 __all__ = [
+    "ALL_ESTIMATORS",
     "GRADES",
     "Suite",
     "SuiteName",
@@ -60,6 +61,8 @@ GRADES: dict[str, str] = {
 }
 """How far to trust the figures of each suite."""
 
+ALL_ESTIMATORS = (*CANDIDATES, "pdsg", "hart_mixed:1.2", "straight_through", "mixed")
+"""Estimators that members of some suite use without a search."""
 _SHARES = tuple(f"assg:{share}" for share in ("0.5", "0.7", "0.8", "0.85", "0.9", "0.95"))
 """Shares of ASSG's area that the suite ``long`` chooses from."""
 _FEW_CANDIDATES = ("triangle:0.25", "triangle:0.5", "atan:8", "assg")
@@ -118,6 +121,7 @@ def make_suite(
     classes: int,
     eot_samples: int = 1,
     rounds: int = 1,
+    refused: Collection[str] = (),
 ) -> Suite:
     """Build a suite for a threat model, with the estimators chosen by a search.
 
@@ -178,6 +182,8 @@ def make_suite(
             highest loss, and AutoAttack runs its version ``"rand"``.
         rounds: How many times the attacks are run, each time at the cost of the suite; the program
             runs once.
+        refused: Names of estimators that the network does not allow: members of ``gradients`` with
+            one of them are left out, and SA-PGD of ``gradient`` uses c1 instead of ASSG.
 
     Raises:
         ValueError: If the suite is unknown or does not fit the threat model, the radius is 0,
@@ -206,7 +212,7 @@ def make_suite(
         raise ValueError(f"suite {name!r} has its estimators fixed, got {list(chosen)}; pass none")
     check_count("eot_samples", eot_samples)
     check_rounds(name, rounds)
-    plan = _Plan(threat, classes, eot_samples, rounds)
+    plan = _Plan(threat, classes, eot_samples, rounds, frozenset(refused))
     if name in fixed:
         return fixed[name](plan)
     choosing = {
@@ -292,6 +298,7 @@ class _Plan:
     classes: int
     eot_samples: int
     rounds: int
+    refused: frozenset[str]
 
     def again(self, members: Sequence[Member]) -> list[Member]:
         """The members of every round, each with a restart of its own."""
@@ -447,10 +454,8 @@ def _standard(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
 def _gradient(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
     best, every = chosen[0], tuple(dict.fromkeys((*chosen, "training")))
     # A network that allows no other estimator than "training" may hold no spiking neuron at all.
-    adaptive = next(
-        filter(is_adaptive, every),
-        "assg" if len(every) > 1 else "training",
-    )
+    allows_assg = len(every) > 1 and "assg" not in plan.refused
+    adaptive = next(filter(is_adaptive, every), "assg" if allows_assg else best)
     members = [plan.ce(name) for name in chosen]
     members += plan.dlr(best)
     members += [plan.ce(best, 1), plan.ce(best, 2)]
@@ -471,7 +476,8 @@ def _gradient(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
 def _long(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
     best = chosen[0]
     members = plan.sapgd(best, steps=1000)
-    if best != "training":  # or no other estimator may work for the network
+    # if the best is "training", no other estimator may work for the network
+    if best != "training" and "mixed" not in plan.refused:
         members += plan.sapgd("mixed", steps=1000)
     members = plan.again(members)
     names = [member.estimator for member in members]
@@ -554,15 +560,11 @@ def _listed(*names: str) -> str:
 
 
 def _gradients(plan: _Plan) -> Suite:
-    members = [
-        plan.ce(name) for name in (*CANDIDATES, "pdsg", "hart_mixed:1.2", "straight_through")
-    ]
-    members += [
-        member
-        for name in ("training", "triangle:0.5", "atan:4", "assg")
-        for member in plan.sapgd(name)
-    ]
-    alone = tuple(replace(member, group="") for member in members)
+    members = [plan.ce(name) for name in ALL_ESTIMATORS if name != "mixed"]
+    for name in ("training", "triangle:0.5", "atan:4", "assg"):
+        members += plan.sapgd(name)
+    allowed = [member for member in members if member.estimator not in plan.refused]
+    alone = tuple(replace(member, group="") for member in allowed)
     control = _control([plan.ce("training", restart) for restart in range(5)])
     description = "every gradient estimator on its own, at an equal number of gradients"
     return Suite("gradients", alone, control, description)
