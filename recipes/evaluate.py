@@ -150,8 +150,8 @@ class Options:
     fault_draws: Annotated[PositiveInt, Idle(lambda options: options.suite != "stress")] = 5
     """For suite stress: number of draws of each random fault."""
     draws: Annotated[PositiveInt | None, Idle(is_without_suite)] = None
-    """For stochastic networks: gradients are averaged over this number of draws, and an image
-    counts as broken if more than half of them misclassify it; None: 10 if the network is
+    """For stochastic networks: an image counts as broken if more than half of this number of draws
+    misclassify it, and gradients are averaged over a third as many; None: 10 if the network is
     stochastic."""
     proofs: Annotated[bool, Idle(is_never_proved)] = True
     """For the norms Linf, L0 and moves: prove robustness by bounds of every spike, and attack only

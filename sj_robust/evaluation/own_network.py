@@ -106,8 +106,8 @@ def evaluate(
             an array.
         std: Standard deviation per channel that it expects to be divided by, likewise.
         draws: Number of fresh forwards of a stochastic network. An image counts as broken if the
-            network is wrong in more than half of them, and attacks average the gradient over as
-            many. None uses 10 for a network that draws random numbers and 1 for any other.
+            network is wrong in more than half of them, and attacks average the gradient over a
+            third as many. None uses 10 for a network that draws random numbers and 1 for any other.
         seed: Random seed.
         batch_size: Images at a time; results do not depend on it.
         folder: Folder in which progress is saved, for one batch size; None saves nothing.

@@ -238,7 +238,7 @@ def test_an_evaluation_takes_the_expectation_over_draws_and_proves_nothing(kind)
         report = evaluate(model, batches(6, 6), **settings)
     assert report.draws == 3
     samples = [m.attack.keywords["eot_samples"] for m in members if "apgd" in m.name]
-    assert set(samples) == {3}
+    assert set(samples) == {2}  # a third, two at least
     names = [row.member for row in report.rows]
     assert any("apgd" in name for name in names)
     assert not any("spike_search" in name for name in names)  # other spikes in every forward

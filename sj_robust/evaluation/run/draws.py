@@ -10,7 +10,7 @@ from sj_robust.evaluation.run.identity import seeded_sources
 from sj_robust.evaluation.run.member import scored
 from sj_robust.evaluation.run.progress import gathered, rank_and_world_size
 
-__all__ = ["DRAWS", "settled_draws"]
+__all__ = ["DRAWS", "gradient_draws", "settled_draws"]
 
 DRAWS = 10
 """Forwards that a network which draws random numbers is judged in if nobody says how many."""
@@ -31,8 +31,7 @@ _FEW = 4
 
 
 def settled_draws(model: nn.Module, data: Data, draws: int | None) -> int:
-    """Number of forwards by which a network is judged, and over how many its attacks average.
-    确定随机网络的判定次数。
+    """Number of forwards by which a network is judged. 确定随机网络的判定次数。
 
     Unless there are several draws already, every image is asked twice, with other random numbers:
     two forwards of every image, so a small share of what its attacks cost. Where no logits differ,
@@ -75,6 +74,20 @@ def settled_draws(model: nn.Module, data: Data, draws: int | None) -> int:
         if reason == "state" or draws == 1:
             raise ValueError(message)
     return DRAWS if differing else 1
+
+
+def gradient_draws(draws: int) -> int:
+    """Number of forwards that a gradient averages over, for a network that is judged by ``draws``:
+    a third of them, at least two. 梯度平均的前向次数。
+
+    An attack of many steps averages over its steps as well, so that more forwards in each step find
+    little more (``docs/results/draws.py``).
+
+    Examples:
+        >>> [gradient_draws(draws) for draws in (1, 2, 10, 50)]
+        [1, 2, 3, 16]
+    """
+    return 1 if draws == 1 else max(2, draws // 3)
 
 
 def _reason(model: nn.Module, x: Tensor, y: Tensor) -> str:

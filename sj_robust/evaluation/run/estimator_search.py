@@ -55,6 +55,9 @@ CANDIDATES = (
 """Estimators that a search tries by default: shapes with widths around the threshold, and the
 adaptive ones but PDSG, whose gradient of an image depends on the others in the batch."""
 
+_FEW_DRAWS = 2
+"""Forwards over which a gradient of a trial averages where the network draws random numbers."""
+
 
 @dataclass(frozen=True)
 class EstimatorSearch:
@@ -155,6 +158,7 @@ def search_estimators(
         attack: An attack with its budget set, for a single stage; None uses :func:`short_attack`
             with the steps of each stage.
         draws: Number of forwards; a stochastic network has to be wrong in more than half of them.
+            Gradients average over two.
         seeds: One seed per sample.
 
     Returns:
@@ -193,8 +197,10 @@ def search_estimators(
         )
     images = _Images(model, x=x[rows], y=y[rows], draws=draws, seeds=seeds.rows(rows))
     names = _with_detached(settings.candidates)
+    few = min(draws, _FEW_DRAWS)
     if attack is None:
-        first = _Trials(images, short_attack(threat, settings.steps, draws=draws), settings.steps)
+        short = short_attack(threat, settings.steps, draws=few)
+        first = _Trials(images, short, settings.steps)
     else:
         first = _Trials(images, attack)
     # The first call may compile kernels, which is no estimator's fault.
@@ -202,7 +208,7 @@ def search_estimators(
     first.run(names)
     if attack is not None or settings.finalists == 0:
         return first.ordered(settings.count)
-    longer = short_attack(threat, settings.final_steps, draws=draws)
+    longer = short_attack(threat, settings.final_steps, draws=few)
     last = _Trials(images, longer, settings.final_steps)
     last.run(_finalists(first, settings.finalists))
     others = [trial for trial in first.ordered(0) if trial.estimator not in last.found]
