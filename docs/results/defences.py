@@ -14,13 +14,15 @@ import csv
 import math
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from defences_cost import PLAIN, Cost
+from defences_cost import TABLE as COSTS
 from matplotlib.figure import Figure
 from rows import read_rows, write_rows
 
@@ -36,7 +38,6 @@ TABLE = FOLDER / "defences.csv"
 PAGE = HERE / "defences.md"
 SWEEPS = ("runs/defences_fashion_mnist_sweep", "runs/defences_cifar10_sweep")
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
-PLAIN = "undefended"
 PGD, MPPD = "pgd20/last", "pgd20/ms_mppd"
 NAMES = {
     PLAIN: "no defence",
@@ -87,14 +88,13 @@ CLAIMS = {
 @dataclass(frozen=True)
 class Row:
     """A defence at one radius: means over seeds in per cent, their standard deviations, and the
-    training's processor time relative to no defence. Empty where there is no figure.
+    processor time of training relative to no defence. Empty where there is no figure.
     """
 
     data: str
     radius: str
     cell: str
     seeds: int
-    chosen: str
     clean: str
     clean_sd: str
     pgd: str
@@ -105,7 +105,8 @@ class Row:
     at_most_sd: str
     proved: str
     ms_mppd: str
-    cost: str
+    chosen: str = ""
+    cost: str = ""
 
     @property
     def name(self) -> str:
@@ -148,16 +149,15 @@ def rows_of(folder: Path) -> list[Row]:
     """Every defence of a sweep at every radius, in the order of its cells."""
     sweep = yaml.safe_load((folder / "sweep.yaml").read_text(encoding="utf-8"))
     figures = figures_in(folder / "results.csv")
+    costs = {row.cell: f"{row.relative:.2f}" for row in read_rows(COSTS, Cost)}
     chosen = chosen_in(folder / "search.csv")
     rows = []
     for radius, suites in radii(sweep).items():
         for cell in sweep["cells"]:
             found = figures.get(cell, {})
-            plain = figures.get(PLAIN, {})
             if any(column.startswith(f"{name}/") for name in suites.values() for column in found):
-                rows.append(
-                    row_of(sweep["options"]["dataset"], radius, cell, found, plain, suites, chosen)
-                )
+                row = row_of(sweep["options"]["dataset"], radius, cell, found, suites)
+                rows.append(replace(row, chosen=chosen.get(cell, ""), cost=costs.get(cell, "")))
     return rows
 
 
@@ -175,9 +175,7 @@ def row_of(
     radius: str,
     cell: str,
     found: dict[str, Figures],
-    plain: dict[str, Figures],
     suites: dict[str, str],
-    chosen: dict[str, str],
 ) -> Row:
     """The row of one cell; suites are the names of its evaluations by suite."""
     paper, standard = suites.get("paper", ""), suites.get("standard", "")
@@ -195,17 +193,13 @@ def row_of(
         texts[f"{name}_sd"] = "" if spread is None else f"{100 * spread:.1f}"
     proved = found.get(f"{standard}/verified")
     mppd = found.get(f"{paper}/{MPPD}")
-    seconds, usual = (one.get("training/cpu_seconds") for one in (found, plain))
-    relative = "" if seconds is None or usual is None else f"{seconds.mean / usual.mean:.2f}"
     return Row(
         data=data.rpartition("/")[2] if ":" in data else data,
         radius=radius,
         cell=cell,
         seeds=max(figure.seeds for figure in found.values()),
-        chosen=chosen.get(cell, ""),
         proved="" if proved is None else f"{100 * proved.mean:.1f}",
         ms_mppd="" if mppd is None else f"{mppd.mean:.4g}",
-        cost=relative,
         **texts,
     )
 

@@ -20,12 +20,13 @@ SWEEP = {
     },
     "evaluation_options": {"eps": "4/255"},
 }
-FOUND = {  # clean, PGD-20, control, at most, proved, MS-MPPD, seconds of the training
-    "undefended": (0.9, 0.05, 0.03, 0.01, None, 0.4, 100.0),
-    "at": (0.7, 0.4, 0.35, 0.3, 0.1, 0.2, 180.0),
-    "tgo": (0.8, 0.5, 0.2, 0.04, None, 0.3, 130.0),
-    "tgo_at": (0.6, 0.45, 0.4, 0.25, None, 0.1, 240.0),
+FOUND = {  # clean, PGD-20, control, at most, proved, MS-MPPD
+    "undefended": (0.9, 0.05, 0.03, 0.01, None, 0.4),
+    "at": (0.7, 0.4, 0.35, 0.3, 0.1, 0.2),
+    "tgo": (0.8, 0.5, 0.2, 0.04, None, 0.3),
+    "tgo_at": (0.6, 0.45, 0.4, 0.25, None, 0.1),
 }
+SECONDS = {"undefended": [2.0, 1.0, 1.0], "tgo": [2.0, 1.5, 1.3]}
 
 
 @pytest.fixture
@@ -43,7 +44,6 @@ def script(tmp_path, monkeypatch):
         "standard_8/everything",
         "standard_8/verified",
         f"paper_8/{script.MPPD}",
-        "training/cpu_seconds",
     ]
     folder = tmp_path / "sweep"
     folder.mkdir()
@@ -57,11 +57,16 @@ def script(tmp_path, monkeypatch):
                     writer.writerow([cell, name, value, 0.02, 2])
     tried = "tgo,threshold_guard 0.3,0.4,0.8,False\ntgo,threshold_guard 1,0.5,0.8,True\n"
     (folder / "search.csv").write_text(f"cell,value,validation,clean,chosen\n{tried}")
+    from defences_cost import cost  # which lies beside the script
+
+    costs = tmp_path / "cost.csv"
+    script.write_rows(costs, [cost(cell, SECONDS) for cell in SECONDS])
     page = tmp_path / "defences.md"
     page.write_text(f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n")
     for name, value in {
         "FOLDER": tmp_path / "defences",
         "TABLE": tmp_path / "defences" / "defences.csv",
+        "COSTS": costs,
         "PAGE": page,
         "SWEEPS": (str(folder),),
     }.items():
