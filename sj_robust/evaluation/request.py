@@ -30,8 +30,9 @@ class Request:
         classes: Number of classes.
         seed: Random seed.
         draws: Fresh forwards, in more than half of which a stochastic network must be wrong, and
-            over a third of which its gradients are averaged; None finds out whether it needs several, for
-            which every image is asked twice. Of a stress test, draws of a fault that is random.
+            over a third of which its gradients are averaged; None finds out whether it needs
+            several, for which every image is asked twice. Of a stress test, draws of a fault that
+            is random.
         source: Another network for the same images; transfer attacks from it join the suite.
         proofs: Whether images are verified, where threat and network have bounds.
         control: Whether the control of the suite runs too.

@@ -173,7 +173,7 @@ def crafted(
         options["starts"] = x.new_empty((0, *x.shape)) if starts is None else starts
     with (
         crafting(model, x.device, own),
-        _estimator(member, model) as crafted_on,
+        _estimator(member.estimator, model, of=f" of {member.name!r}") as crafted_on,
         taken_for_checked(),
     ):
         # Copies made here are ordinary tensors also where the caller is in inference mode.
@@ -252,7 +252,7 @@ def refused(model: Model, names: Iterable[str]) -> dict[str, str]:
     reasons = {}
     for name in names:
         try:
-            with _estimator(Member("asked", scored, name), model):
+            with _estimator(name, model):
                 pass
         except (TypeError, ValueError) as error:
             reasons[name] = str(error)
@@ -277,21 +277,20 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _estimator(member: Member, model: Model) -> AbstractContextManager[Model]:
-    """Context that yields what the member crafts on; without an estimator nothing of SpikingJelly
-    is needed.
+def _estimator(name: str, model: Model, *, of: str = "") -> AbstractContextManager[Model]:
+    """Context that yields what a member with this estimator crafts on; without one nothing of
+    SpikingJelly is needed.
     """
-    if member.estimator == "training":
+    if name == "training":
         return nullcontext(model)
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"estimator {member.estimator!r} of {member.name!r} needs the network as an "
-            f"nn.Module, got {type(model).__name__}; pass the network itself, or use the "
-            "estimator 'training'"
+            f"estimator {name!r}{of} needs the network as an nn.Module, got "
+            f"{type(model).__name__}; pass the network itself, or use the estimator 'training'"
         )
     from sj_robust.estimators import estimator
 
-    applied: AbstractContextManager[Model] = estimator(member.estimator)(model)
+    applied: AbstractContextManager[Model] = estimator(name)(model)
     return applied
 
 
