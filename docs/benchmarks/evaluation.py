@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust.data import load_images
+from sj_robust.data import image_loader, load_images
 from sj_robust.evaluation import Report, evaluate
 from sj_robust.evaluation.run import proofs
 from sj_robust.models import pretrained
@@ -83,8 +83,8 @@ class Parts:
 def images_of(dataset: str, count: int) -> tuple[Tensor, Tensor]:
     """The first test images and their labels."""
     test = load_images(dataset, test_limit=count).test
-    pairs = [test[number] for number in range(len(test))]
-    return torch.stack([x for x, _ in pairs]), torch.tensor([int(y) for _, y in pairs])
+    x, y = next(iter(image_loader(test, count)))
+    return x, y
 
 
 def evaluated(network: nn.Module, arguments: argparse.Namespace) -> Report:

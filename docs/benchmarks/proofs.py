@@ -16,7 +16,7 @@ import torch
 
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.saved import markdown_table
-from sj_robust.data import load_images
+from sj_robust.data import image_loader, load_images
 from sj_robust.models import NetworkSpec, build_classifier, pretrained
 from sj_robust.proofs import verify
 from sj_robust.proofs.verification import Method
@@ -83,7 +83,7 @@ def verified(
 ) -> Row:
     """One call of ``verify`` on so many test images."""
     test = load_images("digits").test
-    x, y = (torch.stack(part) for part in zip(*(test[i] for i in range(number)), strict=True))
+    x, y = next(iter(image_loader(test, number)))
     call = partial(verify, model, x, y, eps, method=method, time_limit=BUDGET)
     return Row(network, method, call, number)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.attacks import SampleSeeds, spike_search
-from sj_robust.data import load_images
+from sj_robust.data import image_loader, load_images
 from sj_robust.evaluation import from_checkpoint
 from sj_robust.proofs import verify
 from sj_robust.training import load_checkpoint, save_checkpoint
@@ -113,7 +113,7 @@ def asked_again(weights: Path, eps: float, letters: str) -> Iterator[str]:
 def network_and_images(weights: Path) -> tuple[nn.Module, Tensor, Tensor]:
     """The network of a file, and the test images [N, 1, 8, 8] with labels [N]."""
     test = load_images("digits", test_limit=IMAGES).test
-    x, y = (torch.stack(part) for part in zip(*(test[i] for i in range(IMAGES)), strict=True))
+    x, y = next(iter(image_loader(test, IMAGES)))
     return from_checkpoint(weights).model, x, y
 
 

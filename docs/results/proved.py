@@ -28,7 +28,7 @@ from sj_robust.attacks import SampleSeeds, ThreatModel, pgd
 from sj_robust.core.eps import parse_eps
 from sj_robust.core.saved import markdown_table
 from sj_robust.core.shown import COLOURS, new_figure, print_style, write_figure
-from sj_robust.data import load_images
+from sj_robust.data import image_loader, load_images
 from sj_robust.evaluation import from_checkpoint, make_suite, search_estimators, worst_case
 from sj_robust.perturbation import compare_potentials
 from sj_robust.perturbation.association import spearman
@@ -214,7 +214,7 @@ def proved(network: Network, study: Study) -> Found:
     test = load_images(
         network.data, root=network.data_root, train_limit=100, test_limit=study.images
     ).test
-    x, y = (torch.stack(part) for part in zip(*(test[i] for i in range(len(test))), strict=True))
+    x, y = next(iter(image_loader(test, study.images)))
     empty = Row(
         **{name: getattr(network, name) for name in ("neuron", "rho", "layers", "norm", "seed")},
         network=network.name,

@@ -20,7 +20,7 @@ from rows import read_rows, seeds_table, write_rows
 from torch import Tensor, nn
 
 from sj_robust.attacks import SampleSeeds, ThreatModel
-from sj_robust.data import load_images
+from sj_robust.data import image_loader, load_images
 from sj_robust.evaluation.run.estimator_search import search_estimators
 from sj_robust.evaluation.run.loop import Asked, Job, run_batch
 from sj_robust.evaluation.run.member import Member
@@ -58,8 +58,7 @@ class Measured:
         self.name, self.seed = name, seed
         self.model: nn.Module = pretrained(name)
         test = load_images("digits").test
-        parts = zip(*(test[i] for i in range(len(test))), strict=True)
-        self.x, self.y = (torch.stack(part) for part in parts)
+        self.x, self.y = next(iter(image_loader(test, len(test))))
         self.images = SampleSeeds(range(len(self.y)))
         began = time.process_time()
         trials = search_estimators(

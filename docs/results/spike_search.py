@@ -26,7 +26,7 @@ from sj_robust.attacks import SampleSeeds, ThreatModel, apgd, square
 from sj_robust.attacks._spike_walk import STAGES, Plan
 from sj_robust.attacks.spike_search import searched
 from sj_robust.core.checks import check_images
-from sj_robust.data import load_images
+from sj_robust.data import image_loader, load_images
 from sj_robust.estimators import estimator
 from sj_robust.evaluation import from_checkpoint
 from sj_robust.models import pretrained
@@ -107,8 +107,7 @@ class Measured:
         self.name, self.seed, self.case = name, seed, CASES[name]
         self.model = network(self.case.network)
         test = load_images("digits", test_limit=self.case.images).test
-        parts = zip(*(test[i] for i in range(self.case.images)), strict=True)
-        self.x, self.y = (torch.stack(part) for part in parts)
+        self.x, self.y = next(iter(image_loader(test, self.case.images)))
         self.seeds = SampleSeeds(range(len(self.x))).derived("seed", seed)
         self.standing = self.right(self.x)
         began = time.process_time()

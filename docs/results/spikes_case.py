@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sj_robust.attacks import SampleSeeds, ThreatModel, pgd
 from sj_robust.core.shown import COLOURS, new_figure, write_figure
-from sj_robust.data import load_images
+from sj_robust.data import image_loader, load_images
 from sj_robust.evaluation import (
     Member,
     from_checkpoint,
@@ -74,7 +74,7 @@ def measured(eps: float, attack: str) -> Row:
     """An attack on all images; those that fell are asked again by the evaluation."""
     model = from_checkpoint(KNOWN / f"{NETWORK}.pt").model
     test = load_images("digits", test_limit=IMAGES).test
-    x, y = (torch.stack(part) for part in zip(*(test[i] for i in range(IMAGES)), strict=True))
+    x, y = next(iter(image_loader(test, IMAGES)))
     threat = ThreatModel("Linf", eps)
     began = time.process_time()
     report = worst_case(model, x, y, members(model, x, y, attack, threat), threat=threat)
