@@ -118,7 +118,7 @@ from filelock import FileLock, Timeout
 from lab.sweeping.cells import NamedCell, Trial, compared, read_cells, trials_csv
 from lab.sweeping.grid import expand, names_in, seeds_of, values_in
 from lab.sweeping.perform import LOG_FILE
-from lab.sweeping.plan import PlannedRun, load_records, plan_runs
+from lab.sweeping.plan import PlannedRun, begun_runs, load_records, plan_runs
 from lab.sweeping.pool import executor_for, perform_all
 from lab.sweeping.recipe import load_recipe
 from lab.sweeping.record import RunRecord
@@ -257,6 +257,7 @@ def plan(options: Options, folder: Path) -> Plan:
     for chosen in evaluations.values() if options.evaluator is None else ():
         check_extra(chosen["suite"])
     seeds = seeds_of(options.seeds)
+    begun = begun_runs(folder, recipe)
     runs: list[PlannedRun] = []
     searches: list[PlannedRun] = []
     trials: list[Trial] = []
@@ -269,7 +270,13 @@ def plan(options: Options, folder: Path) -> Plan:
         if not combinations:
             raise ValueError("skip leaves no combination of the grid; remove an entry")
         planned = partial(
-            plan_runs, folder, recipe=recipe, evaluator=evaluator, fixed=fixed, cell=cell.name
+            plan_runs,
+            folder,
+            recipe=recipe,
+            evaluator=evaluator,
+            fixed=fixed,
+            begun=begun,
+            cell=cell.name,
         )
         if cell.searches:
             tried = planned(cell.values, seeds[:1], evaluations={})
@@ -301,8 +308,7 @@ def check_different(runs: list[PlannedRun]) -> None:
     """No two cells are the same run, which would be trained once and belong to one of them."""
     owners: dict[str, str] = {}
     for one in runs:
-        recipe = load_recipe(one.recipe)
-        owner = owners.setdefault(recipe.identity(recipe.resolve(one.options)), one.cell)
+        owner = owners.setdefault(one.identity, one.cell)
         if owner != one.cell:
             raise ValueError(f"cells {owner} and {one.cell} are the same run; remove one of them")
 

@@ -7,6 +7,7 @@ import yaml
 from evaluation.recipe_run import undrawn
 from fake_recipes import write_fakes
 from filelock import FileLock
+from lab.sweeping import plan
 from lab.sweeping.perform import perform
 from lab.sweeping.recipe import load_recipe
 from lab.sweeping.record import RECORD_FILE, RunRecord
@@ -169,6 +170,28 @@ def test_cells_search_on_validation_images_and_are_then_trained_with_every_seed(
 
 
 @pytest.mark.slow
+def test_a_plan_reads_every_run_of_the_folder_once_however_many_cells_there_are(
+    run, tmp_path, monkeypatch
+):
+    (tmp_path / "own.yaml").write_text("{neuron: lif, mode: rat}")
+    run("--cells", CELLS, "--seeds", "2")
+    read = []
+    read_file = plan.read_file
+
+    def counted(path):
+        read.append(path)
+        return read_file(path)
+
+    monkeypatch.setattr(plan, "read_file", counted)
+    fakes = [f"--{name}={path}" for name, path in write_fakes(tmp_path).items()]
+    folder = tmp_path / "runs" / "sweep"
+    options = sweep.main.__globals__["parse"](["--output", str(folder), *fakes])
+    planned = sweep.main.__globals__["plan"](options, folder)
+    assert all(one.finished for one in planned.runs)
+    assert sorted(read) == sorted(folder.glob("runs/*/options.yaml"))
+    assert len(read) == 5
+
+
 def test_cells_that_are_stopped_at_any_run_go_on_and_repeat_nothing(run, tmp_path, monkeypatch):
     (tmp_path / "own.yaml").write_text("{neuron: lif}")
     given = ("--cells", CELLS, "--seeds", "1", "--evaluate", "paper")

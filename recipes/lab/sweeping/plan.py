@@ -28,6 +28,7 @@ class PlannedRun:
         recipe: Script of the training.
         evaluator: Script of the evaluation.
         cell: Name of its cell, where cells have names.
+        identity: What its options come to, see :meth:`Recipe.identity`.
     """
 
     folder: Path
@@ -36,6 +37,7 @@ class PlannedRun:
     recipe: Path = Path("recipes/adv_train.py")
     evaluator: Path = Path("recipes/evaluate.py")
     cell: str = ""
+    identity: str = ""
 
     @property
     def name(self) -> str:
@@ -64,13 +66,15 @@ def plan_runs(
     evaluator: Recipe,
     fixed: Mapping[str, Any],
     evaluations: Mapping[str, Mapping[str, Any]],
+    begun: Mapping[str, Path],
     cell: str = "",
 ) -> list[PlannedRun]:
     """The runs of a sweep, or of its cell of that name, seed by seed, each only once.
 
     Combinations are the same run if they differ only in an option without effect, or if one has
     null and the other the value that null stands for (see :meth:`Recipe.identity`). A run of an
-    earlier sweep in the folder is recognised by its options, whatever its name.
+    earlier sweep in the folder, one of ``begun`` (see :func:`begun_runs`), is recognised by its
+    options, whatever its name.
 
     Raises:
         SystemExit: If an option is unknown or wrong, after a message.
@@ -81,7 +85,6 @@ def plan_runs(
         suites[suite] = evaluator.resolve({"suite": suite, **given}).given
     varied = values_in(combinations)
     settings = [recipe.resolve({**fixed, **combination}) for combination in combinations]
-    begun = _begun(folder, recipe)
     owners = {path.name: identity for identity, path in begun.items()}
     planned: dict[str, PlannedRun] = {}
     for seed, setting in itertools.product(seeds, settings):
@@ -109,6 +112,7 @@ def plan_runs(
             recipe=recipe.path,
             evaluator=evaluator.path,
             cell=cell,
+            identity=identity,
         )
         _check_evaluations(run, evaluator)
         planned[identity] = run
@@ -133,6 +137,17 @@ def load_records(folder: Path, recipe: Recipe) -> list[RunRecord]:
     return found
 
 
+def begun_runs(folder: Path, recipe: Recipe) -> dict[str, Path]:
+    """Folders of the runs that earlier sweeps began, by identity; an option that a newer recipe
+    has added has its default.
+    """
+    found = {}
+    for path in sorted((folder / "runs").glob(f"*/{OPTIONS_FILE}")):
+        run = recipe.resolve(read_file(path), f"{path}, of another version: use another --output")
+        found[recipe.identity(run)] = path.parent
+    return found
+
+
 def _written_out(run: Resolved, values: Mapping[str, list[Any]]) -> dict[str, Any]:
     """The given options of a run; None is replaced by the value that it stands for, unless all
     ``values`` of the option are None.
@@ -141,17 +156,6 @@ def _written_out(run: Resolved, values: Mapping[str, list[Any]]) -> dict[str, An
     for name, others in values.items():
         if found[name] is None and others != [None]:
             found[name] = run.complete[name]
-    return found
-
-
-def _begun(folder: Path, recipe: Recipe) -> dict[str, Path]:
-    """Folders of the runs that earlier sweeps began, by identity; an option that a newer recipe
-    has added has its default.
-    """
-    found = {}
-    for path in sorted((folder / "runs").glob(f"*/{OPTIONS_FILE}")):
-        run = recipe.resolve(read_file(path), f"{path}, of another version: use another --output")
-        found[recipe.identity(run)] = path.parent
     return found
 
 

@@ -19,7 +19,7 @@ from fake_recipes import write_fakes
 from lab import paths_for_children
 from lab.sweeping.grid import expand
 from lab.sweeping.perform import LOG_FILE, Attempt, perform
-from lab.sweeping.plan import load_records, plan_runs
+from lab.sweeping.plan import begun_runs, load_records, plan_runs
 from lab.sweeping.pool import executor_for, gpus_of, perform_all
 from lab.sweeping.recipe import load_recipe
 from lab.sweeping.record import RECORD_FILE, RunRecord
@@ -37,8 +37,15 @@ def planned(tmp_path):
 
     def plan(grid=GRID, seeds=(0,), fixed=None, evaluations=None):
         suites = evaluations or {"paper": {}}
+        folder = tmp_path / "sweep"
         return plan_runs(
-            tmp_path / "sweep", expand(grid), seeds, fixed=fixed or {}, evaluations=suites, **paths
+            folder,
+            expand(grid),
+            seeds,
+            fixed=fixed or {},
+            evaluations=suites,
+            begun=begun_runs(folder, paths["recipe"]),
+            **paths,
         )
 
     return plan
