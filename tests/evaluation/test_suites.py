@@ -114,6 +114,8 @@ class TestMakeUp:
         assert {member.estimator for member in suite.members} >= {*CHOSEN[:2], "training"}
         drawing = make_suite(name, EIGHT, chosen=CHOSEN, classes=10, eot_samples=2)
         assert not any(member.takes_starts for member in drawing.members)
+        instead = {"standard": "square/training/r0", "fast": "apgd_ce/atan:4/r2"}
+        assert drawing.members[-1].name == instead[name]
 
     @pytest.mark.parametrize("name", ["fast", "standard", "gradient", "long"])
     def test_a_second_round_runs_the_same_attacks_from_other_random_numbers(self, name):
