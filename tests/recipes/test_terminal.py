@@ -96,7 +96,7 @@ def test_through_a_pipe_it_is_plain_with_a_line_per_epoch(folders, shown):
 def test_on_a_terminal_bars_move_and_fit_in_its_colours(tmp_path, columns, variables):
     # every part of the training takes longer than a bar is left as it is, which is a tenth of a
     # second
-    longer = split("--train-limit 1400 --validation-fraction 0.5 --channels 32 64 --T 8")
+    longer = split("--train-limit 1400 --validation-fraction 0.5 --channels 16 32 --T 4")
     text = on_a_terminal(
         tmp_path,
         *TRAIN,
