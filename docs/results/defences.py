@@ -37,6 +37,7 @@ FOLDER = HERE / "defences"
 TABLE = FOLDER / "defences.csv"
 PAGE = HERE / "defences.md"
 SWEEPS = ("runs/defences_fashion_mnist_sweep", "runs/defences_cifar10_sweep")
+RESULTS = "results.csv"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 PGD, MPPD = "pgd20/last", "pgd20/ms_mppd"
 NAMES = {
@@ -129,9 +130,12 @@ def main() -> None:
         rows = read_rows(TABLE, Row)
     else:
         folders = [Path(word) for word in words] or [ROOT / name for name in SWEEPS]
-        rows = [row for folder in folders if folder.is_dir() for row in rows_of(folder)]
+        begun = [folder for folder in folders if (folder / RESULTS).is_file()]
+        rows = [row for folder in begun for row in rows_of(folder)]
     if not rows:
-        sys.exit("no sweep is there yet; run recipes/sweep.py, or give the folder of one")
+        sys.exit(
+            f"no sweep has {RESULTS} yet; run recipes/sweep.py, with --report if it is not finished"
+        )
     text = shown(rows)
     if words and words != ["--page"]:
         print(text)
@@ -148,7 +152,7 @@ def main() -> None:
 def rows_of(folder: Path) -> list[Row]:
     """Every defence of a sweep at every radius, in the order of its cells."""
     sweep = yaml.safe_load((folder / "sweep.yaml").read_text(encoding="utf-8"))
-    figures = figures_in(folder / "results.csv")
+    figures = figures_in(folder / RESULTS)
     costs = {row.cell: f"{row.relative:.2f}" for row in read_rows(COSTS, Cost)}
     chosen = chosen_in(folder / "search.csv")
     rows = []

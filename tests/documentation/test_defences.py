@@ -117,8 +117,9 @@ def test_another_sweep_is_shown_and_nothing_is_written(script, tmp_path, monkeyp
     assert "### pictures, 8/255" in capsys.readouterr().out
     assert script.PAGE.read_text(encoding="utf-8") == before
     assert not script.TABLE.exists()
-    monkeypatch.setattr("sys.argv", ["defences.py", str(tmp_path / "nowhere")])
-    with pytest.raises(SystemExit, match="no sweep is there yet"):
+    (tmp_path / "begun").mkdir()
+    monkeypatch.setattr("sys.argv", ["defences.py", str(tmp_path / "begun")])
+    with pytest.raises(SystemExit, match=r"no sweep has results\.csv yet"):
         script.main()
 
 

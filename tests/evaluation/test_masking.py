@@ -176,6 +176,14 @@ def test_what_masks_is_found_and_the_remedy_named(honest, batch, name):
         assert found[symptom].remedy in str(found[symptom])
 
 
+def test_random_outputs_are_no_sign_where_attacks_average(honest, batch):
+    found = findings(before(masked.shaken)(honest), batch, estimators=None, eot_samples=3)
+    random = found["random_outputs"]
+    assert random.passed
+    assert random.value > 0.9
+    assert "averaged over 3" in random.meaning
+
+
 def test_shares_of_elements_by_hand():
     """Two pixels: a third of the slope, nothing; an image at the far end is out of reach."""
     weight = torch.tensor([[0.0, 0.0], [0.3, 0.0]])
