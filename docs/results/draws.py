@@ -1,6 +1,6 @@
 """Whether more forwards find anything more of a network that draws random numbers.
 
-python docs/results/draws.py       # goes on with what is finished
+python docs/results/draws.py       # keeps what is finished
 
 It trains four stochastic defences on the digits. Each is attacked by APGD with the gradient
 averaged over 1 to 10 forwards, whose results are judged by 50 draws (defences/gradient_draws.csv),

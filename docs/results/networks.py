@@ -358,10 +358,10 @@ def measured_rows(measured: dict[str, dict[str, dict[str, Any]]]) -> list[list[s
     for release, networks in measured.items():
         row = [release, str(len(networks))]
         for column, best in (("verify", "2 of "), ("fast", "1 of ")):
-            values = [str(cells[column]) for cells in networks.values()]
-            worked = [value for value in values if not value.startswith("no: ")]
-            reached = sum(value.startswith(best) for value in worked)
-            seconds = median(cells[f"{column} seconds"] for cells in networks.values())
+            done = [cells for cells in networks.values() if column in cells]
+            worked = [cells for cells in done if not cells[column].startswith("no: ")]
+            reached = sum(cells[column].startswith(best) for cells in worked)
+            seconds = median(cells[f"{column} seconds"] for cells in worked)
             row += [str(len(worked)), str(reached), f"{seconds:.1f}"]
         rows.append(row)
     return rows

@@ -22,7 +22,7 @@ from sj_robust.evaluation.report.report import Report
 from sj_robust.evaluation.request import Request, described
 from sj_robust.evaluation.result import OVER_EPS, Row
 from sj_robust.evaluation.run.data import Batches, Data, check_data
-from sj_robust.evaluation.run.draws import gradient_draws, settled_draws
+from sj_robust.evaluation.run.draws import averaged, gradient_draws, settled_draws
 from sj_robust.evaluation.run.estimator_search import (
     CHANGES,
     EstimatorSearch,
@@ -37,7 +37,7 @@ from sj_robust.evaluation.run.member import Member, fooled, refused
 from sj_robust.evaluation.run.progress import computed_once, gathered, rank_and_world_size
 from sj_robust.evaluation.run.proofs import has_proofs, proof_row, prove
 from sj_robust.evaluation.run.suites import (
-    ALL_ESTIMATORS,
+    UNSEARCHED,
     Suite,
     SuiteName,
     check_shape,
@@ -111,7 +111,7 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
     if request.draws is None and draws > 1:
         check_shape(cast("SuiteName", request.suite), data[0][0], draws=draws)
         say(f"the network draws random numbers: {draws} forwards judge an image")
-    reasons = refused(model, ALL_ESTIMATORS)
+    reasons = refused(model, UNSEARCHED.get(request.suite, ()))
     plan = _suite(request, draws, reasons)
     parts = _Parts(model, data, request, draws, network_key(model, data, request.folder))
     say(f"firing rates on {len(parts.y)} images")
@@ -153,7 +153,7 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
         potential=tuple({name: row[name] for name in shown} for row in potential),
         warnings=(
             *sorted(unseen.union(outcome.warnings)),
-            *_left_out(plan, reasons),
+            *_left_out(reasons),
             *proved.get("reasons", ()),
             *([_NOT_DIAGNOSED] if request.threat.of_events else []),
         ),
@@ -278,7 +278,7 @@ class _Parts:
         self.say("accuracy over the number of changes" if of_events else "accuracy over eps")
         radii = _radii(self.threat, elements=self.x[0].numel())
         threats = [replace(self.threat, eps=eps) for eps in radii]
-        levels = [_level(threat, estimator, gradient_draws(self.draws)) for threat in threats]
+        levels = [_level(threat, estimator, averaged(threat, self.draws)) for threat in threats]
         variant = Variant(levels, OVER_EPS, seed=self.request.seed)
         widest = Asked(replace(self.threat, eps=max(radii)), self.draws)
         return self._run("over_eps", self.few, variant, widest).rows
@@ -298,7 +298,7 @@ class _Parts:
                 seed=self.request.seed,
                 estimators=None if searched else (),
                 source=source,
-                eot_samples=10 if self.draws > 1 else 1,
+                eot_samples=gradient_draws(self.draws),
             )
             return [asdict(finding) for finding in (*found, *searched)]
 
@@ -338,18 +338,15 @@ def _suite(
         request.threat,
         chosen=chosen,
         classes=request.classes,
-        eot_samples=gradient_draws(draws),
+        eot_samples=averaged(request.threat, draws),
         rounds=request.rounds,
         refused=without,
     )
 
 
-def _left_out(plan: Suite, reasons: Mapping[str, str]) -> list[str]:
-    """What a comparison of all estimators lacks; a search says so itself."""
-    if plan.name != "gradients":
-        return []
-    names = [name for name in reasons if name != "mixed"]
-    return [f"Estimator {name} was left out: {reasons[name]}." for name in names]
+def _left_out(reasons: Mapping[str, str]) -> list[str]:
+    """Which estimators a suite would use, beside those of a search, if the network allowed it."""
+    return [f"Estimator {name} was left out: {reason}." for name, reason in reasons.items()]
 
 
 def _on_the_first(row: Row, count: int) -> Row:

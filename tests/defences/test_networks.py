@@ -258,7 +258,9 @@ def test_no_suite_takes_an_estimator_that_the_neurons_refuse(kind, suite):
     assert any("apgd" in name or "sapgd" in name for name in names)
     assert not any("assg" in name for name in names)
     left_out = [text for text in report.warnings if text.startswith("Estimator assg was left out")]
-    assert len(left_out) == (suite == "gradients")
+    assert len(left_out) == (suite in ("gradient", "gradients"))
+    if suite == "gradient":
+        assert any(name.startswith("sapgd/") for name in names)
     noted = {trial["estimator"]: trial["note"] for trial in report.estimators}
     if suite == "gradients":
         assert noted == {}

@@ -95,8 +95,8 @@ def test_tables_and_figures_follow_from_the_sweep(script, monkeypatch, capsys):
     lines = [line for line in text.splitlines() if line.startswith("| ") and "**" in line]
     assert [line.split(" | ")[0] for line in lines] == [
         "| AT",
-        "| TGO, AT",
-        "| TGO",
+        "| TGO, AT*",
+        "| TGO*",
         "| no defence",
     ]
     assert "| **4.0 ± 2.0** | +46.0 |" in lines[2]
@@ -114,7 +114,7 @@ def test_another_sweep_is_shown_and_nothing_is_written(script, tmp_path, monkeyp
     before = script.PAGE.read_text(encoding="utf-8")
     monkeypatch.setattr("sys.argv", ["defences.py", str(tmp_path / "sweep")])
     script.main()
-    assert "### pictures, 8/255" in capsys.readouterr().out
+    assert "### pictures, 8/255 (2 seeds)" in capsys.readouterr().out
     assert script.PAGE.read_text(encoding="utf-8") == before
     assert not script.TABLE.exists()
     (tmp_path / "begun").mkdir()

@@ -181,7 +181,7 @@ def test_random_outputs_are_no_sign_where_attacks_average(honest, batch):
     random = found["random_outputs"]
     assert random.passed
     assert random.value > 0.9
-    assert "averaged over 3" in random.meaning
+    assert "average over 3" in random.meaning
 
 
 def test_shares_of_elements_by_hand():

@@ -23,7 +23,7 @@ from sj_robust.evaluation import Member, make_suite, worst_case
 from sj_robust.evaluation.assess import assess
 from sj_robust.evaluation.request import Request
 from sj_robust.evaluation.run.data import Data
-from sj_robust.evaluation.run.draws import DRAWS, gradient_draws, settled_draws
+from sj_robust.evaluation.run.draws import DRAWS, settled_draws
 from sj_robust.evaluation.run.progress import Watch
 from sj_robust.evaluation.subject import Subject
 
@@ -65,7 +65,9 @@ def test_a_network_that_draws_gets_several_draws_and_averaged_gradients():
     with shortened(), patch_suites() as made:
         found = assess(subject, batches(12, 12), asked)
     assert found.draws == DRAWS
-    assert made == [gradient_draws(DRAWS)] * 2
+    assert made == [3, 3]
+    (random,) = [one for one in found.findings if one["name"] == "random_outputs"]
+    assert "average over 3" in random["meaning"]
     assert any("draws random numbers: 10 forwards judge an image" in text for text in said)
 
 

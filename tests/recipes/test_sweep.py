@@ -192,6 +192,7 @@ def test_a_plan_reads_every_run_of_the_folder_once_however_many_cells_there_are(
     assert len(read) == 5
 
 
+@pytest.mark.slow
 def test_cells_that_are_stopped_at_any_run_go_on_and_repeat_nothing(run, tmp_path, monkeypatch):
     (tmp_path / "own.yaml").write_text("{neuron: lif}")
     given = ("--cells", CELLS, "--seeds", "1", "--evaluate", "paper")

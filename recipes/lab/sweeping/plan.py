@@ -32,12 +32,12 @@ class PlannedRun:
     """
 
     folder: Path
+    identity: str
     options: dict[str, Any]
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     recipe: Path = Path("recipes/adv_train.py")
     evaluator: Path = Path("recipes/evaluate.py")
     cell: str = ""
-    identity: str = ""
 
     @property
     def name(self) -> str:

@@ -14,8 +14,8 @@ class RunRecord(SavedResult, what="a run of a sweep", format="sj_robust.sweep_ru
 
     Attributes:
         name: Name of the run's folder.
-        options: All options of the training; once read from a file, a number that is not finite is
-            text, such as "inf", as on a command line.
+        options: All options of the training; a number that is not finite is text, such as "inf", as
+            on a command line.
         training: Counts of the recipe's own report by attack: ``{"correct": ..., "total": ...}``.
         evaluations: Per suite its ``options``, ``eps`` and ``figures``, counts like those of
             ``training``; ``alarm`` is the reason for which they mean nothing, empty if there is
@@ -51,10 +51,8 @@ class RunRecord(SavedResult, what="a run of a sweep", format="sj_robust.sweep_ru
     ms_mppd: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "options", plain(self.options))
         object.__setattr__(self, "notes", tuple(self.notes))
-
-    def _content(self) -> dict[str, Any]:
-        return super()._content() | {"options": plain(self.options)}
 
     @property
     def seed(self) -> int:

@@ -130,7 +130,7 @@ def randomness(probe: Probe) -> Finding:
         probe.random,
         f"The logits of {value:.0%} of the images differ between forward passes. The gradient "
         "of one pass is wrong for the next, so an attack that does not average is too weak.",
-        "Average gradients: use eot_samples >= 10 here and in every attack, and count an image as "
+        "Average gradients: use eot_samples >= 3 here and in every attack, and count an image as "
         "fooled only if most of several passes misclassify it (draws of the suites).",
     )
     if probe.eot_samples == 1:
@@ -139,8 +139,8 @@ def randomness(probe: Probe) -> Finding:
         found,
         threshold=1.0,
         passed=True,
-        meaning=f"The logits of {value:.0%} of the images differ between forward passes. Gradients "
-        f"are averaged over {probe.eot_samples} of them.",
+        meaning=f"The logits of {value:.0%} of the images differ between forward passes. The "
+        f"attacks of these checks average over {probe.eot_samples} of them.",
     )
 
 

@@ -19,6 +19,7 @@ from sj_robust.core.saved import markdown_table
 from sj_robust.core.shown import ORANGE, Shown, new_figure, png, print_style, write_figure
 from sj_robust.evaluation.result import Evaluation
 from sj_robust.evaluation.run.data import Batches
+from sj_robust.evaluation.run.draws import gradient_draws
 from sj_robust.evaluation.run.estimator_search import short_attack
 from sj_robust.evaluation.run.member import Member, craft, scored
 from sj_robust.perturbation import spike_traces
@@ -254,7 +255,7 @@ def gallery_of(
         y,
         report.threat,
         estimator=chosen[0] if chosen else "training",
-        draws=report.draws,
+        draws=gradient_draws(report.draws),
         seed=report.seed,
         class_names=class_names,
     )

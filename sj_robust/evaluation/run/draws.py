@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.environment import device_of
 from sj_robust.core.preserved import preserved, states_of_sources
 from sj_robust.evaluation.run.data import Data
@@ -10,7 +11,7 @@ from sj_robust.evaluation.run.identity import seeded_sources
 from sj_robust.evaluation.run.member import scored
 from sj_robust.evaluation.run.progress import gathered, rank_and_world_size
 
-__all__ = ["DRAWS", "gradient_draws", "settled_draws"]
+__all__ = ["DRAWS", "averaged", "gradient_draws", "settled_draws"]
 
 DRAWS = 10
 """Forwards that a network which draws random numbers is judged in if nobody says how many."""
@@ -80,14 +81,21 @@ def gradient_draws(draws: int) -> int:
     """Number of forwards that a gradient averages over, for a network that is judged by ``draws``:
     a third of them, at least two. 梯度平均的前向次数。
 
-    An attack of many steps averages over its steps as well, so that more forwards in each step find
-    little more (``docs/results/draws.py``).
+    An attack of many steps that goes on after a first success averages over its steps as well, so
+    that more forwards in each step find little more (``docs/results/draws.py``).
 
     Examples:
         >>> [gradient_draws(draws) for draws in (1, 2, 10, 50)]
         [1, 2, 3, 16]
     """
     return 1 if draws == 1 else max(2, draws // 3)
+
+
+def averaged(threat: ThreatModel, draws: int) -> int:
+    """Number of forwards that the attacks of a suite average over: :func:`gradient_draws`, but all
+    draws for attacks on events, which stop at the first lead that is large enough.
+    """
+    return draws if threat.of_events else gradient_draws(draws)
 
 
 def _reason(model: nn.Module, x: Tensor, y: Tensor) -> str:

@@ -56,7 +56,9 @@ CANDIDATES = (
 adaptive ones but PDSG, whose gradient of an image depends on the others in the batch."""
 
 _FEW_DRAWS = 2
-"""Forwards over which a gradient of a trial averages where the network draws random numbers."""
+"""Forwards over which a gradient of a trial averages where the network draws random numbers: one
+is as good as ten in ``docs/results/draws.py``, and two keep attacks from stopping at a lucky draw.
+"""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def search_estimators(
         attack: An attack with its budget set, for a single stage; None uses :func:`short_attack`
             with the steps of each stage.
         draws: Number of forwards; a stochastic network has to be wrong in more than half of them.
-            Gradients average over two.
+            Gradients of the default attacks on images average over two of them.
         seeds: One seed per sample.
 
     Returns:
@@ -197,7 +199,7 @@ def search_estimators(
         )
     images = _Images(model, x=x[rows], y=y[rows], draws=draws, seeds=seeds.rows(rows))
     names = _with_detached(settings.candidates)
-    few = min(draws, _FEW_DRAWS)
+    few = draws if threat.of_events else min(draws, _FEW_DRAWS)
     if attack is None:
         short = short_attack(threat, settings.steps, draws=few)
         first = _Trials(images, short, settings.steps)

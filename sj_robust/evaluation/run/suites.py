@@ -33,8 +33,8 @@ from sj_robust.evaluation.run.member import Member
 from sj_robust.evaluation.run.program import program
 
 __all__ = [
-    "ALL_ESTIMATORS",
     "GRADES",
+    "UNSEARCHED",
     "Suite",
     "SuiteName",
     "check_radius",
@@ -53,7 +53,7 @@ GRADES: dict[str, str] = {
     "paper": "Published protocol, weaker than `standard`",
     "fast": "Quick check",
     "standard": "Full evaluation",
-    "gradient": "Gradient attacks and Square only, weaker than `standard`",
+    "gradient": "Gradient attacks and Square, without a search over spikes",
     "long": "Long runs of one gradient attack, in addition to `standard`",
     "autoattack": "AutoAttack with the training surrogate only",
     "gradients": "Comparison of gradient estimators",
@@ -61,8 +61,13 @@ GRADES: dict[str, str] = {
 }
 """How far to trust the figures of each suite."""
 
-ALL_ESTIMATORS = (*CANDIDATES, "pdsg", "hart_mixed:1.2", "straight_through", "mixed")
-"""Estimators that members of some suite use without a search."""
+_COMPARED = (*CANDIDATES, "pdsg", "hart_mixed:1.2", "straight_through")
+UNSEARCHED: dict[str, tuple[str, ...]] = {
+    "gradient": ("assg",),
+    "gradients": _COMPARED,
+    "long": ("mixed",),
+}
+"""By suite the estimators that its members use whatever a search chooses."""
 _SHARES = tuple(f"assg:{share}" for share in ("0.5", "0.7", "0.8", "0.85", "0.9", "0.95"))
 """Shares of ASSG's area that the suite ``long`` chooses from."""
 _FEW_CANDIDATES = ("triangle:0.25", "triangle:0.5", "atan:8", "assg")
@@ -155,7 +160,8 @@ def make_suite(
 
     The search itself uses no surrogate, but the attacks that it starts from do. A network that
     draws random numbers (``eot_samples`` > 1) has different spikes in every forward: instead of the
-    search, ``standard`` then runs Square (1000 queries), and ``fast`` APGD-CE c1 (50 x 2).
+    search, ``standard`` then runs Square (1000 queries), so that ``gradient`` contains it, and
+    ``fast`` runs APGD-CE c1 (50 x 2).
 
     With ``rounds`` > 1, the attacks are repeated with other random numbers, each on the images that
     are still correct; a search starts from the images of its own round, so that it ends elsewhere.
@@ -182,7 +188,8 @@ def make_suite(
         rounds: How many times the attacks are run, each time at the cost of the suite; the program
             runs once.
         refused: Names of estimators that the network does not allow: members of ``gradients`` with
-            one of them are left out, and SA-PGD of ``gradient`` uses c1 instead of ASSG.
+            one of them are left out, as is the second attack of ``long`` without ``"mixed"``, and
+            SA-PGD of ``gradient`` uses c1 instead of ASSG.
 
     Raises:
         ValueError: If the suite is unknown or does not fit the threat model, the radius is 0,
@@ -558,7 +565,7 @@ def _listed(*names: str) -> str:
 
 
 def _gradients(plan: _Plan) -> Suite:
-    members = [plan.ce(name) for name in ALL_ESTIMATORS if name != "mixed"]
+    members = [plan.ce(name) for name in _COMPARED]
     for name in ("training", "triangle:0.5", "atan:4", "assg"):
         members += plan.sapgd(name)
     allowed = [member for member in members if member.estimator not in plan.refused]
