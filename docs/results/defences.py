@@ -24,6 +24,7 @@ import yaml
 from defences_cost import PLAIN, Cost
 from defences_cost import TABLE as COSTS
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from rows import read_rows, write_rows
 
 from sj_robust.attacks.threat import eps_text, parse_eps
@@ -384,13 +385,22 @@ def draw_mppd(rows: list[Row]) -> None:
             for row in found:
                 if row.ms_mppd and row.at_most:
                     x, y = float(row.ms_mppd), float(row.at_most)
-                    panel.plot(x, y, "o" if row.attacked else "s", color=COLOURS[row.attacked])
+                    kind = "with AT" if row.attacked else "without"
+                    mark = "o" if row.attacked else "s"
+                    panel.plot(x, y, mark, color=COLOURS[row.attacked], label=kind)
                     panel.annotate(row.name, (x, y), (3, 3), textcoords="offset points", size=5)
             value, _ = rank_correlation(found)
             panel.set_xscale("log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_formatter(NullFormatter())
+            panel.margins(x=0.2)
             panel.set_xlabel("MS-MPPD under PGD-20")
             panel.set_ylabel("accuracy under standard, %")
             panel.set_title(f"{title}: rank correlation {value:+.2f}")
+        handles, labels = panels[0].get_legend_handles_labels()
+        by_kind = dict(zip(labels, handles, strict=True))
+        figure.legend(by_kind.values(), by_kind, loc="outside lower center", ncols=2)
         figure.savefig(FOLDER / "ms_mppd.png", dpi=130)
 
 

@@ -40,7 +40,7 @@ HERE = Path(__file__).parent
 NETWORKS = HERE.parents[1] / "tests" / "networks_as_written.py"
 YES = "yes"
 LARGE = ("SNASNet", "SpikeDHS")
-_REASON = 180
+_REASON = 110
 """Characters of a reason."""
 
 TITLES = {
