@@ -104,7 +104,8 @@ def import_name(requirement):
 def packages(nodes):
     """Packages that import statements name, neither ours nor Python's."""
     found = {name.split(".")[0] for name in imported(nodes)}
-    return found - set(sys.stdlib_module_names) - {"sj_robust", "lab", "rows", "public_names"}
+    of_scripts = {"rows", "defences_cost", "public_names"}
+    return found - set(sys.stdlib_module_names) - {"sj_robust", "lab", *of_scripts}
 
 
 def imported(nodes):
