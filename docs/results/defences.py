@@ -151,7 +151,9 @@ def main() -> None:
 
 
 def rows_of(folder: Path) -> list[Row]:
-    """Every defence of a sweep at every radius, in the order of its cells."""
+    """Every defence of a sweep at every radius where its evaluation is done, in the order of the
+    cells.
+    """
     sweep = yaml.safe_load((folder / "sweep.yaml").read_text(encoding="utf-8"))
     figures = figures_in(folder / RESULTS)
     costs = {row.cell: f"{row.relative:.2f}" for row in read_rows(COSTS, Cost)}
@@ -160,7 +162,7 @@ def rows_of(folder: Path) -> list[Row]:
     for radius, suites in radii(sweep).items():
         for cell in sweep["cells"]:
             found = figures.get(cell, {})
-            if any(column.startswith(f"{name}/") for name in suites.values() for column in found):
+            if f"{suites.get('standard')}/everything" in found:
                 row = row_of(sweep["options"]["dataset"], radius, cell, found, suites)
                 rows.append(replace(row, chosen=chosen.get(cell, ""), cost=costs.get(cell, "")))
     return rows
