@@ -22,7 +22,7 @@ from sj_robust.evaluation.report.report import Report
 from sj_robust.evaluation.request import Request, described
 from sj_robust.evaluation.result import OVER_EPS, Row
 from sj_robust.evaluation.run.data import Batches, Data, check_data
-from sj_robust.evaluation.run.draws import averaged, gradient_draws, settled_draws
+from sj_robust.evaluation.run.draws import gradient_draws, settled_draws
 from sj_robust.evaluation.run.estimator_search import (
     CHANGES,
     EstimatorSearch,
@@ -278,7 +278,8 @@ class _Parts:
         self.say("accuracy over the number of changes" if of_events else "accuracy over eps")
         radii = _radii(self.threat, elements=self.x[0].numel())
         threats = [replace(self.threat, eps=eps) for eps in radii]
-        levels = [_level(threat, estimator, averaged(threat, self.draws)) for threat in threats]
+        samples = gradient_draws(self.draws, self.threat)
+        levels = [_level(threat, estimator, samples) for threat in threats]
         variant = Variant(levels, OVER_EPS, seed=self.request.seed)
         widest = Asked(replace(self.threat, eps=max(radii)), self.draws)
         return self._run("over_eps", self.few, variant, widest).rows
@@ -298,7 +299,7 @@ class _Parts:
                 seed=self.request.seed,
                 estimators=None if searched else (),
                 source=source,
-                eot_samples=gradient_draws(self.draws),
+                eot_samples=gradient_draws(self.draws, self.threat),
             )
             return [asdict(finding) for finding in (*found, *searched)]
 
@@ -338,7 +339,7 @@ def _suite(
         request.threat,
         chosen=chosen,
         classes=request.classes,
-        eot_samples=averaged(request.threat, draws),
+        eot_samples=gradient_draws(draws, request.threat),
         rounds=request.rounds,
         refused=without,
     )

@@ -123,7 +123,10 @@ def test_another_sweep_is_shown_and_nothing_is_written(script, tmp_path, monkeyp
         script.main()
 
 
-def test_every_cell_has_a_name_and_cifar_10_takes_a_value_of_the_search(script):
+def test_every_cell_has_a_name_and_cifar_10_takes_what_the_search_chose(script):
+    rows = script.read_rows(RESULTS / "defences" / "defences.csv", script.Row)
+    chosen = {row.cell: row.chosen for row in rows if row.data == "fashion_mnist"}
+    assert len(chosen) >= 18
     cells = []
     for path in sorted((RESULTS.parents[1] / "recipes/configs/sweeps").glob("defences_*.yaml")):
         sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -134,7 +137,10 @@ def test_every_cell_has_a_name_and_cifar_10_takes_a_value_of_the_search(script):
     assert list(fixed) == list(searched)
     for name, cell in searched.items():
         ((option, values),) = cell.pop("search").items()
-        assert fixed[name]["options"].pop(option) in values
+        value = fixed[name]["options"].pop(option)
+        assert value in values
+        if name in chosen:  # those that are measured
+            assert chosen[name] == f"{option} {value}"
         assert {"options": {}} | cell == fixed[name]
     assert {cell.removesuffix("_at") for cell in cells[0]} <= {
         name.removesuffix("_at") for name in script.NAMES

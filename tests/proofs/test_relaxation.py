@@ -530,7 +530,7 @@ def test_branch_and_bound_of_an_image_does_not_depend_on_the_others(monkeypatch)
     assert whole.unknown == (True, False, False, True)
     assert whole.broken == (False, True, False, False)
     assert whole.verified == (False, False, True, False)
-    for i in range(3):
+    for i in range(4):
         alone = searched_for(x[i : i + 1], y[i : i + 1])
         assert alone.verified[0] == whole.verified[i]
         assert alone.broken[0] == whole.broken[i]
@@ -596,12 +596,12 @@ print(before, megabytes("VmHWM:"))
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the peak of a process")
 def test_the_peak_of_memory_does_not_grow_with_the_images():
-    """Megabytes of a process that proves one batch of 32 images, and one that proves eight.
+    """Megabytes of a process that proves one batch of 32 images, and one that proves sixteen.
 
     Not ``ru_maxrss``: the kernel begins it with that of the process that started this one.
     """
     grown = []
-    for images in (32, 256):
+    for images in (32, 512):
         command = [sys.executable, "-c", _PEAK, str(images)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         before, after = map(float, done.stdout.split())

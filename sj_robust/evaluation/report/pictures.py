@@ -255,7 +255,7 @@ def gallery_of(
         y,
         report.threat,
         estimator=chosen[0] if chosen else "training",
-        draws=gradient_draws(report.draws),
+        draws=gradient_draws(report.draws, report.threat),
         seed=report.seed,
         class_names=class_names,
     )

@@ -11,7 +11,7 @@ from sj_robust.evaluation.run.identity import seeded_sources
 from sj_robust.evaluation.run.member import scored
 from sj_robust.evaluation.run.progress import gathered, rank_and_world_size
 
-__all__ = ["DRAWS", "averaged", "gradient_draws", "settled_draws"]
+__all__ = ["DRAWS", "gradient_draws", "settled_draws"]
 
 DRAWS = 10
 """Forwards that a network which draws random numbers is judged in if nobody says how many."""
@@ -77,25 +77,24 @@ def settled_draws(model: nn.Module, data: Data, draws: int | None) -> int:
     return DRAWS if differing else 1
 
 
-def gradient_draws(draws: int) -> int:
+def gradient_draws(draws: int, threat: ThreatModel) -> int:
     """Number of forwards that a gradient averages over, for a network that is judged by ``draws``:
     a third of them, at least two. 梯度平均的前向次数。
 
     An attack of many steps that goes on after a first success averages over its steps as well, so
-    that more forwards in each step find little more (``docs/results/draws.py``).
+    that more forwards in each step find little more (``docs/results/draws.py``). Attacks on events
+    stop at the first lead that is large enough, and average over all draws.
 
     Examples:
-        >>> [gradient_draws(draws) for draws in (1, 2, 10, 50)]
+        >>> threat = ThreatModel("Linf", 0.1)
+        >>> [gradient_draws(draws, threat) for draws in (1, 2, 10, 50)]
         [1, 2, 3, 16]
+        >>> gradient_draws(10, ThreatModel("L0", 5))
+        10
     """
-    return 1 if draws == 1 else max(2, draws // 3)
-
-
-def averaged(threat: ThreatModel, draws: int) -> int:
-    """Number of forwards that the attacks of a suite average over: :func:`gradient_draws`, but all
-    draws for attacks on events, which stop at the first lead that is large enough.
-    """
-    return draws if threat.of_events else gradient_draws(draws)
+    if draws == 1 or threat.of_events:
+        return draws
+    return max(2, draws // 3)
 
 
 def _reason(model: nn.Module, x: Tensor, y: Tensor) -> str:

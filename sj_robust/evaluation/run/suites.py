@@ -442,13 +442,13 @@ def _standard(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
     for name in chosen[:2]:
         members += plan.targeted(name)
     search = plan.spikes(36_000)
-    members = plan.again([*members, *(search or [plan.square(1000)])])
+    last = "a search over spikes that starts from their results"
+    if not search:
+        search = [plan.square(1000)]
+        last = "Square"
+    members = plan.again([*members, *search])
     control = _control(members)
-    description = f"APGD-CE, APGD-DLR and APGD-T with {_listed(*chosen, 'training')}, then "
-    if search:
-        description += "a search over spikes that starts from their results"
-    else:
-        description += "Square"
+    description = f"APGD-CE, APGD-DLR and APGD-T with {_listed(*chosen, 'training')}, then {last}"
     asked = plan.program()
     if asked:
         members += asked
