@@ -11,7 +11,9 @@ between the two marks in defences.md.
 """
 
 import csv
+import json
 import math
+import statistics
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -30,6 +32,7 @@ from rows import read_rows, write_rows
 from sj_robust.attacks.threat import eps_text, parse_eps
 from sj_robust.core.saved import markdown_table, write_whole
 from sj_robust.core.shown import COLOURS, GREY, print_style
+from sj_robust.evaluation import Report
 from sj_robust.perturbation.association import spearman
 
 HERE = Path(__file__).parent
@@ -40,6 +43,10 @@ PAGE = HERE / "defences.md"
 SWEEPS = ("runs/defences_fashion_mnist_sweep", "runs/defences_cifar10_sweep")
 RESULTS = "results.csv"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+UNSEARCHED = "unsearched"
+"""Name here of accuracy under all attacks but those that follow spikes."""
+SEARCHES = ("spike_search", "program")
+"""Members of a suite that follow spikes, also in the control."""
 PGD, MPPD = "pgd20/last", "pgd20/ms_mppd"
 NAMES = {
     PLAIN: "no defence",
@@ -85,7 +92,8 @@ CLAIMS = {
 @dataclass(frozen=True)
 class Row:
     """A defence at one radius: means over seeds in per cent, their standard deviations, and the
-    processor time of training relative to no defence. Empty where there is no figure.
+    processor time of training relative to no defence. Empty where there is no figure. Unsearched:
+    accuracy under all attacks of suite and control but those that follow spikes.
     """
 
     data: str
@@ -98,6 +106,8 @@ class Row:
     pgd_sd: str
     control: str
     control_sd: str
+    unsearched: str
+    unsearched_sd: str
     at_most: str
     at_most_sd: str
     proved: str
@@ -156,6 +166,7 @@ def rows_of(folder: Path) -> list[Row]:
     """
     sweep = yaml.safe_load((folder / "sweep.yaml").read_text(encoding="utf-8"))
     figures = figures_in(folder / RESULTS)
+    add_unsearched(figures, folder, sweep["evaluations"])
     costs = {row.cell: f"{row.relative:.2f}" for row in read_rows(COSTS, Cost)}
     chosen = chosen_in(folder / "search.csv")
     rows = []
@@ -190,6 +201,7 @@ def row_of(
         "clean": f"{paper}/clean",
         "pgd": f"{paper}/{PGD}",
         "control": f"{standard}/control",
+        "unsearched": f"{standard}/{UNSEARCHED}",
         "at_most": f"{standard}/everything",
     }
     texts: dict[str, str] = {}
@@ -232,6 +244,32 @@ def figures_in(path: Path) -> dict[str, dict[str, Figures]]:
             )
             found.setdefault(line["cell"], {})[line["figure"]] = figures
     return found
+
+
+def add_unsearched(
+    figures: dict[str, dict[str, Figures]], folder: Path, evaluations: Iterable[str]
+) -> None:
+    """Add to the figures of a sweep what attacks leave without the search over spikes, which
+    stochastic networks do not get, so that all can be compared.
+    """
+    for evaluation in evaluations:
+        left: dict[str, list[float]] = {}
+        for path in sorted(folder.glob(f"runs/*/{evaluation}/report.json")):
+            record = json.loads((path.parents[1] / "run.json").read_text(encoding="utf-8"))
+            left.setdefault(record["cell"], []).append(accuracy_unsearched(Report.load(path)))
+        for cell, shares in left.items():
+            spread = statistics.stdev(shares) if len(shares) > 1 else None
+            found = Figures(statistics.mean(shares), spread, len(shares))
+            figures.setdefault(cell, {})[f"{evaluation}/{UNSEARCHED}"] = found
+
+
+def accuracy_unsearched(report: Report) -> float:
+    """Share of images that stand against all attacks but those that follow spikes."""
+    standing = report.standing("clean")
+    for row in report.attacks:
+        if not any(name in row.member for name in SEARCHES):
+            standing -= report.broken(row)
+    return len(standing) / len(report.labels)
 
 
 def chosen_in(path: Path) -> dict[str, str]:
@@ -296,6 +334,7 @@ def table(rows: list[Row]) -> str:
         "clean, %",
         "PGD-20, %",
         "control, %",
+        "unsearched, %",
         "at most, %",
         "overlooked",
         "MS-MPPD",
@@ -307,9 +346,10 @@ def table(rows: list[Row]) -> str:
         cells.append(
             [
                 f"{row.name}*" if row.stochastic else row.name,
-                with_spread(row.clean, row.clean_sd),
-                with_spread(row.pgd, row.pgd_sd),
-                with_spread(row.control, row.control_sd),
+                row.clean,
+                row.pgd,
+                row.control,
+                row.unsearched,
                 f"**{with_spread(row.at_most, row.at_most_sd)}**" if row.at_most else "",
                 "" if math.isnan(hidden) else f"{hidden:+.1f}",
                 row.ms_mppd,

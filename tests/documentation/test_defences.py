@@ -2,11 +2,13 @@
 
 import csv
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from evaluation.reports import member, report
 from scipy.stats import spearmanr
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -108,6 +110,31 @@ def test_tables_and_figures_follow_from_the_sweep(script, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["defences.py", "--page"])
     script.main()
     assert script.PAGE.read_text(encoding="utf-8") == text
+
+
+def test_what_only_a_search_over_spikes_breaks_counts_as_standing_without_it(
+    script, tmp_path, monkeypatch
+):
+    by_gradients = (
+        member("apgd_ce/training/r0", (0, 1)),
+        member("control/apgd_ce/training/r0", (2,), group="control"),
+    )
+    by_spikes = (
+        member("spike_search/training/r0", (3,)),
+        member("program/training/r0", (4,)),
+        member("control/spike_search/training/r0", (5,), group="control"),
+    )
+    of_seeds = {"at-seed0": (*by_gradients, *by_spikes), "at-seed1": by_gradients[:1]}
+    for name, members in of_seeds.items():
+        folder = tmp_path / "sweep" / "runs" / name
+        (folder / "standard_8").mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps({"cell": "at"}))
+        report(members=members).save(folder / "standard_8" / "report.json")
+    script.main()
+    rows = {row.cell: row for row in script.read_rows(script.TABLE, script.Row)}
+    # of ten images eight are right; gradients leave five with the first seed, six with the second
+    assert (rows["at"].unsearched, rows["at"].unsearched_sd) == ("55.0", "7.1")
+    assert rows["tgo"].unsearched == ""
 
 
 def test_another_sweep_is_shown_and_nothing_is_written(script, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """The table of stored reports: rebuilt the same, for a telephone too, and what changed is named."""
 
+import csv
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from narrow_screen import CHROMIUM, measured
 from sj_robust.attacks import ThreatModel
 
 ROOT = Path(__file__).parents[2]
-FILES = ("leaderboard.md", "leaderboard.html", "details.md")
+FILES = ("leaderboard.md", "leaderboard.html", "reports.csv")
 USUAL = {
     "checkpoint": None,
     "network": None,
@@ -58,7 +59,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_rebuilt_from_the_stored_reports_it_is_identical(folder, capsys):
     make_leaderboard(["runs"], folder / "one", USUAL)
-    said = "leaderboard.md, leaderboard.html and details.md of 3 reports are in"
+    said = "leaderboard.md, leaderboard.html and reports.csv of 3 reports are in"
     assert capsys.readouterr().out == f"{said} {folder / 'one'}\n"
     make_leaderboard(["runs/c", "runs/b/report.json", "runs/a", "runs"], folder / "two", USUAL)
     for name in FILES:
@@ -74,7 +75,11 @@ def test_rebuilt_from_the_stored_reports_it_is_identical(folder, capsys):
         f"| <lif\\|none><br>`{bars[2]}` | 80.0 |  | 20.0 | fast |",
     ]
     command = "python recipes/evaluate.py 'runs/a b' --eps 8/255 --no-proofs --mean 0.5"
-    assert f"{command} --trust-code |" in (folder / "one" / "details.md").read_text()
+    with (folder / "one" / "reports.csv").open(newline="") as file:
+        listed = {line["file"]: line for line in csv.DictReader(file)}
+    assert listed.keys() == {f"runs/{name}/report.json" for name in ("a", "b", "c/d")}
+    assert listed["runs/a/report.json"]["command"] == f"{command} --trust-code"
+    assert listed["runs/b/report.json"]["at most, %"] == "20.0"
     page = (folder / "one" / "leaderboard.html").read_text()
     assert "<td>&lt;lif|none&gt;</td>" in page
     assert 'aria-label="proved 10.0 %, at most 30.0 %, clean 80.0 %"' in page

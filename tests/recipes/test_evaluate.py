@@ -336,8 +336,8 @@ def test_leaderboard(folder, tmp_path, capsys, whole):
     proved = "" if whole.verified is None else whole.verified.percent
     row = f"` | {whole.clean.percent} | {proved} | {at_most} | paper"
     assert any(line.startswith("| lif_none<br>") and row in line for line in text.splitlines())
-    command = "python recipes/evaluate.py runs/one --suite paper --no-control --test-limit 12 |"
-    assert command in (tmp_path / "board" / "details.md").read_text()
+    command = "python recipes/evaluate.py runs/one --suite paper --no-control --test-limit 12,"
+    assert command in (tmp_path / "board" / "reports.csv").read_text()
 
 
 def test_a_report_is_checked_and_added(folder, tmp_path, capsys, whole):
@@ -345,7 +345,7 @@ def test_a_report_is_checked_and_added(folder, tmp_path, capsys, whole):
     in_process(folder, *split("runs/one --leaderboard add whole --output"), board)
     out = capsys.readouterr().out
     assert "- [x] attack again: PGD-20 breaks" in out
-    assert "leaderboard.md, leaderboard.html and details.md of 1 reports are in" in out
+    assert "leaderboard.md, leaderboard.html and reports.csv of 1 reports are in" in out
     with pytest.raises(WrongUse, match="--leaderboard add takes one report, got 0"):
         in_process(folder, *split("--leaderboard add --output"), board)
 

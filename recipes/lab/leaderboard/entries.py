@@ -45,7 +45,7 @@ class Stored:
         return report.data, report.budget, fingerprint or self.path
 
     def details(self) -> list[str]:
-        """A row of the table of reports."""
+        """What is told of a report, in the order of DETAILS."""
         report = self.report
         shares = (
             report.clean,

@@ -1,7 +1,8 @@
 """Leaderboard of stored robustness reports: a table for every data set and threat."""
 
+import csv
 import hashlib
-import re
+import io
 import shlex
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -15,10 +16,10 @@ from sj_robust.core.saved import markdown_table, saved_format, write_whole
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.run.suites import GRADES
 
-_FILE_HEADS = ("file", "sha256, first 16 digits")
+REPORTS = "reports.csv"
+"""File of a leaderboard with every report."""
 FORMATS = (Report.saved_as, "sj_robust.robustness_report")
 """Formats of reports, of today and of version 1."""
-_STORED = re.compile(r"^\| `([^`]+)` \| `([0-9a-f]{16})` \|$", flags=re.MULTILINE)
 _NOTE = (
     "Robust accuracy lies between the share that is proved and the share that is still correct "
     "after all attacks, control included (at most). In each bar, the first part is proved, the "
@@ -29,7 +30,7 @@ _NOTE = (
 
 
 def make_leaderboard(folders: Sequence[str], output: Path, usual: Mapping[str, Any]) -> None:
-    """Write leaderboard.md, leaderboard.html and details.md of the reports in folders; print what
+    """Write leaderboard.md, leaderboard.html and reports.csv of the reports in folders; print what
     changed, and where they are.
 
     ``usual`` holds the default options of ``evaluate.py``, which commands leave out.
@@ -38,26 +39,22 @@ def make_leaderboard(folders: Sequence[str], output: Path, usual: Mapping[str, A
         FileNotFoundError: As :func:`read_reports`, and so is ValueError.
     """
     stored = read_reports(folders, usual)
-    for line in _changes({one.path: one.digest for one in stored}, output / "details.md"):
+    for line in _changes({one.path: one.digest for one in stored}, _listed(output)):
         print(line)
     groups = groups_of(stored)
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / "leaderboard.md", _markdown(groups))
-    write_whole(output / "details.md", _details(stored))
+    write_whole(output / REPORTS, _csv(stored))
     write_whole(output / "leaderboard.html", page(groups, _NOTE))
     print(
-        f"leaderboard.md, leaderboard.html and details.md of {len(stored)} reports are in {output}"
+        f"leaderboard.md, leaderboard.html and {REPORTS} of {len(stored)} reports are in {output}"
     )
 
 
 def elsewhere(board: Path) -> list[str]:
     """The reports of a leaderboard outside its own folder, as far as they are still there."""
-    details = board / "details.md"
-    if not details.is_file():
-        return []
-    listed = [path for path, _ in _STORED.findall(details.read_text(encoding="utf-8"))]
     own = board.resolve()
-    others = [path for path in listed if own not in Path(path).resolve().parents]
+    others = [path for path in _listed(board) if own not in Path(path).resolve().parents]
     return [path for path in others if Path(path).is_file()]
 
 
@@ -148,13 +145,19 @@ def _option(name: str, value: Any, *, is_switch: bool) -> list[str]:
     return [f"--{flag}", *map(str, values)]
 
 
-def _changes(now: Mapping[str, str], table: Path) -> list[str]:
-    """Files that are not what they were when the table was made, or that are gone, each as a
-    line.
+def _listed(board: Path) -> dict[str, str]:
+    """Digests by file of the reports that a leaderboard was made of; none before it is made."""
+    path = board / REPORTS
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8", newline="") as file:
+        return {line["file"]: line["sha256"] for line in csv.DictReader(file)}
+
+
+def _changes(now: Mapping[str, str], before: Mapping[str, str]) -> list[str]:
+    """Files that are not what they were when the leaderboard was made, or that are gone, each as
+    a line.
     """
-    before: dict[str, str] = {}
-    if table.is_file():
-        before = dict(_STORED.findall(table.read_text(encoding="utf-8")))
     gone = [path for path in before if path not in now]
     changed = [path for path, digest in now.items() if before.get(path, digest) != digest]
     return [
@@ -165,7 +168,7 @@ def _changes(now: Mapping[str, str], table: Path) -> list[str]:
 
 def _markdown(groups: Sequence[Group]) -> str:
     parts = ["# Leaderboard", _NOTE]
-    parts.append("[Every report with its command](details.md)")
+    parts.append(f"[Every report with its command]({REPORTS})")
     for group in groups:
         rows = []
         for entry in group.entries:
@@ -175,11 +178,11 @@ def _markdown(groups: Sequence[Group]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _details(stored: Sequence[Stored]) -> str:
-    parts = ["# Reports of the leaderboard"]
-    for dataset, found in groupby(stored, key=lambda one: one.report.dataset):
-        rows = [one.details() for one in found]
-        parts += [f"## {short_name(dataset)}", markdown_table(DETAILS, rows)]
-    files = [[f"`{one.path}`", f"`{one.digest}`"] for one in stored]
-    parts += ["## Files", markdown_table(_FILE_HEADS, files)]
-    return "\n\n".join(parts) + "\n"
+def _csv(stored: Sequence[Stored]) -> str:
+    """Every report with its file and the first 16 digits of its digest."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["data", *DETAILS, "file", "sha256"])
+    for one in stored:
+        writer.writerow([one.report.dataset, *one.details(), one.path, one.digest])
+    return table.getvalue()
