@@ -17,7 +17,7 @@ Examples:
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from lab.command_line import (
     WrongUse,
@@ -233,6 +233,7 @@ from sj_robust.evaluation.assess import assess
 from sj_robust.evaluation.report.pictures import gallery_of
 from sj_robust.evaluation.report.terminal import Display, show_comparison, show_report
 from sj_robust.evaluation.request import Request
+from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.progress import Watch
 from sj_robust.evaluation.run.suites import check_rounds, check_suite
 from sj_robust.evaluation.stressing import stress_network
@@ -245,49 +246,85 @@ def main(arguments: list[str]) -> None:
     if options.compare is not None:
         say_ignored(options, USED_TO_COMPARE)
         show_comparison(compare_reports(*two_reports(options.compare)), Console())
-        return
-    if options.leaderboard is not None:
-        board = Path(options.output or "runs/leaderboard")
-        folders = options.leaderboard
-        adds = folders[:1] == ["add"]
-        say_ignored(options, USED_TO_ADD if adds else USED_BY_LEADERBOARD)
-        if adds:
-            add_to_leaderboard(options, board)
-            folders = [board.as_posix(), *elsewhere(board)]
-        make_leaderboard(folders, board, asdict(Options()))
-        return
-    accelerator = make_accelerator(options.device)
-    with checked():
-        subject = load_subject(options)
-        subject = replace(subject, name=options.name or subject.name)
-    dataset = options.dataset or subject.options.get("dataset", "digits")
-    events = dataset in EVENT_DATASETS
-    suite = options.suite or ("events" if events else "standard")
-    norm = options.norm or norm_of(options, subject, events=events)
-    complete = replace(options, suite=suite, norm=norm)
-    if options.proofs and not is_never_proved(complete):
-        # proofs are of float32, as the attacks then have to be
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.nnpack.set_flags(False)  # type: ignore[no-untyped-call]  # untyped in torch
-    with checked():
+    elif options.leaderboard is not None:
+        update_leaderboard(options, options.leaderboard)
+    else:
+        evaluate_network(options, arguments)
+
+
+def update_leaderboard(options: Options, words: list[str]) -> None:
+    """Make the tables of all reports, to which ``words`` may first add one."""
+    board = Path(options.output or "runs/leaderboard")
+    adds = words[:1] == ["add"]
+    say_ignored(options, USED_TO_ADD if adds else USED_BY_LEADERBOARD)
+    if adds:
+        add_to_leaderboard(options, board)
+        words = [board.as_posix(), *elsewhere(board)]
+    make_leaderboard(words, board, asdict(Options()))
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What the options leave to the network.
+
+    Attributes:
+        options: The options, with suite and norm.
+        suite: Name of the suite.
+        dataset: Name of the data set.
+        threat: Norm and radius.
+        counts: Whether frames of events hold numbers of events.
+        T: Frames per sample of event data.
+    """
+
+    options: Options
+    suite: str
+    dataset: str
+    threat: ThreatModel
+    counts: bool
+    T: int | None
+
+    @classmethod
+    def of(cls, options: Options, subject: Subject) -> "Settled":
+        """Settle the options for a network.
+
+        Raises:
+            ValueError: If they contradict it or each other.
+        """
+        dataset = options.dataset or subject.options.get("dataset", "digits")
+        events = dataset in EVENT_DATASETS
+        suite = options.suite or ("events" if events else "standard")
+        norm = options.norm or norm_of(options, subject, events=events)
+        complete = replace(options, suite=suite, norm=norm)
         shift = options.largest_shift
         if shift is None and norm == "moves":
             shift = inherited_shift(subject)
         counts = counts_of(options, subject, events=events)
-        of_events = norm in ("L0", "moves")
         threat = ThreatModel(
             norm,
             radius(options, norm, subject),
             largest_shift=shift,
             total_shift=options.total_shift,
-            counts=counts if of_events else bool(options.counts),
+            counts=counts if norm in ("L0", "moves") else bool(options.counts),
         )
         if not is_without_suite(complete):
             check_suite(suite, threat)  # type: ignore[arg-type]  # those of a stress test are out
         check_rounds(suite, options.rounds)
         T = getattr(subject.model, "T", None) if events else None
+        return cls(complete, suite, dataset, threat, counts, T)
+
+
+def evaluate_network(options: Options, arguments: list[str]) -> None:
+    """Measure a network on the test images, and save and show the report."""
+    accelerator = make_accelerator(options.device)
+    with checked():
+        subject = load_subject(options)
+        subject = replace(subject, name=options.name or subject.name)
+        settled = Settled.of(options, subject)
         other = options.transfer and Path(options.transfer)
-        source = from_checkpoint(other, T, trust_code=options.trust_code) if other else None
+        source = from_checkpoint(other, settled.T, trust_code=options.trust_code) if other else None
+    complete, dataset = settled.options, settled.dataset
+    if options.proofs and not is_never_proved(complete):
+        compute_in_float32()
     with first_process_first(accelerator, f"loading {dataset}"):  # which downloads and prepares
         splits = load_images(
             dataset,
@@ -295,11 +332,11 @@ def main(arguments: list[str]) -> None:
             test_limit=options.test_limit,
             download=options.download,
             on_unreadable=options.on_unreadable,
-            T=T,
-            counts=counts,
+            T=settled.T,
+            counts=settled.counts,
         )
-    batches = read_once(splits.test, options.batch_size)
-    first = batches[0][0].to(accelerator.device)
+    data = read_once(splits.test, options.batch_size)
+    first = data[0][0].to(accelerator.device)
     with checked():
         for network in (subject, *([source] if source else [])):
             network.model.to(accelerator.device)
@@ -320,40 +357,49 @@ def main(arguments: list[str]) -> None:
     ):
         if isinstance(subject.model, SpikingClassifier):
             display.say(f"{subject.name} {subject.model.convention}")
-        if options.smooth is not None:
-            report = bracket_of_the_vote(
-                subject,
-                batches,
-                threat.eps / 2,
-                n=options.smooth_draws,
-                alpha=options.smooth_alpha,
-                seed=options.seed,
-                say=display.say,
-                dataset=dataset,
-                configuration=configuration,
-            )
-        else:
-            stressed = is_stress_test(complete)
-            request = Request(
-                suite,
-                threat,
-                dataset,
-                splits.classes,
-                seed=options.seed,
-                draws=options.fault_draws if stressed else options.draws,
-                source=None if source is None else source.model,
-                proofs=options.proofs,
-                control=options.control,
-                rounds=options.rounds,
-                folder=folder / "progress",
-                configuration=configuration,
-                watch=Watch(display.say, display.on_step),
-            )
-            measure = stress_network if stressed else assess
-            report = measure(subject, batches, request)
+        request = Request(
+            settled.suite,
+            settled.threat,
+            dataset,
+            splits.classes,
+            seed=options.seed,
+            draws=options.fault_draws if is_stress_test(complete) else options.draws,
+            source=None if source is None else source.model,
+            proofs=options.proofs,
+            control=options.control,
+            rounds=options.rounds,
+            folder=folder / "progress",
+            configuration=configuration,
+            watch=Watch(display.say, display.on_step),
+        )
+        report = measured(subject, data, request, complete)
     if accelerator.is_main_process:
-        save_report(report, subject, batches, folder, journal, splits.class_names)
+        save_report(report, subject, data, folder, journal, splits.class_names)
     accelerator.end_training()
+
+
+def measured(subject: Subject, data: Data, request: Request, options: Options) -> Report:
+    """The report of the kind of evaluation that the options ask for."""
+    if options.smooth is not None:
+        return bracket_of_the_vote(
+            subject,
+            data,
+            request.threat.eps / 2,
+            n=options.smooth_draws,
+            alpha=options.smooth_alpha,
+            seed=request.seed,
+            say=request.watch.say,
+            dataset=request.dataset,
+            configuration=dict(request.configuration),
+        )
+    measure = stress_network if is_stress_test(options) else assess
+    return measure(subject, data, request)
+
+
+def compute_in_float32() -> None:
+    """Switch off faster arithmetic: proofs are of float32, which attacks then have to run in."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.nnpack.set_flags(False)  # type: ignore[no-untyped-call]  # untyped in torch
 
 
 def say_ignored(options: Options, used: set[str]) -> None:
@@ -385,14 +431,14 @@ def network_of(options: Options) -> Subject | None:
 def save_report(
     report: Report,
     subject: Subject,
-    batches: Any,
+    data: Data,
     folder: Path,
     journal: training.Journal,
     class_names: tuple[str, ...],
 ) -> None:
     """Write and show what the evaluation came to."""
     with working("drawing", journal.console):
-        shown = gallery_of(report, subject.model, batches, class_names) if report.is_suite else None
+        shown = gallery_of(report, subject.model, data, class_names) if report.is_suite else None
         names = report.write(folder, shown)
     if report.is_suite:
         show_report(report, journal.console, journal.say)

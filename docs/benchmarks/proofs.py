@@ -19,7 +19,7 @@ from sj_robust.core.saved import markdown_table
 from sj_robust.data import image_loader, load_images
 from sj_robust.models import NetworkSpec, build_classifier, pretrained
 from sj_robust.proofs import verify
-from sj_robust.proofs.verification import Method
+from sj_robust.proofs.batches import Method
 
 BUDGET = 0.1
 """Time limit of branch and bound in seconds per image."""

@@ -15,10 +15,10 @@ from sj_robust.core.preserved import evaluation_mode, full_precision, other_forw
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.differentiable_joint import DifferentiableJointRun
 from sj_robust.proofs.joint import OverTime
+from sj_robust.proofs.logits import bounded_logits, bounded_neurons
 from sj_robust.proofs.moves import Events
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.soundness import check_kept, check_maps, check_neurons, check_surrogates
-from sj_robust.proofs.verification import bounded_logits, bounded_neurons
 
 __all__ = ["BatchStatistics", "DifferentiableBounds", "TrainedMethod", "batch_statistics"]
 

@@ -17,6 +17,7 @@ from sj_robust.core.preserved import other_forward, preserved, sums_of_products
 from sj_robust.neuron.charging import Neuron, find_neurons
 from sj_robust.ops.recurrence import charge, reset
 from sj_robust.proofs.bounds import BoundedRun
+from sj_robust.proofs.logits import bounded_logits
 from sj_robust.proofs.rounding import (
     charge_rounding,
     reset_rounding,
@@ -25,7 +26,6 @@ from sj_robust.proofs.rounding import (
 from sj_robust.proofs.rules import Bounds, Function
 from sj_robust.proofs.soundness import check_neurons, overridden
 from sj_robust.proofs.spiking import Interval
-from sj_robust.proofs.verification import bounded_logits
 
 __all__ = ["no_flip_radius"]
 

@@ -1,10 +1,8 @@
 """Proofs that no perturbation within a ball changes the class of an image."""
 
-import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -26,7 +24,6 @@ from sj_robust.core.checks import (
     check_function,
     check_images,
     check_labels,
-    check_logits,
     check_network,
     check_number_of_channels,
     check_samples,
@@ -38,68 +35,23 @@ from sj_robust.core.checks import (
 )
 from sj_robust.core.environment import device_of
 from sj_robust.core.eps import eps_text, parse_eps
-from sj_robust.core.preserved import preserved, states_of_sources, sums_of_products
 from sj_robust.core.saved import markdown_table
 from sj_robust.core.shown import Shown, heat_map, new_figure
-from sj_robust.neuron.charging import Neuron, find_neurons, is_neuron
+from sj_robust.neuron.charging import Neuron, is_neuron
 from sj_robust.proofs._scipy import scipy_module
-from sj_robust.proofs.bounds import BoundedRun
-from sj_robust.proofs.branching import Prover, Searched
-from sj_robust.proofs.exact import Matrices, mip
+from sj_robust.proofs.batches import METHODS, BatchProofs, BoundedLayer, Method
 from sj_robust.proofs.flips import Flips
-from sj_robust.proofs.joint import JointRun, OverTime
-from sj_robust.proofs.moves import EVENTS, Events, Moves
-from sj_robust.proofs.opened import as_lif, has_steps, no_bounds, stepped
-from sj_robust.proofs.relaxation import Maps
-from sj_robust.proofs.rounding import NoBoundsError
+from sj_robust.proofs.logits import bounded_neurons
+from sj_robust.proofs.moves import Events, Moves
 from sj_robust.proofs.rule_arguments import parameters_kept_in_float64
-from sj_robust.proofs.rules import Bounds
-from sj_robust.proofs.soundness import (
-    UnprovableError,
-    UnsoundBoundsError,
-    WatchedJointRun,
-    WatchedRun,
-    check_kept,
-    check_maps,
-    check_neurons,
-    check_point,
-    check_surrogates,
-    overridden,
-)
-from sj_robust.proofs.spiking import Interval
+from sj_robust.proofs.soundness import UnprovableError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = [
-    "BoundedLayer",
-    "NormName",
-    "Verification",
-    "bounded_logits",
-    "bounded_neurons",
-    "verify",
-]
+__all__ = ["NormName", "Verification", "verify"]
 
 NormName = Literal["Linf", "L0", "moves"]
-Method = Literal["ibp", "joint", "crown", "bab", "mip"]
-METHODS = get_args(Method)
-_SearchAll = Callable[[Tensor, Tensor], Searched]
-
-
-@dataclass(frozen=True)
-class BoundedLayer:
-    """Bounds of a spiking layer, averaged over images and neurons. 脉冲层的上下界。
-
-    Attributes:
-        name: Name of the layer in the network.
-        undecided: Share of spikes, per time step, that the bounds do not decide.
-        potential: Mean square, per time step, of the distance between the bounds of the charged
-            potential h: no perturbation in the ball moves it by more, resets and rounding included.
-    """
-
-    name: str
-    undecided: tuple[float, ...]
-    potential: tuple[float, ...]
 
 
 @dataclass(frozen=True, repr=False)
@@ -355,87 +307,29 @@ def verify(
     if not isinstance(ball, float):
         ball = ball_of_frames(ball, x)
     check_number_of_channels(x, mean=mean, std=std)
-    device = device_of(classifier)
-    classifier.find_convention(x.to(device))
-    correct: list[bool] = []
-    margins: list[float] = []
-    totals: dict[str, Tensor] = {}
-    sizes = dict.fromkeys(neurons, 0)
-    broken: list[bool] = []
-    x_adv = x.detach().clone()
-    maps = Maps(partial(bounded_logits, classifier), neurons, x[0].to(device))
-    prover = Prover(classifier, maps, ball)
-    searches: dict[str, _SearchAll] = {
-        "bab": partial(prover.bab, time_limit=time_limit),
-        "mip": partial(_one_by_one, partial(mip, prover, Matrices(maps), time_limit=time_limit)),
-    }
-    start = 0
-    while start < len(x):
-        part = slice(start, start + batch_size)
-        with sums_of_products(device), preserved(classifier):
-            images = x[part].to(device).clone()
-            labels = y[part].to(device).clone()
-            logits = _logits(classifier, images, labels, runs=2 if start == 0 else 1)
-            if start == 0:
-                check_classes(y, logits.shape[1])
-                kept = check_kept(classifier, images)
-                maps.check_samples()
-                check_maps(maps)
-                check_neurons(neurons, classifier.T, images)
-                check_surrogates(classifier.net, neurons, images)
-                if method != "ibp":
-                    prover.over_time = OverTime(maps, classifier.T)
-                    batch_size = min(batch_size, prover.over_time.images)
-                part = slice(0, batch_size)
-                images, labels, logits = images[part], labels[part], logits[part]
-            correct += (logits.argmax(1) == labels).tolist()
-            run = _run(neurons, len(images), prover.over_time, watched=start == 0)
-            bounds = bounded_logits(classifier, run, images, ball)
-            apart = run.apart
-            lead = run.lead(bounds, labels)
-            batch = _Batch(
-                images=images,
-                labels=labels,
-                margin=-lead.scatter(1, labels.unsqueeze(1), -torch.inf).amax(1),
-                wrong=logits.argmax(1) != labels,
-                x_adv=images,
-            )
-            if method not in ("ibp", "joint"):
-                batch = _tightened(batch, prover, searches.get(method))
-            for point in prover.points(images):
-                found = check_point(classifier, run, bounds, point)
-                _check_margins(found, labels, batch.margin, first=start)
-                if start:  # layers are looked at in the first batch
-                    break
-            _check_margins(logits, labels, batch.margin, first=start)
-            kept.check()  # what all forwards of the proofs left
-            start += len(images)
-        margins += batch.margin.tolist()
-        broken += batch.wrong.tolist()
-        x_adv[part] = batch.x_adv
-        for name, layer in run.layers.items():
-            sizes[name] += layer.neurons
-            seen = torch.tensor([layer.undecided, layer.width], dtype=torch.float64)
-            totals[name] = totals.get(name, 0.0) + seen
-        if on_batch is not None:
-            on_batch(start)
-    layers = tuple(
-        BoundedLayer(name, *map(tuple, (total / sizes[name]).tolist()))
-        for name, total in totals.items()
-        if sizes[name]
+    classifier.find_convention(x.to(device_of(classifier)))
+    first = slice(0, batch_size)
+    proofs = BatchProofs(
+        classifier, neurons, ball, x[first], y[first], method=method, time_limit=time_limit
     )
+    check_classes(y, proofs.classes)
+    for start in range(0, len(x), proofs.size):
+        part = slice(start, start + proofs.size)
+        proofs.add(x[part], y[part])
+        if on_batch is not None:
+            on_batch(min(part.stop, len(x)))
     return Verification(
         eps=parse_eps(eps),
         norm=norm,
         largest_shift=largest_shift,
         counts=counts,
-        correct=tuple(correct),
-        margin=tuple(margins),
-        layers=layers,
-        x_adv=x_adv,
-        broken=tuple(broken),
-        stepwise=() if prover.over_time is None else prover.over_time.stepwise,
-        apart=tuple(f"{name}: {reason}" for name, reason in apart.items()),
+        correct=tuple(proofs.correct),
+        margin=tuple(proofs.margins),
+        layers=proofs.layers,
+        x_adv=torch.cat(proofs.x_adv).detach().to(x),
+        broken=tuple(proofs.broken),
+        stepwise=proofs.stepwise,
+        apart=proofs.apart,
     )
 
 
@@ -473,172 +367,6 @@ def ball_of_frames(ball: Events, x: Tensor) -> Events:
     if ball.budget > elements and not ball.counts:
         raise ValueError(f"eps must be <= {elements}, the values of a sample, got {ball.budget}")
     return ball
-
-
-def _run(
-    neurons: dict[str, Neuron], samples: int, over_time: OverTime | None, *, watched: bool
-) -> BoundedRun:
-    """A run of intervals, or of joint bounds if it is known how the network treats time."""
-    if over_time is None:
-        return (WatchedRun if watched else BoundedRun)(neurons, samples)
-    return (WatchedJointRun if watched else JointRun)(neurons, samples, over_time=over_time)
-
-
-def _logits(model: SpikingClassifier, images: Tensor, labels: Tensor, *, runs: int) -> Tensor:
-    """Logits of the network, if they are the same in so many runs and nothing is drawn."""
-    states = states_of_sources(model, images.device)
-    with torch.no_grad():
-        logits, *again = (check_logits(model(images.clone()), labels) for _ in range(runs))
-    drawn = states_of_sources(model, images.device) != states
-    if drawn or any(not torch.equal(logits, other) for other in again):
-        raise UnprovableError(
-            "model must give the same logits in every forward, got one that draws random numbers "
-            "inside"
-        )
-    if logits.shape[1] < 2:
-        raise UnprovableError("model must distinguish at least 2 classes, got 1 logit")
-    return logits
-
-
-def _check_margins(logits: Tensor, labels: Tensor, margin: Tensor, *, first: int) -> None:
-    """Raise UnsoundBoundsError if the right class of an image leads by less than was proved."""
-    right = labels.unsqueeze(1)
-    others = logits.double().scatter(1, right, -torch.inf)
-    rival = others.amax(1)
-    lead = logits.double().gather(1, right).squeeze(1) - rival
-    below = ~(lead >= margin)
-    if bool(below.any()):
-        number = int(below.nonzero()[0])
-        raise UnsoundBoundsError(
-            f"image {first + number} is proved to keep its class by {float(margin[number]):.3g}, "
-            f"and yet the network's lead at a point of its ball is {float(lead[number]):.3g}: the "
-            "bounds have a bug, or the network has a state that its reset leaves; please report "
-            "it with the network"
-        )
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """A batch of images and what is known of them.
-
-    Attributes:
-        images: The images [N, *].
-        labels: Their labels [N].
-        margin: What the right class leads by at least, [N].
-        wrong: Whether ``x_adv`` is classified wrong, [N].
-        x_adv: For an image that is wrong, one of its ball that shows it; otherwise itself.
-    """
-
-    images: Tensor
-    labels: Tensor
-    margin: Tensor
-    wrong: Tensor
-    x_adv: Tensor
-
-    def open_ones(self) -> list[int]:
-        """Numbers of the images that are neither verified nor wrong."""
-        proved = self.margin > 0  # NaN is no proof
-        found: list[int] = (~proved & ~self.wrong).nonzero().squeeze(1).tolist()
-        return found
-
-
-def _tightened(batch: _Batch, prover: Prover, search: _SearchAll | None) -> _Batch:
-    """The batch with what relaxation, and then a search, find of the images that are still open."""
-    images = batch.images
-    labels = batch.labels
-    margin = batch.margin.clone()
-    wrong = batch.wrong.clone()
-    x_adv = batch.x_adv.clone()
-    tighter = replace(batch, margin=margin, wrong=wrong, x_adv=x_adv)
-    rest = tighter.open_ones()
-    if rest:
-        linear = prover.crown(images[rest], labels[rest])
-        margin[rest] = torch.maximum(margin[rest], linear)
-    rest = tighter.open_ones()
-    if search is None or not rest:
-        return tighter
-    found = search(images[rest], labels[rest])
-    margin[rest] = torch.fmax(margin[rest], found.lead)  # NaN is no bound
-    for number, point in found.broken.items():
-        place = rest[number]
-        wrong[place] = True
-        x_adv[place] = point[0].to(x_adv)
-    return tighter
-
-
-def _one_by_one(
-    search: Callable[[Tensor, Tensor], tuple[float, Tensor | None]], images: Tensor, labels: Tensor
-) -> Searched:
-    """What a search for single images finds."""
-    lead = torch.full((len(images),), -torch.inf, dtype=torch.float64, device=images.device)
-    broken = {}
-    for i in range(len(images)):
-        value, point = search(images[i : i + 1], labels[i : i + 1])
-        if point is None:
-            lead[i] = value
-        else:
-            broken[i] = point
-    return Searched(lead, broken)
-
-
-def bounded_logits(
-    model: SpikingClassifier, run: BoundedRun, images: Tensor, eps: float | Tensor | Events
-) -> Bounds:
-    """Bounds of the logits over the ball, from one forward of the classifier on bounds of its
-    images. 输出的上下界。
-
-    Args:
-        model: A classifier in evaluation mode.
-        run: Where what is found is kept; made from :func:`bounded_neurons`.
-        images: Images in [0, 1].
-        eps: Linf radius, or one of each image, broadcast; or what may happen to event frames.
-
-    Raises:
-        NotImplementedError: If something in the network has no bounds; it is named.
-    """
-    model.find_convention(images)  # before anything is replaced
-    run.dtype = images.dtype
-    exact = images.detach() if run.differentiable else images.detach().double()
-    if isinstance(eps, EVENTS):
-        box = eps.box(exact)
-    else:
-        lowest = (exact - eps).clamp(min=0)
-        highest = (exact + eps).clamp(max=1)
-        box = Interval(lowest, highest)
-    entered: list[str] = []
-
-    def enter(module: nn.Module, args: object, *, name: str) -> None:
-        entered.append(name)
-
-    hooks = []
-    for name, module in model.net.named_modules():
-        if name and not list(module.children()):
-            hooks.append(module.register_forward_pre_hook(partial(enter, name=name)))
-    try:
-        with torch.enable_grad():
-            leaf = run.leaf(box, 0)
-            if isinstance(eps, EVENTS):
-                leaf.changes = eps.changes(exact, summed=run.differentiable)
-                run.changed = leaf.same()
-            with run.replacing_neurons(model.net):
-                logits = model(leaf)
-            if not isinstance(logits, Bounds):
-                raise NoBoundsError(
-                    "an output that does not depend on the input, or lost its bounds"
-                )
-    except NoBoundsError as error:
-        where = ""
-        if entered:
-            last = entered[-1]
-            kind = type(model.net.get_submodule(last)).__name__
-            where = f" in or behind {last} ({kind})"
-        raise NotImplementedError(
-            f"no bounds are known for {error}{where}; there are for {_COVERED}"
-        ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return logits
 
 
 def _checked(
@@ -687,54 +415,3 @@ def _is_finite(value: Tensor) -> bool:
     if not value.is_floating_point() or not value.numel():
         return bool(value.isfinite().all())
     return all(bool(end.isfinite()) for end in value.aminmax())
-
-
-def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
-    """The network's spiking layers by name. 网络的脉冲层。
-
-    Raises:
-        NotImplementedError: If there are no bounds of one of them, or of the encoder; it is named.
-    """
-    neurons: dict[str, Neuron] = {}
-    others: dict[str, str] = {}
-    parts = list(model.net.modules())
-    if any(map(is_neuron, parts)) or not has_steps(model.net):
-        neurons, others, _ = find_neurons(model.net, {}, {})
-    unbounded: dict[str, str] = {}
-    for name, reason in others.items():
-        module = model.net.get_submodule(name)
-        lif = as_lif(name, module)
-        if lif is not None:
-            neurons[name] = lif
-        elif not stepped(module):
-            unbounded[name] = f"{name} ({type(module).__name__}): {no_bounds(module) or reason}"
-    for name, n in neurons.items():
-        if not n.known:
-            unbounded[name] = f"{name}, a {n.type_name}, which fires in its own way"
-        elif not n.binary:
-            unbounded[name] = f"{name}, whose surrogate does not spike"
-        method = overridden(n)
-        if method is not None:
-            unbounded[name] = f"{name}, whose {method} was replaced: restore it"
-        if not n.charging().decay_value >= 0:
-            unbounded[name] = f"{name}, whose decay is negative: give it a tau of 1 or more"
-        for key in ("v_threshold", "v_reset"):
-            value = getattr(n.module, key)
-            if value is None:
-                continue
-            if torch.as_tensor(value).numel() != 1 or not math.isfinite(value):
-                unbounded[name] = f"{name}, whose {key} is not one finite number"
-    if model.encoder is not None:
-        unbounded = {"": f"the encoder {type(model.encoder).__name__}"} | unbounded
-    if unbounded:
-        raise NotImplementedError(
-            f"no bounds are known for {next(iter(unbounded.values()))}; there are for {_COVERED}"
-        )
-    return neurons
-
-
-_COVERED = (
-    "direct encoding or given frames, convolution, linear, batch, layer and group norm, pooling, "
-    "sums, products, ReLU and other monotone functions, softmax, and IF, LIF, PLIF, DLIF, I-LIF or "
-    "PSN neurons that spike"
-)

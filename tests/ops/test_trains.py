@@ -26,8 +26,8 @@ from sj_robust.ops.trains.config import (
     Windows,
 )
 from sj_robust.proofs.differentiable_chains import DifferentiableChain
+from sj_robust.proofs.logits import bounded_neurons
 from sj_robust.proofs.spiking import Interval, LayerBounds, RealSpiking
-from sj_robust.proofs.verification import bounded_neurons
 
 needs_kernel = pytest.mark.skipif(
     cpp.unavailable_reason() is not None, reason="the kernel was not built"

@@ -31,11 +31,11 @@ from sj_robust.proofs import verify
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.flips import Flips
 from sj_robust.proofs.joint import JointRun, OverTime
+from sj_robust.proofs.logits import bounded_logits, bounded_neurons
 from sj_robust.proofs.moves import Moves
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.rules import Bounds
 from sj_robust.proofs.spiking import Float32Spiking, LayerBounds
-from sj_robust.proofs.verification import bounded_logits, bounded_neurons
 
 METHODS = ["joint"] * 12 + ["ibp"] * 2 + ["crown"] * 4 + ["bab", "mip"]
 IMAGES = 2

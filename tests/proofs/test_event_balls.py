@@ -39,9 +39,9 @@ from sj_robust.proofs import UnsoundBoundsError, changes, verify
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.changes import Changes, changed_sums, share_frames
 from sj_robust.proofs.joint import JointRun
+from sj_robust.proofs.logits import bounded_logits, bounded_neurons
 from sj_robust.proofs.moves import Moves, Shifts
 from sj_robust.proofs.rules import Bounds
-from sj_robust.proofs.verification import bounded_logits, bounded_neurons
 from sj_robust.training import CertifiedOptions
 from sj_robust.training.certified import CertifiedLoss
 

@@ -38,9 +38,9 @@ from sj_robust.neuron.charging import find_neurons
 from sj_robust.ops.trains import operator, reference
 from sj_robust.proofs import joint, rules, trains, verify, windows
 from sj_robust.proofs.joint import OverTime
+from sj_robust.proofs.logits import bounded_logits, bounded_neurons
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.spiking import Float32Spiking, Interval, LayerBounds
-from sj_robust.proofs.verification import bounded_logits, bounded_neurons
 
 LARGEST = 4.0
 ERROR = 2.0**-19

@@ -31,11 +31,12 @@ from torch import nn
 
 from sj_robust import SpikingClassifier
 from sj_robust.core.preserved import full_precision, preserved
-from sj_robust.proofs import branching, exact, relaxation, verification, verify
+from sj_robust.proofs import batches, branching, exact, relaxation, verify
 from sj_robust.proofs.branching import Prover
+from sj_robust.proofs.logits import bounded_logits
 from sj_robust.proofs.relaxation import Maps, RelaxedRun, minimum
 from sj_robust.proofs.spiking import Interval
-from sj_robust.proofs.verification import _checked, bounded_logits
+from sj_robust.proofs.verification import _checked
 
 METHODS = ("ibp", "joint", "crown", "bab", "mip")
 
@@ -380,7 +381,7 @@ def test_a_tree_of_linear_programs_closes_what_is_robust(seed, monkeypatch):
     model = small(NEURONS["LIF"], seed=seed)
     x = pixels(1, seed=seed)
     y = model(x).argmax(1)
-    monkeypatch.setattr(verification._Batch, "open_ones", lambda batch: [0])
+    monkeypatch.setattr(batches._Batch, "open_ones", lambda batch: [0])
     result = verify(model, x, y, 0.05, method="mip", time_limit=30.0)
     turned = bool((model(grid(x, 0.05, 20)).argmax(1) != y).any())
     assert result.verified == (not turned,)

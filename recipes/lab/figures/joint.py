@@ -17,11 +17,11 @@ from sj_robust.neuron.charging import Neuron, find_neurons
 from sj_robust.ops.trains.config import StepBounds
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.joint import JointRun, OverTime
+from sj_robust.proofs.logits import bounded_logits, bounded_neurons
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.rules import Bounds
 from sj_robust.proofs.spiking import Float32Spiking, Interval, LayerBounds
 from sj_robust.proofs.trains import Trains, possible_trains
-from sj_robust.proofs.verification import bounded_logits, bounded_neurons
 
 __all__ = ["JointBounds", "joint_bounds", "proved_by_parts"]
 

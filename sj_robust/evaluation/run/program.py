@@ -16,9 +16,9 @@ from sj_robust.core.environment import device_of
 from sj_robust.core.preserved import preserved, sums_of_products
 from sj_robust.proofs.branching import Prover
 from sj_robust.proofs.exact import Matrices, witness
+from sj_robust.proofs.logits import bounded_logits, bounded_neurons
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.soundness import UnprovableError
-from sj_robust.proofs.verification import bounded_logits, bounded_neurons
 
 __all__ = ["program"]
 
