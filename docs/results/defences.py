@@ -123,6 +123,11 @@ class Row:
         return NAMES.get(self.cell, with_at if self.cell.endswith("_at") else self.cell)
 
     @property
+    def starred(self) -> str:
+        """The name with a star if it draws random numbers."""
+        return f"{self.name}*" if self.stochastic else self.name
+
+    @property
     def stochastic(self) -> bool:
         """Whether it draws random numbers."""
         return self.cell.removesuffix("_at") in STOCHASTIC
@@ -258,9 +263,15 @@ def add_unsearched(
             record = json.loads((path.parents[1] / "run.json").read_text(encoding="utf-8"))
             left.setdefault(record["cell"], []).append(accuracy_unsearched(Report.load(path)))
         for cell, shares in left.items():
+            counted = figures.get(cell, {}).get(f"{evaluation}/everything")
+            if counted is None or counted.seeds != len(shares):
+                sys.exit(
+                    f"{folder / RESULTS} is older than evaluations of {cell}; run "
+                    f"recipes/sweep.py --output {folder} --report first"
+                )
             spread = statistics.stdev(shares) if len(shares) > 1 else None
             found = Figures(statistics.mean(shares), spread, len(shares))
-            figures.setdefault(cell, {})[f"{evaluation}/{UNSEARCHED}"] = found
+            figures[cell][f"{evaluation}/{UNSEARCHED}"] = found
 
 
 def accuracy_unsearched(report: Report) -> float:
@@ -345,7 +356,7 @@ def table(rows: list[Row]) -> str:
         hidden = number(row.pgd) - number(row.at_most)
         cells.append(
             [
-                f"{row.name}*" if row.stochastic else row.name,
+                row.starred,
                 row.clean,
                 row.pgd,
                 row.control,
@@ -395,7 +406,9 @@ def correlation_text(rows: list[Row]) -> str:
 
 
 def draw_brackets(rows: list[Row]) -> None:
-    """From what is proved to what attacks leave, with clean accuracy and the paper's PGD."""
+    """From what is proved to what attacks leave, with the standard deviation of that, what they
+    leave without the search over spikes, the paper's PGD and clean accuracy.
+    """
     groups = by_threat(rows)
     with print_style():
         tallest = max(len(found) for _, found in groups)
@@ -406,14 +419,18 @@ def draw_brackets(rows: list[Row]) -> None:
             for place, row in enumerate(ordered):
                 low, high = number(row.proved or "0"), number(row.at_most)
                 panel.barh(place, high - low, left=low, height=0.6, color=COLOURS[0])
-                panel.plot(number(row.clean), place, "|", color=GREY, label="clean")
+                spread = number(row.at_most_sd or "0")
+                panel.plot([high - spread, high + spread], [place, place], lw=1, color=GREY)
+                unsearched = number(row.unsearched)
+                panel.plot(unsearched, place, "x", ms=4, color=GREY, label="unsearched")
                 panel.plot(number(row.pgd), place, "o", ms=3, color=COLOURS[1], label="PGD-20")
-            panel.set_yticks(range(len(ordered)), [row.name for row in ordered])
+                panel.plot(number(row.clean), place, "|", color=GREY, label="clean")
+            panel.set_yticks(range(len(ordered)), [row.starred for row in ordered])
             panel.set_xlim(0, 100)
             panel.set_xlabel("accuracy, %")
             panel.set_title(title)
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles[:2], labels[:2], loc="outside lower center", ncols=2)
+        figure.legend(handles[:3], labels[:3], loc="outside lower center", ncols=3)
         figure.savefig(FOLDER / "brackets.png", dpi=130)
 
 
@@ -430,7 +447,7 @@ def draw_mppd(rows: list[Row]) -> None:
                     kind = "with AT" if row.attacked else "without"
                     mark = "o" if row.attacked else "s"
                     panel.plot(x, y, mark, color=COLOURS[row.attacked], label=kind)
-                    panel.annotate(row.name, (x, y), (3, 3), textcoords="offset points", size=5)
+                    panel.annotate(row.starred, (x, y), (3, 3), textcoords="offset points", size=5)
             value, _ = rank_correlation(found)
             panel.set_xscale("log")
             panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

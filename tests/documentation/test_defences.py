@@ -135,6 +135,12 @@ def test_what_only_a_search_over_spikes_breaks_counts_as_standing_without_it(
     # of ten images eight are right; gradients leave five with the first seed, six with the second
     assert (rows["at"].unsearched, rows["at"].unsearched_sd) == ("55.0", "7.1")
     assert rows["tgo"].unsearched == ""
+    folder = tmp_path / "sweep" / "runs" / "at-seed2"
+    (folder / "standard_8").mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"cell": "at"}))
+    report().save(folder / "standard_8" / "report.json")
+    with pytest.raises(SystemExit, match=r"older than evaluations of at; run .* --report first"):
+        script.main()
 
 
 def test_another_sweep_is_shown_and_nothing_is_written(script, tmp_path, monkeypatch, capsys):
