@@ -265,15 +265,15 @@ def update_leaderboard(options: Options, words: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Settled:
-    """What the options leave to the network.
+    """The options, completed by what the network was trained on.
 
     Attributes:
         options: The options, with suite and norm.
         suite: Name of the suite.
         dataset: Name of the data set.
-        threat: Norm and radius.
+        threat: What the adversary may change.
         counts: Whether frames of events hold numbers of events.
-        T: Frames per sample of event data.
+        T: Frames per sample of event data; None for images.
     """
 
     options: Options
@@ -372,13 +372,13 @@ def evaluate_network(options: Options, arguments: list[str]) -> None:
             configuration=configuration,
             watch=Watch(display.say, display.on_step),
         )
-        report = measured(subject, data, request, complete)
+        report = make_report(subject, data, request, complete)
     if accelerator.is_main_process:
         save_report(report, subject, data, folder, journal, splits.class_names)
     accelerator.end_training()
 
 
-def measured(subject: Subject, data: Data, request: Request, options: Options) -> Report:
+def make_report(subject: Subject, data: Data, request: Request, options: Options) -> Report:
     """The report of the kind of evaluation that the options ask for."""
     if options.smooth is not None:
         return bracket_of_the_vote(

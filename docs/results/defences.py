@@ -43,10 +43,10 @@ PAGE = HERE / "defences.md"
 SWEEPS = ("runs/defences_fashion_mnist_sweep", "runs/defences_cifar10_sweep")
 RESULTS = "results.csv"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
-UNSEARCHED = "unsearched"
+NO_SPIKE_SEARCH = "no spike search"
 """Name here of accuracy under all attacks but those that follow spikes."""
-SEARCHES = ("spike_search", "program")
-"""Members of a suite that follow spikes, also in the control."""
+SPIKE_SEARCHES = ("spike_search", "program")
+"""Kinds of attacks that follow spikes, in suite and control."""
 PGD, MPPD = "pgd20/last", "pgd20/ms_mppd"
 NAMES = {
     PLAIN: "no defence",
@@ -92,8 +92,9 @@ CLAIMS = {
 @dataclass(frozen=True)
 class Row:
     """A defence at one radius: means over seeds in per cent, their standard deviations, and the
-    processor time of training relative to no defence. Empty where there is no figure. Unsearched:
-    accuracy under all attacks of suite and control but those that follow spikes.
+    processor time of training relative to no defence. Empty where there is no figure.
+    ``no_spike_search`` is accuracy under all attacks of suite and control but those that follow
+    spikes.
     """
 
     data: str
@@ -106,8 +107,8 @@ class Row:
     pgd_sd: str
     control: str
     control_sd: str
-    unsearched: str
-    unsearched_sd: str
+    no_spike_search: str
+    no_spike_search_sd: str
     at_most: str
     at_most_sd: str
     proved: str
@@ -171,7 +172,9 @@ def rows_of(folder: Path) -> list[Row]:
     """
     sweep = yaml.safe_load((folder / "sweep.yaml").read_text(encoding="utf-8"))
     figures = figures_in(folder / RESULTS)
-    add_unsearched(figures, folder, sweep["evaluations"])
+    for suites in radii(sweep).values():
+        if "standard" in suites:
+            add_no_spike_search(figures, folder, suites["standard"])
     costs = {row.cell: f"{row.relative:.2f}" for row in read_rows(COSTS, Cost)}
     chosen = chosen_in(folder / "search.csv")
     rows = []
@@ -206,7 +209,7 @@ def row_of(
         "clean": f"{paper}/clean",
         "pgd": f"{paper}/{PGD}",
         "control": f"{standard}/control",
-        "unsearched": f"{standard}/{UNSEARCHED}",
+        "no_spike_search": f"{standard}/{NO_SPIKE_SEARCH}",
         "at_most": f"{standard}/everything",
     }
     texts: dict[str, str] = {}
@@ -251,36 +254,42 @@ def figures_in(path: Path) -> dict[str, dict[str, Figures]]:
     return found
 
 
-def add_unsearched(
-    figures: dict[str, dict[str, Figures]], folder: Path, evaluations: Iterable[str]
+def add_no_spike_search(
+    figures: dict[str, dict[str, Figures]], folder: Path, evaluation: str
 ) -> None:
-    """Add to the figures of a sweep what attacks leave without the search over spikes, which
-    stochastic networks do not get, so that all can be compared.
+    """Add to the figures of a sweep what an evaluation leaves without its search over spikes, which
+    is not run on networks that draw random numbers.
     """
-    for evaluation in evaluations:
-        left: dict[str, list[float]] = {}
-        for path in sorted(folder.glob(f"runs/*/{evaluation}/report.json")):
-            record = json.loads((path.parents[1] / "run.json").read_text(encoding="utf-8"))
-            left.setdefault(record["cell"], []).append(accuracy_unsearched(Report.load(path)))
-        for cell, shares in left.items():
-            counted = figures.get(cell, {}).get(f"{evaluation}/everything")
-            if counted is None or counted.seeds != len(shares):
-                sys.exit(
-                    f"{folder / RESULTS} is older than evaluations of {cell}; run "
-                    f"recipes/sweep.py --output {folder} --report first"
-                )
-            spread = statistics.stdev(shares) if len(shares) > 1 else None
-            found = Figures(statistics.mean(shares), spread, len(shares))
-            figures[cell][f"{evaluation}/{UNSEARCHED}"] = found
+    reports: dict[str, list[Report]] = {}
+    for path in sorted(folder.glob(f"runs/*/{evaluation}/report.json")):
+        record = json.loads((path.parents[1] / "run.json").read_text(encoding="utf-8"))
+        reports.setdefault(record["cell"], []).append(Report.load(path))
+    for cell, found in reports.items():
+        at_most = statistics.mean(report.everything.accuracy for report in found)
+        listed = figures.get(cell, {}).get(f"{evaluation}/everything")
+        if listed is None or not math.isclose(listed.mean, at_most, abs_tol=1e-6):
+            sys.exit(
+                f"{folder / RESULTS} does not have the mean of the reports of {cell}; run "
+                f"recipes/sweep.py --output {folder} --report first"
+            )
+        shares = [accuracy_without_spike_search(report) for report in found]
+        spread = statistics.stdev(shares) if len(shares) > 1 else None
+        without = Figures(statistics.mean(shares), spread, len(shares))
+        figures[cell][f"{evaluation}/{NO_SPIKE_SEARCH}"] = without
 
 
-def accuracy_unsearched(report: Report) -> float:
+def accuracy_without_spike_search(report: Report) -> float:
     """Share of images that stand against all attacks but those that follow spikes."""
     standing = report.standing("clean")
     for row in report.attacks:
-        if not any(name in row.member for name in SEARCHES):
+        if not follows_spikes(row.member):
             standing -= report.broken(row)
     return len(standing) / len(report.labels)
+
+
+def follows_spikes(member: str) -> bool:
+    """Whether an attack of this name follows spikes instead of gradients."""
+    return member.removeprefix("control/").partition("/")[0] in SPIKE_SEARCHES
 
 
 def chosen_in(path: Path) -> dict[str, str]:
@@ -304,7 +313,8 @@ def shown(rows: list[Row]) -> str:
         parts += [f"### {title} ({seeds_text(found)})", table(found), correlation_text(found)]
     parts += ["### What is left of the claims", claims(rows)]
     parts += [
-        "![Clean accuracy, PGD-20 and bracket of every defence](defences/brackets.png)",
+        "![Of every defence the bracket with its spread over seeds, accuracy without the spike "
+        "search, PGD-20 and clean accuracy](defences/brackets.png)",
         "![MS-MPPD under attack and robust accuracy of every defence](defences/ms_mppd.png)",
     ]
     return "\n\n".join(parts)
@@ -326,16 +336,28 @@ def claims(rows: list[Row]) -> str:
         alone = cell.removesuffix("_at")
         cells = [NAMES[cell].removesuffix(", AT"), claim]
         for _, found in groups:
-            at_most = {row.cell: number(row.at_most) for row in found}
-            texts = []
-            for name, base in ((alone, PLAIN), (f"{alone}_at", "at")):
-                gain = at_most.get(name, math.nan) - at_most.get(base, math.nan)
-                texts.append("–" if math.isnan(gain) else f"{gain:+.1f}")
-            cells.append(" / ".join(texts))
+            rows_by_cell = {row.cell: row for row in found}
+            pairs = ((alone, PLAIN), (f"{alone}_at", "at"))
+            gains = [gain(rows_by_cell.get(name), rows_by_cell.get(base)) for name, base in pairs]
+            cells.append(" / ".join("–" if math.isnan(one) else f"{one:+.1f}" for one in gains))
         lines.append(cells)
     heads = ["defence", "claim in its own setting", *(f"left at {title}" for title, _ in groups)]
-    note = "Left: at most with the defence minus at most without it, in points, alone / with AT."
+    note = (
+        "Left: *at most* with the defence minus *at most* without it, in points, alone / with AT; "
+        "for defences with a star, both without the spike search."
+    )
     return f"{markdown_table(heads, lines, words=2)}\n\n{note}"
+
+
+def gain(row: Row | None, base: Row | None) -> float:
+    """What a defence adds to robust accuracy, by the attacks that both rows had; NaN if it is not
+    known.
+    """
+    if row is None or base is None:
+        return math.nan
+    if row.stochastic:
+        return number(row.no_spike_search) - number(base.no_spike_search)
+    return number(row.at_most) - number(base.at_most)
 
 
 def table(rows: list[Row]) -> str:
@@ -345,7 +367,7 @@ def table(rows: list[Row]) -> str:
         "clean, %",
         "PGD-20, %",
         "control, %",
-        "unsearched, %",
+        "no spike search, %",
         "at most, %",
         "overlooked",
         "MS-MPPD",
@@ -360,7 +382,7 @@ def table(rows: list[Row]) -> str:
                 row.clean,
                 row.pgd,
                 row.control,
-                row.unsearched,
+                row.no_spike_search,
                 f"**{with_spread(row.at_most, row.at_most_sd)}**" if row.at_most else "",
                 "" if math.isnan(hidden) else f"{hidden:+.1f}",
                 row.ms_mppd,
@@ -381,11 +403,13 @@ def with_spread(mean: str, spread: str) -> str:
 
 
 def rank_correlation(rows: list[Row]) -> tuple[float, int]:
-    """Spearman's correlation of MS-MPPD under attack with robust accuracy, and the number of
-    defences.
+    """Spearman's correlation of MS-MPPD under attack with robust accuracy without the spike search,
+    and the number of defences.
     """
     pairs = [
-        (float(row.ms_mppd), float(row.at_most)) for row in rows if row.ms_mppd and row.at_most
+        (float(row.ms_mppd), float(row.no_spike_search))
+        for row in rows
+        if row.ms_mppd and row.no_spike_search
     ]
     if len(pairs) < 3:
         return math.nan, len(pairs)
@@ -402,7 +426,7 @@ def correlation_text(rows: list[Row]) -> str:
         if not math.isnan(value):
             texts.append(f"{value:+.2f} over {count} rows ({name})")
     found = ", ".join(texts) or "not defined"
-    return f"Rank correlation of MS-MPPD under PGD-20 with accuracy under `standard`: {found}."
+    return f"Rank correlation of MS-MPPD under PGD-20 with *no spike search*: {found}."
 
 
 def draw_brackets(rows: list[Row]) -> None:
@@ -420,9 +444,10 @@ def draw_brackets(rows: list[Row]) -> None:
                 low, high = number(row.proved or "0"), number(row.at_most)
                 panel.barh(place, high - low, left=low, height=0.6, color=COLOURS[0])
                 spread = number(row.at_most_sd or "0")
-                panel.plot([high - spread, high + spread], [place, place], lw=1, color=GREY)
-                unsearched = number(row.unsearched)
-                panel.plot(unsearched, place, "x", ms=4, color=GREY, label="unsearched")
+                ends = [high - spread, high + spread]
+                panel.plot(ends, [place, place], lw=1, color=GREY, label="± over seeds")
+                without = number(row.no_spike_search)
+                panel.plot(without, place, "x", ms=4, color=GREY, label="no spike search")
                 panel.plot(number(row.pgd), place, "o", ms=3, color=COLOURS[1], label="PGD-20")
                 panel.plot(number(row.clean), place, "|", color=GREY, label="clean")
             panel.set_yticks(range(len(ordered)), [row.starred for row in ordered])
@@ -430,7 +455,8 @@ def draw_brackets(rows: list[Row]) -> None:
             panel.set_xlabel("accuracy, %")
             panel.set_title(title)
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles[:3], labels[:3], loc="outside lower center", ncols=3)
+        by_label = dict(zip(labels, handles, strict=True))
+        figure.legend(by_label.values(), by_label, loc="outside lower center", ncols=2)
         figure.savefig(FOLDER / "brackets.png", dpi=130)
 
 
@@ -442,8 +468,8 @@ def draw_mppd(rows: list[Row]) -> None:
         panels = figure.subplots(1, len(groups), squeeze=False)[0]
         for panel, (title, found) in zip(panels, groups, strict=True):
             for row in found:
-                if row.ms_mppd and row.at_most:
-                    x, y = float(row.ms_mppd), float(row.at_most)
+                if row.ms_mppd and row.no_spike_search:
+                    x, y = float(row.ms_mppd), float(row.no_spike_search)
                     kind = "with AT" if row.attacked else "without"
                     mark = "o" if row.attacked else "s"
                     panel.plot(x, y, mark, color=COLOURS[row.attacked], label=kind)
@@ -455,7 +481,7 @@ def draw_mppd(rows: list[Row]) -> None:
             panel.xaxis.set_minor_formatter(NullFormatter())
             panel.margins(x=0.2)
             panel.set_xlabel("MS-MPPD under PGD-20")
-            panel.set_ylabel("accuracy under standard, %")
+            panel.set_ylabel("accuracy without spike search, %")
             panel.set_title(f"{title}: rank correlation {value:+.2f}")
         handles, labels = panels[0].get_legend_handles_labels()
         by_kind = dict(zip(labels, handles, strict=True))

@@ -59,6 +59,15 @@ class BoundedLayer:
 class BatchProofs:
     """Proves images batch by batch and keeps what it finds. 分批证明。
 
+    Args:
+        model: The classifier.
+        neurons: Its spiking layers, from :func:`~sj_robust.proofs.logits.bounded_neurons`.
+        ball: Linf radius, or what may happen to event frames.
+        x: The first images, with which the network is looked at; they are not proved.
+        y: Their labels.
+        method: How, as for :func:`~sj_robust.proofs.verify`.
+        time_limit: Seconds per image for bab and mip.
+
     Attributes:
         size: Largest number of images at a time.
         classes: Number of logits.
@@ -79,36 +88,38 @@ class BatchProofs:
         method: Method,
         time_limit: float,
     ) -> None:
-        """Look at a network on its first images, and find out how it treats time.
+        """Check the network on its first images, and find out how it treats time.
 
         Raises:
             UnprovableError: If it is not one function of its images that bounds are known of.
+            UnsoundBoundsError: If it contradicts its bounds.
+            NotImplementedError: If something in it has no bounds.
         """
-        self.model = model
-        self.neurons = neurons
-        self.ball = ball
-        self.method = method
-        self.device = device_of(model)
-        self.maps = Maps(partial(bounded_logits, model), neurons, x[0].to(self.device))
-        self.prover = Prover(model, self.maps, ball)
-        by_mip = partial(mip, self.prover, Matrices(self.maps), time_limit=time_limit)
+        self._model = model
+        self._spiking = neurons
+        self._ball = ball
+        self._method = method
+        self._device = device_of(model)
+        maps = Maps(partial(bounded_logits, model), neurons, x[0].to(self._device))
+        self._prover = Prover(model, maps, ball)
+        by_mip = partial(mip, self._prover, Matrices(maps), time_limit=time_limit)
         searches: dict[str, _SearchAll] = {
-            "bab": partial(self.prover.bab, time_limit=time_limit),
+            "bab": partial(self._prover.bab, time_limit=time_limit),
             "mip": partial(_one_by_one, by_mip),
         }
-        self.search = searches.get(method)
+        self._search = searches.get(method)
         self.size = len(x)
-        with sums_of_products(self.device), preserved(model):
-            images, labels = x.to(self.device).clone(), y.to(self.device).clone()
+        with sums_of_products(self._device), preserved(model):
+            images, labels = x.to(self._device).clone(), y.to(self._device).clone()
             self.classes = _logits(model, images, labels, runs=2).shape[1]
             self._kept = check_kept(model, images)
-            self.maps.check_samples()
-            check_maps(self.maps)
+            maps.check_samples()
+            check_maps(maps)
             check_neurons(neurons, model.T, images)
             check_surrogates(model.net, neurons, images)
             if method != "ibp":
-                over_time = OverTime(self.maps, model.T)
-                self.prover.over_time = over_time
+                over_time = OverTime(maps, model.T)
+                self._prover.over_time = over_time
                 self.size = min(self.size, over_time.images)
         self.correct: list[bool] = []
         self.margins: list[float] = []
@@ -122,32 +133,33 @@ class BatchProofs:
         """Prove the next images.
 
         Raises:
-            UnsoundBoundsError: If the network contradicts its bounds.
+            UnprovableError: If the network draws random numbers or changes in a forward.
+            UnsoundBoundsError: If it contradicts its bounds.
             NotImplementedError: If something in it has no bounds.
         """
         done = len(self.correct)
-        with sums_of_products(self.device), preserved(self.model):
-            images, labels = x.to(self.device).clone(), y.to(self.device).clone()
-            logits = _logits(self.model, images, labels, runs=1)
+        with sums_of_products(self._device), preserved(self._model):
+            images, labels = x.to(self._device).clone(), y.to(self._device).clone()
+            logits = _logits(self._model, images, labels, runs=1)
             wrong = logits.argmax(1) != labels
             run = self._run(len(images), watched=not done)
-            bounds = bounded_logits(self.model, run, images, self.ball)
+            bounds = bounded_logits(self._model, run, images, self._ball)
             self._apart = run.apart
             lead = run.lead(bounds, labels)
             margin = -lead.scatter(1, labels.unsqueeze(1), -torch.inf).amax(1)
             batch = _Batch(images, labels, margin=margin, wrong=wrong, x_adv=images)
-            if self.method not in ("ibp", "joint"):
-                batch = _tightened(batch, self.prover, self.search)
+            if self._method not in ("ibp", "joint"):
+                batch = _tightened(batch, self._prover, self._search)
             # layers are looked at in the first batch
-            for point in islice(self.prover.points(images), 1 if done else None):
-                found = check_point(self.model, run, bounds, point)
+            for point in islice(self._prover.points(images), 1 if done else None):
+                found = check_point(self._model, run, bounds, point)
                 _check_margins(found, labels, batch.margin, first=done)
             _check_margins(logits, labels, batch.margin, first=done)
             self._kept.check()  # what all forwards of the proofs left
         self.correct += (~wrong).tolist()
         self.margins += batch.margin.tolist()
         self.broken += batch.wrong.tolist()
-        self.x_adv.append(batch.x_adv)
+        self.x_adv.append(batch.x_adv.detach().to(x))
         for name, layer in run.layers.items():
             self._neurons[name] += layer.neurons
             seen = torch.tensor([layer.undecided, layer.width], dtype=torch.float64)
@@ -155,7 +167,7 @@ class BatchProofs:
 
     @property
     def layers(self) -> tuple[BoundedLayer, ...]:
-        """How wide the bounds of every spiking layer are, averaged over its neurons."""
+        """How wide the bounds of every spiking layer are, averaged over images and neurons."""
         return tuple(
             BoundedLayer(name, *map(tuple, (total / self._neurons[name]).tolist()))
             for name, total in self._sums.items()
@@ -164,22 +176,22 @@ class BatchProofs:
 
     @property
     def stepwise(self) -> tuple[str, ...]:
-        """Layers whose bounds are not joint over time."""
-        over_time = self.prover.over_time
+        """Layers whose bounds are not joint over time, with the reason."""
+        over_time = self._prover.over_time
         return () if over_time is None else over_time.stepwise
 
     @property
     def apart(self) -> tuple[str, ...]:
-        """Layers whose chains of spike trains are not linked to others, with the reason."""
+        """Layers that bound changed events as if some had budgets of their own, with the reason."""
         return tuple(f"{name}: {reason}" for name, reason in self._apart.items())
 
     def _run(self, samples: int, *, watched: bool) -> BoundedRun:
         """A run of intervals, or of joint bounds if it is known how the network treats time."""
-        over_time = self.prover.over_time
+        over_time = self._prover.over_time
         if over_time is None:
-            return (WatchedRun if watched else BoundedRun)(self.neurons, samples)
+            return (WatchedRun if watched else BoundedRun)(self._spiking, samples)
         return (WatchedJointRun if watched else JointRun)(
-            self.neurons, samples, over_time=over_time
+            self._spiking, samples, over_time=over_time
         )
 
 

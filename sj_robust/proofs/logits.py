@@ -112,9 +112,7 @@ def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
 
 
 def _why_unbounded(n: Neuron) -> str | None:
-    """What of a neuron has no bounds, as the end of a sentence that its name begins; None if it
-    has.
-    """
+    """Why a neuron has no bounds, to follow its name in a sentence; None if it has some."""
     if not n.known:
         return f", a {n.type_name}, which fires in its own way"
     if not n.binary:

@@ -326,7 +326,7 @@ def verify(
         correct=tuple(proofs.correct),
         margin=tuple(proofs.margins),
         layers=proofs.layers,
-        x_adv=torch.cat(proofs.x_adv).detach().to(x),
+        x_adv=torch.cat(proofs.x_adv),
         broken=tuple(proofs.broken),
         stepwise=proofs.stepwise,
         apart=proofs.apart,

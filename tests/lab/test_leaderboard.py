@@ -122,6 +122,9 @@ def test_wrong_use(folder):
         FileNotFoundError, match="nowhere does not exist; --leaderboard takes folders"
     ):
         read_reports(["runs", "nowhere"], {})
+    (folder / "reports.csv").write_text("mine\n1\n")
+    with pytest.raises(ValueError, match=r"reports\.csv is not that of a leaderboard; remove it"):
+        make_leaderboard(["runs"], folder, USUAL)
     (folder / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no robustness report in empty"):
         read_reports(["empty"], {})

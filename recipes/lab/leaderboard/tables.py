@@ -18,6 +18,7 @@ from sj_robust.evaluation.run.suites import GRADES
 
 REPORTS = "reports.csv"
 """File of a leaderboard with every report."""
+_DIGEST = "sha256, first 16 digits"
 FORMATS = (Report.saved_as, "sj_robust.robustness_report")
 """Formats of reports, of today and of version 1."""
 _NOTE = (
@@ -146,12 +147,22 @@ def _option(name: str, value: Any, *, is_switch: bool) -> list[str]:
 
 
 def _listed(board: Path) -> dict[str, str]:
-    """Digests by file of the reports that a leaderboard was made of; none before it is made."""
+    """Digests by file of the reports that a leaderboard was made of; none before it is made.
+
+    Raises:
+        ValueError: If the file has other columns.
+    """
     path = board / REPORTS
     if not path.is_file():
         return {}
     with path.open(encoding="utf-8", newline="") as file:
-        return {line["file"]: line["sha256"] for line in csv.DictReader(file)}
+        lines = csv.DictReader(file)
+        if not {"file", _DIGEST} <= set(lines.fieldnames or ()):
+            raise ValueError(
+                f"{path} is not that of a leaderboard; remove it, and give the folders of all "
+                "reports"
+            )
+        return {line["file"]: line[_DIGEST] for line in lines}
 
 
 def _changes(now: Mapping[str, str], before: Mapping[str, str]) -> list[str]:
@@ -179,10 +190,10 @@ def _markdown(groups: Sequence[Group]) -> str:
 
 
 def _csv(stored: Sequence[Stored]) -> str:
-    """Every report with its file and the first 16 digits of its digest."""
+    """Every report with its file and its digest."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["data", *DETAILS, "file", "sha256"])
+    writer.writerow(["dataset", *DETAILS, "file", _DIGEST])
     for one in stored:
         writer.writerow([one.report.dataset, *one.details(), one.path, one.digest])
     return table.getvalue()
