@@ -92,7 +92,7 @@ CLAIMS = {
 @dataclass(frozen=True)
 class Row:
     """A defence at one radius: means over seeds in per cent, their standard deviations, and the
-    processor time of training relative to no defence. Empty where there is no figure.
+    time of training relative to no defence. Empty where there is no figure.
     ``no_spike_search`` is accuracy under all attacks of suite and control but those that follow
     spikes.
     """

@@ -103,7 +103,8 @@ def draw(rows: list[Row]) -> None:
         axes.plot(float(row.clean), height, marker, color=colour, markerfacecolor=filled)
     for task, colour in colours.items():
         axes.plot([], [], "o", color=colour, label=task)
-    axes.plot([], [], "o", color="#767676", label="spiking, here")
+    for kind in dict.fromkeys(row.kind for row in known if row.here):
+        axes.plot([], [], MARKERS[kind], color="#767676", label=f"{kind}, here")
     for kind, marker in MARKERS.items():
         label = f"{kind}, published"
         axes.plot([], [], marker, color="#767676", markerfacecolor="none", label=label)

@@ -33,7 +33,7 @@ FOUND = {  # clean, PGD-20, control, at most, proved, MS-MPPD
 }
 BROKEN = {"undefended": (5, 7), "at": (4, 5), "tgo": (4, 4), "tgo_at": (6, 6)}
 """Of eight images, those that gradients break, and those that gradients and a search break."""
-SECONDS = {"undefended": [2.0, 1.0, 1.0], "tgo": [2.0, 1.5, 1.3]}
+TIMES = {"undefended": [2.0, 1.0, 1.0], "tgo": [2.0, 1.5, 1.3]}
 
 
 def save(sweep, name, members):
@@ -80,7 +80,7 @@ def script(tmp_path, monkeypatch):
     from defences_cost import cost  # which lies beside the script
 
     costs = tmp_path / "cost.csv"
-    script.write_rows(costs, [cost(cell, SECONDS) for cell in SECONDS])
+    script.write_rows(costs, [cost(cell, TIMES) for cell in TIMES])
     page = tmp_path / "defences.md"
     page.write_text(f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n")
     for name, value in {
