@@ -182,6 +182,7 @@ def test_no_picture_left(folder):
         load(folder, on_unreadable="skip")
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker")  # on a single core
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_picture_that_goes_bad_during_the_run_is_named(folder, workers, monkeypatch):
     no_room_for_all = 6 * 5 * 3 * 2
