@@ -25,6 +25,7 @@ import torch
 import yaml
 from defences_cost import PLAIN, Cost
 from defences_cost import TABLE as COSTS
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from rows import read_rows, write_rows
@@ -172,13 +173,14 @@ def rows_of(folder: Path) -> list[Row]:
     """
     sweep = yaml.safe_load((folder / "sweep.yaml").read_text(encoding="utf-8"))
     figures = figures_in(folder / RESULTS)
-    for suites in radii(sweep).values():
+    evaluations = radii(sweep)
+    for suites in evaluations.values():
         if "standard" in suites:
             add_no_spike_search(figures, folder, suites["standard"])
     costs = {row.cell: f"{row.relative:.2f}" for row in read_rows(COSTS, Cost)}
     chosen = chosen_in(folder / "search.csv")
     rows = []
-    for radius, suites in radii(sweep).items():
+    for radius, suites in evaluations.items():
         for cell in sweep["cells"]:
             found = figures.get(cell, {})
             if f"{suites.get('standard')}/everything" in found:
@@ -454,9 +456,7 @@ def draw_brackets(rows: list[Row]) -> None:
             panel.set_xlim(0, 100)
             panel.set_xlabel("accuracy, %")
             panel.set_title(title)
-        handles, labels = panels[0].get_legend_handles_labels()
-        by_label = dict(zip(labels, handles, strict=True))
-        figure.legend(by_label.values(), by_label, loc="outside lower center", ncols=2)
+        add_legend(figure, panels[0])
         figure.savefig(FOLDER / "brackets.png", dpi=130)
 
 
@@ -483,10 +483,15 @@ def draw_mppd(rows: list[Row]) -> None:
             panel.set_xlabel("MS-MPPD under PGD-20")
             panel.set_ylabel("accuracy without spike search, %")
             panel.set_title(f"{title}: rank correlation {value:+.2f}")
-        handles, labels = panels[0].get_legend_handles_labels()
-        by_kind = dict(zip(labels, handles, strict=True))
-        figure.legend(by_kind.values(), by_kind, loc="outside lower center", ncols=2)
+        add_legend(figure, panels[0])
         figure.savefig(FOLDER / "ms_mppd.png", dpi=130)
+
+
+def add_legend(figure: Figure, panel: Axes) -> None:
+    """Name every kind of mark of a panel once, below the figure."""
+    handles, labels = panel.get_legend_handles_labels()
+    by_label = dict(zip(labels, handles, strict=True))
+    figure.legend(by_label.values(), by_label, loc="outside lower center", ncols=2)
 
 
 if __name__ == "__main__":

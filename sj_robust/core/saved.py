@@ -1,10 +1,12 @@
 """Results and checkpoints on disk: JSON with a header, atomic writes, tensors without code."""
 
+import csv
+import io
 import json
 import math
 import os
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 
 __all__ = [
     "SavedResult",
+    "csv_text",
     "load_tensors",
     "markdown_cells",
     "markdown_table",
@@ -108,6 +111,22 @@ class SavedResult:
     @classmethod
     def _from_content(cls, content: dict[str, Any]) -> Self:
         return cls(**content)
+
+
+def csv_text(heads: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> str:
+    """CSV with a head, whose columns are ``heads``; numbers are written so that they are read back
+    equal. CSV 文本。
+
+    Examples:
+        >>> print(csv_text(["attack", "eps"], [{"attack": "pgd", "eps": 0.1}]), end="")
+        attack,eps
+        pgd,0.1
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, heads, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> str:

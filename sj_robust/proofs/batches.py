@@ -127,7 +127,7 @@ class BatchProofs:
         self.x_adv: list[Tensor] = []
         self._apart: dict[str, str] = {}
         self._sums: dict[str, Tensor] = {}
-        self._neurons = dict.fromkeys(neurons, 0)
+        self._sizes = dict.fromkeys(neurons, 0)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Prove the next images.
@@ -161,7 +161,7 @@ class BatchProofs:
         self.broken += batch.wrong.tolist()
         self.x_adv.append(batch.x_adv.detach().to(x))
         for name, layer in run.layers.items():
-            self._neurons[name] += layer.neurons
+            self._sizes[name] += layer.neurons
             seen = torch.tensor([layer.undecided, layer.width], dtype=torch.float64)
             self._sums[name] = self._sums.get(name, 0.0) + seen
 
@@ -169,9 +169,9 @@ class BatchProofs:
     def layers(self) -> tuple[BoundedLayer, ...]:
         """How wide the bounds of every spiking layer are, averaged over images and neurons."""
         return tuple(
-            BoundedLayer(name, *map(tuple, (total / self._neurons[name]).tolist()))
+            BoundedLayer(name, *map(tuple, (total / self._sizes[name]).tolist()))
             for name, total in self._sums.items()
-            if self._neurons[name]
+            if self._sizes[name]
         )
 
     @property

@@ -3,14 +3,13 @@ measures only what is not in it.
 """
 
 import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sj_robust.core.saved import write_whole
+from sj_robust.core.saved import csv_text, write_whole
 
 TESTS = "gpu_tests"
 """Subject of the rows that are tests."""
@@ -106,13 +105,8 @@ class Results:
             self._known[row.key] = row
         if self.path is None:
             return
-        text = io.StringIO()
-        columns = [*_KINDS, *self.where]
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        for row in self.rows:
-            writer.writerow(asdict(row) | self.where)
-        write_whole(self.path, text.getvalue())
+        lines = [asdict(row) | self.where for row in self.rows]
+        write_whole(self.path, csv_text([*_KINDS, *self.where], lines))
 
 
 def load(path: Path) -> tuple[dict[str, str], list[Row]]:

@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import io
 import shlex
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -12,7 +11,7 @@ from typing import Any
 from lab.leaderboard.entries import DETAILS, HEADS, Entry, Group, Stored
 from lab.leaderboard.page import page
 from sj_robust.core.commands import as_called
-from sj_robust.core.saved import markdown_table, saved_format, write_whole
+from sj_robust.core.saved import csv_text, markdown_table, saved_format, write_whole
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.run.suites import GRADES
 
@@ -191,9 +190,9 @@ def _markdown(groups: Sequence[Group]) -> str:
 
 def _csv(stored: Sequence[Stored]) -> str:
     """Every report with its file and its digest."""
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["dataset", *DETAILS, "file", _DIGEST])
+    lines = []
     for one in stored:
-        writer.writerow([one.report.dataset, *one.details(), one.path, one.digest])
-    return table.getvalue()
+        details = dict(zip(DETAILS, one.details(), strict=True))
+        where = {"dataset": one.report.dataset, "file": one.path, _DIGEST: one.digest}
+        lines.append(details | where)
+    return csv_text(["dataset", *DETAILS, "file", _DIGEST], lines)

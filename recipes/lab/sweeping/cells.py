@@ -2,8 +2,6 @@
 on validation images.
 """
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 from lab.command_line import read_file
 from lab.sweeping.grid import expand, value_text
 from lab.sweeping.plan import PlannedRun
+from sj_robust.core.saved import csv_text
 
 _KEYS = ("config", "options", "search")
 
@@ -127,8 +126,4 @@ def compared(cell: NamedCell, runs: Sequence[PlannedRun]) -> list[Trial]:
 
 def trials_csv(trials: Sequence[Trial]) -> str:
     """A line per value that was tried."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(Trial.__dataclass_fields__), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(map(asdict, trials))
-    return text.getvalue()
+    return csv_text(list(Trial.__dataclass_fields__), map(asdict, trials))

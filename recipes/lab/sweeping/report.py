@@ -1,7 +1,5 @@
 """What a sweep leaves besides its runs, and shows on the terminal; all from the records alone."""
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from lab.sweeping.grid import names_in, value_text, values_in
 from lab.sweeping.published_accuracies import published_accuracy
 from lab.sweeping.record import RunRecord
 from lab.sweeping.summary import Axes, Cell, axes_in, cells_of, columns_of, contrasts
-from sj_robust.core.saved import markdown_table, write_whole
+from sj_robust.core.saved import csv_text, markdown_table, write_whole
 
 _NOTHING = "–"
 _RESULTS = ("figure", "mean", "standard_deviation", "seeds", "published", "source")
@@ -59,7 +57,7 @@ def write_report(
         rows = contrasts(cells, axes, option, everything)
         shown = [row for row in rows if row["figure"] in few]
         parts.append(contrast_table(shown, option, others))
-        files[f"contrast-{option.replace(',', '-')}.csv"] = _csv([*others, *_CONTRAST], rows)
+        files[f"contrast-{option.replace(',', '-')}.csv"] = csv_text([*others, *_CONTRAST], rows)
     alarms = _alarms(records)
     if alarms:
         parts.append("\n".join(["**Not to be relied on**\n", *alarms]))
@@ -144,7 +142,7 @@ def results_csv(
                 line["published"] = round(known.percent / 100, 6)
                 line["source"] = known.source
             lines.append(line)
-    return _csv([*axes, *_RESULTS], lines)
+    return csv_text([*axes, *_RESULTS], lines)
 
 
 def contrast_table(
@@ -190,14 +188,6 @@ def contrast_table(
         "interval (Student's t) excludes 0, as one row in twenty does by chance"
     )
     return f"**what {option} changes**\n\n{table}\n\n{note}"
-
-
-def _csv(heads: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, heads, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
 
 
 def _alarms(records: Sequence[RunRecord]) -> list[str]:

@@ -1,14 +1,12 @@
 """The figures of a report as LaTeX, CSV or a pandas data frame."""
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from sj_robust.attacks.threat import ThreatModel, eps_text
-from sj_robust.core.saved import markdown_cells
+from sj_robust.core.saved import csv_text, markdown_cells
 from sj_robust.evaluation.report.levels import WHATS, intact, levels
 from sj_robust.evaluation.report.table import table
 from sj_robust.evaluation.report.verdict import budget
@@ -85,11 +83,7 @@ def to_csv(report: Evaluation) -> str:
     """The figures as CSV with a head; numbers are written so that they are read back equal.
     CSV 文本。
     """
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(field.name for field in fields(Exported))
-    writer.writerows(asdict(row).values() for row in exported(report))
-    return file.getvalue()
+    return csv_text([field.name for field in fields(Exported)], map(asdict, exported(report)))
 
 
 def to_dataframe(report: Evaluation) -> "pandas.DataFrame":
