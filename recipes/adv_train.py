@@ -44,9 +44,9 @@ BESIDE_EVENTS = Idle(lambda options: options.flips is not None or options.moves 
 
 
 def is_augmented(options: "Options") -> bool:
-    """Whether training images are cropped, flipped and cut out."""
+    """Whether training images are cropped, flipped, cut out, or what augment_options says."""
     if options.augment is None:
-        return options.dataset in ("cifar10", "cifar100")
+        return options.dataset in ("cifar10", "cifar100") or bool(options.augment_options)
     return options.augment
 
 
@@ -69,7 +69,12 @@ class Options:
     download: Annotated[bool, Often(), Decides("nothing")] = False
     """Download missing files."""
     augment: bool | None = None
-    """Crop, flip and Cutout of training images; None: only for CIFAR."""
+    """Crop, flip and Cutout of training images; None: for CIFAR, and with augment_options."""
+    augment_options: Annotated[YamlDict, Idle(lambda options: not is_augmented(options))] = field(
+        default_factory=dict
+    )
+    """padding (largest shift in pixels), flip, rotation (largest angle in degrees), scale (largest
+    relative change of size) of training images."""
     cutout: Annotated[NonNegativeInt, Idle(lambda options: not is_augmented(options))] = 16
     """Side of the square that Cutout sets to zero, in pixels; 0: no Cutout."""
     on_unreadable: Literal["error", "skip"] = "error"
@@ -286,7 +291,7 @@ from lab.tracking import tracked
 
 from sj_robust import SpikingClassifier, training
 from sj_robust.attacks import Attack, ThreatModel
-from sj_robust.data import ImageSplits, load_images
+from sj_robust.data import Augmentation, ImageSplits, load_images
 from sj_robust.defences import SurrogateOverlap
 from sj_robust.defences.stog import GateRates
 from sj_robust.evaluation import Report
@@ -305,6 +310,8 @@ def main(arguments: list[str]) -> None:
     """Train, evaluate, report."""
     options = parse_options(Options, arguments, stem)
     accelerator = make_accelerator(options.device, options.mixed_precision, options.trackers)
+    with checked():
+        augment = augmentation(options) or False
     with first_process_first(accelerator, f"loading {options.dataset}"):  # which downloads
         splits = load_images(
             options.dataset,
@@ -315,10 +322,9 @@ def main(arguments: list[str]) -> None:
             seed=options.seed,
             train_limit=options.train_limit,
             test_limit=options.test_limit,
-            cutout=options.cutout,
             download=options.download,
             on_unreadable=options.on_unreadable,
-            augment=options.augment,
+            augment=augment,
         )
     networks = {f"{options.neuron} {options.mode}": options}
     if options.reference:
@@ -534,6 +540,16 @@ def network_spec(options: Options, splits: ImageSplits) -> NetworkSpec:
         encoder=options.encoder,
         encoder_options=options.encoder_options,
     )
+
+
+def augmentation(options: Options) -> Augmentation | None:
+    """What is done to the training images."""
+    if not is_augmented(options):
+        return None
+    try:
+        return Augmentation(cutout=options.cutout, **options.augment_options)
+    except TypeError as error:
+        raise ValueError(f"augment_options {options.augment_options}: {error}") from error
 
 
 def undefended(options: Options) -> Options:

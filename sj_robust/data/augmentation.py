@@ -1,12 +1,15 @@
-"""Random crop, flip and cutout of training images."""
+"""Random rotation, size, crop, flip and cutout of training images."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sj_robust.core.checks import check_count, check_switch
 from sj_robust.core.randomness import SampleDraws, SampleSeeds, rand
 
 __all__ = ["Augmentation"]
@@ -14,25 +17,31 @@ __all__ = ["Augmentation"]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Shift, mirror and partly cover images at random, determined by the seed of each image.
+    """Rotate, resize, shift, mirror and partly cover images at random, determined by the seed of
+    each image.
 
-    训练图像的随机裁剪、翻转和遮挡。
+    训练图像的随机旋转、缩放、裁剪、翻转和遮挡。
 
-    Equation: pad H and W by ``padding`` zeros on every side and crop [H, W] at an offset uniform on
+    Equation: rotate the image around its centre by an angle uniform on
+    [-``rotation``, ``rotation``] and enlarge it by a factor uniform on
+    [1 - ``scale``, 1 + ``scale``], with bilinear interpolation and zeros outside the image; pad H and W by ``padding`` zeros on every side and crop [H, W] at an offset uniform on
     {0, ..., 2 padding}^2; mirror left and right with probability 1/2; set to zero the square of
     ``cutout`` pixels around a centre uniform on the image, rows [c - cutout/2, c + cutout/2) and
     columns alike, clipped at the borders.
 
-    The five numbers of an image are drawn on the CPU from its own seed, so that they depend neither
-    on the other images of the batch nor on the process or the device. All frames of a sample are
+    The numbers of an image are drawn on the CPU from its own seed, so that they depend neither on
+    the other images of the batch nor on the process or the device. All frames of a sample are
     treated in the same way.
 
     Attributes:
         padding: Largest shift of an image in pixels; 0 for no crop.
         flip: Whether images are mirrored.
         cutout: Side of the square, even; 0 for none.
+        rotation: Largest angle in degrees, at most 180; 0 for no rotation.
+        scale: Largest relative change of size, below 1; 0 for none.
 
     Raises:
+        TypeError: If a value has the wrong type.
         ValueError: If a number is out of range, or there is not one seed per image.
 
     Source: Ding et al. (ICML 2024), section 5, who use padding 4, flips and cutout 16; cutout of
@@ -48,14 +57,24 @@ class Augmentation:
     padding: int = 4
     flip: bool = True
     cutout: int = 16
+    rotation: float = 0.0
+    scale: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.padding < 0:
-            raise ValueError(f"padding must be >= 0, got {self.padding}")
-        if self.cutout < 0 or self.cutout % 2:
+        check_count("padding", self.padding, least=0)
+        check_switch("flip", self.flip)
+        check_count("cutout", self.cutout, least=0)
+        if self.cutout % 2:
             raise ValueError(
                 f"cutout must be an even number of pixels, 0 for none, got {self.cutout}"
             )
+        for name, value in (("rotation", self.rotation), ("scale", self.scale)):
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        if not 0 <= self.rotation <= 180:
+            raise ValueError(f"rotation must be in [0, 180] degrees, got {self.rotation}")
+        if not 0 <= self.scale < 1:
+            raise ValueError(f"scale must be in [0, 1), got {self.scale}")
 
     def __call__(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
         """Augmented copies of images [N, C, H, W], or of frames [N, T, C, H, W]."""
@@ -65,18 +84,15 @@ class Augmentation:
                 f"and {len(seeds)} seeds"
             )
         height, width = images.shape[-2:]
-        uniform = rand(
-            (len(images), 5),
-            SampleDraws(SampleSeeds(seeds).derived("augmentation")),
-            dtype=torch.float64,
-            device=torch.device("cpu"),
-        )
+        uniform = _drawn(5, SampleSeeds(seeds).derived("augmentation"))
         offsets = 2 * self.padding + 1
         orientations = 2 if self.flip else 1
         choices = torch.tensor([offsets, offsets, orientations, height, width])
         drawn = (uniform * choices).long().to(images.device)
         top, left, mirrored, row, column = drawn.unbind(1)
         planes = images.reshape(len(images), -1, height, width)
+        if self.rotation or self.scale:
+            planes = self._rotated(planes, SampleSeeds(seeds).derived("rotation and size"))
         if self.padding or self.flip:
             planes = self._moved(planes, top, left, mirrored)
         if self.cutout:
@@ -85,6 +101,23 @@ class Augmentation:
             square = rows[:, None, :, None] & columns[:, None, None, :]
             planes = planes.masked_fill(square, 0)
         return planes.reshape(images.shape)
+
+    def _rotated(self, planes: Tensor, seeds: SampleSeeds) -> Tensor:
+        """Planes [N, K, H, W], rotated and resized around their centre.
+
+        ``to_source`` [N, 2, 3] maps a pixel of the result to the point of the image whose value it
+        gets. Both are in torch's coordinates, which run from -1 to 1 over the width and the height.
+        """
+        height, width = planes.shape[-2:]
+        angle, size = (2 * _drawn(2, seeds) - 1).unbind(1)
+        angle = math.radians(self.rotation) * angle
+        shrink = 1 / (1 + self.scale * size)
+        to_source = torch.zeros(len(planes), 2, 3, dtype=torch.float64)
+        to_source[:, 0, 0] = to_source[:, 1, 1] = shrink * angle.cos()
+        to_source[:, 0, 1] = -shrink * angle.sin() * height / width
+        to_source[:, 1, 0] = shrink * angle.sin() * width / height
+        points = F.affine_grid(to_source.to(planes), list(planes.shape), align_corners=False)
+        return F.grid_sample(planes, points, padding_mode="zeros", align_corners=False)
 
     def _moved(self, planes: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
         """Planes [N, K, H, W], padded, cropped and mirrored.
@@ -109,3 +142,9 @@ class Augmentation:
         half = self.cutout // 2
         offset = torch.arange(side, device=centre.device) - centre[:, None]
         return (offset >= -half) & (offset < half)
+
+
+def _drawn(numbers: int, seeds: SampleSeeds) -> Tensor:
+    """Uniform numbers on [0, 1) per seed, [N, numbers] float64 on the CPU."""
+    shape = (len(seeds), numbers)
+    return rand(shape, SampleDraws(seeds), dtype=torch.float64, device=torch.device("cpu"))

@@ -71,8 +71,7 @@ def load_images(
     T: int | None = None,
     counts: bool = False,
     on_unreadable: Literal["error", "skip"] = "error",
-    augment: bool | None = None,
-    cutout: int = 16,
+    augment: bool | Augmentation | None = None,
 ) -> ImageSplits:
     """Load a data set and hold out a validation split from its training images.
     加载数据集并划分验证集。
@@ -98,8 +97,8 @@ def load_images(
         counts: Whether frames of event data hold numbers of events instead; not used for images.
         on_unreadable: Whether a picture or recording that cannot be read is an error or is skipped
             with a warning.
-        augment: Whether training images are augmented; None means only for CIFAR, as in the paper.
-        cutout: Side of the square that augmentation sets to zero, even; 0 for none.
+        augment: Whether training images are augmented as in the paper, or the augmentation to use;
+            None means only for CIFAR.
 
     Raises:
         ValueError: If the name is unknown, a number is out of range, or a file has the wrong
@@ -118,14 +117,23 @@ def load_images(
             raise ValueError(f"{option} must be >= 1, or None for all images, got {limit}")
     if on_unreadable not in ("error", "skip"):
         raise ValueError(f"on_unreadable must be 'error' or 'skip', got {on_unreadable!r}")
-    augmentation = Augmentation(cutout=cutout)
     source = _source(name, Path(root), download, T, on_unreadable, counts=counts)
     order = torch.randperm(len(source.train), generator=torch.Generator().manual_seed(seed))[
         :train_limit
     ]
     train, validation = _held_out(source, order, validation_fraction)
     mean, std = CIFAR_STATISTICS.get(name, (None, None))
-    augmented = name in CIFAR_STATISTICS if augment is None else augment
+    if augment is None:
+        augment = name in CIFAR_STATISTICS
+    if isinstance(augment, bool):
+        augmentation = Augmentation() if augment else None
+    else:
+        augmentation = augment
+    if source.frames and augmentation is not None and (augmentation.rotation or augmentation.scale):
+        raise ValueError(
+            f"augment rotates or resizes frames of {name}, which would no longer hold whole numbers "
+            "of events; use padding, flip and cutout alone"
+        )
     return ImageSplits(
         name=name,
         train=train,
@@ -136,7 +144,7 @@ def load_images(
         mean=mean,
         std=std,
         frames=source.frames,
-        augmentation=augmentation if augmented else None,
+        augmentation=augmentation,
         class_names=source.class_names,
     )
 

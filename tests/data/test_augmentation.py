@@ -1,16 +1,19 @@
 import itertools
+import math
 
+import numpy as np
 import pytest
 import torch
+from scipy.ndimage import affine_transform
 
 from sj_robust.core.randomness import SampleDraws, SampleSeeds, rand
 from sj_robust.data import Augmentation
 
 
-def numbers(seed):
-    """The five uniform numbers of an image."""
-    draws = SampleDraws(SampleSeeds([seed]).derived("augmentation"))
-    drawn = rand((1, 5), draws, dtype=torch.float64, device=torch.device("cpu"))
+def numbers(seed, count=5, purpose="augmentation"):
+    """Uniform numbers of an image."""
+    draws = SampleDraws(SampleSeeds([seed]).derived(purpose))
+    drawn = rand((1, count), draws, dtype=torch.float64, device=torch.device("cpu"))
     return drawn[0].tolist()
 
 
@@ -66,6 +69,47 @@ def test_as_by_hand(options):
         assert torch.equal(augmented, by_hand(image, seed, **options))
 
 
+def rotated_by_scipy(image, seed, *, rotation, scale):
+    """One image [C, H, W] in float64, each pixel from the point that is rotated onto it."""
+    angle, size = numbers(seed, 2, "rotation and size")
+    angle = math.radians(rotation) * (2 * angle - 1)
+    size = 1 + scale * (2 * size - 1)
+    to_source = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) / size
+    centre = (np.array(image.shape[1:]) - 1) / 2
+    planes = [
+        affine_transform(
+            plane, to_source, centre - to_source @ centre, order=1, mode="grid-constant"
+        )
+        for plane in image.numpy()
+    ]
+    return torch.from_numpy(np.stack(planes))
+
+
+@pytest.mark.parametrize("rotation", [0, 10.0, 180])
+@pytest.mark.parametrize("scale", [0, 0.25])
+def test_rotation_and_size_as_scipy(rotation, scale):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(6, 2, 9, 14, generator=generator, dtype=torch.float64)
+    seeds = list(range(40, 46))
+    options = NOTHING | {"rotation": rotation, "scale": scale}
+    result = Augmentation(**options)(images, seeds)
+    expected = [
+        rotated_by_scipy(image, seed, rotation=rotation, scale=scale)
+        for image, seed in zip(images, seeds, strict=True)
+    ]
+    torch.testing.assert_close(result, torch.stack(expected), rtol=0, atol=1e-12)
+    assert torch.equal(result, images) == (rotation == scale == 0)
+    assert 0 <= result.min() <= result.max() <= 1
+
+
+def test_images_are_rotated_before_they_are_cropped_and_covered():
+    images = torch.rand(5, 1, 12, 12)
+    seeds = list(range(5))
+    turned = Augmentation(**NOTHING, rotation=30, scale=0.2)(images, seeds)
+    together = Augmentation(padding=2, cutout=4, rotation=30, scale=0.2)(images, seeds)
+    assert torch.equal(together, Augmentation(padding=2, cutout=4)(turned, seeds))
+
+
 def test_an_image_does_not_depend_on_its_neighbours():
     images = torch.rand(9, 3, 32, 32)
     before = images.clone()
@@ -105,6 +149,14 @@ def test_wrong_options():
     message = "cutout must be an even number of pixels, 0 for none, got 15"
     with pytest.raises(ValueError, match=message):
         Augmentation(cutout=15)
+    with pytest.raises(ValueError, match=r"rotation must be in \[0, 180\] degrees, got 270"):
+        Augmentation(rotation=270)
+    with pytest.raises(ValueError, match=r"scale must be in \[0, 1\), got 1"):
+        Augmentation(scale=1)
+    with pytest.raises(TypeError, match="rotation must be a number, got str"):
+        Augmentation(rotation="10")
+    with pytest.raises(TypeError, match="flip must be"):
+        Augmentation(flip="no")
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ def test_digits():
     assert stored.shape == (1437, 1, 8, 8)
     augmented = load_images("digits", augment=True)
     assert augmented.augmentation == Augmentation()
-    augmented = load_images("digits", augment=True, cutout=0)
-    assert augmented.augmentation == Augmentation(cutout=0)
+    chosen = Augmentation(padding=0, rotation=10, scale=0.1)
+    assert load_images("digits", augment=chosen).augmentation == chosen
 
 
 def test_the_digits_where_the_file_of_scikit_learn_is_not(tmp_path, monkeypatch):
@@ -59,10 +59,20 @@ def test_the_digits_are_those_of_the_published_figures(options, expected):
     assert checksums(load_images("digits", **options)) == expected
 
 
+def test_frames_are_neither_rotated_nor_resized():
+    options = {"T": 2, "train_limit": 20, "test_limit": 5}
+    moved = Augmentation(padding=1, cutout=0)
+    assert load_images("saccade:digits", **options, augment=moved).augmentation == moved
+    for values in ({"rotation": 5}, {"scale": 0.1}):
+        with pytest.raises(
+            ValueError, match=r"rotates or resizes frames of saccade:digits, .* use"
+        ):
+            load_images("saccade:digits", **options, augment=Augmentation(**values))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cutout": 3}, "cutout must be an even number of pixels, 0 for none, got 3"),
         ({"on_unreadable": "ignore"}, "on_unreadable must be 'error' or 'skip', got 'ignore'"),
         ({"train_limit": 0}, "train_limit must be >= 1"),
         ({"validation_fraction": 0.0}, "validation_fraction"),

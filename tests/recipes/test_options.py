@@ -154,9 +154,11 @@ def test_options_used_without_an_evaluation_are_options():
 
 
 def test_cutout_has_an_effect_where_images_are_augmented():
+    chosen = {"augment_options": {"rotation": 10}}
     for given in ({}, {"dataset": "cifar10", "augment": False}, {"dataset": "cifar10_dvs"}):
         assert "cutout" in without_effect(**given), given
-    for given in ({"dataset": "cifar10"}, {"augment": True}):
+    assert without_effect(**chosen, augment=False) >= {"cutout", "augment_options"}
+    for given in ({"dataset": "cifar10"}, {"augment": True}, chosen):
         assert "cutout" not in without_effect(**given), given
 
 
