@@ -131,8 +131,8 @@ def load_images(
         augmentation = augment
     if source.frames and augmentation is not None and (augmentation.rotation or augmentation.scale):
         raise ValueError(
-            f"augment rotates or resizes frames of {name}, which would no longer hold whole numbers "
-            "of events; use padding, flip and cutout alone"
+            f"augment rotates or resizes frames of {name}, which would then hold fractions of "
+            "events; use padding, flip and cutout alone"
         )
     return ImageSplits(
         name=name,
