@@ -24,7 +24,8 @@ class Augmentation:
 
     Equation: rotate the image around its centre by an angle uniform on
     [-``rotation``, ``rotation``] and enlarge it by a factor uniform on
-    [1 - ``scale``, 1 + ``scale``], with bilinear interpolation and zeros outside the image; pad H and W by ``padding`` zeros on every side and crop [H, W] at an offset uniform on
+    [1 - ``scale``, 1 + ``scale``], with bilinear interpolation and zeros outside the image; pad H
+    and W by ``padding`` zeros on every side and crop [H, W] at an offset uniform on
     {0, ..., 2 padding}^2; mirror left and right with probability 1/2; set to zero the square of
     ``cutout`` pixels around a centre uniform on the image, rows [c - cutout/2, c + cutout/2) and
     columns alike, clipped at the borders.

@@ -125,10 +125,9 @@ def load_images(
     mean, std = CIFAR_STATISTICS.get(name, (None, None))
     if augment is None:
         augment = name in CIFAR_STATISTICS
-    if isinstance(augment, bool):
-        augmentation = Augmentation() if augment else None
-    else:
-        augmentation = augment
+    if augment is True:
+        augment = Augmentation()
+    augmentation = augment or None
     if source.frames and augmentation is not None and (augmentation.rotation or augmentation.scale):
         raise ValueError(
             f"augment rotates or resizes frames of {name}, which would then hold fractions of "
