@@ -200,6 +200,7 @@ OF_SMALL_IMAGES = (
     "digits",
     "fashion_mnist",
     "certified/digits_0.1",
+    "certified/digits_0.1_augmented",
     "certified/fashion_mnist_8",
     "defences/dsd",
     "defences/feel",
