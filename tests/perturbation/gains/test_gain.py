@@ -152,6 +152,8 @@ def test_gains_of_a_dlif_neuron_follow_what_it_learned():
         neuron_gains(charging, 6)
     silent = Charging(0.9, input_gain=torch.zeros(3))
     assert neuron_gains(silent, 3).l2 == 0
+    alternating = neuron_gains(Charging(0.9, input_gain=torch.tensor([-2.0, 2.0, -2.0])), 3)
+    assert alternating.l2_limit == pytest.approx(2 * l2_gain_limit(0.9).item())
 
 
 def l2_of_3_steps(decay):
