@@ -60,7 +60,9 @@ NETWORKS = {
     "digits/lif-at": Network("LIF, adversarial training", "--neuron lif --rho 0"),
     "digits/dlif-at": Network("DLIF, adversarial training", "--rho 0"),
     "digits/dlif-at-mppd": Network("DLIF, adversarial training with MS-MPPD"),
-    "digits/dlif-certified": Network("DLIF, trained for proofs", f"{CERTIFIED}/digits_0.1.yaml"),
+    "digits/dlif-certified": Network(
+        "DLIF, trained for proofs", f"{CERTIFIED}/digits_0.1_augmented.yaml"
+    ),
     "mnist/certified-0.1": Network(
         "DLIF, trained for proofs at 0.1", f"{CERTIFIED}/mnist_0.1.yaml", "--eps 0.1"
     ),
