@@ -44,7 +44,7 @@ BESIDE_EVENTS = Idle(lambda options: options.flips is not None or options.moves 
 
 
 def is_augmented(options: "Options") -> bool:
-    """Whether training images are cropped, flipped, cut out, or what augment_options says."""
+    """Whether training images are augmented."""
     if options.augment is None:
         return options.dataset in ("cifar10", "cifar100") or bool(options.augment_options)
     return options.augment
@@ -69,12 +69,13 @@ class Options:
     download: Annotated[bool, Often(), Decides("nothing")] = False
     """Download missing files."""
     augment: bool | None = None
-    """Crop, flip and Cutout of training images; None: for CIFAR, and with augment_options."""
+    """Augment training images: crop, flip and Cutout, or Cutout and augment_options. None: only
+    for CIFAR, or with augment_options."""
     augment_options: Annotated[YamlDict, Idle(lambda options: not is_augmented(options))] = field(
         default_factory=dict
     )
-    """padding (largest shift in pixels), flip, rotation (largest angle in degrees), scale (largest
-    relative change of size) of training images."""
+    """padding (largest shift in pixels), flip, rotation (largest angle in degrees) and scale
+    (largest relative change of size) of training images; what is not named is off."""
     cutout: Annotated[NonNegativeInt, Idle(lambda options: not is_augmented(options))] = 16
     """Side of the square that Cutout sets to zero, in pixels; 0: no Cutout."""
     on_unreadable: Literal["error", "skip"] = "error"
@@ -291,6 +292,7 @@ from lab.tracking import tracked
 
 from sj_robust import SpikingClassifier, training
 from sj_robust.attacks import Attack, ThreatModel
+from sj_robust.core.checks import check_choice
 from sj_robust.data import Augmentation, ImageSplits, load_images
 from sj_robust.defences import SurrogateOverlap
 from sj_robust.defences.stog import GateRates
@@ -311,7 +313,7 @@ def main(arguments: list[str]) -> None:
     options = parse_options(Options, arguments, stem)
     accelerator = make_accelerator(options.device, options.mixed_precision, options.trackers)
     with checked():
-        augment = augmentation(options) or False
+        augment = augmentation(options)
     with first_process_first(accelerator, f"loading {options.dataset}"):  # which downloads
         splits = load_images(
             options.dataset,
@@ -542,14 +544,21 @@ def network_spec(options: Options, splits: ImageSplits) -> NetworkSpec:
     )
 
 
-def augmentation(options: Options) -> Augmentation | None:
-    """What is done to the training images."""
+def augmentation(options: Options) -> Augmentation | bool:
+    """What is done to the training images, False for nothing."""
     if not is_augmented(options):
-        return None
+        return False
+    chosen = options.augment_options
+    for name in chosen:
+        if name == "cutout":
+            raise ValueError("augment_options must not contain cutout; use --cutout")
+        check_choice("augment_options", name, ("padding", "flip", "rotation", "scale"))
+    if chosen:
+        chosen = {"padding": 0, "flip": False} | chosen
     try:
-        return Augmentation(cutout=options.cutout, **options.augment_options)
-    except TypeError as error:
-        raise ValueError(f"augment_options {options.augment_options}: {error}") from error
+        return Augmentation(cutout=options.cutout, **chosen)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"wrong augmentation of training images: {error}") from error
 
 
 def undefended(options: Options) -> Options:

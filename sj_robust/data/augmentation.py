@@ -1,15 +1,14 @@
-"""Random rotation, size, crop, flip and cutout of training images."""
+"""Random rotation, scaling, crop, flip and Cutout of training images."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sj_robust.core.checks import check_count, check_switch
+from sj_robust.core.checks import check_count, check_size, check_switch
 from sj_robust.core.randomness import SampleDraws, SampleSeeds, rand
 
 __all__ = ["Augmentation"]
@@ -42,11 +41,13 @@ class Augmentation:
         scale: Largest relative change of size, below 1; 0 for none.
 
     Raises:
-        TypeError: If a value has the wrong type.
+        TypeError: If a value has the wrong type, or images that are rotated or resized are not
+            floating point.
         ValueError: If a number is out of range, or there is not one seed per image.
 
     Source: Ding et al. (ICML 2024), section 5, who use padding 4, flips and cutout 16; cutout of
     DeVries and Taylor (2017, arXiv 1708.04552), whose square may lie partly outside the image.
+    Rotation and scaling are not in the paper.
 
     Examples:
         >>> images = torch.rand(2, 3, 32, 32)
@@ -69,13 +70,14 @@ class Augmentation:
             raise ValueError(
                 f"cutout must be an even number of pixels, 0 for none, got {self.cutout}"
             )
-        for name, value in (("rotation", self.rotation), ("scale", self.scale)):
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-        if not 0 <= self.rotation <= 180:
-            raise ValueError(f"rotation must be in [0, 180] degrees, got {self.rotation}")
-        if not 0 <= self.scale < 1:
-            raise ValueError(f"scale must be in [0, 1), got {self.scale}")
+        if check_size("rotation", self.rotation) > 180:
+            raise ValueError(
+                f"rotation must be at most 180 degrees, a half turn either way, got {self.rotation}"
+            )
+        if check_size("scale", self.scale) >= 1:
+            raise ValueError(
+                f"scale must be below 1, got {self.scale}; 0.1 gives sizes from 0.9 to 1.1"
+            )
 
     def __call__(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
         """Augmented copies of images [N, C, H, W], or of frames [N, T, C, H, W]."""
@@ -104,21 +106,32 @@ class Augmentation:
         return planes.reshape(images.shape)
 
     def _rotated(self, planes: Tensor, seeds: SampleSeeds) -> Tensor:
-        """Planes [N, K, H, W], rotated and resized around their centre.
+        """Planes [N, K, H, W], rotated and resized around their centre, in float32 at least, since
+        torch's interpolation of half precision on the CPU gives NaN for some sizes.
 
         ``to_source`` [N, 2, 3] maps a pixel of the result to the point of the image whose value it
         gets. Both are in torch's coordinates, which run from -1 to 1 over the width and the height.
         """
+        if not planes.is_floating_point():
+            raise TypeError(
+                f"rotation and scale need floating-point images, got {planes.dtype}; use "
+                "x.float() / 255"
+            )
         height, width = planes.shape[-2:]
         angle, size = (2 * _drawn(2, seeds) - 1).unbind(1)
-        angle = math.radians(self.rotation) * angle
-        shrink = 1 / (1 + self.scale * size)
+        angle = math.radians(float(self.rotation)) * angle
+        shrink = 1 / (1 + float(self.scale) * size)
         to_source = torch.zeros(len(planes), 2, 3, dtype=torch.float64)
         to_source[:, 0, 0] = to_source[:, 1, 1] = shrink * angle.cos()
         to_source[:, 0, 1] = -shrink * angle.sin() * height / width
         to_source[:, 1, 0] = shrink * angle.sin() * width / height
-        points = F.affine_grid(to_source.to(planes), list(planes.shape), align_corners=False)
-        return F.grid_sample(planes, points, padding_mode="zeros", align_corners=False)
+        precise = planes.to(torch.promote_types(planes.dtype, torch.float32))
+        points = F.affine_grid(to_source.to(precise), list(planes.shape), align_corners=False)
+        rotated = F.grid_sample(precise, points, padding_mode="zeros", align_corners=False)
+        darkest = precise.amin((2, 3), keepdim=True).clamp(max=0)
+        brightest = precise.amax((2, 3), keepdim=True).clamp(min=0)
+        within = rotated.clamp(darkest, brightest)  # which rounding exceeds by one part in 10^7
+        return within.to(planes.dtype)
 
     def _moved(self, planes: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
         """Planes [N, K, H, W], padded, cropped and mirrored.

@@ -97,12 +97,13 @@ def load_images(
         counts: Whether frames of event data hold numbers of events instead; not used for images.
         on_unreadable: Whether a picture or recording that cannot be read is an error or is skipped
             with a warning.
-        augment: Whether training images are augmented as in the paper, or the augmentation to use;
-            None means only for CIFAR.
+        augment: Whether training images are augmented as by Ding et al. (crop, flip, Cutout), or
+            the augmentation to use; None means only for CIFAR.
 
     Raises:
-        ValueError: If the name is unknown, a number is out of range, or a file has the wrong
-            content.
+        TypeError: If ``augment`` is something else.
+        ValueError: If the name is unknown, a number is out of range, a file has the wrong content,
+            the square of Cutout covers whole images, or event frames were to be rotated or resized.
         FileNotFoundError: If the data is missing; the message says which files are needed, where,
             and how to get them.
         ModuleNotFoundError: If a package that reads the files is missing.
@@ -117,21 +118,18 @@ def load_images(
             raise ValueError(f"{option} must be >= 1, or None for all images, got {limit}")
     if on_unreadable not in ("error", "skip"):
         raise ValueError(f"on_unreadable must be 'error' or 'skip', got {on_unreadable!r}")
+    augmentation = _augmentation(name, augment)
     source = _source(name, Path(root), download, T, on_unreadable, counts=counts)
     order = torch.randperm(len(source.train), generator=torch.Generator().manual_seed(seed))[
         :train_limit
     ]
     train, validation = _held_out(source, order, validation_fraction)
     mean, std = CIFAR_STATISTICS.get(name, (None, None))
-    if augment is None:
-        augment = name in CIFAR_STATISTICS
-    if augment is True:
-        augment = Augmentation()
-    augmentation = augment or None
-    if source.frames and augmentation is not None and (augmentation.rotation or augmentation.scale):
+    height, width = source.image_shape[-2:]
+    if augmentation is not None and augmentation.cutout >= 2 * max(height, width):
         raise ValueError(
-            f"augment rotates or resizes frames of {name}, which would then hold fractions of "
-            "events; use padding, flip and cutout alone"
+            f"cutout {augmentation.cutout} covers images of {height}x{width} whole, wherever its "
+            f"centre lies; give less than {2 * max(height, width)}, or 0 for none"
         )
     return ImageSplits(
         name=name,
@@ -146,6 +144,27 @@ def load_images(
         augmentation=augmentation,
         class_names=source.class_names,
     )
+
+
+def _augmentation(name: str, augment: bool | Augmentation | None) -> Augmentation | None:
+    """The augmentation of a data set of this name."""
+    if augment is None:
+        augment = name in CIFAR_STATISTICS
+    if augment is True:
+        return Augmentation()
+    if augment is False:
+        return None
+    if not isinstance(augment, Augmentation):
+        raise TypeError(
+            f"augment must be True, False, None or an Augmentation, got {type(augment).__name__}; "
+            "write augment=Augmentation(...)"
+        )
+    if name in EVENT_DATASETS and (augment.rotation or augment.scale):
+        raise ValueError(
+            f"augment rotates or resizes frames of {name}, which would then hold fractions of "
+            "events; use padding, flip and cutout alone"
+        )
+    return augment
 
 
 def _source(

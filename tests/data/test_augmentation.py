@@ -99,7 +99,24 @@ def test_rotation_and_size_as_scipy(rotation, scale):
     ]
     torch.testing.assert_close(result, torch.stack(expected), rtol=0, atol=1e-12)
     assert torch.equal(result, images) == (rotation == scale == 0)
+    white = Augmentation(**options)(torch.ones(6, 2, 9, 14), seeds)
+    assert 0 <= white.min() <= white.max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rotated_in_float32(dtype):
+    images = torch.rand(2, 1, 224, 224, generator=torch.Generator().manual_seed(0)).to(dtype)
+    augment = Augmentation(**NOTHING, rotation=20, scale=0.1)
+    result = augment(images, [1, 2])
+    assert torch.equal(result, augment(images.float(), [1, 2]).to(dtype))
     assert 0 <= result.min() <= result.max() <= 1
+
+
+def test_only_floating_point_is_rotated():
+    images = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    assert Augmentation()(images, [1]).dtype == torch.uint8
+    with pytest.raises(TypeError, match=r"floating-point images, got torch.uint8; use x.float\(\)"):
+        Augmentation(scale=0.1)(images, [1])
 
 
 def test_images_are_rotated_before_they_are_cropped_and_covered():
@@ -110,11 +127,12 @@ def test_images_are_rotated_before_they_are_cropped_and_covered():
     assert torch.equal(together, Augmentation(padding=2, cutout=4)(turned, seeds))
 
 
-def test_an_image_does_not_depend_on_its_neighbours():
+@pytest.mark.parametrize("options", [{}, {"rotation": 10, "scale": 0.1}], ids=str)
+def test_an_image_does_not_depend_on_its_neighbours(options):
     images = torch.rand(9, 3, 32, 32)
     before = images.clone()
     state = torch.get_rng_state()
-    augment = Augmentation()
+    augment = Augmentation(**options)
     seeds = [2**61 + 17 * number for number in range(9)]
     together = augment(images, seeds)
     assert torch.equal(images, before)
@@ -127,36 +145,41 @@ def test_an_image_does_not_depend_on_its_neighbours():
     others = augment(images, other_seeds)
     assert not torch.equal(others, together)
     precise = augment(images.double(), seeds)
-    assert torch.equal(precise, together.double())
+    torch.testing.assert_close(precise, together.double(), rtol=0, atol=1e-4 if options else 0)
     nothing = Augmentation(**NOTHING)
     assert torch.equal(nothing(images, seeds), images)
 
 
 def test_frames_of_one_sample_are_treated_alike():
     frames = (torch.rand(4, 5, 2, 12, 12) < 0.2).float()
-    augment = Augmentation(cutout=4)
     seeds = [1, 2, 3, 4]
-    result = augment(frames, seeds)
-    for t in range(5):
-        alone = augment(frames[:, t], seeds)
-        assert torch.equal(result[:, t], alone)
-    assert result.unique().tolist() == [0.0, 1.0]
+    for options in ({}, {"rotation": 10, "scale": 0.1}):
+        augment = Augmentation(cutout=4, **options)
+        result = augment(frames, seeds)
+        for t in range(5):
+            alone = augment(frames[:, t], seeds)
+            assert torch.equal(result[:, t], alone)
+    assert Augmentation(cutout=4)(frames, seeds).unique().tolist() == [0.0, 1.0]
 
 
-def test_wrong_options():
-    with pytest.raises(ValueError, match="padding must be >= 0, got -1"):
-        Augmentation(padding=-1)
-    message = "cutout must be an even number of pixels, 0 for none, got 15"
-    with pytest.raises(ValueError, match=message):
-        Augmentation(cutout=15)
-    with pytest.raises(ValueError, match=r"rotation must be in \[0, 180\] degrees, got 270"):
-        Augmentation(rotation=270)
-    with pytest.raises(ValueError, match=r"scale must be in \[0, 1\), got 1"):
-        Augmentation(scale=1)
-    with pytest.raises(TypeError, match="rotation must be a number, got str"):
-        Augmentation(rotation="10")
-    with pytest.raises(TypeError, match="flip must be"):
-        Augmentation(flip="no")
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"padding": -1}, ValueError, "padding must be >= 0, got -1"),
+        ({"padding": 1.5}, TypeError, "padding must be an integer, got float"),
+        ({"flip": "no"}, TypeError, "flip must be"),
+        ({"cutout": 15}, ValueError, "even number of pixels, 0 for none, got 15"),
+        ({"rotation": 270}, ValueError, "rotation must be at most 180 degrees, .* got 270"),
+        ({"rotation": -1}, ValueError, "rotation must be finite and >= 0, got -1"),
+        ({"rotation": float("nan")}, ValueError, "rotation must be finite"),
+        ({"rotation": "10"}, TypeError, "rotation must be a number, got str"),
+        ({"scale": 1}, ValueError, "scale must be below 1, got 1; 0.1 gives"),
+        ({"scale": True}, TypeError, "scale must be a number, got bool"),
+    ],
+)
+def test_wrong_options(options, error, message):
+    with pytest.raises(error, match=message):
+        Augmentation(**options)
 
 
 @pytest.mark.parametrize(

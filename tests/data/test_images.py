@@ -19,10 +19,17 @@ def test_digits():
     stored = splits.train.dataset.pixels  # a byte per value
     assert stored.dtype == torch.uint8
     assert stored.shape == (1437, 1, 8, 8)
-    augmented = load_images("digits", augment=True)
-    assert augmented.augmentation == Augmentation()
-    chosen = Augmentation(padding=0, rotation=10, scale=0.1)
+    assert load_images("digits", augment=False).augmentation is None
+    chosen = Augmentation(cutout=14, rotation=10, scale=0.1)
     assert load_images("digits", augment=chosen).augmentation == chosen
+    for whole in (True, Augmentation(cutout=16)):
+        with pytest.raises(ValueError, match=r"cutout 16 covers images of 8x8 whole, .* than 16"):
+            load_images("digits", augment=whole)
+    for other in (1, "yes", {"rotation": 10}):
+        with pytest.raises(
+            TypeError, match=r"augment must be True, False, None or an Augm.* write"
+        ):
+            load_images("digits", augment=other)
 
 
 def test_the_digits_where_the_file_of_scikit_learn_is_not(tmp_path, monkeypatch):
@@ -59,7 +66,7 @@ def test_the_digits_are_those_of_the_published_figures(options, expected):
     assert checksums(load_images("digits", **options)) == expected
 
 
-def test_frames_are_neither_rotated_nor_resized():
+def test_frames_are_neither_rotated_nor_resized(tmp_path):
     options = {"T": 2, "train_limit": 20, "test_limit": 5}
     moved = Augmentation(padding=1, cutout=0)
     assert load_images("saccade:digits", **options, augment=moved).augmentation == moved
@@ -68,6 +75,8 @@ def test_frames_are_neither_rotated_nor_resized():
             ValueError, match=r"rotates or resizes frames of saccade:digits, .* use"
         ):
             load_images("saccade:digits", **options, augment=Augmentation(**values))
+        with pytest.raises(ValueError, match="rotates or resizes frames of n_mnist"):
+            load_images("n_mnist", root=tmp_path, T=2, augment=Augmentation(**values))
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,10 @@ def test_runs_of_before_an_option_go_on_with_what_it_meant_then():
     with pytest.raises(ValueError, match=r"a release without options.newer, resume it with that "):
         check_same_run(before, now)
     now["options"].pop("newer")
+    check_same_run(before, now | {"options": now["options"] | {"augment_options": {}}})
+    augmented = now | {"options": now["options"] | {"augment_options": {"rotation": 10}}}
+    with pytest.raises(ValueError, match=r"\(options.augment_options.rotation: None there, 10 now"):
+        check_same_run(before, augmented)
     now["options"]["lr"] = 0.2
     with pytest.raises(
         ValueError, match=r"\(options.lr: 0.1 there, 0.2 now\); resume with the same"

@@ -20,6 +20,7 @@ from sj_robust import training
 from sj_robust.attacks import ThreatModel
 from sj_robust.core.datasets import EVENT_DATASETS
 from sj_robust.core.eps import parse_eps
+from sj_robust.data import Augmentation
 
 RECIPES = ROOT / "recipes"
 CONFIGS = RECIPES / "configs"
@@ -244,6 +245,48 @@ def test_every_published_figure_of_the_paper_has_its_preset(recipe):
     for figure in PUBLISHED:
         if "Ding" in figure.source:
             assert any(figure.options.items() <= options.items() for options in settings), figure
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, False),
+        ({"dataset": "cifar10"}, Augmentation()),
+        ({"augment": True, "cutout": 4}, Augmentation(cutout=4)),
+        (
+            {"augment_options": {"rotation": 10}, "cutout": 0},
+            Augmentation(padding=0, flip=False, cutout=0, rotation=10),
+        ),
+        ({"augment_options": {"rotation": 10}, "augment": False}, False),
+    ],
+)
+def test_the_augmentation_reaches_the_training_images(monkeypatch, given, expected):
+    class StoppedError(Exception):
+        pass
+
+    def load_images(name, *, augment, **options):
+        assert augment == expected
+        raise StoppedError
+
+    monkeypatch.setattr(adv_train, "load_images", load_images)
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    with pytest.raises(StoppedError):
+        adv_train.main(words)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"cutout": 0}, "augment_options must not contain cutout; use --cutout"),
+        ({"rotate": 10}, r"must be one of padding, flip, rotation, scale, .* mean 'rotation'"),
+        ({1: 2}, "augment_options must be one of padding, flip, rotation, scale, got 1"),
+        ({"rotation": 400}, "wrong augmentation of training images: rotation must be at most 180"),
+        ({"flip": "maybe"}, "wrong augmentation of training images: flip must be"),
+    ],
+)
+def test_a_wrong_augmentation_is_named(given, message):
+    with pytest.raises(ValueError, match=message):
+        adv_train.augmentation(adv_train.Options(augment_options=given))
 
 
 @pytest.mark.parametrize("counts", [False, True])
