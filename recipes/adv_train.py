@@ -37,6 +37,7 @@ from lab.command_line.declared import (
     YamlDict,
 )
 
+from sj_robust.core.datasets import AUGMENTED
 from sj_robust.core.extras import check_tracker
 
 WITHOUT_PERTURBATION_TERM = Idle(lambda options: options.rho == 0)
@@ -46,7 +47,7 @@ BESIDE_EVENTS = Idle(lambda options: options.flips is not None or options.moves 
 def is_augmented(options: "Options") -> bool:
     """Whether training images are augmented."""
     if options.augment is None:
-        return options.dataset in ("cifar10", "cifar100") or bool(options.augment_options)
+        return options.dataset in AUGMENTED or bool(options.augment_options)
     return options.augment
 
 

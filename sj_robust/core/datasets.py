@@ -1,6 +1,7 @@
 """Names of the data sets, to check options before torch is imported."""
 
 __all__ = [
+    "AUGMENTED",
     "DATASETS",
     "EVENT_DATASETS",
     "IMAGE_FOLDER",
@@ -35,6 +36,10 @@ DATASETS = (
     *EVENT_DATASETS,
 )
 """Names that :func:`sj_robust.data.load_images` takes."""
+
+
+AUGMENTED = ("cifar10", "cifar100")
+"""Names of data sets whose training images are augmented unless one says otherwise."""
 
 
 def check_dataset(name: str) -> None:

@@ -130,8 +130,8 @@ class Augmentation:
         rotated = F.grid_sample(precise, points, padding_mode="zeros", align_corners=False)
         darkest = precise.amin((2, 3), keepdim=True).clamp(max=0)
         brightest = precise.amax((2, 3), keepdim=True).clamp(min=0)
-        within = rotated.clamp(darkest, brightest)  # which rounding exceeds by one part in 10^7
-        return within.to(planes.dtype)
+        rotated = rotated.clamp(darkest, brightest)  # rounding may exceed them by 1 part in 10^7
+        return rotated.to(planes.dtype)
 
     def _moved(self, planes: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
         """Planes [N, K, H, W], padded, cropped and mirrored.

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
 from sj_robust.core.datasets import (
+    AUGMENTED,
     EVENT_DATASETS,
     IMAGE_FOLDER,
     SACCADES,
@@ -149,7 +150,7 @@ def load_images(
 def _augmentation(name: str, augment: bool | Augmentation | None) -> Augmentation | None:
     """The augmentation of a data set of this name."""
     if augment is None:
-        augment = name in CIFAR_STATISTICS
+        augment = name in AUGMENTED
     if augment is True:
         return Augmentation()
     if augment is False:
