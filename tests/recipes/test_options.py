@@ -1,6 +1,7 @@
 """Options of every recipe: each is told, and no torch is needed to answer."""
 
 import importlib
+import os
 import re
 import resource
 import subprocess
@@ -49,6 +50,18 @@ def test_help_and_wrong_options_do_not_wait_for_torch(name, given):
 @pytest.mark.parametrize("given", [HELP, WRONG], ids=["help", "wrong"])
 def test_nor_does_the_command(given):
     check_light(["-m", "sj_robust", "train"], *given)
+
+
+@pytest.mark.parametrize("words", [["--help-all"], ["--print-config"]], ids=["help", "config"])
+def test_an_answer_that_nobody_reads_ends_without_a_message(words):
+    reader, writer = os.pipe()
+    os.close(reader)
+    script = str(ROOT / "recipes" / "adv_train.py")
+    done = subprocess.run(
+        [sys.executable, script, *words], stdout=writer, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def check_light(start, words, code, told):

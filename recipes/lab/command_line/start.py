@@ -4,6 +4,7 @@ is spared.
 
 import errno
 import io
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ from typing import Any, NoReturn
 
 from lab.command_line.read import WrongUse, read_options
 from sj_robust.core.commands import as_called
+
+_BROKEN_PIPE = 141
+"""Exit code: 128 plus the number of SIGPIPE, as of other commands."""
 
 
 @contextmanager
@@ -29,10 +33,17 @@ def checked() -> Iterator[None]:
 def check_options(options_type: type[Any], arguments: Sequence[str] | None = None) -> None:
     """Answer ``--help`` and wrong options, before a script imports what takes seconds.
 
-    The words are those of this process unless others are given.
+    The words are those of this process unless others are given. If the reader of the answer has
+    gone, as in ``--help | head``, the process ends without a message.
     """
     try:
-        read_options(options_type, sys.argv[1:] if arguments is None else arguments)
+        try:
+            read_options(options_type, sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        sys.exit(_BROKEN_PIPE)
     except WrongUse as error:
         _refuse(error)
     except ModuleNotFoundError as error:
