@@ -394,6 +394,12 @@ class BoundedRun:
             return RealSpiking(neuron, layer, self.surrogate_width)
         return Float32Spiking(neuron, layer)
 
+    def potential(self, name: str) -> Interval:
+        """Of a layer after its last step so far, [N, *]."""
+        fired = self.layers[name].fired
+        assert fired is not None  # the layer has run
+        return self._spiking(self.neurons[name]).after(*fired)
+
     def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
         """An affine map ends here, at a spiking layer or an argument of another function, from
         which the next leaf comes.

@@ -372,10 +372,14 @@ class JointRun(BoundedRun):
                 error=error[t - first],
             )
             stage.steps.append(relaxed)
-        layer.v = steps[-1].v
         layer.neurons = shape.numel()
         layer.steps += len(steps)
         return stacked([step.spikes for step in steps])
+
+    def potential(self, name: str) -> Interval:
+        """See :class:`BoundedRun`."""
+        steps = self.memories[name].steps
+        return steps[-1].v if steps else super().potential(name)
 
     def _bounded(self, spiking: Float32Spiking, memory: Memory) -> StepBounds:
         """Bounds of all steps so far, [T, M], from the start on."""

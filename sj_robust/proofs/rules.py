@@ -49,8 +49,12 @@ def _affine(
 
         centre = A c + b,    radius = |A| r,    error = |A| (e + g (|c| + r + e)) + g |b|
     """
-    shift = x.centre.new_zeros(()) if shift is None else shift.to(x.centre.dtype)
-    centre = apply(x.centre) + shift
+    centre = apply(x.centre)
+    if shift is None:
+        shift = x.centre.new_zeros(())
+    else:
+        shift = shift.to(x.centre.dtype)
+        centre = centre + shift
     if x.run is not None and x.run.points:
         no_radius = centre.detach().new_zeros(())
         return Bounds(centre, no_radius, run=x.run)

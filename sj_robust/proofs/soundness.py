@@ -92,10 +92,8 @@ class WatchedRun(BoundedRun):
         self.functions.append((name, bounds))
 
     def _passed(self, name: str, current: Bounds, spikes: Interval) -> None:
-        v = self.layers[name].v
-        assert v is not None  # the layer has run
         of_current = Interval(current.lower, current.upper)
-        self.calls[name].append(_Call(of_current, spikes, v))
+        self.calls[name].append(_Call(of_current, spikes, self.potential(name)))
 
 
 class WatchedJointRun(WatchedRun, JointRun):

@@ -105,7 +105,7 @@ class LayerBounds:
     """What the bounds say of one spiking layer in a run.
 
     Attributes:
-        v: Its potential after the last step so far; None before the first one.
+        fired: Charged potential and spikes of the last step so far; None before the first one.
         undecided: Per time step, the number of spikes that may or may not be there, summed over the
             samples; not counted in training.
         width: Per time step, the squared distance between the bounds of the charged potential;
@@ -114,7 +114,7 @@ class LayerBounds:
         steps: Time steps that have run.
     """
 
-    v: Interval | None = None
+    fired: tuple[Interval, Interval] | None = None
     undecided: list[float] = field(default_factory=list)
     width: list[float] = field(default_factory=list)
     neurons: int = 0
@@ -160,33 +160,33 @@ class Spiking(ABC):
 
     @abstractmethod
     def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:
-        """Potential after the step and spikes, for the potential before it and the current [N,
+        """Charged potential and spikes, for the potential before the step and the current [N,
         *].
         """
 
     def run(self, x_seq: Interval) -> Interval:
         """Spikes for currents, both [T, N, *]."""
         layer = self.layer
-        v = layer.v or self.start(x_seq.low[0])
         layer.neurons = x_seq.low[0].numel()
         sure = []
         possible = []
         for x in x_seq.steps():
-            v, spikes = self.step(v, x)
+            v = self.start(x.low) if layer.fired is None else self.after(*layer.fired)
+            h, spikes = self.step(v, x)
+            layer.fired = h, spikes
             layer.steps += 1
             sure.append(spikes.low)
             possible.append(spikes.high)
-        layer.v = v
         return Interval(torch.stack(sure), torch.stack(possible))
 
     def start(self, like: Tensor) -> Interval:
-        """The potential before the first step."""
+        """The potential before the first step, one number for all neurons."""
         if bool((torch.as_tensor(self.neuron.module.v) != self.rest).any()):
             raise NoBoundsError(
                 f"the layer {self.neuron.name}, whose v_reset was changed after it was built: "
                 "give it v_reset then"
             )
-        v = torch.full_like(like, self.rest)
+        v = like.new_tensor(self.rest)
         return Interval(v, v)
 
     def charged(
@@ -203,7 +203,7 @@ class Spiking(ABC):
             high = high + (1.0 - decay) * self.rest
         return Interval(low, high)
 
-    def reset(self, h: Interval, spikes: Interval) -> Interval:
+    def after(self, h: Interval, spikes: Interval) -> Interval:
         """Potential after firing: all that a spike and no spike allow where both are possible."""
         sure = spikes.low
         silent = 1 - spikes.high
@@ -247,11 +247,11 @@ class RealSpiking(Spiking):
         """See :class:`Spiking`."""
         gain = self.tensor_gain_at(self.layer.steps)
         h = self.charged(v, x, decay=self.charging.decay, gain=gain)
-        fired = h.each(lambda end: fire(end.detach(), self.threshold))
-        after = self.reset(h, fired)
-        low = fire(h.low, self.threshold, self.spike)
-        high = fire(h.high, self.threshold, self.spike)
-        return after, Interval(low, high)
+        return h, h.each(lambda end: fire(end, self.threshold, self.spike))
+
+    def after(self, h: Interval, spikes: Interval) -> Interval:
+        """See :class:`Spiking`."""
+        return super().after(h, spikes.each(Tensor.detach))
 
     def spike(self, z: Tensor) -> Tensor:
         """A step whose derivative has the width of the bounds."""
@@ -289,9 +289,12 @@ class Float32Spiking(Spiking):
         width = h.width().square().sum()
         self.layer.undecided.append(float(undecided))
         self.layer.width.append(float(width))
-        after = self.reset(h, spikes)
+        return h, spikes
+
+    def after(self, h: Interval, spikes: Interval) -> Interval:
+        """See :class:`Spiking`."""
         rounded = reset_rounding(h.size(), self.rest, self.threshold)
-        return after.widened(rounded), spikes
+        return super().after(h, spikes).widened(rounded)
 
     def decided(self, h: Interval, error: Tensor, gain: float) -> tuple[Interval, Interval]:
         """Charged potential and spikes; who knows more than intervals do gives less of both.
@@ -328,22 +331,27 @@ class Float32Counting(Float32Spiking):
         scaled = h.times(1.0 / threshold)
         scaled = scaled.widened(reset_rounding(scaled.size(), 0.0, 0.0))
         spikes = scaled.each(lambda end: end.clamp(0.0, self.most).round())
-        same = spikes.low == spikes.high
-        undecided = (~same).sum()
+        undecided = (spikes.low != spikes.high).sum()
         width = h.width().square().sum()
         self.layer.undecided.append(float(undecided))
         self.layer.width.append(float(width))
+        return h, spikes
+
+    def after(self, h: Interval, spikes: Interval) -> Interval:
+        """See :class:`Spiking`."""
+        threshold = self.threshold
         low = h.low - threshold * spikes.low
         high = h.high - threshold * spikes.high
         half = torch.full_like(low, threshold / 2)
         low_of_either = torch.minimum(low, -half)
         high_of_either = torch.maximum(high, half)
-        after = Interval(
+        same = spikes.low == spikes.high
+        left = Interval(
             low=torch.where(same, low, low_of_either),
             high=torch.where(same, high, high_of_either),
         )
         size = h.size() + self.most * threshold
-        return after.widened(reset_rounding(size, 0.0, threshold)), spikes
+        return left.widened(reset_rounding(size, 0.0, threshold))
 
 
 def _number(value: float | Tensor) -> float:

@@ -246,11 +246,12 @@ class Keeps(Float32Spiking):
     """A call of a layer that keeps the bounds of every step with the layer."""
 
     def step(self, v, x):
-        after, spikes = super().step(v, x)
+        h, spikes = super().step(v, x)
+        after = self.after(h, spikes)
         last = kept(self.layer)[-1]
         last.v_low = after.low
         last.v_high = after.high
-        return after, spikes
+        return h, spikes
 
     def decided(self, h, error, gain):
         h, spikes = super().decided(h, error, gain)
