@@ -1,12 +1,14 @@
-"""The study of published defences: table, figures and one CSV from what its sweeps came to.
+"""The study of published defences: table, figures and CSV files from what its sweeps came to.
 
 python docs/results/defences.py                      # the two sweeps in runs
-python docs/results/defences.py runs/mine            # these sweeps; the CSV is not written
-python docs/results/defences.py --page               # the page again, from the CSV that is kept
+python docs/results/defences.py runs/mine            # these sweeps; no file is written
+python docs/results/defences.py --page               # the page again, from the files that are kept
 
 The sweeps are recipes/configs/sweeps/defences_fashion_mnist_sweep.yaml and
 defences_cifar10_sweep.yaml; a stopped one goes on by the same command, and one that is not finished
-is shown as far as it is. This writes defences/defences.csv, the figures beside it, and everything
+is shown as far as it is. This writes defences/networks.csv, a line per network and radius, to which
+seeds that were trained elsewhere may be added; defences/defences.csv, a line per defence and
+radius, where those stay whose networks are not at hand; the figures beside them, and everything
 between the two marks in defences.md.
 """
 
@@ -15,8 +17,8 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -40,15 +42,16 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 FOLDER = HERE / "defences"
 TABLE = FOLDER / "defences.csv"
+NETWORKS = FOLDER / "networks.csv"
 PAGE = HERE / "defences.md"
 SWEEPS = ("runs/defences_fashion_mnist_sweep", "runs/defences_cifar10_sweep")
-RESULTS = "results.csv"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 NO_SPIKE_SEARCH = "no spike search"
 """Name here of accuracy under all attacks but those that follow spikes."""
 SPIKE_SEARCHES = ("spike_search", "program")
 """Kinds of attacks that follow spikes, in suite and control."""
-PGD, MPPD = "pgd20/last", "pgd20/ms_mppd"
+PGD, MPPD = "pgd20/last", "pgd20"
+"""The paper's attack among the figures of a run and among its MS-MPPD."""
 NAMES = {
     PLAIN: "no defence",
     "at": "AT",
@@ -140,24 +143,62 @@ class Row:
         return self.cell == "at" or self.cell.endswith("_at")
 
 
+@dataclass(frozen=True)
+class Network:
+    """One network of the study at one radius: shares in [0, 1], and MS-MPPD under the paper's PGD;
+    NaN where there is no figure.
+    """
+
+    data: str
+    radius: str
+    cell: str
+    seed: int
+    clean: float
+    pgd: float
+    control: float
+    no_spike_search: float
+    at_most: float
+    proved: float
+    ms_mppd: float
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        """What is measured once."""
+        return (*self.place, self.seed)
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        """The row that it belongs to."""
+        return self.data, self.radius, self.cell
+
+
+SHARES = ("clean", "pgd", "control", "no_spike_search", "at_most")
+"""Figures of a network whose spread over seeds is shown."""
+
+
 def main() -> None:
-    """Read the sweeps, or the CSV, and write the page."""
+    """Read the sweeps, or the CSV files, and write the page."""
     words = sys.argv[1:]
     FOLDER.mkdir(exist_ok=True)
-    if words == ["--page"]:
-        rows = read_rows(TABLE, Row)
-    else:
-        folders = [Path(word) for word in words] or [ROOT / name for name in SWEEPS]
-        begun = [folder for folder in folders if (folder / RESULTS).is_file()]
-        rows = [row for folder in begun for row in rows_of(folder)]
+    only_page = words == ["--page"]
+    elsewhere = bool(words) and not only_page
+    folders = [Path(word) for word in words] if elsewhere else [ROOT / name for name in SWEEPS]
+    found = [] if only_page else [one for folder in folders for one in networks_in(folder)]
+    kept = [] if elsewhere else read_rows(NETWORKS, Network)
+    networks = list({one.key: one for one in (*kept, *found)}.values())
+    chosen = {cell: value for folder in folders for cell, value in chosen_in(folder).items()}
+    rows = rows_of(networks, [] if elsewhere else read_rows(TABLE, Row), chosen)
     if not rows:
         sys.exit(
-            f"no sweep has {RESULTS} yet; run recipes/sweep.py, with --report if it is not finished"
+            f"{' and '.join(map(str, folders))} hold no network that has been evaluated; run "
+            "recipes/sweep.py with --sweep recipes/configs/sweeps/defences_fashion_mnist_sweep.yaml"
         )
     text = shown(rows)
-    if words and words != ["--page"]:
+    if elsewhere:
         print(text)
         return
+    if networks:
+        write_rows(NETWORKS, networks)
     write_rows(TABLE, rows)
     draw_brackets(rows)
     draw_mppd(rows)
@@ -167,70 +208,103 @@ def main() -> None:
     print(text)
 
 
-def rows_of(folder: Path) -> list[Row]:
-    """Every defence of a sweep at every radius where its evaluation is done, in the order of the
-    cells.
+def networks_in(folder: Path) -> list[Network]:
+    """Every network of a sweep at every radius where both of its evaluations are done."""
+    sweep_file = folder / "sweep.yaml"
+    if not sweep_file.is_file():
+        return []
+    sweep = yaml.safe_load(sweep_file.read_text(encoding="utf-8"))
+    data = str(sweep["options"]["dataset"])
+    found = []
+    for path in sorted(folder.glob("runs/*/run.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for radius, suites in radii(sweep).items():
+            if all(name in record["evaluations"] for name in suites.values()):
+                report = Report.load(path.parent / suites["standard"] / "report.json")
+                found.append(network_of(record, data, radius, suites, report))
+    return found
+
+
+def network_of(
+    record: dict[str, Any], data: str, radius: str, suites: dict[str, str], report: Report
+) -> Network:
+    """A run of a sweep at one radius; suites are the names of its evaluations by suite, and the
+    report is that of the suite standard.
     """
-    sweep = yaml.safe_load((folder / "sweep.yaml").read_text(encoding="utf-8"))
-    figures = figures_in(folder / RESULTS)
-    evaluations = radii(sweep)
-    for suites in evaluations.values():
-        if "standard" in suites:
-            add_no_spike_search(figures, folder, suites["standard"])
-    costs = {row.cell: f"{row.relative:.2f}" for row in read_rows(COSTS, Cost)}
-    chosen = chosen_in(folder / "search.csv")
-    rows = []
-    for radius, suites in evaluations.items():
-        for cell in sweep["cells"]:
-            found = figures.get(cell, {})
-            if f"{suites.get('standard')}/everything" in found:
-                row = row_of(sweep["options"]["dataset"], radius, cell, found, suites)
-                rows.append(replace(row, chosen=chosen.get(cell, ""), cost=costs.get(cell, "")))
-    return rows
 
+    def share(suite: str, name: str) -> float:
+        counts = record["evaluations"][suites[suite]]["figures"].get(name)
+        return math.nan if counts is None else counts["correct"] / counts["total"]
 
-@dataclass(frozen=True)
-class Figures:
-    """Mean, spread over seeds and number of seeds of one column."""
-
-    mean: float
-    spread: float | None
-    seeds: int
-
-
-def row_of(
-    data: str,
-    radius: str,
-    cell: str,
-    found: dict[str, Figures],
-    suites: dict[str, str],
-) -> Row:
-    """The row of one cell; suites are the names of its evaluations by suite."""
-    paper, standard = suites.get("paper", ""), suites.get("standard", "")
-    columns = {
-        "clean": f"{paper}/clean",
-        "pgd": f"{paper}/{PGD}",
-        "control": f"{standard}/control",
-        "no_spike_search": f"{standard}/{NO_SPIKE_SEARCH}",
-        "at_most": f"{standard}/everything",
-    }
-    texts: dict[str, str] = {}
-    for name, column in columns.items():
-        figure = found.get(column)
-        texts[name] = "" if figure is None else f"{100 * figure.mean:.1f}"
-        spread = None if figure is None else figure.spread
-        texts[f"{name}_sd"] = "" if spread is None else f"{100 * spread:.1f}"
-    proved = found.get(f"{standard}/verified")
-    mppd = found.get(f"{paper}/{MPPD}")
-    return Row(
+    return Network(
         data=data.rpartition("/")[2] if ":" in data else data,
         radius=radius,
+        cell=record["cell"],
+        seed=record["options"]["seed"],
+        clean=share("paper", "clean"),
+        pgd=share("paper", PGD),
+        control=share("standard", "control"),
+        no_spike_search=accuracy_without_spike_search(report),
+        at_most=share("standard", "everything"),
+        proved=share("standard", "verified"),
+        ms_mppd=record["ms_mppd"].get(suites["paper"], {}).get(MPPD, math.nan),
+    )
+
+
+def rows_of(networks: Iterable[Network], kept: Iterable[Row], chosen: dict[str, str]) -> list[Row]:
+    """Every defence at every radius, in the order of the table of names.
+
+    Rows that were kept stand for those whose networks are not at hand; ``chosen`` has by cell what
+    a search chose, if there was one.
+    """
+    costs = {row.cell: f"{row.relative:.2f}" for row in read_rows(COSTS, Cost)}
+    rows = {(row.data, row.radius, row.cell): row for row in kept}
+    by_place: dict[tuple[str, str, str], list[Network]] = {}
+    for one in networks:
+        by_place.setdefault(one.place, []).append(one)
+    for place, group in by_place.items():
+        cell = place[2]
+        before = rows[place].chosen if place in rows else ""
+        row = row_of(group, chosen=chosen.get(cell, before), cost=costs.get(cell, ""))
+        rows[place] = row
+    return sorted(rows.values(), key=order)
+
+
+def order(row: Row) -> tuple[int, float, int, bool]:
+    """Data sets and defences as they are named here, radii by size, alone before AT."""
+    cells = list(NAMES)
+    alone = row.cell if row.cell in cells else row.cell.removesuffix("_at")
+    number_of_data = list(DATA).index(row.data) if row.data in DATA else len(DATA)
+    number_of_cell = cells.index(alone) if alone in cells else len(cells)
+    return number_of_data, parse_eps(row.radius), number_of_cell, row.cell != alone
+
+
+def row_of(networks: Sequence[Network], *, chosen: str, cost: str) -> Row:
+    """The row of networks that differ in their seeds."""
+    texts: dict[str, str] = {}
+    for name in SHARES:
+        values = [100 * getattr(one, name) for one in networks]
+        texts[name] = shown_number(statistics.fmean(values))
+        spread = statistics.stdev(values) if len(values) > 1 else math.nan
+        texts[f"{name}_sd"] = shown_number(spread)
+    data, radius, cell = networks[0].place
+    mppd = statistics.fmean(one.ms_mppd for one in networks)
+    return Row(
+        data=data,
+        radius=radius,
         cell=cell,
-        seeds=max(found[name].seeds for name in columns.values() if name in found),
-        proved="" if proved is None else f"{100 * proved.mean:.1f}",
-        ms_mppd="" if mppd is None else f"{mppd.mean:.4g}",
+        seeds=len(networks),
+        proved=shown_number(100 * statistics.fmean(one.proved for one in networks)),
+        ms_mppd="" if math.isnan(mppd) else f"{mppd:.4g}",
+        chosen=chosen,
+        cost=cost,
         **texts,
     )
+
+
+def shown_number(value: float) -> str:
+    """Per cent with one digit; nothing if it is not known."""
+    return "" if math.isnan(value) else f"{value:.1f}"
 
 
 def radii(sweep: dict[str, Any]) -> dict[str, dict[str, str]]:
@@ -241,43 +315,6 @@ def radii(sweep: dict[str, Any]) -> dict[str, dict[str, str]]:
         radius = eps_text(parse_eps(options["eps"]))
         found.setdefault(radius, {})[options["suite"]] = name
     return found
-
-
-def figures_in(path: Path) -> dict[str, dict[str, Figures]]:
-    """By cell and column what a sweep's results.csv says."""
-    found: dict[str, dict[str, Figures]] = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        for line in csv.DictReader(file):
-            spread = line["standard_deviation"]
-            figures = Figures(
-                float(line["mean"]), float(spread) if spread else None, int(line["seeds"])
-            )
-            found.setdefault(line["cell"], {})[line["figure"]] = figures
-    return found
-
-
-def add_no_spike_search(
-    figures: dict[str, dict[str, Figures]], folder: Path, evaluation: str
-) -> None:
-    """Add to the figures of a sweep what an evaluation leaves without its search over spikes, which
-    is not run on networks that draw random numbers.
-    """
-    reports: dict[str, list[Report]] = {}
-    for path in sorted(folder.glob(f"runs/*/{evaluation}/report.json")):
-        record = json.loads((path.parents[1] / "run.json").read_text(encoding="utf-8"))
-        reports.setdefault(record["cell"], []).append(Report.load(path))
-    for cell, found in reports.items():
-        at_most = statistics.mean(report.everything.accuracy for report in found)
-        listed = figures.get(cell, {}).get(f"{evaluation}/everything")
-        if listed is None or not math.isclose(listed.mean, at_most, abs_tol=1e-6):
-            sys.exit(
-                f"{folder / RESULTS} does not have the mean of the reports of {cell}; run "
-                f"recipes/sweep.py --output {folder} --report first"
-            )
-        shares = [accuracy_without_spike_search(report) for report in found]
-        spread = statistics.stdev(shares) if len(shares) > 1 else None
-        without = Figures(statistics.mean(shares), spread, len(shares))
-        figures[cell][f"{evaluation}/{NO_SPIKE_SEARCH}"] = without
 
 
 def accuracy_without_spike_search(report: Report) -> float:
@@ -294,8 +331,11 @@ def follows_spikes(member: str) -> bool:
     return member.removeprefix("control/").partition("/")[0] in SPIKE_SEARCHES
 
 
-def chosen_in(path: Path) -> dict[str, str]:
-    """By cell the value that its search chose."""
+def chosen_in(folder: Path) -> dict[str, str]:
+    """By cell of a sweep the value that its search chose, if it had one."""
+    path = folder / "search.csv"
+    if not path.is_file():
+        return {}
     with path.open(encoding="utf-8", newline="") as file:
         return {
             line["cell"]: line["value"] for line in csv.DictReader(file) if line["chosen"] == "True"
