@@ -7,9 +7,9 @@ python docs/results/defences.py --page               # the page again, from the 
 The sweeps are recipes/configs/sweeps/defences_fashion_mnist_sweep.yaml and
 defences_cifar10_sweep.yaml; a stopped one goes on by the same command, and one that is not finished
 is shown as far as it is. This writes defences/networks.csv, a line per network and radius, to which
-seeds that were trained elsewhere may be added; defences/defences.csv, a line per defence and
-radius, where those stay whose networks are not at hand; the figures beside them, and everything
-between the two marks in defences.md.
+seeds that were trained on other machines may be added; defences/defences.csv, a line per defence
+and radius, where rows of more seeds than there are networks stay; the figures beside them, and
+everything between the two marks in defences.md.
 """
 
 import csv
@@ -18,7 +18,7 @@ import math
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,6 @@ NETWORKS = FOLDER / "networks.csv"
 PAGE = HERE / "defences.md"
 SWEEPS = ("runs/defences_fashion_mnist_sweep", "runs/defences_cifar10_sweep")
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
-NO_SPIKE_SEARCH = "no spike search"
-"""Name here of accuracy under all attacks but those that follow spikes."""
 SPIKE_SEARCHES = ("spike_search", "program")
 """Kinds of attacks that follow spikes, in suite and control."""
 PGD, MPPD = "pgd20/last", "pgd20"
@@ -70,7 +68,11 @@ NAMES = {
 """What the cells of the sweeps are called; NAME_at is NAME with adversarial training."""
 STOCHASTIC = ("tgo", "stog", "rsc", "poisson")
 """Cells whose networks draw random numbers."""
-DATA = {"fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "cifar10_pictures": "CIFAR-10"}
+DATA = {
+    "fashion_mnist": "Fashion-MNIST",
+    "cifar10": "CIFAR-10",
+    "cifar10_pictures": "CIFAR-10 (JPEG)",
+}
 
 CLAIMS = {
     "ms_mppd_at": "PGD-10 at 8/255, CIFAR-10, beside AT: 29.1 to 37.6 % "
@@ -161,19 +163,19 @@ class Network:
     proved: float
     ms_mppd: float
 
-    @property
-    def key(self) -> tuple[str, str, str, int]:
-        """What is measured once."""
-        return (*self.place, self.seed)
+    images: int
+    chosen: str
+    """What a search chose, if there was one."""
 
     @property
-    def place(self) -> tuple[str, str, str]:
+    def row_key(self) -> tuple[str, str, str]:
         """The row that it belongs to."""
         return self.data, self.radius, self.cell
 
-
-SHARES = ("clean", "pgd", "control", "no_spike_search", "at_most")
-"""Figures of a network whose spread over seeds is shown."""
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        """Identifies a network at one radius."""
+        return (*self.row_key, self.seed)
 
 
 def main() -> None:
@@ -181,20 +183,24 @@ def main() -> None:
     words = sys.argv[1:]
     FOLDER.mkdir(exist_ok=True)
     only_page = words == ["--page"]
-    elsewhere = bool(words) and not only_page
-    folders = [Path(word) for word in words] if elsewhere else [ROOT / name for name in SWEEPS]
-    found = [] if only_page else [one for folder in folders for one in networks_in(folder)]
-    kept = [] if elsewhere else read_rows(NETWORKS, Network)
-    networks = list({one.key: one for one in (*kept, *found)}.values())
-    chosen = {cell: value for folder in folders for cell, value in chosen_in(folder).items()}
-    rows = rows_of(networks, [] if elsewhere else read_rows(TABLE, Row), chosen)
+    other_sweeps = bool(words) and not only_page
+    folders = [Path(word) for word in words] if other_sweeps else [ROOT / name for name in SWEEPS]
+    found = {} if only_page else networks_in(folders)
+    if other_sweeps:
+        kept: list[Network] = []
+        kept_rows: list[Row] = []
+    else:
+        kept = read_rows(NETWORKS, Network)
+        kept_rows = read_rows(TABLE, Row)
+    networks = list(({one.key: one for one in kept} | found).values())
+    rows = rows_of(networks, kept_rows)
     if not rows:
         sys.exit(
-            f"{' and '.join(map(str, folders))} hold no network that has been evaluated; run "
-            "recipes/sweep.py with --sweep recipes/configs/sweeps/defences_fashion_mnist_sweep.yaml"
+            f"no network has been evaluated in {' and '.join(map(str, folders))}; run "
+            "recipes/sweep.py with a sweep of the study first"
         )
     text = shown(rows)
-    if elsewhere:
+    if other_sweeps:
         print(text)
         return
     if networks:
@@ -208,25 +214,55 @@ def main() -> None:
     print(text)
 
 
-def networks_in(folder: Path) -> list[Network]:
-    """Every network of a sweep at every radius where both of its evaluations are done."""
-    sweep_file = folder / "sweep.yaml"
-    if not sweep_file.is_file():
+def networks_in(folders: Iterable[Path]) -> dict[tuple[str, str, str, int], Network]:
+    """By its key every network of sweeps, at every radius where both of its evaluations are
+    done.
+    """
+    found: dict[tuple[str, str, str, int], Network] = {}
+    runs: dict[tuple[str, str, str, int], Path] = {}
+    for folder in dict.fromkeys(folders):
+        for path in sorted(folder.glob("runs/*/run.json")):
+            for network in networks_of(path, folder):
+                before = runs.setdefault(network.key, path.parent)
+                if before != path.parent:
+                    sys.exit(
+                        f"{before} and {path.parent} are both {network.cell} with seed "
+                        f"{network.seed} at {network.radius}; move away the one that is not of the "
+                        "study"
+                    )
+                found[network.key] = network
+    return found
+
+
+def networks_of(path: Path, folder: Path) -> list[Network]:
+    """A run of a sweep, by its record, at every radius where both of its evaluations are done; none
+    if its cell is not of the sweep.
+    """
+    sweep = yaml.safe_load((folder / "sweep.yaml").read_text(encoding="utf-8"))
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record.get("cell") not in sweep["cells"]:
         return []
-    sweep = yaml.safe_load(sweep_file.read_text(encoding="utf-8"))
     data = str(sweep["options"]["dataset"])
+    chosen = chosen_in(folder).get(record["cell"], "")
     found = []
-    for path in sorted(folder.glob("runs/*/run.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        for radius, suites in radii(sweep).items():
-            if all(name in record["evaluations"] for name in suites.values()):
-                report = Report.load(path.parent / suites["standard"] / "report.json")
-                found.append(network_of(record, data, radius, suites, report))
+    for radius, suites in radii(sweep).items():
+        both = {"paper", "standard"} <= suites.keys()
+        if both and all(name in record["evaluations"] for name in suites.values()):
+            report = Report.load(path.parent / suites["standard"] / "report.json")
+            found.append(
+                network_of(record, report, data=data, radius=radius, suites=suites, chosen=chosen)
+            )
     return found
 
 
 def network_of(
-    record: dict[str, Any], data: str, radius: str, suites: dict[str, str], report: Report
+    record: dict[str, Any],
+    report: Report,
+    *,
+    data: str,
+    radius: str,
+    suites: dict[str, str],
+    chosen: str,
 ) -> Network:
     """A run of a sweep at one radius; suites are the names of its evaluations by suite, and the
     report is that of the suite standard.
@@ -247,64 +283,90 @@ def network_of(
         no_spike_search=accuracy_without_spike_search(report),
         at_most=share("standard", "everything"),
         proved=share("standard", "verified"),
-        ms_mppd=record["ms_mppd"].get(suites["paper"], {}).get(MPPD, math.nan),
+        ms_mppd=record.get("ms_mppd", {}).get(suites["paper"], {}).get(MPPD, math.nan),
+        images=len(report.labels),
+        chosen=chosen,
     )
 
 
-def rows_of(networks: Iterable[Network], kept: Iterable[Row], chosen: dict[str, str]) -> list[Row]:
+def rows_of(networks: Iterable[Network], kept: Iterable[Row]) -> list[Row]:
     """Every defence at every radius, in the order of the table of names.
 
-    Rows that were kept stand for those whose networks are not at hand; ``chosen`` has by cell what
-    a search chose, if there was one.
+    A row that was kept stays where it is of more seeds than there are networks.
     """
-    costs = {row.cell: f"{row.relative:.2f}" for row in read_rows(COSTS, Cost)}
     rows = {(row.data, row.radius, row.cell): row for row in kept}
-    by_place: dict[tuple[str, str, str], list[Network]] = {}
+    groups: dict[tuple[str, str, str], list[Network]] = {}
     for one in networks:
-        by_place.setdefault(one.place, []).append(one)
-    for place, group in by_place.items():
-        cell = place[2]
-        before = rows[place].chosen if place in rows else ""
-        row = row_of(group, chosen=chosen.get(cell, before), cost=costs.get(cell, ""))
-        rows[place] = row
-    return sorted(rows.values(), key=order)
+        groups.setdefault(one.row_key, []).append(one)
+    for key, group in groups.items():
+        if key in rows and rows[key].seeds > len(group):
+            print(f"kept: {', '.join(key)}, of {rows[key].seeds} seeds instead of {len(group)}")
+        else:
+            rows[key] = row_of(group)
+    costs = {row.cell: f"{row.relative:.2f}" for row in read_rows(COSTS, Cost)}
+    with_costs = [replace(row, cost=costs.get(row.cell, "")) for row in rows.values()]
+    return sorted(with_costs, key=order)
 
 
-def order(row: Row) -> tuple[int, float, int, bool]:
+def order(row: Row) -> tuple[int, str, float, int, bool]:
     """Data sets and defences as they are named here, radii by size, alone before AT."""
     cells = list(NAMES)
     alone = row.cell if row.cell in cells else row.cell.removesuffix("_at")
     number_of_data = list(DATA).index(row.data) if row.data in DATA else len(DATA)
     number_of_cell = cells.index(alone) if alone in cells else len(cells)
-    return number_of_data, parse_eps(row.radius), number_of_cell, row.cell != alone
+    return number_of_data, row.data, parse_eps(row.radius), number_of_cell, row.cell != alone
 
 
-def row_of(networks: Sequence[Network], *, chosen: str, cost: str) -> Row:
+def row_of(networks: Sequence[Network]) -> Row:
     """The row of networks that differ in their seeds."""
-    texts: dict[str, str] = {}
-    for name in SHARES:
-        values = [100 * getattr(one, name) for one in networks]
-        texts[name] = shown_number(statistics.fmean(values))
-        spread = statistics.stdev(values) if len(values) > 1 else math.nan
-        texts[f"{name}_sd"] = shown_number(spread)
-    data, radius, cell = networks[0].place
-    mppd = statistics.fmean(one.ms_mppd for one in networks)
+    first = networks[0]
+    settings = {(one.images, one.chosen) for one in networks}
+    if len(settings) > 1:
+        sys.exit(
+            f"the networks of {first.cell} at {first.radius} differ in images or in what was "
+            f"chosen: {sorted(settings)}; take those of one setting out of {NETWORKS}"
+        )
+    clean, clean_sd = percent(one.clean for one in networks)
+    pgd, pgd_sd = percent(one.pgd for one in networks)
+    control, control_sd = percent(one.control for one in networks)
+    no_spike_search, no_spike_search_sd = percent(one.no_spike_search for one in networks)
+    at_most, at_most_sd = percent(one.at_most for one in networks)
+    proved, _ = percent(one.proved for one in networks)
+    mppd = known(one.ms_mppd for one in networks)
     return Row(
-        data=data,
-        radius=radius,
-        cell=cell,
+        data=first.data,
+        radius=first.radius,
+        cell=first.cell,
         seeds=len(networks),
-        proved=shown_number(100 * statistics.fmean(one.proved for one in networks)),
-        ms_mppd="" if math.isnan(mppd) else f"{mppd:.4g}",
-        chosen=chosen,
-        cost=cost,
-        **texts,
+        clean=clean,
+        clean_sd=clean_sd,
+        pgd=pgd,
+        pgd_sd=pgd_sd,
+        control=control,
+        control_sd=control_sd,
+        no_spike_search=no_spike_search,
+        no_spike_search_sd=no_spike_search_sd,
+        at_most=at_most,
+        at_most_sd=at_most_sd,
+        proved=proved,
+        ms_mppd=f"{statistics.fmean(mppd):.4g}" if mppd else "",
+        chosen=first.chosen,
     )
 
 
-def shown_number(value: float) -> str:
-    """Per cent with one digit; nothing if it is not known."""
-    return "" if math.isnan(value) else f"{value:.1f}"
+def percent(shares: Iterable[float]) -> tuple[str, str]:
+    """Mean and standard deviation of the shares that are known, in per cent with one digit; nothing
+    where there is none.
+    """
+    values = [100 * share for share in known(shares)]
+    mean = f"{statistics.fmean(values):.1f}" if values else ""
+    spread = f"{statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return mean, spread
+
+
+def known(values: Iterable[float]) -> list[float]:
+    """Those that are not NaN."""
+    return [value for value in values if not math.isnan(value)]
 
 
 def radii(sweep: dict[str, Any]) -> dict[str, dict[str, str]]:

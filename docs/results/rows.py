@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from sj_robust.core.saved import markdown_table
+from sj_robust.core.saved import csv_text, markdown_table, write_whole
 
 __all__ = ["read_rows", "seeds_table", "write_rows"]
 
@@ -36,11 +36,8 @@ def read_rows(path: Path, kind: type[_Row]) -> list[_Row]:
 
 def write_rows(path: Path, rows: Sequence[_Dataclass]) -> None:
     """All rows, of which there is one or more."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        heads = [field.name for field in fields(rows[0])]
-        writer = csv.DictWriter(file, heads, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(map(asdict, rows))
+    heads = [field.name for field in fields(rows[0])]
+    write_whole(path, csv_text(heads, map(asdict, rows)))
 
 
 class _OfASeed(Protocol):

@@ -396,9 +396,9 @@ class BoundedRun:
 
     def potential(self, name: str) -> Interval:
         """Of a layer after its last step so far, [N, *]."""
-        fired = self.layers[name].fired
-        assert fired is not None  # the layer has run
-        return self._spiking(self.neurons[name]).after(*fired)
+        last_step = self.layers[name].last_step
+        assert last_step is not None  # the layer has run
+        return self._spiking(self.neurons[name]).reset(*last_step)
 
     def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
         """An affine map ends here, at a spiking layer or an argument of another function, from

@@ -105,7 +105,8 @@ class LayerBounds:
     """What the bounds say of one spiking layer in a run.
 
     Attributes:
-        fired: Charged potential and spikes of the last step so far; None before the first one.
+        last_step: Charged potential and spikes of the last step so far; None before the first one,
+            and in runs of joint bounds, which keep every step themselves.
         undecided: Per time step, the number of spikes that may or may not be there, summed over the
             samples; not counted in training.
         width: Per time step, the squared distance between the bounds of the charged potential;
@@ -114,7 +115,7 @@ class LayerBounds:
         steps: Time steps that have run.
     """
 
-    fired: tuple[Interval, Interval] | None = None
+    last_step: tuple[Interval, Interval] | None = None
     undecided: list[float] = field(default_factory=list)
     width: list[float] = field(default_factory=list)
     neurons: int = 0
@@ -160,8 +161,8 @@ class Spiking(ABC):
 
     @abstractmethod
     def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:
-        """Charged potential and spikes, for the potential before the step and the current [N,
-        *].
+        """Charged potential and spikes [N, *], for the current [N, *] and the potential before the
+        step, which is one number for all neurons before the first one.
         """
 
     def run(self, x_seq: Interval) -> Interval:
@@ -171,9 +172,9 @@ class Spiking(ABC):
         sure = []
         possible = []
         for x in x_seq.steps():
-            v = self.start(x.low) if layer.fired is None else self.after(*layer.fired)
-            h, spikes = self.step(v, x)
-            layer.fired = h, spikes
+            v = self.start(x.low) if layer.last_step is None else self.reset(*layer.last_step)
+            layer.last_step = self.step(v, x)
+            spikes = layer.last_step[1]
             layer.steps += 1
             sure.append(spikes.low)
             possible.append(spikes.high)
@@ -203,7 +204,7 @@ class Spiking(ABC):
             high = high + (1.0 - decay) * self.rest
         return Interval(low, high)
 
-    def after(self, h: Interval, spikes: Interval) -> Interval:
+    def reset(self, h: Interval, spikes: Interval) -> Interval:
         """Potential after firing: all that a spike and no spike allow where both are possible."""
         sure = spikes.low
         silent = 1 - spikes.high
@@ -249,9 +250,9 @@ class RealSpiking(Spiking):
         h = self.charged(v, x, decay=self.charging.decay, gain=gain)
         return h, h.each(lambda end: fire(end, self.threshold, self.spike))
 
-    def after(self, h: Interval, spikes: Interval) -> Interval:
+    def reset(self, h: Interval, spikes: Interval) -> Interval:
         """See :class:`Spiking`."""
-        return super().after(h, spikes.each(Tensor.detach))
+        return super().reset(h, spikes.each(Tensor.detach))
 
     def spike(self, z: Tensor) -> Tensor:
         """A step whose derivative has the width of the bounds."""
@@ -291,10 +292,10 @@ class Float32Spiking(Spiking):
         self.layer.width.append(float(width))
         return h, spikes
 
-    def after(self, h: Interval, spikes: Interval) -> Interval:
+    def reset(self, h: Interval, spikes: Interval) -> Interval:
         """See :class:`Spiking`."""
         rounded = reset_rounding(h.size(), self.rest, self.threshold)
-        return super().after(h, spikes).widened(rounded)
+        return super().reset(h, spikes).widened(rounded)
 
     def decided(self, h: Interval, error: Tensor, gain: float) -> tuple[Interval, Interval]:
         """Charged potential and spikes; who knows more than intervals do gives less of both.
@@ -337,7 +338,7 @@ class Float32Counting(Float32Spiking):
         self.layer.width.append(float(width))
         return h, spikes
 
-    def after(self, h: Interval, spikes: Interval) -> Interval:
+    def reset(self, h: Interval, spikes: Interval) -> Interval:
         """See :class:`Spiking`."""
         threshold = self.threshold
         low = h.low - threshold * spikes.low

@@ -37,14 +37,15 @@ BROKEN = {"undefended": (5, 7), "at": (4, 5), "tgo": (4, 4), "tgo_at": (6, 6)}
 TIMES = {"undefended": [2.0, 1.0, 1.0], "tgo": [2.0, 1.5, 1.3]}
 
 
-def save(sweep, cell, seed, members, suites=("paper_8", "standard_8")):
+def save(sweep, cell, seed, members, *, suites=("paper_8", "standard_8"), name=None):
     """Save a run of a sweep and its evaluation; its figures spread by 0.02 over two seeds."""
-    folder = sweep / "runs" / f"{cell}-seed{seed}"
+    folder = sweep / "runs" / (name or f"{cell}-seed{seed}")
     (folder / "standard_8").mkdir(parents=True, exist_ok=True)
     clean, pgd, control, at_most, proved, mppd = FOUND[cell]
     shares = {
         "paper_8": {"clean": clean, "pgd20/last": pgd},
         "standard_8": {"control": control, "everything": at_most, "verified": proved},
+        "paper": {},
     }
     evaluations = {}
     for suite in suites:
@@ -170,22 +171,67 @@ def test_what_only_a_search_over_spikes_breaks_counts_as_standing_without_it(scr
     assert (rows["at"].no_spike_search, rows["at"].no_spike_search_sd) == ("55.0", "7.1")
 
 
-def test_what_was_measured_elsewhere_stays(script, tmp_path, monkeypatch):
+def test_what_was_measured_on_other_machines_stays(script, tmp_path, capsys):
     script.main()
     before = {row.cell: row for row in script.read_rows(script.TABLE, script.Row)}
-    other = replace(before["at"], data="fashion_mnist", seeds=3, cost="9.00")
-    script.write_rows(script.TABLE, [*before.values(), other])
-    shutil.rmtree(tmp_path / "sweep" / "runs")
-    (tmp_path / "sweep" / "search.csv").unlink()
-    save(tmp_path / "sweep", "at", 2, (member("apgd_ce/training/r0", (0,)),))
-    save(tmp_path / "sweep", "at", 3, (), suites=("paper_8",))  # half evaluated
+    other = replace(before["at"], data="fashion_mnist")
+    more = replace(before["tgo_at"], seeds=5)
+    rows = [*before.values(), other]
+    script.write_rows(script.TABLE, [more if row.cell == "tgo_at" else row for row in rows])
+    sweep = tmp_path / "sweep"
+    shutil.rmtree(sweep / "runs")
+    (sweep / "search.csv").unlink()
+    left = (member("apgd_ce/training/r0", (0,)),)
+    save(sweep, "at", 2, left)
+    save(sweep, "at", 3, (), suites=("paper_8", "paper"))  # half evaluated
+    save(sweep, "undefended", 0, left, name="removed")
+    record = sweep / "runs" / "removed" / "run.json"
+    record.write_text(record.read_text().replace('"undefended"', '"removed"'))
     script.main()
+    assert "kept: pictures, 8/255, tgo_at, of 5 seeds instead of 2" in capsys.readouterr().out
     rows = script.read_rows(script.TABLE, script.Row)
     assert rows[0] == other
     after = {row.cell: row for row in rows[1:]}
-    assert after["at"].seeds == 3
-    assert after["at"].clean == "71.4"  # of 68.6, 71.4 and 74.2
-    assert {**after, "at": before["at"]} == before
+    assert (after["at"].seeds, after["at"].clean) == (3, "71.4")  # of 68.6, 71.4 and 74.2
+    assert {**after, "at": before["at"]} == {**before, "tgo_at": more}
+
+
+def test_a_figure_that_one_seed_lacks_is_that_of_the_others(script, tmp_path):
+    sweep = tmp_path / "sweep"
+    record = sweep / "runs" / "at-seed0" / "run.json"
+    without = json.loads(record.read_text())
+    del without["evaluations"]["standard_8"]["figures"]["control"]
+    del without["ms_mppd"]
+    record.write_text(json.dumps(without))
+    script.main()
+    rows = {row.cell: row for row in script.read_rows(script.TABLE, script.Row)}
+    assert (rows["at"].control, rows["at"].control_sd) == ("36.4", "")
+    assert (rows["at"].ms_mppd, rows["undefended"].control_sd) == ("0.2", "2.0")
+
+
+def test_figures_that_do_not_belong_together_are_refused(script, tmp_path):
+    save(tmp_path / "sweep", "at", 1, (), name="again")
+    with pytest.raises(SystemExit, match=r"again and .*at-seed1 are both at with seed 1 at 8/255"):
+        script.main()
+    shutil.rmtree(tmp_path / "sweep" / "runs" / "again")
+    script.main()
+    networks = script.read_rows(script.NETWORKS, script.Network)
+    other = replace(networks[0], seed=7, images=20)
+    script.write_rows(script.NETWORKS, [*networks, other])
+    with pytest.raises(SystemExit, match=f"networks of {other.cell} at 8/255 differ in images"):
+        script.main()
+
+
+def test_data_sets_without_a_name_stand_one_after_the_other(script, tmp_path, monkeypatch, capsys):
+    second = tmp_path / "second"
+    shutil.copytree(tmp_path / "sweep", second)
+    text = (second / "sweep.yaml").read_text().replace("data/pictures", "data/a")
+    (second / "sweep.yaml").write_text(text)
+    monkeypatch.setattr("sys.argv", ["defences.py", str(tmp_path / "sweep"), str(second)])
+    script.main()
+    heads = [line for line in capsys.readouterr().out.splitlines() if line.startswith("### ")]
+    assert heads[:2] == ["### a, 8/255 (2 seeds)", "### pictures, 8/255 (2 seeds)"]
+    assert len(heads) == 3
 
 
 def test_another_sweep_is_shown_and_nothing_is_written(script, tmp_path, monkeypatch, capsys):
@@ -197,7 +243,7 @@ def test_another_sweep_is_shown_and_nothing_is_written(script, tmp_path, monkeyp
     assert not script.TABLE.exists()
     (tmp_path / "begun").mkdir()
     monkeypatch.setattr("sys.argv", ["defences.py", str(tmp_path / "begun")])
-    with pytest.raises(SystemExit, match="hold no network that has been evaluated; run"):
+    with pytest.raises(SystemExit, match=r"no network has been evaluated in .*begun; run"):
         script.main()
 
 

@@ -247,7 +247,7 @@ class Keeps(Float32Spiking):
 
     def step(self, v, x):
         h, spikes = super().step(v, x)
-        after = self.after(h, spikes)
+        after = self.reset(h, spikes)
         last = kept(self.layer)[-1]
         last.v_low = after.low
         last.v_high = after.high

@@ -13,6 +13,7 @@ from sj_robust import SpikingClassifier
 from sj_robust.proofs import verify
 from sj_robust.proofs.differentiable import DifferentiableBounds
 from sj_robust.proofs.relaxation import Maps
+from sj_robust.proofs.spiking import RealSpiking
 
 
 def test_dropout_is_left_out_and_what_feeds_a_neuron_twice_is_bounded_once():
@@ -56,3 +57,23 @@ def test_a_network_that_mixes_samples_is_refused_at_the_first_batch_and_looked_a
     monkeypatch.delattr(Maps, "check_samples")
     assert torch.equal(differentiable.lead(x, y, 0.1), first)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("step_mode", ["m", "s"])
+def test_the_reset_of_the_last_step_is_not_worked_out(step_mode, monkeypatch):
+    resets = []
+
+    def counted(self, h, spikes, reset=RealSpiking.reset):
+        resets.append(self.neuron.name)
+        return reset(self, h, spikes)
+
+    monkeypatch.setattr(RealSpiking, "reset", counted)
+    net = nn.Sequential(layer.Linear(4, 3), neuron.LIFNode(), layer.Linear(3, 2))
+    functional.set_step_mode(net, step_mode)
+    differentiable = DifferentiableBounds(SpikingClassifier(net, T=4).train())
+    x = torch.rand(2, 4)
+    y = torch.tensor([0, 1])
+    differentiable.lead(x, y, 0.1)  # and looks at the network
+    resets.clear()
+    differentiable.lead(x, y, 0.1)
+    assert len(resets) == 3

@@ -12,7 +12,7 @@ import adv_train
 import evaluate
 import pytest
 from covering import each_in_turn
-from lab.command_line import idle, unused
+from lab.command_line import check_options, idle, unused
 from lab.command_line.declared import Idle, marked, texts_of
 from launch import RECIPES, ROOT, unboxed
 
@@ -62,6 +62,11 @@ def test_an_answer_that_nobody_reads_ends_without_a_message(words):
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_options_are_read_without_a_console(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    check_options(adv_train.Options, ["--epochs", "3"])
 
 
 def check_light(start, words, code, told):

@@ -14,7 +14,7 @@ from lab.command_line.read import WrongUse, read_options
 from sj_robust.core.commands import as_called
 
 _BROKEN_PIPE = 141
-"""Exit code: 128 plus the number of SIGPIPE, as of other commands."""
+"""Exit code: 128 plus the number of SIGPIPE, as other commands have it."""
 
 
 @contextmanager
@@ -33,14 +33,15 @@ def checked() -> Iterator[None]:
 def check_options(options_type: type[Any], arguments: Sequence[str] | None = None) -> None:
     """Answer ``--help`` and wrong options, before a script imports what takes seconds.
 
-    The words are those of this process unless others are given. If the reader of the answer has
-    gone, as in ``--help | head``, the process ends without a message.
+    The words are those of this process unless others are given. If nobody reads the output
+    any more, as in ``--help | head``, the process ends without a message.
     """
     try:
         try:
             read_options(options_type, sys.argv[1:] if arguments is None else arguments)
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # as it is where the console is closed
+                sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         sys.exit(_BROKEN_PIPE)
