@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
+import torch
 from spikingjelly.activation_based import functional, layer
 from torch import nn
 
 from sj_robust.core.checks import check_count
 from sj_robust.models.direct import DirectlyEncoded, initialise, neuron_builder
 from sj_robust.neuron import Stage
+from sj_robust.neuron.charging import has_known_dynamics, read_charging
 
 __all__ = ["VGG", "VGG_FEATURES", "ConvChain", "FullyConnected", "SmallConvNet"]
 
@@ -47,16 +49,21 @@ class ConvChain(DirectlyEncoded):
             initialised by torch's default.
         kernel_size: Height and width of every kernel, or of each convolution's; the padding is
             ``(kernel_size - 1) // 2``.
+        thresholds: For images of one channel, a first convolution of 1x1 and no batch norm: one
+            threshold for each of its output channels, such as ``[0.2, 0.4, 0.6]``. In the first
+            step, its neurons then fire where the pixel is at least as large, until training changes
+            their weights. None: random weights.
         step_mode: ``"m"`` or ``"s"``.
         **neuron_kwargs: Passed on to ``spiking_neuron``, which also gets the network's ``T`` if it
             has such an argument, as ``DLIFNode`` does.
 
     Raises:
         ValueError: If the image is too small for the stages, ``features`` does not begin with a
-            convolution or ends in ``"S"``, a width is not positive, or an input has another number
-            of dimensions.
+            convolution or ends in ``"S"``, a width is not positive, thresholds do not fit the first
+            convolution or its neuron, or an input has another number of dimensions.
 
-    Source: the VGG networks of Ding et al. (ICML 2024), section 5.
+    Source: the VGG networks of Ding et al. (ICML 2024), section 5; thresholds are the thermometer
+        code of Buckman et al. (ICLR 2018) as weights.
 
     Examples:
         >>> import torch
@@ -79,6 +86,7 @@ class ConvChain(DirectlyEncoded):
         hidden: Sequence[int] = (),
         batch_norm: bool = True,
         kernel_size: int | Sequence[int] = 3,
+        thresholds: Sequence[float] | None = None,
         step_mode: str = "m",
         **neuron_kwargs: Any,
     ) -> None:
@@ -133,7 +141,42 @@ class ConvChain(DirectlyEncoded):
         self.stages = nn.Sequential(*stages[1:], layer.Linear(width, classes))
         if batch_norm:
             initialise(self)
+        if thresholds is not None:
+            _start_at(thresholds, stages[0], stages[1])
         functional.set_step_mode(self, step_mode)
+
+
+def _start_at(thresholds: Sequence[float], convolution: Any, stage: Any) -> None:
+    """Give a convolution the weights with which neurons behind it start to fire at thresholds.
+
+    Equation, with the gain g of the first step::
+
+        v_reset + g (weight x + bias) = v_threshold + slope (x - threshold)
+    """
+    if convolution.weight.shape != (len(thresholds), 1, 1, 1) or stage.norm is not None:
+        raise ValueError(
+            "thresholds need images of one channel, a first convolution of 1x1 with one output "
+            f"channel for each of them, and batch_norm False, got {len(thresholds)} thresholds for "
+            f"{'batch norm and ' if stage.norm is not None else ''}kernels of "
+            f"{list(convolution.weight.shape)}"
+        )
+    if not has_known_dynamics(stage.node):
+        raise ValueError(
+            f"thresholds need IF, LIF, PLIF or DLIF neurons, got {type(stage.node).__name__}"
+        )
+    if not all(map(math.isfinite, thresholds)):
+        raise ValueError(f"thresholds must be finite numbers, got {list(thresholds)}")
+    gain = read_charging(stage.node).gain_at(0, input_gain=True)
+    height = stage.node.v_threshold - (stage.node.v_reset or 0.0)
+    slope = _SLOPE * height
+    at = torch.as_tensor(thresholds, dtype=convolution.weight.dtype)
+    with torch.no_grad():
+        convolution.weight.copy_(torch.as_tensor(slope / gain))
+        convolution.bias.copy_((height - slope * at) / gain)
+
+
+_SLOPE = 2.0
+"""Of the potential over the pixel, relative to the distance of the threshold from the reset."""
 
 
 def _one_per_convolution(kernel_size: int | Sequence[int], convolutions: int) -> Iterator[int]:

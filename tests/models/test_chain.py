@@ -2,7 +2,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from spikingjelly.activation_based import layer
+from spikingjelly.activation_based import layer, neuron
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.models import VGG, ConvChain, FullyConnected, NetworkSpec, build_network
@@ -167,6 +167,57 @@ def test_wrong_kernel_sizes(kernel_size, message):
     spec = NetworkSpec(options={"kernel_size": kernel_size})
     with pytest.raises(ValueError, match=message):
         build_network(spec)
+
+
+@pytest.mark.parametrize("v_reset", [0.0, None, -0.5])
+@pytest.mark.parametrize(
+    ("node", "options"),
+    [
+        (neuron.IFNode, {}),
+        (neuron.LIFNode, {"tau": 3.0}),
+        (neuron.LIFNode, {"tau": 3.0, "decay_input": False}),
+        (neuron.ParametricLIFNode, {"init_tau": 4.0}),
+        (DLIFNode, {"v_threshold": 0.7}),
+    ],
+)
+def test_the_first_neurons_start_to_fire_at_thresholds(node, options, v_reset):
+    thresholds = [0.2, 0.45, 0.7]
+    net = SmallConvNet(
+        (1, 4, 5),
+        10,
+        T=2,
+        spiking_neuron=node,
+        channels=(3, 4),
+        strides=(1, 2),
+        kernel_size=(1, 3),
+        batch_norm=False,
+        thresholds=thresholds,
+        v_reset=v_reset,
+        **options,
+    )
+    x = torch.linspace(0.0, 1.0, 20).view(1, 1, 4, 5)
+    spikes = net.stages[0](net.first(x.expand(2, 1, 1, 4, 5)))
+    for channel, threshold in enumerate(thresholds):
+        assert torch.equal(spikes[0, 0, channel], (x[0, 0] >= threshold).float())
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "changed", "message"),
+    [
+        ([0.5], {}, r"got 1 thresholds for kernels of \[2, 1, 1, 1\]"),
+        ([0.2, 0.4], {"image_shape": (3, 8, 8)}, r"for kernels of \[2, 3, 1, 1\]"),
+        ([0.2, 0.4], {"options": {"batch_norm": True}}, "for batch norm and kernels of"),
+        ([0.2, 0.4], {"options": {"kernel_size": 3}}, r"for kernels of \[2, 1, 3, 3\]"),
+        ([0.2, 0.4], {"neuron": "hosnn"}, "thresholds need IF, LIF, PLIF or DLIF neurons, got"),
+        ([0.2, float("nan")], {}, r"must be finite numbers, got \[0.2, nan\]"),
+    ],
+)
+def test_thresholds_that_do_not_fit(thresholds, changed, message):
+    options = {"kernel_size": [1, 3], "batch_norm": False, "thresholds": thresholds}
+    changed = {"channels": (2, 4)} | changed
+    options |= changed.pop("options", {})
+    with pytest.raises(ValueError, match=message):
+        build_network(NetworkSpec(options=options, **changed))
 
 
 @pytest.mark.parametrize("strides", [[2], [3, 1]])
