@@ -83,7 +83,7 @@ NETWORKS = {
     "cifar10/dlif-at-mppd": Network("DLIF, adversarial training with MS-MPPD", CIFAR10),
     "cifar10/certified-2": Network(
         "DLIF, trained for proofs at 2/255",
-        f"{CERTIFIED}/cifar10_2.yaml {CIFAR10_DATA} {CIFAR10_STATISTICS}",
+        f"{CERTIFIED}/cifar10_2.yaml {CIFAR10_DATA}",
         f"--eps 2/255 {CIFAR10_DATA}",
     ),
     "cifar10/certified-8": Network(
