@@ -162,7 +162,6 @@ class Network:
     at_most: float
     proved: float
     ms_mppd: float
-
     images: int
     chosen: str
     """What a search chose, if there was one."""
@@ -221,8 +220,13 @@ def networks_in(folders: Iterable[Path]) -> dict[tuple[str, str, str, int], Netw
     found: dict[tuple[str, str, str, int], Network] = {}
     runs: dict[tuple[str, str, str, int], Path] = {}
     for folder in dict.fromkeys(folders):
+        sweep_file = folder / "sweep.yaml"
+        if not sweep_file.is_file():
+            continue
+        sweep = yaml.safe_load(sweep_file.read_text(encoding="utf-8"))
+        chosen = chosen_in(folder)
         for path in sorted(folder.glob("runs/*/run.json")):
-            for network in networks_of(path, folder):
+            for network in networks_of(path, sweep, chosen):
                 before = runs.setdefault(network.key, path.parent)
                 if before != path.parent:
                     sys.exit(
@@ -234,24 +238,28 @@ def networks_in(folders: Iterable[Path]) -> dict[tuple[str, str, str, int], Netw
     return found
 
 
-def networks_of(path: Path, folder: Path) -> list[Network]:
+def networks_of(path: Path, sweep: dict[str, Any], chosen: dict[str, str]) -> list[Network]:
     """A run of a sweep, by its record, at every radius where both of its evaluations are done; none
-    if its cell is not of the sweep.
+    if its cell is not of the sweep. ``chosen`` has by cell what a search chose.
     """
-    sweep = yaml.safe_load((folder / "sweep.yaml").read_text(encoding="utf-8"))
     record = json.loads(path.read_text(encoding="utf-8"))
     if record.get("cell") not in sweep["cells"]:
         return []
     data = str(sweep["options"]["dataset"])
-    chosen = chosen_in(folder).get(record["cell"], "")
     found = []
     for radius, suites in radii(sweep).items():
         both = {"paper", "standard"} <= suites.keys()
         if both and all(name in record["evaluations"] for name in suites.values()):
             report = Report.load(path.parent / suites["standard"] / "report.json")
-            found.append(
-                network_of(record, report, data=data, radius=radius, suites=suites, chosen=chosen)
+            network = network_of(
+                record,
+                report,
+                data=data,
+                radius=radius,
+                suites=suites,
+                chosen=chosen.get(record["cell"], ""),
             )
+            found.append(network)
     return found
 
 

@@ -27,6 +27,11 @@ VGG_FEATURES: dict[str, tuple[int | Literal["A"], ...]] = {
 published code's names.
 """
 
+_SLOPE = 2.0
+"""Slope of the potential over the pixel in a first layer that starts at thresholds, in units of the
+distance from the reset to the threshold of the neuron.
+"""
+
 
 class ConvChain(DirectlyEncoded):
     """Convolution - batch norm - neuron for every number in ``features``, average pooling by 2 for
@@ -51,8 +56,8 @@ class ConvChain(DirectlyEncoded):
             ``(kernel_size - 1) // 2``.
         thresholds: For images of one channel, a first convolution of 1x1 and no batch norm: one
             threshold for each of its output channels, such as ``[0.2, 0.4, 0.6]``. In the first
-            step, its neurons then fire where the pixel is at least as large, until training changes
-            their weights. None: random weights.
+            step, its neurons then fire where the pixel, as the network gets it, is at least as
+            large, until training changes their weights. None: random weights.
         step_mode: ``"m"`` or ``"s"``.
         **neuron_kwargs: Passed on to ``spiking_neuron``, which also gets the network's ``T`` if it
             has such an argument, as ``DLIFNode`` does.
@@ -173,10 +178,6 @@ def _start_at(thresholds: Sequence[float], convolution: Any, stage: Any) -> None
     with torch.no_grad():
         convolution.weight.copy_(torch.as_tensor(slope / gain))
         convolution.bias.copy_((height - slope * at) / gain)
-
-
-_SLOPE = 2.0
-"""Of the potential over the pixel, relative to the distance of the threshold from the reset."""
 
 
 def _one_per_convolution(kernel_size: int | Sequence[int], convolutions: int) -> Iterator[int]:
