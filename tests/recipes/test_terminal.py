@@ -256,6 +256,8 @@ def test_a_sweep_of_the_real_recipes_has_their_figures(folders):
 def test_an_evaluation_on_a_terminal(folders, shown):
     lines = drawn(shown["evaluate"])
     assert not re.search(r"\x1b\[[0-9;]*[34][0-7]m", shown["evaluate"])
-    assert any(re.match(r"[-\\|/] checks for gradient masking +━+ +0:0", line) for line in lines)
-    found = max(len(line.rstrip()) for line in lines if "━━━━" in line and "┃" not in line)
-    assert found <= 80
+    # without colours the pulse of rich is drawn with gaps, which wander
+    part = re.compile(r"[-\\|/] checks for gradient masking [━ ]*━[━ ]* 0:0")
+    found = [line for line in lines if "checks for gradient masking" in line]
+    assert any(part.match(line) for line in found), found
+    assert max(len(line.rstrip()) for line in lines if "━━━━" in line and "┃" not in line) <= 80
