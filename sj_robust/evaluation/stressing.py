@@ -12,6 +12,7 @@ from sj_robust.evaluation.report.report import Report
 from sj_robust.evaluation.request import Request, described
 from sj_robust.evaluation.run.corruptions import Corruption, corrupted, default_corruptions
 from sj_robust.evaluation.run.data import Batches, Data, check_data
+from sj_robust.evaluation.run.draws import DRAWS, gradient_draws
 from sj_robust.evaluation.run.estimator_search import short_attack, short_attack_name
 from sj_robust.evaluation.run.faults import Fault, default_faults, faulty
 from sj_robust.evaluation.run.identity import network_key
@@ -21,9 +22,6 @@ from sj_robust.evaluation.run.variant import Variant
 from sj_robust.evaluation.subject import Subject
 
 __all__ = ["stress_network"]
-
-_EOT = 3
-"""Forwards that a gradient is averaged over on a network that draws random numbers."""
 
 
 def stress_network(subject: Subject, batches: Batches | Data, request: Request) -> Report:
@@ -110,7 +108,8 @@ def _variants(faults: Sequence[Fault | Corruption], request: Request) -> list[Va
 
 def _attack(request: Request, *, noisy: bool) -> Member:
     threat = request.threat
-    attack = short_attack(threat, request.steps, draws=_EOT if noisy else 1)
+    draws = gradient_draws(DRAWS, threat) if noisy else 1
+    attack = short_attack(threat, request.steps, draws=draws)
     return Member(f"short@{eps_text(threat.eps)}", attack, threat=threat)
 
 
