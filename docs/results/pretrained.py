@@ -76,7 +76,7 @@ NETWORKS = {
     ),
     "fashion_mnist/certified-8": Network(
         "DLIF, trained for proofs at 8/255",
-        f"{CERTIFIED}/fashion_mnist_0.1.yaml {FASHION_DATA} --eps 8/255 --certified-eps 8.4/255",
+        f"{CERTIFIED}/fashion_mnist_8.yaml {FASHION_DATA}",
         f"--eps 8/255 {FASHION_DATA}",
     ),
     "cifar10/dlif-at": Network("DLIF, adversarial training", f"{CIFAR10} --rho 0"),
