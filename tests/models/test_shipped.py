@@ -59,7 +59,8 @@ def test_a_network_is_that_of_its_card_bit_for_bit(name):
         if value.is_floating_point():
             assert used.dtype == torch.float32
     if "certified" in name:  # rounded before it was verified
-        assert {value.dtype for value in stored.values()} == {torch.float16}
+        numbers = [value for value in stored.values() if value.is_floating_point()]
+        assert {value.dtype for value in numbers} == {torch.float16}
 
 
 @pytest.mark.parametrize("name", INSIDE)
