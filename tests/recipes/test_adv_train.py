@@ -9,6 +9,7 @@ import adv_train
 import launch
 import pytest
 import torch
+import yaml
 from data.test_torchvision_sets import DEBIAN, write_mnist
 from evaluation.recipe_run import undrawn
 from launch import ROOT, finish, start
@@ -220,7 +221,8 @@ def test_presets_train(tmp_path, path):
     write_mnist(tmp_path, train=200, test=30, size=28)
     root = str(DEBIAN if DEBIAN.is_dir() else tmp_path)
     options = (*split("--epochs 1 --train-limit 160 --test-limit 8 --data-root"), root)
-    if "thresholds" not in path.read_text(encoding="utf-8"):  # one for each channel
+    preset = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "thresholds" not in preset.get("model_options", {}):  # one for each channel
         options = (*options, *split("--channels 4 4"))
     if path.stem != "digits":  # whose reference is trained as well
         options = (*options, "--no-reference")
