@@ -162,3 +162,44 @@ def test_every_command_that_trains_a_network_has_options_of_the_recipe(monkeypat
         recipe, *words = script.training_command(name)
         assert Path(recipe).exists()
         adv_train.completed(read_options(adv_train.Options, words))
+
+
+LOG = """2026-11-29 20:00:00 environment:
+  python: 3.11.7
+  torch: 2.13.0
+  spikingjelly: 2.0.0
+  threads: 1
+  commit: {commit}
+2026-11-29 20:01:00 dlif_certified epoch {epoch}/2: loss 0.5, accuracy 90.0%; 0 s left
+"""
+FIGURES = """2026-11-29 20:03:00 | accuracy, % | dlif certified |
+| --- | ---: |
+| verified | 95.3 |
+dlif certified: 9534 of 10000 test images (95.3%) verified at Linf 0.1
+report.json and report.png are in runs/one
+"""
+
+
+def test_what_is_kept_of_trainings_names_every_commit_and_epoch_and_ends_with_the_figures(
+    tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(RESULTS)
+    script = importlib.import_module("trainings")
+    (tmp_path / "README.md").write_text("Made by:\n\n```text\nadv_train\nadv_train --resume\n```\n")
+    log = tmp_path / "log.txt"
+    log.write_text(LOG.format(commit="abc", epoch=1) + LOG.format(commit="def", epoch=2))
+    target = tmp_path / "kept.txt"
+    monkeypatch.setattr("sys.argv", ["trainings", str(tmp_path), "--output", str(target)])
+    with pytest.raises(SystemExit, match="has no figures yet; continue it with --resume"):
+        script.main()
+    log.write_text(log.read_text() + FIGURES)
+    script.main()
+    kept = target.read_text().splitlines()
+    assert kept[:3] == [
+        "adv_train",
+        "adv_train --resume",
+        "python 3.11.7, torch 2.13.0, spikingjelly 2.0.0, threads 1, commit abc then def",
+    ]
+    assert [line.split(" epoch ")[1][:3] for line in kept[3:5]] == ["1/2", "2/2"]
+    assert kept[5] == "| accuracy, % | dlif certified |"
+    assert kept[-1].endswith("(95.3%) verified at Linf 0.1")
