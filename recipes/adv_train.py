@@ -252,7 +252,7 @@ class Options:
     device: Annotated[Literal["auto", "cpu"], Decides("nothing")] = "auto"
     """auto: a GPU if available."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Mixed precision of Accelerate; fp16 needs a GPU. Proofs are always in full precision."""
+    """Mixed precision of Accelerate; fp16 needs a GPU. Proofs are of the network in float32."""
     compile: Annotated[bool, Decides("figures")] = False
     """Compile the network with torch.compile."""
     channels_last: Annotated[bool | None, Decides("figures")] = None

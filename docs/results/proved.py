@@ -344,7 +344,7 @@ def page_tables(name: str) -> dict[tuple[str, str], str]:
 def bracket(name: str, rows: Sequence[Row]) -> str:
     """What is proved and what attacks leave at the radii shown, means over the seeds."""
     radii = STUDIES[name].shown
-    heads = ["neuron", "MS-MPPD", "clean", *(f"{eps}" for eps in radii), "intervals"]
+    heads = ["neuron", "MS-MPPD", "clean", *radii, "intervals"]
     cells = []
     for cell in dict.fromkeys(row.cell for row in rows):
         ours = [row for row in rows if row.cell == cell]

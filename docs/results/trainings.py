@@ -1,14 +1,19 @@
-"""Keeps of trainings what shows that they took place: commands, versions, epochs and figures.
+"""Writes a short report of finished trainings: commands, options, versions, epochs and figures.
 
 python docs/results/trainings.py runs/a runs/b --output docs/results/certified/NAME.txt
 """
 
 import argparse
+import json
 import re
+import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from sj_robust.core.saved import write_whole
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 EPOCH = re.compile(r"^\S+ \S+ \S+ epoch \d+/\d+: .*$", re.MULTILINE)
 COMMANDS = re.compile(r"^```text\n(.*?)\n```$", re.MULTILINE | re.DOTALL)
 FIGURES = re.compile(r"^\S+ \S+ (\| accuracy, %.*?)^report\.json ", re.MULTILINE | re.DOTALL)
@@ -16,7 +21,7 @@ VERSIONS = ("python", "torch", "spikingjelly", "threads", "commit")
 
 
 def main() -> None:
-    """One text of all runs."""
+    """Write the reports of all runs into one file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders of adv_train.py")
     parser.add_argument("--output", required=True, type=Path, help="the text file")
@@ -26,20 +31,33 @@ def main() -> None:
 
 
 def report(run: Path) -> str:
-    """What is kept of a finished run."""
+    """The report of one run."""
     log = (run / "log.txt").read_text(encoding="utf-8")
     figures = FIGURES.findall(log)
-    if not figures:
-        raise SystemExit(f"{run} has no figures yet; continue it with --resume")
+    epochs = EPOCH.findall(log)
+    if not figures or not epochs:
+        raise SystemExit(f"{run} is not finished; finish it with adv_train.py --resume")
     commands = COMMANDS.findall((run / "README.md").read_text(encoding="utf-8"))[0]
-    environment = ", ".join(f"{name} {found(log, name)}" for name in VERSIONS)
-    return "\n".join([commands, environment, *EPOCH.findall(log), figures[-1]])
+    content = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    options = json.dumps(changed(content["configuration"]))[1:-1].replace('"', "")
+    environment = ", ".join(f"{name} {values(log, name)}" for name in VERSIONS)
+    return "\n".join([commands, options, environment, *epochs, figures[-1]])
 
 
-def found(log: str, name: str) -> str:
-    """The value of an environment's line, or of each process that ran a part, in order."""
-    values = re.findall(rf"^  {name}: (.*)$", log, re.MULTILINE)
-    return " then ".join(dict.fromkeys(values))
+def changed(configuration: dict[str, Any]) -> dict[str, Any]:
+    """Options that are not adv_train's defaults."""
+    sys.path.insert(0, str(RECIPES))
+    from adv_train import Options
+
+    sys.path.remove(str(RECIPES))
+    usual = json.loads(json.dumps(asdict(Options())))
+    return {name: value for name, value in configuration.items() if value != usual.get(name)}
+
+
+def values(log: str, name: str) -> str:
+    """What the environment said each time that the run was started."""
+    found = re.findall(rf"^  {name}: (.*)$", log, re.MULTILINE)
+    return found[0] if len(set(found)) == 1 else " then ".join(found)
 
 
 if __name__ == "__main__":

@@ -169,8 +169,8 @@ class Bounds(Tensor):
         """Wrap the parts; see the class."""
         unrounded = run is not None and not run.rounded
         dtype = torch.float32 if run is None else run.dtype
-        if run is not None and run.differentiable:
-            dtype = centre.dtype
+        if run is not None and run.differentiable:  # autocast may have lowered it
+            centre, radius = centre.to(dtype), radius.to(dtype)
         self: Bounds = Tensor._make_wrapper_subclass(
             cls, centre.shape, dtype=dtype, device=centre.device
         )

@@ -33,7 +33,7 @@ BatchStatistics = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
 
 def batch_statistics(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance that a batch norm in training mode takes of its input [N, C, *], in float32
-    for an input of lower precision. 批统计量。
+    or wider. 批统计量。
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     dims = [0, *range(2, x.ndim)]
@@ -48,10 +48,11 @@ class DifferentiableBounds:
     weights. 可微的上界。
 
     They are those of :func:`sj_robust.proofs.verify` with the same method in real arithmetic,
-    computed in the precision of the images, or by intervals in that of autocast: a loss, no proof.
-    The network is the one of evaluation mode, without dropout, except for a batch norm that takes
-    the statistics of the batch: it has those of the clean pass that ran last inside
-    :meth:`watching`, as functions of the weights.
+    computed in the precision of the images, so they are for a loss and prove nothing. In intervals
+    over an Linf ball, autocast lowers the precision of products. The network is the one of
+    evaluation mode, without dropout, except for a batch norm that takes the statistics of the
+    batch: it has those of the clean pass that ran last inside :meth:`watching`, as functions of the
+    weights.
 
     Args:
         classifier: The network.
@@ -132,7 +133,7 @@ class DifferentiableBounds:
                     if self._method == "joint":
                         self._over_time = OverTime(maps, self.classifier.T)
                 self._checked = True
-            if self._method == "joint":  # its kernels take one precision
+            if self._method != "ibp" or not isinstance(eps, int | float):
                 stack.enter_context(torch.autocast(x.device.type, enabled=False))
             run = self._run(len(x))
             return run.lead(bounded_logits(self.classifier, run, x, eps), y)

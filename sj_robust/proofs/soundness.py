@@ -403,6 +403,11 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
+        if _is_lowered(found):
+            raise UnsoundBoundsError(
+                "the forward of the network switches autocast on, so that it computes in lower "
+                "precision than float32, for whose rounding bounds are; take autocast out of it"
+            )
         name = getattr(func, "__name__", "").strip("_")
         if not self.paused and name in NONLINEAR:
             self.note(name, found)
@@ -438,6 +443,12 @@ class _Functions(TorchFunctionMode):
             return found
 
         return noted
+
+
+def _is_lowered(found: Any) -> bool:
+    """Whether autocast is on where a function gave this."""
+    kind = found.device.type if isinstance(found, Tensor) else "cpu"
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 @contextmanager

@@ -89,7 +89,8 @@ class TrainingRun:
             self.step_module.broadcast_buffers = False
         image = splits.train[0][0].unsqueeze(0).to(accelerator.device)
         check_outputs(self.classifier, image, self.classes, plan.seed)
-        objective.check_layers(image)
+        with accelerator.autocast():
+            objective.check_layers(image)
         self.epoch = 0
         self.batch = 0
         self.loss_names = (

@@ -203,8 +203,8 @@ class CertifiedLoss:
     def value(
         self, x: Tensor, y: Tensor, x_perturbed: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The loss, and the share of images whose class no perturbation within the current radius
-        or box changes.
+        """The loss, and the share of images whose class, by these bounds, no perturbation within
+        the current radius or box changes.
 
         Raises:
             ValueError: If there are no perturbed images although the box needs them, or if event

@@ -141,7 +141,8 @@ def check_training(
     )
     image = splits.train[0][0].unsqueeze(0)
     check_outputs(objective.classifier, image, splits.classes, plan.seed)
-    objective.check_layers(image)
+    with accelerator.autocast():
+        objective.check_layers(image)
     label = torch.tensor([int(splits.train[0][1])])
     for attack in attacks:
         if attack is not None:
@@ -168,7 +169,7 @@ def _check_use(objective: Objective, plan: TrainingPlan, accelerator: Accelerato
         if accelerator.mixed_precision not in ("no", "bf16"):
             raise ValueError(
                 "mixed_precision must be no or bf16 for certified training, got "
-                f"{accelerator.mixed_precision}, in which bounds overflow early in training"
+                f"{accelerator.mixed_precision}, which has not been tried; use bf16"
             )
         if plan.compile:
             raise ValueError(

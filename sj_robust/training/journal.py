@@ -263,7 +263,9 @@ def _summary(losses: Mapping[str, float]) -> str:
 
 
 def _accuracies(losses: Mapping[str, float]) -> str:
-    """Accuracy on clean and on perturbed images, and proved, as far as training looks at them."""
+    """Accuracy on clean and on perturbed images, and by the bounds of the loss, as far as training
+    looks at them.
+    """
     passes = (
         ("clean", "accuracy"),
         ("perturbed", "accuracy_perturbed"),

@@ -1,12 +1,14 @@
 """Scripts in docs/results: what earlier runs have found stays in their tables."""
 
 import importlib
+import shlex
 from hashlib import sha256
 from pathlib import Path
 
 import adv_train
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from lab.command_line import read_options
 
 from sj_robust.models.checkpoint import load_checkpoint, save_checkpoint
@@ -164,42 +166,32 @@ def test_every_command_that_trains_a_network_has_options_of_the_recipe(monkeypat
         adv_train.completed(read_options(adv_train.Options, words))
 
 
-LOG = """2026-11-29 20:00:00 environment:
-  python: 3.11.7
-  torch: 2.13.0
-  spikingjelly: 2.0.0
-  threads: 1
-  commit: {commit}
-2026-11-29 20:01:00 dlif_certified epoch {epoch}/2: loss 0.5, accuracy 90.0%; 0 s left
-"""
-FIGURES = """2026-11-29 20:03:00 | accuracy, % | dlif certified |
-| --- | ---: |
-| verified | 95.3 |
-dlif certified: 9534 of 10000 test images (95.3%) verified at Linf 0.1
-report.json and report.png are in runs/one
-"""
-
-
-def test_what_is_kept_of_trainings_names_every_commit_and_epoch_and_ends_with_the_figures(
-    tmp_path, monkeypatch
-):
+def test_a_report_of_trainings_has_commands_options_commits_and_every_epoch(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(RESULTS)
     script = importlib.import_module("trainings")
-    (tmp_path / "README.md").write_text("Made by:\n\n```text\nadv_train\nadv_train --resume\n```\n")
-    log = tmp_path / "log.txt"
-    log.write_text(LOG.format(commit="abc", epoch=1) + LOG.format(commit="def", epoch=2))
-    target = tmp_path / "kept.txt"
-    monkeypatch.setattr("sys.argv", ["trainings", str(tmp_path), "--output", str(target)])
-    with pytest.raises(SystemExit, match="has no figures yet; continue it with --resume"):
-        script.main()
-    log.write_text(log.read_text() + FIGURES)
+    run = tmp_path / "run"
+    small = "--train-limit 80 --test-limit 8 --epochs 2 --channels 2 2 --mode certified"
+    words = f"--no-reference {small} --output {run}".split()
+    try:
+        adv_train.main(words)
+    finally:
+        AcceleratorState._reset_state(True)
+    target = tmp_path / "report.txt"
+    monkeypatch.setattr("sys.argv", ["trainings.py", str(run), "--output", str(target)])
     script.main()
-    kept = target.read_text().splitlines()
-    assert kept[:3] == [
-        "adv_train",
-        "adv_train --resume",
-        "python 3.11.7, torch 2.13.0, spikingjelly 2.0.0, threads 1, commit abc then def",
-    ]
-    assert [line.split(" epoch ")[1][:3] for line in kept[3:5]] == ["1/2", "2/2"]
-    assert kept[5] == "| accuracy, % | dlif certified |"
-    assert kept[-1].endswith("(95.3%) verified at Linf 0.1")
+    command, options, versions, *epochs = target.read_text().splitlines()
+    assert command == shlex.join(["python", "recipes/adv_train.py", *words])
+    assert options.startswith("train_limit: 80, test_limit: 8, channels: [2, 2], mode: certified,")
+    assert "threads:" not in options
+    assert f"torch {torch.__version__}, " in versions
+    assert [line.split(" epoch ")[1][:3] for line in epochs[:2]] == ["1/2", "2/2"]
+    assert epochs[2] == "| accuracy, % | dlif certified |"
+    assert "verified at Linf" in epochs[-1]
+
+    log = run / "log.txt"
+    text = log.read_text()
+    log.write_text(text.replace("  commit: ", "  commit: other\n  commit: ", 1))
+    assert "commit other then " in script.report(run)
+    log.write_text(text.split("evaluating")[0])
+    with pytest.raises(SystemExit, match="is not finished; finish it with adv_train.py --resume"):
+        script.report(run)

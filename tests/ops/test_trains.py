@@ -260,6 +260,18 @@ def test_every_surrogate_has_its_own_derivative(kind, instruction_set):
             assert_close(one, other, rtol=close, atol=close * size)
 
 
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_the_kernel_of_training_refuses_mixed_dtypes_whose_memory_it_would_misread(place):
+    given = list(random_joint(4, 8, torch.float64))
+    given[place] = given[place].float()
+    low, high, weights, powers = given
+    message = r"must have one dtype, got \['torch.float32', 'torch.float64'\]"
+    with pytest.raises(ValueError, match=message):
+        operator.joint_sums(
+            (low, high), weights, powers, Trained(1.0, "triangle", 1.0, 1.0), Windows(8)
+        )
+
+
 @pytest.mark.parametrize(("T", "kept"), [(4, 8), (6, 2)])
 def test_gradients_of_weights_are_finite_differences(T, kept):
     low, high, weights, powers = random_joint(T, kept, torch.float64)

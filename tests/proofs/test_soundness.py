@@ -221,6 +221,24 @@ def test_a_network_that_does_something_else_in_a_plain_call_is_refused(part, pla
         verify(model, torch.rand(2, 4), torch.tensor([0, 1]), 0.01)
 
 
+class Lowered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 16)
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return 1.0 * self.linear(x).float()
+
+
+def test_a_network_that_switches_autocast_on_itself_is_refused():
+    """Rounding to bfloat16 moves its currents by more than bounds of float32 count with."""
+    net = nn.Sequential(Lowered(), neuron.LIFNode(step_mode="m"), nn.Linear(16, 3))
+    model = SpikingClassifier(net, T).eval()
+    with pytest.raises(UnsoundBoundsError, match="the network switches autocast on"):
+        verify(model, torch.rand(2, 4), torch.tensor([0, 1]), 0.3)
+
+
 @pytest.mark.parametrize(
     ("part", "end", "what"),
     [

@@ -105,7 +105,7 @@ def test_radius_and_weight_rise_and_the_epoch_is_chosen_by_what_is_verified(
     best = max(history, key=lambda record: record.validation["verified"])
     assert load_checkpoint(tmp_path / "best.pt")["epoch"] == best.epoch
     x, y = small_run.splits().validation.tensors
-    assert verify(classifier.eval(), x, y, EPS).accuracy == pytest.approx(last)  # in float32
+    assert verify(classifier.eval(), x, y, EPS).accuracy == pytest.approx(last)
     text = (tmp_path / "log.txt").read_text()
     assert re.search(r"epoch 12/12: loss [^;]*certified \d[^;]*; validation [^;]*verified \d", text)
 

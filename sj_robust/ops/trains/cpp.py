@@ -203,6 +203,7 @@ def _joint_job(
 ) -> "_JointJob":
     """A call; all tensors are contiguous."""
     F, T = weights.shape
+    _check_dtypes(*sums, weights, powers)
     return _JointJob(
         T=T,
         F=F,
@@ -228,6 +229,7 @@ def _derivative(neuron: Trained, like: Tensor) -> dict[str, float]:
 def chain_sums(first: Tensor, last: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Entries [F, M] of tables [J, J, F] at first and last [M]."""
     J, _, F = tables[0].shape
+    _check_dtypes(*tables)
     least = tables[0].new_empty(F, len(first))
     most = torch.empty_like(least)
     job = _ChainJob(
@@ -253,6 +255,8 @@ def chain_sums_backward(
     of the trains' values [F, J].
     """
     F = len(grads[0])
+    _check_dtypes(*grads, chains.low, chains.high, chains.to_last, chains.from_first)
+    _check_dtypes(chains.low, chains.scale, chains.shift)
     J = len(chains.to_last)
     G = len(chains.scale)
     padding = -2 * F % _LANES
@@ -287,6 +291,15 @@ def chain_sums_backward(
     of_scale, of_shift, values = torch.split(totals.to(low.dtype), [G, G, F * J])
     of_values = None if places is None else values.view(F, J)
     return low, high, of_scale, of_shift, of_values
+
+
+def _check_dtypes(*tensors: Tensor) -> None:
+    """Raise an error unless the kernel, which reads the memory of all as one type, may do so."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"the bounds of a layer must have one dtype, got {sorted(map(str, dtypes))}"
+        )
 
 
 def _contiguous(part: Tensor | None) -> Tensor | None:
