@@ -86,6 +86,11 @@ NETWORKS = {
         f"{CERTIFIED}/cifar10_2.yaml {CIFAR10_DATA}",
         f"--eps 2/255 {CIFAR10_DATA}",
     ),
+    "cifar10/certified-8-small": Network(
+        "DLIF, trained for proofs at 8/255",
+        f"{CERTIFIED}/cifar10_8_small.yaml {CIFAR10_DATA}",
+        f"--eps 8/255 {CIFAR10_DATA}",
+    ),
     "cifar10/certified-8": Network(
         "DLIF, trained for proofs at 8/255",
         f"{CERTIFIED}/cifar10_8.yaml {CIFAR10_DATA} {CIFAR10_STATISTICS}",
