@@ -7,11 +7,11 @@ import argparse
 import json
 import re
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sj_robust.core.saved import write_whole
+from sj_robust.training.journal import changed_options
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 EPOCH = re.compile(r"^\S+ \S+ \S+ epoch \d+/\d+: .*$", re.MULTILINE)
@@ -39,19 +39,19 @@ def report(run: Path) -> str:
         raise SystemExit(f"{run} is not finished; finish it with adv_train.py --resume")
     commands = COMMANDS.findall((run / "README.md").read_text(encoding="utf-8"))[0]
     content = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    options = json.dumps(changed(content["configuration"]))[1:-1].replace('"', "")
+    options = changed_options(content["configuration"], defaults())
     environment = ", ".join(f"{name} {values(log, name)}" for name in VERSIONS)
-    return "\n".join([commands, options, environment, *epochs, figures[-1]])
+    return "\n".join([commands, f"options: {options}", environment, *epochs, figures[-1]])
 
 
-def changed(configuration: dict[str, Any]) -> dict[str, Any]:
-    """Options that are not adv_train's defaults."""
+def defaults() -> dict[str, Any]:
+    """All options of adv_train.py as they are if none is given."""
     sys.path.insert(0, str(RECIPES))
     from adv_train import Options
+    from lab.command_line import plain
 
     sys.path.remove(str(RECIPES))
-    usual = json.loads(json.dumps(asdict(Options())))
-    return {name: value for name, value in configuration.items() if value != usual.get(name)}
+    return plain(Options())
 
 
 def values(log: str, name: str) -> str:

@@ -17,7 +17,7 @@ from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.differentiable_joint import DifferentiableJointRun
 from sj_robust.proofs.joint import OverTime
 from sj_robust.proofs.logits import bounded_logits, bounded_neurons
-from sj_robust.proofs.moves import Events
+from sj_robust.proofs.moves import EVENTS, Events
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.soundness import check_kept, check_maps, check_neurons, check_surrogates
 
@@ -133,7 +133,7 @@ class DifferentiableBounds:
                     if self._method == "joint":
                         self._over_time = OverTime(maps, self.classifier.T)
                 self._checked = True
-            if self._method != "ibp" or not isinstance(eps, int | float):
+            if self._method == "joint" or isinstance(eps, EVENTS):  # made for one precision
                 stack.enter_context(torch.autocast(x.device.type, enabled=False))
             run = self._run(len(x))
             return run.lead(bounded_logits(self.classifier, run, x, eps), y)

@@ -446,7 +446,7 @@ class _Functions(TorchFunctionMode):
 
 
 def _is_lowered(found: Any) -> bool:
-    """Whether autocast is on where a function gave this."""
+    """Whether autocast is on for the device of a function's result."""
     kind = found.device.type if isinstance(found, Tensor) else "cpu"
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 

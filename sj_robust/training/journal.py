@@ -24,7 +24,7 @@ from sj_robust.core.environment import bfloat16_units, environment
 from sj_robust.evaluation.report.pictures import Gallery
 from sj_robust.training.history import EpochRecord
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "changed_options"]
 
 Track = Callable[[dict[str, float], int], None]
 """What is told the figures of an epoch, and its number."""
@@ -134,10 +134,7 @@ class Journal:
         shown = ", ".join(
             f"{name} {where[name]}" for name in ("sj_robust", "spikingjelly", "torch", "device")
         )
-        changed = {name: value for name, value in configuration.items() if value != defaults[name]}
-        options = (
-            ", ".join(f"{name} {_word(value)}" for name, value in changed.items()) or "defaults"
-        )
+        options = changed_options(configuration, defaults)
         self.console.print(f"{shown}\noptions: {options}\nwriting to {self._folder}", markup=False)
         return where
 
@@ -272,6 +269,12 @@ def _accuracies(losses: Mapping[str, float]) -> str:
         ("certified", "accuracy_certified"),
     )
     return " / ".join(f"{losses[name]:.1%}" for loss, name in passes if losses[loss])
+
+
+def changed_options(configuration: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """The options that differ from their defaults, in one line."""
+    changed = {name: value for name, value in configuration.items() if value != defaults[name]}
+    return ", ".join(f"{name} {_word(value)}" for name, value in changed.items()) or "defaults"
 
 
 def _word(value: object) -> str:

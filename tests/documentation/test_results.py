@@ -181,8 +181,10 @@ def test_a_report_of_trainings_has_commands_options_commits_and_every_epoch(tmp_
     script.main()
     command, options, versions, *epochs = target.read_text().splitlines()
     assert command == shlex.join(["python", "recipes/adv_train.py", *words])
-    assert options.startswith("train_limit: 80, test_limit: 8, channels: [2, 2], mode: certified,")
-    assert "threads:" not in options
+    assert options.startswith(
+        "options: train_limit 80, test_limit 8, channels [2, 2], mode certified,"
+    )
+    assert "threads" not in options
     assert f"torch {torch.__version__}, " in versions
     assert [line.split(" epoch ")[1][:3] for line in epochs[:2]] == ["1/2", "2/2"]
     assert epochs[2] == "| accuracy, % | dlif certified |"

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -270,6 +271,21 @@ def test_the_kernel_of_training_refuses_mixed_dtypes_whose_memory_it_would_misre
         operator.joint_sums(
             (low, high), weights, powers, Trained(1.0, "triangle", 1.0, 1.0), Windows(8)
         )
+
+
+@pytest.mark.parametrize(
+    "part", ["low", "high", "to_last", "from_first", "scale", "shift", "grads"]
+)
+def test_the_kernels_of_chains_refuse_mixed_dtypes(part):
+    names = ("low", "high", "to_last", "from_first", "scale", "shift", "grads")
+    given = {name: rand(3, 3, 2) for name in names}
+    given[part] = given[part].float()
+    grads = (given.pop("grads"), rand(3, 3, 2))
+    with pytest.raises(ValueError, match="must have one dtype"):
+        cpp.chain_sums_backward(grads, SimpleNamespace(**given), None)
+    rows = torch.zeros(5, dtype=torch.int32)
+    with pytest.raises(ValueError, match="must have one dtype"):
+        cpp.chain_sums(rows, rows, (rand(3, 3, 2), rand(3, 3, 2).float()))
 
 
 @pytest.mark.parametrize(("T", "kept"), [(4, 8), (6, 2)])

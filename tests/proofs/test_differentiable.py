@@ -101,18 +101,13 @@ def bias_free():
             x = self.stem(x)
             return self.head(x + self.branch(x)).float()
 
-    return in_step_mode_m(Residual())
+    return Residual()
 
 
 def spiking_output():
     linear = layer.Linear(16, 3, bias=False)
     linear.weight.data *= 8  # so that it fires
-    return in_step_mode_m(nn.Sequential(layer.Flatten(), linear, neuron.LIFNode()))
-
-
-def in_step_mode_m(net):
-    functional.set_step_mode(net, "m")
-    return net
+    return nn.Sequential(layer.Flatten(), linear, neuron.LIFNode())
 
 
 @pytest.mark.parametrize("build", [small_run.batch_norm_net, bias_free, spiking_output])
@@ -124,7 +119,7 @@ def in_step_mode_m(net):
 def test_bounds_by_intervals_follow_autocast(build, method, ball, follows):
     """Of the same clean pass, so that nothing else is rounded."""
     torch.manual_seed(0)
-    model = SpikingClassifier(build(), T=3).train()
+    model = in_steps(build(), T=3).train()
     bounds = DifferentiableBounds(model, method=method)
     x = torch.rand(32, 1, 4, 4).round() if isinstance(ball, Flips) else torch.rand(32, 1, 4, 4)
     y = torch.arange(32) % 3

@@ -255,8 +255,8 @@ def chain_sums_backward(
     of the trains' values [F, J].
     """
     F = len(grads[0])
-    _check_dtypes(*grads, chains.low, chains.high, chains.to_last, chains.from_first)
-    _check_dtypes(chains.low, chains.scale, chains.shift)
+    ends = (chains.low, chains.high)
+    _check_dtypes(*grads, *ends, chains.to_last, chains.from_first, chains.scale, chains.shift)
     J = len(chains.to_last)
     G = len(chains.scale)
     padding = -2 * F % _LANES
