@@ -4,6 +4,7 @@ python docs/results/trainings.py runs/a runs/b --output docs/results/certified/N
 """
 
 import argparse
+import importlib
 import json
 import re
 import sys
@@ -47,11 +48,10 @@ def report(run: Path) -> str:
 def defaults() -> dict[str, Any]:
     """All options of adv_train.py as they are if none is given."""
     sys.path.insert(0, str(RECIPES))
-    from adv_train import Options
-    from lab.command_line import plain
-
+    recipe, command_line = map(importlib.import_module, ("adv_train", "lab.command_line"))
     sys.path.remove(str(RECIPES))
-    return plain(Options())
+    found: dict[str, Any] = command_line.plain(recipe.Options())
+    return found
 
 
 def values(log: str, name: str) -> str:
