@@ -421,8 +421,12 @@ def by_threat(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
 def shown(rows: list[Row]) -> str:
     """The tables and figures of the page."""
     parts = []
-    for title, found in by_threat(rows):
-        parts += [f"### {title} ({seeds_text(found)})", table(found), correlation_text(found)]
+    for data, of_data in groupby(rows, key=lambda row: row.data):
+        groups = [found for _, found in by_threat(of_data)]
+        radii = " and ".join(found[0].radius for found in groups)
+        seeds = seeds_text([row for found in groups for row in found])
+        parts += [f"### {DATA.get(data, data)}, {radii} ({seeds})", table(groups)]
+        parts += [correlation_text(found) for found in groups]
     parts += ["### What is left of the claims", claims(rows)]
     parts += [
         "![Of every defence the bracket with its spread over seeds, accuracy without the spike "
@@ -472,36 +476,38 @@ def gain(row: Row | None, base: Row | None) -> float:
     return number(row.at_most) - number(base.at_most)
 
 
-def table(rows: list[Row]) -> str:
-    """One data set and radius, the most robust defence first."""
-    heads = [
-        "defence",
-        "clean, %",
-        "PGD-20, %",
-        "control, %",
-        "no spike search, %",
-        "at most, %",
-        "overlooked",
-        "MS-MPPD",
-        "cost",
-    ]
+def table(groups: list[list[Row]]) -> str:
+    """One data set, the most robust defence first: a group of rows for every radius.
+
+    Several radii stand side by side, without what the figures and the table of costs show.
+    """
+    single = len(groups) == 1
+    heads = ["defence", "clean, %"]
+    for found in groups:
+        at = "" if single else f" at {found[0].radius}"
+        heads += [f"{name}{at}, %" for name in ("PGD-20", "control", "no spike search", "at most")]
+    if single:
+        heads += ["overlooked", "MS-MPPD", "cost"]
+    first = {row.cell: row for found in reversed(groups) for row in found}
     cells = []
-    for row in sorted(rows, key=lambda one: -number(one.at_most)):
-        hidden = number(row.pgd) - number(row.at_most)
-        cells.append(
-            [
-                row.starred,
-                row.clean,
-                row.pgd,
-                row.control,
-                row.no_spike_search,
-                f"**{with_spread(row.at_most, row.at_most_sd)}**" if row.at_most else "",
-                "" if math.isnan(hidden) else f"{hidden:+.1f}",
-                row.ms_mppd,
-                row.cost,
-            ]
-        )
+    for row in sorted(first.values(), key=lambda one: -number(one.at_most)):
+        line = [row.starred, row.clean]
+        for found in groups:
+            line += attacked_cells({one.cell: one for one in found}.get(row.cell))
+        if single:
+            hidden = number(row.pgd) - number(row.at_most)
+            overlooked = "" if math.isnan(hidden) else f"{hidden:+.1f}"
+            line += [overlooked, row.ms_mppd, row.cost]
+        cells.append(line)
     return markdown_table(heads, cells)
+
+
+def attacked_cells(row: Row | None) -> list[str]:
+    """What attacks of four kinds leave at one radius."""
+    if row is None:
+        return [""] * 4
+    worst = f"**{with_spread(row.at_most, row.at_most_sd)}**" if row.at_most else ""
+    return [row.pgd, row.control, row.no_spike_search, worst]
 
 
 def number(text: str) -> float:
@@ -530,7 +536,7 @@ def rank_correlation(rows: list[Row]) -> tuple[float, int]:
 
 
 def correlation_text(rows: list[Row]) -> str:
-    """The correlations in a line: over all defences, and over those with adversarial training."""
+    """The correlations at a radius: over all defences, and over those with adversarial training."""
     texts = []
     groups = {"all": rows, "with AT": [row for row in rows if row.attacked]}
     for name, group in groups.items():
@@ -538,7 +544,8 @@ def correlation_text(rows: list[Row]) -> str:
         if not math.isnan(value):
             texts.append(f"{value:+.2f} over {count} rows ({name})")
     found = ", ".join(texts) or "not defined"
-    return f"Rank correlation of MS-MPPD under PGD-20 with *no spike search*: {found}."
+    what = f"MS-MPPD under PGD-20 with *no spike search* at {rows[0].radius}"
+    return f"Rank correlation of {what}: {found}."
 
 
 def draw_brackets(rows: list[Row]) -> None:

@@ -57,6 +57,7 @@ class Study:
         radii: Linf radii as they are written, from small to large.
         measured: The radius of the perturbations whose effect on the potential is measured.
         shown: Radii in the table of the page; figure and CSV file have all.
+        weights: Weights of MS-MPPD in the table of the page; empty for all.
     """
 
     title: str
@@ -64,12 +65,16 @@ class Study:
     radii: tuple[str, ...]
     measured: str
     shown: tuple[str, ...]
+    weights: tuple[str, ...] = ()
 
 
 RADII = ("0.002", "0.004", "0.008", "0.016")
 OF_255 = ("0.5/255", "1/255", "2/255", "4/255")
+ON_THE_LAST_LAYER = ("without", "1, last, l2", "3, last, l1", "3, last, l2")
 STUDIES = {
-    "digits": Study("Digits", 360, RADII, "0.008", shown=RADII[1:]),
+    "digits": Study(
+        "Digits", 360, RADII, "0.008", shown=RADII[1:], weights=ON_THE_LAST_LAYER
+    ),
     "fashion_mnist": Study("Fashion-MNIST", 200, RADII, "0.008", shown=RADII[1:]),
     "cifar10": Study("CIFAR-10", 100, OF_255, "1/255", shown=OF_255[:3]),
 }
@@ -343,13 +348,16 @@ def page_tables(name: str) -> dict[tuple[str, str], str]:
 
 def bracket(name: str, rows: Sequence[Row]) -> str:
     """What is proved and what attacks leave at the radii shown, means over the seeds."""
-    radii = STUDIES[name].shown
+    study = STUDIES[name]
+    radii = study.shown
     heads = ["neuron", "MS-MPPD", "clean", *radii, "intervals"]
     cells = []
     for cell in dict.fromkeys(row.cell for row in rows):
+        if study.weights and weight(cell) not in study.weights:
+            continue
         ours = [row for row in rows if row.cell == cell]
         at = {eps: [row for row in ours if row.eps == eps] for eps in radii}
-        middle = at[STUDIES[name].measured]
+        middle = at[study.measured]
         ends = [f"{spread(at[eps], 'proved')} / {spread(at[eps], 'left')}" for eps in radii]
         clean, intervals = spread(middle, "clean"), spread(middle, "intervals")
         cells.append([cell[0], weight(cell), clean, *ends, intervals])

@@ -142,6 +142,40 @@ def test_tables_and_figures_follow_from_the_sweep(script, monkeypatch, capsys):
     assert script.PAGE.read_text(encoding="utf-8") == text
 
 
+def test_radii_of_a_data_set_stand_side_by_side(script, tmp_path, monkeypatch, capsys):
+    sweep = yaml.safe_load((tmp_path / "sweep" / "sweep.yaml").read_text())
+    sweep["evaluations"] |= {
+        "paper_4": {"suite": "paper", "eps": "4/255"},
+        "standard_4": {"suite": "standard", "eps": "4/255"},
+    }
+    del sweep["evaluations"]["paper"]
+    (tmp_path / "sweep" / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
+    for cell, at_most in {"at": 0.5, "tgo": 0.6}.items():  # tgo_at and undefended are not done yet
+        for seed in range(2):
+            folder = tmp_path / "sweep" / "runs" / f"{cell}-seed{seed}"
+            record = json.loads((folder / "run.json").read_text())
+            record["evaluations"]["paper_4"] = record["evaluations"]["paper_8"]
+            counts = {"everything": {"correct": round(100 * at_most), "total": 100}}
+            record["evaluations"]["standard_4"] = {"figures": counts}
+            (folder / "run.json").write_text(json.dumps(record))
+            shutil.copytree(folder / "standard_8", folder / "standard_4")
+    script.main()
+    text = script.PAGE.read_text(encoding="utf-8")
+    assert "### pictures, 4/255 and 8/255 (2 seeds)" in text
+    head, *lines = (line for line in text.splitlines() if line.startswith("| ") and "---" not in line)
+    assert head.count(" at 4/255, %") == head.count(" at 8/255, %") == 4
+    assert [line.split(" | ")[0] for line in lines[:4]] == [
+        "| TGO*",
+        "| AT",
+        "| TGO, AT*",
+        "| no defence",
+    ]
+    assert "| 50.0 |  | 40.0 | **60.0 ± 0.0** | 50.0 | 45.0 | 40.0 | **40.0 ± 2.0** |" in lines[0]
+    assert "| 60.0 |  |  |  |  | 45.0 | 40.0 |" in lines[2]
+    assert "*no spike search* at 4/255: not defined" in text
+    assert "*no spike search* at 8/255: " in text
+
+
 def test_every_attack_that_follows_spikes_is_known_by_name(script):
     suite = make_suite("standard", ThreatModel("Linf", 0.1), chosen=["atan:4"], classes=10)
     names = [member.name for member in (*suite.members, *suite.control)]
