@@ -19,7 +19,7 @@ import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -477,29 +477,19 @@ def gain(row: Row | None, base: Row | None) -> float:
 
 
 def table(groups: list[list[Row]]) -> str:
-    """One data set, the most robust defence first: a group of rows for every radius.
-
-    Several radii stand side by side, without what the figures and the table of costs show.
-    """
-    single = len(groups) == 1
+    """One data set, the most robust defence first, with a group of rows for every radius."""
     heads = ["defence", "clean, %"]
     for found in groups:
-        at = "" if single else f" at {found[0].radius}"
-        heads += [f"{name}{at}, %" for name in ("PGD-20", "control", "no spike search", "at most")]
-    if single:
-        heads += ["overlooked", "MS-MPPD", "cost"]
+        at = f" at {found[0].radius}, %" if len(groups) > 1 else ", %"
+        heads += [f"{name}{at}" for name in ("PGD-20", "control", "no spike search", "at most")]
     first = {row.cell: row for found in reversed(groups) for row in found}
     cells = []
     for row in sorted(first.values(), key=lambda one: -number(one.at_most)):
-        line = [row.starred, row.clean]
-        for found in groups:
-            line += attacked_cells({one.cell: one for one in found}.get(row.cell))
-        if single:
-            hidden = number(row.pgd) - number(row.at_most)
-            overlooked = "" if math.isnan(hidden) else f"{hidden:+.1f}"
-            line += [overlooked, row.ms_mppd, row.cost]
-        cells.append(line)
-    return markdown_table(heads, cells)
+        attacked = [
+            attacked_cells({one.cell: one for one in found}.get(row.cell)) for found in groups
+        ]
+        cells.append([row.starred, row.clean, *chain(*attacked), row.cost])
+    return markdown_table([*heads, "cost"], cells)
 
 
 def attacked_cells(row: Row | None) -> list[str]:
