@@ -72,9 +72,7 @@ RADII = ("0.002", "0.004", "0.008", "0.016")
 OF_255 = ("0.5/255", "1/255", "2/255", "4/255")
 ON_THE_LAST_LAYER = ("without", "1, last, l2", "3, last, l1", "3, last, l2")
 STUDIES = {
-    "digits": Study(
-        "Digits", 360, RADII, "0.008", shown=RADII[1:], weights=ON_THE_LAST_LAYER
-    ),
+    "digits": Study("Digits", 360, RADII, "0.008", shown=RADII[1:], weights=ON_THE_LAST_LAYER),
     "fashion_mnist": Study("Fashion-MNIST", 200, RADII, "0.008", shown=RADII[1:]),
     "cifar10": Study("CIFAR-10", 100, OF_255, "1/255", shown=OF_255[:3]),
 }

@@ -162,7 +162,8 @@ def test_radii_of_a_data_set_stand_side_by_side(script, tmp_path, monkeypatch, c
     script.main()
     text = script.PAGE.read_text(encoding="utf-8")
     assert "### pictures, 4/255 and 8/255 (2 seeds)" in text
-    head, *lines = (line for line in text.splitlines() if line.startswith("| ") and "---" not in line)
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+    head, *lines = rows
     assert head.count(" at 4/255, %") == head.count(" at 8/255, %") == 4
     assert [line.split(" | ")[0] for line in lines[:4]] == [
         "| TGO*",
