@@ -445,8 +445,14 @@ def seeds_text(rows: list[Row]) -> str:
 
 
 def claims(rows: list[Row]) -> str:
-    """What each paper claims, and what its defence adds here to robust accuracy, in points."""
-    groups = by_threat(rows)
+    """What each paper claims, and what its defence adds here to robust accuracy, in points, at the
+    radii where no defence and plain AT have been measured.
+    """
+    groups = [
+        (title, found)
+        for title, found in by_threat(rows)
+        if {PLAIN, "at"} <= {row.cell for row in found}
+    ]
     lines = []
     for cell, claim in CLAIMS.items():
         alone = cell.removesuffix("_at")

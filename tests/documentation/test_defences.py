@@ -174,6 +174,8 @@ def test_radii_of_a_data_set_stand_side_by_side(script, tmp_path, monkeypatch, c
     assert "| 50.0 |  | 40.0 | **60.0 ± 0.0** | 50.0 | 45.0 | 40.0 | **40.0 ± 2.0** |" in lines[0]
     assert "| 60.0 |  |  |  |  | 45.0 | 40.0 |" in lines[2]
     assert "*no spike search* at 4/255: not defined" in text
+    assert "left at pictures, 8/255 |" in text
+    assert "left at pictures, 4/255" not in text  # what is left is relative to no defence
     assert "*no spike search* at 8/255: " in text
 
 
