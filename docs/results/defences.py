@@ -17,9 +17,10 @@ import json
 import math
 import statistics
 import sys
+from collections import ChainMap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -488,13 +489,14 @@ def table(groups: list[list[Row]]) -> str:
     for found in groups:
         at = f" at {found[0].radius}, %" if len(groups) > 1 else ", %"
         heads += [f"{name}{at}" for name in ("PGD-20", "control", "no spike search", "at most")]
-    first = {row.cell: row for found in reversed(groups) for row in found}
+    by_radius = [{row.cell: row for row in found} for found in groups]
+    known = ChainMap(*by_radius)  # of a defence, the row at the smallest radius
     cells = []
-    for row in sorted(first.values(), key=lambda one: -number(one.at_most)):
-        attacked = [
-            attacked_cells({one.cell: one for one in found}.get(row.cell)) for found in groups
-        ]
-        cells.append([row.starred, row.clean, *chain(*attacked), row.cost])
+    for row in sorted(known.values(), key=lambda one: -number(one.at_most)):
+        line = [row.starred, row.clean]
+        for rows in by_radius:
+            line += attacked_cells(rows.get(row.cell))
+        cells.append([*line, row.cost])
     return markdown_table([*heads, "cost"], cells)
 
 
