@@ -1,6 +1,6 @@
 """Writes the record of proofs into certified.md and draws it, both from certified/record.csv.
 
-python docs/results/record.py        # the table of the page, and certified/record.png
+python docs/results/record.py        # the tables of the page, and certified/record.png
 """
 
 import re
@@ -21,7 +21,7 @@ MARKERS = {"spiking": "o", "ReLU": "s", "1-Lipschitz": "^"}
 LINKS = {
     r"arXiv ([\d.]+)": r"[arXiv \1](https://arxiv.org/abs/\1)",
     r"github\.com/(\S+)": r"[\1](https://github.com/\1)",
-    r"(certified/|\.\./concepts/)(\S+)": r"[\2](\1\2)",
+    r"(certified/|\.\./concepts/|^)([\w.-]+\.(csv|md|txt))$": r"[\2](\1\2)",
 }
 """Sources as the table of figures has them, and as links."""
 
@@ -55,34 +55,35 @@ class Row:
 
 
 def main() -> None:
-    """Table and figure."""
+    """Tables and figure."""
     rows = read_rows(FOLDER / "record.csv", Row)
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.split(BEGINS)[0], text.split(ENDS)[1]
-    PAGE.write_text(f"{before}{BEGINS}{table(rows)}{ENDS}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGINS}{tables(rows)}{ENDS}{after}", encoding="utf-8")
     draw(rows)
 
 
+def tables(rows: list[Row]) -> str:
+    """A Markdown table for each data set and radius, the most proved first, our own in bold."""
+    blocks = []
+    for task in dict.fromkeys(row.task for row in rows):
+        of_task = [row for row in rows if row.task == task]
+        of_task.sort(key=lambda row: float(row.proved or 0), reverse=True)
+        blocks.append(f"### {task}\n\n{table(of_task)}")
+    return "\n\n".join(blocks)
+
+
 def table(rows: list[Row]) -> str:
-    """All figures as Markdown, our own in bold."""
-    heads = [
-        "data, radius",
-        "kind",
-        "network",
-        "source",
-        "clean, %",
-        "proved, %",
-        "under attack, %",
-    ]
+    """Figures as Markdown."""
+    heads = ["network", "kind", "source", "clean, %", "proved, %", "under attack, %"]
     cells = []
     for row in rows:
         proved = f"**{row.proved}**" if row.here else row.proved
         source = row.source
         for pattern, link in LINKS.items():
             source = re.sub(pattern, link, source)
-        task = f"{row.data}, {row.radius}"
-        cells.append([task, row.kind, row.network, source, row.clean, proved, row.attacked])
-    return markdown_table(heads, cells, words=4)
+        cells.append([row.network, row.kind, source, row.clean, proved, row.attacked])
+    return markdown_table(heads, cells, words=3)
 
 
 def draw(rows: list[Row]) -> None:
