@@ -51,6 +51,19 @@ def is_augmented(options: "Options") -> bool:
     return options.augment
 
 
+def crafts_no_images(options: "Options") -> bool:
+    """Whether a training follows no gradient to perturbed images: events have attacks of their own,
+    and bounds alone need none.
+    """
+    if options.mode in ("at", "rat", "pgd_at"):
+        return options.flips is not None or options.moves is not None
+    needs_none = options.box == 1 and not options.attacked and options.rho == 0
+    return options.mode == "certified" and needs_none
+
+
+OF_CRAFTING = Idle(crafts_no_images)
+
+
 def is_eps_idle(options: "Options") -> bool:
     """Whether no images are attacked at eps, neither in training nor in validation and test."""
     evaluated = options.eval_eps is None and options.flips is None and options.moves is None
@@ -164,13 +177,13 @@ class Options:
     attacked: bool = False
     """For mode certified: apply --kappa to the attacked images instead of the clean ones
     (MTL-IBP)."""
-    step_size: Radius | None = None
+    step_size: Annotated[Radius | None, OF_CRAFTING] = None
     """Step size of the attack; None: eps for one step, eps / 4 for several."""
     attack_steps: PositiveInt | None = None
     """Attack steps in the modes pgd_at and trades; None: 7 and 10."""
-    noise_std: float = 0.001
+    noise_std: Annotated[float, OF_CRAFTING] = 0.001
     """Standard deviation of the initial noise in the modes at, rat and trades."""
-    project: bool = True
+    project: Annotated[bool, OF_CRAFTING] = True
     """Project the training attack onto the ball (the published code does not)."""
     eval_eps: Annotated[Radius | None, BESIDE_EVENTS] = None
     """Radius of the attacks in validation and test; None: as --eps."""
@@ -299,6 +312,7 @@ from sj_robust.defences import SurrogateOverlap
 from sj_robust.defences.stog import GateRates
 from sj_robust.evaluation import Report
 from sj_robust.models import NetworkSpec, build_classifier, start_from
+from sj_robust.models.build import options_for_lif
 from sj_robust.proofs.differentiable import TrainedMethod
 from sj_robust.proofs.verification import NormName
 from sj_robust.training.engine import check_training
@@ -582,6 +596,7 @@ def undefended(options: Options) -> Options:
         encoder_options={},
         temporal_orthogonality=0.0,
         deflation=False,
+        model_options=options_for_lif(options.neuron, options.model_options),
     )
 
 

@@ -309,6 +309,7 @@ class SpikingClassifier(nn.Module):
             takes = self._possible if self.takes is None else (self.takes,)
             convention = find(takes=takes)
         except Exception as error:
+            self._check_encoder(images, T)
             if "images" not in self._possible:
                 self._refuse_images(find, error)
             raise
@@ -320,6 +321,15 @@ class SpikingClassifier(nn.Module):
     def _possible(self) -> tuple[Takes, ...]:
         """What the network may be called with."""
         return TAKES if self.encoder is None else _OF_FRAMES
+
+    def _check_encoder(self, images: Tensor, T: int | None) -> None:
+        """Say so, if it is the encoder that fails."""
+        if self.encoder is None or T is None:
+            return
+        try:
+            self._frames_of_random_images(images)(1, T)
+        except RuntimeError as error:
+            raise ValueError(f"the encoder cannot make T={T} frames: {error}") from error
 
     def _refuse_images(self, find: Callable[..., Convention], error: Exception) -> None:
         """Say so, if a network that gets frames repeats images itself."""

@@ -40,7 +40,7 @@ class HomeostaticNode(SteppedNode, PerNeuron):
         T: Number of time steps of a sequence.
         tau: Membrane time constant in steps, > 1; 5 in the paper.
         tau_v: Time constant of the threshold in steps, > 0; 5 in the paper's code for CIFAR-10, 1.5
-            for MNIST. ``math.inf`` starts as LIF.
+            for MNIST. ``math.inf`` is LIF.
         momentum: Weight of a new batch in the signature, in [0, 1]; 0 keeps the loaded signature.
         **arguments: Those of :class:`SteppedNode`.
 
@@ -78,7 +78,7 @@ class HomeostaticNode(SteppedNode, PerNeuron):
         if T < 1:
             raise ValueError(f"T must be >= 1, the number of time steps of a sequence, got {T}")
         if not tau_v > 0:
-            raise ValueError(f"tau_v must be > 0, got {tau_v}; math.inf starts as LIF")
+            raise ValueError(f"tau_v must be > 0, got {tau_v}; math.inf is LIF")
         if not 0.0 <= momentum <= 1.0:
             raise ValueError(f"momentum must be in [0, 1], got {momentum}")
         self.T = T

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingClassifier
+from sj_robust.core.draws import Draws
 from sj_robust.neuron.charging import Neuron, find_neurons
 from sj_robust.neuron.watching import SpikingCall, Wants, watch
 from sj_robust.ops.recurrence import charge, reset
@@ -31,6 +32,8 @@ class ForwardPasses:
         logits: Logits [N, classes] of the clean images with their graph; None if the objective ran
             no clean pass.
         logits_perturbed: The same for the perturbed images.
+        draws: The random numbers of the first pass, for a pass that is compared with it; None if
+            they were not kept.
     """
 
     classifier: SpikingClassifier
@@ -39,6 +42,7 @@ class ForwardPasses:
     x_perturbed: Tensor | None
     logits: Tensor | None
     logits_perturbed: Tensor | None
+    draws: Draws | None = None
 
     @property
     def first(self) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ class OrthogonalEncoder(base.MemoryModule):
         patch: Height and width of a patch, which must divide those of the image; the paper finds
             that 8 is best for CIFAR-10.
         kept: Whether the kernels are also used in evaluation mode; False uses direct encoding
-            there.
+            there, also for the attacks of adversarial training.
 
     Shapes: images [N, C, H, W] to one frame of the same shape; a classifier calls it once per time
     step.

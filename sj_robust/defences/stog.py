@@ -31,10 +31,14 @@ class StochasticGate(PerNeuron, base.StepModule):
     and it starts at 0.999. The gates are also active in evaluation mode, so attacks on the network
     need the expectation (``eot_samples``, 10 in the paper) and its evaluation needs several draws.
 
+    Outside its range a rate has no gradient and would stay there. The trainings of this package
+    therefore call :meth:`project_` after every step of the optimizer; a loop of your own has to do
+    so, too.
+
     Differences from the published code: its upper limit is 1, where the relaxation has no
-    derivative; its derivative has the opposite sign of the relaxation's and is averaged over the
-    batch, while here it is the derivative itself; and its rates stop learning halfway. As in that
-    code, weight decay does not apply to the rates.
+    derivative; its rates are not put back into their range; its derivative has the opposite sign of
+    the relaxation's and is averaged over the batch, while here it is the derivative itself; and its
+    rates stop learning halfway. As in that code, weight decay does not apply to the rates.
 
     Shapes: spikes [T, N, *] in step mode ``"m"``, [N, *] in ``"s"``; the same out. It has no state.
 
@@ -80,6 +84,12 @@ class StochasticGate(PerNeuron, base.StepModule):
         self.generator = generator
         self.step_mode = step_mode
         self.rate = UninitializedParameter()
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Put the rates back into their range, in place."""
+        if not isinstance(self.rate, UninitializedParameter):
+            self.rate.clamp_(_LEAST, _MOST)
 
     def forward(self, spikes: Tensor) -> Tensor:
         """The spikes that pass the gate."""

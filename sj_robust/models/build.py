@@ -1,8 +1,9 @@
 """Networks by name, as described in checkpoints."""
 
 import copy
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
@@ -29,7 +30,14 @@ from sj_robust.models.wide_resnet import WIDE_RESNETS, WideResNet
 from sj_robust.models.zoo import build_zoo_network
 from sj_robust.neuron import DLIFNode, Stage, fuse, replace_neurons
 
-__all__ = ["NETWORKS", "EncoderName", "NetworkSpec", "build_classifier", "build_network"]
+__all__ = [
+    "NETWORKS",
+    "EncoderName",
+    "NetworkSpec",
+    "build_classifier",
+    "build_network",
+    "options_for_lif",
+]
 
 EncoderName = Literal["direct", "poisson", "feel", "rsc", "stod"]
 """Names of the encoders of images."""
@@ -263,17 +271,7 @@ def _neuron(spec: NetworkSpec) -> Callable[..., nn.Module]:
     """
     if not (math.isinf(spec.tau) or spec.tau > 1):
         raise ValueError(f"tau must be > 1, got {spec.tau}; for a decay of 0.99 pass tau=100.0")
-    tau = float(spec.tau)
-    kinds: dict[str, Callable[..., nn.Module]] = {
-        "dlif": partial(DLIFNode, T=spec.T, tau=spec.tau),
-        "lif": partial(neuron.LIFNode, tau=tau, decay_input=False),
-        "plif": partial(neuron.ParametricLIFNode, init_tau=tau, decay_input=False),
-        "if": neuron.IFNode,
-        "tgo": partial(NoisyLIFNode, tau=tau),
-        "feel": partial(EvolvingLeakNode, T=spec.T, tau=tau),
-        "hosnn": partial(HomeostaticNode, T=spec.T, tau=tau),
-        "stog": partial(_gated, tau=tau),
-    }
+    kinds = _spiking_neurons(spec.T, float(spec.tau))
     if spec.neuron == "relu":
         if spec.T != 1:
             raise ValueError(f"T must be 1 for relu, which has no state over time, got {spec.T}")
@@ -293,6 +291,35 @@ def _neuron(spec: NetworkSpec) -> Callable[..., nn.Module]:
         return kind(**settings | arguments)
 
     return spiking_neuron
+
+
+def _spiking_neurons(T: int, tau: float) -> dict[str, Callable[..., nn.Module]]:
+    """What builds each spiking neuron."""
+    return {
+        "dlif": partial(DLIFNode, T=T, tau=tau),
+        "lif": partial(neuron.LIFNode, tau=tau, decay_input=False),
+        "plif": partial(neuron.ParametricLIFNode, init_tau=tau, decay_input=False),
+        "if": neuron.IFNode,
+        "tgo": partial(NoisyLIFNode, tau=tau),
+        "feel": partial(EvolvingLeakNode, T=T, tau=tau),
+        "hosnn": partial(HomeostaticNode, T=T, tau=tau),
+        "stog": partial(_gated, tau=tau),
+    }
+
+
+def options_for_lif(name: NeuronName, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a network without those arguments of its neuron that a LIF neuron does not have.
+
+    Examples:
+        >>> options_for_lif("tgo", {"batch_norm": False, "noise_std": 0.3})
+        {'batch_norm': False}
+    """
+    kinds = _spiking_neurons(1, 2.0)
+    if name not in kinds:
+        return dict(options)
+    own = set(inspect.signature(kinds[name]).parameters)
+    own -= set(inspect.signature(kinds["lif"]).parameters)
+    return {key: value for key, value in options.items() if key not in own}
 
 
 def _gated(

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sj_robust.attacks import Attack
 from sj_robust.core.host import from_reset
 from sj_robust.core.randomness import SampleSeeds, seeded_globals
+from sj_robust.core.weighted import weighted_layers
 from sj_robust.data import ImageSplits, ShuffledBatches, image_loader
 from sj_robust.defences import deflate_
 from sj_robust.models.checkpoint import check_same_run, save_checkpoint
@@ -30,7 +31,7 @@ from sj_robust.training.memory_order import choose_channels_last, store_channels
 from sj_robust.training.objective import Losses, Objective
 from sj_robust.training.plan import TrainingPlan
 from sj_robust.training.processes import TrainingInterrupted, mixed, random_state, set_random_state
-from sj_robust.training.regularization import retract_
+from sj_robust.training.regularization import project_parameters_, retract_
 from sj_robust.training.validation import Validation
 
 __all__ = ["NonFiniteLossError", "TrainingRun", "check_outputs"]
@@ -250,11 +251,13 @@ class TrainingRun:
                     values.append(self._part(x[rows], y[rows], own, perturb))
         losses, signal_number = self._agreed(received, torch.stack(values).mean(0))
         if self.plan.deflation:
-            deflate_(self.objective.parameters())
+            layers = weighted_layers(self.classifier)
+            deflate_(weight for layer in layers for weight in layer.parameters())
         if self.plan.gradient_clip is not None:
             parameters = self.objective.parameters()
             self.accelerator.clip_grad_norm_(parameters, self.plan.gradient_clip)
         self.optimizer.step()
+        project_parameters_(self.classifier)
         if self.plan.retraction > 0:
             seed = mixed(self.plan.seed, self.epoch, self.batch)
             draws = torch.Generator().manual_seed(seed)
@@ -397,7 +400,8 @@ def _schedule(
     """How the learning rate falls, epoch by epoch."""
     if not plan.milestones:
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, plan.epochs)
-    epochs = [round(share * plan.epochs) for share in plan.milestones]
+    last = max(plan.epochs - 1, 1)
+    epochs = [min(max(round(share * plan.epochs), 1), last) for share in plan.milestones]
     return torch.optim.lr_scheduler.MultiStepLR(optimizer, epochs, gamma=_FALL)
 
 

@@ -104,7 +104,8 @@ def measure_statistics(classifier: nn.Module, batches: Iterable[Tensor]) -> None
     重新统计批归一化的均值与方差。
 
     Equation: ``running_mean`` is the mean over the batches of their means, ``running_var`` that of
-    their unbiased variances; the moving average that they were before lags behind the weights.
+    their unbiased variances; the moving average that they were before lags behind the weights. All
+    other layers are in evaluation mode, as they will be when the statistics are used.
 
     Args:
         classifier: The network, which is in training mode afterwards.
@@ -124,9 +125,12 @@ def measure_statistics(classifier: nn.Module, batches: Iterable[Tensor]) -> None
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
-    classifier.train()
+    classifier.eval()
+    for norm in norms:
+        norm.train()
     for x in batches:
         classifier(x)
+    classifier.train()
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingClassifier
+from sj_robust.core.draws import Draws
+from sj_robust.core.host import from_reset
 from sj_robust.core.randomness import seeded_globals
 from sj_robust.defences.penalty import ForwardPasses, Penalty
 from sj_robust.perturbation import MPPDMonitor
@@ -178,21 +180,34 @@ class Objective(nn.Module):
             )
 
     def check_layers(self, x: Tensor) -> None:
-        """Raise an error for layers that cannot be followed, by running the network on ``x``;
-        nothing else changes.
+        """Raise an error for layers that cannot be followed and penalties that do not fit the
+        network, by running it on ``x``; nothing else changes.
 
         Afterwards the monitor knows which layer is executed last, and follows only that one from
         the first step.
 
         Raises:
-            ValueError: If a layer cannot be followed, or the loss needs bounds that do not exist.
+            ValueError: If a layer cannot be followed, a penalty needs other layers than the network
+                has, or the loss needs bounds that do not exist.
         """
         if self.certified is not None:
             self.certified.check(x)
         if self.monitor is not None:
-            with seeded_globals(0, x.device):
-                self.monitor.compare(x, x, forward=self.classifier)
+            try:
+                with seeded_globals(0, x.device):
+                    self.monitor.compare(x, x, forward=self.classifier)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"MS-MPPD cannot be measured in this network ({error}); train without it, by "
+                    "rho 0 (--rho 0)"
+                ) from error
             self.monitor.clear_recorded_data()
+        if self.penalties:
+            labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+            with from_reset(self.classifier, 0, x.device):
+                passes = self._run(x, labels, None)
+                for penalty in self.penalties:
+                    penalty.value(passes)
 
     def forward(self, x: Tensor, y: Tensor, x_perturbed: Tensor | None = None) -> Losses:
         """The parts of the objective for images ``x`` with labels ``y``; without perturbed images,
@@ -266,6 +281,7 @@ class Objective(nn.Module):
             elif x_perturbed is not None:
                 x_perturbed = x_perturbed.detach().requires_grad_()
         logits = logits_perturbed = None
+        draws = Draws(self.classifier, x.device)
         with ExitStack() as stack:
             for penalty in self.penalties:
                 stack.enter_context(penalty.observe(self.classifier))
@@ -275,7 +291,9 @@ class Objective(nn.Module):
                 with nullcontext() if monitor is None else monitor.clean(), watching:
                     logits = self.classifier(x)
             if runs_perturbed:
-                with nullcontext() if monitor is None else monitor.perturbed():
+                compared = nullcontext() if monitor is None else monitor.perturbed()
+                same = nullcontext() if monitor is None else draws.again()
+                with compared, same:
                     logits_perturbed = self.classifier(x_perturbed)
         return ForwardPasses(
             classifier=self.classifier,
@@ -284,6 +302,7 @@ class Objective(nn.Module):
             x_perturbed=x_perturbed,
             logits=logits,
             logits_perturbed=logits_perturbed,
+            draws=draws,
         )
 
 

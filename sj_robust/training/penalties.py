@@ -1,9 +1,12 @@
 """Penalties that do not belong to a published defence."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
 from sj_robust.attacks.logits import without
+from sj_robust.core.weighted import weighted_layers
 from sj_robust.defences.penalty import ForwardPasses, Penalty, check_weight
 from sj_robust.perturbation.gains import gain_penalty
 
@@ -23,7 +26,7 @@ class GradientSparsity(Penalty):
     which tends to ``||grad_x f||_1`` for small h without a second derivative. ``x`` are the images
     of the first pass (the clean images, or the perturbed ones if only these are used). ``f(x + h *
     d)`` needs one more pass in the mode of the objective, so in training mode batch norm also sees
-    those images, as in the published code.
+    those images, as in the published code. Random layers draw the same numbers in both passes.
 
     Args:
         weight: Weight in the objective.
@@ -63,7 +66,8 @@ class GradientSparsity(Penalty):
         f = _pair_probability(logits, passes.y, wrong)
         (grad,) = torch.autograd.grad(f.sum(), images, retain_graph=True)
         moved = images.detach() + self.h * grad.sign()
-        f_moved = _pair_probability(passes.classifier(moved), passes.y, wrong)
+        with nullcontext() if passes.draws is None else passes.draws.again():
+            f_moved = _pair_probability(passes.classifier(moved), passes.y, wrong)
         slope = (f_moved - f) / self.h
         if self.squared:
             return slope.square().mean()
@@ -94,7 +98,7 @@ class WeightMagnitude(Penalty):
 
     def value(self, passes: ForwardPasses) -> Tensor:
         """Sum over layers; see the class."""
-        weights = [w for w in passes.classifier.parameters() if w.ndim > 1]
+        weights = [layer.weight for layer in weighted_layers(passes.classifier)]
         return torch.stack([w.abs().sum() for w in weights]).sum()
 
 

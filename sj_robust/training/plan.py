@@ -25,7 +25,8 @@ class TrainingPlan:
             save memory; their gradients are averaged, and batch norm sees one part at a time.
         optimizer: ``"sgd"`` or ``"adam"``.
         lr: Initial learning rate.
-        milestones: Shares of the epochs, in (0, 1), after which the learning rate drops to a fifth;
+        milestones: Shares of the epochs, in (0, 1), after which the learning rate drops to a fifth,
+            rounded to whole epochs, after the first at the earliest;
             empty for the cosine.
         gradient_clip: Largest L2 norm of the gradient of all parameters; a longer gradient is
             scaled down. None does not clip.

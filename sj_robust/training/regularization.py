@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-__all__ = ["project_to_simplex_", "retract_"]
+__all__ = ["project_parameters_", "project_to_simplex_", "retract_"]
 
 _SAMPLED_ROWS = 200
 _SAMPLED_SHARE = 0.3
@@ -23,6 +23,8 @@ def retract_(net: nn.Module, beta: float, generator: torch.Generator | None = No
     with 200 rows or more, only a random 30 % of the rows (rounded down) are changed, as a matrix of
     their own. Afterwards every parameter that a module calls ``mixing`` (the coefficients of a wide
     ResNet's two branches) is replaced by the nearest non-negative one that sums to 1.
+
+    Frozen parameters (without ``requires_grad``) stay as they are.
 
     Call it after every step of the optimizer, with weight decay 0. Layers are taken in the order of
     ``net.modules()`` and rows are drawn on the CPU, so generators in the same state give the same
@@ -56,7 +58,7 @@ def retract_(net: nn.Module, beta: float, generator: torch.Generator | None = No
         generator.seed()
     for module in net.modules():
         own = dict(module.named_parameters(recurse=False))
-        if "mixing" in own:
+        if "mixing" in own and own["mixing"].requires_grad:
             project_to_simplex_(own["mixing"])
         if "weight" not in own or not isinstance(
             module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -65,13 +67,38 @@ def retract_(net: nn.Module, beta: float, generator: torch.Generator | None = No
         weight = own["weight"]
         matrix = weight.data.flatten(1)
         if isinstance(module, nn.Linear) and len(matrix) >= _SAMPLED_ROWS:
-            rows = torch.randperm(len(matrix), generator=generator)[
-                : int(_SAMPLED_SHARE * len(matrix))
-            ]
-            rows = rows.to(matrix.device)
-            weight.data[rows] = _retracted(matrix[rows], beta)
-        else:
+            chosen = torch.randperm(len(matrix), generator=generator)
+            rows = chosen[: int(_SAMPLED_SHARE * len(matrix))].to(matrix.device)
+            if weight.requires_grad:
+                weight.data[rows] = _retracted(matrix[rows], beta)
+        elif weight.requires_grad:
             weight.data.copy_(_retracted(matrix, beta).view_as(weight))
+
+
+def project_parameters_(net: nn.Module) -> None:
+    """Call ``project_()`` of every module that has it, which puts its parameters back into their
+    range: the projection of projected gradient descent. 投影回参数的允许范围。
+
+    A clamp in the forward pass alone would not do: a parameter that a step carried out of the range
+    has no gradient to return with.
+
+    Args:
+        net: The network, after a step of the optimizer.
+
+    Examples:
+        >>> from sj_robust.defences import StochasticGate
+        >>> gate = StochasticGate()
+        >>> _ = gate(torch.ones(1, 1, 2))
+        >>> _ = gate.rate.data.fill_(1.5)
+        >>> project_parameters_(gate)
+        >>> gate.rate
+        Parameter containing:
+        tensor([0.9990, 0.9990], requires_grad=True)
+    """
+    for module in net.modules():
+        project = getattr(module, "project_", None)
+        if project is not None:
+            project()
 
 
 @torch.no_grad()

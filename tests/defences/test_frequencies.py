@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from sj_robust import SpikingClassifier
 from sj_robust.defences import FrequencyEncoder
+from sj_robust.models import NetworkSpec, build_classifier
 
 T = 4
 
@@ -137,6 +138,13 @@ def test_a_classifier_begins_every_forward_with_the_whole_image():
     assert functional.reset_net(model.encoder) is None
     assert model.encoder.time_step == 0
     assert encoder(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_classifier_says_that_its_encoder_has_no_more_frequencies():
+    spec = NetworkSpec(encoder="feel", neuron="feel", T=9, encoder_options={"narrowing": 0.125})
+    classifier = build_classifier(spec)
+    with pytest.raises(ValueError, match="the encoder cannot make T=9 frames: narrowing=0.125"):
+        classifier(torch.rand(2, 1, 8, 8))
 
 
 def test_wrong_use():

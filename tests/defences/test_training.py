@@ -16,7 +16,7 @@ from sj_robust.defences import (
     SurrogateOverlap,
 )
 from sj_robust.defences.stog import GateRates
-from sj_robust.training import ThresholdGuarding, load_checkpoint
+from sj_robust.training import StabilityGain, ThresholdGuarding, load_checkpoint
 
 NODES = {
     "noise": lambda: [NoisyLIFNode(4.0)],
@@ -59,6 +59,61 @@ def test_a_run_that_was_cut_off_ends_at_the_same_weights(tmp_path, kind):
     if kind in moved:
         (name,) = [name for name in first if name.endswith(moved[kind])]
         assert len(first[name].unique()) > 1  # it was learned, though it had no shape at first
+
+
+def test_gates_stay_where_they_can_learn(tmp_path):
+    """In this step, momentum carries rates out of their range."""
+    options = options_of("gates") | {"lr": 5.0, "epochs": 2}
+    _, classifier = small_run.run(tmp_path, **options)
+    rate = classifier.net[3].rate.detach()
+    most = torch.tensor(0.999)
+    assert rate.max() == most
+    assert 0.1 <= rate.min() < most
+    gate = StochasticGate()
+    gate(torch.ones(3, 2, 24))
+    gate.rate.data.fill_(1.5)
+    gate(torch.ones(3, 2, 24)).sum().backward()
+    assert not gate.rate.grad.any()  # from there it would not come back
+    gate.project_()
+    gate(torch.ones(3, 2, 24)).sum().backward()
+    assert gate.rate.grad.all()
+
+
+def test_measured_statistics_leave_homeostasis_alone(tmp_path):
+    options = options_of("homeostasis") | {"epochs": 1}
+    _, plain = small_run.run(tmp_path / "plain", **options)
+    _, measured = small_run.run(tmp_path / "measured", **options, precise_statistics=2)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(measured.state_dict()[name], value), name
+
+
+def test_only_weights_are_deflated(tmp_path):
+    rates = []
+    for deflation in (False, True):
+        step = {"epochs": 1, "batch_size": 64, "momentum": 0.0, "perturb": None}
+        options = options_of("homeostasis") | step
+        _, classifier = small_run.run(tmp_path / str(deflation), **options, deflation=deflation)
+        rates.append(classifier.net[2].rate.detach())
+    assert torch.equal(*rates)
+
+
+@pytest.mark.filterwarnings("ignore:MPPDMonitor does not follow")
+@pytest.mark.parametrize(
+    ("kind", "objective", "message"),
+    [
+        ("noise", {"penalties": [GateRates(1e-3)]}, "gate_rates needs a network with"),
+        ("noise", {"penalties": [StabilityGain(1e-3)]}, "gain_penalty needs a network with DLIF"),
+        ("homeostasis", {"penalties": [SurrogateOverlap(1.0)]}, "cannot be penalised"),
+        ("homeostasis", {"rho": 1.0}, r"MS-MPPD cannot be measured .* train without it, by rho 0"),
+        ("leak", {"rho": 1.0}, r"MS-MPPD cannot be measured"),
+    ],
+)
+def test_a_loss_that_does_not_fit_the_network_is_refused_before_anything_is_written(
+    tmp_path, kind, objective, message
+):
+    with pytest.raises(ValueError, match=message):
+        small_run.run(tmp_path, build=lambda: build(kind), objective={"rho": 0.0, **objective})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_weight_rises_with_the_batches(tmp_path):

@@ -117,6 +117,15 @@ def test_a_defence_builds_for_every_data_set_and_its_reference_has_none(path, da
     assert not any(type(m).__module__.startswith("sj_robust.defences") for m in plain.modules())
 
 
+@pytest.mark.parametrize(
+    ("neuron", "own"), [("tgo", {"noise_std": 0.3}), ("hosnn", {"tau_v": 1.5}), ("lif", {})]
+)
+def test_the_reference_has_the_architecture_without_the_arguments_of_the_neuron(neuron, own):
+    given = {"batch_norm": False, **own}
+    options = adv_train.Options(neuron=neuron, mode="none", model_options=given)
+    assert adv_train.undefended(options).model_options == {"batch_norm": False}
+
+
 def test_the_presets_of_defences_have_what_their_papers_have():
     found = {}
     for path in DEFENCES:

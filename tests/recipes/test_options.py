@@ -97,6 +97,7 @@ def test_what_modes_leave_idle_are_options():
 
 
 INDICATOR = {"layers", "norm", "indicator", "input_gain"}
+CRAFTING = {"step_size", "noise_std", "project"}
 BOUNDS = {
     "certified_eps",
     "certified_flips",
@@ -126,7 +127,11 @@ def without_effect(**given):
         ({"mode": "pgd_at"}, {"noise_std", "project", "beta", "trades_weight", *INDICATOR}),
         ({"mode": "pgd_at", "rho": 1.0}, {"noise_std", "project", "beta", "trades_weight"}),
         ({"mode": "trades", "rho": 1.0}, {"kappa", "project", "beta"}),
-        ({"mode": "certified"}, {"attack_steps", "beta", "trades_weight", *INDICATOR}),
+        (
+            {"mode": "certified"},
+            {"attack_steps", "beta", "trades_weight", *INDICATOR, *CRAFTING},
+        ),
+        ({"mode": "certified", "box": 0.5}, {"attack_steps", "beta", "trades_weight", *INDICATOR}),
         ({"mode": "certified", "rho": 1.0}, {"attack_steps", "beta", "trades_weight"}),
     ],
 )
@@ -138,6 +143,12 @@ def test_options_without_effect(given, expected):
     assert found == wanted
     used = {"threshold_guard": 0.1, "encoder": "stod", "moves": 3}
     assert not unused & without_effect(**used, **given)
+
+
+def test_attacks_on_events_do_not_take_the_options_of_those_on_images():
+    for given in ({"flips": 3}, {"moves": 3}):
+        assert without_effect(**given) >= CRAFTING
+        assert not CRAFTING & without_effect(mode="certified", box=0.5, **given)
 
 
 @pytest.mark.parametrize(

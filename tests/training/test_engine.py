@@ -161,6 +161,21 @@ def test_the_learning_rate_falls_to_a_fifth_at_milestones_also_in_a_resumed_run(
     assert rates == pytest.approx([0.1, 0.1, 0.02, 0.02, 0.004])
 
 
+@pytest.mark.parametrize(
+    ("epochs", "milestones", "expected"),
+    [
+        (5, (0.05,), [0.1, 0.02, 0.02, 0.02, 0.02]),  # not from the start
+        (5, (0.95,), [0.1, 0.1, 0.1, 0.1, 0.02]),  # not never
+        (1, (0.5,), [0.1]),
+    ],
+)
+def test_a_milestone_is_after_the_first_epoch_and_before_the_last(
+    tmp_path, epochs, milestones, expected
+):
+    history, _ = small_run.run(tmp_path, epochs=epochs, milestones=milestones, perturb=None)
+    assert [record.lr for record in history] == pytest.approx(expected)
+
+
 def test_statistics_are_means_over_batches_with_the_last_weights(tmp_path):
     options = {"build": small_run.batch_norm_net, "epochs": 2, "perturb": None}
     _, moving = small_run.run(tmp_path / "a", **options)

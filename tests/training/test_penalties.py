@@ -10,6 +10,12 @@ from torch.testing import assert_close
 from training.step_by_hand import T, potentials
 
 from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust.defences import (
+    HomeostaticNode,
+    NoisyLIFNode,
+    OrthogonalEncoder,
+    StochasticGate,
+)
 from sj_robust.neuron import fuse
 from sj_robust.training import (
     ForwardPasses,
@@ -17,6 +23,7 @@ from sj_robust.training import (
     Objective,
     Penalty,
     ThresholdGuarding,
+    WeightMagnitude,
 )
 
 TRIANGLE = surrogate.PiecewiseQuadratic(alpha=1.0)
@@ -222,6 +229,36 @@ def test_sparsity_tends_to_the_l1_norm_of_the_gradient():
     squared = GradientSparsity(1.0, h=1e-5, squared=True).value(passes)
     expected = l1.square().mean()
     assert_close(squared.detach(), expected, rtol=1e-4, atol=0)
+
+
+def test_magnitude_is_that_of_convolutions_and_linear_layers_alone():
+    node, gate = HomeostaticNode(T, step_mode="m"), StochasticGate()
+    net = nn.Sequential(layer.Conv2d(1, 2, 3), node, layer.Flatten(), layer.Linear(8, 4), gate)
+    functional.set_step_mode(net, "m")
+    model = SpikingClassifier(net, T, OrthogonalEncoder((1, 4, 4), T))
+    x = torch.rand(2, 1, 4, 4)
+    passes = clean_pass(model, x, torch.tensor([0, 1]), model(x))
+    expected = net[0].weight.abs().sum() + net[3].weight.abs().sum()
+    assert node.rate.ndim > 1
+    assert_close(WeightMagnitude(1.0).value(passes), expected)
+
+
+def test_random_layers_draw_the_same_in_the_passes_that_are_compared():
+    """Otherwise the noise divided by a small h would be the penalty."""
+    torch.manual_seed(0)
+    net = nn.Sequential(layer.Flatten(), layer.Linear(16, 12), NoisyLIFNode(2.0))
+    net.append(layer.Linear(12, 3))
+    net[1].weight.data.mul_(3)
+    functional.set_step_mode(net.double(), "m")
+    model = SpikingClassifier(net, T)
+    x, y = torch.rand(4, 1, 4, 4).double(), torch.tensor([0, 1, 2, 0])
+    objective = Objective(model, kappa=0.5, penalties=[GradientSparsity(1.0, h=1e-9)])
+    objective.train()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        assert objective(x, y, x.clone()).mppd == 0
+        assert objective.penalty_values["gradient_sparsity"] < 10
+    assert objective(x, y, (x + 0.3).clamp(max=1)).mppd > 0
 
 
 class Empty(Penalty):

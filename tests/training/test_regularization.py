@@ -57,6 +57,19 @@ def test_a_random_share_of_the_rows_of_wide_linear_layers(rows, moved):
     assert_close(linear.weight.detach()[changed], expected)
 
 
+def test_frozen_parameters_stay_and_the_rows_of_the_others_are_the_same():
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(5, 250), nn.Linear(250, 220)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    before = nets[1][0].weight.clone()
+    nets[1][0].weight.requires_grad_(False)
+    for net in nets:
+        retract_(net, 0.1, generator(1))
+    assert torch.equal(nets[1][0].weight, before)
+    assert not torch.equal(nets[0][0].weight, before)
+    assert torch.equal(nets[0][1].weight, nets[1][1].weight)
+
+
 def rows_chosen(generator):
     """Numbers of the rows that a retraction has moved, in each of two layers."""
     torch.manual_seed(0)

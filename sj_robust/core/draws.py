@@ -1,0 +1,51 @@
+"""The same random numbers once more."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from sj_robust.core.preserved import generators_of
+
+__all__ = ["Draws"]
+
+
+class Draws:
+    """What a network draws from here on: the present states of torch's global generators of the CPU
+    and of ``device``, and of the generators that its modules keep as attributes.
+
+    Two passes that are compared must not differ by their random numbers.
+
+    Args:
+        model: The network.
+        device: Where it runs.
+
+    Examples:
+        >>> draws = Draws(torch.nn.Dropout(), torch.device("cpu"))
+        >>> first = torch.rand(3)
+        >>> with draws.again():
+        ...     bool((torch.rand(3) == first).all())
+        True
+        >>> bool((torch.rand(3) == first).any())
+        False
+    """
+
+    def __init__(self, model: object, device: torch.device) -> None:
+        """Remember the states."""
+        self._generators = [torch.default_generator, *generators_of(model)]
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self._generators.append(torch.cuda.default_generators[index])
+        self._states = [generator.get_state() for generator in self._generators]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Draw the numbers that followed; afterwards all generators go on where they were."""
+        before = [generator.get_state() for generator in self._generators]
+        try:
+            for generator, state in zip(self._generators, self._states, strict=True):
+                generator.set_state(state)
+            yield
+        finally:
+            for generator, state in zip(self._generators, before, strict=True):
+                generator.set_state(state)
