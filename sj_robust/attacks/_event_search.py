@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sj_robust.attacks._planes import Planes, taking_planes
+from sj_robust.attacks.averaged import averaged
 from sj_robust.attacks.call import Loss, Model, Objective, Randomness, crafting, lowest_loss
 from sj_robust.attacks.logits import likeliest_wrong, margin, of_class
 from sj_robust.core.checks import check_count, check_size, logits_of
@@ -446,15 +447,16 @@ def first_that_fools(
     tries: int,
     planes: int,
     generator: Randomness,
+    eot_samples: int = 1,
 ) -> Tensor:
-    """For every sample, the first of several draws that fools the model, or else the last; model
-    and y for several.
+    """For every sample, the first of several draws that fools the model by its mean logits, or else
+    the last; model and y for several.
     """
     if tries == 1 or model is None or y is None:
         with torch.inference_mode(False):
             return draw(private_generator(generator, x.device))
     with crafting(model, x.device, generator) as private, torch.no_grad():
-        seen = taking_planes(model, planes)
+        seen = averaged(taking_planes(model, planes), eot_samples)
         x_adv = x.clone()
         standing = torch.ones_like(y, dtype=torch.bool)
         for _ in range(tries):

@@ -18,6 +18,7 @@ from sj_robust.core.checks import (
     is_checked,
     logits_of,
 )
+from sj_robust.core.draws import seeded_network
 from sj_robust.core.preserved import evaluation_mode
 from sj_robust.core.randomness import (
     Private,
@@ -26,7 +27,6 @@ from sj_robust.core.randomness import (
     check_seeds,
     draw_seed,
     private_generator,
-    seeded_globals,
 )
 
 Model = Callable[[Tensor], Tensor]
@@ -61,7 +61,7 @@ def crafting(model: Model, device: torch.device, generator: Randomness) -> Itera
             # every caller.
             torch.inference_mode(False),
             torch.enable_grad(),
-            seeded_globals(draw_seed(private), device),
+            seeded_network(model, draw_seed(private), device),
             refuse_carried_states(model),
             note_missing_time(model),
         ):

@@ -168,6 +168,7 @@ def random_flips(
     allow: Allow = "both",
     counts: bool = False,
     tries: int = 1,
+    eot_samples: int = 1,
     generator: Randomness = None,
 ) -> Tensor:
     """Random events added or removed, the control of :func:`flip_events` at equal budget.
@@ -187,6 +188,7 @@ def random_flips(
         allow: ``"add"`` events only, ``"remove"`` events only, or ``"both"``.
         counts: Whether frames hold numbers of events, as in :func:`flip_events`.
         tries: Draws per sample; the first one that fools the model is kept, otherwise the last one.
+        eot_samples: Forwards whose mean logits say so, >= 1, for stochastic networks.
 
     Raises:
         ValueError: Also if there are several tries but no model or labels.
@@ -203,17 +205,17 @@ def random_flips(
     x = checked_frames(model, x, y, generator, counts=counts, optional=True)
     _check_budget(x, flips, allow, counts)
     check_tries(tries, model, y)
+    check_count("eot_samples", eot_samples)
     if flips == 0 or x.numel() == 0:
         return x
+    fooling = partial(first_that_fools, tries=tries, eot_samples=eot_samples, generator=generator)
     if not counts:
         draw = _drawing(x, _changeable(x, allow), flips, partial(uniform, x))
-        return first_that_fools(model, x, y, draw, tries=tries, planes=1, generator=generator)
+        return fooling(model, x, y, draw, planes=1)
     planes = in_units(x, 1)
     of_units = partial(units, planes)
     draw = _drawing(planes.frames, _changeable_units(planes, allow), flips, of_units)
-    found = first_that_fools(
-        model, planes.frames, y, draw, tries=tries, planes=planes.number, generator=generator
-    )
+    found = fooling(model, planes.frames, y, draw, planes=planes.number)
     return summed(found, planes.number)
 
 

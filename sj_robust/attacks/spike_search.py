@@ -120,6 +120,8 @@ def spike_search(
     check_count("batch_size", batch_size)
     kinds = _checked_moves(moves)
     x, y = checked_copies(model, x, y, generator)
+    if isinstance(starts, Tensor) and starts.shape == (0, *x.shape):
+        starts = None
     given = None if starts is None else _checked_starts(starts, x)
     if x.numel() == 0 or ball.eps == 0:
         return x

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from sj_robust.attacks.averaged import averaged
 from sj_robust.attacks.call import Model, Randomness, checked_copies, isolated, seeds_of_samples
 from sj_robust.attacks.logits import clean_logits, margin
 from sj_robust.attacks.projection import Norm, l2_norm, linf_bounds, per_sample, wide
@@ -37,6 +38,8 @@ _FIXED_NUMBERS = 5
 after them, for its sign.
 """
 _TILES = 5  # along the shorter side of the first L2 perturbation
+_SURE = 10  # times the forwards of a margin decide whether a stochastic network is fooled
+_LOOKED_AT_ANEW = 10  # queries; the lowest of many noisy margins would let nothing pass any more
 _NOTHING = 1e-12  # keeps a length of 0 from being divided by
 
 
@@ -48,6 +51,7 @@ def square(
     eps: float,
     norm: Norm = "Linf",
     queries: int = 5000,
+    eot_samples: int = 1,
     generator: Randomness = None,
 ) -> Tensor:
     """Square Attack: a random search over squares that needs logits but no gradient.
@@ -66,8 +70,14 @@ def square(
     W]. Where nothing fooled the network, the result is the image of the smallest margin; images
     that are already misclassified are returned unchanged.
 
+    Where the network draws random numbers, a search that ends at its first lucky forward ends too
+    early. With several ``eot_samples``, margins are means over so many forwards, and an image that
+    seems to be fooled has to be so in ten times as many fresh ones, or the search goes on from the
+    margin found there.
+
     Args:
         queries: Number of squares tried per image after the start, >= 1.
+        eot_samples: Forwards over which logits are averaged, >= 1, for stochastic networks.
 
     Source: Andriushchenko et al. (ECCV 2020); its settings in AutoAttack, Croce and Hein (ICML
         2020).
@@ -81,24 +91,27 @@ def square(
     """
     ball = ball_threat(norm, eps)
     check_count("queries", queries)
+    check_count("eot_samples", eot_samples)
     x, y = checked_copies(model, x, y, generator)
     check_square(x)
     if x.numel() == 0 or ball.eps == 0:
         return x
     with isolated(model, x, generator) as private:
-        standing = clean_logits(model, x, y).argmax(1) == y
+        sure = averaged(model, _SURE * eot_samples) if eot_samples > 1 else model
+        standing = clean_logits(sure, x, y).argmax(1) == y
         x_adv = x.clone()
         if bool(standing.any()):
             seed = draw_seed(private)
             seeds = seeds_of_samples(private, len(x), seed).rows(standing).derived("square", 0)
             with seeded_globals(seed, x.device):
                 found = square_rows(
-                    partial(_without_ties, model, x.dtype),
+                    partial(_without_ties, averaged(model, eot_samples), x.dtype),
                     x[standing],
                     y[standing],
                     seeds,
                     ball=ball,
                     queries=queries,
+                    sure=partial(_without_ties, sure, x.dtype) if eot_samples > 1 else None,
                 )
             x_adv[standing] = ball.project(x[standing], found)
     return x_adv
@@ -148,11 +161,12 @@ def square_rows(
     *,
     ball: ThreatModel,
     queries: int,
+    sure: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Best images [N, C, H, W] of a random search over squares, each inside ball and box.
 
     ``network`` gives logits without ties. A sample that is fooled takes no part in the queries
-    after that.
+    after that; with ``sure``, a sample is fooled if that says so, too.
 
     Source: Andriushchenko et al. (ECCV 2020), algorithms 1 to 3, with the schedule of AutoAttack. A
     square may lie at the last row and column too, which the published code never reaches.
@@ -164,6 +178,11 @@ def square_rows(
     result = best.clone()
     numbers = x
     for query in range(queries):
+        if sure is not None and query % _LOOKED_AT_ANEW == 0:
+            left = margin(network(best), y)
+        if sure is not None and bool((left <= 0).any()):
+            seeming = left <= 0
+            left[seeming] = margin(sure(best[seeming]), y[seeming])
         standing = left > 0
         if not bool(standing.all()):
             result[rows] = best

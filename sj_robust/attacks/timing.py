@@ -141,6 +141,7 @@ def random_moves(
     total_shift: int | None = None,
     counts: bool = False,
     tries: int = 1,
+    eot_samples: int = 1,
     generator: Randomness = None,
 ) -> Tensor:
     """Random events moved in time, the control of :func:`move_events` at equal budget.
@@ -159,6 +160,7 @@ def random_moves(
         total_shift: Frames by which the events of a sample may move together; None for any number.
         counts: Whether frames hold numbers of events, and not 0 or 1.
         tries: Draws per sample; the first one that fools the model is kept, otherwise the last one.
+        eot_samples: Forwards whose mean logits say so, >= 1, for stochastic networks.
 
     Raises:
         ValueError: Also if there are several tries but no model or labels.
@@ -174,6 +176,7 @@ def random_moves(
     x = checked_frames(model, x, y, generator, counts=counts, optional=True)
     limits = _limits(x, moves, largest_shift, total_shift)
     check_tries(tries, model, y)
+    check_count("eot_samples", eot_samples)
     if moves == 0 or limits.largest_shift == 0 or x.numel() == 0:
         return x
     frames, planes = each_on_its_own(x, counts=counts)
@@ -187,7 +190,14 @@ def random_moves(
         return apply_changes(frames, random_moved(frames, still, drawn, size, limits))
 
     found = first_that_fools(
-        model, frames, y, draw, tries=tries, planes=planes, generator=generator
+        model,
+        frames,
+        y,
+        draw,
+        tries=tries,
+        planes=planes,
+        eot_samples=eot_samples,
+        generator=generator,
     )
     return summed(found, planes)
 

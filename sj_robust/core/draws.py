@@ -1,4 +1,4 @@
-"""The same random numbers once more."""
+"""The random numbers of a network: seeded, or the same once more."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,8 +6,35 @@ from contextlib import contextmanager
 import torch
 
 from sj_robust.core.preserved import generators_of
+from sj_robust.core.randomness import seeded_globals
 
-__all__ = ["Draws"]
+__all__ = ["Draws", "seeded_network"]
+
+
+@contextmanager
+def seeded_network(model: object, seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's global generators of CPU and ``device``, and those that modules of the network keep
+    as attributes, seeded and then restored.
+
+    Examples:
+        >>> encoder = torch.nn.Identity()
+        >>> encoder.generator = torch.Generator()
+        >>> before = encoder.generator.get_state()
+        >>> with seeded_network(encoder, 3, torch.device("cpu")):
+        ...     encoder.generator.initial_seed()
+        3
+        >>> bool((encoder.generator.get_state() == before).all())
+        True
+    """
+    kept = [(generator, generator.get_state()) for generator in generators_of(model)]
+    try:
+        for generator, _ in kept:
+            generator.manual_seed(seed)
+        with seeded_globals(seed, device):
+            yield
+    finally:
+        for generator, state in kept:
+            generator.set_state(state)
 
 
 class Draws:

@@ -124,7 +124,7 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
         chosen = [row["estimator"] for row in trials if row["chosen"]]
         plan = _suite(request, draws, reasons, chosen)
     if request.source is not None:
-        plan = _with_transfer(plan, request.source, request.threat)
+        plan = _with_transfer(plan, request.source, request.threat, draws)
     control = plan.control if request.control else ()
     say(
         f"suite {plan.name}: {plan.description}; {len(plan.members)} attacks and {len(control)} of "
@@ -155,6 +155,7 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
             *sorted(unseen.union(outcome.warnings)),
             *_left_out(reasons),
             *proved.get("reasons", ()),
+            *_of_few_classes(data.labels, parts.y.tolist()),
             *([_NOT_DIAGNOSED] if request.threat.of_events else []),
         ),
     )
@@ -350,6 +351,17 @@ def _left_out(reasons: Mapping[str, str]) -> list[str]:
     return [f"Estimator {name} was left out: {reason}." for name, reason in reasons.items()]
 
 
+def _of_few_classes(labels: Sequence[int], first: Sequence[int]) -> list[str]:
+    """Says so where the first images stand for fewer than half of the classes."""
+    number, every = len(set(first)), len(set(labels))
+    if 2 * number >= every:
+        return []
+    return [
+        f"The first {len(first)} images, of which firing, estimators, accuracy over eps and the "
+        f"checks are, hold {number} of {every} classes: shuffle the images."
+    ]
+
+
 def _on_the_first(row: Row, count: int) -> Row:
     """The row of the clean images for the first ones alone."""
     fell = [number for number in row.fell if number < count]
@@ -362,11 +374,11 @@ def _has_curve(rows: Sequence[Row], threat: ThreatModel) -> bool:
     return len(radii - {None, threat.eps}) >= 2
 
 
-def _with_transfer(suite: Suite, source: nn.Module, threat: ThreatModel) -> Suite:
+def _with_transfer(suite: Suite, source: nn.Module, threat: ThreatModel, draws: int) -> Suite:
     """The suite with attacks crafted on another network, and with those of the same cost in its
     control.
     """
-    attack = short_attack(threat, 50)
+    attack = short_attack(threat, 50, draws=gradient_draws(draws, threat))
     if threat.of_events:  # without an end at the border of the source, where nothing would transfer
         attack = partial(event_attack(threat), confidence=_FAR, reduce=False)
     kind = CHANGES.get(threat.norm, "apgd_ce")

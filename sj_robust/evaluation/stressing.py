@@ -12,7 +12,7 @@ from sj_robust.evaluation.report.report import Report
 from sj_robust.evaluation.request import Request, described
 from sj_robust.evaluation.run.corruptions import Corruption, corrupted, default_corruptions
 from sj_robust.evaluation.run.data import Batches, Data, check_data
-from sj_robust.evaluation.run.draws import DRAWS, gradient_draws
+from sj_robust.evaluation.run.draws import DRAWS, gradient_draws, settled_draws
 from sj_robust.evaluation.run.estimator_search import short_attack, short_attack_name
 from sj_robust.evaluation.run.faults import Fault, default_faults, faulty
 from sj_robust.evaluation.run.identity import network_key
@@ -66,12 +66,15 @@ def stress_network(subject: Subject, batches: Batches | Data, request: Request) 
     kinds = {fault.kind for fault in faults}
     request.watch.say(f"{request.suite}: {len(faults)} levels of {len(kinds)} kinds")
     network = network_key(subject.model, data, request.folder)
+    draws = settled_draws(subject.model, data, None)
+    if draws > 1:
+        request.watch.say(f"the network draws random numbers: {draws} forwards judge an image")
     with preserved(subject.model):
         outcome = run(
             subject.model,
             data,
-            _variants(faults, request),
-            asked=Asked(request.threat),
+            _variants(faults, request, draws),
+            asked=Asked(request.threat, draws),
             network=network,
             folder=request.folder,
             watch=request.watch,
@@ -85,10 +88,13 @@ def stress_network(subject: Subject, batches: Batches | Data, request: Request) 
     )
 
 
-def _variants(faults: Sequence[Fault | Corruption], request: Request) -> list[Variant]:
+def _variants(
+    faults: Sequence[Fault | Corruption], request: Request, draws_of_network: int
+) -> list[Variant]:
     """The network as it is, then every draw of every level."""
     first = request.seed * 2**10
-    attack = [_attack(request, noisy=False)]
+    network_is_noisy = draws_of_network > 1
+    attack = [_attack(request, noisy=network_is_noisy)]
     found = [Variant(attack, "none", first)]
     for fault in faults:
         name = f"{fault.kind}:{fault.level}"
@@ -97,7 +103,7 @@ def _variants(faults: Sequence[Fault | Corruption], request: Request) -> list[Va
             found.append(Variant(attack, name, first, images=images))
             continue
         draws = (request.draws or 1) if fault.random else 1
-        members = [_attack(request, noisy=fault.noisy)]
+        members = [_attack(request, noisy=fault.noisy or network_is_noisy)]
         for draw in range(draws):
             seed = first + draw
             place = name if draws == 1 else f"{name}/draw{draw}"

@@ -18,11 +18,14 @@ def without_attacks(suite):
     return replace(suite, search=None, members=suite.members[:1], control=())
 
 
-def assessed(threat, sizes=(6,)):
+def assessed(threat, sizes=(6,), *, is_sorted=False):
     """A report on batches of so many images for a linear network, and what was said meanwhile."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
-    batches = [(torch.rand(size, 1, 2, 2), torch.arange(size) % 3) for size in sizes]
+    labels = (torch.arange(sum(sizes)) % 3).split(list(sizes))
+    if is_sorted:
+        labels = torch.cat(labels).sort().values.split(list(sizes))
+    batches = [(torch.rand(len(y), 1, 2, 2), y) for y in labels]
     said: list[str] = []
     with shortened(without_attacks):
         request = Request("fast", threat, "made up", 3, proofs=False, watch=Watch(said.append))
@@ -48,3 +51,11 @@ def test_firing_and_accuracy_over_eps_are_of_the_first_256_images_and_attacks_of
     assert said[0] == "firing rates on 256 images"
     assert {point.total for point in report.over_eps} == {256}
     assert len(report.labels) == 300
+    assert not report.warnings
+
+
+def test_figures_of_the_first_images_are_doubted_where_these_are_of_one_class():
+    report, _ = assessed(ThreatModel("Linf", 0.1), sizes=(400, 400), is_sorted=True)
+    (warning,) = report.warnings
+    assert warning.startswith("The first 256 images")
+    assert warning.endswith("hold 1 of 3 classes: shuffle the images.")

@@ -324,6 +324,14 @@ def test_guessing_is_not_called_robust():
     assert report().alarms == ()
 
 
+def test_images_of_one_class_do_not_tell_a_guess():
+    right = report(labels=(3,) * 10, right=range(10), members=())
+    assert right.clean.accuracy == 1.0
+    assert right.alarms == ()
+    wrong = report(labels=(3,) * 10, right=(0, 1), members=())
+    assert "no better than always predicting one class" in wrong.alarms[0]
+
+
 def test_masking_findings():
     failed = report(findings=(finding("zero_gradients", passed=False), finding("flat_loss")))
     (text,) = failed.masked

@@ -9,7 +9,7 @@ from covering import mostly_slow
 from evaluation import suite_run
 from evaluation.suite_run import EPS, THREAT
 
-from sj_robust.attacks import ThreatModel, gaussian, pgd
+from sj_robust.attacks import ThreatModel, gaussian, pgd, spike_search
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.evaluation import Member
 from sj_robust.evaluation.run import loop
@@ -50,6 +50,18 @@ def members(seen):
         Member("search", begins, threat=THREAT, takes_starts=True),
         Member("last", step(EPS), threat=THREAT, seed=1),
     ]
+
+
+def test_a_search_over_spikes_that_nothing_precedes_finds_starts_of_its_own():
+    model, (x, y) = suite_run.classifier(), suite_run.images()
+    first = Member(
+        "search",
+        partial(spike_search, eps=EPS, forwards=100),
+        threat=THREAT,
+        takes_starts=True,
+    )
+    alone = craft(model, x, y, first, seeds=SampleSeeds(range(len(y))))
+    assert (alone != x).any()
 
 
 def test_it_gets_what_its_group_made_within_its_threat_and_clean_images_where_none_was_made():

@@ -6,6 +6,7 @@ import random
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from unittest.mock import patch
 
 import numpy as np
@@ -17,14 +18,18 @@ from spikingjelly.activation_based import neuron
 from torch import nn
 
 from sj_robust import SpikingClassifier, evaluate
-from sj_robust.attacks import ThreatModel
+from sj_robust.attacks import ThreatModel, random_flips, square
 from sj_robust.classifier import PoissonEncoder
-from sj_robust.evaluation import Member, make_suite, worst_case
+from sj_robust.evaluation import Fault, Member, make_suite, worst_case
 from sj_robust.evaluation.assess import assess
 from sj_robust.evaluation.request import Request
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.draws import DRAWS, settled_draws
+from sj_robust.evaluation.run.estimator_search import short_attack
+from sj_robust.evaluation.run.loop import Asked, run
 from sj_robust.evaluation.run.progress import Watch
+from sj_robust.evaluation.run.variant import Variant
+from sj_robust.evaluation.stressing import stress_network
 from sj_robust.evaluation.subject import Subject
 
 
@@ -127,11 +132,12 @@ def test_noise_and_state_on_later_images_are_found_and_told_apart(what, message)
     if what != "state":
         with pytest.raises(ValueError, match=r"draws random numbers, though .* agree.*draws=10"):
             settled_draws(OnSome(what), unmarked, 1)
-    assert settled_draws(OnSome(what), Data.of(marked), 4) == 4
     if what == "state":
-        with pytest.raises(ValueError, match=message):
-            settled_draws(OnSome(what), Data.of(marked), None)
+        for draws in (None, 4):
+            with pytest.raises(ValueError, match=message):
+                settled_draws(OnSome(what), Data.of(marked), draws)
     else:
+        assert settled_draws(OnSome(what), Data.of(marked), 4) == 4
         assert settled_draws(OnSome(what), Data.of(marked), None) == DRAWS
 
 
@@ -153,6 +159,113 @@ def test_neurons_that_are_never_reset_are_told_to_carry_state():
     with pytest.raises(ValueError, match="carries state from one forward into the next"):
         settled_draws(net, Data.of(batches(6, 12)), None)
     assert net[2].v == 0.0
+
+
+class Noisy(nn.Module):
+    """Logits of a network with noise, from torch's generator or one of its own."""
+
+    def __init__(self, std, generator=None):
+        super().__init__()
+        self.std = std
+        self.generator = generator
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3, bias=False))
+        rows = torch.linspace(-1, 1, 16) * torch.tensor([[3.0], [0.0], [-3.0]])
+        self.net[1].weight.data.copy_(rows)
+
+    def forward(self, x):
+        logits = self.net(x)
+        return logits + self.std * torch.randn(logits.shape, generator=self.generator)
+
+
+def of_the_network(net, size):
+    """Random images with the labels that the network gives without its noise."""
+    x = torch.rand(size, 1, 4, 4, generator=torch.Generator().manual_seed(5))
+    return x, net.net(x).argmax(1)
+
+
+def idle(model, x, y, *, generator):
+    return x
+
+
+def test_attacks_that_change_nothing_break_nothing():
+    """Each would else be one more lottery ticket: of these images many are close to even."""
+    net = Noisy(1.5)
+    x, y = of_the_network(net, 80)
+    members = [Member(f"idle{number}", idle, threat=THREAT) for number in range(12)]
+    found = worst_case(net, x, y, members, threat=THREAT, draws=DRAWS)
+    often = torch.stack([net(x).argmax(1) == y for _ in range(400)]).double().mean(0)
+    close = ((often > 0.3) & (often < 0.7)).sum()
+    assert close > 8
+    assert not any(row.fell for row in found.attacks)
+    assert abs(found.clean.correct - int((often > 0.5).sum())) <= close // 2
+
+
+def test_a_generator_of_the_network_repeats_and_stays_as_it_was():
+    generator = torch.Generator().manual_seed(1)
+    net = SpikingClassifier(Net(), 3, PoissonEncoder(generator))
+    x, y = images(30)
+    member = make_suite("fast", THREAT, classes=10, eot_samples=3).members[0]
+    close = replace(member, attack=lambda model, x, y, *, generator: (x + 1e-7).clamp(0, 1))
+    before = generator.get_state()
+    rows = []
+    for _ in range(2):
+        found = evaluation_of(net, x, y, [member, replace(close, name="close", group="own")])
+        rows.append([(row.member, row.seen, row.fell) for row in found.rows])
+        of_close = found.potential[1]["layers"].values()
+        assert max(map(max, of_close)) < 1e-6  # both runs have the same spikes at the input
+    assert rows[0] == rows[1]
+    assert torch.equal(generator.get_state(), before)
+
+
+def evaluation_of(net, x, y, members):
+    """Outcome of members on one batch."""
+    variant = Variant(members)
+    asked = Asked(THREAT, DRAWS)
+    return run(net, Data.of([(x, y)]), [variant], asked=asked, network="net", shared=False)
+
+
+@pytest.mark.parametrize("attack", ["square", "flips"])
+def test_attacks_without_gradient_do_not_stop_at_a_lucky_forward(attack):
+    broken = []
+    for std, samples in ((0.0, 1), (0.6, 1), (0.6, 3)):
+        net = Noisy(std)
+        x, y = of_the_network(net, 60)
+        threat = ThreatModel("Linf", 0.15)
+        own = partial(square, eps=0.15, queries=60, eot_samples=samples)
+        if attack == "flips":
+            x = (x > 0.5).float()
+            x, y = x.reshape(60, 2, 2, 2, 2), net.net(x).argmax(1)
+            threat = ThreatModel("L0", 3)
+            own = partial(random_flips, flips=3, tries=60, eot_samples=max(1, 4 * (samples - 1)))
+        found = worst_case(
+            net, x, y, [Member("own", own, threat=threat)], threat=threat, draws=DRAWS
+        )
+        broken.append(len(found.attacks[0].fell))
+    without_noise, lucky, averaged = broken
+    assert averaged > lucky + 3
+    assert averaged > 0.6 * without_noise
+
+
+def test_a_stress_test_averages_where_the_network_draws():
+    net = Noisy(0.8)
+    x, y = of_the_network(net, 40)
+    faults = [Fault("weight_bits", 8)]
+    said = []
+    request = Request("stress", THREAT, "noise", 3, faults=faults, watch=Watch(said.append))
+    subject = Subject("mine", net, "one layer")
+    with patch("sj_robust.evaluation.stressing.short_attack", wraps=short_attack) as made:
+        report = stress_network(subject, [(x, y)], request)
+    assert {call.kwargs["draws"] for call in made.call_args_list} == {3}
+    assert any("draws random numbers: 10 forwards" in text for text in said)
+    assert report.variants == ("none", "weight_bits:8")
+    with pytest.raises(ValueError, match="carries state"):
+        stress_network(Subject("mine", OnSome("state"), "one layer"), marked_batches(), request)
+
+
+def marked_batches():
+    marked = batches(6, 12)
+    marked[0][0][:, 0, 3, 3] = 1
+    return marked
 
 
 def test_averaging_finds_what_lasts():

@@ -34,10 +34,10 @@ _FEW = 4
 def settled_draws(model: nn.Module, data: Data, draws: int | None) -> int:
     """Number of forwards by which a network is judged. 确定随机网络的判定次数。
 
-    Unless there are several draws already, every image is asked twice, with other random numbers:
-    two forwards of every image, so a small share of what its attacks cost. Where no logits differ,
-    a forward of a few images is watched: noise that turns no spike there may do so on attacked
-    images. Several processes share the images.
+    Every image is asked twice, with other random numbers: two forwards of every image, so a small
+    share of what its attacks cost. Where no logits differ, a forward of a few images is watched:
+    noise that turns no spike there may do so on attacked images. Several processes share the
+    images.
 
     Args:
         model: The network; its states stay as they were.
@@ -55,8 +55,6 @@ def settled_draws(model: nn.Module, data: Data, draws: int | None) -> int:
         >>> settled_draws(nn.Dropout(), data, None)  # which is not in force in evaluation mode
         1
     """
-    if draws is not None and draws > 1:
-        return draws
     rank, processes = rank_and_world_size()
     found: dict[int, tuple[str, str]] = {}
     with preserved(model):
@@ -74,7 +72,9 @@ def settled_draws(model: nn.Module, data: Data, draws: int | None) -> int:
     for reason, message in differing:
         if reason == "state" or draws == 1:
             raise ValueError(message)
-    return DRAWS if differing else 1
+    if draws is None:
+        return DRAWS if differing else 1
+    return draws
 
 
 def gradient_draws(draws: int, threat: ThreatModel) -> int:

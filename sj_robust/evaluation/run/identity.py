@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.core.checks import check_logits
+from sj_robust.core.draws import seeded_network
 from sj_robust.core.environment import device_of
-from sj_robust.core.preserved import generators_of, preserved
-from sj_robust.core.randomness import seeded_globals
+from sj_robust.core.preserved import preserved
 from sj_robust.core.saved import write_whole
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.fingerprint import fingerprint, parts_of
@@ -215,19 +215,14 @@ def seeded_sources(model: object, seed: int, device: torch.device) -> Iterator[N
     """Random numbers from a seed: torch's, those of generators that modules keep, numpy's and
     Python's; all of them are as before afterwards.
     """
-    generators = [(generator, generator.get_state()) for generator in generators_of(model)]
     of_numpy = np.random.get_state()  # noqa: NPY002  the global one, which a network may draw from
     of_python = random.getstate()
     try:
-        for generator, _ in generators:
-            generator.manual_seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002  as above
         random.seed(seed)
-        with seeded_globals(seed, device):
+        with seeded_network(model, seed, device):
             yield
     finally:
-        for generator, state in generators:
-            generator.set_state(state)
         np.random.set_state(of_numpy)  # noqa: NPY002  as above
         random.setstate(of_python)
 

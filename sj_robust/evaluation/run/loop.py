@@ -19,10 +19,11 @@ from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import check_labels, check_samples
 from sj_robust.core.environment import device_of, version_of
 from sj_robust.core.preserved import evaluation_mode
-from sj_robust.core.randomness import SampleSeeds, seeded_globals
+from sj_robust.core.randomness import SampleSeeds
 from sj_robust.evaluation.result import Kind, Row
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.fingerprint import description, fingerprint
+from sj_robust.evaluation.run.identity import seeded_sources
 from sj_robust.evaluation.run.member import Member, clock, crafted
 from sj_robust.evaluation.run.progress import (
     BatchLog,
@@ -107,12 +108,34 @@ class Job:
         seen = list(range(len(self.y)))
         if known is None:
             judge = self.variant.judge
-            wrong = judge(self.model, self.x, self.y, draws=1, seeds=self.seeds)
+            wrong = judge(self.model, self.x, self.y, draws=self.asked.draws, seeds=self._judging)
             fell = wrong.nonzero()[:, 0].tolist()
         else:
             fell = [row for row in seen if self.start + row in known]
         seconds = time.perf_counter() - began
         return Step("clean", seen, fell, seconds=seconds)
+
+    @property
+    def _judging(self) -> SampleSeeds:
+        """Seeds of the forwards that judge, the same for clean images and for every attack:
+        otherwise each attack would be one more chance of unlucky numbers.
+        """
+        return self.seeds.derived("score")
+
+    def _hit(self, rows: Tensor, x_adv: Tensor) -> Tensor:
+        """Which images of the rows are wrong.
+
+        A network that draws gets the whole batch, the other images as they are, so that every image
+        meets the numbers that it met before.
+        """
+        draws = self.asked.draws
+        if draws == 1:
+            seeds = self._judging.rows(rows)
+            return self.variant.judge(self.model, x_adv, self.y[rows], draws=1, seeds=seeds)
+        whole = self.x.clone()
+        whole[rows] = x_adv.to(whole)
+        judged = self.variant.judge(self.model, whole, self.y, draws=draws, seeds=self._judging)
+        return judged[rows]
 
     def attacked(
         self, member: Member, rows: Tensor, starts: Tensor | None = None
@@ -125,13 +148,7 @@ class Job:
             seeds = self.seeds.rows(rows)
             began = clock(x.device)
             made = crafted(self.model, x, y, member, seeds=seeds, starts=starts)
-            hit = self.variant.judge(
-                self.model,
-                made.x_adv,
-                y,
-                draws=self.asked.draws,
-                seeds=seeds.derived("score", member.name),
-            )
+            hit = self._hit(rows, made.x_adv)
             seconds = clock(x.device) - began
         distance = made.distance
         outside = torch.zeros_like(hit)
@@ -479,7 +496,7 @@ def _layer_perturbation(model: nn.Module, x: Tensor, x_adv: Tensor) -> dict[str,
     """
 
     def with_equal_draws(images: Tensor) -> Tensor:
-        with seeded_globals(0, x.device):
+        with seeded_sources(model, 0, x.device):
             logits: Tensor = model(images)
         return logits
 

@@ -20,8 +20,9 @@ from sj_robust.core.checks import (
     check_switch,
     taken_for_checked,
 )
+from sj_robust.core.draws import seeded_network
 from sj_robust.core.preserved import evaluation_mode
-from sj_robust.core.randomness import SampleSeeds, check_seeds, seeded_globals
+from sj_robust.core.randomness import SampleSeeds, check_seeds
 
 __all__ = [
     "Crafted",
@@ -189,8 +190,8 @@ def fools(model: Model, x: Tensor, y: Tensor, *, draws: int = 1, seeds: SampleSe
     Equation: ``fooled_n = [sum_d [argmax model(x; draw d)_n != y_n] > draws / 2]``. Nothing of an
     estimator is active here. A stochastic network has other noise in every draw; one draw too lucky
     for the attacker does not count, and one too lucky for the network neither. With more draws it
-    tends to whether the network is wrong more often than right. A forward sees only the images that
-    are undecided.
+    tends to whether the network is wrong more often than right. Every forward sees all images, so
+    that what an image meets does not depend on how the others fare.
 
     Args:
         model: Images [N, ...] in [0, 1] to logits [N, classes]; a module is scored in evaluation
@@ -222,12 +223,10 @@ def fooled(model: Model, x: Tensor, y: Tensor, *, draws: int, seeds: SampleSeeds
     wrong = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     for draw in range(draws):
         undecided = (2 * wrong <= draws) & (2 * (wrong + draws - draw) > draws)
-        rows = undecided.nonzero().flatten()
-        if len(rows) == 0:
+        if not bool(undecided.any()):
             break
         seed = seeds.derived("draw", draw).single()
-        logits = scored(model, x[rows], y[rows], seed=seed)
-        wrong[rows] += logits.argmax(1) != y[rows]
+        wrong += scored(model, x, y, seed=seed).argmax(1) != y
     return 2 * wrong > draws
 
 
@@ -235,7 +234,7 @@ def scored(model: Model, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
     """Logits of the model as it is, in evaluation mode, without a gradient, its noise seeded by
     ``seed``.
     """
-    with evaluation_mode(model), torch.no_grad(), seeded_globals(seed, x.device):
+    with evaluation_mode(model), torch.no_grad(), seeded_network(model, seed, x.device):
         return check_logits(model(x), y)
 
 

@@ -354,9 +354,10 @@ class _Plan:
         return [self.member("sapgd", attack, estimator)]
 
     def square(self, queries: int) -> Member:
-        return self.member(
-            "square", partial(square, eps=self.threat.eps, norm=self.threat.ball, queries=queries)
-        )
+        attack = partial(square, eps=self.threat.eps, norm=self.threat.ball, queries=queries)
+        if self.eot_samples > 1:
+            attack = partial(attack, eot_samples=self.eot_samples)
+        return self.member("square", attack)
 
     def spikes(self, forwards: int) -> list[Member]:
         """The search over spikes, from what the members before it found; a network that draws
@@ -404,6 +405,8 @@ class _Plan:
 
     def random_flips(self, allow: Literal["both", "remove"]) -> Member:
         attack = partial(random_event_attack(self.threat, allow=allow), tries=200)
+        if self.eot_samples > 1:
+            attack = partial(attack, eot_samples=self.eot_samples)
         if self.threat.norm == "moves":
             return self.member("random_moves", attack, restart=int(allow == "both"))
         return self.member(f"random_{allow}", attack)
