@@ -312,7 +312,7 @@ from sj_robust.defences import SurrogateOverlap
 from sj_robust.defences.stog import GateRates
 from sj_robust.evaluation import Report
 from sj_robust.models import NetworkSpec, build_classifier, start_from
-from sj_robust.models.build import options_for_lif
+from sj_robust.models.build import NETWORKS, options_for_lif
 from sj_robust.proofs.differentiable import TrainedMethod
 from sj_robust.proofs.verification import NormName
 from sj_robust.training.engine import check_training
@@ -578,6 +578,9 @@ def augmentation(options: Options) -> Augmentation | bool:
 
 def undefended(options: Options) -> Options:
     """The same training of a LIF network without a defence."""
+    model_options = options.model_options
+    if options.model in NETWORKS:
+        model_options = options_for_lif(options.neuron, model_options)
     return replace(
         options,
         neuron="lif",
@@ -596,7 +599,7 @@ def undefended(options: Options) -> Options:
         encoder_options={},
         temporal_orthogonality=0.0,
         deflation=False,
-        model_options=options_for_lif(options.neuron, options.model_options),
+        model_options=model_options,
     )
 
 

@@ -177,7 +177,13 @@ def _members(
         "apgd-t": partial(ascent, loss="dlr_targeted", target_classes=_TARGETS),
         "fab": partial(boundary, restarts=restarts),
         "fab-t": partial(boundary, target_classes=_TARGETS),
-        "square": partial(square, eps=ball.eps, norm=ball.ball, queries=_QUERIES),
+        "square": partial(
+            square,
+            eps=ball.eps,
+            norm=ball.ball,
+            queries=_QUERIES,
+            eot_samples=settings.eot_samples,
+        ),
     }
     return {name: members[name] for name in names}
 

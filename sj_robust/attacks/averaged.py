@@ -1,4 +1,4 @@
-"""Mean logits of a stochastic network, for attacks that compare images by few numbers."""
+"""Mean logits of a stochastic network, for attacks without gradients."""
 
 import torch
 from torch import Tensor, nn

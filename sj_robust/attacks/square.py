@@ -38,8 +38,8 @@ _FIXED_NUMBERS = 5
 after them, for its sign.
 """
 _TILES = 5  # along the shorter side of the first L2 perturbation
-_SURE = 10  # times the forwards of a margin decide whether a stochastic network is fooled
-_LOOKED_AT_ANEW = 10  # queries; the lowest of many noisy margins would let nothing pass any more
+_CONFIRMATIONS = 10  # as many times the forwards of a margin decide whether an image is fooled
+_RENEWED_EVERY = 10  # queries the margin to beat is measured anew: the lowest of many is too low
 _NOTHING = 1e-12  # keeps a length of 0 from being divided by
 
 
@@ -97,7 +97,7 @@ def square(
     if x.numel() == 0 or ball.eps == 0:
         return x
     with isolated(model, x, generator) as private:
-        sure = averaged(model, _SURE * eot_samples) if eot_samples > 1 else model
+        sure = averaged(model, _CONFIRMATIONS * eot_samples) if eot_samples > 1 else model
         standing = clean_logits(sure, x, y).argmax(1) == y
         x_adv = x.clone()
         if bool(standing.any()):
@@ -178,7 +178,7 @@ def square_rows(
     result = best.clone()
     numbers = x
     for query in range(queries):
-        if sure is not None and query % _LOOKED_AT_ANEW == 0:
+        if sure is not None and query % _RENEWED_EVERY == 0:
             left = margin(network(best), y)
         if sure is not None and bool((left <= 0).any()):
             seeming = left <= 0

@@ -12,8 +12,8 @@ from spikingjelly.activation_based import base, functional, layer, neuron, quant
 from torch import nn
 from torch.utils import _python_dispatch
 
-from sj_robust.core.preserved import generators_of, preserved
-from sj_robust.core.randomness import seeded_globals
+from sj_robust.core.preserved import preserved
+from sj_robust.core.random_numbers import seeded_network
 
 # 2.x describes every stateful module by explicit states; 0.0.0.0.14 does not know the word.
 _HAS_EXPLICIT_STATES = hasattr(base.MemoryModule, "functional_forward")
@@ -76,11 +76,9 @@ def from_reset(model: object, seed: int, device: torch.device) -> Iterator[None]
     The generators are torch's global ones and those that modules of the network keep as attributes.
     A model that is not an ``nn.Module`` has nothing to restore but the global generators.
     """
-    with preserved(model), seeded_globals(seed, device):
+    with preserved(model), seeded_network(model, seed, device):
         if isinstance(model, nn.Module):
             functional.reset_net(model)
-        for generator in generators_of(model):
-            generator.manual_seed(seed)
         yield
 
 

@@ -3,13 +3,13 @@
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = ["deflate_"]
 
 
 @torch.no_grad()
-def deflate_(parameters: Iterable[nn.Parameter]) -> None:
+def deflate_(parameters: Iterable[Tensor]) -> None:
     """Remove the largest singular component from the gradient of every weight, in place.
     去除梯度的主奇异分量。
 
@@ -23,8 +23,10 @@ def deflate_(parameters: Iterable[nn.Parameter]) -> None:
     DLIF's input gains, which are no matrices, stay as they are. A gradient of rank one, such as
     that of a layer with one output, vanishes.
 
-    Call it between the backward pass and the step of the optimizer. Learning rate, momentum and
-    weight decay are not part of the method.
+    Call it with the weights of convolutions and linear layers, between the backward pass and the
+    step of the optimizer. Other parameters of two dimensions or more, such as the leaks of a
+    neuron, would be deflated too. Learning rate, momentum and weight decay are not part of the
+    method.
 
     What the paper leaves open: it is stated for direct encoding, and its code trains with the mean
     cross entropy of the single time steps, where this package uses that of the mean logits. Its

@@ -1,5 +1,6 @@
 """Base of spiking neurons written as one time step, for both releases of SpikingJelly."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,19 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from sj_robust.core.host import neuron, surrogate
 from sj_robust.ops.dlif.config import state_dtype
 
-__all__ = ["PerNeuron", "SteppedNode", "check_decay"]
+__all__ = ["Bounded", "PerNeuron", "SteppedNode", "check_decay"]
+
+
+class Bounded(ABC):
+    """A module with parameters that have a range. 参数有取值范围的模块。
+
+    Outside of it a parameter would have no gradient to return with, so a training calls
+    :meth:`project_` after every step of the optimizer.
+    """
+
+    @abstractmethod
+    def project_(self) -> None:
+        """Put the parameters back into their range, in place."""
 
 
 class SteppedNode(neuron.BaseNode):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingClassifier
-from sj_robust.core.draws import Draws
+from sj_robust.core.random_numbers import RandomNumbers
 from sj_robust.neuron.charging import Neuron, find_neurons
 from sj_robust.neuron.watching import SpikingCall, Wants, watch
 from sj_robust.ops.recurrence import charge, reset
@@ -32,8 +32,8 @@ class ForwardPasses:
         logits: Logits [N, classes] of the clean images with their graph; None if the objective ran
             no clean pass.
         logits_perturbed: The same for the perturbed images.
-        draws: The random numbers of the first pass, for a pass that is compared with it; None if
-            they were not kept.
+        random_numbers: Those of the first pass, for a pass that is compared with it; None if they
+            were not kept.
     """
 
     classifier: SpikingClassifier
@@ -42,7 +42,7 @@ class ForwardPasses:
     x_perturbed: Tensor | None
     logits: Tensor | None
     logits_perturbed: Tensor | None
-    draws: Draws | None = None
+    random_numbers: RandomNumbers | None = None
 
     @property
     def first(self) -> tuple[Tensor, Tensor]:
@@ -58,6 +58,9 @@ class ForwardPasses:
 
 class Penalty(ABC):
     """A term of the objective beyond cross entropy and MS-MPPD. 训练目标的附加惩罚项。
+
+    A training evaluates it once before it begins, in evaluation mode on one image, so that one that
+    does not fit the network is refused at once.
 
     Equation, with ``rise = 1``, or ``(1 - cos(pi * progress)) / 2`` for a rising weight::
 

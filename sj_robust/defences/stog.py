@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
 from sj_robust.core.host import base
-from sj_robust.defences.node import PerNeuron
+from sj_robust.defences.node import Bounded, PerNeuron
 from sj_robust.defences.penalty import ForwardPasses, Penalty
 
 __all__ = ["GateRates", "StochasticGate"]
@@ -14,7 +14,7 @@ _LEAST = 0.1
 _MOST = 0.999
 
 
-class StochasticGate(PerNeuron, base.StepModule):
+class StochasticGate(PerNeuron, base.StepModule, Bounded):
     """A gate after each neuron that passes its spikes on with a learned probability (StoG).
     随机门控：以可学习概率传递脉冲。
 

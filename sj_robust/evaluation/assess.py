@@ -352,9 +352,9 @@ def _left_out(reasons: Mapping[str, str]) -> list[str]:
 
 
 def _of_few_classes(labels: Sequence[int], first: Sequence[int]) -> list[str]:
-    """Says so where the first images stand for fewer than half of the classes."""
+    """Says so where the first images hold fewer than half of the classes that they could."""
     number, every = len(set(first)), len(set(labels))
-    if 2 * number >= every:
+    if 2 * number >= min(every, len(first)):
         return []
     return [
         f"The first {len(first)} images, of which firing, estimators, accuracy over eps and the "

@@ -105,7 +105,7 @@ def evaluate(
         mean: Mean per channel that a bare network expects to be subtracted, as numbers, a tensor or
             an array.
         std: Standard deviation per channel that it expects to be divided by, likewise.
-        draws: Number of fresh forwards of a stochastic network. An image counts as broken if the
+        draws: Number of forwards of a stochastic network. An image counts as broken if the
             network is wrong in more than half of them, and attacks average the gradient over a
             third as many. None uses 10 for a network that draws random numbers and 1 for any other.
         seed: Random seed.

@@ -29,10 +29,10 @@ class Request:
         dataset: Name of the data set.
         classes: Number of classes.
         seed: Random seed.
-        draws: Fresh forwards, in more than half of which a stochastic network must be wrong, and
-            over a third of which its gradients are averaged; None finds out whether it needs
-            several, for which every image is asked twice. Of a stress test, draws of a fault that
-            is random.
+        draws: Forwards, in more than half of which a stochastic network must be wrong, and over a
+            third of which its gradients are averaged; None finds out whether it needs several.
+            Every image is asked twice for that, and to find out whether the network carries state.
+            Of a stress test, draws of a fault that is random.
         source: Another network for the same images; transfer attacks from it join the suite.
         proofs: Whether images are verified, where threat and network have bounds.
         control: Whether the control of the suite runs too.

@@ -185,7 +185,7 @@ class Evaluation:
         classes: Number of classes; 0 if it is not known.
         description: What was run, in a few words.
         seed: Seed of the run.
-        draws: Number of fresh forwards; a stochastic network must be wrong in more than half of
+        draws: Number of forwards; a stochastic network must be wrong in more than half of
             them.
         network: Architecture, ``T``, number of parameters, ``fingerprint``, and per spiking layer
             the ``neuron`` and the ``surrogate`` it was trained with.

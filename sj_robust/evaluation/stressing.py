@@ -39,7 +39,8 @@ def stress_network(subject: Subject, batches: Batches | Data, request: Request) 
             images: APGD-CE of so many steps (``flip_events`` or ``move_events`` for events).
 
     Raises:
-        ValueError: If the folder holds the progress of another run.
+        ValueError: If the network carries state from one forward into the next, or the folder holds
+            the progress of another run.
 
     Source: as of :func:`sj_robust.evaluation.stress`.
 
@@ -65,10 +66,10 @@ def stress_network(subject: Subject, batches: Batches | Data, request: Request) 
         faults = default_corruptions(data[0][0])
     kinds = {fault.kind for fault in faults}
     request.watch.say(f"{request.suite}: {len(faults)} levels of {len(kinds)} kinds")
-    network = network_key(subject.model, data, request.folder)
     draws = settled_draws(subject.model, data, None)
     if draws > 1:
         request.watch.say(f"the network draws random numbers: {draws} forwards judge an image")
+    network = network_key(subject.model, data, request.folder)
     with preserved(subject.model):
         outcome = run(
             subject.model,
@@ -79,10 +80,11 @@ def stress_network(subject: Subject, batches: Batches | Data, request: Request) 
             folder=request.folder,
             watch=request.watch,
         )
+    judged = f", judged over {draws} draws" if draws > 1 else ""
     return Report(
         **described(subject, data, request, network),
         rows=outcome.rows,
-        description=f"{short_attack_name(request.threat)} {request.steps}",
+        description=f"{short_attack_name(request.threat)} {request.steps}{judged}",
         draws=request.draws or 1,
         warnings=outcome.warnings,
     )
@@ -108,7 +110,7 @@ def _variants(
             seed = first + draw
             place = name if draws == 1 else f"{name}/draw{draw}"
             network = partial(faulty, fault=fault, seed=seed, counts=request.threat.counts)
-            found.append(Variant(members, place, seed, network=network))
+            found.append(Variant(members, place, seed, network=network, may_draw=fault.noisy))
     return found
 
 

@@ -11,10 +11,14 @@ from sj_robust.neuron.watching import SpikingCall, Wants, keep_out_of_graphs
 from sj_robust.perturbation._statistics import Kept
 from sj_robust.perturbation.pair import LayerPair
 
-__all__ = ["Layers", "Recording", "RunKind"]
+__all__ = ["Layers", "NotFollowedError", "Recording", "RunKind"]
 
 Layers = Literal["last", "all"] | Sequence[str]
 RunKind = Literal["clean", "perturbed", "paired"]
+
+
+class NotFollowedError(RuntimeError):
+    """No layer that is to be followed can be, or ran."""
 
 
 class Recording:
@@ -152,7 +156,7 @@ class Recording:
             if self._layers == "last":
                 self._check_last()
             if not self.pairs:
-                raise RuntimeError(
+                raise NotFollowedError(
                     f"no followed layer ran inside {kind}(): the network was not called there, "
                     "or was called in a way that skips hooks (a functional forward, or a "
                     "compilation before the monitor was attached)"
@@ -206,7 +210,7 @@ class Recording:
     def _check_last(self) -> None:
         if self._last is not None and self._last in self._unsupported:
             reason = self._unsupported[self._last]
-            raise RuntimeError(
+            raise NotFollowedError(
                 f"the last spiking layer {self._last!r} cannot be followed ({reason}): name the "
                 "layers"
             )

@@ -18,8 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sj_robust.attacks import Attack
 from sj_robust.core.host import from_reset
-from sj_robust.core.randomness import SampleSeeds, seeded_globals
-from sj_robust.core.weighted import weighted_layers
+from sj_robust.core.random_numbers import seeded_network
+from sj_robust.core.randomness import SampleSeeds
+from sj_robust.core.weights import weights
 from sj_robust.data import ImageSplits, ShuffledBatches, image_loader
 from sj_robust.defences import deflate_
 from sj_robust.models.checkpoint import check_same_run, save_checkpoint
@@ -239,7 +240,7 @@ class TrainingRun:
         size = len(x) // self.plan.accumulate
         values = []
         seed = mixed(self.plan.seed, self.epoch, self.batch, self.accelerator.process_index)
-        with seeded_globals(seed, x.device):
+        with seeded_network(self.classifier, seed, x.device):
             for start in range(0, len(x), size):
                 rows = slice(start, start + size)
                 more_to_come = rows.stop < len(x)
@@ -251,8 +252,7 @@ class TrainingRun:
                     values.append(self._part(x[rows], y[rows], own, perturb))
         losses, signal_number = self._agreed(received, torch.stack(values).mean(0))
         if self.plan.deflation:
-            layers = weighted_layers(self.classifier)
-            deflate_(weight for layer in layers for weight in layer.parameters())
+            deflate_(weights(self.classifier))
         if self.plan.gradient_clip is not None:
             parameters = self.objective.parameters()
             self.accelerator.clip_grad_norm_(parameters, self.plan.gradient_clip)
@@ -279,7 +279,8 @@ class TrainingRun:
         self.batches.first_batch = 0
         chosen = itertools.islice(self.training_loader, self.plan.precise_statistics)
         images = (self._moved(batch[0]) for batch in chosen)
-        with seeded_globals(mixed(self.plan.seed, self.epoch), self.accelerator.device):
+        seed = mixed(self.plan.seed, self.epoch)
+        with seeded_network(self.classifier, seed, self.accelerator.device):
             measure_statistics(self.classifier, images)
         share_buffers(self.classifier)
 

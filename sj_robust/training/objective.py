@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingClassifier
-from sj_robust.core.draws import Draws
 from sj_robust.core.host import from_reset
-from sj_robust.core.randomness import seeded_globals
+from sj_robust.core.random_numbers import RandomNumbers, seeded_network
 from sj_robust.defences.penalty import ForwardPasses, Penalty
 from sj_robust.perturbation import MPPDMonitor
+from sj_robust.perturbation._recording import NotFollowedError
 from sj_robust.perturbation.pair import Indicator
 from sj_robust.training.certified import CertifiedLoss, CertifiedOptions
 
@@ -70,8 +70,9 @@ class Objective(nn.Module):
     ``"tasad"``, both through the surrogate. The clean pass is a constant in all three.
 
     Both passes run in the module's own mode, the clean one first, so in training mode batch norm
-    sees one after the other. A pass that no term needs is skipped: the clean one for kappa 0 and
-    rho 0, the perturbed one for kappa 1 and rho 0.
+    sees one after the other. Passes that a term compares draw the same random numbers. A pass that
+    no term needs is skipped: the clean one for kappa 0 and rho 0, the perturbed one for kappa 1 and
+    rho 0.
 
     Shapes: images [N, C, H, W] or frames [N, T, C, H, W], labels [N]; the parts are scalars. Both
     passes happen inside one ``forward``, so that DDP reduces every gradient once.
@@ -194,9 +195,9 @@ class Objective(nn.Module):
             self.certified.check(x)
         if self.monitor is not None:
             try:
-                with seeded_globals(0, x.device):
+                with seeded_network(self.classifier, 0, x.device):
                     self.monitor.compare(x, x, forward=self.classifier)
-            except RuntimeError as error:
+            except NotFollowedError as error:
                 raise ValueError(
                     f"MS-MPPD cannot be measured in this network ({error}); train without it, by "
                     "rho 0 (--rho 0)"
@@ -281,7 +282,7 @@ class Objective(nn.Module):
             elif x_perturbed is not None:
                 x_perturbed = x_perturbed.detach().requires_grad_()
         logits = logits_perturbed = None
-        draws = Draws(self.classifier, x.device)
+        numbers = RandomNumbers(self.classifier, x.device)
         with ExitStack() as stack:
             for penalty in self.penalties:
                 stack.enter_context(penalty.observe(self.classifier))
@@ -291,9 +292,8 @@ class Objective(nn.Module):
                 with nullcontext() if monitor is None else monitor.clean(), watching:
                     logits = self.classifier(x)
             if runs_perturbed:
-                compared = nullcontext() if monitor is None else monitor.perturbed()
-                same = nullcontext() if monitor is None else draws.again()
-                with compared, same:
+                watching = nullcontext() if monitor is None else monitor.perturbed()
+                with watching, numbers.again() if needs_both else nullcontext():
                     logits_perturbed = self.classifier(x_perturbed)
         return ForwardPasses(
             classifier=self.classifier,
@@ -302,7 +302,7 @@ class Objective(nn.Module):
             x_perturbed=x_perturbed,
             logits=logits,
             logits_perturbed=logits_perturbed,
-            draws=draws,
+            random_numbers=numbers,
         )
 
 

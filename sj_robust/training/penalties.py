@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sj_robust.attacks.logits import without
-from sj_robust.core.weighted import weighted_layers
+from sj_robust.core.weights import weights
 from sj_robust.defences.penalty import ForwardPasses, Penalty, check_weight
 from sj_robust.perturbation.gains import gain_penalty
 
@@ -66,7 +66,8 @@ class GradientSparsity(Penalty):
         f = _pair_probability(logits, passes.y, wrong)
         (grad,) = torch.autograd.grad(f.sum(), images, retain_graph=True)
         moved = images.detach() + self.h * grad.sign()
-        with nullcontext() if passes.draws is None else passes.draws.again():
+        numbers = passes.random_numbers
+        with nullcontext() if numbers is None else numbers.again():
             f_moved = _pair_probability(passes.classifier(moved), passes.y, wrong)
         slope = (f_moved - f) / self.h
         if self.squared:
@@ -84,7 +85,7 @@ class WeightMagnitude(Penalty):
         weight: Weight in the objective; published certified training uses 1e-6 to 1e-5.
 
     Raises:
-        ValueError: If the weight is out of range.
+        ValueError: If the weight is out of range; when evaluated, if the network has no such layer.
 
     Source: the L1 term of Mao et al., "CTBench: A Library and Benchmark for Certified Training"
         (arXiv 2406.04848).
@@ -98,8 +99,10 @@ class WeightMagnitude(Penalty):
 
     def value(self, passes: ForwardPasses) -> Tensor:
         """Sum over layers; see the class."""
-        weights = [layer.weight for layer in weighted_layers(passes.classifier)]
-        return torch.stack([w.abs().sum() for w in weights]).sum()
+        found = weights(passes.classifier)
+        if not found:
+            raise ValueError("l1 needs a network with convolutions or linear layers; omit it")
+        return torch.stack([weight.abs().sum() for weight in found]).sum()
 
 
 class StabilityGain(Penalty):

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from sj_robust.defences.node import Bounded
+
 __all__ = ["project_parameters_", "project_to_simplex_", "retract_"]
 
 _SAMPLED_ROWS = 200
@@ -76,7 +78,7 @@ def retract_(net: nn.Module, beta: float, generator: torch.Generator | None = No
 
 
 def project_parameters_(net: nn.Module) -> None:
-    """Call ``project_()`` of every module that has it, which puts its parameters back into their
+    """Put the parameters of every :class:`sj_robust.defences.node.Bounded` module back into their
     range: the projection of projected gradient descent. 投影回参数的允许范围。
 
     A clamp in the forward pass alone would not do: a parameter that a step carried out of the range
@@ -96,9 +98,8 @@ def project_parameters_(net: nn.Module) -> None:
         tensor([0.9990, 0.9990], requires_grad=True)
     """
     for module in net.modules():
-        project = getattr(module, "project_", None)
-        if project is not None:
-            project()
+        if isinstance(module, Bounded):
+            module.project_()
 
 
 @torch.no_grad()

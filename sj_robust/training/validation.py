@@ -320,7 +320,7 @@ def final_report(
             classifier,
             data,
             [variant],
-            asked=Asked(threat),
+            asked=Asked(threat, may_draw=True),
             network=name,
             watch=watch,
             shared=False,  # the first process reports alone

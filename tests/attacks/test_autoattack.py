@@ -12,7 +12,7 @@ from covering import every_pair
 from torch import nn
 
 from sj_robust import SpikingClassifier
-from sj_robust.attacks import AutoAttackWarning, SampleSeeds, autoattack
+from sj_robust.attacks import AutoAttackWarning, SampleSeeds, ThreatModel, autoattack
 from sj_robust.classifier import PoissonEncoder
 
 MODULE = importlib.import_module("sj_robust.attacks.autoattack")
@@ -65,9 +65,16 @@ class TestComposition:
         autoattack(model, *images, eps=1e-6, version=version, attacks=[name])
         attacked = model.sizes[model.sizes.index(38) :]
         checks = 6  # of what it answers and of its gradient
-        # by the attack before it begins (of "rand" not, which goes on at a success), and at the end
+        # The attack looks at the images before it begins and at the end; that of "rand", which
+        # does not stop at a success, neither, but then 20 forwards judge its result.
         judged = 20 if version == "rand" else 2
         assert attacked == [38] * (checks + 11 * runs + judged)
+
+    def test_square_averages_in_the_version_for_stochastic_networks(self):
+        ball = ThreatModel("Linf", 0.1)
+        for version, samples in (("standard", 1), ("rand", 20)):
+            made = MODULE._members(("square",), ball, MODULE._VERSIONS[version])
+            assert made["square"].keywords["eot_samples"] == samples
 
     def test_what_has_fallen_is_left_alone_and_what_was_wrong_comes_back(self, images):
         x, y = images

@@ -59,3 +59,6 @@ def test_figures_of_the_first_images_are_doubted_where_these_are_of_one_class():
     (warning,) = report.warnings
     assert warning.startswith("The first 256 images")
     assert warning.endswith("hold 1 of 3 classes: shuffle the images.")
+    thousand = torch.randint(1000, (10_000,), generator=torch.Generator().manual_seed(0)).tolist()
+    assert assessment._of_few_classes(thousand, thousand[:256]) == []
+    assert assessment._of_few_classes(sorted(thousand), sorted(thousand)[:256])

@@ -18,7 +18,7 @@ from spikingjelly.activation_based import neuron
 from torch import nn
 
 from sj_robust import SpikingClassifier, evaluate
-from sj_robust.attacks import ThreatModel, random_flips, square
+from sj_robust.attacks import SampleSeeds, ThreatModel, random_flips, square
 from sj_robust.classifier import PoissonEncoder
 from sj_robust.evaluation import Fault, Member, make_suite, worst_case
 from sj_robust.evaluation.assess import assess
@@ -26,7 +26,8 @@ from sj_robust.evaluation.request import Request
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.draws import DRAWS, settled_draws
 from sj_robust.evaluation.run.estimator_search import short_attack
-from sj_robust.evaluation.run.loop import Asked, run
+from sj_robust.evaluation.run.loop import Asked, alone, run
+from sj_robust.evaluation.run.member import scored
 from sj_robust.evaluation.run.progress import Watch
 from sj_robust.evaluation.run.variant import Variant
 from sj_robust.evaluation.stressing import stress_network
@@ -198,6 +199,55 @@ def test_attacks_that_change_nothing_break_nothing():
     assert close > 8
     assert not any(row.fell for row in found.attacks)
     assert abs(found.clean.correct - int((often > 0.5).sum())) <= close // 2
+
+
+def test_so_do_they_in_the_validation_of_a_training_and_under_noisy_faults():
+    net = Noisy(1.5)
+    x, y = of_the_network(net, 80)
+    seeds = SampleSeeds(range(80))
+    right = alone(net, x, y, {"idle": idle, "other": idle}, seeds=seeds)
+    assert right["clean"] == right["idle"] == right["other"] < 80
+    quiet = Noisy(0.0)
+    quiet.net[0] = nn.Flatten(2)
+    net = SpikingClassifier(nn.Sequential(quiet.net, neuron.IFNode(step_mode="m")), 4)
+    label = net(x).argmax(1)
+    fault = Fault("lost_spikes", 0.3)
+    request = Request("stress", THREAT, "noise", 3, faults=[fault])
+    member = Member("idle", idle, threat=THREAT)
+    with patch("sj_robust.evaluation.stressing._attack", lambda *_, **__: member):
+        report = stress_network(Subject("mine", net, "one layer"), [(x, label)], request)
+    rows = [row for row in report.rows if row.variant == "lost_spikes:0.3"]
+    clean, attacked = rows
+    assert clean.fell
+    assert not attacked.fell
+
+
+def test_generators_of_one_network_stay_apart():
+    class Difference(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.Generator(), torch.Generator()
+
+        def forward(self, x):
+            drawn = [torch.randn(x.shape, generator=one) for one in (self.first, self.second)]
+            return x + drawn[0] - drawn[1]
+
+    logits = scored(Difference(), torch.zeros(500, 3), torch.zeros(500).long(), seed=4)
+    assert 1.2 < logits.std() < 1.6
+
+
+def test_an_attack_that_has_nothing_left_asks_nothing():
+    net = Noisy(0.1)
+    x, y = of_the_network(net, 10)
+    asked = []
+    net.register_forward_hook(lambda *_: asked.append(1))
+
+    def all_wrong(model, x, y, *, generator):
+        return 1 - x
+
+    members = [Member(f"wrong{number}", all_wrong) for number in range(4)]
+    worst_case(net, x, y, members, threat=None, draws=3)
+    assert len(asked) <= 6
 
 
 def test_a_generator_of_the_network_repeats_and_stays_as_it_was():

@@ -235,12 +235,20 @@ def test_magnitude_is_that_of_convolutions_and_linear_layers_alone():
     node, gate = HomeostaticNode(T, step_mode="m"), StochasticGate()
     net = nn.Sequential(layer.Conv2d(1, 2, 3), node, layer.Flatten(), layer.Linear(8, 4), gate)
     functional.set_step_mode(net, "m")
-    model = SpikingClassifier(net, T, OrthogonalEncoder((1, 4, 4), T))
+    encoder = OrthogonalEncoder((1, 4, 4), T)
+    encoder.skew.data.fill_(0.1)
+    model = SpikingClassifier(net, T, encoder)
     x = torch.rand(2, 1, 4, 4)
     passes = clean_pass(model, x, torch.tensor([0, 1]), model(x))
     expected = net[0].weight.abs().sum() + net[3].weight.abs().sum()
     assert node.rate.ndim > 1
     assert_close(WeightMagnitude(1.0).value(passes), expected)
+    shared = nn.Sequential(net[3], net[3])
+    passes = clean_pass(shared, x, torch.tensor([0, 1]), torch.rand(2, 4))
+    assert_close(WeightMagnitude(1.0).value(passes), net[3].weight.abs().sum())
+    none = clean_pass(nn.Flatten(), x, torch.tensor([0, 1]), torch.rand(2, 4))
+    with pytest.raises(ValueError, match="l1 needs a network with convolutions or linear layers"):
+        WeightMagnitude(1.0).value(none)
 
 
 def test_random_layers_draw_the_same_in_the_passes_that_are_compared():

@@ -13,7 +13,8 @@ from sj_robust.attacks.logits import margin
 from sj_robust.attacks.projection import l2_norm, linf_bounds, per_sample, project_l2
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import check_logits, taken_for_checked
-from sj_robust.core.randomness import SampleSeeds, seeded_globals
+from sj_robust.core.random_numbers import seeded_network
+from sj_robust.core.randomness import SampleSeeds
 from sj_robust.estimators import estimator
 
 __all__ = ["Gradients", "Probe"]
@@ -100,7 +101,7 @@ class Probe:
     @torch.no_grad()
     def logits(self, x: Tensor, *, draw: int = 0) -> Tensor:
         """Logits in float64, with the random numbers of a draw."""
-        with seeded_globals(self._seed("forward", draw), x.device):
+        with seeded_network(self.model, self._seed("forward", draw), x.device):
             return check_logits(self.model(x), self.y).double()
 
     def fooled(self, x_adv: Tensor) -> Tensor:
@@ -135,7 +136,8 @@ class Probe:
     def gradients(self) -> Gradients:
         """Gradients at the images, from one forward and backward pass."""
         x = self.x.detach().clone().requires_grad_()
-        with torch.enable_grad(), seeded_globals(self._seed("gradient"), x.device):
+        seed = self._seed("gradient")
+        with torch.enable_grad(), seeded_network(self.model, seed, x.device):
             logits = check_logits(self.model(x), self.y)
             own = margin(logits, self.y)
             grad: Tensor | None = None

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.classifier import as_classifier
 from sj_robust.core.environment import device_of
-from sj_robust.core.randomness import SampleSeeds, seeded_globals
+from sj_robust.core.random_numbers import seeded_network
+from sj_robust.core.randomness import SampleSeeds
 from sj_robust.core.saved import markdown_table
 from sj_robust.core.shown import ORANGE, Shown, new_figure, png, print_style, write_figure
 from sj_robust.evaluation.result import Evaluation
@@ -305,7 +306,7 @@ def gallery_within(
 
 def _traces(model: nn.Module, x: Tensor, x_adv: Tensor) -> Traces:
     """Both runs, as far as neurons can be followed."""
-    with seeded_globals(0, x.device), warnings.catch_warnings():
+    with seeded_network(model, 0, x.device), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of neurons that cannot be followed
         try:
             return spike_traces(model, x, x_adv)

@@ -75,7 +75,7 @@ def alarms(report: Evaluation) -> tuple[str, ...]:
     clean = report.clean
     known = [label for label in report.labels if label >= 0]
     most = max(Counter(known).values(), default=0)
-    # images of one class alone leave nothing to tell a guess by
+    # where all images are of one class, a network that is right looks like one that guesses
     commonest = most / len(report.labels) if len(set(known)) > 1 else 0.0
     chance = max(1 / max(report.classes, 1), commonest)
     guesses = report.classes > 0 and clean.interval[0] <= chance

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from sj_robust.attacks.logits import differ
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.environment import device_of
 from sj_robust.core.preserved import preserved, states_of_sources
@@ -19,13 +20,14 @@ DRAWS = 10
 _REMEDIES = {
     "state": "the network carries state from one forward into the next: on {images} its logits "
     "differ though all random numbers were the same. Reset it before every forward, as "
-    "SpikingClassifier(net, T=...) does",
+    "SpikingClassifier(net, T=...) does; and if it draws from a generator of its own, keep this as "
+    "an attribute of a module, where it can be seeded",
     "numbers": "the network draws random numbers: on {images} its logits differ. A single lucky "
-    "draw does not count, so omit draws, or set the number of fresh draws that judge an image, "
-    "such as draws=10 (--draws 10)",
+    "draw does not count, so omit draws, or set the number of draws that judge an image, such as "
+    "draws=10 (--draws 10)",
     "hidden numbers": "the network draws random numbers, though on {images} its logits agree. On "
-    "attacked images they may differ, so omit draws, or set the number of fresh draws that judge "
-    "an image, such as draws=10 (--draws 10)",
+    "attacked images they may differ, so omit draws, or set the number of draws that judge an "
+    "image, such as draws=10 (--draws 10)",
 }
 _FEW = 4
 """Images of the forward in which random numbers are looked for that logits do not show."""
@@ -101,10 +103,10 @@ def _reason(model: nn.Module, x: Tensor, y: Tensor) -> str:
     """Why logits differ; empty if they do not."""
     first = _logits(model, x, y, seed=0)
     other = _logits(model, x, y, seed=1)
-    if torch.equal(first, other):
+    if not differ(first, other):
         return ""
     again = _logits(model, x, y, seed=1)
-    return "numbers" if torch.equal(other, again) else "state"
+    return "state" if differ(other, again) else "numbers"
 
 
 def _draws(model: nn.Module, x: Tensor) -> bool:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.core.checks import check_logits
-from sj_robust.core.draws import seeded_network
 from sj_robust.core.environment import device_of
 from sj_robust.core.preserved import preserved
+from sj_robust.core.random_numbers import seeded_network
 from sj_robust.core.saved import write_whole
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.fingerprint import fingerprint, parts_of

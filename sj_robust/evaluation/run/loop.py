@@ -42,13 +42,21 @@ from sj_robust.perturbation import MPPDMonitor
 __all__ = ["Asked", "Job", "Outcome", "alone", "releases", "rows_of", "run", "run_batch"]
 
 
+_RULES = "2"
+"""Number of the rules by which images are judged. A folder that was begun by other rules does not
+go on; 1 drew other random numbers for every attack.
+"""
+
+
 @dataclass(frozen=True)
 class Asked:
     """The criterion for a broken image. 判定标准。
 
     Attributes:
         threat: Norm and size of what counts; None counts everything.
-        draws: Fresh forwards in more than half of which a stochastic network must be wrong.
+        draws: Forwards in more than half of which a stochastic network must be wrong, with the same
+            random numbers for clean images and for every attack.
+        may_draw: Whether the network may draw random numbers though one forward judges it.
         verified: Numbers of images that are proved to withstand the threat; members that keep the
             threat omit them, except for the first, so that a false proof is noticed.
     """
@@ -56,6 +64,7 @@ class Asked:
     threat: ThreatModel | None = None
     draws: int = 1
     verified: frozenset[int] = frozenset()
+    may_draw: bool = False
 
     def keeps(self, member: Member) -> bool:
         """Whether a member keeps the threat."""
@@ -129,7 +138,9 @@ class Job:
         meets the numbers that it met before.
         """
         draws = self.asked.draws
-        if draws == 1:
+        if len(rows) == 0:
+            return torch.zeros_like(rows, dtype=torch.bool)
+        if draws == 1 and not (self.asked.may_draw or self.variant.may_draw):
             seeds = self._judging.rows(rows)
             return self.variant.judge(self.model, x_adv, self.y[rows], draws=1, seeds=seeds)
         whole = self.x.clone()
@@ -333,7 +344,7 @@ def alone(
     check_samples(x)
     check_labels(y, x)
     members = [Member(name, attack, group="") for name, attack in attacks.items()]
-    job = Job(Variant(members), model, x, y, 0, seeds, Asked())
+    job = Job(Variant(members), model, x, y, 0, seeds, Asked(may_draw=True))
     with evaluation_mode(model):
         steps = list(run_batch(job, BatchLog()))
     return {step.member: len(step.seen) - len(step.fell) for step in steps}
@@ -379,6 +390,7 @@ def releases() -> str:
         "torch": torch.__version__,
         "python": python,
     }
+    found["rules"] = _RULES
     return ", ".join(f"{name} {release}" for name, release in found.items())
 
 

@@ -44,6 +44,7 @@ class Variant:
         network: What becomes of the network, as for faults.
         images: What becomes of images, given the number of the first one, as for corruptions.
         judge: Says which images are wrong, as a vote does.
+        may_draw: Whether the network draws random numbers, as one with noisy faults does.
         wrong: Numbers of the images that are known to be wrong without an attack; None asks the
             judge.
     """
@@ -54,6 +55,7 @@ class Variant:
     network: Callable[[nn.Module], nn.Module] = as_it_is
     images: Callable[[Tensor, int], Tensor] = as_they_are
     judge: Judge = fooled
+    may_draw: bool = False
     wrong: frozenset[int] | None = None
 
     @property

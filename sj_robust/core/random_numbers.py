@@ -6,30 +6,32 @@ from contextlib import contextmanager
 import torch
 
 from sj_robust.core.preserved import generators_of
-from sj_robust.core.randomness import seeded_globals
+from sj_robust.core.randomness import SampleSeeds, seeded_globals
 
-__all__ = ["Draws", "seeded_network"]
+__all__ = ["RandomNumbers", "seeded_network"]
 
 
 @contextmanager
 def seeded_network(model: object, seed: int, device: torch.device) -> Iterator[None]:
     """Torch's global generators of CPU and ``device``, and those that modules of the network keep
-    as attributes, seeded and then restored.
+    as attributes, seeded and then restored; each has a seed of its own, derived from ``seed``.
 
     Examples:
         >>> encoder = torch.nn.Identity()
         >>> encoder.generator = torch.Generator()
         >>> before = encoder.generator.get_state()
         >>> with seeded_network(encoder, 3, torch.device("cpu")):
-        ...     encoder.generator.initial_seed()
-        3
+        ...     first = torch.rand(2, generator=encoder.generator)
+        >>> with seeded_network(encoder, 3, torch.device("cpu")):
+        ...     bool((torch.rand(2, generator=encoder.generator) == first).all())
+        True
         >>> bool((encoder.generator.get_state() == before).all())
         True
     """
     kept = [(generator, generator.get_state()) for generator in generators_of(model)]
     try:
-        for generator, _ in kept:
-            generator.manual_seed(seed)
+        for number, (generator, _) in enumerate(kept):
+            generator.manual_seed(SampleSeeds([seed]).derived("generator", number).single())
         with seeded_globals(seed, device):
             yield
     finally:
@@ -37,7 +39,7 @@ def seeded_network(model: object, seed: int, device: torch.device) -> Iterator[N
             generator.set_state(state)
 
 
-class Draws:
+class RandomNumbers:
     """What a network draws from here on: the present states of torch's global generators of the CPU
     and of ``device``, and of the generators that its modules keep as attributes.
 
@@ -48,9 +50,9 @@ class Draws:
         device: Where it runs.
 
     Examples:
-        >>> draws = Draws(torch.nn.Dropout(), torch.device("cpu"))
+        >>> numbers = RandomNumbers(torch.nn.Dropout(), torch.device("cpu"))
         >>> first = torch.rand(3)
-        >>> with draws.again():
+        >>> with numbers.again():
         ...     bool((torch.rand(3) == first).all())
         True
         >>> bool((torch.rand(3) == first).any())
