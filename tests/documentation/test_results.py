@@ -22,7 +22,7 @@ def test_the_page_shows_the_record_as_the_table_of_figures_has_it(monkeypatch):
     rows = record.read_rows(record.FOLDER / "record.csv", record.Row)
     page = record.PAGE.read_text(encoding="utf-8")
     shown = page.split(record.BEGINS)[1].split(record.ENDS)[0]
-    assert shown == record.table(rows), "write it anew: python docs/results/record.py"
+    assert shown == record.tables(rows), "write it anew: python docs/results/record.py"
     for row in rows:
         figures = [float(text) for text in (row.proved, row.attacked, row.clean) if text]
         assert figures == sorted(figures), row
