@@ -28,6 +28,7 @@ from sj_robust.core.randomness import SampleSeeds, draw_seed
 
 __all__ = ["searched", "spike_search"]
 
+PROPOSALS_AT_ONCE = 512
 _STEPS = 50  # of the attacks that find starts where none are given
 _MANY = 20_000  # forwards below which all chains head for the nearest rival
 
@@ -42,7 +43,7 @@ def spike_search(
     starts: Tensor | Sequence[Tensor] | None = None,
     forwards: int = 50_000,
     moves: Sequence[str] = tuple(MOVES),
-    batch_size: int = 512,
+    batch_size: int = PROPOSALS_AT_ONCE,
     generator: Randomness = None,
 ) -> Tensor:
     """Search over spikes: small moves that lower the margin of the network itself, without a

@@ -112,17 +112,18 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
         check_shape(cast("SuiteName", request.suite), data[0][0], draws=draws)
         say(f"the network draws random numbers: {draws} forwards judge an image")
     reasons = refused(model, UNSEARCHED.get(request.suite, ()))
-    plan = _suite(request, draws, reasons)
+    suite = partial(_suite, request, draws, reasons, max(data.sizes))
+    plan = suite()
     parts = _Parts(model, data, request, draws, network_key(model, data, request.folder))
     say(f"firing rates on {len(parts.y)} images")
-    layers = firing(model, parts.x, seed=request.seed)
+    layers = firing(model, parts.x, seed=request.seed, batch_size=parts.batch_size)
     activity = list(map(asdict, layers))
     proved = parts.proofs() if request.proofs and has_proofs(request.threat) else {}
     trials: list[dict[str, Any]] = []
     if plan.search is not None:
         trials = parts.search(plan.search)
         chosen = [row["estimator"] for row in trials if row["chosen"]]
-        plan = _suite(request, draws, reasons, chosen)
+        plan = suite(chosen)
     if request.source is not None:
         plan = _with_transfer(plan, request.source, request.threat, draws)
     control = plan.control if request.control else ()
@@ -172,6 +173,7 @@ class _Parts:
         self.request = request
         self.draws = draws
         self.network = network
+        self.batch_size = max(data.sizes)
         self.few = data.first(_FIRST)
         self.x, self.y = self.few.tensors(device_of(model))
         self.threat = request.threat
@@ -197,7 +199,14 @@ class _Parts:
 
         def compute() -> list[dict[str, Any]]:
             seeds = SampleSeeds(range(len(self.y))).derived("sweep", self.request.seed)
-            wrong = fooled(self.model, self.x, self.y, draws=draws, seeds=seeds)
+            wrong = fooled(
+                self.model,
+                self.x,
+                self.y,
+                draws=draws,
+                seeds=seeds,
+                batch_size=self.batch_size,
+            )
             if bool(wrong.all()):
                 return []
             trials = search_estimators(
@@ -208,6 +217,7 @@ class _Parts:
                 settings=settings,
                 draws=draws,
                 seeds=seeds,
+                batch_size=self.batch_size,
             )
             return [asdict(trial) for trial in trials]
 
@@ -333,7 +343,11 @@ class _Parts:
 
 
 def _suite(
-    request: Request, draws: int, without: Collection[str], chosen: Sequence[str] = ()
+    request: Request,
+    draws: int,
+    without: Collection[str],
+    batch_size: int,
+    chosen: Sequence[str] = (),
 ) -> Suite:
     return make_suite(
         cast("SuiteName", request.suite),
@@ -343,6 +357,7 @@ def _suite(
         eot_samples=gradient_draws(draws, request.threat),
         rounds=request.rounds,
         refused=without,
+        batch_size=batch_size,
     )
 
 

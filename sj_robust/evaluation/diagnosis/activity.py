@@ -38,7 +38,9 @@ class LayerActivity:
     saturated: float
 
 
-def firing(model: nn.Module, x: Tensor, *, seed: int = 0) -> tuple[LayerActivity, ...]:
+def firing(
+    model: nn.Module, x: Tensor, *, seed: int = 0, batch_size: int | None = None
+) -> tuple[LayerActivity, ...]:
     """Firing rate and share of silent and saturated neurons of every spiking layer, by hooks on the
     neurons.
 
@@ -51,7 +53,7 @@ def firing(model: nn.Module, x: Tensor, *, seed: int = 0) -> tuple[LayerActivity
         silent = mean_i(all_tn(s == 0))
         saturated = mean_i(all_tn(s != 0))
 
-    The model runs once, without gradients, in evaluation mode and after a reset; its modes, neuron
+    The model runs without gradients, in evaluation mode and after a reset; its modes, neuron
     states and hooks and all generators are then restored. Every spiking neuron of SpikingJelly and
     every subclass of one is followed, in either step mode. A fused pair of batch norm and DLIF is
     run as two modules meanwhile.
@@ -62,6 +64,7 @@ def firing(model: nn.Module, x: Tensor, *, seed: int = 0) -> tuple[LayerActivity
         x: The input of ``model``, at least one image: images [N, ...], or the sequence [T, N, ...]
             of a bare network.
         seed: Seeds stochastic encoders.
+        batch_size: Images at a time, for a model that takes images [N, ...]; None runs all at once.
 
     Returns:
         One entry per spiking layer in the order of execution. Neurons that were not called are
@@ -93,7 +96,8 @@ def firing(model: nn.Module, x: Tensor, *, seed: int = 0) -> tuple[LayerActivity
             if is_neuron(module) and emits_spikes(module):
                 hooks.callback(module.register_forward_hook(partial(_count, counts, name)).remove)
         with torch.no_grad(), from_reset(model, seed, x.device):
-            model(x)
+            for part in x.split(batch_size or len(x)):
+                model(part)
     return tuple(count.activity(name) for name, count in counts.items())
 
 

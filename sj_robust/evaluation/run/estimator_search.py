@@ -134,6 +134,7 @@ def search_estimators(
     attack: Attack | None = None,
     draws: int = 1,
     seeds: SampleSeeds,
+    batch_size: int | None = None,
 ) -> tuple[EstimatorTrial, ...]:
     """Attack a few images with every estimator, and choose the estimators that together fool the
     network most often.
@@ -162,6 +163,7 @@ def search_estimators(
         draws: Number of forwards; a stochastic network has to be wrong in more than half of them.
             Gradients of the default attacks on images average over two of them.
         seeds: One seed per sample.
+        batch_size: Images at a time; None takes all at once.
 
     Returns:
         One trial per estimator: those of the longer attack, strongest first, then those of the
@@ -189,7 +191,7 @@ def search_estimators(
         ('training', True)
     """
     settings = settings or EstimatorSearch()
-    right = ~fools(model, x, y, draws=draws, seeds=seeds)
+    right = ~fools(model, x, y, draws=draws, seeds=seeds, batch_size=batch_size)
     rows = right.nonzero().flatten()
     rows = rows[: settings.images]
     if len(rows) == 0:
@@ -197,7 +199,14 @@ def search_estimators(
             f"a search needs images that are classified correctly, got none among {len(x)}; use "
             "other images"
         )
-    images = _Images(model, x=x[rows], y=y[rows], draws=draws, seeds=seeds.rows(rows))
+    images = _Images(
+        model,
+        x=x[rows],
+        y=y[rows],
+        draws=draws,
+        seeds=seeds.rows(rows),
+        batch_size=batch_size or len(rows),
+    )
     names = _with_detached(settings.candidates)
     few = draws if threat.of_events else min(draws, _FEW_DRAWS)
     if attack is None:
@@ -319,12 +328,18 @@ class _Images:
     y: Tensor
     draws: int
     seeds: SampleSeeds
+    batch_size: int
 
     def craft(self, attack: Attack, name: str, rows: slice = slice(None)) -> Tensor:
         """The images after an attack with an estimator."""
         member = Member("sweep", attack, name)  # part of the seeds: all start from the same points
-        seeds = SampleSeeds(self.seeds.seeds[rows])
-        return crafted(self.model, self.x[rows], self.y[rows], member, seeds=seeds).x_adv
+        size = self.batch_size
+        parts = zip(self.x[rows].split(size), self.y[rows].split(size), strict=True)
+        found = []
+        for start, (x, y) in enumerate(parts):
+            seeds = SampleSeeds(self.seeds.seeds[rows][start * size : start * size + len(y)])
+            found.append(crafted(self.model, x, y, member, seeds=seeds).x_adv)
+        return torch.cat(found)
 
     @cached_property
     def mean_clean_margin(self) -> Tensor:
@@ -340,7 +355,7 @@ class _Images:
         standing, margins = [], []
         for draw in range(self.draws):
             seed = self.seeds.derived("draw", draw).single()
-            logits = scored(self.model, x, self.y, seed=seed).double()
+            logits = scored(self.model, x, self.y, seed=seed, batch_size=self.batch_size).double()
             standing.append(logits.argmax(1) == self.y)
             margins.append(margin(logits, self.y).clamp(min=0))
         stands = 2 * torch.stack(standing).sum(0) >= self.draws

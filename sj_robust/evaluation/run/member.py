@@ -183,7 +183,15 @@ def crafted(
     return Crafted(x_adv.detach(), distance)
 
 
-def fools(model: Model, x: Tensor, y: Tensor, *, draws: int = 1, seeds: SampleSeeds) -> Tensor:
+def fools(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    draws: int = 1,
+    seeds: SampleSeeds,
+    batch_size: int | None = None,
+) -> Tensor:
     """Whether the true network gets an image wrong in more than half of several fresh forwards.
     在真实网络上复核。
 
@@ -200,6 +208,7 @@ def fools(model: Model, x: Tensor, y: Tensor, *, draws: int = 1, seeds: SampleSe
         y: Labels [N] int64.
         draws: Number of forwards, >= 1; 1 is enough for a deterministic network.
         seeds: One seed per sample; they seed the network's own use of torch's global generators.
+        batch_size: Images at a time; None takes all at once.
 
     Returns:
         [N] bool.
@@ -215,10 +224,18 @@ def fools(model: Model, x: Tensor, y: Tensor, *, draws: int = 1, seeds: SampleSe
     """
     check_count("draws", draws)
     _check_arguments(model, x, y, seeds)
-    return fooled(model, x, y, draws=draws, seeds=seeds)
+    return fooled(model, x, y, draws=draws, seeds=seeds, batch_size=batch_size)
 
 
-def fooled(model: Model, x: Tensor, y: Tensor, *, draws: int, seeds: SampleSeeds) -> Tensor:
+def fooled(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    draws: int,
+    seeds: SampleSeeds,
+    batch_size: int | None = None,
+) -> Tensor:
     """:func:`fools` for whoever has checked images, labels and seeds already."""
     wrong = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     for draw in range(draws):
@@ -226,16 +243,20 @@ def fooled(model: Model, x: Tensor, y: Tensor, *, draws: int, seeds: SampleSeeds
         if not bool(undecided.any()):
             break
         seed = seeds.derived("draw", draw).single()
-        wrong += scored(model, x, y, seed=seed).argmax(1) != y
+        wrong += scored(model, x, y, seed=seed, batch_size=batch_size).argmax(1) != y
     return 2 * wrong > draws
 
 
-def scored(model: Model, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
+def scored(
+    model: Model, x: Tensor, y: Tensor, *, seed: int, batch_size: int | None = None
+) -> Tensor:
     """Logits of the model as it is, in evaluation mode, without a gradient, its noise seeded by
     ``seed``.
     """
+    size = batch_size or max(len(x), 1)
     with evaluation_mode(model), torch.no_grad(), seeded_network(model, seed, x.device):
-        return check_logits(model(x), y)
+        parts = zip(x.split(size), y.split(size), strict=True)
+        return torch.cat([check_logits(model(images), labels) for images, labels in parts])
 
 
 def check_estimator(name: str) -> None:

@@ -14,7 +14,7 @@ from sj_robust.attacks.call import Attack
 from sj_robust.attacks.gradient import fgsm, pgd
 from sj_robust.attacks.noise import gaussian
 from sj_robust.attacks.sapgd import sapgd
-from sj_robust.attacks.spike_search import spike_search
+from sj_robust.attacks.spike_search import PROPOSALS_AT_ONCE, spike_search
 from sj_robust.attacks.square import square
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import check_choice, check_count
@@ -127,6 +127,7 @@ def make_suite(
     eot_samples: int = 1,
     rounds: int = 1,
     refused: Collection[str] = (),
+    batch_size: int | None = None,
 ) -> Suite:
     """Build a suite for a threat model, with the estimators chosen by a search.
 
@@ -190,6 +191,8 @@ def make_suite(
         refused: Names of estimators that the network does not allow: members of ``gradients`` with
             one of them are left out, as is the second attack of ``long`` without ``"mixed"``, and
             SA-PGD of ``gradient`` uses c1 instead of ASSG.
+        batch_size: Images that may be evaluated at a time; the search over spikes takes up to twice
+            as many, since it keeps no graph. None leaves it at its default.
 
     Raises:
         ValueError: If the suite is unknown or does not fit the threat model, the radius is 0,
@@ -218,7 +221,7 @@ def make_suite(
         raise ValueError(f"suite {name!r} has its estimators fixed, got {list(chosen)}; pass none")
     check_count("eot_samples", eot_samples)
     check_rounds(name, rounds)
-    plan = _Plan(threat, classes, eot_samples, rounds, frozenset(refused))
+    plan = _Plan(threat, classes, eot_samples, rounds, frozenset(refused), batch_size)
     if name in fixed:
         return fixed[name](plan)
     choosing = {
@@ -305,6 +308,7 @@ class _Plan:
     eot_samples: int
     rounds: int
     refused: frozenset[str]
+    batch_size: int | None = None
 
     def again(self, members: Sequence[Member]) -> list[Member]:
         """The members of every round, each with a restart of its own."""
@@ -368,6 +372,8 @@ class _Plan:
         attack = partial(
             spike_search, eps=self.threat.eps, norm=self.threat.ball, forwards=forwards
         )
+        if self.batch_size is not None:
+            attack = partial(attack, batch_size=min(2 * self.batch_size, PROPOSALS_AT_ONCE))
         return [replace(self.member("spike_search", attack), takes_starts=True)]
 
     def program(self) -> list[Member]:
