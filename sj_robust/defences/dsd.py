@@ -43,7 +43,7 @@ def deflate_(parameters: Iterable[Tensor]) -> None:
         how they become matrices); no hyperparameters.
 
     Examples:
-        >>> weight = nn.Parameter(torch.eye(2))
+        >>> weight = torch.nn.Parameter(torch.eye(2))
         >>> weight.grad = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
         >>> deflate_([weight])
         >>> weight.grad

@@ -9,16 +9,12 @@ from typing import Literal
 from sj_robust.neuron.charging import Neuron
 from sj_robust.neuron.watching import SpikingCall, Wants, keep_out_of_graphs
 from sj_robust.perturbation._statistics import Kept
-from sj_robust.perturbation.pair import LayerPair
+from sj_robust.perturbation.pair import LayerPair, NotFollowedError
 
-__all__ = ["Layers", "NotFollowedError", "Recording", "RunKind"]
+__all__ = ["Layers", "Recording", "RunKind"]
 
 Layers = Literal["last", "all"] | Sequence[str]
 RunKind = Literal["clean", "perturbed", "paired"]
-
-
-class NotFollowedError(RuntimeError):
-    """No layer that is to be followed can be, or ran."""
 
 
 class Recording:

@@ -12,9 +12,13 @@ from sj_robust.ops.dlif.config import state_dtype
 from sj_robust.perturbation import dynamics
 from sj_robust.perturbation._statistics import Kept, LayerTotals, LayerTrace
 
-__all__ = ["Indicator", "LayerPair"]
+__all__ = ["Indicator", "LayerPair", "NotFollowedError"]
 
 Indicator = Literal["mppd", "tasad", "std"]
+
+
+class NotFollowedError(RuntimeError):
+    """No layer that is to be followed can be, or ran."""
 
 
 class LayerPair:

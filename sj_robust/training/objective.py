@@ -13,8 +13,7 @@ from sj_robust.core.host import from_reset
 from sj_robust.core.random_numbers import RandomNumbers, seeded_network
 from sj_robust.defences.penalty import ForwardPasses, Penalty
 from sj_robust.perturbation import MPPDMonitor
-from sj_robust.perturbation._recording import NotFollowedError
-from sj_robust.perturbation.pair import Indicator
+from sj_robust.perturbation.pair import Indicator, NotFollowedError
 from sj_robust.training.certified import CertifiedLoss, CertifiedOptions
 
 __all__ = ["LossName", "Losses", "Objective"]

@@ -96,7 +96,7 @@ def firing(
             if is_neuron(module) and emits_spikes(module):
                 hooks.callback(module.register_forward_hook(partial(_count, counts, name)).remove)
         with torch.no_grad(), from_reset(model, seed, x.device):
-            for part in x.split(batch_size or len(x)):
+            for part in torch.split(x, batch_size or len(x)):
                 model(part)
     return tuple(count.activity(name) for name, count in counts.items())
 

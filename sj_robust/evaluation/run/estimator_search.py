@@ -334,7 +334,8 @@ class _Images:
         """The images after an attack with an estimator."""
         member = Member("sweep", attack, name)  # part of the seeds: all start from the same points
         size = self.batch_size
-        parts = zip(self.x[rows].split(size), self.y[rows].split(size), strict=True)
+        images, labels = torch.split(self.x[rows], size), torch.split(self.y[rows], size)
+        parts = zip(images, labels, strict=True)
         found = []
         for start, (x, y) in enumerate(parts):
             seeds = SampleSeeds(self.seeds.seeds[rows][start * size : start * size + len(y)])

@@ -255,7 +255,7 @@ def scored(
     """
     size = batch_size or max(len(x), 1)
     with evaluation_mode(model), torch.no_grad(), seeded_network(model, seed, x.device):
-        parts = zip(x.split(size), y.split(size), strict=True)
+        parts = zip(torch.split(x, size), torch.split(y, size), strict=True)
         return torch.cat([check_logits(model(images), labels) for images, labels in parts])
 
 
