@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingClassifier
-from sj_robust.core.random_numbers import RandomNumbers
 from sj_robust.neuron.charging import Neuron, find_neurons
 from sj_robust.neuron.watching import SpikingCall, Wants, watch
 from sj_robust.ops.recurrence import charge, reset
@@ -32,8 +31,8 @@ class ForwardPasses:
         logits: Logits [N, classes] of the clean images with their graph; None if the objective ran
             no clean pass.
         logits_perturbed: The same for the perturbed images.
-        random_numbers: Those of the first pass, for a pass that is compared with it; None if they
-            were not kept.
+        same_numbers: Makes a context in which random layers draw what they drew in the first pass,
+            for a pass that is compared with it; by default one that changes nothing.
     """
 
     classifier: SpikingClassifier
@@ -42,7 +41,7 @@ class ForwardPasses:
     x_perturbed: Tensor | None
     logits: Tensor | None
     logits_perturbed: Tensor | None
-    random_numbers: RandomNumbers | None = None
+    same_numbers: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def first(self) -> tuple[Tensor, Tensor]:

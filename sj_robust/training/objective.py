@@ -301,7 +301,7 @@ class Objective(nn.Module):
             x_perturbed=x_perturbed,
             logits=logits,
             logits_perturbed=logits_perturbed,
-            random_numbers=numbers,
+            same_numbers=numbers.again,
         )
 
 

@@ -1,7 +1,5 @@
 """Penalties that do not belong to a published defence."""
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
@@ -66,8 +64,7 @@ class GradientSparsity(Penalty):
         f = _pair_probability(logits, passes.y, wrong)
         (grad,) = torch.autograd.grad(f.sum(), images, retain_graph=True)
         moved = images.detach() + self.h * grad.sign()
-        numbers = passes.random_numbers
-        with nullcontext() if numbers is None else numbers.again():
+        with passes.same_numbers():
             f_moved = _pair_probability(passes.classifier(moved), passes.y, wrong)
         slope = (f_moved - f) / self.h
         if self.squared:
