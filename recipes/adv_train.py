@@ -40,8 +40,14 @@ from lab.command_line.declared import (
 from sj_robust.core.datasets import AUGMENTED
 from sj_robust.core.extras import check_tracker
 
+
+def of_events(options: "Options") -> bool:
+    """Whether events are changed or moved, and not values."""
+    return options.flips is not None or options.moves is not None
+
+
 WITHOUT_PERTURBATION_TERM = Idle(lambda options: options.rho == 0)
-BESIDE_EVENTS = Idle(lambda options: options.flips is not None or options.moves is not None)
+BESIDE_EVENTS = Idle(of_events)
 
 
 def is_augmented(options: "Options") -> bool:
@@ -56,7 +62,7 @@ def crafts_no_images(options: "Options") -> bool:
     and bounds alone need none.
     """
     if options.mode in ("at", "rat", "pgd_at"):
-        return options.flips is not None or options.moves is not None
+        return of_events(options)
     needs_none = options.box == 1 and not options.attacked and options.rho == 0
     return options.mode == "certified" and needs_none
 
@@ -66,7 +72,7 @@ OF_CRAFTING = Idle(crafts_no_images)
 
 def is_eps_idle(options: "Options") -> bool:
     """Whether no images are attacked at eps, neither in training nor in validation and test."""
-    evaluated = options.eval_eps is None and options.flips is None and options.moves is None
+    evaluated = options.eval_eps is None and not of_events(options)
     return options.mode == "none" and not evaluated
 
 
@@ -668,11 +674,6 @@ def check_events(options: Options, splits: ImageSplits) -> None:
             f"certified_flips goes with flips or moves, got {options.certified_flips} alone; give "
             "--flips or --moves"
         )
-
-
-def of_events(options: Options) -> bool:
-    """Whether events are changed or moved, and not values."""
-    return options.flips is not None or options.moves is not None
 
 
 def norm_of_proofs(options: Options) -> NormName:

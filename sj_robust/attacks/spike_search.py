@@ -29,6 +29,7 @@ from sj_robust.core.randomness import SampleSeeds, draw_seed
 __all__ = ["searched", "spike_search"]
 
 PROPOSALS_AT_ONCE = 512
+"""Images in one forward if nobody says how many."""
 _STEPS = 50  # of the attacks that find starts where none are given
 _MANY = 20_000  # forwards below which all chains head for the nearest rival
 

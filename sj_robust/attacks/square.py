@@ -97,7 +97,8 @@ def square(
     if x.numel() == 0 or ball.eps == 0:
         return x
     with isolated(model, x, generator) as private:
-        sure = averaged(model, _CONFIRMATIONS * eot_samples) if eot_samples > 1 else model
+        is_noisy = eot_samples > 1
+        sure = averaged(model, _CONFIRMATIONS * eot_samples) if is_noisy else model
         standing = clean_logits(sure, x, y).argmax(1) == y
         x_adv = x.clone()
         if bool(standing.any()):
@@ -111,7 +112,7 @@ def square(
                     seeds,
                     ball=ball,
                     queries=queries,
-                    sure=partial(_without_ties, sure, x.dtype) if eot_samples > 1 else None,
+                    sure=partial(_without_ties, sure, x.dtype) if is_noisy else None,
                 )
             x_adv[standing] = ball.project(x[standing], found)
     return x_adv

@@ -112,11 +112,11 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
         check_shape(cast("SuiteName", request.suite), data[0][0], draws=draws)
         say(f"the network draws random numbers: {draws} forwards judge an image")
     reasons = refused(model, UNSEARCHED.get(request.suite, ()))
-    suite = partial(_suite, request, draws, reasons, max(data.sizes))
+    suite = partial(_suite, request, draws, reasons, data.batch_size)
     plan = suite()
     parts = _Parts(model, data, request, draws, network_key(model, data, request.folder))
     say(f"firing rates on {len(parts.y)} images")
-    layers = firing(model, parts.x, seed=request.seed, batch_size=parts.batch_size)
+    layers = firing(model, parts.x, seed=request.seed, batch_size=data.batch_size)
     activity = list(map(asdict, layers))
     proved = parts.proofs() if request.proofs and has_proofs(request.threat) else {}
     trials: list[dict[str, Any]] = []
@@ -173,7 +173,6 @@ class _Parts:
         self.request = request
         self.draws = draws
         self.network = network
-        self.batch_size = max(data.sizes)
         self.few = data.first(_FIRST)
         self.x, self.y = self.few.tensors(device_of(model))
         self.threat = request.threat
@@ -205,7 +204,7 @@ class _Parts:
                 self.y,
                 draws=draws,
                 seeds=seeds,
-                batch_size=self.batch_size,
+                batch_size=self.data.batch_size,
             )
             if bool(wrong.all()):
                 return []
@@ -217,7 +216,7 @@ class _Parts:
                 settings=settings,
                 draws=draws,
                 seeds=seeds,
-                batch_size=self.batch_size,
+                batch_size=self.data.batch_size,
             )
             return [asdict(trial) for trial in trials]
 
@@ -372,8 +371,8 @@ def _of_few_classes(labels: Sequence[int], first: Sequence[int]) -> list[str]:
     if 2 * number >= min(every, len(first)):
         return []
     return [
-        f"The first {len(first)} images, of which firing, estimators, accuracy over eps and the "
-        f"checks are, hold {number} of {every} classes: shuffle the images."
+        f"The first {len(first)} images, on which firing, estimators, accuracy over eps and the "
+        f"checks were measured, hold {number} of {every} classes: shuffle the images."
     ]
 
 

@@ -26,8 +26,7 @@ class TrainingPlan:
         optimizer: ``"sgd"`` or ``"adam"``.
         lr: Initial learning rate.
         milestones: Shares of the epochs, in (0, 1), after which the learning rate drops to a fifth,
-            rounded to whole epochs, after the first and before the last;
-            empty for the cosine.
+            rounded to whole epochs, after the first and before the last; empty for the cosine.
         gradient_clip: Largest L2 norm of the gradient of all parameters; a longer gradient is
             scaled down. None does not clip.
         momentum: Momentum of SGD; not used by Adam.

@@ -111,6 +111,11 @@ class Data:
         """Number of images in every batch."""
         return tuple(len(y) for _, y in self)
 
+    @property
+    def batch_size(self) -> int:
+        """Number of images in the largest batch, for whatever else runs several at a time."""
+        return max(self.sizes)
+
     @cached_property
     def fingerprint(self) -> str:
         """Digest of all images and labels in their order, whatever the batch size."""

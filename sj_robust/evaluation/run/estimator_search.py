@@ -333,13 +333,12 @@ class _Images:
     def craft(self, attack: Attack, name: str, rows: slice = slice(None)) -> Tensor:
         """The images after an attack with an estimator."""
         member = Member("sweep", attack, name)  # part of the seeds: all start from the same points
-        size = self.batch_size
-        images, labels = torch.split(self.x[rows], size), torch.split(self.y[rows], size)
-        parts = zip(images, labels, strict=True)
+        x, y, seeds = self.x[rows], self.y[rows], self.seeds.seeds[rows]
         found = []
-        for start, (x, y) in enumerate(parts):
-            seeds = SampleSeeds(self.seeds.seeds[rows][start * size : start * size + len(y)])
-            found.append(crafted(self.model, x, y, member, seeds=seeds).x_adv)
+        for start in range(0, len(y), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            own = SampleSeeds(seeds[part])
+            found.append(crafted(self.model, x[part], y[part], member, seeds=own).x_adv)
         return torch.cat(found)
 
     @cached_property

@@ -43,8 +43,8 @@ __all__ = ["Asked", "Job", "Outcome", "alone", "releases", "rows_of", "run", "ru
 
 
 _RULES = "2"
-"""Number of the rules by which images are judged. A folder that was begun by other rules does not
-go on; 1 drew other random numbers for every attack.
+"""Number of the rules by which images are judged; a folder begun under other rules is not
+continued. Under rules 1, every attack was judged with other random numbers.
 """
 
 
@@ -389,8 +389,8 @@ def releases() -> str:
         "spikingjelly": version_of("spikingjelly") or "unknown",
         "torch": torch.__version__,
         "python": python,
+        "rules": _RULES,
     }
-    found["rules"] = _RULES
     return ", ".join(f"{name} {release}" for name, release in found.items())
 
 

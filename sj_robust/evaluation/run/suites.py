@@ -310,6 +310,11 @@ class _Plan:
     refused: frozenset[str]
     batch_size: int | None = None
 
+    @property
+    def averaged(self) -> dict[str, Any]:
+        """Options of an attack that averages, where the network draws random numbers."""
+        return {} if self.eot_samples == 1 else {"eot_samples": self.eot_samples}
+
     def again(self, members: Sequence[Member]) -> list[Member]:
         """The members of every round, each with a restart of its own."""
         kinds = [member.name.removesuffix(f"/r{member.seed}") for member in members]
@@ -359,9 +364,7 @@ class _Plan:
 
     def square(self, queries: int) -> Member:
         attack = partial(square, eps=self.threat.eps, norm=self.threat.ball, queries=queries)
-        if self.eot_samples > 1:
-            attack = partial(attack, eot_samples=self.eot_samples)
-        return self.member("square", attack)
+        return self.member("square", partial(attack, **self.averaged))
 
     def spikes(self, forwards: int) -> list[Member]:
         """The search over spikes, from what the members before it found; a network that draws
@@ -411,8 +414,7 @@ class _Plan:
 
     def random_flips(self, allow: Literal["both", "remove"]) -> Member:
         attack = partial(random_event_attack(self.threat, allow=allow), tries=200)
-        if self.eot_samples > 1:
-            attack = partial(attack, eot_samples=self.eot_samples)
+        attack = partial(attack, **self.averaged)
         if self.threat.norm == "moves":
             return self.member("random_moves", attack, restart=int(allow == "both"))
         return self.member(f"random_{allow}", attack)
@@ -503,10 +505,9 @@ def _long(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
 def _paper(plan: _Plan) -> Suite:
     eps = plan.threat.eps
     scale = eps / _PAPER_EPS
-    averaged: dict[str, Any] = {} if plan.eot_samples == 1 else {"eot_samples": plan.eot_samples}
     figures: dict[str, Attack] = {"fgsm": partial(fgsm, eps=eps)}
     for steps, size in _PAPER_STEPS.items():
-        attack = partial(pgd, eps=eps, step_size=size * scale, steps=steps, **averaged)
+        attack = partial(pgd, eps=eps, step_size=size * scale, steps=steps, **plan.averaged)
         figures |= {f"pgd{steps}": attack, f"pgd{steps}/last": partial(attack, keep_best=False)}
     for loss in ("ce", "dlr") if plan.classes > 2 else ("ce",):
         figures[f"apgd_{loss}"] = partial(
@@ -519,7 +520,7 @@ def _paper(plan: _Plan) -> Suite:
     members.insert(0, Member("gaussian", partial(gaussian, std=eps), group=""))
     for level in range(10, 101, 10):
         radius = level / 255
-        attack = partial(pgd, eps=radius, step_size=radius / 4, steps=10, **averaged)
+        attack = partial(pgd, eps=radius, step_size=radius / 4, steps=10, **plan.averaged)
         members.append(
             Member(f"pgd10@{level}/255", attack, group="", threat=ThreatModel("Linf", radius))
         )
