@@ -377,7 +377,7 @@ def spread(rows: Sequence[Row], what: str) -> str:
 
 
 def predicted(rows: Sequence[Row], layers: Sequence[Layer]) -> str:
-    """Rank correlations over the networks, layer by layer; of a few networks their layers alone."""
+    """Rank correlations over the networks, layer by layer; of a few networks their last layers."""
     if len({one.network for one in layers}) < FEW:
         return measured_table(layers)
     heads = ["neuron", "layer", "networks", "MPPD, bounds", "MPPD, proved", "bounds, proved"]
@@ -398,11 +398,12 @@ def predicted(rows: Sequence[Row], layers: Sequence[Layer]) -> str:
 
 
 def measured_table(layers: Sequence[Layer]) -> str:
-    """What was measured of every layer."""
-    heads = ["network", "layer", "MS-MPPD", "bounds of the potential", "undecided spikes, %"]
+    """What was measured of the last layer of every network."""
+    heads = ["network", "MS-MPPD", "bounds of the potential", "undecided spikes, %"]
+    last = {one.network: one for one in layers}
     cells = [
-        [one.network, one.layer, f"{one.mppd:g}", f"{one.width:g}", f"{100 * one.undecided:.1f}"]
-        for one in layers
+        [name, f"{one.mppd:g}", f"{one.width:g}", f"{100 * one.undecided:.1f}"]
+        for name, one in last.items()
     ]
     return markdown_table(heads, cells, words=2)
 
