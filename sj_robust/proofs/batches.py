@@ -112,10 +112,10 @@ class BatchProofs:
         with sums_of_products(self._device), preserved(model):
             images, labels = x.to(self._device).clone(), y.to(self._device).clone()
             self.classes = _logits(model, images, labels, runs=2).shape[1]
+            check_neurons(neurons, model.T, images)  # runs neurons that a forward leaves out, too
             self._kept = check_kept(model, images)
             maps.check_samples()
             check_maps(maps)
-            check_neurons(neurons, model.T, images)
             check_surrogates(model.net, neurons, images)
             if method != "ibp":
                 over_time = OverTime(maps, model.T)

@@ -12,7 +12,18 @@ from sj_robust.proofs.changes import Changes
 from sj_robust.proofs.rounding import NoBoundsError
 from sj_robust.proofs.spiking import Interval
 
-__all__ = ["RULES", "Bounds", "Call", "Function", "Origin", "Pooling", "Rule", "Run"]
+__all__ = [
+    "ON_TRUTH",
+    "RULES",
+    "Bounds",
+    "Call",
+    "Function",
+    "Origin",
+    "Pooling",
+    "Rule",
+    "Run",
+    "is_truth",
+]
 
 Pooling = Callable[[Tensor], Tensor]
 """A max pooling; or a ReLU, which is the maximum of a value and zero."""
@@ -45,6 +56,9 @@ RULES: dict[str, Rule] = {}
 :mod:`sj_robust.proofs.rules` fills it: a rule makes bounds, so it stands above them.
 """
 
+ON_TRUTH: set[str] = set()
+"""Names of the operations whose rules know what they make of True and False; filled likewise."""
+
 _OPERATORS_IN_PLACE = ["iadd", "isub", "imul", "itruediv", "idiv"]
 _MAY_WRITE = ["add", "sub", "mul", "div", "truediv", "neg", *_OPERATORS_IN_PLACE]
 """Operations that may write their result into their first argument."""
@@ -63,7 +77,12 @@ class Run(Protocol):
     """Whether bounds are computed in float32, and what that rounds is part of their radius."""
 
     points: bool
-    """Whether leaves are single values, so that radii are zero and nobody asks for errors."""
+    """Whether leaves are single values, so that values have no width and nobody asks for errors."""
+
+    sized: bool
+    """Whether, in a run of points, radii hold the sums of absolute values ``|A| |z| + |b|`` that
+    rounding is relative to; otherwise they are zero there.
+    """
 
     dtype: torch.dtype
     """Of the network."""
@@ -127,7 +146,8 @@ class Bounds(Tensor):
 
     Args:
         centre: Middle of the values.
-        radius: How far the exact value can be from it; broadcast.
+        radius: How far the exact value can be from it; broadcast. In a run of points see
+            :class:`Run`.
         error: How far float32 can be from the exact value; broadcast, None for values that are
             exact.
         run: The run whose leaves ``centre`` depends on.
@@ -151,6 +171,11 @@ class Bounds(Tensor):
     changes: Changes | None
     origin: Origin | None
     """Which leaf they are, or how they follow from leaves; see :func:`replayed`."""
+
+    truth: bool
+    """Whether torch's values are True and False, as those of a comparison, whose sum is a logical
+    or.
+    """
 
     family: list[weakref.ref[Tensor]]
     """This and the views that may share its memory: what is done in place to one of them changes
@@ -176,6 +201,7 @@ class Bounds(Tensor):
         )
         self.centre, self.run, self.unrounded = centre, run, unrounded
         self.origin = None
+        self.truth = False
         self.changes = changes
         self.radius = radius.expand(centre.shape)
         self.family = [weakref.ref(self)]
@@ -200,12 +226,16 @@ class Bounds(Tensor):
     @property
     def least(self) -> Tensor:
         """Smallest value in exact arithmetic."""
+        if self.run is not None and self.run.points:
+            return self._middle
         fall = self.radius if self.changes is None else self.changes.lowered()
         return self._middle - fall
 
     @property
     def most(self) -> Tensor:
         """Largest value in exact arithmetic."""
+        if self.run is not None and self.run.points:
+            return self._middle
         rise = self.radius if self.changes is None else self.changes.raised()
         return self._middle + rise
 
@@ -224,7 +254,7 @@ class Bounds(Tensor):
         run: a run that holds them would otherwise stay until Python looks for cycles.
         """
         found = Bounds(self.centre, self.radius, self.error, self.run, self.changes)
-        found.origin = self.origin
+        found.origin, found.truth = self.origin, self.truth
         found.run = None
         return found
 
@@ -248,6 +278,11 @@ class Bounds(Tensor):
             raise NoBoundsError(f"{func.__name__}, which writes into a tensor: write x = f(x)")
         if rule is None:
             raise NoBoundsError(f"the operation {name}")
+        if name not in ON_TRUTH and any(isinstance(x, Bounds) and x.truth for x in args):
+            raise NoBoundsError(
+                f"the operation {name} of a comparison: convert it first, as in (x >= "
+                "0).to(x.dtype)"
+            )
         try:
             with torch._C.DisableTorchFunctionSubclass():
                 call = Call(rule=rule, func=func, args=_origins(args), kwargs=kwargs)
@@ -264,6 +299,13 @@ class Bounds(Tensor):
     ) -> Any:
         """What reaches torch's dispatcher came around the rules above."""
         raise NoBoundsError(f"the operation {func}")
+
+
+def is_truth(value: Any) -> bool:
+    """Whether a value is True or False, or a tensor of them."""
+    if isinstance(value, Bounds):
+        return value.truth
+    return isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
 
 
 def _written(x: Any, result: Bounds, name: str) -> Bounds:

@@ -25,7 +25,7 @@ from sj_robust.proofs.spiking import (
     Spiking,
 )
 
-__all__ = ["BoundedRun", "Leaf", "by_row", "laid_out", "pulled_back"]
+__all__ = ["BoundedRun", "Layout", "Leaf", "by_row", "laid_out", "pulled_back"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Leaf:
 
     def by_sample(self, values: Tensor, samples: int) -> Tensor:
         """Values of the shape of the radius as rows, one per sample: [N, values]."""
-        return by_row(values, samples, self.batch_dim).flatten(1)
+        return by_row(values, samples, self.batch_dim).reshape(samples, -1)
 
 
 def by_row(part: Tensor, rows: int, batch_dim: int) -> Tensor:
@@ -86,11 +86,29 @@ class _Switch:
     on: bool = False
 
 
-def _fits(shape: torch.Size, batch_dim: int, samples: int) -> bool:
-    """Whether samples can be laid out so."""
-    if batch_dim == -1:
-        return len(shape) > 0 and shape[0] % samples == 0
-    return len(shape) > batch_dim and shape[batch_dim] == samples
+@dataclass(frozen=True)
+class Layout:
+    """Where an operation outside of spiking layers has its samples.
+
+    Attributes:
+        batch_dim: As for :class:`Leaf`.
+        split: Whether a dimension holds the values of all samples, [T, N * values] or [N * values],
+            and has to be split.
+    """
+
+    batch_dim: int
+    split: bool = False
+
+    def shape(self, given: torch.Size, samples: int) -> torch.Size | None:
+        """The shape in which samples have a dimension of their own; None if it does not fit."""
+        last = self.batch_dim
+        if self.split:
+            if len(given) != last + 1 or given[last] % samples:
+                return None
+            return torch.Size((*given[:last], samples, given[last] // samples))
+        if last == -1:
+            return given if len(given) > 0 and given[0] % samples == 0 else None
+        return given if len(given) > last and given[last] == samples else None
 
 
 def _alone(by: Function, rows: Tensor, dim: int) -> Tensor:
@@ -136,6 +154,14 @@ class BoundedRun:
     points = False
     """See :class:`sj_robust.proofs.rules.Run`."""
 
+    sized = False
+    """See :class:`sj_robust.proofs.rules.Run`."""
+
+    layouts: tuple[Layout, ...] | None = None
+    """What every call of :meth:`_layout` gives, in turn, if that is known: a single sample alone
+    does not tell where it is.
+    """
+
     narrow = False
     """See :class:`sj_robust.proofs.rules.Run`."""
 
@@ -155,6 +181,8 @@ class BoundedRun:
         self.surrogate_width = surrogate_width
         self.cut = _Switch()
         self.leaves: list[Leaf] = []
+        self.laid: list[Layout] = []
+        """What every call of :meth:`_layout` gave so far."""
         self.changed: Bounds | None = None
         """The frames, if at most some of their events change."""
         self.apart: dict[str, str] = {}
@@ -361,21 +389,22 @@ class BoundedRun:
     def _layout(self, rows: Tensor) -> tuple[int, torch.Size]:
         """Where the samples are, see :class:`Leaf`, in which shape, for those of all elements."""
         rows = rows.contiguous()
-        shapes = [(batch_dim, rows.shape) for batch_dim in (1, 0, -1)]
-        if rows.ndim == 2 and rows.shape[1] % self.samples == 0:  # [T, N * values]
-            shapes.append((1, rows.view(len(rows), self.samples, -1).shape))
-        if rows.ndim == 1 and len(rows) % self.samples == 0:  # [N * values]
-            shapes.append((0, rows.view(self.samples, -1).shape))
+        possible = [Layout(1), Layout(0), Layout(-1), Layout(1, split=True), Layout(0, split=True)]
+        if self.layouts is not None:
+            number = len(self.laid)
+            possible = [self.layouts[number]] if number < len(self.layouts) else []
         numbers = torch.arange(self.samples, device=rows.device)
-        for batch_dim, shape in shapes:
-            if not _fits(shape, batch_dim, self.samples):
+        for layout in possible:
+            shape = layout.shape(rows.shape, self.samples)
+            if shape is None:
                 continue
-            own = by_row(rows.reshape(shape), self.samples, batch_dim)
+            own = by_row(rows.reshape(shape), self.samples, layout.batch_dim)
             if bool((own == along(numbers, 0, own.ndim)).all()):
-                return batch_dim, shape
+                self.laid.append(layout)
+                return layout.batch_dim, shape
         raise NoBoundsError(
             f"an operation on {tuple(rows.shape)} for {self.samples} samples, which must be [T, N, "
-            "*], [T * N, *] or [N, *]"
+            "*], [T * N, *] or [N, *], and the same in batches of every size"
         )
 
     def spikes(self, neuron: Neuron, x_seq: Interval) -> Interval:

@@ -152,6 +152,8 @@ class Prover:
             self.maps.bounded(joint, images, self.eps)
             known["known"] = joint.stages
         run = RelaxedRun(self.maps.neurons, len(images), **known)
+        if run.samples == 1:
+            run.layouts = self.maps.layouts
         run.error = self.maps.bounded(run, images, self.eps).error
         return run
 

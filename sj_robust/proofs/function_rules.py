@@ -12,6 +12,8 @@ from sj_robust.proofs.rounding import NoBoundsError
 from sj_robust.proofs.rule_arguments import (
     as_bounds,
     centre_of_either,
+    check_dtype,
+    check_numbers,
     constant,
     dispatched,
     interval,
@@ -22,7 +24,10 @@ from sj_robust.proofs.rule_arguments import (
 )
 from sj_robust.proofs.spiking import Interval
 
-__all__ = ["OPERATIONS", "step"]
+__all__ = ["OPERATIONS", "chosen", "step"]
+
+_SOFTPLUS_THRESHOLD = 15
+"""From it on, the step from ``log(1 + exp(x))`` to x is far below what float32 rounds."""
 
 
 def _largest_of(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
@@ -50,7 +55,7 @@ def _rectified(func: Any, x: Any, inplace: bool = False) -> Bounds:
 def _function(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
     """A function of one value that never falls, or that falls up to a point and then rises."""
     name = func.__name__.strip("_")
-    _check_function(name, args, kwargs)
+    _check_function(name, x, args, kwargs)
     numbers = [_rounded_number(part, x) for part in args]
     options = {}
     for key, part in kwargs.items():
@@ -66,7 +71,7 @@ def _function(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
     return new_leaf(x.run, Function(name), [x], values)
 
 
-def _check_function(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_function(name: str, x: Bounds, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """The further arguments of a function of one value leave it one that has bounds."""
     given = (*args, *kwargs.values())
     has_other_bounds = any(isinstance(part, Bounds) for part in given)
@@ -76,6 +81,12 @@ def _check_function(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         raise NoBoundsError("gelu with approximate='tanh'")
     if name in ("leaky_relu", "elu") and any(part < 0 for part in given):
         raise NoBoundsError(f"{name} with a negative slope, which falls and rises")
+    if name == "softplus" and is_rounded(x.run):
+        given_threshold = args[1] if len(args) > 1 else kwargs.get("threshold", 20.0)
+        if given_threshold < _SOFTPLUS_THRESHOLD:
+            raise NoBoundsError(
+                f"softplus with a threshold below {_SOFTPLUS_THRESHOLD}, where it jumps down"
+            )
 
 
 def _rounded_number(value: Any, x: Bounds) -> Any:
@@ -138,11 +149,14 @@ def _compared(func: Any, a: Any, b: Any) -> Bounds:
     surely = reached(larger.lower, smaller.upper).to(like.dtype)
     possibly = reached(larger.upper, smaller.lower).to(like.dtype)
     ends = Interval(surely, possibly)
-    return new_leaf(run, Function("a comparison"), _bounds_among(a, b), ends)
+    found = new_leaf(run, Function("a comparison"), _bounds_among(a, b), ends)
+    found.truth = True
+    return found
 
 
-def _chosen(func: Any, where: Any, a: Any, b: Any) -> Bounds:
+def chosen(func: Any, where: Any, a: Any, b: Any) -> Bounds:
     """One of two values, as a third one says."""
+    check_numbers(func, a, b)
     run = run_of((where, a, b))
     bounded = _bounds_among(where, a, b)
     like = bounded[0].centre
@@ -164,6 +178,7 @@ def _bounds_among(*values: Any) -> list[Bounds]:
 
 def _softmax(func: Any, x: Any, dim: int, *args: Any, **kwargs: Any) -> Bounds:
     """Softmax along a dimension."""
+    check_dtype(x, *args, *kwargs.values())
     values = nonlinear.softmax(interval(x), dim, rounded=is_rounded(x.run))
     by = Function("a softmax", along=(dim,))
     return new_leaf(x.run, by, [x], values)
@@ -244,7 +259,7 @@ OPERATIONS: list[tuple[Rule, str]] = [
     (_function, " ".join((*nonlinear.MONOTONE[1:], *nonlinear.VALLEYS))),
     (_extremum, "max min amax amin maximum minimum"),
     (_compared, "ge gt le lt"),
-    (_chosen, "where"),
+    (chosen, "where"),
     (_softmax, "softmax"),
     (_layer_norm, "layer_norm"),
     (_group_norm, "group_norm"),

@@ -19,7 +19,7 @@ from sj_robust.proofs.changes import Changes, changed_sums, share_frames
 from sj_robust.proofs.moves import Shifts
 from sj_robust.proofs.opened import counts
 from sj_robust.proofs.origins import leaves_of, replayed
-from sj_robust.proofs.relaxation import Maps, Stage, Step, Trace
+from sj_robust.proofs.relaxation import Maps, Stage, Step, Trace, is_rounding
 from sj_robust.proofs.rounding import SLACK
 from sj_robust.proofs.rules import Bounds, Function
 from sj_robust.proofs.spiking import Centred, Float32Spiking, Interval, Spiking
@@ -39,7 +39,7 @@ from sj_robust.proofs.windows import (
 __all__ = ["JointRun", "MappedSums", "OverTime"]
 
 _GAP = 1e-9
-"""Relative difference that float64's rounding stays below; another map in another step does not."""
+"""Relative difference that float64's rounding of a sum over time stays below."""
 
 _FACTORS = 4096
 """Random numbers, one for each step of a layer; more steps begin anew."""
@@ -82,6 +82,7 @@ class _Call:
         first: Time steps of the layer before this call.
         batch_dim: Of what reaches it.
         current: What reaches it, [steps, 1, *].
+        size: What rounding of that is relative to.
         leaves: Numbers of the leaves that it depends on.
         leaf: Number of the leaf that begins.
     """
@@ -90,6 +91,7 @@ class _Call:
     first: int
     batch_dim: int
     current: Tensor
+    size: Tensor
     leaves: set[int]
     leaf: int
 
@@ -100,7 +102,7 @@ class _TimedTrace(Trace):
     """
 
     def __init__(self, neurons: dict[str, Neuron], factors: Tensor) -> None:
-        super().__init__(neurons, 1, torch.zeros_like)
+        super().__init__(neurons, 1, torch.zeros_like, sized=True)
         self.factors = factors
         self.calls: list[_Call] = []
         self.pooled: set[int] = set()
@@ -120,6 +122,7 @@ class _TimedTrace(Trace):
             first=first,
             batch_dim=batch_dim,
             current=by_step(centre, 1, batch_dim),
+            size=by_step(x.radius, 1, batch_dim),
             leaves=leaves_of(x.origin),
             leaf=len(self.leaves),
         )
@@ -132,16 +135,14 @@ class _TimedTrace(Trace):
     def leaf(self, values: Interval, batch_dim: int) -> Bounds:
         like = values.low
         if not self.leaves:
-            drawn = self._drawn(like)
-            return BoundedRun.leaf(self, Interval(drawn, drawn), batch_dim)
+            return self.point(self._drawn(like), batch_dim)
         call = self.calls[-1]
         steps = by_step(like, 1, batch_dim)
         one = self._drawn(steps[0])
         if call.by is not None:
             one = self._values.setdefault(call.by, one)
         factors = _factors_of(self.factors, call.first, len(steps))
-        value = in_layout(column(factors, one) * one, batch_dim)
-        return BoundedRun.leaf(self, Interval(value, value), batch_dim)
+        return self.point(in_layout(column(factors, one) * one, batch_dim), batch_dim)
 
     def _drawn(self, like: Tensor) -> Tensor:
         drawn = torch.randn(
@@ -161,8 +162,7 @@ class _FrameTrace(_TimedTrace):
         one = self._drawn(values.low[:, :1])
         steps = values.low.shape[1]
         factors = along(_factors_of(self.factors, 0, steps), 1, one.ndim)
-        frames = factors * one
-        return BoundedRun.leaf(self, Interval(frames, frames), batch_dim)
+        return self.point(factors * one, batch_dim)
 
 
 class OverTime:
@@ -201,14 +201,17 @@ class OverTime:
         )
         factors = drawn.to(maps.frame.device) + 0.5
         mean = factors[:T].mean()
-        trace, logits = _traced(maps, factors)
-        _, mean_logits = _traced(maps, mean.expand_as(factors))
+        trace = _TimedTrace(maps.neurons, factors)
+        of_means = _TimedTrace(maps.neurons, mean.expand_as(factors))
+        logits = maps.run(trace)
+        mean_logits = maps.run(of_means)
+        change = logits.centre.detach() - mean_logits.centre.detach()
         self.neurons = maps.neurons
         self.T = T
-        self._maps = maps
+        self.maps = maps
         self._factors = factors
         self._frame_by_frame: dict[str, bool] | None = None
-        self.counts = _alike(logits, mean_logits)
+        self.counts = is_rounding(change, logits.radius)
         self.steps = trace.steps
         self.kinds: dict[str, _Kind | None] = {}
         self.stepwise = tuple(self._find_kinds(trace))
@@ -233,7 +236,7 @@ class OverTime:
             for number, call in enumerate(trace.calls):
                 if call.by == name:
                     calls.append(call)
-                    shift = self._maps.shift(number, 1)
+                    shift = self.maps.shift(number, 1)
                     shifts.append(by_step(shift, 1, call.batch_dim))
                     before |= call.leaves
             if not calls:
@@ -257,23 +260,25 @@ class OverTime:
     def _find_frame_by_frame(self) -> dict[str, bool]:
         """The same of every layer."""
         trace = _FrameTrace(self.neurons, self._factors)
-        frame = self._maps.frame
-        self._maps.bounded(trace, frame.new_zeros(1, *frame.shape), 0.0)
+        frame = self.maps.frame
+        self.maps.run(trace)
         only_frames: dict[str, bool] = {}
         own: dict[str, list[Tensor]] = {}
+        sizes: dict[str, list[Tensor]] = {}
         for number, call in enumerate(trace.calls):
             if call.by is None:
                 continue
-            shift = by_step(self._maps.shift(number, 1), 1, call.batch_dim)
+            shift = by_step(self.maps.shift(number, 1), 1, call.batch_dim)
             scales = _factors_of(self._factors, call.first, len(call.current))
             scaled = (call.current - shift) / column(scales, call.current[0])
             own.setdefault(call.by, []).append(scaled)
+            sizes.setdefault(call.by, []).append(call.size)
             only_frames[call.by] = only_frames.get(call.by, True) and call.leaves == {0}
         found = {}
         for layer, parts in own.items():
             steps = torch.cat(parts)
             has_all_frames = len(steps) == frame.shape[0]
-            same = _alike(steps, steps[:1].expand_as(steps))
+            same = is_rounding(steps - steps[:1], torch.cat(sizes[layer]))
             found[layer] = only_frames[layer] and has_all_frames and same
         return found
 
@@ -313,6 +318,8 @@ class JointRun(BoundedRun):
         """Nothing has run yet; ``given`` is what a :class:`BoundedRun` may be told."""
         super().__init__(neurons, samples, **given)
         self.over_time = over_time
+        if samples == 1:
+            self.layouts = over_time.maps.layouts
         self.stages: list[Stage] = []
         """What a relaxation starts from."""
         self.memories = {name: Memory(SpikeTrains(Windows(KEPT))) for name in neurons}
@@ -782,14 +789,6 @@ def _rows(steps: list[Interval]) -> Interval:
     return stacked(steps).each(lambda end: end.flatten(1))
 
 
-def _traced(maps: Maps, factors: Tensor) -> tuple[_TimedTrace, Tensor]:
-    """A run with these factors, and its logits."""
-    trace = _TimedTrace(maps.neurons, factors)
-    zeros = maps.frame.new_zeros(1, *maps.frame.shape)
-    logits = maps.bounded(trace, zeros, 0.0)
-    return trace, logits.centre.detach()
-
-
 def _kind(calls: list[_Call], shifts: list[Tensor], factors: Tensor) -> _Kind | None:
     """How a layer's current depends on time; see :class:`OverTime`."""
     reference = calls[0].current[:1]
@@ -797,24 +796,20 @@ def _kind(calls: list[_Call], shifts: list[Tensor], factors: Tensor) -> _Kind | 
     if any(call.current.shape[1:] != shape for call in calls):
         return None
     currents = torch.cat([call.current for call in calls])
-    if _alike(currents, reference.expand_as(currents)):
+    size = torch.cat([call.size for call in calls])
+    if is_rounding(currents - reference, size):
         return "constant"
     shift = torch.cat(shifts)
     scales = _factors_of(factors, 0, len(currents))
     own = (currents - shift) / column(scales, currents[0])
-    same_map = _alike(own, own[:1].expand_as(own))
-    same_shift = _alike(shift, shift[:1].expand_as(shift))
+    same_map = is_rounding(own - own[:1], size)
+    same_shift = is_rounding(shift - shift[:1], size)
     return "steps" if same_map and same_shift else None
 
 
 def _factors_of(factors: Tensor, first: int, steps: int) -> Tensor:
     numbers = torch.arange(first, first + steps, device=factors.device)
     return factors[numbers % len(factors)]
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    size = float(b.abs().max()) if b.numel() else 0.0
-    return torch.allclose(a, b, rtol=_GAP, atol=_GAP * size)
 
 
 def _power_of_two(value: float) -> float:

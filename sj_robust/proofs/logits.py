@@ -65,18 +65,26 @@ def bounded_logits(
                     "an output that does not depend on the input, or lost its bounds"
                 )
     except NoBoundsError as error:
-        where = ""
-        if entered:
-            last = entered[-1]
-            kind = type(model.net.get_submodule(last)).__name__
-            where = f" in or behind {last} ({kind})"
-        raise NotImplementedError(
-            f"no bounds are known for {error}{where}; there are for {_COVERED}"
-        ) from error
+        raise _unknown(str(error), model, entered) from error
+    except (NotImplementedError, torch.cuda.OutOfMemoryError):
+        raise
+    except _FAILURES as error:
+        what = f"a forward that fails on bounds ({type(error).__name__}: {error})"
+        raise _unknown(what, model, entered) from error
     finally:
         for hook in hooks:
             hook.remove()
     return logits
+
+
+def _unknown(what: str, model: SpikingClassifier, entered: list[str]) -> NotImplementedError:
+    """Of what there are no bounds, and where: in or behind the last module that was entered."""
+    where = ""
+    if entered:
+        last = entered[-1]
+        kind = type(model.net.get_submodule(last)).__name__
+        where = f" in or behind {last} ({kind})"
+    return NotImplementedError(f"no bounds are known for {what}{where}; there are for {_COVERED}")
 
 
 def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
@@ -97,11 +105,12 @@ def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
         if lif is not None:
             neurons[name] = lif
         elif not stepped(module):
-            unbounded[name] = f"{name} ({type(module).__name__}): {no_bounds(module) or reason}"
+            why = no_bounds(module) or reason.partition(";")[0]  # behind it, what a monitor takes
+            unbounded[name] = f"{name} ({type(module).__name__}): {why}"
     for name, n in neurons.items():
-        why = _why_unbounded(n)
-        if why is not None:
-            unbounded[name] = f"{name}{why}"
+        fault = _why_unbounded(n)
+        if fault is not None:
+            unbounded[name] = f"{name}{fault}"
     if model.encoder is not None:
         unbounded = {"": f"the encoder {type(model.encoder).__name__}"} | unbounded
     if unbounded:
@@ -130,6 +139,9 @@ def _why_unbounded(n: Neuron) -> str | None:
             return f", whose {key} is not one finite number"
     return None
 
+
+_FAILURES = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
+"""What code raises that was not written for bounds, such as a forward that reads ``neuron.v``."""
 
 _COVERED = (
     "direct encoding or given frames, convolution, linear, batch, layer and group norm, pooling, "

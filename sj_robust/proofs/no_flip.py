@@ -18,6 +18,8 @@ from sj_robust.neuron.charging import Neuron, find_neurons
 from sj_robust.ops.recurrence import charge, reset
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.logits import bounded_logits
+from sj_robust.proofs.origins import leaves_of
+from sj_robust.proofs.relaxation import LEAST_SHARE, is_rounding
 from sj_robust.proofs.rounding import (
     charge_rounding,
     reset_rounding,
@@ -117,9 +119,10 @@ def _row_norms(model: SpikingClassifier, image: Tensor, batch_size: int) -> dict
     """
     neurons, others, _ = find_neurons(model.net, {}, {})
     names = [*neurons, *others]
-    black = _silent_run(model, torch.zeros_like(image), names)
-    probed = _silent_run(model, _probes(model, image), names)
-    if not _close(probed.logits, black.logits):
+    probes = _probes(model, image)
+    black = _silent_run(model, torch.zeros_like(probes), names)
+    probed = _silent_run(model, probes, names)
+    if not torch.equal(probed.logits, black.logits):
         raise NotImplementedError(
             "the input reaches the logits past all spiking layers, so no radius keeps them"
         )
@@ -129,12 +132,12 @@ def _row_norms(model: SpikingClassifier, image: Tensor, batch_size: int) -> dict
         change = currents - at_black
         if bool(change.any()):
             _check_followed(name, neurons, others)
-            _check_affine(name, change)
+            _check_affine(name, change, currents.abs() + at_black.abs())
             sums_of_squares[name] = torch.zeros_like(at_black[0, 0])
     for basis in _bases(model, image, batch_size):
         columns = _currents(model, basis, list(sums_of_squares))
         for name, squares in sums_of_squares.items():
-            column = columns[name][0] - black.currents[name][0]
+            column = columns[name][0] - black.currents[name][0, :1]
             squares += column.square().sum(0)
     return {name: squares.sqrt() for name, squares in sums_of_squares.items()}
 
@@ -165,16 +168,21 @@ def _check_followed(name: str, neurons: dict[str, Neuron], others: dict[str, str
         raise NotImplementedError(f"{name}, which the input drives, cannot be followed: {reason}")
 
 
-def _check_affine(name: str, change: Tensor) -> None:
+def _check_affine(name: str, change: Tensor, size: Tensor) -> None:
     """Raise NotImplementedError if the currents [T, 3, *] of the probes, less those of a black
-    image, are not those of one affine map in every step.
+    image, are not those of one affine map in every step; ``size`` is what they round by.
     """
     a, b, both = change.unbind(1)
-    is_linear = _close(both, a + 2 * b)
-    if not (is_linear and _close(change, change[:1])):
-        raise NotImplementedError(
-            f"what leads from the input to {name} is not one affine map for every time step"
-        )
+    largest = size.amax((0, 1)) + LEAST_SHARE * change.abs().amax()
+    is_linear = is_rounding(both - (a + 2 * b), 3 * largest)
+    if not (is_linear and is_rounding(change - change[:1], largest)):
+        raise _not_affine(name)
+
+
+def _not_affine(name: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"what leads from the input to {name} is not one affine map for every time step"
+    )
 
 
 def _bases(model: SpikingClassifier, image: Tensor, batch_size: int) -> Iterator[Tensor]:
@@ -336,10 +344,17 @@ class _CurrentsRun(BoundedRun):
         super().__init__(neurons, samples)
         self.currents: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
         self.T = T
+        self._of_input = {0}
+        """Leaves to which the input leads past all spiking layers."""
 
     def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
+        before = leaves_of(x.origin) & self._of_input
+        if isinstance(by, Function) and before:
+            self._of_input.add(len(self.leaves))
         if not isinstance(by, Neuron) or by.name not in self.currents:
             return
+        if before - {0}:
+            raise _not_affine(by.name)
         size = Interval(x.lower, x.upper).size()
         currents = self.currents[by.name]
         if batch_dim:
@@ -438,10 +453,3 @@ def _silent(model: SpikingClassifier, names: list[str]) -> Iterator[_NotedCurren
             module: Any = model.net.get_submodule(name)
             stack.enter_context(other_forward(module, silent(name, module)))
         yield noted
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of a float64 run are the same up to rounding."""
-    allowed = 1e-9 * (1 + b.abs().max())
-    distance = (a - b).abs()
-    return bool((distance <= allowed).all())

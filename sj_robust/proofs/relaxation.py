@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sj_robust.core.broadcast import along
 from sj_robust.neuron.charging import Neuron
-from sj_robust.proofs.bounds import BoundedRun, by_row, laid_out, pulled_back
+from sj_robust.proofs.bounds import BoundedRun, Layout, by_row, laid_out, pulled_back
 from sj_robust.proofs.moves import Events
 from sj_robust.proofs.opened import counts
 from sj_robust.proofs.rounding import reset_rounding
@@ -19,6 +19,7 @@ from sj_robust.proofs.rules import Bounds, Function, Pooling
 from sj_robust.proofs.spiking import Float32Spiking, Interval, LayerBounds, Spiking
 
 __all__ = [
+    "LEAST_SHARE",
     "Bounded",
     "Decision",
     "Lower",
@@ -27,9 +28,16 @@ __all__ = [
     "Slopes",
     "Stage",
     "Step",
+    "is_rounding",
     "minimum",
     "raised",
 ]
+
+_GAP = 1e-9
+"""Relative difference that float64's rounding stays below; a part that is missing does not."""
+
+LEAST_SHARE = 1e-3
+"""Of the largest weight: sums of many terms round so much of it at least, times :data:`_GAP`."""
 
 _ROUNDING = 1e-10
 """Covers float64's own rounding of a sum of terms, in units of the sum of their absolute values."""
@@ -181,42 +189,64 @@ class Stage:
 class Trace(BoundedRun):
     """A run whose leaves have given values: the graphs of the affine maps, and their values
     there. With leaves of zero, these are what the maps shift by.
+
+    Args:
+        neurons: Neurons of known dynamics by name.
+        samples: Number of samples.
+        value: Gives the values of the leaves.
+        sized: Whether to keep what rounding is relative to; see
+            :class:`sj_robust.proofs.rules.Run`.
     """
 
     points = True
 
-    def __init__(self, neurons: dict[str, Neuron], samples: int, value: LeafValue) -> None:
+    def __init__(
+        self, neurons: dict[str, Neuron], samples: int, value: LeafValue, *, sized: bool = False
+    ) -> None:
         """Nothing has run yet."""
         super().__init__(neurons, samples)
         self.rounded = False
+        self.sized = sized
         self.value = value
         self.currents: list[Tensor] = []
+        self.sizes: list[Tensor] = []
         self.names: list[str] = []
-        self.layouts: list[int] = []
+        self.batch_dims: list[int] = []
 
     def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
         name = by.name
         if isinstance(by, Neuron):
             name = f"the layer {name}"
-        self.note(x.centre, batch_dim, name)
+        self.note(x, batch_dim, name)
 
-    def note(self, current: Tensor, batch_dim: int, name: str) -> None:
+    def note(self, current: Bounds, batch_dim: int, name: str) -> None:
         """Keep a current: of a stage, or at last the logits."""
-        self.currents.append(current)
-        self.layouts.append(batch_dim)
+        self.currents.append(current.centre)
+        self.sizes.append(current.radius)
+        self.batch_dims.append(batch_dim)
         self.names.append(name)
 
     def shift_of(self, stage: int) -> Tensor:
         """A stage's current, [N, *]."""
         current = self.currents[stage].detach()
-        return by_row(current, self.samples, self.layouts[stage])
+        return by_row(current, self.samples, self.batch_dims[stage])
+
+    def size_of(self, stage: int) -> Tensor:
+        """What rounding of a stage's current is relative to, [N, *]."""
+        return by_row(self.sizes[stage], self.samples, self.batch_dims[stage])
 
     def spikes(self, neuron: Neuron, x_seq: Interval) -> Interval:
         return x_seq
 
     def leaf(self, values: Interval, batch_dim: int) -> Bounds:
-        value = self.value(values.low)
-        return super().leaf(Interval(value, value), batch_dim)
+        return self.point(self.value(values.low), batch_dim)
+
+    def point(self, value: Tensor, batch_dim: int) -> Bounds:
+        """A leaf with this value."""
+        found = super().leaf(Interval(value, value), batch_dim)
+        if self.sized:
+            found.radius = value.abs()
+        return found
 
 
 @dataclass
@@ -236,14 +266,23 @@ class Maps:
     neurons: dict[str, Neuron]
     frame: Tensor
     _traces: dict[int, Trace] = field(default_factory=dict, init=False)
+    _layouts: tuple[Layout, ...] | None = field(default=None, init=False)
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Where each operation outside of spiking layers has its samples, as a run of several
+        tells.
+        """
+        if self._layouts is None:
+            self._layouts = tuple(self.traced(_FEW, torch.zeros_like).laid)
+        return self._layouts
 
     def check_samples(self) -> None:
         """Raise NotImplementedError unless all samples have the same map, each of its own leaves,
         however many.
         """
         for number, name in enumerate(self._trace(_MANY).names):
-            pairs = self._shifts_of_samples(number) + self._adjoints_of_samples(number)
-            if not all(_nearly(found, expected) for found, expected in pairs):
+            if not (self._has_one_shift(number) and self._has_one_map(number)):
                 raise NotImplementedError(
                     "no bounds are known for a network that mixes the samples of a batch, or "
                     f"treats them differently, as before {name}; give time steps first, [T, N, "
@@ -251,17 +290,20 @@ class Maps:
                 )
         del self._traces[_MANY], self._traces[_FEW]
 
-    def _shifts_of_samples(self, stage: int) -> list[tuple[Tensor, Tensor]]:
-        """What a stage's current is if all leaves are zero, in batches of two sizes, and what it
-        must be: that of the first sample.
+    def _has_one_shift(self, stage: int) -> bool:
+        """Whether a stage's current, if all leaves are zero, is that of the first sample for every
+        sample, in batches of two sizes.
         """
-        many = self._trace(_MANY).shift_of(stage)
-        few = self._trace(_FEW).shift_of(stage)
-        first = many[:1]
-        return [(many, first), (few, first)]
+        many = self._trace(_MANY)
+        few = self._trace(_FEW)
+        first = many.shift_of(stage)[:1]
+        size = many.size_of(stage)[:1]
+        shifts = (many.shift_of(stage), few.shift_of(stage))
+        return all(is_rounding(shift - first, size) for shift in shifts)
 
-    def _adjoints_of_samples(self, stage: int) -> list[tuple[Tensor, Tensor]]:
-        """Weights on leaves that belong to given ones on a stage's current, and what they must be.
+    def _has_one_map(self, stage: int) -> bool:
+        """Whether weights on a stage's current belong to the same weights on leaves for every
+        sample.
 
         Equation, with A the map of one sample, u random and n = 1, 2, ... the number of a sample::
 
@@ -270,7 +312,7 @@ class Maps:
         """
         trace = self._trace(_MANY)
         fewer = self._trace(_FEW)
-        dim = trace.layouts[stage]
+        dim = trace.batch_dims[stage]
         current = trace.shift_of(stage)
         once = torch.rand_like(current[:1]).expand_as(current)
         factors = torch.arange(1.0, _MANY + 1, dtype=current.dtype, device=current.device)
@@ -280,7 +322,6 @@ class Maps:
         on_few = dict(self.adjoint(stage, laid_out(once[:_FEW], dim), _FEW))
         leaves = [leaf for leaf, _ in on_once]
         assert leaves == list(on_often) == list(on_few)
-        pairs = []
         for leaf, weights in on_once:
             of_many = trace.leaves[leaf]
             of_few = fewer.leaves[leaf]
@@ -288,10 +329,12 @@ class Maps:
             scaled_rows = of_many.by_sample(on_often[leaf], _MANY)
             few_rows = of_few.by_sample(on_few[leaf], _FEW)
             first = rows[:1]
-            pairs.append((rows, first))
-            pairs.append((scaled_rows, factors.unsqueeze(1) * first))
-            pairs.append((few_rows, first))
-        return pairs
+            size = first.abs() + LEAST_SHARE * first.abs().amax()
+            scales = factors.unsqueeze(1)
+            gaps = (rows - first, few_rows - first, scaled_rows / scales - first)
+            if not all(is_rounding(gap, size) for gap in gaps):
+                return False
+        return True
 
     def adjoint(self, stage: int, weights: Tensor, rows: int) -> list[tuple[int, Tensor]]:
         """Weights on a stage's current (native layout, -1 for the logits) as weights on earlier
@@ -304,6 +347,25 @@ class Maps:
             return []
         found = pulled_back(weights, current, leaves, create_graph=weights.requires_grad)
         return [(number, weight) for number, weight in enumerate(found) if weight is not None]
+
+    def image(self, stage: int, leaves: list[Tensor], rows: int) -> Tensor:
+        """What the map to a stage's current makes of values of the leaves, without its shift,
+        native layout.
+
+        ``<A^T u, z>`` is linear in u, so that its gradient is ``A z``.
+        """
+        current = self._trace(rows).currents[stage]
+        weights = torch.zeros_like(current, requires_grad=True)
+        products = []
+        for number, back in self.adjoint(stage, weights, rows):
+            products.append((back * leaves[number]).sum())
+        if not products:
+            return torch.zeros_like(current)
+        total = torch.stack(products).sum()
+        if not total.requires_grad:
+            return torch.zeros_like(current)
+        (found,) = torch.autograd.grad(total, weights)
+        return found
 
     def shift(self, stage: int, rows: int) -> Tensor:
         """The stage's current if all leaves are zero, native layout."""
@@ -327,20 +389,28 @@ class Maps:
         elements = sum(leaf.centre.numel() for leaf in trace.leaves)
         return of_maps + _OPERATIONS * elements + _OVERHEAD
 
-    def traced(self, rows: int, value: LeafValue) -> Trace:
+    def traced(self, rows: int, value: LeafValue, *, sized: bool = False) -> Trace:
         """A run of so many rows whose leaves have the values that are given for one like them."""
-        trace = Trace(self.neurons, rows, value)
-        zeros = self.frame.new_zeros(rows, *self.frame.shape)
-        logits = self.bounded(trace, zeros, 0.0).centre
-        trace.note(logits, 0, "the output")
+        trace = Trace(self.neurons, rows, value, sized=sized)
+        self.run(trace)
         return trace
+
+    def run(self, trace: Trace) -> Bounds:
+        """Let the network run on the leaves of a trace; the logits."""
+        if trace.samples == 1:
+            trace.layouts = self.layouts
+        zeros = self.frame.new_zeros(trace.samples, *self.frame.shape)
+        logits = self.bounded(trace, zeros, 0.0)
+        trace.note(logits, 0, "the output")
+        return logits
 
     def _trace(self, rows: int) -> Trace:
         if rows not in self._traces:
             if len(self._traces) > 3:
                 oldest = next(key for key in self._traces if key != 1)
                 del self._traces[oldest]
-            self._traces[rows] = self.traced(rows, torch.zeros_like)
+            compared = rows in (_MANY, _FEW)
+            self._traces[rows] = self.traced(rows, torch.zeros_like, sized=compared)
         return self._traces[rows]
 
 
@@ -624,6 +694,7 @@ class _Walk:
         rows = len(self.samples)
         self.add(self._by_row(-weights.abs() * error, number))
         shift = self.maps.shift(number, rows)
+        _check_layout(weights, shift)
         self.add(self._by_row(weights * shift, number))
         for leaf, weight in self.maps.adjoint(number, weights, rows):
             if leaf in self.on_leaves:
@@ -778,6 +849,7 @@ class _Walk:
         radii = by_row(leaf.radius, self.run.samples, leaf.batch_dim)
         centre = centres[self.samples]
         radius = radii[self.samples]
+        _check_layout(rows, centre)
         self.add(rows * centre - rows.abs() * radius)
 
     def _rectified(self, number: int, weights: Tensor) -> None:
@@ -805,6 +877,17 @@ class _Walk:
         """A term in native layout as [R, *]; -1 are the logits."""
         batch_dim = self.run.stages[number].batch_dim if number >= 0 else 0
         return by_row(term, len(self.samples), batch_dim)
+
+
+def _check_layout(a: Tensor, b: Tensor) -> None:
+    """Raise NotImplementedError unless two parts have one shape: torch would repeat the smaller one
+    and add up what does not belong together.
+    """
+    if a.shape != b.shape:
+        raise NotImplementedError(
+            "no bounds are known for a network that lays its samples out differently in batches "
+            f"of different sizes: {tuple(a.shape)} against {tuple(b.shape)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -960,10 +1043,24 @@ def _better(first: Lower, second: Lower) -> Lower:
     )
 
 
-def _nearly(found: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors of float64 runs are the same up to rounding."""
-    size = 1 + float(expected.abs().max())
-    return torch.allclose(found, expected.expand_as(found), rtol=1e-9, atol=1e-9 * size)
+def is_rounding(gap: Tensor, size: Tensor) -> bool:
+    """Whether differences of float64 runs are no more than rounding, each for its own element.
+    是否只是舍入误差。
+
+    A part that is missing, or another map, makes more. A tolerance for all elements together would
+    hide a small logit beside one that a mask moves by 1e9.
+
+    Args:
+        gap: The differences.
+        size: Sums of absolute values that rounding is relative to, broadcast.
+
+    Examples:
+        >>> is_rounding(torch.tensor([1e-12, 1.0]), torch.tensor([1.0, 1e10]))
+        True
+        >>> is_rounding(torch.tensor([0.1, 0.0]), torch.tensor([1.0, 1e10]))
+        False
+    """
+    return bool((gap.abs() <= _GAP * size).all())  # NaN is none
 
 
 def _slope(silent: _Piece, fired: _Piece, threshold: float) -> Tensor:

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust.proofs.bound_tensor import Bounds, Function, Run
+from sj_robust.proofs.bound_tensor import Bounds, Function, Run, is_truth
 from sj_robust.proofs.rounding import NoBoundsError
 from sj_robust.proofs.spiking import Interval
 
 __all__ = [
     "as_bounds",
     "centre_of_either",
+    "check_dtype",
+    "check_numbers",
     "constant",
     "dispatched",
     "interval",
@@ -56,13 +58,33 @@ def as_bounds(value: Any, run: Run | None, like: Tensor) -> Bounds:
     if isinstance(value, Bounds):
         return value
     centre = constant(value, run).to(like)
-    return Bounds(centre, torch.zeros_like(centre), run=run)
+    has_size = run is not None and run.points and run.sized
+    radius = centre.abs() if has_size else torch.zeros_like(centre)
+    return Bounds(centre, radius, run=run)
 
 
 def centre_of_either(a: Any, b: Any) -> Tensor:
     """The centre of the one of two that is bounds."""
     centre: Tensor = (a if isinstance(a, Bounds) else b).centre
     return centre
+
+
+def check_dtype(x: Bounds, *given: Any) -> None:
+    """Raise NoBoundsError if one of some arguments is another dtype than that of the values."""
+    for dtype in given:
+        if isinstance(dtype, torch.dtype) and dtype != x.dtype:
+            raise NoBoundsError(f"a conversion to {dtype}: bounds are those of {x.dtype}")
+
+
+def check_numbers(func: Any, *values: Any) -> None:
+    """Raise NoBoundsError if all of these are True and False, which torch does not take for 1 and
+    0.
+    """
+    if all(map(is_truth, values)):
+        raise NoBoundsError(
+            f"the operation {func.__name__} of comparisons alone: convert one first, as in (x >= "
+            "0).to(x.dtype)"
+        )
 
 
 def interval(x: Bounds) -> Interval:
@@ -96,9 +118,12 @@ def reshaped(x: Bounds, shape: torch.Size) -> Bounds:
     return found
 
 
-_DOUBLES: ContextVar[dict[int, tuple[Tensor, int, Tensor]] | None] = ContextVar(
-    "_DOUBLES", default=None
-)
+_Known = tuple[Tensor, Tensor, Tensor]
+"""A parameter, a copy of its values, and these in float64. Nothing but the values tells that a
+forward has written to ``p.data``.
+"""
+
+_DOUBLES: ContextVar[dict[int, _Known] | None] = ContextVar("_DOUBLES", default=None)
 
 
 @contextmanager
@@ -115,8 +140,10 @@ def _in_float64(value: Tensor) -> Tensor:
     known = _DOUBLES.get()
     if known is None or not isinstance(value, nn.Parameter):
         return value.detach().double()
-    parameter, version, found = known.get(id(value), (None, -1, value))
-    if parameter is not value or version != value._version:
-        found = value.detach().double()
-        known[id(value)] = value, value._version, found
+    if id(value) in known:
+        parameter, values, found = known[id(value)]
+        if parameter is value and torch.equal(values, value):
+            return found
+    found = value.detach().double()
+    known[id(value)] = value, value.detach().clone(), found
     return found

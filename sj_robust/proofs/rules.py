@@ -15,13 +15,24 @@ from torch import Tensor
 
 from sj_robust.core.broadcast import along
 from sj_robust.proofs import function_rules, nonlinear
-from sj_robust.proofs.bound_tensor import RULES, Bounds, Function, Pooling, Rule, Run
+from sj_robust.proofs.bound_tensor import (
+    ON_TRUTH,
+    RULES,
+    Bounds,
+    Function,
+    Pooling,
+    Rule,
+    Run,
+    is_truth,
+)
 from sj_robust.proofs.changes import Changes
 from sj_robust.proofs.function_rules import step
 from sj_robust.proofs.rounding import SMALLEST, NoBoundsError, gamma, within_float32
 from sj_robust.proofs.rule_arguments import (
     as_bounds,
     centre_of_either,
+    check_dtype,
+    check_numbers,
     constant,
     dispatched,
     interval,
@@ -56,8 +67,10 @@ def _affine(
         shift = shift.to(x.centre.dtype)
         centre = centre + shift
     if x.run is not None and x.run.points:
-        no_radius = centre.detach().new_zeros(())
-        return Bounds(centre, no_radius, run=x.run)
+        size = centre.detach().new_zeros(())
+        if x.run.sized:
+            size = absolute(x.radius) + shift.abs()
+        return Bounds(centre, size, run=x.run)
     growth = gamma(terms)
     if x.run is not None and x.run.narrow:
         # what the sums of both, and of this, round is at most twice growth; it is in the radius,
@@ -238,8 +251,8 @@ def _scaled(x: Bounds, factor: Tensor, *, terms: int, shift: Tensor | None = Non
 
 
 def _average(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
-    """Sums with weights >= 0: average pooling, ``mean``, ``sum``."""
-    _converted(func, x, kwargs.pop("dtype", None))
+    """Sums with weights of one sign: average pooling, ``mean``, ``sum``."""
+    check_dtype(x, kwargs.pop("dtype", None))
 
     def apply(z: Tensor) -> Any:
         return func(z, *args, **kwargs)
@@ -256,11 +269,13 @@ def _average(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
     else:
         results = apply(x.radius).numel()
         terms = x.numel() // max(1, results)
-    return _affine(x, apply, apply, terms=terms + 2)
+    # a divisor of average pooling may be negative
+    return _affine(x, apply, lambda z: apply(z).abs(), terms=terms + 2)
 
 
 def _sum(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
     """Sums and differences."""
+    check_numbers(func, a, b)
     if kwargs:
         raise NoBoundsError("a sum with alpha or out")
     name = func.__name__.strip("_")
@@ -305,6 +320,7 @@ def _shifted_changes(x: Bounds, shape: torch.Size) -> Changes | None:
 
 def _product(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
     """Products with a constant, and divisions by one."""
+    check_numbers(func, a, b)
     name = func.__name__.strip("_")
     is_division = "div" in name
     if isinstance(a, Bounds) and isinstance(b, Bounds) and not is_division:
@@ -354,6 +370,9 @@ def moved(func: Any, *args: Any, **kwargs: Any) -> Any:
         for number in range(len(results)):
             of_one = {name: part[number] for name, part in parts.items()}
             views.append(Bounds(**of_one, run=run))
+    parts_moved = args[0] if isinstance(args[0], tuple | list) else args[:1]
+    for view in views:
+        view.truth = all(map(is_truth, parts_moved))
     _move_changes(views, func, args, kwargs)
     if not copies and isinstance(args[0], Bounds):
         _share_memory(args[0], views)
@@ -442,10 +461,10 @@ def _converted(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     given = [getattr(value, "dtype", value) for value in (*args, *kwargs.values())]
     if func.__name__ == "float":
         given.append(torch.float32)
-    for dtype in given:
-        if isinstance(dtype, torch.dtype) and dtype != x.dtype:
-            raise NoBoundsError(f"a conversion to {dtype}: bounds are those of {x.dtype}")
-    return x
+    check_dtype(x, *given)
+    if not x.truth:
+        return x
+    return Bounds(x.centre, x.radius, x.error, x.run)
 
 
 _LAID_OUT = ["flatten", "view", "reshape", "permute", "transpose", "unsqueeze", "squeeze"]
@@ -482,6 +501,10 @@ _OPERATIONS: list[tuple[Rule, str]] = [
 
 for _rule, _names in _OPERATIONS:
     RULES |= dict.fromkeys(_names.split(), _rule)
+
+for _rule, _names in _OPERATIONS:
+    if _rule in (_sum, _product, _converted, moved, _asked, _filled, function_rules.chosen):
+        ON_TRUTH |= set(_names.split())
 
 _NONLINEAR = [_matmul, _matmul_and_sum, _product, *dict(function_rules.OPERATIONS)]
 
