@@ -462,9 +462,9 @@ def _converted(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     if func.__name__ == "float":
         given.append(torch.float32)
     check_dtype(x, *given)
-    if not x.truth:
-        return x
-    return Bounds(x.centre, x.radius, x.error, x.run)
+    if isinstance(x, Bounds) and x.truth:
+        return Bounds(x.centre, x.radius, x.error, x.run)
+    return x
 
 
 _LAID_OUT = ["flatten", "view", "reshape", "permute", "transpose", "unsqueeze", "squeeze"]

@@ -245,7 +245,7 @@ def test_comparisons_that_are_numbers_are_proved():
         second = x[..., 2:] >= 0.5
         return (
             first
-            + second.float()
+            + second.float() * torch.ones(2).type_as(x)
             + second * 0.5
             + torch.where(second, first, 1.0)
             + net.relu(x[..., :2])
