@@ -116,6 +116,11 @@ class NetworkSpec:
     encoder: EncoderName = "direct"
     encoder_options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_own(self) -> bool:
+        """Whether a function of one's own builds it."""
+        return ":" in self.name and not self.name.startswith("zoo:")
+
 
 def build_network(spec: NetworkSpec) -> nn.Module:
     """Build the network of a specification, with random weights from torch's global random state.

@@ -1,4 +1,5 @@
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch.testing import assert_close
 
 from sj_robust import DLIFNode
 from sj_robust.classifier import SpikingEventClassifier
+from sj_robust.evaluation.run.fingerprint import code_of
 from sj_robust.evaluation.subject import from_checkpoint
 from sj_robust.models import (
     ConvChain,
@@ -19,6 +21,7 @@ from sj_robust.models import (
 )
 from sj_robust.models.build import NETWORKS
 from sj_robust.models.checkpoint import save_checkpoint
+from sj_robust.models.foreign import find_function
 
 OWN = """
 from spikingjelly.activation_based import functional, layer, neuron
@@ -366,3 +369,26 @@ def test_checkpoints_run_functions_only_where_trusted(own):
     message = "names the function own_models.py:build .* pass trust_code=True"
     with pytest.raises(ValueError, match=message):
         from_checkpoint(own / "best.pt")
+
+
+def test_a_checkpoint_says_if_the_code_of_its_network_has_changed(own):
+    spec = NetworkSpec("own_models.py:build", T=3)
+    classifier = build_classifier(spec)
+    description = {"network": asdict(spec), "code": code_of(find_function(spec.name))}
+    content = {"model": classifier.state_dict(), "description": description}
+    save_checkpoint(own / "best.pt", content)
+    same = partial(from_checkpoint, own / "best.pt", trust_code=True)
+    assert same().remarks == ()
+    (own / "own_models.py").write_text("# a comment changes nothing\n" + OWN)
+    assert same().remarks == ()
+    (own / "own_models.py").write_text(
+        OWN.replace("spiking_neuron()", "spiking_neuron(v_threshold=4.0)")
+    )
+    (remark,) = same().remarks
+    assert "code of own_models.py:build has changed since the training" in remark
+    assert "Evaluate with the code of the training" in remark
+    description["code"] = {"python 2.7": "compiled otherwise"}
+    save_checkpoint(own / "best.pt", content)
+    assert same().remarks == ()
+    write(own / "best.pt", spec, classifier)  # as before code had digests
+    assert same().remarks == ()
