@@ -374,8 +374,7 @@ def main(arguments: list[str]) -> None:
     )
     defaults = plain(Options())
     where = journal.begin(configuration, defaults, accelerator)
-    code = own_code(network_spec(options, splits))
-    where |= {f"code for {version}": digest for version, digest in code.items()}
+    where |= own_code(network_spec(options, splits))
     if names := unused(options, completed(options)):
         journal.say(f"ignored with the other options given: {', '.join(names)}")
     reports = []
@@ -434,8 +433,8 @@ def train_network(
         "network": asdict(spec),
         "options": deciding(completed(options)),
         "images and labels": fingerprint([contents(splits.train), contents(splits.validation)]),
-        "code": code,
     }
+    description |= code
     with tracked(accelerator, folder, network_folder.name, plain(options)):
         history = training.train(
             objective,
@@ -455,7 +454,10 @@ def train_network(
 
 
 def own_code(spec: NetworkSpec) -> dict[str, str]:
-    """Digest of the code that builds a network of one's own; nothing for any other network."""
+    """Digest of the code that builds a network of one's own; nothing for any other network.
+
+    Call it before the network is built, as it runs a file anew.
+    """
     return code_of(find_function(spec.name)) if spec.is_own else {}
 
 

@@ -262,11 +262,10 @@ def check_fits(subject: Subject, images: Tensor, classes: int | None, dataset: s
 
 def _changed_code(spec: NetworkSpec, description: Mapping[str, Any]) -> tuple[str, ...]:
     """A remark if the network's own code is not that of its training, where that is known."""
-    trained = description.get("code", {})
-    if not spec.is_own or not trained:
+    if not spec.is_own:
         return ()
-    now = code_of(find_function(spec.name))
-    if all(trained.get(version, digest) == digest for version, digest in now.items()):
+    code = code_of(find_function(spec.name))
+    if all(description.get(name, digest) == digest for name, digest in code.items()):
         return ()
     return (
         f"The code of {spec.name} has changed since the training: with these weights it may "

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from sj_robust import DLIFNode
 from sj_robust.classifier import SpikingEventClassifier
+from sj_robust.core.environment import CODE
 from sj_robust.evaluation.run.fingerprint import code_of
 from sj_robust.evaluation.subject import from_checkpoint
 from sj_robust.models import (
@@ -374,7 +375,7 @@ def test_checkpoints_run_functions_only_where_trusted(own):
 def test_a_checkpoint_says_if_the_code_of_its_network_has_changed(own):
     spec = NetworkSpec("own_models.py:build", T=3)
     classifier = build_classifier(spec)
-    description = {"network": asdict(spec), "code": code_of(find_function(spec.name))}
+    description = {"network": asdict(spec), **code_of(find_function(spec.name))}
     content = {"model": classifier.state_dict(), "description": description}
     save_checkpoint(own / "best.pt", content)
     same = partial(from_checkpoint, own / "best.pt", trust_code=True)
@@ -387,7 +388,7 @@ def test_a_checkpoint_says_if_the_code_of_its_network_has_changed(own):
     (remark,) = same().remarks
     assert "code of own_models.py:build has changed since the training" in remark
     assert "Evaluate with the code of the training" in remark
-    description["code"] = {"python 2.7": "compiled otherwise"}
+    content["description"] = {"network": asdict(spec), f"{CODE} 2.7": "compiled otherwise"}
     save_checkpoint(own / "best.pt", content)
     assert same().remarks == ()
     write(own / "best.pt", spec, classifier)  # as before code had digests

@@ -17,6 +17,7 @@ from evaluation.recipe_run import undrawn
 from launch import ROOT, finish, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sj_robust.core.environment import CODE
 from sj_robust.evaluation import Report
 from sj_robust.models.checkpoint import save_checkpoint
 from sj_robust.training import load_checkpoint
@@ -185,26 +186,25 @@ def test_a_run_goes_on_with_its_images_and_code_alone(tmp_path, capsys):
     )
     in_process(tmp_path, *options)
     report = Report.load(tmp_path / "run" / "report.json")
-    (code,) = [name for name in report.environment if name.startswith("code for python")]
+    (code,) = [name for name in report.environment if name.startswith(CODE)]
     last = tmp_path / "run" / "dlif_none" / "last.pt"
     content = load_checkpoint(last)
-    of_code = content["description"]["code"].values()
-    assert [report.environment[code]] == list(of_code)
+    assert report.environment[code] == content["description"][code]
     in_process(tmp_path, *options, "--resume")
     build.write_text(OWN.replace("192, 8", "192, 9").replace("8, classes", "9, classes"))
-    with pytest.raises(ValueError, match=r"code.python \S+: '\w+' there"):
+    with pytest.raises(ValueError, match=r"code for python \S+: '\w+' there"):
         in_process(tmp_path, *options, "--resume")
     build.write_text(OWN)
     picture(tmp_path / "pictures" / "train" / "a" / "0.png", 1, 8, 8)
     with pytest.raises(ValueError, match=r"images and labels: '\w+' there"):
         in_process(tmp_path, *options, "--resume")
-    for name in ("code", "images and labels"):  # as runs of before told neither
+    for name in (code, "images and labels"):  # as runs of before told neither
         content["description"].pop(name)
     parts = {name: part for name, part in content.items() if name not in ("format", "version")}
     save_checkpoint(last, parts)
     capsys.readouterr()
     in_process(tmp_path, *options, "--resume")
-    assert "does not tell images and labels, code.python" in capsys.readouterr().out
+    assert "does not tell images and labels, code for python" in capsys.readouterr().out
 
 
 def test_bounds_and_options_without_effect_are_in_the_log(tmp_path, capsys):

@@ -38,6 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sj_robust.core.environment import CODE
 from sj_robust.core.host import base
 
 __all__ = ["code_of", "description", "fingerprint", "parts_of"]
@@ -138,8 +139,8 @@ def parts_of(model: object, *, parameters: bool = True) -> dict[str, str]:
 
 
 def code_of(function: object) -> dict[str, str]:
-    """The digest of the code that a function of one's own runs, by the version of Python, whose
-    others compile the same code otherwise. 代码指纹。
+    """The digest of the code that a function of one's own runs, under a name with the version of
+    Python, since others compile the same code otherwise. 代码指纹。
 
     It covers the function, the functions and classes that it names, and the values that these read
     from their modules. Code of installed packages and of this one is named alone, so that another
@@ -154,7 +155,7 @@ def code_of(function: object) -> dict[str, str]:
     """
     walk = _Walk(constructors=True)
     version = ".".join(platform.python_version_tuple()[:2])
-    return {f"python {version}": _digest(walk.whole(function))}
+    return {f"{CODE} {version}": _digest(walk.whole(function))}
 
 
 class _Walk:
