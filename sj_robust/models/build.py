@@ -35,6 +35,7 @@ __all__ = [
     "EncoderName",
     "NetworkSpec",
     "build_classifier",
+    "build_encoder",
     "build_network",
     "options_for_lif",
 ]
@@ -232,7 +233,7 @@ def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
             raise ValueError(
                 f"{name} must have one value per channel ({spec.image_shape[0]}), got {values}"
             )
-    encoder = _encoder(spec)
+    encoder = build_encoder(spec)
     net = _built(spec)
     if encoder is not None and (spec.frames or isinstance(net, SpikingClassifier)):
         raise ValueError(
@@ -246,7 +247,7 @@ def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
     return SpikingClassifier(net, spec.T, encoder, mean=spec.mean, std=spec.std)
 
 
-def _encoder(spec: NetworkSpec) -> nn.Module | None:
+def build_encoder(spec: NetworkSpec) -> nn.Module | None:
     """The encoder of a specification; None repeats the image."""
     kinds: dict[str, Callable[..., nn.Module]] = {
         "poisson": PoissonEncoder,
