@@ -356,7 +356,7 @@ def evaluate_network(options: Options, arguments: list[str]) -> None:
         Display(journal.console, journal.say) as display,
     ):
         for remark in subject.remarks:
-            display.say(f"WARNING: {remark}")
+            display.say(f"NOTE: {remark}")
         if isinstance(subject.model, SpikingClassifier):
             display.say(f"{subject.name} {subject.model.convention}")
         request = Request(

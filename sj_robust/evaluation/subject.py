@@ -110,7 +110,7 @@ def from_checkpoint(path: Path, T: int | None = None, *, trust_code: bool = Fals
         architecture=_in_words(spec),
         options=options,
         spec=spec,
-        remarks=changed,
+        remarks=(*changed, *_unfinished(path, content)),
     )
 
 
@@ -271,6 +271,27 @@ def _changed_code(spec: NetworkSpec, description: Mapping[str, Any]) -> tuple[st
         f"The code of {spec.name} has changed since the training: with these weights it may "
         "compute something else than the trained network. Evaluate with the code of the "
         "training, or train again.",
+    )
+
+
+def _unfinished(path: Path, content: Mapping[str, Any]) -> tuple[str, ...]:
+    """A remark if the training that the checkpoint is of has stopped before its last epoch."""
+    last = path.with_name("last.pt")
+    run = path.absolute().parent.parent
+    if (run / "report.json").is_file() or not last.is_file():
+        return ()  # adv_train writes its report at the end
+    if path != last:
+        try:
+            content = load_checkpoint(last)
+        except ValueError:  # damaged, which is not this checkpoint's fault
+            return ()
+    epoch = content.get("epoch")
+    epochs = content["description"].get("options", {}).get("epochs")
+    if epoch is None or epochs is None or epoch >= epochs:
+        return ()
+    return (
+        f"The training of {path.absolute().parent.name} is unfinished (epoch {epoch} of {epochs}): "
+        "adv_train.py --resume continues it.",
     )
 
 

@@ -127,6 +127,14 @@ def test_seeds_choose_other_contents(events):
         contents([])
 
 
+def test_test_pictures_that_are_training_pictures_are_warned_of(folder, monkeypatch):
+    shutil.copy(folder / "train" / "cat" / "0.png", folder / "test" / "dog" / "x.png")
+    with pytest.warns(UserWarning, match="1 of 7 test pictures of .* are also training pictures"):
+        load(folder)
+    monkeypatch.setattr("sj_robust.data.image_folder._IN_MEMORY", 0)
+    load(folder)
+
+
 def test_validation_pictures_of_ones_own(folder):
     for label, name in enumerate(CLASSES):
         picture(folder / "val" / name / "v.png", 200 + 10 * label)

@@ -1,5 +1,6 @@
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -393,3 +394,22 @@ def test_a_checkpoint_says_if_the_code_of_its_network_has_changed(own):
     assert same().remarks == ()
     write(own / "best.pt", spec, classifier)  # as before code had digests
     assert same().remarks == ()
+
+
+def test_a_checkpoint_says_if_its_training_is_unfinished(tmp_path, monkeypatch):
+    spec = NetworkSpec()
+    description = {"network": asdict(spec), "options": {"epochs": 5}}
+    content = {"model": build_classifier(spec).state_dict(), "description": description}
+    folder = tmp_path / "run" / "dlif_at"
+    folder.mkdir(parents=True)
+    save_checkpoint(folder / "best.pt", content | {"epoch": 2})
+    assert from_checkpoint(folder).remarks == ()  # nobody knows
+    save_checkpoint(folder / "last.pt", content | {"epoch": 3})
+    monkeypatch.chdir(folder)
+    for path in (folder, folder / "last.pt", Path("best.pt")):
+        (remark,) = from_checkpoint(path).remarks
+        assert "training of dlif_at is unfinished (epoch 3 of 5)" in remark
+    save_checkpoint(folder / "last.pt", content | {"epoch": 5})
+    assert from_checkpoint(folder).remarks == ()
+    (folder / "last.pt").write_text("damaged")
+    assert from_checkpoint(folder).remarks == ()
