@@ -314,11 +314,14 @@ from sj_robust import SpikingClassifier, training
 from sj_robust.attacks import Attack, ThreatModel
 from sj_robust.core.checks import check_choice
 from sj_robust.data import Augmentation, ImageSplits, load_images
+from sj_robust.data.stored import contents
 from sj_robust.defences import SurrogateOverlap
 from sj_robust.defences.stog import GateRates
 from sj_robust.evaluation import Report
+from sj_robust.evaluation.run.fingerprint import code_of, fingerprint
 from sj_robust.models import NetworkSpec, build_classifier, start_from
 from sj_robust.models.build import NETWORKS, options_for_lif
+from sj_robust.models.foreign import find_function
 from sj_robust.proofs.differentiable import TrainedMethod
 from sj_robust.proofs.verification import NormName
 from sj_robust.training.engine import check_training
@@ -371,6 +374,7 @@ def main(arguments: list[str]) -> None:
     )
     defaults = plain(Options())
     where = journal.begin(configuration, defaults, accelerator)
+    where |= own_code(network_spec(options, splits))
     if names := unused(options, completed(options)):
         journal.say(f"ignored with the other options given: {', '.join(names)}")
     reports = []
@@ -416,6 +420,8 @@ def train_network(
     journal: training.Journal,
 ) -> tuple[SpikingClassifier, list[EpochRecord]]:
     """Train one network and return it as it was at its best epoch."""
+    spec = network_spec(options, splits)
+    code = own_code(spec)
     objective, plan, perturb = prepared(options, splits)
     module, _, _ = options.model.rpartition(":")
     origin = options.pretrained or module.removeprefix("zoo")  # empty for random weights
@@ -424,9 +430,11 @@ def train_network(
     network_folder = folder / name.replace(" ", "_")
     network_folder.mkdir(exist_ok=True)
     description = {
-        "network": asdict(network_spec(options, splits)),
+        "network": asdict(spec),
         "options": deciding(completed(options)),
+        "images and labels": fingerprint([contents(splits.train), contents(splits.validation)]),
     }
+    description |= code
     with tracked(accelerator, folder, network_folder.name, plain(options)):
         history = training.train(
             objective,
@@ -443,6 +451,14 @@ def train_network(
     best = training.load_checkpoint(network_folder / "best.pt")
     objective.classifier.load_state_dict(best["model"])
     return objective.classifier, history
+
+
+def own_code(spec: NetworkSpec) -> dict[str, str]:
+    """Digest of the code that builds a network of one's own; nothing for any other network.
+
+    Call it before the network is built, as it runs a file anew.
+    """
+    return code_of(find_function(spec.name)) if spec.is_own else {}
 
 
 def prepared(

@@ -355,6 +355,8 @@ def evaluate_network(options: Options, arguments: list[str]) -> None:
         removed_if_unused(folder, resume=options.resume),
         Display(journal.console, journal.say) as display,
     ):
+        for remark in subject.remarks:
+            display.say(f"NOTE: {remark}")
         if isinstance(subject.model, SpikingClassifier):
             display.say(f"{subject.name} {subject.model.convention}")
         request = Request(

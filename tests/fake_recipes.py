@@ -82,7 +82,7 @@ def main(arguments):
 
 EVALUATOR = '''
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -126,7 +126,8 @@ def main(arguments):
     potential = {"member": "pgd10", "samples": 9, "layers": layers, "warnings": []}
     rows.append(Row("control/pgd10", "control", whole, (0,), threat=threat, group="control"))
     report = Report(options.name or "mine", "cifar10", options.suite,
-                    [n % 2 for n in range(count)], rows, threat, 2, potential=[potential])
+                    [n % 2 for n in range(count)], rows, threat, 2, potential=[potential],
+                    configuration=asdict(options))
     report.save(folder / "report.json")
 '''
 

@@ -3,6 +3,7 @@ vote of a smoothed classifier.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def bracket_of_the_vote(
     say(f"{len(y)} votes of {n} draws with sigma {sigma:g}")
     votes = smooth(model, x, sigma, n=n, alpha=alpha, generator=noise)
     say("PGD on the vote")
-    return smoothed_bracket(
+    report = smoothed_bracket(
         model,
         x,
         y,
@@ -68,3 +69,4 @@ def bracket_of_the_vote(
         dataset=dataset,
         configuration=configuration,
     )
+    return replace(report, warnings=(*subject.remarks, *report.warnings))

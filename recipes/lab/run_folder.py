@@ -1,5 +1,6 @@
 """The folder that a run of a recipe leaves behind."""
 
+import glob
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -98,18 +99,16 @@ def open_run_folder(
     """
     folders = [""]
     if accelerator.is_main_process:
-        folder = (
-            root / f"{stem}-{max(_numbers(stem, root), default=0) + 1}"
-            if output is None
-            else Path(output)
-        )
+        folder = root / stem if output is None else Path(output)
         if not resume:
-            if folder.is_dir() and any(folder.iterdir()):
+            if output is not None and folder.is_dir() and any(folder.iterdir()):
                 raise FileExistsError(
                     f"{folder} is not empty: continue its run with --resume, or change --output"
                 )
             text = yaml.safe_dump(dict(configuration), sort_keys=False)
             try:
+                if output is None:
+                    folder = _next_folder(stem, root)
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / CONFIGURATION_FILE).write_text(text, encoding="utf-8")
             except OSError as error:
@@ -151,7 +150,19 @@ def removed_if_unused(folder: Path, *, resume: bool) -> Iterator[None]:
         raise
 
 
+def _next_folder(stem: str, root: Path) -> Path:
+    """Make the folder of the next number, which no other process has at the same time."""
+    root.mkdir(parents=True, exist_ok=True)
+    while True:
+        folder = root / f"{stem}-{max(_numbers(stem, root), default=0) + 1}"
+        try:
+            folder.mkdir()
+        except FileExistsError:  # another process was faster
+            continue
+        return folder
+
+
 def _numbers(stem: str, root: Path) -> list[int]:
     """Numbers of the folders there are."""
-    endings = (path.name.removeprefix(f"{stem}-") for path in root.glob(f"{stem}-*"))
+    endings = (path.name.removeprefix(f"{stem}-") for path in root.glob(f"{glob.escape(stem)}-*"))
     return [int(ending) for ending in endings if ending.isdigit()]

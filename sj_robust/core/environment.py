@@ -11,7 +11,10 @@ from torch import nn
 
 from sj_robust._version import __version__
 
-__all__ = ["bfloat16_units", "device_of", "environment", "processor", "version_of"]
+__all__ = ["CODE", "bfloat16_units", "device_of", "environment", "processor", "version_of"]
+
+CODE = "code for python"
+"""What the name of the digest of one's own code begins with; the version of Python follows."""
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, str]:

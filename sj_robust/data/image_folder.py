@@ -1,6 +1,8 @@
 """Pictures in folders, one folder per class."""
 
-from collections.abc import Sequence
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +30,10 @@ _ENDINGS = {
 }
 _IN_MEMORY = 1 << 29
 """Bytes of decoded pictures that are kept in memory."""
+_FEW_TWICE = 0.01
+"""Share of the test pictures that may be training pictures without a warning: large data sets have
+some pictures twice.
+"""
 _EIGHT_BITS = {
     "1",
     "L",
@@ -85,6 +91,7 @@ def image_folder(folder: Path, *, on_unreadable: OnUnreadable) -> Source:
             images[name] = StoredImages(torch.stack(pictures), labels)
         else:
             images[name] = FileImages(paths, labels, partial(_image, size=sizes[first]))
+    _warn_of_trained_ones(images, folder)
     validation = shuffled(images["val"]) if "val" in images else None
     return Source(
         train=images["train"],
@@ -94,6 +101,25 @@ def image_folder(folder: Path, *, on_unreadable: OnUnreadable) -> Source:
         validation=validation,
         class_names=tuple(classes),
     )
+
+
+def _warn_of_trained_ones(images: Mapping[str, Images], folder: Path) -> None:
+    """Warn if test pictures are training pictures, where both are in memory."""
+    train, test = images["train"], images["test"]
+    if not isinstance(train, StoredImages) or not isinstance(test, StoredImages):
+        return
+    trained = set(map(_digest, train.pixels))
+    count = sum(_digest(picture) in trained for picture in test.pixels)
+    if count > _FEW_TWICE * len(test):
+        warnings.warn(
+            f"{count} of {len(test)} test pictures of {folder} are also training pictures: an "
+            "accuracy on them is no accuracy on new pictures; keep each picture in one part",
+            stacklevel=2,
+        )
+
+
+def _digest(picture: Tensor) -> bytes:
+    return hashlib.blake2b(picture.numpy().data).digest()
 
 
 def _class_names(part: Path) -> list[str]:

@@ -17,6 +17,7 @@ __all__ = [
     "StoredCounts",
     "StoredFrames",
     "StoredImages",
+    "contents",
     "shuffled",
 ]
 
@@ -178,6 +179,35 @@ class Source:
     validation: Images | None = None
     frames: bool = False
     class_names: tuple[str, ...] = ()
+
+
+def contents(images: object) -> list[object]:
+    """What tells images and labels from others: pixels, or names and sizes of files.
+    数据内容。
+
+    Raises:
+        TypeError: If the data set is none of :func:`sj_robust.data.load_images`.
+
+    Examples:
+        >>> contents(StoredImages(torch.zeros(2, 1, 1, 1, dtype=torch.uint8), torch.zeros(2)))[1:]
+        [255.0, tensor([0, 0])]
+    """
+    if isinstance(images, Subset):
+        return [list(images.indices), *contents(images.dataset)]
+    if isinstance(images, StoredImages):
+        return [images.pixels, images.white, images.labels]
+    if isinstance(images, StoredFrames):
+        return [images.bits, list(images.shape), images.labels]
+    if isinstance(images, StoredCounts):
+        return contents(images.images)
+    if isinstance(images, FileImages):
+        return [[_file(Path(path)) for path in images.paths], images.labels]
+    raise TypeError(f"images must be those of load_images, got {type(images).__name__}")
+
+
+def _file(path: Path) -> tuple[str, int]:
+    """Name of a file in its folder, and its size, wherever the data set lies."""
+    return f"{path.parent.name}/{path.name}", path.stat().st_size
 
 
 def shuffled(images: Images) -> Subset[tuple[Tensor, ...]]:

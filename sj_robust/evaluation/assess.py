@@ -153,6 +153,7 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
         findings=tuple(findings),
         potential=tuple({name: row[name] for name in shown} for row in potential),
         warnings=(
+            *subject.remarks,
             *sorted(unseen.union(outcome.warnings)),
             *_left_out(reasons),
             *proved.get("reasons", ()),

@@ -86,7 +86,7 @@ def stress_network(subject: Subject, batches: Batches | Data, request: Request) 
         rows=outcome.rows,
         description=f"{short_attack_name(request.threat)} {request.steps}{judged}",
         draws=request.draws or 1,
-        warnings=outcome.warnings,
+        warnings=(*subject.remarks, *outcome.warnings),
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sj_robust.classifier import SpikingClassifier, as_classifier
 from sj_robust.core.checks import did_you_mean
 from sj_robust.core.convention import checked_logits
+from sj_robust.evaluation.run.fingerprint import code_of
 from sj_robust.models import NetworkSpec, build_classifier, set_time_steps
 from sj_robust.models.checkpoint import load_checkpoint
 from sj_robust.models.foreign import find_function, reason
@@ -34,6 +35,7 @@ class Subject:
         architecture: Architecture in a few words.
         options: Options it was trained with; empty if they are not known.
         spec: Specification of the network; None for your own network.
+        remarks: What a reader of its figures should know, for the warnings of the report.
 
     Examples:
         >>> Subject("mine", SpikingClassifier(nn.Flatten(), T=1), "nothing but a reshape").options
@@ -45,6 +47,7 @@ class Subject:
     architecture: str
     options: Mapping[str, Any] = field(default_factory=dict)
     spec: NetworkSpec | None = None
+    remarks: tuple[str, ...] = ()
 
 
 def from_checkpoint(path: Path, T: int | None = None, *, trust_code: bool = False) -> Subject:
@@ -58,7 +61,7 @@ def from_checkpoint(path: Path, T: int | None = None, *, trust_code: bool = Fals
             the number it was trained with.
         trust_code: Whether a function of your own code that the checkpoint names
             (``module:function``) may be run to build the network. Whoever wrote the file chose the
-            function and its arguments.
+            function and its arguments. A remark says if its code has changed since the training.
 
     Returns:
         The network, on the CPU, with its weights.
@@ -80,12 +83,13 @@ def from_checkpoint(path: Path, T: int | None = None, *, trust_code: bool = Fals
     try:
         description, state = content["description"], content["model"]
         spec = NetworkSpec(**description["network"])
-        if ":" in spec.name and not spec.name.startswith("zoo:") and not trust_code:
+        if spec.is_own and not trust_code:
             raise ValueError(
                 f"{path} names the function {spec.name} with options {spec.options}, which would "
                 "be run to build its network; if you trust both, pass trust_code=True "
                 "(--trust-code on the command line)"
             )
+        changed = _changed_code(spec, description)
         model = build_classifier(spec)
         model.load_state_dict(as_named_in(model, state))
     except (KeyError, TypeError, RuntimeError) as error:
@@ -106,6 +110,7 @@ def from_checkpoint(path: Path, T: int | None = None, *, trust_code: bool = Fals
         architecture=_in_words(spec),
         options=options,
         spec=spec,
+        remarks=(*changed, *_unfinished(path, content)),
     )
 
 
@@ -255,15 +260,47 @@ def check_fits(subject: Subject, images: Tensor, classes: int | None, dataset: s
     return int(logits.shape[1])
 
 
+def _changed_code(spec: NetworkSpec, description: Mapping[str, Any]) -> tuple[str, ...]:
+    """A remark if the network's own code is not that of its training, where that is known."""
+    if not spec.is_own:
+        return ()
+    code = code_of(find_function(spec.name))
+    if all(description.get(name, digest) == digest for name, digest in code.items()):
+        return ()
+    return (
+        f"The code of {spec.name} has changed since the training: with these weights it may "
+        "compute something else than the trained network. Evaluate with the code of the "
+        "training, or train again.",
+    )
+
+
+def _unfinished(path: Path, content: Mapping[str, Any]) -> tuple[str, ...]:
+    """A remark if the training that the checkpoint is of has stopped before its last epoch."""
+    last = path.with_name("last.pt")
+    run = path.absolute().parent.parent
+    if (run / "report.json").is_file() or not last.is_file():
+        return ()  # adv_train writes its report at the end
+    if path != last:
+        try:
+            content = load_checkpoint(last)
+        except ValueError:  # damaged, which is not this checkpoint's fault
+            return ()
+    epoch = content.get("epoch")
+    epochs = content["description"].get("options", {}).get("epochs")
+    if epoch is None or epochs is None or epoch >= epochs:
+        return ()
+    return (
+        f"The training of {path.absolute().parent.name} is unfinished (epoch {epoch} of {epochs}): "
+        "adv_train.py --resume continues it.",
+    )
+
+
 def _in_words(spec: NetworkSpec) -> str:
     """Architecture, neuron, time and what makes the size of a network."""
     sizes = {"small": f", channels {spec.channels}"}
     size = f", hidden {spec.hidden}" if spec.name.startswith("vgg") else sizes.get(spec.name, "")
     options = "".join(f", {key} {value}" for key, value in spec.options.items())
-    foreign = ":" in spec.name and not spec.name.startswith(
-        "zoo:"
-    )  # its neurons have a tau of their own
-    tau = "" if foreign else f", tau {spec.tau:g}"
+    tau = "" if spec.is_own else f", tau {spec.tau:g}"  # else its neurons have their own
     encoder = "" if spec.encoder == "direct" else f", encoder {spec.encoder}"
     encoder += "".join(f", {key} {value}" for key, value in spec.encoder_options.items())
     return f"{spec.name}, {spec.neuron}, T {spec.T}{tau}{size}{options}{encoder}"

@@ -35,6 +35,7 @@ __all__ = [
     "EncoderName",
     "NetworkSpec",
     "build_classifier",
+    "build_encoder",
     "build_network",
     "options_for_lif",
 ]
@@ -115,6 +116,11 @@ class NetworkSpec:
     options: dict[str, Any] = field(default_factory=dict)
     encoder: EncoderName = "direct"
     encoder_options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether a function of one's own builds it."""
+        return ":" in self.name and not self.name.startswith("zoo:")
 
 
 def build_network(spec: NetworkSpec) -> nn.Module:
@@ -227,7 +233,7 @@ def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
             raise ValueError(
                 f"{name} must have one value per channel ({spec.image_shape[0]}), got {values}"
             )
-    encoder = _encoder(spec)
+    encoder = build_encoder(spec)
     net = _built(spec)
     if encoder is not None and (spec.frames or isinstance(net, SpikingClassifier)):
         raise ValueError(
@@ -241,7 +247,7 @@ def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
     return SpikingClassifier(net, spec.T, encoder, mean=spec.mean, std=spec.std)
 
 
-def _encoder(spec: NetworkSpec) -> nn.Module | None:
+def build_encoder(spec: NetworkSpec) -> nn.Module | None:
     """The encoder of a specification; None repeats the image."""
     kinds: dict[str, Callable[..., nn.Module]] = {
         "poisson": PoissonEncoder,

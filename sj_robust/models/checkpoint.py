@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sj_robust.core.environment import CODE
 from sj_robust.core.saved import load_tensors, whole_file
 
 __all__ = ["check_same_run", "load_checkpoint", "load_run", "save_checkpoint"]
@@ -30,6 +31,11 @@ _RUN = (
 
 _LATER: dict[str, Any] = {"options.counts": False}
 """Options that checkpoints of earlier releases lack, with the value that means what these did."""
+
+_NOT_ALWAYS_TOLD = ("images and labels", CODE)
+"""Parts of a description that are compared only where both have them: checkpoints of earlier
+releases lack them, and code has another digest for each version of Python.
+"""
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -130,16 +136,28 @@ def load_run(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, ...]:
     """Raise ValueError if the description in a checkpoint is that of a run with other options.
     检查选项是否一致。
+
+    Returns:
+        What could not be compared, since the checkpoint does not tell it.
     """
     new = _flat(wanted)
     later = {name: value for name, value in _LATER.items() if name in new}
     old = later | _flat(saved)
-    names = [name for name in new | old if old.get(name) != new.get(name)]
+    untold = []
+    names = []
+    for name in new | old:
+        if old.get(name) == new.get(name):
+            continue
+        of_both = name in old and name in new
+        if of_both or not name.startswith(_NOT_ALWAYS_TOLD):
+            names.append(name)
+        elif name in new:
+            untold.append(name)
     if not names:
-        return
+        return tuple(untold)
     differences = [f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names]
     remedy = "resume with the same ones, or start a new run in another folder"
     unknown = [name for name in names if name not in old]

@@ -1,14 +1,16 @@
 """Training that starts from the weights of another network."""
 
 import math
+import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from spikingjelly.activation_based import neuron
+from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.host import functional
-from sj_robust.models.build import NetworkSpec
+from sj_robust.models.build import NetworkSpec, build_encoder
 from sj_robust.models.weights import Weights, as_named_in, check_keys, read_weights
 from sj_robust.neuron import DLIFNode
 
@@ -29,7 +31,9 @@ def start_from(
     in the file are copied.
 
     Args:
-        classifier: The network, changed in place; its tau must be that of the pretrained network.
+        classifier: The network, changed in place; the tau of its LIF, IF and DLIF neurons must be
+            that of the pretrained network. A warning says if the file states another number of time
+            steps, or another kind of encoder: then the logits are others.
         path: ``best.pt`` of ``recipes/adv_train.py``, or a ``state_dict`` (.pt, .pth) of the bare
             network or its classifier, such as one of SpikingJelly's model zoo.
         decay_input: Whether the LIF neurons had ``decay_input=True``, SpikingJelly's default; a
@@ -61,7 +65,7 @@ def start_from(
     nodes = {
         name: module for name, module in classifier.named_modules() if isinstance(module, DLIFNode)
     }
-    _check_neurons(weights, nodes, decay_input, path)
+    _check_neurons(weights, classifier, nodes, decay_input=decay_input, path=path)
     whole = classifier.state_dict()
     tensors = as_named_in(classifier, weights.tensors)
     of_net = as_named_in(classifier.net, weights.tensors)
@@ -88,6 +92,8 @@ def start_from(
                 f"{path} was trained with {key} {tensors[key].tolist()}, the network has "
                 f"{whole[key].tolist()}; give it the same"
             )
+    if weights.network is not None:
+        _warn_of_others(NetworkSpec(**weights.network), classifier, path)
     classifier.load_state_dict(tensors)
     functional.reset_net(classifier)
 
@@ -105,9 +111,14 @@ def _gain_of_lif(node: DLIFNode, decay_input: bool | None) -> Tensor:
 
 
 def _check_neurons(
-    weights: Weights, nodes: dict[str, DLIFNode], decay_input: bool | None, path: Path
+    weights: Weights,
+    classifier: SpikingClassifier,
+    nodes: dict[str, DLIFNode],
+    *,
+    decay_input: bool | None,
+    path: Path,
 ) -> None:
-    """Raise ValueError if DLIF neurons cannot begin as the neurons of the file."""
+    """Raise ValueError if neurons cannot begin as the neurons of the file."""
     learned = [
         key for key in weights.tensors if key.endswith(".w") and weights.tensors[key].ndim == 0
     ]
@@ -117,19 +128,46 @@ def _check_neurons(
             "neurons of a NetworkSpec share one; load it in your own function (network "
             "module:function), whose neurons are then converted"
         )
-    if weights.network is None or not nodes:
+    if weights.network is None:
         return
-    if decay_input:
+    if nodes and decay_input:
         raise ValueError(
             f"{path} is a checkpoint of this package, whose LIF has decay_input=False; omit it"
         )
     spec = NetworkSpec(**weights.network)
     if ":" in spec.name:
         return
+    neuron_of_file = "IF" if spec.neuron == "if" else f"tau {spec.tau:g}"
     tau = math.inf if spec.neuron == "if" else spec.tau
-    others = {node.tau for node in nodes.values()} - {tau}
-    if others:
+    others = {_tau(module) for module in classifier.modules()} - {tau, None}
+    for other in others:
+        neuron_here = "IF neurons" if other == math.inf else f"{other:g}"
+        remedy = 'neuron "if"' if tau == math.inf and not nodes else f"tau={tau:g}"
         raise ValueError(
-            f"{path} was trained with tau {tau:g}, the network has {min(others):g}; build it "
-            f"with tau={tau:g}"
+            f"{path} was trained with {neuron_of_file}, the network has {neuron_here}; build it "
+            f"with {remedy}"
+        )
+
+
+def _tau(module: nn.Module) -> float | None:
+    """Time constant of a neuron that is described by it alone; None for any other module."""
+    if isinstance(module, DLIFNode | neuron.LIFNode):
+        return float(module.tau)
+    return math.inf if isinstance(module, neuron.IFNode) else None
+
+
+def _warn_of_others(spec: NetworkSpec, classifier: SpikingClassifier, path: Path) -> None:
+    """Warn of what changes the logits and is no weight."""
+    told = []
+    T = getattr(classifier, "T", spec.T)  # which only the network may know
+    if spec.T != T:
+        told.append(f"T={spec.T}, the network has T={T}")
+    if type(build_encoder(spec)) is not type(classifier.encoder):
+        kind = type(classifier.encoder).__name__ if classifier.encoder else "no encoder"
+        told.append(f"encoder {spec.encoder!r}, the network has {kind}")
+    if told:
+        warnings.warn(
+            f"{path} was trained with {' and '.join(told)}: it does not start with the logits "
+            "of the file; build it as the file was trained if this is not intended",
+            stacklevel=4,  # behind the decorator of start_from
         )

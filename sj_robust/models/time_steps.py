@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.host import functional, invalidate_reset_cache
 from sj_robust.neuron import DLIFNode
 
@@ -24,7 +25,9 @@ def set_time_steps(net: nn.Module, T: int) -> dict[str, tuple[int, int]]:
     the first ones, learned for an empty membrane, and fit no step.
 
     All other modules that keep the number of steps in an attribute ``T`` (the classifier, the
-    networks of this package) get the new number. States are reset. An existing optimizer still
+    networks of this package) get the new number; an attribute of this name that is another number
+    than that of the classifier and of the DLIF neurons means something else, and stays. A network
+    without either has every ``T`` changed. States are reset. An existing optimizer still
     holds the old gains: create a new one.
 
     Args:
@@ -49,6 +52,7 @@ def set_time_steps(net: nn.Module, T: int) -> dict[str, tuple[int, int]]:
     """
     if isinstance(T, bool) or not isinstance(T, int) or T < 1:
         raise ValueError(f"T must be an integer >= 1, got {T!r}")
+    numbers = _numbers_of_steps(net)
     changed: dict[str, tuple[int, int]] = {}
     for name, module in net.named_modules():
         steps = getattr(module, "T", None)
@@ -59,7 +63,7 @@ def set_time_steps(net: nn.Module, T: int) -> dict[str, tuple[int, int]]:
             index = torch.arange(T, device=gain.device).clamp(max=steps - 1)
             kept = gain.detach()[index]
             module.input_gain = nn.Parameter(kept, requires_grad=gain.requires_grad)
-        elif "T" in vars(module):
+        elif "T" in vars(module) and (steps in numbers or not numbers):
             module.T = T
         else:
             continue
@@ -67,3 +71,13 @@ def set_time_steps(net: nn.Module, T: int) -> dict[str, tuple[int, int]]:
     invalidate_reset_cache(net)
     functional.reset_net(net)
     return changed
+
+
+def _numbers_of_steps(net: nn.Module) -> set[int]:
+    """Those of modules whose ``T`` is known to mean them."""
+    found = set()
+    for module in net.modules():
+        steps = getattr(module, "T", None)  # that a classifier may not know yet
+        if isinstance(module, DLIFNode | SpikingClassifier) and steps is not None:
+            found.add(steps)
+    return found

@@ -195,9 +195,13 @@ class TrainingRun:
             save_checkpoint(self.folder / name, content)
         self.accelerator.wait_for_everyone()
 
-    def load(self, content: dict[str, Any]) -> None:
+    def load(self, content: dict[str, Any], journal: Journal) -> None:
         """Stand where a checkpoint was written."""
-        check_same_run(content["description"], self.description)
+        if untold := check_same_run(content["description"], self.description):
+            journal.say(
+                f"the checkpoint does not tell {', '.join(untold)} of its run: resumed without a "
+                "comparison"
+            )
         self.classifier.load_state_dict(as_named_in(self.classifier, content["model"]))
         self.optimizer.load_state_dict(content["optimizer"])
         self.scheduler.load_state_dict(content["scheduler"])

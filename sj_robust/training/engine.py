@@ -93,7 +93,7 @@ def train(
             description=dict(description),
         )
         if resume and (folder / "last.pt").exists():
-            run.load(load_run(folder / "last.pt"))
+            run.load(load_run(folder / "last.pt"), journal)
         if plan.compile:
             first = splits.train[0][0].unsqueeze(0).to(accelerator.device)
             found = objective.classifier.find_convention(first)

@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ from torch.utils.data import ConcatDataset
 
 from sj_robust.data import image_loader, load_images
 from sj_robust.data.files import UnreadableError
-from sj_robust.data.stored import FileImages, StoredImages
+from sj_robust.data.stored import FileImages, StoredImages, contents
+from sj_robust.evaluation.run.fingerprint import fingerprint
 
 CLASSES = ("cat", "dog", "emu")
 
@@ -94,6 +97,42 @@ def test_what_fits_into_memory_is_decoded_once(folder, monkeypatch):
     assert isinstance(stored.train.dataset, StoredImages)
     assert isinstance(read.train.dataset, FileImages)
     assert checksums(stored) == checksums(read)
+
+
+@pytest.mark.parametrize("room", [1 << 20, 0])
+def test_other_pictures_or_labels_have_other_contents(folder, monkeypatch, room):
+    monkeypatch.setattr("sj_robust.data.image_folder._IN_MEMORY", room)
+
+    def digest(path):
+        return fingerprint(contents(load(path).train))
+
+    before = digest(folder)
+    elsewhere = folder / "elsewhere"
+    for part in ("train", "test"):
+        shutil.copytree(folder / part, elsewhere / part)
+    assert digest(elsewhere) == before
+    (elsewhere / "train" / "cat" / "0.png").rename(elsewhere / "train" / "dog" / "0a.png")
+    assert digest(elsewhere) != before
+    picture(folder / "train" / "cat" / "4.png", 300)
+    assert digest(folder) != before
+
+
+@pytest.mark.parametrize("events", [{}, {"T": 2}, {"T": 2, "counts": True}])
+def test_seeds_choose_other_contents(events):
+    name = "saccade:digits" if events else "digits"
+    one, same, other = (load_images(name, seed=seed, **events) for seed in (0, 0, 1))
+    digests = [fingerprint(contents(splits.train)) for splits in (one, same, other)]
+    assert digests[0] == digests[1] != digests[2]
+    with pytest.raises(TypeError, match="must be those of load_images, got list"):
+        contents([])
+
+
+def test_test_pictures_that_are_training_pictures_are_warned_of(folder, monkeypatch):
+    shutil.copy(folder / "train" / "cat" / "0.png", folder / "test" / "dog" / "x.png")
+    with pytest.warns(UserWarning, match="1 of 7 test pictures of .* are also training pictures"):
+        load(folder)
+    monkeypatch.setattr("sj_robust.data.image_folder._IN_MEMORY", 0)
+    load(folder)
 
 
 def test_validation_pictures_of_ones_own(folder):

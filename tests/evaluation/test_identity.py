@@ -32,6 +32,7 @@ from sj_robust.attacks import fgsm
 from sj_robust.classifier import PoissonEncoder
 from sj_robust.evaluation import Fault, Member, stress
 from sj_robust.evaluation.run.data import Data
+from sj_robust.evaluation.run.fingerprint import code_of
 from sj_robust.evaluation.run.identity import identify, network_key
 from sj_robust.neuron import fuse
 
@@ -788,3 +789,31 @@ def test_many_kills_and_resumes_without_a_refusal(tmp_path):
                 )
         outcome = suite_run.outcome_of(folder, net=draw.choice(forms)(), suite=suite)
         assert suite_run.without_times(outcome) == wanted
+
+
+class Made:
+    def __init__(self):
+        self.width = 3
+
+
+class MadeOtherwise:
+    def __init__(self):
+        self.width = 4
+
+
+def builds(kind):
+    def build():
+        return kind().width * SHIFT
+
+    return build
+
+
+def test_code_is_known_by_what_it_does_and_reads(monkeypatch):
+    code = code_of(builds(Made))
+    assert code_of(builds(Made)) == code
+    assert code_of(builds(MadeOtherwise)) != code
+    monkeypatch.setattr(Made, "__init__", MadeOtherwise.__init__)
+    assert code_of(builds(Made)) != code
+    monkeypatch.undo()
+    monkeypatch.setitem(globals(), "SHIFT", 1)
+    assert code_of(builds(Made)) != code

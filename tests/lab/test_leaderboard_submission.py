@@ -8,9 +8,14 @@ import pytest
 from evaluation.reports import proof, report
 from lab.leaderboard.submission import check_report, checklist, take
 
+from sj_robust.attacks import ThreatModel
+from sj_robust.data import image_loader, load_images
 from sj_robust.evaluation import Report
+from sj_robust.evaluation.assess import assess
+from sj_robust.evaluation.request import Request
 from sj_robust.evaluation.subject import from_checkpoint
 from sj_robust.models import pretrained
+from sj_robust.models.shipped import pretrained_file
 
 SHIPPED = Path(__file__).parents[2] / "docs" / "results" / "leaderboard" / "dlif-at.json"
 
@@ -56,6 +61,40 @@ def test_another_network_than_the_reports_is_found(tmp_path):
     with pytest.raises(ValueError, match=r"is refused: .*attack again: PGD-20 breaks \d+ of \d+"):
         take(right, checks, tmp_path)
     assert pretrained("digits/lif").T > 0
+
+
+def test_the_network_of_the_package_is_taken_and_no_folder_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    other = pretrained_file("digits/lif").read_bytes()
+    (tmp_path / "digits" / "dlif-at").write_bytes(other)
+    assert Report.load(SHIPPED).configuration["checkpoint"] == "digits/dlif-at"
+    found = marks(check_report(SHIPPED))
+    assert found["clean predictions"] is True
+    assert found["attack again"] is True
+
+
+def test_a_network_at_another_number_of_time_steps_is_the_reports(saved):
+    shipped = from_checkpoint(pretrained_file("digits/lif"), T=2)
+    images = load_images("digits", test_limit=50).test
+    asked = Request("fast", ThreatModel("Linf", 0.1), "digits", 10, proofs=False)
+    one = assess(shipped, image_loader(images, 50), asked)
+    one = replace(one, configuration={"checkpoint": "digits/lif", "T": 2})
+    checks = check_report(saved(one))
+    assert marks(checks)["network"] is True, checklist(checks)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"configuration": {"checkpoint": ["a"]}}, "must be text, got ['a']; evaluate"),
+        ({"name": "digits/lif", "network": {"T": "two"}}, "T must be an integer >= 1, got 'two'"),
+    ],
+)
+def test_a_network_that_is_named_wrongly_is_a_failed_check(saved, change, said):
+    *_, last = check_report(saved(replace(Report.load(SHIPPED), **{"configuration": {}} | change)))
+    assert last.passed is False
+    assert said in last.text
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ from torch.testing import assert_close
 
 from sj_robust import DLIFNode
 from sj_robust.classifier import SpikingEventClassifier
+from sj_robust.core.environment import CODE
+from sj_robust.evaluation.run.fingerprint import code_of
 from sj_robust.evaluation.subject import from_checkpoint
 from sj_robust.models import (
     ConvChain,
@@ -19,6 +23,7 @@ from sj_robust.models import (
 )
 from sj_robust.models.build import NETWORKS
 from sj_robust.models.checkpoint import save_checkpoint
+from sj_robust.models.foreign import find_function
 
 OWN = """
 from spikingjelly.activation_based import functional, layer, neuron
@@ -366,3 +371,45 @@ def test_checkpoints_run_functions_only_where_trusted(own):
     message = "names the function own_models.py:build .* pass trust_code=True"
     with pytest.raises(ValueError, match=message):
         from_checkpoint(own / "best.pt")
+
+
+def test_a_checkpoint_says_if_the_code_of_its_network_has_changed(own):
+    spec = NetworkSpec("own_models.py:build", T=3)
+    classifier = build_classifier(spec)
+    description = {"network": asdict(spec), **code_of(find_function(spec.name))}
+    content = {"model": classifier.state_dict(), "description": description}
+    save_checkpoint(own / "best.pt", content)
+    same = partial(from_checkpoint, own / "best.pt", trust_code=True)
+    assert same().remarks == ()
+    (own / "own_models.py").write_text("# a comment changes nothing\n" + OWN)
+    assert same().remarks == ()
+    (own / "own_models.py").write_text(
+        OWN.replace("spiking_neuron()", "spiking_neuron(v_threshold=4.0)")
+    )
+    (remark,) = same().remarks
+    assert "code of own_models.py:build has changed since the training" in remark
+    assert "Evaluate with the code of the training" in remark
+    content["description"] = {"network": asdict(spec), f"{CODE} 2.7": "compiled otherwise"}
+    save_checkpoint(own / "best.pt", content)
+    assert same().remarks == ()
+    write(own / "best.pt", spec, classifier)  # as before code had digests
+    assert same().remarks == ()
+
+
+def test_a_checkpoint_says_if_its_training_is_unfinished(tmp_path, monkeypatch):
+    spec = NetworkSpec()
+    description = {"network": asdict(spec), "options": {"epochs": 5}}
+    content = {"model": build_classifier(spec).state_dict(), "description": description}
+    folder = tmp_path / "run" / "dlif_at"
+    folder.mkdir(parents=True)
+    save_checkpoint(folder / "best.pt", content | {"epoch": 2})
+    assert from_checkpoint(folder).remarks == ()  # nobody knows
+    save_checkpoint(folder / "last.pt", content | {"epoch": 3})
+    monkeypatch.chdir(folder)
+    for path in (folder, folder / "last.pt", Path("best.pt")):
+        (remark,) = from_checkpoint(path).remarks
+        assert "training of dlif_at is unfinished (epoch 3 of 5)" in remark
+    save_checkpoint(folder / "last.pt", content | {"epoch": 5})
+    assert from_checkpoint(folder).remarks == ()
+    (folder / "last.pt").write_text("damaged")
+    assert from_checkpoint(folder).remarks == ()

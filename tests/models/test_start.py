@@ -228,6 +228,21 @@ MISFITS = {
         message="was trained with tau 2, the network has 100; build it with tau=2",
         of_file={"tau": 2.0},
     ),
+    "tau of LIF": Misfit(
+        message="was trained with tau 100, the network has 2; build it with tau=100",
+        of_file={},
+        of_network={"neuron": "lif", "tau": 2.0},
+    ),
+    "IF from LIF": Misfit(
+        message="was trained with tau 100, the network has IF neurons; build it with tau=100",
+        of_file={},
+        of_network={"neuron": "if"},
+    ),
+    "LIF from IF": Misfit(
+        message='was trained with IF, the network has 100; build it with neuron "if"',
+        of_file={"neuron": "if"},
+        of_network={"neuron": "lif"},
+    ),
     "decay_input": Misfit(
         message="whose LIF has decay_input=False",
         of_file={"tau": 2.0},
@@ -259,6 +274,23 @@ def test_what_does_not_fit_is_listed(tmp_path, what):
     with pytest.raises(ValueError, match=misfit.message):
         start_from(classifier, tmp_path / "best.pt", **misfit.options)
     assert_close(classifier.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        ({"T": 2}, "was trained with T=4, the network has T=2: it does not start with the logits"),
+        ({"encoder": "poisson"}, "encoder 'direct', the network has PoissonEncoder: it does not"),
+    ],
+)
+def test_other_time_steps_and_encoders_are_warned_of(tmp_path, others, said):
+    source = pretrained(tmp_path / "best.pt", NetworkSpec(neuron="lif"))
+    for kind in ("lif", "dlif", "tgo"):
+        classifier = build_classifier(NetworkSpec(neuron=kind, **others))
+        with pytest.warns(UserWarning, match=said):
+            start_from(classifier, tmp_path / "best.pt")
+        assert torch.equal(classifier.net.first.weight, source.net.first.weight)
+    start_from(build_classifier(NetworkSpec(neuron="tgo")), tmp_path / "best.pt")
 
 
 MORE = "damaged, or holds more .* a whole pickled network, which would run code"

@@ -1,9 +1,10 @@
 import pytest
 import torch
 from spikingjelly.activation_based import functional
+from torch import nn
 from torch.testing import assert_close
 
-from sj_robust import DLIFNode
+from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.models import NetworkSpec, build_classifier, set_time_steps
 
 
@@ -81,6 +82,25 @@ def test_a_bare_network():
     for _ in range(5):
         logits = net(images())
         assert logits.shape == (3, 10)
+
+
+class Softened(nn.Module):
+    def __init__(self, T):
+        super().__init__()
+        self.T = T
+
+    def forward(self, logits):
+        return logits / self.T
+
+
+def test_a_number_of_that_name_that_is_no_number_of_steps_stays():
+    net = nn.Sequential(trained().net, Softened(10))
+    classifier = SpikingClassifier(net, T=4)
+    assert set_time_steps(classifier, 8)["net.0"] == (4, 8)
+    assert net[1].T == 10
+    assert "net.1" not in set_time_steps(classifier, 10)
+    unknown = nn.Sequential(Softened(3))
+    assert set_time_steps(unknown, 6) == {"0": (3, 6)}
 
 
 @pytest.mark.parametrize("T", [0, 2.0, True])

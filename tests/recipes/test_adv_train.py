@@ -10,14 +10,28 @@ import launch
 import pytest
 import torch
 import yaml
+from data.test_image_folder import picture
 from data.test_torchvision_sets import DEBIAN, write_mnist
 from evaluation.recipe_run import undrawn
 from launch import ROOT, finish, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sj_robust.core.environment import CODE
 from sj_robust.evaluation import Report
+from sj_robust.models.checkpoint import save_checkpoint
 from sj_robust.training import load_checkpoint
 
+OWN = """
+from spikingjelly.activation_based import functional, layer
+from torch import nn
+
+def build(classes, spiking_neuron):
+    net = nn.Sequential(
+        layer.Flatten(), layer.Linear(192, 8), spiking_neuron(), layer.Linear(8, classes)
+    )
+    functional.set_step_mode(net, "m")
+    return net
+"""
 QUICK = split("--epochs 2 --train-limit 260 --test-limit 40 --channels 4 4")
 
 pytestmark = pytest.mark.slow
@@ -158,6 +172,39 @@ def test_resuming_a_finished_run_gives_the_same_report_and_other_options_are_ref
         assert fallen(tmp_path / "runs" / f"digits-dlif-gaussian-{number}") == first
     with pytest.raises(ValueError, match=r"options\.rho: 1\.0 there, 2\.0 now"):
         in_process(tmp_path, "--output", str(folder), *split("--resume --rho 2"))
+
+
+def test_a_run_goes_on_with_its_images_and_code_alone(tmp_path, capsys):
+    for seed in range(80):
+        part = "train" if seed < 40 else "test"
+        picture(tmp_path / "pictures" / part / "ab"[seed % 2] / f"{seed}.png", seed, 8, 8)
+    build = tmp_path / "mynet.py"
+    build.write_text(OWN)
+    options = split(
+        "--dataset image_folder:pictures --model mynet.py:build --mode none --epochs 1 "
+        "--batch-size 8 --no-reference --output run"
+    )
+    in_process(tmp_path, *options)
+    report = Report.load(tmp_path / "run" / "report.json")
+    (code,) = [name for name in report.environment if name.startswith(CODE)]
+    last = tmp_path / "run" / "dlif_none" / "last.pt"
+    content = load_checkpoint(last)
+    assert report.environment[code] == content["description"][code]
+    in_process(tmp_path, *options, "--resume")
+    build.write_text(OWN.replace("192, 8", "192, 9").replace("8, classes", "9, classes"))
+    with pytest.raises(ValueError, match=r"code for python \S+: '\w+' there"):
+        in_process(tmp_path, *options, "--resume")
+    build.write_text(OWN)
+    picture(tmp_path / "pictures" / "train" / "a" / "0.png", 100, 8, 8)
+    with pytest.raises(ValueError, match=r"images and labels: '\w+' there"):
+        in_process(tmp_path, *options, "--resume")
+    for name in (code, "images and labels"):  # as runs of before told neither
+        content["description"].pop(name)
+    parts = {name: part for name, part in content.items() if name not in ("format", "version")}
+    save_checkpoint(last, parts)
+    capsys.readouterr()
+    in_process(tmp_path, *options, "--resume")
+    assert "does not tell images and labels, code for python" in capsys.readouterr().out
 
 
 def test_bounds_and_options_without_effect_are_in_the_log(tmp_path, capsys):

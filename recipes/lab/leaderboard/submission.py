@@ -24,6 +24,7 @@ from sj_robust.evaluation.run.identity import identify
 from sj_robust.evaluation.run.suites import GRADES
 from sj_robust.evaluation.subject import Subject, from_checkpoint
 from sj_robust.models import pretrained_networks
+from sj_robust.models.shipped import pretrained_file
 
 _IMAGES = 16
 """Number of images that are attacked again."""
@@ -80,7 +81,10 @@ def check_report(
     checks += _plausible(report)
     data = _data(report, data_root)
     checks.append(_same_images(report, data))
-    network = network or _named(report)
+    try:
+        network = network or _named(report)
+    except ValueError as error:
+        return [*checks, Check(False, f"network: {error}")]
     if network is None or data is None:
         said = "give its checkpoint, or --network module:function" if data else "no images"
         return [*checks, Check(None, f"network: not attacked again ({said})")]
@@ -177,12 +181,21 @@ def _same_images(report: Report, data: Data | None) -> Check:
 
 
 def _named(report: Report) -> Subject | None:
-    """The network of the package that the report names; a folder of that name here may hold
-    another network, and is only used if it is given.
+    """The network of the package that the report names, at its number of time steps; a folder of
+    that name here may hold another network, and is only used if it is given.
+
+    Raises:
+        ValueError: If the report names it by something else than text, or that number is none.
     """
-    for name in (report.configuration.get("checkpoint"), report.name):
+    checkpoint = report.configuration.get("checkpoint")
+    if checkpoint is not None and not isinstance(checkpoint, str):
+        raise ValueError(
+            f"the checkpoint of a report must be text, got {checkpoint!r}; evaluate the network "
+            "again"
+        )
+    for name in (checkpoint, report.name):
         if name in pretrained_networks():
-            return from_checkpoint(Path(str(name)))
+            return from_checkpoint(pretrained_file(str(name)), report.network.get("T"))
     return None
 
 

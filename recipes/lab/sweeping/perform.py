@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from filelock import FileLock, Timeout
 from submitit.helpers import DelayedSubmission
 
 from lab.sweeping.plan import OPTIONS_FILE, PlannedRun
-from lab.sweeping.recipe import load_recipe
+from lab.sweeping.recipe import Recipe, load_recipe
 from lab.sweeping.record import RECORD_FILE, RunRecord
-from sj_robust.core.saved import write_whole
+from sj_robust.core.saved import plain, write_whole
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.result import Accuracy
 from sj_robust.training import TrainingInterrupted
@@ -116,6 +116,7 @@ def _train(run: PlannedRun) -> RunRecord:
         cpu_seconds={"training": spent.cpu_seconds},
         cell=run.cell,
         validation=_selected(report, run),
+        trained_in=report.environment,
     )
     record.save(run.folder / RECORD_FILE)
     return record
@@ -134,6 +135,8 @@ def _evaluate(run: PlannedRun, record: RunRecord, suite: str) -> RunRecord:
         "name": run.name,
     }
     write_whole(path, yaml.safe_dump(given, sort_keys=False))
+    if _is_of_other_options(folder / _REPORT, load_recipe(run.evaluator), options):
+        shutil.rmtree(folder)
     spent = _call(run.evaluator, folder, path, mark="progress/*")
     report = Report.load(folder / _REPORT)
     result = {
@@ -152,6 +155,20 @@ def _evaluate(run: PlannedRun, record: RunRecord, suite: str) -> RunRecord:
     )
     record.save(run.folder / RECORD_FILE)
     return record
+
+
+def _is_of_other_options(path: Path, recipe: Recipe, wanted: Mapping[str, Any]) -> bool:
+    """Whether a report, left by a process that was killed before it wrote the record, was made with
+    other options; one that lacks options of a newer recipe was made with their defaults.
+    """
+    if not path.is_file():
+        return False
+    configuration = Report.load(path).configuration
+    if not configuration:  # of a recipe that does not write its options down
+        return False
+    made_with = recipe.defaults | configuration
+    new = plain(recipe.decisive(wanted))
+    return any(plain(made_with[name]) != value for name, value in new.items())
 
 
 def _counts(found: Iterable[Accuracy]) -> dict[str, dict[str, int]]:

@@ -27,7 +27,9 @@ class RunRecord(SavedResult, what="a run of a sweep", format="sj_robust.sweep_ru
             selected it first.
         ms_mppd: Per suite the MS-MPPD of the last spiking layer under each of its attacks, mean
             over time.
-        environment: Versions, device, commit.
+        trained_in: Versions, device, commit of the training, with the digest of the code of a
+            network of one's own; empty in records of earlier versions.
+        environment: The same of the last part of the run.
         notes: Warnings of the training.
 
     Examples:
@@ -49,6 +51,7 @@ class RunRecord(SavedResult, what="a run of a sweep", format="sj_robust.sweep_ru
     cell: str = ""
     validation: dict[str, float] = field(default_factory=dict)
     ms_mppd: dict[str, dict[str, float]] = field(default_factory=dict)
+    trained_in: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", plain(self.options))

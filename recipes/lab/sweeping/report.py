@@ -10,9 +10,11 @@ from lab.sweeping.grid import names_in, value_text, values_in
 from lab.sweeping.published_accuracies import published_accuracy
 from lab.sweeping.record import RunRecord
 from lab.sweeping.summary import Axes, Cell, axes_in, cells_of, columns_of, contrasts
+from sj_robust.core.environment import CODE
 from sj_robust.core.saved import csv_text, markdown_table, write_whole
 
 _NOTHING = "–"
+_RELEASES = ("torch", "spikingjelly", "sj_robust")
 _RESULTS = ("figure", "mean", "standard_deviation", "seeds", "published", "source")
 _CONTRAST = ("first", "second", "figure", "difference", "standard_error", "low", "high", "pairs")
 
@@ -58,7 +60,7 @@ def write_report(
         shown = [row for row in rows if row["figure"] in few]
         parts.append(contrast_table(shown, option, others))
         files[f"contrast-{option.replace(',', '-')}.csv"] = csv_text([*others, *_CONTRAST], rows)
-    alarms = _alarms(records)
+    alarms = [*_alarms(records), *_mixed(cells)]
     if alarms:
         parts.append("\n".join(["**Not to be relied on**\n", *alarms]))
     text = "\n\n".join(parts) + "\n"
@@ -98,12 +100,16 @@ def _results_table(
 ) -> str:
     rows = []
     sources = set()
+    of_fewer = False
     for cell in cells:
-        if not any(cell.by_seed(column) for column in columns):
+        counts = [len(cell.by_seed(column)) for column in columns]
+        seeds = max(counts)
+        if seeds == 0:
             continue
-        texts = [*_texts(cell.values, axes), str(len(cell.records))]
+        of_fewer = of_fewer or any(0 < count < seeds for count in counts)
+        texts = [*_texts(cell.values, axes), str(seeds)]
         for column in columns:
-            text = _with_spread(cell, column)
+            text = _with_spread(cell, column, seeds)
             known = published_accuracy(cell.records[0].options, column)
             if known:
                 text += f" [{known.percent:.2f}]"
@@ -113,6 +119,8 @@ def _results_table(
     heads = [*axes, "seeds", *(column.removeprefix(f"{suite}/") for column in columns)]
     table = markdown_table(heads, rows, words=len(axes))
     note = "mean ± standard deviation over the seeds, accuracy in per cent"
+    if of_fewer:
+        note += "; n is the number of seeds where it is smaller"
     if sources:
         note += f"; in brackets the published figure ({', '.join(sorted(sources))})"
     title = f"suite {suite}" if suite else "report of the training recipe"
@@ -201,12 +209,32 @@ def _alarms(records: Sequence[RunRecord]) -> list[str]:
     return [f"- {', '.join(names)}, {alarm}" for alarm, names in runs.items()]
 
 
-def _with_spread(cell: Cell, column: str) -> str:
+def _mixed(cells: Iterable[Cell]) -> list[str]:
+    """Cells whose runs were trained with different code of one's own, or other releases; other
+    commits of this package are no reason.
+    """
+    found = []
+    for cell in cells:
+        runs = ", ".join(record.name for record in cell.records)
+        trained = values_in(record.trained_in for record in cell.records)
+        code = [name for name in trained if name.startswith(CODE)]
+        if any(len(trained[name]) > 1 for name in code):
+            found.append(f"- {runs}: the code of the network changed between these runs of a cell")
+        for name in _RELEASES:
+            if len(trained.get(name, [])) > 1:
+                versions = " and ".join(trained[name])
+                found.append(f"- {runs}: trained with {name} {versions}, in one cell")
+    return found
+
+
+def _with_spread(cell: Cell, column: str, seeds: int) -> str:
+    """Mean and spread, and the number of runs they are of where it is not ``seeds``."""
     found = cell.statistic(column)
     if found is None:
         return _NOTHING
     spread = "" if found.spread is None else f" ± {100 * found.spread:.1f}"
-    return f"{100 * found.mean:.1f}{spread}"
+    fewer = "" if found.count == seeds else f" (n = {found.count})"
+    return f"{100 * found.mean:.1f}{spread}{fewer}"
 
 
 def _texts(values: Mapping[str, Any], names: Iterable[str]) -> list[str]:

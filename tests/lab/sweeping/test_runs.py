@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,30 @@ def test_stages_that_were_cut_short_go_on(planned):
         with pytest.raises(ValueError, match="no such"):
             perform(failing)
     assert stages(failing) == ["train resume=False", "train resume=True"]
+
+
+def test_a_report_of_other_options_is_not_taken_over(planned):
+    before = planned(evaluations={"paper": {"test_limit": 20}})[0]
+    perform(before)
+    path = before.folder / "paper" / "report.json"
+    trained = replace(before.record, evaluations={})
+    trained.save(before.folder / RECORD_FILE)  # killed between the report and the record
+    perform(before)
+    assert stages(before) == ["train resume=False", "paper resume=False"]
+    trained.save(before.folder / RECORD_FILE)
+    after = planned(evaluations={"paper": {"test_limit": 30}})[0]
+    figures = perform(after).evaluations["paper"]["figures"]
+    assert figures["clean"]["total"] == 30
+    assert stages(after)[2:] == ["paper resume=False"]
+    # a report from before the options existed was made with their defaults
+    trained.save(before.folder / RECORD_FILE)
+    default = planned()[0]
+    for configuration in ({"suite": "paper"}, {}):
+        report = replace(Report.load(path), configuration=configuration)
+        report.save(path)
+        trained.save(before.folder / RECORD_FILE)
+        perform(default)
+    assert len(stages(default)) == 3
 
 
 def comes_to_its_end(runs, seconds):

@@ -2,6 +2,7 @@
 
 import csv
 import random
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -10,9 +11,12 @@ from lab.sweeping import plot
 from lab.sweeping.plot import plot_effect
 from lab.sweeping.published_accuracies import PUBLISHED, published_accuracy
 from lab.sweeping.record import RunRecord
-from lab.sweeping.report import contrast_table, results_csv, results_tables
+from lab.sweeping.report import contrast_table, results_csv, results_tables, write_report
 from lab.sweeping.summary import Statistic, axes_in, cells_of, columns_of, contrasts
+from rich.console import Console
 from scipy import stats
+
+from sj_robust.core.environment import CODE
 
 GRID = {"mode": ["none", "at"], "rho": [0, 1]}
 KNOWN = {
@@ -163,6 +167,38 @@ def test_tables():
     assert paper.count("\n| at |") == 1
     assert "| 40.0 [37.55] |" in paper
     assert "Ding et al. (ICML 2024)" in paper
+
+
+def test_a_mean_over_fewer_seeds_is_marked():
+    suites = [["paper"], [], []]
+    runs = [record(50 + n, suites[n], seed=n, model="without published figures") for n in range(3)]
+    axes = axes_in(runs, GRID)
+    report, paper = results_tables(cells_of(runs, axes), axes, columns_of(runs))
+    assert "| at | 1 | 3 | 90.0 ± 0.0 |" in report
+    assert "| at | 1 | 1 | 25.0 " in paper
+    training = {"clean": {"correct": 9, "total": 10}}
+    runs[2] = replace(runs[2], training=training)  # an earlier version's, without PGD
+    (report, _) = results_tables(cells_of(runs, axes), axes, columns_of(runs))
+    assert "| at | 1 | 3 | 90.0 ± 0.0 | 50.5 ± 0.7 (n = 2)" in report
+    assert "n is the number of seeds where it is smaller" in report
+
+
+def test_runs_of_one_cell_with_other_code_or_releases_are_named(tmp_path):
+    def written(*trained_in):
+        runs = [
+            replace(record(50, seed=seed), name=f"seed{seed}", trained_in=where)
+            for seed, where in enumerate(trained_in)
+        ]
+        write_report(tmp_path, runs, Console(quiet=True))
+        return (tmp_path / "results.md").read_text().partition("**Not to be relied on**")[2]
+
+    first = {"torch": "2.8", "commit": "a", f"{CODE} 3.12": "1"}
+    assert written(first, first | {"commit": "b"}, {}) == ""
+    assert written(first, {"torch": "2.8", f"{CODE} 3.13": "2"}) == ""
+    other_code = written(first, first | {f"{CODE} 3.12": "2"})
+    assert "- seed0, seed1: the code of the network changed" in other_code
+    other_release = written(first, first | {"torch": "2.9"})
+    assert "- seed0, seed1: trained with torch 2.8 and 2.9, in one cell" in other_release
 
 
 def test_one_seed_has_no_spread():
