@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust.core.host import runs_on_torch, step_mode
+from sj_robust.core.host import check_hooks_run, runs_on_torch, step_mode
 from sj_robust.core.preserved import uncompiled
 from sj_robust.estimators import backward
 from sj_robust.estimators.crafting import crafting_network
@@ -92,7 +92,7 @@ class Estimator(EstimatorName):
         Raises:
             TypeError: On entry, if ``model`` is not a module.
             ValueError: On entry, if there is no spiking neuron, or one that this estimator does not
-                work for.
+                work for, such as those that SpikingJelly's ``memopt`` runs.
             RuntimeError: On entry, if an estimator is already active.
         """
         return Applied(self, model)
@@ -227,6 +227,7 @@ def _check(estimator: EstimatorName, model: nn.Module, neurons: dict[str, Any]) 
             f"{type(model).__name__} holds no spiking neuron, so {estimator.name} has nothing to "
             "change; use the estimator 'training'"
         )
+    check_hooks_run(model, estimator.name, copied=estimator.family == "cba")
     for name, node in neurons.items():
         if estimator.family in _WHOLE_SEQUENCE and step_mode(node) == "s":
             raise ValueError(

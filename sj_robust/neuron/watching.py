@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sj_robust.core.host import is_neuron, memories
+from sj_robust.core.host import check_hooks_run, is_neuron, memories
 from sj_robust.neuron.dlif import DLIFNode
 
 __all__ = ["NeuronHook", "SpikingCall", "Wants", "Watched", "Watcher", "register_watcher", "watch"]
@@ -95,7 +95,10 @@ def watch(net: nn.Module, watcher: Watcher, names: Iterable[str] | None = None) 
 def register_watcher(
     net: nn.Module, watcher: Watcher, names: Iterable[str] | None = None
 ) -> list[RemovableHandle]:
-    """Tell a watcher of the calls of neurons, as :func:`watch`, until the handles are removed."""
+    """Tell a watcher of the calls of neurons, as :func:`watch`, until the handles are removed;
+    ValueError if SpikingJelly's ``memopt`` runs them.
+    """
+    check_hooks_run(net, "watching neurons")
     keep_out_of_graphs()
     if names is None:
         names = [name for name, module in net.named_modules() if is_neuron(module)]
