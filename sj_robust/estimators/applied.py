@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sj_robust.core.host import check_hooks_run, runs_on_torch, step_mode
 from sj_robust.core.preserved import uncompiled
 from sj_robust.estimators import backward
+from sj_robust.estimators._probe import ignores_surrogate
 from sj_robust.estimators.crafting import crafting_network
 from sj_robust.estimators.dynamics import Sequence, next_charging, spiking_neurons
 from sj_robust.estimators.memory import ImageTracker, Rotation, Sharpness, Spread
@@ -274,6 +275,12 @@ def _surrogate_plan(estimator: EstimatorName, name: str, node: Any) -> dict[str,
         raise ValueError(
             f"{estimator.name}: neuron {name!r} ({type(node).__name__}) has no "
             "surrogate_function to change"
+        )
+    if not has_known_dynamics(node) and ignores_surrogate(node):
+        raise ValueError(
+            f"{estimator.name} would change nothing: neuron {name!r} ({type(node).__name__}) does "
+            "not spike through its surrogate_function; call self.surrogate_function in its "
+            "forward, or use the estimator 'training'"
         )
     swapped = host_surrogate(shape, alpha)
     on_fast_code = has_compiled_kernel(own) and has_compiled_kernel(swapped)
