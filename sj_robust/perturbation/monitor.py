@@ -240,7 +240,7 @@ class MPPDMonitor(BaseMonitor):
 
         Raises:
             ValueError: If the inputs differ in shape or are not finite, or if a network in step
-                mode ``"s"`` is called only once.
+                mode ``"s"``, or with some neurons in it, is called only once.
             RuntimeError: If the hooks were removed, a run is open, or no monitored layer ran.
         """
         if x.shape != x_perturbed.shape:
@@ -418,11 +418,20 @@ class MPPDMonitor(BaseMonitor):
 
     def _check_steps(self, x: Tensor) -> None:
         """Raise ValueError if a network in step mode ``"s"`` was called once on ``x``: that is one
-        time step, not a sequence.
+        time step, not a sequence; or if neurons in ``"s"`` took the time steps for samples.
         """
         if isinstance(self._net, SpikingClassifier):
             return  # a classifier calls the network once per step by itself
-        if all(pair.took_one_step for pair in self._recording.pairs.values()):
+        pairs = self._recording.pairs
+        single = [name for name, pair in pairs.items() if pair.neuron.module.step_mode == "s"]
+        sizes = {pair.size for pair in pairs.values()}
+        if 0 < len(single) < len(pairs) and len(sizes) > 1:
+            raise ValueError(
+                f"{', '.join(single)} in step mode 's' took other numbers of time steps and samples "
+                "than the layers in 'm' of the same call; call functional.set_step_mode(net, 'm'), "
+                "or pass forward=net if these layers are to run once"
+            )
+        if all(pair.took_one_step for pair in pairs.values()):
             raise ValueError(
                 f"compare() called the network once on x of shape {tuple(x.shape)}, which is one "
                 "time step in step mode 's'; pass forward=lambda x: [net(x_t) for x_t in x] with "

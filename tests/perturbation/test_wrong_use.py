@@ -197,6 +197,20 @@ def test_a_network_without_neurons():
         MPPDMonitor(nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("samples", [5, T])
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_neuron_left_in_single_steps_is_named(samples, wrong):
+    nodes = [neuron.IFNode(), neuron.IFNode()]
+    net = net_of(*nodes)
+    nodes[wrong].step_mode = "s"
+    x = torch.rand(T, samples, 6)
+    message = rf"^{2 * wrong + 1} in step mode 's' took other numbers of time steps .*set_step_mode"
+    with MPPDMonitor(net) as monitor:
+        with pytest.raises(ValueError, match=message):
+            monitor.compare(x, x + 0.1)
+        assert len(monitor.compare(x, x + 0.1, forward=net)) == 2
+
+
 @pytest.mark.parametrize("keep", ["statistics", "loss"])
 def test_runs_of_different_shapes_and_lengths(net, pair, keep):
     x, x_perturbed = pair
