@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from sj_robust.core.host import memories
@@ -38,10 +39,12 @@ class Recording:
         self.order: list[str] = []
         self.pairs: dict[str, LayerPair] = {}
         self.complete = False
+        self.without_graph: set[str] = set()  # layers that ran without gradients in a run with them
         self.kept = kept
         self._neurons = neurons
         self._unsupported = unsupported
         self._called: dict[str, None] = {}  # names in the order of their first call
+        self._has_gradients = False  # of the present run, when it began
         self._before: dict[str, weakref.ref[Tensor] | None] = {}  # potentials before the run
         self._last: str | None = (
             None  # of the spiking layers, the one executed last, once a run has shown it
@@ -65,6 +68,7 @@ class Recording:
         self.run = kind
         self._called = {}
         self._before = self._potentials()
+        self._has_gradients = torch.is_grad_enabled()
         try:
             yield
             self._finish(kind)
@@ -79,6 +83,7 @@ class Recording:
     def forget(self) -> None:
         self.pairs = {}
         self.complete = False
+        self.without_graph = set()
 
     def chosen(self, layers: Layers) -> list[LayerPair]:
         """Layers of the complete pair."""
@@ -147,6 +152,8 @@ class Recording:
         if call.node.step_mode == "s":
             x = x.unsqueeze(0)
             spikes = None if spikes is None else spikes.unsqueeze(0)
+        if self.run != "clean" and self._has_gradients and not torch.is_grad_enabled():
+            self.without_graph.add(call.name)
         if self.run == "clean":
             pair.take_clean(x, spikes)
         elif self.run == "perturbed":

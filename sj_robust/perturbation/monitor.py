@@ -337,12 +337,13 @@ class MPPDMonitor(BaseMonitor):
         Raises:
             ValueError: If a layer is unknown, was not followed or did not run, if ``norm`` or
                 ``indicator`` is unknown, or if the indicator needs spikes and they were not kept.
-            RuntimeError: If there is no complete pair, or the last spiking layer cannot be
-                followed.
+            RuntimeError: If there is no complete pair, the last spiking layer cannot be followed,
+                or a layer ran without gradients though the run had them when it began.
         """
         if norm not in ("l2", "l1"):
             raise ValueError(f"norm must be 'l2' or 'l1', got {norm!r}")
         pairs = self._recording.chosen(layers)
+        self._check_graph(pairs)
         values = [pair.loss(norm, input_gain=input_gain, indicator=indicator) for pair in pairs]
         value = torch.stack(values).mean()
         if not retain:
@@ -437,6 +438,20 @@ class MPPDMonitor(BaseMonitor):
                 "time step in step mode 's'; pass forward=lambda x: [net(x_t) for x_t in x] with "
                 "x [T, N, *], call functional.set_step_mode(net, 'm'), or give the monitor a "
                 "SpikingClassifier (forward=net for one step)"
+            )
+
+    def _check_graph(self, pairs: Sequence[LayerPair]) -> None:
+        """Raise RuntimeError if the loss would have no gradient where one is expected."""
+        if not torch.is_grad_enabled():
+            return
+        names = [pair.neuron.name for pair in pairs]
+        lost = [name for name in names if name in self._recording.without_graph]
+        if lost and any(weight.requires_grad for weight in self._net.parameters()):
+            raise RuntimeError(
+                f"layer {lost[0]!r} ran without gradients inside a run that began with them, as "
+                "reentrant activation checkpointing does, so its loss has no gradient; use "
+                "checkpoint(..., use_reentrant=False), or, for the value alone, call loss() inside "
+                "torch.no_grad()"
             )
 
     @contextmanager
