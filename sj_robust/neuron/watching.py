@@ -63,7 +63,7 @@ def watch(net: nn.Module, watcher: Watcher, names: Iterable[str] | None = None) 
     """Context in which a watcher is notified of every call of the neurons of a network.
 
     In a :class:`Stage` a call that tells the input alone keeps its speed; outside one the watcher
-    is told by torch's hooks.
+    is told by torch's hooks, before other hooks may change the spikes.
     监听脉冲神经元的调用。
 
     Args:
@@ -107,7 +107,9 @@ def register_watcher(
         node = net.get_submodule(name)
         watched = Watched(name, watcher)
         handles.append(node.register_forward_pre_hook(_Before(watched)))
-        handles.append(node.register_forward_hook(_After(watched), with_kwargs=True))
+        # ahead of others, which may change what the neuron puts out
+        after = node.register_forward_hook(_After(watched), with_kwargs=True, prepend=True)
+        handles.append(after)
     return handles
 
 

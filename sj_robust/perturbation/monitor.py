@@ -428,9 +428,10 @@ class MPPDMonitor(BaseMonitor):
         sizes = {pair.size for pair in pairs.values()}
         if 0 < len(single) < len(pairs) and len(sizes) > 1:
             raise ValueError(
-                f"{', '.join(single)} in step mode 's' took other numbers of time steps and samples "
-                "than the layers in 'm' of the same call; call functional.set_step_mode(net, 'm'), "
-                "or pass forward=net if these layers are to run once"
+                f"{', '.join(single)} in step mode 's' took other numbers of time steps and "
+                "samples than the layers in 'm' of the same call; call "
+                "functional.set_step_mode(net, 'm'), or pass forward=net if these layers are to "
+                "run once"
             )
         if all(pair.took_one_step for pair in pairs.values()):
             raise ValueError(
