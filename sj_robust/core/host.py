@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ _TRITON_MESSAGE = "Triton not available, find_triton_kernels = []"
 __all__ = [
     "EVAL_MODE_HAS_NO_GRADIENT",
     "base",
+    "check_hooks_run",
     "cuda_threads",
     "from_reset",
     "functional",
@@ -45,6 +47,7 @@ __all__ = [
     "neuron",
     "quantize",
     "quiet_triton",
+    "run_past_hooks",
     "runs_on_torch",
     "step_mode",
     "surrogate",
@@ -132,6 +135,37 @@ def memories(module: nn.Module) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = module._memories  # every release has it; neither has a public name
     return found
+
+
+def run_past_hooks(network: nn.Module, *, copied: bool = False) -> list[str]:
+    """Names of parts with neurons that SpikingJelly 2.x's ``memopt`` runs past their hooks and
+    forwards; if the network is to be ``copied``, also of parts without, which a copy would share.
+    """
+    found = []
+    for name, module in network.named_modules():
+        if _is_of_memopt(module):
+            stateful = any(isinstance(part, base.MemoryModule) for part in module.modules())
+            if stateful or copied:
+                found.append(name)
+    return found
+
+
+def check_hooks_run(network: nn.Module, purpose: str, *, copied: bool = False) -> None:
+    """Raise ValueError if there is a part of :func:`run_past_hooks`."""
+    names = run_past_hooks(network, copied=copied)
+    if names:
+        raise ValueError(
+            f"{purpose} needs the network without SpikingJelly's memopt, which runs "
+            f"{names[0] or 'it'!r} past its hooks and forward; build the network without "
+            "checkpoint_module and load the state_dict of this one, whose keys are the same"
+        )
+
+
+def _is_of_memopt(module: nn.Module) -> bool:
+    function = vars(module).get("checkpoint_fn")  # of the wrapper that checkpoint_module returns
+    if not isinstance(function, partial):
+        return False
+    return str(function.func.__module__).startswith(f"{base.__package__}.memopt")
 
 
 def runs_on_torch(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property, wraps
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -20,6 +20,7 @@ __all__ = [
     "other_forward",
     "preserved",
     "states_of_sources",
+    "uncompiled",
 ]
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -329,3 +330,27 @@ def other_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator
     finally:
         del vars(module)["forward"]  # its class has it still
         vars(module).update(own)
+
+
+@contextmanager
+def uncompiled(network: nn.Module) -> Iterator[None]:
+    """Context in which a network and its parts run without ``torch.compile``; afterwards as before.
+    其内不使用编译后的代码。
+
+    Examples:
+        >>> net = nn.Linear(2, 2)
+        >>> net.compile()
+        >>> with uncompiled(net):  # compiles nothing
+        ...     net(torch.ones(1, 2)).shape
+        torch.Size([1, 2])
+    """
+    with ExitStack() as stack:
+        for module in list(network.modules()):
+            compiled_in_place = module._compiled_call_impl
+            if compiled_in_place is not None:
+                module._compiled_call_impl = None
+                stack.callback(setattr, module, "_compiled_call_impl", compiled_in_place)
+            wrapped = module._modules.get("_orig_mod")  # of what torch.compile(module) returns
+            if wrapped is not None:
+                stack.enter_context(other_forward(module, wrapped.__call__))
+        yield

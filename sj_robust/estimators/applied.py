@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust.core.host import runs_on_torch, step_mode
+from sj_robust.core.host import check_hooks_run, runs_on_torch, step_mode
+from sj_robust.core.preserved import uncompiled
 from sj_robust.estimators import backward
+from sj_robust.estimators._probe import ignores_surrogate
 from sj_robust.estimators.crafting import crafting_network
 from sj_robust.estimators.dynamics import Sequence, next_charging, spiking_neurons
 from sj_robust.estimators.memory import ImageTracker, Rotation, Sharpness, Spread
@@ -91,7 +93,7 @@ class Estimator(EstimatorName):
         Raises:
             TypeError: On entry, if ``model`` is not a module.
             ValueError: On entry, if there is no spiking neuron, or one that this estimator does not
-                work for.
+                work for, such as those that SpikingJelly's ``memopt`` runs.
             RuntimeError: On entry, if an estimator is already active.
         """
         return Applied(self, model)
@@ -127,7 +129,8 @@ class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
     ``cba`` the crafting network.
 
     Use one context per batch of images: the memory of ``assg`` is cleared on every entry. A copy of
-    the network that is made inside does not have the estimator.
+    the network that is made inside does not have the estimator. A compiled network runs uncompiled
+    inside, unless the estimator is ``training``.
 
     Attributes:
         moved: Neurons whose backward pass no longer runs on their own backend, by name, with the
@@ -194,6 +197,7 @@ class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
         plans = {}
         for name, node in neurons.items():
             plans[name] = _plan(self.estimator, name, node, images, rotation)
+        stack.enter_context(uncompiled(model))
         for name, node in neurons.items():
             undo = _put(node, {_MARK: self.estimator.name, **plans[name]})
             stack.callback(undo)
@@ -224,6 +228,7 @@ def _check(estimator: EstimatorName, model: nn.Module, neurons: dict[str, Any]) 
             f"{type(model).__name__} holds no spiking neuron, so {estimator.name} has nothing to "
             "change; use the estimator 'training'"
         )
+    check_hooks_run(model, estimator.name, copied=estimator.family == "cba")
     for name, node in neurons.items():
         if estimator.family in _WHOLE_SEQUENCE and step_mode(node) == "s":
             raise ValueError(
@@ -270,6 +275,12 @@ def _surrogate_plan(estimator: EstimatorName, name: str, node: Any) -> dict[str,
         raise ValueError(
             f"{estimator.name}: neuron {name!r} ({type(node).__name__}) has no "
             "surrogate_function to change"
+        )
+    if not has_known_dynamics(node) and ignores_surrogate(node):
+        raise ValueError(
+            f"{estimator.name} would change nothing: neuron {name!r} ({type(node).__name__}) does "
+            "not spike through its surrogate_function; call self.surrogate_function in its "
+            "forward, or use the estimator 'training'"
         )
     swapped = host_surrogate(shape, alpha)
     on_fast_code = has_compiled_kernel(own) and has_compiled_kernel(swapped)
@@ -407,28 +418,42 @@ class _Override:
 
 
 def _put(node: Any, entries: dict[str, Any]) -> Callable[[], None]:
-    """Shadow attributes of a neuron, whose registered parts stay as they are; returns what takes
-    them away again.
+    """Set attributes of a neuron in place of its own; returns what puts these back.
+
+    A registered part is exchanged where it is registered, since a compiled graph that reads it
+    notices nothing else; any other attribute is shadowed.
     """
     attributes = vars(node)
+    parts = {name: part for name, part in node._modules.items() if name in entries}
     found = {name: attributes[name] for name in entries if name in attributes}
-    shadows = {**entries}
-    shadows["__reduce_ex__"] = partial(_reduce_without, node, shadows, found)
+    shadows = {name: value for name, value in entries.items() if name not in parts}
+    shadows["__reduce_ex__"] = partial(_reduce_without, node, shadows, found, parts)
+    for name, part in parts.items():
+        node._modules[name] = entries[name].train(part.training)
     attributes.update(shadows)
-    return partial(_restore, attributes, shadows, found)
+    return partial(_restore, node, shadows, found, parts)
 
 
-def _restore(attributes: dict[str, Any], shadows: dict[str, Any], found: dict[str, Any]) -> None:
+def _restore(
+    node: Any, shadows: dict[str, Any], found: dict[str, Any], parts: dict[str, Any]
+) -> None:
+    attributes = vars(node)
     for name in shadows:
         attributes.pop(name, None)
     attributes.update(found)
+    node._modules.update(parts)
 
 
 def _reduce_without(
-    node: Any, shadows: dict[str, Any], found: dict[str, Any], protocol: Any
+    node: Any,
+    shadows: dict[str, Any],
+    found: dict[str, Any],
+    parts: dict[str, Any],
+    protocol: Any,
 ) -> tuple[Any, ...]:
-    """What copies and pickles a neuron as it is without its shadows."""
+    """What copies and pickles a neuron as it is without its estimator."""
     reduced: Any = object.__reduce_ex__(node, protocol)
     function, arguments, state, *rest = reduced
     kept = {name: value for name, value in state.items() if name not in shadows}
+    kept["_modules"] = {**state["_modules"], **parts}
     return function, arguments, {**kept, **found}, *rest

@@ -139,9 +139,13 @@ class KeepingValues(nn.Module):
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], derivative: Derivative) -> None:
-        """Not registered, the function's parameters stay the neuron's."""
+        """The parameters of ``function`` are its own, by the same names."""
         super().__init__()
         vars(self)["function"] = function
+        if isinstance(function, nn.Module):
+            self._parameters = function._parameters
+            self._buffers = function._buffers
+            self._modules = function._modules
         self.derivative = derivative
         self.spiking = function.spiking if isinstance(function, Spiking) else True
 

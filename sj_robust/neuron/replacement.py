@@ -9,7 +9,13 @@ import torch
 from torch import nn
 
 from sj_robust.core.checks import check_network
-from sj_robust.core.host import base, invalidate_reset_cache, is_neuron, neuron
+from sj_robust.core.host import (
+    base,
+    check_hooks_run,
+    invalidate_reset_cache,
+    is_neuron,
+    neuron,
+)
 from sj_robust.neuron.dlif import DLIFNode
 
 __all__ = ["ReplacementReport", "dlif_to_lif", "replace_neurons"]
@@ -61,7 +67,8 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
 
     Raises:
         TypeError: If ``net`` is not a network.
-        ValueError: If ``net`` itself is a neuron or has none, or an argument is out of range.
+        ValueError: If ``net`` itself is a neuron or has none, SpikingJelly's ``memopt`` runs
+            neurons of it, or an argument is out of range.
 
     Source: equivalences of method section 1 (Ding et al., ICML 2024, and SpikingJelly's charge
         equations).
@@ -84,6 +91,7 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
             f"{type(net).__name__} holds no SpikingJelly neuron, so there is nothing to replace; "
             "put neurons where its activations are, such as neuron.IFNode() in place of nn.ReLU()"
         )
+    check_hooks_run(net, "replacing neurons")
     report = ReplacementReport()
     successors: dict[nn.Module, Any] = {}
     like = next(net.parameters(), torch.empty(0))
@@ -137,7 +145,8 @@ def dlif_to_lif(net: nn.Module) -> ReplacementReport:
     Raises:
         TypeError: If ``net`` is not a network.
         ValueError: If ``net`` is itself a neuron, has no DLIF neuron to replace, or has one whose
-            gain differs between steps or is not positive; ``net`` is then unchanged.
+            gain differs between steps or is not positive or that SpikingJelly's ``memopt`` runs;
+            ``net`` is then unchanged.
 
     Source: the charge equations of DLIF and LIF, divided by g.
 
@@ -151,6 +160,7 @@ def dlif_to_lif(net: nn.Module) -> ReplacementReport:
         raise ValueError(
             "net is itself a neuron, which cannot be replaced in place; wrap it in nn.Sequential"
         )
+    check_hooks_run(net, "replacing neurons")
     report = ReplacementReport()
     successors: dict[nn.Module, Any] = {}
     for name, module in net.named_modules(remove_duplicate=False):

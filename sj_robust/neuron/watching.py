@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sj_robust.core.host import is_neuron, memories
+from sj_robust.core.host import check_hooks_run, is_neuron, memories
 from sj_robust.neuron.dlif import DLIFNode
 
 __all__ = ["NeuronHook", "SpikingCall", "Wants", "Watched", "Watcher", "register_watcher", "watch"]
@@ -63,7 +63,7 @@ def watch(net: nn.Module, watcher: Watcher, names: Iterable[str] | None = None) 
     """Context in which a watcher is notified of every call of the neurons of a network.
 
     In a :class:`Stage` a call that tells the input alone keeps its speed; outside one the watcher
-    is told by torch's hooks.
+    is told by torch's hooks, before other hooks may change the spikes.
     监听脉冲神经元的调用。
 
     Args:
@@ -95,7 +95,10 @@ def watch(net: nn.Module, watcher: Watcher, names: Iterable[str] | None = None) 
 def register_watcher(
     net: nn.Module, watcher: Watcher, names: Iterable[str] | None = None
 ) -> list[RemovableHandle]:
-    """Tell a watcher of the calls of neurons, as :func:`watch`, until the handles are removed."""
+    """Tell a watcher of the calls of neurons, as :func:`watch`, until the handles are removed;
+    ValueError if SpikingJelly's ``memopt`` runs them.
+    """
+    check_hooks_run(net, "watching neurons")
     keep_out_of_graphs()
     if names is None:
         names = [name for name, module in net.named_modules() if is_neuron(module)]
@@ -104,7 +107,9 @@ def register_watcher(
         node = net.get_submodule(name)
         watched = Watched(name, watcher)
         handles.append(node.register_forward_pre_hook(_Before(watched)))
-        handles.append(node.register_forward_hook(_After(watched), with_kwargs=True))
+        # ahead of others, which may change what the neuron puts out
+        after = node.register_forward_hook(_After(watched), with_kwargs=True, prepend=True)
+        handles.append(after)
     return handles
 
 

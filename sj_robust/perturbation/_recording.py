@@ -2,10 +2,15 @@
 it.
 """
 
+import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
+import torch
+from torch import Tensor
+
+from sj_robust.core.host import memories
 from sj_robust.neuron.charging import Neuron
 from sj_robust.neuron.watching import SpikingCall, Wants, keep_out_of_graphs
 from sj_robust.perturbation._statistics import Kept
@@ -15,6 +20,7 @@ __all__ = ["Layers", "Recording", "RunKind"]
 
 Layers = Literal["last", "all"] | Sequence[str]
 RunKind = Literal["clean", "perturbed", "paired"]
+_SKIPPING_HOOKS = "a functional forward, or a compilation before the monitor was attached"
 
 
 class Recording:
@@ -33,10 +39,13 @@ class Recording:
         self.order: list[str] = []
         self.pairs: dict[str, LayerPair] = {}
         self.complete = False
+        self.without_graph: set[str] = set()  # layers that ran without gradients in a run with them
         self.kept = kept
         self._neurons = neurons
         self._unsupported = unsupported
         self._called: dict[str, None] = {}  # names in the order of their first call
+        self._has_gradients = False  # of the present run, when it began
+        self._before: dict[str, weakref.ref[Tensor] | None] = {}  # potentials before the run
         self._last: str | None = (
             None  # of the spiking layers, the one executed last, once a run has shown it
         )
@@ -58,6 +67,8 @@ class Recording:
             self.forget()
         self.run = kind
         self._called = {}
+        self._before = self._potentials()
+        self._has_gradients = torch.is_grad_enabled()
         try:
             yield
             self._finish(kind)
@@ -67,10 +78,12 @@ class Recording:
         finally:
             self.run = None
             self._called = {}
+            self._before = {}
 
     def forget(self) -> None:
         self.pairs = {}
         self.complete = False
+        self.without_graph = set()
 
     def chosen(self, layers: Layers) -> list[LayerPair]:
         """Layers of the complete pair."""
@@ -139,6 +152,8 @@ class Recording:
         if call.node.step_mode == "s":
             x = x.unsqueeze(0)
             spikes = None if spikes is None else spikes.unsqueeze(0)
+        if self.run != "clean" and self._has_gradients and not torch.is_grad_enabled():
+            self.without_graph.add(call.name)
         if self.run == "clean":
             pair.take_clean(x, spikes)
         elif self.run == "perturbed":
@@ -148,19 +163,40 @@ class Recording:
 
     def _finish(self, kind: RunKind) -> None:
         if kind != "perturbed":
+            self._check_all_called(kind)
             self._find_order()
             if self._layers == "last":
                 self._check_last()
             if not self.pairs:
                 raise NotFollowedError(
                     f"no followed layer ran inside {kind}(): the network was not called there, "
-                    "or was called in a way that skips hooks (a functional forward, or a "
-                    "compilation before the monitor was attached)"
+                    f"or was called in a way that skips hooks ({_SKIPPING_HOOKS})"
                 )
         if kind != "clean":
             for pair in self.pairs.values():
                 pair.finish()
             self.complete = True
+
+    def _potentials(self) -> dict[str, weakref.ref[Tensor] | None]:
+        """Potentials of the layers that the present run looks at; None for a number."""
+        found: dict[str, weakref.ref[Tensor] | None] = {}
+        for name, neuron in self._neurons.items():
+            if self.wants(name) > Wants.NOTHING:
+                v = memories(neuron.module).get("v")
+                found[name] = weakref.ref(v) if isinstance(v, Tensor) else None
+        return found
+
+    def _check_all_called(self, kind: RunKind) -> None:
+        """Raise NotFollowedError if a layer ran, as its potential tells, and its hook did not."""
+        for name, before in self._before.items():
+            v = memories(self._neurons[name].module).get("v")
+            is_other = before is None or before() is not v
+            if name not in self._called and isinstance(v, Tensor) and is_other:
+                raise NotFollowedError(
+                    f"layer {name!r} ran inside {kind}(), but was called in a way that skips "
+                    f"hooks ({_SKIPPING_HOOKS}): call the network itself, or attach the monitor "
+                    "before it is compiled"
+                )
 
     def _find_order(self) -> None:
         """Order in which the neurons ran, and which of them was the last."""

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from sj_robust.core.preserved import evaluation_mode
 from sj_robust.core.saved import SavedResult, markdown_table
 from sj_robust.perturbation._recording import Layers
 from sj_robust.perturbation.association import Association, auroc, pearson, spearman
@@ -165,7 +166,7 @@ def intensity_correlation(
         raise ValueError(
             f"x and y must hold as many images as classes, at least one, got {len(x)} and {len(y)}"
         )
-    with torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         predicted = []
         for part in torch.split(x, batch_size):
             logits = model(part)
@@ -188,7 +189,10 @@ def intensity_correlation(
         associations={},
     )
     measured: dict[str, list[_Measured]] = {}
-    with MPPDMonitor(model, layers=layers, input_gain=input_gain, keep="trace") as monitor:
+    with (
+        evaluation_mode(model),
+        MPPDMonitor(model, layers=layers, input_gain=input_gain, keep="trace") as monitor,
+    ):
         probe = _Probe(
             monitor=monitor,
             model=model,

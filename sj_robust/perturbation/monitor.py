@@ -240,7 +240,7 @@ class MPPDMonitor(BaseMonitor):
 
         Raises:
             ValueError: If the inputs differ in shape or are not finite, or if a network in step
-                mode ``"s"`` is called only once.
+                mode ``"s"``, or with some neurons in it, is called only once.
             RuntimeError: If the hooks were removed, a run is open, or no monitored layer ran.
         """
         if x.shape != x_perturbed.shape:
@@ -337,12 +337,13 @@ class MPPDMonitor(BaseMonitor):
         Raises:
             ValueError: If a layer is unknown, was not followed or did not run, if ``norm`` or
                 ``indicator`` is unknown, or if the indicator needs spikes and they were not kept.
-            RuntimeError: If there is no complete pair, or the last spiking layer cannot be
-                followed.
+            RuntimeError: If there is no complete pair, the last spiking layer cannot be followed,
+                or a layer ran without gradients though the run had them when it began.
         """
         if norm not in ("l2", "l1"):
             raise ValueError(f"norm must be 'l2' or 'l1', got {norm!r}")
         pairs = self._recording.chosen(layers)
+        self._check_graph(pairs)
         values = [pair.loss(norm, input_gain=input_gain, indicator=indicator) for pair in pairs]
         value = torch.stack(values).mean()
         if not retain:
@@ -418,16 +419,40 @@ class MPPDMonitor(BaseMonitor):
 
     def _check_steps(self, x: Tensor) -> None:
         """Raise ValueError if a network in step mode ``"s"`` was called once on ``x``: that is one
-        time step, not a sequence.
+        time step, not a sequence; or if neurons in ``"s"`` took the time steps for samples.
         """
         if isinstance(self._net, SpikingClassifier):
             return  # a classifier calls the network once per step by itself
-        if all(pair.took_one_step for pair in self._recording.pairs.values()):
+        pairs = self._recording.pairs
+        single = [name for name, pair in pairs.items() if pair.neuron.module.step_mode == "s"]
+        sizes = {pair.size for pair in pairs.values()}
+        if 0 < len(single) < len(pairs) and len(sizes) > 1:
+            raise ValueError(
+                f"{', '.join(single)} in step mode 's' took other numbers of time steps and "
+                "samples than the layers in 'm' of the same call; call "
+                "functional.set_step_mode(net, 'm'), or pass forward=net if these layers are to "
+                "run once"
+            )
+        if all(pair.took_one_step for pair in pairs.values()):
             raise ValueError(
                 f"compare() called the network once on x of shape {tuple(x.shape)}, which is one "
                 "time step in step mode 's'; pass forward=lambda x: [net(x_t) for x_t in x] with "
                 "x [T, N, *], call functional.set_step_mode(net, 'm'), or give the monitor a "
                 "SpikingClassifier (forward=net for one step)"
+            )
+
+    def _check_graph(self, pairs: Sequence[LayerPair]) -> None:
+        """Raise RuntimeError if the loss would have no gradient where one is expected."""
+        if not torch.is_grad_enabled():
+            return
+        names = [pair.neuron.name for pair in pairs]
+        lost = [name for name in names if name in self._recording.without_graph]
+        if lost and any(weight.requires_grad for weight in self._net.parameters()):
+            raise RuntimeError(
+                f"layer {lost[0]!r} ran without gradients inside a run that began with them, as "
+                "reentrant activation checkpointing does, so its loss has no gradient; use "
+                "checkpoint(..., use_reentrant=False), or, for the value alone, call loss() inside "
+                "torch.no_grad()"
             )
 
     @contextmanager

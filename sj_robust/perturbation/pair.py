@@ -51,6 +51,11 @@ class LayerPair:
         """Whether the clean run was a single call in step mode ``"s"``."""
         return self._clean_steps == 1 and self.neuron.module.step_mode == "s"
 
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Time steps and samples of the clean run."""
+        return (self._clean_steps, *(self._shape or ())[:1])
+
     def before(self, call: SpikingCall, *, first_call: bool, perturbed: bool) -> None:
         """Take note of the state in which the neuron entered a call; ``first_call`` of the clean or
         perturbed run.

@@ -17,7 +17,7 @@ from sj_robust.attacks import Attack, ThreatModel
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.environment import device_of
 from sj_robust.core.eps import eps_text
-from sj_robust.core.host import is_neuron
+from sj_robust.core.host import is_neuron, run_past_hooks
 from sj_robust.core.preserved import evaluation_mode
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.data import ImageSplits, image_loader
@@ -158,7 +158,8 @@ class Validation:
         self, classifier: SpikingClassifier, attack: Attack, *, bounds: bool = False
     ) -> dict[str, float]:
         """Scalars for the log: MS-MPPD per layer under ``attack`` on this process's first images,
-        and every gain; none for a network without spiking neurons that can be followed.
+        and every gain; none for a network without spiking neurons that can be followed, or with
+        some that SpikingJelly's ``memopt`` runs.
 
         With ``bounds`` also the exact L2 bound of every layer that has one: its gain times the norm
         of the linear map before it.
@@ -166,6 +167,8 @@ class Validation:
         net = classifier.net
         x, y = next(self._batches())
         if not any(map(is_neuron, net.modules())) or not find_neurons(net, {}, {})[0]:
+            return {}
+        if run_past_hooks(net):
             return {}
         x_adv = attack(classifier, x, y, generator=torch.Generator().manual_seed(self._seed))
         with MPPDMonitor(net) as monitor:

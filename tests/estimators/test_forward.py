@@ -19,6 +19,7 @@ from torch.testing import assert_close
 
 from sj_robust import SpikingClassifier, ops
 from sj_robust.attacks import pgd
+from sj_robust.core.checks import is_compiled
 from sj_robust.core.host import EVAL_MODE_HAS_NO_GRADIENT, functional, neuron, surrogate
 from sj_robust.estimators import ESTIMATORS, estimator
 from sj_robust.neuron import DLIFNode, Stage, fuse
@@ -398,23 +399,110 @@ def test_everything_is_put_back(name):
     node.multi_step_forward = override
     values = Run.of(model, images()).values
     before = attributes(model)
-    modules = list(model.modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     keys = list(model.state_dict())
 
     def use():
         with estimator(name)(model) as crafting:
             assert list(model.state_dict()) == keys
-            assert list(model.modules()) == modules
+            for path, module in model.named_modules(remove_duplicate=False):
+                assert module is modules[path] or path.endswith(".surrogate_function")
+                assert module.training == modules[path].training
             crafting(images())
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         use()
     assert attributes(model) == before
+    assert dict(model.named_modules(remove_duplicate=False)) == modules
     assert node.multi_step_forward is override
     assert node.detach_reset is False
     assert not model._forward_pre_hooks
     assert_same(Run.of(model, images()).values, values)
+
+
+class LearnedSlope(nn.Module):
+    """A surrogate of a user's own with a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, z):
+        return (z >= 0).to(z) + 0 * self.slope * z
+
+
+def test_parameters_of_a_surrogate_stay_the_networks():
+    net = nn.Sequential(UNKNOWN["EIF"](surrogate_function=LearnedSlope()))
+    state = net.state_dict()
+    parameters = dict(net.named_parameters())
+    with estimator("atan:4")(net):
+        assert_same(net.state_dict(), state)
+        assert dict(net.named_parameters()) == parameters
+
+
+def compiled_whole(net):
+    return torch.compile(net, backend="eager")
+
+
+def compiled_in_place(net):
+    net.compile(backend="eager")
+    return net
+
+
+def compiled_neurons(net):
+    for node in neurons_of(net):
+        node.compile(backend="eager")
+    return net
+
+
+def sequence_gradient(net, call):
+    """Gradient of a network's input, where ``call`` runs the network."""
+    functional.reset_net(net)
+    x_seq = images().repeat(T, 1, 1, 1, 1).requires_grad_()
+    logits = call(x_seq)
+    return torch.autograd.grad(logits[..., 0].sum(), x_seq)[0]
+
+
+of_compiler = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)
+
+
+@of_compiler
+@pytest.mark.parametrize("first", ["training", "estimator"])
+@pytest.mark.parametrize("name", ["atan:4", "rectangle:1", "sigmoid:4+detach"])
+@pytest.mark.parametrize("compiled", [compiled_whole, compiled_in_place, compiled_neurons])
+def test_compiled_networks_have_the_gradient_of_uncompiled_ones(compiled, name, first):
+    torch.compiler.reset()
+    plain = classifier(NEURONS["DLIF"], **ATAN).net
+    own = sequence_gradient(plain, plain)
+    with estimator(name)(plain):
+        wanted = sequence_gradient(plain, plain)
+    assert not torch.allclose(own, wanted)
+    net = compiled(classifier(NEURONS["DLIF"], **ATAN).net)
+    if first == "training":
+        assert_close(sequence_gradient(net, net), own)
+    with estimator(name)(net) as crafting:
+        assert torch.equal(sequence_gradient(net, crafting), wanted)
+    assert_close(sequence_gradient(net, net), own)
+    assert is_compiled(net)
+
+
+@of_compiler
+@pytest.mark.parametrize("first", ["training", "estimator"])
+def test_a_graph_that_was_compiled_outside_follows_the_estimator(first):
+    torch.compiler.reset()
+    net = classifier(NEURONS["DLIF"], **ATAN).net
+    run = torch.compile(lambda x_seq: net(x_seq), backend="eager")
+    own = sequence_gradient(net, net)
+    if first == "training":
+        assert_close(sequence_gradient(net, run), own)
+    with estimator("atan:4")(net):
+        inside = sequence_gradient(net, run)
+        assert_close(inside, sequence_gradient(net, net))
+    assert not torch.allclose(inside, own)
+    assert_close(sequence_gradient(net, run), own)
 
 
 @pytest.mark.parametrize("name", ["atan:4+detach", "rectangle:1", "assg"])

@@ -177,6 +177,62 @@ def test_a_failed_entry_changes_nothing():
         assert net[2].surrogate_function.alpha == 4
 
 
+class Noisy(neuron.BaseNode):
+    """A user's neuron that draws noise, and counts its calls."""
+
+    calls = 0
+
+    def spike(self, z):
+        return self.surrogate_function(z)
+
+    def single_step_forward(self, x):
+        self.calls += 1
+        h = x + 0.1 * torch.randn_like(x) + self.v
+        spike = self.spike(h - self.v_threshold)
+        self.v = h * (1 - spike)
+        return spike
+
+    def multi_step_forward(self, x_seq):
+        return torch.stack([self.single_step_forward(x) for x in x_seq])
+
+
+class OwnSpike(Noisy):
+    """It does not spike through ``surrogate_function``."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.own = surrogate.ATan()
+
+    def spike(self, z):
+        return self.own(z)
+
+
+SHAPED = ["atan:4", "triangle", "rectangle", "straight_through"]
+
+
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+@pytest.mark.parametrize("name", SHAPED)
+def test_a_neuron_that_does_not_spike_through_its_surrogate_is_refused(name, step_mode):
+    net = nn.Sequential(nn.Linear(3, 2), OwnSpike(step_mode=step_mode))
+    before = attributes(net)
+    message = r"would change nothing: neuron '1' \(OwnSpike\) does not spike through its surr"
+    with pytest.raises(ValueError, match=message), estimator(name)(net):
+        pass
+    assert attributes(net) == before
+
+
+def test_the_question_whether_it_does_leaves_the_neuron_and_the_generators_alone():
+    net = nn.Sequential(nn.Linear(3, 2), Noisy(step_mode="m", surrogate_function=surrogate.ATan()))
+    net[1].register_forward_hook(lambda module, inputs, output: pytest.fail("hook was called"))
+    net[1].v = torch.rand(1, 2, requires_grad=True) * 2
+    before = attributes(net)
+    generator = torch.get_rng_state()
+    with estimator("atan:4")(net):
+        pass
+    assert attributes(net) == before
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
 def test_widths_are_in_units_of_the_threshold():
     low = DLIFNode(T=2, v_threshold=0.5)
     high = DLIFNode(T=2, v_threshold=2.0)

@@ -10,8 +10,12 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 from torch.testing import assert_close
 
+from sj_robust.estimators import estimator
+from sj_robust.evaluation import firing
+from sj_robust.evaluation.run.faults import Fault, faulty
 from sj_robust.neuron import DLIFNode, dlif_to_lif, fuse, replace_neurons
 from sj_robust.ops import available_backends
+from sj_robust.perturbation import MPPDMonitor
 
 T = 4
 PACKAGE = "spikingjelly.activation_based"
@@ -148,6 +152,42 @@ def test_memory_optimisation_keeps_outputs_and_gradients(targets):
     assert_close(
         found, torch.autograd.grad(expected.sum(), list(wanted.parameters())), rtol=1e-4, atol=1e-4
     )
+
+
+NEED_HOOKS = {
+    "monitor": MPPDMonitor,
+    "estimator": lambda net: estimator("atan:4")(net).__enter__(),
+    "rectifier": lambda net: estimator("cba")(net).__enter__(),
+    "fault": lambda net: faulty(net, Fault("stuck_at_zero", 0.1)),
+    "firing": lambda net: firing(net, inputs()),
+    "replacement": lambda net: replace_neurons(net, T),
+    "and back": dlif_to_lif,
+}
+
+
+@pytest.mark.parametrize("use", NEED_HOOKS)
+def test_what_changes_or_watches_neurons_refuses_those_of_memopt(use):
+    memopt = pytest.importorskip(f"{PACKAGE}.memopt")
+    net = with_dlif(False)
+    net[6] = memopt.checkpoint_module(net[6])
+    with pytest.raises(ValueError, match=r"without SpikingJelly's memopt, which runs '6'"):
+        NEED_HOOKS[use](net)
+    net[6] = nn.Sequential(nn.Identity(), with_dlif(False)[6])
+    net = memopt.checkpoint_module(net)
+    with pytest.raises(ValueError, match=r"without SpikingJelly's memopt, which runs 'it'"):
+        NEED_HOOKS[use](net)
+
+
+@pytest.mark.parametrize("use", NEED_HOOKS)
+def test_memopt_of_other_layers_stops_what_copies_the_network(use):
+    memopt = pytest.importorskip(f"{PACKAGE}.memopt")
+    net = with_dlif(False)
+    net[0] = memopt.checkpoint_module(net[0])
+    if use in ("rectifier", "fault"):  # whose copy would run the layer of the network itself
+        with pytest.raises(ValueError, match=r"without SpikingJelly's memopt, which runs '0'"):
+            NEED_HOOKS[use](net)
+    else:
+        NEED_HOOKS[use](net)
 
 
 def test_precision_is_torchs_autocast():

@@ -2,6 +2,7 @@
 here.
 """
 
+import copy
 import functools
 from collections import defaultdict
 from dataclasses import replace
@@ -13,6 +14,7 @@ from numpy.testing import assert_allclose
 from perturbation.by_hand import eps_by_hand
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import roc_auc_score
+from spikingjelly.activation_based import layer
 from torch import nn
 
 from sj_robust import DLIFNode, SpikingClassifier
@@ -294,6 +296,28 @@ def test_seed_decides_the_intervals_and_nothing_else_and_it_says_what_it_does():
     other = study(seed=1)
     assert usual().associations != other.associations
     assert usual() == replace(other, associations=usual().associations)
+
+
+def test_a_network_in_training_mode_is_studied_in_evaluation_mode():
+    model = network()
+    model.net.insert(0, layer.BatchNorm2d(1, step_mode="m"))
+    model.net.insert(5, nn.Dropout(0.5))
+    x, y = classified(model.eval(), 10)
+    modes = []
+
+    def watching(x, y, eps):
+        modes.append(model.training)
+        return darker(x, y, eps)
+
+    options = {"perturb": {"darker": watching}, "eps": SIZES, "resamples": 2}
+    wanted = intensity_correlation(model, x, y, **options)
+    assert wanted.left_out == 0
+    model.train()
+    state = copy.deepcopy(model.state_dict())
+    assert intensity_correlation(model, x, y, **options) == wanted
+    assert not any(modes)
+    assert model.training
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
 
 
 def test_images_wrong_already_are_left_out():

@@ -290,6 +290,41 @@ def test_an_exception_in_the_perturbed_run_drops_the_pair(net, pair, monitor):
     assert monitor.statistics()["8"].samples == 3
 
 
+class Reentrant(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.head = net[:5]
+        self.tail = net[5:]
+
+    def forward(self, x):
+        x = self.head(x)
+        if not torch.is_grad_enabled():
+            return self.tail(x)
+        return checkpoint(self.tail, x, use_reentrant=True)
+
+
+@pytest.mark.parametrize("way", ["two runs", "paired"])
+@pytest.mark.parametrize("keep", ["statistics", "loss"])
+def test_a_loss_that_reentrant_checkpointing_leaves_without_gradient_is_refused(keep, way, pair):
+    net = Reentrant(trainable("LIF"))
+    monitor = MPPDMonitor(net, keep=keep)
+    run_pair(monitor, net, *pair, way=way)
+    for layers in ("last", "all"):
+        with pytest.raises(RuntimeError, match=r"'tail.* ran without .* use_reentrant=False"):
+            monitor.loss(layers)
+    assert monitor.loss(["head.2"]).requires_grad
+    with torch.no_grad():
+        value = monitor.loss("last")
+        functional.reset_net(net)
+        run_pair(monitor, net, *pair, way=way)
+    assert_close(monitor.loss("last"), value)  # a run without gradients from the beginning
+    net.requires_grad_(False)
+    functional.reset_net(net)
+    inputs = [x.clone().requires_grad_() for x in pair]  # what reentrant checkpointing asks for
+    run_pair(monitor, net, *inputs, way=way)
+    assert_close(monitor.loss("last"), value)  # of weights that need no gradient
+
+
 def test_activation_checkpointing(pair):
     class Checkpointed(nn.Module):
         def __init__(self, net):

@@ -125,6 +125,31 @@ def test_traces_are_what_the_neurons_did(kind, pair):
     assert monitor["8"] == []
 
 
+def lose_half(module, inputs, output):
+    """A forward hook that changes what a neuron puts out, though not its reset."""
+    return output * (torch.arange(output.shape[-1]) % 2)
+
+
+@pytest.mark.parametrize("registered", ["before", "after"])
+@pytest.mark.parametrize("kind", ["LIF", "LIF soft"])
+def test_potentials_are_the_neurons_own_whatever_a_hook_makes_of_their_spikes(
+    kind, registered, pair
+):
+    net = conv_net(NEURONS[kind].build).eval()
+    if registered == "before":
+        net[2].register_forward_hook(lose_half)
+    monitor = MPPDMonitor(net, keep="trace")
+    if registered == "after":
+        net[2].register_forward_hook(lose_half)
+    stats = monitor.compare(*pair)
+    monitor.close()
+    clean, perturbed = (potentials_of(net, x) for x in pair)
+    for name in NAMES:
+        assert_near(monitor[name][0].v_seq, clean[name])
+        full = (clean[name] - perturbed[name]).double().square().flatten(1).mean(1)
+        assert_near(stats[name].full_ms_mppd, full)
+
+
 def test_hand_made_recurrent_container():
     net = recurrent_net().eval()
     generator = torch.Generator().manual_seed(0)

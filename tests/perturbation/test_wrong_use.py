@@ -1,6 +1,7 @@
 """Neurons that cannot be followed, and errors that say what to do."""
 
 import contextlib
+from functools import partial
 
 import pytest
 import torch
@@ -196,6 +197,20 @@ def test_a_network_without_neurons():
         MPPDMonitor(nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("samples", [5, T])
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_neuron_left_in_single_steps_is_named(samples, wrong):
+    nodes = [neuron.IFNode(), neuron.IFNode()]
+    net = net_of(*nodes)
+    nodes[wrong].step_mode = "s"
+    x = torch.rand(T, samples, 6)
+    message = rf"^{2 * wrong + 1} in step mode 's' took other numbers of time steps .*set_step_mode"
+    with MPPDMonitor(net) as monitor:
+        with pytest.raises(ValueError, match=message):
+            monitor.compare(x, x + 0.1)
+        assert len(monitor.compare(x, x + 0.1, forward=net)) == 2
+
+
 @pytest.mark.parametrize("keep", ["statistics", "loss"])
 def test_runs_of_different_shapes_and_lengths(net, pair, keep):
     x, x_perturbed = pair
@@ -315,6 +330,30 @@ class Skipping(nn.Module):
     def forward(self, x):
         spikes = self.first(x)
         return spikes if self.skip else self.second(spikes)
+
+
+class PastHooks(Skipping):
+    """Its last layer runs without its hooks, as a functional forward runs it."""
+
+    def forward(self, x):
+        return self.second.multi_step_forward(self.first(x))
+
+
+@pytest.mark.parametrize("layers", ["last", "all", ["first", "second"]])
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_layer_that_runs_past_its_hooks_is_noticed(layers, before):
+    net = PastHooks()
+    monitor = MPPDMonitor(net, layers=layers)
+    x, x_perturbed = inputs()
+    for _ in range(before):
+        net(x)
+    message = r"layer 'second' ran inside clean\(\), but was called in a way that skips hooks"
+    with pytest.raises(RuntimeError, match=message), monitor.clean():
+        net(x)
+    with pytest.raises(RuntimeError, match=message):
+        monitor.compare(x, x_perturbed)
+    net.forward = partial(Skipping.forward, net)
+    assert list(monitor.compare(x, x_perturbed)) == ["first"]
 
 
 def test_a_layer_in_the_perturbed_run_only():

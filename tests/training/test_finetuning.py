@@ -60,6 +60,17 @@ def same(first, second):
     return all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+def test_neurons_of_memopt_train_without_what_needs_their_hooks():
+    memopt = pytest.importorskip("spikingjelly.activation_based.memopt")
+    net = network()
+    net.stem[2] = memopt.checkpoint_module(net.stem[2])
+    with pytest.raises(ValueError, match=r"memopt, which runs 'stem\.2'"):
+        finetune(net, STRIPES, rho=1.0, **QUICK)
+    before = weights(net)
+    finetune(net, STRIPES, rho=0.0, **QUICK)
+    assert not same(before, weights(net))
+
+
 @pytest.mark.slow
 def test_a_network_of_ones_own_becomes_robust_in_place():
     net = network().train()

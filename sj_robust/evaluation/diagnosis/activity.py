@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust.core.host import from_reset
+from sj_robust.core.host import check_hooks_run, from_reset
 from sj_robust.neuron.charging import emits_spikes, is_neuron
 
 __all__ = ["LayerActivity", "firing"]
@@ -73,7 +73,7 @@ def firing(
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``.
-        ValueError: If ``x`` contains no image.
+        ValueError: If ``x`` contains no image, or SpikingJelly's ``memopt`` runs neurons.
 
     Source: firing rates as recorded by the monitors of SpikingJelly; the two shares are defined
         here.
@@ -90,6 +90,7 @@ def firing(
         )
     if x.numel() == 0:
         raise ValueError(f"x must hold at least one image, got shape {tuple(x.shape)}")
+    check_hooks_run(model, "counting spikes")
     counts: dict[str, _Count] = {}
     with ExitStack() as hooks:
         for name, module in model.named_modules():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sj_robust.attacks.timing import random_moves
 from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier
 from sj_robust.core.checks import check_choice
-from sj_robust.core.host import is_neuron, quantize
+from sj_robust.core.host import check_hooks_run, is_neuron, quantize
 from sj_robust.core.preserved import preserved
 from sj_robust.models import set_time_steps
 from sj_robust.neuron import DLIFNode
@@ -113,14 +113,15 @@ def faulty(model: nn.Module, fault: Fault, *, seed: int = 0, counts: bool = Fals
         counts: Whether event frames hold numbers of events, and not 0 or 1, which jitter moves.
 
     Raises:
-        ValueError: If the network has nothing that the fault affects, or neurons with unknown
-            dynamics.
+        ValueError: If the network has nothing that the fault affects, neurons with unknown
+            dynamics, or parts that SpikingJelly's ``memopt`` runs.
 
     Examples:
         >>> net = nn.Linear(64, 10)
         >>> int((faulty(net, Fault("stuck_at_zero", 0.1)).weight == 0).sum())
         64
     """
+    check_hooks_run(model, "a copy with a fault", copied=True)
     with preserved(model):
         damaged = copy.deepcopy(model)
     damage = _KINDS[fault.kind].damage
