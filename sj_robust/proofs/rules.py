@@ -250,6 +250,10 @@ def _scaled(x: Bounds, factor: Tensor, *, terms: int, shift: Tensor | None = Non
     )
 
 
+_PLACE_OF_DIVISOR = 5
+"""Of average pooling, among the arguments behind the values."""
+
+
 def _average(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
     """Sums with weights of one sign: average pooling, ``mean``, ``sum``."""
     check_dtype(x, kwargs.pop("dtype", None))
@@ -269,8 +273,16 @@ def _average(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
     else:
         results = apply(x.radius).numel()
         terms = x.numel() // max(1, results)
-    # a divisor of average pooling may be negative
-    return _affine(x, apply, lambda z: apply(z).abs(), terms=terms + 2)
+    divisor = kwargs.get("divisor_override")
+    if name.startswith("avg_pool") and len(args) > _PLACE_OF_DIVISOR:
+        divisor = args[_PLACE_OF_DIVISOR]
+    absolute = apply
+    if divisor is not None and divisor < 0:
+
+        def absolute(z: Tensor) -> Any:
+            return -apply(z)
+
+    return _affine(x, apply, absolute, terms=terms + 2)
 
 
 def _sum(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
