@@ -8,7 +8,7 @@ Examples:
 """
 
 from dataclasses import asdict, dataclass, field, replace
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -454,11 +454,14 @@ def train_network(
 
 
 def own_code(spec: NetworkSpec) -> dict[str, str]:
-    """Digest of the code that builds a network of one's own; nothing for any other network.
+    """Digest of the code that builds a network of one's own; nothing for any other network."""
+    return digest_of_code(spec.name) if spec.is_own else {}
 
-    Call it before the network is built, as it runs a file anew.
-    """
-    return code_of(find_function(spec.name)) if spec.is_own else {}
+
+@cache
+def digest_of_code(name: str) -> dict[str, str]:
+    """Digest of a function's code when it is asked for first: what it builds may change it."""
+    return code_of(find_function(name))
 
 
 def prepared(

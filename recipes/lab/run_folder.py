@@ -99,7 +99,7 @@ def open_run_folder(
     """
     folders = [""]
     if accelerator.is_main_process:
-        folder = root / stem if output is None else Path(output)
+        folder = root if output is None else Path(output)
         if not resume:
             if output is not None and folder.is_dir() and any(folder.iterdir()):
                 raise FileExistsError(

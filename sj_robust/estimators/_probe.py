@@ -38,14 +38,12 @@ def _gradient(node: Any) -> Tensor:
     """Gradient of the number of spikes with respect to currents around the threshold."""
     tensors = chain(node.parameters(), node.buffers())
     like = next(filter(Tensor.is_floating_point, tensors), torch.empty(0))
-    threshold = float(getattr(node, "v_threshold", 1.0))
+    threshold = torch.as_tensor(getattr(node, "v_threshold", 1.0)).detach().mean().item()
     x = torch.linspace(-1.0, 4.0, _ELEMENTS, dtype=like.dtype, device=like.device)
-    x = (x * threshold).unsqueeze(0)
-    if step_mode(node) == "m":
-        x = x.repeat(_STEPS, 1, 1)
-    x.requires_grad_()
+    x = (x * threshold).repeat(_STEPS, 1, 1).requires_grad_()
     with from_reset(node, 0, x.device), torch.enable_grad():
         node.training = EVAL_MODE_HAS_NO_GRADIENT
-        spikes = node.forward(x)  # past hooks, which may do anything
-        (grad,) = torch.autograd.grad(spikes.sum(), x)
+        calls = [x] if step_mode(node) == "m" else x.unbind()
+        spikes = [node.forward(part) for part in calls]  # past hooks, which may do anything
+        (grad,) = torch.autograd.grad(torch.cat(spikes).sum(), x)
     return grad

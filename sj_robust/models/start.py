@@ -140,7 +140,8 @@ def _check_neurons(
     neuron_of_file = "IF" if spec.neuron == "if" else f"tau {spec.tau:g}"
     tau = math.inf if spec.neuron == "if" else spec.tau
     others = {_tau(module) for module in classifier.modules()} - {tau, None}
-    for other in others:
+    if others:
+        other = min(others)
         neuron_here = "IF neurons" if other == math.inf else f"{other:g}"
         remedy = 'neuron "if"' if tau == math.inf and not nodes else f"tau={tau:g}"
         raise ValueError(

@@ -194,8 +194,9 @@ class Recording:
             if name not in self._called and isinstance(v, Tensor) and is_other:
                 raise NotFollowedError(
                     f"layer {name!r} ran inside {kind}(), but was called in a way that skips "
-                    f"hooks ({_SKIPPING_HOOKS}): call the network itself, or attach the monitor "
-                    "before it is compiled"
+                    f"hooks ({_SKIPPING_HOOKS}), or its state was replaced: call the network "
+                    "itself, attach the monitor before it is compiled, and convert the network "
+                    "before the run"
                 )
 
     def _find_order(self) -> None:

@@ -451,7 +451,8 @@ class MPPDMonitor(BaseMonitor):
             raise RuntimeError(
                 f"layer {lost[0]!r} ran without gradients inside a run that began with them, as "
                 "reentrant activation checkpointing does, so its loss has no gradient; use "
-                "checkpoint(..., use_reentrant=False), or, for the value alone, call loss() inside "
+                "checkpoint(..., use_reentrant=False). If that is intended, name the layers that "
+                "have gradients, loss(['0', ...]), or, for the value alone, call loss() inside "
                 "torch.no_grad()"
             )
 

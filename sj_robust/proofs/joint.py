@@ -19,8 +19,8 @@ from sj_robust.proofs.changes import Changes, changed_sums, share_frames
 from sj_robust.proofs.moves import Shifts
 from sj_robust.proofs.opened import counts
 from sj_robust.proofs.origins import leaves_of, replayed
-from sj_robust.proofs.relaxation import Maps, Stage, Step, Trace, is_rounding
-from sj_robust.proofs.rounding import SLACK
+from sj_robust.proofs.relaxation import Maps, Stage, Step, Trace
+from sj_robust.proofs.rounding import SLACK, is_rounding
 from sj_robust.proofs.rules import Bounds, Function
 from sj_robust.proofs.spiking import Centred, Float32Spiking, Interval, Spiking
 from sj_robust.proofs.trains import Trains, possible_trains

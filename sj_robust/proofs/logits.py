@@ -69,6 +69,8 @@ def bounded_logits(
     except (NotImplementedError, torch.cuda.OutOfMemoryError):
         raise
     except _FAILURES as error:
+        if "allocate memory" in str(error):
+            raise
         what = f"a forward that fails on bounds ({type(error).__name__}: {error})"
         raise _unknown(what, model, entered) from error
     finally:

@@ -19,9 +19,10 @@ from sj_robust.ops.recurrence import charge, reset
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.logits import bounded_logits
 from sj_robust.proofs.origins import leaves_of
-from sj_robust.proofs.relaxation import LEAST_SHARE, is_rounding
 from sj_robust.proofs.rounding import (
+    LEAST_SHARE,
     charge_rounding,
+    is_rounding,
     reset_rounding,
     threshold_rounding,
 )

@@ -14,12 +14,11 @@ from sj_robust.neuron.charging import Neuron
 from sj_robust.proofs.bounds import BoundedRun, Layout, by_row, laid_out, pulled_back
 from sj_robust.proofs.moves import Events
 from sj_robust.proofs.opened import counts
-from sj_robust.proofs.rounding import reset_rounding
+from sj_robust.proofs.rounding import LEAST_SHARE, is_rounding, reset_rounding
 from sj_robust.proofs.rules import Bounds, Function, Pooling
 from sj_robust.proofs.spiking import Float32Spiking, Interval, LayerBounds, Spiking
 
 __all__ = [
-    "LEAST_SHARE",
     "Bounded",
     "Decision",
     "Lower",
@@ -28,16 +27,9 @@ __all__ = [
     "Slopes",
     "Stage",
     "Step",
-    "is_rounding",
     "minimum",
     "raised",
 ]
-
-_GAP = 1e-9
-"""Relative difference that float64's rounding stays below; a part that is missing does not."""
-
-LEAST_SHARE = 1e-3
-"""Of the largest weight: sums of many terms round so much of it at least, times :data:`_GAP`."""
 
 _ROUNDING = 1e-10
 """Covers float64's own rounding of a sum of terms, in units of the sum of their absolute values."""
@@ -249,6 +241,25 @@ class Trace(BoundedRun):
         return found
 
 
+class _Multiples(Trace):
+    """A run whose leaves have random values, the same for all samples but for a random factor of
+    each.
+    """
+
+    def __init__(self, neurons: dict[str, Neuron], samples: int) -> None:
+        super().__init__(neurons, samples, torch.zeros_like, sized=True)
+        self._generator = torch.Generator().manual_seed(0)
+        drawn = torch.rand(_MANY, generator=self._generator, dtype=torch.float64)
+        self.factors = drawn[:samples] + 0.5
+
+    def leaf(self, values: Interval, batch_dim: int) -> Bounds:
+        like = by_row(values.low, self.samples, batch_dim)
+        drawn = torch.randn(like.shape[1:], generator=self._generator, dtype=torch.float64)
+        self.factors = self.factors.to(like.device)
+        rows = along(self.factors, 0, like.ndim) * drawn.to(like.device)
+        return self.point(laid_out(rows, batch_dim).contiguous(), batch_dim)
+
+
 @dataclass
 class Maps:
     """The affine maps between the leaves of a network, for any number of rows. 各层之间的仿射映射。
@@ -267,6 +278,7 @@ class Maps:
     frame: Tensor
     _traces: dict[int, Trace] = field(default_factory=dict, init=False)
     _layouts: tuple[Layout, ...] | None = field(default=None, init=False)
+    _compared: dict[int, "_Multiples"] = field(default_factory=dict, init=False)
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
@@ -281,14 +293,21 @@ class Maps:
         """Raise NotImplementedError unless all samples have the same map, each of its own leaves,
         however many.
         """
+        for rows in (_MANY, _FEW):
+            self._traces[rows] = self.traced(rows, torch.zeros_like, sized=True)
         for number, name in enumerate(self._trace(_MANY).names):
-            if not (self._has_one_shift(number) and self._has_one_map(number)):
+            if not (
+                self._has_one_shift(number)
+                and self._has_one_image(number)
+                and self._has_one_graph(number)
+            ):
                 raise NotImplementedError(
                     "no bounds are known for a network that mixes the samples of a batch, or "
                     f"treats them differently, as before {name}; give time steps first, [T, N, "
                     "*], and use no value of other images"
                 )
         del self._traces[_MANY], self._traces[_FEW]
+        self._compared.clear()
 
     def _has_one_shift(self, stage: int) -> bool:
         """Whether a stage's current, if all leaves are zero, is that of the first sample for every
@@ -301,7 +320,32 @@ class Maps:
         shifts = (many.shift_of(stage), few.shift_of(stage))
         return all(is_rounding(shift - first, size) for shift in shifts)
 
-    def _has_one_map(self, stage: int) -> bool:
+    def _has_one_image(self, stage: int) -> bool:
+        """Whether every sample's current is that of its own leaves, in batches of two sizes.
+
+        Equation, with A and b those of one sample, z random and f[n] a random factor of sample n::
+
+            leaves f[n] z on sample n give f[n] A z + b on sample n
+        """
+        many = self._multiples(_MANY)
+        few = self._multiples(_FEW)
+        shift = self._trace(_MANY).shift_of(stage)[:1]
+        image = (many.shift_of(stage)[:1] - shift) / many.factors[0]
+        for trace in (many, few):
+            current = trace.shift_of(stage)
+            factors = along(trace.factors, 0, current.ndim)
+            if not is_rounding(current - shift - factors * image, trace.size_of(stage)):
+                return False
+        return True
+
+    def _multiples(self, rows: int) -> "_Multiples":
+        if rows not in self._compared:
+            trace = _Multiples(self.neurons, rows)
+            self.run(trace)
+            self._compared[rows] = trace
+        return self._compared[rows]
+
+    def _has_one_graph(self, stage: int) -> bool:
         """Whether weights on a stage's current belong to the same weights on leaves for every
         sample.
 
@@ -409,8 +453,7 @@ class Maps:
             if len(self._traces) > 3:
                 oldest = next(key for key in self._traces if key != 1)
                 del self._traces[oldest]
-            compared = rows in (_MANY, _FEW)
-            self._traces[rows] = self.traced(rows, torch.zeros_like, sized=compared)
+            self._traces[rows] = self.traced(rows, torch.zeros_like)
         return self._traces[rows]
 
 
@@ -1041,26 +1084,6 @@ def _better(first: Lower, second: Lower) -> Lower:
         gaps=gaps,
         weights=chosen(first.weights, second.weights),
     )
-
-
-def is_rounding(gap: Tensor, size: Tensor) -> bool:
-    """Whether differences of float64 runs are no more than rounding, each for its own element.
-    是否只是舍入误差。
-
-    A part that is missing, or another map, makes more. A tolerance for all elements together would
-    hide a small logit beside one that a mask moves by 1e9.
-
-    Args:
-        gap: The differences.
-        size: Sums of absolute values that rounding is relative to, broadcast.
-
-    Examples:
-        >>> is_rounding(torch.tensor([1e-12, 1.0]), torch.tensor([1.0, 1e10]))
-        True
-        >>> is_rounding(torch.tensor([0.1, 0.0]), torch.tensor([1.0, 1e10]))
-        False
-    """
-    return bool((gap.abs() <= _GAP * size).all())  # NaN is none
 
 
 def _slope(silent: _Piece, fired: _Piece, threshold: float) -> Tensor:

@@ -5,11 +5,13 @@ from typing import Any
 from torch import Tensor
 
 __all__ = [
+    "LEAST_SHARE",
     "SLACK",
     "SMALLEST",
     "NoBoundsError",
     "charge_rounding",
     "gamma",
+    "is_rounding",
     "reset_rounding",
     "threshold_rounding",
     "within_float32",
@@ -30,6 +32,15 @@ _LARGEST_ERROR = 2.0**76
 
 SLACK = 1.000001
 """Covers float64's own rounding, which is smaller than float32's by 2**29."""
+
+
+LEAST_SHARE = 1e-3
+"""Share of the largest element that the size of any other one is taken for, where sizes are only
+guessed: sums of many terms may cancel.
+"""
+
+_GAP = 1e-9
+"""Relative difference that float64's rounding stays below; a part that is missing does not."""
 
 
 class NoBoundsError(NotImplementedError):
@@ -65,3 +76,23 @@ def within_float32(error: Tensor) -> Tensor:
     if error.numel() and not float(error.amax()) <= _LARGEST_ERROR:
         raise NoBoundsError("values that are not finite, or may be beyond 1e30")
     return error
+
+
+def is_rounding(gap: Tensor, size: Tensor) -> bool:
+    """Whether differences of float64 runs are no more than rounding, each for its own element.
+    是否只是舍入误差。
+
+    A part that is missing, or another map, makes more. A tolerance for all elements together would
+    hide a small logit beside one that a mask moves by 1e9.
+
+    Args:
+        gap: The differences.
+        size: Sums of absolute values that rounding is relative to, broadcast.
+
+    Examples:
+        >>> is_rounding(torch.tensor([1e-12, 1.0]), torch.tensor([1.0, 1e10]))
+        True
+        >>> is_rounding(torch.tensor([0.1, 0.0]), torch.tensor([1.0, 1e10]))
+        False
+    """
+    return bool((gap.abs() <= _GAP * size).all())  # NaN is none

@@ -25,6 +25,7 @@ __all__ = [
     "parameters_kept_in_float64",
     "reshaped",
     "run_of",
+    "size_of_constant",
 ]
 
 
@@ -58,9 +59,13 @@ def as_bounds(value: Any, run: Run | None, like: Tensor) -> Bounds:
     if isinstance(value, Bounds):
         return value
     centre = constant(value, run).to(like)
-    has_size = run is not None and run.points and run.sized
-    radius = centre.abs() if has_size else torch.zeros_like(centre)
-    return Bounds(centre, radius, run=run)
+    return Bounds(centre, size_of_constant(centre, run), run=run)
+
+
+def size_of_constant(value: Tensor, run: Run | None) -> Tensor:
+    """The radius of a constant: none, or in a sized run of points its size."""
+    is_sized = run is not None and run.points and run.sized
+    return value.abs() if is_sized else torch.zeros_like(value)
 
 
 def centre_of_either(a: Any, b: Any) -> Tensor:

@@ -39,6 +39,7 @@ from sj_robust.proofs.rule_arguments import (
     is_rounded,
     new_leaf,
     run_of,
+    size_of_constant,
 )
 
 __all__ = ["NONLINEAR", "RULES", "Bounds", "Function", "Pooling", "Run", "moved", "step"]
@@ -276,12 +277,8 @@ def _average(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
     divisor = kwargs.get("divisor_override")
     if name.startswith("avg_pool") and len(args) > _PLACE_OF_DIVISOR:
         divisor = args[_PLACE_OF_DIVISOR]
-    absolute = apply
-    if divisor is not None and divisor < 0:
-
-        def absolute(z: Tensor) -> Any:
-            return -apply(z)
-
+    is_negative = divisor is not None and divisor < 0
+    absolute = (lambda z: -apply(z)) if is_negative else apply
     return _affine(x, apply, absolute, terms=terms + 2)
 
 
@@ -429,6 +426,8 @@ def _part(value: Any, part: str, run: Run | None) -> Any:
         return getattr(value, part)
     if isinstance(value, Tensor) and value.is_floating_point():
         value = constant(value, run)
+        if part == "radius":
+            return size_of_constant(value, run)
         return value if part == "centre" else torch.zeros_like(value)
     if type(value) in (tuple, list):
         return type(value)(_part(item, part, run) for item in value)
@@ -437,7 +436,14 @@ def _part(value: Any, part: str, run: Run | None) -> Any:
 
 def _asked(func: Any, *args: Any, **kwargs: Any) -> Any:
     """What does not depend on values, such as a shape."""
+    if isinstance(args[0], Bounds) and args[0].truth and _is_dtype(func):
+        return torch.bool
     return func(*args, **kwargs)
+
+
+def _is_dtype(func: Any) -> bool:
+    """Whether a function is what reads ``x.dtype``."""
+    return getattr(func, "__self__", None) is torch.Tensor.dtype
 
 
 def _filled(func: Any, x: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -469,14 +475,23 @@ def _dropout(
 
 
 def _converted(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """A conversion to the dtype that the values have already."""
-    given = [getattr(value, "dtype", value) for value in (*args, *kwargs.values())]
+    """A conversion to the dtype that the values have already, or of True and False to numbers."""
+    given = [_dtype_of(value) for value in (*args, *kwargs.values())]
     if func.__name__ == "float":
         given.append(torch.float32)
-    check_dtype(x, *given)
-    if isinstance(x, Bounds) and x.truth:
-        return Bounds(x.centre, x.radius, x.error, x.run)
-    return x
+    if not (isinstance(x, Bounds) and x.truth):
+        check_dtype(x, *given)
+        return x
+    numbers = [dtype for dtype in given if isinstance(dtype, torch.dtype) and dtype != torch.bool]
+    check_dtype(x, *numbers)
+    return Bounds(x.centre, x.radius, x.error, x.run) if numbers else x
+
+
+def _dtype_of(value: Any) -> Any:
+    """The dtype that an argument of a conversion asks for, if it asks for one."""
+    if isinstance(value, Bounds) and value.truth:
+        return torch.bool
+    return getattr(value, "dtype", value)
 
 
 _LAID_OUT = ["flatten", "view", "reshape", "permute", "transpose", "unsqueeze", "squeeze"]

@@ -221,6 +221,31 @@ def test_a_neuron_that_does_not_spike_through_its_surrogate_is_refused(name, ste
     assert attributes(net) == before
 
 
+class ThroughTheReset(Noisy):
+    """Its surrogate decides the reset alone, as in SpikingJelly's LIAF neuron."""
+
+    def single_step_forward(self, x):
+        self.v_float_to_tensor(x)
+        h = x + self.v
+        self.v = h * (1 - self.surrogate_function(h - self.v_threshold))
+        return h.relu()
+
+
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+def test_a_neuron_whose_surrogate_acts_in_later_steps_is_changed(step_mode):
+    net = nn.Sequential(ThroughTheReset(step_mode=step_mode))
+    with estimator("atan:4")(net):
+        assert net[0].surrogate_function.alpha == 4.0
+
+
+def test_a_learned_threshold_is_read_without_a_warning(recwarn):
+    node = OwnSpike(step_mode="m")
+    node.v_threshold = nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="would change nothing"), estimator("atan:4")(node):
+        pass
+    assert not recwarn
+
+
 def test_the_question_whether_it_does_leaves_the_neuron_and_the_generators_alone():
     net = nn.Sequential(nn.Linear(3, 2), Noisy(step_mode="m", surrogate_function=surrogate.ATan()))
     net[1].register_forward_hook(lambda module, inputs, output: pytest.fail("hook was called"))

@@ -17,6 +17,7 @@ import threading
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import launch
@@ -806,6 +807,21 @@ def builds(kind):
         return kind().width * SHIFT
 
     return build
+
+
+@pytest.mark.parametrize(
+    ("here", "elsewhere"),
+    [(torch.device("cpu"), torch.device("cuda")), (Path("/home/me"), Path("/scratch/me"))],
+    ids=["device", "path"],
+)
+def test_the_machine_is_no_part_of_the_code(monkeypatch, here, elsewhere):
+    def build():
+        return SHIFT
+
+    monkeypatch.setitem(globals(), "SHIFT", here)
+    code = code_of(build)
+    monkeypatch.setitem(globals(), "SHIFT", elsewhere)
+    assert code_of(build) == code
 
 
 def test_code_is_known_by_what_it_does_and_reads(monkeypatch):

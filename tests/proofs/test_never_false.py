@@ -14,7 +14,7 @@ from sj_robust.attacks.projection import linf_bounds
 from sj_robust.core.host import lif_multi_step
 from sj_robust.evaluation import evaluate
 from sj_robust.proofs import no_flip_radius, verify
-from sj_robust.proofs.relaxation import is_rounding
+from sj_robust.proofs.rounding import is_rounding
 
 METHODS = ("ibp", "joint", "crown", "bab")
 MASK = -1e9
@@ -115,6 +115,32 @@ def test_a_masked_class_does_not_hide_that_samples_are_mixed():
     model = classifier(forward, node=neuron.IFNode(step_mode="m"), **parts)
     with pytest.raises(NotImplementedError, match="mixes the samples"):
         verify(model, torch.rand(2, 3), torch.tensor([0, 1]), 0.1)
+
+
+def test_large_weights_do_not_hide_that_samples_are_mixed():
+    def forward(net, x):
+        spikes = net.node(net.fc(x))
+        logits = net.out(spikes)
+        mixed = logits + 0.4 * logits.mean(1, keepdim=True)
+        return torch.cat([mixed, -1e12 * (1 + spikes.sum(-1, keepdim=True))], -1)
+
+    torch.manual_seed(0)
+    parts = {"fc": nn.Linear(3, 3), "out": nn.Linear(3, 2)}
+    model = classifier(forward, T=2, node=neuron.IFNode(step_mode="m", v_threshold=0.3), **parts)
+    with pytest.raises(NotImplementedError, match="mixes the samples"):
+        verify(model, torch.rand(4, 3), torch.tensor([0, 0, 0, 0]), 0.02)
+
+
+def test_a_large_constant_beside_spikes_is_no_contradiction():
+    def forward(net, x):
+        spikes = net.node(net.fc(x))
+        constant = torch.full_like(spikes[..., :1], MASK)
+        return net.out(torch.cat([spikes, constant], -1))
+
+    torch.manual_seed(0)
+    node = neuron.IFNode(step_mode="m", v_threshold=0.3)
+    model = classifier(forward, T=2, fc=nn.Linear(3, 5), node=node, out=nn.Linear(6, 3))
+    assert count_proofs(model, torch.rand(4, 3), 0.01, method="crown") > 0
 
 
 def test_masked_networks_are_still_proved():
@@ -224,6 +250,10 @@ BOTH = {
     "views": lambda a, b: a.view(a.shape) + torch.stack([b]).squeeze(0),
     "choice": lambda a, b: torch.where(a, a, b),
     "largest": lambda a, b: torch.maximum(a, b),
+    "device": lambda a, b: a.to(a.device) + b.to(b.device),
+    "own dtype": lambda a, b: a.to(a.dtype) + b.to(b.dtype),
+    "like itself": lambda a, b: a.to(a) + b.to(b),
+    "own type": lambda a, b: a.type_as(a) + b.type_as(b),
 }
 
 

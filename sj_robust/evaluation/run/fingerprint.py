@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from copyreg import dispatch_table
 from enum import Enum
 from itertools import takewhile
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import (
     BuiltinFunctionType,
     CodeType,
@@ -143,8 +143,9 @@ def code_of(function: object) -> dict[str, str]:
     Python, since others compile the same code otherwise. 代码指纹。
 
     It covers the function, the functions and classes that it names, and the values that these read
-    from their modules. Code of installed packages and of this one is named alone, so that another
-    commit or release changes nothing. Comments and line numbers do not count.
+    from their modules, except devices and paths, which belong to a machine. Code of installed
+    packages and of this one is named alone, so that another commit or release changes nothing.
+    Comments and line numbers do not count.
 
     Args:
         function: The function; a class is one too.
@@ -164,6 +165,7 @@ class _Walk:
     def __init__(self, *, parameters: bool = True, constructors: bool = False) -> None:
         self.parts: dict[str, str] = {}
         self._parameters = parameters
+        self._of_code = constructors
         self._effectless = _NO_BEHAVIOUR - {"__init__"} if constructors else _NO_BEHAVIOUR
         self._kept: list[object] = []  # so that no id is given twice
         self._names: dict[int, str] = {}
@@ -190,6 +192,8 @@ class _Walk:
     def _text(self, value: object) -> str:
         if isinstance(value, Enum):
             return f"{_name_of(type(value))}.{value.name}"
+        if self._of_code and isinstance(value, torch.device | PurePath):
+            return f"<{_name_of(type(value))}>"
         if isinstance(value, _PLAIN):
             return repr(value)
         if isinstance(value, Tensor):
