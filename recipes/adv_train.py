@@ -7,8 +7,9 @@ Examples:
     torchrun --nproc-per-node 2 recipes/adv_train.py  # or accelerate launch
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -374,13 +375,16 @@ def main(arguments: list[str]) -> None:
     )
     defaults = plain(Options())
     where = journal.begin(configuration, defaults, accelerator)
-    where |= own_code(network_spec(options, splits))
+    code = own_code(network_spec(options, splits))  # before a network is built, which may change it
+    where |= code
     if names := unused(options, completed(options)):
         journal.say(f"ignored with the other options given: {', '.join(names)}")
     reports = []
     data = None
     for name, choice in networks.items():
-        classifier, history = train_network(name, choice, splits, accelerator, folder, journal)
+        classifier, history = train_network(
+            name, choice, splits, accelerator, folder, journal, code=code
+        )
         if accelerator.is_main_process:
             if data is None:
                 data = read_test_images(splits)
@@ -418,10 +422,13 @@ def train_network(
     accelerator: Accelerator,
     folder: Path,
     journal: training.Journal,
+    *,
+    code: Mapping[str, str],
 ) -> tuple[SpikingClassifier, list[EpochRecord]]:
-    """Train one network and return it as it was at its best epoch."""
+    """Train one network and return it as it was at its best epoch; ``code`` is the digest of the
+    code that builds it.
+    """
     spec = network_spec(options, splits)
-    code = own_code(spec)
     objective, plan, perturb = prepared(options, splits)
     module, _, _ = options.model.rpartition(":")
     origin = options.pretrained or module.removeprefix("zoo")  # empty for random weights
@@ -455,13 +462,7 @@ def train_network(
 
 def own_code(spec: NetworkSpec) -> dict[str, str]:
     """Digest of the code that builds a network of one's own; nothing for any other network."""
-    return digest_of_code(spec.name) if spec.is_own else {}
-
-
-@cache
-def digest_of_code(name: str) -> dict[str, str]:
-    """Digest of a function's code when it is asked for first: what it builds may change it."""
-    return code_of(find_function(name))
+    return code_of(find_function(spec.name)) if spec.is_own else {}
 
 
 def prepared(

@@ -32,7 +32,7 @@ _RUN = (
 _LATER: dict[str, Any] = {"options.counts": False}
 """Options that checkpoints of earlier releases lack, with the value that means what these did."""
 
-_NOT_ALWAYS_TOLD = ("images and labels", CODE)
+_NOT_ALWAYS_RECORDED = ("images and labels", CODE)
 """Parts of a description that are compared only where both have them: checkpoints of earlier
 releases lack them, and code has another digest for each version of Python.
 """
@@ -141,23 +141,23 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple
     检查选项是否一致。
 
     Returns:
-        What could not be compared, since the checkpoint does not tell it.
+        What could not be compared, since the checkpoint does not record it.
     """
     new = _flat(wanted)
     later = {name: value for name, value in _LATER.items() if name in new}
     old = later | _flat(saved)
-    untold = []
+    unrecorded = []
     names = []
     for name in new | old:
         if old.get(name) == new.get(name):
             continue
         of_both = name in old and name in new
-        if of_both or not name.startswith(_NOT_ALWAYS_TOLD):
+        if of_both or not name.startswith(_NOT_ALWAYS_RECORDED):
             names.append(name)
         elif name in new:
-            untold.append(name)
+            unrecorded.append(name)
     if not names:
-        return tuple(untold)
+        return tuple(unrecorded)
     differences = [f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names]
     remedy = "resume with the same ones, or start a new run in another folder"
     unknown = [name for name in names if name not in old]

@@ -135,11 +135,12 @@ def _check_neurons(
             f"{path} is a checkpoint of this package, whose LIF has decay_input=False; omit it"
         )
     spec = NetworkSpec(**weights.network)
-    if ":" in spec.name:
+    if ":" in spec.name:  # neurons of the zoo, and one's own, have a tau that it does not state
         return
     neuron_of_file = "IF" if spec.neuron == "if" else f"tau {spec.tau:g}"
     tau = math.inf if spec.neuron == "if" else spec.tau
-    others = {_tau(module) for module in classifier.modules()} - {tau, None}
+    found = map(_tau, classifier.modules())
+    others = {other for other in found if other is not None} - {tau}
     if others:
         other = min(others)
         neuron_here = "IF neurons" if other == math.inf else f"{other:g}"

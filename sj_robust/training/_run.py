@@ -197,9 +197,9 @@ class TrainingRun:
 
     def load(self, content: dict[str, Any], journal: Journal) -> None:
         """Stand where a checkpoint was written."""
-        if untold := check_same_run(content["description"], self.description):
+        if unrecorded := check_same_run(content["description"], self.description):
             journal.say(
-                f"the checkpoint does not tell {', '.join(untold)} of its run: resumed without a "
+                f"the checkpoint does not record {', '.join(unrecorded)}: resumed without a "
                 "comparison"
             )
         self.classifier.load_state_dict(as_named_in(self.classifier, content["model"]))

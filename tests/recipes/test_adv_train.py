@@ -204,7 +204,7 @@ def test_a_run_goes_on_with_its_images_and_code_alone(tmp_path, capsys):
     save_checkpoint(last, parts)
     capsys.readouterr()
     in_process(tmp_path, *options, "--resume")
-    assert "does not tell images and labels, code for python" in capsys.readouterr().out
+    assert "does not record images and labels, code for python" in capsys.readouterr().out
 
 
 def test_bounds_and_options_without_effect_are_in_the_log(tmp_path, capsys):
