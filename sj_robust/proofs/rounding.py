@@ -1,4 +1,4 @@
-"""Rounding errors of float32, for sums in any order."""
+"""Rounding errors of float32, for sums in any order, and what is no more than float64's."""
 
 from typing import Any
 
@@ -90,6 +90,7 @@ def is_rounding(gap: Tensor, size: Tensor) -> bool:
         size: Sums of absolute values that rounding is relative to, broadcast.
 
     Examples:
+        >>> import torch
         >>> is_rounding(torch.tensor([1e-12, 1.0]), torch.tensor([1.0, 1e10]))
         True
         >>> is_rounding(torch.tensor([0.1, 0.0]), torch.tensor([1.0, 1e10]))
