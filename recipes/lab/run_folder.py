@@ -99,22 +99,10 @@ def open_run_folder(
     """
     folders = [""]
     if accelerator.is_main_process:
-        folder = root if output is None else Path(output)
-        if not resume:
-            if output is not None and folder.is_dir() and any(folder.iterdir()):
-                raise FileExistsError(
-                    f"{folder} is not empty: continue its run with --resume, or change --output"
-                )
-            text = yaml.safe_dump(dict(configuration), sort_keys=False)
-            try:
-                if output is None:
-                    folder = _next_folder(stem, root)
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / CONFIGURATION_FILE).write_text(text, encoding="utf-8")
-            except OSError as error:
-                raise OSError(
-                    f"{folder} cannot be written ({error.strerror}); give another --output"
-                ) from error
+        if resume and output is not None:
+            folder = Path(output)
+        else:
+            folder = _new_folder(output, stem, root, configuration)
         folders = [str(folder)]
     if accelerator.num_processes > 1:
         broadcast_object_list(folders)
@@ -148,6 +136,28 @@ def removed_if_unused(folder: Path, *, resume: bool) -> Iterator[None]:
         if not resume and {path.name for path in folder.rglob("*")} <= _WRITTEN_FIRST:
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _new_folder(
+    output: str | None, stem: str, root: Path, configuration: Mapping[str, Any]
+) -> Path:
+    """Make the folder, with the configuration in it."""
+    folder = root if output is None else Path(output)
+    if output is not None and folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(
+            f"{folder} is not empty: continue its run with --resume, or change --output"
+        )
+    text = yaml.safe_dump(dict(configuration), sort_keys=False)
+    try:
+        if output is None:
+            folder = _next_folder(stem, root)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIGURATION_FILE).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OSError(
+            f"{folder} cannot be written ({error.strerror}); give another --output"
+        ) from error
+    return folder
 
 
 def _next_folder(stem: str, root: Path) -> Path:

@@ -11,9 +11,9 @@ from torch import nn
 
 from sj_robust._version import __version__
 
-__all__ = ["CODE", "bfloat16_units", "device_of", "environment", "processor", "version_of"]
+__all__ = ["CODE_KEY", "bfloat16_units", "device_of", "environment", "processor", "version_of"]
 
-CODE = "code for python"
+CODE_KEY = "code for python"
 """What the name of the digest of one's own code begins with; the version of Python follows."""
 
 

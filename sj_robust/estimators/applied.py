@@ -199,8 +199,8 @@ class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
             plans[name] = _plan(self.estimator, name, node, images, rotation)
         stack.enter_context(uncompiled(model))
         for name, node in neurons.items():
-            undo = _put(node, {_MARK: self.estimator.name, **plans[name]})
-            stack.callback(undo)
+            exchange = _Exchange(node, {_MARK: self.estimator.name, **plans[name]})
+            stack.callback(exchange.undo)
         if self.estimator.family == "assg":
             stack.callback(model.register_forward_pre_hook(images.see).remove)
         if self.estimator.family == "mixed":
@@ -417,43 +417,37 @@ class _Override:
         return outputs.spike_seq
 
 
-def _put(node: Any, entries: dict[str, Any]) -> Callable[[], None]:
-    """Set attributes of a neuron in place of its own; returns what puts these back.
+class _Exchange:
+    """Attributes of a neuron in place of its own, until they are put back.
 
     A registered part is exchanged where it is registered, since a compiled graph that reads it
     notices nothing else; any other attribute is shadowed.
     """
-    attributes = vars(node)
-    parts = {name: part for name, part in node._modules.items() if name in entries}
-    found = {name: attributes[name] for name in entries if name in attributes}
-    shadows = {name: value for name, value in entries.items() if name not in parts}
-    shadows["__reduce_ex__"] = partial(_reduce_without, node, shadows, found, parts)
-    for name, part in parts.items():
-        node._modules[name] = entries[name].train(part.training)
-    attributes.update(shadows)
-    return partial(_restore, node, shadows, found, parts)
 
+    def __init__(self, node: Any, entries: dict[str, Any]) -> None:
+        """Set the attributes."""
+        attributes = vars(node)
+        self._node = node
+        self._parts = {name: part for name, part in node._modules.items() if name in entries}
+        self._found = {name: attributes[name] for name in entries if name in attributes}
+        self._shadows = {name: entries[name] for name in entries if name not in self._parts}
+        self._shadows["__reduce_ex__"] = self._reduced
+        for name, part in self._parts.items():
+            node._modules[name] = entries[name].train(part.training)
+        attributes.update(self._shadows)
 
-def _restore(
-    node: Any, shadows: dict[str, Any], found: dict[str, Any], parts: dict[str, Any]
-) -> None:
-    attributes = vars(node)
-    for name in shadows:
-        attributes.pop(name, None)
-    attributes.update(found)
-    node._modules.update(parts)
+    def undo(self) -> None:
+        """Put back what was there."""
+        attributes = vars(self._node)
+        for name in self._shadows:
+            attributes.pop(name, None)
+        attributes.update(self._found)
+        self._node._modules.update(self._parts)
 
-
-def _reduce_without(
-    node: Any,
-    shadows: dict[str, Any],
-    found: dict[str, Any],
-    parts: dict[str, Any],
-    protocol: Any,
-) -> tuple[Any, ...]:
-    """What copies and pickles a neuron as it is without its estimator."""
-    reduced: Any = object.__reduce_ex__(node, protocol)
-    function, arguments, state, *rest = reduced
-    kept = {name: value for name, value in state.items() if name not in shadows}
-    kept["_modules"] = {**state["_modules"], **parts}
-    return function, arguments, {**kept, **found}, *rest
+    def _reduced(self, protocol: Any) -> tuple[Any, ...]:
+        """What copies and pickles the neuron as it is without its estimator."""
+        reduced: Any = object.__reduce_ex__(self._node, protocol)
+        function, arguments, state, *rest = reduced
+        kept = {name: value for name, value in state.items() if name not in self._shadows}
+        kept["_modules"] = {**state["_modules"], **self._parts}
+        return function, arguments, {**kept, **self._found}, *rest

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sj_robust.core.environment import CODE
+from sj_robust.core.environment import CODE_KEY
 from sj_robust.core.saved import load_tensors, whole_file
 
 __all__ = ["check_same_run", "load_checkpoint", "load_run", "save_checkpoint"]
@@ -32,7 +32,7 @@ _RUN = (
 _LATER: dict[str, Any] = {"options.counts": False}
 """Options that checkpoints of earlier releases lack, with the value that means what these did."""
 
-_NOT_ALWAYS_RECORDED = ("images and labels", CODE)
+_NOT_ALWAYS_RECORDED = ("images and labels", CODE_KEY)
 """Parts of a description that are compared only where both have them: checkpoints of earlier
 releases lack them, and code has another digest for each version of Python.
 """

@@ -56,8 +56,8 @@ RULES: dict[str, Rule] = {}
 :mod:`sj_robust.proofs.rules` fills it: a rule makes bounds, so it stands above them.
 """
 
-ON_TRUTH: set[str] = set()
-"""Names of the operations whose rules know what they make of True and False; filled likewise."""
+ON_TRUTH: set[Rule] = set()
+"""Rules that know what they make of True and False; filled likewise."""
 
 _OPERATORS_IN_PLACE = ["iadd", "isub", "imul", "itruediv", "idiv"]
 _MAY_WRITE = ["add", "sub", "mul", "div", "truediv", "neg", *_OPERATORS_IN_PLACE]
@@ -278,7 +278,7 @@ class Bounds(Tensor):
             raise NoBoundsError(f"{func.__name__}, which writes into a tensor: write x = f(x)")
         if rule is None:
             raise NoBoundsError(f"the operation {name}")
-        if name not in ON_TRUTH and any(isinstance(x, Bounds) and x.truth for x in args):
+        if rule not in ON_TRUTH and any(isinstance(x, Bounds) and x.truth for x in args):
             raise NoBoundsError(
                 f"the operation {name} of a comparison: convert it first, as in (x >= "
                 "0).to(x.dtype)"

@@ -152,8 +152,7 @@ class Prover:
             self.maps.bounded(joint, images, self.eps)
             known["known"] = joint.stages
         run = RelaxedRun(self.maps.neurons, len(images), **known)
-        if run.samples == 1:
-            run.layouts = self.maps.layouts
+        self.maps.tell_layouts(run)
         run.error = self.maps.bounded(run, images, self.eps).error
         return run
 

@@ -14,13 +14,11 @@ from sj_robust.ops.trains import cpp
 from sj_robust.ops.trains.config import ChainGates, ChainPlaces, Trained, Windows
 from sj_robust.ops.trains.operator import BoundsBackend, trained_reason
 from sj_robust.proofs.joint import window_weights
+from sj_robust.proofs.rounding import FLOAT64_GAP
 from sj_robust.proofs.spiking import Centred, Interval, RealSpiking
 from sj_robust.proofs.trains import Trains, possible_trains
 
 __all__ = ["ChainSums", "Chains", "DifferentiableChain", "Gates"]
-
-_GAP = 1e-9
-"""Relative difference that float64's rounding stays below."""
 
 _MOST = 128
 """Trains of a layer in training; with more of them windows are used."""
@@ -73,7 +71,7 @@ class Gates:
     def _joined(self) -> "Gates":
         """One gate for all that open at the same current."""
         known = torch.stack([self.scale, self.shift], 1)
-        alike = torch.isclose(known[1:], known[:-1], rtol=_GAP, atol=0.0)
+        alike = torch.isclose(known[1:], known[:-1], rtol=FLOAT64_GAP, atol=0.0)
         same = alike.all(1)
         end = same.new_ones(1)
         begins = torch.cat([end, ~same])

@@ -20,7 +20,7 @@ from sj_robust.proofs.moves import Shifts
 from sj_robust.proofs.opened import counts
 from sj_robust.proofs.origins import leaves_of, replayed
 from sj_robust.proofs.relaxation import Maps, Stage, Step, Trace
-from sj_robust.proofs.rounding import SLACK, is_rounding
+from sj_robust.proofs.rounding import FLOAT64_GAP, SLACK, is_rounding
 from sj_robust.proofs.rules import Bounds, Function
 from sj_robust.proofs.spiking import Centred, Float32Spiking, Interval, Spiking
 from sj_robust.proofs.trains import Trains, possible_trains
@@ -37,9 +37,6 @@ from sj_robust.proofs.windows import (
 )
 
 __all__ = ["JointRun", "MappedSums", "OverTime"]
-
-_GAP = 1e-9
-"""Relative difference that float64's rounding of a sum over time stays below."""
 
 _FACTORS = 4096
 """Random numbers, one for each step of a layer; more steps begin anew."""
@@ -318,8 +315,7 @@ class JointRun(BoundedRun):
         """Nothing has run yet; ``given`` is what a :class:`BoundedRun` may be told."""
         super().__init__(neurons, samples, **given)
         self.over_time = over_time
-        if samples == 1:
-            self.layouts = over_time.maps.layouts
+        over_time.maps.tell_layouts(self)
         self.stages: list[Stage] = []
         """What a relaxation starts from."""
         self.memories = {name: Memory(SpikeTrains(Windows(KEPT))) for name in neurons}
@@ -461,7 +457,7 @@ class JointRun(BoundedRun):
         bounds = self.memories[name].trains.bounds(weights)
         flat = spikes.double().flatten(1)
         sums = weights @ flat
-        wider = bounds.widened(_GAP * len(spikes))
+        wider = bounds.widened(FLOAT64_GAP * len(spikes))
         return wider.holds(sums.view(bounds.low.shape))
 
     def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:

@@ -289,6 +289,11 @@ class Maps:
             self._layouts = tuple(self.traced(_FEW, torch.zeros_like).laid)
         return self._layouts
 
+    def tell_layouts(self, run: BoundedRun) -> None:
+        """Let a run of one sample know where it is; several samples tell it themselves."""
+        if run.samples == 1:
+            run.layouts = self.layouts
+
     def check_samples(self) -> None:
         """Raise NotImplementedError unless all samples have the same map, each of its own leaves,
         however many.
@@ -441,8 +446,7 @@ class Maps:
 
     def run(self, trace: Trace) -> Bounds:
         """Let the network run on the leaves of a trace; the logits."""
-        if trace.samples == 1:
-            trace.layouts = self.layouts
+        self.tell_layouts(trace)
         zeros = self.frame.new_zeros(trace.samples, *self.frame.shape)
         logits = self.bounded(trace, zeros, 0.0)
         trace.note(logits, 0, "the output")

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 __all__ = [
+    "FLOAT64_GAP",
     "LEAST_SHARE",
     "SLACK",
     "SMALLEST",
@@ -39,7 +40,7 @@ LEAST_SHARE = 1e-3
 guessed: sums of many terms may cancel.
 """
 
-_GAP = 1e-9
+FLOAT64_GAP = 1e-9
 """Relative difference that float64's rounding stays below; a part that is missing does not."""
 
 
@@ -96,4 +97,4 @@ def is_rounding(gap: Tensor, size: Tensor) -> bool:
         >>> is_rounding(torch.tensor([0.1, 0.0]), torch.tensor([1.0, 1e10]))
         False
     """
-    return bool((gap.abs() <= _GAP * size).all())  # NaN is none
+    return bool((gap.abs() <= FLOAT64_GAP * size).all())  # NaN is none

@@ -529,9 +529,7 @@ _OPERATIONS: list[tuple[Rule, str]] = [
 for _rule, _names in _OPERATIONS:
     RULES |= dict.fromkeys(_names.split(), _rule)
 
-for _rule, _names in _OPERATIONS:
-    if _rule in (_sum, _product, _converted, moved, _asked, _filled, function_rules.chosen):
-        ON_TRUTH |= set(_names.split())
+ON_TRUTH |= {_sum, _product, _converted, moved, _asked, _filled, function_rules.chosen}
 
 _NONLINEAR = [_matmul, _matmul_and_sum, _product, *dict(function_rules.OPERATIONS)]
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from sj_robust import DLIFNode
 from sj_robust.classifier import SpikingEventClassifier
-from sj_robust.core.environment import CODE
+from sj_robust.core.environment import CODE_KEY
 from sj_robust.evaluation.run.fingerprint import code_of
 from sj_robust.evaluation.subject import from_checkpoint
 from sj_robust.models import (
@@ -389,7 +389,7 @@ def test_a_checkpoint_says_if_the_code_of_its_network_has_changed(own):
     (remark,) = same().remarks
     assert "code of own_models.py:build has changed since the training" in remark
     assert "Evaluate with the code of the training" in remark
-    content["description"] = {"network": asdict(spec), f"{CODE} 2.7": "compiled otherwise"}
+    content["description"] = {"network": asdict(spec), f"{CODE_KEY} 2.7": "compiled otherwise"}
     save_checkpoint(own / "best.pt", content)
     assert same().remarks == ()
     write(own / "best.pt", spec, classifier)  # as before code had digests

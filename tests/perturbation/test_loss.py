@@ -290,12 +290,16 @@ def test_an_exception_in_the_perturbed_run_drops_the_pair(net, pair, monitor):
     assert monitor.statistics()["8"].samples == 3
 
 
-class Reentrant(nn.Module):
+class Halves(nn.Module):
+    """A network in two parts."""
+
     def __init__(self, net):
         super().__init__()
         self.head = net[:5]
         self.tail = net[5:]
 
+
+class Reentrant(Halves):
     def forward(self, x):
         x = self.head(x)
         if not torch.is_grad_enabled():
@@ -326,12 +330,7 @@ def test_a_loss_that_reentrant_checkpointing_leaves_without_gradient_is_refused(
 
 
 def test_activation_checkpointing(pair):
-    class Checkpointed(nn.Module):
-        def __init__(self, net):
-            super().__init__()
-            self.head = net[:5]
-            self.tail = net[5:]
-
+    class Checkpointed(Halves):
         def forward(self, x):
             x = checkpoint(self.head, x, use_reentrant=False)
             return self.tail(x)

@@ -16,7 +16,7 @@ from evaluation.recipe_run import undrawn
 from launch import ROOT, finish, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sj_robust.core.environment import CODE
+from sj_robust.core.environment import CODE_KEY
 from sj_robust.evaluation import Report
 from sj_robust.models.checkpoint import save_checkpoint
 from sj_robust.training import load_checkpoint
@@ -186,7 +186,7 @@ def test_a_run_goes_on_with_its_images_and_code_alone(tmp_path, capsys):
     )
     in_process(tmp_path, *options)
     report = Report.load(tmp_path / "run" / "report.json")
-    (code,) = [name for name in report.environment if name.startswith(CODE)]
+    (code,) = [name for name in report.environment if name.startswith(CODE_KEY)]
     last = tmp_path / "run" / "dlif_none" / "last.pt"
     content = load_checkpoint(last)
     assert report.environment[code] == content["description"][code]

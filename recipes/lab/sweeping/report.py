@@ -10,7 +10,7 @@ from lab.sweeping.grid import names_in, value_text, values_in
 from lab.sweeping.published_accuracies import published_accuracy
 from lab.sweeping.record import RunRecord
 from lab.sweeping.summary import Axes, Cell, axes_in, cells_of, columns_of, contrasts
-from sj_robust.core.environment import CODE
+from sj_robust.core.environment import CODE_KEY
 from sj_robust.core.saved import csv_text, markdown_table, write_whole
 
 _NOTHING = "–"
@@ -217,7 +217,7 @@ def _mixed(cells: Iterable[Cell]) -> list[str]:
     for cell in cells:
         runs = ", ".join(record.name for record in cell.records)
         trained = values_in(record.trained_in for record in cell.records)
-        code = [name for name in trained if name.startswith(CODE)]
+        code = [name for name in trained if name.startswith(CODE_KEY)]
         if any(len(trained[name]) > 1 for name in code):
             found.append(f"- {runs}: the code of the network changed between these runs of a cell")
         for name in _RELEASES:

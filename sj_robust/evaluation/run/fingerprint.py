@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sj_robust.core.environment import CODE
+from sj_robust.core.environment import CODE_KEY
 from sj_robust.core.host import base
 
 __all__ = ["code_of", "description", "fingerprint", "parts_of"]
@@ -156,7 +156,7 @@ def code_of(function: object) -> dict[str, str]:
     """
     walk = _Walk(constructors=True)
     version = ".".join(platform.python_version_tuple()[:2])
-    return {f"{CODE} {version}": _digest(walk.whole(function))}
+    return {f"{CODE_KEY} {version}": _digest(walk.whole(function))}
 
 
 class _Walk:

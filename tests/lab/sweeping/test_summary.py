@@ -16,7 +16,7 @@ from lab.sweeping.summary import Statistic, axes_in, cells_of, columns_of, contr
 from rich.console import Console
 from scipy import stats
 
-from sj_robust.core.environment import CODE
+from sj_robust.core.environment import CODE_KEY
 
 GRID = {"mode": ["none", "at"], "rho": [0, 1]}
 KNOWN = {
@@ -192,10 +192,10 @@ def test_runs_of_one_cell_with_other_code_or_releases_are_named(tmp_path):
         write_report(tmp_path, runs, Console(quiet=True))
         return (tmp_path / "results.md").read_text().partition("**Not to be relied on**")[2]
 
-    first = {"torch": "2.8", "commit": "a", f"{CODE} 3.12": "1"}
+    first = {"torch": "2.8", "commit": "a", f"{CODE_KEY} 3.12": "1"}
     assert written(first, first | {"commit": "b"}, {}) == ""
-    assert written(first, {"torch": "2.8", f"{CODE} 3.13": "2"}) == ""
-    other_code = written(first, first | {f"{CODE} 3.12": "2"})
+    assert written(first, {"torch": "2.8", f"{CODE_KEY} 3.13": "2"}) == ""
+    other_code = written(first, first | {f"{CODE_KEY} 3.12": "2"})
     assert "- seed0, seed1: the code of the network changed" in other_code
     other_release = written(first, first | {"torch": "2.9"})
     assert "- seed0, seed1: trained with torch 2.8 and 2.9, in one cell" in other_release
