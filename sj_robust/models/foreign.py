@@ -6,9 +6,10 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.machinery import SourceFileLoader
 from inspect import Parameter, signature
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 __all__ = ["call_with_known", "find_function", "reason"]
@@ -98,14 +99,14 @@ def _module(name: str) -> ModuleType:
             raise FileNotFoundError(
                 f"{path.resolve()} does not exist; give module:function or file.py:function"
             )
-        specification = importlib.util.spec_from_file_location(path.stem, path)
-        assert specification is not None  # a file that ends in .py has a loader
-        assert specification.loader is not None  # as above
+        loader = _FromSource(path.stem, str(path))
+        specification = importlib.util.spec_from_file_location(path.stem, path, loader=loader)
+        assert specification is not None  # the loader is given
         module = importlib.util.module_from_spec(specification)
         sys.modules[path.stem] = module
         sys.path.insert(0, str(path.parent.resolve()))
         with _failures_named(name):
-            specification.loader.exec_module(module)
+            loader.exec_module(module)
         return module
     if "/" in name or Path(name).is_file():
         raise ValueError(
@@ -123,6 +124,18 @@ def _module(name: str) -> ModuleType:
             f"no module {name!r} in {Path.cwd()} or among the installed ones; give "
             "module:function or file.py:function"
         ) from error
+
+
+class _FromSource(SourceFileLoader):
+    """Compile a file whenever it is loaded.
+
+    Python keeps the code of a file whose size and whose time in seconds are those of before, so a
+    file that was edited twice within a second would run as it was.
+    """
+
+    def get_code(self, fullname: str) -> CodeType:
+        """The code of the file as it is now."""
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 @contextmanager

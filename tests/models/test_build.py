@@ -1,3 +1,5 @@
+import os
+import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -54,6 +56,17 @@ def nothing():
 def fails(classes):
     raise KeyError("lost")
 """
+
+
+def test_a_file_edited_twice_within_a_second_runs_as_it_is_now(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    file = tmp_path / "edited.py"
+    file.write_text("def number():\n    return 1\n")
+    assert find_function(f"{file}:number")() == 1
+    times = (file.stat().st_atime, file.stat().st_mtime)
+    file.write_text("def number():\n    return 2\n")
+    os.utime(file, times)
+    assert find_function(f"{file}:number")() == 2
 
 
 def test_relu_stands_where_neurons_stand_in_one_time_step():
