@@ -426,8 +426,9 @@ def shown(rows: list[Row]) -> str:
         groups = [found for _, found in by_threat(of_data)]
         radii = " and ".join(found[0].radius for found in groups)
         seeds = seeds_text([row for found in groups for row in found])
-        parts += [f"### {DATA.get(data, data)}, {radii} ({seeds})", table(groups)]
-        parts += [correlation_text(found) for found in groups]
+        cost = not parts  # measured once, so shown once
+        parts += [f"### {DATA.get(data, data)}, {radii} ({seeds})", table(groups, cost=cost)]
+    parts += ["### Rank correlation", correlations(rows)]
     parts += ["### What is left of the claims", claims(rows)]
     parts += [
         "![Of every defence the bracket with its spread over seeds, accuracy without the spike "
@@ -483,8 +484,10 @@ def gain(row: Row | None, base: Row | None) -> float:
     return number(row.at_most) - number(base.at_most)
 
 
-def table(groups: list[list[Row]]) -> str:
-    """One data set, the most robust defence first, with a group of rows for every radius."""
+def table(groups: list[list[Row]], *, cost: bool) -> str:
+    """One data set, the most robust defence first, with a group of rows for every radius, and
+    perhaps with the cost of training.
+    """
     heads = ["defence", "clean, %"]
     for found in groups:
         at = f" at {found[0].radius}, %" if len(groups) > 1 else ", %"
@@ -496,8 +499,8 @@ def table(groups: list[list[Row]]) -> str:
         line = [row.starred, row.clean]
         for rows in by_radius:
             line += attacked_cells(rows.get(row.cell))
-        cells.append([*line, row.cost])
-    return markdown_table([*heads, "cost"], cells)
+        cells.append([*line, row.cost] if cost else line)
+    return markdown_table([*heads, "cost"] if cost else heads, cells)
 
 
 def attacked_cells(row: Row | None) -> list[str]:
@@ -533,17 +536,18 @@ def rank_correlation(rows: list[Row]) -> tuple[float, int]:
     return float(spearman(first, second)), len(pairs)
 
 
-def correlation_text(rows: list[Row]) -> str:
-    """The correlations at a radius: over all defences, and over those with adversarial training."""
-    texts = []
-    groups = {"all": rows, "with AT": [row for row in rows if row.attacked]}
-    for name, group in groups.items():
-        value, count = rank_correlation(group)
-        if not math.isnan(value):
-            texts.append(f"{value:+.2f} over {count} rows ({name})")
-    found = ", ".join(texts) or "not defined"
-    what = f"MS-MPPD under PGD-20 with *no spike search* at {rows[0].radius}"
-    return f"Rank correlation of {what}: {found}."
+def correlations(rows: list[Row]) -> str:
+    """Rank correlations of every data set and radius, over all defences and over those with
+    adversarial training.
+    """
+    lines = []
+    for title, found in by_threat(rows):
+        line = [title]
+        for group in (found, [row for row in found if row.attacked]):
+            value, count = rank_correlation(group)
+            line.append("–" if math.isnan(value) else f"{value:+.2f} ({count} rows)")
+        lines.append(line)
+    return markdown_table(["MS-MPPD under PGD-20, *no spike search*", "all", "with AT"], lines)
 
 
 def draw_brackets(rows: list[Row]) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -133,7 +134,7 @@ def test_tables_and_figures_follow_from_the_sweep(script, monkeypatch, capsys):
     assert "| 35.0 | 40.0 | **30.0 ± 2.0** |  |" in lines[1]  # the search breaks one more
     left = [8 - by_gradients for by_gradients, _ in BROKEN.values()]
     expected = spearmanr([row[5] for row in FOUND.values()], left)
-    assert f"{expected.statistic:+.2f} over 4 rows (all)" in text
+    assert f"| pictures, 8/255 | {expected.statistic:+.2f} (4 rows) |" in text
     assert "| +10.0 / -20.0 |" in text  # what TGO adds to attacks by gradients, alone and beside AT
     for name in ("brackets.png", "ms_mppd.png"):
         assert (script.FOLDER / name).stat().st_size > 0
@@ -173,10 +174,10 @@ def test_radii_of_a_data_set_stand_side_by_side(script, tmp_path, monkeypatch, c
     ]
     assert "| 50.0 |  | 40.0 | **60.0 ± 0.0** | 50.0 | 45.0 | 40.0 | **40.0 ± 2.0** |" in lines[0]
     assert "| 60.0 |  |  |  |  | 45.0 | 40.0 |" in lines[2]
-    assert "*no spike search* at 4/255: not defined" in text
+    assert "| pictures, 4/255 | – | – |" in text
     assert "left at pictures, 8/255 |" in text
     assert "left at pictures, 4/255" not in text  # what is left is relative to no defence
-    assert "*no spike search* at 8/255: " in text
+    assert re.search(r"\| pictures, 8/255 \| [+-]\d\.\d\d \(4 rows\) \|", text)
 
 
 def test_every_attack_that_follows_spikes_is_known_by_name(script):
@@ -228,6 +229,8 @@ def test_what_was_measured_on_other_machines_stays(script, tmp_path, capsys):
     assert "kept: pictures, 8/255, tgo_at, of 5 seeds instead of 2" in capsys.readouterr().out
     rows = script.read_rows(script.TABLE, script.Row)
     assert rows[0] == other
+    tables = script.PAGE.read_text(encoding="utf-8").split("### ")
+    assert ["cost" in one for one in tables if "clean, %" in one] == [True, False]
     after = {row.cell: row for row in rows[1:]}
     assert (after["at"].seeds, after["at"].clean) == (3, "71.4")  # of 68.6, 71.4 and 74.2
     assert {**after, "at": before["at"]} == {**before, "tgo_at": more}
@@ -268,7 +271,7 @@ def test_data_sets_without_a_name_stand_one_after_the_other(script, tmp_path, mo
     script.main()
     heads = [line for line in capsys.readouterr().out.splitlines() if line.startswith("### ")]
     assert heads[:2] == ["### a, 8/255 (2 seeds)", "### pictures, 8/255 (2 seeds)"]
-    assert len(heads) == 3
+    assert len(heads) == 4
 
 
 def test_another_sweep_is_shown_and_nothing_is_written(script, tmp_path, monkeypatch, capsys):
