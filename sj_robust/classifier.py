@@ -180,14 +180,22 @@ class SpikingClassifier(nn.Module):
     def find_convention(self, images: Tensor) -> Convention:
         """Find out by a few small forwards how the network is called, as the first forward does.
 
-        The network is left as it was. Only the shape, dtype and device of the images matter.
+        The network is left as it was. Only the shape, dtype and device of the images matter. A
+        network that brings its own time steps is asked every time, since it may have got others.
         """
         self._check(images)
+        found = self.convention
+        if found is not None and found.takes == "images" and not torch.compiler.is_compiling():
+            self.forget_convention()
         try:
             return self._convention_for(images)
         except (RuntimeError, ValueError, NotImplementedError) as error:
             self._raise_for_usual_mistake(error, images)
             raise
+
+    def forget_convention(self) -> None:
+        """Let the next forward find out anew how the network is called."""
+        self._found = None
 
     def quicker(self) -> "SpikingClassifier | None":
         """A copy whose IF, LIF and PLIF neurons run on DLIF's kernels; None if the network has no

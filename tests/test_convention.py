@@ -248,6 +248,48 @@ def test_a_change_of_step_mode_or_of_steps_is_noticed():
     assert own.T == 6
 
 
+class OtherName(nn.Module):
+    """Repeats its images over steps whose number has another name than T, in either step mode."""
+
+    def __init__(self, steps, mode, shared=False):
+        super().__init__()
+        self.steps = steps
+        hidden = layer.Linear(64, 64)
+        self.layers = nn.Sequential(layer.Flatten(), hidden, neuron.IFNode(v_threshold=0.1))
+        if shared:
+            self.layers.append(hidden)
+        self.layers.append(layer.Linear(64, 5))
+        functional.set_step_mode(self, mode)
+
+    def forward(self, images):
+        if self.layers[0].step_mode == "m":
+            return self.layers(images.expand(self.steps, *images.shape))
+        return sum(self.layers(images) for _ in range(self.steps)) / self.steps
+
+
+@pytest.mark.parametrize("mode", ["m", "s"])
+@pytest.mark.parametrize("T", [1, 2, 4, 16])
+def test_another_number_of_steps_than_the_networks_own_is_refused(mode, T):
+    x = torch.rand(3, 1, 8, 8)
+    for shared in (False, True):  # a layer in two places
+        net = OtherName(8, mode, shared=shared)
+        with pytest.raises(ValueError, match="(8 steps|8 times|16 steps)"):
+            SpikingClassifier(net, T=T)(x)
+        assert net(x).shape[-1] == 5
+
+
+def test_a_network_that_got_other_steps_is_asked_again():
+    net = OtherName(2, "m")
+    classifier = SpikingClassifier(net)
+    x = torch.rand(3, 1, 8, 8)
+    classifier(x)
+    net.steps = 16
+    assert classifier.find_convention(x).T == 16
+    assert classifier.T == 16
+    with pytest.raises(ValueError, match="it runs 16 steps itself, got T=2"):
+        SpikingClassifier(net, T=2).find_convention(x)
+
+
 class Switch(nn.Module):
     """Does one thing with images and another with sequences."""
 

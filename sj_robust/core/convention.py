@@ -193,7 +193,8 @@ class _Run:
         calls: Modules that ran, up to the error.
         steps: Time steps of the neuron that ran fewest; None if none was seen to run.
         lengths: Numbers of steps that single calls of multi-step neurons had, and numbers of calls
-            of layers with weights: what T may be where a neuron stands in several places.
+            of layers with weights.
+        places: What T may be, if the neuron that ran fewest steps stands in several places.
         resets_itself: Whether a neuron was reset meanwhile.
     """
 
@@ -202,6 +203,7 @@ class _Run:
     calls: int = 0
     steps: int | None = None
     lengths: frozenset[int] = frozenset()
+    places: frozenset[int] = frozenset()
     resets_itself: bool = False
 
 
@@ -356,6 +358,7 @@ class _Trial:
                 calls=watch.calls,
                 steps=watch.steps(),
                 lengths=watch.lengths(),
+                places=watch.places(),
                 resets_itself=watch.resets > 0,
             )
 
@@ -404,7 +407,7 @@ class _Trial:
             return None
         if run.steps == self.T or run.steps == 1:
             return run.steps
-        if self.T in run.lengths and run.steps % (self.T or 1) == 0:
+        if self.T in run.places and run.steps % (self.T or 1) == 0:
             return self.T  # a neuron that stands in several places
         if max(run.lengths, default=1) == 1:
             self.ran["images"] = (
@@ -553,6 +556,23 @@ class _Watch:
     def lengths(self) -> frozenset[int]:
         """See :class:`_Run`."""
         return frozenset(self._multi_step) | frozenset(self._of_layers.values())
+
+    def places(self) -> frozenset[int]:
+        """See :class:`_Run`.
+
+        In one place, a neuron is called as often as the layers around it. In several, a multi-step
+        neuron has calls of T steps, and the layers around a single-step one are called T times.
+        """
+        if not self._of_neurons:
+            return frozenset()
+        fewest = min(self._of_neurons, key=lambda node: sum(self._of_neurons[node]))
+        lengths = self._of_neurons[fewest]
+        of_layers = frozenset(self._of_layers.values())
+        if len(lengths) in of_layers:
+            return frozenset()
+        if getattr(fewest, "step_mode", "m") == "m":
+            return frozenset(lengths)
+        return of_layers - {1}
 
 
 class _Kept:

@@ -2,9 +2,9 @@
 
 from torch import Tensor, nn
 
-__all__ = ["weights"]
+__all__ = ["LAYERS", "weights"]
 
-_LAYERS = (
+LAYERS = (
     nn.Linear,
     nn.Conv1d,
     nn.Conv2d,
@@ -13,6 +13,7 @@ _LAYERS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
+"""Layers that multiply by a matrix."""
 
 
 def weights(net: nn.Module) -> list[Tensor]:
@@ -27,6 +28,6 @@ def weights(net: nn.Module) -> list[Tensor]:
         >>> [list(weight.shape) for weight in weights(nn.Sequential(first, nn.PReLU(3), first))]
         [[3, 2]]
     """
-    layers = [module for module in net.modules() if isinstance(module, _LAYERS)]
+    layers = [module for module in net.modules() if isinstance(module, LAYERS)]
     found = {id(layer.weight): layer.weight for layer in layers}
     return list(found.values())

@@ -125,6 +125,9 @@ class _Signature(PerNeuron):
     nothing else, in training mode where it needs a gradient.
     """
 
+    per_step = ("mean", "batches")
+    """Buffers with a row per time step; ``set_time_steps`` asks every module for them."""
+
     mean: Tensor
     batches: Tensor
 

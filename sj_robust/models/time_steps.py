@@ -1,16 +1,17 @@
 """A trained network at another number of time steps."""
 
+from collections.abc import Callable, Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from sj_robust.classifier import SpikingClassifier
-from sj_robust.core.host import functional, invalidate_reset_cache
-from sj_robust.neuron import DLIFNode
+from sj_robust.core.host import functional, invalidate_reset_cache, is_neuron
 
-__all__ = ["set_time_steps"]
+__all__ = ["keep_time_steps", "set_time_steps"]
 
 
-@torch.no_grad()
 def set_time_steps(net: nn.Module, T: int) -> dict[str, tuple[int, int]]:
     """Let a trained network run for a different number of time steps.
     让已训练的网络以不同的时间步数运行。
@@ -24,10 +25,11 @@ def set_time_steps(net: nn.Module, T: int) -> dict[str, tuple[int, int]]:
     learned for a membrane that has been charged for a while; a mean over all gains would include
     the first ones, learned for an empty membrane, and fit no step.
 
-    All other modules that keep the number of steps in an attribute ``T`` (the classifier, the
-    networks of this package) get the new number; an attribute of this name that is another number
-    than that of the classifier and of the DLIF neurons means something else, and stays. A network
-    without either has every ``T`` changed. States are reset. An existing optimizer still
+    The leaks of FEEL-SNN and the signatures of HoSNN, which have one value per step too, follow the
+    same rule. All other modules that keep the number of steps in an attribute ``T`` (the
+    classifier, the networks of this package) get the new number; an attribute of this name that is
+    another number than that of the classifier and of these neurons means something else, and stays.
+    A network without either has every ``T`` changed. States are reset. An existing optimizer still
     holds the old gains: create a new one.
 
     Args:
@@ -38,11 +40,13 @@ def set_time_steps(net: nn.Module, T: int) -> dict[str, tuple[int, int]]:
         The (old, new) number of steps of every changed module, by its name.
 
     Raises:
-        ValueError: If T is out of range.
+        ValueError: If T is out of range, the network repeats its images itself and keeps the number
+            of steps in no attribute ``T``, or neurons such as PSN have weights for their T steps.
 
     Source: the gains of Ding et al. (ICML 2024), section 4; the rule is this package's.
 
     Examples:
+        >>> from sj_robust.neuron import DLIFNode
         >>> net = nn.Sequential(DLIFNode(T=2))
         >>> _ = net[0].input_gain.data.copy_(torch.tensor([1.0, 0.5]))
         >>> set_time_steps(net, 4)
@@ -52,25 +56,115 @@ def set_time_steps(net: nn.Module, T: int) -> dict[str, tuple[int, int]]:
     """
     if isinstance(T, bool) or not isinstance(T, int) or T < 1:
         raise ValueError(f"T must be an integer >= 1, got {T!r}")
+    return _changed(net, T, lambda steps: [min(t, steps - 1) for t in range(T)])
+
+
+def keep_time_steps(net: nn.Module, kept: Sequence[int]) -> dict[str, tuple[int, int]]:
+    """Let a trained network run for some of its time steps only, each with its own gain.
+    让已训练的网络只运行其中若干时间步。
+
+    Args:
+        net: As in :func:`set_time_steps`, changed in place.
+        kept: Numbers of the steps that are kept, from 0.
+
+    Returns:
+        The (old, new) number of steps of every changed module, by its name.
+
+    Raises:
+        ValueError: As in :func:`set_time_steps`.
+
+    Examples:
+        >>> from sj_robust.neuron import DLIFNode
+        >>> net = nn.Sequential(DLIFNode(T=3))
+        >>> _ = net[0].input_gain.data.copy_(torch.tensor([1.0, 0.5, 0.25]))
+        >>> keep_time_steps(net, [0, 2])
+        {'0': (3, 2)}
+        >>> net[0].input_gain.tolist()
+        [1.0, 0.25]
+    """
+    return _changed(net, len(kept), lambda steps: kept)
+
+
+@torch.no_grad()
+def _changed(
+    net: nn.Module, T: int, origin: Callable[[int], Sequence[int]]
+) -> dict[str, tuple[int, int]]:
+    """Change the number of steps; ``origin`` gives the old step of every new one."""
     numbers = _numbers_of_steps(net)
-    changed: dict[str, tuple[int, int]] = {}
+    _check_brought_steps(net, T, numbers)
+    changing = []
     for name, module in net.named_modules():
         steps = getattr(module, "T", None)
         if isinstance(steps, bool) or not isinstance(steps, int) or steps == T:
             continue
-        if isinstance(module, DLIFNode):
-            gain = module.input_gain
-            index = torch.arange(T, device=gain.device).clamp(max=steps - 1)
-            kept = gain.detach()[index]
-            module.input_gain = nn.Parameter(kept, requires_grad=gain.requires_grad)
-        elif "T" in vars(module) and (steps in numbers or not numbers):
+        is_number_of_steps = steps in numbers or not numbers
+        if _per_step(module) or ("T" in vars(module) and is_number_of_steps):
+            _check_weights(name, module, steps)
+            changing.append((name, module, steps))
+    for _, module, steps in changing:
+        for held in _per_step(module):
+            _take_rows(module, held, origin(steps))
+        if "T" in vars(module):
             module.T = T
-        else:
-            continue
-        changed[name] = (steps, T)
+    for module in net.modules():
+        if isinstance(module, SpikingClassifier):
+            module.forget_convention()
     invalidate_reset_cache(net)
     functional.reset_net(net)
-    return changed
+    return {name: (steps, T) for name, _, steps in changing}
+
+
+def _per_step(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters and buffers of a module that have a row per time step."""
+    names: tuple[str, ...] = getattr(type(module), "per_step", ())
+    return names
+
+
+def _take_rows(module: nn.Module, name: str, rows: Sequence[int]) -> None:
+    """Give a parameter or buffer these of its rows, if it has any yet."""
+    held = getattr(module, name)
+    if held is None or is_lazy(held):
+        return
+    taken = held.detach()[torch.tensor(rows, device=held.device)]
+    if isinstance(held, nn.Parameter):
+        taken = nn.Parameter(taken, requires_grad=held.requires_grad)
+    setattr(module, name, taken)
+
+
+def _check_brought_steps(net: nn.Module, T: int, numbers: set[int]) -> None:
+    """Raise if a network brings its steps and would not be changed."""
+    for classifier in net.modules():
+        if not isinstance(classifier, SpikingClassifier):
+            continue
+        found = classifier.convention
+        brings_them = "T" not in vars(classifier) or (found and found.takes == "images")
+        if brings_them and not _keeps_steps(classifier.net, numbers and {T, *numbers}):
+            raise ValueError(
+                f"the network ({type(classifier.net).__name__}) brings its own time steps, and "
+                f"keeps their number in no attribute T; build it for T={T}, and wrap it anew"
+            )
+
+
+def _keeps_steps(net: nn.Module, numbers: set[int]) -> bool:
+    """Whether a module that is no neuron has one of these numbers, or any, as its ``T``."""
+    kept = [
+        vars(module)["T"]
+        for module in net.modules()
+        if "T" in vars(module) and not is_neuron(module) and not _per_step(module)
+    ]
+    return any(steps in numbers for steps in kept) if numbers else bool(kept)
+
+
+def _check_weights(name: str, module: nn.Module, steps: int) -> None:
+    """Raise if a neuron of another package has weights for its steps."""
+    if not is_neuron(module) or _per_step(module):
+        return
+    tensors: list[Tensor] = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if any(tensor.ndim and len(tensor) == steps for tensor in tensors):
+        raise ValueError(
+            f"{name} ({type(module).__name__}) has weights for its {steps} time steps, which "
+            "cannot be changed; train it with the other number"
+        )
 
 
 def _numbers_of_steps(net: nn.Module) -> set[int]:
@@ -78,6 +172,6 @@ def _numbers_of_steps(net: nn.Module) -> set[int]:
     found = set()
     for module in net.modules():
         steps = getattr(module, "T", None)  # that a classifier may not know yet
-        if isinstance(module, DLIFNode | SpikingClassifier) and steps is not None:
+        if steps is not None and (_per_step(module) or isinstance(module, SpikingClassifier)):
             found.add(steps)
     return found

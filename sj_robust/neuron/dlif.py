@@ -94,6 +94,9 @@ class DLIFNode(neuron.BaseNode):
     time_step: int
     gradient: Gradient | None = None
 
+    per_step = ("input_gain",)
+    """Parameters with a row per time step; ``set_time_steps`` asks every module for them."""
+
     def __init__(
         self,
         T: int,

@@ -6,16 +6,20 @@ import pytest
 import torch
 from covering import every_pair
 from evaluation.suite_run import classifier, images
-from spikingjelly.activation_based import neuron
+from spikingjelly.activation_based import layer, neuron
 from torch import nn
+from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 from unchanged import unchanged
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks import pgd
 from sj_robust.classifier import SpikingEventClassifier
+from sj_robust.core.weights import weights
+from sj_robust.defences import FrequencyEncoder, OrthogonalEncoder
 from sj_robust.evaluation import Fault, faulty
 from sj_robust.evaluation.run.faults import FAULTS, default_faults
+from sj_robust.models import NetworkSpec, build_classifier
 
 T = 5
 NODES = {
@@ -100,6 +104,50 @@ def test_stuck_weights_hang_on_the_seed_and_a_larger_share_holds_a_smaller_one()
     assert not torch.equal(milder, at_zero(0.1, seed=4))
 
 
+@pytest.mark.parametrize("kind", ["feel", "stog", "hosnn"])
+def test_leaks_and_gates_are_no_weights(kind):
+    torch.manual_seed(0)
+    model = build_classifier(NetworkSpec("small", neuron=kind, T=4)).eval()
+    model(torch.rand(2, 1, 8, 8))
+    damaged = faulty(model, Fault("stuck_at_zero", 0.1))
+    stuck = 0
+    for (name, old), new in zip(model.named_parameters(), damaged.parameters(), strict=True):
+        changed = int((old != new).sum())
+        stuck += changed
+        assert not changed or name.endswith("weight"), name
+    total = sum(weight.numel() for weight in weights(model))
+    assert stuck == round(0.1 * total)
+
+
+def test_the_kernels_of_an_encoder_are_no_weights():
+    encoder = OrthogonalEncoder((1, 8, 8), T=2)
+    model = SpikingClassifier(nn.Sequential(nn.Flatten(2), nn.Linear(64, 3)), 2, encoder=encoder)
+    damaged = faulty(model, Fault("stuck_at_largest", 1.0))
+    assert torch.equal(damaged.encoder.skew, encoder.skew)
+    assert len(damaged.net[1].weight.unique()) == 1
+
+
+def test_layers_that_compute_their_weights_are_refused():
+    computing = [parametrizations.weight_norm(nn.Linear(4, 4))]
+    if hasattr(layer, "WSConv2d"):  # of SpikingJelly 2
+        computing.append(layer.WSConv2d(1, 4, 3))
+    for computed in computing:
+        for fault in (Fault("stuck_at_zero", 0.1), Fault("weight_bits", 4)):
+            with pytest.raises(ValueError, match=r"1 \(.*\) computes its weights"):
+                faulty(nn.Sequential(nn.Linear(4, 4), computed), fault)
+
+
+def test_time_constants_drift_where_something_leaks():
+    perfect = nn.Sequential(nn.Flatten(2), nn.Linear(16, 3), neuron.IFNode(step_mode="m"))
+    model = SpikingClassifier(perfect, T=2)
+    assert "tau_drift" not in {fault.kind for fault in default_faults(model)}
+    with pytest.raises(ValueError, match="a drift of tau needs a neuron that leaks"):
+        faulty(model, Fault("tau_drift", 0.5))
+    perfect.append(neuron.LIFNode(step_mode="m"))
+    assert "tau_drift" in {fault.kind for fault in default_faults(model)}
+    faulty(model, Fault("tau_drift", 0.5))
+
+
 NEURONS = {
     "name": NODES,
     "reset": [0.0, None, 0.1],
@@ -119,7 +167,7 @@ def spikes_of(node, x):
 def test_without_a_drift_a_neuron_spikes_as_before(name, reset, mode):
     x = 1.5 * torch.rand(T, 4, 3, 7, generator=seeded(1))
     node = NODES[name](v_reset=reset, step_mode=mode).eval()
-    for kind in ("threshold_drift", "tau_drift"):
+    for kind in ("threshold_drift", "tau_drift") if name != "if" else ("threshold_drift",):
         usual = spikes_of(node, x)
         still = faulty(node, Fault(kind, 0.0))
         moved = spikes_of(still, x) != usual
@@ -195,6 +243,52 @@ def test_the_answer_after_the_first_steps(steps):
     early = faulty(model, Fault("first_steps", steps))
     expected = model.net[6].seen[:steps].mean(0)
     assert_close(early(x), expected)
+
+
+class Repeating(nn.Module):
+    """Brings its own time steps, or only says so."""
+
+    def __init__(self, steps, *, follows):
+        super().__init__()
+        self.T = self.steps = steps
+        self.follows = follows
+        self.layers = nn.Sequential(nn.Flatten(2), nn.Linear(16, 3), neuron.IFNode(step_mode="m"))
+
+    def forward(self, images):
+        steps = self.T if self.follows else self.steps
+        return self.layers(images.expand(steps, *images.shape)).mean(0)
+
+
+@pytest.mark.parametrize("kind", ["first_steps", "lost_steps"])
+def test_a_network_runs_the_steps_that_are_left_or_is_refused(kind):
+    x = torch.rand(6, 1, 4, 4, generator=seeded(4))
+    for given in (None, 8):
+        model = SpikingClassifier(Repeating(8, follows=True), T=given).eval()
+        model(x)
+        damaged = faulty(model, Fault(kind, 3))
+        damaged(x)
+        assert damaged.T == damaged.net.T == (3 if kind == "first_steps" else 5)
+        deaf = SpikingClassifier(Repeating(8, follows=False), T=given).eval()
+        deaf(x)
+        with pytest.raises(ValueError, match=r"8 (time )?steps (instead of|itself, got)"):
+            faulty(deaf, Fault(kind, 3))(x)
+
+
+def test_an_encoder_that_follows_the_steps_loses_those_that_are_drawn():
+    x = torch.rand(6, 1, 4, 4, generator=seeded(4))
+    net = nn.Sequential(nn.Flatten(2), Steps())
+    model = SpikingClassifier(net, T=6, encoder=FrequencyEncoder(0.15))
+    model(x)
+    usual = net[1].seen
+    for seed in range(3):
+        damaged = faulty(model, Fault("lost_steps", 4), seed=seed)
+        kept = sorted(torch.randperm(6, generator=seeded(seed)).tolist()[4:])
+        for _ in range(2):  # from a reset
+            damaged(x)
+            assert torch.equal(damaged.net[1].seen, usual[kept])
+        early = faulty(model, Fault("first_steps", 2), seed=seed)
+        early(x)
+        assert torch.equal(early.net[1].seen, usual[:2])
 
 
 @pytest.mark.parametrize(("kind", "was"), [("lost_spikes", 1.0), ("added_spikes", 0.0)])

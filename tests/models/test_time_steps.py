@@ -1,11 +1,12 @@
 import pytest
 import torch
-from spikingjelly.activation_based import functional
+from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 from torch.testing import assert_close
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.models import NetworkSpec, build_classifier, set_time_steps
+from sj_robust.models.time_steps import keep_time_steps
 
 
 def trained(**changes):
@@ -101,6 +102,63 @@ def test_a_number_of_that_name_that_is_no_number_of_steps_stays():
     assert "net.1" not in set_time_steps(classifier, 10)
     unknown = nn.Sequential(Softened(3))
     assert set_time_steps(unknown, 6) == {"0": (3, 6)}
+
+
+class Repeating(nn.Module):
+    """Repeats its images over steps whose number has another name than T."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.steps = steps
+        self.layers = nn.Sequential(layer.Flatten(), layer.Linear(64, 5), neuron.IFNode())
+        functional.set_step_mode(self, "m")
+
+    def forward(self, images):
+        return self.layers(images.expand(self.steps, *images.shape))
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_a_network_that_keeps_its_steps_elsewhere_is_refused(asked_before):
+    classifier = SpikingClassifier(Repeating(8))
+    if asked_before:
+        classifier(images())
+    message = r"\(Repeating\) brings its own time steps, and keeps their number in no attribute T"
+    with pytest.raises(ValueError, match=message):
+        set_time_steps(classifier, 1)
+    classifier(images())
+    assert classifier.T == 8
+
+
+@pytest.mark.parametrize("kind", ["feel", "hosnn"])
+def test_what_neurons_keep_for_every_step_follows(kind):
+    torch.manual_seed(0)
+    classifier = build_classifier(NetworkSpec("mlp", neuron=kind, T=4, channels=(16,)))
+    for _ in range(3):
+        classifier.train()(images())
+    classifier.eval()
+    for parameter in classifier.parameters():
+        parameter.data += 0.1 * torch.rand_like(parameter)
+    x = images()
+    functional.reset_net(classifier.net)
+    before = classifier.net(x.expand(4, *x.shape))
+    kept = [name for name, held in classifier.state_dict().items() if len(held) == 4]
+    rows = {name: classifier.state_dict()[name].clone() for name in kept}
+    keep_time_steps(classifier, [0, 1])
+    assert_close(classifier.net(x.expand(2, *x.shape)), before[:2])
+    set_time_steps(classifier, 3)
+    assert kept
+    for name in kept:
+        now = classifier.state_dict()[name]
+        assert torch.equal(now, rows[name][[0, 1, 1]])
+
+
+@pytest.mark.skipif(not hasattr(neuron, "PSN"), reason="this release of SpikingJelly has no PSN")
+def test_neurons_with_weights_for_their_steps_are_refused():
+    net = nn.Sequential(nn.Flatten(2), nn.Linear(64, 5), neuron.PSN(T=4))
+    message = r"2 \(PSN\) has weights for its 4 time steps"
+    with pytest.raises(ValueError, match=message):
+        set_time_steps(SpikingClassifier(net, T=4), 2)
+    assert net[2].T == 4
 
 
 @pytest.mark.parametrize("T", [0, 2.0, True])

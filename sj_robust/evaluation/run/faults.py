@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from sj_robust.attacks.timing import random_moves
 from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier
 from sj_robust.core.checks import check_choice
-from sj_robust.core.host import check_hooks_run, is_neuron, quantize
+from sj_robust.core.host import base, check_hooks_run, is_neuron, quantize
 from sj_robust.core.preserved import preserved
-from sj_robust.models import set_time_steps
+from sj_robust.core.weights import LAYERS
+from sj_robust.defences.node import PerNeuron
+from sj_robust.models.time_steps import keep_time_steps
 from sj_robust.neuron import DLIFNode
 from sj_robust.neuron.charging import emits_spikes, has_known_dynamics, read_charging
 from sj_robust.ops.recurrence import charge, fire, reset
@@ -93,6 +95,8 @@ def default_faults(model: nn.Module) -> tuple[Fault, ...]:
     T = model.T if isinstance(model, SpikingClassifier) else 1
     steps = ("lost_steps", "first_steps")
     levels = dict(FAULTS)
+    if not any(_leaks(module) for module in model.modules()):
+        levels["tau_drift"] = ()
     for kind in steps:
         levels[kind] = tuple(level for level in FAULTS[kind] if level < T)
     if isinstance(model, SpikingEventClassifier):
@@ -114,7 +118,9 @@ def faulty(model: nn.Module, fault: Fault, *, seed: int = 0, counts: bool = Fals
 
     Raises:
         ValueError: If the network has nothing that the fault affects, neurons with unknown
-            dynamics, or parts that SpikingJelly's ``memopt`` runs.
+            dynamics, layers that compute their weights, weights for each time step that cannot be
+            taken apart, or parts that SpikingJelly's ``memopt`` runs. If its own number of time
+            steps cannot be changed, at the latest in the first forward.
 
     Examples:
         >>> net = nn.Linear(64, 10)
@@ -158,7 +164,10 @@ def _stuck(model: nn.Module, share: float, seed: int, *, at_zero: bool) -> None:
 
 
 def _drifting(model: nn.Module, spread: float, seed: int, *, what: str) -> None:
-    for number, (name, module) in enumerate(_spiking(model)):
+    spiking = _spiking(model)
+    if what == "tau" and not any(_leaks(module) for _, module in spiking):
+        raise ValueError("a drift of tau needs a neuron that leaks, such as LIF, got none")
+    for number, (name, module) in enumerate(spiking):
         if not has_known_dynamics(module):
             raise ValueError(
                 f"{what} of {name} ({type(module).__name__}) cannot drift: its dynamics are not "
@@ -236,13 +245,43 @@ def _fewer_steps(model: nn.Module, count: float, seed: int, *, lost: bool) -> No
     if lost:
         shuffled = torch.randperm(model.T, generator=_generator(seed)).tolist()
         kept = sorted(shuffled[int(count) :])
-    nodes = [module for module in model.modules() if isinstance(module, DLIFNode)]
-    gains = [node.input_gain[kept] for node in nodes]
-    set_time_steps(model, len(kept))
-    for node, gain in zip(nodes, gains, strict=True):
-        node.input_gain.copy_(gain)
+    keep_time_steps(model, kept)
     if isinstance(model, SpikingEventClassifier):
         model.register_forward_pre_hook(partial(_only_frames, kept))
+    elif model.encoder is not None:
+        model.encoder = _LosingSteps(model.encoder, kept)
+    else:
+        model.register_forward_pre_hook(partial(_check_steps, len(kept)))
+
+
+def _check_steps(steps: int, module: SpikingClassifier, inputs: tuple[Tensor]) -> None:
+    """Refuse a network that brings its own steps, and others than these."""
+    found = module.convention or module.find_convention(*inputs)
+    if steps != found.T:
+        raise ValueError(
+            f"the network ({type(module.net).__name__}) runs {found.T} time steps instead of "
+            f"{steps}, whatever its attributes T say"
+        )
+
+
+class _LosingSteps(base.MemoryModule):
+    """An encoder of whose frames only those of some steps arrive."""
+
+    def __init__(self, encoder: Callable[[Tensor], Tensor], kept: list[int]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.kept = kept
+        self.register_memory("arrived", 0)
+        self.register_memory("made", 0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The next frame that arrives."""
+        wanted = self.kept[self.arrived]
+        self.arrived += 1
+        while self.made <= wanted:
+            frame = self.encoder(images)
+            self.made += 1
+        return frame
 
 
 def _only_frames(kept: list[int], module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
@@ -331,13 +370,46 @@ FAULTS: dict[str, tuple[float, ...]] = {name: kind.levels for name, kind in _KIN
 
 
 def _weights(model: nn.Module) -> list[Tensor]:
-    """Weights of synapses: parameters of two dimensions or more, output channels first."""
-    weights: list[Tensor] = [weight for weight in model.parameters() if weight.ndim > 1]
-    if not weights:
+    """Weights of synapses: parameters of two dimensions or more, output channels first, but for
+    those of neurons, their gates and encoders.
+    """
+    found: dict[int, Tensor] = {}
+    for name, module in _outside_neurons(model):
+        if isinstance(module, LAYERS):
+            if "weight" not in module._parameters or hasattr(module, "get_weight"):
+                raise ValueError(
+                    f"{name} ({type(module).__name__}) computes its weights from parameters, so "
+                    "no fault of a single weight is possible; replace it by a layer that has the "
+                    "computed weights (torch.nn.utils.parametrize.remove_parametrizations)"
+                )
+            found[id(module.weight)] = module.weight
+        else:
+            held = module.parameters(recurse=False)
+            found |= {id(weight): weight for weight in held if weight.ndim > 1}
+    if not found:
         raise ValueError(
             "a fault of weights needs a network with some, got parameters of one dimension or none"
         )
-    return weights
+    return list(found.values())
+
+
+def _outside_neurons(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Modules and their names, but for neurons, gates, encoders, normalisation and what is in
+    them.
+    """
+    if is_neuron(module) or isinstance(module, PerNeuron | nn.LayerNorm):
+        return
+    yield name, module
+    for child_name, child in module.named_children():
+        if not (isinstance(module, SpikingClassifier) and child_name == "encoder"):
+            yield from _outside_neurons(child, f"{name}.{child_name}".removeprefix("."))
+
+
+def _leaks(module: nn.Module) -> bool:
+    """Whether it is a neuron that keeps less than its whole potential, or of unknown dynamics."""
+    if not is_neuron(module) or not emits_spikes(module):
+        return False
+    return not has_known_dynamics(module) or read_charging(module).decay_value != 1.0
 
 
 def _spiking(model: nn.Module) -> list[tuple[str, Any]]:
