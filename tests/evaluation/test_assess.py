@@ -98,7 +98,7 @@ def test_no_forward_sees_more_images_than_a_batch_or_than_the_diagnosis(suite):
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_transfer_does_not_end_at_the_border_of_the_source(norm, draws):
     torch.manual_seed(0)
-    source = nn.Linear(6, 3)
+    source = nn.Linear(6, 3).requires_grad_(False)
     x = torch.rand(30, 6)
     y = torch.arange(30) % 3  # two thirds are wrong already
     threat = ThreatModel(norm, 0.2)
