@@ -70,7 +70,10 @@ def transfer(source: Model, attack: Attack) -> Attack:
     Args:
         source: The network on which images are crafted, such as another checkpoint.
         attack: An attack with its budget set, such as ``functools.partial(pgd, eps=0.1,
-            step_size=0.02, steps=10)``.
+            step_size=0.02, steps=10, keep_best=False)``. It should not stop where it fools
+            ``source``, since few images fool another network there, and what ``source`` already
+            gets wrong would be returned unchanged: pass ``keep_best=False`` to :func:`pgd`,
+            :func:`apgd` and :func:`sapgd`, and a large ``confidence`` to attacks on events.
 
     Returns:
         ``attack(model, x, y, *, generator=None)``.

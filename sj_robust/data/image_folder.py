@@ -4,6 +4,7 @@ import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,10 @@ _ENDINGS = {
 }
 _IN_MEMORY = 1 << 29
 """Bytes of decoded pictures that are kept in memory."""
+_CALLED = {"train": "training", "val": "validation", "test": "test"}
+"""Parts of a folder in the order in which they are used, with their adjectives."""
 _FEW_TWICE = 0.01
-"""Share of the test pictures that may be training pictures without a warning: large data sets have
+"""Share of a part's pictures that may be in another part without a warning: large data sets have
 some pictures twice.
 """
 _EIGHT_BITS = {
@@ -51,6 +54,8 @@ _EIGHT_BITS = {
     "LAB",
 }
 """Modes of Pillow with at most 8 bits per channel."""
+_CUT_TO_EIGHT_BITS = (";16B", ";16L", ";16N")
+"""Ends of the raw modes of 16 bits per channel, which Pillow reads into a mode of 8."""
 
 
 def image_folder(folder: Path, *, on_unreadable: OnUnreadable) -> Source:
@@ -69,7 +74,7 @@ def image_folder(folder: Path, *, on_unreadable: OnUnreadable) -> Source:
     sizes: dict[Path, tuple[int, int]] = {}
     pixels: dict[Path, Tensor] = {}
     parts = {}
-    for name in ("train", "val", "test"):
+    for name in _CALLED:
         if name != "val" or (folder / name).is_dir():
             parts[name] = _labelled(folder / name, classes, on_unreadable, sizes, pixels)
     # sizes were found by threads, in any order; the first picture is the one with the first name
@@ -91,7 +96,7 @@ def image_folder(folder: Path, *, on_unreadable: OnUnreadable) -> Source:
             images[name] = StoredImages(torch.stack(pictures), labels)
         else:
             images[name] = FileImages(paths, labels, partial(_image, size=sizes[first]))
-    _warn_of_trained_ones(images, folder)
+    _warn_of_shared_ones(images, folder)
     validation = shuffled(images["val"]) if "val" in images else None
     return Source(
         train=images["train"],
@@ -103,19 +108,24 @@ def image_folder(folder: Path, *, on_unreadable: OnUnreadable) -> Source:
     )
 
 
-def _warn_of_trained_ones(images: Mapping[str, Images], folder: Path) -> None:
-    """Warn if test pictures are training pictures, where both are in memory."""
-    train, test = images["train"], images["test"]
-    if not isinstance(train, StoredImages) or not isinstance(test, StoredImages):
-        return
-    trained = set(map(_digest, train.pixels))
-    count = sum(_digest(picture) in trained for picture in test.pixels)
-    if count > _FEW_TWICE * len(test):
-        warnings.warn(
-            f"{count} of {len(test)} test pictures of {folder} are also training pictures: an "
-            "accuracy on them is no accuracy on new pictures; keep each picture in one part",
-            stacklevel=2,
-        )
+def _warn_of_shared_ones(images: Mapping[str, Images], folder: Path) -> None:
+    """Warn if two parts share pictures, as far as they are in memory."""
+    digests = {
+        name: list(map(_digest, part.pixels))
+        for name, part in images.items()
+        if isinstance(part, StoredImages)
+    }
+    for earlier, later in combinations(digests, 2):
+        known = set(digests[earlier])
+        total = len(digests[later])
+        count = sum(digest in known for digest in digests[later])
+        if count > _FEW_TWICE * total:
+            warnings.warn(
+                f"{count} of {total} {_CALLED[later]} pictures of {folder} are also "
+                f"{_CALLED[earlier]} pictures: an accuracy on them is no accuracy on new pictures; "
+                "keep each picture in one part",
+                stacklevel=2,
+            )
 
 
 def _digest(picture: Tensor) -> bytes:
@@ -206,15 +216,24 @@ def _picture(path: Path) -> Tensor:
     try:
         with Image.open(path) as opened:
             mode = opened.mode
+            is_cut = any(_is_cut(codec, args) for codec, _, _, args in opened.tile)
             picture: Image.Image = opened
             if mode == "P" and "transparency" in opened.info:
                 picture = opened.convert("RGBA")  # Pillow warns of the direct way to RGB
             pixels = np.array(picture.convert("RGB"))
     except Exception as error:  # a damaged picture raises anything
         raise UnreadableError(f"{path} ({one_line(error, 120)})") from error
-    if mode not in _EIGHT_BITS:
+    if is_cut or mode not in _EIGHT_BITS:
         raise UnreadableError(f"{path} (more than 8 bits per channel, mode {mode}; save it with 8)")
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _is_cut(codec: str, args: object) -> bool:
+    """Whether Pillow cuts what a part of a file holds to 8 bits per channel."""
+    if codec.startswith("ppm") and isinstance(args, tuple):
+        _, largest = args
+        return bool(largest > 255)
+    return any(end in str(args) for end in _CUT_TO_EIGHT_BITS)
 
 
 def _by(size: Sequence[int]) -> str:

@@ -25,7 +25,7 @@ name                 what replaces ds/dz of the spike, or the gradient of the ne
 ``rga``              ``grad_x[t] = grad_s[t]`` times the slope of firing rate over mean input
 ``hart:w``           triangle times the gradient averaged over time, previous potential detached
 ``hart_mixed:w``     mean of ``hart:w`` and the network's own gradient, neuron by neuron
-``cba``              a separate crafting network: ReLU instead of every neuron, same weights
+``cba``              that of a copy of the network with ReLU instead of every neuron
 ``mixed``            another shape in every forward: ``triangle:0.5``, ``atan:4``, ``sigmoid:4``,
                      ``rectangle:1``, ``exponential:2``, and again from the first
 ==================== ===========================================================================

@@ -81,8 +81,8 @@ class Estimator(EstimatorName):
     """
 
     def __call__(self, model: nn.Module | Callable[[Tensor], Tensor]) -> "Applied":
-        """Context whose value has this backward pass: ``model`` itself, for ``cba`` a crafting
-        network.
+        """Context whose value has this backward pass: ``model`` itself, for ``cba`` a network
+        around it.
 
         ``Applied.moved`` tells which neurons compute their backward pass elsewhere.
 
@@ -126,7 +126,7 @@ def estimator(name: str) -> Estimator:
 
 class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
     """The context in which an estimator is active on a network; its value is the network, or for
-    ``cba`` the crafting network.
+    ``cba`` one around it with its values.
 
     Use one context per batch of images: the memory of ``assg`` is cleared on every entry. A copy of
     the network that is made inside does not have the estimator. A compiled network runs uncompiled

@@ -392,14 +392,19 @@ def _has_curve(rows: Sequence[Row], threat: ThreatModel) -> bool:
 def _with_transfer(suite: Suite, source: nn.Module, threat: ThreatModel, draws: int) -> Suite:
     """The suite with attacks crafted on another network, and with those of the same cost in its
     control.
+
+    What is crafted there does not end at the border of the source, where nothing would transfer.
     """
-    attack = short_attack(threat, 50, draws=gradient_draws(draws, threat))
-    if threat.of_events:  # without an end at the border of the source, where nothing would transfer
-        attack = partial(event_attack(threat), confidence=_FAR, reduce=False)
+    own = short_attack(threat, 50, draws=gradient_draws(draws, threat))
+    if threat.of_events:
+        own = partial(event_attack(threat), confidence=_FAR, reduce=False)
+        attack = own
+    else:
+        attack = partial(own, keep_best=False)
     kind = CHANGES.get(threat.norm, "apgd_ce")
     crafted = Member(f"transfer/{kind}", transfer(source, attack), group="transfer", threat=threat)
-    own = Member("control/transfer", attack, group="control", threat=threat)
-    return replace(suite, members=(*suite.members, crafted), control=(*suite.control, own))
+    control = Member("control/transfer", own, group="control", threat=threat)
+    return replace(suite, members=(*suite.members, crafted), control=(*suite.control, control))
 
 
 def _radii(threat: ThreatModel, *, elements: int) -> list[float]:

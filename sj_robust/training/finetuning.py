@@ -62,6 +62,10 @@ __all__ = ["finetune"]
 
 _FEW = 4
 """Images that the network is tried on before a training is resumed."""
+_SELECTED_BY = (
+    "The figures are those of the held-out images, by which the epoch was selected, so those after "
+    "the training are too high for new images: pass images of their own as test=."
+)
 
 Images = Dataset[Any] | DataLoader[Any] | tuple[Tensor, Tensor]
 """Images with labels: a data set, its loader, or two tensors."""
@@ -106,7 +110,8 @@ def finetune(
             tensors (x [N, C, H, W], y [N]).
         eps: Linf radius of the attack, a number or a string such as ``"8/255"``.
         test: Images for the report, in the same form as ``data``; None uses the test images of
-            ``ImageSplits``, or the held-out images of other data.
+            ``ImageSplits``, or the held-out images of other data, by which the epoch is selected,
+            so that the accuracies are too high; the report then has a warning.
         mode: Training mode, a key of :data:`MODES`.
         rho: Weight of MS-MPPD; None uses that of the mode. Mode ``"none"`` has no such term.
         epochs: Passes over the training images.
@@ -265,7 +270,11 @@ class _Run:
         best = load_checkpoint(folder / "best.pt")
         classifier.load_state_dict(best["model"])
         after = self._measured("after", history, data, journal)
-        return reduce(Report.merged, [before, after])
+        report = reduce(Report.merged, [before, after])
+        if self.splits.test is not self.splits.validation:
+            return report
+        journal.say(f"WARNING: {_SELECTED_BY}")
+        return replace(report, warnings=(*report.warnings, _SELECTED_BY))
 
     def _measured(
         self, name: str, history: list[EpochRecord], data: Data, journal: Journal

@@ -1,4 +1,7 @@
 import shutil
+import struct
+import zlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -135,6 +138,20 @@ def test_test_pictures_that_are_training_pictures_are_warned_of(folder, monkeypa
     load(folder)
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [("train", "val", "4 validation .* training"), ("val", "test", "7 test .* validation")],
+)
+def test_validation_pictures_in_another_part_are_warned_of(folder, one, other, said):
+    for label, name in enumerate(CLASSES):
+        picture(folder / "val" / name / "v.png", 200 + 10 * label)
+    load(folder)
+    shutil.copy(next((folder / one / "cat").iterdir()), folder / other / "dog" / "x.png")
+    expected = said.replace(" .* ", " pictures of .* are also ")
+    with pytest.warns(UserWarning, match=f"^1 of {expected} pictures: an accuracy"):
+        load(folder)
+
+
 def test_validation_pictures_of_ones_own(folder):
     for label, name in enumerate(CLASSES):
         picture(folder / "val" / name / "v.png", 200 + 10 * label)
@@ -196,7 +213,41 @@ def sixteen_bits(path):
     Image.fromarray(values).save(path)
 
 
-@pytest.mark.parametrize("damage", [text, cut, empty, sixteen_bits])
+def sixteen_bits_of_colour(path, channels=3):
+    """Pillow writes none."""
+    lines = pixels(0, 6, 1 + 5 * channels * 2)
+    lines[:, 0] = 0  # no filter
+    colour = {2: 4, 3: 2, 4: 6}[channels]
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", 5, 6, 16, colour, 0, 0, 0),
+        b"IDAT": zlib.compress(lines.tobytes()),
+        b"IEND": b"",
+    }
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, data in chunks.items():
+        content += struct.pack(">I", len(data)) + name + data
+        content += struct.pack(">I", zlib.crc32(name + data))
+    path.write_bytes(content)
+
+
+def sixteen_bits_of_colour_in_a_ppm(path):
+    """Pillow knows a format by its first bytes."""
+    path.write_bytes(b"P6 5 6 65535\n" + pixels(0, 6, 5, 6).tobytes())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        text,
+        cut,
+        empty,
+        sixteen_bits,
+        sixteen_bits_of_colour,
+        partial(sixteen_bits_of_colour, channels=2),
+        partial(sixteen_bits_of_colour, channels=4),
+        sixteen_bits_of_colour_in_a_ppm,
+    ],
+)
 def test_pictures_that_cannot_be_read(folder, damage):
     damage(folder / "train" / "dog" / "2.png")
     message = r"1 of 12 files in .*train cannot be used: .*dog/2.png.*'skip'"

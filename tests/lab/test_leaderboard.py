@@ -66,13 +66,13 @@ def test_rebuilt_from_the_stored_reports_it_is_identical(folder, capsys):
         assert (folder / "one" / name).read_bytes() == (folder / "two" / name).read_bytes()
     text = (folder / "one" / "leaderboard.md").read_text()
     headings = [line for line in text.splitlines() if line.startswith("## ")]
-    assert headings == ["## digits, L2 0.5", "## digits, Linf 0.1"]
+    assert headings == ["## digits, L2 0.5, 10 images", "## digits, Linf 0.1, 10 images"]
     rows = [line for line in text.splitlines() if re.match(r"\| (dlif_at|<lif)", line)]
     bars = ["▒" * 6 + "·" * 14, "█" * 2 + "▒" * 4 + "·" * 14, "▒" * 4 + "·" * 16]
     assert rows == [
-        f"| dlif_at<br>`{bars[0]}` | 80.0 |  | 30.0 | fast |",
-        f"| dlif_at<br>`{bars[1]}` | 80.0 | 10.0 | 30.0 | fast |",
-        f"| <lif\\|none><br>`{bars[2]}` | 80.0 |  | 20.0 | fast |",
+        f"| dlif_at<br>`{bars[0]}` | 80.0 |  | 30.0<br>10.8–60.3 | fast |",
+        f"| dlif_at<br>`{bars[1]}` | 80.0 | 10.0 | 30.0<br>10.8–60.3 | fast |",
+        f"| <lif\\|none><br>`{bars[2]}` | 80.0 |  | 20.0<br>5.7–51.0 | fast |",
     ]
     command = "python recipes/evaluate.py 'runs/a b' --eps 8/255 --no-proofs --mean 0.5"
     with (folder / "one" / "reports.csv").open(newline="") as file:
@@ -81,9 +81,23 @@ def test_rebuilt_from_the_stored_reports_it_is_identical(folder, capsys):
     assert listed["runs/a/report.json"]["command"] == f"{command} --trust-code"
     assert listed["runs/b/report.json"]["at most, %"] == "20.0"
     page = (folder / "one" / "leaderboard.html").read_text()
+    assert "<h2>digits, Linf 0.1, 10 images</h2>" in page
     assert "<td>&lt;lif|none&gt;</td>" in page
+    assert "<td>20.0<br><small>5.7\N{EN DASH}51.0</small></td>" in page
     assert 'aria-label="proved 10.0 %, at most 30.0 %, clean 80.0 %"' in page
     assert "http" not in page
+
+
+def test_few_images_have_a_table_of_their_own(folder):
+    stands = member("pgd", seen=range(2))
+    lucky = report(name="lucky", members=(stands,), right=range(2), total=2)
+    lucky.save(folder / "runs" / "a" / "few.json")
+    groups = groups_of(read_reports(["runs/a", "runs/b"], {}))
+    titles = [(group.title, [entry.name for entry in group.entries]) for group in groups]
+    assert titles == [
+        ("digits, Linf 0.1, 10 images", ["dlif_at", "<lif|none>"]),
+        ("digits, Linf 0.1, 2 images", ["lucky"]),
+    ]
 
 
 def test_all_reports_about_a_network_make_one_row(folder):

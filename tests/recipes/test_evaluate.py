@@ -331,8 +331,9 @@ def test_leaderboard(folder, tmp_path, capsys, whole):
     assert "of 1 reports are in" in told
     assert "ignored" not in told
     text = (tmp_path / "board" / "leaderboard.md").read_text()
-    assert "## digits, Linf 0.1" in text
-    at_most = whole.everything.percent
+    assert "## digits, Linf 0.1, 12 images" in text
+    at_most = f"{whole.everything.percent}<br>"
+    at_most += whole.everything.interval_text.replace(" to ", "\N{EN DASH}")
     proved = "" if whole.verified is None else whole.verified.percent
     row = f"` | {whole.clean.percent} | {proved} | {at_most} | paper"
     assert any(line.startswith("| lif_none<br>") and row in line for line in text.splitlines())

@@ -124,6 +124,15 @@ def test_the_report_is_about_test_images_if_there_are_any():
     given = STRIPES.train
     report = finetune(network(), given, test=STRIPES.test.tensors, **QUICK)
     assert len(report.labels) == len(STRIPES.test)
+    assert report.warnings == ()
+
+
+def test_figures_of_the_images_that_selected_the_epoch_are_warned_of(capsys):
+    report = finetune(network(), STRIPES.train, **QUICK | {"progress": True})
+    (warning,) = report.warnings
+    assert "of the held-out images, by which the epoch was selected" in warning
+    assert capsys.readouterr().out.count(f"WARNING: {warning}\n") == 1
+    assert finetune(network(), STRIPES, **QUICK).warnings == ()
 
 
 class OfPairs(torch.utils.data.Dataset):

@@ -77,6 +77,7 @@ class Entry:
         clean: Accuracy without an attack.
         proved: What the proofs of all reports cover at least; None without proofs.
         at_most: What the attacks of all reports leave at most.
+        interval: Its 95 % CI, as text.
         suites: The suites, that with the most successful attacks first.
         masked: Whether a report shows signs of gradient masking.
         reports: The reports.
@@ -86,6 +87,7 @@ class Entry:
     clean: float
     proved: float | None
     at_most: float
+    interval: str
     suites: tuple[str, ...]
     masked: bool
     reports: tuple[Stored, ...]
@@ -95,19 +97,21 @@ class Entry:
         """The entry of a network whose reports these are."""
         ordered = sorted(stored, key=lambda one: one.report.everything.accuracy)
         reports = [one.report for one in ordered]
+        low, high = (100 * end for end in reports[0].everything.interval)
         proofs = [one.verified.accuracy for one in reports if one.verified is not None]
         return cls(
             name=reports[0].name,
             clean=100 * reports[0].clean.accuracy,
             proved=100 * max(proofs) if proofs else None,
             at_most=100 * reports[0].everything.accuracy,
+            interval=f"{low:.1f}\N{EN DASH}{high:.1f}",  # fits on a telephone
             suites=tuple(dict.fromkeys(one.suite for one in reports)),
             masked=any(one.masked for one in reports),
             reports=tuple(ordered),
         )
 
     def cells(self) -> list[str]:
-        """Its row, without the bar."""
+        """Its row, without the bar and the interval."""
         proved = "" if self.proved is None else f"{self.proved:.1f}"
         checked = ", ".join(self.suites) + (" !" if self.masked else "")
         return [self.name, f"{self.clean:.1f}", proved, f"{self.at_most:.1f}", checked]
@@ -121,7 +125,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Group:
-    """Networks that can be compared: one data set, one threat."""
+    """Networks that can be compared: one data set, one threat, one number of images."""
 
     title: str
     entries: tuple[Entry, ...]

@@ -15,6 +15,7 @@ body {{ font: 15px/1.4 system-ui, sans-serif; margin: 1rem auto; padding: 0 .6re
 table {{ border-collapse: collapse; width: 100%; margin-bottom: 2rem; }}
 th, td {{ padding: .25rem .3rem; text-align: right; vertical-align: top; }}
 th:first-child, td:first-child, th:last-child, td:last-child {{ text-align: left; }}
+small {{ white-space: nowrap; }}
 h2, td {{ overflow-wrap: anywhere; }}
 td:nth-child(n + 2):nth-child(-n + 4) {{ overflow-wrap: normal; }}
 tbody {{ border-top: 1px solid #8888; }}
@@ -34,7 +35,7 @@ document.querySelectorAll("th button").forEach((button) => button.addEventListen
   const down = head.getAttribute("aria-sort") !== "descending";
   for (const other of head.parentElement.cells) other.removeAttribute("aria-sort");
   head.setAttribute("aria-sort", down ? "descending" : "ascending");
-  const value = (body) => body.rows[0].cells[column].textContent;
+  const value = (body) => body.rows[0].cells[column].firstChild?.textContent ?? "";
   const sign = down ? -1 : 1;
   const order = (a, b) => sign * value(a).localeCompare(value(b), "en", {{ numeric: true }});
   [...table.tBodies].sort(order).forEach((body) => table.append(body));
@@ -60,7 +61,9 @@ def _group(group: Group) -> str:
 
 def _entry(entry: Entry) -> str:
     """Two rows: figures, and a bar that unfolds into the reports."""
-    cells = "".join(f"<td>{escape(cell)}</td>" for cell in entry.cells())
+    name, clean, proved, at_most, checked = map(escape, entry.cells())
+    at_most += f"<br><small>{entry.interval}</small>"
+    cells = "".join(f"<td>{cell}</td>" for cell in (name, clean, proved, at_most, checked))
     lists = "".join(_report(one.details()) for one in entry.reports)
     return (
         f"<tbody><tr>{cells}</tr>"

@@ -1,4 +1,6 @@
-"""Leaderboard of stored robustness reports: a table for every data set and threat."""
+"""Leaderboard of stored robustness reports: a table for each data set, threat and number of
+images.
+"""
 
 import csv
 import hashlib
@@ -21,11 +23,11 @@ _DIGEST = "sha256, first 16 digits"
 FORMATS = (Report.saved_as, "sj_robust.robustness_report")
 """Formats of reports, of today and of version 1."""
 _NOTE = (
-    "Robust accuracy lies between the share that is proved and the share that is still correct "
-    "after all attacks, control included (at most). In each bar, the first part is proved, the "
-    "second is neither proved nor broken, and the rest is broken or misclassified. Do not compare "
-    "tables of different data sets or threats. An exclamation mark (!) means that a report has "
-    "signs of gradient masking."
+    "Robust accuracy lies between the share that is proved and the share still correct after all "
+    "attacks, control included (at most; below it its 95 % CI). In each bar, the first part is "
+    "proved, the second is open, and the rest is broken or misclassified. Do not compare tables: "
+    "their data set, threat or number of images differs. An exclamation mark (!) means signs of "
+    "gradient masking."
 )
 
 
@@ -59,8 +61,8 @@ def elsewhere(board: Path) -> list[str]:
 
 
 def read_reports(folders: Sequence[str], usual: Mapping[str, Any]) -> list[Stored]:
-    """Every robustness report in folders and those below, or at a path itself, by data set, threat
-    and robust accuracy.
+    """Every robustness report in folders and those below, or at a path itself, by data set, threat,
+    number of images, the largest first, and robust accuracy.
 
     Raises:
         FileNotFoundError: If a folder is missing, or there is no report in any.
@@ -98,17 +100,19 @@ def _read_report(path: Path, usual: Mapping[str, Any]) -> Stored | None:
 
 
 def groups_of(stored: Sequence[Stored]) -> list[Group]:
-    """The tables: by data set and threat, networks by what attacks leave of them."""
+    """The tables: by data set, threat and number of images, networks by what attacks leave of them.
+
+    Few images may all be easy ones, so that their networks have a table of their own.
+    """
     groups = []
-    for (dataset, budget), found in groupby(
-        stored, key=lambda one: (one.report.dataset, one.report.budget)
-    ):
+    for (dataset, budget, images), found in groupby(stored, key=_table):
         networks: dict[tuple[str, str, str], list[Stored]] = {}
         for one in found:
             networks.setdefault(one.network, []).append(one)
         entries = [Entry.of(reports) for reports in networks.values()]
         entries.sort(key=lambda entry: (-entry.at_most, -(entry.proved or 0.0), entry.name))
-        groups.append(Group(f"{short_name(dataset)}, {budget}", tuple(entries)))
+        title = f"{short_name(dataset)}, {budget}, {images:,} images"
+        groups.append(Group(title, tuple(entries)))
     return groups
 
 
@@ -117,8 +121,14 @@ def short_name(dataset: str) -> str:
     return dataset.rstrip("/").rpartition("/")[2] if ":" in dataset else dataset
 
 
-def _order(one: Stored) -> tuple[str, str, float, str]:
-    return one.report.dataset, one.report.budget, -one.report.everything.accuracy, one.path
+def _table(one: Stored) -> tuple[str, str, int]:
+    """Data set, threat and number of images, which the reports of a table share."""
+    return one.report.dataset, one.report.budget, len(one.report.labels)
+
+
+def _order(one: Stored) -> tuple[str, str, int, float, str]:
+    dataset, budget, images = _table(one)
+    return dataset, budget, -images, -one.report.everything.accuracy, one.path
 
 
 def _command(configuration: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
@@ -182,8 +192,10 @@ def _markdown(groups: Sequence[Group]) -> str:
     for group in groups:
         rows = []
         for entry in group.entries:
-            name, *others = entry.cells()
-            rows.append([f"{name}<br>`{entry.bar()}`", *others])
+            name, clean, proved, at_most, checked = entry.cells()
+            name += f"<br>`{entry.bar()}`"
+            at_most += f"<br>{entry.interval}"
+            rows.append([name, clean, proved, at_most, checked])
         parts += [f"## {group.title}", markdown_table(HEADS, rows)]
     return "\n\n".join(parts) + "\n"
 

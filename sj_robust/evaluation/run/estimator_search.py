@@ -262,7 +262,9 @@ def _weakness(trial: EstimatorTrial) -> tuple[bool, float]:
     return bool(trial.note), left
 
 
-def short_attack(threat: ThreatModel, steps: int, *, draws: int = 1, queries: int = 0) -> Attack:
+def short_attack(
+    threat: ThreatModel, steps: int, *, draws: int = 1, queries: int = 0
+) -> "partial[Tensor]":
     """APGD-CE for a first impression; on events their own attack, with ``queries`` random
     exchanges.
     """
