@@ -116,8 +116,8 @@ def _changed(
 
 def _per_step(module: nn.Module) -> tuple[str, ...]:
     """Names of the parameters and buffers of a module that have a row per time step."""
-    names: tuple[str, ...] = getattr(type(module), "per_step", ())
-    return names
+    names = getattr(type(module), "per_step", ())
+    return names if isinstance(names, tuple) else ()
 
 
 def _take_rows(module: nn.Module, name: str, rows: Sequence[int]) -> None:
@@ -134,7 +134,7 @@ def _take_rows(module: nn.Module, name: str, rows: Sequence[int]) -> None:
 def _check_brought_steps(net: nn.Module, T: int, numbers: set[int]) -> None:
     """Raise if a network brings its steps and would not be changed."""
     for classifier in net.modules():
-        if not isinstance(classifier, SpikingClassifier):
+        if not isinstance(classifier, SpikingClassifier) or vars(classifier).get("T") == T:
             continue
         found = classifier.convention
         brings_them = "T" not in vars(classifier) or (found and found.takes == "images")

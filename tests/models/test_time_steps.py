@@ -126,6 +126,7 @@ def test_a_network_that_keeps_its_steps_elsewhere_is_refused(asked_before):
     with pytest.raises(ValueError, match=message):
         set_time_steps(classifier, 1)
     classifier(images())
+    assert set_time_steps(classifier, 8) == {}
     assert classifier.T == 8
 
 
