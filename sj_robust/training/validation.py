@@ -317,7 +317,8 @@ def final_report(
     ]
     variant = Variant(members, name, seed)
     steps = len(data) * (1 + len(members))
-    with journal.steps(f"evaluating {name} on {len(data.labels)} test images", steps) as step:
+    which = "held-out" if splits.test is splits.validation else "test"
+    with journal.steps(f"evaluating {name} on {len(data.labels)} {which} images", steps) as step:
         watch = Watch(on_step=partial(_stepped, step))
         outcome = run(
             classifier,

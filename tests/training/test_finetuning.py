@@ -131,7 +131,9 @@ def test_figures_of_the_images_that_selected_the_epoch_are_warned_of(capsys):
     report = finetune(network(), STRIPES.train, **QUICK | {"progress": True})
     (warning,) = report.warnings
     assert "of the held-out images, by which the epoch was selected" in warning
-    assert capsys.readouterr().out.count(f"WARNING: {warning}\n") == 1
+    told = capsys.readouterr().out
+    assert told.count(f"WARNING: {warning}\n") == 1
+    assert re.search(r"evaluating after on \d+ held-out images", told)
     assert finetune(network(), STRIPES, **QUICK).warnings == ()
 
 
