@@ -110,7 +110,7 @@ def evaluate(
             third as many. None uses 10 for a network that draws random numbers and 1 for any other.
         seed: Random seed.
         batch_size: Images at a time; results do not depend on it, except those of stochastic
-            networks and MS-MPPD, which is that of the first batch.
+            networks, of the estimator ``pdsg`` and MS-MPPD, which is that of the first batch.
         folder: Folder in which progress is saved, for one batch size; None saves nothing.
         name: Name of the network in the report; None uses the name of its class.
         dataset: Name of the images in the report.

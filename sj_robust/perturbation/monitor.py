@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, Self
 
 import torch
@@ -18,8 +18,10 @@ from sj_robust.core.checks import (
     check_steps,
     check_tensor,
 )
+from sj_robust.core.environment import device_of
 from sj_robust.core.host import functional
 from sj_robust.core.preserved import evaluation_mode
+from sj_robust.core.random_numbers import RandomNumbers
 from sj_robust.neuron.charging import NeuronKey, find_neurons, is_neuron
 from sj_robust.neuron.watching import register_watcher
 from sj_robust.perturbation._recording import Layers, Recording, RunKind
@@ -197,6 +199,7 @@ class MPPDMonitor(BaseMonitor):
         self._totals: dict[str, LayerTotals] = {}
         self._warned_of_potential = False
         kept = Kept(input_gain, trace=keep == "trace", spikes=spikes, statistics=keep != "loss")
+        self._numbers: RandomNumbers | None = None
         self._recording = Recording(
             neurons=neurons, unsupported=self.unsupported, layers=layers, kept=kept
         )
@@ -224,9 +227,9 @@ class MPPDMonitor(BaseMonitor):
         """Run the network on both inputs and return the statistics of this pair by layer, in order
         of execution.
 
-        Both runs start from a reset network in evaluation mode without gradients; training modes
-        are restored, and the network is reset. The pair also counts in :meth:`statistics`, even
-        while the monitor is disabled.
+        Both runs start from a reset network in evaluation mode without gradients, and draw the same
+        random numbers; training modes are restored, and the network is reset. The pair also counts
+        in :meth:`statistics`, even while the monitor is disabled.
 
         Args:
             x: Clean input of the network.
@@ -260,6 +263,7 @@ class MPPDMonitor(BaseMonitor):
                 f"compare() was called inside {self._recording.run}(): leave that context first"
             )
         run = self._net if forward is None else forward
+        numbers = RandomNumbers(run, device_of(self._net))  # a classifier's encoder is outside net
         enabled = self.is_enable()
         kept = self._recording.kept
         try:
@@ -272,12 +276,13 @@ class MPPDMonitor(BaseMonitor):
                     if forward is None:
                         self._check_steps(x)
                 functional.reset_net(self._net)
-                with self.perturbed():
+                with numbers.again(), self.perturbed():
                     run(x_perturbed)
             return _stats_of(_totals_of(self._recording.pairs))
         finally:
             self._recording.kept = kept
             self._recording.forget()
+            self._numbers = None
             functional.reset_net(self._net)
             if not enabled:
                 self.disable()
@@ -287,7 +292,9 @@ class MPPDMonitor(BaseMonitor):
         return self._running("clean")
 
     def perturbed(self) -> AbstractContextManager[None]:
-        """Context of the perturbed run that completes the pair begun by :meth:`clean`."""
+        """Context of the perturbed run that completes the pair begun by :meth:`clean`; what draws
+        from torch's generators, such as dropout, draws the same numbers in both.
+        """
         return self._running("perturbed")
 
     def paired(self) -> AbstractContextManager[None]:
@@ -403,7 +410,7 @@ class MPPDMonitor(BaseMonitor):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no hooks, since they belong to the network; it watches nothing."""
-        return self.__dict__ | {"hooks": []}
+        return self.__dict__ | {"hooks": [], "_numbers": None}
 
     def __del__(self) -> None:
         """Take the hooks off."""
@@ -469,7 +476,7 @@ class MPPDMonitor(BaseMonitor):
             yield
             return
         self._check_neurons(kind)
-        with self._recording.running(kind):
+        with self._equal_numbers(kind), self._recording.running(kind):
             yield
         if self._recording.complete:
             try:
@@ -477,6 +484,15 @@ class MPPDMonitor(BaseMonitor):
             except ValueError:
                 self._recording.forget()
                 raise
+
+    @contextmanager
+    def _equal_numbers(self, kind: RunKind) -> Iterator[None]:
+        """Let a perturbed run draw what the clean one drew; torch's generators then go on."""
+        numbers, self._numbers = self._numbers, None
+        if kind == "clean":
+            self._numbers = RandomNumbers(self._net, device_of(self._net))
+        with numbers.again() if kind == "perturbed" and numbers is not None else nullcontext():
+            yield
 
     def _check_neurons(self, kind: RunKind) -> None:
         """Raise RuntimeError if the network has other neurons than when the monitor was built."""

@@ -12,6 +12,7 @@ from spikingjelly.activation_based import neuron
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from sj_robust.classifier import PoissonEncoder, SpikingClassifier
 from sj_robust.data import image_loader, load_images
 from sj_robust.evaluation import gallery
 from sj_robust.evaluation.report import pictures
@@ -63,6 +64,43 @@ def test_classes_have_their_names(model, images):
     shown = [*found.labels, *found.predicted_adv]
     assert titles[:4] == [names[int(label)] for label in shown]
     assert f"| {titles[0]} | {titles[0]} | {titles[2]} |" in found.table()
+
+
+def test_an_attack_that_changes_nothing_breaks_nothing_of_a_network_that_draws():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(2), nn.Linear(64, 10), neuron.IFNode(step_mode="m"))
+    model = SpikingClassifier(net, T=2, encoder=PoissonEncoder()).eval()
+    x = torch.rand(40, 1, 8, 8)
+    y = model(x).argmax(1)
+    for draws in (None, 3):
+        found = gallery(model, x, y, eps=1e-6, count=40, draws=draws)
+        assert torch.equal(found.predicted, found.labels)
+        assert torch.equal(found.predicted_adv, found.labels)
+        assert "no spike differs" in found.verdict
+    with pytest.raises(ValueError, match="the network draws random numbers"):
+        gallery(model, x, y, eps=1e-6, draws=1)
+
+
+def test_most_draws_decide_what_is_seen():
+    noisy = Votes([[0, 0, 2], [1, 0, 2], [1, 2, 0], [1, 2, 0], [2, 0, 0]])
+    y = torch.tensor([0, 0, 0])
+    assert pictures._seen(noisy, torch.rand(3, 1), y, draws=5, seed=0).tolist() == [1, 0, 0]
+    noisy.forwards = 0
+    assert pictures._seen(noisy, torch.rand(3, 1), y, draws=2, seed=0).tolist() == [0, 0, 2]
+
+
+class Votes(nn.Module):
+    """Says in one forward after the other what it is told."""
+
+    def __init__(self, votes):
+        super().__init__()
+        self.votes = votes
+        self.forwards = 0
+
+    def forward(self, images):
+        said = torch.tensor(self.votes[self.forwards])
+        self.forwards += 1
+        return nn.functional.one_hot(said, 3).float()
 
 
 def test_event_frames_stay_events():

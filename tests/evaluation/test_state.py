@@ -10,12 +10,13 @@ import pytest
 import torch
 from evaluation.suite_run import suite_outcome
 from evaluation.test_activity import T, images, network
+from torch import nn
 from unchanged import unchanged
 
 from sj_robust import SpikingClassifier
 from sj_robust.attacks import SampleSeeds, ThreatModel, fgsm, gaussian, pgd
 from sj_robust.classifier import PoissonEncoder
-from sj_robust.evaluation import Member, diagnose, firing, worst_case
+from sj_robust.evaluation import Member, diagnose, evaluate, firing, worst_case
 from sj_robust.evaluation.run.loop import alone
 
 THREAT = ThreatModel("Linf", 0.1)
@@ -138,3 +139,35 @@ def test_wrong_images_and_labels(name):
     for spoil, error, message in named:
         with pytest.raises(error, match=message):
             MEASUREMENTS[name](model, *spoil(x, y), 0)
+
+
+class Centred(nn.Module):
+    """Subtracts the mean image of the batch."""
+
+    def forward(self, images):
+        return (images - images.mean(0)).flatten(1)
+
+
+class KeptTraining(nn.BatchNorm1d):
+    """Normalises by the batch in evaluation mode, too."""
+
+    def train(self, mode=True):
+        return super().train(True)
+
+
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (nn.BatchNorm1d(64, track_running_stats=False), 8),
+        (KeptTraining(64), 8),
+        (Centred(), 8),
+        (Centred(), 1),
+    ],
+)
+def test_a_network_whose_rows_depend_on_each_other_is_refused(layer, size):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), layer, nn.Linear(64, 10))
+    x, y = torch.rand(8, 1, 8, 8), torch.arange(8)
+    message = "logits of an image depend on the other images of its batch"
+    with pytest.raises(ValueError, match=message):
+        evaluate(net, x, y, eps=0.1, suite="fast", batch_size=size, progress=False)

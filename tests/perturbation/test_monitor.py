@@ -36,8 +36,10 @@ from torch import nn
 from torch.testing import assert_close
 from unchanged import unchanged
 
+from sj_robust import SpikingClassifier
+from sj_robust.classifier import PoissonEncoder
 from sj_robust.neuron import DLIFNode
-from sj_robust.perturbation import MPPDMonitor
+from sj_robust.perturbation import MPPDMonitor, compare_potentials, spike_traces
 from sj_robust.perturbation._statistics import LayerStats, LayerTrace
 
 NAMES = ("2", "4", "8")
@@ -546,3 +548,50 @@ def test_a_network_resets_itself_if_it_is_a_classifier_whatever_its_attributes_s
     x = torch.rand(5, 2)
     with MPPDMonitor(net) as monitor, pytest.raises(ValueError, match="called the network once"):
         monitor.compare(x, 0.9 * x)
+
+
+class OwnNoise(nn.Module):
+    """An encoder that draws from a generator of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator()
+
+    def forward(self, x):
+        return x + torch.rand(x.shape, generator=self.generator)
+
+
+@pytest.mark.parametrize("encoder", [PoissonEncoder(), OwnNoise()])
+def test_both_runs_draw_the_same_numbers(encoder):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(2), nn.Linear(16, 8), neuron.IFNode(step_mode="m"))
+    net[2].v_threshold = 0.2
+    model = SpikingClassifier(net, T=3, encoder=encoder).eval()
+    x = torch.rand(5, 1, 4, 4)
+    same = compare_potentials(model, x, x)["2"]
+    assert not same.ms_mppd.any()
+    assert spike_traces(model, x, x).parting() is None
+    drawn = torch.rand(3)
+    assert not torch.equal(drawn, torch.rand(3))  # the generators go on
+    moved = compare_potentials(model, x, (x + 0.05).clamp(max=1))["2"]
+    assert 0 < float(moved.ms_mppd.mean()) < 0.05
+
+
+def test_dropout_in_training_is_no_perturbation():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 8), nn.Dropout(), neuron.IFNode(step_mode="m"))
+    x = torch.rand(3, 5, 16)
+    with MPPDMonitor(net) as monitor:
+        for change in (0.0, 0.05):
+            functional.reset_net(net)
+            with monitor.clean():
+                clean = net(x)
+            torch.rand(7)  # as an attack may draw
+            functional.reset_net(net)
+            with monitor.perturbed():
+                perturbed = net(x + change)
+            assert bool(monitor.loss()) is bool(change)
+            assert change or torch.equal(clean, perturbed)
+        functional.reset_net(net)
+        with monitor.clean():
+            assert not torch.equal(net(x), clean)  # another step, another mask

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
@@ -19,8 +20,8 @@ from sj_robust.core.randomness import SampleSeeds
 from sj_robust.core.saved import markdown_table
 from sj_robust.core.shown import ORANGE, Shown, new_figure, png, print_style, write_figure
 from sj_robust.evaluation.result import Evaluation
-from sj_robust.evaluation.run.data import Batches
-from sj_robust.evaluation.run.draws import gradient_draws
+from sj_robust.evaluation.run.data import Batches, Data
+from sj_robust.evaluation.run.draws import gradient_draws, settled_draws
 from sj_robust.evaluation.run.estimator_search import short_attack
 from sj_robust.evaluation.run.member import Member, craft, scored
 from sj_robust.perturbation import spike_traces
@@ -184,7 +185,7 @@ def gallery(
     T: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    draws: int = 1,
+    draws: int | None = None,
     seed: int = 0,
     class_names: Sequence[str] = (),
 ) -> Gallery:
@@ -206,7 +207,8 @@ def gallery(
         T: Number of time steps, for a bare network; None if it brings its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
-        draws: Number of forwards over which the gradient of a stochastic network is averaged.
+        draws: Number of forwards that judge an image, as in :func:`sj_robust.evaluate`; None finds
+            out: 1, or 10 for a network that draws random numbers.
         seed: Seed of the attack.
         class_names: Names of the classes, such as ``load_images(...).class_names``.
 
@@ -226,6 +228,7 @@ def gallery(
     classifier = as_classifier(model, T, mean=mean, std=std, images=x)
     norm = norm or ("L0" if x.ndim == 5 else "Linf")
     threat = ThreatModel(norm, parse_eps(eps), counts=counts)
+    draws = settled_draws(classifier, Data.of([(x, y)]), draws)
     return gallery_within(
         classifier,
         x,
@@ -256,7 +259,7 @@ def gallery_of(
         y,
         report.threat,
         estimator=chosen[0] if chosen else "training",
-        draws=gradient_draws(report.draws, report.threat),
+        draws=report.draws,
         seed=report.seed,
         class_names=class_names,
     )
@@ -277,18 +280,19 @@ def gallery_within(
     """:func:`gallery` of a function of images, for any threat. 给定威胁模型的图集。"""
     device = device_of(classifier)
     x, y = x.to(device), y.to(device)
-    logits = scored(classifier, x, y, seed=seed)
-    right = (logits.argmax(1) == y).nonzero()[:_ATTACKED, 0]
+    seen = _seen(classifier, x, y, draws=draws, seed=seed)
+    right = (seen == y).nonzero()[:_ATTACKED, 0]
     if not len(right):
         raise ValueError(
             f"the network misclassifies all of these {len(y)} images; there is nothing to attack"
         )
-    x, y = x[right], y[right]
-    member = Member("gallery", short_attack(threat, _STEPS, draws=draws), estimator, threat=threat)
-    seeds = SampleSeeds(range(len(y))).derived("gallery", seed)
-    x_adv = craft(classifier, x, y, member, seeds=seeds)
-    seen = scored(classifier, x, y, seed=seed).argmax(1)
-    seen_adv = scored(classifier, x_adv, y, seed=seed).argmax(1)
+    attack = short_attack(threat, _STEPS, draws=gradient_draws(draws, threat))
+    member = Member("gallery", attack, estimator, threat=threat)
+    seeds = SampleSeeds(range(len(right))).derived("gallery", seed)
+    attacked = x.clone()  # whole, so that every image meets the random numbers that it met before
+    attacked[right] = craft(classifier, x[right], y[right], member, seeds=seeds).to(x)
+    seen_adv = _seen(classifier, attacked, y, draws=draws, seed=seed)[right]
+    x, x_adv, y, seen = x[right], attacked[right], y[right], seen[right]
     order = (seen_adv != y).float().argsort(descending=True, stable=True)
     order = order[:count]
     return Gallery(
@@ -302,6 +306,19 @@ def gallery_within(
         traces=_traces(classifier, x[order], x_adv[order]),
         class_names=class_names,
     )
+
+
+def _seen(model: nn.Module, x: Tensor, y: Tensor, *, draws: int, seed: int) -> Tensor:
+    """Predicted classes: the label, unless most draws are wrong; then their most frequent class."""
+    votes: Tensor | int = 0
+    for draw in range(draws):
+        drawn = SampleSeeds([seed]).derived("gallery draw", draw).single()
+        logits = scored(model, x, y, seed=drawn)
+        votes = votes + nn.functional.one_hot(logits.argmax(1), logits.shape[1])
+    assert isinstance(votes, Tensor)  # there is at least one draw
+    of_label = votes.gather(1, y[:, None])[:, 0]
+    others = votes.scatter(1, y[:, None], -1).argmax(1)
+    return torch.where(2 * (draws - of_label) > draws, others, y)
 
 
 def _traces(model: nn.Module, x: Tensor, x_adv: Tensor) -> Traces:

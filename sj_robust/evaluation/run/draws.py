@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from sj_robust.attacks.logits import differ
 from sj_robust.attacks.threat import ThreatModel
+from sj_robust.core.broadcast import along
 from sj_robust.core.environment import device_of
 from sj_robust.core.preserved import preserved, states_of_sources
 from sj_robust.evaluation.run.data import Data
@@ -22,6 +23,9 @@ _REMEDIES = {
     "differ though all random numbers were the same. Reset it before every forward, as "
     "SpikingClassifier(net, T=...) does; and if it draws from a generator of its own, keep this as "
     "an attribute of a module, where it can be seeded",
+    "rows": "the logits of an image depend on the other images of its batch: they change if those "
+    "are black. Let the network answer for each image alone: no statistics of a batch in "
+    "evaluation mode (batch norm with track_running_stats=True, and in evaluation mode)",
     "numbers": "the network draws random numbers: on {images} its logits differ. A single lucky "
     "draw does not count, so omit draws, or set the number of draws that judge an image, such as "
     "draws=10 (--draws 10)",
@@ -31,6 +35,8 @@ _REMEDIES = {
 }
 _FEW = 4
 """Images of the forward in which random numbers are looked for that logits do not show."""
+_BESIDE = 16
+"""Images of the forwards in which other images are put beside them."""
 
 
 def settled_draws(model: nn.Module, data: Data, draws: int | None) -> int:
@@ -38,7 +44,8 @@ def settled_draws(model: nn.Module, data: Data, draws: int | None) -> int:
 
     Every image is asked twice, with other random numbers: two forwards of every image, so a small
     share of what its attacks cost. Where no logits differ, a forward of a few images is watched:
-    noise that turns no spike there may do so on attacked images. Several processes share the
+    noise that turns no spike there may do so on attacked images. The first images are also asked
+    beside black ones, since attacks change the images of a batch. Several processes share the
     images.
 
     Args:
@@ -49,7 +56,8 @@ def settled_draws(model: nn.Module, data: Data, draws: int | None) -> int:
 
     Raises:
         ValueError: If logits differ because the network carries state from one forward into the
-            next, or if it draws though one draw was asked for. With the same random numbers once
+            next, or because they depend on the other images of a batch, or if it draws though one
+            draw was asked for. With the same random numbers once
             more, a network that draws repeats itself, and one that carries state does not.
 
     Examples:
@@ -70,9 +78,13 @@ def settled_draws(model: nn.Module, data: Data, draws: int | None) -> int:
         if rank == 0 and not found and _draws(model, data[0][0][:_FEW].to(device_of(model))):
             reason = "hidden numbers"
             found[0] = reason, _REMEDIES[reason].format(images="the images")
+        if rank == 0 and found.get(0, ("",))[0] != "state":
+            x, y = (part[:_BESIDE].to(device_of(model)) for part in data[0])
+            if _depends_on_others(model, x, y):
+                found[0] = "rows", _REMEDIES["rows"]
     differing = gathered(found).values()
     for reason, message in differing:
-        if reason == "state" or draws == 1:
+        if reason in ("state", "rows") or draws == 1:
             raise ValueError(message)
     if draws is None:
         return DRAWS if differing else 1
@@ -107,6 +119,20 @@ def _reason(model: nn.Module, x: Tensor, y: Tensor) -> str:
         return ""
     again = _logits(model, x, y, seed=1)
     return "state" if differ(other, again) else "numbers"
+
+
+def _depends_on_others(model: nn.Module, x: Tensor, y: Tensor) -> bool:
+    """Whether logits of an image change with the images beside it, all random numbers equal."""
+    if len(x) == 1:
+        x, y = x.repeat(2, *[1] * (x.ndim - 1)), y.repeat(2)
+    logits = _logits(model, x, y, seed=0)
+    even = torch.arange(len(x), device=x.device) % 2 == 0
+    for kept in (even, ~even):
+        beside_black = torch.where(along(kept, 0, x.ndim), x, 0.0)
+        found = _logits(model, beside_black, y, seed=0)
+        if differ(logits[kept], found[kept]):
+            return True
+    return False
 
 
 def _draws(model: nn.Module, x: Tensor) -> bool:
