@@ -181,7 +181,8 @@ class SpikingClassifier(nn.Module):
         """Find out by a few small forwards how the network is called, as the first forward does.
 
         The network is left as it was. Only the shape, dtype and device of the images matter. A
-        network that brings its own time steps is asked every time, since it may have got others.
+        network that brings its own time steps is asked every time, since their number may have been
+        changed.
         """
         self._check(images)
         found = self.convention

@@ -278,6 +278,30 @@ def test_another_number_of_steps_than_the_networks_own_is_refused(mode, T):
         assert net(x).shape[-1] == 5
 
 
+class Tied(nn.Module):
+    """Runs a block of layers and neuron twice in every step."""
+
+    def __init__(self, mode):
+        super().__init__()
+        self.T = 4
+        block = [layer.Linear(64, 64), layer.BatchNorm1d(64), neuron.IFNode(v_threshold=0.1)]
+        self.layers = nn.Sequential(layer.Flatten(), *block, *block, layer.Linear(64, 5))
+        functional.set_step_mode(self, mode)
+
+    def forward(self, images):
+        if self.layers[0].step_mode == "m":
+            return self.layers(images.expand(self.T, *images.shape))
+        return sum(self.layers(images) for _ in range(self.T)) / self.T
+
+
+@pytest.mark.parametrize("mode", ["m", "s"])
+@pytest.mark.parametrize("T", [None, 4])
+def test_a_block_in_several_places(mode, T):
+    classifier = SpikingClassifier(Tied(mode).eval(), T=T)
+    classifier(torch.rand(3, 1, 8, 8))
+    assert (classifier.convention.takes, classifier.T) == ("images", 4)
+
+
 def test_a_network_that_got_other_steps_is_asked_again():
     net = OtherName(2, "m")
     classifier = SpikingClassifier(net)

@@ -560,19 +560,15 @@ class _Watch:
     def places(self) -> frozenset[int]:
         """See :class:`_Run`.
 
-        In one place, a neuron is called as often as the layers around it. In several, a multi-step
-        neuron has calls of T steps, and the layers around a single-step one are called T times.
+        A multi-step neuron has calls of T steps; of the layers around a single-step one, some are
+        called T times.
         """
         if not self._of_neurons:
             return frozenset()
         fewest = min(self._of_neurons, key=lambda node: sum(self._of_neurons[node]))
-        lengths = self._of_neurons[fewest]
-        of_layers = frozenset(self._of_layers.values())
-        if len(lengths) in of_layers:
-            return frozenset()
         if getattr(fewest, "step_mode", "m") == "m":
-            return frozenset(lengths)
-        return of_layers - {1}
+            return frozenset(self._of_neurons[fewest])
+        return frozenset(self._of_layers.values()) - {1}
 
 
 class _Kept:

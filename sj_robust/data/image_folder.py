@@ -32,7 +32,7 @@ _ENDINGS = {
 _IN_MEMORY = 1 << 29
 """Bytes of decoded pictures that are kept in memory."""
 _CALLED = {"train": "training", "val": "validation", "test": "test"}
-"""Parts of a folder in the order in which they are used, with their adjectives."""
+"""Parts of a folder in the order in which they are used, and what their pictures are called."""
 _FEW_TWICE = 0.01
 """Share of a part's pictures that may be in another part without a warning: large data sets have
 some pictures twice.

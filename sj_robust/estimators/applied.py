@@ -174,6 +174,7 @@ class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
         with ExitStack() as stack:
             value: nn.Module = model
             if estimator.family == "cba":
+                stack.enter_context(uncompiled(model))
                 value = crafting_network(model, neurons.values())
             elif not changes_nothing:
                 self._change(model, neurons, stack)

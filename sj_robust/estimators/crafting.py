@@ -49,7 +49,7 @@ class _CraftingNetwork(nn.Module):
                 f"{list(rectified.shape)} of the network with ReLU and {list(values.shape)} of the "
                 "network; use another estimator"
             )
-        return values + (rectified - rectified.detach())
+        return values + torch.where(rectified.isfinite(), rectified - rectified.detach(), 0.0)
 
 
 def crafting_network(model: nn.Module, neurons: Iterable[Any]) -> nn.Module:

@@ -99,7 +99,7 @@ def _module(name: str) -> ModuleType:
             raise FileNotFoundError(
                 f"{path.resolve()} does not exist; give module:function or file.py:function"
             )
-        loader = _FromSource(path.stem, str(path))
+        loader = _FromSource(path.stem, str(path.resolve()))
         specification = importlib.util.spec_from_file_location(path.stem, path, loader=loader)
         assert specification is not None  # the loader is given
         module = importlib.util.module_from_spec(specification)
@@ -127,7 +127,7 @@ def _module(name: str) -> ModuleType:
 
 
 class _FromSource(SourceFileLoader):
-    """Compile a file whenever it is loaded.
+    """Compile a file whenever it is loaded; modules that it imports are loaded as usual.
 
     Python keeps the code of a file whose size and whose time in seconds are those of before, so a
     file that was edited twice within a second would run as it was.

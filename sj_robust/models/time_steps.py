@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sj_robust.classifier import SpikingClassifier
-from sj_robust.core.host import functional, invalidate_reset_cache, is_neuron
+from sj_robust.core.host import functional, invalidate_reset_cache, neuron
 
 __all__ = ["keep_time_steps", "set_time_steps"]
 
@@ -71,7 +71,8 @@ def keep_time_steps(net: nn.Module, kept: Sequence[int]) -> dict[str, tuple[int,
         The (old, new) number of steps of every changed module, by its name.
 
     Raises:
-        ValueError: As in :func:`set_time_steps`.
+        ValueError: As in :func:`set_time_steps`, or if the steps are none, not in order, or not
+            among those of a neuron.
 
     Examples:
         >>> from sj_robust.neuron import DLIFNode
@@ -82,6 +83,8 @@ def keep_time_steps(net: nn.Module, kept: Sequence[int]) -> dict[str, tuple[int,
         >>> net[0].input_gain.tolist()
         [1.0, 0.25]
     """
+    if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0:
+        raise ValueError(f"kept must be steps from 0 in order, at least one, got {list(kept)}")
     return _changed(net, len(kept), lambda steps: kept)
 
 
@@ -100,6 +103,8 @@ def _changed(
         is_number_of_steps = steps in numbers or not numbers
         if _per_step(module) or ("T" in vars(module) and is_number_of_steps):
             _check_weights(name, module, steps)
+            if _per_step(module) and max(origin(steps)) >= steps:
+                raise ValueError(f"{name} has {steps} time steps, got step {max(origin(steps))}")
             changing.append((name, module, steps))
     for _, module, steps in changing:
         for held in _per_step(module):
@@ -138,29 +143,25 @@ def _check_brought_steps(net: nn.Module, T: int, numbers: set[int]) -> None:
             continue
         found = classifier.convention
         brings_them = "T" not in vars(classifier) or (found and found.takes == "images")
-        if brings_them and not _keeps_steps(classifier.net, numbers and {T, *numbers}):
+        if brings_them and not _keeps_steps(classifier.net, {T} | numbers if numbers else None):
             raise ValueError(
                 f"the network ({type(classifier.net).__name__}) brings its own time steps, and "
                 f"keeps their number in no attribute T; build it for T={T}, and wrap it anew"
             )
 
 
-def _keeps_steps(net: nn.Module, numbers: set[int]) -> bool:
-    """Whether a module that is no neuron has one of these numbers, or any, as its ``T``."""
-    kept = [
-        vars(module)["T"]
-        for module in net.modules()
-        if "T" in vars(module) and not is_neuron(module) and not _per_step(module)
-    ]
-    return any(steps in numbers for steps in kept) if numbers else bool(kept)
+def _keeps_steps(net: nn.Module, numbers: set[int] | None) -> bool:
+    """Whether a module has one of these numbers as its ``T``; None stands for any number."""
+    kept = {getattr(module, "T", None) for module in net.modules()} - {None}
+    return bool(kept if numbers is None else kept & numbers)
 
 
 def _check_weights(name: str, module: nn.Module, steps: int) -> None:
-    """Raise if a neuron of another package has weights for its steps."""
-    if not is_neuron(module) or _per_step(module):
+    """Raise if it is a neuron of SpikingJelly with weights for its steps, such as PSN."""
+    if not type(module).__module__.startswith(neuron.__name__):
         return
     tensors: list[Tensor] = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    if any(tensor.ndim and len(tensor) == steps for tensor in tensors):
+    if any(tensor.ndim and len(tensor) == steps for tensor in tensors if not is_lazy(tensor)):
         raise ValueError(
             f"{name} ({type(module).__name__}) has weights for its {steps} time steps, which "
             "cannot be changed; train it with the other number"

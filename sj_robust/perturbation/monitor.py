@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal, Self
 
 import torch
@@ -18,7 +18,6 @@ from sj_robust.core.checks import (
     check_steps,
     check_tensor,
 )
-from sj_robust.core.environment import device_of
 from sj_robust.core.host import functional
 from sj_robust.core.preserved import evaluation_mode
 from sj_robust.core.random_numbers import RandomNumbers
@@ -263,7 +262,7 @@ class MPPDMonitor(BaseMonitor):
                 f"compare() was called inside {self._recording.run}(): leave that context first"
             )
         run = self._net if forward is None else forward
-        numbers = RandomNumbers(run, device_of(self._net))  # a classifier's encoder is outside net
+        numbers = RandomNumbers(run, x.device)  # a classifier's encoder is outside net
         enabled = self.is_enable()
         kept = self._recording.kept
         try:
@@ -292,8 +291,10 @@ class MPPDMonitor(BaseMonitor):
         return self._running("clean")
 
     def perturbed(self) -> AbstractContextManager[None]:
-        """Context of the perturbed run that completes the pair begun by :meth:`clean`; what draws
-        from torch's generators, such as dropout, draws the same numbers in both.
+        """Context of the perturbed run that completes the pair begun by :meth:`clean`.
+
+        From its first forward on, the network draws the numbers of the clean run, so that dropout
+        is no perturbation; afterwards torch's generators go on from where that forward found them.
         """
         return self._running("perturbed")
 
@@ -487,11 +488,25 @@ class MPPDMonitor(BaseMonitor):
 
     @contextmanager
     def _equal_numbers(self, kind: RunKind) -> Iterator[None]:
-        """Let a perturbed run draw what the clean one drew; torch's generators then go on."""
+        """Let the network draw in a perturbed run, from its first forward on, what it drew in the
+        clean one; torch's generators then go on.
+        """
         numbers, self._numbers = self._numbers, None
-        if kind == "clean":
-            self._numbers = RandomNumbers(self._net, device_of(self._net))
-        with numbers.again() if kind == "perturbed" and numbers is not None else nullcontext():
+        if kind == "paired" or (kind == "perturbed" and numbers is None):
+            yield
+            return
+        with ExitStack() as stack:
+
+            def first_forward(net: nn.Module, args: tuple[Any, ...]) -> None:
+                hook.remove()
+                if kind == "perturbed":
+                    assert numbers is not None  # as checked above
+                    stack.enter_context(numbers.again())
+                elif args and isinstance(args[0], Tensor):
+                    self._numbers = RandomNumbers(net, args[0].device)
+
+            hook = self._net.register_forward_pre_hook(first_forward)
+            stack.callback(hook.remove)
             yield
 
     def _check_neurons(self, kind: RunKind) -> None:

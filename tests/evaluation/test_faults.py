@@ -7,6 +7,7 @@ import torch
 from covering import every_pair
 from evaluation.suite_run import classifier, images
 from spikingjelly.activation_based import layer, neuron
+from spikingjelly.activation_based.encoding import LatencyEncoder
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.testing import assert_close
@@ -266,7 +267,7 @@ def test_a_network_runs_the_steps_that_are_left_or_is_refused(kind):
         model = SpikingClassifier(Repeating(8, follows=True), T=given).eval()
         model(x)
         damaged = faulty(model, Fault(kind, 3))
-        damaged(x)
+        damaged(images=x)
         assert damaged.T == damaged.net.T == (3 if kind == "first_steps" else 5)
         deaf = SpikingClassifier(Repeating(8, follows=False), T=given).eval()
         deaf(x)
@@ -274,10 +275,11 @@ def test_a_network_runs_the_steps_that_are_left_or_is_refused(kind):
             faulty(deaf, Fault(kind, 3))(x)
 
 
-def test_an_encoder_that_follows_the_steps_loses_those_that_are_drawn():
+@pytest.mark.parametrize("encoder", [FrequencyEncoder(0.15), LatencyEncoder(6)])
+def test_an_encoder_that_follows_the_steps_loses_those_that_are_drawn(encoder):
     x = torch.rand(6, 1, 4, 4, generator=seeded(4))
     net = nn.Sequential(nn.Flatten(2), Steps())
-    model = SpikingClassifier(net, T=6, encoder=FrequencyEncoder(0.15))
+    model = SpikingClassifier(net, T=6, encoder=encoder)
     model(x)
     usual = net[1].seen
     for seed in range(3):

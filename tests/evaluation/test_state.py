@@ -17,6 +17,8 @@ from sj_robust import SpikingClassifier
 from sj_robust.attacks import SampleSeeds, ThreatModel, fgsm, gaussian, pgd
 from sj_robust.classifier import PoissonEncoder
 from sj_robust.evaluation import Member, diagnose, evaluate, firing, worst_case
+from sj_robust.evaluation.run.data import Data
+from sj_robust.evaluation.run.draws import settled_draws
 from sj_robust.evaluation.run.loop import alone
 
 THREAT = ThreatModel("Linf", 0.1)
@@ -153,6 +155,30 @@ class KeptTraining(nn.BatchNorm1d):
 
     def train(self, mode=True):
         return super().train(True)
+
+
+class PerImage(nn.Module):
+    """Divides every image by its largest value."""
+
+    def forward(self, images):
+        return images / images.amax(1, keepdim=True)
+
+
+class Counts(nn.Module):
+    """Draws as often as its images ask for."""
+
+    def forward(self, images):
+        return torch.poisson(5 * images.detach()) + images
+
+
+@pytest.mark.parametrize(("layer", "draws"), [(PerImage(), 1), (Counts(), 10)])
+@pytest.mark.parametrize("size", [1, 5])
+def test_networks_that_answer_for_every_image_alone(layer, draws, size):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), layer, nn.Linear(64, 10))
+    x, y = torch.rand(10, 1, 8, 8), torch.arange(10)
+    data = Data.of(zip(x.split(size), y.split(size), strict=True))
+    assert settled_draws(net, data, None) == draws
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,33 @@ def test_a_network_that_keeps_its_steps_elsewhere_is_refused(asked_before):
     assert classifier.T == 8
 
 
+class FromNeuron(nn.Module):
+    """Repeats its images over the steps of its neuron."""
+
+    def __init__(self):
+        super().__init__()
+        self.node = DLIFNode(T=4)
+
+    def forward(self, images):
+        return self.node(images.flatten(1).expand(self.node.T, len(images), -1))
+
+
+def test_a_network_that_follows_its_neuron():
+    classifier = SpikingClassifier(FromNeuron())
+    classifier(images())
+    set_time_steps(classifier, 8)
+    classifier(images())
+    assert classifier.T == 8
+
+
+@pytest.mark.parametrize("kept", [[], [-1], [1, 0], [0, 4]])
+def test_steps_that_cannot_be_kept(kept):
+    classifier = trained()
+    with pytest.raises(ValueError, match=r"steps from 0 in order|has 4 time steps, got step 4"):
+        keep_time_steps(classifier, kept)
+    assert classifier.T == classifier.net.T == 4
+
+
 @pytest.mark.parametrize("kind", ["feel", "hosnn"])
 def test_what_neurons_keep_for_every_step_follows(kind):
     torch.manual_seed(0)

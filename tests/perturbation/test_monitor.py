@@ -581,6 +581,7 @@ def test_dropout_in_training_is_no_perturbation():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 8), nn.Dropout(), neuron.IFNode(step_mode="m"))
     x = torch.rand(3, 5, 16)
+    noise = []
     with MPPDMonitor(net) as monitor:
         for change in (0.0, 0.05):
             functional.reset_net(net)
@@ -589,9 +590,12 @@ def test_dropout_in_training_is_no_perturbation():
             torch.rand(7)  # as an attack may draw
             functional.reset_net(net)
             with monitor.perturbed():
+                noise.append(torch.rand(3))  # before the first forward: not the network's
                 perturbed = net(x + change)
             assert bool(monitor.loss()) is bool(change)
             assert change or torch.equal(clean, perturbed)
         functional.reset_net(net)
         with monitor.clean():
             assert not torch.equal(net(x), clean)  # another step, another mask
+    assert not torch.equal(*noise)
+    assert not net._forward_pre_hooks

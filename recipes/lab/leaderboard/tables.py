@@ -102,7 +102,7 @@ def _read_report(path: Path, usual: Mapping[str, Any]) -> Stored | None:
 def groups_of(stored: Sequence[Stored]) -> list[Group]:
     """The tables: by data set, threat and number of images, networks by what attacks leave of them.
 
-    Few images may all be easy ones, so that their networks have a table of their own.
+    A few images may all be easy, so networks on fewer images get a table of their own.
     """
     groups = []
     for (dataset, budget, images), found in groupby(stored, key=_table):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.classifier import as_classifier
+from sj_robust.core.checks import check_count
 from sj_robust.core.environment import device_of
 from sj_robust.core.random_numbers import seeded_network
 from sj_robust.core.randomness import SampleSeeds
@@ -228,7 +229,9 @@ def gallery(
     classifier = as_classifier(model, T, mean=mean, std=std, images=x)
     norm = norm or ("L0" if x.ndim == 5 else "Linf")
     threat = ThreatModel(norm, parse_eps(eps), counts=counts)
-    draws = settled_draws(classifier, Data.of([(x, y)]), draws)
+    if draws is not None:
+        check_count("draws", draws)
+    draws = settled_draws(classifier, Data.of([(x, y)]), draws, shared=False)
     return gallery_within(
         classifier,
         x,
@@ -310,12 +313,12 @@ def gallery_within(
 
 def _seen(model: nn.Module, x: Tensor, y: Tensor, *, draws: int, seed: int) -> Tensor:
     """Predicted classes: the label, unless most draws are wrong; then their most frequent class."""
-    votes: Tensor | int = 0
+    rounds = []
     for draw in range(draws):
         drawn = SampleSeeds([seed]).derived("gallery draw", draw).single()
         logits = scored(model, x, y, seed=drawn)
-        votes = votes + nn.functional.one_hot(logits.argmax(1), logits.shape[1])
-    assert isinstance(votes, Tensor)  # there is at least one draw
+        rounds.append(nn.functional.one_hot(logits.argmax(1), logits.shape[1]))
+    votes = torch.stack(rounds).sum(0)
     of_label = votes.gather(1, y[:, None])[:, 0]
     others = votes.scatter(1, y[:, None], -1).argmax(1)
     return torch.where(2 * (draws - of_label) > draws, others, y)

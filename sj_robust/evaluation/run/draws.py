@@ -23,8 +23,8 @@ _REMEDIES = {
     "differ though all random numbers were the same. Reset it before every forward, as "
     "SpikingClassifier(net, T=...) does; and if it draws from a generator of its own, keep this as "
     "an attribute of a module, where it can be seeded",
-    "rows": "the logits of an image depend on the other images of its batch: they change if those "
-    "are black. Let the network answer for each image alone: no statistics of a batch in "
+    "rows": "the logits of an image depend on the other images of its batch: they change with "
+    "those. Let the network answer for each image alone: no statistics of a batch in "
     "evaluation mode (batch norm with track_running_stats=True, and in evaluation mode)",
     "numbers": "the network draws random numbers: on {images} its logits differ. A single lucky "
     "draw does not count, so omit draws, or set the number of draws that judge an image, such as "
@@ -36,23 +36,24 @@ _REMEDIES = {
 _FEW = 4
 """Images of the forward in which random numbers are looked for that logits do not show."""
 _BESIDE = 16
-"""Images of the forwards in which other images are put beside them."""
+"""Images of the forwards that tell whether they depend on each other."""
 
 
-def settled_draws(model: nn.Module, data: Data, draws: int | None) -> int:
+def settled_draws(model: nn.Module, data: Data, draws: int | None, *, shared: bool = True) -> int:
     """Number of forwards by which a network is judged. 确定随机网络的判定次数。
 
     Every image is asked twice, with other random numbers: two forwards of every image, so a small
     share of what its attacks cost. Where no logits differ, a forward of a few images is watched:
-    noise that turns no spike there may do so on attacked images. The first images are also asked
-    beside black ones, since attacks change the images of a batch. Several processes share the
-    images.
+    noise that turns no spike there may do so on attacked images. Of a network that draws nothing,
+    the first images are run again beside other ones, since attacks change the images of a batch.
+    Several processes share the images.
 
     Args:
         model: The network; its states stay as they were.
         data: The images that will be evaluated.
         draws: How many; None finds out: 1 for a network that gives the same logits again,
             :data:`DRAWS` for one that draws random numbers.
+        shared: Whether all processes ask; False where one of them asks alone.
 
     Raises:
         ValueError: If logits differ because the network carries state from one forward into the
@@ -65,7 +66,7 @@ def settled_draws(model: nn.Module, data: Data, draws: int | None) -> int:
         >>> settled_draws(nn.Dropout(), data, None)  # which is not in force in evaluation mode
         1
     """
-    rank, processes = rank_and_world_size()
+    rank, processes = rank_and_world_size() if shared else (0, 1)
     found: dict[int, tuple[str, str]] = {}
     with preserved(model):
         for number in range(rank, len(data), processes):
@@ -78,11 +79,12 @@ def settled_draws(model: nn.Module, data: Data, draws: int | None) -> int:
         if rank == 0 and not found and _draws(model, data[0][0][:_FEW].to(device_of(model))):
             reason = "hidden numbers"
             found[0] = reason, _REMEDIES[reason].format(images="the images")
-        if rank == 0 and found.get(0, ("",))[0] != "state":
-            x, y = (part[:_BESIDE].to(device_of(model)) for part in data[0])
-            if _depends_on_others(model, x, y):
+        if rank == 0 and not found:  # what a network draws may depend on the images before
+            x, y = data[0]
+            few = slice(_BESIDE)
+            if _depends_on_others(model, x[few].to(device_of(model)), y[few].to(device_of(model))):
                 found[0] = "rows", _REMEDIES["rows"]
-    differing = gathered(found).values()
+    differing = (gathered(found) if shared else found).values()
     for reason, message in differing:
         if reason in ("state", "rows") or draws == 1:
             raise ValueError(message)
@@ -122,14 +124,17 @@ def _reason(model: nn.Module, x: Tensor, y: Tensor) -> str:
 
 
 def _depends_on_others(model: nn.Module, x: Tensor, y: Tensor) -> bool:
-    """Whether logits of an image change with the images beside it, all random numbers equal."""
+    """Whether logits of an image change with the images beside it."""
     if len(x) == 1:
         x, y = x.repeat(2, *[1] * (x.ndim - 1)), y.repeat(2)
     logits = _logits(model, x, y, seed=0)
+    others = x.roll(1, 0)
+    same = (others == x).flatten(1).all(1)
+    others = torch.where(along(same, 0, x.ndim), x / 2, others)
     even = torch.arange(len(x), device=x.device) % 2 == 0
     for kept in (even, ~even):
-        beside_black = torch.where(along(kept, 0, x.ndim), x, 0.0)
-        found = _logits(model, beside_black, y, seed=0)
+        mixed = torch.where(along(kept, 0, x.ndim), x, others)
+        found = _logits(model, mixed, y, seed=0)
         if differ(logits[kept], found[kept]):
             return True
     return False

@@ -245,19 +245,21 @@ def _fewer_steps(model: nn.Module, count: float, seed: int, *, lost: bool) -> No
     if lost:
         shuffled = torch.randperm(model.T, generator=_generator(seed)).tolist()
         kept = sorted(shuffled[int(count) :])
+    encoder = model.encoder
+    model.encoder = None  # its code is still that of all steps
     keep_time_steps(model, kept)
     if isinstance(model, SpikingEventClassifier):
         model.register_forward_pre_hook(partial(_only_frames, kept))
-    elif model.encoder is not None:
-        model.encoder = _LosingSteps(model.encoder, kept)
+    elif encoder is not None:
+        model.encoder = _LosingSteps(encoder, kept)
     else:
-        model.register_forward_pre_hook(partial(_check_steps, len(kept)))
+        model.register_forward_hook(partial(_check_steps, len(kept)))
 
 
-def _check_steps(steps: int, module: SpikingClassifier, inputs: tuple[Tensor]) -> None:
+def _check_steps(steps: int, module: SpikingClassifier, inputs: object, outputs: object) -> None:
     """Refuse a network that brings its own steps, and others than these."""
-    found = module.convention or module.find_convention(*inputs)
-    if steps != found.T:
+    found = module.convention
+    if found is not None and steps != found.T:
         raise ValueError(
             f"the network ({type(module.net).__name__}) runs {found.T} time steps instead of "
             f"{steps}, whatever its attributes T say"
@@ -380,7 +382,8 @@ def _weights(model: nn.Module) -> list[Tensor]:
                 raise ValueError(
                     f"{name} ({type(module).__name__}) computes its weights from parameters, so "
                     "no fault of a single weight is possible; replace it by a layer that has the "
-                    "computed weights (torch.nn.utils.parametrize.remove_parametrizations)"
+                    "computed weights (of torch.nn.utils: parametrize.remove_parametrizations, "
+                    "remove_weight_norm, prune.remove)"
                 )
             found[id(module.weight)] = module.weight
         else:
@@ -394,9 +397,7 @@ def _weights(model: nn.Module) -> list[Tensor]:
 
 
 def _outside_neurons(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Modules and their names, but for neurons, gates, encoders, normalisation and what is in
-    them.
-    """
+    """Modules and their names, but for neurons, gates, encoders, layer norm and what is in them."""
     if is_neuron(module) or isinstance(module, PerNeuron | nn.LayerNorm):
         return
     yield name, module
