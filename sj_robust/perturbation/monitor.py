@@ -198,7 +198,7 @@ class MPPDMonitor(BaseMonitor):
         self._totals: dict[str, LayerTotals] = {}
         self._warned_of_potential = False
         kept = Kept(input_gain, trace=keep == "trace", spikes=spikes, statistics=keep != "loss")
-        self._numbers: RandomNumbers | None = None
+        self._numbers: list[RandomNumbers] = []
         self._recording = Recording(
             neurons=neurons, unsupported=self.unsupported, layers=layers, kept=kept
         )
@@ -281,7 +281,7 @@ class MPPDMonitor(BaseMonitor):
         finally:
             self._recording.kept = kept
             self._recording.forget()
-            self._numbers = None
+            self._numbers = []
             functional.reset_net(self._net)
             if not enabled:
                 self.disable()
@@ -293,8 +293,8 @@ class MPPDMonitor(BaseMonitor):
     def perturbed(self) -> AbstractContextManager[None]:
         """Context of the perturbed run that completes the pair begun by :meth:`clean`.
 
-        From its first forward on, the network draws the numbers of the clean run, so that dropout
-        is no perturbation; afterwards torch's generators go on from where that forward found them.
+        Each forward of the network draws the numbers that it drew in the clean run, so that dropout
+        is no perturbation; afterwards torch's generators go on from where it found them.
         """
         return self._running("perturbed")
 
@@ -411,7 +411,7 @@ class MPPDMonitor(BaseMonitor):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no hooks, since they belong to the network; it watches nothing."""
-        return self.__dict__ | {"hooks": [], "_numbers": None}
+        return self.__dict__ | {"hooks": [], "_numbers": []}
 
     def __del__(self) -> None:
         """Take the hooks off."""
@@ -488,25 +488,32 @@ class MPPDMonitor(BaseMonitor):
 
     @contextmanager
     def _equal_numbers(self, kind: RunKind) -> Iterator[None]:
-        """Let the network draw in a perturbed run, from its first forward on, what it drew in the
-        clean one; torch's generators then go on.
+        """Let each forward of the network in a perturbed run draw what that of the clean run drew;
+        afterwards torch's generators go on from where it found them.
         """
-        numbers, self._numbers = self._numbers, None
-        if kind == "paired" or (kind == "perturbed" and numbers is None):
+        if kind == "paired":
             yield
             return
-        with ExitStack() as stack:
+        drawn: list[RandomNumbers] = self._numbers if kind == "perturbed" else []
+        self._numbers = drawn if kind == "clean" else []
+        following = iter(drawn)
+        again = ExitStack()
 
-            def first_forward(net: nn.Module, args: tuple[Any, ...]) -> None:
-                hook.remove()
-                if kind == "perturbed":
-                    assert numbers is not None  # as checked above
-                    stack.enter_context(numbers.again())
-                elif args and isinstance(args[0], Tensor):
-                    self._numbers = RandomNumbers(net, args[0].device)
+        def before(net: nn.Module, args: tuple[Any, ...]) -> None:
+            if kind == "clean":
+                devices = [given.device for given in args if isinstance(given, Tensor)]
+                drawn.append(RandomNumbers(net, devices[0] if devices else torch.device("cpu")))
+                return
+            numbers = next(following, None)
+            if numbers is not None:
+                again.enter_context(numbers.again())
 
-            hook = self._net.register_forward_pre_hook(first_forward)
-            stack.callback(hook.remove)
+        def after(net: nn.Module, args: object, outputs: object) -> None:
+            again.close()
+
+        with ExitStack() as hooks:
+            hooks.callback(self._net.register_forward_pre_hook(before).remove)
+            hooks.callback(self._net.register_forward_hook(after, always_call=True).remove)
             yield
 
     def _check_neurons(self, kind: RunKind) -> None:
