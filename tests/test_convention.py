@@ -284,7 +284,7 @@ class Tied(nn.Module):
     def __init__(self, mode):
         super().__init__()
         self.T = 4
-        block = [layer.Linear(64, 64), layer.BatchNorm1d(64), neuron.IFNode(v_threshold=0.1)]
+        block = [layer.Linear(64, 64), nn.LayerNorm(64), neuron.IFNode(v_threshold=0.1)]
         self.layers = nn.Sequential(layer.Flatten(), *block, *block, layer.Linear(64, 5))
         functional.set_step_mode(self, mode)
 
