@@ -248,8 +248,20 @@ def test_a_change_of_step_mode_or_of_steps_is_noticed():
     assert own.T == 6
 
 
-class OtherName(nn.Module):
-    """Repeats its images over steps whose number has another name than T, in either step mode."""
+class Repeating(nn.Module):
+    """Repeats its images over its steps, in either step mode."""
+
+    steps: int
+    layers: nn.Sequential
+
+    def forward(self, images):
+        if self.layers[0].step_mode == "m":
+            return self.layers(images.expand(self.steps, *images.shape))
+        return sum(self.layers(images) for _ in range(self.steps)) / self.steps
+
+
+class OtherName(Repeating):
+    """The number of its steps has another name than T."""
 
     def __init__(self, steps, mode, shared=False):
         super().__init__()
@@ -260,11 +272,6 @@ class OtherName(nn.Module):
             self.layers.append(hidden)
         self.layers.append(layer.Linear(64, 5))
         functional.set_step_mode(self, mode)
-
-    def forward(self, images):
-        if self.layers[0].step_mode == "m":
-            return self.layers(images.expand(self.steps, *images.shape))
-        return sum(self.layers(images) for _ in range(self.steps)) / self.steps
 
 
 @pytest.mark.parametrize("mode", ["m", "s"])
@@ -278,20 +285,15 @@ def test_another_number_of_steps_than_the_networks_own_is_refused(mode, T):
         assert net(x).shape[-1] == 5
 
 
-class Tied(nn.Module):
+class Tied(Repeating):
     """Runs a block of layers and neuron twice in every step."""
 
     def __init__(self, mode):
         super().__init__()
-        self.T = 4
+        self.T = self.steps = 4
         block = [layer.Linear(64, 64), nn.LayerNorm(64), neuron.IFNode(v_threshold=0.1)]
         self.layers = nn.Sequential(layer.Flatten(), *block, *block, layer.Linear(64, 5))
         functional.set_step_mode(self, mode)
-
-    def forward(self, images):
-        if self.layers[0].step_mode == "m":
-            return self.layers(images.expand(self.T, *images.shape))
-        return sum(self.layers(images) for _ in range(self.T)) / self.T
 
 
 @pytest.mark.parametrize("mode", ["m", "s"])

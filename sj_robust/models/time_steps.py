@@ -1,6 +1,8 @@
 """A trained network at another number of time steps."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +90,37 @@ def keep_time_steps(net: nn.Module, kept: Sequence[int]) -> dict[str, tuple[int,
     return _changed(net, len(kept), lambda steps: kept)
 
 
+@dataclass(frozen=True)
+class _Change:
+    """A module that gets another number of steps.
+
+    Attributes:
+        name: Its name.
+        module: The module.
+        steps: Its number of steps so far.
+        origin: The old step of every new one.
+    """
+
+    name: str
+    module: Any
+    steps: int
+    origin: Sequence[int]
+
+    def check(self) -> None:
+        """Raise ValueError if the module cannot be changed."""
+        _check_weights(self.name, self.module, self.steps)
+        last = max(self.origin)
+        if _per_step(self.module) and last >= self.steps:
+            raise ValueError(f"{self.name} has {self.steps} time steps, got step {last}")
+
+    def make(self) -> None:
+        """Change the module."""
+        for held in _per_step(self.module):
+            _take_rows(self.module, held, self.origin)
+        if "T" in vars(self.module):
+            self.module.T = len(self.origin)
+
+
 @torch.no_grad()
 def _changed(
     net: nn.Module, T: int, origin: Callable[[int], Sequence[int]]
@@ -95,28 +128,30 @@ def _changed(
     """Change the number of steps; ``origin`` gives the old step of every new one."""
     numbers = _numbers_of_steps(net)
     _check_brought_steps(net, T, numbers)
-    changing = []
+    changes = []
     for name, module in net.named_modules():
-        steps = getattr(module, "T", None)
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps == T:
+        steps = _steps_of(module)
+        if steps is None or steps == T:
             continue
         is_number_of_steps = steps in numbers or not numbers
         if _per_step(module) or ("T" in vars(module) and is_number_of_steps):
-            _check_weights(name, module, steps)
-            if _per_step(module) and max(origin(steps)) >= steps:
-                raise ValueError(f"{name} has {steps} time steps, got step {max(origin(steps))}")
-            changing.append((name, module, steps))
-    for _, module, steps in changing:
-        for held in _per_step(module):
-            _take_rows(module, held, origin(steps))
-        if "T" in vars(module):
-            module.T = T
+            changes.append(_Change(name, module, steps, origin(steps)))
+    for change in changes:
+        change.check()
+    for change in changes:
+        change.make()
     for module in net.modules():
         if isinstance(module, SpikingClassifier):
             module.forget_convention()
     invalidate_reset_cache(net)
     functional.reset_net(net)
-    return {name: (steps, T) for name, _, steps in changing}
+    return {change.name: (change.steps, T) for change in changes}
+
+
+def _steps_of(module: nn.Module) -> int | None:
+    """The attribute ``T`` of a module, if it is a number; a classifier may not know its own yet."""
+    steps = getattr(module, "T", None)
+    return steps if isinstance(steps, int) and not isinstance(steps, bool) else None
 
 
 def _per_step(module: nn.Module) -> tuple[str, ...]:
@@ -142,18 +177,23 @@ def _check_brought_steps(net: nn.Module, T: int, numbers: set[int]) -> None:
         if not isinstance(classifier, SpikingClassifier) or vars(classifier).get("T") == T:
             continue
         found = classifier.convention
-        brings_them = "T" not in vars(classifier) or (found and found.takes == "images")
-        if brings_them and not _keeps_steps(classifier.net, {T} | numbers if numbers else None):
+        takes_images = found is not None and found.takes == "images"
+        brings_them = takes_images or "T" not in vars(classifier)
+        if brings_them and not _keeps_steps(classifier.net, T, numbers):
             raise ValueError(
                 f"the network ({type(classifier.net).__name__}) brings its own time steps, and "
                 f"keeps their number in no attribute T; build it for T={T}, and wrap it anew"
             )
 
 
-def _keeps_steps(net: nn.Module, numbers: set[int] | None) -> bool:
-    """Whether a module has one of these numbers as its ``T``; None stands for any number."""
-    kept = {getattr(module, "T", None) for module in net.modules()} - {None}
-    return bool(kept if numbers is None else kept & numbers)
+def _keeps_steps(net: nn.Module, T: int, numbers: set[int]) -> bool:
+    """Whether a module has the new number or one of the known ones as its ``T``; any number, if
+    none is known.
+    """
+    kept = {_steps_of(module) for module in net.modules()} - {None}
+    if not numbers:
+        return bool(kept)
+    return bool(kept & {T, *numbers})
 
 
 def _check_weights(name: str, module: nn.Module, steps: int) -> None:
@@ -172,7 +212,7 @@ def _numbers_of_steps(net: nn.Module) -> set[int]:
     """Those of modules whose ``T`` is known to mean them."""
     found = set()
     for module in net.modules():
-        steps = getattr(module, "T", None)  # that a classifier may not know yet
+        steps = _steps_of(module)
         if steps is not None and (_per_step(module) or isinstance(module, SpikingClassifier)):
             found.add(steps)
     return found

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sj_robust.core.broadcast import along
+from sj_robust.core.broadcast import beside
 from sj_robust.core.checks import (
     check_count,
     check_function,
@@ -335,10 +335,8 @@ class _Draws:
 
     def _withstands_others(self, noisy: Tensor, seed: int, logits: Tensor) -> bool:
         """Whether each row keeps its logits while all rows beside it are other images."""
-        even = torch.arange(len(noisy), device=noisy.device) % 2 == 0
-        for kept in (even, ~even):
-            other = torch.where(along(kept, 0, noisy.ndim), noisy, 1.0 - noisy)
-            found = self._run(other, seed)
+        for kept, mixed in beside(noisy, 1.0 - noisy):
+            found = self._run(mixed, seed)
             if not torch.equal(found[kept], logits[kept]):
                 return False
         return True

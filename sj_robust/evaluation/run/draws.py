@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from sj_robust.attacks.logits import differ
 from sj_robust.attacks.threat import ThreatModel
-from sj_robust.core.broadcast import along
+from sj_robust.core.broadcast import along, beside
 from sj_robust.core.environment import device_of
 from sj_robust.core.preserved import preserved, states_of_sources
 from sj_robust.evaluation.run.data import Data
@@ -45,8 +45,8 @@ def settled_draws(model: nn.Module, data: Data, draws: int | None, *, shared: bo
     Every image is asked twice, with other random numbers: two forwards of every image, so a small
     share of what its attacks cost. Where no logits differ, a forward of a few images is watched:
     noise that turns no spike there may do so on attacked images. Of a network that draws nothing,
-    the first images are run again beside other ones, since attacks change the images of a batch.
-    Several processes share the images.
+    the first images are run again beside other ones, since attacks change the images of a batch;
+    what a network draws may itself depend on the images before. Several processes share the images.
 
     Args:
         model: The network; its states stay as they were.
@@ -58,8 +58,8 @@ def settled_draws(model: nn.Module, data: Data, draws: int | None, *, shared: bo
     Raises:
         ValueError: If logits differ because the network carries state from one forward into the
             next, or because they depend on the other images of a batch, or if it draws though one
-            draw was asked for. With the same random numbers once
-            more, a network that draws repeats itself, and one that carries state does not.
+            draw was asked for. With the same random numbers once more, a network that draws repeats
+            itself, and one that carries state does not.
 
     Examples:
         >>> data = Data.of([(torch.rand(2, 4), torch.tensor([0, 1]))])
@@ -76,13 +76,12 @@ def settled_draws(model: nn.Module, data: Data, draws: int | None, *, shared: bo
                 images = f"images {start} to {start + len(y) - 1}"
                 found[number] = reason, _REMEDIES[reason].format(images=images)
                 break
-        if rank == 0 and not found and _draws(model, data[0][0][:_FEW].to(device_of(model))):
-            reason = "hidden numbers"
-            found[0] = reason, _REMEDIES[reason].format(images="the images")
-        if rank == 0 and not found:  # what a network draws may depend on the images before
-            x, y = data[0]
-            few = slice(_BESIDE)
-            if _depends_on_others(model, x[few].to(device_of(model)), y[few].to(device_of(model))):
+        if rank == 0 and not found:
+            x, y = (part.to(device_of(model)) for part in data[0])
+            if _draws(model, x[:_FEW]):
+                reason = "hidden numbers"
+                found[0] = reason, _REMEDIES[reason].format(images="the images")
+            elif _depends_on_others(model, x[:_BESIDE], y[:_BESIDE]):
                 found[0] = "rows", _REMEDIES["rows"]
     differing = (gathered(found) if shared else found).values()
     for reason, message in differing:
@@ -131,9 +130,7 @@ def _depends_on_others(model: nn.Module, x: Tensor, y: Tensor) -> bool:
     others = x.roll(1, 0)
     same = (others == x).flatten(1).all(1)
     others = torch.where(along(same, 0, x.ndim), x / 2, others)
-    even = torch.arange(len(x), device=x.device) % 2 == 0
-    for kept in (even, ~even):
-        mixed = torch.where(along(kept, 0, x.ndim), x, others)
+    for kept, mixed in beside(x, others):
         found = _logits(model, mixed, y, seed=0)
         if differ(logits[kept], found[kept]):
             return True
