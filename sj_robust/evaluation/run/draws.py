@@ -23,9 +23,9 @@ _REMEDIES = {
     "differ though all random numbers were the same. Reset it before every forward, as "
     "SpikingClassifier(net, T=...) does; and if it draws from a generator of its own, keep this as "
     "an attribute of a module, where it can be seeded",
-    "rows": "the logits of an image depend on the other images of its batch: they change with "
-    "those. Let the network answer for each image alone: no statistics of a batch in "
-    "evaluation mode (batch norm with track_running_stats=True, and in evaluation mode)",
+    "rows": "the logits of an image depend on the other images of its batch. Let the network "
+    "answer for each image alone, without statistics of a batch: batch norm needs "
+    "track_running_stats=True and evaluation mode",
     "numbers": "the network draws random numbers: on {images} its logits differ. A single lucky "
     "draw does not count, so omit draws, or set the number of draws that judge an image, such as "
     "draws=10 (--draws 10)",
@@ -45,7 +45,7 @@ def settled_draws(model: nn.Module, data: Data, draws: int | None, *, shared: bo
     Every image is asked twice, with other random numbers: two forwards of every image, so a small
     share of what its attacks cost. Where no logits differ, a forward of a few images is watched:
     noise that turns no spike there may do so on attacked images. Of a network that draws nothing,
-    the first images are run again beside other ones, since attacks change the images of a batch;
+    the first images are run again together with others, since attacks change the images of a batch;
     what a network draws may itself depend on the images before. Several processes share the images.
 
     Args:
