@@ -1,18 +1,17 @@
 """The study of published defences: table, figures and CSV files from what its sweeps came to.
 
-python docs/results/defences.py                      # the two sweeps in runs
+python docs/results/defences.py                      # the sweeps runs/defences_*
 python docs/results/defences.py runs/mine            # these sweeps; no file is written
 python docs/results/defences.py --page               # the page again, from the files that are kept
 
 The sweeps are recipes/configs/sweeps/defences_fashion_mnist_sweep.yaml and
-defences_cifar10_sweep.yaml; a stopped one goes on by the same command, and one that is not finished
-is shown as far as it is. This writes defences/networks.csv, a line per network and radius, to which
-seeds that were trained on other machines may be added; defences/defences.csv, a line per defence
-and radius, where rows of more seeds than there are networks stay; the figures beside them, and
-everything between the two marks in defences.md.
+defences_cifar10_sweep.yaml, or parts of them under other names; a stopped one goes on by the same
+command, and one that is not finished is shown as far as it is. This writes defences/networks.csv, a
+line per network and radius, to which seeds that were trained on other machines may be added;
+defences/defences.csv, a line per defence and radius, where rows of more seeds than there are
+networks stay; the figures beside them, and everything between the two marks in defences.md.
 """
 
-import csv
 import json
 import math
 import statistics
@@ -45,7 +44,10 @@ FOLDER = HERE / "defences"
 TABLE = FOLDER / "defences.csv"
 NETWORKS = FOLDER / "networks.csv"
 PAGE = HERE / "defences.md"
-SWEEPS = ("runs/defences_fashion_mnist_sweep", "runs/defences_cifar10_sweep")
+RUNS = ROOT / "runs"
+SWEEPS = "defences_*"
+SEARCHES = ROOT / "recipes/configs/sweeps/defences_fashion_mnist_sweep.yaml"
+"""Says what is searched in each cell, also for sweeps that take the values from there."""
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 SPIKE_SEARCHES = ("spike_search", "program")
 """Kinds of attacks that follow spikes, in suite and control."""
@@ -165,7 +167,7 @@ class Network:
     ms_mppd: float
     images: int
     chosen: str
-    """What a search chose, if there was one."""
+    """Its value of the option that is searched in its cell."""
 
     @property
     def row_key(self) -> tuple[str, str, str]:
@@ -184,7 +186,7 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     only_page = words == ["--page"]
     other_sweeps = bool(words) and not only_page
-    folders = [Path(word) for word in words] if other_sweeps else [ROOT / name for name in SWEEPS]
+    folders = [Path(word) for word in words] if other_sweeps else sorted(RUNS.glob(SWEEPS))
     found = {} if only_page else networks_in(folders)
     if other_sweeps:
         kept: list[Network] = []
@@ -196,7 +198,7 @@ def main() -> None:
     rows = rows_of(networks, kept_rows)
     if not rows:
         sys.exit(
-            f"no network has been evaluated in {' and '.join(map(str, folders))}; run "
+            f"no network has been evaluated in {' and '.join(map(str, folders)) or RUNS}; run "
             "recipes/sweep.py with a sweep of the study first"
         )
     text = shown(rows)
@@ -225,9 +227,8 @@ def networks_in(folders: Iterable[Path]) -> dict[tuple[str, str, str, int], Netw
         if not sweep_file.is_file():
             continue
         sweep = yaml.safe_load(sweep_file.read_text(encoding="utf-8"))
-        chosen = chosen_in(folder)
         for path in sorted(folder.glob("runs/*/run.json")):
-            for network in networks_of(path, sweep, chosen):
+            for network in networks_of(path, sweep):
                 before = runs.setdefault(network.key, path.parent)
                 if before != path.parent:
                     sys.exit(
@@ -239,9 +240,9 @@ def networks_in(folders: Iterable[Path]) -> dict[tuple[str, str, str, int], Netw
     return found
 
 
-def networks_of(path: Path, sweep: dict[str, Any], chosen: dict[str, str]) -> list[Network]:
+def networks_of(path: Path, sweep: dict[str, Any]) -> list[Network]:
     """A run of a sweep, by its record, at every radius where both of its evaluations are done; none
-    if its cell is not of the sweep. ``chosen`` has by cell what a search chose.
+    if its cell is not of the sweep.
     """
     record = json.loads(path.read_text(encoding="utf-8"))
     if record.get("cell") not in sweep["cells"]:
@@ -258,7 +259,7 @@ def networks_of(path: Path, sweep: dict[str, Any], chosen: dict[str, str]) -> li
                 data=data,
                 radius=radius,
                 suites=suites,
-                chosen=chosen.get(record["cell"], ""),
+                chosen=chosen_for(record, sweep),
             )
             found.append(network)
     return found
@@ -402,15 +403,19 @@ def follows_spikes(member: str) -> bool:
     return member.removeprefix("control/").partition("/")[0] in SPIKE_SEARCHES
 
 
-def chosen_in(folder: Path) -> dict[str, str]:
-    """By cell of a sweep the value that its search chose, if it had one."""
-    path = folder / "search.csv"
-    if not path.is_file():
-        return {}
-    with path.open(encoding="utf-8", newline="") as file:
-        return {
-            line["cell"]: line["value"] for line in csv.DictReader(file) if line["chosen"] == "True"
-        }
+def chosen_for(record: dict[str, Any], sweep: dict[str, Any]) -> str:
+    """Name and value of the option of a run that its cell searches, in this sweep or in the one of
+    :data:`SEARCHES`; empty if there is none.
+    """
+    sweeps = (sweep, yaml.safe_load(SEARCHES.read_text(encoding="utf-8")))
+    cells = [one["cells"].get(record["cell"], {}) for one in sweeps]
+    searches = [cell["search"] for cell in cells if "search" in cell]
+    if not searches:
+        return ""
+    ((option, values),) = searches[0].items()
+    value = record["options"][option]
+    as_written = [one for one in values if one == value]
+    return f"{option} {(as_written or [value])[0]}"
 
 
 def by_threat(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
