@@ -100,6 +100,18 @@ def test_few_images_have_a_table_of_their_own(folder):
     ]
 
 
+def test_other_images_of_the_same_number_have_a_table_of_their_own(folder):
+    others = replace(report(name="others"), data="other")
+    others.save(folder / "runs" / "a" / "others.json")
+    groups = groups_of(read_reports(["runs/a", "runs/b"], {}))
+    titles = [(group.title, [entry.name for entry in group.entries]) for group in groups]
+    known = report().data
+    assert titles == [
+        (f"digits, Linf 0.1, 10 images ({known})", ["dlif_at", "<lif|none>"]),
+        ("digits, Linf 0.1, 10 images (other)", ["others"]),
+    ]
+
+
 def test_all_reports_about_a_network_make_one_row(folder):
     harder = replace(report(members=(member("pgd", range(7)),)), suite="standard")
     harder.save(folder / "runs" / "a" / "harder.json")

@@ -125,7 +125,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Group:
-    """Networks that can be compared: one data set, one threat, one number of images."""
+    """Networks that can be compared: the same images under the same threat."""
 
     title: str
     entries: tuple[Entry, ...]

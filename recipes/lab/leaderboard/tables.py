@@ -1,10 +1,9 @@
-"""Leaderboard of stored robustness reports: a table for each data set, threat and number of
-images.
-"""
+"""Leaderboard of stored robustness reports: a table for each data set, threat and set of images."""
 
 import csv
 import hashlib
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -26,7 +25,7 @@ _NOTE = (
     "Robust accuracy lies between the share that is proved and the share still correct after all "
     "attacks, control included (at most; below it its 95 % CI). In each bar, the first part is "
     "proved, the second is open, and the rest is broken or misclassified. Do not compare tables: "
-    "their data set, threat or number of images differs. An exclamation mark (!) means signs of "
+    "their data set, threat or images differ. An exclamation mark (!) means signs of "
     "gradient masking."
 )
 
@@ -62,7 +61,7 @@ def elsewhere(board: Path) -> list[str]:
 
 def read_reports(folders: Sequence[str], usual: Mapping[str, Any]) -> list[Stored]:
     """Every robustness report in folders and those below, or at a path itself, by data set, threat,
-    number of images, the largest first, and robust accuracy.
+    images, the most of them first, and robust accuracy.
 
     Raises:
         FileNotFoundError: If a folder is missing, or there is no report in any.
@@ -100,18 +99,22 @@ def _read_report(path: Path, usual: Mapping[str, Any]) -> Stored | None:
 
 
 def groups_of(stored: Sequence[Stored]) -> list[Group]:
-    """The tables: by data set, threat and number of images, networks by what attacks leave of them.
+    """The tables: by data set, threat and images, networks by what attacks leave of them.
 
-    A few images may all be easy, so networks on fewer images get a table of their own.
+    A few images may all be easy, so networks on fewer images get a table of their own, and so do
+    networks on as many others, whose title then ends with the fingerprint of the images.
     """
     groups = []
-    for (dataset, budget, images), found in groupby(stored, key=_table):
+    titles = Counter(table[:3] for table in set(map(_table, stored)))
+    for (dataset, budget, images, data), found in groupby(stored, key=_table):
         networks: dict[tuple[str, str, str], list[Stored]] = {}
         for one in found:
             networks.setdefault(one.network, []).append(one)
         entries = [Entry.of(reports) for reports in networks.values()]
         entries.sort(key=lambda entry: (-entry.at_most, -(entry.proved or 0.0), entry.name))
         title = f"{short_name(dataset)}, {budget}, {images:,} images"
+        if titles[dataset, budget, images] > 1:
+            title += f" ({data})"
         groups.append(Group(title, tuple(entries)))
     return groups
 
@@ -121,14 +124,17 @@ def short_name(dataset: str) -> str:
     return dataset.rstrip("/").rpartition("/")[2] if ":" in dataset else dataset
 
 
-def _table(one: Stored) -> tuple[str, str, int]:
-    """Data set, threat and number of images, which the reports of a table share."""
-    return one.report.dataset, one.report.budget, len(one.report.labels)
+def _table(one: Stored) -> tuple[str, str, int, str]:
+    """Data set, threat, number of images and their fingerprint, which the reports of a table
+    share.
+    """
+    report = one.report
+    return report.dataset, report.budget, len(report.labels), report.data
 
 
-def _order(one: Stored) -> tuple[str, str, int, float, str]:
-    dataset, budget, images = _table(one)
-    return dataset, budget, -images, -one.report.everything.accuracy, one.path
+def _order(one: Stored) -> tuple[str, str, int, str, float, str]:
+    dataset, budget, images, data = _table(one)
+    return dataset, budget, -images, data, -one.report.everything.accuracy, one.path
 
 
 def _command(configuration: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
