@@ -9,9 +9,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sj_robust.classifier import SpikingClassifier
-from sj_robust.core.host import functional, invalidate_reset_cache, neuron
+from sj_robust.core.host import functional, invalidate_reset_cache, layer, neuron
 
 __all__ = ["keep_time_steps", "set_time_steps"]
+
+_SCALED_BY_STEP: tuple[type[nn.Module], ...] = tuple(
+    getattr(layer, f"TemporalEffectiveBatchNorm{dims}d")
+    for dims in (1, 2, 3)
+    if hasattr(layer, f"TemporalEffectiveBatchNorm{dims}d")
+)
+"""Batch norms of SpikingJelly 2.x with a scale per time step; 0.0.0.0.14 has none."""
 
 
 def set_time_steps(net: nn.Module, T: int) -> dict[str, tuple[int, int]]:
@@ -27,12 +34,13 @@ def set_time_steps(net: nn.Module, T: int) -> dict[str, tuple[int, int]]:
     learned for a membrane that has been charged for a while; a mean over all gains would include
     the first ones, learned for an empty membrane, and fit no step.
 
-    The leaks of FEEL-SNN and the signatures of HoSNN, which have one value per step too, follow the
-    same rule. All other modules that keep the number of steps in an attribute ``T`` (the
-    classifier, the networks of this package) get the new number; an attribute of this name that is
-    another number than that of the classifier and of these neurons means something else, and stays.
-    A network without either has every ``T`` changed. States are reset. An existing optimizer still
-    holds the old gains: create a new one.
+    The leaks of FEEL-SNN, the signatures of HoSNN and the scales of SpikingJelly's
+    ``TemporalEffectiveBatchNorm``, which have one value per step too, follow the same rule. All
+    other modules that keep the number of steps in an attribute ``T`` (the classifier, the networks
+    of this package) get the new number; an attribute of this name that is another number than that
+    of the classifier and of these neurons means something else, and stays. A network without either
+    has every ``T`` changed. States are reset. An existing optimizer still holds the old gains:
+    create a new one.
 
     Args:
         net: A ``SpikingClassifier``, a network or any module, changed in place.
@@ -131,7 +139,7 @@ def _changed(
     changes = []
     for name, module in net.named_modules():
         steps = _steps_of(module)
-        if steps is None or steps == T:
+        if steps is None or list(origin(steps)) == list(range(steps)):
             continue
         is_number_of_steps = steps in numbers or not numbers
         if _per_step(module) or ("T" in vars(module) and is_number_of_steps):
@@ -149,13 +157,20 @@ def _changed(
 
 
 def _steps_of(module: nn.Module) -> int | None:
-    """The attribute ``T`` of a module, if it is a number; a classifier may not know its own yet."""
+    """Number of scales or the attribute ``T`` of a module, if it is a number; a classifier may not
+    know its own yet.
+    """
+    if isinstance(module, _SCALED_BY_STEP):
+        scale: Any = module.scale
+        return len(scale)
     steps = getattr(module, "T", None)
     return steps if isinstance(steps, int) and not isinstance(steps, bool) else None
 
 
 def _per_step(module: nn.Module) -> tuple[str, ...]:
     """Names of the parameters and buffers of a module that have a row per time step."""
+    if isinstance(module, _SCALED_BY_STEP):
+        return ("scale",)
     names = getattr(type(module), "per_step", ())
     return names if isinstance(names, tuple) else ()
 

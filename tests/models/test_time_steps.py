@@ -180,6 +180,29 @@ def test_what_neurons_keep_for_every_step_follows(kind):
         assert torch.equal(now, rows[name][[0, 1, 1]])
 
 
+def test_steps_that_a_network_of_as_many_does_not_have_cannot_be_kept():
+    net = nn.Sequential(DLIFNode(T=2))
+    with pytest.raises(ValueError, match="0 has 2 time steps, got step 2"):
+        keep_time_steps(net, [0, 2])
+
+
+@pytest.mark.skipif(
+    not hasattr(layer, "TemporalEffectiveBatchNorm1d"), reason="this release has no such layer"
+)
+def test_scales_of_batch_norm_follow():
+    norm = layer.TemporalEffectiveBatchNorm1d(3, 5)
+    norm.scale.data.copy_(torch.tensor([1.0, 2.0, 4.0]))
+    net = nn.Sequential(nn.Flatten(2), nn.Linear(64, 5), norm, neuron.IFNode(step_mode="m"))
+    classifier = SpikingClassifier(net, T=3).eval()
+    classifier(images())
+    set_time_steps(classifier, 4)
+    assert norm.scale.tolist() == [1.0, 2.0, 4.0, 4.0]
+    keep_time_steps(classifier, [1])
+    assert norm.scale.tolist() == [2.0]
+    assert classifier(images()).shape == (3, 5)
+    assert classifier.T == 1
+
+
 @pytest.mark.skipif(not hasattr(neuron, "PSN"), reason="this release of SpikingJelly has no PSN")
 def test_neurons_with_weights_for_their_steps_are_refused():
     net = nn.Sequential(nn.Flatten(2), nn.Linear(64, 5), neuron.PSN(T=4))
