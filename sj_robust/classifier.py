@@ -177,16 +177,17 @@ class SpikingClassifier(nn.Module):
         """The input and output conventions found for the network; None before the first forward."""
         return None if self._found is None else self._found[1]
 
-    def find_convention(self, images: Tensor) -> Convention:
+    def find_convention(self, images: Tensor, *, again: bool = True) -> Convention:
         """Find out by a few small forwards how the network is called, as the first forward does.
 
-        The network is left as it was. Only the shape, dtype and device of the images matter. A
-        network that brings its own time steps is asked every time, since their number may have been
-        changed.
+        The network is left as it was. Only the shape, dtype and device of the images matter. With
+        ``again``, a network that brings its own time steps is asked even if it is known how it is
+        called, since their number may have been changed.
         """
         self._check(images)
         found = self.convention
-        if found is not None and found.takes == "images" and not torch.compiler.is_compiling():
+        brings_steps = found is not None and found.takes == "images"
+        if again and brings_steps and not torch.compiler.is_compiling():
             self.forget_convention()
         try:
             return self._convention_for(images)

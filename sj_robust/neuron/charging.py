@@ -82,6 +82,16 @@ class Neuron:
     charging: Callable[[], Charging]
     known: bool
 
+    def numbers(self, *, learned: bool = True) -> tuple[float | tuple[float, ...] | None, ...]:
+        """Threshold, potential after a spike (None: soft reset), decay and gains as they are now,
+        to be compared with those of another time; without ``learned``, no tensors, which would be
+        copied from their device.
+        """
+        charging = self.charging()
+        given = [charging.decay, charging.gain, charging.input_gain]
+        told = [value for value in given if learned or not isinstance(value, Tensor)]
+        return (self.module.v_threshold, self.module.v_reset, *map(_as_numbers, told))
+
     @property
     def type_name(self) -> str:
         """Class name of the neuron."""
@@ -102,6 +112,10 @@ class Neuron:
         """Whether the outputs can only be 0 and 1."""
         function = self.module.surrogate_function
         return self.known and isinstance(function, Spiking) and function.spiking
+
+
+def _as_numbers(value: float | Tensor | None) -> float | tuple[float, ...] | None:
+    return tuple(value.detach().flatten().tolist()) if isinstance(value, Tensor) else value
 
 
 def find_neurons(

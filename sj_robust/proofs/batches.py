@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Literal, get_args
 
 import torch
@@ -151,7 +151,9 @@ class BatchProofs:
             if self._method not in ("ibp", "joint"):
                 batch = _tightened(batch, self._prover, self._search)
             # layers are looked at in the first batch
-            for point in islice(self._prover.points(images), 1 if done else None):
+            points = islice(self._prover.points(images), 1 if done else None)
+            slopes = () if done else self._prover.along_currents(images)
+            for point in chain(points, self._prover.against_lead(images), slopes):
                 found = check_point(self._model, run, bounds, point)
                 _check_margins(found, labels, batch.margin, first=done)
             _check_margins(logits, labels, batch.margin, first=done)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sj_robust.proofs.changes import Changes
+from sj_robust.proofs.constants import by_value
 from sj_robust.proofs.rounding import NoBoundsError
 from sj_robust.proofs.spiking import Interval
 
@@ -18,11 +19,13 @@ __all__ = [
     "Bounds",
     "Call",
     "Function",
+    "HeldPotential",
     "Origin",
     "Pooling",
     "Rule",
     "Run",
     "is_truth",
+    "run_of",
 ]
 
 Pooling = Callable[[Tensor], Tensor]
@@ -59,6 +62,8 @@ RULES: dict[str, Rule] = {}
 ON_TRUTH: set[Rule] = set()
 """Rules that know what they make of True and False; filled likewise."""
 
+READS_POTENTIAL = "a forward that reads a neuron's potential v"
+
 _OPERATORS_IN_PLACE = ["iadd", "isub", "imul", "itruediv", "idiv"]
 _MAY_WRITE = ["add", "sub", "mul", "div", "truediv", "neg", *_OPERATORS_IN_PLACE]
 """Operations that may write their result into their first argument."""
@@ -93,7 +98,9 @@ class Run(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A call of a rule, with origins instead of bounds."""
+    """A call of a rule, with origins instead of bounds and constants by value; in training, as
+    they are, with their graph.
+    """
 
     rule: Rule
     func: Any
@@ -274,10 +281,14 @@ class Bounds(Tensor):
         in_place = func.__name__ == f"{name}_" or name in _OPERATORS_IN_PLACE
         if func.__name__ == "__float__":
             raise NoBoundsError("float(x), a number that depends on the input")
+        if HeldPotential in types:
+            raise NoBoundsError(READS_POTENTIAL)
         if kwargs.get("out") is not None or (in_place and name not in _MAY_WRITE):
             raise NoBoundsError(f"{func.__name__}, which writes into a tensor: write x = f(x)")
         if rule is None:
             raise NoBoundsError(f"the operation {name}")
+        if any(isinstance(value, Bounds) for value in kwargs.values()):
+            raise NoBoundsError(f"{name} of an argument by keyword: pass it by its place")
         if rule not in ON_TRUTH and any(isinstance(x, Bounds) and x.truth for x in args):
             raise NoBoundsError(
                 f"the operation {name} of a comparison: convert it first, as in (x >= "
@@ -285,7 +296,7 @@ class Bounds(Tensor):
             )
         try:
             with torch._C.DisableTorchFunctionSubclass():
-                call = Call(rule=rule, func=func, args=_origins(args), kwargs=kwargs)
+                call = _noted_call(rule, func, args, kwargs)
                 found = rule(func, *args, **kwargs)
                 _note(found, call)
                 return _written(args[0], found, func.__name__) if in_place else found
@@ -299,6 +310,27 @@ class Bounds(Tensor):
     ) -> Any:
         """What reaches torch's dispatcher came around the rules above."""
         raise NoBoundsError(f"the operation {func}")
+
+
+class HeldPotential(Tensor):
+    """What a neuron holds behind a call on bounds: nobody may read it, and who replaces it, as a
+    reset does, is seen.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse; only cutting its graph changes nothing."""
+        if func.__name__ in ("detach", "detach_"):
+            return args[0]
+        raise NoBoundsError(READS_POTENTIAL)
+
+
+def run_of(value: Any) -> Run | None:
+    """The run of the first bounds among arguments."""
+    if isinstance(value, Bounds):
+        return value.run
+    parts = value if type(value) in (tuple, list) else ()
+    return next((run for run in map(run_of, parts) if run is not None), None)
 
 
 def is_truth(value: Any) -> bool:
@@ -320,13 +352,29 @@ def _written(x: Any, result: Bounds, name: str) -> Bounds:
     return x
 
 
-def _origins(value: Any) -> Any:
-    """Arguments with origins instead of bounds."""
+def _noted_call(rule: Rule, func: Any, args: Any, kwargs: Any) -> Call:
+    """A call as it can be made again."""
+    run = run_of(args)
+    keep = _as_it_is if run is not None and run.differentiable else by_value
+    return Call(
+        rule=rule,
+        func=func,
+        args=_origins(args, keep),
+        kwargs={name: keep(value) for name, value in kwargs.items()},
+    )
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _origins(value: Any, keep: Callable[[Any], Any]) -> Any:
+    """Arguments with origins instead of bounds, and what is no bounds as ``keep`` gives it."""
     if isinstance(value, Bounds):
         return value.origin
     if type(value) in (tuple, list):
-        return type(value)(map(_origins, value))
-    return value
+        return type(value)(_origins(part, keep) for part in value)
+    return keep(value)
 
 
 def _note(found: Any, call: Call) -> None:

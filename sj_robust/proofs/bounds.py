@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sj_robust.core.broadcast import along
 from sj_robust.core.preserved import other_forward
 from sj_robust.neuron.charging import Neuron
-from sj_robust.proofs.bound_tensor import Bounds, Function, Origin
+from sj_robust.proofs.bound_tensor import Bounds, Function, HeldPotential, Origin
 from sj_robust.proofs.opened import counts, on_bounds, spiking_surrogates
 from sj_robust.proofs.origins import leaves_of, rows_of
 from sj_robust.proofs.rounding import SLACK, NoBoundsError
@@ -221,7 +221,50 @@ class BoundedRun:
             for surrogate in spiking_surrogates(net):
                 stepped = on_bounds(surrogate.forward)
                 stack.enter_context(other_forward(surrogate, stepped))
-            yield
+            entered = {name: neuron.module.v for name, neuron in self.neurons.items()}
+            try:
+                yield
+                for neuron in self.neurons.values():
+                    self._check_numbers(neuron)
+            finally:
+                self._give_potentials_back(entered)
+
+    def _check_call(self, neuron: Neuron) -> None:
+        """Raise NoBoundsError if something other than its calls changed a neuron in this run."""
+        self._check_numbers(neuron)
+        layer = self.layers[neuron.name]
+        module = neuron.module
+        if layer.numbers is None:
+            layer.numbers = self._numbers(neuron)
+            layer.rest = module.v
+        elif not isinstance(module.v, HeldPotential):
+            raise NoBoundsError(
+                f"the layer {neuron.name}, which is reset, or whose v is set, between two calls of "
+                "one forward: use a neuron of its own for each"
+            )
+
+    def _check_numbers(self, neuron: Neuron) -> None:
+        """Raise NoBoundsError if a neuron that has run charges, fires or resets differently now."""
+        before = self.layers[neuron.name].numbers
+        if before is not None and before != self._numbers(neuron):
+            raise NoBoundsError(
+                f"the layer {neuron.name}, whose threshold, reset, decay or gain changes within "
+                "one forward: use a neuron of its own for each value"
+            )
+
+    def _numbers(self, neuron: Neuron) -> tuple[Any, ...]:
+        return neuron.numbers(learned=not self.differentiable)
+
+    def _give_potentials_back(self, entered: dict[str, Any]) -> None:
+        """Let neurons hold what they held before their first call; inside another run on bounds,
+        what that one left in them.
+        """
+        for name, layer in self.layers.items():
+            module = self.neurons[name].module
+            if isinstance(entered[name], HeldPotential):
+                module.v = entered[name]
+            elif isinstance(module.v, HeldPotential):
+                module.v = layer.rest
 
     def lead(self, logits: Bounds, y: Tensor) -> Tensor:
         """Upper bound of what every class's logit is above the right one's, [N, classes]; the right
@@ -319,8 +362,11 @@ class BoundedRun:
                 )
             if self.changed is not None and x.changes is None and 0 in leaves_of(x.origin):
                 self.apart[name] = "its current is more than one convolution or linear map"
+            self._check_call(neuron)
             self._reached(x, batch_dim, neuron)
-            return self._leaf_behind(neuron, x, batch_dim)
+            found = self._leaf_behind(neuron, x, batch_dim)
+            neuron.module.v = torch.empty(0).as_subclass(HeldPotential)
+            return found
 
         return forward
 

@@ -1,6 +1,7 @@
 """Proofs by linear relaxation, and by branch and bound over undecided spikes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sj_robust.neuron.charging import Neuron
 from sj_robust.proofs.joint import JointRun, OverTime
 from sj_robust.proofs.moves import EVENTS, Events
 from sj_robust.proofs.relaxation import Decision, Lower, Maps, RelaxedRun, raised
@@ -230,6 +232,38 @@ class Prover:
             yield inside_ball(images, images.double() + self.eps * direction, self.eps)
         yield images
 
+    def against_lead(self, images: Tensor) -> Iterator[Tensor]:
+        """Of each image's ball the corner to which its lead falls; none without a gradient."""
+
+        def lead(points: Tensor) -> list[Tensor]:
+            first, second = self.logits(points).topk(2, dim=1).values.unbind(1)
+            return [(first - second).sum()]
+
+        for slope in _slopes(lead, images):
+            yield self.lowest(images, slope)
+
+    def along_currents(self, images: Tensor) -> Iterator[Tensor]:
+        """For one neuron in the first and one in the last call of every spiking layer, the corners
+        to which its current falls and rises; none where there is no gradient.
+
+        In a random corner the parts of such a sum cancel one another.
+        """
+        generator = torch.Generator().manual_seed(0)
+
+        def currents(points: Tensor) -> list[Tensor]:
+            found: list[Tensor] = []
+            with _noted_currents(self.maps.neurons.values()) as noted:
+                self.logits(points)
+            for calls in noted:
+                for rows in calls[:1] + calls[1:][-1:]:
+                    number = torch.randint(rows.shape[1], (1,), generator=generator)
+                    found.append(rows[:, int(number)].sum())
+            return found
+
+        for slope in _slopes(currents, images):
+            yield self.lowest(images, slope)
+            yield self.lowest(images, -slope)
+
     def lowest(self, image: Tensor, weights: Tensor) -> Tensor:
         """The points [R, *] of the balls of images [R, *], or of one, whose sums with weights are
         least.
@@ -295,6 +329,39 @@ def _next_parts(searches: list["_Search"]) -> list["_Part"]:
     for search in searches:
         parts += search.next_ones()
     return parts
+
+
+def _slopes(values: Callable[[Tensor], list[Tensor]], images: Tensor) -> Iterator[Tensor]:
+    """Gradients of values at the images, of those that have one."""
+    points = images.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        try:
+            found = values(points)
+        except RuntimeError:  # of autograd, which some networks do not allow
+            return
+    for value in found:
+        if value.requires_grad:
+            slopes = torch.autograd.grad(value, points, retain_graph=True, allow_unused=True)
+            if slopes[0] is not None:
+                yield slopes[0]
+
+
+@contextmanager
+def _noted_currents(neurons: Iterable[Neuron]) -> Iterator[list[list[Tensor]]]:
+    """Context in which the currents of spiking layers are noted, call by call, as [N, values]."""
+    noted: list[list[Tensor]] = []
+    with ExitStack() as stack:
+        for neuron in neurons:
+            calls: list[Tensor] = []
+            noted.append(calls)
+
+            def note(module: Any, args: Any, calls: list[Tensor] = calls) -> None:
+                x = args[0]
+                calls.append(x.movedim(1 if module.step_mode == "m" else 0, 0).flatten(1))
+
+            hook = neuron.module.register_forward_pre_hook(note)
+            stack.callback(hook.remove)
+        yield noted
 
 
 def inside_ball(images: Tensor, points: Tensor, eps: float) -> Tensor:

@@ -115,7 +115,7 @@ class DifferentiableBounds:
         """Upper bounds [N, classes] for images [N, ...] with labels [N], over an Linf ball or for
         changed or moved events; those of the labels are 0.
         """
-        self.classifier.find_convention(x)  # before anything is replaced
+        self.classifier.find_convention(x, again=False)  # before anything is replaced
         with ExitStack() as stack:
             for name, seen in self._seen.items():
                 module: Any = self.classifier.net.get_submodule(name)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sj_robust.proofs import nonlinear
-from sj_robust.proofs.bound_tensor import Bounds, Function, Rule
+from sj_robust.proofs.bound_tensor import Bounds, Function, Rule, run_of
 from sj_robust.proofs.rounding import NoBoundsError
 from sj_robust.proofs.rule_arguments import (
     as_bounds,
@@ -20,7 +20,6 @@ from sj_robust.proofs.rule_arguments import (
     is_rounded,
     new_leaf,
     reshaped,
-    run_of,
 )
 from sj_robust.proofs.spiking import Interval
 

@@ -103,6 +103,7 @@ class _TimedTrace(Trace):
         self.factors = factors
         self.calls: list[_Call] = []
         self.pooled: set[int] = set()
+        self.steps_of_leaf: dict[int, int] = {}
         self.steps = dict.fromkeys(neurons, 0)
         self._values: dict[str, Tensor] = {}
         self._generator = torch.Generator().manual_seed(0)
@@ -135,6 +136,7 @@ class _TimedTrace(Trace):
             return self.point(self._drawn(like), batch_dim)
         call = self.calls[-1]
         steps = by_step(like, 1, batch_dim)
+        self.steps_of_leaf[len(self.leaves)] = len(steps)
         one = self._drawn(steps[0])
         if call.by is not None:
             one = self._values.setdefault(call.by, one)
@@ -238,7 +240,12 @@ class OverTime:
                     before |= call.leaves
             if not calls:
                 continue
-            self.kinds[name] = _kind(calls, shifts, self._factors)
+            kind = _kind(calls, shifts, self._factors)
+            if kind == "steps" and not _run_together(calls, trace.steps_of_leaf):
+                self.kinds[name] = None
+                yield f"{name}: it takes other numbers of time steps per call than what it gets"
+                continue
+            self.kinds[name] = kind
             if before & trace.pooled:
                 yield f"{name}: after a maximum, a product or another function"
             elif self.kinds[name] is None and before != {0}:
@@ -744,6 +751,7 @@ class JointRun(BoundedRun):
         for centre, radius in zip(centres, radii, strict=True):
             laid_centre = in_layout(centre, leaf.batch_dim)
             laid_radius = in_layout(radius, leaf.batch_dim)
+            assert laid_radius.shape == leaf.radius.shape  # see _run_together
             found.append(Bounds(laid_centre, laid_radius, run=run))
         return found
 
@@ -801,6 +809,14 @@ def _kind(calls: list[_Call], shifts: list[Tensor], factors: Tensor) -> _Kind | 
     same_map = is_rounding(own - own[:1], size)
     same_shift = is_rounding(shift - shift[:1], size)
     return "steps" if same_map and same_shift else None
+
+
+def _run_together(calls: list[_Call], steps_of_leaf: dict[int, int]) -> bool:
+    """Whether every call of a layer has as many steps as each leaf but the images that it depends
+    on, so that sums of the leaf's steps can stand in their place.
+    """
+    numbers = [(len(call.current), call.leaves - {0}) for call in calls]
+    return all(steps_of_leaf[leaf] == steps for steps, leaves in numbers for leaf in leaves)
 
 
 def _factors_of(factors: Tensor, first: int, steps: int) -> Tensor:

@@ -34,7 +34,7 @@ def bounded_logits(
     Raises:
         NotImplementedError: If something in the network has no bounds; it is named.
     """
-    model.find_convention(images)  # before anything is replaced
+    model.find_convention(images, again=False)  # before anything is replaced
     run.dtype = images.dtype
     exact = images.detach() if run.differentiable else images.detach().double()
     if isinstance(eps, EVENTS):

@@ -32,6 +32,12 @@ from sj_robust.proofs.spiking import Interval
 
 __all__ = ["no_flip_radius"]
 
+SILENT = -1
+"""No spikes, in a run with fixed ones."""
+
+_TRAINS = 4
+"""Runs with other fixed spikes: all of them, and random ones."""
+
 
 def no_flip_radius(model: SpikingClassifier, x: Tensor, *, batch_size: int = 64) -> Tensor:
     """The L2 radius around each image within which no spike driven by the input can flip.
@@ -66,8 +72,9 @@ def no_flip_radius(model: SpikingClassifier, x: Tensor, *, batch_size: int = 64)
         TypeError: If ``model`` is not a ``SpikingClassifier``.
         ValueError: If images are not finite or outside [0, 1].
         NotImplementedError: If a neuron driven directly by the input has unknown dynamics or no
-            bounds, the map to it is not affine, the encoder is stochastic, or the input reaches the
-            logits without passing a neuron.
+            bounds, or changes them within a forward, the map to it is not affine or depends on
+            spikes, the encoder is stochastic, or the input reaches the logits without passing a
+            neuron.
         UnsoundBoundsError: If such a neuron does not follow its charge equation.
 
     Source: derived here; it is the exact range of validity of the perturbation dynamics without
@@ -121,26 +128,54 @@ def _row_norms(model: SpikingClassifier, image: Tensor, batch_size: int) -> dict
     neurons, others, _ = find_neurons(model.net, {}, {})
     names = [*neurons, *others]
     probes = _probes(model, image)
-    black = _silent_run(model, torch.zeros_like(probes), names)
-    probed = _silent_run(model, probes, names)
-    if not torch.equal(probed.logits, black.logits):
-        raise NotImplementedError(
-            "the input reaches the logits past all spiking layers, so no radius keeps them"
-        )
+    black = _fixed_run(model, torch.zeros_like(probes), names, SILENT)
+    probed = _fixed_run(model, probes, names, SILENT)
     sums_of_squares = {}
-    for name, currents in probed.currents.items():
-        at_black = black.currents[name]
-        change = currents - at_black
+    for name, change in _changes(probed, black).items():
         if bool(change.any()):
             _check_followed(name, neurons, others)
-            _check_affine(name, change, currents.abs() + at_black.abs())
-            sums_of_squares[name] = torch.zeros_like(at_black[0, 0])
+            _check_affine(name, change, _sizes(probed, black, name))
+            sums_of_squares[name] = torch.zeros_like(change[0, 0])
+    for spikes in (SILENT, *range(_TRAINS)):
+        _check_same_with_spikes(model, probes, names, spikes, _changes(probed, black))
     for basis in _bases(model, image, batch_size):
         columns = _currents(model, basis, list(sums_of_squares))
         for name, squares in sums_of_squares.items():
             column = columns[name][0] - black.currents[name][0, :1]
             squares += column.square().sum(0)
     return {name: squares.sqrt() for name, squares in sums_of_squares.items()}
+
+
+def _check_same_with_spikes(
+    model: SpikingClassifier,
+    probes: Tensor,
+    names: list[str],
+    spikes: int,
+    changes: dict[str, Tensor],
+) -> None:
+    """Raise NotImplementedError if the input drives a layer, or the logits, in another way where
+    spikes are than where there is none, as when it is multiplied by spikes.
+    """
+    black = _fixed_run(model, torch.zeros_like(probes), names, spikes)
+    probed = _fixed_run(model, probes, names, spikes)
+    if not torch.equal(probed.logits, black.logits):
+        raise NotImplementedError(
+            "the input reaches the logits past all spiking layers, so no radius keeps them"
+        )
+    for name, change in _changes(probed, black).items():
+        size = _sizes(probed, black, name)
+        if name not in changes or not is_rounding(change - changes[name], size):
+            raise _not_affine(name)
+
+
+def _changes(probed: "_FixedRun", black: "_FixedRun") -> dict[str, Tensor]:
+    """By how much the currents of layers differ."""
+    return {name: at - black.currents[name] for name, at in probed.currents.items()}
+
+
+def _sizes(probed: "_FixedRun", black: "_FixedRun", name: str) -> Tensor:
+    """What rounding of these differences is relative to."""
+    return probed.currents[name].abs() + black.currents[name].abs()
 
 
 def _probes(model: SpikingClassifier, image: Tensor) -> Tensor:
@@ -182,7 +217,8 @@ def _check_affine(name: str, change: Tensor, size: Tensor) -> None:
 
 def _not_affine(name: str) -> NotImplementedError:
     return NotImplementedError(
-        f"what leads from the input to {name} is not one affine map for every time step"
+        f"what leads from the input to {name} is not one affine map for every time step and "
+        "whatever spikes there are"
     )
 
 
@@ -217,12 +253,14 @@ class _Step:
         gain: Gain of the current.
         before: Potential before the charge.
         h: Potential before firing.
+        after: Potential after the reset.
         slope: By how much an image of distance 1 moves h at most.
     """
 
     gain: float
     before: Tensor
     h: Tensor
+    after: Tensor
     slope: Tensor
 
 
@@ -277,22 +315,43 @@ def _least(ratios: list[Tensor]) -> Tensor:
 
 
 class _Calls:
-    """What went into a layer and came out, call by call."""
+    """What went into a layer and came out, call by call, and what it held then."""
 
-    def __init__(self) -> None:
+    def __init__(self, neuron: Neuron) -> None:
+        self.neuron = neuron
         self.currents: list[Tensor] = []
         self.spikes: list[Tensor] = []
+        self.numbers: list[Any] = []
+        self.potentials: list[Tensor] = []
 
     def note(self, module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
         """A hook."""
         self.currents.append(args[0])
         self.spikes.append(output)
+        self.numbers.append(self.neuron.numbers())
+        self.potentials.append(module.v)
+
+    def check(self, steps: list[_Step]) -> None:
+        """Raise NotImplementedError unless the layer did its equation, with the numbers that it has
+        now, from call to call.
+        """
+        module = self.neuron.module
+        done = 0
+        for current, numbers, v in zip(self.currents, self.numbers, self.potentials, strict=True):
+            done += len(current) if module.step_mode == "m" else 1
+            last = steps[done - 1]
+            size = last.h.abs() + last.before.abs() + abs(float(module.v_threshold))
+            if numbers != self.neuron.numbers() or not is_rounding(v - last.after, size):
+                raise NotImplementedError(
+                    f"{self.neuron.name} is reset, or its threshold, reset, decay or gain changes, "
+                    "within one forward: use a neuron of its own for each"
+                )
 
 
 def _layers(model: SpikingClassifier, images: Tensor, rows: dict[str, Tensor]) -> dict[str, _Layer]:
     """The layers that the input drives, in a run of the exact network."""
     neurons, _, _ = find_neurons(model.net, {}, {})
-    calls = {name: _Calls() for name in rows}
+    calls = {name: _Calls(neurons[name]) for name in rows}
     with ExitStack() as stack:
         for name, seen in calls.items():
             hook = neurons[name].module.register_forward_hook(seen.note)
@@ -304,8 +363,9 @@ def _layers(model: SpikingClassifier, images: Tensor, rows: dict[str, Tensor]) -
         joined = torch.cat if neurons[name].module.step_mode == "m" else torch.stack
         x_seq = joined(calls[name].currents)
         spike_seq = joined(calls[name].spikes)
-        steps = _steps(neurons[name], x_seq, spike_seq, norms, apart=apart)
-        found[name] = _Layer(neurons[name], list(steps))
+        steps = list(_steps(neurons[name], x_seq, spike_seq, norms, apart=apart))
+        calls[name].check(steps)
+        found[name] = _Layer(neurons[name], steps)
     return found
 
 
@@ -330,8 +390,9 @@ def _steps(
         else:
             reach = decay * reach + gain
             slope = reach.abs() * norms
-        yield _Step(gain=gain, before=v, h=h, slope=slope)
-        v = reset(h, spike, v_threshold=module.v_threshold, v_reset=module.v_reset)
+        after = reset(h, spike, v_threshold=module.v_threshold, v_reset=module.v_reset)
+        yield _Step(gain=gain, before=v, h=h, after=after, slope=slope)
+        v = after
         if module.v_reset is not None:
             reach = (1.0 - spike) * reach
 
@@ -393,23 +454,27 @@ class _FoundError(Exception):
 
 
 @dataclass(frozen=True)
-class _SilentRun:
-    """A run in which some layers stay silent: their currents [T, N, *], and the logits."""
+class _FixedRun:
+    """A run in which layers give spikes that do not depend on it: their currents [T, N, *], and
+    the logits.
+    """
 
     currents: dict[str, Tensor]
     logits: Tensor
 
 
-def _silent_run(model: SpikingClassifier, images: Tensor, names: list[str]) -> _SilentRun:
-    """A run in which these layers stay silent."""
-    with _silent(model, names) as noted:
+def _fixed_run(
+    model: SpikingClassifier, images: Tensor, names: list[str], spikes: int
+) -> _FixedRun:
+    """A run with such spikes, see :func:`_fixed_spikes`."""
+    with _fixed_spikes(model, names, spikes) as noted:
         logits = model(images)
-    return _SilentRun(noted.stacked(), logits)
+    return _FixedRun(noted.stacked(), logits)
 
 
 def _currents(model: SpikingClassifier, images: Tensor, names: list[str]) -> dict[str, Tensor]:
     """Currents [T, N, *] of layers, from a run that ends with the last of them."""
-    with _silent(model, names) as noted, suppress(_FoundError):
+    with _fixed_spikes(model, names, SILENT) as noted, suppress(_FoundError):
         noted.ends_the_run = True
         model(images)
     return noted.stacked()
@@ -436,21 +501,34 @@ class _NotedCurrents:
 
 
 @contextmanager
-def _silent(model: SpikingClassifier, names: list[str]) -> Iterator[_NotedCurrents]:
-    """Context in which layers give no spikes, and their currents are noted."""
+def _fixed_spikes(
+    model: SpikingClassifier, names: list[str], spikes: int
+) -> Iterator[_NotedCurrents]:
+    """Context in which layers give no spikes (SILENT), a spike in every step (0), or random ones,
+    the same for all samples, and their currents are noted.
+    """
     noted = _NotedCurrents(names, model.T)
+    generator = torch.Generator().manual_seed(max(spikes, 0))
 
-    def silent(name: str, module: Any) -> Callable[..., Tensor]:
+    def like(step: Tensor) -> Tensor:
+        if spikes <= 0:
+            return torch.full_like(step, 0.0 if spikes == SILENT else 1.0)
+        drawn = torch.rand(step.shape[1:], generator=generator, dtype=torch.float64)
+        return (drawn < 0.5).to(step).expand_as(step)
+
+    def fixed(name: str, module: Any) -> Callable[..., Tensor]:
         is_single_step = getattr(module, "step_mode", "m") != "m"
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            noted.note(name, [x] if is_single_step else x.unbind(0))
-            return torch.zeros_like(x)
+            steps = [x] if is_single_step else x.unbind(0)
+            noted.note(name, steps)
+            given = torch.stack([like(step) for step in steps])
+            return given[0] if is_single_step else given
 
         return forward
 
     with ExitStack() as stack:
         for name in names:
             module: Any = model.net.get_submodule(name)
-            stack.enter_context(other_forward(module, silent(name, module)))
+            stack.enter_context(other_forward(module, fixed(name, module)))
         yield noted

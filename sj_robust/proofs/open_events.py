@@ -10,11 +10,11 @@ from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.environment import device_of
 from sj_robust.core.preserved import preserved, sums_of_products
 from sj_robust.proofs.branching import Prover, leads
+from sj_robust.proofs.constants import parameters_kept_in_float64
 from sj_robust.proofs.joint import OverTime
 from sj_robust.proofs.logits import bounded_logits, bounded_neurons
 from sj_robust.proofs.moves import Events
 from sj_robust.proofs.relaxation import Maps, raised
-from sj_robust.proofs.rule_arguments import parameters_kept_in_float64
 from sj_robust.proofs.verification import ball_of_frames
 
 __all__ = ["OpenEvents", "open_events"]

@@ -104,6 +104,8 @@ def _rows_behind(call: Call, args: Any) -> Any:
     name = call.func.__name__.strip("_")
     if call.rule is moved:
         func = torch.Tensor.reshape if name == "view" else call.func
+        if isinstance(args[0], list | tuple):
+            args = (_beside(args, call), *args[1:])
         return func(*args, **call.kwargs)
     first = _first_rows(args, call.args)
     if name in ("mean", "sum"):
@@ -112,6 +114,20 @@ def _rows_behind(call: Call, args: Any) -> Any:
         dims = tuple(range(first.ndim)) if dim is None else dim
         return first.amax(dims, keepdim)
     return first
+
+
+def _beside(args: Any, call: Call) -> list[Tensor]:
+    """What is joined, with constants as of the samples that they stand beside."""
+    parts, origins = args[0], call.args[0]
+    dim = call.kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    like = _first_rows(parts, origins)
+    found = []
+    for part, origin in zip(parts, origins, strict=True):
+        rows = part
+        if not isinstance(origin, Origin):
+            rows = like if part.shape == like.shape else like.narrow(dim, 0, 1).expand(part.shape)
+        found.append(rows)
+    return found
 
 
 def _first_rows(args: Any, origins: Any) -> Tensor:

@@ -1,14 +1,12 @@
 """Checks of the arguments of rules."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sj_robust.proofs.bound_tensor import Bounds, Function, Run, is_truth
+from sj_robust.proofs.constants import in_float64
 from sj_robust.proofs.rounding import NoBoundsError
 from sj_robust.proofs.spiking import Interval
 
@@ -22,23 +20,9 @@ __all__ = [
     "interval",
     "is_rounded",
     "new_leaf",
-    "parameters_kept_in_float64",
     "reshaped",
-    "run_of",
     "size_of_constant",
 ]
-
-
-def run_of(value: Any) -> Run | None:
-    """The run of the first bounds among arguments."""
-    if isinstance(value, Bounds):
-        return value.run
-    if type(value) in (tuple, list):
-        for item in value:
-            run = run_of(item)
-            if run is not None:
-                return run
-    return None
 
 
 def constant(value: Any, run: Run | None) -> Tensor:
@@ -51,7 +35,7 @@ def constant(value: Any, run: Run | None) -> Tensor:
         return found
     if found.ndim == 0:
         found = found.to(number)  # as torch does beside a tensor of the network
-    return _in_float64(found)
+    return in_float64(found)
 
 
 def as_bounds(value: Any, run: Run | None, like: Tensor) -> Bounds:
@@ -120,35 +104,4 @@ def reshaped(x: Bounds, shape: torch.Size) -> Bounds:
     if x.shape == shape:
         return x
     found: Bounds = dispatched(torch.Tensor.reshape, x, shape)
-    return found
-
-
-_Known = tuple[Tensor, Tensor, Tensor]
-"""A parameter, a copy of its values, and these in float64. Nothing but the values tells that a
-forward has written to ``p.data``.
-"""
-
-_DOUBLES: ContextVar[dict[int, _Known] | None] = ContextVar("_DOUBLES", default=None)
-
-
-@contextmanager
-def parameters_kept_in_float64() -> Iterator[None]:
-    """Context in which every parameter is converted once, for all runs; also a decorator."""
-    token = _DOUBLES.set({})
-    try:
-        yield
-    finally:
-        _DOUBLES.reset(token)
-
-
-def _in_float64(value: Tensor) -> Tensor:
-    known = _DOUBLES.get()
-    if known is None or not isinstance(value, nn.Parameter):
-        return value.detach().double()
-    if id(value) in known:
-        parameter, values, found = known[id(value)]
-        if parameter is value and torch.equal(values, value):
-            return found
-    found = value.detach().double()
-    known[id(value)] = value, value.detach().clone(), found
     return found

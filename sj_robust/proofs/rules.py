@@ -24,6 +24,7 @@ from sj_robust.proofs.bound_tensor import (
     Rule,
     Run,
     is_truth,
+    run_of,
 )
 from sj_robust.proofs.changes import Changes
 from sj_robust.proofs.function_rules import step
@@ -38,7 +39,6 @@ from sj_robust.proofs.rule_arguments import (
     interval,
     is_rounded,
     new_leaf,
-    run_of,
     size_of_constant,
 )
 
@@ -369,7 +369,10 @@ def moved(func: Any, *args: Any, **kwargs: Any) -> Any:
     names = ["centre", "radius"]
     if run is None or run.rounded:
         names.append("error")
-    parts = {name: func(*_part(args, name, run), **kwargs) for name in names}
+    data, *places = args
+    if run_of(places) is not None:
+        raise NoBoundsError(f"{func.__name__} with a place that depends on the input")
+    parts = {name: func(_part(data, name, run), *places, **kwargs) for name in names}
     results = parts["centre"]
     is_one = isinstance(results, Tensor)
     if is_one:
@@ -386,6 +389,11 @@ def moved(func: Any, *args: Any, **kwargs: Any) -> Any:
     if not copies and isinstance(args[0], Bounds):
         _share_memory(args[0], views)
     return views[0] if is_one else type(results)(views)
+
+
+def _expanded_as(func: Any, x: Any, other: Tensor) -> Any:
+    """``x.expand(other.shape)``."""
+    return moved(Tensor.expand, x, other.shape)
 
 
 def _share_memory(x: Bounds, views: list[Bounds]) -> None:
@@ -421,10 +429,12 @@ def _is_slice(index: Any) -> bool:
 
 
 def _part(value: Any, part: str, run: Run | None) -> Any:
-    """One part of bounds; what is fixed is its own centre."""
+    """One part of bounds; what is fixed is its own centre, integers among it."""
     if isinstance(value, Bounds):
         return getattr(value, part)
-    if isinstance(value, Tensor) and value.is_floating_point():
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            value = value.to(torch.float32 if run is None else run.dtype)
         value = constant(value, run)
         if part == "radius":
             return size_of_constant(value, run)
@@ -511,6 +521,7 @@ _OPERATIONS: list[tuple[Rule, str]] = [
     (_matmul_and_sum, "addmm baddbmm"),
     (_average, "avg_pool1d avg_pool2d avg_pool3d mean sum"),
     (_average, "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"),
+    (_expanded_as, "expand_as"),
     (_filled, "full_like zeros_like ones_like new_full new_zeros new_ones"),
     (_padded, "pad"),
     (_sum, "add radd iadd sub rsub isub"),
@@ -529,7 +540,16 @@ _OPERATIONS: list[tuple[Rule, str]] = [
 for _rule, _names in _OPERATIONS:
     RULES |= dict.fromkeys(_names.split(), _rule)
 
-ON_TRUTH |= {_sum, _product, _converted, moved, _asked, _filled, function_rules.chosen}
+ON_TRUTH |= {
+    _sum,
+    _product,
+    _converted,
+    moved,
+    _expanded_as,
+    _asked,
+    _filled,
+    function_rules.chosen,
+}
 
 _NONLINEAR = [_matmul, _matmul_and_sum, _product, *dict(function_rules.OPERATIONS)]
 

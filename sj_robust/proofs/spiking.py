@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,6 +114,8 @@ class LayerBounds:
             likewise.
         neurons: Neurons times samples.
         steps: Time steps that have run.
+        numbers: Threshold, decay and so on of the first call; None before it.
+        rest: What the module holds as its potential before the first call.
     """
 
     last_step: tuple[Interval, Interval] | None = None
@@ -120,6 +123,8 @@ class LayerBounds:
     width: list[float] = field(default_factory=list)
     neurons: int = 0
     steps: int = 0
+    numbers: tuple[Any, ...] | None = None
+    rest: Any = None
 
 
 class Spiking(ABC):

@@ -13,11 +13,26 @@ from torch.testing import assert_close
 from training import small_run
 
 from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.proofs import verify
 from sj_robust.proofs.differentiable import DifferentiableBounds, batch_statistics
 from sj_robust.proofs.flips import Flips
 from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.spiking import RealSpiking
+
+
+def test_how_a_network_that_brings_its_steps_is_called_is_asked_in_the_first_batch_alone(
+    monkeypatch,
+):
+    model = build_classifier(NetworkSpec(T=2, channels=(2, 2))).train()
+    bounds = DifferentiableBounds(model)
+    x, y = torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2])
+    first = bounds.lead(x, y, 0.1)
+    asked = []
+    monkeypatch.setattr("sj_robust.classifier.find_convention", asked.append)
+    assert_close(bounds.lead(x, y, 0.1), first)
+    assert model.convention.takes == "images"
+    assert not asked
 
 
 def test_dropout_is_left_out_and_what_feeds_a_neuron_twice_is_bounded_once():

@@ -379,8 +379,23 @@ def reading_potentials():
 
 
 def test_code_that_fails_on_bounds_is_named():
+    def forward(net, x):
+        spikes = net.node(net.fc(x))
+        if type(spikes) is not torch.Tensor:
+            raise TypeError("spikes must be a tensor")
+        return spikes
+
     x, y = torch.rand(2, 4), torch.tensor([0, 1])
-    with pytest.raises(NotImplementedError, match=r"fails on bounds \(TypeError.*behind out"):
+    model = classifier(forward, fc=nn.Linear(4, 2), node=neuron.IFNode(step_mode="m"))
+    with pytest.raises(
+        NotImplementedError, match=r"fails on bounds \(TypeError: spikes.*behind fc"
+    ):
+        verify(model, x, y, 0.1)
+
+
+def test_a_forward_that_reads_a_potential_is_named():
+    x, y = torch.rand(2, 4), torch.tensor([0, 1])
+    with pytest.raises(NotImplementedError, match="reads a neuron's potential v in or behind out"):
         verify(reading_potentials(), x, y, 0.1)
 
 
