@@ -51,6 +51,11 @@ WITHOUT_PERTURBATION_TERM = Idle(lambda options: options.rho == 0)
 BESIDE_EVENTS = Idle(of_events)
 
 
+def has_no_leak(options: "Options") -> bool:
+    """Whether no network that is trained has a time constant; the reference is one of LIF."""
+    return options.neuron in ("if", "relu") and not options.reference
+
+
 def is_augmented(options: "Options") -> bool:
     """Whether training images are augmented."""
     if options.augment is None:
@@ -123,11 +128,15 @@ class Options:
     """Learn the input gain of DLIF; False: fix it at 1, as in LIF."""
     T: Annotated[PositiveInt, Often()] = 4
     """Time steps per image; frames per sample of event data."""
-    tau: float = 100.0
+    tau: Annotated[float, Idle(has_no_leak)] = 100.0
     """Membrane time constant in time steps; the decay is 1 - 1 / tau."""
-    channels: tuple[int, ...] = (16, 32)
+    channels: Annotated[
+        tuple[int, ...], Idle(lambda options: options.model not in ("small", "mlp"))
+    ] = (16, 32)
     """For model small: output channels of the convolutions; for mlp: layer widths."""
-    hidden: tuple[int, ...] = (4096, 4096)
+    hidden: Annotated[
+        tuple[int, ...], Idle(lambda options: not options.model.startswith("vgg"))
+    ] = (4096, 4096)
     """Widths of the hidden layers of VGG; for model small, use --model-options."""
     encoder: Literal["direct", "poisson", "feel", "rsc", "stod"] = "direct"
     """How an image becomes T frames: direct repeats it, poisson draws spikes, feel removes more
@@ -321,7 +330,7 @@ from sj_robust.defences.stog import GateRates
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.run.fingerprint import code_of, fingerprint
 from sj_robust.models import NetworkSpec, build_classifier, start_from
-from sj_robust.models.build import NETWORKS, options_for_lif
+from sj_robust.models.build import NETWORKS, check_has_neuron, options_for_lif
 from sj_robust.models.foreign import find_function
 from sj_robust.proofs.differentiable import TrainedMethod
 from sj_robust.proofs.verification import NormName
@@ -471,7 +480,9 @@ def prepared(
     """Loss with a fresh network, numbers and attack of a training."""
     mode = mode_of(options)
     set_seed(options.seed)
-    classifier = build_classifier(network_spec(options, splits))
+    spec = network_spec(options, splits)
+    classifier = build_classifier(spec)
+    check_has_neuron(classifier, spec)
     if options.pretrained is not None:
         start_from(classifier, Path(options.pretrained))
     certified = mode.loss == "certified"

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from sj_robust.classifier import PoissonEncoder, SpikingClassifier, SpikingEventClassifier
 from sj_robust.core.checks import check_choice
+from sj_robust.core.host import is_neuron
 from sj_robust.defences import (
     EvolvingLeakNode,
     FrequencyEncoder,
@@ -388,6 +389,37 @@ def _own_network(spec: NetworkSpec, node: Callable[..., nn.Module]) -> nn.Module
             "(--T); use the same"
         )
     return net
+
+
+def check_has_neuron(net: nn.Module, spec: NetworkSpec) -> None:
+    """Raise ValueError if a network of one's own does not have the neuron of its specification.
+
+    A function that does not take ``spiking_neuron`` builds the same neurons whatever is asked for.
+    ``"dlif"`` replaces them, and ``"lif"`` leaves IF, LIF and PLIF neurons as they are.
+
+    Examples:
+        >>> own = NetworkSpec("mynet.py:build", neuron="tgo")
+        >>> check_has_neuron(nn.Sequential(neuron.LIFNode()), own)
+        Traceback (most recent call last):
+            ...
+        ValueError: mynet.py:build builds LIFNode, not the neuron 'tgo' that was asked for: build \
+the neurons with its argument spiking_neuron, or name the neuron that it has
+    """
+    if not spec.is_own or spec.neuron == "dlif":
+        return
+    kinds: dict[str, set[type[nn.Module]]] = {
+        "lif": {neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode},
+        "stog": {StochasticGate},
+    }
+    asked = kinds.get(spec.neuron) or {type(_neuron(spec)())}
+    neurons = {type(module) for module in net.modules() if is_neuron(module)}
+    has_it = not asked.isdisjoint(map(type, net.modules()))
+    if not has_it or (spec.neuron == "relu" and neurons):
+        names = ", ".join(sorted(kind.__name__ for kind in neurons)) or "no spiking neuron"
+        raise ValueError(
+            f"{spec.name} builds {names}, not the neuron {spec.neuron!r} that was asked for: build "
+            "the neurons with its argument spiking_neuron, or name the neuron that it has"
+        )
 
 
 def _convert(net: nn.Module, spec: NetworkSpec) -> None:

@@ -23,7 +23,7 @@ from sj_robust.models import (
     build_network,
     zoo_networks,
 )
-from sj_robust.models.build import NETWORKS
+from sj_robust.models.build import NETWORKS, check_has_neuron
 from sj_robust.models.checkpoint import save_checkpoint
 from sj_robust.models.foreign import find_function
 
@@ -268,6 +268,25 @@ def test_lif_of_ones_own_network_becomes_dlif(own):
     assert node.input_gain.tolist() == [0.5] * 3
     (node,) = nodes(build_network(NetworkSpec("own_models:lif", neuron="lif", T=3)))
     assert type(node) is neuron.LIFNode
+
+
+@pytest.mark.parametrize("name", ["plif", "if", "tgo", "feel", "hosnn", "stog", "relu"])
+def test_a_function_that_builds_another_neuron_than_the_one_asked_for_is_refused(own, name):
+    T = 1 if name == "relu" else 3
+    asked = NetworkSpec("own_models:lif", neuron=name, T=T)
+    message = f"own_models:lif builds LIFNode, not the neuron '{name}' that was asked for"
+    with pytest.raises(ValueError, match=message):
+        check_has_neuron(build_network(asked), asked)
+    takes_it = NetworkSpec("own_models:build", neuron=name, T=T)
+    check_has_neuron(build_network(takes_it), takes_it)
+
+
+@pytest.mark.parametrize("node", [neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode])
+def test_lif_leaves_neurons_of_ones_own_network_as_they_are(node):
+    spec = NetworkSpec("own_models:any", neuron="lif")
+    check_has_neuron(nn.Sequential(node()), spec)
+    with pytest.raises(ValueError, match="builds no spiking neuron, not the neuron 'lif'"):
+        check_has_neuron(nn.Sequential(nn.ReLU()), spec)
 
 
 def test_a_classifier_of_ones_own_keeps_its_normalisation_in_a_checkpoint(own):

@@ -2,6 +2,7 @@ import contextlib
 import math
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 from shlex import split
 
@@ -13,6 +14,7 @@ import yaml
 from data.test_image_folder import picture
 from data.test_torchvision_sets import DEBIAN, write_mnist
 from evaluation.recipe_run import undrawn
+from lab.command_line.declared import idle
 from launch import ROOT, finish, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -207,13 +209,29 @@ def test_a_run_goes_on_with_its_images_and_code_alone(tmp_path, capsys):
     assert "does not record images and labels, code for python" in capsys.readouterr().out
 
 
+def test_a_network_of_ones_own_without_the_neuron_asked_for_is_refused(tmp_path):
+    fixed = OWN.replace("spiking_neuron()", "neuron.LIFNode()").replace(", spiking_neuron", "")
+    fixed = fixed.replace("functional, layer", "functional, layer, neuron").replace("192", "64")
+    (tmp_path / "mine.py").write_text(fixed)
+    options = (*QUICK, "--model", f"{tmp_path / 'mine.py'}:build", "--neuron", "tgo")
+    with pytest.raises(ValueError, match="builds LIFNode, not the neuron 'tgo' that was asked for"):
+        in_process(tmp_path, *options, "--no-reference")
+
+
+@pytest.mark.parametrize(("neuron", "named"), [("if", True), ("lif", False)])
+def test_a_time_constant_without_a_leak_is_ignored(neuron, named):
+    options = adv_train.Options(neuron=neuron, tau=2.0, reference=False)
+    assert ("tau" in idle(options)) == named
+    assert "tau" not in idle(replace(options, reference=True))
+
+
 def test_bounds_and_options_without_effect_are_in_the_log(tmp_path, capsys):
     options = (
         *QUICK,
         *split("--epochs 1 --no-reference --log-bounds --mode none --rho 1"),
     )
-    in_process(tmp_path, *options, "--norm", "l1")
-    assert "ignored with the other options given: norm, rho\n" in capsys.readouterr().out
+    in_process(tmp_path, *options, *split("--norm l1 --hidden 8 8"))
+    assert "ignored with the other options given: hidden, norm, rho\n" in capsys.readouterr().out
     events = EventAccumulator(
         str(tmp_path / "runs" / "digits-dlif-none-1" / "tensorboard" / "dlif_none")
     ).Reload()

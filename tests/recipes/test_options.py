@@ -138,10 +138,10 @@ def without_effect(**given):
 def test_options_without_effect(given, expected):
     found = without_effect(augment=True, **given)
     unused = {"guard_margin", "guard_rising", "encoder_options", "temporal_orthogonality"}
-    unused |= {"largest_shift"}
+    unused |= {"largest_shift", "hidden"}
     wanted = expected | unused | (BOUNDS if given.get("mode") != "certified" else set())
     assert found == wanted
-    used = {"threshold_guard": 0.1, "encoder": "stod", "moves": 3}
+    used = {"threshold_guard": 0.1, "encoder": "stod", "moves": 3, "model": "vgg5"}
     assert not unused & without_effect(**used, **given)
 
 

@@ -223,7 +223,7 @@ def _unsupported_reason(name: str, x_seq: Tensor, surrogate: Surrogate) -> str |
         return "an ONNX model holds torch's own operators alone, which is backend='reference'"
     if differentiates_by_functorch():
         return (
-            "torch.func.grad, vjp, jvp and the like differentiate only plain torch; use "
+            "torch.func.grad, vjp and the like differentiate only plain torch; use "
             "backend='reference'"
         )
     if surrogate.kind == "custom" and is_traced():
