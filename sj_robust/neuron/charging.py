@@ -90,7 +90,7 @@ class Neuron:
         charging = self.charging()
         given = [charging.decay, charging.gain, charging.input_gain]
         told = [value for value in given if learned or not isinstance(value, Tensor)]
-        return (self.module.v_threshold, self.module.v_reset, *map(_as_numbers, told))
+        return tuple(map(_as_numbers, [self.module.v_threshold, self.module.v_reset, *told]))
 
     @property
     def type_name(self) -> str:

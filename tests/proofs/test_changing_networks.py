@@ -249,6 +249,7 @@ def test_what_spikes_let_through_has_no_radius(net, message):
 
 BETWEEN = {
     "threshold": lambda node, t: setattr(node, "v_threshold", (1.0, 5.0)[t]),
+    "threshold that is a tensor": lambda node, t: node.v_threshold.fill_((1.0, 5.0)[t]),
     "gain": lambda node, t: node.input_gain.data.copy_(torch.ones(2) / (t + 1)),
     "reset": lambda node, t: functional.reset_net(node),
     "potential": lambda node, t: setattr(node, "v", 0.0),
@@ -265,6 +266,8 @@ def test_a_neuron_that_is_changed_within_a_forward_has_no_radius(what):
         return torch.cat([torch.stack(spikes), 0.3 + 0.0 * torch.stack(spikes)], -1)
 
     net = Formula(forward, fc=linear([[1.0]], [0.45]), node=DLIFNode(T=2, tau=2.0, step_mode="s"))
+    if what == "threshold that is a tensor":
+        net.node.v_threshold = torch.tensor(1.0)
     model = SpikingClassifier(net, T=2, takes="sequence").eval()
     with pytest.raises(NotImplementedError, match="node is reset, or its threshold, reset, decay"):
         no_flip_radius(model, torch.tensor([[0.3]]))
