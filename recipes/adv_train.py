@@ -8,6 +8,7 @@ Examples:
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import reduce
 from pathlib import Path
@@ -323,6 +324,7 @@ from lab.tracking import tracked
 from sj_robust import SpikingClassifier, training
 from sj_robust.attacks import Attack, ThreatModel
 from sj_robust.core.checks import check_choice
+from sj_robust.core.folders import alone_in
 from sj_robust.data import Augmentation, ImageSplits, load_images
 from sj_robust.data.stored import contents
 from sj_robust.defences import SurrogateOverlap
@@ -377,8 +379,26 @@ def main(arguments: list[str]) -> None:
     folder = open_run_folder(
         options.output, stem(options), configuration, accelerator, resume=options.resume
     )
+    alone: AbstractContextManager[None] = nullcontext()
     if accelerator.is_main_process:
-        describe_folder(folder, "adv_train", arguments)
+        alone = alone_in(folder, "give another --output")
+    with alone:
+        if accelerator.is_main_process:
+            describe_folder(folder, "adv_train", arguments)
+        train_all(networks, options, splits, threat, accelerator, folder, configuration)
+    accelerator.end_training()
+
+
+def train_all(
+    networks: Mapping[str, Options],
+    options: Options,
+    splits: ImageSplits,
+    threat: ThreatModel,
+    accelerator: Accelerator,
+    folder: Path,
+    configuration: Mapping[str, Any],
+) -> None:
+    """Train the networks, and write the report on all of them."""
     journal = training.Journal(
         folder if accelerator.is_main_process else None, track=accelerator.log
     )

@@ -1,9 +1,13 @@
-"""Checks of folders and files named by a user, before any work."""
+"""Folders and files named by a user: checks before any work, and a lock."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["check_folder", "read_text"]
+from filelock import FileLock, Timeout
+
+__all__ = ["alone_in", "check_folder", "read_text"]
 
 
 def check_folder(name: str, folder: str | Path | None) -> Path | None:
@@ -48,6 +52,33 @@ def check_folder(name: str, folder: str | Path | None) -> Path | None:
             f"{name} must be a folder that can be written, got {path} ({error.strerror}); give "
             "another path"
         ) from error
+
+
+@contextmanager
+def alone_in(folder: Path, remedy: str) -> Iterator[None]:
+    """Keep other trainings out of a folder; a killed process lets go of it. 独占目录。
+
+    Args:
+        folder: The folder, which exists; it gets a file ``.lock``.
+        remedy: What to do instead of waiting, for the message.
+
+    Raises:
+        BlockingIOError: If another training holds the folder.
+
+    Examples:
+        >>> place = Path(tempfile.mkdtemp())
+        >>> with alone_in(place, "use another folder"):
+        ...     print("training")
+        training
+    """
+    try:
+        held = FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout as error:
+        raise BlockingIOError(
+            f"another process trains in {folder}; wait until it has ended, or {remedy}"
+        ) from error
+    with held:
+        yield
 
 
 def read_text(path: Path) -> str:

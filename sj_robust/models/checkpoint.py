@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint atomically: ``path`` always holds a complete one, the old or the new.
     原子写入检查点。
 
-    Unfinished files of this checkpoint, left by killed processes, are removed.
+    Unfinished files of this checkpoint are removed if the processes that wrote them are gone.
 
     Args:
         path: The file; its folder must exist.
@@ -67,8 +68,9 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         raise
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError if a write fails
         raise OSError(_not_written(path, error)) from error
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        leftover.unlink(missing_ok=True)
+    for unfinished in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if _is_left_over(unfinished):
+            unfinished.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -207,6 +209,20 @@ def _flat(description: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def _is_left_over(unfinished: Path) -> bool:
+    """Whether the process that writes this file, whose number is in its name, is gone."""
+    number = unfinished.suffixes[-2].removeprefix(".")
+    if os.name != "posix" or not number.isdigit():  # elsewhere signal 0 is not a mere question
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # it belongs to another user, or is no process number
+        return False
+    return False
 
 
 def _not_written(path: Path, error: OSError | RuntimeError) -> str:

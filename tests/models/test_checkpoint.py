@@ -1,4 +1,7 @@
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -39,6 +42,17 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch, error):
         save_checkpoint(path, {"epoch": 2})
     assert load_checkpoint(path)["epoch"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_an_unfinished_file_goes_only_if_its_process_is_gone(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    numbers = (ended.pid, os.getppid())
+    gone, living = (tmp_path / f".last.pt.{number}.tmp" for number in numbers)
+    gone.touch()
+    living.touch()
+    save_checkpoint(tmp_path / "last.pt", {"epoch": 1})
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", living.name}
 
 
 class Trap:
