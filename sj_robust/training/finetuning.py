@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -32,7 +32,7 @@ from sj_robust.core.checks import (
 )
 from sj_robust.core.console import working
 from sj_robust.core.environment import device_of, environment
-from sj_robust.core.folders import check_folder
+from sj_robust.core.folders import alone_in, check_folder
 from sj_robust.core.preserved import evaluation_mode
 from sj_robust.data import ImageSplits, image_loader
 from sj_robust.data.stored import FileImages, StoredImages
@@ -66,6 +66,8 @@ _SELECTED_BY = (
     "The figures are those of the held-out images, by which the epoch was selected, so those after "
     "the training are too high for new images: pass images of their own as test=."
 )
+_BEFORE = "before.json"
+"""File in the folder of a training: the report on the network before it."""
 
 Images = Dataset[Any] | DataLoader[Any] | tuple[Tensor, Tensor]
 """Images with labels: a data set, its loader, or two tensors."""
@@ -126,7 +128,8 @@ def finetune(
         folder: Folder for checkpoints and log; None saves nothing. It resumes only the training of
             the same network, images and options, of which it holds fingerprints: build a network
             with random weights after ``torch.manual_seed``. Of a data set of your own, which may
-            draw other images in every pass, the labels alone are compared.
+            draw other images in every pass, the labels alone are compared. ``"before"`` is measured
+            once, at the first call, and then read from the folder.
         progress: Whether to show the progress.
 
     Returns:
@@ -135,6 +138,7 @@ def finetune(
         look: :func:`sj_robust.evaluate` measures the network.
 
     Raises:
+        BlockingIOError: If another process trains in the folder.
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is wrong, network and images do not belong together, the network
             has no spiking layers or no weight that requires a gradient, the images are event
@@ -204,50 +208,58 @@ def finetune(
         "validation_fraction": None if isinstance(data, ImageSplits) else validation_fraction,
     }
     description: dict[str, Any] = {"finetune": configuration}
-    with evaluation_mode(net), _folder(kept, type(net).__name__) as place:
+    accelerator = Accelerator(cpu=device_of(classifier).type == "cpu")
+    watching = objective.monitor or nullcontext()  # whose hooks are gone afterwards
+    with watching, evaluation_mode(net), _folder(kept, net, accelerator) as place:
         journal = Journal(place if progress else None)
+        is_untrained = True
         if kept is not None:
             description["images and labels"] = _digest_of_images(splits, journal)
-            _check_same_training(place, classifier, splits, description)
+            is_untrained = _check_same_training(place, classifier, splits, description)
         run = _Run(
             objective=objective,
             splits=splits,
             plan=plan,
             mode=chosen,
             threat=threat,
+            accelerator=accelerator,
             description=description,
+            is_untrained=is_untrained,
         )
         return run.performed(journal, place, is_kept=kept is not None)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A training with a report before and after it."""
+    """A training with a report before and after it; ``is_untrained`` says whether the network has
+    the weights of before the training, and not those of an earlier call.
+    """
 
     objective: Objective
     splits: ImageSplits
     plan: TrainingPlan
     mode: Mode
     threat: ThreatModel
+    accelerator: Accelerator
     description: dict[str, Any]
+    is_untrained: bool
 
     def performed(self, journal: Journal, folder: Path, *, is_kept: bool) -> Report:
         """Measure, train, measure."""
         classifier = self.objective.classifier
         eps = self.threat.eps
         device = device_of(classifier)
-        accelerator = Accelerator(cpu=device.type == "cpu")
         perturb = None
         if self.mode.loss != "certified" or self.objective.rho != 0:
             perturb = training_attack(self.mode.name, eps=eps)
         attacks = [perturb, *final_attacks(eps).values()]
         classifier.cpu()  # where the images are
         try:
-            check_training(self.objective, self.splits, self.plan, accelerator, attacks)
+            check_training(self.objective, self.splits, self.plan, self.accelerator, attacks)
         finally:
             classifier.to(device)
         data = read_test_images(self.splits)
-        before = self._measured("before", [], data, journal)
+        before = self._before(folder, data, journal)
         try:
             history = train(
                 self.objective,
@@ -255,7 +267,7 @@ class _Run:
                 self.plan,
                 perturb=perturb,
                 validation_attacks=validation_attacks(eps),
-                accelerator=accelerator,
+                accelerator=self.accelerator,
                 folder=folder,
                 journal=journal,
                 description=self.description,
@@ -276,6 +288,32 @@ class _Run:
         journal.say(f"WARNING: {_SELECTED_BY}")
         return replace(report, warnings=(*report.warnings, _SELECTED_BY))
 
+    def _before(self, folder: Path, data: Data, journal: Journal) -> Report:
+        """The report on the network before its training: that of the first call if the folder has
+        it, else measured, with a warning if the network is trained already.
+        """
+        path = folder / _BEFORE
+        lacks = f"{path} is missing"
+        if path.is_file() and (folder / "last.pt").is_file():
+            earlier = Report.load(path)
+            if earlier.data == data.fingerprint:
+                journal.say(f"before: the figures of the first call, from {path}")
+                return replace(earlier, environment=self._environment())
+            lacks = f"{path} is of other test images"
+        report = self._measured("before", [], data, journal)
+        if self.is_untrained:
+            report.save(path)
+            return report
+        warning = (
+            f"before: measured on weights that were trained by an earlier call, since {lacks}; for "
+            "the figures before the training, give the network with the weights of its start"
+        )
+        journal.say(f"WARNING: {warning}")
+        return replace(report, warnings=(*report.warnings, warning))
+
+    def _environment(self) -> dict[str, str]:
+        return environment(device_of(self.objective.classifier))
+
     def _measured(
         self, name: str, history: list[EpochRecord], data: Data, journal: Journal
     ) -> Report:
@@ -295,7 +333,7 @@ class _Run:
             verified_method=self.plan.verified_method,
             dataset=self.splits.name,
             configuration=self.description["finetune"],
-            environment=environment(device_of(classifier)),
+            environment=self._environment(),
         )
 
 
@@ -416,9 +454,9 @@ def _repeats(images: object) -> bool:
 
 def _check_same_training(
     folder: Path, classifier: SpikingClassifier, splits: ImageSplits, description: dict[str, Any]
-) -> None:
+) -> bool:
     """Raise ValueError if a folder holds another training; if it holds none, write into it what
-    the network is before its training.
+    the network is before its training. Returns whether the network has the weights of that time.
 
     After an interruption, the network of the same call has the weights of a checkpoint.
     """
@@ -429,7 +467,7 @@ def _check_same_training(
     network = replace(network, noise=unasked, images=unasked)
     if not last.exists():
         network.save(path)
-        return
+        return True
     check_same_run(load_run(last)["description"], description)
     if not path.is_file():
         raise ValueError(
@@ -438,6 +476,7 @@ def _check_same_training(
         )
     differing = Identity.load(path).differences(network)
     weights = {f"network.{name}" for name in classifier.state_dict()}
+    is_untrained = not weights.intersection(differing)
     if any(_has_weights_of(classifier, folder / name) for name in ("last.pt", "best.pt")):
         differing = [name for name in differing if name not in weights]
     if differing:
@@ -451,6 +490,7 @@ def _check_same_training(
             f"give the network as it was before that training{of_random_weights}, or train into "
             "another folder"
         )
+    return is_untrained
 
 
 def _has_weights_of(classifier: SpikingClassifier, checkpoint: Path) -> bool:
@@ -464,13 +504,19 @@ def _has_weights_of(classifier: SpikingClassifier, checkpoint: Path) -> bool:
 
 
 @contextmanager
-def _folder(kept: Path | None, name: str) -> Iterator[Path]:
-    """The folder, or one that is gone afterwards, by whose name progress calls the network."""
+def _folder(kept: Path | None, net: nn.Module, accelerator: Accelerator) -> Iterator[Path]:
+    """The folder, which the main process keeps others out of, or one that is gone afterwards, by
+    whose name progress calls the network.
+    """
     if kept is None:
         with tempfile.TemporaryDirectory() as temporary:
-            place = Path(temporary, name)
+            place = Path(temporary, type(net).__name__)
             place.mkdir()
             yield place
     else:
         kept.mkdir(parents=True, exist_ok=True)
-        yield kept
+        alone: AbstractContextManager[None] = nullcontext()
+        if accelerator.is_main_process:
+            alone = alone_in(kept, "train into another folder")
+        with alone:
+            yield kept

@@ -2,11 +2,13 @@ import copy
 import io
 import re
 import signal
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from covering import mostly_slow
+from filelock import FileLock
 from rich.console import Console
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
@@ -203,10 +205,10 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_network(tmp_path, monke
     attack = finetuning.training_attack("at", eps=0.05)
     with monkeypatch.context() as patched:
         patched.setattr(finetuning, "training_attack", lambda *_, **__: interrupted)
+        net = network()
         with pytest.raises(TrainingInterrupted) as stopped:
-            finetune(network(), STRIPES, folder=tmp_path / "kept", **options)
+            finetune(net, STRIPES, folder=tmp_path / "kept", **options)
     assert f"continues from {tmp_path / 'kept'}" in stopped.value.__notes__[0]
-    net = network()
     again = finetune(net, STRIPES, folder=tmp_path / "kept", **options)
     assert same(weights(whole), weights(net))
     assert (again.table(), again.curves) == (report.table(), report.curves)
@@ -266,6 +268,46 @@ def test_the_same_call_takes_up_its_folder(trained, weights_of):
     report = finetune(again, folder=folder, **KEPT)
     assert same(weights(net), weights(again))
     assert len(report.curves["after"]) == 1
+
+
+def test_before_is_that_of_the_first_call(tmp_path):
+    net = linear()
+    options = KEPT | {"epochs": 3, "lr": 0.5, "folder": tmp_path}
+    first = finetune(net, **options)
+    before, after = (first.under("clean", variant=name) for name in first.variants)
+    assert before.correct != after.correct
+    for again in (finetune(net, **options), finetune(linear(), **options)):
+        assert again.table() == first.table()
+        assert again.warnings == first.warnings
+
+
+def test_before_of_a_network_that_is_trained_already_is_warned_of(tmp_path):
+    options = QUICK | {"folder": tmp_path}
+    net = linear()
+    assert finetune(net, STRIPES, **options).warnings == ()
+    (tmp_path / "before.json").unlink()  # as in folders of earlier releases
+    (warning,) = finetune(net, STRIPES, **options).warnings
+    assert "weights that were trained by an earlier call, since" in warning
+    assert "before.json is missing; for the figures before" in warning
+    assert finetune(linear(), STRIPES, **options).warnings == ()
+    assert finetune(net, STRIPES, **options).warnings == ()
+    others = replace(STRIPES, test=STRIPES.validation)
+    (warning,) = finetune(net, others, test=STRIPES.train, **options).warnings
+    assert "before.json is of other test images; for the figures before" in warning
+    assert finetune(linear(), STRIPES, test=STRIPES.train, **options).warnings == ()
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(tmp_path):
+    net = linear()
+    before = weights(net)
+    with (
+        FileLock(tmp_path / ".lock"),
+        pytest.raises(BlockingIOError, match="another process trains in .* another folder"),
+    ):
+        finetune(net, folder=tmp_path, **KEPT)
+    assert same(before, weights(net))
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    finetune(net, folder=tmp_path, **KEPT)
 
 
 def test_images_that_are_drawn_anew_in_every_pass_are_told_by_their_labels(tmp_path):
