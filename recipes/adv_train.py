@@ -339,7 +339,12 @@ from sj_robust.proofs.verification import NormName
 from sj_robust.training.engine import check_training
 from sj_robust.training.history import EpochRecord
 from sj_robust.training.modes import Mode, event_attacks, event_training_attack, final_attacks
-from sj_robust.training.validation import check_start, final_report, read_test_images
+from sj_robust.training.validation import (
+    check_start,
+    final_report,
+    read_test_images,
+    seen_before,
+)
 
 ValueT = TypeVar("ValueT")
 
@@ -408,6 +413,11 @@ def train_all(
     where |= code
     if names := unused(options, completed(options)):
         journal.say(f"ignored with the other options given: {', '.join(names)}")
+    warning = None
+    if options.pretrained is not None:
+        warning = seen_before(Path(options.pretrained), splits)
+    if warning is not None:
+        journal.say(f"WARNING: {warning}")
     reports = []
     data = None
     for name, choice in networks.items():
@@ -437,11 +447,12 @@ def train_all(
             reports.append(report)
     if accelerator.is_main_process:
         report = reduce(Report.merged, reports)
+        if warning is not None:
+            report = replace(report, warnings=(*report.warnings, warning))
         report.save(folder / "report.json")
         report.plot(path=folder / "report.png")
         ended = f"report.json and report.png are in {folder}"
         journal.say("\n".join([report.table(), *report.warnings, ended]))
-    accelerator.end_training()
 
 
 def train_network(

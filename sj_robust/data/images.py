@@ -7,7 +7,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
 from sj_robust.core.datasets import (
@@ -25,7 +24,7 @@ from sj_robust.data.saccades import saccade_frames
 from sj_robust.data.stored import Images, Source, StoredImages
 from sj_robust.data.torchvision_sets import CIFAR_STATISTICS, cifar, mnist, svhn
 
-__all__ = ["ImageSplits", "load_images"]
+__all__ = ["ImageSplits", "load_images", "split_numbers"]
 
 
 @dataclass(frozen=True)
@@ -121,10 +120,9 @@ def load_images(
         raise ValueError(f"on_unreadable must be 'error' or 'skip', got {on_unreadable!r}")
     augmentation = _augmentation(name, augment)
     source = _source(name, Path(root), download, T, on_unreadable, counts=counts)
-    order = torch.randperm(len(source.train), generator=torch.Generator().manual_seed(seed))[
-        :train_limit
-    ]
-    train, validation = _held_out(source, order, validation_fraction)
+    train, validation = _held_out(
+        source, seed=seed, train_limit=train_limit, fraction=validation_fraction
+    )
     mean, std = CIFAR_STATISTICS.get(name, (None, None))
     height, width = source.image_shape[-2:]
     if augmentation is not None and augmentation.cutout >= 2 * max(height, width):
@@ -213,21 +211,39 @@ def _checked_frames(T: int | None) -> int:
     return T
 
 
-def _held_out(source: Source, order: Tensor, fraction: float) -> tuple[Images, Images]:
-    """Training and validation images: the first of ``order`` are held out, unless the set brings
-    its own.
+def split_numbers(
+    images: int, *, seed: int, train_limit: int | None, fraction: float
+) -> tuple[list[int], list[int]]:
+    """Which of a number of images :func:`load_images` trains on and holds out.
+    训练集与验证集的图像编号。
+
+    Examples:
+        >>> split_numbers(6, seed=0, train_limit=4, fraction=0.25)
+        ([5, 3, 0], [2])
     """
-    if source.validation is not None:
-        return Subset(source.train, order.tolist()), source.validation
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = order[:train_limit]
     held_out = int(fraction * len(order))
-    if not 0 < held_out < len(order):
+    return order[held_out:], order[:held_out]
+
+
+def _held_out(
+    source: Source, *, seed: int, train_limit: int | None, fraction: float
+) -> tuple[Images, Images]:
+    """Training and validation images; none are held out of a set that brings its own."""
+    if source.validation is not None:
+        fraction = 0.0
+    train, held_out = split_numbers(
+        len(source.train), seed=seed, train_limit=train_limit, fraction=fraction
+    )
+    if source.validation is not None:
+        return Subset(source.train, train), source.validation
+    if not (fraction > 0 and train and held_out):
         raise ValueError(
             f"validation_fraction must leave images on both sides, got {fraction} of "
-            f"{len(order)} images"
+            f"{len(train) + len(held_out)} images"
         )
-    return Subset(source.train, order[held_out:].tolist()), Subset(
-        source.train, order[:held_out].tolist()
-    )
+    return Subset(source.train, train), Subset(source.train, held_out)
 
 
 def _digits() -> Source:

@@ -25,10 +25,12 @@ class Weights:
             kind.
         network: The ``NetworkSpec`` of a checkpoint of this package, as plain data; None for any
             other file.
+        options: The options that ``recipes/adv_train.py`` trained it with; None for any other file.
     """
 
     tensors: dict[str, Tensor]
     network: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] | None = None
 
 
 def read_weights(path: Path) -> Weights:
@@ -60,7 +62,8 @@ def read_weights(path: Path) -> Weights:
     if not isinstance(content, dict):
         content = {}
     description = content.get("description")
-    network = description.get("network") if isinstance(description, dict) else None
+    if not isinstance(description, dict):
+        description = {}
     for wrapper in _WRAPPERS:
         if isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -70,7 +73,7 @@ def read_weights(path: Path) -> Weights:
         raise ValueError(f"{path} holds no tensors by name; save net.state_dict() with torch.save")
     if all(key.startswith("module.") for key in content):
         content = {key.removeprefix("module."): value for key, value in content.items()}
-    return Weights(dict(content), network)
+    return Weights(dict(content), description.get("network"), description.get("options"))
 
 
 def as_named_in(net: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,10 +2,11 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from torch.utils.data import Dataset, Subset
 
 from sj_robust.attacks import Attack, ThreatModel
 from sj_robust.classifier import SpikingClassifier
+from sj_robust.core.datasets import SACCADES
 from sj_robust.core.environment import device_of
 from sj_robust.core.eps import eps_text
 from sj_robust.core.host import is_neuron, run_past_hooks
 from sj_robust.core.preserved import evaluation_mode
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.data import ImageSplits, image_loader
+from sj_robust.data.images import split_numbers
 from sj_robust.evaluation import Member, Report
 from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.report.pictures import gallery_within
@@ -30,6 +33,7 @@ from sj_robust.evaluation.run.loop import Asked, alone, run
 from sj_robust.evaluation.run.progress import Position, Watch
 from sj_robust.evaluation.run.proofs import proof_row, verify_within
 from sj_robust.evaluation.run.variant import Variant
+from sj_robust.models.weights import read_weights
 from sj_robust.neuron.charging import find_neurons
 from sj_robust.perturbation import MPPDMonitor
 from sj_robust.perturbation.gains import perturbation_gains
@@ -42,11 +46,13 @@ from sj_robust.training.journal import Journal
 from sj_robust.training.modes import NOISE
 from sj_robust.training.processes import mixed
 
-__all__ = ["Validation", "check_start", "final_report", "read_test_images"]
+__all__ = ["Validation", "check_start", "final_report", "read_test_images", "seen_before"]
 
 _BATCH = 128
 _START = 256
 """Number of validation images on which a network is tried before its training."""
+_SPLIT = ("seed", "train_limit", "validation_fraction")
+"""Options of a training that say which images are held out of the training set."""
 
 
 class Validation:
@@ -230,6 +236,49 @@ def check_start(
         warning = "that is no better than guessing; check the weights, --mean, --std and --tau"
     if warning is not None:
         journal.say(f"WARNING: {warning}")
+
+
+def seen_before(checkpoint: Path, splits: ImageSplits) -> str | None:
+    """A warning if a checkpoint of ``recipes/adv_train.py`` was trained on validation images.
+    检查预训练是否用过验证图像。
+
+    None also for other files, which do not say what images they were trained on.
+
+    Args:
+        checkpoint: Where the weights are from.
+        splits: The data set of the training that starts from them.
+    """
+    options = read_weights(checkpoint).options
+    train, validation = splits.train, splits.validation
+    if options is None or not options.keys() >= {"dataset", *_SPLIT}:
+        return None
+    if _images_of(options["dataset"]) != _images_of(splits.name):
+        return None
+    if not (isinstance(train, Subset) and isinstance(validation, Subset)):
+        return None
+    images = train.dataset
+    if images is not validation.dataset or not isinstance(images, Sized):
+        return None
+    earlier, _ = split_numbers(
+        len(images),
+        seed=options["seed"],
+        train_limit=options["train_limit"],
+        fraction=options["validation_fraction"],
+    )
+    seen = len(set(earlier).intersection(validation.indices))
+    if not seen:
+        return None
+    same = [f"--{name.replace('_', '-')} {options[name]}" for name in _SPLIT]
+    return (
+        f"{checkpoint} was trained on {seen} of the {len(validation)} validation images, so the "
+        "validation accuracies are too high and may select the wrong epoch; train with the options "
+        f"of that training, {' '.join(same)}"
+    )
+
+
+def _images_of(dataset: str) -> str:
+    """The data set whose images another one shows as events, or itself."""
+    return SACCADES.get(dataset, dataset)
 
 
 def _lost_normalisation(

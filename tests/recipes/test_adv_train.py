@@ -162,6 +162,20 @@ def test_a_second_process_in_the_folder_of_a_run_is_refused(tmp_path, whole):
     assert (whole / "log.txt").read_text() == log
 
 
+def test_a_start_from_weights_that_saw_validation_images_is_warned_of(tmp_path, whole, capsys):
+    start = str(whole / "dlif_at" / "best.pt")
+    options = (
+        *QUICK,
+        *split("--epochs 1 --no-reference --seed 1 --output run --pretrained"),
+        start,
+    )
+    in_process(tmp_path, *options)
+    (warning,) = Report.load(tmp_path / "run" / "report.json").warnings
+    assert re.search(r"was trained on \d+ of the 26 validation images", warning)
+    assert "--seed 0 --train-limit 260 --validation-fraction 0.1" in warning
+    assert f"WARNING: {warning}" in (tmp_path / "run" / "log.txt").read_text()
+
+
 def fallen(folder):
     """Which images fell to whom, in the report of a run."""
     report = Report.load(folder / "report.json")
