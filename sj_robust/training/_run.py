@@ -28,7 +28,11 @@ from sj_robust.models.weights import as_named_in
 from sj_robust.training.batch_norm import measure_statistics, share_buffers
 from sj_robust.training.history import EpochRecord
 from sj_robust.training.journal import Journal
-from sj_robust.training.memory_order import choose_channels_last, store_channels_last
+from sj_robust.training.memory_order import (
+    choose_channels_last,
+    is_measured,
+    store_channels_last,
+)
 from sj_robust.training.objective import Losses, Objective
 from sj_robust.training.plan import TrainingPlan
 from sj_robust.training.processes import TrainingInterrupted, mixed, random_state, set_random_state
@@ -54,8 +58,13 @@ class TrainingRun:
         plan: TrainingPlan,
         accelerator: Accelerator,
         folder: Path,
+        journal: Journal,
         description: dict[str, Any],
+        channels_last: bool | None = None,
     ) -> None:
+        """``channels_last`` is the memory order that was measured to be faster when the run
+        began; None measures it.
+        """
         self.plan = plan
         self.accelerator = accelerator
         self.folder = folder
@@ -80,7 +89,7 @@ class TrainingRun:
         self.classifier = objective.classifier
         self.channels_last = plan.channels_last
         if self.channels_last is None:
-            self.channels_last = self._faster_with_channels_last(splits)
+            self.channels_last = self._faster_with_channels_last(splits, channels_last, journal)
         if self.channels_last:
             store_channels_last(self.classifier)
         optimizer = _optimizer(objective, plan, accelerator.device)
@@ -102,17 +111,26 @@ class TrainingRun:
         self.sums = torch.zeros(len(self.loss_names), dtype=torch.float64)
         self.history: list[EpochRecord] = []
 
-    def _faster_with_channels_last(self, splits: ImageSplits) -> bool:
-        """Whether steps on the images that go through the network at a time take less so."""
+    def _faster_with_channels_last(
+        self, splits: ImageSplits, before: bool | None, journal: Journal
+    ) -> bool:
+        """Whether steps on the images that go through the network at a time take less so; where it
+        is measured, a resumed run keeps what it was ``before``.
+        """
         parts = self.accelerator.num_processes * self.plan.accumulate
         rows = min(self.plan.batch_size // parts, len(splits.train))
         images = torch.stack([splits.train[i][0] for i in range(rows)])
-        return choose_channels_last(
-            self.classifier,
-            images.to(self.accelerator.device),
-            self.accelerator,
-            self.plan.seed,
-        )
+        measured = is_measured(images, self.accelerator)
+        if measured and before is not None:
+            return before
+        images = images.to(self.accelerator.device)
+        chosen = choose_channels_last(self.classifier, images, self.accelerator, self.plan.seed)
+        if measured:
+            journal.say(
+                f"memory order by the time of a few passes: --channels-last {chosen} repeats it "
+                "in another run"
+            )
+        return chosen
 
     def train_epoch(self, perturb: Attack | None, journal: Journal, received: list[int]) -> None:
         """The rest of the present epoch."""
@@ -191,6 +209,7 @@ class TrainingRun:
                 "sums": self.sums,
                 "history": [asdict(record) for record in self.history],
                 "random": states,
+                "channels_last": self.channels_last,
             }
             save_checkpoint(self.folder / name, content)
         self.accelerator.wait_for_everyone()

@@ -84,16 +84,20 @@ def train(
     with ExitStack() as stack:
         if plan.sync_batch_norm and accelerator.num_processes > 1:
             stack.enter_context(synchronised_batch_norm(net))
+        last = folder / "last.pt"
+        content = load_run(last) if resume and last.exists() else None
         run = TrainingRun(
             objective=objective,
             splits=splits,
             plan=plan,
             accelerator=accelerator,
             folder=folder,
+            journal=journal,
             description=dict(description),
+            channels_last=None if content is None else content.get("channels_last"),
         )
-        if resume and (folder / "last.pt").exists():
-            run.load(load_run(folder / "last.pt"), journal)
+        if content is not None:
+            run.load(content, journal)
         if plan.compile:
             first = splits.train[0][0].unsqueeze(0).to(accelerator.device)
             found = objective.classifier.find_convention(first)

@@ -9,26 +9,32 @@ from torch import Tensor, nn
 
 from sj_robust.core.host import from_reset
 
-__all__ = ["choose_channels_last", "store_channels_last"]
+__all__ = ["choose_channels_last", "is_measured", "store_channels_last"]
 
 _ROUNDS = 3
 _GAIN = 0.95  # of the time, so that a change of order is worth its rounding
 
 
+def is_measured(images: Tensor, accelerator: Accelerator) -> bool:
+    """Whether the order is chosen by a measurement, as on a CPU in half precision.
+
+    In float32 the order on a CPU is never changed, so that a run can be repeated bit by bit.
+    """
+    on_gpu = accelerator.device.type == "cuda"
+    return not on_gpu and accelerator.mixed_precision != "no" and images.ndim == 4
+
+
 def choose_channels_last(
     classifier: nn.Module, images: Tensor, accelerator: Accelerator, seed: int
 ) -> bool:
-    """Whether the network is to be stored channels last: always on CUDA; on a CPU in half precision
-    if it is faster.
+    """Whether the network is to be stored channels last: always on CUDA; where it is measured, if
+    it is faster.
 
-    There it is measured, by passes forward and backward over ``images``; the main process decides
-    for all, since their gradients are summed as they lie in memory. In float32 the order on a CPU
-    is never changed, so that a run can be repeated bit by bit.
+    It is measured by passes forward and backward over ``images``; the main process decides for all,
+    since their gradients are summed as they lie in memory.
     """
-    if accelerator.device.type == "cuda":
-        return True
-    if accelerator.mixed_precision == "no" or images.ndim != 4:
-        return False
+    if not is_measured(images, accelerator):
+        return bool(accelerator.device.type == "cuda")
     choice = [
         _is_faster(classifier, images, accelerator, seed) if accelerator.is_main_process else False
     ]

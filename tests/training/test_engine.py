@@ -29,6 +29,7 @@ from sj_robust.training import (
     NonFiniteLossError,
     ThresholdGuarding,
     TrainingInterrupted,
+    _run,
     compilation,
     journal,
     load_checkpoint,
@@ -604,6 +605,39 @@ def test_memory_order_is_measured_in_half_precision(monkeypatch, half_precision,
     now[0] = 0.0
     assert not memory_order.choose_channels_last(classifier, images, half_precision, seed=0)
     assert now[0] == 0
+
+
+def test_a_resumed_run_keeps_the_memory_order_that_was_measured(tmp_path, monkeypatch, capsys):
+    measured = []
+
+    def choose(*_):
+        measured.append(True)
+        return len(measured) == 1
+
+    monkeypatch.setattr(_run, "choose_channels_last", choose)
+    images = small_run.splits()
+    run = partial(
+        small_run.run,
+        tmp_path,
+        build=two_channels,
+        data=replace(images, train=coloured(images.train), validation=coloured(images.test)),
+        epochs=1,
+        mixed_precision="bf16",
+    )
+    run(journal=Journal(tmp_path))
+    told = "--channels-last True repeats it"
+    assert told in " ".join(capsys.readouterr().out.split())
+    assert load_checkpoint(tmp_path / "last.pt")["channels_last"]
+    _, resumed = run(resume=True)
+    assert len(measured) == 1
+    assert is_channels_last(resumed.net[0].weight)
+    content = load_checkpoint(tmp_path / "last.pt")
+    for name in ("format", "version", "channels_last"):  # as checkpoints of earlier releases are
+        del content[name]
+    save_checkpoint(tmp_path / "last.pt", content)
+    _, resumed = run(resume=True)
+    assert len(measured) == 2
+    assert not is_channels_last(resumed.net[0].weight)
 
 
 @pytest.fixture(scope="module")
