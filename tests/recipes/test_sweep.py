@@ -233,6 +233,11 @@ def test_cells_that_are_stopped_at_any_run_go_on_and_repeat_nothing(run, tmp_pat
         ("{a: {options: {rho: 1}}, b: {options: {rho: 1}}}", "cells a and b are the same run"),
         ("{a: {options: {rho: 1}}, b: {options: {rho: 1.0}}}", "cells a and b are the same run"),
         ("{a: {search: {seed: [1, 2]}}}", "seed is set by the sweep itself"),
+        ("{a: [1]}", r"cell a must have names with values, such as .*, got \[1\]"),
+        ("{a: {search: [1, 2]}}", r"search of cell a must have names .*, got \[1, 2\]"),
+        ("{a: {options: [mode]}}", r"options of cell a must have names .*, got \['mode'\]"),
+        ("{a: {config: [mode]}}", r"\['mode'\] must be a file of options"),
+        ("{1: {options: {mode: at}}}", "name of a cell must be text, got 1"),
     ],
 )
 def test_wrong_cells(run, cells, message):
@@ -288,7 +293,9 @@ def test_failures_are_summed_up(run, tmp_path):
             ValueError,
             "skip leaves no combination",
         ),
+        (("--grid", "{rho: [1]}", "--seeds", "[a]"), ValueError, r"seeds must be .*, got \['a'\]"),
         (("--grid", "{rho: [1]}", "--evaluate", "slow"), SystemExit, "2"),
+        (("--options", "{1: 2}", "--grid", "{rho: [1]}"), SystemExit, "2"),
         (
             ("--grid", "{rho: [1]}", "--contrast", "roh"),
             ValueError,

@@ -249,4 +249,4 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return f"--{name}".replace("_", "-")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.command_line import read_file
-from lab.sweeping.grid import expand, value_text
+from lab.sweeping.grid import by_name, expand, value_text
 from lab.sweeping.plan import PlannedRun
 from sj_robust.core.saved import csv_text
 
@@ -61,7 +61,8 @@ def read_cells(given: Mapping[str, Any]) -> list[NamedCell]:
     ``options`` and ``search``, which are all optional.
 
     Raises:
-        ValueError: If a cell has another key, or searches among fewer than two values.
+        ValueError: If a cell has another key or no mapping where one is needed, or searches among
+            fewer than two values.
 
     Examples:
         >>> (cell,) = read_cells({"at": {"options": {"mode": "at"}, "search": {"lr": [0.1, 0.2]}}})
@@ -70,25 +71,29 @@ def read_cells(given: Mapping[str, Any]) -> list[NamedCell]:
     """
     cells = []
     for name, content in given.items():
-        parts = content or {}
-        unknown = sorted(set(parts) - set(_KEYS))
+        if not isinstance(name, str):
+            raise ValueError(f"the name of a cell must be text, got {name!r}; put it in quotes")
+        parts = by_name(content, f"cell {name}", "{options: {mode: at}}")
+        unknown = [key for key in parts if key not in _KEYS]
         if unknown:
             raise ValueError(
                 f"a cell has {', '.join(_KEYS)}, got {unknown[0]!r} in {name}; options of "
                 "adv_train.py belong in its options"
             )
-        values = tuple(expand(parts.get("search", {})))
+        search = by_name(parts.get("search"), f"search of cell {name}", "{lr: [0.1, 0.2]}")
+        values = tuple(expand(search))
         if "search" in parts and len(values) < 2:
             raise ValueError(
                 f"a search needs two values or more, got {parts['search']} in {name}; put a "
                 "single one in its options"
             )
         config = parts.get("config")
+        own = by_name(parts.get("options"), f"options of cell {name}", "{mode: at}")
         cells.append(
             NamedCell(
                 name,
-                preset={} if config is None else read_file(Path(config)),
-                options=dict(parts.get("options", {})),
+                preset={} if config is None else read_file(Path(str(config))),
+                options=own,
                 values=values,
             )
         )

@@ -54,10 +54,11 @@ def seeds_of(seeds: int | Sequence[int]) -> list[int]:
     """Seeds 0, 1, ... of a number, or those given.
 
     Raises:
-        ValueError: If there are none, or one occurs twice or is negative.
+        ValueError: If there are none, or one occurs twice, is negative or no integer.
     """
     found = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if not found or len(set(found)) < len(found) or min(found) < 0:
+    are_numbers = all(isinstance(seed, int) for seed in found)
+    if not found or not are_numbers or len(set(found)) < len(found) or min(found) < 0:
         raise ValueError(f"seeds must be a number >= 1 or different integers >= 0, got {seeds}")
     return found
 
@@ -83,6 +84,30 @@ def names_in(key: str) -> list[str]:
     return [name.strip() for name in key.split(",")]
 
 
+def by_name(value: Any, what: str, example: str) -> dict[str, Any]:
+    """A mapping as it stands in a file; nothing, which YAML reads as None, is an empty one.
+
+    Args:
+        value: What the file holds.
+        what: What it is, for the message.
+        example: How it is written, for the message.
+
+    Raises:
+        ValueError: If it is something else.
+
+    Examples:
+        >>> by_name(["mode"], "a cell", "{mode: at}")
+        Traceback (most recent call last):
+            ...
+        ValueError: a cell must have names with values, such as {mode: at}, got ['mode']
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} must have names with values, such as {example}, got {value!r}")
+    return value
+
+
 def value_text(value: Any) -> str:
     """A value as a reader sees it: 1.0 is 1.
 
@@ -96,6 +121,8 @@ def value_text(value: Any) -> str:
 def _settings(entry: tuple[str, Any]) -> list[dict[str, Any]]:
     """What an entry of a grid offers: values of its one option, or of several together."""
     key, values = entry
+    if not isinstance(key, str):
+        raise ValueError(f"a grid needs names of options, got {key!r}; write the name as text")
     if not isinstance(values, list) or not values:
         raise ValueError(
             f"a grid needs a list of values for every option, got {key}: {values!r}; write "

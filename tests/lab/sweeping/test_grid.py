@@ -53,6 +53,7 @@ def test_skip_names_options_beside_the_grid_and_lists_of_values():
             r"norm,rho needs 2 values in each of its entries, got \['l2'\]",
         ),
         ({"norm,rho": [["l1", 3]], "rho": [1]}, "rho occurs twice"),
+        ({1: [2]}, "needs names of options, got 1"),
     ],
 )
 def test_wrong_grids(grid, message):
@@ -63,6 +64,6 @@ def test_wrong_grids(grid, message):
 def test_seeds():
     assert seeds_of(2) == [0, 1]
     assert seeds_of([5, 3]) == [5, 3]
-    for wrong in (0, [], [1, 1], [-1]):
+    for wrong in (0, [], [1, 1], [-1], ["a"], [0.5]):
         with pytest.raises(ValueError, match="seeds must be"):
             seeds_of(wrong)
