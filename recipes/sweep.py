@@ -123,6 +123,7 @@ from lab.sweeping.pool import executor_for, perform_all
 from lab.sweeping.recipe import load_recipe
 from lab.sweeping.record import RunRecord
 from lab.sweeping.report import write_report
+from lab.sweeping.skip import Skip
 from rich.console import Console
 
 from sj_robust.core.console import duration, working
@@ -179,11 +180,13 @@ def run_all(options: Options, executor: Any, folder: Path, console: Console) -> 
     write_whole(folder / SWEEP_FILE, yaml.safe_dump(kept, sort_keys=False))
     failed: dict[str, str] = {}
     for part in parts_of(options):
-        searches = [one for one in plan(part, folder).searches if one.name not in failed]
+        planned = plan(part, folder, whole=False)
+        searches = [one for one in planned.searches if one.name not in failed]
         if searches:
             failed |= run(options, searches, executor, folder, console)
         # what the searches chose is known now
-        runs = [one for one in plan(part, folder).runs if one.name not in failed]
+        planned = plan(part, folder, whole=False)
+        runs = [one for one in planned.runs if one.name not in failed]
         if part is options or not all(one.finished for one in runs):
             failed |= run(options, runs, executor, folder, console)
     return failed
@@ -239,8 +242,11 @@ class Plan:
     trials: list[Trial]
 
 
-def plan(options: Options, folder: Path) -> Plan:
-    """All runs; every option is checked before anything starts."""
+def plan(options: Options, folder: Path, *, whole: bool = True) -> Plan:
+    """All runs; every option is checked before anything starts.
+
+    A few cells of a sweep (``whole=False``) need not have a run for every entry of skip.
+    """
     if not options.grid and not options.cells and options.base is None:
         raise ValueError(
             f"nothing to run: give --sweep FILE, or --base and --grid ({folder / SWEEP_FILE} is "
@@ -252,6 +258,7 @@ def plan(options: Options, folder: Path) -> Plan:
     base = base_options(options.base)
     cells = read_cells(options.cells) or [NamedCell("")]
     grid = expand(options.grid)
+    skip = Skip(options.skip, recipe)
     evaluator = load_recipe(Path(options.evaluator or RECIPES / "evaluate.py"))
     evaluations = evaluations_of(options)
     for chosen in evaluations.values() if options.evaluator is None else ():
@@ -263,10 +270,10 @@ def plan(options: Options, folder: Path) -> Plan:
     trials: list[Trial] = []
     for cell in cells:
         fixed = base | cell.preset | options.options | cell.options
-        check_owned([*fixed, *values_in(grid), *values_in(cell.values)])
+        check_owned([*fixed, *values_in(grid), *values_in(cell.values), *skip.names])
         if "reference" in recipe.defaults:
             fixed.setdefault("reference", False)
-        combinations = expand(options.grid, fixed=recipe.resolve(fixed).given, skip=options.skip)
+        combinations = skip.left_of(grid, fixed, values_in(cell.values))
         if not combinations:
             raise ValueError("skip leaves no combination of the grid; remove an entry")
         planned = partial(
@@ -288,6 +295,8 @@ def plan(options: Options, folder: Path) -> Plan:
             best = next(index for index, trial in enumerate(found) if trial.chosen)
             combinations = [cell.values[best] | combination for combination in combinations]
         runs += planned(combinations, seeds, evaluations=evaluations)
+    if whole:
+        skip.check_used()
     if options.cells:
         check_different([*runs, *searches])
         # every cell with one seed before another seed

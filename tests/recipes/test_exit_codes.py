@@ -81,6 +81,12 @@ def ended(tmp_path, monkeypatch, capsys):
         ("evaluate", "--compare a b", 1, "a does not exist; --compare takes two"),
         ("evaluate", "--suite slow", 2, "slow"),
         ("sweep", "--grid '{roh: [1]}'", 2, "Unrecognized options: --roh, 1 .*adv_train.py"),
+        (
+            "sweep",
+            "--base digits --skip [lif]",
+            2,
+            r"error: an entry of skip must have names with values, .* got 'lif'",
+        ),
         ("sweep", "--base nowhere", 2, "nowhere must be a file of options, .* or a preset"),
         ("sweep", "--report --output nowhere", 1, "nowhere holds no finished run"),
         ("figures", "", 2, "give the folder of a run"),

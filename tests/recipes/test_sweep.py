@@ -245,6 +245,15 @@ def test_wrong_cells(run, cells, message):
         run("--cells", cells)
 
 
+def test_an_entry_of_skip_may_match_runs_of_a_single_cell(run):
+    names = [f"c{number}" for number in range(6)]
+    cells = ", ".join(f"{name}: {{options: {{epochs: {name[1:]}}}}}" for name in names)
+    given = ("--cells", f"{{{cells}}}", "--grid", "{mode: [none, at]}")
+    assert "11 runs in" in run(*given, "--skip", "[{epochs: 5, mode: none}]")
+    with pytest.raises(ValueError, match=r"{'epochs': 6, 'mode': 'none'} matches none"):
+        run(*given, "--skip", "[{epochs: 6, mode: none}]")
+
+
 def test_options_of_the_command_line_are_added_to_those_of_the_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     kept = {"grid": {"rho": [1]}, "options": {"epochs": 5, "T": 2}}
@@ -293,6 +302,17 @@ def test_failures_are_summed_up(run, tmp_path):
             ValueError,
             "skip leaves no combination",
         ),
+        (
+            ("--grid", "{rho: [1, 2]}", "--skip", "[{rho: 3}]"),
+            ValueError,
+            "{'rho': 3} matches none",
+        ),
+        (
+            ("--grid", "{rho: [1, 2]}", "--skip", "[{seed: 0}]"),
+            ValueError,
+            "seed is set by the sweep itself",
+        ),
+        (("--grid", "{rho: [1]}", "--skip", "[lif]"), ValueError, "entry of skip must have names"),
         (("--grid", "{rho: [1]}", "--seeds", "[a]"), ValueError, r"seeds must be .*, got \['a'\]"),
         (("--grid", "{rho: [1]}", "--evaluate", "slow"), SystemExit, "2"),
         (("--options", "{1: 2}", "--grid", "{rho: [1]}"), SystemExit, "2"),

@@ -7,33 +7,21 @@ from typing import Any
 Options = Mapping[str, Any]
 
 
-def expand(
-    grid: Mapping[str, Sequence[Any]],
-    *,
-    fixed: Options | None = None,
-    skip: Sequence[Options] = (),
-) -> list[dict[str, Any]]:
-    """All combinations of a grid, the last option varying fastest, but those that have all values
-    of an entry of skip.
+def expand(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """All combinations of a grid, the last option varying fastest.
 
-    ``"norm,rho"`` in a grid varies two options together. A value in ``skip`` may be a list of them,
-    and of an option beside the grid, one of ``fixed``.
+    ``"norm,rho"`` in a grid varies two options together.
 
     Raises:
-        ValueError: If an option has no list of values or occurs twice, a joint value has another
-            length, or an entry of ``skip`` is empty.
+        ValueError: If an option has no list of values or occurs twice, or a joint value has another
+            length.
 
     Examples:
-        >>> expand({"mode": ["at", "rat"], "rho": [0, 1]}, skip=[{"mode": "rat", "rho": [0]}])
-        [{'mode': 'at', 'rho': 0}, {'mode': 'at', 'rho': 1}, {'mode': 'rat', 'rho': 1}]
+        >>> expand({"mode": ["at", "rat"], "rho": [0]})
+        [{'mode': 'at', 'rho': 0}, {'mode': 'rat', 'rho': 0}]
         >>> expand({"norm,rho": [["l2", 1], ["l1", 3]]})
         [{'norm': 'l2', 'rho': 1}, {'norm': 'l1', 'rho': 3}]
     """
-    if not all(skip):
-        raise ValueError(
-            "an entry of skip needs at least one option, got an empty one, which would skip "
-            "everything"
-        )
     combinations = []
     for settings in itertools.product(*map(_settings, grid.items())):
         combination: dict[str, Any] = {}
@@ -44,9 +32,7 @@ def expand(
                     "in one"
                 )
             combination |= setting
-        options = {**(fixed or {}), **combination}
-        if not any(_matches(options, entry) for entry in skip):
-            combinations.append(combination)
+        combinations.append(combination)
     return combinations
 
 
@@ -137,11 +123,3 @@ def _settings(entry: tuple[str, Any]) -> list[dict[str, Any]]:
                 f"{key} needs {len(names)} values in each of its entries, got {value!r}"
             )
     return [dict(zip(names, value, strict=True)) for value in values]
-
-
-def _matches(options: Options, entry: Options) -> bool:
-    for name, wanted in entry.items():
-        values = wanted if isinstance(wanted, list) else [wanted]
-        if name not in options or options[name] not in values:
-            return False
-    return True

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from lab.command_line import from_values, idle, plain
-from lab.command_line.declared import Decides, marked
+from lab.command_line.declared import Decides, Radius, marked
+from sj_robust.core.eps import parse_eps, plain_eps
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,15 @@ class Recipe:
         marks = marked(self.options_type, Decides)
         without = {name for name, mark in marks.items() if mark.what == "nothing"}
         return {name: value for name, value in options.items() if name not in without}
+
+    def with_plain_radii(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options with radii as numbers, which are equal if they differ by rounding alone."""
+        found = dict(options)
+        for name, hint in get_type_hints(self.options_type).items():
+            is_radius = Radius in (hint, *get_args(hint))
+            if is_radius and found.get(name) is not None:
+                found[name] = plain_eps(parse_eps(found[name]))
+        return found
 
     @cached_property
     def defaults(self) -> dict[str, Any]:

@@ -21,27 +21,6 @@ def test_all_combinations_in_order():
     assert seen == each_once
 
 
-def test_skip_names_options_beside_the_grid_and_lists_of_values():
-    grid = {"mode": ["none", "at", "rat"], "rho": [0, 1, 2]}
-    left = expand(
-        grid,
-        fixed={"neuron": "lif"},
-        skip=[{"neuron": "lif", "mode": ["at", "rat"], "rho": [1.0, 2]}],
-    )
-    found = [(one["mode"], one["rho"]) for one in left]
-    assert found == [
-        ("none", 0),
-        ("none", 1),
-        ("none", 2),
-        ("at", 0),
-        ("rat", 0),
-    ]
-    found = len(expand(grid, fixed={"neuron": "dlif"}, skip=[{"neuron": "lif"}]))
-    assert found == 9
-    with pytest.raises(ValueError, match="would skip everything"):
-        expand({"rho": [1]}, skip=[{}])
-
-
 @pytest.mark.parametrize(
     ("grid", "message"),
     [

@@ -24,6 +24,7 @@ from lab.sweeping.plan import begun_runs, load_records, plan_runs
 from lab.sweeping.pool import executor_for, gpus_of, perform_all
 from lab.sweeping.recipe import load_recipe
 from lab.sweeping.record import RECORD_FILE, RunRecord
+from lab.sweeping.skip import Skip
 from launch import forked, unboxed, wait_until
 
 from sj_robust.evaluation import Report
@@ -103,6 +104,76 @@ def test_the_same_run_is_planned_once(planned):
     assert len(planned({"data_root": ["a", "b"]})) == 1
     grid = {"eps": ["8/255", 0.1], "data_root": ["a/b"], "norm": ["l1"]}
     assert names(planned(grid)) == ["eps8_255-a_b-l1-seed0", "eps0.1-a_b-l1-seed0"]
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return load_recipe(Path(write_fakes(tmp_path)["recipe"]))
+
+
+def test_skip_names_options_beside_the_grid_and_lists_of_values(recipe):
+    combinations = expand({"mode": ["none", "at", "rat"], "rho": [0, 1, 2]})
+    skip = Skip([{"neuron": "lif", "mode": ["at", "rat"], "rho": [1.0, 2]}], recipe)
+    assert skip.names == ["neuron", "mode", "rho"]
+    assert skip.left_of(combinations, {"neuron": "dlif"}) == combinations
+    with pytest.raises(ValueError, match=r"skip must match .*, {'neuron': 'lif', .* matches none"):
+        skip.check_used()
+    left = skip.left_of(combinations, {"neuron": "lif"})
+    found = [(one["mode"], one["rho"]) for one in left]
+    assert found == [
+        ("none", 0),
+        ("none", 1),
+        ("none", 2),
+        ("at", 0),
+        ("rat", 0),
+    ]
+    skip.check_used()
+    joint = Skip([{"mode,rho": [["at", 1], ["rat", 2]]}], recipe).left_of(combinations, {})
+    assert len(joint) == len(combinations) - 2
+
+
+@pytest.mark.parametrize(
+    ("entry", "left"),
+    [
+        ({"mode": "at", "rho": 1}, ["pgd_at"]),  # rho is null, which means 1 with at
+        ({"rho": 0}, ["at"]),
+        ({"rho": None}, []),
+        ({"eps": 0.0313725490196}, []),
+        ({"eps": ["8/255", 0.2]}, []),
+        ({"eps": 0.0314}, ["at", "pgd_at"]),
+        ({"norm": "l2"}, []),  # the default
+    ],
+)
+def test_skip_compares_the_values_that_runs_have(recipe, entry, left):
+    skip = Skip([entry], recipe)
+    found = skip.left_of(expand({"mode": ["at", "pgd_at"]}), {"rho": None, "eps": "8/255"})
+    assert [one["mode"] for one in found] == left
+
+
+def test_an_option_that_is_searched_is_not_skipped_by_its_default(recipe):
+    skip = Skip([{"rho": 1}], recipe)
+    assert skip.left_of([{"mode": "at"}], {}, ["rho"]) == [{"mode": "at"}]
+    assert skip.left_of([{"mode": "at"}], {}) == []
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({}, "would skip everything"),
+        ("lif", "an entry of skip must have names with values, such as .*, got 'lif'"),
+    ],
+)
+def test_wrong_entries_of_skip(recipe, entry, message):
+    with pytest.raises(ValueError, match=message):
+        Skip([entry], recipe)
+
+
+def test_options_in_skip_are_checked(recipe, capsys):
+    for entry in ({"nueron": "lif"}, {"mode": "an"}):
+        with pytest.raises(SystemExit) as stop:
+            Skip([entry], recipe)
+        assert stop.value.code == 2
+        assert "(in skip)" in capsys.readouterr().err
 
 
 def test_a_run_that_had_null_is_found_by_its_value_and_tabled_with_it(planned):
