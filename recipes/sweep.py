@@ -116,6 +116,7 @@ if __name__ == "__main__":
 import yaml
 from filelock import FileLock, Timeout
 from lab.sweeping.cells import NamedCell, Trial, compared, read_cells, trials_csv
+from lab.sweeping.evaluations import check_suite_is_run, read_evaluations
 from lab.sweeping.grid import expand, names_in, seeds_of, values_in
 from lab.sweeping.perform import LOG_FILE
 from lab.sweeping.plan import PlannedRun, begun_runs, load_records, plan_runs
@@ -260,9 +261,14 @@ def plan(options: Options, folder: Path, *, whole: bool = True) -> Plan:
     grid = expand(options.grid)
     skip = Skip(options.skip, recipe)
     evaluator = load_recipe(Path(options.evaluator or RECIPES / "evaluate.py"))
-    evaluations = evaluations_of(options)
-    for chosen in evaluations.values() if options.evaluator is None else ():
-        check_extra(chosen["suite"])
+    evaluations = read_evaluations(
+        options.evaluate, options.evaluation_options, options.evaluations
+    )
+    for name, chosen in evaluations.items():
+        complete = evaluator.resolve(chosen, f"evaluation {name}").complete
+        if options.evaluator is None:
+            check_suite_is_run(name, complete)
+            check_extra(complete["suite"])
     seeds = seeds_of(options.seeds)
     begun = begun_runs(folder, recipe)
     runs: list[PlannedRun] = []
@@ -320,16 +326,6 @@ def check_different(runs: list[PlannedRun]) -> None:
         owner = owners.setdefault(one.identity, one.cell)
         if owner != one.cell:
             raise ValueError(f"cells {owner} and {one.cell} are the same run; remove one of them")
-
-
-def evaluations_of(options: Options) -> dict[str, dict[str, Any]]:
-    """Options of evaluate.py by the name of the evaluation, which is its suite unless it says
-    another.
-    """
-    found = {suite: {"suite": suite} | options.evaluation_options for suite in options.evaluate}
-    for name, own in options.evaluations.items():
-        found[name] = {"suite": name} | options.evaluation_options | own
-    return found
 
 
 def of_cells(records: list[RunRecord], planned: Plan, names: list[str]) -> list[RunRecord]:

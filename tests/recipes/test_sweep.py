@@ -254,6 +254,52 @@ def test_an_entry_of_skip_may_match_runs_of_a_single_cell(run):
         run(*given, "--skip", "[{epochs: 6, mode: none}]")
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["training", "validation", "options", "run", "run.json", "output", "output.txt", "fast.yaml"],
+)
+def test_an_evaluation_has_a_name_of_its_own(run, tmp_path, name):
+    with pytest.raises(ValueError, match=f"files or figures have already .*, got '{name}'"):
+        run("--grid", "{rho: [1]}", "--evaluations", f"{{{name}: {{suite: fast}}}}")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["a/b", "'a b'", "..", ".lock", "''", "4", "-a", "ä"])
+def test_the_name_of_an_evaluation_is_that_of_a_folder(run, name):
+    with pytest.raises(ValueError, match="must be text of letters, digits"):
+        run("--grid", "{rho: [1]}", "--evaluations", f"{{{name}: {{suite: fast}}}}")
+
+
+def test_an_evaluation_may_have_any_other_name(run, tmp_path):
+    given = ("--grid", "{rho: [1]}", "--evaluate", "paper", "--evaluation-options", "{suite: fast}")
+    run(*given, "--evaluations", "{fast: null, 4_255+x-1.5: {}}")
+    (path,) = tmp_path.glob("runs/sweep/runs/*/run.json")
+    found = RunRecord.load(path).evaluations
+    suites = {name: result["options"]["suite"] for name, result in found.items()}
+    assert suites == {"paper": "paper", "fast": "fast", "4_255+x-1.5": "fast"}
+
+
+@pytest.mark.parametrize("option", ["checkpoint", "data_root", "device", "name", "output"])
+def test_an_evaluation_is_of_the_network_of_its_run(run, option):
+    given = ("--grid", "{rho: [1]}", "--evaluate", "fast")
+    for more in (
+        ("--evaluation-options", f"{{{option}: x}}"),
+        ("--evaluations", f"{{weak: {{suite: fast, {option}: x}}}}"),
+    ):
+        with pytest.raises(ValueError, match=f"{option} of an evaluation is set by the sweep"):
+            run(*given, *more)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"suite": "stress"}, {"suite": "corruptions"}, {"suite": "fast", "smooth": 0.25}],
+)
+def test_an_evaluation_without_a_report_of_attacks_is_refused(tmp_path, wrong):
+    options = sweep.options_type(base="digits", evaluations={"f": wrong})
+    with pytest.raises(ValueError, match="must be a suite of attacks on the trained network, f"):
+        sweep.main.__globals__["plan"](options, tmp_path)
+
+
 def test_options_of_the_command_line_are_added_to_those_of_the_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     kept = {"grid": {"rho": [1]}, "options": {"epochs": 5, "T": 2}}
@@ -314,7 +360,13 @@ def test_failures_are_summed_up(run, tmp_path):
         ),
         (("--grid", "{rho: [1]}", "--skip", "[lif]"), ValueError, "entry of skip must have names"),
         (("--grid", "{rho: [1]}", "--seeds", "[a]"), ValueError, r"seeds must be .*, got \['a'\]"),
+        (
+            ("--grid", "{rho: [1]}", "--evaluations", "{f: fast}"),
+            ValueError,
+            "evaluation f must have names with values, such as .*, got 'fast'",
+        ),
         (("--grid", "{rho: [1]}", "--evaluate", "slow"), SystemExit, "2"),
+        (("--grid", "{rho: [1]}", "--evaluations", "{f: {epss: 1}}"), SystemExit, "2"),
         (("--options", "{1: 2}", "--grid", "{rho: [1]}"), SystemExit, "2"),
         (
             ("--grid", "{rho: [1]}", "--contrast", "roh"),
