@@ -115,7 +115,14 @@ if __name__ == "__main__":
 
 import yaml
 from filelock import FileLock, Timeout
-from lab.sweeping.cells import NamedCell, Trial, compared, read_cells, trials_csv
+from lab.sweeping.cells import (
+    NamedCell,
+    Trial,
+    check_search,
+    compared,
+    read_cells,
+    trials_csv,
+)
 from lab.sweeping.evaluations import check_suite_is_run, read_evaluations
 from lab.sweeping.grid import expand, names_in, seeds_of, values_in
 from lab.sweeping.perform import LOG_FILE
@@ -269,6 +276,8 @@ def plan(options: Options, folder: Path, *, whole: bool = True) -> Plan:
         if options.evaluator is None:
             check_suite_is_run(name, complete)
             check_extra(complete["suite"])
+    for combination in grid if options.cells else ():
+        recipe.resolve(combination)  # else wrong values would be found after the searches
     seeds = seeds_of(options.seeds)
     begun = begun_runs(folder, recipe)
     runs: list[PlannedRun] = []
@@ -276,10 +285,11 @@ def plan(options: Options, folder: Path, *, whole: bool = True) -> Plan:
     trials: list[Trial] = []
     for cell in cells:
         fixed = base | cell.preset | options.options | cell.options
-        check_owned([*fixed, *values_in(grid), *values_in(cell.values), *skip.names])
+        check_owned([*fixed, *values_in(grid), *cell.searched, *skip.names])
+        check_not_in_grid(cell, values_in(grid))
         if "reference" in recipe.defaults:
             fixed.setdefault("reference", False)
-        combinations = skip.left_of(grid, fixed, values_in(cell.values))
+        combinations = skip.left_of(grid, fixed, cell.searched)
         if not combinations:
             raise ValueError("skip leaves no combination of the grid; remove an entry")
         planned = partial(
@@ -293,6 +303,7 @@ def plan(options: Options, folder: Path, *, whole: bool = True) -> Plan:
         )
         if cell.searches:
             tried = planned(cell.values, seeds[:1], evaluations={})
+            check_search(cell, tried)
             found = compared(cell, tried)
             if not found:
                 searches += tried
@@ -319,13 +330,31 @@ def check_owned(names: Iterable[str]) -> None:
         )
 
 
+def check_not_in_grid(cell: NamedCell, grid: Iterable[str]) -> None:
+    """What a cell sets or searches has no other values in the grid."""
+    for name in grid:
+        if name in cell.options or name in cell.searched:
+            raise ValueError(
+                f"{name} is in the grid and in cell {cell.name}, whose own value would be lost; "
+                "remove it from one of them"
+            )
+
+
 def check_different(runs: list[PlannedRun]) -> None:
-    """No two cells are the same run, which would be trained once and belong to one of them."""
+    """No two cells are the same run, which would be trained once and belong to one of them, and no
+    two have runs of the same name.
+    """
     owners: dict[str, str] = {}
+    named: dict[str, str] = {}
     for one in runs:
         owner = owners.setdefault(one.identity, one.cell)
         if owner != one.cell:
             raise ValueError(f"cells {owner} and {one.cell} are the same run; remove one of them")
+        owner = named.setdefault(one.name, one.cell)
+        if owner != one.cell:
+            raise ValueError(
+                f"cells {owner} and {one.cell} both have a run {one.name}; rename one of them"
+            )
 
 
 def of_cells(records: list[RunRecord], planned: Plan, names: list[str]) -> list[RunRecord]:

@@ -233,6 +233,14 @@ def test_cells_that_are_stopped_at_any_run_go_on_and_repeat_nothing(run, tmp_pat
         ("{a: {options: {rho: 1}}, b: {options: {rho: 1}}}", "cells a and b are the same run"),
         ("{a: {options: {rho: 1}}, b: {options: {rho: 1.0}}}", "cells a and b are the same run"),
         ("{a: {search: {seed: [1, 2]}}}", "seed is set by the sweep itself"),
+        # the same run: by its values, by null, or by an option without effect
+        ("{a: {search: {rho: [1, 1.0, 2]}}}", r"two of cell a make the same one \(rho 1; rho 1"),
+        ("{a: {search: {rho: [null, 1]}}}", "two of cell a make the same one"),
+        ("{a: {options: {rho: 0}, search: {norm: [l1, l2]}}}", "values that make different runs"),
+        (
+            "{a-at: {options: {epochs: 2}}, a: {search: {mode: [at, rat]}}}",
+            "a-at and a both have a run a-at-seed0",
+        ),
         ("{a: [1]}", r"cell a must have names with values, such as .*, got \[1\]"),
         ("{a: {search: [1, 2]}}", r"search of cell a must have names .*, got \[1, 2\]"),
         ("{a: {options: [mode]}}", r"options of cell a must have names .*, got \['mode'\]"),
@@ -245,6 +253,12 @@ def test_wrong_cells(run, cells, message):
         run("--cells", cells)
 
 
+@pytest.mark.parametrize("cell", ["{options: {rho: 3}}", "{search: {rho: [2, 3]}}"])
+def test_a_grid_does_not_override_what_a_cell_says(run, cell):
+    with pytest.raises(ValueError, match="rho is in the grid and in cell a, whose own value"):
+        run("--cells", f"{{a: {cell}}}", "--grid", "{rho: [0, 1]}")
+
+
 def test_an_entry_of_skip_may_match_runs_of_a_single_cell(run):
     names = [f"c{number}" for number in range(6)]
     cells = ", ".join(f"{name}: {{options: {{epochs: {name[1:]}}}}}" for name in names)
@@ -252,6 +266,11 @@ def test_an_entry_of_skip_may_match_runs_of_a_single_cell(run):
     assert "11 runs in" in run(*given, "--skip", "[{epochs: 5, mode: none}]")
     with pytest.raises(ValueError, match=r"{'epochs': 6, 'mode': 'none'} matches none"):
         run(*given, "--skip", "[{epochs: 6, mode: none}]")
+
+
+def test_a_wrong_grid_is_refused_before_cells_are_searched(run, tmp_path):
+    run("--cells", "{a: {search: {rho: [0, 1]}}}", "--grid", "{mode: [an]}", code=2)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

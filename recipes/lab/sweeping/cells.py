@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.command_line import read_file
-from lab.sweeping.grid import by_name, expand, value_text
+from lab.sweeping.grid import by_name, expand, value_text, values_in
 from lab.sweeping.plan import PlannedRun
 from sj_robust.core.saved import csv_text
 
@@ -35,6 +35,11 @@ class NamedCell:
     def searches(self) -> bool:
         """Whether it has a choice."""
         return len(self.values) > 1
+
+    @property
+    def searched(self) -> list[str]:
+        """Names of the options of which it chooses values."""
+        return list(values_in(self.values))
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,17 @@ def read_cells(given: Mapping[str, Any]) -> list[NamedCell]:
     return cells
 
 
+def check_search(cell: NamedCell, runs: Sequence[PlannedRun]) -> None:
+    """Raise ValueError unless each value of a cell is a run of its own, of those planned."""
+    if len(runs) < len(cell.values):
+        texts = "; ".join(map(_text, cell.values))
+        raise ValueError(
+            f"a search needs values that make different runs, two of cell {cell.name} make the "
+            f"same one ({texts}); remove equal values, null beside the value that it stands for, "
+            "and options without effect"
+        )
+
+
 def compared(cell: NamedCell, runs: Sequence[PlannedRun]) -> list[Trial]:
     """The values of a cell by their accuracies on validation images, the best one chosen; empty
     while a training is missing.
@@ -124,11 +140,14 @@ def compared(cell: NamedCell, runs: Sequence[PlannedRun]) -> list[Trial]:
     best = found.index(max(found))
     trials = []
     for index, (values, (validation, clean)) in enumerate(zip(cell.values, found, strict=True)):
-        text = ", ".join(f"{name} {value_text(value)}" for name, value in values.items())
-        trials.append(Trial(cell.name, text, validation, clean, index == best))
+        trials.append(Trial(cell.name, _text(values), validation, clean, index == best))
     return trials
 
 
 def trials_csv(trials: Sequence[Trial]) -> str:
     """A line per value that was tried."""
     return csv_text(list(Trial.__dataclass_fields__), map(asdict, trials))
+
+
+def _text(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value_text(value)}" for name, value in values.items())
