@@ -395,7 +395,7 @@ def check_has_neuron(net: nn.Module, spec: NetworkSpec) -> None:
     """Raise ValueError if a network of one's own does not have the neuron of its specification.
 
     A function that does not take ``spiking_neuron`` builds the same neurons whatever is asked for.
-    ``"dlif"`` replaces them, and ``"lif"`` leaves IF, LIF and PLIF neurons as they are.
+    ``"dlif"`` replaces them, ``"lif"`` leaves them as they are, and ``"relu"`` has none.
 
     Examples:
         >>> own = NetworkSpec("mynet.py:build", neuron="tgo")
@@ -407,14 +407,13 @@ the neurons with its argument spiking_neuron, or name the neuron that it has
     """
     if not spec.is_own or spec.neuron == "dlif":
         return
-    kinds: dict[str, set[type[nn.Module]]] = {
-        "lif": {neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode},
-        "stog": {StochasticGate},
-    }
-    asked = kinds.get(spec.neuron) or {type(_neuron(spec)())}
     neurons = {type(module) for module in net.modules() if is_neuron(module)}
-    has_it = not asked.isdisjoint(map(type, net.modules()))
-    if not has_it or (spec.neuron == "relu" and neurons):
+    if spec.neuron in ("lif", "relu"):
+        has_it = bool(neurons) == (spec.neuron == "lif")
+    else:
+        asked = StochasticGate if spec.neuron == "stog" else type(_neuron(spec)())
+        has_it = asked in map(type, net.modules())
+    if not has_it:
         names = ", ".join(sorted(kind.__name__ for kind in neurons)) or "no spiking neuron"
         raise ValueError(
             f"{spec.name} builds {names}, not the neuron {spec.neuron!r} that was asked for: build "

@@ -82,15 +82,18 @@ class Neuron:
     charging: Callable[[], Charging]
     known: bool
 
-    def numbers(self, *, learned: bool = True) -> tuple[float | tuple[float, ...] | None, ...]:
-        """Threshold, potential after a spike (None: soft reset), decay and gains as they are now,
-        to be compared with those of another time; without ``learned``, no tensors, which would be
-        copied from their device.
+    def numbers(self, *, learned: bool = True) -> tuple[Any, ...]:
+        """Threshold, potential after a spike (None: soft reset), surrogate, decay and gains as they
+        are now, to be compared with those of another time. Without ``learned``, tensors among decay
+        and gains are left out: reading them would wait for their device.
         """
         charging = self.charging()
         given = [charging.decay, charging.gain, charging.input_gain]
         told = [value for value in given if learned or not isinstance(value, Tensor)]
-        return tuple(map(_as_numbers, [self.module.v_threshold, self.module.v_reset, *told]))
+        fixed = [getattr(self.module, name, None) for name in ("v_threshold", "v_reset")]
+        function = self.module.surrogate_function
+        spikes = [getattr(function, name, None) for name in ("spiking", "max_spike_count")]
+        return (function, *spikes, *map(_as_numbers, [*fixed, *told]))
 
     @property
     def type_name(self) -> str:

@@ -62,7 +62,7 @@ RULES: dict[str, Rule] = {}
 ON_TRUTH: set[Rule] = set()
 """Rules that know what they make of True and False; filled likewise."""
 
-READS_POTENTIAL = "a forward that reads a neuron's potential v"
+_READS_POTENTIAL = "a forward that reads a neuron's potential v"
 
 _OPERATORS_IN_PLACE = ["iadd", "isub", "imul", "itruediv", "idiv"]
 _MAY_WRITE = ["add", "sub", "mul", "div", "truediv", "neg", *_OPERATORS_IN_PLACE]
@@ -282,7 +282,7 @@ class Bounds(Tensor):
         if func.__name__ == "__float__":
             raise NoBoundsError("float(x), a number that depends on the input")
         if HeldPotential in types:
-            raise NoBoundsError(READS_POTENTIAL)
+            raise NoBoundsError(_READS_POTENTIAL)
         if kwargs.get("out") is not None or (in_place and name not in _MAY_WRITE):
             raise NoBoundsError(f"{func.__name__}, which writes into a tensor: write x = f(x)")
         if rule is None:
@@ -313,8 +313,8 @@ class Bounds(Tensor):
 
 
 class HeldPotential(Tensor):
-    """What a neuron holds behind a call on bounds: nobody may read it, and who replaces it, as a
-    reset does, is seen.
+    """Stands for a neuron's potential after a call on bounds. Reading it raises an error; the next
+    call notices if it was replaced.
     """
 
     @classmethod
@@ -322,7 +322,7 @@ class HeldPotential(Tensor):
         """Refuse; only cutting its graph changes nothing."""
         if func.__name__ in ("detach", "detach_"):
             return args[0]
-        raise NoBoundsError(READS_POTENTIAL)
+        raise NoBoundsError(_READS_POTENTIAL)
 
 
 def run_of(value: Any) -> Run | None:

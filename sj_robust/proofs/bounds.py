@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sj_robust.core.broadcast import along
 from sj_robust.core.preserved import other_forward
 from sj_robust.neuron.charging import Neuron
+from sj_robust.neuron.dlif import DLIFNode
 from sj_robust.proofs.bound_tensor import Bounds, Function, HeldPotential, Origin
 from sj_robust.proofs.opened import counts, on_bounds, spiking_surrogates
 from sj_robust.proofs.origins import leaves_of, rows_of
@@ -75,6 +76,18 @@ def pulled_back(
         create_graph=create_graph,
         allow_unused=True,
     )
+
+
+class _HeldStep(int):
+    """The number of a neuron's steps behind a call on bounds, told from an equal one that somebody
+    sets.
+    """
+
+
+def _states(module: Any) -> dict[str, Any]:
+    """What a neuron carries from one call to the next, by name."""
+    names = ("v", "time_step") if type(module) is DLIFNode else ("v",)
+    return {name: getattr(module, name) for name in names}
 
 
 @dataclass
@@ -221,27 +234,38 @@ class BoundedRun:
             for surrogate in spiking_surrogates(net):
                 stepped = on_bounds(surrogate.forward)
                 stack.enter_context(other_forward(surrogate, stepped))
-            entered = {name: neuron.module.v for name, neuron in self.neurons.items()}
+            entered = {name: _states(neuron.module) for name, neuron in self.neurons.items()}
             try:
                 yield
                 for neuron in self.neurons.values():
                     self._check_numbers(neuron)
             finally:
-                self._give_potentials_back(entered)
+                self._give_states_back(entered)
 
     def _check_call(self, neuron: Neuron) -> None:
         """Raise NoBoundsError if something other than its calls changed a neuron in this run."""
         self._check_numbers(neuron)
         layer = self.layers[neuron.name]
-        module = neuron.module
+        states = _states(neuron.module)
         if layer.numbers is None:
             layer.numbers = self._numbers(neuron)
-            layer.rest = module.v
-        elif not isinstance(module.v, HeldPotential):
+            layer.states_before = states
+            if neuron.time_step:
+                raise NoBoundsError(f"the layer {neuron.name}, whose first call is no first step")
+        elif any(states[name] is not held for name, held in layer.held.items()):
             raise NoBoundsError(
-                f"the layer {neuron.name}, which is reset, or whose v is set, between two calls of "
-                "one forward: use a neuron of its own for each"
+                f"the layer {neuron.name}, which is reset, or whose state is set, between two "
+                "calls of one forward: use a neuron of its own for each"
             )
+
+    def _hold(self, neuron: Neuron) -> None:
+        """Put something into a neuron's states by which the next call knows that nobody has."""
+        layer = self.layers[neuron.name]
+        layer.held = {"v": torch.empty(0).as_subclass(HeldPotential)}
+        if "time_step" in layer.states_before:
+            layer.held["time_step"] = _HeldStep(layer.steps)
+        for name, held in layer.held.items():
+            setattr(neuron.module, name, held)
 
     def _check_numbers(self, neuron: Neuron) -> None:
         """Raise NoBoundsError if a neuron that has run charges, fires or resets differently now."""
@@ -255,16 +279,16 @@ class BoundedRun:
     def _numbers(self, neuron: Neuron) -> tuple[Any, ...]:
         return neuron.numbers(learned=not self.differentiable)
 
-    def _give_potentials_back(self, entered: dict[str, Any]) -> None:
+    def _give_states_back(self, entered: dict[str, dict[str, Any]]) -> None:
         """Let neurons hold what they held before their first call; inside another run on bounds,
         what that one left in them.
         """
         for name, layer in self.layers.items():
             module = self.neurons[name].module
-            if isinstance(entered[name], HeldPotential):
-                module.v = entered[name]
-            elif isinstance(module.v, HeldPotential):
-                module.v = layer.rest
+            in_another_run = isinstance(entered[name]["v"], HeldPotential)
+            before = entered[name] if in_another_run else layer.states_before
+            for state, value in before.items():
+                setattr(module, state, value)
 
     def lead(self, logits: Bounds, y: Tensor) -> Tensor:
         """Upper bound of what every class's logit is above the right one's, [N, classes]; the right
@@ -365,7 +389,7 @@ class BoundedRun:
             self._check_call(neuron)
             self._reached(x, batch_dim, neuron)
             found = self._leaf_behind(neuron, x, batch_dim)
-            neuron.module.v = torch.empty(0).as_subclass(HeldPotential)
+            self._hold(neuron)
             return found
 
         return forward

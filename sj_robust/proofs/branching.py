@@ -332,18 +332,21 @@ def _next_parts(searches: list["_Search"]) -> list["_Part"]:
 
 
 def _slopes(values: Callable[[Tensor], list[Tensor]], images: Tensor) -> Iterator[Tensor]:
-    """Gradients of values at the images, of those that have one."""
+    """Gradients of values at the images, of those that have one; none if autograd fails, as where
+    weights are written to in the forward.
+    """
     points = images.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        try:
-            found = values(points)
-        except RuntimeError:  # of autograd, which some networks do not allow
-            return
-    for value in found:
-        if value.requires_grad:
-            slopes = torch.autograd.grad(value, points, retain_graph=True, allow_unused=True)
-            if slopes[0] is not None:
-                yield slopes[0]
+    try:
+        with torch.enable_grad():
+            found = [value for value in values(points) if value.requires_grad]
+        for value in found:
+            (slope,) = torch.autograd.grad(value, points, retain_graph=True, allow_unused=True)
+            if slope is not None:
+                yield slope
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return
 
 
 @contextmanager
@@ -355,11 +358,13 @@ def _noted_currents(neurons: Iterable[Neuron]) -> Iterator[list[list[Tensor]]]:
             calls: list[Tensor] = []
             noted.append(calls)
 
-            def note(module: Any, args: Any, calls: list[Tensor] = calls) -> None:
-                x = args[0]
+            def note(
+                module: Any, args: Any, kwargs: dict[str, Any], calls: list[Tensor] = calls
+            ) -> None:
+                x = [*args, *kwargs.values()][0]
                 calls.append(x.movedim(1 if module.step_mode == "m" else 0, 0).flatten(1))
 
-            hook = neuron.module.register_forward_pre_hook(note)
+            hook = neuron.module.register_forward_pre_hook(note, with_kwargs=True)
             stack.callback(hook.remove)
         yield noted
 

@@ -29,28 +29,27 @@ def parameters_kept_in_float64() -> Iterator[None]:
 
 
 def in_float64(value: Tensor) -> Tensor:
-    """A constant in float64 and without a graph."""
+    """A copy of a constant in float64, without a graph."""
     known = _DOUBLES.get()
     if known is None or not isinstance(value, nn.Parameter):
-        return value.detach().double()
+        return value.detach().to(torch.float64, copy=True)
     if id(value) in known:
         parameter, values, found = known[id(value)]
         if parameter is value and torch.equal(values, value):
             return found
-    found = value.detach().double()
+    found = value.detach().to(torch.float64, copy=True)
     known[id(value)] = value, value.detach().clone(), found
     return found
 
 
 def by_value(value: Any) -> Any:
     """An argument of a call as it is now, for those who make the call again: a network with binary
-    weights, say, has other values in them behind its forward.
+    weights, say, has other values in them after its forward.
     """
     if type(value) in (tuple, list):
         return type(value)(map(by_value, value))
     if not isinstance(value, Tensor):
         return value
     if isinstance(value, nn.Parameter) and value.is_floating_point():
-        found = in_float64(value)
-        return found if found.data_ptr() != value.data_ptr() else found.clone()
+        return in_float64(value)
     return value.detach().clone()

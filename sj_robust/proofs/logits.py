@@ -143,7 +143,7 @@ def _why_unbounded(n: Neuron) -> str | None:
 
 
 _FAILURES = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
-"""What code raises that was not written for bounds, such as a forward that reads ``neuron.v``."""
+"""What code raises that was not written for bounds, such as one that asks for a tensor's type."""
 
 _COVERED = (
     "direct encoding or given frames, convolution, linear, batch, layer and group norm, pooling, "

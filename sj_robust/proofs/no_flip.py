@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,11 +33,37 @@ from sj_robust.proofs.spiking import Interval
 
 __all__ = ["no_flip_radius"]
 
-SILENT = -1
-"""No spikes, in a run with fixed ones."""
+_Fixed = Callable[[Tensor], Tensor]
+"""Spikes of one step, like its current [N, *], that do not depend on it."""
 
-_TRAINS = 4
-"""Runs with other fixed spikes: all of them, and random ones."""
+
+def _silent() -> _Fixed:
+    """No spikes."""
+    return torch.zeros_like
+
+
+def _firing() -> _Fixed:
+    """Spikes everywhere."""
+    return torch.ones_like
+
+
+def _random(seed: int) -> _Fixed:
+    """Spikes that are drawn, the same for all samples."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(step: Tensor) -> Tensor:
+        values = torch.rand(step.shape[1:], generator=generator, dtype=torch.float64)
+        return (values < 0.5).to(step).expand_as(step)
+
+    return drawn
+
+
+_TRAINS: tuple[Callable[[], _Fixed], ...] = (
+    _silent,
+    _firing,
+    *(partial(_random, seed) for seed in range(3)),
+)
+"""Spikes with which the input must drive a network in the same way."""
 
 
 def no_flip_radius(model: SpikingClassifier, x: Tensor, *, batch_size: int = 64) -> Tensor:
@@ -52,7 +79,9 @@ def no_flip_radius(model: SpikingClassifier, x: Tensor, *, batch_size: int = 64)
     Below it all spikes, and so the logits, stay exactly the same: at this radius the linear regime
     of the perturbation dynamics ends. At the radius there is a direction (along w_i) that brings
     one potential to the threshold, so no larger radius is possible, apart from images that leave
-    [0, 1]. For event frames, whose steps are perturbed independently, ``sqrt(sum_k a^2)`` replaces
+    [0, 1]. That spikes neither gate the image nor change its map is known from bounds of the whole
+    network; if something behind these neurons has none, from runs with five different spike trains
+    alone. For event frames, whose steps are perturbed independently, ``sqrt(sum_k a^2)`` replaces
     the sum. The radius is usually tiny.
 
     Rounding is taken into account: the largest rounding error of h in float32, for any image within
@@ -128,16 +157,16 @@ def _row_norms(model: SpikingClassifier, image: Tensor, batch_size: int) -> dict
     neurons, others, _ = find_neurons(model.net, {}, {})
     names = [*neurons, *others]
     probes = _probes(model, image)
-    black = _fixed_run(model, torch.zeros_like(probes), names, SILENT)
-    probed = _fixed_run(model, probes, names, SILENT)
+    black = _fixed_run(model, torch.zeros_like(probes), names, _silent)
+    probed = _fixed_run(model, probes, names, _silent)
     sums_of_squares = {}
     for name, change in _changes(probed, black).items():
         if bool(change.any()):
             _check_followed(name, neurons, others)
             _check_affine(name, change, _sizes(probed, black, name))
             sums_of_squares[name] = torch.zeros_like(change[0, 0])
-    for spikes in (SILENT, *range(_TRAINS)):
-        _check_same_with_spikes(model, probes, names, spikes, _changes(probed, black))
+    for train in _TRAINS:
+        _check_same_with_spikes(model, probes, names, train, _changes(probed, black))
     for basis in _bases(model, image, batch_size):
         columns = _currents(model, basis, list(sums_of_squares))
         for name, squares in sums_of_squares.items():
@@ -150,22 +179,20 @@ def _check_same_with_spikes(
     model: SpikingClassifier,
     probes: Tensor,
     names: list[str],
-    spikes: int,
+    train: Callable[[], _Fixed],
     changes: dict[str, Tensor],
 ) -> None:
     """Raise NotImplementedError if the input drives a layer, or the logits, in another way where
     spikes are than where there is none, as when it is multiplied by spikes.
     """
-    black = _fixed_run(model, torch.zeros_like(probes), names, spikes)
-    probed = _fixed_run(model, probes, names, spikes)
+    black = _fixed_run(model, torch.zeros_like(probes), names, train)
+    probed = _fixed_run(model, probes, names, train)
     if not torch.equal(probed.logits, black.logits):
-        raise NotImplementedError(
-            "the input reaches the logits past all spiking layers, so no radius keeps them"
-        )
+        raise _past_neurons()
     for name, change in _changes(probed, black).items():
         size = _sizes(probed, black, name)
         if name not in changes or not is_rounding(change - changes[name], size):
-            raise _not_affine(name)
+            raise _NotAffineError(name)
 
 
 def _changes(probed: "_FixedRun", black: "_FixedRun") -> dict[str, Tensor]:
@@ -212,13 +239,22 @@ def _check_affine(name: str, change: Tensor, size: Tensor) -> None:
     largest = size.amax((0, 1)) + LEAST_SHARE * change.abs().amax()
     is_linear = is_rounding(both - (a + 2 * b), 3 * largest)
     if not (is_linear and is_rounding(change - change[:1], largest)):
-        raise _not_affine(name)
+        raise _NotAffineError(name)
 
 
-def _not_affine(name: str) -> NotImplementedError:
+class _NotAffineError(NotImplementedError):
+    """The input drives a layer in a way of which no radius is known."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"what leads from the input to {name} is not one affine map for every time step and "
+            "whatever spikes there are"
+        )
+
+
+def _past_neurons() -> NotImplementedError:
     return NotImplementedError(
-        f"what leads from the input to {name} is not one affine map for every time step and "
-        "whatever spikes there are"
+        "the input reaches the logits past all spiking layers, so no radius keeps them"
     )
 
 
@@ -315,21 +351,36 @@ def _least(ratios: list[Tensor]) -> Tensor:
 
 
 class _Calls:
-    """What went into a layer and came out, call by call, and what it held then."""
+    """What went into a layer and came out, call by call, and what it held before and after."""
 
     def __init__(self, neuron: Neuron) -> None:
         self.neuron = neuron
         self.currents: list[Tensor] = []
         self.spikes: list[Tensor] = []
         self.numbers: list[Any] = []
-        self.potentials: list[Tensor] = []
+        self.before: list[Any] = []
+        self.after: list[Tensor] = []
 
-    def note(self, module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-        """A hook."""
-        self.currents.append(args[0])
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Context in which they are noted."""
+        module = self.neuron.module
+        enters = module.register_forward_pre_hook(self._enter, with_kwargs=True)
+        leaves = module.register_forward_hook(self._leave)
+        try:
+            yield
+        finally:
+            enters.remove()
+            leaves.remove()
+
+    def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.currents.append([*args, *kwargs.values()][0])
+        self.before.append(module.v)
+
+    def _leave(self, module: Any, args: tuple[Any, ...], output: Tensor) -> None:
         self.spikes.append(output)
         self.numbers.append(self.neuron.numbers())
-        self.potentials.append(module.v)
+        self.after.append(module.v)
 
     def check(self, steps: list[_Step]) -> None:
         """Raise NotImplementedError unless the layer did its equation, with the numbers that it has
@@ -337,14 +388,17 @@ class _Calls:
         """
         module = self.neuron.module
         done = 0
-        for current, numbers, v in zip(self.currents, self.numbers, self.potentials, strict=True):
+        noted = zip(self.currents, self.numbers, self.before, self.after, strict=True)
+        for current, numbers, before, after in noted:
+            first = steps[done]
             done += len(current) if module.step_mode == "m" else 1
             last = steps[done - 1]
+            gaps = torch.stack([before - first.before, after - last.after])
             size = last.h.abs() + last.before.abs() + abs(float(module.v_threshold))
-            if numbers != self.neuron.numbers() or not is_rounding(v - last.after, size):
+            if numbers != self.neuron.numbers() or not is_rounding(gaps, size.expand_as(gaps)):
                 raise NotImplementedError(
-                    f"{self.neuron.name} is reset, or its threshold, reset, decay or gain changes, "
-                    "within one forward: use a neuron of its own for each"
+                    f"{self.neuron.name} is reset, or its state, threshold, reset, decay or gain "
+                    "changes, within one forward: use a neuron of its own for each"
                 )
 
 
@@ -353,9 +407,8 @@ def _layers(model: SpikingClassifier, images: Tensor, rows: dict[str, Tensor]) -
     neurons, _, _ = find_neurons(model.net, {}, {})
     calls = {name: _Calls(neurons[name]) for name in rows}
     with ExitStack() as stack:
-        for name, seen in calls.items():
-            hook = neurons[name].module.register_forward_hook(seen.note)
-            stack.callback(hook.remove)
+        for seen in calls.values():
+            stack.enter_context(seen.noted())
         model(images)
     apart = isinstance(model, SpikingEventClassifier)
     found = {}
@@ -398,33 +451,39 @@ def _steps(
 
 
 class _CurrentsRun(BoundedRun):
-    """A run that notes the currents of some layers and ends with the last of them; any spike may be
-    there.
-    """
+    """A run that notes the currents of some layers, in which any spike may be there."""
 
-    def __init__(self, neurons: dict[str, Neuron], samples: int, names: list[str], T: int) -> None:
+    def __init__(self, neurons: dict[str, Neuron], samples: int, names: list[str]) -> None:
         super().__init__(neurons, samples)
         self.currents: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
-        self.T = T
         self._of_input = {0}
         """Leaves to which the input leads past all spiking layers."""
 
+    def is_complete(self, T: int) -> bool:
+        """Whether all currents of T steps are there."""
+        return all(len(found) == T for found in self.currents.values())
+
+    def passes_functions(self, x: Bounds) -> bool:
+        """Whether the input reaches bounds through something other than affine maps, such as a
+        product with spikes, and past all spiking layers.
+        """
+        return bool(leaves_of(x.origin) & (self._of_input - {0}))
+
     def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
-        before = leaves_of(x.origin) & self._of_input
-        if isinstance(by, Function) and before:
-            self._of_input.add(len(self.leaves))
-        if not isinstance(by, Neuron) or by.name not in self.currents:
+        if isinstance(by, Function):
+            if leaves_of(x.origin) & self._of_input:
+                self._of_input.add(len(self.leaves))
             return
-        if before - {0}:
-            raise _not_affine(by.name)
+        if self.passes_functions(x):
+            raise _NotAffineError(by.name)
+        if by.name not in self.currents:
+            return
         size = Interval(x.lower, x.upper).size()
         currents = self.currents[by.name]
         if batch_dim:
             currents += zip(x.error, size, strict=True)
         else:
             currents.append((x.error, size))
-        if all(len(found) == self.T for found in self.currents.values()):
-            raise _FoundError
 
     def spikes(self, neuron: Neuron, x_seq: Interval) -> Interval:
         return Interval(torch.zeros_like(x_seq.low), torch.ones_like(x_seq.high))
@@ -438,10 +497,17 @@ def _rounding(
     names: list[str],
 ) -> dict[str, _Rounding]:
     """What float32 rounds of the currents of layers, for images within a radius [N] of each."""
-    run = _CurrentsRun(neurons=neurons, samples=len(images), names=names, T=model.T)
-    if names:
-        with suppress(_FoundError):
-            bounded_logits(model, run, images, along(radius, 0, images.ndim))
+    run = _CurrentsRun(neurons=neurons, samples=len(images), names=names)
+    try:
+        logits = bounded_logits(model, run, images, along(radius, 0, images.ndim))
+    except _NotAffineError:
+        raise
+    except NotImplementedError:  # of what follows, only runs with fixed spikes are known
+        if not run.is_complete(model.T):
+            raise
+    else:
+        if run.passes_functions(logits):
+            raise _past_neurons()
     found = {}
     for name, steps in run.currents.items():
         errors, sizes = zip(*steps, strict=True)
@@ -464,17 +530,17 @@ class _FixedRun:
 
 
 def _fixed_run(
-    model: SpikingClassifier, images: Tensor, names: list[str], spikes: int
+    model: SpikingClassifier, images: Tensor, names: list[str], train: Callable[[], _Fixed]
 ) -> _FixedRun:
-    """A run with such spikes, see :func:`_fixed_spikes`."""
-    with _fixed_spikes(model, names, spikes) as noted:
+    """A run in which layers give these spikes."""
+    with _fixed_spikes(model, names, train()) as noted:
         logits = model(images)
     return _FixedRun(noted.stacked(), logits)
 
 
 def _currents(model: SpikingClassifier, images: Tensor, names: list[str]) -> dict[str, Tensor]:
     """Currents [T, N, *] of layers, from a run that ends with the last of them."""
-    with _fixed_spikes(model, names, SILENT) as noted, suppress(_FoundError):
+    with _fixed_spikes(model, names, _silent()) as noted, suppress(_FoundError):
         noted.ends_the_run = True
         model(images)
     return noted.stacked()
@@ -502,19 +568,10 @@ class _NotedCurrents:
 
 @contextmanager
 def _fixed_spikes(
-    model: SpikingClassifier, names: list[str], spikes: int
+    model: SpikingClassifier, names: list[str], spikes: _Fixed
 ) -> Iterator[_NotedCurrents]:
-    """Context in which layers give no spikes (SILENT), a spike in every step (0), or random ones,
-    the same for all samples, and their currents are noted.
-    """
+    """Context in which layers give these spikes, and their currents are noted."""
     noted = _NotedCurrents(names, model.T)
-    generator = torch.Generator().manual_seed(max(spikes, 0))
-
-    def like(step: Tensor) -> Tensor:
-        if spikes <= 0:
-            return torch.full_like(step, 0.0 if spikes == SILENT else 1.0)
-        drawn = torch.rand(step.shape[1:], generator=generator, dtype=torch.float64)
-        return (drawn < 0.5).to(step).expand_as(step)
 
     def fixed(name: str, module: Any) -> Callable[..., Tensor]:
         is_single_step = getattr(module, "step_mode", "m") != "m"
@@ -522,7 +579,7 @@ def _fixed_spikes(
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             steps = [x] if is_single_step else x.unbind(0)
             noted.note(name, steps)
-            given = torch.stack([like(step) for step in steps])
+            given = torch.stack([spikes(step) for step in steps])
             return given[0] if is_single_step else given
 
         return forward

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from sj_robust.core.host import functional
 from sj_robust.core.preserved import other_forward, preserved
 from sj_robust.neuron.charging import Charging, Neuron, has_known_dynamics
+from sj_robust.proofs.bound_tensor import HeldPotential
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.joint import JointRun
 from sj_robust.proofs.opened import counts, spiking_surrogates
@@ -392,6 +393,8 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
+        if HeldPotential in types:  # which is no value of the network
+            return found
         if _is_lowered(found):
             raise UnsoundBoundsError(
                 "the forward of the network switches autocast on, so that it computes in lower "

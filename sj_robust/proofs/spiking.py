@@ -115,7 +115,8 @@ class LayerBounds:
         neurons: Neurons times samples.
         steps: Time steps that have run.
         numbers: Threshold, decay and so on of the first call; None before it.
-        rest: What the module holds as its potential before the first call.
+        states_before: States of the module before the first call, by name.
+        held: What stands for them behind the last call, by name.
     """
 
     last_step: tuple[Interval, Interval] | None = None
@@ -124,7 +125,8 @@ class LayerBounds:
     neurons: int = 0
     steps: int = 0
     numbers: tuple[Any, ...] | None = None
-    rest: Any = None
+    states_before: dict[str, Any] = field(default_factory=dict)
+    held: dict[str, Any] = field(default_factory=dict)
 
 
 class Spiking(ABC):

@@ -255,14 +255,20 @@ class Trained(NamedTuple):
 def train(
     model: nn.Module, x: Tensor, y: Tensor, *, epochs: int, size: int, generator=None
 ) -> nn.Module:
-    """The network after some epochs in batches of a size; evaluation mode."""
+    """The network after some epochs in batches of a size; evaluation mode.
+
+    It trains in float64, so that different processors, which round differently, end with the same
+    network.
+    """
+    model.double()
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     for _ in range(epochs):
         for rows in torch.randperm(len(x), generator=generator).split(size):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+            nn.functional.cross_entropy(model(x[rows].double()), y[rows]).backward()
             optimizer.step()
-    return model.eval()
+    functional.reset_net(model)
+    return model.float().eval()
 
 
 class PerStep(nn.Module):

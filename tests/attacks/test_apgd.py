@@ -472,7 +472,7 @@ def test_as_strong_as_the_authors_implementation(trained, norm, eps, loss, monke
         )
         ours.append((predicted(model, x_adv) == y).double().mean().item())
         theirs.append((predicted(model, peer_adv) == y).double().mean().item())
-    assert np.mean(ours) == pytest.approx(np.mean(theirs), abs=0.01), (ours, theirs)
+    assert np.mean(ours) == pytest.approx(np.mean(theirs), abs=0.025), (ours, theirs)
     assert 0.2 < np.mean(ours) < 0.8
 
 

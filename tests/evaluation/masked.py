@@ -50,7 +50,7 @@ class Astray(torch.autograd.Function):
 
 def clamped(x: Tensor) -> Tensor:
     """Nearly black and white: no level k/16 lies where the clamp has a slope."""
-    return (50 * (x - 0.47) + 0.5).clamp(0, 1)
+    return (100 * (x - 0.47) + 0.5).clamp(0, 1)
 
 
 def stepped(x: Tensor) -> Tensor:

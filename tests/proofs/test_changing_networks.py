@@ -1,5 +1,6 @@
 """Networks that change their neurons, their weights or their step mode within one forward."""
 
+import contextlib
 import random
 from functools import partial
 
@@ -11,10 +12,12 @@ from torch import nn
 from torch.testing import assert_close
 
 from sj_robust import DLIFNode, SpikingClassifier
-from sj_robust.proofs import no_flip_radius, verify
+from sj_robust.proofs import UnsoundBoundsError, no_flip_radius, verify
+from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.branching import Prover
 from sj_robust.proofs.logits import bounded_logits, bounded_neurons
 from sj_robust.proofs.relaxation import Maps
+from sj_robust.proofs.rules import Bounds
 
 SIGNS = torch.where(torch.arange(64) % 2 == 0, 1.0, -1.0)
 """A direction in which random corners hardly move."""
@@ -55,6 +58,42 @@ def with_potential(net, x):
     return net.out(net.node(net.fc(x))) + 0.0 * first
 
 
+def with_the_state_of_another(net, x):
+    net.node(0.0 * net.fc(x) + 0.3)
+    net.other(0.0 * net.fc(x))
+    net.node.v = net.other.v
+    return net.out(net.node(net.fc(x)))
+
+
+def rolled_back(net, x):
+    net.node(0.0 * net.fc(x))
+    before = net.node.v
+    net.node(0.0 * net.fc(x) + 0.3)
+    net.node.v = before
+    return net.out(net.node(net.fc(x)))
+
+
+def at_step_0_again(net, x):
+    net.dlif(0.0 * net.fc(x[0]))
+    net.dlif.time_step = 0
+    return net.out(net.dlif(net.fc(x[1])))
+
+
+def with_a_threshold_put_back(net, x):
+    net.node(net.fc(x[0]))
+    net.node.v_threshold = 2.0
+    found = net.out(net.node(net.fc(x[1])))
+    net.node.v_threshold = 1.0
+    return found
+
+
+def with_a_threshold_for_one_call(net, x):
+    net.node.v_threshold = 2.0
+    found = net.out(net.node(net.fc(x)))
+    net.node.v_threshold = 1.0
+    return found
+
+
 def twice(net, x):
     first = net.node(0.0 * net.fc(x) + 0.3)
     return net.out(net.node(net.fc(x))) + 0.0 * first
@@ -66,8 +105,18 @@ def reading_the_potential(net, x):
 
 CHANGES = {
     "threshold": (in_steps, 2, "s", "threshold, reset, decay or gain changes within"),
-    "reset": (with_reset, 1, "m", "is reset, or whose v is set, between two calls"),
-    "potential": (with_potential, 1, "m", "is reset, or whose v is set, between two calls"),
+    "reset": (with_reset, 1, "m", "is reset, or whose state is set, between two calls"),
+    "potential": (with_potential, 1, "m", "is reset, or whose state is set, between two calls"),
+    "state of another": (
+        with_the_state_of_another,
+        1,
+        "m",
+        "whose state is set, between two calls",
+    ),
+    "rolled back": (rolled_back, 1, "m", "whose state is set, between two calls"),
+    "time step": (at_step_0_again, 2, "s", "whose state is set, between two calls"),
+    "threshold put back": (with_a_threshold_put_back, 2, "s", "threshold, reset, decay or gain"),
+    "one threshold": (with_a_threshold_for_one_call, 1, "m", "threshold, reset, decay or gain"),
     "read": (reading_the_potential, 1, "m", "a forward that reads a neuron's potential v"),
 }
 
@@ -76,6 +125,8 @@ def changing(forward, x, *, T, step_mode):
     node = neuron.IFNode(step_mode=step_mode)
     out = linear([[1.0], [0.0]], [0.0, 0.5])
     net = Formula(forward, fc=across(x, 1.2, 0.1), node=node, out=out)
+    net.other = neuron.IFNode(step_mode=step_mode)
+    net.dlif = DLIFNode(T=T, tau=2.0, step_mode=step_mode)
     return SpikingClassifier(net, T=T, takes="sequence").eval()
 
 
@@ -85,19 +136,55 @@ def test_a_neuron_that_is_changed_within_a_forward_has_no_bounds(what, method):
     forward, T, step_mode, message = CHANGES[what]
     x = pixels()
     model = changing(forward, x, T=T, step_mode=step_mode)
-    before = model.net.node.v
     with pytest.raises(NotImplementedError, match=message):
         verify(model, x, model(x).argmax(1), 0.05, method=method)
-    functional.reset_net(model.net)
-    assert model.net.node.v == before == 0.0
 
 
 def test_a_neuron_that_runs_twice_has_bounds():
     x = pixels()
     model = changing(twice, x, T=1, step_mode="m")
     assert verify(model, x, model(x).argmax(1), 0.05).verified == (True,)
-    model(x)
-    assert model.net.node.v.shape == (1, 1)  # what it held is back
+
+
+def with_a_cut_graph(net, x):
+    first = net.node(x=0.0 * net.fc(x[0]) + 0.3)
+    functional.detach_net(net.node)
+    return net.out(net.node(x=net.fc(x[1]))) + 0.0 * first
+
+
+def test_a_neuron_whose_graph_is_cut_or_that_is_called_by_keyword_has_bounds():
+    x = pixels()
+    model = changing(with_a_cut_graph, x, T=2, step_mode="s")
+    for method in METHODS:
+        assert verify(model, x, model(x).argmax(1), 0.05, method=method).verified == (True,)
+
+
+@pytest.mark.parametrize("forward", [twice, with_reset, reading_the_potential])
+def test_neurons_hold_after_a_run_on_bounds_what_a_reset_leaves(forward):
+    x = pixels()
+    model = changing(forward, x, T=1, step_mode="m")
+    neurons = bounded_neurons(model)
+    inside = []
+    model.net.fc.register_forward_pre_hook(lambda module, args: inside.append(model.net.node.v))
+    with contextlib.suppress(NotImplementedError):
+        bounded_logits(model, BoundedRun(neurons, 1), x, 0.05)
+    assert model.net.node.v == 0.0
+    assert len(inside) >= 1
+
+
+def test_a_run_inside_another_one_leaves_its_states():
+    x = pixels()
+    model = changing(twice, x, T=1, step_mode="m")
+    neurons = bounded_neurons(model)
+    expected = bounded_logits(model, BoundedRun(neurons, 1), x, 0.05)
+
+    class Nested(BoundedRun):
+        def _reached(self, *given):
+            bounded_logits(model, BoundedRun(neurons, 1), x, 0.01)
+
+    found = bounded_logits(model, Nested(neurons, 1), x, 0.05)
+    assert_close(found.radius, expected.radius)
+    assert model.net.node.v == 0.0
 
 
 class Binary(nn.Linear):
@@ -111,16 +198,32 @@ class Binary(nn.Linear):
         return found
 
 
+class Scaled(nn.Linear):
+    """A buffer that is written in place for the forward alone."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("scale", torch.tensor(1.0))
+
+    def forward(self, x):
+        self.scale.data.fill_(1 / 0.6)
+        found = super().forward(x * self.scale)
+        self.scale.data.fill_(1.0)
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [Binary, Scaled])
 @pytest.mark.parametrize("method", METHODS)
-def test_joint_bounds_take_the_weights_of_the_forward(method):
+def test_joint_bounds_take_the_weights_of_the_forward(method, kind, dtype):
     first = linear(torch.eye(64).tolist())
-    last = Binary(64, 2)
+    last = kind(64, 2)
     last.weight.data = torch.stack([0.6 * SIGNS, -0.6 * SIGNS])
     last.bias.data = torch.tensor([14.0, 0.0])
     net = nn.Sequential(first, neuron.IFNode(step_mode="m"), last)
-    model = SpikingClassifier(net, T=4).eval()
+    model = SpikingClassifier(net, T=4).eval().to(dtype)
     torch.manual_seed(0)
-    x = 0.5 + 0.02 * torch.rand(1, 64)
+    x = 0.5 + 0.02 * torch.rand(1, 64, dtype=dtype)
     found = verify(model, x, model(x).argmax(1), 0.03, method=method)
     with torch.no_grad():
         logits = model(worst(x, 0.03))[0]
@@ -233,9 +336,39 @@ class Waiting(Gated):
         return self.last(torch.relu(10.0 * x - 20.0 + 16.0 * spikes))
 
 
+class OneGate(Gated):
+    """A gate that opens for one of all patterns of 24 spikes."""
+
+    def __init__(self, *, to_logits):
+        super().__init__(to_logits=to_logits)
+        torch.manual_seed(0)
+        self.currents = torch.where(torch.rand(24) < 0.5, 0.1, 1.1)
+        self.many = neuron.IFNode(step_mode="m")
+
+    def forward(self, x):
+        driven = self.node(self.gate(x))  # a layer whose currents are known
+        pattern = self.many(self.currents.expand(*x.shape[:-1], -1) + 0.0 * driven[..., :1])
+        signs = (self.currents > 0.5).float() * 2 - 1
+        open_ = torch.relu((pattern * signs).sum(-1, keepdim=True) - (signs > 0).sum() + 1.0)
+        gated = self.fc(open_ * x)
+        return gated if self.to_logits else self.last(gated)
+
+
+class HalfGate(Gated):
+    """A gate for a few spikes, before something without bounds."""
+
+    def forward(self, x):
+        spikes = self.node(self.gate(x))
+        gate = torch.relu((spikes * torch.tensor([1.0, -1.0])).sum(-1, keepdim=True) - 0.5)
+        return torch.cumsum(self.fc(gate * torch.sin(x)), 0)
+
+
 @pytest.mark.parametrize(
     ("net", "message"),
     [
+        (OneGate(to_logits=False), "last is not one affine map .* whatever spikes there are"),
+        (OneGate(to_logits=True), "reaches the logits past all spiking layers"),
+        (HalfGate(to_logits=True), "reaches the logits past all spiking layers"),
         (Gated(to_logits=False), "last is not one affine map .* whatever spikes there are"),
         (Gated(to_logits=True), "reaches the logits past all spiking layers"),
         (Waiting(to_logits=False), "last is not one affine map"),
@@ -253,6 +386,9 @@ BETWEEN = {
     "gain": lambda node, t: node.input_gain.data.copy_(torch.ones(2) / (t + 1)),
     "reset": lambda node, t: functional.reset_net(node),
     "potential": lambda node, t: setattr(node, "v", 0.0),
+    "potential before the first call": lambda node, t: setattr(
+        node, "v", -0.15 if not t else node.v
+    ),
 }
 
 
@@ -267,9 +403,12 @@ def test_a_neuron_that_is_changed_within_a_forward_has_no_radius(what):
 
     net = Formula(forward, fc=linear([[1.0]], [0.45]), node=DLIFNode(T=2, tau=2.0, step_mode="s"))
     if what == "threshold that is a tensor":
+        net.node = neuron.IFNode(step_mode="s")
         net.node.v_threshold = torch.tensor(1.0)
     model = SpikingClassifier(net, T=2, takes="sequence").eval()
-    with pytest.raises(NotImplementedError, match="node is reset, or its threshold, reset, decay"):
+    with pytest.raises(
+        NotImplementedError, match="node is reset, or its state, threshold, reset, decay"
+    ):
         no_flip_radius(model, torch.tensor([[0.3]]))
 
 
@@ -299,6 +438,48 @@ def test_points_of_the_check_reach_what_pixels_add_up_to(step_mode):
         assert ((point.double() - x.double()).abs() <= 0.05).all()
     random_corner = next(prover.points(x))
     assert (fc(random_corner) - fc(x)).abs().max() < 0.16
+
+
+def half(net, x):
+    """Half of what pixels add up to, where the network runs on bounds."""
+    share = 0.5 if isinstance(x, Bounds) else 1.0
+    current = 1.2 + share * (net.fc(x) - 1.2)
+    return net.out(net.node(current))
+
+
+SLOPES = ("against_lead", "along_currents")
+
+
+@pytest.mark.parametrize("removed", [(), SLOPES[:1], SLOPES[1:], SLOPES])
+def test_bounds_that_only_the_corners_along_slopes_leave_are_refused(removed, monkeypatch):
+    x = pixels()
+    model = changing(half, x, T=1, step_mode="m")
+    y = model(x).argmax(1)
+    for name in removed:
+        monkeypatch.setattr(Prover, name, lambda self, images: ())
+    if removed == SLOPES:  # random corners do not show it
+        assert verify(model, x, y, 0.03, method="ibp").verified == (True,)
+        return
+    with pytest.raises(UnsoundBoundsError, match="outside its bounds at a point of the ball"):
+        verify(model, x, y, 0.03, method="ibp")
+
+
+class Clamped(nn.Linear):
+    """Weights that every forward writes to, so that autograd has no gradient."""
+
+    def forward(self, x):
+        found = super().forward(x)
+        with torch.no_grad():
+            self.weight.clamp_(-1.0, 1.0)
+        return found
+
+
+def test_a_network_without_a_backward_pass_is_proved():
+    torch.manual_seed(0)
+    net = nn.Sequential(Clamped(4, 3), neuron.IFNode(step_mode="m"), Clamped(3, 3))
+    model = SpikingClassifier(net, T=2).eval()
+    x = torch.rand(3, 4)
+    assert any(verify(model, x, model(x).argmax(1), 1e-3).verified)
 
 
 def test_the_check_goes_on_without_slopes():
