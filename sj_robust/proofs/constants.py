@@ -32,14 +32,20 @@ def in_float64(value: Tensor) -> Tensor:
     """A copy of a constant in float64, without a graph."""
     known = _DOUBLES.get()
     if known is None or not isinstance(value, nn.Parameter):
-        return value.detach().to(torch.float64, copy=True)
+        return _copy(value)
     if id(value) in known:
         parameter, values, found = known[id(value)]
         if parameter is value and torch.equal(values, value):
             return found
-    found = value.detach().to(torch.float64, copy=True)
+    found = _copy(value)
     known[id(value)] = value, value.detach().clone(), found
     return found
+
+
+def _copy(value: Tensor) -> Tensor:
+    """The same values in float64, in memory of their own."""
+    found = value.detach().double()
+    return found.clone() if value.dtype == torch.float64 else found
 
 
 def by_value(value: Any) -> Any:
