@@ -324,7 +324,7 @@ from lab.tracking import tracked
 from sj_robust import SpikingClassifier, training
 from sj_robust.attacks import Attack, ThreatModel
 from sj_robust.core.checks import check_choice
-from sj_robust.core.folders import alone_in
+from sj_robust.core.folders import locked
 from sj_robust.data import Augmentation, ImageSplits, load_images
 from sj_robust.data.stored import contents
 from sj_robust.defences import SurrogateOverlap
@@ -386,7 +386,11 @@ def main(arguments: list[str]) -> None:
     )
     alone: AbstractContextManager[None] = nullcontext()
     if accelerator.is_main_process:
-        alone = alone_in(folder, "give another --output")
+        alone = locked(
+            folder / ".lock",
+            f"another process trains in {folder}; wait until it has ended, or give another "
+            "--output",
+        )
     with alone:
         if accelerator.is_main_process:
             describe_folder(folder, "adv_train", arguments)

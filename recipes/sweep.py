@@ -16,7 +16,6 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -114,7 +113,6 @@ if __name__ == "__main__":
     )  # ends here if they are wrong: what follows imports torch
 
 import yaml
-from filelock import FileLock, Timeout
 from lab.sweeping.cells import (
     NamedCell,
     Trial,
@@ -136,6 +134,7 @@ from rich.console import Console
 
 from sj_robust.core.console import duration, working
 from sj_robust.core.extras import check_extra
+from sj_robust.core.folders import locked
 from sj_robust.core.saved import write_whole
 
 
@@ -149,7 +148,8 @@ def main(arguments: list[str]) -> None:
         planned = None if options.report and not options.cells else plan(options, folder)
     if not options.report and planned is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        with alone(folder):
+        busy = f"{folder} is being written by another sweep; wait for it, or change --output"
+        with locked(folder / ".lock", busy):
             with checked():
                 executor = executor_for(
                     folder, options.cluster, options.cluster_options, jobs=options.jobs
@@ -374,18 +374,6 @@ def of_cells(records: list[RunRecord], planned: Plan, names: list[str]) -> list[
 def base_options(base: str | None) -> dict[str, Any]:
     """Options in a file, or in the preset of that name."""
     return {} if base is None else read_file(Path(base))
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Keep other sweeps out of the folder; a kill lets go of it."""
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise BlockingIOError(
-            f"{folder} is being written by another sweep; wait for it, or change --output"
-        ) from error
 
 
 def parse(arguments: list[str]) -> Options:

@@ -19,6 +19,7 @@ import sys
 from collections import ChainMap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -407,8 +408,7 @@ def chosen_for(record: dict[str, Any], sweep: dict[str, Any]) -> str:
     """Name and value of the option of a run that its cell searches, in this sweep or in the one of
     :data:`SEARCHES`; empty if there is none.
     """
-    sweeps = (sweep, yaml.safe_load(SEARCHES.read_text(encoding="utf-8")))
-    cells = [one["cells"].get(record["cell"], {}) for one in sweeps]
+    cells = [cells.get(record["cell"], {}) for cells in (sweep["cells"], cells_with_searches())]
     searches = [cell["search"] for cell in cells if "search" in cell]
     if not searches:
         return ""
@@ -416,6 +416,13 @@ def chosen_for(record: dict[str, Any], sweep: dict[str, Any]) -> str:
     value = record["options"][option]
     as_written = [one for one in values if one == value]
     return f"{option} {(as_written or [value])[0]}"
+
+
+@cache
+def cells_with_searches() -> dict[str, Any]:
+    """The cells of :data:`SEARCHES`, read once."""
+    cells: dict[str, Any] = yaml.safe_load(SEARCHES.read_text(encoding="utf-8"))["cells"]
+    return cells
 
 
 def by_threat(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-__all__ = ["alone_in", "check_folder", "read_text"]
+__all__ = ["check_folder", "locked", "read_text"]
 
 
 def check_folder(name: str, folder: str | Path | None) -> Path | None:
@@ -55,28 +55,25 @@ def check_folder(name: str, folder: str | Path | None) -> Path | None:
 
 
 @contextmanager
-def alone_in(folder: Path, remedy: str) -> Iterator[None]:
-    """Keep other trainings out of a folder; a killed process lets go of it. 独占目录。
+def locked(path: Path, message: str) -> Iterator[None]:
+    """Hold a lock file, of which a killed process lets go. 持有锁文件。
 
     Args:
-        folder: The folder, which exists; it gets a file ``.lock``.
-        remedy: What to do instead of waiting, for the message.
+        path: The lock file, in a folder that exists.
+        message: What to say if another process holds it.
 
     Raises:
-        BlockingIOError: If another training holds the folder.
+        BlockingIOError: If another process holds it.
 
     Examples:
-        >>> place = Path(tempfile.mkdtemp())
-        >>> with alone_in(place, "use another folder"):
-        ...     print("training")
-        training
+        >>> with locked(Path(tempfile.mkdtemp(), ".lock"), "another process is here"):
+        ...     print("alone")
+        alone
     """
     try:
-        held = FileLock(folder / ".lock").acquire(timeout=0)
+        held = FileLock(path).acquire(timeout=0)
     except Timeout as error:
-        raise BlockingIOError(
-            f"another process trains in {folder}; wait until it has ended, or {remedy}"
-        ) from error
+        raise BlockingIOError(message) from error
     with held:
         yield
 

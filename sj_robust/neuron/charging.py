@@ -90,7 +90,7 @@ class Neuron:
         charging = self.charging()
         given = [charging.decay, charging.gain, charging.input_gain]
         told = [value for value in given if learned or not isinstance(value, Tensor)]
-        fixed = [getattr(self.module, name, None) for name in ("v_threshold", "v_reset")]
+        fixed = [self.module.v_threshold, self.module.v_reset]
         function = self.module.surrogate_function
         spikes = [getattr(function, name, None) for name in ("spiking", "max_spike_count")]
         return (function, *spikes, *map(_as_numbers, [*fixed, *told]))

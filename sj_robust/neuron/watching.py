@@ -15,7 +15,16 @@ from torch.utils.hooks import RemovableHandle
 from sj_robust.core.host import check_hooks_run, is_neuron, memories
 from sj_robust.neuron.dlif import DLIFNode
 
-__all__ = ["NeuronHook", "SpikingCall", "Wants", "Watched", "Watcher", "register_watcher", "watch"]
+__all__ = [
+    "NeuronHook",
+    "SpikingCall",
+    "Wants",
+    "Watched",
+    "Watcher",
+    "first_argument",
+    "register_watcher",
+    "watch",
+]
 
 
 class Wants(IntEnum):
@@ -176,8 +185,12 @@ class _After(NeuronHook):
         self, node: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
         if not self.watched.is_idle():
-            x = args[0] if args else next(iter(kwargs.values()))
-            self.watched.leave(node, x, output)
+            self.watched.leave(node, first_argument(args, kwargs), output)
+
+
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first argument of a call, by its place or by keyword. 调用的第一个参数。"""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def watched_of(node: nn.Module) -> list[Watched]:

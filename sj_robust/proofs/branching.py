@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sj_robust.neuron.charging import Neuron
+from sj_robust.neuron.watching import first_argument
 from sj_robust.proofs.joint import JointRun, OverTime
 from sj_robust.proofs.moves import EVENTS, Events
 from sj_robust.proofs.relaxation import Decision, Lower, Maps, RelaxedRun, raised
@@ -255,7 +256,8 @@ class Prover:
             with _noted_currents(self.maps.neurons.values()) as noted:
                 self.logits(points)
             for calls in noted:
-                for rows in calls[:1] + calls[1:][-1:]:
+                first_and_last = calls if len(calls) < 2 else [calls[0], calls[-1]]
+                for rows in first_and_last:
                     number = torch.randint(rows.shape[1], (1,), generator=generator)
                     found.append(rows[:, int(number)].sum())
             return found
@@ -361,7 +363,7 @@ def _noted_currents(neurons: Iterable[Neuron]) -> Iterator[list[list[Tensor]]]:
             def note(
                 module: Any, args: Any, kwargs: dict[str, Any], calls: list[Tensor] = calls
             ) -> None:
-                x = [*args, *kwargs.values()][0]
+                x = first_argument(args, kwargs)
                 calls.append(x.movedim(1 if module.step_mode == "m" else 0, 0).flatten(1))
 
             hook = neuron.module.register_forward_pre_hook(note, with_kwargs=True)

@@ -16,6 +16,7 @@ from sj_robust.core.checks import check_count, check_images
 from sj_robust.core.environment import device_of
 from sj_robust.core.preserved import other_forward, preserved, sums_of_products
 from sj_robust.neuron.charging import Neuron, find_neurons
+from sj_robust.neuron.watching import first_argument
 from sj_robust.ops.recurrence import charge, reset
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.logits import bounded_logits
@@ -59,11 +60,10 @@ def _random(seed: int) -> _Fixed:
 
 
 _TRAINS: tuple[Callable[[], _Fixed], ...] = (
-    _silent,
     _firing,
     *(partial(_random, seed) for seed in range(3)),
 )
-"""Spikes with which the input must drive a network in the same way."""
+"""Spikes with which the input must drive a network as it does without any."""
 
 
 def no_flip_radius(model: SpikingClassifier, x: Tensor, *, batch_size: int = 64) -> Tensor:
@@ -157,52 +157,66 @@ def _row_norms(model: SpikingClassifier, image: Tensor, batch_size: int) -> dict
     neurons, others, _ = find_neurons(model.net, {}, {})
     names = [*neurons, *others]
     probes = _probes(model, image)
-    black = _fixed_run(model, torch.zeros_like(probes), names, _silent)
-    probed = _fixed_run(model, probes, names, _silent)
+    silent = _driven(model, probes, names, _silent)
     sums_of_squares = {}
-    for name, change in _changes(probed, black).items():
+    for name, change in silent.changes.items():
         if bool(change.any()):
             _check_followed(name, neurons, others)
-            _check_affine(name, change, _sizes(probed, black, name))
+            _check_affine(name, change, silent.sizes[name])
             sums_of_squares[name] = torch.zeros_like(change[0, 0])
     for train in _TRAINS:
-        _check_same_with_spikes(model, probes, names, train, _changes(probed, black))
+        _check_same(silent, _driven(model, probes, names, train))
     for basis in _bases(model, image, batch_size):
         columns = _currents(model, basis, list(sums_of_squares))
         for name, squares in sums_of_squares.items():
-            column = columns[name][0] - black.currents[name][0, :1]
+            column = columns[name][0] - silent.at_black[name][0, :1]
             squares += column.square().sum(0)
     return {name: squares.sqrt() for name, squares in sums_of_squares.items()}
 
 
-def _check_same_with_spikes(
-    model: SpikingClassifier,
-    probes: Tensor,
-    names: list[str],
-    train: Callable[[], _Fixed],
-    changes: dict[str, Tensor],
-) -> None:
-    """Raise NotImplementedError if the input drives a layer, or the logits, in another way where
-    spikes are than where there is none, as when it is multiplied by spikes.
+@dataclass(frozen=True)
+class _Driven:
+    """How the input drives a network in which layers give fixed spikes.
+
+    Attributes:
+        at_black: Currents [T, 3, *] of layers for black images.
+        changes: By how much those for the probes differ from them.
+        sizes: What rounding of these differences is relative to.
+    """
+
+    at_black: dict[str, Tensor]
+    changes: dict[str, Tensor]
+    sizes: dict[str, Tensor]
+
+
+def _driven(
+    model: SpikingClassifier, probes: Tensor, names: list[str], train: Callable[[], _Fixed]
+) -> _Driven:
+    """Runs on black images and on the probes, with these spikes.
+
+    Raises:
+        NotImplementedError: If their logits differ.
     """
     black = _fixed_run(model, torch.zeros_like(probes), names, train)
     probed = _fixed_run(model, probes, names, train)
     if not torch.equal(probed.logits, black.logits):
         raise _past_neurons()
-    for name, change in _changes(probed, black).items():
-        size = _sizes(probed, black, name)
-        if name not in changes or not is_rounding(change - changes[name], size):
+    changes = {}
+    sizes = {}
+    for name, currents in probed.currents.items():
+        changes[name] = currents - black.currents[name]
+        sizes[name] = currents.abs() + black.currents[name].abs()
+    return _Driven(black.currents, changes, sizes)
+
+
+def _check_same(silent: _Driven, with_spikes: _Driven) -> None:
+    """Raise NotImplementedError if the input drives a layer in another way where spikes are than
+    where there is none, as when it is multiplied by spikes.
+    """
+    for name, change in with_spikes.changes.items():
+        known = silent.changes.get(name)
+        if known is None or not is_rounding(change - known, with_spikes.sizes[name]):
             raise _NotAffineError(name)
-
-
-def _changes(probed: "_FixedRun", black: "_FixedRun") -> dict[str, Tensor]:
-    """By how much the currents of layers differ."""
-    return {name: at - black.currents[name] for name, at in probed.currents.items()}
-
-
-def _sizes(probed: "_FixedRun", black: "_FixedRun", name: str) -> Tensor:
-    """What rounding of these differences is relative to."""
-    return probed.currents[name].abs() + black.currents[name].abs()
 
 
 def _probes(model: SpikingClassifier, image: Tensor) -> Tensor:
@@ -374,7 +388,7 @@ class _Calls:
             leaves.remove()
 
     def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.currents.append([*args, *kwargs.values()][0])
+        self.currents.append(first_argument(args, kwargs))
         self.before.append(module.v)
 
     def _leave(self, module: Any, args: tuple[Any, ...], output: Tensor) -> None:

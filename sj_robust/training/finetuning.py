@@ -32,7 +32,7 @@ from sj_robust.core.checks import (
 )
 from sj_robust.core.console import working
 from sj_robust.core.environment import device_of, environment
-from sj_robust.core.folders import alone_in, check_folder
+from sj_robust.core.folders import check_folder, locked
 from sj_robust.core.preserved import evaluation_mode
 from sj_robust.data import ImageSplits, image_loader
 from sj_robust.data.stored import FileImages, StoredImages
@@ -517,6 +517,10 @@ def _folder(kept: Path | None, net: nn.Module, accelerator: Accelerator) -> Iter
         kept.mkdir(parents=True, exist_ok=True)
         alone: AbstractContextManager[None] = nullcontext()
         if accelerator.is_main_process:
-            alone = alone_in(kept, "train into another folder")
+            alone = locked(
+                kept / ".lock",
+                f"another process trains in {kept}; wait until it has ended, or train into another "
+                "folder",
+            )
         with alone:
             yield kept

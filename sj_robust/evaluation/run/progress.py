@@ -11,9 +11,9 @@ from statistics import fmean
 from typing import IO, Any, TypeVar
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
+from sj_robust.core.folders import locked
 from sj_robust.core.saved import load_tensors, naming, whole_file, write_whole
 
 __all__ = [
@@ -72,13 +72,12 @@ class Progress:
             yield BatchLog()
             return
         path = self._folder / f"batch-{number:06d}.jsonl"
-        try:
-            taken = FileLock(path.with_suffix(".lock")).acquire(timeout=0)
-        except Timeout as error:
-            raise BlockingIOError(
-                f"{path} is being written by another process: is this evaluation running already?"
-            ) from error
-        with taken, naming(path), path.open("ab") as file:
+        busy = f"{path} is being written by another process: is this evaluation running already?"
+        with (
+            locked(path.with_suffix(".lock"), busy),
+            naming(path),
+            path.open("ab") as file,
+        ):
             records = [*_whole_records(path.read_bytes())]
             file.truncate(sum(length for _, length in records))
             yield BatchLog([Step(**record) for record, _ in records], file, path)
