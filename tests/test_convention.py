@@ -13,11 +13,13 @@ import torch
 from networks_as_written import CLASSES, ROWS
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.testing import assert_close
 
 from sj_robust import SpikingClassifier, compare_potentials, evaluate, perturbation_gains, verify
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.core.convention import kept_state
+from sj_robust.defences import EvolvingLeakNode, HomeostaticNode, StochasticGate
 from sj_robust.evaluation.subject import Subject, check_fits
 from sj_robust.models import NetworkSpec, build_network, set_time_steps
 from sj_robust.models.direct import DirectlyEncoded
@@ -216,6 +218,59 @@ def test_trying_leaves_the_network_as_it_was(name, steps):
         assert module.training
     model(x)
     assert calls == ["before", "after"] * steps  # the first forward itself is seen once
+
+
+def features_of_lazy_layers():
+    return nn.Sequential(nn.LazyLinear(5), neuron.IFNode(step_mode="m"), nn.LazyLinear(3))
+
+
+def features_of(*nodes):
+    return nn.Sequential(nn.Linear(6, 5), *nodes, nn.Linear(5, 3))
+
+
+WITHOUT_SHAPES = {
+    "leaks": lambda: features_of(EvolvingLeakNode(4)),
+    "thresholds": lambda: features_of(HomeostaticNode(4)),
+    "gates": lambda: features_of(neuron.IFNode(step_mode="m"), StochasticGate()),
+    "lazy layers": features_of_lazy_layers,
+    "neurons first": lambda: nn.Sequential(HomeostaticNode(4), nn.Flatten(2), nn.Linear(6, 3)),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_SHAPES)
+def test_trying_gives_no_parameter_a_shape(name):
+    torch.manual_seed(0)
+    net = WITHOUT_SHAPES[name]()
+    kinds = [type(module) for module in net.modules()]
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    x = torch.rand(2, 6)
+    if name == "neurons first":
+        x = x.view(2, 1, 2, 3)
+    model = SpikingClassifier(net, T=4)
+    model.find_convention(x)
+    assert any(is_lazy(parameter) for parameter in net.parameters())
+    assert [type(module) for module in net.modules()] == kinds
+    model(x).sum().backward()
+    before = copy.deepcopy(net.state_dict())
+    optimizer.step()
+    for key, parameter in net.named_parameters():
+        assert parameter.grad is not None
+        assert torch.equal(parameter, before[key]) == (not parameter.grad.any())
+    functional.reset_net(net)
+    sequence = x.unsqueeze(0).expand(4, *x.shape)
+    assert net(sequence).shape == (4, 2, 3)
+    other = WITHOUT_SHAPES[name]()
+    SpikingClassifier(other, T=4).find_convention(x)
+    other.load_state_dict(net.state_dict())
+    assert_close(dict(other.state_dict()), dict(net.state_dict()), rtol=0, atol=0)
+
+
+def test_logits_that_are_not_finite_are_called_so():
+    net = build_network(NetworkSpec())
+    with torch.no_grad():
+        [*net.parameters()][-2].fill_(torch.nan)
+    with pytest.raises(ValueError, match="are not finite on trial images"):
+        SpikingClassifier(net)(torch.rand(2, 1, 8, 8))
 
 
 def test_a_classifier_is_copied_pickled_and_loaded_as_before():

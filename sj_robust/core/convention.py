@@ -1,7 +1,6 @@
 """Finds out by trial what a network takes and returns: images, sequences or single time steps."""
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,6 +9,8 @@ from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 from sj_robust.core.environment import device_of
 from sj_robust.core.host import base, from_reset, is_neuron
@@ -249,6 +250,13 @@ class _Trial:
         chosen = fits[0].convention
         for other in fits[1:]:
             if not self._agree(fits[0], other):
+                if not bool(fits[0].logits.isfinite().all()):
+                    return ValueError(
+                        f"the logits of the network ({self._name}) are not finite on trial "
+                        "images, so its calls cannot be compared; look for weights that are NaN "
+                        "or infinite, as after a training that diverged, or choose one with "
+                        f"takes={chosen.takes!r} or takes={other.convention.takes!r}"
+                    )
                 return ValueError(
                     f"the network ({self._name}) can be called in two ways that give different "
                     f"logits: it {chosen}; or it {other.convention}; choose one with "
@@ -576,7 +584,13 @@ class _Kept:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.kind = type(module)
         self.attributes = dict(vars(module))
+        held = (*module._parameters.values(), *module._buffers.values())
+        self.lazy: list[tuple[Any, type]] = []
+        for tensor in held:
+            if tensor is not None and is_lazy(tensor):
+                self.lazy.append((tensor, type(tensor)))
         self.containers: list[tuple[Any, Any]] = []
         for value in self.attributes.values():
             if isinstance(value, _CONTAINERS):
@@ -605,7 +619,14 @@ class _Kept:
                 yield name
 
     def restore(self) -> None:
-        """Put it back."""
+        """Put it back; parameters that got their shape meanwhile have none again."""
+        if type(self.module) is not self.kind:  # a lazy module of torch becomes another
+            self.module.__class__ = self.kind
+        for value, kind in self.lazy:
+            if not is_lazy(value):
+                value.grad = None
+                value.data = torch.empty(0, device=value.device, dtype=value.dtype)
+                value.__class__ = kind
         now = vars(self.module)
         for name in now.keys() - self.attributes.keys():
             del now[name]
@@ -672,7 +693,8 @@ def _is_plain_tensor(value: object) -> TypeGuard[Tensor]:
 
 
 def _is_of_torch(hook: object) -> bool:
-    return type(hook).__module__.startswith("torch.nn.utils")
+    gives_shapes = getattr(hook, "__func__", None) is LazyModuleMixin._infer_parameters
+    return gives_shapes or type(hook).__module__.startswith("torch.nn.utils")
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -685,13 +707,11 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _remove_hooks(module: nn.Module) -> None:
     """Leave a module torch's own hooks alone."""
-    held = vars(module)
     for name in _HOOKS:
-        kept: OrderedDict[int, Any] = OrderedDict()
-        for key, hook in held[name].items():
-            if _is_of_torch(hook):
-                kept[key] = hook
-        held[name] = kept
+        hooks = vars(module)[name]
+        for key, hook in list(hooks.items()):
+            if not _is_of_torch(hook):
+                del hooks[key]
 
 
 def _values(attributes: Mapping[str, object]) -> Iterator[tuple[str, object]]:

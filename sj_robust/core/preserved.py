@@ -21,6 +21,7 @@ __all__ = [
     "preserved",
     "states_of_sources",
     "uncompiled",
+    "within_backward",
 ]
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -29,6 +30,13 @@ _Result = TypeVar("_Result")
 
 Use = Literal["forward", "session", "change"]
 """What a thread holds a network for."""
+
+
+def within_backward() -> bool:
+    """Whether a backward pass runs in this thread, as where activation checkpointing calls a module
+    once more. 是否处于反向传播中。
+    """
+    return torch._C._current_graph_task_id() != -1  # torch has no public way to ask
 
 
 def locked(network: nn.Module, use: Use = "change") -> AbstractContextManager[None]:
@@ -52,7 +60,7 @@ def locked(network: nn.Module, use: Use = "change") -> AbstractContextManager[No
         RuntimeError: If two threads would wait for each other forever.
     """
     # The thread of a backward pass recomputes on behalf of a thread that waits for it.
-    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+    if torch.compiler.is_compiling() or within_backward():
         return nullcontext()
     return _LOCKS.held(network, use)
 

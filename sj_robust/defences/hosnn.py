@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
+from sj_robust.core.preserved import within_backward
 from sj_robust.defences.node import PerNeuron, SteppedNode, check_decay
 from sj_robust.ops.recurrence import charge, reset
 
@@ -46,7 +47,8 @@ class HomeostaticNode(SteppedNode, PerNeuron):
 
     Raises:
         ValueError: If an argument is out of range.
-        RuntimeError: If a sequence is longer than T, or samples do not have the shape of the rates.
+        RuntimeError: If a sequence is longer than T, samples do not have the shape of the rates, or
+            activation checkpointing runs it again in training.
 
     Source: Geng and Li, "HoSNNs: Adversarially-Robust Homeostatic Spiking Neural Networks with
         Adaptive Firing Thresholds" (TMLR 2025, arXiv 2308.10373), and its code.
@@ -137,18 +139,38 @@ class _Signature(PerNeuron):
         self.momentum = momentum
         self.register_buffer("mean", None)
         self.register_buffer("batches", torch.zeros(T, dtype=torch.int64))
+        self._noted_in: tuple[Tensor, ...] = ()
 
     def forward(self, h: Tensor, t: int) -> Tensor:
-        """``h - u[t]``, 0 where nothing was noted before."""
+        """``h - u[t]``, 0 where nothing was noted before.
+
+        Raises:
+            RuntimeError: If activation checkpointing runs it again, with a mean that has moved.
+        """
         shape = (self.T, *h.shape[1:])
         self.materialize("mean", shape, 0.0, h)
         known = self.batches[t] > 0
         usual = self.mean[t].to(h.dtype)
         error = torch.where(known, h - usual, 0.0)
-        if self.training and self.momentum > 0:
+        if self.training and self.momentum > 0 and len(h) > 0:
+            self._check_is_first_run()
             batch = h.detach().mean(0)
             self._note(batch, t, known)
         return error
+
+    def _check_is_first_run(self) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if not within_backward():
+            self._noted_in = (self.batches,)
+        elif any(self.batches is noted for noted in self._noted_in):
+            raise RuntimeError(
+                "a HomeostaticNode in training runs again inside a backward pass, as activation "
+                "checkpointing does, after its signature has taken note of this batch: threshold "
+                "and gradient would be others. Leave it out of what is checkpointed, set "
+                "momentum=0, or use SpikingJelly 2.x's memopt.checkpoint_module, which works on "
+                "copies of the buffers"
+            )
 
     @torch.no_grad()
     def _note(self, h: Tensor, t: int, known: Tensor) -> None:

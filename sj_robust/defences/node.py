@@ -173,12 +173,14 @@ class PerNeuron(nn.Module):
         """
         held: Any = getattr(self, name)
         dtype = state_dtype(x)
-        if held is None:
-            self._buffers[name] = torch.full(shape, value, device=x.device, dtype=dtype)
-        elif is_lazy(held):
-            held.materialize(shape, device=x.device, dtype=dtype)
-            with torch.no_grad():
-                held.fill_(value)
+        if held is None or is_lazy(held):
+            # in inference mode, too, they are ordinary tensors, which can be trained later
+            with torch.inference_mode(False), torch.no_grad():
+                if held is None:
+                    self._buffers[name] = torch.full(shape, value, device=x.device, dtype=dtype)
+                else:
+                    held.materialize(shape, device=x.device, dtype=dtype)
+                    held.fill_(value)
         elif held.shape != shape:
             raise RuntimeError(
                 f"{type(self).__name__} has {name} of shape {tuple(held.shape)}, one value for "
@@ -194,10 +196,21 @@ class PerNeuron(nn.Module):
                 destination[f"{prefix}{name}"] = held if keep_vars else held.detach()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        errors: list[str] = rest[-1]
+        of_steps = getattr(self, "per_step", ())
         for name, held in (*self._parameters.items(), *self._buffers.items()):
-            saved = state_dict.get(f"{prefix}{name}")
+            key = f"{prefix}{name}"
+            saved = state_dict.get(key)
             if saved is None:
                 continue
+            T = getattr(self, "T", None)
+            if name in of_steps and saved.ndim > 0 and len(saved) != T:
+                errors.append(
+                    f"{key}: the values are those of T={len(saved)} time steps, but this "
+                    f"{type(self).__name__} has T={T}; build it with T={len(saved)}, load, and "
+                    f"then call sj_robust.models.set_time_steps(net, {T})"
+                )
+                return
             if held is None:
                 self._buffers[name] = torch.empty_like(saved)
             elif isinstance(held, UninitializedParameter):

@@ -142,6 +142,13 @@ class PotentialPenalty(Penalty):
     ) -> None:
         """Keep the options; see the class."""
         super().__init__(weight, rising=rising)
+        if isinstance(layers, str) and layers != "all":
+            raise ValueError(
+                f"layers must be 'all' or a list of names, got {layers!r}; for one layer pass "
+                f"[{layers!r}]"
+            )
+        if len(layers) == 0:
+            raise ValueError("layers must name at least one layer, got none")
         self.layers = layers if isinstance(layers, str) else list(layers)
         self._chosen: dict[str, Neuron] = {}
         self._sums: dict[str, Tensor] = {}

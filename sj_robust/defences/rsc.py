@@ -39,6 +39,7 @@ class SmoothingEncoder(base.MemoryModule):
 
     Raises:
         TypeError, ValueError: If an argument is out of range.
+        RuntimeError: If shared noise would be added to images of another shape.
 
     Source: Wu et al., "RSC-SNN: Exploring the Trade-off Between Adversarial Robustness and Accuracy
         in Spiking Neural Networks via Randomized Smoothing Coding" (ACM MM 2024, arXiv 2407.20099),
@@ -71,6 +72,11 @@ class SmoothingEncoder(base.MemoryModule):
     def forward(self, images: Tensor) -> Tensor:
         """The frame of one time step."""
         noise = self.noise
+        if noise is not None and noise.shape != images.shape:
+            raise RuntimeError(
+                f"the noise of this sequence has shape {tuple(noise.shape)}, but the images have "
+                f"{tuple(images.shape)}: call functional.reset_net(net) before another batch"
+            )
         if noise is None or not self.shared:
             noise = torch.randn(
                 images.shape, generator=self.generator, dtype=images.dtype, device=images.device

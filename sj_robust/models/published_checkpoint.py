@@ -233,7 +233,7 @@ def _sizes(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
         if tensor.ndim == 4 and key.startswith("layer"):
             widths.append(tensor.shape[0])
     for name, features in VGG_FEATURES.items():
-        if widths == list(_widths(features)) and "classifier.4.weight" in tensors:
+        if widths == list(_widths(features)) and tensors.keys() >= _LINEAR:
             hidden = tuple(tensors[f"classifier.{index}.weight"].shape[0] for index in (0, 2))
             return {
                 "name": name,
@@ -283,7 +283,8 @@ def _as_published(tensors: dict[str, Tensor]) -> _File:
         for key, tensor in tensors.items():
             head, dot, rest = key.partition("classifier.")
             number, _, tail = rest.partition(".")
-            found[f"classifier.{int(number) - 1}.{tail}" if dot and not head else key] = tensor
+            of_linear = dot and not head and number.isdecimal()
+            found[f"classifier.{int(number) - 1}.{tail}" if of_linear else key] = tensor
         tensors = found
     return _File(tensors, tau=math.inf if gated or flattens else 100.0, gated=gated)
 
@@ -306,6 +307,9 @@ def _of_pdsg(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             theirs, index = theirs + 1, index + 1
     for ours in range(5):  # behind the flattening
         names[f"net.{theirs + 1 + ours}"] = f"classifier.{ours}"
+    convolutions = {key.rpartition(".")[0] for key in tensors if tensors[key].ndim == 4}
+    if not convolutions <= names.keys():
+        return tensors
     found = {}
     for key, tensor in tensors.items():
         module, _, parameter = key.rpartition(".")
@@ -313,6 +317,9 @@ def _of_pdsg(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if tensor.ndim == 4:
             found[f"{names[module]}.bias"] = tensor.new_zeros(len(tensor))
     return found
+
+
+_LINEAR = {f"classifier.{index}.weight" for index in (0, 2, 4)}
 
 
 def _widths(features: Iterable[int | str]) -> list[int]:

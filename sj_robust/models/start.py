@@ -62,10 +62,11 @@ def start_from(
     """
     path = Path(path)
     weights = read_weights(path)
+    spec = _spec_of(weights, path)
     nodes = {
         name: module for name, module in classifier.named_modules() if isinstance(module, DLIFNode)
     }
-    _check_neurons(weights, classifier, nodes, decay_input=decay_input, path=path)
+    _check_neurons(weights, spec, classifier, nodes, decay_input=decay_input, path=path)
     whole = classifier.state_dict()
     tensors = as_named_in(classifier, weights.tensors)
     of_net = as_named_in(classifier.net, weights.tensors)
@@ -92,10 +93,23 @@ def start_from(
                 f"{path} was trained with {key} {tensors[key].tolist()}, the network has "
                 f"{whole[key].tolist()}; give it the same"
             )
-    if weights.network is not None:
-        _warn_of_others(NetworkSpec(**weights.network), classifier, path)
+    if spec is not None:
+        _warn_of_others(spec, classifier, path)
     classifier.load_state_dict(tensors)
     functional.reset_net(classifier)
+
+
+def _spec_of(weights: Weights, path: Path) -> NetworkSpec | None:
+    """What a checkpoint of this package says of its network; None for another file."""
+    if weights.network is None:
+        return None
+    try:
+        return NetworkSpec(**weights.network)
+    except TypeError as error:
+        raise ValueError(
+            f"{path} describes a network that this release does not know ({error}); update "
+            "sj_robust, or save its state_dict alone"
+        ) from error
 
 
 def _gain_of_lif(node: DLIFNode, decay_input: bool | None) -> Tensor:
@@ -112,6 +126,7 @@ def _gain_of_lif(node: DLIFNode, decay_input: bool | None) -> Tensor:
 
 def _check_neurons(
     weights: Weights,
+    spec: NetworkSpec | None,
     classifier: SpikingClassifier,
     nodes: dict[str, DLIFNode],
     *,
@@ -128,13 +143,12 @@ def _check_neurons(
             "neurons of a NetworkSpec share one; load it in your own function (network "
             "module:function), whose neurons are then converted"
         )
-    if weights.network is None:
+    if spec is None:
         return
     if nodes and decay_input:
         raise ValueError(
             f"{path} is a checkpoint of this package, whose LIF has decay_input=False; omit it"
         )
-    spec = NetworkSpec(**weights.network)
     if ":" in spec.name:  # neurons of the zoo, and one's own, have a tau that it does not state
         return
     neuron_of_file = "IF" if spec.neuron == "if" else f"tau {spec.tau:g}"

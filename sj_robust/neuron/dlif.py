@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from sj_robust import ops
 from sj_robust.core.host import cuda_threads, is_counted, lif_multi_step, neuron, surrogate
+from sj_robust.core.preserved import within_backward
 from sj_robust.ops.dlif import dispatch
 from sj_robust.ops.dlif.config import Outputs, state_dtype
 from sj_robust.ops.surrogate import HOST_NAMES
@@ -253,9 +254,7 @@ class DLIFNode(neuron.BaseNode):
             )
         if torch.compiler.is_compiling():  # a graph would hold the time at which it was made
             return
-        if (
-            torch._C._current_graph_task_id() == -1
-        ):  # no backward pass; torch has no public way to ask
+        if not within_backward():
             # past nn.Module's way of setting, which takes as long as a launch
             self.__dict__["_reached"] = time_step + x_seq.shape[0]
         elif time_step >= max(self._reached, 1):

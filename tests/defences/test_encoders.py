@@ -51,6 +51,15 @@ def test_noise_is_added_as_the_equation_says_and_begins_anew_behind_a_reset(shar
     assert not torch.equal(first, again)
 
 
+def test_shared_noise_is_of_one_batch():
+    encoder = SmoothingEncoder(0.3, shared=True)
+    encoder(torch.rand(1, 1, 4, 4))
+    with pytest.raises(RuntimeError, match=r"call functional.reset_net\(net\) before another"):
+        encoder(torch.rand(3, 1, 4, 4))
+    encoder.reset()
+    encoder(torch.rand(3, 1, 4, 4))
+
+
 def by_hand(encoder, x, t):
     """Patch by patch, pixel by pixel."""
     kernel = kernel_by_hand(encoder, t, x.dtype)

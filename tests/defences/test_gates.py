@@ -134,6 +134,14 @@ def test_the_penalty_is_half_the_sum_of_the_squares():
     assert torch.equal(net[1].rate.grad, net[1].rate.detach())
 
 
+def test_a_rate_that_got_its_shape_in_inference_mode_is_trained():
+    gate = StochasticGate()
+    with torch.inference_mode():
+        gate(torch.ones(T, 2, 5))
+    gate(torch.ones(T, 2, 5)).sum().backward()
+    assert gate.rate.grad.shape == (5,)
+
+
 def test_wrong_use():
     with pytest.raises(ValueError, match="temperature must be > 0"):
         StochasticGate(temperature=0.0)

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from spikingjelly.activation_based import base, functional
 from torch import nn
 from torch.distributions import Normal
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 from sj_robust import SpikingClassifier
 from sj_robust.defences import EvolvingLeakNode, HomeostaticNode, NoisyLIFNode
+from sj_robust.models import set_time_steps
 
 SHAPE = (3, 5)
 TAU = 2.5
@@ -220,6 +223,36 @@ def test_values_per_neuron_get_their_shape_from_the_first_input_or_from_weights(
         node(torch.zeros(T, 2, 9))
 
 
+@pytest.mark.parametrize("name", PER_NEURON)
+def test_values_that_got_their_shape_in_inference_mode_are_trained_as_others(name):
+    node = PER_NEURON[name]()
+    x_seq = currents().detach().float()
+    with torch.inference_mode():
+        run(node, x_seq)
+    run(node, x_seq)
+    run(node, x_seq + 0.1).sum().backward()
+    assert getattr(node, name).grad.any()
+
+
+@pytest.mark.parametrize("steps", [T - 1, T + 4])
+@pytest.mark.parametrize("name", PER_NEURON)
+@pytest.mark.parametrize("used", [False, True])
+def test_values_of_other_time_steps_are_not_loaded(name, steps, used):
+    build = {"leak": EvolvingLeakNode, "rate": HomeostaticNode}[name]
+    source = build(steps)
+    run(source, torch.rand(steps, 2, *SHAPE))
+    node = PER_NEURON[name]()
+    if used:
+        run(node, currents().detach().float())
+    message = f"those of T={steps} time steps, but this .* has T={T}; build it with T={steps}"
+    with pytest.raises(RuntimeError, match=message):
+        node.load_state_dict(source.state_dict())
+    assert set_time_steps(source, T)
+    node.load_state_dict(source.state_dict())
+    functional.reset_net(node)
+    node(currents().detach().float())
+
+
 def test_noise_makes_the_normal_probability_of_a_spike():
     node = NoisyLIFNode(noise_std=0.5, generator=torch.Generator().manual_seed(0))
     h = torch.tensor([0.3, 0.9, 1.0, 1.4])
@@ -281,6 +314,51 @@ def test_the_signature_is_a_running_mean_of_what_was_there_in_training():
     kept.load_state_dict(node.state_dict())
     run(kept.double(), second)
     assert_close(kept.signature, expected)
+
+
+def test_an_empty_batch_is_nothing_to_note():
+    node = HomeostaticNode(T, TAU)
+    run(node, currents().detach())
+    before = copy.deepcopy(node.state_dict())
+    assert run(node, torch.zeros(T, 0, *SHAPE)).shape == (T, 0, *SHAPE)
+    assert_close(dict(node.state_dict()), dict(before), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_signature_that_moved_is_not_used_again_by_checkpointing(use_reentrant):
+    node = HomeostaticNode(T, TAU)
+    x_seq = currents()
+    run(node, x_seq)
+    spikes = checkpoint(run, node, x_seq + 0.1, use_reentrant=use_reentrant)
+    with pytest.raises(RuntimeError, match="after its signature has taken note of this batch"):
+        spikes.sum().backward()
+
+    def gradient(call):
+        functional.reset_net(node)
+        spikes = call(run, node, x_seq + 0.1)
+        return torch.autograd.grad(spikes.sum(), x_seq)[0]
+
+    node.usual.momentum = 0.0
+    again = gradient(partial(checkpoint, use_reentrant=False))
+    assert_close(again, gradient(lambda function, *args: function(*args)), rtol=0, atol=0)
+
+
+def test_a_signature_is_moved_once_where_spikingjelly_saves_memory():
+    memopt = pytest.importorskip("spikingjelly.activation_based.memopt")
+    node = HomeostaticNode(T, TAU)
+    run(node, currents().detach())
+    functional.reset_net(node)
+    twin = copy.deepcopy(node)
+    gradients = []
+    for module in (node, memopt.checkpoint_module(twin)):
+        x_seq = currents()
+        functional.reset_net(module)
+        module(x_seq + 0.1).sum().backward()
+        gradients.append(x_seq.grad)
+    assert gradients[0].any()
+    assert_close(gradients[1], gradients[0])
+    assert twin.usual.batches.tolist() == [2] * T
+    assert_close(twin.signature, node.signature)
 
 
 def test_an_attack_does_not_move_the_signature():

@@ -337,6 +337,18 @@ def refused(tmp_path):
     return refuse
 
 
+def test_files_that_are_nearly_known_are_refused(refused):
+    state = VGG5.network(gains=True).state_dict()
+    del state["classifier.2.weight"]
+    refused(state, "any of the published networks")
+    unnumbered = {"classifier.5.weight": torch.ones(1), "classifier.foo.bias": torch.ones(1)}
+    refused(state | unnumbered, "any of the published networks")
+    row = {"net.0.weight": torch.ones(64, 3, 3, 3)}
+    for number, width in enumerate((128, 256, 512, 512, 512, 512, 512)):
+        row[f"net.{number + 50}.weight"] = torch.ones(width, 1, 3, 3)
+    refused(row, "any of the published networks")
+
+
 def test_weights_that_do_not_fit_are_named(refused):
     state = VGG5.network(gains=True).state_dict()
     more = state | {"layer9.0.weight": torch.ones(1)}

@@ -276,6 +276,14 @@ def test_what_does_not_fit_is_listed(tmp_path, what):
     assert_close(classifier.state_dict(), before, rtol=0, atol=0)
 
 
+def test_a_network_of_another_release_is_refused(tmp_path):
+    description = {"network": asdict(NetworkSpec()) | {"later": 1}}
+    content = {"model": build_classifier(NetworkSpec()).state_dict(), "description": description}
+    save_checkpoint(tmp_path / "best.pt", content)
+    with pytest.raises(ValueError, match=r"that this release does not know \(.*'later'\); update"):
+        start_from(build_classifier(NetworkSpec()), tmp_path / "best.pt")
+
+
 @pytest.mark.parametrize(
     ("others", "said"),
     [

@@ -128,6 +128,7 @@ def perturbation_gains(
             classifier.net,
             first_frame(classifier, x),
             takes=per_step(classifier.find_convention(x)),
+            T=classifier.T,
             tolerance=tolerance,
             max_iterations=max_iterations,
             seed=seed,

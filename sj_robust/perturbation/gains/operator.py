@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,7 @@ def input_maps(
     frame: Tensor,
     *,
     takes: Takes | None = None,
+    T: int = 8,
     tolerance: float = 1e-4,
     max_iterations: int = 300,
     seed: int = 0,
@@ -81,9 +83,10 @@ def input_maps(
     pooled, the result is ``||[W_0 W_k sqrt(c_k) ...]|| * sqrt(1 + sum_k c_k)`` (without the 1 if
     there is no W_0), which is an upper bound by Cauchy-Schwarz and is labelled as one.
 
-    Random values are used to check that the map is affine, complete, and the same at every step; a
-    layer that fails (attention, products of spikes, dropout in evaluation mode, recurrence) is
-    reported together with the modules that ran before it. Modes, states, gradients and hooks of the
+    Random values are used to check that the map is affine, complete, and the same at each of T
+    steps, whatever the other steps hold; a layer that fails (attention, products of spikes, dropout
+    in evaluation mode, recurrence, delays) is reported together with the modules that ran before
+    it. Modes, states, gradients and hooks of the
     network and the random state are restored; existing hooks see the runs. Layers that do not run
     are not listed.
 
@@ -94,13 +97,15 @@ def input_maps(
         takes: What ``net`` is called with, see :class:`sj_robust.core.convention.Convention`; None
             reads it from the outermost step module. Where it takes images, the map from the input
             goes to the currents of all time steps.
+        T: Number of time steps of the check. A mixture with steps longer ago is not seen.
         tolerance: Residual to stop at, relative to the norm.
         max_iterations: Largest number of iterations; the residual then shows the accuracy that was
             reached.
         seed: Seed of the random values and start vectors.
 
     Raises:
-        ValueError: If the network has no SpikingJelly neuron or the frame has no sample.
+        ValueError: If the network has no SpikingJelly neuron, the frame has no sample, or the
+            network cannot run for one step and for T.
 
     Source: derived here; convolutions by their products as in Ryu et al., "Plug-and-Play Methods
         Provably Converge with Properly Trained Denoisers" (ICML 2019).
@@ -124,6 +129,7 @@ def input_maps(
             frame=frame[:1].detach(),
             neurons=[*neurons, *others],
             takes=takes,
+            T=max(T, 2),
             seed=seed,
         )
         found: dict[str, InputMap] = {}
@@ -144,10 +150,17 @@ class _CutNetwork:
     """
 
     def __init__(
-        self, net: nn.Module, frame: Tensor, neurons: list[str], takes: Takes, seed: int
+        self,
+        net: nn.Module,
+        frame: Tensor,
+        neurons: list[str],
+        takes: Takes,
+        T: int,
+        seed: int,
     ) -> None:
         self.net = net
         self.takes = takes
+        self.T = T
         self.multi_step = takes == "sequence"
         self.frame = frame.unsqueeze(0) if self.multi_step else frame
         self.generator = torch.Generator().manual_seed(seed)
@@ -161,15 +174,25 @@ class _CutNetwork:
             self._run(self._random_leaves(0, scale=1.0)).currents,
             self._run(self._random_leaves(1, scale=-1000.0)).currents,
         ]
+        self.shares = self.noise(torch.zeros(T)).tolist()
         # A run on images holds all steps, each with leaves of its own.
-        self.second_step = self.at_random[1] if takes == "images" else self._second_step()
+        self.steps = [] if takes == "images" else self._steps()
 
     def _run(self, value: _Value, frame: Tensor | None = None, *, reset: bool = True) -> CutRun:
         if frame is None:
             frame = self.frame
         if reset:
             functional.reset_net(self.net)
-        return cut_run(self.net, frame, self.cuts, value)
+        try:
+            return cut_run(self.net, frame, self.cuts, value)
+        except (RuntimeError, IndexError) as error:
+            if not self.multi_step:
+                raise
+            raise ValueError(
+                f"the network must run for one time step and for {self.T}, got an error for "
+                f"{len(frame)} ({error}); give inputs of the network's own shape. A layer with "
+                "weights for a fixed number of steps has no map of one step"
+            ) from error
 
     def noise(self, like: Tensor, scale: float = 1.0) -> Tensor:
         """Random values of a tensor's shape, device and dtype."""
@@ -183,36 +206,65 @@ class _CutNetwork:
 
         return value
 
-    def _second_step(self) -> dict[str, Tensor]:
-        """Currents of the step that follows one with the first random leaves, for the second random
-        leaves.
+    def _steps(self) -> list[dict[str, Tensor]]:
+        """Currents of each of T steps in a row, whose leaves are shares of the second random
+        ones.
         """
-        first, second = self.random
-        if not self.multi_step:
-            self._run(lambda name, like: first[name].clone())
-            return self._run(lambda name, like: second[name].clone(), reset=False).currents
+        if self.multi_step:
+            return self._steps_of_a_sequence()
+        steps = []
+        for t, share in enumerate(self.shares):
+            value = partial(_share_of, self.random[1], share)
+            steps.append(self._run(value, reset=t == 0).currents)
+        return steps
 
-        def value(key: str, like: Tensor) -> Tensor:
-            if key in first and len(like) == 2 * len(first[key]):
-                return torch.cat((first[key], second[key]))
-            # A single-step layer of a multi-step network is handed the steps in turn.
-            chosen = first.get(key)
-            if chosen is None:
-                chosen = second.get(self._a_step_on(key, -1), like)
-            return chosen.clone() if chosen.shape == like.shape else self.noise(like)
+    def _steps_of_a_sequence(self) -> list[dict[str, Tensor]]:
+        frames = torch.cat([self.frame] * self.T)
+        currents = self._run(self._leaf_of_a_sequence, frames).currents
+        steps: list[dict[str, Tensor]] = [{} for _ in self.shares]
+        for key, one in self.at_random[1].items():
+            current = currents.get(key)
+            whole = current is not None and len(current) == self.T * len(one)
+            for t, step in enumerate(steps):
+                later = currents.get(self._a_step_on(key, t))
+                if current is not None and whole:
+                    later = current[t * len(one) : (t + 1) * len(one)]
+                if later is not None:
+                    step[key] = later
+        return steps
 
-        both_steps = torch.cat((self.frame, self.frame))
-        currents = self._run(value, both_steps).currents
-        second_step = {}
-        for key, current in currents.items():
-            second_step[key] = currents.get(self._a_step_on(key, 1), current[1:])
-        return second_step
+    def _leaf_of_a_sequence(self, key: str, like: Tensor) -> Tensor:
+        second = self.random[1]
+        leaf = second.get(key)
+        if leaf is not None and len(like) == self.T * len(leaf):
+            return torch.cat([share * leaf for share in self.shares])
+        # A single-step layer of a multi-step network is handed the steps in turn.
+        for t, share in enumerate(self.shares):
+            leaf = second.get(self._a_step_on(key, -t))
+            if leaf is not None and leaf.shape == like.shape:
+                return leaf * share
+        return self.noise(like)
+
+    def same_at_every_step(self, key: str) -> bool:
+        """Whether each step's current is the map of that step's leaves alone."""
+        zero = self.at_zero[key]
+        second = self.at_random[1][key]
+        for share, currents in zip(self.shares, self.steps, strict=False):
+            current = currents.get(key)
+            wanted = zero + share * (second - zero)
+            if current is None or not _close(current, wanted, second, zero):
+                return False
+        return True
 
     def _a_step_on(self, key: str, steps: int) -> str:
         """Key of a layer's call so many steps later, if it is handed the steps in turn."""
         layer, _, call = key.removesuffix(")").partition(" (call ")
         number = int(call or 1) + steps * self.run.calls[layer]
         return call_key(layer, number)
+
+
+def _share_of(leaves: Mapping[str, Tensor], share: float, key: str, _: Tensor) -> Tensor:
+    return leaves[key] * share
 
 
 def _measured(
@@ -312,9 +364,7 @@ def _reason(
         if not _close(linear + zero, currents[name], linear, zero):
             feeds = ["the input" if key == INPUT else f"layer {key}" for key in affine.feeds]
             return f"not affine in {_listed(feeds)}, because {_ran(network, name)} ran in between"
-    first = network.at_random[1][name]
-    second = network.second_step.get(name)
-    if second is None or not _close(second, first, first):
+    if not network.same_at_every_step(name):
         return f"not the same map at every time step; {_ran(network, name)} ran before it"
     return None
 

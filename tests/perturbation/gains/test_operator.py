@@ -492,6 +492,49 @@ def test_single_step_neurons_in_containers_are_handed_the_steps_in_turn():
     assert "not the same map at every time step" in found["sub_module"].not_covered
 
 
+class Skipping(nn.Module):
+    """A residual sum with spikes of earlier steps."""
+
+    def __init__(self, steps, step_mode):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(6, 5), neuron.IFNode(step_mode=step_mode))
+        self.delay = layer.Delay(steps, step_mode=step_mode)
+        self.last = nn.Sequential(nn.Linear(5, 4), neuron.IFNode(step_mode=step_mode))
+
+    def forward(self, x):
+        spikes = self.first(x)
+        return self.last(spikes + self.delay(spikes))
+
+
+@pytest.mark.parametrize("step_mode", ["m", "s"])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_spikes_of_any_earlier_step_are_seen(steps, step_mode):
+    torch.manual_seed(0)
+    net = Skipping(steps, step_mode)
+    certificate = perturbation_gains(SpikingClassifier(net, T=6), torch.rand(8, 6))
+    assert certificate["first.1"].not_covered is None
+    assert "not the same map at every time step" in certificate["last.1"].not_covered
+    takes = "sequence" if step_mode == "m" else "steps"
+    assert input_maps(net, torch.rand(1, 6), takes=takes)["last.1"].not_covered is not None
+
+
+class ByStep(nn.Module):
+    """Has a weight for each of four steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4, 1, 1))
+
+    def forward(self, x_seq):
+        return self.weight * x_seq.reshape(4, -1, 5)
+
+
+def test_a_network_that_does_not_run_for_one_step_is_refused():
+    net = nn.Sequential(nn.Linear(6, 5), ByStep(), neuron.IFNode(step_mode="m"))
+    with pytest.raises(ValueError, match="for one time step and for 4, got an error for 1"):
+        perturbation_gains(SpikingClassifier(net, T=4, takes="sequence"), torch.rand(8, 6))
+
+
 class Halves(nn.Module):
     """Hands on two tensors in a list."""
 
@@ -566,7 +609,7 @@ def has_own_forward(net):
 
 def test_the_network_is_left_as_it_was_by_an_error():
     net = Between(lambda n, s: n.linear(s[..., :3]))
-    with pytest.raises(RuntimeError, match="shape"):
+    with pytest.raises(ValueError, match="the network's own shape"):
         input_maps(net, torch.rand(1, 4))
     assert net.training
     assert not has_own_forward(net)
