@@ -240,9 +240,9 @@ class _CutNetwork:
             return torch.cat([share * leaf for share in self.shares])
         # A single-step layer of a multi-step network is handed the steps in turn.
         for t, share in enumerate(self.shares):
-            leaf = second.get(self._a_step_on(key, -t))
-            if leaf is not None and leaf.shape == like.shape:
-                return leaf * share
+            earlier = second.get(self._a_step_on(key, -t))
+            if earlier is not None and earlier.shape == like.shape:
+                return torch.mul(earlier, share)
         return self.noise(like)
 
     def same_at_every_step(self, key: str) -> bool:
