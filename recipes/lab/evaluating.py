@@ -30,12 +30,21 @@ def two_reports(paths: list[str]) -> list[Report]:
         raise WrongUse(
             f"--compare takes two reports, got {len(paths)}: --compare A/report.json B/report.json"
         )
-    files = [Path(path) / "report.json" if Path(path).is_dir() else Path(path) for path in paths]
+    files = [_report_in(Path(path)) for path in paths]
     if missing := [file for file in files if not file.is_file()]:
         raise FileNotFoundError(
             f"{missing[0]} does not exist; --compare takes two report.json of this recipe"
         )
     return [Report.load(file) for file in files]
+
+
+def _report_in(path: Path) -> Path:
+    """The report of a folder; a path that is none itself."""
+    if not path.is_dir():
+        return path
+    names = ("report.json", "smoothed.json", "card.json")  # of a suite, a vote, a stress test
+    there = [path / name for name in names if (path / name).is_file()]
+    return there[0] if there else path / names[0]
 
 
 def bracket_of_the_vote(

@@ -71,7 +71,7 @@ class SavedResult:
         """
         try:
             content = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also a number that is too long
             raise ValueError(
                 f"{cls._what} must be JSON ({error}); the file is damaged or something else"
             ) from error
@@ -87,7 +87,7 @@ class SavedResult:
             )
         try:
             return cls._from_content(content)
-        except (TypeError, KeyError, AttributeError) as error:
+        except (TypeError, KeyError, AttributeError, OverflowError) as error:
             raise ValueError(
                 f"a field of {cls._what} is missing or unknown ({error}); the file is damaged"
             ) from error
@@ -130,8 +130,8 @@ def csv_text(heads: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> str:
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> str:
-    """Markdown of a table whose first ``words`` columns hold words, the others numbers; bars in
-    cells are escaped. Markdown 表格。
+    """Markdown of a table whose first ``words`` columns hold words, the others numbers; bars and
+    line breaks in cells are escaped. Markdown 表格。
 
     Examples:
         >>> print(markdown_table(["attack", "%"], [["clean", "95.0"]]))
@@ -142,7 +142,7 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, words
     marks = ["---"] * words + ["---:"] * (len(heads) - words)
     lines = []
     for row in (heads, marks, *rows):
-        cells = [cell.replace("|", r"\|") for cell in row]
+        cells = [" ".join(cell.replace("|", r"\|").splitlines()) for cell in row]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -161,9 +161,10 @@ def saved_format(text: str) -> str | None:
     """The format that a text says it is of; None if it says nothing. 读取结果文件的格式。"""
     try:
         content = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
-    return content.get("format") if isinstance(content, dict) else None
+    found = content.get("format") if isinstance(content, dict) else None
+    return found if isinstance(found, str) else None
 
 
 @contextmanager

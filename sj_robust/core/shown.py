@@ -32,6 +32,7 @@ __all__ = [
     "png",
     "print_style",
     "shown_html",
+    "without_formulas",
     "write_figure",
 ]
 
@@ -119,6 +120,17 @@ def _row_of_html(line: str, tag: str) -> str:
 def coded(text: str) -> str:
     """HTML of a text, with text in backticks as code. 反引号内的文字转为代码。"""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+
+
+def without_formulas(text: str) -> str:
+    r"""A text of a user as figures show it, in which dollars make no formulas.
+    图中不按公式解析的文字。
+
+    Examples:
+        >>> print(without_formulas("a$b"))
+        a\$b
+    """
+    return text.replace("$", r"\$")
 
 
 @contextmanager

@@ -562,11 +562,15 @@ class Evaluation:
         return [row for row in proofs if row.threat == self.threat]
 
     def _check_clean(self, variant: str) -> None:
-        if not any(row.kind == "clean" for row in self.of(variant)):
+        clean = [row for row in self.of(variant) if row.kind == "clean"]
+        if not clean:
             network = f" of {variant!r}" if variant else ""
             raise ValueError(
                 f"a report needs a row of the clean images{network}, of kind 'clean', got none"
             )
+        seen, total = len({*clean[0].seen}), len(self.labels)
+        if seen == 0 or (seen < total and variant == self.main):
+            raise ValueError(f"the row of the clean images must be of all {total}, got {seen}")
 
     def _check_row(self, row: Row) -> None:
         total = len(self.labels)

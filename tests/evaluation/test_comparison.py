@@ -11,7 +11,7 @@ from rich.console import Console
 from sj_robust.attacks import ThreatModel
 from sj_robust.evaluation import Report, compare_reports
 from sj_robust.evaluation.intervals import paired_difference_interval
-from sj_robust.evaluation.report.terminal import show_comparison
+from sj_robust.evaluation.report.terminal import show_comparison, show_report
 
 
 def differences(first, second):
@@ -100,6 +100,36 @@ def test_a_suite_that_has_got_a_search_over_spikes_is_another_one():
     notes = compare_reports(report(), report(members=(search,))).notes
     assert "DIFFERENT search over spikes: no and yes; the attacks differ." in notes
     assert not [note for note in compare_reports(report(), report()).notes if "DIFF" in note]
+
+
+def test_images_are_paired_only_if_they_are_known_to_be_the_same():
+    def compared(first, **changes):
+        return compare_reports(first, replace(first, **changes)).notes
+
+    unknown = compared(replace(report(), labels=(-1,) * 10))
+    assert "The images may differ (10 and 10): intervals assume independent" in unknown[0]
+    by_hand = replace(report(), data="")
+    differ = "The images differ (10 and 10)"
+    assert not any(differ in text for text in compared(by_hand))
+    assert any(differ in text for text in compared(by_hand, dataset="cifar10"))
+
+
+def test_votes_of_other_draws_are_named():
+    vote = {"sigma": 0.5, "n": 100, "alpha": 0.001}
+    first = replace(report(), suite="vote", network={"vote": vote})
+    fewer = replace(first, network={"vote": vote | {"n": 40}})
+    said = "DIFFERENT n of the vote: 100 and 40; other certificates."
+    assert said in compare_reports(first, fewer).notes
+    assert said not in compare_reports(first, first).notes
+
+
+@pytest.mark.parametrize("name", ["net[/v2]", "net[v2]"])
+def test_brackets_in_names_are_text_on_a_terminal(name):
+    console = Console(file=io.StringIO(), width=200)
+    one = report(name=name, dataset=name, members=(member(name),))
+    show_report(one, console)
+    show_comparison(compare_reports(one, one), console)
+    assert console.file.getvalue().count(name) >= 5
 
 
 def test_a_clear_difference_is_marked():

@@ -1,11 +1,14 @@
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
-from evaluation.reports import DEAD, finding, member, over_eps, report
+from evaluation.reports import DEAD, clean, finding, member, over_eps, proof, report
 
+from sj_robust.attacks import ThreatModel
 from sj_robust.evaluation.report.page import to_html
+from sj_robust.evaluation.result import OVER_EPS
 
 VOID = {"meta", "br", "hr", "img", "link", "path", "use", "input"}
 
@@ -179,6 +182,24 @@ def test_names_are_escaped(tmp_path):
     assert "<script" not in text
     assert "&lt;script&gt;" in text
     Page(text)
+
+
+def test_proofs_over_events_have_columns_although_the_first_point_has_none():
+    threat = ThreatModel("L0", 2)
+    points = [clean(variant=OVER_EPS)]
+    for eps, fell in ((1, ()), (2, (0, 1))):
+        at = {"norm": "L0", "eps": eps, "largest": eps}
+        points.append(member(f"flips@{eps}", fell, variant=OVER_EPS, **at))
+    proved = proof((4, 5), variant=OVER_EPS)
+    points.append(replace(proved, threat=threat))
+    attack = member("flips", (0,), norm="L0", eps=2, largest=2)
+    made = report(threat=threat, members=(attack,), curve=points)
+    assert [point.verified is None for point in made.over_eps] == [True, True, False]
+    text = to_html(made)
+    table = text[text.index(">events</th>") :].partition("</table>")[0]
+    assert ">verified</th>" in table
+    row = table.split("<tr>")[-1]
+    assert [*re.findall(r">(\d+)</td>", row)][-2:] == ["2", "10"]
 
 
 def test_a_bare_report():

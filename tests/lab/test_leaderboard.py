@@ -67,12 +67,12 @@ def test_rebuilt_from_the_stored_reports_it_is_identical(folder, capsys):
     text = (folder / "one" / "leaderboard.md").read_text()
     headings = [line for line in text.splitlines() if line.startswith("## ")]
     assert headings == ["## digits, L2 0.5, 10 images", "## digits, Linf 0.1, 10 images"]
-    rows = [line for line in text.splitlines() if re.match(r"\| (dlif_at|<lif)", line)]
+    rows = [line for line in text.splitlines() if re.match(r"\| (dlif_at|&lt;lif)", line)]
     bars = ["▒" * 6 + "·" * 14, "█" * 2 + "▒" * 4 + "·" * 14, "▒" * 4 + "·" * 16]
     assert rows == [
         f"| dlif_at<br>`{bars[0]}` | 80.0 |  | 30.0<br>10.8–60.3 | fast |",
         f"| dlif_at<br>`{bars[1]}` | 80.0 | 10.0 | 30.0<br>10.8–60.3 | fast |",
-        f"| <lif\\|none><br>`{bars[2]}` | 80.0 |  | 20.0<br>5.7–51.0 | fast |",
+        f"| &lt;lif\\|none&gt;<br>`{bars[2]}` | 80.0 |  | 20.0<br>5.7–51.0 | fast |",
     ]
     command = "python recipes/evaluate.py 'runs/a b' --eps 8/255 --no-proofs --mean 0.5"
     with (folder / "one" / "reports.csv").open(newline="") as file:
@@ -119,6 +119,39 @@ def test_all_reports_about_a_network_make_one_row(folder):
     (entry,) = group.entries
     assert entry.suites == ("standard", "fast")
     assert (entry.clean, entry.proved, entry.at_most) == (80.0, 10.0, 10.0)
+
+
+def test_reports_that_contradict_each_other_prove_nothing(folder, capsys):
+    # "a" proves image 7
+    replace(report(members=(member("pgd", (7,)),)), suite="standard").save("runs/a/breaks.json")
+    (entry,) = groups_of(read_reports(["runs/a"], {}))[0].entries
+    assert entry.disputed
+    assert entry.proved is None
+    assert entry.cells()[-1] == "fast, standard ?"
+    make_leaderboard(["runs"], folder / "board", USUAL)
+    said = "a report proves an image that another breaks, so one of them is wrong; evaluate"
+    assert said in capsys.readouterr().out
+    own_radius = member("pgd", (7,), eps=0.2, largest=0.2, outside=(7,))
+    replace(report(members=(own_radius,)), suite="standard").save("runs/a/breaks.json")
+    (entry,) = groups_of(read_reports(["runs/a"], {}))[0].entries
+    assert entry.proved == 10.0
+
+
+def test_what_is_no_report_is_passed_over(folder):
+    few = read_reports(["runs"], {})
+    (folder / "runs" / "latin.json").write_bytes('{"format": "é"}'.encode("latin-1"))
+    (folder / "runs" / "deep.json").write_text("[" * 100_000)
+    (folder / "runs" / "long.json").write_text('{"seed": ' + "9" * 5000 + "}")
+    (folder / "runs" / "list.json").write_text('{"format": ["x"]}')
+    (folder / "runs" / "folder.json").mkdir()
+    assert read_reports(["runs"], {}) == few
+
+
+def test_names_are_text_in_markdown(folder):
+    replace(report(), name="a <b>\n## c | d").save("runs/a/report.json")
+    make_leaderboard(["runs/a"], folder / "board", USUAL)
+    text = (folder / "board" / "leaderboard.md").read_text()
+    assert "| a &lt;b&gt; ## c \\| d<br>" in text
 
 
 def test_a_changed_report_is_named(folder, capsys):

@@ -5,10 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from evaluation.reports import proof, report
+from evaluation.reports import member, proof, report
+from lab.evaluating import read_once
 from lab.leaderboard.submission import check_report, checklist, take
 
 from sj_robust.attacks import ThreatModel
+from sj_robust.core.environment import environment
 from sj_robust.data import image_loader, load_images
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.assess import assess
@@ -56,10 +58,18 @@ def test_another_network_than_the_reports_is_found(tmp_path):
     right = SHIPPED.with_name("dlif-certified.json")
     checks = check_report(right, other)
     found = marks(checks)
-    assert found["network"] is False
+    assert found["network"] is None  # another commit
+    assert found["T, number of parameters, spiking layers"] is False
     assert found["attack again"] is False
     with pytest.raises(ValueError, match=r"is refused: .*attack again: PGD-20 breaks \d+ of \d+"):
         take(right, checks, tmp_path)
+    alike = from_checkpoint(pretrained_file("digits/dlif-at-mppd"))
+    checks = check_report(SHIPPED, alike)
+    assert marks(checks)["T, number of parameters, spiking layers"] is True
+    here = tmp_path / "here.json"
+    replace(Report.load(SHIPPED), environment=environment()).save(here)
+    refusing = [c.text.partition(":")[0] for c in check_report(here, alike) if c.passed is False]
+    assert "network" in refusing
     assert pretrained("digits/lif").T > 0
 
 
@@ -104,6 +114,14 @@ def test_a_network_that_is_named_wrongly_is_a_failed_check(saved, change, said):
         (lambda one: replace(one, suite="stress"), "suite"),
         (lambda one: replace(one, rows=(*one.rows[:1], beyond(one.rows[1]))), "budget"),
         (lambda one: replace(one, network={}), "fingerprint of the network is in the report"),
+        (lambda one: replace(one, rows=one.rows[:1]), "attacks"),
+        (lambda one: replace(one, rows=[at_another_radius(row) for row in one.rows]), "attacks"),
+        (lambda one: replace(one, dataset="saccade:digits"), "network"),
+        (lambda one: replace(one, name=5), "schema"),
+        (lambda one: replace(one, name="\n"), "schema"),
+        (lambda one: replace(one, environment=["x"]), "schema"),
+        (lambda one: replace(one, draws=0), "schema"),
+        (lambda one: replace(one, rows=[replace(row, seconds=-1) for row in one.rows]), "schema"),
     ],
 )
 def test_what_contradicts_is_refused(saved, tmp_path, change, point):
@@ -120,6 +138,68 @@ def test_what_contradicts_is_refused(saved, tmp_path, change, point):
 def beyond(row):
     """The row of an attack that left its ball without saying so."""
     return replace(row, largest=2 * row.largest)
+
+
+def at_another_radius(row):
+    if row.attacks and not row.variant:
+        return replace(row, threat=ThreatModel("Linf", 1e-9))
+    return row
+
+
+def test_a_proof_of_what_falls_is_refused(saved):
+    shipped = Report.load(SHIPPED)
+    clean, *rows = shipped.rows
+    all_proved = next(row for row in rows if row.kind == "proof" and not row.variant)
+    attack = next(row for row in rows if row.kind == "attack")
+    untried = replace(attack, seen=(), fell=(), outside=(), largest=0.0)
+    rows = (clean, untried, replace(all_proved, fell=clean.fell))
+    checks = check_report(saved(replace(shipped, rows=rows)))
+    found = marks(checks)
+    assert found["attacks"] is True
+    assert found["bracket"] is True
+    assert found["attack again"] is False
+    assert "of them proved" in checklist(checks)
+
+
+def test_what_was_not_measured_is_no_good_sign(saved):
+    path = saved(replace(Report.load(SHIPPED), firing=(), findings=()))
+    found = marks(check_report(path))
+    assert found["network alive"] is None
+    assert found["signs of gradient masking"] is None
+
+
+def test_reports_that_contradict_the_board_are_refused(saved, tmp_path):
+    one = report(name="mine", verified=(4, 5))
+    take(saved(one), [], tmp_path / "board")
+    other = replace(report(name="mine", members=(member("pgd", (5,)),)), suite="standard")
+    path = saved(other, "other.json")
+    message = r"about the same network, and one proves 1 images that the other breaks, .* image 5"
+    with pytest.raises(ValueError, match=message):
+        take(path, [], tmp_path / "board")
+    another = replace(other, network=other.network | {"fingerprint": "another"})
+    take(saved(another, "other.json"), [], tmp_path / "board")
+
+
+@pytest.mark.parametrize("names", [("脉冲", "网络"), ("net_a", "net a"), ("n" * 300, "n" * 299)])
+def test_networks_have_files_of_their_own(saved, tmp_path, names):
+    taken = {take(saved(report(name=name)), [], tmp_path / "board") for name in names}
+    assert len(taken) == 2
+
+
+def test_event_frames_are_compared_and_their_network_is_run(saved):
+    data = read_once(load_images("saccade:digits", T=4, test_limit=50).test, 50)
+    made = report(name="mine", right=range(50), members=(member("pgd"),), total=50)
+    one = replace(
+        made,
+        dataset="saccade:digits",
+        data=data.fingerprint,
+        labels=data.labels,
+        network=made.network | {"T": 4},
+        threat=ThreatModel("L0", 2),
+    )
+    found = marks(check_report(saved(one), from_checkpoint(Path("digits/lif"))))
+    assert found["images"] is True
+    assert found["network"] is False
 
 
 def test_changed_figures_and_other_files_are_refused(tmp_path):

@@ -68,6 +68,21 @@ class Stored:
         ]
 
 
+def disputes(reports: Sequence[Report]) -> frozenset[int]:
+    """Images that one report about a network proves, without error probability, and that another
+    breaks under the same threat.
+    """
+    proved: set[int] = set()
+    broken: set[int] = set()
+    for report in reports:
+        for row in report.of(report.main):
+            if row.kind == "proof" and not row.alpha and row.threat == report.threat:
+                proved |= row.stood
+        for row in report.attacks:
+            broken |= report.broken(row)
+    return frozenset(proved & broken)
+
+
 @dataclass(frozen=True)
 class Entry:
     """A network under a threat, by all reports about it; shares in per cent.
@@ -80,6 +95,8 @@ class Entry:
         interval: Its 95 % CI, as text.
         suites: The suites, that with the most successful attacks first.
         masked: Whether a report shows signs of gradient masking.
+        disputed: Whether one report proves an image that another breaks; nothing counts as proved
+            then.
         reports: The reports.
     """
 
@@ -90,6 +107,7 @@ class Entry:
     interval: str
     suites: tuple[str, ...]
     masked: bool
+    disputed: bool
     reports: tuple[Stored, ...]
 
     @classmethod
@@ -99,14 +117,16 @@ class Entry:
         reports = [one.report for one in ordered]
         low, high = (100 * end for end in reports[0].everything.interval)
         proofs = [one.verified.accuracy for one in reports if one.verified is not None]
+        disputed = bool(disputes(reports))
         return cls(
             name=reports[0].name,
             clean=100 * reports[0].clean.accuracy,
-            proved=100 * max(proofs) if proofs else None,
+            proved=100 * max(proofs) if proofs and not disputed else None,
             at_most=100 * reports[0].everything.accuracy,
             interval=f"{low:.1f}\N{EN DASH}{high:.1f}",  # fits on a telephone
             suites=tuple(dict.fromkeys(one.suite for one in reports)),
             masked=any(one.masked for one in reports),
+            disputed=disputed,
             reports=tuple(ordered),
         )
 
@@ -114,6 +134,7 @@ class Entry:
         """Its row, without the bar and the interval."""
         proved = "" if self.proved is None else f"{self.proved:.1f}"
         checked = ", ".join(self.suites) + (" !" if self.masked else "")
+        checked += " ?" if self.disputed else ""
         return [self.name, f"{self.clean:.1f}", proved, f"{self.at_most:.1f}", checked]
 
     def bar(self) -> str:

@@ -2,16 +2,20 @@
 and the rest is looked at for contradictions.
 """
 
+import hashlib
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from lab.evaluating import read_once
-from lab.leaderboard.tables import FORMATS
+from lab.leaderboard.entries import Stored, disputes
+from lab.leaderboard.tables import FORMATS, read_reports
 from sj_robust.attacks import pgd
 from sj_robust.core.datasets import DATASETS, EVENT_DATASETS
 from sj_robust.core.environment import environment
@@ -22,7 +26,7 @@ from sj_robust.evaluation.result import Row
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.identity import identify
 from sj_robust.evaluation.run.suites import GRADES
-from sj_robust.evaluation.subject import Subject, from_checkpoint
+from sj_robust.evaluation.subject import Subject, describe_network, from_checkpoint
 from sj_robust.models import pretrained_networks
 from sj_robust.models.shipped import pretrained_file
 
@@ -31,8 +35,14 @@ _IMAGES = 16
 _STEPS = 20
 _DIFFERENT = 0.25
 """Share of them that may fall although the report says that they stand: an attack has other random
-numbers here, and a spike may flip by rounding.
+numbers here, and a spike may flip by rounding. Also the share of clean predictions of a stochastic
+network that may differ.
 """
+_ROUNDED = 0.03
+"""Share of clean predictions that may differ by rounding."""
+_BATCH = 64
+_LONGEST = 80
+"""Letters of a file's name; a system takes 255 bytes."""
 _FEW = 50
 _RELEASES = ("python", "torch", "spikingjelly", "sj_robust", "commit")
 """What a fingerprint depends on beside the network."""
@@ -75,6 +85,7 @@ def check_report(
         if saved_format(path.read_text(encoding="utf-8")) not in FORMATS:
             raise ValueError("it is not a report of sj_robust")
         report = Report.load(path)
+        _check_fields(report)
     except ValueError as error:
         return [Check(False, f"schema: {error}")]
     checks = [Check(True, "schema: figures follow from the outcome of every image")]
@@ -88,7 +99,11 @@ def check_report(
     if network is None or data is None:
         said = "give its checkpoint, or --network module:function" if data else "no images"
         return [*checks, Check(None, f"network: not attacked again ({said})")]
-    return [*checks, *_attacked_again(report, network, data)]
+    try:
+        return [*checks, *_attacked_again(report, network, data)]
+    except (ValueError, RuntimeError) as error:
+        said = f"network: it does not take the images of the report ({error})"
+        return [*checks, Check(False, said)]
 
 
 def checklist(checks: list[Check]) -> str:
@@ -108,16 +123,62 @@ def take(path: Path, checks: list[Check], board: Path) -> Path:
     path = path / "report.json" if path.is_dir() else path
     report = Report.load(path)
     parts = [report.dataset, report.name, report.budget, report.suite]
-    target = board / f"{re.sub(r'[^A-Za-z0-9.]+', '-', '-'.join(parts)).strip('-')}.json"
+    name = re.sub(r"[^\w.]+", "-", "-".join(parts)).strip("-")
+    if len(name) > _LONGEST:
+        name = f"{name[:_LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    target = board / f"{name}.json"
     if target.is_file() and target.read_bytes() != path.read_bytes():
         raise ValueError(
             f"{target} holds another report of this name; give the network another name "
             "(evaluate --name)"
         )
+    _check_no_dispute(path, report, board)
     board.mkdir(parents=True, exist_ok=True)
     if not target.is_file():
         shutil.copyfile(path, target)
     return target
+
+
+def _check_fields(report: Report) -> None:
+    """Raise ValueError if a field that is read here or in a table is of another type."""
+    texts = {"name": report.name, "dataset": report.dataset, "suite": report.suite}
+    for name, value in texts.items():
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{name} must be text, got {value!r}; the file was changed")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name} must be text in UTF-8, got {value!r}") from None
+    mappings = {"configuration": report.configuration, "environment": report.environment}
+    for name, held in (mappings | {"network": report.network}).items():
+        if not isinstance(held, dict):
+            raise ValueError(f"{name} must be an object, got {held!r}; the file was changed")
+    if type(report.draws) is not int or report.draws < 1:
+        raise ValueError(f"draws must be an integer >= 1, got {report.draws!r}")
+    for row in report.rows:
+        for what, number in (("largest", row.largest), ("seconds", row.seconds)):
+            if not isinstance(number, int | float) or not 0 <= number < float("inf"):
+                raise ValueError(
+                    f"{what} of {row.member} must be a finite number >= 0, got {number!r}; the "
+                    "file was changed"
+                )
+
+
+def _check_no_dispute(path: Path, report: Report, board: Path) -> None:
+    """Raise ValueError if a report about the same network on the board contradicts this one."""
+    if not board.is_dir():
+        return
+    own = Stored(path.as_posix(), "", "", report).network
+    for other in read_reports([str(board)], {}, may_be_empty=True):
+        if other.network != own:
+            continue
+        images = disputes([report, other.report])
+        if images:
+            raise ValueError(
+                f"{path} and {other.path} are about the same network, and one proves "
+                f"{len(images)} images that the other breaks, such as image {min(images)}; "
+                "evaluate the network again, and remove the report that is wrong"
+            )
 
 
 def _plausible(report: Report) -> Iterator[Check]:
@@ -126,7 +187,8 @@ def _plausible(report: Report) -> Iterator[Check]:
     yield Check(graded, f"suite: {report.suite} under {report.budget or 'no threat'}")
     if not graded:
         return
-    yield Check(not report.alarms, f"network alive: {'; '.join(report.alarms) or 'yes'}")
+    yield _alive(report)
+    yield _all_attacked(report)
     ends = [report.everything, report.clean]
     said = f"nothing proved at {report.budget}; at most <= clean"
     if report.verified is not None:
@@ -146,10 +208,36 @@ def _plausible(report: Report) -> Iterator[Check]:
     )
     has_control = report.control is not None
     yield Check(has_control, "control: the training gradient at the same cost", required=False)
-    masked = ", ".join(report.masked) or "none"
-    yield Check(not report.masked, f"signs of gradient masking: {masked}", required=False)
+    looked_for = bool(report.findings)
+    masked = ", ".join(report.masked) or ("none" if looked_for else "not looked for")
+    no_signs = not report.masked if looked_for else None
+    yield Check(no_signs, f"signs of gradient masking: {masked}", required=False)
     known = bool(report.network.get("fingerprint"))
     yield Check(known, "fingerprint of the network is in the report")
+
+
+def _alive(report: Report) -> Check:
+    """Whether neurons fire, and the network does not guess."""
+    if report.alarms:
+        return Check(False, f"network alive: {'; '.join(report.alarms)}")
+    if not report.firing:
+        return Check(None, "network alive: firing rates were not measured")
+    return Check(True, "network alive: yes")
+
+
+def _all_attacked(report: Report) -> Check:
+    """Whether the images that stand were attacked at the radius of the report, or are proved."""
+    met = set() if report.verified is None else set(report.standing("verified"))
+    attacks = [row for row in report.attacks if row.threat == report.threat]
+    for row in attacks:
+        met.update(row.seen)
+    standing = report.standing("everything")
+    missed = len(standing - met)
+    said = f"{len(standing) - missed} of {len(standing)} images that are correct to the end"
+    return Check(
+        bool(attacks) and missed == 0,
+        f"attacks: {len(attacks)} at {report.budget}, which met {said}, or they are proved",
+    )
 
 
 def _exceeds(row: Row, radius: float) -> bool:
@@ -157,13 +245,16 @@ def _exceeds(row: Row, radius: float) -> bool:
 
 
 def _data(report: Report, root: str) -> Data | None:
-    """The images of the report, where this machine has them."""
-    known = report.dataset in DATASETS or ":" in report.dataset
-    if not known or report.dataset in EVENT_DATASETS:
+    """The images or event frames of the report, where this machine has them."""
+    if report.dataset not in DATASETS and ":" not in report.dataset:
         return None
+    T = report.network.get("T") if report.dataset in EVENT_DATASETS else None
+    counts = report.threat is not None and report.threat.counts
     try:
-        splits = load_images(report.dataset, root=root, test_limit=len(report.labels))
-    except (FileNotFoundError, ValueError):
+        splits = load_images(
+            report.dataset, root=root, test_limit=len(report.labels), T=T, counts=counts
+        )
+    except (OSError, TypeError, ValueError):
         return None
     return read_once(splits.test, 256)
 
@@ -200,28 +291,25 @@ def _named(report: Report) -> Subject | None:
 
 
 def _attacked_again(report: Report, network: Subject, data: Data) -> Iterator[Check]:
-    """The network itself: its fingerprint, its clean predictions, and PGD on images that stand."""
+    """The network itself: what it is, its clean predictions, and PGD on images that stand."""
     model = network.model.eval()
-    found = identify(model, data).fingerprint
-    told = str(report.network.get("fingerprint", ""))
-    here = environment()
-    as_there = all(here[name] == report.environment.get(name) for name in _RELEASES)
-    said = "" if as_there else " (other releases of Python, torch, SpikingJelly or sj_robust)"
-    yield Check(
-        found == told, f"network: fingerprint {told}, here {found}{said}", required=as_there
-    )
-    x, y = data.first(_IMAGES).tensors(torch.device("cpu"))
+    yield _same_network(report, model, data)
+    yield _built_alike(report, model)
+    x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
     with torch.no_grad():
-        right = model(x).argmax(-1) == y
+        right = torch.cat([model(images).argmax(-1) for images in x.split(_BATCH)]) == y
     clean = report.standing("clean")
     agreeing = sum(bool(here) == (number in clean) for number, here in enumerate(right.tolist()))
-    enough = agreeing >= (1 - _DIFFERENT) * len(y)
-    yield Check(enough, f"clean predictions: {agreeing} of {len(y)} as the report has them")
+    least = 1 - (_DIFFERENT if report.draws > 1 else _ROUNDED)
+    yield Check(
+        agreeing >= least * len(y),
+        f"clean predictions: {agreeing} of {len(y)} as the report has them",
+    )
     if report.threat is None or report.threat.norm != "Linf":
         yield Check(None, f"attack again: not for {report.budget}")
         return
     standing = report.standing("everything")
-    numbers = [number for number in range(len(y)) if number in standing]
+    numbers = [number for number in range(min(_IMAGES, len(y))) if number in standing]
     if not numbers:
         yield Check(None, "attack again: none of the first images is still correct")
         return
@@ -232,8 +320,41 @@ def _attacked_again(report: Report, network: Subject, data: Data) -> Iterator[Ch
         model, images, labels, eps=eps, step_size=eps / 4, steps=_STEPS, generator=generator
     )
     with torch.no_grad():
-        fell = int((model(moved).argmax(-1) != labels).sum())
+        broken = (model(moved).argmax(-1) != labels).tolist()
+    proved = set() if report.verified is None else report.standing("verified")
+    fell = [number for number, fooled in zip(numbers, broken, strict=True) if fooled]
+    of_proved = len(proved.intersection(fell))
+    said = f", {of_proved} of them proved" if of_proved else ""
     yield Check(
-        fell <= _DIFFERENT * len(numbers),
-        f"attack again: PGD-{_STEPS} breaks {fell} of {len(numbers)} images that were correct",
+        len(fell) <= _DIFFERENT * len(numbers) and not of_proved,
+        f"attack again: PGD-{_STEPS} breaks {len(fell)} of {len(numbers)} images that were "
+        f"correct{said}",
     )
+
+
+def _same_network(report: Report, model: nn.Module, data: Data) -> Check:
+    """Whether the fingerprint is that of the network here, where the releases are the same."""
+    found = identify(model, data).fingerprint
+    told = str(report.network.get("fingerprint", ""))
+    here = environment()
+    others = [name for name in _RELEASES if here[name] != report.environment.get(name)]
+    text = f"network: fingerprint {told}, here {found}"
+    if found != told and others:
+        return Check(None, f"{text} (cannot be compared: other {', '.join(others)})")
+    return Check(found == told, text)
+
+
+def _built_alike(report: Report, model: nn.Module) -> Check:
+    """Whether time steps, number of parameters and neurons are those of the report."""
+    here, there = describe_network(model), report.network
+    differ = [name for name in ("T", "parameters") if there.get(name) != here[name]]
+    layers = there.get("layers")
+    if not isinstance(layers, list) or _neurons(layers) != _neurons(here["layers"]):
+        differ.append("spiking layers")
+    said = f"other {' and '.join(differ)}" if differ else "as in the report"
+    return Check(not differ, f"T, number of parameters, spiking layers: {said}")
+
+
+def _neurons(layers: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Names of spiking layers and classes of their neurons."""
+    return [(str(row.get("layer")), str(row.get("neuron"))) for row in layers]

@@ -5,6 +5,7 @@ import hashlib
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from html import escape
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ _NOTE = (
     "attacks, control included (at most; below it its 95 % CI). In each bar, the first part is "
     "proved, the second is open, and the rest is broken or misclassified. Do not compare tables: "
     "their data set, threat or images differ. An exclamation mark (!) means signs of "
-    "gradient masking."
+    "gradient masking, a question mark (?) that one report proves what another breaks."
 )
 
 
@@ -43,6 +44,8 @@ def make_leaderboard(folders: Sequence[str], output: Path, usual: Mapping[str, A
     for line in _changes({one.path: one.digest for one in stored}, _listed(output)):
         print(line)
     groups = groups_of(stored)
+    for line in _disputed(groups):
+        print(line)
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / "leaderboard.md", _markdown(groups))
     write_whole(output / REPORTS, _csv(stored))
@@ -59,12 +62,15 @@ def elsewhere(board: Path) -> list[str]:
     return [path for path in others if Path(path).is_file()]
 
 
-def read_reports(folders: Sequence[str], usual: Mapping[str, Any]) -> list[Stored]:
+def read_reports(
+    folders: Sequence[str], usual: Mapping[str, Any], *, may_be_empty: bool = False
+) -> list[Stored]:
     """Every robustness report in folders and those below, or at a path itself, by data set, threat,
     images, the most of them first, and robust accuracy.
 
     Raises:
-        FileNotFoundError: If a folder is missing, or there is no report in any.
+        FileNotFoundError: If a folder is missing, or there is no report in any, unless they may be
+            empty.
         ValueError: If a report is damaged or was changed so that its figures do not follow from its
             outcomes; the file is named.
     """
@@ -78,7 +84,7 @@ def read_reports(folders: Sequence[str], usual: Mapping[str, Any]) -> list[Store
             one = _read_report(path, usual)
             if one is not None:
                 stored[one.path] = one
-    if not stored:
+    if not stored and not may_be_empty:
         raise FileNotFoundError(
             f"no robustness report in {', '.join(folders)}; evaluate a network first"
         )
@@ -87,8 +93,14 @@ def read_reports(folders: Sequence[str], usual: Mapping[str, Any]) -> list[Store
 
 def _read_report(path: Path, usual: Mapping[str, Any]) -> Stored | None:
     """The report in a file; None if it holds something else, or one that is no suite's."""
+    if not path.is_file():
+        return None
     content = path.read_bytes()
-    if saved_format(content.decode()) not in FORMATS:
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:  # no report is written like this
+        return None
+    if saved_format(text) not in FORMATS:
         return None
     report = Report.load(path)
     if report.suite not in GRADES:
@@ -192,6 +204,20 @@ def _changes(now: Mapping[str, str], before: Mapping[str, str]) -> list[str]:
     ]
 
 
+def _disputed(groups: Sequence[Group]) -> list[str]:
+    """Networks of which one report proves what another breaks, each as a line."""
+    lines = []
+    for group in groups:
+        for entry in group.entries:
+            if entry.disputed:
+                files = ", ".join(one.path for one in entry.reports)
+                lines.append(
+                    f"{entry.name} ({group.title}): a report proves an image that another breaks, "
+                    f"so one of them is wrong; evaluate the network again ({files})"
+                )
+    return lines
+
+
 def _markdown(groups: Sequence[Group]) -> str:
     parts = ["# Leaderboard", _NOTE]
     parts.append(f"[Every report with its command]({REPORTS})")
@@ -199,10 +225,11 @@ def _markdown(groups: Sequence[Group]) -> str:
         rows = []
         for entry in group.entries:
             name, clean, proved, at_most, checked = entry.cells()
-            name += f"<br>`{entry.bar()}`"
+            name = f"{escape(name, quote=False)}<br>`{entry.bar()}`"
             at_most += f"<br>{entry.interval}"
             rows.append([name, clean, proved, at_most, checked])
-        parts += [f"## {group.title}", markdown_table(HEADS, rows)]
+        title = escape(" ".join(group.title.splitlines()), quote=False)
+        parts += [f"## {title}", markdown_table(HEADS, rows)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -112,7 +112,7 @@ def compare_reports(first: Evaluation, second: Evaluation) -> Comparison:
         | worst case | 50.0 | 50.0 | +0.0 | -49.0 to +49.0 |
         | everything | 50.0 | 50.0 | +0.0 | -49.0 to +49.0 |
     """
-    paired = first.labels == second.labels and first.data == second.data
+    paired = _same_images(first, second)
     pairs = _pairs(first, second)
     rows: list[Difference] = []
     left_out: list[str] = []
@@ -130,6 +130,17 @@ def compare_reports(first: Evaluation, second: Evaluation) -> Comparison:
         *_notes_on_attacks(rows, left_out),
     ]
     return Comparison(names, tuple(rows), tuple(notes))
+
+
+def _same_images(first: Evaluation, second: Evaluation) -> bool:
+    """Whether two reports are known to be about the same images; a report of version 1 holds
+    numbers of images only.
+    """
+    if first.labels != second.labels or min(first.labels) < 0:
+        return False
+    if first.data or second.data:
+        return first.data == second.data
+    return first.dataset == second.dataset
 
 
 @dataclass(frozen=True)
@@ -302,6 +313,7 @@ def _notes(
         *_threats(first.threat, second.threat, harm),
         ("data set", first.dataset, second.dataset, harm),
         *_draws(first, second),
+        *_votes(first, second),
         ("suite", first.suite, second.suite, "the attacks differ"),
         ("search over spikes", _search(first), _search(second), "the attacks differ"),
     ]
@@ -309,8 +321,10 @@ def _notes(
         if here != there:
             notes.append(f"DIFFERENT {what}: {here} and {there}; {consequence}.")
     if not paired:
+        known = min(*first.labels, *second.labels) >= 0
+        differ = "differ" if known else "may differ"
         notes.append(
-            f"The images differ ({len(first.labels)} and {len(second.labels)}): intervals "
+            f"The images {differ} ({len(first.labels)} and {len(second.labels)}): intervals "
             "assume independent samples."
         )
     mine = first.network.get("fingerprint")
@@ -337,6 +351,18 @@ def _draws(first: Evaluation, second: Evaluation) -> list[tuple[str, str, str, s
     if first.of_levels or second.of_levels:
         return []
     return [("draws", str(first.draws), str(second.draws), "other images count as broken")]
+
+
+def _votes(first: Evaluation, second: Evaluation) -> list[tuple[str, str, str, str]]:
+    """What the certificates of two smoothed classifiers depend on beside the network."""
+    here, there = (report.network.get("vote", {}) for report in (first, second))
+    if not here or not there:
+        return []
+    harm = "other certificates"
+    return [
+        (f"{name} of the vote", str(here.get(name)), str(there.get(name)), harm)
+        for name in ("sigma", "n", "alpha")
+    ]
 
 
 def _search(report: Evaluation) -> str:

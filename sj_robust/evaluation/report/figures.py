@@ -15,6 +15,7 @@ from sj_robust.core.shown import (
     heat_map,
     new_figure,
     print_style,
+    without_formulas,
 )
 from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.report.levels import WHATS, What, intact, kinds, levels, levels_budget
@@ -319,7 +320,8 @@ def _levels(report: Evaluation) -> "Figure":
     for axes in panels[:, 0]:
         axes.set_ylabel("accuracy, %", fontsize=8)
     attack = f"{report.description} at {levels_budget(report.threat)}"
-    title = f"{report.name}: clean (circles), {attack} (squares), no fault (dotted)"
+    name = without_formulas(report.name)
+    title = f"{name}: clean (circles), {attack} (squares), no fault (dotted)"
     figure.suptitle(title, size=8)
     return figure
 
@@ -400,7 +402,7 @@ def _bars(axes: "Axes", report: Evaluation) -> None:
         places = [attacks.index(one.name) + shift for one in figures]
         shares = [100 * one.accuracy for one in figures]
         color = COLOURS[index % len(COLOURS)]
-        bars = axes.bar(places, shares, width, label=network, color=color)
+        bars = axes.bar(places, shares, width, label=without_formulas(network), color=color)
         for bar, one in zip(bars, figures, strict=True):
             if one.kind == "verified":
                 bar.set(hatch=_BAR_LOOKS["verified"].hatch, edgecolor="white")
@@ -422,10 +424,11 @@ def _curves(axes: "Axes", report: Evaluation) -> None:
     for index, (network, records) in enumerate(report.curves.items()):
         epochs = [record["epoch"] for record in records]
         color = COLOURS[index % len(COLOURS)]
+        name = without_formulas(network)
         for attack in records[0]["validation"] if records else ():
             values = [100 * record["validation"][attack] for record in records]
             style = styles.get(attack, "-")
-            axes.plot(epochs, values, style, color=color, label=f"{network}, {attack}")
+            axes.plot(epochs, values, style, color=color, label=f"{name}, {attack}")
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("validation accuracy, %")

@@ -153,12 +153,14 @@ def _surrogates(report: Evaluation) -> list[str]:
 def _over_eps(report: Evaluation) -> list[dict[str, Any]]:
     """Rows of accuracy over eps; without proofs there is no column for them."""
     rows = []
+    proofs = any(point.verified is not None for point in report.over_eps)
     of_events = report.threat is not None and report.threat.of_events
     for point in report.over_eps:
         row: dict[str, Any] = {"events" if of_events else "eps": point.eps}
         row |= {"attack": point.attack, "correct": point.correct, "total": point.total}
-        if point.verified is not None:
-            row |= {"verified": point.verified.correct, "of": point.verified.total}
+        if proofs:
+            of = point.verified
+            row |= {"verified": of and of.correct, "of": of and of.total}
         rows.append(row)
     return rows
 

@@ -49,7 +49,7 @@ def show_report(
         alarm = Panel(Text(text, style="bold red"), border_style="red")
         console.print(alarm, soft_wrap=False)
     title = f"{report.name} on {report.dataset}: {budget(report.threat)}, suite {report.suite}"
-    table = Table(Column("accuracy", overflow="fold"), title=title)
+    table = Table(Column("accuracy", overflow="fold"), title=Text(title))
     for heading in ("%", "95 % CI", "correct", "seconds"):
         table.add_column(heading, justify="right")
     for one in report.accuracies:
@@ -65,7 +65,7 @@ def show_report(
             style = "dim"
         correct = f"{one.correct}/{one.total}"
         seconds = f"{one.seconds:.1f}"
-        table.add_row(name, one.percent, one.interval_text, correct, seconds, style=style)
+        table.add_row(Text(name), one.percent, one.interval_text, correct, seconds, style=style)
     console.print(table, soft_wrap=False)
     for text in masked(report):
         console.print(Text(text, style="yellow"))
@@ -97,13 +97,12 @@ def show_comparison(comparison: Comparison, console: "Console") -> None:
 
     for text in comparison.notes:
         console.print(Text(text, style="bold red" if text.startswith("DIFFERENT") else ""))
-    numbers = (
-        Column(heading, justify="right") for heading in (*comparison.names, "difference", "95 % CI")
-    )
+    headings = (*comparison.names, "difference", "95 % CI")
+    numbers = (Column(Text(heading), justify="right") for heading in headings)
     title = f"{comparison.names[1]} minus {comparison.names[0]}"
-    table = Table(Column("accuracy, %", overflow="fold"), *numbers, title=title)
+    table = Table(Column("accuracy, %", overflow="fold"), *numbers, title=Text(title))
     for row in comparison.differences:
-        table.add_row(*row.cells(), style="bold" if row.clear else "")
+        table.add_row(*map(Text, row.cells()), style="bold" if row.clear else "")
     console.print(table, soft_wrap=False)
     console.print("* the interval excludes 0", style="dim")
 
