@@ -384,13 +384,19 @@ def _held_out(data: Images, fraction: float, seed: int) -> ImageSplits:
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator).tolist()
     held_out = Subset(images, order[:count])
-    height, width = images[0][0].shape[-2:]
+    image = images[0][0]
+    if image.ndim < 3:
+        raise ValueError(
+            f"data must be images [C, H, W], got {list(image.shape)}; give features as images "
+            "[F, 1, 1], and begin the network with Flatten"
+        )
+    height, width = image.shape[-2:]
     return ImageSplits(
         name="images",
         train=Subset(images, order[count:]),
         validation=held_out,
         test=held_out,
-        image_shape=(len(images[0][0]), height, width),
+        image_shape=(len(image), height, width),
         classes=0,
     )
 

@@ -373,6 +373,7 @@ def test_images_without_a_split_of_their_own_need_no_fraction(tmp_path):
     finetune(linear(), STRIPES, validation_fraction=0.3, **options)
 
 
+FEATURES = TensorDataset(torch.zeros(20, 6), torch.zeros(20, dtype=torch.int64))
 FRAMES = TensorDataset(torch.zeros(20, 3, 2, 4, 4), torch.zeros(20, dtype=torch.int64))
 
 
@@ -384,6 +385,10 @@ FRAMES = TensorDataset(torch.zeros(20, 3, 2, 4, 4), torch.zeros(20, dtype=torch.
         ({"T": None}, "T must be"),
         ({"data": [1, 2]}, "data must be a data set with a length, .* got list"),
         ({"data": FRAMES}, "data must be images .* got event frames .* sj-robust train"),
+        (
+            {"data": FEATURES},
+            r"data must be images \[C, H, W\], got \[6\]; give features as images",
+        ),
         ({"data": (2 * torch.ones(20, 1, 4, 4), torch.arange(20) % 3)}, r"\[0, 1\]"),
         ({"net": nn.Flatten()}, "net must be a spiking network, got Flatten"),
         ({"net": "net"}, "net must be"),
