@@ -120,17 +120,25 @@ def _apply(
     return gradient.apply(run, *tensors, constants)  # type: ignore[no-untyped-call]  # torch's
 
 
-def saved_tensors(ctx: Any) -> tuple[Any, ...]:
-    """Tensors that a forward pass saved for its backward pass, which is differentiable once.
+def saved_tensors(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+    """Tensors that a forward pass saved for its backward pass of these gradients, which is
+    differentiable once.
 
     Raises:
-        RuntimeError: If a graph of the backward pass is wanted, or the saved tensors were freed by
-            an earlier one.
+        RuntimeError: If a graph of the backward pass is wanted, the gradients are a batch of
+            ``torch.autograd.grad(..., is_grads_batched=True)``, or the saved tensors were freed by
+            an earlier backward pass.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "DLIF is differentiable once: create_graph=True would silently lose the second "
             "derivative; set backend='reference' on the neurons to differentiate twice"
+        )
+    is_batched = torch._C._functorch.is_legacy_batchedtensor  # torch has no public way to ask
+    if any(gradient is not None and is_batched(gradient) for gradient in gradients):
+        raise RuntimeError(
+            "DLIF takes no batch of gradients (is_grads_batched=True, or vectorize=True of "
+            "torch.autograd.functional): set backend='reference' on the neurons"
         )
     try:
         return ctx.saved_tensors  # type: ignore[no-any-return]  # ctx has no public type

@@ -397,7 +397,15 @@ def no_step_mode(net):
     net(images())
 
 
+def batch_of_gradients(net):
+    spikes = net(images())
+    weight = next(net.parameters())
+    batch = torch.ones(2, *spikes.shape)
+    torch.autograd.grad(spikes, weight, batch, is_grads_batched=True)
+
+
 MISTAKES = {
+    batch_of_gradients: "no batch of gradients .*backend='reference'",
     too_many_steps: f"T={T} time steps, but its input .* has 5",
     more_steps_than_are_left: r"step 6 .*3 taken .*reset_net",
     another_batch_size: r"state has shape .*reset_net",

@@ -3,6 +3,7 @@ under every tracer: tracers.py, of which the quick cells are run here.
 """
 
 import gc
+from functools import partial
 
 import pytest
 import torch
@@ -152,6 +153,25 @@ def test_a_network_under_a_tracer_gives_the_numbers_of_the_plain_call(tracer, ba
             tracers.run(tracer, backend)
     else:
         tracers.run(tracer, backend)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "eager", "reference"])
+def test_a_batch_of_gradients_is_refused_or_right(backend):
+    x_seq = torch.rand(4, 2, 3)
+
+    def spikes(x_seq):
+        node = DLIFNode(T=4, backend=backend)
+        with torch.no_grad():
+            node.input_gain.mul_(3.0)
+        return node(x_seq)
+
+    jacobian = partial(torch.autograd.functional.jacobian, spikes, x_seq)
+    if backend == "reference":
+        assert jacobian().any()
+        assert_close(jacobian(vectorize=True), jacobian())
+    else:
+        with pytest.raises(RuntimeError, match="no batch of gradients .*backend='reference'"):
+            jacobian(vectorize=True)
 
 
 @pytest.mark.slow

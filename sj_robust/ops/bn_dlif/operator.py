@@ -135,7 +135,9 @@ class _BatchNormDLIF(torch.autograd.Function):
         grad_current: Tensor | None,
         _: None,
     ) -> tuple[Tensor | None, ...]:
-        x_seq, input_gain, v_init, moments = saved_tensors(ctx)
+        x_seq, input_gain, v_init, moments = saved_tensors(
+            ctx, grad_spike_seq, grad_v, grad_v_seq, grad_current
+        )
         _, needs_x, _, needs_v_init, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         call = dict(ctx.call)
         has_v_seq, has_current = call.pop("store_v_seq"), call.pop("store_current")

@@ -116,7 +116,7 @@ class _DLIF(torch.autograd.Function):
     def backward(
         ctx: Any, grad_spike_seq: Tensor | None, grad_v: Tensor | None, grad_v_seq: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x_seq, input_gain, v_init = saved_tensors(ctx)
+        x_seq, input_gain, v_init = saved_tensors(ctx, grad_spike_seq, grad_v, grad_v_seq)
         call = dict(ctx.call)
         has_v_seq = call.pop("store_v_seq")
         needs_v_init = ctx.needs_input_grad[3]
