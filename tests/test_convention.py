@@ -228,7 +228,18 @@ def features_of(*nodes):
     return nn.Sequential(nn.Linear(6, 5), *nodes, nn.Linear(5, 3))
 
 
+def images_of_lazy_norm():
+    return nn.Sequential(
+        layer.Conv2d(1, 2, 1, step_mode="m"),
+        layer.SeqToANNContainer(nn.LazyBatchNorm2d()),
+        neuron.IFNode(step_mode="m"),
+        nn.Flatten(2),
+        nn.LazyLinear(3),
+    )
+
+
 WITHOUT_SHAPES = {
+    "lazy norm": images_of_lazy_norm,
     "leaks": lambda: features_of(EvolvingLeakNode(4)),
     "thresholds": lambda: features_of(HomeostaticNode(4)),
     "gates": lambda: features_of(neuron.IFNode(step_mode="m"), StochasticGate()),
@@ -244,7 +255,7 @@ def test_trying_gives_no_parameter_a_shape(name):
     kinds = [type(module) for module in net.modules()]
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     x = torch.rand(2, 6)
-    if name == "neurons first":
+    if name in ("neurons first", "lazy norm"):
         x = x.view(2, 1, 2, 3)
     model = SpikingClassifier(net, T=4)
     model.find_convention(x)

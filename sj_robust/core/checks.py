@@ -39,6 +39,7 @@ __all__ = [
     "is_checked",
     "is_compiled",
     "logits_of",
+    "of_other_steps",
     "taken_for_checked",
 ]
 
@@ -532,4 +533,18 @@ def is_compiled(network: nn.Module) -> bool:
     return any(
         module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
         for module in network.modules()
+    )
+
+
+def of_other_steps(key: str, saved: int, T: int | None) -> str:
+    """What is said of weights that a neuron with T time steps does not load.
+    时间步数不符的权重。
+
+    Examples:
+        >>> of_other_steps("0.input_gain", 8, 4)[:55]
+        '0.input_gain: the weights are those of T=8 time steps, '
+    """
+    return (
+        f"{key}: the weights are those of T={saved} time steps, but this neuron has T={T}; build "
+        f"it with T={saved}, load, and then call sj_robust.models.set_time_steps(net, {T})"
     )

@@ -597,7 +597,7 @@ class _Kept:
                 self.containers.append((value, copy.copy(value)))
         self.tensors: dict[str, tuple[Tensor, int, Tensor]] = {}
         for name, value in _values(self.attributes):
-            if _is_plain_tensor(value) and not value.is_inference():
+            if _is_plain_tensor(value) and not is_lazy(value) and not value.is_inference():
                 self.tensors[name] = value, value._version, value.detach().clone()
 
     def changed(self) -> Iterator[str]:

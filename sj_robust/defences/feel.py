@@ -135,8 +135,8 @@ class EvolvingLeakNode(SteppedNode, PerNeuron):
         (tensor(15., grad_fn=<SumBackward0>), torch.Size([4, 5]))
     """
 
+    T: int
     per_step = ("leak",)
-    """Parameters with a row per time step; ``set_time_steps`` asks every module for them."""
 
     def __init__(self, T: int, tau: float = float("inf"), **arguments: Any) -> None:
         """Build the neuron; see the class."""

@@ -1,9 +1,10 @@
 """HoSNN: thresholds that pull the potential back to its usual value."""
 
+import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from sj_robust.core.preserved import within_backward
@@ -63,6 +64,7 @@ class HomeostaticNode(SteppedNode, PerNeuron):
         tensor([0., 0., 1., 0.])
     """
 
+    T: int
     th: Tensor | float
     usual: "_Signature"
 
@@ -120,6 +122,12 @@ class HomeostaticNode(SteppedNode, PerNeuron):
         return f"T={self.T}, tau={self.tau}, tau_v={self.tau_v}, {super().extra_repr()}"
 
 
+_NOTED_IN: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Tensor]] = weakref.WeakKeyDictionary()
+"""The buffer in which a signature took note of its last batch: no part of the network, or one that
+was trained would be another than the one that is loaded from its weights.
+"""
+
+
 class _Signature(PerNeuron):
     """Running mean of the potentials of every neuron and step, and how far others lie from it.
 
@@ -127,9 +135,8 @@ class _Signature(PerNeuron):
     nothing else, in training mode where it needs a gradient.
     """
 
+    T: int
     per_step = ("mean", "batches")
-    """Buffers with a row per time step; ``set_time_steps`` asks every module for them."""
-
     mean: Tensor
     batches: Tensor
 
@@ -139,7 +146,6 @@ class _Signature(PerNeuron):
         self.momentum = momentum
         self.register_buffer("mean", None)
         self.register_buffer("batches", torch.zeros(T, dtype=torch.int64))
-        self._noted_in: tuple[Tensor, ...] = ()
 
     def forward(self, h: Tensor, t: int) -> Tensor:
         """``h - u[t]``, 0 where nothing was noted before.
@@ -162,8 +168,10 @@ class _Signature(PerNeuron):
         if torch.compiler.is_compiling():
             return
         if not within_backward():
-            self._noted_in = (self.batches,)
-        elif any(self.batches is noted for noted in self._noted_in):
+            _NOTED_IN[self] = weakref.ref(self.batches)
+            return
+        noted_in = _NOTED_IN.get(self)
+        if noted_in is not None and noted_in() is self.batches:
             raise RuntimeError(
                 "a HomeostaticNode in training runs again inside a backward pass, as activation "
                 "checkpointing does, after its signature has taken note of this batch: threshold "

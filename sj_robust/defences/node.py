@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
+from sj_robust.core.checks import of_other_steps
 from sj_robust.core.host import neuron, surrogate
 from sj_robust.ops.dlif.config import state_dtype
 
@@ -165,6 +166,10 @@ class PerNeuron(nn.Module):
     buffer is None.
     """
 
+    T: int | None = None
+    per_step: tuple[str, ...] = ()
+    """Those with a row per time step; ``set_time_steps`` asks every module for them."""
+
     def materialize(self, name: str, shape: tuple[int, ...], value: float, x: Tensor) -> None:
         """Fill a parameter or buffer with ``value`` in its shape, if it has none yet.
 
@@ -197,19 +202,13 @@ class PerNeuron(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         errors: list[str] = rest[-1]
-        of_steps = getattr(self, "per_step", ())
         for name, held in (*self._parameters.items(), *self._buffers.items()):
             key = f"{prefix}{name}"
             saved = state_dict.get(key)
             if saved is None:
                 continue
-            T = getattr(self, "T", None)
-            if name in of_steps and saved.ndim > 0 and len(saved) != T:
-                errors.append(
-                    f"{key}: the values are those of T={len(saved)} time steps, but this "
-                    f"{type(self).__name__} has T={T}; build it with T={len(saved)}, load, and "
-                    f"then call sj_robust.models.set_time_steps(net, {T})"
-                )
+            if name in self.per_step and saved.ndim > 0 and len(saved) != self.T:
+                errors.append(of_other_steps(key, len(saved), self.T))
                 return
             if held is None:
                 self._buffers[name] = torch.empty_like(saved)

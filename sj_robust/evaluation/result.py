@@ -202,8 +202,9 @@ class Evaluation:
         warnings: Further remarks for the reader.
 
     Raises:
-        ValueError: If there are no images, a variant has no row of the clean images, rows
-            contradict each other, or an index does not belong to an image.
+        ValueError: If there are no images, a variant has no row of the clean images, that of the
+            first one is not of all images, rows contradict each other, or an index does not belong
+            to an image.
     """
 
     name: str
@@ -570,7 +571,10 @@ class Evaluation:
             )
         seen, total = len({*clean[0].seen}), len(self.labels)
         if seen == 0 or (seen < total and variant == self.main):
-            raise ValueError(f"the row of the clean images must be of all {total}, got {seen}")
+            raise ValueError(
+                f"the row of the clean images must be of all {total} images, got {seen}; evaluate "
+                "the network on all of them"
+            )
 
     def _check_row(self, row: Row) -> None:
         total = len(self.labels)

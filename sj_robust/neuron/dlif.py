@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sj_robust import ops
+from sj_robust.core.checks import of_other_steps
 from sj_robust.core.host import cuda_threads, is_counted, lif_multi_step, neuron, surrogate
 from sj_robust.core.preserved import within_backward
 from sj_robust.ops.dlif import dispatch
@@ -365,11 +366,7 @@ class DLIFNode(neuron.BaseNode):
         key = f"{prefix}input_gain"
         saved = state_dict.get(key)
         if saved is not None and saved.ndim == 1 and saved.shape != self.input_gain.shape:
-            errors.append(
-                f"{key}: the weights are those of T={len(saved)} time steps, but this DLIFNode has "
-                f"T={self.T}; build it with T={len(saved)}, load, and then call "
-                f"sj_robust.models.set_time_steps(net, {self.T})"
-            )
+            errors.append(of_other_steps(key, len(saved), self.T))
         elif key in missing:
             missing[missing.index(key)] = _MissingGain(key, self.T)
 

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sj_robust import SpikingClassifier
 from sj_robust.defences import EvolvingLeakNode, HomeostaticNode, NoisyLIFNode
+from sj_robust.evaluation.run.data import Data
+from sj_robust.evaluation.run.identity import identify
 from sj_robust.models import set_time_steps
 
 SHAPE = (3, 5)
@@ -341,6 +343,18 @@ def test_a_signature_that_moved_is_not_used_again_by_checkpointing(use_reentrant
     node.usual.momentum = 0.0
     again = gradient(partial(checkpoint, use_reentrant=False))
     assert_close(again, gradient(lambda function, *args: function(*args)), rtol=0, atol=0)
+
+
+def test_a_network_that_took_note_is_the_one_that_is_loaded_from_its_weights():
+    x = torch.rand(3, 1, 4, 4)
+    data = Data.of([(x, torch.zeros(3, dtype=torch.int64))])
+    networks = [nn.Sequential(nn.Flatten(2), HomeostaticNode(T)) for _ in range(2)]
+    trained, loaded = (SpikingClassifier(net, T, takes="sequence") for net in networks)
+    trained(x)
+    loaded.load_state_dict(trained.state_dict())
+    functional.reset_net(trained)
+    fingerprints = {identify(model.eval(), data).fingerprint for model in (trained, loaded)}
+    assert len(fingerprints) == 1
 
 
 def test_a_signature_is_moved_once_where_spikingjelly_saves_memory():

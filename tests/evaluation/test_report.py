@@ -273,6 +273,9 @@ def changed(change):
     ("text", "message"),
     [
         ("{", "must be JSON"),
+        ("[" * 100_000, "must be JSON"),
+        ('{"seed": ' + "9" * 5000 + "}", "must be JSON"),
+        (changed(lambda content: content["rows"][0]["seen"].pop()), "must be of all 10 images"),
         ("[1]", "not a report"),
         ('{"format": "other"}', "not a report"),
         (changed(lambda content: content.update(version=9)), "version must be 4, got 9"),

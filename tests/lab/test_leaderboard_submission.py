@@ -5,17 +5,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from evaluation.reports import member, proof, report
 from lab.evaluating import read_once
 from lab.leaderboard.submission import check_report, checklist, take
+from spikingjelly.activation_based import neuron
+from torch import nn
 
 from sj_robust.attacks import ThreatModel
+from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.core.environment import environment
 from sj_robust.data import image_loader, load_images
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.assess import assess
 from sj_robust.evaluation.request import Request
-from sj_robust.evaluation.subject import from_checkpoint
+from sj_robust.evaluation.run.identity import identify
+from sj_robust.evaluation.subject import Subject, describe_network, from_checkpoint
 from sj_robust.models import pretrained
 from sj_robust.models.shipped import pretrained_file
 
@@ -59,13 +64,13 @@ def test_another_network_than_the_reports_is_found(tmp_path):
     checks = check_report(right, other)
     found = marks(checks)
     assert found["network"] is None  # another commit
-    assert found["T, number of parameters, spiking layers"] is False
+    assert found["T, number of parameters, neurons"] is False
     assert found["attack again"] is False
     with pytest.raises(ValueError, match=r"is refused: .*attack again: PGD-20 breaks \d+ of \d+"):
         take(right, checks, tmp_path)
     alike = from_checkpoint(pretrained_file("digits/dlif-at-mppd"))
     checks = check_report(SHIPPED, alike)
-    assert marks(checks)["T, number of parameters, spiking layers"] is True
+    assert marks(checks)["T, number of parameters, neurons"] is True
     here = tmp_path / "here.json"
     replace(Report.load(SHIPPED), environment=environment()).save(here)
     refusing = [c.text.partition(":")[0] for c in check_report(here, alike) if c.passed is False]
@@ -116,11 +121,12 @@ def test_a_network_that_is_named_wrongly_is_a_failed_check(saved, change, said):
         (lambda one: replace(one, network={}), "fingerprint of the network is in the report"),
         (lambda one: replace(one, rows=one.rows[:1]), "attacks"),
         (lambda one: replace(one, rows=[at_another_radius(row) for row in one.rows]), "attacks"),
-        (lambda one: replace(one, dataset="saccade:digits"), "network"),
         (lambda one: replace(one, name=5), "schema"),
         (lambda one: replace(one, name="\n"), "schema"),
         (lambda one: replace(one, environment=["x"]), "schema"),
         (lambda one: replace(one, draws=0), "schema"),
+        (lambda one: replace(one, data=5), "schema"),
+        (lambda one: replace(one, network=one.network | {"layers": [1]}), "schema"),
         (lambda one: replace(one, rows=[replace(row, seconds=-1) for row in one.rows]), "schema"),
     ],
 )
@@ -186,20 +192,74 @@ def test_networks_have_files_of_their_own(saved, tmp_path, names):
     assert len(taken) == 2
 
 
-def test_event_frames_are_compared_and_their_network_is_run(saved):
-    data = read_once(load_images("saccade:digits", T=4, test_limit=50).test, 50)
-    made = report(name="mine", right=range(50), members=(member("pgd"),), total=50)
-    one = replace(
+def event_network():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(2), nn.Linear(200, 10), neuron.IFNode(step_mode="m"))
+    return Subject("mine", SpikingEventClassifier(net, T=4).eval(), "linear")
+
+
+def report_of_events(subject, data):
+    """A report of what the network does without an attack, and that two events break nothing."""
+    x, y = data.tensors(torch.device("cpu"))
+    with torch.no_grad():
+        right = (subject.model(x).argmax(-1) == y).nonzero().flatten().tolist()
+    made = report(name="mine", right=right, members=(member("flips", seen=right),), total=len(y))
+    fingerprint = identify(subject.model, data).fingerprint
+    threat = ThreatModel("L0", 2)
+    return replace(
         made,
+        rows=[replace(row, threat=threat) if row.attacks else row for row in made.rows],
         dataset="saccade:digits",
         data=data.fingerprint,
         labels=data.labels,
-        network=made.network | {"T": 4},
-        threat=ThreatModel("L0", 2),
+        network=describe_network(subject.model) | {"fingerprint": fingerprint},
+        threat=threat,
     )
-    found = marks(check_report(saved(one), from_checkpoint(Path("digits/lif"))))
-    assert found["images"] is True
-    assert found["network"] is False
+
+
+def test_event_frames_and_their_network_are_checked(saved):
+    data = read_once(load_images("saccade:digits", T=4, test_limit=50).test, 50)
+    subject = event_network()
+    path = saved(report_of_events(subject, data))
+    found = marks(check_report(path, subject))
+    points = ("images", "network", "T, number of parameters, neurons", "clean predictions")
+    assert [found[point] for point in points] == [True] * 4
+    assert found["attack again"] is None
+    without = marks(check_report(path))
+    assert without["images"] is None
+    other = check_report(path, from_checkpoint(Path("digits/lif")))
+    assert "it does not take the images of the report" in checklist(other)
+
+
+def test_names_of_modules_are_those_of_a_release(saved):
+    shipped = Report.load(SHIPPED)
+    layers = [row | {"layer": f"net.{i}"} for i, row in enumerate(shipped.network["layers"])]
+    older = replace(shipped, network=shipped.network | {"layers": layers})
+    checks = check_report(saved(older))
+    assert marks(checks)["T, number of parameters, neurons"] is True, checklist(checks)
+
+
+@pytest.mark.parametrize(
+    ("draws", "wrong", "passed"), [(1, 10, True), (1, 12, False), (5, 12, True)]
+)
+def test_few_clean_predictions_may_differ(saved, draws, wrong, passed):
+    shipped = Report.load(SHIPPED)
+    clean, *rows = shipped.rows
+    more = sorted(set(clean.seen) - set(clean.fell))[:wrong]
+    clean = replace(clean, fell=sorted({*clean.fell, *more}))
+    rows = [clean, *(without_images(row, more) for row in rows)]
+    found = marks(check_report(saved(replace(shipped, rows=rows, draws=draws))))
+    assert found["clean predictions"] is passed
+
+
+def without_images(row, numbers):
+    """A row that was not run on some images, of the main variant."""
+    if row.variant:
+        return row
+    seen, fell = (sorted(set(part) - set(numbers)) for part in (row.seen, row.fell))
+    if row.kind == "proof":
+        return replace(row, fell=sorted({*row.fell, *numbers}))
+    return replace(row, seen=seen, fell=fell, outside=sorted(set(row.outside) - set(numbers)))
 
 
 def test_changed_figures_and_other_files_are_refused(tmp_path):

@@ -133,8 +133,8 @@ def compare_reports(first: Evaluation, second: Evaluation) -> Comparison:
 
 
 def _same_images(first: Evaluation, second: Evaluation) -> bool:
-    """Whether two reports are known to be about the same images; a report of version 1 holds
-    numbers of images only.
+    """Whether two reports are known to be about the same images; a training's report of version 1
+    holds numbers of images only.
     """
     if first.labels != second.labels or min(first.labels) < 0:
         return False
@@ -321,8 +321,9 @@ def _notes(
         if here != there:
             notes.append(f"DIFFERENT {what}: {here} and {there}; {consequence}.")
     if not paired:
-        known = min(*first.labels, *second.labels) >= 0
-        differ = "differ" if known else "may differ"
+        known = min(*first.labels, *second.labels) >= 0 or first.dataset != second.dataset
+        surely = known or len(first.labels) != len(second.labels)
+        differ = "differ" if surely else "may differ"
         notes.append(
             f"The images {differ} ({len(first.labels)} and {len(second.labels)}): intervals "
             "assume independent samples."

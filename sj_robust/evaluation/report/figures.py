@@ -213,7 +213,7 @@ def _attacks(report: Evaluation) -> "Figure":
     axes = figure.subplots()
     for place, one in enumerate(shown):
         _bar(axes, place, one, hollow=one.name in beyond)
-    names = [one.name for one in shown]
+    names = [without_formulas(one.name) for one in shown]
     axes.set_yticks(range(len(shown)), names, fontsize=7)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlim(0, 112)
@@ -268,7 +268,8 @@ def _potential(rows: Sequence[Mapping[str, Any]], columns: int) -> "Figure":
     scale = common_scale(_values(rows))
     for axes, row in zip(panels.flat, rows, strict=False):
         mesh = heat_map(axes, row["layers"], scale)
-        axes.set_title(f"{row['member']} ({row['samples']} images)")
+        member = without_formulas(row["member"])
+        axes.set_title(f"{member} ({row['samples']} images)")
     for axes in panels.flat[len(rows) :]:
         axes.set_axis_off()
     for axes in panels[-1]:
@@ -407,7 +408,7 @@ def _bars(axes: "Axes", report: Evaluation) -> None:
             if one.kind == "verified":
                 bar.set(hatch=_BAR_LOOKS["verified"].hatch, edgecolor="white")
         axes.bar_label(bars, fmt="%.0f", fontsize=7)
-    axes.set_xticks(range(len(attacks)), attacks)
+    axes.set_xticks(range(len(attacks)), [*map(without_formulas, attacks)])
     axes.set_ylim(0, 112)
     axes.set_ylabel("test accuracy, %")
     if report.threat is not None:
@@ -428,7 +429,8 @@ def _curves(axes: "Axes", report: Evaluation) -> None:
         for attack in records[0]["validation"] if records else ():
             values = [100 * record["validation"][attack] for record in records]
             style = styles.get(attack, "-")
-            axes.plot(epochs, values, style, color=color, label=f"{name}, {attack}")
+            label = f"{name}, {without_formulas(attack)}"
+            axes.plot(epochs, values, style, color=color, label=label)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("validation accuracy, %")

@@ -19,7 +19,15 @@ from sj_robust.core.environment import device_of
 from sj_robust.core.random_numbers import seeded_network
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.core.saved import markdown_table
-from sj_robust.core.shown import ORANGE, Shown, new_figure, png, print_style, write_figure
+from sj_robust.core.shown import (
+    ORANGE,
+    Shown,
+    new_figure,
+    png,
+    print_style,
+    without_formulas,
+    write_figure,
+)
 from sj_robust.evaluation.result import Evaluation
 from sj_robust.evaluation.run.data import Batches, Data
 from sj_robust.evaluation.run.draws import gradient_draws, settled_draws
@@ -166,7 +174,9 @@ class Gallery(Shown):
     def _name(self, label: Tensor) -> str:
         """Of a class: its name, or its number."""
         number = int(label)
-        return self.class_names[number] if number < len(self.class_names) else str(number)
+        if number < len(self.class_names):
+            return without_formulas(self.class_names[number])
+        return str(number)
 
     def _title(self, label: Tensor) -> str:
         """Of an image: what it shows, or is taken for."""

@@ -89,7 +89,8 @@ def perturbation_gains(
     Raises:
         TypeError: If T is a tensor.
         ValueError: If T is missing or differs from the classifier's, if the inputs are empty, not
-            finite or of different shapes, or if there is no neuron.
+            finite or of different shapes, if there is no neuron, or if the network cannot run for
+            one step and for T.
 
     Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), Theorem 3.1; gains
         derived here.

@@ -86,9 +86,8 @@ def input_maps(
     Random values are used to check that the map is affine, complete, and the same at each of T
     steps, whatever the other steps hold; a layer that fails (attention, products of spikes, dropout
     in evaluation mode, recurrence, delays) is reported together with the modules that ran before
-    it. Modes, states, gradients and hooks of the
-    network and the random state are restored; existing hooks see the runs. Layers that do not run
-    are not listed.
+    it. Modes, states, gradients and hooks of the network and the random state are restored;
+    existing hooks see the runs. Layers that do not run are not listed.
 
     Args:
         net: A SpikingJelly network, not the classifier around it.
@@ -215,20 +214,21 @@ class _CutNetwork:
         steps = []
         for t, share in enumerate(self.shares):
             value = partial(_share_of, self.random[1], share)
-            steps.append(self._run(value, reset=t == 0).currents)
+            steps.append(_without_graph(self._run(value, reset=t == 0)))
         return steps
 
     def _steps_of_a_sequence(self) -> list[dict[str, Tensor]]:
         frames = torch.cat([self.frame] * self.T)
-        currents = self._run(self._leaf_of_a_sequence, frames).currents
+        currents = _without_graph(self._run(self._leaf_of_a_sequence, frames))
         steps: list[dict[str, Tensor]] = [{} for _ in self.shares]
         for key, one in self.at_random[1].items():
             current = currents.get(key)
-            whole = current is not None and len(current) == self.T * len(one)
+            if current is not None and len(current) == self.T * len(one):
+                for step, of_step in zip(steps, torch.split(current, len(one)), strict=True):
+                    step[key] = of_step
+                continue
             for t, step in enumerate(steps):
                 later = currents.get(self._a_step_on(key, t))
-                if current is not None and whole:
-                    later = current[t * len(one) : (t + 1) * len(one)]
                 if later is not None:
                     step[key] = later
         return steps
@@ -247,9 +247,11 @@ class _CutNetwork:
 
     def same_at_every_step(self, key: str) -> bool:
         """Whether each step's current is the map of that step's leaves alone."""
+        if self.takes == "images":
+            return True
         zero = self.at_zero[key]
         second = self.at_random[1][key]
-        for share, currents in zip(self.shares, self.steps, strict=False):
+        for share, currents in zip(self.shares, self.steps, strict=True):
             current = currents.get(key)
             wanted = zero + share * (second - zero)
             if current is None or not _close(current, wanted, second, zero):
@@ -261,6 +263,11 @@ class _CutNetwork:
         layer, _, call = key.removesuffix(")").partition(" (call ")
         number = int(call or 1) + steps * self.run.calls[layer]
         return call_key(layer, number)
+
+
+def _without_graph(run: CutRun) -> dict[str, Tensor]:
+    """Currents of a run for comparison."""
+    return {key: current.detach() for key, current in run.currents.items()}
 
 
 def _share_of(leaves: Mapping[str, Tensor], share: float, key: str, _: Tensor) -> Tensor:
