@@ -290,6 +290,9 @@ def _remedies(backends: dict[str, str], tests: dict[str, str]) -> list[str]:
         asked += ["cupy", "triton"]  # one of them is enough
     remedies = [f"backend {name}: {backends[name]}" for name in asked]
     advice = "use DLIFNode(..., backend='reference') there, and report this text"
+    chosen = os.environ.get(cpp.INSTRUCTION_SET_VARIABLE)
+    if chosen is not None:
+        advice = f"unset {cpp.INSTRUCTION_SET_VARIABLE}, which is {chosen!r}; else {advice}"
     failed = [device for device, verdict in tests.items() if _failed(verdict)]
     return remedies + [f"the self test failed on {device}: {advice}" for device in failed]
 

@@ -1,5 +1,7 @@
 """The processes of a recipe: their device, and who goes first."""
 
+import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -34,10 +36,20 @@ def make_accelerator(
     Raises:
         ValueError: If the device does not have the precision.
 
+    Warns:
+        UserWarning: If ``accelerate launch`` or its configuration asks for another precision.
+
     Examples:
         >>> make_accelerator("cpu").device
         device(type='cpu')
     """
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", mixed_precision):
+        warnings.warn(
+            f"accelerate's mixed precision {asked} is not used, but {mixed_precision}: give the "
+            f"training --mixed-precision {asked} (fp16 and bf16 are known)",
+            stacklevel=2,
+        )
     on_gpu = device == "auto" and torch.cuda.is_available()
     if not on_gpu:
         keep_heap()

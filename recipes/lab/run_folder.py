@@ -1,5 +1,6 @@
 """The folder that a run of a recipe leaves behind."""
 
+import errno
 import glob
 import shutil
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,8 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+
+from sj_robust.core.saved import write_whole
 
 __all__ = ["CONFIGURATION_FILE", "open_run_folder", "removed_if_unused", "run_to_resume"]
 
@@ -152,8 +155,13 @@ def _new_folder(
         if output is None:
             folder = _next_folder(stem, root)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIGURATION_FILE).write_text(text, encoding="utf-8")
+        write_whole(folder / CONFIGURATION_FILE, text)
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OSError(
+                f"{folder} cannot be written ({error.strerror}); free some space and start again, "
+                "or give another --output"
+            ) from error
         raise OSError(
             f"{folder} cannot be written ({error.strerror}); give another --output"
         ) from error

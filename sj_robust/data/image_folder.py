@@ -19,6 +19,7 @@ __all__ = ["image_folder"]
 _ENDINGS = {
     ".bmp",
     ".gif",
+    ".jfif",
     ".jpeg",
     ".jpg",
     ".pbm",
@@ -97,6 +98,7 @@ def image_folder(folder: Path, *, on_unreadable: OnUnreadable) -> Source:
         else:
             images[name] = FileImages(paths, labels, partial(_image, size=sizes[first]))
     _warn_of_shared_ones(images, folder)
+    _warn_of_repeated_ones(images, folder)
     validation = shuffled(images["val"]) if "val" in images else None
     return Source(
         train=images["train"],
@@ -126,6 +128,33 @@ def _warn_of_shared_ones(images: Mapping[str, Images], folder: Path) -> None:
                 "keep each picture in one part",
                 stacklevel=2,
             )
+
+
+def _warn_of_repeated_ones(images: Mapping[str, Images], folder: Path) -> None:
+    """Warn if training pictures, of which validation pictures are held out, occur several times, or
+    in several classes; as far as they are in memory.
+    """
+    part = images["train"]
+    if not isinstance(part, StoredImages):
+        return
+    classes: dict[bytes, list[int]] = {}
+    for picture, label in zip(part.pixels, part.labels.tolist(), strict=True):
+        classes.setdefault(_digest(picture), []).append(label)
+    total = len(part.labels)
+    repeated = sum(len(labels) for labels in classes.values() if len(labels) > 1)
+    if "val" not in images and repeated > _FEW_TWICE * total:
+        warnings.warn(
+            f"{repeated} of {total} training pictures of {folder} occur several times: those held "
+            "out for validation may be trained on, too; keep each picture once, or add a folder "
+            "val",
+            stacklevel=2,
+        )
+    torn = sum(len(set(labels)) > 1 for labels in classes.values())
+    if torn > _FEW_TWICE * total:
+        warnings.warn(
+            f"{torn} training pictures of {folder} lie in several classes; keep each in one",
+            stacklevel=2,
+        )
 
 
 def _digest(picture: Tensor) -> bytes:

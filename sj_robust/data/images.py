@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Subset, TensorDataset
 
+from sj_robust.core.checks import check_count, check_size
 from sj_robust.core.datasets import (
     AUGMENTED,
     EVENT_DATASETS,
@@ -102,6 +103,7 @@ def load_images(
 
     Raises:
         TypeError: If ``augment`` is something else.
+        TypeError: If a number is none.
         ValueError: If the name is unknown, a number is out of range, a file has the wrong content,
             the square of Cutout covers whole images, or event frames were to be rotated or resized.
         FileNotFoundError: If the data is missing; the message says which files are needed, where,
@@ -114,8 +116,9 @@ def load_images(
         (1294, 143, 360)
     """
     for option, limit in (("train_limit", train_limit), ("test_limit", test_limit)):
-        if limit is not None and limit < 1:
-            raise ValueError(f"{option} must be >= 1, or None for all images, got {limit}")
+        if limit is not None:
+            check_count(option, limit)
+    check_size("validation_fraction", validation_fraction)
     if on_unreadable not in ("error", "skip"):
         raise ValueError(f"on_unreadable must be 'error' or 'skip', got {on_unreadable!r}")
     augmentation = _augmentation(name, augment)

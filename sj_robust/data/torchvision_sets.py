@@ -77,6 +77,12 @@ def mnist(name: str, root: Path, *, download: bool) -> Source:
             raise ValueError(
                 f"{folder} holds {_MNIST[other][1]}, not {title}; use the data set {other!r}"
             )
+    if train.pixels.shape[1:] != test.pixels.shape[1:]:
+        raise ValueError(
+            f"{found[_MNIST_FILES[0]].parent} holds training images of "
+            f"{list(train.pixels.shape[2:])} pixels and test images of "
+            f"{list(test.pixels.shape[2:])}: the files do not belong together"
+        )
     names = tuple(datasets.FashionMNIST.classes) if name == "fashion_mnist" else ()
     shape = (1, *train.pixels.shape[2:])
     return Source(train, test, shape, classes=10, class_names=names)
@@ -261,5 +267,7 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
             f"{path} states the shape {shape} and must be {header + math.prod(shape)} bytes "
             f"long, got {len(content)}; fetch the file again"
         )
+    if 0 in shape:
+        raise ValueError(f"{path} holds nothing (shape {shape}); fetch the file again")
     values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header)
     return values.view(shape)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.core.preserved import evaluation_mode
+from sj_robust.core.random_numbers import seeded_network
 from sj_robust.core.saved import SavedResult, markdown_table
 from sj_robust.perturbation._recording import Layers
 from sj_robust.perturbation.association import Association, auroc, pearson, spearman
@@ -114,7 +115,9 @@ def intensity_correlation(
 
     Only images that are classified correctly without perturbation are used. Intervals are
     percentile bootstrap intervals that resample whole images with all their sizes, or the neurons
-    of ``per_neuron``. Randomness in the network itself blurs every indicator.
+    of ``per_neuron``. A network that draws random numbers draws the same for both runs of a pair,
+    so that indicators show the perturbation alone; whether an image is fooled is judged by one
+    draw, which blurs both measures of fooled images.
 
     Args:
         model: Images to logits, such as ``SpikingClassifier``; runs in evaluation mode.
@@ -128,7 +131,7 @@ def intensity_correlation(
         input_gain: Whether a DLIF neuron's learnable gain is part of the perturbation.
         batch_size: Images at a time; the traces of all layers are kept for one batch.
         resamples: Bootstrap samples.
-        seed: Seed of the bootstrap and of the choice of neurons.
+        seed: Seed of the bootstrap, of the choice of neurons, and of what the network draws.
         say: Called with lines that report the progress.
 
     Returns:
@@ -166,7 +169,7 @@ def intensity_correlation(
         raise ValueError(
             f"x and y must hold as many images as classes, at least one, got {len(x)} and {len(y)}"
         )
-    with evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad(), seeded_network(model, seed, x.device):
         predicted = []
         for part in torch.split(x, batch_size):
             logits = model(part)
@@ -191,6 +194,7 @@ def intensity_correlation(
     measured: dict[str, list[_Measured]] = {}
     with (
         evaluation_mode(model),
+        seeded_network(model, seed, x.device),
         MPPDMonitor(model, layers=layers, input_gain=input_gain, keep="trace") as monitor,
     ):
         probe = _Probe(

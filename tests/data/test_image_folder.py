@@ -152,6 +152,18 @@ def test_validation_pictures_in_another_part_are_warned_of(folder, one, other, s
         load(folder)
 
 
+def test_training_pictures_that_occur_several_times_are_warned_of(folder):
+    shutil.copy(folder / "train" / "cat" / "0.png", folder / "train" / "cat" / "again.jfif")
+    with pytest.warns(UserWarning, match="^2 of 13 training pictures of .* occur several times"):
+        load(folder)
+    for label, name in enumerate(CLASSES):
+        picture(folder / "val" / name / "v.png", 200 + 10 * label)
+    load(folder)  # nothing is held out of them
+    shutil.copy(folder / "train" / "cat" / "0.png", folder / "train" / "dog" / "cat.png")
+    with pytest.warns(UserWarning, match="^1 training pictures of .* lie in several classes"):
+        load(folder)
+
+
 def test_validation_pictures_of_ones_own(folder):
     for label, name in enumerate(CLASSES):
         picture(folder / "val" / name / "v.png", 200 + 10 * label)
@@ -160,6 +172,7 @@ def test_validation_pictures_of_ones_own(folder):
     assert found(splits.validation) == made([200, 210, 220])
 
 
+@pytest.mark.filterwarnings("ignore:.*occur several times")  # a palette as GIF and as PNG
 def test_every_kind_of_picture_becomes_rgb(folder):
     home = folder / "train" / "cat"
     for path in home.iterdir():

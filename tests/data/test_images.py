@@ -85,11 +85,18 @@ def test_frames_are_neither_rotated_nor_resized(tmp_path):
         ({"on_unreadable": "ignore"}, "on_unreadable must be 'error' or 'skip', got 'ignore'"),
         ({"train_limit": 0}, "train_limit must be >= 1"),
         ({"validation_fraction": 0.0}, "validation_fraction"),
+        ({"validation_fraction": float("nan")}, "validation_fraction must be finite"),
         ({"train_limit": 5}, "validation_fraction"),
     ],
 )
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
+        load_images("digits", **options)
+
+
+@pytest.mark.parametrize("options", [{"train_limit": 1.5}, {"test_limit": "5"}])
+def test_limits_are_integers(options):
+    with pytest.raises(TypeError, match="_limit must be an integer, got"):
         load_images("digits", **options)
 
 

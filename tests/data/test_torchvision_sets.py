@@ -272,6 +272,16 @@ DAMAGES = {
         change=lambda old: idx(drawn(0, 40)),
         message=f"{IMAGES} must hold an array of 3 dimensions, got 1: is it misnamed.",
     ),
+    "no images": Damage(
+        file=IMAGES,
+        change=lambda old: idx(drawn(0, 0, 28, 28)),
+        message=rf"{IMAGES} holds nothing \(shape \(0, 28, 28\)\)",
+    ),
+    "images of another size": Damage(
+        file=IMAGES,
+        change=lambda old: idx(drawn(0, 40, 32, 32)),
+        message=r"images of \[(8, 8|32, 32)\] pixels and test images of \[(8, 8|32, 32)\]",
+    ),
     "too few labels": Damage(
         file=LABELS,
         change=lambda old: idx(drawn(0, 30)),

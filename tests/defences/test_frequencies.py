@@ -140,6 +140,12 @@ def test_a_classifier_begins_every_forward_with_the_whole_image():
     assert encoder(x.bfloat16()).dtype == torch.bfloat16
 
 
+def test_no_images_have_frames_too():
+    encoder = FrequencyEncoder()
+    assert encoder(torch.rand(0, 3, 8, 8)).shape == (0, 3, 8, 8)
+    assert encoder.time_step == 1
+
+
 def test_a_classifier_says_that_its_encoder_has_no_more_frequencies():
     spec = NetworkSpec(encoder="feel", neuron="feel", T=9, encoder_options={"narrowing": 0.125})
     classifier = build_classifier(spec)

@@ -1,5 +1,7 @@
 """Folders of runs that are not there, or cannot be made."""
 
+import errno
+
 import pytest
 from accelerate import Accelerator
 from lab import run_folder
@@ -14,6 +16,19 @@ def test_no_configuration_and_no_room_for_a_folder(tmp_path):
     message = r"file/run cannot be written \(Not a directory\); give another --output"
     with pytest.raises(OSError, match=message):
         open_run_folder(str(tmp_path / "file" / "run"), "digits", {}, Accelerator(cpu=True))
+
+
+def test_a_folder_for_which_there_was_no_room_can_be_used_later(tmp_path, monkeypatch):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "write_whole", full)
+        with pytest.raises(OSError, match=r"No space left on device\); free some space and start"):
+            open_run_folder(str(folder), "digits", {"epochs": 1}, Accelerator(cpu=True))
+    open_run_folder(str(folder), "digits", {"epochs": 1}, Accelerator(cpu=True))
+    assert run_to_resume(str(folder), "digits") == folder
 
 
 def test_runs_that_start_together_have_folders_of_their_own(tmp_path, monkeypatch):

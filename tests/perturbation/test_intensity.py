@@ -18,6 +18,7 @@ from spikingjelly.activation_based import layer
 from torch import nn
 
 from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust.defences import NoisyLIFNode
 from sj_robust.perturbation import MPPDMonitor
 from sj_robust.perturbation.association import auroc, pearson, ranks, spearman
 from sj_robust.perturbation.indicators import INDICATORS, neuron_indicators, over_neurons
@@ -318,6 +319,23 @@ def test_a_network_in_training_mode_is_studied_in_evaluation_mode():
     assert not any(modes)
     assert model.training
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+
+def test_a_network_that_draws_is_studied_with_the_draws_of_the_seed():
+    net = nn.Sequential(nn.Flatten(2), NoisyLIFNode(noise_std=0.5), nn.Linear(16, 3))
+    model = SpikingClassifier(net, T=2).eval()
+    x = torch.rand(40, 1, 4, 4)
+    y = torch.arange(40) % 3
+
+    def found(seed):
+        torch.rand(3)  # whatever else draws
+        nothing = {"nothing": unchanged}
+        return intensity_correlation(model, x, y, perturb=nothing, eps=[0.1, 0.2], seed=seed)
+
+    first = found(0)
+    assert found(0).accuracy == first.accuracy
+    assert found(0).samples == first.samples
+    assert first.means["nothing"]["net.1"]["mppd_l1"] == [0.0, 0.0]
 
 
 def test_images_wrong_already_are_left_out():
