@@ -315,7 +315,7 @@ def _attacked_again(report: Report, network: Subject, data: Data) -> Iterator[Ch
     yield _built_alike(report, model)
     x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
     with torch.no_grad():
-        right = torch.cat([model(images).argmax(-1) for images in x.split(_BATCH)]) == y
+        right = torch.cat([model(images).argmax(-1) for images in torch.split(x, _BATCH)]) == y
     clean = report.standing("clean")
     agreeing = sum(bool(here) == (number in clean) for number, here in enumerate(right.tolist()))
     least = 1 - (_DRAWN if report.draws > 1 else _ROUNDED)
@@ -341,7 +341,7 @@ def _attacked_again(report: Report, network: Subject, data: Data) -> Iterator[Ch
         broken = (model(moved).argmax(-1) != labels).tolist()
     proved = set() if report.verified is None else report.standing("verified")
     fell = [number for number, fooled in zip(numbers, broken, strict=True) if fooled]
-    of_proved = len(proved.intersection(fell))
+    of_proved = sum(number in proved for number in fell)
     said = f", {of_proved} of them proved" if of_proved else ""
     yield Check(
         len(fell) <= _DIFFERENT * len(numbers) and not of_proved,
