@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ops.calls import needs_kernel
 
 from sj_robust import __version__, doctor
 from sj_robust.core.host import EVAL_MODE_HAS_NO_GRADIENT
@@ -119,6 +120,16 @@ def test_one_wrong_number_of_the_chosen_backend_fails(monkeypatch, capsys, wrong
     found, todo = rows(capsys.readouterr().out)
     assert found["self test cpu"].startswith(f"FAILED: {wrong.named}")
     assert any("failed on cpu: use DLIFNode(..., backend='reference')" in line for line in todo)
+
+
+@needs_kernel
+def test_an_instruction_set_that_is_not_there_is_to_be_unset(monkeypatch, capsys):
+    monkeypatch.setenv(cpp.INSTRUCTION_SET_VARIABLE, "nonsense")
+    with pytest.raises(SystemExit):
+        doctor._main()
+    _, todo = rows(capsys.readouterr().out)
+    said = "failed on cpu: unset SJ_ROBUST_INSTRUCTION_SET, which is 'nonsense'; else use DLIFNode"
+    assert any(said in line for line in todo)
 
 
 def test_a_kernel_that_cannot_be_loaded_is_named_with_its_remedy(monkeypatch, tmp_path, capsys):
