@@ -157,13 +157,10 @@ def _new_folder(
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / CONFIGURATION_FILE, text)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise OSError(
-                f"{folder} cannot be written ({error.strerror}); free some space and start again, "
-                "or give another --output"
-            ) from error
+        full = error.errno == errno.ENOSPC
+        first = "free some space and start again, or " if full else ""
         raise OSError(
-            f"{folder} cannot be written ({error.strerror}); give another --output"
+            f"{folder} cannot be written ({error.strerror}); {first}give another --output"
         ) from error
     return folder
 

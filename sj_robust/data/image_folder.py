@@ -97,8 +97,17 @@ def image_folder(folder: Path, *, on_unreadable: OnUnreadable) -> Source:
             images[name] = StoredImages(torch.stack(pictures), labels)
         else:
             images[name] = FileImages(paths, labels, partial(_image, size=sizes[first]))
-    _warn_of_shared_ones(images, folder)
-    _warn_of_repeated_ones(images, folder)
+    digests = {
+        name: list(map(_digest, part.pixels))
+        for name, part in images.items()
+        if isinstance(part, StoredImages)
+    }
+    _warn_of_shared_ones(digests, folder)
+    train = images["train"]
+    if isinstance(train, StoredImages):
+        of_train = train.labels.tolist()
+        held_out = "val" not in images
+        _warn_of_repeated_ones(digests["train"], of_train, folder, held_out=held_out)
     validation = shuffled(images["val"]) if "val" in images else None
     return Source(
         train=images["train"],
@@ -110,13 +119,8 @@ def image_folder(folder: Path, *, on_unreadable: OnUnreadable) -> Source:
     )
 
 
-def _warn_of_shared_ones(images: Mapping[str, Images], folder: Path) -> None:
+def _warn_of_shared_ones(digests: Mapping[str, Sequence[bytes]], folder: Path) -> None:
     """Warn if two parts share pictures, as far as they are in memory."""
-    digests = {
-        name: list(map(_digest, part.pixels))
-        for name, part in images.items()
-        if isinstance(part, StoredImages)
-    }
     for earlier, later in combinations(digests, 2):
         known = set(digests[earlier])
         total = len(digests[later])
@@ -130,26 +134,25 @@ def _warn_of_shared_ones(images: Mapping[str, Images], folder: Path) -> None:
             )
 
 
-def _warn_of_repeated_ones(images: Mapping[str, Images], folder: Path) -> None:
-    """Warn if training pictures, of which validation pictures are held out, occur several times, or
-    in several classes; as far as they are in memory.
+def _warn_of_repeated_ones(
+    digests: Sequence[bytes], labels: Sequence[int], folder: Path, *, held_out: bool
+) -> None:
+    """Warn if training pictures lie in several classes, or, where validation pictures are held out
+    of them, occur several times.
     """
-    part = images["train"]
-    if not isinstance(part, StoredImages):
-        return
     classes: dict[bytes, list[int]] = {}
-    for picture, label in zip(part.pixels, part.labels.tolist(), strict=True):
-        classes.setdefault(_digest(picture), []).append(label)
-    total = len(part.labels)
-    repeated = sum(len(labels) for labels in classes.values() if len(labels) > 1)
-    if "val" not in images and repeated > _FEW_TWICE * total:
+    for digest, label in zip(digests, labels, strict=True):
+        classes.setdefault(digest, []).append(label)
+    total = len(digests)
+    repeated = sum(len(found) for found in classes.values() if len(found) > 1)
+    if held_out and repeated > _FEW_TWICE * total:
         warnings.warn(
             f"{repeated} of {total} training pictures of {folder} occur several times: those held "
             "out for validation may be trained on, too; keep each picture once, or add a folder "
             "val",
             stacklevel=2,
         )
-    torn = sum(len(set(labels)) > 1 for labels in classes.values())
+    torn = sum(len(set(found)) > 1 for found in classes.values())
     if torn > _FEW_TWICE * total:
         warnings.warn(
             f"{torn} training pictures of {folder} lie in several classes; keep each in one",

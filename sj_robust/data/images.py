@@ -102,8 +102,7 @@ def load_images(
             the augmentation to use; None means only for CIFAR.
 
     Raises:
-        TypeError: If ``augment`` is something else.
-        TypeError: If a number is none.
+        TypeError: If ``augment`` or a number is something else.
         ValueError: If the name is unknown, a number is out of range, a file has the wrong content,
             the square of Cutout covers whole images, or event frames were to be rotated or resized.
         FileNotFoundError: If the data is missing; the message says which files are needed, where,

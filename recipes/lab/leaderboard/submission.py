@@ -37,8 +37,10 @@ _DIFFERENT = 0.25
 """Share of them that may fall although the report says that they stand: an attack has other random
 numbers here, and a spike may flip by rounding.
 """
-_ROUNDED, _DRAWN = 0.03, 0.25
-"""Share of clean predictions that may differ by rounding, and of a network that draws."""
+_ROUNDED = 0.03
+"""Share of clean predictions that may differ by rounding."""
+_DRAWN = 0.25
+"""Share of clean predictions that may differ if the network draws random numbers."""
 _BATCH = 64
 _LONGEST = 60
 """Letters of a file's name, of up to 4 bytes each; a system takes 255 bytes."""
@@ -150,11 +152,17 @@ def _check_fields(report: Report) -> None:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{name} must be text in UTF-8, got {value!r}") from None
+            raise ValueError(
+                f"{name} must be text in UTF-8, got {value!r}; the file was changed"
+            ) from None
     if not isinstance(report.data, str):
         raise ValueError(f"data must be text, got {report.data!r}; the file was changed")
-    mappings = {"configuration": report.configuration, "environment": report.environment}
-    for name, held in (mappings | {"network": report.network}).items():
+    objects = {
+        "configuration": report.configuration,
+        "environment": report.environment,
+        "network": report.network,
+    }
+    for name, held in objects.items():
         if not isinstance(held, dict):
             raise ValueError(f"{name} must be an object, got {held!r}; the file was changed")
     layers = report.network.get("layers", [])

@@ -321,9 +321,10 @@ def _notes(
         if here != there:
             notes.append(f"DIFFERENT {what}: {here} and {there}; {consequence}.")
     if not paired:
-        known = min(*first.labels, *second.labels) >= 0 or first.dataset != second.dataset
-        surely = known or len(first.labels) != len(second.labels)
-        differ = "differ" if surely else "may differ"
+        same_number = len(first.labels) == len(second.labels)
+        unknown = min(*first.labels, *second.labels) < 0
+        may_be_the_same = unknown and same_number and first.dataset == second.dataset
+        differ = "may differ" if may_be_the_same else "differ"
         notes.append(
             f"The images {differ} ({len(first.labels)} and {len(second.labels)}): intervals "
             "assume independent samples."
