@@ -23,6 +23,7 @@ __all__ = [
     "check_images",
     "check_inputs",
     "check_labels",
+    "check_layers",
     "check_logits",
     "check_model",
     "check_network",
@@ -378,6 +379,21 @@ def did_you_mean(value: object, choices: Iterable[str]) -> str:
     """
     near = get_close_matches(str(value), list(choices), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def check_layers(layers: str | Sequence[str], *words: str) -> None:
+    """``layers`` is one of the words, or names at least one layer; else ValueError. 检查层的选择。
+
+    Examples:
+        >>> check_layers(["net.2"], "last", "all")
+    """
+    if isinstance(layers, str) and layers not in words:
+        raise ValueError(
+            f"layers must be {', '.join(map(repr, words))} or a list of names, got {layers!r}; for "
+            f"one layer pass [{layers!r}]"
+        )
+    if len(layers) == 0:
+        raise ValueError("layers must name at least one layer, got none")
 
 
 def check_text(name: str, value: str) -> None:

@@ -1,6 +1,7 @@
 """Pictures in folders, one folder per class."""
 
 import hashlib
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -206,12 +207,9 @@ def _labelled(
             f"{'; '.join(found)}. Every part must hold the same {len(classes)} classes, "
             f"{', '.join(first_few(classes, 10))}"
         )
-    pictures = []
+    pictures: list[tuple[Path, int]] = []
     for label, name in enumerate(classes):
-        for path in sorted((part / name).rglob("*")):
-            is_picture = path.suffix.lower() in _ENDINGS and path.is_file()
-            if is_picture and not path.name.startswith("."):
-                pictures.append((path, label))
+        pictures += [(path, label) for path in _pictures(part / name)]
 
     def read(path: Path) -> None:
         picture = _picture(path)
@@ -229,6 +227,14 @@ def _labelled(
             f"no pictures ({', '.join(sorted(_ENDINGS))}) in {', '.join(empty[:5])}"
         )
     return paths, labels
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """Pictures below a folder, those behind links as well, sorted."""
+    found: list[Path] = []
+    for inside, _, names in os.walk(folder, followlinks=True):
+        found += [Path(inside, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.suffix.lower() in _ENDINGS and path.is_file())
 
 
 def _image(path: Path, size: tuple[int, int]) -> Tensor:

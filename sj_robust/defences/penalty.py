@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingClassifier
+from sj_robust.core.checks import check_layers
 from sj_robust.neuron.charging import Neuron, find_neurons
 from sj_robust.neuron.watching import SpikingCall, Wants, watch
 from sj_robust.ops.recurrence import charge, reset
@@ -142,13 +143,7 @@ class PotentialPenalty(Penalty):
     ) -> None:
         """Keep the options; see the class."""
         super().__init__(weight, rising=rising)
-        if isinstance(layers, str) and layers != "all":
-            raise ValueError(
-                f"layers must be 'all' or a list of names, got {layers!r}; for one layer pass "
-                f"[{layers!r}]"
-            )
-        if len(layers) == 0:
-            raise ValueError("layers must name at least one layer, got none")
+        check_layers(layers, "all")
         self.layers = layers if isinstance(layers, str) else list(layers)
         self._chosen: dict[str, Neuron] = {}
         self._sums: dict[str, Tensor] = {}
@@ -208,7 +203,7 @@ class PotentialPenalty(Penalty):
         return torch.stack(means).mean()
 
     def _find(self, net: nn.Module) -> dict[str, Neuron]:
-        followed, unsupported, spiking = find_neurons(net, {}, {})
+        followed, unsupported, spiking = find_neurons(net)
         names = [*followed, *sorted(spiking)] if self.layers == "all" else self.layers
         for name in names:
             if name not in followed:

@@ -122,14 +122,17 @@ def _as_numbers(value: float | Tensor | None) -> float | tuple[float, ...] | Non
 
 
 def find_neurons(
-    net: nn.Module, decay: Mapping[NeuronKey, float], gain: Mapping[NeuronKey, float]
+    net: nn.Module,
+    decay: Mapping[NeuronKey, float] | None = None,
+    gain: Mapping[NeuronKey, float] | None = None,
 ) -> tuple[dict[str, Neuron], dict[str, str], set[str]]:
     """Neurons that can be followed, by name, reasons by name of the others, and the names of those
     others that spike.
 
     ``decay`` and ``gain`` (a fixed input gain) are those of neurons whose dynamics are not known,
-    by module name or exact type. ValueError if there is no neuron, a key fits none or one of known
-    dynamics, or a value is out of range.
+    by module name or exact type; None where a caller does not offer them, so that no reason advises
+    them. ValueError if there is no neuron, a key fits none or one of known dynamics, or a value is
+    out of range.
     """
     check_network(net)
     candidates = {name: module for name, module in net.named_modules() if is_neuron(module)}
@@ -138,23 +141,24 @@ def find_neurons(
             f"{type(net).__name__} holds no SpikingJelly neuron, so there is nothing to monitor "
             "or certify; give a network with IF, LIF, PLIF or DLIF neurons"
         )
-    _check_given(candidates, decay, gain)
+    decays, gains = decay or {}, gain or {}
+    _check_given(candidates, decays, gains)
     followed: dict[str, Neuron] = {}
     unsupported: dict[str, str] = {}
     for name, module in candidates.items():
-        given = _lookup(decay, name, module)
+        given = _lookup(decays, name, module)
         if has_known_dynamics(module):
             followed[name] = Neuron(name, module, partial(read_charging, module), known=True)
         elif isinstance(module, StatesCharging):
             followed[name] = Neuron(name, module, module.charging, known=False)
         elif given is not None:
-            fixed_gain = _lookup(gain, name, module)
+            fixed_gain = _lookup(gains, name, module)
             stated = partial(
                 Charging, float(given), 1.0 if fixed_gain is None else float(fixed_gain)
             )
             followed[name] = Neuron(name, module, stated, known=False)
         else:
-            unsupported[name] = _reason(module)
+            unsupported[name] = _reason(module, offers_decay=decay is not None)
     return followed, unsupported, {name for name in unsupported if emits_spikes(candidates[name])}
 
 
@@ -198,14 +202,17 @@ _KNOWN: dict[type, Callable[[Any], Charging]] = {
 }
 
 
-def _reason(module: nn.Module) -> str:
+def _reason(module: nn.Module, *, offers_decay: bool) -> str:
     name = type(module).__name__
     if not emits_spikes(module):
         return f"{name} emits potentials, not spikes"
     if isinstance(module, neuron.BaseNode):
+        unknown = f"the decay of {name} is not known"
+        if not offers_decay:
+            return unknown
         return (
-            f"the decay of {name} is not known; if its potential decays by a constant factor per "
-            f"step, pass decay={{{name}: factor}}"
+            f"{unknown}; if its potential decays by a constant factor per step, pass "
+            f"decay={{{name}: factor}}"
         )
     return f"{name} has no membrane potential that decays by a constant factor per step"
 
@@ -234,9 +241,8 @@ def _check_given(
             )
         for module in fitting:
             if not isinstance(module, neuron.BaseNode) or not emits_spikes(module):
-                raise ValueError(
-                    f"decay: {key!r} cannot be followed by a decay alone: {_reason(fitting[0])}"
-                )
+                reason = _reason(module, offers_decay=True)
+                raise ValueError(f"decay: {key!r} cannot be followed by a decay alone: {reason}")
         if not 0.0 < value <= 1.0:
             raise ValueError(
                 f"decay of {key!r} must be in (0, 1], got {value}; a time constant tau means "

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sj_robust.core.checks import check_layers
 from sj_robust.core.host import memories
 from sj_robust.neuron.charging import Neuron
 from sj_robust.neuron.watching import SpikingCall, Wants, keep_out_of_graphs
@@ -213,16 +214,10 @@ class Recording:
             )
 
     def _checked(self, layers: Layers) -> Layers:
+        check_layers(layers, "last", "all")
         if isinstance(layers, str):
-            if layers not in ("last", "all"):
-                raise ValueError(
-                    f"layers must be 'last', 'all' or a list of names, got {layers!r}; for one "
-                    f"layer pass [{layers!r}]"
-                )
             return layers
         names = tuple(layers)
-        if not names:
-            raise ValueError("layers must name at least one layer, got an empty list")
         for name in names:
             if name in self._unsupported:
                 raise ValueError(f"layer {name!r} cannot be followed: {self._unsupported[name]}")

@@ -99,7 +99,7 @@ def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
     others: dict[str, str] = {}
     parts = list(model.net.modules())
     if any(map(is_neuron, parts)) or not has_steps(model.net):
-        neurons, others, _ = find_neurons(model.net, {}, {})
+        neurons, others, _ = find_neurons(model.net)
     unbounded: dict[str, str] = {}
     for name, reason in others.items():
         module = model.net.get_submodule(name)

@@ -131,7 +131,7 @@ def no_flip_radius(model: SpikingClassifier, x: Tensor, *, batch_size: int = 64)
         model.find_convention(given)  # before anything is replaced
         exact = copy.deepcopy(model).double()
         rows = _row_norms(exact, given[:1].double(), batch_size)
-        neurons, _, _ = find_neurons(model.net, {}, {})
+        neurons, _, _ = find_neurons(model.net)
         driven = {name: neurons[name] for name in rows}
         check_neurons(driven, model.T, given)
         parts = []
@@ -154,7 +154,7 @@ def _row_norms(model: SpikingClassifier, image: Tensor, batch_size: int) -> dict
 
     For event frames the map is from the frame of the step.
     """
-    neurons, others, _ = find_neurons(model.net, {}, {})
+    neurons, others, _ = find_neurons(model.net)
     names = [*neurons, *others]
     probes = _probes(model, image)
     silent = _driven(model, probes, names, _silent)
@@ -418,7 +418,7 @@ class _Calls:
 
 def _layers(model: SpikingClassifier, images: Tensor, rows: dict[str, Tensor]) -> dict[str, _Layer]:
     """The layers that the input drives, in a run of the exact network."""
-    neurons, _, _ = find_neurons(model.net, {}, {})
+    neurons, _, _ = find_neurons(model.net)
     calls = {name: _Calls(neurons[name]) for name in rows}
     with ExitStack() as stack:
         for seen in calls.values():

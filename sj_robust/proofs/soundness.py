@@ -315,7 +315,7 @@ def overridden(neuron: Neuron) -> str | None:
         >>> from sj_robust import DLIFNode
         >>> from sj_robust.neuron.charging import find_neurons
         >>> net = nn.Sequential(DLIFNode(T=4))
-        >>> neuron = find_neurons(net, {}, {})[0]["0"]
+        >>> neuron = find_neurons(net)[0]["0"]
         >>> net[0].neuronal_fire = lambda: 1.0
         >>> overridden(neuron)
         'neuronal_fire'

@@ -172,7 +172,7 @@ class Validation:
         """
         net = classifier.net
         x, y = next(self._batches())
-        if not any(map(is_neuron, net.modules())) or not find_neurons(net, {}, {})[0]:
+        if not any(map(is_neuron, net.modules())) or not find_neurons(net)[0]:
             return {}
         if run_past_hooks(net):
             return {}

@@ -172,6 +172,14 @@ def test_validation_pictures_of_ones_own(folder):
     assert found(splits.validation) == made([200, 210, 220])
 
 
+def test_pictures_behind_links_are_read(folder, tmp_path):
+    before = sizes(load(folder))
+    elsewhere = tmp_path / "elsewhere"
+    picture(elsewhere / "more" / "new.png", 77)
+    (folder / "train" / CLASSES[0] / "linked").symlink_to(elsewhere / "more")
+    assert sizes(load(folder))[0] == before[0] + 1
+
+
 @pytest.mark.filterwarnings("ignore:.*occur several times")  # a palette as GIF and as PNG
 def test_every_kind_of_picture_becomes_rgb(folder):
     home = folder / "train" / "cat"

@@ -142,7 +142,7 @@ def test_the_monitor_follows_noisy_neurons_and_penalties_refuse_those_whose_leak
         stats = monitor.compare(x, x + 0.1, forward=classifier)
     assert stats["1"].ms_mppd.mean() > 0
     classifier, _ = classifier_of(EvolvingLeakNode(T), convolution=True)
-    message = "'1' cannot be penalised: the decay of EvolvingLeakNode is not known"
+    message = "'1' cannot be penalised: the decay of EvolvingLeakNode is not known; name others"
     with pytest.raises(ValueError, match=message), SurrogateOverlap(1.0).observe(classifier):
         pass
 

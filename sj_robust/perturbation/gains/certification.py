@@ -116,7 +116,7 @@ def perturbation_gains(
     seed = check_seed("seed", seed)
     wrapped = as_classifier(net, T, mean=mean, std=std, images=x)
     classifier = check_classifier(wrapped)
-    neurons, unknown, _ = find_neurons(classifier.net, {}, {})
+    neurons, unknown, _ = find_neurons(classifier.net)
     gains = {}
     for name, neuron in neurons.items():
         gains[name] = neuron_gains(neuron.charging(), classifier.T)

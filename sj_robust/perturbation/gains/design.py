@@ -206,7 +206,7 @@ def gain_scalars(net: nn.Module, T: int | None = None) -> dict[str, float]:
 
 def _chargings(net: nn.Module) -> dict[str, Charging]:
     """How every neuron of known dynamics charges, by name."""
-    neurons, _, _ = find_neurons(net, {}, {})
+    neurons, _, _ = find_neurons(net)
     return {name: neuron.charging() for name, neuron in neurons.items()}
 
 

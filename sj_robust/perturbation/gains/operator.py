@@ -119,7 +119,7 @@ def input_maps(
     """
     if len(frame) == 0:
         raise ValueError(f"frame must hold a sample, got shape {tuple(frame.shape)}")
-    neurons, others, _ = find_neurons(net, {}, {})
+    neurons, others, _ = find_neurons(net)
     with full_precision(frame.device), preserved(net):
         if takes is None:
             takes = "steps" if step_mode_of(net) == "s" else "sequence"
