@@ -4,18 +4,21 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sj_robust.classifier import PoissonEncoder, SpikingClassifier, SpikingEventClassifier
 from sj_robust.core.checks import check_choice
+from sj_robust.core.convention import Takes, untouched
 from sj_robust.core.host import is_neuron
+from sj_robust.core.preserved import full_precision
 from sj_robust.defences import (
     EvolvingLeakNode,
     FrequencyEncoder,
@@ -180,7 +183,7 @@ def _built(spec: NetworkSpec) -> nn.Module:
         if isinstance(module, DLIFNode):
             module.input_gain.requires_grad_(spec.learn_gain)
     if from_elsewhere:
-        fuse(net)
+        fuse(net, run=partial(_try, built, spec))
     for module in net.modules():
         if isinstance(module, Stage) and not spec.fused:
             module.one_pass = False
@@ -189,17 +192,39 @@ def _built(spec: NetworkSpec) -> nn.Module:
     return built
 
 
+def _try(built: nn.Module, spec: NetworkSpec) -> None:
+    """Run a network from elsewhere once and leave it as it was; if it fails, its first use says
+    why.
+    """
+    classifier = _wrapped(built, spec)
+    alone = full_precision(torch.device("cpu"))
+    with suppress(Exception), torch.no_grad(), alone, untouched(classifier):
+        classifier.eval()(_black(spec))
+
+
+def _wrapped(built: nn.Module, spec: NetworkSpec, takes: Takes | None = None) -> SpikingClassifier:
+    """A network from elsewhere as a classifier, but for mean, std and encoder."""
+    if isinstance(built, SpikingClassifier):
+        return built
+    kind = SpikingEventClassifier if spec.frames else SpikingClassifier
+    return kind(built, spec.T, takes=takes)
+
+
+def _black(spec: NetworkSpec) -> Tensor:
+    """One black image, or a recording without events."""
+    steps = (spec.T,) if spec.frames else ()
+    return torch.zeros(1, *steps, *spec.image_shape)
+
+
 @torch.no_grad()
 def _find_shapes(built: nn.Module, spec: NetworkSpec) -> None:
     """Run the network once, so that what has one value per neuron finds its shape."""
     images = torch.zeros(1, *spec.image_shape)
     run = built
     if not isinstance(built, SpikingClassifier) and spec.name not in NETWORKS:
-        kind = SpikingEventClassifier if spec.frames else SpikingClassifier
-        if spec.frames:
-            images = torch.zeros(1, spec.T, *spec.image_shape)
-        trial = kind(copy.deepcopy(built), spec.T).find_convention(images)
-        run = kind(built, spec.T, takes=trial.takes)
+        images = _black(spec)
+        trial = _wrapped(copy.deepcopy(built), spec).find_convention(images)
+        run = _wrapped(built, spec, trial.takes)
     run.eval()(images)
     built.train()
     functional.reset_net(built)

@@ -114,7 +114,8 @@ class Neuron:
     def binary(self) -> bool:
         """Whether the outputs can only be 0 and 1."""
         function = self.module.surrogate_function
-        return self.known and isinstance(function, Spiking) and function.spiking
+        one_level = getattr(function, "max_spike_count", 1) == 1
+        return self.known and isinstance(function, Spiking) and function.spiking and one_level
 
 
 def _as_numbers(value: float | Tensor | None) -> float | tuple[float, ...] | None:

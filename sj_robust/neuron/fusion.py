@@ -1,7 +1,9 @@
 """Joins layers of an existing network into stages, and separates them again."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -26,6 +28,9 @@ class FusionReport:
     renamed: dict[str, str] = field(default_factory=dict)
 
 
+_IN_PARTS = "is in an nn.Sequential that the network does not run as a whole"
+
+
 class InStage(nn.Identity):
     """Placeholder for a module that is now part of the stage before it; keeps the names of later
     ones.
@@ -36,18 +41,21 @@ class InStage(nn.Identity):
     """
 
 
-def fuse(net: nn.Module) -> FusionReport:
+def fuse(net: nn.Module, *, run: Callable[[], object] | None = None) -> FusionReport:
     """Join batch norm, the DLIF neurons after it and a following 2x2 average pooling in a
     :class:`Stage`.
 
     Either the batch norm or the pooling may be missing. Only neighbours in an ``nn.Sequential`` are
-    joined, where nothing can come between them. The stage takes the place of the first module, and
-    identity modules take the places of the others, so that the numbers of all other modules stay
-    the same. Parameters, buffers, hooks and results do not change (spikes up to the rounding of
-    batch norm). 将相邻的 BatchNorm、DLIF 神经元和 2x2 平均池化合并为一个 ``Stage``，一次计算完成。
+    joined. The stage takes the place of the first module, and identity modules take the places of
+    the others, so that the numbers of all other modules stay the same. Parameters, buffers, hooks
+    and results do not change (spikes up to the rounding of batch norm), unless the network calls
+    members of the ``nn.Sequential`` by index or in slices: pass ``run`` if it may do so.
+    将相邻的 BatchNorm、DLIF 神经元和 2x2 平均池化合并为一个 ``Stage``，一次计算完成。
 
     Args:
         net: A network, changed in place.
+        run: Runs the network once, such as ``lambda: model(x)``; an ``nn.Sequential`` that it does
+            not run as a whole stays as it is.
 
     Returns:
         What was joined and what was not, and the keys in ``state_dict`` that have changed. Weights
@@ -67,6 +75,7 @@ def fuse(net: nn.Module) -> FusionReport:
         'BatchNorm2d'
     """
     report = FusionReport()
+    taken_apart = set() if run is None else _taken_apart(net, run)
     for path, parent in list(net.named_modules()):
         if isinstance(parent, Stage):
             continue
@@ -74,8 +83,9 @@ def fuse(net: nn.Module) -> FusionReport:
         for name, module in children.items():
             is_norm = any("BatchNorm" in cls.__name__ for cls in type(module).__mro__)
             if is_norm:
-                report.skipped[_joined(path, name)] = _reason(name, children, parent)
-        if type(parent) is not nn.Sequential:
+                reason = _reason(name, children, parent)
+                report.skipped[_joined(path, name)] = _IN_PARTS if path in taken_apart else reason
+        if type(parent) is not nn.Sequential or path in taken_apart:
             continue
         for members in _members_of_stages(children):
             _put_stage(parent, {name: children[name] for name in members})
@@ -86,6 +96,43 @@ def fuse(net: nn.Module) -> FusionReport:
         if old != new:
             report.renamed[old] = new
     return report
+
+
+class _Whole:
+    """Notes whether an ``nn.Sequential`` runs, and whether members run without it."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self.running = False
+        self.in_parts = False
+
+    def enter(self, *_: Any) -> None:
+        """The sequence starts."""
+        self.runs += 1
+        self.running = True
+
+    def leave(self, *_: Any) -> None:
+        """The sequence has ended."""
+        self.running = False
+
+    def member(self, *_: Any) -> None:
+        """A member starts."""
+        self.in_parts |= not self.running
+
+
+def _taken_apart(net: nn.Module, run: Callable[[], object]) -> set[str]:
+    """Paths of the sequences that a run does not run as a whole."""
+    noted = {}
+    with ExitStack() as hooks:
+        for path, parent in net.named_modules():
+            if type(parent) is nn.Sequential:
+                whole = noted[path] = _Whole()
+                hooks.enter_context(parent.register_forward_pre_hook(whole.enter))
+                hooks.enter_context(parent.register_forward_hook(whole.leave, always_call=True))
+                for member in parent:
+                    hooks.enter_context(member.register_forward_pre_hook(whole.member))
+        run()
+    return {path for path, whole in noted.items() if whole.in_parts or not whole.runs}
 
 
 def _members_of_stages(children: dict[str, nn.Module]) -> Iterator[list[str]]:

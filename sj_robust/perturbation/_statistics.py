@@ -360,8 +360,8 @@ class LayerTotals:
         sizes = {"eps": _Size.of(eps), "full": _Size.of(v - v_perturbed)}
         sizes["plain"] = sizes["eps"] if plain is eps else _Size.of(plain)
         sums = {
-            "firing_rate": _total(spike != 0),
-            "firing_rate_perturbed": _total(spike_perturbed != 0),
+            "firing_rate": _total(spike),
+            "firing_rate_perturbed": _total(spike_perturbed),
             "spike_distance": _total(dspike.abs()),
             "tasad": _total(excess.abs()) / (t + 1),
         }

@@ -127,7 +127,7 @@ def _why_unbounded(n: Neuron) -> str | None:
     if not n.known:
         return f", a {n.type_name}, which fires in its own way"
     if not n.binary:
-        return ", whose surrogate does not spike"
+        return ", whose surrogate does not give spikes of 0 and 1 alone"
     method = overridden(n)
     if method is not None:
         return f", whose {method} was replaced: restore it"

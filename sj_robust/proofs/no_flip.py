@@ -101,9 +101,9 @@ def no_flip_radius(model: SpikingClassifier, x: Tensor, *, batch_size: int = 64)
         TypeError: If ``model`` is not a ``SpikingClassifier``.
         ValueError: If images are not finite or outside [0, 1].
         NotImplementedError: If a neuron driven directly by the input has unknown dynamics or no
-            bounds, or changes them within a forward, the map to it is not affine or depends on
-            spikes, the encoder is stochastic, or the input reaches the logits without passing a
-            neuron.
+            bounds, or changes them within a forward, the map to it is not affine, mixes frames of
+            events or depends on spikes, the encoder is stochastic, or the input reaches the logits
+            without passing a neuron.
         UnsoundBoundsError: If such a neuron does not follow its charge equation.
 
     Source: derived here; it is the exact range of validity of the perturbation dynamics without
@@ -179,7 +179,7 @@ class _Driven:
     """How the input drives a network in which layers give fixed spikes.
 
     Attributes:
-        at_black: Currents [T, 3, *] of layers for black images.
+        at_black: Currents [T, P, *] of layers for black images, as many as probes.
         changes: By how much those for the probes differ from them.
         sizes: What rounding of these differences is relative to.
     """
@@ -220,16 +220,26 @@ def _check_same(silent: _Driven, with_spikes: _Driven) -> None:
 
 
 def _probes(model: SpikingClassifier, image: Tensor) -> Tensor:
-    """Two random images a and b, and ``a + 2 b``, by which an affine map is recognised."""
+    """Two random images a and b, and ``a + 2 b``, by which an affine map is recognised.
+
+    For event frames they are the same in every step, so that its steps can be compared, and a
+    fourth probe, a times :func:`_factors`, shows whether a step gets frames of others.
+    """
     generator = torch.Generator().manual_seed(0)
     shape = (2, *image.shape[1:])
     pair = torch.rand(shape, generator=generator, dtype=torch.float64)
     pair = pair.to(image)
-    if isinstance(model, SpikingEventClassifier):
-        # the same frame in every step, so that its steps can be compared
-        pair = pair[:, :1].expand_as(pair).contiguous()
-    both = pair[:1] + 2 * pair[1:]
-    return torch.cat((pair, both))
+    if not isinstance(model, SpikingEventClassifier):
+        return torch.cat((pair, pair[:1] + 2 * pair[1:]))
+    pair = pair[:, :1].expand_as(pair)
+    a = pair[:1]
+    faded = a * along(_factors(model.T).to(image), 1, image.ndim)
+    return torch.cat((pair, a + 2 * pair[1:], faded))
+
+
+def _factors(T: int) -> Tensor:
+    """Random factors of the T frames of a probe."""
+    return 0.5 + torch.rand(T, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 def _check_followed(name: str, neurons: dict[str, Neuron], others: dict[str, str]) -> None:
@@ -246,13 +256,17 @@ def _check_followed(name: str, neurons: dict[str, Neuron], others: dict[str, str
 
 
 def _check_affine(name: str, change: Tensor, size: Tensor) -> None:
-    """Raise NotImplementedError if the currents [T, 3, *] of the probes, less those of a black
-    image, are not those of one affine map in every step; ``size`` is what they round by.
+    """Raise NotImplementedError if the currents [T, P, *] of the probes, less those of a black
+    image, are not those of one affine map of the step's own frame in every step; ``size`` is what
+    they round by.
     """
-    a, b, both = change.unbind(1)
+    a, b, both, *faded = change.unbind(1)
     largest = size.amax((0, 1)) + LEAST_SHARE * change.abs().amax()
-    is_linear = is_rounding(both - (a + 2 * b), 3 * largest)
-    if not (is_linear and is_rounding(change - change[:1], largest)):
+    same = change[:, :3]
+    gaps = [both - (a + 2 * b), *(same - same[:1]).unbind(1)]
+    factors = along(_factors(len(a)).to(a), 0, a.ndim)
+    gaps += [currents - factors * a for currents in faded]
+    if not all(is_rounding(gap, 3 * largest) for gap in gaps):
         raise _NotAffineError(name)
 
 
@@ -261,8 +275,8 @@ class _NotAffineError(NotImplementedError):
 
     def __init__(self, name: str) -> None:
         super().__init__(
-            f"what leads from the input to {name} is not one affine map for every time step and "
-            "whatever spikes there are"
+            f"what leads from the input to {name} is not one affine map, the same from the frame "
+            "of every time step and whatever spikes there are"
         )
 
 

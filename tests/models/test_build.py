@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from spikingjelly.activation_based import neuron
+from spikingjelly.activation_based import layer, neuron, surrogate
 from torch import nn
 from torch.testing import assert_close
 
 from sj_robust import DLIFNode
-from sj_robust.classifier import SpikingEventClassifier
+from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier
 from sj_robust.core.environment import CODE_KEY
 from sj_robust.evaluation.run.fingerprint import code_of
 from sj_robust.evaluation.subject import from_checkpoint
@@ -26,6 +26,7 @@ from sj_robust.models import (
 from sj_robust.models.build import NETWORKS, check_has_neuron
 from sj_robust.models.checkpoint import save_checkpoint
 from sj_robust.models.foreign import find_function
+from sj_robust.neuron import Stage
 
 OWN = """
 from spikingjelly.activation_based import functional, layer, neuron
@@ -261,6 +262,45 @@ def test_a_function_of_ones_own(own, module):
     assert node.tau == 7.0
     assert node.step_mode == "m"
     assert classifier(image_batch()).shape == (2, 6)
+
+
+SHORTCUT = """
+from spikingjelly.activation_based import functional, layer
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self, node):
+        super().__init__()
+        self.body = nn.Sequential(layer.Conv2d(3, 3, 3, padding=1), layer.BatchNorm2d(3), node)
+
+    def forward(self, x):
+        return self.body[-1](self.body[:-1](x) + x)
+
+def build(spiking_neuron):
+    first = (layer.Conv2d(1, 3, 3), layer.BatchNorm2d(3), spiking_neuron())
+    last = (layer.Flatten(), layer.Linear(108, 10))
+    net = nn.Sequential(*first, Block(spiking_neuron()), *last)
+    functional.set_step_mode(net, "m")
+    return net
+"""
+
+
+def test_only_sequences_that_run_as_a_whole_are_fused(own):
+    (own / "shortcut.py").write_text(SHORTCUT)
+    drawn = torch.get_rng_state()
+    fused = build_classifier(NetworkSpec("shortcut.py:build"))
+    after = torch.get_rng_state()
+    torch.set_rng_state(drawn)
+    spec = NetworkSpec()
+    node = partial(
+        DLIFNode, T=4, tau=spec.tau, surrogate_function=surrogate.PiecewiseQuadratic(1.0)
+    )
+    net = find_function("shortcut.py:build")(node)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert isinstance(fused.net[1], Stage)
+    assert isinstance(fused.net[3].body[1], layer.BatchNorm2d)
+    images = image_batch()
+    assert_close(fused.eval()(images), SpikingClassifier(net, T=4).eval()(images))
 
 
 def test_lif_of_ones_own_network_becomes_dlif(own):

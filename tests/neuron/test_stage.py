@@ -196,6 +196,41 @@ def test_says_what_it_leaves_alone():
     assert len(report.skipped) == 7
 
 
+class WithShortcut(nn.Module):
+    """A network that adds its input between the members of a sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.whole = nn.Sequential(layer.BatchNorm2d(3), DLIFNode(T=T))
+        self.body = nn.Sequential(layer.BatchNorm2d(3), DLIFNode(T=T))
+        functional.set_step_mode(self, "m")
+
+    def forward(self, x):
+        x = self.whole(x)
+        return self.body[1](self.body[:1](x) + x)
+
+
+def test_a_sequence_that_is_not_run_as_a_whole_stays_as_it_is():
+    net = WithShortcut().eval()
+    x = 2 * torch.rand(T, 2, 3, 4, 4)
+    before = net(x)
+
+    def run():
+        functional.reset_net(net)
+        net(x)
+
+    report = fuse(net, run=run)
+    assert report.stages == {"whole.0": ("whole.0", "whole.1")}
+    assert report.skipped == {
+        "body.0": "is in an nn.Sequential that the network does not run as a whole"
+    }
+    functional.reset_net(net)
+    assert_close(net(x), before)
+    for module in net.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
 @pytest.mark.parametrize(
     "prevent",
     [

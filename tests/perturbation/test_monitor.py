@@ -30,7 +30,7 @@ from perturbation.networks import (
     run_pair,
     storage_bytes,
 )
-from spikingjelly.activation_based import functional, neuron
+from spikingjelly.activation_based import functional, neuron, surrogate
 from spikingjelly.activation_based.monitor import BaseMonitor
 from torch import nn
 from torch.testing import assert_close
@@ -70,6 +70,21 @@ def test_statistics_equal_numpy(kind, pair):
         expected = statistics_by_hand(seen[name], dynamics)
         assert_stats(layer, expected)
     assert 0 < stats["8"].summary()["spike_distance"] < 1
+
+
+@pytest.mark.skipif(
+    not hasattr(surrogate, "MultiLevelSpikeCount"), reason="this release has one spike per step"
+)
+def test_a_neuron_that_fires_several_spikes_per_step():
+    count = surrogate.MultiLevelSpikeCount(4)
+    net = nn.Sequential(neuron.IFNode(v_reset=None, step_mode="m", surrogate_function=count))
+    x = 4 * torch.rand(T, 5, 4)
+    x_perturbed = x + 0.5 * torch.rand_like(x)
+    stats = MPPDMonitor(net).compare(x, x_perturbed)["0"]
+    seen = captured_pair(net, ["0"], x, x_perturbed)["0"]
+    assert seen.spikes.max() > 1
+    dynamics = Dynamics(decay=1.0, gain=[1.0] * T, v_reset=None)
+    assert_stats(stats, statistics_by_hand(seen, dynamics))
 
 
 def test_the_learnable_gain_can_be_left_out(pair):

@@ -156,6 +156,28 @@ class Past(nn.Module):
         return self.head(self.node(x) + x)
 
 
+class Sharpened(nn.Module):
+    """Every frame twice, less the one before it: equal frames stay as they are."""
+
+    def forward(self, x):
+        return 2 * x - torch.cat((x[:1], x[:-1]))
+
+
+class Differences(nn.Module):
+    """Every frame less the one before it: equal frames leave nothing."""
+
+    def forward(self, x):
+        return torch.cat((x[:1] * 0, x[1:] - x[:-1]))
+
+
+@pytest.mark.parametrize("mixes", [Sharpened, Differences])
+def test_frames_that_are_mixed_over_time_are_refused(mixes):
+    net = nn.Sequential(mixes(), nn.Linear(4, 4), neuron.IFNode(step_mode="m"), nn.Flatten(2))
+    frames = torch.rand(2, 3, 1, 1, 4)
+    with pytest.raises(NotImplementedError, match="is not one affine map"):
+        no_flip_radius(SpikingEventClassifier(net, T=3), frames)
+
+
 def before_a_neuron(part, node):
     return lambda: nn.Sequential(part, node(step_mode="m"))
 
