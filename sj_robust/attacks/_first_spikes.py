@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sj_robust.attacks.projection import wide
 from sj_robust.core.broadcast import along
-from sj_robust.core.host import functional, is_neuron
+from sj_robust.core.host import first_argument, functional, is_neuron
 from sj_robust.core.preserved import preserved
 
 __all__ = ["FirstSpikes", "first_spikes"]
@@ -124,16 +124,16 @@ class _Seen:
         self.layer = None
         self.inputs = []
 
-        def called(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        def called(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.layer is None:
                 self.layer = layer
             if self.layer is layer:
-                self.inputs.append(args[0].detach().clone())
+                self.inputs.append(first_argument(args, kwargs).detach().clone())
                 if ends_the_run:
                     raise _FoundError
 
         layers = [module for module in self.model.modules() if is_neuron(module)]
-        hooks = [layer.register_forward_pre_hook(called) for layer in layers]
+        hooks = [layer.register_forward_pre_hook(called, with_kwargs=True) for layer in layers]
         try:
             yield
         finally:

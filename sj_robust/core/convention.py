@@ -13,7 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from sj_robust.core.environment import device_of
-from sj_robust.core.host import base, from_reset, is_neuron
+from sj_robust.core.host import base, first_argument, from_reset, is_neuron
 
 __all__ = [
     "TAKES",
@@ -530,7 +530,8 @@ class _Watch:
             if is_neuron(module):
                 if isinstance(module, base.MemoryModule):
                     vars(module)["reset"] = partial(self._reset, module.reset)
-                self._handles.append(module.register_forward_pre_hook(self._neuron))
+                hook = module.register_forward_pre_hook(self._neuron, with_kwargs=True)
+                self._handles.append(hook)
             elif any(True for _ in module.parameters(recurse=False)):
                 self._handles.append(module.register_forward_pre_hook(self._layer))
         return self
@@ -539,12 +540,13 @@ class _Watch:
         for handle in self._handles:
             handle.remove()
 
-    def _neuron(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _neuron(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.calls += 1
         multi_step = getattr(module, "step_mode", "m") == "m"
         length = 1
-        if multi_step and args and isinstance(args[0], Tensor):
-            length = len(args[0])
+        x = first_argument(args, kwargs)
+        if multi_step and isinstance(x, Tensor):
+            length = len(x)
         if multi_step:
             self._multi_step.add(length)
         self._of_neurons.setdefault(module, []).append(length)

@@ -36,6 +36,7 @@ __all__ = [
     "base",
     "check_hooks_run",
     "cuda_threads",
+    "first_argument",
     "from_reset",
     "functional",
     "invalidate_reset_cache",
@@ -127,6 +128,13 @@ def step_mode(module: nn.Module, otherwise: str = "m") -> str:
     if isinstance(module, base.MultiStepModule):  # such as PSN, which has no attribute of it
         return "m"
     return str(module.step_mode) if isinstance(module, base.StepModule) else otherwise
+
+
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first argument of a call, by its place or by keyword; None if there is none.
+    调用的第一个参数。
+    """
+    return next(iter((*args, *kwargs.values())), None)
 
 
 def memories(module: nn.Module) -> dict[str, Any]:

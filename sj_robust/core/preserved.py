@@ -329,10 +329,16 @@ def _copied(value: object) -> object:
 @contextmanager
 def other_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
     """Context in which a module runs another forward; afterwards its own, or that of its class, as
-    before.
+    before. The forward gets its first argument by place, even if the network names it.
     """
+
+    def placed(*args: Any, **kwargs: Any) -> Tensor:
+        if not args:
+            args = tuple(kwargs.pop(name) for name in [*kwargs][:1])
+        return forward(*args, **kwargs)
+
     own = {key: value for key, value in vars(module).items() if key == "forward"}
-    module.forward = forward
+    module.forward = placed
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sj_robust.core.host import check_hooks_run, is_neuron, memories
+from sj_robust.core.host import check_hooks_run, first_argument, is_neuron, memories
 from sj_robust.neuron.dlif import DLIFNode
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "Wants",
     "Watched",
     "Watcher",
-    "first_argument",
     "register_watcher",
     "watch",
 ]
@@ -186,11 +185,6 @@ class _After(NeuronHook):
     ) -> None:
         if not self.watched.is_idle():
             self.watched.leave(node, first_argument(args, kwargs), output)
-
-
-def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The first argument of a call, by its place or by keyword. 调用的第一个参数。"""
-    return args[0] if args else next(iter(kwargs.values()))
 
 
 def watched_of(node: nn.Module) -> list[Watched]:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sj_robust.core.host import first_argument
 from sj_robust.neuron.charging import Neuron
-from sj_robust.neuron.watching import first_argument
 from sj_robust.proofs.joint import JointRun, OverTime
 from sj_robust.proofs.moves import EVENTS, Events
 from sj_robust.proofs.relaxation import Decision, Lower, Maps, RelaxedRun, raised

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.convention import untouched
+from sj_robust.core.host import first_argument
 from sj_robust.core.preserved import evaluation_mode, full_precision, other_forward
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.differentiable_joint import DifferentiableJointRun
@@ -108,7 +109,8 @@ class DifferentiableBounds:
         with ExitStack() as stack:
             for name, module in self.classifier.net.named_modules():
                 if isinstance(module, BatchNorm) and _uses_the_batch(module):
-                    stack.callback(module.register_forward_pre_hook(self._watch(name)).remove)
+                    hook = module.register_forward_pre_hook(self._watch(name), with_kwargs=True)
+                    stack.callback(hook.remove)
             yield
 
     def lead(self, x: Tensor, y: Tensor, eps: float | Events) -> Tensor:
@@ -147,8 +149,8 @@ class DifferentiableBounds:
         )
 
     def _watch(self, name: str) -> Callable[..., None]:
-        def hook(module: Any, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = first_argument(args, kwargs)
             if _takes_time(module):
                 x = x.flatten(0, 1)
             self._seen.setdefault(name, []).append(self._statistics(module, x))
@@ -167,12 +169,11 @@ def _takes_time(module: Any) -> bool:
     return getattr(module, "step_mode", "s") == "m"
 
 
-def _with_statistics(
-    module: Any, calls: Iterator[tuple[Tensor, Tensor]]
-) -> Callable[[Tensor], Tensor]:
+def _with_statistics(module: Any, calls: Iterator[tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
     """The forward of a batch norm that has been given its statistics, call by call."""
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        x: Tensor = first_argument(args, kwargs)
         flat = x.flatten(0, 1) if _takes_time(module) else x
         out = F.batch_norm(flat, *next(calls), module.weight, module.bias, False, 0.0, module.eps)
         if _takes_time(module):

@@ -14,9 +14,9 @@ from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier, chec
 from sj_robust.core.broadcast import along
 from sj_robust.core.checks import check_count, check_images
 from sj_robust.core.environment import device_of
+from sj_robust.core.host import first_argument
 from sj_robust.core.preserved import other_forward, preserved, sums_of_products
 from sj_robust.neuron.charging import Neuron, find_neurons
-from sj_robust.neuron.watching import first_argument
 from sj_robust.ops.recurrence import charge, reset
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.logits import bounded_logits

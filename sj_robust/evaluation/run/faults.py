@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sj_robust.attacks.timing import random_moves
 from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier
 from sj_robust.core.checks import check_choice
-from sj_robust.core.host import base, check_hooks_run, is_neuron, quantize
+from sj_robust.core.host import base, check_hooks_run, first_argument, is_neuron, quantize
 from sj_robust.core.preserved import preserved
 from sj_robust.core.weights import LAYERS
 from sj_robust.defences.node import PerNeuron
@@ -183,9 +183,10 @@ class _Drifting:
         self.module, self.what, self.spread, self.seed = module, what, spread, seed
         self.factor = torch.empty(0)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Spikes [T, N, *], in step mode "s" [N, *]; moves the state on."""
         module = self.module
+        x: Tensor = first_argument(args, kwargs)
         x_seq = x if module.step_mode == "m" else x.unsqueeze(0)
         if self.factor.shape != x_seq.shape[2:] or self.factor.device != x.device:
             normal = torch.randn(

@@ -5,13 +5,14 @@ inputs together.
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.convention import Convention, Takes
-from sj_robust.core.host import step_mode
+from sj_robust.core.host import first_argument, step_mode
 from sj_robust.perturbation.gains._affine import INPUT
 from sj_robust.perturbation.gains.gain import NeuronGains
 
@@ -87,7 +88,7 @@ def measure(
         stack.callback(net.register_forward_pre_hook(enter).remove)
         for name, gains in layers.items():
             follow = _Follow(moved[name], gains, net_mode)
-            hook = net.get_submodule(name).register_forward_hook(follow)
+            hook = net.get_submodule(name).register_forward_hook(follow, with_kwargs=True)
             stack.callback(hook.remove)
         classifier(torch.cat((x, x_perturbed)))
     return moved
@@ -101,11 +102,17 @@ class _Follow:
     gains: NeuronGains | None
     net_mode: str
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def __call__(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Tensor,
+    ) -> None:
         # A single-step neuron may stand in a container that hands it the steps in turn.
         mode = step_mode(module, self.net_mode)
         if self.gains is not None:
-            self.moved.charge(_sequence(args[0], mode), self.gains)
+            self.moved.charge(_sequence(first_argument(args, kwargs), mode), self.gains)
         self.moved.send(_sequence(output, mode))
 
 
