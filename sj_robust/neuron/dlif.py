@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
+from numbers import Integral
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -65,7 +66,9 @@ class DLIFNode(neuron.BaseNode):
         v_threshold: Firing threshold.
         v_reset: Potential after a spike; None subtracts the threshold instead (soft reset).
         surrogate_function: A SpikingJelly surrogate, or any differentiable function of ``h -
-            v_threshold``; None builds ``PiecewiseQuadratic(alpha=1.0)``, the triangle of the paper.
+            v_threshold``, which the slow ``reference`` runs unless it is an ``nn.Module`` without
+            learned parameters; None builds ``PiecewiseQuadratic(alpha=1.0)``, the triangle of the
+            paper.
         detach_reset: Whether the reset is detached from the gradient.
         step_mode: ``"m"`` or ``"s"``.
         backend: A name listed by :func:`sj_robust.ops.available_backends`; ``"spikingjelly"`` for
@@ -279,6 +282,11 @@ class DLIFNode(neuron.BaseNode):
 
         None runs the neuron alone; another operator takes what :func:`_alone` takes.
         """
+        if isinstance(self.v_threshold, Tensor) or isinstance(self.v_reset, Tensor):
+            raise TypeError(
+                "v_threshold and v_reset of a DLIFNode must be numbers, got a tensor, which would "
+                "get no gradient: learn its input_gain, which scales current to threshold"
+            )
         gain: Tensor = self.input_gain
         end = time_step + x_seq.shape[0]
         if end > gain.shape[0]:
@@ -415,7 +423,7 @@ def describe_surrogate(function: Any) -> ops.Surrogate:
 def _check_arguments(
     T: int, tau: float, v_threshold: float, v_reset: float | None, input_gain_init: float
 ) -> None:
-    if isinstance(T, bool) or not isinstance(T, int) or T < 1:
+    if isinstance(T, bool) or not isinstance(T, Integral) or T < 1:
         raise ValueError(
             f"T must be an integer >= 1, the number of time steps of a sequence, got {T!r}; it "
             "comes before tau, as in DLIFNode(T=4, tau=2.0)"

@@ -1,12 +1,14 @@
 """Replaces neurons of an existing network by DLIF neurons, and DLIF by SpikingJelly's neurons."""
 
-import copy
 import math
+from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sj_robust.core.checks import check_network
 from sj_robust.core.host import (
@@ -54,7 +56,8 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
 
     Threshold, reset, surrogate, ``detach_reset``, step mode, ``store_v_seq``, training mode, device
     and hooks are kept. ``decay_input=True`` becomes ``input_gain_init = 1 / tau``; IF becomes ``tau
-    = inf``; the learnable tau of PLIF is frozen at its present value, which ``notes`` reports.
+    = inf``; a learnable tau, as of PLIF, or threshold is frozen at its present value, which
+    ``notes`` reports.
     将网络中的 IF/LIF/PLIF 神经元替换为 DLIF。
 
     Args:
@@ -107,6 +110,9 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
                 "dynamics"
             )
             continue
+        if any(isinstance(value, Tensor) and value.numel() > 1 for value in _levels(module)):
+            report.skipped[name] = "its v_threshold or v_reset has several values, DLIF's has one"
+            continue
         tau, input_gain = dynamics
         if module not in successors:
             node = DLIFNode(T=T, tau=tau, backend=backend, **_settings(module))
@@ -114,8 +120,15 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
             nn.init.constant_(node.input_gain, input_gain)
             successors[module] = _take_over(node, module)
         report.replaced[name] = type(module).__name__
-        if type(module) is neuron.ParametricLIFNode:
-            report.notes[name] = f"learnable tau frozen at {tau:.6g}"
+        frozen = [f"tau frozen at {tau:.6g}"] if type(module) is neuron.ParametricLIFNode else []
+        parameters = dict(module.named_parameters(recurse=False))
+        frozen += [
+            f"{what} frozen at {float(parameters[what]):.6g}"
+            for what in ("v_threshold", "v_reset")
+            if what in parameters
+        ]
+        if frozen:
+            report.notes[name] = f"learnable {', '.join(frozen)}"
     _exchange(net, successors)
     return report
 
@@ -214,25 +227,49 @@ def _exchange(net: nn.Module, successors: dict[nn.Module, Any]) -> None:
     for name, module in list(net.named_modules(remove_duplicate=False)):
         if module in successors:
             net.set_submodule(name, successors[module])
+    seen: set[int] = set()
     for module in net.modules():
-        for name, value in list(vars(module).items()):
-            vars(module)[name] = _exchanged(value, successors)
+        _exchange_within(vars(module), successors, seen)
     invalidate_reset_cache(net)
 
 
-def _exchanged(value: Any, successors: dict[nn.Module, Any]) -> Any:
-    """The value of an attribute with the new neurons in it; they may be in a plain list, tuple or
-    dict, of which lists and dicts are changed in place.
-    """
+def _exchange_within(
+    container: list[Any] | deque[Any] | dict[Any, Any],
+    successors: dict[nn.Module, Any],
+    seen: set[int],
+) -> None:
+    """Put the new neurons into a container, and into those that it holds, once for each."""
+    if id(container) in seen:
+        return
+    seen.add(id(container))
+    keys = list(container) if isinstance(container, dict) else range(len(container))
+    for key in keys:
+        before = container[key]
+        after = _exchanged(before, successors, seen)
+        if after is not before:
+            container[key] = after
+
+
+def _exchanged(value: Any, successors: dict[nn.Module, Any], seen: set[int]) -> Any:
+    """A value with the new neurons in it: itself, or a new tuple, method or partial function."""
     if isinstance(value, nn.Module):
         return successors.get(value, value)
-    if type(value) is tuple:
-        return tuple(_exchanged(one, successors) for one in value)
-    if type(value) is list:
-        value[:] = [_exchanged(one, successors) for one in value]
-    if type(value) is dict:
-        for key in value:
-            value[key] = _exchanged(value[key], successors)
+    if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
+        owner = successors.get(value.__self__)
+        return value if owner is None else getattr(owner, value.__name__)
+    if isinstance(value, partial):
+        func, args, keywords = (
+            _exchanged(part, successors, seen) for part in (value.func, value.args, value.keywords)
+        )
+        is_same = func is value.func and args is value.args
+        return value if is_same else partial(func, *args, **keywords)
+    if isinstance(value, tuple):
+        items = [_exchanged(one, successors, seen) for one in value]
+        if all(new is old for new, old in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, list | deque | dict):
+        _exchange_within(value, successors, seen)
     return value
 
 
@@ -254,14 +291,24 @@ def _lif_dynamics(module: Any) -> tuple[float, float] | None:
 
 def _settings(module: Any, scale: float = 1.0) -> dict[str, Any]:
     """Arguments that every neuron is built with, its threshold and reset divided by ``scale``."""
+    threshold, rest = map(_detached, _levels(module))
     return {
-        "v_threshold": module.v_threshold / scale,
-        "v_reset": None if module.v_reset is None else module.v_reset / scale,
-        "surrogate_function": copy.deepcopy(module.surrogate_function),
+        "v_threshold": threshold / scale,
+        "v_reset": None if rest is None else rest / scale,
+        "surrogate_function": module.surrogate_function,  # which other neurons may share
         "detach_reset": module.detach_reset,
         "step_mode": module.step_mode,
         "store_v_seq": module.store_v_seq,
     }
+
+
+def _levels(module: Any) -> tuple[Any, Any]:
+    """Threshold and reset of a neuron."""
+    return module.v_threshold, module.v_reset
+
+
+def _detached(value: Any) -> Any:
+    return float(value.detach()) if isinstance(value, Tensor) else value
 
 
 def _take_over(node: Any, module: nn.Module) -> Any:

@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import BuiltinFunctionType
 from typing import Any, Literal, get_args
 from weakref import WeakValueDictionary
 
@@ -94,11 +95,18 @@ class Surrogate:
         return _CUSTOM[name] if name in _CUSTOM else _built_in(name, alpha)
 
     @property
-    def is_trainable(self) -> bool:
-        """Whether ``function`` has its own parameters that require a gradient."""
-        if not isinstance(self.function, nn.Module):
+    def needs_graph(self) -> bool:
+        """Whether ``function`` may have gradients besides that of z: a module whose parameters or
+        other tensors require one, or a function of Python, which may use tensors from elsewhere.
+        """
+        if self.function is None or isinstance(self.function, BuiltinFunctionType):
             return False
-        return any(parameter.requires_grad for parameter in self.function.parameters())
+        if not isinstance(self.function, nn.Module):
+            return True
+        held: list[object] = [*self.function.parameters()]
+        for module in self.function.modules():
+            held += vars(module).values()
+        return any(isinstance(value, Tensor) and value.requires_grad for value in held)
 
     def spike(self, z: Tensor) -> Tensor:
         """The spike, with the surrogate gradient; same shape and dtype as ``z``."""
@@ -126,18 +134,23 @@ class Surrogate:
             s = z.mul_(alpha).sigmoid_()
             return alpha * s * (1 - s)
         if self.kind == "exponential":
-            return z.abs_().mul_(-alpha).exp_().mul_(alpha / 2)
+            return _times(z.abs_().mul_(-alpha).exp_(), alpha / 2)
         if self.kind == "soft_sign":
             return (alpha / 2) / z.abs_().mul_(alpha).add_(1).square_()
         if self.kind == "super_spike":
             return alpha / z.abs_().add_(1).square_()
         if self.kind == "erf":
             height = alpha / math.sqrt(math.pi)
-            return z.mul_(alpha).square_().neg_().exp_().mul_(height)
+            return _times(z.mul_(alpha).square_().neg_().exp_(), height)
         assert self.function is not None  # guaranteed by __post_init__
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             return torch.autograd.grad(self.function(z).sum(), z)[0]
+
+
+def _times(values: Tensor, factor: float) -> Tensor:
+    """The product, in place unless a graph needs the values."""
+    return values * factor if values.requires_grad else values.mul_(factor)
 
 
 _CUSTOM: WeakValueDictionary[str, Surrogate] = WeakValueDictionary()

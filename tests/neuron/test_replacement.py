@@ -3,6 +3,9 @@ training.
 """
 
 import math
+from collections import OrderedDict, defaultdict, deque
+from functools import partial
+from typing import NamedTuple
 from unittest.mock import MagicMock
 
 import pytest
@@ -82,7 +85,7 @@ def test_mode_weights_and_surrogate_are_kept():
     for m in net.modules():
         assert not m.training
     assert net[1].surrogate_function.alpha == 7.0
-    assert net[1].surrogate_function is not surrogate_function
+    assert net[1].surrogate_function is surrogate_function
     assert net[3].detach_reset
     assert net[3].tau == math.inf
     for name, value in weights.items():
@@ -135,6 +138,86 @@ def test_hooks_and_plain_lists_have_the_new_neurons():
     functional.reset_net(net)
     net(torch.rand(2, 1, 4))
     assert len(seen) == 2
+
+
+class Pair(NamedTuple):
+    """A neuron and something else."""
+
+    node: nn.Module
+    other: int
+
+
+class Kept(nn.Module):
+    """A network that calls its neuron by way of a container."""
+
+    def __init__(self, kept, call):
+        super().__init__()
+        self.node = neuron.LIFNode(step_mode="m")
+        self.kept = kept(self.node)
+        self.call = call
+
+    def forward(self, x):
+        return self.call(self.kept)(x)
+
+
+def cyclic(node):
+    kept = {"node": node}
+    kept["self"] = kept
+    return kept
+
+
+WAYS = {
+    "namedtuple": (lambda node: Pair(node, 1), lambda kept: kept.node),
+    "OrderedDict": (lambda node: OrderedDict(node=node), lambda kept: kept["node"]),
+    "defaultdict": (lambda node: defaultdict(list, node=node), lambda kept: kept["node"]),
+    "deque": (lambda node: deque([node]), lambda kept: kept[0]),
+    "partial": (partial, lambda kept: kept),
+    "method": (lambda node: node.forward, lambda kept: kept),
+    "cyclic": (cyclic, lambda kept: kept["self"]["node"]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_other_containers_have_the_new_neurons(way):
+    net = Kept(*WAYS[way])
+    assert replace_neurons(net, T=3).replaced == {"node": "LIFNode"}
+    net(torch.rand(3, 1, 4))
+    assert net.node.time_step == 3
+
+
+class LearnedWidth(nn.Module):
+    """A surrogate with a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.width = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, z):
+        smooth = torch.sigmoid(self.width * z)
+        return (z >= 0).to(z) + smooth - smooth.detach()
+
+
+def test_a_surrogate_that_neurons_share_stays_shared_and_learns():
+    shared = LearnedWidth()
+    node = partial(neuron.IFNode, surrogate_function=shared, step_mode="m")
+    net = nn.Sequential(nn.Linear(4, 6), node(), nn.Linear(6, 6), node())
+    replace_neurons(net, T=2)
+    net(torch.rand(2, 3, 4)).sum().backward()
+    assert shared.width.grad.abs() > 0
+    assert net[1].surrogate_function is net[3].surrogate_function is shared
+
+
+def test_a_learned_threshold_is_frozen_and_a_tensor_is_refused():
+    net = nn.Sequential(neuron.LIFNode(step_mode="m"))
+    net[0].v_threshold = nn.Parameter(torch.tensor(0.8))
+    report = replace_neurons(net, T=2)
+    assert report.notes == {"0": "learnable v_threshold frozen at 0.8"}
+    per_channel = nn.Sequential(neuron.LIFNode(step_mode="m"))
+    per_channel[0].v_threshold = torch.tensor([0.8, 0.9])
+    assert "has several values" in replace_neurons(per_channel, T=2).skipped["0"]
+    net[0].v_threshold = torch.tensor(0.8)
+    with pytest.raises(TypeError, match="must be numbers, got a tensor"):
+        net(torch.rand(2, 1, 4))
 
 
 def test_there_and_back_is_the_network_that_it_was():

@@ -329,10 +329,21 @@ def test_inputs_are_saved_and_nothing_else(backend):
     assert {t.data_ptr() for t in saved} == expected
 
 
+class Elementwise(nn.Module):
+    """A surrogate without parameters."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, z):
+        return self.function(z)
+
+
 @pytest.mark.parametrize("v_reset", [0.0, None, -0.5])
 def test_gradcheck_with_a_smooth_spike(v_reset):
     torch.manual_seed(0)
-    smooth = Surrogate("custom", function=lambda z: torch.sigmoid(2 * z))
+    smooth = Surrogate("custom", function=Elementwise(lambda z: torch.sigmoid(2 * z)))
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     gain = torch.rand(4, dtype=torch.float64, requires_grad=True)
     v_init = torch.randn(3, dtype=torch.float64, requires_grad=True)
@@ -372,9 +383,27 @@ def test_custom_surrogate_equals_the_compiled_in_one():
         return spikes, gradient
 
     spikes, gradient = spikes_and_gradient(Surrogate("triangle"))
-    own_spikes, own_gradient = spikes_and_gradient(Surrogate("custom", function=Spike.apply))
+    own_spikes, own_gradient = spikes_and_gradient(
+        Surrogate("custom", function=Elementwise(Spike.apply))
+    )
     assert torch.equal(spikes, own_spikes)
     assert_close(gradient, own_gradient)
+
+
+@pytest.mark.parametrize("kind", HOST_NAMES)
+def test_second_derivative_of_every_surrogate(kind):
+    x = torch.randn(1, 8, dtype=torch.float64, requires_grad=True)
+    gain = torch.ones(1, dtype=torch.float64)
+
+    def gradient(x):
+        surrogate = Surrogate(kind, alpha=2.0)
+        options = {"decay": 0.9, "surrogate": surrogate, "backend": "reference"}
+        spikes, _, _ = dlif_multi_step(x, gain, **options)
+        (found,) = torch.autograd.grad(spikes.sum(), x, create_graph=True)
+        return found
+
+    assert gradient(x).grad_fn is not None
+    assert torch.autograd.gradcheck(gradient, (x,))
 
 
 def test_second_derivative_is_refused_not_wrong(backend):
@@ -439,6 +468,18 @@ class TestContract:
         )
         spikes.sum().backward()
         assert surrogate.scale.grad.abs() > 0
+
+    def test_what_a_function_uses_gets_its_gradient(self):
+        scale = torch.tensor(2.0, requires_grad=True)
+        x = torch.randn(3, 4)
+        gradients = []
+        for backend in ("auto", "reference"):
+            surrogate = Surrogate("custom", function=lambda z: torch.sigmoid(scale * z))
+            options = {"decay": 0.9, "surrogate": surrogate, "backend": backend}
+            spikes, _, _ = dlif_multi_step(x, torch.ones(3), **options)
+            gradients += torch.autograd.grad(spikes.sum(), scale)
+        assert gradients[0].abs() > 0
+        assert torch.equal(*gradients)
 
     @pytest.mark.parametrize(
         ("x", "steps", "message"),

@@ -252,7 +252,7 @@ def _unusable_surrogate_reason(surrogate: Surrogate, device: torch.device) -> st
     text = _cuda_text(surrogate)
     if text is None:
         return f"the surrogate {name} has no CUDA code (cuda_codes)"
-    if surrogate.is_trainable:
+    if surrogate.needs_graph:
         return (
             f"the surrogate {name} has trainable parameters, whose gradient only "
             "backend='reference' computes"

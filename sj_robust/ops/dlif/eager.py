@@ -29,10 +29,10 @@ _CPU_BLOCK_LIMIT = 1 << 24  # per block, however many threads
 
 def unsupported_reason(x_seq: Tensor, surrogate: Surrogate) -> str | None:
     """Why this call cannot run here, or None."""
-    if surrogate.is_trainable:
+    if surrogate.needs_graph:
         return (
-            "the surrogate has trainable parameters, whose gradient only backend='reference' "
-            "computes"
+            "the surrogate has trainable parameters, or may use some, being a function of Python "
+            "and no nn.Module; only backend='reference' computes their gradient"
         )
     return None
 
