@@ -503,7 +503,7 @@ def largest(values: Tensor, size: Tensor) -> Tensor:
     """Mask [n, D] of the ``size`` [n] largest values of every sample, none of them minus
     infinity.
     """
-    highest, index = values.topk(int(size.max()), dim=1)
+    highest, index = values.topk(min(int(size.max()), values.shape[1]), dim=1)
     number = torch.arange(highest.shape[1], device=size.device)
     chosen = (number < size[:, None]) & (highest > -torch.inf)
     return torch.zeros_like(values, dtype=torch.bool).scatter(1, index, chosen)

@@ -56,6 +56,13 @@ class Planes:
         by_plane[:, :, self.added + 1] = True
         return done
 
+    def one_way(self, scores: Tensor) -> Tensor:
+        """Scores [n, D], minus infinity where the other direction of a value has a larger one."""
+        by_plane = self.by_plane(scores)
+        added, removed = by_plane.tensor_split([self.added], dim=2)
+        is_less = [added < removed.amax(2, keepdim=True), removed < added.amax(2, keepdim=True)]
+        return scores.masked_fill(torch.cat(is_less, 2).flatten(1), -torch.inf)
+
     def of_units(self, draws: Tensor) -> Tensor:
         """Draws [N, T * 2 * elements of a plane] for events that are added and for those that are
         removed, [N, D]: all planes of a kind have the same.

@@ -27,6 +27,7 @@ from sj_robust.attacks._event_search import (
 )
 from sj_robust.attacks._planes import Planes, in_units, summed
 from sj_robust.attacks.call import Loss, Model, Randomness
+from sj_robust.attacks.threat import as_counts
 from sj_robust.core.checks import (
     check_count,
     check_events,
@@ -177,7 +178,7 @@ def random_flips(
 
     Equation: ``x_adv = |x - m|`` with m uniform among the masks with ``flips`` ones (or all
     elements that ``allow`` permits, if there are fewer). With ``counts``, each of ``flips`` drawn
-    values gains or loses an event; a value that is drawn for both stays.
+    values gains or loses an event.
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for event frames
     [N, T, 2, H, W]; ``model`` and ``y`` may be None and are used only if
@@ -213,22 +214,33 @@ def random_flips(
         draw = _drawing(x, _changeable(x, allow), flips, partial(uniform, x))
         return fooling(model, x, y, draw, planes=1)
     planes = in_units(x, 1)
-    of_units = partial(units, planes)
-    draw = _drawing(planes.frames, _changeable_units(planes, allow), flips, of_units)
+    draw = _drawing(
+        planes.frames,
+        _changeable_units(planes, allow),
+        flips,
+        partial(units, planes),
+        planes.one_way,
+    )
     found = fooling(model, planes.frames, y, draw, planes=planes.number)
     return summed(found, planes.number)
 
 
 def _drawing(
-    frames: Tensor, changeable: Tensor, flips: int, numbers: Callable[[Private], Tensor]
+    frames: Tensor,
+    changeable: Tensor,
+    flips: int,
+    numbers: Callable[[Private], Tensor],
+    taking: Callable[[Tensor], Tensor] = lambda order: order,
 ) -> Callable[[Private], Tensor]:
-    """Frames with so many changes at random, by the largest of the drawn numbers [N, D]."""
+    """Frames with so many changes at random, by the largest of the drawn numbers [N, D], of those
+    that are taken.
+    """
     most = min(flips, changeable.shape[1])
     size = torch.full((len(frames),), most, device=frames.device)
 
     def draw(private: Private) -> Tensor:
         order = numbers(private).masked_fill(~changeable, -torch.inf)
-        return apply_changes(frames, largest(order, size))
+        return apply_changes(frames, largest(taking(order), size))
 
     return draw
 
@@ -246,7 +258,7 @@ def count_flips(x_adv: Tensor, x: Tensor) -> Tensor:
         Counts [N] int64.
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ or values are not finite.
 
     Source: the L0 distance of binary frames, as in Buechel et al. (Frontiers in Neuroscience 2022).
 
@@ -255,12 +267,22 @@ def count_flips(x_adv: Tensor, x: Tensor) -> Tensor:
         >>> count_flips(1 - x, x)
         tensor([8, 8])
     """
+    check_pair(x_adv, x)
+    size = (x_adv.double() - x.double()).abs()
+    return as_counts(size.ceil().flatten(1).sum(1))
+
+
+def check_pair(x_adv: Tensor, x: Tensor) -> None:
+    """Frames of an attack have the shape of those it started from, and are finite.
+    检查一对事件帧。
+    """
     if x_adv.shape != x.shape:
         raise ValueError(
             f"x_adv must have the shape of x, {list(x.shape)}, got {list(x_adv.shape)}"
         )
-    size = (x_adv.double() - x.double()).abs()
-    return size.ceil().flatten(1).sum(1).long()
+    for name, frames in (("x_adv", x_adv), ("x", x)):
+        if not bool(frames.isfinite().all()):
+            raise ValueError(f"{name} must be finite, got nan or inf; omit those samples")
 
 
 def check_frames(x: Tensor, *, counts: bool = False) -> None:

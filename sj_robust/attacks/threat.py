@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 from sj_robust.attacks.projection import Norm, l2_norm, linf_bounds, per_sample, project_l2
+from sj_robust.core.broadcast import along
 from sj_robust.core.checks import check_count, check_size, check_switch
 from sj_robust.core.eps import eps_text, parse_eps
 from sj_robust.core.randomness import Private, rand, randn
 
 __all__ = ["ThreatModel", "eps_text", "parse_eps"]
+
+_LARGEST = 2.0**53
+"""Number of events up to which float64 is exact."""
 
 
 @dataclass(frozen=True)
@@ -280,9 +284,13 @@ def moves_of(x: Tensor, x_adv: Tensor) -> Moves:
     the k-th one new.
 
     Of all ways to pair them this one has the smallest largest shift and the smallest total shift.
+    Of samples that do not hold whole numbers, or as many events as before, none is paired.
     """
-    difference = x_adv.flatten(2) - x.flatten(2)
-    change = difference.round().long()
+    difference = x_adv.flatten(2).double() - x.flatten(2).double()
+    is_whole = (difference.isfinite() & (difference == difference.round())).flatten(1).all(1)
+    paired = is_whole & (difference.sum(1) == 0).all(1)
+    removed = (-difference).clamp(min=0).flatten(1).sum(1)
+    change = torch.where(along(paired, 0, difference.ndim), difference, 0.0).long()
     gone = (-change).clamp(min=0)
     new = change.clamp(min=0)
     left_until = gone.cumsum(1)
@@ -301,11 +309,16 @@ def moves_of(x: Tensor, x_adv: Tensor) -> Moves:
         largest = torch.maximum(largest, shift.amax(1))
         total = total + shift.sum(1)
     return Moves(
-        events=gone.flatten(1).sum(1),
+        events=as_counts(removed),
         largest_shift=largest,
         total_shift=total,
-        paired=(all_gone == all_new).all(1),
+        paired=paired,
     )
+
+
+def as_counts(values: Tensor) -> Tensor:
+    """Whole numbers as int64, the largest where they are no numbers or do not fit."""
+    return values.nan_to_num(_LARGEST).clamp(max=_LARGEST).long()
 
 
 def _moves_that_make_way(x: Tensor, x_adv: Tensor, shift: int, most: int) -> float:

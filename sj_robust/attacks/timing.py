@@ -21,7 +21,7 @@ from sj_robust.attacks._move_search import (
 )
 from sj_robust.attacks._planes import each_on_its_own, summed
 from sj_robust.attacks.call import Loss, Model, Randomness
-from sj_robust.attacks.events import checked_frames
+from sj_robust.attacks.events import check_pair, checked_frames
 from sj_robust.attacks.threat import Moves, moves_of
 from sj_robust.core.checks import check_count, check_shift
 from sj_robust.core.randomness import Private
@@ -214,10 +214,10 @@ def count_moves(x_adv: Tensor, x: Tensor) -> Moves:
 
     Returns:
         ``events``, ``largest_shift`` and ``total_shift``, each [N] int64, and ``paired``: whether
-        every pixel and polarity has as many events as before.
+        every pixel and polarity has as many events as before; if not, both shifts are 0.
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ or values are not finite.
 
     Source: the budgets of Spike-Retiming (arXiv 2602.03284).
 
@@ -226,10 +226,7 @@ def count_moves(x_adv: Tensor, x: Tensor) -> Moves:
         >>> count_moves(x_adv.view(1, 3, 1, 1, 1), x.view(1, 3, 1, 1, 1)).largest_shift
         tensor([2])
     """
-    if x_adv.shape != x.shape:
-        raise ValueError(
-            f"x_adv must have the shape of x, {list(x.shape)}, got {list(x_adv.shape)}"
-        )
+    check_pair(x_adv, x)
     return moves_of(x, x_adv)
 
 

@@ -88,9 +88,9 @@ def smoothed_bracket(
     check_count("steps", steps)
     seed = check_seed("seed", seed)
     data = Data.of_tensors(x, y, check_count("batch_size", batch_size))
-    if not radii:
+    ordered = sorted({check_size("radii", float(radius)) for radius in radii})
+    if not ordered:
         raise ValueError("radii must hold an L2 radius or more, got none")
-    ordered = sorted({check_size("radii", radius) for radius in radii})
     variant = f"vote:{smoothing.sigma:g}"
     right = smoothing.certified(y)
     wrong = [i for i, label in enumerate(smoothing.prediction) if label != ABSTAINED]

@@ -1,5 +1,6 @@
 """Files of weights, read without running any code in them."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sj_robust.core.saved import load_tensors
-from sj_robust.neuron.fusion import plain_names
+from sj_robust.neuron.fusion import fuse, plain_names
 
 __all__ = ["Weights", "as_named_in", "check_keys", "read_weights"]
 
@@ -22,7 +23,7 @@ class Weights:
 
     Attributes:
         tensors: Parameters and buffers by name, without the ``module.`` of ``DataParallel`` and its
-            kind.
+            kind or the ``_orig_mod.`` of ``torch.compile``.
         network: The ``NetworkSpec`` of a checkpoint of this package, as plain data; None for any
             other file.
         options: The options that ``recipes/adv_train.py`` trained it with; None for any other file.
@@ -71,8 +72,9 @@ def read_weights(path: Path) -> Weights:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
         raise ValueError(f"{path} holds no tensors by name; save net.state_dict() with torch.save")
-    if all(key.startswith("module.") for key in content):
-        content = {key.removeprefix("module."): value for key, value in content.items()}
+    for prefix in ("module.", "_orig_mod.", "module."):  # of either in the other
+        if all(key.startswith(prefix) for key in content):
+            content = {key.removeprefix(prefix): value for key, value in content.items()}
     return Weights(dict(content), description.get("network"), description.get("options"))
 
 
@@ -80,12 +82,12 @@ def as_named_in(net: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     """Weights under the names that a network has for them.
     按网络当前的名称返回权重。
 
-    Files of a network without stages, such as those of before :class:`sj_robust.neuron.Stage`, have
-    other names.
+    Files of a network without stages, such as those of before :class:`sj_robust.neuron.Stage`, or
+    with more of them have other names.
 
     Args:
         net: The network that the weights are for.
-        tensors: Its ``state_dict``, or what it was without stages.
+        tensors: Its ``state_dict``, or what it was without stages or as :func:`fuse` makes it.
 
     Examples:
         >>> import torch
@@ -94,12 +96,22 @@ def as_named_in(net: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tens
         ['0.node.input_gain']
     """
     plain = plain_names(net)
-    found_now = tensors.keys() & plain.keys()
-    found_plain = tensors.keys() & set(plain.values())
-    if len(found_now) >= len(found_plain):
+    if tensors.keys() <= plain.keys():
+        return dict(tensors)
+    fused = copy.deepcopy(net)
+    fuse(fused)
+    of_fused = plain_names(fused)
+    of_plain = {name: name for name in plain.values()}
+    # which of these knows most of the names; the present ones, if equally many
+    found = max((plain, of_plain, of_fused), key=lambda names: len(tensors.keys() & names.keys()))
+    if found is plain:
         return dict(tensors)
     now = {old: new for new, old in plain.items()}
-    return {now.get(key, key): value for key, value in tensors.items()}
+    named = {}
+    for key, value in tensors.items():
+        old = found.get(key, key)
+        named[now.get(old, old)] = value
+    return named
 
 
 def check_keys(

@@ -160,6 +160,9 @@ def unfuse(net: nn.Module) -> None:
         net: A network, changed in place. A stage that is not in an ``nn.Sequential``
             becomes one.
 
+    Raises:
+        ValueError: If ``net`` is itself a stage.
+
     Examples:
         >>> from sj_robust.core.host import layer
         >>> net = nn.Sequential(Stage(DLIFNode(T=4), norm=layer.BatchNorm2d(3)))
@@ -167,6 +170,10 @@ def unfuse(net: nn.Module) -> None:
         >>> [type(module).__name__ for module in net]
         ['BatchNorm2d', 'DLIFNode']
     """
+    if isinstance(net, Stage):
+        raise ValueError(
+            "net is itself a Stage, which cannot be replaced in place; wrap it in nn.Sequential"
+        )
     for parent in list(net.modules()):
         children = _children(parent)
         if not any(isinstance(child, Stage) for child in children.values()):

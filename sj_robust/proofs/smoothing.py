@@ -189,6 +189,8 @@ def smooth(
     """
     check_model(model)
     check_images(x)
+    if len(x) == 0:
+        raise ValueError("x must contain at least one image, got none")
     check_seeds(generator, x)
     sigma = check_size("sigma", sigma, positive=True)
     for name, value in (("n0", n0), ("n", n), ("batch_size", batch_size)):

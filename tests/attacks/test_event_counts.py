@@ -239,3 +239,37 @@ def test_what_is_no_number_of_events_is_outside(value):
     x_adv = torch.tensor([[value, 0.0]])
     assert not ThreatModel("L0", 9, counts=True).contains(x, x_adv)
     assert not ThreatModel("L0", 1).contains(x, torch.ones(1, 2))
+
+
+@pytest.mark.parametrize(("flips", "made"), [(12, 12), (24, 24), (300, 24)])
+def test_random_flips_spend_their_budget(flips, made):
+    ones = torch.ones(2, 3, 2, 2, 2)
+    x_adv = random_flips(None, ones, flips=flips, counts=True, generator=seeded(0))
+    assert count_flips(x_adv, ones).tolist() == [made, made]
+
+
+def test_a_budget_larger_than_the_frames():
+    ones = torch.ones(2, 3, 2, 2, 2)
+    model = linear(24)
+    y = model(ones).argmax(1)
+    x_adv = flip_events(model, ones, y, flips=300, counts=True)
+    assert (model(x_adv).argmax(1) != y).all()
+
+
+@pytest.mark.parametrize("value", [1e9, 1e30, 0.5, float("nan"), float("inf")])
+def test_what_are_no_moves_is_far_away(value):
+    x = line(1.0, 0.0, 0.0)
+    x_adv = line(1.0, value, 0.0)
+    threat = ThreatModel("moves", 2, counts=True)
+    assert threat.distance(x, x_adv).tolist() == [OUTSIDE]
+    assert torch.equal(threat.project(x, x_adv), x)
+
+
+def test_what_cannot_be_counted_is_refused():
+    x = line(1.0, 0.0, 0.0)
+    for value in (float("nan"), float("inf")):
+        for count in (count_flips, count_moves):
+            with pytest.raises(ValueError, match="x_adv must be finite"):
+                count(line(1.0, value, 0.0), x)
+    assert count_flips(line(1.0, 1e30, 0.0), x).tolist() == [2**53]
+    assert count_moves(line(0.5, 0.5, 0.0), x).paired.tolist() == [False]

@@ -4,6 +4,7 @@ that contradict.
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -107,6 +108,12 @@ def test_a_certified_image_that_falls_is_named_and_does_not_count_as_certified()
     expected = ends(bracket(smoothing), 0.15)[0]
     assert ends(found, 0.15)[0] == expected
     assert "Certified, but broken by an attack: image 3 (of 6). Each" in found.table()
+
+
+def test_radii_may_be_an_array():
+    smoothing = smooth(half_space(), X, SIGMA, generator=seeded())
+    found = bracket(smoothing, radii=np.array([0.0, 0.15]))
+    assert ends(found, 0.15) == ends(bracket(smoothing, radii=[0.0, 0.15]), 0.15)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import copy
 import os
 import sys
 from dataclasses import asdict
@@ -26,7 +27,8 @@ from sj_robust.models import (
 from sj_robust.models.build import NETWORKS, check_has_neuron
 from sj_robust.models.checkpoint import save_checkpoint
 from sj_robust.models.foreign import find_function
-from sj_robust.neuron import Stage
+from sj_robust.models.weights import as_named_in
+from sj_robust.neuron import Stage, fuse
 
 OWN = """
 from spikingjelly.activation_based import functional, layer, neuron
@@ -300,7 +302,14 @@ def test_only_sequences_that_run_as_a_whole_are_fused(own):
     assert isinstance(fused.net[1], Stage)
     assert isinstance(fused.net[3].body[1], layer.BatchNorm2d)
     images = image_batch()
-    assert_close(fused.eval()(images), SpikingClassifier(net, T=4).eval()(images))
+    plain = SpikingClassifier(net, T=4)
+    assert_close(fused.eval()(images), plain.eval()(images))
+    all_fused = copy.deepcopy(plain)
+    fuse(all_fused.net)  # as files of earlier versions have it
+    for classifier in (plain, all_fused):
+        weights = {key: value + 1 for key, value in classifier.state_dict().items()}
+        fused.load_state_dict(as_named_in(fused, weights))
+        assert torch.equal(fused.net[1].norm.weight, torch.full((3,), 2.0))
 
 
 def test_lif_of_ones_own_network_becomes_dlif(own):

@@ -127,7 +127,11 @@ def of_data_parallel(state):
     return {"state_dict": {f"module.{key}": value for key, value in state.items()}}
 
 
-@pytest.mark.parametrize("wrap", [as_it_is, of_data_parallel])
+def of_a_compiled_network(state):
+    return {f"_orig_mod.{key}": value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("wrap", [as_it_is, of_data_parallel, of_a_compiled_network])
 @pytest.mark.parametrize("kind", ["lif", "dlif"])
 def test_plain_files(tmp_path, kind, wrap):
     torch.manual_seed(0)

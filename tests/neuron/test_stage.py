@@ -196,6 +196,11 @@ def test_says_what_it_leaves_alone():
     assert len(report.skipped) == 7
 
 
+def test_a_bare_stage_cannot_be_taken_apart_in_place():
+    with pytest.raises(ValueError, match=r"wrap it in nn\.Sequential"):
+        unfuse(Stage(DLIFNode(T=T)))
+
+
 class WithShortcut(nn.Module):
     """A network that adds its input between the members of a sequence."""
 

@@ -374,6 +374,11 @@ def test_wrong_use_is_named(changes, message):  # other arguments are in test_ar
         smooth(**right | changes)
 
 
+def test_no_image_at_all_is_refused():
+    with pytest.raises(ValueError, match="at least one image"):
+        smooth(HALF_SPACE, torch.rand(0, 2), 0.25)
+
+
 def test_labels_of_another_length_are_refused():
     result = smooth(HALF_SPACE, torch.rand(2, 2), 0.25, n0=5, n=5)
     with pytest.raises(ValueError, match=r"y must have shape \[N\] = \[2\]"):
