@@ -123,7 +123,7 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
         frozen = [f"tau frozen at {tau:.6g}"] if type(module) is neuron.ParametricLIFNode else []
         parameters = dict(module.named_parameters(recurse=False))
         frozen += [
-            f"{what} frozen at {float(parameters[what]):.6g}"
+            f"{what} frozen at {_detached(parameters[what]):.6g}"
             for what in ("v_threshold", "v_reset")
             if what in parameters
         ]
