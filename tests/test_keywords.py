@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from sj_robust import SpikingClassifier, compare_potentials, perturbation_gains, verify
 from sj_robust.attacks import spike_search
 from sj_robust.core.host import functional, layer, neuron
+from sj_robust.core.preserved import uncompiled
 from sj_robust.evaluation import Fault, firing
 from sj_robust.evaluation.run.faults import faulty
 from sj_robust.neuron import DLIFNode
@@ -83,7 +84,7 @@ QUESTIONS = {
             for bound in perturbation_gains(model, x, x_perturbed=0.9 * x).layers
         ]
     ),
-    "ibp": lambda model, x, y: torch.tensor(verify(model, x, y, 0.01, method="ibp").verified),
+    "ibp": lambda model, x, y: torch.tensor(verify(model, x, y, 0.004, method="ibp").verified),
     "joint": lambda model, x, y: torch.tensor(verify(model, x, y, 0.01, method="joint").verified),
     "crown": lambda model, x, y: torch.tensor(verify(model, x, y, 0.01, method="crown").verified),
     "no_flip_radius": lambda model, x, y: no_flip_radius(model, x),
@@ -101,3 +102,17 @@ QUESTIONS = {
 def test_names_make_no_difference(question, mode):
     named, placed = asked(QUESTIONS[question], mode)
     assert_close(named, placed)
+
+
+class Scaled(nn.Module):
+    """A module of two arguments, one of which must be named."""
+
+    def forward(self, x, *, scale):
+        return scale * x
+
+
+def test_compiled_parts_get_their_arguments_as_the_network_gives_them():
+    net = torch.compile(Scaled(), backend="eager")
+    x = images()
+    with uncompiled(net):
+        assert torch.equal(net(scale=3.0, x=x), 3 * x)

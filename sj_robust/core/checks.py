@@ -381,19 +381,24 @@ def did_you_mean(value: object, choices: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
-def check_layers(layers: str | Sequence[str], *words: str) -> None:
-    """``layers`` is one of the words, or names at least one layer; else ValueError. 检查层的选择。
+def check_layers(layers: str | Iterable[str], *words: str) -> str | tuple[str, ...]:
+    """One of the words, or the names of at least one layer; else ValueError. 检查层的选择。
 
     Examples:
         >>> check_layers(["net.2"], "last", "all")
+        ('net.2',)
     """
-    if isinstance(layers, str) and layers not in words:
+    if isinstance(layers, str):
+        if layers in words:
+            return layers
         raise ValueError(
             f"layers must be {', '.join(map(repr, words))} or a list of names, got {layers!r}; for "
             f"one layer pass [{layers!r}]"
         )
-    if len(layers) == 0:
+    names = tuple(layers)
+    if not names:
         raise ValueError("layers must name at least one layer, got none")
+    return names
 
 
 def check_text(name: str, value: str) -> None:

@@ -327,18 +327,21 @@ def _copied(value: object) -> object:
 
 
 @contextmanager
-def other_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+def other_forward(
+    module: nn.Module, forward: Callable[..., Tensor], *, as_called: bool = False
+) -> Iterator[None]:
     """Context in which a module runs another forward; afterwards its own, or that of its class, as
-    before. The forward gets its first argument by place, even if the network names it.
+    before. A single argument is given by place, even if the network names it, unless the forward is
+    to be called ``as_called``.
     """
 
     def placed(*args: Any, **kwargs: Any) -> Tensor:
-        if not args:
-            args = tuple(kwargs.pop(name) for name in [*kwargs][:1])
-        return forward(*args, **kwargs)
+        if args or len(kwargs) != 1:
+            return forward(*args, **kwargs)
+        return forward(*kwargs.values())
 
     own = {key: value for key, value in vars(module).items() if key == "forward"}
-    module.forward = placed
+    module.forward = forward if as_called else placed
     try:
         yield
     finally:
@@ -366,5 +369,5 @@ def uncompiled(network: nn.Module) -> Iterator[None]:
                 stack.callback(setattr, module, "_compiled_call_impl", compiled_in_place)
             wrapped = module._modules.get("_orig_mod")  # of what torch.compile(module) returns
             if wrapped is not None:
-                stack.enter_context(other_forward(module, wrapped.__call__))
+                stack.enter_context(other_forward(module, wrapped.__call__, as_called=True))
         yield

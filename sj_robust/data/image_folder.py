@@ -232,7 +232,12 @@ def _labelled(
 def _pictures(folder: Path) -> list[Path]:
     """Pictures below a folder, those behind links as well, sorted."""
     found: list[Path] = []
-    for inside, _, names in os.walk(folder, followlinks=True):
+    seen = {folder.parent.resolve()}  # a link to one of these leads round in a circle
+    for inside, folders, names in os.walk(folder, followlinks=True):
+        if Path(inside).resolve() in seen:
+            folders.clear()
+            continue
+        seen.add(Path(inside).resolve())
         found += [Path(inside, name) for name in names if not name.startswith(".")]
     return sorted(path for path in found if path.suffix.lower() in _ENDINGS and path.is_file())
 

@@ -143,8 +143,7 @@ class PotentialPenalty(Penalty):
     ) -> None:
         """Keep the options; see the class."""
         super().__init__(weight, rising=rising)
-        check_layers(layers, "all")
-        self.layers = layers if isinstance(layers, str) else list(layers)
+        self.layers = check_layers(layers, "all")
         self._chosen: dict[str, Neuron] = {}
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}

@@ -88,7 +88,7 @@ def smoothed_bracket(
     check_count("steps", steps)
     seed = check_seed("seed", seed)
     data = Data.of_tensors(x, y, check_count("batch_size", batch_size))
-    ordered = sorted({check_size("radii", float(radius)) for radius in radii})
+    ordered = sorted({check_size("radii", radius) for radius in radii})
     if not ordered:
         raise ValueError("radii must hold an L2 radius or more, got none")
     variant = f"vote:{smoothing.sigma:g}"

@@ -183,7 +183,8 @@ def _built(spec: NetworkSpec) -> nn.Module:
         if isinstance(module, DLIFNode):
             module.input_gain.requires_grad_(spec.learn_gain)
     if from_elsewhere:
-        fuse(net, run=partial(_try, built, spec))
+        with suppress(_TrialError):
+            fuse(net, run=partial(_try, built, spec))
     for module in net.modules():
         if isinstance(module, Stage) and not spec.fused:
             module.one_pass = False
@@ -192,18 +193,27 @@ def _built(spec: NetworkSpec) -> nn.Module:
     return built
 
 
+class _TrialError(Exception):
+    """A network does not run on the images of its specification, so that nothing is fused."""
+
+
 def _try(built: nn.Module, spec: NetworkSpec) -> None:
-    """Run a network from elsewhere once and leave it as it was; if it fails, its first use says
-    why.
+    """Run a network from elsewhere once.
+
+    Raises:
+        _TrialError: If it fails; its first use will say why.
     """
+    like = next(built.parameters(), torch.empty(0))
     classifier = _wrapped(built, spec)
-    alone = full_precision(torch.device("cpu"))
-    with suppress(Exception), torch.no_grad(), alone, untouched(classifier):
-        classifier.eval()(_black(spec))
+    try:
+        with torch.no_grad(), full_precision(like.device), untouched(classifier):
+            classifier.eval()(_black(spec).to(like))
+    except Exception as error:
+        raise _TrialError from error
 
 
 def _wrapped(built: nn.Module, spec: NetworkSpec, takes: Takes | None = None) -> SpikingClassifier:
-    """A network from elsewhere as a classifier, but for mean, std and encoder."""
+    """A network from elsewhere as a classifier without mean, std or encoder."""
     if isinstance(built, SpikingClassifier):
         return built
     kind = SpikingEventClassifier if spec.frames else SpikingClassifier

@@ -1,6 +1,5 @@
 """Files of weights, read without running any code in them."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sj_robust.core.saved import load_tensors
-from sj_robust.neuron.fusion import fuse, plain_names
+from sj_robust.neuron.fusion import fused_names, plain_names
 
 __all__ = ["Weights", "as_named_in", "check_keys", "read_weights"]
 
@@ -72,7 +71,7 @@ def read_weights(path: Path) -> Weights:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
         raise ValueError(f"{path} holds no tensors by name; save net.state_dict() with torch.save")
-    for prefix in ("module.", "_orig_mod.", "module."):  # of either in the other
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # of either around the other
         if all(key.startswith(prefix) for key in content):
             content = {key.removeprefix(prefix): value for key, value in content.items()}
     return Weights(dict(content), description.get("network"), description.get("options"))
@@ -96,14 +95,12 @@ def as_named_in(net: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tens
         ['0.node.input_gain']
     """
     plain = plain_names(net)
-    if tensors.keys() <= plain.keys():
-        return dict(tensors)
-    fused = copy.deepcopy(net)
-    fuse(fused)
-    of_fused = plain_names(fused)
     of_plain = {name: name for name in plain.values()}
+    known = [plain, of_plain]
+    if not any(tensors.keys() <= names.keys() for names in known):
+        known.append(fused_names(net))
     # which of these knows most of the names; the present ones, if equally many
-    found = max((plain, of_plain, of_fused), key=lambda names: len(tensors.keys() & names.keys()))
+    found = max(known, key=lambda names: len(tensors.keys() & names.keys()))
     if found is plain:
         return dict(tensors)
     now = {old: new for new, old in plain.items()}

@@ -79,8 +79,8 @@ class DLIFNode(neuron.BaseNode):
         input_gain_init: Initial value of every gain.
 
     Raises:
-        TypeError: If ``tau`` is not a number or ``surrogate_function`` is a class or cannot be
-            called.
+        TypeError: If ``tau`` is not a number, threshold or reset is a tensor with a gradient or
+            several values, or ``surrogate_function`` is a class or cannot be called.
         ValueError: If an argument is out of range or the backend is unknown.
         RuntimeError: If a named backend is not available, or, at run time, if a sequence is longer
             than T.
@@ -116,6 +116,8 @@ class DLIFNode(neuron.BaseNode):
         input_gain_init: float = 1.0,
     ) -> None:
         """Build the neuron; see the class."""
+        v_threshold = _number("v_threshold", v_threshold)
+        v_reset = _number("v_reset", v_reset)
         _check_arguments(T, tau, v_threshold, v_reset, input_gain_init)
         _check_surrogate(surrogate_function)
         super().__init__(
@@ -282,11 +284,8 @@ class DLIFNode(neuron.BaseNode):
 
         None runs the neuron alone; another operator takes what :func:`_alone` takes.
         """
-        if isinstance(self.v_threshold, Tensor) or isinstance(self.v_reset, Tensor):
-            raise TypeError(
-                "v_threshold and v_reset of a DLIFNode must be numbers, got a tensor, which would "
-                "get no gradient: learn its input_gain, which scales current to threshold"
-            )
+        v_threshold = _number("v_threshold", self.v_threshold)
+        v_reset = _number("v_reset", self.v_reset)
         gain: Tensor = self.input_gain
         end = time_step + x_seq.shape[0]
         if end > gain.shape[0]:
@@ -300,15 +299,15 @@ class DLIFNode(neuron.BaseNode):
                 x_seq, gain, _potential(v, x_seq[0]), store_v_seq
             )
             return spike_seq, v_end, end, v_seq
-        from_reset = not isinstance(v, Tensor) and v == (self.v_reset or 0.0)
+        from_reset = not isinstance(v, Tensor) and v == (v_reset or 0.0)
         operator = _alone if operator is None else operator
         spike_seq, v_end, v_seq = operator(
             x_seq,
             gain,
             None if from_reset else _potential(v, x_seq[0]),
             decay=self.decay,
-            v_threshold=self.v_threshold,
-            v_reset=self.v_reset,
+            v_threshold=v_threshold,
+            v_reset=v_reset,
             surrogate=self._surrogate(),
             detach_reset=self.detach_reset,
             store_v_seq=store_v_seq,
@@ -463,6 +462,19 @@ class _MissingGain(str):
             f"{self!s}: the weights are those of a network without DLIF neurons; load them into "
             f"a network of their own neurons, and then call replace_neurons(net, T={self.T})"
         )
+
+
+def _number(name: str, level: Any) -> Any:
+    """A threshold or reset as a number, or None; a tensor of one element is taken for it."""
+    if not isinstance(level, Tensor):
+        return level
+    if level.requires_grad or level.numel() != 1:
+        raise TypeError(
+            f"{name} of a DLIFNode must be a number, which gets no gradient, got a tensor of shape "
+            f"{tuple(level.shape)}, requires_grad={level.requires_grad}; learn its input_gain, "
+            "which scales the current"
+        )
+    return float(level)
 
 
 def _check_surrogate(function: object) -> None:

@@ -1,16 +1,19 @@
 """Joins layers of an existing network into stages, and separates them again."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from torch import nn
 
+from sj_robust.core.convention import untouched
+from sj_robust.core.preserved import evaluation_mode
 from sj_robust.neuron.dlif import DLIFNode
 from sj_robust.neuron.stage import NORM_DIMENSIONS, Stage, pools_2x2
 
-__all__ = ["FusionReport", "InStage", "fuse", "plain_names", "unfuse"]
+__all__ = ["FusionReport", "InStage", "fuse", "fused_names", "plain_names", "unfuse"]
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,6 @@ class FusionReport:
     stages: dict[str, tuple[str, ...]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
-
-
-_IN_PARTS = "is in an nn.Sequential that the network does not run as a whole"
 
 
 class InStage(nn.Identity):
@@ -54,8 +54,8 @@ def fuse(net: nn.Module, *, run: Callable[[], object] | None = None) -> FusionRe
 
     Args:
         net: A network, changed in place.
-        run: Runs the network once, such as ``lambda: model(x)``; an ``nn.Sequential`` that it does
-            not run as a whole stays as it is.
+        run: Runs the network once, such as ``lambda: model(x)``, in evaluation mode and without a
+            trace; an ``nn.Sequential`` that it does not run as a whole stays as it is.
 
     Returns:
         What was joined and what was not, and the keys in ``state_dict`` that have changed. Weights
@@ -75,21 +75,28 @@ def fuse(net: nn.Module, *, run: Callable[[], object] | None = None) -> FusionRe
         'BatchNorm2d'
     """
     report = FusionReport()
-    taken_apart = set() if run is None else _taken_apart(net, run)
-    for path, parent in list(net.named_modules()):
+    found: dict[str, list[list[str]]] = {}
+    for path, parent in net.named_modules():
         if isinstance(parent, Stage):
             continue
         children = _children(parent)
         for name, module in children.items():
             is_norm = any("BatchNorm" in cls.__name__ for cls in type(module).__mro__)
             if is_norm:
-                reason = _reason(name, children, parent)
-                report.skipped[_joined(path, name)] = _IN_PARTS if path in taken_apart else reason
-        if type(parent) is not nn.Sequential or path in taken_apart:
-            continue
-        for members in _members_of_stages(children):
-            _put_stage(parent, {name: children[name] for name in members})
+                report.skipped[_joined(path, name)] = _reason(name, children, parent)
+        stages = list(_members_of_stages(children)) if type(parent) is nn.Sequential else []
+        if stages:
+            found[path] = stages
+    not_whole = {} if run is None or not found else _not_run_whole(net, found, run)
+    for path, stages in found.items():
+        parent = net.get_submodule(path)
+        children = _children(parent)
+        for members in stages:
             paths = tuple(_joined(path, name) for name in members)
+            if path in not_whole:
+                report.skipped[paths[0]] = not_whole[path]
+                continue
+            _put_stage(parent, {name: children[name] for name in members})
             report.stages[paths[0]] = paths
             report.skipped.pop(paths[0], None)
     for new, old in plain_names(net).items():
@@ -98,41 +105,54 @@ def fuse(net: nn.Module, *, run: Callable[[], object] | None = None) -> FusionRe
     return report
 
 
-class _Whole:
-    """Notes whether an ``nn.Sequential`` runs, and whether members run without it."""
+class _Sequence:
+    """What a run does with an ``nn.Sequential``."""
 
     def __init__(self) -> None:
-        self.runs = 0
+        self.ran = False
         self.running = False
         self.in_parts = False
 
     def enter(self, *_: Any) -> None:
-        """The sequence starts."""
-        self.runs += 1
-        self.running = True
+        """It starts."""
+        self.ran = self.running = True
 
     def leave(self, *_: Any) -> None:
-        """The sequence has ended."""
+        """It has ended."""
         self.running = False
 
-    def member(self, *_: Any) -> None:
-        """A member starts."""
-        self.in_parts |= not self.running
+    @property
+    def problem(self) -> str | None:
+        """Why its members must stay as they are, or None."""
+        if self.in_parts:
+            return "is in an nn.Sequential that the network does not run as a whole"
+        return None if self.ran else "is in an nn.Sequential that did not run"
 
 
-def _taken_apart(net: nn.Module, run: Callable[[], object]) -> set[str]:
-    """Paths of the sequences that a run does not run as a whole."""
-    noted = {}
-    with ExitStack() as hooks:
-        for path, parent in net.named_modules():
-            if type(parent) is nn.Sequential:
-                whole = noted[path] = _Whole()
-                hooks.enter_context(parent.register_forward_pre_hook(whole.enter))
-                hooks.enter_context(parent.register_forward_hook(whole.leave, always_call=True))
-                for member in parent:
-                    hooks.enter_context(member.register_forward_pre_hook(whole.member))
+def _not_run_whole(
+    net: nn.Module, found: Mapping[str, list[list[str]]], run: Callable[[], object]
+) -> dict[str, str]:
+    """Paths of the sequences that a run does not run as a whole, with the reason."""
+    sequences: dict[str, _Sequence] = {}
+    holders: dict[nn.Module, list[_Sequence]] = {}
+
+    def called(member: nn.Module, *_: Any) -> None:
+        if not any(sequence.running for sequence in holders[member]):
+            for sequence in holders[member]:
+                sequence.in_parts = True
+
+    with untouched(net), evaluation_mode(net), ExitStack() as hooks:
+        for path, stages in found.items():
+            parent = net.get_submodule(path)
+            sequence = sequences[path] = _Sequence()
+            hooks.enter_context(parent.register_forward_pre_hook(sequence.enter))
+            hooks.enter_context(parent.register_forward_hook(sequence.leave, always_call=True))
+            for name in chain.from_iterable(stages):
+                holders.setdefault(parent.get_submodule(name), []).append(sequence)
+        for member in holders:
+            hooks.enter_context(member.register_forward_pre_hook(called))
         run()
-    return {path for path, whole in noted.items() if whole.in_parts or not whole.runs}
+    return {path: one.problem for path, one in sequences.items() if one.problem is not None}
 
 
 def _members_of_stages(children: dict[str, nn.Module]) -> Iterator[list[str]]:
@@ -145,7 +165,7 @@ def _members_of_stages(children: dict[str, nn.Module]) -> Iterator[list[str]]:
         position += count
 
 
-def _put_stage(parent: nn.Sequential, members: dict[str, nn.Module]) -> None:
+def _put_stage(parent: nn.Module, members: dict[str, nn.Module]) -> None:
     """Put a stage in the place of its first member, and modules that do nothing in the others."""
     first, *others = members
     setattr(parent, first, _stage(list(members.values())))
@@ -209,6 +229,33 @@ def plain_names(net: nn.Module) -> dict[str, str]:
     for key in net.state_dict():
         module, _, parameter = key.rpartition(".")
         names[key] = _joined(modules[module], parameter)
+    return names
+
+
+def fused_names(net: nn.Module) -> dict[str, str]:
+    """Those of :func:`plain_names` by the keys that ``net.state_dict()`` has once all of the
+    network is fused. 融合后各参数的名称。
+
+    Examples:
+        >>> from sj_robust.core.host import layer
+        >>> net = nn.Sequential(layer.BatchNorm2d(3, affine=False), DLIFNode(T=4))
+        >>> list(fused_names(net))[-1], fused_names(net)["0.node.input_gain"]
+        ('0.node.input_gain', '1.input_gain')
+    """
+    moved = {}
+    for path, parent in net.named_modules():
+        children = _children(parent)
+        for members in _members_of_stages(children) if type(parent) is nn.Sequential else ():
+            stage = _joined(path, members[0])
+            roles = ["norm", "node", "pool"]
+            if type(children[members[0]]) not in NORM_DIMENSIONS:
+                roles = roles[1:]
+            for name, role in zip(members, roles, strict=False):
+                moved[_joined(path, name) + "."] = f"{stage}.{role}."
+    names = {}
+    for key, plain in plain_names(net).items():
+        place = next((place for place in moved if key.startswith(place)), "")
+        names[moved.get(place, "") + key.removeprefix(place)] = plain
     return names
 
 

@@ -116,7 +116,8 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
         tau, input_gain = dynamics
         if module not in successors:
             node = DLIFNode(T=T, tau=tau, backend=backend, **_settings(module))
-            node.to(like.device, like.dtype)
+            # not of the surrogate, which other neurons may share
+            node.input_gain.data = node.input_gain.data.to(like.device, like.dtype)
             nn.init.constant_(node.input_gain, input_gain)
             successors[module] = _take_over(node, module)
         report.replaced[name] = type(module).__name__
@@ -256,7 +257,11 @@ def _exchanged(value: Any, successors: dict[nn.Module, Any], seen: set[int]) -> 
         return successors.get(value, value)
     if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
         owner = successors.get(value.__self__)
-        return value if owner is None else getattr(owner, value.__name__)
+        if owner is None:
+            return value
+        is_of_its_class = getattr(type(value.__self__), value.__name__, None) is value.__func__
+        function = getattr(type(owner), value.__name__, None) if is_of_its_class else None
+        return MethodType(function or value.__func__, owner)
     if isinstance(value, partial):
         func, args, keywords = (
             _exchanged(part, successors, seen) for part in (value.func, value.args, value.keywords)
@@ -267,7 +272,7 @@ def _exchanged(value: Any, successors: dict[nn.Module, Any], seen: set[int]) -> 
         items = [_exchanged(one, successors, seen) for one in value]
         if all(new is old for new, old in zip(items, value, strict=True)):
             return value
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, list | deque | dict):
         _exchange_within(value, successors, seen)
     return value

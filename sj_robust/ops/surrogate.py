@@ -99,13 +99,18 @@ class Surrogate:
         """Whether ``function`` may have gradients besides that of z: a module whose parameters or
         other tensors require one, or a function of Python, which may use tensors from elsewhere.
         """
-        if self.function is None or isinstance(self.function, BuiltinFunctionType):
+        function = self.function
+        if function is None or not torch.is_grad_enabled():
             return False
-        if not isinstance(self.function, nn.Module):
+        owner = getattr(function, "__self__", None)  # of a method
+        if isinstance(function, BuiltinFunctionType) or _is_of_autograd(owner):
+            return False
+        module = owner if isinstance(owner, nn.Module) else function
+        if not isinstance(module, nn.Module):
             return True
-        held: list[object] = [*self.function.parameters()]
-        for module in self.function.modules():
-            held += vars(module).values()
+        held: list[object] = [*module.parameters(), *module.buffers()]
+        for part in module.modules():
+            held += vars(part).values()
         return any(isinstance(value, Tensor) and value.requires_grad for value in held)
 
     def spike(self, z: Tensor) -> Tensor:
@@ -146,6 +151,11 @@ class Surrogate:
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             return torch.autograd.grad(self.function(z).sum(), z)[0]
+
+
+def _is_of_autograd(owner: object) -> bool:
+    """Whether it is a class of ``torch.autograd.Function``, which takes tensors as arguments."""
+    return isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
 
 
 def _times(values: Tensor, factor: float) -> Tensor:

@@ -214,10 +214,9 @@ class Recording:
             )
 
     def _checked(self, layers: Layers) -> Layers:
-        check_layers(layers, "last", "all")
-        if isinstance(layers, str):
+        names = check_layers(layers, "last", "all")
+        if isinstance(names, str):
             return layers
-        names = tuple(layers)
         for name in names:
             if name in self._unsupported:
                 raise ValueError(f"layer {name!r} cannot be followed: {self._unsupported[name]}")

@@ -250,7 +250,7 @@ def _check_followed(name: str, neurons: dict[str, Neuron], others: dict[str, str
         if method is not None:
             reason = f"its {method} was replaced"
         elif not neurons[name].binary:
-            reason = "its surrogate does not spike, or not by the potential alone"
+            reason = "its surrogate does not give spikes of 0 and 1 by the potential alone"
     if reason is not None:
         raise NotImplementedError(f"{name}, which the input drives, cannot be followed: {reason}")
 
@@ -266,7 +266,7 @@ def _check_affine(name: str, change: Tensor, size: Tensor) -> None:
     gaps = [both - (a + 2 * b), *(same - same[:1]).unbind(1)]
     factors = along(_factors(len(a)).to(a), 0, a.ndim)
     gaps += [currents - factors * a for currents in faded]
-    if not all(is_rounding(gap, 3 * largest) for gap in gaps):
+    if not all(is_rounding(gap, 3 * largest) for gap in gaps):  # of up to three runs
         raise _NotAffineError(name)
 
 
@@ -275,8 +275,8 @@ class _NotAffineError(NotImplementedError):
 
     def __init__(self, name: str) -> None:
         super().__init__(
-            f"what leads from the input to {name} is not one affine map, the same from the frame "
-            "of every time step and whatever spikes there are"
+            f"what leads from the input to {name} is not one affine map of the frame of its own "
+            "time step, the same at every step and for all spikes"
         )
 
 

@@ -177,6 +177,8 @@ def test_pictures_behind_links_are_read(folder, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     picture(elsewhere / "more" / "new.png", 77)
     (folder / "train" / CLASSES[0] / "linked").symlink_to(elsewhere / "more")
+    (elsewhere / "more" / "around").symlink_to(elsewhere)
+    (folder / "train" / CLASSES[0] / "back").symlink_to(folder / "train")
     assert sizes(load(folder))[0] == before[0] + 1
 
 

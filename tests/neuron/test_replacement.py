@@ -5,6 +5,7 @@ training.
 import math
 from collections import OrderedDict, defaultdict, deque
 from functools import partial
+from types import MethodType
 from typing import NamedTuple
 from unittest.mock import MagicMock
 
@@ -160,6 +161,16 @@ class Kept(nn.Module):
         return self.call(self.kept)(x)
 
 
+class Row(tuple):
+    """A tuple of a class of its own."""
+
+    __slots__ = ()
+
+
+def twice(node, x):
+    return node(x.clone())
+
+
 def cyclic(node):
     kept = {"node": node}
     kept["self"] = kept
@@ -173,6 +184,8 @@ WAYS = {
     "deque": (lambda node: deque([node]), lambda kept: kept[0]),
     "partial": (partial, lambda kept: kept),
     "method": (lambda node: node.forward, lambda kept: kept),
+    "function": (lambda node: MethodType(twice, node), lambda kept: kept),
+    "tuple": (lambda node: Row([node, 1]), lambda kept: kept[isinstance(kept, Row) - 1]),
     "cyclic": (cyclic, lambda kept: kept["self"]["node"]),
 }
 
@@ -216,8 +229,14 @@ def test_a_learned_threshold_is_frozen_and_a_tensor_is_refused():
     per_channel[0].v_threshold = torch.tensor([0.8, 0.9])
     assert "has several values" in replace_neurons(per_channel, T=2).skipped["0"]
     net[0].v_threshold = torch.tensor(0.8)
-    with pytest.raises(TypeError, match="must be numbers, got a tensor"):
+    net(torch.rand(2, 1, 4))
+    learned = nn.Parameter(torch.tensor(0.8))
+    net[0].v_threshold = learned
+    message = "v_threshold of a DLIFNode must be a number, which gets no gradient"
+    with pytest.raises(TypeError, match=message):
         net(torch.rand(2, 1, 4))
+    with pytest.raises(TypeError, match=message):
+        DLIFNode(T=2, v_threshold=learned)
 
 
 def test_there_and_back_is_the_network_that_it_was():

@@ -224,7 +224,19 @@ def test_a_sequence_that_is_not_run_as_a_whole_stays_as_it_is():
         functional.reset_net(net)
         net(x)
 
-    report = fuse(net, run=run)
+    shared = layer.AvgPool2d(2, step_mode="m")
+    pooled = nn.Sequential()
+    for _ in range(2):
+        part = nn.Sequential(DLIFNode(T=T), shared)
+        pooled.append(part)
+    assert list(fuse(pooled, run=lambda: pooled(x)).stages) == ["0.0", "1.0"]
+    assert pooled[0][0].node.time_step == 0
+    relu = nn.Sequential(layer.BatchNorm2d(3, step_mode="m"), nn.ReLU())
+    reasons = fuse(relu, run=lambda: relu[0](x)).skipped
+    assert reasons == {"0": "is followed by ReLU, not by a DLIFNode"}
+    report = fuse(net.train(), run=run)
+    assert not net.whole[0].norm.running_mean.any()
+    net.eval()
     assert report.stages == {"whole.0": ("whole.0", "whole.1")}
     assert report.skipped == {
         "body.0": "is in an nn.Sequential that the network does not run as a whole"

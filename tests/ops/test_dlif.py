@@ -340,6 +340,17 @@ class Elementwise(nn.Module):
         return self.function(z)
 
 
+class Registered(nn.Module):
+    """A surrogate whose buffer requires a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("width", torch.ones(1, requires_grad=True))
+
+    def forward(self, z):
+        return torch.sigmoid(self.width * z)
+
+
 @pytest.mark.parametrize("v_reset", [0.0, None, -0.5])
 def test_gradcheck_with_a_smooth_spike(v_reset):
     torch.manual_seed(0)
@@ -480,6 +491,24 @@ class TestContract:
             gradients += torch.autograd.grad(spikes.sum(), scale)
         assert gradients[0].abs() > 0
         assert torch.equal(*gradients)
+
+    @pytest.mark.parametrize(
+        ("function", "needed"),
+        [
+            (torch.sigmoid, False),
+            (torch.autograd.Function.apply, False),
+            (Elementwise(torch.sigmoid).forward, False),
+            (lambda z: z.sigmoid(), True),
+            (nn.PReLU(), True),
+            (nn.PReLU().forward, True),
+            (Registered(), True),
+        ],
+    )
+    def test_which_functions_may_have_gradients_of_their_own(self, function, needed):
+        surrogate = Surrogate("custom", function=function)
+        assert surrogate.needs_graph == needed
+        with torch.no_grad():
+            assert not surrogate.needs_graph
 
     @pytest.mark.parametrize(
         ("x", "steps", "message"),

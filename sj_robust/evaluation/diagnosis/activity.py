@@ -22,7 +22,7 @@ class LayerActivity:
     Attributes:
         layer: Name of the neuron's module in the network.
         neuron: Class of the neuron.
-        rate: Spikes per neuron and time step, in [0, 1].
+        rate: Share of neurons and time steps in which a neuron fires.
         silent: Share of the layer's neurons that never fired.
         saturated: Share of the layer's neurons that fired in every time step of every image.
 
