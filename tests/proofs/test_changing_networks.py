@@ -366,10 +366,10 @@ class HalfGate(Gated):
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        (OneGate(to_logits=False), "last is not one affine map .* whatever spikes there are"),
+        (OneGate(to_logits=False), "last is not one affine map .* for all spikes"),
         (OneGate(to_logits=True), "reaches the logits past all spiking layers"),
         (HalfGate(to_logits=True), "reaches the logits past all spiking layers"),
-        (Gated(to_logits=False), "last is not one affine map .* whatever spikes there are"),
+        (Gated(to_logits=False), "last is not one affine map .* for all spikes"),
         (Gated(to_logits=True), "reaches the logits past all spiking layers"),
         (Waiting(to_logits=False), "last is not one affine map"),
     ],
