@@ -111,11 +111,16 @@ class Neuron:
         return describe_surrogate(self.module.surrogate_function)
 
     @property
+    def fires(self) -> bool:
+        """Whether the outputs are whole numbers of spikes."""
+        function = self.module.surrogate_function
+        return self.known and isinstance(function, Spiking) and function.spiking
+
+    @property
     def binary(self) -> bool:
         """Whether the outputs can only be 0 and 1."""
         function = self.module.surrogate_function
-        one_level = getattr(function, "max_spike_count", 1) == 1
-        return self.known and isinstance(function, Spiking) and function.spiking and one_level
+        return self.fires and getattr(function, "max_spike_count", 1) == 1
 
 
 def _as_numbers(value: float | Tensor | None) -> float | tuple[float, ...] | None:

@@ -126,8 +126,8 @@ def _why_unbounded(n: Neuron) -> str | None:
     """Why a neuron has no bounds, to follow its name in a sentence; None if it has some."""
     if not n.known:
         return f", a {n.type_name}, which fires in its own way"
-    if not n.binary:
-        return ", whose surrogate does not give spikes of 0 and 1 alone"
+    if not n.fires:
+        return ", whose surrogate does not spike"
     method = overridden(n)
     if method is not None:
         return f", whose {method} was replaced: restore it"

@@ -487,9 +487,7 @@ WRONG_NETWORKS = {
     "a matrix product of values of several samples of a batch": lambda: in_steps(
         Attention(), neuron.IFNode()
     ),
-    "whose surrogate does not give spikes of 0 and 1 alone": lambda: changed(
-        neuron.IFNode(surrogate_function=SMOOTH)
-    ),
+    "whose surrogate does not spike": lambda: changed(neuron.IFNode(surrogate_function=SMOOTH)),
     "QIFNode.: its charge depends on the square": lambda: changed(neuron.QIFNode()),
     "whose v_reset was changed": lambda: changed(v_reset=0.8),
     "whose decay is negative: give it a tau": lambda: changed(neuron.LIFNode(), tau=0.5),
