@@ -20,7 +20,7 @@ from collections import ChainMap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from defences_cost import PLAIN, Cost
 from defences_cost import TABLE as COSTS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
 from rows import read_rows, write_rows
 
 from sj_robust.attacks.threat import eps_text, parse_eps
@@ -597,6 +599,7 @@ def draw_mppd(rows: list[Row]) -> None:
     with print_style():
         figure = Figure((3.4 * len(groups), 3.2), layout="constrained")
         panels = figure.subplots(1, len(groups), squeeze=False)[0]
+        labels = []
         for panel, (title, found) in zip(panels, groups, strict=True):
             for row in found:
                 if row.ms_mppd and row.no_spike_search:
@@ -604,7 +607,8 @@ def draw_mppd(rows: list[Row]) -> None:
                     kind = "with AT" if row.attacked else "without"
                     mark = "o" if row.attacked else "s"
                     panel.plot(x, y, mark, color=COLOURS[row.attacked], label=kind)
-                    panel.annotate(row.starred, (x, y), (3, 3), textcoords="offset points", size=5)
+                    options = {"xytext": (3, 3), "textcoords": "offset points", "size": 5}
+                    labels.append(panel.annotate(row.starred, (x, y), **options))
             value, _ = rank_correlation(found)
             panel.set_xscale("log")
             panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -615,7 +619,22 @@ def draw_mppd(rows: list[Row]) -> None:
             panel.set_ylabel("accuracy without spike search, %")
             panel.set_title(f"{title}: rank correlation {value:+.2f}")
         add_legend(figure, panels[0])
+        move_apart(figure, labels)
         figure.savefig(FOLDER / "ms_mppd.png", dpi=130)
+
+
+def move_apart(figure: Figure, labels: Iterable[Annotation]) -> None:
+    """Put labels of points, one after the other, where they do not cover one before."""
+    figure.draw_without_rendering()
+    taken: list[Bbox] = []
+    for label in labels:
+        for across, up in product((3, -3), (3, -7, 9, -13, 15, -19)):
+            label.xyann = (across, up)
+            label.set_horizontalalignment("left" if across > 0 else "right")
+            box = label.get_window_extent()
+            if not any(map(box.overlaps, taken)):
+                break
+        taken.append(box)
 
 
 def add_legend(figure: Figure, panel: Axes) -> None:
