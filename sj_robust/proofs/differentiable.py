@@ -169,11 +169,12 @@ def _takes_time(module: Any) -> bool:
     return getattr(module, "step_mode", "s") == "m"
 
 
-def _with_statistics(module: Any, calls: Iterator[tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+def _with_statistics(
+    module: Any, calls: Iterator[tuple[Tensor, Tensor]]
+) -> Callable[[Tensor], Tensor]:
     """The forward of a batch norm that has been given its statistics, call by call."""
 
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        x: Tensor = first_argument(args, kwargs)
+    def forward(x: Tensor) -> Tensor:
         flat = x.flatten(0, 1) if _takes_time(module) else x
         out = F.batch_norm(flat, *next(calls), module.weight, module.bias, False, 0.0, module.eps)
         if _takes_time(module):
