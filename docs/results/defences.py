@@ -72,6 +72,10 @@ NAMES = {
     "dsd": "DSD",
 }
 """What the cells of the sweeps are called; NAME_at is NAME with adversarial training."""
+ACROSS = (3, -3)
+"""Points to the right at which a label may stand, the nearest first; to the left where below 0."""
+UP = (3, -7, 9, -13, 15, -19)
+"""Points above at which it may stand."""
 STOCHASTIC = ("tgo", "stog", "rsc", "poisson")
 """Cells whose networks draw random numbers."""
 DATA = {
@@ -624,11 +628,11 @@ def draw_mppd(rows: list[Row]) -> None:
 
 
 def move_apart(figure: Figure, labels: Iterable[Annotation]) -> None:
-    """Put labels of points, one after the other, where they do not cover one before."""
+    """Put each label near its point where it does not cover an earlier one."""
     figure.draw_without_rendering()
     taken: list[Bbox] = []
     for label in labels:
-        for across, up in product((3, -3), (3, -7, 9, -13, 15, -19)):
+        for across, up in product(ACROSS, UP):
             label.xyann = (across, up)
             label.set_horizontalalignment("left" if across > 0 else "right")
             box = label.get_window_extent()

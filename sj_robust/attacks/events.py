@@ -232,8 +232,8 @@ def _drawing(
     numbers: Callable[[Private], Tensor],
     taking: Callable[[Tensor], Tensor] = lambda order: order,
 ) -> Callable[[Private], Tensor]:
-    """Frames with so many changes at random, by the largest of the drawn numbers [N, D], of those
-    that are taken.
+    """Frames with so many changes at random, by the largest of the drawn numbers [N, D], of which
+    ``taking`` may rule some out.
     """
     most = min(flips, changeable.shape[1])
     size = torch.full((len(frames),), most, device=frames.device)

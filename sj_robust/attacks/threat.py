@@ -295,17 +295,13 @@ def moves_of(x: Tensor, x_adv: Tensor) -> Moves:
     new = change.clamp(min=0)
     left_until = gone.cumsum(1)
     came_until = new.cumsum(1)
-    frames = x.shape[1]
     largest = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     total = torch.zeros_like(largest)
-    all_gone = gone.sum(1)
-    all_new = new.sum(1)
-    most = int(torch.maximum(all_gone, all_new).max()) if change.numel() else 0
+    most = int(gone.sum(1).max()) if change.numel() else 0
     for number in range(1, most + 1):  # the frames that hold event ``number``, T for none
         left = (left_until < number).sum(1)
         came = (came_until < number).sum(1)
-        is_pair = (left < frames) & (came < frames)
-        shift = (left - came).abs() * is_pair
+        shift = (left - came).abs()
         largest = torch.maximum(largest, shift.amax(1))
         total = total + shift.sum(1)
     return Moves(
@@ -317,7 +313,7 @@ def moves_of(x: Tensor, x_adv: Tensor) -> Moves:
 
 
 def as_counts(values: Tensor) -> Tensor:
-    """Whole numbers as int64, the largest where they are no numbers or do not fit."""
+    """Whole numbers as int64; 2**53 where they are no numbers or larger."""
     return values.nan_to_num(_LARGEST).clamp(max=_LARGEST).long()
 
 

@@ -232,12 +232,14 @@ def _labelled(
 def _pictures(folder: Path) -> list[Path]:
     """Pictures below a folder, those behind links as well, sorted."""
     found: list[Path] = []
-    seen = {folder.parent.resolve()}  # a link to one of these leads round in a circle
+    # a link to one of these leads round in a circle
+    seen = {parent.resolve() for parent in folder.absolute().parents}
     for inside, folders, names in os.walk(folder, followlinks=True):
-        if Path(inside).resolve() in seen:
+        place = Path(inside).resolve()
+        if place in seen:
             folders.clear()
             continue
-        seen.add(Path(inside).resolve())
+        seen.add(place)
         found += [Path(inside, name) for name in names if not name.startswith(".")]
     return sorted(path for path in found if path.suffix.lower() in _ENDINGS and path.is_file())
 

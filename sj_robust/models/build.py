@@ -204,8 +204,8 @@ def _try(built: nn.Module, spec: NetworkSpec) -> None:
         _TrialError: If it fails; its first use will say why.
     """
     like = next(built.parameters(), torch.empty(0))
-    classifier = _wrapped(built, spec)
     try:
+        classifier = _wrapped(built, spec)
         with torch.no_grad(), full_precision(like.device), untouched(classifier):
             classifier.eval()(_black(spec).to(like))
     except Exception as error:

@@ -54,8 +54,8 @@ def fuse(net: nn.Module, *, run: Callable[[], object] | None = None) -> FusionRe
 
     Args:
         net: A network, changed in place.
-        run: Runs the network once, such as ``lambda: model(x)``, in evaluation mode and without a
-            trace; an ``nn.Sequential`` that it does not run as a whole stays as it is.
+        run: Runs the network once, such as ``lambda: model(x)``; it is in evaluation mode meanwhile
+            and as before afterwards. An ``nn.Sequential`` that does not run as a whole stays.
 
     Returns:
         What was joined and what was not, and the keys in ``state_dict`` that have changed. Weights
@@ -75,7 +75,6 @@ def fuse(net: nn.Module, *, run: Callable[[], object] | None = None) -> FusionRe
         'BatchNorm2d'
     """
     report = FusionReport()
-    found: dict[str, list[list[str]]] = {}
     for path, parent in net.named_modules():
         if isinstance(parent, Stage):
             continue
@@ -84,9 +83,7 @@ def fuse(net: nn.Module, *, run: Callable[[], object] | None = None) -> FusionRe
             is_norm = any("BatchNorm" in cls.__name__ for cls in type(module).__mro__)
             if is_norm:
                 report.skipped[_joined(path, name)] = _reason(name, children, parent)
-        stages = list(_members_of_stages(children)) if type(parent) is nn.Sequential else []
-        if stages:
-            found[path] = stages
+    found = _to_be_joined(net)
     not_whole = {} if run is None or not found else _not_run_whole(net, found, run)
     for path, stages in found.items():
         parent = net.get_submodule(path)
@@ -153,6 +150,17 @@ def _not_run_whole(
             hooks.enter_context(member.register_forward_pre_hook(called))
         run()
     return {path: one.problem for path, one in sequences.items() if one.problem is not None}
+
+
+def _to_be_joined(net: nn.Module) -> dict[str, list[list[str]]]:
+    """Names of the members of each new stage, by the path of the ``nn.Sequential`` they are in."""
+    found = {}
+    for path, parent in net.named_modules():
+        if type(parent) is nn.Sequential:
+            stages = list(_members_of_stages(_children(parent)))
+            if stages:
+                found[path] = stages
+    return found
 
 
 def _members_of_stages(children: dict[str, nn.Module]) -> Iterator[list[str]]:
@@ -243,14 +251,13 @@ def fused_names(net: nn.Module) -> dict[str, str]:
         ('0.node.input_gain', '1.input_gain')
     """
     moved = {}
-    for path, parent in net.named_modules():
-        children = _children(parent)
-        for members in _members_of_stages(children) if type(parent) is nn.Sequential else ():
+    for path, stages in _to_be_joined(net).items():
+        children = _children(net.get_submodule(path))
+        for members in stages:
             stage = _joined(path, members[0])
-            roles = ["norm", "node", "pool"]
-            if type(children[members[0]]) not in NORM_DIMENSIONS:
-                roles = roles[1:]
-            for name, role in zip(members, roles, strict=False):
+            has_norm = type(children[members[0]]) in NORM_DIMENSIONS
+            roles = ["norm", "node", "pool"] if has_norm else ["node", "pool"]
+            for name, role in zip(members, roles, strict=False):  # there may be no pool
                 moved[_joined(path, name) + "."] = f"{stage}.{role}."
     names = {}
     for key, plain in plain_names(net).items():

@@ -121,15 +121,10 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
             nn.init.constant_(node.input_gain, input_gain)
             successors[module] = _take_over(node, module)
         report.replaced[name] = type(module).__name__
-        frozen = [f"tau frozen at {tau:.6g}"] if type(module) is neuron.ParametricLIFNode else []
-        parameters = dict(module.named_parameters(recurse=False))
-        frozen += [
-            f"{what} frozen at {_detached(parameters[what]):.6g}"
-            for what in ("v_threshold", "v_reset")
-            if what in parameters
-        ]
+        frozen = _learned(module, tau)
         if frozen:
-            report.notes[name] = f"learnable {', '.join(frozen)}"
+            told = [f"{what} frozen at {value:.6g}" for what, value in frozen.items()]
+            report.notes[name] = f"learnable {', '.join(told)}"
     _exchange(net, successors)
     return report
 
@@ -257,11 +252,7 @@ def _exchanged(value: Any, successors: dict[nn.Module, Any], seen: set[int]) -> 
         return successors.get(value, value)
     if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
         owner = successors.get(value.__self__)
-        if owner is None:
-            return value
-        is_of_its_class = getattr(type(value.__self__), value.__name__, None) is value.__func__
-        function = getattr(type(owner), value.__name__, None) if is_of_its_class else None
-        return MethodType(function or value.__func__, owner)
+        return value if owner is None else _method_of(owner, value)
     if isinstance(value, partial):
         func, args, keywords = (
             _exchanged(part, successors, seen) for part in (value.func, value.args, value.keywords)
@@ -276,6 +267,17 @@ def _exchanged(value: Any, successors: dict[nn.Module, Any], seen: set[int]) -> 
     if isinstance(value, list | deque | dict):
         _exchange_within(value, successors, seen)
     return value
+
+
+def _method_of(owner: Any, method: MethodType) -> MethodType:
+    """A method of an old neuron as one of the new neuron: that of the new class, unless it is a
+    function from elsewhere that was bound to the old neuron.
+    """
+    name = method.__name__
+    of_old_class = getattr(type(method.__self__), name, None)
+    if method.__func__ is of_old_class:
+        return MethodType(getattr(type(owner), name, of_old_class), owner)
+    return MethodType(method.__func__, owner)
 
 
 def _lif_dynamics(module: Any) -> tuple[float, float] | None:
@@ -294,9 +296,21 @@ def _lif_dynamics(module: Any) -> tuple[float, float] | None:
     return tau, input_gain
 
 
+def _learned(module: nn.Module, tau: float) -> dict[str, float]:
+    """What a neuron learns and DLIF does not, by name."""
+    parameters = dict(module.named_parameters(recurse=False))
+    found = {}
+    if type(module) is neuron.ParametricLIFNode:
+        found["tau"] = tau
+    for name in ("v_threshold", "v_reset"):
+        if name in parameters:
+            found[name] = _as_number(parameters[name])
+    return found
+
+
 def _settings(module: Any, scale: float = 1.0) -> dict[str, Any]:
     """Arguments that every neuron is built with, its threshold and reset divided by ``scale``."""
-    threshold, rest = map(_detached, _levels(module))
+    threshold, rest = map(_as_number, _levels(module))
     return {
         "v_threshold": threshold / scale,
         "v_reset": None if rest is None else rest / scale,
@@ -312,7 +326,8 @@ def _levels(module: Any) -> tuple[Any, Any]:
     return module.v_threshold, module.v_reset
 
 
-def _detached(value: Any) -> Any:
+def _as_number(value: Any) -> Any:
+    """A tensor of one element as a number; anything else as it is."""
     return float(value.detach()) if isinstance(value, Tensor) else value
 
 

@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-__all__ = ["HOST_NAMES", "Surrogate", "SurrogateKind"]
+__all__ = ["HOST_NAMES", "NEEDS_GRAPH", "Surrogate", "SurrogateKind"]
 
 SurrogateKind = Literal[
     "triangle", "atan", "sigmoid", "exponential", "soft_sign", "super_spike", "erf", "custom"
@@ -30,6 +30,12 @@ HOST_NAMES: dict[SurrogateKind, str] = {
 
 The CUDA text has a struct of each name, and the C++ text knows a kind by its place here.
 """
+
+NEEDS_GRAPH = (
+    "has trainable parameters, or may use some, being a function of Python and no nn.Module; only "
+    "backend='reference' computes their gradient"
+)
+"""Why no kernel runs a surrogate that ``needs_graph``, to follow its name."""
 
 
 @dataclass(frozen=True)

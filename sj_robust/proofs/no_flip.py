@@ -262,11 +262,12 @@ def _check_affine(name: str, change: Tensor, size: Tensor) -> None:
     """
     a, b, both, *faded = change.unbind(1)
     largest = size.amax((0, 1)) + LEAST_SHARE * change.abs().amax()
-    same = change[:, :3]
-    gaps = [both - (a + 2 * b), *(same - same[:1]).unbind(1)]
+    is_linear = is_rounding(both - (a + 2 * b), 3 * largest)
+    constant = change[:, :3]
+    is_constant = is_rounding(constant - constant[:1], largest)
     factors = along(_factors(len(a)).to(a), 0, a.ndim)
-    gaps += [currents - factors * a for currents in faded]
-    if not all(is_rounding(gap, 3 * largest) for gap in gaps):  # of up to three runs
+    is_of_its_frame = all(is_rounding(currents - factors * a, 3 * largest) for currents in faded)
+    if not (is_linear and is_constant and is_of_its_frame):
         raise _NotAffineError(name)
 
 

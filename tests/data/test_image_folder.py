@@ -179,6 +179,7 @@ def test_pictures_behind_links_are_read(folder, tmp_path):
     (folder / "train" / CLASSES[0] / "linked").symlink_to(elsewhere / "more")
     (elsewhere / "more" / "around").symlink_to(elsewhere)
     (folder / "train" / CLASSES[0] / "back").symlink_to(folder / "train")
+    (folder / "train" / CLASSES[0] / "top").symlink_to(folder)
     assert sizes(load(folder))[0] == before[0] + 1
 
 

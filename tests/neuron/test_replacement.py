@@ -185,7 +185,7 @@ WAYS = {
     "partial": (partial, lambda kept: kept),
     "method": (lambda node: node.forward, lambda kept: kept),
     "function": (lambda node: MethodType(twice, node), lambda kept: kept),
-    "tuple": (lambda node: Row([node, 1]), lambda kept: kept[isinstance(kept, Row) - 1]),
+    "tuple": (lambda node: Row([node, 1]), lambda kept: kept[0]),
     "cyclic": (cyclic, lambda kept: kept["self"]["node"]),
 }
 
@@ -193,9 +193,11 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_other_containers_have_the_new_neurons(way):
     net = Kept(*WAYS[way])
+    kind = type(net.kept)
     assert replace_neurons(net, T=3).replaced == {"node": "LIFNode"}
     net(torch.rand(3, 1, 4))
     assert net.node.time_step == 3
+    assert type(net.kept) is kind
 
 
 class LearnedWidth(nn.Module):
@@ -220,14 +222,24 @@ def test_a_surrogate_that_neurons_share_stays_shared_and_learns():
     assert net[1].surrogate_function is net[3].surrogate_function is shared
 
 
-def test_a_learned_threshold_is_frozen_and_a_tensor_is_refused():
+def with_threshold(threshold):
     net = nn.Sequential(neuron.LIFNode(step_mode="m"))
-    net[0].v_threshold = nn.Parameter(torch.tensor(0.8))
-    report = replace_neurons(net, T=2)
+    net[0].v_threshold = threshold
+    return net
+
+
+def test_a_learned_threshold_is_frozen():
+    report = replace_neurons(with_threshold(nn.Parameter(torch.tensor(0.8))), T=2)
     assert report.notes == {"0": "learnable v_threshold frozen at 0.8"}
-    per_channel = nn.Sequential(neuron.LIFNode(step_mode="m"))
-    per_channel[0].v_threshold = torch.tensor([0.8, 0.9])
-    assert "has several values" in replace_neurons(per_channel, T=2).skipped["0"]
+
+
+def test_a_neuron_with_several_thresholds_stays():
+    report = replace_neurons(with_threshold(torch.tensor([0.8, 0.9])), T=2)
+    assert "has several values" in report.skipped["0"]
+
+
+def test_a_threshold_of_dlif_is_a_number():
+    net = nn.Sequential(DLIFNode(T=2))
     net[0].v_threshold = torch.tensor(0.8)
     net(torch.rand(2, 1, 4))
     learned = nn.Parameter(torch.tensor(0.8))

@@ -224,16 +224,6 @@ def test_a_sequence_that_is_not_run_as_a_whole_stays_as_it_is():
         functional.reset_net(net)
         net(x)
 
-    shared = layer.AvgPool2d(2, step_mode="m")
-    pooled = nn.Sequential()
-    for _ in range(2):
-        part = nn.Sequential(DLIFNode(T=T), shared)
-        pooled.append(part)
-    assert list(fuse(pooled, run=lambda: pooled(x)).stages) == ["0.0", "1.0"]
-    assert pooled[0][0].node.time_step == 0
-    relu = nn.Sequential(layer.BatchNorm2d(3, step_mode="m"), nn.ReLU())
-    reasons = fuse(relu, run=lambda: relu[0](x)).skipped
-    assert reasons == {"0": "is followed by ReLU, not by a DLIFNode"}
     report = fuse(net.train(), run=run)
     assert not net.whole[0].norm.running_mean.any()
     net.eval()
@@ -246,6 +236,23 @@ def test_a_sequence_that_is_not_run_as_a_whole_stays_as_it_is():
     for module in net.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
+
+
+def test_sequences_that_share_a_member_run_as_a_whole():
+    shared = layer.AvgPool2d(2, step_mode="m")
+    pooled = nn.Sequential()
+    for _ in range(2):
+        part = nn.Sequential(DLIFNode(T=T), shared)
+        pooled.append(part)
+    x = torch.rand(T, 2, 3, 4, 4)
+    assert list(fuse(pooled, run=lambda: pooled(x)).stages) == ["0.0", "1.0"]
+    assert pooled[0][0].node.time_step == 0
+
+
+def test_where_nothing_could_be_joined_the_run_is_no_reason():
+    net = nn.Sequential(layer.BatchNorm2d(3, step_mode="m"), nn.ReLU())
+    reasons = fuse(net, run=lambda: net[0](torch.rand(T, 2, 3, 4, 4))).skipped
+    assert reasons == {"0": "is followed by ReLU, not by a DLIFNode"}
 
 
 @pytest.mark.parametrize(

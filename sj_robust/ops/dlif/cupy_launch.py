@@ -24,7 +24,7 @@ from sj_robust.ops.dlif.config import (
     import_failure,
     no_gpu_reason,
 )
-from sj_robust.ops.surrogate import HOST_NAMES, Surrogate
+from sj_robust.ops.surrogate import HOST_NAMES, NEEDS_GRAPH, Surrogate
 
 __all__ = [
     "LONGEST_SEQUENCE_IN_REGISTERS",
@@ -253,10 +253,7 @@ def _unusable_surrogate_reason(surrogate: Surrogate, device: torch.device) -> st
     if text is None:
         return f"the surrogate {name} has no CUDA code (cuda_codes)"
     if surrogate.needs_graph:
-        return (
-            f"the surrogate {name} has trainable parameters, whose gradient only "
-            "backend='reference' computes"
-        )
+        return f"the surrogate {name} {NEEDS_GRAPH}"
     if isinstance(surrogate.function, WritesCuda) and not surrogate.function.spiking:
         return (
             f"the surrogate {name} does not spike (spiking=False), and the kernel fires real spikes"

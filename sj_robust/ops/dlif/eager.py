@@ -18,7 +18,7 @@ from sj_robust.ops.dlif.config import (
     state_dtype,
 )
 from sj_robust.ops.heap import advise_huge_pages
-from sj_robust.ops.surrogate import Surrogate
+from sj_robust.ops.surrogate import NEEDS_GRAPH, Surrogate
 
 __all__ = ["backward", "forward", "unsupported_reason"]
 
@@ -30,10 +30,7 @@ _CPU_BLOCK_LIMIT = 1 << 24  # per block, however many threads
 def unsupported_reason(x_seq: Tensor, surrogate: Surrogate) -> str | None:
     """Why this call cannot run here, or None."""
     if surrogate.needs_graph:
-        return (
-            "the surrogate has trainable parameters, or may use some, being a function of Python "
-            "and no nn.Module; only backend='reference' computes their gradient"
-        )
+        return f"the surrogate {NEEDS_GRAPH}"
     return None
 
 
