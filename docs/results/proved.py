@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean as mean  # sum would round as the release of Python does
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -313,11 +314,6 @@ def measured_layers(
 def percent(holds: Tensor) -> float:
     """Share of the images, in per cent."""
     return round(100 * float(holds.double().mean()), 1)
-
-
-def mean(values: Sequence[float]) -> float:
-    """Mean."""
-    return sum(values) / len(values)
 
 
 def write_page(name: str) -> None:

@@ -7,6 +7,7 @@ from torch.nn.parameter import UninitializedParameter
 from sj_robust.core.host import base
 from sj_robust.defences.node import Bounded, PerNeuron
 from sj_robust.defences.penalty import ForwardPasses, Penalty
+from sj_robust.ops.limits import at_least, at_most
 
 __all__ = ["GateRates", "StochasticGate"]
 
@@ -99,7 +100,7 @@ class StochasticGate(PerNeuron, base.StepModule, Bounded):
 
     def _passed(self, spikes: Tensor) -> Tensor:
         self.materialize("rate", tuple(spikes.shape[1:]), _MOST, spikes)
-        p = self.rate.clamp(_LEAST, _MOST)
+        p = at_most(at_least(self.rate, _LEAST), _MOST)
         u = torch.rand(
             spikes.shape,
             generator=self.generator,

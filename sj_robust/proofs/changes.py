@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sj_robust.core.broadcast import along
+from sj_robust.ops.limits import at_least
 
 __all__ = [
     "Changes",
@@ -100,8 +101,8 @@ class Changes:
         """Of the elements times a factor that is broadcast to them; None if it makes them more."""
         if (self.frame * factor).shape != self.frame.shape:
             return None
-        rising = factor.clamp(min=0)
-        falling = (-factor).clamp(min=0)
+        rising = at_least(factor, 0.0)
+        falling = at_least(-factor, 0.0)
         up = []
         down = []
         for rise, fall in zip(self.up, self.down, strict=True):
@@ -113,8 +114,8 @@ class Changes:
         """How far weighted sums [R, *] of all elements of samples fall in each of the changes that
         lower them most, [R, changes]; ``samples`` are their numbers [R].
         """
-        rising = weights.clamp(min=0)
-        falling = (-weights).clamp(min=0)
+        rising = at_least(weights, 0.0)
+        falling = at_least(-weights, 0.0)
         every = []
         for up, down in zip(self.up, self.down, strict=True):
             found = rising * down[samples] + falling * up[samples]
@@ -348,8 +349,8 @@ def _is_binary(changes: Tensor) -> bool:
 
 def _rise(up: Tensor, down: Tensor, weight: Tensor) -> Tensor:
     """The most by which values that rise by ``up`` or fall by ``down`` raise a weighted sum."""
-    rising = weight.clamp(min=0)
-    falling = (-weight).clamp(min=0)
+    rising = at_least(weight, 0.0)
+    falling = at_least(-weight, 0.0)
     return up * rising + down * falling
 
 

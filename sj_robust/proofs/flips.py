@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sj_robust.ops.limits import at_least
 from sj_robust.proofs.changes import Changes, frame_numbers
 from sj_robust.proofs.spiking import Interval
 
@@ -67,7 +68,7 @@ class Flips:
         """How far a change of each value lowers sums with weights [R, T, *] of frames [1, T, *]."""
         if self.counts:
             return torch.where(weights < 0, -weights, weights * (frames > 0))
-        return (weights * (2 * frames - 1)).clamp(min=0)
+        return at_least(weights * (2 * frames - 1), 0.0)
 
     def times(self, frames: Tensor, weights: Tensor) -> Tensor:
         """How often each value can be changed so, [R, T, *]."""

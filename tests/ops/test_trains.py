@@ -309,6 +309,7 @@ def test_gradients_of_weights_are_finite_differences(T, kept):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck of torch 2.15
 def test_torch_knows_the_operators():
     currents, numbers, windows = random_steps("four steps", M=5)
     given = [getattr(currents, field.name) for field in fields(Currents)]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sj_robust.ops.limits import at_least, at_most
 from sj_robust.ops.recurrence import charge
 from sj_robust.ops.trains.config import (
     STEP_PARTS,
@@ -595,7 +596,7 @@ class _TrainedPast:
         """Largest potential at t from that at k - 1, where there was no spike, and what was
         charged since.
         """
-        silent = before.clamp(max=self.neuron.threshold)
+        silent = at_most(before, self.neuron.threshold)
         kept = self.powers[t - k + 1] * silent
         return kept + self._of_window(k, t).high
 
@@ -644,7 +645,7 @@ class _TrainedPast:
         threshold = self.neuron.threshold
         least = torch.where(reached, cases.low, torch.inf).amin(0)
         most = torch.where(reached, cases.high, -torch.inf).amax(0)
-        return _Ends(least.clamp(min=threshold) - threshold, most - threshold)
+        return _Ends(at_least(least, threshold) - threshold, most - threshold)
 
     def _counted(self, fires: Tensor, some: Tensor) -> _Ends:
         """Bounds of the number of spikes with one more; ``some`` neurons can have it."""

@@ -1,0 +1,28 @@
+"""Limits of values, with the gradient at the limit itself that of the value."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["at_least", "at_most"]
+
+
+def at_least(x: Tensor, limit: float) -> Tensor:
+    """Equation: ``max(x, limit)``, whose gradient is 1 where x is the limit.
+
+    That of ``clamp`` is 1 there in torch 2.13, but 0 in torch 2.15, where a parameter at its limit
+    would never leave it.
+
+    Examples:
+        >>> x = torch.tensor([-1.0, 0.0, 1.0], requires_grad=True)
+        >>> at_least(x, 0.0).sum().backward()
+        >>> x.grad
+        tensor([0., 1., 1.])
+    """
+    return torch.where(x < limit, limit, x)
+
+
+def at_most(x: Tensor, limit: float) -> Tensor:
+    """Equation: ``min(x, limit)``, whose gradient is 1 where x is the limit; see
+    :func:`at_least`.
+    """
+    return torch.where(x > limit, limit, x)
