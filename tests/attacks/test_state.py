@@ -288,7 +288,7 @@ def test_a_network_that_may_wait_is_copied_saved_compiled_and_exported_as_before
     wanted = model(x)
     copies = [deepcopy(model), pickle.loads(pickle.dumps(model))]
     if Version(torch.__version__).release[:2] > (2, 8):  # which cannot follow SpikingJelly's reset
-        gc.collect()  # SpikingJelly's table of networks must not shrink while torch.compile reads it
+        gc.collect()  # SpikingJelly's table of networks must not shrink while torch compiles
         copies.append(torch.compile(model, fullgraph=True, backend="eager"))
     for copied in copies:
         assert torch.equal(copied(x), wanted)
