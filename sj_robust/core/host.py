@@ -1,6 +1,7 @@
 """Bridge to SpikingJelly 0.0.0.0.14 and 2.x: the only file that checks which one is installed."""
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -8,13 +9,18 @@ from typing import Any
 
 import torch
 import torch.overrides
-from spikingjelly import configure
-from spikingjelly.activation_based import base, functional, layer, neuron, quantize, surrogate
 from torch import nn
 from torch.utils import _python_dispatch
 
 from sj_robust.core.preserved import preserved
 from sj_robust.core.random_numbers import seeded_network
+
+with (
+    warnings.catch_warnings()
+):  # 0.0.0.0.14 compiles its helpers at once; torch 2.15 tells its users
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+    from spikingjelly import configure
+    from spikingjelly.activation_based import base, functional, layer, neuron, quantize, surrogate
 
 # 2.x describes every stateful module by explicit states; 0.0.0.0.14 does not know the word.
 _HAS_EXPLICIT_STATES = hasattr(base.MemoryModule, "functional_forward")
