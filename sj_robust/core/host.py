@@ -15,7 +15,7 @@ from torch.utils import _python_dispatch
 from sj_robust.core.preserved import preserved
 from sj_robust.core.random_numbers import seeded_network
 
-with warnings.catch_warnings():  # 0.0.0.0.14 compiles its helpers; torch 2.15 tells its users
+with warnings.catch_warnings():  # 0.0.0.0.14 uses torch.jit.script, of which torch 2.15 warns
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
     from spikingjelly import configure
     from spikingjelly.activation_based import base, functional, layer, neuron, quantize, surrogate

@@ -11,6 +11,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from sj_robust.ops.limits import at_least
+
 __all__ = ["HOST_NAMES", "NEEDS_GRAPH", "Surrogate", "SurrogateKind"]
 
 SurrogateKind = Literal[
@@ -137,8 +139,9 @@ class Surrogate:
         if self.kind == "triangle":
             fall = z.abs_() if alpha == 1.0 else z.abs_().mul_(alpha * alpha)
             top = torch.full((), alpha, dtype=z.dtype, device=z.device)
-            out = None if fall.requires_grad else fall
-            return torch.sub(top, fall, out=out).clamp_min_(0.0)
+            if fall.requires_grad:
+                return at_least(top - fall, 0.0)
+            return torch.sub(top, fall, out=fall).clamp_min_(0.0)
         if self.kind == "atan":
             return (alpha / 2) / z.mul_(math.pi / 2 * alpha).square_().add_(1)
         if self.kind == "sigmoid":

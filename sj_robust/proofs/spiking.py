@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sj_robust.neuron.charging import Neuron
+from sj_robust.ops.limits import at_most
 from sj_robust.ops.recurrence import charge, fire
 from sj_robust.proofs.rounding import (
     NoBoundsError,
@@ -218,10 +219,10 @@ class Spiking(ABC):
         undecided = spikes.high - sure
         if self.soft:
             fired_low = h.low - self.threshold
-            either_low = h.low.clamp(max=self.below - self.threshold)
+            either_low = at_most(h.low, self.below - self.threshold)
             low = sure * fired_low + undecided * either_low + silent * h.low
             fired_high = h.high - self.threshold
-            silent_high = h.high.clamp(max=self.above)
+            silent_high = at_most(h.high, self.above)
             either_high = torch.maximum(silent_high, fired_high)
             high = sure * fired_high + undecided * either_high + silent * silent_high
             return Interval(low, high)

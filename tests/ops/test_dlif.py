@@ -417,6 +417,17 @@ def test_second_derivative_of_every_surrogate(kind):
     assert torch.autograd.gradcheck(gradient, (x,))
 
 
+def test_second_derivative_at_rest_is_that_of_spikingjelly():
+    """A neuron without input is where the triangle meets zero: neither 0 nor by torch's release."""
+    slopes = []
+    for function in (Surrogate("triangle", alpha=1.0).spike, host.PiecewiseQuadratic(1.0)):
+        z = torch.full((3,), -1.0, requires_grad=True)
+        (found,) = torch.autograd.grad(function(z).sum(), z, create_graph=True)
+        slopes.append(torch.autograd.grad(found.sum(), z)[0])
+    assert slopes[0].tolist() == [1.0, 1.0, 1.0]
+    assert torch.equal(*slopes)
+
+
 def test_second_derivative_is_refused_not_wrong(backend):
     x = torch.randn(3, 4, requires_grad=True)
     spikes, _, _ = dlif_multi_step(x, torch.ones(3), decay=0.9, backend=backend)

@@ -17,8 +17,9 @@ from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.proofs import verify
 from sj_robust.proofs.differentiable import DifferentiableBounds, batch_statistics
 from sj_robust.proofs.flips import Flips
+from sj_robust.proofs.logits import bounded_neurons
 from sj_robust.proofs.relaxation import Maps
-from sj_robust.proofs.spiking import RealSpiking
+from sj_robust.proofs.spiking import Interval, LayerBounds, RealSpiking
 
 
 def test_how_a_network_that_brings_its_steps_is_called_is_asked_in_the_first_batch_alone(
@@ -33,6 +34,20 @@ def test_how_a_network_that_brings_its_steps_is_called_is_asked_in_the_first_bat
     assert_close(bounds.lead(x, y, 0.1), first)
     assert model.convention.takes == "images"
     assert not asked
+
+
+def test_gradient_of_a_soft_reset_at_a_potential_of_exactly_zero():
+    """The low end of an undecided neuron that no current of its own sign reached."""
+    node = neuron.IFNode(step_mode="m", v_reset=None)
+    model = SpikingClassifier(nn.Sequential(nn.Linear(2, 3), node), T=2)
+    (found,) = bounded_neurons(model).values()
+    spiking = RealSpiking(found, LayerBounds())
+    low = torch.tensor([-0.5, 0.0, 0.5], requires_grad=True)
+    undecided = Interval(torch.zeros(3), torch.ones(3))
+    v = spiking.reset(Interval(low, torch.full((3,), 1.5)), undecided)
+    assert v.low.tolist() == [-0.5, 0.0, 0.0]
+    (gradient,) = torch.autograd.grad(v.low.sum(), low)
+    assert gradient.tolist() == [1.0, 1.0, 0.0]
 
 
 def test_dropout_is_left_out_and_what_feeds_a_neuron_twice_is_bounded_once():
