@@ -1,4 +1,4 @@
-"""Limits of values, with the gradient at the limit itself that of the value."""
+"""Limits that pass the gradient on where a value is exactly at the limit."""
 
 import torch
 from torch import Tensor

@@ -418,7 +418,7 @@ def test_second_derivative_of_every_surrogate(kind):
 
 
 def test_second_derivative_at_rest_is_that_of_spikingjelly():
-    """A neuron without input is where the triangle meets zero: neither 0 nor by torch's release."""
+    """Without input, a potential lies exactly where the triangle reaches zero."""
     slopes = []
     for function in (Surrogate("triangle", alpha=1.0).spike, host.PiecewiseQuadratic(1.0)):
         z = torch.full((3,), -1.0, requires_grad=True)

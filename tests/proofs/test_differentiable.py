@@ -37,7 +37,7 @@ def test_how_a_network_that_brings_its_steps_is_called_is_asked_in_the_first_bat
 
 
 def test_gradient_of_a_soft_reset_at_a_potential_of_exactly_zero():
-    """The low end of an undecided neuron that no current of its own sign reached."""
+    """Without a charge, the low end lies exactly at the limit, and its gradient passes."""
     node = neuron.IFNode(step_mode="m", v_reset=None)
     model = SpikingClassifier(nn.Sequential(nn.Linear(2, 3), node), T=2)
     (found,) = bounded_neurons(model).values()
