@@ -89,10 +89,13 @@ class OrthogonalEncoder(base.MemoryModule):
 
     def kernel(self, t: int) -> Tensor:
         """O[t], [d, d]."""
-        skew = self.skew[t] - self.skew[t].T
+        precise = torch.promote_types(self.skew.dtype, torch.float32)  # of which systems are solved
+        matrix = self.skew[t].to(precise)
+        skew = matrix - matrix.T
         one = torch.eye(len(skew), dtype=skew.dtype, device=skew.device)
         turned: Tensor = torch.linalg.solve(one + skew, one - skew)  # the factors commute
-        return self.start[t].to(skew.dtype).unsqueeze(1) * turned
+        kernel = self.start[t].unsqueeze(1) * turned
+        return kernel.to(self.skew.dtype)
 
     def turned(self, images: Tensor, t: int) -> Tensor:
         """The difference of an image from grey under the kernel of a step, ``frame[t] - c``."""

@@ -101,6 +101,16 @@ def test_kernels_turn_patches_as_the_equation_says():
     assert torch.equal(found[4], found[0])  # the kernels begin again
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_are_solved_in_float32_in_networks_of_half_precision(dtype):
+    encoder = random_kernels().to(dtype)
+    x = images().to(dtype)
+    found = frames(encoder, x, 4)
+    assert found.dtype == dtype
+    expected = frames(encoder.float(), x.float(), 4)
+    assert_close(found.float(), expected, rtol=0.0, atol=0.02)
+
+
 def test_kernels_begin_mutually_orthogonal_and_with_the_identity():
     encoder = OrthogonalEncoder((2, 4, 4), T=4, patch=2)
     kernels = torch.stack([encoder.kernel(t) for t in range(4)])
