@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["at_least", "at_most"]
+__all__ = ["at_least", "at_most", "by_sign"]
 
 
 def at_least(x: Tensor, limit: float) -> Tensor:
@@ -26,3 +26,18 @@ def at_most(x: Tensor, limit: float) -> Tensor:
     :func:`at_least`.
     """
     return torch.where(x > limit, limit, x)
+
+
+def by_sign(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Equation: ``max(x, 0)`` and ``min(x, 0)``, whose sum is x, and so is its gradient: where x is
+    0, the first has gradient 1 and the second 0.
+
+    Examples:
+        >>> x = torch.tensor([-1.0, 0.0, 1.0], requires_grad=True)
+        >>> positive, negative = by_sign(x)
+        >>> (3 * positive + 5 * negative).sum().backward()
+        >>> x.grad
+        tensor([5., 3., 3.])
+    """
+    is_negative = x < 0
+    return x.masked_fill(is_negative, 0.0), x.masked_fill(~is_negative, 0.0)

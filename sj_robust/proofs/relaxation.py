@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sj_robust.core.broadcast import along
 from sj_robust.neuron.charging import Neuron
-from sj_robust.ops.limits import at_least, at_most
+from sj_robust.ops.limits import by_sign
 from sj_robust.proofs.bounds import BoundedRun, Layout, by_row, laid_out, pulled_back
 from sj_robust.proofs.moves import Events
 from sj_robust.proofs.opened import counts
@@ -876,8 +876,7 @@ class _Walk:
         upper bound.
         """
         current = self.run.stages[number].current
-        over = at_most(weights, 0.0)
-        under = at_least(weights, 0.0)
+        under, over = by_sign(weights)
         upper = self._of_samples(current.upper, number)
         self.add(self._by_row(over * pooling(upper), number))
         lower = self._of_samples(current.lower, number)
@@ -909,8 +908,7 @@ class _Walk:
         rise = high.relu() - low.relu()
         slope_above = torch.where(high > low, rise / (high - low), slope_below)
         height_above = low.relu() - slope_above * low
-        under = at_least(weights, 0.0)
-        over = at_most(weights, 0.0)
+        under, over = by_sign(weights)
         self.add(self._by_row(over * height_above, number))
         on_current = under * slope_below + over * slope_above
         self.through(number, on_current, self._of_samples(current.error, number))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sj_robust.ops.limits import at_least, at_most
+from sj_robust.ops.limits import by_sign
 from sj_robust.ops.trains.config import Constants, StepBounds, Trains, Windows
 from sj_robust.ops.trains.operator import BoundsBackend, in_float32, train_sums
 from sj_robust.proofs.rounding import charge_rounding, reset_rounding, within_float32
@@ -36,8 +36,7 @@ def weighted_sums(weights: Tensor, parts: Interval) -> Interval:
     """Bounds of ``sum_t weights[f, t] x[t]`` if every step is bounded alone: [F, *] for parts
     [T, *].
     """
-    up = at_least(weights, 0.0)
-    down = at_most(weights, 0.0)
+    up, down = by_sign(weights)
     shape = parts.low.shape[1:]
     flat = parts.each(lambda end: end.flatten(1))
     least = up @ flat.low + down @ flat.high

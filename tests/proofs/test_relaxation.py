@@ -37,6 +37,7 @@ from sj_robust.proofs.logits import bounded_logits
 from sj_robust.proofs.relaxation import Maps, RelaxedRun, minimum
 from sj_robust.proofs.spiking import Interval
 from sj_robust.proofs.verification import _checked
+from sj_robust.proofs.windows import weighted_sums
 
 METHODS = ("ibp", "joint", "crown", "bab", "mip")
 
@@ -668,6 +669,16 @@ def test_a_maximum_hangs_on_the_value_whose_lower_bound_is_the_largest():
     y = torch.tensor([0])
     assert verify(model, x, y, 0.2, method="ibp").verified == (False,)
     assert verify(model, x, y, 0.2, method="crown").verified == (True,)
+
+
+@pytest.mark.parametrize("weight", [-0.5, 0.0, 0.5])
+def test_the_slope_of_a_sum_along_a_weight_is_one_of_the_ends_also_at_zero(weight):
+    weights = torch.tensor([[weight]], requires_grad=True)
+    ends = Interval(torch.tensor([[2.0]]), torch.tensor([[3.0]]))
+    for end in ("low", "high"):
+        sums = getattr(weighted_sums(weights, ends), end)
+        (slope,) = torch.autograd.grad(sums.sum(), weights)
+        assert slope.item() in (2.0, 3.0)
 
 
 def test_a_row_that_is_proved_stays_as_it_is_however_long_others_take():

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sj_robust.ops.limits import at_least, at_most
+from sj_robust.ops.limits import at_least, at_most, by_sign
 from sj_robust.ops.recurrence import charge
 from sj_robust.ops.trains.config import (
     STEP_PARTS,
@@ -388,8 +388,7 @@ def train_sums(weights: Tensor, trains: Trains, windows: Windows) -> tuple[Tenso
         first = trains.first[index]
         last = trains.last[index]
         least, most = chain_sums(weights, trains.spikes, first, last)
-        up = weights.clamp(min=0)
-        down = weights.clamp(max=0)
+        up, down = by_sign(weights)
         sure = trains.sure[:steps, index]
         possible = trains.possible[:steps, index]
         least = torch.maximum(least, up @ sure + down @ possible)
