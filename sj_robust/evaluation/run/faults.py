@@ -42,6 +42,8 @@ class Fault:
     | ``first_steps`` | steps | the output is read after this many of the T steps |
     | ``jitter`` | sigma, or frames | normal noise, clamped to [0, 1]; events move by at most this |
 
+    In a transposed convolution, ``weight_bits`` is per input channel.
+
     Attributes:
         kind: Name of the fault.
         level: Its level, see the table.
@@ -373,8 +375,8 @@ FAULTS: dict[str, tuple[float, ...]] = {name: kind.levels for name, kind in _KIN
 
 
 def _weights(model: nn.Module) -> list[Tensor]:
-    """Weights of synapses: parameters of two dimensions or more, output channels first, but for
-    those of neurons, their gates and encoders.
+    """Weights of synapses: parameters of two dimensions or more, output channels first (input
+    channels in transposed convolutions), but for those of neurons, their gates and encoders.
     """
     found: dict[int, Tensor] = {}
     for name, module in _outside_neurons(model):
