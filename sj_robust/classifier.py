@@ -482,9 +482,8 @@ class PoissonEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Spikes of one time step, in the shape and dtype of ``images``."""
-        uniform = torch.rand(
-            images.shape, generator=self.generator, dtype=images.dtype, device=images.device
-        )
+        # torch.rand with generator=None does not compile for shapes that change
+        uniform = images.new_empty(images.shape).uniform_(generator=self.generator)
         spikes = (uniform <= images).to(images.dtype)
         return spikes + (images - images.detach()) if images.requires_grad else spikes
 

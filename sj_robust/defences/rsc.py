@@ -78,9 +78,8 @@ class SmoothingEncoder(base.MemoryModule):
                 f"{tuple(images.shape)}: call functional.reset_net(net) before another batch"
             )
         if noise is None or not self.shared:
-            noise = torch.randn(
-                images.shape, generator=self.generator, dtype=images.dtype, device=images.device
-            )
+            # torch.randn with generator=None does not compile for shapes that change
+            noise = images.new_empty(images.shape).normal_(generator=self.generator)
         if self.shared:
             self.noise = noise
         return images + self.std * noise

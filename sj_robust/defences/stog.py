@@ -101,12 +101,8 @@ class StochasticGate(PerNeuron, base.StepModule, Bounded):
     def _passed(self, spikes: Tensor) -> Tensor:
         self.materialize("rate", tuple(spikes.shape[1:]), _MOST, spikes)
         p = at_most(at_least(self.rate, _LEAST), _MOST)
-        u = torch.rand(
-            spikes.shape,
-            generator=self.generator,
-            dtype=p.dtype,
-            device=p.device,
-        )
+        # torch.rand with generator=None does not compile for shapes that change
+        u = p.new_empty(spikes.shape).uniform_(generator=self.generator)
         logistic = (1 - u).logit(eps=1e-6)
         scaled = (p.logit() + logistic) / self.temperature
         relaxed = scaled.sigmoid()

@@ -109,12 +109,8 @@ class _Noise(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         if self.std == 0 or not (self.training or self.at_test):
             return h
-        noise = torch.randn(
-            h.shape,
-            generator=self.generator,
-            dtype=h.dtype,
-            device=h.device,
-        )
+        # torch.randn with generator=None does not compile for shapes that change
+        noise = h.new_empty(h.shape).normal_(generator=self.generator)
         return h + self.std * noise
 
     def extra_repr(self) -> str:

@@ -203,8 +203,8 @@ class Evaluation:
 
     Raises:
         ValueError: If there are no images, a variant has no row of the clean images, that of the
-            first one is not of all images, rows contradict each other, or an index does not belong
-            to an image.
+            first one is not of all images, rows contradict each other, an index does not belong to
+            an image, or an error probability is none.
     """
 
     name: str
@@ -581,6 +581,10 @@ class Evaluation:
         if row.seen and not (min(row.seen) >= 0 and max(row.seen) < total):
             raise ValueError(
                 f"numbers of images must be from 0 to {total - 1}, got {max(row.seen)}"
+            )
+        if not isinstance(row.alpha, int | float) or not 0 <= row.alpha < 1:
+            raise ValueError(
+                f"alpha of {row.member!r} must be a probability below 1, got {row.alpha!r}"
             )
         if not frozenset(row.outside) <= frozenset(row.fell) <= frozenset(row.seen):
             raise ValueError(f"{row.member!r} must fool images that it attacked")

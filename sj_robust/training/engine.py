@@ -7,14 +7,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sj_robust.attacks import Attack
-from sj_robust.core.preserved import preserved
+from sj_robust.classifier import SpikingClassifier
+from sj_robust.core.preserved import evaluation_mode, preserved
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.data import ImageSplits, ShuffledBatches
 from sj_robust.models.checkpoint import load_run
+from sj_robust.proofs import verify
+from sj_robust.proofs.soundness import UnprovableError
 from sj_robust.training._run import NonFiniteLossError, TrainingRun, check_outputs
 from sj_robust.training.batch_norm import synchronised_batch_norm
 from sj_robust.training.compilation import compiled
@@ -152,6 +155,30 @@ def check_training(
         if attack is not None:
             with preserved(objective.classifier):
                 attack(objective.classifier, image, label, generator=SampleSeeds([0]))
+    if plan.verified_eps is not None:
+        _check_provable(objective.classifier, image, label, plan, plan.verified_eps)
+
+
+def _check_provable(
+    classifier: SpikingClassifier, image: Tensor, label: Tensor, plan: TrainingPlan, eps: float
+) -> None:
+    """Refuse a network of which the validation could prove nothing."""
+    try:
+        with preserved(classifier), evaluation_mode(classifier):
+            verify(
+                classifier,
+                image,
+                label,
+                eps,
+                norm=plan.verified_norm,
+                largest_shift=plan.verified_shift,
+                counts=plan.verified_counts,
+                method=plan.verified_method,
+            )
+    except (NotImplementedError, UnprovableError) as error:
+        raise ValueError(
+            f"{error}; for such a network, select another accuracy than 'verified'"
+        ) from error
 
 
 def _check_use(objective: Objective, plan: TrainingPlan, accelerator: Accelerator) -> None:

@@ -13,8 +13,15 @@ from spikingjelly.activation_based import functional, layer
 from torch import nn
 
 from sj_robust import DLIFNode, SpikingClassifier, evaluate, verify
+from sj_robust.classifier import PoissonEncoder
 from sj_robust.core.randomness import SampleSeeds, seeded_globals
-from sj_robust.defences import EvolvingLeakNode, HomeostaticNode, NoisyLIFNode, StochasticGate
+from sj_robust.defences import (
+    EvolvingLeakNode,
+    HomeostaticNode,
+    NoisyLIFNode,
+    SmoothingEncoder,
+    StochasticGate,
+)
 from sj_robust.estimators import estimator
 from sj_robust.evaluation import from_checkpoint
 from sj_robust.models import NetworkSpec, build_classifier
@@ -103,6 +110,23 @@ def test_a_network_draws_only_where_its_defence_does(kind):
     if kind in RANDOM:
         with pytest.raises(ValueError, match=r"draws random numbers.*--draws 10"):
             evaluate(model, images(), torch.arange(4), eps=0.1, suite="fast", draws=1)
+
+
+@pytest.mark.filterwarnings("default")  # torch warns of its own attributes
+@pytest.mark.parametrize("build", [NoisyLIFNode, StochasticGate, SmoothingEncoder, PoissonEncoder])
+def test_what_draws_compiles_for_batches_of_any_size(build):
+    """As it draws without being compiled."""
+    module = build()
+    module(torch.rand(2, 5))  # finds its shapes
+    functional.reset_net(module)
+    compiled = torch.compile(module, backend="eager")
+    for size in (8, 5, 3):
+        x = torch.rand(size, 5)
+        outputs = []
+        for run in (module, compiled):
+            functional.reset_net(module)
+            outputs.append(seeded(run, x))
+        assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("kind", KINDS)

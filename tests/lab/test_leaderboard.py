@@ -148,10 +148,10 @@ def test_what_is_no_report_is_passed_over(folder):
 
 
 def test_names_are_text_in_markdown(folder):
-    replace(report(), name="a <b>\n## c | d").save("runs/a/report.json")
+    replace(report(), name="a <b>\n## c | d [e](f)").save("runs/a/report.json")
     make_leaderboard(["runs/a"], folder / "board", USUAL)
     text = (folder / "board" / "leaderboard.md").read_text()
-    assert "| a &lt;b&gt; ## c \\| d<br>" in text
+    assert "| a &lt;b&gt; ## c \\| d \\[e](f)<br>" in text
 
 
 def test_a_changed_report_is_named(folder, capsys):

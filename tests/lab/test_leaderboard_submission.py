@@ -8,14 +8,19 @@ import pytest
 import torch
 from evaluation.reports import member, proof, report
 from lab.evaluating import read_once
-from lab.leaderboard.submission import check_report, checklist, take
+from lab.leaderboard.again import compared
+from lab.leaderboard.check import checklist
+from lab.leaderboard.submission import check_report, take
+from lab.leaderboard.tables import make_leaderboard
 from spikingjelly.activation_based import neuron
 from torch import nn
 
+from sj_robust import SpikingClassifier
 from sj_robust.attacks import ThreatModel
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.core.environment import environment
 from sj_robust.data import image_loader, load_images
+from sj_robust.defences import SmoothingEncoder
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.assess import assess
 from sj_robust.evaluation.request import Request
@@ -65,8 +70,9 @@ def test_another_network_than_the_reports_is_found(tmp_path):
     found = marks(checks)
     assert found["network"] is None  # another commit
     assert found["T, number of parameters, neurons"] is False
-    assert found["attack again"] is False
-    with pytest.raises(ValueError, match=r"is refused: .*attack again: PGD-20 breaks \d+ of \d+"):
+    assert found["clean predictions"] is False
+    assert found["attack again"] is None
+    with pytest.raises(ValueError, match=r"is refused: .*clean predictions: \d+ of \d+ as the"):
         take(right, checks, tmp_path)
     alike = from_checkpoint(pretrained_file("digits/dlif-at-mppd"))
     checks = check_report(SHIPPED, alike)
@@ -165,6 +171,36 @@ def test_a_proof_of_what_falls_is_refused(saved):
     assert found["bracket"] is True
     assert found["attack again"] is False
     assert "of them proved" in checklist(checks)
+    assert found["proofs again"] is False
+
+
+def test_attacks_that_are_said_to_break_nothing_are_made_again(saved):
+    """Random images are attacked as a suite does, on an undefended network."""
+    honest = Report.load(SHIPPED.with_name("lif.json"))
+    right = honest.standing("clean")
+    rows = [
+        replace(row, seen=sorted(right), fell=(), outside=()) if row.attacks else row
+        for row in honest.of(honest.main)
+    ]
+    forged = replace(honest, rows=rows)
+    assert forged.everything.correct == forged.clean.correct
+    checks = check_report(saved(forged))
+    assert marks(checks)["attack again"] is False
+    assert "attack again: the suite fast breaks " in checklist(checks)
+
+
+def test_no_proof_of_a_suite_may_err(saved, tmp_path):
+    """A proof that may be wrong could cover what the attacks of its report break."""
+    shipped = Report.load(SHIPPED)
+    broken = shipped.standing("clean") - shipped.standing("everything")
+    (all_proved,) = (row for row in shipped.of(shipped.main) if row.kind == "proof")
+    left = sorted(set(all_proved.seen) - broken)
+    rows = [row for row in shipped.rows if row is not all_proved]
+    forged = replace(shipped, rows=(*rows, replace(all_proved, fell=left, alpha=0.001)))
+    (check,) = check_report(saved(forged))
+    assert "alpha of verify must be 0, since no member of a suite may err, got 0.001" in check.text
+    with pytest.raises(ValueError, match=r"report.json: alpha of verify must be 0"):
+        make_leaderboard([str(tmp_path)], tmp_path / "board", {})
 
 
 def test_what_was_not_measured_is_no_good_sign(saved):
@@ -240,7 +276,7 @@ def test_names_of_modules_are_those_of_a_release(saved):
 
 
 @pytest.mark.parametrize(
-    ("draws", "wrong", "passed"), [(1, 10, True), (1, 12, False), (5, 12, True)]
+    ("draws", "wrong", "passed"), [(1, 10, True), (1, 12, False), (5, 12, False)]
 )
 def test_few_clean_predictions_may_differ(saved, draws, wrong, passed):
     shipped = Report.load(SHIPPED)
@@ -250,6 +286,45 @@ def test_few_clean_predictions_may_differ(saved, draws, wrong, passed):
     rows = [clean, *(without_images(row, more) for row in rows)]
     found = marks(check_report(saved(replace(shipped, rows=rows, draws=draws))))
     assert found["clean predictions"] is passed
+
+
+@pytest.mark.parametrize(("draws", "passed"), [(1, False), (10, True)])
+def test_whether_a_network_draws_is_seen_and_not_believed(draws, passed):
+    trained = pretrained("digits/lif")
+    model = SpikingClassifier(trained.net, T=trained.T, encoder=SmoothingEncoder(0.2))
+    subject = Subject("mine", model.eval(), "with noise")
+    data = read_once(load_images("digits", test_limit=50).test, 50)
+    one = replace(report(right=range(47), total=50), draws=draws)
+    found = marks(list(compared(one, subject, data)))
+    assert found["draws"] is passed
+    assert found["clean predictions"] is True
+
+
+def test_a_network_that_carries_state_is_a_failed_check():
+    trained = pretrained("digits/lif")
+
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return trained(x) * (-1) ** self.calls
+
+    data = read_once(load_images("digits", test_limit=50).test, 50)
+    *_, last = compared(report(total=50), Subject("mine", Counting(), "counting"), data)
+    assert last.passed is False
+    assert "carries state from one forward into the next" in last.text
+
+
+@pytest.mark.parametrize("error", [TypeError, AssertionError, IndexError, KeyError])
+def test_a_network_that_fails_is_a_failed_check(saved, error):
+    class Failing(nn.Module):
+        def forward(self, x):
+            raise error("not these")
+
+    *_, last = check_report(saved(Report.load(SHIPPED)), Subject("mine", Failing(), "none"))
+    assert last.passed is False
+    assert f"it does not take the images of the report ({error.__name__}: " in last.text
 
 
 def without_images(row, numbers):

@@ -17,6 +17,7 @@ from training import small_run
 from training.small_run import At, PowerCutError, power_cut
 
 from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust.defences import StochasticGate
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.proofs import differentiable, verify
 from sj_robust.proofs.bounds import BoundedRun
@@ -170,6 +171,14 @@ def test_what_it_cannot_train_is_refused_before_it_starts():
     message = r"no bounds are known for the operation sin in or behind 2.1 .Wave."
     with pytest.raises(ValueError, match=message):
         check(certified(unbounded()), select="verified", verified_eps=EPS)
+    message += ".*; for such a network, select another accuracy than 'verified'"
+    with pytest.raises(ValueError, match=message):
+        check(Objective(SpikingClassifier(unbounded(), T=3)), select="verified", verified_eps=EPS)
+    drawing = SpikingClassifier(
+        nn.Sequential(small_run.Net(0.0), StochasticGate(step_mode="m")), T=3
+    )
+    with pytest.raises(ValueError, match="select another accuracy than 'verified'"):
+        check(Objective(drawing), select="verified", verified_eps=EPS)
     with pytest.raises(ValueError, match="compile must be False for certified training"):
         check(certified(), compile=True)
     half = SimpleNamespace(num_processes=1, mixed_precision="fp16")

@@ -69,14 +69,14 @@ class Stored:
 
 
 def disputes(reports: Sequence[Report]) -> frozenset[int]:
-    """Images that one report about a network proves, without error probability, and that another
-    breaks under the same threat.
+    """Images that one report about a network proves, and that one of them breaks under the same
+    threat.
     """
     proved: set[int] = set()
     broken: set[int] = set()
     for report in reports:
         for row in report.of(report.main):
-            if row.kind == "proof" and not row.alpha and row.threat == report.threat:
+            if row.kind == "proof" and row.threat == report.threat:
                 proved |= row.stood
         for row in report.attacks:
             broken |= report.broken(row)

@@ -105,9 +105,58 @@ def _read_report(path: Path, usual: Mapping[str, Any]) -> Stored | None:
     report = Report.load(path)
     if report.suite not in GRADES:
         return None
+    try:
+        check_fields(report)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     digest = hashlib.sha256(content).hexdigest()[:16]
     command = _command(report.configuration, usual)
     return Stored(path.as_posix(), digest, command, report)
+
+
+def check_fields(report: Report) -> None:
+    """Raise ValueError if a field that a table or a check reads is of another type than it
+    should be.
+    """
+    texts = {"name": report.name, "dataset": report.dataset, "suite": report.suite}
+    for name, value in texts.items():
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{name} must be text, got {value!r}; the file was changed")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{name} must be text in UTF-8, got {value!r}; the file was changed"
+            ) from None
+    if not isinstance(report.data, str):
+        raise ValueError(f"data must be text, got {report.data!r}; the file was changed")
+    objects = {
+        "configuration": report.configuration,
+        "environment": report.environment,
+        "network": report.network,
+    }
+    for name, held in objects.items():
+        if not isinstance(held, dict):
+            raise ValueError(f"{name} must be an object, got {held!r}; the file was changed")
+    layers = report.network.get("layers", [])
+    if not isinstance(layers, list) or not all(isinstance(row, dict) for row in layers):
+        raise ValueError(f"layers must be a list of objects, got {layers!r}; the file was changed")
+    if type(report.draws) is not int or report.draws < 1:
+        raise ValueError(
+            f"draws must be an integer >= 1, got {report.draws!r}; the file was changed"
+        )
+    for row in report.rows:
+        if row.alpha and report.suite in GRADES:
+            raise ValueError(
+                f"alpha of {row.member} must be 0, since no member of a suite may err, got "
+                f"{row.alpha!r}; the file was changed"
+            )
+        for what, number in (("largest", row.largest), ("seconds", row.seconds)):
+            if not isinstance(number, int | float) or not 0 <= number < float("inf"):
+                raise ValueError(
+                    f"{what} of {row.member} must be a finite number >= 0, got {number!r}; the "
+                    "file was changed"
+                )
 
 
 def groups_of(stored: Sequence[Stored]) -> list[Group]:
@@ -225,7 +274,8 @@ def _markdown(groups: Sequence[Group]) -> str:
         rows = []
         for entry in group.entries:
             name, clean, proved, at_most, checked = entry.cells()
-            name = f"{escape(name, quote=False)}<br>`{entry.bar()}`"
+            name = escape(name, quote=False).replace("[", "\\[")  # no link
+            name += f"<br>`{entry.bar()}`"
             at_most += f"<br>{entry.interval}"
             rows.append([name, clean, proved, at_most, checked])
         title = escape(" ".join(group.title.splitlines()), quote=False)

@@ -1,0 +1,137 @@
+"""What a network says of its own report: what it is, its clean predictions, and some of its images
+evaluated again.
+"""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from lab.leaderboard.check import Check
+from sj_robust.core.environment import environment
+from sj_robust.evaluation import Report
+from sj_robust.evaluation.assess import assess
+from sj_robust.evaluation.request import Request
+from sj_robust.evaluation.run.data import Data
+from sj_robust.evaluation.run.draws import settled_draws
+from sj_robust.evaluation.run.identity import identify
+from sj_robust.evaluation.subject import Subject, describe_network
+
+__all__ = ["compared", "evaluated_again"]
+
+_IMAGES = 16
+"""Number of images that are attacked again, and of those that are proved again."""
+_DIFFERENT = 0.25
+"""Share of them that may fall although the report says that they stand: an attack has other random
+numbers here, and a spike may flip by rounding.
+"""
+_ROUNDED = 0.03
+"""Share of clean predictions that may differ by rounding."""
+_DRAWN = 0.25
+"""Share of clean predictions that may differ if the network draws random numbers."""
+_BATCH = 64
+_RELEASES = ("python", "torch", "spikingjelly", "sj_robust", "commit")
+"""What a fingerprint depends on beside the network."""
+
+
+def compared(report: Report, network: Subject, data: Data) -> Iterator[Check]:
+    """Whether the network is that of the report, as far as it can be seen without an attack."""
+    model = network.model.eval()
+    yield _same_network(report, model, data)
+    yield _built_alike(report, model)
+    try:
+        draws = settled_draws(model, data, None)
+    except ValueError as error:
+        yield Check(False, f"draws: {error}")
+        return
+    found = "draws random numbers" if draws > 1 else "draws no random numbers"
+    yield Check(
+        draws == 1 or report.draws > 1,
+        f"draws: the network {found}, {report.draws} judged an image of the report",
+    )
+    yield _clean(report, model, data, _ROUNDED if draws == 1 else _DRAWN)
+
+
+def evaluated_again(report: Report, network: Subject, data: Data) -> Iterator[Check]:
+    """Attacks and proofs on random images that the report says to stand, and on random ones of
+    those that it says to be proved.
+
+    Nobody knows beforehand which ones, so that a report cannot be right for them alone.
+    """
+    threat = report.threat
+    proved = frozenset() if report.verified is None else report.standing("verified")
+    numbers = [*_some(report.standing("everything") - proved), *_some(proved)]
+    if threat is None or not numbers:
+        yield Check(None, "attack again: no image is still correct")
+        return
+    x, y = data.tensors(torch.device("cpu"))
+    suite = "events" if threat.of_events else "fast"
+    asked = Request(
+        suite, threat, report.dataset, report.classes, proofs=bool(proved), control=False
+    )
+    found = assess(network, [(x[numbers], y[numbers])], asked)
+    left = {numbers[place] for place in found.standing("everything")}
+    fell = set(numbers) - left
+    of_proved = len(fell & proved)
+    said = f", {of_proved} of them proved" if of_proved else ""
+    yield Check(
+        len(fell) <= _DIFFERENT * len(numbers) and not of_proved,
+        f"attack again: the suite {suite} breaks {len(fell)} of {len(numbers)} random images that "
+        f"were correct{said}",
+    )
+    if proved:
+        again = frozenset() if found.verified is None else found.standing("verified")
+        tried = proved.intersection(numbers)
+        lost = tried.difference(numbers[place] for place in again)
+        yield Check(
+            not lost,
+            f"proofs again: {len(tried) - len(lost)} of {len(tried)} random images that were "
+            "proved",
+        )
+
+
+def _some(numbers: frozenset[int]) -> list[int]:
+    """A few of them at random."""
+    return random.sample(sorted(numbers), min(_IMAGES, len(numbers)))
+
+
+def _clean(report: Report, model: nn.Module, data: Data, tolerance: float) -> Check:
+    """Whether the network is right and wrong where the report has it so."""
+    x, y = data.tensors(torch.device("cpu"))
+    with torch.no_grad():
+        right = torch.cat([model(images).argmax(-1) for images in torch.split(x, _BATCH)]) == y
+    clean = report.standing("clean")
+    agreeing = sum(bool(here) == (number in clean) for number, here in enumerate(right.tolist()))
+    return Check(
+        agreeing >= (1 - tolerance) * len(y),
+        f"clean predictions: {agreeing} of {len(y)} as the report has them",
+    )
+
+
+def _same_network(report: Report, model: nn.Module, data: Data) -> Check:
+    """Whether the fingerprint is that of the network here, where the releases are the same."""
+    found = identify(model, data).fingerprint
+    told = str(report.network.get("fingerprint", ""))
+    here = environment()
+    others = [name for name in _RELEASES if here[name] != report.environment.get(name)]
+    text = f"network: fingerprint {told}, here {found}"
+    if found != told and others:
+        return Check(None, f"{text} (cannot be compared: other {', '.join(others)})")
+    return Check(found == told, text)
+
+
+def _built_alike(report: Report, model: nn.Module) -> Check:
+    """Whether time steps, number of parameters and neurons are those of the report."""
+    here, there = describe_network(model), report.network
+    differ = [name for name in ("T", "parameters") if there.get(name) != here[name]]
+    if _neurons(there.get("layers", [])) != _neurons(here["layers"]):
+        differ.append("neurons")
+    said = f"other {' and '.join(differ)}" if differ else "as in the report"
+    return Check(not differ, f"T, number of parameters, neurons: {said}")
+
+
+def _neurons(layers: list[dict[str, Any]]) -> list[str]:
+    """Classes of the neurons; their names are others in other releases."""
+    return [str(row.get("neuron")) for row in layers]
