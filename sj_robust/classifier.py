@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.core.broadcast import along
-from sj_robust.core.checks import Channels, check_channels, check_network, check_steps
+from sj_robust.core.checks import (
+    Channels,
+    check_channels,
+    check_generator,
+    check_network,
+    check_steps,
+)
 from sj_robust.core.convention import (
     TAKES,
     Convention,
@@ -478,6 +484,7 @@ class PoissonEncoder(nn.Module):
     def __init__(self, generator: torch.Generator | None = None) -> None:
         """Keep the generator."""
         super().__init__()
+        check_generator(generator)
         self.generator = generator
 
     def forward(self, images: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ __all__ = [
     "check_event_counts",
     "check_events",
     "check_function",
+    "check_generator",
     "check_images",
     "check_inputs",
     "check_labels",
@@ -33,6 +34,7 @@ __all__ = [
     "check_shift",
     "check_size",
     "check_steps",
+    "check_surrogate",
     "check_switch",
     "check_tensor",
     "check_text",
@@ -418,6 +420,29 @@ def check_function(name: str, value: object) -> None:
     if value is not None and not callable(value):
         raise TypeError(
             f"{name} must be a function or None, got {type(value).__name__}; give one such as print"
+        )
+
+
+def check_surrogate(function: object) -> None:
+    """A surrogate of SpikingJelly or another function of ``h - v_threshold``, or None."""
+    if isinstance(function, type):
+        name = function.__name__
+        raise TypeError(
+            f"surrogate_function must be an instance, got the class {name}; write {name}()"
+        )
+    if function is not None and not callable(function):
+        raise TypeError(
+            f"surrogate_function must be a function of h - v_threshold, got {function!r}; pass a "
+            "surrogate of SpikingJelly such as surrogate.ATan()"
+        )
+
+
+def check_generator(generator: object) -> None:
+    """A generator of random numbers, or None for torch's global one."""
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {type(generator).__name__}; use "
+            "torch.Generator().manual_seed(seed)"
         )
 
 

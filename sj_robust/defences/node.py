@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
-from sj_robust.core.checks import of_other_steps
+from sj_robust.core.checks import check_surrogate, of_other_steps
 from sj_robust.core.host import neuron, surrogate
 from sj_robust.ops.dlif.config import state_dtype
 
@@ -67,6 +67,7 @@ class SteppedNode(neuron.BaseNode):
         store_v_seq: bool = False,
     ) -> None:
         """Build the neuron; see the class."""
+        check_surrogate(surrogate_function)
         if surrogate_function is None:
             surrogate_function = surrogate.PiecewiseQuadratic(alpha=1.0)
         super().__init__(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sj_robust.core.checks import check_size, check_switch
+from sj_robust.core.checks import check_generator, check_size, check_switch
 from sj_robust.core.host import base
 
 __all__ = ["SmoothingEncoder"]
@@ -65,6 +65,7 @@ class SmoothingEncoder(base.MemoryModule):
         super().__init__()
         self.std = check_size("std", std)
         check_switch("shared", shared)
+        check_generator(generator)
         self.shared = shared
         self.generator = generator
         self.register_memory("noise", None)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
+from sj_robust.core.checks import check_generator
 from sj_robust.core.host import base
 from sj_robust.defences.node import Bounded, PerNeuron
 from sj_robust.defences.penalty import ForwardPasses, Penalty
@@ -81,6 +82,7 @@ class StochasticGate(PerNeuron, base.StepModule, Bounded):
             raise ValueError(
                 f"temperature must be > 0, got {temperature}; the published code uses 0.5"
             )
+        check_generator(generator)
         self.temperature = temperature
         self.generator = generator
         self.step_mode = step_mode

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sj_robust.core.checks import check_generator
 from sj_robust.defences.node import SteppedNode, check_decay
 from sj_robust.defences.penalty import PotentialPenalty, check_weight
 from sj_robust.neuron.charging import Charging
@@ -71,6 +72,7 @@ class NoisyLIFNode(SteppedNode):
     ) -> None:
         """Build the neuron; see the class."""
         super().__init__(**arguments)
+        check_generator(generator)
         self.decay = check_decay(tau)
         self.tau = float(tau)
         self.noise = _Noise(check_weight("noise_std", noise_std), noise_at_test, generator)

@@ -395,11 +395,12 @@ def _packaged_network(spec: NetworkSpec, node: Callable[..., nn.Module]) -> nn.M
     arguments: dict[str, Any] = {"T": spec.T, "spiking_neuron": node} | spec.options
     try:
         return kind(spec.image_shape, spec.classes, **arguments)
-    except TypeError as error:
+    except (TypeError, AssertionError) as error:
         if not spec.options:
             raise
+        said = str(error) or "SpikingJelly takes floats only, such as 1.0, for what it asserts"
         raise ValueError(
-            f"{spec.name} cannot be built with the options {spec.options} ({error}); they are "
+            f"{spec.name} cannot be built with the options {spec.options} ({said}); they are "
             f"keyword arguments of the architecture or of its neurons ({spec.neuron})"
         ) from error
 

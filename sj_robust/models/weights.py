@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sj_robust.core.saved import load_tensors
@@ -114,7 +115,8 @@ def as_named_in(net: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tens
 def check_keys(
     tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origin: str, remedy: str
 ) -> None:
-    """Raise ValueError unless the file ``origin`` has the names and shapes that the network needs.
+    """Raise ValueError unless the file ``origin`` has the names and shapes that the network needs,
+    and finite numbers.
 
     Examples:
         >>> import torch
@@ -125,13 +127,21 @@ def check_keys(
     """
     missing = []
     shapes = []
+    no_numbers = []
     for key, value in wanted.items():
         if key not in tensors:
             missing.append(key)
         elif tensors[key].shape != value.shape:
             shapes.append(f"{key} {tuple(tensors[key].shape)} instead of {tuple(value.shape)}")
+        elif value.is_floating_point() and not _all_finite(tensors[key]):
+            no_numbers.append(key)
     unexpected = [key for key in tensors if key not in wanted]
-    faults = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    faults = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": shapes,
+        "not dense, finite and floating point": no_numbers,
+    }
     listed = []
     for fault, keys in faults.items():
         if keys:
@@ -139,3 +149,9 @@ def check_keys(
             listed.append(f"{fault} {', '.join(keys[:6])}{more}")
     if listed:
         raise ValueError(f"{origin} does not fit the network: {'; '.join(listed)}; {remedy}")
+
+
+def _all_finite(values: Tensor) -> bool:
+    """Whether they are dense floating point numbers, none of them NaN or infinite."""
+    is_dense = values.layout == torch.strided
+    return is_dense and values.is_floating_point() and bool(values.isfinite().all())

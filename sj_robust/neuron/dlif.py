@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sj_robust import ops
-from sj_robust.core.checks import of_other_steps
+from sj_robust.core.checks import check_surrogate, of_other_steps
 from sj_robust.core.host import cuda_threads, is_counted, lif_multi_step, neuron, surrogate
 from sj_robust.core.preserved import within_backward
 from sj_robust.ops.dlif import dispatch
@@ -119,7 +119,7 @@ class DLIFNode(neuron.BaseNode):
         v_threshold = _number("v_threshold", v_threshold)
         v_reset = _number("v_reset", v_reset)
         _check_arguments(T, tau, v_threshold, v_reset, input_gain_init)
-        _check_surrogate(surrogate_function)
+        check_surrogate(surrogate_function)
         super().__init__(
             v_threshold=float(v_threshold),
             v_reset=None if v_reset is None else float(v_reset),
@@ -475,19 +475,6 @@ def _number(name: str, level: Any) -> Any:
             "which scales the current"
         )
     return float(level)
-
-
-def _check_surrogate(function: object) -> None:
-    if isinstance(function, type):
-        name = function.__name__
-        raise TypeError(
-            f"surrogate_function must be an instance, got the class {name}; write {name}()"
-        )
-    if function is not None and not callable(function):
-        raise TypeError(
-            f"surrogate_function must be a function of h - v_threshold, got {function!r}; pass a "
-            "surrogate of SpikingJelly such as surrogate.ATan()"
-        )
 
 
 def _potential(v: Tensor | float, x: Tensor) -> Tensor:

@@ -220,6 +220,8 @@ def test_images_get_a_gradient_through_an_encoder(name):
         ({"encoder_options": {"std": 0.1}}, "belong to an encoder, got .* for 'direct'"),
         ({"encoder": "rsc", "encoder_options": {"sigma": 0.1}}, "'rsc' cannot be built with"),
         ({"encoder": "rsc", "encoder_options": {"std": -1.0}}, "std must be .*got -1"),
+        ({"encoder": "rsc", "encoder_options": {"generator": 3}}, "must be a torch.Generator or N"),
+        ({"encoder": "poisson", "encoder_options": {"generator": 3}}, "must be a torch.Generator"),
         ({"encoder": "stod", "encoder_options": {"patch": 3}}, "divide .* 8x8, got 3; use 4"),
         ({"encoder": "rsc", "frames": True}, "'rsc' is for images of a bare network"),
     ],

@@ -358,6 +358,10 @@ def test_weights_that_do_not_fit_are_named(refused):
     del state["layer1.2.p"]
     refused(state, "missing layer1.2.p;")
     foreign = nn.Linear(2, 2).state_dict()
+    weight = other["layer1.0.weight"]
+    for values in (weight * torch.nan, weight.to(torch.int8), weight.to_sparse()):
+        given = VGG5.network(gains=True).state_dict() | {"layer1.0.weight": values}
+        refused(given, "not dense, finite and floating point layer1.0.weight; it was read as vgg5")
     refused(foreign, r"any of the published networks vgg5, .* \(it begins with weight, bias\)")
 
 

@@ -179,6 +179,8 @@ def test_what_it_cannot_train_is_refused_before_it_starts():
     )
     with pytest.raises(ValueError, match="select another accuracy than 'verified'"):
         check(Objective(drawing), select="verified", verified_eps=EPS)
+    with pytest.raises(ValueError, match="draws random numbers in a forward; train such a net"):
+        check(certified(drawing.net))
     with pytest.raises(ValueError, match="compile must be False for certified training"):
         check(certified(), compile=True)
     half = SimpleNamespace(num_processes=1, mixed_precision="fp16")

@@ -110,9 +110,9 @@ def _settings(entry: tuple[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(key, str):
         raise ValueError(f"a grid needs names of options, got {key!r}; write the name as text")
     if not isinstance(values, list) or not values:
+        remedy = "give one or more" if values == [] else f"write [{values}]"
         raise ValueError(
-            f"a grid needs a list of values for every option, got {key}: {values!r}; write "
-            f"[{values}]"
+            f"a grid needs a list of values for every option, got {key}: {values!r}; {remedy}"
         )
     names = names_in(key)
     if len(names) == 1:
