@@ -417,7 +417,9 @@ def add_to_leaderboard(options: Options, board: Path) -> None:
     if len(words) != 2:
         raise WrongUse(f"--leaderboard add takes one report, got {len(words) - 1}")
     path = Path(words[1])
-    found = check_report(path, network_of(options), options.data_root or "data")
+    network = network_of(options)
+    with working(f"checking {path}; if its network is here, some images are evaluated again"):
+        found = check_report(path, network, options.data_root or "data")
     print(checklist(found))
     with checked():
         print(f"added as {take(path, found, board)}")

@@ -147,6 +147,14 @@ def test_what_is_no_report_is_passed_over(folder):
     assert read_reports(["runs"], {}) == few
 
 
+@pytest.mark.parametrize("change", [{"name": 3}, {"dataset": None}, {"configuration": [1]}])
+def test_a_report_with_a_field_of_another_type_is_named(folder, change):
+    replace(report(), **change).save("runs/a/report.json")
+    (name,) = change
+    with pytest.raises(ValueError, match=rf"runs/a/report.json: {name} must be .*was changed"):
+        make_leaderboard(["runs/a"], folder / "board", USUAL)
+
+
 def test_names_are_text_in_markdown(folder):
     replace(report(), name="a <b>\n## c | d [e](f)").save("runs/a/report.json")
     make_leaderboard(["runs/a"], folder / "board", USUAL)

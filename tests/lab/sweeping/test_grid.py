@@ -25,7 +25,7 @@ def test_all_combinations_in_order():
     ("grid", "message"),
     [
         ({"rho": 1}, r"needs a list of values for every option, got rho: 1; write \[1\]"),
-        ({"rho": []}, "needs a list"),
+        ({"rho": []}, r"needs a list of values for every option, got rho: \[\]; give one or more"),
         ({"rho": "at"}, "needs a list"),
         (
             {"norm,rho": [["l1", 3], ["l2"]]},
