@@ -349,7 +349,7 @@ def test_files_that_are_nearly_known_are_refused(refused):
     refused(row, "any of the published networks")
 
 
-@pytest.mark.filterwarnings("ignore:Sparse invariant")  # of torch 2.15, where it reads one
+@pytest.mark.filterwarnings("ignore:Validating sparse")  # torch 2.15 says so
 def test_weights_that_do_not_fit_are_named(refused):
     state = VGG5.network(gains=True).state_dict()
     more = state | {"layer9.0.weight": torch.ones(1)}
