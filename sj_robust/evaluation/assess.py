@@ -134,12 +134,13 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
     verified = proved.get("verified", ())
     outcome = parts.run("suite", data, (*plan.members, *control), verified)
     rows = [*outcome.rows, *parts.rows_of_proofs(proved)]
-    if not _has_curve(rows, request.threat):
+    if request.checks and not _has_curve(rows, request.threat):
         estimators = [row["estimator"] for row in trials if row["chosen"]]
         rows += parts.over_eps(estimators[0] if estimators else "training")
-    if "verified" in proved:
+    if request.checks and "verified" in proved:
         rows += parts.proofs_over_eps(rows)
-    findings = [] if request.threat.of_events else parts.findings(trials)
+    looks_for_masking = request.checks and not request.threat.of_events
+    findings = parts.findings(trials) if looks_for_masking else []
     unseen = {text for row in outcome.potential for text in row["warnings"]}
     potential = [*outcome.potential, *proved.get("potential", ())]
     shown = ("member", "samples", "layers")

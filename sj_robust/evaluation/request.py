@@ -36,6 +36,7 @@ class Request:
         source: Another network for the same images; transfer attacks from it join the suite.
         proofs: Whether images are verified, where threat and network have bounds.
         control: Whether the control of the suite runs too.
+        checks: Whether accuracy over eps and signs of gradient masking are measured too.
         rounds: How many times the attacks of the suite are run.
         faults: What a stress test measures; None takes every kind at its usual levels.
         steps: Steps of the attack of a stress test.
@@ -53,6 +54,7 @@ class Request:
     source: nn.Module | None = None
     proofs: bool = True
     control: bool = True
+    checks: bool = True
     rounds: int = 1
     faults: Sequence[Fault | Corruption] | None = None
     steps: int = 20

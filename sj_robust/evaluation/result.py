@@ -204,7 +204,7 @@ class Evaluation:
     Raises:
         ValueError: If there are no images, a variant has no row of the clean images, that of the
             first one is not of all images, rows contradict each other, an index does not belong to
-            an image, or an error probability is none.
+            an image, or an error probability is not in [0, 1).
     """
 
     name: str
@@ -584,7 +584,8 @@ class Evaluation:
             )
         if not isinstance(row.alpha, int | float) or not 0 <= row.alpha < 1:
             raise ValueError(
-                f"alpha of {row.member!r} must be a probability below 1, got {row.alpha!r}"
+                f"alpha of {row.member!r} must be in [0, 1), got {row.alpha!r}; it is the "
+                "probability of an error"
             )
         if not frozenset(row.outside) <= frozenset(row.fell) <= frozenset(row.seen):
             raise ValueError(f"{row.member!r} must fool images that it attacked")

@@ -398,7 +398,7 @@ def _packaged_network(spec: NetworkSpec, node: Callable[..., nn.Module]) -> nn.M
     except (TypeError, AssertionError) as error:
         if not spec.options:
             raise
-        said = str(error) or "SpikingJelly takes floats only, such as 1.0, for what it asserts"
+        said = str(error) or "SpikingJelly requires floats, such as 1.0"
         raise ValueError(
             f"{spec.name} cannot be built with the options {spec.options} ({said}); they are "
             f"keyword arguments of the architecture or of its neurons ({spec.neuron})"

@@ -140,7 +140,7 @@ def check_keys(
         "missing": missing,
         "unexpected": unexpected,
         "of another shape": shapes,
-        "not dense, finite and floating point": no_numbers,
+        "no dense tensors of finite floating point numbers": no_numbers,
     }
     listed = []
     for fault, keys in faults.items():
@@ -153,5 +153,5 @@ def check_keys(
 
 def _all_finite(values: Tensor) -> bool:
     """Whether they are dense floating point numbers, none of them NaN or infinite."""
-    is_dense = values.layout == torch.strided
-    return is_dense and values.is_floating_point() and bool(values.isfinite().all())
+    is_dense = values.layout == torch.strided and not values.is_meta
+    return is_dense and values.is_floating_point() and bool(values.float().isfinite().all())

@@ -29,8 +29,8 @@ def at_most(x: Tensor, limit: float) -> Tensor:
 
 
 def by_sign(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Equation: ``max(x, 0)`` and ``min(x, 0)``, whose sum is x, and so is its gradient: where x is
-    0, the first has gradient 1 and the second 0.
+    """Equation: ``max(x, 0)`` and ``min(x, 0)``, whose sum is x; where x is 0, the first has
+    gradient 1 and the second 0.
 
     Examples:
         >>> x = torch.tensor([-1.0, 0.0, 1.0], requires_grad=True)

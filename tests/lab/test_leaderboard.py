@@ -156,10 +156,10 @@ def test_a_report_with_a_field_of_another_type_is_named(folder, change):
 
 
 def test_names_are_text_in_markdown(folder):
-    replace(report(), name="a <b>\n## c | d [e](f)").save("runs/a/report.json")
+    replace(report(), name="a <b>\n## c | d [e](f) \\[g](h)").save("runs/a/report.json")
     make_leaderboard(["runs/a"], folder / "board", USUAL)
     text = (folder / "board" / "leaderboard.md").read_text()
-    assert "| a &lt;b&gt; ## c \\| d \\[e](f)<br>" in text
+    assert "| a &lt;b&gt; ## c \\| d \\[e](f) \\\\\\[g](h)<br>" in text
 
 
 def test_a_changed_report_is_named(folder, capsys):

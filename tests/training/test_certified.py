@@ -171,7 +171,7 @@ def test_what_it_cannot_train_is_refused_before_it_starts():
     message = r"no bounds are known for the operation sin in or behind 2.1 .Wave."
     with pytest.raises(ValueError, match=message):
         check(certified(unbounded()), select="verified", verified_eps=EPS)
-    message += ".*; for such a network, select another accuracy than 'verified'"
+    message += ".*; for such a network, omit verified_eps and select another accuracy than 'verif"
     with pytest.raises(ValueError, match=message):
         check(Objective(SpikingClassifier(unbounded(), T=3)), select="verified", verified_eps=EPS)
     drawing = SpikingClassifier(

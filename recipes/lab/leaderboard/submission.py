@@ -68,16 +68,18 @@ def check_report(
     if network is None or data is None:
         said = "give its checkpoint, or --network module:function" if data else "no images"
         return [*checks, Check(None, f"network: not attacked again ({said})")]
+    network.model.cpu().eval()
+    said = "does not take the images of the report"
     try:
         with torch.no_grad():
-            network.model.eval()(data[0][0][:1])
+            network.model(data[0][0][:1])
+        said = "cannot be evaluated"
+        checks += list(compared(report, network, data))
+        if refusing(checks):
+            return [*checks, Check(None, "attack again: not done, the report is refused anyway")]
+        return [*checks, *evaluated_again(report, network, data)]
     except Exception as error:  # foreign code raises anything
-        said = f"network: it does not take the images of the report ({reason(error)})"
-        return [*checks, Check(False, said)]
-    checks += compared(report, network, data)
-    if refusing(checks):
-        return [*checks, Check(None, "attack again: not done, the report is refused anyway")]
-    return [*checks, *evaluated_again(report, network, data)]
+        return [*checks, Check(False, f"network: it {said} ({reason(error)})")]
 
 
 def take(path: Path, checks: list[Check], board: Path) -> Path:

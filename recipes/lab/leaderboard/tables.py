@@ -145,10 +145,14 @@ def check_fields(report: Report) -> None:
         raise ValueError(
             f"draws must be an integer >= 1, got {report.draws!r}; the file was changed"
         )
+    if type(report.classes) is not int or report.classes < 0:
+        raise ValueError(
+            f"classes must be an integer >= 0, got {report.classes!r}; the file was changed"
+        )
     for row in report.rows:
         if row.alpha and report.suite in GRADES:
             raise ValueError(
-                f"alpha of {row.member} must be 0, since no member of a suite may err, got "
+                f"alpha of {row.member} must be 0, as the proofs of a suite never err, got "
                 f"{row.alpha!r}; the file was changed"
             )
         for what, number in (("largest", row.largest), ("seconds", row.seconds)):
@@ -274,7 +278,8 @@ def _markdown(groups: Sequence[Group]) -> str:
         rows = []
         for entry in group.entries:
             name, clean, proved, at_most, checked = entry.cells()
-            name = escape(name, quote=False).replace("[", "\\[")  # no link
+            name = escape(name, quote=False)
+            name = name.replace("\\", "\\\\").replace("[", "\\[")  # so that it is no link
             name += f"<br>`{entry.bar()}`"
             at_most += f"<br>{entry.interval}"
             rows.append([name, clean, proved, at_most, checked])
