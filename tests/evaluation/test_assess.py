@@ -23,7 +23,7 @@ def without_attacks(suite):
     return replace(suite, search=None, members=suite.members[:1], control=())
 
 
-def assessed(threat, sizes=(6,), *, is_sorted=False):
+def assessed(threat, sizes=(6,), *, is_sorted=False, **more):
     """A report on batches of so many images for a linear network, and what was said meanwhile."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
@@ -33,7 +33,8 @@ def assessed(threat, sizes=(6,), *, is_sorted=False):
     batches = [(torch.rand(len(y), 1, 2, 2), y) for y in labels]
     said: list[str] = []
     with shortened(without_attacks):
-        request = Request("fast", threat, "made up", 3, proofs=False, watch=Watch(said.append))
+        watch = Watch(said.append)
+        request = Request("fast", threat, "made up", 3, proofs=False, watch=watch, **more)
         report = assessment.assess(Subject("mine", net, "one layer"), batches, request)
     return report, said
 
@@ -57,6 +58,15 @@ def test_firing_and_accuracy_over_eps_are_of_the_first_256_images_and_attacks_of
     assert {point.total for point in report.over_eps} == {256}
     assert len(report.labels) == 300
     assert not report.warnings
+
+
+def test_without_checks_there_are_the_attacks_alone():
+    checked, _ = assessed(ThreatModel("Linf", 0.1))
+    report, said = assessed(ThreatModel("Linf", 0.1), checks=False)
+    assert report.outcome == checked.outcome
+    assert report.over_eps == ()
+    assert report.findings == ()
+    assert "checks for gradient masking" not in said
 
 
 def test_figures_of_the_first_images_are_doubted_where_these_are_of_one_class():
