@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "draws_numbers",
     "evaluation_mode",
     "full_precision",
     "generators_of",
@@ -308,6 +309,19 @@ def states_of_sources(model: object, device: torch.device) -> list[object]:
     numbers: Any = np.random.get_state()  # noqa: NPY002  # a network may draw from the global one
     states = [generator.get_state().numpy().tobytes() for generator in generators]
     return [random.getstate(), numbers[1].tobytes(), numbers[2], *states]
+
+
+def draws_numbers(model: nn.Module, x: Tensor) -> bool:
+    """Whether a forward draws random numbers. 前向是否抽取随机数。
+
+    Examples:
+        >>> draws_numbers(nn.Dropout(), torch.ones(2)), draws_numbers(nn.ReLU(), torch.ones(2))
+        (True, False)
+    """
+    with torch.no_grad():
+        states = states_of_sources(model, x.device)
+        model(x)
+        return states_of_sources(model, x.device) != states
 
 
 def generators_of(model: object) -> list[torch.Generator]:

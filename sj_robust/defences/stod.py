@@ -89,7 +89,8 @@ class OrthogonalEncoder(base.MemoryModule):
 
     def kernel(self, t: int) -> Tensor:
         """O[t], [d, d]."""
-        precise = torch.promote_types(self.skew.dtype, torch.float32)  # to solve in
+        # linear systems are not solved in half precision
+        precise = torch.promote_types(self.skew.dtype, torch.float32)
         matrix = self.skew[t].to(precise)
         skew = matrix - matrix.T
         one = torch.eye(len(skew), dtype=skew.dtype, device=skew.device)

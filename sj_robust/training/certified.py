@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.checks import check_choice, check_count, check_events, check_switch
-from sj_robust.core.preserved import preserved, states_of_sources
+from sj_robust.core.preserved import draws_numbers, preserved
 from sj_robust.proofs.differentiable import DifferentiableBounds, TrainedMethod
 from sj_robust.proofs.flips import Flips
 from sj_robust.proofs.moves import Events, Moves
@@ -196,10 +196,8 @@ class CertifiedLoss:
         changes.
         """
         classifier = self._bounds.classifier
-        with preserved(classifier), torch.no_grad():
-            states = states_of_sources(classifier, image.device)
-            classifier(image)
-            if states_of_sources(classifier, image.device) != states:
+        with preserved(classifier):
+            if draws_numbers(classifier, image):
                 raise ValueError(
                     "no bounds are known for a network that draws random numbers in a forward; "
                     "train such a network in another mode"

@@ -173,7 +173,7 @@ def _check_provable(
                 norm=plan.verified_norm,
                 largest_shift=plan.verified_shift,
                 counts=plan.verified_counts,
-                method="ibp",  # the quickest, and what has bounds for it has them for all
+                method="ibp",  # the quickest; a network with these bounds also has joint ones
             )
     except (NotImplementedError, UnprovableError) as error:
         raise ValueError(

@@ -221,10 +221,7 @@ def test_weight_decay_leaves_the_rates_of_gates_alone():
         ({"encoder": "feel", "encoder_options": {"width": 1}}, "'feel' cannot be built with"),
         ({"encoder": "feel", "frames": True}, "'feel' is for images of a bare network"),
         ({"neuron": "stog", "options": {"sharpness": 1}}, "small cannot be built with the options"),
-        (
-            {"neuron": "stog", "options": {"v_threshold": 2}},
-            "requires floats, such as 1.0",
-        ),
+        ({"neuron": "stog", "options": {"v_threshold": 2}}, "requires floats, such as 1.0"),
         ({"neuron": "stog", "options": {"generator": 1}}, "must be a torch.Generator or None, got"),
         ({"neuron": "tgo", "options": {"generator": 1}}, "must be a torch.Generator or None, got"),
         ({"neuron": "tgo", "options": {"surrogate_function": 3}}, "a function of h - v_threshold"),

@@ -1,5 +1,5 @@
-"""A report beside its network: what it is, its clean predictions, and some of its images evaluated
-again.
+"""A report is compared with its network: what the network is, its clean predictions, and some
+images that are evaluated again.
 """
 
 import random
@@ -57,53 +57,63 @@ def compared(report: Report, network: Subject, data: Data) -> Iterator[Check]:
 
 
 def evaluated_again(report: Report, network: Subject, data: Data) -> Iterator[Check]:
-    """Attacks and proofs on random images that the report says to stand, and on random ones of
-    those that it says to be proved.
+    """Attacks on images that stand in the report, and proofs of images that it proves.
 
     They are chosen at random, so that nobody can prepare for them.
     """
     threat = report.threat
     proved = frozenset() if report.verified is None else report.standing("verified")
     undecided = _some(report.standing("everything") - proved)
-    numbers = undecided + _some(proved)
+    again = _some(proved)
+    numbers = undecided + again
     if threat is None or not numbers:
         yield Check(None, "attack again: no image is still correct")
         return
     x, y = data.tensors(torch.device("cpu"))
-    suite = "events" if threat.of_events else "fast"
     with torch.no_grad():
         classes = network.model(x[:1]).shape[-1]
     asked = Request(
-        suite,
+        "events" if threat.of_events else "fast",
         threat,
         report.dataset,
         classes,
-        proofs=bool(proved),
+        proofs=bool(again),
         control=False,
         checks=False,
     )
     found = assess(network, [(x[numbers], y[numbers])], asked)
-    left = {numbers[place] for place in found.standing("everything")}
-    fell = set(numbers) - left
-    of_proved = len(fell & proved)
+    yield _attacked(report, found, undecided=len(undecided))
+    if again:
+        yield _proved(found, len(again))
+
+
+def _attacked(report: Report, found: Report, *, undecided: int) -> Check:
+    """Whether few undecided images fell, the first ones of those evaluated again, and no proved
+    one.
+    """
+    total = len(found.labels)
+    fell = set(range(total)) - found.standing("everything")
+    of_proved = sum(place >= undecided for place in fell)
     said = f", {of_proved} of them proved" if of_proved else ""
     is_weaker = report.suite in _SURPASSED
     remedy = "; a leaderboard wants the suite standard" if is_weaker else ""
-    yield Check(
-        len(fell) <= max(1, _DIFFERENT * len(undecided)) and not of_proved,
-        f"attack again: the suite {suite} breaks {len(fell)} of {len(numbers)} random images that "
+    return Check(
+        len(fell) <= max(1, _DIFFERENT * undecided) and not of_proved,
+        f"attack again: the suite {found.suite} breaks {len(fell)} of {total} random images that "
         f"the report leaves correct{said}{remedy}",
         required=not is_weaker or of_proved > 0,
     )
-    if proved:
-        again = frozenset() if found.verified is None else found.standing("verified")
-        tried = proved.intersection(numbers)
-        lost = tried.difference(numbers[place] for place in again)
-        yield Check(
-            len(lost) <= len(tried) // _IMAGES,  # one may be lost by rounding
-            f"proofs again: {len(tried) - len(lost)} of {len(tried)} random images that the report "
-            "proves are proved here",
-        )
+
+
+def _proved(found: Report, tried: int) -> Check:
+    """Whether the proofs of the report can be made here; those of undecided images do not count."""
+    total = len(found.labels)
+    verified = frozenset() if found.verified is None else found.standing("verified")
+    made = len(verified.intersection(range(total - tried, total)))
+    return Check(
+        tried - made <= tried // _IMAGES,  # one may be lost by rounding
+        f"proofs again: {made} of {tried} random images that the report proves are proved here",
+    )
 
 
 def _some(numbers: frozenset[int]) -> list[int]:

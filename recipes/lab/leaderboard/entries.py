@@ -69,8 +69,8 @@ class Stored:
 
 
 def disputes(reports: Sequence[Report]) -> frozenset[int]:
-    """Images that one report about a network proves, and that one of them breaks under the same
-    threat.
+    """Images that a report about a network proves, and that the same or another report breaks
+    under the same threat.
     """
     proved: set[int] = set()
     broken: set[int] = set()

@@ -35,7 +35,7 @@ _FEW = 50
 def check_report(
     path: Path, network: Subject | None = None, data_root: str = "data"
 ) -> list[Check]:
-    """Everything that can be said of a report without making it again.
+    """Everything that can be said of a report without making all of it again.
 
     Args:
         path: The report, or its folder.

@@ -7,7 +7,7 @@ from sj_robust.attacks.logits import differ
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.broadcast import along, beside
 from sj_robust.core.environment import device_of
-from sj_robust.core.preserved import preserved, states_of_sources
+from sj_robust.core.preserved import draws_numbers, preserved
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.identity import seeded_sources
 from sj_robust.evaluation.run.member import scored
@@ -141,9 +141,7 @@ def _draws(model: nn.Module, x: Tensor) -> bool:
     """Whether a forward draws random numbers, and goes on with others in the next one."""
     with seeded_sources(model, 0, x.device), torch.no_grad():
         model(x)
-        states = states_of_sources(model, x.device)
-        model(x)
-        return states_of_sources(model, x.device) != states
+        return draws_numbers(model, x)
 
 
 def _logits(model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
