@@ -403,11 +403,11 @@ class _Calls:
             leaves.remove()
 
     def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.currents.append(first_argument(args, kwargs))
+        self.currents.append(first_argument(args, kwargs).clone())
         self.before.append(module.v)
 
     def _leave(self, module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-        self.spikes.append(output)
+        self.spikes.append(output.clone())  # the network may add to them in place
         self.numbers.append(self.neuron.numbers())
         self.after.append(module.v)
 
@@ -464,7 +464,8 @@ def _steps(
     v = torch.full_like(x_seq[0], module.v_reset or 0.0)
     reach = torch.zeros_like(v)  # squared, where the steps are perturbed apart
     for t, (x, spike) in enumerate(zip(x_seq, spike_seq, strict=True)):
-        gain = float(torch.as_tensor(charging.gain_at(t, input_gain=True)))
+        # a number would have the precision of float32
+        gain = float(torch.as_tensor(charging.gain_at(t, input_gain=True), dtype=torch.float64))
         h = charge(v, x, decay=decay, gain=gain, v_reset=module.v_reset)
         if apart:
             reach = decay**2 * reach + gain**2

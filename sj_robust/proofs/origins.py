@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sj_robust.proofs.bound_tensor import Bounds, Call, Origin
+from sj_robust.proofs.rounding import NoBoundsError
 from sj_robust.proofs.rules import moved
 
 __all__ = ["leaves_of", "replayed", "rows_of"]
@@ -121,6 +122,10 @@ def _beside(args: Any, call: Call) -> list[Tensor]:
     parts, origins = args[0], call.args[0]
     dim = call.kwargs.get("dim", args[1] if len(args) > 1 else 0)
     like = _first_rows(parts, origins)
+    if not like.numel():
+        raise NoBoundsError(
+            "joining constants with an empty part, such as the steps before the last at T = 1"
+        )
     found = []
     for part, origin in zip(parts, origins, strict=True):
         rows = part

@@ -358,7 +358,8 @@ def _compared(
         left = "a call" if bounds is None else bounds.left(current, spikes, module.v)
         if left is not None:
             raise _outside(left, f"the layer {name}")
-        fired.append(spikes if module.step_mode == "m" else spikes.unsqueeze(0))
+        kept = spikes.clone()  # the network may add to them in place
+        fired.append(kept if module.step_mode == "m" else kept.unsqueeze(0))
         return spikes
 
     return forward

@@ -17,6 +17,7 @@ from sj_robust.proofs import UnsoundBoundsError, no_flip_radius, rounding
 NEURONS = networks.NEURONS | {
     "IF soft": lambda: neuron.IFNode(v_reset=None),
     "PLIF without input decay": lambda: neuron.ParametricLIFNode(decay_input=False),
+    "LIF of tau 3": lambda: neuron.LIFNode(tau=3.0),
 }
 
 
@@ -126,7 +127,7 @@ def test_what_float32_rounds_is_taken_from_the_distance_to_the_threshold():
     assert 0.9 * without_rounding < radius < without_rounding
 
 
-@pytest.mark.parametrize("name", ["LIF", "LIF soft", "DLIF"])
+@pytest.mark.parametrize("name", ["LIF", "LIF soft", "LIF of tau 3", "DLIF"])
 def test_no_float32_spike_flips_within_the_radius(name):
     model = network(NEURONS[name]())
     x = 0.3 + 0.4 * torch.rand(8, 2, 6, 6)
