@@ -333,6 +333,7 @@ from sj_robust.evaluation import Report
 from sj_robust.evaluation.run.fingerprint import code_of, fingerprint
 from sj_robust.models import NetworkSpec, build_classifier, start_from
 from sj_robust.models.build import NETWORKS, check_has_neuron, options_for_lif
+from sj_robust.models.checkpoint import check_same_run, load_run
 from sj_robust.models.foreign import find_function
 from sj_robust.proofs.differentiable import TrainedMethod
 from sj_robust.proofs.verification import NormName
@@ -375,11 +376,16 @@ def main(arguments: list[str]) -> None:
     with checked():  # before there is a folder
         threat = evaluation_threat(options)
         check_events(options, splits)
+        # before a network is built, which may change it
+        code = own_code(network_spec(options, splits))
         for choice in networks.values():
             objective, plan, attack = prepared(choice, splits)
             attacks = [attack, *attacks_of_report(options).values()]
             check_training(objective, splits, plan, accelerator, attacks)
             plan.check_select(validation_attacks(choice))
+        descriptions = described(networks, splits, code)
+        if options.resume:
+            check_resumed(Path(str(options.output)), descriptions)
     configuration = plain(replace(options, output=None, resume=False))
     folder = open_run_folder(
         options.output, stem(options), configuration, accelerator, resume=options.resume
@@ -394,8 +400,49 @@ def main(arguments: list[str]) -> None:
     with alone:
         if accelerator.is_main_process:
             describe_folder(folder, "adv_train", arguments)
-        train_all(networks, options, splits, threat, accelerator, folder, configuration)
+        train_all(
+            networks,
+            options,
+            splits,
+            threat,
+            accelerator,
+            folder,
+            configuration,
+            code=code,
+            descriptions=descriptions,
+        )
     accelerator.end_training()
+
+
+def described(
+    networks: Mapping[str, Options], splits: ImageSplits, code: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """By name of a network, what its checkpoints say of it, and a resumed run has to have in
+    common; ``code`` is the digest of the code that builds it.
+    """
+    images = fingerprint([contents(splits.train), contents(splits.validation)])
+    return {
+        name: {
+            "network": asdict(network_spec(options, splits)),
+            "options": deciding(completed(options)),
+            "images and labels": images,
+            **code,
+        }
+        for name, options in networks.items()
+    }
+
+
+def check_resumed(folder: Path, descriptions: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ValueError if checkpoints in the folder are of a run with other options."""
+    for name, description in descriptions.items():
+        last = folder_of(name, folder) / "last.pt"
+        if last.is_file():
+            check_same_run(load_run(last)["description"], description)
+
+
+def folder_of(network: str, folder: Path) -> Path:
+    """Where the files of one of the networks are."""
+    return folder / network.replace(" ", "_")
 
 
 def train_all(
@@ -406,6 +453,9 @@ def train_all(
     accelerator: Accelerator,
     folder: Path,
     configuration: Mapping[str, Any],
+    *,
+    code: Mapping[str, str],
+    descriptions: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Train the networks, and write the report on all of them."""
     journal = training.Journal(
@@ -413,7 +463,6 @@ def train_all(
     )
     defaults = plain(Options())
     where = journal.begin(configuration, defaults, accelerator)
-    code = own_code(network_spec(options, splits))  # before a network is built, which may change it
     where |= code
     if names := unused(options, completed(options)):
         journal.say(f"ignored with the other options given: {', '.join(names)}")
@@ -426,7 +475,7 @@ def train_all(
     data = None
     for name, choice in networks.items():
         classifier, history = train_network(
-            name, choice, splits, accelerator, folder, journal, code=code
+            name, choice, splits, accelerator, folder, journal, description=descriptions[name]
         )
         if accelerator.is_main_process:
             if data is None:
@@ -467,25 +516,16 @@ def train_network(
     folder: Path,
     journal: training.Journal,
     *,
-    code: Mapping[str, str],
+    description: Mapping[str, Any],
 ) -> tuple[SpikingClassifier, list[EpochRecord]]:
-    """Train one network and return it as it was at its best epoch; ``code`` is the digest of the
-    code that builds it.
-    """
-    spec = network_spec(options, splits)
+    """Train one network and return it as it was at its best epoch; see :func:`described`."""
     objective, plan, perturb = prepared(options, splits)
     module, _, _ = options.model.rpartition(":")
     origin = options.pretrained or module.removeprefix("zoo")  # empty for random weights
     if origin and accelerator.is_main_process and not options.resume:
         check_start(objective.classifier, splits, journal, origin)
-    network_folder = folder / name.replace(" ", "_")
+    network_folder = folder_of(name, folder)
     network_folder.mkdir(exist_ok=True)
-    description = {
-        "network": asdict(spec),
-        "options": deciding(completed(options)),
-        "images and labels": fingerprint([contents(splits.train), contents(splits.validation)]),
-    }
-    description |= code
     with tracked(accelerator, folder, network_folder.name, plain(options)):
         history = training.train(
             objective,

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -362,8 +363,8 @@ class SpikingClassifier(nn.Module):
         """Gives frames [T, N, *] for a number of random images N and of steps T."""
 
         def frames(n: int, steps: int) -> Tensor:
-            generator = torch.Generator().manual_seed(n)
-            x = torch.rand(n, *images.shape[1:], generator=generator).to(images)
+            drawn = np.random.default_rng(n).random((n, *images.shape[1:]))  # also inside vmap
+            x = torch.from_numpy(drawn).to(images)
             with untouched(self.encoder), from_reset(self.encoder, 0, images.device):
                 return self._frames(x, steps)
 

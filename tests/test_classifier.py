@@ -1,5 +1,7 @@
 """SpikingClassifier: one pure function of images, whatever network, release or mode is inside."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -365,3 +367,20 @@ def test_a_neuron_without_a_reset_or_a_step_mode_is_one_of_sequences():
     model.quicker()
     with estimator("atan:4")(model) as crafted_on:
         assert_close(crafted_on(x), expected)
+
+
+def test_the_first_forward_may_be_under_vmap():
+    x, y = make_images(3), torch.tensor([0, 1, 0])
+    model = SpikingClassifier(make_net(spiking_neuron=partial(DLIFNode, 2)), T=2).eval()
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+
+    def loss(weights, image, label):
+        logits = torch.func.functional_call(model, weights, (image.unsqueeze(0),))
+        return nn.functional.cross_entropy(logits, label.unsqueeze(0))
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weights, x, y)
+    for number in range(3):
+        total = nn.functional.cross_entropy(model(x[number : number + 1]), y[number : number + 1])
+        expected = torch.autograd.grad(total, list(model.parameters()))
+        for name, one in zip(weights, expected, strict=True):
+            assert_close(found[name][number], one)

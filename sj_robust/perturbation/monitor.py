@@ -25,7 +25,7 @@ from sj_robust.neuron.charging import NeuronKey, find_neurons, is_neuron
 from sj_robust.neuron.watching import register_watcher
 from sj_robust.perturbation._recording import Layers, Recording, RunKind
 from sj_robust.perturbation._statistics import Kept, LayerTotals, MPPDStatistics
-from sj_robust.perturbation.pair import Indicator, LayerPair
+from sj_robust.perturbation.pair import Indicator, LayerPair, NotFollowedError
 
 __all__ = ["MPPDMonitor", "compare_potentials"]
 
@@ -469,8 +469,13 @@ class MPPDMonitor(BaseMonitor):
         """Context of a run; a pair that it completes is added to the statistics."""
         if not self.hooks:
             raise RuntimeError(
-                f"{kind}(): the monitor has no hooks: it was closed, is a copy, or no neuron can "
-                "be followed; build a new one with MPPDMonitor(net), and see monitor.unsupported"
+                f"{kind}(): the monitor has no hooks: it was closed, or is a copy; build a new one "
+                "with MPPDMonitor(net)"
+            )
+        if not self.monitored_layers:
+            reasons = [f"{name!r}: {reason}" for name, reason in self.unsupported.items()]
+            raise NotFollowedError(
+                f"{kind}(): no neuron can be followed: {'; '.join(reasons) or 'there is none'}"
             )
         if not self.is_enable():
             self._recording.forget()

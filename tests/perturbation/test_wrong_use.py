@@ -302,6 +302,16 @@ def test_contexts_in_the_wrong_order(net, pair, monitor):
         monitor.compare(*pair)
 
 
+def test_a_network_of_which_no_neuron_can_be_followed_says_why():
+    net = nn.Sequential(nn.Linear(3, 2), neuron.KLIFNode(step_mode="m"))
+    with pytest.warns(UserWarning, match="does not follow 1 neuron"):
+        monitor = MPPDMonitor(net)
+    x = torch.rand(4, 2, 3)
+    for forward in (None, net):
+        with pytest.raises(RuntimeError, match="'1': the decay of KLIFNode is not known"):
+            monitor.compare(x, x, forward=forward)
+
+
 @pytest.mark.parametrize(
     ("layers", "message"),
     [

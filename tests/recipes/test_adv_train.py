@@ -198,8 +198,10 @@ def test_resuming_a_finished_run_gives_the_same_report_and_other_options_are_ref
     assert names == [f"digits-dlif-gaussian-{number}" for number in (1, 2, 3)]
     for number in (1, 2):
         assert fallen(tmp_path / "runs" / f"digits-dlif-gaussian-{number}") == first
+    written = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=r"options\.rho: 1\.0 there, 2\.0 now"):
         in_process(tmp_path, "--output", str(folder), *split("--resume --rho 2"))
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == written
 
 
 def test_a_run_goes_on_with_its_images_and_code_alone(tmp_path, capsys):
