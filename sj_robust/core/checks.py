@@ -57,6 +57,10 @@ _CHECKED: ContextVar[bool] = ContextVar("checked", default=False)
 _BINARY = "event frames of counts become binary with (frames > 0).float()"
 
 
+_ROUNDED = 1e-4
+"""How far rounding may take images out of [0, 1]."""
+
+
 def check_images(x: Tensor) -> None:
     """Images are floating point, [N, ...], dense, finite and in [0, 1].
 
@@ -100,7 +104,12 @@ def check_images(x: Tensor) -> None:
     low, high = (float(bound) for bound in torch.aminmax(x.detach()))
     if low < 0 or high > 1:
         remedy = _BINARY if x.ndim == 5 else "scale it and normalise inside the model"
-        raise ValueError(f"x must lie in [0, 1], got values from {low:.6g} to {high:.6g}; {remedy}")
+        digits = 6
+        if low >= -_ROUNDED and high <= 1 + _ROUNDED:
+            remedy = "interpolation may round so; use x.clamp(0, 1)"
+            digits = 9
+        found = f"from {low:.{digits}g} to {high:.{digits}g}"
+        raise ValueError(f"x must lie in [0, 1], got values {found}; {remedy}")
 
 
 def check_samples(x: Tensor) -> None:

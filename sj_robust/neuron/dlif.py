@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -427,8 +427,13 @@ def _check_arguments(
             f"T must be an integer >= 1, the number of time steps of a sequence, got {T!r}; it "
             "comes before tau, as in DLIFNode(T=4, tau=2.0)"
         )
-    if isinstance(tau, bool | str) or tau is None:
+    if not _is_number(tau):
         raise TypeError(f"tau must be a number > 1, got {tau!r}; write a number such as tau=2.0")
+    for name, level in {"v_threshold": v_threshold, "input_gain_init": input_gain_init}.items():
+        if not _is_number(level):
+            raise TypeError(f"{name} must be a number, such as 1.0, got {level!r}")
+    if v_reset is not None and not _is_number(v_reset):
+        raise TypeError(f"v_reset must be a number, or None for a soft reset, got {v_reset!r}")
     if math.isnan(tau) or tau <= 1.0:
         decay = f"for a decay of {tau} pass tau={1 / (1 - tau):.6g}" if 0.0 < tau < 1.0 else ""
         raise ValueError(
@@ -462,6 +467,10 @@ class _MissingGain(str):
             f"{self!s}: the weights are those of a network without DLIF neurons; load them into "
             f"a network of their own neurons, and then call replace_neurons(net, T={self.T})"
         )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real | Tensor) and not isinstance(value, bool)
 
 
 def _number(name: str, level: Any) -> Any:

@@ -40,6 +40,12 @@ WRONG_INPUTS = {
         ValueError,
         r"x must lie in \[0, 1\], got values from -0.01 to .*normalise inside",
     ),
+    "rounded": (
+        replaced(1 + 2**-23),
+        Y,
+        ValueError,
+        r"to 1.00000012; interpolation may round so; use x.clamp\(0, 1\)",
+    ),
     "bytes as floats": (
         X * 255,
         Y,

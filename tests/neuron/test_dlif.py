@@ -343,6 +343,26 @@ class TestWrongUse:  # of a neuron alone; what a network says is in test_stage.p
         with pytest.raises(ValueError, match=match):
             DLIFNode(**arguments)
 
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("tau", [2.0]),
+            ("tau", True),
+            ("v_threshold", "1"),
+            ("v_threshold", None),
+            ("v_reset", True),
+            ("v_reset", [0.0]),
+            ("input_gain_init", "1"),
+        ],
+    )
+    def test_what_is_no_number(self, name, value):
+        with pytest.raises(TypeError, match=f"{name} must be a number"):
+            DLIFNode(2, **{name: value})
+
+    def test_numbers_of_numpy_and_torch(self):
+        node = DLIFNode(2, tau=np.float32(2.0), v_threshold=torch.tensor(0.5), v_reset=0)
+        assert (node.tau, node.v_threshold, node.v_reset) == (2.0, 0.5, 0.0)
+
     def test_integer_input(self):
         with pytest.raises(TypeError, match="floating point, got torch.int64"):
             DLIFNode(2)(torch.zeros(2, 1, 3, dtype=torch.int64))
