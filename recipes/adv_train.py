@@ -383,9 +383,10 @@ def main(arguments: list[str]) -> None:
             attacks = [attack, *attacks_of_report(options).values()]
             check_training(objective, splits, plan, accelerator, attacks)
             plan.check_select(validation_attacks(choice))
-        descriptions = described(networks, splits, code)
-        if options.resume:
-            check_resumed(Path(str(options.output)), descriptions)
+    descriptions = described(networks, splits, code)
+    if options.resume:
+        assert options.output is not None  # where to resume was found before
+        check_resumed(Path(options.output), descriptions)
     configuration = plain(replace(options, output=None, resume=False))
     folder = open_run_folder(
         options.output, stem(options), configuration, accelerator, resume=options.resume
@@ -417,8 +418,8 @@ def main(arguments: list[str]) -> None:
 def described(
     networks: Mapping[str, Options], splits: ImageSplits, code: Mapping[str, str]
 ) -> dict[str, dict[str, Any]]:
-    """By name of a network, what its checkpoints say of it, and a resumed run has to have in
-    common; ``code`` is the digest of the code that builds it.
+    """By name of a network, the description that its checkpoints hold and that a resumed run
+    must share; ``code`` is the digest of the code that builds it.
     """
     images = fingerprint([contents(splits.train), contents(splits.validation)])
     return {

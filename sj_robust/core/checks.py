@@ -58,7 +58,7 @@ _BINARY = "event frames of counts become binary with (frames > 0).float()"
 
 
 _ROUNDED = 1e-4
-"""How far rounding may take images out of [0, 1]."""
+"""How far rounding may take images in float32 out of [0, 1]."""
 
 
 def check_images(x: Tensor) -> None:
@@ -105,8 +105,9 @@ def check_images(x: Tensor) -> None:
     if low < 0 or high > 1:
         remedy = _BINARY if x.ndim == 5 else "scale it and normalise inside the model"
         digits = 6
-        if low >= -_ROUNDED and high <= 1 + _ROUNDED:
-            remedy = "interpolation may round so; use x.clamp(0, 1)"
+        rounded = max(_ROUNDED, 2 * torch.finfo(x.dtype).eps)
+        if low >= -rounded and high <= 1 + rounded:
+            remedy = "interpolation may leave [0, 1] by rounding; use x.clamp(0, 1)"
             digits = 9
         found = f"from {low:.{digits}g} to {high:.{digits}g}"
         raise ValueError(f"x must lie in [0, 1], got values {found}; {remedy}")

@@ -472,15 +472,15 @@ class MPPDMonitor(BaseMonitor):
                 f"{kind}(): the monitor has no hooks: it was closed, or is a copy; build a new one "
                 "with MPPDMonitor(net)"
             )
-        if not self.monitored_layers:
-            reasons = [f"{name!r}: {reason}" for name, reason in self.unsupported.items()]
-            raise NotFollowedError(
-                f"{kind}(): no neuron can be followed: {'; '.join(reasons) or 'there is none'}"
-            )
         if not self.is_enable():
             self._recording.forget()
             yield
             return
+        if not self.monitored_layers:
+            first = next(f"{name!r}: {reason}" for name, reason in self.unsupported.items())
+            raise NotFollowedError(
+                f"{kind}(): no neuron can be followed, as monitor.unsupported tells of each; {first}"
+            )
         self._check_neurons(kind)
         with self._equal_numbers(kind), self._recording.running(kind):
             yield

@@ -92,10 +92,6 @@ class Run(Protocol):
     dtype: torch.dtype
     """Of the network."""
 
-    @property
-    def least_error(self) -> float:
-        """Error that exact values have where they enter a map."""
-
     def begin(self, by: Function, arguments: "list[Bounds]", values: Interval) -> "Bounds":
         """A leaf with these values, which an operation gives for arguments."""
 

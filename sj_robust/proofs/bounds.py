@@ -15,7 +15,7 @@ from sj_robust.neuron.dlif import DLIFNode
 from sj_robust.proofs.bound_tensor import Bounds, Function, HeldPotential, Origin
 from sj_robust.proofs.opened import counts, on_bounds, spiking_surrogates
 from sj_robust.proofs.origins import leaves_of, rows_of
-from sj_robust.proofs.rounding import SLACK, NoBoundsError, unseen
+from sj_robust.proofs.rounding import SLACK, NoBoundsError
 from sj_robust.proofs.rule_arguments import reshaped
 from sj_robust.proofs.spiking import (
     Float32Counting,
@@ -201,12 +201,6 @@ class BoundedRun:
         self.apart: dict[str, str] = {}
         """Layers that bound changed events as if some had budgets of their own, with the reason."""
         self.layers = {name: LayerBounds() for name in neurons}
-
-    @property
-    def least_error(self) -> float:
-        """See :class:`sj_robust.proofs.rules.Run`; images themselves have none."""
-        is_image = len(self.leaves) < 2 and self.changed is None
-        return 0.0 if is_image else unseen()
 
     def leaf(self, values: Interval, batch_dim: int) -> Bounds:
         """Bounds that start here, of values that are exact."""

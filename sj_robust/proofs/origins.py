@@ -122,14 +122,14 @@ def _beside(args: Any, call: Call) -> list[Tensor]:
     parts, origins = args[0], call.args[0]
     dim = call.kwargs.get("dim", args[1] if len(args) > 1 else 0)
     like = _first_rows(parts, origins)
-    if not like.numel():
-        raise NoBoundsError(
-            "joining constants with an empty part, such as the steps before the last at T = 1"
-        )
     found = []
     for part, origin in zip(parts, origins, strict=True):
         rows = part
         if not isinstance(origin, Origin):
+            if part.shape != like.shape and not like.numel():
+                raise NoBoundsError(
+                    "joining a constant with an empty part, such as s[:-1] at T = 1"
+                )
             rows = like if part.shape == like.shape else like.narrow(dim, 0, 1).expand(part.shape)
         found.append(rows)
     return found

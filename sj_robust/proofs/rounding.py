@@ -15,7 +15,6 @@ __all__ = [
     "is_rounding",
     "reset_rounding",
     "threshold_rounding",
-    "unseen",
     "within_float32",
 ]
 
@@ -71,16 +70,6 @@ def reset_rounding(size: Any, rest: float, threshold: float) -> Any:
     ``size``.
     """
     return gamma(4) * (size + abs(rest) + abs(threshold)) + 4 * SMALLEST
-
-
-def unseen() -> float:
-    """Least error of an exact value that enters an affine map, such as a spike.
-
-    Checks of maps on random values of size 1 do not see parts below ``FLOAT64_GAP`` of what is
-    summed. Beside a large weight of a spike that never comes they could matter, without an error
-    that covers them.
-    """
-    return _UNIT
 
 
 def within_float32(error: Tensor) -> Tensor:

@@ -57,8 +57,7 @@ def _affine(
     """Bounds of ``apply(x) + shift``; ``absolute`` is the map whose entries are the absolute values
     of apply's, and ``changes`` what is known of changed events behind it.
 
-    Equation, with g the growth of a sum of so many terms by rounding, and the error e of exact
-    values that of the run's ``least_error``::
+    Equation, with g the growth of a sum of so many terms by rounding::
 
         centre = A c + b,    radius = |A| r,    error = |A| (e + g (|c| + r + e)) + g |b|
     """
@@ -84,9 +83,8 @@ def _affine(
     radius = absolute(x.radius) if changes is None else changes.radius()
     if x.unrounded:
         return Bounds(centre, radius, run=x.run, changes=changes)
-    error = _error_of(x)
-    largest = x.centre.detach().abs() + x.radius + error
-    of_sums = absolute(error + growth * largest)
+    largest = x.centre.detach().abs() + x.radius + x.error
+    of_sums = absolute(x.error + growth * largest)
     error = of_sums + growth * shift.abs() + terms * SMALLEST
     return Bounds(
         centre=centre,
@@ -95,12 +93,6 @@ def _affine(
         run=x.run,
         changes=changes,
     )
-
-
-def _error_of(x: Bounds) -> Tensor:
-    """Errors of what enters a map, where exact values have the least one."""
-    least = 0.0 if x.run is None else x.run.least_error
-    return torch.where(x.error == 0.0, least, x.error) if least else x.error
 
 
 def _weighted(
@@ -318,9 +310,7 @@ def _sum(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
             changes = changes.opposite()
     if first.unrounded:
         return Bounds(centre, radius, run=run, changes=changes)
-    of_first = _error_of(first) if isinstance(a, Bounds) else first.error
-    of_second = _error_of(second) if isinstance(b, Bounds) else second.error
-    error = of_first + of_second
+    error = first.error + second.error
     size = centre.detach().abs() + radius + error
     error = error + gamma(2) * size + SMALLEST
     return Bounds(

@@ -266,7 +266,7 @@ class TestTrainedNetwork:
         assert attacked == sorted(attacked, reverse=True)
         assert attacked[1] < control[1]
         assert attacked[2] < control[2] - 0.5
-        assert attacked[3] < 0.1
+        assert attacked[3] < 0.2
 
     @pytest.mark.slow
     def test_probes_and_queries_add_to_the_gradient(self, bars):

@@ -88,8 +88,8 @@ def evaluated_again(report: Report, network: Subject, data: Data) -> Iterator[Ch
 
 
 def _attacked(report: Report, found: Report, *, undecided: int) -> Check:
-    """Whether few undecided images fell, the first ones of those evaluated again, and no proved
-    one.
+    """Whether few of the undecided images fell, which come first in ``found``, and none of the
+    proved ones.
     """
     total = len(found.labels)
     fell = set(range(total)) - found.standing("everything")
