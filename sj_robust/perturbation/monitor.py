@@ -479,7 +479,7 @@ class MPPDMonitor(BaseMonitor):
         if not self.monitored_layers:
             first = next(f"{name!r}: {reason}" for name, reason in self.unsupported.items())
             raise NotFollowedError(
-                f"{kind}(): no neuron can be followed, as monitor.unsupported tells of each; {first}"
+                f"{kind}(): no neuron can be followed, see monitor.unsupported; {first}"
             )
         self._check_neurons(kind)
         with self._equal_numbers(kind), self._recording.running(kind):
