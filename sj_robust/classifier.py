@@ -363,9 +363,8 @@ class SpikingClassifier(nn.Module):
         """Gives frames [T, N, *] for a number of random images N and of steps T."""
 
         def frames(n: int, steps: int) -> Tensor:
-            drawn = np.random.default_rng(n).random(
-                (n, *images.shape[1:])
-            )  # torch refuses its own in vmap
+            # of numpy, since vmap refuses torch's
+            drawn = np.random.default_rng(n).random((n, *images.shape[1:]))
             x = torch.from_numpy(drawn).to(images)
             with untouched(self.encoder), from_reset(self.encoder, 0, images.device):
                 return self._frames(x, steps)
