@@ -103,13 +103,12 @@ def check_images(x: Tensor) -> None:
     _check_finite(x)
     low, high = (float(bound) for bound in torch.aminmax(x.detach()))
     if low < 0 or high > 1:
+        found = f"from {low:.6g} to {high:.6g}"
         remedy = _BINARY if x.ndim == 5 else "scale it and normalise inside the model"
-        digits = 6
         rounded = max(_ROUNDED, 2 * torch.finfo(x.dtype).eps)
         if low >= -rounded and high <= 1 + rounded:
+            found = f"from {low:.9g} to {high:.9g}"
             remedy = "interpolation may leave [0, 1] by rounding; use x.clamp(0, 1)"
-            digits = 9
-        found = f"from {low:.{digits}g} to {high:.{digits}g}"
         raise ValueError(f"x must lie in [0, 1], got values {found}; {remedy}")
 
 

@@ -57,8 +57,7 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
     Threshold, reset, surrogate, ``detach_reset``, step mode, ``store_v_seq``, training mode, device
     and hooks are kept. ``decay_input=True`` becomes ``input_gain_init = 1 / tau``; IF becomes ``tau
     = inf``; a learnable tau, as of PLIF, or threshold is frozen at its present value, which
-    ``notes`` reports. A neuron that only a closure refers to
-    is not replaced.
+    ``notes`` reports. A neuron that only a closure refers to is not replaced.
     将网络中的 IF/LIF/PLIF 神经元替换为 DLIF。
 
     Args:

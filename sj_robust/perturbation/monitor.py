@@ -205,13 +205,16 @@ class MPPDMonitor(BaseMonitor):
         self.hooks.extend(register_watcher(net, self._recording, (*neurons, *sorted(spiking))))
         if self.unsupported:
             count = len(self.unsupported)
-            reasons = [f"{name!r}: {reason}" for name, reason in self.unsupported.items()]
-            if count > 5:
-                reasons = [*reasons[:5], "and more in monitor.unsupported"]
             warnings.warn(
-                f"MPPDMonitor does not follow {count} neuron(s): {'; '.join(reasons)}",
-                stacklevel=2,
+                f"MPPDMonitor does not follow {count} neuron(s): {self._reasons()}", stacklevel=2
             )
+
+    def _reasons(self) -> str:
+        """Why neurons cannot be followed, of the first five."""
+        reasons = [f"{name!r}: {reason}" for name, reason in self.unsupported.items()]
+        if len(reasons) > 5:
+            reasons = [*reasons[:5], "and more in monitor.unsupported"]
+        return "; ".join(reasons)
 
     @property
     def execution_order(self) -> tuple[str, ...]:
@@ -477,10 +480,7 @@ class MPPDMonitor(BaseMonitor):
             yield
             return
         if not self.monitored_layers:
-            first = next(f"{name!r}: {reason}" for name, reason in self.unsupported.items())
-            raise NotFollowedError(
-                f"{kind}(): no neuron can be followed, see monitor.unsupported; {first}"
-            )
+            raise NotFollowedError(f"{kind}(): no neuron can be followed: {self._reasons()}")
         self._check_neurons(kind)
         with self._equal_numbers(kind), self._recording.running(kind):
             yield

@@ -464,8 +464,7 @@ def _steps(
     v = torch.full_like(x_seq[0], module.v_reset or 0.0)
     reach = torch.zeros_like(v)  # squared, where the steps are perturbed apart
     for t, (x, spike) in enumerate(zip(x_seq, spike_seq, strict=True)):
-        # without a dtype, torch makes float32 of a number
-        gain = float(torch.as_tensor(charging.gain_at(t, input_gain=True), dtype=torch.float64))
+        gain = float(charging.gain_at(t, input_gain=True))
         h = charge(v, x, decay=decay, gain=gain, v_reset=module.v_reset)
         if apart:
             reach = decay**2 * reach + gain**2

@@ -124,14 +124,14 @@ def _beside(args: Any, call: Call) -> list[Tensor]:
     like = _first_rows(parts, origins)
     found = []
     for part, origin in zip(parts, origins, strict=True):
-        rows = part
-        if not isinstance(origin, Origin):
-            if part.shape != like.shape and not like.numel():
-                raise NoBoundsError(
-                    "joining a constant with an empty part, such as s[:-1] at T = 1"
-                )
-            rows = like if part.shape == like.shape else like.narrow(dim, 0, 1).expand(part.shape)
-        found.append(rows)
+        if isinstance(origin, Origin):
+            found.append(part)
+        elif part.shape == like.shape:
+            found.append(like)
+        elif like.numel():
+            found.append(like.narrow(dim, 0, 1).expand(part.shape))
+        else:
+            raise NoBoundsError("joining a constant with an empty part, such as s[:-1] at T = 1")
     return found
 
 

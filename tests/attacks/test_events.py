@@ -8,9 +8,10 @@ from typing import ClassVar
 
 import pytest
 import torch
-from attacks.moving_bars import EVENT_ATTACKS, frames
+from attacks.moving_bars import EVENT_ATTACKS, frames, moving_bars
 from attacks.table import (
     Recorder,
+    Trained,
     assert_within,
     fooled,
     linear_model,
@@ -253,6 +254,7 @@ class TestReduction:
 class TestTrainedNetwork:
     @pytest.mark.slow
     def test_accuracy_falls_with_the_budget_far_below_random_changes(self, bars):
+        bars = Trained(bars.model, *moving_bars(128, seeded(1)))
         attacked = []
         control = []
         for flips in (0, 5, 20, 40):
@@ -266,7 +268,7 @@ class TestTrainedNetwork:
         assert attacked == sorted(attacked, reverse=True)
         assert attacked[1] < control[1]
         assert attacked[2] < control[2] - 0.5
-        assert attacked[3] < 0.2
+        assert attacked[3] < 0.1
 
     @pytest.mark.slow
     def test_probes_and_queries_add_to_the_gradient(self, bars):

@@ -1,5 +1,5 @@
-"""A report is compared with its network: what the network is, its clean predictions, and some
-images that are evaluated again.
+"""A report is compared with its network: fingerprint and size, clean predictions, and some images
+that are evaluated again.
 """
 
 import random
