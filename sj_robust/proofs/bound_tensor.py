@@ -1,7 +1,8 @@
 """A tensor of bounds, which passes every torch function to its rule."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,9 +23,11 @@ __all__ = [
     "HeldPotential",
     "Origin",
     "Pooling",
+    "Refusal",
     "Rule",
     "Run",
     "is_truth",
+    "ruled",
     "run_of",
 ]
 
@@ -69,8 +72,24 @@ _MAY_WRITE = ["add", "sub", "mul", "div", "truediv", "neg", *_OPERATORS_IN_PLACE
 """Operations that may write their result into their first argument."""
 
 
+@dataclass
+class Refusal:
+    """Why a run has no bounds, empty if it has: a forward that catches the error of an operation
+    and goes on is refused all the same.
+    """
+
+    reason: str = ""
+
+    def note(self, error: Exception) -> None:
+        """Keep the first reason."""
+        self.reason = self.reason or str(error) or type(error).__name__
+
+
 class Run(Protocol):
     """What the rules know of the run that bounds belong to."""
+
+    refusal: Refusal
+    """What the run was refused for."""
 
     differentiable: bool
     """Whether bounds keep their graph to the weights."""
@@ -274,34 +293,8 @@ class Bounds(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Bounds of a function of bounds."""
         kwargs = dict(kwargs or {})
-        named = [kwargs.pop(key) for key in ("input", "tensors", "other") if key in kwargs]
-        args = (*args, *named)
-        name = func.__name__.strip("_")
-        rule = RULES.get(name)
-        in_place = func.__name__ == f"{name}_" or name in _OPERATORS_IN_PLACE
-        if func.__name__ == "__float__":
-            raise NoBoundsError("float(x), a number that depends on the input")
-        if HeldPotential in types:
-            raise NoBoundsError(_READS_POTENTIAL)
-        if kwargs.get("out") is not None or (in_place and name not in _MAY_WRITE):
-            raise NoBoundsError(f"{func.__name__}, which writes into a tensor: write x = f(x)")
-        if rule is None:
-            raise NoBoundsError(f"the operation {name}")
-        if any(isinstance(value, Bounds) for value in kwargs.values()):
-            raise NoBoundsError(f"{name} of an argument by keyword: pass it by its place")
-        if rule not in ON_TRUTH and any(isinstance(x, Bounds) and x.truth for x in args):
-            raise NoBoundsError(
-                f"the operation {name} of a comparison: convert it first, as in (x >= "
-                "0).to(x.dtype)"
-            )
-        try:
-            with torch._C.DisableTorchFunctionSubclass():
-                call = _noted_call(rule, func, args, kwargs)
-                found = rule(func, *args, **kwargs)
-                _note(found, call)
-                return _written(args[0], found, func.__name__) if in_place else found
-        except TypeError as error:  # a rule does not know an argument, or the call is wrong
-            raise NoBoundsError(f"the operation {name} as it is called here ({error})") from error
+        with ruled(run_of((*args, *kwargs.values()))):
+            return _bounds_of(func, types, args, kwargs)
 
     @classmethod
     # torch declares its default, which is a function
@@ -309,7 +302,8 @@ class Bounds(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """What reaches torch's dispatcher came around the rules above."""
-        raise NoBoundsError(f"the operation {func}")
+        with ruled(run_of((*args, *(kwargs or {}).values()))):
+            raise NoBoundsError(f"the operation {func}")
 
 
 class HeldPotential(Tensor):
@@ -317,12 +311,18 @@ class HeldPotential(Tensor):
     call notices if it was replaced.
     """
 
+    refusal: Refusal
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Refuse; only cutting its graph changes nothing."""
         if func.__name__ in ("detach", "detach_"):
             return args[0]
-        raise NoBoundsError(_READS_POTENTIAL)
+        error = NoBoundsError(_READS_POTENTIAL)
+        for value in args:
+            if isinstance(value, HeldPotential):
+                value.refusal.note(error)
+        raise error
 
 
 def run_of(value: Any) -> Run | None:
@@ -331,6 +331,59 @@ def run_of(value: Any) -> Run | None:
         return value.run
     parts = value if type(value) in (tuple, list) else ()
     return next((run for run in map(run_of, parts) if run is not None), None)
+
+
+@contextmanager
+def ruled(run: Run | None) -> Iterator[None]:
+    """Context of what a network's forward calls on bounds: maps keep their graph whatever the
+    forward says of gradients, and an error refuses the whole run. In training nobody knows whether
+    weights without a graph shall learn, so a forward without one is refused.
+    """
+    try:
+        if run is None:
+            yield
+        elif run.differentiable:
+            if not torch.is_grad_enabled():
+                raise NoBoundsError("training of what runs without a graph, as in torch.no_grad()")
+            yield
+        else:
+            with torch.inference_mode(False), torch.enable_grad():
+                yield
+    except Exception as error:
+        if run is not None:
+            run.refusal.note(error)
+        raise
+
+
+def _bounds_of(func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What the rule of a function gives."""
+    named = [kwargs.pop(key) for key in ("input", "tensors", "other") if key in kwargs]
+    args = (*args, *named)
+    name = func.__name__.strip("_")
+    rule = RULES.get(name)
+    in_place = func.__name__ == f"{name}_" or name in _OPERATORS_IN_PLACE
+    if func.__name__ == "__float__":
+        raise NoBoundsError("float(x), a number that depends on the input")
+    if HeldPotential in types:
+        raise NoBoundsError(_READS_POTENTIAL)
+    if kwargs.get("out") is not None or (in_place and name not in _MAY_WRITE):
+        raise NoBoundsError(f"{func.__name__}, which writes into a tensor: write x = f(x)")
+    if rule is None:
+        raise NoBoundsError(f"the operation {name}")
+    if any(isinstance(value, Bounds) for value in kwargs.values()):
+        raise NoBoundsError(f"{name} of an argument by keyword: pass it by its place")
+    if rule not in ON_TRUTH and any(isinstance(x, Bounds) and x.truth for x in args):
+        raise NoBoundsError(
+            f"the operation {name} of a comparison: convert it first, as in (x >= 0).to(x.dtype)"
+        )
+    try:
+        with torch._C.DisableTorchFunctionSubclass():
+            call = _noted_call(rule, func, args, kwargs)
+            found = rule(func, *args, **kwargs)
+            _note(found, call)
+            return _written(args[0], found, func.__name__) if in_place else found
+    except TypeError as error:  # a rule does not know an argument, or the call is wrong
+        raise NoBoundsError(f"the operation {name} as it is called here ({error})") from error
 
 
 def is_truth(value: Any) -> bool:

@@ -12,7 +12,14 @@ from sj_robust.core.broadcast import along
 from sj_robust.core.preserved import other_forward
 from sj_robust.neuron.charging import Neuron
 from sj_robust.neuron.dlif import DLIFNode
-from sj_robust.proofs.bound_tensor import Bounds, Function, HeldPotential, Origin
+from sj_robust.proofs.bound_tensor import (
+    Bounds,
+    Function,
+    HeldPotential,
+    Origin,
+    Refusal,
+    ruled,
+)
 from sj_robust.proofs.opened import counts, on_bounds, spiking_surrogates
 from sj_robust.proofs.origins import leaves_of, rows_of
 from sj_robust.proofs.rounding import SLACK, NoBoundsError
@@ -193,6 +200,7 @@ class BoundedRun:
         self.rounded = not differentiable
         self.surrogate_width = surrogate_width
         self.cut = _Switch()
+        self.refusal = Refusal()
         self.leaves: list[Leaf] = []
         self.laid: list[Layout] = []
         """What every call of :meth:`_layout` gave so far."""
@@ -239,6 +247,8 @@ class BoundedRun:
                 yield
                 for neuron in self.neurons.values():
                     self._check_numbers(neuron)
+                if self.refusal.reason:
+                    raise NoBoundsError(self.refusal.reason)
             finally:
                 self._give_states_back(entered)
 
@@ -261,7 +271,9 @@ class BoundedRun:
     def _hold(self, neuron: Neuron) -> None:
         """Put something into a neuron's states by which the next call knows that nobody has."""
         layer = self.layers[neuron.name]
-        layer.held = {"v": torch.empty(0).as_subclass(HeldPotential)}
+        potential = torch.empty(0).as_subclass(HeldPotential)
+        potential.refusal = self.refusal
+        layer.held = {"v": potential}
         if "time_step" in layer.states_before:
             layer.held["time_step"] = _HeldStep(layer.steps)
         for name, held in layer.held.items():
@@ -369,30 +381,34 @@ class BoundedRun:
 
     def _spikes_of(self, neuron: Neuron) -> Callable[..., Bounds]:
         """The forward of a neuron on bounds."""
-        name = neuron.name
 
         def forward(x: Any, *args: Any, **kwargs: Any) -> Bounds:
-            if not isinstance(x, Bounds):
-                raise NoBoundsError(
-                    f"the layer {name} got {type(x).__name__}, no bounds: something before it "
-                    "lost them"
-                )
-            batch_dim = 1 if neuron.module.step_mode == "m" else 0
-            if x.ndim <= batch_dim or x.shape[batch_dim] != self.samples:
-                raise NoBoundsError(
-                    f"the layer {name} in step mode {neuron.module.step_mode!r} on "
-                    f"{tuple(x.shape)} for {self.samples} samples, which must be [T, N, *] in "
-                    "mode 'm' and [N, *] in mode 's'"
-                )
-            if self.changed is not None and x.changes is None and 0 in leaves_of(x.origin):
-                self.apart[name] = "its current is more than one convolution or linear map"
-            self._check_call(neuron)
-            self._reached(x, batch_dim, neuron)
-            found = self._leaf_behind(neuron, x, batch_dim)
-            self._hold(neuron)
-            return found
+            with ruled(self):
+                return self._spikes_behind(neuron, x)
 
         return forward
+
+    def _spikes_behind(self, neuron: Neuron, x: Any) -> Bounds:
+        """What a neuron gives for a current."""
+        name = neuron.name
+        if not isinstance(x, Bounds):
+            raise NoBoundsError(
+                f"the layer {name} got {type(x).__name__}, no bounds: something before it lost them"
+            )
+        batch_dim = 1 if neuron.module.step_mode == "m" else 0
+        if x.ndim <= batch_dim or x.shape[batch_dim] != self.samples:
+            raise NoBoundsError(
+                f"the layer {name} in step mode {neuron.module.step_mode!r} on "
+                f"{tuple(x.shape)} for {self.samples} samples, which must be [T, N, *] in "
+                "mode 'm' and [N, *] in mode 's'"
+            )
+        if self.changed is not None and x.changes is None and 0 in leaves_of(x.origin):
+            self.apart[name] = "its current is more than one convolution or linear map"
+        self._check_call(neuron)
+        self._reached(x, batch_dim, neuron)
+        found = self._leaf_behind(neuron, x, batch_dim)
+        self._hold(neuron)
+        return found
 
     def _leaf_behind(self, neuron: Neuron, x: Bounds, batch_dim: int) -> Bounds:
         """The spikes of a layer for a current, with which a leaf begins."""

@@ -7,7 +7,8 @@ from torch import nn
 
 from sj_robust.core.host import lif_multi_step, surrogate
 from sj_robust.neuron.charging import Charging, Neuron, emits_spikes, is_neuron
-from sj_robust.proofs.rules import Bounds, step
+from sj_robust.proofs.bound_tensor import Bounds, ruled
+from sj_robust.proofs.rules import step
 
 __all__ = [
     "NO_BOUNDS",
@@ -109,7 +110,10 @@ def on_bounds(original: Any) -> Any:
     """The forward of a surrogate on bounds, and on anything else what it was."""
 
     def forward(x: Any) -> Any:
-        return step(x, original) if isinstance(x, Bounds) else original(x)
+        if not isinstance(x, Bounds):
+            return original(x)
+        with ruled(x.run):
+            return step(x, original)
 
     return forward
 
