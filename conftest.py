@@ -1,11 +1,13 @@
-"""README and docs are tests as well; parallel tests take one thread each, no test waits for the
-disk, collection does without the garbage collector, and coverage keeps its tracer.
+"""README and docs are tests as well; ``-m quick`` is what a user needs to trust an installation;
+parallel tests take one thread each, no test waits for the disk, collection does without the garbage
+collector, and coverage keeps its tracer.
 """
 
 import gc
 import importlib.util
 import os
 import sys
+from pathlib import Path
 
 import pytest
 from documentation.pages import PAGES, is_slow
@@ -13,6 +15,26 @@ from sybil.integration.pytest import SybilItem
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, one for each core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).parent
+QUICK = [
+    "README.md",
+    "sj_robust",  # the example of each public call: evaluations, proofs and a training among them
+    "tests/attacks/test_budget.py",  # every attack
+    "tests/estimators/test_backward.py",
+    "tests/evaluation/test_own_network.py",
+    "tests/models/test_shipped.py",
+    "tests/neuron/test_dlif.py",
+    "tests/neuron/test_replacement.py",
+    "tests/ops/test_bn_dlif.py",  # in this folder, every backend that is there
+    "tests/ops/test_dlif.py",
+    "tests/ops/test_trains.py",
+    "tests/perturbation/test_monitor.py",
+    "tests/proofs/test_never_false.py",  # every method
+    "tests/test_classifier.py",
+    "tests/training/test_training_step.py",
+]
+"""Files and folders whose tests are quick, but for those marked slow: a cross-section."""
 
 pytest_collect_file = PAGES.pytest()
 collect_ignore_glob = ["docs/*.py", "docs/*/*.py"]
@@ -28,6 +50,19 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if isinstance(item, SybilItem) and is_slow(item.example.document):
             item.add_marker(pytest.mark.slow)
+        if is_quick(item.path) and item.get_closest_marker("slow") is None:
+            item.add_marker(pytest.mark.quick)
+
+
+def is_quick(path):
+    """Whether a file is one of those whose tests are quick."""
+    return any(path.is_relative_to(ROOT / name) for name in QUICK)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Where quick tests alone are asked for, other files are not read."""
+    others = collection_path.is_file() and not is_quick(collection_path)
+    return True if config.option.markexpr == "quick" and others else None
 
 
 def pytest_configure():
