@@ -9,8 +9,8 @@ only describes what it adds:
   mode back, also after an exception; any other callable is called as it is.
 - ``x``: Images [N, ...] in [0, 1], floating point.
 - ``y``: Labels [N] int64.
-- ``eps``: Radius in units of [0, 1] images, such as ``8 / 255``, in Linf unless there is a
-  ``norm``; never exceeded, as ``ThreatModel.project`` says.
+- ``eps``: Radius in units of [0, 1] images, such as ``8 / 255`` or ``"8/255"``, in Linf unless
+  there is a ``norm``; never exceeded, as ``ThreatModel.project`` says.
 - ``norm``: ``"Linf"``, or ``"L2"`` over all elements of an image.
 - ``steps``: Number of gradient steps of a run, >= 1.
 - ``restarts``: Number of runs from different random starts, >= 1.

@@ -32,7 +32,7 @@ def fab(
     x: Tensor,
     y: Tensor,
     *,
-    eps: float,
+    eps: float | str,
     norm: Norm = "Linf",
     steps: int = 100,
     restarts: int = 1,

@@ -39,7 +39,7 @@ def apgd(
     x: Tensor,
     y: Tensor,
     *,
-    eps: float,
+    eps: float | str,
     norm: Norm = "Linf",
     loss: LossName | Loss = "ce",
     steps: int = 100,

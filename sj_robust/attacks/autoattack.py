@@ -64,7 +64,7 @@ def autoattack(
     x: Tensor,
     y: Tensor,
     *,
-    eps: float,
+    eps: float | str,
     norm: Norm = "Linf",
     version: str = "standard",
     attacks: Sequence[str] | None = None,

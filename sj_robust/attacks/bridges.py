@@ -16,7 +16,7 @@ __all__ = ["external", "transfer"]
 
 
 def external(
-    attack: Callable[[Tensor, Tensor], Tensor], *, eps: float, norm: Norm = "Linf"
+    attack: Callable[[Tensor, Tensor], Tensor], *, eps: float | str, norm: Norm = "Linf"
 ) -> Attack:
     """Turn an attack of another package, called as ``attack(x, y)``, into one of this package.
 

@@ -25,7 +25,7 @@ def fgsm(
     x: Tensor,
     y: Tensor,
     *,
-    eps: float,
+    eps: float | str,
     targeted: bool = False,
     loss: Loss | None = None,
     generator: Randomness = None,
@@ -56,7 +56,7 @@ def rfgsm(
     x: Tensor,
     y: Tensor,
     *,
-    eps: float,
+    eps: float | str,
     step_size: float | None = None,
     noise_std: float = 0.001,
     project: bool = True,
@@ -89,7 +89,7 @@ def rfgsm(
         >>> bool((x_adv - x).abs().max() <= 4 / 255)
         True
     """
-    ball = ThreatModel("Linf", eps)
+    ball = ball_threat("Linf", eps)
     step_size = ball.eps if step_size is None else _checked_step(step_size, ball)
     noise_std = check_size("noise_std", noise_std, at_most=1.0)
     if not project:
@@ -111,9 +111,9 @@ def pgd(
     x: Tensor,
     y: Tensor,
     *,
-    eps: float,
-    step_size: float,
-    steps: int,
+    eps: float | str,
+    step_size: float | None = None,
+    steps: int = 10,
     norm: Norm = "Linf",
     random_start: bool = True,
     restarts: int = 1,
@@ -140,7 +140,7 @@ def pgd(
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`.
 
     Args:
-        step_size: Length of a step in the chosen norm.
+        step_size: Length of a step in the chosen norm; ``2.5 * eps / steps`` by default.
         random_start: Whether to start from a random point of the ball, clamped to [0, 1].
         keep_best: False returns the last iterate (with several restarts, the best of their last
             iterates), as other libraries usually do, which overstates robustness.
@@ -169,8 +169,8 @@ def pgd(
         tensor([[0.3500, 0.7000]])
     """
     ball = ball_threat(norm, eps)
-    step_size = _checked_step(step_size, ball)
     check_count("steps", steps)
+    step_size = 2.5 * ball.eps / steps if step_size is None else _checked_step(step_size, ball)
     check_count("restarts", restarts)
     check_count("eot_samples", eot_samples)
     if restarts > 1 and not random_start:

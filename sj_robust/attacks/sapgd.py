@@ -14,7 +14,7 @@ from sj_robust.attacks.call import (
     crafting,
 )
 from sj_robust.attacks.projection import per_sample
-from sj_robust.attacks.threat import ThreatModel
+from sj_robust.attacks.threat import ThreatModel, ball_threat
 from sj_robust.core.checks import check_count
 
 __all__ = ["sapgd"]
@@ -28,7 +28,7 @@ def sapgd(
     x: Tensor,
     y: Tensor,
     *,
-    eps: float,
+    eps: float | str,
     steps: int = 100,
     restarts: int = 1,
     eot_samples: int = 1,
@@ -71,7 +71,7 @@ def sapgd(
         >>> (x_adv @ weight.T).argmax(1)
         tensor([0])
     """
-    ball = ThreatModel("Linf", eps)
+    ball = ball_threat("Linf", eps)
     for name, count in (("steps", steps), ("restarts", restarts), ("eot_samples", eot_samples)):
         check_count(name, count)
     x, y = checked_copies(model, x, y, generator)

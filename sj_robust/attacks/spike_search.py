@@ -39,7 +39,7 @@ def spike_search(
     x: Tensor,
     y: Tensor,
     *,
-    eps: float,
+    eps: float | str,
     norm: Norm = "Linf",
     starts: Tensor | Sequence[Tensor] | None = None,
     forwards: int = 50_000,

@@ -48,7 +48,7 @@ def square(
     x: Tensor,
     y: Tensor,
     *,
-    eps: float,
+    eps: float | str,
     norm: Norm = "Linf",
     queries: int = 5000,
     eot_samples: int = 1,

@@ -370,11 +370,11 @@ def rounding(x: Tensor) -> float:
     return 1e-6 + 2 * float(torch.finfo(x.dtype).eps)
 
 
-def ball_threat(norm: Norm, eps: float) -> ThreatModel:
-    """The threat of an attack that moves values."""
+def ball_threat(norm: Norm, eps: float | str) -> ThreatModel:
+    """The threat of an attack that moves values; the radius may be text such as ``"8/255"``."""
     if norm not in get_args(Norm):
         raise ValueError(f"norm must be one of {get_args(Norm)}, got {norm!r}")
-    return ThreatModel(norm, eps)
+    return ThreatModel(norm, parse_eps(eps) if isinstance(eps, str) else eps)
 
 
 def random_point(

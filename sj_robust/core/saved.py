@@ -93,7 +93,13 @@ class SavedResult:
             ) from error
 
     def save(self, path: str | Path) -> None:
-        """Write the result; the file is whole or not there."""
+        """Write the result as JSON; the file is whole or not there.
+
+        Raises:
+            ValueError: If the path does not end in ``.json``.
+        """
+        if Path(path).suffix.lower() != ".json":
+            raise ValueError(f"path must end in .json, got {str(path)!r}; {self._what} is JSON")
         write_whole(Path(path), self.to_json() + "\n")
 
     @classmethod

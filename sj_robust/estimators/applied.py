@@ -285,7 +285,7 @@ def _surrogate_plan(estimator: EstimatorName, name: str, node: Any) -> dict[str,
         )
     swapped = host_surrogate(shape, alpha)
     on_fast_code = has_compiled_kernel(own) and has_compiled_kernel(swapped)
-    on_torch = type(node) is DLIFNode or runs_on_torch(node)
+    on_torch = isinstance(node, DLIFNode) or runs_on_torch(node)
     if on_fast_code and on_torch:
         return {"surrogate_function": swapped}
     derivative = partial(SHAPES[shape], alpha=alpha)
@@ -357,7 +357,7 @@ class _Override:
     def entries(self) -> dict[str, Any]:
         """The activation: SpikingJelly's neurons have no field for it, but methods."""
         node = self._node
-        if type(node) is DLIFNode:
+        if isinstance(node, DLIFNode):
             return {"gradient": self}
         multi = node.multi_step_forward
         single = node.single_step_forward

@@ -1,6 +1,6 @@
 """Evaluate or stress-test a network in one call."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -46,6 +46,7 @@ from sj_robust.evaluation.run.suites import (
 )
 from sj_robust.evaluation.stressing import stress_network
 from sj_robust.evaluation.subject import Subject, check_fits
+from sj_robust.neuron.charging import NeuronKey, stated
 
 __all__ = ["evaluate", "stress"]
 
@@ -69,6 +70,8 @@ def evaluate(
     T: int | None = None,
     mean: Channels = None,
     std: Channels = None,
+    decay: Mapping[NeuronKey, float] | None = None,
+    gain: Mapping[NeuronKey, float] | None = None,
     draws: int | None = None,
     seed: int = 0,
     batch_size: int = 256,
@@ -105,6 +108,8 @@ def evaluate(
         mean: Mean per channel that a bare network expects to be subtracted, as numbers, a tensor or
             an array.
         std: Standard deviation per channel that it expects to be divided by, likewise.
+        decay: For neurons whose dynamics are not known, as in :class:`sj_robust.MPPDMonitor`.
+        gain: Their input gain.
         draws: Number of forwards of a stochastic network. An image counts as broken if the
             network is wrong in more than half of them, and attacks average the gradient over a
             third as many. None uses 10 for a network that draws random numbers and 1 for any other.
@@ -149,7 +154,7 @@ def evaluate(
     check_suite(chosen, threat)
     check_rounds(chosen, rounds)
     check_shape(chosen, data[0][0], draws=draws or 1)
-    with _prepared(given, data, settings) as prepared:
+    with _prepared(given, data, settings, decay=decay, gain=gain) as prepared:
         asked = replace(prepared.request(chosen, threat), rounds=rounds)
         return assess(prepared.subject, data, asked)
 
@@ -404,7 +409,14 @@ class _Prepared:
 
 
 @contextmanager
-def _prepared(given: _Given, data: Data, settings: _Settings) -> Iterator[_Prepared]:
+def _prepared(
+    given: _Given,
+    data: Data,
+    settings: _Settings,
+    *,
+    decay: Mapping[NeuronKey, float] | None = None,
+    gain: Mapping[NeuronKey, float] | None = None,
+) -> Iterator[_Prepared]:
     """The network as a classifier that has taken an image; evaluation mode, full precision."""
     first = data[0][0]
     classifier = as_classifier(given.model, given.T, mean=given.mean, std=given.std, images=first)
@@ -413,7 +425,12 @@ def _prepared(given: _Given, data: Data, settings: _Settings) -> Iterator[_Prepa
     subject = Subject(settings.name or kind, classifier, kind)
     device = device_of(classifier)
     configuration = {"T": given.T, "mean": given.mean, "std": given.std}
-    with evaluation_mode(classifier), full_precision(device), _shown(settings.progress) as watch:
+    with (
+        stated(network, decay, gain),
+        evaluation_mode(classifier),
+        full_precision(device),
+        _shown(settings.progress) as watch,
+    ):
         classes = check_fits(subject, first[:1].to(device), None, settings.dataset)
         check_classes(torch.tensor(data.labels), classes)
         if isinstance(classifier, SpikingClassifier):

@@ -129,7 +129,6 @@ def _attack(radius: float, steps: int, eot_samples: int) -> Member:
         pgd,
         eps=radius,
         norm="L2",
-        step_size=2.5 * radius / steps,
         steps=steps,
         eot_samples=eot_samples,
         keep_best=False,  # the best of noisy draws would be a lucky one

@@ -50,7 +50,7 @@ class Subject:
     remarks: tuple[str, ...] = ()
 
 
-def from_checkpoint(path: Path, T: int | None = None, *, trust_code: bool = False) -> Subject:
+def from_checkpoint(path: str | Path, T: int | None = None, *, trust_code: bool = False) -> Subject:
     """The network of a checkpoint that ``recipes/adv_train.py`` wrote. 从检查点读取网络。
 
     Args:
@@ -72,13 +72,13 @@ def from_checkpoint(path: Path, T: int | None = None, *, trust_code: bool = Fals
             networks, T is out of range, or the network is built by a function that is not trusted.
 
     Examples:
-        >>> from_checkpoint(Path("nowhere") / "best.pt")
+        >>> from_checkpoint("nowhere/best.pt")
         Traceback (most recent call last):
         ...
         FileNotFoundError: nowhere/best.pt does not exist; give a checkpoint such as
         runs/NAME/NETWORK/best.pt
     """
-    path = _checkpoint_file(path)
+    path = _checkpoint_file(Path(path))
     content = load_checkpoint(path)
     try:
         description, state = content["description"], content["model"]

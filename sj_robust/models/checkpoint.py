@@ -39,7 +39,7 @@ releases lack them, and code has another digest for each version of Python.
 """
 
 
-def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     """Write a checkpoint atomically: ``path`` always holds a complete one, the old or the new.
     原子写入检查点。
 
@@ -60,6 +60,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         >>> load_checkpoint(folder / "last.pt")["epoch"]
         3
     """
+    path = Path(path)
     head = {"format": _FORMAT, "version": _VERSION, "digest": _digest(content)}
     try:
         with whole_file(path) as file:
@@ -73,7 +74,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
             unfinished.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, without running any code that the file may contain.
     读取检查点。
 
@@ -85,11 +86,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: If the file is damaged, was written by another program, or has a newer format.
 
     Examples:
-        >>> load_checkpoint(Path("nowhere") / "last.pt")
+        >>> load_checkpoint("nowhere/last.pt")
         Traceback (most recent call last):
         ...
         FileNotFoundError: no checkpoint at nowhere/last.pt; start the run without --resume
     """
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; start the run without --resume")
     content: Any = load_tensors(path, what="a checkpoint", remedy="use another checkpoint")

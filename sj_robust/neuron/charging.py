@@ -1,6 +1,8 @@
 """Which neurons of a network charge linearly, with their decay and gain."""
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -17,11 +19,14 @@ __all__ = [
     "Neuron",
     "NeuronKey",
     "StatesCharging",
+    "class_of",
     "emits_spikes",
     "find_neurons",
     "has_known_dynamics",
     "is_neuron",
+    "known_change",
     "read_charging",
+    "stated",
 ]
 
 NeuronKey = str | type[nn.Module]
@@ -75,12 +80,14 @@ class Neuron:
         module: The neuron.
         charging: Reads the charge parameters as they are now.
         known: Whether the dynamics are SpikingJelly's or ours, not stated by the user or the class.
+        stated: Whether the user stated them, see :func:`stated`.
     """
 
     name: str
     module: Any
     charging: Callable[[], Charging]
     known: bool
+    stated: bool = False
 
     def numbers(self, *, learned: bool = True) -> tuple[Any, ...]:
         """Threshold, potential after a spike (None: soft reset), surrogate, decay and gains as they
@@ -103,7 +110,7 @@ class Neuron:
     @property
     def time_step(self) -> int:
         """Number of steps since the neuron's reset, for neurons whose gain depends on it."""
-        return int(self.module.time_step) if type(self.module) is DLIFNode else 0
+        return int(self.module.time_step) if isinstance(self.module, DLIFNode) else 0
 
     @property
     def surrogate(self) -> Surrogate:
@@ -111,10 +118,15 @@ class Neuron:
         return describe_surrogate(self.module.surrogate_function)
 
     @property
+    def spiking(self) -> bool:
+        """Whether its surrogate spikes."""
+        function = self.module.surrogate_function
+        return isinstance(function, Spiking) and function.spiking
+
+    @property
     def fires(self) -> bool:
         """Whether the outputs are whole numbers of spikes."""
-        function = self.module.surrogate_function
-        return self.known and isinstance(function, Spiking) and function.spiking
+        return self.known and self.spiking
 
     @property
     def binary(self) -> bool:
@@ -128,51 +140,90 @@ def _as_numbers(value: float | Tensor | None) -> float | tuple[float, ...] | Non
 
 
 def find_neurons(
-    net: nn.Module,
-    decay: Mapping[NeuronKey, float] | None = None,
-    gain: Mapping[NeuronKey, float] | None = None,
+    net: nn.Module, *, offers_decay: bool = False
 ) -> tuple[dict[str, Neuron], dict[str, str], set[str]]:
     """Neurons that can be followed, by name, reasons by name of the others, and the names of those
     others that spike.
 
-    ``decay`` and ``gain`` (a fixed input gain) are those of neurons whose dynamics are not known,
-    by module name or exact type; None where a caller does not offer them, so that no reason advises
-    them. ValueError if there is no neuron, a key fits none or one of known dynamics, or a value is
-    out of range.
+    Args:
+        net: The network; ValueError if it has no neuron.
+        offers_decay: Whether the caller has the options of :func:`stated`, which reasons then
+            advise.
     """
     check_network(net)
-    candidates = {name: module for name, module in net.named_modules() if is_neuron(module)}
-    if not candidates:
-        raise ValueError(
-            f"{type(net).__name__} holds no SpikingJelly neuron, so there is nothing to monitor "
-            "or certify; give a network with IF, LIF, PLIF or DLIF neurons"
-        )
-    decays, gains = decay or {}, gain or {}
-    _check_given(candidates, decays, gains)
     followed: dict[str, Neuron] = {}
     unsupported: dict[str, str] = {}
+    candidates = _candidates(net)
     for name, module in candidates.items():
-        given = _lookup(decays, name, module)
         if has_known_dynamics(module):
             followed[name] = Neuron(name, module, partial(read_charging, module), known=True)
         elif isinstance(module, StatesCharging):
-            followed[name] = Neuron(name, module, module.charging, known=False)
-        elif given is not None:
-            fixed_gain = _lookup(gains, name, module)
-            stated = partial(
-                Charging, float(given), 1.0 if fixed_gain is None else float(fixed_gain)
-            )
-            followed[name] = Neuron(name, module, stated, known=False)
+            by_user = "charging" in vars(module)
+            followed[name] = Neuron(name, module, module.charging, known=False, stated=by_user)
         else:
-            unsupported[name] = _reason(module, offers_decay=decay is not None)
+            unsupported[name] = _reason(module, offers_decay=offers_decay)
     return followed, unsupported, {name for name in unsupported if emits_spikes(candidates[name])}
 
 
-def has_known_dynamics(module: nn.Module) -> bool:
-    """Whether the dynamics of a module are known; by exact type, since a subclass may change them.
-    动力学是否已知。
+@contextmanager
+def stated(
+    net: nn.Module,
+    decay: Mapping[NeuronKey, float] | None = None,
+    gain: Mapping[NeuronKey, float] | None = None,
+) -> Iterator[None]:
+    """Context in which neurons whose dynamics are not known charge as the user says: by ``decay``
+    and a fixed input gain, 1 by default. 用户声明的充电方程。
+
+    Equation: ``h = decay * v + gain * x``, plus ``(1 - decay) * v_reset`` for a hard reset.
+
+    Args:
+        net: The network.
+        decay: Fraction of the potential kept per step, by module name or class.
+        gain: Input gain of neurons in ``decay``, with the same keys.
+
+    Raises:
+        ValueError: If there is no neuron, a key fits none or one of known dynamics, or a value is
+            out of range.
+
+    Examples:
+        >>> class Quiet(neuron.LIFNode):
+        ...     def neuronal_charge(self, x):
+        ...         self.v = 0.9 * self.v + 0.5 * x
+        >>> net = nn.Sequential(Quiet())
+        >>> with stated(net, {Quiet: 0.9}, {Quiet: 0.5}):
+        ...     find_neurons(net)[0]["0"].charging()
+        Charging(decay=0.9, gain=0.5, input_gain=None)
     """
-    return type(module) in _KNOWN
+    decays, gains = decay or {}, gain or {}
+    candidates = _candidates(net) if decays or gains else {}
+    _check_given(candidates, decays, gains)
+    chosen: list[nn.Module] = []
+    try:
+        for name, module in candidates.items():
+            kept = _lookup(decays, name, module)
+            if kept is not None:
+                fixed = _lookup(gains, name, module)
+                given_gain = 1.0 if fixed is None else float(fixed)
+                vars(module)["charging"] = partial(Charging, float(kept), given_gain)
+                chosen.append(module)
+        yield
+    finally:
+        for module in chosen:
+            del vars(module)["charging"]
+
+
+def has_known_dynamics(module: nn.Module) -> bool:
+    """Whether the dynamics of a module are known: those of IF, LIF, PLIF or DLIF, or of a subclass
+    that does not change them. 动力学是否已知。
+
+    Examples:
+        >>> class MyLIF(neuron.LIFNode):
+        ...     def __init__(self):
+        ...         super().__init__(tau=4.0)
+        >>> has_known_dynamics(MyLIF()), has_known_dynamics(neuron.QIFNode())
+        (True, False)
+    """
+    return class_of(module, _KNOWN.__contains__) is not None
 
 
 def read_charging(module: nn.Module) -> Charging:
@@ -182,7 +233,57 @@ def read_charging(module: nn.Module) -> Charging:
         >>> read_charging(neuron.LIFNode(tau=2.0))
         Charging(decay=0.5, gain=0.5, input_gain=None)
     """
-    return _KNOWN[type(module)](module)
+    kind = next(cls for cls in type(module).__mro__ if cls in _KNOWN)
+    return _KNOWN[kind](module)
+
+
+def class_of(module: nn.Module, fits: Callable[[type], bool]) -> type | None:
+    """The nearest class of a neuron that fits, if its code is what the neuron runs; else None.
+    神经元实际运行其代码的类。
+
+    A subclass changes nothing if it overrides no attribute of that class but the constructor and
+    the text of ``print``, so that it may add arguments, methods and states of its own.
+    """
+    kind = next(filter(fits, type(module).__mro__), None)
+    return None if kind is None or _change(module, kind) else kind
+
+
+def known_change(module: nn.Module) -> str | None:
+    """What a neuron changes of IF, LIF, PLIF or DLIF, in words; None if it is none of them or
+    changes nothing. 对已知动力学的改动。
+
+    Examples:
+        >>> class Early(neuron.LIFNode):
+        ...     def neuronal_fire(self):
+        ...         return self.v * 0 + 1
+        >>> known_change(Early())
+        'replaces neuronal_fire of LIFNode'
+    """
+    kind = next((cls for cls in type(module).__mro__ if cls in _KNOWN), None)
+    name = None if kind is None else _change(module, kind)
+    if kind is None or name is None:
+        return None
+    of_its_own = name in vars(module)
+    return f"has a {name} of its own" if of_its_own else f"replaces {name} of {kind.__name__}"
+
+
+def _change(module: nn.Module, kind: type) -> str | None:
+    """Name of an attribute of a class that a neuron, or its own class, replaces."""
+    for name in _DYNAMICS:
+        if name in vars(module):
+            return name
+    for cls in type(module).__mro__:
+        if cls in kind.__mro__:
+            continue
+        for name, value in vars(cls).items():
+            if name in _HARMLESS:
+                continue
+            if name in _DYNAMICS or hasattr(kind, name):
+                return name
+            # a setting, such as v_threshold, which the constructor sets
+            if isinstance(value, property) and name in inspect.signature(kind).parameters:
+                return name
+    return None
 
 
 def emits_spikes(module: nn.Module) -> bool:
@@ -197,7 +298,25 @@ def _parametric_lif(module: Any) -> Charging:
     return Charging(1.0 - rate, rate if module.decay_input else 1.0)
 
 
-# Exact types: a subclass may charge differently.
+class _Plain:
+    """What every class has."""
+
+    tau: float
+
+
+_HARMLESS = frozenset({*vars(_Plain), "__init__", "__repr__", "extra_repr"})
+
+_DYNAMICS = (
+    "neuronal_charge",
+    "neuronal_fire",
+    "neuronal_reset",
+    "v_float_to_tensor",
+    "single_step_functional_forward",
+    "multi_step_functional_forward",
+    "materialize_states",
+)
+"""Methods by which a neuron of either release of SpikingJelly says what it does."""
+
 _KNOWN: dict[type, Callable[[Any], Charging]] = {
     neuron.IFNode: lambda module: Charging(decay=1.0),
     neuron.LIFNode: lambda module: Charging(
@@ -214,6 +333,9 @@ def _reason(module: nn.Module, *, offers_decay: bool) -> str:
         return f"{name} emits potentials, not spikes"
     if isinstance(module, neuron.BaseNode):
         unknown = f"the decay of {name} is not known"
+        change = known_change(module)
+        if change is not None:
+            unknown += f", since it {change}"
         if not offers_decay:
             return unknown
         return (
@@ -221,6 +343,17 @@ def _reason(module: nn.Module, *, offers_decay: bool) -> str:
             f"decay={{{name}: factor}}"
         )
     return f"{name} has no membrane potential that decays by a constant factor per step"
+
+
+def _candidates(net: nn.Module) -> dict[str, nn.Module]:
+    """The neurons of a network by name; ValueError if it has none."""
+    found = {name: module for name, module in net.named_modules() if is_neuron(module)}
+    if not found:
+        raise ValueError(
+            f"{type(net).__name__} holds no SpikingJelly neuron, so there is nothing to monitor "
+            "or certify; give a network with IF, LIF, PLIF or DLIF neurons"
+        )
+    return found
 
 
 def _lookup(given: Mapping[NeuronKey, float], name: str, module: nn.Module) -> float | None:

@@ -18,6 +18,7 @@ from sj_robust.core.host import (
     is_neuron,
     neuron,
 )
+from sj_robust.neuron.charging import has_known_dynamics, known_change
 from sj_robust.neuron.dlif import DLIFNode
 
 __all__ = ["ReplacementReport", "dlif_to_lif", "replace_neurons"]
@@ -103,17 +104,16 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
         like = next(module.parameters(recurse=False), like)
         if isinstance(module, DLIFNode) or not is_neuron(module):
             continue
-        dynamics = _lif_dynamics(module)
-        if dynamics is None:
+        if not has_known_dynamics(module):
+            change = known_change(module) or "is not IF, LIF or PLIF"
             report.skipped[name] = (
-                f"{type(module).__name__} is not IF, LIF or PLIF, so no DLIF neuron has its "
-                "dynamics"
+                f"{type(module).__name__} {change}, so no DLIF neuron has its dynamics"
             )
             continue
         if any(isinstance(value, Tensor) and value.numel() > 1 for value in _levels(module)):
             report.skipped[name] = "its v_threshold or v_reset has several values, DLIF's has one"
             continue
-        tau, input_gain = dynamics
+        tau, input_gain = _lif_dynamics(module)
         if module not in successors:
             node = DLIFNode(T=T, tau=tau, backend=backend, **_settings(module))
             # not of the surrogate, which other neurons may share
@@ -142,7 +142,8 @@ def dlif_to_lif(net: nn.Module) -> ReplacementReport:
 
     The spikes are the same up to rounding, and so are the gradients in the first two cases; in the
     third case, which is listed in ``notes``, the surrogate gets the divided potential. Hooks and
-    settings are kept, and states are reset. Subclasses of DLIFNode are left as they are.
+    settings are kept, and states are reset. Subclasses of DLIFNode that change its dynamics
+    are left as they are.
     将增益恒定的 DLIF 神经元替换为 LIF/IF。
 
     Args:
@@ -175,8 +176,8 @@ def dlif_to_lif(net: nn.Module) -> ReplacementReport:
     for name, module in net.named_modules(remove_duplicate=False):
         if not isinstance(module, DLIFNode):
             continue
-        if type(module) is not DLIFNode:
-            report.skipped[name] = f"{type(module).__name__} may have its own dynamics"
+        if not has_known_dynamics(module):
+            report.skipped[name] = f"{type(module).__name__} {known_change(module)}"
             continue
         node = _without_gain(name, module)
         successors[module] = node
@@ -280,18 +281,14 @@ def _method_of(owner: Any, method: MethodType) -> MethodType:
     return MethodType(method.__func__, owner)
 
 
-def _lif_dynamics(module: Any) -> tuple[float, float] | None:
-    """Tau and input gain of an IF, LIF or PLIF neuron; None for anything else, subclasses
-    included.
-    """
-    if type(module) is neuron.IFNode:
+def _lif_dynamics(module: Any) -> tuple[float, float]:
+    """Tau and input gain of an IF, LIF or PLIF neuron."""
+    if isinstance(module, neuron.IFNode):
         return math.inf, 1.0
-    if type(module) is neuron.LIFNode:
+    if isinstance(module, neuron.LIFNode):
         tau = float(module.tau)
-    elif type(module) is neuron.ParametricLIFNode:
-        tau = 1.0 / float(module.w.detach().double().sigmoid())
     else:
-        return None
+        tau = 1.0 / float(module.w.detach().double().sigmoid())
     input_gain = 1.0 / tau if module.decay_input else 1.0
     return tau, input_gain
 
@@ -300,7 +297,7 @@ def _learned(module: nn.Module, tau: float) -> dict[str, float]:
     """What a neuron learns and DLIF does not, by name."""
     parameters = dict(module.named_parameters(recurse=False))
     found = {}
-    if type(module) is neuron.ParametricLIFNode:
+    if isinstance(module, neuron.ParametricLIFNode):
         found["tau"] = tau
     for name in ("v_threshold", "v_reset"):
         if name in parameters:

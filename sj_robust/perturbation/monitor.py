@@ -21,7 +21,7 @@ from sj_robust.core.checks import (
 from sj_robust.core.host import functional
 from sj_robust.core.preserved import evaluation_mode
 from sj_robust.core.random_numbers import RandomNumbers
-from sj_robust.neuron.charging import NeuronKey, find_neurons, is_neuron
+from sj_robust.neuron.charging import NeuronKey, find_neurons, is_neuron, stated
 from sj_robust.neuron.watching import register_watcher
 from sj_robust.perturbation._recording import Layers, Recording, RunKind
 from sj_robust.perturbation._statistics import Kept, LayerTotals, MPPDStatistics
@@ -189,7 +189,8 @@ class MPPDMonitor:
         self.hooks: list[RemovableHandle] = []
         if keep not in ("statistics", "trace", "loss"):
             raise ValueError(f"keep must be 'statistics', 'trace' or 'loss', got {keep!r}")
-        neurons, self.unsupported, spiking = find_neurons(net, decay or {}, gain or {})
+        with stated(net, decay, gain):
+            neurons, self.unsupported, spiking = find_neurons(net, offers_decay=True)
         self.monitored_layers = list(neurons)
         self.records: list[Any] = []
         self.name_records_index: dict[str, list[int]] = {name: [] for name in neurons}

@@ -93,7 +93,7 @@ class _HeldStep(int):
 
 def _states(module: Any) -> dict[str, Any]:
     """What a neuron carries from one call to the next, by name."""
-    names = ("v", "time_step") if type(module) is DLIFNode else ("v",)
+    names = ("v", "time_step") if isinstance(module, DLIFNode) else ("v",)
     return {name: getattr(module, name) for name in names}
 
 

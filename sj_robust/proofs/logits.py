@@ -13,7 +13,6 @@ from sj_robust.proofs.moves import EVENTS, Events
 from sj_robust.proofs.opened import as_lif, has_steps, no_bounds, stepped
 from sj_robust.proofs.rounding import NoBoundsError
 from sj_robust.proofs.rules import Bounds
-from sj_robust.proofs.soundness import overridden
 from sj_robust.proofs.spiking import Interval
 
 __all__ = ["bounded_logits", "bounded_neurons"]
@@ -99,7 +98,7 @@ def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
     others: dict[str, str] = {}
     parts = list(model.net.modules())
     if any(map(is_neuron, parts)) or not has_steps(model.net):
-        neurons, others, _ = find_neurons(model.net)
+        neurons, others, _ = find_neurons(model.net, offers_decay=True)
     unbounded: dict[str, str] = {}
     for name, reason in others.items():
         module = model.net.get_submodule(name)
@@ -107,7 +106,7 @@ def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
         if lif is not None:
             neurons[name] = lif
         elif not stepped(module):
-            why = no_bounds(module) or reason.partition(";")[0]  # behind it, what a monitor takes
+            why = no_bounds(module) or reason
             unbounded[name] = f"{name} ({type(module).__name__}): {why}"
     for name, n in neurons.items():
         fault = _why_unbounded(n)
@@ -124,13 +123,10 @@ def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
 
 def _why_unbounded(n: Neuron) -> str | None:
     """Why a neuron has no bounds, to follow its name in a sentence; None if it has some."""
-    if not n.known:
+    if not (n.known or n.stated):
         return f", a {n.type_name}, which fires in its own way"
-    if not n.fires:
+    if not n.spiking:
         return ", whose surrogate does not spike"
-    method = overridden(n)
-    if method is not None:
-        return f", whose {method} was replaced: restore it"
     if not n.charging().decay_value >= 0:
         return ", whose decay is negative: give it a tau of 1 or more"
     for key in ("v_threshold", "v_reset"):

@@ -29,7 +29,7 @@ from sj_robust.proofs.rounding import (
     threshold_rounding,
 )
 from sj_robust.proofs.rules import Bounds, Function
-from sj_robust.proofs.soundness import check_neurons, overridden
+from sj_robust.proofs.soundness import check_neurons
 from sj_robust.proofs.spiking import Interval
 
 __all__ = ["no_flip_radius"]
@@ -245,12 +245,8 @@ def _factors(T: int) -> Tensor:
 def _check_followed(name: str, neurons: dict[str, Neuron], others: dict[str, str]) -> None:
     """Raise NotImplementedError for a layer whose spikes do not follow from its potential."""
     reason = others.get(name)
-    if reason is None:
-        method = overridden(neurons[name])
-        if method is not None:
-            reason = f"its {method} was replaced"
-        elif not neurons[name].binary:
-            reason = "its surrogate does not give spikes of 0 and 1 by the potential alone"
+    if reason is None and not neurons[name].binary:
+        reason = "its surrogate does not give spikes of 0 and 1 by the potential alone"
     if reason is not None:
         raise NotImplementedError(f"{name}, which the input drives, cannot be followed: {reason}")
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from sj_robust.core.host import lif_multi_step, surrogate
-from sj_robust.neuron.charging import Charging, Neuron, emits_spikes, is_neuron
+from sj_robust.neuron.charging import Charging, Neuron, class_of, emits_spikes, is_neuron
 from sj_robust.proofs.bound_tensor import Bounds, ruled
 from sj_robust.proofs.rules import step
 
@@ -60,14 +60,14 @@ def as_lif(name: str, module: Any) -> Neuron | None:
         >>> as_lif("0", nn.ReLU()) is None
         True
     """
-    if type(module).__name__ not in _LIKE_LIF or not is_neuron(module):
+    if class_of(module, lambda kind: kind.__name__ in _LIKE_LIF) is None or not is_neuron(module):
         return None
     return Neuron(name, module, partial(_charging, module), known=True)
 
 
 def counts(neuron: Neuron) -> int | None:
     """The largest spike of a neuron that emits integers; None if it emits 0 and 1. 最大脉冲数。"""
-    if neuron.type_name != "ILIFNode":
+    if class_of(neuron.module, lambda kind: kind.__name__ == "ILIFNode") is None:
         return None
     return int(neuron.module.surrogate_function.max_spike_count)
 
@@ -95,7 +95,8 @@ def stepped(module: nn.Module) -> bool:
     function = getattr(module, "surrogate_function", None)
     spikes = isinstance(function, _Surrogate) and function.spiking
     plain = lif_multi_step is not None  # the older release's neurons run scripts of torch
-    return plain and type(module).__name__ in OPEN and emits_spikes(module) and spikes
+    is_open = class_of(module, lambda kind: kind.__name__ in OPEN) is not None
+    return plain and is_open and emits_spikes(module) and spikes
 
 
 def has_steps(net: nn.Module) -> bool:

@@ -32,7 +32,6 @@ __all__ = [
     "check_neurons",
     "check_point",
     "check_surrogates",
-    "overridden",
 ]
 
 _SAMPLES = 2
@@ -40,8 +39,6 @@ _SAMPLES = 2
 
 _NEURONS = 512
 """Neurons of a layer that get random currents."""
-
-_DYNAMICS = ("neuronal_charge", "neuronal_fire", "neuronal_reset")
 
 _HOLDERS = ("_parameters", "_buffers", "_memories")
 """Attributes of a module that hold values by the names that users know."""
@@ -305,22 +302,6 @@ def check_point(model: nn.Module, run: BoundedRun, logits: Bounds, point: Tensor
     if not Interval(logits.lower, logits.upper).holds(found):
         raise _outside("a logit", "the output")
     return found
-
-
-def overridden(neuron: Neuron) -> str | None:
-    """Name of a method of the dynamics that is set on the neuron itself and replaces that of its
-    class.
-
-    Examples:
-        >>> from sj_robust import DLIFNode
-        >>> from sj_robust.neuron.charging import find_neurons
-        >>> net = nn.Sequential(DLIFNode(T=4))
-        >>> neuron = find_neurons(net)[0]["0"]
-        >>> net[0].neuronal_fire = lambda: 1.0
-        >>> overridden(neuron)
-        'neuronal_fire'
-    """
-    return next((name for name in _DYNAMICS if name in vars(neuron.module)), None)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Proofs that no perturbation within a ball changes the class of an image."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -35,9 +35,10 @@ from sj_robust.core.checks import (
 )
 from sj_robust.core.environment import device_of
 from sj_robust.core.eps import eps_text, parse_eps
+from sj_robust.core.preserved import evaluation_mode
 from sj_robust.core.saved import markdown_table
 from sj_robust.core.shown import Shown, heat_map, new_figure
-from sj_robust.neuron.charging import Neuron, is_neuron
+from sj_robust.neuron.charging import Neuron, NeuronKey, is_neuron, stated
 from sj_robust.proofs._scipy import scipy_module
 from sj_robust.proofs.batches import METHODS, BatchProofs, BoundedLayer, Method
 from sj_robust.proofs.constants import parameters_kept_in_float64
@@ -184,6 +185,8 @@ def verify(
     method: Method = "joint",
     time_limit: float = 10.0,
     batch_size: int = 64,
+    decay: Mapping[NeuronKey, float] | None = None,
+    gain: Mapping[NeuronKey, float] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Verification:
     """Prove, image by image, that no perturbation of at most ``eps`` changes the class.
@@ -229,8 +232,8 @@ def verify(
     on its solution; misclassified images are in ``x_adv`` of the result.
 
     Args:
-        model: A classifier in evaluation mode, in float32, without a stochastic encoder; or a bare
-            network, with ``T``, ``mean`` and ``std``.
+        model: A classifier in float32, without a stochastic encoder, which runs in evaluation mode;
+            or a bare network, with ``T``, ``mean`` and ``std``.
         x: Images [N, C, H, W] or features [N, F] in [0, 1]; for a ``SpikingEventClassifier``,
             frames [N, T, C, H, W].
         y: Labels [N] int64.
@@ -248,6 +251,9 @@ def verify(
             For bab they are converted into the number of operations that one core performs in that
             time, so results do not depend on how busy the machine is.
         batch_size: Images at a time; memory grows with it, not with N.
+        decay: Fraction of the potential kept per step by neurons whose dynamics are not known, as
+            in :class:`sj_robust.MPPDMonitor`; their firing and reset must be those of a BaseNode.
+        gain: Their input gain.
         on_batch: Called after every batch with the number of images done so far.
 
     Returns:
@@ -298,26 +304,27 @@ def verify(
     time_limit = check_size("time_limit", time_limit, positive=True)
     check_function("on_batch", on_batch)
     classifier = check_classifier(as_classifier(model, T, mean=mean, std=std))
-    neurons = _checked(classifier, x, y, of_events=norm != "Linf")
-    if norm == "moves" and not isinstance(classifier, SpikingEventClassifier):
-        raise ValueError(
-            "moves are those of event frames; wrap the network in a "
-            f"SpikingEventClassifier, got a {type(classifier).__name__}"
+    with stated(classifier.net, decay, gain), evaluation_mode(classifier):
+        neurons = _checked(classifier, x, y, of_events=norm != "Linf")
+        if norm == "moves" and not isinstance(classifier, SpikingEventClassifier):
+            raise ValueError(
+                "moves are those of event frames; wrap the network in a "
+                f"SpikingEventClassifier, got a {type(classifier).__name__}"
+            )
+        if not isinstance(ball, float):
+            ball = ball_of_frames(ball, x)
+        check_number_of_channels(x, mean=mean, std=std)
+        classifier.find_convention(x.to(device_of(classifier)))
+        first = slice(0, batch_size)
+        proofs = BatchProofs(
+            classifier, neurons, ball, x[first], y[first], method=method, time_limit=time_limit
         )
-    if not isinstance(ball, float):
-        ball = ball_of_frames(ball, x)
-    check_number_of_channels(x, mean=mean, std=std)
-    classifier.find_convention(x.to(device_of(classifier)))
-    first = slice(0, batch_size)
-    proofs = BatchProofs(
-        classifier, neurons, ball, x[first], y[first], method=method, time_limit=time_limit
-    )
-    check_classes(y, proofs.classes)
-    for start in range(0, len(x), proofs.size):
-        part = slice(start, start + proofs.size)
-        proofs.add(x[part], y[part])
-        if on_batch is not None:
-            on_batch(min(part.stop, len(x)))
+        check_classes(y, proofs.classes)
+        for start in range(0, len(x), proofs.size):
+            part = slice(start, start + proofs.size)
+            proofs.add(x[part], y[part])
+            if on_batch is not None:
+                on_batch(min(part.stop, len(x)))
     return Verification(
         eps=parse_eps(eps),
         norm=norm,
@@ -391,8 +398,8 @@ def _checked(
     for name, module in model.named_modules():
         if module.training and id(module) not in surrogates:
             raise UnprovableError(
-                f"model must be in evaluation mode, got {name or 'it'} in training mode; call "
-                "model.eval()"
+                f"model must be in evaluation mode, got {name or 'it'} in training mode after "
+                "model.eval(); let its train() set the mode of all its parts"
             )
     values = model.state_dict()
     dtypes = {value.dtype for value in values.values() if value.is_floating_point()}

@@ -1,7 +1,7 @@
 """Makes your own network robust in one call."""
 
 import tempfile
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -42,6 +42,7 @@ from sj_robust.evaluation.run.fingerprint import fingerprint
 from sj_robust.evaluation.run.identity import Answers, Identity, identify, seeded_sources
 from sj_robust.evaluation.subject import Subject, check_fits
 from sj_robust.models.checkpoint import check_same_run, load_checkpoint, load_run
+from sj_robust.neuron.charging import NeuronKey, stated
 from sj_robust.training.engine import check_training, train
 from sj_robust.training.history import EpochRecord
 from sj_robust.training.journal import Journal
@@ -88,6 +89,8 @@ def finetune(
     T: int | None = None,
     mean: Channels = None,
     std: Channels = None,
+    decay: Mapping[NeuronKey, float] | None = None,
+    gain: Mapping[NeuronKey, float] | None = None,
     seed: int = 0,
     folder: str | Path | None = None,
     progress: bool = True,
@@ -124,6 +127,8 @@ def finetune(
         T: Number of time steps, for a bare network; None if it has its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
+        decay: For neurons whose dynamics are not known, as in :class:`sj_robust.MPPDMonitor`.
+        gain: Their input gain.
         seed: Random seed.
         folder: Folder for checkpoints and log; None saves nothing. It resumes only the training of
             the same network, images and options, of which it holds fingerprints: build a network
@@ -186,13 +191,14 @@ def finetune(
         verified_method="ibp" if certified else "joint",
         seed=seed,
     )
-    objective = Objective(
-        classifier,
-        kappa=chosen.kappa,
-        rho=rho,
-        loss=chosen.loss,
-        certified_eps=threat.eps if certified else None,
-    )
+    with stated(classifier.net, decay, gain):
+        objective = Objective(
+            classifier,
+            kappa=chosen.kappa,
+            rho=rho,
+            loss=chosen.loss,
+            certified_eps=threat.eps if certified else None,
+        )
     configuration = {
         "mode": mode,
         "eps": threat.eps,
@@ -210,7 +216,12 @@ def finetune(
     description: dict[str, Any] = {"finetune": configuration}
     accelerator = Accelerator(cpu=device_of(classifier).type == "cpu")
     watching = objective.monitor or nullcontext()  # whose hooks are gone afterwards
-    with watching, evaluation_mode(net), _folder(kept, net, accelerator) as place:
+    with (
+        watching,
+        stated(classifier.net, decay, gain),
+        evaluation_mode(net),
+        _folder(kept, net, accelerator) as place,
+    ):
         journal = Journal(place if progress else None)
         is_untrained = True
         if kept is not None:

@@ -1,5 +1,6 @@
 """The budget of every attack, as a property."""
 
+import inspect
 import math
 from copy import deepcopy
 from itertools import product
@@ -11,6 +12,7 @@ from covering import each_in_turn
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from sj_robust import attacks
 from sj_robust.attacks import rfgsm
 from sj_robust.attacks._fab import fab
 
@@ -53,6 +55,27 @@ def test_inside_ball_and_box_for_any_shape_radius_and_dtype(name, shape, eps, dt
     assert torch.equal(x, before[0])
     assert torch.equal(y, before[1])
     assert x_adv.data_ptr() != x.data_ptr() or x.numel() == 0
+
+
+def of_a_radius(name):
+    function = getattr(attacks, name)
+    return inspect.isfunction(function) and {"model", "eps"} <= set(
+        inspect.signature(function).parameters
+    )
+
+
+OF_A_RADIUS = list(filter(of_a_radius, attacks.__all__))
+
+
+@pytest.mark.parametrize("name", OF_A_RADIUS)
+@pytest.mark.parametrize("eps", [0.2, "51/255"])
+def test_a_radius_is_all_that_an_attack_needs(name, eps):
+    assert len(OF_A_RADIUS) == 9
+    x = torch.rand(2, 1, 6, 6, generator=seeded())
+    model = linear_model(36, torch.float32)
+    x_adv = getattr(attacks, name)(model, x, predicted(model, x), eps=eps)
+    assert_within(x_adv, x, "Linf", 0.2)
+    assert not torch.equal(x_adv, x)
 
 
 def test_inside_ball_and_box_on_every_model(attack_and_model, batch):

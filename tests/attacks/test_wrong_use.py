@@ -138,7 +138,7 @@ LEAST = {  # what every attack must be given
     salt_and_pepper: {"amount": 0.1},
     fgsm: {"eps": 0.1},
     rfgsm: {"eps": 0.1},
-    pgd: {"eps": 0.1, "step_size": 0.1, "steps": 1},
+    pgd: {"eps": 0.1},
     apgd: {"eps": 0.1, "keep_best": False},
     sapgd: {"eps": 0.1, "keep_best": False},
     square: {"eps": 0.1},
@@ -263,5 +263,3 @@ def test_a_noise_takes_no_model_or_a_callable(attack):
 def test_budgets_are_keyword_only():
     with pytest.raises(TypeError, match="positional"):
         fgsm(linear_model(36), X, Y, 0.1)
-    with pytest.raises(TypeError, match="step_size"):
-        pgd(linear_model(36), X, Y, eps=0.1, steps=3)

@@ -5,13 +5,14 @@ import io
 import re
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import pytest
 from evaluation.reports import LINF, member, over_eps, proof, report, stress_report
 
 from sj_robust.attacks import ThreatModel
+from sj_robust.core.saved import SavedResult
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.report import export
 from sj_robust.evaluation.report.levels import WHATS, levels
@@ -38,6 +39,11 @@ def of_a_vote():
         threat = ThreatModel("L2", eps)
         rows.append(Row("smooth", "proof", (0, 1, 2), left, threat=threat, alpha=0.001))
     return Report("votes", "digits", "vote", (0, 1, 2), rows, threat=ThreatModel("L2", 0.25))
+
+
+@dataclass
+class Margin(SavedResult, what="a margin", format="mine", version=1):
+    value: float
 
 
 KINDS = {
@@ -67,6 +73,23 @@ def test_a_csv_gives_every_number_back_as_it_was(one, tmp_path):
         assert row.accuracy == row.correct / row.total
         assert 0 <= row.low <= row.accuracy <= row.high <= 1
     assert one.to_csv(tmp_path / "figures.csv") == (tmp_path / "figures.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("ending", "begins"),
+    [("json", "{"), ("html", "<!DOCTYPE html>"), ("CSV", "network,"), ("tex", "\\begin{table}")],
+)
+def test_a_report_is_saved_as_its_file_is_called(ending, begins, tmp_path):
+    of_a_suite().save(str(tmp_path / f"report.{ending}"))
+    assert (tmp_path / f"report.{ending}").read_text().startswith(begins)
+
+
+@pytest.mark.parametrize("name", ["report.pdf", "report.txt", "report"])
+def test_a_report_is_not_saved_under_another_ending(name, tmp_path):
+    for result in (of_a_suite(), Margin(0.5)):
+        with pytest.raises(ValueError, match="path"):
+            result.save(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_csv_holds_every_figure_of_a_suite():

@@ -3,7 +3,6 @@ import os
 import sys
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -487,7 +486,7 @@ def test_a_checkpoint_says_if_its_training_is_unfinished(tmp_path, monkeypatch):
     assert from_checkpoint(folder).remarks == ()  # nobody knows
     save_checkpoint(folder / "last.pt", content | {"epoch": 3})
     monkeypatch.chdir(folder)
-    for path in (folder, folder / "last.pt", Path("best.pt")):
+    for path in (folder, folder / "last.pt", "best.pt"):
         (remark,) = from_checkpoint(path).remarks
         assert "training of dlif_at is unfinished (epoch 3 of 5)" in remark
     save_checkpoint(folder / "last.pt", content | {"epoch": 5})

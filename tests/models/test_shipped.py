@@ -105,9 +105,16 @@ def test_names_are_checked():
     )
     with pytest.raises(ValueError, match=message):
         pretrained("digits/dlif-certifed")
-    read = from_checkpoint(Path("digits/lif")).model
+    read = from_checkpoint("digits/lif").model
     shipped = pretrained("digits/lif")
     assert torch.equal(read.net.first.weight, shipped.net.first.weight)
+
+
+def test_pages_load_networks_that_exist():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    named = re.findall(r'pretrained\("([^"]+)"\)', "".join(map(Path.read_text, pages)))
+    assert named
+    assert set(named) <= set(pretrained_networks())
 
 
 @pytest.mark.parametrize(

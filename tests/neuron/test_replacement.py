@@ -298,7 +298,7 @@ def test_a_neuron_with_dynamics_of_its_own_stays_and_is_named():
     net = nn.Sequential(DLIFNode(T=2), Doubled(T=2))
     report = dlif_to_lif(net)
     assert [type(node) for node in net] == [neuron.LIFNode, Doubled]
-    assert report.skipped == {"1": "Doubled may have its own dynamics"}
+    assert report.skipped == {"1": "Doubled replaces multi_step_forward of DLIFNode"}
 
 
 @pytest.mark.parametrize("net", [DLIFNode(T=2), nn.Linear(2, 2), nn.Sequential(Doubled(T=2))])

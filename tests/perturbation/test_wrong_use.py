@@ -16,7 +16,10 @@ from sj_robust.perturbation import MPPDMonitor
 
 
 class MyLIF(neuron.LIFNode):
-    """A subclass may do anything."""
+    """It fires at half the threshold."""
+
+    def neuronal_fire(self):
+        return self.surrogate_function(self.v - self.v_threshold / 2)
 
 
 class Leaky(neuron.BaseNode):

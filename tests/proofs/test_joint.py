@@ -63,7 +63,7 @@ def random_neuron(case, T):
     """A neuron in step mode m, and how its steps are bounded."""
     node = fuzz.random_node(case, grid=case.random() < 0.5, T=T)
     functional.set_step_mode(node, "m")
-    found = find_neurons(nn.Sequential(node), {}, {})[0]["0"]
+    found = find_neurons(nn.Sequential(node))[0]["0"]
     return node, Float32Spiking(found, LayerBounds())
 
 

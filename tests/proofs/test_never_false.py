@@ -472,13 +472,3 @@ def test_a_neuron_that_no_forward_uses_changes_nothing():
     x = torch.rand(2, 2)
     first, second = (verify(model, x, model(x).argmax(1), 0.01).verified for _ in range(2))
     assert first == second
-
-
-def test_no_advice_that_verify_does_not_take():
-    class Own(neuron.LIFNode):
-        pass
-
-    model = SpikingClassifier(nn.Sequential(nn.Linear(2, 2), Own(step_mode="m")), T=2).eval()
-    with pytest.raises(NotImplementedError, match="the decay of Own is not known") as caught:
-        verify(model, torch.rand(1, 2), torch.tensor([0]), 0.1)
-    assert "decay=" not in str(caught.value)

@@ -201,7 +201,7 @@ def test_what_cannot_be_followed_is_named(message):
 def test_a_neuron_that_does_not_do_its_equation_is_refused():
     model = network(neuron.IFNode())
     model.net[3].neuronal_fire = lambda: model.net[3].v
-    with pytest.raises(NotImplementedError, match="its neuronal_fire was replaced"):
+    with pytest.raises(NotImplementedError, match="a neuronal_fire of its own"):
         no_flip_radius(model, torch.rand(1, 2, 6, 6))
     model = network(neuron.IFNode())
     step = model.net[3].multi_step_forward

@@ -151,6 +151,9 @@ def test_parts_of_the_data_give_what_the_whole_gives_and_nothing_is_left_behind(
     with unchanged(model):
         whole = verify(model, x, y, 0.01)
         parts = verify(model, x, y, 0.01, batch_size=3, on_batch=done.append)
+    with unchanged(model.train()):
+        assert verify(model, x, y, 0.01) == whole
+    assert all(module.training for module in model.modules())
     assert done == [3, 6, 7]
     assert parts.correct == whole.correct
     assert_close(torch.tensor(parts.margin), torch.tensor(whole.margin))
@@ -463,9 +466,14 @@ def weights_of(value):
     return model
 
 
+class AlwaysTraining(nn.Linear):
+    def train(self, mode=True):
+        return super().train()
+
+
 def trains_inside():
     model = changed()
-    model.net[0].train()
+    model.net[0] = AlwaysTraining(*model.net[0].weight.T.shape)
     return model
 
 
@@ -481,7 +489,6 @@ class Attention(nn.Module):
 SMOOTH = surrogate.ATan(spiking=False)
 WRONG_NETWORKS = {
     "wrap the network": nn.Flatten,
-    "call model.eval()": lambda: changed().train(),
     "got net.0 in training mode": trains_inside,
     "the encoder PoissonEncoder": encoded,
     "a matrix product of values of several samples of a batch": lambda: in_steps(

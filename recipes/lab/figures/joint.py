@@ -75,7 +75,7 @@ def joint_bounds(
     eps: Mapping[str, Sequence[float]],
 ) -> JointBounds:
     """The numbers of the figure, with what is proved of each network at its radii."""
-    neurons, _, _ = find_neurons(nn.Sequential(neuron.LIFNode(tau=2.0)), {}, {})
+    neurons, _, _ = find_neurons(nn.Sequential(neuron.LIFNode(tau=2.0)))
     lif = neurons["0"]
     spiking = Float32Spiking(lif, LayerBounds())
     table = possible_trains(

@@ -258,10 +258,30 @@ class Report(
 
         show_report(self, console)
 
-    def write(self, folder: Path, gallery: "Gallery | None" = None) -> tuple[str, ...]:
+    def save(self, path: str | Path) -> None:
+        """Write the report in the format that the file's ending names: ``.json``, which
+        :meth:`load` reads back equal, ``.html`` (:meth:`page`), ``.csv`` or ``.tex``. 保存报告。
+
+        Raises:
+            ValueError: If the ending is another one, or there is no page of such a report.
+        """
+        writers = {".html": self.page, ".csv": self.to_csv, ".tex": self.to_latex}
+        suffix = Path(path).suffix.lower()
+        if suffix in writers:
+            writers[suffix](path)
+        elif suffix == ".json":
+            super().save(path)
+        else:
+            raise ValueError(
+                f"path must end in .json, {', '.join(writers)}, got {str(path)!r}; figures are "
+                "written by plot(path=...), all that there is by write(folder)"
+            )
+
+    def write(self, folder: str | Path, gallery: "Gallery | None" = None) -> tuple[str, ...]:
         """Write JSON and figures into a folder, and the page of a suite or the table of a stress
         test; returns their names. 写入报告的全部文件。
         """
+        folder = Path(folder)
         stem = _STEMS.get(self.suite, "report")
         self.save(folder / f"{stem}.json")
         names = [f"{stem}.json"]

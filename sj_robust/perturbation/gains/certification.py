@@ -27,7 +27,6 @@ from sj_robust.perturbation.gains.certificate import Bound, Certificate, LayerCe
 from sj_robust.perturbation.gains.gain import NeuronGains, l2_gain_limit, neuron_gains
 from sj_robust.perturbation.gains.operator import InputMap, input_maps
 from sj_robust.proofs.no_flip import no_flip_radius
-from sj_robust.proofs.soundness import overridden
 
 __all__ = ["perturbation_gains"]
 
@@ -120,9 +119,6 @@ def perturbation_gains(
     gains = {}
     for name, neuron in neurons.items():
         gains[name] = neuron_gains(neuron.charging(), classifier.T)
-        method = overridden(neuron)
-        if method:
-            unknown[name] = f"{method} of this {neuron.type_name} was replaced"
     moved: dict[str, Moved] | None = None
     with full_precision(x.device), preserved(classifier):
         maps = input_maps(

@@ -133,7 +133,7 @@ def test_gains_of_neurons_with_a_fixed_gain(build, decay, gain):
 
 
 def charging_of(node):
-    followed, _, _ = find_neurons(nn.Sequential(node), {}, {})
+    followed, _, _ = find_neurons(nn.Sequential(node))
     return followed["0"].charging()
 
 
