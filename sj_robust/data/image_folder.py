@@ -230,7 +230,9 @@ def _labelled(
 
 
 def _pictures(folder: Path) -> list[Path]:
-    """Pictures below a folder, those behind links as well, sorted."""
+    """Pictures below a folder, those behind links as well, sorted; links that lead nowhere are
+    among them, whatever they are called, as pictures that cannot be read.
+    """
     found: list[Path] = []
     # a link to one of these leads round in a circle
     seen = {parent.resolve() for parent in folder.absolute().parents}
@@ -241,7 +243,8 @@ def _pictures(folder: Path) -> list[Path]:
             continue
         seen.add(place)
         found += [Path(inside, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path.suffix.lower() in _ENDINGS and path.is_file())
+    pictures = [path for path in found if path.suffix.lower() in _ENDINGS and path.is_file()]
+    return sorted([*pictures, *(path for path in found if not path.exists())])
 
 
 def _image(path: Path, size: tuple[int, int]) -> Tensor:

@@ -232,6 +232,11 @@ def empty(path):
     path.write_bytes(b"")
 
 
+def dangling(path):
+    path.unlink()
+    path.symlink_to("gone.png")
+
+
 def sixteen_bits(path):
     values = pixels(0, 6, 5).astype(np.uint16) * 256
     Image.fromarray(values).save(path)
@@ -265,6 +270,7 @@ def sixteen_bits_of_colour_in_a_ppm(path):
         text,
         cut,
         empty,
+        dangling,
         sixteen_bits,
         sixteen_bits_of_colour,
         partial(sixteen_bits_of_colour, channels=2),
