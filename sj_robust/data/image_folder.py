@@ -173,9 +173,11 @@ def _class_names(part: Path) -> list[str]:
             "test/CLASS/PICTURE, and val/CLASS/PICTURE if you have validation pictures of your "
             "own"
         )
-    names = sorted(
-        path.name for path in part.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
+    inside = sorted(path for path in part.iterdir() if not path.name.startswith("."))
+    for path in inside:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is a link that leads nowhere; mend or remove it")
+    names = [path.name for path in inside if path.is_dir()]
     if len(names) < 2:
         raise FileNotFoundError(
             f"{part.resolve()} must hold a folder per class, at least two, got "

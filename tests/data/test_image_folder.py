@@ -330,6 +330,10 @@ def test_folders_that_do_not_agree(folder):
     with pytest.raises(ValueError, match=message):
         load(folder)
     (folder / "test" / "owl").rename(folder / "elsewhere")
+    (folder / "test" / "emu").symlink_to("owl")
+    with pytest.raises(FileNotFoundError, match="test/emu is a link that leads nowhere"):
+        load(folder)
+    (folder / "test" / "emu").unlink()
     message = r"test/emu is missing. Every part must hold the same 3 classes, cat, dog, emu"
     with pytest.raises(ValueError, match=message):
         load(folder)
